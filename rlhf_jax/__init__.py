@@ -1,0 +1,1 @@
+"""Reinforcement learning from human feedback as pure functions in JAX."""
