@@ -1,4 +1,4 @@
-"""The one exception for mistakes in what the user gave: a file, a flag, a folder, a combination of settings."""
+"""The ways in which a run ends early: what the user gave is wrong, the training went wrong, or a signal came."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,15 @@ class UserError(ValueError):
 
     Scripts print the message without a traceback and exit with code 2.
     """
+
+
+class TrainingFault(RuntimeError):
+    """A fault of a run whose input was right, such as non-finite numbers. Scripts print it and exit with code 1."""
+
+
+class Stopped(Exception):
+    """A run that a signal ended, after a checkpoint. Scripts print it and exit with 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

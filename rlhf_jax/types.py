@@ -35,7 +35,9 @@ class Rollout:
     """What a policy said, and what is known about it. ``None`` marks what has not been computed yet."""
 
     tokens: jax.Array  # [B, T] int32: left-padded prompt, then the response, then pads
-    attention_mask: jax.Array  # [B, T] 1 on real tokens; packed documents are numbered 1, 2, ... and never see each other
+    attention_mask: (
+        jax.Array
+    )  # [B, T] 1 on real tokens; packed documents are numbered 1, 2, ... and never see each other
     response_mask: jax.Array  # [B, T] 1 on what the policy said, EOS included; may have holes; an empty row is absent
     log_probs: jax.Array  # [B, T] behaviour policy log p(tokens[:, t] | before); 0 outside the response
     row_ids: jax.Array | None = None  # [B] data row of the prompt

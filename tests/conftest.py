@@ -1,4 +1,14 @@
-"""Four fake CPU devices for the sharding tests, and strict rank promotion: a broadcast that was not meant is an error."""
+"""Four fake CPU devices for the sharding tests, and strict rank promotion: a broadcast that was not meant is an error.
+
+Compiled programs are kept between runs, for the scripts that tests start too.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Read by jax when it is imported.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "rlhf_jax_tests" / "xla"))
 
 import jax
 
