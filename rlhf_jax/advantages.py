@@ -1,0 +1,158 @@
+"""From rewards to advantages. No parameters, no models; everything float32.
+
+[B, T] functions work on response tokens only: columns outside the mask, holes in it included, are skipped as if they
+were not there, are never read and get 0. [N, G] functions work on G answers to each of N prompts; absent answers
+count in no mean, no standard deviation and no number of answers, and get 0.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import ops
+from rlhf_jax.ops import AxisName
+
+
+def gae(
+    rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), from the last response token backwards.
+
+    ``delta_t = r_t + gamma * V_next - V_t`` and ``A_t = delta_t + gamma * lam * A_next``, where *next* is the next
+    response token of the row; after the last one V and A are 0.
+
+    Args:
+      rewards, values, mask: [B, T]; ``values[:, t]`` is V of the state before ``tokens[:, t]``.
+
+    Returns:
+      (advantages, returns), [B, T] float32 each; returns = advantages + values.
+
+    Raises:
+      ValueError: shapes that are not one [B, T].
+    """
+    ops.check_rank(2, rewards=rewards)
+    ops.check_same_shape(rewards=rewards, values=values, mask=mask)
+    present = jnp.asarray(mask) != 0
+    rewards = jnp.where(present, jnp.asarray(rewards, jnp.float32), 0.0)
+    values = jnp.where(present, jnp.asarray(values, jnp.float32), 0.0)
+
+    def backwards(
+        carry: tuple[jax.Array, jax.Array], column: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        next_advantage, next_value = carry
+        reward, value, here = column
+        advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        carry = jnp.where(here, advantage, next_advantage), jnp.where(here, value, next_value)
+        return carry, jnp.where(here, advantage, 0.0)
+
+    end = jnp.zeros_like(values[:, 0])
+    _, advantages = jax.lax.scan(backwards, (end, end), (rewards.T, values.T, present.T), reverse=True)
+    advantages = advantages.T
+    return advantages, advantages + values
+
+
+def discounted_returns(rewards: jax.Array, mask: jax.Array, gamma: float = 1.0) -> jax.Array:
+    """Reward-to-go: ``R_t = r_t + gamma * R_next`` over response tokens, [B, T] -> [B, T] float32, 0 where masked.
+
+    Raises:
+      ValueError: shapes that are not one [B, T].
+    """
+    ops.check_rank(2, rewards=rewards)
+    ops.check_same_shape(rewards=rewards, mask=mask)
+    present = jnp.asarray(mask) != 0
+    rewards = jnp.where(present, jnp.asarray(rewards, jnp.float32), 0.0)
+
+    def backwards(following: jax.Array, column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        reward, here = column
+        total = reward + gamma * following
+        return jnp.where(here, total, following), jnp.where(here, total, 0.0)
+
+    _, returns = jax.lax.scan(backwards, jnp.zeros_like(rewards[:, 0]), (rewards.T, present.T), reverse=True)
+    return returns.T
+
+
+def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """RLOO (Ahmadian et al. 2024): each score minus the mean of the group's others, ``G / (G - 1) * (r - mean)``.
+
+    Args:
+      scores: [N, G].
+      mask: [N, G], non-zero where the answer is present; None means all are. G above counts present answers.
+
+    Returns:
+      [N, G] float32; equal scores give exactly 0, as does a group with fewer than two present answers.
+
+    Raises:
+      ValueError: scores that are not [N, G] with G > 1.
+    """
+    centred, count = _centred(scores, mask)
+    return centred * count / jnp.maximum(count - 1.0, 1.0)
+
+
+def group_normalized(
+    scores: jax.Array, eps: float = 1e-4, scale: bool = True, mask: jax.Array | None = None
+) -> jax.Array:
+    """GRPO (Shao et al. 2024, section 4.1.2): ``(r - mean) / (std + eps)`` within each group, std with n - 1.
+
+    Args:
+      scores: [N, G].
+      scale: False divides by nothing (Dr. GRPO, Liu et al. 2025).
+      mask: [N, G], non-zero where the answer is present; None means all are.
+
+    Returns:
+      [N, G] float32; equal scores give exactly 0, also at ``eps=0``, as does a group with fewer than two present
+      answers.
+
+    Raises:
+      ValueError: scores that are not [N, G] with G > 1.
+    """
+    centred, count = _centred(scores, mask)
+    if not scale:
+        return centred
+    var = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / jnp.maximum(count - 1.0, 1.0)
+    varied = var > 0
+    std = jnp.sqrt(jnp.where(varied, var, 1.0))
+    return jnp.where(varied, centred / (std + eps), 0.0)
+
+
+def _centred(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Scores [N, G] minus the group's mean, 0 where absent or alone; and the number of present answers [N, 1]."""
+    ops.check_rank(2, scores=scores)
+    if jnp.shape(scores)[1] < 2:
+        raise ValueError(f"scores: expected groups of at least 2 answers, [N, G] with G > 1, got {jnp.shape(scores)}")
+    mask = jnp.ones(jnp.shape(scores), jnp.bool_) if mask is None else mask
+    ops.check_same_shape(scores=scores, mask=mask)
+    present = jnp.asarray(mask) != 0
+    count = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.float32)
+    scores = jnp.asarray(scores, jnp.float32)
+    # Centred on one of the scores first: the mean of equal numbers is not always that number in floating point.
+    least = jnp.min(jnp.where(present, scores, jnp.inf), axis=1, keepdims=True)
+    above = jnp.where(present, scores - least, 0.0)
+    mean = jnp.sum(above, axis=1, keepdims=True) / jnp.maximum(count, 1.0)
+    return jnp.where(present, above - mean, 0.0), count
+
+
+def ema_baseline(
+    baseline: jax.Array | float,
+    scores: jax.Array,
+    decay: float = 0.9,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Moving-average baseline (jRLHF): first ``b <- decay * b + (1 - decay) * mean(scores)``, then ``A = scores - b``.
+
+    Args:
+      baseline: scalar, 0 at the start of a run.
+      scores: [B].
+      mask: [B], non-zero where the row is present; None means all are. With no present row the baseline stays.
+      axis_name: mapped axis over which the rows are split; the mean is then global.
+
+    Returns:
+      (baseline, advantages): a scalar and [B], float32; absent rows get advantage 0.
+    """
+    ops.check_rank(1, scores=scores)
+    mask = jnp.ones(jnp.shape(scores), jnp.bool_) if mask is None else mask
+    mean = ops.masked_mean(scores, mask, axis_name=axis_name)
+    present = jnp.asarray(mask) != 0
+    count = ops.psum(jnp.sum(present, dtype=jnp.float32), axis_name)
+    baseline = jnp.asarray(baseline, jnp.float32)
+    baseline = jnp.where(count > 0, decay * baseline + (1.0 - decay) * mean, baseline)
+    return baseline, jnp.where(present, jnp.asarray(scores, jnp.float32) - baseline, 0.0)

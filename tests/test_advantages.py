@@ -1,0 +1,200 @@
+"""advantages: hand-worked numbers, slow loops, and what must not matter: masked columns, holes, absent answers."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
+
+from rlhf_jax import advantages
+
+POISONS = [1e4, -1e4, math.nan]
+gae, discounted_returns, ema_baseline = map(
+    jax.jit, (advantages.gae, advantages.discounted_returns, advantages.ema_baseline)
+)
+leave_one_out = jax.jit(advantages.leave_one_out)
+group_normalized = jax.jit(advantages.group_normalized, static_argnames=("eps", "scale"))
+
+
+def test_gae_by_hand():
+    rewards, values = jnp.array([[9, 0, 0, 1, 9.0]]), jnp.array([[9, 0.1, 0.2, 0.3, 9]])
+    mask = jnp.array([[0, 1, 1, 1, 0]])
+    got, returns = gae(rewards, values, mask)
+    np.testing.assert_allclose(got, [[0, 0.82675, 0.765, 0.7, 0]], rtol=1e-6)
+    np.testing.assert_allclose(returns, [[0, 0.92675, 0.965, 1.0, 0]], rtol=1e-6)
+    assert got.dtype == returns.dtype == jnp.float32
+
+
+def test_gae_skips_holes_as_if_they_were_not_there():
+    rewards, values = jnp.array([[0, 9, 0, 9, 1.0]]), jnp.array([[0.1, 9, 0.2, 9, 0.3]])
+    got, returns = gae(rewards, values, jnp.array([[1, 0, 1, 0, 1]]))
+    np.testing.assert_allclose(got, [[0.82675, 0, 0.765, 0, 0.7]], rtol=1e-6)
+    np.testing.assert_allclose(returns, [[0.92675, 0, 0.965, 0, 1.0]], rtol=1e-6)
+
+
+def test_discounted_returns_by_hand():
+    got = discounted_returns(jnp.array([[1, 9, 2, 4.0]]), jnp.array([[1, 0, 1, 1]]), 0.5)
+    np.testing.assert_allclose(got, [[3, 0, 4, 4]])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(references.batches(arrays=2), st.sampled_from([(1.0, 0.95), (0.9, 0.0), (0.5, 1.0)]))
+def test_recursions_equal_loops(batch, gamma_lam):
+    (rewards, values), mask = batch
+    gamma, lam = gamma_lam
+    expected = references.gae(rewards, values, mask, gamma, lam)
+    for poison in (0.0, *POISONS):
+        masked = [references.poisoned(x, mask, poison) for x in (rewards, values)]
+        for got, want in zip(gae(*masked, mask, gamma, lam), expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        returns = discounted_returns(masked[0], mask, gamma)
+        np.testing.assert_allclose(returns, references.discounted_returns(rewards, mask, gamma), rtol=1e-5, atol=1e-5)
+
+
+def test_gae_with_lambda_one_is_the_return_minus_the_value():
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(2, 3, 6)).astype(np.float32)
+    mask = rng.random((3, 6)) < 0.7
+    _, returns = gae(rewards, values, mask, 0.9, 1.0)
+    np.testing.assert_allclose(returns, discounted_returns(rewards, mask, 0.9), rtol=1e-5, atol=1e-6)
+
+
+def test_masked_columns_do_not_reach_the_gradient_of_gae():
+    rewards, values = np.ones((2, 4), np.float32), np.full((2, 4), 0.5, np.float32)
+    mask = np.array([[0, 1, 1, 0], [0, 0, 0, 0]], bool)
+    gradient = jax.jit(jax.grad(lambda r, v: advantages.gae(r, v, mask)[0].sum(), argnums=(0, 1)))
+    expected = gradient(rewards, values)
+    np.testing.assert_allclose(expected[0][0], [0, 1, 1.95, 0])
+    for poison in POISONS:
+        got = gradient(*[references.poisoned(x, mask, poison) for x in (rewards, values)])
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_recursions_refuse_shapes_that_differ():
+    with pytest.raises(ValueError, match=r"equal shapes.*values \(2, 4\)"):
+        advantages.gae(jnp.ones((2, 3)), jnp.ones((2, 4)), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="rewards: expected 2 dimensions"):
+        advantages.discounted_returns(jnp.ones(3), jnp.ones(3))
+
+
+# Groups
+
+
+def test_group_normalized_by_hand():
+    scores = jnp.array([[1.0, 0, 0, 0]])
+    np.testing.assert_allclose(group_normalized(scores, eps=0.0), [[1.5, -0.5, -0.5, -0.5]], rtol=1e-6)
+    np.testing.assert_allclose(group_normalized(scores), [[1.4997, -0.4999, -0.4999, -0.4999]], rtol=1e-6)
+    np.testing.assert_allclose(group_normalized(scores, scale=False), [[0.75, -0.25, -0.25, -0.25]], rtol=1e-6)
+
+
+def test_leave_one_out_by_hand():
+    np.testing.assert_allclose(leave_one_out(jnp.array([[1.0, 2, 6]])), [[-3, -1.5, 4.5]], rtol=1e-6)
+
+
+GROUPS = {
+    "leave_one_out": leave_one_out,
+    "grpo": group_normalized,
+    "grpo_eps_0": functools.partial(group_normalized, eps=0.0),
+    "dr_grpo": functools.partial(group_normalized, scale=False),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_equal_scores_give_exactly_zero(name):
+    for score in (0.1, 1 / 3, -123456.7, 1e10):  # the mean of such numbers is not exact in floating point
+        np.testing.assert_array_equal(GROUPS[name](jnp.full((2, 7), score, jnp.float32)), 0)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_absent_answers_are_not_there(name):
+    scores = np.array([[1, 2, 4, 9], [3, 9, 9, 9], [9, 9, 9, 9]], np.float32)
+    mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    expected = np.zeros((3, 4), np.float32)
+    expected[0, :3] = GROUPS[name](scores[:1, :3])[0]
+    assert np.abs(expected).max() > 0.5
+    for poison in POISONS:
+        got = GROUPS[name](references.poisoned(scores, mask, poison), mask=mask)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+        np.testing.assert_array_equal(np.asarray(got)[1:], 0)  # a single answer has nothing to be compared with
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(references.batches(shapes=((1, 2), (3, 5), (4, 8))))
+def test_groups_equal_loops(batch):
+    (scores,), mask = batch
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    close(leave_one_out(scores, mask), references.leave_one_out(scores, mask))
+    close(group_normalized(scores, mask=mask), references.group_normalized(scores, mask, 1e-4, True))
+    close(group_normalized(scores, scale=False, mask=mask), references.group_normalized(scores, mask, 1e-4, False))
+
+
+@pytest.mark.parametrize("f", [advantages.leave_one_out, advantages.group_normalized])
+def test_groups_of_one_are_refused(f):
+    with pytest.raises(ValueError, match=r"G > 1, got \(4, 1\)"):
+        f(jnp.ones((4, 1)))
+    with pytest.raises(ValueError, match="2 dimensions"):
+        f(jnp.ones(4))
+    with pytest.raises(ValueError, match="equal shapes"):
+        f(jnp.ones((4, 2)), mask=jnp.ones(4))
+
+
+# The moving average
+
+
+def test_ema_baseline_by_hand():
+    baseline, got = ema_baseline(0.0, jnp.array([8.0, 12.0]))
+    assert baseline == pytest.approx(1.0)
+    np.testing.assert_allclose(got, [7, 11], rtol=1e-6)
+    baseline, got = ema_baseline(baseline, jnp.array([1.0, 1.0]), 0.5)
+    assert baseline == pytest.approx(1.0)
+    np.testing.assert_allclose(got, [0, 0], atol=1e-6)
+
+
+def test_absent_rows_do_not_move_the_baseline():
+    for poison in POISONS:
+        baseline, got = ema_baseline(0.0, jnp.array([8.0, poison, 12.0]), mask=jnp.array([1, 0, 1]))
+        assert baseline == pytest.approx(1.0)
+        np.testing.assert_allclose(got, [7, 0, 11], rtol=1e-6)
+        baseline, got = ema_baseline(3.0, jnp.full(3, poison), mask=jnp.zeros(3))
+        assert baseline == 3
+        np.testing.assert_array_equal(got, 0)
+
+
+def test_the_baseline_over_devices_equals_one_device():
+    scores, mask = np.arange(8, dtype=np.float32), np.array([0, 0, 1, 1, 1, 0, 1, 1])
+    rows, copy = PartitionSpec("data"), PartitionSpec()
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=Mesh(np.array(jax.devices()[:4]), ("data",)),
+        in_specs=(rows, rows),
+        out_specs=(copy, rows),
+        check_vma=False,
+    )
+    def sharded(scores, mask):
+        return advantages.ema_baseline(2.0, scores, mask=mask, axis_name="data")
+
+    for got, expected in zip(sharded(scores, mask), ema_baseline(2.0, scores, mask=mask), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_jit_changes_nothing():
+    rng = np.random.default_rng(1)
+    rewards, values = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    mask = rng.random((3, 5)) < 0.7
+    for jitted, plain, arguments in (
+        (gae, advantages.gae, (rewards, values, mask)),
+        (discounted_returns, advantages.discounted_returns, (rewards, mask)),
+        (leave_one_out, advantages.leave_one_out, (rewards, mask)),
+        (group_normalized, advantages.group_normalized, (rewards,)),
+        (ema_baseline, advantages.ema_baseline, (0.5, rewards[0])),
+    ):
+        got, expected = jitted(*arguments), plain(*arguments)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, expected)

@@ -1,0 +1,347 @@
+"""losses: hand-worked numbers, slow loops, and what must not matter: masked columns, absent rows, splitting a batch."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
+
+from rlhf_jax import losses, ops
+
+HOWS = ["token", "sequence", "sum", "fixed"]
+POISONS = [1e4, -1e4, math.nan]
+
+
+def f32(*x):
+    return jnp.array(x, jnp.float32)
+
+
+# Comparisons and regression
+
+
+def test_comparison_by_hand():
+    pair, best = jnp.array([[1.0, 0.0]]), jnp.array([0])
+    assert losses.comparison(pair, best)[0] == pytest.approx(0.313262, abs=1e-6)
+    assert losses.comparison(pair, best, margin=f32(0.5))[0] == pytest.approx(0.474077, abs=1e-6)
+    assert losses.comparison(pair, jnp.array([1]))[0] == pytest.approx(1.313262, abs=1e-6)
+    centred = losses.comparison(jnp.array([[1.0, 2.0]]), best, centering=0.01)
+    assert centred[0] - losses.comparison(jnp.array([[1.0, 2.0]]), best)[0] == pytest.approx(0.09, abs=1e-6)
+    for k in (2, 4, 9):
+        assert losses.comparison(jnp.ones((1, k)), best)[0] == pytest.approx(math.log(k), abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 4]))
+def test_comparison_equals_a_loop(seed, k):
+    rng = np.random.default_rng(seed)
+    scores, best = rng.normal(scale=3, size=(3, k)), rng.integers(0, k, size=3)
+    margin, absent = rng.random(3), rng.random((3, k)) < 0.3
+    got = jax.jit(losses.comparison)(np.where(absent, -np.inf, scores).astype(np.float32), best, margin)
+    for i in range(3):
+        row = [None if gone else score for gone, score in zip(absent[i], scores[i], strict=True)]
+        assert got[i] == pytest.approx(references.comparison(row, best[i], margin[i]), rel=1e-5, abs=1e-5)
+
+
+def test_absent_answers_give_no_gradient_and_no_nan():
+    scores = jnp.array([[1.0, -jnp.inf, 0.5], [-jnp.inf, 1.0, 2.0], [-jnp.inf, -jnp.inf, -jnp.inf]])
+    best = jnp.array([0, 0, 0])
+    value, gradient = jax.value_and_grad(lambda s: losses.comparison(s, best, margin=f32(0.1, jnp.nan, 0.1)).sum())(
+        scores
+    )
+    two, two_gradient = jax.value_and_grad(lambda s: losses.comparison(s, best[:1], margin=f32(0.1)).sum())(
+        scores[:1, ::2]
+    )
+    assert value == pytest.approx(float(two))  # a row whose best answer is absent says nothing
+    np.testing.assert_allclose(gradient[0], [two_gradient[0, 0], 0, two_gradient[0, 1]], rtol=1e-6)
+    np.testing.assert_array_equal(gradient[1:], np.zeros((2, 3)))
+
+
+def test_a_pair_with_an_absent_answer_adds_nothing_to_the_centering():
+    scores = jnp.array([[5.0, -jnp.inf], [-jnp.inf, 5.0], [-jnp.inf, -jnp.inf]])
+    f = jax.value_and_grad(lambda s: losses.comparison(s, jnp.zeros(3, int), centering=0.1).sum())
+    value, gradient = f(scores)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, np.zeros((3, 2)))
+
+
+def test_a_score_that_is_not_a_number_is_not_taken_for_an_absent_answer():
+    assert np.isnan(losses.comparison(jnp.array([[jnp.nan, 0.0]]), jnp.array([0]))[0])
+
+
+def test_comparison_refuses_what_it_cannot_mean():
+    with pytest.raises(ValueError, match="K = 4"):
+        losses.comparison(jnp.zeros((1, 4)), jnp.zeros(1, int), centering=0.1)
+    assert losses.comparison(jnp.zeros((1, 4)), jnp.zeros(1, int), centering=0.0).shape == (1,)
+    with pytest.raises(ValueError, match="scores: expected 2 dimensions"):
+        losses.comparison(jnp.zeros(4), jnp.zeros(1, int))
+    with pytest.raises(ValueError, match=r"best \(3,\)"):
+        losses.comparison(jnp.zeros((2, 2)), jnp.zeros(3, int))
+
+
+def test_regression_is_the_squared_error_of_each_score():
+    np.testing.assert_allclose(losses.regression(f32(1, 2), f32(4, 2)), [9, 0])
+    assert losses.regression(jnp.zeros((2, 1), jnp.bfloat16), jnp.ones((2, 1))).dtype == jnp.float32
+    with pytest.raises(ValueError, match="equal shapes"):
+        losses.regression(jnp.zeros((2, 1)), jnp.zeros(2))
+
+
+# Policy and value losses
+
+
+def test_policy_gradient_by_hand():
+    log_probs, mask = jnp.array([[0.0, -1.0, -2.0], [0.0, -3.0, -4.0]]), jnp.array([[0, 1, 1], [0, 1, 0]])
+    expected = [[0, 7, 14], [0, 33, 0]]
+    np.testing.assert_allclose(losses.policy_gradient(log_probs, f32(7, 11), mask), expected)
+    by_token = jnp.broadcast_to(f32(7, 11)[:, None], (2, 3))
+    np.testing.assert_allclose(losses.policy_gradient(log_probs, by_token, mask), expected)
+    # VPG's loss: -mean_i A_i sum_t log p_it
+    total = losses.aggregate(losses.policy_gradient(log_probs, f32(7, 11), mask), mask, "sum")
+    assert total == pytest.approx((21 + 33) / 2)
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_losses_that_take_the_mask_are_zero_where_masked(poison):
+    x, mask = references.poisoned(np.ones((1, 2), np.float32), np.array([[0, 1]]), poison), jnp.array([[0, 1]])
+    np.testing.assert_array_equal(losses.policy_gradient(x, x, mask), [[0, -1]])
+    np.testing.assert_array_equal(losses.cross_entropy(x, mask), [[0, -1]])
+
+
+def test_clipped_surrogate_by_hand():
+    ratios = f32(0.5, 0.5, 1.5, 1.5, 1.0)
+    advantages = f32(1, -1, 1, -1, 2)
+    got = losses.clipped_surrogate(jnp.log(ratios), jnp.zeros(5), advantages)
+    np.testing.assert_allclose(got, [-0.5, 0.8, -1.2, 1.5, -2.0], rtol=1e-6)
+    asymmetric = losses.clipped_surrogate(jnp.log(ratios), jnp.zeros(5), advantages, clip_low=0.1, clip_high=0.3)
+    np.testing.assert_allclose(asymmetric, [-0.5, 0.9, -1.3, 1.5, -2.0], rtol=1e-6)
+    far = losses.clipped_surrogate(jnp.log(f32(9, 9)), jnp.zeros(2), f32(-1, 1), dual_clip=3.0)
+    np.testing.assert_allclose(far, [3.0, -1.2], rtol=1e-6)  # dual clip: for A < 0 only
+    with pytest.raises(ValueError, match="dual_clip"):
+        losses.clipped_surrogate(ratios, ratios, ratios, dual_clip=0.5)
+
+
+def test_on_policy_the_surrogates_gradient_is_the_policy_gradient():
+    log_probs, advantages = jnp.array([[-1.0, -2.0]]), jnp.array([[3.0, -4.0]])
+    gradient = jax.grad(lambda x: losses.clipped_surrogate(x, x, advantages).sum())(log_probs)
+    np.testing.assert_allclose(gradient, -advantages)
+
+
+def test_the_surrogate_stays_finite_for_huge_and_tiny_log_ratios():
+    f = jax.value_and_grad(lambda x, a: losses.clipped_surrogate(x, jnp.zeros(4), a).sum())
+    for advantage in (-2.0, 0.0, 2.0):
+        value, gradient = f(f32(-1e4, -90, 90, 1e4), jnp.full(4, advantage))
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+
+
+def test_clipped_value_by_hand():
+    assert losses.clipped_value(f32(1), f32(0), f32(2))[0] == pytest.approx(1.62)
+    assert losses.clipped_value(f32(0.1), f32(0), f32(2))[0] == pytest.approx(0.5 * 1.9**2)
+    assert losses.clipped_value(f32(1), f32(0), f32(-1), clip=0.5)[0] == pytest.approx(2.0)  # the larger of the two
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(references.batches(arrays=3), st.sampled_from([None, 3.0]))
+def test_clipped_losses_equal_a_loop(batch, dual_clip):
+    (new, old, target), _ = batch
+    surrogate = jax.jit(losses.clipped_surrogate, static_argnums=(3, 4, 5))(2 * new, old, target, 0.1, 0.3, dual_clip)
+    value = jax.jit(losses.clipped_value)(new, old, target, 0.3)
+    for at in np.ndindex(new.shape):
+        expected = references.clipped_surrogate(2.0 * new[at] - old[at], target[at], 0.1, 0.3, dual_clip)
+        assert surrogate[at] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert value[at] == pytest.approx(
+            references.clipped_value(new[at], old[at], target[at], 0.3), rel=1e-4, abs=1e-5
+        )
+
+
+# DPO
+
+
+@pytest.mark.parametrize(
+    ("kind", "smoothing", "delta", "expected", "at_start"),
+    [
+        ("sigmoid", 0.0, 10.0, 0.313262, math.log(2)),
+        ("sigmoid", 0.1, 10.0, 0.413262, math.log(2)),
+        ("robust", 0.1, 10.0, 0.188262, math.log(2)),
+        ("robust", 0.0, 10.0, 0.313262, math.log(2)),
+        ("hinge", 0.0, 10.0, 0.0, 1.0),
+        ("hinge", 0.0, -10.0, 2.0, 1.0),
+        ("ipo", 0.0, 7.0, 4.0, 25.0),
+    ],
+)
+def test_dpo_by_hand(kind, smoothing, delta, expected, at_start):
+    f = functools.partial(losses.dpo, beta=0.1, kind=kind, label_smoothing=smoothing)
+    assert f(f32(delta - 3), f32(-3.0))[0] == pytest.approx(expected, abs=1e-5)
+    assert f(f32(-5), f32(-5))[0] == pytest.approx(at_start, abs=1e-5)
+
+
+def test_dpo_is_finite_with_its_gradient_far_from_the_reference():
+    for kind in ("sigmoid", "robust", "hinge", "ipo"):
+        for delta in (-1e4, 1e4):
+            value, gradient = jax.value_and_grad(lambda x, k=kind: losses.dpo(x, jnp.zeros(1), 0.1, k)[0])(f32(delta))
+            assert np.isfinite([value, gradient[0]]).all()
+
+
+def test_dpo_refuses_what_it_cannot_mean():
+    zero = jnp.zeros(1)
+    with pytest.raises(ValueError, match=r"sigmoid, robust, hinge, ipo.*'kto'"):
+        losses.dpo(zero, zero, 0.1, "kto")
+    with pytest.raises(ValueError, match="label_smoothing"):
+        losses.dpo(zero, zero, 0.1, "robust", 0.5)
+    with pytest.raises(ValueError, match="not defined for 'ipo'"):
+        losses.dpo(zero, zero, 0.1, "ipo", 0.1)
+
+
+# One number from many
+
+
+@pytest.mark.parametrize(("how", "expected"), [("token", 1.25), ("sequence", 1.5), ("sum", 2.5), ("fixed", 0.625)])
+def test_aggregate_by_hand(how, expected):
+    per_token = jnp.array([[9.0, 2.0, 9.0, 9.0, 9.0], [9.0, 1.0, 1.0, 1.0, 9.0], [9.0, 9.0, 9.0, 9.0, 9.0]])
+    mask = jnp.array([[0, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]])
+    assert losses.aggregate(per_token, mask, how, length=4) == pytest.approx(expected)
+    wider = [jnp.pad(x, ((0, 0), (3, 2))) for x in (per_token, mask)]
+    assert losses.aggregate(*wider, how, length=4) == pytest.approx(expected)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(references.batches(), st.sampled_from(HOWS))
+def test_aggregate_equals_a_loop(batch, how):
+    (x,), mask = batch
+    got = jax.jit(losses.aggregate, static_argnames=("how", "length"))(x, mask, how=how, length=6)
+    assert got == pytest.approx(references.aggregate(x, mask, how, 6), rel=1e-5, abs=1e-6)
+
+
+def test_aggregate_refuses_what_it_cannot_mean():
+    x = jnp.ones((2, 3))
+    for f in (functools.partial(losses.aggregate, x), losses.denominator):
+        with pytest.raises(ValueError, match=r"token, sequence, sum, fixed.*'mean'"):
+            f(x, how="mean")
+        with pytest.raises(ValueError, match="max_new_tokens"):
+            f(x, how="fixed")
+    with pytest.raises(ValueError, match=r"per_token: expected 2"):
+        losses.aggregate(jnp.ones(3), jnp.ones(3))
+    with pytest.raises(ValueError, match="equal shapes"):
+        losses.aggregate(x, jnp.ones((2, 1)))
+
+
+def surrogate(new, old, other, mask, **kwargs):
+    return losses.clipped_surrogate(jnp.where(mask, new, old), old, other, **kwargs)
+
+
+PER_TOKEN = {  # each loss as an algorithm calls it
+    "policy_gradient": lambda new, old, other, mask: losses.policy_gradient(new, other, mask),
+    "cross_entropy": lambda new, old, other, mask: losses.cross_entropy(new, mask),
+    "clipped_surrogate": surrogate,
+    "dual_clip": functools.partial(surrogate, dual_clip=1.5),
+    "clipped_value": lambda new, old, other, mask: losses.clipped_value(jnp.where(mask, new, old), old, other),
+    "k3": lambda new, old, other, mask: ops.kl(jnp.where(mask, new, 0), jnp.where(mask, old, 0), "k3"),
+}
+
+
+@functools.cache
+def value_and_gradient(name, how, jit=True):
+    def loss(new, old, other, mask, denominator=None):
+        per_token = PER_TOKEN[name](new, old, other, mask)
+        return losses.aggregate(per_token, mask, how, length=4, denominator=denominator)
+
+    return jax.jit(jax.value_and_grad(loss)) if jit else jax.value_and_grad(loss)
+
+
+def a_batch():
+    rng = np.random.default_rng(3)
+    mask = np.array([[0, 1, 1, 1, 1], [0, 0, 1, 0, 1], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]], bool)
+    return [rng.normal(size=(4, 5)).astype(np.float32) for _ in range(3)], mask
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_masked_columns_change_neither_value_nor_gradient(name):
+    arrays, mask = a_batch()
+    value, gradient = value_and_gradient(name, "token")(*arrays, mask)
+    assert np.abs(gradient).max() > 0
+    np.testing.assert_array_equal(gradient[~mask], 0)
+    for poison in POISONS:
+        got = value_and_gradient(name, "token")(*[references.poisoned(x, mask, poison) for x in arrays], mask)
+        np.testing.assert_array_equal(got[0], value)
+        np.testing.assert_array_equal(got[1], gradient)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("name", ["clipped_surrogate", "policy_gradient"])
+def test_an_absent_row_is_not_there(name, how):
+    arrays, mask = a_batch()
+    value, gradient = value_and_gradient(name, how)(*[x[1:] for x in arrays], mask[1:])
+    arrays = [np.where(np.arange(4)[:, None] == 0, np.nan, x) for x in arrays]
+    mask = np.where(np.arange(4)[:, None] == 0, False, mask)
+    got, got_gradient = value_and_gradient(name, how)(*arrays, mask)
+    np.testing.assert_allclose(got, value, rtol=1e-6)
+    np.testing.assert_allclose(got_gradient[1:], gradient, rtol=1e-6)
+    np.testing.assert_array_equal(got_gradient[0], 0)
+
+
+def test_a_batch_of_absent_rows_is_zero_with_gradient_zero():
+    arrays, mask = a_batch()
+    for how in HOWS:
+        value, gradient = value_and_gradient("clipped_surrogate", how)(*arrays, np.zeros_like(mask))
+        assert value == 0
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_jit_changes_nothing(name):
+    arrays, mask = a_batch()
+    jitted, plain = (value_and_gradient(name, "token", jit)(*arrays, mask) for jit in (True, False))
+    np.testing.assert_allclose(jitted[0], plain[0], rtol=1e-6)
+    np.testing.assert_allclose(jitted[1], plain[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_microbatches_that_share_a_denominator_add_up_to_the_batch(how):
+    arrays, mask = a_batch()
+    mask[3] = False
+    value, gradient = value_and_gradient("clipped_surrogate", how)(*arrays, mask)
+    shared = losses.denominator(mask, how, length=4)
+    parts = [
+        value_and_gradient("clipped_surrogate", how)(*[x[rows] for x in arrays], mask[rows], shared)
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    np.testing.assert_allclose(parts[0][0] + parts[1][0], value, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate([g for _, g in parts]), gradient, rtol=1e-6)
+
+
+def test_on_devices_the_loss_is_global_and_pmean_gives_its_gradient():
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(8, 6)).astype(np.float32)
+    mask = rng.random((8, 6)) < np.linspace(0.1, 1, 8)[:, None]  # unequal token counts
+    mask[:2] = False  # the first device has nothing
+    weight = jnp.float32(0.7)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+
+    def loss(weight, x, mask, microbatches, axis_name):
+        def one(how):
+            shared = losses.denominator(mask, how, 6, axis_name)
+            parts = zip(jnp.split(x, microbatches), jnp.split(mask, microbatches), strict=True)
+            return sum(
+                losses.aggregate(jnp.sin(weight * part), said, how, denominator=shared, axis_name=axis_name)
+                for part, said in parts
+            )
+
+        return jnp.stack([one(how) for how in HOWS])
+
+    rows, copy = PartitionSpec("data"), PartitionSpec()
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(copy, rows, rows), out_specs=copy, check_vma=False)
+    def sharded(weight, x, mask):
+        f = functools.partial(loss, microbatches=2, axis_name="data")
+        return f(weight, x, mask), jax.lax.pmean(jax.jacrev(f)(weight, x, mask), "data")
+
+    single = functools.partial(loss, microbatches=1, axis_name=None)
+    value, gradient = sharded(weight, x, mask)
+    np.testing.assert_allclose(value, single(weight, x, mask), rtol=1e-6)
+    np.testing.assert_allclose(gradient, jax.jacrev(single)(weight, x, mask), rtol=1e-6)

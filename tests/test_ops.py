@@ -1,0 +1,191 @@
+"""ops: masked statistics, token log-probabilities, KL estimators, response masks."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from hypothesis import given, settings
+from jax.sharding import Mesh, PartitionSpec
+
+from rlhf_jax import ops
+
+POISONS = [1e4, -1e4, math.nan]
+masked_mean, masked_var, whiten = (jax.jit(f) for f in (ops.masked_mean, ops.masked_var, ops.whiten))
+
+
+def test_masked_statistics_by_hand():
+    x = jnp.array([[1.0, 2.0, 50.0], [6.0, 50.0, 50.0]])
+    mask = jnp.array([[1, 1, 0], [1, 0, 0]])
+    assert ops.masked_mean(x, mask) == 3.0
+    assert ops.masked_var(x, mask) == pytest.approx(14 / 3)  # (4 + 1 + 9) / 3: divided by n
+    np.testing.assert_allclose(ops.masked_mean(x, mask, axis=1), [1.5, 6.0])
+    np.testing.assert_allclose(ops.masked_var(x, mask, axis=1), [0.25, 0.0])
+    np.testing.assert_allclose(ops.masked_mean(x, mask, axis=0), [3.5, 2.0, 0.0])
+
+
+def test_statistics_over_nothing_are_zero():
+    x, mask = jnp.full((2, 3), jnp.nan), jnp.zeros((2, 3), bool)
+    assert ops.masked_mean(x, mask) == 0
+    assert ops.masked_var(x, mask) == 0
+    np.testing.assert_array_equal(ops.whiten(x, mask), np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32, np.float32])
+def test_any_non_zero_mask_is_true(dtype):
+    mask = np.array([[1, 0, 1]]).astype(dtype)
+    assert ops.masked_mean(jnp.array([[1.0, 9.0, 3.0]]), mask) == 2
+    assert ops.masked_mean(jnp.array([[1.0, 9.0, 3.0]]), mask * 7) == 2  # packed documents are numbered 1, 2, ...
+
+
+def test_statistics_are_float32_for_low_precision_inputs():
+    x = jnp.ones((1, 1000), jnp.bfloat16) * 1.0078125  # the mean of 1000 of these in bfloat16 arithmetic is off
+    mean = ops.masked_mean(x, jnp.ones((1, 1000), bool))
+    assert mean.dtype == jnp.float32
+    assert mean == pytest.approx(1.0078125, rel=1e-6)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(references.batches())
+def test_statistics_equal_numpy(batch):
+    (x,), mask = batch
+    said = x[mask].astype(np.float64)
+    np.testing.assert_allclose(masked_mean(x, mask), said.mean() if said.size else 0, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(masked_var(x, mask), said.var() if said.size else 0, rtol=1e-5, atol=1e-6)
+    if said.size > 1:  # the whitened value of a single number is rounding / 1e-4
+        expected = (said - said.mean()) / np.sqrt(said.var() + 1e-8)
+        np.testing.assert_allclose(np.asarray(whiten(x, mask))[mask], expected, atol=1e-4)
+
+
+def test_whiten_by_hand():
+    x, mask = jnp.array([[1.0, 3.0, 8.0]]), jnp.array([[1, 1, 0]])
+    np.testing.assert_allclose(ops.whiten(x, mask), [[-1.0, 1.0, 0.0]], atol=1e-6)
+    np.testing.assert_allclose(ops.whiten(x, mask, shift_mean=False), [[1.0, 3.0, 0.0]], atol=1e-6)
+    np.testing.assert_allclose(ops.whiten(3 * x, mask, shift_mean=False), [[5.0, 7.0, 0.0]], atol=1e-6)
+    np.testing.assert_allclose(ops.whiten(x, mask, eps=3.0), [[-0.5, 0.5, 0.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("statistic", [ops.masked_mean, ops.masked_var, lambda x, m: ops.whiten(x, m)[0, 1]])
+def test_masked_columns_change_neither_value_nor_gradient(statistic):
+    x = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 7.0]], np.float32)
+    mask = np.array([[1, 1, 0], [1, 0, 1]], bool)
+    f = jax.jit(jax.value_and_grad(statistic))
+    value, gradient = f(x, mask)
+    assert np.abs(gradient).max() > 0
+    for poison in POISONS:
+        got, got_gradient = f(references.poisoned(x, mask, poison), mask)
+        assert got == value
+        np.testing.assert_array_equal(got_gradient, gradient)
+
+
+def test_statistics_over_devices_equal_one_device():
+    rng = np.random.default_rng(0)
+    x, mask = rng.normal(size=(8, 3)).astype(np.float32), np.tril(np.ones((8, 3), bool))[::-1]
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    rows = PartitionSpec("data")
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=(rows, rows, rows), check_vma=False)
+    def sharded(x, mask):
+        mean = ops.masked_mean(x, mask, axis_name="data")[None]
+        return mean, ops.masked_var(x, mask, axis_name="data")[None], ops.whiten(x, mask, axis_name="data")
+
+    means, variances, white = sharded(x, mask)
+    np.testing.assert_allclose(means, [ops.masked_mean(x, mask)] * 4, rtol=1e-6)
+    np.testing.assert_allclose(variances, [ops.masked_var(x, mask)] * 4, rtol=1e-6)
+    np.testing.assert_allclose(white, ops.whiten(x, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_shape_mistakes_say_what_was_expected():
+    with pytest.raises(ValueError, match=r"equal shapes.*\(2, 3\).*\(3,\)"):
+        ops.masked_mean(jnp.ones((2, 3)), jnp.ones(3))
+    with pytest.raises(ValueError, match=r"\[B, T, V\].*\(2, 3\)"):
+        ops.token_log_probs(jnp.ones((2, 4, 5)), jnp.ones((2, 3), int))
+    with pytest.raises(ValueError, match=r"tokens: expected 2 dimensions"):
+        ops.response_mask(jnp.ones(3, int), 1, 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_and_entropy_equal_a_loop(temperature):
+    rng = np.random.default_rng(1)
+    logits, tokens = 3 * rng.normal(size=(2, 4, 5)), rng.integers(0, 5, size=(2, 4))
+    log_probs = ops.token_log_probs(jnp.asarray(logits, jnp.float32), tokens, temperature)
+    entropies = ops.entropy(jnp.asarray(logits, jnp.float32), temperature)
+    for i in range(2):
+        assert log_probs[i, 0] == entropies[i, 0] == 0
+        for t in range(1, 4):  # column t is predicted at t - 1
+            p = np.exp(logits[i, t - 1] / temperature)
+            p /= p.sum()
+            assert log_probs[i, t] == pytest.approx(math.log(p[tokens[i, t]]), abs=1e-5)
+            assert entropies[i, t] == pytest.approx(-sum(p * np.log(p)), abs=1e-5)
+
+
+def test_log_probs_take_any_leading_dimensions_and_low_precision():
+    logits = jnp.zeros((2, 3, 4, 5), jnp.bfloat16)
+    log_probs = ops.token_log_probs(logits, jnp.zeros((2, 3, 4), int))
+    assert log_probs.dtype == jnp.float32
+    np.testing.assert_allclose(log_probs[..., 1:], -math.log(5), rtol=1e-6)
+    assert not log_probs[..., 0].any()
+
+
+def test_temperature_must_be_positive():
+    with pytest.raises(ValueError, match="above 0"):
+        ops.token_log_probs(jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int), temperature=0)
+
+
+def test_entropy_with_impossible_tokens_is_finite_with_its_gradient():
+    logits = jnp.array([[[0.0, 0.0, -jnp.inf], [0.0, 0.0, 0.0]]])
+    value, gradient = jax.value_and_grad(lambda x: ops.entropy(x).sum())(logits)
+    assert value == pytest.approx(math.log(2))
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.693147), ("k2", 0.240227), ("k3", 0.193147)])
+def test_kl_by_hand(estimator, expected):
+    assert ops.kl(jnp.log(2.0), jnp.float32(0.0), estimator) == pytest.approx(expected, abs=1e-6)
+
+
+def test_unknown_estimator_lists_the_choices():
+    with pytest.raises(ValueError, match=r"k1, k2, k3.*'k4'"):
+        ops.kl(jnp.zeros(1), jnp.zeros(1), "k4")
+
+
+def test_k3_is_exact_for_tiny_and_finite_for_huge_log_ratios():
+    assert ops.kl(jnp.float32(1e-3), jnp.float32(0.0), "k3") == pytest.approx(5e-7 - 1e-9 / 6, rel=1e-3)
+    for d in (-1e4, -50.0, 1e4):
+        value, gradient = jax.value_and_grad(lambda x: ops.kl(x, jnp.float32(0.0), "k3"))(jnp.float32(d))
+        assert value > 0
+        assert np.isfinite([value, gradient]).all()
+        assert gradient * d > 0  # towards the reference
+
+
+def test_ratio_is_exact_below_the_bound_and_finite_beyond():
+    d = jnp.array([-1e4, -3.0, 0.0, 39.0, 41.0, 1e4], jnp.float32)
+    value, gradient = jax.jvp(lambda x: ops.ratio(x, jnp.zeros(6)), (d,), (jnp.ones(6),))
+    np.testing.assert_allclose(value[:4], np.exp(np.array([-1e4, -3.0, 0.0, 39.0])), rtol=1e-5)
+    np.testing.assert_allclose(value[4], 2 * math.exp(40), rtol=1e-5)
+    np.testing.assert_allclose(gradient[3:], np.exp(np.array([39.0, 40.0, 40.0])), rtol=1e-5)
+    assert np.isfinite(value).all()
+    assert np.isfinite(np.square(gradient)).all()
+
+
+def test_response_mask_ends_at_the_first_eos_of_the_response():
+    tokens = jnp.array([[9, 5, 1, 9, 2, 9], [0, 5, 1, 2, 3, 4], [0, 5, 9, 0, 0, 0], [0, 5, 1, 2, 3, 9]])
+    expected = [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]]
+    np.testing.assert_array_equal(ops.response_mask(tokens, 2, 9), expected)
+    np.testing.assert_array_equal(jax.jit(ops.response_mask, static_argnums=(1, 2))(tokens, 2, 9), expected)
+
+
+def test_policy_fn_makes_a_policy_of_a_lookup_table():
+    table = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [1 / 3, 1 / 3, 1 / 3]]))
+    policy_fn = ops.policy_fn(lambda params, tokens, attention_mask, key: params[tokens])
+    tokens = jnp.array([[0, 1, 2]])
+    output = jax.jit(policy_fn)(table, tokens, jnp.ones_like(tokens), None)
+    np.testing.assert_allclose(output.log_probs, [[0, math.log(0.25), math.log(0.7)]], rtol=1e-6)
+    assert output.entropy[0, 1] == pytest.approx(1.5 * math.log(2))
+    assert output.values is None
+    cold = ops.policy_fn(lambda params, tokens, attention_mask, key: params[tokens], temperature=0.5)
+    assert cold(table, tokens, None, None).log_probs[0, 2] == pytest.approx(math.log(0.49 / 0.54), abs=1e-6)
