@@ -1,0 +1,157 @@
+"""Scalar heads, and models as the algorithms see them: a PolicyFn or a ScoreFn. Nothing here depends on the family.
+
+Token log-probabilities are ``logit - logsumexp`` over chunks of columns under ``jax.checkpoint``: a [B, T, V] float32
+array is never built for a large vocabulary, and nothing is computed for prompt columns.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models.model import Model
+from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
+
+# Logits of one row held at once (columns x V). It does not count rows, so that a shard forms the chunks of the whole.
+_CHUNK_LOGITS = 2**20
+
+
+def add_head(key: jax.Array, params: Params, kind: str) -> Params:
+    """Adds a scalar head on the final hidden states.
+
+    Args:
+        key: PRNG key of the score head's weights; the value head starts at 0.
+        params: of a model; not changed.
+        kind: "value", {"kernel" [D], "bias" []}: zeros; or "score", {"kernel" [D], "bias", "gain", "shift"}: weights
+            normal with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020), bias 0, gain 1, shift 0.
+
+    Returns:
+        A new dict with the head under ``kind``.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    width = params["ln_f"]["scale"].shape[-1]
+    zero = jnp.zeros((), jnp.float32)
+    if kind == "value":
+        return {**params, "value": {"kernel": jnp.zeros(width, jnp.float32), "bias": zero}}
+    if kind == "score":
+        kernel = jax.random.normal(key, (width,), jnp.float32) / math.sqrt(width + 1)
+        return {**params, "score": {"kernel": kernel, "bias": zero, "gain": jnp.ones((), jnp.float32), "shift": zero}}
+    raise ValueError(f"unknown head {kind!r}; choose from value, score")
+
+
+def policy_params(params: Params) -> Params:
+    """The policy's own parameters: ``params``, or their "policy" part where a whole value model goes with it."""
+    return params.get("policy", params)
+
+
+def policy_fn(
+    model: Model, temperature: float = 1.0, prompt_length: int = 0, value_model: Model | None = None
+) -> PolicyFn:
+    """Turns a language model into a PolicyFn.
+
+    Args:
+        model: the policy.
+        temperature: logits are divided by it, as in sampling; above 0.
+        prompt_length: columns before it are not computed and stay 0, as does column 0.
+        value_model: a whole model for the values; params are then {"policy": ..., "value": ...}, the latter with its
+            own "value" head. Without it values come from ``params["value"]``, and are None where that is missing.
+
+    Returns:
+        ``(params, tokens, attention_mask, key) -> PolicyOutput``. Log-probabilities and entropies of column t come from
+        the logits at t - 1 (equal to ``ops.token_log_probs`` and ``ops.entropy``), and so do values from the head.
+
+    Raises:
+        ValueError: if ``temperature`` is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature!r}; greedy choices have no log-probabilities")
+    first = max(prompt_length, 1)
+
+    def policy(
+        params: Params, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None = None
+    ) -> PolicyOutput:
+        if first > tokens.shape[1]:
+            raise ValueError(f"prompt_length {prompt_length} is longer than the {tokens.shape[1]} columns of tokens")
+        policy_key, value_key = (None, None) if key is None else jax.random.split(key)
+        body = policy_params(params)
+        hidden = model.hidden(body, tokens, attention_mask, policy_key)
+        before = hidden[:, first - 1 : -1]  # [B, T - first, D], the states that speak of columns first, ..., T - 1
+        log_probs, entropy = _log_probs_and_entropy(model, body, before, tokens[:, first:], temperature)
+        if value_model is not None:
+            if "value" not in params["value"]:
+                raise ValueError(
+                    'the value model has no head: params["value"] = add_head(key, params["value"], "value")'
+                )
+            value_hidden = value_model.hidden(params["value"], tokens, attention_mask, value_key)
+            values: jax.Array | None = _scalar(params["value"]["value"], value_hidden[:, first - 1 : -1])
+        else:
+            values = _scalar(params["value"], before) if "value" in params else None
+        pad = ((0, 0), (first, 0))
+        return PolicyOutput(
+            jnp.pad(log_probs, pad), jnp.pad(entropy, pad), None if values is None else jnp.pad(values, pad)
+        )
+
+    return policy
+
+
+def score_fn(model: Model) -> ScoreFn:
+    """Turns a model with a "score" head into a ScoreFn.
+
+    Args:
+        model: the reward model's body.
+
+    Returns:
+        ``(params, tokens, attention_mask, key) -> [B]`` float32, ``gain * (w . h + bias) + shift`` with h the hidden
+        state at the row's last real token. ``gain`` and ``shift`` get no gradient. A row without a real token scores 0.
+    """
+
+    def score(params: Params, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        if "score" not in params:
+            raise ValueError('the model has no score head: params = add_head(key, params, "score")')
+        hidden = model.hidden(params, tokens, attention_mask, key)
+        real = attention_mask != 0
+        columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        last = jnp.max(jnp.where(real, columns, 0), axis=1)  # [B]
+        last_hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [B, 1, D]
+        head = params["score"]
+        gain, shift = jax.lax.stop_gradient((head["gain"], head["shift"]))
+        scores = gain * _scalar(head, last_hidden)[:, 0] + shift
+        return jnp.where(jnp.any(real, axis=1), scores, 0.0)
+
+    return score
+
+
+def _scalar(head: Params, hidden: jax.Array) -> jax.Array:
+    """[B, T, D] -> [B, T] in float32."""
+    kernel = head["kernel"].astype(jnp.float32)
+    return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), kernel) + head["bias"].astype(jnp.float32)
+
+
+def _log_probs_and_entropy(
+    model: Model, params: Params, hidden: jax.Array, targets: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """hidden [B, N, D] and targets [B, N] -> log-probabilities and entropies [B, N], float32."""
+
+    def chunk(params: Params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model.unembed(params, hidden).astype(jnp.float32) / temperature
+        # A pad's id may lie outside the vocabulary; its column is masked later but must stay finite.
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        probs = jnp.exp(logits - normalizer[..., None])
+        return chosen - normalizer, normalizer - jnp.sum(probs * logits, axis=-1)
+
+    batch, columns, width = hidden.shape
+    chunks = math.ceil(columns * model.config.vocab_size / _CHUNK_LOGITS)
+    if chunks <= 1:
+        return chunk(params, hidden, targets)
+    size = math.ceil(columns / chunks)
+    chunks = math.ceil(columns / size)
+    extra = chunks * size - columns
+    hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0))).reshape(batch, chunks, size, width).swapaxes(0, 1)
+    targets = jnp.pad(targets, ((0, 0), (0, extra))).reshape(batch, chunks, size).swapaxes(0, 1)
+    checkpointed = jax.checkpoint(chunk)
+    outputs = jax.lax.map(lambda part: checkpointed(params, *part), (hidden, targets))
+    log_probs, entropy = (x.swapaxes(0, 1).reshape(batch, chunks * size)[:, :columns] for x in outputs)
+    return log_probs, entropy

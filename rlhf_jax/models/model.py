@@ -1,0 +1,134 @@
+"""A model as a NamedTuple of pure functions: what everything outside this package sees of a network."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models import gpt2
+from rlhf_jax.models.config import GPT2Config
+from rlhf_jax.types import Params
+
+ModelConfig = GPT2Config
+
+
+class Model(NamedTuple):
+    """Functions of parameters and arrays; none holds state, all may be traced, differentiated and jitted.
+
+    B rows, T tokens, t tokens decoded at once, S cache slots, D width, V vocabulary. Parameters are nested dicts; the
+    functions ignore keys that are not the body's, such as the heads "value" and "score".
+
+    Attributes:
+        config: what the model was built from.
+        init: ``(key) -> params`` in float32, without heads.
+        apply: ``(params, tokens [B, T], attention_mask [B, T] = None, key=None) -> logits [B, T, V]`` float32. The mask
+            is 0 on pads; packed documents are numbered 1, 2, ... and do not see each other; None means all ones.
+            ``key`` turns dropout on.
+        hidden: same arguments -> [B, T, D] after the final norm, in the compute dtype.
+        unembed: ``(params, hidden [..., D]) -> logits [..., V]`` float32.
+        init_cache: ``(batch, length) -> cache``, an opaque pytree of ``length`` empty slots.
+        decode: ``(params, tokens [B, t], positions [B, t], key_mask [B, S], cache, index)`` ->
+            ``(logits [B, t, V], cache)``. The tokens are written to slots index, ..., index + t - 1; a query at slot s
+            sees the slots up to s whose ``key_mask`` is non-zero, itself included.
+    """
+
+    config: ModelConfig
+    init: Callable[[jax.Array], Params]
+    apply: Callable[..., jax.Array]
+    hidden: Callable[..., jax.Array]
+    unembed: Callable[[Params, jax.Array], jax.Array]
+    init_cache: Callable[[int, int], Any]
+    decode: Callable[..., tuple[jax.Array, Any]]
+
+
+def build(config: ModelConfig) -> Model:
+    """Builds the functions of a model.
+
+    Raises:
+        ValueError: for a configuration of no supported family.
+    """
+    if not isinstance(config, GPT2Config):
+        raise ValueError(f"build takes a GPT2Config, got {type(config).__name__}")
+    module = gpt2.GPT2(config)
+    unrolled = gpt2.GPT2(dataclasses.replace(config, scan_layers=False, remat=False))
+
+    # Compiled as a whole: operation by operation, a small model takes twice as long to start.
+    @jax.jit
+    def init(key: jax.Array) -> Params:
+        return module.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))["params"]
+
+    def hidden(
+        params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None, key: jax.Array | None = None
+    ) -> jax.Array:
+        if tokens.ndim != 2:
+            raise ValueError(f"expected tokens of shape [B, T], got {tokens.shape}")
+        if attention_mask is None:
+            attention_mask = jnp.ones(tokens.shape, jnp.int32)
+        if attention_mask.shape != tokens.shape:
+            raise ValueError(f"expected an attention_mask of shape {tokens.shape}, got {attention_mask.shape}")
+        rngs = None if key is None else {"dropout": key}
+        mask = jnp.asarray(attention_mask)
+        states: Any = module.apply({"params": params}, jnp.asarray(tokens), mask, rngs=rngs, method="hidden")
+        return states
+
+    def unembed(params: Params, hidden_states: jax.Array) -> jax.Array:
+        logits: Any = module.apply({"params": params}, hidden_states, method="unembed")
+        return logits
+
+    def apply(
+        params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None, key: jax.Array | None = None
+    ) -> jax.Array:
+        return unembed(params, hidden(params, tokens, attention_mask, key))
+
+    def init_cache(batch: int, length: int) -> gpt2.Cache:
+        return gpt2.init_cache(config, batch, length)
+
+    def decode(
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        key_mask: jax.Array,
+        cache: gpt2.Cache,
+        index: jax.Array | int,
+    ) -> tuple[jax.Array, gpt2.Cache]:
+        slots = cache[0][0].shape[2]
+        if tokens.shape != positions.shape or tokens.ndim != 2:
+            raise ValueError(
+                f"expected tokens and positions of one shape [B, t], got {tokens.shape}, {positions.shape}"
+            )
+        if key_mask.shape != (tokens.shape[0], slots):
+            raise ValueError(f"expected a key_mask of shape {(tokens.shape[0], slots)}, got {key_mask.shape}")
+        if tokens.shape[1] > slots:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fit into a cache of {slots} slots")
+        if config.scan_layers:
+            params = gpt2.unstack_layers(params, config.num_layers)
+        inputs = (tokens, positions, key_mask, cache, index)
+        logits_and_cache: Any = unrolled.apply({"params": params}, *inputs, method="decode")
+        return logits_and_cache
+
+    return Model(config, init, apply, hidden, unembed, init_cache, decode)
+
+
+def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, Params]:
+    """Adds rows to the token table, each the mean of the existing ones, for a tokenizer that gained tokens.
+
+    Args:
+        model, params: from ``build`` or ``load``.
+        size: the new vocabulary size, at least the present one.
+
+    Returns:
+        The model and parameters with ``size`` tokens; logits of the former tokens are unchanged.
+
+    Raises:
+        ValueError: if ``size`` is smaller than the present vocabulary.
+    """
+    table = params["wte"]["embedding"]
+    added = size - table.shape[0]
+    if added < 0:
+        raise ValueError(f"the vocabulary has {table.shape[0]} tokens and cannot shrink to {size}")
+    mean = jnp.mean(table.astype(jnp.float32), axis=0, keepdims=True).astype(table.dtype)
+    wider = jnp.concatenate([table, jnp.repeat(mean, added, axis=0)])
+    resized = build(dataclasses.replace(model.config, vocab_size=size))
+    return resized, {**params, "wte": {**params["wte"], "embedding": wider}}

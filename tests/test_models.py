@@ -1,0 +1,320 @@
+"""GPT-2: masks and positions by hand, and the invariances (padding, packing, decoding, remat, scan, dropout, dtype)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import models
+from rlhf_jax.models import attention
+
+CONFIG = models.GPT2Config(vocab_size=13, max_length=10, hidden_size=8, num_layers=2, num_heads=2)
+ATOL = 1e-5
+
+
+def perturbed(params, key=7):
+    """Larger weights and non-zero biases, so that a mistake anywhere moves the logits by much more than 1e-5."""
+    leaves, tree = jax.tree.flatten(params)
+    noise = np.random.default_rng(key)
+    return tree.unflatten([leaf + 0.3 * noise.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+@functools.cache
+def some_params():
+    return perturbed(models.build(CONFIG).init(jax.random.key(0)))
+
+
+@functools.cache
+def tiny(**changes):
+    """A model of the same weights under every config, its functions compiled (eagerly each shape costs far more)."""
+    model = models.build(dataclasses.replace(CONFIG, **changes))
+    params = stack_layers(some_params()) if model.config.scan_layers else some_params()
+    return model._replace(apply=jax.jit(model.apply), hidden=jax.jit(model.hidden)), params
+
+
+def some_tokens(batch, length, seed=0):
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (batch, length))
+
+
+def stack_layers(params, num_layers=2):
+    layers = [params[f"h_{layer}"] for layer in range(num_layers)]
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("h_")}
+    return rest | {"h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([1, 1, 1, 1], [0, 1, 2, 3]),
+        ([0, 0, 1, 1], [0, 0, 0, 1]),
+        ([0, 1, 1, 0], [0, 0, 1, 2]),
+        ([1, 0, 1, 0], [0, 1, 1, 2]),
+        ([0, 0, 0, 0], [0, 0, 0, 0]),
+        ([1, 1, 2, 2, 2, 3, 0], [0, 1, 0, 1, 2, 0, 1]),
+        ([0, 2, 2, 0, 1, 1, 0], [0, 0, 1, 2, 0, 1, 2]),
+    ],
+)
+def test_positions_by_hand(mask, expected):
+    for dtype in (np.int32, np.float32) if max(mask) > 1 else (np.int32, np.float32, bool):
+        np.testing.assert_array_equal(jax.jit(attention.positions)(np.asarray([mask], dtype))[0], expected)
+
+
+def test_causal_mask_by_hand():
+    seen = attention.causal_mask(jnp.asarray([[0, 1, 1, 2, 2]]))[0, 0].astype(int)
+    expected = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    np.testing.assert_array_equal(seen, expected)
+
+
+def test_cache_mask_by_hand():
+    seen = attention.cache_mask(jnp.asarray([[0, 1, 1, 1]]), 1, 2)[0, 0].astype(int)
+    np.testing.assert_array_equal(seen, [[0, 1, 0, 0], [0, 1, 1, 0]])
+
+
+def test_attention_equals_a_loop():
+    random = np.random.default_rng(0)
+    query, key, value = (random.standard_normal((2, 3, 4, 5)).astype(np.float32) for _ in range(3))
+    mask = np.tril(np.ones((2, 1, 4, 4), bool))
+    out = attention.attention(query, key, value, mask, 0.7)
+    for b, h, t in np.ndindex(2, 3, 4):
+        scores = [0.7 * float(query[b, h, t] @ key[b, h, s]) for s in range(t + 1)]
+        weights = np.exp(scores) / np.sum(np.exp(scores))
+        np.testing.assert_allclose(out[b, h, t], weights @ value[b, h, : t + 1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("pad_id", "dtype"), [(0, np.int32), (99, bool), (-1, np.float32)])
+def test_padding_changes_no_logits(pad_id, dtype):
+    model, params = tiny()
+    tokens = some_tokens(2, 5)
+    padded = np.full((2, 9), pad_id)
+    padded[:, 3:8] = tokens
+    mask = np.zeros((2, 9), dtype)
+    mask[:, 3:8] = 1
+    logits = model.apply(params, padded, mask)
+    assert np.all(np.isfinite(logits))
+    np.testing.assert_allclose(logits[:, 3:8], model.apply(params, tokens), atol=ATOL)
+
+
+def test_mask_none_is_all_ones():
+    model, params = tiny()
+    tokens = some_tokens(2, 5)
+    np.testing.assert_array_equal(model.apply(params, tokens), model.apply(params, tokens, np.ones((2, 5))))
+
+
+def test_later_tokens_change_no_earlier_logits():
+    model, params = tiny()
+    tokens = some_tokens(2, 5)
+    changed = tokens.copy()
+    changed[:, 3] = (tokens[:, 3] + 1) % CONFIG.vocab_size
+    before, after = np.asarray(model.apply(params, tokens)), np.asarray(model.apply(params, changed))
+    np.testing.assert_allclose(before[:, :3], after[:, :3], atol=ATOL)
+    assert np.all(np.max(np.abs(before[:, 3:] - after[:, 3:]), axis=(0, 2)) > 1e-2)
+
+
+def test_packed_documents_equal_separate_rows():
+    model, params = tiny()
+    tokens = some_tokens(1, 9)[0]
+    mask = np.array([0, 1, 1, 1, 2, 2, 3, 3, 0])
+    packed = model.apply(params, tokens[None], mask[None])[0]
+    # Each document alone, left-padded: one row each.
+    spans = ((1, 4), (4, 6), (6, 8))
+    rows = np.stack([np.where(mask == number, tokens, 0) for number in (1, 2, 3)])
+    separate = model.apply(params, rows, np.stack([mask == number for number in (1, 2, 3)]))
+    for row, (first, last) in enumerate(spans):
+        np.testing.assert_allclose(packed[first:last], separate[row, first:last], atol=ATOL)
+    # Without numbers the documents do see each other.
+    one = model.apply(params, tokens[None], (mask != 0)[None])[0]
+    assert np.max(np.abs(one[4:8] - packed[4:8])) > 1e-2
+
+
+def test_fully_padded_row_is_finite():
+    model, params = tiny()
+    tokens = some_tokens(2, 4)
+    mask = np.array([[0, 0, 0, 0], [0, 1, 1, 1]])
+
+    def loss(params):
+        return jnp.sum(model.apply(params, tokens, mask) ** 2)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+def test_positions_beyond_the_table_use_its_last_row():
+    model, params = tiny()
+    tokens = some_tokens(1, 14)
+    config = dataclasses.replace(CONFIG, max_length=14)
+    table = params["wpe"]["embedding"]
+    longer = {**params, "wpe": {"embedding": jnp.concatenate([table, jnp.repeat(table[-1:], 4, axis=0)])}}
+    expected = jax.jit(models.build(config).apply)(longer, tokens)
+    np.testing.assert_allclose(model.apply(params, tokens), expected, atol=ATOL)
+
+
+def test_a_real_token_outside_the_vocabulary_gives_nan():
+    model, params = tiny()
+    tokens = some_tokens(2, 5)
+    tokens[0, 2] = CONFIG.vocab_size
+    logits = model.apply(params, tokens)
+    assert np.all(np.isnan(logits[0, 2]))
+    assert np.all(np.isfinite(logits[1]))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_decoding_equals_the_full_forward(scan_layers):
+    model, params = tiny(scan_layers=scan_layers, remat=scan_layers)
+    tokens = some_tokens(3, 8)
+    mask = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
+    expected = np.asarray(model.apply(params, tokens, mask))
+    positions = np.asarray(attention.positions(jnp.asarray(mask)))
+    decode = jax.jit(model.decode)
+    # Slots not written yet are marked as real: only what lies at or before the query may be seen.
+    cache = model.init_cache(3, 9)
+    key_mask = np.concatenate([mask, np.ones((3, 1), int)], axis=1)
+    prompt, cache = decode(params, tokens[:, :4], positions[:, :4], key_mask, cache, 0)
+    pieces = [prompt]
+    for index in range(4, 8):
+        columns = slice(index, index + 1)
+        logits, cache = decode(params, tokens[:, columns], positions[:, columns], key_mask, cache, index)
+        pieces.append(logits)
+    decoded = np.concatenate(pieces, axis=1)
+    np.testing.assert_allclose(decoded[mask == 1], expected[mask == 1], atol=ATOL)
+    assert decoded.dtype == np.float32
+    assert jax.tree.leaves(cache)[0].shape == (3, 2, 9, 4)
+
+
+@functools.cache
+def loss_and_gradient(**changes):
+    model, params = tiny(scale_attn_by_inverse_layer_idx=True, **changes)
+    tokens, mask = some_tokens(2, 6), np.array([[0, 0, 1, 1, 1, 1], [1] * 6])
+    return jax.jit(jax.value_and_grad(lambda params: jnp.mean(model.apply(params, tokens, mask) ** 2)))(params)
+
+
+@pytest.mark.parametrize("changes", [{"remat": True}, {"scan_layers": True}, {"remat": True, "scan_layers": True}])
+def test_remat_and_scan_change_neither_values_nor_gradients(changes):
+    value, gradient = loss_and_gradient()
+    other_value, other_gradient = loss_and_gradient(**changes)
+    np.testing.assert_allclose(other_value, value, rtol=1e-5)
+    expected = stack_layers(gradient) if "scan_layers" in changes else gradient
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL, rtol=1e-4), other_gradient, expected)
+
+
+def test_remat_is_applied():
+    tokens = some_tokens(1, 4)
+    for remat in (False, True):
+        model, params = tiny(remat=remat)
+        program = str(jax.make_jaxpr(model.apply)(params, tokens))
+        assert ("remat" in program or "checkpoint" in program) == remat
+
+
+RATES = ("embedding_dropout", "attention_dropout", "residual_dropout")
+
+
+def test_without_a_key_nothing_is_dropped():
+    plain, params = tiny()
+    model, _ = tiny(**dict.fromkeys(RATES, 0.5))
+    tokens = some_tokens(2, 5)
+    np.testing.assert_array_equal(model.apply(params, tokens), plain.apply(params, tokens))
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_each_rate_drops_with_a_key(rate):
+    plain, params = tiny()
+    model, _ = tiny(**{rate: 0.5})
+    tokens = some_tokens(2, 5)
+    first, again, other = (np.asarray(model.apply(params, tokens, None, jax.random.key(seed))) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.max(np.abs(first - other)) > 1e-3
+    assert np.max(np.abs(first - plain.apply(params, tokens))) > 1e-3
+
+
+def test_scanned_layers_draw_different_dropout():
+    """Two equal layers whose MLPs write ones and whose attention writes nothing: x is the sum of the two drops."""
+    model, params = tiny(residual_dropout=0.5, scan_layers=True)
+    params = jax.tree.map(jnp.zeros_like, params)
+    params["h"]["mlp"]["c_proj"]["bias"] += 1.0
+    params["ln_f"]["scale"] += 1.0
+    states = np.asarray(model.hidden(params, some_tokens(2, 5), None, jax.random.key(3)))
+    # With the same draw in both layers a row would hold two levels (0 and 4), with different ones three (0, 2 and 4).
+    assert max(len(np.unique(row.round(4))) for row in states.reshape(-1, 8)) == 3
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_logits():
+    plain, params = tiny()
+    model, _ = tiny(compute_dtype="bfloat16")
+    fresh = jax.eval_shape(model.init, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
+    tokens = some_tokens(2, 5)
+    assert model.hidden(params, tokens).dtype == jnp.bfloat16
+    logits = model.apply(params, tokens)
+    assert logits.dtype == jnp.float32
+    assert jax.tree.leaves(model.init_cache(1, 4))[0].dtype == jnp.bfloat16
+    error = np.abs(logits - plain.apply(params, tokens))
+    assert 1e-4 < np.mean(error) < 0.1
+    gradient = jax.jit(jax.grad(lambda params: jnp.mean(model.apply(params, tokens) ** 2)))(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+def test_init_depends_on_the_key_alone():
+    model = models.build(CONFIG)
+    first, other = model.init(jax.random.key(0)), model.init(jax.random.key(1))
+    again = models.build(CONFIG).init(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert np.max(np.abs(first["wte"]["embedding"] - other["wte"]["embedding"])) > 1e-3
+    assert np.max(np.abs(first["h_0"]["mlp"]["c_fc"]["kernel"] - first["h_1"]["mlp"]["c_fc"]["kernel"])) > 1e-3
+
+
+def test_heads_are_ignored_by_the_body():
+    model, params = tiny()
+    with_heads = models.add_head(jax.random.key(0), models.add_head(jax.random.key(0), params, "value"), "score")
+    tokens = some_tokens(2, 5)
+    np.testing.assert_array_equal(model.apply(params, tokens), model.apply(with_heads, tokens))
+
+
+def test_resize_vocabulary_adds_mean_rows():
+    model, params = tiny()
+    model = model._replace(config=dataclasses.replace(model.config, other_keys={"mine": 1}))
+    wider, wider_params = models.resize_vocabulary(model, params, 15)
+    assert wider.config.other_keys == {"mine": 1}
+    assert wider.config.vocab_size == 15
+    tokens = some_tokens(2, 5)
+    logits = jax.jit(wider.apply)(wider_params, tokens)
+    np.testing.assert_allclose(logits[..., :13], model.apply(params, tokens), atol=ATOL)
+    expected = np.broadcast_to(np.mean(logits[..., :13], axis=-1, keepdims=True), (2, 5, 2))
+    np.testing.assert_allclose(logits[..., 13:], expected, atol=ATOL)
+    same, same_params = models.resize_vocabulary(model, params, 13)
+    assert same.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, same_params, params)
+    with pytest.raises(ValueError, match="13 tokens and cannot shrink to 12"):
+        models.resize_vocabulary(model, params, 12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 3}, "hidden_size 8 is not a multiple of num_heads 3"),
+        ({"activation": "tanh"}, "unknown activation 'tanh'; choose from gelu_new, gelu, relu, silu"),
+        ({"compute_dtype": "float16"}, "unknown compute_dtype 'float16'; choose from float32, bfloat16"),
+        ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
+        ({"residual_dropout": 1.0}, "residual_dropout must be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_bad_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_bad_arguments_are_refused():
+    model, params = tiny()
+    tokens = some_tokens(2, 4)
+    with pytest.raises(ValueError, match=r"expected an attention_mask of shape \(2, 4\), got \(2, 3\)"):
+        model.apply(params, tokens, np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"expected tokens of shape \[B, T\], got \(4,\)"):
+        model.apply(params, tokens[0])
+    with pytest.raises(ValueError, match=r"expected a key_mask of shape \(2, 3\), got \(2, 4\)"):
+        model.decode(params, tokens, tokens, np.ones((2, 4)), model.init_cache(2, 3), 0)
+    with pytest.raises(ValueError, match="4 tokens do not fit into a cache of 3 slots"):
+        model.decode(params, tokens, tokens, np.ones((2, 3)), model.init_cache(2, 3), 0)
+    with pytest.raises(ValueError, match="build takes a GPT2Config, got dict"):
+        models.build({"vocab_size": 3})
