@@ -1,0 +1,206 @@
+"""Sampler and policy function together on a small GPT-2: log-probs, values, reference, and what may not change them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from rlhf_jax import models, ops, rollout, sampling
+from rlhf_jax.sampling import SamplingConfig
+from rlhf_jax.types import PolicyOutput, Rollout
+
+VOCAB, EOS, PAD, ROWS, PROMPT = 13, 8, 0, 8, 5
+MODEL = models.build(models.GPT2Config(vocab_size=VOCAB, max_length=32, hidden_size=16, num_layers=2, num_heads=2))
+CONFIG = SamplingConfig(max_new_tokens=7, temperature=0.8, eos_id=EOS, pad_id=PAD)
+POLICY = models.policy_fn(MODEL, temperature=0.8, prompt_length=PROMPT)
+KEY = jax.random.key(0)
+
+generate = jax.jit(sampling.generate, static_argnames=("model", "config", "mesh"))
+collect = jax.jit(rollout.collect, static_argnames=("model", "sampling", "policy_fn", "mesh"))
+apply, policy, init = jax.jit(MODEL.apply), jax.jit(POLICY), jax.jit(MODEL.init)
+
+
+def make_params(seed=2):
+    """Weights ten times the usual size, so that the distribution is far from uniform and attention matters."""
+    params = jax.tree.map(lambda x: x * 10 if x.ndim == 2 else x, init(jax.random.key(seed)))
+    return {**params, "value": {"kernel": jnp.linspace(-1.0, 1.0, 16), "bias": jnp.asarray(0.5)}}
+
+
+def prompts(seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, PROMPT + 1, ROWS)
+    mask = (np.arange(PROMPT)[None, :] >= PROMPT - lengths[:, None]).astype(np.int32)
+    return rng.integers(0, VOCAB, (ROWS, PROMPT)).astype(np.int32), mask
+
+
+PARAMS, REF_PARAMS = make_params(), make_params(1)
+ROW_IDS = np.arange(ROWS, dtype=np.int32)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_sampler_log_probs_equal_the_full_forward(top_k):
+    options = SamplingConfig(max_new_tokens=7, temperature=0.8, top_k=top_k, eos_id=EOS, pad_id=PAD)
+    tokens, mask = prompts()
+    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, options, ROW_IDS)
+    logits = apply(PARAMS, sampled.tokens, sampled.attention_mask)
+    expected = np.where(sampled.response_mask, ops.token_log_probs(logits, sampled.tokens, 0.8), 0.0)
+    np.testing.assert_allclose(sampled.log_probs, expected, atol=1e-5)
+    lengths = np.asarray(sampled.response_mask).sum(1)
+    assert lengths.max() == 7
+    assert lengths.min() < 7
+    assert expected.min() < -2
+
+
+def test_greedy_equals_full_forwards():
+    """Each token is the argmax of a fresh forward pass over what came before."""
+    tokens, mask = prompts()
+    options = SamplingConfig(max_new_tokens=4, temperature=0.0, eos_id=None, pad_id=PAD)
+    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, options, ROW_IDS)
+    logits = np.asarray(apply(PARAMS, sampled.tokens, sampled.attention_mask))
+    np.testing.assert_array_equal(logits[:, PROMPT - 1 : -1].argmax(-1), np.asarray(sampled.tokens)[:, PROMPT:])
+    expected = np.where(sampled.response_mask, ops.token_log_probs(logits, sampled.tokens), 0.0)
+    np.testing.assert_allclose(sampled.log_probs, expected, atol=1e-5)
+
+
+def test_rows_depend_on_nothing_else():
+    """Neighbours, padding, an absent row: the same tokens, log-probs within rounding."""
+    tokens, mask = prompts()
+    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, CONFIG, ROW_IDS)
+
+    def same(other, rows=slice(None), columns=0):
+        np.testing.assert_array_equal(other.tokens[:, columns:], sampled.tokens[rows])
+        np.testing.assert_array_equal(other.response_mask[:, columns:], sampled.response_mask[rows])
+        np.testing.assert_allclose(other.log_probs[:, columns:], sampled.log_probs[rows], atol=1e-5)
+
+    few = np.array([6, 2], np.int32)
+    same(generate(MODEL, PARAMS, tokens[few], mask[few], KEY, CONFIG, few), few)
+    wide = np.pad(tokens, ((0, 0), (3, 0)), constant_values=9), np.pad(mask, ((0, 0), (3, 0)))
+    same(generate(MODEL, PARAMS, *wide, KEY, CONFIG, ROW_IDS), columns=3)
+
+    mask[3] = 0
+    absent = generate(MODEL, PARAMS, tokens, mask, KEY, CONFIG, ROW_IDS)
+    rest = np.arange(ROWS) != 3
+    same(jax.tree.map(lambda x: x[rest], absent), rest)
+    assert not np.asarray(absent.response_mask)[3].any()
+    assert np.isfinite(absent.log_probs).all()
+
+
+def run_collect(tokens, mask, sampling=CONFIG, row_ids=ROW_IDS, mesh=None):
+    ref_fn = jax.tree_util.Partial(POLICY, REF_PARAMS)
+    return collect(
+        MODEL, PARAMS, tokens, mask, KEY, sampling=sampling, policy_fn=POLICY, ref_fn=ref_fn, row_ids=row_ids, mesh=mesh
+    )
+
+
+def test_pad_id_outside_the_vocabulary():
+    tokens, mask = prompts()
+    options = SamplingConfig(max_new_tokens=7, temperature=0.8, eos_id=EOS, pad_id=VOCAB)
+    inside, outside = (run_collect(tokens, mask, sampling=sampling_config) for sampling_config in (CONFIG, options))
+    assert (np.asarray(outside.tokens) == VOCAB).any()
+    np.testing.assert_array_equal(np.where(outside.tokens == VOCAB, PAD, outside.tokens), inside.tokens)
+    np.testing.assert_array_equal(outside.log_probs, inside.log_probs)
+
+
+def test_collect():
+    """Log-probs and values are bit for bit those of the update's forward pass, so the first ratio is exactly 1."""
+    tokens, mask = prompts()
+    row_ids = ROW_IDS + 40
+    rolled = run_collect(tokens, mask, row_ids=row_ids)
+    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, CONFIG, row_ids)
+    for field in ("tokens", "attention_mask", "response_mask", "row_ids"):
+        np.testing.assert_array_equal(getattr(rolled, field), getattr(sampled, field), err_msg=field)
+    assert rolled.scores is None
+    assert rolled.rewards is None
+
+    response = np.asarray(rolled.response_mask) != 0
+    output = policy(PARAMS, rolled.tokens, rolled.attention_mask, None)
+    reference = policy(REF_PARAMS, rolled.tokens, rolled.attention_mask, None)
+    for got, forward in (
+        (rolled.log_probs, output.log_probs),
+        (rolled.values, output.values),
+        (rolled.ref_log_probs, reference.log_probs),
+    ):
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got, np.where(response, forward, 0.0))
+        assert np.ptp(np.asarray(got)[response]) > 0.1
+    np.testing.assert_array_equal(np.exp(np.asarray(output.log_probs) - rolled.log_probs)[response], 1.0)
+    assert np.abs(np.asarray(rolled.log_probs - rolled.ref_log_probs)).max() > 0.1
+
+    gap = float(rollout.sampler_gap(sampled, rolled))
+    assert gap == np.abs(np.asarray(sampled.log_probs) - rolled.log_probs)[response].max()
+    assert gap < 1e-5
+    # A policy function at another temperature is what the gap is there to find.
+    wrong = jax.jit(partial(rollout.rescore, policy_fn=models.policy_fn(MODEL, temperature=1.0)))(sampled, PARAMS)
+    assert float(rollout.sampler_gap(sampled, wrong)) > 0.1
+
+
+def test_collect_on_four_devices():
+    tokens, mask = prompts()
+    one = run_collect(tokens, mask)
+    four = run_collect(tokens, mask, mesh=Mesh(np.array(jax.devices()[:4]), ("data",)))
+    np.testing.assert_array_equal(four.tokens, one.tokens)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), four, one)
+
+
+def test_rescore_masks_and_keeps():
+    """By hand: zeros outside the response whatever stands there, no key, and nothing invented."""
+    masks = jnp.asarray([[0, 0, 1, 1], [0, 0, 1, 0]])
+    given = Rollout(
+        tokens=jnp.zeros((2, 4), jnp.int32),
+        attention_mask=jnp.ones((2, 4), jnp.int32),
+        response_mask=masks,
+        log_probs=jnp.full((2, 4), 7.0),
+        scores=jnp.asarray([1.0, 2.0]),
+    )
+    log_probs = jnp.asarray([[9.0, jnp.nan, -1.0, -2.0], [jnp.inf, 9.0, -3.0, jnp.nan]], jnp.bfloat16)
+
+    def policy_fn(params, tokens, attention_mask, key):
+        assert key is None
+        return PolicyOutput(log_probs * params, log_probs, params * 10 * log_probs)
+
+    def ref_fn(tokens, attention_mask, key):
+        assert key is None
+        return PolicyOutput(log_probs * 2, log_probs)
+
+    rescore = partial(rollout.rescore, policy_fn=policy_fn, ref_fn=ref_fn)
+    out = rescore(given, jnp.asarray(1.0, jnp.bfloat16))
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(rescore)(given, jnp.asarray(1.0, jnp.bfloat16)), out)
+    expected = np.array([[0, 0, -1, -2], [0, 0, -3, 0]], np.float32)
+    np.testing.assert_array_equal(out.log_probs, expected)
+    np.testing.assert_array_equal(out.values, expected * 10)
+    np.testing.assert_array_equal(out.ref_log_probs, expected * 2)
+    assert out.log_probs.dtype == out.values.dtype == out.ref_log_probs.dtype == jnp.float32
+    np.testing.assert_array_equal(out.scores, [1.0, 2.0])
+
+    no_values = rollout.rescore(given, None, policy_fn=lambda *_: PolicyOutput(log_probs, log_probs))
+    assert no_values.values is None
+    assert no_values.ref_log_probs is None
+
+
+def test_sampler_gap_by_hand():
+    def made(log_probs, response_mask):
+        zeros = jnp.zeros((1, 3), jnp.int32)
+        return Rollout(zeros, zeros, jnp.asarray(response_mask), jnp.asarray(log_probs))
+
+    sampled = made([[5.0, -1.0, -2.0]], [[0, 1, 1]])
+    assert rollout.sampler_gap(sampled, made([[0.0, -1.25, -1.5]], [[0, 1, 1]])) == 0.5
+    nothing = made([[5.0, -1.0, jnp.nan]], [[0, 0, 0]])
+    assert rollout.sampler_gap(nothing, sampled) == 0.0
+
+
+def test_collect_with_a_whole_value_model():
+    """Stiennon et al. 2020: values from a model of their own, the policy sampled from its own part of the params."""
+    value_policy = models.policy_fn(MODEL, temperature=0.8, prompt_length=PROMPT, value_model=MODEL)
+    body = {name: leaf for name, leaf in PARAMS.items() if name != "value"}
+    both = {"policy": body, "value": make_params(3)}
+    tokens, mask = prompts()
+    found = collect(MODEL, both, tokens, mask, KEY, sampling=CONFIG, policy_fn=value_policy, row_ids=ROW_IDS)
+    alone = run_collect(tokens, mask)
+    np.testing.assert_array_equal(found.tokens, alone.tokens)
+    np.testing.assert_allclose(found.log_probs, alone.log_probs, atol=1e-6)
+    own = jax.jit(POLICY)(make_params(3), found.tokens, found.attention_mask, None)
+    np.testing.assert_allclose(found.values, np.where(found.response_mask, own.values, 0.0), atol=1e-6)
+    assert np.abs(found.values - alone.values).max() > 0.1

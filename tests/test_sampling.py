@@ -1,0 +1,479 @@
+"""The sampler: exact distributions on a lookup-table model, ends and masks, and what a row may depend on."""
+
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax import sampling
+from rlhf_jax.sampling import SamplingConfig
+
+KEY = jax.random.key(0)
+generate = jax.jit(sampling.generate, static_argnames=("model", "config", "mesh"))
+best_of_n = jax.jit(sampling.best_of_n, static_argnames=("model", "config", "n", "reward_fn", "mesh"))
+
+
+class LookupModel(SimpleNamespace):
+    """logits = params["token"][token] + params["position"][position]: every probability can be written down."""
+
+    __hash__ = object.__hash__
+
+
+def lookup_model(max_length=64, calls=None):
+    def decode(params, tokens, positions, key_mask, cache, index):
+        if calls is not None:
+            jax.debug.callback(lambda i: calls.append((int(i), tokens.shape[1])), jnp.asarray(index))
+        return params["token"][tokens] + params["position"][positions], cache
+
+    return LookupModel(
+        config=SimpleNamespace(max_length=max_length),
+        init_cache=lambda batch, length: jnp.zeros((batch, length)),
+        decode=decode,
+    )
+
+
+MODEL = lookup_model()
+
+
+def lookup_params(vocab_size=5, seed=0, scale=1.5):
+    rng = np.random.default_rng(seed)
+    return {
+        "token": jnp.asarray(rng.normal(size=(vocab_size, vocab_size)) * scale, jnp.float32),
+        "position": jnp.asarray(rng.normal(size=(64, vocab_size)) * scale, jnp.float32),
+    }
+
+
+def config(**changes):
+    return SamplingConfig(**({"max_new_tokens": 6, "eos_id": 1, "pad_id": 0} | changes))
+
+
+def prompts(rows=24, seed=1, width=3, vocab_size=5):
+    """Left-padded prompts of 1 to ``width`` tokens, with junk in the pad columns."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, width + 1, rows)
+    mask = (np.arange(width)[None, :] >= width - lengths[:, None]).astype(np.int32)
+    return rng.integers(0, vocab_size, (rows, width)).astype(np.int32), mask
+
+
+def lookup_log_probs(params, rollout, prompt_length, temperature=1.0):
+    """[B, R] log-probs of the response by a loop over rows and columns, in float64."""
+    table, position_table = (np.asarray(params[name], np.float64) for name in ("token", "position"))
+    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.response_mask)
+    real = np.asarray(rollout.attention_mask)[:, :prompt_length].sum(1)
+    out = np.zeros(tokens.shape)
+    for i in range(len(tokens)):
+        for t in range(prompt_length, tokens.shape[1]):
+            if mask[i, t]:
+                logits = table[tokens[i, t - 1]] + position_table[real[i] + t - prompt_length - 1]
+                out[i, t] = scipy.special.log_softmax(logits / temperature)[tokens[i, t]]
+    return out
+
+
+def truncated_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """The definition, token by token: the k best, then the shortest list of the best that reaches p."""
+    probs = scipy.special.softmax(np.asarray(logits, np.float64) / temperature)
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])[:top_k]
+    kept, mass = [], 0.0
+    total = sum(probs[i] for i in order)
+    for i in order:
+        kept.append(i)
+        mass += probs[i] / total
+        if top_p is not None and mass >= top_p:
+            break
+    out = np.zeros(len(probs))
+    out[kept] = probs[kept]
+    return out / out.sum()
+
+
+# ---------------------------------------------------------------------------------------------------- distributions
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0},
+        {"top_k": 2},
+        {"top_p": 0.7},
+        {"temperature": 1.7, "top_k": 4, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_frequencies_match_exact_distribution(options):
+    """Two tokens, 5 x 5 outcomes, 20,000 rows: their counts pass a chi-square test; truncated tokens never occur."""
+    params, rows = lookup_params(scale=0.5), 20_000
+    tokens = np.full((rows, 1), 3, np.int32)
+    options_ = config(max_new_tokens=2, eos_id=None, **options)
+    rollout = generate(MODEL, params, tokens, np.ones_like(tokens), KEY, options_)
+    counts = np.zeros((5, 5))
+    np.add.at(counts, tuple(np.asarray(rollout.tokens)[:, 1:].T), 1)
+
+    table, position = np.asarray(params["token"]), np.asarray(params["position"])
+    first = truncated_probs(table[3] + position[0], **options)
+    second = np.stack([truncated_probs(table[i] + position[1], **options) for i in range(5)])
+    expected = first[:, None] * second
+    possible = expected > 0
+    assert possible.sum() >= 4
+    assert expected[possible].min() * rows > 5  # chi-square needs it
+    assert counts[~possible].sum() == 0
+    assert scipy.stats.chisquare(counts[possible], expected[possible] * rows).pvalue > 1e-3
+
+
+def test_truncate():
+    logits = np.log(np.array([[0.4, 0.1, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]], np.float32))
+    T, F = True, False
+
+    def kept(**options):
+        return np.isfinite(sampling.truncate(logits, **options)).tolist()
+
+    assert kept() == kept(top_k=9) == kept(top_p=1.0) == [[T] * 4] * 2
+    assert kept(top_k=2) == [[T, F, T, F], [T, T, T, T]]  # all tie with the second
+    assert kept(top_p=0.39) == [[T, F, F, F], [T, T, F, F]]
+    assert kept(top_p=0.6) == [[T, F, T, F], [T, T, T, F]]  # the token that crosses stays
+    assert kept(top_p=1e-6) == [[T, F, F, F], [T, F, F, F]]
+    # Renormalised after top-k: .4 / .7 = .571 does not reach .58, where .4 + .3 of the full softmax does.
+    assert kept(top_k=2, top_p=0.56) == [[T, F, F, F], [T, T, T, F]]
+    assert kept(top_k=2, top_p=0.58) == [[T, F, T, F], [T, T, T, F]]
+    np.testing.assert_array_equal(sampling.truncate(logits, 2)[0, [0, 2]], logits[0, [0, 2]])
+
+
+def test_greedy_follows_the_largest_logit():
+    params = lookup_params()
+    tokens, mask = prompts()
+    rollout = generate(MODEL, params, tokens, mask, KEY, config(temperature=0.0, eos_id=None))
+    out = np.asarray(rollout.tokens)
+    for i in range(24):
+        for t in range(3, 9):
+            logits = params["token"][out[i, t - 1]] + params["position"][mask[i].sum() + t - 4]
+            assert out[i, t] == np.argmax(logits)
+    # Log-probs of temperature 1, and the key is not used.
+    np.testing.assert_allclose(rollout.log_probs, lookup_log_probs(params, rollout, 3), atol=1e-5)
+    other = generate(MODEL, params, tokens, mask, jax.random.key(9), config(temperature=0.0, eos_id=None))
+    np.testing.assert_array_equal(other.tokens, out)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 2, "top_p": 0.9}], ids=str)
+def test_log_probs_are_of_the_full_softmax_at_the_temperature(options):
+    params = lookup_params()
+    tokens, mask = prompts()
+    rollout = generate(MODEL, params, tokens, mask, KEY, config(**options))
+    expected = lookup_log_probs(params, rollout, 3, options.get("temperature", 1.0))
+    assert rollout.log_probs.dtype == jnp.float32
+    np.testing.assert_allclose(rollout.log_probs, expected, atol=1e-5)
+    assert np.count_nonzero(expected) > 24
+
+
+# ------------------------------------------------------------------------------------------------------ ends and masks
+
+
+def test_end_of_a_response():
+    """After EOS: pads, masks 0, log-probs 0. A pad_id before EOS is an ordinary token."""
+    tokens, mask = prompts()
+    rollout = jax.tree.map(np.asarray, generate(MODEL, lookup_params(), tokens, mask, KEY, config()))
+    np.testing.assert_array_equal(rollout.tokens[:, :3], tokens)
+    np.testing.assert_array_equal(rollout.attention_mask[:, :3], mask)
+    assert not rollout.response_mask[:, :3].any()
+    ended = pads_inside = 0
+    for i in range(24):
+        response = rollout.tokens[i, 3:]
+        is_eos = response == 1
+        length = int(np.argmax(is_eos)) + 1 if is_eos.any() else 6
+        ended += length < 6
+        pads_inside += (response[:length] == 0).sum()
+        wanted = (np.arange(6) < length).astype(np.int32)
+        np.testing.assert_array_equal(rollout.response_mask[i, 3:], wanted)
+        np.testing.assert_array_equal(rollout.attention_mask[i, 3:], wanted)
+        assert (response[length:] == 0).all()
+        assert (rollout.log_probs[i, 3:][:length] < 0).all()
+        assert (rollout.log_probs[i, 3:][length:] == 0).all()
+    assert ended > 5
+    assert pads_inside > 2
+
+
+def test_eos_none_never_ends():
+    tokens, mask = prompts()
+    rollout = generate(MODEL, lookup_params(), tokens, mask, KEY, config(eos_id=None))
+    assert np.asarray(rollout.response_mask)[:, 3:].all()
+    assert (np.asarray(rollout.tokens)[:, 3:] == 1).any()
+
+
+def test_stops_when_every_row_has_ended():
+    """Position 4 allows EOS only: a row with 3 prompt tokens ends with its third, one with 1 with its fifth token."""
+    params = lookup_params()
+    params["token"] = params["token"].at[:, 1].set(-100.0)
+    params["position"] = params["position"].at[4, 1].set(1000.0)
+    tokens = np.full((2, 3), 2, np.int32)
+
+    def decoded(mask):
+        calls = []
+        model = lookup_model(calls=calls)
+        rollout = generate(model, params, tokens, np.asarray(mask, np.int32), KEY, config(max_new_tokens=40))
+        assert rollout.tokens.shape == (2, 43)
+        jax.effects_barrier()
+        return sorted(calls), np.asarray(rollout.response_mask).sum(1).tolist()
+
+    prefill = (0, 2)
+    assert decoded([[1, 1, 1], [1, 1, 1]]) == ([prefill, (2, 1), (3, 1), (4, 1)], [3, 3])
+    assert decoded([[1, 1, 1], [0, 0, 1]]) == ([prefill, *((i, 1) for i in range(2, 7))], [3, 5])
+    # A row without a prompt is absent: nothing waits for it.
+    assert decoded([[1, 1, 1], [0, 0, 0]]) == ([prefill, (2, 1), (3, 1), (4, 1)], [3, 0])
+    assert decoded([[0, 0, 0], [0, 0, 0]]) == ([prefill], [0, 0])
+
+
+def test_absent_row():
+    params = lookup_params()
+    tokens, mask = prompts()
+    full = generate(MODEL, params, tokens, mask, KEY, config())
+    mask[2] = 0
+    rollout = generate(MODEL, params, tokens, mask, KEY, config())
+    np.testing.assert_array_equal(rollout.tokens[2], [*tokens[2], 0, 0, 0, 0, 0, 0])
+    for field in (rollout.attention_mask, rollout.response_mask, rollout.log_probs):
+        assert not np.asarray(field)[2].any()
+    others = np.arange(24) != 2
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[others], b[others]), rollout, full)
+
+
+# -------------------------------------------------------------------------------------------- what a row may depend on
+
+
+def test_same_key_same_bits_other_key_other_sample():
+    params = lookup_params()
+    tokens, mask = prompts()
+    one, two = (generate(MODEL, params, tokens, mask, jax.random.key(3), config()) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    other = generate(MODEL, params, tokens, mask, jax.random.key(4), config())
+    assert (np.asarray(other.tokens) != np.asarray(one.tokens)).any(axis=1).mean() > 0.5
+
+
+def test_positions_and_rows_have_their_own_randomness():
+    """A model that forgets everything: equal rows and positions would repeat if they shared a key."""
+    params = {"token": jnp.zeros((50, 50)), "position": jnp.zeros((64, 50))}
+    tokens = np.full((40, 1), 2, np.int32)
+    rollout = generate(MODEL, params, tokens, np.ones_like(tokens), KEY, config(max_new_tokens=40, eos_id=None))
+    response = np.asarray(rollout.tokens)[:, 1:]
+    assert 0.005 < (response[:, 1:] == response[:, :-1]).mean() < 0.04
+    assert 0.005 < (response[1:] == response[:-1]).mean() < 0.04
+    same_id = np.full((40,), 7, np.int32)
+    twins = generate(MODEL, params, tokens, np.ones_like(tokens), KEY, config(max_new_tokens=40, eos_id=None), same_id)
+    assert (np.asarray(twins.tokens) == np.asarray(twins.tokens)[:1]).all()
+    np.testing.assert_array_equal(twins.tokens[0], rollout.tokens[7])
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    params = lookup_params()
+    tokens, mask = prompts()
+    rollout = generate(MODEL, params, tokens, mask, KEY, config())
+    np.testing.assert_array_equal(rollout.row_ids, np.arange(24))
+    chosen = np.array([17, 3, 8], np.int32)
+    subset = generate(MODEL, params, tokens[chosen], mask[chosen], KEY, config(), chosen)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[chosen]), subset, rollout)
+
+
+def test_a_row_does_not_depend_on_prompt_padding():
+    params = lookup_params()
+    tokens, mask = prompts()
+    rollout = generate(MODEL, params, tokens, mask, KEY, config())
+    wide_tokens = np.pad(tokens, ((0, 0), (5, 0)), constant_values=4)
+    wide = generate(MODEL, params, wide_tokens, np.pad(mask, ((0, 0), (5, 0))), KEY, config())
+    for field in ("tokens", "attention_mask", "response_mask", "log_probs"):
+        np.testing.assert_array_equal(getattr(wide, field)[:, 5:], getattr(rollout, field), err_msg=field)
+
+
+def test_fewer_new_tokens_is_a_prefix():
+    params = lookup_params()
+    tokens, mask = prompts()
+    long, short = (generate(MODEL, params, tokens, mask, KEY, config(max_new_tokens=n)) for n in (6, 2))
+    np.testing.assert_array_equal(long.tokens[:, :5], short.tokens)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_devices_do_not_change_the_tokens(devices):
+    params = lookup_params()
+    tokens, mask = prompts()
+    alone = generate(MODEL, params, tokens, mask, KEY, config())
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    spread = generate(MODEL, params, tokens, mask, KEY, config(), None, mesh)
+    jax.tree.map(np.testing.assert_array_equal, spread, alone)
+    assert spread.tokens.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data")), 2)
+
+
+def test_row_ids_under_a_mesh():
+    params = lookup_params()
+    tokens, mask = prompts()
+    order = np.random.default_rng(0).permutation(24).astype(np.int32)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    shuffled = generate(MODEL, params, tokens[order], mask[order], KEY, config(), order, mesh)
+    alone = generate(MODEL, params, tokens, mask, KEY, config())
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[order]), shuffled, alone)
+
+
+def test_each_device_stops_by_itself():
+    """Rows of the second device never end; the first device still decodes only until its own rows have ended."""
+    params = lookup_params()
+    token = np.array(params["token"])
+    token[:, [1, 3]] = -100.0
+    token[3, 1] = 100.0  # 3 is followed by EOS, the others by neither EOS nor 3
+    params["token"] = jnp.asarray(token)
+    tokens = np.array([[3], [3], [2], [2]], np.int32)
+    calls = []
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    rollout = generate(lookup_model(calls=calls), params, tokens, np.ones_like(tokens), KEY, config(), None, mesh)
+    jax.effects_barrier()
+    assert np.asarray(rollout.response_mask).sum(1).tolist() == [1, 1, 6, 6]
+    assert len(calls) == 1 + 6
+
+
+def test_jit_changes_nothing():
+    params = lookup_params()
+    tokens, mask = prompts(4)
+    options = config(max_new_tokens=3, top_k=3, top_p=0.9)
+    plain = sampling.generate(MODEL, params, tokens, mask, KEY, options)
+    jitted = generate(MODEL, params, tokens, mask, KEY, options)
+    np.testing.assert_array_equal(plain.tokens, jitted.tokens)
+    np.testing.assert_allclose(plain.log_probs, jitted.log_probs, atol=1e-6)
+
+
+def test_one_column_prompt_equals_the_tail_of_a_longer_one():
+    """P = 1 has no prefill; with the same position its result is that of a prompt padded to 2."""
+    params = lookup_params()
+    tokens, mask = np.array([[2], [3]], np.int32), np.ones((2, 1), np.int32)
+    one = generate(MODEL, params, tokens, mask, KEY, config())
+    two = generate(MODEL, params, np.pad(tokens, ((0, 0), (1, 0))), np.pad(mask, ((0, 0), (1, 0))), KEY, config())
+    np.testing.assert_array_equal(one.tokens, two.tokens[:, 1:])
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"eos_id": -1}, "eos_id"),
+        ({"pad_id": -1}, "pad_id"),
+        ({"pad_id": 1}, "pad_id and eos_id must differ, both are 1"),
+    ],
+)
+def test_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_truncated():
+    assert not config().truncated
+    assert not config(temperature=0.5, top_p=1.0).truncated
+    assert config(temperature=0.0).truncated
+    assert config(top_k=5).truncated
+    assert config(top_p=0.9).truncated
+
+
+def test_generate_refuses():
+    params = lookup_params()
+    tokens, mask = prompts(6)
+
+    def run(tokens=tokens, mask=mask, options=None, **arguments):
+        sampling.generate(MODEL, params, tokens, mask, KEY, options or config(), **arguments)
+
+    with pytest.raises(ValueError, match=r"3 \+ max_new_tokens 62 = 65 .* max_length 64"):
+        run(options=config(max_new_tokens=62))
+    with pytest.raises(ValueError, match=r"\[B, P\].*\(3,\)"):
+        run(tokens=tokens[0], mask=mask[0])
+    with pytest.raises(ValueError, match=r"\(6, 3\), got \(6, 2\)"):
+        run(mask=mask[:, 1:])
+    with pytest.raises(ValueError, match=r"row_ids must be \[6\].*\(5,\)"):
+        run(row_ids=np.arange(5))
+    with pytest.raises(ValueError, match="eos_id 5 is outside the model's vocabulary of 5"):
+        run(options=config(eos_id=5))
+    with pytest.raises(ValueError, match="6 rows do not divide by the 4 devices"):
+        run(mesh=Mesh(np.array(jax.devices()[:4]), ("data",)))
+    with pytest.raises(ValueError, match=r'axis "data", it has \(\'batch\',\)'):
+        run(mesh=Mesh(np.array(jax.devices()[:2]), ("batch",)))
+
+
+# ----------------------------------------------------------------------------------------------------------- best of n
+
+
+def test_best_of_n_distribution_and_kl():
+    """One token, its reward its rank: P(best <= i) = F(i)^n, and the KL from the policy is below the bound."""
+    probs = np.array([0.1, 0.4, 0.2, 0.3])
+    params = {"token": jnp.broadcast_to(jnp.log(probs), (4, 4)), "position": jnp.zeros((64, 4))}
+    rows, n = 4000, 3
+    tokens = np.full((rows, 1), 2, np.int32)
+    rollout, scores = best_of_n(
+        MODEL,
+        params,
+        tokens,
+        np.ones_like(tokens),
+        KEY,
+        config(max_new_tokens=1, eos_id=None),
+        n=n,
+        reward_fn=lambda rollout: rollout.tokens[:, -1].astype(jnp.float32),
+    )
+    assert scores.shape == (rows, n)
+    np.testing.assert_array_equal(rollout.scores, np.asarray(scores).max(1))
+    np.testing.assert_array_equal(rollout.tokens[:, 1], np.asarray(scores).max(1))
+    np.testing.assert_array_equal(rollout.row_ids, np.arange(rows))
+    expected = np.diff(np.cumsum(probs) ** n, prepend=0.0)
+    counts = np.bincount(np.asarray(rollout.tokens)[:, 1], minlength=4)
+    assert scipy.stats.chisquare(counts, expected * rows).pvalue > 1e-3
+    assert 0.1 < (expected * np.log(expected / probs)).sum() < sampling.best_of_n_kl(n)
+
+
+def test_best_of_n_rewards_ties_nan_and_rows():
+    params = lookup_params()
+    tokens, mask = prompts(4)
+    row_ids = np.array([5, 0, 9, 2], np.int32)
+
+    def run(reward_fn, mesh=None, n=2):
+        return best_of_n(
+            MODEL, params, tokens, mask, KEY, config(), n=n, reward_fn=reward_fn, row_ids=row_ids, mesh=mesh
+        )
+
+    # Sample i is row row_id * n + i of generate.
+    sample_ids = np.array([10, 11, 0, 1, 18, 19, 4, 5])
+    samples = generate(MODEL, params, np.repeat(tokens, 2, 0), np.repeat(mask, 2, 0), KEY, config(), sample_ids)
+    lengths = np.asarray(samples.response_mask).sum(1).reshape(4, 2)
+    dense, scores = run(lambda rollout: jnp.where(rollout.response_mask != 0, 1.0, jnp.nan))
+    np.testing.assert_array_equal(scores, lengths)
+    best = lengths.argmax(1)
+    np.testing.assert_array_equal(dense.tokens, np.asarray(samples.tokens).reshape(4, 2, -1)[np.arange(4), best])
+    np.testing.assert_array_equal(dense.row_ids, row_ids)
+
+    given = jnp.asarray([1.0, 1.0, jnp.nan, -3.0, 0.0, jnp.inf, jnp.nan, jnp.nan])
+    with_parts, scores = run(lambda rollout: (given, {"part": given}))
+    np.testing.assert_array_equal(scores, np.asarray(given).reshape(4, 2))
+    np.testing.assert_array_equal(with_parts.scores, [1.0, -3.0, np.inf, np.nan])
+    np.testing.assert_array_equal(with_parts.tokens, np.asarray(samples.tokens)[[0, 3, 5, 6]])
+
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    spread, _ = run(lambda rollout: given, mesh)
+    np.testing.assert_array_equal(spread.tokens, with_parts.tokens)
+
+    with pytest.raises(ValueError, match=r"\[8\] scores or \[B, T\] rewards, got \(3,\)"):
+        run(lambda rollout: jnp.zeros(3))
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        run(lambda rollout: given, n=0)
+
+
+def test_best_of_n_kl():
+    assert sampling.best_of_n_kl(1) == 0.0
+    assert sampling.best_of_n_kl(4) == pytest.approx(0.636294)
+    with pytest.raises(ValueError, match="n must be at least 1"):
+        sampling.best_of_n_kl(0)
+
+
+def test_max_new_tokens_may_be_positional():
+    assert SamplingConfig(4, eos_id=1, pad_id=0) == SamplingConfig(max_new_tokens=4, eos_id=1, pad_id=0)
