@@ -1,0 +1,168 @@
+"""Policies and scorers that are lookup tables, rollouts to feed them, and the three ways to run an update."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax import models, ops, sharding
+from rlhf_jax.rewards import kl_shaped
+from rlhf_jax.types import Comparisons, PolicyOutput, Rollout
+
+VOCAB_SIZE = 5
+
+
+def policy_fn(params, tokens, attention_mask, key):
+    """A bigram table [V, V] of logits and a table [V] of values, both looked up by the token before."""
+    del attention_mask, key
+    logits = params["logits"][tokens]
+    values = jnp.pad(params["values"][tokens[:, :-1]], ((0, 0), (1, 0)))
+    return PolicyOutput(ops.token_log_probs(logits, tokens), ops.entropy(logits), values)
+
+
+def score_fn(params, tokens, attention_mask, key):
+    """The sum of a table [V] over real tokens."""
+    del key
+    return jnp.sum(jnp.where(attention_mask != 0, params["scores"][tokens], 0.0), axis=1)
+
+
+def policy_params(seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(VOCAB_SIZE, VOCAB_SIZE))
+    return {"logits": jnp.asarray(logits, jnp.float32), "values": jnp.asarray(rng.normal(size=VOCAB_SIZE), jnp.float32)}
+
+
+def rollout(seed, lengths, prompt_length=3, response_length=4):
+    """Rows with responses of these ``lengths`` (0: absent) after left-padded prompts of random lengths; all fields set.
+
+    Log-probs and values are near those of ``policy_params(seed)``, so that some ratios are clipped and some are not.
+    """
+    rng = np.random.default_rng(seed)
+    rows, total = len(lengths), prompt_length + response_length
+    column = np.arange(total)[None, :]
+    lengths = np.asarray(lengths)[:, None]
+    response_mask = (column >= prompt_length) & (column < prompt_length + lengths)
+    prompt_mask = (column < prompt_length) & (column >= rng.integers(0, prompt_length, size=(rows, 1)))
+    tokens = jnp.asarray(rng.integers(0, VOCAB_SIZE, size=(rows, total)), jnp.int32)
+    output = policy_fn(policy_params(seed), tokens, None, None)
+
+    def near(x, scale):
+        x = np.asarray(x) + scale * rng.normal(size=(rows, total))
+        return jnp.asarray(np.where(response_mask, x, 0.0), jnp.float32)
+
+    return Rollout(
+        tokens=tokens,
+        attention_mask=jnp.asarray(response_mask | prompt_mask, jnp.int32),
+        response_mask=jnp.asarray(response_mask, jnp.int32),
+        log_probs=near(output.log_probs, 0.2),
+        row_ids=jnp.arange(rows),
+        ref_log_probs=near(output.log_probs, 0.5),
+        values=near(output.values, 0.2),
+        rewards=near(0.0, 1.0),
+        advantages=near(0.0, 1.0),
+        returns=near(0.0, 1.0),
+    )
+
+
+def comparisons(seed, num_rows, num_answers, length=6, absent=()):
+    """Random answers; ``absent`` lists (row, answer) pairs that are not there."""
+    rng = np.random.default_rng(seed)
+    shape = (num_rows, num_answers, length)
+    real = np.arange(length)[None, None, :] < rng.integers(2, length + 1, size=(num_rows, num_answers, 1))
+    for row, answer in absent:
+        real[row, answer] = False
+    response = real & (np.arange(length)[None, None, :] >= 1)
+    return Comparisons(
+        tokens=jnp.asarray(rng.integers(0, VOCAB_SIZE, size=shape), jnp.int32),
+        attention_mask=jnp.asarray(real, jnp.int32),
+        response_mask=jnp.asarray(response, jnp.int32),
+    )
+
+
+def three_ways(update, state, batch, key, **jit_options):
+    """Results of ``update(state, batch, key)`` on one device, under plain jit over arrays sharded over 4 devices, and
+    under shard_map over the same 4. Under jit no row may move from one device to another."""
+    mesh = sharding.make_mesh(4)
+    one = jax.jit(update)(state, batch, key)
+    spread = sharding.replicate(mesh, state), sharding.shard_rows(mesh, batch), sharding.replicate(mesh, key)
+    compiled = jax.jit(partial(update, **jit_options)).lower(*spread).compile()
+    moves = [name for name in ("all-gather", "all-to-all", "collective-permute") if name in compiled.as_text()]
+    assert not moves
+    mapped = jax.shard_map(
+        partial(update, axis_name="data"),
+        mesh=mesh,
+        in_specs=(P(), P("data"), P()),
+        out_specs=P(),
+        check_vma=False,
+    )
+    return one, compiled(*spread), jax.jit(mapped)(*spread)
+
+
+def assert_close(actual, expected, atol=1e-6):
+    """Trees of the same structure and, within ``atol``, of the same numbers."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a), np.asarray(b), rtol=1e-5, atol=atol, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def assert_identical(actual, expected):
+    """Trees of the same structure and the same bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+# A bandit as a language model: one prompt token, one response token out of three (ALGORITHMS 8.1).
+BANDIT_REF = jnp.array([0.5, 0.3, 0.2])
+BANDIT_REWARD = jnp.array([1.0, 0.0, 2.0])
+BANDIT_OPTIMUM = np.array([0.247720, 0.020115, 0.732165])  # proportional to ref * exp(reward / 0.5)
+
+
+def bandit_params():
+    return {"logits": jnp.log(BANDIT_REF), "value": jnp.zeros(())}
+
+
+def bandit_policy_fn(params, tokens, attention_mask, key):
+    del attention_mask, key
+    logits = jnp.broadcast_to(params["logits"], (*tokens.shape, 3))
+    values = jnp.broadcast_to(params["value"], tokens.shape)
+    return PolicyOutput(ops.token_log_probs(logits, tokens), ops.entropy(logits), values)
+
+
+def bandit_rollout(params, key, num_rows=256):
+    """Sampled arms with their rewards; the KL penalty of coefficient 0.5 is in ``rewards``."""
+    arms = jax.random.categorical(key, params["logits"], shape=(num_rows,))
+    tokens = jnp.stack([jnp.zeros_like(arms), arms], axis=1)
+    attention_mask = jnp.ones_like(tokens)
+    output = bandit_policy_fn(params, tokens, attention_mask, None)
+    sampled = Rollout(
+        tokens=tokens,
+        attention_mask=attention_mask,
+        response_mask=attention_mask.at[:, 0].set(0),
+        log_probs=output.log_probs,
+        values=output.values,
+        ref_log_probs=bandit_policy_fn(bandit_params(), tokens, attention_mask, None).log_probs,
+        scores=BANDIT_REWARD[arms],
+    )
+    return sampled.replace(rewards=kl_shaped(sampled, 0.5))
+
+
+def total_variation(params):
+    return 0.5 * np.sum(np.abs(np.asarray(jax.nn.softmax(params["logits"])) - BANDIT_OPTIMUM))
+
+
+def gpt2(head=None):
+    """A GPT-2 of one layer whose token table takes more than 1 MB, and its parameters."""
+    config = models.GPT2Config(vocab_size=1100, max_length=16, hidden_size=256, num_layers=1, num_heads=2)
+    model = models.build(config)
+    params = model.init(jax.random.key(0))
+    return model, params if head is None else models.add_head(jax.random.key(1), params, head)
+
+
+def largest_constant(jitted, *args):
+    """An upper bound, in characters, on the constants in the program text of a jitted function."""
+    return max(len(line) for line in jitted.lower(*args).as_text().splitlines())
