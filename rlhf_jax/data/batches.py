@@ -1,0 +1,195 @@
+"""Rows to arrays, and batches that depend only on (key, step).
+
+Encoded rows are ragged; a batch is padded to its own longest row, rounded up to ``bucket_multiple``, so that few shapes
+are compiled. Which rows form batch number ``step`` is computed from the key alone: a resumed run continues anywhere
+without replaying, and the number of devices plays no part. Everything is NumPy on the host.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax.data.encoding import EncodedComparisons, EncodedPrompts, EncodedTexts
+from rlhf_jax.types import Comparisons, Demonstrations
+
+ABSENT = -1  # in place of a row number: completes the last batch of an epoch and counts in no statistic
+
+
+class PromptBatch(NamedTuple):
+    """Left-padded prompts: tokens and attention_mask [B, P] int32, row_ids [B] int32 into the encoded prompts."""
+
+    tokens: np.ndarray
+    attention_mask: np.ndarray
+    row_ids: np.ndarray
+
+
+def split(
+    n: int, fraction: float, key: jax.Array, groups: Sequence[Any] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers for training and for validation, each ascending; round(n * fraction) of them, at least 1, validate.
+
+    A fraction of 0 gives an empty validation part. Raises ValueError for a fraction outside [0, 1) and if no row would
+    be left to train on.
+
+    Args:
+      groups: of each row; rows of one group, such as the pairs of one ranking, stay together, so that a few more may
+        validate. None: each row is a group of its own.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the validation fraction must be in [0, 1), got {fraction}")
+    held_out = max(1, round(n * fraction)) if fraction else 0
+    names = range(n) if groups is None else groups
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    group_of = np.array([number[name] for name in names], np.int64)
+    order = _permutation(key, len(number))
+    before = np.cumsum(np.bincount(group_of, minlength=len(number))[order])
+    num_groups = int(np.searchsorted(before, held_out)) + 1 if held_out else 0
+    if num_groups >= len(number):
+        raise ValueError(f"{n} rows leave none to train on after {held_out} for validation")
+    validates = np.isin(group_of, order[:num_groups])
+    return np.flatnonzero(~validates), np.flatnonzero(validates)
+
+
+def plan_epoch(
+    lengths: Sequence[int] | np.ndarray, batch_size: int, key: jax.Array, epoch: int, bucket_multiple: int = 16
+) -> list[np.ndarray]:
+    """Batches of one pass over the rows, as row numbers [batch_size] int64 each; every row appears once.
+
+    The rows are shuffled by ``fold_in(key, epoch)`` and grouped by length rounded up to ``bucket_multiple``. What is
+    left over in a group joins the next longer one; the very last batch is completed with -1 (absent). Then the order of
+    the batches is shuffled. There are ceil(N / batch_size) batches.
+    """
+    lengths = np.asarray(lengths)
+    epoch_key = jax.random.fold_in(key, epoch)
+    order = _permutation(jax.random.fold_in(epoch_key, 0), len(lengths))
+    buckets = _round_up(lengths[order], bucket_multiple)
+    # Stable: rows keep their random order inside a bucket, and leftovers are the last rows of the shorter bucket, so
+    # cutting the sorted rows into equal slices is the same as passing leftovers on.
+    by_length = order[np.argsort(buckets, kind="stable")]
+    filled = np.full(num_batches(len(lengths), batch_size) * batch_size, ABSENT, np.int64)
+    filled[: len(by_length)] = by_length
+    batches = filled.reshape(-1, batch_size)
+    return list(batches[_permutation(jax.random.fold_in(epoch_key, 1), len(batches))])
+
+
+def num_batches(n: int, batch_size: int) -> int:
+    """Batches in one pass over ``n`` rows."""
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"batches need rows and a batch size of at least 1, got {n} rows and batch size {batch_size}")
+    return -(-n // batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The row numbers of any step: ``plan.rows(step)`` is a pure function of the fields and the step."""
+
+    lengths: np.ndarray  # [N]
+    batch_size: int
+    key: jax.Array
+    bucket_multiple: int = 16
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return num_batches(len(self.lengths), self.batch_size)
+
+    @functools.cached_property
+    def _epoch(self) -> Callable[[int], list[np.ndarray]]:
+        def plan(epoch: int) -> list[np.ndarray]:
+            return plan_epoch(self.lengths, self.batch_size, self.key, epoch, self.bucket_multiple)
+
+        return functools.lru_cache(maxsize=2)(plan)  # consecutive steps ask for the same epoch
+
+    def rows(self, step: int) -> np.ndarray:
+        """[batch_size] row numbers of batch ``step`` (counted over all epochs), -1 for absent ones."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[index]
+
+
+def prompt_rows(n: int, batch_size: int, key: jax.Array, step: int) -> np.ndarray:
+    """[batch_size] int64 row numbers of prompt batch ``step``: always full, running on into the next epoch's shuffle.
+
+    Epoch e visits the n prompts in the order of ``fold_in(key, e)``. The batch that crosses an epoch's end may hold a
+    prompt twice, so a sampler must take a row's randomness from its place in the batch, not from this number.
+    """
+    num_batches(n, batch_size)  # checks both
+    position = step * batch_size + np.arange(batch_size)
+    epochs = range(int(position[0]) // n, int(position[-1]) // n + 1)
+    orders = np.concatenate([_permutation(jax.random.fold_in(key, epoch), n) for epoch in epochs])
+    return orders[position - epochs[0] * n]
+
+
+def demonstration_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 16) -> Demonstrations:
+    """The given rows, right-padded: fields [B, T] int32. An absent row (-1) is padding with an empty response_mask."""
+    width = _width([data.lengths[row] for row in rows if row != ABSENT], bucket_multiple, data.max_length)
+    tokens, attention_mask, response_mask = _padded([(data, rows)], width)
+    return Demonstrations(tokens=tokens[:, 0], attention_mask=attention_mask[:, 0], response_mask=response_mask[:, 0])
+
+
+def comparison_batch(data: EncodedComparisons, rows: np.ndarray, bucket_multiple: int = 16) -> Comparisons:
+    """The given comparisons, right-padded: tokens and masks [B, K, T] int32; best, targets, weight where they have any.
+
+    An absent row (-1) or answer is padding with an empty response_mask. ``best`` None means answer 0, the chosen one.
+    """
+    width = _width([data.lengths[row] for row in rows if row != ABSENT], bucket_multiple, data.chosen.max_length)
+    tokens, attention_mask, response_mask = _padded([(texts, rows) for texts in data.answers], width)
+
+    def labels(values: np.ndarray | None) -> Any:
+        if values is None:
+            return None
+        present = (rows != ABSENT).reshape(-1, *[1] * (values.ndim - 1))
+        return np.where(present, values[rows], np.zeros((), values.dtype))
+
+    return Comparisons(
+        tokens=tokens,
+        attention_mask=attention_mask,
+        response_mask=response_mask,
+        best=labels(data.best),
+        targets=labels(data.targets),
+        weight=labels(data.weight),
+    )
+
+
+def prompt_batch(data: EncodedPrompts, rows: np.ndarray) -> PromptBatch:
+    """The given prompts, all at the width of the set, so that sampling compiles once."""
+    return PromptBatch(data.tokens[rows], data.attention_mask[rows], np.asarray(rows, np.int32))
+
+
+def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]]:
+    """The data columns of the given rows, for a reward that reads them."""
+    return {name: [values[row] for row in row_ids] for name, values in data.columns.items()}
+
+
+def _padded(texts: list[tuple[EncodedTexts, np.ndarray]], width: int) -> tuple[Any, Any, Any]:
+    """NumPy [B, K, width] int32 (Any, as the fields they fill are declared for the device): tokens and both masks."""
+    shape = (len(texts[0][1]), len(texts), width)
+    tokens = np.full(shape, texts[0][0].pad_id, np.int32)
+    attention_mask = np.zeros(shape, np.int32)
+    response_mask = np.zeros(shape, np.int32)
+    for k, (data, rows) in enumerate(texts):
+        for b, row in enumerate(rows):
+            if row == ABSENT:
+                continue
+            length = data.lengths[row]
+            tokens[b, k, :length] = data.tokens[row]
+            attention_mask[b, k, :length] = 1
+            response_mask[b, k, data.starts[row] : length] = 1
+    return tokens, attention_mask, response_mask
+
+
+def _width(lengths: Sequence[int], bucket_multiple: int, max_length: int | None) -> int:
+    if not len(lengths):
+        raise ValueError("a batch without any row")
+    width = int(_round_up(max(lengths), bucket_multiple))
+    return width if max_length is None else min(width, max_length)
+
+
+def _round_up(lengths: Any, multiple: int) -> Any:
+    return -(-lengths // multiple) * multiple
+
+
+def _permutation(key: jax.Array, n: int) -> np.ndarray:
+    return np.asarray(jax.random.permutation(key, n)).astype(np.int64)

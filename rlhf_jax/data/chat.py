@@ -1,0 +1,194 @@
+"""Chat rows, lists of ``{role, content}``, as prompts and responses by a chat template.
+
+The prompt is the conversation before the last assistant turn, rendered with the template's opening of the next
+assistant turn (``add_generation_prompt``); the response is that turn's content, so that the boundary is where the
+sampler puts it, and EOS ends it as it ends any response.
+
+Templates are Jinja as in Hugging Face's tokenizers. They come from files, so they run in the sandbox whose values
+cannot be changed and whose unsafe attributes cannot be reached.
+"""
+
+import difflib
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import tokenizers
+
+from rlhf_jax.data.records import Record
+from rlhf_jax.data.rows import Drop, Text, checked, kind, text
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.errors import UserError
+
+Message = dict[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+NO_RESPONSE = "dialogue without a last response"
+
+# For tokenizers without a template: "User:\nHello\n\nAssistant:\n".
+PLAIN = (
+    "{% for message in messages %}{{ message.role | capitalize }}:\n{{ message.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """A Jinja template; with a tokenizer, what it renders is tokenised at once, its special tokens as such.
+
+    Without one (`PLAIN`), prompts are text. Message contents may not spell a special token of the tokenizer: data could
+    then end a turn or speak as another role.
+    """
+
+    source: str = PLAIN
+    tokenizer: Tokenizer | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token and the like, by the template's names
+
+    def prompt(self, messages: Sequence[Message], where: str) -> Text:
+        """The conversation and the opening of the next assistant turn.
+
+        Raises:
+          UserError: naming the row (``where``) for a template that fails or contents that spell a special token.
+        """
+        try:
+            rendered = self._template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
+        except Exception as error:  # a template can fail in any way that an expression can
+            raise UserError(f"{where}: the chat template failed: {type(error).__name__}: {error}") from error
+        if self.tokenizer is None:
+            return rendered
+        for message in messages:
+            for token in self._spellings:
+                if token in message["content"]:
+                    raise UserError(
+                        f"{where}: a {message['role']} message spells the special token {token!r}, which only the chat "
+                        "template may write; remove it"
+                    )
+        return tuple(self._encoder.encode(rendered, add_special_tokens=False).ids)
+
+    @functools.cached_property
+    def _template(self) -> jinja2.Template:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+        )
+        environment.globals["raise_exception"] = _refuse
+        environment.filters["tojson"] = _tojson
+        return environment.from_string(self.source)
+
+    @functools.cached_property
+    def _encoder(self) -> tokenizers.Tokenizer:
+        assert self.tokenizer is not None
+        encoder = tokenizers.Tokenizer.from_str(self.tokenizer.backend.to_str())
+        encoder.encode_special_tokens = False  # here their spelling means the token, unlike in any other text
+        return encoder
+
+    @functools.cached_property
+    def _spellings(self) -> list[str]:
+        added = self._encoder.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+
+def template_of(tokenizer: Tokenizer | None) -> ChatTemplate:
+    """The tokenizer's own chat template, or `PLAIN` if it has none."""
+    source = tokenizer.config.get("chat_template") if tokenizer else None
+    if isinstance(source, list):  # several by name, as Hugging Face has them
+        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+    if tokenizer is None or not isinstance(source, str):
+        return ChatTemplate()
+    named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
+    special = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+    return ChatTemplate(source, tokenizer, {key: value for key, value in special.items() if isinstance(value, str)})
+
+
+def is_chat(row: dict[str, Any], *keys: str) -> bool:
+    """Whether one of these keys holds messages."""
+    return any(isinstance(row.get(key), list) and any(isinstance(turn, dict) for turn in row[key]) for key in keys)
+
+
+def prompt(record: Record, key: str, template: ChatTemplate) -> tuple[Text, bool]:
+    """The conversation under ``key``, rendered, and whether a last assistant turn was left off."""
+    messages = _messages(record, key)
+    answered = messages[-1]["role"] == "assistant"
+    return template.prompt(_before_last(record, key, messages) if answered else messages, record.source), answered
+
+
+def exchange(record: Record, key: str) -> tuple[list[Message], str]:
+    """The messages before the last assistant turn of the conversation under ``key``, and that turn's content.
+
+    Where the row has a ``prompt`` (text or messages), the value under ``key`` (text or messages) goes on from it,
+    unless it repeats it. A conversation that does not end in an assistant turn with a content is dropped.
+    """
+    before = record.value.get("prompt")
+    if isinstance(before, str):
+        start = [{"role": "user", "content": checked(record, "'prompt'", before)}]
+    else:
+        start = [] if before is None else _messages(record, "prompt")
+    if start and isinstance(record.value[key], str):
+        return start, text(record, key)
+    messages = _messages(record, key)
+    if not _repeats(start, messages):
+        messages = start + messages
+    last = messages[-1]
+    if last["role"] != "assistant" or not last["content"].strip():
+        raise Drop(NO_RESPONSE)
+    return _before_last(record, key, messages), last["content"]
+
+
+def _repeats(start: list[Message], messages: list[Message]) -> bool:
+    """Whether messages hold the prompt themselves, perhaps after a system message."""
+    openings = [messages, messages[1:] if messages[0]["role"] in ("system", "developer") else messages]
+    return any(opening[: len(start)] == start for opening in openings)
+
+
+def _before_last(record: Record, key: str, messages: list[Message]) -> list[Message]:
+    if len(messages) < 2:
+        raise UserError(f"{record.source}: {key!r} has no message before the assistant's")
+    return messages[:-1]
+
+
+def _messages(record: Record, key: str) -> list[Message]:
+    value = record.value[key]
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else kind(value)
+        raise UserError(f"{record.source}: {key!r} must be a list of messages {{role, content}}, found {found}")
+    for number, message in enumerate(value, 1):
+        where = f"message {number} of {key!r}"
+        if not isinstance(message, dict):
+            raise UserError(f"{record.source}: {where} must be an object with role, content, found {kind(message)}")
+        for part in ("role", "content"):
+            if part not in message:
+                raise UserError(f"{record.source}: {where} has no {part!r}, found {', '.join(message) or 'no keys'}")
+            if not isinstance(message[part], str):
+                raise UserError(f"{record.source}: {part!r} of {where} must be a string, found {kind(message[part])}")
+        if message["role"] not in ROLES:
+            near = difflib.get_close_matches(message["role"], ROLES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(
+                f"{record.source}: the role of {where} must be one of {', '.join(ROLES)}, found "
+                f"{message['role']!r}{hint}"
+            )
+        checked(record, f"the content of {where}", message["content"] or " ")
+    return value
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **settings)  # Jinja's own escapes for HTML
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}``, with which Hugging Face marks what an assistant said: its body, as it stands."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

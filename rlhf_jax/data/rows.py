@@ -1,0 +1,137 @@
+"""The rows that files hold, and the checks of a row's fields, whose errors name the row's file and line."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_jax.data.records import Record
+from rlhf_jax.errors import UserError
+
+TokenIds = tuple[int, ...]
+Text = str | TokenIds  # token ids are used as they are: neither tokenised again nor completed with EOS
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A response to imitate."""
+
+    prompt: Text
+    response: Text
+    source: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt, the first preferred."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    source: str
+    weight: float | None = None  # None counts as 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """K responses to one prompt with the number of the best one, or with a target score for each."""
+
+    prompt: Text
+    responses: tuple[Text, ...]
+    source: str
+    best: int | None = None
+    targets: tuple[float, ...] | None = None
+    weight: float | None = None  # None counts as 1
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to respond to; ``columns`` are the other keys of its row, which reach the reward."""
+
+    prompt: Text
+    source: str
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class Drop(Exception):
+    """A row that is left out and counted under its reason; any other fault of a row is the user's to repair."""
+
+
+def texts(rows: Sequence[Demonstration | Pair | Comparison | Prompt]) -> Iterator[str]:
+    """Prompts and responses of the rows, to train a tokenizer on.
+
+    Raises:
+      UserError: for a row of token ids, which only the tokenizer that made them can read.
+    """
+    for row in rows:
+        for text in parts(row):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{row.source}: holds token ids, so no tokenizer can be trained on it; give the model whose "
+                    "tokenizer made them"
+                )
+            yield text
+
+
+def parts(row: Demonstration | Pair | Comparison | Prompt) -> tuple[Text, ...]:
+    """The prompt of a row and then its responses."""
+    match row:
+        case Demonstration():
+            return row.prompt, row.response
+        case Pair():
+            return row.prompt, row.chosen, row.rejected
+        case Comparison():
+            return row.prompt, *row.responses
+        case Prompt():
+            return (row.prompt,)
+
+
+def fields(record: Record, expected: str, or_text: bool = False) -> dict[str, Any]:
+    """The record as an object; ``expected`` are its keys, for the error."""
+    if isinstance(record.value, dict):
+        return record.value
+    forms = f"an object with keys {expected}" + (", or a string" if or_text else "")
+    raise UserError(f"{record.source}: expected {forms}, found {kind(record.value)}")
+
+
+def require(record: Record, keys: Sequence[str]) -> None:
+    """Raises `UserError` with the keys found, and the nearest ones, if any of ``keys`` is missing."""
+    missing = [key for key in keys if key not in record.value]
+    if not missing:
+        return
+    others = [key for key in record.value if key not in keys]
+    hints = [(near[0], key) for key in missing if (near := difflib.get_close_matches(key, others, n=1))]
+    hint = "".join(f"; did you mean {key!r} by {other!r}?" for other, key in hints)
+    raise UserError(f"{record.source}: expected keys {', '.join(keys)}, found {names(record.value)}{hint}")
+
+
+def text(record: Record, key: str) -> str:
+    """The string under ``key``; only a prompt may consist of spaces."""
+    value = record.value[key]
+    if not isinstance(value, str):
+        raise UserError(f"{record.source}: {key!r} must be a string, found {kind(value)}")
+    return checked(record, repr(key), value, may_be_space=key in ("prompt", "query"))
+
+
+def checked(record: Record, what: str, value: str, may_be_space: bool = True) -> str:
+    """The value itself, if it is not empty and can be written as UTF-8."""
+    if not (value if may_be_space else value.strip()):
+        raise UserError(f"{record.source}: {what} is empty; remove the row or fill it in")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, yet no text
+        raise UserError(f"{record.source}: {what} holds half of a surrogate pair, {value[error.start]!a}") from error
+    return value
+
+
+def names(row: dict[str, Any]) -> str:
+    """The keys of a row in an error."""
+    return ", ".join(row) or "none"
+
+
+def kind(value: Any) -> str:
+    """What a value is, in an error."""
+    known = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"the number {value}"
+    return known.get(type(value), f"a value of type {type(value).__name__}")

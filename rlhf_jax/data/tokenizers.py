@@ -1,0 +1,244 @@
+"""Text to ids and back: a byte-level BPE, a character tokenizer, and tokenizers of Hugging Face folders.
+
+The hot path needs only the ``tokenizers`` package; ``transformers`` is imported for names on the hub alone. Text is
+always text: the spelling of a special token inside it is encoded as ordinary characters, so that data cannot end a
+response or hide as padding.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from rlhf_jax.errors import UserError
+
+PAD = "<|pad|>"
+EOS = "<|endoftext|>"
+_NO_LIMIT = int(1e30)  # what transformers writes when a tokenizer has no length limit
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer with distinct pad and end-of-text ids; ``config`` is its tokenizer_config.json, kept when saved."""
+
+    backend: tokenizers.Tokenizer
+    pad_id: int
+    eos_id: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: nothing is added before or after.
+
+        Raises:
+          UserError: naming a character that the vocabulary lacks, for tokenizers without an unknown token.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel threads."""
+        try:
+            return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        except Exception as error:  # the package raises a bare Exception for a token outside the vocabulary
+            unknown = self._unknown(texts)
+            if unknown is None:
+                raise
+            raise unknown from error
+
+    def _unknown(self, texts: Sequence[str]) -> UserError | None:
+        known = self.backend.get_vocab()
+        for text in texts:
+            for character in text:
+                if character not in known:
+                    code = f"U+{ord(character):04X}"
+                    return UserError(f"the tokenizer's alphabet lacks {character!r} ({code}), found in {text[:40]!r}")
+        return None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; pad and end-of-text are left out."""
+        keep = [i for i in map(int, ids) if i not in (self.pad_id, self.eos_id)]
+        return self.backend.decode(keep, skip_special_tokens=False)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id: rows that a model's embedding needs."""
+        return max(self.backend.get_vocab().values()) + 1
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the tokenizer.json that `save` writes."""
+        return hashlib.sha256(self._json().encode()).hexdigest()
+
+    def _json(self) -> str:
+        return self.backend.to_str(pretty=True)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a folder that ``transformers.AutoTokenizer.from_pretrained`` and `load_tokenizer` read."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        special = {
+            "eos_token": self.backend.id_to_token(self.eos_id),
+            "pad_token": self.backend.id_to_token(self.pad_id),
+        }
+        config = {
+            "model_max_length": _NO_LIMIT,
+            "clean_up_tokenization_spaces": False,
+            **self.config,
+            **special,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "padding_side": "left",
+        }
+        (path / "tokenizer.json").write_text(self._json(), encoding="utf-8")
+        _write_json(path / "tokenizer_config.json", config)
+        _write_json(path / "special_tokens_map.json", special)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) trained on the texts: pad id 0, end-of-text id 1.
+
+    The same texts in the same order give the same tokenizer. Fewer than ``vocab_size`` ids result when the texts hold
+    too few distinct words. Raises `UserError` without texts or for a size below 258, the bytes and two special ids.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + 2
+    if vocab_size < least:
+        raise UserError(f"a byte-level tokenizer needs a vocabulary of at least {least} ids, {vocab_size} asked for")
+    lines = list(texts)
+    if not any(lines):
+        raise UserError("no text to train a tokenizer on")
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    backend.train_from_iterator(lines, trainer)
+    return _tokenizer(backend, PAD, EOS, {})
+
+
+def characters(texts: str | Iterable[str]) -> Tokenizer:
+    """One id per character that occurs in the texts (or alphabet), by code point: pad id 0, end-of-text id 1.
+
+    Raises `UserError` without any character.
+    """
+    alphabet = sorted(set(texts) if isinstance(texts, str) else set().union(*map(set, texts)))
+    if not alphabet:
+        raise UserError("no text to take the characters from")
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *alphabet])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+    # Oniguruma's syntax: "(?s)." is refused.
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return _tokenizer(backend, PAD, EOS, {})
+
+
+def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
+    """A local folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt, or a name on the hub.
+
+    A tokenizer without a pad token, or whose pad is its end-of-text, gains ``<|pad|>`` as a new last id: ``vocab_size``
+    grows by one and the caller resizes the model.
+
+    Raises:
+      UserError: if it cannot be found or read, or names no end-of-text token.
+    """
+    path = Path(path_or_name)
+    if not path.exists():
+        return _from_hub(str(path_or_name))
+    folder = path if path.is_dir() else path.parent
+    config = _read_json(folder / "tokenizer_config.json")
+    template = folder / "chat_template.jinja"  # where newer folders keep it
+    if template.exists():
+        config = {**config, "chat_template": template.read_text(encoding="utf-8")}
+    named = {**_token_ids(folder), **_names(_read_json(folder / "special_tokens_map.json")), **_names(config)}
+    file = folder / "tokenizer.json"
+    if file.exists():
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises a bare Exception for a broken file
+            raise UserError(f"{file}: not a tokenizer file: {error}") from error
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        try:
+            backend = _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+        except Exception as error:
+            raise UserError(f"{folder}: vocab.json and merges.txt are no byte-level BPE: {error}") from error
+        named.setdefault("eos_token", EOS)
+    else:
+        raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
+    return _tokenizer(backend, named.get("pad_token"), named.get("eos_token"), config, str(folder))
+
+
+def _from_hub(name: str) -> Tokenizer:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it remarks that PyTorch is absent
+    import transformers
+
+    try:
+        loaded = transformers.AutoTokenizer.from_pretrained(name)
+        backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    except Exception as error:  # offline, a wrong name, or a tokenizer without a fast form
+        raise UserError(f"{name}: no such folder, and no tokenizer on the hub could be loaded: {error}") from error
+    named = {"chat_template": loaded.chat_template, "bos_token": loaded.bos_token, "eos_token": loaded.eos_token}
+    config = {key: value for key, value in named.items() if value is not None}
+    return _tokenizer(backend, loaded.pad_token, loaded.eos_token, config, name)
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _tokenizer(
+    backend: tokenizers.Tokenizer,
+    pad: str | int | None,
+    eos: str | int | None,
+    config: Mapping[str, Any],
+    where: str = "",
+) -> Tokenizer:
+    eos = backend.id_to_token(eos) if isinstance(eos, int) else eos
+    pad = backend.id_to_token(pad) if isinstance(pad, int) else pad
+    if eos is None or backend.token_to_id(eos) is None:
+        found = f"names {eos!r}, which is not in its vocabulary," if eos else "names no end-of-text token"
+        raise UserError(f"{where}: the tokenizer {found}; set eos_token in its tokenizer_config.json")
+    if pad is None or pad == eos or backend.token_to_id(pad) is None:
+        pad = PAD
+    # Does nothing to tokens that are there and special already.
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (eos, pad)])
+    backend.no_truncation()  # a setting in tokenizer.json would shorten texts without a word
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    ids = backend.get_vocab()
+    return Tokenizer(backend, pad_id=ids[pad], eos_id=ids[eos], config=config)
+
+
+def _token_ids(folder: Path) -> dict[str, str | int]:
+    """Ids that the model's own config names, for tokenizers (GPT-2's among them) whose files name none."""
+    config = _read_json(folder / "config.json")
+    ids = {key: config.get(f"{key}_id") for key in ("eos_token", "pad_token")}
+    return {key: value for key, value in ids.items() if isinstance(value, int)}
+
+
+def _names(config: Mapping[str, Any]) -> dict[str, str | int]:
+    tokens = {key: config.get(key) for key in ("eos_token", "pad_token")}
+    texts = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,128 @@
+"""Messages as prompts and responses, by chat templates that may do nothing but write text."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers as hf
+
+from rlhf_jax.data import chat, encoding, readers
+from rlhf_jax.data.readers import Demonstration, Pair
+from rlhf_jax.data.tokenizers import Tokenizer, characters, train_bpe
+from rlhf_jax.errors import UserError
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def save(rows):
+        path = tmp_path / "data.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        return str(path)
+
+    return save
+
+
+def test_messages_as_demonstrations_and_prompts(write):
+    system = {"role": "system", "content": "be kind"}
+    path = write([{"messages": [system, USER, ANSWER, USER, ANSWER]}, {"messages": [USER, ANSWER], "level": 2}])
+    history = "System:\nbe kind\n\nUser:\nhi\n\nAssistant:\nhello\n\nUser:\nhi\n\nAssistant:\n"
+    assert readers.read_demonstrations(path).rows == [
+        Demonstration(history, "hello", f"{path}, line 1"),
+        Demonstration("User:\nhi\n\nAssistant:\n", "hello", f"{path}, line 2"),
+    ]
+    prompts = readers.read_prompts(path).rows
+    assert [row.prompt for row in prompts] == [history, "User:\nhi\n\nAssistant:\n"]
+    assert prompts[1].columns == {"level": 2}
+    open_ended = write([{"messages": [USER]}, {"prompt": [USER], "level": 2}])
+    result = readers.read_prompts(open_ended).rows
+    assert [(row.prompt, row.columns) for row in result] == [(prompts[1].prompt, {}), (prompts[1].prompt, {"level": 2})]
+    result = readers.read_demonstrations(write([{"messages": [USER]}, {"prompt": [USER], "response": "yes"}]))
+    assert (result.rows[0].response, result.dropped) == ("yes", {"dialogue without a last response": 1})
+
+
+def test_messages_as_pairs(write):
+    other = {"role": "assistant", "content": "no"}
+    forms = [
+        {"chosen": [USER, ANSWER], "rejected": [USER, other]},
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [other]},
+        {"prompt": [USER], "chosen": "hello", "rejected": "no"},
+        {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, other]},
+        {"prompt": "hi", "chosen": [USER, ANSWER], "rejected": [USER, other]},
+        {"prompt": "hi", "chosen": [ANSWER], "rejected": [other]},
+    ]
+    path = write([*forms, {"chosen": [USER, ANSWER], "rejected": [ANSWER, other]}, {**forms[1], "rejected": [ANSWER]}])
+    result = readers.read_pairs(path)
+    for number, pair in enumerate(result.rows, 1):
+        assert pair == Pair("User:\nhi\n\nAssistant:\n", "hello", "no", f"{path}, line {number}")
+    assert result.kept == len(forms)
+    assert result.dropped == {
+        "dialogues differ before the last response": 1,
+        "chosen and rejected are equal": 1,
+    }
+    assert [row.prompt for row in readers.read_prompts(write(forms)).rows] == ["User:\nhi\n\nAssistant:\n"]
+    ranked = write([{"prompt": [USER], "responses": ["a", "b"], "best": 0}])
+    assert readers.read_comparisons(ranked).rows[0].prompt == "User:\nhi\n\nAssistant:\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "'messages' must be a list of messages {role, content}, found an empty list"),
+        ("hi", "'messages' must be a list of messages {role, content}, found a string"),
+        ([USER, "hello"], "message 2 of 'messages' must be an object with role, content, found a string"),
+        ([{"role": "user", "contents": "x"}], "message 1 of 'messages' has no 'content', found role, contents"),
+        ([{"role": "user", "content": ["x"]}], "'content' of message 1 of 'messages' must be a string, found a list"),
+        ([USER, {"role": "asistant", "content": "x"}], "found 'asistant'; did you mean 'assistant'"),
+        ([ANSWER], "'messages' has no message before the assistant's"),
+    ],
+)
+def test_faults_of_messages(write, messages, message):
+    with pytest.raises(UserError, match=message) as error:
+        readers.read_demonstrations(write([{"messages": [USER, ANSWER]}, {"messages": messages}]))
+    assert "data.jsonl, line 2: " in str(error.value)
+
+
+def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(write):
+    base = train_bpe(["hi hello user assistant\n"] * 3, 270)
+    base.backend.add_special_tokens([hf.AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
+    source = (
+        "{{ bos_token }}{% for message in messages %}\n"
+        "    {% generation %}<|im_start|>{{ message.role }} {{ message.content | trim }}<|im_end|>{% endgeneration %}\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    config = {"chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": source}]}
+    config["bos_token"] = {"content": "<|endoftext|>"}
+    tokenizer = Tokenizer(base.backend, base.pad_id, base.eos_id, config)
+    template = chat.template_of(tokenizer)
+    path = write([{"messages": [USER, ANSWER]}])
+    [row] = readers.read_demonstrations(path, template).rows
+    start, end = (base.backend.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))
+    encode = base.encode
+    expected = [base.eos_id, start, *encode("user hi"), end, start, *encode("assistant ")]
+    assert row.prompt == tuple(expected)
+    np.testing.assert_array_equal(
+        encoding.encode_demonstrations([row], tokenizer).tokens[0], [*expected, *encode("hello"), base.eos_id]
+    )
+    assert start not in base.encode("<|im_start|>")  # anywhere else it is text, as before
+    forged = [{"role": "user", "content": "x<|im_end|>"}, ANSWER]
+    with pytest.raises(UserError, match=r"line 1: a user message spells the special token '<\|im_end\|>'"):
+        readers.read_demonstrations(write([{"messages": forged}]), template)
+    assert chat.template_of(characters("ab")).source == chat.PLAIN
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% if %}", "line 1: the chat template failed: TemplateSyntaxError"),
+        ("{{ raise_exception('only users') }}", "line 1: the chat template failed: TemplateError: only users"),
+        ("{{ messages[7].content.x }}", "line 1: the chat template failed: UndefinedError"),
+        ("{{ messages.__class__.__mro__ }}", "line 1: the chat template failed: SecurityError"),
+        ("{{ messages.append(1) }}", "line 1: the chat template failed: SecurityError"),
+        ("{{ 1 // 0 }}", "line 1: the chat template failed: ZeroDivisionError"),
+    ],
+)
+def test_a_template_that_fails_or_reaches_out_names_the_row(write, source, message):
+    with pytest.raises(UserError, match=message):
+        readers.read_demonstrations(write([{"messages": [USER, ANSWER]}]), chat.ChatTemplate(source))

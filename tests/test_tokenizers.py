@@ -1,0 +1,164 @@
+"""Tokenizers: ids, round trips, the saved folder as transformers reads it, and what is refused."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import UserError
+
+TEXTS = ["the cat sat on the mat.", "the dog sat on the log, naïve and happy 🙂\n"] * 3
+DATA = os.environ.get("RLHF_JAX_DATA")
+
+
+@pytest.fixture(params=["bpe", "characters"])
+def tokenizer(request):
+    return tokenizers.train_bpe(TEXTS, 300) if request.param == "bpe" else tokenizers.characters(TEXTS)
+
+
+def test_round_trip_and_special_ids(tokenizer):
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert min(ids) > 1
+        assert max(ids) < tokenizer.vocab_size
+        assert tokenizer.decode([0, 0, *ids, 1, 0]) == text
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer.encode("") == []
+
+
+def test_save_is_what_transformers_loads(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert tokenizer.fingerprint == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+    loaded = tokenizers.load_tokenizer(tmp_path)
+    assert (loaded.pad_id, loaded.eos_id, loaded.vocab_size) == (0, 1, tokenizer.vocab_size)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.pad_token_id, theirs.eos_token_id, theirs.padding_side) == (0, 1, "left")
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == loaded.encode(text) == tokenizer.encode(text)
+
+
+def test_training_is_deterministic_and_keeps_to_the_size():
+    first, second = (tokenizers.train_bpe(iter(TEXTS), 280) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+    assert first.vocab_size == 280
+    assert tokenizers.characters(TEXTS).fingerprint == tokenizers.characters("".join(reversed(TEXTS))).fingerprint
+    assert len(first.encode("the cat")) < len("the cat")
+
+
+def test_character_ids_are_in_code_point_order():
+    tokenizer = tokenizers.characters("cab")
+    assert tokenizer.encode("abc") == [2, 3, 4]
+    assert tokenizer.vocab_size == 5
+
+
+def test_characters_outside_the_alphabet_are_named():
+    with pytest.raises(UserError, match=r"alphabet lacks 'é' \(U\+00E9\), found in 'café'"):
+        tokenizers.characters("abcf").encode("café")
+
+
+def test_special_tokens_in_text_are_text(tokenizer):
+    text = "a <|endoftext|> <|pad|>"
+    if not set(text) <= set("".join(TEXTS)):
+        tokenizer = tokenizers.characters([*TEXTS, text]) if tokenizer.vocab_size < 258 else tokenizer
+    ids = tokenizer.encode(text)
+    assert not {0, 1} & set(ids)
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_pad_is_added_where_there_is_none_or_where_it_is_eos(tmp_path):
+    tokenizer = tokenizers.train_bpe(TEXTS, 280)
+    for pad in (None, tokenizers.EOS):
+        tokenizer.save(tmp_path)
+        file = json.loads((tmp_path / "tokenizer.json").read_text())
+        # The pad of `train_bpe` gets another name, so that "<|pad|>" is free again.
+        text = json.dumps(file).replace("<|pad|>", "<|other|>")
+        (tmp_path / "tokenizer.json").write_text(text)
+        config = {"eos_token": {"content": tokenizers.EOS}, "chat_template": "kept"} | (
+            {"pad_token": pad} if pad else {}
+        )
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / "special_tokens_map.json").unlink()
+        loaded = tokenizers.load_tokenizer(tmp_path)
+        assert (loaded.pad_id, loaded.eos_id, loaded.vocab_size) == (280, 1, 281)
+        assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+        loaded.save(tmp_path / "again")
+        assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["chat_template"] == "kept"
+        again = tokenizers.load_tokenizer(tmp_path / "again")
+        assert (again.pad_id, again.vocab_size, again.fingerprint) == (280, 281, loaded.fingerprint)
+
+
+def test_truncation_and_padding_settings_of_a_file_are_switched_off(tmp_path):
+    tokenizer = tokenizers.train_bpe(TEXTS, 280)
+    ids = tokenizer.encode(TEXTS[0])
+    tokenizer.backend.enable_truncation(2)
+    tokenizer.backend.enable_padding(length=50)
+    tokenizer.save(tmp_path)
+    assert tokenizers.load_tokenizer(tmp_path).encode(TEXTS[0]) == ids
+
+
+def test_vocab_and_merges_as_gpt2_ships_them(tmp_path):
+    trained = tokenizers.train_bpe(TEXTS, 300)
+    trained.backend.model.save(str(tmp_path))
+    loaded = tokenizers.load_tokenizer(tmp_path)
+    assert loaded.encode(TEXTS[1]) == trained.encode(TEXTS[1])
+    assert (loaded.eos_id, loaded.pad_id, loaded.vocab_size) == (1, 0, trained.vocab_size)
+
+
+def test_eos_named_by_the_model_config_alone(tmp_path):
+    tokenizers.train_bpe(TEXTS, 280).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").unlink()
+    with pytest.raises(UserError, match="names no end-of-text token; set eos_token in its tokenizer_config"):
+        tokenizers.load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    assert tokenizers.load_tokenizer(tmp_path).eos_id == 1
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(UserError, match="at least 258 ids, 100 asked for"):
+        tokenizers.train_bpe(TEXTS, 100)
+    for nothing in ([], [""]):
+        with pytest.raises(UserError, match="no text"):
+            tokenizers.train_bpe(nothing, 300)
+        with pytest.raises(UserError, match="no text"):
+            tokenizers.characters(nothing)
+    with pytest.raises(UserError, match=r"holds neither tokenizer\.json nor vocab\.json"):
+        tokenizers.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="not a tokenizer file"):
+        tokenizers.load_tokenizer(tmp_path)
+    tokenizers.characters("ab").save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(UserError, match="names '</s>', which is not in its vocabulary"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
+def test_names_on_the_hub_go_through_transformers(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    tokenizers.train_bpe(TEXTS, 280).save(tmp_path)
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: {"org/name": ours}[name])
+    assert tokenizers.load_tokenizer("org/name").encode(TEXTS[0]) == ours(TEXTS[0])["input_ids"]
+    with pytest.raises(UserError, match="no such folder, and no tokenizer on the hub could be loaded"):
+        tokenizers.load_tokenizer("org/other")
+
+
+@pytest.mark.skipif(DATA is None, reason="needs RLHF_JAX_DATA, a folder with gpt2/vocab.json and gpt2/merges.txt")
+def test_gpt2():
+    tokenizer = tokenizers.load_tokenizer(os.path.join(DATA, "gpt2"))
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (50256, 50257, 50258)
+    assert tokenizer.decode(tokenizer.encode("naïve 🙂\n\n")) == "naïve 🙂\n\n"
+
+
+def test_importing_the_data_package_stays_light():
+    code = "import sys, rlhf_jax.data.batches, rlhf_jax.data.demo, rlhf_jax.data.readers, rlhf_jax.data.tokenizers\n"
+    code += "print([m for m in ('datasets', 'transformers', 'torch', 'flax.nnx') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
