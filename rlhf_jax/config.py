@@ -1,0 +1,246 @@
+"""Everything that a run can be told: one ``RunConfig``, a section per stage, written in YAML or as dotted flags.
+
+``flags.parse`` reads it; ``configs/`` holds examples. A string below a field is its ``--help`` text.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf_jax.algorithms.grpo import Config as GRPOConfig
+from rlhf_jax.algorithms.ppo import Config as PPOConfig
+from rlhf_jax.algorithms.reward_model import Config as RewardModelConfig
+from rlhf_jax.algorithms.rloo import Config as RLOOConfig
+from rlhf_jax.algorithms.sft import Config as SFTConfig
+from rlhf_jax.algorithms.vpg import Config as VPGConfig
+
+
+def _at_least(section: Any, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _share(section: Any, name: str) -> None:
+    if not 0 <= getattr(section, name) < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(section, name)}")
+
+
+@dataclass(frozen=True)
+class Network:
+    """The GPT-2 that is started from random weights when no ``model`` is given."""
+
+    hidden_size: int = 128
+    """Width D of the residual stream."""
+    num_layers: int = 2
+    """Number of blocks L."""
+    num_heads: int = 4
+    """Attention heads per block; divides hidden_size."""
+    max_length: int = 128
+    """Longest text, prompt and response together, in tokens."""
+    dropout: float = 0.0
+    """Dropout rate in supervised stages; RL and scoring never drop."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model is run; changes speed and memory, not what is learnt."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the activations and matrix products. Parameters, log-probabilities and losses stay float32."""
+    remat: bool = False
+    """Gradient checkpointing: recompute each block in the backward pass instead of storing it."""
+    scan_layers: bool = False
+    """Compile one block and loop over depth: faster to compile for deep models."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer that is trained on the data when no ``model`` brings its own."""
+
+    kind: Literal["bpe", "characters"] = "bpe"
+    """Byte-level BPE, or one token per character of the data."""
+    vocab_size: int = 512
+    """Entries of the BPE vocabulary, the two special tokens and 256 bytes included."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """How rows of data become tokens."""
+
+    template: str = "{prompt}"
+    """What the model reads for a prompt; the response follows directly."""
+    too_long: Literal["error", "truncate", "drop"] = "error"
+    """What to do with a text that does not fit. Truncated and dropped rows are counted and reported."""
+    bucket_multiple: int = 16
+    """Batches are padded to a multiple of this many tokens, so that few shapes are compiled."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "bucket_multiple")
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template must contain {{prompt}}, got {self.template!r}")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Adam or AdamW with clipping and a schedule (optax)."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay from the peak to 0 over the run, after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases, norms and the heads' gain and shift are never decayed."""
+    max_grad_norm: float | None = 1.0
+    """Clip gradients to this global norm; null does not clip."""
+    b1: float = 0.9
+    """Adam's decay of the first moment."""
+    b2: float = 0.999
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eps")
+        _share(self, "b1")
+        _share(self, "b2")
+
+
+@dataclass(frozen=True)
+class SFTStage(SFTConfig):
+    """Supervised fine-tuning on demonstrations."""
+
+    data: tuple[str, ...] = ()
+    """Files of {prompt, response} rows; empty: the run's --data."""
+    num_epochs: int = 1
+    """Passes over the data."""
+    batch_size: int = 32
+    """Rows per optimizer step, over all devices."""
+    optimizer: Optimizer = Optimizer()
+    validation_fraction: float = 0.05
+    """Share of the rows held out for validation."""
+    validation_interval: int = 100
+    """Optimizer steps between validations."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "num_epochs", "batch_size", "num_microbatches", "validation_interval")
+        _share(self, "validation_fraction")
+
+
+@dataclass(frozen=True)
+class RewardModelStage(RewardModelConfig):
+    """A reward model from human preferences."""
+
+    data: tuple[str, ...] = ()
+    """Files of {prompt, chosen, rejected} rows; empty: the run's --data."""
+    num_epochs: int = 1
+    """Passes over the data."""
+    batch_size: int = 32
+    """Comparisons per optimizer step, over all devices."""
+    optimizer: Optimizer = Optimizer()
+    validation_fraction: float = 0.1
+    """Share of the rows held out for validation."""
+    validation_interval: int = 100
+    """Optimizer steps between validations."""
+    normalize_samples: int = 256
+    """After training, scores get mean 0 and variance 1 over this many samples of the policy in --model; 0: not."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "num_epochs", "batch_size", "num_microbatches", "validation_interval")
+        _at_least(self, 0, "normalize_samples", "centering")
+        _share(self, "validation_fraction")
+
+
+@dataclass(frozen=True)
+class RLStage:
+    """What VPG, PPO, RLOO and GRPO share: prompts, sampling, reward, KL, the optimizer."""
+
+    data: tuple[str, ...] = ()
+    """Files of prompts; empty: the run's --data."""
+    reward: str = ""
+    """A reward model's folder (or Hugging Face name), or count:TEXT, which counts one token of the vocabulary."""
+    num_iterations: int = 100
+    """Collect, reward, learn: how many times."""
+    batch_size: int = 64
+    """Episodes per iteration, over all devices."""
+    max_prompt_length: int | None = None
+    """Prompt slots P; null: the longest prompt."""
+    max_new_tokens: int = 32
+    """Response slots R."""
+    temperature: float = 1.0
+    """Sampling temperature, used in every log-probability of the algorithm too."""
+    top_k: int | None = None
+    """Sample among the k likeliest tokens; null: all. Needs allow_truncated_sampling."""
+    top_p: float | None = None
+    """Sample from the smallest set of this probability; null: all. Needs allow_truncated_sampling."""
+    allow_truncated_sampling: bool = False
+    """Train on samples that do not come from the policy's full distribution: the KL estimate is then biased."""
+    kl_coef: float | None = None
+    """Weight of the KL penalty in the reward, the first value when it adapts; null: 0.05, but 0 for GRPO, whose loss
+    has a KL term."""
+    kl_target: float | None = None
+    """Adapt the coefficient to this KL, in nats per response; null: fixed."""
+    kl_horizon: int | None = None
+    """Episodes over which the coefficient adapts; null: 10 iterations' worth."""
+    missing_eos_penalty: float | None = None
+    """Subtracted from the score of a response that did not end."""
+    missing_eos_score: float | None = None
+    """Replaces the score of a response that did not end."""
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="linear", eps=1e-5)
+    validation_fraction: float = 0.1
+    """Share of the prompts held out for validation."""
+    validation_interval: int = 20
+    """Iterations between validations."""
+    validation_prompts: int = 64
+    """At most this many prompts are sampled at a validation."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "num_iterations", "batch_size", "max_prompt_length", "max_new_tokens", "top_k", "kl_horizon")
+        _at_least(self, 1, "validation_interval", "validation_prompts")
+        _at_least(self, 0, "temperature", "kl_coef")
+        _share(self, "validation_fraction")
+        if self.kl_target is not None and self.kl_target <= 0:
+            raise ValueError(f"kl_target must be above 0, got {self.kl_target}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. Scripts read the sections that concern them."""
+
+    data: tuple[str, ...] = ()
+    """Data files of the stage, or a folder with sft_data.json, preference_data.json and prompts.json, or `demo`."""
+    model: str | None = None
+    """A Hugging Face folder (or name) to start from; null: random weights of `network`."""
+    output_dir: str | None = None
+    """The run's folder; null: runs/SCRIPT."""
+    seed: int = 0
+    """Root of every random number."""
+    device: Literal["cpu", "gpu", "cuda", "tpu"] | None = None
+    """Where to run; null: JAX's choice."""
+    resume: bool = False
+    """Continue the run in output_dir, bit for bit."""
+    overwrite: bool = False
+    """Replace the run in output_dir."""
+    checkpoint_interval: int = 50
+    """Steps (supervised) or iterations (RL) between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    network: Network = Network()
+    compute: Compute = Compute()
+    tokenizer: Tokenizer = Tokenizer()
+    text: Text = Text()
+    sft: SFTStage = SFTStage()
+    reward_model: RewardModelStage = RewardModelStage()
+    rl: RLStage = RLStage()
+    vpg: VPGConfig = VPGConfig()
+    ppo: PPOConfig = PPOConfig()
+    rloo: RLOOConfig = RLOOConfig()
+    grpo: GRPOConfig = GRPOConfig()
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "checkpoint_interval", "keep_last")
+        _at_least(self, 0, "seed")

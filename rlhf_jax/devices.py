@@ -1,0 +1,84 @@
+"""Which accelerators this machine has, whether JAX uses them, and how to install what is missing."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+
+from rlhf_jax.errors import UserError
+
+_CUDA13_DRIVER = 580  # the first Linux driver that runs CUDA 13
+
+
+def choose(device: str | None) -> None:
+    """Restricts JAX to one kind of device; call it before anything else touches JAX.
+
+    With None JAX chooses, but a CPU is not taken in silence where a GPU or TPU lies idle.
+
+    Raises:
+        UserError: JAX finds no such device here, or would leave an accelerator unused and nobody said ``cpu``.
+    """
+    if device is None:
+        if jax.default_backend() == "cpu" and not _cpu_is_accepted() and (idle := idle_accelerator()) is not None:
+            raise UserError(f"{idle} To run on the CPU all the same, give --device cpu.")
+        return
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        hint = idle_accelerator() or "Use --device cpu, or leave the flag out."
+        raise UserError(f"--device {device}: JAX finds no such device here ({_first_line(error)}). {hint}") from error
+
+
+def idle_accelerator() -> str | None:
+    """A sentence that names an accelerator which is here but which JAX does not use, and the install line; or None."""
+    platforms = {device.platform for device in _all_devices()}
+    if "gpu" not in platforms and (gpu := nvidia_gpu()) is not None:
+        name, driver = gpu
+        extra = "cuda13" if driver is not None and driver >= _CUDA13_DRIVER else "cuda12"
+        return f"This machine has {name}, but JAX does not use it. Install its plugin: pip install 'rlhf-jax[{extra}]'."
+    if "tpu" not in platforms and tpu_present():
+        return "This machine has a TPU, but JAX does not use it. Install its plugin: pip install 'rlhf-jax[tpu]'."
+    return None
+
+
+def nvidia_gpu() -> tuple[str, int | None] | None:
+    """Name and driver's major version of the first NVIDIA GPU; None without one."""
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            done = None
+        if done is not None and done.returncode == 0 and (first := done.stdout.strip().partition("\n")[0]):
+            name, _, driver = first.rpartition(",")
+            major = re.match(r"\d+", driver.strip())
+            return f"an {name.strip()}", int(major[0]) if major else None
+    version = Path("/proc/driver/nvidia/version")
+    if version.exists() and any(Path("/dev").glob("nvidia[0-9]*")):
+        found = re.search(r"Module\D*(\d+)\.", version.read_text(errors="replace"))
+        return "an NVIDIA GPU", int(found[1]) if found else None
+    return None
+
+
+def tpu_present() -> bool:
+    """Whether a TPU's device files are here."""
+    return any(Path("/dev").glob("accel[0-9]*"))
+
+
+def _cpu_is_accepted() -> bool:
+    return "cpu" in os.environ.get("JAX_PLATFORMS", "").split(",")
+
+
+def _all_devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except RuntimeError:
+        return []
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

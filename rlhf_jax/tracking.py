@@ -1,0 +1,204 @@
+"""What a run records while it goes: rows of numbers, seconds and texts in its folder, and a line on the console.
+
+    with Tracker(run, total=config.rl.num_iterations, resume_step=step) as tracker:
+        tracker.log(iteration, metrics)
+        tracker.sync()
+        checkpoints.save(iteration, ...)
+
+A row of step s is written before the checkpoint of step s is saved. A run that is resumed from that checkpoint removes
+the rows of later steps and writes them again, so that none is missing and none is there twice.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.live
+import rich.progress
+import rich.text
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.runs import Run, write_atomically
+
+
+class Tracker:
+    """Writes ``metrics.jsonl``, ``timing.jsonl`` and ``samples.jsonl`` of a run and shows how it goes.
+
+    On a terminal: a progress bar and the newest metrics below it. Elsewhere: a line at the first, every
+    ``print_every``-th and the last step.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        total: int,
+        resume_step: int | None = None,
+        label: str = "",
+        show: Sequence[str] = (),
+        print_every: int = 10,
+        console: rich.console.Console | None = None,
+    ):
+        """Opens the files.
+
+        Args:
+          run: the run whose files are written.
+          total: the last step.
+          resume_step: step of the checkpoint that the run goes on from; None starts the files anew.
+          label: what is going on, such as ``ppo``.
+          show: the metrics of the console's line; by default the first four.
+          print_every: steps between lines where there is no terminal.
+          console: by default standard output.
+        """
+        self._total = total
+        self._label = label
+        self._show = tuple(show)
+        self._print_every = print_every
+        self._console = console or rich.console.Console()
+        self._metrics, self._timing, self._samples = (
+            RowWriter(path, resume_step) for path in (run.metrics, run.timing, run.samples)
+        )
+        self._printed = False
+        self._progress = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}", markup=False),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+        )
+        self._task = self._progress.add_task(label, total=total, completed=resume_step or 0)
+        self._line = rich.text.Text(no_wrap=True, overflow="ellipsis")
+        self._live = rich.live.Live(rich.console.Group(self._progress, self._line), console=self._console)
+        if self._console.is_terminal:
+            self._live.start()
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Writes a row of ``metrics.jsonl`` and shows it. Returns the metrics as Python numbers.
+
+        Waits for the devices: ``metrics`` holds scalars, on a device or not.
+        """
+        host = jax.device_get(dict(metrics))
+        numbers = {name: _number(name, host[name]) for name in metrics}  # device_get sorts the keys
+        self._metrics.write(step, numbers)
+        shown = [name for name in self._show if name in numbers] if self._show else list(numbers)[:4]
+        line = "  ".join(f"{name} {numbers[name]:.4g}" for name in shown)
+        self._progress.update(self._task, completed=step)
+        self._line.plain = line
+        due = not self._printed or step % self._print_every == 0 or step >= self._total
+        if due and not self._console.is_terminal:
+            self.print(f"{self._label} {step}/{self._total}  {line}".strip())
+            self._printed = True
+        return numbers
+
+    def timing(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Writes a row of ``timing.jsonl``. Times are kept apart from the metrics, which a seed reproduces."""
+        self._timing.write(step, {name: _number(name, value) for name, value in seconds.items()})
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes rows of ``samples.jsonl``: JSON values such as prompt, response, score."""
+        for row in rows:
+            self._samples.write(step, row)
+
+    def print(self, message: str) -> None:
+        """Prints a message, above the progress bar where there is one."""
+        self._console.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def sync(self) -> None:
+        """Brings all rows to the disk; due before a checkpoint is saved."""
+        for writer in (self._metrics, self._timing, self._samples):
+            writer.sync()
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the files."""
+        self._live.stop()
+        for writer in (self._metrics, self._timing, self._samples):
+            writer.close()
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RowWriter:
+    """Appends JSON objects to a file, one a line, each with its ``"step"``.
+
+    Floats are written so that they read back equal. NaN and the infinities, which JSON lacks, become the strings "NaN",
+    "Infinity" and "-Infinity", which Python's ``float`` and NumPy understand. Each row reaches the operating system at
+    once, so a killed process loses none; :meth:`sync` brings them to the disk, and is due before a checkpoint.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int | None = None):
+        """Starts an empty file; with ``resume_step`` goes on behind the rows of the steps up to it.
+
+        Rows of later steps, which the resumed run writes again, and a last line cut by a kill are removed.
+
+        Raises:
+          UserError: a line other than the last one is no row.
+        """
+        self._path = Path(path)
+        kept = "" if resume_step is None else _rows_until(self._path, resume_step)
+        write_atomically(self._path, kept)
+        self._file = self._path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, step: int, row: Mapping[str, Any]) -> None:
+        """Appends ``{"step": step, **row}``."""
+        if "step" in row:
+            raise ValueError(f"a row cannot have a key step of its own: {row}")
+        self._file.write(json.dumps({"step": step, **_finite(row)}, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when all rows are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _number(name: str, value: Any) -> float:
+    array = np.asarray(value)
+    if array.shape:
+        raise ValueError(f"metric {name}: expected a scalar, got shape {array.shape}")
+    if array.dtype == bool or np.issubdtype(array.dtype, np.integer):
+        return array.item()
+    return float(array)
+
+
+def _rows_until(path: Path, step: int) -> str:
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return ""
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            keep = json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: expected a JSON object with the key step") from None
+        if keep:
+            kept.append(line.decode("utf-8") + "\n")
+    return "".join(kept)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,349 @@
+"""Round trips bit for bit, damage is noticed, and the previous good checkpoint takes over."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax import checkpoint
+from rlhf_jax.checkpoint import CheckpointError, Checkpoints
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import TrainState
+
+
+@flax.struct.dataclass
+class Loop:
+    train: TrainState
+    key: jax.Array
+    kl_coef: jax.Array
+    counts: np.ndarray
+    baseline: jax.Array | None = None
+
+
+def loop(seed: int = 0) -> Loop:
+    key = jax.random.key(seed)
+    params = {
+        "wte/x": {"embedding": jax.random.normal(key, (5, 3))},
+        "half": jax.random.normal(key, (4, 2)).astype(jnp.bfloat16),
+        "empty": jnp.zeros((0, 3)),
+    }
+    train = TrainState.create(params, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
+    special = jnp.array([jnp.nan, -0.0, 1e-45, jnp.inf], jnp.float32)
+    return Loop(train, jax.random.split(key, 3), special, np.arange(3, dtype=np.float64) / 3)
+
+
+def bits(state) -> list[tuple[str, str, bytes]]:
+    def data(leaf):
+        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    return [
+        (jax.tree_util.keystr(path), str(leaf.dtype), np.asarray(data(leaf)).tobytes())
+        for path, leaf in jax.tree.leaves_with_path(state)
+    ]
+
+
+def flip(directory, step: int) -> None:
+    """Inverts one bit in the middle of the largest array file of a step."""
+    files = [p for p in (directory / str(step) / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
+    file = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_round_trip_is_exact(tmp_path):
+    state = loop()
+    meta = {"epoch": 3, "lr": 0.1 + 0.2, "order": [1, 2], "text": "ä"}
+    with Checkpoints(tmp_path / "new" / "checkpoints") as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(0, state, meta)
+    with Checkpoints(tmp_path / "new" / "checkpoints") as checkpoints:
+        restored, back = checkpoints.restore(loop(seed=1))
+        assert checkpoints.steps() == [0]
+    assert bits(restored) == bits(state)
+    assert back == meta
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert isinstance(restored.counts, np.ndarray)
+    # The random stream goes on as it would have.
+    np.testing.assert_array_equal(jax.random.bits(restored.key[1]), jax.random.bits(state.key[1]))
+
+
+def test_relative_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints("here") as checkpoints:
+        checkpoints.save(1, {"a": jnp.ones(2)}, {})
+    assert checkpoint.steps("here") == [1]
+    assert checkpoint.steps("elsewhere") == []
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_arrays_go_to_the_shardings_of_the_target(tmp_path):
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    value = jnp.arange(8.0).reshape(4, 2)
+    split = jax.device_put(value, NamedSharding(mesh, P("data")))
+    state = {"x": split, "key": jax.device_put(jax.random.key(3), NamedSharding(mesh, P()))}
+    targets = [
+        state,
+        {
+            "x": jax.ShapeDtypeStruct((4, 2), jnp.float32, sharding=NamedSharding(mesh, P(None, None))),
+            "key": state["key"],
+        },
+        {"x": jax.ShapeDtypeStruct((4, 2), jnp.float32), "key": jax.ShapeDtypeStruct((), jax.random.key(0).dtype)},
+        {"x": jax.device_put(value, jax.devices()[2]), "key": jax.random.key(0)},
+    ]
+    one = SingleDeviceSharding(jax.devices()[0])
+    expected = [split.sharding, NamedSharding(mesh, P()), one, SingleDeviceSharding(jax.devices()[2])]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, state, {})
+        for target, sharding in zip(targets, expected, strict=True):
+            restored, _ = checkpoints.restore(target)
+            assert restored["x"].sharding.is_equivalent_to(sharding, 2)
+            assert bits(restored) == bits(state)
+
+
+def test_what_was_free_to_move_is_free_again(tmp_path):
+    """An array committed to device 0 could not meet one that is spread over four devices in one jit."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    spread = jax.device_put(jnp.arange(4.0), NamedSharding(mesh, P("data")))
+    state = {"coef": jnp.float32(0.1), "key": jax.random.key(0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, state, {})
+        restored, _ = checkpoints.restore(state)
+    mixed = jax.jit(lambda s, x: s["coef"] * x + jax.random.uniform(s["key"], (4,)))
+    np.testing.assert_array_equal(mixed(restored, spread), mixed(state, spread))
+
+
+def test_keep_last(tmp_path):
+    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+        for step in (0, 5, 10, 12):
+            checkpoints.save(step, {"a": jnp.full(3, step)}, {"step": step})
+        assert checkpoints.steps() == [10, 12]
+        assert checkpoints.latest() == 12
+        assert checkpoints.restore({"a": jnp.zeros(3, int)}, step=10)[1] == {"step": 10}
+        with pytest.raises(CheckpointError, match=r"step 5 .* does not exist; there are \[10, 12\]"):
+            checkpoints.restore({"a": jnp.zeros(3, int)}, step=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "12"]
+    with pytest.raises(ValueError, match="keep_last must be at least 1, got 0"):
+        Checkpoints(tmp_path, keep_last=0)
+
+
+@pytest.mark.parametrize("step", [3, 2])
+def test_saving_no_higher_step_is_an_error(tmp_path, step):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, {"a": jnp.ones(2)}, {})
+        with pytest.raises(ValueError, match=f"cannot save step {step} in .*: step 3 is there already"):
+            checkpoints.save(step, {"a": jnp.zeros(2)}, {})
+        np.testing.assert_array_equal(checkpoints.restore({"a": jnp.zeros(2)})[0]["a"], 1.0)
+
+
+def test_a_target_of_another_kind_is_refused(tmp_path):
+    state = {"a": jnp.ones((2, 3)), "b": {"c": jnp.ones(2)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, state, {})
+        for target, message in [
+            (
+                {"a": jnp.ones((2, 3), jnp.bfloat16), "b": state["b"]},
+                r"a is float32\[2, 3\] .*, expected bfloat16\[2, 3\]",
+            ),
+            (
+                {"a": jnp.ones((3, 2)), "b": state["b"]},
+                r"a is float32\[2, 3\] in the checkpoint, expected float32\[3, 2\]",
+            ),
+            ({"a": state["a"], "b": {}}, "b/c is in the checkpoint alone"),
+            ({"a": state["a"], "b": state["b"] | {"d": jnp.ones(2)}}, "b/d is not in the checkpoint"),
+        ]:
+            with pytest.raises(UserError, match=message):
+                checkpoints.restore(target)
+            with pytest.raises(UserError, match="checkpoint step 0"):
+                checkpoints.restore(target, step=0)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="b: expected an array, got float"):
+            checkpoints.save(0, {"a": jnp.ones(2), "b": 1.0}, {})
+        with pytest.raises(ValueError, match="two leaves have the path a/b"):
+            checkpoints.save(0, {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)}, {})
+        with pytest.raises(TypeError):
+            checkpoints.save(0, {"a": jnp.ones(2)}, {"set": {1}})
+        with pytest.raises(CheckpointError, match="no checkpoint in"):
+            checkpoints.restore({"a": jnp.ones(2)})
+        checkpoints.save(0, {"a": np.float32(2)}, {})  # NumPy scalars are arrays
+        assert checkpoints.restore({"a": np.float32(0)})[0]["a"] == 2
+
+
+def save_three(directory) -> None:
+    with Checkpoints(directory, keep_last=3) as checkpoints:
+        for step in (10, 20, 30):
+            weights = jax.random.normal(jax.random.key(step), (64, 64))
+            checkpoints.save(step, {"small": jnp.ones(3), "weights": weights}, {"step": step})
+
+
+TARGET = {"small": np.zeros(3, np.float32), "weights": np.zeros((64, 64), np.float32)}
+
+
+def cut(directory, step):
+    for file in (directory / str(step) / "state").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            os.truncate(file, file.stat().st_size // 2)
+
+
+def drop_record(directory, step):
+    shutil.rmtree(directory / str(step) / "record")
+
+
+def drop_state(directory, step):
+    shutil.rmtree(directory / str(step) / "state")
+
+
+def forge_record(directory, step):
+    """Still valid JSON, so only our checksum tells."""
+    file = directory / str(step) / "record" / "metadata"
+    text = file.read_text()
+    assert f'\\"step\\": {step}' in text
+    file.write_text(text.replace(f'\\"step\\": {step}', '\\"step\\": 99'))
+
+
+def empty_record(directory, step):
+    (directory / str(step) / "record" / "metadata").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip, "the array weights does not match its checksum"),
+        (cut, "its arrays cannot be read"),
+        (drop_state, "its arrays cannot be read"),
+        (drop_record, "its record cannot be read"),
+        (empty_record, "its record cannot be read"),
+        (forge_record, "its record does not match its checksum"),
+    ],
+)
+def test_damage_is_noticed_and_the_previous_checkpoint_takes_over(tmp_path, damage, message):
+    save_three(tmp_path)
+    damage(tmp_path, 30)
+    with Checkpoints(tmp_path, keep_last=3) as checkpoints:
+        with pytest.raises(CheckpointError, match=f"step 30 .* is damaged: {message}"):
+            checkpoints.restore(TARGET, step=30)
+        with pytest.warns(UserWarning, match=rf"step 30 .*{message}.*Going back to step 20.*to step 30 is lost"):
+            state, meta = checkpoints.restore(TARGET)
+        assert meta == {"step": 20}
+        np.testing.assert_array_equal(state["weights"], jax.random.normal(jax.random.key(20), (64, 64)))
+        # The run goes on and reaches the damaged step again.
+        checkpoints.save(30, state, {"step": 30})
+        assert checkpoints.steps() == [10, 20, 30]
+        assert (tmp_path / "damaged-30").is_dir()
+    with warnings.catch_warnings(), Checkpoints(tmp_path, keep_last=3) as checkpoints:
+        warnings.simplefilter("error")
+        assert checkpoints.restore(TARGET)[1] == {"step": 30}
+
+
+def test_the_only_good_checkpoint_is_kept(tmp_path):
+    """A damaged newer one does not count for keep_last."""
+    save_three(tmp_path)
+    flip(tmp_path, 30)
+    flip(tmp_path, 20)
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        with pytest.warns(UserWarning, match=r"step 30 .*step 20 .*Going back to step 10"):
+            state, _ = checkpoints.restore(TARGET)
+        checkpoints.save(15, state, {"step": 15})
+        assert checkpoints.steps() == [15]
+        assert checkpoints.restore(TARGET)[1] == {"step": 15}
+
+
+def test_reading_changes_nothing(tmp_path):
+    save_three(tmp_path)
+    flip(tmp_path, 30)
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints, pytest.warns(UserWarning, match="Going back"):
+        checkpoints.restore(TARGET)
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+
+def test_no_good_checkpoint_is_left(tmp_path):
+    save_three(tmp_path)
+    for step in (10, 20, 30):
+        flip(tmp_path, step)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError) as caught:
+        checkpoints.restore(TARGET)
+    message = str(caught.value)
+    assert message.startswith("no good checkpoint is left")
+    assert all(f"step {step}" in message for step in (10, 20, 30))
+
+
+def test_what_a_killed_save_leaves_is_ignored_and_removed(tmp_path):
+    save_three(tmp_path)
+    shutil.copytree(tmp_path / "30", tmp_path / "35.orbax-checkpoint-tmp")
+    (tmp_path / "trash" / "5").mkdir(parents=True)
+    with Checkpoints(tmp_path, keep_last=3) as checkpoints:
+        assert checkpoints.latest() == 30
+        checkpoints.save(40, TARGET, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["20", "30", "40"]
+
+
+def test_silence(tmp_path, capfd):
+    """Orbax's own log lines would drown the run's."""
+    save_three(tmp_path)
+    flip(tmp_path, 30)
+    shutil.rmtree(tmp_path / "20" / "record")
+    with Checkpoints(tmp_path) as checkpoints, pytest.warns(UserWarning, match="Going back to step 10"):
+        checkpoints.restore(TARGET)
+    output = capfd.readouterr()
+    assert output.out + output.err == ""
+
+
+SAVER = """
+import sys, itertools, numpy as np
+from rlhf_jax.checkpoint import Checkpoints
+with Checkpoints(sys.argv[1], keep_last=2) as checkpoints:
+    for step in itertools.count(checkpoints.latest() + 1 if checkpoints.steps() else 0):
+        rng = np.random.default_rng(step)
+        checkpoints.save(step, {str(i): rng.normal(size=(100, 200)) for i in range(5)}, {"step": step})
+        print(step, flush=True)
+"""
+
+
+def test_a_killed_process_leaves_only_good_checkpoints(tmp_path):
+    """Killed twice at random instants of a loop that does nothing but save and delete."""
+    delays = np.random.default_rng(0).uniform(0.0, 0.1, 2)
+    target = {str(i): np.zeros((100, 200)) for i in range(5)}
+    for delay in delays:
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        process = subprocess.Popen([sys.executable, "-c", SAVER, tmp_path], stdout=subprocess.PIPE, env=environment)
+        for _ in range(3):
+            said = int(process.stdout.readline())
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        with warnings.catch_warnings(), Checkpoints(tmp_path) as checkpoints:
+            warnings.simplefilter("error")
+            assert checkpoints.latest() >= said
+            for step in checkpoints.steps():
+                state, meta = checkpoints.restore(target, step)
+                assert meta == {"step": step}
+                np.testing.assert_array_equal(state["0"], np.random.default_rng(step).normal(size=(100, 200)))
+
+
+def test_record_is_readable_json(tmp_path):
+    """The checksums can be checked without this package."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, {"a": jnp.ones((2, 3))}, {"epoch": 1})
+    stored = json.loads((tmp_path / "7" / "record" / "metadata").read_text())
+    record = json.loads(stored["record"])
+    assert record["meta"] == {"epoch": 1}
+    assert record["leaves"]["a"]["dtype"] == "float32"
+    assert record["leaves"]["a"]["shape"] == [2, 3]
+    assert len(record["leaves"]["a"]["sha256"]) == 64

@@ -1,0 +1,284 @@
+"""Precedence of flag, file and default; every mistake named with file, line and key; YAML that reads back equal."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_jax import flags
+from rlhf_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    clip_low: float = 0.2
+    """Lower side of the clip."""
+    num_epochs: int = 4
+
+    def __post_init__(self):
+        if self.clip_low > 1:
+            raise ValueError(f"clip_low must be at most 1, got {self.clip_low}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage(Base):
+    """A stage."""
+
+    kind: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Which loss."""
+    top_k: int | None = None
+    max_norm: float | None = 1.0
+    data: tuple[str, ...] = ()
+    pair: tuple[int, float] = (1, 2.0)
+    names: list[str] = dataclasses.field(default_factory=list)
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    shuffle: bool = True
+    folder: Path = Path("runs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    model: str | None = None
+    seed: int = 0
+    """Root of every random number."""
+    ppo: Stage = Stage(clip_low=0.3)
+    """The update."""
+    batch_size: int = 64
+
+    def __post_init__(self):
+        if self.batch_size % self.ppo.num_epochs:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of {self.ppo.num_epochs}")
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str | bytes) -> list[str]:
+        Path("c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return ["--config", "c.yaml"]
+
+    return write
+
+
+def test_flag_goes_before_file_before_default(write):
+    file = write("ppo:\n  clip_low: 0.1\n  num_epochs: 2\nseed: 7\n")
+    config = flags.parse(Settings, [*file, "--ppo.clip-low", "0.05"])
+    assert config == Settings(seed=7, ppo=Stage(clip_low=0.05, num_epochs=2))
+    # The order on the command line does not matter, and a section's own default survives.
+    assert flags.parse(Settings, ["--ppo.clip-low", "0.05", *file]) == config
+    assert flags.parse(Settings, []) == Settings()
+    assert flags.parse(Settings, []).ppo.clip_low == 0.3
+
+
+def test_the_last_config_and_the_last_flag_count(write):
+    write("seed: 1\n")
+    Path("d.yaml").write_text("seed: 2\n")
+    assert flags.parse(Settings, ["--config", "c.yaml", "--config=d.yaml"]).seed == 2
+    assert flags.parse(Settings, ["--config=d.yaml", "--config", "c.yaml"]).seed == 1
+    assert flags.parse(Settings, ["--seed", "3", "--seed", "4"]).seed == 4
+
+
+def test_values_of_every_type(write):
+    text = """
+model: null
+ppo:
+  clip_low: 1e-5
+  kind: ipo
+  top_k: 0
+  max_norm: 1
+  data: [a.json, '-b']
+  pair: [3, 4]
+  names: []
+  weights: {length: 1e-2, score: 2}
+  shuffle: no
+  folder: runs/x
+"""
+    stage = flags.parse(Settings, write(text)).ppo
+    assert stage == Stage(
+        1e-5, 4, "ipo", 0, 1.0, ("a.json", "-b"), (3, 4.0), [], {"length": 0.01, "score": 2.0}, False, Path("runs/x")
+    )
+    assert isinstance(stage.max_norm, float)
+    assert isinstance(stage.pair[1], float)
+    command = "--ppo.top-k None --ppo.data x y --ppo.no-shuffle --ppo.max-norm 1e-5 --ppo.kind ipo --model m"
+    config = flags.parse(Settings, command.split())
+    assert config == Settings("m", 0, Stage(0.3, 4, "ipo", None, 1e-5, ("x", "y"), shuffle=False))
+
+
+def test_none_as_the_command_line_spells_it_is_null(write):
+    assert flags.parse(Settings, write("model: None\n")).model is None
+    assert flags.parse(Settings, write("model: 'None'\n")).model == "None"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ppo:\n  clip_lo: 1", "c.yaml, line 2: unknown key ppo.clip_lo; did you mean clip_low?"),
+        ("ppo:\n  clip-low: 1", "c.yaml, line 2: unknown key ppo.clip-low; did you mean clip_low?"),
+        ("seed: 1\nclip_low: 1", "c.yaml, line 2: unknown key clip_low; clip_low belongs in the section ppo"),
+        ("ppo: {zzz: 1}", "c.yaml, line 1: unknown key ppo.zzz; the keys of ppo are clip_low, num_epochs, kind, "),
+        ("on: 1", "c.yaml, line 1: unknown key on; the keys are model, seed, ppo, batch_size"),
+        ("? [a]\n: 1", "c.yaml, line 1: unknown key a list of 1; "),
+        ("ppo:\n  clip_low: abc", "c.yaml, line 2: ppo.clip_low must be a float, found 'abc'"),
+        ("ppo:\n  clip_low: '0.5'", "c.yaml, line 2: ppo.clip_low must be a float, found '0.5'"),
+        ("ppo:\n  clip_low: yes", "c.yaml, line 2: ppo.clip_low must be a float, found yes"),
+        ("ppo:\n  clip_low: null", "c.yaml, line 2: ppo.clip_low must be a float, found null"),
+        ("ppo:\n  clip_low:", "c.yaml, line 2: ppo.clip_low must be a float, found nothing"),
+        ("ppo:\n  clip_low: " + "9" * 400, "c.yaml, line 2: ppo.clip_low must be a float, found 99"),
+        ("seed: " + "9" * 5000, "c.yaml, line 1: seed must be an int, found 99"),
+        ("seed: 1.0", "c.yaml, line 1: seed must be an int, found 1.0"),
+        ("seed: true", "c.yaml, line 1: seed must be an int, found true"),
+        ("seed: !x 1", "c.yaml, line 1: seed must be an int, found 1"),
+        ("model: 5", "c.yaml, line 1: model must be a string or null, found 5"),
+        ("model: [a]", "c.yaml, line 1: model must be a string or null, found a list of 1"),
+        ("ppo:\n  top_k: 1.5", "c.yaml, line 2: ppo.top_k must be an int or null, found 1.5"),
+        ("ppo:\n  kind: hinge", "c.yaml, line 2: ppo.kind must be one of 'sigmoid', 'ipo', found 'hinge'"),
+        ("ppo:\n  shuffle: 1", "c.yaml, line 2: ppo.shuffle must be true or false, found 1"),
+        ("ppo:\n  data: x", "c.yaml, line 2: ppo.data must be a list (each a string), found 'x'"),
+        (
+            "ppo:\n  data: [a,\n    3]",
+            "c.yaml, line 3: ppo.data must be a list (each a string), found a list of 2 with 3",
+        ),
+        ("ppo:\n  pair: [1]", "c.yaml, line 2: ppo.pair must be a list of 2 (an int, a float), found a list of 1"),
+        ("ppo:\n  weights: {a: b}", "c.yaml, line 2: ppo.weights must be a mapping (each value a float), found"),
+        ("ppo:\n  weights: {a: 1, a: 2}", "c.yaml, line 2: ppo.weights must be a mapping"),
+        ("ppo: 3", "c.yaml, line 1: ppo must be a mapping of keys, found 3"),
+        ("ppo:\nseed: 1", "c.yaml, line 1: ppo must be a mapping of keys, found nothing"),
+        ("seed: 1\nseed: 2", "c.yaml, line 2: key seed is given twice, first on line 1"),
+        ("- seed", "c.yaml, line 1: the file must be a mapping of keys, found a list of 1"),
+        ("", "c.yaml: is empty"),
+        ("# nothing\n", "c.yaml: is empty"),
+        ("seed: 1\nppo: [", "c.yaml, line 2: not valid YAML: "),
+        ("seed: 1\n---\nseed: 2", "c.yaml, line 2: not valid YAML: "),
+        ("seed: 1\nmodel: \x01", "c.yaml, line 2: not valid YAML: character"),
+        ("model: " + "[" * 5000, "c.yaml: not valid YAML: nested too deeply"),
+        (b"seed: 1\nmodel: \xe4", "c.yaml, line 2: not UTF-8"),
+        ("seed: 1\nppo:\n  clip_low: 3", "c.yaml, line 3: ppo: clip_low must be at most 1, got 3.0"),
+        ("ppo:\n  num_epochs: 3\nbatch_size: 4", "c.yaml, line 3: batch_size 4 must be a multiple of 3"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(write, text, message):
+    with pytest.raises(UserError) as caught:
+        flags.parse(Settings, write(text))
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value)) < 250
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"none.yaml: no such file \(given by --config\)"):
+        flags.parse(Settings, ["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(UserError, match="cannot be read"):
+        flags.parse(Settings, ["--config", str(tmp_path)])
+
+
+def test_byte_order_mark_is_ignored(write):
+    assert flags.parse(Settings, write(b"\xef\xbb\xbfseed: 3")).seed == 3
+
+
+def test_checks_run_on_the_final_values(write):
+    """What the file gets wrong a flag may put right, and the other way round the file's line is not blamed."""
+    file = write("ppo:\n  clip_low: 3\n")
+    assert flags.parse(Settings, [*file, "--ppo.clip-low", "0.5"]).ppo.clip_low == 0.5
+    with pytest.raises(UserError, match=r"^ppo: clip_low must be at most 1, got 4\.0"):
+        flags.parse(Settings, [*file, "--ppo.clip-low", "4"])
+    with pytest.raises(UserError, match=r"^batch_size 7 must be a multiple of 4"):
+        flags.parse(Settings, ["--batch-size", "7"])
+
+
+@pytest.mark.parametrize("argv", [["--nope"], ["--seed", "x"], ["--ppo.kind", "hinge"], ["--config"], ["--seed"]])
+def test_wrong_flags_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        flags.parse(Settings, argv)
+    assert caught.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_help_shows_texts_and_values_in_force(write, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as caught:
+        flags.parse(Settings, [*write("seed: 31\n"), "--help"], description="Trains things.")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Trains things." in text
+    assert "Root of every random number. (default: 31)" in text
+    assert "--ppo.clip-low FLOAT" in text
+    assert "Lower side of the clip. (default: 0.3)" in text
+    assert "Which loss. (default: sigmoid)" in text
+    assert "--config FILE" in text
+
+
+def test_a_field_without_default_must_be_given(write, capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Required:
+        name: str
+
+    assert flags.parse(Required, write("name: x")) == Required("x")
+    assert flags.parse(Required, ["--name", "y"]) == Required("y")
+    with pytest.raises(SystemExit):
+        flags.parse(Required, [])
+    assert "--name" in capsys.readouterr().err
+
+
+floats = st.floats(allow_nan=False, max_value=1.0)
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+stages = st.builds(
+    Stage,
+    clip_low=floats,
+    num_epochs=st.just(1),
+    kind=st.sampled_from(["sigmoid", "ipo"]),
+    top_k=st.none() | st.integers(),
+    max_norm=st.none() | floats,
+    data=st.lists(texts).map(tuple),
+    pair=st.tuples(st.integers(), floats),
+    names=st.lists(texts),
+    weights=st.dictionaries(st.from_regex(r"[a-z]{1,8}", fullmatch=True), floats, max_size=3),
+    shuffle=st.booleans(),
+    folder=st.just(Path("a/b c")),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.builds(Settings, model=st.none() | texts | st.sampled_from(["None", "null", "1e5", "on", "~"]), ppo=stages))
+def test_yaml_reads_back_equal(tmp_path_factory, config):
+    file = tmp_path_factory.mktemp("yaml") / "c.yaml"
+    text = flags.to_yaml(config)
+    file.write_text(text, encoding="utf-8")
+    read = flags.parse(Settings, ["--config", str(file)])
+    assert read == config
+    assert flags.to_yaml(read) == text
+
+
+def test_yaml_holds_every_field_in_order():
+    text = flags.to_yaml(Settings(ppo=Stage(data=("a", "b"))))
+    assert text.splitlines() == [
+        *("model: null", "seed: 0", "ppo:", "  clip_low: 0.2", "  num_epochs: 4", "  kind: sigmoid", "  top_k: null"),
+        *("  max_norm: 1.0", "  data: [a, b]", "  pair: [1, 2.0]", "  names: []", "  weights: {}", "  shuffle: true"),
+        *("  folder: runs", "batch_size: 64"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "stderr"),
+    [(None, 0, ""), (3, 3, ""), (UserError("a: b"), 2, "error: a: b\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+)
+def test_exit_codes(outcome, code, stderr, capsys):
+    def main():
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    with pytest.raises(SystemExit) as caught:
+        flags.run_script(main)
+    assert caught.value.code == code
+    assert capsys.readouterr().err == stderr
+
+
+def test_other_errors_keep_their_traceback():
+    def main():
+        raise RuntimeError("bug")
+
+    with pytest.raises(RuntimeError, match="bug"):
+        flags.run_script(main)

@@ -1,0 +1,184 @@
+"""Rows that read back equal, no row twice and none missing after a kill, and a console that works anywhere."""
+
+import io
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.runs import open_run
+from rlhf_jax.tracking import RowWriter, Tracker
+
+
+def rows(path) -> list[dict]:
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text("utf-8").splitlines()]
+
+
+def write(path, steps, resume_step=None) -> None:
+    writer = RowWriter(path, resume_step)
+    for step in steps:
+        writer.write(step, {"x": step / 3})
+    writer.close()
+
+
+def test_rows(tmp_path):
+    writer = RowWriter(tmp_path / "m.jsonl")
+    writer.write(1, {"loss": 0.1 + 0.2, "n": 3, "ok": True, "text": "ä\n", "nothing": None})
+    assert rows(tmp_path / "m.jsonl") == [
+        {"step": 1, "loss": 0.1 + 0.2, "n": 3, "ok": True, "text": "ä\n", "nothing": None}
+    ]  # before sync or close: a killed process loses no row
+    writer.sync()
+    writer.close()
+    with pytest.raises(ValueError, match="key step of its own"):
+        RowWriter(tmp_path / "n.jsonl").write(1, {"step": 2})
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.floats())
+def test_floats_read_back_equal(tmp_path_factory, number):
+    path = tmp_path_factory.mktemp("rows") / "m.jsonl"
+    RowWriter(path).write(0, {"x": number, "deep": [{"y": number}]})
+    row = rows(path)[0]
+    for value in (row["x"], row["deep"][0]["y"]):
+        np.testing.assert_array_equal(float(value), number)
+        assert math.copysign(1, float(value)) == math.copysign(1, number) or math.isnan(number)
+
+
+def test_numbers_that_json_lacks_are_strings(tmp_path):
+    RowWriter(tmp_path / "m.jsonl").write(0, {"a": math.nan, "b": math.inf, "c": -math.inf})
+    assert rows(tmp_path / "m.jsonl")[0] == {"step": 0, "a": "NaN", "b": "Infinity", "c": "-Infinity"}
+
+
+def test_a_new_run_starts_the_file_anew(tmp_path):
+    write(tmp_path / "m.jsonl", range(5))
+    write(tmp_path / "m.jsonl", range(2))
+    assert [row["step"] for row in rows(tmp_path / "m.jsonl")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"step": 8, "x', b'{"step": 8}', b"\x00\x00\x00", b'{"step": 8, "t": "\xc3', b"8"]
+)
+def test_resume_leaves_no_row_twice_and_none_out(tmp_path, torn):
+    path, straight = tmp_path / "m.jsonl", tmp_path / "straight.jsonl"
+    write(straight, [0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    write(path, [0, 0, 1, 2, 3, 4, 5, 6, 7])
+    path.write_bytes(path.read_bytes() + torn)
+    write(path, range(5, 10), resume_step=4)
+    assert path.read_bytes() == straight.read_bytes()
+
+
+def test_a_complete_last_row_is_kept_though_its_line_has_no_end(tmp_path):
+    (tmp_path / "m.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}')
+    write(tmp_path / "m.jsonl", [], resume_step=2)
+    assert (tmp_path / "m.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_resume_without_a_file(tmp_path):
+    write(tmp_path / "m.jsonl", [3], resume_step=2)
+    assert [row["step"] for row in rows(tmp_path / "m.jsonl")] == [3]
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"step": "a"}', '{"step": 1', "{"])
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    (tmp_path / "m.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match=r"m.jsonl, line 2: expected a JSON object with the key step"):
+        RowWriter(tmp_path / "m.jsonl", resume_step=2)
+    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 3
+
+
+def console(terminal: bool, width: int = 100) -> rich.console.Console:
+    return rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=width)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tracker_writes_the_three_files(tmp_path, terminal):
+    metrics = {
+        "loss": jnp.float32(0.1),
+        "half": jnp.bfloat16(0.5),
+        "count": jnp.int32(7),
+        "flag": np.bool_(True),
+        "python": 0.25,
+        "bad": jnp.float32(jnp.nan),
+    }
+    with open_run(tmp_path) as run, Tracker(run, total=2, console=console(terminal)) as tracker:
+        returned = tracker.log(1, metrics)
+        tracker.timing(1, {"rollout": 0.5})
+        tracker.samples(1, [{"prompt": "a", "score": 1.5}, {"prompt": "b", "score": -math.inf}])
+        tracker.sync()
+        assert rows(run.metrics)[0] == {
+            "step": 1,
+            "loss": float(np.float32(0.1)),
+            "half": 0.5,
+            "count": 7,
+            "flag": True,
+            "python": 0.25,
+            "bad": "NaN",
+        }
+        assert returned["loss"] == float(np.float32(0.1))
+        assert math.isnan(returned["bad"])
+        assert rows(run.timing) == [{"step": 1, "rollout": 0.5}]
+        assert rows(run.samples) == [
+            {"step": 1, "prompt": "a", "score": 1.5},
+            {"step": 1, "prompt": "b", "score": "-Infinity"},
+        ]
+        with pytest.raises(ValueError, match=r"metric vector: expected a scalar, got shape \(2,\)"):
+            tracker.log(2, {"vector": jnp.ones(2)})
+
+
+def test_metrics_of_sharded_computations(tmp_path):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    scalar = jax.device_put(jnp.float32(2), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    with open_run(tmp_path) as run, Tracker(run, total=1, console=console(False)) as tracker:
+        assert tracker.log(1, {"x": scalar}) == {"x": 2.0}
+
+
+def test_lines_where_there_is_no_terminal(tmp_path):
+    out = console(False)
+    with (
+        open_run(tmp_path) as run,
+        Tracker(run, total=25, label="ppo", show=["kl", "score"], console=out, print_every=10) as tracker,
+    ):
+        for step in range(1, 26):
+            tracker.log(step, {"loss": 0.0, "score": step / 7, "kl": 2.0})
+        tracker.print("[bold]done[/bold] :smile: " + "x" * 200)
+    assert out.file.getvalue().splitlines() == [
+        "ppo 1/25  kl 2  score 0.1429",
+        "ppo 10/25  kl 2  score 1.429",
+        "ppo 20/25  kl 2  score 2.857",
+        "ppo 25/25  kl 2  score 3.571",
+        "[bold]done[/bold] :smile: " + "x" * 200,
+    ]
+
+
+def test_progress_on_a_terminal(tmp_path):
+    out = console(True, width=120)
+    with open_run(tmp_path) as run, Tracker(run, total=4, label="ppo", resume_step=2, console=out) as tracker:
+        tracker.log(3, {"objective/score": 1.25, "[x]": 2.0})
+        tracker.print("a message")
+    text = out.file.getvalue()
+    assert "ppo" in text
+    assert "3/4" in text
+    assert "objective/score 1.25  [x] 2" in text
+    assert "a message" in text
+
+
+def test_tracker_resumes_all_files(tmp_path):
+    with open_run(tmp_path) as run:
+        for resume_step, steps in ((None, range(1, 8)), (4, range(5, 10))):
+            with Tracker(run, total=9, resume_step=resume_step, console=console(False)) as tracker:
+                for step in steps:
+                    tracker.log(step, {"x": 0.5})
+                    tracker.timing(step, {"t": 0.5})
+                    tracker.samples(step, [{"text": "a"}, {"text": "b"}])
+        for path, times in ((run.metrics, 1), (run.timing, 1), (run.samples, 2)):
+            assert [row["step"] for row in rows(path)] == [step for step in range(1, 10) for _ in range(times)]
