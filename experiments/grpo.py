@@ -1,0 +1,15 @@
+"""GRPO, rewards normalised among several answers to a prompt, on prompts and a reward.
+
+python experiments/grpo.py --config configs/tiny.yaml
+"""
+
+from rlhf_jax import flags, grpo, training
+from rlhf_jax.config import RunConfig
+
+
+def main() -> None:
+    training.rl.run(flags.parse(RunConfig, description=__doc__), grpo)
+
+
+if __name__ == "__main__":
+    flags.run_script(main)

@@ -1,0 +1,18 @@
+"""All three stages from one YAML: SFT, a reward model, PPO.
+
+    python experiments/pipeline.py --config configs/pipeline.yaml --data FOLDER
+
+FOLDER holds sft_data.json, preference_data.json and prompts.json.
+"""
+
+from rlhf_jax import flags
+from rlhf_jax.config import RunConfig
+from rlhf_jax.training import pipeline
+
+
+def main() -> None:
+    pipeline.run(flags.parse(RunConfig, description=__doc__))
+
+
+if __name__ == "__main__":
+    flags.run_script(main)

@@ -1,0 +1,15 @@
+"""PPO with a KL penalty on prompts and a reward.
+
+python experiments/ppo.py --config configs/tiny.yaml
+"""
+
+from rlhf_jax import flags, ppo, training
+from rlhf_jax.config import RunConfig
+
+
+def main() -> None:
+    training.rl.run(flags.parse(RunConfig, description=__doc__), ppo)
+
+
+if __name__ == "__main__":
+    flags.run_script(main)

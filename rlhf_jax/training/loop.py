@@ -1,0 +1,117 @@
+"""The loop of every stage: restore, step, validate, log, save. What a step does is the stage's own."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.data.batches import ABSENT
+from rlhf_jax.errors import Stopped, TrainingFault
+from rlhf_jax.tracking import Tracker
+from rlhf_jax.training.signals import resume_command, stop_requests
+from rlhf_jax.training.stage import Stage
+from rlhf_jax.types import Metrics
+
+State = TypeVar("State")
+
+
+class Validation(NamedTuple):
+    """What a validation found: metrics, and texts for samples.jsonl."""
+
+    metrics: dict[str, float]
+    samples: Sequence[dict[str, Any]] = ()
+
+
+def train(
+    stage: Stage,
+    state: State,
+    advance: Callable[[State, int], tuple[State, Metrics]],
+    *,
+    num_steps: int,
+    validate: Callable[[State], Validation] | None = None,
+    validation_interval: int = 1,
+    show: tuple[str, ...] = (),
+) -> tuple[State, dict[str, float]]:
+    """Runs ``advance(state, step)`` for steps 0, 1, ..., from the checkpoint of a resumed run if there is one.
+
+    Row k of metrics.jsonl speaks of the state after k steps; a checkpoint of step k is saved after row k, step 0 before
+    the first update. Validations come before the first step, every ``validation_interval`` steps and at the end.
+
+    Returns:
+        The last state and the last row of metrics.
+
+    Raises:
+        Stopped: SIGINT or SIGTERM came; the step was finished and saved.
+        TrainingFault: an update was not finite; the state from before it has been kept in the last checkpoint.
+    """
+    config = stage.config
+    with Checkpoints(stage.run.checkpoints, config.keep_last) as checkpoints:
+        first, row = 0, {}
+        if stage.run.resumed:
+            state, meta = checkpoints.restore(state)
+            first, row = meta["step"], meta["metrics"]
+            finished = " (finished already)" if first >= num_steps else ""
+            print(f"resumed from step {first} of {num_steps}{finished}", flush=True)
+        tracker = Tracker(
+            stage.run, total=num_steps, resume_step=first if stage.run.resumed else None, label=stage.name, show=show
+        )
+        with tracker, stop_requests() as stop:
+
+            def save(step: int) -> None:
+                tracker.sync()
+                checkpoints.save(step, state, {"step": step, "metrics": row})
+
+            def validated(step: int) -> dict[str, float]:
+                if validate is None:
+                    return {}
+                started = time.perf_counter()
+                found = validate(state)
+                tracker.samples(step, found.samples)
+                tracker.timing(step, {"timing/validation": time.perf_counter() - started})
+                return found.metrics
+
+            if not stage.run.resumed:
+                row = tracker.log(0, validated(0))
+                save(0)
+            for step in range(first, num_steps):
+                started = time.perf_counter()
+                state, metrics = advance(state, step)
+                done = step + 1
+                nonfinite = float(metrics["nonfinite"]) > 0
+                tracker.timing(done, {"timing/step": time.perf_counter() - started})
+                last = done == num_steps
+                due = not nonfinite and (last or done % validation_interval == 0)
+                row = tracker.log(done, {**metrics, **(validated(done) if due else {})})
+                if nonfinite:
+                    raise TrainingFault(
+                        f"{stage.name}: loss or gradient was not finite at step {done}; the update was not "
+                        f"applied. The last good checkpoint is step {checkpoints.latest()} in {stage.run.checkpoints}. "
+                        "Lower the learning rate or clip harder (optimizer.max_grad_norm)"
+                    )
+                if last or stop.received or done % config.checkpoint_interval == 0:
+                    save(done)
+                if stop.received and not last:
+                    raise Stopped(
+                        f"{stop.received.name}: stopped after step {done} of {num_steps}, saved. Go on with:\n"
+                        f"    {resume_command()}",
+                        stop.received,
+                    )
+    return state, row
+
+
+def select(subset: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Row numbers ``subset[indices]``; absent rows (-1) stay absent."""
+    return np.where(indices == ABSENT, ABSENT, subset[indices])
+
+
+def pad_rows(rows: np.ndarray, multiple: int) -> np.ndarray:
+    """Row numbers completed with absent rows to a multiple."""
+    return np.pad(rows, (0, -len(rows) % multiple), constant_values=ABSENT)
+
+
+def in_order(rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """The rows in batches of one size, the last completed with absent rows."""
+    padded = pad_rows(rows, batch_size)
+    return iter(np.split(padded, len(padded) // batch_size))

@@ -1,0 +1,111 @@
+"""One stage of a run while it is open: its folder, its devices, its random streams."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import devices, flags, models, runs, sharding
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.training import setup
+from rlhf_jax.types import Params
+
+Tree = TypeVar("Tree")
+
+# What may differ between a run and its resumption without making it another run.
+MAY_CHANGE = ("resume", "overwrite", "output_dir", "device", "keep_last", "checkpoint_interval")
+
+
+class RunResult(NamedTuple):
+    """Where a finished run lies, and the last row of its metrics."""
+
+    folder: Path
+    model_folder: Path
+    metrics: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """An open run folder with the devices and keys of its stage."""
+
+    config: RunConfig
+    name: str
+    run: runs.Run
+    mesh: jax.sharding.Mesh
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that share the rows of a batch."""
+        return self.mesh.shape["data"]
+
+    @property
+    def row_sharding(self) -> jax.sharding.NamedSharding:
+        """The sharding of batches and minibatches."""
+        return sharding.rows(self.mesh)
+
+    def key(self, name: setup.Stream) -> jax.Array:
+        """The key of one of the stage's random streams."""
+        return setup.stream(self.config.seed, self.name, name)
+
+    def shard(self, batch: Tree) -> Tree:
+        """A batch with its rows spread over the devices."""
+        return sharding.shard_rows(self.mesh, batch)
+
+    def replicate(self, tree: Tree) -> Tree:
+        """A copy on every device: never the same buffers, since updates donate theirs."""
+        return sharding.replicate(self.mesh, jax.tree.map(functools.partial(jnp.array, copy=True), tree))
+
+    def jit_update(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        """Jits ``update(state, ...) -> (state, metrics)``: the state is donated and comes back on every device."""
+        return jax.jit(update, donate_argnums=0, out_shardings=sharding.replicated(self.mesh))
+
+    def say_counts(self, counts: Mapping[str, int]) -> None:
+        """Prints how many texts were cut or left out, before anything is compiled."""
+        for what, count in counts.items():
+            print(f"{count} texts: {what}", flush=True)
+
+    def finish(self, model: models.Model, params: Params, tokenizer: Tokenizer, metrics: dict[str, Any]) -> RunResult:
+        """Saves ``model/`` with its tokenizer."""
+        models.save(self.run.model, model, jax.device_get(params))
+        tokenizer.save(self.run.model)
+        print(f"saved {self.run.model}", flush=True)
+        return RunResult(self.run.path, self.run.model, metrics)
+
+
+def start(config: RunConfig) -> int:
+    """Chooses the device and says which it is: the first thing that every run does. Returns the number of devices.
+
+    Raises:
+        UserError: there is no such device, or an accelerator would lie idle.
+    """
+    devices.choose(config.device)
+    setup.enable_compilation_cache()
+    print(setup.devices_line(config.compute), flush=True)
+    return jax.device_count()
+
+
+@contextlib.contextmanager
+def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) -> Iterator[Stage]:
+    """Takes the run folder and writes config and manifest into it (or compares them on resume).
+
+    Raises:
+        UserError: the folder is used or locked, or the run to resume is another one.
+    """
+    path = config.output_dir or f"runs/{name}"
+    with runs.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
+        text = flags.to_yaml(config)
+        data = dict(fingerprints)
+        for key, source in (("model", config.model), ("rl.reward", config.rl.reward)):
+            if source and Path(source).is_dir():
+                data[key] = runs.fingerprint(source)
+        runs.check_unchanged(run, config=text, data_fingerprints=data, may_change=MAY_CHANGE)
+        if not run.resumed:
+            runs.write_config(run, text)
+        runs.write_manifest(run, seed=config.seed, data_fingerprints=data, extra={"stage": name})
+        yield Stage(config, name, run, sharding.make_mesh())

@@ -1,0 +1,54 @@
+"""The quickstart as a newcomer starts it, and its negative control. Minutes long: the slow tier."""
+
+import json
+
+import pytest
+from test_scripts import run
+
+GATES = {"reward_model_accuracy", "ppo_beats_sft", "kl_in_band", "kl_coef_moved"}
+
+
+def outputs(folder):
+    return {name: (folder / name).read_bytes() for name in ("summary.json", "report.html", "model/model.safetensors")}
+
+
+def check(folder):
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    assert summary["heldout_prompts"] >= 100
+    assert summary["reward_model"]["accuracy"] >= 0.85
+    assert summary["win_rate"] >= 0.75
+    target, last = summary["kl"]["target"], summary["kl"]["last_iterations"]
+    assert len(last) == 10
+    assert all(target / 1.5 <= kl <= 1.5 * target for kl in last)
+    assert summary["gates"] == dict.fromkeys(GATES, True)
+
+
+@pytest.mark.slow
+def test_seed_0_twice_gives_identical_files(tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        done = run("quickstart", "--output-dir", folder)
+        assert "score/length" in done.stdout
+    check(folders[0])
+    assert outputs(folders[0]) == outputs(folders[1])
+    page = (folders[0] / "report.html").read_text("utf-8")
+    assert page.count("<svg") >= 6
+    assert not any(reference in page for reference in ("http://", "https://", "<script", "src=", "<link"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_other_seeds_pass_too(seed, tmp_path):
+    run("quickstart", "--output-dir", tmp_path / "run", "--seed", seed)
+    check(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_meaningless_labels_are_found_out(tmp_path):
+    done = run("quickstart", "--output-dir", tmp_path / "run", "--shuffle-labels", check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
+    assert summary["shuffled_labels"] is True
+    assert 0.4 <= summary["reward_model"]["accuracy"] <= 0.6
+    assert summary["gates"]["reward_model_accuracy"] is False
+    assert "FAIL  reward_model_accuracy" in done.stdout

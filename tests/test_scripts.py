@@ -1,0 +1,147 @@
+"""The scripts as a user starts them: in a process of their own, one device, the tiny config."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script, *flags, devices=1, check=True):
+    env = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", JAX_PLATFORMS="cpu")
+    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def rows(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
+
+
+TINY = ("--config", ROOT / "configs" / "tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("script", "steps"),
+    [
+        ("sft", 30),
+        ("reward_model", 43),
+        ("vpg", 10),
+        ("ppo", 10),
+        pytest.param("rloo", 10, marks=pytest.mark.slow),
+        pytest.param("grpo", 10, marks=pytest.mark.slow),
+    ],
+)
+def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
+    folder = tmp_path / "run"
+    done = run(script, *TINY, "--output-dir", folder)
+    assert done.stdout.splitlines()[0] == "cpu: 1 x cpu, float32"
+    metrics = rows(folder)
+    assert [row["step"] for row in metrics] == list(range(steps + 1))
+    assert {entry.name for entry in folder.iterdir()} >= {
+        *("config.yaml", "manifest.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "checkpoints", "model"),
+    }
+    assert (folder / "model" / "tokenizer.json").is_file()
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    assert manifest["seed"] == 0
+    assert len(manifest["data"]) == 1
+    if script == "sft":
+        assert metrics[-1]["validation/loss"] < metrics[0]["validation/loss"] - 0.5
+    if script == "reward_model":
+        assert metrics[-1]["reward_model/loss"] < metrics[1]["reward_model/loss"]
+    if script in ("vpg", "ppo", "rloo", "grpo"):
+        assert {row["step"] for row in rows(folder, "samples.jsonl")} == {0, 5, 10}
+        assert metrics[-1]["objective/kl"] != 0.0  # an estimate from samples: its sign means nothing after 10 steps
+        assert metrics[1]["objective/kl"] == 0.0
+        assert metrics[-1]["policy/sampler_gap"] < 1e-4
+
+
+def test_pipeline_hands_each_folder_to_the_next_stage(tmp_path):
+    folder = tmp_path / "run"
+    run("pipeline", *TINY, "--output-dir", folder)
+    manifests = {name: json.loads((folder / name / "manifest.json").read_text()) for name in ("reward_model", "ppo")}
+    assert "model" in manifests["reward_model"]["data"]
+    assert {"model", "rl.reward"} <= manifests["ppo"]["data"].keys()
+    done = run("pipeline", *TINY, "--output-dir", folder, check=False)
+    assert (done.returncode, "--resume" in done.stderr) == (2, True)
+    before = (folder / "ppo" / "model" / "model.safetensors").read_bytes()
+    done = run("pipeline", *TINY, "--output-dir", folder, "--resume")
+    assert done.stdout.count("finished already") == 3
+    assert (folder / "ppo" / "model" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "missing.json"], "missing.json"),
+        (["--rl.reward", ""], "rl.reward"),
+        (["--rl.reward", "count:the cat"], "tokens"),
+        (["--rl.top-k", "5"], "allow_truncated_sampling"),
+        (["--rl.max-new-tokens", "200"], "max_new_tokens"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_a_users_mistake_is_a_sentence_and_exit_code_2(flags, message, tmp_path):
+    done = run("ppo", *TINY, "--output-dir", tmp_path / "run", *flags, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def start(script, *flags):
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
+    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def results(folder):
+    names = ("model/model.safetensors", "metrics.jsonl", "samples.jsonl")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
+    longer = (*TINY, "--rl.num-iterations", "60", "--checkpoint-interval", "10")
+    run("ppo", *longer, "--output-dir", tmp_path / "straight")
+    folder = tmp_path / "killed"
+    for step in (0, 20):
+        process = start("ppo", *longer, "--output-dir", folder, *(["--resume"] if step else []))
+        wait_for(folder / "checkpoints" / str(step), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    run("ppo", *longer, "--output-dir", folder, "--resume")
+    assert results(folder) == results(tmp_path / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_with_its_code_and_the_command_that_resumes(number, code, tmp_path):
+    longer = (*TINY, "--rl.num-iterations", "60", "--checkpoint-interval", "1000")
+    folder = tmp_path / "run"
+    process = start("vpg", *longer, "--output-dir", folder)
+    wait_for(folder / "checkpoints" / "0", process)
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert process.returncode == code, said
+    assert f"vpg.py --config {TINY[1]}" in said
+    assert said.rstrip().endswith("--resume")
+    done = run("vpg", *longer, "--output-dir", folder, "--resume")
+    assert "resumed from step" in done.stdout
+    assert len(rows(folder)) == 61
