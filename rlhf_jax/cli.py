@@ -1,0 +1,110 @@
+"""The ``rlhf-jax`` command: what surrounds a run."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import rich.console
+import rich.table
+import tyro
+
+from rlhf_jax import doctor, export, flags
+from rlhf_jax.data import check as data_check
+from rlhf_jax.data import demo, preview, readers, tokenizers
+from rlhf_jax.errors import UserError
+
+Positional = tyro.conf.Positional[str]
+
+
+def examine() -> int:
+    """Print versions and devices, and try one step of every phase. Exits with 1 if anything is wrong."""
+    checks = [*doctor.machine(), *doctor.self_test()]
+    table = rich.table.Table(show_header=False)
+    for check in checks:
+        table.add_row("ok" if check.passed else "FAIL", check.name, check.detail)
+    rich.console.Console().print(table)
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def export_run(run: Positional, folder: Positional) -> None:
+    """Copy a run's model to a Hugging Face folder with its tokenizer and a model card.
+
+    Args:
+        run: the folder of a finished run.
+        folder: the new folder.
+    """
+    print(f"wrote {export.export(run, folder)}")
+
+
+def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) -> None:
+    """Write the generated assistant corpus: sft_data.json, preference_data.json, prompts.json and held-out files.
+
+    Args:
+        folder: where to write; made if missing.
+        seed: the same seed gives the same files.
+        shuffle_labels: preferences by coin flip, as a negative control.
+    """
+    demo.write(folder, seed=seed, shuffle_labels=shuffle_labels)
+    print(f"wrote the demo corpus to {folder}")
+
+
+def check_data(
+    files: tyro.conf.Positional[tuple[str, ...]], tokenizer: str | None = None, kind: readers.Kind | None = None
+) -> int:
+    """Read data files to their end: format, counts, lengths, duplicates, what they share, and every problem.
+
+    Exits with 2 if a run could not read one of them.
+
+    Args:
+        files: JSON, JSON lines, CSV, Parquet or text files, or names of Hugging Face datasets.
+        tokenizer: folder or name; lengths are then in its tokens, and its chat template renders messages.
+        kind: what the rows should be; by default what most of them are.
+    """
+    loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
+    report = data_check.check(files, loaded, kind)
+    print(preview.render(report, loaded))
+    return 2 if report.num_problems else 0
+
+
+def preview_data(
+    file: Positional, count: int = 3, tokenizer: str | None = None, kind: readers.Kind | None = None
+) -> None:
+    """Print the first rows of a data file as a run reads them.
+
+    Args:
+        file: a data file or the name of a Hugging Face dataset.
+        count: rows to print.
+        tokenizer: folder or name; its chat template then renders messages.
+        kind: what the rows should be; by default what most of them are.
+    """
+    loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
+    print(preview.preview(file, loaded, kind, count))
+
+
+COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
+    "": {"doctor": examine, "export": export_run},
+    "data": {"check": check_data, "preview": preview_data, "demo": write_demo},
+}
+
+
+def run(argv: list[str]) -> int | None:
+    """Runs one command line, without the program's name; returns the exit code (None: 0).
+
+    Raises:
+        UserError: there is no such command.
+        SystemExit: after ``--help``, or code 2 for wrong flags.
+    """
+    group = argv[0] if argv and argv[0] in COMMANDS else ""
+    words = argv[1:] if group else argv
+    names = [f"{name} {command}".strip() for name, commands in COMMANDS.items() for command in commands]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\n\n" + "\n".join(f"    rlhf-jax {name} --help" for name in names))
+        return 0
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS[group]:
+        raise UserError(f"rlhf-jax: no command {' '.join([group, words[0]]).strip()!r}; there are: {', '.join(names)}")
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS[group], prog=f"rlhf-jax {group}".strip(), args=words)
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    flags.run_script(lambda: run(sys.argv[1:]))
