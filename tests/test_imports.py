@@ -1,0 +1,76 @@
+"""Imports go down only, and what is heavy or fragile stays where the design puts it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_jax"
+LAYERS = [
+    {"types", "errors"},
+    {"ops"},
+    {"losses", "advantages", "sharding"},
+    {"models"},
+    {"sampling"},
+    {"host_rewards", "ngram_rewards", "rewards", "rollout"},
+    {"algorithms"},
+    {"data", "checkpoint", "config", "config_files", "devices", "flags", "runs", "tracking"},
+    {"inference", "evaluation", "report", "export"},
+    {"training"},
+    {"cli", "doctor"},
+]
+LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def part(path):
+    """The module or subpackage of rlhf_jax that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Full names of what a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    for name in imported(path):
+        if not name.startswith("rlhf_jax."):
+            continue
+        above = name.split(".")[1]
+        assert above in LAYER_OF, f"{name} has no layer"
+        assert LAYER_OF[above] <= LAYER_OF[part(path)], f"{path.name} imports {name} from a higher layer"
+        if part(path) in ("losses", "advantages", "algorithms"):
+            assert above != "models"
+
+
+def test_what_only_one_place_may_import():
+    owners = {"orbax": {"checkpoint"}, "flax.linen": {"models"}, "flax.nnx": set(), "torch": set(), "pickle": set()}
+    for path in FILES:
+        for name in imported(path):
+            for package, allowed in owners.items():
+                if name == package or name.startswith(f"{package}."):
+                    assert part(path) in allowed, f"{path} imports {name}"
+
+
+def test_nothing_below_layer_seven_touches_the_world():
+    world = {"os", "pathlib", "time", "datetime", "logging", "sys", "io", "tempfile", "random"}
+    for path in FILES:
+        if LAYER_OF[part(path)] < 7 and path != PACKAGE / "models" / "files.py":
+            assert not world & {name.split(".")[0] for name in imported(path)}, path
+
+
+def test_the_package_imports_neither_nnx_nor_torch_nor_what_is_slow():
+    code = (
+        "import sys, rlhf_jax; "
+        "print([m for m in ('flax.nnx', 'torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
