@@ -1,6 +1,8 @@
 """GRPO, rewards normalised among several answers to a prompt, on prompts and a reward.
 
-python experiments/grpo.py --config configs/tiny.yaml
+For a first look, on generated data:
+
+    python experiments/grpo.py --config configs/tiny.yaml
 """
 
 from rlhf_jax import flags, grpo, training

@@ -1,6 +1,8 @@
 """PPO with a KL penalty on prompts and a reward.
 
-python experiments/ppo.py --config configs/tiny.yaml
+For a first look, on generated data:
+
+    python experiments/ppo.py --config configs/tiny.yaml
 """
 
 from rlhf_jax import flags, ppo, training

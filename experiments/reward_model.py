@@ -1,6 +1,8 @@
 """A reward model from preference pairs {prompt, chosen, rejected}.
 
-python experiments/reward_model.py --config configs/tiny.yaml
+For a first look, on generated data:
+
+    python experiments/reward_model.py --config configs/tiny.yaml
 """
 
 from rlhf_jax import flags, training

@@ -1,6 +1,8 @@
 """RLOO, each of several answers to a prompt against the others, on prompts and a reward.
 
-python experiments/rloo.py --config configs/tiny.yaml
+For a first look, on generated data:
+
+    python experiments/rloo.py --config configs/tiny.yaml
 """
 
 from rlhf_jax import flags, rloo, training

@@ -1,6 +1,8 @@
 """Supervised fine-tuning of GPT-2 on demonstrations {prompt, response}.
 
-python experiments/sft.py --config configs/tiny.yaml
+For a first look, on generated data:
+
+    python experiments/sft.py --config configs/tiny.yaml
 """
 
 from rlhf_jax import flags, training

@@ -1,6 +1,8 @@
 """Vanilla policy gradient (REINFORCE with a running-mean baseline) on prompts and a reward.
 
-python experiments/vpg.py --config configs/tiny.yaml
+For a first look, on generated data:
+
+    python experiments/vpg.py --config configs/tiny.yaml
 """
 
 from rlhf_jax import flags, training, vpg

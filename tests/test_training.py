@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from rlhf_jax import models, ppo, sharding, tracking, training, vpg
+from rlhf_jax import grpo, models, ppo, rloo, sharding, tracking, training, vpg
 from rlhf_jax.config import Network, Optimizer, RewardModelStage, RLStage, RunConfig, SFTStage, Text, Tokenizer
 from rlhf_jax.data import demo
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.flags import parse
+from rlhf_jax.training import checks
+from rlhf_jax.training.quickstart import QuickstartConfig
+from rlhf_jax.training.quickstart import run as quickstart_run
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 FAST = Optimizer(learning_rate=1e-2)
@@ -258,3 +261,19 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(config, data, tmp_path):
         dataclasses.replace(config, model=str(trained.model_folder), output_dir=str(tmp_path / "rl")), vpg
     )
     assert models.load(again.model_folder)[0].config.vocab_size == size + 1
+
+
+@pytest.mark.parametrize("file", sorted(TINY.parent.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_config_fits(file):
+    config = parse(QuickstartConfig if file.stem == "quickstart" else RunConfig, ["--config", str(file)])
+    checks.supervised("sft", config.sft, 1)
+    checks.supervised("reward_model", config.reward_model, 1)
+    for algorithm in (vpg, ppo, rloo, grpo):
+        name = algorithm.__name__.rpartition(".")[2]
+        checks.reinforcement(algorithm, name, config.rl, getattr(config, name), 1)
+
+
+def test_the_quickstart_refuses_data_of_ones_own(tmp_path):
+    with pytest.raises(UserError, match="pipeline"):
+        quickstart_run(QuickstartConfig(data=("mine.json",), output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ array is never built for a large vocabulary, and nothing is computed for prompt 
 """
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def add_head(key: jax.Array, params: Params, kind: str) -> Params:
 
 def policy_params(params: Params) -> Params:
     """The policy's own parameters: ``params``, or their "policy" part where a whole value model goes with it."""
-    return params.get("policy", params)
+    return params["policy"] if isinstance(params, Mapping) and "policy" in params else params
 
 
 def policy_fn(

@@ -16,6 +16,7 @@ import rich.table
 from rlhf_jax import evaluation, inference, models, report, runs, sampling
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import demo, encoding, readers, rubric
+from rlhf_jax.errors import UserError
 from rlhf_jax.training import pipeline, setup
 from rlhf_jax.training.reward_model import evaluate, pair_scorer
 from rlhf_jax.training.stage import start
@@ -52,8 +53,10 @@ def run(config: QuickstartConfig) -> QuickstartResult:
     """Writes ``data/``, the stages' runs, ``model/``, ``summary.json`` and ``report.html``; prints a table.
 
     Raises:
-        UserError: the folder is used, or a setting does not fit.
+        UserError: the folder is used, data is given, or a setting does not fit.
     """
+    if config.data:
+        raise UserError("--data: the quickstart generates its own data; for yours use experiments/pipeline.py")
     folder = Path(config.output_dir or "runs/quickstart")
     pipeline.check_folder(folder, config)
     data = folder / "data"
@@ -243,7 +246,9 @@ def _print(prompts: list[readers.Prompt], sft_answers: Answers, ppo_answers: Ans
     )
     details = _gate_details(summary)
     for name, passed in summary["gates"].items():
-        console.print(f"{'pass' if passed else 'FAIL'}  {name}: {details[name]}", markup=False, highlight=False)
+        console.print(
+            f"{'pass' if passed else 'FAIL'}  {name}: {details[name]}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _gate_details(summary: dict[str, Any]) -> dict[str, str]:
