@@ -155,12 +155,10 @@ class RewardModelStage(RewardModelConfig):
 
 @dataclass(frozen=True)
 class RLStage:
-    """What VPG, PPO, RLOO and GRPO share: prompts, sampling, reward, KL, the optimizer."""
+    """What VPG, PPO, RLOO and GRPO share: prompts, sampling, KL, the optimizer."""
 
     data: tuple[str, ...] = ()
     """Files of prompts; empty: the run's --data."""
-    reward: str = ""
-    """A reward model's folder (or Hugging Face name), or count:TEXT, which counts one token of the vocabulary."""
     num_iterations: int = 100
     """Collect, reward, learn: how many times."""
     batch_size: int = 64
@@ -215,6 +213,8 @@ class RunConfig:
     """Data files of the stage, or a folder with sft_data.json, preference_data.json and prompts.json, or `demo`."""
     model: str | None = None
     """A Hugging Face folder (or name) to start from; null: random weights of `network`."""
+    reward: tuple[str, ...] = ()
+    """Reward models' folders (or Hugging Face names), FILE.py:FUNCTION, count:TEXT; SPEC*WEIGHT weighs one of a sum."""
     output_dir: str | None = None
     """The run's folder; null: runs/SCRIPT."""
     seed: int = 0

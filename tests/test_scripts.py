@@ -69,7 +69,7 @@ def test_pipeline_hands_each_folder_to_the_next_stage(tmp_path):
     run("pipeline", *TINY, "--output-dir", folder)
     manifests = {name: json.loads((folder / name / "manifest.json").read_text()) for name in ("reward_model", "ppo")}
     assert "model" in manifests["reward_model"]["data"]
-    assert {"model", "rl.reward"} <= manifests["ppo"]["data"].keys()
+    assert {"model", f"reward {folder / 'reward_model' / 'model'}"} <= manifests["ppo"]["data"].keys()
     done = run("pipeline", *TINY, "--output-dir", folder, check=False)
     assert (done.returncode, "--resume" in done.stderr) == (2, True)
     before = (folder / "ppo" / "model" / "model.safetensors").read_bytes()
@@ -82,8 +82,8 @@ def test_pipeline_hands_each_folder_to_the_next_stage(tmp_path):
     ("flags", "message"),
     [
         (["--data", "missing.json"], "missing.json"),
-        (["--rl.reward", ""], "rl.reward"),
-        (["--rl.reward", "count:the cat"], "tokens"),
+        (["--reward"], "--reward"),
+        (["--reward", "count:the cat"], "tokens"),
         (["--rl.top-k", "5"], "allow_truncated_sampling"),
         (["--rl.max-new-tokens", "200"], "max_new_tokens"),
         (["--model", "no/such/folder"], "no/such/folder"),

@@ -45,8 +45,8 @@ def config(data, tmp_path):
         reward_model=RewardModelStage(
             batch_size=16, optimizer=FAST, validation_fraction=0.2, validation_interval=2, num_epochs=2
         ),
+        reward=("count:e",),
         rl=RLStage(
-            reward="count:e",
             num_iterations=7,
             batch_size=16,
             max_new_tokens=4,

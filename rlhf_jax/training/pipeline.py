@@ -39,8 +39,7 @@ def run_stages(config: RunConfig, folder: Path) -> PipelineResult:
     first = sft.run(_stage_config(config, folder / "sft"))
     base = str(first.model_folder)
     second = reward_model.run(_stage_config(config, folder / "reward_model", base))
-    policy = _stage_config(config, folder / "ppo", base)
-    policy = dataclasses.replace(policy, rl=dataclasses.replace(config.rl, reward=str(second.model_folder)))
+    policy = dataclasses.replace(_stage_config(config, folder / "ppo", base), reward=(str(second.model_folder),))
     return PipelineResult(first, second, rl.run(policy))
 
 

@@ -5,6 +5,7 @@ public here.
 """
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,24 +18,25 @@ from rlhf_jax.algorithms import grpo, ppo, vpg
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data import rows as data_rows
-from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.errors import UserError
-from rlhf_jax.training import checks, inputs, loop, setup
+from rlhf_jax.errors import TrainingFault
+from rlhf_jax.training import checks, inputs, loop, reward_functions, setup
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.phases import AlgorithmConfig, LoopState, Prompts, collect, iteration, learn, reward
+from rlhf_jax.training.reward_functions import RunReward
 from rlhf_jax.training.stage import RunResult, Stage, open_stage, start
-from rlhf_jax.types import Metrics, RewardFn, TrainState
+from rlhf_jax.types import Metrics, Rollout, TrainState
 
-__all__ = ["LoopState", "Prompts", "collect", "iteration", "learn", "reward", "reward_function", "run"]
+__all__ = ["LoopState", "Prompts", "collect", "iteration", "learn", "reward", "run"]
 
 
-def run(config: RunConfig, algorithm: ModuleType = ppo) -> RunResult:
+def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | None = None) -> RunResult:
     """Trains the policy in ``config.model`` with ``algorithm`` (the module ``vpg``, ``ppo``, ``rloo`` or ``grpo``).
 
-    Saves ``model/`` in the run folder.
+    Saves ``model/`` in the run folder. ``run_reward`` takes the place of ``config.reward``: any RewardFn or HostReward.
 
     Raises:
         UserError: for whatever is wrong with the data, the models' folders, the run folder or the settings.
+        TrainingFault: a reward or an update that is not finite.
     """
     settings = config.rl
     name = algorithm.__name__.rpartition(".")[2]
@@ -45,9 +47,12 @@ def run(config: RunConfig, algorithm: ModuleType = ppo) -> RunResult:
         kl_coef = 0.0 if algorithm is grpo else 0.05
     checks.reinforcement(algorithm, name, settings, algorithm_config, start(config))
     prompts = inputs.read("prompts", settings.data, config.data, config.seed, config.model)
+    init_key = setup.stream(config.seed, name, "init")
+    model, params, tokenizer = setup.language_model(config, data_rows.texts(prompts.rows), init_key)
+    encoded = inputs.encode_prompts(prompts.rows, tokenizer, model, config)
+    if run_reward is None:
+        run_reward = reward_functions.build(config.reward, tokenizer, config.compute, encoded.columns)
     with open_stage(config, name, prompts.fingerprints) as stage:
-        model, params, tokenizer = setup.language_model(config, data_rows.texts(prompts.rows), stage.key("init"))
-        encoded = inputs.encode_prompts(prompts.rows, tokenizer, model, config)
         stage.say_counts(encoded.counts)
         prompt_length = encoded.tokens.shape[1]
         sampling_config = sampling.SamplingConfig(
@@ -59,57 +64,68 @@ def run(config: RunConfig, algorithm: ModuleType = ppo) -> RunResult:
             pad_id=tokenizer.pad_id,
         )
         policy_fn = models.policy_fn(model, settings.temperature, prompt_length)
-        reward_fn = stage.replicate(reward_function(settings.reward, tokenizer, config))
+        reward_fn = None if run_reward.fn is None else stage.replicate(run_reward.fn)
         ref_fn = None
         kl_in_loss = not isinstance(algorithm_config, vpg.Config) and algorithm_config.kl_loss_coef
         if kl_coef or kl_in_loss or settings.kl_target is not None:
             ref_fn = stage.replicate(jax.tree_util.Partial(policy_fn, params))
         if algorithm is ppo:
-            params = models.add_head(jax.random.fold_in(stage.key("init"), 1), params, "value")
+            params = models.add_head(jax.random.fold_in(init_key, 1), params, "value")
         optimizer = setup.make_optimizer(settings.optimizer, checks.num_updates(settings, algorithm_config))
         split_key, order_key = jax.random.split(stage.key("data"))
         train_rows, held_out = batches.split(len(encoded), settings.validation_fraction, split_key)
+        collecting: dict[str, Any] = {"model": model, "sampling_config": sampling_config, "mesh": stage.mesh}
+        learning: dict[str, Any] = {
+            "algorithm": algorithm,
+            "algorithm_config": algorithm_config,
+            "optimizer": optimizer,
+            "config": settings,
+            "minibatch_sharding": stage.row_sharding,
+        }
+        whole: Callable[..., Any] = functools.partial(iteration, policy_fn=policy_fn, **collecting, **learning)
 
         @stage.jit_update
         def step_fn(state: LoopState, *arrays: Any) -> tuple[LoopState, Metrics]:
-            state, _, metrics = iteration(
-                state,
-                *arrays,
-                model=model,
-                sampling_config=sampling_config,
-                policy_fn=policy_fn,
-                algorithm=algorithm,
-                algorithm_config=algorithm_config,
-                optimizer=optimizer,
-                config=settings,
-                mesh=stage.mesh,
-                minibatch_sharding=stage.row_sharding,
-            )
+            state, _, metrics = whole(state, *arrays)
             return state, metrics
 
+        collect_fn = jax.jit(functools.partial(collect, policy_fn=policy_fn, **collecting))
+        learn_fn = stage.jit_update(functools.partial(learn, policy_fn=policy_fn, eos_id=tokenizer.eos_id, **learning))
         rollout_key, update_key = stage.key("rollout"), stage.key("update")
 
         def advance(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
             drawn = batches.prompt_rows(len(train_rows), settings.batch_size // group_size, order_key, step)
             rows = np.repeat(train_rows[drawn], group_size)
-            keys = (jax.random.fold_in(key, step) for key in (rollout_key, update_key))
-            return step_fn(state, _prompts(stage, encoded, rows), *keys, ref_fn, reward_fn)
+            batch = _prompts(stage, encoded, rows)
+            keys = [jax.random.fold_in(key, step) for key in (rollout_key, update_key)]
+            if run_reward.host is None:
+                return step_fn(state, batch, *keys, ref_fn, reward_fn)
+            rollout, metrics = collect_fn(state, batch, keys[0], ref_fn=ref_fn)
+            rollout, reward_metrics = _reward_on_host(run_reward.host, rollout, encoded, rows)
+            state, learn_metrics = learn_fn(state, stage.shard(rollout), keys[1])
+            return state, metrics | reward_metrics | learn_metrics
 
         validation_rows = loop.pad_rows(held_out[: settings.validation_prompts], stage.num_devices)
-        sample = jax.jit(
-            functools.partial(_validation_rollout, model=model, sampling_config=sampling_config, mesh=stage.mesh)
-        )
+        sample = jax.jit(functools.partial(sampling.generate, model, config=sampling_config, mesh=stage.mesh))
+        score = jax.jit(lambda reward_fn, rollout: reward(rollout, reward_fn=reward_fn)[0])
 
         def validate(state: LoopState) -> Validation:
             batch = _prompts(stage, encoded, validation_rows)
-            rollout = jax.device_get(sample(state.train.params, batch, stage.key("eval"), reward_fn))
-            present = validation_rows >= 0
+            policy = models.policy_params(state.train.params)
+            rollout = sample(policy, batch.tokens, batch.attention_mask, stage.key("eval"))
+            if run_reward.host is None:
+                rollout = jax.device_get(score(reward_fn, rollout))
+            else:
+                rollout, _ = _reward_on_host(run_reward.host, rollout, encoded, validation_rows)
+            present = rollout.response_mask.any(axis=1)
             texts = inference.responses(rollout, tokenizer)
             samples = [
                 {"prompt": encoded.rows[row].prompt, "response": texts[i], "score": float(rollout.scores[i])}
-                for i, row in enumerate(validation_rows[present][:8])
+                for i, row in enumerate(validation_rows)
+                if present[i]
             ]
-            return Validation({"validation/score": float(rollout.scores[present].mean())}, samples)
+            mean = float(rollout.scores[present].mean()) if present.any() else 0.0
+            return Validation({"validation/score": mean}, samples[:8])
 
         state, row = loop.train(
             stage,
@@ -124,34 +140,20 @@ def run(config: RunConfig, algorithm: ModuleType = ppo) -> RunResult:
         return stage.finish(model, policy, tokenizer, row)
 
 
-def reward_function(reward: str, tokenizer: Tokenizer, config: RunConfig) -> RewardFn:
-    """The RewardFn that ``rl.reward`` names: ``count:TEXT`` or a reward model's folder.
-
-    Raises:
-        UserError: no reward is named, TEXT is not one token, or the folder's model has no score head or another
-            tokenizer than the policy.
-    """
-    if not reward:
-        raise UserError(
-            "rl.reward: no reward given; use a reward model's folder or count:TEXT, such as --rl.reward count:e"
-        )
-    if reward.startswith("count:"):
-        text = reward.removeprefix("count:")
-        ids = tokenizer.encode(text)
-        if len(ids) != 1:
-            raise UserError(
-                f"rl.reward {reward}: {text!r} is {len(ids)} tokens of this tokenizer, and exactly 1 is counted"
-            )
-        return rewards.token_count(ids[0])
-    model, params, reward_tokenizer = setup.load_language_model(reward, config.compute)
-    if "score" not in params:
-        raise UserError(f"rl.reward {reward}: this model has no score head; train one with experiments/reward_model.py")
-    if reward_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"rl.reward {reward}: the reward model's tokenizer is not the policy's ({config.model}); train the reward "
-            "model from the same starting model"
-        )
-    return rewards.from_model(models.score_fn(model), params)
+def _reward_on_host(
+    host: rewards.HostReward, rollout: Rollout, encoded: encoding.EncodedPrompts, rows: np.ndarray
+) -> tuple[Rollout, Metrics]:
+    """The rollout, as NumPy arrays, with its scores; and the reward's metrics."""
+    rollout = jax.device_get(rollout)
+    before = rollout.response_mask.any(axis=1).sum()
+    try:
+        result = rewards.on_host(host, rollout, batches.columns_at(encoded, rows))
+    except FloatingPointError as error:
+        raise TrainingFault(str(error)) from error
+    parts = {name: jnp.asarray(values) for name, values in result.parts.items()}
+    scored, metrics = reward(result.rollout, reward_fn=lambda rollout: (jnp.asarray(rollout.scores), parts))
+    after = result.rollout.response_mask.any(axis=1).sum()
+    return jax.device_get(scored), metrics | {"reward/unscored": jnp.float32(before - after)}
 
 
 def _prompts(stage: Stage, encoded: encoding.EncodedPrompts, rows: np.ndarray) -> Prompts:
@@ -159,18 +161,3 @@ def _prompts(stage: Stage, encoded: encoding.EncodedPrompts, rows: np.ndarray) -
     tokens = np.where(present[:, None], encoded.tokens[rows], 0)
     attention_mask = np.where(present[:, None], encoded.attention_mask[rows], 0)
     return stage.shard(Prompts(jnp.asarray(tokens), jnp.asarray(attention_mask), jnp.asarray(rows, jnp.int32)))
-
-
-def _validation_rollout(
-    params: Any,
-    prompts: Prompts,
-    key: jax.Array,
-    reward_fn: RewardFn,
-    *,
-    model: models.Model,
-    sampling_config: sampling.SamplingConfig,
-    mesh: jax.sharding.Mesh,
-) -> Any:
-    policy = models.policy_params(params)
-    rollout = sampling.generate(model, policy, prompts.tokens, prompts.attention_mask, key, sampling_config, mesh=mesh)
-    return reward(rollout, reward_fn=reward_fn)[0]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,7 @@ from rlhf_jax.types import Params
 
 Tree = TypeVar("Tree")
 
+RL_STAGES = ("vpg", "ppo", "rloo", "grpo")
 # What may differ between a run and its resumption without making it another run.
 MAY_CHANGE = ("resume", "overwrite", "output_dir", "device", "keep_last", "checkpoint_interval")
 
@@ -101,11 +103,18 @@ def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) ->
     with runs.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
         text = flags.to_yaml(config)
         data = dict(fingerprints)
-        for key, source in (("model", config.model), ("rl.reward", config.rl.reward)):
-            if source and Path(source).is_dir():
-                data[key] = runs.fingerprint(source)
+        if config.model is not None and Path(config.model).is_dir():
+            data["model"] = runs.fingerprint(config.model)
+        if name in RL_STAGES:
+            data |= {f"reward {entry}": found for entry in config.reward if (found := _reward_fingerprint(entry))}
         runs.check_unchanged(run, config=text, data_fingerprints=data, may_change=MAY_CHANGE)
         if not run.resumed:
             runs.write_config(run, text)
         runs.write_manifest(run, seed=config.seed, data_fingerprints=data, extra={"stage": name})
         yield Stage(config, name, run, sharding.make_mesh())
+
+
+def _reward_fingerprint(entry: str) -> str | None:
+    """That of a reward model's folder or of a Python file; None for what is no file."""
+    path = Path(re.sub(r"(\.py:\w+)?(\*[-+.\de]+)?$", lambda match: ".py" if match[1] else "", entry))
+    return runs.fingerprint(path) if path.exists() else None

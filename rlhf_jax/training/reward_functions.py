@@ -1,0 +1,155 @@
+"""The reward of a run, from what ``--reward`` says.
+
+Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
+
+- a reward model's folder or Hugging Face name,
+- ``count:TEXT``, which counts one token of the vocabulary in prompt and response (`rewards.token_count`),
+- ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``: prompts as the model
+  reads them, the columns of the prompts' data rows by name, None for what cannot be scored.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax import models, rewards
+from rlhf_jax.config import Compute
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.training import setup
+from rlhf_jax.types import RewardFn, Rollout
+
+_WEIGHT = re.compile(r"(?P<spec>.+)\*(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)
+
+
+class RunReward(NamedTuple):
+    """One of the two: a reward that is traced into the iteration, or one that runs on the host between two jits."""
+
+    fn: RewardFn | None = None
+    host: rewards.HostReward | None = None
+
+
+class _Part(NamedTuple):
+    weight: float
+    fn: RewardFn | None = None
+    host: rewards.HostReward | None = None
+
+
+def build(specs: Sequence[str], tokenizer: Tokenizer, compute: Compute, columns: Collection[str]) -> RunReward:
+    """All entries as one reward, on the host if any of them is a Python function; several have metrics ``reward/NAME``.
+
+    columns: names of the prompts' columns, which a Python function may ask for.
+
+    Raises:
+        UserError: no entry, one that does not exist or does not fit, two of one name, a reward model with another
+            tokenizer than the policy's.
+    """
+    if not specs:
+        raise UserError(
+            "no reward: give --reward a reward model's folder, FILE.py:FUNCTION or count:TEXT, such as --reward count:e"
+        )
+    parts: dict[str, _Part] = {}
+    for entry in specs:
+        match = _WEIGHT.fullmatch(entry)
+        spec, weight = (match["spec"], float(match["weight"])) if match else (entry, 1.0)
+        name, part = _part(spec, weight, tokenizer, compute, columns)
+        if name in parts:
+            raise UserError(f"--reward {entry}: another part is called {name} too; rename one of them")
+        parts[name] = part
+    if any(part.host is not None for part in parts.values()):
+        return RunReward(host=_host_sum(parts))
+    fns = {name: (part.fn, part.weight) for name, part in parts.items() if part.fn is not None}
+    if [weight for _, weight in fns.values()] == [1.0]:
+        return RunReward(fn=next(iter(fns.values()))[0])
+    return RunReward(fn=rewards.weighted(fns))
+
+
+def _part(
+    spec: str, weight: float, tokenizer: Tokenizer, compute: Compute, columns: Collection[str]
+) -> tuple[str, _Part]:
+    if spec.startswith("count:"):
+        text = spec.removeprefix("count:")
+        ids = tokenizer.encode(text)
+        if len(ids) != 1:
+            raise UserError(
+                f"--reward {spec}: {text!r} is {len(ids)} tokens of this tokenizer, and exactly 1 is counted"
+            )
+        return spec, _Part(weight, fn=rewards.token_count(ids[0]))
+    file, colon, function = spec.rpartition(":")
+    if colon and file.endswith(".py"):
+        return function, _Part(
+            weight, host=rewards.from_text(_function(spec, Path(file), function, columns), tokenizer)
+        )
+    model, params, reward_tokenizer = setup.load_language_model(spec, compute)
+    if "score" not in params:
+        raise UserError(f"--reward {spec}: this model has no score head; train one with experiments/reward_model.py")
+    if reward_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"--reward {spec}: the reward model's tokenizer is not the policy's; train the reward model from the same "
+            "starting model"
+        )
+    path = Path(spec)
+    name = path.parent.name if path.name == "model" and path.parent.name else path.name
+    return name, _Part(weight, fn=rewards.from_model(models.score_fn(model), params))
+
+
+def _function(spec: str, file: Path, name: str, columns: Collection[str]) -> Callable[..., Any]:
+    """The function, called with those columns alone that it has parameters for."""
+    if not file.is_file():
+        raise UserError(f"--reward {spec}: no such file {file}")
+    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    fn = getattr(module, name, None)
+    if not callable(fn):
+        near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)], n=1)
+        raise UserError(
+            f"--reward {spec}: {file} has no function {name}" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    parameters = list(inspect.signature(fn).parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return fn
+    wanted = [parameter for parameter in parameters[2:] if parameter.kind is not parameter.VAR_POSITIONAL]
+    missing = [p.name for p in wanted if p.default is p.empty and p.name not in columns]
+    if missing:
+        raise UserError(
+            f"--reward {spec}: {name} asks for {', '.join(missing)}, but the prompts' columns are "
+            f"{', '.join(columns) or 'none'}"
+        )
+    names = [parameter.name for parameter in wanted if parameter.name in columns]
+
+    def with_its_columns(prompts: list[str], responses: list[str], **given: list[Any]) -> Any:
+        return fn(prompts, responses, **{key: given[key] for key in names})
+
+    return with_its_columns
+
+
+def _host_sum(parts: Mapping[str, _Part]) -> rewards.HostReward:
+    """The weighted sum of parts, of which those that can be traced run on the devices."""
+    on_devices = jax.jit(lambda fn, rollout: fn(rollout))
+
+    def score(rollout: Rollout, columns: Mapping[str, Sequence[Any]]) -> tuple[list[float | None], dict[str, Any]]:
+        named: dict[str, Any] = {}
+        totals: list[float | None] = [0.0] * len(rollout.tokens)
+        for name, part in parts.items():
+            result = on_devices(part.fn, rollout) if part.host is None else part.host(rollout, columns)
+            scores, inner = result if isinstance(result, tuple) else (result, {})
+            scores = np.asarray(scores).tolist() if part.host is None else list(scores)
+            named |= {name: scores} | {f"{name}/{key}": values for key, values in inner.items()}
+            # What one part cannot score has no sum.
+            totals = [
+                None if total is None or value is None else total + part.weight * value
+                for total, value in zip(totals, scores, strict=True)
+            ]
+        return totals, named
+
+    return score

@@ -1,0 +1,122 @@
+"""What --reward may say, and runs whose reward is the user's own Python function."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from test_training import config, data  # noqa: F401 (fixtures)
+
+from rlhf_jax import models, training, vpg
+from rlhf_jax.config import Compute, Tokenizer
+from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.training import reward_functions
+from rlhf_jax.types import Rollout
+
+TOKENIZER = tokenizers.characters("abcdefghij ")
+FUNCTIONS = """
+def letters(prompts, responses, **columns):
+    return [float(min((p + r).count("e"), 100)) for p, r in zip(prompts, responses)]
+
+def length(prompts, responses, topic, unit="x"):
+    return [None if t == "skip" else len(r) + (unit != "x") for r, t in zip(responses, topic)]
+
+def nan(prompts, responses):
+    return [float("nan")] * len(prompts)
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def functions(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(FUNCTIONS)
+    return file
+
+
+def build(*specs, columns=("topic", "other")):
+    return reward_functions.build(specs, TOKENIZER, Compute(), columns)
+
+
+def rollout():
+    """Two prompts "ab" with the responses "ea" and "e"."""
+    a, b, e = (TOKENIZER.encode(letter)[0] for letter in "abe")
+    tokens = np.array([[a, b, e, a], [a, b, e, TOKENIZER.pad_id]], np.int32)
+    attention_mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+    response_mask = np.array([[0, 0, 1, 1], [0, 0, 1, 0]])
+    return Rollout(tokens, attention_mask, response_mask, np.zeros((2, 4), np.float32))
+
+
+def test_a_sum_of_a_count_and_a_function(functions):
+    reward = build("count:a*0.5", f"{functions}:length*-2")
+    assert reward.fn is None
+    scores, parts = reward.host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
+    assert scores == [0.5 * 2 - 2 * 2, 0.5 * 1 - 2 * 1]
+    assert parts == {"count:a": [2.0, 1.0], "length": [2, 1]}
+
+
+def test_what_one_part_cannot_score_has_no_sum(functions):
+    reward = build("count:a", f"{functions}:length")
+    scores, _ = reward.host(rollout(), {"topic": ["x", "skip"], "other": [1, 2]})
+    assert scores == [4.0, None]
+
+
+def test_counts_alone_are_traced():
+    assert build("count:a").host is None
+    np.testing.assert_array_equal(build("count:a").fn(rollout()), [2.0, 1.0])
+    scores, parts = build("count:a", "count:e*3").fn(rollout())
+    np.testing.assert_array_equal(scores, [5.0, 4.0])
+    assert parts.keys() == {"count:a", "count:e"}
+
+
+def test_mistakes_are_named(functions, tmp_path):
+    for specs, message in [
+        ([], "no reward"),
+        (["count:ab"], "'ab' is 2 tokens"),
+        ([f"{tmp_path}/other.py:f"], "no such file"),
+        ([f"{functions}:lettres"], "no function lettres; did you mean letters"),
+        ([f"{functions}:constant"], "no function constant"),
+        (["count:a", "count:a*2"], "another part is called count:a"),
+        (["no/such/model"], "no/such/model"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build(*specs)
+    with pytest.raises(UserError, match="asks for topic, but the prompts' columns are none"):
+        build(f"{functions}:length", columns=())
+
+
+def test_a_model_without_a_score_head_or_with_another_tokenizer_is_refused(tmp_path):
+    folder = tmp_path / "policy"
+    model = models.build(models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
+    params = model.init(training.setup.stream(0, "x", "init"))
+    models.save(folder, model, params)
+    TOKENIZER.save(folder)
+    with pytest.raises(UserError, match="no score head"):
+        build(str(folder))
+    models.save(folder, model, models.add_head(training.setup.stream(0, "x", "eval"), params, "score"))
+    assert build(str(folder)).fn is not None
+    tokenizers.characters("xyz").save(folder)
+    with pytest.raises(UserError, match="tokenizer is not the policy's"):
+        build(str(folder))
+
+
+def test_a_function_on_the_host_and_the_same_reward_in_the_jit_train_identically(config, functions, tmp_path):  # noqa: F811
+    config = dataclasses.replace(config, tokenizer=Tokenizer(kind="characters"))  # a token is then a letter
+    inside = training.rl.run(config, vpg)
+    outside = training.rl.run(
+        dataclasses.replace(config, output_dir=str(tmp_path / "host"), reward=(f"{functions}:letters",)), vpg
+    )
+    weights = [(run.model_folder / "model.safetensors").read_bytes() for run in (inside, outside)]
+    assert weights[0] == weights[1]
+    rows = [json.loads(line) for line in (outside.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert all(row["reward/unscored"] == 0 and row["reward/letters"] == row["objective/score"] for row in rows[1:])
+    manifest = json.loads((outside.folder / "manifest.json").read_text("utf-8"))
+    assert f"reward {functions}:letters" in manifest["data"]
+
+
+def test_a_nan_reward_stops_the_run_and_names_its_prompt(config, functions):  # noqa: F811
+    config = dataclasses.replace(config, reward=(f"{functions}:nan",))
+    with pytest.raises(TrainingFault, match="row 0, prompt"):
+        training.rl.run(config, vpg)
