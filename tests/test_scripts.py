@@ -72,6 +72,12 @@ def test_pipeline_hands_each_folder_to_the_next_stage(tmp_path):
     assert {"model", f"reward {folder / 'reward_model' / 'model'}"} <= manifests["ppo"]["data"].keys()
     done = run("pipeline", *TINY, "--output-dir", folder, check=False)
     assert (done.returncode, "--resume" in done.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_a_finished_pipeline_passes_over_its_stages(tmp_path):
+    folder = tmp_path / "run"
+    run("pipeline", *TINY, "--output-dir", folder)
     before = (folder / "ppo" / "model" / "model.safetensors").read_bytes()
     done = run("pipeline", *TINY, "--output-dir", folder, "--resume")
     assert done.stdout.count("finished already") == 3

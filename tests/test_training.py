@@ -131,7 +131,15 @@ def test_a_finished_run_says_so_and_another_config_is_refused(config, capsys):
         training.sft.run(config)
 
 
-@STAGES
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(training.sft.run, id="sft"),
+        pytest.param(training.reward_model.run, id="reward_model", marks=pytest.mark.slow),
+        pytest.param(run_vpg, id="vpg", marks=pytest.mark.slow),
+        pytest.param(run_ppo, id="ppo"),
+    ],
+)
 def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
     """The same rows, samples and shuffles; numbers up to the order of summation."""
     four = run(config)
@@ -180,7 +188,7 @@ def test_reward_models_are_normalised_over_samples_of_the_base_policy(config, tm
     assert abs(std - 1) > 0.01
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_and_saves(number, config, tmp_path, monkeypatch):
     straight = run_vpg(config)
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"), checkpoint_interval=100)
