@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax.devices import nvidia_gpu
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -93,6 +95,12 @@ def test_a_finished_pipeline_passes_over_its_stages(tmp_path):
         (["--rl.top-k", "5"], "allow_truncated_sampling"),
         (["--rl.max-new-tokens", "200"], "max_new_tokens"),
         (["--model", "no/such/folder"], "no/such/folder"),
+        (["--device", "tpu"], "--device tpu: JAX finds no such device here"),
+        pytest.param(
+            ["--device", "gpu"],
+            "--device gpu: JAX finds no such device here",
+            marks=pytest.mark.skipif(nvidia_gpu() is not None, reason="this machine has an NVIDIA GPU"),
+        ),
     ],
 )
 def test_a_users_mistake_is_a_sentence_and_exit_code_2(flags, message, tmp_path):
