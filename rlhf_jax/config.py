@@ -56,8 +56,10 @@ class Compute:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokenizer that is trained on the data when no ``model`` brings its own."""
+    """The tokenizer of a model that starts from random weights; a ``model`` brings its own."""
 
+    name: str | None = None
+    """Folder or Hugging Face name of a tokenizer to take as it is; null: one is trained on the data."""
     kind: Literal["bpe", "characters"] = "bpe"
     """Byte-level BPE, or one token per character of the data."""
     vocab_size: int = 512
@@ -189,15 +191,19 @@ class RLStage:
     optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="linear", eps=1e-5)
     validation_fraction: float = 0.1
     """Share of the prompts held out for validation."""
+    validation_data: tuple[str, ...] = ()
+    """Files of prompts to validate on; empty: a validation_fraction of the prompts, held out of the training."""
     validation_interval: int = 20
     """Iterations between validations."""
     validation_prompts: int = 64
     """At most this many prompts are sampled at a validation."""
+    show_examples: int = 0
+    """Print so many examples (prompt, what was generated, reward) at each validation."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "num_iterations", "batch_size", "max_prompt_length", "max_new_tokens", "top_k", "kl_horizon")
         _at_least(self, 1, "validation_interval", "validation_prompts")
-        _at_least(self, 0, "temperature", "kl_coef")
+        _at_least(self, 0, "temperature", "kl_coef", "show_examples")
         _share(self, "validation_fraction")
         if self.kl_target is not None and self.kl_target <= 0:
             raise ValueError(f"kl_target must be above 0, got {self.kl_target}")

@@ -17,7 +17,7 @@ LAYERS = [
     {"host_rewards", "ngram_rewards", "rewards", "rollout"},
     {"algorithms"},
     {"data", "checkpoint", "config", "config_files", "devices", "flags", "runs", "tracking"},
-    {"inference", "evaluation", "report", "export"},
+    {"inference", "evaluation", "page", "report", "export"},
     {"training"},
     {"cli", "doctor"},
 ]

@@ -1,5 +1,6 @@
 """Settings that do not fit together, found before any data is read or anything is compiled."""
 
+from collections.abc import Collection
 from types import ModuleType
 
 from rlhf_jax.algorithms import vpg
@@ -48,6 +49,16 @@ def reinforcement(
         )
     if settings.missing_eos_penalty is not None and settings.missing_eos_score is not None:
         raise UserError("rl.missing_eos_penalty and rl.missing_eos_score: give one of the two")
+
+
+def same_columns(training: Collection[str], validation: Collection[str]) -> None:
+    """Raises UserError where the prompts for validation lack a column that a reward may ask for."""
+    missing = [name for name in training if name not in validation]
+    if missing:
+        raise UserError(
+            f"rl.validation_data: its rows have no {', '.join(missing)}, which the prompts in training have; a reward "
+            "may read it"
+        )
 
 
 def group_size(config: AlgorithmConfig) -> int:

@@ -18,6 +18,7 @@ from rlhf_jax.algorithms import grpo, ppo, vpg
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data import rows as data_rows
+from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import TrainingFault
 from rlhf_jax.training import checks, inputs, loop, reward_functions, setup
 from rlhf_jax.training.loop import Validation
@@ -47,13 +48,22 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
         kl_coef = 0.0 if algorithm is grpo else 0.05
     checks.reinforcement(algorithm, name, settings, algorithm_config, start(config))
     prompts = inputs.read("prompts", settings.data, config.data, config.seed, config.model)
+    rows, fingerprints = prompts.rows, prompts.fingerprints
+    if settings.validation_data:
+        others = inputs.read("prompts", settings.validation_data, (), config.seed, config.model)
+        rows, fingerprints = [*rows, *others.rows], fingerprints | others.fingerprints
     init_key = setup.stream(config.seed, name, "init")
-    model, params, tokenizer = setup.language_model(config, data_rows.texts(prompts.rows), init_key)
-    encoded = inputs.encode_prompts(prompts.rows, tokenizer, model, config)
+    model, params, tokenizer = setup.language_model(config, data_rows.texts(rows), init_key)
+    encoded = to_validate = inputs.encode_prompts(prompts.rows, tokenizer, model, config)
+    if settings.validation_data:
+        to_validate = inputs.encode_prompts(others.rows, tokenizer, model, config)
+        checks.same_columns(encoded.columns, to_validate.columns)
     if run_reward is None:
         run_reward = reward_functions.build(config.reward, tokenizer, config.compute, encoded.columns)
-    with open_stage(config, name, prompts.fingerprints) as stage:
+    with open_stage(config, name, fingerprints) as stage:
         stage.say_counts(encoded.counts)
+        if settings.validation_data:
+            stage.say_counts({f"{what} (for validation)": count for what, count in to_validate.counts.items()})
         prompt_length = encoded.tokens.shape[1]
         sampling_config = sampling.SamplingConfig(
             max_new_tokens=settings.max_new_tokens,
@@ -73,7 +83,10 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
             params = models.add_head(jax.random.fold_in(init_key, 1), params, "value")
         optimizer = setup.make_optimizer(settings.optimizer, checks.num_updates(settings, algorithm_config))
         split_key, order_key = jax.random.split(stage.key("data"))
-        train_rows, held_out = batches.split(len(encoded), settings.validation_fraction, split_key)
+        if settings.validation_data:
+            train_rows, held_out = np.arange(len(encoded)), np.arange(len(to_validate))
+        else:
+            train_rows, held_out = batches.split(len(encoded), settings.validation_fraction, split_key)
         collecting: dict[str, Any] = {"model": model, "sampling_config": sampling_config, "mesh": stage.mesh}
         learning: dict[str, Any] = {
             "algorithm": algorithm,
@@ -105,28 +118,9 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
             state, learn_metrics = learn_fn(state, stage.shard(rollout), keys[1])
             return state, metrics | reward_metrics | learn_metrics
 
-        validation_rows = loop.pad_rows(held_out[: settings.validation_prompts], stage.num_devices)
-        sample = jax.jit(functools.partial(sampling.generate, model, config=sampling_config, mesh=stage.mesh))
-        score = jax.jit(lambda reward_fn, rollout: reward(rollout, reward_fn=reward_fn)[0])
-
-        def validate(state: LoopState) -> Validation:
-            batch = _prompts(stage, encoded, validation_rows)
-            policy = models.policy_params(state.train.params)
-            rollout = sample(policy, batch.tokens, batch.attention_mask, stage.key("eval"))
-            if run_reward.host is None:
-                rollout = jax.device_get(score(reward_fn, rollout))
-            else:
-                rollout, _ = _reward_on_host(run_reward.host, rollout, encoded, validation_rows)
-            present = rollout.response_mask.any(axis=1)
-            texts = inference.responses(rollout, tokenizer)
-            samples = [
-                {"prompt": encoded.rows[row].prompt, "response": texts[i], "score": float(rollout.scores[i])}
-                for i, row in enumerate(validation_rows)
-                if present[i]
-            ]
-            mean = float(rollout.scores[present].mean()) if present.any() else 0.0
-            return Validation({"validation/score": mean}, samples[:8])
-
+        validate = _validator(
+            stage, to_validate, held_out, model, tokenizer, sampling_config, run_reward._replace(fn=reward_fn)
+        )
         state, row = loop.train(
             stage,
             stage.replicate(LoopState.create(TrainState.create(params, optimizer), kl_coef)),
@@ -138,6 +132,44 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
         )
         policy = {part: leaves for part, leaves in state.train.params.items() if part != "value"}
         return stage.finish(model, policy, tokenizer, row)
+
+
+def _validator(
+    stage: Stage,
+    encoded: encoding.EncodedPrompts,
+    rows: np.ndarray,
+    model: models.Model,
+    tokenizer: Tokenizer,
+    sampling_config: sampling.SamplingConfig,
+    run_reward: RunReward,
+) -> Callable[[LoopState], Validation]:
+    """Samples a response to each of the given prompts, always with the same key, and scores it."""
+    settings = stage.config.rl
+    rows = loop.pad_rows(rows[: settings.validation_prompts], stage.num_devices)
+    batch = _prompts(stage, encoded, rows)
+    sample = jax.jit(functools.partial(sampling.generate, model, config=sampling_config, mesh=stage.mesh))
+    score = jax.jit(lambda reward_fn, rollout: reward(rollout, reward_fn=reward_fn))
+
+    def validate(state: LoopState) -> Validation:
+        policy = models.policy_params(state.train.params)
+        rollout = sample(policy, batch.tokens, batch.attention_mask, stage.key("eval"))
+        if run_reward.host is None:
+            rollout, metrics = jax.device_get(score(run_reward.fn, rollout))
+        else:
+            rollout, metrics = _reward_on_host(run_reward.host, rollout, encoded, rows)
+        texts = inference.responses(rollout, tokenizer)
+        lengths = rollout.response_mask.astype(bool).sum(axis=1).tolist()
+        samples = [
+            {"prompt": encoded.rows[row].prompt, "response": text, "score": float(score), "length": length}
+            for row, text, score, length in zip(rows, texts, rollout.scores, lengths, strict=True)
+            if length
+        ]
+        for shown in samples[: settings.show_examples]:
+            print("Prompt:    {prompt}\nGenerated: {response}\nReward:    {score:.4g}\n".format(**shown), flush=True)
+        parts = {f"validation/{part}": float(value) for part, value in metrics.items() if part.startswith("reward/")}
+        return Validation({"validation/score": float(metrics["objective/score"]), **parts}, samples)
+
+    return validate
 
 
 def _reward_on_host(
