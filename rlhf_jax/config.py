@@ -6,6 +6,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf_jax.algorithms.dpo import Config as DPOConfig
+from rlhf_jax.algorithms.dpo import check_config as check_dpo
 from rlhf_jax.algorithms.grpo import Config as GRPOConfig
 from rlhf_jax.algorithms.ppo import Config as PPOConfig
 from rlhf_jax.algorithms.reward_model import Config as RewardModelConfig
@@ -156,6 +158,28 @@ class RewardModelStage(RewardModelConfig):
 
 
 @dataclass(frozen=True)
+class DPOStage(DPOConfig):
+    """Direct preference optimisation of the policy in --model, which is the reference too."""
+
+    data: tuple[str, ...] = ()
+    """Files of {prompt, chosen, rejected} rows or rankings; empty: the run's --data."""
+    num_epochs: int = 1
+    """Passes over the data."""
+    batch_size: int = 32
+    """Pairs per optimizer step, over all devices."""
+    optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear")
+    validation_fraction: float = 0.1
+    """Share of the rows held out for validation."""
+    validation_interval: int = 100
+    """Optimizer steps between validations."""
+
+    def __post_init__(self) -> None:
+        check_dpo(self)
+        _at_least(self, 1, "num_epochs", "batch_size", "num_microbatches", "validation_interval")
+        _share(self, "validation_fraction")
+
+
+@dataclass(frozen=True)
 class RLStage:
     """What VPG, PPO, RLOO and GRPO share: prompts, sampling, KL, the optimizer."""
 
@@ -241,6 +265,7 @@ class RunConfig:
     text: Text = Text()
     sft: SFTStage = SFTStage()
     reward_model: RewardModelStage = RewardModelStage()
+    dpo: DPOStage = DPOStage()
     rl: RLStage = RLStage()
     vpg: VPGConfig = VPGConfig()
     ppo: PPOConfig = PPOConfig()

@@ -171,12 +171,8 @@ def dpo(
     Raises:
       ValueError: unknown kind, unequal shapes, or a label smoothing outside [0, 0.5) or with hinge or ipo.
     """
-    ops.check_choice("kind", kind, get_args(DPOKind))
+    check_dpo(kind, label_smoothing)
     ops.check_same_shape(log_ratio_chosen=log_ratio_chosen, log_ratio_rejected=log_ratio_rejected)
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing}")
-    if label_smoothing and kind in ("hinge", "ipo"):
-        raise ValueError(f"label_smoothing: not defined for {kind!r}; use 'sigmoid' or 'robust', or 0")
     delta = jnp.asarray(log_ratio_chosen, jnp.float32) - jnp.asarray(log_ratio_rejected, jnp.float32)
     if kind == "ipo":
         return jnp.square(delta - 1.0 / (2.0 * beta))
@@ -187,6 +183,15 @@ def dpo(
     if kind == "robust":
         return ((1.0 - label_smoothing) * right - label_smoothing * flipped) / (1.0 - 2.0 * label_smoothing)
     return (1.0 - label_smoothing) * right + label_smoothing * flipped
+
+
+def check_dpo(kind: DPOKind, label_smoothing: float) -> None:
+    """Raises ValueError: an unknown kind, or a label smoothing outside [0, 0.5) or with hinge or ipo."""
+    ops.check_choice("kind", kind, get_args(DPOKind))
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing}")
+    if label_smoothing and kind in ("hinge", "ipo"):
+        raise ValueError(f"label_smoothing: not defined for {kind!r}; use 'sigmoid' or 'robust', or 0")
 
 
 def cross_entropy(log_probs: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The scripts as a user starts them: in a process of their own, one device, the tiny config."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -36,6 +37,7 @@ TINY = ("--config", ROOT / "configs" / "tiny.yaml")
     [
         ("sft", 30),
         ("reward_model", 43),
+        pytest.param("dpo", 43, marks=pytest.mark.slow),
         ("vpg", 10),
         ("ppo", 10),
         pytest.param("rloo", 10, marks=pytest.mark.slow),
@@ -59,6 +61,9 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
         assert metrics[-1]["validation/loss"] < metrics[0]["validation/loss"] - 0.5
     if script == "reward_model":
         assert metrics[-1]["reward_model/loss"] < metrics[1]["reward_model/loss"]
+    if script == "dpo":
+        assert metrics[0]["validation/loss"] == pytest.approx(math.log(2), rel=1e-6)
+        assert metrics[-1]["validation/accuracy"] > 0.55
     if script in ("vpg", "ppo", "rloo", "grpo"):
         assert {row["step"] for row in rows(folder, "samples.jsonl")} == {0, 5, 10}
         assert metrics[-1]["objective/kl"] != 0.0  # an estimate from samples: its sign means nothing after 10 steps

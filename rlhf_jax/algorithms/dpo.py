@@ -6,7 +6,6 @@ tokens. The losses on the difference between the two answers are ``losses.dpo``.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +32,8 @@ class Config:
 
 
 def check_config(config: Config) -> None:
-    """Raises ValueError for values that no run can use; ``losses.dpo`` checks the label smoothing."""
-    ops.check_choice("kind", config.kind, get_args(losses.DPOKind))
+    """Raises ValueError for values that no run can use."""
+    losses.check_dpo(config.kind, config.label_smoothing)
     if config.beta <= 0:
         raise ValueError(f"beta must be above 0, got {config.beta}")
 

@@ -4,12 +4,12 @@ from collections.abc import Collection
 from types import ModuleType
 
 from rlhf_jax.algorithms import vpg
-from rlhf_jax.config import RewardModelStage, RLStage, SFTStage
+from rlhf_jax.config import DPOStage, RewardModelStage, RLStage, SFTStage
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.phases import AlgorithmConfig
 
 
-def supervised(section: str, settings: SFTStage | RewardModelStage, num_devices: int) -> None:
+def supervised(section: str, settings: SFTStage | RewardModelStage | DPOStage, num_devices: int) -> None:
     """Raises UserError for a batch that does not divide by devices or microbatches."""
     _divides(f"{section}.batch_size", settings.batch_size, {"devices": num_devices})
     _divides(f"{section}.batch_size", settings.batch_size, {f"{section}.num_microbatches": settings.num_microbatches})
