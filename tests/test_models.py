@@ -316,5 +316,5 @@ def test_bad_arguments_are_refused():
         model.decode(params, tokens, tokens, np.ones((2, 4)), model.init_cache(2, 3), 0)
     with pytest.raises(ValueError, match="4 tokens do not fit into a cache of 3 slots"):
         model.decode(params, tokens, tokens, np.ones((2, 3)), model.init_cache(2, 3), 0)
-    with pytest.raises(ValueError, match="build takes a GPT2Config, got dict"):
+    with pytest.raises(ValueError, match="build takes a GPT2Config or a LlamaConfig, got dict"):
         models.build({"vocab_size": 3})

@@ -1,13 +1,15 @@
 """Language models: building them, heads on them, and Hugging Face folders."""
 
-from rlhf_jax.models.config import GPT2Config
+from rlhf_jax.models.config import GPT2Config, LlamaConfig, RopeScaling
 from rlhf_jax.models.files import load, save
 from rlhf_jax.models.heads import add_head, policy_fn, policy_params, score_fn
 from rlhf_jax.models.model import Model, build, resize_vocabulary
 
 __all__ = [
     "GPT2Config",
+    "LlamaConfig",
     "Model",
+    "RopeScaling",
     "add_head",
     "build",
     "load",

@@ -1,8 +1,8 @@
 """Hugging Face folders: config.json and safetensors weights, read and written tensor by tensor.
 
-A folder is what transformers' ``save_pretrained`` writes for GPT2LMHeadModel, or for GPT2ForSequenceClassification
-where there is a score head. A value head, which transformers has no place for, lies beside the weights in
-value_head.safetensors. Nothing is ever unpickled.
+A folder is what transformers' ``save_pretrained`` writes for GPT2LMHeadModel or LlamaForCausalLM, or for
+GPT2ForSequenceClassification or LlamaForSequenceClassification where there is a score head. A value head, which
+transformers has no place for, lies beside the weights in value_head.safetensors. Nothing is ever unpickled.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import names
-from rlhf_jax.models.config import from_json, to_json
+from rlhf_jax.models.config import GPT2Config
+from rlhf_jax.models.config_json import from_json, to_json
 from rlhf_jax.models.model import Model, build
 from rlhf_jax.types import Params
 
@@ -43,12 +44,12 @@ def load(
     remat: bool = False,
     scan_layers: bool = False,
 ) -> tuple[Model, Params]:
-    """Loads a model from a folder, or from the Hugging Face hub (its *.json and *.safetensors files alone).
+    """Loads a model from a folder, or from the Hugging Face hub (its ``*.json`` and ``*.safetensors`` files alone).
 
     Args:
         path_or_hf_name: a folder, or a name such as "openai-community/gpt2".
         dtype: of the parameters; None keeps the file's.
-        compute_dtype, remat, scan_layers: as in GPT2Config.
+        compute_dtype, remat, scan_layers: as in GPT2Config and LlamaConfig.
 
     Returns:
         The model and its parameters. A sequence classification folder with one label gives ``params["score"]`` (gain 1,
@@ -70,16 +71,18 @@ def load(
     config = dataclasses.replace(config, compute_dtype=compute_dtype, remat=remat, scan_layers=scan_layers)
     model = build(config)
     with ExitStack() as stack:
-        reader = _Reader(folder, stack)
-        params = _read_body(reader, model, dtype)
-        if names.CLASSIFIER in (keys.get("architectures") or ()) or names.SCORE in reader.where:
+        family = names.family(config)
+        reader = _Reader(folder, stack, family.prefix)
+        is_classifier = family.classifier in (keys.get("architectures") or ()) or names.SCORE in reader.where
+        params = _read_body(reader, model, dtype, is_classifier)
+        if is_classifier:
             weight = reader.read(names.SCORE, (1, config.hidden_size), dtype or jnp.float32)
             scalars = {"bias": 0.0, "gain": 1.0, "shift": reward_shift}
             params["score"] = {"kernel": weight[0]} | {k: jnp.asarray(v, weight.dtype) for k, v in scalars.items()}
         reader.check_all_read()
     if (folder / VALUE_HEAD).is_file():
         with ExitStack() as stack:
-            reader = _Reader(folder, stack, VALUE_HEAD)
+            reader = _Reader(folder, stack, "", VALUE_HEAD)
             shapes = {"kernel": (config.hidden_size,), "bias": ()}
             params["value"] = {k: reader.read(k, shape, dtype or jnp.float32) for k, shape in shapes.items()}
             reader.check_all_read()
@@ -92,16 +95,17 @@ def save(path: str | os.PathLike[str], model: Model, params: Params) -> None:
     Args:
         path: the folder; made where missing, its model files replaced.
         model: whose config is written, with the keys it was loaded with.
-        params: the body, and optionally "score" (the folder becomes a GPT2ForSequenceClassification of one label:
+        params: the body, and optionally "score" (the folder becomes a ...ForSequenceClassification of one label:
             ``score.weight = gain * w``, and config.json gets ``reward_shift = gain * bias + shift``, to be added to
-            transformers' logit) and "value" (value_head.safetensors).
+            transformers' logit; such a folder has no output table of its own) and "value" (value_head.safetensors).
 
     Raises:
         ValueError: if ``params`` holds anything else, or lacks something.
     """
     tensors = _body_tensors(model, params)
     keys = to_json(model.config)
-    keys["architectures"] = [names.CAUSAL_LM]
+    family = names.family(model.config)
+    keys["architectures"] = [family.causal_lm]
     if "score" in params:
         head = {name: np.asarray(leaf, np.float32) for name, leaf in params["score"].items()}
         tensors[names.SCORE] = (head["gain"] * head["kernel"])[None, :]
@@ -109,7 +113,7 @@ def save(path: str | os.PathLike[str], model: Model, params: Params) -> None:
         if not (isinstance(labels, Mapping) and len(labels) == 1):
             keys["id2label"], keys["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}
         keys |= {
-            "architectures": [names.CLASSIFIER],
+            "architectures": [family.classifier],
             "num_labels": 1,
             "problem_type": "regression",  # transformers refuses "single_label_classification" with one label
             "reward_shift": float(head["gain"] * head["bias"] + head["shift"]),
@@ -172,7 +176,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 class _Reader:
     """The tensors of a folder, in one file or in the shards that an index lists; names have no prefix."""
 
-    def __init__(self, folder: Path, stack: ExitStack, single: str = WEIGHTS) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, prefix: str, single: str = WEIGHTS) -> None:
         files = [folder / single] if (folder / single).is_file() else _shards(folder)
         self.source = files[0] if len(files) == 1 else folder / INDEX
         self.where: dict[str, tuple[Any, str]] = {}  # name without prefix -> (open file, name in it)
@@ -183,7 +187,7 @@ class _Reader:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
             for stored in handle.keys():  # noqa: SIM118 (not a mapping)
-                name = stored.removeprefix(names.PREFIX)
+                name = stored.removeprefix(prefix)
                 if name in self.where:
                     raise UserError(f"{file}: {stored} is given twice, also as {self.where[name][1]}")
                 self.where[name] = (handle, stored)
@@ -228,18 +232,25 @@ def _shards(folder: Path) -> list[Path]:
     return files
 
 
-def _read_body(reader: _Reader, model: Model, dtype: Any) -> dict[str, Any]:
-    where = reader.where
-    if names.OUTPUT_TABLE in where:
+def _read_body(reader: _Reader, model: Model, dtype: Any, is_classifier: bool) -> dict[str, Any]:
+    config, where = model.config, reader.where
+    tied = isinstance(config, GPT2Config) or config.tie_embeddings
+    if tied and names.OUTPUT_TABLE in where:
         # One table under two names. Two different tables would be another model.
-        if names.TOKEN_TABLE not in where:
-            where[names.TOKEN_TABLE] = where.pop(names.OUTPUT_TABLE)
+        table = names.family(config).token_table
+        if table not in where:
+            where[table] = where.pop(names.OUTPUT_TABLE)
         else:
-            (first, token_name), (second, output_name) = where[names.TOKEN_TABLE], where[names.OUTPUT_TABLE]
+            (first, token_name), (second, output_name) = where[table], where[names.OUTPUT_TABLE]
             if not np.array_equal(first.get_tensor(token_name), second.get_tensor(output_name)):
-                raise UserError(f"{reader.source}: {output_name} differs from {token_name}, but GPT-2 ties the two")
+                raise UserError(
+                    f"{reader.source}: {output_name} differs from {token_name}, but config.json says that they are tied"
+                )
         reader.unread.discard(names.OUTPUT_TABLE)
-    expected = names.tensors(model.config)
+    expected = names.tensors(config)
+    # A classifier does not use its output table, and transformers stores none.
+    if not tied and not (is_classifier and names.OUTPUT_TABLE not in where):
+        expected.append(names.Tensor(names.OUTPUT_TABLE, ("lm_head", "embedding"), None, False))
     missing = [tensor.name for tensor in expected if tensor.name not in where]
     if missing:
         raise UserError(f"{reader.source}: missing tensors: {_listed(missing)}")
@@ -247,10 +258,13 @@ def _read_body(reader: _Reader, model: Model, dtype: Any) -> dict[str, Any]:
     leaves: dict[tuple[str, ...], Any] = {}
     for tensor in expected:
         shape = shapes[tensor.path].shape
+        inner = shape if tensor.layer is None else shape[1:]
+        value = reader.read(tensor.name, inner[::-1] if tensor.transposed else inner, dtype)
+        value = value.T if tensor.transposed else value
         if tensor.layer is None:
-            leaves[tensor.path] = reader.read(tensor.name, shape, dtype)
+            leaves[tensor.path] = value
         else:
-            leaves.setdefault(tensor.path, []).append(reader.read(tensor.name, shape[1:], dtype))
+            leaves.setdefault(tensor.path, []).append(value)
             if len(leaves[tensor.path]) == shape[0]:
                 leaves[tensor.path] = jnp.stack(leaves[tensor.path])
     return unflatten_dict(leaves)
@@ -259,6 +273,10 @@ def _read_body(reader: _Reader, model: Model, dtype: Any) -> dict[str, Any]:
 def _body_tensors(model: Model, params: Params) -> dict[str, np.ndarray]:
     leaves = flatten_dict({name: leaf for name, leaf in params.items() if name not in ("value", "score")})
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    output_table = ("lm_head", "embedding")
+    if "score" in params:  # a classifier has none, see load
+        leaves.pop(output_table, None)
+        shapes.pop(output_table, None)
     for path in sorted(leaves.keys() | shapes.keys()):
         found = leaves[path].shape if path in leaves else "nothing"
         expected = shapes[path].shape if path in shapes else "nothing"
@@ -266,10 +284,14 @@ def _body_tensors(model: Model, params: Params) -> dict[str, np.ndarray]:
             raise ValueError(
                 f"cannot save params: {'/'.join(path)} is {found}, and the model's config expects {expected}"
             )
+    prefix = names.family(model.config).prefix
     tensors = {}
     for tensor in names.tensors(model.config):
         leaf = leaves[tensor.path] if tensor.layer is None else leaves[tensor.path][tensor.layer]
-        tensors[names.PREFIX + tensor.name] = np.ascontiguousarray(leaf)
+        leaf = leaf.T if tensor.transposed else leaf
+        tensors[prefix + tensor.name] = np.ascontiguousarray(leaf)
+    if output_table in shapes:
+        tensors[names.OUTPUT_TABLE] = np.ascontiguousarray(leaves[output_table])
     return tensors
 
 

@@ -5,8 +5,6 @@ acts where a "dropout" key is given. The cache is an argument and a result: no m
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,17 +12,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.models.attention import attention, cache_mask, causal_mask, positions
 from rlhf_jax.models.config import GPT2Config
-from rlhf_jax.types import Params
-
-LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [B, H, S, Dh] each
-Cache = tuple[LayerCache, ...]
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
+from rlhf_jax.models.stack import ACTIVATIONS, Cache, LayerCache, stack
 
 
 def _dense(config: GPT2Config, features: int, *, residual: bool = False) -> nn.Dense:
@@ -76,7 +64,7 @@ class MLP(nn.Module):
         self.c_proj = _dense(self.config, self.config.hidden_size, residual=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.c_proj(_ACTIVATIONS[self.config.activation](self.c_fc(x)))
+        return self.c_proj(ACTIVATIONS[self.config.activation](self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -116,18 +104,7 @@ class GPT2(nn.Module):
         table_init = nn.initializers.normal(config.initializer_range)
         self.wte = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=table_init)
         self.wpe = nn.Embed(config.max_length, config.hidden_size, embedding_init=table_init)
-        # Inside a scan nothing can be merged with the forward pass, so the barrier against that is not needed.
-        block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
-        if config.scan_layers:
-            self.h: Any = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0),
-                length=config.num_layers,
-            )(config)
-        else:
-            self.h = [block(config) for _ in range(config.num_layers)]
+        self.h = stack(Block, config, (nn.broadcast, 0))
         self.ln_f = _layer_norm(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
 
@@ -178,20 +155,3 @@ class GPT2(nn.Module):
 
     def __call__(self, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
         return self.unembed(self.hidden(tokens, attention_mask))
-
-
-def unstack_layers(params: Params, num_layers: int) -> Params:
-    """The parameters of ``scan_layers`` as those of the unrolled model: "h" [L, ...] becomes "h_0", "h_1", ..."""
-    layers = {
-        f"h_{layer}": jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["h"]) for layer in range(num_layers)
-    }
-    return {name: leaf for name, leaf in params.items() if name != "h"} | layers
-
-
-def init_cache(config: GPT2Config, batch: int, length: int) -> Cache:
-    """An empty cache: keys and values of each layer, [B, H, S, Dh] in the compute dtype."""
-    shape = (batch, config.num_heads, length, config.hidden_size // config.num_heads)
-    return tuple(
-        (jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
-        for _ in range(config.num_layers)
-    )

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import gpt2
-from rlhf_jax.models.config import GPT2Config
+from rlhf_jax.models.config import GPT2Config, LlamaConfig, ModelConfig
+from rlhf_jax.models.gpt2 import GPT2
+from rlhf_jax.models.llama import Llama
+from rlhf_jax.models.stack import Cache, unstack_layers
+from rlhf_jax.models.stack import init_cache as empty_cache
 from rlhf_jax.types import Params
-
-ModelConfig = GPT2Config
 
 
 class Model(NamedTuple):
@@ -49,10 +50,9 @@ def build(config: ModelConfig) -> Model:
     Raises:
         ValueError: for a configuration of no supported family.
     """
-    if not isinstance(config, GPT2Config):
-        raise ValueError(f"build takes a GPT2Config, got {type(config).__name__}")
-    module = gpt2.GPT2(config)
-    unrolled = gpt2.GPT2(dataclasses.replace(config, scan_layers=False, remat=False))
+    if not isinstance(config, GPT2Config | LlamaConfig):
+        raise ValueError(f"build takes a GPT2Config or a LlamaConfig, got {type(config).__name__}")
+    module, unrolled = _module(config), _module(dataclasses.replace(config, scan_layers=False, remat=False))
 
     # Compiled as a whole: operation by operation, a small model takes twice as long to start.
     @jax.jit
@@ -82,17 +82,17 @@ def build(config: ModelConfig) -> Model:
     ) -> jax.Array:
         return unembed(params, hidden(params, tokens, attention_mask, key))
 
-    def init_cache(batch: int, length: int) -> gpt2.Cache:
-        return gpt2.init_cache(config, batch, length)
+    def init_cache(batch: int, length: int) -> Cache:
+        return empty_cache(config, batch, length)
 
     def decode(
         params: Params,
         tokens: jax.Array,
         positions: jax.Array,
         key_mask: jax.Array,
-        cache: gpt2.Cache,
+        cache: Cache,
         index: jax.Array | int,
-    ) -> tuple[jax.Array, gpt2.Cache]:
+    ) -> tuple[jax.Array, Cache]:
         slots = cache[0][0].shape[2]
         if tokens.shape != positions.shape or tokens.ndim != 2:
             raise ValueError(
@@ -103,7 +103,7 @@ def build(config: ModelConfig) -> Model:
         if tokens.shape[1] > slots:
             raise ValueError(f"{tokens.shape[1]} tokens do not fit into a cache of {slots} slots")
         if config.scan_layers:
-            params = gpt2.unstack_layers(params, config.num_layers)
+            params = unstack_layers(params, config.num_layers)
         inputs = (tokens, positions, key_mask, cache, index)
         logits_and_cache: Any = unrolled.apply({"params": params}, *inputs, method="decode")
         return logits_and_cache
@@ -111,8 +111,12 @@ def build(config: ModelConfig) -> Model:
     return Model(config, init, apply, hidden, unembed, init_cache, decode)
 
 
+def _module(config: ModelConfig) -> GPT2 | Llama:
+    return GPT2(config) if isinstance(config, GPT2Config) else Llama(config)
+
+
 def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, Params]:
-    """Adds rows to the token table, each the mean of the existing ones, for a tokenizer that gained tokens.
+    """Adds rows to the token tables, each the mean of the existing ones, for a tokenizer that gained tokens.
 
     Args:
         model, params: from ``build`` or ``load``.
@@ -128,7 +132,11 @@ def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, P
     added = size - table.shape[0]
     if added < 0:
         raise ValueError(f"the vocabulary has {table.shape[0]} tokens and cannot shrink to {size}")
+    tables = [name for name in ("wte", "lm_head") if name in params]
+    wider = {name: {"embedding": _with_rows(params[name]["embedding"], added)} for name in tables}
+    return build(dataclasses.replace(model.config, vocab_size=size)), {**params, **wider}
+
+
+def _with_rows(table: jax.Array, added: int) -> jax.Array:
     mean = jnp.mean(table.astype(jnp.float32), axis=0, keepdims=True).astype(table.dtype)
-    wider = jnp.concatenate([table, jnp.repeat(mean, added, axis=0)])
-    resized = build(dataclasses.replace(model.config, vocab_size=size))
-    return resized, {**params, "wte": {**params["wte"], "embedding": wider}}
+    return jnp.concatenate([table, jnp.repeat(mean, added, axis=0)])
