@@ -8,7 +8,7 @@ import rich.console
 import rich.table
 import tyro
 
-from rlhf_jax import doctor, export, flags
+from rlhf_jax import doctor, export, flags, report
 from rlhf_jax.data import check as data_check
 from rlhf_jax.data import demo, preview, readers, tokenizers
 from rlhf_jax.errors import UserError
@@ -34,6 +34,21 @@ def export_run(run: Positional, folder: Positional) -> None:
         folder: the new folder.
     """
     print(f"wrote {export.export(run, folder)}")
+
+
+def report_runs(runs: tyro.conf.Positional[tuple[str, ...]], output: str | None = None) -> None:
+    """Draw what runs did as one HTML page: curves, samples before and after, settings, commands.
+
+    Runs that differ only in the seed are drawn as a mean with a band; a pipeline's folder stands for its stages.
+
+    Args:
+        runs: folders of runs, finished or not.
+        output: the page; by default report.html in the run's folder (stages.html in a folder of runs), or report.html
+            here for several.
+    """
+    path = report.default_path(runs) if output is None else output
+    report.write(runs, path)
+    print(path)
 
 
 def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) -> None:
@@ -82,7 +97,7 @@ def preview_data(
 
 
 COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
-    "": {"doctor": examine, "export": export_run},
+    "": {"doctor": examine, "report": report_runs, "export": export_run},
     "data": {"check": check_data, "preview": preview_data, "demo": write_demo},
 }
 

@@ -5,36 +5,101 @@ import scipy.special
 import scipy.stats
 
 
-def preference_report(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+def preference_report(
+    chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray, weights: np.ndarray | None = None
+) -> dict[str, float]:
     """How scores [N] of chosen and rejected answers agree with the choice (ALGORITHMS 2).
 
-    lengths: [N, 2] response tokens of the chosen and the rejected answer. Returns loss (Bradley-Terry, nats), accuracy
-    (ties count half), margin (mean), ece (expected calibration error over the confidence max(p, 1 - p),
-    p = sigmoid(margin)), and length_correlation (Spearman, score against length over both answers).
+    lengths: [N, 2] response tokens of the chosen and the rejected answer.
+    weights: [N] what each pair counts for; None: all the same.
+
+    Returns loss (Bradley-Terry, nats), accuracy (ties count half), margin (mean), ece (expected calibration error over
+    the confidence max(p, 1 - p), p = sigmoid(margin)), length_accuracy (that of a judge who sees only the lengths and
+    takes the longer answer), and length_correlation (Spearman, score against length over both answers, unweighted).
     """
     margin = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
     scores = np.concatenate([chosen, rejected])
     return {
-        "loss": float(np.mean(np.logaddexp(0.0, -margin))),
-        "accuracy": float(np.mean((margin > 0) + 0.5 * (margin == 0))),
-        "margin": float(np.mean(margin)),
-        "ece": expected_calibration_error(margin),
+        "loss": float(np.average(np.logaddexp(0.0, -margin), weights=weights)),
+        "accuracy": win_rate(chosen, rejected, weights),
+        "margin": float(np.average(margin, weights=weights)),
+        "ece": expected_calibration_error(margin, weights=weights),
+        "length_accuracy": win_rate(lengths[:, 0], lengths[:, 1], weights),
         "length_correlation": spearman(scores, np.concatenate([lengths[:, 0], lengths[:, 1]])),
     }
 
 
-def expected_calibration_error(margin: np.ndarray, num_bins: int = 10) -> float:
-    """Mean |accuracy - confidence| over equal bins of the confidence in [.5, 1], weighted by count (Guo et al. 2017).
+def choice_report(
+    scores: np.ndarray, best: np.ndarray, lengths: np.ndarray, weights: np.ndarray | None = None
+) -> dict[str, float]:
+    """``preference_report`` of N choices among K answers: the best one against the highest-scored other one.
+
+    scores, lengths: [N, K], length 0 where an answer is absent; best: [N]; weights: [N]. The loss is over all answers,
+    ``-log_softmax(scores)[best]``, and length_accuracy asks whether the best answer is the longest.
+    """
+    row, rivals = np.arange(len(scores)), rival(scores, best, lengths)
+    both = np.stack([lengths[row, best], lengths[row, rivals]], axis=1)
+    report = preference_report(scores[row, best], scores[row, rivals], both, weights)
+    entered = np.where(lengths > 0, scores, -np.inf).astype(np.float64)
+    losses = np.logaddexp.reduce(entered - entered[row, best][:, None], axis=1)
+    is_best = np.arange(scores.shape[1])[None, :] == best[:, None]
+    longest_other = np.where(is_best, 0, lengths).max(axis=1)
+    return report | {
+        "loss": float(np.average(losses, weights=weights)),
+        "length_accuracy": win_rate(lengths[row, best], longest_other, weights),
+    }
+
+
+def rival(scores: np.ndarray, best: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[N] number of the highest-scored answer beside the best one; arguments as in ``choice_report``."""
+    others = np.where(lengths > 0, scores, -np.inf)
+    others[np.arange(len(scores)), best] = -np.inf
+    return others.argmax(axis=1)
+
+
+def target_report(
+    scores: np.ndarray, targets: np.ndarray, lengths: np.ndarray, weights: np.ndarray | None = None
+) -> dict[str, float]:
+    """How scores [N, K] of K answers to each of N prompts agree with target scores [N, K].
+
+    lengths: [N, K] response tokens, 0 where an answer is absent.
+    weights: [N] what each prompt's answers and pairs count for; None: all the same.
+
+    Returns loss (mean squared error over the answers), length_correlation and target_correlation (Spearman, score
+    against length and against target, unweighted). Where two answers to one prompt differ in their targets, also
+    accuracy, margin, ece and length_accuracy of ``preference_report``, over all such pairs.
+    """
+    present = lengths > 0
+    weights = np.ones(len(scores)) if weights is None else weights
+    errors = (np.asarray(scores, np.float64) - targets)[present] ** 2
+    report = {
+        "loss": float(np.average(errors, weights=np.broadcast_to(weights[:, None], scores.shape)[present])),
+        "length_correlation": spearman(scores[present], lengths[present]),
+        "target_correlation": spearman(scores[present], targets[present]),
+    }
+    differ = (targets[:, :, None] > targets[:, None, :]) & present[:, :, None] & present[:, None, :]
+    row, better, worse = np.nonzero(differ)
+    if len(row):
+        both = np.stack([lengths[row, better], lengths[row, worse]], axis=1)
+        pairs = preference_report(scores[row, better], scores[row, worse], both, weights[row])
+        report |= {name: pairs[name] for name in ("accuracy", "margin", "ece", "length_accuracy")}
+    return report
+
+
+def expected_calibration_error(margin: np.ndarray, num_bins: int = 10, weights: np.ndarray | None = None) -> float:
+    """Mean ``|accuracy - confidence|`` over equal bins of the confidence in [.5, 1] by count (Guo et al. 2017).
 
     margin: [N] score of the chosen answer minus that of the rejected one; the confidence is max(p, 1 - p) with
     p = sigmoid(margin), and a prediction is right where the margin is positive (half right at 0).
+    weights: [N] what each pair counts for; None: all the same.
     """
     probability = scipy.special.expit(margin)
     confidence = np.maximum(probability, 1 - probability)
     correct = (margin > 0) + 0.5 * (margin == 0)
+    weights = np.ones(len(margin)) if weights is None else weights
     bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
-    gaps = [abs(np.sum(correct[bins == b]) - np.sum(confidence[bins == b])) for b in range(num_bins)]
-    return float(sum(gaps) / len(margin))
+    gaps = [abs(np.sum((weights * (correct - confidence))[bins == b])) for b in range(num_bins)]
+    return float(sum(gaps) / np.sum(weights))
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -44,7 +109,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(scipy.stats.spearmanr(x, y).statistic)
 
 
-def win_rate(scores: np.ndarray, against: np.ndarray) -> float:
-    """Share of rows [N] where ``scores`` is higher; ties count half."""
+def win_rate(scores: np.ndarray, against: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Share of rows [N], weighted by ``weights`` [N] if given, where ``scores`` is higher; ties count half."""
     scores, against = np.asarray(scores), np.asarray(against)
-    return float(np.mean((scores > against) + 0.5 * (scores == against)))
+    return float(np.average((scores > against) + 0.5 * (scores == against), weights=weights))

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax import report
+from rlhf_jax import run_records
 from rlhf_jax.errors import UserError
 
 CARD = """---
@@ -80,7 +80,7 @@ def model_card(run: Path, name: str) -> str:
         config = (run / "config.yaml").read_text("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{run}: not a run folder: {error}") from error
-    rows = report.read_rows(run / "metrics.jsonl")
+    rows = run_records.read_rows(run / "metrics.jsonl")
     last = rows[-1] if rows else {}
     is_reward_model = "reward_shift" in json.loads((run / "model" / "config.json").read_text("utf-8"))
     return CARD.format(

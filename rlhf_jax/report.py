@@ -1,298 +1,270 @@
-"""A run as one static page: its figures, gates, tables and curves, with all that it needs inside the file.
+"""What runs did, as one page: curves, reward against KL, samples before and after, settings, commands.
 
-    rows = report.read_rows(run.metrics)
-    loss = report.Plot("SFT loss", "step", "nats per token", {"training": report.series(rows, "sft/loss")})
-    report.write(run.report, "My run", facts={"seed": 0}, plots=[loss])
+    report.write(["runs/ppo"], "report.html")
+    report.write(["runs/ppo-seed0", "runs/ppo-seed1", "runs/grpo"], "comparison.html")
 
-The same input gives the same bytes: a page holds no time, no path and no random identifier.
+Runs of one kind (SFT, reward models, policies) are drawn over each other, those that differ only in their seeds as a
+mean with a band; kinds follow one another. Nothing is read but the runs' folders: the same runs give the same bytes.
 """
 
-import dataclasses
-import functools
-import io
 import json
-import numbers
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jinja2
-import matplotlib
-import numpy as np
-import numpy.typing as npt
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
+from rlhf_jax import page, run_figures, run_records
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs import write_atomically
+from rlhf_jax.figures import Histogram, Plot
+from rlhf_jax.run_records import POLICIES, STAGES, Group, RunRecord
 
-# Okabe and Ito's colours: told apart with any colour vision, and dark enough for white paper.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#e69f00", "#56b4e9", "#444444")
-LINE_STYLES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MAX_MARKED = 30  # a series of so few points shows each of them
-SIZE = (5.2, 3.3)  # inches; the page scales it
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
-    "text.parse_math": False,
-    "font.size": 11.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#888888",
-    "ytick.color": "#888888",
-    "xtick.labelcolor": "#333333",
-    "ytick.labelcolor": "#333333",
-    "axes.labelcolor": "#333333",
-    "legend.frameon": False,
-    "lines.markersize": 4.0,
+TITLES = {stage: stage.upper() for stage in STAGES} | {"reward_model": "Reward model"}
+# {what the samples hold: (title, label of the x axis)}
+HISTOGRAMS = {
+    "margin": ("Margins", "score of the chosen - score of the rejected answer"),
+    "score": ("Scores", "score"),
+    "length": ("Response lengths", "tokens"),
 }
-STRINGS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+MAX_SAMPLES, MAX_SAMPLES_OF_MANY = 8, 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """Curves over one pair of axes. A series without finite values is left out and named below the plot."""
-
-    title: str
-    x_label: str
-    y_label: str
-    series: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]
-    """``{name: (xs [N], ys [N])}``; values that are not finite leave gaps and are counted below the plot."""
-    band: tuple[float, float, str] | None = None
-    """A horizontal band: low, high, label."""
-    lines: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Horizontal lines: ``{label: y}``."""
-    order: str = ""
-    """What the position in a series counts, such as ``iteration``: draws points, later ones darker, not curves."""
-
-
-class _Curve(NamedTuple):
-    """A series that can be drawn: x and y [N], NaN where either is not finite; place: its number in the plot."""
-
-    place: int
-    name: str
-    x: np.ndarray
-    y: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of texts and numbers. Columns of numbers are aligned right; text keeps its line breaks and is wrapped."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """``{column: format specification}`` of numbers, such as ``.2f``; by default four significant digits."""
-
-
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``. The strings NaN, Infinity and -Infinity, which stand for floats, become floats.
-
-    A last line without its end, which a run that is going on or was killed may leave, is passed over.
+def write(runs: Sequence[str | Path], path: str | Path) -> None:
+    """Writes the page of one run or several; a folder of runs, such as a pipeline's, stands for the runs in it.
 
     Raises:
-        UserError: the file does not exist, or a line is no row.
+        UserError: a folder that holds no run, a run given twice, a broken file in one, or no place for the page.
     """
+    records = run_records.find(runs)
+    kinds: dict[str, list[RunRecord]] = {stage: [] for stage in STAGES}  # in this order, others behind
+    for record in records:
+        kinds.setdefault(POLICIES[0] if record.stage in POLICIES else record.stage, []).append(record)
+    chapters = [together for together in kinds.values() if together]
+    parts: list[page.Part] = []
+    for together in chapters:
+        if len(chapters) > 1:
+            parts.append(page.Heading(_stages(together)))
+        parts += _chapter(together)
+    names = ", ".join(record.name for record in records) if len(records) <= 4 else f"{len(records)} runs"
     try:
-        lines = Path(path).read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; give the folder of a run") from None
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            int(row["step"])
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}, line {number}: expected a JSON object with the key step") from None
-        rows.append(
-            {name: STRINGS.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-        )
-    return rows
+        page.write(path, f"{_stages(records)}: {names}", parts)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, from the rows that have it: a series of a :class:`Plot`."""
-    found = [(row["step"], row[name]) for row in rows if name in row]
-    return [step for step, _ in found], [value for _, value in found]
+def default_path(runs: Sequence[str | Path]) -> Path:
+    """Where the page of these runs belongs.
 
-
-def write(path: str | Path, title: str, **content: Any) -> None:
-    """Writes the page that :func:`render` makes of the rest, whole or not at all."""
-    write_atomically(Path(path), render(title, **content))
-
-
-def render(
-    title: str,
-    *,
-    summary: str = "",
-    facts: Mapping[str, Any] | None = None,
-    gates: Mapping[str, tuple[bool, str]] | None = None,
-    tables: Iterable[Table] = (),
-    plots: Iterable[Plot] = (),
-) -> str:
-    """The page as HTML, without scripts or anything from outside. All texts are escaped.
-
-    Args:
-      title: heading of the page.
-      summary: what was done, in a sentence or two.
-      facts: figures and settings: ``{label: value}``; lists are joined with commas.
-      gates: what the run had to reach: ``{name: (passed, numbers and thresholds)}``.
-      tables, plots: in the order of the page.
-
-    Raises:
-        ValueError: a row has not a cell for each column, or a series not a y for each x.
+    In the run's folder; for a folder of runs ``stages.html`` in it, beside a quickstart's own ``report.html``; for
+    several folders ``report.html`` in the working directory.
     """
-    template = _environment().get_template("report.html")
-    page = template.render(
-        title=title,
-        summary=summary,
-        facts={label: _text(value) for label, value in (facts or {}).items()},
-        gates=gates or {},
-        failed=[name for name, (passed, _) in (gates or {}).items() if not passed],
-        tables=[_cells(table) for table in tables],
-        plots=[_figure(plot) for plot in plots],
-    )
-    # What a model writes may decode to half a surrogate pair, which no file can hold.
-    return page.encode("utf-8", "replace").decode("utf-8")
+    if len(runs) != 1:
+        return Path("report.html")
+    return Path(runs[0]) / ("report.html" if (Path(runs[0]) / "manifest.json").is_file() else "stages.html")
 
 
-@functools.cache
-def _environment() -> jinja2.Environment:
-    loader = jinja2.PackageLoader("rlhf_jax")
-    return jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+def _stages(records: Sequence[RunRecord]) -> str:
+    return ", ".join(dict.fromkeys(TITLES.get(record.stage, record.stage) for record in records))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _chapter(records: Sequence[RunRecord]) -> list[page.Part]:
+    """The sections of runs of one kind."""
+    groups = run_records.groups(records)
+    names = run_figures.metric_names(records)
+    last = {
+        record.name: {name: value for name in names if (value := _last(record, name)) is not None} for record in records
+    }
+    plots, constant = run_figures.curves(groups)
+    parts: list[page.Part] = [*_overview(groups), _commands(records)]
+    if names:
+        parts.append(_side_by_side("Last metrics", "metric", last))
+    if plots:
+        several = len(groups) == 1 < len(records)
+        parts.append(page.Figures(f"Curves{f', mean and range of {len(records)} runs' if several else ''}", plots))
+    shown, missing = _distributions(groups)
+    parts += shown
+    parts += _samples(groups)
+    if constant:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in constant.items())
+        missing.append(f"These metrics never changed and have no curve: {values}.")
+    if not any(name.startswith("validation/") for name in names):
+        missing.append("No validation: nothing was held out, or no validation has been reached.")
+    for group in groups:
+        if len(ends := sorted({record.steps for record in group.records})) > 1:
+            missing.append(f"The runs of {group.name} end at steps {ends}; their curves show the steps that all have.")
+    missing += [note for record in records for note in record.notes]
+    if missing:
+        parts.append(page.Text("Not on this page", missing))
+    parts.append(page.Text("Settings", []))
+    for group in groups:
+        first = group.records[0]
+        others = "" if len(group.records) == 1 else "; the others of its group have another seed"
+        parts.append(page.Block(f"config.yaml of {first.name}{others}", first.config, folded=True))
+    parts.append(_side_by_side("Manifest", "entry", {record.name: _manifest(record) for record in records}))
+    return parts
 
 
-def _text(value: Any, format_spec: str = "") -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, (bool, np.bool_)):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_text(item) for item in value)
-    if _is_number(value) and (format_spec or not isinstance(value, numbers.Integral)):
-        return format(value, format_spec or (".4g" if abs(value) < 1e4 else ".0f" if abs(value) < 1e9 else ".4g"))
-    return str(value)
+def _last(record: RunRecord, name: str) -> Any:
+    return next((row[name] for row in reversed(record.metrics) if name in row), None)
 
 
-def _cells(table: Table) -> dict[str, Any]:
-    for row in table.rows:
-        if len(row) != len(table.columns):
-            raise ValueError(f"table {table.title}: expected {len(table.columns)} cells in each row, got {list(row)}")
-    numeric = [
-        any(_is_number(row[i]) for row in table.rows)
-        and all(row[i] is None or _is_number(row[i]) for row in table.rows)
-        for i in range(len(table.columns))
-    ]
-    rows = [[_text(cell, table.formats.get(table.columns[i], "")) for i, cell in enumerate(row)] for row in table.rows]
-    return {"title": table.title, "columns": table.columns, "numeric": numeric, "rows": rows}
+def _overview(groups: Sequence[Group]) -> list[page.Part]:
+    records = [record for group in groups for record in group.records]
+    if len(records) == 1:
+        return [page.Facts("Run", _facts(records[0]))]
+    facts = [(group, record, _facts(record)) for group in groups for record in group.records]
+    columns = list(dict.fromkeys(label for *_, some in facts for label in some))
+    rows = [[group.name, record.name, *map(some.get, columns)] for group, record, some in facts]
+    note = ""
+    if any(len(group.records) > 1 for group in groups):
+        note = "Runs that differ only in the seed are a group: curves are their mean, bands go from the lowest to the "
+        note += "highest of them."
+    parts: list[page.Part] = [page.Table("Runs", ("group", "run", *columns), rows, note=note)]
+    if differing := run_records.differences(groups):
+        rows = [[key, *(_setting(value) for value in values)] for key, values in differing.items()]
+        parts.append(page.Table("What differs", ("setting", *(group.name for group in groups)), rows))
+    return parts
 
 
-def _figure(plot: Plot) -> dict[str, Any]:
-    curves, notes = [], []
-    for i, (name, (xs, ys)) in enumerate(plot.series.items()):
-        x, y = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
-        if x.ndim != 1 or x.shape != y.shape:
-            raise ValueError(f"plot {plot.title}, {name}: expected xs [N] and ys [N], got {x.shape} and {y.shape}")
-        finite = np.isfinite(x) & np.isfinite(y)
-        if finite.any():
-            curves.append(_Curve(i, name, np.where(finite, x, np.nan), np.where(finite, y, np.nan)))
-            if not finite.all():
-                notes.append(f"{name}: {np.sum(~finite)} of {len(x)} values not finite, not drawn.")
+def _facts(record: RunRecord) -> dict[str, Any]:
+    """What the run is, and its pace."""
+    seconds = record.seconds_per_step
+    return {
+        "stage": TITLES.get(record.stage, record.stage),
+        "seed": record.seed,
+        "steps": record.steps,
+        "s/step (median)": None if seconds is None else float(f"{seconds:.3g}"),
+        "state": "finished" if record.finished else "not finished",
+    }
+
+
+def _setting(value: Any) -> str:
+    """As config.yaml has it, but texts without quotation marks where they can do without."""
+    if isinstance(value, str) and value == value.strip() != "":
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _commands(records: Sequence[RunRecord]) -> page.Block:
+    """The runs' commands, a line each."""
+    title = "The command that reproduces it" if len(records) == 1 else "The commands that reproduce them"
+    return page.Block(title, "\n".join(dict.fromkeys(str(record.manifest["command"]) for record in records)))
+
+
+def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any]]) -> page.Part:
+    """Facts of one run; of several, a table with runs as columns, or one column where all say the same."""
+    found = list(columns.values())
+    if len(found) == 1:
+        return page.Facts(title, found[0])
+    if all(some == found[0] for some in found):
+        return page.Table(title, (label, "all runs"), list(found[0].items()))
+    keys = dict.fromkeys(key for some in found for key in some)
+    return page.Table(title, (label, *columns), [[key, *(some.get(key) for some in found)] for key in keys])
+
+
+def _manifest(record: RunRecord) -> dict[str, Any]:
+    """What made the run what it is, beside its settings."""
+    manifest = record.manifest
+    facts = {"backend": manifest.get("backend"), **(manifest.get("versions") or {})}
+    if git := manifest.get("git"):
+        facts = {"git commit": f"{git['commit'][:12]}{' (modified)' if git['modified'] else ''}"} | facts
+    if devices := manifest.get("devices"):
+        facts["devices"] = f"{devices['count']} x {devices['kind']}"
+    facts |= {f"{name}, sha256": f"{str(digest)[:12]}…" for name, digest in (manifest.get("data") or {}).items()}
+    if resumed := manifest.get("resumed"):
+        facts["resumed"] = f"{len(resumed)} times"
+    return facts
+
+
+def _distributions(groups: Sequence[Group]) -> tuple[list[page.Part], list[str]]:
+    """Reward against KL, histograms, calibration; and what of these the runs do not allow, in sentences."""
+    records = [record for group in groups for record in group.records]
+    rows = [row for record in records for row in record.samples]
+    policy, reward_model = records[0].stage in POLICIES, records[0].stage == "reward_model"
+    figures: list[Plot | Histogram] = []
+    missing = []
+    if policy:
+        frontier = run_figures.reward_against_kl(groups)
+        if frontier is not None:
+            figures.append(frontier)
         else:
-            notes.append(f"{name}: left out, as it has no {'finite ' if len(x) else ''}values.")
-    return {"title": plot.title, "notes": notes, "svg": _svg(plot, curves) if curves else ""}
+            missing.append("Reward against KL: no run has measured a KL (rl.kl_coef is 0) or finished an iteration.")
+    for quantity, labels in HISTOGRAMS.items():
+        if quantity != "length" or policy:  # a reward model's answers are given: their lengths do not change
+            found = run_figures.histograms(groups, quantity, *labels)
+            figures += found
+            if quantity == "length" and rows and not found:
+                missing.append("Histogram of lengths: samples.jsonl has no lengths.")
+    if reward_model:
+        for group in groups:
+            suffix = f", {group.name}" if len(groups) > 1 else ""
+            plots = (
+                run_figures.calibration(group, f"Calibration{suffix}"),
+                run_figures.against_targets(group, f"Score against target{suffix}"),
+            )
+            figures += [plot for plot in plots if plot is not None]
+        if rows and not any("score_chosen" in row for row in rows):
+            missing.append("Calibration: the samples are scored answers, not pairs.")
+    if not rows and (policy or reward_model):
+        missing.append("Histograms and samples before and after: no validation has written texts.")
+    heading = "Reward against KL, before and after" if policy else "Before and after, calibration"
+    return [page.Figures(heading, figures)] if figures else [], missing
 
 
-def _svg(plot: Plot, curves: Sequence[_Curve]) -> str:
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # what the user has set elsewhere must not show here
-        matplotlib.rcParams.update({**STYLE, "svg.hashsalt": f"plot {plot.title}"})
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.subplots()
-        handles = (_draw_points if plot.order else _draw_curves)(plot, axes, curves)
-        if plot.band:
-            low, high, label = plot.band
-            handles[label] = axes.axhspan(low, high, color="#009e73", alpha=0.13, linewidth=0)
-        for i, (label, y) in enumerate(plot.lines.items()):
-            handles[label] = axes.axhline(y, color="#333333", linewidth=1, linestyle=("--", ":", "-.")[i % 3])
-        axes.set(xlabel=plot.x_label, ylabel=plot.y_label)
-        if all(np.all(curve.x[np.isfinite(curve.x)] % 1 == 0) for curve in curves):
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        if len(handles) > 1:
-            columns = min(4, max(1, 50 // (max(map(len, handles)) + 6)))  # the width of the plot is about 50 letters
-            rows = -(-len(handles) // columns)
-            figure.set_size_inches(SIZE[0], SIZE[1] + 0.22 * (rows - 1))
-            figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _inline(file.getvalue())
+# --- Samples --------------------------------------------------------------------------------------------------------
 
 
-def _draw_curves(plot: Plot, axes: Axes, curves: Sequence[_Curve]) -> dict[str, Artist]:
-    handles: dict[str, Artist] = {}
-    for curve in curves:
-        marked = np.isfinite(curve.y).sum() <= MAX_MARKED
-        (handles[curve.name],) = axes.plot(
-            curve.x,
-            curve.y,
-            color=COLORS[curve.place % len(COLORS)],
-            linestyle=LINE_STYLES[curve.place // len(COLORS) % len(LINE_STYLES)],
-            linewidth=1.0 if marked else 1.4,
-            marker="o" if marked else "",
-            zorder=3 if marked else 2,
-        )
-    return handles
+def _samples(groups: Sequence[Group]) -> list[page.Part]:
+    """A table for the first run of each group that has samples."""
+    limit = MAX_SAMPLES if len(groups) == 1 else MAX_SAMPLES_OF_MANY
+    tables: list[page.Part] = []
+    for first in (group.records[0] for group in groups):
+        if found := run_figures.validations(first):
+            title = "Samples before and after" if len(found) > 1 else "Samples"
+            name = "" if len(groups) == len(groups[0].records) == 1 else f": {first.name}"
+            tables.append(_sample_table(title + name, found, limit))
+    return tables
 
 
-def _draw_points(plot: Plot, axes: Axes, curves: Sequence[_Curve]) -> dict[str, Artist]:
-    # Fewer than 50 colours: matplotlib makes the bar of more a bitmap.
-    colors = ListedColormap(matplotlib.colormaps["viridis_r"](np.linspace(0.1, 1.0, 32)))
-    norm = Normalize(1, max(2, *(len(curve.x) for curve in curves)))
-    handles: dict[str, Artist] = {}
-    for curve in curves:
-        axes.plot(curve.x, curve.y, color="#bbbbbb", linewidth=0.7)
-        handles[curve.name] = axes.scatter(
-            curve.x,
-            curve.y,
-            c=np.arange(1, len(curve.x) + 1),
-            cmap=colors,
-            norm=norm,
-            s=22,
-            marker=MARKERS[curve.place % len(MARKERS)],
-            zorder=3,
-        )
-    ticks = MaxNLocator(6, integer=True)
-    bar = axes.figure.colorbar(ScalarMappable(norm, colors), ax=axes, label=plot.order, ticks=ticks)
-    bar.outline.set_visible(False)
-    bar.ax.grid(False)
-    assert bar.solids is not None
-    bar.solids.set_edgecolor("face")  # else the paper shows between the colours
-    return handles
+def _sample_table(title: str, found: Sequence[tuple[int, list[run_records.Row]]], limit: int) -> page.Table:
+    """The first rows of the last validation, with what the first one said to the same prompt."""
+    (first, before), (last, after) = found[0], found[-1]
+    pairs = "score_chosen" in after[0]
+    earlier = dict(_numbered(before)) if len(found) > 1 else {}
+    rows = []
+    for key, row in list(_numbered(after))[:limit]:
+        old = earlier.get(key, {})
+        if pairs:
+            margins = [_margin(old), _margin(row)][-len(found) :]
+            rows.append([row.get("prompt"), _visible(row["chosen"]), _visible(row["rejected"]), *margins])
+        elif "target" in row:
+            scores = [old.get("score"), row["score"]][-len(found) :]
+            rows.append([row.get("prompt"), _visible(row["response"]), row["target"], *scores])
+        else:
+            answers = [[_visible(some.get("response")), some.get("score")] for some in (old, row)][-len(found) :]
+            rows.append([row.get("prompt"), *(cell for answer in answers for cell in answer)])
+    steps = [f"step {step}" for step in (first, last)][-len(found) :]
+    if pairs:
+        columns = ["prompt", "chosen", "rejected", *(f"margin, {step}" for step in steps)]
+    elif "target" in after[0]:
+        columns = ["prompt", "response", "target", *(f"score, {step}" for step in steps)]
+    else:
+        columns = ["prompt", *(name for step in steps for name in (f"response, {step}", f"score, {step}"))]
+    formats = {name: ".3g" for name in columns if name.startswith(("score", "margin"))}
+    note = f"The first {len(rows)} of {len(after)} in samples.jsonl. ↵ marks a line's end that the text holds."
+    return page.Table(title, columns, rows, formats, note=note)
 
 
-def _inline(svg: str) -> str:
-    """An SVG file as an element of a page: no XML head, no fixed size, no names of groups, which other plots share."""
-    box = re.search(r'viewBox="[^"]*"', svg)
-    assert box is not None
-    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    return f"<svg {box[0]}>" + re.sub(r'<g id="[^"]*"', "<g", body).strip()
+def _numbered(rows: Iterable[run_records.Row]) -> Iterable[tuple[Any, run_records.Row]]:
+    """Rows under their prompt, and the answer where that was given; with a number, as a prompt may come again."""
+    seen: dict[str, int] = {}
+    for row in rows:
+        text = repr((row.get("prompt"), row.get("chosen"), row.get("response") if "target" in row else None))
+        seen[text] = seen.get(text, 0) + 1
+        yield (text, seen[text]), row
+
+
+def _margin(row: Mapping[str, Any]) -> float | None:
+    return row["score_chosen"] - row["score_rejected"] if "score_chosen" in row else None
+
+
+def _visible(text: Any) -> Any:
+    return text.replace("\n", "↵\n") if isinstance(text, str) else text

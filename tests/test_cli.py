@@ -1,8 +1,10 @@
 """The rlhf-jax command: every command's effect, and what it says to a mistake."""
 
 import json
+from pathlib import Path
 
 import pytest
+from test_report import write_run
 
 from rlhf_jax import cli, doctor, models
 from rlhf_jax.data import tokenizers
@@ -18,7 +20,9 @@ def test_data_demo_writes_the_pipelines_files(tmp_path):
 
 @pytest.mark.parametrize("argv", [["nothing"], ["data", "nothing"]])
 def test_an_unknown_command_lists_those_there_are(argv):
-    with pytest.raises(UserError, match="nothing'; there are: doctor, export, data check, data preview, data demo"):
+    with pytest.raises(
+        UserError, match="nothing'; there are: doctor, report, export, data check, data preview, data demo"
+    ):
         cli.run(argv)
 
 
@@ -36,6 +40,24 @@ def test_doctor_reports_what_is_broken(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "This machine has a GPU." in said
     assert "ZeroDivisionError" in said
+
+
+def test_report_writes_a_page_and_prints_where(tmp_path, capsys, monkeypatch):
+    runs = [write_run(tmp_path / name, metrics={"loss": [1.0]}, samples={}) for name in ("a", "b")]
+    monkeypatch.chdir(tmp_path)
+    for argv, path in (
+        ([str(runs[0])], runs[0] / "report.html"),
+        (list(map(str, runs)), Path("report.html")),
+        ([str(runs[1]), "--output", "mine.html"], Path("mine.html")),
+    ):
+        assert not path.exists()
+        cli.run(["report", *argv])
+        assert capsys.readouterr().out == f"{path}\n"
+        assert "<h1>PPO: " in path.read_text("utf-8")
+    with pytest.raises(UserError, match="expected the folder of a run"):
+        cli.run(["report"])
+    with pytest.raises(UserError, match="no run here"):
+        cli.run(["report", str(tmp_path / "c")])
 
 
 def test_export_makes_a_folder_with_a_card(tmp_path):

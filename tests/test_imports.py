@@ -17,7 +17,7 @@ LAYERS = [
     {"host_rewards", "ngram_rewards", "rewards", "rollout"},
     {"algorithms"},
     {"data", "checkpoint", "config", "config_files", "devices", "flags", "runs", "tracking"},
-    {"inference", "evaluation", "page", "report", "export"},
+    {"inference", "evaluation", "figures", "page", "run_records", "run_figures", "report", "export"},
     {"training"},
     {"cli", "doctor"},
 ]

@@ -22,6 +22,10 @@ from tabular import (
 
 from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import reward_model
+from rlhf_jax.data import encoding
+from rlhf_jax.data.rows import Comparison, Pair
+from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.training.reward_model import report, samples
 from rlhf_jax.types import Comparisons, TrainState
 
 KEY = jax.random.key(7)
@@ -237,3 +241,48 @@ def test_no_weights_in_the_program():
     model, params = gpt2("score")
     update = jax.jit(updater(reward_model.Config(num_microbatches=2), models.score_fn(model)))
     assert largest_constant(update, TrainState.create(params, SGD), comparisons(0, 8, 2), KEY) < 1_000_000
+
+
+LETTERS = characters("abcde? ")
+
+
+def test_held_out_pairs_weigh_what_their_ranking_gives_them():
+    """A ranking of three, of which one pair is right, and a pair: validation counts both rankings as one each."""
+    rows = [
+        Pair("a?", "b", "c", "one", weight=1 / 3),
+        Pair("a?", "bc", "d", "one", weight=1 / 3),
+        Pair("a?", "c", "d", "one", weight=1 / 3),
+        Pair("b?", "c", "dde", "two"),
+    ]
+    encoded = encoding.encode_comparisons(rows, LETTERS)
+    scores = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    every = report(encoded, np.arange(4), scores)
+    assert every["accuracy"] == pytest.approx((1 / 3 + 1) / 2)
+    assert every["margin"] == pytest.approx((-1 / 3 + 1) / 2)
+    assert every["length_accuracy"] == pytest.approx((0.5 / 3 + 1 / 3 + 0.5 / 3) / 2)
+    part = np.array([3, 0])
+    assert report(encoded, part, scores[part])["accuracy"] == 1.0
+
+
+def test_samples_are_texts_without_special_tokens():
+    rows = [Pair("a?", "b", "c d", "1"), Comparison("b?", ("c", "de", "b"), "2", best=1)]
+    encoded = encoding.encode_comparisons(rows, LETTERS, template="a {prompt}")
+    numbers, scores = np.array([1, 0]), np.array([[0.5, 1.0, 2.0], [0.25, -1.0, 7.0]])
+    names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "length_chosen", "length_rejected")
+    found = samples(encoded, numbers, scores, LETTERS)
+    assert [tuple(row) for row in found] == [names, names]
+    assert [tuple(row.values()) for row in found] == [
+        ("a b?", "de", "b", 1.0, 2.0, 3, 2),
+        ("a a?", "b", "c d", 0.25, -1.0, 2, 4),
+    ]
+
+
+def test_samples_with_targets_hold_every_answer():
+    rows = [Comparison("a?", ("b", "c d"), "1", targets=(1.0, 0.0)), Comparison("b?", ("c",), "2", targets=(0.5,))]
+    encoded = encoding.encode_comparisons(rows, LETTERS)
+    found = samples(encoded, np.array([1, 0]), np.array([[3.0, 9.0], [1.0, 2.0]]), LETTERS)
+    assert found == [
+        {"prompt": "b?", "response": "c", "score": 3.0, "target": 0.5, "length": 2},
+        {"prompt": "a?", "response": "b", "score": 1.0, "target": 1.0, "length": 2},
+        {"prompt": "a?", "response": "c d", "score": 2.0, "target": 0.0, "length": 4},
+    ]

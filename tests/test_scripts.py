@@ -51,7 +51,7 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
     metrics = rows(folder)
     assert [row["step"] for row in metrics] == list(range(steps + 1))
     assert {entry.name for entry in folder.iterdir()} >= {
-        *("config.yaml", "manifest.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "checkpoints", "model"),
+        *("config.yaml", "manifest.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "checkpoints", "model", "report.html"),
     }
     assert (folder / "model" / "tokenizer.json").is_file()
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))

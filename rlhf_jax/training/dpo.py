@@ -1,6 +1,5 @@
 """Direct preference optimisation as a run: preference pairs and a policy in, a better policy out, without sampling."""
 
-
 import jax
 import numpy as np
 
@@ -25,7 +24,7 @@ def run(config: RunConfig) -> RunResult:
     """
     settings = config.dpo
     checks.supervised("dpo", settings, start(config))
-    pairs = inputs.read("comparisons", settings.data, config.data, config.seed, config.model)
+    pairs = inputs.read("comparisons", settings.data, config.data, config.seed, setup.tokenizer_source(config))
     for row in pairs.rows:
         if not isinstance(row, data_rows.Pair):
             raise UserError(f"{row.source}: DPO takes pairs and rankings, and this row has another label")

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import reward_model, rl, sft
 from rlhf_jax.training.stage import RunResult
@@ -63,6 +63,7 @@ def _stage_config(config: RunConfig, folder: Path, model: str | None = None) -> 
         config,
         output_dir=str(folder),
         model=model or config.model,
+        tokenizer=Tokenizer() if model else config.tokenizer,  # the first stage's model brings it along
         resume=config.resume and folder.exists(),
         overwrite=config.overwrite and folder.exists(),
     )

@@ -13,7 +13,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from rlhf_jax import evaluation, inference, models, report, runs, sampling
+from rlhf_jax import evaluation, figures, inference, models, page, run_records, runs, sampling
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import demo, encoding, readers, rubric
 from rlhf_jax.errors import UserError
@@ -167,56 +167,62 @@ def _report(
         for i in _shown(prompts)
     ]
     columns = ("Prompt", "SFT", "SFT score", "PPO", "PPO score")
-    report.write(
+    answers = page.Table(
+        "Held-out prompts, greedy answers, the rubric's scores",
+        columns,
+        examples,
+        formats={"SFT score": ".2f", "PPO score": ".2f"},
+    )
+    page.write(
         folder / "report.html",
         "Quickstart: SFT, a reward model and PPO",
+        [
+            page.Gates({name: (passed, details[name]) for name, passed in summary["gates"].items()}),
+            page.Facts("Figures", facts),
+            answers,
+            page.Figures("Curves", _plots(folder, kl["target"] / KL_BAND, kl["target"] * KL_BAND)),
+        ],
         summary="A small language model, trained from nothing on a generated assistant corpus: SFT on demonstrations "
         "of mixed quality, a reward model on preference pairs, PPO against that reward model. A rubric that training "
         "never sees judges greedy answers to held-out prompts.",
-        gates={name: (passed, details[name]) for name, passed in summary["gates"].items()},
-        facts=facts,
-        tables=[
-            report.Table(
-                "Held-out prompts, greedy answers, the rubric's scores",
-                columns,
-                examples,
-                formats={"SFT score": ".2f", "PPO score": ".2f"},
-            )
-        ],
-        plots=_plots(folder, kl["target"] / KL_BAND, kl["target"] * KL_BAND),
     )
 
 
-def _plots(folder: Path, low: float, high: float) -> list[report.Plot]:
-    sft, pairs, ppo = (report.read_rows(folder / stage / "metrics.jsonl") for stage in pipeline.STAGES)
+def _plots(folder: Path, low: float, high: float) -> list[figures.Plot]:
+    sft, pairs, ppo = (run_records.read_rows(folder / stage / "metrics.jsonl") for stage in pipeline.STAGES)
 
-    def ppo_plot(title: str, y_label: str, *names: str, **more: Any) -> report.Plot:
-        return report.Plot(title, "iteration", y_label, {name: report.series(ppo, name) for name in names}, **more)
+    def ppo_plot(title: str, y_label: str, *names: str, **more: Any) -> figures.Plot:
+        return figures.Plot(
+            title, "iteration", y_label, {name: run_records.series(ppo, name) for name in names}, **more
+        )
 
-    score_of = dict(zip(*report.series(ppo, "objective/score"), strict=True))
-    steps, kls = report.series(ppo, "objective/kl")
+    score_of = dict(zip(*run_records.series(ppo, "objective/score"), strict=True))
+    steps, kls = run_records.series(ppo, "objective/kl")
     frontier = {"objective/score": (kls, [score_of[step] for step in steps])}
     return [
-        report.Plot(
+        figures.Plot(
             "SFT: loss",
             "step",
             "nats per token",
-            {"train": report.series(sft, "sft/loss"), "validation": report.series(sft, "validation/loss")},
+            {"train": run_records.series(sft, "sft/loss"), "validation": run_records.series(sft, "validation/loss")},
         ),
-        report.Plot(
+        figures.Plot(
             "Reward model: loss",
             "step",
             "nats per pair",
-            {"train": report.series(pairs, "reward_model/loss"), "validation": report.series(pairs, "validation/loss")},
+            {
+                "train": run_records.series(pairs, "reward_model/loss"),
+                "validation": run_records.series(pairs, "validation/loss"),
+            },
             lines={"chance": math.log(2)},
         ),
-        report.Plot(
+        figures.Plot(
             "Reward model: accuracy",
             "step",
             "share of pairs",
             {
-                "train": report.series(pairs, "reward_model/accuracy"),
-                "validation": report.series(pairs, "validation/accuracy"),
+                "train": run_records.series(pairs, "reward_model/accuracy"),
+                "validation": run_records.series(pairs, "validation/accuracy"),
             },
             lines={"chance": 0.5},
         ),
@@ -225,7 +231,7 @@ def _plots(folder: Path, low: float, high: float) -> list[report.Plot]:
         ppo_plot("PPO: KL coefficient", "kl/coef", "kl/coef"),
         ppo_plot("PPO: response length", "response/length (tokens)", "response/length"),
         ppo_plot("PPO: explained variance of the returns", "value/explained_variance", "value/explained_variance"),
-        report.Plot("PPO: reward against KL", "objective/kl (nats)", "objective/score", frontier, order="iteration"),
+        figures.Plot("PPO: reward against KL", "objective/kl (nats)", "objective/score", frontier, order="iteration"),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult, Stage, open_stage, start
 from rlhf_jax.types import Comparisons, Metrics, Params, TrainState
 
+MAX_SAMPLES = 256  # held-out rows whose texts and scores each validation writes
+
 
 def run(config: RunConfig) -> RunResult:
     """Trains on the comparisons of ``config.reward_model.data`` or ``config.data``.
@@ -29,7 +32,7 @@ def run(config: RunConfig) -> RunResult:
     """
     settings = config.reward_model
     checks.supervised("reward_model", settings, start(config))
-    pairs = inputs.read("comparisons", settings.data, config.data, config.seed, config.model)
+    pairs = inputs.read("comparisons", settings.data, config.data, config.seed, setup.tokenizer_source(config))
     with open_stage(config, "reward_model", pairs.fingerprints) as stage:
         model, base_params, tokenizer = setup.language_model(config, data_rows.texts(pairs.rows), stage.key("init"))
         params = base_params
@@ -63,7 +66,7 @@ def run(config: RunConfig) -> RunResult:
             return update(state, batch, jax.random.fold_in(update_key, step))
 
         def validate(state: TrainState) -> Validation:
-            report = evaluate(
+            scores = score_rows(
                 score_pairs,
                 state.params,
                 encoded,
@@ -72,7 +75,8 @@ def run(config: RunConfig) -> RunResult:
                 bucket_multiple=config.text.bucket_multiple,
                 shard=stage.shard,
             )
-            return Validation({f"validation/{name}": value for name, value in report.items()})
+            metrics = {f"validation/{name}": value for name, value in report(encoded, held_out, scores).items()}
+            return Validation(metrics, samples(encoded, held_out[:MAX_SAMPLES], scores[:MAX_SAMPLES], tokenizer))
 
         state, row = loop.train(
             stage,
@@ -111,27 +115,86 @@ def evaluate(
     *,
     batch_size: int,
     bucket_multiple: int,
-    shard: Callable[[Comparisons], Comparisons] = lambda batch: batch,
 ) -> dict[str, float]:
-    """``evaluation.preference_report`` of a ``pair_scorer``'s scores over the given rows: the best answer against the
-    highest other one. With targets: ``loss``, the mean squared error over answers.
-    """
+    """``report`` of a ``pair_scorer``'s scores of the given rows."""
+    scores = score_rows(score_pairs, params, comparisons, rows, batch_size=batch_size, bucket_multiple=bucket_multiple)
+    return report(comparisons, rows, scores)
+
+
+def score_rows(
+    score_pairs: Callable[..., jax.Array],
+    params: Params,
+    comparisons: encoding.EncodedComparisons,
+    rows: np.ndarray,
+    *,
+    batch_size: int,
+    bucket_multiple: int,
+    shard: Callable[[Comparisons], Comparisons] = lambda batch: batch,
+) -> np.ndarray:
+    """[N, K] a ``pair_scorer``'s scores of the answers of the given N rows; those of absent answers mean nothing."""
     scores = []
     for batch_rows in loop.in_order(rows, batch_size):
         batch = shard(batches.comparison_batch(comparisons, batch_rows, bucket_multiple))
         scores.append(np.asarray(score_pairs(params, batch.tokens, batch.attention_mask))[batch_rows >= 0])
-    every = np.concatenate(scores)
-    lengths = np.stack([(texts.lengths - np.asarray(texts.starts))[rows] for texts in comparisons.answers], axis=1)
-    present = lengths > 0
+    return np.concatenate(scores)
+
+
+def report(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """``evaluation.choice_report`` of scores [N, K] of the given rows, weighted as the rows are; with targets,
+    ``evaluation.target_report``.
+    """
+    weights = None if comparisons.weight is None else comparisons.weight[rows]
+    lengths = _response_lengths(comparisons, rows)
     if comparisons.targets is not None:
-        return {"loss": float(np.mean((every - comparisons.targets[rows])[present] ** 2))}
-    first = np.arange(len(rows))
-    best = np.zeros(len(rows), np.int64) if comparisons.best is None else comparisons.best[rows]
-    others = np.where(present, every, -np.inf)
-    others[first, best] = -np.inf
-    runner_up = others.argmax(axis=1)
-    both = np.stack([lengths[first, best], lengths[first, runner_up]], axis=1)
-    return evaluation.preference_report(every[first, best], every[first, runner_up], both)
+        return evaluation.target_report(scores, comparisons.targets[rows], lengths, weights)
+    return evaluation.choice_report(scores, _best(comparisons, rows), lengths, weights)
+
+
+def samples(
+    comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """The given rows with their scores [N, K] as texts: for each the best answer and the highest-scored other one, or,
+    with targets, every answer. Lengths are response tokens.
+    """
+    lengths = _response_lengths(comparisons, rows)
+
+    def texts(row: int, answer: int) -> tuple[str, str]:
+        of_answer = comparisons.answers[answer]
+        tokens, start = of_answer.tokens[row], of_answer.starts[row]
+        return tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])
+
+    found: list[dict[str, Any]] = []
+    if comparisons.targets is not None:
+        for i, k in np.argwhere(lengths > 0):
+            prompt, response = texts(rows[i], k)
+            labels = {"score": float(scores[i, k]), "target": float(comparisons.targets[rows[i], k])}
+            found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k])})
+        return found
+    best = _best(comparisons, rows)
+    for i, (chosen, rejected) in enumerate(zip(best, evaluation.rival(scores, best, lengths), strict=True)):
+        prompt, response = texts(rows[i], chosen)
+        found.append(
+            {
+                "prompt": prompt,
+                "chosen": response,
+                "rejected": texts(rows[i], rejected)[1],
+                "score_chosen": float(scores[i, chosen]),
+                "score_rejected": float(scores[i, rejected]),
+                "length_chosen": int(lengths[i, chosen]),
+                "length_rejected": int(lengths[i, rejected]),
+            }
+        )
+    return found
+
+
+def _response_lengths(comparisons: encoding.EncodedComparisons, rows: np.ndarray) -> np.ndarray:
+    """[N, K] response tokens of the given rows' answers; 0 where there is none."""
+    return np.stack([(texts.lengths - np.asarray(texts.starts))[rows] for texts in comparisons.answers], axis=1)
+
+
+def _best(comparisons: encoding.EncodedComparisons, rows: np.ndarray) -> np.ndarray:
+    """[N] number of the best answer of the given rows."""
+    return np.zeros(len(rows), np.int64) if comparisons.best is None else comparisons.best[rows]
 
 
 def _normalized(

@@ -47,10 +47,11 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
     if kl_coef is None:
         kl_coef = 0.0 if algorithm is grpo else 0.05
     checks.reinforcement(algorithm, name, settings, algorithm_config, start(config))
-    prompts = inputs.read("prompts", settings.data, config.data, config.seed, config.model)
+    tokenizer_source = setup.tokenizer_source(config)
+    prompts = inputs.read("prompts", settings.data, config.data, config.seed, tokenizer_source)
     rows, fingerprints = prompts.rows, prompts.fingerprints
     if settings.validation_data:
-        others = inputs.read("prompts", settings.validation_data, (), config.seed, config.model)
+        others = inputs.read("prompts", settings.validation_data, (), config.seed, tokenizer_source)
         rows, fingerprints = [*rows, *others.rows], fingerprints | others.fingerprints
     init_key = setup.stream(config.seed, name, "init")
     model, params, tokenizer = setup.language_model(config, data_rows.texts(rows), init_key)

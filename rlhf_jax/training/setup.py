@@ -88,11 +88,35 @@ class LanguageModel(NamedTuple):
     tokenizer: tokenizers.Tokenizer
 
 
+def tokenizer_source(config: settings.RunConfig) -> str | None:
+    """The folder or Hugging Face name that the tokenizer and its chat template come from; None: trained on the data.
+
+    Raises:
+        UserError: ``--model`` and ``--tokenizer.name`` are both given.
+    """
+    if config.model is None:
+        return config.tokenizer.name
+    if config.tokenizer.name is not None:
+        raise UserError(
+            f"--tokenizer.name {config.tokenizer.name}: the model {config.model} brings its own tokenizer; leave out "
+            "one of the two"
+        )
+    return config.model
+
+
 def language_model(config: settings.RunConfig, texts: Iterable[str], key: jax.Array) -> LanguageModel:
-    """The model of ``--model``, or a GPT-2 with random weights whose tokenizer is trained on ``texts``."""
+    """The model of ``--model``, or a GPT-2 with random weights and the tokenizer of ``--tokenizer.name``, or one that
+    is trained on ``texts``.
+
+    Raises:
+        UserError: the model or tokenizer cannot be read, both are given, or the network's sizes do not fit.
+    """
+    source = tokenizer_source(config)
     if config.model is not None:
         return load_language_model(config.model, config.compute)
-    if config.tokenizer.kind == "bpe":
+    if source is not None:
+        tokenizer = tokenizers.load_tokenizer(source)
+    elif config.tokenizer.kind == "bpe":
         tokenizer = tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
     else:
         tokenizer = tokenizers.characters(texts)

@@ -24,7 +24,9 @@ def run(config: RunConfig) -> RunResult:
     """
     settings = config.sft
     checks.supervised("sft", settings, start(config))
-    demonstrations = inputs.read("demonstrations", settings.data, config.data, config.seed, config.model)
+    demonstrations = inputs.read(
+        "demonstrations", settings.data, config.data, config.seed, setup.tokenizer_source(config)
+    )
     with open_stage(config, "sft", demonstrations.fingerprints) as stage:
         model, params, tokenizer = setup.language_model(config, data_rows.texts(demonstrations.rows), stage.key("init"))
         encoded = encoding.encode_demonstrations(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import devices, flags, models, runs, sharding
+from rlhf_jax import devices, flags, models, report, runs, sharding
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.training import setup
@@ -73,10 +73,15 @@ class Stage:
             print(f"{count} texts: {what}", flush=True)
 
     def finish(self, model: models.Model, params: Params, tokenizer: Tokenizer, metrics: dict[str, Any]) -> RunResult:
-        """Saves ``model/`` with its tokenizer."""
+        """Saves ``model/`` with its tokenizer, then draws ``report.html``."""
         models.save(self.run.model, model, jax.device_get(params))
         tokenizer.save(self.run.model)
         print(f"saved {self.run.model}", flush=True)
+        try:
+            report.write([self.run.path], self.run.report)
+            print(f"saved {self.run.report}", flush=True)
+        except Exception as error:  # whatever it is: the run is done and its result saved
+            print(f"{self.run.report} could not be drawn: {type(error).__name__}: {error}", flush=True)
         return RunResult(self.run.path, self.run.model, metrics)
 
 
@@ -105,6 +110,8 @@ def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) ->
         data = dict(fingerprints)
         if config.model is not None and Path(config.model).is_dir():
             data["model"] = runs.fingerprint(config.model)
+        if config.tokenizer.name is not None and Path(config.tokenizer.name).is_dir():
+            data["tokenizer"] = runs.fingerprint(config.tokenizer.name)
         if name in RL_STAGES:
             data |= {f"reward {entry}": found for entry in config.reward if (found := _reward_fingerprint(entry))}
         runs.check_unchanged(run, config=text, data_fingerprints=data, may_change=MAY_CHANGE)

@@ -1,0 +1,210 @@
+"""Reward models on public preferences where RLHF_JAX_DATA has them, and on generated twins in which the better answer
+is the one that says "yes".
+"""
+
+import gzip
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import oasst
+import pytest
+import tokenizers as hf
+
+from rlhf_jax import training
+from rlhf_jax.config import Network, Optimizer, RewardModelStage, RunConfig, Text, Tokenizer
+from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = os.environ.get("RLHF_JAX_DATA")
+NAMES = ("dialogues", "rankings", "solutions")
+PAIRS = {
+    f"validation/{name}" for name in ("loss", "accuracy", "margin", "ece", "length_accuracy", "length_correlation")
+}
+SAMPLES = {
+    "pairs": {"step", "prompt", "chosen", "rejected"}
+    | {f"{what}_{which}" for what in ("score", "length") for which in ("chosen", "rejected")},
+    "targets": {"step", "prompt", "response", "score", "target", "length"},
+}
+MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+WORDS = ("no", "maybe", "the sky", "a red house", "well", "rather not")
+
+
+def conversion(name):
+    """A function of the documentation's page."""
+    page = (ROOT / "docs" / "real-preferences.md").read_text("utf-8")
+    scope = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], scope)
+    return scope[name]
+
+
+def said(number, better):
+    """Text number ``number``; of two lengths, so that length does not tell which answer is better."""
+    words = [WORDS[number % 6], WORDS[number // 6 % 6], WORDS[number // 36 % 6]]
+    return " ".join([*words, "yes"] if better else words)
+
+
+def dialogues(path, count=120):
+    turn = "\n\nHuman: {}\n\nAssistant: {}".format
+    lines = []
+    for i in range(count):
+        before = turn(said(7 * i, False), said(i, False)) + "\n\nHuman: and?\n\nAssistant: "
+        lines.append({"chosen": before + said(3 * i, True), "rejected": before + said(5 * i + 1, False) + " or not"})
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+
+
+def trees(path, count=60):
+    def message(role, text, rank=None, replies=()):
+        return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
+
+    def replies(i):
+        order = [(1, 0, 2), (0, 2, 1), (2, 1, 0)][i % 3]
+        ends = ("yes yes", "yes or", "or not")
+        return [message("assistant", f"{said(5 * i + rank, False)} {ends[rank]}", rank) for rank in order]
+
+    lines = []
+    for i in range(count):
+        ranked = replies(i)
+        ranked[0]["replies"] = [message("prompter", "and?", None, replies(2 * i + 1))]
+        lines.append({"prompt": message("prompter", said(7 * i, False), None, ranked)})
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+
+def solved(path, count=100):
+    lines = []
+    for i in range(count):
+        labels = [i % 2 == 0, i % 3 == 0, True, i % 5 == 0]
+        answers = [said(11 * i + k, label) + (" or" if (i + k) % 2 else "") for k, label in enumerate(labels)]
+        solutions = {
+            model: {"solution": answer, "is_correct": label}
+            for model, answer, label in zip(MODELS, answers, labels, strict=True)
+        }
+        lines.append({"question": said(i, False) + "?"} | solutions)
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+
+def gpt2_tokenizer(folder):
+    """vocab.json and merges.txt, as GPT-2's: end-of-text is the only special token."""
+    backend = hf.Tokenizer(hf.models.BPE())
+    backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" ".join(WORDS) + " yes or not\n\nHuman: and?\n\nAssistant:"], trainer)
+    folder.mkdir()
+    backend.model.save(str(folder))
+    return str(folder)
+
+
+def data_file(name, folder, source=None):
+    """The rows to train on: the generated twin's, or those of the public file."""
+    if name == "dialogues":
+        path = source or folder / "dialogues.jsonl.gz"
+        if source is None:
+            dialogues(path)
+        return str(path)
+    raw, path = source or folder / "raw.jsonl", folder / "rows.jsonl"
+    if source is None:
+        {"rankings": trees, "solutions": solved}[name](raw)
+    rows = conversion(name)(raw)
+    if name == "rankings":
+        assert rows == oasst.rankings(raw)
+    conversion("save")(path, rows)
+    return str(path)
+
+
+def figures(folder, name):
+    """First and last validation of a run, whose rows and samples have what they should have."""
+    metrics, samples = (
+        [json.loads(line) for line in (folder / file).read_text("utf-8").splitlines()]
+        for file in ("metrics.jsonl", "samples.jsonl")
+    )
+    validations = [row for row in metrics if "validation/loss" in row]
+    expected = PAIRS | ({"validation/target_correlation"} if name == "solutions" else set())
+    for row in validations:
+        assert {key for key in row if key.startswith("validation/")} == expected
+        assert all(math.isfinite(row[key]) for key in expected)
+    assert {row["step"] for row in samples} == {row["step"] for row in validations}
+    last = [row for row in samples if row["step"] == metrics[-1]["step"]]
+    for row in last:
+        assert row.keys() == SAMPLES["targets" if name == "solutions" else "pairs"]
+        assert "<|endoftext|>" not in json.dumps(row)
+    if name == "dialogues":  # no weights, so the samples (all held-out pairs) give the same figures
+        right = [row["score_chosen"] > row["score_rejected"] for row in last]
+        longer = [row["length_chosen"] - row["length_rejected"] for row in last]
+        assert validations[-1]["validation/accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
+        assert validations[-1]["validation/length_accuracy"] == pytest.approx(np.mean(np.sign(longer) / 2 + 0.5))
+    return validations[0], validations[-1]
+
+
+def twin_config(name, folder, tokenizer):
+    return RunConfig(
+        data=(data_file(name, folder),),
+        output_dir=str(folder / "run"),
+        network=Network(hidden_size=16, num_layers=1, num_heads=2, max_length=128),
+        tokenizer=Tokenizer(name=tokenizer),
+        text=Text(bucket_multiple=128),
+        reward_model=RewardModelStage(
+            num_epochs=10 if name == "solutions" else 4,
+            batch_size=16,
+            optimizer=Optimizer(learning_rate=1e-2),
+            validation_fraction=0.2,
+            validation_interval=1000,
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", ["dialogues", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+def test_generated_twins_are_learned(name, tmp_path):
+    config = twin_config(name, tmp_path, gpt2_tokenizer(tmp_path / "gpt2"))
+    result = training.reward_model.run(config)
+    first, last = figures(result.folder, name)
+    assert first["step"] == 0
+    assert last["validation/accuracy"] > 0.8, last
+    assert last["validation/accuracy"] > last["validation/length_accuracy"] + 0.2
+    assert last["validation/loss"] < first["validation/loss"]
+    # The model's folder holds the tokenizer that was given, with a pad of its own.
+    given, saved = load_tokenizer(tmp_path / "gpt2"), load_tokenizer(result.model_folder)
+    assert saved.fingerprint == given.fingerprint
+    assert saved.pad_id == saved.vocab_size - 1 != saved.eos_id
+
+
+def test_a_model_brings_its_own_tokenizer(tmp_path):
+    config = RunConfig(data=("x.jsonl",), model="m", tokenizer=Tokenizer(name="t"), output_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"--tokenizer\.name t: the model m brings its own tokenizer"):
+        training.reward_model.run(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(DATA is None, reason="RLHF_JAX_DATA names no folder of public data files")
+@pytest.mark.parametrize("name", NAMES)
+def test_public_preferences(name, tmp_path):
+    """With docs/real-preferences.md's settings: nothing is promised of the accuracy."""
+    sources = {
+        "dialogues": "hh_rlhf/harmless-base-test.dev.jsonl.gz",
+        "rankings": "oasst/en_trees_first70.jsonl",
+        "solutions": "gsm8k/example_model_solutions_first660.jsonl",
+    }
+    flags = {
+        "--config": ROOT / "configs" / "preferences.yaml",
+        "--tokenizer.name": Path(DATA, "gpt2"),
+        "--data": data_file(name, tmp_path, Path(DATA, sources[name])),
+        "--output-dir": tmp_path / "run",
+    }
+    command = [sys.executable, ROOT / "experiments" / "reward_model.py", *itertools.chain(*flags.items())]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, last = figures(tmp_path / "run", name)
+    assert first["step"] == 0 < last["step"]
+    assert last["reward_model/loss"] < first["validation/loss"]
