@@ -15,26 +15,50 @@ from rlhf_jax import ops
 from rlhf_jax.types import Rollout
 
 
-def repetition_penalty(rollout: Rollout, scores: jax.Array, coef: float, ngram: int = 3) -> jax.Array:
-    """``scores - coef * (1 - different n-grams / n-grams)``, [B] float32.
+def repetition(ngram: int = 3) -> Partial:
+    """Reward ``1 - different n-grams / n-grams``; with a negative weight it is a penalty on repetition.
 
     The share of a response's n-grams that it has said before (seq-rep-n, Welleck et al. 2020), in [0, 1); 0 for a
     response shorter than ``ngram``.
 
     Args:
-      scores: [B].
-      coef: reward lost by a response that only repeats itself.
       ngram: tokens of an n-gram.
+
+    Returns:
+      RewardFn giving scores [B].
 
     Raises:
       ValueError: ``ngram`` below 1.
     """
     _check_ngram(ngram)
-    keys, new = _distinct_ngrams(rollout, ngram)
-    ops.check_same_shape(scores=scores, one_column_of_tokens=new[:, 0])
-    total = jnp.sum(keys[0] == 0, axis=1, dtype=jnp.float32)
-    repeated = total - jnp.sum(new, axis=1, dtype=jnp.float32)
-    return jnp.asarray(scores, jnp.float32) - coef * repeated / jnp.maximum(total, 1.0)
+    return Partial(_Repetition(ngram))
+
+
+@dataclass(frozen=True)
+class _Repetition:
+    """Its number shapes the program, so it must stay out of the Partial's arrays."""
+
+    ngram: int
+
+    def __call__(self, rollout: Rollout) -> jax.Array:
+        keys, new = _distinct_ngrams(rollout, self.ngram)
+        total = jnp.sum(keys[0] == 0, axis=1, dtype=jnp.float32)
+        return (total - jnp.sum(new, axis=1, dtype=jnp.float32)) / jnp.maximum(total, 1.0)
+
+
+def repetition_penalty(rollout: Rollout, scores: jax.Array, coef: float, ngram: int = 3) -> jax.Array:
+    """``scores - coef * repetition(ngram)``, [B] float32.
+
+    Args:
+      scores: [B].
+      coef: reward lost by a response that only repeats itself.
+
+    Raises:
+      ValueError: ``ngram`` below 1.
+    """
+    repeated = repetition(ngram)(rollout)
+    ops.check_same_shape(scores=scores, one_column_of_tokens=repeated)
+    return jnp.asarray(scores, jnp.float32) - coef * repeated
 
 
 def diversity(ngram: int = 2, group_size: int | None = None) -> Partial:

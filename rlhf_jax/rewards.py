@@ -20,6 +20,7 @@ from rlhf_jax.host_rewards import HostReward as HostReward
 from rlhf_jax.host_rewards import from_text as from_text
 from rlhf_jax.host_rewards import on_host as on_host
 from rlhf_jax.ngram_rewards import diversity as diversity
+from rlhf_jax.ngram_rewards import repetition as repetition
 from rlhf_jax.ngram_rewards import repetition_penalty as repetition_penalty
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
@@ -50,6 +51,20 @@ def _count_response(token_id: int, cap: float, rollout: Rollout) -> jax.Array:
 def _count(tokens: jax.Array, mask: jax.Array, token_id: int, cap: float) -> jax.Array:
     counts = jnp.sum((tokens == token_id) & (mask != 0), axis=1, dtype=jnp.float32)
     return jnp.minimum(counts, cap)
+
+
+def length(target: int = 0) -> Partial:
+    """Reward ``max(response tokens - target, 0)``; with a negative weight it is a penalty on length.
+
+    Returns:
+      RewardFn giving scores [B].
+    """
+    return Partial(_excess_length, target)
+
+
+def _excess_length(target: int, rollout: Rollout) -> jax.Array:
+    tokens = jnp.sum(jnp.asarray(rollout.response_mask) != 0, axis=1, dtype=jnp.float32)
+    return jnp.maximum(tokens - target, 0.0)
 
 
 def from_model(score_fn: ScoreFn, params: Params) -> Partial:
@@ -217,15 +232,15 @@ def missing_eos(
 
 
 def length_penalty(rollout: Rollout, scores: jax.Array, coef: float, target: int = 0) -> jax.Array:
-    """``scores - coef * max(length - target, 0)``, [B] float32; the length is the number of response tokens.
+    """``scores - coef * length(target)``, [B] float32.
 
     Args:
       scores: [B].
       coef: reward per token beyond ``target``.
     """
-    length = jnp.sum(rollout.response_mask != 0, axis=1, dtype=jnp.float32)
-    ops.check_same_shape(scores=scores, one_column_of_tokens=length)
-    return jnp.asarray(scores, jnp.float32) - coef * jnp.maximum(length - target, 0.0)
+    excess = _excess_length(target, rollout)
+    ops.check_same_shape(scores=scores, one_column_of_tokens=excess)
+    return jnp.asarray(scores, jnp.float32) - coef * excess
 
 
 def adaptive_kl(

@@ -60,7 +60,7 @@ def rescore(rollout: Rollout, params: Params, *, policy_fn: PolicyFn, ref_fn: Bo
 
 
 def sampler_gap(sampled: Rollout, rescored: Rollout) -> jax.Array:
-    """The largest |log-prob difference| [] over response tokens, in nats; 0 if there are none.
+    """The largest ``|log-prob difference|`` [] over response tokens, in nats; 0 if there are none.
 
     More than rounding (about 1e-5 in float32, 1e-1 in bfloat16) means that sampler and policy function disagree: by
     temperature, by parameters, or by a bug.

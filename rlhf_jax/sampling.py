@@ -23,14 +23,17 @@ from rlhf_jax.types import Params, RewardFn, Rollout
 class SamplingConfig:
     """How to sample. Hashable, so it can be a static argument of jit.
 
-    temperature: divides the logits; 0 takes the most likely token (the lowest id among equals).
-    top_k: keep the k most likely tokens, and those that tie with the k-th; None keeps all.
-    top_p: of those, keep the smallest set of most likely tokens whose probability reaches p (nucleus sampling, Holtzman
-        et al. 2020): the token that crosses p is kept, and so is always at least one; None or 1 keeps all.
-    eos_id: the token that ends a response; None lets every response run to ``max_new_tokens``.
-    pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from ``eos_id``.
+    Args:
+        max_new_tokens: response slots R.
+        temperature: divides the logits; 0 takes the most likely token (the lowest id among equals).
+        top_k: keep the k most likely tokens, and those that tie with the k-th; None keeps all.
+        top_p: of those, keep the smallest set of most likely tokens whose probability reaches p (nucleus sampling,
+            Holtzman et al. 2020): the token that crosses p is kept, and so is always at least one; None or 1 keeps all.
+        eos_id: the token that ends a response; None lets every response run to ``max_new_tokens``.
+        pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from ``eos_id``.
 
-    Raises ValueError for a value out of range.
+    Raises:
+        ValueError: for a value out of range.
     """
 
     max_new_tokens: int
@@ -85,19 +88,22 @@ def generate(
 ) -> Rollout:
     """Samples a response to each prompt; stops when every row has ended.
 
-    tokens, attention_mask: [B, P], prompts padded on the left, so that column P - 1 of every row is a real token. A row
-        whose mask is all zero is absent: it gets an empty response and holds up nobody.
-    row_ids: [B] int32, the data row of each prompt, which names its random stream; None means 0..B-1.
-    mesh: with it the rows are split over its "data" axis (``shard_map``, parameters replicated), and each device stops
-        when its own rows have ended. The tokens are those of one device.
+    Args:
+        tokens, attention_mask: [B, P], prompts padded on the left, so that column P - 1 of every row is a real token. A
+            row whose mask is all zero is absent: it gets an empty response and holds up nobody.
+        row_ids: [B] int32, the data row of each prompt, which names its random stream; None means 0..B-1.
+        mesh: with it the rows are split over its "data" axis (``shard_map``, parameters replicated), and each device
+            stops when its own rows have ended. The tokens are those of one device.
 
-    Returns a Rollout with tokens, attention_mask, response_mask [B, T] int32, log_probs [B, T] float32 and row_ids. The
-    response mask covers the sampled tokens, EOS included; the rest of a row is ``pad_id`` with log-prob 0. No id is
-    masked out: a ``pad_id`` sampled before the end is an ordinary token. Log-probs are those of the full softmax at
-    ``config.temperature``, also under top-k and top-p; for temperature 0 they are those of temperature 1.
+    Returns:
+        A Rollout with tokens, attention_mask, response_mask [B, T] int32, log_probs [B, T] float32 and row_ids. The
+        response mask covers the sampled tokens, EOS included; the rest of a row is ``pad_id`` with log-prob 0. No id is
+        masked out: a ``pad_id`` sampled before the end is an ordinary token. Log-probs are those of the full softmax at
+        ``config.temperature``, also under top-k and top-p; for temperature 0 they are those of temperature 1.
 
-    Raises ValueError if a shape is wrong, if P + max_new_tokens exceeds the model's ``max_length``, if ``eos_id`` is
-    outside the vocabulary, or if the mesh cannot split the rows evenly.
+    Raises:
+        ValueError: a shape is wrong, P + max_new_tokens exceeds the model's ``max_length``, ``eos_id`` is outside the
+            vocabulary, or the mesh cannot split the rows evenly.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ValueError(f"tokens must be [B, P] with at least one prompt column, got {tokens.shape}")

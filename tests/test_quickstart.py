@@ -36,8 +36,7 @@ def test_seed_0_twice_gives_identical_files(tmp_path):
     assert not any(reference in page for reference in ("http://", "https://", "<script", "src=", "<link"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.soak)])
 def test_other_seeds_pass_too(seed, tmp_path):
     run("quickstart", "--output-dir", tmp_path / "run", "--seed", seed)
     check(tmp_path / "run")

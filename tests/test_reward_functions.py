@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from test_training import config, data  # noqa: F401 (fixtures)
@@ -71,6 +72,45 @@ def test_counts_alone_are_traced():
     assert parts.keys() == {"count:a", "count:e"}
 
 
+def test_terms_of_length_repetition_and_diversity_by_hand():
+    """Responses "ababa" and "ab" to the prompt "c": bigrams ab, ba, ab, ba and ab; trigrams aba, bab, aba."""
+    a, b, c = (TOKENIZER.encode(letter)[0] for letter in "abc")
+    tokens = np.array([[c, a, b, a, b, a], [c, a, b, 0, 0, 0]], np.int32)
+    said = np.array([[0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]])
+    batch = Rollout(tokens, (tokens != 0).astype(np.int32), said, np.zeros((2, 6), np.float32))
+    expected = {
+        "length": [5, 2],
+        "length:3": [2, 0],
+        "length:0": [5, 2],
+        "repetition": [1 / 3, 0],
+        "repetition:2": [1 / 2, 0],
+        "diversity": [1 / 2, 0],  # ba is the first one's alone
+        "diversity:3": [1, 0],
+        "diversity:1": [0, 0],
+    }
+    np.testing.assert_array_equal(build("length:3").fn(batch), expected["length:3"])  # alone, without parts
+    total, parts = jax.jit(build(*(f"{name}*-0.5" for name in expected)).fn)(batch)
+    np.testing.assert_allclose(total, -0.5 * np.sum(list(expected.values()), axis=0), rtol=1e-6)
+    assert parts.keys() == expected.keys()
+    for name, scores in expected.items():
+        np.testing.assert_allclose(parts[name], scores, rtol=1e-6)
+
+
+def test_a_term_beside_a_function(functions):
+    reward = build(f"{functions}:letters", "length:1*-0.25", "count:a")
+    scores, parts = reward.host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
+    assert scores == [1 - 0.25 + 2, 1 + 1]
+    assert parts == {"letters": [1.0, 1.0], "length:1": [1.0, 0.0], "count:a": [2.0, 1.0]}
+
+
+def test_a_term_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "length").mkdir()
+    np.testing.assert_array_equal(build("length").fn(rollout()), [2.0, 1.0])
+    with pytest.raises(UserError, match=r"length/config.json: no such file"):
+        build("./length")
+
+
 def test_mistakes_are_named(functions, tmp_path):
     for specs, message in [
         ([], "no reward"),
@@ -80,6 +120,11 @@ def test_mistakes_are_named(functions, tmp_path):
         ([f"{functions}:constant"], "no function constant"),
         (["count:a", "count:a*2"], "another part is called count:a"),
         (["no/such/model"], "no/such/model"),
+        (["length*2", "length"], "another part is called length"),
+        (["length:-1"], r"--reward length:-1: after `length:` comes a whole number, at least 0, .* got '-1'"),
+        (["repetition:0*-1"], r"--reward repetition:0: .* at least 1, .* got '0'"),
+        (["diversity:two"], r"--reward diversity:two: .* got 'two'"),
+        (["diversity:"], r"--reward diversity:: .* got ''"),
     ]:
         with pytest.raises(UserError, match=message):
             build(*specs)

@@ -148,7 +148,11 @@ def test_ngram_terms_refuse_what_they_cannot_mean():
         rewards.diversity(group_size=3)(a_rollout())
     with pytest.raises(ValueError, match="group_size: expected at least 2"):
         rewards.diversity(group_size=1)
-    for make in (rewards.diversity, lambda ngram: rewards.repetition_penalty(a_rollout(), jnp.zeros(4), 1.0, ngram)):
+    for make in (
+        rewards.diversity,
+        rewards.repetition,
+        lambda ngram: rewards.repetition_penalty(a_rollout(), jnp.zeros(4), 1.0, ngram),
+    ):
         with pytest.raises(ValueError, match="ngram: expected at least 1"):
             make(ngram=0)
 
@@ -285,14 +289,18 @@ def test_missing_eos_by_hand():
             rewards.missing_eos(a_rollout(), scores, EOS, **both)
 
 
-def test_length_penalty_by_hand():
+def test_length_by_hand():
+    np.testing.assert_array_equal(call(rewards.length(), a_rollout()), [3, 4, 3, 0])
+    np.testing.assert_array_equal(call(rewards.length(3), a_rollout()), [0, 1, 0, 0])
     np.testing.assert_allclose(rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5), [-0.5, -1, -0.5, 1])
     np.testing.assert_allclose(rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5, target=3), [1, 0.5, 1, 1])
 
 
-def test_repetition_penalty_by_hand():
+def test_repetition_by_hand():
     """Bigrams 11, 11, 12 of which one is said twice; 12, 21, 12 likewise; 55, 55 across a hole; and none at all."""
     batch = responses([1, 1, 1, 2], [1, 2, 1, 2], [5, None, 5, 5], [3], [])
+    np.testing.assert_allclose(call(rewards.repetition(2), batch), [1 / 3, 1 / 3, 1 / 2, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(call(rewards.repetition(), batch), [0, 0, 0, 0, 0])  # no trigram twice
     penalised = rewards.repetition_penalty(batch, jnp.ones(5), 0.6, ngram=2)
     np.testing.assert_allclose(penalised, [0.8, 0.8, 0.7, 1, 1], rtol=1e-6)
     np.testing.assert_allclose(rewards.repetition_penalty(batch, jnp.ones(5), 1.0), [1, 1, 1, 1, 1])  # no trigram twice

@@ -30,6 +30,7 @@ from rlhf_jax.flags import parse
 from rlhf_jax.training import checks
 from rlhf_jax.training.quickstart import QuickstartConfig
 from rlhf_jax.training.quickstart import run as quickstart_run
+from rlhf_jax.training.shakespeare import ShakespeareConfig
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 FAST = Optimizer(learning_rate=1e-2)
@@ -303,7 +304,8 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(config, data, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(TINY.parent.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
-    config = parse(QuickstartConfig if file.stem == "quickstart" else RunConfig, ["--config", str(file)])
+    kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig}
+    config = parse(kinds.get(file.stem, RunConfig), ["--config", str(file)])
     checks.supervised("sft", config.sft, 1)
     checks.supervised("reward_model", config.reward_model, 1)
     for algorithm in (vpg, ppo, rloo, grpo):

@@ -1,4 +1,4 @@
-"""Where a stage's rows come from: files, a folder of the three pipeline files, a dataset's name, or the demo corpus."""
+"""Where a stage's rows come from: files, a folder of the pipeline's files, a dataset's name, or a generated corpus."""
 
 import functools
 import tempfile
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rlhf_jax import models
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import chat, demo, encoding, readers
+from rlhf_jax.data import arithmetic, chat, demo, encoding, readers
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError
 
@@ -25,7 +25,11 @@ READERS: dict[Kind, Callable[..., readers.ReadResult[Any]]] = {
     "comparisons": readers.read_comparisons,
     "prompts": readers.read_prompts,
 }
-DEMO = "demo"
+# What `--data NAME` generates instead of reading it: the corpus's write(folder, seed), and the kinds that it has.
+GENERATED: dict[str, tuple[Callable[..., None], tuple[Kind, ...]]] = {
+    "demo": (demo.write, tuple(FILES)),
+    "arithmetic": (arithmetic.write, ("prompts",)),
+}
 
 
 def read(
@@ -34,7 +38,8 @@ def read(
     """Reads the rows of a stage and prints how many were kept and dropped.
 
     stage_data: the section's own ``data``, which wins over run_data, the run's ``--data``. A folder stands for its
-        sft_data.json, preference_data.json or prompts.json; ``demo`` for the corpus generated from ``seed``.
+        sft_data.json, preference_data.json or prompts.json; ``demo`` for the corpus generated from ``seed``, and
+        ``arithmetic`` for word problems with their answers, prompts only.
     model: the folder whose tokenizer's chat template renders messages; None: the plain one.
 
     Raises:
@@ -46,21 +51,28 @@ def read(
             f"no data: give --data FILE with {kind}, a folder that holds {FILES[kind]}, or `--data demo` for the "
             "generated demo corpus"
         )
-    if DEMO in data:
-        if len(data) > 1:
-            raise UserError(f"--data {' '.join(data)}: `demo` cannot be mixed with files")
-        with tempfile.TemporaryDirectory() as folder:
-            demo.write(folder, seed=seed)
-            result = READERS[kind](str(Path(folder) / FILES[kind]))
-        # The temporary folder's name must reach neither the manifest nor a comparison on resume.
-        result = readers.ReadResult(
-            result.rows, result.dropped, {f"demo/{FILES[kind]}": next(iter(result.fingerprints.values()))}
-        )
+    corpus = next((name for name in data if name in GENERATED), None)
+    if corpus is not None:
+        result = _generated(corpus, kind, data, seed)
     else:
         template = chat.template_of(load_tokenizer(model) if model is not None else None)
         result = READERS[kind]([_file(name, kind) for name in data], template)
     print(f"{kind}: {result.describe()}", flush=True)
     return result
+
+
+def _generated(name: str, kind: Kind, data: tuple[str, ...], seed: int) -> readers.ReadResult[Any]:
+    write, kinds = GENERATED[name]
+    if len(data) > 1:
+        raise UserError(f"--data {' '.join(data)}: `{name}` cannot be mixed with files")
+    if kind not in kinds:
+        raise UserError(f"--data {name}: this generated corpus has {' and '.join(kinds)} alone, and {kind} are needed")
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder, seed=seed)
+        result = READERS[kind](str(Path(folder) / FILES[kind]))
+    # The temporary folder's name must reach neither the manifest nor a comparison on resume.
+    fingerprint = next(iter(result.fingerprints.values()))
+    return readers.ReadResult(result.rows, result.dropped, {f"{name}/{FILES[kind]}": fingerprint})
 
 
 def _file(name: str, kind: Kind) -> str:

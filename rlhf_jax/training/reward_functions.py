@@ -4,8 +4,13 @@ Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
 
 - a reward model's folder or Hugging Face name,
 - ``count:TEXT``, which counts one token of the vocabulary in prompt and response (`rewards.token_count`),
+- ``length``, response tokens, or ``length:N``, those beyond N (`rewards.length`),
+- ``repetition`` or ``repetition:N``, the share of a response's n-grams that it has said before (`rewards.repetition`),
+- ``diversity`` or ``diversity:N``, the share that no other response of the batch says (`rewards.diversity`),
 - ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``: prompts as the model
   reads them, the columns of the prompts' data rows by name, None for what cannot be scored.
+
+A folder that is called as one of these is given as ``./length``.
 """
 
 import difflib
@@ -27,6 +32,14 @@ from rlhf_jax.training import setup
 from rlhf_jax.types import RewardFn, Rollout
 
 _WEIGHT = re.compile(r"(?P<spec>.+)\*(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)
+
+
+# The terms that may be followed by a number, and the least one.
+_TERMS: dict[str, tuple[Callable[..., RewardFn], int]] = {
+    "length": (rewards.length, 0),
+    "repetition": (rewards.repetition, 1),
+    "diversity": (rewards.diversity, 1),
+}
 
 
 class RunReward(NamedTuple):
@@ -53,7 +66,8 @@ def build(specs: Sequence[str], tokenizer: Tokenizer, compute: Compute, columns:
     """
     if not specs:
         raise UserError(
-            "no reward: give --reward a reward model's folder, FILE.py:FUNCTION or count:TEXT, such as --reward count:e"
+            "no reward: give --reward a reward model's folder, FILE.py:FUNCTION, count:TEXT, length, repetition or "
+            "diversity, such as --reward count:e"
         )
     parts: dict[str, _Part] = {}
     for entry in specs:
@@ -82,6 +96,9 @@ def _part(
                 f"--reward {spec}: {text!r} is {len(ids)} tokens of this tokenizer, and exactly 1 is counted"
             )
         return spec, _Part(weight, fn=rewards.token_count(ids[0]))
+    term, colon, n = spec.partition(":")
+    if term in _TERMS:
+        return spec, _Part(weight, fn=_term(spec, term, n if colon else None))
     file, colon, function = spec.rpartition(":")
     if colon and file.endswith(".py"):
         return function, _Part(
@@ -98,6 +115,17 @@ def _part(
     path = Path(spec)
     name = path.parent.name if path.name == "model" and path.parent.name else path.name
     return name, _Part(weight, fn=rewards.from_model(models.score_fn(model), params))
+
+
+def _term(spec: str, term: str, n: str | None) -> RewardFn:
+    make, least = _TERMS[term]
+    if n is None:
+        return make()
+    if not re.fullmatch("[0-9]{1,9}", n) or int(n) < least:
+        raise UserError(
+            f"--reward {spec}: after `{term}:` comes a whole number, at least {least}, of tokens; got {n!r}"
+        )
+    return make(int(n))
 
 
 def _function(spec: str, file: Path, name: str, columns: Collection[str]) -> Callable[..., Any]:

@@ -131,6 +131,7 @@ def language_model(config: settings.RunConfig, texts: Iterable[str], key: jax.Ar
             embedding_dropout=network.dropout,
             attention_dropout=network.dropout,
             residual_dropout=network.dropout,
+            initializer_range=network.initializer_range,
             pad_token_id=tokenizer.pad_id,
             eos_token_id=tokenizer.eos_id,
             **_compute(config.compute),

@@ -1,0 +1,49 @@
+"""Sphinx builds the documentation without network: ``sphinx-build -W --keep-going -b html docs docs/_build/html``."""
+
+import importlib.metadata
+import os
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.ext.napoleon import Config, GoogleDocstring
+
+# The package is imported for its docstrings alone; an accelerator must not be taken for that.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+project = "rlhf_jax"
+author = "the rlhf_jax authors"
+release = version = importlib.metadata.version("rlhf-jax")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"rlhf_jax {release}"
+html_show_sphinx = False
+html_show_copyright = False
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+highlight_language = "text"
+default_role = "code"
+
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True}
+autodoc_preserve_defaults = True
+
+
+def google(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Translates docstrings: their examples, and ``Args:``, ``Returns:`` and ``Raises:``.
+
+    Napoleon as an extension would also take the text before a colon below a config field for the field's type.
+    """
+    if what == "module":  # an indented paragraph there is code
+        starts = [i for i in range(1, len(lines)) if lines[i].startswith("    ") and not lines[i - 1]]
+        for i in reversed(starts):
+            lines[i:i] = ["::", ""]
+    elif what != "attribute":
+        config = Config(napoleon_use_ivar=True, napoleon_use_rtype=False)
+        lines[:] = GoogleDocstring(lines, config, app, what, name, obj, options).lines()
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", google)

@@ -1,0 +1,243 @@
+"""The documentation's commands and code run as written; its flags, keys, defaults, examples and links are true.
+
+In docs/ a command is a line ``$ ...`` of a ``console`` block; a block that opens with ``# NAME.py`` is that file, other
+``python`` blocks run. ``text`` blocks are not run. In README a command is an indented line. A backslash at the end of a
+line continues it.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from rlhf_jax import cli, flags
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import check, demo
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
+BLOCK = re.compile(r"^```(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+KEY = re.compile(r"^\| `([a-z0-9_.]+)` \| `([^`]*)` \|", re.MULTILINE)
+
+# What README says that this test does not run.
+NOT_RUN = {
+    "pip install": "changes the environment; .ci/run starts with these commands",
+    "python experiments/quickstart.py": "takes minutes; tests/test_quickstart.py runs it",
+    "pytest": "is what runs this test",
+}
+MINE = "def score(prompts, responses):\n    return [float(len(response) > 10) for response in responses]\n"
+
+
+class Block(NamedTuple):
+    """A fenced block: the word after the fence, its text, and the line on which that text starts."""
+
+    language: str
+    text: str
+    line: int
+
+
+class Command(NamedTuple):
+    """A command line and the line on which it stands."""
+
+    text: str
+    line: int
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path):
+    text = path.read_text("utf-8")
+    return [Block(m[1], m[2], text.count("\n", 0, m.start(2)) + 1) for m in BLOCK.finditer(text)]
+
+
+def commands(path):
+    """In the order of the page."""
+    if path == README:
+        text = BLOCK.sub(lambda match: "\n" * match[0].count("\n"), path.read_text("utf-8"))
+        lines = [(line[4:], number) for number, line in enumerate(text.split("\n"), 1) if line.startswith("    ")]
+    else:
+        consoles = [block for block in blocks(path) if block.language == "console"]
+        lines = [(line, b.line + i) for b in consoles for i, line in enumerate(b.text.rstrip("\n").split("\n"))]
+        unmarked = [number for line, number in lines if not line.startswith(("$ ", "  "))]
+        assert not unmarked, f"{name(path)}: lines {unmarked} of console blocks start with neither '$ ' nor spaces"
+        lines = [(line.removeprefix("$ "), number) for line, number in lines]
+    found = []
+    for line, number in lines:
+        if found and found[-1].text.endswith("\\"):
+            found[-1] = Command(f"{found[-1].text[:-1].rstrip()} {line.strip()}", found[-1].line)
+        elif not line.startswith(tuple(NOT_RUN)):
+            found.append(Command(line, number))
+    return found
+
+
+def file_of(block):
+    """The name of the file that a block is, if it is one."""
+    match = re.match(r"# ([\w-]+\.(?:py|yaml))\n", block.text)
+    return match[1] if match else None
+
+
+def snippets(path):
+    """Python blocks that run; README's is run by tests/test_readme.py."""
+    return [b for b in blocks(path) if b.language == "python" and not file_of(b) and path != README]
+
+
+def test_there_is_something_to_run():
+    assert len([command for path in PAGES for command in commands(path)]) > 25
+    assert {name(path) for path in PAGES if snippets(path)} >= {"docs/compose.md", "docs/rewards.md"}
+    assert {block.language for path in PAGES for block in blocks(path)} <= {
+        *("console", "text", "python", "json", "yaml", "{toctree}", "{eval-rst}", "{literalinclude}"),
+    }
+
+
+class _ParsedError(Exception):
+    """Carries what a script's command line was read as."""
+
+
+def read_script(script, argv, monkeypatch):
+    """Parses a script's flags with its own config class, as its main does, and stops there."""
+    parse = flags.parse
+
+    def stop(*args, **kwargs):
+        raise _ParsedError(parse(*args, **kwargs))
+
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(flags, "parse", stop)
+    monkeypatch.setattr(sys, "argv", [str(script), *argv])
+    with pytest.raises(_ParsedError) as parsed:
+        module.main()
+    return parsed.value.args[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        pytest.param(path, command, id=f"{name(path)}:{command.line}")
+        for path in PAGES
+        for command in commands(path)
+        if "--help" not in command.text
+    ],
+)
+def test_a_command_is_understood(path, command, monkeypatch):
+    program, *argv = shlex.split(command.text, comments=True)
+    monkeypatch.chdir(ROOT)
+    if program == "python":
+        config = read_script(ROOT / argv[0], argv[1:], monkeypatch)
+        assert isinstance(config, RunConfig)
+    elif program == "rlhf-jax":
+        called = []
+        for group in cli.COMMANDS.values():
+            for key, function in group.items():
+
+                @functools.wraps(function)
+                def note(*args, key=key, **kwargs):
+                    called.append(key)
+
+                note.__kwdefaults__ = {"key": key}
+                monkeypatch.setitem(group, key, note)
+        cli.run(argv)
+        assert len(called) == 1
+    else:
+        assert program == "cmp", f"{name(path)}, line {command.line}: what is {program}?"
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if KEY.search(path.read_text("utf-8"))], ids=name)
+def test_tables_name_real_keys_and_their_defaults(path):
+    config = yaml.safe_load(flags.to_yaml(RunConfig()))
+    for key, default in KEY.findall(path.read_text("utf-8")):
+        value = functools.reduce(lambda section, part: section[part], key.split("."), config)
+        assert value == yaml.safe_load(default), f"{name(path)}: {key} is {value!r} by default"
+
+
+@pytest.mark.parametrize(
+    ("path", "block"),
+    [
+        pytest.param(path, block, id=f"{name(path)}:{block.line}")
+        for path in PAGES
+        for block in blocks(path)
+        if block.language == "json"
+    ],
+)
+def test_an_example_of_data_is_read(path, block, tmp_path):
+    file = tmp_path / "example.jsonl"
+    file.write_text(block.text, "utf-8")
+    report = check.check([str(file)])
+    assert report.num_problems == 0, report.files[0].problems
+    assert report.files[0].num_records == 2
+    assert not report.files[0].dropped
+    assert check.UNKNOWN not in report.files[0].forms
+
+
+def slug(heading):
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_links_lead_somewhere(path):
+    for target in LINK.findall(path.read_text("utf-8")):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        page = (path.parent / file).resolve() if file else path
+        assert page.exists(), f"{name(path)}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{name(path)}: {target}"
+
+
+def test_every_page_is_in_a_table_of_contents():
+    listed = "\n".join(block.text for block in blocks(ROOT / "docs" / "index.md")).split("\n")
+    pages = {name(path).removeprefix("docs/").removesuffix(".md") for path in PAGES if path != README}
+    assert pages - {"index"} <= set(listed)
+
+
+def run(command, where, folder):
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{where}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+def page_folder(path, folder):
+    """A working directory as a reader has it: the repository's scripts and configs, and files of one's own."""
+    for part in ("experiments", "configs"):
+        (folder / part).symlink_to(ROOT / part)
+    if path == README:
+        demo.write(folder, num_demonstrations=256, num_pairs=256, num_prompts=96)
+        (folder / "mine.py").write_text(MINE, "utf-8")
+    for block in blocks(path):
+        if file := file_of(block):
+            (folder / file).write_text(block.text, "utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [pytest.param(p, id=name(p)) for p in PAGES if commands(p)])
+def test_the_commands_of_a_page_run(path, tmp_path):
+    page_folder(path, tmp_path)
+    for command in commands(path):
+        run(shlex.split(command.text, comments=True), f"{name(path)}, line {command.line}: {command.text}", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [pytest.param(p, id=name(p)) for p in PAGES if snippets(p)])
+def test_the_python_of_a_page_runs(path, tmp_path):
+    page_folder(path, tmp_path)
+    lines = []
+    for block in snippets(path):  # each on its own line of the page, for tracebacks
+        lines += [""] * (block.line - 1 - len(lines)) + block.text.rstrip("\n").split("\n")
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(lines) + "\n", "utf-8")
+    run([sys.executable, str(script)], f"{name(path)}, its python blocks", tmp_path)
