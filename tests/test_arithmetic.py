@@ -33,8 +33,8 @@ def test_answers_are_right_by_the_words_of_the_problem(tmp_path):
     for row in rows:
         assert row.keys() == {"prompt", "answer"}
         first, second = map(int, re.findall("[0-9]+", row["prompt"]))
-        more = bool(re.search(r"\b(gets|more|adds)\b", row["prompt"]))
-        less = bool(re.search(r"\b(loses|gives|takes)\b", row["prompt"]))
+        more = bool(re.search(r"\bmore\b", row["prompt"]))
+        less = bool(re.search(r"\baway\b", row["prompt"]))
         assert more != less
         assert row["answer"] == (first + second if more else first - second)
         assert 1 <= row["answer"] <= 10
@@ -135,26 +135,27 @@ def test_a_number_is_digits_alone():
 # The policies
 
 
-def accuracy(script, tmp_path, *flags):
-    """Share of held-out problems answered right, by step."""
+def validations(script, tmp_path, *flags):
+    """The rows of metrics.jsonl with a validation, by step."""
     folder = tmp_path / "run"
     run(script, "--config", ROOT / "configs" / "arithmetic.yaml", "--output-dir", folder, *flags)
-    metrics = rows(folder)
-    return {row["step"]: row["validation/reward/correct"] for row in metrics if "validation/reward/correct" in row}
+    return {row["step"]: row for row in rows(folder) if "validation/score" in row}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["grpo", "rloo"])
-def test_a_policy_begins_to_solve_the_problems(script, tmp_path):
-    found = accuracy(script, tmp_path, "--rl.num-iterations", 350)
-    assert found[0] < 0.05
-    assert found[350] > 0.4
+def test_a_policy_learns_to_answer_with_numbers_first(script, tmp_path):
+    found = validations(script, tmp_path, "--rl.num-iterations", 100)
+    assert found[0]["validation/reward/is_number"] < 0.1
+    assert found[0]["validation/reward/correct"] < 0.05
+    assert found[100]["validation/reward/is_number"] > 0.9
+    assert found[100]["validation/reward/correct"] > 0.05
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("script", ["grpo", "rloo"])
 def test_a_policy_solves_the_problems(script, seed, tmp_path):
-    found = accuracy(script, tmp_path, "--seed", seed)
-    assert found[0] < 0.05
-    assert found[1000] > 0.9
+    found = validations(script, tmp_path, "--seed", seed)
+    assert found[0]["validation/reward/correct"] < 0.05
+    assert found[1000]["validation/reward/correct"] > 0.9

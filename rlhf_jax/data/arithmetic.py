@@ -18,17 +18,15 @@ T = TypeVar("T")
 NAMES = ("Ann", "Ben", "Eve", "Jim", "Max", "Mia", "Sam", "Zoe")
 THINGS = ("cups", "eggs", "figs", "hats", "keys", "nuts", "pens", "toys")
 ADDITIONS = (
-    "{name} has {a} {things} and gets {b}. How many?",
+    "{name} has {a} {things} and gets {b} more. How many?",
     "{name} finds {a} {things}, then {b} more. How many?",
-    "{a} {things} in a box, {name} adds {b}. How many?",
+    "{a} {things} in a box, {name} adds {b} more. How many?",
 )
 SUBTRACTIONS = (
-    "{name} has {a} {things} and loses {b}. How many?",
-    "{name} buys {a} {things}, gives {b} away. How many?",
-    "{a} {things} in a box, {name} takes {b}. How many?",
+    "{name} has {a} {things} and gives {b} away. How many?",
+    "{name} buys {a} {things}, then throws {b} away. How many?",
+    "{a} {things} in a box, {name} takes {b} away. How many?",
 )
-
-
 NUM_PROMPTS = 4000
 LARGEST_CHANGE = 3
 
