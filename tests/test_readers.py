@@ -125,7 +125,8 @@ def test_pairs_serve_as_demonstrations(write):
         ('[{"chosen": "a", "rejected": "b"}]', "found chosen, rejected; without a prompt, 'chosen' must be a dialogue"),
         (b'[\n{"prompt": "caf\xe9", "response": "b"}]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
         ('[{"prompt": "a"}]'.encode("utf-16"), "is UTF-16; UTF-8 is expected"),
-        (gzip.compress(b"[" + bytes(range(256)) * 9)[:40], "broken gzip file"),
+        # Without the time, which would name the case differently in each of pytest-xdist's processes.
+        (gzip.compress(b"[" + bytes(range(256)) * 9, mtime=0)[:40], "broken gzip file"),
     ],
 )
 def test_faults_are_named_with_file_and_line(write, content, message):

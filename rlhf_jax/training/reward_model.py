@@ -88,7 +88,7 @@ def run(config: RunConfig) -> RunResult:
             show=("reward_model/loss", "reward_model/accuracy", "validation/accuracy"),
         )
         params = state.params
-        if config.model is None:
+        if settings.normalize_samples and config.model is None:
             print("scores are not normalised: no --model, so there is no base policy to sample from", flush=True)
         elif settings.normalize_samples:
             prompts = sorted({row.prompt for row in pairs.rows}, key=lambda prompt: (isinstance(prompt, tuple), prompt))
