@@ -29,4 +29,4 @@ def correct(prompts: list[str], responses: list[str], answer: list[str | int]) -
 
 def is_number(prompts: list[str], responses: list[str]) -> list[float]:
     """1.0 where the response is a whole number and nothing else, right or wrong: what there is to learn first."""
-    return [float(response.strip().isdecimal()) for response in responses]
+    return [float(bool(re.fullmatch(r"\s*[0-9]+\s*", response))) for response in responses]

@@ -247,11 +247,13 @@ class RunConfig:
     """One run. Scripts read the sections that concern them."""
 
     data: tuple[str, ...] = ()
-    """Data files of the stage, or a folder with sft_data.json, preference_data.json and prompts.json, or `demo`."""
+    """Data files of the stage, a folder with sft_data.json, preference_data.json and prompts.json, `demo` or
+    `arithmetic`."""
     model: str | None = None
     """A Hugging Face folder (or name) to start from; null: random weights of `network`."""
     reward: tuple[str, ...] = ()
-    """Reward models' folders (or Hugging Face names), FILE.py:FUNCTION, count:TEXT; SPEC*WEIGHT weighs one of a sum."""
+    """Reward models' folders (or Hugging Face names), FILE.py:FUNCTION, count:TEXT, length, repetition, diversity;
+    SPEC*WEIGHT weighs one of a sum."""
     output_dir: str | None = None
     """The run's folder; null: runs/SCRIPT."""
     seed: int = 0

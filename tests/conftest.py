@@ -11,6 +11,13 @@ from pathlib import Path
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "rlhf_jax_tests" / "xla"))
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def no_pages(monkeypatch):
+    """Runs draw no page at their end, which takes longer than the training of many a test; others look at the pages."""
+    monkeypatch.setattr("rlhf_jax.report.write", lambda runs, path: None)

@@ -128,8 +128,8 @@ def test_gold_solutions_are_right_and_those_of_the_next_question_mostly_not(sour
 
 
 def test_a_number_is_digits_alone():
-    responses = ["7", " 12 ", "-3", "7.5", "seven", "", "1 2", "7."]
-    assert answers.is_number(["?"] * 8, responses) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    responses = ["7", " 12 ", "-3", "7.5", "seven", "", "1 2", "7.", "٤٢"]
+    assert answers.is_number(["?"] * 9, responses) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 # The policies

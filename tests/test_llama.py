@@ -216,6 +216,7 @@ def test_resize_vocabulary_adds_rows_to_both_tables():
     np.testing.assert_allclose(logits[..., 14], np.mean(model.apply(params, tokens), axis=-1), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_ppo_teaches_it_a_token():
     model = models.build(dataclasses.replace(CONFIG, hidden_size=16))
     policy_fn = models.policy_fn(model, prompt_length=2)

@@ -22,6 +22,8 @@ from rlhf_jax.config import Network, Optimizer, RewardModelStage, RunConfig, Tex
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("RLHF_JAX_DATA")
 NAMES = ("dialogues", "rankings", "solutions")

@@ -15,6 +15,8 @@ from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.training import reward_functions
 from rlhf_jax.types import Rollout
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 TOKENIZER = tokenizers.characters("abcdefghij ")
 FUNCTIONS = """
 def letters(prompts, responses, **columns):

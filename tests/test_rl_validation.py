@@ -10,6 +10,8 @@ from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 PROMPTS = [{"prompt": f"say {word}", "topic": word} for word in ("ape", "bee", "cat", "dog", "eel", "fox")]
 OTHERS = [{"prompt": "tell fable", "topic": "fox"}, {"prompt": "x", "topic": "dog"}, {"prompt": "bees", "topic": "bee"}]
 

@@ -38,7 +38,7 @@ TINY = ("--config", ROOT / "configs" / "tiny.yaml")
         ("sft", 30),
         ("reward_model", 43),
         pytest.param("dpo", 43, marks=pytest.mark.slow),
-        ("vpg", 10),
+        pytest.param("vpg", 10, marks=pytest.mark.slow),
         ("ppo", 10),
     ],
 )
@@ -78,6 +78,7 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
         assert metrics[-1]["policy/sampler_gap"] < 1e-4
 
 
+@pytest.mark.slow
 def test_pipeline_hands_each_folder_to_the_next_stage(tmp_path):
     folder = tmp_path / "run"
     run("pipeline", *TINY, "--output-dir", folder)

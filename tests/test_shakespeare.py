@@ -182,6 +182,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_all_stages_on_a_generated_text(tmp_path):
     text, folder = generated(tmp_path / "text.txt", 1500), tmp_path / "run"
     done = run("shakespeare", "--data", text, "--output-dir", folder, *SMALL, "--rl.num-iterations", 2)

@@ -32,6 +32,8 @@ from rlhf_jax.training.quickstart import QuickstartConfig
 from rlhf_jax.training.quickstart import run as quickstart_run
 from rlhf_jax.training.shakespeare import ShakespeareConfig
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 FAST = Optimizer(learning_rate=1e-2)
 
