@@ -26,6 +26,7 @@ def test_an_unknown_command_lists_those_there_are(argv):
         cli.run(argv)
 
 
+@pytest.mark.slow
 def test_doctor_runs_every_phase_and_passes_here(capsys):
     assert cli.run(["doctor"]) == 0
     said = capsys.readouterr().out

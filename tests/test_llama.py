@@ -77,7 +77,7 @@ def test_grouped_heads_are_heads_whose_keys_are_shared():
     np.testing.assert_allclose(model.apply(params, tokens), whole.apply(wide, tokens), atol=ATOL)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_decoding_equals_the_full_forward(scan_layers):
     model, params = tiny()
     tokens = some_tokens(2, 7)

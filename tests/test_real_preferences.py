@@ -166,7 +166,8 @@ def twin_config(name, folder, tokenizer):
     )
 
 
-@pytest.mark.parametrize("name", ["dialogues", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_generated_twins_are_learned(name, tmp_path):
     config = twin_config(name, tmp_path, gpt2_tokenizer(tmp_path / "gpt2"))
     result = training.reward_model.run(config)

@@ -149,6 +149,7 @@ def test_a_model_without_a_score_head_or_with_another_tokenizer_is_refused(tmp_p
         build(str(folder))
 
 
+@pytest.mark.slow
 def test_a_function_on_the_host_and_the_same_reward_in_the_jit_train_identically(config, functions, tmp_path):  # noqa: F811
     config = dataclasses.replace(config, tokenizer=Tokenizer(kind="characters"))  # a token is then a letter
     inside = training.rl.run(config, vpg)

@@ -50,6 +50,7 @@ def test_the_tinystories_llama_equals_its_published_text(tmp_path):
     assert tokenizer.encode(said) == ids
 
 
+@pytest.mark.slow
 def test_generated_files_of_that_layout_equal_a_loop(tmp_path):
     width, inner, layers, heads, kv_heads, length = 8, 12, 2, 4, 2, 16
     pieces = [

@@ -87,7 +87,7 @@ STAGES = pytest.mark.parametrize(
         pytest.param(training.sft.run, id="sft"),
         pytest.param(training.reward_model.run, id="reward_model"),
         pytest.param(training.dpo.run, id="dpo", marks=pytest.mark.slow),
-        pytest.param(run_vpg, id="vpg"),
+        pytest.param(run_vpg, id="vpg", marks=pytest.mark.slow),
         pytest.param(run_ppo, id="ppo"),
     ],
 )
