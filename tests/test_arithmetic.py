@@ -142,8 +142,9 @@ def validations(script, tmp_path, *flags):
     return {row["step"]: row for row in rows(folder) if "validation/score" in row}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["grpo", "rloo"])
+@pytest.mark.parametrize(
+    "script", [pytest.param("grpo", marks=pytest.mark.slow), pytest.param("rloo", marks=pytest.mark.soak)]
+)
 def test_a_policy_learns_to_answer_with_numbers_first(script, tmp_path):
     found = validations(script, tmp_path, "--rl.num-iterations", 100)
     assert found[0]["validation/reward/is_number"] < 0.1

@@ -183,27 +183,17 @@ SMALL = (
 
 
 @pytest.mark.slow
-def test_all_stages_on_a_generated_text(tmp_path):
-    text, folder = generated(tmp_path / "text.txt", 1500), tmp_path / "run"
-    done = run("shakespeare", "--data", text, "--output-dir", folder, *SMALL, "--rl.num-iterations", 2)
-    summary = json.loads((folder / "summary.json").read_text("utf-8"))
-    assert summary["ceiling"] == 6.5
-    assert summary["reward_model"]["chunks"] == {"4": 375, "8": 250}
-    for stage in ("pretrain", "reward_model", "vpg_exact", "vpg_learned"):
-        assert (folder / stage / "model" / "config.json").is_file()
-    last = rows(folder / "vpg_learned")[-1]
-    assert last["validation/score"] == last["validation/reward/reward_model"]
-    assert summary["vpg_learned"]["exact"]["last"] == round(last["validation/reward/count:h"], 6)
-    assert "Highest possible exact count: 6.500" in done.stdout
-    assert done.stdout.count("Generated: ") == 2 * 2 * 2  # starters x validations x runs
-
-
-@pytest.mark.slow
 def test_a_generated_text_is_answered_with_h_alone(tmp_path):
     text, folder = generated(tmp_path / "text.txt", 12000), tmp_path / "run"
     given = ("--data", text, "--output-dir", folder, *SMALL, "--rl.optimizer.learning-rate", 0.003)
-    run("shakespeare", *given)
+    done = run("shakespeare", *given)
+    assert "Highest possible exact count: 6.500" in done.stdout
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    assert summary["ceiling"] == 6.5
+    assert summary["reward_model"]["chunks"] == {"4": 3000, "8": 2000}
+    last = rows(folder / "vpg_learned")[-1]
+    assert last["validation/score"] == last["validation/reward/reward_model"]
+    assert summary["vpg_learned"]["exact"]["last"] == round(last["validation/reward/count:h"], 6)
     assert summary["vpg_exact"]["first"] < 4
     assert summary["vpg_exact"]["last"] > 6
     assert summary["vpg_learned"]["exact"]["last"] > 5

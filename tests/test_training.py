@@ -157,8 +157,8 @@ def test_a_finished_run_says_so_and_another_config_is_refused(config, capsys):
     [
         pytest.param(training.sft.run, id="sft"),
         pytest.param(training.reward_model.run, id="reward_model", marks=pytest.mark.slow),
-        pytest.param(training.dpo.run, id="dpo", marks=pytest.mark.slow),
-        pytest.param(run_vpg, id="vpg", marks=pytest.mark.slow),
+        pytest.param(training.dpo.run, id="dpo", marks=pytest.mark.soak),
+        pytest.param(run_vpg, id="vpg", marks=pytest.mark.soak),
         pytest.param(run_ppo, id="ppo"),
     ],
 )
@@ -178,7 +178,9 @@ def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
                 if isinstance(value, str):
                     assert value == second[key]
                 else:
-                    np.testing.assert_allclose(value, second[key], rtol=2e-3, atol=2e-3, err_msg=key)
+                    # Ranks of nearly equal scores may change places.
+                    atol = 2e-2 if key.endswith("_correlation") else 2e-3
+                    np.testing.assert_allclose(value, second[key], rtol=2e-3, atol=atol, err_msg=key)
 
 
 def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(config):
