@@ -1,4 +1,4 @@
-"""The quickstart as a newcomer starts it, and its negative control: the slow tier. Other seeds and repetition: by hand."""
+"""The quickstart as a newcomer starts it, and its negative control (slow); other seeds and repetition by hand."""
 
 import json
 
