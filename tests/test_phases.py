@@ -44,8 +44,10 @@ def phases(algorithm, config, algorithm_config):
 
 @pytest.mark.parametrize(
     ("algorithm", "algorithm_config"),
-    [(ppo, ppo.Config(num_epochs=2, num_minibatches=2)), (vpg, vpg.Config())],
-    ids=["ppo", "vpg"],
+    [
+        pytest.param(ppo, ppo.Config(num_epochs=2, num_minibatches=2), id="ppo"),
+        pytest.param(vpg, vpg.Config(), id="vpg", marks=pytest.mark.slow),
+    ],
 )
 def test_one_jit_and_three_jits_give_identical_parameters(algorithm, algorithm_config):
     config = RLStage(kl_target=1.0, missing_eos_penalty=0.5)

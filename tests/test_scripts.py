@@ -35,8 +35,8 @@ TINY = ("--config", ROOT / "configs" / "tiny.yaml")
 @pytest.mark.parametrize(
     ("script", "steps"),
     [
-        ("sft", 30),
-        ("reward_model", 43),
+        pytest.param("sft", 30, marks=pytest.mark.slow),
+        pytest.param("reward_model", 43, marks=pytest.mark.slow),
         pytest.param("dpo", 43, marks=pytest.mark.slow),
         ("ppo", 10),
     ],

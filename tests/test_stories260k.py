@@ -20,6 +20,7 @@ from rlhf_jax.data.tokenizers import load_tokenizer
 DATA = os.environ.get("RLHF_JAX_DATA")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DATA is None, reason="RLHF_JAX_DATA names no folder of public data files")
 def test_the_tinystories_llama_equals_its_published_text(tmp_path):
     source = Path(DATA, "stories260k")

@@ -84,10 +84,10 @@ def run_vpg(config):
 STAGES = pytest.mark.parametrize(
     "run",
     [
-        pytest.param(training.sft.run, id="sft"),
+        pytest.param(training.sft.run, id="sft", marks=pytest.mark.slow),
         pytest.param(training.reward_model.run, id="reward_model"),
-        pytest.param(training.dpo.run, id="dpo", marks=pytest.mark.slow),
-        pytest.param(run_vpg, id="vpg", marks=pytest.mark.slow),
+        pytest.param(training.dpo.run, id="dpo", marks=pytest.mark.soak),
+        pytest.param(run_vpg, id="vpg", marks=pytest.mark.soak),
         pytest.param(run_ppo, id="ppo"),
     ],
 )
@@ -155,7 +155,7 @@ def test_a_finished_run_says_so_and_another_config_is_refused(config, capsys):
 @pytest.mark.parametrize(
     "run",
     [
-        pytest.param(training.sft.run, id="sft"),
+        pytest.param(training.sft.run, id="sft", marks=pytest.mark.slow),
         pytest.param(training.reward_model.run, id="reward_model", marks=pytest.mark.slow),
         pytest.param(training.dpo.run, id="dpo", marks=pytest.mark.soak),
         pytest.param(run_vpg, id="vpg", marks=pytest.mark.soak),
@@ -190,6 +190,7 @@ def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(confi
         training.sft.run(dataclasses.replace(config, sft=dataclasses.replace(config.sft, optimizer=exploding)))
 
 
+@pytest.mark.slow
 def test_reward_models_are_normalised_over_samples_of_the_base_policy(config, tmp_path, capsys):
     base = training.sft.run(config).model_folder
 
@@ -276,6 +277,7 @@ def test_dpo_refuses_labels_that_are_no_pairs(config, tmp_path):
         DPOStage(kind="hinge", label_smoothing=0.1)
 
 
+@pytest.mark.slow
 def test_a_model_whose_tokenizer_has_no_pad_gains_one(config, data, tmp_path):
     """As GPT-2: end-of-text is the only special token, and the embedding has one row for each entry."""
     backend = hf.Tokenizer(hf.models.BPE())
