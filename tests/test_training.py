@@ -178,8 +178,8 @@ def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
                 if isinstance(value, str):
                     assert value == second[key]
                 else:
-                    # Ranks of nearly equal scores may change places.
-                    atol = 2e-2 if key.endswith("_correlation") else 2e-3
+                    # The score of one text moves more with the order of summation, over Adam's steps, than a mean.
+                    atol = 0.1 if name == "samples.jsonl" and first["step"] else 2e-3
                     np.testing.assert_allclose(value, second[key], rtol=2e-3, atol=atol, err_msg=key)
 
 
