@@ -164,6 +164,9 @@ def test_a_finished_run_says_so_and_another_config_is_refused(config, capsys):
 )
 def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
     """The same rows, samples and shuffles; numbers up to the order of summation."""
+    # Where a gradient is 0 but for rounding, Adam's first steps divide that rounding by itself, unless eps is larger.
+    steady = dataclasses.replace(config.reward_model, optimizer=dataclasses.replace(FAST, eps=1e-3))
+    config = dataclasses.replace(config, reward_model=steady)
     four = run(config)
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda: make_mesh(1))
@@ -178,9 +181,7 @@ def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
                 if isinstance(value, str):
                     assert value == second[key]
                 else:
-                    # The score of one text moves more with the order of summation, over Adam's steps, than a mean.
-                    atol = 0.1 if name == "samples.jsonl" and first["step"] else 2e-3
-                    np.testing.assert_allclose(value, second[key], rtol=2e-3, atol=atol, err_msg=key)
+                    np.testing.assert_allclose(value, second[key], rtol=2e-3, atol=2e-3, err_msg=key)
 
 
 def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(config):
