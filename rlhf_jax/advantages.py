@@ -81,7 +81,7 @@ def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array
       [N, G] float32; equal scores give exactly 0, as does a group with fewer than two present answers.
 
     Raises:
-      ValueError: scores that are not [N, G] with G > 1.
+      ValueError: scores that are not [N, G] with G > 1, or a mask of another shape.
     """
     centred, count = _centred(scores, mask)
     return centred * count / jnp.maximum(count - 1.0, 1.0)
@@ -102,7 +102,7 @@ def group_normalized(
       answers.
 
     Raises:
-      ValueError: scores that are not [N, G] with G > 1.
+      ValueError: scores that are not [N, G] with G > 1, or a mask of another shape.
     """
     centred, count = _centred(scores, mask)
     if not scale:
@@ -147,6 +147,9 @@ def ema_baseline(
 
     Returns:
       (baseline, advantages): a scalar and [B], float32; absent rows get advantage 0.
+
+    Raises:
+      ValueError: scores or a mask that are not [B].
     """
     ops.check_rank(1, scores=scores)
     mask = jnp.ones(jnp.shape(scores), jnp.bool_) if mask is None else mask

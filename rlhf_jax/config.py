@@ -3,6 +3,7 @@
 ``flags.parse`` reads it; ``configs/`` holds examples. A string below a field is its ``--help`` text.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,12 +56,34 @@ class Network:
 class Compute:
     """How a model is run; changes speed and memory, not what is learnt."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the activations and matrix products. Parameters, log-probabilities and losses stay float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the activations and matrix products; float16 is run as bfloat16. Trained parameters, log-probabilities
+    and losses stay float32."""
     remat: bool = False
     """Gradient checkpointing: recompute each block in the backward pass instead of storing it."""
     scan_layers: bool = False
     """Compile one block and loop over depth: faster to compile for deep models."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Train low-rank adapters beside the frozen weights of --model; the reference policy has the weights alone."""
+
+    rank: int = 0
+    """Rank r of the adapters; 0 trains every weight."""
+    alpha: float | None = None
+    """The adapters' term is multiplied by alpha / rank; null: 1."""
+    match: str = "attn|mlp"
+    """Regular expression of the layers that get one, searched in names such as h_0/attn/c_attn."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "rank")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}")
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"match is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -157,9 +180,13 @@ class RewardModelStage(RewardModelConfig):
     """Optimizer steps between validations."""
     normalize_samples: int = 256
     """After training, scores get mean 0 and variance 1 over this many samples of the policy in --model; 0: not."""
+    ensemble_size: int = 1
+    """Reward models that train at once, each from a score head of its own, without --model from a body of its own."""
+    bootstrap: bool = True
+    """Each model of an ensemble trains on its own draw of the rows, with replacement; false: all on the same rows."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "num_epochs", "batch_size", "num_microbatches", "validation_interval")
+        _at_least(self, 1, "num_epochs", "batch_size", "num_microbatches", "validation_interval", "ensemble_size")
         _at_least(self, 0, "normalize_samples", "centering")
         _share(self, "validation_fraction")
 
@@ -228,12 +255,14 @@ class RLStage:
     """Iterations between validations."""
     validation_prompts: int = 64
     """At most this many prompts are sampled at a validation."""
+    reference_refresh: int | None = None
+    """Every so many iterations the policy becomes the reference of the KL; null: the reference stays --model."""
     show_examples: int = 0
     """Print so many examples (prompt, what was generated, reward) at each validation."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "num_iterations", "batch_size", "max_prompt_length", "max_new_tokens", "top_k", "kl_horizon")
-        _at_least(self, 1, "validation_interval", "validation_prompts")
+        _at_least(self, 1, "validation_interval", "validation_prompts", "reference_refresh")
         _at_least(self, 0, "temperature", "kl_coef", "show_examples")
         _share(self, "validation_fraction")
         if self.kl_target is not None and self.kl_target <= 0:
@@ -252,8 +281,8 @@ class RunConfig:
     model: str | None = None
     """A Hugging Face folder (or name) to start from; null: random weights of `network`."""
     reward: tuple[str, ...] = ()
-    """Reward models' folders (or Hugging Face names), FILE.py:FUNCTION, count:TEXT, length, repetition, diversity;
-    SPEC*WEIGHT weighs one of a sum."""
+    """Reward models' folders (or Hugging Face names), several as mean:A,B, min:A,B or uncertainty:A,B,
+    FILE.py:FUNCTION, count:TEXT, length, repetition, diversity; SPEC*WEIGHT weighs one of a sum."""
     output_dir: str | None = None
     """The run's folder; null: runs/SCRIPT."""
     seed: int = 0
@@ -270,6 +299,7 @@ class RunConfig:
     """Checkpoints kept."""
     network: Network = Network()
     compute: Compute = Compute()
+    lora: LoRA = LoRA()
     tokenizer: Tokenizer = Tokenizer()
     text: Text = Text()
     sft: SFTStage = SFTStage()
@@ -284,3 +314,5 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "checkpoint_interval", "keep_last")
         _at_least(self, 0, "seed")
+        if self.lora.rank and self.model is None:
+            raise ValueError("lora.rank adapts a trained model: give --model, or leave it out to train every weight")

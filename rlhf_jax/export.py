@@ -52,14 +52,14 @@ logit to get its score.
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
-    """Copies ``RUN/model`` to ``folder`` and writes README.md, the model card.
+    """Copies ``RUN/model``, all members of an ensemble, to ``folder`` and writes README.md, the model card.
 
     Raises:
         UserError: the run has no model yet, or the folder is in use.
     """
     run, folder = Path(run), Path(folder)
     source = run / "model"
-    if not (source / "config.json").is_file():
+    if not _first_model(run).is_file():
         raise UserError(f"{source}: no model here; give the folder of a finished run")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is in use; give a new folder")
@@ -82,10 +82,14 @@ def model_card(run: Path, name: str) -> str:
         raise UserError(f"{run}: not a run folder: {error}") from error
     rows = run_records.read_rows(run / "metrics.jsonl")
     last = rows[-1] if rows else {}
-    is_reward_model = "reward_shift" in json.loads((run / "model" / "config.json").read_text("utf-8"))
+    first = _first_model(run)
+    is_reward_model = "reward_shift" in json.loads(first.read_text("utf-8"))
+    kind = "A reward model" if is_reward_model else "A language model"
+    if first.parent.name == "member_0":
+        kind = "An ensemble of reward models (`member_0`, `member_1`, ...)"
     return CARD.format(
         name=name,
-        kind="A reward model" if is_reward_model else "A language model",
+        kind=kind,
         stage=manifest.get("stage", "unknown"),
         command=manifest["command"],
         seed=manifest["seed"],
@@ -96,3 +100,9 @@ def model_card(run: Path, name: str) -> str:
         config=config,
         reward_limits=REWARD_LIMITS if is_reward_model else "",
     )
+
+
+def _first_model(run: Path) -> Path:
+    """The config.json of a run's model, or of the first member of its ensemble."""
+    alone = run / "model" / "config.json"
+    return alone if alone.is_file() else run / "model" / "member_0" / "config.json"

@@ -64,7 +64,11 @@ def comparison(
 
 
 def regression(scores: jax.Array, targets: jax.Array) -> jax.Array:
-    """Squared error against target scores (jRLHF), elementwise: the shape of ``scores``, float32."""
+    """Squared error against target scores (jRLHF), elementwise: the shape of ``scores`` such as [B, K], float32.
+
+    Raises:
+      ValueError: unequal shapes.
+    """
     ops.check_same_shape(scores=scores, targets=targets)
     return jnp.square(jnp.asarray(scores, jnp.float32) - jnp.asarray(targets, jnp.float32))
 
@@ -78,6 +82,9 @@ def policy_gradient(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array
 
     Returns:
       [B, T] float32.
+
+    Raises:
+      ValueError: shapes that are not one [B, T] (advantages also [B]).
     """
     ops.check_rank(2, log_probs=log_probs)
     advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
@@ -135,6 +142,9 @@ def clipped_value(values: jax.Array, old_values: jax.Array, returns: jax.Array, 
 
     Returns:
       The same shape, float32.
+
+    Raises:
+      ValueError: unequal shapes.
     """
     ops.check_same_shape(values=values, old_values=old_values, returns=returns)
     values = jnp.asarray(values, jnp.float32)
@@ -195,7 +205,11 @@ def check_dpo(kind: DPOKind, label_smoothing: float) -> None:
 
 
 def cross_entropy(log_probs: jax.Array, mask: jax.Array) -> jax.Array:
-    """Negative log-likelihood per token in nats, 0 where masked: [B, T] -> [B, T] float32."""
+    """Negative log-likelihood per token in nats, 0 where masked: [B, T] -> [B, T] float32.
+
+    Raises:
+      ValueError: unequal shapes.
+    """
     ops.check_same_shape(log_probs=log_probs, mask=mask)
     return -jnp.where(jnp.asarray(mask) != 0, jnp.asarray(log_probs, jnp.float32), 0.0)
 

@@ -54,7 +54,7 @@ def repetition_penalty(rollout: Rollout, scores: jax.Array, coef: float, ngram: 
       coef: reward lost by a response that only repeats itself.
 
     Raises:
-      ValueError: ``ngram`` below 1.
+      ValueError: ``ngram`` below 1, or scores that are not [B].
     """
     repeated = repetition(ngram)(rollout)
     ops.check_same_shape(scores=scores, one_column_of_tokens=repeated)

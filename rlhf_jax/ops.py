@@ -46,7 +46,7 @@ def check_same_shape(**arrays: Any) -> None:
 
 
 def psum(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Sum over the devices of ``axis_name``; ``x`` itself where it is None."""
+    """Sum of ``x``, of any shape, over the devices of ``axis_name``; ``x`` itself where that is None."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
@@ -80,7 +80,7 @@ def _masked_mean(
 def masked_var(
     x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None = None, axis_name: AxisName | None = None
 ) -> jax.Array:
-    """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing. Arguments as
+    """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing. Arguments and errors as
     ``masked_mean``."""
     mean = _masked_mean(x, mask, axis, axis_name, keepdims=True)
     x = jnp.where(jnp.asarray(mask) != 0, jnp.asarray(x, jnp.float32), mean)
@@ -98,6 +98,12 @@ def whiten(
     Args:
       x, mask: the same shape, any rank.
       shift_mean: False adds the mean back, as for rewards, whose sign means something.
+
+    Returns:
+      The same shape, float32.
+
+    Raises:
+      ValueError: ``x`` and ``mask`` differ in shape.
     """
     mean = masked_mean(x, mask, axis_name=axis_name)
     var = masked_var(x, mask, axis_name=axis_name)
@@ -149,6 +155,9 @@ def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Arra
 
     Returns:
       [B, T] float32, aligned as ``token_log_probs``: column t belongs to the logits at t - 1, column 0 is 0.
+
+    Raises:
+      ValueError: the temperature is not positive.
     """
     log_probs = jax.nn.log_softmax(_predicting_logits(logits, temperature), axis=-1)
     possible = log_probs != -jnp.inf
@@ -160,6 +169,9 @@ def ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
 
     Exact up to a log-ratio of 40 (2e17) and continued by its tangent beyond: huge log-ratios overflow neither in
     value nor in gradient, and the gradient keeps its direction.
+
+    Raises:
+      ValueError: unequal shapes.
     """
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs)
     log_ratio = jnp.asarray(log_probs, jnp.float32) - jnp.asarray(old_log_probs, jnp.float32)
@@ -175,8 +187,9 @@ def kl(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: KLEstimator = 
     "Approximating KL Divergence", joschu.net/blog/kl-approx.html).
 
     With d = log_probs - ref_log_probs: ``k1`` = d, ``k2`` = d^2 / 2, ``k3`` = exp(-d) - 1 + d. k1 and k3 are
-    unbiased, k2 and k3 never negative. As a loss, k2 has the gradient of KL(policy || reference), k3 that of
-    KL(reference || policy), and k1 has expected gradient 0. The exponential of k3 is continued as in ``ratio``.
+    unbiased, k2 and k3 never negative. As a loss, k2 has the gradient of KL(policy || reference) of that one token,
+    k3 that of its KL(reference || policy), and k1 has expected gradient 0; what a token does to the KL of later ones
+    is not in it (Tang and Munos 2025, arXiv 2506.09477). The exponential of k3 is continued as in ``ratio``.
 
     Args:
       log_probs, ref_log_probs: the same shape; put equal numbers in masked columns first.
@@ -205,6 +218,9 @@ def response_mask(tokens: jax.Array, prompt_length: int, eos_id: int) -> jax.Arr
 
     Returns:
       [B, T] int32.
+
+    Raises:
+      ValueError: tokens that are not [B, T].
     """
     check_rank(2, tokens=tokens)
     said = jnp.arange(jnp.shape(tokens)[1])[None, :] >= prompt_length

@@ -179,7 +179,8 @@ def kl_shaped(rollout: Rollout, kl_coef: jax.Array | float, estimator: ops.KLEst
       [B, T] float32, 0 outside the response.
 
     Raises:
-      ValueError: neither scores nor rewards; or no ``ref_log_probs``, unless ``kl_coef`` is the Python number 0.
+      ValueError: neither scores nor rewards; no ``ref_log_probs``, unless ``kl_coef`` is the Python number 0; an
+        unknown estimator; or arrays of other shapes.
     """
     present = rollout.response_mask != 0
     if rollout.rewards is not None:
@@ -219,7 +220,7 @@ def missing_eos(
       [B] float32; absent rows keep what they had.
 
     Raises:
-      ValueError: both or neither of ``penalty`` and ``score``.
+      ValueError: both or neither of ``penalty`` and ``score``; or scores that are not [B].
     """
     if (penalty is None) == (score is None):
         raise ValueError(f"missing_eos: expected one of penalty and score, got penalty={penalty}, score={score}")
@@ -236,7 +237,10 @@ def length_penalty(rollout: Rollout, scores: jax.Array, coef: float, target: int
 
     Args:
       scores: [B].
-      coef: reward per token beyond ``target``.
+      coef: reward lost by each token beyond ``target``.
+
+    Raises:
+      ValueError: scores that are not [B].
     """
     excess = _excess_length(target, rollout)
     ops.check_same_shape(scores=scores, one_column_of_tokens=excess)

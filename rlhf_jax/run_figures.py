@@ -27,6 +27,7 @@ METRICS = {
     "validation/ece": ("Calibration error", "expected calibration error"),
     "validation/length_correlation": ("Length bias", "Spearman, score and length"),
     "validation/length_accuracy": ("Accuracy of taking the longer answer", "share of comparisons"),
+    "validation/uncertainty": ("Disagreement of the members", "standard deviation of the margin"),
     "objective/score": ("Score", "score"),
     "objective/reward": ("Reward: score minus penalties", "reward"),
     "objective/kl": ("KL from the reference", "nats per response"),

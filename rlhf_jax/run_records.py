@@ -68,8 +68,8 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether its model has been saved."""
-        return (self.path / "model" / "config.json").is_file()
+        """Whether its model, or the first of an ensemble, has been saved."""
+        return any((self.path / "model" / name / "config.json").is_file() for name in ("", "member_0"))
 
     @property
     def seconds_per_step(self) -> float | None:

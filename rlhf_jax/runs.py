@@ -84,6 +84,11 @@ class Run:
         return self.path / "model"
 
     @property
+    def adapter(self) -> Path:
+        """Folder of the LoRA adapters that ``model`` holds merged."""
+        return self.path / "adapter"
+
+    @property
     def report(self) -> Path:
         """The run as a page."""
         return self.path / "report.html"

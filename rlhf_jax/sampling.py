@@ -262,6 +262,9 @@ def best_of_n(
     dense reward [B, T] counts as its sum over the response. Equal scores: the first sample wins; NaN never wins against
     a number. The returned Rollout [B, T] carries the best ``scores`` and the prompts' own ``row_ids``. The divergence
     from the sampled policy is at most ``best_of_n_kl(n)`` nats.
+
+    Raises:
+        ValueError: as ``generate``; n below 1; or a reward that is neither [B * n] nor [B * n, T].
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")

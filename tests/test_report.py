@@ -17,6 +17,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.run_figures import histograms, reliability
 from rlhf_jax.tracking import RowWriter
+from rlhf_jax.training.adapters import Trainable
 from rlhf_jax.training.stage import Stage
 
 COMMAND = "python experiments/ppo.py --seed 5"
@@ -374,7 +375,9 @@ def test_the_end_of_a_run_draws_it_and_a_failure_to_draw_loses_nothing(tmp_path,
         if name == "broken":
             (folder / "config.yaml").unlink()
         with runs.open_run(folder, overwrite=False, resume=True) as run:
-            result = Stage(RunConfig(), "sft", run, sharding.make_mesh()).finish(model, params, tokenizer, {})
+            result = Stage(RunConfig(), "sft", run, sharding.make_mesh()).finish(
+                model, Trainable(params), params, tokenizer, {}
+            )
         assert message.format(folder / "report.html") in capsys.readouterr().out
         assert (folder / "report.html").exists() == (name == "whole")
         assert models.load(result.model_folder)[0].config.vocab_size == 300

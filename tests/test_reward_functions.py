@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -147,6 +148,87 @@ def test_a_model_without_a_score_head_or_with_another_tokenizer_is_refused(tmp_p
     tokenizers.characters("xyz").save(folder)
     with pytest.raises(UserError, match="tokenizer is not the policy's"):
         build(str(folder))
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    """Folders of three reward models: two members of a run called ``pair``, and one of another architecture."""
+    folder = tmp_path_factory.mktemp("models")
+    folders = [folder / "pair" / "model" / "member_0", folder / "pair" / "model" / "member_1", folder / "single"]
+    for i, path in enumerate(folders):
+        sizes = {"hidden_size": 8 * (1 + i // 2), "num_layers": 1, "num_heads": 1}
+        model = models.build(models.GPT2Config(vocab_size=TOKENIZER.vocab_size, max_length=8, **sizes))
+        params = models.add_head(jax.random.key(10 + i), model.init(jax.random.key(i)), "score")
+        models.save(path, model, params)
+        TOKENIZER.save(path)
+    return folders
+
+
+def test_several_reward_models_by_hand(ensemble, monkeypatch):
+    """A run's folder stands for its members; mean, worst case, mean - coef * variance; weights outside."""
+
+    def first_weight(model):  # compiles nothing
+        return lambda params, tokens, attention_mask, key: params["score"]["kernel"][0] * tokens.sum(axis=1)
+
+    monkeypatch.setattr(reward_functions.models, "score_fn", first_weight)
+    pair, single = ensemble[0].parent, ensemble[2]
+    batch = rollout()
+    each = np.stack([build(str(folder)).fn(batch) for folder in ensemble])  # [3, B]
+    assert np.ptp(each, axis=0).min() > 0.1
+    expected = {
+        f"mean:{pair},{single}": each.mean(axis=0),
+        f"min:{single},{pair}": each.min(axis=0),
+        f"uncertainty:{pair},{single}": each.mean(axis=0) - each.var(axis=0),
+        f"uncertainty:0.5:{pair}": each[:2].mean(axis=0) - 0.5 * each[:2].var(axis=0),
+    }
+    total, parts = build(*(f"{spec}*2" for spec in expected)).fn(batch)
+    names = ["mean:pair,single", "min:single,pair", "uncertainty:pair,single", "uncertainty:0.5:pair"]
+    assert parts.keys() == {*names, *(f"{name}/uncertainty" for name in names)}
+    for name, scores in zip(names, expected.values(), strict=True):
+        np.testing.assert_allclose(parts[name], scores, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(total, 2 * np.sum([*expected.values()], axis=0), rtol=1e-5)
+    np.testing.assert_allclose(parts["min:single,pair/uncertainty"], each.std(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(parts["uncertainty:0.5:pair/uncertainty"], each[:2].std(axis=0), rtol=1e-4)
+    _, alone = build(f"mean:{pair}").fn(batch)
+    assert alone.keys() == {"uncertainty"}
+
+
+def test_mistakes_about_several_reward_models_are_named(ensemble, tmp_path):
+    pair, single = ensemble[0].parent, ensemble[2]
+    for spec, message in [
+        (f"{pair}", rf"2 models of an ensemble.* mean:{pair}, min:{pair} .* uncertainty:{pair} "),
+        (f"min:{single}", f"at least two different models, here are {single}"),
+        (f"mean:{single},{single}", "at least two different models"),
+        (f"mean:{single},", "after `mean:` come reward models' folders, with commas between"),
+        ("uncertainty:", "after `uncertainty:` come reward models' folders"),
+        (f"uncertainty:-1:{pair}", r"coefficient, a number of at least 0; got '-1'"),
+        (f"uncertainty:half:{pair}", "got 'half'"),
+        (f"min:{pair},no/such/model", "no/such/model: no such folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build(spec)
+    other = tmp_path / "other"
+    shutil.copytree(single, other)
+    tokenizers.characters("xyz").save(other)
+    with pytest.raises(UserError, match=f"{other}: the reward model's tokenizer is not the policy's"):
+        build(f"min:{single},{other}")
+
+
+def test_the_files_behind_a_reward(ensemble, functions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "length").mkdir()
+    pair, single = ensemble[0].parent, ensemble[2]
+    for entry, expected in {
+        "count:e": {},
+        "length*-1": {},
+        "./length": {"./length": tmp_path / "length"},
+        "openai-community/gpt2": {},
+        f"{single}*0.5": {f"{single}*0.5": single},
+        f"{functions}:letters*2": {f"{functions}:letters*2": functions},
+        f"uncertainty:0.5:{pair},{single}*2": {f"{pair}": pair, f"{single}": single},
+    }.items():
+        found = reward_functions.sources(entry)
+        assert {name: path.resolve() for name, path in found.items()} == expected
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Comparison, Pair
 from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.training.reward_model import report, samples
+from rlhf_jax.training.reward_model import evenly, report, samples
 from rlhf_jax.types import Comparisons, TrainState
 
 KEY = jax.random.key(7)
@@ -275,6 +275,15 @@ def test_samples_are_texts_without_special_tokens():
         ("a b?", "de", "b", 1.0, 2.0, 3, 2),
         ("a a?", "b", "c d", 0.25, -1.0, 2, 4),
     ]
+
+
+def test_samples_are_spread_over_the_held_out_rows():
+    np.testing.assert_array_equal(evenly(5, 9), np.arange(5))
+    np.testing.assert_array_equal(evenly(7, 3), [0, 3, 6])
+    for num_rows in (257, 300, 511, 1000):
+        found = evenly(num_rows, 256)
+        assert (found[0], found[-1], len(found)) == (0, num_rows - 1, 256)
+        assert set(np.diff(found)) <= {(num_rows - 1) // 255, (num_rows - 1) // 255 + 1}  # no row twice
 
 
 def test_samples_with_targets_hold_every_answer():

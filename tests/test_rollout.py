@@ -12,6 +12,8 @@ from rlhf_jax import models, ops, rollout, sampling
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.types import PolicyOutput, Rollout
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 VOCAB, EOS, PAD, ROWS, PROMPT = 13, 8, 0, 8, 5
 MODEL = models.build(models.GPT2Config(vocab_size=VOCAB, max_length=32, hidden_size=16, num_layers=2, num_heads=2))
 CONFIG = SamplingConfig(max_new_tokens=7, temperature=0.8, eos_id=EOS, pad_id=PAD)

@@ -13,6 +13,7 @@ import tokenizers as hf
 
 from rlhf_jax import grpo, models, ppo, rloo, sharding, tracking, training, vpg
 from rlhf_jax.config import (
+    Compute,
     DPOStage,
     Network,
     Optimizer,
@@ -27,9 +28,10 @@ from rlhf_jax.data import demo
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.flags import parse
-from rlhf_jax.training import checks
+from rlhf_jax.training import checks, setup
 from rlhf_jax.training.quickstart import QuickstartConfig
 from rlhf_jax.training.quickstart import run as quickstart_run
+from rlhf_jax.training.sentiment import SentimentConfig
 from rlhf_jax.training.shakespeare import ShakespeareConfig
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -269,6 +271,14 @@ def test_supervised_batches_divide_too(config, tmp_path):
         training.sft.run(dataclasses.replace(config, network=dataclasses.replace(config.network, num_heads=3)))
 
 
+def test_float16_is_answered_by_bfloat16(config):
+    compute = Compute(dtype="float16")
+    assert "bfloat16 in place of float16" in setup.devices_line(compute)
+    made = setup.language_model(dataclasses.replace(config, compute=compute), ["some text"], jax.random.key(0))
+    assert made.model.config.compute_dtype == "bfloat16"
+    assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {np.dtype("float32")}
+
+
 def test_dpo_refuses_labels_that_are_no_pairs(config, tmp_path):
     file = tmp_path / "four.json"
     file.write_text(json.dumps([{"query": "q", **{f"sample{i}": f"a{i}" for i in range(4)}, "best": 2}]))
@@ -311,7 +321,7 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(config, data, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(TINY.parent.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
-    kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig}
+    kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
     config = parse(kinds.get(file.stem, RunConfig), ["--config", str(file)])
     checks.supervised("sft", config.sft, 1)
     checks.supervised("reward_model", config.reward_model, 1)

@@ -134,7 +134,8 @@ def update(
     config: Config,
     axis_name: AxisName | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on the batch. Metrics: those of ``loss``, and ``loss``, ``grad_norm``, ``nonfinite``.
+    """One optimizer step on comparisons [B, 2, T] with ``ref_log_probs``. Metrics: those of ``loss``, and ``loss``,
+    ``grad_norm``, ``nonfinite``.
 
     Raises:
       ValueError: as ``loss``; or ``num_microbatches`` does not divide B.

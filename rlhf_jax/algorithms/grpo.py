@@ -51,7 +51,7 @@ class Config:
     kl_loss_coef: float = 0.04
     """Weight of the KL term in the loss; the KL penalty in the reward is the loop's kl_coef."""
     kl_loss_estimator: ops.KLEstimator = "k3"
-    """k2: the gradient of KL(policy || reference); k3: that of KL(reference || policy)."""
+    """k2: the gradient of each token's KL(policy || reference); k3: that of its KL(reference || policy)."""
 
 
 def check_config(config: Config) -> None:

@@ -61,7 +61,7 @@ class Config:
     kl_loss_coef: float = 0.0
     """Weight of a KL term in the loss; the KL penalty in the reward is the loop's kl_coef."""
     kl_loss_estimator: ops.KLEstimator = "k2"
-    """k2: the gradient of KL(policy || reference); k3: that of KL(reference || policy)."""
+    """k2: the gradient of each token's KL(policy || reference); k3: that of its KL(reference || policy)."""
 
 
 def check_config(config: Config) -> None:

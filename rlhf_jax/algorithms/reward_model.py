@@ -117,7 +117,11 @@ def update(
     config: Config,
     axis_name: AxisName | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on the batch. Metrics: those of ``loss``, and ``loss``, ``grad_norm``, ``nonfinite``.
+    """One optimizer step on comparisons [B, K, T]. Metrics: those of ``loss``, and ``loss``, ``grad_norm``,
+    ``nonfinite``.
+
+    Args:
+      key: of dropout, another for each microbatch; None turns it off.
 
     Raises:
       ValueError: as ``loss``; or ``num_microbatches`` does not divide B.

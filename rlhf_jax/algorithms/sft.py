@@ -44,6 +44,9 @@ def loss(
       denominator: what the loss divides by; None: ``losses.denominator`` of this batch. Give that of the whole batch
         where ``batch`` is a microbatch.
       axis_name: the mapped axis over which the batch is spread; loss and metrics are then global.
+
+    Raises:
+      ValueError: an unknown ``aggregate``.
     """
     mask = batch.response_mask != 0  # [B, T]
     output = policy_fn(params, batch.tokens, batch.attention_mask, key)
@@ -63,10 +66,13 @@ def update(
     config: Config,
     axis_name: AxisName | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on the batch. Metrics: those of ``loss``, and ``loss``, ``grad_norm``, ``nonfinite``.
+    """One optimizer step on a batch [B, T]. Metrics: those of ``loss``, and ``loss``, ``grad_norm``, ``nonfinite``.
+
+    Args:
+      key: of dropout, another for each microbatch; None turns it off.
 
     Raises:
-      ValueError: ``num_microbatches`` does not divide B.
+      ValueError: as ``loss``; or ``num_microbatches`` does not divide B.
     """
     denominator = losses.denominator(batch.response_mask, config.aggregate, axis_name=axis_name)
 

@@ -151,7 +151,8 @@ def minibatch_epochs(
 
 
 def part_key(key: jax.Array | None, row_numbers: jax.Array, axis_name: AxisName | None) -> jax.Array | None:
-    """The dropout key of a microbatch: another for each first row number and each device. None stays None."""
+    """The dropout key of a microbatch with these ``row_numbers`` [B]: another for each first one and each device.
+    None stays None."""
     if key is None:
         return None
     key = jax.random.fold_in(key, row_numbers[0])

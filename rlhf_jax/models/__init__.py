@@ -1,5 +1,6 @@
 """Language models: building them, heads on them, and Hugging Face folders."""
 
+from rlhf_jax.models import lora
 from rlhf_jax.models.config import GPT2Config, LlamaConfig, RopeScaling
 from rlhf_jax.models.files import load, save
 from rlhf_jax.models.heads import add_head, policy_fn, policy_params, score_fn
@@ -13,6 +14,7 @@ __all__ = [
     "add_head",
     "build",
     "load",
+    "lora",
     "policy_fn",
     "policy_params",
     "resize_vocabulary",

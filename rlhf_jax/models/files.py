@@ -59,11 +59,11 @@ def load(
     Raises:
         UserError: names the file, key or tensor that is missing, unexpected or of the wrong shape.
     """
-    folder = _find(path_or_hf_name)
+    folder = find_folder(path_or_hf_name)
     config_file = folder / CONFIG
     if not config_file.is_file():
         raise UserError(f"{config_file}: no such file; a model folder holds {CONFIG} and {WEIGHTS}")
-    keys = _read_json(config_file)
+    keys = read_json(config_file)
     reward_shift = keys.pop("reward_shift", 0.0)
     if isinstance(reward_shift, bool) or not isinstance(reward_shift, int | float):
         raise UserError(f"{config_file}: reward_shift is {reward_shift!r}, expected a number")
@@ -72,7 +72,7 @@ def load(
     model = build(config)
     with ExitStack() as stack:
         family = names.family(config)
-        reader = _Reader(folder, stack, family.prefix)
+        reader = Reader(folder, stack, family.prefix)
         is_classifier = family.classifier in (keys.get("architectures") or ()) or names.SCORE in reader.where
         params = _read_body(reader, model, dtype, is_classifier)
         if is_classifier:
@@ -82,7 +82,7 @@ def load(
         reader.check_all_read()
     if (folder / VALUE_HEAD).is_file():
         with ExitStack() as stack:
-            reader = _Reader(folder, stack, "", VALUE_HEAD)
+            reader = Reader(folder, stack, "", VALUE_HEAD)
             shapes = {"kernel": (config.hidden_size,), "bias": ()}
             params["value"] = {k: reader.read(k, shape, dtype or jnp.float32) for k, shape in shapes.items()}
             reader.check_all_read()
@@ -142,7 +142,8 @@ def save(path: str | os.PathLike[str], model: Model, params: Params) -> None:
             file.unlink(missing_ok=True)
 
 
-def _find(path_or_hf_name: str | os.PathLike[str]) -> Path:
+def find_folder(path_or_hf_name: str | os.PathLike[str]) -> Path:
+    """The folder of that name, or what the Hugging Face hub holds under it."""
     path = Path(path_or_hf_name)
     if path.is_dir():
         return path
@@ -161,7 +162,8 @@ def _find(path_or_hf_name: str | os.PathLike[str]) -> Path:
     return Path(found)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -173,7 +175,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-class _Reader:
+class Reader:
     """The tensors of a folder, in one file or in the shards that an index lists; names have no prefix."""
 
     def __init__(self, folder: Path, stack: ExitStack, prefix: str, single: str = WEIGHTS) -> None:
@@ -181,11 +183,13 @@ class _Reader:
         self.source = files[0] if len(files) == 1 else folder / INDEX
         self.where: dict[str, tuple[Any, str]] = {}  # name without prefix -> (open file, name in it)
         self.unread: set[str] = set()
+        self.metadata: dict[str, str] = {}
         for file in files:
             try:
                 handle = stack.enter_context(safe_open(file, framework="numpy"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
+            self.metadata |= handle.metadata() or {}
             for stored in handle.keys():  # noqa: SIM118 (not a mapping)
                 name = stored.removeprefix(prefix)
                 if name in self.where:
@@ -193,11 +197,17 @@ class _Reader:
                 self.where[name] = (handle, stored)
         self.unread = {name for name in self.where if not names.is_buffer(name)}
 
-    def read(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that is there."""
         if name not in self.where:
             raise UserError(f"{self.source}: missing tensors: {name}")
         handle, stored = self.where[name]
-        found = tuple(handle.get_slice(stored).get_shape())
+        return tuple(handle.get_slice(stored).get_shape())
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """A tensor of that shape as floating point numbers, None keeping the file's dtype."""
+        found = self.shape(name)
+        handle, stored = self.where[name]
         if found != shape:
             raise UserError(f"{self.source}: {stored} has shape {list(found)}, expected {list(shape)}")
         self.unread.discard(name)
@@ -207,8 +217,9 @@ class _Reader:
         return jnp.asarray(value, dtype)
 
     def check_all_read(self) -> None:
+        """Raises UserError if the files hold a tensor that nobody asked for."""
         if self.unread:
-            raise UserError(f"{self.source}: unexpected tensors: {_listed(self.unread)}")
+            raise UserError(f"{self.source}: unexpected tensors: {listed(self.unread)}")
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -217,7 +228,7 @@ def _shards(folder: Path) -> list[Path]:
         others = sorted(file.name for file in folder.glob("*.bin"))
         hint = f"; {others[0]} is a pickle, which is never read: save it as safetensors first" if others else ""
         raise UserError(f"{folder / WEIGHTS}: no such file, nor {INDEX}{hint}")
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(f"{index}: weight_map is missing or is not an object of file names")
     files = []
@@ -232,7 +243,7 @@ def _shards(folder: Path) -> list[Path]:
     return files
 
 
-def _read_body(reader: _Reader, model: Model, dtype: Any, is_classifier: bool) -> dict[str, Any]:
+def _read_body(reader: Reader, model: Model, dtype: Any, is_classifier: bool) -> dict[str, Any]:
     config, where = model.config, reader.where
     tied = isinstance(config, GPT2Config) or config.tie_embeddings
     if tied and names.OUTPUT_TABLE in where:
@@ -253,7 +264,7 @@ def _read_body(reader: _Reader, model: Model, dtype: Any, is_classifier: bool) -
         expected.append(names.Tensor(names.OUTPUT_TABLE, ("lm_head", "embedding"), None, False))
     missing = [tensor.name for tensor in expected if tensor.name not in where]
     if missing:
-        raise UserError(f"{reader.source}: missing tensors: {_listed(missing)}")
+        raise UserError(f"{reader.source}: missing tensors: {listed(missing)}")
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     leaves: dict[tuple[str, ...], Any] = {}
     for tensor in expected:
@@ -295,6 +306,7 @@ def _body_tensors(model: Model, params: Params) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _listed(items: Iterable[str], most: int = 8) -> str:
+def listed(items: Iterable[str], most: int = 8) -> str:
+    """The first of the items in order, and how many more there are."""
     ordered = sorted(items)
     return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 from rlhf_jax.models.attention import attention, cache_mask, causal_mask, positions
 from rlhf_jax.models.config import GPT2Config
-from rlhf_jax.models.stack import ACTIVATIONS, Cache, LayerCache, stack
+from rlhf_jax.models.stack import ACTIVATIONS, Cache, Dense, LayerCache, stack
 
 
-def _dense(config: GPT2Config, features: int, *, residual: bool = False) -> nn.Dense:
+def _dense(config: GPT2Config, features: int, *, residual: bool = False) -> Dense:
     # GPT-2 scales the 2 L layers that write to the residual stream by 1 / sqrt(2 L).
     std = config.initializer_range / math.sqrt(2 * config.num_layers) if residual else config.initializer_range
-    return nn.Dense(features, dtype=config.compute_dtype, kernel_init=nn.initializers.normal(std))
+    return Dense(features, dtype=config.compute_dtype, kernel_init=nn.initializers.normal(std))
 
 
 def _layer_norm(config: GPT2Config) -> nn.LayerNorm:

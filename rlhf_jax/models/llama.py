@@ -15,14 +15,14 @@ import numpy as np
 
 from rlhf_jax.models.attention import attention, cache_mask, causal_mask, positions
 from rlhf_jax.models.config import LlamaConfig
-from rlhf_jax.models.stack import ACTIVATIONS, Cache, LayerCache, stack
+from rlhf_jax.models.stack import ACTIVATIONS, Cache, Dense, LayerCache, stack
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines of the positions' angles, [B, 1, T, Dh] float32 each
 
 
-def _dense(config: LlamaConfig, features: int, use_bias: bool) -> nn.Dense:
+def _dense(config: LlamaConfig, features: int, use_bias: bool) -> Dense:
     init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, use_bias=use_bias, dtype=config.compute_dtype, kernel_init=init)
+    return Dense(features, use_bias=use_bias, dtype=config.compute_dtype, kernel_init=init)
 
 
 def _norm(config: LlamaConfig) -> nn.RMSNorm:

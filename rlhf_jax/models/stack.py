@@ -1,4 +1,4 @@
-"""What the families share: the blocks one after the other, unrolled or in a scan over depth, and their cache."""
+"""What the families share: linear layers, the blocks one after the other or in a scan over depth, and their cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 from rlhf_jax.models.config import LlamaConfig, ModelConfig
 from rlhf_jax.types import Params
@@ -19,6 +20,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+
+class Dense(nn.Dense):
+    """``nn.Dense``, plus ``lora_scale * (x @ lora_a) @ lora_b`` where these lie beside the kernel (``lora.attach``)."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        out = super().__call__(inputs)
+        if not self.has_variable("params", "lora_a"):
+            return out
+        adapter: list[Any] = [self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_scale")]
+        x, a, b = promote_dtype(inputs, *adapter[:2], dtype=self.dtype)
+        return out + jax.lax.stop_gradient(adapter[2]).astype(out.dtype) * ((x @ a) @ b)
 
 
 def stack(block: Any, config: ModelConfig, in_axes: tuple[Any, ...]) -> Any:

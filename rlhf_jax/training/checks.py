@@ -61,6 +61,19 @@ def same_columns(training: Collection[str], validation: Collection[str]) -> None
         )
 
 
+def needs_reference(settings: RLStage, config: AlgorithmConfig, kl_coef: float) -> bool:
+    """True where a KL from the reference policy enters the reward or the loss.
+
+    Raises:
+        UserError: a reference that nothing reads is to be refreshed.
+    """
+    in_loss = not isinstance(config, vpg.Config) and config.kl_loss_coef
+    needed = bool(kl_coef or in_loss or settings.kl_target is not None)
+    if settings.reference_refresh is not None and not needed:
+        raise UserError("rl.reference_refresh: no KL is used here; set rl.kl_coef above 0 or leave it out")
+    return needed
+
+
 def group_size(config: AlgorithmConfig) -> int:
     """Answers to each prompt: 1 but for RLOO and GRPO."""
     return getattr(config, "group_size", 1)

@@ -9,10 +9,10 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data import rows as data_rows
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import checks, inputs, loop, setup
+from rlhf_jax.training import adapters, checks, inputs, loop, setup
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult, open_stage, start
-from rlhf_jax.types import BoundPolicyFn, Comparisons, Metrics, TrainState
+from rlhf_jax.types import BoundPolicyFn, Comparisons, Metrics, PolicyFn, TrainState
 
 
 def run(config: RunConfig) -> RunResult:
@@ -45,21 +45,24 @@ def run(config: RunConfig) -> RunResult:
         plan = batches.Plan(encoded.lengths[train_rows], settings.batch_size, order_key, config.text.bucket_multiple)
         num_steps = settings.num_epochs * plan.steps_per_epoch
         optimizer = setup.make_optimizer(settings.optimizer, num_steps)
-        policy_fn = models.policy_fn(model)
-        ref_fn = stage.replicate(jax.tree_util.Partial(policy_fn, params))
+        trainable = stage.trainable(adapters.choose(config, params, jax.random.fold_in(stage.key("init"), 1)))
+        policy_fn = trainable.bind(models.policy_fn(model))
+        ref_fn = stage.reference(trainable, models.policy_fn(model))
 
         def batch_of(rows: np.ndarray) -> Comparisons:
             return stage.shard(batches.comparison_batch(encoded, rows, config.text.bucket_multiple))
 
         @stage.jit_update
         def update(
-            state: TrainState, batch: Comparisons, key: jax.Array, ref_fn: BoundPolicyFn
+            state: TrainState, batch: Comparisons, key: jax.Array, policy_fn: PolicyFn, ref_fn: BoundPolicyFn
         ) -> tuple[TrainState, Metrics]:
             batch = dpo.with_reference(batch, ref_fn)
             return dpo.update(state, batch, key, policy_fn=policy_fn, optimizer=optimizer, config=settings)
 
         @jax.jit
-        def held_out_metrics(state: TrainState, batch: Comparisons, ref_fn: BoundPolicyFn) -> Metrics:
+        def held_out_metrics(
+            state: TrainState, batch: Comparisons, policy_fn: PolicyFn, ref_fn: BoundPolicyFn
+        ) -> Metrics:
             batch = dpo.with_reference(batch, ref_fn)
             return dpo.loss(state.params, batch, None, policy_fn=policy_fn, config=settings)[1]
 
@@ -67,7 +70,7 @@ def run(config: RunConfig) -> RunResult:
 
         def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
             rows = loop.select(train_rows, plan.rows(step))
-            return update(state, batch_of(rows), jax.random.fold_in(update_key, step), ref_fn)
+            return update(state, batch_of(rows), jax.random.fold_in(update_key, step), policy_fn, ref_fn)
 
         def validate(state: TrainState) -> Validation:
             sums: dict[str, float] = {}
@@ -75,18 +78,18 @@ def run(config: RunConfig) -> RunResult:
             for rows in loop.in_order(held_out, settings.batch_size):
                 present = rows[rows >= 0]
                 weight = float(len(present) if encoded.weight is None else encoded.weight[present].sum())
-                metrics = jax.device_get(held_out_metrics(state, batch_of(rows), ref_fn))
+                metrics = jax.device_get(held_out_metrics(state, batch_of(rows), policy_fn, ref_fn))
                 total += weight
                 sums = {name: sums.get(name, 0.0) + weight * float(value) for name, value in metrics.items()}
             return Validation({name.replace("dpo/", "validation/"): value / total for name, value in sums.items()})
 
         state, row = loop.train(
             stage,
-            stage.replicate(TrainState.create(params, optimizer)),
+            stage.replicate(TrainState.create(trainable.params, optimizer)),
             advance,
             num_steps=num_steps,
             validate=validate if len(held_out) else None,
             validation_interval=settings.validation_interval,
             show=("dpo/loss", "dpo/accuracy", "dpo/margin", "validation/loss", "validation/accuracy"),
         )
-        return stage.finish(model, state.params, tokenizer, row)
+        return stage.finish(model, trainable, state.params, tokenizer, row)

@@ -17,7 +17,7 @@ from rlhf_jax import advantages, models, ops, rewards, sampling
 from rlhf_jax import rollout as rollouts
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import RLStage
-from rlhf_jax.types import BoundPolicyFn, Metrics, PolicyFn, RewardFn, Rollout, TrainState
+from rlhf_jax.types import BoundPolicyFn, Metrics, Params, PolicyFn, RewardFn, Rollout, TrainState
 
 AlgorithmConfig = vpg.Config | ppo.Config | rloo.Config | grpo.Config
 
@@ -29,11 +29,12 @@ class LoopState:
     train: TrainState
     kl_coef: jax.Array  # [] float32
     baseline: jax.Array  # [] float32, VPG's moving average of the score
+    reference: Params | None = None  # of the policy at the last refresh; None: the reference is fixed, see collect
 
     @classmethod
-    def create(cls, train: TrainState, kl_coef: float) -> "LoopState":
+    def create(cls, train: TrainState, kl_coef: float, reference: Params | None = None) -> "LoopState":
         """The state before the first iteration; the baseline starts at 0 (ALGORITHMS: jRLHF)."""
-        return cls(train=train, kl_coef=jnp.float32(kl_coef), baseline=jnp.float32(0.0))
+        return cls(train=train, kl_coef=jnp.float32(kl_coef), baseline=jnp.float32(0.0), reference=reference)
 
 
 class Prompts(NamedTuple):
@@ -53,14 +54,24 @@ def collect(
     sampling_config: sampling.SamplingConfig,
     policy_fn: PolicyFn,
     ref_fn: BoundPolicyFn | None = None,
+    base: Params | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Rollout, Metrics]:
     """Samples a response to each prompt and scores its tokens with the update's own forward pass.
 
     Randomness is that of the row's place in the batch, so a prompt that occurs twice gets two samples.
+
+    Args:
+        policy_fn: a function of ``loop.train.params``; under LoRA ``models.lora.bind(fn, base)``.
+        ref_fn: the reference policy, unless ``loop.reference`` holds its parameters; None: no reference.
+        base: under LoRA, the frozen parameters.
     """
     params = loop.train.params
     policy = models.policy_params(params)
+    if base is not None:
+        policy = models.lora.attach(base, policy)
+    if loop.reference is not None:
+        ref_fn = jax.tree_util.Partial(policy_fn, loop.reference)
     sampled = sampling.generate(model, policy, prompts.tokens, prompts.attention_mask, key, sampling_config, mesh=mesh)
     rollout = rollouts.rescore(sampled, params, policy_fn=policy_fn, ref_fn=ref_fn)
     present = _present(rollout)
@@ -145,7 +156,7 @@ def learn(
     # A non-finite update keeps the policy; what depends on the same numbers must then not move either.
     healthy = update_metrics["nonfinite"] == 0
     kl_coef, baseline = (jnp.where(healthy, *pair) for pair in ((kl_coef, loop.kl_coef), (baseline, loop.baseline)))
-    return LoopState(train, kl_coef, baseline), metrics | update_metrics
+    return LoopState(train, kl_coef, baseline, loop.reference), metrics | update_metrics
 
 
 def iteration(
@@ -155,10 +166,11 @@ def iteration(
     update_key: jax.Array,
     ref_fn: BoundPolicyFn | None,
     reward_fn: RewardFn,
+    policy_fn: PolicyFn,
+    base: Params | None = None,
     *,
     model: models.Model,
     sampling_config: sampling.SamplingConfig,
-    policy_fn: PolicyFn,
     algorithm: ModuleType,
     algorithm_config: AlgorithmConfig,
     optimizer: optax.GradientTransformation,
@@ -175,6 +187,7 @@ def iteration(
         sampling_config=sampling_config,
         policy_fn=policy_fn,
         ref_fn=ref_fn,
+        base=base,
         mesh=mesh,
     )
     rollout, reward_metrics = reward(rollout, reward_fn=reward_fn)

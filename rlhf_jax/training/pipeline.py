@@ -39,7 +39,10 @@ def run_stages(config: RunConfig, folder: Path) -> PipelineResult:
     first = sft.run(_stage_config(config, folder / "sft"))
     base = str(first.model_folder)
     second = reward_model.run(_stage_config(config, folder / "reward_model", base))
-    policy = dataclasses.replace(_stage_config(config, folder / "ppo", base), reward=(str(second.model_folder),))
+    ensemble = "mean:" if config.reward_model.ensemble_size > 1 else ""
+    policy = dataclasses.replace(
+        _stage_config(config, folder / "ppo", base), reward=(f"{ensemble}{second.model_folder}",)
+    )
     return PipelineResult(first, second, rl.run(policy))
 
 

@@ -57,6 +57,10 @@ def run(config: QuickstartConfig) -> QuickstartResult:
     """
     if config.data:
         raise UserError("--data: the quickstart generates its own data; for yours use experiments/pipeline.py")
+    if config.reward_model.ensemble_size > 1:
+        raise UserError(
+            "reward_model.ensemble_size: the quickstart judges one reward model; use experiments/pipeline.py"
+        )
     folder = Path(config.output_dir or "runs/quickstart")
     pipeline.check_folder(folder, config)
     data = folder / "data"

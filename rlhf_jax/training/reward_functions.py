@@ -3,6 +3,9 @@
 Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
 
 - a reward model's folder or Hugging Face name,
+- ``mean:A,B,...``, ``min:A,B,...`` or ``uncertainty:A,B,...``, an ensemble of reward models (`rewards.ensemble`);
+  ``uncertainty:COEF:A,B,...`` gives the variance another weight than 1. The folder of an ensemble that was trained at
+  once stands for its members,
 - ``count:TEXT``, which counts one token of the vocabulary in prompt and response (`rewards.token_count`),
 - ``length``, response tokens, or ``length:N``, those beyond N (`rewards.length`),
 - ``repetition`` or ``repetition:N``, the share of a response's n-grams that it has said before (`rewards.repetition`),
@@ -19,7 +22,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -28,11 +31,11 @@ from rlhf_jax import models, rewards
 from rlhf_jax.config import Compute
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import setup
+from rlhf_jax.training import ensembles, setup
 from rlhf_jax.types import RewardFn, Rollout
 
-_WEIGHT = re.compile(r"(?P<spec>.+)\*(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)
-
+_NUMBER = r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+_WEIGHT = re.compile(rf"(?P<spec>.+)\*(?P<weight>[-+]?{_NUMBER})", re.IGNORECASE)
 
 # The terms that may be followed by a number, and the least one.
 _TERMS: dict[str, tuple[Callable[..., RewardFn], int]] = {
@@ -47,6 +50,12 @@ class RunReward(NamedTuple):
 
     fn: RewardFn | None = None
     host: rewards.HostReward | None = None
+
+
+class _Ensemble(NamedTuple):
+    how: rewards.EnsembleMethod
+    coef: float
+    models: list[str]  # folders or names
 
 
 class _Part(NamedTuple):
@@ -66,13 +75,12 @@ def build(specs: Sequence[str], tokenizer: Tokenizer, compute: Compute, columns:
     """
     if not specs:
         raise UserError(
-            "no reward: give --reward a reward model's folder, FILE.py:FUNCTION, count:TEXT, length, repetition or "
-            "diversity, such as --reward count:e"
+            "no reward: give --reward a reward model's folder, several as mean:A,B, min:A,B or uncertainty:A,B, "
+            "FILE.py:FUNCTION, count:TEXT, length, repetition or diversity, such as --reward count:e"
         )
     parts: dict[str, _Part] = {}
     for entry in specs:
-        match = _WEIGHT.fullmatch(entry)
-        spec, weight = (match["spec"], float(match["weight"])) if match else (entry, 1.0)
+        spec, weight = _weighed(entry)
         name, part = _part(spec, weight, tokenizer, compute, columns)
         if name in parts:
             raise UserError(f"--reward {entry}: another part is called {name} too; rename one of them")
@@ -83,6 +91,24 @@ def build(specs: Sequence[str], tokenizer: Tokenizer, compute: Compute, columns:
     if [weight for _, weight in fns.values()] == [1.0]:
         return RunReward(fn=next(iter(fns.values()))[0])
     return RunReward(fn=rewards.weighted(fns))
+
+
+def sources(entry: str) -> dict[str, Path]:
+    """The folders and Python files that an entry reads, by what a manifest calls them."""
+    spec, _ = _weighed(entry)
+    if spec.startswith("count:") or spec.partition(":")[0] in _TERMS:
+        return {}
+    chosen = _ensemble(spec)
+    if chosen is not None:
+        return {name: Path(name) for name in chosen.models if Path(name).exists()}
+    file, colon, _ = spec.rpartition(":")
+    path = Path(file if colon and file.endswith(".py") else spec)
+    return {entry: path} if path.exists() else {}
+
+
+def _weighed(entry: str) -> tuple[str, float]:
+    match = _WEIGHT.fullmatch(entry)
+    return (match["spec"], float(match["weight"])) if match else (entry, 1.0)
 
 
 def _part(
@@ -104,17 +130,61 @@ def _part(
         return function, _Part(
             weight, host=rewards.from_text(_function(spec, Path(file), function, columns), tokenizer)
         )
-    model, params, reward_tokenizer = setup.load_language_model(spec, compute)
+    chosen = _ensemble(spec)
+    if chosen is not None:
+        paths = [path for name in chosen.models for path in [*map(str, ensembles.folders(name))] or [name]]
+        if len(paths) < 2 or len(set(paths)) < len(paths):
+            raise UserError(
+                f"--reward {spec}: an ensemble has at least two different models, here are {', '.join(paths)}"
+            )
+        print(f"reward {spec}: {len(paths)} models", flush=True)
+        fns = [_reward_model(spec, path, tokenizer, compute) for path in paths]
+        name = spec.removesuffix(",".join(chosen.models)) + ",".join(map(_name, chosen.models))
+        return name, _Part(weight, fn=rewards.ensemble(fns, chosen.how, chosen.coef))
+    if members := ensembles.folders(spec):
+        raise UserError(
+            f"--reward {spec}: here are the {len(members)} models of an ensemble; say how their scores become one: "
+            f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
+        )
+    return _name(spec), _Part(weight, fn=_reward_model(spec, spec, tokenizer, compute))
+
+
+def _reward_model(spec: str, path: str, tokenizer: Tokenizer, compute: Compute) -> RewardFn:
+    where = f"--reward {spec}" if spec == path else f"--reward {spec}: {path}"
+    model, params, reward_tokenizer = setup.load_language_model(path, compute)
     if "score" not in params:
-        raise UserError(f"--reward {spec}: this model has no score head; train one with experiments/reward_model.py")
+        raise UserError(f"{where}: this model has no score head; train one with experiments/reward_model.py")
     if reward_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"--reward {spec}: the reward model's tokenizer is not the policy's; train the reward model from the same "
+            f"{where}: the reward model's tokenizer is not the policy's; train the reward model from the same "
             "starting model"
         )
-    path = Path(spec)
-    name = path.parent.name if path.name == "model" and path.parent.name else path.name
-    return name, _Part(weight, fn=rewards.from_model(models.score_fn(model), params))
+    return rewards.from_model(models.score_fn(model), params)
+
+
+def _name(model: str) -> str:
+    """The run that a reward model comes from, or its own name."""
+    path = Path(model)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def _ensemble(spec: str) -> _Ensemble | None:
+    how, colon, listed = spec.partition(":")
+    if not colon or how not in get_args(rewards.EnsembleMethod):
+        return None
+    coef = 1.0
+    if how == "uncertainty" and ":" in listed:
+        text, _, listed = listed.partition(":")
+        if not re.fullmatch(_NUMBER, text, re.IGNORECASE):
+            raise UserError(
+                f"--reward {spec}: between the colons stands the variance's coefficient, a number of at least 0; "
+                f"got {text!r}"
+            )
+        coef = float(text)
+    names = listed.split(",")
+    if not all(names):
+        raise UserError(f"--reward {spec}: after `{how}:` come reward models' folders, with commas between them")
+    return _Ensemble(how, coef, names)  # type: ignore[arg-type]
 
 
 def _term(spec: str, term: str, n: str | None) -> RewardFn:

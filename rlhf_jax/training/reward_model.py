@@ -1,4 +1,4 @@
-"""Reward-model training as a run: preference pairs in, a normalised reward model with its tokenizer out."""
+"""Reward-model training as a run: preference pairs in, a normalised reward model or an ensemble of them out."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding, readers
 from rlhf_jax.data import rows as data_rows
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.training import checks, inputs, loop, setup
+from rlhf_jax.training import checks, ensembles, inputs, loop, setup
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult, Stage, open_stage, start
-from rlhf_jax.types import Comparisons, Metrics, Params, TrainState
+from rlhf_jax.types import Comparisons, Metrics, Params, Rollout, ScoreFn, TrainState
 
 MAX_SAMPLES = 256  # held-out rows whose texts and scores each validation writes
 
@@ -26,18 +26,18 @@ def run(config: RunConfig) -> RunResult:
     """Trains on the comparisons of ``config.reward_model.data`` or ``config.data``.
 
     ``--model`` is the body to start from and also taken for the base policy, over whose samples scores are normalised.
+    With ``ensemble_size`` above 1 the members are saved as ``model/member_0``, ``model/member_1``, ...; metrics and
+    samples are of their mean score, and ``validation/uncertainty`` says how far they differ.
 
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
-    settings = config.reward_model
+    settings, num_members = config.reward_model, config.reward_model.ensemble_size
     checks.supervised("reward_model", settings, start(config))
     pairs = inputs.read("comparisons", settings.data, config.data, config.seed, setup.tokenizer_source(config))
     with open_stage(config, "reward_model", pairs.fingerprints) as stage:
         model, base_params, tokenizer = setup.language_model(config, data_rows.texts(pairs.rows), stage.key("init"))
-        params = base_params
-        if "score" not in params:
-            params = models.add_head(jax.random.fold_in(stage.key("init"), 1), params, "score")
+        starts = ensembles.starts(config, model, base_params, stage.key("init"))
         encoded = encoding.encode_comparisons(
             pairs.rows,
             tokenizer,
@@ -53,17 +53,24 @@ def run(config: RunConfig) -> RunResult:
         plan = batches.Plan(encoded.lengths[train_rows], settings.batch_size, order_key, config.text.bucket_multiple)
         num_steps = settings.num_epochs * plan.steps_per_epoch
         optimizer = setup.make_optimizer(settings.optimizer, num_steps)
-        score_fn = models.score_fn(model)
-        update = stage.jit_update(
-            functools.partial(reward_model.update, score_fn=score_fn, optimizer=optimizer, config=settings)
-        )
-        score_pairs = pair_scorer(model)
+        trainable = stage.trainable(starts[0])
+        score_fn = trainable.bind(models.score_fn(model))
+        update_fn: Callable[..., tuple[TrainState, Metrics]] = reward_model.update
+        to_train = encoded
+        if num_members > 1:
+            update_fn = ensembles.update
+            counts = np.ones((len(train_rows), num_members), np.int64)
+            if settings.bootstrap:  # keys 0 and 1 are the split's and the order's
+                counts = ensembles.bootstrap(jax.random.fold_in(stage.key("data"), 2), num_members, len(train_rows))
+            to_train = ensembles.with_counts(encoded, train_rows, counts)
+        update = stage.jit_update(functools.partial(update_fn, optimizer=optimizer, config=settings))
+        score_pairs = _scorer(score_fn, num_members)
         update_key = stage.key("update")
 
         def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
             rows = loop.select(train_rows, plan.rows(step))
-            batch = stage.shard(batches.comparison_batch(encoded, rows, config.text.bucket_multiple))
-            return update(state, batch, jax.random.fold_in(update_key, step))
+            batch = stage.shard(batches.comparison_batch(to_train, rows, config.text.bucket_multiple))
+            return update(state, batch, jax.random.fold_in(update_key, step), score_fn=score_fn)
 
         def validate(state: TrainState) -> Validation:
             scores = score_rows(
@@ -75,36 +82,55 @@ def run(config: RunConfig) -> RunResult:
                 bucket_multiple=config.text.bucket_multiple,
                 shard=stage.shard,
             )
-            metrics = {f"validation/{name}": value for name, value in report(encoded, held_out, scores).items()}
-            return Validation(metrics, samples(encoded, held_out[:MAX_SAMPLES], scores[:MAX_SAMPLES], tokenizer))
+            found = {}
+            if num_members > 1:
+                found = {"uncertainty": uncertainty(encoded, held_out, scores)}
+                scores = scores.mean(axis=2)
+            found |= report(encoded, held_out, scores)
+            shown = evenly(len(held_out), MAX_SAMPLES)
+            return Validation(
+                {f"validation/{name}": value for name, value in found.items()},
+                samples(encoded, held_out[shown], scores[shown], tokenizer),
+            )
 
         state, row = loop.train(
             stage,
-            stage.replicate(TrainState.create(params, optimizer)),
+            stage.replicate(
+                TrainState.create(trainable.params, optimizer)
+                if num_members == 1
+                else ensembles.create([start.params for start in starts], optimizer)
+            ),
             advance,
             num_steps=num_steps,
             validate=validate if len(held_out) else None,
             validation_interval=settings.validation_interval,
             show=("reward_model/loss", "reward_model/accuracy", "validation/accuracy"),
         )
-        params = state.params
+        members = [state.params] if num_members == 1 else ensembles.unstack(state.params)
         if settings.normalize_samples and config.model is None:
             print("scores are not normalised: no --model, so there is no base policy to sample from", flush=True)
         elif settings.normalize_samples:
             prompts = sorted({row.prompt for row in pairs.rows}, key=lambda prompt: (isinstance(prompt, tuple), prompt))
-            params = _normalized(stage, model, params, base_params, prompts, tokenizer, config)
-        return stage.finish(model, params, tokenizer, row)
+            rollout = _base_samples(stage, model, base_params, prompts, tokenizer, config)
+            score = _scorer(score_fn)
+            members = [_normalized(score, params, rollout) for params in members]
+        return stage.finish(model, trainable, members if num_members > 1 else members[0], tokenizer, row)
 
 
 def pair_scorer(model: models.Model) -> Callable[..., jax.Array]:
     """Jitted ``(params, tokens [B, K, T], attention_mask [B, K, T]) -> scores [B, K]``."""
-    score_fn = models.score_fn(model)
+    return _scorer(jax.tree_util.Partial(models.score_fn(model)))
 
-    def score(params: Params, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        rows = (tokens.shape[0] * tokens.shape[1], tokens.shape[2])
-        return score_fn(params, tokens.reshape(rows), attention_mask.reshape(rows), None).reshape(tokens.shape[:2])
 
-    return jax.jit(score)
+def _scorer(score_fn: jax.tree_util.Partial, num_members: int = 1) -> Callable[..., jax.Array]:
+    """As ``pair_scorer``; of an ensemble's parameters [M, ...] the scores [B, K, M]."""
+    score = _pair_scores if num_members == 1 else jax.vmap(_pair_scores, in_axes=(None, 0, None, None), out_axes=2)
+    return functools.partial(jax.jit(score), score_fn)
+
+
+def _pair_scores(score_fn: ScoreFn, params: Params, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    rows = (tokens.shape[0] * tokens.shape[1], tokens.shape[2])
+    return score_fn(params, tokens.reshape(rows), attention_mask.reshape(rows), None).reshape(tokens.shape[:2])
 
 
 def evaluate(
@@ -131,7 +157,9 @@ def score_rows(
     bucket_multiple: int,
     shard: Callable[[Comparisons], Comparisons] = lambda batch: batch,
 ) -> np.ndarray:
-    """[N, K] a ``pair_scorer``'s scores of the answers of the given N rows; those of absent answers mean nothing."""
+    """[N, K] a ``pair_scorer``'s scores of the answers of the given N rows, [N, K, M] those of an ensemble; those of
+    absent answers mean nothing.
+    """
     scores = []
     for batch_rows in loop.in_order(rows, batch_size):
         batch = shard(batches.comparison_batch(comparisons, batch_rows, bucket_multiple))
@@ -148,6 +176,30 @@ def report(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: n
     if comparisons.targets is not None:
         return evaluation.target_report(scores, comparisons.targets[rows], lengths, weights)
     return evaluation.choice_report(scores, _best(comparisons, rows), lengths, weights)
+
+
+def uncertainty(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray) -> float:
+    """How far members differ: the standard deviation over them (population) of the margin, or with targets of the
+    score, as a mean over the given rows, weighted as they are.
+
+    The margin is the best answer's score minus that of the highest other one by the mean score: what a member adds to
+    all its scores does not count, since comparisons do not determine it.
+
+    scores: [N, K, M] of the given N rows.
+    """
+    weights = np.ones(len(rows)) if comparisons.weight is None else comparisons.weight[rows]
+    lengths = _response_lengths(comparisons, rows)
+    if comparisons.targets is not None:
+        weights = np.where(lengths > 0, weights[:, None], 0.0)
+        return float(np.average(scores.std(axis=2), weights=weights))
+    row, best = np.arange(len(rows)), _best(comparisons, rows)
+    margins = scores[row, best] - scores[row, evaluation.rival(scores.mean(axis=2), best, lengths)]
+    return float(np.average(margins.std(axis=1), weights=weights))
+
+
+def evenly(num_rows: int, most: int) -> np.ndarray:
+    """[min(num_rows, most)] numbers of rows from the first to the last of ``num_rows``, evenly spaced."""
+    return np.linspace(0, num_rows - 1, min(num_rows, most)).round().astype(int)
 
 
 def samples(
@@ -197,16 +249,15 @@ def _best(comparisons: encoding.EncodedComparisons, rows: np.ndarray) -> np.ndar
     return np.zeros(len(rows), np.int64) if comparisons.best is None else comparisons.best[rows]
 
 
-def _normalized(
+def _base_samples(
     stage: Stage,
     model: models.Model,
-    params: Params,
     base_params: Params,
     prompts: Sequence[data_rows.Text],
     tokenizer: Tokenizer,
     config: RunConfig,
-) -> Params:
-    """Gain and shift that give scores mean 0 and variance 1 over samples of the base policy (lm-human-preferences)."""
+) -> Rollout:
+    """``normalize_samples`` responses of the base policy to prompts of the data."""
     key = stage.key("rollout")
     count = config.reward_model.normalize_samples
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(prompts)))
@@ -219,12 +270,16 @@ def _normalized(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    rollout = inference.generate(
+    return inference.generate(
         model, base_params, encoded.tokens, encoded.attention_mask, jax.random.fold_in(key, 1), sampling_config
     )
+
+
+def _normalized(score: Callable[..., jax.Array], params: Params, rollout: Rollout) -> Params:
+    """Gain and shift that give scores mean 0 and variance 1 over samples of the base policy (lm-human-preferences)."""
     unit = params["score"] | {"gain": jnp.float32(1.0), "shift": jnp.float32(0.0)}
-    score = jax.jit(models.score_fn(model))
-    scores = np.asarray(score(params | {"score": unit}, rollout.tokens, rollout.attention_mask, None), np.float64)
+    as_answers = score(params | {"score": unit}, rollout.tokens[:, None], rollout.attention_mask[:, None])  # [N, 1]
+    scores = np.asarray(as_answers, np.float64)
     mean, std = float(scores.mean()), float(scores.std())
     if std == 0.0:
         print(f"scores are not normalised: all {len(scores)} samples of the base policy score {mean}", flush=True)

@@ -4,6 +4,7 @@ The loop's phases, ``collect -> reward -> learn`` and ``iteration``, are pure fu
 public here.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from types import ModuleType
@@ -14,18 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import inference, models, rewards, sampling
-from rlhf_jax.algorithms import grpo, ppo, vpg
+from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data import rows as data_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import TrainingFault
-from rlhf_jax.training import checks, inputs, loop, reward_functions, setup
+from rlhf_jax.training import adapters, checks, inputs, loop, reward_functions, setup
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.phases import AlgorithmConfig, LoopState, Prompts, collect, iteration, learn, reward
 from rlhf_jax.training.reward_functions import RunReward
 from rlhf_jax.training.stage import RunResult, Stage, open_stage, start
-from rlhf_jax.types import Metrics, Rollout, TrainState
+from rlhf_jax.types import Metrics, Params, Rollout, TrainState
 
 __all__ = ["LoopState", "Prompts", "collect", "iteration", "learn", "reward", "run"]
 
@@ -46,6 +47,7 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
     kl_coef = settings.kl_coef
     if kl_coef is None:
         kl_coef = 0.0 if algorithm is grpo else 0.05
+    needs_reference = checks.needs_reference(settings, algorithm_config, kl_coef)
     checks.reinforcement(algorithm, name, settings, algorithm_config, start(config))
     tokenizer_source = setup.tokenizer_source(config)
     prompts = inputs.read("prompts", settings.data, config.data, config.seed, tokenizer_source)
@@ -74,14 +76,18 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
         )
-        policy_fn = models.policy_fn(model, settings.temperature, prompt_length)
+        model_fn = models.policy_fn(model, settings.temperature, prompt_length)
         reward_fn = None if run_reward.fn is None else stage.replicate(run_reward.fn)
         ref_fn = None
-        kl_in_loss = not isinstance(algorithm_config, vpg.Config) and algorithm_config.kl_loss_coef
-        if kl_coef or kl_in_loss or settings.kl_target is not None:
-            ref_fn = stage.replicate(jax.tree_util.Partial(policy_fn, params))
         if algorithm is ppo:
             params = models.add_head(jax.random.fold_in(init_key, 1), params, "value")
+        trainable = stage.trainable(adapters.choose(config, params, jax.random.fold_in(init_key, 2)))
+        policy_fn = trainable.bind(model_fn)
+        reference = None
+        if settings.reference_refresh is not None:
+            reference = stage.replicate(trainable.params)
+        elif needs_reference:
+            ref_fn = stage.reference(trainable, model_fn)
         optimizer = setup.make_optimizer(settings.optimizer, checks.num_updates(settings, algorithm_config))
         split_key, order_key = jax.random.split(stage.key("data"))
         if settings.validation_data:
@@ -96,35 +102,46 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
             "config": settings,
             "minibatch_sharding": stage.row_sharding,
         }
-        whole: Callable[..., Any] = functools.partial(iteration, policy_fn=policy_fn, **collecting, **learning)
+        whole: Callable[..., Any] = functools.partial(iteration, **collecting, **learning)
 
         @stage.jit_update
         def step_fn(state: LoopState, *arrays: Any) -> tuple[LoopState, Metrics]:
             state, _, metrics = whole(state, *arrays)
             return state, metrics
 
-        collect_fn = jax.jit(functools.partial(collect, policy_fn=policy_fn, **collecting))
-        learn_fn = stage.jit_update(functools.partial(learn, policy_fn=policy_fn, eos_id=tokenizer.eos_id, **learning))
+        collect_fn = jax.jit(functools.partial(collect, **collecting))
+        learn_fn = stage.jit_update(functools.partial(learn, eos_id=tokenizer.eos_id, **learning))
         rollout_key, update_key = stage.key("rollout"), stage.key("update")
 
         def advance(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
+            if settings.reference_refresh is not None and step and step % settings.reference_refresh == 0:
+                state = dataclasses.replace(state, reference=stage.replicate(state.train.params))
             drawn = batches.prompt_rows(len(train_rows), settings.batch_size // group_size, order_key, step)
             rows = np.repeat(train_rows[drawn], group_size)
             batch = _prompts(stage, encoded, rows)
             keys = [jax.random.fold_in(key, step) for key in (rollout_key, update_key)]
             if run_reward.host is None:
-                return step_fn(state, batch, *keys, ref_fn, reward_fn)
-            rollout, metrics = collect_fn(state, batch, keys[0], ref_fn=ref_fn)
+                return step_fn(state, batch, *keys, ref_fn, reward_fn, policy_fn, trainable.base)
+            rollout, metrics = collect_fn(
+                state, batch, keys[0], policy_fn=policy_fn, ref_fn=ref_fn, base=trainable.base
+            )
             rollout, reward_metrics = _reward_on_host(run_reward.host, rollout, encoded, rows)
-            state, learn_metrics = learn_fn(state, stage.shard(rollout), keys[1])
+            state, learn_metrics = learn_fn(state, stage.shard(rollout), keys[1], policy_fn=policy_fn)
             return state, metrics | reward_metrics | learn_metrics
 
         validate = _validator(
-            stage, to_validate, held_out, model, tokenizer, sampling_config, run_reward._replace(fn=reward_fn)
+            stage,
+            to_validate,
+            held_out,
+            model,
+            trainable,
+            tokenizer,
+            sampling_config,
+            run_reward._replace(fn=reward_fn),
         )
         state, row = loop.train(
             stage,
-            stage.replicate(LoopState.create(TrainState.create(params, optimizer), kl_coef)),
+            stage.replicate(LoopState.create(TrainState.create(trainable.params, optimizer), kl_coef, reference)),
             advance,
             num_steps=settings.num_iterations,
             validate=validate if len(held_out) else None,
@@ -132,7 +149,7 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
             show=("objective/score", "objective/kl", "kl/coef", "response/length", "validation/score"),
         )
         policy = {part: leaves for part, leaves in state.train.params.items() if part != "value"}
-        return stage.finish(model, policy, tokenizer, row)
+        return stage.finish(model, trainable, policy, tokenizer, row)
 
 
 def _validator(
@@ -140,6 +157,7 @@ def _validator(
     encoded: encoding.EncodedPrompts,
     rows: np.ndarray,
     model: models.Model,
+    trainable: adapters.Trainable,
     tokenizer: Tokenizer,
     sampling_config: sampling.SamplingConfig,
     run_reward: RunReward,
@@ -148,12 +166,17 @@ def _validator(
     settings = stage.config.rl
     rows = loop.pad_rows(rows[: settings.validation_prompts], stage.num_devices)
     batch = _prompts(stage, encoded, rows)
-    sample = jax.jit(functools.partial(sampling.generate, model, config=sampling_config, mesh=stage.mesh))
+    generate = functools.partial(sampling.generate, model, config=sampling_config, mesh=stage.mesh)
+
+    @jax.jit
+    def sample(trained: Params, base: Params | None, *prompts: jax.Array) -> Rollout:
+        return generate(adapters.Trainable(trained, base).full(trained), *prompts)
+
     score = jax.jit(lambda reward_fn, rollout: reward(rollout, reward_fn=reward_fn))
 
     def validate(state: LoopState) -> Validation:
         policy = models.policy_params(state.train.params)
-        rollout = sample(policy, batch.tokens, batch.attention_mask, stage.key("eval"))
+        rollout = sample(policy, trainable.base, batch.tokens, batch.attention_mask, stage.key("eval"))
         if run_reward.host is None:
             rollout, metrics = jax.device_get(score(run_reward.fn, rollout))
         else:

@@ -31,7 +31,10 @@ def enable_compilation_cache() -> None:
 def devices_line(compute: settings.Compute) -> str:
     """Backend, devices and dtype: the first line that a run prints."""
     devices = jax.devices()
-    return f"{jax.default_backend()}: {len(devices)} x {devices[0].device_kind}, {compute.dtype}"
+    dtype: str = compute.dtype
+    if dtype == "float16":
+        dtype = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
+    return f"{jax.default_backend()}: {len(devices)} x {devices[0].device_kind}, {dtype}"
 
 
 def stream(seed: int, stage: str, name: Stream) -> jax.Array:
@@ -71,11 +74,11 @@ def make_optimizer(config: settings.Optimizer, num_steps: int) -> optax.Gradient
 
 
 def _decayed(params: Params) -> Any:
-    """True for matrices and embeddings of the body. Judged by name: under scan a bias has rank 2 too."""
+    """True for matrices, adapters and embeddings of the body. Judged by name: under scan a bias has rank 2 too."""
 
     def decayed(path: tuple[Any, ...], _: jax.Array) -> bool:
         names = [entry.key for entry in path]
-        return names[-1] in ("kernel", "embedding") and names[0] not in ("value", "score")
+        return names[-1] in ("kernel", "embedding", "lora_a", "lora_b") and names[0] not in ("value", "score")
 
     return jax.tree_util.tree_map_with_path(decayed, params)
 
@@ -162,4 +165,5 @@ def load_language_model(source: str, compute: settings.Compute) -> LanguageModel
 
 
 def _compute(compute: settings.Compute) -> dict[str, Any]:
-    return {"compute_dtype": compute.dtype, "remat": compute.remat, "scan_layers": compute.scan_layers}
+    dtype = "bfloat16" if compute.dtype == "float16" else compute.dtype
+    return {"compute_dtype": dtype, "remat": compute.remat, "scan_layers": compute.scan_layers}

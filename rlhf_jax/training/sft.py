@@ -10,7 +10,7 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data import rows as data_rows
-from rlhf_jax.training import checks, inputs, loop, setup
+from rlhf_jax.training import adapters, checks, inputs, loop, setup
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult, open_stage, start
 from rlhf_jax.types import Metrics, TrainState
@@ -42,24 +42,23 @@ def run(config: RunConfig) -> RunResult:
         plan = batches.Plan(encoded.lengths[train_rows], settings.batch_size, order_key, config.text.bucket_multiple)
         num_steps = settings.num_epochs * plan.steps_per_epoch
         optimizer = setup.make_optimizer(settings.optimizer, num_steps)
-        policy_fn = models.policy_fn(model)
+        trainable = stage.trainable(adapters.choose(config, params, jax.random.fold_in(stage.key("init"), 1)))
+        policy_fn = trainable.bind(models.policy_fn(model))
 
         def batch_of(rows: np.ndarray) -> sft.Demonstrations:
             return stage.shard(batches.demonstration_batch(encoded, rows, config.text.bucket_multiple))
 
-        update = stage.jit_update(
-            functools.partial(sft.update, policy_fn=policy_fn, optimizer=optimizer, config=settings)
-        )
-        loss = jax.jit(functools.partial(sft.loss, key=None, policy_fn=policy_fn, config=sft.Config()))
+        update = stage.jit_update(functools.partial(sft.update, optimizer=optimizer, config=settings))
+        loss = jax.jit(functools.partial(sft.loss, key=None, config=sft.Config()))
         update_key = stage.key("update")
 
         def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
             rows = loop.select(train_rows, plan.rows(step))
-            return update(state, batch_of(rows), jax.random.fold_in(update_key, step))
+            return update(state, batch_of(rows), jax.random.fold_in(update_key, step), policy_fn=policy_fn)
 
         def validate(state: TrainState) -> Validation:
             parts = [
-                jax.device_get(loss(state.params, batch_of(rows))[1])
+                jax.device_get(loss(state.params, batch_of(rows), policy_fn=policy_fn)[1])
                 for rows in loop.in_order(held_out, settings.batch_size)
             ]
             tokens = sum(part["sft/tokens"] for part in parts)
@@ -68,11 +67,11 @@ def run(config: RunConfig) -> RunResult:
 
         state, row = loop.train(
             stage,
-            stage.replicate(TrainState.create(params, optimizer)),
+            stage.replicate(TrainState.create(trainable.params, optimizer)),
             advance,
             num_steps=num_steps,
             validate=validate if len(held_out) else None,
             validation_interval=settings.validation_interval,
             show=("sft/loss", "validation/loss", "grad_norm"),
         )
-        return stage.finish(model, state.params, tokenizer, row)
+        return stage.finish(model, trainable, state.params, tokenizer, row)

@@ -178,6 +178,8 @@ def _check(config: ShakespeareConfig) -> None:
             f"--reward {' '.join(config.reward)}: this job's rewards are the count and the model that learns it; leave "
             "--reward out"
         )
+    if config.reward_model.ensemble_size > 1:
+        raise UserError("reward_model.ensemble_size: this job trains one reward model")
     if config.tokenizer.kind != "characters" or config.tokenizer.name is not None:
         raise UserError("tokenizer: this job counts characters; set tokenizer.kind characters and no tokenizer.name")
     longest = max(config.shakespeare.chunk_sizes) + 1

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,8 +13,9 @@ import jax.numpy as jnp
 from rlhf_jax import devices, flags, models, report, runs, sharding
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.training import setup
-from rlhf_jax.types import Params
+from rlhf_jax.training import reward_functions, setup
+from rlhf_jax.training.adapters import Trainable
+from rlhf_jax.types import Params, PolicyFn
 
 Tree = TypeVar("Tree")
 
@@ -63,6 +63,17 @@ class Stage:
         """A copy on every device: never the same buffers, since updates donate theirs."""
         return sharding.replicate(self.mesh, jax.tree.map(functools.partial(jnp.array, copy=True), tree))
 
+    def trainable(self, chosen: Trainable) -> Trainable:
+        """The two parts on every device; the frozen one, which no update donates, without a copy where it can be."""
+        base = None if chosen.base is None else sharding.replicate(self.mesh, chosen.base)
+        return Trainable(chosen.params, base)
+
+    def reference(self, trainable: Trainable, policy_fn: PolicyFn) -> jax.tree_util.Partial:
+        """The policy before training, with its parameters: LoRA's base itself, else a copy."""
+        if trainable.base is not None:
+            return jax.tree_util.Partial(policy_fn, trainable.base)
+        return self.replicate(jax.tree_util.Partial(policy_fn, trainable.params))
+
     def jit_update(self, update: Callable[..., Any]) -> Callable[..., Any]:
         """Jits ``update(state, ...) -> (state, metrics)``: the state is donated and comes back on every device."""
         return jax.jit(update, donate_argnums=0, out_shardings=sharding.replicated(self.mesh))
@@ -72,11 +83,27 @@ class Stage:
         for what, count in counts.items():
             print(f"{count} texts: {what}", flush=True)
 
-    def finish(self, model: models.Model, params: Params, tokenizer: Tokenizer, metrics: dict[str, Any]) -> RunResult:
-        """Saves ``model/`` with its tokenizer, then draws ``report.html``."""
-        models.save(self.run.model, model, jax.device_get(params))
-        tokenizer.save(self.run.model)
+    def finish(
+        self,
+        model: models.Model,
+        trainable: Trainable,
+        trained: Params | list[Params],
+        tokenizer: Tokenizer,
+        metrics: dict[str, Any],
+    ) -> RunResult:
+        """Saves ``model/`` with its tokenizer, LoRA's adapters merged in and beside it in ``adapter/`` too; then draws
+        ``report.html``. A list is an ensemble's: its parts go to ``member_0``, ``member_1``, ... in these folders.
+        """
+        parts = {f"member_{i}": part for i, part in enumerate(trained)} if isinstance(trained, list) else {"": trained}
+        for name, part in parts.items():
+            models.save(self.run.model / name, model, jax.device_get(trainable.merged(part)))
+            tokenizer.save(self.run.model / name)
         print(f"saved {self.run.model}", flush=True)
+        if trainable.base is not None:
+            for name, part in parts.items():
+                part = jax.device_get(part)
+                models.lora.save(self.run.adapter / name, trainable.base, part, base_model=self.config.model)
+            print(f"saved {self.run.adapter}", flush=True)
         try:
             report.write([self.run.path], self.run.report)
             print(f"saved {self.run.report}", flush=True)
@@ -113,15 +140,10 @@ def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) ->
         if config.tokenizer.name is not None and Path(config.tokenizer.name).is_dir():
             data["tokenizer"] = runs.fingerprint(config.tokenizer.name)
         if name in RL_STAGES:
-            data |= {f"reward {entry}": found for entry in config.reward if (found := _reward_fingerprint(entry))}
+            for entry in config.reward:
+                data |= {f"reward {n}": runs.fingerprint(path) for n, path in reward_functions.sources(entry).items()}
         runs.check_unchanged(run, config=text, data_fingerprints=data, may_change=MAY_CHANGE)
         if not run.resumed:
             runs.write_config(run, text)
         runs.write_manifest(run, seed=config.seed, data_fingerprints=data, extra={"stage": name})
         yield Stage(config, name, run, sharding.make_mesh())
-
-
-def _reward_fingerprint(entry: str) -> str | None:
-    """That of a reward model's folder or of a Python file; None for what is no file."""
-    path = Path(re.sub(r"(\.py:\w+)?(\*[-+.\de]+)?$", lambda match: ".py" if match[1] else "", entry))
-    return runs.fingerprint(path) if path.exists() else None

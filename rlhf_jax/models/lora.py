@@ -1,0 +1,105 @@
+"""LoRA (Hu et al. 2021): a low-rank term ``scale * (x @ A) @ B`` beside frozen kernels, in pure functions.
+
+Adapters are a part of a parameter tree: ``{"h_0": {"attn": {"c_attn": {"lora_a" [in, r], "lora_b" [r, out],
+"lora_scale" []}}}, ...}``, with a leading [L] axis under ``scan_layers``, and whatever heads are trained with them.
+The scale, alpha / r, gets no gradient. Train the adapters, never the base: ``bind`` makes a function of them alone.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rlhf_jax.models.adapter_files import load, save
+from rlhf_jax.types import Params
+
+__all__ = ["attach", "bind", "init", "load", "merge", "save"]
+
+HEADS = ("value", "score")
+
+
+def init(key: jax.Array, params: Params, rank: int, match: str = "attn|mlp", *, alpha: float | None = None) -> Params:
+    """Adapters that change nothing yet: A as Kaiming uniform, within 1 / sqrt(in) of 0, and B 0, as PEFT starts them.
+
+    Args:
+        params: of a model; not changed.
+        rank: r, at least 1.
+        match: regular expression, searched in the paths of the kernels, such as "h_0/attn/c_attn".
+        alpha: the scale is alpha / rank; None: rank, so a scale of 1.
+
+    Returns:
+        float32 adapters of the kernels that match.
+
+    Raises:
+        ValueError: no kernel matches, or ``rank`` is below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    kernels = {path: leaf for path, leaf in flatten_dict(params).items() if path[-1] == "kernel" and leaf.ndim > 1}
+    chosen = sorted(path for path in kernels if path[0] not in HEADS and re.search(match, "/".join(path[:-1])))
+    if not chosen:
+        places = ", ".join(sorted({"/".join(path[1:-1]) for path in kernels}))
+        raise ValueError(f"no kernel's path matches {match!r}; the layers hold {places}")
+    leaves: dict[tuple[str, ...], jax.Array] = {}
+    for number, path in enumerate(chosen):
+        *layers, size_in, size_out = kernels[path].shape  # layers: [L] under scan_layers
+        bound = 1.0 / math.sqrt(size_in)
+        uniform = jax.random.uniform(
+            jax.random.fold_in(key, number), (*layers, size_in, rank), minval=-bound, maxval=bound
+        )
+        scale = jnp.full(layers, (rank if alpha is None else alpha) / rank, jnp.float32)
+        new = {"lora_a": uniform, "lora_b": jnp.zeros((*layers, rank, size_out)), "lora_scale": scale}
+        leaves |= {(*path[:-1], name): leaf for name, leaf in new.items()}
+    return unflatten_dict(leaves)
+
+
+def attach(params: Params, adapters: Params) -> Params:
+    """The parameters with the adapters beside their kernels and with the adapters' heads: what a model runs on.
+
+    Nothing is copied: the kernels stay what they are, and the product of A and B is never formed.
+
+    Raises:
+        ValueError: an adapter belongs to no kernel of ``params``.
+    """
+    leaves, added = flatten_dict(params), flatten_dict(adapters)
+    for path in added:
+        if path[0] not in HEADS and (*path[:-1], "kernel") not in leaves:
+            raise ValueError(f"the adapter {'/'.join(path)} belongs to no kernel of these parameters")
+    return unflatten_dict(leaves | added)
+
+
+def merge(params: Params, adapters: Params) -> Params:
+    """The parameters of a plain model that computes the same: kernels + scale * A @ B, and the adapters' heads.
+
+    A changed kernel is float32 whatever it was: in bfloat16 a small change would be lost in rounding.
+
+    Raises:
+        ValueError: an adapter belongs to no kernel of ``params``.
+    """
+    leaves = flatten_dict(attach(params, adapters))
+    merged = {path: leaf for path, leaf in leaves.items() if not path[-1].startswith("lora_")}
+    for path in flatten_dict(adapters):
+        if path[-1] == "lora_a":
+            kernel, (a, b, scale) = (*path[:-1], "kernel"), (leaves[(*path[:-1], f"lora_{name}")] for name in _LEAVES)
+            product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+            merged[kernel] = merged[kernel].astype(jnp.float32) + scale[..., None, None] * product
+    return unflatten_dict(merged)
+
+
+def bind(fn: Any, params: Params) -> jax.tree_util.Partial:
+    """``fn(params, ...)``, a PolicyFn or ScoreFn, as a function of adapters: ``bind(fn, base)(adapters, ...)``.
+
+    The result carries the base's arrays and travels through ``jit`` as an argument; closed over, they would become
+    constants of the program.
+    """
+    return jax.tree_util.Partial(_with_adapters, jax.tree_util.Partial(fn), params)
+
+
+_LEAVES = ("a", "b", "scale")
+
+
+def _with_adapters(fn: Any, params: Params, adapters: Params, *args: Any) -> Any:
+    return fn(attach(params, adapters), *args)

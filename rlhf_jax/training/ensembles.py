@@ -1,0 +1,122 @@
+"""Ensembles of reward models: members that train at once, each on its own draw of the rows, and their folders.
+
+Every leaf of an ensemble's TrainState has a leading axis [M], one entry for each member. All members see the same
+batches, and a bootstrap is a weight of each row: one compiled program trains them all. The folder of an ensemble holds
+member_0, member_1, ..., each a complete model's folder.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data.encoding import EncodedComparisons
+from rlhf_jax.errors import UserError
+from rlhf_jax.training import adapters
+from rlhf_jax.types import Comparisons, Metrics, Params, ScoreFn, TrainState
+
+
+def starts(config: RunConfig, model: models.Model, params: Params, key: jax.Array) -> list[adapters.Trainable]:
+    """What each of the ``ensemble_size`` members starts from: its own score head, and without ``--model`` its own body.
+
+    Raises:
+        UserError: members that would all become the same; or as ``adapters.choose``.
+    """
+    settings = config.reward_model
+    if settings.ensemble_size > 1 and "score" in params and not settings.bootstrap:
+        raise UserError(
+            f"--model {config.model} brings a score head, from which all members of the ensemble start: without "
+            "reward_model.bootstrap they would be the same; start from a language model, or turn it on"
+        )
+    found = []
+    for member in range(settings.ensemble_size):
+        head_key = jax.random.fold_in(key, 1 + member)
+        own_body = member > 0 and config.model is None  # the first one has the body that a single model has
+        body = model.init(jax.random.fold_in(head_key, 0)) if own_body else params
+        whole = body if "score" in body else models.add_head(head_key, body, "score")
+        found.append(adapters.choose(config, whole, jax.random.fold_in(head_key, 1)))
+    return found
+
+
+def create(members: Sequence[Params], optimizer: optax.GradientTransformation) -> TrainState:
+    """The state in which members with the given parameters start; every leaf is [M, ...]."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    return jax.vmap(lambda params: TrainState.create(params, optimizer))(stacked)
+
+
+def unstack(params: Params) -> list[Params]:
+    """The members' own parameters."""
+    size = jax.tree.leaves(params)[0].shape[0]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(size)]
+
+
+def update(
+    state: TrainState,
+    comparisons: Comparisons,
+    key: jax.Array,
+    *,
+    score_fn: ScoreFn,
+    optimizer: optax.GradientTransformation,
+    config: reward_model.Config,
+) -> tuple[TrainState, Metrics]:
+    """``reward_model.update`` of every member on the same batch, member i with its weights and ``fold_in(key, i)``.
+
+    Args:
+      state: of ``create``.
+      comparisons: [B, K, T], with weight [B, M]. A row of weight 0 is absent for that member.
+
+    Returns:
+      The state and the members' mean metrics; ``nonfinite`` is their maximum. A member whose loss or gradient is not
+      finite keeps its state, the others go on.
+
+    Raises:
+      ValueError: there is no weight [B, M]; or as ``reward_model.update``.
+    """
+    num_members = state.step.shape[0]
+    if comparisons.weight is None or comparisons.weight.shape != (comparisons.tokens.shape[0], num_members):
+        found = None if comparisons.weight is None else comparisons.weight.shape
+        raise ValueError(f"expected a weight for each row and each of {num_members} members, got {found}")
+
+    def of_member(state: TrainState, weight: jax.Array, member: jax.Array) -> tuple[TrainState, Metrics]:
+        own = dataclasses.replace(comparisons, weight=weight)
+        member_key = jax.random.fold_in(key, member)
+        return reward_model.update(state, own, member_key, score_fn=score_fn, optimizer=optimizer, config=config)
+
+    state, metrics = jax.vmap(of_member, in_axes=(0, 1, 0))(state, comparisons.weight, jnp.arange(num_members))
+    return state, {
+        name: jnp.max(values) if name == "nonfinite" else jnp.mean(values) for name, values in metrics.items()
+    }
+
+
+def bootstrap(key: jax.Array, num_members: int, num_rows: int) -> np.ndarray:
+    """[N, M] int64: how often each member draws each of N rows in N draws with replacement (Efron 1979).
+
+    A member's draws do not depend on how many members there are.
+    """
+    draws = [jax.random.randint(jax.random.fold_in(key, i), (num_rows,), 0, num_rows) for i in range(num_members)]
+    return np.stack([np.bincount(np.asarray(drawn), minlength=num_rows) for drawn in draws], axis=1)
+
+
+def with_counts(comparisons: EncodedComparisons, rows: np.ndarray, counts: np.ndarray) -> EncodedComparisons:
+    """Comparisons with weights [N, M]: a row's own weight times the counts of its members.
+
+    rows: [R] row numbers; counts: [R, M], as of ``bootstrap``. All other rows weigh 0.
+    """
+    weight = np.zeros((len(comparisons), counts.shape[1]), np.float32)
+    weight[rows] = counts
+    if comparisons.weight is not None:
+        weight *= comparisons.weight[:, None]
+    return dataclasses.replace(comparisons, weight=weight)
+
+
+def folders(path: str | Path) -> list[Path]:
+    """The folders member_0, member_1, ... in ``path``; none where it is no ensemble's folder."""
+    count = len([member for member in Path(path).glob("member_*") if member.name[7:].isdecimal()])
+    return [Path(path) / f"member_{i}" for i in range(count)]

@@ -1,0 +1,249 @@
+"""Ensembles of reward models: members that train at once are members trained alone; bootstraps; their runs."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from tabular import assert_close, assert_identical, comparisons, largest_constant, score_fn
+from test_scripts import rows
+from test_training import Killed, config, data, interrupt  # noqa: F401 (fixtures)
+
+from rlhf_jax import checkpoint, models, ppo, training
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.config import LoRA, Optimizer, RewardModelStage, Tokenizer
+from rlhf_jax.data import encoding
+from rlhf_jax.data.rows import Comparison, Pair
+from rlhf_jax.data.tokenizers import characters, train_bpe
+from rlhf_jax.errors import UserError
+from rlhf_jax.export import export
+from rlhf_jax.training import ensembles, setup
+from rlhf_jax.training.reward_model import uncertainty
+from rlhf_jax.types import TrainState
+
+KEY = jax.random.key(11)
+LETTERS = characters("abcde? ")
+# Clipped, decayed and with a schedule, whose state inject_hyperparams keeps.
+ADAM = setup.make_optimizer(Optimizer(learning_rate=0.1, schedule="linear", warmup_steps=1, max_grad_norm=0.3), 4)
+
+
+def noisy(params, tokens, attention_mask, key):
+    """Dropout, as it were: the same key gives every text the same noise."""
+    scores = score_fn(params, tokens, attention_mask, None)
+    return scores if key is None else scores + 0.1 * jax.random.normal(key, scores.shape)
+
+
+def updates():
+    """The update of one member and that of all, jitted."""
+    settings = {"score_fn": noisy, "optimizer": ADAM, "config": reward_model.Config(num_microbatches=2)}
+    return (jax.jit(partial(f, **settings)) for f in (reward_model.update, ensembles.update))
+
+
+def test_members_trained_at_once_are_members_trained_alone():
+    """Each with its key and weights, over three steps; in the first one the last member has drawn none of the rows."""
+    of_one, of_all = updates()
+    batch = comparisons(0, 8, 4, absent=[(3, 2), *((4, answer) for answer in range(4))])
+    batch = batch.replace(best=jnp.arange(8) % 3)
+    rng = np.random.default_rng(3)
+    counts = rng.poisson(1.0, (3, 8, 3)).astype(np.float32)
+    counts[0, :, 2] = 0.0
+    starts = [{"scores": jnp.asarray(rng.normal(size=5), jnp.float32)} for _ in range(3)]
+    together = ensembles.create(starts, ADAM)
+    alone = [TrainState.create(start, ADAM) for start in starts]
+    for step in range(3):
+        key = jax.random.fold_in(KEY, step)
+        together, metrics = of_all(together, batch.replace(weight=counts[step]), key)
+        results = [
+            of_one(state, batch.replace(weight=counts[step, :, i]), jax.random.fold_in(key, i))
+            for i, state in enumerate(alone)
+        ]
+        alone = [state for state, _ in results]
+        each = [found for _, found in results]
+        assert_close(metrics, {name: np.mean([float(found[name]) for found in each]) for name in each[0]})
+    for i, state in enumerate(alone):
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), state)
+        assert_close(ensembles.unstack(together.params)[i], state.params)
+    assert np.ptp(together.params["scores"], axis=0).min() > 0.01
+
+
+def test_a_member_that_is_not_finite_stays_and_says_so():
+    _, of_all = updates()
+    batch = comparisons(0, 8, 4)
+    state = ensembles.create([{"scores": jnp.linspace(-1.0, 1.0, 5) * i} for i in range(3)], ADAM)
+    good, _ = of_all(state, batch.replace(weight=jnp.ones((8, 3))), KEY)
+    found, metrics = of_all(state, batch.replace(weight=jnp.ones((8, 3)).at[2, 1].set(jnp.inf)), KEY)
+    assert metrics["nonfinite"] == 1.0
+    for i, expected in enumerate((good, state, good)):
+        assert_identical(*(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (found, expected)))
+    with pytest.raises(ValueError, match=r"each of 3 members, got \(8,\)"):
+        of_all(state, batch.replace(weight=jnp.ones(8)), KEY)
+    with pytest.raises(ValueError, match="each of 3 members, got None"):
+        of_all(state, batch, KEY)
+
+
+def test_no_weights_in_the_program():
+    """A base that members share travels through jit as an argument."""
+
+    def looked_up(params, tokens, attention_mask, key):
+        return params["wte"]["embedding"][tokens].sum(axis=1) * params["score"]["bias"]
+
+    fn = models.lora.bind(looked_up, {"wte": {"embedding": jnp.arange(500_000.0)}})
+    state = ensembles.create([{"score": {"bias": jnp.float32(i)}} for i in range(2)], ADAM)
+    batch = comparisons(0, 4, 2).replace(weight=jnp.ones((4, 2)))
+    settings = {"optimizer": ADAM, "config": reward_model.Config()}
+    lowered = jax.jit(lambda fn, *args: ensembles.update(*args, score_fn=fn, **settings))
+    assert largest_constant(lowered, fn, state, batch, KEY) < 1_000_000
+
+
+def test_bootstraps_draw_as_many_rows_as_there_are():
+    counts = ensembles.bootstrap(KEY, 3, 200)
+    assert counts.shape == (200, 3)
+    np.testing.assert_array_equal(counts.sum(axis=0), 200)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (counts[:, i] != counts[:, j]).mean() > 0.3
+    np.testing.assert_allclose((counts == 0).mean(axis=0), np.exp(-1), atol=0.1)  # with replacement: (1 - 1/n)^n
+    np.testing.assert_array_equal(ensembles.bootstrap(KEY, 2, 200), counts[:, :2])
+    np.testing.assert_array_equal(ensembles.bootstrap(KEY, 3, 200), counts)
+
+
+def test_a_rows_own_weight_counts_in_every_draw_of_it():
+    pairs = [Pair("a?", "b", "c", f"{i}", weight=weight) for i, weight in enumerate((0.5, 1.0, 0.25))]
+    encoded = encoding.encode_comparisons(pairs, LETTERS)
+    counts = np.array([[2, 0], [1, 3]])
+    weighted = ensembles.with_counts(encoded, np.array([2, 0]), counts)
+    np.testing.assert_array_equal(weighted.weight, [[0.5, 1.5], [0, 0], [0.5, 0]])
+    plain = ensembles.with_counts(dataclasses.replace(encoded, weight=None), np.array([0, 2]), counts)
+    np.testing.assert_array_equal(plain.weight, [[2, 0], [0, 0], [1, 3]])
+    assert plain.weight.dtype == np.float32
+
+
+def test_uncertainty_by_hand():
+    """The spread of margins, whatever a member adds to all its scores; with targets that of scores."""
+    pairs = [Pair("a?", "b", "c", "1", weight=1.0), Comparison("b?", ("c", "d", "e"), "2", best=1)]
+    encoded = encoding.encode_comparisons(pairs, LETTERS)
+    scores = np.zeros((2, 3, 2))
+    scores[0, :2] = [[3.0, 10.0], [1.0, 12.0]]  # margins 2 and -2: std 2
+    scores[1] = [[0.0, 9.0], [4.0, 11.0], [1.0, 4.0]]  # best 1, rival 0 (mean 4.5 > 2.5): margins 4 and 2: std 1
+    both = np.arange(2)
+    assert uncertainty(encoded, both, scores) == pytest.approx(1.5)
+    assert uncertainty(encoded, both, scores + np.array([5.0, -3.0])) == pytest.approx(1.5)
+    heavy = dataclasses.replace(encoded, weight=np.array([3.0, 1.0], np.float32))
+    assert uncertainty(heavy, both, scores) == pytest.approx((3 * 2 + 1) / 4)
+    targets = [Comparison("a?", ("b", "c"), "1", targets=(1.0, 0.0)), Comparison("b?", ("c",), "2", targets=(0.5,))]
+    scored = encoding.encode_comparisons(targets, LETTERS)
+    spread = np.array([[[0.0, 2.0], [1.0, 1.0]], [[4.0, 0.0], [50.0, -50.0]]])  # the last answer is absent
+    assert uncertainty(scored, both, spread) == pytest.approx((1 + 0 + 2) / 3)
+
+
+def test_members_start_apart(config):  # noqa: F811
+    config = dataclasses.replace(config, reward_model=RewardModelStage(ensemble_size=3))
+    model = models.build(models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
+    body = model.init(KEY)
+    random = [start.params for start in ensembles.starts(config, model, body, KEY)]
+    given = [start.params for start in ensembles.starts(dataclasses.replace(config, model="x"), model, body, KEY)]
+    one = dataclasses.replace(config, reward_model=RewardModelStage())
+    (single,) = ensembles.starts(one, model, body, KEY)
+    assert_identical(single.params, random[0])
+    assert_identical(single.params["wte"], body["wte"])
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        for starts in (random, given):
+            assert np.abs(starts[i]["score"]["kernel"] - starts[j]["score"]["kernel"]).min() > 1e-5
+        assert np.abs(random[i]["wte"]["embedding"] - random[j]["wte"]["embedding"]).max() > 1e-3
+        assert_identical(given[i]["wte"], body["wte"])
+    same = dataclasses.replace(config, model="x", reward_model=RewardModelStage(ensemble_size=2, bootstrap=False))
+    with pytest.raises(UserError, match=r"--model x brings a score head.* turn it on"):
+        ensembles.starts(same, model, single.params, KEY)
+
+
+def test_folders_are_counted_by_their_number(tmp_path):
+    assert ensembles.folders(tmp_path / "nothing") == []
+    for name in ("member_0", "member_1", "member_x", "remember_2", *(f"member_{i}" for i in range(2, 11))):
+        (tmp_path / name).mkdir()
+    assert ensembles.folders(str(tmp_path)) == [tmp_path / f"member_{i}" for i in range(11)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pages")
+def test_a_stopped_ensemble_resumes_to_the_same_bytes(config, tmp_path, monkeypatch):  # noqa: F811
+    stage = dataclasses.replace(config.reward_model, ensemble_size=2, num_epochs=1, validation_interval=3)
+    config = dataclasses.replace(config, reward_model=stage)
+
+    def outputs(folder):
+        names = [f"model/member_{i}/{file}" for i in range(2) for file in ("model.safetensors", "config.json")]
+        return {name: (folder / name).read_bytes() for name in (*names, "metrics.jsonl", "samples.jsonl")}
+
+    straight = training.reward_model.run(config)
+    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        with pytest.raises(Killed):
+            training.reward_model.run(again)
+    assert checkpoint.steps(tmp_path / "again" / "checkpoints") == [0, 2]
+    stopped = training.reward_model.run(dataclasses.replace(again, resume=True))
+    found = outputs(straight.folder)
+    assert outputs(stopped.folder) == found
+    assert found["model/member_0/model.safetensors"] != found["model/member_1/model.safetensors"]
+    assert stopped.model_folder == tmp_path / "again" / "model"
+    metrics = rows(straight.folder)
+    assert all(row["validation/uncertainty"] > 0 for row in (metrics[0], metrics[-1]))
+    copy = export(straight.folder, tmp_path / "copy")
+    assert "An ensemble of reward models" in (copy / "README.md").read_text("utf-8")
+    for i in range(2):
+        model, params, _ = setup.load_language_model(str(copy / f"member_{i}"), config.compute)
+        assert "score" in params
+        assert model.config.hidden_size == 16
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pages")
+def test_members_share_the_base_of_their_adapters_and_are_normalised_each(config, data, tmp_path, capsys):  # noqa: F811
+    base = tmp_path / "base"
+    tokenizer = train_bpe([(Path(data) / "preference_data.json").read_text("utf-8")], 300)
+    sizes = {"max_length": 128, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    model = models.build(models.GPT2Config(vocab_size=tokenizer.vocab_size, **sizes))
+    models.save(base, model, model.init(KEY))
+    tokenizer.save(base)
+    stage = dataclasses.replace(config.reward_model, ensemble_size=2, num_epochs=1, normalize_samples=16)
+    settings = {"model": str(base), "tokenizer": Tokenizer(), "lora": LoRA(rank=2), "reward_model": stage}
+    result = training.reward_model.run(dataclasses.replace(config, **settings))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("normalised over 16 samples")]
+    assert len(set(said)) == 2
+    before = flatten_dict(models.load(base)[1])
+    members = [models.load(result.model_folder / f"member_{i}")[1] for i in range(2)]
+    shifts = [float(member.pop("score")["shift"]) for member in members]
+    assert shifts[0] != shifts[1]
+    for path, leaf in before.items():
+        first, second = (flatten_dict(member)[path] for member in members)
+        adapted = path[-1] == "kernel" and path[0] != "ln_f"
+        assert np.array_equal(first, leaf) != adapted, path
+        assert np.array_equal(first, second) != adapted, path
+    for i, member in enumerate(members):  # PEFT's folder of each beside it
+        adapters = models.lora.load(result.folder / "adapter" / f"member_{i}", models.load(base)[1])
+        merged = models.lora.merge(models.load(base)[1], adapters)
+        assert_close(merged["h_0"], member["h_0"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pages")
+def test_ppo_on_the_least_score_of_an_ensemble(config, tmp_path, capsys):  # noqa: F811
+    stage = dataclasses.replace(config.reward_model, ensemble_size=2, num_epochs=1, validation_interval=3)
+    folder = training.reward_model.run(dataclasses.replace(config, reward_model=stage)).model_folder
+    policy = dataclasses.replace(
+        config,
+        tokenizer=Tokenizer(name=str(folder / "member_0")),
+        reward=(f"min:{folder}",),
+        rl=dataclasses.replace(config.rl, num_iterations=2),
+        output_dir=str(tmp_path / "ppo"),
+    )
+    result = training.rl.run(policy, ppo)
+    assert f"reward min:{folder}: 2 models" in capsys.readouterr().out
+    metrics = rows(result.folder)
+    assert all(row["reward/uncertainty"] > 0 for row in metrics[1:])
+    assert metrics[0]["validation/reward/uncertainty"] > 0
+    manifest = json.loads((result.folder / "manifest.json").read_text("utf-8"))
+    assert f"reward {folder}" in manifest["data"]

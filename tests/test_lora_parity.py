@@ -1,0 +1,131 @@
+"""LoRA against PEFT on torch: folders both ways, logits, scores and gradients, on random tiny weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from test_llama_parity import torch_model as torch_llama
+from test_models_parity import left_padded, torch_forward
+from test_models_parity import torch_model as torch_gpt2
+
+from rlhf_jax import models
+from rlhf_jax.models import lora, names
+
+pytestmark = pytest.mark.parity
+
+FAMILIES = {
+    "gpt2": (torch_gpt2, "GPT2", ["c_attn", "mlp.c_proj"]),
+    "llama": (torch_llama, "Llama", ["q_proj", "down_proj", "v_proj"]),
+}
+
+
+def with_peft(reference, targets, **config):
+    """The torch model with PEFT's adapters on it, none of them zero."""
+    import peft
+    import torch
+
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(reference, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, **config))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(("torch_model", "kind", "targets"), FAMILIES.values(), ids=FAMILIES)
+def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, torch_model, kind, targets, scan_layers):
+    reference = torch_model(f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
+    reference.save_pretrained(tmp_path / "base")
+    adapted = with_peft(reference, targets)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokens, mask = left_padded()
+    expected = torch_forward(adapted, tokens, mask)
+
+    model, params = models.load(tmp_path / "base", scan_layers=scan_layers)
+    adapters = lora.load(tmp_path / "adapter", params)
+    forward = jax.jit(model.apply)
+    real = mask.astype(bool)
+    for tree in (lora.attach(params, adapters), lora.merge(params, adapters)):
+        found = np.asarray(forward(tree, tokens, mask))
+        np.testing.assert_allclose(found[real], expected[real], atol=2e-4)
+    assert np.abs(np.asarray(forward(params, tokens, mask)) - expected)[real].max() > 0.01
+
+    import torch
+
+    positions = torch.tensor(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
+    inputs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask), "position_ids": positions}
+    logits = adapted(**inputs).logits
+    logits[torch.tensor(real)].square().mean().backward()
+    gradients = {name: p.grad.numpy() for name, p in adapted.named_parameters() if p.grad is not None}
+
+    def loss(adapters):
+        found = model.apply(lora.attach(params, adapters), tokens, mask)
+        return jnp.sum(jnp.where(real[..., None], jnp.square(found), 0.0)) / (real.sum() * found.shape[-1])
+
+    found = flatten_dict(jax.jit(jax.grad(loss))(adapters))
+    family = names.family(model.config)
+    compared = 0
+    for path, gradient in found.items():
+        if path[-1] == "lora_scale":
+            continue
+        inner = "/".join((*path[1:-1], "kernel"))
+        module = next(name for name, place in family.block.items() if place == inner).removesuffix(".weight")
+        for layer in range(model.config.num_layers):
+            if path[0] not in ("h", f"h_{layer}"):
+                continue
+            letter = path[-1][-1].upper()
+            name = f"base_model.model.{family.prefix}{family.layer.format(layer=layer)}{module}.lora_{letter}"
+            theirs = gradients[f"{name}.default.weight"].T
+            ours = np.asarray(gradient[layer] if path[0] == "h" else gradient)
+            np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
+            compared += 1
+    assert compared == len(gradients)
+
+
+@pytest.mark.parametrize(("torch_model", "kind", "targets"), FAMILIES.values(), ids=FAMILIES)
+def test_peft_loads_our_adapters(tmp_path, torch_model, kind, targets):
+    import peft
+
+    reference = torch_model(f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
+    reference.save_pretrained(tmp_path / "base")
+    model, params = models.load(tmp_path / "base")
+    adapters = lora.init(jax.random.key(0), params, 2, "attn|h_1/mlp", alpha=3.0)
+    adapters = jax.tree.map(
+        lambda leaf: leaf + 0.2 * jax.random.normal(jax.random.key(1), leaf.shape) if leaf.ndim else leaf, adapters
+    )
+    lora.save(tmp_path / "adapter", params, adapters)
+    adapted = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
+    tokens, mask = left_padded()
+    expected = torch_forward(adapted, tokens, mask)
+    found = np.asarray(jax.jit(model.apply)(lora.attach(params, adapters), tokens, mask))
+    real = mask.astype(bool)
+    np.testing.assert_allclose(found[real], expected[real], atol=2e-4)
+    # What export writes is the same model without PEFT.
+    models.save(tmp_path / "merged", model, lora.merge(params, adapters))
+    merged = type(reference).from_pretrained(tmp_path / "merged").eval()
+    np.testing.assert_allclose(torch_forward(merged, tokens, mask)[real], expected[real], atol=2e-4)
+
+
+@pytest.mark.parametrize(("torch_model", "kind", "targets"), FAMILIES.values(), ids=FAMILIES)
+def test_reward_models_travel_both_ways(tmp_path, torch_model, kind, targets):
+    import peft
+
+    reference = torch_model(f"{kind}ForSequenceClassification", num_labels=1, pad_token_id=0)
+    reference.save_pretrained(tmp_path / "base")
+    theirs = with_peft(reference, targets, task_type="SEQ_CLS")
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokens, mask = left_padded()
+    expected = torch_forward(theirs, tokens, mask)[:, 0]
+    model, params = models.load(tmp_path / "base")
+    adapters = lora.load(tmp_path / "theirs", params)
+    score = jax.jit(models.score_fn(model))
+    found = score(lora.attach(params, adapters), tokens, mask, None)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+    lora.save(tmp_path / "ours", params, adapters)
+    fresh = type(reference).from_pretrained(tmp_path / "base")
+    ours = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
+    np.testing.assert_allclose(torch_forward(ours, tokens, mask)[:, 0], expected, atol=2e-4)
