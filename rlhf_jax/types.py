@@ -47,6 +47,7 @@ class Rollout:
     rewards: jax.Array | None = None  # [B, T]
     advantages: jax.Array | None = None  # [B, T]
     returns: jax.Array | None = None  # [B, T]
+    importance_weights: jax.Array | None = None  # [B, T] factor of each token's policy loss; 0 outside the response
 
 
 @flax.struct.dataclass
@@ -59,7 +60,7 @@ class Comparisons:
     best: jax.Array | None = None  # [B] int32, the human's choice; None means 0: (chosen, rejected)
     targets: jax.Array | None = None  # [B, K] for regression (K = 1 usual)
     margin: jax.Array | None = None  # [B]
-    weight: jax.Array | None = None  # [B]
+    weight: jax.Array | None = None  # [B]; [B, M] for an ensemble of M members
     ref_log_probs: jax.Array | None = None  # [B, K] summed over the response (DPO)
 
 

@@ -83,6 +83,21 @@ def field(rollout: Rollout, name: str, hint: str) -> jax.Array:
     return value
 
 
+def reweighed(
+    per_token: jax.Array, rollout: Rollout, token_mean: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, Metrics]:
+    """Policy losses of tokens [B, T] times ``rollout.importance_weights``, with the metric
+    ``policy/importance_weight_mean`` over response tokens; the losses as they are and no metric if there are none.
+
+    The policy loss alone is weighed, as it alone rests on how often each token was drawn. Entropy and value are what
+    they are at every prefix that was reached, and a KL term is to hold each token that was drawn at full strength.
+    """
+    if rollout.importance_weights is None:
+        return per_token, {}
+    weights = jax.lax.stop_gradient(field(rollout, "importance_weights", "rollout.rescore makes them"))
+    return weights * per_token, {"policy/importance_weight_mean": token_mean(weights)}
+
+
 def clipped(
     output: PolicyOutput,
     rollout: Rollout,
@@ -94,6 +109,8 @@ def clipped(
 ) -> tuple[jax.Array, Metrics]:
     """Clipped policy loss - ``entropy_coef`` * entropy + ``kl_loss_coef`` * KL term of a rollout with advantages.
 
+    With ``rollout.importance_weights`` each token's policy loss is multiplied by its weight, see ``reweighed``.
+
     Args:
       output: the policy's forward pass on ``rollout``.
       denominator: what the loss divides by, if not ``losses.denominator`` of ``minibatch``.
@@ -104,7 +121,8 @@ def clipped(
     Returns:
       The loss [] and the metrics ``policy/loss``, ``policy/clip_fraction`` (tokens whose clipped term was the larger),
       ``policy/approx_kl`` (half the mean squared log-ratio, Schulman 2020), ``policy/ratio_max``,
-      ``objective/entropy`` (nats per row) and, with a KL term, ``policy/kl_loss``.
+      ``objective/entropy`` (nats per row), with a KL term ``policy/kl_loss`` and with importance weights
+      ``policy/importance_weight_mean``.
 
     Raises:
       ValueError: advantages, or with a KL term ``ref_log_probs``, are missing; or a config value is unusable.
@@ -126,6 +144,7 @@ def clipped(
     surrogate = losses.clipped_surrogate(
         log_probs, old_log_probs, advantage, config.clip_low, config.clip_high, config.dual_clip
     )
+    surrogate, weight_metrics = reweighed(surrogate, rollout, token_mean)
     policy_loss = mean(surrogate)
     value = policy_loss
     if config.entropy_coef:
@@ -140,6 +159,7 @@ def clipped(
         "policy/approx_kl": token_mean(0.5 * jnp.square(log_probs - old_log_probs)),
         "policy/ratio_max": ratio_max if axis_name is None else jax.lax.pmax(ratio_max, axis_name),
         "objective/entropy": row_sum(output.entropy),
+        **weight_metrics,
     }
     if config.kl_loss_coef:
         ref_log_probs = field(rollout, "ref_log_probs", "give rollout.collect a ref_fn, or set kl_loss_coef=0")

@@ -12,6 +12,7 @@ import jax
 import optax
 
 from rlhf_jax import losses, ops
+from rlhf_jax.algorithms.policy_loss import reweighed
 from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
 from rlhf_jax.ops import AxisName
 from rlhf_jax.types import Metrics, Params, PolicyFn, Rollout, TrainState
@@ -63,6 +64,7 @@ def loss(
 
     Args:
       rollout: with ``advantages`` [B, T] (or [B], one for each row); a row with an empty response mask counts nowhere.
+        With ``importance_weights`` see ``policy_loss.reweighed``, which adds a metric.
       key: unused: dropout is off in RL.
       denominator: what the loss divides by, if not ``losses.denominator`` of ``minibatch``.
       minibatch: the minibatch that ``rollout`` is a microbatch of; None: ``rollout`` itself. Loss and metrics divide by
@@ -87,11 +89,18 @@ def loss(
     output = policy_fn(params, rollout.tokens, rollout.attention_mask, None)
     total = partial(losses.aggregate, mask=mask, axis_name=axis_name)
     mean = partial(total, how=config.aggregate, denominator=denominator)
-    policy_loss = mean(losses.policy_gradient(output.log_probs, rollout.advantages, mask))
+    tokens = losses.denominator(whole_mask, "token", axis_name=axis_name)
+    per_token, weight_metrics = reweighed(
+        losses.policy_gradient(output.log_probs, rollout.advantages, mask),
+        rollout,
+        partial(total, how="token", denominator=tokens),
+    )
+    policy_loss = mean(per_token)
     value = policy_loss
     if config.entropy_coef:
         value = value - config.entropy_coef * mean(output.entropy)
-    return value, {"policy/loss": policy_loss, "objective/entropy": total(output.entropy, how="sum", denominator=rows)}
+    entropy = total(output.entropy, how="sum", denominator=rows)
+    return value, {"policy/loss": policy_loss, "objective/entropy": entropy, **weight_metrics}
 
 
 def update(
