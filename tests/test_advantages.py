@@ -43,18 +43,43 @@ def test_discounted_returns_by_hand():
     np.testing.assert_allclose(got, [[3, 0, 4, 4]])
 
 
+@jax.jit
+def recursions(rewards, values, mask, gamma, lam, weights):
+    """Advantages, returns and rewards-to-go, and the gradient of their weighted sum for rewards and values."""
+
+    def total(rewards, values):
+        found = *advantages.gae(rewards, values, mask, gamma, lam), advantages.discounted_returns(rewards, mask, gamma)
+        return sum(jnp.sum(w * x) for w, x in zip(weights, found, strict=True)), found
+
+    (_, found), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(rewards, values)
+    return found, gradients
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(references.batches(arrays=2), st.sampled_from([(1.0, 0.95), (0.9, 0.0), (0.5, 1.0)]))
-def test_recursions_equal_loops(batch, gamma_lam):
-    (rewards, values), mask = batch
-    gamma, lam = gamma_lam
-    expected = references.gae(rewards, values, mask, gamma, lam)
-    for poison in (0.0, *POISONS):
-        masked = [references.poisoned(x, mask, poison) for x in (rewards, values)]
-        for got, want in zip(gae(*masked, mask, gamma, lam), expected, strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-        returns = discounted_returns(masked[0], mask, gamma)
-        np.testing.assert_allclose(returns, references.discounted_returns(rewards, mask, gamma), rtol=1e-5, atol=1e-5)
+@given(
+    references.batches(arrays=7, scales=references.WILD),
+    st.sampled_from([(1.0, 0.95), (0.9, 0.0), (0.5, 1.0)]),
+    st.sampled_from([0.0, *POISONS]),
+)
+def test_recursions_and_their_gradients_equal_loops(batch, gamma_lam, poison):
+    (rewards, values, *arrays), mask = batch
+    scale = max(np.abs(x).max() for x in batch[0])
+
+    def loops(rewards, values):
+        found = *references.gae(rewards, values, mask, *gamma_lam), None
+        return *found[:2], references.discounted_returns(rewards, mask, gamma_lam[0])
+
+    weights, direction = [x / scale for x in arrays[:3]], arrays[3:]
+    bad = [references.poisoned(x, mask, poison) for x in (rewards, values)]
+    found, gradients = recursions(*bad, mask, *gamma_lam, weights)
+    for got, want in zip(found, loops(rewards, values), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * scale)
+    # All three are linear: the gradient along a direction is what the loops make of the direction itself.
+    slope = sum(np.sum(np.asarray(g)[mask] * d[mask]) for g, d in zip(gradients, direction, strict=True))
+    expected = sum(np.sum(w * x) for w, x in zip(weights, loops(*direction), strict=True))
+    np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=1e-4 * scale)
+    for gradient in gradients:
+        np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
 
 
 def test_gae_with_lambda_one_is_the_return_minus_the_value():
@@ -124,14 +149,39 @@ def test_absent_answers_are_not_there(name):
         np.testing.assert_array_equal(np.asarray(got)[1:], 0)  # a single answer has nothing to be compared with
 
 
+@jax.jit
+def all_of_groups(scores, mask):
+    """{name: (advantages, gradient of the sum of their squares)}, which is differentiable wherever they are used."""
+
+    def total(scores, name):
+        found = GROUPS[name](scores, mask=mask)
+        return jnp.sum(jnp.square(found)), found
+
+    results = {name: jax.value_and_grad(total, has_aux=True)(scores, name) for name in GROUPS}
+    return {name: (found, gradient) for name, ((_, found), gradient) in results.items()}
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(references.batches(shapes=((1, 2), (3, 5), (4, 8))))
-def test_groups_equal_loops(batch):
+@given(
+    references.batches(shapes=((1, 2), (3, 5), (4, 8)), scales=references.WILD),
+    st.booleans(),
+    st.sampled_from([0.0, *POISONS]),
+)
+def test_groups_equal_loops(batch, coarse, poison):
     (scores,), mask = batch
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
-    close(leave_one_out(scores, mask), references.leave_one_out(scores, mask))
-    close(group_normalized(scores, mask=mask), references.group_normalized(scores, mask, 1e-4, True))
-    close(group_normalized(scores, scale=False, mask=mask), references.group_normalized(scores, mask, 1e-4, False))
+    if coarse:  # many ties, and groups of equal scores
+        scores = np.abs(scores).max() * np.sign(scores)
+    expected = {
+        "leave_one_out": references.leave_one_out(scores, mask),
+        "grpo": references.group_normalized(scores, mask, 1e-4, True),
+        "grpo_eps_0": references.group_normalized(scores, mask, 0.0, True),
+        "dr_grpo": references.group_normalized(scores, mask, 1e-4, False),
+    }
+    for name, (found, gradient) in all_of_groups(references.poisoned(scores, mask, poison), mask).items():
+        size = 1.0 if name.startswith("grpo") else np.abs(scores).max()
+        np.testing.assert_allclose(found, expected[name], rtol=1e-3, atol=1e-5 * size)
+        assert np.isfinite(gradient).all()
+        np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
 
 
 @pytest.mark.parametrize("f", [advantages.leave_one_out, advantages.group_normalized])
@@ -154,6 +204,20 @@ def test_ema_baseline_by_hand():
     baseline, got = ema_baseline(baseline, jnp.array([1.0, 1.0]), 0.5)
     assert baseline == pytest.approx(1.0)
     np.testing.assert_allclose(got, [0, 0], atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    references.batches(shapes=((1, 2), (5, 2)), scales=references.WILD),
+    st.sampled_from([0.0, 0.9, 1.0]),
+    st.sampled_from([0.0, *POISONS]),
+)
+def test_ema_baseline_equals_a_loop(batch, decay, poison):
+    (x,), mask = batch
+    (scores, baseline), present = (x[:, 0], x[0, 1]), mask[:, 0]
+    got = ema_baseline(baseline, references.poisoned(scores, present, poison), decay, present)
+    for found, want in zip(got, references.ema_baseline(float(baseline), scores, decay, present), strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6 * np.abs(x).max())
 
 
 def test_absent_rows_do_not_move_the_baseline():
@@ -183,18 +247,3 @@ def test_the_baseline_over_devices_equals_one_device():
 
     for got, expected in zip(sharded(scores, mask), ema_baseline(2.0, scores, mask=mask), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
-
-
-def test_jit_changes_nothing():
-    rng = np.random.default_rng(1)
-    rewards, values = rng.normal(size=(2, 3, 5)).astype(np.float32)
-    mask = rng.random((3, 5)) < 0.7
-    for jitted, plain, arguments in (
-        (gae, advantages.gae, (rewards, values, mask)),
-        (discounted_returns, advantages.discounted_returns, (rewards, mask)),
-        (leave_one_out, advantages.leave_one_out, (rewards, mask)),
-        (group_normalized, advantages.group_normalized, (rewards,)),
-        (ema_baseline, advantages.ema_baseline, (0.5, rewards[0])),
-    ):
-        got, expected = jitted(*arguments), plain(*arguments)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, expected)

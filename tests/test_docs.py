@@ -24,6 +24,7 @@ from rlhf_jax.data import check, demo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PROGRAMS = ROOT / "docs" / "compose" / "programs.md"  # each of its blocks runs without the others
 PAGES = [README, *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
 BLOCK = re.compile(r"^```(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -96,6 +97,7 @@ def snippets(path):
 def test_there_is_something_to_run():
     assert len([command for path in PAGES for command in commands(path)]) > 25
     assert {name(path) for path in PAGES if snippets(path)} >= {"docs/compose.md", "docs/rewards.md"}
+    assert len(snippets(PROGRAMS)) == 4
     assert {block.language for path in PAGES for block in blocks(path)} <= {
         *("console", "text", "python", "json", "yaml", "{toctree}", "{eval-rst}", "{literalinclude}"),
     }
@@ -159,7 +161,7 @@ def test_tables_name_real_keys_and_their_defaults(path):
     config = yaml.safe_load(flags.to_yaml(RunConfig()))
     for key, default in KEY.findall(path.read_text("utf-8")):
         value = functools.reduce(lambda section, part: section[part], key.split("."), config)
-        assert value == yaml.safe_load(default), f"{name(path)}: {key} is {value!r} by default"
+        assert value == yaml.safe_load(default.replace("\\|", "|")), f"{name(path)}: {key} is {value!r} by default"
 
 
 @pytest.mark.parametrize(
@@ -233,11 +235,12 @@ def test_the_commands_of_a_page_run(path, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [pytest.param(p, id=name(p)) for p in PAGES if snippets(p)])
-def test_the_python_of_a_page_runs(path, tmp_path):
+def test_the_python_of_a_page_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles in half the time
     page_folder(path, tmp_path)
-    lines = []
-    for block in snippets(path):  # each on its own line of the page, for tracebacks
-        lines += [""] * (block.line - 1 - len(lines)) + block.text.rstrip("\n").split("\n")
+    texts = ["\n" * (block.line - 1) + block.text for block in snippets(path)]  # where the page has it, for tracebacks
+    names = "{**main}" if path == PROGRAMS else "main"
+    lines = [f"exec(compile({text!r}, {name(path)!r}, 'exec'), {names})" for text in texts]
     script = tmp_path / "page.py"
-    script.write_text("\n".join(lines) + "\n", "utf-8")
+    script.write_text("\n".join(["main = {'__name__': '__main__'}", *lines, ""]), "utf-8")
     run([sys.executable, str(script)], f"{name(path)}, its python blocks", tmp_path)

@@ -15,14 +15,10 @@ from tabular import (
     assert_identical,
     bandit_policy_fn,
     comparisons,
-    gpt2,
-    largest_constant,
     policy_fn,
     policy_params,
-    three_ways,
 )
 
-from rlhf_jax import models
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.types import Comparisons, PolicyOutput, TrainState
 
@@ -172,23 +168,6 @@ def test_golden_update():
     np.testing.assert_allclose(metrics["dpo/margin"], 0.0, atol=1e-6)
 
 
-def test_devices_agree():
-    """Unequal numbers of pairs per device, one device with none; weights, microbatches; two SGD steps."""
-    batch = comparisons(0, 16, 2, absent=[(row, answer) for row in range(8, 12) for answer in range(2)] + [(1, 1)])
-    batch = dpo.with_reference(batch, Partial(policy_fn, policy_params(1)))
-    batch = batch.replace(best=jnp.arange(16) % 2, weight=jnp.linspace(0.5, 2.0, 16))
-    config = dpo.Config(num_microbatches=2, label_smoothing=0.1)
-
-    def two_updates(state, batch, key, axis_name=None):
-        state, first = updater(config)(state, batch, key, axis_name=axis_name)
-        return updater(config)(state, batch, key, axis_name=axis_name), first
-
-    one, spread, mapped = three_ways(two_updates, start(), batch, KEY)
-    assert_close(spread, one)
-    assert_close(mapped, one)
-    assert np.abs(one[0][0].params["logits"] - start().params["logits"]).max() > 1e-3
-
-
 def test_microbatches_change_nothing():
     batch = pairs(weight=jnp.linspace(0.5, 2.0, 8))
     whole = jitted(dpo.Config())(start(), batch, KEY)
@@ -280,15 +259,3 @@ def test_recovers_a_table_of_rewards():
     implied = beta * (jax.nn.log_softmax(state.params["logits"]) - jax.nn.log_softmax(reference["logits"]))
     np.testing.assert_allclose(implied - implied.mean(), rewards - rewards.mean(), atol=0.05)
     assert metrics["dpo/loss"][-1] < metrics["dpo/loss"][0] - 0.03
-
-
-def test_no_weights_in_the_program():
-    """GPT-2 with a reference: reference log-probs and the update as one program, whose constants stay under 1 MB."""
-    model, params = gpt2()
-    policy = models.policy_fn(model)
-
-    def step(state, batch, key, ref_fn):
-        return updater(dpo.Config(num_microbatches=2), policy)(state, dpo.with_reference(batch, ref_fn), key)
-
-    state = TrainState.create(params, SGD)
-    assert largest_constant(jax.jit(step), state, comparisons(0, 8, 2), KEY, Partial(policy, params)) < 1_000_000

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import references
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 from rlhf_jax import ops
@@ -48,16 +49,45 @@ def test_statistics_are_float32_for_low_precision_inputs():
     assert mean == pytest.approx(1.0078125, rel=1e-6)
 
 
+@jax.jit
+def statistics(x, mask, weights):
+    """Mean, variance and both kinds of whitening, and the gradient of the weighted sum of each."""
+    results = []
+    for f in (ops.masked_mean, ops.masked_var, ops.whiten, functools.partial(ops.whiten, shift_mean=False)):
+
+        def total(x, f=f):
+            found = f(x, mask)
+            return jnp.sum(weights * found), found
+
+        (_, found), gradient = jax.value_and_grad(total, has_aux=True)(x)
+        results.append((found, gradient))
+    return results
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(references.batches())
-def test_statistics_equal_numpy(batch):
-    (x,), mask = batch
-    said = x[mask].astype(np.float64)
-    np.testing.assert_allclose(masked_mean(x, mask), said.mean() if said.size else 0, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(masked_var(x, mask), said.var() if said.size else 0, rtol=1e-5, atol=1e-6)
-    if said.size > 1:  # the whitened value of a single number is rounding / 1e-4
-        expected = (said - said.mean()) / np.sqrt(said.var() + 1e-8)
-        np.testing.assert_allclose(np.asarray(whiten(x, mask))[mask], expected, atol=1e-4)
+@given(references.batches(arrays=3, scales=references.WILD), st.sampled_from([0.0, *POISONS]))
+def test_statistics_and_their_gradients_equal_numpy(batch, poison):
+    (x, weights, direction), mask = batch
+    size = np.abs(x).max()
+    weights, direction = weights / np.abs(weights).max(), direction.astype(np.float64)
+    exact = [
+        lambda x: x[mask].mean() if mask.any() else 0.0,
+        lambda x: x[mask].var() if mask.any() else 0.0,
+        lambda x: references.whiten(x, mask),
+        lambda x: references.whiten(x, mask, shift_mean=False),
+    ]
+    results = statistics(references.poisoned(x, mask, poison), mask, weights)
+    units = size, size**2, 1.0, max(size, 1.0)
+    for k, ((found, gradient), f, unit) in enumerate(zip(results, exact, units, strict=True)):
+        assert np.isfinite(found).all()
+        assert np.isfinite(gradient).all()
+        np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
+        if mask.sum() == 1 and k > 1:
+            continue  # the whitened value of a single number is rounding / 1e-4
+        np.testing.assert_allclose(found, f(x.astype(np.float64)), rtol=1e-4, atol=1e-4 * unit)
+        up, down = (np.sum(weights * f(x + h * direction)) for h in (1e-6, -1e-6))
+        slope = np.sum(np.asarray(gradient)[mask] * direction[mask])
+        np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-3, atol=1e-3 * unit)
 
 
 def test_whiten_by_hand():
@@ -121,6 +151,26 @@ def test_log_probs_and_entropy_equal_a_loop(temperature):
             p /= p.sum()
             assert log_probs[i, t] == pytest.approx(math.log(p[tokens[i, t]]), abs=1e-5)
             assert entropies[i, t] == pytest.approx(-sum(p * np.log(p)), abs=1e-5)
+
+
+def test_log_probs_and_entropy_of_huge_logits_are_finite_with_their_gradients():
+    """The gradient of a log-prob is one-hot - softmax, that of an entropy -p (log p + entropy)."""
+    logits = np.array([[[1e4, -1e4, 0.0], [89.0, 88.0, -1e4], [-1e4, -1e4, -1e4], [0.0, 0.0, 0.0]]], np.float32)
+    tokens = np.array([[0, 1, 1, 2]])
+
+    @jax.jit
+    def both(logits):
+        return [jax.vjp(f, logits) for f in (lambda x: ops.token_log_probs(x, tokens), ops.entropy)]
+
+    (log_probs, pull), (entropies, pull_entropy) = both(logits)
+    p = np.array([[1, 0, 0], [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1)), 0], [1 / 3] * 3])
+    expected = np.array([0, 0.582203, math.log(3)])  # the second at p = sigmoid(1)
+    np.testing.assert_allclose(log_probs, [[0, -2e4, math.log(p[1, 1]), -math.log(3)]], atol=1e-3)
+    np.testing.assert_allclose(entropies[0, 1:], expected, atol=1e-3)
+    one = np.ones((1, 4), np.float32)
+    np.testing.assert_allclose(pull(one)[0][0, :3], np.eye(3)[tokens[0, 1:]] - p, atol=1e-3)
+    slopes = -p * (np.log(np.maximum(p, 1e-30)) + expected[:, None])
+    np.testing.assert_allclose(pull_entropy(one)[0][0, :3], slopes, atol=1e-3)
 
 
 def test_log_probs_take_any_leading_dimensions_and_low_precision():

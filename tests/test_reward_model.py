@@ -9,18 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 from tabular import (
     assert_close,
     assert_identical,
     comparisons,
-    gpt2,
-    largest_constant,
     score_fn,
-    three_ways,
 )
 
-from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Comparison, Pair
@@ -136,41 +131,6 @@ def test_absent_answers_change_no_gradient():
     assert_close(update(0.0, jax.tree.map(lambda x: x[there], batch)), expected)
 
 
-@pytest.mark.parametrize("kind", ["choice", "regression"])
-def test_devices_agree(kind):
-    """Unequal numbers of answers per device, one device with none; microbatches; two SGD steps."""
-    batch = comparisons(0, 16, 4, absent=[(row, answer) for row in range(8, 12) for answer in range(4)] + [(1, 3)])
-    batch = batch.replace(best=jnp.arange(16) % 3, weight=jnp.linspace(0.5, 2.0, 16))
-    if kind == "regression":
-        batch = batch.replace(targets=jnp.sin(jnp.arange(64.0)).reshape(16, 4))
-    config = reward_model.Config(num_microbatches=2)
-
-    def two_updates(state, batch, key, axis_name=None):
-        state, first = updater(config)(state, batch, key, axis_name=axis_name)
-        return updater(config)(state, batch, key, axis_name=axis_name), first
-
-    one, spread, mapped = three_ways(two_updates, start(), batch, KEY)
-    assert_close(spread, one)
-    assert_close(mapped, one)
-    assert one[0][0].step == 2
-
-
-def test_devices_agree_on_loss_and_gradient():
-    mesh, batch = sharding.make_mesh(4), comparisons(0, 8, 4, absent=ABSENT)
-    f = partial(reward_model.loss, score_fn=score_fn, config=reward_model.Config())
-    expected = jax.jit(jax.value_and_grad(f, has_aux=True))(PARAMS, batch, KEY)
-
-    def on_device(params, batch):
-        result, grads = jax.value_and_grad(partial(f, axis_name="data"), has_aux=True)(params, batch, None)
-        return jax.tree.map(lambda x: x[None], result), jax.lax.pmean(grads, "data")
-
-    specs = {"in_specs": (P(), P("data")), "out_specs": (P("data"), P()), "check_vma": False}
-    results, grads = jax.jit(jax.shard_map(on_device, mesh=mesh, **specs))(PARAMS, sharding.shard_rows(mesh, batch))
-    assert_close(grads, expected[1])
-    for device in range(4):
-        assert_close(jax.tree.map(lambda x, device=device: x[device], results), expected[0])
-
-
 def test_microbatches_and_jit_change_nothing():
     batch = comparisons(0, 8, 2, absent=[(row, 1) for row in (0, 5)] + [(2, 0), (2, 1)])
     config = reward_model.Config(centering=0.01)
@@ -235,12 +195,6 @@ def test_recovers_a_table_of_rewards():
     scores = state.params["scores"]
     np.testing.assert_allclose(scores - scores.mean(), rewards - rewards.mean(), atol=0.06)
     assert metrics["reward_model/accuracy"][-1] > 0.6
-
-
-def test_no_weights_in_the_program():
-    model, params = gpt2("score")
-    update = jax.jit(updater(reward_model.Config(num_microbatches=2), models.score_fn(model)))
-    assert largest_constant(update, TrainState.create(params, SGD), comparisons(0, 8, 2), KEY) < 1_000_000
 
 
 LETTERS = characters("abcde? ")

@@ -74,6 +74,7 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
         assert {row["step"] for row in rows(folder, "samples.jsonl")} == {0, 5, 10}
         assert metrics[-1]["objective/kl"] != 0.0  # an estimate from samples: its sign means nothing after 10 steps
         assert metrics[1]["objective/kl"] == 0.0
+        assert metrics[1]["kl/coef"] == pytest.approx(0.05)
         assert metrics[-1]["policy/sampler_gap"] < 1e-4
 
 

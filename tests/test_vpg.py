@@ -9,23 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 from tabular import (
     assert_close,
     assert_identical,
     bandit_params,
     bandit_policy_fn,
     bandit_rollout,
-    gpt2,
-    largest_constant,
     policy_fn,
     policy_params,
     rollout,
-    three_ways,
     total_variation,
 )
 
-from rlhf_jax import advantages, models, sharding
+from rlhf_jax import advantages
 from rlhf_jax.algorithms import vpg
 from rlhf_jax.types import PolicyOutput, Rollout, TrainState
 
@@ -69,39 +65,6 @@ def test_loss_by_hand():
     assert_identical(f(params, batch.replace(advantages=advantage), KEY), (value, metrics))  # one per row: [B]
     gradient = jax.grad(lambda p: f(p, batch, KEY)[0])(params)["logits"]
     np.testing.assert_allclose(gradient[0], (7 * 2 + 11) / 2 * np.array([-0.5, 0.5]), rtol=1e-6)
-
-
-def test_devices_agree_on_an_update():
-    """Unequal token counts per device, one of them empty, several minibatches and microbatches."""
-    config = vpg.Config(num_minibatches=2, num_microbatches=2, shuffle_blocks=4, entropy_coef=0.1)
-    batch = rollout(0, [4, 1, 2, 4, 2, 0, 1, 3, 0, 0, 0, 0, 3, 4, 1, 1])
-    constraint = sharding.rows(sharding.make_mesh(4))
-    one, spread, mapped = three_ways(updater(config), start(), batch, KEY, minibatch_sharding=constraint)
-    assert_close(spread, one)
-    assert_close(mapped, one)
-    assert one[0].step == 2
-
-
-def test_devices_agree_on_loss_gradient_and_one_sgd_step():
-    mesh, batch = sharding.make_mesh(4), rollout(0, LENGTHS)
-    f = partial(vpg.loss, policy_fn=policy_fn, config=vpg.Config())
-    expected = jax.jit(jax.value_and_grad(f, has_aux=True))(policy_params(0), batch, KEY)
-
-    def on_device(params, batch, key):
-        result, grads = jax.value_and_grad(partial(f, axis_name="data"), has_aux=True)(params, batch, key)
-        return jax.tree.map(lambda x: x[None], result), jax.lax.pmean(grads, "data")
-
-    mapped = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=(P("data"), P()), check_vma=False
-    )
-    results, grads = jax.jit(mapped)(policy_params(0), sharding.shard_rows(mesh, batch), KEY)
-    assert_close(grads, expected[1])
-    for device in range(4):
-        assert_close(jax.tree.map(lambda x, device=device: x[device], results), expected[0])
-    one, spread, mapped = three_ways(updater(vpg.Config()), start(), batch, KEY)
-    assert_close(spread, one)
-    assert_close(mapped, one)
-    assert_close(one[0].params, jax.tree.map(lambda p, g: p - 0.3 * g, policy_params(0), grads))
 
 
 def test_microbatches_and_absent_rows_change_nothing():
@@ -189,9 +152,3 @@ def test_bandit_reaches_the_optimum(baseline):
 
     (state, _), _ = train(KEY)
     assert total_variation(state.params) < 0.02
-
-
-def test_no_weights_in_the_program():
-    model, params = gpt2()
-    update = jax.jit(updater(vpg.Config(num_minibatches=2), models.policy_fn(model, prompt_length=3)))
-    assert largest_constant(update, TrainState.create(params, SGD), rollout(0, LENGTHS), KEY) < 1_000_000

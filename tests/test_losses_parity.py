@@ -1,0 +1,160 @@
+"""Reward-model and DPO losses against torch as TRL computes them, with the gradient of every parameter, on random tiny
+GPT-2 and Llama models of transformers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_llama_parity
+import test_models_parity
+from jax.tree_util import Partial
+
+from rlhf_jax import dpo, models, reward_model
+from rlhf_jax.models import names
+from rlhf_jax.types import Comparisons
+
+pytestmark = pytest.mark.parity
+
+FAMILIES = {
+    "gpt2": (test_models_parity.torch_model, names.GPT2, {}),
+    "llama": (test_llama_parity.torch_model, names.LLAMA, {"num_key_value_heads": 2, "attention_bias": True}),
+    "llama tied": (test_llama_parity.torch_model, names.LLAMA, {"tie_word_embeddings": True}),
+}
+PROMPT_LENGTH, LENGTH, PAD = 5, 12, 0
+
+
+def pairs(**fields):
+    """Three pairs: prompts padded on the left, answers of 1 to 7 tokens padded on the right."""
+    rng = np.random.default_rng(0)
+    column = np.arange(LENGTH)
+    real = np.zeros((3, 2, LENGTH), bool)
+    for row, (prompt, lengths) in enumerate([(5, (7, 4)), (2, (1, 6)), (3, (3, 3))]):
+        for answer, length in enumerate(lengths):
+            real[row, answer] = (column >= PROMPT_LENGTH - prompt) & (column < PROMPT_LENGTH + length)
+    tokens = np.where(real, rng.integers(3, 31, real.shape), PAD)
+    tokens[:, 1, :PROMPT_LENGTH] = tokens[:, 0, :PROMPT_LENGTH]
+    response = real & (column >= PROMPT_LENGTH)
+    return Comparisons(*(jnp.asarray(x, jnp.int32) for x in (tokens, real, response)), **fields)
+
+
+def rows(x):
+    import torch
+
+    return torch.tensor(np.asarray(x).reshape(6, LENGTH), dtype=torch.long)
+
+
+def torch_outputs(model, batch):
+    """Scores [6, 1] or logits [6, T, V] of all answers, chosen and rejected in turn."""
+    mask = rows(batch.attention_mask)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return model(input_ids=rows(batch.tokens), attention_mask=mask, position_ids=positions).logits
+
+
+def torch_log_probs(model, batch):
+    """Log-probs of the responses, summed: [3, 2]."""
+    log_probs = torch_outputs(model, batch)[:, :-1].log_softmax(-1)
+    chosen = log_probs.gather(2, rows(batch.tokens)[:, 1:, None])[..., 0]
+    return (chosen * rows(batch.response_mask)[:, 1:]).sum(1).reshape(3, 2)
+
+
+def load(name, kind, folder, scale=1.0):
+    """Our model and parameters from the folder of a torch model with large random weights, and that in float64."""
+    import torch
+
+    make, family, changes = FAMILIES[name]
+    reference = make(getattr(family, kind), **changes, **({"num_labels": 1} if kind == "classifier" else {}))
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(scale)
+    reference.save_pretrained(folder)
+    return *models.load(folder), reference.double()
+
+
+def assert_gradients_equal(model, ours, reference):
+    """Every parameter of the torch model has our gradient, and no gradient of ours is left out."""
+    prefix, found = names.family(model.config).prefix, {}
+    ours = dict(ours)
+    if "score" in ours:  # a classifier's head has no bias, and gain and shift are not trained
+        score = ours.pop("score")
+        assert score["gain"] == score["shift"] == 0
+        found[names.SCORE] = score["kernel"][None, :]
+    if "lm_head" in ours:
+        found[names.OUTPUT_TABLE] = ours["lm_head"]["embedding"]
+    for tensor in names.tensors(model.config):
+        leaf = functools.reduce(lambda tree, key: tree[key], tensor.path, ours)
+        found[prefix + tensor.name] = leaf.T if tensor.transposed else leaf
+    assert len(found) == len(jax.tree.leaves(ours)) + (names.SCORE in found)
+    expected = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
+    assert found.keys() == expected.keys()
+    largest = max(np.abs(gradient).max() for gradient in expected.values())
+    for name, gradient in found.items():
+        # A difference of two scores leaves nothing to the bias of the last norm but rounding.
+        atol = 1e-5 * np.abs(expected[name]).max() + 1e-7 * largest
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reward_model_loss_and_gradients(tmp_path, name):
+    """-log sigmoid(chosen - rejected - margin), and TRL's ``center_rewards_coefficient``."""
+    import torch
+
+    model, params, reference = load(name, "classifier", tmp_path)
+    score = jax.jit(models.score_fn(model))
+    batch = pairs(margin=jnp.array([0.0, 0.5, 1.5]))
+    for centering in (0.0, 0.05):
+        f = functools.partial(reward_model.loss, score_fn=score, config=reward_model.Config(centering=centering))
+        (loss, metrics), gradients = jax.value_and_grad(f, has_aux=True)(params, batch, None)
+        chosen, rejected = torch_outputs(reference, batch).reshape(3, 2).T
+        expected = -torch.nn.functional.logsigmoid(chosen - rejected - torch.tensor(np.asarray(batch.margin))).mean()
+        expected = expected + centering * ((chosen + rejected) ** 2).mean()
+        reference.zero_grad()
+        expected.backward()
+        np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+        np.testing.assert_allclose(metrics["reward_model/margin"], (chosen - rejected).mean().item(), rtol=1e-5)
+        assert_gradients_equal(model, gradients, reference)
+
+
+def torch_dpo(delta, beta, kind, smoothing):
+    """TRL's losses. (Its ipo divides log-probs by the length of the response; here they are sums, as in the paper.)"""
+    import torch
+
+    right, flipped = (-torch.nn.functional.logsigmoid(h) for h in (beta * delta, -beta * delta))
+    return {
+        "sigmoid": (1 - smoothing) * right + smoothing * flipped,
+        "robust": ((1 - smoothing) * right - smoothing * flipped) / (1 - 2 * smoothing),
+        "hinge": torch.relu(1 - beta * delta),
+        "ipo": (delta - 1 / (2 * beta)) ** 2,
+    }[kind].mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("gpt2", [("sigmoid", 0.0), ("sigmoid", 0.1), ("robust", 0.1), ("hinge", 0.0), ("ipo", 0.0)]),
+        ("llama", [("sigmoid", 0.0), ("ipo", 0.0)]),
+        ("llama tied", [("sigmoid", 0.0)]),
+    ],
+)
+def test_dpo_loss_and_gradients(tmp_path, name, kinds):
+    import torch
+
+    model, params, policy = load(name, "causal_lm", tmp_path / "policy")
+    _, ref_params, reference = load(name, "causal_lm", tmp_path / "reference", scale=0.9)
+    with torch.no_grad():
+        ref_log_probs = torch_log_probs(reference, pairs())
+    policy_fn = jax.jit(models.policy_fn(model, prompt_length=PROMPT_LENGTH))
+    batch = dpo.with_reference(pairs(), Partial(policy_fn, ref_params))
+    np.testing.assert_allclose(batch.ref_log_probs, ref_log_probs, rtol=1e-5)
+    for kind, smoothing in kinds:
+        config = dpo.Config(beta=0.1, kind=kind, label_smoothing=smoothing)
+        f = functools.partial(dpo.loss, policy_fn=policy_fn, config=config)
+        (loss, metrics), gradients = jax.value_and_grad(f, has_aux=True)(params, batch, None)
+        chosen, rejected = (torch_log_probs(policy, batch) - ref_log_probs).T
+        expected = torch_dpo(chosen - rejected, 0.1, kind, smoothing)
+        policy.zero_grad()
+        expected.backward()
+        np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+        np.testing.assert_allclose(metrics["dpo/margin"], 0.1 * (chosen - rejected).mean().item(), rtol=1e-5)
+        assert_gradients_equal(model, gradients, policy)
