@@ -193,7 +193,7 @@ def test_a_split_keeps_groups_together():
         assert 2 <= len(validation) <= 4  # whole groups until there are 2 rows
         seen.add(tuple(validation))
     assert len(seen) > 3
-    with pytest.raises(ValueError, match="3 rows leave none to train on after 1 for validation"):
+    with pytest.raises(UserError, match="3 rows leave none to train on after 1 for validation"):
         batches.split(3, 0.1, KEY, ["a"] * 3)
 
 

@@ -93,6 +93,18 @@ def test_a_pad_is_added_where_there_is_none_or_where_it_is_eos(tmp_path):
         assert (again.pad_id, again.vocab_size, again.fingerprint) == (280, 281, loaded.fingerprint)
 
 
+def test_a_pad_never_gets_the_id_of_another_token(tmp_path):
+    tokenizers.characters("abc").save(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file["model"]["vocab"] = {tokenizers.EOS: 1, "a": 2, "b": 3}
+    file["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizers.EOS}))
+    (tmp_path / "special_tokens_map.json").unlink()
+    with pytest.raises(UserError, match="the ids of the vocabulary have gaps"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
 def test_truncation_and_padding_settings_of_a_file_are_switched_off(tmp_path):
     tokenizer = tokenizers.train_bpe(TEXTS, 280)
     ids = tokenizer.encode(TEXTS[0])

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.data.encoding import EncodedComparisons, EncodedPrompts, EncodedTexts
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import Comparisons, Demonstrations
 
 ABSENT = -1  # in place of a row number: completes the last batch of an epoch and counts in no statistic
@@ -32,8 +33,8 @@ def split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers for training and for validation, each ascending; round(n * fraction) of them, at least 1, validate.
 
-    A fraction of 0 gives an empty validation part. Raises ValueError for a fraction outside [0, 1) and if no row would
-    be left to train on.
+    A fraction of 0 gives an empty validation part. Raises ValueError for a fraction outside [0, 1), UserError if no row
+    would be left to train on.
 
     Args:
       groups: of each row; rows of one group, such as the pairs of one ranking, stay together, so that a few more may
@@ -49,7 +50,7 @@ def split(
     before = np.cumsum(np.bincount(group_of, minlength=len(number))[order])
     num_groups = int(np.searchsorted(before, held_out)) + 1 if held_out else 0
     if num_groups >= len(number):
-        raise ValueError(f"{n} rows leave none to train on after {held_out} for validation")
+        raise UserError(f"{n} rows leave none to train on after {held_out} for validation; give more data")
     validates = np.isin(group_of, order[:num_groups])
     return np.flatnonzero(~validates), np.flatnonzero(validates)
 

@@ -212,6 +212,11 @@ def _tokenizer(
     backend.no_padding()
     backend.encode_special_tokens = True
     ids = backend.get_vocab()
+    if list(ids.values()).count(ids[pad]) > 1:
+        raise UserError(
+            f"{where}: the ids of the vocabulary have gaps, so that the pad token it gains would get another token's "
+            "id; give it a pad_token of its own"
+        )
     return Tokenizer(backend, pad_id=ids[pad], eos_id=ids[eos], config=config)
 
 
