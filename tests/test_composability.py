@@ -268,7 +268,7 @@ KINDS = pytest.mark.parametrize("kind", slow_but([nnx_model], [nnx_model, plain_
 
 
 def test_the_adapter_in_the_docs_is_the_one_tested_here():
-    page = Path(__file__).resolve().parent.parent / "docs" / "compose.md"
+    page = Path(__file__).resolve().parent.parent / "docs" / "updates.md"
     assert inspect.getsource(nnx_policy) in page.read_text("utf-8")
 
 

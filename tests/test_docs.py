@@ -24,7 +24,7 @@ from rlhf_jax.data import check, demo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PROGRAMS = ROOT / "docs" / "compose" / "programs.md"  # each of its blocks runs without the others
+PROGRAMS = ROOT / "docs" / "compose.md"  # each of its blocks runs without the others
 PAGES = [README, *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
 BLOCK = re.compile(r"^```(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -96,7 +96,7 @@ def snippets(path):
 
 def test_there_is_something_to_run():
     assert len([command for path in PAGES for command in commands(path)]) > 25
-    assert {name(path) for path in PAGES if snippets(path)} >= {"docs/compose.md", "docs/rewards.md"}
+    assert {name(path) for path in PAGES if snippets(path)} >= {"docs/updates.md", "docs/rewards.md"}
     assert len(snippets(PROGRAMS)) == 4
     assert {block.language for path in PAGES for block in blocks(path)} <= {
         *("console", "text", "python", "json", "yaml", "{toctree}", "{eval-rst}", "{literalinclude}"),
