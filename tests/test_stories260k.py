@@ -3,6 +3,7 @@
 Its generated twin: random weights in the same two files, against a loop over positions as llama2.c runs it.
 """
 
+import importlib.util
 import json
 import os
 import struct
@@ -12,12 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stories260k
+from test_scripts import ROOT
 
 from rlhf_jax import models, sampling
 from rlhf_jax.data.tokenizers import load_tokenizer
 
 DATA = os.environ.get("RLHF_JAX_DATA")
+
+spec = importlib.util.spec_from_file_location("stories260k", ROOT / "experiments" / "stories260k.py")
+stories260k = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stories260k)
 
 
 @pytest.mark.slow

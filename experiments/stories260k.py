@@ -1,35 +1,55 @@
-"""The 260,000-parameter Llama trained on TinyStories, from its two binary files to a Hugging Face folder."""
+"""The 260,000-parameter Llama trained on TinyStories, from llama2.c's two binary files to a Hugging Face folder.
+
+    python experiments/stories260k.py SOURCE FOLDER
+
+SOURCE holds stories260K.bin and tok512.bin. transformers loads FOLDER too. The padding token is ``<unk>``, which the
+model never says.
+"""
 
 import json
 import struct
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+from rlhf_jax import flags
+from rlhf_jax.errors import UserError
+
+WEIGHTS, PIECES = "stories260K.bin", "tok512.bin"
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
-def convert(source, folder):
-    """Reads stories260K.bin and tok512.bin in ``source`` and writes a folder that transformers loads too."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = Path(source, "stories260K.bin").read_bytes()
+def convert(source: str | Path, folder: str | Path) -> None:
+    """Reads the two files in ``source`` and writes config.json, model.safetensors and the tokenizer into ``folder``.
+
+    Raises:
+        UserError: a file is missing, or its length is not what its header says.
+    """
+    source, folder = Path(source), Path(folder)
+    for name in (WEIGHTS, PIECES):
+        if not (source / name).is_file():
+            raise UserError(f"{source}: holds no {name}; give the folder with {WEIGHTS} and {PIECES}")
+    stored = (source / WEIGHTS).read_bytes()
     width, inner, layers, heads, kv_heads, vocabulary, length = struct.unpack("<7i", stored[:28])
     values = np.frombuffer(stored, "<f4", offset=28)
     head = width // heads
     place = 0
 
-    def take(*shape):
+    def take(*shape: int) -> np.ndarray:
         nonlocal place
         size = int(np.prod(shape))
         place += size
+        if place > len(values):
+            raise UserError(f"{source / WEIGHTS}: ends before the weights that its header announces; fetch it again")
         return values[place - size : place].reshape(shape)
 
     tensors = {"model.embed_tokens.weight": take(vocabulary, width)}
 
-    def of_layers(name, *shape, turned=0):
+    def of_layers(name: str, *shape: int, turned: int = 0) -> None:
         for layer, weight in enumerate(take(layers, *shape)):
             if turned:
                 # Rotary pairs lie side by side in the file, and half a head apart in transformers.
@@ -46,9 +66,6 @@ def convert(source, folder):
     of_layers("mlp.down_proj", width, inner)
     of_layers("mlp.up_proj", inner, width)
     tensors["model.norm.weight"] = take(width)
-    save_file(
-        {name: np.array(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -63,17 +80,23 @@ def convert(source, folder):
         "tie_word_embeddings": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "pad_token_id": 0,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    backend = tokenizer(Path(source, "tok512.bin").read_bytes(), vocabulary)
-    backend.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: np.array(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    tokenizer((source / PIECES).read_bytes(), vocabulary).save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
 
 
-def tokenizer(stored, vocabulary):
+def tokenizer(stored: bytes, vocabulary: int) -> Tokenizer:
     """SentencePiece's BPE: of the pairs that stand side by side, the one of the best score is merged first."""
-    pieces, scores, place = [], {}, 4
+    pieces: list[str] = []
+    scores: dict[str, float] = {}
+    place = 4
     for i in range(vocabulary):
         score, length = struct.unpack("<fi", stored[place : place + 8])
         piece = stored[place + 8 : place + 8 + length].decode("utf-8")
@@ -89,7 +112,7 @@ def tokenizer(stored, vocabulary):
         if piece[:cut] in ids and piece[cut:] in ids
     ]
     merges.sort(key=lambda merge: (-merge[0], merge[1]))
-    model = models.BPE(ids, [merge[2:] for merge in merges], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    model: Any = models.BPE(ids, [merge[2:] for merge in merges], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     backend = Tokenizer(model)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     backend.decoder = decoders.Sequence(
@@ -97,3 +120,14 @@ def tokenizer(stored, vocabulary):
     )
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in pieces[:3]])
     return backend
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        raise UserError(f"expected two folders, python {sys.argv[0]} SOURCE FOLDER, got {' '.join(sys.argv[1:])!r}")
+    convert(*sys.argv[1:])
+    print(f"saved {sys.argv[2]}")
+
+
+if __name__ == "__main__":
+    flags.run_script(main)

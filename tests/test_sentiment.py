@@ -1,0 +1,245 @@
+"""The sentiment job: its reward by hand, the optimum in closed form, refusals, a tiny Llama, and the real one."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import struct
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from test_scripts import ROOT, rows, run
+
+from rlhf_jax import flags, models, sampling
+from rlhf_jax.data import readers
+from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.errors import UserError
+from rlhf_jax.training import frontier
+from rlhf_jax.training.sentiment import SentimentConfig
+from rlhf_jax.training.sentiment import run as run_job
+from rlhf_jax.types import Rollout
+
+CONFIG = ROOT / "configs" / "sentiment.yaml"
+DATA = os.environ.get("RLHF_JAX_DATA")
+
+spec = importlib.util.spec_from_file_location("sentiment_reward", ROOT / "experiments" / "sentiment_reward.py")
+sentiment_reward = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sentiment_reward)
+
+LEXICON = "glad\t2.0\t0.6\t[2, 2]\nhappy\t3.0\nSAD\t-9\nsad\t-2.0\ndon't\t-1\nmade-up\t1\n:)\t2.0\n"
+
+
+def test_the_reward_by_hand(tmp_path):
+    path = tmp_path / "lexicon.txt"
+    path.write_text(LEXICON, "utf-8")
+    score = sentiment_reward.reward(path)
+    texts = ["Glad!", "sad, SAD", "happy sad", "", "gladly :) unhappy", "she don't; a made-up 'glad' day", "happy" * 2]
+    sums = [2.0, -4.0, 1.0, 0.0, 0.0, 2.0, 0.0]
+    assert score(["happy"] * len(texts), texts) == pytest.approx([s / math.sqrt(s**2 + 15) for s in sums])
+    assert score(["sad"], ["glad"]) == pytest.approx([0.458831], abs=1e-6)  # 2 / sqrt(19): the prompt does not count
+    assert score([""], ["happy " * 100])[0] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("good\t1.9\nbad\n", "line 2: expected a word, a tab and a number, found 'bad'"),
+        ("good\tvery", "line 1: expected a word, a tab and a number"),
+        ("\n", "the lexicon is empty"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_lexicon_that_is_none(text, message, tmp_path):
+    path = tmp_path / "lexicon.txt"
+    if text is not None:
+        path.write_text(text, "utf-8")
+    with pytest.raises(UserError, match=re.escape(str(path)) + ".*" + message):
+        sentiment_reward.reward(path)
+
+
+def test_the_optimum_of_two_answers_in_closed_form():
+    """Half of the samples score 1, half 0: the best policy says the first with p, KL ln 2 - entropy(p)."""
+    kls, scores = frontier.optimum(np.tile([0.0, 1.0], (3, 8)))
+    assert (kls[0], scores[0]) == (0.0, 0.5)
+    assert len(kls) > 40
+    p = np.array(scores[1:])
+    entropy = -scipy.special.xlogy(p, p) - scipy.special.xlogy(1 - p, 1 - p)
+    np.testing.assert_allclose(kls[1:], np.log(2) - entropy, atol=1e-9)
+    assert p.max() > 0.999
+    kls, _ = frontier.optimum(np.linspace(0, 1, 16)[None])  # 16 samples of one prompt cannot reach ln 16
+    assert 1.2 < max(kls) <= math.log(16) / 2
+
+
+@pytest.mark.slow
+def test_a_policy_is_measured_against_enumeration():
+    """One token, no EOS among the three that can be said: KL, scores and best-of-n from the probabilities."""
+    tokenizer = characters("abc")  # ids 2, 3, 4
+    model = models.build(models.GPT2Config(vocab_size=5, max_length=4, hidden_size=8, num_layers=1, num_heads=1))
+    base = model.init(jax.random.key(0))
+    table = base["wte"]["embedding"]
+    policy = {**base, "wte": {"embedding": table * 40}}
+    tokens = np.array([[2, 3], [4, 4]] * 64, np.int32)
+
+    def score(rollout):
+        return np.asarray(rollout.tokens)[:, -1].astype(np.float32)
+
+    config = sampling.SamplingConfig(1, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    bench = frontier.Bench(
+        model, base, tokenizer, tokens, np.ones_like(tokens), config, jax.random.key(1), score, samples=32
+    )
+    log_p, log_q = (
+        np.asarray(jax.nn.log_softmax(model.apply(some, jnp.asarray(tokens[:2]))[:, -1])) for some in (policy, base)
+    )
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
+    assert kl > 0.1
+    measure = frontier.measurement(bench)
+    at_base, moved = measure(base, "base"), measure(policy, "policy", "x")
+    assert (at_base.kl, at_base.length) == (pytest.approx(0, abs=1e-6), 1.0)
+    assert moved.kl == pytest.approx(kl, abs=4 * moved.kl_error)
+    assert 0 < moved.kl_error < 0.05
+    assert moved.score == pytest.approx((np.exp(log_p) * np.arange(5)).sum(axis=1).mean(), abs=4 * moved.score_error)
+    assert len(moved.texts) == len(moved.scores) == len(tokens)
+    best, scores = frontier.best_of_n(bench, 4)
+    assert [(point.setting, point.kl) for point in best] == [
+        ("2", sampling.best_of_n_kl(2)),
+        ("4", sampling.best_of_n_kl(4)),
+    ]
+    assert scores.shape == (len(tokens), 4)
+    below = np.cumsum(np.exp(log_q), axis=1) ** 4  # probability that the best of 4 is at most each id
+    expected = (np.diff(below, axis=1, prepend=0.0) * np.arange(5)).sum(axis=1).mean()
+    assert best[1].score == pytest.approx(expected, abs=4 * best[1].score_error)
+    drawn = frontier.plot(at_base, [moved], best, frontier.optimum(scores))
+    assert list(drawn.series) == ["policy", "best of n", "optimum"]
+    assert list(drawn.series["best of n"].x) == [0.0, best[0].kl, best[1].kl]
+
+
+def test_repeated_words_and_the_error_over_prompts():
+    tokenizer = characters("ab ")
+    a, b, space = (tokenizer.encode(text)[0] for text in "ab ")
+    said = [[a, space, a, space, a], [a, space, b, space, a], [a, b, space, a, b], [b, b, b, b, b]]
+    tokens = np.array([[a, *ids] for ids in said], np.int32)
+    mask = np.array([[0, 1, 1, 1, 1, 1]] * 4)
+    scores = np.array([1.0, 0.0, 0.5, 0.5], np.float32)
+
+    bench = frontier.Bench(None, None, tokenizer, tokens[:2, :1], mask[:2, :1], None, None, None, 2)
+    rollout = Rollout(tokens, mask, mask, np.zeros(mask.shape), scores=scores)
+    point = frontier._point(bench, "m", "s", rollout, 1.0, None)
+    assert point.repeated == pytest.approx((2 / 3 + 1 / 3 + 1 / 2 + 0) / 4)
+    assert (point.score, point.score_error) == (0.5, 0.0)  # both prompts' means are 0.5
+    assert (point.texts, point.scores) == (["a a a", "ab ab"], [1.0, 0.5])
+
+
+def test_the_config_is_read_and_runs_at_three_strengths():
+    config = flags.parse(SentimentConfig, ["--config", str(CONFIG)])
+    own = config.sentiment
+    assert [len(some) for some in (own.kl_coefs, own.kl_targets, own.grpo_kl_coefs, own.dpo_betas)] == [3, 3, 3, 3]
+    assert config.text.bucket_multiple == own.longest_prompt + 1 + config.rl.max_new_tokens
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "no model: give --model"),
+        (["--model", "x", "--reward", "count:e"], "leave them out"),
+        (["--model", "x", "--data", "demo"], "leave them out"),
+        (["--sentiment.best-of", "6"], "best_of must be a power of 2, got 6"),
+        (["--sentiment.longest-prompt", "7"], "longest_prompt must be at least 8, got 7"),
+        (["--sentiment.samples", "1"], "samples must be at least 2, got 1"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_refusals(given, message, tmp_path):
+    with pytest.raises(UserError, match="^[^\n]*" + re.escape(message)):
+        run_job(
+            flags.parse(SentimentConfig, ["--config", str(CONFIG), "--output-dir", str(tmp_path / "x"), *given]),
+            lambda prompts, responses: [0.0] * len(responses),
+        )
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def tiny_llama(folder):
+    """stories260K.bin and tok512.bin of random weights; words are letters, which most of its tokens are."""
+    width, inner, layers, heads, kv_heads, length = 16, 24, 1, 2, 1, 32
+    pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % i for i in range(256))]
+    pieces += [b" " + letter.encode() for letter in LETTERS]
+    vocabulary, random = len(pieces), np.random.default_rng(0)
+    shapes = [
+        *((vocabulary, width), (layers, width), (layers, width, width), (layers, 8, width), (layers, 8, width)),
+        *((layers, width, width), (layers, width), (layers, inner, width), (layers, width, inner)),
+        *((layers, inner, width), (width,)),
+    ]
+    weights = [0.3 * random.standard_normal(shape) for shape in shapes]
+    weights[0][259:] *= 8
+    header = struct.pack("<7i", width, inner, layers, heads, kv_heads, vocabulary, length)
+    (folder / "stories260K.bin").write_bytes(header + b"".join(w.astype("<f4").tobytes() for w in weights))
+    entries = (struct.pack("<fi", 0.0, len(piece)) + piece for piece in pieces)
+    (folder / "tok512.bin").write_bytes(struct.pack("<i", 7) + b"".join(entries))
+
+
+SMALL = (
+    *("--sentiment.num-prompts", 16, "--sentiment.num-heldout", 8, "--sentiment.best-of", 4),
+    *("--sentiment.shortest-prompt", 2, "--sentiment.longest-prompt", 3, "--sentiment.samples", 4),
+    *("--sentiment.kl-coefs", 0.01, "--sentiment.kl-targets", 1, "--sentiment.grpo-kl-coefs", 0.01),
+    *("--sentiment.dpo-betas", 0.1, "--rl.num-iterations", 12, "--rl.batch-size", 64, "--rl.max-new-tokens", 6),
+    *("--rl.optimizer.learning-rate", 0.03, "--dpo.batch-size", 16, "--dpo.optimizer.learning-rate", 0.03),
+    *("--rl.validation-interval", 6, "--rl.validation-prompts", 8, "--text.bucket-multiple", 10),
+)
+
+
+@pytest.mark.slow
+def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tmp_path):
+    tiny_llama(tmp_path)
+    lexicon, folder = tmp_path / "lexicon.txt", tmp_path / "run"
+    lexicon.write_text("".join(f"{letter}\t{3 if letter < 'n' else -3}\n" for letter in LETTERS), "utf-8")
+    given = ("--model", tmp_path, "--lexicon", lexicon, "--output-dir", folder, *SMALL)
+    run("sentiment", *given)
+    names = ["ppo_fixed_0.01", "ppo_adaptive_1", "rloo_0.01", "grpo_0.01", "dpo_0.1"]
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    base, *points = summary["points"]
+    assert base["method"] == "base"
+    assert [point["method"] for point in points] == [
+        *("PPO, fixed KL", "PPO, adaptive KL", "RLOO", "GRPO", "DPO", "best of n", "best of n")
+    ]
+    assert all(point["KL"] > 0 for point in points)
+    assert {point["method"] for point in points if point["score"] > base["score"] + 0.1} >= {"RLOO", "PPO, fixed KL"}
+    files = [folder / "data" / name for name in ("train.jsonl", "heldout.jsonl")]
+    train, heldout = ({row.prompt for row in readers.read_prompts(str(path)).rows} for path in files)
+    assert (len(train), len(heldout), train & heldout) == (16, 8, set())
+    assert {prompt[0] for prompt in train | heldout} == {1}
+    assert {len(prompt) for prompt in train | heldout} == {3, 4}
+    for name in names[:4]:
+        assert {row["step"] for row in rows(folder / name) if "validation/score" in row} == {0, 6, 12}
+    fixed, adaptive = ([row["kl/coef"] for row in rows(folder / name) if "kl/coef" in row] for name in names[:2])
+    assert fixed == pytest.approx([0.01] * 12)
+    assert len(set(adaptive)) > 1
+    assert ET.parse(folder / "score_kl.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    html = (folder / "report.html").read_text("utf-8")
+    assert all(point["method"] in html for point in summary["points"])
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(DATA is None, reason="RLHF_JAX_DATA names no folder of public data files")
+def test_the_real_model_and_lexicon(tmp_path):
+    data, folder = Path(str(DATA)), tmp_path / "run"
+    given = ("--model", data / "stories260k", "--lexicon", data / "vader" / "vader_lexicon.txt", "--output-dir", folder)
+    run("sentiment", *given)
+    text = (folder / "summary.json").read_text("utf-8")
+    points = json.loads(text)["points"]
+    base = points[0]
+    for method in {point["method"] for point in points[1:]}:
+        ordered = sorted((p for p in points if p["method"] == method), key=lambda point: point["KL"])
+        assert ordered[0]["score"] > base["score"]
+        assert ordered[-1]["score"] > ordered[0]["score"]
+    again = run("sentiment", *given, check=False)
+    assert (again.returncode, "--resume" in again.stderr) == (2, True)
+    done = run("sentiment", *given, "--resume")
+    assert done.stdout.count("finished already") == 15
+    assert (folder / "summary.json").read_text("utf-8") == text
