@@ -152,7 +152,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.soak)]
+)
 def test_a_signal_stops_with_its_code_and_the_command_that_resumes(number, code, tmp_path):
     longer = (*TINY, "--rl.num-iterations", "60", "--checkpoint-interval", "1000")
     folder = tmp_path / "run"
