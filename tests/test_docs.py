@@ -30,7 +30,11 @@ BLOCK = re.compile(r"^```(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 KEY = re.compile(r"^\| `([a-z0-9_.]+)` \| `([^`]*)` \|", re.MULTILINE)
 
-RUN_BY_TEST_SCRIPTS = {f"python experiments/{name}.py --config configs/tiny.yaml" for name in ("sft", "dpo", "ppo")}
+RUN_BY_TEST_SCRIPTS = {
+    *(f"python experiments/{name}.py --config configs/tiny.yaml" for name in ("sft", "dpo", "ppo")),
+    "python experiments/pipeline.py --config configs/tiny.yaml --output-dir runs/tiny",
+    "rlhf-jax report runs/tiny",
+}
 # What README says that this test does not run.
 NOT_RUN = {
     "pip install": "changes the environment; .ci/run starts with these commands",
