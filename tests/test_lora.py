@@ -160,6 +160,7 @@ def step(model, optimizer):
     return jax.jit(update), Demonstrations(tokens=TOKENS, attention_mask=ones, response_mask=ones.at[:, :3].set(0))
 
 
+@pytest.mark.slow
 def test_a_step_trains_adapters_and_heads_alone_and_reads_a_frozen_base_in_its_own_dtype():
     model = models.build(GPT2)
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.init(jax.random.key(0)))
@@ -179,6 +180,7 @@ def test_a_step_trains_adapters_and_heads_alone_and_reads_a_frozen_base_in_its_o
     assert (state.params["h_0"]["attn"]["c_attn"]["lora_scale"] == 1.0).all()
 
 
+@pytest.mark.slow
 def test_a_step_needs_less_than_half_again_the_memory_of_the_weights():
     config = models.GPT2Config(vocab_size=512, max_length=16, hidden_size=192, num_layers=3, num_heads=4)
     model = models.build(config)

@@ -41,6 +41,7 @@ def config(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
     folder = training.rl.run(config, vpg).folder
     # By prompt, not by order: the characters f and b are in this file alone, and the tokenizer has them.

@@ -161,7 +161,7 @@ def test_a_finished_run_says_so_and_another_config_is_refused(config, capsys):
         pytest.param(training.reward_model.run, id="reward_model", marks=pytest.mark.slow),
         pytest.param(training.dpo.run, id="dpo", marks=pytest.mark.soak),
         pytest.param(run_vpg, id="vpg", marks=pytest.mark.soak),
-        pytest.param(run_ppo, id="ppo"),
+        pytest.param(run_ppo, id="ppo", marks=pytest.mark.slow),
     ],
 )
 def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
@@ -218,6 +218,7 @@ def test_reward_models_are_normalised_over_samples_of_the_base_policy(config, tm
     assert abs(std - 1) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_a_signal_finishes_the_step_and_saves(number, config, tmp_path, monkeypatch):
     straight = run_vpg(config)
