@@ -37,7 +37,7 @@ TINY = ("--config", ROOT / "configs" / "tiny.yaml")
     ("script", "steps"),
     [
         pytest.param("sft", 30, marks=pytest.mark.slow),
-        pytest.param("reward_model", 43, marks=pytest.mark.slow),
+        pytest.param("reward_model", 43, marks=pytest.mark.soak),
         pytest.param("dpo", 43, marks=pytest.mark.slow),
         ("ppo", 10),
     ],
