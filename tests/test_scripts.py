@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax import cli
 from rlhf_jax.devices import nvidia_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +84,8 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
     folder = tmp_path / "run"
     run("pipeline", *TINY, "--output-dir", folder)
     manifests = {name: json.loads((folder / name / "manifest.json").read_text()) for name in ("reward_model", "ppo")}
+    assert not cli.run(["report", str(folder)])
+    assert (folder / "stages.html").is_file()
     assert "model" in manifests["reward_model"]["data"]
     assert {"model", f"reward {folder / 'reward_model' / 'model'}"} <= manifests["ppo"]["data"].keys()
     done = run("pipeline", *TINY, "--output-dir", folder, check=False)
@@ -97,11 +100,11 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
     ("flags", "message"),
     [
         (["--data", "missing.json"], "missing.json"),
-        (["--reward"], "--reward"),
+        pytest.param(["--reward"], "--reward", marks=pytest.mark.slow),
         (["--reward", "count:the cat"], "tokens"),
-        (["--rl.top-k", "5"], "allow_truncated_sampling"),
-        (["--rl.max-new-tokens", "200"], "max_new_tokens"),
-        (["--model", "no/such/folder"], "no/such/folder"),
+        pytest.param(["--rl.top-k", "5"], "allow_truncated_sampling", marks=pytest.mark.slow),
+        pytest.param(["--rl.max-new-tokens", "200"], "max_new_tokens", marks=pytest.mark.slow),
+        pytest.param(["--model", "no/such/folder"], "no/such/folder", marks=pytest.mark.slow),
         (["--device", "tpu"], "--device tpu: JAX finds no such device here"),
         pytest.param(
             ["--device", "gpu"],
@@ -152,7 +155,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.soak)]
+)
 def test_a_signal_stops_with_its_code_and_the_command_that_resumes(number, code, tmp_path):
     longer = (*TINY, "--rl.num-iterations", "60", "--checkpoint-interval", "1000")
     folder = tmp_path / "run"

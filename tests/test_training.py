@@ -87,7 +87,7 @@ STAGES = pytest.mark.parametrize(
     "run",
     [
         pytest.param(training.sft.run, id="sft", marks=pytest.mark.slow),
-        pytest.param(training.reward_model.run, id="reward_model"),
+        pytest.param(training.reward_model.run, id="reward_model", marks=pytest.mark.slow),
         pytest.param(training.dpo.run, id="dpo", marks=pytest.mark.soak),
         pytest.param(run_vpg, id="vpg", marks=pytest.mark.soak),
         pytest.param(run_ppo, id="ppo"),
@@ -218,7 +218,7 @@ def test_reward_models_are_normalised_over_samples_of_the_base_policy(config, tm
     assert abs(std - 1) > 0.01
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_a_signal_finishes_the_step_and_saves(number, config, tmp_path, monkeypatch):
     straight = run_vpg(config)
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"), checkpoint_interval=100)

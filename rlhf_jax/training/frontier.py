@@ -1,8 +1,11 @@
 """Score against KL: what a policy earns for how far it has gone from the base model, the same for every algorithm.
 
-bench = frontier.Bench(model, params, tokenizer, tokens, attention_mask, sampling_config, key, score, samples=4)
-measure = frontier.measurement(bench)
-points = [measure(params, "base"), measure(trained, "PPO", "KL coefficient 0.05"), *frontier.best_of_n(bench, 64)[0]]
+    bench = frontier.Bench(model, params, tokenizer, tokens, attention_mask, sampling_config, key, score, samples=4)
+    measure = frontier.measurement(bench)
+    best, _ = frontier.best_of_n(bench, 64)
+    points = [measure(params, "base"), measure(trained, "PPO", "KL coefficient 0.05")] + best
+
+Nothing here trains.
 """
 
 import functools

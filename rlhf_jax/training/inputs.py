@@ -27,10 +27,11 @@ READERS: dict[Kind, Callable[..., readers.ReadResult[Any]]] = {
     "comparisons": readers.read_comparisons,
     "prompts": readers.read_prompts,
 }
-# What `--data NAME` generates instead of reading it: the corpus's write(folder, seed), and the kinds that it has.
-GENERATED: dict[str, tuple[Callable[..., None], tuple[Kind, ...]]] = {
-    "demo": (demo.write, tuple(FILES)),
-    "arithmetic": (arithmetic.write, ("prompts",)),
+_WITHOUT_PAIRS = functools.partial(demo.write, num_pairs=0, num_heldout_pairs=0)  # they take the longest
+# What `--data NAME` generates instead of reading it: the corpus's write(folder, seed) for each of the kinds it has.
+GENERATED: dict[str, dict[Kind, Callable[..., None]]] = {
+    "demo": {"demonstrations": _WITHOUT_PAIRS, "comparisons": demo.write, "prompts": _WITHOUT_PAIRS},
+    "arithmetic": {"prompts": arithmetic.write},
 }
 
 
@@ -64,13 +65,13 @@ def read(
 
 
 def _generated(name: str, kind: Kind, data: tuple[str, ...], seed: int) -> readers.ReadResult[Any]:
-    write, kinds = GENERATED[name]
+    kinds = GENERATED[name]
     if len(data) > 1:
         raise UserError(f"--data {' '.join(data)}: `{name}` cannot be mixed with files")
     if kind not in kinds:
         raise UserError(f"--data {name}: this generated corpus has {' and '.join(kinds)} alone, and {kind} are needed")
     with tempfile.TemporaryDirectory() as folder:
-        write(folder, seed=seed)
+        kinds[kind](folder, seed=seed)
         result = READERS[kind](str(Path(folder) / FILES[kind]))
     # The temporary folder's name must reach neither the manifest nor a comparison on resume.
     fingerprint = next(iter(result.fingerprints.values()))
