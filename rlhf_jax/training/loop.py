@@ -10,6 +10,7 @@ from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.data.batches import ABSENT
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.tracking import Tracker
+from rlhf_jax.training import checks
 from rlhf_jax.training.signals import resume_command, stop_requests
 from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import Metrics
@@ -68,7 +69,7 @@ def train(
         tracker = Tracker(
             stage.run, total=num_steps, resume_step=first if stage.run.resumed else None, label=stage.name, show=show
         )
-        with tracker, stop_requests() as stop:
+        with tracker, stop_requests() as stop, checks.explains_memory(config, stage.name, state):
 
             def save(step: int) -> None:
                 tracker.sync()
