@@ -6,12 +6,17 @@
 
 A state is any pytree of arrays, typed PRNG keys included. Each array is stored under its path ("params/wte/embedding").
 Orbax notices neither flipped bits nor a target of another dtype, so both are checked here. A step's folder appears
-under its number by one rename after all was written: a killed save leaves the earlier steps as they were.
+under its number by one rename after all was written, and leaves by one before it is deleted: a kill leaves the other
+steps as they were. Orbax's own retention is not used: it can drop the newest step for a better one, and lets NaN be
+the best.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -45,17 +50,37 @@ def steps(directory: str | Path) -> list[int]:
 class Checkpoints:
     """The checkpoints in one folder, a numbered subfolder per step; one process writes at a time."""
 
-    def __init__(self, directory: str | Path, keep_last: int = 2):
+    def __init__(
+        self, directory: str | Path, keep_last: int = 2, *, keep_best: str | None = None, asynchronous: bool = False
+    ):
+        """Makes the folder where needed.
+
+        Args:
+          directory: the folder.
+          keep_last: how many of the newest steps retention leaves.
+          keep_best: ``max:NAME`` or ``min:NAME``: retention also leaves the step whose ``meta["metrics"][NAME]`` is the
+            highest or lowest.
+          asynchronous: ``save`` returns once the state is copied to the host and its checksums are known; a thread
+            writes it.
+
+        Raises:
+          ValueError: ``keep_last`` below 1; ``keep_best`` of another form.
+        """
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+        self._keep_last = keep_last
+        how, _, self._best_metric = (keep_best or "max:").partition(":")
+        if how not in ("max", "min") or (keep_best and not self._best_metric):
+            raise ValueError(f"keep_best must be max:METRIC or min:METRIC, got {keep_best!r}")
+        self._best_sign = 1 if how == "max" else -1
         self._directory = Path(directory).absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._asynchronous = asynchronous
+        self._pending: int | None = None
         self._damaged: set[int] = set()
-        # A kill inside Orbax's own deletion leaves a step listed but broken; renaming it to the trash first does not.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last, todelete_subdir="trash", enable_async_checkpointing=False
-        )
-        with _quiet():
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_quiet())
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -63,34 +88,62 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            warnings.warn(str(failure), stacklevel=2)  # what is being raised already says more
 
     def close(self) -> None:
-        """Frees Orbax's threads. The checkpoints stay."""
-        with _quiet():
-            self._manager.close()
+        """Waits as ``wait`` does and frees Orbax's threads. The checkpoints stay."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+            self._quiet.close()
 
     def steps(self) -> list[int]:
-        """The steps on disk, oldest first. A killed save is not among them."""
+        """The steps on disk, oldest first. A killed save is not among them, nor one that is still being written."""
         return steps(self._directory)
 
     def latest(self) -> int | None:
         """The newest step on disk, if any."""
         return max(self.steps(), default=None)
 
+    def best(self) -> int | None:
+        """The step on disk with the best metric of ``keep_best``, the earlier of equals; None without one.
+
+        A metric that is not finite is never the best.
+        """
+        if not self._best_metric:
+            return None
+        values = {}
+        for step in self.steps():
+            with contextlib.suppress(CheckpointError):
+                value = self._record(step)["meta"].get("metrics", {}).get(self._best_metric, math.nan)
+                if math.isfinite(value):
+                    values[step] = self._best_sign * value
+        return max(values, key=lambda step: (values[step], -step), default=None)
+
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Writes one checkpoint, returns when it is complete, then deletes those beyond ``keep_last``.
+        """Writes one checkpoint, then deletes those that are to be kept no longer.
+
+        Returns when it is complete; of ``asynchronous`` checkpoints only the one before is, see :meth:`wait`.
 
         Args:
           step: higher than every step on disk, save those that ``restore`` found damaged: these are put aside, renamed
             to ``damaged-STEP``.
-          state: pytree of jax or NumPy arrays, every one of which this process can read whole.
+          state: pytree of jax or NumPy arrays, every one of which this process can read whole. The caller may donate or
+            overwrite them as soon as this returns.
           meta: JSON values; comes back from ``restore`` (tuples as lists).
 
         Raises:
           ValueError: ``step`` is not higher than the newest one; a leaf is no array; two leaves have the same path.
           TypeError: ``meta`` is no JSON.
+          CheckpointError: it could not be written, for example to a full disk. The earlier ones are as they were.
         """
+        self.wait()
         for damaged in sorted(self._damaged):
             self._put_aside(damaged)
         latest = self.latest()
@@ -103,13 +156,50 @@ class Checkpoints:
             state=ocp.args.StandardSave({path: array for path, array in arrays.items() if array.size}),
             record=ocp.args.JsonSave({"record": record, "sha256": hashlib.sha256(record.encode()).hexdigest()}),
         )
-        for leftover in self._directory.glob("*.orbax-checkpoint-tmp*"):  # of a killed save
-            shutil.rmtree(leftover)
-        with _quiet():
-            saved = self._manager.save(step, args=items)
-        if not saved:
-            raise CheckpointError(f"step {step} was not saved in {self._directory}")
-        shutil.rmtree(self._directory / "trash", ignore_errors=True)  # Orbax never empties it
+        self._clean()
+        try:
+            self._checkpointer.save(self._directory / str(step), args=items)
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._pending = step
+        if not self._asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the save that is under way, if any, is complete and those to be kept no longer are deleted.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        try:
+            self._checkpointer.wait_until_finished()
+        except Exception as error:
+            raise self._failed(step, error) from error
+        present = self.steps()
+        trash = self._directory / _TRASH
+        for old in set(present[: -self._keep_last]) - {self.best()}:
+            trash.mkdir(exist_ok=True)
+            (self._directory / str(old)).rename(trash / str(old))
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def _clean(self) -> None:
+        """Removes what a killed or failed save, or a killed deletion, has left."""
+        for leftover in [*self._directory.glob("*.orbax-checkpoint-tmp*"), self._directory / _TRASH]:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _failed(self, step: int, error: Exception) -> CheckpointError:
+        self._clean()  # may be what fills the disk
+        latest = self.latest()
+        full = os.strerror(errno.ENOSPC)  # which TensorStore says at the end of a long message
+        why = full if full in str(error) else _first_line(error)
+        last = "there is no earlier checkpoint" if latest is None else f"the last good checkpoint is step {latest}"
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self._directory} ({why}); {last}. "
+            "Make room if the disk is full, then go on with --resume"
+        )
 
     def restore(self, target: T, step: int | None = None) -> tuple[T, dict[str, Any]]:
         """Reads a checkpoint back, bit for bit, and verifies every array.
@@ -126,6 +216,7 @@ class Checkpoints:
           CheckpointError: no such step, or it is damaged; without ``step``: no good one is left.
           UserError: the checkpoint holds other arrays, shapes or dtypes than ``target``.
         """
+        self.wait()
         if step is not None:
             return self._restore(target, step)
         present = self.steps()
@@ -146,28 +237,22 @@ class Checkpoints:
                     stacklevel=2,
                 )
             return result
-        raise CheckpointError(f"no good checkpoint is left in {self._directory}: {'; '.join(errors)}")
+        raise CheckpointError(
+            f"no good checkpoint is left in {self._directory}: {'; '.join(errors)}. Start again with --overwrite"
+        )
 
     def _restore(self, target: T, step: int) -> tuple[T, dict[str, Any]]:
-        where = f"checkpoint step {step} in {self._directory}"
+        where = self._where(step)
         if step not in self.steps():
             raise CheckpointError(f"{where} does not exist; there are {self.steps()}")
-        try:
-            with _quiet():
-                item = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-            text = item["record"]
-            intact = hashlib.sha256(text.encode()).hexdigest() == item["sha256"]
-        except Exception as error:
-            raise CheckpointError(f"{where} is damaged: its record cannot be read ({_first_line(error)})") from error
-        if not intact:
-            raise CheckpointError(f"{where} is damaged: its record does not match its checksum")
-        record = json.loads(text)
+        record = self._record(step)
         leaves = _leaves(target)
         _compare(record["leaves"], leaves, where)
         specs = {path: _spec(leaf) for path, leaf in leaves.items() if record["leaves"][path]["sha256"] != _EMPTY}
         try:
-            with _quiet():
-                arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(specs)))
+            arrays = self._checkpointer.restore(
+                self._directory / str(step), args=ocp.args.Composite(state=ocp.args.StandardRestore(specs))
+            )
         except (MemoryError, jax.errors.JaxRuntimeError):  # too little memory is no damage
             raise
         except Exception as error:
@@ -180,15 +265,30 @@ class Checkpoints:
             values.append(_place(value, leaf))
         return jax.tree.unflatten(jax.tree.structure(target), values), record["meta"]
 
+    def _where(self, step: int) -> str:
+        return f"checkpoint step {step} in {self._directory}"
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays: their checksums and ``meta``."""
+        try:
+            item = json.loads((self._directory / str(step) / "record" / "metadata").read_text("utf-8"))
+            text = item["record"]
+            intact = hashlib.sha256(text.encode()).hexdigest() == item["sha256"]
+        except Exception as error:
+            message = f"{self._where(step)} is damaged: its record cannot be read ({_first_line(error)})"
+            raise CheckpointError(message) from error
+        if not intact:
+            raise CheckpointError(f"{self._where(step)} is damaged: its record does not match its checksum")
+        return json.loads(text)
+
     def _put_aside(self, step: int) -> None:
         aside = self._directory / f"damaged-{step}"
         shutil.rmtree(aside, ignore_errors=True)
         (self._directory / str(step)).rename(aside)
-        with _quiet():
-            self._manager.reload()
         self._damaged.discard(step)
 
 
+_TRASH = "trash"  # where a step is renamed to before it is deleted
 _EMPTY = "empty"  # in place of a checksum: Orbax cannot store arrays without elements
 
 

@@ -293,10 +293,17 @@ class RunConfig:
     """Continue the run in output_dir, bit for bit."""
     overwrite: bool = False
     """Replace the run in output_dir."""
+    allow_changed: tuple[str, ...] = ()
+    """With --resume: settings that may differ from the run's, such as rl.num_iterations or data (its files too)."""
     checkpoint_interval: int = 50
     """Steps (supervised) or iterations (RL) between checkpoints."""
+    checkpoint_async: bool = False
+    """Go on training while a checkpoint is written; needs memory for a copy of the state on the host."""
     keep_last: int = 2
     """Checkpoints kept."""
+    keep_best: str | None = None
+    """max:METRIC or min:METRIC, a metric of the validations such as max:validation/score: each validation is then
+    saved too, the best one is kept, and model/ is made from it."""
     network: Network = Network()
     compute: Compute = Compute()
     lora: LoRA = LoRA()
@@ -314,5 +321,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "checkpoint_interval", "keep_last")
         _at_least(self, 0, "seed")
+        if self.keep_best is not None and not re.fullmatch("(max|min):.+", self.keep_best):
+            raise ValueError(f"keep_best must be max:METRIC or min:METRIC, got {self.keep_best!r}")
         if self.lora.rank and self.model is None:
             raise ValueError("lora.rank adapts a trained model: give --model, or leave it out to train every weight")

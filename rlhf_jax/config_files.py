@@ -36,7 +36,7 @@ def read(config_class: type, file: Path) -> Values:
         raise UserError(f"{file}: cannot be read (given by --config): {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}, line {line}: not UTF-8; save the file in the encoding UTF-8") from None
+        raise UserError(f"{file}, line {line}: not UTF-8, which is expected; save the file in that encoding") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -45,6 +45,8 @@ def read(config_class: type, file: Path) -> Values:
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise UserError(f"{file}, line {line}: not valid YAML: character {error.character!r} is not allowed") from None
+    except (ValueError, OverflowError) as error:  # "\UFFFFFFFF", which is no character
+        raise UserError(f"{file}: not valid YAML: {error}") from None
     except RecursionError:
         raise UserError(f"{file}: not valid YAML: nested too deeply") from None
     if node is None:
@@ -144,7 +146,7 @@ def _convert(node: yaml.Node, kind: Any) -> Any:
 def _scalar(node: yaml.ScalarNode) -> Any:
     try:
         return yaml.SafeLoader("").construct_object(node)
-    except (yaml.YAMLError, ValueError):  # an unknown !tag, or a date such as 2020-99-99
+    except Exception:  # an unknown !tag, a date such as 2020-99-99; KeyError for !!bool maybe; and so on
         raise _MismatchError(node) from None
 
 

@@ -24,7 +24,16 @@ from rlhf_jax.errors import UserError
 STRINGS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 TEXTS = ("prompt", "response", "chosen", "rejected")  # columns of samples.jsonl that a model may fill with "NaN"
 # Settings that change no number of a run, and the seed: runs that differ in nothing else are one group.
-FREE_SETTINGS = ("seed", "output_dir", "resume", "overwrite", "checkpoint_interval", "keep_last")
+FREE_SETTINGS = (
+    "seed",
+    "output_dir",
+    "resume",
+    "overwrite",
+    "checkpoint_interval",
+    "checkpoint_async",
+    "keep_last",
+    "allow_changed",
+)
 STAGES = ("sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo")  # each reads the section of its name
 POLICIES = ("vpg", "ppo", "rloo", "grpo")
 

@@ -10,6 +10,7 @@ result as a Hugging Face folder, ``report.html`` the figures.
 """
 
 import dataclasses
+import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -235,8 +236,11 @@ def write_manifest(
     data_fingerprints: Mapping[str, str],
     command: Sequence[str] | None = None,
     extra: Mapping[str, Any] | None = None,
+    changed: Sequence[str] = (),
 ) -> None:
     """Writes ``manifest.json``; a resumed run keeps its first one and adds this start to its list ``resumed``.
+
+    Says so where a resumed run has other devices or versions than before, on which its bits depend.
 
     Args:
       run: the run.
@@ -244,6 +248,7 @@ def write_manifest(
       data_fingerprints: {file as the user named it: :func:`fingerprint`}.
       command: the command that reproduces the run; by default this process's own.
       extra: further JSON values, kept under their keys.
+      changed: what differs from the run that is resumed; seed and fingerprints are then the new ones.
     """
     start: dict[str, Any] = {
         "command": shlex.join(command if command is not None else ["python", *sys.argv]),
@@ -255,52 +260,106 @@ def write_manifest(
     manifest = start | {"seed": seed, "data": dict(data_fingerprints)} | dict(extra or {})
     if run.resumed:
         manifest = _read_manifest(run)
-        manifest["resumed"] = [*manifest.get("resumed", []), start]
+        starts = manifest.get("resumed", [])
+        before, after = (
+            _dotted({key: here.get(key) for key in ("backend", "devices", "versions")})
+            for here in ((starts or [manifest])[-1], start)
+        )
+        if differences := list(_differences(before, after).values()):
+            print(
+                f"--resume: {'; '.join(differences)}. The run goes on, but is no longer bit for bit what it would have "
+                "been without the stop",
+                flush=True,
+            )
+        if changed:
+            manifest |= {"seed": seed, "data": dict(data_fingerprints)}
+            start["changed"] = list(changed)
+        manifest["resumed"] = [*starts, start]
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_unchanged(
-    run: Run, *, config: str, data_fingerprints: Mapping[str, str], may_change: Iterable[str] = ()
-) -> None:
-    """Refuses to resume a run as something else.
+    run: Run,
+    *,
+    config: str,
+    data_fingerprints: Mapping[str, str],
+    may_change: Sequence[str] = (),
+    allowed: Sequence[str] = (),
+    fixed: Sequence[str] = (),
+) -> list[str]:
+    """Refuses to resume a run as something else, and says what differs and was allowed to.
 
     Args:
       run: a run with ``resumed`` set; for any other there is nothing to compare.
       config: the new configuration as ``flags.to_yaml`` writes it.
       data_fingerprints: those of the data as it is now.
-      may_change: dotted keys, or sections, that may differ.
+      may_change: dotted keys, or sections, that may differ without a word.
+      allowed: those that the user lets differ. ``data``, of any section, stands for the contents of all data files too,
+        ``reward`` for those of the rewards.
+      fixed: those that must not differ even so, since the state would be unreadable or its tokens mean something else.
+
+    Returns:
+      What differs and was allowed to, a sentence each.
 
     Raises:
-      UserError: lists the keys with both values, and the data that differs.
+      UserError: lists the keys with both values, and the data that differs; a key of ``allowed`` is no setting.
     """
+    after = _dotted(yaml.safe_load(config))
+    allowed = [key.replace("-", "_") for key in allowed]
+    for key in allowed:
+        if not any(_within(setting, [key]) for setting in after):
+            near = difflib.get_close_matches(key, after, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"--allow-changed {key}: there is no such setting{hint}")
     if not run.resumed:
-        return
+        return []
     try:
-        stored = yaml.safe_load(run.config.read_text("utf-8"))
+        before = _dotted(yaml.safe_load(run.config.read_text("utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--resume: {run.config} cannot be read: {error}") from None
-    before, after = _dotted(stored), _dotted(yaml.safe_load(config))
-    allowed = tuple(may_change)
-    problems = []
-    for key in [*before, *(key for key in after if key not in before)]:
-        if any(key == name or key.startswith(f"{name}.") for name in allowed):
-            continue
-        old, new = (repr(side[key]) if key in side else "not set" for side in (before, after))
-        if old != new:
-            problems.append(f"{key} was {old} and is now {new}")
+    found = [(key, text) for key, text in _differences(before, after).items() if not _within(key, may_change)]
+    if any(key.rpartition(".")[2] in ("data", "validation_data") for key in allowed):
+        allowed.append("data")
     data = _read_manifest(run).get("data", {})
     for name in [*data, *(name for name in data_fingerprints if name not in data)]:
+        kind = name.split(" ")[0] if name in ("model", "tokenizer") or name.startswith("reward ") else "data"
         if name not in data_fingerprints:
-            problems.append(f"the data {name} is not used any more")
+            found.append((kind, f"the data {name} is not used any more"))
         elif name not in data:
-            problems.append(f"the data {name} was not used before")
+            found.append((kind, f"the data {name} was not used before"))
         elif data[name] != data_fingerprints[name]:
-            problems.append(f"the data {name} has changed")
+            found.append((kind, f"the data {name} has changed"))
+    problems = [text for key, text in found if _within(key, fixed) or not _within(key, allowed)]
     if problems:
+        never = [key for key, _ in found if _within(key, fixed) and _within(key, allowed)]
         raise UserError(
             f"--resume: {run.path} is another run: {'; '.join(problems)}. Undo this, or start a new run with another "
             "--output-dir"
+            + (
+                f"; --allow-changed cannot help with {', '.join(never)}"
+                if never
+                else ", or name what may differ with --allow-changed"
+            )
         )
+    changed = [text for _, text in found]
+    if changed:
+        print(f"--resume: goes on as another run than it began: {'; '.join(changed)}", flush=True)
+    return changed
+
+
+def _within(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of the names or below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+    """{key: what it was and what it is now} of the keys whose values are not the same."""
+    found = {}
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = (repr(side[key]) if key in side else "not set" for side in (before, after))
+        if old != new:
+            found[key] = f"{key} was {old} and is now {new}"
+    return found
 
 
 def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:

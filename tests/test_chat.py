@@ -1,6 +1,7 @@
 """Messages as prompts and responses, by chat templates that may do nothing but write text."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_messages_as_pairs(write):
     assert result.kept == len(forms)
     assert result.dropped == {
         "dialogues differ before the last response": 1,
-        "chosen and rejected are equal": 1,
+        "chosen and rejected are identical": 1,
     }
     assert [row.prompt for row in readers.read_prompts(write(forms)).rows] == ["User:\nhi\n\nAssistant:\n"]
     ranked = write([{"prompt": [USER], "responses": ["a", "b"], "best": 0}])
@@ -121,8 +122,44 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
         ("{{ messages.__class__.__mro__ }}", "line 1: the chat template failed: SecurityError"),
         ("{{ messages.append(1) }}", "line 1: the chat template failed: SecurityError"),
         ("{{ 1 // 0 }}", "line 1: the chat template failed: ZeroDivisionError"),
+        ("{{ ''.__class__.__base__.__subclasses__() }}", "line 1: the chat template failed: SecurityError"),
+        ("{{ raise_exception.__globals__['os'] }}", "line 1: the chat template failed: SecurityError"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "line 1: the chat template failed: SecurityError"),
+        ("{{ '{0.__class__.__mro__}'.format(messages) }}", "line 1: the chat template failed: SecurityError"),
+        ("{{ ('{0.__class__.__mro__}' | attr('format'))(1) }}", "line 1: the chat template failed: SecurityError"),
+        ("{% include '/etc/hostname' %}", "line 1: the chat template failed: TypeError: no loader"),
+        ("{% import 'os' as os %}", "line 1: the chat template failed: TypeError: no loader"),
+        ("{{ range(10 ** 9) }}", "line 1: the chat template failed: SecurityError: .* is not allowed"),
+        ("{{ range(1000000000) | list }}", "line 1: the chat template failed: OverflowError: Range too big"),
+        ("{{ 9 ** 9 ** 9 }}", "line 1: the chat template failed: SecurityError: .* is not allowed"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "line 1: the chat template failed: RecursionError"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "line 1: the chat template failed: "),
     ],
 )
 def test_a_template_that_fails_or_reaches_out_names_the_row(write, source, message):
     with pytest.raises(UserError, match=message):
         readers.read_demonstrations(write([{"messages": [USER, ANSWER]}]), chat.ChatTemplate(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    ],
+)
+def test_a_template_without_end_is_stopped(write, source, monkeypatch):
+    """The sandbox bounds one range, neither loops within loops nor what a macro calls."""
+    monkeypatch.setattr(chat, "SECONDS", 0.1)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UserError, match=r"line 1: the chat template failed: TimeoutError: it took more than 0\.1 sec"):
+        readers.read_demonstrations(write([{"messages": [USER, ANSWER]}]), chat.ChatTemplate(source))
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("entry", ["x", {"name": "default"}, {"template": "x"}, {"name": "default", "template": 3}])
+def test_a_list_of_templates_without_a_default_gives_the_plain_one(entry):
+    base = characters("ab")
+    tokenizer = Tokenizer(base.backend, base.pad_id, base.eos_id, {"chat_template": [entry], "bos_token": {}})
+    assert chat.template_of(tokenizer).source == chat.PLAIN

@@ -125,10 +125,10 @@ def test_repetitions_equal_responses_and_opposite_preferences(write):
     [file] = check.check([write(rows)]).files
     assert file.duplicates == check.Finding(1, ["data.jsonl, line 3 repeats line 1"])
     assert file.reversed == check.Finding(1, ["data.jsonl, line 4 prefers what line 1 rejects"])
-    assert file.dropped == {"chosen and rejected are equal": check.Finding(1, ["data.jsonl, line 2"])}
+    assert file.dropped == {"chosen and rejected are identical": check.Finding(1, ["data.jsonl, line 2"])}
     assert file.problems.count == 0
     text = preview.render(check.check(["data.jsonl"]))
-    assert "  dropped, chosen and rejected are equal: 1\n    data.jsonl, line 2\n  duplicates: 1\n" in text
+    assert "  dropped, chosen and rejected are identical: 1\n    data.jsonl, line 2\n  duplicates: 1\n" in text
 
 
 def test_what_files_share(write):
@@ -172,7 +172,7 @@ def test_preview_shows_rows_as_a_run_reads_them(write):
         "  response 1 (best):\n    | y\n  response 2:\n    | z",
         "data.jsonl, line 3\n  prompt:\n    | User:\n    | hi\n    | \n    | Assistant:\n    | \n  chosen:\n    | a\n"
         "  rejected:\n    | b",
-        "dropped before these: 1 (chosen and rejected are equal)",
+        "dropped before these: 1 (chosen and rejected are identical)",
     ]
     assert "response 1 (target 0.5):" in preview.preview(path, count=9)
     prompts = write([{"prompt": "p", "topic": "tea"}])

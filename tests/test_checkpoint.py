@@ -2,11 +2,11 @@
 
 import json
 import os
+import re
+import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import warnings
 
 import flax.struct
@@ -138,6 +138,171 @@ def test_keep_last(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "12"]
     with pytest.raises(ValueError, match="keep_last must be at least 1, got 0"):
         Checkpoints(tmp_path, keep_last=0)
+
+
+def test_an_asynchronous_save_holds_what_it_was_given(tmp_path):
+    """Though the arrays are overwritten or donated while a thread still writes them."""
+    overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    with Checkpoints(tmp_path, keep_last=2, asynchronous=True) as checkpoints:
+        for step in range(4):
+            state = {
+                "one": jax.random.normal(jax.random.key(step), (1000, 500)),
+                "spread": jax.device_put(jnp.full((8, 100_000), step), NamedSharding(mesh, P("data"))),
+                "numpy": np.full(1_000_000, step),
+                "key": jax.random.key(step),
+            }
+            checkpoints.save(step, state, {"step": step})
+            state["numpy"][:] = -1
+            for _ in range(3):
+                state["one"], state["spread"] = overwrite(state["one"]), overwrite(state["spread"])
+            assert not (tmp_path / str(step - 3)).exists()  # two at most, and the one that is being written
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3]
+        for step in (2, 3):
+            restored, meta = checkpoints.restore(state, step)
+            assert meta == {"step": step}
+            np.testing.assert_array_equal(restored["one"], jax.random.normal(jax.random.key(step), (1000, 500)))
+            np.testing.assert_array_equal(restored["spread"], step)
+            np.testing.assert_array_equal(restored["numpy"], step)
+            assert restored["key"] == jax.random.key(step)
+        checkpoints.save(4, state, {"step": 4})
+    assert checkpoint.steps(tmp_path) == [3, 4]  # closing waits
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "kept", "best"),
+    [
+        ("max:score", [1, 5, 6], 1),
+        ("min:score", [2, 5, 6], 2),
+        ("max:other", [5, 6], None),
+        (None, [5, 6], None),
+    ],
+)
+def test_the_best_step_is_kept_beside_the_newest(tmp_path, keep_best, kept, best):
+    """NaN and infinity are never the best, the first of equals is; a step without the metric takes no part."""
+    values = [1.0, 5.0, -3.0, jnp.nan, jnp.inf, 5.0, None]
+    with Checkpoints(tmp_path, keep_last=2, keep_best=keep_best) as checkpoints:
+        assert checkpoints.best() is None
+        for step, value in enumerate(values):
+            metrics = {} if value is None else {"score": float(value)}
+            checkpoints.save(step, {"a": jnp.full(3, step)}, {"metrics": metrics})
+            assert checkpoints.latest() == step
+        assert checkpoints.steps() == kept
+    with Checkpoints(tmp_path, keep_last=2, keep_best=keep_best) as checkpoints:
+        assert checkpoints.best() == best
+        np.testing.assert_array_equal(checkpoints.restore({"a": jnp.zeros(3, int)})[0]["a"], 6)
+
+
+def test_a_best_step_whose_record_is_damaged_is_none(tmp_path):
+    with Checkpoints(tmp_path, keep_last=1, keep_best="max:score") as checkpoints:
+        for step, score in enumerate([3.0, 2.0, 1.0]):
+            checkpoints.save(step, {"a": jnp.ones(2)}, {"metrics": {"score": score}})
+        assert checkpoints.steps() == [0, 2]
+        empty_record(tmp_path, 0)
+        assert checkpoints.best() == 2
+
+
+@pytest.mark.parametrize("keep_best", ["score", "max:", "best:score", "max"])
+def test_keep_best_says_which_way(tmp_path, keep_best):
+    with pytest.raises(ValueError, match="keep_best must be max:METRIC or min:METRIC"):
+        Checkpoints(tmp_path, keep_best=keep_best)
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 256 KiB, so that writing more fails in the midst of a save, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int = 1 << 18) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    yield limit
+    limit(soft)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_that_fails_leaves_the_earlier_ones(tmp_path, small_files, asynchronous, capfd):
+    def state(step):
+        return {"a": np.random.default_rng(step).random(200_000)}
+
+    with Checkpoints(tmp_path, keep_last=1, asynchronous=asynchronous) as checkpoints:
+        checkpoints.save(0, state(0), {"step": 0})
+        checkpoints.wait()
+        small_files()
+        with pytest.raises(CheckpointError, match=r"step 1 could not be written .*last good checkpoint is step 0"):  # noqa: PT012
+            checkpoints.save(1, state(1), {"step": 1})
+            checkpoints.wait()
+        assert [p.name for p in tmp_path.iterdir()] == ["0"]
+        restored, meta = checkpoints.restore(state(1))
+        assert meta == {"step": 0}
+        np.testing.assert_array_equal(restored["a"], state(0)["a"])
+        small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])  # room again
+        checkpoints.save(1, state(1), {"step": 1})
+        assert checkpoints.restore(state(0))[1] == {"step": 1}
+    output = capfd.readouterr()
+    assert output.out + output.err == ""
+
+
+def test_what_is_being_raised_goes_before_a_save_that_fails(tmp_path, small_files):
+    state = {"a": np.random.default_rng(0).random(200_000)}
+    small_files()
+
+    def save_and_fail():
+        with Checkpoints(tmp_path, asynchronous=True) as checkpoints:
+            checkpoints.save(0, state, {})
+            raise ZeroDivisionError
+
+    with (
+        pytest.warns(UserWarning, match="step 0 could not be written .*there is no earlier"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        save_and_fail()
+    with pytest.raises(CheckpointError), Checkpoints(tmp_path, asynchronous=True) as checkpoints:
+        checkpoints.save(0, state, {})
+
+
+FULL_DISK = """
+import sys, numpy as np
+from rlhf_jax import checkpoint, flags
+from rlhf_jax.checkpoint import Checkpoints
+
+def state(step):
+    return {"a": np.random.default_rng(step).random(100_000)}
+
+def main():
+    with Checkpoints(sys.argv[1], keep_last=3, asynchronous=sys.argv[2] == "True") as checkpoints:
+        for step in range(100):
+            checkpoints.save(step, state(step), {"step": step})
+
+try:
+    flags.run_script(main)
+except SystemExit as end:
+    print("code", end.code)
+steps = checkpoint.steps(sys.argv[1])
+with Checkpoints(sys.argv[1]) as checkpoints:
+    for step in steps:
+        restored, meta = checkpoints.restore(state(0), step)
+        assert meta == {"step": step}
+        np.testing.assert_array_equal(restored["a"], state(step)["a"])
+print("good", steps)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk(tmp_path, asynchronous):
+    """A tmpfs with room for two checkpoints and a half, of which three are to be kept."""
+    place = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = 'mount -t tmpfs -o size=2000k tmpfs "$0" && exec "$@"'
+    if subprocess.run([*place, mount, tmp_path, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs in a user namespace is not permitted here")
+    command = [*place, mount, tmp_path, sys.executable, "-c", FULL_DISK, tmp_path / "checkpoints", str(asynchronous)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.splitlines() == ["code 1", "good [0, 1]"], done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(r"error: the checkpoint of step 2 .*No space left.*last good checkpoint is step 1", done.stderr)
 
 
 @pytest.mark.parametrize("step", [3, 2])
@@ -314,27 +479,6 @@ with Checkpoints(sys.argv[1], keep_last=2) as checkpoints:
         checkpoints.save(step, {str(i): rng.normal(size=(100, 200)) for i in range(5)}, {"step": step})
         print(step, flush=True)
 """
-
-
-def test_a_killed_process_leaves_only_good_checkpoints(tmp_path):
-    """Killed twice at random instants of a loop that does nothing but save and delete."""
-    delays = np.random.default_rng(0).uniform(0.0, 0.1, 2)
-    target = {str(i): np.zeros((100, 200)) for i in range(5)}
-    for delay in delays:
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        process = subprocess.Popen([sys.executable, "-c", SAVER, tmp_path], stdout=subprocess.PIPE, env=environment)
-        for _ in range(3):
-            said = int(process.stdout.readline())
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        with warnings.catch_warnings(), Checkpoints(tmp_path) as checkpoints:
-            warnings.simplefilter("error")
-            assert checkpoints.latest() >= said
-            for step in checkpoints.steps():
-                state, meta = checkpoints.restore(target, step)
-                assert meta == {"step": step}
-                np.testing.assert_array_equal(state["0"], np.random.default_rng(step).normal(size=(100, 200)))
 
 
 def test_record_is_readable_json(tmp_path):

@@ -101,7 +101,7 @@ def test_ties_and_equal_texts_make_no_pair(write):
         ("x", "y", 0.5),
         ("y", "x", 0.5),
     ]
-    assert result.dropped == {"all responses are ranked equal": 1, "all responses are equal": 1}
+    assert result.dropped == {"all responses are ranked equal": 1, "all responses are identical": 1}
 
 
 def test_targets_of_each_answer(write):

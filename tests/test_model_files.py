@@ -203,7 +203,7 @@ def test_tensors_that_do_not_fit_are_named(folder):
     )
     case(
         lambda tensors: tensors.update({"transformer.ln_f.bias": np.zeros(4, np.int32)}),
-        r"transformer\.ln_f\.bias holds int32, expected floating point numbers",
+        r"transformer\.ln_f\.bias holds I32, expected floating point numbers",
     )
     case(
         lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}),
@@ -351,3 +351,45 @@ def test_params_that_do_not_fit_the_config_are_not_saved(tmp_path):
         models.save(tmp_path, model, wider)
     with pytest.raises(ValueError, match=r"ln_f/bias is nothing"):
         models.save(tmp_path, model, {name: leaf for name, leaf in params.items() if name != "ln_f"})
+
+
+def test_links_inside_a_model_folder_are_followed(folder):
+    """The hub's cache consists of them; an index, which comes with the weights, cannot name a file elsewhere."""
+    blob, weights = folder.parent / "blob", folder / "model.safetensors"
+    weights.rename(blob)
+    weights.symlink_to("../blob")
+    assert_same(models.load(folder)[1], tiny()[1])
+    blob.write_bytes(b"root:x:0:0")
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read as safetensors"):
+        models.load(folder)
+
+
+def test_types_that_numpy_lacks_are_refused_unread(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({"transformer.ln_f.bias": np.zeros(4, np.uint8)}))
+    data = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little") + len("F8_E4M3") - len("U8")
+    (folder / "model.safetensors").write_bytes(size.to_bytes(8, "little") + data[8:].replace(b'"U8"', b'"F8_E4M3"', 1))
+    with pytest.raises(UserError, match=r"ln_f\.bias holds F8_E4M3, expected .* numbers \(F16, BF16, F32, F64\)"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layer": 10**9}, r"config\.json: num_layers is 1000000000, but .*model\.safetensors holds 28 tensors only"),
+        ({"n_embd": 10**9}, r"config\.json: hidden_size is 1000000000, but .* numbers only"),
+        ({"vocab_size": 10**30}, r"config\.json: vocab_size is 1000000000"),
+        ({"n_positions": 10**9}, r"wpe\.weight has shape \[5, 4\], expected \[1000000000, 4\]"),
+        ({"layer_norm_epsilon": 10**400}, r"layer_norm_epsilon is 1000000000"),
+        ({"layer_norm_epsilon": float("nan")}, r"layer_norm_epsilon is nan"),
+        ({"reward_shift": float("inf")}, r"reward_shift is inf, expected a number"),
+        ({"architectures": 3}, None),
+    ],
+)
+def test_sizes_that_the_weights_cannot_have_are_refused_before_anything_is_made(folder, changes, message):
+    edit_config(folder, **changes)
+    if message is None:
+        assert_same(models.load(folder)[1], tiny()[1])
+        return
+    with pytest.raises(UserError, match=message):
+        models.load(folder)

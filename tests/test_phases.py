@@ -12,7 +12,7 @@ from rlhf_jax import models, rewards, sampling
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import RLStage
 from rlhf_jax.training import rl
-from rlhf_jax.training.phases import _judged_by_end
+from rlhf_jax.training.phases import _judged_by_end, _num_equal
 from rlhf_jax.types import Rollout, TrainState
 
 PROMPT_LENGTH, ROWS = 4, 8
@@ -137,6 +137,16 @@ def test_group_algorithms_go_through_the_same_iteration(algorithm, config):
     assert float(metrics["nonfinite"]) == 0.0
     assert float(metrics["grad_norm"]) > 0.0
     assert rollout.scores.shape == (ROWS,)
+    groups = np.asarray(rollout.scores).reshape(-1, config.group_size)
+    assert float(metrics["reward/equal_groups"]) == (np.ptp(groups, axis=1) == 0).sum()
+
+
+def test_groups_of_equal_scores_are_counted():
+    """Groups of two: equal, unequal, equal but for an absent row, and absent."""
+    scores = jnp.array([1.0, 1.0, 2.0, 3.0, 4.0, 9.0, 5.0, 5.0])
+    present = jnp.array([1, 1, 1, 1, 1, 0, 0, 0], bool)
+    assert float(_num_equal(scores, present, 2)) == 2.0
+    assert float(_num_equal(scores, present, 8)) == 0.0
 
 
 def test_non_finite_rewards_leave_the_loop_as_it_was():

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from rlhf_jax.data import readers
+from rlhf_jax.data import readers, sources
 from rlhf_jax.errors import UserError
 
 PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
@@ -57,9 +57,9 @@ def test_several_files_and_fingerprints_of_content(write):
 def test_equal_pairs_are_dropped_and_counted(write):
     equal = PAIR | {"rejected": "good"}
     result = readers.read_pairs(write(json.dumps([PAIR, equal, equal])))
-    assert (result.kept, result.dropped) == (1, {"chosen and rejected are equal": 2})
-    assert result.describe() == "1 rows, 2 dropped (chosen and rejected are equal)"
-    with pytest.raises(UserError, match=r"no usable row: 2 dropped \(chosen and rejected are equal\)"):
+    assert (result.kept, result.dropped) == (1, {"chosen and rejected are identical": 2})
+    assert result.describe() == "1 rows, 2 dropped (chosen and rejected are identical)"
+    with pytest.raises(UserError, match=r"no usable row: 2 dropped \(chosen and rejected are identical\)"):
         readers.read_pairs(write(json.dumps([equal, equal])))
 
 
@@ -176,3 +176,14 @@ def test_hugging_face_datasets(monkeypatch):
     assert asked == [("Some-Org/some_data", "test[:2]"), ("org/name", "train")]
     with pytest.raises(UserError, match=r"no such file, and it could not be loaded .*ConnectionError: offline"):
         readers.read_pairs("nobody/nothing")
+
+
+def test_a_gzip_bomb_stops_early(write, monkeypatch):
+    monkeypatch.setattr(sources, "_MAY_UNPACK", 1 << 21)
+    row = b'{"prompt": "a", "response": "b"}'
+    plain = b"[" + b" " * (1 << 24) + row + b"]"
+    with pytest.raises(UserError, match=r"bomb\.json: unpacks to more than 100 times its size; .* gunzip"):
+        readers.read_demonstrations(write(gzip.compress(plain), "bomb.json"))
+    assert readers.read_demonstrations(write(plain, "plain.json")).kept == 1
+    two_members = gzip.compress(b"[" + row + b",\n") + gzip.compress(row + b"]")
+    assert readers.read_demonstrations(write(two_members, "two.json.gz")).kept == 2

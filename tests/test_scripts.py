@@ -140,21 +140,6 @@ def results(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
-    longer = (*TINY, "--rl.num-iterations", "60", "--checkpoint-interval", "10")
-    run("ppo", *longer, "--output-dir", tmp_path / "straight")
-    folder = tmp_path / "killed"
-    for step in (0, 20):
-        process = start("ppo", *longer, "--output-dir", folder, *(["--resume"] if step else []))
-        wait_for(folder / "checkpoints" / str(step), process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    run("ppo", *longer, "--output-dir", folder, "--resume")
-    assert results(folder) == results(tmp_path / "straight")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.soak)]
 )

@@ -5,13 +5,17 @@ assistant turn (``add_generation_prompt``); the response is that turn's content,
 sampler puts it, and EOS ends it as it ends any response.
 
 Templates are Jinja as in Hugging Face's tokenizers. They come from files, so they run in the sandbox whose values
-cannot be changed and whose unsafe attributes cannot be reached.
+cannot be changed and whose unsafe attributes cannot be reached. It limits one ``range``, not loops within loops: those
+end after `SECONDS`. Nothing limits the memory that a template takes.
 """
 
+import contextlib
 import difflib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -30,6 +34,7 @@ from rlhf_jax.errors import UserError
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NO_RESPONSE = "dialogue without a last response"
+SECONDS = 10.0  # that a template may take for one conversation
 
 # For tokenizers without a template: "User:\nHello\n\nAssistant:\n".
 PLAIN = (
@@ -57,8 +62,10 @@ class ChatTemplate:
           UserError: naming the row (``where``) for a template that fails or contents that spell a special token.
         """
         try:
-            rendered = self._template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
-        except Exception as error:  # a template can fail in any way that an expression can
+            with _time_limit():
+                rendered = self._template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
+            ids = self._encoder.encode(rendered, add_special_tokens=False).ids if self.tokenizer else ()
+        except Exception as error:  # a template can fail in any way that an expression can, a vocabulary lack a letter
             raise UserError(f"{where}: the chat template failed: {type(error).__name__}: {error}") from error
         if self.tokenizer is None:
             return rendered
@@ -69,13 +76,11 @@ class ChatTemplate:
                         f"{where}: a {message['role']} message spells the special token {token!r}, which only the chat "
                         "template may write; remove it"
                     )
-        return tuple(self._encoder.encode(rendered, add_special_tokens=False).ids)
+        return tuple(ids)
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
         environment.globals["raise_exception"] = _refuse
         environment.filters["tojson"] = _tojson
         return environment.from_string(self.source)
@@ -97,11 +102,12 @@ def template_of(tokenizer: Tokenizer | None) -> ChatTemplate:
     """The tokenizer's own chat template, or `PLAIN` if it has none."""
     source = tokenizer.config.get("chat_template") if tokenizer else None
     if isinstance(source, list):  # several by name, as Hugging Face has them
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+        entries = [entry for entry in source if isinstance(entry, dict)]
+        source = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
     if tokenizer is None or not isinstance(source, str):
         return ChatTemplate()
     named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
-    special = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+    special = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
     return ChatTemplate(source, tokenizer, {key: value for key, value in special.items() if isinstance(value, str)})
 
 
@@ -174,6 +180,35 @@ def _messages(record: Record, key: str) -> list[Message]:
             )
         checked(record, f"the content of {where}", message["content"] or " ")
     return value
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Without powers: one of them can take hours, in which no signal is heard."""
+
+    intercepted_binops = frozenset(("**",))
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> NoReturn:
+        raise jinja2.sandbox.SecurityError(f"{operator} is not allowed")
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raises TimeoutError inside after `SECONDS`; in the main thread alone, which gets the signals."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: Any) -> NoReturn:
+        raise TimeoutError(f"it took more than {SECONDS:g} seconds")
+
+    former = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # before the handler: without one the process would end
+        signal.signal(signal.SIGALRM, former)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 def _refuse(message: str) -> NoReturn:

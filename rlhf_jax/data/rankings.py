@@ -7,7 +7,6 @@ from 0, best first), ``ranks`` (one for each response, the lowest is best, equal
 one comparison.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,11 +18,12 @@ from rlhf_jax.data.rows import Comparison, Demonstration, Drop, Pair, Text, chec
 from rlhf_jax.errors import UserError
 
 PAD_ID = 50259  # of lm-human-preferences, GPT-2's vocabulary size + 2; no token of GPT-2
-EQUAL = "chosen and rejected are equal"
-ALL_EQUAL = "all responses are equal"
+EQUAL = "chosen and rejected are identical"
+ALL_EQUAL = "all responses are identical"
 TIED = "all responses are ranked equal"
 LABELS = ("best", "ranking", "ranks", "targets")
-_SAMPLE = re.compile(r"sample(\d+)")
+_SAMPLE = re.compile(r"sample([0-9]{1,4})")
+_LARGEST = 3.4e38  # of float32
 
 
 class Answers(NamedTuple):
@@ -176,6 +176,6 @@ def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
             f"{record.source}: {key!r} must be a list of {count} numbers, one for each response, found {found}"
         )
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
             raise UserError(f"{record.source}: {key!r} must hold numbers, found {kind(value)}")
     return tuple(map(float, values))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,6 +54,10 @@ def read_lines(text: str, name: str, fault: Fault) -> list[Record]:
             cut = number == filled[-1] and number > 1 and _cut_off(line, error)
             hint = "; the file seems cut off" if cut else "; in JSON lines each row is one line" if number == 1 else ""
             fault(UserError(f"{source}: not valid JSON, {_syntax(error)}{hint}"))
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:
+            fault(UserError(f"{source}: not valid JSON, {_limit(error)}"))
     return records
 
 
@@ -77,6 +82,11 @@ def read_list(text: str, name: str, fault: Fault) -> list[Record]:
             else:
                 fault(UserError(f"{name}, line {error.lineno}: not valid JSON, {_syntax(error)}"))
             return records
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:
+            fault(UserError(f"{source}: not valid JSON, {_limit(error)}"))
+            return records
         records.append(Record(value, source))
         position = _skip_space(text, position)
         after = text[position : position + 1]
@@ -98,8 +108,7 @@ def _decoder(source: str, fault: Fault) -> json.JSONDecoder:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
         if len(row) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             fault(UserError(f"{source}: the key {twice!r} stands twice in one object"))
         return row
 
@@ -114,6 +123,11 @@ def _skip_space(text: str, position: int) -> int:
 def _cut_off(text: str, error: json.JSONDecodeError) -> bool:
     at_end = error.pos >= len(text.rstrip())
     return at_end or (error.msg.startswith("Unterminated string") and '"' not in text[error.pos + 1 :])
+
+
+def _limit(error: ValueError | RecursionError) -> str:
+    """What Python's JSON refuses beside wrong syntax."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number has thousands of digits"
 
 
 def _syntax(error: json.JSONDecodeError) -> str:

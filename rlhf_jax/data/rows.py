@@ -133,5 +133,5 @@ def kind(value: Any) -> str:
     """What a value is, in an error."""
     known = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"the number {value}"
+        return f"the number {value}" if not abs(value) >= 1e20 else "a number that is too large"
     return known.get(type(value), f"a value of type {type(value).__name__}")

@@ -3,7 +3,9 @@
 import difflib
 import gzip
 import hashlib
+import io
 import json
+import os
 import re
 import zlib
 from os import PathLike
@@ -15,6 +17,7 @@ from rlhf_jax.data.records import Fault, Record, throw
 from rlhf_jax.errors import UserError
 
 _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
+_PACKED_AT_MOST, _MAY_UNPACK = 100, 1 << 26  # times its size, and bytes that any file may unpack to
 _DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII)
 
 
@@ -43,14 +46,15 @@ def read_source(name: str | PathLike[str], fault: Fault = throw) -> Source:
       UserError: for whatever cannot be read at all.
     """
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # of pathlib's forms, a name that is too long for a file raises
         raise UserError(f"{name}: is a folder; name the file inside it")
-    if path.exists():
+    if os.path.exists(path):
         return _file(path, str(name), fault)
     match = _DATASET.fullmatch(str(name))
     if isinstance(name, str) and match and not match["name"].endswith(_SUFFIXES):
         return _dataset(match["name"], match["split"] or "train")
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+    others = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+    near = difflib.get_close_matches(path.name, others, n=1)
     raise UserError(f"{name}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
 
 
@@ -94,21 +98,30 @@ def _bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if not data.startswith(b"\x1f\x8b"):
         return data
+    parts, most = [b""], max(_MAY_UNPACK, _PACKED_AT_MOST * len(data))
     try:
-        return gzip.decompress(data)
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            while part := file.read(1 << 20):
+                parts.append(part)
+                most -= len(part)
+                if most < 0:
+                    raise UserError(
+                        f"{path}: unpacks to more than {_PACKED_AT_MOST} times its size; if that is meant, use gunzip"
+                    )
+        return b"".join(parts)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: broken gzip file ({error}); copy it again") from error
 
 
 def _decode(path: Path, data: bytes) -> str:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
         raise UserError(f"{path}: is UTF-16; UTF-8 is expected, save it as that")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1  # without a byte order mark, unlike data
         raise UserError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8, which is expected"
+            f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8, which is expected"
         ) from error
 
 

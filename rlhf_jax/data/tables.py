@@ -68,7 +68,7 @@ def _cell(key: str, value: str, source: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: the column {key!r} holds JSON, found {value[:40]!r}") from error
 
 

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.files import HUB_NAME, read_json
 
 PAD = "<|pad|>"
 EOS = "<|endoftext|>"
@@ -146,13 +147,18 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
       UserError: if it cannot be found or read, or names no end-of-text token.
     """
     path = Path(path_or_name)
-    if not path.exists():
+    if not os.path.exists(path):  # of pathlib's form, a name that is too long for a file raises
+        if not HUB_NAME.fullmatch(str(path_or_name)):
+            raise UserError(f"{path}: no such folder, nor a name on the Hugging Face hub")
         return _from_hub(str(path_or_name))
     folder = path if path.is_dir() else path.parent
     config = _read_json(folder / "tokenizer_config.json")
     template = folder / "chat_template.jinja"  # where newer folders keep it
     if template.exists():
-        config = {**config, "chat_template": template.read_text(encoding="utf-8")}
+        try:
+            config = {**config, "chat_template": template.read_text(encoding="utf-8-sig")}
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{template}: cannot be read as UTF-8, which is expected: {error}") from error
     named = {**_token_ids(folder), **_names(_read_json(folder / "special_tokens_map.json")), **_names(config)}
     file = folder / "tokenizer.json"
     if file.exists():
@@ -176,7 +182,7 @@ def _from_hub(name: str) -> Tokenizer:
     import transformers
 
     try:
-        loaded = transformers.AutoTokenizer.from_pretrained(name)
+        loaded = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask
         backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     except Exception as error:  # offline, a wrong name, or a tokenizer without a fast form
         raise UserError(f"{name}: no such folder, and no tokenizer on the hub could be loaded: {error}") from error
@@ -202,7 +208,7 @@ def _tokenizer(
     eos = backend.id_to_token(eos) if isinstance(eos, int) else eos
     pad = backend.id_to_token(pad) if isinstance(pad, int) else pad
     if eos is None or backend.token_to_id(eos) is None:
-        found = f"names {eos!r}, which is not in its vocabulary," if eos else "names no end-of-text token"
+        found = f"names {eos!r}, which is not in its vocabulary" if eos else "names no end-of-text token"
         raise UserError(f"{where}: the tokenizer {found}; set eos_token in its tokenizer_config.json")
     if pad is None or pad == eos or backend.token_to_id(pad) is None:
         pad = PAD
@@ -224,7 +230,8 @@ def _token_ids(folder: Path) -> dict[str, str | int]:
     """Ids that the model's own config names, for tokenizers (GPT-2's among them) whose files name none."""
     config = _read_json(folder / "config.json")
     ids = {key: config.get(f"{key}_id") for key in ("eos_token", "pad_token")}
-    return {key: value for key, value in ids.items() if isinstance(value, int)}
+    # Some models write -1 for a token that they do not have.
+    return {key: value for key, value in ids.items() if type(value) is int and 0 <= value < 1 << 32}
 
 
 def _names(config: Mapping[str, Any]) -> dict[str, str | int]:
@@ -234,15 +241,7 @@ def _names(config: Mapping[str, Any]) -> dict[str, str | int]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object")
-    return content
+    return read_json(path) if path.exists() else {}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import names
+from rlhf_jax.models.config_json import is_number
 from rlhf_jax.models.files import Reader, find_folder, listed, read_json
 from rlhf_jax.types import Params
 
@@ -53,7 +54,7 @@ def load(path: str | os.PathLike[str], params: Params) -> Params:
     if config.get("bias", "none") != "none":
         raise UserError(f"{file}: bias is {config['bias']!r}: adapters with biases of their own are not supported")
     alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    if not is_number(alpha):
         raise UserError(f"{file}: lora_alpha is {alpha!r}, expected a number")
 
     family, shapes = _family(params), {path: leaf.shape for path, leaf in flatten_dict(params).items()}
@@ -65,7 +66,10 @@ def load(path: str | os.PathLike[str], params: Params) -> Params:
             if not any(f"{name}.lora_A.weight" in reader.where for name in stored):
                 continue
             size_in, size_out = shape[-2:]
-            rank = reader.shape(f"{stored[0]}.lora_A.weight")[0]
+            found = reader.shape(f"{stored[0]}.lora_A.weight")
+            rank = found[0] if found else 0
+            if not rank:
+                raise UserError(f"{reader.source}: {stored[0]}.lora_A.weight has shape {list(found)}, so no rank")
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             a = [reader.read(f"{name}.lora_A.weight", (rank, size_in), jnp.float32).T for name in stored]
             b = [reader.read(f"{name}.lora_B.weight", (size_out, rank), jnp.float32).T for name in stored]
@@ -74,7 +78,11 @@ def load(path: str | os.PathLike[str], params: Params) -> Params:
                 leaves[(*kernel[:-1], name)] = jnp.stack(parts) if kernel[0] == "h" else parts[0]
         if names.SCORE in reader.where:
             width = shapes[("ln_f", "scale")][0]
-            head = {"bias": 0.0, "gain": 1.0, "shift": float(reader.metadata.get("reward_shift", 0.0))}
+            try:
+                shift = float(reader.metadata.get("reward_shift", 0.0))
+            except ValueError as error:
+                raise UserError(f"{reader.source}: reward_shift in its metadata is no number: {error}") from error
+            head = {"bias": 0.0, "gain": 1.0, "shift": shift}
             leaves |= {("score", name): jnp.float32(value) for name, value in head.items()}
             leaves[("score", "kernel")] = reader.read(names.SCORE, (1, width), jnp.float32)[0]
         reader.check_all_read()

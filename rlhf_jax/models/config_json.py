@@ -3,8 +3,9 @@
 Whatever in config.json changes logits is honoured or refused by name; every other key is kept and written back.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ACTIVATIONS, ROPE_SCALINGS, GPT2Config, LlamaConfig, ModelConfig, RopeScaling, is_int
@@ -155,7 +156,7 @@ def _read_rope(keys: dict[str, Any], max_length: int, where: str) -> dict[str, A
     found.pop("type", None)
     if found.pop("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(f"{where}: {name}.partial_rotary_factor changes the logits and is not supported")
-    if not (isinstance(theta, float) or is_int(theta)):
+    if not is_number(theta):
         raise UserError(f"{where}: rope_theta is {theta!r}, expected a number")
     if kind == "default":
         return {"rope_theta": float(theta)}
@@ -168,7 +169,7 @@ def _read_rope(keys: dict[str, Any], max_length: int, where: str) -> dict[str, A
     if kind == "llama3":
         numbers.setdefault("original_max_position_embeddings", max_length)
     for key in wanted if kind == "llama3" else wanted[:1]:
-        if not (isinstance(numbers.get(key), float) or is_int(numbers.get(key))):
+        if not is_number(numbers.get(key)):
             raise UserError(f"{where}: {name}.{key} is {numbers.get(key)!r}, expected a number")
     if "original_max_position_embeddings" in numbers:
         numbers["original_max_length"] = numbers.pop("original_max_position_embeddings")
@@ -190,11 +191,16 @@ def _write_rope(config: LlamaConfig) -> dict[str, Any]:
     return {"rope_theta": config.rope_theta, "rope_scaling": numbers}
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """True for finite numbers that a float can hold, and not for True and False."""
+    return (isinstance(value, float) and math.isfinite(value)) or (is_int(value) and abs(value) < 1 << 63)
+
+
 def _same_kind(name: str, value: Any, default: Any) -> bool:
     if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, float):
-        return isinstance(value, float) or is_int(value)
+        return is_number(value)
     if isinstance(default, str):
         return isinstance(value, str)
     if name.endswith("_token_id") or name in _MAY_BE_NULL:
@@ -202,4 +208,4 @@ def _same_kind(name: str, value: Any, default: Any) -> bool:
             return True
         if name == "eos_token_id" and isinstance(value, list):  # several ids may end a text
             return all(is_int(x) for x in value)
-    return is_int(value)
+    return is_int(value) and is_number(value)

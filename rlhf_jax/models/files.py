@@ -7,6 +7,7 @@ transformers has no place for, lies beside the weights in value_head.safetensors
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -23,8 +24,8 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import names
-from rlhf_jax.models.config import GPT2Config
-from rlhf_jax.models.config_json import from_json, to_json
+from rlhf_jax.models.config import GPT2Config, ModelConfig
+from rlhf_jax.models.config_json import from_json, is_number, to_json
 from rlhf_jax.models.model import Model, build
 from rlhf_jax.types import Params
 
@@ -33,7 +34,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_DTYPES = ("F16", "BF16", "F32", "F64")  # safetensors' names of what is read
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def load(
@@ -65,7 +67,7 @@ def load(
         raise UserError(f"{config_file}: no such file; a model folder holds {CONFIG} and {WEIGHTS}")
     keys = read_json(config_file)
     reward_shift = keys.pop("reward_shift", 0.0)
-    if isinstance(reward_shift, bool) or not isinstance(reward_shift, int | float):
+    if not is_number(reward_shift):
         raise UserError(f"{config_file}: reward_shift is {reward_shift!r}, expected a number")
     config = from_json(keys, str(config_file))
     config = dataclasses.replace(config, compute_dtype=compute_dtype, remat=remat, scan_layers=scan_layers)
@@ -73,7 +75,10 @@ def load(
     with ExitStack() as stack:
         family = names.family(config)
         reader = Reader(folder, stack, family.prefix)
-        is_classifier = family.classifier in (keys.get("architectures") or ()) or names.SCORE in reader.where
+        _check_sizes(config, reader, str(config_file))
+        architectures = keys.get("architectures")
+        named = isinstance(architectures, list) and family.classifier in architectures
+        is_classifier = named or names.SCORE in reader.where
         params = _read_body(reader, model, dtype, is_classifier)
         if is_classifier:
             weight = reader.read(names.SCORE, (1, config.hidden_size), dtype or jnp.float32)
@@ -150,7 +155,7 @@ def find_folder(path_or_hf_name: str | os.PathLike[str]) -> Path:
     if path.exists():
         raise UserError(f"{path}: not a folder; a model folder holds {CONFIG} and {WEIGHTS}")
     name = os.fspath(path_or_hf_name)
-    if not _HUB_NAME.fullmatch(name):
+    if not HUB_NAME.fullmatch(name):
         raise UserError(f"{path}: no such folder, nor a name on the Hugging Face hub")
     # Imported here: slow, and not needed for local folders.
     from huggingface_hub import snapshot_download
@@ -165,11 +170,15 @@ def find_folder(path_or_hf_name: str | os.PathLike[str]) -> Path:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError if there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text: {error}") from error
+        raise UserError(f"{file}: not UTF-8, which is expected: {error}") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise UserError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -207,14 +216,21 @@ class Reader:
     def read(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """A tensor of that shape as floating point numbers, None keeping the file's dtype."""
         found = self.shape(name)
-        handle, stored = self.where[name]
+        stored = self.where[name][1]
         if found != shape:
             raise UserError(f"{self.source}: {stored} has shape {list(found)}, expected {list(shape)}")
         self.unread.discard(name)
-        value = handle.get_tensor(stored)
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise UserError(f"{self.source}: {stored} holds {value.dtype}, expected floating point numbers")
-        return jnp.asarray(value, dtype)
+        return jnp.asarray(self.values(name), dtype)
+
+    def values(self, name: str) -> np.ndarray:
+        """The numbers of a tensor that is there."""
+        handle, stored = self.where[name]
+        kind = handle.get_slice(stored).get_dtype()
+        if kind not in _DTYPES:
+            raise UserError(
+                f"{self.source}: {stored} holds {kind}, expected floating point numbers ({', '.join(_DTYPES)})"
+            )
+        return handle.get_tensor(stored)
 
     def check_all_read(self) -> None:
         """Raises UserError if the files hold a tensor that nobody asked for."""
@@ -232,15 +248,26 @@ def _shards(folder: Path) -> list[Path]:
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(f"{index}: weight_map is missing or is not an object of file names")
     files = []
+    held = os.listdir(folder)
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard or "\\" in shard or shard == "..":
             raise UserError(f"{index}: {shard!r} is not the name of a file in this folder")
-        if not (folder / shard).is_file():
+        if shard not in held or not (folder / shard).is_file():
             raise UserError(f"{folder / shard}: no such file; {INDEX} lists it")
         files.append(folder / shard)
     if not files:
         raise UserError(f"{index}: weight_map is empty")
     return files
+
+
+def _check_sizes(config: ModelConfig, reader: Reader, where: str) -> None:
+    """Refuses sizes that the weights cannot have, before anything of such a size is made."""
+    numbers = sum(math.prod(reader.shape(name)) for name in reader.where)
+    for name in ("num_layers", "vocab_size", "hidden_size", "num_heads", "kv_heads", "head_size", "intermediate_size"):
+        size = getattr(config, name, None) or 0
+        held, what = (len(reader.where), "tensors") if name == "num_layers" else (numbers, "numbers")
+        if size > held:
+            raise UserError(f"{where}: {name} is {size}, but {reader.source} holds {held} {what} only")
 
 
 def _read_body(reader: Reader, model: Model, dtype: Any, is_classifier: bool) -> dict[str, Any]:
@@ -252,8 +279,8 @@ def _read_body(reader: Reader, model: Model, dtype: Any, is_classifier: bool) ->
         if table not in where:
             where[table] = where.pop(names.OUTPUT_TABLE)
         else:
-            (first, token_name), (second, output_name) = where[table], where[names.OUTPUT_TABLE]
-            if not np.array_equal(first.get_tensor(token_name), second.get_tensor(output_name)):
+            if not np.array_equal(reader.values(table), reader.values(names.OUTPUT_TABLE)):
+                token_name, output_name = where[table][1], where[names.OUTPUT_TABLE][1]
                 raise UserError(
                     f"{reader.source}: {output_name} differs from {token_name}, but config.json says that they are tied"
                 )

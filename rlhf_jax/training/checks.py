@@ -1,18 +1,24 @@
 """Settings that do not fit together, found before any data is read or anything is compiled."""
 
-from collections.abc import Collection
+import contextlib
+import math
+from collections.abc import Collection, Iterator
 from types import ModuleType
+from typing import Any
+
+import jax
 
 from rlhf_jax.algorithms import vpg
-from rlhf_jax.config import DPOStage, RewardModelStage, RLStage, SFTStage
+from rlhf_jax.config import DPOStage, RewardModelStage, RLStage, RunConfig, SFTStage
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.phases import AlgorithmConfig
 
 
 def supervised(section: str, settings: SFTStage | RewardModelStage | DPOStage, num_devices: int) -> None:
     """Raises UserError for a batch that does not divide by devices or microbatches."""
-    _divides(f"{section}.batch_size", settings.batch_size, {"devices": num_devices})
-    _divides(f"{section}.batch_size", settings.batch_size, {f"{section}.num_microbatches": settings.num_microbatches})
+    key, fits = f"{section}.batch_size", math.lcm(num_devices, settings.num_microbatches)
+    _divides(key, settings.batch_size, {"devices": num_devices}, fits)
+    _divides(key, settings.batch_size, {f"{section}.num_microbatches": settings.num_microbatches}, fits)
 
 
 def reinforcement(
@@ -28,12 +34,14 @@ def reinforcement(
             f"{name}.aggregate fixed needs {name}.length, such as rl.max_new_tokens {settings.max_new_tokens}"
         )
     size, num_minibatches = settings.batch_size, algorithm_config.num_minibatches
-    _divides("rl.batch_size", size, {"devices": num_devices})
-    _divides("rl.batch_size", size, {f"answers to one prompt ({name}.group_size)": group_size(algorithm_config)})
-    if num_minibatches > 1:
-        blocks = algorithm_config.shuffle_blocks
-        _divides("rl.batch_size", size, {f"{name}.num_minibatches": num_minibatches, f"{name}.shuffle_blocks": blocks})
-    minibatch, num_microbatches = size // num_minibatches, algorithm_config.num_microbatches
+    group, num_microbatches = group_size(algorithm_config), algorithm_config.num_microbatches
+    blocks = algorithm_config.shuffle_blocks if num_minibatches > 1 else 1
+    fits = math.lcm(num_devices, group, num_minibatches * blocks, num_minibatches * num_microbatches)
+    _divides("rl.batch_size", size, {"devices": num_devices}, fits)
+    _divides("rl.batch_size", size, {f"answers to one prompt ({name}.group_size)": group}, fits)
+    parts = {f"{name}.num_minibatches": num_minibatches, f"{name}.shuffle_blocks": blocks}
+    _divides("rl.batch_size", size, parts, fits)
+    minibatch = size // num_minibatches
     if minibatch % num_microbatches:
         raise UserError(
             f"{name}.num_microbatches {num_microbatches} does not divide the {minibatch} rows of a minibatch "
@@ -85,13 +93,48 @@ def num_updates(settings: RLStage, config: AlgorithmConfig) -> int:
     return settings.num_iterations * num_epochs * config.num_minibatches
 
 
-def _divides(key: str, size: int, parts: dict[str, int]) -> None:
-    multiple = 1
-    for count in parts.values():
-        multiple *= count
-    if size % multiple == 0:
+@contextlib.contextmanager
+def explains_memory(config: RunConfig, stage: str, state: Any) -> Iterator[None]:
+    """What a stage compiles and computes; where that does not fit into memory, says what takes it and what would help.
+
+    Args:
+        stage: such as "sft" or "ppo".
+        state: of the loop, with ``train`` in it or a TrainState itself; its shapes alone are read, as a donated one has
+            no values any more.
+
+    Raises:
+        UserError: in place of XLA's RESOURCE_EXHAUSTED.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        train = getattr(state, "train", state)
+        held = {"trained parameters": train.params, "optimizer state": train.opt_state}
+        if getattr(state, "reference", None) is not None:
+            held["reference"] = state.reference
+        adapters = "shorter texts" if config.lora.rank else "--lora.rank 8, which needs no optimizer state for the rest"
+        sizes = " and ".join(f"{_device_bytes(tree) / 2**20:.1f} MiB of {name}" for name, tree in held.items())
+        section = stage if hasattr(getattr(config, stage), "batch_size") else "rl"
+        raise UserError(
+            f"{stage}: out of memory. On each device lie {sizes}; activations come on top of that. What helps most: "
+            f"more --{stage}.num-microbatches (now {getattr(config, stage).num_microbatches}), "
+            f"a smaller --{section}.batch-size (now {getattr(config, section).batch_size}), "
+            f"{adapters if config.compute.remat else '--compute.remat'}. XLA said: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _device_bytes(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _divides(key: str, size: int, parts: dict[str, int], fits: int) -> None:
+    """``fits``: sizes that all requirements together allow are its multiples."""
+    if size % math.prod(parts.values()) == 0:
         return
-    below = size - size % multiple
-    nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
+    below = size - size % fits
+    nearest = f"{below} or {below + fits}" if below else f"{fits}"
     among = " x ".join(f"{count} {name}" for name, count in parts.items())
     raise UserError(f"{key} {size} does not divide by {among}; use {nearest}")

@@ -68,9 +68,11 @@ def run(config: RunConfig) -> RunResult:
 
         update_key = stage.key("update")
 
+        def rows_of(step: int) -> np.ndarray:
+            return loop.select(train_rows, plan.rows(step))
+
         def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-            rows = loop.select(train_rows, plan.rows(step))
-            return update(state, batch_of(rows), jax.random.fold_in(update_key, step), policy_fn, ref_fn)
+            return update(state, batch_of(rows_of(step)), jax.random.fold_in(update_key, step), policy_fn, ref_fn)
 
         def validate(state: TrainState) -> Validation:
             sums: dict[str, float] = {}
@@ -91,5 +93,6 @@ def run(config: RunConfig) -> RunResult:
             validate=validate if len(held_out) else None,
             validation_interval=settings.validation_interval,
             show=("dpo/loss", "dpo/accuracy", "dpo/margin", "validation/loss", "validation/accuracy"),
+            sources=lambda step: [encoded.chosen.sources[row] for row in rows_of(step) if row >= 0],
         )
         return stage.finish(model, trainable, state.params, tokenizer, row)

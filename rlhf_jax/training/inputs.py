@@ -1,6 +1,8 @@
 """Where a stage's rows come from: files, a folder of the pipeline's files, a dataset's name, or a generated corpus."""
 
+import difflib
 import functools
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,10 +79,11 @@ def _generated(name: str, kind: Kind, data: tuple[str, ...], seed: int) -> reade
 
 
 def _file(name: str, kind: Kind) -> str:
-    path = Path(name)
-    if not path.is_dir():
+    if not os.path.exists(name) and (near := difflib.get_close_matches(name, GENERATED, n=1)):
+        raise UserError(f"--data {name}: no such file; did you mean {near[0]}, which is generated?")
+    if not os.path.isdir(name):
         return name
-    file = path / FILES[kind]
+    file = Path(name) / FILES[kind]
     if not file.is_file():
         raise UserError(f"{name}: this folder has no {FILES[kind]}, which holds the {kind}; name the file itself")
     return str(file)

@@ -1,15 +1,16 @@
 """The loop of every stage: restore, step, validate, log, save. What a step does is the stage's own."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.data.batches import ABSENT
-from rlhf_jax.errors import Stopped, TrainingFault
+from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.tracking import Tracker
+from rlhf_jax.training import checks
 from rlhf_jax.training.signals import resume_command, stop_requests
 from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import Metrics
@@ -33,21 +34,32 @@ def train(
     validate: Callable[[State], Validation] | None = None,
     validation_interval: int = 1,
     show: tuple[str, ...] = (),
+    sources: Callable[[int], Iterable[str]] = lambda step: (),
 ) -> tuple[State, dict[str, float]]:
     """Runs ``advance(state, step)`` for steps 0, 1, ..., from the checkpoint of a resumed run if there is one.
 
     Row k of metrics.jsonl speaks of the state after k steps; a checkpoint of step k is saved after row k, step 0 before
-    the first update. Validations come before the first step, every ``validation_interval`` steps and at the end.
+    the first update. Validations come before the first step, every ``validation_interval`` steps and at the end; with
+    ``keep_best`` they are followed by a checkpoint too.
+
+    sources: the data rows of the batch of a step, as "FILE, line N", for a message about it.
 
     Returns:
-        The last state and the last row of metrics.
+        The last state and the last row of metrics; with ``keep_best`` those of the best checkpoint.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; the step was finished and saved.
-        TrainingFault: an update was not finite; the state from before it has been kept in the last checkpoint.
+        TrainingFault: an update was not finite; the state from before it has been kept in the last checkpoint. Or a
+            checkpoint could not be written.
+        UserError: ``keep_best`` names no metric of the validations.
     """
     config = stage.config
-    with Checkpoints(stage.run.checkpoints, config.keep_last) as checkpoints:
+    best_metric = (config.keep_best or "").partition(":")[2]
+    if best_metric and validate is None:
+        raise UserError(f"keep_best {config.keep_best}: nothing is held out, so there are no validations to judge by")
+    with Checkpoints(
+        stage.run.checkpoints, config.keep_last, keep_best=config.keep_best, asynchronous=config.checkpoint_async
+    ) as checkpoints:
         first, row = 0, {}
         if stage.run.resumed:
             state, meta = checkpoints.restore(state)
@@ -57,7 +69,7 @@ def train(
         tracker = Tracker(
             stage.run, total=num_steps, resume_step=first if stage.run.resumed else None, label=stage.name, show=show
         )
-        with tracker, stop_requests() as stop:
+        with tracker, stop_requests() as stop, checks.explains_memory(config, stage.name, state):
 
             def save(step: int) -> None:
                 tracker.sync()
@@ -70,11 +82,15 @@ def train(
                 found = validate(state)
                 tracker.samples(step, found.samples)
                 tracker.timing(step, {"timing/validation": time.perf_counter() - started})
+                if best_metric and best_metric not in found.metrics:
+                    known = ", ".join(found.metrics)
+                    raise UserError(f"keep_best: no metric {best_metric}; the validations give {known}")
                 return found.metrics
 
             if not stage.run.resumed:
                 row = tracker.log(0, validated(0))
                 save(0)
+                checkpoints.wait()  # before the first update, even where saves are asynchronous
             for step in range(first, num_steps):
                 started = time.perf_counter()
                 state, metrics = advance(state, step)
@@ -85,20 +101,40 @@ def train(
                 due = not nonfinite and (last or done % validation_interval == 0)
                 row = tracker.log(done, {**metrics, **(validated(done) if due else {})})
                 if nonfinite:
+                    checkpoints.wait()
+                    rows = _grouped(sources(step))
                     raise TrainingFault(
                         f"{stage.name}: loss or gradient was not finite at step {done}; the update was not "
                         f"applied. The last good checkpoint is step {checkpoints.latest()} in {stage.run.checkpoints}. "
-                        "Lower the learning rate or clip harder (optimizer.max_grad_norm)"
+                        "Lower the learning rate or clip harder (optimizer.max_grad_norm; with --resume, name what "
+                        "changes under --allow-changed)"
+                        + (f", or look at the rows of this batch: {rows}" if rows else "")
                     )
-                if last or stop.received or done % config.checkpoint_interval == 0:
+                if last or stop.received or done % config.checkpoint_interval == 0 or (due and best_metric):
                     save(done)
                 if stop.received and not last:
+                    checkpoints.wait()
                     raise Stopped(
                         f"{stop.received.name}: stopped after step {done} of {num_steps}, saved. Go on with:\n"
                         f"    {resume_command()}",
                         stop.received,
                     )
+            checkpoints.wait()
+            best = checkpoints.best()
+            if best is not None:
+                state, meta = checkpoints.restore(state, best)
+                row = meta["metrics"]
+                tracker.print(f"{best_metric} is best at step {best}: {row[best_metric]:.4g}; model/ is of that step")
     return state, row
+
+
+def _grouped(sources: Iterable[str]) -> str:
+    """The distinct sources, those of one file together: "a.json, line 3, 7; b.json, line 1"."""
+    numbers: dict[str, list[str]] = {}
+    for source in dict.fromkeys(sources):
+        where, _, number = source.rpartition(" ")
+        numbers.setdefault(where, []).append(number)
+    return "; ".join(f"{where} {', '.join(group)}".strip() for where, group in numbers.items())
 
 
 def select(subset: np.ndarray, indices: np.ndarray) -> np.ndarray:

@@ -122,6 +122,9 @@ def learn(
     )
     totals = _row_sums(shaped, rollout)
     metrics = {"objective/reward": ops.masked_mean(totals, present)}
+    if rollout.scores is not None:
+        group_size = getattr(algorithm_config, "group_size", rollout.scores.shape[0])
+        metrics["reward/equal_groups"] = _num_equal(rollout.scores, present, group_size)
     kl = None
     if rollout.ref_log_probs is not None:
         kl = ops.masked_mean(_row_sums(ops.kl(rollout.log_probs, rollout.ref_log_probs), rollout), present)
@@ -214,6 +217,12 @@ def _judged_by_end(rollout: Rollout, config: RLStage, eos_id: int | None) -> Rol
     if eos_id is None or rollout.scores is None or rollout.rewards is not None:
         raise ValueError("missing_eos_penalty and missing_eos_score need an eos_id and one score per response")
     return replace(rollout, scores=rewards.missing_eos(rollout, rollout.scores, eos_id, penalty=penalty, score=score))
+
+
+def _num_equal(scores: jax.Array, present: jax.Array, group_size: int) -> jax.Array:
+    """How many groups of adjacent rows, of those with a present row, have one score throughout: nothing to learn."""
+    high, low = (jnp.where(present, scores, filler).reshape(-1, group_size) for filler in (-jnp.inf, jnp.inf))
+    return jnp.sum(high.max(axis=1) == low.min(axis=1)).astype(jnp.float32)
 
 
 def _present(rollout: Rollout) -> jax.Array:

@@ -47,7 +47,11 @@ def run_stages(config: RunConfig, folder: Path) -> PipelineResult:
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
-    """Refuses a folder in use; the stages check their own subfolders."""
+    """Refuses a folder in use, and says so where ``resume`` finds no run in it; the stages check their own subfolders.
+
+    Raises:
+        UserError: as ``runs.open_run``.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --output-dir needs a folder")
     if config.resume and not folder.exists():
@@ -59,6 +63,8 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         )
     if config.overwrite and folder.is_dir() and any(folder.iterdir()) and not (folder / STAGES[0]).is_dir():
         raise UserError(f"--overwrite: {folder} does not look like a pipeline's folder; nothing was deleted")
+    if config.resume and not any(folder.glob("*/checkpoints")):
+        print(f"--resume: {folder} holds no complete checkpoint; the run starts from the beginning", flush=True)
 
 
 def _stage_config(config: RunConfig, folder: Path, model: str | None = None) -> RunConfig:

@@ -206,7 +206,10 @@ def _function(spec: str, file: Path, name: str, columns: Collection[str]) -> Cal
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"--reward {spec}: {error.filename}, line {error.lineno}: {error.msg}") from None
     fn = getattr(module, name, None)
     if not callable(fn):
         near = difflib.get_close_matches(name, [key for key, value in vars(module).items() if callable(value)], n=1)

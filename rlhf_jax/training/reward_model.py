@@ -67,9 +67,11 @@ def run(config: RunConfig) -> RunResult:
         score_pairs = _scorer(score_fn, num_members)
         update_key = stage.key("update")
 
+        def rows_of(step: int) -> np.ndarray:
+            return loop.select(train_rows, plan.rows(step))
+
         def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-            rows = loop.select(train_rows, plan.rows(step))
-            batch = stage.shard(batches.comparison_batch(to_train, rows, config.text.bucket_multiple))
+            batch = stage.shard(batches.comparison_batch(to_train, rows_of(step), config.text.bucket_multiple))
             return update(state, batch, jax.random.fold_in(update_key, step), score_fn=score_fn)
 
         def validate(state: TrainState) -> Validation:
@@ -105,6 +107,7 @@ def run(config: RunConfig) -> RunResult:
             validate=validate if len(held_out) else None,
             validation_interval=settings.validation_interval,
             show=("reward_model/loss", "reward_model/accuracy", "validation/accuracy"),
+            sources=lambda step: [encoded.answers[0].sources[row] for row in rows_of(step) if row >= 0],
         )
         members = [state.params] if num_members == 1 else ensembles.unstack(state.params)
         if settings.normalize_samples and config.model is None:

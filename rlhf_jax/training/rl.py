@@ -113,11 +113,14 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
         learn_fn = stage.jit_update(functools.partial(learn, eos_id=tokenizer.eos_id, **learning))
         rollout_key, update_key = stage.key("rollout"), stage.key("update")
 
+        def rows_of(step: int) -> np.ndarray:
+            drawn = batches.prompt_rows(len(train_rows), settings.batch_size // group_size, order_key, step)
+            return train_rows[drawn]
+
         def advance(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
             if settings.reference_refresh is not None and step and step % settings.reference_refresh == 0:
                 state = dataclasses.replace(state, reference=stage.replicate(state.train.params))
-            drawn = batches.prompt_rows(len(train_rows), settings.batch_size // group_size, order_key, step)
-            rows = np.repeat(train_rows[drawn], group_size)
+            rows = np.repeat(rows_of(step), group_size)
             batch = _prompts(stage, encoded, rows)
             keys = [jax.random.fold_in(key, step) for key in (rollout_key, update_key)]
             if run_reward.host is None:
@@ -147,6 +150,7 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
             validate=validate if len(held_out) else None,
             validation_interval=settings.validation_interval,
             show=("objective/score", "objective/kl", "kl/coef", "response/length", "validation/score"),
+            sources=lambda step: [encoded.rows[row].source for row in rows_of(step)],
         )
         policy = {part: leaves for part, leaves in state.train.params.items() if part != "value"}
         return stage.finish(model, trainable, policy, tokenizer, row)

@@ -52,9 +52,11 @@ def run(config: RunConfig) -> RunResult:
         loss = jax.jit(functools.partial(sft.loss, key=None, config=sft.Config()))
         update_key = stage.key("update")
 
+        def rows_of(step: int) -> np.ndarray:
+            return loop.select(train_rows, plan.rows(step))
+
         def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-            rows = loop.select(train_rows, plan.rows(step))
-            return update(state, batch_of(rows), jax.random.fold_in(update_key, step), policy_fn=policy_fn)
+            return update(state, batch_of(rows_of(step)), jax.random.fold_in(update_key, step), policy_fn=policy_fn)
 
         def validate(state: TrainState) -> Validation:
             parts = [
@@ -73,5 +75,6 @@ def run(config: RunConfig) -> RunResult:
             validate=validate if len(held_out) else None,
             validation_interval=settings.validation_interval,
             show=("sft/loss", "validation/loss", "grad_norm"),
+            sources=lambda step: [encoded.sources[row] for row in rows_of(step) if row >= 0],
         )
         return stage.finish(model, trainable, state.params, tokenizer, row)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from rlhf_jax import devices, flags, models, report, runs, sharding
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.errors import TrainingFault
 from rlhf_jax.training import reward_functions, setup
 from rlhf_jax.training.adapters import Trainable
 from rlhf_jax.types import Params, PolicyFn
@@ -21,7 +23,12 @@ Tree = TypeVar("Tree")
 
 RL_STAGES = ("vpg", "ppo", "rloo", "grpo")
 # What may differ between a run and its resumption without making it another run.
-MAY_CHANGE = ("resume", "overwrite", "output_dir", "device", "keep_last", "checkpoint_interval")
+MAY_CHANGE = (
+    *("resume", "overwrite", "allow_changed", "output_dir", "device"),
+    *("keep_last", "checkpoint_interval", "checkpoint_async"),
+)
+# What must not differ even with --allow-changed: the checkpoint would not fit, or its tokens mean something else.
+FIXED = ("model", "network", "lora", "tokenizer", "reward_model.ensemble_size")
 
 
 class RunResult(NamedTuple):
@@ -125,15 +132,27 @@ def start(config: RunConfig) -> int:
 
 
 @contextlib.contextmanager
+def _full_disk_said(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        raise TrainingFault(f"{path}: the disk is full{where}; make room, then go on with --resume") from error
+
+
+@contextlib.contextmanager
 def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) -> Iterator[Stage]:
     """Takes the run folder and writes config and manifest into it (or compares them on resume).
 
     Raises:
         UserError: the folder is used or locked, or the run to resume is another one.
+        TrainingFault: the disk is full, now or at any time while the stage is open.
     """
     path = config.output_dir or f"runs/{name}"
-    with runs.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
-        text = flags.to_yaml(config)
+    with _full_disk_said(path), runs.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
+        text = flags.to_yaml(dataclasses.replace(config, resume=False, overwrite=False, allow_changed=()))
         data = dict(fingerprints)
         if config.model is not None and Path(config.model).is_dir():
             data["model"] = runs.fingerprint(config.model)
@@ -142,8 +161,16 @@ def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) ->
         if name in RL_STAGES:
             for entry in config.reward:
                 data |= {f"reward {n}": runs.fingerprint(path) for n, path in reward_functions.sources(entry).items()}
-        runs.check_unchanged(run, config=text, data_fingerprints=data, may_change=MAY_CHANGE)
-        if not run.resumed:
+        trained_tokenizer = config.model is None and config.tokenizer.name is None
+        changed = runs.check_unchanged(
+            run,
+            config=text,
+            data_fingerprints=data,
+            may_change=MAY_CHANGE,
+            allowed=config.allow_changed,
+            fixed=(*FIXED, "data") if trained_tokenizer else FIXED,
+        )
+        if changed or not run.resumed:
             runs.write_config(run, text)
-        runs.write_manifest(run, seed=config.seed, data_fingerprints=data, extra={"stage": name})
+        runs.write_manifest(run, seed=config.seed, data_fingerprints=data, extra={"stage": name}, changed=changed)
         yield Stage(config, name, run, sharding.make_mesh())

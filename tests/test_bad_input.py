@@ -1,0 +1,561 @@
+"""Wrong input is a sentence: one table of mistakes, each made as a user makes it, with what the script must answer.
+
+Below it, what is right though it looks wrong, what is left out and counted, and what no run may write or read.
+"""
+
+import ast
+import gzip
+import json
+import runpy
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import save_file
+
+from rlhf_jax import TrainState, flags, models
+from rlhf_jax.config import Compute, LoRA, RunConfig
+from rlhf_jax.data import batches, encoding, readers, tokenizers
+from rlhf_jax.errors import UserError
+from rlhf_jax.training import checks, stage
+from rlhf_jax.training.phases import LoopState
+
+ROOT = Path(__file__).resolve().parent.parent
+ROW = '{"prompt": "ab", "response": "ba"}'
+PAIR = {"prompt": "ab", "chosen": "a", "rejected": "b"}
+SAME = PAIR | {"rejected": "a"}
+SMALL = ("--network.hidden-size", "8", "--network.num-layers", "1", "--network.num-heads", "1")
+LETTERS = ("--tokenizer.kind", "characters", "--network.max-length", "8")
+
+
+def write(**files):
+    """Makes files of this folder; a dot in a name is written as two underscores."""
+
+    def make():
+        for name, content in files.items():
+            data = content if isinstance(content, bytes) else content.encode("utf-8")
+            Path(name.replace("__", ".")).write_bytes(data)
+
+    return make
+
+
+@cache
+def model_files(alphabet, head):
+    """name -> bytes of the folder of a model with a vocabulary of 4."""
+    model = models.build(models.GPT2Config(vocab_size=4, max_length=8, hidden_size=4, num_layers=1, num_heads=1))
+    params = model.init(jax.random.key(0))
+    with tempfile.TemporaryDirectory() as folder:
+        models.save(folder, model, models.add_head(jax.random.key(1), params, head) if head else params)
+        tokenizers.characters(alphabet).save(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def model_folder(name="model", alphabet="ab", head=None):
+    Path(name).mkdir()
+    for file, content in model_files(alphabet, head).items():
+        (Path(name) / file).write_bytes(content)
+
+
+def broken_model(change, **made):
+    """A model's folder after ``change(folder)``, and a row of data."""
+
+    def make():
+        model_folder(**made)
+        change(Path("model"))
+        write(data__json=f"[{ROW}]")()
+
+    return make
+
+
+def edit(name, **changes):
+    def change(folder):
+        keys = json.loads((folder / name).read_text("utf-8")) | changes
+        (folder / name).write_text(json.dumps(keys), encoding="utf-8")
+
+    return change
+
+
+def cut(name, length):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
+
+
+def indexed_as(shard):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder.parent / "one.safetensors")
+        index = {"weight_map": {"transformer.wte.weight": shard}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+    return change
+
+
+def two_models():
+    model_folder("policy")
+    model_folder("other", alphabet="xy", head="score")
+    write(prompts__txt="ab\n")()
+
+
+def token_ids():
+    model_folder()
+    write(data__json='[{"query": [2], "sample0": [3], "sample1": [99], "best": 0}]')()
+
+
+DATA = ("sft", "--data", "data.json")
+PAIRS = ("reward_model", "--data", "data.json")
+MODEL = ("sft", "--data", "data.json", "--model", "model")
+PROMPTS = ("ppo", "--data", "prompts.txt", "--reward", "count:a", "--rl.max-new-tokens", "4", *SMALL, *LETTERS)
+CONFIG = ("ppo", "--config", "bad.yaml")
+
+# What is wrong, how it is made, how the script is called, what it says.
+MISTAKES = [
+    ("no data", write(), ("sft",), "no data: give --data FILE"),
+    (
+        "misspelt file",
+        write(data__json="[]"),
+        ("sft", "--data", "dta.json"),
+        "dta.json: no such file; did you mean data",
+    ),
+    ("misspelt corpus", write(), ("sft", "--data", "dmo"), "--data dmo: no such file; did you mean demo, which is gen"),
+    ("rows in place of a file", write(), ("sft", "--data", f"[{ROW * 20}]"), ": no such file"),
+    ("folder without the file", lambda: Path("d").mkdir(), ("sft", "--data", "d"), "d: this folder has no sft_data"),
+    ("empty file", write(data__json=""), DATA, "data.json: is empty"),
+    ("empty list", write(data__json="[ ]"), DATA, "data.json: is an empty list"),
+    ("header alone", write(data__csv="prompt,response\n"), ("sft", "--data", "data.csv"), "data.csv: holds no rows"),
+    (
+        "cut list",
+        write(data__json=f'[\n{ROW},\n{{"prompt": "a", "resp'),
+        DATA,
+        "data.json, line 3: the file is cut off inside the row that starts here",
+    ),
+    ("cut lines", write(data__json=f'{ROW}\n\n{{"prompt": "a"'), DATA, "data.json, line 3: not valid JSON, expecting"),
+    ("cut gzip", write(data__json=gzip.compress(b"[1, 2]", mtime=0)[:-9]), DATA, "data.json: broken gzip file"),
+    ("wrong syntax", write(data__json=f"[\n{ROW}\n{ROW}]"), DATA, "data.json, line 3: expected ',' or ']' after a row"),
+    (
+        "brackets without end",
+        write(data__json='{"a": ' + "[" * 200_000),
+        DATA,
+        "line 1: not valid JSON, nested too deep",
+    ),
+    (
+        "list without end",
+        write(data__json=f"[{ROW},\n" + "[" * 200_000),
+        DATA,
+        "line 2: not valid JSON, nested too deep",
+    ),
+    (
+        "endless number",
+        write(data__json=f'[{ROW},\n{{"a": {"9" * 5000}}}]'),
+        DATA,
+        "line 2: not valid JSON, a number has",
+    ),
+    ("endless number in lines", write(data__json=f"{ROW}\n{'9' * 5000}"), DATA, "line 2: not valid JSON, a number has"),
+    (
+        "Latin-1",
+        write(data__json=f'[{ROW},\n"é"]'.encode("latin-1")),
+        DATA,
+        "line 2: byte 0xe9 is not UTF-8, which is ex",
+    ),
+    (
+        "Latin-1 after a byte order mark",
+        write(data__json=b"\xef\xbb\xbf" + f'[{ROW},\n"é"]'.encode("latin-1")),
+        DATA,
+        "data.json, line 2: byte 0xe9 is not UTF-8, which is expected",
+    ),
+    ("UTF-16", write(data__json=f"[{ROW}]".encode("utf-16")), DATA, "data.json: is UTF-16; UTF-8 is expected"),
+    ("UTF-16 without a mark", write(data__json=f"[{ROW}]".encode("utf-16-le")), DATA, "is UTF-16; UTF-8 is expected"),
+    (
+        "misspelt key",
+        write(data__json=f'[\n{ROW},\n{{"prompt": "a", "respnse": "b"}}]'),
+        DATA,
+        "data.json, line 3: expected keys prompt, response, found prompt, respnse; did you mean 'response' by ",
+    ),
+    (
+        "pairs for SFT's form",
+        write(data__json=f"[{ROW}]"),
+        PAIRS,
+        "expected keys prompt, chosen, rejected, found prompt, r",
+    ),
+    (
+        "number for text",
+        write(data__json='[{"prompt": "a", "response": 3}]'),
+        DATA,
+        "line 1: 'response' must be a string",
+    ),
+    (
+        "list for a row",
+        write(data__json=f"[{ROW},\n[1]]"),
+        DATA,
+        "line 2: expected an object with keys prompt, response",
+    ),
+    ("empty response", write(data__json='[\n{"prompt": "a", "response": " "}]'), DATA, "line 2: 'response' is empty"),
+    (
+        "cells without header",
+        write(data__csv="prompt\na,b\n"),
+        ("sft", "--data", "data.csv"),
+        "line 2: 2 cells under a",
+    ),
+    (
+        "deep cell",
+        write(data__csv="best\n" + "[" * 200_000),
+        ("reward_model", "--data", "data.csv"),
+        "'best' holds JSON",
+    ),
+    (
+        "only identical pairs",
+        write(data__json=json.dumps([SAME, SAME])),
+        PAIRS,
+        "data.json: no usable row: 2 dropped (chosen and rejected are identical)",
+    ),
+    (
+        "target beyond float32",
+        write(data__json=json.dumps([{"prompt": "p", "responses": ["a"], "targets": [10**400]}])),
+        PAIRS,
+        "data.json, line 1: 'targets' must hold numbers, found a number that is too large",
+    ),
+    (
+        "prompt longer than the context",
+        write(prompts__txt="ab\nabababab\n"),
+        PROMPTS,
+        "prompts.txt, line 2: the prompt has 8 tokens, more than the 4 allowed; shorten it, or set too_long to",
+    ),
+    (
+        "text longer than the context",
+        write(data__json=f'[{ROW},\n{{"prompt": "abab", "response": "abab"}}]'),
+        (*DATA, *SMALL, *LETTERS),
+        "data.json, line 2: a prompt of 4 and a response of 5 tokens (EOS included) make 9, more than max_length 8",
+    ),
+    (
+        "response fills the context",
+        write(prompts__txt="a"),
+        (*PROMPTS, "--rl.max-new-tokens", "8"),
+        "leaves no room for a",
+    ),
+    (
+        "token ids of another tokenizer",
+        token_ids,
+        (*PAIRS, "--model", "model"),
+        "data.json, line 1: holds the token id 99, but the tokenizer has ids up to 3 only",
+    ),
+    # Settings
+    (
+        "misspelt key in YAML",
+        write(bad__yaml="ppo:\n  clip_lo: 1"),
+        CONFIG,
+        "bad.yaml, line 2: unknown key ppo.clip_lo; did you mean clip_low?",
+    ),
+    ("wrong value in YAML", write(bad__yaml="seed: x"), CONFIG, "bad.yaml, line 1: seed must be an int, found 'x'"),
+    (
+        "YAML in Latin-1",
+        write(bad__yaml="seed: 1\nmodel: é".encode("latin-1")),
+        CONFIG,
+        "bad.yaml, line 2: not UTF-8, which",
+    ),
+    ("YAML without end", write(bad__yaml="data: [a"), CONFIG, "bad.yaml, line 1: not valid YAML"),
+    ("no character", write(bad__yaml='model: "\\UFFFFFFFF"'), CONFIG, "bad.yaml: not valid YAML"),
+    ("wrong tag", write(bad__yaml="seed: !!bool maybe"), CONFIG, "bad.yaml, line 1: seed must be an int, found maybe"),
+    (
+        "a call in YAML",
+        write(bad__yaml="model: !!python/object/apply:os.getcwd []"),
+        CONFIG,
+        "bad.yaml, line 1: model must",
+    ),
+    ("missing YAML", write(), CONFIG, "bad.yaml: no such file (given by --config)"),
+    ("misspelt flag", write(), ("ppo", "--ppo.clip-lo", "0.1"), "--ppo.clip-low"),
+    ("value of a flag", write(), ("ppo", "--ppo.clip-low", "much"), "--ppo.clip-low"),
+    (
+        "batch that does not divide",
+        write(data__json=f"[{ROW}]"),
+        (*DATA, "--sft.batch-size", "30", "--sft.num-microbatches", "3"),
+        "sft.batch_size 30 does not divide by 4 devices; use 24 or 36",
+    ),
+    (
+        "groups that do not divide",
+        write(prompts__txt="a"),
+        ("grpo", *PROMPTS[1:], "--rl.batch-size", "16", "--grpo.group-size", "6"),
+        "rl.batch_size 16 does not divide by 6 answers to one prompt (grpo.group_size); use 12 or 24",
+    ),
+    # Models
+    (
+        "no model",
+        write(data__json=f"[{ROW}]"),
+        (*DATA, "--model", "a/b/c"),
+        "a/b/c: no such folder, nor a name on the Hug",
+    ),
+    (
+        "no config.json",
+        broken_model(lambda folder: (folder / "config.json").unlink()),
+        MODEL,
+        "model/config.json: no such",
+    ),
+    (
+        "no weights",
+        broken_model(lambda folder: (folder / "model.safetensors").unlink()),
+        MODEL,
+        "model/model.safetensors: no such file",
+    ),
+    (
+        "no tokenizer",
+        broken_model(lambda folder: (folder / "tokenizer.json").unlink()),
+        MODEL,
+        "model: holds neither tokenizer.json nor vocab.json with merges.txt",
+    ),
+    (
+        "pickled weights",
+        broken_model(lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin")),
+        MODEL,
+        "pytorch_model.bin is a pickle, which is never read: save it as safetensors first",
+    ),
+    (
+        "model type",
+        broken_model(edit("config.json", model_type="gpt_neox")),
+        MODEL,
+        "model/config.json: model_type is 'gpt_neox'; the supported ones are: gpt2, llama",
+    ),
+    ("cut config.json", broken_model(cut("config.json", 30)), MODEL, "model/config.json, line 2: not valid JSON"),
+    (
+        "a billion layers",
+        broken_model(edit("config.json", n_layer=10**9)),
+        MODEL,
+        "model/config.json: num_layers is 1000000000, but model/model.safetensors holds 16 tensors only",
+    ),
+    (
+        "wide heads",
+        broken_model(edit("config.json", n_inner=10**9)),
+        MODEL,
+        "intermediate_size is 1000000000, but model/mod",
+    ),
+    (
+        "endless size",
+        broken_model(edit("config.json", n_embd=10**30)),
+        MODEL,
+        "model/config.json: n_embd is 1000000000",
+    ),
+    (
+        "cut weights",
+        broken_model(cut("model.safetensors", -5)),
+        MODEL,
+        "model/model.safetensors: cannot be read as safet",
+    ),
+    (
+        "outside the folder",
+        broken_model(indexed_as("../one.safetensors")),
+        MODEL,
+        "'../one.safetensors' is not the name of",
+    ),
+    (
+        "long name of a shard",
+        broken_model(indexed_as("s" * 5000)),
+        MODEL,
+        "no such file; model.safetensors.index.json lists",
+    ),
+    (
+        "tokenizer with more entries than the model",
+        broken_model(lambda folder: None, alphabet="abcd"),
+        MODEL,
+        "model: the tokenizer has 6 entries but the model only 4 embeddings; save the tokenizer that",
+    ),
+    ("cut tokenizer", broken_model(cut("tokenizer.json", 40)), MODEL, "model/tokenizer.json: not a tokenizer file"),
+    (
+        "no end of text",
+        broken_model(lambda folder: (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')),
+        MODEL,
+        "model: the tokenizer names '</s>', which is not in its vocabulary; set eos_token in its tokenizer_config.json",
+    ),
+    (
+        "chat template in Latin-1",
+        broken_model(lambda folder: (folder / "chat_template.jinja").write_bytes(b"caf\xe9")),
+        MODEL,
+        "model/chat_template.jinja: cannot be read as UTF-8, which is expected",
+    ),
+    (
+        "reward model with another tokenizer",
+        two_models,
+        ("ppo", "--data", "prompts.txt", "--model", "policy", "--reward", "other", "--rl.max-new-tokens", "4"),
+        "--reward other: the reward model's tokenizer is not the policy's; train the reward model from",
+    ),
+]
+
+
+def call(argv, monkeypatch):
+    """The script's exit code."""
+    script = ROOT / "experiments" / f"{argv[0]}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *argv[1:]])
+    with pytest.raises(SystemExit) as ended:
+        flags.run_script(runpy.run_path(str(script))["main"])
+    return ended.value.code
+
+
+# These start a model first.
+SLOW = {
+    *("prompt longer than the context", "text longer than the context", "response fills the context"),
+    *("token ids of another tokenizer", "reward model with another tokenizer"),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "argv", "message"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, *case in MISTAKES],
+)
+def test_a_mistake_is_a_sentence_and_exit_code_2(make, argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make()
+    assert call(argv, monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert not (tmp_path / "runs" / argv[0] / "checkpoints").exists()
+
+
+def test_a_byte_order_mark_is_no_part_of_any_text(tmp_path, monkeypatch):
+    """Editors on Windows write one in front of UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    mark = b"\xef\xbb\xbf"
+    model_folder()
+    for name in ("config.json", "tokenizer_config.json"):
+        file = Path("model") / name
+        file.write_bytes(mark + file.read_bytes())
+    assert models.load("model")[0].config.vocab_size == 4
+    assert tokenizers.load_tokenizer("model").vocab_size == 4
+    files = {"a.json": f"[{ROW}]", "a.jsonl": ROW, "a.csv": "prompt,response\nab,ba\n"}
+    for name, text in files.items():
+        Path(name).write_bytes(mark + text.encode())
+        [row] = readers.read_demonstrations(name).rows
+        assert (row.prompt, row.response) == ("ab", "ba")
+    Path("a.txt").write_bytes(mark + b"ab\n")
+    assert [row.prompt for row in readers.read_prompts("a.txt").rows] == ["ab"]
+
+
+def test_identical_pairs_are_counted_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(data__json=json.dumps([PAIR, SAME, SAME]))()
+    monkeypatch.setattr(models, "build", None)  # the first thing after reading
+    with pytest.raises(TypeError):
+        call((*PAIRS, *SMALL, *LETTERS), monkeypatch)
+    assert "comparisons: 1 rows, 2 dropped (chosen and rejected are identical)" in capsys.readouterr().out
+
+
+def test_a_pad_that_is_the_end_of_text_gets_an_id_of_its_own(tmp_path):
+    """With one id for both, every end would be masked as padding, and no response would learn to end."""
+    trained = tokenizers.characters("ab")
+    trained.save(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text("utf-8").replace(tokenizers.PAD, "<other>")
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    names = {"eos_token": tokenizers.EOS, "pad_token": tokenizers.EOS}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    loaded = tokenizers.load_tokenizer(tmp_path)
+    assert (loaded.eos_id, loaded.pad_id, loaded.vocab_size) == (trained.eos_id, 4, 5)
+    data = encoding.encode_demonstrations(
+        [readers.Demonstration("a", "b", "f"), readers.Demonstration("a", "bb", "f")], loaded
+    )
+    batch = batches.demonstration_batch(data, np.array([0, 1]), bucket_multiple=1)
+    np.testing.assert_array_equal(batch.tokens, [[2, 3, 1, 4], [2, 3, 3, 1]])
+    np.testing.assert_array_equal(batch.response_mask, [[0, 1, 1, 0], [0, 1, 1, 1]])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizers.EOS}), encoding="utf-8")
+    (tmp_path / "special_tokens_map.json").unlink()
+    (tmp_path / "config.json").write_text('{"pad_token_id": -1}', encoding="utf-8")  # as some models write "none"
+    assert tokenizers.load_tokenizer(tmp_path).pad_id == 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "metadata", "alpha", "message"),
+    [
+        ((0, 4), {}, 1, r"attn.c_attn.lora_A.weight has shape \[0, 4\], so no rank"),
+        ((), {}, 1, r"attn.c_attn.lora_A.weight has shape \[\], so no rank"),
+        ((1, 3), {}, 1, r"attn.c_attn.lora_A.weight has shape \[1, 3\], expected \[1, 4\]"),
+        ((1, 4), {"reward_shift": "x"}, 1, r"adapter_model.safetensors: reward_shift in its metadata is no number"),
+        ((1, 4), {}, float("nan"), r"adapter_config.json: lora_alpha is nan, expected a number"),
+    ],
+)
+def test_adapters_that_none_wrote(shape, metadata, alpha, message, tmp_path):
+    params = models.build(models.GPT2Config(4, 8, 4, 1, 1)).init(jax.random.key(0))
+    config = {"peft_type": "LORA", "lora_alpha": alpha}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    module = "base_model.model.transformer.h.0.attn.c_attn"
+    tensors = {"A": np.ones(shape, np.float32), "B": np.ones((12, 1), np.float32)}
+    tensors = {f"{module}.lora_{letter}.weight": value for letter, value in tensors.items()}
+    tensors["base_model.model.score.weight"] = np.ones((1, 4), np.float32)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"} | metadata)
+    with pytest.raises(UserError, match=message):
+        models.lora.load(tmp_path, params)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "advice"),
+    [
+        (RunConfig(), "sft", ("--sft.num-microbatches (now 1)", "--sft.batch-size (now 32)", "--compute.remat")),
+        (RunConfig(), "ppo", ("--ppo.num-microbatches (now 1)", "--rl.batch-size (now 64)", "--compute.remat")),
+        (RunConfig(compute=Compute(remat=True)), "sft", ("--lora.rank 8",)),
+        (RunConfig(model="m", compute=Compute(remat=True), lora=LoRA(rank=8)), "sft", ("shorter texts",)),
+    ],
+)
+def test_out_of_memory_names_what_is_held_and_what_helps(config, name, advice):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    weights = jax.device_put(jnp.zeros((1024, 256)), spread)  # 1 MiB over 4 devices
+    state = TrainState.create({"w": weights}, optax.adam(1e-3))
+    state = state.replace(opt_state=jax.tree.map(lambda x: jax.device_put(x, jax.devices()[0]), state.opt_state))
+    if name == "ppo":
+        state = LoopState.create(state, 0.1, reference={"w": weights})
+    weights.delete()  # as an update that has failed leaves a donated one
+    with pytest.raises(UserError) as said, checks.explains_memory(config, name, state):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
+    text = str(said.value)
+    assert text.startswith(
+        f"{name}: out of memory. On each device lie 0.2 MiB of trained parameters and 2.0 MiB of opt"
+    )
+    assert text.endswith("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+    assert ("0.2 MiB of reference" in text) == (name == "ppo")
+    for setting in advice:
+        assert setting in text
+    with (
+        pytest.raises(UserError, match="of memory"),
+        checks.explains_memory(config, name, state),
+    ):  # what XLA really says
+        jax.block_until_ready(jax.jit(lambda x: jnp.ones(1 << 46) * x)(2.0))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), checks.explains_memory(config, name, state):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_secrets_of_the_environment_reach_no_file_and_no_line(tmp_path, monkeypatch, capsys):
+    secret = "canary-7f3a"
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setattr(sys, "argv", ["experiments/sft.py", "--data", "demo"])
+    config = RunConfig(output_dir=str(tmp_path / "run"))
+    with stage.open_stage(config, "sft", {"data.json": "0"}) as opened:
+        assert json.loads(opened.run.manifest.read_text("utf-8"))["command"] == "python experiments/sft.py --data demo"
+    written = [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(written) >= 2
+    assert not any(secret.encode() in content for content in written)
+    assert secret not in "".join(capsys.readouterr())
+
+
+def test_the_package_reads_named_variables_alone_and_calls_nothing_that_runs_data():
+    """Read as a whole, the environment's secrets could reach a file. Pickles, eval and yaml.load run what they read."""
+    known = {"JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "JAX_PLATFORMS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    for path in (ROOT / "rlhf_jax").rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+                around = parents[node]
+                around = parents[around] if isinstance(around, ast.Attribute) else around
+                named = {part.value for part in ast.walk(around) if isinstance(part, ast.Constant)}
+                assert named & known, f"{path}, line {node.lineno}: reads the environment"
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load"), path
+                trusts = [keyword.value for keyword in node.keywords if keyword.arg == "trust_remote_code"]
+                assert all(isinstance(value, ast.Constant) and value.value is False for value in trusts), path
+                assert trusts or not called.endswith("AutoTokenizer.from_pretrained"), path
+                assert not called.endswith(("np.load", "numpy.load")), path
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                imported = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                banned = {"pickle", "marshal", "shelve", "dill", "joblib", "requests", "socket"}
+                if path.name != "shakespeare.py":  # fetches one public text, known by its sha256
+                    banned.add("urllib")
+                assert not banned & {name.split(".")[0] for name in imported}, path

@@ -1,0 +1,276 @@
+"""Damaged and hostile files: every reader and loader answers with a result or a UserError, soon and in little memory.
+
+Files are cut, bits are flipped, pieces are put in or repeated; headers and settings say what no honest program writes.
+Few examples run in the fast tier, always the same; more in the slow one. ``python tests/test_fuzz.py TARGET`` feeds one
+of `TARGETS` to atheris, where it is installed, for as long as one likes.
+"""
+
+import gzip
+import json
+import resource
+import struct
+import sys
+import tempfile
+import tracemalloc
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import jax
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlhf_jax import config_files, models
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import chat, check, preview, readers, tokenizers
+from rlhf_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMORY = 64 << 20  # bytes that Python and NumPy may take for a file of some kilobytes; JAX compiles in them too
+SECONDS = 20
+
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+ROWS = [
+    {"prompt": "a", "response": "b"},
+    {"prompt": "a", "chosen": "b", "rejected": "c", "topic": 3.5e-2},
+    {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+    {"query": [3, 50259], "sample0": [4], "sample1": "\u00e9\ud83d", "best": 1},
+    {"prompt": "a", "responses": ["b", "c", "c"], "ranking": [2, 0, 1]},
+    {"prompt": MESSAGES[:1], "responses": ["b", "c"], "ranks": [1, 1.5]},
+    {"prompt": "a", "responses": ["b"], "targets": [-1e30]},
+    {"messages": MESSAGES, "level": None},
+    {"prompt": "a", "chosen": MESSAGES, "rejected": [*MESSAGES, *MESSAGES]},
+]
+LINES = "\n".join(map(json.dumps, ROWS)).encode()
+CSV = b'prompt,responses,best\na,"[""b"", ""c""]",1\n"x\ny","[""b"", ""c""]",0\n'
+DATA = {
+    "list.json": json.dumps(ROWS, indent=1).encode(),
+    "lines.jsonl": LINES,
+    "lines.jsonl.gz": gzip.compress(LINES, mtime=0),
+    "table.csv": CSV,
+    "table.tsv.gz": gzip.compress(CSV.replace(b",", b"\t"), mtime=0),
+    "text.txt": "a\n\u2028b\r\n\n".encode(),
+}
+PIECES = [
+    *(
+        b"",
+        b"\0",
+        b'"',
+        b"\\",
+        b"\\ud83d",
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b",",
+        b":",
+        b"\n",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"\x1f\x8b",
+    ),
+    *(b"null", b"NaN", b"-1", b"1e999", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"sample" + b"7" * 4500, b"PAR1"),
+    *(
+        b"!!bool x",
+        b"!!timestamp x",
+        b"!!int ''",
+        b'"\\UFFFFFFFF"',
+        b"&a [*a]",
+        b"*a",
+        b"<<: *a",
+        b"? ",
+        b"%YAML 9.9\n",
+    ),
+    *(b"!!python/object/apply:os.getcwd []", b"---\n", b"...\n", b"\t", b"|\n", b"!<", b"- " * 500),
+]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    2**63,
+    10**30,
+    10**400,
+    0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "2",
+    [],
+    [0],
+    {},
+]
+
+
+@cache
+def model_files():
+    """name -> bytes of a tiny model with a score head, its tokenizer, and adapters for it; and its parameters."""
+    model = models.build(models.LlamaConfig(4, 8, 4, 2, 2, 4, tie_embeddings=True))
+    params = model.init(jax.random.key(0))
+    with tempfile.TemporaryDirectory() as folder:
+        models.save(folder, model, models.add_head(jax.random.key(1), params, "score"))
+        tokenizers.characters("ab").save(folder)
+        head = {"score": models.add_head(jax.random.key(1), params, "score")["score"]}
+        adapters = models.lora.init(jax.random.key(2), params, 2)
+        models.lora.save(folder, params, {**adapters, **head})
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}, params
+
+
+@st.composite
+def damaged(draw, content):
+    """``content`` after up to four accidents."""
+    data = bytearray(content)
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, max(len(data) - 1, 0)))
+        to = draw(st.integers(at, len(data)))
+        match draw(st.sampled_from(["cut", "flip", "put", "replace", "repeat"])):
+            case "cut":
+                del data[at:]
+            case "flip" if data:
+                data[at] ^= 1 << draw(st.integers(0, 7))
+            case "put":
+                data[at:at] = draw(st.sampled_from(PIECES))
+            case "replace":
+                data[at:to] = draw(st.sampled_from(PIECES))
+            case "repeat":
+                data[at:at] = data[at : min(to, at + 1000)]
+    return bytes(data)
+
+
+@st.composite
+def headers(draw, content):
+    """A safetensors file whose header says something odd of one tensor, or of its own length."""
+    size = int.from_bytes(content[:8], "little")
+    header, body = json.loads(content[8 : 8 + size]), content[8 + size :]
+    name = draw(st.sampled_from(sorted(set(header) - {"__metadata__"})))
+    key = draw(st.sampled_from(["shape", "dtype", "data_offsets", "none"]))
+    sizes = st.lists(st.sampled_from([0, 1, 2, 4, 8, 2**31, 2**62, 2**63, -1]), max_size=4)
+    if key == "shape" and draw(st.booleans()):  # nothing in it, so that the shape is free
+        others = {other: held for other, held in header.items() if other != name}
+        header = others | {name: {"dtype": "F32", "shape": [0, *draw(sizes)], "data_offsets": [0, 0]}}
+    elif key != "none":
+        dtypes = st.sampled_from(["F64", "BF16", "F8_E4M3", "F8_E8M0", "F4", "C64", "BOOL", "U16", "x"])
+        header[name][key] = draw({"shape": sizes, "dtype": dtypes, "data_offsets": sizes}[key])
+    if draw(st.booleans()):
+        header["__metadata__"] = {"reward_shift": draw(st.sampled_from(["x", "nan", "1e999", ""]))}
+    text = json.dumps(header).encode()
+    lengths = st.sampled_from([0, 7, len(text) + len(body) + 1, 10**8, 2**63, 2**64 - 1])
+    length = draw(lengths) if key == "none" else len(text)
+    return struct.pack("<Q", length) + text + body
+
+
+@st.composite
+def odd_settings(draw, content):
+    """A JSON object with up to three odd values."""
+    keys = json.loads(content)
+    for key in draw(st.lists(st.sampled_from([*sorted(keys), "rope_parameters", "chat_template"]), max_size=3)):
+        keys[key] = draw(st.sampled_from(ODD))
+    return json.dumps(keys).encode()
+
+
+def answers(read, content_size=0):
+    """Calls ``read``; anything but a result or a UserError, and a large allocation, is a failure."""
+    tracemalloc.start()
+    try:
+        with suppress(UserError):
+            read()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < MEMORY + 100 * content_size
+
+
+def read_data(name, content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        for read in (readers.read_demonstrations, readers.read_pairs, readers.read_comparisons, readers.read_prompts):
+            answers(lambda read=read: read(path), len(content))
+        report = check.check([str(path)])  # which names every problem and raises none
+        preview.render(report).encode("utf-8")
+        assert report.files[0].kept or report.num_problems or report.files[0].dropped
+
+
+def read_yaml(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.yaml"
+        path.write_bytes(content)
+        answers(lambda: config_files.read(RunConfig, path), len(content))
+
+
+def read_model(name, content):
+    """The model's folder with one file replaced: as a model, as adapters, as a tokenizer with its chat template."""
+    files, params = model_files()
+    with tempfile.TemporaryDirectory() as folder:
+        for other, held in (files | {name: content}).items():
+            (Path(folder) / other).write_bytes(held)
+        if name.startswith("adapter"):
+            answers(lambda: models.lora.load(folder, params))
+        elif name in ("config.json", "model.safetensors"):
+            answers(lambda: models.load(folder))
+        if "token" in name or name == "config.json":
+            answers(lambda: chat.template_of(tokenizers.load_tokenizer(folder)).prompt(MESSAGES, "row"))
+
+
+def data_files():
+    return st.sampled_from(sorted(DATA)).flatmap(lambda name: st.tuples(st.just(name), damaged(DATA[name])))
+
+
+def yaml_files():
+    return damaged((ROOT / "configs" / "tiny.yaml").read_bytes())
+
+
+def of_model(*names):
+    """Strategy of (name, content); the files are made when the first example is drawn."""
+
+    def contents(name):
+        content = model_files()[0][name]
+        odd = headers(content) if name.endswith(".safetensors") else odd_settings(content)
+        return st.tuples(st.just(name), st.one_of(damaged(content), odd))
+
+    return st.sampled_from(names).flatmap(contents)
+
+
+WEIGHTS = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# What is drawn, what reads it, and how many examples the fast and the slow tier take.
+TARGETS = {
+    "data": (data_files(), lambda drawn: read_data(*drawn), 40, 400),
+    "yaml": (yaml_files(), read_yaml, 30, 300),
+    "weights": (of_model(*WEIGHTS), lambda drawn: read_model(*drawn), 20, 120),
+    "tokenizer": (of_model(*TOKENIZERS), lambda drawn: read_model(*drawn), 20, 120),
+}
+
+
+@pytest.mark.parametrize("tier", ["fast", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_result_or_a_user_error(target, tier):
+    strategy, read, few, many = TARGETS[target]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @settings(
+        max_examples=few if tier == "fast" else many,
+        deadline=SECONDS * 1000,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def fuzz(drawn):
+        read(drawn)
+
+    fuzz()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB: a gibibyte
+
+
+if __name__ == "__main__":
+    import atheris
+
+    strategy, read, *_ = TARGETS[sys.argv.pop(1)]
+    atheris.Setup(sys.argv, settings(database=None)(given(strategy)(read)).hypothesis.fuzz_one_input)
+    atheris.Fuzz()
