@@ -9,6 +9,9 @@ from pathlib import Path
 
 # Read by jax when it is imported.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "rlhf_jax_tests" / "xla"))
+# Tests compile thousands of small programs, which jax leaves out of the cache by default.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
