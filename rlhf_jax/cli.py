@@ -2,15 +2,16 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import rich.console
 import rich.table
 import tyro
 
-from rlhf_jax import doctor, export, flags, report
+from rlhf_jax import doctor, evaluate, export, flags, report
 from rlhf_jax.data import check as data_check
-from rlhf_jax.data import demo, preview, readers, tokenizers
+from rlhf_jax.data import demo, labels, preview, readers, tokenizers
 from rlhf_jax.errors import UserError
 
 Positional = tyro.conf.Positional[str]
@@ -36,7 +37,32 @@ def export_run(run: Positional, folder: Positional) -> None:
     print(f"wrote {export.export(run, folder)}")
 
 
-def report_runs(runs: tyro.conf.Positional[tuple[str, ...]], output: str | None = None) -> None:
+def evaluate_run(run: Positional, config: tyro.conf.OmitArgPrefixes[evaluate.Config]) -> None:
+    """Judge a run's policy by data: helpfulness, harmlessness, honesty, preferences, diversity, against another run.
+
+    Writes evaluation.json and evaluation_samples.jsonl into the run's folder and draws its report again.
+
+    Args:
+        run: the folder of a finished run, or of a model.
+        config: what it is judged by.
+    """
+    result = evaluate.run(run, config)
+    table = rich.table.Table(box=None)
+    for name in ("category", "metric", "value", "95% interval", "n", ""):
+        table.add_column(name, no_wrap=True)
+    for row in result.rows:
+        interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
+        value = "–" if row.value is None else f"{row.value:.3f}"
+        table.add_row(row.category, row.metric, value, interval, f"{row.n} {row.unit}" if row.unit else "", row.note)
+    console = rich.console.Console()
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum  # else texts would be cut
+    rich.console.Console(width=max(console.width, needed)).print(table)
+    print(f"wrote {result.path}")
+    if (Path(run) / "manifest.json").is_file() and result.path.parent == Path(run):
+        report.write([run], report.default_path([run]))
+
+
+def report_runs(runs: tyro.conf.Positional[tuple[str, ...]], output: str | None = None, png: str | None = None) -> None:
     """Draw what runs did as one HTML page: curves, samples before and after, settings, commands.
 
     Runs that differ only in the seed are drawn as a mean with a band; a pipeline's folder stands for its stages.
@@ -45,10 +71,13 @@ def report_runs(runs: tyro.conf.Positional[tuple[str, ...]], output: str | None 
         runs: folders of runs, finished or not.
         output: the page; by default report.html in the run's folder (stages.html in a folder of runs), or report.html
             here for several.
+        png: a folder for the page's figures as PNG files too, called by their titles.
     """
     path = report.default_path(runs) if output is None else output
     report.write(runs, path)
     print(path)
+    if png is not None:
+        print(f"{len(report.write_png(runs, png))} figures in {png}")
 
 
 def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) -> None:
@@ -96,9 +125,42 @@ def preview_data(
     print(preview.preview(file, loaded, kind, count))
 
 
+def download_labels(name: Positional, folder: Positional, url: str | None = None) -> None:
+    """Fetch a label set that lm-human-preferences published, check every row, and write its sha256 beside it.
+
+    Args:
+        name: sentiment, descriptiveness, cnndm-offline, cnndm-online, tldr-offline or tldr-online.
+        folder: where to write; made if missing.
+        url: another place that has the file.
+    """
+    found = labels.download(name, folder, url)
+    print(f"{found.path}: {found.num_rows} rows, of which {found.num_equal} have four equal samples")
+    print(f"sha256 {found.sha256}: of what came; no published one is known to compare it with")
+
+
+def decode_labels(file: Positional, tokenizer: str, output: str | None = None) -> None:
+    """Write a label file with texts in place of token ids, as JSON lines.
+
+    Args:
+        file: rows {query, sample0, ..., best}; the padding id 50259 is removed.
+        tokenizer: folder or name of the tokenizer that made the ids; of the published labels, GPT-2's.
+        output: the new file; by default FILE with the ending .decoded.jsonl.
+    """
+    path = str(Path(file).with_suffix(".decoded.jsonl")) if output is None else output
+    done = labels.decode(file, path, tokenizers.load_tokenizer(tokenizer))
+    dropped = "".join(f", {count} dropped ({reason})" for reason, count in done.dropped.items())
+    print(f"wrote {path}: {done.num_rows} rows{dropped}; {done.num_broken} texts hold a broken character, U+FFFD")
+
+
 COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
-    "": {"doctor": examine, "report": report_runs, "export": export_run},
-    "data": {"check": check_data, "preview": preview_data, "demo": write_demo},
+    "": {"doctor": examine, "evaluate": evaluate_run, "report": report_runs, "export": export_run},
+    "data": {
+        "check": check_data,
+        "preview": preview_data,
+        "demo": write_demo,
+        "download": download_labels,
+        "decode": decode_labels,
+    },
 }
 
 

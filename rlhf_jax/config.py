@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf_jax import alerts
 from rlhf_jax.algorithms.dpo import Config as DPOConfig
 from rlhf_jax.algorithms.dpo import check_config as check_dpo
 from rlhf_jax.algorithms.grpo import Config as GRPOConfig
@@ -121,8 +122,16 @@ class Optimizer:
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay from the peak to 0 over the run, after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine", "step", "plateau"] = "constant"
+    """After the warm-up: linear and cosine decay from the peak to 0 over the run, step multiplies by decay_factor every
+    decay_every optimizer steps, plateau after decay_patience validations in a row that bring no improvement."""
+    decay_factor: float = 0.1
+    """What the schedules step and plateau multiply the learning rate by."""
+    decay_every: int | None = None
+    """Optimizer steps between the decays of the schedule step."""
+    decay_patience: int = 5
+    """Validations without improvement that the schedule plateau waits for; the metric is that of keep_best, without it
+    validation/score in RL and validation/loss elsewhere."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
     weight_decay: float = 0.0
@@ -138,6 +147,11 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eps")
+        _at_least(self, 1, "decay_every", "decay_patience")
+        if not 0 < self.decay_factor < 1:
+            raise ValueError(f"decay_factor must be above 0 and below 1, got {self.decay_factor}")
+        if (self.schedule == "step") != (self.decay_every is not None):
+            raise ValueError("the schedule step needs decay_every, and decay_every the schedule step")
         _share(self, "b1")
         _share(self, "b2")
 
@@ -221,6 +235,8 @@ class RLStage:
     """Files of prompts; empty: the run's --data."""
     num_iterations: int = 100
     """Collect, reward, learn: how many times."""
+    num_episodes: int | None = None
+    """The run's length in episodes, whole batches, rounded up; where given, num_iterations does not count."""
     batch_size: int = 64
     """Episodes per iteration, over all devices."""
     max_prompt_length: int | None = None
@@ -257,11 +273,14 @@ class RLStage:
     """At most this many prompts are sampled at a validation."""
     reference_refresh: int | None = None
     """Every so many iterations the policy becomes the reference of the KL; null: the reference stays --model."""
+    judge: tuple[str, ...] = ()
+    """A reward, as `reward`, that is not trained on: it scores the validations' samples too (validation/judge)."""
     show_examples: int = 0
     """Print so many examples (prompt, what was generated, reward) at each validation."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "num_iterations", "batch_size", "max_prompt_length", "max_new_tokens", "top_k", "kl_horizon")
+        _at_least(self, 1, "num_episodes")
         _at_least(self, 1, "validation_interval", "validation_prompts", "reference_refresh")
         _at_least(self, 0, "temperature", "kl_coef", "show_examples")
         _share(self, "validation_fraction")
@@ -269,6 +288,57 @@ class RLStage:
             raise ValueError(f"kl_target must be above 0, got {self.kl_target}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+    @property
+    def length(self) -> int:
+        """Iterations of the run."""
+        return self.num_iterations if self.num_episodes is None else -(-self.num_episodes // self.batch_size)
+
+
+@dataclass(frozen=True)
+class Safety:
+    """What counts as unsafe in RL's prompts and responses, and what is done about it; nothing does by default."""
+
+    words: tuple[str, ...] = ()
+    """Files of words and phrases, one a line, found as whole words whatever their case."""
+    patterns: tuple[str, ...] = ()
+    """Regular expressions in Python's syntax, searched in the text as it is; (?i) ignores case."""
+    classifier: str | None = None
+    """One SPEC as in `reward` that scores responses; those with a score below `below` or above `above` are unsafe."""
+    below: float | None = None
+    """A response whose classifier score is lower is unsafe."""
+    above: float | None = None
+    """A response whose classifier score is higher is unsafe."""
+    prompts: Literal["drop", "replace", "count"] = "drop"
+    """What becomes of a prompt in which words or patterns are found: left out, replaced, or counted alone."""
+    replacement: str | None = None
+    """With prompts: replace, the text in place of an unsafe prompt."""
+    responses: Literal["penalise", "replace", "mask", "count"] = "penalise"
+    """What becomes of an unsafe response: `penalty` is subtracted from its score, `score` replaces it, it is absent
+    from every statistic and loss, or it is counted alone."""
+    penalty: float = 1.0
+    """With responses: penalise, what is subtracted."""
+    score: float | None = None
+    """With responses: replace, the score in place of the response's own."""
+
+    @property
+    def on(self) -> bool:
+        """Whether anything can count as unsafe."""
+        return bool(self.words or self.patterns or self.classifier)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "penalty")
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"patterns: {pattern!r} is no regular expression: {error}") from error
+        if (self.classifier is None) != (self.below is None and self.above is None):
+            raise ValueError("a classifier needs below or above, and they need a classifier")
+        if self.prompts == "replace" and not self.replacement:
+            raise ValueError("prompts: replace needs a replacement, the text in place of an unsafe prompt")
+        if self.responses == "replace" and self.score is None:
+            raise ValueError("responses: replace needs a score, which unsafe responses get")
 
 
 @dataclass(frozen=True)
@@ -304,6 +374,13 @@ class RunConfig:
     keep_best: str | None = None
     """max:METRIC or min:METRIC, a metric of the validations such as max:validation/score: each validation is then
     saved too, the best one is kept, and model/ is made from it."""
+    early_stopping_patience: int | None = None
+    """End after so many validations in a row without improvement of keep_best's metric, without it of validation/score
+    in RL and validation/loss elsewhere; null: go on to the end."""
+    track: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
+    """Services that get metrics, samples and alerts too; WANDB_PROJECT names the project of the first two."""
+    alerts: tuple[str, ...] = ()
+    """Rules such as "objective/kl > 50 for 3: stop", added to the default ones; `none` turns those off."""
     network: Network = Network()
     compute: Compute = Compute()
     lora: LoRA = LoRA()
@@ -313,14 +390,16 @@ class RunConfig:
     reward_model: RewardModelStage = RewardModelStage()
     dpo: DPOStage = DPOStage()
     rl: RLStage = RLStage()
+    safety: Safety = Safety()
     vpg: VPGConfig = VPGConfig()
     ppo: PPOConfig = PPOConfig()
     rloo: RLOOConfig = RLOOConfig()
     grpo: GRPOConfig = GRPOConfig()
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "checkpoint_interval", "keep_last")
+        _at_least(self, 1, "checkpoint_interval", "keep_last", "early_stopping_patience")
         _at_least(self, 0, "seed")
+        alerts.parse(self.alerts)
         if self.keep_best is not None and not re.fullmatch("(max|min):.+", self.keep_best):
             raise ValueError(f"keep_best must be max:METRIC or min:METRIC, got {self.keep_best!r}")
         if self.lora.rank and self.model is None:

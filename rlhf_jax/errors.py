@@ -1,4 +1,4 @@
-"""The ways in which a run ends early: what the user gave is wrong, the training went wrong, or a signal came."""
+"""The ways in which a run ends early: what the user gave is wrong, training went wrong, a signal or an alert came."""
 
 
 class UserError(ValueError):
@@ -18,3 +18,11 @@ class Stopped(Exception):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class AlertStop(Stopped):
+    """A run that an alert ended, after a checkpoint. Scripts print it and exit with code 3."""
+
+    def __init__(self, message: str):
+        Exception.__init__(self, message)
+        self.exit_code = 3

@@ -1,5 +1,10 @@
-"""Figures about scores that a person reads: how well they agree with preferences, and what they may be exploited by."""
+"""Figures about scores that a person reads: how well they agree with preferences, and what they may be exploited by;
+and the intervals of such figures.
+"""
 
+from collections.abc import Callable
+
+import jax
 import numpy as np
 import scipy.special
 import scipy.stats
@@ -113,3 +118,93 @@ def win_rate(scores: np.ndarray, against: np.ndarray, weights: np.ndarray | None
     """Share of rows [N], weighted by ``weights`` [N] if given, where ``scores`` is higher; ties count half."""
     scores, against = np.asarray(scores), np.asarray(against)
     return float(np.average((scores > against) + 0.5 * (scores == against), weights=weights))
+
+
+def brier(margin: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Mean ``(1 - p)^2`` of the probability p = sigmoid(margin) given to the chosen answer (Brier 1950, of one of two
+    outcomes): 0 is perfect, 0.25 what p = 1/2 gets.
+
+    margin: [N] score of the chosen answer minus that of the rejected one; weights: [N] or None.
+    """
+    return float(np.average(scipy.special.expit(-np.asarray(margin, np.float64)) ** 2, weights=weights))
+
+
+def cohen_kappa(labels: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Agreement of two judges' labels [N] beyond chance, ``(observed - expected) / (1 - expected)`` (Cohen 1960).
+
+    1 is full agreement, 0 that of judges who draw from their own shares of the labels. NaN where both give one and the
+    same label to every row, so that chance alone agrees in all of them.
+    """
+    labels, others = np.asarray(labels), np.asarray(others)
+    observed = np.average(labels == others, weights=weights)
+    expected = sum(
+        np.average(labels == label, weights=weights) * np.average(others == label, weights=weights)
+        for label in np.unique(labels)
+    )
+    return float("nan") if expected == 1.0 else float((observed - expected) / (1 - expected))
+
+
+def mean_interval(values: np.ndarray, key: jax.Array) -> tuple[float, float]:
+    """95% interval of the mean of values [N] in [0, 1]: Wilson's (1927) if all are 0 or 1, else ``bootstrap_mean``."""
+    if np.isin(values, (0, 1)).all():
+        ends = scipy.stats.binomtest(int(np.sum(values)), len(values)).proportion_ci(method="wilson")
+        return float(ends.low), float(ends.high)
+    return bootstrap_mean(values, key)
+
+
+def bootstrap_mean(
+    values: np.ndarray, key: jax.Array, weights: np.ndarray | None = None, groups: np.ndarray | None = None
+) -> tuple[float, float]:
+    """``bootstrap_interval`` of the mean of values [N]; weights None: all the same."""
+    weights = np.ones(len(values)) if weights is None else weights
+    return bootstrap_interval(lambda drawn: float(np.average(values, weights=drawn)), weights, key, groups)
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float],
+    weights: np.ndarray,
+    key: jax.Array,
+    groups: np.ndarray | None = None,
+    num_draws: int = 1000,
+    centered: bool = False,
+) -> tuple[float, float]:
+    """Percentile bootstrap (Efron 1979): the 2.5th and 97.5th percentile of a statistic over draws with replacement.
+
+    Args:
+      statistic: of weights [N] of the N rows, 0 for those that a draw leaves out. Draws for which it is NaN are left
+        out.
+      weights: [N] what each row counts for.
+      key: the same key draws the same.
+      groups: [N] numbers from 0; rows of one number, such as the pairs of one ranking, are drawn together. None: each
+        row for itself.
+      centered: moves the draws so that their mean is the statistic of the rows themselves, for one that draws with
+        replacement inflate, such as a calibration error.
+
+    Returns:
+      (NaN, NaN) for fewer than two groups, which say nothing of how they vary.
+    """
+    groups = np.arange(len(weights)) if groups is None else groups
+    num_groups = int(groups.max(initial=-1)) + 1
+    if num_groups < 2:
+        return float("nan"), float("nan")
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    found = []
+    for _ in range(num_draws):
+        counts = np.bincount(generator.integers(num_groups, size=num_groups), minlength=num_groups)
+        found.append(statistic(weights * counts[groups]))
+    low, high = np.nanpercentile(found, [2.5, 97.5]) - (np.nanmean(found) - statistic(weights) if centered else 0.0)
+    return float(low), float(high)
+
+
+def jackknife_interval(value: float, without_each: np.ndarray) -> tuple[float, float]:
+    """95% interval ``value +- 1.96 * standard error`` by the jackknife (Tukey 1958), from the statistic without row i,
+    for each of N rows: for what copies would change, such as counts of different things, which no bootstrap can draw.
+
+    (NaN, NaN) for fewer than two rows.
+    """
+    without_each = np.asarray(without_each, np.float64)
+    count = len(without_each)
+    if count < 2:
+        return float("nan"), float("nan")
+    error = np.sqrt((count - 1) * np.mean((without_each - without_each.mean()) ** 2))
+    return float(value - 1.96 * error), float(value + 1.96 * error)

@@ -1,7 +1,8 @@
-"""Curves, points and histograms as SVG elements, drawn with matplotlib.
+"""Curves, points and histograms as SVG elements or PNG files, drawn with matplotlib.
 
     loss = figures.Plot("SFT loss", "step", "nats per token", {"training": ([1, 2], [3.0, 2.5])})
     drawing = figures.draw(loss)
+    figures.png(loss)
 
 The same figure gives the same bytes, whatever the user has set in matplotlib. Matplotlib takes long to import, so it is
 imported when the first figure is drawn.
@@ -11,7 +12,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_MARKED = 30  # a series of so few points shows each of them
 SIZE = (5.2, 3.3)  # inches; the page scales it
+PNG_DPI = 160
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "text.parse_math": False,
@@ -139,6 +141,14 @@ def bin_edges(values: Iterable[npt.ArrayLike], max_bins: int = 20) -> np.ndarray
     return np.linspace(low, high, max_bins + 1) if high > low else np.array([low - 0.5, low + 0.5])
 
 
+class _Picture(NamedTuple):
+    """What is to be drawn: a function that draws it, None where there is nothing; the notes below it."""
+
+    paint: Callable[["Axes"], dict[str, "Artist"]] | None
+    notes: list[str]
+    integer_x: bool = False
+
+
 def draw(figure: Plot | Histogram, salt: str = "") -> Drawing:
     """The figure as SVG, without scripts or anything from outside. All texts are escaped.
 
@@ -147,8 +157,23 @@ def draw(figure: Plot | Histogram, salt: str = "") -> Drawing:
     Raises:
         ValueError: a series has not a y for each x.
     """
+    picture = _picture(figure)
+    svg = _file(figure, picture, "svg", salt).decode()
+    return Drawing(figure.title, _inline(svg) if svg else "", picture.notes)
+
+
+def png(figure: Plot | Histogram) -> bytes:
+    """The figure as a PNG file with its title; empty where there is nothing to draw.
+
+    Raises:
+        ValueError: a series has not a y for each x.
+    """
+    return _file(figure, _picture(figure), "png", "")
+
+
+def _picture(figure: Plot | Histogram) -> _Picture:
     if isinstance(figure, Histogram):
-        return _draw_histogram(figure, salt)
+        return _histogram(figure)
     curves, notes = [], [figure.note] if figure.note else []
     for i, (name, value) in enumerate(figure.series.items()):
         given = Series(*value)
@@ -163,7 +188,7 @@ def draw(figure: Plot | Histogram, salt: str = "") -> Drawing:
         else:
             notes.append(f"{name}: left out, as it has no {'finite ' if len(x) else ''}values.")
     if not curves:
-        return Drawing(figure.title, "", notes)
+        return _Picture(None, notes)
 
     def paint(axes: "Axes") -> dict[str, "Artist"]:
         handles = (_draw_points if figure.order else _draw_curves)(figure, axes, curves)
@@ -178,10 +203,10 @@ def draw(figure: Plot | Histogram, salt: str = "") -> Drawing:
         return handles
 
     whole = all(np.all(curve.x[np.isfinite(curve.x)] % 1 == 0) for curve in curves)
-    return Drawing(figure.title, _svg(figure, paint, whole, salt), notes)
+    return _Picture(paint, notes, whole)
 
 
-def _draw_histogram(figure: Histogram, salt: str) -> Drawing:
+def _histogram(figure: Histogram) -> _Picture:
     edges = np.asarray(figure.edges, np.float64)
     counts, notes = {}, [figure.note] if figure.note else []
     for name, some in figure.values.items():
@@ -194,7 +219,7 @@ def _draw_histogram(figure: Histogram, salt: str) -> Drawing:
         else:
             notes.append(f"{name}: left out, as it has no {'finite ' if values.size else ''}values.")
     if not counts:
-        return Drawing(figure.title, "", notes)
+        return _Picture(None, notes)
 
     def paint(axes: "Axes") -> dict[str, "Artist"]:
         handles: dict[str, Artist] = {}
@@ -207,10 +232,12 @@ def _draw_histogram(figure: Histogram, salt: str) -> Drawing:
         axes.set_ylim(bottom=0)
         return handles
 
-    return Drawing(figure.title, _svg(figure, paint, bool(np.all(edges % 1 == 0.5)), salt), notes)
+    return _Picture(paint, notes, bool(np.all(edges % 1 == 0.5)))
 
 
-def _svg(figure: Plot | Histogram, paint: Callable[["Axes"], dict[str, "Artist"]], integer_x: bool, salt: str) -> str:
+def _file(figure: Plot | Histogram, picture: _Picture, kind: Literal["svg", "png"], salt: str) -> bytes:
+    if picture.paint is None:
+        return b""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -220,9 +247,9 @@ def _svg(figure: Plot | Histogram, paint: Callable[["Axes"], dict[str, "Artist"]
         matplotlib.rcParams.update({**STYLE, "svg.hashsalt": f"figure {salt} {figure.title}"})
         canvas = Figure(figsize=SIZE, layout="constrained")
         axes = canvas.subplots()
-        handles = paint(axes)
+        handles = picture.paint(axes)
         axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
-        if integer_x:
+        if picture.integer_x:
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
         if isinstance(figure, Histogram):
             axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -231,9 +258,13 @@ def _svg(figure: Plot | Histogram, paint: Callable[["Axes"], dict[str, "Artist"]
             rows = -(-len(handles) // columns)
             canvas.set_size_inches(SIZE[0], SIZE[1] + 0.22 * (rows - 1))
             canvas.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns)
-        file = io.StringIO()
-        canvas.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _inline(file.getvalue())
+        file = io.BytesIO()
+        if kind == "png":
+            axes.set_title(figure.title, fontsize=12)  # a figure's own title would lie on the legend
+            canvas.savefig(file, format="png", dpi=PNG_DPI, metadata={"Software": None})
+        else:
+            canvas.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return file.getvalue()
 
 
 def _draw_curves(plot: Plot, axes: "Axes", curves: Sequence[_Curve]) -> dict[str, "Artist"]:

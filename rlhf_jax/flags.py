@@ -54,8 +54,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's ``main`` and exits with its code (None: 0).
 
     What is printed without a traceback: a :class:`UserError`, which exits with 2; a :class:`TrainingFault`, with 1; a
-    :class:`Stopped`, with 130 (Ctrl-C) or 143 (SIGTERM). Ctrl-C outside a training loop exits with 130 too. Any other
-    exception passes through: Python prints its traceback and exits with 1.
+    :class:`Stopped`, with 130 (Ctrl-C), 143 (SIGTERM) or 3 (an alert whose action is stop). Ctrl-C outside a training
+    loop exits with 130 too. Any other exception passes through: Python prints its traceback and exits with 1.
     """
     try:
         code = main() or 0

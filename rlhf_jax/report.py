@@ -8,11 +8,12 @@ mean with a band; kinds follow one another. Nothing is read but the runs' folder
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax import page, run_figures, run_records
+from rlhf_jax import figures, page, run_figures, run_records
 from rlhf_jax.errors import UserError
 from rlhf_jax.figures import Histogram, Plot
 from rlhf_jax.run_records import POLICIES, STAGES, Group, RunRecord
@@ -34,6 +35,43 @@ def write(runs: Sequence[str | Path], path: str | Path) -> None:
         UserError: a folder that holds no run, a run given twice, a broken file in one, or no place for the page.
     """
     records = run_records.find(runs)
+    names = ", ".join(record.name for record in records) if len(records) <= 4 else f"{len(records)} runs"
+    try:
+        page.write(path, f"{_stages(records)}: {names}", _parts(records))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
+    """Writes each figure of the page that ``write`` makes as a PNG, called by its title: ``score-objective-score.png``.
+    Where the page has chapters, their stages come first: ``ppo-score-objective-score.png``.
+
+    Returns:
+        The files, in the page's order; a figure without anything to draw has none.
+
+    Raises:
+        UserError: as ``write`` does, or no place for the files.
+    """
+    chapter = ""
+    paths: list[Path] = []
+    for part in _parts(run_records.find(runs)):
+        if isinstance(part, page.Heading):
+            chapter = part.title
+        for figure in part.figures if isinstance(part, page.Figures) else ():
+            name = re.sub(r"[^a-z0-9]+", "-", f"{chapter} {figure.title}".lower()).strip("-")
+            same = sum(path.stem == name or path.stem.rpartition("--")[0] == name for path in paths)
+            path = Path(folder) / f"{name}{f'--{same + 1}' if same else ''}.png"
+            if image := figures.png(figure):
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(image)
+                except OSError as error:
+                    raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+                paths.append(path)
+    return paths
+
+
+def _parts(records: Sequence[RunRecord]) -> list[page.Part]:
     kinds: dict[str, list[RunRecord]] = {stage: [] for stage in STAGES}  # in this order, others behind
     for record in records:
         kinds.setdefault(POLICIES[0] if record.stage in POLICIES else record.stage, []).append(record)
@@ -43,11 +81,7 @@ def write(runs: Sequence[str | Path], path: str | Path) -> None:
         if len(chapters) > 1:
             parts.append(page.Heading(_stages(together)))
         parts += _chapter(together)
-    names = ", ".join(record.name for record in records) if len(records) <= 4 else f"{len(records)} runs"
-    try:
-        page.write(path, f"{_stages(records)}: {names}", parts)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    return parts
 
 
 def default_path(runs: Sequence[str | Path]) -> Path:
@@ -76,12 +110,15 @@ def _chapter(records: Sequence[RunRecord]) -> list[page.Part]:
     parts: list[page.Part] = [*_overview(groups), _commands(records)]
     if names:
         parts.append(_side_by_side("Last metrics", "metric", last))
+    if raised := run_figures.alerts(records):
+        parts.append(page.Table("Alerts", ("run", "step", "alert", "rule", "action", "found"), raised))
     if plots:
         several = len(groups) == 1 < len(records)
         parts.append(page.Figures(f"Curves{f', mean and range of {len(records)} runs' if several else ''}", plots))
     shown, missing = _distributions(groups)
     parts += shown
     parts += _samples(groups)
+    parts += _evaluations(records)
     if constant:
         values = ", ".join(f"{name} {value:.4g}" for name, value in constant.items())
         missing.append(f"These metrics never changed and have no curve: {values}.")
@@ -207,6 +244,19 @@ def _distributions(groups: Sequence[Group]) -> tuple[list[page.Part], list[str]]
         missing.append("Histograms and samples before and after: no validation has written texts.")
     heading = "Reward against KL, before and after" if policy else "Before and after, calibration"
     return [page.Figures(heading, figures)] if figures else [], missing
+
+
+def _evaluations(records: Sequence[RunRecord]) -> list[page.Part]:
+    """A table of figures for each run that has been evaluated."""
+    columns = ("category", "metric", "value", "low", "high", "n", "unit", "note")
+    tables: list[page.Part] = []
+    for record in records:
+        if rows := [[row.get(name) for name in columns] for row in run_records.evaluation(record)]:
+            note = "From low to high is a 95% interval, n what it rests on; every response stands in "
+            note += "evaluation_samples.jsonl."
+            title = "Evaluation" if len(records) == 1 else f"Evaluation: {record.name}"
+            tables.append(page.Table(title, columns, rows, {"value": ".3f", "low": ".3f", "high": ".3f"}, note=note))
+    return tables
 
 
 # --- Samples --------------------------------------------------------------------------------------------------------

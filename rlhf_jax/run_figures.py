@@ -5,13 +5,14 @@ Runs of a group are drawn as their mean with a band from the lowest to the highe
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.special
 
+from rlhf_jax.alerts import parse
 from rlhf_jax.figures import Histogram, Plot, Series, bin_edges
-from rlhf_jax.run_records import Group, Row, RunRecord, series
+from rlhf_jax.run_records import Group, Row, RunRecord, read_rows, series
 
 MAX_POINTS = 1000  # a longer curve is drawn as means over equal stretches
 NUM_BINS = 10  # of the calibration
@@ -29,12 +30,15 @@ METRICS = {
     "validation/length_accuracy": ("Accuracy of taking the longer answer", "share of comparisons"),
     "validation/uncertainty": ("Disagreement of the members", "standard deviation of the margin"),
     "objective/score": ("Score", "score"),
+    "validation/judge": ("Held-out judge", "score"),
     "objective/reward": ("Reward: score minus penalties", "reward"),
     "objective/kl": ("KL from the reference", "nats per response"),
     "kl/coef": ("KL coefficient", "coefficient"),
     "objective/entropy": ("Entropy", "nats per response"),
     "response/length": ("Response length", "tokens"),
     "response/eos_fraction": ("Responses that end", "share"),
+    "response/repetition": ("Repetition", "share of 3-grams said before"),
+    "reward/length_correlation": ("Score and length", "correlation"),
     "policy/loss": ("Policy loss", "loss"),
     "policy/clip_fraction": ("Clipped tokens", "share"),
     "policy/approx_kl": ("KL of the update", "nats per token"),
@@ -127,6 +131,9 @@ def _plot(groups: Sequence[Group], base: str, members: Sequence[str], x_label: s
                 if len(groups) == 1:  # one group: the colour tells training from validation
                     line = line._replace(color=int(name != members[0]), style=0)
                 drawn[label] = line._replace(low=low, high=high) if len(group.records) > 1 else line
+    if marks := [mark for group in groups for record in group.records for mark in _marks(record, members)]:
+        at, values = zip(*marks, strict=True)
+        drawn["alert"] = Series(at, values, points=True, color=len(groups) + 1)
     lines = dict(LINES.get(base, {}))
     targets = {record.settings.get("rl.kl_target") for group in groups for record in group.records}
     if base == "objective/kl" and len(targets) == 1 and (target := targets.pop()) is not None:
@@ -134,6 +141,31 @@ def _plot(groups: Sequence[Group], base: str, members: Sequence[str], x_label: s
     note = f"Each point is the mean of up to {max(stretches)} steps." if stretches and max(stretches) > 1 else ""
     full = f"{title}: {members[0]}" if title else members[0]
     return Plot(full, x_label, y_label, drawn, lines=lines, note=note)
+
+
+def alerts(records: Iterable[RunRecord]) -> list[list[Any]]:
+    """What alerts.jsonl of the runs holds, in rows: run, step, name, rule, action, message."""
+    return [
+        [record.name, *(row[key] for key in ("step", "name", "rule", "action", "message"))]
+        for record in records
+        for row in _alert_rows(record)
+    ]
+
+
+def _alert_rows(record: RunRecord) -> list[Row]:
+    file = record.path / "alerts.jsonl"
+    return read_rows(file) if file.exists() else []
+
+
+def _marks(record: RunRecord, members: Sequence[str]) -> list[tuple[int, float]]:
+    """Where an alert of the run concerns one of these metrics: its step and their values there."""
+    rows = {row["step"]: row for row in record.metrics}
+    return [
+        (alert["step"], rows[alert["step"]][name])
+        for alert in _alert_rows(record)
+        for name in members
+        if name in parse(["none", alert["rule"]])[0].metrics and name in rows.get(alert["step"], {})
+    ]
 
 
 def _means(values: np.ndarray, stretch: int) -> np.ndarray:

@@ -33,9 +33,12 @@ FREE_SETTINGS = (
     "checkpoint_async",
     "keep_last",
     "allow_changed",
+    "alerts",
+    "track",
 )
 STAGES = ("sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo")  # each reads the section of its name
 POLICIES = ("vpg", "ppo", "rloo", "grpo")
+EVALUATION = "evaluation.json"  # what `rlhf-jax evaluate` writes into a run's folder
 
 Row = dict[str, Any]
 
@@ -248,6 +251,19 @@ def read_rows(path: str | Path) -> list[Row]:
             }
         )
     return rows
+
+
+def evaluation(record: RunRecord) -> list[Row]:
+    """The figures that `rlhf-jax evaluate` has left in the run's folder; none where it has not been there.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    path = record.path / EVALUATION
+    try:
+        return [dict(row) for row in json.loads(path.read_text("utf-8"))["rows"]] if path.exists() else []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not what `rlhf-jax evaluate` writes: {error!r}; evaluate again") from None
 
 
 def _is_cut(path: Path) -> bool:

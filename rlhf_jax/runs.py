@@ -34,7 +34,8 @@ from rlhf_jax.errors import UserError
 
 _LOCK_FILES = (".lock", ".pid")
 _RUN_FILES = (
-    *("config.yaml", "manifest.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json"),
+    *("config.yaml", "manifest.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "alerts.jsonl"),
+    "summary.json",
     *("report.html", "checkpoints", "model", *_LOCK_FILES),
 )
 _PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")

@@ -26,6 +26,7 @@ import rich.text
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import Run, write_atomically
+from rlhf_jax.trackers import Services
 
 
 class Tracker:
@@ -45,6 +46,7 @@ class Tracker:
         show: Sequence[str] = (),
         print_every: int = 10,
         console: rich.console.Console | None = None,
+        services: Services | None = None,
     ):
         """Opens the files.
 
@@ -56,7 +58,9 @@ class Tracker:
           show: the metrics of the console's line; by default the first four.
           print_every: steps between lines where there is no terminal.
           console: by default standard output.
+          services: what rows, samples and alerts are sent to as well; closed with the tracker.
         """
+        self._services = services
         self._total = total
         self._label = label
         self._show = tuple(show)
@@ -87,6 +91,8 @@ class Tracker:
         host = jax.device_get(dict(metrics))
         numbers = {name: _number(name, host[name]) for name in metrics}  # device_get sorts the keys
         self._metrics.write(step, numbers)
+        if self._services is not None:
+            self._services.log(step, numbers)
         shown = [name for name in self._show if name in numbers] if self._show else list(numbers)[:4]
         line = "  ".join(f"{name} {numbers[name]:.4g}" for name in shown)
         self._progress.update(self._task, completed=step)
@@ -103,8 +109,16 @@ class Tracker:
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes rows of ``samples.jsonl``: JSON values such as prompt, response, score."""
+        rows = list(rows)
         for row in rows:
             self._samples.write(step, row)
+        if self._services is not None:
+            self._services.samples(step, rows)
+
+    def alert(self, step: int, text: str) -> None:
+        """Sends a warning to the services of ``--track``; files and the console are the caller's."""
+        if self._services is not None:
+            self._services.alert(step, text)
 
     def print(self, message: str) -> None:
         """Prints a message, above the progress bar where there is one."""
@@ -120,6 +134,8 @@ class Tracker:
         self._live.stop()
         for writer in (self._metrics, self._timing, self._samples):
             writer.close()
+        if self._services is not None:
+            self._services.close()
 
     def __enter__(self) -> "Tracker":
         return self

@@ -21,7 +21,7 @@ def test_data_demo_writes_the_pipelines_files(tmp_path):
 @pytest.mark.parametrize("argv", [["nothing"], ["data", "nothing"]])
 def test_an_unknown_command_lists_those_there_are(argv):
     with pytest.raises(
-        UserError, match="nothing'; there are: doctor, report, export, data check, data preview, data demo"
+        UserError, match="nothing'; there are: doctor, evaluate, report, export, data check, data preview, data demo"
     ):
         cli.run(argv)
 

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -91,3 +92,74 @@ def test_targets_without_a_pair():
 def test_win_rate():
     assert evaluation.win_rate(np.array([1, 0, 2, 3]), np.array([0, 1, 2, 1])) == 0.625
     assert evaluation.win_rate(np.array([1, 0]), np.array([0, 1]), np.array([3.0, 1.0])) == 0.75
+
+
+def test_brier_by_hand():
+    margins = np.array([0.0, math.log(3), -math.log(3)])  # p of the chosen: 1/2, 3/4, 1/4
+    assert evaluation.brier(margins) == pytest.approx((1 / 4 + 1 / 16 + 9 / 16) / 3)
+    assert evaluation.brier(margins, np.array([0.0, 3.0, 1.0])) == pytest.approx((3 / 16 + 9 / 16) / 4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_cohen_kappa_by_hand():
+    """20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: .7 agree, .5 would by chance."""
+    table = {(1, 1): 20, (1, 0): 5, (0, 1): 10, (0, 0): 15}
+    cells, weights = np.array(list(table)), np.array(list(table.values()))
+    labels = np.repeat(cells, weights, axis=0)
+    assert evaluation.cohen_kappa(labels[:, 0], labels[:, 1]) == pytest.approx(0.4)
+    assert evaluation.cohen_kappa(cells[:, 0], cells[:, 1], weights) == pytest.approx(0.4)
+    assert evaluation.cohen_kappa([0, 1, 2], [0, 1, 2]) == 1
+    assert math.isnan(evaluation.cohen_kappa([1, 1], [1, 1]))
+
+
+def test_shares_have_wilsons_interval():
+    """Closed form: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+    z, n = 1.959963984540054, 20
+    for wins in (0, 7):
+        p = wins / n
+        middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        expected = [(middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)]
+        values = np.arange(n) < wins
+        assert evaluation.mean_interval(values, jax.random.key(0)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_bootstrap_of_a_mean_is_as_wide_as_its_standard_error():
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = evaluation.bootstrap_mean(values, jax.random.key(0))
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert low < values.mean() < high
+    assert evaluation.bootstrap_mean(values, jax.random.key(0)) == (low, high)
+    assert evaluation.bootstrap_mean(values, jax.random.key(1)) != (low, high)
+    assert all(map(math.isnan, evaluation.bootstrap_mean(values[:1], jax.random.key(0))))
+
+
+def test_a_bootstrap_draws_groups_whole():
+    """Each value four times over says no more than once."""
+    values = np.random.default_rng(0).normal(size=100)
+    groups = np.repeat(np.arange(100), 4)
+    once = np.ptp(evaluation.bootstrap_mean(values, jax.random.key(0)))
+    grouped = np.ptp(evaluation.bootstrap_mean(np.repeat(values, 4), jax.random.key(0), None, groups))
+    apart = np.ptp(evaluation.bootstrap_mean(np.repeat(values, 4), jax.random.key(0)))
+    assert grouped == pytest.approx(once)
+    assert apart == pytest.approx(once / 2, rel=0.15)
+
+
+def test_a_jackknife_of_a_mean_has_its_standard_error():
+    values = np.array([1.0, 2.0, 4.0, 9.0])
+    without_each = (values.sum() - values) / 3
+    half = 1.96 * values.std(ddof=1) / 2
+    assert evaluation.jackknife_interval(4.0, without_each) == pytest.approx((4 - half, 4 + half))
+    assert all(map(math.isnan, evaluation.jackknife_interval(4.0, without_each[:1])))
+
+
+def test_a_calibration_error_lies_in_its_centered_interval():
+    margins = np.random.default_rng(0).normal(size=100)
+
+    def error(weights):
+        return evaluation.expected_calibration_error(margins, weights=weights)
+
+    low, high = evaluation.bootstrap_interval(error, np.ones(100), jax.random.key(0))
+    moved = evaluation.bootstrap_interval(error, np.ones(100), jax.random.key(0), centered=True)
+    assert low - moved[0] == pytest.approx(high - moved[1])
+    assert low - moved[0] > 0.01  # what the draws add
+    assert moved[0] < error(np.ones(100)) < moved[1]

@@ -16,10 +16,11 @@ LAYERS = [
     {"sampling"},
     {"host_rewards", "ngram_rewards", "rewards", "rollout"},
     {"algorithms"},
-    {"data", "checkpoint", "config", "config_files", "devices", "flags", "runs", "tracking"},
-    {"inference", "evaluation", "figures", "page", "run_records", "run_figures", "report", "export"},
+    {"alerts", "data", "checkpoint", "config", "config_files", "devices", "flags", "runs", "trackers", "tracking"},
+    {"inference", "evaluation", "figures", "page", "run_records", "run_figures", "report", "export", "safety"},
+    {"benchmarks", "evaluation_rows", "text_metrics"},
     {"training"},
-    {"cli", "doctor"},
+    {"cli", "doctor", "evaluate", "evaluation_bench"},
 ]
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

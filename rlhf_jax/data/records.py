@@ -67,7 +67,7 @@ def read_list(text: str, name: str, fault: Fault) -> list[Record]:
     After wrong syntax nothing more can be read: it is told to ``fault``, and what came before is returned.
     """
     records: list[Record] = []
-    line, counted = 1, 0
+    line, counted, before = 1, 0, 0
     position = _skip_space(text, _skip_space(text, 0) + 1)
     while True:
         line, counted = line + text.count("\n", counted, position), position
@@ -87,7 +87,9 @@ def read_list(text: str, name: str, fault: Fault) -> list[Record]:
         except (ValueError, RecursionError) as error:
             fault(UserError(f"{source}: not valid JSON, {_limit(error)}"))
             return records
-        records.append(Record(value, source))
+        # json.dump writes all rows on one line; rows must not share a name, which tells a ranking's pairs from others.
+        records.append(Record(value, f"{source}, row {len(records) + 1}" if line == before else source))
+        before = line
         position = _skip_space(text, position)
         after = text[position : position + 1]
         if after == "]":

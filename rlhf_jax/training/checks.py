@@ -33,6 +33,9 @@ def reinforcement(
         raise UserError(
             f"{name}.aggregate fixed needs {name}.length, such as rl.max_new_tokens {settings.max_new_tokens}"
         )
+    if settings.num_episodes is not None:
+        episodes = f"{settings.length} iterations with {settings.length * settings.batch_size} episodes"
+        print(f"rl.num_episodes {settings.num_episodes}: {episodes}, whatever rl.num_iterations is", flush=True)
     size, num_minibatches = settings.batch_size, algorithm_config.num_minibatches
     group, num_microbatches = group_size(algorithm_config), algorithm_config.num_microbatches
     blocks = algorithm_config.shuffle_blocks if num_minibatches > 1 else 1
@@ -90,7 +93,7 @@ def group_size(config: AlgorithmConfig) -> int:
 def num_updates(settings: RLStage, config: AlgorithmConfig) -> int:
     """Optimizer steps of a run: the length of its learning-rate schedule."""
     num_epochs = 1 if isinstance(config, vpg.Config) else config.num_epochs
-    return settings.num_iterations * num_epochs * config.num_minibatches
+    return settings.length * num_epochs * config.num_minibatches
 
 
 @contextlib.contextmanager

@@ -80,6 +80,7 @@ def collect(
         "policy/sampler_gap": rollouts.sampler_gap(sampled, rollout),
         "response/length": ops.masked_mean(_row_sums(jnp.ones_like(rollout.log_probs), rollout), present),
         "response/eos_fraction": ops.masked_mean(eos.any(axis=1).astype(jnp.float32), present),
+        "response/repetition": ops.masked_mean(rewards.repetition()(rollout), present),
     }
     return replace(rollout, row_ids=prompts.row_ids), metrics
 
@@ -95,6 +96,9 @@ def reward(rollout: Rollout, *, reward_fn: RewardFn) -> tuple[Rollout, Metrics]:
         scores = _row_sums(scores, rollout)
     present = _present(rollout)
     metrics = {f"reward/{name}": ops.masked_mean(values, present) for name, values in parts.items()}
+    metrics["reward/length_correlation"] = _correlation(
+        scores, _row_sums(jnp.ones(rollout.tokens.shape), rollout), present
+    )
     return replace(rollout, scores=scores), metrics | {"objective/score": ops.masked_mean(scores, present)}
 
 
@@ -223,6 +227,15 @@ def _num_equal(scores: jax.Array, present: jax.Array, group_size: int) -> jax.Ar
     """How many groups of adjacent rows, of those with a present row, have one score throughout: nothing to learn."""
     high, low = (jnp.where(present, scores, filler).reshape(-1, group_size) for filler in (-jnp.inf, jnp.inf))
     return jnp.sum(high.max(axis=1) == low.min(axis=1)).astype(jnp.float32)
+
+
+def _correlation(x: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
+    """Pearson's over the rows of the mask, [B] each; 0 where one of the two is constant."""
+    lows, highs = (jnp.stack([jnp.where(mask, v, filler) for v in (x, y)]) for filler in (jnp.inf, -jnp.inf))
+    varies = jnp.all(highs.max(axis=1) > lows.min(axis=1))  # exactly: what rounding leaves of a constant correlates too
+    x, y = (values - ops.masked_mean(values, mask) for values in (x, y))
+    spread = jnp.sqrt(ops.masked_mean(x * x, mask) * ops.masked_mean(y * y, mask))
+    return jnp.where(varies, ops.masked_mean(x * y, mask) / jnp.where(varies, spread, 1.0), 0.0)
 
 
 def _present(rollout: Rollout) -> jax.Array:

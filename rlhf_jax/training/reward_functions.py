@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import jax
-import numpy as np
 
 from rlhf_jax import models, rewards
 from rlhf_jax.config import Compute
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.safety import Verdict
 from rlhf_jax.training import ensembles, setup
-from rlhf_jax.types import RewardFn, Rollout
+from rlhf_jax.types import Metrics, RewardFn, Rollout
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 _WEIGHT = re.compile(rf"(?P<spec>.+)\*(?P<weight>[-+]?{_NUMBER})", re.IGNORECASE)
@@ -45,11 +45,16 @@ _TERMS: dict[str, tuple[Callable[..., RewardFn], int]] = {
 }
 
 
+Enforce = Callable[[Rollout, Rollout, Mapping[str, Sequence[Any]]], tuple[Rollout, Metrics, list[Verdict]]]
+"""(sampled, scored, columns) -> the scored rollout after a filter of responses, its metrics, what it found in each."""
+
+
 class RunReward(NamedTuple):
     """One of the two: a reward that is traced into the iteration, or one that runs on the host between two jits."""
 
     fn: RewardFn | None = None
     host: rewards.HostReward | None = None
+    enforce: Enforce | None = None  # after a host reward, see training.safety
 
 
 class _Ensemble(NamedTuple):
@@ -234,17 +239,37 @@ def _function(spec: str, file: Path, name: str, columns: Collection[str]) -> Cal
     return with_its_columns
 
 
+def as_host(reward: RunReward) -> rewards.HostReward:
+    """A reward that runs on the host; one that can be traced runs on the devices.
+
+    Raises:
+        ValueError: when called, of a dense reward [B, T].
+    """
+    if reward.host is not None:
+        return reward.host
+    on_devices = jax.jit(lambda fn, rollout: fn(rollout))
+
+    def score(rollout: Rollout, columns: Mapping[str, Sequence[Any]]) -> Any:
+        result = jax.device_get(on_devices(reward.fn, rollout))
+        scores, parts = result if isinstance(result, tuple) else (result, {})
+        if scores.ndim != 1:
+            raise ValueError(f"expected one score a response, [{len(rollout.tokens)}], got {scores.shape}")
+        return scores.tolist(), parts
+
+    return score
+
+
 def _host_sum(parts: Mapping[str, _Part]) -> rewards.HostReward:
     """The weighted sum of parts, of which those that can be traced run on the devices."""
-    on_devices = jax.jit(lambda fn, rollout: fn(rollout))
+    hosts = {name: as_host(RunReward(part.fn, part.host)) for name, part in parts.items()}
 
     def score(rollout: Rollout, columns: Mapping[str, Sequence[Any]]) -> tuple[list[float | None], dict[str, Any]]:
         named: dict[str, Any] = {}
         totals: list[float | None] = [0.0] * len(rollout.tokens)
         for name, part in parts.items():
-            result = on_devices(part.fn, rollout) if part.host is None else part.host(rollout, columns)
+            result = hosts[name](rollout, columns)
             scores, inner = result if isinstance(result, tuple) else (result, {})
-            scores = np.asarray(scores).tolist() if part.host is None else list(scores)
+            scores = list(scores)
             named |= {name: scores} | {f"{name}/{key}": values for key, values in inner.items()}
             # What one part cannot score has no sum.
             totals = [

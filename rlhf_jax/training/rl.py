@@ -20,8 +20,9 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data import rows as data_rows
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.errors import TrainingFault
-from rlhf_jax.training import adapters, checks, inputs, loop, reward_functions, setup
+from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.safety import Verdict
+from rlhf_jax.training import adapters, checks, inputs, loop, reward_functions, safety, setup
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.phases import AlgorithmConfig, LoopState, Prompts, collect, iteration, learn, reward
 from rlhf_jax.training.reward_functions import RunReward
@@ -55,14 +56,24 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
     if settings.validation_data:
         others = inputs.read("prompts", settings.validation_data, (), config.seed, tokenizer_source)
         rows, fingerprints = [*rows, *others.rows], fingerprints | others.fingerprints
+    guard = safety.Guard.of(config.safety)
+    fingerprints = fingerprints | guard.fingerprints
     init_key = setup.stream(config.seed, name, "init")
     model, params, tokenizer = setup.language_model(config, data_rows.texts(rows), init_key)
-    encoded = to_validate = inputs.encode_prompts(prompts.rows, tokenizer, model, config)
+    encoded = to_validate = inputs.encode_prompts(guard.prompts(prompts.rows, tokenizer), tokenizer, model, config)
     if settings.validation_data:
-        to_validate = inputs.encode_prompts(others.rows, tokenizer, model, config)
+        to_validate = inputs.encode_prompts(guard.prompts(others.rows, tokenizer), tokenizer, model, config)
         checks.same_columns(encoded.columns, to_validate.columns)
     if run_reward is None:
         run_reward = reward_functions.build(config.reward, tokenizer, config.compute, encoded.columns)
+    run_reward = guard.around(run_reward, tokenizer, config, encoded.columns)
+    judge = None
+    if settings.judge:
+        try:
+            built = reward_functions.build(settings.judge, tokenizer, config.compute, to_validate.columns)
+        except UserError as error:
+            raise UserError(str(error).replace("--reward", "--rl.judge", 1)) from error
+        judge = RunReward(host=reward_functions.as_host(built))
     with open_stage(config, name, fingerprints) as stage:
         stage.say_counts(encoded.counts)
         if settings.validation_data:
@@ -128,7 +139,7 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
             rollout, metrics = collect_fn(
                 state, batch, keys[0], policy_fn=policy_fn, ref_fn=ref_fn, base=trainable.base
             )
-            rollout, reward_metrics = _reward_on_host(run_reward.host, rollout, encoded, rows)
+            rollout, reward_metrics, _ = _reward_on_host(run_reward, rollout, encoded, rows)
             state, learn_metrics = learn_fn(state, stage.shard(rollout), keys[1], policy_fn=policy_fn)
             return state, metrics | reward_metrics | learn_metrics
 
@@ -141,12 +152,13 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
             tokenizer,
             sampling_config,
             run_reward._replace(fn=reward_fn),
+            judge,
         )
         state, row = loop.train(
             stage,
             stage.replicate(LoopState.create(TrainState.create(trainable.params, optimizer), kl_coef, reference)),
             advance,
-            num_steps=settings.num_iterations,
+            num_steps=settings.length,
             validate=validate if len(held_out) else None,
             validation_interval=settings.validation_interval,
             show=("objective/score", "objective/kl", "kl/coef", "response/length", "validation/score"),
@@ -165,8 +177,9 @@ def _validator(
     tokenizer: Tokenizer,
     sampling_config: sampling.SamplingConfig,
     run_reward: RunReward,
+    judge: RunReward | None,
 ) -> Callable[[LoopState], Validation]:
-    """Samples a response to each of the given prompts, always with the same key, and scores it."""
+    """Samples a response to each of the given prompts, always with the same key; the reward and the judge score it."""
     settings = stage.config.rl
     rows = loop.pad_rows(rows[: settings.validation_prompts], stage.num_devices)
     batch = _prompts(stage, encoded, rows)
@@ -181,10 +194,15 @@ def _validator(
     def validate(state: LoopState) -> Validation:
         policy = models.policy_params(state.train.params)
         rollout = sample(policy, trainable.base, batch.tokens, batch.attention_mask, stage.key("eval"))
+        judged = {}
+        if judge is not None:
+            _, metrics, _ = _reward_on_host(judge, rollout, encoded, rows)
+            judged = {"validation/judge": float(metrics["objective/score"])}
+        verdicts: list[Verdict] | None = None
         if run_reward.host is None:
             rollout, metrics = jax.device_get(score(run_reward.fn, rollout))
         else:
-            rollout, metrics = _reward_on_host(run_reward.host, rollout, encoded, rows)
+            rollout, metrics, verdicts = _reward_on_host(run_reward, rollout, encoded, rows)
         texts = inference.responses(rollout, tokenizer)
         lengths = rollout.response_mask.astype(bool).sum(axis=1).tolist()
         samples = [
@@ -192,28 +210,37 @@ def _validator(
             for row, text, score, length in zip(rows, texts, rollout.scores, lengths, strict=True)
             if length
         ]
+        if verdicts is not None:
+            told = [safety.told(verdict) for verdict, length in zip(verdicts, lengths, strict=True) if length]
+            samples = [sample | {"unsafe": what} for sample, what in zip(samples, told, strict=True)]
         for shown in samples[: settings.show_examples]:
             print("Prompt:    {prompt}\nGenerated: {response}\nReward:    {score:.4g}\n".format(**shown), flush=True)
-        parts = {f"validation/{part}": float(value) for part, value in metrics.items() if part.startswith("reward/")}
-        return Validation({"validation/score": float(metrics["objective/score"]), **parts}, samples)
+        kept = {name: value for name, value in metrics.items() if name.startswith(("reward/", "safety/"))}
+        parts = {f"validation/{part}": float(value) for part, value in kept.items()}
+        return Validation({"validation/score": float(metrics["objective/score"]), **judged, **parts}, samples)
 
     return validate
 
 
 def _reward_on_host(
-    host: rewards.HostReward, rollout: Rollout, encoded: encoding.EncodedPrompts, rows: np.ndarray
-) -> tuple[Rollout, Metrics]:
-    """The rollout, as NumPy arrays, with its scores; and the reward's metrics."""
-    rollout = jax.device_get(rollout)
+    run_reward: RunReward, rollout: Rollout, encoded: encoding.EncodedPrompts, rows: np.ndarray
+) -> tuple[Rollout, Metrics, list[Verdict] | None]:
+    """The rollout, as NumPy arrays, with its scores; the reward's metrics; and what the safety filter found, if any."""
+    rollout, columns = jax.device_get(rollout), batches.columns_at(encoded, rows)
     before = rollout.response_mask.any(axis=1).sum()
+    verdicts: list[Verdict] | None = None
+    safety_metrics: Metrics = {}
     try:
-        result = rewards.on_host(host, rollout, batches.columns_at(encoded, rows))
+        result = rewards.on_host(reward_functions.as_host(run_reward), rollout, columns)
+        filtered = result.rollout
+        if run_reward.enforce is not None:
+            filtered, safety_metrics, verdicts = run_reward.enforce(rollout, filtered, columns)
     except FloatingPointError as error:
         raise TrainingFault(str(error)) from error
     parts = {name: jnp.asarray(values) for name, values in result.parts.items()}
-    scored, metrics = reward(result.rollout, reward_fn=lambda rollout: (jnp.asarray(rollout.scores), parts))
+    scored, metrics = reward(filtered, reward_fn=lambda rollout: (jnp.asarray(rollout.scores), parts))
     after = result.rollout.response_mask.any(axis=1).sum()
-    return jax.device_get(scored), metrics | {"reward/unscored": jnp.float32(before - after)}
+    return jax.device_get(scored), metrics | {"reward/unscored": jnp.float32(before - after)} | safety_metrics, verdicts
 
 
 def _prompts(stage: Stage, encoded: encoding.EncodedPrompts, rows: np.ndarray) -> Prompts:

@@ -17,6 +17,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.types import Params
 
 Stream = Literal["init", "data", "rollout", "update", "eval"]
+PLATEAU_SCALE = "plateau_scale"  # in opt_state.hyperparams: what the schedule plateau has multiplied the rate by so far
 
 
 def enable_compilation_cache() -> None:
@@ -46,21 +47,25 @@ def stream(seed: int, stage: str, name: Stream) -> jax.Array:
 def make_optimizer(config: settings.Optimizer, num_steps: int) -> optax.GradientTransformation:
     """Adam with the schedule, clipping and decay of ``config``; ``num_steps`` is the length of the schedule.
 
-    The learning rate lives in ``opt_state.hyperparams`` (optax.inject_hyperparams), where metrics read it.
+    The learning rate lives in ``opt_state.hyperparams`` (optax.inject_hyperparams). Under the schedule ``plateau`` so
+    does its factor ``PLATEAU_SCALE``, which starts at 1 and which ``patience.Judge`` lowers.
     """
     decay_steps = max(num_steps - config.warmup_steps, 1)
     peak = config.learning_rate
     decay: optax.Schedule
-    if config.schedule == "constant":
+    if config.schedule in ("constant", "plateau"):
         decay = optax.constant_schedule(peak)
     elif config.schedule == "linear":
         decay = optax.linear_schedule(peak, 0.0, decay_steps)
-    else:
+    elif config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, decay_steps)
+    else:
+        assert config.decay_every is not None
+        decay = optax.exponential_decay(peak, config.decay_every, config.decay_factor, staircase=True)
     warmup = optax.linear_schedule(0.0, peak, max(config.warmup_steps, 1))
     schedule = optax.join_schedules([warmup, decay], [config.warmup_steps]) if config.warmup_steps else decay
 
-    def chain(learning_rate: Any) -> optax.GradientTransformation:
+    def chain(learning_rate: Any, plateau_scale: Any = None) -> optax.GradientTransformation:
         parts = []
         if config.max_grad_norm is not None:
             parts.append(optax.clip_by_global_norm(config.max_grad_norm))
@@ -68,9 +73,12 @@ def make_optimizer(config: settings.Optimizer, num_steps: int) -> optax.Gradient
         if config.weight_decay:
             parts.append(optax.add_decayed_weights(config.weight_decay, mask=_decayed))
         parts.append(optax.scale_by_learning_rate(learning_rate))
+        if plateau_scale is not None:
+            parts.append(optax.scale(plateau_scale))
         return optax.chain(*parts)
 
-    return optax.inject_hyperparams(chain)(learning_rate=schedule)
+    scales = {PLATEAU_SCALE: 1.0} if config.schedule == "plateau" else {}
+    return optax.inject_hyperparams(chain)(learning_rate=schedule, **scales)
 
 
 def _decayed(params: Params) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import devices, flags, models, report, runs, sharding
+from rlhf_jax import devices, flags, models, report, runs, sharding, trackers
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import TrainingFault
@@ -24,7 +24,7 @@ Tree = TypeVar("Tree")
 RL_STAGES = ("vpg", "ppo", "rloo", "grpo")
 # What may differ between a run and its resumption without making it another run.
 MAY_CHANGE = (
-    *("resume", "overwrite", "allow_changed", "output_dir", "device"),
+    *("resume", "overwrite", "allow_changed", "output_dir", "device", "track"),
     *("keep_last", "checkpoint_interval", "checkpoint_async"),
 )
 # What must not differ even with --allow-changed: the checkpoint would not fit, or its tokens mean something else.
@@ -123,8 +123,9 @@ def start(config: RunConfig) -> int:
     """Chooses the device and says which it is: the first thing that every run does. Returns the number of devices.
 
     Raises:
-        UserError: there is no such device, or an accelerator would lie idle.
+        UserError: there is no such device, an accelerator would lie idle, or the package of a tracker is missing.
     """
+    trackers.check(config.track)
     devices.choose(config.device)
     setup.enable_compilation_cache()
     print(setup.devices_line(config.compute), flush=True)
@@ -159,7 +160,7 @@ def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) ->
         if config.tokenizer.name is not None and Path(config.tokenizer.name).is_dir():
             data["tokenizer"] = runs.fingerprint(config.tokenizer.name)
         if name in RL_STAGES:
-            for entry in config.reward:
+            for entry in (*config.reward, *config.rl.judge):
                 data |= {f"reward {n}": runs.fingerprint(path) for n, path in reward_functions.sources(entry).items()}
         trained_tokenizer = config.model is None and config.tokenizer.name is None
         changed = runs.check_unchanged(

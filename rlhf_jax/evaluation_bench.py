@@ -1,0 +1,268 @@
+"""A policy and its judge on data: responses, scores, and margins between given answers, before any figure is made."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from rlhf_jax import inference, models, rewards, sampling
+from rlhf_jax.algorithms import dpo
+from rlhf_jax.config import Compute, RLStage, RunConfig, Text
+from rlhf_jax.data import batches, encoding, rows
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation_rows import Responses
+from rlhf_jax.models import config_json, files
+from rlhf_jax.training import ensembles, inputs, loop, reward_functions, setup
+from rlhf_jax.training.reward_functions import RunReward
+from rlhf_jax.types import Comparisons, Params, Rollout
+
+BUCKET = 64  # tokens: texts to score are padded to a multiple, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run is judged by. What is not given is named as not run."""
+
+    prompts: tuple[str, ...] = ()
+    """Held-out prompts, for helpfulness, uncertainty, diversity and the win rate."""
+    safety: tuple[str, ...] = ()
+    """Prompts with a key `label`, safe or unsafe, such as XSTest's CSV: which are refused?"""
+    preferences: tuple[str, ...] = ()
+    """Preference data of any format: do the reward model and the policy's log-probabilities agree with it?"""
+    annotated: str | None = None
+    """Pairs of responses with several annotators' votes, as in PandaLM's test set."""
+    reward_model: str | None = None
+    """A reward model's run or model folder, or another SPEC of --reward such as mean:A,B."""
+    against: str | None = None
+    """Another run or model folder, for the win rate under the reward model."""
+    categories: str | None = None
+    """YAML file of categories of your own."""
+    template: str | None = None
+    """What the models read for a prompt; null: the run's text.template ({prompt} for a model's folder)."""
+    max_new_tokens: int | None = None
+    """Response slots; null: the run's rl.max_new_tokens (32 for a model's folder)."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the most likely token."""
+    num_samples: int = 1
+    """Responses to each prompt; with two or more, diversity within a prompt too."""
+    batch_size: int = 64
+    """Texts at once. Another one may round differently."""
+    too_long: Literal["error", "truncate", "drop"] = "error"
+    """What to do with a text that does not fit into the model. Truncated and dropped rows are counted and reported."""
+    seed: int = 0
+    """Root of the samples and of the intervals' draws."""
+    device: Literal["cpu", "gpu", "cuda", "tpu"] | None = None
+    """Where to run; null: JAX's choice."""
+    output: str | None = None
+    """Folder for evaluation.json; null: the run's."""
+
+
+def check(config: Config) -> None:
+    """Raises UserError for a value out of range, or one that needs another."""
+    for name in ("num_samples", "batch_size", "max_new_tokens"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not config.temperature >= 0:
+        raise UserError(f"--temperature must be at least 0, got {config.temperature}")
+    if config.template is not None and "{prompt}" not in config.template:
+        raise UserError(f"--template must contain {{prompt}}, got {config.template!r}")
+    if not any((config.prompts, config.safety, config.preferences, config.annotated, config.categories)):
+        raise UserError("nothing to evaluate by: give --prompts, --safety, --preferences, --annotated or --categories")
+    if config.against is not None and (config.reward_model is None or not config.prompts):
+        raise UserError("--against: a win rate needs --reward-model, which judges, and --prompts")
+
+
+class Policy(NamedTuple):
+    """A policy and what it was trained with."""
+
+    folder: str
+    model: models.Model
+    params: Params
+    tokenizer: Tokenizer
+    template: str
+    max_new_tokens: int
+
+
+class Bench(NamedTuple):
+    """A policy and what it is judged with."""
+
+    policy: Policy
+    config: Config
+    key: jax.Array
+    reward: RunReward | None
+    positions: int  # that the policy and the reward model both have
+
+
+class Said(NamedTuple):
+    """What a policy said to a set of prompts; ``counts`` says what was done to those that were too long."""
+
+    rows: list[rows.Prompt]  # [N]
+    columns: dict[str, list[Any]]  # of the N * S rows of the rollout
+    rollout: Rollout
+    responses: Responses
+    counts: dict[str, int]
+
+
+def load(folder: str, config: Config) -> Policy:
+    """The policy in a run's or model's folder, or of a Hugging Face name.
+
+    Raises:
+        UserError: it cannot be read, or is a reward model.
+    """
+    settings = _settings(folder)
+    compute = Compute(dtype=settings.get("compute", {}).get("dtype", "float32"))
+    model, params, tokenizer = setup.load_language_model(model_folder(folder), compute)
+    if "score" in params:
+        raise UserError(f"{folder}: this is a reward model, which says nothing; give it as --reward-model")
+    template = config.template or settings.get("text", {}).get("template", "{prompt}")
+    slots = config.max_new_tokens or settings.get("rl", {}).get("max_new_tokens", RLStage().max_new_tokens)
+    return Policy(folder, model, params, tokenizer, template, slots)
+
+
+def model_folder(folder: str) -> str:
+    """``model/`` of a run; any other folder or name is itself."""
+    inner = Path(folder) / "model"
+    return str(inner) if inner.is_dir() else folder
+
+
+def _settings(folder: str) -> dict[str, Any]:
+    """config.yaml of a run, also found from its ``model/``; empty for other models."""
+    place = Path(folder)
+    for path in (place / "config.yaml", place.parent / "config.yaml"):
+        if path.is_file() and (path.parent == place or place.name == "model"):
+            try:
+                settings = yaml.safe_load(path.read_text("utf-8"))
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise UserError(f"{path}: cannot be read: {error}") from None
+            return settings if isinstance(settings, dict) else {}
+    return {}
+
+
+def open_bench(policy: Policy, config: Config) -> Bench:
+    """The policy with the reward model of ``config.reward_model``, if it names one.
+
+    Raises:
+        UserError: a reward model that cannot be read, or is of another tokenizer or template.
+    """
+    positions, reward = policy.model.config.max_length, None
+    if config.reward_model is not None:
+        spec = model_folder(config.reward_model)
+        same_template(policy, config.reward_model, config)
+        try:
+            reward = reward_functions.build((spec,), policy.tokenizer, Compute(), ())
+        except UserError as error:
+            raise UserError(str(error).replace("--reward ", "--reward-model ", 1)) from None
+        for source in reward_functions.sources(spec).values():
+            for folder in ensembles.folders(source) or [source]:
+                if (file := folder / "config.json").is_file():
+                    positions = min(positions, config_json.from_json(files.read_json(file), str(file)).max_length)
+    return Bench(policy, config, setup.stream(config.seed, "evaluate", "eval"), reward, positions)
+
+
+def same_template(policy: Policy, folder: str, config: Config) -> None:
+    """Raises UserError if the run in ``folder`` had another template and ``config`` does not choose one."""
+    other = _settings(folder).get("text", {}).get("template", policy.template)
+    if config.template is None and other != policy.template:
+        raise UserError(
+            f"{folder} was trained with the template {other!r}, {policy.folder} with {policy.template!r}; give the one "
+            "to use for both as --template"
+        )
+
+
+def sample(bench: Bench, policy: Policy, name: str, some: Sequence[rows.Prompt]) -> Said:
+    """The policy's responses to a set of prompts, with the key of the set's name, which both runs of a win rate share.
+
+    Raises:
+        UserError: a prompt that is too long, or no room for responses.
+    """
+    config, repeats = bench.config, bench.config.num_samples
+    settings = RunConfig(
+        rl=RLStage(max_new_tokens=policy.max_new_tokens), text=Text(template=policy.template, too_long=config.too_long)
+    )
+    encoded = inputs.encode_prompts(some, policy.tokenizer, policy.model, settings)
+    slots = encoded.tokens.shape[1] + policy.max_new_tokens
+    if bench.reward is not None and slots > bench.positions:
+        raise UserError(
+            f"--reward-model {config.reward_model} has {bench.positions} positions, but prompts and responses take "
+            f"{slots}; give a smaller --max-new-tokens or shorter prompts"
+        )
+    sampling_config = sampling.SamplingConfig(
+        max_new_tokens=policy.max_new_tokens,
+        temperature=config.temperature,
+        eos_id=policy.tokenizer.eos_id,
+        pad_id=policy.tokenizer.pad_id,
+    )
+    tokens, attention_mask = (np.repeat(array, repeats, axis=0) for array in (encoded.tokens, encoded.attention_mask))
+    key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
+    rollout = inference.generate(
+        policy.model, policy.params, tokens, attention_mask, key, sampling_config, config.batch_size
+    )
+    columns = {column: [v for v in values for _ in range(repeats)] for column, values in encoded.columns.items()}
+    shape = (len(encoded), repeats)
+    texts = np.array(inference.responses(rollout, policy.tokenizer), dtype=object).reshape(shape)
+    said = np.asarray(rollout.response_mask) != 0
+    ended = (said & (np.asarray(rollout.tokens) == policy.tokenizer.eos_id)).any(axis=1)
+    scores = None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape)
+    asked = [p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(p.prompt) for p in encoded.rows]
+    responses = Responses(asked, texts.tolist(), said.sum(axis=1).reshape(shape), ended.reshape(shape), scores)
+    return Said(encoded.rows, columns, rollout, responses, encoded.counts)
+
+
+def score(reward: RunReward, rollout: Rollout, columns: Mapping[str, Sequence[Any]], batch_size: int) -> np.ndarray:
+    """[N] float64 of N responses, NaN where a function gave None."""
+    if reward.host is not None:
+        result = rewards.on_host(reward.host, rollout, columns).rollout
+        scored = (result.response_mask != 0).any(axis=1)
+        return np.where(scored, np.asarray(result.scores, np.float64), np.nan)
+    apply = jax.jit(lambda fn, part: fn(part))
+    found = []
+    for numbers in loop.in_order(np.arange(len(rollout.tokens)), batch_size):
+        part = jax.tree.map(lambda x, numbers=numbers: x[numbers], rollout)
+        result = apply(reward.fn, part)
+        found.append(np.asarray(result[0] if isinstance(result, tuple) else result, np.float64)[numbers >= 0])
+    return np.concatenate(found)
+
+
+def encode(bench: Bench, pairs: Sequence[rows.Pair]) -> encoding.EncodedComparisons:
+    """The pairs as tokens, at most as long as the policy and the reward model can read."""
+    return encoding.encode_pairs(
+        pairs,
+        bench.policy.tokenizer,
+        template=bench.policy.template,
+        max_length=bench.positions,
+        too_long=bench.config.too_long,
+    )
+
+
+def margins(bench: Bench, encoded: encoding.EncodedComparisons) -> dict[str, np.ndarray]:
+    """``{judge: [N]}`` score of answer 0 minus that of answer 1, by each judge there is, lengths among them."""
+    policy_fn = models.policy_fn(bench.policy.model)
+
+    @jax.jit
+    def log_probs(params: Params, batch: Comparisons) -> jax.Array | None:
+        return dpo.with_reference(batch, jax.tree_util.Partial(policy_fn, params)).ref_log_probs
+
+    lengths = np.stack([texts.lengths - np.array(texts.starts) for texts in encoded.answers], axis=1)
+    sums, scores = np.zeros(lengths.shape), np.zeros(lengths.shape)
+    by_length = np.argsort(encoded.lengths, kind="stable")  # so that a batch is padded little
+    for numbers in loop.in_order(by_length, bench.config.batch_size):
+        batch = batches.comparison_batch(encoded, numbers, BUCKET)
+        present = numbers >= 0
+        sums[numbers[present]] = np.asarray(log_probs(bench.policy.params, batch))[present]
+        if bench.reward is not None:
+            tokens, mask, said = (
+                x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.attention_mask, batch.response_mask)
+            )
+            rollout = Rollout(tokens, mask, said, log_probs=jnp.zeros(tokens.shape))
+            scores[numbers[present]] = score(bench.reward, rollout, {}, len(tokens)).reshape(-1, 2)[present]
+    judged = {} if bench.reward is None else {"reward_model": scores}
+    judged |= {"log_prob": sums, "mean_log_prob": sums / lengths, "longer": lengths}
+    return {name: values[:, 0] - values[:, 1] for name, values in judged.items()}

@@ -1,0 +1,142 @@
+"""inference.Generator: what it returns, and that a response depends on seed, prompt and sample number alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import inference, models
+from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import UserError
+
+PROMPTS = ["abc", "d", "a much longer prompt", "abcd efgh", "hi"]
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A policy and a reward model with random weights that are large enough for texts to differ."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = tokenizers.characters("abcdefghijklmnopqrstuvwxyz :")
+    for seed, (name, max_length) in enumerate({"policy": 48, "reward": 40}.items()):
+        config = models.GPT2Config(
+            vocab_size=tokenizer.vocab_size, max_length=max_length, hidden_size=16, num_layers=1, num_heads=2,
+            initializer_range=0.5, pad_token_id=tokenizer.pad_id, eos_token_id=tokenizer.eos_id,
+        )  # fmt: skip
+        model = models.build(config)
+        params = model.init(jax.random.key(seed))
+        if name == "reward":
+            params = models.add_head(jax.random.key(2), params, "score")
+        models.save(root / name, model, params)
+        tokenizer.save(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def generator(folders):
+    return inference.Generator(folders / "policy", folders / "reward", max_new_tokens=NEW, template="{prompt}:")
+
+
+@pytest.fixture(scope="module")
+def generations(generator):
+    return generator(PROMPTS, seed=3, num_samples=2)
+
+
+def assert_alike(some, others, places):
+    """The first ones are those at the given places of the others."""
+    assert some.texts == [others.texts[i] for i in places]
+    np.testing.assert_allclose(some.log_probs, others.log_probs[places], atol=1e-4)
+    np.testing.assert_allclose(some.rewards, others.rewards[places], atol=1e-4)
+    np.testing.assert_array_equal(some.finished, others.finished[places])
+
+
+def test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass(folders, generations):
+    model, params, tokenizer = inference.load(folders / "policy")
+    judge, judge_params, _ = inference.load(folders / "reward")
+    assert len(generations.texts) == len(generations.log_probs) == len(generations.rewards) == 2 * len(PROMPTS)
+    assert len(set(generations.texts)) > 7
+    prompts = [tokenizer.encode(PROMPTS[i // 2] + ":") for i in range(4)]
+    answers = [
+        tokenizer.encode(text) + [tokenizer.eos_id] * bool(end)
+        for text, end in zip(generations.texts[:4], generations.finished, strict=False)
+    ]
+    mask = np.zeros((4, 4 + NEW), np.int32)
+    tokens = np.zeros_like(mask)
+    for i, ids in enumerate(prompt + answer for prompt, answer in zip(prompts, answers, strict=True)):
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, 1
+    log_probs = jax.nn.log_softmax(jax.jit(model.apply)(params, tokens, mask))
+    scores = jax.jit(models.score_fn(judge))(judge_params, tokens, mask, None)
+    np.testing.assert_allclose(generations.rewards[:4], scores, atol=1e-4)
+    for i, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
+        expected = [log_probs[i, len(prompt) - 1 + t, token] for t, token in enumerate(ids)]
+        np.testing.assert_allclose(generations.token_log_probs[i], expected, atol=1e-4)
+        assert generations.log_probs[i] == pytest.approx(float(sum(expected)), abs=1e-4)
+    lengths = np.array([len(log_probs) for log_probs in generations.token_log_probs])
+    assert (lengths[~generations.finished] == NEW).all()
+
+
+def test_neighbours_order_and_batches_change_nothing(folders, generator, generations):
+    assert_alike(generator(["hi", "abc"], seed=3), generations, [8, 0])
+    small = inference.Generator(
+        folders / "policy", folders / "reward", max_new_tokens=NEW, template="{prompt}:", batch_size=2
+    )
+    assert_alike(small(PROMPTS, seed=3, num_samples=2), generations, range(10))
+
+
+def test_a_repeated_prompt_gets_its_next_samples(generator, generations):
+    assert generations.texts[0] != generations.texts[1]
+    assert_alike(generator(["abc", "d", "abc"], seed=3), generations, [0, 2, 1])
+
+
+def test_the_seed_decides(generator, generations):
+    assert generator(PROMPTS, seed=3, num_samples=2).texts == generations.texts
+    assert generator(PROMPTS, seed=4, num_samples=2).texts != generations.texts
+
+
+def test_greedy_takes_the_likeliest_token_and_no_reward_model_gives_no_rewards(folders):
+    generator = inference.Generator(folders / "policy", max_new_tokens=2, temperature=0)
+    greedy = generator(["abc"], seed=0)
+    assert greedy.rewards is None
+    assert greedy.texts == generator(["abc"], seed=1).texts
+    model, params, tokenizer = inference.load(folders / "policy")
+    logits = model.apply(params, jnp.array([tokenizer.encode("abc")]))[0, -1]
+    assert greedy.token_log_probs[0][0] == pytest.approx(float(jax.nn.log_softmax(logits).max()), abs=1e-4)
+    assert generator([]).texts == []
+
+
+def test_a_prompt_may_fill_the_room_and_not_a_token_more(generator):
+    room = 40 - NEW - len(":")  # of the reward model, the shorter one
+    assert len(generator(["a" * room]).texts) == 1
+    with pytest.raises(UserError, match=rf"prompts\[1\], 'aaa.*': has {room + 2} tokens, and {room + 1} of"):
+        generator(["a", "a" * (room + 1)])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("abc", "expected a list of prompts, got one text"),
+        (["a", 3], r"prompts\[1\]: expected a text, got int"),
+        (["a", "b", "?"], r"prompts\[2\]: the tokenizer's alphabet lacks '\?'"),
+    ],
+)
+def test_what_is_no_prompt_is_named(generator, prompts, message):
+    with pytest.raises(UserError, match=message):
+        generator(prompts)
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        generator(["a"], num_samples=0)
+
+
+def test_folders_that_do_not_fit_are_refused(folders, tmp_path):
+    with pytest.raises(UserError, match="policy: this model has no score head"):
+        inference.Generator(folders / "policy", folders / "policy")
+    with pytest.raises(UserError, match="reward: this is a reward model"):
+        inference.Generator(folders / "reward")
+    with pytest.raises(UserError, match="max_new_tokens 48 leaves no room for a prompt in 48 positions"):
+        inference.Generator(folders / "policy", max_new_tokens=48)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        inference.Generator(folders / "policy", batch_size=0)
+    judge, params, _ = inference.load(folders / "reward")
+    models.save(tmp_path, judge, params)
+    tokenizers.characters("abc").save(tmp_path)
+    with pytest.raises(UserError, match="the reward model's tokenizer is not that of"):
+        inference.Generator(folders / "policy", tmp_path)

@@ -1,0 +1,50 @@
+"""A run's model/ in transformers: its snippet finds policy and tokenizer there, and says what Generator says."""
+
+import dataclasses
+
+import pytest
+
+from rlhf_jax import flags, inference, ppo, training
+from rlhf_jax.config import RunConfig
+
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("no_pages")]
+
+PROMPTS = ["What is a cat?", "Name a prime number.", "Hi", "Tell me how to make a good cup of tea, please."]
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """model/ of a short PPO run from random weights, large enough that texts depend on their prompts."""
+    config = flags.parse(RunConfig, ["--config", "configs/tiny.yaml", "--network.initializer-range", "0.3"])
+    rl = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, batch_size=8)
+    path = tmp_path_factory.mktemp("runs") / "ppo"
+    return str(training.rl.run(dataclasses.replace(config, rl=rl, output_dir=str(path)), ppo).model_folder)
+
+
+def test_the_snippet_says_what_the_generator_says(folder):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    generations = inference.Generator(folder, max_new_tokens=NEW, temperature=0)(PROMPTS)
+    alone = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        outputs = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        alone.append(tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    assert alone == generations.texts
+    assert len(set(alone)) == len(PROMPTS)
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        outputs = model.generate(
+            **inputs, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    width = inputs["input_ids"].shape[1]
+    assert tokenizer.batch_decode(outputs.sequences[:, width:], skip_special_tokens=True) == generations.texts
+    log_probs = torch.stack(outputs.logits, dim=1).log_softmax(dim=-1)
+    said = outputs.sequences[:, width:, None]
+    for i, expected in enumerate(log_probs.gather(2, said)[..., 0].numpy()):
+        ours = generations.token_log_probs[i]
+        assert ours == pytest.approx(expected[: len(ours)], abs=2e-4)

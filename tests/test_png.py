@@ -1,0 +1,86 @@
+"""Figures as PNG files: what is in the image, what the files of a page are called."""
+
+import io
+
+import matplotlib.colors
+import matplotlib.image
+import numpy as np
+import pytest
+from test_report import write_run
+
+from rlhf_jax import cli, figures, report
+from rlhf_jax.errors import UserError
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """[height, width, 3] in [0, 1]."""
+    assert png.startswith(b"\x89PNG\r\n")
+    return matplotlib.image.imread(io.BytesIO(png), format="png")[..., :3]
+
+
+def of_color(image: np.ndarray, color: str) -> np.ndarray:
+    """[N, 2] where the image has a colour: row from above, column."""
+    return np.argwhere(np.abs(image - matplotlib.colors.to_rgb(color)).max(axis=2) < 0.02)
+
+
+def test_a_curve_that_rises_rises_in_the_image():
+    plot = figures.Plot("Loss", "step", "nats", {"a": (range(40), [float(i) for i in range(40)])})
+    image = pixels(figures.png(plot))
+    assert image.shape == (int(3.3 * figures.PNG_DPI), int(5.2 * figures.PNG_DPI), 3)
+    rows, columns = of_color(image, figures.COLORS[0]).T
+    assert len(rows) > 500
+    assert np.corrcoef(rows, columns)[0, 1] < -0.99
+    untitled = pixels(figures.png(figures.Plot("", "step", "nats", plot.series)))
+    assert rows.min() > of_color(untitled, figures.COLORS[0])[:, 0].min() + 10  # the title stands above the curve
+    assert figures.png(plot) == figures.png(plot)
+
+
+def test_title_and_legend_stand_apart():
+    def bands(title: str) -> int:
+        """Stretches of rows with something in them."""
+        series = {name: ([0, 1, 2], values) for name, values in (("training", [1, 2, 3]), ("validation", [3, 2, 1]))}
+        inked = (pixels(figures.png(figures.Plot(title, "step", "nats", series))) < 0.9).any(axis=(1, 2))
+        return int(np.sum(np.diff(inked.astype(int), prepend=0) == 1))
+
+    assert bands("A long title over the whole width") == bands("") + 1
+
+
+def test_nothing_to_draw_is_no_image():
+    assert figures.png(figures.Plot("", "", "", {"a": ([], [])})) == b""
+    assert figures.png(figures.Histogram("", "", "", {"a": [float("nan")]}, [0, 1])) == b""
+
+
+def test_the_files_of_a_run(tmp_path, capsys):
+    run = write_run(tmp_path / "mine")
+    assert cli.run(["report", str(run), "--png", str(tmp_path / "png")]) is None
+    names = ["score-objective-score", "kl-from-the-reference-objective-kl", "reward-against-kl"]
+    names += ["scores", "response-lengths"]
+    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == sorted(f"{name}.png" for name in names)
+    assert capsys.readouterr().out.splitlines()[-1] == f"5 figures in {tmp_path / 'png'}"
+    histogram = pixels((tmp_path / "png" / "scores.png").read_bytes())
+    assert len(of_color(histogram, figures.COLORS[0])) > 100  # before
+    assert len(of_color(histogram, figures.COLORS[1])) > 100  # after
+
+
+def test_figures_of_several_stages_do_not_take_each_other_s_place(tmp_path):
+    runs = [
+        write_run(tmp_path / "a" / "x"),
+        write_run(tmp_path / "b" / "sft", stage="sft", metrics={"sft/loss": [3.0, 2, 1]}),
+    ]
+    paths = report.write_png(runs, tmp_path)
+    names = [path.name for path in paths]
+    assert len(set(names)) == len(names) == len(list(tmp_path.glob("*.png")))
+    assert {"sft-loss-sft-loss.png", "ppo-score-objective-score.png"} <= set(names)
+
+
+def test_equal_titles_are_numbered(tmp_path, monkeypatch):
+    plot = figures.Plot("Score!", "x", "y", {"a": ([1], [1])})
+    monkeypatch.setattr(report, "_parts", lambda records: [report.page.Figures("", [plot, plot, plot])])
+    paths = report.write_png([write_run(tmp_path / "run")], tmp_path / "png")
+    assert [path.name for path in paths] == ["score.png", "score--2.png", "score--3.png"]
+
+
+def test_no_place_for_the_files(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file.*png: cannot be written: "):
+        report.write_png([write_run(tmp_path / "run")], tmp_path / "file")

@@ -1,0 +1,263 @@
+"""The safety filter: what it finds, what becomes of the rows, what a run counts, and that it repeats when resumed."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import flags, safety, training, vpg
+from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Safety, Tokenizer
+from rlhf_jax.data.readers import Prompt
+from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.training.reward_functions import RunReward
+from rlhf_jax.training.safety import Guard, told
+from rlhf_jax.types import Rollout
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+
+TOKENIZER = characters("abcdefghij ")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a BAD day", "bad"),
+        ("_bad_", "bad"),
+        ("ｂａｄ", "bad"),  # full-width letters
+        ("b\u00ad\u200bad", "bad"),  # a soft hyphen and a zero-width space
+        ("STRASSE", "strasse"),  # the list has straße
+        ("very\n bad luck", "very bad"),
+        ("very badly", None),
+        ("badly abad bad1", None),
+        ("b.a.d", None),
+        ("bád", None),
+        ("xx\U0001f4a3xx", "\U0001f4a3"),  # no letter, so no boundary
+        ("say d*mn!", "d*mn"),
+        ("say damn!", None),
+    ],
+)
+def test_words_are_found_whole_in_any_case_and_form(text, found):
+    filter = safety.Filter.create(["Bad", "very  bad", "straße", "\U0001f4a3", "d*mn"])
+    match = filter.found(text).get("words")
+    assert (match and " ".join(match.split())) == found
+
+
+def test_patterns_search_the_text_as_it_is():
+    filter = safety.Filter.create(patterns=[r"b.d\b", "(?i)x{2}"])
+    assert filter.found("a bad") == {"patterns": r"b.d\b"}
+    assert filter.found("A XX") == {"patterns": "(?i)x{2}"}
+    assert filter.found("BAD") == filter.found("bad1") == filter.found("") == {}
+    assert safety.Filter.create(["bad"], ["ad"]).found("bad") == {"words": "bad", "patterns": "ad"}
+
+
+def test_a_word_list_has_a_word_a_line(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_bytes("\ufeffbad\r\n\n two words \n".encode())
+    assert safety.Filter.create(safety.read_words(file)).found("(Two   words)") == {"words": "two   words"}
+    for content, message in [(b"", "holds no word"), (b"ok\n\xff", "0xff is not UTF-8"), (b"a\n\xc2\xad\n", "line 2")]:
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"words\.txt.*{message}"):
+            safety.read_words(file)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        safety.read_words(tmp_path / "other.txt")
+
+
+def test_a_score_beyond_a_threshold_is_unsafe_and_one_on_it_is_not():
+    scores = [0.5, 0.49, 2.0, 2.01, None]
+    assert safety.beyond(scores, 0.5, 2.0) == [None, "score 0.49 below 0.5", None, "score 2.01 above 2", None]
+    assert safety.beyond([0.0], 0.0, None) == safety.beyond([0.0], None, 0.0) == [None]
+
+
+def rollout(*responses):
+    """The prompt "ab", then each response; None is an absent row."""
+    width = max(len(response or "") for response in responses)
+    tokens = [TOKENIZER.encode("ab" + (r or "")) + [TOKENIZER.pad_id] * (width - len(r or "")) for r in responses]
+    said = [[0, 0] + [1] * len(r or "") + [0] * (width - len(r or "")) for r in responses]
+    shape = (len(responses), 2 + width)
+    return Rollout(
+        np.array(tokens), np.ones(shape, int), np.array(said), np.zeros(shape, np.float32),
+        scores=np.arange(len(responses), dtype=np.float32),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("action", "scores", "present"),
+    [
+        ("penalise", [0, 1 - 2.5, 2], [1, 1, 1]),
+        ("replace", [0, -7, 2], [1, 1, 1]),
+        ("mask", [0, None, 2], [1, 0, 1]),
+        ("count", [0, 1, 2], [1, 1, 1]),
+    ],
+)
+def test_what_becomes_of_an_unsafe_row(action, scores, present):
+    after = safety.enforce(rollout("a", "bad", "c"), np.array([False, True, False]), action, penalty=2.5, score=-7.0)
+    np.testing.assert_array_equal(after.response_mask.any(axis=1), present)
+    np.testing.assert_array_equal(after.response_mask[[0, 2]], rollout("a", "bad", "c").response_mask[[0, 2]])
+    np.testing.assert_array_equal(
+        [after.scores[i] for i in range(3) if present[i]], [s for s in scores if s is not None]
+    )
+
+
+def guarded(tmp_path, settings, reward_fn):
+    (tmp_path / "words.txt").write_text("bad\n")
+    guard = Guard.of(dataclasses.replace(settings, words=(str(tmp_path / "words.txt"),)))
+    return guard.around(RunReward(fn=jax.tree_util.Partial(reward_fn)), TOKENIZER, RunConfig(), ())
+
+
+def test_shares_are_of_present_rows_and_each_rule_has_its_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def harm(prompts, responses):\n    return [None if r == 'j' else float(r.count('c')) for r in responses]"
+    )
+    settings = Safety(patterns=("^b", "^$"), classifier=f"{file}:harm", above=1.0, responses="mask")
+    run_reward = guarded(tmp_path, settings, lambda rollout: jnp.ones(len(rollout.tokens)))
+    sampled = rollout("bad", "baa", "cc", "a", "j", None)
+    enforced, metrics, verdicts = run_reward.enforce(sampled, sampled, {})
+    np.testing.assert_array_equal(enforced.response_mask.any(axis=1), [0, 0, 0, 1, 1, 0])
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        {"safety/unsafe": 0.6, "safety/words": 0.2, "safety/patterns": 0.4, "safety/classifier": 0.2}
+    )
+    assert list(map(told, verdicts)) == [
+        "words: bad; patterns: ^b", "patterns: ^b", "classifier: score 2 above 1", None, None, None,
+    ]  # fmt: skip
+
+
+def test_prompts_are_dropped_replaced_or_counted_where_they_stand(tmp_path, capsys):
+    (tmp_path / "words.txt").write_text("bad\n")
+    bad_ids = tuple(TOKENIZER.encode("bad"))
+    rows = [Prompt("a bad", "f, line 1", {"x": 1}), Prompt("abad", "f, line 2"), Prompt(bad_ids, "f, line 3")]
+    base = Safety(words=(str(tmp_path / "words.txt"),))
+    assert Guard.of(base).prompts(rows, TOKENIZER) == [rows[1]]
+    assert capsys.readouterr().out == "safety: 2 of 3 prompts dropped: f, line 1; f, line 3\n"
+    replaced = Guard.of(dataclasses.replace(base, prompts="replace", replacement="hi")).prompts(rows, TOKENIZER)
+    assert replaced == [Prompt("hi", "f, line 1", {"x": 1}), rows[1], Prompt("hi", "f, line 3")]
+    assert Guard.of(dataclasses.replace(base, prompts="count")).prompts(rows, TOKENIZER) == rows
+    with pytest.raises(UserError, match="all 2 prompts are unsafe, none is left: f, line 1; f, line 3"):
+        Guard.of(base).prompts([rows[0], rows[2]], TOKENIZER)
+    capsys.readouterr()
+    assert Guard.of(Safety(classifier="length", above=1.0)).prompts(rows, TOKENIZER) == rows
+    assert capsys.readouterr().out == ""
+
+
+def test_without_rules_the_reward_is_the_same_object():
+    run_reward = RunReward(fn=jax.tree_util.Partial(lambda rollout: rollout.scores))
+    assert Guard.of(Safety()).around(run_reward, TOKENIZER, RunConfig(), ()) is run_reward
+    assert Guard.of(Safety()).fingerprints == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"patterns": ("(",)}, r"patterns: '\(' is no regular expression"),
+        ({"classifier": "length"}, "needs below or above"),
+        ({"above": 0.0}, "needs below or above"),
+        ({"prompts": "replace"}, "needs a replacement"),
+        ({"responses": "replace"}, "needs a score"),
+        ({"penalty": -1.0}, "penalty must be at least 0"),
+    ],
+)
+def test_settings_that_say_half_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Safety(**settings)
+
+
+def test_a_classifier_that_cannot_be_built_is_named_by_its_key():
+    guard = Guard.of(Safety(classifier="repetition:0", above=0.0))
+    with pytest.raises(UserError, match=r"^safety\.classifier repetition:0: after"):
+        guard.around(RunReward(fn=None), TOKENIZER, RunConfig(), ())
+
+
+PROMPTS = [f"say {word}" for word in ("ape", "bee", "cat", "dog", "bad")]
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS, indent=0))
+    (tmp_path / "words.txt").write_text("bad\n")
+    return RunConfig(
+        data=(str(tmp_path / "prompts.json"),),
+        output_dir=str(tmp_path / "run"),
+        network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
+        tokenizer=Tokenizer(kind="characters"),
+        reward=("count:e",),
+        checkpoint_interval=1,
+        rl=RLStage(
+            num_iterations=2, batch_size=8, max_new_tokens=4, kl_coef=0.0, validation_fraction=0.5,
+            validation_interval=1, optimizer=Optimizer(learning_rate=1e-2),
+        ),
+        # About half of the responses that begin with one of 14 characters.
+        safety=Safety(words=(str(tmp_path / "words.txt"),), patterns=("^[a-g]",), penalty=100.0),
+    )  # fmt: skip
+
+
+def read(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
+
+
+def test_a_run_counts_and_penalises(config, tmp_path, capsys):
+    folder = training.rl.run(config, vpg).folder
+    assert f"safety: 1 of 5 prompts dropped: {config.data[0]}, line 6\n" in capsys.readouterr().out
+    metrics, samples = read(folder), read(folder, "samples.jsonl")
+    assert all("bad" not in sample["prompt"] for sample in samples)
+    for row in metrics[1:]:
+        assert 0 < row["safety/unsafe"] == row["safety/patterns"] < 1
+        assert row["safety/words"] == 0
+        assert -1e-4 <= row["objective/score"] + 100 * row["safety/unsafe"] <= 2 + 4  # in "bee" and in 4 new characters
+    for row in metrics:
+        here = [sample for sample in samples if sample["step"] == row["step"]]
+        unsafe = [sample["response"][:1] in tuple("abcdefg") for sample in here]
+        assert [sample["unsafe"] for sample in here] == ["patterns: ^[a-g]" if bad else None for bad in unsafe]
+        for sample, bad in zip(here, unsafe, strict=True):
+            assert sample["score"] == (sample["prompt"] + sample["response"]).count("e") - 100 * bad
+        assert row["validation/safety/unsafe"] == pytest.approx(np.mean(unsafe))
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    assert f"safety {config.safety.words[0]}" in manifest["data"]
+    (tmp_path / "words.txt").write_text("worse\n")
+    with pytest.raises(UserError, match=r"the data safety .*words\.txt has changed"):
+        training.rl.run(dataclasses.replace(config, resume=True), vpg)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_filters_alike(config, tmp_path):
+    metrics = read(training.rl.run(config, vpg).folder)
+    halved = dataclasses.replace(
+        config, output_dir=str(tmp_path / "half"), rl=dataclasses.replace(config.rl, num_iterations=1)
+    )
+    training.rl.run(halved, vpg)
+    longer = dataclasses.replace(
+        config, output_dir=halved.output_dir, resume=True, allow_changed=("rl.num_iterations",)
+    )
+    assert read(training.rl.run(longer, vpg).folder) == metrics
+
+
+@pytest.mark.slow
+def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(config, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def harm(prompts, responses):\n    return [float('nan')] * len(responses)")
+    masked = dataclasses.replace(config, safety=dataclasses.replace(config.safety, responses="mask"))
+    folder = training.rl.run(masked, vpg).folder
+    for row in read(folder)[1:]:
+        assert row["safety/unsafe"] > 0
+        assert row["reward/unscored"] == 0
+        assert row["objective/score"] >= 0
+    assert all(sample["unsafe"] is None for sample in read(folder, "samples.jsonl"))
+    nothing = Safety(patterns=("",), prompts="count", responses="mask")
+    folder = training.rl.run(dataclasses.replace(config, output_dir=str(tmp_path / "all"), safety=nothing), vpg).folder
+    assert [(row["safety/unsafe"], row["objective/score"], row["nonfinite"]) for row in read(folder)[1:]] == [
+        (1, 0, 0)
+    ] * 2
+    assert not (folder / "samples.jsonl").exists() or read(folder, "samples.jsonl") == []
+    broken = dataclasses.replace(
+        config, output_dir=str(tmp_path / "nan"), safety=Safety(classifier=f"{file}:harm", below=0.0)
+    )
+    with pytest.raises(TrainingFault, match=r"safety\.classifier: .* not finite"):
+        training.rl.run(broken, vpg)
+
+
+def test_the_section_is_read_from_flags(tmp_path):
+    argv = ["--safety.words", "a.txt", "--safety.responses", "replace", "--safety.score", "-1"]
+    assert flags.parse(RunConfig, argv).safety == Safety(words=("a.txt",), responses="replace", score=-1.0)

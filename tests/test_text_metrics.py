@@ -1,0 +1,95 @@
+"""Figures about texts: by hand, against slow loops, and the word patterns on texts that a person has judged."""
+
+import math
+from collections import Counter
+
+import judged_texts
+import pytest
+
+from rlhf_jax import text_metrics
+
+TEXTS = [
+    text.split() for text in ("the cat sat on the mat", "the cat sat down", "a dog ran", "the cat sat on the mat", "a")
+]
+
+
+def test_words_keep_their_apostrophes_and_marks_stand_alone():
+    assert text_metrics.words("It’s 9 o'clock, isn't it?") == ["it's", "9", "o'clock", ",", "isn't", "it", "?"]
+
+
+def test_distinct_n_by_hand():
+    """Words a b a b c: 3 of 5 are different; pairs ab ba ab bc: 3 of 4, and with another text's ab 3 of 5."""
+    assert text_metrics.distinct_n([list("ababc")], 1) == 3 / 5
+    assert text_metrics.distinct_n([list("ababc")], 2) == 3 / 4
+    assert text_metrics.distinct_n([list("ababc"), ["a", "b"]], 2) == 3 / 5
+    assert text_metrics.distinct_n([["a"], []], 2) == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_distinct_n_without_each_text_is_that_of_the_others(n):
+    expected = [text_metrics.distinct_n(TEXTS[:i] + TEXTS[i + 1 :], n) for i in range(len(TEXTS))]
+    assert text_metrics.distinct_n_without_each(TEXTS, n) == expected
+
+
+def slow_bleu(text, references, n):
+    """Papineni et al. 2002 as written, with method 1 of Chen and Cherry and orders that the text is too short for left
+    out.
+    """
+    logs = []
+    for order in range(1, n + 1):
+        count = lambda words, order=order: Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))  # noqa: E731
+        own = count(text)
+        clipped = {gram: min(c, max(count(reference)[gram] for reference in references)) for gram, c in own.items()}
+        if own:
+            logs.append(math.log((sum(clipped.values()) or 0.1) / sum(own.values())))
+    closest = min((abs(len(reference) - len(text)), len(reference)) for reference in references)[1]
+    return min(1.0, math.exp(1 - closest / len(text))) * math.exp(sum(logs) / len(logs))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_self_bleu_is_bleu_against_all_others(n):
+    expected = [slow_bleu(text, TEXTS[:i] + TEXTS[i + 1 :], n) for i, text in enumerate(TEXTS)]
+    assert text_metrics.self_bleu(TEXTS, n) == pytest.approx(expected)
+
+
+def test_self_bleu_by_hand():
+    """a b c d against a b x y z: 2 of 4 words, 1 of 3 pairs, a reference that is one word longer."""
+    texts = [list("abcd"), list("abxyz")]
+    assert text_metrics.self_bleu(texts, 2)[0] == pytest.approx(math.exp(1 - 5 / 4) * math.sqrt(1 / 2 * 1 / 3))
+    assert text_metrics.self_bleu([["a", "b"], ["a", "b"], []]) == [1.0, 1.0, 0.0]
+    with pytest.raises(ValueError, match="at least two texts"):
+        text_metrics.self_bleu(TEXTS[:1])
+
+
+def test_repetition_by_hand():
+    assert text_metrics.repetition(list("ababab"), 2) == 1 - 2 / 5
+    assert text_metrics.repetition(["a"], 2) == 0
+
+
+def test_content_words_by_hand():
+    asked, said = map(
+        text_metrics.words, ("How do I boil an egg?", "Don't boil it: it's the egg and the egg cooks, can't it?")
+    )
+    assert text_metrics.lexical_density(said) == 4 / 12  # boil, egg, egg, cooks
+    assert text_metrics.new_content_words(asked, said) == 1  # cooks
+    assert text_metrics.lexical_density(text_metrics.words("Then the sun won ten tons!")) == 4 / 6
+    assert text_metrics.lexical_density(["!"]) == 0
+
+
+def counts(found, positive, negative):
+    """Hits among texts of the kind, and false alarms among others."""
+    return sum(map(found, positive)), sum(map(found, negative))
+
+
+def test_refusals_are_found_as_often_as_documented():
+    found = text_metrics.is_refusal
+    assert counts(found, judged_texts.REFUSALS_DEVELOPMENT, judged_texts.ANSWERS_DEVELOPMENT) == (12, 0)
+    assert counts(found, judged_texts.REFUSALS_HELD_OUT, judged_texts.ANSWERS_HELD_OUT) == (17, 0)  # of 20 and 20
+    assert not found("word " * 60 + "I cannot help with that.")
+    assert found("I CAN’T   help\nwith that.")
+
+
+def test_uncertainty_is_found_as_often_as_documented():
+    found = text_metrics.expresses_uncertainty
+    assert counts(found, judged_texts.UNCERTAIN_DEVELOPMENT, judged_texts.CERTAIN_DEVELOPMENT) == (8, 0)
+    assert counts(found, judged_texts.UNCERTAIN_HELD_OUT, judged_texts.CERTAIN_HELD_OUT) == (12, 0)  # of 12 and 12

@@ -1,0 +1,267 @@
+"""What W&B, trackio and TensorBoard are told, once each, and that none of them can stop a run.
+
+A stand-in has the calls of W&B's and trackio's Python interface that are made here; the packages themselves run where
+they are installed: trackio on its local files, W&B offline.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+import threading
+import time
+import types
+
+import pytest
+import rich.console
+
+from rlhf_jax import trackers
+from rlhf_jax.config import RunConfig
+from rlhf_jax.errors import UserError
+from rlhf_jax.runs import open_run
+from rlhf_jax.tracking import Tracker
+from rlhf_jax.training import stage
+
+SAMPLES = [
+    {"prompt": "a|b", "response": "c\nd", "score": 0.5},
+    {"prompt": [["user", "x"]], "response": "e", "score": float("nan"), "unsafe": None},
+]
+
+
+class Recorded:
+    """What a stand-in was called with; ``broken`` names the calls that raise."""
+
+    def __init__(self, broken=()):
+        self.calls: list[tuple] = []
+        self.broken = set(broken)
+
+    def call(self, name, *values):
+        self.calls.append((name, *values))
+        if name in self.broken:
+            raise ConnectionError(f"no {name}")
+
+    def of(self, name):
+        return [call[1:] for call in self.calls if call[0] == name]
+
+
+def stand_in(monkeypatch, name, broken=()) -> Recorded:
+    """Puts a module in the place of wandb or trackio."""
+    recorded = Recorded(broken)
+
+    class Run:
+        def log(self, data, step=None):
+            recorded.call("log", data, step)
+
+        def alert(self, title, text=None):
+            recorded.call("alert", title, text)
+
+        def finish(self):
+            recorded.call("finish")
+
+    held = set()
+
+    def init_wandb(project=None, name=None, id=None, config=None, resume=None, mode=None):
+        recorded.call("init", {"project": project, "name": name, "id": id, "resume": resume, "mode": mode})
+        if id in held:
+            raise RuntimeError(f"run ID {id} is in use")
+        if "online" in recorded.broken and mode != "offline":
+            held.add(id)
+            raise ConnectionError("the server is not reached")
+        return Run()
+
+    def init_trackio(project, name=None, config=None, resume="never"):
+        recorded.call("init", {"project": project, "name": name, "resume": resume, "config": config})
+        return Run()
+
+    module = types.ModuleType(name)
+    module.init = init_wandb if name == "wandb" else init_trackio
+    module.teardown = held.clear
+    module.Table = lambda columns, data: ("table", columns, data)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.delenv("WANDB_NAME", raising=False)
+    return recorded
+
+
+def track(folder, names, steps, resume_step=None):
+    """A run that records ``x = step`` in each of the steps, samples before those that 4 divides, an alert at 2."""
+    with open_run(folder, resume=resume_step is not None) as run:
+        services = trackers.start(run, names, {"seed": 1}, resume_step)
+        console = rich.console.Console(quiet=True)
+        with Tracker(run, total=9, resume_step=resume_step, console=console, services=services) as tracker:
+            for step in steps:
+                if step % 4 == 0:
+                    tracker.samples(step, SAMPLES)
+                tracker.log(step, {"x": float(step), "loss": float("nan")})
+                if step == 2:
+                    tracker.alert(step, "KL explosion")
+
+
+def logged(recorded):
+    return [step for data, step in recorded.of("log") if "x" in data]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_and_its_resumption_are_one_run_in_which_no_step_comes_twice(tmp_path, monkeypatch, name):
+    recorded = stand_in(monkeypatch, name)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    track(tmp_path / "ppo", [name], range(7))  # killed in step 7; its checkpoint is step 4
+    track(tmp_path / "ppo", [name], range(5, 10), resume_step=4)
+    assert logged(recorded) == list(range(10))
+    assert [step for data, step in recorded.of("log") if "samples" in data] == [0, 4, 8]
+    first, second = (call[0] for call in recorded.of("init"))
+    assert first["project"] == second["project"] == "mine"
+    assert first["name"] == second["name"]
+    assert first["name"].startswith("ppo-")
+    assert (first["resume"] in (None, "never"), second["resume"]) == (True, "allow")
+    kept = json.loads((tmp_path / "ppo" / "tracker.json").read_text())
+    assert kept == {"id": first["name"][4:], "project": "mine", "name": first["name"], "services": [name]}
+    if name == "wandb":
+        assert first["id"] == second["id"] == kept["id"]
+    else:
+        assert first["config"] == {"seed": 1}
+    assert recorded.of("alert") == [(f"{first['name']}, step 2", "KL explosion")]
+    assert len(recorded.of("finish")) == 2
+
+
+def test_another_run_in_the_same_folder_is_another_one(tmp_path, monkeypatch):
+    recorded = stand_in(monkeypatch, "wandb")
+    for _ in range(2):
+        with open_run(tmp_path / "run", overwrite=True) as run:
+            (run.path / "manifest.json").write_text('{"versions": {"rlhf-jax": "0"}}')
+            trackers.start(run, ["wandb"], {})
+    first, second = (call[0] for call in recorded.of("init"))
+    assert first["id"] != second["id"]
+    assert first["project"] == "rlhf_jax"
+
+
+def test_names_of_the_environment(tmp_path, monkeypatch):
+    recorded = stand_in(monkeypatch, "wandb")
+    monkeypatch.setenv("WANDB_NAME", "tuesday")
+    track(tmp_path, ["wandb"], [])
+    assert recorded.of("init")[0][0]["name"] == "tuesday"
+
+
+def test_samples_are_a_table_of_numbers_and_texts(tmp_path, monkeypatch):
+    recorded = stand_in(monkeypatch, "trackio")
+    track(tmp_path, ["trackio"], [0])
+    (kind, columns, cells), step = recorded.of("log")[0][0]["samples"], recorded.of("log")[0][1]
+    assert (kind, columns, step) == ("table", ["prompt", "response", "score", "unsafe"], 0)
+    assert cells[0] == ["a|b", "c\nd", 0.5, None]
+    assert cells[1][0] == '[["user", "x"]]'
+
+
+def test_a_service_that_joins_later_gets_what_was_before(tmp_path, monkeypatch):
+    first, second = stand_in(monkeypatch, "wandb"), stand_in(monkeypatch, "trackio")
+    track(tmp_path, ["wandb"], range(7))
+    track(tmp_path, ["wandb", "trackio"], range(5, 8), resume_step=4)
+    assert logged(first) == logged(second) == list(range(8))
+
+
+def test_w_and_b_goes_offline_where_its_server_is_not_reached(tmp_path, monkeypatch, capsys):
+    recorded = stand_in(monkeypatch, "wandb", broken=["online"])
+    track(tmp_path, ["wandb"], range(3))
+    assert [call[0]["mode"] for call in recorded.of("init")] == [None, "offline"]
+    assert logged(recorded) == [0, 1, 2]
+    assert "--track wandb: ConnectionError: the server is not reached; it records offline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "said"),
+    [
+        ("wandb", ["init"], "no init; the run goes on without it"),
+        ("trackio", ["init"], "no init; the run goes on without it"),
+        ("wandb", ["log"], "no log; what it lacks is in the run's folder"),
+        ("trackio", ["alert", "finish"], "no alert; what it lacks is in the run's folder"),
+    ],
+)
+def test_errors_are_one_warning_and_stop_nothing(tmp_path, monkeypatch, capsys, name, broken, said):
+    recorded, other = stand_in(monkeypatch, name, broken), "trackio" if name == "wandb" else "wandb"
+    healthy = stand_in(monkeypatch, other)
+    track(tmp_path, [name, other], range(5))
+    out = capsys.readouterr().out
+    assert said in out.splitlines()[-1]
+    assert out.count("run goes on without") + out.count("what it lacks") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+    assert logged(healthy) == [0, 1, 2, 3, 4]
+    assert len(recorded.of("finish")) == (0 if "init" in broken else 1)
+
+
+def test_a_service_that_hangs_holds_nothing_up(tmp_path, monkeypatch, capsys):
+    recorded, hung = stand_in(monkeypatch, "wandb"), threading.Event()
+    call = recorded.call
+    monkeypatch.setattr(recorded, "call", lambda name, *values: hung.wait(60) if name == "log" else call(name, *values))
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.2)
+    started = time.monotonic()
+    track(tmp_path, ["wandb"], range(5))
+    assert time.monotonic() - started < 10
+    assert "--track wandb: not all is sent after 0.2 s; the run ends without it" in capsys.readouterr().out
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+    hung.set()
+
+
+def test_a_missing_package_is_said_before_anything_else(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(stage.devices, "choose", lambda device: pytest.fail("too late"))
+    with pytest.raises(
+        UserError, match=r"--track wandb: the package is not installed; pip install 'rlhf-jax\[wandb\]'"
+    ):
+        stage.start(RunConfig(track=("wandb",)))
+
+
+# --- The packages themselves ----------------------------------------------------------------------------------------
+
+
+def test_tensorboard_reads_each_step_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    event_accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    track(tmp_path, ["tensorboard"], range(7))
+    track(tmp_path, ["tensorboard"], range(5, 10), resume_step=4)
+    read = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0, "scalars": 0}).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("x")] == [(step, float(step)) for step in range(10)]
+    assert set(read.Tags()["tensors"]) == {"samples", "alerts", "config"}
+    assert [event.step for event in read.Tensors("samples")] == [0, 4, 8]
+    text = read.Tensors("samples")[0].tensor_proto.string_val[0].decode()
+    assert text.splitlines()[:3] == [
+        "| prompt | response | score | unsafe |",
+        "| --- | --- | --- | --- |",
+        "| a\\|b | c<br>d | 0.5 | None |",
+    ]
+    assert [event.tensor_proto.string_val[0] for event in read.Tensors("alerts")] == [b"KL explosion"]
+    assert '"seed": 1' in read.Tensors("config")[0].tensor_proto.string_val[0].decode()
+
+
+def test_trackio_itself(tmp_path, monkeypatch):
+    if importlib.util.find_spec("trackio") is None:
+        pytest.skip("trackio is not installed")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
+    for module in [module for module in sys.modules if module.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, module)
+    track(tmp_path / "run", ["trackio"], range(7))
+    track(tmp_path / "run", ["trackio"], range(5, 10), resume_step=4)
+    name = json.loads((tmp_path / "run" / "tracker.json").read_text())["name"]
+    storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
+    assert storage.get_runs("rlhf_jax") == [name]
+    found = storage.get_logs("rlhf_jax", name)
+    assert sorted(row["step"] for row in found if "x" in row) == list(range(10))
+    assert sum("samples" in row for row in found) == 3
+
+
+def test_w_and_b_itself_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert {"project", "name", "id", "config", "resume", "mode"} <= set(inspect.signature(wandb.init).parameters)
+    track(tmp_path / "run", ["wandb"], range(7))
+    track(tmp_path / "run", ["wandb"], range(5, 10), resume_step=4)
+    run_id = json.loads((tmp_path / "run" / "tracker.json").read_text())["id"]
+    written = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert len(written) == 2
+
+
+def test_the_settings_are_json(tmp_path):
+    assert json.loads(json.dumps(dataclasses.asdict(RunConfig())))["rl"]["batch_size"] == 64
