@@ -29,7 +29,7 @@ import filelock
 import jax
 import yaml
 
-from rlhf_jax import checkpoint
+from rlhf_jax import checkpoint, processes
 from rlhf_jax.errors import UserError
 
 _LOCK_FILES = (".lock", ".pid")
@@ -120,10 +120,15 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
         path is a file; another process (named by its PID) writes to the folder.
     """
     path = Path(path)
+    lock = filelock.FileLock(path / ".lock")
+    return Run(path, processes.in_first(lambda: _take(path, lock, resume, overwrite)), lock)
+
+
+def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool) -> bool:
+    """Whether there is a checkpoint to go on from."""
     _check(path, resume, overwrite)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path / ".lock")
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{path} is in use by {_holder(path)}; wait for it or choose another --output-dir") from None
@@ -139,7 +144,7 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
             resumed = bool(checkpoint.steps(path / "checkpoints"))
             if not resumed:
                 print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
-        return Run(path, resumed, lock)
+        return resumed
     except BaseException:
         lock.release()
         raise

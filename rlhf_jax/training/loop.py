@@ -1,11 +1,13 @@
 """The loop of every stage: restore, step, validate, log, save. What a step does is the stage's own."""
 
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from rlhf_jax import processes
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.data.batches import ABSENT
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
@@ -110,14 +112,15 @@ def train(
                         "changes under --allow-changed)"
                         + (f", or look at the rows of this batch: {rows}" if rows else "")
                     )
-                if last or stop.received or done % config.checkpoint_interval == 0 or (due and best_metric):
+                received = processes.highest(stop.received or 0)
+                if last or received or done % config.checkpoint_interval == 0 or (due and best_metric):
                     save(done)
-                if stop.received and not last:
+                if received and not last:
                     checkpoints.wait()
+                    name = signal.Signals(received).name
                     raise Stopped(
-                        f"{stop.received.name}: stopped after step {done} of {num_steps}, saved. Go on with:\n"
-                        f"    {resume_command()}",
-                        stop.received,
+                        f"{name}: stopped after step {done} of {num_steps}, saved. Go on with:\n    {resume_command()}",
+                        received,
                     )
             checkpoints.wait()
             best = checkpoints.best()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import evaluation, inference, models, sampling
+from rlhf_jax import evaluation, inference, models, processes, sampling
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding, readers
@@ -166,7 +166,7 @@ def score_rows(
     scores = []
     for batch_rows in loop.in_order(rows, batch_size):
         batch = shard(batches.comparison_batch(comparisons, batch_rows, bucket_multiple))
-        scores.append(np.asarray(score_pairs(params, batch.tokens, batch.attention_mask))[batch_rows >= 0])
+        scores.append(processes.fetch(score_pairs(params, batch.tokens, batch.attention_mask))[batch_rows >= 0])
     return np.concatenate(scores)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import inference, models, rewards, sampling
+from rlhf_jax import inference, models, processes, rewards, sampling, sharding
 from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding
@@ -182,7 +182,7 @@ def _validator(
         policy = models.policy_params(state.train.params)
         rollout = sample(policy, trainable.base, batch.tokens, batch.attention_mask, stage.key("eval"))
         if run_reward.host is None:
-            rollout, metrics = jax.device_get(score(run_reward.fn, rollout))
+            rollout, metrics = processes.fetch(score(run_reward.fn, rollout))
         else:
             rollout, metrics = _reward_on_host(run_reward.host, rollout, encoded, rows)
         texts = inference.responses(rollout, tokenizer)
@@ -204,12 +204,17 @@ def _reward_on_host(
     host: rewards.HostReward, rollout: Rollout, encoded: encoding.EncodedPrompts, rows: np.ndarray
 ) -> tuple[Rollout, Metrics]:
     """The rollout, as NumPy arrays, with its scores; and the reward's metrics."""
-    rollout = jax.device_get(rollout)
+    rollout = processes.fetch(rollout)
     before = rollout.response_mask.any(axis=1).sum()
-    try:
-        result = rewards.on_host(host, rollout, batches.columns_at(encoded, rows))
-    except FloatingPointError as error:
-        raise TrainingFault(str(error)) from error
+
+    def of_own_rows() -> rewards.HostResult:
+        columns = batches.columns_at(encoded, sharding.own_rows(rows))
+        try:
+            return rewards.on_host(host, sharding.own_rows(rollout), columns)
+        except FloatingPointError as error:
+            raise TrainingFault(str(error)) from error
+
+    result = processes.gather_rows(processes.agree(of_own_rows))
     parts = {name: jnp.asarray(values) for name, values in result.parts.items()}
     scored, metrics = reward(result.rollout, reward_fn=lambda rollout: (jnp.asarray(rollout.scores), parts))
     after = result.rollout.response_mask.any(axis=1).sum()
