@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -37,6 +37,8 @@ def train(
     validation_interval: int = 1,
     show: tuple[str, ...] = (),
     sources: Callable[[int], Iterable[str]] = lambda step: (),
+    beside: Mapping[str, Any] | None = None,
+    cache: Any = None,
 ) -> tuple[State, dict[str, float]]:
     """Runs ``advance(state, step)`` for steps 0, 1, ..., from the checkpoint of a resumed run if there is one.
 
@@ -45,6 +47,7 @@ def train(
     ``keep_best`` they are followed by a checkpoint too.
 
     sources: the data rows of the batch of a step, as "FILE, line N", for a message about it.
+    beside, cache: what lies on the devices beside the state, for a message about memory; as ``checks.explains_memory``.
 
     Returns:
         The last state and the last row of metrics; with ``keep_best`` those of the best checkpoint.
@@ -71,7 +74,7 @@ def train(
         tracker = Tracker(
             stage.run, total=num_steps, resume_step=first if stage.run.resumed else None, label=stage.name, show=show
         )
-        with tracker, stop_requests() as stop, checks.explains_memory(config, stage.name, state):
+        with tracker, stop_requests() as stop, checks.explains_memory(config, stage.name, state, beside, cache):
 
             def save(step: int) -> None:
                 tracker.sync()

@@ -108,6 +108,7 @@ def run(config: RunConfig) -> RunResult:
             validation_interval=settings.validation_interval,
             show=("reward_model/loss", "reward_model/accuracy", "validation/accuracy"),
             sources=lambda step: [encoded.answers[0].sources[row] for row in rows_of(step) if row >= 0],
+            beside={"frozen weights": trainable.base},
         )
         members = [state.params] if num_members == 1 else ensembles.unstack(state.params)
         if settings.normalize_samples and config.model is None:

@@ -151,6 +151,13 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
             validation_interval=settings.validation_interval,
             show=("objective/score", "objective/kl", "kl/coef", "response/length", "validation/score"),
             sources=lambda step: [encoded.rows[row].source for row in rows_of(step)],
+            beside={"frozen weights": trainable.base, "rewards": reward_fn}
+            | ({} if ref_fn is None or trainable.base is not None else {"reference": ref_fn}),
+            cache=jax.eval_shape(
+                lambda: model.init_cache(
+                    settings.batch_size // stage.num_devices, prompt_length + settings.max_new_tokens
+                )
+            ),
         )
         policy = {part: leaves for part, leaves in state.train.params.items() if part != "value"}
         return stage.finish(model, trainable, policy, tokenizer, row)

@@ -141,9 +141,18 @@ def start(config: RunConfig) -> int:
 
 
 @contextlib.contextmanager
-def _full_disk_said(path: str) -> Iterator[None]:
+def _limits_said(path: str) -> Iterator[None]:
+    """What the machine lacks, as a sentence; what the loop needs of memory it has said itself."""
     try:
         yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingFault(
+            "out of memory before the first step, while models were put on the device: take a smaller --model, "
+            "--lora.rank 8, which needs no second copy for the reference, or more devices. XLA said: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -157,10 +166,10 @@ def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) ->
 
     Raises:
         UserError: the folder is used or locked, or the run to resume is another one.
-        TrainingFault: the disk is full, now or at any time while the stage is open.
+        TrainingFault: the disk or the device's memory is full, now or at any time while the stage is open.
     """
     path = config.output_dir or f"runs/{name}"
-    with _full_disk_said(path), runs.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
+    with _limits_said(path), runs.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
         text = flags.to_yaml(
             dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None)
         )
