@@ -16,7 +16,7 @@ LAYERS = [
     {"sampling"},
     {"host_rewards", "ngram_rewards", "rewards", "rollout"},
     {"algorithms"},
-    {"data", "checkpoint", "config", "config_files", "devices", "flags", "processes", "runs", "tracking"},
+    {"data", "checkpoint", "config", "config_files", "devices", "flags", "manifest", "processes", "runs", "tracking"},
     {"inference", "evaluation", "figures", "page", "run_records", "run_figures", "report", "export"},
     {"training"},
     {"cli", "doctor"},

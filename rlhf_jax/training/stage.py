@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import devices, flags, models, processes, report, runs, sharding
+from rlhf_jax import devices, flags, manifest, models, processes, report, runs, sharding
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import TrainingFault
@@ -175,16 +175,18 @@ def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) ->
         )
         data = dict(fingerprints)
         if config.model is not None and Path(config.model).is_dir():
-            data["model"] = runs.fingerprint(config.model)
+            data["model"] = manifest.fingerprint(config.model)
         if config.tokenizer.name is not None and Path(config.tokenizer.name).is_dir():
-            data["tokenizer"] = runs.fingerprint(config.tokenizer.name)
+            data["tokenizer"] = manifest.fingerprint(config.tokenizer.name)
         if name in RL_STAGES:
             for entry in config.reward:
-                data |= {f"reward {n}": runs.fingerprint(path) for n, path in reward_functions.sources(entry).items()}
+                data |= {
+                    f"reward {n}": manifest.fingerprint(path) for n, path in reward_functions.sources(entry).items()
+                }
         trained_tokenizer = config.model is None and config.tokenizer.name is None
 
         def describe() -> None:
-            changed = runs.check_unchanged(
+            changed = manifest.check_unchanged(
                 run,
                 config=text,
                 data_fingerprints=data,
@@ -193,8 +195,10 @@ def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) ->
                 fixed=(*FIXED, "data") if trained_tokenizer else FIXED,
             )
             if changed or not run.resumed:
-                runs.write_config(run, text)
-            runs.write_manifest(run, seed=config.seed, data_fingerprints=data, extra={"stage": name}, changed=changed)
+                manifest.write_config(run, text)
+            manifest.write_manifest(
+                run, seed=config.seed, data_fingerprints=data, extra={"stage": name}, changed=changed
+            )
 
         processes.in_first(describe)
         yield Stage(config, name, run, sharding.make_mesh())
