@@ -367,6 +367,12 @@ MISTAKES = [
         "model: the tokenizer names '</s>', which is not in its vocabulary; set eos_token in its tokenizer_config.json",
     ),
     (
+        "half of a surrogate pair",
+        broken_model(lambda folder: (folder / "tokenizer_config.json").write_text('{"eos_token": "\\ud83d"}')),
+        MODEL,
+        "model/tokenizer_config.json: a string holds half of a surrogate pair, '\\ud83d'",
+    ),
+    (
         "chat template in Latin-1",
         broken_model(lambda folder: (folder / "chat_template.jinja").write_bytes(b"caf\xe9")),
         MODEL,
