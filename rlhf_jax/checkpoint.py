@@ -13,6 +13,7 @@ the best.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rlhf_jax import processes, sharding
 from rlhf_jax.errors import TrainingFault, UserError
 
 T = TypeVar("T")
@@ -80,7 +82,12 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(_quiet())
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        number = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=number, active_processes={number})
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone)),
+            multiprocessing_options=alone,
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -134,8 +141,8 @@ class Checkpoints:
         Args:
           step: higher than every step on disk, save those that ``restore`` found damaged: these are put aside, renamed
             to ``damaged-STEP``.
-          state: pytree of jax or NumPy arrays, every one of which this process can read whole. The caller may donate or
-            overwrite them as soon as this returns.
+          state: pytree of jax or NumPy arrays; of several processes each has them whole, and the first writes. The
+            caller may donate or overwrite them as soon as this returns.
           meta: JSON values; comes back from ``restore`` (tuples as lists).
 
         Raises:
@@ -144,12 +151,21 @@ class Checkpoints:
           CheckpointError: it could not be written, for example to a full disk. The earlier ones are as they were.
         """
         self.wait()
+        processes.agree(lambda: self._begin(step, state, meta) if processes.is_first() else None)
+        self._damaged.clear()
+        self._pending = step
+        if not self._asynchronous:
+            self.wait()
+
+    def _begin(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         for damaged in sorted(self._damaged):
-            self._put_aside(damaged)
+            aside = self._directory / f"damaged-{damaged}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(damaged)).rename(aside)
         latest = self.latest()
         if latest is not None and step <= latest:
             raise ValueError(f"cannot save step {step} in {self._directory}: step {latest} is there already")
-        leaves = _leaves(state)
+        leaves = {path: _local(path, leaf) for path, leaf in _leaves(state).items()}
         record = json.dumps({"meta": meta, "leaves": {path: _fingerprint(leaf) for path, leaf in leaves.items()}})
         arrays = {path: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for path, leaf in leaves.items()}
         items = ocp.args.Composite(
@@ -161,9 +177,6 @@ class Checkpoints:
             self._checkpointer.save(self._directory / str(step), args=items)
         except Exception as error:
             raise self._failed(step, error) from error
-        self._pending = step
-        if not self._asynchronous:
-            self.wait()
 
     def wait(self) -> None:
         """Returns when the save that is under way, if any, is complete and those to be kept no longer are deleted.
@@ -174,6 +187,9 @@ class Checkpoints:
         if self._pending is None:
             return
         step, self._pending = self._pending, None
+        processes.agree(lambda: self._complete(step) if processes.is_first() else None)
+
+    def _complete(self, step: int) -> None:
         try:
             self._checkpointer.wait_until_finished()
         except Exception as error:
@@ -218,15 +234,15 @@ class Checkpoints:
         """
         self.wait()
         if step is not None:
-            return self._restore(target, step)
+            return processes.agree(lambda: self._restore(target, step))
         present = self.steps()
         if not present:
             raise CheckpointError(f"no checkpoint in {self._directory}")
         errors: list[str] = []
         for candidate in reversed(present):
             try:
-                result = self._restore(target, candidate)
-            except CheckpointError as error:
+                result = processes.agree(functools.partial(self._restore, target, candidate))
+            except TrainingFault as error:  # of this process or of another one
                 errors.append(str(error))
                 continue
             if errors:
@@ -281,12 +297,6 @@ class Checkpoints:
             raise CheckpointError(f"{self._where(step)} is damaged: its record does not match its checksum")
         return json.loads(text)
 
-    def _put_aside(self, step: int) -> None:
-        aside = self._directory / f"damaged-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self._directory / str(step)).rename(aside)
-        self._damaged.discard(step)
-
 
 _TRASH = "trash"  # where a step is renamed to before it is deleted
 _EMPTY = "empty"  # in place of a checksum: Orbax cannot store arrays without elements
@@ -316,6 +326,15 @@ def _fingerprint(leaf: Any) -> dict[str, Any]:
     return description | {"sha256": digest.hexdigest()}
 
 
+def _local(path: str, leaf: Any) -> Any:
+    """The leaf as the first of several processes can write it alone: Orbax then takes NumPy arrays only."""
+    if jax.process_count() == 1 or not isinstance(leaf, jax.Array):
+        return leaf
+    if not leaf.is_fully_replicated or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"{path}: several processes can save what each of them has whole, and typed keys as key_data")
+    return np.asarray(leaf)
+
+
 def _compare(saved: dict[str, Any], target: dict[str, Any], where: str) -> None:
     problems = [f"{path} is not in the checkpoint" for path in target if path not in saved]
     problems += [f"{path} is in the checkpoint alone" for path in saved if path not in target]
@@ -332,16 +351,18 @@ def _compare(saved: dict[str, Any], target: dict[str, Any], where: str) -> None:
 
 
 def _spec(leaf: Any) -> Any:
-    if isinstance(leaf, (np.ndarray, np.generic)):
+    if isinstance(leaf, (np.ndarray, np.generic)) or jax.process_count() > 1:
         return np.zeros(leaf.shape, leaf.dtype)
-    sharding = leaf.sharding
-    if sharding is None:  # else Orbax would take the saved one, whose devices need not be here
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    where = leaf.sharding
+    if where is None:  # else Orbax would take the saved one, whose devices need not be here
+        where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _place(value: Any, target: Any) -> Any:
     """An array that was free to move (uncommitted) must be so again, or jit will not mix it with sharded ones."""
+    if jax.process_count() > 1 and isinstance(target.sharding, jax.sharding.NamedSharding):
+        return sharding.place(value, target.sharding)
     if isinstance(target, jax.Array) and not target.committed:
         if jax.dtypes.issubdtype(target.dtype, jax.dtypes.prng_key):
             data = jnp.array(np.asarray(jax.random.key_data(value)))

@@ -357,8 +357,11 @@ class RunConfig:
     """The run's folder; null: runs/SCRIPT."""
     seed: int = 0
     """Root of every random number."""
-    device: Literal["cpu", "gpu", "cuda", "tpu"] | None = None
-    """Where to run; null: JAX's choice."""
+    device: Literal["cpu", "gpu", "cuda", "tpu", "mps"] | None = None
+    """Where to run; null: JAX's choice. mps is refused with a word on Apple's GPUs."""
+    processes: str | None = None
+    """HOST:PORT,COUNT,NUMBER of this process where several share the run: where the first one listens, how many there
+    are and which one this is, from 0; auto: as SLURM, a TPU pod, Open MPI or Kubernetes says."""
     resume: bool = False
     """Continue the run in output_dir, bit for bit."""
     overwrite: bool = False

@@ -8,24 +8,35 @@ from pathlib import Path
 
 import jax
 
+from rlhf_jax import processes
 from rlhf_jax.errors import UserError
 
 _CUDA13_DRIVER = 580  # the first Linux driver that runs CUDA 13
 
 
-def choose(device: str | None) -> None:
-    """Restricts JAX to one kind of device; call it before anything else touches JAX.
+def choose(device: str | None, place: str | None = None) -> None:
+    """Restricts JAX to one kind of device and joins the other processes; call it before anything else touches JAX.
+
+    place: as ``processes.join`` takes it; None: there is one process.
 
     With None JAX chooses, but a CPU is not taken in silence where a GPU or TPU lies idle.
 
     Raises:
         UserError: JAX finds no such device here, or would leave an accelerator unused and nobody said ``cpu``.
     """
+    if device == "mps":
+        raise UserError(
+            "--device mps: JAX has no maintained backend for Apple's GPUs; give --device cpu, which runs everything on "
+            "a Mac, or leave the flag out"
+        )
+    if device is not None:
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    if place is not None:
+        processes.join(place)
     if device is None:
         if jax.default_backend() == "cpu" and not _cpu_is_accepted() and (idle := idle_accelerator()) is not None:
             raise UserError(f"{idle} To run on the CPU all the same, give --device cpu.")
         return
-    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     if not _all_devices():
         hint = idle_accelerator() or "Use --device cpu, or leave the flag out."
         raise UserError(f"--device {device}: JAX finds no such device here. {hint}")

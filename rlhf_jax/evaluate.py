@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax import benchmarks, devices, evaluation_bench, evaluation_rows, run_records, runs
+from rlhf_jax import benchmarks, devices, evaluation_bench, evaluation_rows, manifest, run_records, runs
 from rlhf_jax.config import Compute
 from rlhf_jax.data import chat, encoding, readers, rows
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -82,7 +82,7 @@ def _fingerprints(folder: str, config: Config, data: "_Data") -> dict[str, str]:
         paths |= reward_functions.sources(spec) if spec else {}
     if config.categories is not None:
         paths[config.categories] = Path(config.categories)
-    return data.fingerprints | {name: runs.fingerprint(path) for name, path in paths.items() if path.exists()}
+    return data.fingerprints | {name: manifest.fingerprint(path) for name, path in paths.items() if path.exists()}
 
 
 class _Data(NamedTuple):

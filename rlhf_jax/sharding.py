@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -57,12 +58,27 @@ def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
             raise UserError(
                 f"a batch of {num_rows} rows does not divide over {num_devices} devices: use a batch size of {nearest}"
             )
-    return jax.tree.map(lambda x: _place(x, rows(mesh)), batch)
+    return jax.tree.map(lambda x: place(x, rows(mesh)), batch)
+
+
+def own_rows(batch: Tree) -> Tree:
+    """The rows of this process, one of several that have the same batch [B, ...]: an equal part, in their order.
+
+    Raises:
+      UserError: B is not a multiple of the processes.
+    """
+    count, number = jax.process_count(), jax.process_index()
+    if count == 1:
+        return batch
+    for leaf in jax.tree.leaves(batch):
+        if len(leaf) % count:
+            raise UserError(f"a batch of {len(leaf)} rows does not divide over {count} processes")
+    return jax.tree.map(lambda x: x[len(x) // count * number : len(x) // count * (number + 1)], batch)
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
     """Puts a copy of each leaf of a pytree on every device."""
-    return jax.tree.map(lambda x: _place(x, replicated(mesh)), tree)
+    return jax.tree.map(lambda x: place(x, replicated(mesh)), tree)
 
 
 def by_path(params: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh) -> Any:
@@ -96,9 +112,11 @@ def by_path(params: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def _place(x: Any, sharding: NamedSharding) -> jax.Array:
+def place(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array, or this process's part of one, on the devices of a sharding."""
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_place(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+        return jax.random.wrap_key_data(place(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
     return jax.make_array_from_process_local_data(sharding, np.asarray(x))

@@ -24,6 +24,7 @@ import rich.live
 import rich.progress
 import rich.text
 
+from rlhf_jax import processes
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import Run, write_atomically
 from rlhf_jax.trackers import Services
@@ -157,12 +158,16 @@ class RowWriter:
     def __init__(self, path: str | Path, resume_step: int | None = None):
         """Starts an empty file; with ``resume_step`` goes on behind the rows of the steps up to it.
 
-        Rows of later steps, which the resumed run writes again, and a last line cut by a kill are removed.
+        Rows of later steps, which the resumed run writes again, and a last line cut by a kill are removed. Where
+        several processes share the run, the first one writes and the others do as if.
 
         Raises:
           UserError: a line other than the last one is no row.
         """
         self._path = Path(path)
+        self._writes = processes.is_first()
+        if not self._writes:
+            return
         kept = "" if resume_step is None else _rows_until(self._path, resume_step)
         write_atomically(self._path, kept)
         self._file = self._path.open("a", encoding="utf-8", newline="\n")
@@ -171,16 +176,20 @@ class RowWriter:
         """Appends ``{"step": step, **row}``."""
         if "step" in row:
             raise ValueError(f"a row cannot have a key step of its own: {row}")
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, **_finite(row)}, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
         """Returns when all rows are on the disk."""
-        os.fsync(self._file.fileno())
+        if self._writes:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._writes:
+            self._file.close()
 
 
 def _number(name: str, value: Any) -> float:

@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import os
+import random
 import re
 import shutil
 import sys
@@ -467,6 +468,13 @@ def test_seed(pipeline):
     assert splits[0] == splits[2] != splits[1]
     keys = [jax.random.key_data(setup.stream(seed, "ppo", "rollout")).tolist() for seed in (5, 6)]
     assert keys[0] != keys[1]
+
+    def drawn(seed, step):
+        setup.seed_libraries(seed, step)
+        return random.random(), np.random.random()  # noqa: NPY002 (what is seeded)
+
+    assert drawn(5, 1) == drawn(5, 1)
+    assert not set(drawn(5, 1)) & {*drawn(6, 1), *drawn(5, 2)}
     assert json.loads((pipeline / "run" / "sft" / "manifest.json").read_text("utf-8"))["seed"] == 5
 
 
@@ -476,6 +484,8 @@ def test_device(monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *args: None)
     with pytest.raises(UserError, match=r"--device cuda: JAX finds no such device here.*an A100.*rlhf-jax\[cuda13\]"):
         devices.choose("cuda")
+    with pytest.raises(UserError, match="--device mps: JAX has no maintained backend.*--device cpu"):
+        devices.choose("mps")
 
 
 def test_checkpoints_know_where_they_come_from(pipeline):

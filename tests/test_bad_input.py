@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from rlhf_jax import TrainState, flags, models
 from rlhf_jax.config import Compute, LoRA, RunConfig
 from rlhf_jax.data import batches, encoding, readers, tokenizers
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.training import checks, stage
 from rlhf_jax.training.phases import LoopState
 
@@ -367,6 +367,12 @@ MISTAKES = [
         "model: the tokenizer names '</s>', which is not in its vocabulary; set eos_token in its tokenizer_config.json",
     ),
     (
+        "half of a surrogate pair",
+        broken_model(lambda folder: (folder / "tokenizer_config.json").write_text('{"eos_token": "\\ud83d"}')),
+        MODEL,
+        "model/tokenizer_config.json: a string holds half of a surrogate pair, '\\ud83d'",
+    ),
+    (
         "chat template in Latin-1",
         broken_model(lambda folder: (folder / "chat_template.jinja").write_bytes(b"caf\xe9")),
         MODEL,
@@ -501,23 +507,35 @@ def test_out_of_memory_names_what_is_held_and_what_helps(config, name, advice):
     if name == "ppo":
         state = LoopState.create(state, 0.1, reference={"w": weights})
     weights.delete()  # as an update that has failed leaves a donated one
-    with pytest.raises(UserError) as said, checks.explains_memory(config, name, state):
+    cache = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
+    beside = {"rewards": jax.tree_util.Partial(len, np.zeros((256, 1024), np.float32)), "frozen weights": None}
+    with pytest.raises(TrainingFault) as said, checks.explains_memory(config, name, state, beside, cache):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
     text = str(said.value)
     assert text.startswith(
         f"{name}: out of memory. On each device lie 0.2 MiB of trained parameters and 2.0 MiB of opt"
     )
     assert text.endswith("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
-    assert ("0.2 MiB of reference" in text) == (name == "ppo")
+    assert ("0.2 MiB of refreshed reference" in text) == (name == "ppo")
+    assert "1.0 MiB of rewards, while it samples 2.0 MiB of cache too, in the update 0.2 MiB of gradients" in text
+    assert "frozen" not in text
     for setting in advice:
         assert setting in text
     with (
-        pytest.raises(UserError, match="of memory"),
+        pytest.raises(TrainingFault, match="of memory"),
         checks.explains_memory(config, name, state),
     ):  # what XLA really says
         jax.block_until_ready(jax.jit(lambda x: jnp.ones(1 << 46) * x)(2.0))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), checks.explains_memory(config, name, state):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_a_model_that_does_not_fit_is_said_before_the_first_step(tmp_path):
+    with (
+        pytest.raises(TrainingFault, match=r"^out of memory before the first step.*XLA said: RESOURCE_EXHAUSTED: no$"),
+        stage.open_stage(RunConfig(output_dir=str(tmp_path / "run")), "sft", {}),
+    ):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no\nmore")
 
 
 def test_secrets_of_the_environment_reach_no_file_and_no_line(tmp_path, monkeypatch, capsys):

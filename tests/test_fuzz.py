@@ -6,6 +6,7 @@ of `TARGETS` to atheris, where it is installed, for as long as one likes.
 """
 
 import gzip
+import inspect
 import json
 import resource
 import struct
@@ -272,5 +273,8 @@ if __name__ == "__main__":
     import atheris
 
     strategy, read, *_ = TARGETS[sys.argv.pop(1)]
+    for module in [module for name, module in sys.modules.items() if name.startswith("rlhf_jax.")]:
+        for function in filter(inspect.isfunction, vars(module).values()):
+            atheris.instrument_func(function)
     atheris.Setup(sys.argv, settings(database=None)(given(strategy)(read)).hypothesis.fuzz_one_input)
     atheris.Fuzz()

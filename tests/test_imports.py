@@ -16,7 +16,10 @@ LAYERS = [
     {"sampling"},
     {"host_rewards", "ngram_rewards", "rewards", "rollout"},
     {"algorithms"},
-    {"alerts", "data", "checkpoint", "config", "config_files", "devices", "flags", "runs", "trackers", "tracking"},
+    {
+        *("alerts", "data", "checkpoint", "config", "config_files", "devices", "flags"),
+        *("manifest", "processes", "runs", "trackers", "tracking"),
+    },
     {"inference", "evaluation", "figures", "page", "run_records", "run_figures", "report", "export", "safety"},
     {"benchmarks", "evaluation_rows", "text_metrics"},
     {"training"},

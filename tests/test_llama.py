@@ -171,6 +171,8 @@ def test_both_forms_of_the_rotary_keys_are_read(folder):
     assert of_4 == of_5
     assert (of_4.rope_theta, of_4.rope_scaling) == (500.0, LLAMA3)
     assert older.rope_scaling == models.RopeScaling("linear", 2)
+    integers = models.load(folder({**KEYS, "rms_norm_eps": 0}))[0].config  # JSON does not tell 0 from 0.0
+    assert isinstance(integers.rms_norm_epsilon, float)
     bare = models.load(folder(KEYS))[0].config
     assert (bare.rope_theta, bare.rope_scaling, bare.rms_norm_epsilon, bare.tie_embeddings) == (1e4, None, 1e-6, False)
 

@@ -298,6 +298,7 @@ def test_resize_vocabulary_adds_mean_rows():
         ({"compute_dtype": "float16"}, "unknown compute_dtype 'float16'; choose from float32, bfloat16"),
         ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
         ({"residual_dropout": 1.0}, "residual_dropout must be at least 0 and below 1, got 1.0"),
+        ({"layer_norm_epsilon": 2**31}, "layer_norm_epsilon must be at least 0 and below 1, got 2147483648"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from rlhf_jax import checkpoint, runs, sharding
+from rlhf_jax import checkpoint, manifest, runs, sharding
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.config import RunConfig, Tokenizer
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.flags import parse
-from rlhf_jax.runs import check_unchanged, fingerprint, open_run, write_config, write_manifest
+from rlhf_jax.manifest import check_unchanged, fingerprint, write_config, write_manifest
+from rlhf_jax.runs import open_run
 from rlhf_jax.training import loop
 from rlhf_jax.training.pipeline import check_folder
 from rlhf_jax.training.stage import open_stage
@@ -233,7 +234,7 @@ def test_a_run_resumed_elsewhere_says_so(tmp_path, monkeypatch, capsys):
         "--resume: devices.count was 4 and is now 1. The run goes on, but is no longer bit for bit"
     )
     assert said[3].startswith("--resume: devices.count was 1 and is now 4.")
-    monkeypatch.setattr(runs, "_version", lambda name: "9")
+    monkeypatch.setattr(manifest, "_version", lambda name: "9")
     with open_run(tmp_path, resume=True) as run:
         write_manifest(run, seed=3, data_fingerprints={})
     assert f"versions.jax was '{jax.__version__}' and is now '9'" in capsys.readouterr().out

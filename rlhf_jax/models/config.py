@@ -59,7 +59,7 @@ class GPT2Config:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "max_length", "hidden_size", "num_layers", "num_heads")
         _check_sizes(self, *sizes, *(["intermediate_size"] if self.intermediate_size is not None else []))
-        _check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout")
+        _check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout", "layer_norm_epsilon")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         _check_choices(self)
@@ -152,7 +152,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         _check_sizes(self, "vocab_size", "max_length", "hidden_size", "num_layers", "num_heads", "intermediate_size")
         _check_sizes(self, "kv_heads", "head_size")
-        _check_rates(self, "attention_dropout")
+        _check_rates(self, "attention_dropout", "rms_norm_epsilon")
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.head_size % 2:

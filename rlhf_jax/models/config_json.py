@@ -122,6 +122,8 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
         if not _same_kind(name, value, default):
             raise UserError(f"{where}: {name} is {value!r}, which is not of the kind of its default, {default!r}")
         fields[ours] = tuple(value) if isinstance(value, list) else value
+        if isinstance(default, float):  # JSON's 0 is an int, which JAX treats as an array of integers
+            fields[ours] = float(value)
     try:
         if family is _LLAMA:
             fields |= _read_rope(keys, fields["max_length"], where)

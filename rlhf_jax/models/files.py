@@ -170,11 +170,16 @@ def find_folder(path_or_hf_name: str | os.PathLike[str]) -> Path:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError if there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # Python reads half of a surrogate pair, which no tokenizer and no file takes
+            json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8, which is expected: {error}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{file}: a string holds half of a surrogate pair, {error.object[error.start]!a}") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 
 from rlhf_jax.algorithms import vpg
 from rlhf_jax.config import DPOStage, RewardModelStage, RLStage, RunConfig, SFTStage
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.training.phases import AlgorithmConfig
 
 
@@ -97,16 +97,20 @@ def num_updates(settings: RLStage, config: AlgorithmConfig) -> int:
 
 
 @contextlib.contextmanager
-def explains_memory(config: RunConfig, stage: str, state: Any) -> Iterator[None]:
+def explains_memory(
+    config: RunConfig, stage: str, state: Any, beside: Mapping[str, Any] | None = None, cache: Any = None
+) -> Iterator[None]:
     """What a stage compiles and computes; where that does not fit into memory, says what takes it and what would help.
 
     Args:
         stage: such as "sft" or "ppo".
         state: of the loop, with ``train`` in it or a TrainState itself; its shapes alone are read, as a donated one has
             no values any more.
+        beside: {name: pytree} of what else stays on the devices, such as rewards.
+        cache: shapes of what sampling holds on a device while it goes on.
 
     Raises:
-        UserError: in place of XLA's RESOURCE_EXHAUSTED.
+        TrainingFault: in place of XLA's RESOURCE_EXHAUSTED.
     """
     try:
         yield
@@ -115,22 +119,27 @@ def explains_memory(config: RunConfig, stage: str, state: Any) -> Iterator[None]
             raise
         train = getattr(state, "train", state)
         held = {"trained parameters": train.params, "optimizer state": train.opt_state}
-        if getattr(state, "reference", None) is not None:
-            held["reference"] = state.reference
+        held |= {"refreshed reference": getattr(state, "reference", None)} | dict(beside or {})
+        always = " and ".join(said for name, tree in held.items() if (said := _mebibytes(tree, name)))
+        sampling = f", while it samples {_mebibytes(cache, 'cache')} too" if cache is not None else ""
         adapters = "shorter texts" if config.lora.rank else "--lora.rank 8, which needs no optimizer state for the rest"
-        sizes = " and ".join(f"{_device_bytes(tree) / 2**20:.1f} MiB of {name}" for name, tree in held.items())
         section = stage if hasattr(getattr(config, stage), "batch_size") else "rl"
-        raise UserError(
-            f"{stage}: out of memory. On each device lie {sizes}; activations come on top of that. What helps most: "
+        raise TrainingFault(
+            f"{stage}: out of memory. On each device lie {always}{sampling}, in the update "
+            f"{_mebibytes(train.params, 'gradients')}; activations come on top of that. What helps most: "
             f"more --{stage}.num-microbatches (now {getattr(config, stage).num_microbatches}), "
             f"a smaller --{section}.batch-size (now {getattr(config, section).batch_size}), "
             f"{adapters if config.compute.remat else '--compute.remat'}. XLA said: {str(error).splitlines()[0]}"
         ) from error
 
 
-def _device_bytes(tree: Any) -> int:
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+def _mebibytes(tree: Any, name: str) -> str:
+    """What the arrays of a tree, or their shapes on one device, take there; empty where there are none."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    spread = [getattr(leaf, "sharding", None) for leaf in leaves]
+    shapes = [leaf.shape if s is None else s.shard_shape(leaf.shape) for s, leaf in zip(spread, leaves, strict=True)]
+    size = sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves, strict=True))
+    return f"{size / 2**20:.1f} MiB of {name}" if leaves else ""
 
 
 def _divides(key: str, size: int, parts: dict[str, int], fits: int) -> None:

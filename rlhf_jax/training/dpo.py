@@ -94,5 +94,6 @@ def run(config: RunConfig) -> RunResult:
             validation_interval=settings.validation_interval,
             show=("dpo/loss", "dpo/accuracy", "dpo/margin", "validation/loss", "validation/accuracy"),
             sources=lambda step: [encoded.chosen.sources[row] for row in rows_of(step) if row >= 0],
+            beside={"reference": ref_fn},
         )
         return stage.finish(model, trainable, state.params, tokenizer, row)

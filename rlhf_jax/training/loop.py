@@ -2,18 +2,19 @@
 
 import contextlib
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from rlhf_jax import alerts, run_records, trackers
+from rlhf_jax import alerts, processes, run_records, trackers
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.data.batches import ABSENT
 from rlhf_jax.errors import AlertStop, Stopped, TrainingFault, UserError
 from rlhf_jax.tracking import RowWriter, Tracker
-from rlhf_jax.training import checks, patience
+from rlhf_jax.training import checks, patience, setup
 from rlhf_jax.training.signals import resume_command, stop_requests
 from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import Metrics
@@ -38,6 +39,8 @@ def train(
     validation_interval: int = 1,
     show: tuple[str, ...] = (),
     sources: Callable[[int], Iterable[str]] = lambda step: (),
+    beside: Mapping[str, Any] | None = None,
+    cache: Any = None,
 ) -> tuple[State, dict[str, float]]:
     """Runs ``advance(state, step)`` for steps 0, 1, ..., from the checkpoint of a resumed run if there is one.
 
@@ -46,6 +49,7 @@ def train(
     ``keep_best`` they are followed by a checkpoint too. Each row is shown to the rules of ``config.alerts``.
 
     sources: the data rows of the batch of a step, as "FILE, line N", for a message about it.
+    beside, cache: what lies on the devices beside the state, for a message about memory; as ``checks.explains_memory``.
 
     Returns:
         The last state and the last row of metrics; with ``keep_best`` those of the best checkpoint.
@@ -70,20 +74,22 @@ def train(
             finished = " (finished already)" if first >= num_steps else ""
             print(f"resumed from step {first} of {num_steps}{finished}", flush=True)
         resume_step = first if stage.run.resumed else None
-        services = trackers.start(stage.run, config.track, dataclasses.asdict(config), resume_step)
+        tracked = config.track if processes.is_first() else ()
+        services = trackers.start(stage.run, tracked, dataclasses.asdict(config), resume_step)
         tracker = Tracker(
             stage.run, total=num_steps, resume_step=resume_step, label=stage.name, show=show, services=services
         )
         rules = alerts.parse(config.alerts)
         # A resumed run's rules see the rows before its checkpoint again, and go on from there.
         history = run_records.read_rows(stage.run.metrics) if stage.run.resumed else []
+        history = [earlier for earlier in history if earlier["step"] <= first]
         watches, _ = alerts.replay(rules, history)
         alert_rows = RowWriter(stage.run.path / "alerts.jsonl", resume_step)
         with (
             tracker,
             contextlib.closing(alert_rows),
             stop_requests() as stop,
-            checks.explains_memory(config, stage.name, state),
+            checks.explains_memory(config, stage.name, state, beside, cache),
         ):
 
             def save(step: int) -> None:
@@ -114,6 +120,7 @@ def train(
                 return numbers
 
             if not stage.run.resumed:
+                setup.seed_libraries(config.seed, 0)
                 row = log(0, validated(0))
                 history.append(row)
                 save(0)
@@ -124,6 +131,7 @@ def train(
                 _obey(watches, first, num_steps)
             for step in range(first, first if ended else num_steps):
                 started = time.perf_counter()
+                setup.seed_libraries(config.seed, step + 1)
                 state, metrics = advance(state, step)
                 done = step + 1
                 nonfinite = float(metrics["nonfinite"]) > 0
@@ -149,17 +157,18 @@ def train(
                     for sentence in alerts.check_metrics(rules, recorded | row.keys()):
                         tracker.print(sentence)
                 stopping = any(watch.stops for watch in watches)
-                if last or stop.received or stopping or done % config.checkpoint_interval == 0 or (due and best_metric):
+                received = processes.highest(stop.received or 0)
+                if last or received or stopping or done % config.checkpoint_interval == 0 or (due and best_metric):
                     save(done)
                 if stopping and not last:
                     checkpoints.wait()
                     _obey(watches, done, num_steps)
-                if stop.received and not last:
+                if received and not last:
                     checkpoints.wait()
+                    name = signal.Signals(received).name
                     raise Stopped(
-                        f"{stop.received.name}: stopped after step {done} of {num_steps}, saved. Go on with:\n"
-                        f"    {resume_command()}",
-                        stop.received,
+                        f"{name}: stopped after step {done} of {num_steps}, saved. Go on with:\n    {resume_command()}",
+                        received,
                     )
                 if ended:
                     break

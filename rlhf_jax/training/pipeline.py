@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
+from rlhf_jax import devices, processes
 from rlhf_jax.config import RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import reward_model, rl, sft
@@ -30,7 +31,8 @@ def run(config: RunConfig) -> PipelineResult:
         UserError: the folder is used, or whatever a stage finds wrong.
     """
     folder = Path(config.output_dir or "runs/pipeline")
-    check_folder(folder, config)
+    devices.choose(config.device, config.processes)
+    processes.in_first(lambda: check_folder(folder, config))
     return run_stages(config, folder)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import evaluation, inference, models, sampling
+from rlhf_jax import evaluation, inference, models, processes, sampling
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding, readers
@@ -108,6 +108,7 @@ def run(config: RunConfig) -> RunResult:
             validation_interval=settings.validation_interval,
             show=("reward_model/loss", "reward_model/accuracy", "validation/accuracy"),
             sources=lambda step: [encoded.answers[0].sources[row] for row in rows_of(step) if row >= 0],
+            beside={"frozen weights": trainable.base},
         )
         members = [state.params] if num_members == 1 else ensembles.unstack(state.params)
         if settings.normalize_samples and config.model is None:
@@ -166,7 +167,7 @@ def score_rows(
     scores = []
     for batch_rows in loop.in_order(rows, batch_size):
         batch = shard(batches.comparison_batch(comparisons, batch_rows, bucket_multiple))
-        scores.append(np.asarray(score_pairs(params, batch.tokens, batch.attention_mask))[batch_rows >= 0])
+        scores.append(processes.fetch(score_pairs(params, batch.tokens, batch.attention_mask))[batch_rows >= 0])
     return np.concatenate(scores)
 
 

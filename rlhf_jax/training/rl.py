@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import inference, models, rewards, sampling
+from rlhf_jax import inference, models, processes, rewards, sampling, sharding
 from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding
@@ -163,6 +163,13 @@ def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | 
             validation_interval=settings.validation_interval,
             show=("objective/score", "objective/kl", "kl/coef", "response/length", "validation/score"),
             sources=lambda step: [encoded.rows[row].source for row in rows_of(step)],
+            beside={"frozen weights": trainable.base, "rewards": reward_fn}
+            | ({} if ref_fn is None or trainable.base is not None else {"reference": ref_fn}),
+            cache=jax.eval_shape(
+                lambda: model.init_cache(
+                    settings.batch_size // stage.num_devices, prompt_length + settings.max_new_tokens
+                )
+            ),
         )
         policy = {part: leaves for part, leaves in state.train.params.items() if part != "value"}
         return stage.finish(model, trainable, policy, tokenizer, row)
@@ -200,7 +207,7 @@ def _validator(
             judged = {"validation/judge": float(metrics["objective/score"])}
         verdicts: list[Verdict] | None = None
         if run_reward.host is None:
-            rollout, metrics = jax.device_get(score(run_reward.fn, rollout))
+            rollout, metrics = processes.fetch(score(run_reward.fn, rollout))
         else:
             rollout, metrics, verdicts = _reward_on_host(run_reward, rollout, encoded, rows)
         texts = inference.responses(rollout, tokenizer)
@@ -226,21 +233,39 @@ def _reward_on_host(
     run_reward: RunReward, rollout: Rollout, encoded: encoding.EncodedPrompts, rows: np.ndarray
 ) -> tuple[Rollout, Metrics, list[Verdict] | None]:
     """The rollout, as NumPy arrays, with its scores; the reward's metrics; and what the safety filter found, if any."""
-    rollout, columns = jax.device_get(rollout), batches.columns_at(encoded, rows)
+    rollout = processes.fetch(rollout)
     before = rollout.response_mask.any(axis=1).sum()
-    verdicts: list[Verdict] | None = None
+
+    def of_own_rows() -> rewards.HostResult:
+        columns = batches.columns_at(encoded, sharding.own_rows(rows))
+        try:
+            return rewards.on_host(reward_functions.as_host(run_reward), sharding.own_rows(rollout), columns)
+        except FloatingPointError as error:
+            raise TrainingFault(str(error)) from error
+
+    result = processes.gather_rows(processes.agree(of_own_rows))
+    filtered, verdicts = result.rollout, None
     safety_metrics: Metrics = {}
-    try:
-        result = rewards.on_host(reward_functions.as_host(run_reward), rollout, columns)
-        filtered = result.rollout
-        if run_reward.enforce is not None:
-            filtered, safety_metrics, verdicts = run_reward.enforce(rollout, filtered, columns)
-    except FloatingPointError as error:
-        raise TrainingFault(str(error)) from error
+    if run_reward.enforce is not None:
+        filtered, safety_metrics, verdicts = _enforced(run_reward.enforce, rollout, filtered, encoded, rows)
     parts = {name: jnp.asarray(values) for name, values in result.parts.items()}
     scored, metrics = reward(filtered, reward_fn=lambda rollout: (jnp.asarray(rollout.scores), parts))
     after = result.rollout.response_mask.any(axis=1).sum()
     return jax.device_get(scored), metrics | {"reward/unscored": jnp.float32(before - after)} | safety_metrics, verdicts
+
+
+def _enforced(
+    enforce: reward_functions.Enforce,
+    sampled: Rollout,
+    scored: Rollout,
+    encoded: encoding.EncodedPrompts,
+    rows: np.ndarray,
+) -> tuple[Rollout, Metrics, list[Verdict]]:
+    """Every process judges all rows, so that all have the same shares of them."""
+    try:
+        return enforce(sampled, scored, batches.columns_at(encoded, rows))
+    except FloatingPointError as error:
+        raise TrainingFault(str(error)) from error
 
 
 def _prompts(stage: Stage, encoded: encoding.EncodedPrompts, rows: np.ndarray) -> Prompts:

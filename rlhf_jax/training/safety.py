@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import inference, rewards, runs, safety
+from rlhf_jax import inference, manifest, rewards, safety
 from rlhf_jax.config import RunConfig, Safety
 from rlhf_jax.data.rows import Prompt
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -45,7 +45,7 @@ class Guard:
         files: dict[str, Any] = {path: path for path in self.settings.words}
         if self.settings.classifier is not None:
             files |= reward_functions.sources(self.settings.classifier)
-        return {f"safety {name}": runs.fingerprint(path) for name, path in files.items()}
+        return {f"safety {name}": manifest.fingerprint(path) for name, path in files.items()}
 
     def prompts(self, rows: Sequence[Prompt], tokenizer: Tokenizer) -> list[Prompt]:
         """The rows after ``safety.prompts``: without those that words or patterns find unsafe, with ``replacement`` in

@@ -1,19 +1,21 @@
 """What every stage needs before its first step: the device, the keys, the optimizer, the model and its tokenizer."""
 
 import os
+import random
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rlhf_jax import config as settings
-from rlhf_jax import models
+from rlhf_jax import inference, models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
+from rlhf_jax.inference import LanguageModel
 from rlhf_jax.types import Params
 
 Stream = Literal["init", "data", "rollout", "update", "eval"]
@@ -42,6 +44,16 @@ def stream(seed: int, stage: str, name: Stream) -> jax.Array:
     """The key of one named stream: the run's root key, folded with the stage and the stream's name."""
     root = jax.random.key(seed)
     return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode()))
+
+
+def seed_libraries(seed: int, step: int) -> None:
+    """Seeds Python's and NumPy's global generators, which a reward or judge in Python may draw from.
+
+    By the step, so that a run that goes on from a checkpoint draws what it would have drawn without the stop.
+    """
+    number = zlib.crc32(f"{seed} {step}".encode())
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002 (what others draw from is the legacy one)
 
 
 def make_optimizer(config: settings.Optimizer, num_steps: int) -> optax.GradientTransformation:
@@ -89,14 +101,6 @@ def _decayed(params: Params) -> Any:
         return names[-1] in ("kernel", "embedding", "lora_a", "lora_b") and names[0] not in ("value", "score")
 
     return jax.tree_util.tree_map_with_path(decayed, params)
-
-
-class LanguageModel(NamedTuple):
-    """A model, its parameters and the tokenizer that made its vocabulary."""
-
-    model: models.Model
-    params: Params
-    tokenizer: tokenizers.Tokenizer
 
 
 def tokenizer_source(config: settings.RunConfig) -> str | None:
@@ -159,17 +163,7 @@ def load_language_model(source: str, compute: settings.Compute) -> LanguageModel
     Raises:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
     """
-    model, params = models.load(source, **_compute(compute))
-    tokenizer = tokenizers.load_tokenizer(source)
-    size = model.config.vocab_size
-    if tokenizer.vocab_size == size + 1 and tokenizer.pad_id == size:
-        model, params = models.resize_vocabulary(model, params, tokenizer.vocab_size)
-    elif tokenizer.vocab_size > size:
-        raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} entries but the model only {size} embeddings; "
-            "save the tokenizer that the model was trained with in this folder."
-        )
-    return LanguageModel(model, jax.tree.map(jnp.asarray, params), tokenizer)
+    return inference.load(source, **_compute(compute))
 
 
 def _compute(compute: settings.Compute) -> dict[str, Any]:

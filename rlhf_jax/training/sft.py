@@ -76,5 +76,6 @@ def run(config: RunConfig) -> RunResult:
             validation_interval=settings.validation_interval,
             show=("sft/loss", "validation/loss", "grad_norm"),
             sources=lambda step: [encoded.sources[row] for row in rows_of(step) if row >= 0],
+            beside={"frozen weights": trainable.base},
         )
         return stage.finish(model, trainable, state.params, tokenizer, row)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import devices, flags, models, report, runs, sharding, trackers
+from rlhf_jax import devices, flags, manifest, models, processes, report, runs, sharding, trackers
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import TrainingFault
@@ -24,7 +24,7 @@ Tree = TypeVar("Tree")
 RL_STAGES = ("vpg", "ppo", "rloo", "grpo")
 # What may differ between a run and its resumption without making it another run.
 MAY_CHANGE = (
-    *("resume", "overwrite", "allow_changed", "output_dir", "device", "track"),
+    *("resume", "overwrite", "allow_changed", "output_dir", "device", "processes", "track"),
     *("keep_last", "checkpoint_interval", "checkpoint_async"),
 )
 # What must not differ even with --allow-changed: the checkpoint would not fit, or its tokens mean something else.
@@ -63,12 +63,14 @@ class Stage:
         return setup.stream(self.config.seed, self.name, name)
 
     def shard(self, batch: Tree) -> Tree:
-        """A batch with its rows spread over the devices."""
-        return sharding.shard_rows(self.mesh, batch)
+        """A batch with its rows spread over the devices; each process has the whole batch and keeps its own rows."""
+        return sharding.shard_rows(self.mesh, sharding.own_rows(batch))
 
     def replicate(self, tree: Tree) -> Tree:
         """A copy on every device: never the same buffers, since updates donate theirs."""
-        return sharding.replicate(self.mesh, jax.tree.map(functools.partial(jnp.array, copy=True), tree))
+        if jax.process_count() == 1:  # with several, placing the arrays copies them
+            tree = jax.tree.map(functools.partial(jnp.array, copy=True), tree)
+        return sharding.replicate(self.mesh, tree)
 
     def trainable(self, chosen: Trainable) -> Trainable:
         """The two parts on every device; the frozen one, which no update donates, without a copy where it can be."""
@@ -101,6 +103,14 @@ class Stage:
         """Saves ``model/`` with its tokenizer, LoRA's adapters merged in and beside it in ``adapter/`` too; then draws
         ``report.html``. A list is an ensemble's: its parts go to ``member_0``, ``member_1``, ... in these folders.
         """
+        if jax.process_count() > 1:  # the first process computes alone from here
+            trainable, trained = processes.fetch((trainable, trained))
+        processes.in_first(lambda: self._write(model, trainable, trained, tokenizer))
+        return RunResult(self.run.path, self.run.model, metrics)
+
+    def _write(
+        self, model: models.Model, trainable: Trainable, trained: Params | list[Params], tokenizer: Tokenizer
+    ) -> None:
         parts = {f"member_{i}": part for i, part in enumerate(trained)} if isinstance(trained, list) else {"": trained}
         for name, part in parts.items():
             models.save(self.run.model / name, model, jax.device_get(trainable.merged(part)))
@@ -116,7 +126,6 @@ class Stage:
             print(f"saved {self.run.report}", flush=True)
         except Exception as error:  # whatever it is: the run is done and its result saved
             print(f"{self.run.report} could not be drawn: {type(error).__name__}: {error}", flush=True)
-        return RunResult(self.run.path, self.run.model, metrics)
 
 
 def start(config: RunConfig) -> int:
@@ -126,16 +135,25 @@ def start(config: RunConfig) -> int:
         UserError: there is no such device, an accelerator would lie idle, or the package of a tracker is missing.
     """
     trackers.check(config.track)
-    devices.choose(config.device)
+    devices.choose(config.device, config.processes)
     setup.enable_compilation_cache()
     print(setup.devices_line(config.compute), flush=True)
     return jax.device_count()
 
 
 @contextlib.contextmanager
-def _full_disk_said(path: str) -> Iterator[None]:
+def _limits_said(path: str) -> Iterator[None]:
+    """What the machine lacks, as a sentence; what the loop needs of memory it has said itself."""
     try:
         yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingFault(
+            "out of memory before the first step, while models were put on the device: take a smaller --model, "
+            "--lora.rank 8, which needs no second copy for the reference, or more devices. XLA said: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -149,29 +167,39 @@ def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) ->
 
     Raises:
         UserError: the folder is used or locked, or the run to resume is another one.
-        TrainingFault: the disk is full, now or at any time while the stage is open.
+        TrainingFault: the disk or the device's memory is full, now or at any time while the stage is open.
     """
     path = config.output_dir or f"runs/{name}"
-    with _full_disk_said(path), runs.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
-        text = flags.to_yaml(dataclasses.replace(config, resume=False, overwrite=False, allow_changed=()))
+    with _limits_said(path), runs.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
+        text = flags.to_yaml(
+            dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None)
+        )
         data = dict(fingerprints)
         if config.model is not None and Path(config.model).is_dir():
-            data["model"] = runs.fingerprint(config.model)
+            data["model"] = manifest.fingerprint(config.model)
         if config.tokenizer.name is not None and Path(config.tokenizer.name).is_dir():
-            data["tokenizer"] = runs.fingerprint(config.tokenizer.name)
+            data["tokenizer"] = manifest.fingerprint(config.tokenizer.name)
         if name in RL_STAGES:
             for entry in (*config.reward, *config.rl.judge):
-                data |= {f"reward {n}": runs.fingerprint(path) for n, path in reward_functions.sources(entry).items()}
+                data |= {
+                    f"reward {n}": manifest.fingerprint(path) for n, path in reward_functions.sources(entry).items()
+                }
         trained_tokenizer = config.model is None and config.tokenizer.name is None
-        changed = runs.check_unchanged(
-            run,
-            config=text,
-            data_fingerprints=data,
-            may_change=MAY_CHANGE,
-            allowed=config.allow_changed,
-            fixed=(*FIXED, "data") if trained_tokenizer else FIXED,
-        )
-        if changed or not run.resumed:
-            runs.write_config(run, text)
-        runs.write_manifest(run, seed=config.seed, data_fingerprints=data, extra={"stage": name}, changed=changed)
+
+        def describe() -> None:
+            changed = manifest.check_unchanged(
+                run,
+                config=text,
+                data_fingerprints=data,
+                may_change=MAY_CHANGE,
+                allowed=config.allow_changed,
+                fixed=(*FIXED, "data") if trained_tokenizer else FIXED,
+            )
+            if changed or not run.resumed:
+                manifest.write_config(run, text)
+            manifest.write_manifest(
+                run, seed=config.seed, data_fingerprints=data, extra={"stage": name}, changed=changed
+            )
+
+        processes.in_first(describe)
         yield Stage(config, name, run, sharding.make_mesh())

@@ -1,0 +1,119 @@
+"""Several processes that share one run: each has its part of every batch, the first one writes and speaks.
+
+    python experiments/ppo.py ... --processes 10.0.0.1:9876,2,0      # the first of two
+    python experiments/ppo.py ... --processes 10.0.0.1:9876,2,1
+
+All read the same files and see the same run folder. What one of them finds wrong ends all of them, since the others
+would wait for it for ever. With a single process every function here is what it would be without this module.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rlhf_jax.errors import TrainingFault, UserError
+
+T = TypeVar("T")
+
+
+def join(place: str) -> None:
+    """Finds the other processes; call it before anything else touches a device. The others of the first fall silent.
+
+    place: ``HOST:PORT,COUNT,NUMBER``, the address at which the first process listens, how many there are, and which one
+      this is, from 0; or ``auto`` where SLURM, a TPU pod, Open MPI or Kubernetes says so.
+
+    Raises:
+      UserError: ``place`` is none of these, or the processes did not meet.
+    """
+    if jax.distributed.is_initialized():
+        return
+    found = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", place)
+    if place != "auto" and (found is None or int(found[3]) >= int(found[2])):
+        raise UserError(
+            f"--processes {place}: expected HOST:PORT,COUNT,NUMBER with NUMBER from 0 to COUNT - 1, or auto"
+        )
+    try:
+        if found is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(found[1], int(found[2]), int(found[3]))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--processes {place}: the processes did not meet: {error}") from error
+    if not is_first():
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def fetch(tree: T) -> T:
+    """``jax.device_get`` that has all rows, those of the other processes' devices too; every process calls it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(_whole, tree)
+
+
+def gather_rows(tree: T) -> T:
+    """[B, ...] NumPy rows of all processes, from the [B / processes, ...] that each has of its own."""
+    return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def agree(work: Callable[[], T]) -> T:
+    """``work()`` of every process. Where it fails in one, it fails in all.
+
+    Raises:
+      UserError, TrainingFault: what another process has raised, with its number.
+    """
+    if jax.process_count() == 1:
+        return work()
+    failure, said = None, ""
+    try:
+        result = work()
+    except Exception as error:
+        failure, said = error, json.dumps([isinstance(error, UserError), str(error) or type(error).__name__])
+    everywhere = _texts(said)
+    if failure is not None:
+        raise failure
+    for number, text in enumerate(everywhere):
+        if text:
+            is_users, message = json.loads(text)
+            raise (UserError if is_users else TrainingFault)(f"process {number}: {message}")
+    return result
+
+
+def in_first(work: Callable[[], T]) -> T:
+    """``work()`` of the first process alone; its result, a JSON value, is every process's. Errors as of ``agree``."""
+    if jax.process_count() == 1:
+        return work()
+    result = agree(lambda: json.dumps(work()) if is_first() else "")
+    return json.loads(_texts(result)[0])
+
+
+def highest(value: int) -> int:
+    """The highest of the processes' values."""
+    return value if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def _whole(leaf: jax.Array) -> np.ndarray:
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def _texts(text: str) -> list[str]:
+    """What each of the processes has to say."""
+    data = text.encode()
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.frombuffer(data.ljust(int(np.max(sizes)) + 1), np.uint8)
+    everywhere = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(everywhere, sizes.tolist(), strict=True)]

@@ -1,0 +1,148 @@
+"""Runs that two processes share: they give one result, can be killed, and end together where one of them fails."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rlhf_jax import processes
+from rlhf_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "configs" / "tiny.yaml"
+# A function in Python runs in each process on its own rows; which row it is decides the score.
+REWARD = """
+import random
+
+def score(prompts, responses):  # random, but by the run's seed and the step
+    return [len(prompt) % 7 - random.random() * len(response) for prompt, response in zip(prompts, responses)]
+
+def broken(prompts, responses):
+    import jax
+    return [float("nan") if jax.process_index() == 1 else 0.0 for prompt in prompts]
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start(script: str, folder: Path, count: int, *flags: str) -> list[subprocess.Popen]:
+    """The processes of one run, the first one first, with two devices in all."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(2 // count)}
+    command = [sys.executable, f"experiments/{script}.py", "--config", TINY, "--output-dir", folder, *flags]
+    place = f"127.0.0.1:{free_port()}"
+    return [
+        subprocess.Popen(
+            [*map(str, command), *(["--processes", f"{place},{count},{number}"] if count > 1 else [])],
+            env=environment,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number in range(count)
+    ]
+
+
+def finish(running: list[subprocess.Popen]) -> list[str]:
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), said
+    return said
+
+
+def kill_both(running: list[subprocess.Popen], metrics: Path, rows: int) -> None:
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < rows:
+        assert [process.poll() for process in running] == [None, None], finish(running)
+        time.sleep(0.01)
+    for process in running:
+        process.send_signal(signal.SIGKILL)
+    for process in running:
+        process.communicate()
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    names = ("model/model.safetensors", "metrics.jsonl", "samples.jsonl")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        pytest.param("vpg", ["--checkpoint-async"], marks=pytest.mark.slow),
+        *(
+            pytest.param(script, flags, marks=pytest.mark.soak)
+            for script in ("sft", "reward_model", "dpo", "ppo", "rloo", "grpo", "pipeline")
+            for flags in ([], ["--checkpoint-async"])
+        ),
+    ],
+)
+def test_two_processes_resume_to_the_same_bytes(script, flags, tmp_path):
+    """Killed after some rows of metrics, in the pipeline in the middle of its first stage."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    if script in ("vpg", "ppo", "rloo", "grpo"):
+        flags = [*flags, "--reward", f"{tmp_path / 'reward.py'}:score"]
+    stages = ("sft", "reward_model", "ppo") if script == "pipeline" else ("",)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    said = finish(start(script, whole, 2, *flags))
+    assert "cpu: 2 x cpu" in said[0]
+    assert "objective" not in said[1]  # the first one speaks
+    kill_both(start(script, killed, 2, *flags), killed / stages[0] / "metrics.jsonl", 7)
+    finish(start(script, killed, 2, *flags, "--resume"))
+    for stage in stages:
+        assert results(killed / stage) == results(whole / stage)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path):
+    """Two devices either way, so that rows and keys are the same; only the sums across devices are others."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    flags = ["--sft.validation-interval", "5", "--sft.optimizer.eps", "1e-3"]  # 1e-8 would blow rounding up to a step
+    finish(start("sft", two, 2, *flags))
+    finish(start("sft", one, 1, *flags))
+    rows, rows_of_one = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        for folder in (two, one)
+    )
+    assert len(rows) == len(rows_of_one)
+    for row, of_one in zip(rows, rows_of_one, strict=True):
+        assert row == pytest.approx(of_one, rel=1e-4), row["step"]
+    weights, of_one = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
+    for name, value in of_one.items():
+        np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_wrong_ends_both(tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    running = start("vpg", tmp_path / "run", 2, "--reward", f"{tmp_path / 'reward.py'}:broken")
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [1, 1], said
+    assert "error: process 1: " in said[0]
+    assert all("NaN" in text or "nan" in text for text in said), said
+
+
+@pytest.mark.parametrize("place", ["here", "10.0.0.1,2,0", "10.0.0.1:99,2", "10.0.0.1:99,2,2", "10.0.0.1:99,0,0"])
+def test_a_place_that_is_none(place):
+    with pytest.raises(UserError, match=rf"--processes {place}: expected HOST:PORT,COUNT,NUMBER"):
+        processes.join(place)
+
+
+def test_one_process_is_alone():
+    """Work is done here, its errors are its own, and nothing is gathered."""
+    assert processes.is_first()
+    assert processes.agree(lambda: 3) == processes.in_first(lambda: 3) == processes.highest(3) == 3
+    with pytest.raises(ZeroDivisionError):
+        processes.agree(lambda: 1 // 0)
+    rows = np.arange(4)
+    assert processes.gather_rows(rows) is rows
