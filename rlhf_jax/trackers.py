@@ -26,13 +26,6 @@ from typing import Any, NamedTuple
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import Run, write_atomically
 
-# How long W&B waits for its server; its own defaults outlast the run by hours when the server has gone away.
-WANDB_DEFAULTS = {
-    "WANDB_INIT_TIMEOUT": "20",
-    "WANDB_FINISH_TIMEOUT": "60",
-    "WANDB_X_GRAPHQL_RETRY_MAX": "5",
-    "WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS": "10",
-}
 CLOSE_SECONDS = 90  # for what is still to be sent when a run ends
 
 Row = Mapping[str, Any]
@@ -179,8 +172,11 @@ def _warn(name: str, error: Exception, outcome: str) -> None:
 
 def _client(name: str, place: Mapping[str, str], config: Mapping[str, Any], resumed: bool) -> Service:
     """W&B, or what imitates its Python interface; where its server is not reached, what W&B calls offline mode."""
-    for variable, value in WANDB_DEFAULTS.items():
-        os.environ.setdefault(variable, value)
+    # How long W&B waits for its server; its own defaults outlast the run by hours when the server has gone away.
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
+    os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_MAX", "5")
+    os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS", "10")
     module = importlib.import_module(name)
     accepted = inspect.signature(module.init).parameters
     arguments: dict[str, Any] = {"project": place["project"], "name": place["name"], "config": dict(config)}

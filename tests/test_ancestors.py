@@ -66,7 +66,7 @@ from rlhf_jax import (
 )
 from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, Safety, SFTStage
 from rlhf_jax.data import batches, check, demo, encoding, labels, readers, shakespeare, tokenizers
-from rlhf_jax.errors import AlertStop, UserError
+from rlhf_jax.errors import AlertStop, TrainingFault, UserError
 from rlhf_jax.runs import open_run
 from rlhf_jax.training import adapters, checks, patience, phases, reward_functions, setup
 from rlhf_jax.training import safety as guards
@@ -484,7 +484,7 @@ def test_device(monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *args: None)
     with pytest.raises(UserError, match=r"--device cuda: JAX finds no such device here.*an A100.*rlhf-jax\[cuda13\]"):
         devices.choose("cuda")
-    with pytest.raises(UserError, match="--device mps: JAX has no maintained backend.*--device cpu"):
+    with pytest.raises(UserError, match=r"--device mps: JAX has no maintained backend.*--device cpu"):
         devices.choose("mps")
 
 
@@ -526,7 +526,7 @@ def test_log(pipeline):
 
 def test_out_of_memory():
     state = TrainState.create({"w": jnp.zeros((512, 512))}, optax.adam(1e-3))
-    with pytest.raises(UserError) as said, checks.explains_memory(RunConfig(), "ppo", state):
+    with pytest.raises(TrainingFault) as said, checks.explains_memory(RunConfig(), "ppo", state):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
     for part in (
         "1.0 MiB of trained",
