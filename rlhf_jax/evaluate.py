@@ -43,12 +43,13 @@ class Result(NamedTuple):
         return found[category, metric]
 
 
-def run(folder: str, config: Config) -> Result:
+def run(folder: str | Path, config: Config) -> Result:
     """Evaluates the policy in a run's or model's folder and writes ``evaluation.json`` into it.
 
     Raises:
         UserError: nothing to evaluate by, or whatever is wrong with a folder, a file or a row.
     """
+    folder = str(folder)
     evaluation_bench.check(config)
     output = Path(folder if config.output is None else config.output)
     if config.output is None and not output.is_dir():

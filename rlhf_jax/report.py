@@ -282,15 +282,16 @@ def _sample_table(title: str, found: Sequence[tuple[int, list[run_records.Row]]]
     rows = []
     for key, row in list(_numbered(after))[:limit]:
         old = earlier.get(key, {})
+        prompt = (row.get("prompt") or "").strip("\n")  # a frame's empty lines would push the text down
         if pairs:
             margins = [_margin(old), _margin(row)][-len(found) :]
-            rows.append([row.get("prompt"), _visible(row["chosen"]), _visible(row["rejected"]), *margins])
+            rows.append([prompt, _visible(row["chosen"]), _visible(row["rejected"]), *margins])
         elif "target" in row:
             scores = [old.get("score"), row["score"]][-len(found) :]
-            rows.append([row.get("prompt"), _visible(row["response"]), row["target"], *scores])
+            rows.append([prompt, _visible(row["response"]), row["target"], *scores])
         else:
             answers = [[_visible(some.get("response")), some.get("score")] for some in (old, row)][-len(found) :]
-            rows.append([row.get("prompt"), *(cell for answer in answers for cell in answer)])
+            rows.append([prompt, *(cell for answer in answers for cell in answer)])
     steps = [f"step {step}" for step in (first, last)][-len(found) :]
     if pairs:
         columns = ["prompt", "chosen", "rejected", *(f"margin, {step}" for step in steps)]

@@ -165,9 +165,9 @@ def test_refusals(given, message, tmp_path):
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def tiny_llama(folder):
+def tiny_llama(folder, length=32):
     """stories260K.bin and tok512.bin of random weights; words are letters, which most of its tokens are."""
-    width, inner, layers, heads, kv_heads, length = 16, 24, 1, 2, 1, 32
+    width, inner, layers, heads, kv_heads = 16, 24, 1, 2, 1
     pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % i for i in range(256))]
     pieces += [b" " + letter.encode() for letter in LETTERS]
     vocabulary, random = len(pieces), np.random.default_rng(0)
