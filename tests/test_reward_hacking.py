@@ -22,6 +22,10 @@ def judge(prompts, responses):
 
 def proxy(prompts, responses):
     return [text.count("ab") / 2 for text in responses]
+
+
+def one_letter(prompts, responses):
+    return [text.count("a") / 16 for text in responses]
 """
 CONFIG = RunConfig(
     network=Network(hidden_size=32, num_layers=1, num_heads=2, max_length=32, initializer_range=0.1),
@@ -96,9 +100,20 @@ def test_a_run_that_is_destroyed_alerts(tmp_path):
     worse = replace(settings, num_iterations=25, optimizer=Optimizer(learning_rate=0.3))
     allowed = ("rl.num_iterations", "rl.optimizer.learning_rate")
     _, alerts = history(tmp_path, "judge", 0, rl=worse, **options, resume=True, allow_changed=allowed)
-    found = {row["name"] for row in alerts}
-    assert found >= {"reward collapse", "value-loss explosion", "entropy collapse", "degenerate text"}
+    assert {row["name"] for row in alerts} >= {"reward collapse", "value-loss explosion"}
     assert min(row["step"] for row in alerts) > 15
+
+
+@pytest.mark.slow
+def test_a_policy_that_says_one_thing_alerts(tmp_path):
+    """Paid for one letter, and free to go as far from its reference as it likes."""
+    faster = replace(CONFIG.rl.optimizer, learning_rate=3e-3)
+    rl = replace(CONFIG.rl, num_iterations=40, kl_coef=0.0, validation_interval=40, optimizer=faster)
+    metrics, alerts = history(tmp_path, "one_letter", 0, rl=rl)
+    entropy = [row["objective/entropy"] / row["response/length"] for row in metrics if "objective/entropy" in row]
+    noticed = first(alerts, "entropy collapse")
+    low = [value < 0.05 * entropy[0] for value in entropy[:noticed]]
+    assert low[-6:] == [False] + 5 * [True]  # noticed in the fifth such row
 
 
 def test_a_judge_that_does_not_exist_is_named(tmp_path):
