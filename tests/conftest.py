@@ -1,4 +1,5 @@
-"""Four fake CPU devices for the sharding tests, and strict rank promotion: a broadcast that was not meant is an error.
+"""Four fake CPU devices for the sharding tests, on a machine with a GPU too, and strict rank promotion: a broadcast
+that was not meant is an error.
 
 Compiled programs are kept between runs, for the scripts that tests start too.
 """
@@ -8,10 +9,14 @@ import tempfile
 from pathlib import Path
 
 # Read by jax when it is imported.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "rlhf_jax_tests" / "xla"))
 # Tests compile thousands of small programs, which jax leaves out of the cache by default.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Servers that tests start are reached directly, whatever proxy the machine has.
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 
 import jax
 import pytest

@@ -5,6 +5,7 @@ together, then the policy fills its answers with "ab", and the true score, which
 """
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -61,7 +62,7 @@ def history(folder, reward, seed, *, algorithm=rloo, rl=CONFIG.rl, **options):
 
 
 def first(alerts, name):
-    return next((row["step"] for row in alerts if row["name"] == name), None)
+    return next((row["step"] for row in alerts if row["name"] == name), math.inf)
 
 
 SEEDS = pytest.mark.parametrize(
@@ -71,7 +72,7 @@ SEEDS = pytest.mark.parametrize(
 
 @SEEDS
 def test_a_loophole_is_noticed_before_the_true_score_has_lost_a_tenth_of_its_peak(seed, tmp_path):
-    metrics, alerts = history(tmp_path, "proxy", seed)
+    metrics, alerts = history(tmp_path, "proxy", seed, rl=replace(CONFIG.rl, num_iterations=90))
     judged = [(row["step"], row["validation/judge"]) for row in metrics if "validation/judge" in row]
     (_, start), (peak_step, peak) = judged[0], max(judged, key=lambda row: row[1])
     lost = next(step for step, value in judged if step > peak_step and value < peak - 0.1 * (peak - start))
@@ -80,7 +81,7 @@ def test_a_loophole_is_noticed_before_the_true_score_has_lost_a_tenth_of_its_pea
     assert peak > 5 * start
     assert noticed < lost
     # The signals that need no judge come later, at the latest when the text has become one phrase.
-    assert noticed < first(alerts, "degenerate text") < first(alerts, "KL explosion")
+    assert noticed < first(alerts, "degenerate text") < first(alerts, "KL explosion") < math.inf
 
 
 @SEEDS
@@ -108,10 +109,11 @@ def test_a_run_that_is_destroyed_alerts(tmp_path):
 def test_a_policy_that_says_one_thing_alerts(tmp_path):
     """Paid for one letter, and free to go as far from its reference as it likes."""
     faster = replace(CONFIG.rl.optimizer, learning_rate=3e-3)
-    rl = replace(CONFIG.rl, num_iterations=40, kl_coef=0.0, validation_interval=40, optimizer=faster)
+    rl = replace(CONFIG.rl, num_iterations=60, kl_coef=0.0, validation_interval=60, optimizer=faster)
     metrics, alerts = history(tmp_path, "one_letter", 0, rl=rl)
     entropy = [row["objective/entropy"] / row["response/length"] for row in metrics if "objective/entropy" in row]
     noticed = first(alerts, "entropy collapse")
+    assert noticed < math.inf
     low = [value < 0.05 * entropy[0] for value in entropy[:noticed]]
     assert low[-6:] == [False] + 5 * [True]  # noticed in the fifth such row
 

@@ -174,11 +174,12 @@ def generated(path, characters):
     return str(path)
 
 
+STARTERS = ("hat", "be", "the", "eat", "ah", "bat")
 SMALL = (
     *("--network.hidden-size", 32, "--network.num-layers", 1, "--network.max-length", 16),
-    *("--shakespeare.chunk-sizes", 4, 8, "--shakespeare.overlaps", 0, 2, "--shakespeare.starters", "hat", "be"),
+    *("--shakespeare.chunk-sizes", 4, 8, "--shakespeare.overlaps", 0, 2, "--shakespeare.starters", *STARTERS),
     *("--shakespeare.network.num-layers", 1, "--shakespeare.network.max-length", 9),
-    *("--rl.batch-size", 32, "--rl.max-new-tokens", 6, "--text.bucket-multiple", 16),
+    *("--rl.batch-size", 36, "--rl.max-new-tokens", 6, "--text.bucket-multiple", 16),
 )
 
 
