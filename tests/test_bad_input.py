@@ -532,7 +532,7 @@ def test_out_of_memory_names_what_is_held_and_what_helps(config, name, advice):
 
 def test_a_model_that_does_not_fit_is_said_before_the_first_step(tmp_path):
     with (
-        pytest.raises(TrainingFault, match=r"^out of memory before the first step.*XLA said: RESOURCE_EXHAUSTED: no$"),
+        pytest.raises(TrainingFault, match=r"^out of memory outside of the steps.*XLA said: RESOURCE_EXHAUSTED: no$"),
         stage.open_stage(RunConfig(output_dir=str(tmp_path / "run")), "sft", {}),
     ):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no\nmore")

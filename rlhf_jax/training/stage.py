@@ -150,7 +150,7 @@ def _limits_said(path: str) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TrainingFault(
-            "out of memory before the first step, while models were put on the device: take a smaller --model, "
+            "out of memory outside of the steps, where models are put on the device: take a smaller --model, "
             "--lora.rank 8, which needs no second copy for the reference, or more devices. XLA said: "
             f"{str(error).splitlines()[0]}"
         ) from error
