@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -155,6 +156,30 @@ def test_a_template_without_end_is_stopped(write, source, monkeypatch):
     with pytest.raises(UserError, match=r"line 1: the chat template failed: TimeoutError: it took more than 0\.1 sec"):
         readers.read_demonstrations(write([{"messages": [USER, ANSWER]}]), chat.ChatTemplate(source))
     assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_time_limit_that_strikes_in_a_destructor_strikes_again(monkeypatch):
+    """Python loses what is raised in one, and in the callbacks of its garbage collector, of which JAX has one."""
+    monkeypatch.setattr(chat, "SECONDS", 0.1)
+    lost = []
+
+    class Destroyed:
+        def __del__(self):
+            try:
+                time.sleep(5)
+            except TimeoutError:
+                lost.append(True)
+                raise
+
+    def endless():
+        Destroyed()
+        time.sleep(5)
+
+    with pytest.raises(TimeoutError), chat._time_limit():
+        endless()
+    assert lost == [True]
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 

@@ -202,7 +202,8 @@ def _time_limit() -> Iterator[None]:
         raise TimeoutError(f"it took more than {SECONDS:g} seconds")
 
     former = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    # Again each second: where Python runs a destructor or a callback of its garbage collector, what is raised is lost.
+    timer = signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0)
     try:
         yield
     finally:
