@@ -35,6 +35,7 @@ class Run:
     path: Path
     resumed: bool
     """Whether there is a checkpoint to go on from; if not, the run starts from the beginning."""
+    _was_empty: bool
     _lock: filelock.BaseFileLock
 
     @property
@@ -92,11 +93,17 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # Nothing was computed that anybody could want back, and the mended command is to find a free folder.
+        is_refused = isinstance(error, UserError) and self._was_empty and not checkpoint.steps(self.checkpoints)
+        if is_refused and processes.is_first():
+            _clear(self.path)
         self.close()
 
 
 def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Run:
     """Takes a run folder for this process, making it where needed.
+
+    Where a UserError leaves the ``with`` block of a new run before its first checkpoint, the folder is emptied again.
 
     Args:
       path: the folder. It is used as soon as it holds any file.
@@ -109,11 +116,12 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
     """
     path = Path(path)
     lock = filelock.FileLock(path / ".lock")
-    return Run(path, processes.in_first(lambda: _take(path, lock, resume, overwrite)), lock)
+    resumed, was_empty = processes.in_first(lambda: _take(path, lock, resume, overwrite))
+    return Run(path, resumed, was_empty, lock)
 
 
-def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool) -> bool:
-    """Whether there is a checkpoint to go on from."""
+def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool) -> tuple[bool, bool]:
+    """Whether there is a checkpoint to go on from, and whether the folder is empty."""
     _check(path, resume, overwrite)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -132,7 +140,7 @@ def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool
             resumed = bool(checkpoint.steps(path / "checkpoints"))
             if not resumed:
                 print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
-        return resumed
+        return resumed, is_unused(path)
     except BaseException:
         lock.release()
         raise
@@ -155,21 +163,31 @@ def _check(path: Path, resume: bool, overwrite: bool) -> None:
             raise UserError(f"--resume: {path} does not exist; leave out --resume to start a new run there")
         return
     try:
-        names = {entry.name.removesuffix(".tmp") for entry in path.iterdir()}
+        unused = is_unused(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if names <= set(_LOCK_FILES) or resume:
+    if unused or resume:
         return
     if not overwrite:
         raise UserError(
             f"{path} holds files already; give --resume to go on with the run in it, --overwrite to delete it, "
             "or choose another --output-dir"
         )
+    names = _names(path)
     if not names <= set(_RUN_FILES) and not _is_manifest(path / "manifest.json"):
         strange = ", ".join(sorted(names - set(_RUN_FILES))[:3])
         raise UserError(
             f"--overwrite: {path} does not look like a run folder (it holds {strange}); nothing was deleted"
         )
+
+
+def is_unused(path: Path) -> bool:
+    """Whether a folder holds nothing, or only what marked a run that ended before it wrote anything."""
+    return _names(path) <= set(_LOCK_FILES)
+
+
+def _names(path: Path) -> set[str]:
+    return {entry.name.removesuffix(".tmp") for entry in path.iterdir()}
 
 
 def _is_manifest(path: Path) -> bool:

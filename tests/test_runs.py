@@ -53,6 +53,36 @@ def test_a_run_that_failed_before_it_wrote_anything_blocks_nothing(tmp_path):
     open_run(str(tmp_path / "run")).close()
 
 
+def end_with(error: BaseException, path: Path, *, saved: bool = False, **options: bool) -> None:
+    with open_run(path, **options) as run:
+        run.config.write_text("x")
+        run.metrics.write_text("x")
+        if saved:
+            with Checkpoints(run.checkpoints) as checkpoints:
+                checkpoints.save(0, {"a": jnp.ones(2)}, {})
+        raise error
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_mistake_found_before_the_first_checkpoint_leaves_the_folder_free(tmp_path, options):
+    (tmp_path / "run").mkdir()
+    if "overwrite" in options:
+        finished_run(tmp_path / "run")
+    with pytest.raises(UserError, match="no such model"):
+        end_with(UserError("no such model"), tmp_path / "run", **options)
+    open_run(tmp_path / "run").close()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("error", [UserError("late"), TrainingFault("out of memory"), KeyboardInterrupt()])
+def test_what_a_run_has_written_stays_after_any_other_end(tmp_path, error, saved):
+    if isinstance(error, UserError) and not saved:
+        (tmp_path / "metrics.jsonl").touch()  # of a run that was killed before its first checkpoint
+    with pytest.raises(type(error)):
+        end_with(error, tmp_path, saved=saved, resume=True)
+    assert (tmp_path / "config.yaml").read_text() == "x"
+
+
 def test_a_used_folder_is_refused(tmp_path):
     (tmp_path / "any.txt").write_text("x")
     with pytest.raises(UserError, match=r"holds files already; give --resume .* --overwrite"):
@@ -548,5 +578,14 @@ def test_a_pipeline_that_was_killed_before_it_had_a_checkpoint_says_so(tmp_path,
     (tmp_path / "sft" / "checkpoints" / "0").mkdir(parents=True)
     check_folder(tmp_path, config)
     assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="holds files already"):
+        check_folder(tmp_path, RunConfig())
+
+
+def test_a_pipeline_whose_first_stage_found_a_mistake_takes_its_folder_again(tmp_path):
+    with pytest.raises(UserError, match="no such model"):
+        end_with(UserError("no such model"), tmp_path / "sft")
+    check_folder(tmp_path, RunConfig())
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="holds files already"):
         check_folder(tmp_path, RunConfig())

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_jax import devices, processes
+from rlhf_jax import devices, processes, runs
 from rlhf_jax.config import RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import reward_model, rl, sft
@@ -58,12 +58,13 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         raise UserError(f"{folder} is a file; --output-dir needs a folder")
     if config.resume and not folder.exists():
         raise UserError(f"--resume: {folder} does not exist; leave out --resume to start a new run there")
-    if folder.is_dir() and any(folder.iterdir()) and not (config.resume or config.overwrite):
+    used = folder.is_dir() and not all(entry.is_dir() and runs.is_unused(entry) for entry in folder.iterdir())
+    if used and not (config.resume or config.overwrite):
         raise UserError(
             f"{folder} holds files already; give --resume to go on with the run in it, --overwrite to delete it, "
             "or choose another --output-dir"
         )
-    if config.overwrite and folder.is_dir() and any(folder.iterdir()) and not (folder / STAGES[0]).is_dir():
+    if config.overwrite and used and not (folder / STAGES[0]).is_dir():
         raise UserError(f"--overwrite: {folder} does not look like a pipeline's folder; nothing was deleted")
     if config.resume and not any(folder.glob("*/checkpoints")):
         print(f"--resume: {folder} holds no complete checkpoint; the run starts from the beginning", flush=True)
