@@ -162,18 +162,14 @@ def _check(path: Path, resume: bool, overwrite: bool) -> None:
         if resume:
             raise UserError(f"--resume: {path} does not exist; leave out --resume to start a new run there")
         return
-    try:
-        unused = is_unused(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if unused or resume:
+    if is_unused(path) or resume:
         return
     if not overwrite:
         raise UserError(
             f"{path} holds files already; give --resume to go on with the run in it, --overwrite to delete it, "
             "or choose another --output-dir"
         )
-    names = _names(path)
+    names = {entry.name.removesuffix(".tmp") for entry in path.iterdir()}
     if not names <= set(_RUN_FILES) and not _is_manifest(path / "manifest.json"):
         strange = ", ".join(sorted(names - set(_RUN_FILES))[:3])
         raise UserError(
@@ -182,12 +178,15 @@ def _check(path: Path, resume: bool, overwrite: bool) -> None:
 
 
 def is_unused(path: Path) -> bool:
-    """Whether a folder holds nothing, or only what marked a run that ended before it wrote anything."""
-    return _names(path) <= set(_LOCK_FILES)
+    """Whether a folder holds nothing, or only what marked a run that ended before it wrote anything.
 
-
-def _names(path: Path) -> set[str]:
-    return {entry.name.removesuffix(".tmp") for entry in path.iterdir()}
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return {entry.name for entry in path.iterdir()} <= set(_LOCK_FILES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _is_manifest(path: Path) -> bool:

@@ -58,7 +58,9 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         raise UserError(f"{folder} is a file; --output-dir needs a folder")
     if config.resume and not folder.exists():
         raise UserError(f"--resume: {folder} does not exist; leave out --resume to start a new run there")
-    used = folder.is_dir() and not all(entry.is_dir() and runs.is_unused(entry) for entry in folder.iterdir())
+    used = folder.is_dir() and not (
+        runs.is_unused(folder) or all(entry.is_dir() and runs.is_unused(entry) for entry in folder.iterdir())
+    )
     if used and not (config.resume or config.overwrite):
         raise UserError(
             f"{folder} holds files already; give --resume to go on with the run in it, --overwrite to delete it, "
