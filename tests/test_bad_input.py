@@ -1,9 +1,8 @@
 """Wrong input is a sentence: one table of mistakes, each made as a user makes it, with what the script must answer.
 
-Below it, what is right though it looks wrong, what is left out and counted, and what no run may write or read.
+Below it, what is right though it looks wrong, and what is left out and counted.
 """
 
-import ast
 import gzip
 import json
 import runpy
@@ -13,18 +12,13 @@ from functools import cache
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from safetensors.numpy import save_file
 
-from rlhf_jax import TrainState, flags, models
-from rlhf_jax.config import Compute, LoRA, RunConfig
+from rlhf_jax import flags, models
 from rlhf_jax.data import batches, encoding, readers, tokenizers
-from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.training import checks, stage
-from rlhf_jax.training.phases import LoopState
+from rlhf_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = '{"prompt": "ab", "response": "ba"}'
@@ -487,95 +481,3 @@ def test_adapters_that_none_wrote(shape, metadata, alpha, message, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"} | metadata)
     with pytest.raises(UserError, match=message):
         models.lora.load(tmp_path, params)
-
-
-@pytest.mark.parametrize(
-    ("config", "name", "advice"),
-    [
-        (RunConfig(), "sft", ("--sft.num-microbatches (now 1)", "--sft.batch-size (now 32)", "--compute.remat")),
-        (RunConfig(), "ppo", ("--ppo.num-microbatches (now 1)", "--rl.batch-size (now 64)", "--compute.remat")),
-        (RunConfig(compute=Compute(remat=True)), "sft", ("--lora.rank 8",)),
-        (RunConfig(model="m", compute=Compute(remat=True), lora=LoRA(rank=8)), "sft", ("shorter texts",)),
-    ],
-)
-def test_out_of_memory_names_what_is_held_and_what_helps(config, name, advice):
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    weights = jax.device_put(jnp.zeros((1024, 256)), spread)  # 1 MiB over 4 devices
-    state = TrainState.create({"w": weights}, optax.adam(1e-3))
-    state = state.replace(opt_state=jax.tree.map(lambda x: jax.device_put(x, jax.devices()[0]), state.opt_state))
-    if name == "ppo":
-        state = LoopState.create(state, 0.1, reference={"w": weights})
-    weights.delete()  # as an update that has failed leaves a donated one
-    cache = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
-    beside = {"rewards": jax.tree_util.Partial(len, np.zeros((256, 1024), np.float32)), "frozen weights": None}
-    with pytest.raises(TrainingFault) as said, checks.explains_memory(config, name, state, beside, cache):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
-    text = str(said.value)
-    assert text.startswith(
-        f"{name}: out of memory. On each device lie 0.2 MiB of trained parameters and 2.0 MiB of opt"
-    )
-    assert text.endswith("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
-    assert ("0.2 MiB of refreshed reference" in text) == (name == "ppo")
-    assert "1.0 MiB of rewards, while it samples 2.0 MiB of cache too, in the update 0.2 MiB of gradients" in text
-    assert "frozen" not in text
-    for setting in advice:
-        assert setting in text
-    with (
-        pytest.raises(TrainingFault, match="of memory"),
-        checks.explains_memory(config, name, state),
-    ):  # what XLA really says
-        jax.block_until_ready(jax.jit(lambda x: jnp.ones(1 << 46) * x)(2.0))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), checks.explains_memory(config, name, state):
-        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
-
-
-def test_a_model_that_does_not_fit_is_said_before_the_first_step(tmp_path):
-    with (
-        pytest.raises(TrainingFault, match=r"^out of memory outside of the steps.*XLA said: RESOURCE_EXHAUSTED: no$"),
-        stage.open_stage(RunConfig(output_dir=str(tmp_path / "run")), "sft", {}),
-    ):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no\nmore")
-
-
-def test_secrets_of_the_environment_reach_no_file_and_no_line(tmp_path, monkeypatch, capsys):
-    secret = "canary-7f3a"
-    for name in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, secret)
-    monkeypatch.setattr(sys, "argv", ["experiments/sft.py", "--data", "demo"])
-    config = RunConfig(output_dir=str(tmp_path / "run"))
-    with stage.open_stage(config, "sft", {"data.json": "0"}) as opened:
-        assert json.loads(opened.run.manifest.read_text("utf-8"))["command"] == "python experiments/sft.py --data demo"
-    written = [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]
-    assert len(written) >= 2
-    assert not any(secret.encode() in content for content in written)
-    assert secret not in "".join(capsys.readouterr())
-
-
-def test_the_package_reads_named_variables_alone_and_calls_nothing_that_runs_data():
-    """Read as a whole, the environment's secrets could reach a file. Pickles, eval and yaml.load run what they read."""
-    known = {"JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "JAX_PLATFORMS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
-    known |= {"WANDB_PROJECT", "WANDB_NAME", "WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"}
-    known |= {"WANDB_X_GRAPHQL_RETRY_MAX", "WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS"}
-    for path in (ROOT / "rlhf_jax").rglob("*.py"):
-        tree = ast.parse(path.read_text("utf-8"))
-        parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
-                around = parents[node]
-                around = parents[around] if isinstance(around, ast.Attribute) else around
-                named = {part.value for part in ast.walk(around) if isinstance(part, ast.Constant)}
-                assert named & known, f"{path}, line {node.lineno}: reads the environment"
-            if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load"), path
-                trusts = [keyword.value for keyword in node.keywords if keyword.arg == "trust_remote_code"]
-                assert all(isinstance(value, ast.Constant) and value.value is False for value in trusts), path
-                assert trusts or not called.endswith("AutoTokenizer.from_pretrained"), path
-                assert not called.endswith(("np.load", "numpy.load")), path
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                imported = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-                banned = {"pickle", "marshal", "shelve", "dill", "joblib", "requests", "socket"}
-                if path.name not in ("shakespeare.py", "labels.py"):  # fetch public files and look at what they got
-                    banned.add("urllib")
-                assert not banned & {name.split(".")[0] for name in imported}, path

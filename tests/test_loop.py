@@ -1,0 +1,209 @@
+"""How the loop of a stage saves, ends and goes on, on a state of one number."""
+
+import dataclasses
+import errno
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+
+from rlhf_jax import checkpoint, sharding
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.config import RunConfig, Tokenizer
+from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.flags import parse
+from rlhf_jax.training import loop
+from rlhf_jax.training.stage import open_stage
+
+
+class Killed(BaseException):
+    """Stands for the process's end: nothing catches it."""
+
+
+def run_loop(
+    config: RunConfig,
+    *,
+    num_steps=6,
+    die_at=None,
+    nonfinite_at=None,
+    scores=None,
+    before_step=lambda state, step: None,
+    **options,
+):
+    """A stage whose state counts its steps; ``validation/score`` of step k is ``scores[k]``."""
+
+    def advance(state, step):
+        before_step(state, step)
+        if step == die_at:
+            raise Killed
+        return {"n": state["n"] + 1}, {"loss": state["n"] / 2, "nonfinite": jnp.float32(step == nonfinite_at)}
+
+    def validate(state):
+        step = int(state["n"])
+        return loop.Validation({"validation/score": scores[step]}, [{"prompt": f"p{step}"}, {"prompt": "q"}])
+
+    with open_stage(config, "sft", {}) as stage:
+        start = stage.replicate({"n": jnp.float32(0)})
+        validating = validate if scores else None
+        state, row = loop.train(stage, start, advance, num_steps=num_steps, validate=validating, **options)
+    return int(state["n"]), row
+
+
+def files(config: RunConfig) -> dict[str, bytes]:
+    return {name: (Path(config.output_dir) / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return RunConfig(output_dir=str(tmp_path / "run"), checkpoint_interval=2)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing(config, tmp_path, asynchronous):
+    config = dataclasses.replace(config, checkpoint_async=asynchronous)
+    straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
+    scores = [float(n) for n in range(7)]
+    assert run_loop(straight, scores=scores) == (6, {"loss": 2.5, "nonfinite": 0.0, "validation/score": 6.0})
+    for options, die_at in (({}, 3), ({"resume": True}, 3), ({"resume": True}, 5)):
+        with pytest.raises(Killed):
+            run_loop(dataclasses.replace(config, **options), die_at=die_at, scores=scores)
+    resumed = dataclasses.replace(config, resume=True)
+    for _ in range(2):  # the second time it is finished
+        assert run_loop(resumed, scores=scores)[0] == 6
+        assert files(config) == files(straight)
+    assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [4, 6]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_step_0_is_on_disk_before_the_first_update(config, asynchronous):
+    def look(state, step):
+        assert (Path(config.output_dir) / "checkpoints" / "0" / "record" / "metadata").exists()
+
+    run_loop(dataclasses.replace(config, checkpoint_async=asynchronous), num_steps=1, before_step=look)
+
+
+def test_stopped_means_saved(config, monkeypatch):
+    """Ctrl-C while the disk is full: an asynchronous save has returned long before it fails."""
+
+    wait = ocp.AsyncCheckpointer.wait_until_finished
+    calls = []
+
+    def fails_once(self):
+        wait(self)
+        calls.append(self)
+        if len(calls) == 2:  # the first call is at the beginning of the save
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def interrupt(state, step):
+        if step == 2:
+            monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", fails_once)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(TrainingFault, match=r"checkpoint of step 3 could not be written .*No space left"):
+        run_loop(dataclasses.replace(config, checkpoint_async=True, checkpoint_interval=10), before_step=interrupt)
+
+
+def test_an_update_that_is_not_finite_names_step_checkpoint_and_rows(config):
+    def sources(step):
+        return (
+            f"{file}, line {line + step}" for file, line in (("b.json", 1), ("a.json", 2), ("b.json", 7), ("b.json", 1))
+        )
+
+    config = dataclasses.replace(config, checkpoint_async=True)
+    message = r"at step 5; .*checkpoint is step 4 in .*rows of this batch: b\.json, line 5, 11; a\.json, line 6$"
+    with pytest.raises(TrainingFault, match=message):
+        run_loop(config, nonfinite_at=4, sources=sources)
+
+
+def test_the_best_checkpoint_becomes_the_model(config, capsys):
+    config = dataclasses.replace(config, keep_best="min:validation/score", keep_last=1, checkpoint_interval=100)
+    state, row = run_loop(config, scores=[3.0, 2.0, jnp.nan, 0.5, 2.0, 1.0, 0.75])
+    assert (state, row["validation/score"]) == (3, 0.5)
+    assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [3, 6]
+    assert "validation/score is best at step 3: 0.5; model/ is of that step" in capsys.readouterr().out
+    resumed = dataclasses.replace(config, resume=True)
+    assert run_loop(resumed, scores=[3.0] * 7)[0] == 3
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_a_best_metric_that_does_not_exist(config, tmp_path):
+    config = dataclasses.replace(config, keep_best="max:validation/loss")
+    with pytest.raises(UserError, match="keep_best: no metric validation/loss; the validations give validation/score"):
+        run_loop(config, scores=[1.0])
+    with pytest.raises(UserError, match="keep_best max:validation/loss: nothing is held out"):
+        run_loop(dataclasses.replace(config, output_dir=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match="keep_best must be max:METRIC or min:METRIC, got 'validation/loss'"):
+        RunConfig(keep_best="validation/loss")
+
+
+def test_a_run_on_other_devices_goes_on_and_says_so(config, monkeypatch, capsys):
+    with pytest.raises(Killed):
+        run_loop(config, die_at=3)
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda: make_mesh(1))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert run_loop(dataclasses.replace(config, resume=True))[0] == 6
+    assert "devices.count was 4 and is now 1. The run goes on, but is no longer bit for bit" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):
+    assert run_loop(config)[0] == 6
+    longer = dataclasses.replace(config, resume=True, sft=dataclasses.replace(config.sft, num_epochs=2))
+    with pytest.raises(UserError, match=r"sft\.num_epochs was 1 and is now 2"):
+        run_loop(longer)
+    longer = dataclasses.replace(longer, allow_changed=("sft.num-epochs",))
+    assert run_loop(longer, num_steps=8)[0] == 8
+    assert "another run than it began: sft.num_epochs was 1 and is now 2" in capsys.readouterr().out
+    # From now on this is the run, so that neither its report nor its next resumption is of the old one.
+    stored = parse(RunConfig, ["--config", str(Path(config.output_dir) / "config.yaml")])
+    assert stored == dataclasses.replace(longer, resume=False, allow_changed=())
+    assert run_loop(dataclasses.replace(longer, allow_changed=()), num_steps=8)[0] == 8
+    wider = dataclasses.replace(config.network, hidden_size=256)
+    with pytest.raises(UserError, match=r"--allow-changed cannot help with network\.hidden_size"):
+        run_loop(dataclasses.replace(longer, network=wider, allow_changed=("network",)))
+
+
+@pytest.mark.parametrize(("tokenizer", "allowed"), [(None, False), ("some/tokenizer", True)])
+def test_other_data_is_allowed_where_the_tokens_stay_the_same(tmp_path, tokenizer, allowed):
+    """A tokenizer that was trained on the data would be another one."""
+    config = RunConfig(output_dir=str(tmp_path / "run"), tokenizer=Tokenizer(name=tokenizer))
+    with open_stage(config, "sft", {"a.json": "1"}) as stage, Checkpoints(stage.run.checkpoints) as checkpoints:
+        checkpoints.save(0, {"n": jnp.float32(0)}, {})
+    again = dataclasses.replace(config, resume=True, allow_changed=("data",))
+    expected = nullcontext() if allowed else pytest.raises(UserError, match="cannot help with data")
+    with expected, open_stage(again, "sft", {"a.json": "2"}):
+        pass
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "metrics"])
+def test_a_full_disk_ends_the_run_with_a_sentence_and_the_run_goes_on(config, monkeypatch, where):
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fails(*args, **kwargs):
+        raise full
+
+    with monkeypatch.context() as patch:
+
+        def fill(state, step):
+            if step == 3:
+                patch.setattr(target, fails)
+
+        target, message = {
+            "checkpoint": (
+                "orbax.checkpoint.AsyncCheckpointer.save",
+                r"checkpoint of step 4 .*No space left on device\); the last good checkpoint is step 2\.",
+            ),
+            "metrics": ("rlhf_jax.tracking.RowWriter.write", "run: the disk is full; make room, then go on"),
+        }[where]
+        with pytest.raises(TrainingFault, match=message):
+            run_loop(config, before_step=fill)
+    assert run_loop(dataclasses.replace(config, resume=True))[0] == 6
+
+
+def test_other_errors_of_the_system_pass_through(config):
+    with pytest.raises(PermissionError), open_stage(config, "sft", {}):
+        raise PermissionError(errno.EACCES, "no")

@@ -1,0 +1,195 @@
+"""What a run says about itself, and what may differ when it is resumed."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlhf_jax import manifest
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.errors import UserError
+from rlhf_jax.manifest import check_unchanged, fingerprint, write_config, write_manifest
+from rlhf_jax.runs import open_run
+
+CONFIG = "seed: 0\nresume: false\nppo:\n  clip_low: 0.2\n  data: [a, b]\n  weights: {}\n"
+
+
+def finished_run(path: Path, data: dict[str, str] | None = None) -> None:
+    with open_run(path) as run:
+        write_config(run, CONFIG)
+        write_manifest(run, seed=3, data_fingerprints=data or {})
+        with Checkpoints(run.checkpoints) as checkpoints:
+            checkpoints.save(0, {"a": jnp.ones(2)}, {})
+
+
+def test_fingerprint(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert fingerprint(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "x").write_bytes(b"1")
+    (folder / "y").write_bytes(b"2")
+    first = fingerprint(folder)
+    assert fingerprint(folder) == first
+    (folder / "y").rename(folder / "z")
+    assert fingerprint(folder) != first
+    with pytest.raises(UserError, match="none: cannot be read: No such file"):
+        fingerprint(tmp_path / "none")
+
+
+def test_manifest(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(sys, "argv", ["experiments/ppo.py", "--config", "my file.yaml"])
+    with open_run(tmp_path) as run:
+        write_manifest(run, seed=3, data_fingerprints={"pairs.json": "00"}, extra={"model_tokens": 5})
+    text = (tmp_path / "manifest.json").read_text()
+    manifest = json.loads(text)
+    assert manifest["seed"] == 3
+    assert manifest["data"] == {"pairs.json": "00"}
+    assert manifest["model_tokens"] == 5
+    assert manifest["command"] == "python experiments/ppo.py --config 'my file.yaml'"
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert manifest["versions"]["rlhf-jax"]
+    assert manifest["backend"] == "cpu"
+    assert manifest["devices"] == {"kind": "cpu", "count": 4}
+    assert manifest["git"] is None or len(manifest["git"]["commit"]) == 40
+    assert "secret" not in text
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_manifest_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with open_run(tmp_path) as run:
+        write_manifest(run, seed=0, data_fingerprints={})
+        assert json.loads(run.manifest.read_text())["git"] is None
+
+
+def test_a_run_resumed_elsewhere_says_so(tmp_path, monkeypatch, capsys):
+    finished_run(tmp_path)
+    said = []
+    for count in (4, 1, 1, 4):
+        with monkeypatch.context() as patch, open_run(tmp_path, resume=True) as run:
+            patch.setattr(jax, "device_count", lambda count=count: count)
+            write_manifest(run, seed=3, data_fingerprints={})
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[2] == ""
+    assert said[1].startswith(
+        "--resume: devices.count was 4 and is now 1. The run goes on, but is no longer bit for bit"
+    )
+    assert said[3].startswith("--resume: devices.count was 1 and is now 4.")
+    monkeypatch.setattr(manifest, "_version", lambda name: "9")
+    with open_run(tmp_path, resume=True) as run:
+        write_manifest(run, seed=3, data_fingerprints={})
+    assert f"versions.jax was '{jax.__version__}' and is now '9'" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_its_manifest(tmp_path):
+    finished_run(tmp_path)
+    first = json.loads((tmp_path / "manifest.json").read_text())
+    for n in (1, 2):
+        with open_run(tmp_path, resume=True) as run:
+            write_manifest(run, seed=99, data_fingerprints={}, command=["python", "x.py", str(n)])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    starts = manifest.pop("resumed")
+    assert manifest == first
+    assert [start["command"] for start in starts] == ["python x.py 1", "python x.py 2"]
+    assert starts[0]["devices"] == {"kind": "cpu", "count": 4}
+
+
+def test_resume_of_the_same_run(tmp_path):
+    finished_run(tmp_path, data={"a": "1"})
+    with open_run(tmp_path, resume=True) as run:
+        check_unchanged(run, config=CONFIG, data_fingerprints={"a": "1"})
+        changed = CONFIG.replace("resume: false", "resume: true").replace("clip_low: 0.2", "clip_low: 0.3")
+        check_unchanged(run, config=changed, data_fingerprints={"a": "1"}, may_change=["resume", "ppo"])
+        check_unchanged(run, config=changed, data_fingerprints={"a": "1"}, may_change=["resume", "ppo.clip_low"])
+
+
+def test_resume_of_another_run_lists_what_differs(tmp_path):
+    finished_run(tmp_path, data={"a": "1", "b": "2"})
+    config = "seed: 1\nppo:\n  clip_low: 0.2\n  data: [a]\n  weights: {x: 1.0}\nnew: null\n"
+    with open_run(tmp_path, resume=True) as run, pytest.raises(UserError) as caught:
+        check_unchanged(run, config=config, data_fingerprints={"a": "9", "c": "3"}, may_change=["see", "resume"])
+    message = str(caught.value)
+    assert message.startswith(f"--resume: {tmp_path} is another run: ")
+    for part in (
+        "seed was 0 and is now 1",
+        "ppo.data was ['a', 'b'] and is now ['a']",
+        "ppo.weights was {} and is now not set",
+        "ppo.weights.x was not set and is now 1.0",
+        "new was not set and is now None",
+        "the data a has changed",
+        "the data b is not used any more",
+        "the data c was not used before",
+    ):
+        assert part in message
+    assert "clip_low" not in message
+    assert "resume was" not in message
+
+
+def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
+    finished_run(tmp_path, data={"a": "1", "reward r": "1"})
+    changed = CONFIG.replace("seed: 0", "seed: 7").replace("clip_low: 0.2", "clip_low: 0.3")
+    data = {"a": "9", "reward r": "2"}
+    expected = ["seed was 0 and is now 7", "ppo.clip_low was 0.2 and is now 0.3"]
+    of_data = ["the data a has changed", "the data reward r has changed"]
+    with open_run(tmp_path, resume=True) as run:
+        for allowed, missing in [
+            (["seed", "ppo.clip-low"], of_data),
+            (["seed", "ppo"], of_data),  # a section's settings, but not the contents of files
+            (["ppo.data", "reward"], expected),
+            (["seed", "ppo.clip_low", "ppo.data"], of_data[1:]),
+        ]:
+            with pytest.raises(UserError, match="or name what may differ with --allow-changed") as caught:
+                check_unchanged(run, config=changed + "reward: []\n", data_fingerprints=data, allowed=allowed)
+            for text in expected + of_data:
+                assert (text in str(caught.value)) == (text in missing)
+        allowed = ["seed", "ppo.clip-low", "ppo.data", "reward"]
+        found = check_unchanged(run, config=changed + "reward: []\n", data_fingerprints=data, allowed=allowed)
+        assert found == [*expected, "reward was not set and is now []", *of_data]
+        assert "goes on as another run than it began: seed was 0 and is now 7" in capsys.readouterr().out
+        write_manifest(run, seed=7, data_fingerprints=data, changed=found)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["seed"], manifest["data"]) == (7, data)
+    assert manifest["resumed"][0]["changed"] == found
+
+
+@pytest.mark.parametrize("allowed", [["ppo"], ["ppo.clip_low"]])
+def test_what_would_make_the_checkpoint_useless_is_never_allowed(tmp_path, allowed):
+    finished_run(tmp_path, data={"model": "1"})
+    changed = CONFIG.replace("clip_low: 0.2", "clip_low: 0.3")
+    message = r"clip_low was 0\.2 and is now 0\.3\. .*; --allow-changed cannot help with ppo\.clip_low$"
+    with open_run(tmp_path, resume=True) as run:
+        with pytest.raises(UserError, match=message):
+            check_unchanged(
+                run, config=changed, data_fingerprints={"model": "1"}, allowed=allowed, fixed=["ppo.clip_low"]
+            )
+        with pytest.raises(UserError, match="the data model has changed"):
+            check_unchanged(run, config=CONFIG, data_fingerprints={"model": "2"}, allowed=["ppo.data"], fixed=["model"])
+
+
+@pytest.mark.parametrize(("key", "hint"), [("ppo.clip_lo", "; did you mean ppo.clip_low"), ("zzz", ""), ("pp", "")])
+def test_allowing_what_is_no_setting(tmp_path, key, hint):
+    with open_run(tmp_path) as run, pytest.raises(UserError) as caught:
+        check_unchanged(run, config=CONFIG, data_fingerprints={}, allowed=["seed", key])
+    assert str(caught.value).startswith(f"--allow-changed {key}: there is no such setting{hint}")
+
+
+def test_a_run_that_starts_from_the_beginning_is_compared_with_nothing(tmp_path):
+    with open_run(tmp_path) as run:
+        write_config(run, CONFIG)
+    with open_run(tmp_path, resume=True) as run:
+        check_unchanged(run, config="seed: 5\n", data_fingerprints={})
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
+def test_resume_without_the_run_s_own_files(tmp_path, name):
+    finished_run(tmp_path)
+    (tmp_path / name).unlink()
+    with open_run(tmp_path, resume=True) as run, pytest.raises(UserError, match=rf"--resume: .*{name} cannot be read"):
+        check_unchanged(run, config=CONFIG, data_fingerprints={})
