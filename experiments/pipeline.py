@@ -5,14 +5,14 @@
 FOLDER holds sft_data.json, preference_data.json and prompts.json.
 """
 
-from rlhf_jax import flags
-from rlhf_jax.config import RunConfig
+from rlhf_jax import cli
+from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.training import pipeline
 
 
 def main() -> None:
-    pipeline.run(flags.parse(RunConfig, description=__doc__))
+    pipeline.run(parse(RunConfig, description=__doc__))
 
 
 if __name__ == "__main__":
-    flags.run_script(main)
+    cli.run_script(main)

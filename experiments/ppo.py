@@ -5,13 +5,13 @@ For a first look, on generated data:
     python experiments/ppo.py --config configs/tiny.yaml
 """
 
-from rlhf_jax import flags, ppo, training
-from rlhf_jax.config import RunConfig
+from rlhf_jax import cli, ppo, training
+from rlhf_jax.config import RunConfig, parse
 
 
 def main() -> None:
-    training.rl.run(flags.parse(RunConfig, description=__doc__), ppo)
+    training.rl.run(parse(RunConfig, description=__doc__), ppo)
 
 
 if __name__ == "__main__":
-    flags.run_script(main)
+    cli.run_script(main)

@@ -9,7 +9,8 @@ the result misses a gate, as it must with --shuffle-labels.
 import sys
 from pathlib import Path
 
-from rlhf_jax import flags
+from rlhf_jax import cli
+from rlhf_jax.config import parse
 from rlhf_jax.training import quickstart
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -17,9 +18,9 @@ CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 def main() -> int:
     argv = ["--config", str(CONFIG), *sys.argv[1:]]
-    config = flags.parse(quickstart.QuickstartConfig, argv, description=__doc__)
+    config = parse(quickstart.QuickstartConfig, argv, description=__doc__)
     return 0 if quickstart.run(config).passed else 1
 
 
 if __name__ == "__main__":
-    flags.run_script(main)
+    cli.run_script(main)

@@ -17,7 +17,8 @@ from pathlib import Path
 import sentiment_reward
 import stories260k
 
-from rlhf_jax import flags
+from rlhf_jax import cli
+from rlhf_jax.config import parse
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import sentiment
 
@@ -33,7 +34,7 @@ class Config(sentiment.SentimentConfig):
 
 
 def main() -> None:
-    config = flags.parse(Config, ["--config", str(CONFIG), *sys.argv[1:]], description=__doc__)
+    config = parse(Config, ["--config", str(CONFIG), *sys.argv[1:]], description=__doc__)
     if config.lexicon is None:
         raise UserError("no reward: give --lexicon vader_lexicon.txt")
     reward = sentiment_reward.reward(config.lexicon)
@@ -45,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run_script(main)
+    cli.run_script(main)

@@ -5,13 +5,13 @@ For a first look, on generated data:
     python experiments/sft.py --config configs/tiny.yaml
 """
 
-from rlhf_jax import flags, training
-from rlhf_jax.config import RunConfig
+from rlhf_jax import cli, training
+from rlhf_jax.config import RunConfig, parse
 
 
 def main() -> None:
-    training.sft.run(flags.parse(RunConfig, description=__doc__))
+    training.sft.run(parse(RunConfig, description=__doc__))
 
 
 if __name__ == "__main__":
-    flags.run_script(main)
+    cli.run_script(main)

@@ -10,7 +10,8 @@ the reward model; prints a table and writes runs/shakespeare/.
 import sys
 from pathlib import Path
 
-from rlhf_jax import flags
+from rlhf_jax import cli
+from rlhf_jax.config import parse
 from rlhf_jax.training import shakespeare
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "shakespeare.yaml"
@@ -18,8 +19,8 @@ CONFIG = Path(__file__).resolve().parent.parent / "configs" / "shakespeare.yaml"
 
 def main() -> None:
     argv = ["--config", str(CONFIG), *sys.argv[1:]]
-    shakespeare.run(flags.parse(shakespeare.ShakespeareConfig, argv, description=__doc__))
+    shakespeare.run(parse(shakespeare.ShakespeareConfig, argv, description=__doc__))
 
 
 if __name__ == "__main__":
-    flags.run_script(main)
+    cli.run_script(main)

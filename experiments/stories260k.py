@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from rlhf_jax import flags
+from rlhf_jax import cli
 from rlhf_jax.errors import UserError
 
 WEIGHTS, PIECES = "stories260K.bin", "tok512.bin"
@@ -130,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run_script(main)
+    cli.run_script(main)

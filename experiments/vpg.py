@@ -5,13 +5,13 @@ For a first look, on generated data:
     python experiments/vpg.py --config configs/tiny.yaml
 """
 
-from rlhf_jax import flags, training, vpg
-from rlhf_jax.config import RunConfig
+from rlhf_jax import cli, training, vpg
+from rlhf_jax.config import RunConfig, parse
 
 
 def main() -> None:
-    training.rl.run(flags.parse(RunConfig, description=__doc__), vpg)
+    training.rl.run(parse(RunConfig, description=__doc__), vpg)
 
 
 if __name__ == "__main__":
-    flags.run_script(main)
+    cli.run_script(main)

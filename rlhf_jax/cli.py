@@ -3,18 +3,44 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import rich.console
 import rich.table
 import tyro
 
-from rlhf_jax import doctor, evaluate, export, flags, report
 from rlhf_jax.data import check as data_check
 from rlhf_jax.data import demo, labels, preview, readers, tokenizers
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.evaluation import evaluate
+from rlhf_jax.report import export, page
+from rlhf_jax.training import doctor
 
 Positional = tyro.conf.Positional[str]
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a script's ``main`` and exits with its code (None: 0).
+
+    What is printed without a traceback: a :class:`UserError`, which exits with 2; a :class:`TrainingFault`, with 1; a
+    :class:`Stopped`, with 130 (Ctrl-C), 143 (SIGTERM) or 3 (an alert whose action is stop). Ctrl-C outside a training
+    loop exits with 130 too. Any other exception passes through: Python prints its traceback and exits with 1.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except TrainingFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        code = stopped.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 
 def examine() -> int:
@@ -59,7 +85,7 @@ def evaluate_run(run: Positional, config: tyro.conf.OmitArgPrefixes[evaluate.Con
     rich.console.Console(width=max(console.width, needed)).print(table)
     print(f"wrote {result.path}")
     if (Path(run) / "manifest.json").is_file() and result.path.parent == Path(run):
-        report.write([run], report.default_path([run]))
+        page.write([run], page.default_path([run]))
 
 
 def report_runs(runs: tyro.conf.Positional[tuple[str, ...]], output: str | None = None, png: str | None = None) -> None:
@@ -73,11 +99,11 @@ def report_runs(runs: tyro.conf.Positional[tuple[str, ...]], output: str | None 
             here for several.
         png: a folder for the page's figures as PNG files too, called by their titles.
     """
-    path = report.default_path(runs) if output is None else output
-    report.write(runs, path)
+    path = page.default_path(runs) if output is None else output
+    page.write(runs, path)
     print(path)
     if png is not None:
-        print(f"{len(report.write_png(runs, png))} figures in {png}")
+        print(f"{len(page.write_png(runs, png))} figures in {png}")
 
 
 def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) -> None:
@@ -184,4 +210,4 @@ def run(argv: list[str]) -> int | None:
 
 def main() -> None:
     """Entry point of the installed command."""
-    flags.run_script(lambda: run(sys.argv[1:]))
+    run_script(lambda: run(sys.argv[1:]))

@@ -1,13 +1,12 @@
 """Everything that a run can be told: one ``RunConfig``, a section per stage, written in YAML or as dotted flags.
 
-``flags.parse`` reads it; ``configs/`` holds examples. A string below a field is its ``--help`` text.
+``parse`` reads it; ``configs/`` holds examples. A string below a field is its ``--help`` text.
 """
 
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_jax import alerts
 from rlhf_jax.algorithms.dpo import Config as DPOConfig
 from rlhf_jax.algorithms.dpo import check_config as check_dpo
 from rlhf_jax.algorithms.grpo import Config as GRPOConfig
@@ -16,6 +15,9 @@ from rlhf_jax.algorithms.reward_model import Config as RewardModelConfig
 from rlhf_jax.algorithms.rloo import Config as RLOOConfig
 from rlhf_jax.algorithms.sft import Config as SFTConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
+from rlhf_jax.flags import parse as parse
+from rlhf_jax.flags import to_yaml as to_yaml
+from rlhf_jax.runs import alerts
 
 
 def _at_least(section: Any, least: float, *names: str) -> None:

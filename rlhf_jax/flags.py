@@ -10,16 +10,16 @@ a field is its ``--help`` text.
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from rlhf_jax.config_files import Values, fields, is_section, read, to_yaml
-from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.errors import UserError
 
-__all__ = ["parse", "run_script", "to_yaml"]
+__all__ = ["parse", "to_yaml"]
 
 C = TypeVar("C")
 
@@ -48,30 +48,6 @@ def parse(
         registry=_unchecked_construction(config_class),
     )
     return _construct(config, "", given, file)
-
-
-def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a script's ``main`` and exits with its code (None: 0).
-
-    What is printed without a traceback: a :class:`UserError`, which exits with 2; a :class:`TrainingFault`, with 1; a
-    :class:`Stopped`, with 130 (Ctrl-C), 143 (SIGTERM) or 3 (an alert whose action is stop). Ctrl-C outside a training
-    loop exits with 130 too. Any other exception passes through: Python prints its traceback and exits with 1.
-    """
-    try:
-        code = main() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except TrainingFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        code = stopped.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
 
 
 def _config_argument(argv: Sequence[str]) -> Path | None:

@@ -41,4 +41,4 @@ def optimized():
 @pytest.fixture
 def no_pages(monkeypatch):
     """Runs draw no page at their end, which takes longer than the training of many a test; others look at the pages."""
-    monkeypatch.setattr("rlhf_jax.report.write", lambda runs, path: None)
+    monkeypatch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)

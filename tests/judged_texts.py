@@ -1,4 +1,4 @@
-"""Texts of our own with a person's judgement, by which the word patterns of ``rlhf_jax.text_metrics`` are measured.
+"""Texts of our own with a person's judgement, by which the word patterns of ``rlhf_jax.evaluation.texts`` are measured.
 
 The patterns were written with the DEVELOPMENT texts in view. The HELD_OUT ones were written before the patterns and
 looked at only to count.

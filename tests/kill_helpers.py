@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax import checkpoint
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.runs import checkpoint
+from rlhf_jax.runs.checkpoint import Checkpoints
 
 SHAPES = {"wte": (512, 256), "kernel": (2, 256, 256), "mu": (512, 256), "nu": (512, 256), "step": ()}
 KEEP_LAST = 2

@@ -12,9 +12,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax import alerts, checkpoint, flags, report, run_figures, run_records
-from rlhf_jax.config import RunConfig
+from rlhf_jax import cli
+from rlhf_jax.config import RunConfig, parse, to_yaml
 from rlhf_jax.errors import AlertStop, TrainingFault, UserError
+from rlhf_jax.report import page as report
+from rlhf_jax.report import records as run_records
+from rlhf_jax.report import run_figures
+from rlhf_jax.runs import alerts, checkpoint
 from rlhf_jax.training import loop
 from rlhf_jax.training.stage import open_stage
 
@@ -151,13 +155,13 @@ def test_a_metric_that_is_never_recorded():
 def test_rules_on_the_command_line_and_in_yaml(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text('alerts: ["objective/kl > 50 for 3: stop", none]\n', "utf-8")
-    config = flags.parse(RunConfig, ["--config", str(file)])
+    config = parse(RunConfig, ["--config", str(file)])
     assert config.alerts == ("objective/kl > 50 for 3: stop", "none")
-    assert flags.parse(RunConfig, ["--alerts", *config.alerts]).alerts == config.alerts
-    assert tuple(yaml.safe_load(flags.to_yaml(config))["alerts"]) == config.alerts
+    assert parse(RunConfig, ["--alerts", *config.alerts]).alerts == config.alerts
+    assert tuple(yaml.safe_load(to_yaml(config))["alerts"]) == config.alerts
     file.write_text('seed: 1\nalerts: ["objective/kl = 50"]\n', "utf-8")
     with pytest.raises(UserError, match=r"run\.yaml, line 2: alerts: 'objective/kl = 50'"):
-        flags.parse(RunConfig, ["--config", str(file)])
+        parse(RunConfig, ["--config", str(file)])
 
 
 # --- In a run: a state of one number, whose row of step k has the loss losses[k] ------------------------------------
@@ -221,7 +225,7 @@ def test_a_stop_saves_and_holds_until_the_rule_is_changed(config, monkeypatch, c
         assert checkpoint.steps(Path(config.output_dir) / "checkpoints")[-1] == 5
         assert raised(config) == [(5, rule)]
     with pytest.raises(SystemExit) as ended:
-        flags.run_script(lambda: run(resumed))
+        cli.run_script(lambda: run(resumed))
     assert ended.value.code == 3
     assert "stopped by an alert" in capsys.readouterr().err
     relaxed = dataclasses.replace(resumed, alerts=("loss > 9: stop",), allow_changed=("alerts",))

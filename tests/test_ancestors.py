@@ -40,35 +40,19 @@ from tabular import (
 from test_notebooks import code_cells, text_file
 from test_trackers import stand_in
 
-from rlhf_jax import (
-    alerts,
-    benchmarks,
-    cli,
-    devices,
-    evaluation,
-    evaluation_rows,
-    figures,
-    flags,
-    inference,
-    models,
-    ops,
-    ppo,
-    report,
-    reward_model,
-    rewards,
-    run_figures,
-    run_records,
-    safety,
-    sft,
-    sharding,
-    trackers,
-    vpg,
-)
-from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, Safety, SFTStage
+from rlhf_jax import cli, models, ops, ppo, reward_model, rewards, sft, sharding, vpg
+from rlhf_jax import generator as inference
+from rlhf_jax import metrics as evaluation
+from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, Safety, SFTStage, parse, to_yaml
 from rlhf_jax.data import batches, check, demo, encoding, labels, readers, shakespeare, tokenizers
 from rlhf_jax.errors import AlertStop, TrainingFault, UserError
-from rlhf_jax.runs import open_run
-from rlhf_jax.training import adapters, checks, patience, phases, reward_functions, setup
+from rlhf_jax.evaluation import data as evaluation_rows
+from rlhf_jax.report import figures, records, run_figures
+from rlhf_jax.report import page as report
+from rlhf_jax.rewards import filter
+from rlhf_jax.runs import alerts, devices, trackers
+from rlhf_jax.runs.folder import open_run
+from rlhf_jax.training import adapters, bench, checks, patience, phases, reward_functions, setup
 from rlhf_jax.training import safety as guards
 from rlhf_jax.training.shakespeare import ShakespeareConfig
 from rlhf_jax.types import Comparisons, Demonstrations, Rollout, TrainState
@@ -115,7 +99,7 @@ def run_script(name, *argv):
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setattr(sys, "argv", [f"experiments/{name}.py", *map(str, argv)])
-        patch.setattr("rlhf_jax.report.write", lambda runs, path: None)  # one test draws the page
+        patch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)  # one test draws the page
         script(name).main()
     return said.getvalue()
 
@@ -389,7 +373,7 @@ def test_wandb(tmp_path, monkeypatch):
     recorded = stand_in(monkeypatch, "wandb")
     monkeypatch.setenv("WANDB_PROJECT", "rlhf-experiments")
     with open_run(tmp_path / "run") as run:
-        services = trackers.start(run, flags.parse(RunConfig, ["--track", "wandb"]).track, {})
+        services = trackers.start(run, parse(RunConfig, ["--track", "wandb"]).track, {})
         services.log(1, {"objective/score": 2.0})
         services.close()
     assert recorded.of("init")[0][0]["project"] == "rlhf-experiments"
@@ -463,7 +447,7 @@ def test_one_command_for_all_stages(pipeline):
 
 
 def test_seed(pipeline):
-    config = flags.parse(RunConfig, ["--seed", "5"])
+    config = parse(RunConfig, ["--seed", "5"])
     splits = [batches.split(20, 0.2, setup.stream(seed, "sft", "data"))[1].tolist() for seed in (5, 6, config.seed)]
     assert splits[0] == splits[2] != splits[1]
     keys = [jax.random.key_data(setup.stream(seed, "ppo", "rollout")).tolist() for seed in (5, 6)]
@@ -501,17 +485,17 @@ def test_checkpoints_know_where_they_come_from(pipeline):
 def test_yaml_with_lists_of_files(tmp_path):
     files = [write_rows(tmp_path / f"{name}.json", [{"prompt": name, "response": name}]) for name in "ab"]
     (tmp_path / "run.yaml").write_text(f"sft:\n  data: {json.dumps(files)}\n  num_epochs: 7\n", "utf-8")
-    config = flags.parse(RunConfig, ["--config", str(tmp_path / "run.yaml")])
+    config = parse(RunConfig, ["--config", str(tmp_path / "run.yaml")])
     assert [row.prompt for row in readers.read_demonstrations(config.sft.data).rows] == ["a", "b"]
     assert config.sft.num_epochs == 7
     (tmp_path / "run.yaml").write_text("sft:\n  epochs: 7\n", "utf-8")
     with pytest.raises(UserError, match=r"run\.yaml, line 2.*epochs"):
-        flags.parse(RunConfig, ["--config", str(tmp_path / "run.yaml")])
+        parse(RunConfig, ["--config", str(tmp_path / "run.yaml")])
 
 
 def test_run_length_in_episodes_or_updates():
     lengths = [
-        flags.parse(RunConfig, ["--rl.batch-size", "64", *given]).rl.length
+        parse(RunConfig, ["--rl.batch-size", "64", *given]).rl.length
         for given in (["--rl.num-episodes", "1000"], ["--rl.num-iterations", "7"])
     ]
     assert lengths == [16, 7]
@@ -643,7 +627,7 @@ def yaml_flags():
             key = f"{prefix}{name.replace('_', '-')}"
             yield from walk(value, f"{key}.") if isinstance(value, dict) else [f"--{key}"]
 
-    return " ".join(walk(yaml.safe_load(flags.to_yaml(ShakespeareConfig())), ""))
+    return " ".join(walk(yaml.safe_load(to_yaml(ShakespeareConfig())), ""))
 
 
 def said(prompts, texts, scores=None):
@@ -705,7 +689,7 @@ def test_honesty_calibration():
 
 def test_agreement_with_annotators():
     votes = [(1, 1, 1), (2, 2, 1), (0, 0, 0), (1, 2, 2)]
-    annotated = [benchmarks.Annotated(readers.Pair("q", "a", "b", str(i)), row) for i, row in enumerate(votes)]
+    annotated = [bench.Annotated(readers.Pair("q", "a", "b", str(i)), row) for i, row in enumerate(votes)]
     found = values(evaluation_rows.agreement({"judge": np.array([1.0, -1.0, 0.0, 1.0])}, annotated, KEY))
     assert found["agreement_judge"] == 0.75
     assert found["kappa_judge"] == pytest.approx((0.75 - 5 / 16) / (1 - 5 / 16))
@@ -734,7 +718,7 @@ def test_win_rate_with_intervals():
 
 def test_categories_of_ones_own(tmp_path):
     (tmp_path / "mine.yaml").write_text("polite:\n  keywords: [please]\nbrief:\n  score: mine.py:score\n", "utf-8")
-    categories = benchmarks.read_categories(str(tmp_path / "mine.yaml"))
+    categories = bench.read_categories(str(tmp_path / "mine.yaml"))
     answers = said(["p", "q"], ["Please wait.", "Wait."], [1.0, 0.0])
     assert evaluation_rows.custom("polite", categories["polite"], answers._replace(scores=None), KEY).value == 0.5
     assert categories["brief"].score == "mine.py:score"
@@ -784,7 +768,7 @@ def test_reward_hacking_is_detected():
 
 
 def test_kl_hard_stop():
-    rules = alerts.parse(flags.parse(RunConfig, ["--alerts", "objective/kl > 50 for 2: stop"]).alerts)
+    rules = alerts.parse(parse(RunConfig, ["--alerts", "objective/kl > 50 for 2: stop"]).alerts)
     rows = [{"step": i, "objective/kl": kl, "response/length": 100.0} for i, kl in enumerate((60.0, 10.0, 60.0, 70.0))]
     watches, raised = alerts.replay(rules, rows)
     assert [(alert.step, alert.action) for alert in raised] == [(3, "stop")]
@@ -805,13 +789,13 @@ def test_safety_filter_of_prompts(tmp_path, capsys):
 
 def test_safety_filter_of_responses():
     """By word list, pattern and threshold; penalised, replaced, masked or counted."""
-    words = safety.Filter.create(["bad"], [r"b\d"])
+    words = filter.Filter.create(["bad"], [r"b\d"])
     assert [bool(words.found(text)) for text in ("so BAD", "badge", "b2")] == [True, False, True]
-    assert [bool(found) for found in safety.beyond([0.2, 0.8], below=0.5, above=None)] == [True, False]
+    assert [bool(found) for found in filter.beyond([0.2, 0.8], below=0.5, above=None)] == [True, False]
     batch = dataclasses.replace(answers(("a", "bb"), ("a", "cc")), scores=np.array([1.0, 1.0], np.float32))
     unsafe = np.array([True, False])
     after = {
-        action: safety.enforce(batch, unsafe, action, penalty=3.0, score=-9.0)
+        action: filter.enforce(batch, unsafe, action, penalty=3.0, score=-9.0)
         for action in ("penalise", "replace", "mask", "count")
     }
     assert [after[action].scores[0] for action in after] == [-2.0, -9.0, 1.0, 1.0]
@@ -820,7 +804,7 @@ def test_safety_filter_of_responses():
 
 def test_alert_rules_from_yaml(tmp_path):
     (tmp_path / "run.yaml").write_text('alerts: ["loss > 5 for 2"]\n', "utf-8")
-    rules = alerts.parse(flags.parse(RunConfig, ["--config", str(tmp_path / "run.yaml")]).alerts)
+    rules = alerts.parse(parse(RunConfig, ["--config", str(tmp_path / "run.yaml")]).alerts)
     rows = [{"step": i, "loss": loss} for i, loss in enumerate((6.0, 1.0, 6.0, 7.0, 8.0))]
     assert [(alert.step, alert.rule) for alert in alerts.check(rules, rows)] == [(3, "loss > 5 for 2")]
     assert alerts.check(alerts.parse([]), rows) == []
@@ -852,7 +836,7 @@ def test_alert_stops_with_exit_code_3(capsys):
         raise AlertStop("stopped by an alert after step 5 of 9")
 
     with pytest.raises(SystemExit) as ended:
-        flags.run_script(main)
+        cli.run_script(main)
     assert ended.value.code == 3
     assert "stopped by an alert" in capsys.readouterr().err
 
@@ -863,9 +847,9 @@ def test_alerts_are_shown(pipeline, tmp_path, monkeypatch):
     rules = alerts.parse(["none", "objective/kl > 50"])
     [alert] = alerts.check(rules, [{"step": 2, "objective/kl": 60.0}])
     (tmp_path / "ppo" / "alerts.jsonl").write_text(json.dumps(alert._asdict()) + "\n", "utf-8")
-    [row] = run_figures.alerts(run_records.find([tmp_path / "ppo"]))
+    [row] = run_figures.alerts(records.find([tmp_path / "ppo"]))
     assert row[1:] == [2, alert.name, "objective/kl > 50", "log", alert.message]
-    assert run_figures.alerts(run_records.find([pipeline / "run" / "sft"])) == []
+    assert run_figures.alerts(records.find([pipeline / "run" / "sft"])) == []
     recorded = stand_in(monkeypatch, "wandb")
     with open_run(tmp_path / "run") as run:
         services = trackers.start(run, ("wandb",), {})
@@ -906,7 +890,7 @@ def test_trackio_by_the_same_path(tmp_path, monkeypatch):
 
 def test_tensorboard(monkeypatch):
     """Chosen by name; where its package is missing, the run says what to install before anything else."""
-    names = flags.parse(RunConfig, ["--track", "tensorboard"]).track
+    names = parse(RunConfig, ["--track", "tensorboard"]).track
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'rlhf-jax\[tensorboard\]'"):
         trackers.check(names)
@@ -949,7 +933,7 @@ def test_gradient_checkpointing():
         shapes = jax.eval_shape(model.init, KEY)
         programs.append(str(jax.make_jaxpr(jax.grad(loss))(shapes)))
     assert ["remat" in text or "checkpoint" in text for text in programs] == [False, True]
-    assert flags.parse(RunConfig, ["--compute.remat"]).compute.remat
+    assert parse(RunConfig, ["--compute.remat"]).compute.remat
 
 
 def test_mixed_precision():

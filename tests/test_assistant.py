@@ -13,8 +13,8 @@ import pytest
 from test_scripts import ROOT, rows, run
 from test_sentiment import tiny_llama
 
-from rlhf_jax import evaluate
 from rlhf_jax.data import readers
+from rlhf_jax.evaluation import evaluate
 
 CONFIG = ROOT / "configs" / "assistant.yaml"
 DATA = os.environ.get("RLHF_JAX_DATA")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rlhf_jax import flags, models
+from rlhf_jax import cli, models
 from rlhf_jax.data import batches, encoding, readers, tokenizers
 from rlhf_jax.errors import UserError
 
@@ -386,7 +386,7 @@ def call(argv, monkeypatch):
     script = ROOT / "experiments" / f"{argv[0]}.py"
     monkeypatch.setattr(sys, "argv", [str(script), *argv[1:]])
     with pytest.raises(SystemExit) as ended:
-        flags.run_script(runpy.run_path(str(script))["main"])
+        cli.run_script(runpy.run_path(str(script))["main"])
     return ended.value.code
 
 

@@ -18,9 +18,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import checkpoint
-from rlhf_jax.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import checkpoint
+from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.types import TrainState
 
 
@@ -264,8 +264,8 @@ def test_what_is_being_raised_goes_before_a_save_that_fails(tmp_path, small_file
 
 FULL_DISK = """
 import sys, numpy as np
-from rlhf_jax import checkpoint, flags
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax import checkpoint, cli
+from rlhf_jax.runs.checkpoint import Checkpoints
 
 def state(step):
     return {"a": np.random.default_rng(step).random(100_000)}
@@ -276,7 +276,7 @@ def main():
             checkpoints.save(step, state(step), {"step": step})
 
 try:
-    flags.run_script(main)
+    cli.run_script(main)
 except SystemExit as end:
     print("code", end.code)
 steps = checkpoint.steps(sys.argv[1])
@@ -472,7 +472,7 @@ def test_silence(tmp_path, capfd):
 
 SAVER = """
 import sys, itertools, numpy as np
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.runs.checkpoint import Checkpoints
 with Checkpoints(sys.argv[1], keep_last=2) as checkpoints:
     for step in itertools.count(checkpoints.latest() + 1 if checkpoints.steps() else 0):
         rng = np.random.default_rng(step)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from test_report import write_run
 
-from rlhf_jax import cli, doctor, models
+from rlhf_jax import cli, models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
+from rlhf_jax.training import doctor
 
 
 def test_data_demo_writes_the_pipelines_files(tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf_jax import devices
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import devices
 
 
 @pytest.mark.parametrize(("driver", "extra"), [(580, "cuda13"), (550, "cuda12"), (None, "cuda12")])

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from rlhf_jax import cli, flags
-from rlhf_jax.config import RunConfig
+from rlhf_jax import cli
+from rlhf_jax.config import RunConfig, parse, to_yaml
 from rlhf_jax.data import check, demo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +114,6 @@ class _ParsedError(Exception):
 
 def read_script(script, argv, monkeypatch):
     """Parses a script's flags with its own config class, as its main does, and stops there."""
-    parse = flags.parse
 
     def stop(*args, **kwargs):
         raise _ParsedError(parse(*args, **kwargs))
@@ -122,7 +121,7 @@ def read_script(script, argv, monkeypatch):
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(flags, "parse", stop)
+    monkeypatch.setattr(module, "parse", stop)
     monkeypatch.setattr(sys, "argv", [str(script), *argv])
     with pytest.raises(_ParsedError) as parsed:
         module.main()
@@ -163,7 +162,7 @@ def test_a_command_is_understood(path, command, monkeypatch):
 
 @pytest.mark.parametrize("path", [path for path in PAGES if KEY.search(path.read_text("utf-8"))], ids=name)
 def test_tables_name_real_keys_and_their_defaults(path):
-    config = yaml.safe_load(flags.to_yaml(RunConfig()))
+    config = yaml.safe_load(to_yaml(RunConfig()))
     for key, default in KEY.findall(path.read_text("utf-8")):
         value = functools.reduce(lambda section, part: section[part], key.split("."), config)
         assert value == yaml.safe_load(default.replace("\\|", "|")), f"{name(path)}: {key} is {value!r} by default"

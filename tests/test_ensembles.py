@@ -14,14 +14,15 @@ from tabular import assert_close, assert_identical, comparisons, largest_constan
 from test_scripts import rows
 from test_training import Killed, config, data, interrupt  # noqa: F401 (fixtures)
 
-from rlhf_jax import checkpoint, models, ppo, training
+from rlhf_jax import models, ppo, training
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import LoRA, Optimizer, RewardModelStage, Tokenizer
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Comparison, Pair
 from rlhf_jax.data.tokenizers import characters, train_bpe
 from rlhf_jax.errors import UserError
-from rlhf_jax.export import export
+from rlhf_jax.report.export import export
+from rlhf_jax.runs import checkpoint
 from rlhf_jax.training import ensembles, setup
 from rlhf_jax.training.reward_model import uncertainty
 from rlhf_jax.types import TrainState

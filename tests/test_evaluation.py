@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import evaluation
+from rlhf_jax import metrics
 
 CHOSEN, REJECTED = np.array([1.0, 0.0, 2.0]), np.array([0.0, 1.0, 2.0])
 LENGTHS = np.array([[3, 2], [5, 5], [1, 4]])
@@ -26,30 +26,30 @@ def test_pairs_by_hand():
         "margin": 0.0,
         "ece": 0.154039,  # two pairs in the bin of .731059, one of them right; the tie is half right at .5
         "length_accuracy": 0.5,
-        "length_correlation": evaluation.spearman(np.array([1, 0, 2, 0, 1, 2]), np.array([3, 5, 1, 2, 5, 4])),
+        "length_correlation": metrics.spearman(np.array([1, 0, 2, 0, 1, 2]), np.array([3, 5, 1, 2, 5, 4])),
     }
-    assert_close(evaluation.preference_report(CHOSEN, REJECTED, LENGTHS), expected)
+    assert_close(metrics.preference_report(CHOSEN, REJECTED, LENGTHS), expected)
 
 
 def test_weighted_pairs_by_hand():
     weights = np.array([2.0, 1.0, 1.0])
-    report = evaluation.preference_report(CHOSEN, REJECTED, LENGTHS, weights)
-    unweighted = evaluation.preference_report(CHOSEN, REJECTED, LENGTHS)
+    report = metrics.preference_report(CHOSEN, REJECTED, LENGTHS, weights)
+    unweighted = metrics.preference_report(CHOSEN, REJECTED, LENGTHS)
     expected = {"loss": 0.658233, "accuracy": 0.625, "margin": 0.25, "ece": 0.048294, "length_accuracy": 0.625}
     assert_close(report, expected | {"length_correlation": unweighted["length_correlation"]})
     # A weight of 2 is the pair twice; weights are relative.
     twice = [0, 0, 1, 2]
-    repeated = evaluation.preference_report(CHOSEN[twice], REJECTED[twice], LENGTHS[twice])
+    repeated = metrics.preference_report(CHOSEN[twice], REJECTED[twice], LENGTHS[twice])
     assert_close({name: repeated[name] for name in expected}, {name: report[name] for name in expected})
-    assert_close(evaluation.preference_report(CHOSEN, REJECTED, LENGTHS, 3 * weights), report)
+    assert_close(metrics.preference_report(CHOSEN, REJECTED, LENGTHS, 3 * weights), report)
 
 
 def test_choice_among_three_by_hand():
     """The rival is the answer of the next highest score; the judge of lengths has all the others against it."""
     scores = np.array([[1.0, 1.0, 1.0], [0.0, 3.0, 2.0], [5.0, 1.0, np.nan]])
     best, lengths = np.array([2, 1, 1]), np.array([[2, 2, 3], [6, 4, 2], [4, 4, 0]])
-    np.testing.assert_array_equal(evaluation.rival(scores, best, lengths), [0, 2, 0])
-    report = evaluation.choice_report(scores, best, lengths)
+    np.testing.assert_array_equal(metrics.rival(scores, best, lengths), [0, 2, 0])
+    report = metrics.choice_report(scores, best, lengths)
     second = -math.log(math.exp(3) / (1 + math.exp(2) + math.exp(3)))
     third = math.log1p(math.exp(4))
     assert report["loss"] == pytest.approx((math.log(3) + second + third) / 3)
@@ -60,9 +60,9 @@ def test_choice_among_three_by_hand():
 
 def test_a_choice_of_two_is_a_pair():
     scores, swapped = np.stack([CHOSEN, REJECTED], axis=1), [1, 0]
-    pairs = evaluation.preference_report(CHOSEN, REJECTED, LENGTHS)
-    assert_close(evaluation.choice_report(scores, np.zeros(3, int), LENGTHS), pairs)
-    assert_close(evaluation.choice_report(scores[:, swapped], np.ones(3, int), LENGTHS[:, swapped]), pairs)
+    pairs = metrics.preference_report(CHOSEN, REJECTED, LENGTHS)
+    assert_close(metrics.choice_report(scores, np.zeros(3, int), LENGTHS), pairs)
+    assert_close(metrics.choice_report(scores[:, swapped], np.ones(3, int), LENGTHS[:, swapped]), pairs)
 
 
 def test_targets_by_hand():
@@ -78,26 +78,26 @@ def test_targets_by_hand():
         "ece": 0.354676,
         "length_accuracy": 0.75,
     }
-    assert_close(evaluation.target_report(scores, targets, lengths), expected)
-    weighted = evaluation.target_report(scores, targets, lengths, np.array([2.0, 1.0]))
+    assert_close(metrics.target_report(scores, targets, lengths), expected)
+    weighted = metrics.target_report(scores, targets, lengths, np.array([2.0, 1.0]))
     assert_close(weighted, expected | {"loss": 0.185})
 
 
 def test_targets_without_a_pair():
     column = np.array([[0.5], [1.0], [2.0]])
-    report = evaluation.target_report(column, column + 1, np.array([[3], [2], [1]]))
+    report = metrics.target_report(column, column + 1, np.array([[3], [2], [1]]))
     assert_close(report, {"loss": 1.0, "length_correlation": -1.0, "target_correlation": 1.0})
 
 
 def test_win_rate():
-    assert evaluation.win_rate(np.array([1, 0, 2, 3]), np.array([0, 1, 2, 1])) == 0.625
-    assert evaluation.win_rate(np.array([1, 0]), np.array([0, 1]), np.array([3.0, 1.0])) == 0.75
+    assert metrics.win_rate(np.array([1, 0, 2, 3]), np.array([0, 1, 2, 1])) == 0.625
+    assert metrics.win_rate(np.array([1, 0]), np.array([0, 1]), np.array([3.0, 1.0])) == 0.75
 
 
 def test_brier_by_hand():
     margins = np.array([0.0, math.log(3), -math.log(3)])  # p of the chosen: 1/2, 3/4, 1/4
-    assert evaluation.brier(margins) == pytest.approx((1 / 4 + 1 / 16 + 9 / 16) / 3)
-    assert evaluation.brier(margins, np.array([0.0, 3.0, 1.0])) == pytest.approx((3 / 16 + 9 / 16) / 4)
+    assert metrics.brier(margins) == pytest.approx((1 / 4 + 1 / 16 + 9 / 16) / 3)
+    assert metrics.brier(margins, np.array([0.0, 3.0, 1.0])) == pytest.approx((3 / 16 + 9 / 16) / 4)
 
 
 @pytest.mark.filterwarnings("error")
@@ -106,10 +106,10 @@ def test_cohen_kappa_by_hand():
     table = {(1, 1): 20, (1, 0): 5, (0, 1): 10, (0, 0): 15}
     cells, weights = np.array(list(table)), np.array(list(table.values()))
     labels = np.repeat(cells, weights, axis=0)
-    assert evaluation.cohen_kappa(labels[:, 0], labels[:, 1]) == pytest.approx(0.4)
-    assert evaluation.cohen_kappa(cells[:, 0], cells[:, 1], weights) == pytest.approx(0.4)
-    assert evaluation.cohen_kappa([0, 1, 2], [0, 1, 2]) == 1
-    assert math.isnan(evaluation.cohen_kappa([1, 1], [1, 1]))
+    assert metrics.cohen_kappa(labels[:, 0], labels[:, 1]) == pytest.approx(0.4)
+    assert metrics.cohen_kappa(cells[:, 0], cells[:, 1], weights) == pytest.approx(0.4)
+    assert metrics.cohen_kappa([0, 1, 2], [0, 1, 2]) == 1
+    assert math.isnan(metrics.cohen_kappa([1, 1], [1, 1]))
 
 
 def test_shares_have_wilsons_interval():
@@ -120,26 +120,26 @@ def test_shares_have_wilsons_interval():
         middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
         expected = [(middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)]
         values = np.arange(n) < wins
-        assert evaluation.mean_interval(values, jax.random.key(0)) == pytest.approx(expected, abs=1e-12)
+        assert metrics.mean_interval(values, jax.random.key(0)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_bootstrap_of_a_mean_is_as_wide_as_its_standard_error():
     values = np.random.default_rng(0).normal(size=400)
-    low, high = evaluation.bootstrap_mean(values, jax.random.key(0))
+    low, high = metrics.bootstrap_mean(values, jax.random.key(0))
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
     assert low < values.mean() < high
-    assert evaluation.bootstrap_mean(values, jax.random.key(0)) == (low, high)
-    assert evaluation.bootstrap_mean(values, jax.random.key(1)) != (low, high)
-    assert all(map(math.isnan, evaluation.bootstrap_mean(values[:1], jax.random.key(0))))
+    assert metrics.bootstrap_mean(values, jax.random.key(0)) == (low, high)
+    assert metrics.bootstrap_mean(values, jax.random.key(1)) != (low, high)
+    assert all(map(math.isnan, metrics.bootstrap_mean(values[:1], jax.random.key(0))))
 
 
 def test_a_bootstrap_draws_groups_whole():
     """Each value four times over says no more than once."""
     values = np.random.default_rng(0).normal(size=100)
     groups = np.repeat(np.arange(100), 4)
-    once = np.ptp(evaluation.bootstrap_mean(values, jax.random.key(0)))
-    grouped = np.ptp(evaluation.bootstrap_mean(np.repeat(values, 4), jax.random.key(0), None, groups))
-    apart = np.ptp(evaluation.bootstrap_mean(np.repeat(values, 4), jax.random.key(0)))
+    once = np.ptp(metrics.bootstrap_mean(values, jax.random.key(0)))
+    grouped = np.ptp(metrics.bootstrap_mean(np.repeat(values, 4), jax.random.key(0), None, groups))
+    apart = np.ptp(metrics.bootstrap_mean(np.repeat(values, 4), jax.random.key(0)))
     assert grouped == pytest.approx(once)
     assert apart == pytest.approx(once / 2, rel=0.15)
 
@@ -148,18 +148,18 @@ def test_a_jackknife_of_a_mean_has_its_standard_error():
     values = np.array([1.0, 2.0, 4.0, 9.0])
     without_each = (values.sum() - values) / 3
     half = 1.96 * values.std(ddof=1) / 2
-    assert evaluation.jackknife_interval(4.0, without_each) == pytest.approx((4 - half, 4 + half))
-    assert all(map(math.isnan, evaluation.jackknife_interval(4.0, without_each[:1])))
+    assert metrics.jackknife_interval(4.0, without_each) == pytest.approx((4 - half, 4 + half))
+    assert all(map(math.isnan, metrics.jackknife_interval(4.0, without_each[:1])))
 
 
 def test_a_calibration_error_lies_in_its_centered_interval():
     margins = np.random.default_rng(0).normal(size=100)
 
     def error(weights):
-        return evaluation.expected_calibration_error(margins, weights=weights)
+        return metrics.expected_calibration_error(margins, weights=weights)
 
-    low, high = evaluation.bootstrap_interval(error, np.ones(100), jax.random.key(0))
-    moved = evaluation.bootstrap_interval(error, np.ones(100), jax.random.key(0), centered=True)
+    low, high = metrics.bootstrap_interval(error, np.ones(100), jax.random.key(0))
+    moved = metrics.bootstrap_interval(error, np.ones(100), jax.random.key(0), centered=True)
     assert low - moved[0] == pytest.approx(high - moved[1])
     assert low - moved[0] > 0.01  # what the draws add
     assert moved[0] < error(np.ones(100)) < moved[1]

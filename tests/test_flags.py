@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax import flags
+from rlhf_jax import cli
+from rlhf_jax.config import parse, to_yaml
 from rlhf_jax.errors import UserError
 
 
@@ -66,20 +67,20 @@ def write(tmp_path, monkeypatch):
 
 def test_flag_goes_before_file_before_default(write):
     file = write("ppo:\n  clip_low: 0.1\n  num_epochs: 2\nseed: 7\n")
-    config = flags.parse(Settings, [*file, "--ppo.clip-low", "0.05"])
+    config = parse(Settings, [*file, "--ppo.clip-low", "0.05"])
     assert config == Settings(seed=7, ppo=Stage(clip_low=0.05, num_epochs=2))
     # The order on the command line does not matter, and a section's own default survives.
-    assert flags.parse(Settings, ["--ppo.clip-low", "0.05", *file]) == config
-    assert flags.parse(Settings, []) == Settings()
-    assert flags.parse(Settings, []).ppo.clip_low == 0.3
+    assert parse(Settings, ["--ppo.clip-low", "0.05", *file]) == config
+    assert parse(Settings, []) == Settings()
+    assert parse(Settings, []).ppo.clip_low == 0.3
 
 
 def test_the_last_config_and_the_last_flag_count(write):
     write("seed: 1\n")
     Path("d.yaml").write_text("seed: 2\n")
-    assert flags.parse(Settings, ["--config", "c.yaml", "--config=d.yaml"]).seed == 2
-    assert flags.parse(Settings, ["--config=d.yaml", "--config", "c.yaml"]).seed == 1
-    assert flags.parse(Settings, ["--seed", "3", "--seed", "4"]).seed == 4
+    assert parse(Settings, ["--config", "c.yaml", "--config=d.yaml"]).seed == 2
+    assert parse(Settings, ["--config=d.yaml", "--config", "c.yaml"]).seed == 1
+    assert parse(Settings, ["--seed", "3", "--seed", "4"]).seed == 4
 
 
 def test_values_of_every_type(write):
@@ -97,20 +98,20 @@ ppo:
   shuffle: no
   folder: runs/x
 """
-    stage = flags.parse(Settings, write(text)).ppo
+    stage = parse(Settings, write(text)).ppo
     assert stage == Stage(
         1e-5, 4, "ipo", 0, 1.0, ("a.json", "-b"), (3, 4.0), [], {"length": 0.01, "score": 2.0}, False, Path("runs/x")
     )
     assert isinstance(stage.max_norm, float)
     assert isinstance(stage.pair[1], float)
     command = "--ppo.top-k None --ppo.data x y --ppo.no-shuffle --ppo.max-norm 1e-5 --ppo.kind ipo --model m"
-    config = flags.parse(Settings, command.split())
+    config = parse(Settings, command.split())
     assert config == Settings("m", 0, Stage(0.3, 4, "ipo", None, 1e-5, ("x", "y"), shuffle=False))
 
 
 def test_none_as_the_command_line_spells_it_is_null(write):
-    assert flags.parse(Settings, write("model: None\n")).model is None
-    assert flags.parse(Settings, write("model: 'None'\n")).model == "None"
+    assert parse(Settings, write("model: None\n")).model is None
+    assert parse(Settings, write("model: 'None'\n")).model == "None"
 
 
 @pytest.mark.parametrize(
@@ -162,36 +163,36 @@ def test_none_as_the_command_line_spells_it_is_null(write):
 )
 def test_a_mistake_in_the_file_is_named(write, text, message):
     with pytest.raises(UserError) as caught:
-        flags.parse(Settings, write(text))
+        parse(Settings, write(text))
     assert str(caught.value).startswith(message)
     assert len(str(caught.value)) < 250
 
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"none.yaml: no such file \(given by --config\)"):
-        flags.parse(Settings, ["--config", str(tmp_path / "none.yaml")])
+        parse(Settings, ["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(UserError, match="cannot be read"):
-        flags.parse(Settings, ["--config", str(tmp_path)])
+        parse(Settings, ["--config", str(tmp_path)])
 
 
 def test_byte_order_mark_is_ignored(write):
-    assert flags.parse(Settings, write(b"\xef\xbb\xbfseed: 3")).seed == 3
+    assert parse(Settings, write(b"\xef\xbb\xbfseed: 3")).seed == 3
 
 
 def test_checks_run_on_the_final_values(write):
     """What the file gets wrong a flag may put right, and the other way round the file's line is not blamed."""
     file = write("ppo:\n  clip_low: 3\n")
-    assert flags.parse(Settings, [*file, "--ppo.clip-low", "0.5"]).ppo.clip_low == 0.5
+    assert parse(Settings, [*file, "--ppo.clip-low", "0.5"]).ppo.clip_low == 0.5
     with pytest.raises(UserError, match=r"^ppo: clip_low must be at most 1, got 4\.0"):
-        flags.parse(Settings, [*file, "--ppo.clip-low", "4"])
+        parse(Settings, [*file, "--ppo.clip-low", "4"])
     with pytest.raises(UserError, match=r"^batch_size 7 must be a multiple of 4"):
-        flags.parse(Settings, ["--batch-size", "7"])
+        parse(Settings, ["--batch-size", "7"])
 
 
 @pytest.mark.parametrize("argv", [["--nope"], ["--seed", "x"], ["--ppo.kind", "hinge"], ["--config"], ["--seed"]])
 def test_wrong_flags_exit_with_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
-        flags.parse(Settings, argv)
+        parse(Settings, argv)
     assert caught.value.code == 2
     assert argv[0] in capsys.readouterr().err
 
@@ -199,7 +200,7 @@ def test_wrong_flags_exit_with_2(argv, capsys):
 def test_help_shows_texts_and_values_in_force(write, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit) as caught:
-        flags.parse(Settings, [*write("seed: 31\n"), "--help"], description="Trains things.")
+        parse(Settings, [*write("seed: 31\n"), "--help"], description="Trains things.")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Trains things." in text
@@ -215,10 +216,10 @@ def test_a_field_without_default_must_be_given(write, capsys):
     class Required:
         name: str
 
-    assert flags.parse(Required, write("name: x")) == Required("x")
-    assert flags.parse(Required, ["--name", "y"]) == Required("y")
+    assert parse(Required, write("name: x")) == Required("x")
+    assert parse(Required, ["--name", "y"]) == Required("y")
     with pytest.raises(SystemExit):
-        flags.parse(Required, [])
+        parse(Required, [])
     assert "--name" in capsys.readouterr().err
 
 
@@ -244,15 +245,15 @@ stages = st.builds(
 @given(st.builds(Settings, model=st.none() | texts | st.sampled_from(["None", "null", "1e5", "on", "~"]), ppo=stages))
 def test_yaml_reads_back_equal(tmp_path_factory, config):
     file = tmp_path_factory.mktemp("yaml") / "c.yaml"
-    text = flags.to_yaml(config)
+    text = to_yaml(config)
     file.write_text(text, encoding="utf-8")
-    read = flags.parse(Settings, ["--config", str(file)])
+    read = parse(Settings, ["--config", str(file)])
     assert read == config
-    assert flags.to_yaml(read) == text
+    assert to_yaml(read) == text
 
 
 def test_yaml_holds_every_field_in_order():
-    text = flags.to_yaml(Settings(ppo=Stage(data=("a", "b"))))
+    text = to_yaml(Settings(ppo=Stage(data=("a", "b"))))
     assert text.splitlines() == [
         *("model: null", "seed: 0", "ppo:", "  clip_low: 0.2", "  num_epochs: 4", "  kind: sigmoid", "  top_k: null"),
         *("  max_norm: 1.0", "  data: [a, b]", "  pair: [1, 2.0]", "  names: []", "  weights: {}", "  shuffle: true"),
@@ -271,7 +272,7 @@ def test_exit_codes(outcome, code, stderr, capsys):
         return outcome
 
     with pytest.raises(SystemExit) as caught:
-        flags.run_script(main)
+        cli.run_script(main)
     assert caught.value.code == code
     assert capsys.readouterr().err == stderr
 
@@ -281,4 +282,4 @@ def test_other_errors_keep_their_traceback():
         raise RuntimeError("bug")
 
     with pytest.raises(RuntimeError, match="bug"):
-        flags.run_script(main)
+        cli.run_script(main)

@@ -1,11 +1,12 @@
-"""inference.Generator: what it returns, and that a response depends on seed, prompt and sample number alone."""
+"""generator.Generator: what it returns, and that a response depends on seed, prompt and sample number alone."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import inference, models
+from rlhf_jax import generator as inference
+from rlhf_jax import models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from rlhf_jax import flags, inference, ppo, training
-from rlhf_jax.config import RunConfig
+from rlhf_jax import generator, ppo, training
+from rlhf_jax.config import RunConfig, parse
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("no_pages")]
 
@@ -16,7 +16,7 @@ NEW = 12
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """model/ of a short PPO run from random weights, large enough that texts depend on their prompts."""
-    config = flags.parse(RunConfig, ["--config", "configs/tiny.yaml", "--network.initializer-range", "0.3"])
+    config = parse(RunConfig, ["--config", "configs/tiny.yaml", "--network.initializer-range", "0.3"])
     rl = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, batch_size=8)
     path = tmp_path_factory.mktemp("runs") / "ppo"
     return str(training.rl.run(dataclasses.replace(config, rl=rl, output_dir=str(path)), ppo).model_folder)
@@ -28,7 +28,7 @@ def test_the_snippet_says_what_the_generator_says(folder):
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    generations = inference.Generator(folder, max_new_tokens=NEW, temperature=0)(PROMPTS)
+    generations = generator.Generator(folder, max_new_tokens=NEW, temperature=0)(PROMPTS)
     alone = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.runs.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from rlhf_jax import checkpoint, sharding
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax import sharding
 from rlhf_jax.config import RunConfig, Tokenizer
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.flags import parse
+from rlhf_jax.runs import checkpoint
+from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training import loop
 from rlhf_jax.training.stage import open_stage
 
@@ -197,7 +198,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_run_goes_on(config, mo
                 "orbax.checkpoint.AsyncCheckpointer.save",
                 r"checkpoint of step 4 .*No space left on device\); the last good checkpoint is step 2\.",
             ),
-            "metrics": ("rlhf_jax.tracking.RowWriter.write", "run: the disk is full; make room, then go on"),
+            "metrics": ("rlhf_jax.runs.log.RowWriter.write", "run: the disk is full; make room, then go on"),
         }[where]
         with pytest.raises(TrainingFault, match=message):
             run_loop(config, before_step=fill)

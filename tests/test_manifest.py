@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax import manifest
-from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.errors import UserError
-from rlhf_jax.manifest import check_unchanged, fingerprint, write_config, write_manifest
-from rlhf_jax.runs import open_run
+from rlhf_jax.runs import manifest
+from rlhf_jax.runs.checkpoint import Checkpoints
+from rlhf_jax.runs.folder import open_run
+from rlhf_jax.runs.manifest import check_unchanged, fingerprint, write_config, write_manifest
 
 CONFIG = "seed: 0\nresume: false\nppo:\n  clip_low: 0.2\n  data: [a, b]\n  weights: {}\n"
 

@@ -16,11 +16,11 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # Left out here, since each takes longer than these runs and has tests of its own: doctor's step of every phase, and a
 # page for each run.
 SHORTER = """
-import rlhf_jax.doctor
-import rlhf_jax.report
+import rlhf_jax.training.doctor
+import rlhf_jax.report.page
 
-rlhf_jax.doctor.self_test = list
-rlhf_jax.report.write = lambda runs, path: None
+rlhf_jax.training.doctor.self_test = list
+rlhf_jax.report.page.write = lambda runs, path: None
 """
 NAMES = ("reward_model_lora", "shakespeare_reward_model", "shakespeare_vpg")
 

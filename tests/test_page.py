@@ -8,9 +8,10 @@ import matplotlib
 import numpy as np
 import pytest
 
-from rlhf_jax import figures, page
-from rlhf_jax.figures import Histogram, Plot, Series
-from rlhf_jax.page import Block, Facts, Figures, Gates, Heading, Table, Text
+from rlhf_jax.report import figures
+from rlhf_jax.report import html as page
+from rlhf_jax.report.figures import Histogram, Plot, Series
+from rlhf_jax.report.html import Block, Facts, Figures, Gates, Heading, Table, Text
 
 HOSTILE = '</td></svg><script src="http://x.org/a.js">alert("1")</script> & $x$ <b>'
 CURVE = ([0, 1, 2], [0.5, 0.25, 0.125])

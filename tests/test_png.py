@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from test_report import write_run
 
-from rlhf_jax import cli, figures, report
+from rlhf_jax import cli
 from rlhf_jax.errors import UserError
+from rlhf_jax.report import figures, page
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -67,7 +68,7 @@ def test_figures_of_several_stages_do_not_take_each_other_s_place(tmp_path):
         write_run(tmp_path / "a" / "x"),
         write_run(tmp_path / "b" / "sft", stage="sft", metrics={"sft/loss": [3.0, 2, 1]}),
     ]
-    paths = report.write_png(runs, tmp_path)
+    paths = page.write_png(runs, tmp_path)
     names = [path.name for path in paths]
     assert len(set(names)) == len(names) == len(list(tmp_path.glob("*.png")))
     assert {"sft-loss-sft-loss.png", "ppo-score-objective-score.png"} <= set(names)
@@ -75,12 +76,12 @@ def test_figures_of_several_stages_do_not_take_each_other_s_place(tmp_path):
 
 def test_equal_titles_are_numbered(tmp_path, monkeypatch):
     plot = figures.Plot("Score!", "x", "y", {"a": ([1], [1])})
-    monkeypatch.setattr(report, "_parts", lambda records: [report.page.Figures("", [plot, plot, plot])])
-    paths = report.write_png([write_run(tmp_path / "run")], tmp_path / "png")
+    monkeypatch.setattr(page, "_parts", lambda records: [page.page.Figures("", [plot, plot, plot])])
+    paths = page.write_png([write_run(tmp_path / "run")], tmp_path / "png")
     assert [path.name for path in paths] == ["score.png", "score--2.png", "score--3.png"]
 
 
 def test_no_place_for_the_files(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file.*png: cannot be written: "):
-        report.write_png([write_run(tmp_path / "run")], tmp_path / "file")
+        page.write_png([write_run(tmp_path / "run")], tmp_path / "file")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rlhf_jax import processes
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"

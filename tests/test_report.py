@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 from test_page import HOSTILE, Page
 
-from rlhf_jax import evaluation, models, report, run_figures, run_records, runs, sharding
+from rlhf_jax import metrics as evaluation
+from rlhf_jax import models, sharding
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.run_figures import histograms, reliability
-from rlhf_jax.tracking import RowWriter
+from rlhf_jax.report import page as report
+from rlhf_jax.report import records as run_records
+from rlhf_jax.report import run_figures
+from rlhf_jax.report.run_figures import histograms, reliability
+from rlhf_jax.runs import folder as runs
+from rlhf_jax.runs.log import RowWriter
 from rlhf_jax.training.adapters import Trainable
 from rlhf_jax.training.stage import Stage
 

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import pytest
 
-from rlhf_jax import ppo, rloo, run_records, training
+from rlhf_jax import ppo, rloo, training
 from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.report import records
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -58,7 +59,7 @@ def history(folder, reward, seed, *, algorithm=rloo, rl=CONFIG.rl, **options):
         **options,
     )
     run = training.rl.run(config, algorithm).folder
-    return run_records.read_rows(run / "metrics.jsonl"), run_records.read_rows(run / "alerts.jsonl")
+    return records.read_rows(run / "metrics.jsonl"), records.read_rows(run / "alerts.jsonl")
 
 
 def first(alerts, name):

@@ -9,12 +9,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax import runs
-from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.manifest import write_config, write_manifest
-from rlhf_jax.runs import open_run
+from rlhf_jax.runs import folder
+from rlhf_jax.runs.checkpoint import Checkpoints
+from rlhf_jax.runs.folder import open_run
+from rlhf_jax.runs.manifest import write_config, write_manifest
 from rlhf_jax.training.pipeline import check_folder
 
 
@@ -159,7 +159,7 @@ def test_overwrite_deletes_nothing_that_is_no_run(tmp_path, manifest):
 
 HOLDER = """
 import sys, time
-from rlhf_jax.runs import open_run
+from rlhf_jax.runs.folder import open_run
 run = open_run(sys.argv[1])
 print("open", flush=True)
 time.sleep(60)
@@ -190,7 +190,7 @@ def test_a_refusal_does_not_keep_the_folder_locked(tmp_path, monkeypatch):
         raise UserError("no")
 
     finished_run(tmp_path)
-    monkeypatch.setattr(runs, "_clear", fail)
+    monkeypatch.setattr(folder, "_clear", fail)
     with pytest.raises(UserError, match="no"):
         open_run(tmp_path, overwrite=True)
     open_run(tmp_path, resume=True).close()

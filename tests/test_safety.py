@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import flags, safety, training, vpg
-from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Safety, Tokenizer
+from rlhf_jax import training, vpg
+from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Safety, Tokenizer, parse
 from rlhf_jax.data.readers import Prompt
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.rewards import filter as safety
 from rlhf_jax.training.reward_functions import RunReward
 from rlhf_jax.training.safety import Guard, told
 from rlhf_jax.types import Rollout
@@ -260,4 +261,4 @@ def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(conf
 
 def test_the_section_is_read_from_flags(tmp_path):
     argv = ["--safety.words", "a.txt", "--safety.responses", "replace", "--safety.score", "-1"]
-    assert flags.parse(RunConfig, argv).safety == Safety(words=("a.txt",), responses="replace", score=-1.0)
+    assert parse(RunConfig, argv).safety == Safety(words=("a.txt",), responses="replace", score=-1.0)

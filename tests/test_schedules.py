@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import checkpoint
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import Optimizer, RLStage, RunConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import checkpoint
 from rlhf_jax.training import checks, loop, patience, setup
 from rlhf_jax.training.patience import times_exhausted
 from rlhf_jax.training.phases import LoopState

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax import cli
-from rlhf_jax.devices import nvidia_gpu
+from rlhf_jax.runs.devices import nvidia_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 

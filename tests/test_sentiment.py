@@ -16,7 +16,8 @@ import pytest
 import scipy.special
 from test_scripts import ROOT, rows, run
 
-from rlhf_jax import flags, models, sampling
+from rlhf_jax import models, sampling
+from rlhf_jax.config import parse
 from rlhf_jax.data import readers
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
@@ -136,7 +137,7 @@ def test_repeated_words_and_the_error_over_prompts():
 
 
 def test_the_config_is_read_and_runs_at_three_strengths():
-    config = flags.parse(SentimentConfig, ["--config", str(CONFIG)])
+    config = parse(SentimentConfig, ["--config", str(CONFIG)])
     own = config.sentiment
     assert [len(some) for some in (own.kl_coefs, own.kl_targets, own.grpo_kl_coefs, own.dpo_betas)] == [3, 3, 3, 3]
     assert config.text.bucket_multiple == own.longest_prompt + 1 + config.rl.max_new_tokens
@@ -157,7 +158,7 @@ def test_the_config_is_read_and_runs_at_three_strengths():
 def test_refusals(given, message, tmp_path):
     with pytest.raises(UserError, match="^[^\n]*" + re.escape(message)):
         run_job(
-            flags.parse(SentimentConfig, ["--config", str(CONFIG), "--output-dir", str(tmp_path / "x"), *given]),
+            parse(SentimentConfig, ["--config", str(CONFIG), "--output-dir", str(tmp_path / "x"), *given]),
             lambda prompts, responses: [0.0] * len(responses),
         )
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from test_scripts import ROOT, rows, run
 
-from rlhf_jax import flags, models
+from rlhf_jax import models
+from rlhf_jax.config import parse
 from rlhf_jax.data import encoding, readers, shakespeare, tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.shakespeare import ShakespeareConfig
@@ -122,7 +123,7 @@ def test_a_score_does_not_depend_on_the_padding():
 
 
 def test_the_config_names_13_starters_with_two_h():
-    config = flags.parse(ShakespeareConfig, ["--config", str(CONFIG)])
+    config = parse(ShakespeareConfig, ["--config", str(CONFIG)])
     starters = config.shakespeare.starters
     assert (len(starters), sum(text.count("h") for text in starters)) == (13, 2)
     assert (config.rl.max_new_tokens, config.rl.temperature, config.rl.kl_coef) == (20, 1.0, 0.0)
@@ -149,13 +150,13 @@ def test_the_config_names_13_starters_with_two_h():
 )
 def test_refusals(given, message, tmp_path):
     with pytest.raises(UserError, match="^[^\n]*" + message.replace("(", r"\(")):
-        run_job(flags.parse(ShakespeareConfig, ["--config", str(CONFIG), "--output-dir", str(tmp_path / "x"), *given]))
+        run_job(parse(ShakespeareConfig, ["--config", str(CONFIG), "--output-dir", str(tmp_path / "x"), *given]))
 
 
 def test_a_text_too_short_or_not_utf8(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("short")
-    config = flags.parse(
+    config = parse(
         ShakespeareConfig, ["--config", str(CONFIG), "--data", str(path), "--output-dir", str(tmp_path / "x")]
     )
     with pytest.raises(UserError, match=r"text\.txt: the text is shorter than a row of 256 characters"):
@@ -215,7 +216,7 @@ def test_the_real_text(seed, tmp_path):
     text = Path(str(DATA)) / "tinyshakespeare" / "input.txt"
     run("shakespeare", "--data", text, "--output-dir", tmp_path / "run", "--seed", seed)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
-    config = flags.parse(ShakespeareConfig, ["--config", str(CONFIG)])
+    config = parse(ShakespeareConfig, ["--config", str(CONFIG)])
     assert summary["text"]["sha256"] == config.shakespeare.sha256
     assert summary["ceiling"] == pytest.approx(20 + 2 / 13, abs=1e-6)
     assert summary["vpg_exact"]["first"] < 3

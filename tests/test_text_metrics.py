@@ -6,7 +6,7 @@ from collections import Counter
 import judged_texts
 import pytest
 
-from rlhf_jax import text_metrics
+from rlhf_jax.evaluation import texts as text_metrics
 
 TEXTS = [
     text.split() for text in ("the cat sat on the mat", "the cat sat down", "a dog ran", "the cat sat on the mat", "a")

@@ -17,11 +17,11 @@ import types
 import pytest
 import rich.console
 
-from rlhf_jax import trackers
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs import open_run
-from rlhf_jax.tracking import Tracker
+from rlhf_jax.runs import trackers
+from rlhf_jax.runs.folder import open_run
+from rlhf_jax.runs.log import Tracker
 from rlhf_jax.training import stage
 
 SAMPLES = [

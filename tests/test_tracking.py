@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs import open_run
-from rlhf_jax.tracking import RowWriter, Tracker
+from rlhf_jax.runs.folder import open_run
+from rlhf_jax.runs.log import RowWriter, Tracker
 
 
 def rows(path) -> list[dict]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from rlhf_jax import grpo, models, ppo, rloo, sharding, tracking, training, vpg
+from rlhf_jax import grpo, models, ppo, rloo, sharding, training, vpg
 from rlhf_jax.config import (
     Compute,
     DPOStage,
@@ -28,6 +28,7 @@ from rlhf_jax.data import demo
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.flags import parse
+from rlhf_jax.runs import log as tracking
 from rlhf_jax.training import checks, setup
 from rlhf_jax.training.quickstart import QuickstartConfig
 from rlhf_jax.training.quickstart import run as quickstart_run

@@ -19,7 +19,7 @@ from rlhf_jax.data.rows import Drop, Text, fields, require
 from rlhf_jax.data.sources import read_source
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs import write_atomically
+from rlhf_jax.runs.folder import write_atomically
 
 ROOT = "https://openaipublic.blob.core.windows.net/lm-human-preferences/labels"
 KEYS = ("query", "sample0", "sample1", "sample2", "sample3", "best")

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from rlhf_jax import figures, inference, models, sampling
+from rlhf_jax import generator, models, sampling
 from rlhf_jax import rollout as rollouts
 from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.report import figures
 from rlhf_jax.types import Params, Rollout
 
 ROWS_AT_ONCE = 4096  # sampled in one batch by best_of_n
@@ -158,7 +159,7 @@ def as_row(point: Point) -> Mapping[str, str | float | None]:
 
 def _point(bench: Bench, method: str, setting: str, rollout: Rollout, kl: float, kl_error: float | None) -> Point:
     """rollout: as many responses to each prompt in turn, with their scores."""
-    texts = inference.responses(rollout, bench.tokenizer)
+    texts = generator.responses(rollout, bench.tokenizer)
     each = len(texts) // len(bench.tokens)
     words = [text.lower().split() for text in texts]
     repeated = float(np.mean([1 - len(set(said)) / max(len(said), 1) for said in words]))

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from rlhf_jax import alerts, processes, run_records, trackers
-from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.data.batches import ABSENT
 from rlhf_jax.errors import AlertStop, Stopped, TrainingFault, UserError
-from rlhf_jax.tracking import RowWriter, Tracker
+from rlhf_jax.report import records
+from rlhf_jax.runs import alerts, processes, trackers
+from rlhf_jax.runs.checkpoint import Checkpoints
+from rlhf_jax.runs.log import RowWriter, Tracker
 from rlhf_jax.training import checks, patience, setup
 from rlhf_jax.training.signals import resume_command, stop_requests
 from rlhf_jax.training.stage import Stage
@@ -81,7 +82,7 @@ def train(
         )
         rules = alerts.parse(config.alerts)
         # A resumed run's rules see the rows before its checkpoint again, and go on from there.
-        history = run_records.read_rows(stage.run.metrics) if stage.run.resumed else []
+        history = records.read_rows(stage.run.metrics) if stage.run.resumed else []
         history = [earlier for earlier in history if earlier["step"] <= first]
         watches, _ = alerts.replay(rules, history)
         alert_rows = RowWriter(stage.run.path / "alerts.jsonl", resume_step)

@@ -4,9 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_jax import devices, processes, runs
 from rlhf_jax.config import RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import devices, processes
+from rlhf_jax.runs import folder as runs
 from rlhf_jax.training import reward_model, rl, sft
 from rlhf_jax.training.stage import RunResult
 

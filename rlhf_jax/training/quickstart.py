@@ -13,10 +13,12 @@ import numpy as np
 import rich.console
 import rich.table
 
-from rlhf_jax import evaluation, figures, inference, models, page, run_records, runs, sampling
+from rlhf_jax import generator, metrics, models, sampling
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import demo, encoding, readers, rubric
 from rlhf_jax.errors import UserError
+from rlhf_jax.report import figures, html, records
+from rlhf_jax.runs import folder as runs
 from rlhf_jax.training import pipeline, setup
 from rlhf_jax.training.reward_model import evaluate, pair_scorer
 from rlhf_jax.training.stage import start
@@ -85,8 +87,8 @@ def _answers(model_folder: str, prompts: list[readers.Prompt], config: RunConfig
         max_new_tokens=config.rl.max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
     )
     key = setup.stream(config.seed, "quickstart", "eval")
-    rollout = inference.generate(model, params, encoded.tokens, encoded.attention_mask, key, greedy)
-    texts = inference.responses(rollout, tokenizer)
+    rollout = generator.generate(model, params, encoded.tokens, encoded.attention_mask, key, greedy)
+    texts = generator.responses(rollout, tokenizer)
     scores = [rubric.score(row.columns, text) for row, text in zip(prompts, texts, strict=True)]
     return Answers(texts, np.array(scores), rollout)
 
@@ -117,7 +119,7 @@ def _summary(
     kls = [row["objective/kl"] for row in rows if "objective/kl" in row]
     coefs = [row["kl/coef"] for row in rows if "kl/coef" in row]
     last, target = kls[-LAST_ITERATIONS:], config.rl.kl_target or 0.0
-    win_rate = evaluation.win_rate(ppo_answers.scores, sft_answers.scores)
+    win_rate = metrics.win_rate(ppo_answers.scores, sft_answers.scores)
     rounded = functools.partial(round, ndigits=6)
     return {
         "seed": config.seed,
@@ -133,7 +135,7 @@ def _summary(
             "lowest": rounded(min(coefs)),
             "highest": rounded(max(coefs)),
         },
-        "score_length_correlation": rounded(evaluation.spearman(learned, rollout.response_mask.sum(axis=1))),
+        "score_length_correlation": rounded(metrics.spearman(learned, rollout.response_mask.sum(axis=1))),
         "gates": {
             "reward_model_accuracy": preference["accuracy"] >= MIN_ACCURACY,
             "ppo_beats_sft": win_rate >= MIN_WIN_RATE,
@@ -171,20 +173,20 @@ def _report(
         for i in _shown(prompts)
     ]
     columns = ("Prompt", "SFT", "SFT score", "PPO", "PPO score")
-    answers = page.Table(
+    answers = html.Table(
         "Held-out prompts, greedy answers, the rubric's scores",
         columns,
         examples,
         formats={"SFT score": ".2f", "PPO score": ".2f"},
     )
-    page.write(
+    html.write(
         folder / "report.html",
         "Quickstart: SFT, a reward model and PPO",
         [
-            page.Gates({name: (passed, details[name]) for name, passed in summary["gates"].items()}),
-            page.Facts("Figures", facts),
+            html.Gates({name: (passed, details[name]) for name, passed in summary["gates"].items()}),
+            html.Facts("Figures", facts),
             answers,
-            page.Figures("Curves", _plots(folder, kl["target"] / KL_BAND, kl["target"] * KL_BAND)),
+            html.Figures("Curves", _plots(folder, kl["target"] / KL_BAND, kl["target"] * KL_BAND)),
         ],
         summary="A small language model, trained from nothing on a generated assistant corpus: SFT on demonstrations "
         "of mixed quality, a reward model on preference pairs, PPO against that reward model. A rubric that training "
@@ -193,30 +195,28 @@ def _report(
 
 
 def _plots(folder: Path, low: float, high: float) -> list[figures.Plot]:
-    sft, pairs, ppo = (run_records.read_rows(folder / stage / "metrics.jsonl") for stage in pipeline.STAGES)
+    sft, pairs, ppo = (records.read_rows(folder / stage / "metrics.jsonl") for stage in pipeline.STAGES)
 
     def ppo_plot(title: str, y_label: str, *names: str, **more: Any) -> figures.Plot:
-        return figures.Plot(
-            title, "iteration", y_label, {name: run_records.series(ppo, name) for name in names}, **more
-        )
+        return figures.Plot(title, "iteration", y_label, {name: records.series(ppo, name) for name in names}, **more)
 
-    score_of = dict(zip(*run_records.series(ppo, "objective/score"), strict=True))
-    steps, kls = run_records.series(ppo, "objective/kl")
+    score_of = dict(zip(*records.series(ppo, "objective/score"), strict=True))
+    steps, kls = records.series(ppo, "objective/kl")
     frontier = {"objective/score": (kls, [score_of[step] for step in steps])}
     return [
         figures.Plot(
             "SFT: loss",
             "step",
             "nats per token",
-            {"train": run_records.series(sft, "sft/loss"), "validation": run_records.series(sft, "validation/loss")},
+            {"train": records.series(sft, "sft/loss"), "validation": records.series(sft, "validation/loss")},
         ),
         figures.Plot(
             "Reward model: loss",
             "step",
             "nats per pair",
             {
-                "train": run_records.series(pairs, "reward_model/loss"),
-                "validation": run_records.series(pairs, "validation/loss"),
+                "train": records.series(pairs, "reward_model/loss"),
+                "validation": records.series(pairs, "validation/loss"),
             },
             lines={"chance": math.log(2)},
         ),
@@ -225,8 +225,8 @@ def _plots(folder: Path, low: float, high: float) -> list[figures.Plot]:
             "step",
             "share of pairs",
             {
-                "train": run_records.series(pairs, "reward_model/accuracy"),
-                "validation": run_records.series(pairs, "validation/accuracy"),
+                "train": records.series(pairs, "reward_model/accuracy"),
+                "validation": records.series(pairs, "validation/accuracy"),
             },
             lines={"chance": 0.5},
         ),

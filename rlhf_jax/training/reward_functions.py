@@ -30,7 +30,7 @@ from rlhf_jax import models, rewards
 from rlhf_jax.config import Compute
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.safety import Verdict
+from rlhf_jax.rewards.filter import Verdict
 from rlhf_jax.training import ensembles, setup
 from rlhf_jax.types import Metrics, RewardFn, Rollout
 

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import evaluation, inference, models, processes, sampling
+from rlhf_jax import generator, metrics, models, sampling
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding, readers
 from rlhf_jax.data import rows as data_rows
 from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.runs import processes
 from rlhf_jax.training import checks, ensembles, inputs, loop, setup
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult, Stage, open_stage, start
@@ -178,8 +179,8 @@ def report(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: n
     weights = None if comparisons.weight is None else comparisons.weight[rows]
     lengths = _response_lengths(comparisons, rows)
     if comparisons.targets is not None:
-        return evaluation.target_report(scores, comparisons.targets[rows], lengths, weights)
-    return evaluation.choice_report(scores, _best(comparisons, rows), lengths, weights)
+        return metrics.target_report(scores, comparisons.targets[rows], lengths, weights)
+    return metrics.choice_report(scores, _best(comparisons, rows), lengths, weights)
 
 
 def uncertainty(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray) -> float:
@@ -197,7 +198,7 @@ def uncertainty(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scor
         weights = np.where(lengths > 0, weights[:, None], 0.0)
         return float(np.average(scores.std(axis=2), weights=weights))
     row, best = np.arange(len(rows)), _best(comparisons, rows)
-    margins = scores[row, best] - scores[row, evaluation.rival(scores.mean(axis=2), best, lengths)]
+    margins = scores[row, best] - scores[row, metrics.rival(scores.mean(axis=2), best, lengths)]
     return float(np.average(margins.std(axis=1), weights=weights))
 
 
@@ -227,7 +228,7 @@ def samples(
             found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k])})
         return found
     best = _best(comparisons, rows)
-    for i, (chosen, rejected) in enumerate(zip(best, evaluation.rival(scores, best, lengths), strict=True)):
+    for i, (chosen, rejected) in enumerate(zip(best, metrics.rival(scores, best, lengths), strict=True)):
         prompt, response = texts(rows[i], chosen)
         found.append(
             {
@@ -274,7 +275,7 @@ def _base_samples(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    return inference.generate(
+    return generator.generate(
         model, base_params, encoded.tokens, encoded.attention_mask, jax.random.fold_in(key, 1), sampling_config
     )
 

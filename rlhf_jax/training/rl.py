@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import inference, models, processes, rewards, sampling, sharding
+from rlhf_jax import generator, models, rewards, sampling, sharding
 from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data import rows as data_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.safety import Verdict
+from rlhf_jax.rewards.filter import Verdict
+from rlhf_jax.runs import processes
 from rlhf_jax.training import adapters, checks, inputs, loop, reward_functions, safety, setup
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.phases import AlgorithmConfig, LoopState, Prompts, collect, iteration, learn, reward
@@ -210,7 +211,7 @@ def _validator(
             rollout, metrics = processes.fetch(score(run_reward.fn, rollout))
         else:
             rollout, metrics, verdicts = _reward_on_host(run_reward, rollout, encoded, rows)
-        texts = inference.responses(rollout, tokenizer)
+        texts = generator.responses(rollout, tokenizer)
         lengths = rollout.response_mask.astype(bool).sum(axis=1).tolist()
         samples = [
             {"prompt": encoded.rows[row].prompt, "response": text, "score": float(score), "length": length}

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import inference, manifest, rewards, safety
+from rlhf_jax import generator, rewards
 from rlhf_jax.config import RunConfig, Safety
 from rlhf_jax.data.rows import Prompt
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.rewards import filter as safety
+from rlhf_jax.runs import manifest
 from rlhf_jax.training import reward_functions
 from rlhf_jax.training.reward_functions import RunReward
 from rlhf_jax.types import Metrics, Rollout
@@ -112,7 +114,7 @@ class Guard:
         present = (np.asarray(sampled.response_mask) != 0).any(axis=1)
         verdicts = [
             self.filter.found(text) if here else {}
-            for text, here in zip(inference.responses(sampled, self.tokenizer), present, strict=True)
+            for text, here in zip(generator.responses(sampled, self.tokenizer), present, strict=True)
         ]
         if self.classifier is not None:
             for verdict, wrong in zip(verdicts, self._classified(sampled, columns), strict=True):

@@ -18,11 +18,13 @@ import numpy as np
 import rich.console
 import rich.table
 
-from rlhf_jax import figures, inference, models, page, rewards, runs, sampling
+from rlhf_jax import generator, models, rewards, sampling
 from rlhf_jax.algorithms import grpo, ppo, rloo
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.report import figures, html
+from rlhf_jax.runs import folder as runs
 from rlhf_jax.training import dpo, frontier, pipeline, rl, setup
 from rlhf_jax.training.reward_functions import RunReward
 from rlhf_jax.training.stage import start
@@ -200,7 +202,7 @@ def _beginnings(config: SentimentConfig, model: models.Model, params: Params, to
     alone = np.full((count, 1), bos, np.int32)
     sampling_config = sampling.SamplingConfig(own.longest_prompt, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     key = setup.stream(config.seed, "sentiment", "init")
-    written = inference.generate(model, params, alone, np.ones_like(alone), key, sampling_config, batch_size=512)
+    written = generator.generate(model, params, alone, np.ones_like(alone), key, sampling_config, batch_size=512)
     lengths = jax.random.randint(jax.random.fold_in(key, 1), (count,), own.shortest_prompt, own.longest_prompt + 1)
     found = dict.fromkeys(
         tuple(row[: length + 1].tolist())
@@ -243,7 +245,7 @@ def _bench(
         lambda rollout: np.asarray(rewards.on_host(host, rollout, {}).rollout.scores),
         own.samples,
     )
-    answers = inference.generate(
+    answers = generator.generate(
         model,
         params,
         np.repeat(tokens, own.samples, axis=0),
@@ -269,7 +271,7 @@ def _report(
     path: Path, config: SentimentConfig, every: Sequence[frontier.Point], prompts: Sequence[str], plot: figures.Plot
 ) -> None:
     own = config.sentiment
-    table = page.Table(
+    table = html.Table(
         "Measurements",
         frontier.NAMES,
         [list(frontier.as_row(point).values()) for point in every],
@@ -288,11 +290,11 @@ def _report(
             for point in ends
         ]
         columns = ("prompt", "policy", "response", "score")
-        tables.append(page.Table(f"Samples, each method at its {where} KL", columns, rows, {"score": ".2f"}))
-    page.write(
+        tables.append(html.Table(f"Samples, each method at its {where} KL", columns, rows, {"score": ".2f"}))
+    html.write(
         path,
         "Sentiment: score against KL",
-        [page.Figures("Held-out prompts", [plot]), table, *tables],
+        [html.Figures("Held-out prompts", [plot]), table, *tables],
         summary="A language model goes on with texts that it has begun itself, and a function scores what it writes. "
         f"Each algorithm was run on {own.num_prompts} prompts, at several strengths. Where a high score comes from few "
         "words said again and again, the reward has been exploited: the samples show it.",

@@ -12,10 +12,10 @@ import numpy as np
 import optax
 
 from rlhf_jax import config as settings
-from rlhf_jax import inference, models
+from rlhf_jax import generator, models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.inference import LanguageModel
+from rlhf_jax.generator import LanguageModel
 from rlhf_jax.types import Params
 
 Stream = Literal["init", "data", "rollout", "update", "eval"]
@@ -163,7 +163,7 @@ def load_language_model(source: str, compute: settings.Compute) -> LanguageModel
     Raises:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
     """
-    return inference.load(source, **_compute(compute))
+    return generator.load(source, **_compute(compute))
 
 
 def _compute(compute: settings.Compute) -> dict[str, Any]:

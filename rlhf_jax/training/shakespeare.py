@@ -16,12 +16,13 @@ import numpy as np
 import rich.console
 import rich.table
 
-from rlhf_jax import run_records, runs
 from rlhf_jax.algorithms import vpg
 from rlhf_jax.config import Network, RunConfig
 from rlhf_jax.data import shakespeare
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.report import records
+from rlhf_jax.runs import folder as runs
 from rlhf_jax.training import pipeline, reward_model, rl, sft
 from rlhf_jax.training.stage import RunResult
 
@@ -216,7 +217,7 @@ def _stage(config: ShakespeareConfig, folder: Path, data: Path) -> ShakespeareCo
 def _summary(
     config: ShakespeareConfig, results: Sequence[RunResult], pieces: Sequence[str], counts: dict[str, int]
 ) -> dict[str, Any]:
-    pretrained, counter, *policies = (run_records.read_rows(result.folder / "metrics.jsonl") for result in results)
+    pretrained, counter, *policies = (records.read_rows(result.folder / "metrics.jsonl") for result in results)
     settings = config.shakespeare
     targets = [min(piece.count(settings.character), shakespeare.CAP) for piece in pieces]
     ceiling = config.rl.max_new_tokens + float(np.mean([text.count(settings.character) for text in settings.starters]))
@@ -237,7 +238,7 @@ def _summary(
 
 def _course(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
     """The first, last, lowest and highest value of a metric."""
-    _, values = run_records.series(rows, name)
+    _, values = records.series(rows, name)
     found = {"first": values[0], "last": values[-1], "lowest": min(values), "highest": max(values)}
     return {key: round(float(value), 6) for key, value in found.items()}
 

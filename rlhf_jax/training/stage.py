@@ -11,10 +11,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import devices, flags, manifest, models, processes, report, runs, sharding, trackers
-from rlhf_jax.config import RunConfig
+from rlhf_jax import models, sharding
+from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import TrainingFault
+from rlhf_jax.report import page
+from rlhf_jax.runs import devices, manifest, processes, trackers
+from rlhf_jax.runs import folder as runs
 from rlhf_jax.training import reward_functions, setup
 from rlhf_jax.training.adapters import Trainable
 from rlhf_jax.types import Params, PolicyFn
@@ -122,7 +125,7 @@ class Stage:
                 models.lora.save(self.run.adapter / name, trainable.base, part, base_model=self.config.model)
             print(f"saved {self.run.adapter}", flush=True)
         try:
-            report.write([self.run.path], self.run.report)
+            page.write([self.run.path], self.run.report)
             print(f"saved {self.run.report}", flush=True)
         except Exception as error:  # whatever it is: the run is done and its result saved
             print(f"{self.run.report} could not be drawn: {type(error).__name__}: {error}", flush=True)
@@ -171,9 +174,7 @@ def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) ->
     """
     path = config.output_dir or f"runs/{name}"
     with _limits_said(path), runs.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
-        text = flags.to_yaml(
-            dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None)
-        )
+        text = to_yaml(dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None))
         data = dict(fingerprints)
         if config.model is not None and Path(config.model).is_dir():
             data["model"] = manifest.fingerprint(config.model)

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax import run_records
 from rlhf_jax.errors import UserError
+from rlhf_jax.report import records
 
 CARD = """---
 library_name: transformers
@@ -80,7 +80,7 @@ def model_card(run: Path, name: str) -> str:
         config = (run / "config.yaml").read_text("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{run}: not a run folder: {error}") from error
-    rows = run_records.read_rows(run / "metrics.jsonl")
+    rows = records.read_rows(run / "metrics.jsonl")
     last = rows[-1] if rows else {}
     first = _first_model(run)
     is_reward_model = "reward_shift" in json.loads(first.read_text("utf-8"))

@@ -24,10 +24,10 @@ import rich.live
 import rich.progress
 import rich.text
 
-from rlhf_jax import processes
+from rlhf_jax.runs import processes
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs import Run, write_atomically
-from rlhf_jax.trackers import Services
+from rlhf_jax.runs.folder import Run, write_atomically
+from rlhf_jax.runs.trackers import Services
 
 
 class Tracker:

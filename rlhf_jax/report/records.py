@@ -275,6 +275,6 @@ def _is_cut(path: Path) -> bool:
 
 
 def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, from the rows that have it: a series of a :class:`rlhf_jax.figures.Plot`."""
+    """Steps and values of a metric, from the rows that have it: a series of a :class:`rlhf_jax.report.figures.Plot`."""
     found = [(row["step"], row[name]) for row in rows if name in row]
     return [step for step, _ in found], [value for _, value in found]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from rlhf_jax import processes
+from rlhf_jax.runs import processes
 from rlhf_jax.errors import UserError
 
 _CUDA13_DRIVER = 580  # the first Linux driver that runs CUDA 13

@@ -1,4 +1,4 @@
-"""Rewards: where scores come from, and how they are shaped before an update reads them.
+"""Rewards that can be traced: counts, lengths, reward models, their ensembles and weighted sums.
 
 A RewardFn takes a rollout and returns scores [B], dense rewards [B, T], or (scores, {part: [B]}). Those made here are
 ``jax.tree_util.Partial``, so that the arrays they carry (a reward model's parameters) travel through ``jit`` as
@@ -14,14 +14,6 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from rlhf_jax import ops
-from rlhf_jax.host_rewards import Decoder as Decoder
-from rlhf_jax.host_rewards import HostResult as HostResult
-from rlhf_jax.host_rewards import HostReward as HostReward
-from rlhf_jax.host_rewards import from_text as from_text
-from rlhf_jax.host_rewards import on_host as on_host
-from rlhf_jax.ngram_rewards import diversity as diversity
-from rlhf_jax.ngram_rewards import repetition as repetition
-from rlhf_jax.ngram_rewards import repetition_penalty as repetition_penalty
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
 Parts = dict[str, jax.Array]
@@ -59,10 +51,11 @@ def length(target: int = 0) -> Partial:
     Returns:
       RewardFn giving scores [B].
     """
-    return Partial(_excess_length, target)
+    return Partial(excess_length, target)
 
 
-def _excess_length(target: int, rollout: Rollout) -> jax.Array:
+def excess_length(target: int, rollout: Rollout) -> jax.Array:
+    """Response tokens beyond ``target``, [B] float32."""
     tokens = jnp.sum(jnp.asarray(rollout.response_mask) != 0, axis=1, dtype=jnp.float32)
     return jnp.maximum(tokens - target, 0.0)
 
@@ -164,113 +157,3 @@ def _row_scores(name: str, fn: RewardFn, rollout: Rollout) -> tuple[jax.Array, P
     if jnp.shape(scores) != rows:
         raise ValueError(f"reward {name}: expected scores of shape {rows}, got {jnp.shape(scores)}")
     return jnp.asarray(scores, jnp.float32), parts
-
-
-def kl_shaped(rollout: Rollout, kl_coef: jax.Array | float, estimator: ops.KLEstimator = "k1") -> jax.Array:
-    """Rewards per token: the score on the last response token, minus ``kl_coef`` times the KL of each token.
-
-    Ziegler et al. 2019, eq. 2. ``rollout.rewards`` takes the place of the score where it is given (dense rewards).
-
-    Args:
-      rollout: with ``log_probs``, ``ref_log_probs`` and ``scores`` or ``rewards``.
-      kl_coef: reward per nat.
-
-    Returns:
-      [B, T] float32, 0 outside the response.
-
-    Raises:
-      ValueError: neither scores nor rewards; no ``ref_log_probs``, unless ``kl_coef`` is the Python number 0; an
-        unknown estimator; or arrays of other shapes.
-    """
-    present = rollout.response_mask != 0
-    if rollout.rewards is not None:
-        ops.check_same_shape(rewards=rollout.rewards, response_mask=present)
-        rewards = jnp.where(present, jnp.asarray(rollout.rewards, jnp.float32), 0.0)
-    elif rollout.scores is not None:
-        ops.check_rank(1, scores=rollout.scores)
-        rewards = jnp.where(_is_last(present), jnp.asarray(rollout.scores, jnp.float32)[:, None], 0.0)
-    else:
-        raise ValueError("rollout: expected scores [B] or rewards [B, T], got neither; call a reward function first")
-    if rollout.ref_log_probs is None:
-        if not isinstance(kl_coef, int | float) or kl_coef != 0:
-            raise ValueError("rollout.ref_log_probs is None: give rollout.collect a ref_fn, or use kl_coef=0.0")
-        return rewards
-    log_probs = jnp.where(present, rollout.log_probs, 0.0)
-    ref_log_probs = jnp.where(present, rollout.ref_log_probs, 0.0)
-    return rewards - kl_coef * ops.kl(log_probs, ref_log_probs, estimator)
-
-
-def _is_last(present: jax.Array) -> jax.Array:
-    """[B, T] bool: the last response token of each row; none in an empty row."""
-    remaining = jnp.cumsum(present[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
-    return present & (remaining == 1)
-
-
-def missing_eos(
-    rollout: Rollout, scores: jax.Array, eos_id: int, penalty: float | None = None, score: float | None = None
-) -> jax.Array:
-    """Scores [B] with a rule for responses whose last token is not EOS.
-
-    Args:
-      scores: [B].
-      penalty: such a response keeps its score minus this.
-      score: such a response gets this instead of its score (lm-human-preferences: -1). Exactly one of the two is given.
-
-    Returns:
-      [B] float32; absent rows keep what they had.
-
-    Raises:
-      ValueError: both or neither of ``penalty`` and ``score``; or scores that are not [B].
-    """
-    if (penalty is None) == (score is None):
-        raise ValueError(f"missing_eos: expected one of penalty and score, got penalty={penalty}, score={score}")
-    present = rollout.response_mask != 0
-    last = _is_last(present)
-    unfinished = jnp.any(last & (rollout.tokens != eos_id), axis=1)
-    scores = jnp.asarray(scores, jnp.float32)
-    ops.check_same_shape(scores=scores, one_column_of_tokens=unfinished)
-    return jnp.where(unfinished, jnp.float32(score) if penalty is None else scores - penalty, scores)
-
-
-def length_penalty(rollout: Rollout, scores: jax.Array, coef: float, target: int = 0) -> jax.Array:
-    """``scores - coef * length(target)``, [B] float32.
-
-    Args:
-      scores: [B].
-      coef: reward lost by each token beyond ``target``.
-
-    Raises:
-      ValueError: scores that are not [B].
-    """
-    excess = _excess_length(target, rollout)
-    ops.check_same_shape(scores=scores, one_column_of_tokens=excess)
-    return jnp.asarray(scores, jnp.float32) - coef * excess
-
-
-def adaptive_kl(
-    kl_coef: jax.Array | float,
-    kl: jax.Array | float,
-    *,
-    target: float,
-    horizon: float | jax.Array,
-    n: int | float | jax.Array,
-) -> jax.Array:
-    """``kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)`` (Ziegler et al. 2019, section 2.2).
-
-    Args:
-      kl: mean over responses of the KL summed over the response, in nats.
-      target: the KL to hold, in nats.
-      horizon: episodes over which the coefficient moves by about a fifth; with ``n`` far below it, it hardly moves.
-      n: episodes of this iteration.
-
-    Returns:
-      The new coefficient, scalar float32.
-
-    Raises:
-      ValueError: a target or horizon that is not above 0.
-    """
-    for name, number in (("target", target), ("horizon", horizon)):
-        if isinstance(number, int | float) and number <= 0:
-            raise ValueError(f"{name}: expected a number above 0, got {number}")
-    error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1.0, -0.2, 0.2)
-    return jnp.asarray(kl_coef, jnp.float32) * (1.0 + error * n / horizon)

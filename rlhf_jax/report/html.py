@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from rlhf_jax import figures
-from rlhf_jax.runs import write_atomically
+from rlhf_jax.report import figures
+from rlhf_jax.runs.folder import write_atomically
 
 # Control characters, which a browser would drop or obey, as the pictures that Unicode has of them, and those that turn
 # the direction of the text by their numbers.
@@ -114,7 +114,7 @@ def render(title: str, parts: Iterable[Part], summary: str = "") -> str:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    loader = jinja2.PackageLoader("rlhf_jax")
+    loader = jinja2.PackageLoader("rlhf_jax.report")
     return jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

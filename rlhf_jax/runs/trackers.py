@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs import Run, write_atomically
+from rlhf_jax.runs.folder import Run, write_atomically
 
 CLOSE_SECONDS = 90  # for what is still to be sent when a run ends
 

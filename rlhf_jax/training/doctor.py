@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import devices, models, rewards, sampling
+from rlhf_jax import models, rewards, sampling
 from rlhf_jax.algorithms import ppo, reward_model, sft, vpg
-from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.config import RLStage
+from rlhf_jax.runs import devices
+from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training import phases
 from rlhf_jax.types import Comparisons, Demonstrations, Metrics, TrainState
 

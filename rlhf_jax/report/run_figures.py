@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.special
 
-from rlhf_jax.alerts import parse
-from rlhf_jax.figures import Histogram, Plot, Series, bin_edges
-from rlhf_jax.run_records import Group, Row, RunRecord, read_rows, series
+from rlhf_jax.report.figures import Histogram, Plot, Series, bin_edges
+from rlhf_jax.report.records import Group, Row, RunRecord, read_rows, series
+from rlhf_jax.runs.alerts import parse
 
 MAX_POINTS = 1000  # a longer curve is drawn as means over equal stretches
 NUM_BINS = 10  # of the calibration

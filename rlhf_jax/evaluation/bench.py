@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from rlhf_jax import inference, models, rewards, sampling
+from rlhf_jax import generator, models, rewards, sampling
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.config import Compute, RLStage, RunConfig, Text
 from rlhf_jax.data import batches, encoding, rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation_rows import Responses
+from rlhf_jax.evaluation.data import Responses
 from rlhf_jax.models import config_json, files
 from rlhf_jax.training import ensembles, inputs, loop, reward_functions, setup
 from rlhf_jax.training.reward_functions import RunReward
@@ -202,12 +202,12 @@ def sample(bench: Bench, policy: Policy, name: str, some: Sequence[rows.Prompt])
     )
     tokens, attention_mask = (np.repeat(array, repeats, axis=0) for array in (encoded.tokens, encoded.attention_mask))
     key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
-    rollout = inference.generate(
+    rollout = generator.generate(
         policy.model, policy.params, tokens, attention_mask, key, sampling_config, config.batch_size
     )
     columns = {column: [v for v in values for _ in range(repeats)] for column, values in encoded.columns.items()}
     shape = (len(encoded), repeats)
-    texts = np.array(inference.responses(rollout, policy.tokenizer), dtype=object).reshape(shape)
+    texts = np.array(generator.responses(rollout, policy.tokenizer), dtype=object).reshape(shape)
     said = np.asarray(rollout.response_mask) != 0
     ended = (said & (np.asarray(rollout.tokens) == policy.tokenizer.eos_id)).any(axis=1)
     scores = None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape)

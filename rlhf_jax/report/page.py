@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax import figures, page, run_figures, run_records
 from rlhf_jax.errors import UserError
-from rlhf_jax.figures import Histogram, Plot
-from rlhf_jax.run_records import POLICIES, STAGES, Group, RunRecord
+from rlhf_jax.report import figures, html, run_figures
+from rlhf_jax.report import records as run_records
+from rlhf_jax.report.figures import Histogram, Plot
+from rlhf_jax.report.records import POLICIES, STAGES, Group, RunRecord
 
 TITLES = {stage: stage.upper() for stage in STAGES} | {"reward_model": "Reward model"}
 # {what the samples hold: (title, label of the x axis)}
@@ -37,7 +38,7 @@ def write(runs: Sequence[str | Path], path: str | Path) -> None:
     records = run_records.find(runs)
     names = ", ".join(record.name for record in records) if len(records) <= 4 else f"{len(records)} runs"
     try:
-        page.write(path, f"{_stages(records)}: {names}", _parts(records))
+        html.write(path, f"{_stages(records)}: {names}", _parts(records))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
@@ -55,9 +56,9 @@ def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
     chapter = ""
     paths: list[Path] = []
     for part in _parts(run_records.find(runs)):
-        if isinstance(part, page.Heading):
+        if isinstance(part, html.Heading):
             chapter = part.title
-        for figure in part.figures if isinstance(part, page.Figures) else ():
+        for figure in part.figures if isinstance(part, html.Figures) else ():
             name = re.sub(r"[^a-z0-9]+", "-", f"{chapter} {figure.title}".lower()).strip("-")
             same = sum(path.stem == name or path.stem.rpartition("--")[0] == name for path in paths)
             path = Path(folder) / f"{name}{f'--{same + 1}' if same else ''}.png"
@@ -71,15 +72,15 @@ def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
     return paths
 
 
-def _parts(records: Sequence[RunRecord]) -> list[page.Part]:
+def _parts(records: Sequence[RunRecord]) -> list[html.Part]:
     kinds: dict[str, list[RunRecord]] = {stage: [] for stage in STAGES}  # in this order, others behind
     for record in records:
         kinds.setdefault(POLICIES[0] if record.stage in POLICIES else record.stage, []).append(record)
     chapters = [together for together in kinds.values() if together]
-    parts: list[page.Part] = []
+    parts: list[html.Part] = []
     for together in chapters:
         if len(chapters) > 1:
-            parts.append(page.Heading(_stages(together)))
+            parts.append(html.Heading(_stages(together)))
         parts += _chapter(together)
     return parts
 
@@ -99,7 +100,7 @@ def _stages(records: Sequence[RunRecord]) -> str:
     return ", ".join(dict.fromkeys(TITLES.get(record.stage, record.stage) for record in records))
 
 
-def _chapter(records: Sequence[RunRecord]) -> list[page.Part]:
+def _chapter(records: Sequence[RunRecord]) -> list[html.Part]:
     """The sections of runs of one kind."""
     groups = run_records.groups(records)
     names = run_figures.metric_names(records)
@@ -107,14 +108,14 @@ def _chapter(records: Sequence[RunRecord]) -> list[page.Part]:
         record.name: {name: value for name in names if (value := _last(record, name)) is not None} for record in records
     }
     plots, constant = run_figures.curves(groups)
-    parts: list[page.Part] = [*_overview(groups), _commands(records)]
+    parts: list[html.Part] = [*_overview(groups), _commands(records)]
     if names:
         parts.append(_side_by_side("Last metrics", "metric", last))
     if raised := run_figures.alerts(records):
-        parts.append(page.Table("Alerts", ("run", "step", "alert", "rule", "action", "found"), raised))
+        parts.append(html.Table("Alerts", ("run", "step", "alert", "rule", "action", "found"), raised))
     if plots:
         several = len(groups) == 1 < len(records)
-        parts.append(page.Figures(f"Curves{f', mean and range of {len(records)} runs' if several else ''}", plots))
+        parts.append(html.Figures(f"Curves{f', mean and range of {len(records)} runs' if several else ''}", plots))
     shown, missing = _distributions(groups)
     parts += shown
     parts += _samples(groups)
@@ -129,12 +130,12 @@ def _chapter(records: Sequence[RunRecord]) -> list[page.Part]:
             missing.append(f"The runs of {group.name} end at steps {ends}; their curves show the steps that all have.")
     missing += [note for record in records for note in record.notes]
     if missing:
-        parts.append(page.Text("Not on this page", missing))
-    parts.append(page.Text("Settings", []))
+        parts.append(html.Text("Not on this page", missing))
+    parts.append(html.Text("Settings", []))
     for group in groups:
         first = group.records[0]
         others = "" if len(group.records) == 1 else "; the others of its group have another seed"
-        parts.append(page.Block(f"config.yaml of {first.name}{others}", first.config, folded=True))
+        parts.append(html.Block(f"config.yaml of {first.name}{others}", first.config, folded=True))
     parts.append(_side_by_side("Manifest", "entry", {record.name: _manifest(record) for record in records}))
     return parts
 
@@ -143,10 +144,10 @@ def _last(record: RunRecord, name: str) -> Any:
     return next((row[name] for row in reversed(record.metrics) if name in row), None)
 
 
-def _overview(groups: Sequence[Group]) -> list[page.Part]:
+def _overview(groups: Sequence[Group]) -> list[html.Part]:
     records = [record for group in groups for record in group.records]
     if len(records) == 1:
-        return [page.Facts("Run", _facts(records[0]))]
+        return [html.Facts("Run", _facts(records[0]))]
     facts = [(group, record, _facts(record)) for group in groups for record in group.records]
     columns = list(dict.fromkeys(label for *_, some in facts for label in some))
     rows = [[group.name, record.name, *map(some.get, columns)] for group, record, some in facts]
@@ -154,10 +155,10 @@ def _overview(groups: Sequence[Group]) -> list[page.Part]:
     if any(len(group.records) > 1 for group in groups):
         note = "Runs that differ only in the seed are a group: curves are their mean, bands go from the lowest to the "
         note += "highest of them."
-    parts: list[page.Part] = [page.Table("Runs", ("group", "run", *columns), rows, note=note)]
+    parts: list[html.Part] = [html.Table("Runs", ("group", "run", *columns), rows, note=note)]
     if differing := run_records.differences(groups):
         rows = [[key, *(_setting(value) for value in values)] for key, values in differing.items()]
-        parts.append(page.Table("What differs", ("setting", *(group.name for group in groups)), rows))
+        parts.append(html.Table("What differs", ("setting", *(group.name for group in groups)), rows))
     return parts
 
 
@@ -180,21 +181,21 @@ def _setting(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _commands(records: Sequence[RunRecord]) -> page.Block:
+def _commands(records: Sequence[RunRecord]) -> html.Block:
     """The runs' commands, a line each."""
     title = "The command that reproduces it" if len(records) == 1 else "The commands that reproduce them"
-    return page.Block(title, "\n".join(dict.fromkeys(str(record.manifest["command"]) for record in records)))
+    return html.Block(title, "\n".join(dict.fromkeys(str(record.manifest["command"]) for record in records)))
 
 
-def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any]]) -> page.Part:
+def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any]]) -> html.Part:
     """Facts of one run; of several, a table with runs as columns, or one column where all say the same."""
     found = list(columns.values())
     if len(found) == 1:
-        return page.Facts(title, found[0])
+        return html.Facts(title, found[0])
     if all(some == found[0] for some in found):
-        return page.Table(title, (label, "all runs"), list(found[0].items()))
+        return html.Table(title, (label, "all runs"), list(found[0].items()))
     keys = dict.fromkeys(key for some in found for key in some)
-    return page.Table(title, (label, *columns), [[key, *(some.get(key) for some in found)] for key in keys])
+    return html.Table(title, (label, *columns), [[key, *(some.get(key) for some in found)] for key in keys])
 
 
 def _manifest(record: RunRecord) -> dict[str, Any]:
@@ -211,7 +212,7 @@ def _manifest(record: RunRecord) -> dict[str, Any]:
     return facts
 
 
-def _distributions(groups: Sequence[Group]) -> tuple[list[page.Part], list[str]]:
+def _distributions(groups: Sequence[Group]) -> tuple[list[html.Part], list[str]]:
     """Reward against KL, histograms, calibration; and what of these the runs do not allow, in sentences."""
     records = [record for group in groups for record in group.records]
     rows = [row for record in records for row in record.samples]
@@ -243,29 +244,29 @@ def _distributions(groups: Sequence[Group]) -> tuple[list[page.Part], list[str]]
     if not rows and (policy or reward_model):
         missing.append("Histograms and samples before and after: no validation has written texts.")
     heading = "Reward against KL, before and after" if policy else "Before and after, calibration"
-    return [page.Figures(heading, figures)] if figures else [], missing
+    return [html.Figures(heading, figures)] if figures else [], missing
 
 
-def _evaluations(records: Sequence[RunRecord]) -> list[page.Part]:
+def _evaluations(records: Sequence[RunRecord]) -> list[html.Part]:
     """A table of figures for each run that has been evaluated."""
     columns = ("category", "metric", "value", "low", "high", "n", "unit", "note")
-    tables: list[page.Part] = []
+    tables: list[html.Part] = []
     for record in records:
         if rows := [[row.get(name) for name in columns] for row in run_records.evaluation(record)]:
             note = "From low to high is a 95% interval, n what it rests on; every response stands in "
             note += "evaluation_samples.jsonl."
             title = "Evaluation" if len(records) == 1 else f"Evaluation: {record.name}"
-            tables.append(page.Table(title, columns, rows, {"value": ".3f", "low": ".3f", "high": ".3f"}, note=note))
+            tables.append(html.Table(title, columns, rows, {"value": ".3f", "low": ".3f", "high": ".3f"}, note=note))
     return tables
 
 
 # --- Samples --------------------------------------------------------------------------------------------------------
 
 
-def _samples(groups: Sequence[Group]) -> list[page.Part]:
+def _samples(groups: Sequence[Group]) -> list[html.Part]:
     """A table for the first run of each group that has samples."""
     limit = MAX_SAMPLES if len(groups) == 1 else MAX_SAMPLES_OF_MANY
-    tables: list[page.Part] = []
+    tables: list[html.Part] = []
     for first in (group.records[0] for group in groups):
         if found := run_figures.validations(first):
             title = "Samples before and after" if len(found) > 1 else "Samples"
@@ -274,7 +275,7 @@ def _samples(groups: Sequence[Group]) -> list[page.Part]:
     return tables
 
 
-def _sample_table(title: str, found: Sequence[tuple[int, list[run_records.Row]]], limit: int) -> page.Table:
+def _sample_table(title: str, found: Sequence[tuple[int, list[run_records.Row]]], limit: int) -> html.Table:
     """The first rows of the last validation, with what the first one said to the same prompt."""
     (first, before), (last, after) = found[0], found[-1]
     pairs = "score_chosen" in after[0]
@@ -301,7 +302,7 @@ def _sample_table(title: str, found: Sequence[tuple[int, list[run_records.Row]]]
         columns = ["prompt", *(name for step in steps for name in (f"response, {step}", f"score, {step}"))]
     formats = {name: ".3g" for name in columns if name.startswith(("score", "margin"))}
     note = f"The first {len(rows)} of {len(after)} in samples.jsonl. ↵ marks a line's end that the text holds."
-    return page.Table(title, columns, rows, formats, note=note)
+    return html.Table(title, columns, rows, formats, note=note)
 
 
 def _numbered(rows: Iterable[run_records.Row]) -> Iterable[tuple[Any, run_records.Row]]:

@@ -23,7 +23,7 @@ import jax
 import yaml
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs import Run, write_atomically
+from rlhf_jax.runs.folder import Run, write_atomically
 
 _PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
@@ -44,7 +44,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def write_config(run: Run, text: str) -> None:
-    """Writes ``config.yaml``; ``text`` comes from ``flags.to_yaml``."""
+    """Writes ``config.yaml``; ``text`` comes from ``config.to_yaml``."""
     write_atomically(run.config, text)
 
 
@@ -110,7 +110,7 @@ def check_unchanged(
 
     Args:
       run: a run with ``resumed`` set; for any other there is nothing to compare.
-      config: the new configuration as ``flags.to_yaml`` writes it.
+      config: the new configuration as ``config.to_yaml`` writes it.
       data_fingerprints: those of the data as it is now.
       may_change: dotted keys, or sections, that may differ without a word.
       allowed: those that the user lets differ. ``data``, of any section, stands for the contents of all data files too,

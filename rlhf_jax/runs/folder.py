@@ -17,7 +17,7 @@ from types import TracebackType
 
 import filelock
 
-from rlhf_jax import checkpoint, processes
+from rlhf_jax.runs import checkpoint, processes
 from rlhf_jax.errors import UserError
 
 _LOCK_FILES = (".lock", ".pid")
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder for :class:`rlhf_jax.checkpoint.Checkpoints`."""
+        """Folder for :class:`rlhf_jax.runs.checkpoint.Checkpoints`."""
         return self.path / "checkpoints"
 
     @property

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax import evaluation, text_metrics
-from rlhf_jax.benchmarks import TIE, Annotated, CustomCategory
+from rlhf_jax import metrics
+from rlhf_jax.evaluation import texts as text_metrics
+from rlhf_jax.training.bench import TIE, Annotated, CustomCategory
 
 
 class Row(NamedTuple):
@@ -94,7 +95,7 @@ def diversity(said: Responses, key: jax.Array) -> list[Row]:
     found = []
     for n in (1, 2, 3):
         value = text_metrics.distinct_n(first, n)
-        low, high = evaluation.jackknife_interval(value, np.array(text_metrics.distinct_n_without_each(first, n)))
+        low, high = metrics.jackknife_interval(value, np.array(text_metrics.distinct_n_without_each(first, n)))
         ends = (max(low, 0.0), min(high, 1.0)) if len(first) > 1 else (low, high)  # NaN of one text stays NaN
         found.append(_row("diversity", f"distinct_{n}", value, ends, len(first), "texts"))
     if len(first) > 1:
@@ -132,9 +133,9 @@ def preferences(
         right = (margin > 0) + 0.5 * (margin == 0)
         own = _stream(key, category, f"accuracy_{judge}")
         if alone:
-            ends = evaluation.mean_interval(right, own)
+            ends = metrics.mean_interval(right, own)
         else:
-            ends = evaluation.bootstrap_mean(right, own, weights, groups)
+            ends = metrics.bootstrap_mean(right, own, weights, groups)
         value = float(np.average(right, weights=weights))
         found.append(_row(category, f"accuracy_{judge}", value, ends, num_groups, "rows"))
     if name:
@@ -142,11 +143,11 @@ def preferences(
     for judge, margin in margins.items():
         if judge == "longer":  # its margins are no log-odds
             continue
-        for metric, of in (("ece", _ece), ("brier", evaluation.brier)):
+        for metric, of in (("ece", _ece), ("brier", metrics.brier)):
             place = "preferences" if judge == "reward_model" else "honesty"
             statistic = _of_margin(of, margin)
             own = _stream(key, place, f"{metric}_{judge}")
-            low, high = evaluation.bootstrap_interval(statistic, weights, own, groups, centered=metric == "ece")
+            low, high = metrics.bootstrap_interval(statistic, weights, own, groups, centered=metric == "ece")
             ends = (low if np.isnan(low) else max(low, 0.0), high)
             found.append(_row(place, f"{metric}_{judge}", statistic(weights), ends, num_groups, "rows"))
     return found
@@ -215,7 +216,7 @@ def mean(
     if not len(kept):
         return Row(category, metric, None, None, None, 0, unit, note or "there is no such row")
     means = np.nanmean(kept, axis=1)
-    interval = evaluation.mean_interval if is_share else evaluation.bootstrap_mean
+    interval = metrics.mean_interval if is_share else metrics.bootstrap_mean
     ends = interval(means, _stream(key, category, metric))
     return _row(category, metric, float(means.mean()), ends, len(kept), unit, note)
 
@@ -224,7 +225,7 @@ def _kappa(metric: str, judges: Sequence[tuple[np.ndarray, np.ndarray]], key: ja
     """The mean kappa of pairs of judges."""
 
     def statistic(weights: np.ndarray) -> float:
-        return float(np.mean([evaluation.cohen_kappa(a, b, weights) for a, b in judges]))
+        return float(np.mean([metrics.cohen_kappa(a, b, weights) for a, b in judges]))
 
     count = len(judges[0][0])
     if not count:
@@ -233,12 +234,12 @@ def _kappa(metric: str, judges: Sequence[tuple[np.ndarray, np.ndarray]], key: ja
     value = statistic(ones)
     if np.isnan(value):
         return Row("agreement", metric, None, None, None, count, "rows", "both say one and the same to all rows")
-    ends = evaluation.bootstrap_interval(statistic, ones, _stream(key, "agreement", metric))
+    ends = metrics.bootstrap_interval(statistic, ones, _stream(key, "agreement", metric))
     return _row("agreement", metric, value, ends, count, "rows", note)
 
 
 def _ece(margin: np.ndarray, weights: np.ndarray) -> float:
-    return evaluation.expected_calibration_error(margin, weights=weights)
+    return metrics.expected_calibration_error(margin, weights=weights)
 
 
 def _of_margin(of: Callable[..., float], margin: np.ndarray) -> Callable[[np.ndarray], float]:

@@ -15,14 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax import benchmarks, devices, evaluation_bench, evaluation_rows, manifest, run_records, runs
 from rlhf_jax.config import Compute
 from rlhf_jax.data import chat, encoding, readers, rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation_bench import Bench, Config, Said
-from rlhf_jax.evaluation_rows import Row, not_run
-from rlhf_jax.text_metrics import expresses_uncertainty, is_refusal
+from rlhf_jax.evaluation import bench as evaluation_bench
+from rlhf_jax.evaluation import data as evaluation_rows
+from rlhf_jax.evaluation.bench import Bench, Config, Said
+from rlhf_jax.evaluation.data import Row, not_run
+from rlhf_jax.evaluation.texts import expresses_uncertainty, is_refusal
+from rlhf_jax.report import records
+from rlhf_jax.runs import devices, manifest
+from rlhf_jax.runs import folder as runs
+from rlhf_jax.training import bench as benchmarks
 from rlhf_jax.training import reward_functions, setup
 
 __all__ = ["Config", "Result", "run"]
@@ -68,7 +73,7 @@ def run(folder: str | Path, config: Config) -> Result:
         "rows": [row._asdict() for row in found.rows],
     }
     output.mkdir(parents=True, exist_ok=True)
-    path = output / run_records.EVALUATION
+    path = output / records.EVALUATION
     runs.write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in found.samples]
     runs.write_atomically(output / SAMPLES, "".join(lines))

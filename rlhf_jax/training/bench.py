@@ -1,4 +1,4 @@
-"""The data that ``rlhf_jax.evaluate`` judges by: which categories there are, and their rows from files.
+"""The data that ``rlhf_jax.evaluation.evaluate`` judges by: which categories there are, and their rows from files.
 
 - prompts: whatever ``data.readers.read_prompts`` reads; a column ``answerable`` (true or false) says which of them a
   model can know the answer to.
