@@ -1,0 +1,195 @@
+"""What no refactoring may change: one update of every algorithm, a short run of every stage, and every config's values.
+
+    python tests/test_goldens.py     # writes tests/goldens/ anew, after a change of numbers that is meant
+
+A golden that changes by accident is a bug; one that changes on purpose is rewritten in the commit that says why.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+import yaml
+from jax.tree_util import Partial, keystr, tree_leaves_with_path
+from tabular import comparisons, policy_fn, policy_params, rollout, score_fn
+
+from rlhf_jax import Demonstrations, TrainState, dpo, flags, grpo, ppo, reward_model, rloo, sft, training, vpg
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import demo
+from rlhf_jax.training.quickstart import QuickstartConfig
+from rlhf_jax.training.sentiment import SentimentConfig
+from rlhf_jax.training.shakespeare import ShakespeareConfig
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+
+GOLDENS = Path(__file__).resolve().parent / "goldens"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+REWRITE = "REWRITE_GOLDENS" in os.environ
+
+# Four answers to each prompt, some of them absent.
+LENGTHS = [4, 1, 2, 0, 3, 4, 0, 1, 2, 2, 2, 3, 2, 4, 1, 1]
+
+
+def parse(file, *arguments):
+    """The config of a YAML file in configs/ and of command-line flags."""
+    kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
+    return flags.parse(kinds.get(file.stem, RunConfig), ["--config", str(file), *map(str, arguments)])
+
+
+def values_of(config):
+    """A config as ``config.yaml`` of its run holds it."""
+    return yaml.safe_load(flags.to_yaml(config))
+
+
+def run_stage(stage, config):
+    """Runs a stage as its script in experiments/ does; the run's folder."""
+    supervised = {"sft": training.sft, "reward_model": training.reward_model, "dpo": training.dpo}
+    if stage in supervised:
+        return supervised[stage].run(config).folder
+    return training.rl.run(config, {"vpg": vpg, "ppo": ppo, "rloo": rloo, "grpo": grpo}[stage]).folder
+
+
+def one_update(name):
+    """One update of a table policy (a table of scores for the reward model): the new state and the metrics."""
+    weights = np.random.default_rng(1).uniform(0.5, 1.5, size=(len(LENGTHS), 7)).astype(np.float32)
+    episodes = rollout(0, LENGTHS)
+    passes = {"num_epochs": 2, "num_minibatches": 2, "num_microbatches": 2, "shuffle_blocks": 2}
+    params, model, optimizer = policy_params(0), {"policy_fn": policy_fn}, optax.adam(1e-2, eps=1e-3)
+    if name == "sft":
+        batch = Demonstrations(episodes.tokens, episodes.attention_mask, episodes.response_mask)
+        module, config = sft, sft.Config(num_microbatches=2)
+    elif name == "reward_model":
+        params, model = {"scores": params["values"]}, {"score_fn": score_fn}
+        batch = comparisons(0, 8, 4, absent=[(3, 2), (5, 0), (5, 1), (5, 2), (5, 3)])
+        module, config = reward_model, reward_model.Config(num_microbatches=2)
+    elif name == "dpo":
+        batch = dpo.with_reference(comparisons(0, 8, 2, absent=[(1, 1)]), Partial(policy_fn, policy_params(1)))
+        module, config = dpo, dpo.Config(num_microbatches=2)
+    elif name == "vpg":
+        batch, module, optimizer = episodes, vpg, optax.sgd(0.3)
+        config = vpg.Config(num_minibatches=2, num_microbatches=2, shuffle_blocks=2, entropy_coef=0.01)
+    elif name == "ppo":
+        batch, module, config = episodes, ppo, ppo.Config(**passes, whiten_rewards=True, entropy_coef=0.01)
+    elif name == "rloo":
+        batch = episodes.replace(importance_weights=np.where(episodes.response_mask != 0, weights, 0.0))
+        module, config = rloo, rloo.Config(**passes, dual_clip=3.0)
+    else:
+        batch, module, config = episodes, grpo, grpo.Config(**passes, group_size=4)
+    update = jax.jit(partial(module.update, optimizer=optimizer, config=config, **model))
+    return update(TrainState.create(params, optimizer), batch, jax.random.key(7))
+
+
+def summary(leaf):
+    """The sum, the sum of squares and the first three values of an array."""
+    flat = np.asarray(leaf, np.float64).ravel()
+    return [flat.sum(), (flat**2).sum(), *flat[:3]]
+
+
+def golden(name, actual):
+    """The golden of this name, one JSON value on a line; where goldens are rewritten, ``actual`` is written first."""
+    path = GOLDENS / f"{name}.json"
+    if REWRITE:
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(actual, dict):
+            lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in actual.items()]
+            text = "{\n" + ",\n".join(lines) + "\n}\n"
+        else:
+            text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in actual) + "\n]\n"
+        path.write_text(text, "utf-8")
+    return json.loads(path.read_text("utf-8"))
+
+
+def assert_same_numbers(actual, expected, rtol, atol, where=""):
+    assert actual.keys() == expected.keys(), where
+    for key, value in expected.items():
+        np.testing.assert_allclose(actual[key], value, rtol=rtol, atol=atol, err_msg=f"{key} {where}")
+
+
+ALGORITHMS = ["sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo"]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_one_update(name):
+    state, metrics = one_update(name)
+    params = {f"params{keystr(path)}": summary(leaf) for path, leaf in tree_leaves_with_path(state.params)}
+    actual = {"step": int(state.step), **{key: float(value) for key, value in metrics.items()}, **params}
+    assert_same_numbers(actual, golden(f"update_{name}", actual), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    demo.write(folder, num_demonstrations=72, num_pairs=72, num_prompts=48)
+    return folder
+
+
+def tiny_flags(stage):
+    """configs/tiny.yaml with fewer steps, a reward that a random model earns, and an eps that tames rounding."""
+    section = stage if stage in ("sft", "reward_model", "dpo") else "rl"
+    small = "--network.hidden-size 16 --network.num-layers 1 --network.max-length 128 --tokenizer.vocab-size 300 "
+    small += f"--text.bucket-multiple 128 --{section}.optimizer.eps 1e-3 --{section}.optimizer.learning-rate 1e-2 "
+    if section != "rl":
+        return (small + f"--{section}.batch-size 16 --{section}.validation-fraction 0.2").split()
+    small += "--reward count:e diversity:1*2 --rl.num-iterations 3 --rl.batch-size 16 --rl.max-new-tokens 8 "
+    small += "--rl.validation-interval 2 --rl.validation-prompts 4 "
+    special = {
+        "vpg": "--rl.missing-eos-penalty 0.5",
+        "ppo": "--ppo.shuffle-blocks 4 --ppo.num-microbatches 2 --rl.kl-target 0.01",
+        "rloo": "--rloo.shuffle-blocks 4",
+        "grpo": "--rl.reference-refresh 2",
+    }
+    return (small + special[stage]).split()
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+FAST = ("sft", "reward_model", "ppo")
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ALGORITHMS]
+)
+def test_a_run_of_every_stage(stage, data, tmp_path):
+    config = parse(CONFIGS / "tiny.yaml", "--data", data, "--output-dir", tmp_path / "run", *tiny_flags(stage))
+    folder = run_stage(stage, config)
+    metrics = rows(folder / "metrics.jsonl")
+    expected = golden(f"run_{stage}", metrics)
+    assert len(metrics) == len(expected)
+    for actual, row in zip(metrics, expected, strict=True):
+        if stage == "dpo" and row["step"] <= 1:  # the policy is the reference still: the sign of a margin is rounding
+            row |= {name: actual[name] for name in row if name.endswith("/accuracy")}
+        assert_same_numbers(actual, row, rtol=2e-4, atol=2e-5, where=f"at step {row['step']}")
+    if stage == "ppo":
+        texts = [[row["step"], row["prompt"], row["response"]] for row in rows(folder / "samples.jsonl")]
+        assert texts == golden("samples_ppo", texts)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_config(file):
+    actual = {}
+    for name, value in values_of(parse(file)).items():
+        actual |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+    expected = golden(f"config_{file.stem}", actual)
+    assert {key: actual.get(key, "missing") for key in expected} == expected
+    assert actual.keys() == expected.keys()
+
+
+def test_no_golden_is_left_over():
+    names = {f"{kind}_{name}" for kind in ("update", "run") for name in ALGORITHMS}
+    names |= {f"config_{file.stem}" for file in CONFIGS.glob("*.yaml")} | {"samples_ppo"}
+    assert {path.name for path in GOLDENS.iterdir()} == {f"{name}.json" for name in names}
+
+
+if __name__ == "__main__":
+    # In pytest, so that devices and compilation are those of the tests (conftest.py).
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "", __file__]
+    sys.exit(subprocess.run(command, env={**os.environ, "REWRITE_GOLDENS": "1"}, check=False).returncode)
