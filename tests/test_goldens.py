@@ -20,8 +20,9 @@ import yaml
 from jax.tree_util import Partial, keystr, tree_leaves_with_path
 from tabular import comparisons, policy_fn, policy_params, rollout, score_fn
 
-from rlhf_jax import Demonstrations, TrainState, dpo, flags, grpo, ppo, reward_model, rloo, sft, training, vpg
-from rlhf_jax.config import RunConfig
+from rlhf_jax import Demonstrations, TrainState, dpo, grpo, ppo, reward_model, rloo, sft, training, vpg
+from rlhf_jax.config import RunConfig, to_yaml
+from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo
 from rlhf_jax.training.quickstart import QuickstartConfig
 from rlhf_jax.training.sentiment import SentimentConfig
@@ -40,12 +41,12 @@ LENGTHS = [4, 1, 2, 0, 3, 4, 0, 1, 2, 2, 2, 3, 2, 4, 1, 1]
 def parse(file, *arguments):
     """The config of a YAML file in configs/ and of command-line flags."""
     kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
-    return flags.parse(kinds.get(file.stem, RunConfig), ["--config", str(file), *map(str, arguments)])
+    return parse_flags(kinds.get(file.stem, RunConfig), ["--config", str(file), *map(str, arguments)])
 
 
 def values_of(config):
     """A config as ``config.yaml`` of its run holds it."""
-    return yaml.safe_load(flags.to_yaml(config))
+    return yaml.safe_load(to_yaml(config))
 
 
 def run_stage(stage, config):

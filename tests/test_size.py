@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"rlhf_jax": 12551, "experiments": 1500, "tests": 16440}
-PACKAGE_ENTRIES = 45
+LIMITS = {"rlhf_jax": 12586, "experiments": 1500, "tests": 16446}
+PACKAGE_ENTRIES = 24
 FUNCTION_LIMIT = 60
 
 # Functions that are longer still, as MODULE.QUALIFIED_NAME. Nothing is added here.
 TOO_LONG = {
-    "rlhf_jax.evaluate._evaluate",
+    "rlhf_jax.evaluation.evaluate._evaluate",
     "rlhf_jax.training.dpo.run",
     "rlhf_jax.training.loop.train",
     "rlhf_jax.training.reward_model.run",
