@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rlhf_jax.training.adapters import Trainable
 from test_page import HOSTILE, Page
 
 from rlhf_jax import metrics as evaluation
@@ -22,7 +23,6 @@ from rlhf_jax.report import run_figures
 from rlhf_jax.report.run_figures import histograms, reliability
 from rlhf_jax.runs import folder as runs
 from rlhf_jax.runs.log import RowWriter
-from rlhf_jax.training.adapters import Trainable
 from rlhf_jax.training.stage import Stage
 
 COMMAND = "python experiments/ppo.py --seed 5"

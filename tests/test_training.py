@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from rlhf_jax import grpo, models, ppo, rloo, sharding, training, vpg
+from rlhf_jax import models, ppo, sharding, training, vpg
 from rlhf_jax.config import (
     Compute,
     DPOStage,
@@ -23,13 +23,13 @@ from rlhf_jax.config import (
     SFTStage,
     Text,
     Tokenizer,
+    parse,
 )
 from rlhf_jax.data import demo
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
-from rlhf_jax.flags import parse
 from rlhf_jax.runs import log as tracking
-from rlhf_jax.training import checks, setup
+from rlhf_jax.training import initial, rl, stage, supervised
 from rlhf_jax.training.quickstart import QuickstartConfig
 from rlhf_jax.training.quickstart import run as quickstart_run
 from rlhf_jax.training.sentiment import SentimentConfig
@@ -202,10 +202,10 @@ def test_reward_models_are_normalised_over_samples_of_the_base_policy(config, tm
     base = training.sft.run(config).model_folder
 
     def train(name, samples):
-        stage = dataclasses.replace(config.reward_model, normalize_samples=samples)
+        settings = dataclasses.replace(config.reward_model, normalize_samples=samples)
         folder = str(tmp_path / name)
         return training.reward_model.run(
-            dataclasses.replace(config, model=str(base), output_dir=folder, reward_model=stage)
+            dataclasses.replace(config, model=str(base), output_dir=folder, reward_model=settings)
         ).model_folder
 
     raw = models.load(train("raw", 0))
@@ -278,8 +278,8 @@ def test_supervised_batches_divide_too(config, tmp_path):
 
 def test_float16_is_answered_by_bfloat16(config):
     compute = Compute(dtype="float16")
-    assert "bfloat16 in place of float16" in setup.devices_line(compute)
-    made = setup.language_model(dataclasses.replace(config, compute=compute), ["some text"], jax.random.key(0))
+    assert "bfloat16 in place of float16" in stage.devices_line(compute)
+    made = initial.language_model(dataclasses.replace(config, compute=compute), ["some text"], jax.random.key(0))
     assert made.model.config.compute_dtype == "bfloat16"
     assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {np.dtype("float32")}
 
@@ -328,11 +328,10 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(config, data, tmp_path):
 def test_every_config_fits(file):
     kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
     config = parse(kinds.get(file.stem, RunConfig), ["--config", str(file)])
-    checks.supervised("sft", config.sft, 1)
-    checks.supervised("reward_model", config.reward_model, 1)
-    for algorithm in (vpg, ppo, rloo, grpo):
-        name = algorithm.__name__.rpartition(".")[2]
-        checks.reinforcement(algorithm, name, config.rl, getattr(config, name), 1)
+    supervised._sizes("sft", config.sft, 1)
+    supervised._sizes("reward_model", config.reward_model, 1)
+    for name in ("vpg", "ppo", "rloo", "grpo"):
+        rl._sizes(name, config.rl, getattr(config, name), 1)
 
 
 def test_the_quickstart_refuses_data_of_ones_own(tmp_path):
