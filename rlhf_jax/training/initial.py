@@ -1,6 +1,6 @@
 """What a run starts from: the model and its tokenizer, and which of its parameters are trained."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import generator, models
 from rlhf_jax.config import Compute, LoRA, RunConfig
-from rlhf_jax.data import tokenizers
+from rlhf_jax.data import chat, formats, tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import lora
@@ -51,9 +51,20 @@ def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
     return Trainable({**adapters, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), heads)}, base)
 
 
-def tokenizer_source(config: RunConfig) -> str | None:
-    """The folder or Hugging Face name of the tokenizer and its chat template; None: it is trained on the data."""
-    return config.tokenizer.name if config.model is None else config.model
+def read_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> formats.ReadResult[Any]:
+    """The rows of a stage, messages rendered by the chat template of the model's tokenizer; prints their number.
+
+    Args:
+        names: the section's own data; empty: the run's ``--data``.
+
+    Raises:
+        UserError: there is no data, or a row is wrong.
+    """
+    source = config.tokenizer.name if config.model is None else config.model
+    template = chat.template_of(None if source is None else tokenizers.load_tokenizer(source))
+    data = formats.read(kind, names or config.data, seed=config.seed, template=template)
+    print(f"{kind}: {data.describe()}", flush=True)
+    return data
 
 
 def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array) -> LanguageModel:

@@ -115,7 +115,8 @@ def _base_samples(setting: supervised.Setting) -> Rollout:
         template=config.text.template,
         too_long=config.text.too_long,
         length=config.rl.max_prompt_length,
-        room=model.config.max_length - config.rl.max_new_tokens,
+        max_positions=model.config.max_length,
+        max_new_tokens=config.rl.max_new_tokens,
     )
     sampling_config = sampling.SamplingConfig(
         max_new_tokens=config.rl.max_new_tokens,

@@ -17,7 +17,7 @@ import numpy as np
 from rlhf_jax import generator, models, rewards, sampling, sharding
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import RLStage, RunConfig
-from rlhf_jax.data import batches, formats
+from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts, encode_prompts
 from rlhf_jax.data.rows import Prompt
 from rlhf_jax.data.rows import texts as texts_of
@@ -105,11 +105,8 @@ class _Parts(NamedTuple):
 
 def _parts(config: RunConfig, name: str, run_reward: spec.Reward | None) -> _Parts:
     settings = config.rl
-    read = functools.partial(
-        formats.read, "prompts", seed=config.seed, tokenizer_source=initial.tokenizer_source(config)
-    )
-    data = read(settings.data or config.data)
-    others = read(settings.validation_data) if settings.validation_data else None
+    data = initial.read_rows(config, "prompts", settings.data)
+    others = initial.read_rows(config, "prompts", settings.validation_data) if settings.validation_data else None
     guard = filters.Guard.of(config.safety)
     fingerprints = data.fingerprints | (others.fingerprints if others else {}) | guard.fingerprints
     for entry in (*config.reward, *settings.judge):
@@ -144,7 +141,8 @@ def _encoded(
         template=config.text.template,
         too_long=config.text.too_long,
         length=config.rl.max_prompt_length,
-        room=language_model.model.config.max_length - config.rl.max_new_tokens,
+        max_positions=language_model.model.config.max_length,
+        max_new_tokens=config.rl.max_new_tokens,
     )
 
 

@@ -69,8 +69,7 @@ def run(config: RunConfig, settings: Supervised, kind: Kind) -> RunResult:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
     sizes = _sizes(kind.name, settings, start(config))
-    source = initial.tokenizer_source(config)
-    data = formats.read(kind.rows, settings.data or config.data, seed=config.seed, tokenizer_source=source)
+    data = initial.read_rows(config, kind.rows, settings.data)
     with open_stage(config, kind.name, data.fingerprints, sizes) as stage:
         language_model = initial.language_model(config, rows.texts(data.rows), stage.key("init"))
         text = config.text
