@@ -42,11 +42,11 @@ def copy_of_ppo():
 def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # noqa: F811
     algorithm = make()
     settings = dataclasses.replace(config.rl, num_iterations=4, kl_target=None)
-    config = dataclasses.replace(config, rl=settings)  # noqa: F811
+    config = dataclasses.replace(config, rl=settings)
     algorithm_config = algorithm.Config(num_minibatches=2, num_epochs=2, shuffle_blocks=4)
     straight = training.rl.run(config, algorithm, algorithm_config)
     rows = [json.loads(line) for line in (straight.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert rows[-1]["grad_norm"] > 0
+    assert max(row.get("grad_norm", 0.0) for row in rows) > 0
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         interrupt(patch, 3)
@@ -63,7 +63,7 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # 
 
 def test_ppo_under_another_name_is_ppo(config, tmp_path):  # noqa: F811
     """Only the names of the random streams differ: with the same ones the numbers are equal."""
-    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, num_iterations=2, kl_coef=0.02))  # noqa: F811
+    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, num_iterations=2, kl_coef=0.02))
     named = module("ppo", Path(ppo.__file__).read_text("utf-8"))
     own = training.rl.run(config, ppo)
     copied = training.rl.run(dataclasses.replace(config, output_dir=str(tmp_path / "copy")), named, config.ppo)

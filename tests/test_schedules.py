@@ -46,6 +46,18 @@ def test_the_rate_of_each_step(settings, rates):
     np.testing.assert_allclose(taken, rates, atol=2e-5)
 
 
+def test_matrices_are_decayed_and_nothing_else():
+    """On a gradient of 0 AdamW takes away learning_rate * weight_decay of what it decays."""
+    optimizer = make_optimizer(Optimizer(learning_rate=0.5, weight_decay=0.2, max_grad_norm=None), 1)
+    layer = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2, 2)), "lora_a": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    params = {"h_0": layer, "wte": {"embedding": jnp.ones((2, 2))}, "value": {"kernel": jnp.ones(2)}}
+    params |= {"score": {"kernel": jnp.ones(2), "gain": jnp.ones(()), "shift": jnp.ones(())}}
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    decayed = {jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if leaf.any()}
+    assert decayed == {"['h_0']['kernel']", "['h_0']['lora_a']", "['wte']['embedding']"}
+    np.testing.assert_allclose(updates["h_0"]["kernel"], -0.1, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("values", "patience", "times"),
     [

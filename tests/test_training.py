@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from rlhf_jax import models, ppo, sharding, training, vpg
+from rlhf_jax import Rollout, models, ppo, sharding, training, vpg
 from rlhf_jax.config import (
     Compute,
     DPOStage,
@@ -222,6 +222,20 @@ def test_reward_models_are_normalised_over_samples_of_the_base_policy(config, tm
     assert abs(std - 1) > 0.01
 
 
+def test_scores_get_mean_0_and_variance_1():
+    """Raw scores 1, 3, 8 whatever gain and shift the head had: mean 4, variance 26 / 3."""
+    raw = jax.numpy.array([[1.0], [3.0], [8.0]])
+
+    def score(params, tokens, attention_mask):
+        return params["score"]["gain"] * raw + params["score"]["shift"]
+
+    params = {"score": {"gain": jax.numpy.float32(2.0), "shift": jax.numpy.float32(5.0)}}
+    samples = Rollout(tokens=np.ones((3, 2)), attention_mask=np.ones((3, 2)), response_mask=None, log_probs=None)
+    normalised = training.reward_model._normalized(score, params, samples)
+    expected = (np.array([[1.0], [3.0], [8.0]]) - 4.0) / np.sqrt(26 / 3)
+    np.testing.assert_allclose(score(normalised, None, None), expected, rtol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_a_signal_finishes_the_step_and_saves(number, config, tmp_path, monkeypatch):
@@ -251,7 +265,7 @@ def test_a_signal_finishes_the_step_and_saves(number, config, tmp_path, monkeypa
         (["--ppo.num-minibatches", "5"], "rl.batch_size 32 does not divide by 5 ppo.num_minibatches"),
         (["--ppo.num-microbatches", "3"], "ppo.num_microbatches 3 does not divide the 16 rows"),
         (["--ppo.kl-loss-estimator", "k1"], "ppo: kl_loss_estimator 'k1'"),
-        (["--ppo.aggregate", "fixed"], "ppo.length"),
+        (["--ppo.aggregate", "fixed"], "length: aggregate 'fixed' needs a length"),
         (["--rl.batch-size", "30"], "rl.batch_size 30 does not divide by 4 devices; use 28 or 32"),
         (["--rl.temperature", "0"], "temperature above 0"),
         (["--rl.top-p", "0.9"], "allow_truncated_sampling"),

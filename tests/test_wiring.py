@@ -70,7 +70,7 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(reward, config
     (tmp_path / "reward.py").write_text("def host(prompts, responses):\n    return [len(text) for text in responses]\n")
     entry = f"{tmp_path / 'reward.py'}:host" if reward == "host" else reward
     settings = RLStage(num_iterations=3, batch_size=16, max_new_tokens=4, validation_interval=3, validation_prompts=4)
-    config = dataclasses.replace(config, reward=(entry,), rl=settings)  # noqa: F811
+    config = dataclasses.replace(config, reward=(entry,), rl=settings)
     sampled, learnt = [], []
     recorder(
         monkeypatch,
