@@ -11,7 +11,7 @@ from test_training import config, data  # noqa: F401 (fixtures)
 
 from rlhf_jax import models, sampling, training, vpg
 from rlhf_jax.algorithms import dpo, reward_model, sft
-from rlhf_jax.config import RLStage
+from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.training import stage
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -106,8 +106,6 @@ def test_a_python_reward_gets_the_columns_of_its_row(tmp_path):
         "    assert [p[-1] for p in prompts] == letter, (prompts, letter)\n"
         "    return [None if c == 'a' else float(ord(c)) for c in letter]\n"
     )
-    from rlhf_jax.config import Network, RunConfig, Tokenizer
-
     run = training.rl.run(
         RunConfig(
             data=(str(tmp_path / "prompts.json"),),
