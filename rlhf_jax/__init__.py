@@ -21,40 +21,14 @@ from rlhf_jax.types import (
 
 __version__ = importlib.metadata.version("rlhf-jax")
 
-__all__ = [  # noqa: RUF022 - a table of contents
-    # Updates: from a state and a batch to the next state
-    "sft",
-    "reward_model",
-    "dpo",
-    "vpg",
-    "ppo",
-    "rloo",
-    "grpo",
-    "gradient_step",
-    "minibatch_epochs",
-    # The maths they are made of
-    "losses",
-    "advantages",
-    "ops",
-    "Mean",
-    # Networks, samples, rewards
-    "models",
-    "sampling",
-    "rollout",
-    "rewards",
-    "sharding",
-    # Whole runs
-    "training",
-    "checkpoint",
-    # What travels between them, and what plugs in
-    "TrainState",
-    "Rollout",
-    "Comparisons",
-    "Demonstrations",
-    "PolicyOutput",
-    "PolicyFn",
-    "ScoreFn",
-    "RewardFn",
-    "Algorithm",
-    "__version__",
-]
+# Updates: from a state and a batch to the next state
+__all__ = ["dpo", "gradient_step", "grpo", "minibatch_epochs", "ppo", "reward_model", "rloo", "sft", "vpg"]
+# The maths they are made of
+__all__ += ["Mean", "advantages", "losses", "ops"]
+# Networks, samples, rewards, devices
+__all__ += ["models", "rewards", "rollout", "sampling", "sharding"]
+# Whole runs
+__all__ += ["checkpoint", "training"]
+# What travels between them, and what plugs in
+__all__ += ["Comparisons", "Demonstrations", "PolicyOutput", "Rollout", "TrainState"]
+__all__ += ["Algorithm", "PolicyFn", "RewardFn", "ScoreFn", "__version__"]

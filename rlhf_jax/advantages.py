@@ -95,7 +95,7 @@ def group_normalized(
     if not scale:
         return centred
     var = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / jnp.maximum(count - 1.0, 1.0)
-    varied = var > 0
+    varied = var != 0  # NaN too: a score that is not a number must not pass as a group of equal ones
     std = jnp.sqrt(jnp.where(varied, var, 1.0))
     return jnp.where(varied, centred / (std + eps), 0.0)
 

@@ -30,28 +30,19 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_number(
-    name: str,
-    value: Any,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> None:
-    """Raises ValueError, naming the setting, unless ``value`` is in the range. None and JAX tracers, whose value is
-    not known while a function is traced, pass."""
+_RULES = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def check_number(name: str, value: Any, **bounds: float) -> None:
+    """Raises ValueError, naming the setting, unless ``value`` keeps the bounds: at_least, above, at_most, below.
+
+    None passes, and so does a JAX tracer, whose value is not known while a function is traced.
+    """
     if value is None or isinstance(value, jax.core.Tracer):
         return
-    rules = (
-        ("at least", at_least, operator.ge),
-        ("above", above, operator.gt),
-        ("at most", at_most, operator.le),
-        ("below", below, operator.lt),
-    )
-    for words, bound, holds in rules:
-        if bound is not None and not holds(value, bound):
-            raise ValueError(f"{name} must be {words} {bound}, got {value}")
+    for rule, bound in bounds.items():
+        if not _RULES[rule](value, bound):
+            raise ValueError(f"{name} must be {rule.replace('_', ' ')} {bound}, got {value}")
 
 
 def is_zero(coefficient: jax.Array | float) -> bool:

@@ -6,6 +6,7 @@ Column t of every [B, T] array speaks of ``tokens[:, t]``; a row with an empty r
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 import chex
@@ -15,7 +16,7 @@ import optax
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
-from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Parts, PolicyOutput, Rollout, TrainState
+from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Parts, PolicyFn, PolicyOutput, Rollout, TrainState
 
 Ratio = Literal["token", "sequence"]
 State = TypeVar("State", bound=TrainState)
@@ -232,16 +233,11 @@ def update(
       The new state and the metrics of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over the steps
       (``ratio_max``, ``nonfinite``: the maximum).
     """
+    parts = config.num_microbatches
 
     def step(state: State, minibatch: Rollout, key: jax.Array) -> tuple[State, Metrics]:
         return gradient_step(
-            loss,
-            state,
-            optimizer,
-            batch=minibatch,
-            key=key,
-            num_microbatches=config.num_microbatches,
-            axis_name=axis_name,
+            loss, state, optimizer, batch=minibatch, key=key, num_microbatches=parts, axis_name=axis_name
         )
 
     return minibatch_epochs(
@@ -255,3 +251,37 @@ def update(
         axis_name=axis_name,
         minibatch_sharding=minibatch_sharding,
     )
+
+
+def updater(
+    prepare: Callable[..., Rollout],
+    loss: Callable[..., tuple[Loss, Parts]],
+    rollout_metrics: Callable[[Rollout, AxisName | None], Metrics] = lambda prepared, axis_name: {},
+) -> Callable[..., tuple[Any, Metrics]]:
+    """An algorithm's ``update``: its ``prepare`` once, then the steps of ``policy.update`` on its ``loss``.
+
+    Args:
+      prepare, loss: as in ``types.Algorithm``.
+      rollout_metrics: ``(prepared rollout, axis_name) -> metrics`` that the update returns too.
+    """
+
+    def update_policy(
+        state: State,
+        rollout: Rollout,
+        key: jax.Array,
+        *,
+        policy_fn: PolicyFn,
+        optimizer: optax.GradientTransformation,
+        config: Any,
+        axis_name: AxisName | None = None,
+        minibatch_sharding: Any = None,
+    ) -> tuple[State, Metrics]:
+        """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on ``loss``; metrics as
+        ``policy.update``."""
+        prepared = prepare(rollout, config=config, axis_name=axis_name)
+        bound = partial(loss, policy_fn=policy_fn, config=config)
+        options = {"axis_name": axis_name, "minibatch_sharding": minibatch_sharding}
+        state, metrics = update(bound, state, prepared, key, optimizer=optimizer, config=config, **options)
+        return state, {**metrics, **rollout_metrics(prepared, axis_name)}
+
+    return update_policy

@@ -8,12 +8,9 @@ before it.
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy
@@ -93,42 +90,17 @@ def loss(
     return total, {**metrics, "value/loss": value_loss}
 
 
-def update(
-    state: TrainState,
-    rollout: Rollout,
-    key: jax.Array,
-    *,
-    policy_fn: PolicyFn,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    axis_name: AxisName | None = None,
-    minibatch_sharding: Any = None,
-) -> tuple[TrainState, Metrics]:
-    """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on ``loss``.
-
-    Args:
-      rollout: with ``log_probs``, ``values`` and ``rewards`` (KL penalty included, if any).
-      key: of the shuffling.
-
-    Returns:
-      The new state, and metrics as ``policy.update`` with ``value/explained_variance``,
-      ``1 - var(returns - values) / var(returns)`` of the rollout's own values, 0 where the returns do not vary.
-    """
-    rollout = prepare(rollout, config=config, axis_name=axis_name)
-    state, metrics = policy.update(
-        partial(loss, policy_fn=policy_fn, config=config),
-        state,
-        rollout,
-        key,
-        optimizer=optimizer,
-        config=config,
-        axis_name=axis_name,
-        minibatch_sharding=minibatch_sharding,
-    )
+def explained_variance(rollout: Rollout, axis_name: AxisName | None) -> Metrics:
+    """``value/explained_variance`` of a prepared rollout's own values, ``1 - var(returns - values) / var(returns)``; 0
+    where the returns do not vary."""
     returns = policy.field(rollout, "returns", "call ppo.prepare first")
     errors = returns - policy.field(rollout, "values", "the policy needs a value function")
     var_returns, var_errors = (ops.masked_var(x, rollout.response_mask, axis_name=axis_name) for x in (returns, errors))
     # Returns that differ by rounding alone (float32: 1e-7 of the values, squared) do not vary.
     varies = var_returns > 1e-12 * var_errors
-    explained = jnp.where(varies, 1.0 - var_errors / jnp.where(varies, var_returns, 1.0), 0.0)
-    return state, {**metrics, "value/explained_variance": explained}
+    share = jnp.where(varies, 1.0 - var_errors / jnp.where(varies, var_returns, 1.0), 0.0)
+    return {"value/explained_variance": share}
+
+
+update = policy.updater(prepare, loss, explained_variance)
+"""See ``policy.updater``. The rollout has ``log_probs``, ``values`` and ``rewards`` (KL penalty included, if any)."""

@@ -5,15 +5,12 @@ clipped as in PPO, and there is no value function. Column t of every [B, T] arra
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax
-import optax
 
 from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy
-from rlhf_jax.types import AxisName, Mean, Metrics, Params, Parts, PolicyFn, Rollout, TrainState
+from rlhf_jax.types import AxisName, Mean, Params, Parts, PolicyFn, Rollout, TrainState
 
 State = TrainState
 needs_values = False
@@ -56,30 +53,5 @@ def loss(
     return policy.loss(ops.evaluate(policy_fn, params, rollout), rollout, config)
 
 
-def update(
-    state: TrainState,
-    rollout: Rollout,
-    key: jax.Array,
-    *,
-    policy_fn: PolicyFn,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    axis_name: AxisName | None = None,
-    minibatch_sharding: Any = None,
-) -> tuple[TrainState, Metrics]:
-    """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on ``loss`` (``policy.update``).
-
-    Args:
-      rollout: with ``log_probs`` and ``rewards`` (KL penalty included, if any) or ``scores``.
-      key: of the shuffling.
-    """
-    return policy.update(
-        partial(loss, policy_fn=policy_fn, config=config),
-        state,
-        prepare(rollout, config=config, axis_name=axis_name),
-        key,
-        optimizer=optimizer,
-        config=config,
-        axis_name=axis_name,
-        minibatch_sharding=minibatch_sharding,
-    )
+update = policy.updater(prepare, loss)
+"""See ``policy.updater``. The rollout has ``log_probs`` and ``rewards`` (KL penalty included, if any) or ``scores``."""
