@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf_jax.algorithms.dpo import Config as DPOConfig
-from rlhf_jax.algorithms.dpo import check_config as check_dpo
 from rlhf_jax.algorithms.grpo import Config as GRPOConfig
 from rlhf_jax.algorithms.ppo import Config as PPOConfig
 from rlhf_jax.algorithms.reward_model import Config as RewardModelConfig
@@ -224,7 +223,7 @@ class DPOStage(DPOConfig):
     """Optimizer steps between validations."""
 
     def __post_init__(self) -> None:
-        check_dpo(self)
+        super().__post_init__()
         _at_least(self, 1, "num_epochs", "batch_size", "num_microbatches", "validation_interval")
         _share(self, "validation_fraction")
 

@@ -5,7 +5,7 @@ slots, T = P + R, K answers of a comparison, G answers of a prompt, V vocabulary
 length.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import flax.struct
 import jax
@@ -29,8 +29,8 @@ class Mean:
     count: jax.Array  # [] float32, sum of the weights; carries no gradient
 
     @classmethod
-    def of(cls, x: jax.Array) -> "Mean":
-        """The plain mean of all entries of ``x``."""
+    def of(cls, x: jax.Array | float) -> "Mean":
+        """The plain mean of all entries of ``x``; of a scalar, the scalar itself."""
         x = jnp.asarray(x, jnp.float32)
         return cls(jnp.sum(x), jnp.float32(x.size))
 
@@ -43,6 +43,10 @@ class Mean:
     def __add__(self, other: "Mean") -> "Mean":
         """The mean over both parts."""
         return Mean(self.total + other.total, self.count + other.count)
+
+    def __rmul__(self, weight: jax.Array | float) -> "Mean":
+        """``weight * mean``, as for one of several losses."""
+        return Mean(weight * self.total, self.count)
 
     def over(self, axis_name: AxisName) -> "Mean":
         """The mean over all devices of the mapped axis."""
@@ -78,7 +82,7 @@ class TrainState:
     opt_state: optax.OptState
 
     @classmethod
-    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> Self:
         """Starts at step 0 with a fresh optimizer state for ``params``."""
         return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 

@@ -10,6 +10,7 @@ import pytest
 import test_llama_parity
 import test_models_parity
 from jax.tree_util import Partial
+from tabular import numbers
 
 from rlhf_jax import dpo, models, reward_model
 from rlhf_jax.models import names
@@ -104,7 +105,8 @@ def test_reward_model_loss_and_gradients(tmp_path, name):
     score = jax.jit(models.score_fn(model))
     batch = pairs(margin=jnp.array([0.0, 0.5, 1.5]))
     for centering in (0.0, 0.05):
-        f = functools.partial(reward_model.loss, score_fn=score, config=reward_model.Config(centering=centering))
+        config = reward_model.Config(centering=centering)
+        f = functools.partial(numbers(reward_model.loss), score_fn=score, config=config)
         (loss, metrics), gradients = jax.value_and_grad(f, has_aux=True)(params, batch, None)
         chosen, rejected = torch_outputs(reference, batch).reshape(3, 2).T
         expected = -torch.nn.functional.logsigmoid(chosen - rejected - torch.tensor(np.asarray(batch.margin))).mean()
@@ -149,7 +151,7 @@ def test_dpo_loss_and_gradients(tmp_path, name, kinds):
     np.testing.assert_allclose(batch.ref_log_probs, ref_log_probs, rtol=1e-5)
     for kind, smoothing in kinds:
         config = dpo.Config(beta=0.1, kind=kind, label_smoothing=smoothing)
-        f = functools.partial(dpo.loss, policy_fn=policy_fn, config=config)
+        f = functools.partial(numbers(dpo.loss), policy_fn=policy_fn, config=config)
         (loss, metrics), gradients = jax.value_and_grad(f, has_aux=True)(params, batch, None)
         chosen, rejected = (torch_log_probs(policy, batch) - ref_log_probs).T
         expected = torch_dpo(chosen - rejected, 0.1, kind, smoothing)

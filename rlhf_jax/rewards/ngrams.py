@@ -7,11 +7,11 @@ are skipped, and EOS is a token as any other.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from rlhf_jax import ops
 from rlhf_jax.types import Rollout
 
 
@@ -57,7 +57,7 @@ def repetition_penalty(rollout: Rollout, scores: jax.Array, coef: float, ngram: 
       ValueError: ``ngram`` below 1, or scores that are not [B].
     """
     repeated = repetition(ngram)(rollout)
-    ops.check_same_shape(scores=scores, one_column_of_tokens=repeated)
+    chex.assert_equal_shape([scores, repeated])
     return jnp.asarray(scores, jnp.float32) - coef * repeated
 
 

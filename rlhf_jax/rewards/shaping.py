@@ -1,5 +1,6 @@
 """How scores become the rewards that an update reads: the KL penalty, the rule for missing EOS, length."""
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -26,10 +27,10 @@ def kl_shaped(rollout: Rollout, kl_coef: jax.Array | float, estimator: ops.KLEst
     """
     present = rollout.response_mask != 0
     if rollout.rewards is not None:
-        ops.check_same_shape(rewards=rollout.rewards, response_mask=present)
+        chex.assert_equal_shape([rollout.rewards, present])
         rewards = jnp.where(present, jnp.asarray(rollout.rewards, jnp.float32), 0.0)
     elif rollout.scores is not None:
-        ops.check_rank(1, scores=rollout.scores)
+        chex.assert_rank(rollout.scores, 1)
         rewards = jnp.where(_is_last(present), jnp.asarray(rollout.scores, jnp.float32)[:, None], 0.0)
     else:
         raise ValueError("rollout: expected scores [B] or rewards [B, T], got neither; call a reward function first")
@@ -70,7 +71,7 @@ def missing_eos(
     last = _is_last(present)
     unfinished = jnp.any(last & (rollout.tokens != eos_id), axis=1)
     scores = jnp.asarray(scores, jnp.float32)
-    ops.check_same_shape(scores=scores, one_column_of_tokens=unfinished)
+    chex.assert_equal_shape([scores, unfinished])
     return jnp.where(unfinished, jnp.float32(score) if penalty is None else scores - penalty, scores)
 
 
@@ -85,7 +86,7 @@ def length_penalty(rollout: Rollout, scores: jax.Array, coef: float, target: int
       ValueError: scores that are not [B].
     """
     excess = excess_length(target, rollout)
-    ops.check_same_shape(scores=scores, one_column_of_tokens=excess)
+    chex.assert_equal_shape([scores, excess])
     return jnp.asarray(scores, jnp.float32) - coef * excess
 
 
