@@ -92,8 +92,8 @@ def test_turns_of_others_are_holes():
         ({"log_probs": [[-1, -math.inf], [-3, -4]]}, "row 0: the log-probability of response token 1 .*: -inf"),
         ({"log_probs": [[-1, {}], [-3, -4]]}, "row 0: log_probs must be numbers"),
         ({"responses": [[5, 6], [1, 5]]}, "row 1: the policy goes on after EOS, response token 0 of 2"),
-        ({"responses": [[5, 6]]}, "responses: expected one entry a prompt, 2, got 1"),
-        ({"row_ids": [1]}, "row_ids: expected one entry a prompt, 2, got 1"),
+        ({"responses": [[5, 6]]}, "responses: expected one entry for each prompt, 2, got 1"),
+        ({"row_ids": [1]}, "row_ids: expected one entry for each prompt, 2, got 1"),
         ({"prompts": [], "responses": [], "log_probs": []}, "prompts: expected at least one row"),
     ],
 )
@@ -117,7 +117,7 @@ def test_our_own_samples_come_back_as_they_were():
     prompts = np.where(mask, np.random.default_rng(0).integers(2, LETTERS.vocab_size, (8, 4)), LETTERS.pad_id)
     config = sampling.SamplingConfig(max_new_tokens=6, temperature=0.7, eos_id=LETTERS.eos_id, pad_id=LETTERS.pad_id)
     sampled = jax.jit(sampling.generate, static_argnames=("model", "config"))(
-        MODEL, params, prompts, mask, jax.random.key(2), config, np.arange(8) + 3
+        MODEL, params, prompts, mask, jax.random.key(2), config=config, row_ids=np.arange(8) + 3
     )
     said = np.asarray(sampled.response_mask) != 0
     ids = [np.asarray(sampled.tokens)[i, said[i]].tolist() for i in range(8)]
