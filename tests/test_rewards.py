@@ -326,14 +326,3 @@ def test_adaptive_kl_by_hand():
     assert moved(6.0) == pytest.approx(0.15)
     with pytest.raises(ValueError, match="horizon"):
         rewards.adaptive_kl(0.1, 1.0, target=6.0, horizon=0, n=1)
-
-
-def test_shaping_is_the_same_under_jit():
-    rollout = a_rollout(scores=np.arange(4, dtype=np.float32), ref_log_probs=np.full((4, 6), -2.0, np.float32))
-
-    def shape(rollout):
-        scores = rewards.missing_eos(rollout, rollout.scores, EOS, penalty=1.0)
-        scores = rewards.length_penalty(rollout, scores, 0.1)
-        return rewards.kl_shaped(rollout.replace(scores=scores), 0.2)
-
-    np.testing.assert_allclose(jax.jit(shape)(rollout), shape(rollout), rtol=1e-6)

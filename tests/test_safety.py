@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import training, vpg
-from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Safety, Tokenizer, parse
+from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Safety, Tokenizer
 from rlhf_jax.data.rows import Prompt
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import TrainingFault, UserError
@@ -266,8 +266,3 @@ def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(conf
     )
     with pytest.raises(TrainingFault, match=r"safety\.classifier: .* not finite"):
         training.rl.run(broken, vpg)
-
-
-def test_the_section_is_read_from_flags(tmp_path):
-    argv = ["--safety.words", "a.txt", "--safety.responses", "replace", "--safety.score", "-1"]
-    assert parse(RunConfig, argv).safety == Safety(words=("a.txt",), responses="replace", score=-1.0)
