@@ -177,6 +177,7 @@ def test_mistakes_are_named(functions, pair, tmp_path, monkeypatch):
         (["uncertainty:"], {}, "after `uncertainty:` come reward models' folders"),
         ([f"uncertainty:-1:{pair}"], {}, r"coefficient, a number of at least 0; got '-1'"),
         ([f"uncertainty:half:{pair}"], {}, "got 'half'"),
+        (["mean:0.5:no/such,x/5"], {}, r"^0\.5:no/such: no such folder"),  # only uncertainty has a coefficient
         ([f"min:{pair},no/such/model"], {}, "^no/such/model: no such folder"),
         (["other5"], {}, "^--reward other5: the reward model's tokenizer is not the policy's"),
         ([f"min:{pair},other5"], {}, "model,other5: other5: the reward model's tokenizer is not the policy's"),

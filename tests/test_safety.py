@@ -84,8 +84,8 @@ def guarded(tmp_path, **settings):
     )
     if "below" in settings or "above" in settings:
         settings["classifier"] = f"{tmp_path}/mine.py:harm"
-    guard = Guard.create(Safety(words=(f"{tmp_path}/words.txt",), **settings), TOKENIZER)
-    return guard.with_classifier(load=pytest.fail, columns=("limit",))
+    guard = Guard.create(Safety(words=(f"{tmp_path}/words.txt",), **settings))
+    return guard.for_responses(tokenizer=TOKENIZER, load=pytest.fail, columns=("limit",))
 
 
 @pytest.mark.parametrize(
@@ -138,17 +138,17 @@ def test_a_score_beyond_a_limit_is_unsafe_and_one_on_it_is_not(limits, expected,
 def test_prompts_are_dropped_replaced_or_counted_where_they_stand(tmp_path, capsys):
     bad_ids = tuple(TOKENIZER.encode("bad"))
     rows = [Prompt("a bad", "f, line 1", {"x": 1}), Prompt("abad", "f, line 2"), Prompt(bad_ids, "f, line 3")]
-    assert guarded(tmp_path).prompts(rows) == [rows[1]]
+    assert guarded(tmp_path).prompts(rows, TOKENIZER) == [rows[1]]
     assert capsys.readouterr().out == "safety: 2 of 3 prompts dropped: f, line 1; f, line 3\n"
-    replaced = guarded(tmp_path, prompts="replace", replacement="hi").prompts(rows)
+    replaced = guarded(tmp_path, prompts="replace", replacement="hi").prompts(rows, TOKENIZER)
     assert replaced == [Prompt("hi", "f, line 1", {"x": 1}), rows[1], Prompt("hi", "f, line 3")]
-    assert guarded(tmp_path, prompts="count").prompts(rows) == rows
+    assert guarded(tmp_path, prompts="count").prompts(rows, TOKENIZER) == rows
     with pytest.raises(UserError, match="all 2 prompts are unsafe, none is left: f, line 1; f, line 3"):
-        guarded(tmp_path).prompts([rows[0], rows[2]])
+        guarded(tmp_path).prompts([rows[0], rows[2]], TOKENIZER)
     capsys.readouterr()
-    guarded(tmp_path).prompts([Prompt("bad", f"line {i}") for i in range(22)] + rows[1:2])
+    guarded(tmp_path).prompts([Prompt("bad", f"line {i}") for i in range(22)] + rows[1:2], TOKENIZER)
     assert capsys.readouterr().out.endswith("; line 19; and 2 more\n")
-    assert Guard.create(Safety(classifier="length", above=1.0), TOKENIZER).prompts(rows) == rows
+    assert Guard.create(Safety(classifier="length", above=1.0)).prompts(rows, TOKENIZER) == rows
     assert capsys.readouterr().out == ""
 
 
@@ -176,9 +176,9 @@ def test_settings_that_say_half_are_refused(settings, message):
 
 
 def test_a_classifier_that_cannot_be_built_is_named_by_its_key():
-    guard = Guard.create(Safety(classifier="repetition:0", above=0.0), TOKENIZER)
+    guard = Guard.create(Safety(classifier="repetition:0", above=0.0))
     with pytest.raises(UserError, match=r"^safety\.classifier repetition:0: after"):
-        guard.with_classifier(load=pytest.fail, columns=())
+        guard.for_responses(tokenizer=TOKENIZER, load=pytest.fail, columns=())
 
 
 PROMPTS = [f"say {word}" for word in ("ape", "bee", "cat", "dog", "bad")]

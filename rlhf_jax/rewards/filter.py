@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import spec
-from rlhf_jax.rewards.host import Columns, HostReward, on_host
+from rlhf_jax.rewards.host import Columns, Decoder, HostReward, on_host
 from rlhf_jax.types import Metrics, Rollout
 
 _LETTER = r"[^\W_]"  # or a digit
@@ -92,30 +92,31 @@ def read_words(path: str | Path) -> list[str]:
 class Guard:
     """The filter of a run, by the section ``safety`` of its settings. Without rules it leaves everything as it is.
 
-    In a run: ``create``, then ``prompts`` when the data is read, then ``with_classifier`` when its columns are known,
-    then ``enforce`` on each rollout after ``on_host`` has scored it.
+    In a run: ``create``, then ``prompts`` when the data is read, ``for_responses`` when its columns are known, and
+    ``enforce`` on each rollout after ``on_host`` has scored it.
     """
 
     settings: Any  # rlhf_jax.config.Safety
     filter: Filter
-    tokenizer: spec.PolicyTokenizer
+    tokenizer: spec.PolicyTokenizer | None = None
     classifier: HostReward | None = None
 
     @classmethod
-    def create(cls, settings: Any, tokenizer: spec.PolicyTokenizer) -> "Guard":
+    def create(cls, settings: Any) -> "Guard":
         """Reads the word lists."""
         words = [word for path in settings.words for word in read_words(path)]
-        return cls(settings, Filter.create(words, settings.patterns), tokenizer)
+        return cls(settings, Filter.create(words, settings.patterns))
 
-    def with_classifier(self, *, load: spec.Load, columns: Collection[str]) -> "Guard":
+    def for_responses(self, *, tokenizer: spec.PolicyTokenizer, load: spec.Load, columns: Collection[str]) -> "Guard":
         """The guard with the classifier that its settings name, if they name one; arguments as of ``spec.build``."""
+        guard = dataclasses.replace(self, tokenizer=tokenizer)
         if self.settings.classifier is None:
-            return self
+            return guard
         entries = (self.settings.classifier,)
-        reward = spec.build(entries, tokenizer=self.tokenizer, load=load, columns=columns, flag="safety.classifier")
-        return dataclasses.replace(self, classifier=spec.as_host(reward))
+        reward = spec.build(entries, tokenizer=tokenizer, load=load, columns=columns, flag="safety.classifier")
+        return dataclasses.replace(guard, classifier=spec.as_host(reward))
 
-    def prompts(self, rows: Sequence[Any]) -> list[Any]:
+    def prompts(self, rows: Sequence[Any], tokenizer: Decoder) -> list[Any]:
         """The rows, with ``prompt`` (text or token ids) and ``source``, after the action ``settings.prompts``.
 
         Unsafe by words or patterns are dropped, get ``settings.replacement`` as prompt, or stay. Prints their number
@@ -123,7 +124,7 @@ class Guard:
         """
         if self.filter == Filter():
             return list(rows)
-        texts = [row.prompt if isinstance(row.prompt, str) else self.tokenizer.decode(row.prompt) for row in rows]
+        texts = [row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt) for row in rows]
         unsafe = [bool(self.filter.found(text)) for text in texts]
         places = [row.source for row, is_unsafe in zip(rows, unsafe, strict=True) if is_unsafe]
         shown = "; ".join(places[:_MOST_PLACES])
@@ -155,6 +156,7 @@ class Guard:
         Raises:
           FloatingPointError: the classifier's score is not finite; it names the rows.
         """
+        assert self.tokenizer is not None, "call for_responses first"
         in_response = np.asarray(sampled.response_mask) != 0
         present = in_response.any(axis=1)
         verdicts: list[Verdict] = [

@@ -20,11 +20,12 @@ class Guard:
     """As ``filter.Guard``."""
 
     settings: Safety
+    guard: filter.Guard
 
     @classmethod
     def of(cls, settings: Safety) -> "Guard":
         """The filter of a run."""
-        return cls(settings)
+        return cls(settings, filter.Guard.create(settings))
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -33,7 +34,7 @@ class Guard:
 
     def prompts(self, rows: Sequence[Any], tokenizer: Tokenizer) -> list[Any]:
         """As ``filter.Guard.prompts``."""
-        return filter.Guard.create(self.settings, tokenizer).prompts(rows)
+        return self.guard.prompts(rows, tokenizer)
 
     def around(
         self, run_reward: RunReward, tokenizer: Tokenizer, config: RunConfig, columns: Collection[str]
@@ -41,7 +42,7 @@ class Guard:
         """The reward with the filter after it."""
         if not self.settings.on:
             return run_reward
-        guard = filter.Guard.create(self.settings, tokenizer).with_classifier(
-            load=lambda path: reward_functions.load(path, config.compute), columns=columns
+        guard = self.guard.for_responses(
+            tokenizer=tokenizer, load=lambda path: reward_functions.load(path, config.compute), columns=columns
         )
         return RunReward(host=reward_functions.as_host(run_reward), enforce=guard.enforce)
