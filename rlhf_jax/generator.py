@@ -132,7 +132,7 @@ class Generator:
                 raise UserError(f"{reward_model}: the reward model's tokenizer is not that of {folder}")
             self._reward = rewards.from_model(models.score_fn(judge), params)
             positions = min(positions, judge.config.max_length)
-        self._score = jax.jit(lambda reward, rollout: reward(rollout))
+        self._score = jax.jit(lambda reward, rollout: reward(rollout)[0])
         self._room = positions - max_new_tokens
         if self._room < 1:
             raise UserError(

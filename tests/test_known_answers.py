@@ -206,7 +206,7 @@ def test_token_count_climbs_to_its_ceiling():
         batch = rollouts.collect(
             model, state.params, prompts, jnp.ones_like(prompts), key, sampling=options, policy_fn=policy_fn
         )
-        scores = count(batch)
+        scores, _ = count(batch)
         batch = batch.replace(scores=scores)
         state, _ = vpg.update(state, batch, key, policy_fn=policy_fn, optimizer=optimizer, config=vpg.Config())
         return state, scores.mean()

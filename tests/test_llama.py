@@ -234,7 +234,7 @@ def test_ppo_teaches_it_a_token():
         batch = rollout.collect(
             model, state.params, prompts, jnp.ones_like(prompts), key, sampling=sampling_config, policy_fn=policy_fn
         )
-        batch = batch.replace(scores=reward_fn(batch), ref_log_probs=batch.log_probs)
+        batch = batch.replace(scores=reward_fn(batch)[0], ref_log_probs=batch.log_probs)
         batch = batch.replace(rewards=rewards.kl_shaped(batch, 0.0))
         state, metrics = ppo.update(state, batch, key, policy_fn=policy_fn, optimizer=optimizer, config=config)
         return state, metrics | {"score": batch.scores.mean()}

@@ -109,7 +109,7 @@ def test_the_sampler_decodes_through_the_adapters(adapted):
     adapters = grown(adapters)
     config = sampling.SamplingConfig(max_new_tokens=4, temperature=0.0, eos_id=1, pad_id=0)
     spoken = [
-        sampling.generate(model, tree, TOKENS, jnp.ones_like(TOKENS), jax.random.key(2), config).tokens
+        sampling.generate(model, tree, TOKENS, jnp.ones_like(TOKENS), jax.random.key(2), config=config).tokens
         for tree in (lora.attach(params, adapters), lora.merge(params, adapters), params)
     ]
     np.testing.assert_array_equal(spoken[0], spoken[1])

@@ -226,8 +226,8 @@ def score(reward: RunReward, rollout: Rollout, columns: Mapping[str, Sequence[An
     found = []
     for numbers in loop.in_order(np.arange(len(rollout.tokens)), batch_size):
         part = jax.tree.map(lambda x, numbers=numbers: x[numbers], rollout)
-        result = apply(reward.fn, part)
-        found.append(np.asarray(result[0] if isinstance(result, tuple) else result, np.float64)[numbers >= 0])
+        scores, _ = apply(reward.fn, part)
+        found.append(np.asarray(scores, np.float64)[numbers >= 0])
     return np.concatenate(found)
 
 
