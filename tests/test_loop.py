@@ -12,9 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from rlhf_jax import sharding
-from rlhf_jax.config import RunConfig, Tokenizer
+from rlhf_jax.config import RunConfig, Tokenizer, parse
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.flags import parse
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training import loop
