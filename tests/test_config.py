@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax import cli
+from rlhf_jax import config
 from rlhf_jax.config import Optimizer, RunConfig, SFTStage, parse, to_yaml
 from rlhf_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,11 @@ def test_flag_goes_before_file_before_default(write):
     # The order on the command line does not matter, and a section's own default survives.
     assert parse(Settings, ["--ppo.clip-low", "0.05", *file]) == config
     assert parse(Settings, []) == Settings()
-    assert parse(Settings, []).ppo.clip_low == 0.3
+    # The last of several counts.
+    Path("d.yaml").write_text("seed: 2\n")
+    assert parse(Settings, ["--config", "c.yaml", "--config=d.yaml"]).seed == 2
+    assert parse(Settings, ["--config=d.yaml", "--config", "c.yaml"]).seed == 7
+    assert parse(Settings, ["--seed", "3", "--seed", "4"]).seed == 4
 
 
 def test_a_value_of_one_section_does_not_reach_another_with_the_same_default(write):
@@ -79,12 +85,14 @@ def test_a_value_of_one_section_does_not_reach_another_with_the_same_default(wri
     assert config.reward_model.optimizer == Optimizer()
 
 
-def test_the_last_config_and_the_last_flag_count(write):
-    write("seed: 1\n")
-    Path("d.yaml").write_text("seed: 2\n")
-    assert parse(Settings, ["--config", "c.yaml", "--config=d.yaml"]).seed == 2
-    assert parse(Settings, ["--config=d.yaml", "--config", "c.yaml"]).seed == 1
-    assert parse(Settings, ["--seed", "3", "--seed", "4"]).seed == 4
+def test_a_config_that_comes_with_the_package_is_called_by_its_name(tmp_path, monkeypatch):
+    here = parse(RunConfig, ["--config", str(ROOT / "configs" / "tiny.yaml")])
+    monkeypatch.chdir(tmp_path)
+    assert parse(RunConfig, ["--config", "tiny"]) == here
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "config.py"))  # as a wheel has it
+    Path("configs").mkdir()
+    Path("configs/tiny.yaml").write_text("seed: 5")
+    assert parse(RunConfig, ["--config", "tiny"]).seed == 5
 
 
 def test_values_of_every_type(write):
@@ -111,7 +119,8 @@ ppo:
     assert config == Settings("m", 0, Stage(0.3, 4, "ipo", None, 1e-5, ("x", "y"), (), False))
 
 
-def test_none_as_the_command_line_spells_it_is_null(write):
+def test_null_and_the_words_for_it(write):
+    assert parse(Settings, write("model: ~\nppo: {max_norm: null}")) == Settings(ppo=Stage(0.3, max_norm=None))
     assert parse(Settings, write("model: None\n")).model is None
     assert parse(Settings, write("model: 'None'\n")).model == "None"
 
@@ -167,15 +176,12 @@ def test_a_mistake_in_the_file_is_named(write, text, message):
     assert len(str(caught.value)) < 250
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_files_that_cannot_be_read(tmp_path, write):
     with pytest.raises(UserError, match=r"none.yaml: cannot be read \(given by --config\): No such file"):
         parse(Settings, ["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(UserError, match="cannot be read"):
         parse(Settings, ["--config", str(tmp_path)])
-
-
-def test_byte_order_mark_is_ignored(write):
-    assert parse(Settings, write(b"\xef\xbb\xbfseed: 3")).seed == 3
+    assert parse(Settings, write(b"\xef\xbb\xbfseed: 3")).seed == 3  # a byte order mark is ignored
 
 
 def test_checks_run_on_the_final_values(write):
@@ -244,25 +250,54 @@ def test_yaml_holds_every_field_in_order():
     ]
 
 
+NOT_1 = "must be at least 1, got 0"
+
+
 @pytest.mark.parametrize(
-    ("outcome", "code", "stderr"),
-    [(None, 0, ""), (3, 3, ""), (UserError("a: b"), 2, "error: a: b\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+    ("text", "message"),
+    [
+        ("checkpoint_interval: 0", f"line 1: checkpoint_interval {NOT_1}"),
+        ("early_stopping_patience: 0", f"line 1: early_stopping_patience {NOT_1}"),
+        ("seed: -1", "line 1: seed must be at least 0, got -1"),
+        ("keep_best: loss", "line 1: keep_best must be max:METRIC or min:METRIC, got 'loss'"),
+        ("alerts: [oops]", "line 1: alerts: 'oops'"),
+        ("lora:\n  rank: 2", "line 2: lora.rank adapts a trained model: give --model"),
+        ("model: m\ntokenizer: {name: t}", "line 2: tokenizer.name t: the model m brings its own tokenizer"),
+        ("network: {initializer_range: 0}", "line 1: network.initializer_range must be above 0, got 0.0"),
+        ("text: {bucket_multiple: 0}", f"line 1: text.bucket_multiple {NOT_1}"),
+        ("text: {template: x}", "line 1: text.template must contain {prompt}"),
+        ("sft: {num_epochs: 0}", f"line 1: sft.num_epochs {NOT_1}"),
+        ("sft: {num_microbatches: 0}", f"line 1: sft.num_microbatches {NOT_1}"),
+        ("sft: {optimizer: {b1: 1}}", "line 1: sft.optimizer.b1 must be at least 0 and below 1, got 1.0"),
+        ("rl: {optimizer:\n  {decay_every: 3}}", "line 2: rl.optimizer.schedule: the schedule step needs decay_every"),
+        ("reward_model: {batch_size: 0}", f"line 1: reward_model.batch_size {NOT_1}"),
+        ("reward_model: {ensemble_size: 0}", f"line 1: reward_model.ensemble_size {NOT_1}"),
+        ("reward_model: {normalize_samples: -1}", "line 1: reward_model.normalize_samples must be at least 0, got -1"),
+        ("dpo: {validation_fraction: 1}", "line 1: dpo.validation_fraction must be at least 0 and below 1, got 1.0"),
+        ("dpo: {validation_interval: 0}", f"line 1: dpo.validation_interval {NOT_1}"),
+        ("dpo: {beta: 0}", "line 1: dpo.beta must be above 0"),
+        ("rl: {kl_horizon: 0}", f"line 1: rl.kl_horizon {NOT_1}"),
+        ("rl: {kl_coef: -1}", "line 1: rl.kl_coef must be at least 0, got -1.0"),
+        ("rl: {kl_target: 0}", "line 1: rl.kl_target must be above 0, got 0.0"),
+        ("rl: {temperature: 0}", "line 1: rl.temperature must be above 0, got 0.0"),
+        ("rl: {top_p: 1.5, allow_truncated_sampling: true}", "line 1: rl.top_p must be above 0 and at most 1, got 1.5"),
+        ("rl: {\ntop_k: 5}", "line 2: rl.top_k and top_p: the update uses log-probabilities of the whole distribution"),
+        (
+            "rl: {missing_eos_penalty: 1, missing_eos_score: 0}",
+            "line 1: rl.missing_eos_penalty and missing_eos_score: ",
+        ),
+        ("safety: {patterns: ['(']}", "line 1: safety.patterns: '(' is no regular expression"),
+        ("safety: {above: 1}", "line 1: safety.classifier needs below or above"),
+    ],
 )
-def test_exit_codes(outcome, code, stderr, capsys):
-    def main():
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    with pytest.raises(SystemExit) as caught:
-        cli.run_script(main)
-    assert caught.value.code == code
-    assert capsys.readouterr().err == stderr
+def test_rules_of_the_sections(write, text, message):
+    with pytest.raises(UserError) as caught:
+        parse(RunConfig, write(text))
+    assert str(caught.value).startswith(f"c.yaml, {message}")
 
 
-def test_other_errors_keep_their_traceback():
-    def main():
-        raise RuntimeError("bug")
-
-    with pytest.raises(RuntimeError, match="bug"):
-        cli.run_script(main)
+def test_settings_that_the_rules_allow():
+    rl = config.RLStage(top_p=1.0, kl_target=None, kl_coef=0.0, missing_eos_score=-1.0)
+    allowed = config.RLStage(top_k=5, allow_truncated_sampling=True)
+    assert (rl.length, config.RLStage(num_episodes=65, batch_size=64).length) == (100, 2)
+    assert RunConfig(model="m", lora=config.LoRA(rank=2), rl=allowed) != RunConfig(model="m", rl=rl)
