@@ -70,22 +70,18 @@ def blocks(path):
 
 
 def commands(path):
-    """In the order of the page."""
+    """In the order of the page; a command that goes on in the next line, after a backslash, is one."""
+    found = []
     if path == README:
         text = BLOCK.sub(lambda match: "\n" * match[0].count("\n"), path.read_text("utf-8"))
-        lines = [(line[4:], number) for number, line in enumerate(text.split("\n"), 1) if line.startswith("    ")]
+        sources, mark = [Block("", text, 1)], "    "
     else:
-        consoles = [block for block in blocks(path) if block.language == "console"]
-        lines = [(line, b.line + i) for b in consoles for i, line in enumerate(b.text.rstrip("\n").split("\n"))]
-        unmarked = [number for line, number in lines if not line.startswith(("$ ", "  "))]
-        assert not unmarked, f"{name(path)}: lines {unmarked} of console blocks start with neither '$ ' nor spaces"
-        lines = [(line.removeprefix("$ "), number) for line, number in lines]
-    found = []
-    for line, number in lines:
-        if found and found[-1].text.endswith("\\"):
-            found[-1] = Command(f"{found[-1].text[:-1].rstrip()} {line.strip()}", found[-1].line)
-        elif not line.startswith(tuple(NOT_RUN)):
-            found.append(Command(line, number))
+        sources, mark = [block for block in blocks(path) if block.language == "console"], "$ "
+    for block in sources:
+        for number, line in enumerate(re.sub(r" *\\\n *", " ", block.text).rstrip("\n").split("\n"), block.line):
+            assert line.startswith(mark) or path == README, f"{name(path)}, line {number}: no '$ ' before a command"
+            if line.startswith(mark) and not line.removeprefix(mark).startswith(tuple(NOT_RUN)):
+                found.append(Command(line.removeprefix(mark), number))
     return found
 
 
