@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax import config_files, models
+from rlhf_jax import config, models
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import chat, check, preview, readers, tokenizers
 from rlhf_jax.errors import UserError
@@ -201,7 +201,7 @@ def read_yaml(content):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.yaml"
         path.write_bytes(content)
-        answers(lambda: config_files.read(RunConfig, path), len(content))
+        answers(lambda: config.read(RunConfig, path), len(content))
 
 
 def read_model(name, content):

@@ -238,9 +238,8 @@ def test_a_negative_kl_from_top_k_sampling(tmp_path):
 
     config = RunConfig(data=("nowhere",), output_dir=str(tmp_path / "run"), reward=("length",))
     for truncation in ({"top_k": 2}, {"top_p": 0.9}, {"temperature": 0.0}):
-        refused = dataclasses.replace(config, rl=RLStage(**truncation))
-        with pytest.raises(UserError, match=next(iter(truncation))):
-            training.rl.run(refused, ppo)
+        with pytest.raises(ValueError, match=next(iter(truncation))):
+            RLStage(**truncation)
     allowed = dataclasses.replace(config, rl=RLStage(top_k=2, allow_truncated_sampling=True))
     with pytest.raises(UserError, match="nowhere"):  # the next thing that is wrong
         training.rl.run(allowed, ppo)

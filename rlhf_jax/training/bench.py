@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rlhf_jax import config_files
+from rlhf_jax import config
 from rlhf_jax.data import readers, rows
 from rlhf_jax.data.chat import ChatTemplate
 from rlhf_jax.data.records import Record
@@ -170,7 +170,7 @@ def read_categories(path: str) -> dict[str, CustomCategory]:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
             raise UserError(f"{path}: a category's name is made of letters, digits and _, found {name!r}")
     kind = dataclasses.make_dataclass("Categories", [(name, CustomCategory) for name in names])
-    given = config_files.read(kind, file)
+    given = config.read(kind, file)
     found: dict[str, CustomCategory] = {}
     for name in names:
         values = {key.partition(".")[2]: value for key, value in given.items() if key.partition(".")[0] == name}
