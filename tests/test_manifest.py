@@ -145,7 +145,7 @@ def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
             (["ppo.data", "reward"], expected),
             (["seed", "ppo.clip_low", "ppo.data"], of_data[1:]),
         ]:
-            with pytest.raises(UserError, match="or name what may differ with --allow-changed") as caught:
+            with pytest.raises(UserError, match="--allow-changed lets those differ that you name") as caught:
                 check_unchanged(run, config=changed + "reward: []\n", data_fingerprints=data, allowed=allowed)
             for text in expected + of_data:
                 assert (text in str(caught.value)) == (text in missing)
