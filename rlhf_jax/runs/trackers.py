@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -59,8 +60,11 @@ class _TensorBoard:
     """Event files for TensorBoard: scalars by the metrics' names; samples, alerts and settings as texts."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int | None):
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a metric may be NaN
         first = 0 if resume_step is None else resume_step + 1  # readers forget what was written from this step on
-        self._writer = importlib.import_module("tensorboardX").SummaryWriter(str(folder), purge_step=first)
+        module = importlib.import_module("tensorboardX")
+        # The suffix keeps two starts within one second from writing to one file.
+        self._writer = module.SummaryWriter(str(folder), purge_step=first, filename_suffix=f".step{first}")
         self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```", first)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
