@@ -30,7 +30,7 @@ Row = Mapping[str, Any]
 class _Client:
     """W&B, or trackio, which has the same interface."""
 
-    def __init__(self, name: str, place: Mapping[str, str], config: Mapping[str, Any], resumed: bool):
+    def __init__(self, name: str, place: Mapping[str, Any], config: Mapping[str, Any], resumed: bool):
         # How long W&B waits for a server that has gone away; its own defaults outlast the run by hours.
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
@@ -145,32 +145,33 @@ def start(run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step
     if not names:
         return Services({}, {})
     path = run.path / "tracker.json"
-    known = json.loads(path.read_text("utf-8")) if resume_step is not None and path.is_file() else {}
-    run_id = known.get("id") or secrets.token_hex(4)
-    place = {
+    run_id = secrets.token_hex(4)
+    place: dict[str, Any] = {
         "id": run_id,
-        "project": known.get("project") or os.environ.get("WANDB_PROJECT") or "rlhf_jax",
-        "name": known.get("name") or os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}",
+        "project": os.environ.get("WANDB_PROJECT") or "rlhf_jax",
+        "name": os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}",
+        "services": [],
     }
-    before = known.get("services", [])
+    if resume_step is not None and path.is_file():
+        place |= json.loads(path.read_text("utf-8"))
+    before = place["services"]
     rows = [] if resume_step is None else [row for _, row in read_rows(run.metrics)]
+    last_row = max((row["step"] for row in rows), default=resume_step)
     services: dict[str, _Client | _TensorBoard] = {}
     sent = {}
     for name in names:
         try:
-            if name == "tensorboard":
-                services[name] = _TensorBoard(run.path / name, config, resume_step)
+            if name == "tensorboard":  # it forgets the steps behind the checkpoint; the others keep them
+                services[name], last = _TensorBoard(run.path / name, config, resume_step), resume_step
             else:
-                services[name] = _Client(name, place, config, resumed=name in before)
+                services[name], last = _Client(name, place, config, resumed=name in before), last_row
         except Exception as error:
             _warn(name, error, "the run goes on without it")
             continue
-        # TensorBoard forgets the steps behind the checkpoint; the others keep them.
-        last = resume_step if name == "tensorboard" else max((row["step"] for row in rows), default=resume_step)
         sent[name] = -1 if last is None or name not in before else last
     if services:
-        content = {**place, "services": list(dict.fromkeys([*before, *services]))}
-        write_atomically(path, json.dumps(content, indent=2) + "\n")
+        place["services"] = list(dict.fromkeys([*before, *services]))
+        write_atomically(path, json.dumps(place, indent=2) + "\n")
     opened = Services(services, sent)
     for row in rows:
         if row["step"] <= (resume_step or 0):
