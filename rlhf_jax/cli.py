@@ -10,7 +10,7 @@ import rich.table
 import tyro
 
 from rlhf_jax.data import check as data_check
-from rlhf_jax.data import demo, labels, preview, readers, tokenizers
+from rlhf_jax.data import demo, formats, labels, tokenizers
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.report import export, page
@@ -119,7 +119,7 @@ def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) 
 
 
 def check_data(
-    files: tyro.conf.Positional[tuple[str, ...]], tokenizer: str | None = None, kind: readers.Kind | None = None
+    files: tyro.conf.Positional[tuple[str, ...]], tokenizer: str | None = None, kind: formats.Kind | None = None
 ) -> int:
     """Read data files to their end: format, counts, lengths, duplicates, what they share, and every problem.
 
@@ -132,12 +132,12 @@ def check_data(
     """
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
     report = data_check.check(files, loaded, kind)
-    print(preview.render(report, loaded))
+    print(report.text)
     return 2 if report.num_problems else 0
 
 
 def preview_data(
-    file: Positional, count: int = 3, tokenizer: str | None = None, kind: readers.Kind | None = None
+    file: Positional, count: int = 3, tokenizer: str | None = None, kind: formats.Kind | None = None
 ) -> None:
     """Print the first rows of a data file as a run reads them.
 
@@ -148,7 +148,7 @@ def preview_data(
         kind: what the rows should be; by default what most of them are.
     """
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    print(preview.preview(file, loaded, kind, count))
+    print(data_check.preview(file, loaded, kind, count))
 
 
 def download_labels(name: Positional, folder: Positional, url: str | None = None) -> None:

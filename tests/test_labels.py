@@ -14,8 +14,8 @@ import oasst
 import pytest
 
 from rlhf_jax import cli
-from rlhf_jax.data import labels, readers, tokenizers
-from rlhf_jax.data.rankings import PAD_ID
+from rlhf_jax.data import formats, labels, tokenizers
+from rlhf_jax.data.formats import PAD_ID
 from rlhf_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,7 +195,7 @@ def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
     assert (decoded[1]["sample2"], decoded[1]["worker"]) == ("\ufffd", "x")
     for row, ids in zip(decoded, rows, strict=False):
         assert tokenizer.encode(row["query"]) == [i for i in ids["query"] if i != PAD_ID]
-    [row] = readers.read_comparisons(str(output)).rows[:1]
+    [row] = formats.read("comparisons", str(output)).rows[:1]
     assert row.responses == tuple(decoded[0][f"sample{i}"] for i in range(4))
     with pytest.raises(UserError, match="exists already"):
         labels.decode(file, output, tokenizer)

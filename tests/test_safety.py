@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Safety, Tokenizer, parse
-from rlhf_jax.data.readers import Prompt
+from rlhf_jax.data.rows import Prompt
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.rewards import filter as safety

@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_jax import generator, metrics, models, sampling
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import batches, encoding, readers
+from rlhf_jax.data import batches, encoding
 from rlhf_jax.data import rows as data_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runs import processes
@@ -267,7 +267,7 @@ def _base_samples(
     count = config.reward_model.normalize_samples
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(prompts)))
     chosen = [prompts[order[i % len(prompts)]] for i in range(count)]
-    rows = [readers.Prompt(prompt, f"the prompt {prompt[:40]!r}") for prompt in chosen]
+    rows = [data_rows.Prompt(prompt, f"the prompt {prompt[:40]!r}") for prompt in chosen]
     encoded = inputs.encode_prompts(rows, tokenizer, model, config)
     sampling_config = sampling.SamplingConfig(
         max_new_tokens=config.rl.max_new_tokens,
