@@ -137,11 +137,11 @@ def test_a_part_that_is_whole_is_checked_and_kept(few, server, content, tmp_path
         (lambda rows: rows[:60], "holds 60 rows, and at least 64 are expected"),
         (
             lambda rows: [{k: v for k, v in row.items() if k != "sample3"} for row in rows],
-            "line 1: expected keys query",
+            "row 1: expected keys query",
         ),
         (
             lambda rows: [*rows, rows[0] | {"best": 4}],
-            "line 1, row 65: 'best' must be the number of a response, 0 to 3",
+            "row 65: 'best' must be the number of a response, 0 to 3",
         ),
         (lambda rows: [*rows, rows[0] | {"query": [1, "x"]}], "'query' must hold token ids"),
         (lambda rows: "<html>Log in</html>", "expected a JSON list or JSON lines"),
@@ -200,7 +200,7 @@ def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
     with pytest.raises(UserError, match="exists already"):
         labels.decode(file, output, tokenizer)
     with pytest.raises(
-        UserError, match=r"labels\.json, line 1: holds the token id \d+, but the tokenizer has ids up to"
+        UserError, match=r"labels\.json, row 1: holds the token id \d+, but the tokenizer has ids up to"
     ):
         labels.decode(file, tmp_path / "other", tokenizers.characters("ab"))
 
