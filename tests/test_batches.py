@@ -75,7 +75,7 @@ def test_comparison_batch_by_hand():
     np.testing.assert_array_equal(batch.response_mask, [[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[0] * 5, [0] * 5]])
     assert batch.best is None
     cut = encoding.encode_pairs(rows, TOKENIZER, max_length=4, too_long="truncate")
-    assert cut.chosen.sources == cut.rejected.sources == ["f, line 1", "f, line 3"]
+    assert cut.chosen.sources == cut.answers[1].sources == ["f, line 1", "f, line 3"]
     assert cut.counts == {"dropped, the cut responses are equal": 1, "response cut, its EOS with it": 1}
     dropped = encoding.encode_pairs(rows, TOKENIZER, max_length=4, too_long="drop")
     assert (dropped.chosen.sources, dropped.counts) == (["f, line 3"], {"dropped, too long": 2})

@@ -190,7 +190,9 @@ def test_names(write, tmp_path):
         formats.read("pairs", "data/pairs.json")
     with pytest.raises(UserError, match="is a folder"):
         files.read_source(tmp_path)
-    with pytest.raises(UserError, match="no data: give --data FILE with pairs, a folder that holds preference_data.js"):
+    with pytest.raises(
+        UserError, match=r"no data: give --data FILE with pairs, a folder that holds preference_data\.js"
+    ):
         formats.read("pairs", [])
     with pytest.raises(UserError, match=r"this folder has no preference_data\.json, which holds the pairs"):
         formats.read("pairs", tmp_path)

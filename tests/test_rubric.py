@@ -1,4 +1,4 @@
-"""The rubric: what it gives by hand, that garbled text does not please it, and that the demo corpus is labelled by it."""
+"""The rubric: values by hand, garbled text, and that the demo corpus is labelled by it."""
 
 import pytest
 

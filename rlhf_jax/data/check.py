@@ -4,7 +4,6 @@ A problem is what would stop a run from reading the file. All are found, each wi
 Duplicates, dropped rows and overlap between files do not stop a run; they are counted and placed.
 """
 
-import difflib
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -76,7 +75,7 @@ def preview(path: str, tokenizer: Tokenizer | None = None, kind: Kind | None = N
       UserError: for a file that cannot be read or whose first rows are wrong.
     """
     source = read_source(path)
-    kind = kind or guess_kind(source.records)
+    kind = kind or _guess_kind(source.records)
     template = chat.template_of(tokenizer)
     shown: list[str] = []
     dropped: Counter[str] = Counter()
@@ -92,18 +91,10 @@ def preview(path: str, tokenizer: Tokenizer | None = None, kind: Kind | None = N
     return "\n\n".join([head, *shown[:count], *left_out])
 
 
-def guess_kind(records: list[Record]) -> Kind:
-    """What most rows are; if none is of a known form, what the keys of the first come nearest to."""
+def _guess_kind(records: list[Record]) -> Kind:
+    """What most rows are; demonstrations if none is of a known form."""
     kinds = Counter(form[0] for record in records if (form := formats.form_of(record.value)))
-    if kinds:
-        return kinds.most_common(1)[0][0]
-    keys = records[0].value if records and isinstance(records[0].value, dict) else {}
-
-    def nearness(form: tuple[Kind, tuple[str, ...]]) -> float:
-        near = [bool(difflib.get_close_matches(key, keys, n=1)) for key in form[1]]
-        return sum(near) - 0.5 * len(near)
-
-    return max(formats.FORMATS, key=nearness)[0]
+    return kinds.most_common(1)[0][0] if kinds else "demonstrations"
 
 
 def _check_file(name: str, tokenizer: Tokenizer | None, kind: Kind | None) -> _File:
@@ -112,7 +103,7 @@ def _check_file(name: str, tokenizer: Tokenizer | None, kind: Kind | None) -> _F
         source = read_source(name)
     except UserError as error:
         source, problems = Source([], "", "unreadable"), [str(error)]
-    kind = kind or guess_kind(source.records)
+    kind = kind or _guess_kind(source.records)
     template = chat.template_of(tokenizer)
     rows: list[Row] = []
     dropped: dict[str, list[str]] = {}

@@ -61,11 +61,6 @@ class EncodedComparisons:
         """The first answers, which in pairs are preferred."""
         return self.answers[0]
 
-    @property
-    def rejected(self) -> EncodedTexts:
-        """The second answers."""
-        return self.answers[1]
-
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """[N] int64 tokens of the longest text of each comparison."""

@@ -25,23 +25,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from rlhf_jax.data import chat, demo
+from rlhf_jax.data import chat, demo, rows
 from rlhf_jax.data.chat import ChatTemplate, Message
 from rlhf_jax.data.files import Source, parse_text, read_source
-from rlhf_jax.data.rows import (
-    Comparison,
-    Demonstration,
-    Drop,
-    Pair,
-    Prompt,
-    Record,
-    Text,
-    checked,
-    fields,
-    require,
-    text,
-)
-from rlhf_jax.data.rows import kind as kind_of
+from rlhf_jax.data.rows import Comparison, Demonstration, Drop, Pair, Prompt, Record, Text
 from rlhf_jax.errors import UserError
 
 Names = str | PathLike[str] | Sequence[str | PathLike[str]]
@@ -50,12 +37,8 @@ Row = TypeVar("Row")
 
 PAIR = ("chosen", "rejected")
 LABELS = ("best", "ranking", "ranks", "targets")
-KEYS: dict[Kind, str] = {  # what an error says is expected
-    "demonstrations": "prompt, response",
-    "pairs": "prompt, chosen, rejected",
-    "comparisons": "prompt, chosen, rejected",
-    "prompts": "prompt, or a string",
-}
+_EXPECTED = {"demonstrations": "prompt, response", "prompts": "prompt, or a string"}  # in errors; else _PAIR_KEYS
+_PAIR_KEYS = "prompt, chosen, rejected"
 FILES: dict[Kind, str] = {  # in a folder of the pipeline's data
     "demonstrations": "sft_data.json",
     "pairs": "preference_data.json",
@@ -74,11 +57,8 @@ DEMO = "demo"  # the data of this name is generated
 
 ASSISTANT = "\n\nAssistant:"
 PAD_ID = 50259  # of lm-human-preferences, GPT-2's vocabulary size + 2; no token of GPT-2
-OTHER_PROMPT = "dialogues differ before the last response"
 EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
-TIED = "all responses are ranked equal"
-REPEATED = "repeated prompt"
 _SAMPLE = re.compile(r"sample([0-9]{1,4})")
 _LARGEST = 3.4e38  # of float32
 
@@ -131,25 +111,26 @@ def read(kind: Kind, names: Names, *, seed: int = 0, template: ChatTemplate | No
       UserError: no data or no usable row; a file that cannot be read; a row of another form, named by file and line.
     """
     sources = _sources(kind, names, seed)
-    rows: list[Any] = []
+    template = template or ChatTemplate()
+    kept: list[Any] = []
     dropped: dict[str, int] = {}
     seen: set[Text] = set()
     for source in sources.values():
         for record in source.records:
             try:
-                parsed = parse(kind, record, template or ChatTemplate())
+                parsed = parse(kind, record, template)
                 if kind == "prompts":
                     if parsed[0].prompt in seen and _has_responses(record.value):
-                        raise Drop(REPEATED)
+                        raise Drop("repeated prompt")
                     seen.add(parsed[0].prompt)
-                rows.extend(parsed)
+                kept.extend(parsed)
             except Drop as drop:
                 dropped[str(drop)] = dropped.get(str(drop), 0) + 1
-    if not rows:
+    if not kept:
         reasons = ", ".join(f"{count} dropped ({reason})" for reason, count in dropped.items())
         raise UserError(f"{', '.join(sources)}: no usable row: {reasons}")
-    check_labels(rows)
-    return ReadResult(rows, dropped, {name: source.fingerprint for name, source in sources.items()})
+    check_labels(kept)
+    return ReadResult(kept, dropped, {name: source.fingerprint for name, source in sources.items()})
 
 
 def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
@@ -181,11 +162,11 @@ def _file(name: str, kind: Kind) -> str:
     return str(file)
 
 
-def check_labels(rows: Sequence[Any]) -> None:
+def check_labels(read_rows: Sequence[Any]) -> None:
     """Raises `UserError` if some rows have targets and others a preference."""
-    with_targets = [isinstance(row, Comparison) and row.targets is not None for row in rows]
+    with_targets = [isinstance(row, Comparison) and row.targets is not None for row in read_rows]
     if len(set(with_targets)) > 1:
-        have, lack = rows[with_targets.index(True)].source, rows[with_targets.index(False)].source
+        have, lack = read_rows[with_targets.index(True)].source, read_rows[with_targets.index(False)].source
         raise UserError(f"{lack}: has no targets but {have} has; train on one kind of label at a time")
 
 
@@ -217,21 +198,18 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Any]:
       Drop: for a row that is to be left out.
     """
     if isinstance(record.value, str) and kind == "prompts":
-        return [Prompt(checked(record, "the prompt", record.value), record.source)]
-    row = fields(record, KEYS[kind])
-    match kind:
-        case "prompts":
-            return [_prompt(record, template)]
-        case "demonstrations" if not _has_answers(row):
-            pair = "response" not in row and all(key in row for key in PAIR)
-            before, response = _exchange(record, "messages" if "messages" in row else "chosen" if pair else "response")
-            return [Demonstration(_rendered(before, template, record), response, record.source)]
-        case "demonstrations":
-            return [_best_of(answers(record, template))]
-        case "comparisons":
-            return _comparisons(answers(record, template))
-        case "pairs":
-            return _pairs(answers(record, template))
+        return [Prompt(rows.checked(record, "the prompt", record.value), record.source)]
+    row = rows.fields(record, _EXPECTED.get(kind, _PAIR_KEYS))
+    if kind == "prompts":
+        return [_prompt(record, template)]
+    if kind == "demonstrations" and not _has_answers(row):
+        pair = "response" not in row and all(key in row for key in PAIR)
+        before, response = _exchange(record, "messages" if "messages" in row else "chosen" if pair else "response")
+        return [Demonstration(_rendered(before, template, record), response, record.source)]
+    labelled = answers(record, template)
+    if kind == "demonstrations":
+        return [_best_of(labelled)]
+    return _comparisons(labelled) if kind == "comparisons" else _pairs(labelled)
 
 
 def _prompt(record: Record, template: ChatTemplate) -> Prompt:
@@ -246,8 +224,8 @@ def _prompt(record: Record, template: ChatTemplate) -> Prompt:
     elif key == "chosen" or (response_key and chat.is_chat(row, response_key)):
         prompt = _rendered(_exchange(record, response_key or key)[0], template, record)
     else:
-        require(record, ("prompt",))
-        prompt = text(record, "prompt")
+        rows.require(record, ("prompt",))
+        prompt = rows.text(record, "prompt")
     return Prompt(prompt, record.source, columns)
 
 
@@ -260,20 +238,20 @@ def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
     """What stands before the response under ``key``, and the response: texts, messages or the halves of a dialogue."""
     row, keys, hint = record.value, PAIR if key in PAIR else (key,), ""
     if key == "messages" or chat.is_chat(row, "prompt", *keys):
-        require(record, keys)
+        rows.require(record, keys)
         return chat.exchange(record, key)
     if "prompt" not in row and key in PAIR and key in row:
         if isinstance(row[key], str) and ASSISTANT in row[key]:
             end = row[key].rindex(ASSISTANT) + len(ASSISTANT)
             if not row[key][end:].strip():
                 raise Drop(chat.NO_RESPONSE)
-            return checked(record, key, row[key][:end]), checked(record, key, row[key][end:])
+            return rows.checked(record, key, row[key][:end]), rows.checked(record, key, row[key][end:])
         hint = (
             f"; without a prompt, {key!r} must be a dialogue whose turns start with '\\n\\nHuman:' and "
             "'\\n\\nAssistant:'"
         )
-    require(record, ("prompt", *keys), hint)
-    return text(record, "prompt"), text(record, key)
+    rows.require(record, ("prompt", *keys), hint)
+    return rows.text(record, "prompt"), rows.text(record, key)
 
 
 def _rendered(before: str | list[Message], template: ChatTemplate, record: Record) -> Text:
@@ -297,11 +275,11 @@ def answers(record: Record, template: ChatTemplate) -> Answers:
       UserError: for missing or contradictory labels and for whatever is wrong in a field, with file and line.
       Drop: if all responses are equal, unless they have targets of their own; dialogues that differ earlier.
     """
-    row = fields(record, KEYS["comparisons"])
+    row = rows.fields(record, _PAIR_KEYS)
     if not _has_answers(row):
         (before, chosen), (other, rejected) = (_exchange(record, key) for key in PAIR)
         if other != before:
-            raise Drop(OTHER_PROMPT)
+            raise Drop("dialogues differ before the last response")
         if chosen == rejected:
             raise Drop(EQUAL)
         return Answers(_rendered(before, template, record), (chosen, rejected), record.source, best=0)
@@ -329,10 +307,10 @@ def _responses(record: Record) -> dict[str, Any]:
     row = record.value
     if "responses" in row:
         if not isinstance(row["responses"], list):
-            raise UserError(f"{record.source}: 'responses' must be a list, found {kind_of(row['responses'])}")
+            raise UserError(f"{record.source}: 'responses' must be a list, found {rows.kind(row['responses'])}")
         return {f"'responses'[{i}]": value for i, value in enumerate(row["responses"])}
     samples = [f"sample{i}" for i in range(sum(bool(_SAMPLE.fullmatch(key)) for key in row))]
-    require(record, samples)
+    rows.require(record, samples)
     # A table has the same columns in all rows; the last ones are empty where there are fewer responses.
     while samples and row[samples[-1]] is None:
         samples.pop()
@@ -342,7 +320,7 @@ def _responses(record: Record) -> dict[str, Any]:
 def _prompt_of_answers(record: Record, template: ChatTemplate) -> Text:
     """The prompt of a row of K responses: text, token ids or messages."""
     key = prompt_key(record.value)
-    require(record, (key,))
+    rows.require(record, (key,))
     if chat.is_chat(record.value, key):
         return template.prompt(chat.conversation(record, key), record.source)
     return _text_or_ids(record, repr(key), record.value[key], may_be_space=True)
@@ -350,12 +328,12 @@ def _prompt_of_answers(record: Record, template: ChatTemplate) -> Text:
 
 def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = False) -> Text:
     if isinstance(value, str):
-        return checked(record, what, value, may_be_space)
+        return rows.checked(record, what, value, may_be_space)
     if not isinstance(value, list):
-        raise UserError(f"{record.source}: {what} must be a string or a list of token ids, found {kind_of(value)}")
+        raise UserError(f"{record.source}: {what} must be a string or a list of token ids, found {rows.kind(value)}")
     for i in value:
         if type(i) is not int or i < 0:
-            raise UserError(f"{record.source}: {what} must hold token ids, found {kind_of(i)}")
+            raise UserError(f"{record.source}: {what} must hold token ids, found {rows.kind(i)}")
     ids = tuple(i for i in value if i != PAD_ID)
     if not ids:
         raise UserError(f"{record.source}: {what} is empty; remove the row or fill it in")
@@ -366,7 +344,7 @@ def _best(record: Record, count: int) -> int:
     best = record.value["best"]
     if type(best) is not int or not 0 <= best < count:
         raise UserError(
-            f"{record.source}: 'best' must be the number of a response, 0 to {count - 1}, found {kind_of(best)}"
+            f"{record.source}: 'best' must be the number of a response, 0 to {count - 1}, found {rows.kind(best)}"
         )
     return best
 
@@ -384,13 +362,13 @@ def _ranks_of(record: Record, count: int) -> tuple[float, ...]:
 def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
     values = record.value[key]
     if not isinstance(values, list) or len(values) != count:
-        found = f"{len(values)}" if isinstance(values, list) else kind_of(values)
+        found = f"{len(values)}" if isinstance(values, list) else rows.kind(values)
         raise UserError(
             f"{record.source}: {key!r} must be a list of {count} numbers, one for each response, found {found}"
         )
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
-            raise UserError(f"{record.source}: {key!r} must hold numbers, found {kind_of(value)}")
+            raise UserError(f"{record.source}: {key!r} must hold numbers, found {rows.kind(value)}")
     return tuple(map(float, values))
 
 
@@ -414,7 +392,7 @@ def _pairs(row: Answers) -> list[Pair]:
         (better, worse) for better, rank in ranked for worse, other in ranked if rank < other and better != worse
     ]
     if not ordered:
-        raise Drop(TIED if len({rank for _, rank in ranked}) == 1 else ALL_EQUAL)
+        raise Drop("all responses are ranked equal" if len({rank for _, rank in ranked}) == 1 else ALL_EQUAL)
     weight = 1 / len(ordered) if len(ordered) > 1 else None
     return [Pair(row.prompt, better, worse, row.source, weight) for better, worse in ordered]
 
