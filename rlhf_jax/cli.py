@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from rlhf_jax.data.readers import Kind
+from rlhf_jax.data.formats import Kind
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 
 Positional = tyro.conf.Positional[str]
@@ -161,11 +161,11 @@ def check_data(
         tokenizer: folder or name; lengths are then in its tokens, and its chat template renders messages.
         kind: what the rows should be; by default what most of them are.
     """
-    from rlhf_jax.data import check, preview, tokenizers
+    from rlhf_jax.data import check, tokenizers
 
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
     report = check.check(files, loaded, kind)
-    print(preview.render(report, loaded))
+    print(report.text)
     return 2 if report.num_problems else 0
 
 
@@ -178,10 +178,10 @@ def preview_data(file: Positional, count: int = 3, tokenizer: str | None = None,
         tokenizer: folder or name; its chat template then renders messages.
         kind: what the rows should be; by default what most of them are.
     """
-    from rlhf_jax.data import preview, tokenizers
+    from rlhf_jax.data import check, tokenizers
 
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    print(preview.preview(file, loaded, kind, count))
+    print(check.preview(file, loaded, kind, count))
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {

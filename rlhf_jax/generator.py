@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import models, rewards, sampling
-from rlhf_jax.data import token_ids, tokenizers
+from rlhf_jax.data import encoding, tokenizers
 from rlhf_jax.data.rows import Prompt
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
@@ -159,7 +159,7 @@ class Generator:
             if not isinstance(prompt, str):
                 raise UserError(f"prompts[{i}]: expected a text, got {type(prompt).__name__}")
         rows = [Prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-        encoded = token_ids.prompt_ids(rows, self.tokenizer, self.template)
+        encoded = encoding.prompt_ids(rows, self.tokenizer, self.template)
         for row, ids in zip(rows, encoded, strict=True):
             if len(ids) > self._room:
                 raise UserError(

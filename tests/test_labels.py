@@ -14,8 +14,8 @@ import oasst
 import pytest
 
 from rlhf_jax import cli
-from rlhf_jax.data import labels, readers, tokenizers
-from rlhf_jax.data.rankings import PAD_ID
+from rlhf_jax.data import formats, labels, tokenizers
+from rlhf_jax.data.formats import PAD_ID
 from rlhf_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,11 +137,11 @@ def test_a_part_that_is_whole_is_checked_and_kept(few, server, content, tmp_path
         (lambda rows: rows[:60], "holds 60 rows, and at least 64 are expected"),
         (
             lambda rows: [{k: v for k, v in row.items() if k != "sample3"} for row in rows],
-            "line 1: expected keys query",
+            "row 1: expected keys query",
         ),
         (
             lambda rows: [*rows, rows[0] | {"best": 4}],
-            "line 1, row 65: 'best' must be the number of a response, 0 to 3",
+            "row 65: 'best' must be the number of a response, 0 to 3",
         ),
         (lambda rows: [*rows, rows[0] | {"query": [1, "x"]}], "'query' must hold token ids"),
         (lambda rows: "<html>Log in</html>", "expected a JSON list or JSON lines"),
@@ -195,12 +195,12 @@ def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
     assert (decoded[1]["sample2"], decoded[1]["worker"]) == ("\ufffd", "x")
     for row, ids in zip(decoded, rows, strict=False):
         assert tokenizer.encode(row["query"]) == [i for i in ids["query"] if i != PAD_ID]
-    [row] = readers.read_comparisons(str(output)).rows[:1]
+    [row] = formats.read("comparisons", str(output)).rows[:1]
     assert row.responses == tuple(decoded[0][f"sample{i}"] for i in range(4))
     with pytest.raises(UserError, match="exists already"):
         labels.decode(file, output, tokenizer)
     with pytest.raises(
-        UserError, match=r"labels\.json, line 1: holds the token id \d+, but the tokenizer has ids up to"
+        UserError, match=r"labels\.json, row 1: holds the token id \d+, but the tokenizer has ids up to"
     ):
         labels.decode(file, tmp_path / "other", tokenizers.characters("ab"))
 

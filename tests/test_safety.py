@@ -210,7 +210,7 @@ def read(folder, name="metrics.jsonl"):
 
 def test_a_run_counts_and_penalises(config, tmp_path, capsys):
     folder = training.rl.run(config, vpg).folder
-    assert f"safety: 1 of 5 prompts dropped: {config.data[0]}, line 6\n" in capsys.readouterr().out
+    assert f"safety: 1 of 5 prompts dropped: {config.data[0]}, row 5\n" in capsys.readouterr().out
     metrics, samples = read(folder), read(folder, "samples.jsonl")
     assert all("bad" not in sample["prompt"] for sample in samples)
     for row in metrics[1:]:

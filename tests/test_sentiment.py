@@ -18,7 +18,7 @@ from test_scripts import ROOT, rows, run
 
 from rlhf_jax import models, sampling
 from rlhf_jax.config import parse
-from rlhf_jax.data import readers
+from rlhf_jax.data import formats
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import frontier
@@ -212,7 +212,7 @@ def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tmp_path):
     assert all(point["KL"] > 0 for point in points)
     assert {point["method"] for point in points if point["score"] > base["score"] + 0.1} >= {"RLOO", "PPO, fixed KL"}
     files = [folder / "data" / name for name in ("train.jsonl", "heldout.jsonl")]
-    train, heldout = ({row.prompt for row in readers.read_prompts(str(path)).rows} for path in files)
+    train, heldout = ({row.prompt for row in formats.read("prompts", str(path)).rows} for path in files)
     assert (len(train), len(heldout), train & heldout) == (16, 8, set())
     assert {prompt[0] for prompt in train | heldout} == {1}
     assert {len(prompt) for prompt in train | heldout} == {3, 4}

@@ -16,7 +16,7 @@ from test_scripts import ROOT, rows, run
 
 from rlhf_jax import models
 from rlhf_jax.config import parse
-from rlhf_jax.data import encoding, readers, shakespeare, tokenizers
+from rlhf_jax.data import encoding, formats, shakespeare, tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.shakespeare import ShakespeareConfig
 from rlhf_jax.training.shakespeare import run as run_job
@@ -56,7 +56,7 @@ def test_counts_are_targets_up_to_100_and_one_piece_in_eight_ends_in_eos(tmp_pat
     tokenizer = tokenizers.characters("abh \n")
     path = tmp_path / "counts.jsonl"
     shakespeare.write_counts(path, pieces, "h", tokenizer)
-    encoded = encoding.encode_comparisons(readers.read_comparisons(str(path)).rows, tokenizer)
+    encoded = encoding.encode_comparisons(formats.read("comparisons", str(path)).rows, tokenizer)
     assert encoded.targets[:, 0].tolist() == [2, 0, 0, 3, 99, 100, 100, 2, 1, 0]
     for i, (piece, ids) in enumerate(zip(pieces, encoded.answers[0].tokens, strict=True)):
         assert ids.tolist() == tokenizer.encode(piece) + ([tokenizer.eos_id] if i == 7 else [])
@@ -67,7 +67,7 @@ def test_rows_to_pretrain_on_are_the_text_without_any_eos(tmp_path):
     path = tmp_path / "pretrain.jsonl"
     assert shakespeare.write_demonstrations(path, text, 7) == 4
     tokenizer = tokenizers.characters(text)
-    demonstrations = readers.read_demonstrations(str(path)).rows
+    demonstrations = formats.read("demonstrations", str(path)).rows
     encoded = encoding.encode_demonstrations(demonstrations, tokenizer, max_length=7, too_long="truncate")
     assert [len(ids) for ids in encoded.tokens] == [7] * 4
     assert encoded.starts == [1] * 4  # every character but the first is learnt

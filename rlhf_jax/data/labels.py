@@ -1,6 +1,6 @@
 """The human labels that lm-human-preferences published (Ziegler et al. 2019): fetched whole, and decoded into texts.
 
-Rows are ``{query, sample0 .. sample3, best}``, lists of GPT-2's token ids filled up with 50259; `rankings` reads them.
+Rows are ``{query, sample0 .. sample3, best}``, lists of GPT-2's token ids filled up with 50259; `formats` reads them.
 """
 
 import difflib
@@ -13,10 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_jax.data import rankings, token_ids
+from rlhf_jax.data import encoding, formats
 from rlhf_jax.data.chat import ChatTemplate
+from rlhf_jax.data.files import read_source
 from rlhf_jax.data.rows import Drop, Text, fields, require
-from rlhf_jax.data.sources import read_source
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.folder import write_atomically
@@ -133,7 +133,7 @@ def verify(path: str | Path, least: int) -> Verified:
         fields(record, ", ".join(KEYS))
         require(record, KEYS)
         try:
-            rankings.read(record, ChatTemplate())
+            formats.answers(record, ChatTemplate())
         except Drop:
             num_equal += 1
     if len(source.records) < least:
@@ -166,13 +166,13 @@ def decode(path: str | Path, output: str | Path, tokenizer: Tokenizer) -> Decode
     for record in read_source(path).records:
         row: dict[str, Any] = dict(fields(record, ", ".join(KEYS)))
         try:
-            answers = rankings.read(record, ChatTemplate())
+            answers = formats.answers(record, ChatTemplate())
         except Drop as drop:
             dropped[str(drop)] += 1
             continue
         prompt, *samples = _texts((answers.prompt, *answers.responses), tokenizer, record.source)
         num_broken += sum("\ufffd" in text for text in (prompt, *samples))
-        row[rankings.prompt_key(row)] = prompt
+        row[formats.prompt_key(row)] = prompt
         row |= {"responses": samples} if "responses" in row else {f"sample{i}": text for i, text in enumerate(samples)}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     try:
@@ -184,5 +184,5 @@ def decode(path: str | Path, output: str | Path, tokenizer: Tokenizer) -> Decode
 
 def _texts(texts: tuple[Text, ...], tokenizer: Tokenizer, source: str) -> list[str]:
     ids = [text for text in texts if not isinstance(text, str)]
-    checked = iter(token_ids.response_ids(ids, tokenizer, [source] * len(ids)))
+    checked = iter(encoding.response_ids(ids, tokenizer, [source] * len(ids)))
     return [text if isinstance(text, str) else tokenizer.decode(next(checked)) for text in texts]

@@ -8,10 +8,10 @@ repetition score 0; text that is cut off or too long loses points.
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.data.demo_language import CLOSES, TOPICS, WORDINGS, Topic, fill
+from rlhf_jax.data.demo import CLOSES, TOPICS, WORDINGS, Topic, fill
 
 WEIGHTS = {"topic": 0.35, "stance": 0.35, "detail": 0.2, "close": 0.1, "fault": -0.25, "astray": -0.2}
 MAX_WORDS = 24
@@ -69,7 +69,7 @@ class _Text:
     def has(self, phrase: str) -> bool:
         return f" {phrase} " in self._padded
 
-    def ends_with_any(self, phrases: tuple[str, ...]) -> bool:
+    def ends_with_any(self, phrases: Sequence[str]) -> bool:
         return any(self._padded.endswith(f" {' '.join(_words(phrase))} ") for phrase in phrases)
 
 

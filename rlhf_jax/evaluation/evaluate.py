@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.config import Compute
-from rlhf_jax.data import chat, encoding, readers, rows
+from rlhf_jax.data import chat, encoding, formats, rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import bench as evaluation_bench
@@ -111,10 +111,10 @@ def _read(config: Config, tokenizer: Tokenizer) -> _Data:
     for name, category in categories.items():
         if not category.prompts and not config.prompts:
             raise UserError(f"{config.categories}: {name} has no prompts of its own; add them or give --prompts")
-    results: dict[str, readers.ReadResult[Any]] = {}
+    results: dict[str, formats.ReadResult[Any]] = {}
     parts: dict[str, str] = {}
     if config.prompts:
-        results["prompts"] = readers.read_prompts(config.prompts, template)
+        results["prompts"] = formats.read("prompts", config.prompts, template=template)
     if config.safety:
         results["safety"] = benchmarks.read_safety(config.safety, template)
     if config.preferences:
@@ -122,7 +122,7 @@ def _read(config: Config, tokenizer: Tokenizer) -> _Data:
     if config.annotated:
         results["annotated"] = benchmarks.read_annotated(config.annotated)
     own = {f"custom {name}": category.prompts for name, category in categories.items() if category.prompts}
-    results |= {name: readers.read_prompts(paths, template) for name, paths in own.items()}
+    results |= {name: formats.read("prompts", paths, template=template) for name, paths in own.items()}
     for name, result in results.items():
         print(f"{name}: {result.describe()}", flush=True)
     read = {name: result.rows for name, result in results.items()}

@@ -1,10 +1,10 @@
 """The data that ``rlhf_jax.evaluation.evaluate`` judges by: which categories there are, and their rows from files.
 
-- prompts: whatever ``data.readers.read_prompts`` reads; a column ``answerable`` (true or false) says which of them a
+- prompts: whatever ``data.formats.read`` reads as prompts; a column ``answerable`` (true or false) says which of them a
   model can know the answer to.
 - safety: prompts with a column ``label``, safe or unsafe, as the CSV of XSTest (Röttger et al. 2024) has it.
-- preferences: pairs and rankings, whatever ``data.readers.read_pairs`` reads; a column ``category`` splits them, as in
-  the HHH alignment data (Askell et al. 2021).
+- preferences: pairs and rankings, whatever ``data.formats.read`` reads as pairs; a column ``category`` splits them, as
+  in the HHH alignment data (Askell et al. 2021).
 - annotated: ``{instruction, input, response1, response2, annotator1, annotator2, ...}`` as in PandaLM's test set (Wang
   et al. 2023): each annotator says 1, 2 or 0, a tie.
 - custom: categories of the user's own in a YAML file.
@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rlhf_jax import config
-from rlhf_jax.data import readers, rows
+from rlhf_jax import config_files
+from rlhf_jax.data import formats, rows
 from rlhf_jax.data.chat import ChatTemplate
-from rlhf_jax.data.records import Record
-from rlhf_jax.data.sources import read_source
+from rlhf_jax.data.files import read_source
+from rlhf_jax.data.rows import Record
 from rlhf_jax.errors import UserError
 
 TIE = 0
@@ -66,13 +66,13 @@ class CustomCategory:
         return re.compile("|".join(found), re.IGNORECASE)
 
 
-def read_safety(paths: Sequence[str], template: ChatTemplate | None = None) -> readers.ReadResult[rows.Prompt]:
+def read_safety(paths: Sequence[str], template: ChatTemplate | None = None) -> formats.ReadResult[rows.Prompt]:
     """Prompts whose column ``label`` is safe or unsafe.
 
     Raises:
-      UserError: a row without such a label; or as ``readers.read_prompts``.
+      UserError: a row without such a label; or as ``formats.read``.
     """
-    result = readers.read_prompts(paths, template)
+    result = formats.read("prompts", paths, template=template)
     for row in result.rows:
         if row.columns.get("label") not in ("safe", "unsafe"):
             found = row.columns.get("label")
@@ -100,13 +100,13 @@ def answerable(row: rows.Prompt) -> bool | None:
 
 def read_preferences(
     paths: Sequence[str], template: ChatTemplate | None = None
-) -> tuple[readers.ReadResult[rows.Pair], dict[str, str]]:
+) -> tuple[formats.ReadResult[rows.Pair], dict[str, str]]:
     """Pairs of any preference format, and ``{row's source: its category}`` of those whose row has a ``category``.
 
     Raises:
-      UserError: a category that is no text; or as ``readers.read_pairs``.
+      UserError: a category that is no text; or as ``formats.read``.
     """
-    result = readers.read_pairs(paths, template)
+    result = formats.read("pairs", paths, template=template)
     categories = {}
     for path in paths:
         for record in read_source(path).records:
@@ -118,7 +118,7 @@ def read_preferences(
     return result, categories
 
 
-def read_annotated(path: str) -> readers.ReadResult[Annotated]:
+def read_annotated(path: str) -> formats.ReadResult[Annotated]:
     """Pairs with the votes of at least one annotator. A response may be empty, as a model's may be.
 
     Raises:
@@ -126,7 +126,7 @@ def read_annotated(path: str) -> readers.ReadResult[Annotated]:
     """
     source = read_source(path)
     found = [_annotated(record) for record in source.records]
-    return readers.ReadResult(found, {}, {path: source.fingerprint})
+    return formats.ReadResult(found, {}, {path: source.fingerprint})
 
 
 def _annotated(record: Record) -> Annotated:

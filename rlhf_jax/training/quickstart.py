@@ -15,7 +15,7 @@ import rich.table
 
 from rlhf_jax import generator, metrics, models, sampling
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import demo, encoding, readers, rubric
+from rlhf_jax.data import demo, encoding, formats, rows, rubric
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import figures, html, records
 from rlhf_jax.runs import folder as runs
@@ -69,7 +69,7 @@ def run(config: QuickstartConfig) -> QuickstartResult:
     start(config)
     demo.write(data, seed=config.seed, shuffle_labels=config.shuffle_labels)
     result = pipeline.run_stages(dataclasses.replace(config, data=(str(data),)), folder)
-    prompts = readers.read_prompts(str(data / "heldout_prompts.json")).rows
+    prompts = formats.read("prompts", data / "heldout_prompts.json").rows
     sft_answers = _answers(str(result.sft.model_folder), prompts, config)
     ppo_answers = _answers(str(result.ppo.model_folder), prompts, config)
     summary = _summary(config, result, data, prompts, sft_answers, ppo_answers)
@@ -80,7 +80,7 @@ def run(config: QuickstartConfig) -> QuickstartResult:
     return QuickstartResult(folder, summary, all(summary["gates"].values()))
 
 
-def _answers(model_folder: str, prompts: list[readers.Prompt], config: RunConfig) -> Answers:
+def _answers(model_folder: str, prompts: list[rows.Prompt], config: RunConfig) -> Answers:
     model, params, tokenizer = setup.load_language_model(model_folder, config.compute)
     encoded = encoding.encode_prompts(prompts, tokenizer, template=config.text.template)
     greedy = sampling.SamplingConfig(
@@ -97,13 +97,13 @@ def _summary(
     config: QuickstartConfig,
     result: pipeline.PipelineResult,
     data: Path,
-    prompts: list[readers.Prompt],
+    prompts: list[rows.Prompt],
     sft_answers: Answers,
     ppo_answers: Answers,
 ) -> dict[str, Any]:
     model, params, tokenizer = setup.load_language_model(str(result.reward_model.model_folder), config.compute)
     pairs = encoding.encode_pairs(
-        readers.read_pairs(str(data / "heldout_preference_data.json")).rows, tokenizer, template=config.text.template
+        formats.read("pairs", data / "heldout_preference_data.json").rows, tokenizer, template=config.text.template
     )
     preference = evaluate(
         pair_scorer(model),
@@ -148,7 +148,7 @@ def _summary(
 def _report(
     folder: Path,
     summary: dict[str, Any],
-    prompts: list[readers.Prompt],
+    prompts: list[rows.Prompt],
     sft_answers: Answers,
     ppo_answers: Answers,
 ) -> None:
@@ -239,7 +239,7 @@ def _plots(folder: Path, low: float, high: float) -> list[figures.Plot]:
     ]
 
 
-def _print(prompts: list[readers.Prompt], sft_answers: Answers, ppo_answers: Answers, summary: dict[str, Any]) -> None:
+def _print(prompts: list[rows.Prompt], sft_answers: Answers, ppo_answers: Answers, summary: dict[str, Any]) -> None:
     console = rich.console.Console()
     table = rich.table.Table(title="Held-out prompts, greedy answers; score: the rubric, SFT -> PPO", show_lines=True)
     for name in ("prompt", "SFT", "PPO", "score"):
@@ -277,9 +277,9 @@ def _gate_details(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _shown(prompts: list[readers.Prompt]) -> list[int]:
+def _shown(prompts: list[rows.Prompt]) -> list[int]:
     """The first three prompts of each category."""
-    numbers: dict[str, list[int]] = {category: [] for category in demo.CATEGORIES}
+    numbers: dict[str, list[int]] = {category: [] for category in demo.TOPICS}
     for i, row in enumerate(prompts):
         numbers[row.columns["category"]].append(i)
     return [i for together in numbers.values() for i in together[:3]]
