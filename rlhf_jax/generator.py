@@ -1,6 +1,7 @@
 """Texts in, texts out: a language model as a user meets it."""
 
 import collections
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -114,14 +115,15 @@ class Generator:
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
         )
-        self._score, positions = None, self.model.config.max_length
+        self._score: Callable[..., jax.Array] | None = None
+        positions = self.model.config.max_length
         if reward_model is not None:
             judge, params, tokenizer = load(reward_model, **compute)
             if "score" not in params:
                 raise UserError(f"{reward_model}: this model has no score head; give a reward model's folder")
             if tokenizer.fingerprint != self.tokenizer.fingerprint:
                 raise UserError(f"{reward_model}: the reward model's tokenizer is not that of {folder}")
-            self._score = jax.tree_util.Partial(jax.jit(models.score_fn(judge)), params)
+            self._score = functools.partial(jax.jit(models.score_fn(judge)), params)
             positions = min(positions, judge.config.max_length)
         self._room = positions - max_new_tokens
         if self._room < 1:
@@ -167,7 +169,7 @@ class Generator:
             rollout = self._rollout([wanted[i] for i in places], width, seed)
             if self._score is not None:
                 scores[places] = in_batches(self._score, self.batch_size, rollout.tokens, rollout.attention_mask)
-            for place, i in enumerate(places):
+            for place, i in enumerate(places.tolist()):
                 response = np.asarray(rollout.response_mask[place]) != 0
                 token_log_probs[i] = np.asarray(rollout.log_probs)[place, response]
                 finished[i] = rollout.tokens[place, response][-1] == self.tokenizer.eos_id

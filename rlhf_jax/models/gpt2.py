@@ -25,7 +25,7 @@ def _layer_norm(config: GPT2Config) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=config.layer_norm_epsilon, dtype=config.compute_dtype, use_fast_variance=False)
 
 
-class Attention(stack.Attention):
+class _Attention(stack.Attention):
     """Multi-head self-attention."""
 
     config: GPT2Config
@@ -44,7 +44,7 @@ class Attention(stack.Attention):
         return self.c_proj(mixed)
 
 
-class MLP(nn.Module):
+class _MLP(nn.Module):
     config: GPT2Config
 
     def setup(self) -> None:
@@ -55,12 +55,12 @@ class MLP(nn.Module):
         return self.c_proj(ACTIVATIONS[self.config.activation](self.c_fc(x)))
 
 
-class Block(stack.Block):
+class _Block(stack.Block):
     config: GPT2Config
 
     def setup(self) -> None:
         self.ln_1, self.ln_2 = _layer_norm(self.config), _layer_norm(self.config)
-        self.attn, self.mlp = Attention(self.config), MLP(self.config)
+        self.attn, self.mlp = _Attention(self.config), _MLP(self.config)
         self.dropout = nn.Dropout(self.config.residual_dropout)
 
 
@@ -72,7 +72,7 @@ class GPT2(stack.Transformer):
         table_init = nn.initializers.normal(config.initializer_range)
         self.wte = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=table_init)
         self.wpe = nn.Embed(config.max_length, config.hidden_size, embedding_init=table_init)
-        self.h = stack.stack(Block, config)
+        self.h = stack.stack(_Block, config)
         self.ln_f = _layer_norm(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
 

@@ -262,11 +262,11 @@ def _shards(folder: Path, single: str) -> list[Path]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(f"{index}: weight_map is missing or is not an object of file names")
-    held = os.listdir(folder)
+    files = {file.name for file in folder.iterdir() if file.is_file()}
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard or "\\" in shard or shard == "..":
             raise UserError(f"{index}: {shard!r} is not the name of a file in this folder")
-        if shard not in held or not (folder / shard).is_file():
+        if shard not in files:
             raise UserError(f"{folder / shard}: no such file; {INDEX} lists it")
     return [folder / shard for shard in sorted(set(shards.values()))]
 

@@ -39,7 +39,7 @@ def frequencies(config: LlamaConfig) -> np.ndarray:
     return (kept * inverse + (1 - kept) * inverse / scaling.factor).astype(np.float32)
 
 
-class Attention(stack.Attention):
+class _Attention(stack.Attention):
     """Grouped-query self-attention."""
 
     config: LlamaConfig
@@ -62,7 +62,7 @@ class Attention(stack.Attention):
         return self.o_proj(mixed)
 
 
-class MLP(nn.Module):
+class _MLP(nn.Module):
     config: LlamaConfig
 
     def setup(self) -> None:
@@ -75,12 +75,12 @@ class MLP(nn.Module):
         return self.down_proj(ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(stack.Block):
+class _Block(stack.Block):
     config: LlamaConfig
 
     def setup(self) -> None:
         self.ln_1, self.ln_2 = _norm(self.config), _norm(self.config)
-        self.attn, self.mlp = Attention(self.config), MLP(self.config)
+        self.attn, self.mlp = _Attention(self.config), _MLP(self.config)
         self.dropout = nn.Dropout(0.0)
 
 
@@ -91,7 +91,7 @@ class Llama(stack.Transformer):
         config = self.config
         table_init = nn.initializers.normal(config.initializer_range)
         self.wte = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=table_init)
-        self.h = stack.stack(Block, config)
+        self.h = stack.stack(_Block, config)
         self.ln_f = _norm(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=table_init)
