@@ -72,7 +72,7 @@ class GPT2(stack.Transformer):
         table_init = nn.initializers.normal(config.initializer_range)
         self.wte = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=table_init)
         self.wpe = nn.Embed(config.max_length, config.hidden_size, embedding_init=table_init)
-        self.h = stack.stack(_Block, config)
+        self.h = stack.layers(_Block, config)
         self.ln_f = _layer_norm(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
 

@@ -91,7 +91,7 @@ class Llama(stack.Transformer):
         config = self.config
         table_init = nn.initializers.normal(config.initializer_range)
         self.wte = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=table_init)
-        self.h = stack.stack(_Block, config)
+        self.h = stack.layers(_Block, config)
         self.ln_f = _norm(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=table_init)

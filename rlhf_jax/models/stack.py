@@ -118,7 +118,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks, final norm and output table.
 
-    A family's subclass makes "wte", "h" (by ``stack``) and "ln_f" in ``setup``, and defines ``embed``.
+    A family's subclass makes "wte", "h" (by ``layers``) and "ln_f" in ``setup``, and defines ``embed``.
     """
 
     config: Any
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
         return self.unembed(self.hidden(tokens, attention_mask))
 
 
-def stack(block: Any, config: ModelConfig) -> Any:
+def layers(block: Any, config: ModelConfig) -> Any:
     """The layers of ``config``: a list of ``block``, or under ``scan_layers`` one module with parameters [L, ...]."""
     # Inside a scan nothing can be merged with the forward pass, so the barrier against that is not needed.
     block = nn.remat(block, prevent_cse=not config.scan_layers) if config.remat else block
@@ -196,13 +196,13 @@ def stack(block: Any, config: ModelConfig) -> Any:
 
 def unstack_layers(params: Params, num_layers: int) -> Params:
     """The parameters of ``scan_layers`` as those of the unrolled model: "h" [L, ...] becomes "h_0", "h_1", ..."""
-    layers = {
+    unstacked = {
         f"h_{layer}": jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["h"]) for layer in range(num_layers)
     }
-    return {name: leaf for name, leaf in params.items() if name != "h"} | layers
+    return {name: leaf for name, leaf in params.items() if name != "h"} | unstacked
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache: keys and values of each layer, [B, H_kv, S, Dh] in the compute dtype."""
-    empty = jnp.zeros((batch, config.kv_heads, length, config.head_size), config.compute_dtype)
-    return tuple((empty, empty) for _ in range(config.num_layers))
+    shape, dtype = (batch, config.kv_heads, length, config.head_size), config.compute_dtype
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
