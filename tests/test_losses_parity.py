@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import test_llama_parity
 import test_models_parity
+from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
 from tabular import numbers
 
@@ -75,17 +76,15 @@ def load(name, kind, folder, scale=1.0):
 
 def assert_gradients_equal(model, ours, reference):
     """Every parameter of the torch model has our gradient, and no gradient of ours is left out."""
-    prefix, found = names.family(model.config).prefix, {}
+    family, found = names.family_of(model.config), {}
     ours = dict(ours)
     if "score" in ours:  # a classifier's head has no bias, and gain and shift are not trained
         score = ours.pop("score")
         assert score["gain"] == score["shift"] == 0
         found[names.SCORE] = score["kernel"][None, :]
-    if "lm_head" in ours:
-        found[names.OUTPUT_TABLE] = ours["lm_head"]["embedding"]
-    for tensor in names.tensors(model.config):
-        leaf = functools.reduce(lambda tree, key: tree[key], tensor.path, ours)
-        found[prefix + tensor.name] = leaf.T if tensor.transposed else leaf
+    for path, leaf in flatten_dict(ours).items():
+        (name,) = family.tensors(path, leaf.shape)
+        found[name] = leaf.T if family.transposed and path[-1] == "kernel" else leaf
     assert len(found) == len(jax.tree.leaves(ours)) + (names.SCORE in found)
     expected = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
     assert found.keys() == expected.keys()

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.files import HUB_NAME, read_json
+from rlhf_jax.models.hf import HUB_NAME, read_json
 
 PAD = "<|pad|>"
 EOS = "<|endoftext|>"

@@ -18,7 +18,7 @@ from rlhf_jax.data import batches, encoding, rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.data import Responses
-from rlhf_jax.models import config_json, files
+from rlhf_jax.models import hf
 from rlhf_jax.training import ensembles, inputs, loop, reward_functions, setup
 from rlhf_jax.training.reward_functions import RunReward
 from rlhf_jax.types import Comparisons, Params, Rollout
@@ -162,8 +162,8 @@ def open_bench(policy: Policy, config: Config) -> Bench:
             raise UserError(str(error).replace("--reward ", "--reward-model ", 1)) from None
         for source in reward_functions.sources(spec).values():
             for folder in ensembles.folders(source) or [source]:
-                if (file := folder / "config.json").is_file():
-                    positions = min(positions, config_json.from_json(files.read_json(file), str(file)).max_length)
+                if (folder / "config.json").is_file():
+                    positions = min(positions, hf.read_config(folder).max_length)
     return Bench(policy, config, setup.stream(config.seed, "evaluate", "eval"), reward, positions)
 
 
