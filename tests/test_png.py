@@ -10,7 +10,7 @@ from test_report import write_run
 
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import figures, page
+from rlhf_jax.report import figures, html, page
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -46,9 +46,13 @@ def test_title_and_legend_stand_apart():
     assert bands("A long title over the whole width") == bands("") + 1
 
 
-def test_nothing_to_draw_is_no_image():
-    assert figures.png(figures.Plot("", "", "", {"a": ([], [])})) == b""
-    assert figures.png(figures.Histogram("", "", "", {"a": [float("nan")]}, [0, 1])) == b""
+@pytest.mark.parametrize(("y_label", "scale"), [("ratio", 1e-4), ("nats per token", -123456.7), ("a" * 32, 1.02)])
+def test_labels_are_not_cut(y_label, scale):
+    values = [scale * (1 + 0.2 * np.sin(i)) for i in range(40)]
+    series = {f"objective/reward number {i}": (range(40), values) for i in range(6)}
+    inked = (pixels(figures.png(figures.Plot("A title", "iteration", y_label, series))) < 0.95).any(axis=2)
+    assert inked.any()
+    assert not any(edge.any() for edge in (inked[:3], inked[-3:], inked[:, :3], inked[:, -3:]))
 
 
 def test_the_files_of_a_run(tmp_path, capsys):
@@ -75,8 +79,8 @@ def test_figures_of_several_stages_do_not_take_each_other_s_place(tmp_path):
 
 
 def test_equal_titles_are_numbered(tmp_path, monkeypatch):
-    plot = figures.Plot("Score!", "x", "y", {"a": ([1], [1])})
-    monkeypatch.setattr(page, "_parts", lambda records: [page.page.Figures("", [plot, plot, plot])])
+    plot, empty = (figures.Plot("Score!", "x", "y", {"a": points}) for points in (([1], [1]), ([], [])))
+    monkeypatch.setattr(page, "_parts", lambda records: [html.Figures("", [plot, empty, plot, plot])])
     paths = page.write_png([write_run(tmp_path / "run")], tmp_path / "png")
     assert [path.name for path in paths] == ["score.png", "score--2.png", "score--3.png"]
 

@@ -31,9 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rlhf_jax.runs import processes
 from rlhf_jax import sharding
 from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.runs import processes
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 
-from rlhf_jax.runs import processes
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import processes
 
 _CUDA13_DRIVER = 580  # the first Linux driver that runs CUDA 13
 

@@ -17,8 +17,8 @@ from types import TracebackType
 
 import filelock
 
-from rlhf_jax.runs import checkpoint, processes
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import checkpoint, processes
 
 _LOCK_FILES = (".lock", ".pid")
 _RUN_FILES = (

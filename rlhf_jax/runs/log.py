@@ -24,8 +24,8 @@ import rich.live
 import rich.progress
 import rich.text
 
-from rlhf_jax.runs import processes
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import processes
 from rlhf_jax.runs.folder import Run, write_atomically
 from rlhf_jax.runs.trackers import Services
 
