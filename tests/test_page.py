@@ -1,6 +1,5 @@
 """The page: what a model writes stays text, nothing comes from outside, and the same input gives the same bytes."""
 
-import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -251,10 +250,11 @@ def test_a_histogram_is_as_high_as_its_counts():
         "before: 2 of 5 values not finite or outside. bad: 1 of 1 values not finite or outside."
     ]
     assert {"before", "after", "score", "responses", "0", "1", "2"} <= set(page.texts("text"))
-    before, after = (vertices(html, color)[:, 1] for color in (0, 1))
-    unit = np.ptp(after) / 4  # of the counts 0, 0, 4
-    heights = (before - before.min()) / unit
-    np.testing.assert_allclose([height for height, _ in itertools.groupby(heights.round(3))], [0, 1, 2, 0])
+    (x, before), (_, after) = (vertices(html, color).T for color in (0, 1))
+    heights = (before - before.min()) / np.ptp(after) * 4  # the counts of after are 0, 0, 4
+    at = -0.5 + (x - x.min()) / np.ptp(x) * 3
+    corners = dict.fromkeys(zip(at.round(2), heights.round(2), strict=True))
+    assert list(corners) == [(-0.5, 0), (-0.5, 1), (0.5, 1), (0.5, 2), (1.5, 2), (1.5, 0), (2.5, 0)]
     assert Page(drawn(histogram("h", "x", "y", {"none": [], "bad": [math.inf]}, EDGES))).all("svg") == []
 
 

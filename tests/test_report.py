@@ -44,36 +44,26 @@ def write_run(
     (folder / "model").mkdir(parents=True)
     if finished:
         (folder / "model" / "config.json").write_text("{}")
-    manifest = {
-        "command": COMMAND,
-        "versions": {"jax": "0.10.2"},
-        "backend": "cpu",
-        "devices": {"kind": "cpu", "count": 2},
-        "git": {"commit": "0123456789abcdef", "modified": True},
-        "seed": seed,
-        "data": {"prompts.json": "fedcba9876543210"},
-        "stage": stage,
-    }
+    manifest = {"command": COMMAND, "seed": seed, "stage": stage, "backend": "cpu", "versions": {"jax": "0.10.2"}}
+    manifest |= {"devices": {"kind": "cpu", "count": 2}, "data": {"prompts.json": "fedcba9876543210"}}
+    manifest |= {"git": {"commit": "0123456789abcdef", "modified": True}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     config = {"seed": seed, "output_dir": str(folder), **(settings or {"rl": {"kl_target": 2.0}})}
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     metrics = {"objective/score": SCORE, "objective/kl": KL, "nonfinite": [0.0] * 3} if metrics is None else metrics
-    rows = RowWriter(folder / "metrics.jsonl")
-    if metrics and "objective/score" in metrics:
-        rows.write(0, {"validation/score": 1.5})
-    for step, values in enumerate(zip(*metrics.values(), strict=True), 1):
-        rows.write(step, dict(zip(metrics, values, strict=True)))
-    timing = RowWriter(folder / "timing.jsonl")
-    for step, seconds in ((1, 9.0), (2, 0.5), (3, 0.25)):
-        timing.write(step, {"timing/step": seconds})
-    texts = RowWriter(folder / "samples.jsonl")
+    rows = [dict(zip(metrics, values, strict=True)) for values in zip(*metrics.values(), strict=True)]
+    by_step = list(enumerate(rows, 1))
+    if "objective/score" in metrics:
+        by_step.insert(0, (0, {"validation/score": 1.5}))
     if samples is None:
         keys = ("prompt", "response", "score", "length")
         samples = {step: [dict(zip(keys, row, strict=True)) for row in some] for step, some in VALIDATIONS.items()}
-    for step, some in samples.items():
-        for row in some:
-            texts.write(step, row)
-    for writer in (rows, timing, texts):
+    times = [(step, {"timing/step": seconds}) for step, seconds in ((1, 9.0), (2, 0.5), (3, 0.25))]
+    texts = [(step, row) for step, some in samples.items() for row in some]
+    for name, lines in (("metrics", by_step), ("timing", times), ("samples", texts)):
+        writer = RowWriter(folder / f"{name}.jsonl")
+        for step, row in lines:
+            writer.write(step, row)
         writer.close()
     return folder
 
@@ -220,7 +210,7 @@ def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
     assert list(plot.series) == ["objective/score", "validation/score"]
     line = plot.series["objective/score"]
     np.testing.assert_array_equal([line.x, line.y, line.low, line.high], [[1, 2], [2, 2.25], [1, 2], [3, 2.5]])
-    scores, lengths = plots.of_samples([group])
+    scores, lengths = plots.distributions([group])
     assert scores.x_label == "score"
     before, after = scores.series.items()  # two runs of three samples
     assert (before[0], after[0]) == ("before (step 0, n = 6)", "after (step 3, n = 6)")
@@ -228,7 +218,7 @@ def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
     np.testing.assert_array_equal([before[1].y, after[1].y], [[0, 4, 2, 0, 0, 0, 0], [0, 0, 0, 4, 0, 2, 0]])
     assert lengths.title == "Response lengths"
     read = read_page(tmp_path, first, second)
-    assert "Curves, mean and range of 2 runs" in read.texts("h2")
+    assert "Curves, mean and range over seeds" in read.texts("h2")
     assert "The runs of ppo (n = 2) end at steps [2, 3]; their curves show the steps that all have." in read.texts("p")
     assert read.texts("td")[:3] == ["group", "ppo (n = 2)", "ppo (n = 2)"]
 
@@ -326,7 +316,7 @@ def test_a_reward_model_with_targets(tmp_path):
     read = read_page(tmp_path, run)
     assert read.texts("h3") == ["Scores", "Score against target"]
     assert read.texts("td") == ["p", "x", "0", "0", "1", "p", "y", "1", "1", "2"]
-    [_, plot] = plots.of_samples(groups_of(run))
+    [_, plot] = plots.distributions(groups_of(run))
     assert plot.series["responses"][:2] == ([0.0, 1.0], [1.0, 2.0])
 
 

@@ -120,21 +120,14 @@ def _chapter(run_records: Sequence[RunRecord]) -> Iterator[html.Part]:
         yield html.Table("Alerts", ("run", *ALERT), alerts)
     curves, constant = plots.curves(groups)
     if curves:
-        seeds = f", mean and range of {len(run_records)} runs" if len(groups) == 1 and not is_one else ""
+        seeds = ", mean and range over seeds" if any(len(group.records) > 1 for group in groups) else ""
         yield html.Figures(f"Curves{seeds}", curves)
-    frontier = plots.reward_against_kl(groups)
-    if distributions := [*([frontier] if frontier else []), *plots.of_samples(groups)]:
-        title = (
-            "Reward against KL, before and after"
-            if run_records[0].kind == "policy"
-            else "Before and after, calibration"
-        )
-        yield html.Figures(title, distributions)
+    if distributions := plots.distributions(groups):
+        yield html.Figures("Before and after", distributions)
+    limit = MAX_SAMPLES if len(groups) == 1 else MAX_SAMPLES_OF_MANY
     for record in (group.records[0] for group in groups):
         if record.samples:
-            yield _samples(
-                record, "" if is_one else f": {record.name}", MAX_SAMPLES if len(groups) == 1 else MAX_SAMPLES_OF_MANY
-            )
+            yield _samples(record, "" if is_one else f": {record.name}", limit)
     for record in run_records:
         if record.evaluation:
             yield _evaluation(record, "" if is_one else f": {record.name}")
@@ -161,10 +154,10 @@ def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any
 def _facts(record: RunRecord, group: Group) -> dict[str, Any]:
     """What the run is, and its pace."""
     seconds = record.seconds_per_step
-    return {
-        **({"group": group.name} if group.name != record.name else {}),
+    of_group = {"group": group.name} if group.name != record.name else {}
+    return of_group | {
         "stage": _stages([record]),
-        "seed": record.seed,
+        "seed": record.manifest.get("seed"),
         "steps": record.steps,
         "s/step (median)": None if seconds is None else float(f"{seconds:.3g}"),
         "state": "finished" if record.finished else "not finished",
@@ -203,16 +196,15 @@ def _samples(record: RunRecord, suffix: str, limit: int) -> html.Table:
     steps, validations = zip(*record.validations, strict=True)
     fixed, changing = next((c for c in SAMPLE_COLUMNS if c[0][-1] in validations[-1][0]), SAMPLE_COLUMNS[-1])
     numbered = [dict(_numbered(rows, fixed)) for rows in validations]
-    rows = [
-        [*(row.get(name) for name in fixed), *(rows.get(key, {}).get(name) for rows in numbered for name in changing)]
-        for key, row in list(numbered[-1].items())[:limit]
-    ]
-    # An empty line at the ends of a prompt is its frame's; the ends of other lines are shown.
-    cells = [[str(row[0] or "").strip("\n"), *map(_visible, row[1:])] for row in rows]
+    cells = []
+    for key, row in list(numbered[-1].items())[:limit]:
+        prompt = str(row.get("prompt") or "").strip("\n")  # empty lines around it are the template's
+        at_steps = [by_key.get(key, {}).get(name) for by_key in numbered for name in changing]
+        cells.append([prompt, *map(_visible, [*map(row.get, fixed[1:]), *at_steps])])
     columns = [*fixed, *(f"{name}, step {step}" for step in steps for name in changing)]
     formats = {name: ".3g" for name in columns if name.startswith(("score", "margin"))}
     note = (
-        f"The first {len(rows)} of {len(validations[-1])} in samples.jsonl. ↵ marks a line's end that the text holds."
+        f"The first {len(cells)} of {len(validations[-1])} in samples.jsonl. ↵ marks a line's end that the text holds."
     )
     title = f"Samples before and after{suffix}" if len(steps) > 1 else f"Samples{suffix}"
     return html.Table(title, columns, cells, formats, note=note)

@@ -151,10 +151,13 @@ def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
 # --- What samples.jsonl holds ---------------------------------------------------------------------------------------
 
 
-def of_samples(groups: Sequence[Group]) -> list[Plot]:
-    """Histograms of the first and the last validation; of a reward model also calibration, or score over target."""
+def distributions(groups: Sequence[Group]) -> list[Plot]:
+    """Reward against KL and histograms of the first and the last validation; of a reward model also its calibration, or
+    scores over target scores."""
     kind = groups[0].records[0].kind
-    plots = [
+    frontier = reward_against_kl(groups)
+    plots = [] if frontier is None else [frontier]
+    plots += [
         plot
         for key, labels in HISTOGRAMS.items()
         if key != "length" or kind == "policy"  # the lengths of a reward model's answers do not change

@@ -67,11 +67,6 @@ class RunRecord:
         return self.stage if self.stage in KINDS else "policy"
 
     @property
-    def seed(self) -> Any:
-        """Root of the run's randomness."""
-        return self.manifest.get("seed")
-
-    @property
     def steps(self) -> int:
         """The last step that it has recorded."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
