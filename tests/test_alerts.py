@@ -16,8 +16,8 @@ from rlhf_jax import cli
 from rlhf_jax.config import RunConfig, parse, to_yaml
 from rlhf_jax.errors import AlertStop, TrainingFault, UserError
 from rlhf_jax.report import page as report
+from rlhf_jax.report import plots
 from rlhf_jax.report import records as run_records
-from rlhf_jax.report import run_figures
 from rlhf_jax.runs import alerts, checkpoint
 from rlhf_jax.training import loop
 from rlhf_jax.training.stage import open_stage
@@ -267,9 +267,10 @@ def test_a_non_finite_update_leaves_its_alert(config):
 def test_the_page_lists_alerts_and_marks_them(config):
     run(config)
     records = run_records.find([config.output_dir])
-    assert run_figures.alerts(records) == [["run", step, RULE, f"{RULE}", "log", "loss is 9 > 5"] for step in (4, 7)]
-    plots, _ = run_figures.curves(run_records.groups(records))
-    marks = next(plot for plot in plots if plot.title == "loss").series["alert"]
+    expected = {"name": RULE, "rule": RULE, "action": "log", "message": "loss is 9 > 5"}
+    assert records[0].alerts == [{"step": step, **expected} for step in (4, 7)]
+    curves, _ = plots.curves(run_records.groups(records))
+    marks = next(plot for plot in curves if plot.title == "loss").series["alert"]
     np.testing.assert_array_equal([marks.x, marks.y], [[4, 7], [9, 9]])
     page = Path(config.output_dir) / "page.html"
     report.write([config.output_dir], page)

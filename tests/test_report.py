@@ -12,16 +12,13 @@ import pytest
 from rlhf_jax.training.adapters import Trainable
 from test_page import HOSTILE, Page
 
-from rlhf_jax import metrics as evaluation
+from rlhf_jax import metrics as metric_functions
 from rlhf_jax import models, sharding
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import page as report
-from rlhf_jax.report import records as run_records
-from rlhf_jax.report import run_figures
-from rlhf_jax.report.run_figures import histograms, reliability
-from rlhf_jax.runs import folder as runs
+from rlhf_jax.report import page, plots, records
+from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.log import RowWriter
 from rlhf_jax.training.stage import Stage
 
@@ -47,120 +44,183 @@ def write_run(
     (folder / "model").mkdir(parents=True)
     if finished:
         (folder / "model" / "config.json").write_text("{}")
-    manifest = {
-        "command": COMMAND,
-        "versions": {"jax": "0.10.2"},
-        "backend": "cpu",
-        "devices": {"kind": "cpu", "count": 2},
-        "git": {"commit": "0123456789abcdef", "modified": True},
-        "seed": seed,
-        "data": {"prompts.json": "fedcba9876543210"},
-        "stage": stage,
-    }
+    manifest = {"command": COMMAND, "seed": seed, "stage": stage, "backend": "cpu", "versions": {"jax": "0.10.2"}}
+    manifest |= {"devices": {"kind": "cpu", "count": 2}, "data": {"prompts.json": "fedcba9876543210"}}
+    manifest |= {"git": {"commit": "0123456789abcdef", "modified": True}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     config = {"seed": seed, "output_dir": str(folder), **(settings or {"rl": {"kl_target": 2.0}})}
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     metrics = {"objective/score": SCORE, "objective/kl": KL, "nonfinite": [0.0] * 3} if metrics is None else metrics
-    rows = RowWriter(folder / "metrics.jsonl")
-    if metrics and "objective/score" in metrics:
-        rows.write(0, {"validation/score": 1.5})
-    for step, values in enumerate(zip(*metrics.values(), strict=True), 1):
-        rows.write(step, dict(zip(metrics, values, strict=True)))
-    timing = RowWriter(folder / "timing.jsonl")
-    for step, seconds in ((1, 9.0), (2, 0.5), (3, 0.25)):
-        timing.write(step, {"timing/step": seconds})
-    texts = RowWriter(folder / "samples.jsonl")
+    rows = [dict(zip(metrics, values, strict=True)) for values in zip(*metrics.values(), strict=True)]
+    by_step = list(enumerate(rows, 1))
+    if "objective/score" in metrics:
+        by_step.insert(0, (0, {"validation/score": 1.5}))
     if samples is None:
         keys = ("prompt", "response", "score", "length")
         samples = {step: [dict(zip(keys, row, strict=True)) for row in some] for step, some in VALIDATIONS.items()}
-    for step, some in samples.items():
-        for row in some:
-            texts.write(step, row)
-    for writer in (rows, timing, texts):
+    times = [(step, {"timing/step": seconds}) for step, seconds in ((1, 9.0), (2, 0.5), (3, 0.25))]
+    texts = [(step, row) for step, some in samples.items() for row in some]
+    for name, lines in (("metrics", by_step), ("timing", times), ("samples", texts)):
+        writer = RowWriter(folder / f"{name}.jsonl")
+        for step, row in lines:
+            writer.write(step, row)
         writer.close()
     return folder
 
 
 def read_page(tmp_path: Path, *folders: Path) -> Page:
-    report.write(folders, tmp_path / "out.html")
+    page.write(folders, tmp_path / "out.html")
     return Page((tmp_path / "out.html").read_text("utf-8"))
 
 
-def facts(page: Page) -> dict[str, str]:
-    return dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
+def groups_of(*folders: Path) -> list[records.Group]:
+    return records.groups(records.find(folders))
+
+
+# --- The page of one run --------------------------------------------------------------------------------------------
 
 
 def test_the_page_of_one_run(tmp_path):
-    page = read_page(tmp_path, write_run(tmp_path / "mine"))
-    assert page.texts("h1") == ["PPO: mine"]
-    assert page.texts("pre")[0] == f"\n{COMMAND}"
-    found = facts(page)
-    assert found["seed"] == "5"
-    assert found["steps"] == "3"
-    assert found["s/step (median)"] == "0.375"
-    assert found["state"] == "finished"
-    assert found["objective/score"] == "4"
-    assert found["validation/score"] == "1.5"
-    assert found["git commit"] == "0123456789ab (modified)"
-    assert found["devices"] == "2 x cpu"
-    assert found["jax"] == "0.10.2"
-    assert found["prompts.json, sha256"] == "fedcba987654…"
+    read = read_page(tmp_path, write_run(tmp_path / "mine"))
+    assert read.texts("h1") == ["PPO: mine"]
+    assert read.texts("pre")[0] == f"\n{COMMAND}"
+    facts = dict(zip(read.texts("dt"), read.texts("dd"), strict=True))
+    expected = {"stage": "PPO", "seed": "5", "steps": "3", "s/step (median)": "0.375", "state": "finished"}
+    expected |= {"objective/score": "4", "validation/score": "1.5", "git commit": "0123456789ab (modified)"}
+    expected |= {"devices": "2 x cpu", "jax": "0.10.2", "prompts.json, sha256": "fedcba987654…"}
+    assert expected.items() <= facts.items()
+    assert "group" not in facts
     titles = ["Score: objective/score", "KL from the reference: objective/kl", "Reward against KL"]
-    assert page.texts("h3") == [*titles, "Scores", "Response lengths"]
-    assert {"target", "iteration", "before (step 0, n = 3)", "after (step 3, n = 3)"} <= set(page.texts("text"))
-    assert "These metrics never changed and have no curve: nonfinite 0." in page.texts("p")
-    config = page.texts("details")
-    assert len(config) == 1
-    assert "kl_target" in config[0]
+    assert read.texts("h3") == [*titles, "Scores", "Response lengths"]
+    assert {"target", "iteration", "before (step 0, n = 3)", "after (step 3, n = 3)"} <= set(read.texts("text"))
+    assert "These metrics never changed and have no curve: nonfinite 0." in read.texts("p")
+    [config] = read.texts("details")
+    assert "kl_target" in config
+    first = (tmp_path / "out.html").read_bytes()
+    read_page(tmp_path, tmp_path / "mine")
+    assert (tmp_path / "out.html").read_bytes() == first
 
 
 def test_samples_stand_beside_what_was_said_to_the_same_prompt_before(tmp_path):
-    page = read_page(tmp_path, write_run(tmp_path / "mine"))
-    columns = ["prompt", "response, step 0", "score, step 0", "response, step 3", "score, step 3"]
-    assert page.texts("th") == columns
-    assert page.texts("td") == [
+    read = read_page(tmp_path, write_run(tmp_path / "mine"))
+    assert read.texts("th") == ["prompt", "response, step 0", "score, step 0", "response, step 3", "score, step 3"]
+    assert read.texts("td") == [
         *("a", "b↵\nc", "1", "again", "3"),
         *("a", HOSTILE, "2", "second", "5"),
         *("d", "NaN", "1", "NaN", "3"),
     ]
-    assert page.all("script") == []
+    assert read.all("script") == []
 
 
-def test_the_same_runs_give_the_same_bytes(tmp_path):
-    run = write_run(tmp_path / "mine")
-    pages = []
-    for name in ("one", "two"):
-        report.write([run], tmp_path / name)
-        pages.append((tmp_path / name).read_bytes())
-    assert pages[0] == pages[1]
+def test_alerts_and_an_evaluation_are_listed(tmp_path):
+    run = write_run(tmp_path / "run")
+    alert = {"step": 2, "name": "far", "rule": "objective/kl / response/length > 2", "action": "log", "message": "far"}
+    (run / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
+    row = {
+        "category": "quality",
+        "metric": "win rate",
+        "value": 0.5,
+        "low": 0.25,
+        "high": 0.75,
+        "n": 8,
+        "unit": "share",
+    }
+    (run / "evaluation.json").write_text(json.dumps({"rows": [row]}))
+    read = read_page(tmp_path, run)
+    assert read.texts("td")[:6] == ["run", *map(str, alert.values())]
+    assert read.texts("td")[-8:] == ["quality", "win rate", "0.500", "0.250", "0.750", "8", "share", "–"]
+    [score, kl] = plots.curves(groups_of(run))[0]
+    assert "alert" not in score.series
+    assert kl.series["alert"][:2] == ((2,), (0.5,))
 
 
-def test_histograms_count_the_first_and_the_last_validation_in_the_same_bins(tmp_path):
-    [group] = run_records.groups(run_records.find([write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=6)]))
-    [histogram] = histograms([group], "score", "Scores", "score")
-    assert list(histogram.values) == ["before (step 0, n = 6)", "after (step 3, n = 6)"]  # two runs of three
-    before, after = (np.histogram(values, histogram.edges)[0] for values in histogram.values.values())
-    np.testing.assert_array_equal(histogram.edges, [0.5, 1.5, 2.5, 3.5, 4.5, 5.5])
-    np.testing.assert_array_equal(before, [4, 2, 0, 0, 0])
-    np.testing.assert_array_equal(after, [0, 0, 4, 0, 2])
+def test_what_is_missing_is_said(tmp_path):
+    run = write_run(tmp_path / "run", metrics={"objective/reward": [1.0]}, samples={}, finished=False)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    (run / "timing.jsonl").unlink()
+    read = read_page(tmp_path, run)
+    assert {
+        "Reward against KL: no run has measured a KL (rl.kl_coef is 0) or finished an iteration.",
+        "Histograms and samples before and after: no validation has written texts.",
+        "No validation: nothing was held out, or no validation has been reached.",
+        "run: not finished, as there is no model yet; last recorded step: 1.",
+        "run: the last line of metrics.jsonl is cut and has been passed over.",
+    } <= set(read.texts("p"))
+    assert "–" in read.texts("dd")  # seconds of a step
+    assert read.all("svg") == read.all("table") == []
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    rows = {0: [{"prompt": "p", "response": "r", "score": 1.0}]}
+    read = read_page(tmp_path, write_run(tmp_path / "run", metrics={}, samples=rows, finished=False))
+    assert read.texts("th") == ["prompt", "response, step 0", "score, step 0"]
+    assert read.texts("h3") == ["Scores"]
+
+
+# --- Curves ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_path):
+    metrics = {name: [1.0, 2.0] for name in ("mine/new", "reward/a", "validation/reward/a", "validation/other")}
+    metrics |= {"sft/loss": [3.0, math.nan], "validation/loss": [3.0, 2.0]}
+    run = write_run(tmp_path / "run", stage="sft", metrics=metrics, samples={})
+    curves, constant = plots.curves(groups_of(run))
+    assert [list(plot.series) for plot in curves] == [
+        *(["sft/loss", "validation/loss"], ["mine/new"], ["reward/a", "validation/reward/a"], ["validation/other"]),
+    ]
+    assert [(plot.x_label, plot.y_label) for plot in curves[:2]] == [("step", "nats per token"), ("step", "new")]
+    assert constant == {}
+    assert read_page(tmp_path, run).texts("p", class_="note") == ["sft/loss: 1 of 2 values not finite, not drawn."]
+
+
+def test_long_curves_are_means_over_stretches(tmp_path):
+    values = list(map(float, range(2500)))
+    run = write_run(tmp_path / "run", metrics={"objective/score": values, "objective/kl": values}, samples={})
+    groups = groups_of(run)
+    line = plots.curves(groups)[0][1].series["objective/kl"]
+    assert len(line.y) == 834
+    np.testing.assert_array_equal(line.y[:2], [1.0, 4.0])
+    np.testing.assert_array_equal((line.x[-1], line.y[-1]), (2500.0, 2499.0))
+    assert plots.curves(groups)[0][1].note == "Each point is the mean of up to 3 steps."
+    frontier = plots.reward_against_kl(groups)
+    [path] = frontier.series.values()
+    np.testing.assert_array_equal([path.x[0], path.y[0], len(path.x)], [20.5, 20.5, 60])
+    assert path.labels[:11] == ["22", *[""] * 9, "442"]
+    assert frontier.note == "Numbers count iterations. Each point is the mean of up to 42."
+
+
+def test_lines_of_a_metric(tmp_path):
+    metrics = {"dpo/loss": [0.7, 0.5], "dpo/accuracy": [0.5, 1.0]}
+    curves, _ = plots.curves(groups_of(write_run(tmp_path / "run", stage="dpo", metrics=metrics, samples={})))
+    assert [plot.lines for plot in curves] == [{"start": math.log(2)}, {"equal log-ratios": 0.5}]
+    curves, _ = plots.curves(groups_of(write_run(tmp_path / "other")))
+    assert [plot.lines for plot in curves] == [{}, {"target": 2.0}]
+
+
+# --- Several runs ---------------------------------------------------------------------------------------------------
 
 
 def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
     first = write_run(tmp_path / "ppo-seed0", seed=0, metrics={"objective/score": [1.0, 2.0, 4.0]})
     second = write_run(tmp_path / "ppo-seed1", seed=1, metrics={"objective/score": [3.0, 2.5]})
-    [group] = run_records.groups(run_records.find([first, second]))
+    [group] = groups_of(first, second)
     assert group.name == "ppo (n = 2)"
-    curve = run_figures.curve(group, "objective/score")
-    np.testing.assert_array_equal(curve.steps, [1, 2])
-    np.testing.assert_array_equal(curve.mean, [2.0, 2.25])
-    np.testing.assert_array_equal(curve.low, [1.0, 2.0])
-    np.testing.assert_array_equal(curve.high, [3.0, 2.5])
-    [plot] = run_figures.curves([group])[0]
+    [plot] = plots.curves([group])[0]
     assert list(plot.series) == ["objective/score", "validation/score"]
-    np.testing.assert_array_equal(plot.series["objective/score"].high, [3.0, 2.5])
-    page = read_page(tmp_path, first, second)
-    assert "Curves, mean and range of 2 runs" in page.texts("h2")
-    assert "The runs of ppo (n = 2) end at steps [2, 3]; their curves show the steps that all have." in page.texts("p")
+    line = plot.series["objective/score"]
+    np.testing.assert_array_equal([line.x, line.y, line.low, line.high], [[1, 2], [2, 2.25], [1, 2], [3, 2.5]])
+    scores, lengths = plots.distributions([group])
+    assert scores.x_label == "score"
+    before, after = scores.series.items()  # two runs of three samples
+    assert (before[0], after[0]) == ("before (step 0, n = 6)", "after (step 3, n = 6)")
+    np.testing.assert_array_equal(before[1].x, [0.5, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5])
+    np.testing.assert_array_equal([before[1].y, after[1].y], [[0, 4, 2, 0, 0, 0, 0], [0, 0, 0, 4, 0, 2, 0]])
+    assert lengths.title == "Response lengths"
+    read = read_page(tmp_path, first, second)
+    assert "Curves, mean and range over seeds" in read.texts("h2")
+    assert "The runs of ppo (n = 2) end at steps [2, 3]; their curves show the steps that all have." in read.texts("p")
+    assert read.texts("td")[:3] == ["group", "ppo (n = 2)", "ppo (n = 2)"]
 
 
 def test_groups_are_compared_by_what_differs(tmp_path):
@@ -171,49 +231,52 @@ def test_groups_are_compared_by_what_differs(tmp_path):
         write_run(tmp_path / "a", settings=settings(0.2, 1.0), seed=1),
         write_run(tmp_path / "b", settings=settings(0.2, 1.0), seed=2),
         write_run(tmp_path / "c", settings=settings(0.1, None)),
-        write_run(tmp_path / "d", settings=settings(0.1, None), stage="vpg"),
+        write_run(tmp_path / "d", settings=settings(0.1, None), stage="mine"),  # an algorithm from outside
     ]
-    groups = run_records.groups(run_records.find(folders))
+    groups = groups_of(*folders)
     assert [[record.name for record in group.records] for group in groups] == [["a", "b"], ["c"], ["d"]]
-    differing = run_records.differences(groups)
-    assert differing == {  # dpo.beta is no setting of these stages
-        "stage": ["ppo", "ppo", "vpg"],
+    assert records.differences(groups) == {  # dpo.beta is no setting of these stages
+        "stage": ["ppo", "ppo", "mine"],
         "ppo.clip": [0.2, 0.1, "(none)"],
         "rl.kl_target": [1.0, None, None],
     }
-    page = read_page(tmp_path, *folders)
-    assert page.texts("h1") == ["PPO, VPG: a, b, c, d"]
-    cells = page.texts("td")
+    read = read_page(tmp_path, *folders)
+    assert read.texts("h1") == ["PPO, MINE: a, b, c, d"]
+    cells = read.texts("td")
     at = cells.index("rl.kl_target")
     assert cells[at : at + 4] == ["rl.kl_target", "1.0", "null", "null"]
-    assert page.texts("pre")[0] == f"\n{COMMAND}"  # the same of all four
-    plots, _ = run_figures.curves(groups)
+    assert read.texts("pre")[0] == f"\n{COMMAND}"  # the same of all four
+    curves, _ = plots.curves(groups)
     names = ["a (n = 2)", "a (n = 2), validation", "c", "c, validation", "d", "d, validation"]
-    assert list(plots[0].series) == names
-    assert [line.color for line in plots[0].series.values()] == [0, 0, 1, 1, 2, 2]
-
-
-def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_path):
-    metrics = {name: [1.0, 2.0] for name in ("mine/new", "reward/a", "validation/reward/a", "validation/other")}
-    metrics |= {"sft/loss": [3.0, math.nan], "validation/loss": [3.0, 2.0]}
-    run = write_run(tmp_path / "run", stage="sft", metrics=metrics, samples={})
-    plots, constant = run_figures.curves(run_records.groups(run_records.find([run])))
-    assert [list(plot.series) for plot in plots] == [
-        *(["sft/loss", "validation/loss"], ["mine/new"], ["reward/a", "validation/reward/a"], ["validation/other"]),
+    assert list(curves[0].series) == names
+    assert [(line.color, line.style) for line in curves[0].series.values()] == [
+        (place, style) for place in range(3) for style in range(2)
     ]
-    assert constant == {}
-    notes = read_page(tmp_path, run).texts("p", class_="note")
-    assert notes == ["sft/loss: 1 of 2 values not finite, not drawn."]
 
 
-def test_long_curves_are_means_over_stretches(tmp_path):
-    run = write_run(tmp_path / "run", stage="sft", metrics={"sft/loss": list(map(float, range(2500)))}, samples={})
-    [plot] = run_figures.curves(run_records.groups(run_records.find([run])))[0]
-    line = plot.series["sft/loss"]
-    assert len(line.y) == 834
-    np.testing.assert_array_equal(line.y[:2], [1.0, 4.0])
-    np.testing.assert_array_equal((line.x[-1], line.y[-1]), (2500.0, 2499.0))
-    assert plot.note == "Each point is the mean of up to 3 steps."
+def test_a_folder_of_runs_is_its_stages_one_after_another(tmp_path):
+    outer = tmp_path / "pipeline"
+    for stage in ("ppo", "sft", "reward_model"):
+        write_run(outer / stage, stage=stage, metrics={"loss": [1.0]}, samples={})
+    (outer / "data").mkdir()
+    assert read_page(tmp_path, outer).texts("h2") == ["SFT", "Reward model", "PPO"]
+    assert page.default_path([outer]) == outer / "stages.html"
+    assert page.default_path([outer / "sft"]) == outer / "sft" / "report.html"
+    assert page.default_path([outer / "sft", outer / "ppo"]) == Path("report.html")
+
+
+def test_names_are_distinct_and_paths_within_a_pipeline_no_difference(tmp_path):
+    for name, seed in (("one", 1), ("two", 2)):
+        for stage in ("sft", "ppo"):
+            settings = {"model": f"{tmp_path / name}/sft/model", "reward": ["count:e", f"{tmp_path / name}/rm/model"]}
+            write_run(tmp_path / name / stage, stage=stage, seed=seed, settings=settings)
+    found = records.find([tmp_path / "one", tmp_path / "two" / "ppo", tmp_path / "two" / "sft"])
+    assert [record.name for record in found] == ["one/ppo", "one/sft", "two/ppo", "two/sft"]
+    assert len(records.groups(found)) == 4  # the second pipeline's stages, given alone, started from its models
+    assert len(groups_of(tmp_path / "one", tmp_path / "two")) == 2
+
+
+# --- Reward models --------------------------------------------------------------------------------------------------
 
 
 def pairs(margins: list[float], **more) -> list[dict]:
@@ -225,118 +288,76 @@ def pairs(margins: list[float], **more) -> list[dict]:
 
 def test_calibration_bins():
     margin = np.array([math.log(3), -math.log(3), 0.0, math.log(3), 50.0])  # confidence .75, .75, .5, .75, 1
-    bins = reliability(margin)
-    np.testing.assert_array_equal(bins.counts, [1, 0, 0, 0, 0, 3, 0, 0, 0, 1])
-    np.testing.assert_allclose(bins.confidence[[0, 5, 9]], [0.5, 0.75, 1.0])
-    np.testing.assert_allclose(bins.accuracy[[0, 5, 9]], [0.5, 2 / 3, 1.0])
+    expected = [1, 3, 1], [0.5, 0.75, 1.0], [0.5, 2 / 3, 1.0]
+    np.testing.assert_allclose(plots.reliability(margin), expected)
     margin = np.random.default_rng(0).normal(size=200)
-    bins = reliability(margin)
-    gaps = np.nansum(np.abs(bins.accuracy - bins.confidence) * bins.counts) / len(margin)
-    assert gaps == pytest.approx(evaluation.expected_calibration_error(margin))
+    counts, confidence, accuracy = plots.reliability(margin)
+    gap = np.sum(np.abs(accuracy - confidence) * counts) / len(margin)
+    assert gap == pytest.approx(metric_functions.expected_calibration_error(margin))
 
 
 def test_a_reward_models_page(tmp_path):
     metrics = {"reward_model/loss": [0.7, 0.5], "validation/ece": [0.3, 0.125]}
     samples = {0: pairs([-1.0, 0.5]), 2: pairs([1.0, 50.0], length_chosen=3)}
     run = write_run(tmp_path / "run", stage="reward_model", metrics=metrics, samples=samples)
-    page = read_page(tmp_path, run)
-    assert page.texts("h3")[-2:] == ["Margins", "Calibration"]
-    [note] = [text for text in page.texts("p", class_="note") if "confidence" in text]
+    read = read_page(tmp_path, run)
+    assert read.texts("h3")[-2:] == ["Margins", "Calibration"]
+    [note] = [text for text in read.texts("p", class_="note") if "confidence" in text]
     assert "2 held-out rows, those that samples.jsonl holds of step 2." in note
     assert note.endswith("Expected calibration error over all held-out rows: 0.125.")
-    assert page.texts("th") == ["prompt", "chosen", "rejected", "margin, step 0", "margin, step 2"]
-    assert page.texts("td") == ["p0", "c", "r", "-1", "1", "p1", "c", "r", "0.5", "50"]
+    assert read.texts("th") == ["prompt", "chosen", "rejected", "margin, step 0", "margin, step 2"]
+    assert read.texts("td") == ["p0", "c", "r", "-1", "1", "p1", "c", "r", "0.5", "50"]
 
 
 def test_a_reward_model_with_targets(tmp_path):
     answers = [{"prompt": "p", "response": r, "target": t, "length": 1} for r, t in (("x", 0.0), ("y", 1.0))]
     samples = {step: [row | {"score": row["target"] + step} for row in answers] for step in (0, 1)}
     run = write_run(tmp_path / "run", stage="reward_model", metrics={"reward_model/loss": [1.0]}, samples=samples)
-    page = read_page(tmp_path, run)
-    assert page.texts("h3") == ["Scores", "Score against target"]
-    assert page.texts("td") == ["p", "x", "0", "0", "1", "p", "y", "1", "1", "2"]
-    assert "Calibration: the samples are scored answers, not pairs." in page.texts("p")
+    read = read_page(tmp_path, run)
+    assert read.texts("h3") == ["Scores", "Score against target"]
+    assert read.texts("td") == ["p", "x", "0", "0", "1", "p", "y", "1", "1", "2"]
+    [_, plot] = plots.distributions(groups_of(run))
+    assert plot.series["responses"][:2] == ([0.0, 1.0], [1.0, 2.0])
 
 
-def test_what_is_missing_is_said(tmp_path):
-    run = write_run(tmp_path / "run", metrics={"objective/reward": [1.0]}, samples={}, finished=False)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "lo')
-    (run / "timing.jsonl").unlink()
-    page = read_page(tmp_path, run)
-    said = page.texts("p")
-    for sentence in (
-        "Reward against KL: no run has measured a KL (rl.kl_coef is 0) or finished an iteration.",
-        "Histograms and samples before and after: no validation has written texts.",
-        "No validation: nothing was held out, or no validation has been reached.",
-        "run: not finished, as there is no model yet; last recorded step: 1.",
-        "run: the last line of metrics.jsonl is cut and has been passed over.",
-    ):
-        assert sentence in said
-    assert facts(page)["s/step (median)"] == "–"
-    assert page.all("svg") == page.all("table") == []
-
-
-def test_a_run_that_has_just_begun_and_old_samples(tmp_path):
-    rows = {0: [{"prompt": "p", "response": "r", "score": 1.0}]}
-    page = read_page(tmp_path, write_run(tmp_path / "run", metrics={}, samples=rows, finished=False))
-    assert page.texts("th") == ["prompt", "response, step 0", "score, step 0"]
-    assert "Histogram of lengths: samples.jsonl has no lengths." in page.texts("p")
-
-
-def test_a_folder_of_runs_is_its_stages_one_after_another(tmp_path):
-    outer = tmp_path / "pipeline"
-    for stage in ("ppo", "sft", "reward_model"):
-        write_run(outer / stage, stage=stage, metrics={"loss": [1.0]}, samples={})
-    (outer / "data").mkdir()
-    page = read_page(tmp_path, outer)
-    assert page.texts("h2") == ["SFT", "Reward model", "PPO"]
-    assert report.default_path([outer]) == outer / "stages.html"
-    assert report.default_path([outer / "sft"]) == outer / "sft" / "report.html"
-    assert report.default_path([outer / "sft", outer / "ppo"]) == Path("report.html")
-
-
-def test_names_are_distinct_and_paths_within_a_pipeline_no_difference(tmp_path):
-    for name, seed in (("one", 1), ("two", 2)):
-        for stage in ("sft", "ppo"):
-            settings = {"model": f"{tmp_path / name}/sft/model", "reward": ["count:e", f"{tmp_path / name}/rm/model"]}
-            write_run(tmp_path / name / stage, stage=stage, seed=seed, settings=settings)
-    records = run_records.find([tmp_path / "one", tmp_path / "two" / "ppo", tmp_path / "two" / "sft"])
-    assert [record.name for record in records] == ["one/ppo", "one/sft", "two/ppo", "two/sft"]
-    assert len(run_records.groups(records)) == 4  # the second pipeline's stages, given alone, started from its models
-    assert len(run_records.groups(run_records.find([tmp_path / "one", tmp_path / "two"]))) == 2
+# --- Folders and files ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("break_it", "message"),
+    ("file", "text", "message"),
     [
-        (lambda run: (run / "manifest.json").unlink(), "no run here, as there is no manifest.json"),
-        (lambda run: (run / "manifest.json").write_text("{"), "not the folder of a run"),
-        (lambda run: (run / "manifest.json").write_text("[]"), "expected a JSON object with the key command"),
-        (lambda run: (run / "config.yaml").unlink(), "config.yaml"),
-        (lambda run: (run / "config.yaml").write_text("a: ["), "not the folder of a run"),
-        (lambda run: (run / "samples.jsonl").write_text("{}\n"), "samples.jsonl, line 1: expected a JSON object"),
+        ("manifest.json", None, "no run here, as there is no manifest.json"),
+        ("manifest.json", "{", "manifest.json or config.yaml is missing or not what a run writes"),
+        ("manifest.json", "[]", "manifest.json or config.yaml is missing or not what a run writes"),
+        ("config.yaml", None, "manifest.json or config.yaml is missing or not what a run writes"),
+        ("config.yaml", "a: [", "manifest.json or config.yaml is missing or not what a run writes"),
+        ("samples.jsonl", "{}\n", "samples.jsonl, line 1: expected a JSON object"),
+        ("evaluation.json", "{}", "not what `rlhf-jax evaluate` writes"),
     ],
 )
-def test_a_broken_folder_is_a_sentence(break_it, message, tmp_path):
+def test_a_broken_folder_is_a_sentence(file, text, message, tmp_path):
     run = write_run(tmp_path / "run")
-    break_it(run)
+    if text is None:
+        (run / file).unlink()
+    else:
+        (run / file).write_text(text)
     with pytest.raises(UserError, match=message):
-        report.write([run], tmp_path / "out.html")
+        page.write([run], tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
 
 
 def test_no_run_and_a_run_twice(tmp_path):
     run = write_run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
     for folders, message in (
         ([], "expected the folder"),
-        ([tmp_path / "no"], "no run here"),
-        ([run, run], "given twice"),
+        ([tmp_path / "empty"], "no run here"),
+        ([run, tmp_path], "given twice"),
     ):
         with pytest.raises(UserError, match=message):
-            report.write(folders, tmp_path / "out.html")
+            page.write(folders, tmp_path / "out.html")
     with pytest.raises(UserError, match="cannot be written: No such file or directory"):
-        report.write([run], tmp_path / "no" / "out.html")
+        page.write([run], tmp_path / "no" / "out.html")
 
 
 def test_rows_and_series_of_a_run(tmp_path):
@@ -346,17 +367,17 @@ def test_rows_and_series_of_a_run(tmp_path):
     writer.write(1, {"loss": math.nan, "prompt": "NaN", "note": "a\u2028b"})
     writer.write(2, {"loss": -math.inf, "validation/score": 0.75})
     writer.close()
-    rows = run_records.read_rows(path)
-    assert run_records.series(rows, "validation/score") == ([0, 2], [0.5, 0.75])
-    assert run_records.series(rows, "absent") == ([], [])
-    steps, losses = run_records.series(rows, "loss")
-    assert steps == [1, 2]
-    assert math.isnan(losses[0])
-    assert losses[1] == -math.inf
+    rows = records.read_rows(path)
+    assert records.series(rows, "validation/score") == ([0, 2], [0.5, 0.75])
+    assert records.series(rows, "absent") == ([], [])
+    steps, losses = records.series(rows, "loss")
+    np.testing.assert_array_equal([steps, losses], [[1, 2], [math.nan, -math.inf]])
     assert (rows[1]["prompt"], rows[1]["note"]) == ("NaN", "a\u2028b")
     with path.open("a") as file:
         file.write('{"step": 3, "lo')
-    assert len(run_records.read_rows(path)) == 3  # cut by a kill
+    assert len(records.read_rows(path)) == 3  # cut by a kill
+    with pytest.raises(UserError, match="there is no such file"):
+        records.read_rows(tmp_path / "other.jsonl")
 
 
 @pytest.mark.parametrize("line", ["[1]", "{}", "step", '{"step": null}', ""])
@@ -364,12 +385,7 @@ def test_lines_that_are_no_rows(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 0}}\n{line}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2: expected a JSON object with the key step"):
-        run_records.read_rows(path)
-
-
-def test_no_rows_file(tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
-        run_records.read_rows(tmp_path / "metrics.jsonl")
+        records.read_rows(path)
 
 
 def test_the_end_of_a_run_draws_it_and_a_failure_to_draw_loses_nothing(tmp_path, capsys):
@@ -379,7 +395,7 @@ def test_the_end_of_a_run_draws_it_and_a_failure_to_draw_loses_nothing(tmp_path,
         folder = write_run(tmp_path / name, stage="sft", metrics={"sft/loss": [1.0, 2.0]}, samples={}, finished=False)
         if name == "broken":
             (folder / "config.yaml").unlink()
-        with runs.open_run(folder, overwrite=False, resume=True) as run:
+        with open_run(folder, overwrite=False, resume=True) as run:
             result = Stage(RunConfig(), "sft", run, sharding.make_mesh()).finish(
                 model, Trainable(params), params, tokenizer, {}
             )

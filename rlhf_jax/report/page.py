@@ -1,32 +1,35 @@
 """What runs did, as one page: curves, reward against KL, samples before and after, settings, commands.
 
-    report.write(["runs/ppo"], "report.html")
-    report.write(["runs/ppo-seed0", "runs/ppo-seed1", "runs/grpo"], "comparison.html")
+    page.write(["runs/ppo"], "report.html")
+    page.write(["runs/ppo-seed0", "runs/ppo-seed1", "runs/grpo"], "comparison.html")
 
 Runs of one kind (SFT, reward models, policies) are drawn over each other, those that differ only in their seeds as a
-mean with a band; kinds follow one another. Nothing is read but the runs' folders: the same runs give the same bytes.
+mean with a band; kinds follow one another. Only the runs' folders are read: the same runs give the same bytes.
 """
 
+import collections
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import figures, html, run_figures
-from rlhf_jax.report import records as run_records
-from rlhf_jax.report.figures import Histogram, Plot
-from rlhf_jax.report.records import POLICIES, STAGES, Group, RunRecord
+from rlhf_jax.report import figures, html, plots, records
+from rlhf_jax.report.records import KINDS, Group, Row, RunRecord
+from rlhf_jax.runs.folder import write_atomically
 
-TITLES = {stage: stage.upper() for stage in STAGES} | {"reward_model": "Reward model"}
-# {what the samples hold: (title, label of the x axis)}
-HISTOGRAMS = {
-    "margin": ("Margins", "score of the chosen - score of the rejected answer"),
-    "score": ("Scores", "score"),
-    "length": ("Response lengths", "tokens"),
-}
+TITLES = {"reward_model": "Reward model"}  # other stages are written in capitals
 MAX_SAMPLES, MAX_SAMPLES_OF_MANY = 8, 3
+# Columns of samples.jsonl: those that are the same at each validation, and those that change. The last of the first
+# ones tells which case it is: pairs, answers with target scores, prompts.
+SAMPLE_COLUMNS = (
+    (("prompt", "chosen", "rejected"), ("margin",)),
+    (("prompt", "response", "target"), ("score",)),
+    (("prompt",), ("response", "score")),
+)
+ALERT = ("step", "name", "rule", "action", "message")  # columns of alerts.jsonl
+EVALUATION = ("category", "metric", "value", "low", "high", "n", "unit", "note")  # columns of evaluation.json
 
 
 def write(runs: Sequence[str | Path], path: str | Path) -> None:
@@ -35,10 +38,12 @@ def write(runs: Sequence[str | Path], path: str | Path) -> None:
     Raises:
         UserError: a folder that holds no run, a run given twice, a broken file in one, or no place for the page.
     """
-    records = run_records.find(runs)
-    names = ", ".join(record.name for record in records) if len(records) <= 4 else f"{len(records)} runs"
+    run_records = records.find(runs)
+    names = [record.name for record in run_records]
+    title = f"{_stages(run_records)}: {', '.join(names) if len(names) <= 4 else f'{len(names)} runs'}"
+    text = html.render(title, _parts(run_records))
     try:
-        html.write(path, f"{_stages(records)}: {names}", _parts(records))
+        write_atomically(Path(path), text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
@@ -55,34 +60,22 @@ def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
     """
     chapter = ""
     paths: list[Path] = []
-    for part in _parts(run_records.find(runs)):
-        if isinstance(part, html.Heading):
-            chapter = part.title
+    used: collections.Counter[str] = collections.Counter()
+    for part in _parts(records.find(runs)):
+        chapter = part.title if isinstance(part, html.Heading) else chapter
         for figure in part.figures if isinstance(part, html.Figures) else ():
+            image = figures.png(figure)
+            if not image:
+                continue
             name = re.sub(r"[^a-z0-9]+", "-", f"{chapter} {figure.title}".lower()).strip("-")
-            same = sum(path.stem == name or path.stem.rpartition("--")[0] == name for path in paths)
-            path = Path(folder) / f"{name}{f'--{same + 1}' if same else ''}.png"
-            if image := figures.png(figure):
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(image)
-                except OSError as error:
-                    raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-                paths.append(path)
+            used[name] += 1
+            paths.append(Path(folder) / (f"{name}--{used[name]}.png" if used[name] > 1 else f"{name}.png"))
+            try:
+                paths[-1].parent.mkdir(parents=True, exist_ok=True)
+                paths[-1].write_bytes(image)
+            except OSError as error:
+                raise UserError(f"{paths[-1]}: cannot be written: {error.strerror or error}") from None
     return paths
-
-
-def _parts(records: Sequence[RunRecord]) -> list[html.Part]:
-    kinds: dict[str, list[RunRecord]] = {stage: [] for stage in STAGES}  # in this order, others behind
-    for record in records:
-        kinds.setdefault(POLICIES[0] if record.stage in POLICIES else record.stage, []).append(record)
-    chapters = [together for together in kinds.values() if together]
-    parts: list[html.Part] = []
-    for together in chapters:
-        if len(chapters) > 1:
-            parts.append(html.Heading(_stages(together)))
-        parts += _chapter(together)
-    return parts
 
 
 def default_path(runs: Sequence[str | Path]) -> Path:
@@ -96,78 +89,75 @@ def default_path(runs: Sequence[str | Path]) -> Path:
     return Path(runs[0]) / ("report.html" if (Path(runs[0]) / "manifest.json").is_file() else "stages.html")
 
 
-def _stages(records: Sequence[RunRecord]) -> str:
-    return ", ".join(dict.fromkeys(TITLES.get(record.stage, record.stage) for record in records))
+def _stages(run_records: Sequence[RunRecord]) -> str:
+    return ", ".join(dict.fromkeys(TITLES.get(record.stage, record.stage.upper()) for record in run_records))
 
 
-def _chapter(records: Sequence[RunRecord]) -> list[html.Part]:
+def _parts(run_records: Sequence[RunRecord]) -> list[html.Part]:
+    """A chapter for each kind of run, in the order of KINDS."""
+    chapters = [together for kind in KINDS if (together := [record for record in run_records if record.kind == kind])]
+    if len(chapters) == 1:
+        return list(_chapter(run_records))
+    return [part for together in chapters for part in (html.Heading(_stages(together)), *_chapter(together))]
+
+
+def _chapter(run_records: Sequence[RunRecord]) -> Iterator[html.Part]:
     """The sections of runs of one kind."""
-    groups = run_records.groups(records)
-    names = run_figures.metric_names(records)
-    last = {
-        record.name: {name: value for name in names if (value := _last(record, name)) is not None} for record in records
-    }
-    plots, constant = run_figures.curves(groups)
-    parts: list[html.Part] = [*_overview(groups), _commands(records)]
+    groups = records.groups(run_records)
+    names = [name for together in plots.metric_groups(run_records).values() for name in together]
+    is_one = len(run_records) == 1
+    overview = {record.name: _facts(record, group) for group in groups for record in group.records}
+    yield _side_by_side("Run" if is_one else "Runs", "", overview)
+    if differing := records.differences(groups):
+        rows = [[key, *map(_setting, values)] for key, values in differing.items()]
+        yield html.Table("What differs", ("setting", *(group.name for group in groups)), rows)
+    commands = dict.fromkeys(record.manifest["command"] for record in run_records)
+    title = "The command that reproduces it" if is_one else "The commands that reproduce them"
+    yield html.Block(title, "\n".join(commands))
     if names:
-        parts.append(_side_by_side("Last metrics", "metric", last))
-    if raised := run_figures.alerts(records):
-        parts.append(html.Table("Alerts", ("run", "step", "alert", "rule", "action", "found"), raised))
-    if plots:
-        several = len(groups) == 1 < len(records)
-        parts.append(html.Figures(f"Curves{f', mean and range of {len(records)} runs' if several else ''}", plots))
-    shown, missing = _distributions(groups)
-    parts += shown
-    parts += _samples(groups)
-    parts += _evaluations(records)
-    if constant:
-        values = ", ".join(f"{name} {value:.4g}" for name, value in constant.items())
-        missing.append(f"These metrics never changed and have no curve: {values}.")
-    if not any(name.startswith("validation/") for name in names):
-        missing.append("No validation: nothing was held out, or no validation has been reached.")
+        yield _side_by_side("Last metrics", "metric", {record.name: _last(record, names) for record in run_records})
+    if alerts := [[record.name, *map(row.get, ALERT)] for record in run_records for row in record.alerts]:
+        yield html.Table("Alerts", ("run", *ALERT), alerts)
+    curves, constant = plots.curves(groups)
+    if curves:
+        seeds = ", mean and range over seeds" if any(len(group.records) > 1 for group in groups) else ""
+        yield html.Figures(f"Curves{seeds}", curves)
+    if distributions := plots.distributions(groups):
+        yield html.Figures("Before and after", distributions)
+    limit = MAX_SAMPLES if len(groups) == 1 else MAX_SAMPLES_OF_MANY
+    for record in (group.records[0] for group in groups):
+        if record.samples:
+            yield _samples(record, "" if is_one else f": {record.name}", limit)
+    for record in run_records:
+        if record.evaluation:
+            yield _evaluation(record, "" if is_one else f": {record.name}")
+    if missing := list(_missing(groups, names, constant)):
+        yield html.Text("Not on this page", missing)
+    yield html.Text("Settings", [])
     for group in groups:
-        if len(ends := sorted({record.steps for record in group.records})) > 1:
-            missing.append(f"The runs of {group.name} end at steps {ends}; their curves show the steps that all have.")
-    missing += [note for record in records for note in record.notes]
-    if missing:
-        parts.append(html.Text("Not on this page", missing))
-    parts.append(html.Text("Settings", []))
-    for group in groups:
-        first = group.records[0]
         others = "" if len(group.records) == 1 else "; the others of its group have another seed"
-        parts.append(html.Block(f"config.yaml of {first.name}{others}", first.config, folded=True))
-    parts.append(_side_by_side("Manifest", "entry", {record.name: _manifest(record) for record in records}))
-    return parts
+        yield html.Block(f"config.yaml of {group.records[0].name}{others}", group.records[0].config, folded=True)
+    yield _side_by_side("Manifest", "entry", {record.name: _manifest(record) for record in run_records})
 
 
-def _last(record: RunRecord, name: str) -> Any:
-    return next((row[name] for row in reversed(record.metrics) if name in row), None)
+def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any]]) -> html.Part:
+    """Facts of one run; of several, a table with runs as columns, or one column if all are equal."""
+    facts = list(columns.values())
+    if len(facts) == 1:
+        return html.Facts(title, facts[0])
+    if all(other == facts[0] for other in facts):
+        return html.Table(title, (label, "all runs"), list(facts[0].items()))
+    keys = dict.fromkeys(key for column in facts for key in column)
+    return html.Table(title, (label, *columns), [[key, *(column.get(key) for column in facts)] for key in keys])
 
 
-def _overview(groups: Sequence[Group]) -> list[html.Part]:
-    records = [record for group in groups for record in group.records]
-    if len(records) == 1:
-        return [html.Facts("Run", _facts(records[0]))]
-    facts = [(group, record, _facts(record)) for group in groups for record in group.records]
-    columns = list(dict.fromkeys(label for *_, some in facts for label in some))
-    rows = [[group.name, record.name, *map(some.get, columns)] for group, record, some in facts]
-    note = ""
-    if any(len(group.records) > 1 for group in groups):
-        note = "Runs that differ only in the seed are a group: curves are their mean, bands go from the lowest to the "
-        note += "highest of them."
-    parts: list[html.Part] = [html.Table("Runs", ("group", "run", *columns), rows, note=note)]
-    if differing := run_records.differences(groups):
-        rows = [[key, *(_setting(value) for value in values)] for key, values in differing.items()]
-        parts.append(html.Table("What differs", ("setting", *(group.name for group in groups)), rows))
-    return parts
-
-
-def _facts(record: RunRecord) -> dict[str, Any]:
+def _facts(record: RunRecord, group: Group) -> dict[str, Any]:
     """What the run is, and its pace."""
     seconds = record.seconds_per_step
-    return {
-        "stage": TITLES.get(record.stage, record.stage),
-        "seed": record.seed,
+    of_group = {"group": group.name} if group.name != record.name else {}
+    return of_group | {
+        "stage": _stages([record]),
+        "seed": record.manifest.get("seed"),
         "steps": record.steps,
         "s/step (median)": None if seconds is None else float(f"{seconds:.3g}"),
         "state": "finished" if record.finished else "not finished",
@@ -175,148 +165,89 @@ def _facts(record: RunRecord) -> dict[str, Any]:
 
 
 def _setting(value: Any) -> str:
-    """As config.yaml has it, but texts without quotation marks where they can do without."""
-    if isinstance(value, str) and value == value.strip() != "":
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _commands(records: Sequence[RunRecord]) -> html.Block:
-    """The runs' commands, a line each."""
-    title = "The command that reproduces it" if len(records) == 1 else "The commands that reproduce them"
-    return html.Block(title, "\n".join(dict.fromkeys(str(record.manifest["command"]) for record in records)))
-
-
-def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any]]) -> html.Part:
-    """Facts of one run; of several, a table with runs as columns, or one column where all say the same."""
-    found = list(columns.values())
-    if len(found) == 1:
-        return html.Facts(title, found[0])
-    if all(some == found[0] for some in found):
-        return html.Table(title, (label, "all runs"), list(found[0].items()))
-    keys = dict.fromkeys(key for some in found for key in some)
-    return html.Table(title, (label, *columns), [[key, *(some.get(key) for some in found)] for key in keys])
+def _last(record: RunRecord, names: Sequence[str]) -> dict[str, Any]:
+    """The last value of each metric that the run has recorded."""
+    last: Row = {}
+    for row in record.metrics:
+        last |= row
+    return {name: last[name] for name in names if name in last}
 
 
 def _manifest(record: RunRecord) -> dict[str, Any]:
     """What made the run what it is, beside its settings."""
     manifest = record.manifest
-    facts = {"backend": manifest.get("backend"), **(manifest.get("versions") or {})}
-    if git := manifest.get("git"):
-        facts = {"git commit": f"{git['commit'][:12]}{' (modified)' if git['modified'] else ''}"} | facts
-    if devices := manifest.get("devices"):
-        facts["devices"] = f"{devices['count']} x {devices['kind']}"
-    facts |= {f"{name}, sha256": f"{str(digest)[:12]}…" for name, digest in (manifest.get("data") or {}).items()}
-    if resumed := manifest.get("resumed"):
-        facts["resumed"] = f"{len(resumed)} times"
-    return facts
+    git, devices = manifest.get("git"), manifest.get("devices")
+    facts = {
+        "git commit": git and f"{git['commit'][:12]}{' (modified)' if git['modified'] else ''}",
+        "backend": manifest.get("backend"),
+        **(manifest.get("versions") or {}),
+        "devices": devices and f"{devices['count']} x {devices['kind']}",
+        **{f"{name}, sha256": f"{str(digest)[:12]}…" for name, digest in (manifest.get("data") or {}).items()},
+        "resumed": f"{len(manifest['resumed'])} times" if manifest.get("resumed") else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
 
 
-def _distributions(groups: Sequence[Group]) -> tuple[list[html.Part], list[str]]:
-    """Reward against KL, histograms, calibration; and what of these the runs do not allow, in sentences."""
-    records = [record for group in groups for record in group.records]
-    rows = [row for record in records for row in record.samples]
-    policy, reward_model = records[0].stage in POLICIES, records[0].stage == "reward_model"
-    figures: list[Plot | Histogram] = []
-    missing = []
-    if policy:
-        frontier = run_figures.reward_against_kl(groups)
-        if frontier is not None:
-            figures.append(frontier)
-        else:
-            missing.append("Reward against KL: no run has measured a KL (rl.kl_coef is 0) or finished an iteration.")
-    for quantity, labels in HISTOGRAMS.items():
-        if quantity != "length" or policy:  # a reward model's answers are given: their lengths do not change
-            found = run_figures.histograms(groups, quantity, *labels)
-            figures += found
-            if quantity == "length" and rows and not found:
-                missing.append("Histogram of lengths: samples.jsonl has no lengths.")
-    if reward_model:
-        for group in groups:
-            suffix = f", {group.name}" if len(groups) > 1 else ""
-            plots = (
-                run_figures.calibration(group, f"Calibration{suffix}"),
-                run_figures.against_targets(group, f"Score against target{suffix}"),
-            )
-            figures += [plot for plot in plots if plot is not None]
-        if rows and not any("score_chosen" in row for row in rows):
-            missing.append("Calibration: the samples are scored answers, not pairs.")
-    if not rows and (policy or reward_model):
-        missing.append("Histograms and samples before and after: no validation has written texts.")
-    heading = "Reward against KL, before and after" if policy else "Before and after, calibration"
-    return [html.Figures(heading, figures)] if figures else [], missing
-
-
-def _evaluations(records: Sequence[RunRecord]) -> list[html.Part]:
-    """A table of figures for each run that has been evaluated."""
-    columns = ("category", "metric", "value", "low", "high", "n", "unit", "note")
-    tables: list[html.Part] = []
-    for record in records:
-        if rows := [[row.get(name) for name in columns] for row in run_records.evaluation(record)]:
-            note = "From low to high is a 95% interval, n what it rests on; every response stands in "
-            note += "evaluation_samples.jsonl."
-            title = "Evaluation" if len(records) == 1 else f"Evaluation: {record.name}"
-            tables.append(html.Table(title, columns, rows, {"value": ".3f", "low": ".3f", "high": ".3f"}, note=note))
-    return tables
-
-
-# --- Samples --------------------------------------------------------------------------------------------------------
-
-
-def _samples(groups: Sequence[Group]) -> list[html.Part]:
-    """A table for the first run of each group that has samples."""
-    limit = MAX_SAMPLES if len(groups) == 1 else MAX_SAMPLES_OF_MANY
-    tables: list[html.Part] = []
-    for first in (group.records[0] for group in groups):
-        if found := run_figures.validations(first):
-            title = "Samples before and after" if len(found) > 1 else "Samples"
-            name = "" if len(groups) == len(groups[0].records) == 1 else f": {first.name}"
-            tables.append(_sample_table(title + name, found, limit))
-    return tables
-
-
-def _sample_table(title: str, found: Sequence[tuple[int, list[run_records.Row]]], limit: int) -> html.Table:
-    """The first rows of the last validation, with what the first one said to the same prompt."""
-    (first, before), (last, after) = found[0], found[-1]
-    pairs = "score_chosen" in after[0]
-    earlier = dict(_numbered(before)) if len(found) > 1 else {}
-    rows = []
-    for key, row in list(_numbered(after))[:limit]:
-        old = earlier.get(key, {})
-        prompt = (row.get("prompt") or "").strip("\n")  # a frame's empty lines would push the text down
-        if pairs:
-            margins = [_margin(old), _margin(row)][-len(found) :]
-            rows.append([prompt, _visible(row["chosen"]), _visible(row["rejected"]), *margins])
-        elif "target" in row:
-            scores = [old.get("score"), row["score"]][-len(found) :]
-            rows.append([prompt, _visible(row["response"]), row["target"], *scores])
-        else:
-            answers = [[_visible(some.get("response")), some.get("score")] for some in (old, row)][-len(found) :]
-            rows.append([prompt, *(cell for answer in answers for cell in answer)])
-    steps = [f"step {step}" for step in (first, last)][-len(found) :]
-    if pairs:
-        columns = ["prompt", "chosen", "rejected", *(f"margin, {step}" for step in steps)]
-    elif "target" in after[0]:
-        columns = ["prompt", "response", "target", *(f"score, {step}" for step in steps)]
-    else:
-        columns = ["prompt", *(name for step in steps for name in (f"response, {step}", f"score, {step}"))]
+def _samples(record: RunRecord, suffix: str, limit: int) -> html.Table:
+    """The first rows of the last validation; what changes stands beside what the first one had for the same row."""
+    steps, validations = zip(*record.validations, strict=True)
+    fixed, changing = next((c for c in SAMPLE_COLUMNS if c[0][-1] in validations[-1][0]), SAMPLE_COLUMNS[-1])
+    numbered = [dict(_numbered(rows, fixed)) for rows in validations]
+    cells = []
+    for key, row in list(numbered[-1].items())[:limit]:
+        prompt = str(row.get("prompt") or "").strip("\n")  # empty lines around it are the template's
+        at_steps = [by_key.get(key, {}).get(name) for by_key in numbered for name in changing]
+        cells.append([prompt, *map(_visible, [*map(row.get, fixed[1:]), *at_steps])])
+    columns = [*fixed, *(f"{name}, step {step}" for step in steps for name in changing)]
     formats = {name: ".3g" for name in columns if name.startswith(("score", "margin"))}
-    note = f"The first {len(rows)} of {len(after)} in samples.jsonl. ↵ marks a line's end that the text holds."
-    return html.Table(title, columns, rows, formats, note=note)
+    note = (
+        f"The first {len(cells)} of {len(validations[-1])} in samples.jsonl. ↵ marks a line's end that the text holds."
+    )
+    title = f"Samples before and after{suffix}" if len(steps) > 1 else f"Samples{suffix}"
+    return html.Table(title, columns, cells, formats, note=note)
 
 
-def _numbered(rows: Iterable[run_records.Row]) -> Iterable[tuple[Any, run_records.Row]]:
-    """Rows under their prompt, and the answer where that was given; with a number, as a prompt may come again."""
-    seen: dict[str, int] = {}
+def _numbered(rows: Sequence[Row], fixed: Sequence[str]) -> Iterator[tuple[tuple[str, int], Row]]:
+    """Rows by what stays the same in them, with a number, as the same may come again."""
+    seen: collections.Counter[str] = collections.Counter()
     for row in rows:
-        text = repr((row.get("prompt"), row.get("chosen"), row.get("response") if "target" in row else None))
-        seen[text] = seen.get(text, 0) + 1
-        yield (text, seen[text]), row
-
-
-def _margin(row: Mapping[str, Any]) -> float | None:
-    return row["score_chosen"] - row["score_rejected"] if "score_chosen" in row else None
+        key = repr([row.get(name) for name in fixed])
+        seen[key] += 1
+        yield (key, seen[key]), row
 
 
 def _visible(text: Any) -> Any:
     return text.replace("\n", "↵\n") if isinstance(text, str) else text
+
+
+def _evaluation(record: RunRecord, suffix: str) -> html.Table:
+    rows = [[row.get(name) for name in EVALUATION] for row in record.evaluation]
+    note = "From low to high is a 95% interval, n what it rests on; every response stands in evaluation_samples.jsonl."
+    formats = dict.fromkeys(("value", "low", "high"), ".3f")
+    return html.Table(f"Evaluation{suffix}", EVALUATION, rows, formats, note=note)
+
+
+def _missing(groups: Sequence[Group], names: Sequence[str], constant: Mapping[str, float]) -> Iterator[str]:
+    """What a reader might look for on the page, and why it is not there."""
+    run_records = [record for group in groups for record in group.records]
+    kind = run_records[0].kind
+    if kind == "policy" and "objective/kl" not in names:
+        yield "Reward against KL: no run has measured a KL (rl.kl_coef is 0) or finished an iteration."
+    if kind in ("policy", "reward_model") and not any(record.samples for record in run_records):
+        yield "Histograms and samples before and after: no validation has written texts."
+    if constant:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in constant.items())
+        yield f"These metrics never changed and have no curve: {values}."
+    if not any(name.startswith("validation/") for name in names):
+        yield "No validation: nothing was held out, or no validation has been reached."
+    for group in groups:
+        if len(ends := sorted({record.steps for record in group.records})) > 1:
+            yield f"The runs of {group.name} end at steps {ends}; their curves show the steps that all have."
+    for record in run_records:
+        for file in record.cut:
+            yield f"{record.name}: the last line of {file} is cut and has been passed over."
+        if not record.finished:
+            yield f"{record.name}: not finished, as there is no model yet; last recorded step: {record.steps}."

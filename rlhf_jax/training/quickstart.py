@@ -17,7 +17,7 @@ from rlhf_jax import generator, metrics, models, sampling
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import demo, encoding, formats, rows, rubric
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import figures, html, records
+from rlhf_jax.report import figures, html, plots, records
 from rlhf_jax.runs import folder as runs
 from rlhf_jax.training import pipeline, setup
 from rlhf_jax.training.reward_model import evaluate, pair_scorer
@@ -179,8 +179,7 @@ def _report(
         examples,
         formats={"SFT score": ".2f", "PPO score": ".2f"},
     )
-    html.write(
-        folder / "report.html",
+    text = html.render(
         "Quickstart: SFT, a reward model and PPO",
         [
             html.Gates({name: (passed, details[name]) for name, passed in summary["gates"].items()}),
@@ -192,6 +191,7 @@ def _report(
         "of mixed quality, a reward model on preference pairs, PPO against that reward model. A rubric that training "
         "never sees judges greedy answers to held-out prompts.",
     )
+    runs.write_atomically(folder / "report.html", text)
 
 
 def _plots(folder: Path, low: float, high: float) -> list[figures.Plot]:
@@ -200,9 +200,8 @@ def _plots(folder: Path, low: float, high: float) -> list[figures.Plot]:
     def ppo_plot(title: str, y_label: str, *names: str, **more: Any) -> figures.Plot:
         return figures.Plot(title, "iteration", y_label, {name: records.series(ppo, name) for name in names}, **more)
 
-    score_of = dict(zip(*records.series(ppo, "objective/score"), strict=True))
-    steps, kls = records.series(ppo, "objective/kl")
-    frontier = {"objective/score": (kls, [score_of[step] for step in steps])}
+    frontier = plots.reward_against_kl(records.groups(records.find([folder / "ppo"])))
+    assert frontier is not None  # PPO always measures its KL here
     return [
         figures.Plot(
             "SFT: loss",
@@ -235,7 +234,7 @@ def _plots(folder: Path, low: float, high: float) -> list[figures.Plot]:
         ppo_plot("PPO: KL coefficient", "kl/coef", "kl/coef"),
         ppo_plot("PPO: response length", "response/length (tokens)", "response/length"),
         ppo_plot("PPO: explained variance of the returns", "value/explained_variance", "value/explained_variance"),
-        figures.Plot("PPO: reward against KL", "objective/kl (nats)", "objective/score", frontier, order="iteration"),
+        frontier,
     ]
 
 

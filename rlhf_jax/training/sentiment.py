@@ -38,7 +38,6 @@ TITLES = {
     "grpo": "GRPO",
     "dpo": "DPO",
 }
-SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +162,7 @@ def run(config: SentimentConfig, reward: TextReward) -> SentimentResult:
     }
     runs.write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     plot = frontier.plot(base, points, best, frontier.optimum(scores))
-    svg = figures.draw(plot).svg.replace("<svg ", f'<svg xmlns="{SVG}" xmlns:xlink="{XLINK}" ', 1)
-    runs.write_atomically(folder / "score_kl.svg", svg + "\n")
+    runs.write_atomically(folder / "score_kl.svg", figures.svg(plot))
     _report(folder / "report.html", config, every, texts, plot)
     _print(every)
     return SentimentResult(folder, summary)
@@ -291,14 +289,14 @@ def _report(
         ]
         columns = ("prompt", "policy", "response", "score")
         tables.append(html.Table(f"Samples, each method at its {where} KL", columns, rows, {"score": ".2f"}))
-    html.write(
-        path,
+    text = html.render(
         "Sentiment: score against KL",
         [html.Figures("Held-out prompts", [plot]), table, *tables],
         summary="A language model goes on with texts that it has begun itself, and a function scores what it writes. "
         f"Each algorithm was run on {own.num_prompts} prompts, at several strengths. Where a high score comes from few "
         "words said again and again, the reward has been exploited: the samples show it.",
     )
+    runs.write_atomically(path, text)
 
 
 def _print(every: Sequence[frontier.Point]) -> None:

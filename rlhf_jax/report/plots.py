@@ -1,0 +1,226 @@
+"""Which plots show runs: curves of their metrics, reward against KL, histograms before and after, calibration.
+
+Runs of a group are drawn as their mean with a band from the lowest to the highest of them.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+
+from rlhf_jax.report.figures import Plot, Series, bin_edges, histogram
+from rlhf_jax.report.records import Group, RunRecord, series
+
+MAX_POINTS = 1000  # a longer curve is drawn as means over equal stretches
+MAX_DOTS = 60  # a longer path of reward against KL too
+NUM_BINS = 10  # of the calibration
+# {metric: (title, label of the y axis, horizontal lines)}, in the order of the page.
+METRICS = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text("utf-8"))
+TRAINING = ("objective/", "sft/", "reward_model/", "dpo/", "")  # where the training's part of validation/NAME may be
+# {key of the rows of samples.jsonl: (title, label of the x axis, label of the y axis)}
+HISTOGRAMS = {
+    "margin": ("Margins", "score of the chosen - score of the rejected answer", "pairs"),
+    "score": ("Scores", "score", "responses"),
+    "length": ("Response lengths", "tokens", "responses"),
+}
+
+
+class Curve(NamedTuple):
+    """A metric of a group of runs: steps [N]; mean, lowest and highest value [N] over the runs."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    def shortened(self, max_points: int) -> tuple["Curve", int]:
+        """Means over equal stretches, and how many steps each of them has."""
+        stretch = max(1, math.ceil(len(self.steps) / max_points))
+        starts = np.arange(0, len(self.steps), stretch)
+        counts = np.diff(starts, append=len(self.steps))
+        return Curve(*(np.add.reduceat(values, starts) / counts for values in self)), stretch
+
+
+def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
+    """All metrics that the runs have recorded, in the order of the page: ``{metric: [it, its validation]}``."""
+    names = dict.fromkeys(name for record in records for row in record.metrics for name in row if name != "step")
+    members: dict[str, list[str]] = {name: [] for name in METRICS}
+    for name in sorted(names, key=lambda name: name.startswith("validation/")):
+        kind, _, rest = name.partition("/")
+        training = [prefix + rest for prefix in TRAINING if kind == "validation" and prefix + rest in names]
+        members.setdefault(training[0] if training else name, []).append(name)
+    return {base: together for base, together in members.items() if together}
+
+
+def curve(group: Group, name: str) -> Curve | None:
+    """The metric at the steps that all runs of the group have which record it; None if there are none."""
+    recorded = [dict(zip(*series(record.metrics, name), strict=True)) for record in group.records]
+    recorded = [values for values in recorded if values]
+    steps = [step for step in recorded[0] if all(step in values for values in recorded)] if recorded else []
+    if not steps:
+        return None
+    values = np.array([[run[step] for step in steps] for run in recorded], np.float64)
+    return Curve(np.array(steps, np.float64), values.mean(axis=0), values.min(axis=0), values.max(axis=0))
+
+
+def curves(groups: Sequence[Group]) -> tuple[list[Plot], dict[str, float]]:
+    """A plot of each metric, training and validation of the same thing together; and the metrics that never change."""
+    records = [record for group in groups for record in group.records]
+    plots = []
+    constant: dict[str, float] = {}
+    for base, members in metric_groups(records).items():
+        values = {name: {v for record in records for v in series(record.metrics, name)[1]} for name in members}
+        if any(len(different) > 1 for different in values.values()):
+            plots.append(_metric_plot(groups, base, members))
+        else:
+            constant |= {name: different.pop() for name, different in values.items()}
+    return plots, constant
+
+
+def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> Plot:
+    """The colour tells groups apart, the line style validation from training; with one group the colour does that.
+
+    members: the training metric and that of the validation, or one of them.
+    """
+    title, y_label, *lines = METRICS.get(base, ("", base.rpartition("/")[2]))
+    records = [record for group in groups for record in group.records]
+    drawn: dict[str, Series] = {}
+    longest = 1
+    for place, group in enumerate(groups):
+        for second, name in enumerate(members):
+            whole = curve(group, name)
+            if whole is None:
+                continue
+            line, stretch = whole.shortened(MAX_POINTS)
+            longest = max(longest, stretch)
+            label = name if len(groups) == 1 else group.name + (", validation" if second else "")
+            color, style = (second, 0) if len(groups) == 1 else (place, second)
+            low, high = (line.low, line.high) if len(group.records) > 1 else (None, None)
+            drawn[label] = Series(line.steps, line.mean, low, high, color, style)
+    if marks := [mark for record in records for mark in _alerts(record, members)]:
+        steps, values = zip(*marks, strict=True)
+        drawn["alert"] = Series(steps, values, kind="points", color=len(groups) + 1)
+    targets = {record.settings.get("rl.kl_target") for record in records}
+    if base == "objective/kl" and len(targets) == 1 and None not in targets:
+        lines = [{"target": targets.pop()}]
+    return Plot(
+        f"{title}: {members[0]}" if title else members[0],
+        "iteration" if records[0].kind == "policy" else "step",
+        y_label,
+        drawn,
+        lines=lines[0] if lines else {},
+        note=f"Each point is the mean of up to {longest} steps." if longest > 1 else "",
+    )
+
+
+def _alerts(record: RunRecord, members: Sequence[str]) -> list[tuple[int, float]]:
+    """Where an alert of the run has one of these metrics in its rule: its step and their values there."""
+    rows = {row["step"]: row for row in record.metrics}
+    return [
+        (alert["step"], rows[alert["step"]][name])
+        for alert in record.alerts
+        for name in members
+        if name in re.split(r"[\s<>:]+", alert["rule"]) and name in rows.get(alert["step"], {})
+    ]
+
+
+def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
+    """``objective/score`` over ``objective/kl``; labels number some iterations. None if no run has measured both."""
+    drawn, longest = {}, 1
+    for group in groups:
+        kl, score = curve(group, "objective/kl"), curve(group, "objective/score")
+        if kl is None or score is None:
+            continue
+        both = np.intersect1d(kl.steps, score.steps)
+        x, y = kl.mean[np.isin(kl.steps, both)], score.mean[np.isin(score.steps, both)]
+        path, stretch = Curve(both, x, y, y).shortened(MAX_DOTS)
+        longest = max(longest, stretch)
+        every = -(-len(path.steps) // 6)
+        labels = [f"{step:.0f}" if i % every == 0 else "" for i, step in enumerate(path.steps)]
+        drawn[group.name] = Series(path.mean, path.low, labels=labels)
+    if not drawn:
+        return None
+    note = "Numbers count iterations." + (f" Each point is the mean of up to {longest}." if longest > 1 else "")
+    return Plot("Reward against KL", "objective/kl (nats)", "objective/score", drawn, note=note)
+
+
+# --- What samples.jsonl holds ---------------------------------------------------------------------------------------
+
+
+def distributions(groups: Sequence[Group]) -> list[Plot]:
+    """Reward against KL and histograms of the first and the last validation; of a reward model also its calibration, or
+    scores over target scores."""
+    kind = groups[0].records[0].kind
+    frontier = reward_against_kl(groups)
+    plots = [] if frontier is None else [frontier]
+    plots += [
+        plot
+        for key, labels in HISTOGRAMS.items()
+        if key != "length" or kind == "policy"  # the lengths of a reward model's answers do not change
+        for plot in _histograms(groups, key, *labels)
+    ]
+    for group in groups if kind == "reward_model" else ():
+        suffix = f", {group.name}" if len(groups) > 1 else ""
+        last = [record.validations[-1] for record in group.records if record.samples]
+        rows = [row for _, samples in last for row in samples]
+        if any("margin" in row for row in rows):
+            plots.append(
+                _calibration(group, f"Calibration{suffix}", [row["margin"] for row in rows if "margin" in row])
+            )
+        if scored := [row for row in rows if "target" in row]:
+            points = Series([row["target"] for row in scored], [row["score"] for row in scored], kind="points")
+            title = f"Score against target{suffix}"
+            plots.append(Plot(title, "target", "score", {"responses": points}, diagonal="score = target"))
+    return plots
+
+
+def _histograms(groups: Sequence[Group], key: str, title: str, x_label: str, y_label: str) -> list[Plot]:
+    """A histogram for each group whose samples have the key, all over the same bins."""
+    pooled: dict[str, dict[str, list[float]]] = {}
+    for group in groups:
+        for place, when in enumerate(("before", "after")):
+            ends = [record.validations[place] for record in group.records if len(record.validations) > place]
+            values = [row[key] for _, rows in ends for row in rows if key in row]
+            steps = " and ".join(map(str, sorted({step for step, _ in ends})))
+            if values:
+                pooled.setdefault(group.name, {})[f"{when} (step {steps}, n = {len(values)})"] = values
+    edges = bin_edges([value for sets in pooled.values() for values in sets.values() for value in values])
+    return [
+        histogram(f"{title}, {name}" if len(groups) > 1 else title, x_label, y_label, sets, edges)
+        for name, sets in pooled.items()
+    ]
+
+
+def reliability(margin: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count, mean confidence and accuracy [bins] of pairs in equal bins of the confidence, without empty bins.
+
+    margin: [N] score of the chosen answer minus that of the rejected one. The confidence is max(p, 1 - p) in [.5, 1],
+    p = sigmoid(margin), and a tie is half right, as in ``metrics.expected_calibration_error`` (Guo et al. 2017).
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))
+    correct = np.where(margin == 0, 0.5, margin > 0)
+    bins = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
+    counts, *sums = (np.bincount(bins, weights) for weights in (None, confidence, correct))
+    used = counts > 0
+    return counts[used], sums[0][used] / counts[used], sums[1][used] / counts[used]
+
+
+def _calibration(group: Group, title: str, margins: Sequence[float]) -> Plot:
+    """The reliability of the last validation's margins, pooled over the group."""
+    finite = np.array(margins, np.float64)[np.isfinite(margins)]
+    counts, confidence, accuracy = reliability(finite)
+    steps = " and ".join(map(str, sorted({record.validations[-1][0] for record in group.records if record.samples})))
+    eces = [values[-1] for record in group.records if (values := series(record.metrics, "validation/ece")[1])]
+    note = (
+        f"Each point is a tenth of the range of confidence, its number the pairs in it: {len(finite)} held-out rows, "
+        f"those that samples.jsonl holds of step {steps}."
+    )
+    if eces:
+        note += f" Expected calibration error over all held-out rows: {', '.join(f'{ece:.3f}' for ece in eces)}."
+    points = Series(confidence, accuracy, labels=[str(count) for count in counts])
+    x_label = "confidence, max(p, 1 - p) of p = sigmoid(margin)"
+    return Plot(title, x_label, "accuracy", {"pairs": points}, diagonal="perfectly calibrated", note=note)
