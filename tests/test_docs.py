@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import arithmetic
 import pytest
+import tyro
 import yaml
 
 from rlhf_jax import cli
@@ -137,10 +139,13 @@ def read_script(script, argv, monkeypatch):
         if "--help" not in command.text
     ],
 )
-def test_a_command_is_understood(path, command, monkeypatch):
+def test_a_command_is_understood(path, command, monkeypatch, tmp_path):
     program, *argv = shlex.split(command.text, comments=True)
     monkeypatch.chdir(ROOT)
-    if program == "python":
+    if program == "python" and argv[0] == "experiments/arithmetic.py":
+        monkeypatch.chdir(tmp_path)
+        tyro.cli(arithmetic.write, args=argv[1:])
+    elif program == "python":
         config = read_script(ROOT / argv[0], argv[1:], monkeypatch)
         assert isinstance(config, RunConfig)
     elif program == "rlhf-jax":

@@ -19,7 +19,6 @@ TOO_LONG = {
     "rlhf_jax.training.loop.train",
     "rlhf_jax.training.reward_model.run",
     "rlhf_jax.training.rl.run",
-    "rlhf_jax.training.shakespeare.run",
 }
 
 LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

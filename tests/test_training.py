@@ -9,7 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import quickstart
 import tokenizers as hf
+from sentiment import SentimentConfig
+from shakespeare import ShakespeareConfig
 
 from rlhf_jax import grpo, models, ppo, rloo, sharding, training, vpg
 from rlhf_jax.config import (
@@ -30,10 +33,6 @@ from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.flags import parse
 from rlhf_jax.runs import log as tracking
 from rlhf_jax.training import checks, setup
-from rlhf_jax.training.quickstart import QuickstartConfig
-from rlhf_jax.training.quickstart import run as quickstart_run
-from rlhf_jax.training.sentiment import SentimentConfig
-from rlhf_jax.training.shakespeare import ShakespeareConfig
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -326,7 +325,7 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(config, data, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(TINY.parent.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
-    kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
+    kinds = {"quickstart": quickstart.QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
     config = parse(kinds.get(file.stem, RunConfig), ["--config", str(file)])
     checks.supervised("sft", config.sft, 1)
     checks.supervised("reward_model", config.reward_model, 1)
@@ -337,5 +336,5 @@ def test_every_config_fits(file):
 
 def test_the_quickstart_refuses_data_of_ones_own(tmp_path):
     with pytest.raises(UserError, match="pipeline"):
-        quickstart_run(QuickstartConfig(data=("mine.json",), output_dir=str(tmp_path / "run")))
+        quickstart.run(quickstart.QuickstartConfig(data=("mine.json",), output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rlhf_jax import models
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import arithmetic, chat, demo, encoding, readers
+from rlhf_jax.data import chat, demo, encoding, readers
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError
 
@@ -31,7 +31,6 @@ _WITHOUT_PAIRS = functools.partial(demo.write, num_pairs=0, num_heldout_pairs=0)
 # What `--data NAME` generates instead of reading it: the corpus's write(folder, seed) for each of the kinds it has.
 GENERATED: dict[str, dict[Kind, Callable[..., None]]] = {
     "demo": {"demonstrations": _WITHOUT_PAIRS, "comparisons": demo.write, "prompts": _WITHOUT_PAIRS},
-    "arithmetic": {"prompts": arithmetic.write},
 }
 
 
@@ -41,8 +40,7 @@ def read(
     """Reads the rows of a stage and prints how many were kept and dropped.
 
     stage_data: the section's own ``data``, which wins over run_data, the run's ``--data``. A folder stands for its
-        sft_data.json, preference_data.json or prompts.json; ``demo`` for the corpus generated from ``seed``, and
-        ``arithmetic`` for word problems with their answers, prompts only.
+        sft_data.json, preference_data.json or prompts.json; ``demo`` for the corpus generated from ``seed``.
     model: the folder whose tokenizer's chat template renders messages; None: the plain one.
 
     Raises:
