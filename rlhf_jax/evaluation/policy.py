@@ -1,8 +1,8 @@
-"""A policy and its judge on data: responses, scores, and margins between given answers, before any figure is made."""
+"""A policy and its judges: models from folders, their responses to prompts, and margins between given answers."""
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,13 +13,13 @@ import yaml
 
 from rlhf_jax import generator, models, rewards, sampling
 from rlhf_jax.algorithms import dpo
-from rlhf_jax.config import Compute, RLStage, RunConfig, Text
+from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, encoding, rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.data import Responses
+from rlhf_jax.evaluation.measures import Responses
 from rlhf_jax.models import config_json, files
-from rlhf_jax.training import ensembles, inputs, loop, reward_functions, setup
+from rlhf_jax.training import ensembles, loop, reward_functions, setup
 from rlhf_jax.training.reward_functions import RunReward
 from rlhf_jax.types import Comparisons, Params, Rollout
 
@@ -63,21 +63,17 @@ class Config:
     output: str | None = None
     """Folder for evaluation.json; null: the run's."""
 
-
-def check(config: Config) -> None:
-    """Raises UserError for a value out of range, or one that needs another."""
-    for name in ("num_samples", "batch_size", "max_new_tokens"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not config.temperature >= 0:
-        raise UserError(f"--temperature must be at least 0, got {config.temperature}")
-    if config.template is not None and "{prompt}" not in config.template:
-        raise UserError(f"--template must contain {{prompt}}, got {config.template!r}")
-    if not any((config.prompts, config.safety, config.preferences, config.annotated, config.categories)):
-        raise UserError("nothing to evaluate by: give --prompts, --safety, --preferences, --annotated or --categories")
-    if config.against is not None and (config.reward_model is None or not config.prompts):
-        raise UserError("--against: a win rate needs --reward-model, which judges, and --prompts")
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if not self.temperature >= 0:
+            raise UserError(f"--temperature must be at least 0, got {self.temperature}")
+        if self.template is not None and "{prompt}" not in self.template:
+            raise UserError(f"--template must contain {{prompt}}, got {self.template!r}")
+        if self.against is not None and (self.reward_model is None or not self.prompts):
+            raise UserError("--against: a win rate needs --reward-model, which judges, and --prompts")
 
 
 class Policy(NamedTuple):
@@ -101,25 +97,12 @@ class Bench(NamedTuple):
     positions: int  # that the policy and the reward model both have
 
 
-class Said(NamedTuple):
-    """What a policy said to a set of prompts; ``counts`` says what was done to those that were too long."""
-
-    rows: list[rows.Prompt]  # [N]
-    columns: dict[str, list[Any]]  # of the N * S rows of the rollout
-    rollout: Rollout
-    responses: Responses
-    counts: dict[str, int]
-
-
 def load(folder: str, config: Config) -> Policy:
-    """The policy in a run's or model's folder, or of a Hugging Face name.
-
-    Raises:
-        UserError: it cannot be read, or is a reward model.
-    """
+    """The policy in a run's or model's folder, or of a Hugging Face name."""
     settings = _settings(folder)
-    compute = Compute(dtype=settings.get("compute", {}).get("dtype", "float32"))
-    model, params, tokenizer = setup.load_language_model(model_folder(folder), compute)
+    dtype = settings.get("compute", {}).get("dtype", "float32")
+    dtype = "bfloat16" if dtype == "float16" else dtype
+    model, params, tokenizer = generator.load(model_folder(folder), compute_dtype=dtype)
     if "score" in params:
         raise UserError(f"{folder}: this is a reward model, which says nothing; give it as --reward-model")
     template = config.template or settings.get("text", {}).get("template", "{prompt}")
@@ -136,30 +119,23 @@ def model_folder(folder: str) -> str:
 def _settings(folder: str) -> dict[str, Any]:
     """config.yaml of a run, also found from its ``model/``; empty for other models."""
     place = Path(folder)
-    for path in (place / "config.yaml", place.parent / "config.yaml"):
-        if path.is_file() and (path.parent == place or place.name == "model"):
-            try:
-                settings = yaml.safe_load(path.read_text("utf-8"))
-            except (OSError, ValueError, yaml.YAMLError) as error:
-                raise UserError(f"{path}: cannot be read: {error}") from None
-            return settings if isinstance(settings, dict) else {}
-    return {}
+    file = (place.parent if place.name == "model" and not (place / "config.yaml").is_file() else place) / "config.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        settings = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    return settings if isinstance(settings, dict) else {}
 
 
 def open_bench(policy: Policy, config: Config) -> Bench:
-    """The policy with the reward model of ``config.reward_model``, if it names one.
-
-    Raises:
-        UserError: a reward model that cannot be read, or is of another tokenizer or template.
-    """
+    """The policy with the reward model of ``config.reward_model``, if it names one."""
     positions, reward = policy.model.config.max_length, None
     if config.reward_model is not None:
         spec = model_folder(config.reward_model)
-        same_template(policy, config.reward_model, config)
-        try:
-            reward = reward_functions.build((spec,), policy.tokenizer, Compute(), ())
-        except UserError as error:
-            raise UserError(str(error).replace("--reward ", "--reward-model ", 1)) from None
+        check_template(policy, config.reward_model, config)
+        reward = reward_of(spec, policy.tokenizer, (), "--reward-model ")
         for source in reward_functions.sources(spec).values():
             for folder in ensembles.folders(source) or [source]:
                 if (file := folder / "config.json").is_file():
@@ -167,8 +143,8 @@ def open_bench(policy: Policy, config: Config) -> Bench:
     return Bench(policy, config, setup.stream(config.seed, "evaluate", "eval"), reward, positions)
 
 
-def same_template(policy: Policy, folder: str, config: Config) -> None:
-    """Raises UserError if the run in ``folder`` had another template and ``config`` does not choose one."""
+def check_template(policy: Policy, folder: str, config: Config) -> None:
+    """Refuses a run in ``folder`` that had another template, unless ``config`` chooses one."""
     other = _settings(folder).get("text", {}).get("template", policy.template)
     if config.template is None and other != policy.template:
         raise UserError(
@@ -177,43 +153,11 @@ def same_template(policy: Policy, folder: str, config: Config) -> None:
         )
 
 
-def sample(bench: Bench, policy: Policy, name: str, some: Sequence[rows.Prompt]) -> Said:
-    """The policy's responses to a set of prompts, with the key of the set's name, which both runs of a win rate share.
-
-    Raises:
-        UserError: a prompt that is too long, or no room for responses.
-    """
-    config, repeats = bench.config, bench.config.num_samples
-    settings = RunConfig(
-        rl=RLStage(max_new_tokens=policy.max_new_tokens), text=Text(template=policy.template, too_long=config.too_long)
-    )
-    encoded = inputs.encode_prompts(some, policy.tokenizer, policy.model, settings)
-    slots = encoded.tokens.shape[1] + policy.max_new_tokens
-    if bench.reward is not None and slots > bench.positions:
-        raise UserError(
-            f"--reward-model {config.reward_model} has {bench.positions} positions, but prompts and responses take "
-            f"{slots}; give a smaller --max-new-tokens or shorter prompts"
-        )
-    sampling_config = sampling.SamplingConfig(
-        max_new_tokens=policy.max_new_tokens,
-        temperature=config.temperature,
-        eos_id=policy.tokenizer.eos_id,
-        pad_id=policy.tokenizer.pad_id,
-    )
-    tokens, attention_mask = (np.repeat(array, repeats, axis=0) for array in (encoded.tokens, encoded.attention_mask))
-    key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
-    rollout = generator.generate(
-        policy.model, policy.params, tokens, attention_mask, key, sampling_config, config.batch_size
-    )
-    columns = {column: [v for v in values for _ in range(repeats)] for column, values in encoded.columns.items()}
-    shape = (len(encoded), repeats)
-    texts = np.array(generator.responses(rollout, policy.tokenizer), dtype=object).reshape(shape)
-    said = np.asarray(rollout.response_mask) != 0
-    ended = (said & (np.asarray(rollout.tokens) == policy.tokenizer.eos_id)).any(axis=1)
-    scores = None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape)
-    asked = [p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(p.prompt) for p in encoded.rows]
-    responses = Responses(asked, texts.tolist(), said.sum(axis=1).reshape(shape), ended.reshape(shape), scores)
-    return Said(encoded.rows, columns, rollout, responses, encoded.counts)
+def reward_of(spec: str, tokenizer: Tokenizer, columns: Collection[str], where: str) -> RunReward:
+    try:
+        return reward_functions.build((spec,), tokenizer, Compute(), columns)
+    except UserError as error:
+        raise UserError(str(error).replace("--reward ", where, 1)) from None
 
 
 def score(reward: RunReward, rollout: Rollout, columns: Mapping[str, Sequence[Any]], batch_size: int) -> np.ndarray:
@@ -223,23 +167,72 @@ def score(reward: RunReward, rollout: Rollout, columns: Mapping[str, Sequence[An
         scored = (result.response_mask != 0).any(axis=1)
         return np.where(scored, np.asarray(result.scores, np.float64), np.nan)
     apply = jax.jit(lambda fn, part: fn(part))
-    found = []
+    scores = []
     for numbers in loop.in_order(np.arange(len(rollout.tokens)), batch_size):
         part = jax.tree.map(lambda x, numbers=numbers: x[numbers], rollout)
         result = apply(reward.fn, part)
-        found.append(np.asarray(result[0] if isinstance(result, tuple) else result, np.float64)[numbers >= 0])
-    return np.concatenate(found)
+        scores.append(np.asarray(result[0] if isinstance(result, tuple) else result, np.float64)[numbers >= 0])
+    return np.concatenate(scores)
 
 
-def encode(bench: Bench, pairs: Sequence[rows.Pair]) -> encoding.EncodedComparisons:
-    """The pairs as tokens, at most as long as the policy and the reward model can read."""
-    return encoding.encode_pairs(
-        pairs,
-        bench.policy.tokenizer,
-        template=bench.policy.template,
-        max_length=bench.positions,
-        too_long=bench.config.too_long,
+class Answers(NamedTuple):
+    """A policy's responses to N prompts, S to each; ``counts`` says how many prompts were too long and what for."""
+
+    rows: list[rows.Prompt]  # [N]
+    columns: dict[str, list[Any]]  # of the N * S rows of the rollout
+    rollout: Rollout
+    responses: Responses
+    counts: dict[str, int]
+
+
+def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Prompt]) -> Answers:
+    """Responses to a set of prompts. The key is that of the set's name, so that both runs of a win rate share it."""
+    config, tokenizer, slots = bench.config, policy.tokenizer, policy.max_new_tokens
+    encoded = _encode_prompts(policy, prompts, config.too_long)
+    width = encoded.tokens.shape[1] + slots
+    if bench.reward is not None and width > bench.positions:
+        raise UserError(
+            f"--reward-model {config.reward_model} has {bench.positions} positions, but prompts and responses take "
+            f"{width}; give a smaller --max-new-tokens or shorter prompts"
+        )
+    sampling_config = sampling.SamplingConfig(
+        max_new_tokens=slots, temperature=config.temperature, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
     )
+    repeats, shape = config.num_samples, (len(encoded), config.num_samples)
+    tokens, attention_mask = (np.repeat(array, repeats, axis=0) for array in (encoded.tokens, encoded.attention_mask))
+    key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
+    rollout = generator.generate(
+        policy.model, policy.params, tokens, attention_mask, key, sampling_config, config.batch_size
+    )
+    present = np.asarray(rollout.response_mask) != 0
+    ended = (present & (np.asarray(rollout.tokens) == tokenizer.eos_id)).any(axis=1)
+    responses = Responses(
+        prompts=[p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows],
+        texts=np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist(),
+        lengths=present.sum(axis=1).reshape(shape),
+        ended=ended.reshape(shape),
+        scores=None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape),
+    )
+    columns = {column: [v for v in values for _ in range(repeats)] for column, values in encoded.columns.items()}
+    return Answers(encoded.rows, columns, rollout, responses, encoded.counts)
+
+
+def _encode_prompts(policy: Policy, prompts: Sequence[rows.Prompt], too_long: Any) -> encoding.EncodedPrompts:
+    """Left-padded to the longest prompt, with room for the responses after it."""
+    room = policy.model.config.max_length - policy.max_new_tokens
+    if room < 1:
+        raise UserError(f"--max-new-tokens {policy.max_new_tokens} leaves no room for a prompt in {policy.folder}")
+    encoded = encoding.encode_prompts(prompts, policy.tokenizer, template=policy.template, too_long=too_long)
+    if encoded.tokens.shape[1] <= room:
+        return encoded
+    return encoding.encode_prompts(prompts, policy.tokenizer, template=policy.template, length=room, too_long=too_long)
+
+
+def encode_pairs(bench: Bench, pairs: Sequence[rows.Pair]) -> encoding.EncodedComparisons:
+    """The pairs as tokens, at most as long as the policy and the reward model can read."""
+    policy, most = bench.policy, bench.positions
+    too_long = bench.config.too_long
+    return encoding.encode_pairs(pairs, policy.tokenizer, template=policy.template, max_length=most, too_long=too_long)
 
 
 def margins(bench: Bench, encoded: encoding.EncodedComparisons) -> dict[str, np.ndarray]:
@@ -250,7 +243,7 @@ def margins(bench: Bench, encoded: encoding.EncodedComparisons) -> dict[str, np.
     def log_probs(params: Params, batch: Comparisons) -> jax.Array | None:
         return dpo.with_reference(batch, jax.tree_util.Partial(policy_fn, params)).ref_log_probs
 
-    lengths = np.stack([texts.lengths - np.array(texts.starts) for texts in encoded.answers], axis=1)
+    lengths = np.stack([answer.lengths - np.array(answer.starts) for answer in encoded.answers], axis=1)
     sums, scores = np.zeros(lengths.shape), np.zeros(lengths.shape)
     by_length = np.argsort(encoded.lengths, kind="stable")  # so that a batch is padded little
     for numbers in loop.in_order(by_length, bench.config.batch_size):
@@ -258,10 +251,9 @@ def margins(bench: Bench, encoded: encoding.EncodedComparisons) -> dict[str, np.
         present = numbers >= 0
         sums[numbers[present]] = np.asarray(log_probs(bench.policy.params, batch))[present]
         if bench.reward is not None:
-            tokens, mask, said = (
-                x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.attention_mask, batch.response_mask)
-            )
-            rollout = Rollout(tokens, mask, said, log_probs=jnp.zeros(tokens.shape))
+            arrays = (batch.tokens, batch.attention_mask, batch.response_mask)
+            tokens, mask, response = (x.reshape(-1, x.shape[-1]) for x in arrays)
+            rollout = Rollout(tokens, mask, response, log_probs=jnp.zeros(tokens.shape))
             scores[numbers[present]] = score(bench.reward, rollout, {}, len(tokens)).reshape(-1, 2)[present]
     judged = {} if bench.reward is None else {"reward_model": scores}
     judged |= {"log_prob": sums, "mean_log_prob": sums / lengths, "longer": lengths}
