@@ -105,36 +105,34 @@ def test_win_rate_compares_all_samples_of_a_prompt():
 # --- Data -----------------------------------------------------------------------------------------------------------
 
 
+ANNOTATED = {"instruction": "a", "response1": "b"}
+BAD_VOTE = ANNOTATED | {"response2": "", "annotator1": 3}
+BAD_CATEGORY = {"prompt": "a", "chosen": "b", "rejected": "c", "category": 3}
+
+
 @pytest.mark.parametrize(
     ("read", "name", "text", "message"),
     [
         ("safety", "x.csv", "id,prompt,label\n1,hello,safe\n2,ho,maybe\n", "line 3: .* safe or unsafe, found 'maybe'"),
-        ("safety", "x.json", '["hello"]', "line 1: .* safe or unsafe, found none"),
-        (
-            "annotated",
-            "x.json",
-            '[{"instruction": "a", "response1": "b"}]',
-            "expected keys instruction, response1, resp",
-        ),
-        (
-            *("annotated", "x.jsonl"),
-            '{"instruction": "a", "response1": "b", "response2": "", "annotator1": 3}',
-            "line 1: 'annotator1' must be 1, 2 or 0 for a tie, found the number 3",
-        ),
-        ("preferences", "x.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c", "category": 3}', "'category' must"),
+        ("safety", "x.json", '["hello"]', "1: .* safe or unsafe, found none"),
+        ("annotated", "x.json", json.dumps([ANNOTATED]), "expected keys instruction, response1, resp"),
+        ("annotated", "x.jsonl", json.dumps(BAD_VOTE), "'annotator1' must be 1, 2 or 0 for a tie, found the number 3"),
+        ("annotated", "x.jsonl", json.dumps(BAD_VOTE | {"response1": 0}), "'response1' must be a string"),
+        ("preferences", "x.jsonl", json.dumps(BAD_CATEGORY), "'category' must be a string"),
         (
             "categories",
             "x.yaml",
             "polite:\n  pattern: [a]\n",
-            "line 2: unknown key polite.pattern; did you mean patterns",
+            "line 2: unknown key polite.pattern; did you mean",
         ),
         ("categories", "x.yaml", "polite:\n  patterns: [a]\n  score: length\n", "line 2: polite needs exactly one"),
         (
             "categories",
             "x.yaml",
             "polite:\n  patterns: ['(']\n",
-            "line 2: polite.patterns holds '\\(', which is no regu",
+            r"line 2: polite.patterns holds '\(', which is no reg",
         ),
+        ("categories", "x.yaml", "polite:\n  keywords: ['']\n", "line 2: polite.keywords holds an empty text"),
         ("categories", "x.yaml", "polite: [\n", "not valid YAML"),
         ("categories", "x.yaml", "", "is empty"),
         ("categories", "x.yaml", "a-b:\n  patterns: [a]\n", "made of letters"),
