@@ -231,7 +231,6 @@ class DPOStage(Supervised, DPOConfig):
     optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear")
 
 
-
 @dataclass(frozen=True)
 class RLStage:
     """What VPG, PPO, RLOO and GRPO share: prompts, sampling, KL, the optimizer."""

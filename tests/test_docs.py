@@ -145,7 +145,7 @@ def understood_as(program, argv, monkeypatch):
         if "--help" not in command.text
     ],
 )
-def test_a_command_is_understood(path, command, monkeypatch):
+def test_a_command_is_understood(path, command, monkeypatch, tmp_path):
     program, *argv = shlex.split(command.text, comments=True)
     monkeypatch.chdir(ROOT)
     if program == "python":

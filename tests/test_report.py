@@ -406,6 +406,6 @@ def test_the_end_of_a_run_draws_it_and_a_failure_to_draw_loses_nothing(tmp_path,
 
 
 def test_matplotlib_is_not_imported_before_something_is_drawn():
-    code = "import sys; from rlhf_jax.training import quickstart, stage; print('matplotlib' in sys.modules)"
+    code = "import sys; from rlhf_jax.training import rl, stage; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

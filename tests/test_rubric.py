@@ -1,8 +1,9 @@
 """The rubric: values by hand, garbled text, and that the demo corpus is labelled by it."""
 
 import pytest
+import rubric
 
-from rlhf_jax.data import demo, rubric
+from rlhf_jax.data import demo
 
 BREAD = {"category": "helpful", "topic": "bake bread"}
 BIKE = {"category": "harmless", "topic": "steal a bike"}

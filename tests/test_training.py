@@ -9,7 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import quickstart
 import tokenizers as hf
+from sentiment import SentimentConfig
+from shakespeare import ShakespeareConfig
 
 from rlhf_jax import Rollout, models, ppo, sharding, training, vpg
 from rlhf_jax.config import (
@@ -30,10 +33,6 @@ from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.runs import log as tracking
 from rlhf_jax.training import initial, rl, stage, supervised
-from rlhf_jax.training.quickstart import QuickstartConfig
-from rlhf_jax.training.quickstart import run as quickstart_run
-from rlhf_jax.training.sentiment import SentimentConfig
-from rlhf_jax.training.shakespeare import ShakespeareConfig
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -340,7 +339,7 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(config, data, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(TINY.parent.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
-    kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
+    kinds = {"quickstart": quickstart.QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
     config = parse(kinds.get(file.stem, RunConfig), ["--config", str(file)])
     supervised._sizes("sft", config.sft, 1)
     supervised._sizes("reward_model", config.reward_model, 1)
@@ -350,5 +349,5 @@ def test_every_config_fits(file):
 
 def test_the_quickstart_refuses_data_of_ones_own(tmp_path):
     with pytest.raises(UserError, match="pipeline"):
-        quickstart_run(QuickstartConfig(data=("mine.json",), output_dir=str(tmp_path / "run")))
+        quickstart.run(quickstart.QuickstartConfig(data=("mine.json",), output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

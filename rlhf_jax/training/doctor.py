@@ -5,7 +5,6 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from rlhf_jax.config import RLStage
 from rlhf_jax.runs import devices
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training import phases
-from rlhf_jax.types import Comparisons, Demonstrations, Metrics, TrainState
+from rlhf_jax.types import Algorithm, Comparisons, Demonstrations, Metrics, TrainState
 
 PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 ROWS, PROMPT, RESPONSE, VOCABULARY = 4, 3, 4, 11
@@ -65,23 +64,14 @@ def self_test() -> list[Check]:
         score_fn, config = models.score_fn(model), reward_model.Config()
         return reward_model.update(state, pairs, key, score_fn=score_fn, optimizer=optimizer, config=config)[1]
 
-    def run_rl(algorithm: ModuleType) -> Metrics:
-        policy_fn = models.policy_fn(model, prompt_length=PROMPT)
-        return phases.iteration(
-            phases.LoopState.create(TrainState.create(models.add_head(key, params, "value"), optimizer), 0.1),
-            phases.Prompts(tokens[:, :PROMPT], mask[:, :PROMPT], jnp.arange(ROWS)),
-            key,
-            key,
-            jax.tree_util.Partial(policy_fn, params),
-            rewards.token_count(3),
-            model=model,
-            sampling_config=SAMPLING,
-            policy_fn=policy_fn,
-            algorithm=algorithm,
-            algorithm_config=algorithm.Config(),
-            optimizer=optimizer,
-            config=RLStage(),
-        )[2]
+    def run_rl(algorithm: Algorithm) -> Metrics:
+        policy_fn = jax.tree_util.Partial(models.policy_fn(model, prompt_length=PROMPT))
+        ref_fn = jax.tree_util.Partial(policy_fn, params)
+        state = algorithm.State.create(models.add_head(key, params, "value"), optimizer)
+        recipe = phases.Recipe(model, SAMPLING, algorithm, algorithm.Config(), optimizer, RLStage())
+        prompts = phases.Prompts(tokens[:, :PROMPT], mask[:, :PROMPT], jnp.arange(ROWS))
+        functions = phases.Functions(policy_fn, rewards.token_count(3), ref_fn)
+        return phases.iteration(phases.LoopState.create(state, 0.1), prompts, key, key, functions, recipe=recipe)[2]
 
     def run_checkpoint() -> Metrics:
         with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:

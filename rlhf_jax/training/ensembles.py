@@ -7,7 +7,6 @@ member_0, member_1, ..., each a complete model's folder.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -114,9 +113,3 @@ def with_counts(comparisons: EncodedComparisons, rows: np.ndarray, counts: np.nd
     if comparisons.weight is not None:
         weight *= comparisons.weight[:, None]
     return dataclasses.replace(comparisons, weight=weight)
-
-
-def folders(path: str | Path) -> list[Path]:
-    """The folders member_0, member_1, ... in ``path``; none where it is no ensemble's folder."""
-    count = len([member for member in Path(path).glob("member_*") if member.name[7:].isdecimal()])
-    return [Path(path) / f"member_{i}" for i in range(count)]

@@ -12,6 +12,7 @@ from rlhf_jax.data import chat, formats, tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import lora
+from rlhf_jax.rewards import spec
 from rlhf_jax.types import Params
 
 
@@ -51,7 +52,7 @@ def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
     return Trainable({**adapters, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), heads)}, base)
 
 
-def read_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> formats.ReadResult[Any]:
+def stage_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> formats.ReadResult[Any]:
     """The rows of a stage, messages rendered by the chat template of the model's tokenizer; prints their number.
 
     Args:
@@ -111,6 +112,18 @@ def load_language_model(source: str, compute: Compute) -> LanguageModel:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
     """
     return generator.load(source, **_compute(compute))
+
+
+def load_reward_model(source: str, compute: Compute) -> spec.RewardModel:
+    """A reward model's folder (or Hugging Face name), as ``rewards.spec`` takes it.
+
+    Raises:
+        UserError: the folder cannot be read, or the model has no score head.
+    """
+    model, params, tokenizer = load_language_model(source, compute)
+    if "score" not in params:
+        raise UserError(f"{source}: this model has no score head; train one with experiments/reward_model.py")
+    return spec.RewardModel(models.score_fn(model), params, tokenizer.fingerprint)
 
 
 def _compute(compute: Compute) -> dict[str, Any]:

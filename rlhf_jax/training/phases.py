@@ -121,10 +121,9 @@ def learn(
     Raises:
         ValueError: a rule for missing EOS with a dense reward or without ``eos_id``; ``kl_target`` without a reference.
     """
-    settings, present = recipe.settings, _present(rollout)
-    has_reference = rollout.ref_log_probs is not None
+    settings, present, ref_log_probs = recipe.settings, _present(rollout), rollout.ref_log_probs
     judged = _judged_by_end(rollout, settings, recipe.sampling.eos_id)
-    shaped = rewards.kl_shaped(judged, loop.kl_coef if has_reference else 0.0)
+    shaped = rewards.kl_shaped(judged, 0.0 if ref_log_probs is None else loop.kl_coef)
     metrics = {"objective/reward": ops.masked_mean(_row_sums(shaped, rollout), present)}
     if rollout.scores is not None:
         metrics["reward/equal_groups"] = _num_equal(rollout.scores, present, recipe.algorithm_config.group_size)
@@ -138,8 +137,8 @@ def learn(
         minibatch_sharding=None if recipe.mesh is None else sharding.rows(recipe.mesh),
     )
     kl_coef = loop.kl_coef
-    if has_reference:
-        kl = ops.masked_mean(_row_sums(ops.kl(rollout.log_probs, rollout.ref_log_probs), rollout), present)
+    if ref_log_probs is not None:
+        kl = ops.masked_mean(_row_sums(ops.kl(rollout.log_probs, ref_log_probs), rollout), present)
         metrics |= {"objective/kl": kl, "kl/coef": kl_coef}
         if settings.kl_target is not None:
             n = rollout.tokens.shape[0]

@@ -6,7 +6,7 @@ public here.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -99,18 +99,20 @@ class _Parts(NamedTuple):
     to_validate: EncodedPrompts  # the same, unless ``rl.validation_data`` is given
     reward: spec.Reward
     judge: spec.Reward | None
-    filter: filters.Guard
+    enforce: Callable[..., Any] | None  # the filter of responses, after a reward on the host
     fingerprints: dict[str, str]
 
 
 def _parts(config: RunConfig, name: str, run_reward: spec.Reward | None) -> _Parts:
     settings = config.rl
-    data = initial.read_rows(config, "prompts", settings.data)
-    others = initial.read_rows(config, "prompts", settings.validation_data) if settings.validation_data else None
-    guard = filters.Guard.of(config.safety)
-    fingerprints = data.fingerprints | (others.fingerprints if others else {}) | guard.fingerprints
+    data = initial.stage_rows(config, "prompts", settings.data)
+    others = initial.stage_rows(config, "prompts", settings.validation_data) if settings.validation_data else None
+    guard = filters.Guard.create(config.safety)
+    files = filters.rule_files(config.safety)
     for entry in (*config.reward, *settings.judge):
-        fingerprints |= {f"reward {key}": manifest.fingerprint(path) for key, path in spec.sources(entry).items()}
+        files |= {f"reward {name}": path for name, path in spec.sources(entry).items()}
+    fingerprints = data.fingerprints | (others.fingerprints if others else {})
+    fingerprints |= {name: manifest.fingerprint(path) for name, path in files.items()}
     rows = [*data.rows, *(others.rows if others else [])]
     language_model = initial.language_model(config, texts_of(rows), stream(config.seed, name, "init"))
     encode = functools.partial(_encoded, config, language_model, guard)
@@ -123,13 +125,17 @@ def _parts(config: RunConfig, name: str, run_reward: spec.Reward | None) -> _Par
                 f"rl.validation_data: its rows have no {', '.join(missing)}, which the prompts in training have; a "
                 "reward may read it"
             )
-    load = functools.partial(initial.load_language_model, compute=config.compute)
+    load = functools.partial(initial.load_reward_model, compute=config.compute)
     build = functools.partial(spec.build, tokenizer=language_model.tokenizer, load=load)
     if run_reward is None:
         run_reward = build(config.reward, columns=prompts.columns)
     judge = build(settings.judge, columns=to_validate.columns, flag="--rl.judge") if settings.judge else None
-    run_reward = guard.around(run_reward, language_model.tokenizer, build, prompts.columns)
-    return _Parts(language_model, prompts, to_validate, run_reward, judge, guard, fingerprints)
+    enforce = None
+    if config.safety.on:
+        run_reward = spec.Reward(host=spec.as_host(run_reward))
+        guard = guard.for_responses(tokenizer=language_model.tokenizer, load=load, columns=prompts.columns)
+        enforce = guard.enforce
+    return _Parts(language_model, prompts, to_validate, run_reward, judge, enforce, fingerprints)
 
 
 def _encoded(
@@ -327,9 +333,9 @@ class _Trainer:
         try:
             result, parts = processes.gather_rows(processes.agree(score_own_rows))
             unscored = np.sum(np.any(rollout.response_mask, axis=1)) - np.sum(np.any(result.response_mask, axis=1))
-            if run_reward.enforce is not None:
+            if self.parts.enforce is not None and run_reward is self.parts.reward:
                 columns = batches.columns_at(encoded, rows)
-                result, filtered_metrics, verdicts = run_reward.enforce(rollout, result, columns)
+                result, filtered_metrics, verdicts = self.parts.enforce(rollout, result, columns)
         except FloatingPointError as error:
             raise TrainingFault(str(error)) from error
         named = {name: jnp.asarray(values) for name, values in parts.items()}
@@ -351,14 +357,14 @@ def _samples(
     rows: np.ndarray,
     language_model: LanguageModel,
     verdicts: list[filters.Verdict] | None,
-) -> list[Mapping[str, Any]]:
+) -> list[dict[str, Any]]:
     """Rows for samples.jsonl of the responses that are present."""
     texts = generator.responses(rollout, language_model.tokenizer)
     lengths = np.sum(rollout.response_mask != 0, axis=1).tolist()
     samples: list[dict[str, Any]] = [
         {"prompt": encoded.rows[row].prompt, "response": text, "score": float(score), "length": length}
-        for row, text, score, length in zip(rows, texts, rollout.scores, lengths, strict=True)
+        for row, text, score, length in zip(rows, texts, np.asarray(rollout.scores), lengths, strict=True)
     ]
     if verdicts is not None:
-        samples = [s | {"unsafe": filters.described(verdict)} for s, verdict in zip(samples, verdicts, strict=True)]
+        samples = [s | {"unsafe": filters.sentence(verdict)} for s, verdict in zip(samples, verdicts, strict=True)]
     return [sample for sample in samples if sample["length"]]

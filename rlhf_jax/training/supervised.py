@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from rlhf_jax.config import RunConfig, Supervised
+from rlhf_jax.config import DPOStage, RewardModelStage, RunConfig, SFTStage
 from rlhf_jax.data import batches, formats, rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
@@ -18,6 +18,8 @@ from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import RunResult, Stage, open_stage, start
 from rlhf_jax.types import Metrics, Params, TrainState
+
+Settings = SFTStage | RewardModelStage | DPOStage
 
 
 class Task(NamedTuple):
@@ -62,14 +64,14 @@ class Kind(NamedTuple):
     split_sources: bool = False  # whether rows of one source may be held out apart
 
 
-def run(config: RunConfig, settings: Supervised, kind: Kind) -> RunResult:
+def run(config: RunConfig, settings: Settings, kind: Kind) -> RunResult:
     """Trains a task on the rows of ``settings.data`` or ``config.data`` and saves ``model/`` in the run folder.
 
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
     sizes = _sizes(kind.name, settings, start(config))
-    data = initial.read_rows(config, kind.rows, settings.data)
+    data = initial.stage_rows(config, kind.rows, settings.data)
     with open_stage(config, kind.name, data.fingerprints, sizes) as stage:
         language_model = initial.language_model(config, rows.texts(data.rows), stage.key("init"))
         text = config.text
@@ -123,7 +125,7 @@ def print_counts(counts: Mapping[str, int]) -> None:
         print(f"{count} texts: {what}", flush=True)
 
 
-def _sizes(section: str, settings: Supervised, num_devices: int) -> dict[str, int]:
+def _sizes(section: str, settings: Settings, num_devices: int) -> dict[str, int]:
     """The settings that help when memory runs out.
 
     Raises:
