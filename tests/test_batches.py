@@ -77,6 +77,8 @@ def test_comparison_batch_by_hand():
     cut = encoding.encode_pairs(rows, TOKENIZER, max_length=4, too_long="truncate")
     assert cut.chosen.sources == cut.answers[1].sources == ["f, line 1", "f, line 3"]
     assert cut.counts == {"dropped, the cut responses are equal": 1, "response cut, its EOS with it": 1}
+    both = encoding.encode_pairs([Pair("a", "bcd", "cde", "f")], TOKENIZER, max_length=3, too_long="truncate")
+    assert both.counts == {"response cut, its EOS with it": 2}
     dropped = encoding.encode_pairs(rows, TOKENIZER, max_length=4, too_long="drop")
     assert (dropped.chosen.sources, dropped.counts) == (["f, line 3"], {"dropped, too long": 2})
     with pytest.raises(UserError, match="f, line 1: a prompt of 2"):
