@@ -424,7 +424,7 @@ def test_generate_refuses():
         run(tokens=tokens[0], mask=mask[0])
     with pytest.raises(AssertionError, match=r"dimension greater than .0. on axis .1."):
         run(tokens=tokens[:, :0], mask=mask[:, :0])
-    with pytest.raises(AssertionError, match="same shape"):
+    with pytest.raises(AssertionError, match="different shapes"):
         run(mask=mask[:, 1:])
     with pytest.raises(AssertionError, match=r"expected \(6,?\)"):
         run(row_ids=np.arange(5))
