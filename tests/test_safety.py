@@ -125,6 +125,7 @@ def test_shares_are_of_present_rows_and_each_rule_has_its_own(tmp_path):
     [
         ({"below": 1.0, "above": 2.0}, ["score 0.99 below 1", None, None, "score 2.01 above 2", None]),
         ({"below": 0.0}, [None] * 5),
+        ({"above": -1.0}, [f"score {score} above -1" for score in ("0.99", "1", "2", "2.01")] + [None]),
         ({"above": 0.0}, ["score 0.99 above 0", "score 1 above 0", "score 2 above 0", "score 2.01 above 0", None]),
     ],
 )

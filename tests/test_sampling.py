@@ -343,16 +343,16 @@ def test_jit_changes_nothing():
 
 
 def test_uncached_equals_a_cached_model():
-    """Logits by the sum of all tokens that the mask shows, in whatever column: neither pads nor empty slots count."""
+    """Logits by the sum of (id + 1) of all tokens that the mask shows: neither pads nor empty slots count."""
 
     def apply_fn(params, tokens, attention_mask, key):
         assert key is None
-        logits = params["token"][jnp.sum(tokens * attention_mask, axis=1) % 5]
+        logits = params["token"][jnp.sum((tokens + 1) * attention_mask, axis=1) % 5]
         return jnp.broadcast_to(logits[:, None], (*tokens.shape, 5))
 
     def decode(params, tokens, positions, key_mask, cache, index):
         shown = jax.lax.dynamic_slice_in_dim(key_mask, index, tokens.shape[1], axis=1)
-        cache = cache + jnp.sum(tokens * shown, axis=1)
+        cache = cache + jnp.sum((tokens + 1) * shown, axis=1)
         return jnp.broadcast_to(params["token"][cache % 5][:, None], (*tokens.shape, 5)), cache
 
     cached = LookupModel(init_cache=lambda batch, length: jnp.zeros(batch, jnp.int32), decode=decode)
@@ -424,7 +424,7 @@ def test_generate_refuses():
         run(tokens=tokens[0], mask=mask[0])
     with pytest.raises(AssertionError, match=r"dimension greater than .0. on axis .1."):
         run(tokens=tokens[:, :0], mask=mask[:, :0])
-    with pytest.raises(AssertionError, match="same shape"):
+    with pytest.raises(AssertionError, match="different shapes"):
         run(mask=mask[:, 1:])
     with pytest.raises(AssertionError, match=r"expected \(6,?\)"):
         run(row_ids=np.arange(5))
