@@ -407,7 +407,7 @@ def test_damage_is_noticed_and_the_previous_checkpoint_takes_over(tmp_path, dama
             state, meta = checkpoints.restore(TARGET)
         assert meta == {"step": 20}
         np.testing.assert_array_equal(state["weights"], jax.random.normal(jax.random.key(20), (64, 64)))
-        with pytest.raises(ValueError, match="cannot save step 20 .*: step 20 is there already"):
+        with pytest.raises(ValueError, match=r"cannot save step 20 .*: step 20 is there already"):
             checkpoints.save(20, state, {})
         # The run goes on and reaches the damaged step again.
         checkpoints.save(30, state, {"step": 30})
