@@ -73,12 +73,12 @@ BOTH = {"resume": True, "overwrite": True}
 @pytest.mark.parametrize(
     ("path", "options", "message"),
     [
-        ("used", {}, "holds files already; give --resume .* --overwrite"),
+        ("used", {}, r"holds files already; give --resume .* --overwrite"),
         ("used", BOTH, "--resume and --overwrite exclude each other"),
-        ("none", {"resume": True}, "--resume: .*none does not exist"),
+        ("none", {"resume": True}, r"--resume: .*none does not exist"),
         *(("file", options, "file is a file; --output-dir needs a folder") for options in ({}, {"resume": True})),
         ("file", {"overwrite": True}, "file is a file; --output-dir needs a folder"),
-        ("file/run", {}, "file/run: cannot be used as a run folder"),
+        ("file/run", {}, r"file/run: cannot be used as a run folder"),
     ],
 )
 def test_a_folder_that_is_refused_stays_as_it_is(tmp_path, path, options, message):
