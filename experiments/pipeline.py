@@ -6,13 +6,7 @@ FOLDER holds sft_data.json, preference_data.json and prompts.json.
 """
 
 from rlhf_jax import cli
-from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.training import pipeline
 
-
-def main() -> None:
-    pipeline.run(parse(RunConfig, description=__doc__))
-
-
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_stage(pipeline.run, __doc__)

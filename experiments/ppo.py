@@ -6,12 +6,6 @@ For a first look, on generated data:
 """
 
 from rlhf_jax import cli, ppo, training
-from rlhf_jax.config import RunConfig, parse
-
-
-def main() -> None:
-    training.rl.run(parse(RunConfig, description=__doc__), ppo)
-
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_stage(lambda config: training.rl.run(config, ppo), __doc__)

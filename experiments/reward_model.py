@@ -6,12 +6,6 @@ For a first look, on generated data:
 """
 
 from rlhf_jax import cli, training
-from rlhf_jax.config import RunConfig, parse
-
-
-def main() -> None:
-    training.reward_model.run(parse(RunConfig, description=__doc__))
-
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_stage(training.reward_model.run, __doc__)

@@ -5,11 +5,11 @@ were not there, are never read and get 0. [N, G] functions work on G answers to 
 count in no mean, no standard deviation and no number of answers, and get 0.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import ops
-from rlhf_jax.ops import AxisName
 
 
 def gae(
@@ -25,12 +25,9 @@ def gae(
 
     Returns:
       (advantages, returns), [B, T] float32 each; returns = advantages + values.
-
-    Raises:
-      ValueError: shapes that are not one [B, T].
     """
-    ops.check_rank(2, rewards=rewards)
-    ops.check_same_shape(rewards=rewards, values=values, mask=mask)
+    chex.assert_rank(rewards, 2)
+    chex.assert_equal_shape([rewards, values, mask])
     present = jnp.asarray(mask) != 0
     rewards = jnp.where(present, jnp.asarray(rewards, jnp.float32), 0.0)
     values = jnp.where(present, jnp.asarray(values, jnp.float32), 0.0)
@@ -51,13 +48,9 @@ def gae(
 
 
 def discounted_returns(rewards: jax.Array, mask: jax.Array, gamma: float = 1.0) -> jax.Array:
-    """Reward-to-go: ``R_t = r_t + gamma * R_next`` over response tokens, [B, T] -> [B, T] float32, 0 where masked.
-
-    Raises:
-      ValueError: shapes that are not one [B, T].
-    """
-    ops.check_rank(2, rewards=rewards)
-    ops.check_same_shape(rewards=rewards, mask=mask)
+    """Reward-to-go: ``R_t = r_t + gamma * R_next`` over response tokens, [B, T] -> [B, T] float32, 0 where masked."""
+    chex.assert_rank(rewards, 2)
+    chex.assert_equal_shape([rewards, mask])
     present = jnp.asarray(mask) != 0
     rewards = jnp.where(present, jnp.asarray(rewards, jnp.float32), 0.0)
 
@@ -79,9 +72,6 @@ def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array
 
     Returns:
       [N, G] float32; equal scores give exactly 0, as does a group with fewer than two present answers.
-
-    Raises:
-      ValueError: scores that are not [N, G] with G > 1, or a mask of another shape.
     """
     centred, count = _centred(scores, mask)
     return centred * count / jnp.maximum(count - 1.0, 1.0)
@@ -100,26 +90,23 @@ def group_normalized(
     Returns:
       [N, G] float32; equal scores give exactly 0, also at ``eps=0``, as does a group with fewer than two present
       answers.
-
-    Raises:
-      ValueError: scores that are not [N, G] with G > 1, or a mask of another shape.
     """
     centred, count = _centred(scores, mask)
     if not scale:
         return centred
     var = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / jnp.maximum(count - 1.0, 1.0)
-    varied = var > 0
+    varied = var != 0  # NaN too: a score that is not a number must not pass as a group of equal ones
     std = jnp.sqrt(jnp.where(varied, var, 1.0))
     return jnp.where(varied, centred / (std + eps), 0.0)
 
 
 def _centred(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Scores [N, G] minus the group's mean, 0 where absent or alone; and the number of present answers [N, 1]."""
-    ops.check_rank(2, scores=scores)
+    chex.assert_rank(scores, 2)
     if jnp.shape(scores)[1] < 2:
         raise ValueError(f"scores: expected groups of at least 2 answers, [N, G] with G > 1, got {jnp.shape(scores)}")
     mask = jnp.ones(jnp.shape(scores), jnp.bool_) if mask is None else mask
-    ops.check_same_shape(scores=scores, mask=mask)
+    chex.assert_equal_shape([scores, mask])
     present = jnp.asarray(mask) != 0
     count = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.float32)
     scores = jnp.asarray(scores, jnp.float32)
@@ -131,11 +118,7 @@ def _centred(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.
 
 
 def ema_baseline(
-    baseline: jax.Array | float,
-    scores: jax.Array,
-    decay: float = 0.9,
-    mask: jax.Array | None = None,
-    axis_name: AxisName | None = None,
+    baseline: jax.Array | float, scores: jax.Array, decay: float = 0.9, mask: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Moving-average baseline (jRLHF): first ``b <- decay * b + (1 - decay) * mean(scores)``, then ``A = scores - b``.
 
@@ -143,19 +126,14 @@ def ema_baseline(
       baseline: scalar, 0 at the start of a run.
       scores: [B].
       mask: [B], non-zero where the row is present; None means all are. With no present row the baseline stays.
-      axis_name: mapped axis over which the rows are split; the mean is then global.
 
     Returns:
       (baseline, advantages): a scalar and [B], float32; absent rows get advantage 0.
-
-    Raises:
-      ValueError: scores or a mask that are not [B].
     """
-    ops.check_rank(1, scores=scores)
+    chex.assert_rank(scores, 1)
     mask = jnp.ones(jnp.shape(scores), jnp.bool_) if mask is None else mask
-    mean = ops.masked_mean(scores, mask, axis_name=axis_name)
+    mean = ops.masked_mean(scores, mask)
     present = jnp.asarray(mask) != 0
-    count = ops.psum(jnp.sum(present, dtype=jnp.float32), axis_name)
     baseline = jnp.asarray(baseline, jnp.float32)
-    baseline = jnp.where(count > 0, decay * baseline + (1.0 - decay) * mean, baseline)
+    baseline = jnp.where(jnp.any(present), decay * baseline + (1.0 - decay) * mean, baseline)
     return baseline, jnp.where(present, jnp.asarray(scores, jnp.float32) - baseline, 0.0)

@@ -1,35 +1,61 @@
-"""Everything that a run can be told: one ``RunConfig``, a section per stage, written in YAML or as dotted flags.
+"""All settings of a run: one ``RunConfig`` with a section per stage, read from YAML and dotted flags by ``parse``.
 
-``parse`` reads it; ``configs/`` holds examples. A string below a field is its ``--help`` text.
+    config = parse(RunConfig)     # script.py --config FILE.yaml --ppo.clip-low 0.1
+
+``configs/`` holds examples. The text below a field is its ``--help`` text. Each class checks its own rules in
+``__post_init__`` and raises ValueError with the field's name first; ``parse`` adds the section, the file and the line.
 """
 
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import operator
 import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+import yaml
 
 from rlhf_jax.algorithms.dpo import Config as DPOConfig
-from rlhf_jax.algorithms.dpo import check_config as check_dpo
 from rlhf_jax.algorithms.grpo import Config as GRPOConfig
 from rlhf_jax.algorithms.ppo import Config as PPOConfig
 from rlhf_jax.algorithms.reward_model import Config as RewardModelConfig
 from rlhf_jax.algorithms.rloo import Config as RLOOConfig
 from rlhf_jax.algorithms.sft import Config as SFTConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
-from rlhf_jax.flags import parse as parse
-from rlhf_jax.flags import to_yaml as to_yaml
+from rlhf_jax.errors import UserError
 from rlhf_jax.runs import alerts
 
+C = TypeVar("C")
+Values = dict[str, tuple[Any, int]]  # {dotted key: (value, line)}
 
-def _at_least(section: Any, least: float, *names: str) -> None:
+
+AT_LEAST_0 = ("at least 0", lambda value: value >= 0)
+AT_LEAST_1 = ("at least 1", lambda value: value >= 1)
+ABOVE_0 = ("above 0", lambda value: value > 0)
+SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+def _must_be(section: Any, rule: tuple[str, Callable[[float], bool]], *names: str) -> None:
+    """Raises ValueError for the first of these fields that is neither None nor as the rule says."""
     for name in names:
         value = getattr(section, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value is not None and not rule[1](value):
+            raise ValueError(f"{name} must be {rule[0]}, got {value}")
 
 
-def _share(section: Any, name: str) -> None:
-    if not 0 <= getattr(section, name) < 1:
-        raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(section, name)}")
+def _regular_expression(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -51,8 +77,7 @@ class Network:
     for a width of 100, makes narrow networks learn what depends on several tokens in a tenth of the steps."""
 
     def __post_init__(self) -> None:
-        if not self.initializer_range > 0:
-            raise ValueError(f"initializer_range must be above 0, got {self.initializer_range}")
+        _must_be(self, ABOVE_0, "initializer_range")
 
 
 @dataclass(frozen=True)
@@ -80,13 +105,9 @@ class LoRA:
     """Regular expression of the layers that get one, searched in names such as h_0/attn/c_attn."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "rank")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}")
-        try:
-            re.compile(self.match)
-        except re.error as error:
-            raise ValueError(f"match is no regular expression: {error}") from error
+        _must_be(self, AT_LEAST_0, "rank")
+        _must_be(self, ABOVE_0, "alpha")
+        _regular_expression("match", self.match)
 
 
 @dataclass(frozen=True)
@@ -113,7 +134,7 @@ class Text:
     """Batches are padded to a multiple of this many tokens, so that few shapes are compiled."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "bucket_multiple")
+        _must_be(self, AT_LEAST_1, "bucket_multiple")
         if "{prompt}" not in self.template:
             raise ValueError(f"template must contain {{prompt}}, got {self.template!r}")
 
@@ -148,52 +169,48 @@ class Optimizer:
     """Adam's epsilon."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eps")
-        _at_least(self, 1, "decay_every", "decay_patience")
-        if not 0 < self.decay_factor < 1:
-            raise ValueError(f"decay_factor must be above 0 and below 1, got {self.decay_factor}")
+        _must_be(self, AT_LEAST_0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eps")
+        _must_be(self, AT_LEAST_1, "decay_every", "decay_patience")
+        _must_be(self, ("above 0 and below 1", lambda value: 0 < value < 1), "decay_factor")
         if (self.schedule == "step") != (self.decay_every is not None):
-            raise ValueError("the schedule step needs decay_every, and decay_every the schedule step")
-        _share(self, "b1")
-        _share(self, "b2")
+            raise ValueError("schedule: the schedule step needs decay_every, and decay_every the schedule step")
+        _must_be(self, SHARE, "b1", "b2")
 
 
 @dataclass(frozen=True)
-class SFTStage(SFTConfig):
-    """Supervised fine-tuning on demonstrations."""
+class Supervised:
+    """What SFT, reward models and DPO share: rows of data, passes over them, the optimizer, validations."""
 
     data: tuple[str, ...] = ()
-    """Files of {prompt, response} rows; empty: the run's --data."""
+    """Files of the stage's rows; empty: the run's --data."""
     num_epochs: int = 1
     """Passes over the data."""
     batch_size: int = 32
-    """Rows per optimizer step, over all devices."""
-    optimizer: Optimizer = Optimizer()
-    validation_fraction: float = 0.05
-    """Share of the rows held out for validation."""
-    validation_interval: int = 100
-    """Optimizer steps between validations."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "num_epochs", "batch_size", "num_microbatches", "validation_interval")
-        _share(self, "validation_fraction")
-
-
-@dataclass(frozen=True)
-class RewardModelStage(RewardModelConfig):
-    """A reward model from human preferences."""
-
-    data: tuple[str, ...] = ()
-    """Files of {prompt, chosen, rejected} rows; empty: the run's --data."""
-    num_epochs: int = 1
-    """Passes over the data."""
-    batch_size: int = 32
-    """Comparisons per optimizer step, over all devices."""
+    """Rows (comparisons, pairs) per optimizer step, over all devices."""
     optimizer: Optimizer = Optimizer()
     validation_fraction: float = 0.1
     """Share of the rows held out for validation."""
     validation_interval: int = 100
     """Optimizer steps between validations."""
+
+    def __post_init__(self) -> None:
+        getattr(super(), "__post_init__", lambda: None)()  # the rules of the algorithm's own Config
+        _must_be(self, AT_LEAST_1, "num_epochs", "batch_size", "num_microbatches", "validation_interval")
+        _must_be(self, SHARE, "validation_fraction")
+
+
+@dataclass(frozen=True)
+class SFTStage(Supervised, SFTConfig):
+    """Supervised fine-tuning on demonstrations {prompt, response}."""
+
+    validation_fraction: float = 0.05
+    """Share of the rows held out for validation."""
+
+
+@dataclass(frozen=True)
+class RewardModelStage(Supervised, RewardModelConfig):
+    """A reward model from human preferences {prompt, chosen, rejected}."""
+
     normalize_samples: int = 256
     """After training, scores get mean 0 and variance 1 over this many samples of the policy in --model; 0: not."""
     ensemble_size: int = 1
@@ -202,31 +219,16 @@ class RewardModelStage(RewardModelConfig):
     """Each model of an ensemble trains on its own draw of the rows, with replacement; false: all on the same rows."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "num_epochs", "batch_size", "num_microbatches", "validation_interval", "ensemble_size")
-        _at_least(self, 0, "normalize_samples", "centering")
-        _share(self, "validation_fraction")
+        super().__post_init__()
+        _must_be(self, AT_LEAST_1, "ensemble_size")
+        _must_be(self, AT_LEAST_0, "normalize_samples", "centering")
 
 
 @dataclass(frozen=True)
-class DPOStage(DPOConfig):
-    """Direct preference optimisation of the policy in --model, which is the reference too."""
+class DPOStage(Supervised, DPOConfig):
+    """Direct preference optimisation of the policy in --model, which is the reference too, from pairs or rankings."""
 
-    data: tuple[str, ...] = ()
-    """Files of {prompt, chosen, rejected} rows or rankings; empty: the run's --data."""
-    num_epochs: int = 1
-    """Passes over the data."""
-    batch_size: int = 32
-    """Pairs per optimizer step, over all devices."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear")
-    validation_fraction: float = 0.1
-    """Share of the rows held out for validation."""
-    validation_interval: int = 100
-    """Optimizer steps between validations."""
-
-    def __post_init__(self) -> None:
-        check_dpo(self)
-        _at_least(self, 1, "num_epochs", "batch_size", "num_microbatches", "validation_interval")
-        _share(self, "validation_fraction")
 
 
 @dataclass(frozen=True)
@@ -254,8 +256,8 @@ class RLStage:
     allow_truncated_sampling: bool = False
     """Train on samples that do not come from the policy's full distribution: the KL estimate is then biased."""
     kl_coef: float | None = None
-    """Weight of the KL penalty in the reward, the first value when it adapts; null: 0.05, but 0 for GRPO, whose loss
-    has a KL term."""
+    """Weight of the KL penalty in the reward, the first value when it adapts; null: the algorithm's own, 0.05 for VPG,
+    PPO and RLOO, 0 for GRPO, whose loss has a KL term."""
     kl_target: float | None = None
     """Adapt the coefficient to this KL, in nats per response; null: fixed."""
     kl_horizon: int | None = None
@@ -281,15 +283,24 @@ class RLStage:
     """Print so many examples (prompt, what was generated, reward) at each validation."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "num_iterations", "batch_size", "max_prompt_length", "max_new_tokens", "top_k", "kl_horizon")
-        _at_least(self, 1, "num_episodes")
-        _at_least(self, 1, "validation_interval", "validation_prompts", "reference_refresh")
-        _at_least(self, 0, "temperature", "kl_coef", "show_examples")
-        _share(self, "validation_fraction")
-        if self.kl_target is not None and self.kl_target <= 0:
-            raise ValueError(f"kl_target must be above 0, got {self.kl_target}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        _must_be(
+            self, AT_LEAST_1, "num_iterations", "num_episodes", "batch_size", "max_prompt_length", "max_new_tokens"
+        )
+        _must_be(
+            self, AT_LEAST_1, "top_k", "kl_horizon", "validation_interval", "validation_prompts", "reference_refresh"
+        )
+        _must_be(self, AT_LEAST_0, "kl_coef", "show_examples")
+        _must_be(self, ABOVE_0, "temperature", "kl_target")
+        _must_be(self, SHARE, "validation_fraction")
+        _must_be(self, ("above 0 and at most 1", lambda value: 0 < value <= 1), "top_p")
+        truncated = self.top_k is not None or (self.top_p is not None and self.top_p < 1)
+        if truncated and not self.allow_truncated_sampling:
+            raise ValueError(
+                "top_k and top_p: the update uses log-probabilities of the whole distribution, from which such samples "
+                "do not come: the KL estimate can turn negative; rl.allow_truncated_sampling trains on them anyway"
+            )
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise ValueError("missing_eos_penalty and missing_eos_score: give one of the two")
 
     @property
     def length(self) -> int:
@@ -329,14 +340,11 @@ class Safety:
         return bool(self.words or self.patterns or self.classifier)
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "penalty")
+        _must_be(self, AT_LEAST_0, "penalty")
         for pattern in self.patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"patterns: {pattern!r} is no regular expression: {error}") from error
+            _regular_expression(f"patterns: {pattern!r}", pattern)
         if (self.classifier is None) != (self.below is None and self.above is None):
-            raise ValueError("a classifier needs below or above, and they need a classifier")
+            raise ValueError("classifier needs below or above, and they need a classifier")
         if self.prompts == "replace" and not self.replacement:
             raise ValueError("prompts: replace needs a replacement, the text in place of an unsafe prompt")
         if self.responses == "replace" and self.score is None:
@@ -402,10 +410,221 @@ class RunConfig:
     grpo: GRPOConfig = GRPOConfig()
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "checkpoint_interval", "keep_last", "early_stopping_patience")
-        _at_least(self, 0, "seed")
+        _must_be(self, AT_LEAST_1, "checkpoint_interval", "keep_last", "early_stopping_patience")
+        _must_be(self, AT_LEAST_0, "seed")
         alerts.parse(self.alerts)
         if self.keep_best is not None and not re.fullmatch("(max|min):.+", self.keep_best):
             raise ValueError(f"keep_best must be max:METRIC or min:METRIC, got {self.keep_best!r}")
         if self.lora.rank and self.model is None:
             raise ValueError("lora.rank adapts a trained model: give --model, or leave it out to train every weight")
+        if self.tokenizer.name is not None and self.model is not None:
+            raise ValueError(
+                f"tokenizer.name {self.tokenizer.name}: the model {self.model} brings its own tokenizer; leave out one "
+                "of the two"
+            )
+
+
+# --- Reading: a YAML file, then flags ---------------------------------------------------------------------------------
+
+
+def parse(
+    config_class: type[C], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str = ""
+) -> C:
+    """Reads ``--config FILE`` and dotted flags (``sys.argv[1:]`` by default) into a ``config_class``.
+
+    A flag goes before the file, the file before the class's default; the last one of several ``--config`` counts.
+    ``--help`` shows the values in force. Rules between values are checked once, on the final values.
+
+    Raises:
+      UserError: the file is missing, broken or does not fit, or a ``__post_init__`` refused the values (ValueError).
+      SystemExit: code 0 after ``--help``; code 2 after a message on stderr about an unknown or wrong flag.
+    """
+    finder = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", metavar="FILE")
+    options, flags = finder.parse_known_args(argv)
+    file = _shipped(options.config) if options.config else None
+    given = read(config_class, file) if file else {}
+    defaults = copy.copy(config_class())
+    for key, (value, _) in given.items():  # set without a look at the rules, which hold for the final values
+        section: Any = defaults
+        *path, name = key.split(".")
+        for inner in path:
+            vars(section)[inner] = copy.copy(getattr(section, inner))  # sections may share one default
+            section = getattr(section, inner)
+        vars(section)[name] = value
+    description += "\n\n--config FILE: a YAML file with values for the options below, which go before the file's."
+    program: dict[str, Any] = {"prog": prog, "description": description, "registry": _without_rules()}
+    values: Any = tyro.cli(config_class, args=flags, default=defaults, **program)
+    return _build(config_class, values, "", given, file)
+
+
+def _shipped(name: str) -> Path:
+    """A file, or the config of that name that comes with the package, such as ``tiny``."""
+    package = Path(__file__).parent
+    places = [folder / "configs" / f"{name}.yaml" for folder in (package, package.parent)]  # in a wheel, in a checkout
+    return next((place for place in places if "/" not in name and place.is_file()), Path(name))
+
+
+def _without_rules() -> tyro.constructors.ConstructorRegistry:
+    """Makes tyro return a dict for each dataclass, so that no ``__post_init__`` runs before all values are known."""
+    registry = tyro.constructors.ConstructorRegistry()
+    inside = False
+
+    @registry.struct_rule
+    def rule(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        nonlocal inside
+        if inside or not dataclasses.is_dataclass(info.type):
+            return None  # and tyro goes on to its own rules, which know defaults and help texts
+        inside = True
+        spec: Any = registry.get_struct_spec(info)
+        inside = False
+        return dataclasses.replace(spec, instantiate=dict)
+
+    return registry
+
+
+def _build(cls: type[C], values: dict[str, Any], prefix: str, given: Values, file: Path | None) -> C:
+    """An instance of ``cls``, inner sections first; their ValueErrors become UserErrors with section, file and line."""
+    sections = _sections(cls).items()
+    inner = {name: _build(kind, values[name], f"{prefix}{name}.", given, file) for name, kind in sections}
+    values = values | inner
+    try:
+        return cls(**values)
+    except ValueError as error:
+        words = re.findall(r"\w+(?:\.\w+)*", str(error))
+        message = f"{prefix}{error}" if words[0] in values else f"{prefix[:-1]}: {error}".removeprefix(": ")
+        for word in words:  # the line of the first key in the message whose value no flag has changed
+            value, line = given.get(prefix + word, (None, 0))
+            if line and operator.attrgetter(word)(types.SimpleNamespace(**values)) == value:
+                message = f"{file}, line {line}: {message}"
+                break
+        raise UserError(message) from error
+
+
+def read(config_class: type, file: Path) -> Values:
+    """The values that a YAML file gives to fields of ``config_class``: {dotted key: (value, line)}.
+
+    A field's type is bool, int, float, str, a Literal of strings, a tuple of any number of these, one of these or None,
+    or a dataclass, which is a section. ``1e-5``, a string in YAML 1.1, is read as a number, and ``None`` as null.
+
+    Raises:
+      UserError: no such file, not UTF-8, not YAML, not a mapping; an unknown or repeated key; a value of another type.
+    """
+    text = ""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read (given by --config): {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{file}, line {line}: not UTF-8, which is expected; save the file in that encoding") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
+        line = mark.line if mark else text[:position].count("\n") if position else -1
+        place = f"{file}, line {line + 1}" if line >= 0 else f"{file}"
+        raise UserError(f"{place}: not valid YAML: {getattr(error, 'problem', '') or str(error)[:100]}") from None
+    if node is None:
+        raise UserError(f"{file}: is empty; expected a mapping of keys to values")
+    return dict(_values(node, config_class, "", config_class, file))
+
+
+def _values(node: yaml.Node, cls: type, prefix: str, root: type, file: Path) -> Iterator[tuple[str, tuple[Any, int]]]:
+    """Yields (dotted key, (value, line)) for every value below ``node``."""
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(
+            f"{_at(file, node)}: {prefix[:-1] or 'the file'} must be a mapping of keys, found {_found(node)}"
+        )
+    kinds = typing.get_type_hints(cls)
+    lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        name = key_node.value if isinstance(key_node, yaml.ScalarNode) else _found(key_node)
+        key, line = prefix + name, key_node.start_mark.line + 1
+        if name not in kinds:
+            raise UserError(f"{_at(file, key_node)}: unknown key {key}; {_hint(key, kinds, root)}")
+        if name in lines:
+            raise UserError(f"{_at(file, key_node)}: key {key} is given twice, first on line {lines[name]}")
+        lines[name] = line
+        if dataclasses.is_dataclass(kinds[name]):
+            yield from _values(value_node, kinds[name], f"{key}.", root, file)
+        else:
+            yield key, (_value(value_node, kinds[name], key, file), line)
+
+
+def _value(node: yaml.Node, kind: Any, key: str, file: Path) -> Any:
+    optional = type(None) in typing.get_args(kind)
+    inner = typing.get_args(kind)[0] if optional else kind
+    choices, is_list = typing.get_args(inner), typing.get_origin(inner) is tuple
+    if is_list and isinstance(node, yaml.SequenceNode):
+        return tuple(_value(item, choices[0], f"each of {key}", file) for item in node.value)
+    if isinstance(node, yaml.ScalarNode) and not is_list:
+        plain = node.style is None
+        with contextlib.suppress(Exception):  # an unknown !tag, a date such as 2020-99-99, an int of 5,000 digits
+            value = yaml.SafeLoader("").construct_object(node)
+            if optional and (value is None or (plain and value == "None")):
+                return None
+            if type(value) is inner or (type(value) is str and value in choices):
+                return value
+            if inner is float and type(value) in (int, str) and plain:
+                return float(value)
+    names = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
+    expected = "a list" if is_list else names.get(inner) or f"one of {', '.join(map(repr, choices))}"
+    raise UserError(f"{_at(file, node)}: {key} must be {expected}{' or null' * optional}, found {_found(node)}")
+
+
+def _at(file: Path, node: yaml.Node) -> str:
+    return f"{file}, line {node.start_mark.line + 1}"
+
+
+def _found(node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        return "a mapping" if isinstance(node, yaml.MappingNode) else f"a list of {len(node.value)}"
+    text = repr(node.value) if node.tag == "tag:yaml.org,2002:str" else node.value or "nothing"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _hint(key: str, kinds: dict[str, Any], root: type) -> str:
+    section, _, name = key.rpartition(".")
+    if close := difflib.get_close_matches(name.replace("-", "_"), kinds, n=1):
+        return f"did you mean {close[0]}?"
+    if places := [place or "the top level" for place, _, other in _keys(root) if other == name]:
+        return f"{name} is a key of {' and '.join(places[:3])}"
+    return f"the keys {f'of {section} ' if section else ''}are {', '.join(kinds)}"
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(section, ".", name) of every key."""
+    yield from ((prefix + name).rpartition(".") for name in typing.get_type_hints(cls))
+    for name, kind in _sections(cls).items():
+        yield from _keys(kind, f"{prefix}{name}.")
+
+
+def _sections(cls: type) -> dict[str, Any]:
+    """The fields that are dataclasses, with these."""
+    return {name: kind for name, kind in typing.get_type_hints(cls).items() if dataclasses.is_dataclass(kind)}
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def to_yaml(config: Any) -> str:
+    """All fields of ``config`` as YAML, in the order of the dataclasses; ``parse`` reads it back to an equal value."""
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line, and texts in the quotes that keep them as they are."""
+
+
+def _list(dumper: _Dumper, data: tuple[Any, ...]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+def _text(dumper: _Dumper, data: str) -> yaml.Node:
+    # Unquoted, None would be read as null; only double quotes keep line breaks and control characters.
+    style = "'" if data == "None" else None if data.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(tuple, _list)
+_Dumper.add_representer(str, _text)

@@ -3,7 +3,7 @@
 import collections
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import models, rewards, sampling
-from rlhf_jax.data import token_ids, tokenizers
+from rlhf_jax import models, sampling
+from rlhf_jax.data import encoding, tokenizers
 from rlhf_jax.data.rows import Prompt
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
@@ -65,13 +65,6 @@ class Generations(NamedTuple):
     """[N] bool, whether EOS ended the response, rather than ``max_new_tokens``."""
 
 
-class _Generation(NamedTuple):
-    text: str
-    log_probs: np.ndarray  # [response tokens]
-    finished: bool
-    reward: float
-
-
 class Generator:
     """A policy, and a reward model beside it if wanted, from the folders that a run leaves.
 
@@ -113,7 +106,7 @@ class Generator:
         self.template, self.batch_size = template, batch_size
         self.model, self._params, self.tokenizer = load(folder, **compute)
         if "score" in self._params:
-            raise UserError(f"{folder}: this is a reward model, which says nothing; give the policy first")
+            raise UserError(f"{folder}: this is a reward model, which writes no text; give the policy first")
         self.config = sampling.SamplingConfig(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -122,17 +115,16 @@ class Generator:
             eos_id=self.tokenizer.eos_id,
             pad_id=self.tokenizer.pad_id,
         )
-        self._sample = jax.jit(functools.partial(sampling.generate, self.model, config=self.config))
-        self._reward, positions = None, self.model.config.max_length
+        self._score: Callable[..., jax.Array] | None = None
+        positions = self.model.config.max_length
         if reward_model is not None:
             judge, params, tokenizer = load(reward_model, **compute)
             if "score" not in params:
                 raise UserError(f"{reward_model}: this model has no score head; give a reward model's folder")
             if tokenizer.fingerprint != self.tokenizer.fingerprint:
                 raise UserError(f"{reward_model}: the reward model's tokenizer is not that of {folder}")
-            self._reward = rewards.from_model(models.score_fn(judge), params)
+            self._score = functools.partial(jax.jit(models.score_fn(judge)), params)
             positions = min(positions, judge.config.max_length)
-        self._score = jax.jit(lambda reward, rollout: reward(rollout))
         self._room = positions - max_new_tokens
         if self._room < 1:
             raise UserError(
@@ -149,70 +141,58 @@ class Generator:
         Raises:
             UserError: naming the prompt, such as ``prompts[3]``: it is no text, too long, holds a character that the
                 tokenizer lacks, or makes no token; or the template has no ``{prompt}``.
-            ValueError: ``num_samples`` is below 1.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if isinstance(prompts, str):
             raise UserError("expected a list of prompts, got one text; put it in a list")
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise UserError(f"prompts[{i}]: expected a text, got {type(prompt).__name__}")
         rows = [Prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-        encoded = token_ids.prompt_ids(rows, self.tokenizer, self.template)
+        encoded = encoding.prompt_ids(rows, self.tokenizer, self.template)
         for row, ids in zip(rows, encoded, strict=True):
             if len(ids) > self._room:
                 raise UserError(
                     f"{row.source}, {row.prompt[:40]!r}: has {len(ids)} tokens, and {self._room} of the model's "
                     f"positions are left beside max_new_tokens {self.config.max_new_tokens}; shorten one of the two"
                 )
-        before: collections.Counter[tuple[int, ...]] = collections.Counter()
+        drawn: collections.Counter[tuple[int, ...]] = collections.Counter()  # samples of each prompt so far
         wanted: list[tuple[tuple[int, ...], int]] = []  # (prompt, which of its samples)
-        for key in map(tuple, encoded):
-            wanted += [(key, before[key] + sample) for sample in range(num_samples)]
-            before[key] += num_samples
+        for prompt_ids in map(tuple, encoded):
+            wanted += [(prompt_ids, drawn[prompt_ids] + sample) for sample in range(num_samples)]
+            drawn[prompt_ids] += num_samples
+        texts, token_log_probs = [""] * len(wanted), [np.zeros(0, np.float32)] * len(wanted)
+        finished, scores = np.zeros(len(wanted), bool), np.zeros(len(wanted), np.float32)
         # A prompt's own length alone decides how far it is padded, so that its neighbours change nothing.
-        widths = [min(-(-len(ids) // _BUCKET) * _BUCKET, self._room) for ids, _ in wanted]
-        found: dict[int, _Generation] = {}
-        for width in sorted(set(widths)):
-            places = [i for i, its in enumerate(widths) if its == width]
-            for start in range(0, len(places), self.batch_size):
-                batch = places[start : start + self.batch_size]
-                found |= zip(batch, self._generations([wanted[i] for i in batch], width, seed), strict=True)
-        done = [found[i] for i in range(len(wanted))]
-        return Generations(
-            texts=[row.text for row in done],
-            log_probs=np.array([row.log_probs.sum() for row in done], np.float32),
-            rewards=None if self._reward is None else np.array([row.reward for row in done], np.float32),
-            token_log_probs=[row.log_probs for row in done],
-            finished=np.array([row.finished for row in done], bool),
-        )
+        widths = np.array([min(-(-len(ids) // _BUCKET) * _BUCKET, self._room) for ids, _ in wanted], int)
+        for width in np.unique(widths):
+            places = np.flatnonzero(widths == width)
+            rollout = self._rollout([wanted[i] for i in places], width, seed)
+            if self._score is not None:
+                scores[places] = in_batches(self._score, self.batch_size, rollout.tokens, rollout.attention_mask)
+            for place, i in enumerate(places.tolist()):
+                response = np.asarray(rollout.response_mask[place]) != 0
+                token_log_probs[i] = np.asarray(rollout.log_probs)[place, response]
+                finished[i] = rollout.tokens[place, response][-1] == self.tokenizer.eos_id
+                texts[i] = self.tokenizer.decode(rollout.tokens[place, response].tolist())
+        log_probs = np.array([row.sum() for row in token_log_probs], np.float32)
+        return Generations(texts, log_probs, None if self._score is None else scores, token_log_probs, finished)
 
-    def _generations(self, wanted: Sequence[tuple[tuple[int, ...], int]], width: int, seed: int) -> "list[_Generation]":
-        """One batch; of a power of two rows, completed with absent ones, so that few shapes are compiled."""
-        size = min(1 << (len(wanted) - 1).bit_length(), self.batch_size)
-        tokens = np.full((size, width), self.tokenizer.pad_id, np.int32)
-        attention_mask = np.zeros((size, width), np.int32)
-        row_ids = np.zeros(size, np.int32)
+    def _rollout(self, wanted: Sequence[tuple[tuple[int, ...], int]], width: int, seed: int) -> Rollout:
+        """Samples prompts of token ids, left-padded to ``width``; each comes with the number of its sample."""
+        tokens = np.full((len(wanted), width), self.tokenizer.pad_id, np.int32)
+        attention_mask = np.zeros_like(tokens)
+        row_ids = np.zeros(len(wanted), np.int32)
         for i, (ids, sample) in enumerate(wanted):
-            tokens[i, width - len(ids) :] = ids
-            attention_mask[i, width - len(ids) :] = 1
+            tokens[i, width - len(ids) :], attention_mask[i, width - len(ids) :] = ids, 1
             # The row's random stream: of the prompt and the sample's number, not of the place in the batch.
             row_ids[i] = zlib.crc32(np.array([sample, *ids], "<i4").tobytes()) & 0x7FFFFFFF
-        rollout = self._sample(self._params, tokens, attention_mask, jax.random.key(seed), row_ids=row_ids)
-        scores = np.zeros(size) if self._reward is None else np.asarray(self._score(self._reward, rollout))
-        rollout = jax.device_get(rollout)
-        said = [mask != 0 for mask in rollout.response_mask[: len(wanted)]]
-        texts = responses(rollout, self.tokenizer)
-        return [
-            _Generation(
-                texts[i],
-                rollout.log_probs[i, here],
-                bool(rollout.tokens[i, here][-1] == self.tokenizer.eos_id),
-                scores[i],
-            )
-            for i, here in enumerate(said)
-        ]
+        key = jax.random.key(seed)
+        return generate(
+            self.model, self._params, tokens, attention_mask, key, self.config, self.batch_size, row_ids=row_ids
+        )
+
+
+_sample = jax.jit(sampling.generate, static_argnames=("model", "config"))
 
 
 def generate(
@@ -223,22 +203,30 @@ def generate(
     key: jax.Array,
     config: sampling.SamplingConfig,
     batch_size: int = 64,
+    row_ids: np.ndarray | None = None,
 ) -> Rollout:
     """Samples a response to each of N left-padded prompts [N, P], ``batch_size`` at a time; a NumPy Rollout of N rows.
 
-    Row i is sampled as row i whatever the batch size. The last batch is filled up with absent rows, so one program is
-    compiled.
+    Row i is sampled as row ``row_ids[i]`` (None: i) whatever the batch size.
     """
-    step = jax.jit(functools.partial(sampling.generate, model, config=config))
-    num_rows = len(tokens)
-    padding = -num_rows % batch_size
-    tokens = np.pad(tokens, ((0, padding), (0, 0)))
-    attention_mask = np.pad(attention_mask, ((0, padding), (0, 0)))
-    row_ids = np.arange(num_rows + padding, dtype=np.int32)
-    parts = [
-        jax.device_get(step(params, tokens[rows], attention_mask[rows], key, row_ids=row_ids[rows]))
-        for rows in np.split(row_ids, len(row_ids) // batch_size)
-    ]
+    row_ids = np.arange(len(tokens), dtype=np.int32) if row_ids is None else row_ids
+
+    def step(tokens: np.ndarray, attention_mask: np.ndarray, row_ids: np.ndarray) -> Rollout:
+        return _sample(model, params, tokens, attention_mask, key, config=config, row_ids=row_ids)
+
+    return in_batches(step, batch_size, tokens, attention_mask, row_ids)
+
+
+def in_batches(fn: Callable[..., Any], batch_size: int, *arrays: np.ndarray | jax.Array) -> Any:
+    """``fn`` of the rows of [N, ...] arrays, at most ``batch_size`` at a time; its results as NumPy arrays of N rows.
+
+    Batches have as many rows as the power of two that holds all N, so that few shapes are compiled; the last one is
+    filled up with rows of zeros.
+    """
+    num_rows = len(arrays[0])
+    size = min(batch_size, 1 << (num_rows - 1).bit_length())
+    padded = [np.pad(array, [(0, -num_rows % size)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
+    parts = [jax.device_get(fn(*(x[start : start + size] for x in padded))) for start in range(0, num_rows, size)]
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:num_rows], *parts)
 
 

@@ -1,6 +1,6 @@
 """Losses on arrays, and how losses of tokens become one number. No parameters, no models.
 
-Losses of tokens ([B, T]) are reduced by ``aggregate``; losses of rows ([B]) by ``ops.masked_mean``. All are float32.
+Losses of tokens ([B, T]) are reduced by ``aggregate``, losses of rows ([B]) by ``weighted_mean``. All are float32.
 
 Masked columns: ``policy_gradient`` and ``cross_entropy`` take the mask. ``clipped_surrogate`` and ``clipped_value``
 do not: call them with ``jnp.where(mask, new, old)``, so that neither the exponential nor its gradient ever sees a
@@ -9,11 +9,12 @@ masked column.
 
 from typing import Literal, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import ops
-from rlhf_jax.ops import AxisName
+from rlhf_jax.types import Mean
 
 DPOKind = Literal["sigmoid", "robust", "hinge", "ipo"]
 Aggregation = Literal["token", "sequence", "sum", "fixed"]
@@ -35,41 +36,33 @@ def comparison(
 
     Returns:
       [B] float32.
-
-    Raises:
-      ValueError: a wrong rank or batch size, or ``centering`` is not 0 and K is not 2.
     """
-    ops.check_rank(2, scores=scores)
-    ops.check_rank(1, best=best)
+    chex.assert_rank([scores, best], [2, 1])
+    chex.assert_equal_shape_prefix([scores, best], 1)
     num_answers = jnp.shape(scores)[1]
-    if centering != 0 and num_answers != 2:
+    if not ops.is_zero(centering) and num_answers != 2:
         raise ValueError(f"centering: defined for pairs (K = 2) only, got K = {num_answers}; use centering=0")
     scores = jnp.asarray(scores, jnp.float32)
-    ops.check_same_shape(best=best, one_answer_of_scores=scores[:, 0])
     best = jnp.asarray(best)[:, None]
     present = scores != -jnp.inf
     usable = jnp.take_along_axis(present, best, axis=1)  # [B, 1]
     # A row of zeros in place of an unusable one: log_softmax of nothing but -inf would put NaN into the gradient.
     entered = jnp.where(usable, scores, 0.0)
     if margin is not None:
-        ops.check_same_shape(margin=margin, best=best[:, 0])
+        chex.assert_equal_shape([margin, best[:, 0]])
         is_best = jnp.arange(num_answers)[None, :] == best
         entered = entered - jnp.where(is_best & usable, jnp.asarray(margin, jnp.float32)[:, None], 0.0)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(entered, axis=1), best, axis=1)
     loss = jnp.where(usable, -chosen, 0.0)[:, 0]
-    if centering != 0:
+    if not ops.is_zero(centering):
         pair = jnp.all(present, axis=1, keepdims=True)
         loss = loss + centering * jnp.square(jnp.sum(jnp.where(pair, scores, 0.0), axis=1))
     return loss
 
 
 def regression(scores: jax.Array, targets: jax.Array) -> jax.Array:
-    """Squared error against target scores (jRLHF), elementwise: the shape of ``scores`` such as [B, K], float32.
-
-    Raises:
-      ValueError: unequal shapes.
-    """
-    ops.check_same_shape(scores=scores, targets=targets)
+    """Squared error against target scores (jRLHF), elementwise: the shape of ``scores`` such as [B, K], float32."""
+    chex.assert_equal_shape([scores, targets])
     return jnp.square(jnp.asarray(scores, jnp.float32) - jnp.asarray(targets, jnp.float32))
 
 
@@ -82,16 +75,13 @@ def policy_gradient(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array
 
     Returns:
       [B, T] float32.
-
-    Raises:
-      ValueError: shapes that are not one [B, T] (advantages also [B]).
     """
-    ops.check_rank(2, log_probs=log_probs)
+    chex.assert_rank(log_probs, 2)
     advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
     if advantages.ndim == 1:
-        ops.check_same_shape(advantages=advantages, one_column_of_log_probs=log_probs[:, 0])
+        chex.assert_equal_shape_prefix([advantages, log_probs], 1)
         advantages = jnp.broadcast_to(advantages[:, None], jnp.shape(log_probs))
-    ops.check_same_shape(log_probs=log_probs, advantages=advantages, mask=mask)
+    chex.assert_equal_shape([log_probs, advantages, mask])
     present = jnp.asarray(mask) != 0
     return -jnp.where(present, advantages, 0.0) * jnp.where(present, jnp.asarray(log_probs, jnp.float32), 0.0)
 
@@ -116,13 +106,9 @@ def clipped_surrogate(
 
     Returns:
       The same shape, float32.
-
-    Raises:
-      ValueError: unequal shapes, or ``dual_clip`` is not above 1.
     """
-    ops.check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip: expected a number above 1 (or None), got {dual_clip}")
+    chex.assert_equal_shape([log_probs, old_log_probs, advantages])
+    ops.check_number("dual_clip", dual_clip, above=1)
     advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
     ratio = ops.ratio(log_probs, jax.lax.stop_gradient(old_log_probs))
     loss = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
@@ -142,11 +128,8 @@ def clipped_value(values: jax.Array, old_values: jax.Array, returns: jax.Array, 
 
     Returns:
       The same shape, float32.
-
-    Raises:
-      ValueError: unequal shapes.
     """
-    ops.check_same_shape(values=values, old_values=old_values, returns=returns)
+    chex.assert_equal_shape([values, old_values, returns])
     values = jnp.asarray(values, jnp.float32)
     old_values = jax.lax.stop_gradient(jnp.asarray(old_values, jnp.float32))
     returns = jax.lax.stop_gradient(jnp.asarray(returns, jnp.float32))
@@ -177,12 +160,9 @@ def dpo(
 
     Returns:
       [B] float32.
-
-    Raises:
-      ValueError: unknown kind, unequal shapes, or a label smoothing outside [0, 0.5) or with hinge or ipo.
     """
     check_dpo(kind, label_smoothing)
-    ops.check_same_shape(log_ratio_chosen=log_ratio_chosen, log_ratio_rejected=log_ratio_rejected)
+    chex.assert_equal_shape([log_ratio_chosen, log_ratio_rejected])
     delta = jnp.asarray(log_ratio_chosen, jnp.float32) - jnp.asarray(log_ratio_rejected, jnp.float32)
     if kind == "ipo":
         return jnp.square(delta - 1.0 / (2.0 * beta))
@@ -198,55 +178,24 @@ def dpo(
 def check_dpo(kind: DPOKind, label_smoothing: float) -> None:
     """Raises ValueError: an unknown kind, or a label smoothing outside [0, 0.5) or with hinge or ipo."""
     ops.check_choice("kind", kind, get_args(DPOKind))
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing}")
-    if label_smoothing and kind in ("hinge", "ipo"):
+    ops.check_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
+    if not ops.is_zero(label_smoothing) and kind in ("hinge", "ipo"):
         raise ValueError(f"label_smoothing: not defined for {kind!r}; use 'sigmoid' or 'robust', or 0")
 
 
 def cross_entropy(log_probs: jax.Array, mask: jax.Array) -> jax.Array:
-    """Negative log-likelihood per token in nats, 0 where masked: [B, T] -> [B, T] float32.
-
-    Raises:
-      ValueError: unequal shapes.
-    """
-    ops.check_same_shape(log_probs=log_probs, mask=mask)
+    """Negative log-likelihood per token in nats, 0 where masked: [B, T] -> [B, T] float32."""
+    chex.assert_equal_shape([log_probs, mask])
     return -jnp.where(jnp.asarray(mask) != 0, jnp.asarray(log_probs, jnp.float32), 0.0)
 
 
-def denominator(
-    mask: jax.Array, how: Aggregation, length: int | None = None, axis_name: AxisName | None = None
-) -> jax.Array:
-    """What ``aggregate`` divides by: a scalar float32, at least 1, of all devices of ``axis_name``.
-
-    ``token``: response tokens; ``sequence`` and ``sum``: rows with at least one response token; ``fixed``: those rows
-    times ``length``. Taken from the mask of the whole batch and given to ``aggregate`` of each of its microbatches,
-    it makes their losses, and so their gradients, add up to those of the whole batch.
-
-    Args:
-      mask: [B, T].
-
-    Raises:
-      ValueError: unknown ``how``, ``fixed`` without a positive ``length``, or a mask that is not [B, T].
-    """
-    ops.check_choice("how", how, get_args(Aggregation))
-    ops.check_rank(2, mask=mask)
-    if how == "fixed" and (length is None or length <= 0):
-        raise ValueError(f"length: 'fixed' needs a positive length, such as max_new_tokens, got {length}")
-    present = jnp.asarray(mask) != 0
-    counted = present if how == "token" else jnp.any(present, axis=1)
-    count = jnp.maximum(ops.psum(jnp.sum(counted, dtype=jnp.float32), axis_name), 1.0)
-    return count * length if how == "fixed" and length is not None else count
+def weighted_mean(x: jax.Array, weight: jax.Array) -> Mean:
+    """``sum(weight * x) / sum(weight)``, of any shape; entries of weight 0 are not read."""
+    chex.assert_equal_shape([x, weight])
+    return Mean(jnp.sum(jnp.where(weight > 0, weight * x, 0.0)), jnp.sum(weight, dtype=jnp.float32))
 
 
-def aggregate(
-    per_token: jax.Array,
-    mask: jax.Array,
-    how: Aggregation = "token",
-    length: int | None = None,
-    denominator: jax.Array | None = None,
-    axis_name: AxisName | None = None,
-) -> jax.Array:
+def aggregate(per_token: jax.Array, mask: jax.Array, how: Aggregation = "token", length: int | None = None) -> Mean:
     """One number from losses of tokens; rows with an empty mask count nowhere, and a mean over nothing is 0.
 
     - ``token``: sum over response tokens / number of response tokens (PPO; DAPO for groups).
@@ -256,27 +205,27 @@ def aggregate(
 
     Args:
       per_token, mask: [B, T]; values in masked columns are not read.
-      denominator: from ``losses.denominator`` of a larger batch that this one is a part of; the results of the parts
-        then add up to that of the batch. None: this batch's own.
-      axis_name: mapped axis over which the rows are split: the result is the global loss on every device, and
-        gradients of it are to be combined by ``pmean`` (see ``ops``).
 
     Returns:
-      Scalar float32.
-
-    Raises:
-      ValueError: unknown ``how``, unequal shapes, or ``fixed`` with neither ``length`` nor ``denominator``.
+      The mean, not divided yet: those of the parts of a batch add up, see ``types.Mean``.
     """
-    ops.check_choice("how", how, get_args(Aggregation))
-    ops.check_rank(2, per_token=per_token)
-    ops.check_same_shape(per_token=per_token, mask=mask)
-    if denominator is None:
-        denominator = _denominator(mask, how, length, axis_name)
+    check_aggregation(how, length)
+    chex.assert_rank(per_token, 2)
+    chex.assert_equal_shape([per_token, mask])
     present = jnp.asarray(mask) != 0
     per_row = jnp.sum(jnp.where(present, jnp.asarray(per_token, jnp.float32), 0.0), axis=1)
+    num_tokens = jnp.sum(present, axis=1, dtype=jnp.float32)
     if how == "sequence":
-        per_row = per_row / jnp.maximum(jnp.sum(present, axis=1, dtype=jnp.float32), 1.0)
-    return ops.psum(jnp.sum(per_row), axis_name) / denominator
+        per_row = per_row / jnp.maximum(num_tokens, 1.0)
+    count = jnp.sum(num_tokens) if how == "token" else jnp.sum(num_tokens > 0, dtype=jnp.float32)
+    if length is not None and how == "fixed":
+        count = count * length
+    return Mean(jnp.sum(per_row), count)
 
 
-_denominator = denominator  # the argument of ``aggregate`` hides the function's name there
+def check_aggregation(how: Aggregation, length: int | None) -> None:
+    """Raises ValueError: an unknown choice, or ``fixed`` without a positive length."""
+    ops.check_choice("aggregate", how, get_args(Aggregation))
+    ops.check_number("length", length, at_least=1)
+    if how == "fixed" and length is None:
+        raise ValueError("length: aggregate 'fixed' needs a length, such as max_new_tokens, got None")

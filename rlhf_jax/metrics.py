@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-import scipy.special
-import scipy.stats
 
 
 def preference_report(
@@ -91,24 +89,24 @@ def target_report(
     return report
 
 
-def expected_calibration_error(margin: np.ndarray, num_bins: int = 10, weights: np.ndarray | None = None) -> float:
+def expected_calibration_error(margin: np.ndarray, weights: np.ndarray | None = None, num_bins: int = 10) -> float:
     """Mean ``|accuracy - confidence|`` over equal bins of the confidence in [.5, 1] by count (Guo et al. 2017).
 
     margin: [N] score of the chosen answer minus that of the rejected one; the confidence is max(p, 1 - p) with
-    p = sigmoid(margin), and a prediction is right where the margin is positive (half right at 0).
-    weights: [N] what each pair counts for; None: all the same.
+    p = sigmoid(margin), and a prediction is right if the margin is positive (half right at 0).
+    weights: [N] of the pairs; None: all the same.
     """
-    probability = scipy.special.expit(margin)
-    confidence = np.maximum(probability, 1 - probability)
-    correct = (margin > 0) + 0.5 * (margin == 0)
+    confidence = _sigmoid(np.abs(margin))
     weights = np.ones(len(margin)) if weights is None else weights
+    gaps = weights * ((margin > 0) + 0.5 * (margin == 0) - confidence)
     bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
-    gaps = [abs(np.sum((weights * (correct - confidence))[bins == b])) for b in range(num_bins)]
-    return float(sum(gaps) / np.sum(weights))
+    return float(np.abs(np.bincount(bins, gaps)).sum() / np.sum(weights))
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation of two [N] arrays; 0 where either is constant, since nothing then varies together."""
+    """Rank correlation of two [N] arrays; 0 if either is constant, since nothing then varies together."""
+    import scipy.stats  # a quarter of the import time of the command line
+
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
     return float(scipy.stats.spearmanr(x, y).statistic)
@@ -126,7 +124,7 @@ def brier(margin: np.ndarray, weights: np.ndarray | None = None) -> float:
 
     margin: [N] score of the chosen answer minus that of the rejected one; weights: [N] or None.
     """
-    return float(np.average(scipy.special.expit(-np.asarray(margin, np.float64)) ** 2, weights=weights))
+    return float(np.average(_sigmoid(-np.asarray(margin)) ** 2, weights=weights))
 
 
 def cohen_kappa(labels: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None) -> float:
@@ -147,6 +145,8 @@ def cohen_kappa(labels: np.ndarray, others: np.ndarray, weights: np.ndarray | No
 def mean_interval(values: np.ndarray, key: jax.Array) -> tuple[float, float]:
     """95% interval of the mean of values [N] in [0, 1]: Wilson's (1927) if all are 0 or 1, else ``bootstrap_mean``."""
     if np.isin(values, (0, 1)).all():
+        import scipy.stats
+
         ends = scipy.stats.binomtest(int(np.sum(values)), len(values)).proportion_ci(method="wilson")
         return float(ends.low), float(ends.high)
     return bootstrap_mean(values, key)
@@ -188,11 +188,9 @@ def bootstrap_interval(
     if num_groups < 2:
         return float("nan"), float("nan")
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    found = []
-    for _ in range(num_draws):
-        counts = np.bincount(generator.integers(num_groups, size=num_groups), minlength=num_groups)
-        found.append(statistic(weights * counts[groups]))
-    low, high = np.nanpercentile(found, [2.5, 97.5]) - (np.nanmean(found) - statistic(weights) if centered else 0.0)
+    rows = (generator.integers(num_groups, size=num_groups) for _ in range(num_draws))
+    draws = [statistic(weights * np.bincount(row, minlength=num_groups)[groups]) for row in rows]
+    low, high = np.nanpercentile(draws, [2.5, 97.5]) - (np.nanmean(draws) - statistic(weights) if centered else 0.0)
     return float(low), float(high)
 
 
@@ -208,3 +206,7 @@ def jackknife_interval(value: float, without_each: np.ndarray) -> tuple[float, f
         return float("nan"), float("nan")
     error = np.sqrt((count - 1) * np.mean((without_each - without_each.mean()) ** 2))
     return float(value - 1.96 * error), float(value + 1.96 * error)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, -np.asarray(x, np.float64)))

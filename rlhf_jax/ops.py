@@ -5,20 +5,19 @@ Results are float32 whatever the input. Masks may be bool, int or float; non-zer
 by ``jnp.where`` before anything is computed from them, so a NaN or 1e4 there reaches neither value nor gradient.
 
 ``axis_name`` names the mapped axis (or axes) of ``shard_map`` or ``pmap`` over which rows are split: sums and counts
-are then ``psum``-ed and every device holds the global result. Gradients of such a result are to be combined by
-``pmean``: a ``psum`` transposes to a ``psum``, which already makes each device's gradient as many times too large as
-there are devices.
+are then ``psum``-ed and every device holds the global result.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.types import PolicyFn, PolicyOutput
+from rlhf_jax.types import AxisName, Comparisons, Demonstrations, Params, PolicyFn, PolicyOutput, Rollout
 
-AxisName = str | tuple[str, ...]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 # The square of e^40 still fits in float32, so gradient norms stay finite too.
@@ -31,22 +30,28 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_rank(rank: int, **arrays: Any) -> None:
-    """Raises ValueError, naming the array, unless each has this number of dimensions."""
-    for name, array in arrays.items():
-        if jnp.ndim(array) != rank:
-            raise ValueError(f"{name}: expected {rank} dimensions, got shape {jnp.shape(array)}")
+_RULES = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
-def check_same_shape(**arrays: Any) -> None:
-    """Raises ValueError, naming the arrays and their shapes, unless all shapes are equal."""
-    shapes = {name: jnp.shape(array) for name, array in arrays.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"expected equal shapes, got {', '.join(f'{name} {shape}' for name, shape in shapes.items())}")
+def check_number(name: str, value: Any, **bounds: float) -> None:
+    """Raises ValueError, naming the setting, unless ``value`` keeps the bounds: at_least, above, at_most, below.
+
+    None passes, and so does a JAX tracer, whose value is not known while a function is traced.
+    """
+    if value is None or isinstance(value, jax.core.Tracer):
+        return
+    for rule, bound in bounds.items():
+        if not _RULES[rule](value, bound):
+            raise ValueError(f"{name} must be {rule.replace('_', ' ')} {bound}, got {value}")
 
 
-def psum(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Sum of ``x``, of any shape, over the devices of ``axis_name``; ``x`` itself where that is None."""
+def is_zero(coefficient: jax.Array | float) -> bool:
+    """True for Python's 0, whose term is left out; an array or a tracer may be anything."""
+    return isinstance(coefficient, int | float) and coefficient == 0
+
+
+def psum(x: Any, axis_name: AxisName | None) -> Any:
+    """Sum of ``x``, an array or a tree of arrays, over the devices of ``axis_name``; ``x`` itself if that is None."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
@@ -59,9 +64,6 @@ def masked_mean(
       x, mask: the same shape, any rank.
       axis: dimensions to reduce; None reduces all to a scalar.
       axis_name: mapped axis over which the rows are split; the mean is then global.
-
-    Raises:
-      ValueError: ``x`` and ``mask`` differ in shape.
     """
     return _masked_mean(x, mask, axis, axis_name, keepdims=False)
 
@@ -69,7 +71,7 @@ def masked_mean(
 def _masked_mean(
     x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None, axis_name: AxisName | None, keepdims: bool
 ) -> jax.Array:
-    check_same_shape(x=x, mask=mask)
+    chex.assert_equal_shape([x, mask])
     present = jnp.asarray(mask) != 0
     x = jnp.where(present, jnp.asarray(x, jnp.float32), 0.0)
     total = psum(jnp.sum(x, axis=axis, keepdims=keepdims), axis_name)
@@ -80,7 +82,7 @@ def _masked_mean(
 def masked_var(
     x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None = None, axis_name: AxisName | None = None
 ) -> jax.Array:
-    """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing. Arguments and errors as
+    """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing. Arguments as
     ``masked_mean``."""
     mean = _masked_mean(x, mask, axis, axis_name, keepdims=True)
     x = jnp.where(jnp.asarray(mask) != 0, jnp.asarray(x, jnp.float32), mean)
@@ -101,9 +103,6 @@ def whiten(
 
     Returns:
       The same shape, float32.
-
-    Raises:
-      ValueError: ``x`` and ``mask`` differ in shape.
     """
     mean = masked_mean(x, mask, axis_name=axis_name)
     var = masked_var(x, mask, axis_name=axis_name)
@@ -114,8 +113,7 @@ def whiten(
 
 
 def _predicting_logits(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
-    if isinstance(temperature, int | float) and temperature <= 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+    check_number("temperature", temperature, above=0)
     return jnp.asarray(logits)[..., :-1, :].astype(jnp.float32) / temperature
 
 
@@ -134,14 +132,8 @@ def token_log_probs(logits: jax.Array, tokens: jax.Array, temperature: float | j
 
     Returns:
       [B, T] float32, ``logit - logsumexp``: no second [B, T, V] array is kept. Column 0 is 0.
-
-    Raises:
-      ValueError: ``logits`` is not ``tokens`` with one more dimension, or the temperature is not positive.
     """
-    if jnp.shape(logits)[:-1] != jnp.shape(tokens):
-        raise ValueError(
-            f"expected logits [B, T, V] and tokens [B, T], got shapes {jnp.shape(logits)} and {jnp.shape(tokens)}"
-        )
+    chex.assert_shape(tokens, jnp.shape(logits)[:-1])
     scaled = _predicting_logits(logits, temperature)
     chosen = jnp.take_along_axis(scaled, jnp.asarray(tokens)[..., 1:, None], axis=-1)[..., 0]
     return _align(chosen - jax.nn.logsumexp(scaled, axis=-1))
@@ -155,9 +147,6 @@ def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Arra
 
     Returns:
       [B, T] float32, aligned as ``token_log_probs``: column t belongs to the logits at t - 1, column 0 is 0.
-
-    Raises:
-      ValueError: the temperature is not positive.
     """
     log_probs = jax.nn.log_softmax(_predicting_logits(logits, temperature), axis=-1)
     possible = log_probs != -jnp.inf
@@ -169,11 +158,8 @@ def ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
 
     Exact up to a log-ratio of 40 (2e17) and continued by its tangent beyond: huge log-ratios overflow neither in
     value nor in gradient, and the gradient keeps its direction.
-
-    Raises:
-      ValueError: unequal shapes.
     """
-    check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs)
+    chex.assert_equal_shape([log_probs, old_log_probs])
     log_ratio = jnp.asarray(log_probs, jnp.float32) - jnp.asarray(old_log_probs, jnp.float32)
     return jnp.exp(jnp.minimum(log_ratio, _MAX_LOG_RATIO)) + _tangent(log_ratio)
 
@@ -196,12 +182,9 @@ def kl(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: KLEstimator = 
 
     Returns:
       The same shape, float32.
-
-    Raises:
-      ValueError: unknown estimator or unequal shapes.
     """
     check_choice("estimator", estimator, get_args(KLEstimator))
-    check_same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs)
+    chex.assert_equal_shape([log_probs, ref_log_probs])
     d = jnp.asarray(log_probs, jnp.float32) - jnp.asarray(ref_log_probs, jnp.float32)
     if estimator == "k1":
         return d
@@ -218,11 +201,8 @@ def response_mask(tokens: jax.Array, prompt_length: int, eos_id: int) -> jax.Arr
 
     Returns:
       [B, T] int32.
-
-    Raises:
-      ValueError: tokens that are not [B, T].
     """
-    check_rank(2, tokens=tokens)
+    chex.assert_rank(tokens, 2)
     said = jnp.arange(jnp.shape(tokens)[1])[None, :] >= prompt_length
     is_eos = (said & (jnp.asarray(tokens) == eos_id)).astype(jnp.int32)
     return (said & (jnp.cumsum(is_eos, axis=1) - is_eos == 0)).astype(jnp.int32)
@@ -240,3 +220,30 @@ def policy_fn(apply_fn: Callable[..., jax.Array], temperature: float | jax.Array
         return PolicyOutput(token_log_probs(logits, tokens, temperature), entropy(logits, temperature))
 
     return apply_policy
+
+
+def evaluate(
+    policy_fn: PolicyFn, params: Params, batch: Rollout | Demonstrations, key: jax.Array | None = None
+) -> PolicyOutput:
+    """The policy's output on the rows of a batch. AssertionError unless it is [B, T], as the tokens are."""
+    chex.assert_rank(batch.tokens, 2)
+    output = policy_fn(params, batch.tokens, batch.attention_mask, key)
+    chex.assert_equal_shape([batch.tokens, *(x for x in output if x is not None)])
+    return output
+
+
+def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Rollout | Demonstrations | Comparisons) -> jax.Array:
+    """Log-probability, in nats, of each response: the sum over its tokens; 0 for an absent one.
+
+    Args:
+      batch: tokens and masks [B, T], or [B, K, T]; all rows go through ``policy_fn`` at once, without dropout.
+
+    Returns:
+      [B] float32, or [B, K].
+    """
+    chex.assert_equal_shape([batch.tokens, batch.attention_mask, batch.response_mask])
+    masks = batch.attention_mask, batch.response_mask
+    rows = Demonstrations(*(x.reshape(-1, x.shape[-1]) for x in (batch.tokens, *masks)))
+    log_probs = jnp.asarray(evaluate(policy_fn, params, rows).log_probs, jnp.float32)
+    in_response = jnp.where(rows.response_mask != 0, log_probs, 0.0)
+    return jnp.sum(in_response, axis=1).reshape(batch.tokens.shape[:-1])

@@ -1,13 +1,14 @@
 """From prompts to what an update reads: sample, here or elsewhere, then score with the update's own forward pass.
 
-Decoding with a cache is not bit-identical to a full forward (3e-6 in float32, 5e-2 in bfloat16). So the sampler's
-log-probs are replaced by those of the policy function that the update will use: with unchanged parameters the ratio of
-the first minibatch is then exactly 1. Samples of another engine (``from_text``) go the same way.
+Decoding with a cache rounds differently than a full forward pass (by 3e-6 in float32, 5e-2 in bfloat16). So the
+sampler's log-probs are replaced by those of the policy function that the update will use. With unchanged parameters the
+ratio of the first minibatch is then 1 up to the rounding of one function compiled in two programs: below 1e-6 from 1 in
+float32. Samples of another engine (``from_text``) are rescored in the same way.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,13 @@ from jax.sharding import Mesh
 
 from rlhf_jax import ops
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import Model, policy_params
-from rlhf_jax.sampling import SamplingConfig, generate
+from rlhf_jax.models import policy_params
+from rlhf_jax.sampling import CachedModel, SamplingConfig, generate
 from rlhf_jax.types import BoundPolicyFn, Params, PolicyFn, Rollout
 
 
 def collect(
-    model: Model,
+    model: CachedModel,
     params: Params,
     tokens: jax.Array,
     attention_mask: jax.Array,
@@ -38,9 +39,10 @@ def collect(
 
     ``generate`` followed by ``rescore``; call the two yourself to measure ``sampler_gap`` between them. ``policy_fn``
     and ``ref_fn`` must divide logits by ``sampling.temperature``. With a whole value model ``params`` are
-    {"policy", "value"}, as in ``models.policy_fn``. Arguments and errors are those of the two functions.
+    {"policy", "value"}, as in ``models.policy_fn``.
     """
-    sampled = generate(model, policy_params(params), tokens, attention_mask, key, sampling, row_ids, mesh)
+    policy = policy_params(params)
+    sampled = generate(model, policy, tokens, attention_mask, key, config=sampling, row_ids=row_ids, mesh=mesh)
     return rescore(sampled, params, policy_fn=policy_fn, ref_fn=ref_fn)
 
 
@@ -55,35 +57,27 @@ def rescore(
     """The rollout with ``log_probs`` and ``values`` [B, T] of ``policy_fn``, ``ref_log_probs`` [B, T] of ``ref_fn``.
 
     All are float32 and 0 outside the response. ``values`` is None if the policy has no value function. Dropout is off.
-    ``ref_fn`` carries its parameters: ``jax.tree_util.Partial(policy_fn, ref_params)``.
+    ``ref_fn`` holds its parameters: ``jax.tree_util.Partial(policy_fn, ref_params)``.
 
-    With ``importance_cap`` the rollout gets ``importance_weights`` [B, T] too,
+    With ``importance_cap``, a number above 0, the rollout gets ``importance_weights`` [B, T] too,
     ``min(exp(log_probs of policy_fn - the rollout's own log_probs), importance_cap)``: truncated importance sampling
-    (Ionides 2008), with which each token of an engine whose numbers are not quite the policy's counts as often as the
-    policy would have said it (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    Training"). ``math.inf`` truncates nothing. No gradient flows through them.
-
-    Raises:
-      ValueError: ``importance_cap`` is not above 0.
+    (Ionides 2008), which corrects for an engine whose probabilities are not quite the policy's (Yao et al. 2025, "Your
+    Efficient RL Framework Secretly Brings You Off-Policy RL Training"). ``math.inf`` truncates nothing. No gradient
+    flows through the weights.
     """
     if importance_cap is not None and not importance_cap > 0:
         raise ValueError(f"importance_cap: expected a number above 0 (or None), got {importance_cap}")
-    response = rollout.response_mask != 0
+    inputs = rollout.tokens, rollout.attention_mask, None
 
-    def in_response(x: jax.Array) -> jax.Array:
-        return jnp.where(response, x, 0.0).astype(jnp.float32)
+    def in_response(x: jax.Array | None) -> Any:
+        return None if x is None else jnp.where(rollout.response_mask != 0, x, 0.0).astype(jnp.float32)
 
-    output = policy_fn(params, rollout.tokens, rollout.attention_mask, None)
-    log_probs = in_response(output.log_probs)
-    values = None if output.values is None else in_response(output.values)
+    output = policy_fn(params, *inputs)
+    scored = replace(rollout, log_probs=in_response(output.log_probs), values=in_response(output.values))
     if importance_cap is not None:
-        weights = jnp.minimum(ops.ratio(log_probs, rollout.log_probs), importance_cap)
-        rollout = dataclasses.replace(rollout, importance_weights=jax.lax.stop_gradient(in_response(weights)))
-    rollout = dataclasses.replace(rollout, log_probs=log_probs, values=values)
-    if ref_fn is None:
-        return rollout
-    ref_output = ref_fn(rollout.tokens, rollout.attention_mask, None)
-    return dataclasses.replace(rollout, ref_log_probs=in_response(ref_output.log_probs))
+        weights = jnp.minimum(ops.ratio(scored.log_probs, rollout.log_probs), importance_cap)
+        scored = replace(scored, importance_weights=jax.lax.stop_gradient(in_response(weights)))
+    return scored if ref_fn is None else replace(scored, ref_log_probs=in_response(ref_fn(*inputs).log_probs))
 
 
 def sampler_gap(sampled: Rollout, rescored: Rollout) -> jax.Array:
@@ -97,11 +91,7 @@ def sampler_gap(sampled: Rollout, rescored: Rollout) -> jax.Array:
 
 
 def truncated_share(rollout: Rollout, importance_cap: float) -> jax.Array:
-    """The share [] of response tokens whose importance weight reached the cap that ``rescore`` was given; 0 of none.
-
-    Raises:
-      ValueError: the rollout has no importance weights.
-    """
+    """The share [] of response tokens whose importance weight reached the cap that ``rescore`` was given; 0 of none."""
     if rollout.importance_weights is None:
         raise ValueError("rollout.importance_weights is None: give rollout.rescore an importance_cap")
     return ops.masked_mean(rollout.importance_weights >= importance_cap, rollout.response_mask)
@@ -119,27 +109,27 @@ class Encoder(Protocol):
     def encode(self, text: str, /) -> list[int]: ...
 
 
+Ids = Sequence[int] | np.ndarray
+
+
 class _Row(NamedTuple):
     prompt: np.ndarray  # [prompt tokens]
     response: np.ndarray  # [response tokens], holes and EOS included
-    said: np.ndarray  # [response tokens] bool
+    mask: np.ndarray  # [response tokens] bool, what the policy said
     log_probs: np.ndarray  # [response tokens] float32
 
 
-Texts = Sequence[str | Sequence[int] | np.ndarray]
-
-
 def from_text(
-    prompts: Texts,
-    responses: Texts,
+    prompts: Sequence[str | Ids],
+    responses: Sequence[str | Ids],
     tokenizer: Encoder,
     *,
     log_probs: Sequence[Sequence[float | None] | np.ndarray],
     finished: Sequence[bool] | None = None,
-    masks: Sequence[Sequence[int] | np.ndarray] | None = None,
+    masks: Sequence[Ids] | None = None,
     prompt_length: int | None = None,
     response_length: int | None = None,
-    row_ids: Sequence[int] | np.ndarray | None = None,
+    row_ids: Ids | None = None,
 ) -> Rollout:
     """A rollout of samples that were made elsewhere: B rows of texts or token ids with their log-probabilities.
 
@@ -149,13 +139,14 @@ def from_text(
     Args:
       prompts: B texts, or lists of token ids; padded on the left.
       responses: B texts, or lists of token ids; padded on the right.
-      tokenizer: the run's own; texts are encoded by it, prompt and response apart.
+      tokenizer: the run's own; it encodes texts, prompt and response apart.
       log_probs: for each row the log-probability (nats) that the engine gave each response token, EOS included.
-      finished: for each row whether EOS ended it. EOS is put at the end of a finished row that lacks it (engines leave
-        it out of texts, most keep it in token ids). A row that a length limit or a stop string ended is not finished.
-        None: token ids say so by their last id; a text cannot.
-      masks: for each row one number a response token, EOS included, 0 where the policy did not say it (a tool's output,
-        a user's turn); what ``log_probs`` has there is not read. A row of zeros is absent. None: it said everything.
+      finished: for each row whether EOS ended it. A finished row without EOS gets one at its end (engines leave it out
+        of texts, most keep it in token ids). A row that a length limit or a stop string ended is not finished. None:
+        the last token id decides; a text needs True or False.
+      masks: for each row one number for each response token, EOS included; 0 marks tokens that the policy did not say
+        (a tool's output, a user's turn), whose ``log_probs`` are not read. A row of zeros is absent. None: the policy
+        said everything.
       prompt_length, response_length: P and R; None: those of the longest row. They count EOS.
       row_ids: [B] the data row of each prompt; None means 0..B-1.
 
@@ -163,93 +154,80 @@ def from_text(
       A Rollout with tokens, attention_mask, response_mask [B, P + R] int32, log_probs [B, P + R] float32 and row_ids.
 
     Raises:
-      UserError: naming the row: not one log-probability (or mask) a token, one that is positive or not finite, an empty
-        prompt or response, more tokens than P or R, an id outside the vocabulary, a policy that goes on after EOS.
+      UserError: naming the row: not one log-probability (or mask) for each token, one that is positive or not finite,
+        an empty prompt or response, more tokens than P or R, an id outside the vocabulary, tokens of the policy after
+        its EOS.
     """
     num_rows = len(prompts)
     columns = {"responses": responses, "log_probs": log_probs, "finished": finished, "masks": masks, "row_ids": row_ids}
     for name, column in columns.items():
         if column is not None and len(column) != num_rows:
-            raise UserError(f"{name}: expected one entry a prompt, {num_rows}, got {len(column)}")
+            raise UserError(f"{name}: expected one entry for each prompt, {num_rows}, got {len(column)}")
     if not num_rows:
         raise UserError("prompts: expected at least one row, got none")
-    rows = [
-        _read_row(
-            f"row {i}",
-            prompts[i],
-            responses[i],
-            tokenizer,
-            log_probs[i],
-            None if finished is None else bool(finished[i]),
-            None if masks is None else masks[i],
-        )
-        for i in range(num_rows)
-    ]
+    optional: list[Sequence[Any]] = [[None] * num_rows if column is None else column for column in (finished, masks)]
+    entries = zip(prompts, responses, log_probs, *optional, strict=True)
+    rows = [_read_row(f"row {i}", tokenizer, *entry) for i, entry in enumerate(entries)]
     prompt_length = _width("prompt", [len(row.prompt) for row in rows], prompt_length)
     length = prompt_length + _width("response", [len(row.response) for row in rows], response_length)
     tokens = np.full((num_rows, length), tokenizer.pad_id, np.int32)
     attention_mask, response_mask = np.zeros((2, num_rows, length), np.int32)
-    placed = np.zeros((num_rows, length), np.float32)
+    padded_log_probs = np.zeros((num_rows, length), np.float32)
     for i, row in enumerate(rows):
         start, end = prompt_length - len(row.prompt), prompt_length + len(row.response)
         tokens[i, start:end] = np.concatenate([row.prompt, row.response])
         attention_mask[i, start:end] = 1
-        response_mask[i, prompt_length:end] = row.said
-        placed[i, prompt_length:end] = np.where(row.said, row.log_probs, 0.0)
-    return Rollout(
-        tokens=jnp.asarray(tokens),
-        attention_mask=jnp.asarray(attention_mask),
-        response_mask=jnp.asarray(response_mask),
-        log_probs=jnp.asarray(placed),
-        row_ids=jnp.asarray(np.arange(num_rows) if row_ids is None else row_ids, jnp.int32),
-    )
+        response_mask[i, prompt_length:end] = row.mask
+        padded_log_probs[i, prompt_length:end] = np.where(row.mask, row.log_probs, 0.0)
+    ids = np.asarray(np.arange(num_rows) if row_ids is None else row_ids, np.int32)
+    return Rollout(*map(jnp.asarray, (tokens, attention_mask, response_mask, padded_log_probs, ids)))
 
 
 def _read_row(
     where: str,
-    prompt: str | Sequence[int] | np.ndarray,
-    response: str | Sequence[int] | np.ndarray,
     tokenizer: Encoder,
-    log_probs: Sequence[float | None] | np.ndarray,
+    prompt: str | Ids,
+    response: str | Ids,
+    log_probs: Any,
     finished: bool | None,
-    mask: Sequence[int] | np.ndarray | None,
+    mask: Ids | None,
 ) -> _Row:
-    eos_id = tokenizer.eos_id
-    prompt_ids, ids = (
-        _ids(f"{where}, {name}", text, tokenizer) for name, text in (("prompt", prompt), ("response", response))
-    )
+    prompt_ids = _ids(f"{where}, prompt", prompt, tokenizer)
+    ids = _ids(f"{where}, response", response, tokenizer)
     if not len(prompt_ids):
         raise UserError(f"{where}: the prompt has no tokens")
-    in_hole = mask is not None and len(mask) == len(ids) > 0 and not mask[-1]
-    ended = len(ids) > 0 and int(ids[-1]) == eos_id and not in_hole
     if finished is None and isinstance(response, str):
         raise UserError(
             f"{where}: a text does not show whether EOS ended it: give finished, True or False for each row"
         )
-    if ended and finished is False:
-        raise UserError(f"{where}: finished is False, but its last token is EOS, {eos_id}")
-    adds_eos = bool(finished) and not ended
+    # The last token may be the EOS of somebody else's turn, which did not end the row.
+    others_turn = mask is not None and len(mask) == len(ids) > 0 and not mask[-1]
+    has_eos = len(ids) > 0 and int(ids[-1]) == tokenizer.eos_id and not others_turn
+    if has_eos and finished is not None and not finished:
+        raise UserError(f"{where}: finished is False, but its last token is EOS, {tokenizer.eos_id}")
+    adds_eos = bool(finished) and not has_eos
     if adds_eos:
-        ids = np.append(ids, eos_id)
+        ids = np.append(ids, tokenizer.eos_id)
     if not len(ids):
         raise UserError(f"{where}: the response has no tokens, and EOS did not end it; leave the row out")
     try:
         numbers = np.asarray(log_probs, np.float32)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: log_probs must be numbers, one a token, got {log_probs!r:.80}") from error
+        raise UserError(f"{where}: log_probs must be numbers, one for each token, got {log_probs!r:.80}") from error
     said = np.ones(len(ids), bool) if mask is None else np.asarray(mask) != 0
-    for name, given in (("log_probs", numbers), ("masks", said)):
-        if given.shape != ids.shape:
+    for name, column in (("log_probs", numbers), ("masks", said)):
+        if column.shape != ids.shape:
             eos = " (the EOS that finished adds included)" if adds_eos else ""
-            advice = ""
-            if isinstance(response, str):
-                advice = "; a text need not encode into the tokens that were sampled: give token ids"
-            raise UserError(f"{where}: {given.size} {name} for {len(ids)} response tokens{eos}{advice}")
+            advice = "; a text need not encode into the tokens that were sampled: give token ids"
+            raise UserError(
+                f"{where}: {column.size} {name} for {len(ids)} response tokens{eos}"
+                + (advice if isinstance(response, str) else "")
+            )
     for t in np.flatnonzero(said & ~(np.isfinite(numbers) & (numbers <= 0))):
         raise UserError(
             f"{where}: the log-probability of response token {t} must be finite and at most 0: {numbers[t]}"
         )
-    for t in np.flatnonzero(said[:-1] & (ids[:-1] == eos_id) & said[1:]):
+    for t in np.flatnonzero(said[:-1] & (ids[:-1] == tokenizer.eos_id) & said[1:]):
         raise UserError(
             f"{where}: the policy goes on after EOS, response token {t} of {len(ids)}; end the row there, or give "
             "masks with 0 for what it did not say"
@@ -257,7 +235,7 @@ def _read_row(
     return _Row(prompt_ids, ids, said, numbers)
 
 
-def _ids(where: str, text: str | Sequence[int] | np.ndarray, tokenizer: Encoder) -> np.ndarray:
+def _ids(where: str, text: str | Ids, tokenizer: Encoder) -> np.ndarray:
     ids = np.asarray(tokenizer.encode(text) if isinstance(text, str) else text)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise UserError(f"{where}: expected a text or a list of token ids, got {text!r:.80}")

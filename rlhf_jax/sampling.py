@@ -1,25 +1,28 @@
 """Sampling from a language model with a KV cache: one pure function that the caller jits.
 
-A row's randomness is ``fold_in(fold_in(key, row_id), position)``, position counting response tokens from 0. So the
-tokens of a row depend neither on the rows beside it, nor on prompt padding, nor on the number of devices (up to ties
-within the rounding of the logits).
+The randomness of a row is ``fold_in(fold_in(key, row_id), position)``; position counts response tokens from 0. So the
+tokens of a row depend neither on its neighbours, nor on prompt padding, nor on the number of devices (up to ties within
+the rounding of the logits).
 
-B rows, P prompt slots, R = max_new_tokens response slots, T = P + R, V vocabulary.
+The sampler needs two functions of a model, ``init_cache`` and ``decode`` (see ``CachedModel``); ``uncached`` makes them
+from a forward pass.
 """
 
-import dataclasses
+import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from rlhf_jax.models import Model
 from rlhf_jax.types import Params, RewardFn, Rollout
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class SamplingConfig:
     """How to sample. Hashable, so it can be a static argument of jit.
 
@@ -28,41 +31,77 @@ class SamplingConfig:
         temperature: divides the logits; 0 takes the most likely token (the lowest id among equals).
         top_k: keep the k most likely tokens, and those that tie with the k-th; None keeps all.
         top_p: of those, keep the smallest set of most likely tokens whose probability reaches p (nucleus sampling,
-            Holtzman et al. 2020): the token that crosses p is kept, and so is always at least one; None or 1 keeps all.
+            Holtzman et al. 2020). The token that reaches p is kept, so at least one is; None or 1 keeps all.
         eos_id: the token that ends a response; None lets every response run to ``max_new_tokens``.
         pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from ``eos_id``.
-
-    Raises:
-        ValueError: for a value out of range.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    eos_id: int | None = dataclasses.field(kw_only=True)
-    pad_id: int = dataclasses.field(kw_only=True)
+    eos_id: int | None = field(kw_only=True)
+    pad_id: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and at least 0 (0 is greedy), got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for off, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], or None for off, got {self.top_p}")
-        if self.eos_id is not None and self.eos_id < 0:
-            raise ValueError(f"eos_id must be a token id, or None for no end token, got {self.eos_id}")
-        if self.pad_id < 0:
-            raise ValueError(f"pad_id must be a token id, got {self.pad_id}")
-        if self.pad_id == self.eos_id:
-            raise ValueError(f"pad_id and eos_id must differ, both are {self.pad_id}")
+        for name, holds, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0 (0 is greedy)"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None for off"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or None for off"),
+            ("eos_id", self.eos_id is None or self.eos_id >= 0, "a token id, or None for no end token"),
+            ("pad_id", self.pad_id >= 0, "a token id"),
+            ("pad_id", self.pad_id != self.eos_id, "different from eos_id"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
 
     @property
     def truncated(self) -> bool:
         """Whether samples come from another distribution than the log-probs speak of (greedy, top-k, top-p)."""
         return self.temperature == 0 or self.top_k is not None or (self.top_p is not None and self.top_p < 1)
+
+
+class CachedModel(Protocol):
+    """What the sampler needs of a model; ``models.Model`` has it. B rows, t tokens at once, S cache slots."""
+
+    def init_cache(self, batch: int, length: int, /) -> Any:
+        """An empty cache of ``length`` slots: any pytree."""
+
+    def decode(
+        self, params: Params, tokens: jax.Array, positions: jax.Array, key_mask: jax.Array, cache: Any, index: Any, /
+    ) -> tuple[jax.Array, Any]:
+        """Logits [B, t, V] of the next tokens, and the cache with ``tokens`` [B, t] in slots index, ..., index + t - 1.
+
+        ``positions`` [B, t] count a row's real tokens from 0. A token sees the slots up to its own whose ``key_mask``
+        [B, S] is not 0.
+        """
+
+
+def uncached(apply_fn: Callable[..., jax.Array]) -> CachedModel:
+    """Makes a CachedModel of ``apply_fn(params, tokens, attention_mask, key) -> logits [B, T, V]``.
+
+    The cache is the tokens so far, and each new token costs a forward pass over all T columns. ``attention_mask`` is 0
+    in columns before the prompt and after the tokens so far; ``key`` is None. Hashable, as ``apply_fn`` is.
+    """
+    return _Uncached(apply_fn)
+
+
+@dataclass(frozen=True)
+class _Uncached:
+    apply_fn: Callable[..., jax.Array]
+
+    def init_cache(self, batch: int, length: int, /) -> jax.Array:
+        return jnp.zeros((batch, length), jnp.int32)
+
+    def decode(
+        self, params: Params, tokens: jax.Array, positions: jax.Array, key_mask: jax.Array, cache: Any, index: Any, /
+    ) -> tuple[jax.Array, jax.Array]:
+        num_new = tokens.shape[1]
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, tokens, index, axis=1)
+        written = jnp.arange(cache.shape[1]) < index + num_new
+        logits = self.apply_fn(params, cache, jnp.where(written, key_mask, 0), None)
+        return jax.lax.dynamic_slice_in_dim(logits, index, num_new, axis=1), cache
 
 
 class _Loop(NamedTuple):
@@ -77,11 +116,12 @@ class _Loop(NamedTuple):
 
 
 def generate(
-    model: Model,
+    model: CachedModel,
     params: Params,
     tokens: jax.Array,
     attention_mask: jax.Array,
     key: jax.Array,
+    *,
     config: SamplingConfig,
     row_ids: jax.Array | None = None,
     mesh: Mesh | None = None,
@@ -90,78 +130,64 @@ def generate(
 
     Args:
         tokens, attention_mask: [B, P], prompts padded on the left, so that column P - 1 of every row is a real token. A
-            row whose mask is all zero is absent: it gets an empty response and holds up nobody.
-        row_ids: [B] int32, the data row of each prompt, which names its random stream; None means 0..B-1.
-        mesh: with it the rows are split over its "data" axis (``shard_map``, parameters replicated), and each device
-            stops when its own rows have ended. The tokens are those of one device.
+            row whose mask is all zero is absent: it gets an empty response, and no other row waits for it.
+        row_ids: [B] int32, the data row of each prompt, which decides its randomness; None means 0..B-1.
+        mesh: splits the rows over its "data" axis (``shard_map``, parameters replicated); each device stops when its
+            own rows have ended. The tokens are the same as on one device.
 
     Returns:
-        A Rollout with tokens, attention_mask, response_mask [B, T] int32, log_probs [B, T] float32 and row_ids. The
-        response mask covers the sampled tokens, EOS included; the rest of a row is ``pad_id`` with log-prob 0. No id is
-        masked out: a ``pad_id`` sampled before the end is an ordinary token. Log-probs are those of the full softmax at
-        ``config.temperature``, also under top-k and top-p; for temperature 0 they are those of temperature 1.
-
-    Raises:
-        ValueError: a shape is wrong, P + max_new_tokens exceeds the model's ``max_length``, ``eos_id`` is outside the
-            vocabulary, or the mesh cannot split the rows evenly.
+        A Rollout with tokens, attention_mask, response_mask [B, T] int32, log_probs [B, T] float32 and row_ids, where
+        T = P + max_new_tokens. The response mask covers the sampled tokens, EOS included; the rest of a row is
+        ``pad_id`` with log-prob 0. Every id can be sampled: a ``pad_id`` before the end is an ordinary token. Log-probs
+        are those of the full softmax at ``config.temperature``, also under top-k and top-p; for temperature 0 they are
+        those of temperature 1.
     """
-    if tokens.ndim != 2 or tokens.shape[1] < 1:
-        raise ValueError(f"tokens must be [B, P] with at least one prompt column, got {tokens.shape}")
-    if attention_mask.shape != tokens.shape:
-        raise ValueError(f"attention_mask must have the shape of tokens, {tokens.shape}, got {attention_mask.shape}")
+    tokens, attention_mask = jnp.asarray(tokens, jnp.int32), jnp.asarray(attention_mask)
+    chex.assert_rank(tokens, 2)
+    chex.assert_axis_dimension_gt(tokens, 1, 0)
+    chex.assert_equal_shape([tokens, attention_mask])
     num_rows, prompt_length = tokens.shape
-    if row_ids is None:
-        row_ids = jnp.arange(num_rows, dtype=jnp.int32)
-    if row_ids.shape != (num_rows,):
-        raise ValueError(f"row_ids must be [{num_rows}], one for each row of tokens, got {row_ids.shape}")
-    max_length = getattr(model.config, "max_length", None)
+    row_ids = jnp.arange(num_rows, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids)
+    chex.assert_shape(row_ids, (num_rows,))
+    max_length = getattr(getattr(model, "config", None), "max_length", None)
     if max_length is not None and prompt_length + config.max_new_tokens > max_length:
         raise ValueError(
             f"prompt length {prompt_length} + max_new_tokens {config.max_new_tokens} = "
             f"{prompt_length + config.max_new_tokens} is more than the model's max_length {max_length}"
         )
-
-    def sample_rows(
-        params: Params, key: jax.Array, tokens: jax.Array, attention_mask: jax.Array, row_ids: jax.Array
-    ) -> Rollout:
-        return _generate(model, params, key, tokens, attention_mask, row_ids, config)
-
+    sample_rows = functools.partial(_sample_rows, model, config)
     if mesh is not None:
-        if "data" not in mesh.shape:
-            raise ValueError(f'the mesh must have an axis "data", it has {tuple(mesh.shape)}')
-        if num_rows % mesh.shape["data"]:
-            raise ValueError(f'{num_rows} rows do not divide by the {mesh.shape["data"]} devices of the axis "data"')
         rows, replicated = PartitionSpec("data"), PartitionSpec()
         # check_vma refuses the while_loop, whose carry starts equal on all devices and ends different.
         sample_rows = jax.shard_map(
             sample_rows,
             mesh=mesh,
-            in_specs=(replicated, replicated, rows, rows, rows),
+            in_specs=(replicated, rows, rows, replicated, rows),
             out_specs=rows,
             axis_names={"data"},
             check_vma=False,
         )
-    return sample_rows(params, key, jnp.asarray(tokens, jnp.int32), jnp.asarray(attention_mask), jnp.asarray(row_ids))
+    return sample_rows(params, tokens, attention_mask, key, row_ids)
 
 
-def _generate(
-    model: Model,
+def _sample_rows(
+    model: CachedModel,
+    config: SamplingConfig,
     params: Params,
-    key: jax.Array,
     tokens: jax.Array,
     attention_mask: jax.Array,
+    key: jax.Array,
     row_ids: jax.Array,
-    config: SamplingConfig,
 ) -> Rollout:
     num_rows, prompt_length = tokens.shape
-    length = prompt_length + config.max_new_tokens
+    response_columns = ((0, 0), (0, config.max_new_tokens))
     prompt_mask = (attention_mask != 0).astype(jnp.int32)
     num_real = jnp.sum(prompt_mask, axis=1)
     # Slots after the end of a row may count as keys: only columns past the end see them, and those are not used.
-    key_mask = jnp.pad(prompt_mask, ((0, 0), (0, config.max_new_tokens)), constant_values=1)
+    key_mask = jnp.pad(prompt_mask, response_columns, constant_values=1)
     row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
 
-    cache = model.init_cache(num_rows, length)
+    cache = model.init_cache(num_rows, prompt_length + config.max_new_tokens)
     if prompt_length > 1:
         # The last prompt column is left to the loop, whose first step needs its logits. These are never read, so the
         # compiler drops the projection to the vocabulary.
@@ -188,8 +214,8 @@ def _generate(
 
     start = _Loop(
         position=jnp.zeros((), jnp.int32),
-        tokens=jnp.pad(tokens, ((0, 0), (0, config.max_new_tokens)), constant_values=config.pad_id),
-        log_probs=jnp.zeros((num_rows, length), jnp.float32),
+        tokens=jnp.pad(tokens, response_columns, constant_values=config.pad_id),
+        log_probs=jnp.zeros(key_mask.shape, jnp.float32),
         lengths=jnp.zeros((num_rows,), jnp.int32),
         ended=num_real == 0,
         cache=cache,
@@ -199,7 +225,7 @@ def _generate(
     response_mask = jnp.pad(response.astype(jnp.int32), ((0, 0), (prompt_length, 0)))
     return Rollout(
         tokens=end.tokens,
-        attention_mask=jnp.pad(prompt_mask, ((0, 0), (0, config.max_new_tokens))) + response_mask,
+        attention_mask=jnp.pad(prompt_mask, response_columns) + response_mask,
         response_mask=response_mask,
         log_probs=end.log_probs,
         row_ids=row_ids,
@@ -244,13 +270,13 @@ def truncate(logits: jax.Array, top_k: int | None = None, top_p: float | None = 
 
 
 def best_of_n(
-    model: Model,
+    model: CachedModel,
     params: Params,
     tokens: jax.Array,
     attention_mask: jax.Array,
     key: jax.Array,
-    config: SamplingConfig,
     *,
+    config: SamplingConfig,
     n: int,
     reward_fn: RewardFn,
     row_ids: jax.Array | None = None,
@@ -258,52 +284,41 @@ def best_of_n(
 ) -> tuple[Rollout, jax.Array]:
     """The best of n samples for each prompt (Stiennon et al. 2020), and the scores [B, n] of all of them.
 
-    Sample i of a prompt is generated as row ``row_id * n + i``; other arguments and errors are those of ``generate``. A
-    dense reward [B, T] counts as its sum over the response. Equal scores: the first sample wins; NaN never wins against
-    a number. The returned Rollout [B, T] carries the best ``scores`` and the prompts' own ``row_ids``. The divergence
-    from the sampled policy is at most ``best_of_n_kl(n)`` nats.
-
-    Raises:
-        ValueError: as ``generate``; n below 1; or a reward that is neither [B * n] nor [B * n, T].
+    Sample i of a prompt is generated as row ``row_id * n + i``; the other arguments are those of ``generate``. A dense
+    reward [B, T] counts as its sum over the response. Among equal scores the first sample wins; NaN never wins against
+    a number. The returned Rollout [B, T] has the best ``scores`` and the prompts' own ``row_ids``. Its divergence from
+    the sampled policy is at most ``best_of_n_kl(n)`` nats.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     num_rows = tokens.shape[0]
-    if row_ids is None:
-        row_ids = jnp.arange(num_rows, dtype=jnp.int32)
-    sample_ids = (jnp.asarray(row_ids)[:, None] * n + jnp.arange(n, dtype=jnp.int32)[None, :]).reshape(-1)
+    row_ids = jnp.arange(num_rows, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids)
     samples = generate(
         model,
         params,
         jnp.repeat(jnp.asarray(tokens), n, axis=0),
         jnp.repeat(jnp.asarray(attention_mask), n, axis=0),
         key,
-        config,
-        sample_ids,
-        mesh,
+        config=config,
+        row_ids=(row_ids[:, None] * n + jnp.arange(n, dtype=jnp.int32)[None, :]).reshape(-1),
+        mesh=mesh,
     )
-    reward = reward_fn(samples)
-    scores = reward[0] if isinstance(reward, tuple) else reward
-    if scores.ndim == 2:
-        scores = jnp.sum(jnp.where(samples.response_mask != 0, scores, 0.0), axis=1)
-    if scores.shape != (num_rows * n,):
-        raise ValueError(f"reward_fn must return [{num_rows * n}] scores or [B, T] rewards, got {scores.shape}")
-    scores = scores.reshape(num_rows, n)
+    rewards, _ = reward_fn(samples)
+    if rewards.ndim == 2:
+        rewards = jnp.sum(jnp.where(samples.response_mask != 0, rewards, 0.0), axis=1)
+    chex.assert_shape(rewards, (num_rows * n,))
+    scores = rewards.reshape(num_rows, n)
     best = jnp.argmax(jnp.where(jnp.isnan(scores), -jnp.inf, scores), axis=1)
-
-    def take_best(x: jax.Array) -> jax.Array:  # [B * n, ...] -> [B, ...]
-        grouped = x.reshape(num_rows, n, *x.shape[1:])
-        return jax.vmap(lambda group, i: group[i])(grouped, best)
-
-    rollout = jax.tree.map(take_best, samples).replace(row_ids=row_ids, scores=take_best(scores.reshape(-1)))
-    return rollout, scores
+    chosen = jnp.arange(num_rows) * n + best  # [B] of B * n
+    rollout = jax.tree.map(lambda x: x[chosen], samples)
+    return rollout.replace(row_ids=row_ids, scores=rewards[chosen]), scores
 
 
 def best_of_n_kl(n: int) -> float:
     """Upper bound in nats on KL(best-of-n || policy): ln n - (n - 1) / n.
 
-    Exact when no two answers are equally good and none has much probability, an upper bound otherwise (Beirami et al.
-    2024). Raises ValueError if n < 1.
+    Exact if no two answers are equally good and none has much probability, an upper bound otherwise (Beirami et al.
+    2024).
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")

@@ -19,12 +19,9 @@ Tree = TypeVar("Tree")
 
 
 def make_mesh(data: int | None = None, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with one axis, ``data``, over ``data`` devices: the first of ``devices``, which None means all there are.
+    """A mesh with one axis, ``data``, over the first ``data`` of ``devices``; None means all there are.
 
-    The axis is automatic: XLA places what no sharding speaks of.
-
-    Raises:
-      UserError: there are fewer devices than asked for.
+    The axis is automatic: XLA decides where arrays without a sharding lie.
     """
     devices = jax.devices() if devices is None else devices
     data = len(devices) if data is None else data
@@ -34,20 +31,19 @@ def make_mesh(data: int | None = None, *, devices: Sequence[jax.Device] | None =
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of arrays of which every device holds a copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: the leading axis in contiguous parts over ``data``. Serves as ``minibatch_sharding``."""
+    """The sharding of a batch: the leading axis in contiguous parts over ``data``. Also for ``minibatch_sharding``."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
     """Puts each leaf [B, ...] of a pytree on the devices, its rows spread over ``data``. None leaves stay None.
 
-    Raises:
-      UserError: B is not a multiple of the devices that share the rows.
+    UserError, with the nearest sizes, if B is not a multiple of the devices that share the rows.
     """
     num_devices = mesh.shape["data"] // jax.process_count()
     for leaf in jax.tree.leaves(batch):
@@ -62,11 +58,7 @@ def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
 
 
 def own_rows(batch: Tree) -> Tree:
-    """The rows of this process, one of several that have the same batch [B, ...]: an equal part, in their order.
-
-    Raises:
-      UserError: B is not a multiple of the processes.
-    """
+    """The rows of this process, if several have the same batch [B, ...]: equal parts, in the order of the processes."""
     count, number = jax.process_count(), jax.process_index()
     if count == 1:
         return batch
@@ -82,18 +74,15 @@ def replicate(mesh: Mesh, tree: Tree) -> Tree:
 
 
 def by_path(params: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh) -> Any:
-    """The shardings of parameters by the first rule whose pattern is found in their path.
+    """The sharding of each parameter by the first rule whose pattern is found in its path.
 
     Args:
       params: nested dicts of arrays, or of ``jax.ShapeDtypeStruct``. A path is the keys joined by ``/``.
-      rules: (regular expression, PartitionSpec) pairs, tried in order with ``re.search``; end with ``(".*", spec)`` to
-        catch the rest.
+      rules: (regular expression, PartitionSpec) pairs, tried in order with ``re.search``; end with ``(".*", spec)`` for
+        the rest.
 
     Returns:
-      A tree of NamedSharding like ``params``.
-
-    Raises:
-      UserError: no rule matches a path, or a spec does not fit the parameter's shape.
+      A tree of NamedSharding like ``params``. UserError if no rule matches a path, or a spec does not fit a shape.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

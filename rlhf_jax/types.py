@@ -5,7 +5,7 @@ slots, T = P + R, K answers of a comparison, G answers of a prompt, V vocabulary
 length.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import flax.struct
 import jax
@@ -14,6 +14,63 @@ import optax
 
 Params = Any
 Metrics = dict[str, jax.Array]
+AxisName = str | tuple[str, ...]
+
+
+@flax.struct.dataclass
+class Mean:
+    """A mean that is not divided yet: what a loss and its metrics return.
+
+    The parts of a batch (microbatches, devices) add up, ``a + b``; ``value`` divides once at the end, so that the mean
+    and its gradient do not depend on how the batch was cut.
+    """
+
+    total: jax.Array  # [] float32, weighted sum
+    count: jax.Array  # [] float32, sum of the weights; carries no gradient
+
+    @classmethod
+    def of(cls, x: jax.Array | float) -> "Mean":
+        """The plain mean of all entries of ``x``; of a scalar, the scalar itself."""
+        x = jnp.asarray(x, jnp.float32)
+        return cls(jnp.sum(x), jnp.float32(x.size))
+
+    @property
+    def value(self) -> jax.Array:
+        """``total / count``; 0 if the count is 0."""
+        counted = self.count > 0
+        return jnp.where(counted, self.total / jnp.where(counted, self.count, 1.0), 0.0)
+
+    def __add__(self, other: "Mean") -> "Mean":
+        """The mean over both parts."""
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def __rmul__(self, weight: jax.Array | float) -> "Mean":
+        """``weight * mean``, as for one of several losses."""
+        return Mean(weight * self.total, self.count)
+
+    def over(self, axis_name: AxisName) -> "Mean":
+        """The mean over all devices of the mapped axis."""
+        return Mean(*jax.lax.psum((self.total, self.count), axis_name))
+
+
+@flax.struct.dataclass
+class Max:
+    """A metric that is the largest of its parts, as a Mean is their mean."""
+
+    value: jax.Array  # []
+
+    def __add__(self, other: "Max") -> "Max":
+        """The larger of both."""
+        return Max(jnp.maximum(self.value, other.value))
+
+    def over(self, axis_name: AxisName) -> "Max":
+        """The largest over all devices of the mapped axis."""
+        return Max(jax.lax.pmax(self.value, axis_name))
+
+
+Parts = dict[str, Mean | Max]
+Loss = Mean | tuple[Mean, ...]
+"""A loss, or several that are added: each is divided by its own count."""
 
 
 @flax.struct.dataclass
@@ -25,7 +82,7 @@ class TrainState:
     opt_state: optax.OptState
 
     @classmethod
-    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> Self:
         """Starts at step 0 with a fresh optimizer state for ``params``."""
         return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
@@ -103,7 +160,74 @@ class ScoreFn(Protocol):
     ) -> jax.Array: ...
 
 
-class RewardFn(Protocol):
-    """A jittable reward: scores [B], or dense rewards [B, T], or (scores, {part: [B]})."""
+Scores = tuple[jax.Array, dict[str, jax.Array]]
 
-    def __call__(self, rollout: Rollout, /) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]: ...
+
+class RewardFn(Protocol):
+    """A jittable reward: (scores [B] or dense rewards [B, T], {name of a part: [B]}). No parts: an empty dict."""
+
+    def __call__(self, rollout: Rollout, /) -> Scores: ...
+
+
+class AlgorithmConfig(Protocol):
+    """What a run must know of an algorithm's settings; ``algorithms.policy.Batching`` and ``Config`` have it all."""
+
+    @property
+    def group_size(self) -> int:
+        """Answers to each prompt, in adjacent rows; 1 if rows are compared with nothing."""
+
+    @property
+    def num_epochs(self) -> int: ...
+    @property
+    def num_minibatches(self) -> int: ...
+    @property
+    def num_microbatches(self) -> int: ...
+    @property
+    def shuffle_blocks(self) -> int: ...
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the loss reads ``rollout.ref_log_probs``."""
+
+
+class Algorithm(Protocol):
+    """Policy optimisation from rollouts, as a module: ``vpg``, ``ppo``, ``rloo``, ``grpo`` or one of your own."""
+
+    @property
+    def __name__(self) -> str: ...
+    @property
+    def Config(self) -> type[Any]:
+        """A frozen dataclass whose fields all have defaults; see ``AlgorithmConfig``."""
+
+    @property
+    def State(self) -> type[TrainState]:
+        """``TrainState``, or a subclass with what else the algorithm carries from update to update."""
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the update reads ``rollout.values``: the run then gives the policy a value head."""
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL penalty in the reward where a run sets none; 0 for no penalty."""
+
+    def prepare(self, rollout: Rollout, *, config: Any, axis_name: AxisName | None = None) -> Rollout:
+        """The rollout with ``advantages`` [B, T] (and ``returns``), from its rewards or scores."""
+
+    def loss(
+        self, params: Params, rollout: Rollout, key: jax.Array | None, *, policy_fn: PolicyFn, config: Any
+    ) -> tuple[Loss, Parts]:
+        """Loss and metrics of a prepared rollout, of its rows alone: nothing is summed over devices."""
+
+    def update(
+        self,
+        state: Any,
+        rollout: Rollout,
+        key: jax.Array,
+        *,
+        policy_fn: PolicyFn,
+        optimizer: optax.GradientTransformation,
+        config: Any,
+        axis_name: AxisName | None = None,
+        minibatch_sharding: Any = None,
+    ) -> tuple[Any, Metrics]:
+        """The state after the update, and metrics averaged over its optimizer steps."""

@@ -5,6 +5,7 @@ Compiled programs are kept between runs, for the scripts that tests start too.
 """
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Servers that tests start are reached directly, whatever proxy the machine has.
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+
+# The jobs in experiments/ are scripts, and modules here.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "experiments"))
 
 import jax
 import pytest

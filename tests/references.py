@@ -38,9 +38,9 @@ def kl(d, estimator):
     return {"k1": d, "k2": d * d / 2}[estimator]
 
 
-def denominator(mask, how, length=None):
+def count(mask, how, length=None):
     counted = mask.sum() if how == "token" else sum(bool(row.any()) for row in mask)
-    return max(counted, 1) * (length if how == "fixed" else 1)
+    return counted * (length if how == "fixed" else 1)
 
 
 def aggregate(per_token, mask, how, length=None):
@@ -157,7 +157,7 @@ def policy(params, tokens):
 def sft(params, batch, config):
     mask = batch.response_mask != 0
     value = aggregate(-policy(params, batch.tokens)[0], mask, config.aggregate)
-    return value, {"sft/loss": value, "sft/tokens": mask.sum()}
+    return value, {"sft/loss": value}
 
 
 def _weighted_mean(numbers, weights):
@@ -242,10 +242,14 @@ def _clipped(params, stopped, batch, advantages, config):
     surrogate, kl_term, squares, clipped, ratios = np.zeros((5, *mask.shape))
     for at in zip(*np.nonzero(mask), strict=True):
         d, a = log_probs[at] - batch.log_probs[at], advantages[at]
-        surrogate[at] = clipped_surrogate(d, a, config.clip_low, config.clip_high, config.dual_clip)
-        ratios[at] = ratio(frozen[at] - batch.log_probs[at])
-        kl_term[at] = ratios[at] * kl(log_probs[at] - batch.ref_log_probs[at], config.kl_loss_estimator)
         squares[at] = d * d / 2
+        still = frozen[at] - batch.log_probs[at]
+        if config.ratio == "sequence":
+            row, here = at[0], mask[at[0]]
+            d, still = ((x[row] - batch.log_probs[row])[here].mean() for x in (log_probs, frozen))
+        surrogate[at] = clipped_surrogate(d, a, config.clip_low, config.clip_high, config.dual_clip)
+        ratios[at] = ratio(still)
+        kl_term[at] = ratios[at] * kl(log_probs[at] - batch.ref_log_probs[at], config.kl_loss_estimator)
         clipped[at] = -a * min(max(ratios[at], 1 - config.clip_low), 1 + config.clip_high) > -a * ratios[at]
     how = config.aggregate, config.length
     weights, metrics = _importance(batch)

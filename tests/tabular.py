@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +82,18 @@ def comparisons(seed, num_rows, num_answers, length=6, absent=()):
     )
 
 
-def three_ways(update, state, batch, key, **jit_options):
+def numbers(loss):
+    """``loss`` with the values of its Means in their place: the sum of the terms, and the metrics."""
+
+    def valued(*args, **kwargs):
+        terms, metrics = loss(*args, **kwargs)
+        terms = terms if isinstance(terms, tuple) else (terms,)
+        return sum(term.value for term in terms), {name: metric.value for name, metric in metrics.items()}
+
+    return valued
+
+
+def three_ways(update, state, batch, key, check_vma=True, **jit_options):
     """Results of ``update(state, batch, key)`` on one device, under plain jit over arrays sharded over 4 devices, and
     under shard_map over the same 4. Under jit no row may move from one device to another."""
     mesh = sharding.make_mesh(4)
@@ -95,18 +107,15 @@ def three_ways(update, state, batch, key, **jit_options):
         mesh=mesh,
         in_specs=(P(), P("data"), P()),
         out_specs=P(),
-        check_vma=False,
+        check_vma=check_vma,
     )
     return one, compiled(*spread), jax.jit(mapped)(*spread)
 
 
-def assert_close(actual, expected, atol=1e-6):
+def assert_close(actual, expected, atol=1e-6, rtol=1e-5):
     """Trees of the same structure and, within ``atol``, of the same numbers."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(
-            np.asarray(a), np.asarray(b), rtol=1e-5, atol=atol, err_msg=jax.tree_util.keystr(path)
-        )
+    actual, expected = jax.tree.map(np.asarray, (actual, expected))
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def assert_identical(actual, expected):

@@ -23,13 +23,13 @@ from rlhf_jax.training import loop
 from rlhf_jax.training.stage import open_stage
 
 
-def steps(rule, **columns):
-    """The steps at which the rule raises an alert in a history; row k is that of step k, None leaves a metric out."""
+def steps(rules, columns):
+    """The steps at which rules raise an alert in a history; row k is that of step k, None leaves a metric out."""
     history = [
         {"step": step} | {name: value for name, value in zip(columns, row, strict=True) if value is not None}
         for step, row in enumerate(zip(*columns.values(), strict=True))
     ]
-    return [alert.step for alert in alerts.check(alerts.parse(["none", rule]), history)]
+    return [alert.step for alert in alerts.check(alerts.parse(["none", *rules]), history)]
 
 
 # --- Rules ----------------------------------------------------------------------------------------------------------
@@ -42,52 +42,79 @@ def steps(rule, **columns):
         ("x<2", [2, 1], [1]),
         ("x > -1e-3", [-1, 0], [1]),
         ("x > 2 for 2", [3, 1, 3, 3, 3, 1, 3, 3], [3, 7]),
-        ("x > 2 for 2", [3, None, 3, None], [2]),  # rows that do not record it do not count
+        ("x > 2 for 2", [3, None, math.nan, 3], [3]),  # rows that record no number do not count
+        ("x > 2", [math.inf, -math.inf], [0]),
         ("mean 2 of x > 2", [9, 0, 3, 2], [1, 3]),  # 4.5, 1.5, 2.5; nothing in the first row
         ("x > 2x first", [2, 4, 5], [2]),
-        ("x > 2x first", [0, 4, 5], []),
-        ("x < 0.5x max", [1, 4, 2, 1.9], [3]),
-        ("x > min + 1", [3, 2, 3, 3.5], [3]),
-        ("x < max - 0.5 gain", [1, 5, 3, 2.9], [3]),  # max 5, first 1: below 3
-        ("x > max", [1, 2, 2, 3], [1, 3]),  # of the rows before
-        ("mean 2 of x < first", [1, 3, 1, 2], [3]),  # the first mean is 2; then 2, 1.5
-        ("x is not finite", [1, math.nan, math.inf, 1, -math.inf], [1, 4]),
-        ("x > 2", [math.nan, 3], [1]),
-        ("x > 2x max", [1, math.inf, 1.5, 3.5], [1, 3]),  # what is not finite is no reference
-        # Second differences of 0 1 0 1 are -2 and 2: sd = sqrt(8 / 12) = 0.816, and max - 2 sd is -0.633.
-        ("x < max - 2 sd", [0, 1, 0, 1, -0.63], []),
-        ("x < max - 2 sd", [0, 1, 0, 1, -0.64], [4]),
-        ("x < max - 2 sd", [0, 1, math.nan, 0, 1, -0.64], [5]),
-        ("x < max - 1 sd", [0, 1, 2, 3, 2.9], [4]),  # a straight line has no noise
-        ("x < max - 1 sd", [5, 4, 3], []),  # nobody knows the noise before there are three rows
+        ("x < 2x first", [2, 3], [1]),  # nothing to compare the first row with
+        ("x > 2x first", [0, 4, 5], []),  # a multiple of 0 is no threshold
+        ("mean 2 of x < 1x first", [1, 3, 1, 2], [3]),  # the first mean is 2; then 2, 1.5
     ],
 )
 def test_a_rule_about_one_metric(rule, values, expected):
-    assert steps(rule, x=values) == expected
+    assert steps([rule], {"x": values}) == expected
 
 
-def test_a_rule_about_several_metrics():
-    assert steps("x / y > 2", x=[1, 5, 6], y=[1, 2, 4]) == [1]
-    assert steps("x / y > 2", x=[1], y=[0]) == []  # no number is above 2
-    assert steps("x > 1 and y < 1", x=[2, 0, 2], y=[1, 0, 0]) == [2]
-    # Asked where all are recorded; what a mean and a maximum are of is seen in the other rows too.
-    assert steps("x > 1 and y < 0.5x max", x=[2, None, 2], y=[1, 8, 3]) == [2]
-    assert steps("mean 2 of x > 1 and y > 0", x=[3, 0, 0], y=[None, None, 1]) == []
+RAMP = [*np.linspace(0, 1, 41)]  # without noise
+NOISE = [(-1.0) ** step for step in range(40)]  # without a trend; sd 1.63
 
 
-def test_what_a_metric_was_when_another_was_at_its_best():
-    assert steps("x > peak of y + 1", x=[1, 2, 3.5, 2.5, 3.2], y=[1, 3, 2, 3, 2]) == [2, 4]  # y's is 3, where x is 2
-    assert steps("x > peak of y", x=[1, 2], y=[None, None]) == []
+@pytest.mark.parametrize(
+    ("name", "before", "silent", "raising", "rows"),
+    [
+        ("non-finite update", {"nonfinite": []}, [0], [1], 1),
+        ("KL explosion", {"objective/kl": [], "response/length": []}, [20, 10], [20.1, 10], 3),
+        ("entropy collapse", {"objective/entropy": [20], "response/length": [10]}, [0.51, 5], [0.49, 5], 5),
+        ("reward collapse", {"objective/score": RAMP}, [0.51], [0.49], 5),  # means from 0.05 to 0.95
+        ("reward collapse", {"objective/score": NOISE}, [-6.1], [-6.4], 5),
+        ("value-loss explosion", {"value/loss": [3, 1, 2, 1, 3]}, [39.9], [40.1], 5),
+        ("degenerate text", {"response/repetition": [0.1]}, [0.39], [0.41], 3),
+        # The judge falls from 1; the score stood at 1 at the judge's best.
+        ("reward hacking", {"validation/judge": RAMP, "validation/score": RAMP}, [0.971, 2], [0.969, 2], 1),
+        ("reward hacking", {"validation/judge": NOISE, "validation/score": [0] * 40}, [-0.62, 1], [-0.65, 1], 1),
+        ("reward hacking", {"validation/judge": RAMP, "validation/score": [*NOISE, 1]}, [0, 9.1], [0, 9.3], 1),
+        (
+            "reward hacking",
+            {"validation/judge": [*RAMP, 0.99], "validation/score": [*RAMP, 1.5]},
+            [0, 1.1],
+            [0, 1.3],
+            1,
+        ),
+    ],
+)
+def test_the_threshold_of_a_default_rule(name, before, silent, raising, rows):
+    """Just below it there is no alert; just above it there is one, in the last row that the rule asks for."""
+    length = len(next(iter(before.values())))
+
+    def with_rows(values, count):
+        return {
+            metric: earlier + [value] * count for (metric, earlier), value in zip(before.items(), values, strict=True)
+        }
+
+    assert steps([name], with_rows(silent, rows)) == []
+    assert steps([name], with_rows(raising, rows - 1)) == []
+    assert steps([name], with_rows(raising, rows)) == [length + rows - 1]
+
+
+def test_default_rules_are_on_until_none_and_can_stop():
+    assert [rule.name for rule in alerts.parse(["x > 1"])] == [*alerts.DEFAULTS, "x > 1"]
+    assert {rule.action for rule in alerts.parse([])} == {"log"}
+    stopping = {rule.name: rule.action for rule in alerts.parse(["reward hacking: stop"])}
+    assert stopping == dict.fromkeys(alerts.DEFAULTS, "log") | {"reward hacking": "stop"}
+
+
+def test_names_may_hold_colons():
+    (rule,) = alerts.parse(["none", " mean 3 of reward/count:e > 0.5x first for 2 : stop "])
+    assert (rule.metrics, rule.rows, rule.action) == (("reward/count:e",), 2, "stop")
+    (rule,) = alerts.parse(["none", "reward/count:e > 3"])
+    assert (rule.metrics, rule.rows, rule.action) == (("reward/count:e",), 1, "log")
 
 
 def test_the_message_has_the_numbers():
-    (alert,) = alerts.check(
-        alerts.parse(["none", "x / y > 2x first and x is not finite: stop"]),
-        [{"step": 3, "x": 1.0, "y": 4.0}, {"step": 7, "x": math.inf, "y": 2.0}],
-    )
-    assert alert == alerts.Alert(
-        7, *["x / y > 2x first and x is not finite: stop"] * 2, "stop", "x / y is inf > 0.5, x is inf"
-    )
+    rule = "mean 2 of x > 2x first: stop"
+    history = [{"step": step, "x": x} for step, x in ((3, 1.0), (5, 1.0), (7, 4.0))]
+    (alert,) = alerts.check(alerts.parse(["none", rule]), history)
+    assert alert == alerts.Alert(7, "mean 2 of x > 2x first", rule, "stop", "mean 2 of x is 2.5 > 2")
 
 
 VALUES = st.lists(st.sampled_from([0.0, 1.0, 2.0, 5.0, math.nan, math.inf]), max_size=30)
@@ -96,29 +123,22 @@ VALUES = st.lists(st.sampled_from([0.0, 1.0, 2.0, 5.0, math.nan, math.inf]), max
 @settings(deadline=None, derandomize=True)
 @given(VALUES, st.integers(0, 30))
 def test_a_history_in_two_parts_gives_the_same_alerts(values, cut):
-    rules = alerts.parse(
-        ["none", "x > 1", "mean 3 of x > first for 2", "x < max - 0.5 gain", "x > min + 1 sd", "x is not finite"]
-    )
-    history = [{"step": step, "x": value} for step, value in enumerate(values)]
-    watches, found = alerts.replay(rules, history[:cut])
+    rules = alerts.parse(["x > 1", "mean 3 of x > 1x first for 2"])
+    history = [{"step": step, "x": value, "objective/score": value} for step, value in enumerate(values)]
+    watches, raised = alerts.replay(rules, history[:cut])
     for row in history[cut:]:
-        watches, raised = alerts.observe(watches, row)
-        found += raised
-    assert found == alerts.check(rules, history)
+        watches, more = alerts.observe(watches, row)
+        raised += more
+    assert raised == alerts.check(rules, history)
 
 
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("objective/kl", "no condition"),
-        ("objective/kl >= 5", "'= 5' is no threshold"),
-        ("objective/kl > high", "'high' is no threshold"),
-        ("objective/kl > max - 3 sigma", "no threshold"),
+        *((rule, "is no rule: expected METRIC < NUMBER") for rule in ("", "objective/kl", "objective/kl >= 5")),
+        *((f"objective/kl > {end}", "is no rule") for end in ("high", "max - 3 sd", "5 for 0", "5 and x > 1")),
+        ("mean 0 of objective/kl > 5", "is no rule"),
         ("objective/kl > 5: halt", "log or stop, got 'halt'"),
-        ("objective/kl > 5 for 0", "at least 1 row, got 0"),
-        ("mean 0 of objective/kl > 5", "at least 1 row, got 0"),
-        ("objective/kl > 5 and", "'5 and' is no threshold"),
-        ("", "is no rule"),
     ],
 )
 def test_what_is_no_rule_is_quoted(rule, message):
@@ -127,20 +147,13 @@ def test_what_is_no_rule_is_quoted(rule, message):
     assert repr(rule) in str(error.value)
 
 
-def test_names_may_hold_colons_and_the_defaults_are_on():
-    (rule,) = alerts.parse(["none", " reward/count:e / response/length > 0.5x max for 2 : stop "])
-    assert (rule.metrics, rule.rows, rule.action) == (("reward/count:e", "response/length"), 2, "stop")
-    assert [rule.name for rule in alerts.parse(["x > 1"])] == [*alerts.DEFAULTS, "x > 1"]
-    assert {rule.action for rule in alerts.parse([])} == {"log"}
-
-
 def test_a_metric_that_is_never_recorded():
     names = {"objective/kl", "objective/score", "loss", "validation/score"}
 
     def check(*entries):
         return alerts.check_metrics(alerts.parse(entries), names)
 
-    assert check("objective/kl > 5", "loss / objective/kl > 5") == []
+    assert check("objective/kl > 5") == []
     for rule, near in (
         ("objective/kll > 5", "objective/kl"),
         ("los > 5", "loss"),
@@ -149,7 +162,7 @@ def test_a_metric_that_is_never_recorded():
         with pytest.raises(UserError, match=f"'{rule}' never comes true: .* nearest that it does is {near}"):
             check(rule)
     # One YAML serves all stages of a pipeline.
-    assert len(check("sft/loss > 5", "validation/judge < 1 and dpo/loss > 1")) == 3
+    assert len(check("sft/loss > 5", "validation/judge < 1", "reward hacking: stop")) == 3
 
 
 def test_rules_on_the_command_line_and_in_yaml(tmp_path):
@@ -245,7 +258,7 @@ def test_a_rule_of_a_metric_that_the_stage_lacks_ends_the_run_at_once(config, ca
 def test_a_non_finite_update_leaves_its_alert(config):
     with pytest.raises(TrainingFault, match="not finite at step 2"):
         run(config, losses=[1, 1, math.nan, 1])
-    assert raised(config) == [(2, "nonfinite > 0")]
+    assert raised(config) == [(2, "non-finite update")]
 
 
 # --- On the page ----------------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ import pytest
 import references
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tabular import VOCAB_SIZE, comparisons, policy_fn, policy_params, rollout, score_fn
+from tabular import VOCAB_SIZE, comparisons, numbers, policy_fn, policy_params, rollout, score_fn
 
 from rlhf_jax import dpo, grpo, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.config import RLStage
 from rlhf_jax.training import rl
-from rlhf_jax.types import Demonstrations, PolicyOutput, TrainState
+from rlhf_jax.types import Demonstrations, PolicyOutput
 
 ROWS, LENGTH = 8, 4
 FIXED = {"aggregate": "fixed", "length": LENGTH}
@@ -123,6 +123,7 @@ CASES = {
         grpo.Config(group_size=2, aggregate="token", eps=0.1, clip_high=0.3, dual_clip=2.0, kl_loss_estimator="k2"),
         dense,
     ),
+    "gspo": (grpo, grpo.Config(group_size=4, ratio="sequence", clip_low=3e-4, clip_high=0.3, entropy_coef=0.1), scored),
     "dpo": (dpo, dpo.Config(), PAIRS),
     "dpo smoothed": (dpo, dpo.Config(label_smoothing=0.2), functools.partial(PAIRS, best=True, weight=True)),
     "dpo robust": (dpo, dpo.Config(kind="robust", label_smoothing=0.2), functools.partial(PAIRS, weight=True)),
@@ -166,13 +167,22 @@ def value_and_gradient(name):
         batch = batch.replace(**{k: poisoned(x) for k, x in fields.items() if k in POISONED and x is not None})
         model = {"score_fn": score} if algorithm is reward_model else {"policy_fn": policy}
         if algorithm in SLOW_WITH_STOPPED:
-            batch = algorithm.prepare(batch, config)
-        return algorithm.loss(params, batch, None, **model, config=config)
+            batch = algorithm.prepare(batch, config=config)
+        return numbers(algorithm.loss)(params, batch, None, **model, config=config)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-FAST = {"sft sequence", "pairs", "vpg token", "ppo fixed", "rloo token", "dr grpo", "dpo smoothed"}  # one of each
+FAST = {
+    "sft sequence",
+    "pairs",
+    "vpg token",
+    "ppo fixed",
+    "rloo token",
+    "dr grpo",
+    "gspo",
+    "dpo smoothed",
+}  # one of each
 
 
 @pytest.mark.parametrize(
@@ -208,7 +218,7 @@ def test_loss_metrics_and_gradient_equal_a_loop(name, seed, scale):
 def test_defaults_are_those_of_the_papers():
     """Ziegler et al. 2019 (PPO), Ahmadian et al. 2024 (RLOO), Shao et al. 2024 (GRPO), jRLHF (VPG)."""
     shared = {"num_minibatches": 1, "shuffle_blocks": 1, "num_microbatches": 1, "entropy_coef": 0.0, "length": None}
-    clip = {**shared, "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
+    clip = {**shared, "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "ratio": "token"}
     no_kl = {"kl_loss_coef": 0.0, "kl_loss_estimator": "k2"}  # it is in the reward
     value = {"value_clip": 0.2, "value_coef": 0.1, "gamma": 1.0, "gae_lambda": 0.95}
     white = {"whiten_advantages": True, "whiten_rewards": False}
@@ -236,7 +246,7 @@ def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations(
     batch = batch.replace(
         ref_log_probs=batch.log_probs - math.log(2), rewards=None, scores=jnp.array([1.0, 2.0, math.nan])
     )
-    loop = rl.LoopState.create(TrainState.create(policy_params(0), optimizer), 0.15)
+    loop = rl.LoopState.create(vpg.State.create(policy_params(0), optimizer), 0.15)
     learn = functools.partial(rl.learn, algorithm=vpg, algorithm_config=vpg.Config(), policy_fn=policy_fn)
     loop, metrics = jax.jit(functools.partial(learn, optimizer=optimizer, config=RLStage(kl_target=0.5)))(
         loop, batch, jax.random.key(0)
@@ -244,4 +254,4 @@ def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations(
     np.testing.assert_allclose(metrics["objective/kl"], 2.5 * math.log(2), rtol=1e-6)
     np.testing.assert_allclose(metrics["objective/reward"], 1.5 - 0.15 * 2.5 * math.log(2), rtol=1e-6)
     np.testing.assert_allclose(loop.kl_coef, 0.15 * 1.02, rtol=1e-6)
-    np.testing.assert_allclose(loop.baseline, 0.1 * (1.5 - 0.15 * 2.5 * math.log(2)), rtol=1e-5)
+    np.testing.assert_allclose(loop.train.baseline, 0.1 * (1.5 - 0.15 * 2.5 * math.log(2)), rtol=1e-5)

@@ -1,26 +1,20 @@
 """Generated word problems, the reward that checks their answers, and policies that learn to solve them."""
 
 import collections
-import importlib.util
 import json
 import os
 import re
 from pathlib import Path
 
+import arithmetic
 import pytest
-from test_scripts import rows, run
+from test_scripts import ROOT, rows, run
 
-from rlhf_jax.data import arithmetic, readers
+from rlhf_jax.data import readers
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import inputs
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("RLHF_JAX_DATA")
 real = pytest.mark.skipif(DATA is None, reason="RLHF_JAX_DATA names no folder of public data files")
-
-spec = importlib.util.spec_from_file_location("answers", ROOT / "experiments" / "answers.py")
-answers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(answers)
 
 
 # The generator
@@ -48,7 +42,8 @@ def test_answers_are_right_by_the_words_of_the_problem(tmp_path):
 def test_no_two_problems_are_the_same_so_that_what_is_held_out_is_new(tmp_path):
     arithmetic.write(tmp_path)
     result = readers.read_prompts(tmp_path / "prompts.json")
-    assert len({row.prompt for row in result.rows}) == result.kept == arithmetic.NUM_PROMPTS
+    assert len({row.prompt for row in result.rows}) == result.kept == 4000
+    assert {type(row.columns["answer"]) for row in result.rows} == {int}
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
@@ -66,17 +61,6 @@ def test_every_problem_can_be_had_and_no_more(tmp_path):
         arithmetic.write(tmp_path, num_prompts=number + 1, largest=3)
     with pytest.raises(UserError, match="largest: expected at least 3, got 2"):
         arithmetic.write(tmp_path, largest=2)
-
-
-def test_data_arithmetic_is_prompts_with_answers_and_nothing_else():
-    result = inputs.read("prompts", (), ("arithmetic",), seed=0)
-    assert {type(row.columns["answer"]) for row in result.rows} == {int}
-    assert list(result.fingerprints) == ["arithmetic/prompts.json"]
-    assert inputs.read("prompts", (), ("arithmetic",), seed=1).fingerprints != result.fingerprints
-    with pytest.raises(UserError, match="--data arithmetic: this generated corpus has prompts alone, and demonstra"):
-        inputs.read("demonstrations", (), ("arithmetic",), seed=0)
-    with pytest.raises(UserError, match="`arithmetic` cannot be mixed with files"):
-        inputs.read("prompts", (), ("arithmetic", "mine.json"), seed=0)
 
 
 # The reward
@@ -111,7 +95,7 @@ def test_data_arithmetic_is_prompts_with_answers_and_nothing_else():
     ],
 )
 def test_the_last_number_is_compared(response, answer, score):
-    assert answers.correct(["?"], [response], answer=[answer]) == [score]
+    assert arithmetic.correct(["?"], [response], answer=[answer]) == [score]
 
 
 @pytest.mark.parametrize("source", ["generated", pytest.param("real", marks=real)])
@@ -122,41 +106,45 @@ def test_gold_solutions_are_right_and_those_of_the_next_question_mostly_not(sour
         lines = Path(DATA, "gsm8k", "test_first660.jsonl").read_text("utf-8").splitlines()
         gold = [json.loads(line)["answer"] for line in lines]
         assert len(gold) == 660
-    assert answers.correct(gold, gold, answer=gold) == [1.0] * len(gold)
-    shifted = answers.correct(gold, gold, answer=gold[1:] + gold[:1])
+    assert arithmetic.correct(gold, gold, answer=gold) == [1.0] * len(gold)
+    shifted = arithmetic.correct(gold, gold, answer=gold[1:] + gold[:1])
     assert sum(shifted) < 0.05 * len(gold)
 
 
 def test_a_number_is_digits_alone():
     responses = ["7", " 12 ", "-3", "7.5", "seven", "", "1 2", "7.", "٤٢"]
-    assert answers.is_number(["?"] * 9, responses) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert arithmetic.is_number(["?"] * 9, responses) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 # The policies
 
 
 def validations(script, tmp_path, *flags):
-    """The rows of metrics.jsonl with a validation, by step."""
+    """The rows of metrics.jsonl with a validation, by step; the problems are written by the script, as a user does."""
     folder = tmp_path / "run"
-    run(script, "--config", ROOT / "configs" / "arithmetic.yaml", "--output-dir", folder, *flags)
+    run("arithmetic", tmp_path / "problems")
+    given = ("--data", tmp_path / "problems", "--output-dir", folder, *flags)
+    run(script, "--config", ROOT / "configs" / "arithmetic.yaml", *given)
     return {row["step"]: row for row in rows(folder) if "validation/score" in row}
 
 
 @pytest.mark.parametrize(
-    "script", [pytest.param("grpo", marks=pytest.mark.slow), pytest.param("rloo", marks=pytest.mark.soak)]
+    ("script", "seed", "iterations", "is_number", "correct"),
+    [
+        pytest.param("grpo", 0, 100, 0.9, 0.05, marks=pytest.mark.slow),
+        pytest.param("rloo", 0, 100, 0.9, 0.05, marks=pytest.mark.soak),
+        *(
+            pytest.param(script, seed, 1000, 0.9, 0.9, marks=pytest.mark.soak)
+            for script in ("grpo", "rloo")
+            for seed in range(3)
+        ),
+    ],
 )
-def test_a_policy_learns_to_answer_with_numbers_first(script, tmp_path):
-    found = validations(script, tmp_path, "--rl.num-iterations", 100)
-    assert found[0]["validation/reward/is_number"] < 0.1
-    assert found[0]["validation/reward/correct"] < 0.05
-    assert found[100]["validation/reward/is_number"] > 0.9
-    assert found[100]["validation/reward/correct"] > 0.05
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("script", ["grpo", "rloo"])
-def test_a_policy_solves_the_problems(script, seed, tmp_path):
-    found = validations(script, tmp_path, "--seed", seed)
-    assert found[0]["validation/reward/correct"] < 0.05
-    assert found[1000]["validation/reward/correct"] > 0.9
+def test_a_policy_learns_to_answer_with_numbers_and_then_with_the_right_ones(
+    script, seed, iterations, is_number, correct, tmp_path
+):
+    by_step = validations(script, tmp_path, "--rl.num-iterations", iterations, "--seed", seed)
+    assert by_step[0]["validation/reward/is_number"] < 0.1
+    assert by_step[0]["validation/reward/correct"] < 0.05
+    assert by_step[iterations]["validation/reward/is_number"] > is_number
+    assert by_step[iterations]["validation/reward/correct"] > correct

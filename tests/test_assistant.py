@@ -13,7 +13,7 @@ import pytest
 from test_scripts import ROOT, rows, run
 from test_sentiment import tiny_llama
 
-from rlhf_jax.data import readers
+from rlhf_jax.data import formats
 from rlhf_jax.evaluation import evaluate
 
 CONFIG = ROOT / "configs" / "assistant.yaml"
@@ -55,18 +55,18 @@ def published(folder, count):
 def test_the_published_files_become_the_pipelines(tmp_path):
     published(tmp_path / "published", 300)
     write(tmp_path / "published", tmp_path / "data")
-    demonstrations = readers.read_demonstrations(str(tmp_path / "data" / "sft_data.json")).rows
+    demonstrations = formats.read("demonstrations", str(tmp_path / "data" / "sft_data.json")).rows
     assert len(demonstrations) == 900
     assert [(row.prompt, row.response) for row in demonstrations[:2]] == [("a a", " b"), ("a a\nc", " d")]
     assert (demonstrations[600].prompt, demonstrations[600].response) == ("a z", " e")
-    pairs = readers.read_pairs(str(tmp_path / "data" / "preference_data.json")).rows
+    pairs = formats.read("pairs", str(tmp_path / "data" / "preference_data.json")).rows
     assert [(pair.prompt, pair.chosen, pair.rejected) for pair in (pairs[0], pairs[300])] == [
         ("a 0", " a", " b b"),
         ("a 0\n\nAssistant: b\n\nHuman: c", " a", " b b"),
     ]
     assert len(pairs) == 600
     train, heldout = (
-        [row.prompt for row in readers.read_prompts(str(tmp_path / "data" / name)).rows]
+        [row.prompt for row in formats.read("prompts", str(tmp_path / "data" / name)).rows]
         for name in ("prompts.json", "heldout_prompts.json")
     )
     assert (len(train), len(heldout), set(train) & set(heldout)) == (44, 256, set())

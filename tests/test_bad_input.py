@@ -17,7 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from rlhf_jax import cli, models
-from rlhf_jax.data import batches, encoding, readers, tokenizers
+from rlhf_jax.data import batches, encoding, formats, tokenizers
+from rlhf_jax.data.rows import Demonstration
 from rlhf_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,15 +57,36 @@ def model_folder(name="model", alphabet="ab", head=None):
         (Path(name) / file).write_bytes(content)
 
 
-def broken_model(change, **made):
+def yaml(content):
+    return write(bad__yaml=content)
+
+
+def model(change=None, **made):
     """A model's folder after ``change(folder)``, and a row of data."""
 
     def make():
         model_folder(**made)
-        change(Path("model"))
+        if change is not None:
+            change(Path("model"))
         write(data__json=f"[{ROW}]")()
 
     return make
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def put(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def settings(content):
+    return put("tokenizer_config.json", content)
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
 def edit(name, **changes):
@@ -105,280 +127,64 @@ MODEL = ("sft", "--data", "data.json", "--model", "model")
 PROMPTS = ("ppo", "--data", "prompts.txt", "--reward", "count:a", "--rl.max-new-tokens", "4", *SMALL, *LETTERS)
 CONFIG = ("ppo", "--config", "bad.yaml")
 
-# What is wrong, how it is made, how the script is called, what it says.
+# What is wrong, how it is made, how the script is called, what it says. More of data: test_files and test_formats.
+LONG = '{"prompt": "abab", "response": "abab"}'
+BATCH = (*DATA, "--sft.batch-size", "30", "--sft.num-microbatches", "3")
+GROUPS = ("grpo", *PROMPTS[1:], "--rl.batch-size", "16", "--grpo.group-size", "6")
+TWO_MODELS = ("ppo", "--data", "prompts.txt", "--model", "policy", "--reward", "other", "--rl.max-new-tokens", "4")
+ONE_ROW = write(data__json=f"[{ROW}]")
+# fmt: off
 MISTAKES = [
     ("no data", write(), ("sft",), "no data: give --data FILE"),
-    (
-        "misspelt file",
-        write(data__json="[]"),
-        ("sft", "--data", "dta.json"),
-        "dta.json: no such file; did you mean data",
-    ),
+    ("misspelt file", write(data__json="[]"), ("sft", "--data", "dta.json"), "dta.json: no such file; did you mean da"),
     ("misspelt corpus", write(), ("sft", "--data", "dmo"), "--data dmo: no such file; did you mean demo, which is gen"),
     ("rows in place of a file", write(), ("sft", "--data", f"[{ROW * 20}]"), ": no such file"),
     ("folder without the file", lambda: Path("d").mkdir(), ("sft", "--data", "d"), "d: this folder has no sft_data"),
     ("empty file", write(data__json=""), DATA, "data.json: is empty"),
-    ("empty list", write(data__json="[ ]"), DATA, "data.json: is an empty list"),
-    ("header alone", write(data__csv="prompt,response\n"), ("sft", "--data", "data.csv"), "data.csv: holds no rows"),
-    (
-        "cut list",
-        write(data__json=f'[\n{ROW},\n{{"prompt": "a", "resp'),
-        DATA,
-        "data.json, line 3: the file is cut off inside the row that starts here",
-    ),
-    ("cut lines", write(data__json=f'{ROW}\n\n{{"prompt": "a"'), DATA, "data.json, line 3: not valid JSON, expecting"),
+    ("cut list", write(data__json=f'[\n{ROW},\n{{"promp'), DATA, "data.json, row 2: not valid JSON, unterminated stri"),
     ("cut gzip", write(data__json=gzip.compress(b"[1, 2]", mtime=0)[:-9]), DATA, "data.json: broken gzip file"),
-    ("wrong syntax", write(data__json=f"[\n{ROW}\n{ROW}]"), DATA, "data.json, line 3: expected ',' or ']' after a row"),
-    (
-        "brackets without end",
-        write(data__json='{"a": ' + "[" * 200_000),
-        DATA,
-        "line 1: not valid JSON, nested too deep",
-    ),
-    (
-        "list without end",
-        write(data__json=f"[{ROW},\n" + "[" * 200_000),
-        DATA,
-        "line 2: not valid JSON, nested too deep",
-    ),
-    (
-        "endless number",
-        write(data__json=f'[{ROW},\n{{"a": {"9" * 5000}}}]'),
-        DATA,
-        "line 2: not valid JSON, a number has",
-    ),
-    ("endless number in lines", write(data__json=f"{ROW}\n{'9' * 5000}"), DATA, "line 2: not valid JSON, a number has"),
-    (
-        "Latin-1",
-        write(data__json=f'[{ROW},\n"é"]'.encode("latin-1")),
-        DATA,
-        "line 2: byte 0xe9 is not UTF-8, which is ex",
-    ),
-    (
-        "Latin-1 after a byte order mark",
-        write(data__json=b"\xef\xbb\xbf" + f'[{ROW},\n"é"]'.encode("latin-1")),
-        DATA,
-        "data.json, line 2: byte 0xe9 is not UTF-8, which is expected",
-    ),
-    ("UTF-16", write(data__json=f"[{ROW}]".encode("utf-16")), DATA, "data.json: is UTF-16; UTF-8 is expected"),
-    ("UTF-16 without a mark", write(data__json=f"[{ROW}]".encode("utf-16-le")), DATA, "is UTF-16; UTF-8 is expected"),
-    (
-        "misspelt key",
-        write(data__json=f'[\n{ROW},\n{{"prompt": "a", "respnse": "b"}}]'),
-        DATA,
-        "data.json, line 3: expected keys prompt, response, found prompt, respnse; did you mean 'response' by ",
-    ),
-    (
-        "pairs for SFT's form",
-        write(data__json=f"[{ROW}]"),
-        PAIRS,
-        "expected keys prompt, chosen, rejected, found prompt, r",
-    ),
-    (
-        "number for text",
-        write(data__json='[{"prompt": "a", "response": 3}]'),
-        DATA,
-        "line 1: 'response' must be a string",
-    ),
-    (
-        "list for a row",
-        write(data__json=f"[{ROW},\n[1]]"),
-        DATA,
-        "line 2: expected an object with keys prompt, response",
-    ),
-    ("empty response", write(data__json='[\n{"prompt": "a", "response": " "}]'), DATA, "line 2: 'response' is empty"),
-    (
-        "cells without header",
-        write(data__csv="prompt\na,b\n"),
-        ("sft", "--data", "data.csv"),
-        "line 2: 2 cells under a",
-    ),
-    (
-        "deep cell",
-        write(data__csv="best\n" + "[" * 200_000),
-        ("reward_model", "--data", "data.csv"),
-        "'best' holds JSON",
-    ),
-    (
-        "only identical pairs",
-        write(data__json=json.dumps([SAME, SAME])),
-        PAIRS,
-        "data.json: no usable row: 2 dropped (chosen and rejected are identical)",
-    ),
-    (
-        "target beyond float32",
-        write(data__json=json.dumps([{"prompt": "p", "responses": ["a"], "targets": [10**400]}])),
-        PAIRS,
-        "data.json, line 1: 'targets' must hold numbers, found a number that is too large",
-    ),
-    (
-        "prompt longer than the context",
-        write(prompts__txt="ab\nabababab\n"),
-        PROMPTS,
-        "prompts.txt, line 2: the prompt has 8 tokens, more than the 4 allowed; shorten it, or set too_long to",
-    ),
-    (
-        "text longer than the context",
-        write(data__json=f'[{ROW},\n{{"prompt": "abab", "response": "abab"}}]'),
-        (*DATA, *SMALL, *LETTERS),
-        "data.json, line 2: a prompt of 4 and a response of 5 tokens (EOS included) make 9, more than max_length 8",
-    ),
-    (
-        "response fills the context",
-        write(prompts__txt="a"),
-        (*PROMPTS, "--rl.max-new-tokens", "8"),
-        "leaves no room for a",
-    ),
-    (
-        "token ids of another tokenizer",
-        token_ids,
-        (*PAIRS, "--model", "model"),
-        "data.json, line 1: holds the token id 99, but the tokenizer has ids up to 3 only",
-    ),
+    ("Latin-1", write(data__json='"é"'.encode("latin-1")), DATA, "data.json, line 1: byte 0xe9 is not UTF-8, which is"),
+    ("misspelt key", write(data__json='[{"prompt": "a", "respnse": "b"}]'), DATA, "did you mean 'response' by 'respns"),
+    ("only identical pairs", write(data__json=json.dumps([SAME])), PAIRS, "no usable row: 1 dropped (chosen and rejec"),
+    ("long prompt", write(prompts__txt="ab\nabababab\n"), PROMPTS, "line 2: the prompt has 8 tokens, more than the 4"),
+    ("long text", write(data__json=LONG), (*DATA, *SMALL, *LETTERS), "line 1: a prompt of 4 and a response of 5 token"),
+    ("response fills the context", write(prompts__txt="a"), (*PROMPTS, "--rl.max-new-tokens", "8"), "leaves no room f"),
+    ("token ids of another tokenizer", token_ids, (*PAIRS, "--model", "model"), "row 1: holds the token id 99, but th"),
     # Settings
-    (
-        "misspelt key in YAML",
-        write(bad__yaml="ppo:\n  clip_lo: 1"),
-        CONFIG,
-        "bad.yaml, line 2: unknown key ppo.clip_lo; did you mean clip_low?",
-    ),
-    ("wrong value in YAML", write(bad__yaml="seed: x"), CONFIG, "bad.yaml, line 1: seed must be an int, found 'x'"),
-    (
-        "YAML in Latin-1",
-        write(bad__yaml="seed: 1\nmodel: é".encode("latin-1")),
-        CONFIG,
-        "bad.yaml, line 2: not UTF-8, which",
-    ),
-    ("YAML without end", write(bad__yaml="data: [a"), CONFIG, "bad.yaml, line 1: not valid YAML"),
-    ("no character", write(bad__yaml='model: "\\UFFFFFFFF"'), CONFIG, "bad.yaml: not valid YAML"),
-    ("wrong tag", write(bad__yaml="seed: !!bool maybe"), CONFIG, "bad.yaml, line 1: seed must be an int, found maybe"),
-    (
-        "a call in YAML",
-        write(bad__yaml="model: !!python/object/apply:os.getcwd []"),
-        CONFIG,
-        "bad.yaml, line 1: model must",
-    ),
+    ("misspelt key in YAML", yaml("ppo:\n  clip_lo: 1"), CONFIG, "line 2: unknown key ppo.clip_lo; did you mean clip_"),
+    ("wrong value in YAML", yaml("seed: x"), CONFIG, "bad.yaml, line 1: seed must be an int, found 'x'"),
+    ("YAML in Latin-1", yaml("seed: 1\nmodel: é".encode("latin-1")), CONFIG, "bad.yaml, line 2: not UTF-8, which"),
+    ("YAML without end", yaml("data: [a"), CONFIG, "bad.yaml, line 1: not valid YAML"),
+    ("no character", yaml('model: "\\UFFFFFFFF"'), CONFIG, "bad.yaml: not valid YAML"),
+    ("wrong tag", yaml("seed: !!bool maybe"), CONFIG, "bad.yaml, line 1: seed must be an int, found maybe"),
+    ("a call in YAML", yaml("model: !!python/object/apply:os.getcwd []"), CONFIG, "bad.yaml, line 1: model must"),
     ("missing YAML", write(), CONFIG, "bad.yaml: no such file (given by --config)"),
     ("misspelt flag", write(), ("ppo", "--ppo.clip-lo", "0.1"), "--ppo.clip-low"),
     ("value of a flag", write(), ("ppo", "--ppo.clip-low", "much"), "--ppo.clip-low"),
-    (
-        "batch that does not divide",
-        write(data__json=f"[{ROW}]"),
-        (*DATA, "--sft.batch-size", "30", "--sft.num-microbatches", "3"),
-        "sft.batch_size 30 does not divide by 4 devices; use 24 or 36",
-    ),
-    (
-        "groups that do not divide",
-        write(prompts__txt="a"),
-        ("grpo", *PROMPTS[1:], "--rl.batch-size", "16", "--grpo.group-size", "6"),
-        "rl.batch_size 16 does not divide by 6 answers to one prompt (grpo.group_size); use 12 or 24",
-    ),
+    ("batch", ONE_ROW, BATCH, "sft.batch_size 30 does not divide by 4 devices; use 24 or 36"),
+    ("groups", write(prompts__txt="a"), GROUPS, "rl.batch_size 16 does not divide by 6 answers to one prompt (grpo.gr"),
     # Models
-    (
-        "no model",
-        write(data__json=f"[{ROW}]"),
-        (*DATA, "--model", "a/b/c"),
-        "a/b/c: no such folder, nor a name on the Hug",
-    ),
-    (
-        "no config.json",
-        broken_model(lambda folder: (folder / "config.json").unlink()),
-        MODEL,
-        "model/config.json: no such",
-    ),
-    (
-        "no weights",
-        broken_model(lambda folder: (folder / "model.safetensors").unlink()),
-        MODEL,
-        "model/model.safetensors: no such file",
-    ),
-    (
-        "no tokenizer",
-        broken_model(lambda folder: (folder / "tokenizer.json").unlink()),
-        MODEL,
-        "model: holds neither tokenizer.json nor vocab.json with merges.txt",
-    ),
-    (
-        "pickled weights",
-        broken_model(lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin")),
-        MODEL,
-        "pytorch_model.bin is a pickle, which is never read: save it as safetensors first",
-    ),
-    (
-        "model type",
-        broken_model(edit("config.json", model_type="gpt_neox")),
-        MODEL,
-        "model/config.json: model_type is 'gpt_neox'; the supported ones are: gpt2, llama",
-    ),
-    ("cut config.json", broken_model(cut("config.json", 30)), MODEL, "model/config.json, line 2: not valid JSON"),
-    (
-        "a billion layers",
-        broken_model(edit("config.json", n_layer=10**9)),
-        MODEL,
-        "model/config.json: num_layers is 1000000000, but model/model.safetensors holds 16 tensors only",
-    ),
-    (
-        "wide heads",
-        broken_model(edit("config.json", n_inner=10**9)),
-        MODEL,
-        "intermediate_size is 1000000000, but model/mod",
-    ),
-    (
-        "endless size",
-        broken_model(edit("config.json", n_embd=10**30)),
-        MODEL,
-        "model/config.json: n_embd is 1000000000",
-    ),
-    (
-        "cut weights",
-        broken_model(cut("model.safetensors", -5)),
-        MODEL,
-        "model/model.safetensors: cannot be read as safet",
-    ),
-    (
-        "outside the folder",
-        broken_model(indexed_as("../one.safetensors")),
-        MODEL,
-        "'../one.safetensors' is not the name of",
-    ),
-    (
-        "long name of a shard",
-        broken_model(indexed_as("s" * 5000)),
-        MODEL,
-        "no such file; model.safetensors.index.json lists",
-    ),
-    (
-        "tokenizer with more entries than the model",
-        broken_model(lambda folder: None, alphabet="abcd"),
-        MODEL,
-        "model: the tokenizer has 6 entries but the model only 4 embeddings; save the tokenizer that",
-    ),
-    ("cut tokenizer", broken_model(cut("tokenizer.json", 40)), MODEL, "model/tokenizer.json: not a tokenizer file"),
-    (
-        "no end of text",
-        broken_model(lambda folder: (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')),
-        MODEL,
-        "model: the tokenizer names '</s>', which is not in its vocabulary; set eos_token in its tokenizer_config.json",
-    ),
-    (
-        "half of a surrogate pair",
-        broken_model(lambda folder: (folder / "tokenizer_config.json").write_text('{"eos_token": "\\ud83d"}')),
-        MODEL,
-        "model/tokenizer_config.json: a string holds half of a surrogate pair, '\\ud83d'",
-    ),
-    (
-        "chat template in Latin-1",
-        broken_model(lambda folder: (folder / "chat_template.jinja").write_bytes(b"caf\xe9")),
-        MODEL,
-        "model/chat_template.jinja: cannot be read as UTF-8, which is expected",
-    ),
-    (
-        "reward model with another tokenizer",
-        two_models,
-        ("ppo", "--data", "prompts.txt", "--model", "policy", "--reward", "other", "--rl.max-new-tokens", "4"),
-        "--reward other: the reward model's tokenizer is not the policy's; train the reward model from",
-    ),
+    ("no model", ONE_ROW, (*DATA, "--model", "a/b/c"), "a/b/c: no such folder, nor a name on the Hug"),
+    ("no config.json", model(without("config.json")), MODEL, "model/config.json: no such"),
+    ("no weights", model(without("model.safetensors")), MODEL, "model/model.safetensors: no such file"),
+    ("no tokenizer", model(without("tokenizer.json")), MODEL, "holds neither tokenizer.json nor vocab.json with merge"),
+    ("pickled weights", model(pickled), MODEL, "pytorch_model.bin is a pickle, which is never read: save it as safete"),
+    ("model type", model(edit("config.json", model_type="neox")), MODEL, "model_type is 'neox'; the supported ones ar"),
+    ("cut config.json", model(cut("config.json", 30)), MODEL, "model/config.json, line 2: not valid JSON"),
+    ("a billion layers", model(edit("config.json", n_layer=10**9)), MODEL, "num_layers is 1000000000, but model/model"),
+    ("wide heads", model(edit("config.json", n_inner=10**9)), MODEL, "intermediate_size is 1000000000, but model/mod"),
+    ("endless size", model(edit("config.json", n_embd=10**30)), MODEL, "model/config.json: n_embd is 1000000000"),
+    ("cut weights", model(cut("model.safetensors", -5)), MODEL, "model/model.safetensors: cannot be read as safet"),
+    ("outside the folder", model(indexed_as("../one.safetensors")), MODEL, "'../one.safetensors' is not the name of"),
+    ("long name of a shard", model(indexed_as("s" * 5000)), MODEL, "no such file; model.safetensors.index.json lists"),
+    ("large tokenizer", model(alphabet="abcd"), MODEL, "the tokenizer has 6 entries but the model only 4 embeddings;"),
+    ("cut tokenizer", model(cut("tokenizer.json", 40)), MODEL, "model/tokenizer.json: not a tokenizer file"),
+    ("no end of text", model(settings(b'{"eos_token": "</s>"}')), MODEL, "names '</s>', which is not in its vocabular"),
+    ("half of a pair", model(settings(b'{"eos_token": "\\ud83d"}')), MODEL, "a string holds half of a surrogate pair,"),
+    ("Latin-1 template", model(put("chat_template.jinja", b"caf\xe9")), MODEL, "cannot be read as UTF-8, which is exp"),
+    ("reward model", two_models, TWO_MODELS, "--reward other: the reward model's tokenizer is not the policy's; train"),
 ]
+# fmt: on
 
 
 def call(argv, monkeypatch):
@@ -391,10 +197,7 @@ def call(argv, monkeypatch):
 
 
 # These start a model first.
-SLOW = {
-    *("prompt longer than the context", "text longer than the context", "response fills the context"),
-    *("token ids of another tokenizer", "reward model with another tokenizer"),
-}
+SLOW = {"long prompt", "long text", "response fills the context", "token ids of another tokenizer", "reward model"}
 
 
 @pytest.mark.parametrize(
@@ -423,10 +226,10 @@ def test_a_byte_order_mark_is_no_part_of_any_text(tmp_path, monkeypatch):
     files = {"a.json": f"[{ROW}]", "a.jsonl": ROW, "a.csv": "prompt,response\nab,ba\n"}
     for name, text in files.items():
         Path(name).write_bytes(mark + text.encode())
-        [row] = readers.read_demonstrations(name).rows
+        [row] = formats.read("demonstrations", name).rows
         assert (row.prompt, row.response) == ("ab", "ba")
     Path("a.txt").write_bytes(mark + b"ab\n")
-    assert [row.prompt for row in readers.read_prompts("a.txt").rows] == ["ab"]
+    assert [row.prompt for row in formats.read("prompts", "a.txt").rows] == ["ab"]
 
 
 def test_identical_pairs_are_counted_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
@@ -448,9 +251,7 @@ def test_a_pad_that_is_the_end_of_text_gets_an_id_of_its_own(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
     loaded = tokenizers.load_tokenizer(tmp_path)
     assert (loaded.eos_id, loaded.pad_id, loaded.vocab_size) == (trained.eos_id, 4, 5)
-    data = encoding.encode_demonstrations(
-        [readers.Demonstration("a", "b", "f"), readers.Demonstration("a", "bb", "f")], loaded
-    )
+    data = encoding.encode_demonstrations([Demonstration("a", "b", "f"), Demonstration("a", "bb", "f")], loaded)
     batch = batches.demonstration_batch(data, np.array([0, 1]), bucket_multiple=1)
     np.testing.assert_array_equal(batch.tokens, [[2, 3, 1, 4], [2, 3, 3, 1]])
     np.testing.assert_array_equal(batch.response_mask, [[0, 1, 1, 0], [0, 1, 1, 1]])

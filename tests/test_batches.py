@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import batches, encoding
-from rlhf_jax.data.readers import Comparison, Demonstration, Pair, Prompt
+from rlhf_jax.data.rows import Comparison, Demonstration, Pair, Prompt
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
 
@@ -57,8 +57,8 @@ def test_too_long_texts():
     }
     with pytest.raises(UserError, match="all 2 rows are longer than 1 tokens"):
         demonstrations(max_length=1, too_long="drop")
-    with pytest.raises(ValueError, match="too_long must be one of error, truncate, drop, got 'cut'"):
-        demonstrations(max_length=1, too_long="cut")
+    with pytest.raises(UserError, match="no rows to encode"):
+        encoding.encode_demonstrations([], TOKENIZER)
 
 
 def test_comparison_batch_by_hand():
@@ -75,8 +75,10 @@ def test_comparison_batch_by_hand():
     np.testing.assert_array_equal(batch.response_mask, [[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[0] * 5, [0] * 5]])
     assert batch.best is None
     cut = encoding.encode_pairs(rows, TOKENIZER, max_length=4, too_long="truncate")
-    assert cut.chosen.sources == cut.rejected.sources == ["f, line 1", "f, line 3"]
+    assert cut.chosen.sources == cut.answers[1].sources == ["f, line 1", "f, line 3"]
     assert cut.counts == {"dropped, the cut responses are equal": 1, "response cut, its EOS with it": 1}
+    both = encoding.encode_pairs([Pair("a", "bcd", "cde", "f")], TOKENIZER, max_length=3, too_long="truncate")
+    assert both.counts == {"response cut, its EOS with it": 2}
     dropped = encoding.encode_pairs(rows, TOKENIZER, max_length=4, too_long="drop")
     assert (dropped.chosen.sources, dropped.counts) == (["f, line 3"], {"dropped, too long": 2})
     with pytest.raises(UserError, match="f, line 1: a prompt of 2"):
@@ -127,14 +129,21 @@ def test_prompts_are_left_padded_and_keep_their_columns():
     np.testing.assert_array_equal(data.attention_mask, [[1, 1], [0, 1]])
     assert data.columns == {"topic": ["x", None], "level": [None, 2]}
     assert batches.columns_at(data, np.array([1, 0, 1])) == {"topic": [None, "x", None], "level": [2, None, 2]}
-    batch = batches.prompt_batch(data, np.array([1, 1]))
-    np.testing.assert_array_equal(batch.tokens, [[0, 4], [0, 4]])
-    np.testing.assert_array_equal(batch.row_ids, [1, 1])
     np.testing.assert_array_equal(encoding.encode_prompts(rows, TOKENIZER, length=3).tokens, [[0, 2, 3], [0, 0, 4]])
     with pytest.raises(UserError, match="f, line 1: the prompt has 2 tokens, more than the 1 allowed"):
         encoding.encode_prompts(rows, TOKENIZER, length=1)
     cut = encoding.encode_prompts(rows, TOKENIZER, length=1, too_long="truncate")
     np.testing.assert_array_equal(cut.tokens, [[3], [4]])  # the end of a prompt matters most
+    # A prompt and what is sampled after it must fit the model's positions.
+    assert encoding.encode_prompts(rows, TOKENIZER, max_positions=9, max_new_tokens=7).tokens.shape == (2, 2)
+    cut = encoding.encode_prompts(rows, TOKENIZER, max_positions=8, max_new_tokens=7, too_long="truncate")
+    np.testing.assert_array_equal(cut.tokens, [[3], [4]])
+    with pytest.raises(UserError, match="leaves no room for a prompt in the model's 7 positions"):
+        encoding.encode_prompts(rows, TOKENIZER, max_positions=7, max_new_tokens=7)
+    with pytest.raises(
+        UserError, match=r"rl.max_prompt_length 2 \+ rl.max_new_tokens 7 is more than the model's 8 pos"
+    ):
+        encoding.encode_prompts(rows, TOKENIZER, length=2, max_positions=8, max_new_tokens=7)
     left = encoding.encode_prompts(rows, TOKENIZER, length=1, too_long="drop")
     assert (left.rows, left.columns, left.counts) == (rows[1:], {"level": [2]}, {"dropped, too long": 1})
 

@@ -1,6 +1,8 @@
 """The rlhf-jax command: every command's effect, and what it says to a mistake."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,23 +10,50 @@ from test_report import write_run
 
 from rlhf_jax import cli, models
 from rlhf_jax.data import tokenizers
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.training import doctor
 
+NAMES = ("doctor", "evaluate", "report", "export", "data check", "data preview", "data demo")
 
-def test_data_demo_writes_the_pipelines_files(tmp_path):
+
+def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
     cli.run(["data", "demo", str(tmp_path / "demo"), "--seed", "3"])
-    assert {file.name for file in (tmp_path / "demo").iterdir()} >= {
-        *("sft_data.json", "preference_data.json", "prompts.json"),
-    }
+    names = {file.name for file in (tmp_path / "demo").iterdir()}
+    assert names >= {"sft_data.json", "preference_data.json", "prompts.json"}
+    for command, shown in (("check", "sft_data.json"), ("preview", "prompt")):
+        assert cli.run(["data", command, str(tmp_path / "demo" / "sft_data.json")]) in (None, 0)
+        assert shown in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["nothing"], ["data", "nothing"]])
+@pytest.mark.parametrize("argv", [["nothing"], ["data", "nothing"], ["--nothing"]])
 def test_an_unknown_command_lists_those_there_are(argv):
-    with pytest.raises(
-        UserError, match="nothing'; there are: doctor, evaluate, report, export, data check, data preview, data demo"
-    ):
+    with pytest.raises(UserError, match=f"nothing'; there are: {', '.join(NAMES)}$"):
         cli.run(argv)
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["data"], ["data", "--help"]])
+def test_help_describes_every_command(argv, capsys):
+    assert cli.run(argv) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line.startswith("  rlhf-jax")]
+    assert [line[1] for line in lines] == [f"rlhf-jax {name}" for name in NAMES]
+    assert all(line[-1].endswith(".") for line in lines)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_commands_help_describes_its_options(name, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.run([*name.split(), "--help"])
+    assert done.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"usage: rlhf-jax {name}" in shown
+    assert {"evaluate": "--reward-model", "report": "--png", "data demo": "--seed"}.get(name, "--help") in shown
+
+
+def test_help_imports_no_commands_module():
+    code = "import sys; from rlhf_jax import cli; cli.run([]); print([name for name in sys.modules if 'rlhf' in name])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in ("evaluation.evaluate", "training.doctor", "data.check", "report.export"):
+        assert f"'rlhf_jax.{name}'" not in done.stdout
 
 
 @pytest.mark.slow
@@ -37,7 +66,7 @@ def test_doctor_runs_every_phase_and_passes_here(capsys):
 
 def test_doctor_reports_what_is_broken(monkeypatch, capsys):
     monkeypatch.setattr(doctor.devices, "idle_accelerator", lambda: "This machine has a GPU.")
-    monkeypatch.setattr(doctor, "self_test", lambda: [doctor._timed("sft", lambda: 1 / 0)])
+    monkeypatch.setattr(doctor, "self_test", lambda: [doctor.timed("sft", lambda: 1 / 0)])
     assert cli.run(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "This machine has a GPU." in said
@@ -70,14 +99,8 @@ def test_export_makes_a_folder_with_a_card(tmp_path):
     params = model.init(doctor.jax.random.key(0))
     models.save(run / "model", model, params)
     tokenizers.train_bpe(["some text"], 300).save(run / "model")
-    manifest = {
-        "command": "python experiments/sft.py --seed 5",
-        "seed": 5,
-        "stage": "sft",
-        "versions": {"jax": "1"},
-        "devices": {"kind": "cpu", "count": 1},
-        "data": {"my.json": "abc"},
-    }
+    manifest = {"command": "python experiments/sft.py --seed 5", "seed": 5, "stage": "sft", "data": {"my.json": "abc"}}
+    manifest |= {"versions": {"jax": "1"}, "devices": {"kind": "cpu", "count": 1}}
     (run / "manifest.json").write_text(json.dumps(manifest))
     (run / "config.yaml").write_text("seed: 5\n")
     (run / "metrics.jsonl").write_text('{"step": 7, "sft/loss": 1.25}\n')
@@ -89,3 +112,34 @@ def test_export_makes_a_folder_with_a_card(tmp_path):
     assert (loaded["wte"]["embedding"] == params["wte"]["embedding"]).all()
     with pytest.raises(UserError, match="in use"):
         cli.run(["export", str(run), str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "stderr"),
+    [
+        (None, 0, ""),
+        (3, 3, ""),
+        (UserError("a: b"), 2, "error: a: b\n"),
+        (TrainingFault("nan"), 1, "error: nan\n"),
+        (Stopped("saved", 15), 143, "saved\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_exit_codes(outcome, code, stderr, capsys):
+    def main():
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run_script(main)
+    assert caught.value.code == code
+    assert capsys.readouterr().err == stderr
+
+
+def test_other_errors_keep_their_traceback():
+    def main():
+        raise RuntimeError("bug")
+
+    with pytest.raises(RuntimeError, match="bug"):
+        cli.run_script(main)

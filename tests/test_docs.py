@@ -5,10 +5,11 @@ In docs/ a command is a line ``$ ...`` of a ``console`` block; a block that open
 line continues it.
 """
 
+import dataclasses
 import functools
-import importlib.util
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tyro
 import yaml
 
-from rlhf_jax import cli
-from rlhf_jax.config import RunConfig, parse, to_yaml
+from rlhf_jax import cli, config
 from rlhf_jax.data import check, demo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,22 +70,18 @@ def blocks(path):
 
 
 def commands(path):
-    """In the order of the page."""
+    """In the order of the page; a command that goes on in the next line, after a backslash, is one."""
+    found = []
     if path == README:
         text = BLOCK.sub(lambda match: "\n" * match[0].count("\n"), path.read_text("utf-8"))
-        lines = [(line[4:], number) for number, line in enumerate(text.split("\n"), 1) if line.startswith("    ")]
+        sources, mark = [Block("", text, 1)], "    "
     else:
-        consoles = [block for block in blocks(path) if block.language == "console"]
-        lines = [(line, b.line + i) for b in consoles for i, line in enumerate(b.text.rstrip("\n").split("\n"))]
-        unmarked = [number for line, number in lines if not line.startswith(("$ ", "  "))]
-        assert not unmarked, f"{name(path)}: lines {unmarked} of console blocks start with neither '$ ' nor spaces"
-        lines = [(line.removeprefix("$ "), number) for line, number in lines]
-    found = []
-    for line, number in lines:
-        if found and found[-1].text.endswith("\\"):
-            found[-1] = Command(f"{found[-1].text[:-1].rstrip()} {line.strip()}", found[-1].line)
-        elif not line.startswith(tuple(NOT_RUN)):
-            found.append(Command(line, number))
+        sources, mark = [block for block in blocks(path) if block.language == "console"], "$ "
+    for block in sources:
+        for number, line in enumerate(re.sub(r" *\\\n *", " ", block.text).rstrip("\n").split("\n"), block.line):
+            assert line.startswith(mark) or path == README, f"{name(path)}, line {number}: no '$ ' before a command"
+            if line.startswith(mark) and not line.removeprefix(mark).startswith(tuple(NOT_RUN)):
+                found.append(Command(line.removeprefix(mark), number))
     return found
 
 
@@ -108,24 +105,35 @@ def test_there_is_something_to_run():
     }
 
 
-class _ParsedError(Exception):
-    """Carries what a script's command line was read as."""
+class UnderstoodError(Exception):
+    """Carries what a command line was read as, in place of the work that would follow."""
 
 
-def read_script(script, argv, monkeypatch):
-    """Parses a script's flags with its own config class, as its main does, and stops there."""
+def understood_as(program, argv, monkeypatch):
+    """What a script or ``rlhf-jax`` reads its flags as: a config, or the name of the function that it would call."""
+    parse, read, read_one = config.parse, tyro.cli, tyro.extras.subcommand_cli_from_dict
 
-    def stop(*args, **kwargs):
-        raise _ParsedError(parse(*args, **kwargs))
+    def named(function):
+        return functools.wraps(function)(lambda *arguments, **keywords: function.__name__)
 
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "parse", stop)
-    monkeypatch.setattr(sys, "argv", [str(script), *argv])
-    with pytest.raises(_ParsedError) as parsed:
-        module.main()
-    return parsed.value.args[0]
+    def parse_only(*arguments, **keywords):
+        raise UnderstoodError(parse(*arguments, **keywords))
+
+    def read_only(function, **keywords):
+        if dataclasses.is_dataclass(function):  # from within config.parse
+            return read(function, **keywords)
+        raise UnderstoodError(read(named(function), **keywords))
+
+    def read_one_only(functions, **keywords):
+        raise UnderstoodError(read_one({name: named(function) for name, function in functions.items()}, **keywords))
+
+    monkeypatch.setattr(config, "parse", parse_only)
+    monkeypatch.setattr(tyro, "cli", read_only)
+    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", read_one_only)
+    monkeypatch.setattr(sys, "argv", [program, *argv])
+    with pytest.raises(UnderstoodError) as understood:
+        cli.main() if program == "rlhf-jax" else runpy.run_path(program, run_name="__main__")
+    return understood.value.args[0]
 
 
 @pytest.mark.parametrize(
@@ -137,34 +145,21 @@ def read_script(script, argv, monkeypatch):
         if "--help" not in command.text
     ],
 )
-def test_a_command_is_understood(path, command, monkeypatch):
+def test_a_command_is_understood(path, command, monkeypatch, tmp_path):
     program, *argv = shlex.split(command.text, comments=True)
     monkeypatch.chdir(ROOT)
     if program == "python":
-        config = read_script(ROOT / argv[0], argv[1:], monkeypatch)
-        assert isinstance(config, RunConfig)
-    elif program == "rlhf-jax":
-        called = []
-        for group in cli.COMMANDS.values():
-            for key, function in group.items():
-
-                @functools.wraps(function)
-                def note(*args, key=key, **kwargs):
-                    called.append(key)
-
-                note.__kwdefaults__ = {"key": key}
-                monkeypatch.setitem(group, key, note)
-        cli.run(argv)
-        assert len(called) == 1
-    else:
-        assert program == "cmp", f"{name(path)}, line {command.line}: what is {program}?"
+        program, *argv = argv
+    elif program == "cmp":
+        return
+    assert isinstance(understood_as(program, argv, monkeypatch), (config.RunConfig, str))
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if KEY.search(path.read_text("utf-8"))], ids=name)
 def test_tables_name_real_keys_and_their_defaults(path):
-    config = yaml.safe_load(to_yaml(RunConfig()))
+    settings = yaml.safe_load(config.to_yaml(config.RunConfig()))
     for key, default in KEY.findall(path.read_text("utf-8")):
-        value = functools.reduce(lambda section, part: section[part], key.split("."), config)
+        value = functools.reduce(lambda section, part: section[part], key.split("."), settings)
         assert value == yaml.safe_load(default.replace("\\|", "|")), f"{name(path)}: {key} is {value!r} by default"
 
 
@@ -181,10 +176,10 @@ def test_an_example_of_data_is_read(path, block, tmp_path):
     file = tmp_path / "example.jsonl"
     file.write_text(block.text, "utf-8")
     report = check.check([str(file)])
-    assert report.num_problems == 0, report.files[0].problems
-    assert report.files[0].num_records == 2
-    assert not report.files[0].dropped
-    assert check.UNKNOWN not in report.files[0].forms
+    assert report.num_problems == 0, report.text
+    assert "example.jsonl: JSON lines, 2 rows," in report.text
+    assert "dropped" not in report.text
+    assert "no known form" not in report.text
 
 
 def slug(heading):

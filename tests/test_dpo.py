@@ -15,6 +15,7 @@ from tabular import (
     assert_identical,
     bandit_policy_fn,
     comparisons,
+    numbers,
     policy_fn,
     policy_params,
 )
@@ -75,7 +76,7 @@ def table_policy(params, tokens, attention_mask, key):
 
 
 def run(params, batch, **config):
-    value, metrics = dpo.loss(params, batch, KEY, policy_fn=table_policy, config=dpo.Config(**config))
+    value, metrics = numbers(dpo.loss)(params, batch, KEY, policy_fn=table_policy, config=dpo.Config(**config))
     assert metrics["dpo/loss"] == value
     metrics = {name.removeprefix("dpo/"): float(x) for name, x in metrics.items()}
     return metrics.pop("loss"), metrics
@@ -128,44 +129,18 @@ def test_gradient_by_hand():
     """-beta * sigmoid(-beta * Delta) for the chosen answer's log-prob, its opposite for the other's (eq. 7 of the
     paper, differentiated)."""
     params, batch = of_log_ratios([(7.0, -3.0), (2.0, 4.0)], best=[0, 1])
-    f = partial(dpo.loss, policy_fn=table_policy, config=dpo.Config())
+    f = partial(numbers(dpo.loss), policy_fn=table_policy, config=dpo.Config())
     gradient, _ = jax.grad(f, has_aux=True)(params, batch, KEY)
     slopes = 0.1 / (1 + np.exp(0.1 * np.array([10.0, 2.0]))) / 2
     np.testing.assert_allclose(gradient["log_probs"], np.outer(slopes, [-1, 1]).ravel() * [1, 1, -1, -1], rtol=1e-5)
 
 
-def test_reference_log_probs_are_sums_over_the_response():
-    batch = comparisons(0, 3, 4, absent=[(1, 2)])  # any number of answers
-    sums = jax.jit(dpo.with_reference)(batch, Partial(policy_fn, policy_params(1))).ref_log_probs
-    table = np.asarray(jax.nn.log_softmax(policy_params(1)["logits"]))
-    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.response_mask)
-    for i, k in np.ndindex(3, 4):
-        expected = sum(table[tokens[i, k, t - 1], tokens[i, k, t]] for t in np.flatnonzero(mask[i, k]))
-        np.testing.assert_allclose(sums[i, k], expected, rtol=1e-5)
-    assert sums[1, 2] == 0.0
-
-
-def test_golden_update():
-    """One update's loss, metrics and gradient norm, so that no change of them goes unnoticed; at the reference itself
-    the loss is ln 2."""
-    batch = pairs(best=jnp.arange(8) % 2)
-    state, metrics = jitted(dpo.Config())(start(), batch, KEY)
-    golden = {
-        "dpo/accuracy": 0.750000,
-        "dpo/chosen_log_ratio": -0.605735,
-        "dpo/loss": 0.649307,
-        "dpo/margin": 0.099015,
-        "dpo/rejected_log_ratio": -1.595888,
-        "grad_norm": 0.049105,
-        "loss": 0.649307,
-        "nonfinite": 0.000000,
-    }
-    assert state.step == 1
-    assert_close(metrics, golden, atol=2e-5)
-    same = dpo.with_reference(batch, Partial(policy_fn, policy_params(0)))
-    _, metrics = jitted(dpo.Config())(start(), same, KEY)
+def test_at_the_reference_the_loss_is_ln_2():
+    same = dpo.with_reference(pairs(best=jnp.arange(8) % 2), Partial(policy_fn, policy_params(0)))
+    state, metrics = jitted(dpo.Config())(start(), same, KEY)
     np.testing.assert_allclose(metrics["dpo/loss"], np.log(2.0), rtol=1e-6)
     np.testing.assert_allclose(metrics["dpo/margin"], 0.0, atol=1e-6)
+    assert state.step == 1
 
 
 def test_microbatches_change_nothing():
@@ -208,29 +183,47 @@ def test_a_reference_that_is_not_finite_keeps_the_state():
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("fields", "message"),
     [
-        (dpo.Config(kind="bradley"), "sigmoid, robust, hinge, ipo"),
-        (dpo.Config(beta=0.0), "beta"),
-        (dpo.Config(label_smoothing=0.5), "label_smoothing"),
-        (dpo.Config(kind="ipo", label_smoothing=0.1), "label_smoothing"),
-        (dpo.Config(num_microbatches=3), "num_microbatches=3 does not divide the 8 rows"),
+        ({"kind": "bradley"}, "sigmoid, robust, hinge, ipo"),
+        ({"beta": 0.0}, "beta must be above 0"),
+        ({"label_smoothing": 0.5}, "label_smoothing must be below 0.5"),
+        ({"kind": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"num_microbatches": 3}, "num_microbatches=3 does not divide the 8 rows"),
     ],
 )
-def test_unusable_configs(config, message):
+def test_unusable_configs(fields, message):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(updater(config), start(), pairs(), KEY)
+        jax.eval_shape(updater(dpo.Config(**fields)), start(), pairs(), KEY)
 
 
 def test_unusable_comparisons():
-    def refused(batch, message):
-        with pytest.raises(ValueError, match=message):
-            jax.eval_shape(updater(dpo.Config()), start(), batch, KEY)
+    def refused(error, batch, message, policy=policy_fn):
+        with pytest.raises(error, match=message):
+            jax.eval_shape(updater(dpo.Config(), policy), start(), batch, KEY)
 
-    refused(pairs(ref_log_probs=None), r"ref_log_probs .*got None: dpo\.with_reference")
-    refused(comparisons(0, 4, 4).replace(ref_log_probs=jnp.zeros((4, 4))), r"K = 2, got tokens \(4, 4, 6\)")
-    refused(pairs(ref_log_probs=jnp.zeros(8)), "expected equal shapes")
-    refused(jax.tree.map(lambda x: x[:, 0], pairs()), "tokens: expected 3 dimensions")
+    refused(ValueError, pairs(ref_log_probs=None), r"ref_log_probs .*got None: dpo\.with_reference")
+    four = comparisons(0, 4, 4).replace(ref_log_probs=jnp.zeros((4, 4)))
+    refused(ValueError, four, r"K = 2, got tokens \(4, 4, 6\)")
+    refused(AssertionError, pairs(ref_log_probs=jnp.zeros((8, 1))), r"\(8, 1\).*\(8, 2\)")
+    refused(AssertionError, pairs(weight=jnp.ones((8, 1))), r"\(8, 1\)")
+    refused(AssertionError, jax.tree.map(lambda x: x[:, 0], pairs()), "rank")
+    column = lambda *args: PolicyOutput(*(x[:, :1] for x in policy_fn(*args)))  # noqa: E731
+    refused(AssertionError, pairs(), r"\(16, 6\).*\(16, 1\)", column)
+
+
+@pytest.mark.parametrize(
+    "values", [{"beta": (0.1, 0.5), "label_smoothing": (0.0, 0.2)}, {"kind": "ipo", "beta": (0.1, 0.5)}]
+)
+def test_a_sweep_under_vmap_equals_separate_runs(values):
+    kind, batch = {"kind": values.pop("kind", "sigmoid")}, pairs()
+
+    def run(fields):
+        return updater(dpo.Config(**kind, **fields))(start(), batch, KEY)
+
+    together = jax.jit(jax.vmap(run))({name: jnp.array(pair) for name, pair in values.items()})
+    for k in range(2):
+        assert_close(jax.tree.map(lambda x, k=k: x[k], together), run({name: pair[k] for name, pair in values.items()}))
 
 
 def test_recovers_a_table_of_rewards():

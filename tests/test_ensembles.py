@@ -23,14 +23,15 @@ from rlhf_jax.data.tokenizers import characters, train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.report.export import export
 from rlhf_jax.runs import checkpoint
-from rlhf_jax.training import ensembles, setup
-from rlhf_jax.training.reward_model import uncertainty
+from rlhf_jax.training import ensembles, initial
+from rlhf_jax.training.optimizer import make_optimizer
+from rlhf_jax.training.scoring import uncertainty
 from rlhf_jax.types import TrainState
 
 KEY = jax.random.key(11)
 LETTERS = characters("abcde? ")
 # Clipped, decayed and with a schedule, whose state inject_hyperparams keeps.
-ADAM = setup.make_optimizer(Optimizer(learning_rate=0.1, schedule="linear", warmup_steps=1, max_grad_norm=0.3), 4)
+ADAM = make_optimizer(Optimizer(learning_rate=0.1, schedule="linear", warmup_steps=1, max_grad_norm=0.3), 4)
 
 
 def noisy(params, tokens, attention_mask, key):
@@ -195,7 +196,7 @@ def test_a_stopped_ensemble_resumes_to_the_same_bytes(config, tmp_path, monkeypa
     copy = export(straight.folder, tmp_path / "copy")
     assert "An ensemble of reward models" in (copy / "README.md").read_text("utf-8")
     for i in range(2):
-        model, params, _ = setup.load_language_model(str(copy / f"member_{i}"), config.compute)
+        model, params, _ = initial.load_language_model(str(copy / f"member_{i}"), config.compute)
         assert "score" in params
         assert model.config.hidden_size == 16
 

@@ -16,11 +16,10 @@ from rlhf_jax import cli, metrics, models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.data.rows import Pair
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import data, evaluate
-from rlhf_jax.evaluation.data import Responses
+from rlhf_jax.evaluation import data, evaluate, measures
+from rlhf_jax.evaluation.data import Annotated
+from rlhf_jax.evaluation.measures import Responses
 from rlhf_jax.report import page as report
-from rlhf_jax.training import bench
-from rlhf_jax.training.bench import Annotated
 
 KEY = jax.random.key(0)
 DATA = os.environ.get("RLHF_JAX_DATA")
@@ -42,20 +41,20 @@ def values(rows):
 def test_refusals_and_uncertainty_are_counted_by_label():
     texts = [["I can't help with that."], ["Sure."], ["I refuse."], ["Perhaps."]]
     said = Responses(["p"] * 4, texts, np.ones((4, 1)), np.ones((4, 1), bool))
-    rows = data.harmlessness(said, ["unsafe", "unsafe", "safe", "safe"], KEY)
+    rows = measures.harmlessness(said, ["unsafe", "unsafe", "safe", "safe"], KEY)
     assert values(rows) == {("harmlessness", f): 0.5 for f in ("refusal_of_unsafe", "over_refusal_of_safe")}
     assert [row.n for row in rows] == [2, 2]
-    [row, missing] = data.harmlessness(said, ["unsafe"] * 4, KEY)
+    [row, missing] = measures.harmlessness(said, ["unsafe"] * 4, KEY)
     assert (row.value, row.n, missing.value, missing.n) == (0.5, 4, None, 0)
     assert missing.note == "there is no such row"
-    rows = data.uncertainty(said, [True, None, True, False], KEY)
+    rows = measures.uncertainty(said, [True, None, True, False], KEY)
     assert [(row.metric, row.value, row.n) for row in rows] == [
         *(("uncertainty", 0.25, 4), ("uncertainty_answerable", 0.0, 2), ("uncertainty_unanswerable", 1.0, 1)),
     ]
 
 
 def test_a_prompts_samples_are_one_unit():
-    row = data.mean("c", "m", [[1.0, 3.0], [5.0, np.nan], [np.nan, np.nan]], KEY)
+    row = measures.mean("c", "m", [[1.0, 3.0], [5.0, np.nan], [np.nan, np.nan]], KEY)
     assert (row.value, row.n) == (3.5, 2)
 
 
@@ -63,7 +62,7 @@ def test_preferences_by_hand():
     """A ranking's three pairs are one comparison; a tie is half right."""
     margins = {"reward_model": np.array([1.0, -1.0, 0.0, 2.0]), "longer": np.array([1, 1, 1, -1])}
     weights, sources = np.array([1 / 3, 1 / 3, 1 / 3, 1.0]), ["a", "a", "a", "b"]
-    rows = data.preferences(margins, weights, sources, KEY)
+    rows = measures.preferences(margins, weights, sources, KEY)
     assert {row.n for row in rows} == {2}
     found = values(rows)
     assert found["preferences", "accuracy_reward_model"] == pytest.approx((0.5 + 1) / 2)
@@ -71,7 +70,7 @@ def test_preferences_by_hand():
     assert found["preferences", "brier_reward_model"] == metrics.brier(margins["reward_model"], weights)
     assert ("preferences", "ece_longer") not in found
     assert ("honesty", "ece_log_prob") in values(
-        data.preferences({"log_prob": margins["longer"]}, weights, sources, KEY)
+        measures.preferences({"log_prob": margins["longer"]}, weights, sources, KEY)
     )
 
 
@@ -80,7 +79,7 @@ def test_agreement_by_hand():
     votes = [(1, 1, 2), (2, 2, 2), (0, 0, 1), (0, 1, 2), (1, 1, 1)]
     annotated = [Annotated(Pair("p", "a", "b", f"row {i}"), vote) for i, vote in enumerate(votes)]
     assert [row.majority for row in annotated] == [1, 2, 0, None, 1]
-    rows = data.agreement({"judge": np.array([1.0, 2.0, 0.0, -1.0, 3.0])}, annotated, KEY)
+    rows = measures.agreement({"judge": np.array([1.0, 2.0, 0.0, -1.0, 3.0])}, annotated, KEY)
     found = {row.metric: row for row in rows}
     assert found["agreement_judge"][2:3] + found["agreement_judge"][5:] == (
         3 / 4,
@@ -98,7 +97,7 @@ def test_agreement_by_hand():
 
 def test_win_rate_compares_all_samples_of_a_prompt():
     ours, theirs = np.array([[1.0, 2.0], [2.0, 0.0]]), np.array([[1.0, 0.0], [1.0, np.nan]])
-    rate, difference = data.win_rate(ours, theirs, KEY, "other")
+    rate, difference = measures.win_rate(ours, theirs, KEY, "other")
     assert rate.value == ((0.5 + 1 + 1 + 1) / 4 + (1 + 0) / 2) / 2  # what has no score is in no pair
     assert difference.value == ((0 + 2) / 2 + 1) / 2
 
@@ -106,36 +105,34 @@ def test_win_rate_compares_all_samples_of_a_prompt():
 # --- Data -----------------------------------------------------------------------------------------------------------
 
 
+ANNOTATED = {"instruction": "a", "response1": "b"}
+BAD_VOTE = ANNOTATED | {"response2": "", "annotator1": 3}
+BAD_CATEGORY = {"prompt": "a", "chosen": "b", "rejected": "c", "category": 3}
+
+
 @pytest.mark.parametrize(
     ("read", "name", "text", "message"),
     [
         ("safety", "x.csv", "id,prompt,label\n1,hello,safe\n2,ho,maybe\n", "line 3: .* safe or unsafe, found 'maybe'"),
-        ("safety", "x.json", '["hello"]', "line 1: .* safe or unsafe, found none"),
-        (
-            "annotated",
-            "x.json",
-            '[{"instruction": "a", "response1": "b"}]',
-            "expected keys instruction, response1, resp",
-        ),
-        (
-            *("annotated", "x.jsonl"),
-            '{"instruction": "a", "response1": "b", "response2": "", "annotator1": 3}',
-            "line 1: 'annotator1' must be 1, 2 or 0 for a tie, found the number 3",
-        ),
-        ("preferences", "x.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c", "category": 3}', "'category' must"),
+        ("safety", "x.json", '["hello"]', "1: .* safe or unsafe, found none"),
+        ("annotated", "x.json", json.dumps([ANNOTATED]), "expected keys instruction, response1, resp"),
+        ("annotated", "x.jsonl", json.dumps(BAD_VOTE), "'annotator1' must be 1, 2 or 0 for a tie, found the number 3"),
+        ("annotated", "x.jsonl", json.dumps(BAD_VOTE | {"response1": 0}), "'response1' must be a string"),
+        ("preferences", "x.jsonl", json.dumps(BAD_CATEGORY), "'category' must be a string"),
         (
             "categories",
             "x.yaml",
             "polite:\n  pattern: [a]\n",
-            "line 2: unknown key polite.pattern; did you mean patterns",
+            "line 2: unknown key polite.pattern; did you mean",
         ),
         ("categories", "x.yaml", "polite:\n  patterns: [a]\n  score: length\n", "line 2: polite needs exactly one"),
         (
             "categories",
             "x.yaml",
             "polite:\n  patterns: ['(']\n",
-            "line 2: polite.patterns holds '\\(', which is no regu",
+            r"line 2: polite.patterns holds '\(', which is no reg",
         ),
+        ("categories", "x.yaml", "polite:\n  keywords: ['']\n", "line 2: polite.keywords holds an empty text"),
         ("categories", "x.yaml", "polite: [\n", "not valid YAML"),
         ("categories", "x.yaml", "", "is empty"),
         ("categories", "x.yaml", "a-b:\n  patterns: [a]\n", "made of letters"),
@@ -144,7 +141,7 @@ def test_win_rate_compares_all_samples_of_a_prompt():
 def test_what_is_wrong_in_the_data_is_said_with_its_line(read, name, text, message, tmp_path):
     path = tmp_path / name
     path.write_text(text, "utf-8")
-    reader = getattr(bench, f"read_{read}")
+    reader = getattr(data, f"read_{read}")
     with pytest.raises(UserError, match=message):
         reader([str(path)] if read in ("safety", "preferences") else str(path))
 
@@ -153,7 +150,7 @@ def test_rows_on_one_line_are_told_apart(tmp_path):
     """And a ranking's pairs stay together."""
     ranking = {"prompt": "a", "responses": ["x", "y", "z"], "ranking": [2, 0, 1], "category": "mine"}
     (tmp_path / "x.json").write_text(json.dumps([*PAIRS, ranking, {"prompt": "a", "chosen": "b", "rejected": "b"}]))
-    result, categories = bench.read_preferences([str(tmp_path / "x.json")])
+    result, categories = data.read_preferences([str(tmp_path / "x.json")])
     sources = [row.source for row in result.rows]
     assert [sources.index(source) for source in sources] == [0, 1, 2, 3, 3, 3]
     assert list(categories.values()) == ["helpful", "honest", "honest", "mine"]
@@ -161,20 +158,20 @@ def test_rows_on_one_line_are_told_apart(tmp_path):
 
 
 def test_keywords_are_whole_words_and_patterns_any_case():
-    category = bench.CustomCategory(keywords=("thank you", "c++"))
+    category = data.CustomCategory(keywords=("thank you", "c++"))
     texts = ("Thank you!", "thank yous", "unthank you", "use C++.")
     assert [bool(category.pattern.search(text)) for text in texts] == [True, False, False, True]
-    assert bench.CustomCategory(patterns=("^a|b$",)).pattern.search("xB")
+    assert data.CustomCategory(patterns=("^a|b$",)).pattern.search("xB")
 
 
 @pytest.mark.skipif(DATA is None, reason="RLHF_JAX_DATA names no folder of public data files")
 def test_public_files_are_read():
     folder = Path(DATA)
-    safety = bench.read_safety([str(folder / "xstest" / "xstest_prompts.csv")]).rows
+    safety = data.read_safety([str(folder / "xstest" / "xstest_prompts.csv")]).rows
     assert [sum(row.columns["label"] == label for row in safety) for label in ("safe", "unsafe")] == [250, 200]
-    pairs, categories = bench.read_preferences([str(folder / "hhh" / "hhh_alignment.dev.jsonl")])
+    pairs, categories = data.read_preferences([str(folder / "hhh" / "hhh_alignment.dev.jsonl")])
     assert (len(pairs.rows), set(categories.values())) == (113, {"harmless", "helpful", "honest", "other"})
-    annotated = bench.read_annotated(str(folder / "pandalm" / "testset-v1.dev.json")).rows
+    annotated = data.read_annotated(str(folder / "pandalm" / "testset-v1.dev.json")).rows
     assert len(annotated) == 445
     assert sum(row.majority == 0 for row in annotated) == 45 + 6 + 6 + 2 - 6 - 6 - 2 + 8
 
@@ -358,9 +355,9 @@ def test_a_broken_evaluation_is_said(tmp_path):
 
 
 def test_intervals_hold_the_value_and_shares_of_nothing_are_no_certainty():
-    row = data.mean("c", "m", np.zeros((20, 2), bool), KEY)
+    row = measures.mean("c", "m", np.zeros((20, 2), bool), KEY)
     assert (row.value, row.low) == (0, 0)
     assert row.high == pytest.approx(0.161, abs=1e-3)
-    row = data.mean("c", "m", np.ones((20, 2)), KEY)
+    row = measures.mean("c", "m", np.ones((20, 2)), KEY)
     assert (row.low, row.high) == (1, 1)  # a number, not a share: no bound is known
     assert math.isfinite(row.value)

@@ -1,52 +1,130 @@
-"""Rows beyond prompt and response: choices among K, rankings, CSV, Parquet and plain text."""
+"""Records as rows: what each format becomes, what is dropped, and sentences for wrong values."""
 
-import gzip
 import json
 
 import numpy as np
 import pytest
 
-from rlhf_jax.data import batches, encoding, readers, rows
-from rlhf_jax.data.readers import Comparison, Demonstration, Pair, Prompt
+from rlhf_jax.data import batches, demo, encoding, formats, rows
+from rlhf_jax.data.rows import Comparison, Demonstration, Pair, Prompt
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
 
+PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 CHOICE = {"query": "q", "sample0": "a", "sample1": "b", "sample2": "c", "sample3": "d", "best": 2}
-USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+RANKED = {"prompt": "p", "responses": ["x", "y", "z"]}
+W = "data.jsonl, line 1"
 
 
 @pytest.fixture
-def write(tmp_path):
-    def save(content, name="data.jsonl"):
-        path = tmp_path / name
-        if isinstance(content, list):
-            content = "\n".join(json.dumps(row) for row in content)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-        return str(path)
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def save(*records):
+        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+        return "data.jsonl"
 
     return save
 
 
-def without_source(row):
-    return {name: value for name, value in vars(row).items() if name not in ("source", "prompt")}
+def dialogue(prompt, response):
+    return f"\n\nHuman: {prompt}\n\nAssistant:{response}"
 
 
-def test_the_choice_of_one_among_four(write):
-    path = write([CHOICE])
-    where = f"{path}, line 1"
-    assert readers.read_comparisons(path).rows == [Comparison("q", ("a", "b", "c", "d"), where, best=2)]
-    third = 1 / 3
-    assert readers.read_pairs(path).rows == [Pair("q", "c", other, where, third) for other in "abd"]
-    assert readers.read_demonstrations(path).rows == [Demonstration("q", "c", where)]
-    assert readers.read_prompts(path).rows == [Prompt("q", where)]
-    two = write([{"prompt": "q", "responses": ["a", "b"], "best": 1}])
-    assert readers.read_comparisons(two).rows == [Pair("q", "b", "a", where)]
+def pairs(*texts, weight):
+    return [Pair("p", chosen, rejected, W, weight) for chosen, rejected in texts]
+
+
+# A record, and the rows that it becomes as demonstration, pairs, comparisons (None: as the pairs) and prompt.
+FORMATS = [
+    (PAIR, Demonstration("p", "good", W), [Pair("p", "good", "bad", W)], None, Prompt("p", W)),
+    (
+        {"chosen": dialogue("h", " yes"), "rejected": dialogue("h", " no")},
+        Demonstration("\n\nHuman: h\n\nAssistant:", " yes", W),
+        [Pair("\n\nHuman: h\n\nAssistant:", " yes", " no", W)],
+        None,
+        Prompt("\n\nHuman: h\n\nAssistant:", W),
+    ),
+    (
+        CHOICE | {"query": "p"},
+        Demonstration("p", "c", W),
+        pairs("ca", "cb", "cd", weight=1 / 3),
+        [Comparison("p", ("a", "b", "c", "d"), W, best=2)],
+        Prompt("p", W),
+    ),
+    # The columns of a table may lack their last samples.
+    (
+        CHOICE | {"query": "p", "sample2": None, "sample3": None, "best": 1},
+        Demonstration("p", "b", W),
+        [Pair("p", "b", "a", W)],
+        None,
+        Prompt("p", W),
+    ),
+    *(
+        (RANKED | label, Demonstration("p", "z", W), pairs(*order, weight=1 / 3), None, Prompt("p", W))
+        for label, order in [
+            ({"ranking": [2, 0, 1]}, ("xy", "zx", "zy")),
+            ({"ranks": [1, 2, 0]}, ("xy", "zx", "zy")),
+            ({"ranks": [2.5, 3, 1]}, ("xy", "zx", "zy")),
+        ]
+    ),
+    # Ties and equal texts make no pair.
+    (RANKED | {"ranks": [0, 1, 1]}, Demonstration("p", "x", W), pairs("xy", "xz", weight=0.5), None, Prompt("p", W)),
+    (
+        {"prompt": "p", "responses": ["x", "y", "x"], "ranks": [0, 1, 2]},
+        Demonstration("p", "x", W),
+        pairs("xy", "yx", weight=0.5),
+        None,
+        Prompt("p", W),
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "demonstration", "as_pairs", "comparisons", "prompt"), FORMATS)
+def test_formats(write, record, demonstration, as_pairs, comparisons, prompt):
+    path = write(record)
+    assert formats.read("demonstrations", path).rows == [demonstration]
+    assert formats.read("pairs", path).rows == as_pairs
+    assert formats.read("comparisons", path).rows == (comparisons or as_pairs)
+    assert formats.read("prompts", path).rows == [prompt]
+
+
+def test_rows_that_teach_nothing_are_dropped_and_counted(write):
+    equal = PAIR | {"rejected": "good"}
+    differ = {"chosen": dialogue("a", " x"), "rejected": dialogue("b", " y")}
+    silent = {"chosen": dialogue("a", " x"), "rejected": dialogue("a", "")}
+    tied, same = RANKED | {"ranks": [1, 1, 1]}, {"prompt": "p", "responses": ["x", "x", "x"], "best": 0}
+    path = write(PAIR, equal, equal, differ, silent, tied, same)
+    result = formats.read("pairs", path)
+    assert result.kept == 1
+    assert result.dropped == {
+        "chosen and rejected are identical": 2,
+        "dialogues differ before the last response": 1,
+        "dialogue without a last response": 1,
+        "all responses are ranked equal": 1,
+        "all responses are identical": 1,
+    }
+    # Chosen responses and prompts are what they are.
+    assert [row.response for row in formats.read("demonstrations", write(differ, silent)).rows] == [" x", " x"]
+    assert formats.read("prompts", write(differ, silent, silent)).dropped == {"repeated prompt": 2}
+    result = formats.read("pairs", write(PAIR, equal))
+    assert result.describe() == "1 rows, 1 dropped (chosen and rejected are identical)"
+    with pytest.raises(UserError, match=r"no usable row: 2 dropped \(chosen and rejected are identical\)"):
+        formats.read("pairs", write(equal, equal))
+
+
+def test_prompts_as_strings_objects_and_of_rows_with_responses(write):
+    result = formats.read("prompts", write("a", {"prompt": "b", "topic": "bread", "level": 3}, "a"))
+    assert [row.prompt for row in result.rows] == ["a", "b", "a"]
+    assert result.rows[1].columns == {"topic": "bread", "level": 3}
+    result = formats.read("prompts", write(PAIR, PAIR, {"prompt": "q", "response": "r", "topic": 1}))
+    assert [(row.prompt, row.columns) for row in result.rows] == [("p", {}), ("q", {"topic": 1})]
+    assert result.dropped == {"repeated prompt": 1}
 
 
 def test_token_ids_lose_their_padding_and_are_not_tokenised_again(write):
-    row = {"query": [50259, 50259, 3, 2], "sample0": [4, 50259], "sample1": [5, 6], "best": 1}
-    path = write(json.dumps([row]), "labels.json")
-    [pair] = readers.read_comparisons(path).rows
+    path = write({"query": [50259, 50259, 3, 2], "sample0": [4, 50259], "sample1": [5, 6], "best": 1})
+    [pair] = formats.read("comparisons", path).rows
     assert (pair.prompt, pair.chosen, pair.rejected) == ((3, 2), (5, 6), (4,))
     tokenizer = characters("abcdefgh")  # ids: a..h are 2..9
     data = encoding.encode_comparisons([pair], tokenizer)
@@ -55,60 +133,19 @@ def test_token_ids_lose_their_padding_and_are_not_tokenised_again(write):
     np.testing.assert_array_equal(batch.response_mask, [[[0, 0, 1, 1], [0, 0, 1, 0]]])
     framed = encoding.encode_prompts([Prompt((3,), "f")], tokenizer, template="a{prompt}bc")
     np.testing.assert_array_equal(framed.tokens, [[2, 3, 3, 4]])
-    with pytest.raises(UserError, match=r"labels\.json, line 1: holds the token id 6, but .* ids up to 5 only"):
+    with pytest.raises(UserError, match=r"line 1: holds the token id 6, but .* ids up to 5 only"):
         encoding.encode_comparisons([pair], characters("abcd"))
-    with pytest.raises(UserError, match=r"labels\.json, line 1: holds token ids, so no tokenizer can be trained"):
+    with pytest.raises(UserError, match=r"line 1: holds token ids, so no tokenizer can be trained"):
         list(rows.texts([pair]))
 
 
-def test_columns_of_a_table_may_lack_their_last_samples(write):
-    short = CHOICE | {"sample2": None, "sample3": None, "best": 1}
-    assert without_source(readers.read_comparisons(write([short])).rows[0]) == {
-        "chosen": "b",
-        "rejected": "a",
-        "weight": None,
-    }
-
-
-@pytest.mark.parametrize(
-    "label",
-    [{"ranking": [2, 0, 1]}, {"ranks": [1, 2, 0]}, {"ranks": [2.5, 3, 1]}],
-)
-def test_a_ranking_becomes_weighted_pairs(write, label):
-    path = write([{"prompt": "p", "responses": ["x", "y", "z"]} | label])
-    result = readers.read_comparisons(path)
-    third, where = 1 / 3, f"{path}, line 1"
-    assert sorted(result.rows, key=str) == [
-        Pair("p", "x", "y", where, third),
-        Pair("p", "z", "x", where, third),
-        Pair("p", "z", "y", where, third),
-    ]
-    assert readers.read_pairs(path).rows == result.rows
-    assert readers.read_demonstrations(path).rows[0].response == "z"
-
-
-def test_ties_and_equal_texts_make_no_pair(write):
-    ranked = [
-        {"prompt": "p", "responses": ["x", "y", "z"], "ranks": [0, 1, 1]},
-        {"prompt": "p", "responses": ["x", "y", "x"], "ranks": [0, 1, 2]},
-        {"prompt": "p", "responses": ["x", "y"], "ranks": [1, 1]},
-        {"prompt": "p", "responses": ["x", "x", "x"], "best": 0},
-    ]
-    result = readers.read_comparisons(write(ranked))
-    assert [(row.chosen, row.rejected, row.weight) for row in result.rows] == [
-        ("x", "y", 0.5),
-        ("x", "z", 0.5),
-        ("x", "y", 0.5),
-        ("y", "x", 0.5),
-    ]
-    assert result.dropped == {"all responses are ranked equal": 1, "all responses are identical": 1}
-
-
 def test_targets_of_each_answer(write):
-    scored = [{"prompt": "p", "responses": ["x", "x"], "targets": [1, 0.5]}, {"prompt": "p", "responses": ["y"]}]
-    scored[1]["targets"] = [2]
-    result = readers.read_comparisons(write(scored))
-    assert [row.targets for row in result.rows] == [(1.0, 0.5), (2.0,)]
+    scored = [
+        {"prompt": "p", "responses": ["x", "x"], "targets": [1, 0.5]},
+        {"prompt": "p", "responses": ["y"], "targets": [2], "best": 0},
+    ]
+    result = formats.read("comparisons", write(*scored))
+    assert [(row.targets, row.best) for row in result.rows] == [((1.0, 0.5), None), ((2.0,), None)]
     data = encoding.encode_comparisons(result.rows, characters("pxy"))
     batch = batches.comparison_batch(data, np.array([1, -1, 0]), bucket_multiple=1)
     np.testing.assert_array_equal(batch.targets, [[2, 0], [0, 0], [1, 0.5]])
@@ -116,106 +153,69 @@ def test_targets_of_each_answer(write):
     np.testing.assert_array_equal(batch.response_mask.any(axis=2), [[True, False], [False, False], [True, True]])
     assert batch.best is None
     with pytest.raises(UserError, match=r"line 2: has no targets but .* line 1 has; train on one kind"):
-        readers.read_comparisons(write([scored[0], CHOICE]))
+        formats.read("comparisons", write(scored[0], CHOICE))
     with pytest.raises(UserError, match="line 1: holds targets, which are no preference"):
-        readers.read_pairs(write(scored))
+        formats.read("pairs", write(*scored))
+
+
+def test_the_generated_corpus_is_that_of_its_seed(tmp_path):
+    demo.write(tmp_path, seed=3)
+    for kind in formats.FILES:
+        result, written = formats.read(kind, "demo", seed=3), formats.read(kind, tmp_path)
+        assert [rows.parts(row) for row in result.rows] == [rows.parts(row) for row in written.rows]
+        assert list(result.fingerprints) == [f"demo/{formats.FILES[kind]}"]
+        assert [*result.fingerprints.values()] == [*written.fingerprints.values()]
+    assert formats.read("prompts", "demo", seed=4).fingerprints != formats.read("prompts", "demo").fingerprints
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("kind", "record", "message"),
     [
-        (CHOICE | {"best": 4}, "'best' must be the number of a response, 0 to 3, found the number 4"),
-        (CHOICE | {"best": True}, "'best' must be .* found true or false"),
-        ({"query": "q", "sample0": "a", "sample1": "b"}, "one of the keys best, ranking, ranks, targets, found query"),
-        ({"query": "q", "sample0": "a", "sample2": "b", "best": 0}, "keys sample0, sample1, found query, sample0"),
-        ({"quary": "q", "sample0": "a", "sample1": "b", "best": 0}, "expected keys prompt, found quary"),
-        (CHOICE | {"sample1": ""}, "'sample1' is empty"),
-        (CHOICE | {"sample1": [50259]}, "'sample1' is empty"),
-        (CHOICE | {"sample1": ["a"]}, "'sample1' must hold token ids, found a string"),
-        (CHOICE | {"sample1": None}, "'sample1' must be a string or a list of token ids, found null"),
-        ({"prompt": "p", "responses": ["a"], "best": 0}, "needs at least 2 responses, found 1"),
-        ({"prompt": "p", "responses": "a", "best": 0}, "'responses' must be a list, found a string"),
-        ({"prompt": "p", "responses": ["a", 3], "best": 0}, r"'responses'\[1\] must be a string or a list"),
-        ({"prompt": "p", "responses": ["a", "b"], "ranking": [1, 2]}, "each response number from 0 to 1 once"),
-        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1]}, "list of 2 numbers, one for each response, found 1"),
-        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, "2"]}, "'ranks' must hold numbers, found a string"),
-        ({"prompt": "p", "responses": ["a", "b"], "targets": [1, float("nan")]}, "numbers, found the number nan"),
-        ({"prompt": "p", "responses": ["a", "b"], "best": 0, "ranks": [0, 1]}, "expected one of .* best and ranks"),
+        (
+            "demonstrations",
+            {"prompt": "a", "respnse": "b"},
+            "prompt, response, found prompt, respnse; did you mean 'resp",
+        ),
+        ("demonstrations", ["a"], "expected an object with keys prompt, response, found a list"),
+        ("demonstrations", {"prompt": "a", "response": None}, "'response' must be a string, found null"),
+        ("demonstrations", {"prompt": "a", "response": 3}, "'response' must be a string, found the number 3"),
+        ("demonstrations", {"prompt": "a", "response": " "}, "'response' is empty; remove the row or fill it in"),
+        ("demonstrations", {"prompt": "", "response": "b"}, "'prompt' is empty"),
+        ("demonstrations", {"prompt": "a", "response": "b\ud83d"}, "'response' holds half of a surrogate pair"),
+        ("demonstrations", {"chosen": "a", "rejected": "b"}, "without a prompt, 'chosen' must be a dialogue"),
+        ("pairs", {"prompt": "a", "response": "b"}, "expected keys prompt, chosen, rejected, found prompt, response"),
+        ("pairs", {"promt": "a", "chosen": "b", "rejected": "c"}, "did you mean 'prompt' by 'promt'"),
+        ("prompts", {"promt": "a"}, "expected keys prompt, found promt; did you mean 'prompt' by 'promt'"),
+        ("prompts", 3, "expected an object with keys prompt, or a string, found the number 3"),
+        ("comparisons", CHOICE | {"best": 4}, "'best' must be the number of a response, 0 to 3, found the number 4"),
+        ("comparisons", CHOICE | {"best": True}, "'best' must be .* found true or false"),
+        (
+            "comparisons",
+            {"query": "q", "sample0": "a", "sample1": "b"},
+            "one of the keys best, ranking, ranks, targets, f",
+        ),
+        (
+            "comparisons",
+            {"query": "q", "sample0": "a", "sample2": "b", "best": 0},
+            "sample0, sample1, found query, sampl",
+        ),
+        ("comparisons", {"quary": "q", "sample0": "a", "sample1": "b", "best": 0}, "expected keys prompt, found quary"),
+        ("comparisons", CHOICE | {"sample1": ""}, "'sample1' is empty"),
+        ("comparisons", CHOICE | {"sample1": [50259]}, "'sample1' is empty"),
+        ("comparisons", CHOICE | {"sample1": ["a"]}, "'sample1' must hold token ids, found a string"),
+        ("comparisons", CHOICE | {"sample1": None}, "'sample1' must be a string or a list of token ids, found null"),
+        ("comparisons", RANKED | {"responses": ["a"], "best": 0}, "needs at least 2 responses, found 1"),
+        ("comparisons", RANKED | {"responses": "a", "best": 0}, "'responses' must be a list, found a string"),
+        ("comparisons", RANKED | {"responses": ["a", 3], "best": 0}, r"'responses'\[1\] must be a string or a list"),
+        ("comparisons", RANKED | {"ranking": [1, 2, 3]}, "each response number from 0 to 2 once"),
+        ("comparisons", RANKED | {"ranks": [1]}, "list of 3 numbers, one for each response, found 1"),
+        ("comparisons", RANKED | {"ranks": [1, "2", 3]}, "'ranks' must hold numbers, found a string"),
+        ("comparisons", RANKED | {"targets": [1, 2, float("nan")]}, "numbers, found the number nan"),
+        ("comparisons", RANKED | {"targets": [1, 2, 10**400]}, "hold numbers, found a number that is too large"),
+        ("comparisons", RANKED | {"best": 0, "ranks": [0, 1, 2]}, "expected one of .* best and ranks"),
     ],
 )
-def test_faults_of_choices_and_rankings(write, row, message):
+def test_faults_name_file_line_and_key(write, kind, record, message):
     with pytest.raises(UserError, match=message) as error:
-        readers.read_comparisons(write([{"prompt": "p", "chosen": "a", "rejected": "b"}, row]))
-    assert "data.jsonl, line 2: " in str(error.value)
-
-
-def test_csv_rows_carry_their_physical_lines(write):
-    text = '\ufeffprompt,level,response\r\n1,7,NA\r\n\r\n"a ""b""\nc,d",8,null\r\ne,,5\r\n'
-    path = write(gzip.compress(text.encode("utf-8")), "data.csv.gz")
-    assert readers.read_demonstrations(path).rows == [
-        Demonstration("1", "NA", f"{path}, line 2"),
-        Demonstration('a "b"\nc,d', "null", f"{path}, line 4"),
-        Demonstration("e", "5", f"{path}, line 6"),
-    ]
-    assert readers.read_prompts(path).rows[0].columns == {"level": "7"}
-    path = write("prompt\tresponse\na,b\tc\n", "data.tsv")
-    assert readers.read_demonstrations(path).rows == [Demonstration("a,b", "c", f"{path}, line 2")]
-    path = write('prompt,responses,ranks\np,"[""x"", ""y""]","[1, 0]"\n', "data.csv")
-    assert readers.read_pairs(path).rows == [Pair("p", "y", "x", f"{path}, line 2")]
-    path = write("query,sample0,sample1,best\nq,x,y,1\n", "data.csv")
-    assert readers.read_pairs(path).rows == [Pair("q", "y", "x", f"{path}, line 2")]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("prompt,response\na,b\nc,d,e\n", "line 3: 3 cells under a header of 2; quote cells"),
-        ("prompt,response\na,b\nc\n", "line 3: 1 cells under a header of 2$"),
-        ('prompt,response\na,"b\nc', "line 2: not valid CSV in the row that starts here"),
-        ("prompt,prompt\na,b\n", "line 1: the column 'prompt' stands twice"),
-        ("prompt,\na,b\n", "line 1: column 2 of the header has no name"),
-        ("prompt,response\na,\n", "line 2: 'response' is empty"),
-        ("promt,response\na,b\n", "line 2: expected keys prompt, response, found promt, .* did you mean 'prompt'"),
-        ("prompt,messages\na,b\n", "line 2: the column 'messages' holds JSON, found 'b'"),
-        ("prompt,response\n", "data.csv: holds no rows"),
-        ("\n", "data.csv: is empty"),
-    ],
-)
-def test_faults_of_csv(write, content, message):
-    with pytest.raises(UserError, match=message):
-        readers.read_demonstrations(write(content, "data.csv"))
-
-
-def test_plain_text_is_a_prompt_a_line(write):
-    path = write("[one\r\n\n  \n two\u2028three\n", "prompts.txt")
-    assert readers.read_prompts(path).rows == [
-        Prompt("[one", f"{path}, line 1"),
-        Prompt(" two\u2028three", f"{path}, line 4"),
-    ]
-    with pytest.raises(UserError, match=r"prompts.txt, line 1: expected an object with keys .* found a string"):
-        readers.read_pairs(path)
-
-
-def test_parquet(tmp_path, write):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-
-    path = str(tmp_path / "data.parquet")
-    chats = [{"messages": [USER, ANSWER], "level": 3}, {"messages": [USER, ANSWER, USER], "level": 4}]
-    parquet.write_table(pyarrow.Table.from_pylist(chats), path)
-    result = readers.read_prompts([path, write(["text"])])
-    assert [(row.source, row.columns) for row in result.rows] == [
-        (f"{path}, row 1", {"level": 3}),
-        (f"{path}, row 2", {"level": 4}),
-        (str(tmp_path / "data.jsonl") + ", line 1", {}),
-    ]
-    parquet.write_table(pyarrow.Table.from_pylist([CHOICE | {"sample3": None}, CHOICE]), path)
-    rows_read = readers.read_comparisons(path).rows
-    assert [len(row.responses) for row in rows_read] == [3, 4]
-    batch = batches.comparison_batch(encoding.encode_comparisons(rows_read, characters("qabcd")), np.array([0, 1]))
-    np.testing.assert_array_equal(batch.response_mask.any(axis=2), [[True, True, True, False], [True] * 4])
-    np.testing.assert_array_equal(batch.best, [2, 2])
-    with pytest.raises(UserError, match=r"bad\.parquet: is not a Parquet file"):
-        readers.read_prompts(write("hello", "bad.parquet"))
-    with pytest.raises(UserError, match=r"bad\.parquet: cannot be read as Parquet: "):
-        readers.read_prompts(write("PAR1hello", "bad.parquet"))
+        formats.read(kind, write(PAIR | {"response": "r"}, record))
+    assert str(error.value).startswith("data.jsonl, line 2: ")

@@ -22,9 +22,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax import config_files, models
+from rlhf_jax import config, models
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import chat, check, preview, readers, tokenizers
+from rlhf_jax.data import chat, check, formats, tokenizers
 from rlhf_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,58 +54,14 @@ DATA = {
     "text.txt": "a\n\u2028b\r\n\n".encode(),
 }
 PIECES = [
-    *(
-        b"",
-        b"\0",
-        b'"',
-        b"\\",
-        b"\\ud83d",
-        b"[",
-        b"]",
-        b"{",
-        b"}",
-        b",",
-        b":",
-        b"\n",
-        b"\xff\xfe",
-        b"\xef\xbb\xbf",
-        b"\x1f\x8b",
-    ),
-    *(b"null", b"NaN", b"-1", b"1e999", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"sample" + b"7" * 4500, b"PAR1"),
-    *(
-        b"!!bool x",
-        b"!!timestamp x",
-        b"!!int ''",
-        b'"\\UFFFFFFFF"',
-        b"&a [*a]",
-        b"*a",
-        b"<<: *a",
-        b"? ",
-        b"%YAML 9.9\n",
-    ),
-    *(b"!!python/object/apply:os.getcwd []", b"---\n", b"...\n", b"\t", b"|\n", b"!<", b"- " * 500),
+    *(b"", b"\0", b'"', b"\\", b"\\ud83d", b"[", b"]", b"{", b"}", b",", b":", b"\n"),
+    *(b"\xff\xfe", b"\xef\xbb\xbf", b"\x1f\x8b", b"PAR1", b"sample" + b"7" * 4500, b"9" * 5000, b"[" * 3000),
+    *(b"null", b"NaN", b"-1", b"1e999", b'{"a":' * 3000, b"!!bool x", b"!!timestamp x", b"!!int ''"),
+    *(b'"\\UFFFFFFFF"', b"&a [*a]", b"*a", b"<<: *a", b"? ", b"%YAML 9.9\n", b"---\n", b"...\n", b"\t", b"|\n", b"!<"),
+    *(b"!!python/object/apply:os.getcwd []", b"- " * 500),
 ]
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    1,
-    3,
-    2**31,
-    2**63,
-    10**30,
-    10**400,
-    0.0,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "2",
-    [],
-    [0],
-    {},
-]
+NAN, INF = float("nan"), float("inf")
+ODD = [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 10**400, 0.0, 1e308, NAN, INF, "", "2", [], [0], {}]
 
 
 @cache
@@ -190,18 +146,18 @@ def read_data(name, content):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
-        for read in (readers.read_demonstrations, readers.read_pairs, readers.read_comparisons, readers.read_prompts):
-            answers(lambda read=read: read(path), len(content))
+        for kind in formats.FILES:
+            answers(lambda kind=kind: formats.read(kind, path), len(content))
         report = check.check([str(path)])  # which names every problem and raises none
-        preview.render(report).encode("utf-8")
-        assert report.files[0].kept or report.num_problems or report.files[0].dropped
+        report.text.encode("utf-8")
+        assert report.num_problems or " 0 rows" not in report.text
 
 
 def read_yaml(content):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.yaml"
         path.write_bytes(content)
-        answers(lambda: config_files.read(RunConfig, path), len(content))
+        answers(lambda: config.read(RunConfig, path), len(content))
 
 
 def read_model(name, content):

@@ -18,15 +18,15 @@ import optax
 import pytest
 import yaml
 from jax.tree_util import Partial, keystr, tree_leaves_with_path
+from quickstart import QuickstartConfig
+from sentiment import SentimentConfig
+from shakespeare import ShakespeareConfig
 from tabular import comparisons, policy_fn, policy_params, rollout, score_fn
 
 from rlhf_jax import Demonstrations, TrainState, dpo, grpo, ppo, reward_model, rloo, sft, training, vpg
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo
-from rlhf_jax.training.quickstart import QuickstartConfig
-from rlhf_jax.training.sentiment import SentimentConfig
-from rlhf_jax.training.shakespeare import ShakespeareConfig
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 

@@ -121,13 +121,15 @@ def test_values_are_the_head_one_column_earlier():
     assert models.policy_fn(model)(params, TOKENS, MASK, None).values.shape == (3, 9)
 
 
-def test_values_need_a_head():
+def test_values_and_scores_need_a_head():
     model, params = tiny()
     assert models.policy_fn(model)(params, TOKENS, MASK, None).values is None
     fresh = models.add_head(jax.random.key(0), params, "value")
     assert np.all(models.policy_fn(model)(fresh, TOKENS, MASK, None).values == 0)
+    with pytest.raises(ValueError, match="the model has no score head"):
+        models.score_fn(model)(params, TOKENS, MASK, None)
     both = {"policy": params, "value": params}
-    with pytest.raises(ValueError, match="the value model has no head"):
+    with pytest.raises(ValueError, match="the model has no value head"):
         models.policy_fn(model, value_model=model)(both, TOKENS, MASK, None)
 
 
@@ -207,12 +209,6 @@ def test_score_gradient_spares_gain_and_shift_and_empty_rows():
     assert abs(gradient["score"]["bias"]) > 1e-4
     empty = jax.jit(jax.grad(loss))(params, np.zeros_like(MASK))
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(empty))
-
-
-def test_score_needs_a_head():
-    model, params = tiny()
-    with pytest.raises(ValueError, match="the model has no score head"):
-        models.score_fn(model)(params, TOKENS, MASK, None)
 
 
 def test_add_head_initial_values():

@@ -14,7 +14,7 @@ import pytest
 import tiny_language as tiny
 from tiny_language import adam, repeat
 
-from rlhf_jax import advantages, ops, rewards, sampling
+from rlhf_jax import ops, rewards, sampling
 from rlhf_jax import rollout as rollouts
 from rlhf_jax.algorithms import dpo, reward_model, sft, vpg
 from rlhf_jax.types import Comparisons, Demonstrations, TrainState
@@ -202,24 +202,16 @@ def test_token_count_climbs_to_its_ceiling():
     optimizer = adam(iterations, 0.2)
     prompts = jnp.arange(64)[:, None] % num_letters
 
-    def iteration(carry, key):
-        state, baseline = carry
+    def iteration(state, key):
         batch = rollouts.collect(
             model, state.params, prompts, jnp.ones_like(prompts), key, sampling=options, policy_fn=policy_fn
         )
-        scores = count(batch)
-        baseline, advantage = advantages.ema_baseline(baseline, scores)
-        state, _ = vpg.update(
-            state,
-            batch.replace(advantages=advantage),
-            key,
-            policy_fn=policy_fn,
-            optimizer=optimizer,
-            config=vpg.Config(),
-        )
-        return (state, baseline), scores.mean()
+        scores, _ = count(batch)
+        batch = batch.replace(scores=scores)
+        state, _ = vpg.update(state, batch, key, policy_fn=policy_fn, optimizer=optimizer, config=vpg.Config())
+        return state, scores.mean()
 
-    start = TrainState.create(jnp.zeros((num_letters, num_letters)), optimizer), jnp.zeros(())
+    start = vpg.State.create(jnp.zeros((num_letters, num_letters)), optimizer)
     _, scores = repeat(iteration, start, jax.random.split(KEY, iterations))
     assert scores[0] == pytest.approx(20 / 26, abs=0.4)
     assert 19.5 < scores[-10:].mean() <= 20.0

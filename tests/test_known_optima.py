@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import tiny_language as tiny
 
-from rlhf_jax import advantages, rewards
+from rlhf_jax import rewards
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
-from rlhf_jax.types import TrainState
 
 KEY = jax.random.key(7)
 COEF = 0.5
@@ -103,8 +102,9 @@ def test_expected_gradient_vanishes_at_the_optimum(name):
 
             def loss(pair):
                 group, of_pair = jax.tree.map(lambda x: jnp.asarray(x)[pair], (batch, output))
-                group = algorithm.prepare(group, config)
-                return algorithm.loss(params, group, KEY, policy_fn=lambda *args: of_pair, config=config)[0]
+                group = algorithm.prepare(group, config=config)
+                loss, _ = algorithm.loss(params, group, KEY, policy_fn=lambda *args: of_pair, config=config)
+                return loss.value
 
             return jnp.sum(jnp.prod(probs[pairs], axis=1) * jax.vmap(loss)(pairs))
 
@@ -139,22 +139,13 @@ LEARNERS = {
 
 def train(algorithm, config, kl_coef, num_steps=500, rows=2048):
     optimizer = tiny.adam(num_steps)
-    iterations = num_steps // getattr(config, "num_epochs", 1)
 
-    def iteration(carry, uniform):
-        state, baseline = carry
+    def iteration(state, uniform):
         batch = shaped(tiny.draw(state.params, uniform), kl_coef)
-        if algorithm is vpg:
-            baseline, advantage = advantages.ema_baseline(baseline, batch.rewards.sum(axis=1))
-            batch = batch.replace(advantages=advantage)
-        state, metrics = algorithm.update(
-            state, batch, KEY, policy_fn=tiny.policy_fn, optimizer=optimizer, config=config
-        )
-        return (state, baseline), metrics
+        return algorithm.update(state, batch, KEY, policy_fn=tiny.policy_fn, optimizer=optimizer, config=config)
 
-    start = TrainState.create(tiny.params(), optimizer), jnp.zeros(())
-    uniform = np.random.default_rng(3).random((iterations, rows), np.float32)
-    (state, _), metrics = tiny.repeat(iteration, start, uniform)
+    uniform = np.random.default_rng(3).random((num_steps // config.num_epochs, rows), np.float32)
+    state, metrics = tiny.repeat(iteration, algorithm.State.create(tiny.params(), optimizer), uniform)
     assert not metrics["nonfinite"].any()
     return tiny.probabilities(state.params["logits"])
 

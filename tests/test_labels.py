@@ -2,29 +2,27 @@
 
 import hashlib
 import http.server
-import importlib.util
 import json
 import os
 import sys
 import threading
 from pathlib import Path
 
+import labels
 import numpy as np
 import oasst
 import pytest
+import reward_model
 
-from rlhf_jax import cli
-from rlhf_jax.data import labels, readers, tokenizers
-from rlhf_jax.data.rankings import PAD_ID
+from rlhf_jax.data import formats, tokenizers
 from rlhf_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("RLHF_JAX_DATA")
 QUERY, RESPONSE = 64, 24  # tokens of each in the published sentiment labels
 
 
 def padded(ids, length):
-    return [*ids, *[PAD_ID] * (length - len(ids))]
+    return [*ids, *[labels.PAD_ID] * (length - len(ids))]
 
 
 def made_labels(tokenizer, count=64, seed=0):
@@ -54,7 +52,7 @@ def content(tokenizer):
 @pytest.fixture
 def few(monkeypatch):
     """The set "sentiment" with fewer rows than were published."""
-    monkeypatch.setitem(labels.LABEL_SETS, "sentiment", labels.LabelSet("sentiment/offline_5k.json", 64))
+    monkeypatch.setitem(labels.LABEL_SETS, "sentiment", ("sentiment/offline_5k.json", 64))
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -97,7 +95,7 @@ def server(content):
 
 
 def test_a_set_is_fetched_whole_with_its_checksum_beside_it(few, server, content, tmp_path, capsys):
-    cli.run(["data", "download", "sentiment", str(tmp_path / "new"), "--url", server.url])
+    labels.main(["download", "sentiment", str(tmp_path / "new"), "--url", server.url])
     file = tmp_path / "new" / "sentiment_offline_5k.json"
     assert file.read_bytes() == content
     digest = hashlib.sha256(content).hexdigest()
@@ -106,20 +104,20 @@ def test_a_set_is_fetched_whole_with_its_checksum_beside_it(few, server, content
     said = capsys.readouterr().out
     assert f"{file}: 64 rows, of which 0 have four equal samples" in said
     assert digest in said
-    cli.run(["data", "download", "sentiment", str(tmp_path / "new"), "--url", server.url])
+    labels.main(["download", "sentiment", str(tmp_path / "new"), "--url", server.url])
     assert len(server.asked) == 1  # what is there is checked, not fetched again
     file.write_bytes(content.replace(b'"best": 0', b'"best": 1', 1))
     with pytest.raises(UserError, match="is not the file that was fetched"):
-        labels.download("sentiment", file.parent, server.url)
+        labels.fetch_labels("sentiment", file.parent, server.url)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_connection_is_gone_on_with(few, server, content, tmp_path, ranges):
     server.breaks_after, server.ranges = 1000, ranges
-    with pytest.raises(UserError, match=rf"ended after 1000 of {len(content)} bytes\. The same command goes on"):
-        labels.download("sentiment", tmp_path, server.url)
+    with pytest.raises(UserError, match=rf"ended after 1000 of {len(content)} bytes\. The same command continues"):
+        labels.fetch_labels("sentiment", tmp_path, server.url)
     assert [path.name for path in tmp_path.iterdir()] == ["sentiment_offline_5k.json.part"]
-    found = labels.download("sentiment", tmp_path, server.url)
+    found = labels.fetch_labels("sentiment", tmp_path, server.url)
     assert server.asked == [None, "bytes=1000-"]
     assert found == (tmp_path / "sentiment_offline_5k.json", 64, 0, hashlib.sha256(content).hexdigest())
     assert found.path.read_bytes() == content
@@ -127,7 +125,7 @@ def test_a_broken_connection_is_gone_on_with(few, server, content, tmp_path, ran
 
 def test_a_part_that_is_whole_is_checked_and_kept(few, server, content, tmp_path):
     (tmp_path / "sentiment_offline_5k.json.part").write_bytes(content)
-    assert labels.download("sentiment", tmp_path, server.url).path.read_bytes() == content
+    assert labels.fetch_labels("sentiment", tmp_path, server.url).path.read_bytes() == content
     assert server.asked == [f"bytes={len(content)}-"]
 
 
@@ -136,12 +134,12 @@ def test_a_part_that_is_whole_is_checked_and_kept(few, server, content, tmp_path
     [
         (lambda rows: rows[:60], "holds 60 rows, and at least 64 are expected"),
         (
-            lambda rows: [{k: v for k, v in row.items() if k != "sample3"} for row in rows],
-            "line 1: expected keys query",
+            lambda rows: [{k: v for k, v in row.items() if k != "sample3"} | {"best": 0} for row in rows],
+            "row 1: expected the keys query, .*; sample3 missing",
         ),
         (
             lambda rows: [*rows, rows[0] | {"best": 4}],
-            "line 1, row 65: 'best' must be the number of a response, 0 to 3",
+            "row 65: 'best' must be the number of a response, 0 to 3",
         ),
         (lambda rows: [*rows, rows[0] | {"query": [1, "x"]}], "'query' must hold token ids"),
         (lambda rows: "<html>Log in</html>", "expected a JSON list or JSON lines"),
@@ -151,7 +149,7 @@ def test_what_is_not_the_set_is_deleted(few, server, content, tmp_path, change, 
     changed = change(json.loads(content))
     server.content = (changed if isinstance(changed, str) else json.dumps(changed)).encode()
     with pytest.raises(UserError, match=f"is not the label set sentiment, and was deleted: .*{message}"):
-        labels.download("sentiment", tmp_path, server.url)
+        labels.fetch_labels("sentiment", tmp_path, server.url)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,17 +160,17 @@ def test_without_a_network_there_is_a_sentence(few, server, tmp_path):
     with pytest.raises(
         UserError, match=r"^http.*: could not be fetched: .*refused.* or bring the file from elsewhere as"
     ):
-        labels.download("sentiment", tmp_path, url)
+        labels.fetch_labels("sentiment", tmp_path, url)
     with pytest.raises(UserError, match=r"no label set 'sentimnt'; there are sentiment, .*; did you mean sentiment"):
-        labels.download("sentimnt", tmp_path)
+        labels.fetch_labels("sentimnt", tmp_path)
     with pytest.raises(UserError, match="an address that begins with https://"):
-        labels.download("sentiment", tmp_path, "file:///etc/passwd")
+        labels.fetch_labels("sentiment", tmp_path, "file:///etc/passwd")
 
 
 def test_equal_samples_are_counted(few, server, content, tmp_path):
     rows = json.loads(content)
     server.content = json.dumps([rows[0] | {f"sample{i}": rows[0]["sample0"] for i in range(4)}, *rows]).encode()
-    assert labels.download("sentiment", tmp_path, server.url)[1:3] == (65, 1)
+    assert labels.fetch_labels("sentiment", tmp_path, server.url)[1:3] == (65, 1)
 
 
 def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
@@ -183,7 +181,7 @@ def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
     rows[2] |= {f"sample{i}": [5] for i in range(4)}
     file = tmp_path / "labels.json"
     file.write_text(json.dumps(rows))
-    cli.run(["data", "decode", str(file), "--tokenizer", str(tmp_path / "tokenizer")])
+    labels.main(["decode", str(file), "--tokenizer", str(tmp_path / "tokenizer")])
     output = tmp_path / "labels.decoded.jsonl"
     assert capsys.readouterr().out == (
         f"wrote {output}: 2 rows, 1 dropped (all responses are identical); 1 texts hold a broken character, U+FFFD\n"
@@ -194,25 +192,21 @@ def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
     assert decoded[0][f"sample{rows[0]['best']}"].startswith(" good good good ")
     assert (decoded[1]["sample2"], decoded[1]["worker"]) == ("\ufffd", "x")
     for row, ids in zip(decoded, rows, strict=False):
-        assert tokenizer.encode(row["query"]) == [i for i in ids["query"] if i != PAD_ID]
-    [row] = readers.read_comparisons(str(output)).rows[:1]
+        assert tokenizer.encode(row["query"]) == [i for i in ids["query"] if i != labels.PAD_ID]
+    [row] = formats.read("comparisons", str(output)).rows[:1]
     assert row.responses == tuple(decoded[0][f"sample{i}"] for i in range(4))
     with pytest.raises(UserError, match="exists already"):
-        labels.decode(file, output, tokenizer)
+        labels.decode_labels(file, output, tokenizer)
     with pytest.raises(
-        UserError, match=r"labels\.json, line 1: holds the token id \d+, but the tokenizer has ids up to"
+        UserError, match=r"labels\.json, row 1: holds the token id \d+, but the tokenizer has ids up to 3"
     ):
-        labels.decode(file, tmp_path / "other", tokenizers.characters("ab"))
+        labels.decode_labels(file, tmp_path / "other", tokenizers.characters("ab"))
 
 
 def train(monkeypatch, *argv):
     """experiments/reward_model.py in this process; returns the rows of its metrics."""
-    script = ROOT / "experiments" / "reward_model.py"
-    spec = importlib.util.spec_from_file_location("reward_model_script", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [str(script), *map(str, argv)])
-    module.main()
+    monkeypatch.setattr(sys, "argv", ["reward_model.py", *map(str, argv)])
+    reward_model.main()
     folder = Path(argv[argv.index("--output-dir") + 1])
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
@@ -276,7 +270,7 @@ def test_a_reward_model_trains_on_human_choices_among_four(tmp_path, monkeypatch
     assert all(np.isfinite(row["validation/loss"]) for row in metrics)
     assert 0 <= metrics[-1]["validation/accuracy"] <= 1
     if form == "token ids":
-        decoded = labels.decode(tmp_path / "labels.json", tmp_path / "texts.jsonl", gpt2)
+        decoded = labels.decode_labels(tmp_path / "labels.json", tmp_path / "texts.jsonl", gpt2)
         assert decoded.num_rows == len(rows)
         first = json.loads((tmp_path / "texts.jsonl").read_text("utf-8").splitlines()[0])
         assert rows[0]["query"].startswith(first["query"].rstrip("\ufffd"))

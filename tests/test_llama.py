@@ -180,20 +180,15 @@ def test_both_forms_of_the_rotary_keys_are_read(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
-            "rope_parameters.rope_type is 'yarn'; the supported",
-        ),
-        (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
-            "rope_scaling.low_freq_factor is None, expected a number",
-        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope_parameters.rope_type is 'yarn'; the supported"),
+        ({"rope_scaling": {"type": "llama3", "factor": 2}}, "rope_scaling.low_freq_factor is None, expected a number"),
+        ({"rope_theta": "1"}, "rope_theta is '1', expected a number"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor changes the logits"),
         ({"rope_parameters": [1]}, "rope_parameters is [1], expected an object"),
         ({"pretraining_tp": 2}, "pretraining_tp is 2"),
         ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"head_dim": 3}, "even head_dim, got 3"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which changes the logits"),
         ({"model_type": "mamba"}, "model_type is 'mamba'; the supported ones are: gpt2, llama"),
     ],
 )
@@ -234,7 +229,7 @@ def test_ppo_teaches_it_a_token():
         batch = rollout.collect(
             model, state.params, prompts, jnp.ones_like(prompts), key, sampling=sampling_config, policy_fn=policy_fn
         )
-        batch = batch.replace(scores=reward_fn(batch), ref_log_probs=batch.log_probs)
+        batch = batch.replace(scores=reward_fn(batch)[0], ref_log_probs=batch.log_probs)
         batch = batch.replace(rewards=rewards.kl_shaped(batch, 0.0))
         state, metrics = ppo.update(state, batch, key, policy_fn=policy_fn, optimizer=optimizer, config=config)
         return state, metrics | {"score": batch.scores.mean()}

@@ -76,7 +76,7 @@ def test_greedy_equals_transformers_generate(tmp_path):
     ).numpy()
     model, params = models.load(tmp_path)
     config = sampling.SamplingConfig(max_new_tokens=16, temperature=0.0, eos_id=1, pad_id=0)
-    result = sampling.generate(model, params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), config)
+    result = sampling.generate(model, params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), config=config)
     np.testing.assert_array_equal(np.asarray(result.tokens)[:, : expected.shape[1]], expected)
     assert not np.asarray(result.tokens)[:, expected.shape[1] :].any()
 

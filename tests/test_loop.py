@@ -12,9 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from rlhf_jax import sharding
-from rlhf_jax.config import RunConfig, Tokenizer
+from rlhf_jax.config import RunConfig, Tokenizer, parse
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.flags import parse
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training import loop
@@ -50,7 +49,8 @@ def run_loop(
     with open_stage(config, "sft", {}) as stage:
         start = stage.replicate({"n": jnp.float32(0)})
         validating = validate if scores else None
-        state, row = loop.train(stage, start, advance, num_steps=num_steps, validate=validating, **options)
+        job = loop.Job(advance, num_steps, validating, judged_by="max:validation/score", **options)
+        state, row = loop.train(stage, start, job)
     return int(state["n"]), row
 
 

@@ -109,7 +109,7 @@ def test_the_sampler_decodes_through_the_adapters(adapted):
     adapters = grown(adapters)
     config = sampling.SamplingConfig(max_new_tokens=4, temperature=0.0, eos_id=1, pad_id=0)
     spoken = [
-        sampling.generate(model, tree, TOKENS, jnp.ones_like(TOKENS), jax.random.key(2), config).tokens
+        sampling.generate(model, tree, TOKENS, jnp.ones_like(TOKENS), jax.random.key(2), config=config).tokens
         for tree in (lora.attach(params, adapters), lora.merge(params, adapters), params)
     ]
     np.testing.assert_array_equal(spoken[0], spoken[1])
@@ -201,43 +201,32 @@ def test_a_step_needs_less_than_half_again_the_memory_of_the_weights():
 
 def test_peft_folders_round_trip(adapted, tmp_path):
     _, params, adapters = adapted
-    with_head = models.add_head(jax.random.key(3), params, "score")["score"]
-    adapters = {**grown(adapters), "score": with_head}
-    lora.save(tmp_path, params, adapters, base_model="some/base")
-    loaded = lora.load(tmp_path, params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), loaded, adapters)
-    config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
-    assert config["r"] == 3
-    assert config["lora_alpha"] == 6.0
-    assert config["base_model_name_or_path"] == "some/base"
-    assert config["modules_to_save"] == ["score"]
-
-
-def test_gain_and_shift_of_a_head_are_kept_as_a_score(tmp_path):
-    params = models.build(GPT2).init(jax.random.key(0))
     head = models.add_head(jax.random.key(3), params, "score")["score"]
     head |= {"gain": jnp.float32(2.0), "bias": jnp.float32(0.25), "shift": jnp.float32(-3.0)}
-    lora.save(tmp_path, params, {**lora.init(jax.random.key(1), params, 1), "score": head})
-    loaded = lora.load(tmp_path, params)["score"]
-    np.testing.assert_allclose(loaded["kernel"], 2.0 * head["kernel"], rtol=1e-6)
-    assert {name: float(loaded[name]) for name in ("gain", "bias", "shift")} == {"gain": 1, "bias": 0, "shift": -2.5}
+    lora.save(tmp_path, params, {**grown(adapters), "score": head}, base_model="some/base")
+    loaded = lora.load(tmp_path, params)
+    # A score comes back as gain 1 and bias 0.
+    kept = {"kernel": 2.0 * head["kernel"], "gain": 1.0, "bias": 0.0, "shift": -2.5}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), loaded, {**grown(adapters), "score": kept})
+    config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+    assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (3, 6.0, ["score"])
+    assert config["base_model_name_or_path"] == "some/base"
 
 
 def test_partial_and_strange_folders(tmp_path):
     params = models.build(GPT2).init(jax.random.key(0))
-    lora.save(tmp_path, params, lora.init(jax.random.key(1), params, 2, "h_1/attn"))
     file, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
-    config = json.loads(file.read_text("utf-8"))
-    assert config["target_modules"] == ["attn.c_attn", "attn.c_proj"]
-    assert set(flatten_dict(lora.load(tmp_path, params))) == set(
-        flatten_dict(lora.init(jax.random.key(1), params, 2, "h_1/attn"))
-    )
-    lora.save(tmp_path, params, lora.init(jax.random.key(1), params, 2, "h_1/attn|h_0/attn/c_attn"))
-    assert json.loads(file.read_text("utf-8"))["target_modules"] == [
-        "transformer.h.0.attn.c_attn",
-        "transformer.h.1.attn.c_attn",
-        "transformer.h.1.attn.c_proj",
-    ]
+
+    def saved_targets(match):
+        lora.save(tmp_path, params, lora.init(jax.random.key(1), params, 2, match))
+        return json.loads(file.read_text("utf-8"))["target_modules"]
+
+    places = ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"]
+    assert saved_targets("h_1/attn|h_0/attn/c_attn") == places
+    assert saved_targets("h_1/attn") == ["attn.c_attn", "attn.c_proj"]
+    expected = lora.init(jax.random.key(1), params, 2, "h_1/attn")
+    assert jax.tree.structure(lora.load(tmp_path, params)) == jax.tree.structure(expected)
+    config, tensors = json.loads(file.read_text("utf-8")), load_file(weights)
 
     def refuses(match, **changes):
         file.write_text(json.dumps(config | changes), encoding="utf-8")
@@ -250,16 +239,21 @@ def test_partial_and_strange_folders(tmp_path):
     refuses("lora_alpha is None, expected a number", lora_alpha=None)
     file.write_text(json.dumps(config | {"use_rslora": True, "lora_alpha": 8}), encoding="utf-8")
     assert lora.load(tmp_path, params)["h_1"]["attn"]["c_attn"]["lora_scale"] == pytest.approx(8 / 2**0.5)
-    tensors = load_file(weights)
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": np.ones((2, 16), np.float32)}, weights)
     refuses("unexpected tensors: lm_head.lora_A.weight")
     save_file({name: value for name, value in tensors.items() if "h.1.attn.c_proj.lora_B" not in name}, weights)
     refuses(r"missing tensors: transformer.h.1.attn.c_proj.lora_B.weight")
+    save_file({"base_model.model.score.weight": np.ones((1, 16), np.float32)}, weights, {"reward_shift": "much"})
+    refuses("reward_shift in its metadata is no number")
+    save_file({}, weights)
+    refuses("no adapter of a kernel of this model")
     file.unlink()
     with pytest.raises(UserError, match="an adapter folder holds adapter_config"):
         lora.load(tmp_path, params)
     two_ranks = [lora.init(jax.random.key(1), params, rank, match) for rank, match in ((1, "h_0"), (2, "h_1"))]
-    with pytest.raises(ValueError, match="one rank and scale"):
-        lora.save(tmp_path, params, two_ranks[0] | two_ranks[1])
-    with pytest.raises(ValueError, match="cannot save value/kernel as adapters"):
-        lora.save(tmp_path, params, {"value": {"kernel": jnp.zeros(16)}})
+    for adapters, message in (
+        (two_ranks[0] | two_ranks[1], "one rank and scale"),
+        ({"value": {"kernel": jnp.zeros(16)}}, "cannot save value/kernel as adapters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lora.save(tmp_path, params, adapters)

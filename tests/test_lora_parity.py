@@ -66,20 +66,15 @@ def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, torch_model, ki
         return jnp.sum(jnp.where(real[..., None], jnp.square(found), 0.0)) / (real.sum() * found.shape[-1])
 
     found = flatten_dict(jax.jit(jax.grad(loss))(adapters))
-    family = names.family(model.config)
+    family = names.family_of(model.config)
     compared = 0
     for path, gradient in found.items():
         if path[-1] == "lora_scale":
             continue
-        inner = "/".join((*path[1:-1], "kernel"))
-        module = next(name for name, place in family.block.items() if place == inner).removesuffix(".weight")
-        for layer in range(model.config.num_layers):
-            if path[0] not in ("h", f"h_{layer}"):
-                continue
-            letter = path[-1][-1].upper()
-            name = f"base_model.model.{family.prefix}{family.layer.format(layer=layer)}{module}.lora_{letter}"
-            theirs = gradients[f"{name}.default.weight"].T
-            ours = np.asarray(gradient[layer] if path[0] == "h" else gradient)
+        stored = family.tensors((*path[:-1], "kernel"), gradient.shape)
+        for name, ours in zip(stored, np.asarray(gradient if path[0] == "h" else [gradient]), strict=True):
+            module = f"base_model.model.{name.removesuffix('.weight')}.lora_{path[-1][-1].upper()}"
+            theirs = gradients[f"{module}.default.weight"].T
             np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
             compared += 1
     assert compared == len(gradients)

@@ -11,10 +11,9 @@ from flax.traverse_util import flatten_dict
 from test_training import FAST, TINY, Killed, interrupt, outputs
 
 from rlhf_jax import models, ppo, training, vpg
-from rlhf_jax.config import DPOStage, LoRA, RewardModelStage, RLStage, RunConfig, SFTStage, Text
+from rlhf_jax.config import DPOStage, LoRA, RewardModelStage, RLStage, RunConfig, SFTStage, Text, parse
 from rlhf_jax.data import demo, tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.flags import parse
 from rlhf_jax.models import lora
 
 pytestmark = pytest.mark.usefixtures("no_pages")

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import test_llama_parity
 import test_models_parity
+from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
+from tabular import numbers
 
 from rlhf_jax import dpo, models, reward_model
 from rlhf_jax.models import names
@@ -74,17 +76,15 @@ def load(name, kind, folder, scale=1.0):
 
 def assert_gradients_equal(model, ours, reference):
     """Every parameter of the torch model has our gradient, and no gradient of ours is left out."""
-    prefix, found = names.family(model.config).prefix, {}
+    family, found = names.family_of(model.config), {}
     ours = dict(ours)
     if "score" in ours:  # a classifier's head has no bias, and gain and shift are not trained
         score = ours.pop("score")
         assert score["gain"] == score["shift"] == 0
         found[names.SCORE] = score["kernel"][None, :]
-    if "lm_head" in ours:
-        found[names.OUTPUT_TABLE] = ours["lm_head"]["embedding"]
-    for tensor in names.tensors(model.config):
-        leaf = functools.reduce(lambda tree, key: tree[key], tensor.path, ours)
-        found[prefix + tensor.name] = leaf.T if tensor.transposed else leaf
+    for path, leaf in flatten_dict(ours).items():
+        (name,) = family.tensors(path, leaf.shape)
+        found[name] = leaf.T if family.transposed and path[-1] == "kernel" else leaf
     assert len(found) == len(jax.tree.leaves(ours)) + (names.SCORE in found)
     expected = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
     assert found.keys() == expected.keys()
@@ -104,7 +104,8 @@ def test_reward_model_loss_and_gradients(tmp_path, name):
     score = jax.jit(models.score_fn(model))
     batch = pairs(margin=jnp.array([0.0, 0.5, 1.5]))
     for centering in (0.0, 0.05):
-        f = functools.partial(reward_model.loss, score_fn=score, config=reward_model.Config(centering=centering))
+        config = reward_model.Config(centering=centering)
+        f = functools.partial(numbers(reward_model.loss), score_fn=score, config=config)
         (loss, metrics), gradients = jax.value_and_grad(f, has_aux=True)(params, batch, None)
         chosen, rejected = torch_outputs(reference, batch).reshape(3, 2).T
         expected = -torch.nn.functional.logsigmoid(chosen - rejected - torch.tensor(np.asarray(batch.margin))).mean()
@@ -149,7 +150,7 @@ def test_dpo_loss_and_gradients(tmp_path, name, kinds):
     np.testing.assert_allclose(batch.ref_log_probs, ref_log_probs, rtol=1e-5)
     for kind, smoothing in kinds:
         config = dpo.Config(beta=0.1, kind=kind, label_smoothing=smoothing)
-        f = functools.partial(dpo.loss, policy_fn=policy_fn, config=config)
+        f = functools.partial(numbers(dpo.loss), policy_fn=policy_fn, config=config)
         (loss, metrics), gradients = jax.value_and_grad(f, has_aux=True)(params, batch, None)
         chosen, rejected = (torch_log_probs(policy, batch) - ref_log_probs).T
         expected = torch_dpo(chosen - rejected, 0.1, kind, smoothing)

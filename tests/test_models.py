@@ -62,13 +62,10 @@ def test_positions_by_hand(mask, expected):
         np.testing.assert_array_equal(jax.jit(attention.positions)(np.asarray([mask], dtype))[0], expected)
 
 
-def test_causal_mask_by_hand():
+def test_masks_by_hand():
     seen = attention.causal_mask(jnp.asarray([[0, 1, 1, 2, 2]]))[0, 0].astype(int)
     expected = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
     np.testing.assert_array_equal(seen, expected)
-
-
-def test_cache_mask_by_hand():
     seen = attention.cache_mask(jnp.asarray([[0, 1, 1, 1]]), 1, 2)[0, 0].astype(int)
     np.testing.assert_array_equal(seen, [[0, 1, 0, 0], [0, 1, 1, 0]])
 
@@ -95,12 +92,6 @@ def test_padding_changes_no_logits(pad_id, dtype):
     logits = model.apply(params, padded, mask)
     assert np.all(np.isfinite(logits))
     np.testing.assert_allclose(logits[:, 3:8], model.apply(params, tokens), atol=ATOL)
-
-
-def test_mask_none_is_all_ones():
-    model, params = tiny()
-    tokens = some_tokens(2, 5)
-    np.testing.assert_array_equal(model.apply(params, tokens), model.apply(params, tokens, np.ones((2, 5))))
 
 
 def test_later_tokens_change_no_earlier_logits():
@@ -200,12 +191,11 @@ def test_remat_and_scan_change_neither_values_nor_gradients(changes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL, rtol=1e-4), other_gradient, expected)
 
 
-def test_remat_is_applied():
-    tokens = some_tokens(1, 4)
-    for remat in (False, True):
-        model, params = tiny(remat=remat)
-        program = str(jax.make_jaxpr(model.apply)(params, tokens))
-        assert ("remat" in program or "checkpoint" in program) == remat
+@pytest.mark.parametrize("remat", [False, True])
+def test_remat_is_applied(remat):
+    model, params = tiny(remat=remat)
+    program = str(jax.make_jaxpr(model.apply)(params, some_tokens(1, 4)))
+    assert ("remat" in program or "checkpoint" in program) == remat
 
 
 RATES = ("embedding_dropout", "attention_dropout", "residual_dropout")
@@ -265,11 +255,11 @@ def test_init_depends_on_the_key_alone():
     assert np.max(np.abs(first["h_0"]["mlp"]["c_fc"]["kernel"] - first["h_1"]["mlp"]["c_fc"]["kernel"])) > 1e-3
 
 
-def test_heads_are_ignored_by_the_body():
+def test_heads_are_ignored_by_the_body_and_a_mask_of_ones_is_none():
     model, params = tiny()
     with_heads = models.add_head(jax.random.key(0), models.add_head(jax.random.key(0), params, "value"), "score")
     tokens = some_tokens(2, 5)
-    np.testing.assert_array_equal(model.apply(params, tokens), model.apply(with_heads, tokens))
+    np.testing.assert_array_equal(model.apply(params, tokens), model.apply(with_heads, tokens, np.ones((2, 5))))
 
 
 def test_resize_vocabulary_adds_mean_rows():
@@ -286,8 +276,6 @@ def test_resize_vocabulary_adds_mean_rows():
     same, same_params = models.resize_vocabulary(model, params, 13)
     assert same.config == model.config
     jax.tree.map(np.testing.assert_array_equal, same_params, params)
-    with pytest.raises(ValueError, match="13 tokens and cannot shrink to 12"):
-        models.resize_vocabulary(model, params, 12)
 
 
 @pytest.mark.parametrize(
@@ -306,16 +294,14 @@ def test_bad_configs_are_refused(changes, message):
         dataclasses.replace(CONFIG, **changes)
 
 
-def test_bad_arguments_are_refused():
+def test_wrong_shapes_are_refused():
     model, params = tiny()
     tokens = some_tokens(2, 4)
-    with pytest.raises(ValueError, match=r"expected an attention_mask of shape \(2, 4\), got \(2, 3\)"):
+    with pytest.raises(AssertionError, match="shape"):
         model.apply(params, tokens, np.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"expected tokens of shape \[B, T\], got \(4,\)"):
+    with pytest.raises(AssertionError, match="rank"):
         model.apply(params, tokens[0])
-    with pytest.raises(ValueError, match=r"expected a key_mask of shape \(2, 3\), got \(2, 4\)"):
+    with pytest.raises(AssertionError, match="shape"):
         model.decode(params, tokens, tokens, np.ones((2, 4)), model.init_cache(2, 3), 0)
-    with pytest.raises(ValueError, match="4 tokens do not fit into a cache of 3 slots"):
-        model.decode(params, tokens, tokens, np.ones((2, 3)), model.init_cache(2, 3), 0)
-    with pytest.raises(ValueError, match="build takes a GPT2Config or a LlamaConfig, got dict"):
-        models.build({"vocab_size": 3})
+    with pytest.raises(AssertionError, match="shape"):
+        model.decode(params, tokens, tokens[:, :1], np.ones((2, 4)), model.init_cache(2, 4), 0)

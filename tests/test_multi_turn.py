@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
-from tabular import assert_close, assert_identical
+from tabular import assert_close, assert_identical, numbers
 
 from rlhf_jax import ops
 from rlhf_jax.algorithms import dpo, grpo, ppo, reward_model, rloo, sft, vpg
@@ -79,7 +79,7 @@ def of_vpg(params_now, batch, policy_fn):
 
 
 def of_clipped(algorithm, config, params_now, batch, policy_fn):
-    batch = algorithm.prepare(batch.replace(rewards=kl_shaped(batch, 0.1)), config)
+    batch = algorithm.prepare(batch.replace(rewards=kl_shaped(batch, 0.1)), config=config)
     return algorithm.loss(params_now, batch, KEY, policy_fn=policy_fn, config=config)
 
 
@@ -115,7 +115,7 @@ def test_what_is_in_a_hole_does_not_matter(name):
 
         fields = ("log_probs", "ref_log_probs", "values", "rewards")
         batch = batch.replace(**{field: poisoned(getattr(batch, field)) for field in fields})
-        return jax.value_and_grad(LOSSES[name], has_aux=True)(params(), batch, policy_fn)
+        return jax.value_and_grad(numbers(LOSSES[name]), has_aux=True)(params(), batch, policy_fn)
 
     batch = conversations()
     expected = run(batch, 0.0)
@@ -165,13 +165,14 @@ def example():
 
 def test_tool_output_is_context():
     """The second turn follows a tool's 0 (1/4) or a tool's 1 (1/2); the tool's own token is not learnt."""
-    f = jax.jit(jax.value_and_grad(functools.partial(sft.loss, policy_fn=bigram, config=sft.Config()), has_aux=True))
+    loss = functools.partial(numbers(sft.loss), policy_fn=bigram, config=sft.Config())
+    f = jax.jit(jax.value_and_grad(loss, has_aux=True))
     batch = jax.tree.map(lambda x: x[:1], example())
     for said, second in [(0, 0.25), (1, 0.5)]:
         tokens = np.array([[0, 1, said, 1, 1]])
         (value, metrics), grads = f(BIGRAM, Demonstrations(tokens, batch.attention_mask, batch.response_mask), None)
         np.testing.assert_allclose(value, -(math.log(0.25) + math.log(second)) / 2, rtol=1e-6)
-        assert metrics["sft/tokens"] == 2
+        np.testing.assert_allclose(metrics["sft/loss"], value)
         # p - 1 for each token that was said, by the token that stood before it
         np.testing.assert_allclose(grads[said, 1], {0: -2 * 0.75 / 2, 1: -0.5 / 2}[said], rtol=1e-6)
 
@@ -184,12 +185,13 @@ def test_rewards_and_advantages_by_hand():
     @jax.jit
     def run(batch):
         batch = batch.replace(rewards=kl_shaped(batch, 0.5))
-        plain = ppo.prepare(batch, ppo.Config(gae_lambda=0.5, whiten_advantages=False))
-        white = ppo.prepare(batch, ppo.Config(gae_lambda=0.5))
-        groups = [algorithm.prepare(batch, config) for algorithm, config in ((rloo, rloo.Config()), (grpo, of_grpo))]
+        plain = ppo.prepare(batch, config=ppo.Config(gae_lambda=0.5, whiten_advantages=False))
+        white = ppo.prepare(batch, config=ppo.Config(gae_lambda=0.5))
+        configs = ((rloo, rloo.Config()), (grpo, of_grpo))
+        groups = [algorithm.prepare(batch, config=config) for algorithm, config in configs]
         losses = [
-            rloo.loss(BIGRAM, groups[0], KEY, policy_fn=bigram, config=rloo.Config()),
-            grpo.loss(BIGRAM, groups[1], KEY, policy_fn=bigram, config=of_grpo),
+            numbers(rloo.loss)(BIGRAM, groups[0], KEY, policy_fn=bigram, config=rloo.Config()),
+            numbers(grpo.loss)(BIGRAM, groups[1], KEY, policy_fn=bigram, config=of_grpo),
         ]
         return batch.rewards, plain, white.advantages, groups[0].advantages, losses
 
@@ -222,7 +224,7 @@ def test_dpo_sums_what_the_policy_said():
     def run(batch):
         reference = jnp.log(jnp.array([[0.875, 0.125], [0.5, 0.5]]))
         batch = dpo.with_reference(batch, Partial(bigram, reference))
-        return batch.ref_log_probs, dpo.loss(BIGRAM, batch, KEY, policy_fn=bigram, config=dpo.Config(beta=1.0))
+        return batch.ref_log_probs, numbers(dpo.loss)(BIGRAM, batch, KEY, policy_fn=bigram, config=dpo.Config(beta=1.0))
 
     ref_log_probs, (value, metrics) = run(pairs(example()))
     np.testing.assert_allclose(ref_log_probs[0], [2 * math.log(0.125), math.log(0.125)], rtol=1e-6)
@@ -239,7 +241,7 @@ def test_a_reward_model_reads_tool_output_but_needs_an_answer():
         del key
         return jnp.sum(jnp.where(attention_mask != 0, params["scores"][tokens], 0.0), axis=1)
 
-    f = jax.jit(functools.partial(reward_model.loss, score_fn=score_fn, config=reward_model.Config()))
+    f = jax.jit(functools.partial(numbers(reward_model.loss), score_fn=score_fn, config=reward_model.Config()))
     value, metrics = f(table, batch, None)
     # 01011 against 0111: 3.5 against 3.25; the second pair has no answer at all.
     np.testing.assert_allclose(value, math.log1p(math.exp(-0.25)), rtol=1e-6)

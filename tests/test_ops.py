@@ -11,6 +11,7 @@ import references
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
+from tabular import comparisons
 
 from rlhf_jax import ops
 
@@ -130,11 +131,11 @@ def test_statistics_over_devices_equal_one_device():
 
 
 def test_shape_mistakes_say_what_was_expected():
-    with pytest.raises(ValueError, match=r"equal shapes.*\(2, 3\).*\(3,\)"):
+    with pytest.raises(AssertionError, match=r"shapes.*\(2, 3\).*\(3,\)"):
         ops.masked_mean(jnp.ones((2, 3)), jnp.ones(3))
-    with pytest.raises(ValueError, match=r"\[B, T, V\].*\(2, 3\)"):
+    with pytest.raises(AssertionError, match=r"\(2, 3\)"):
         ops.token_log_probs(jnp.ones((2, 4, 5)), jnp.ones((2, 3), int))
-    with pytest.raises(ValueError, match=r"tokens: expected 2 dimensions"):
+    with pytest.raises(AssertionError, match="rank"):
         ops.response_mask(jnp.ones(3, int), 1, 0)
 
 
@@ -239,3 +240,45 @@ def test_policy_fn_makes_a_policy_of_a_lookup_table():
     assert output.values is None
     cold = ops.policy_fn(lambda params, tokens, attention_mask, key: params[tokens], temperature=0.5)
     assert cold(table, tokens, None, None).log_probs[0, 2] == pytest.approx(math.log(0.49 / 0.54), abs=1e-6)
+
+
+def test_response_log_probs_are_sums_over_each_response():
+    """Of rows [B, T] or of answers [B, K, T]; an absent one gives 0."""
+    table = jax.nn.log_softmax(jnp.asarray(np.random.default_rng(0).normal(size=(5, 5)), jnp.float32))
+    policy_fn = ops.policy_fn(lambda params, tokens, attention_mask, key: params[tokens])
+    batch = comparisons(0, 3, 4, absent=[(1, 2)])
+    sums = ops.response_log_probs(policy_fn, table, batch)
+    for i, k in np.ndindex(3, 4):
+        tokens, response = batch.tokens[i, k], batch.response_mask[i, k]
+        expected = sum(table[tokens[t - 1], tokens[t]] for t in np.flatnonzero(response))
+        np.testing.assert_allclose(sums[i, k], expected, rtol=1e-5)
+    assert sums[1, 2] == 0.0
+    first = jax.tree.map(lambda x: x[:, 0], batch)
+    np.testing.assert_allclose(ops.response_log_probs(policy_fn, table, first), sums[:, 0], rtol=1e-6)
+
+
+def test_what_a_policy_returns_has_the_shape_of_the_tokens():
+    batch = jax.tree.map(lambda x: x[:, 0], comparisons(0, 3, 1))
+    right = ops.policy_fn(lambda params, tokens, attention_mask, key: jnp.zeros((*tokens.shape, 5)))
+    assert ops.evaluate(right, {}, batch).log_probs.shape == (3, 6)
+    for name in ("log_probs", "entropy", "values"):
+
+        def wrong(*args, name=name):
+            return right(*args)._replace(**{name: jnp.zeros((3, 1))})
+
+        with pytest.raises(AssertionError, match=r"\(3, 6\).*\(3, 1\)"):
+            ops.evaluate(wrong, {}, batch)
+
+
+def test_numbers_are_checked_unless_they_are_traced():
+    for value in (None, 0, 0.5):
+        ops.check_number("share", value, at_least=0, below=1)
+    for value, words in [(-1, "at least 0"), (1, "below 1"), (math.nan, "at least 0")]:
+        with pytest.raises(ValueError, match=f"share must be {words}, got {value}"):
+            ops.check_number("share", value, at_least=0, below=1)
+    with pytest.raises(ValueError, match="above 0"):
+        ops.check_number("share", 0, above=0)
+    with pytest.raises(ValueError, match="at most 1"):
+        ops.check_number("share", 2, at_most=1)
+    jax.jit(lambda x: ops.check_number("share", x, above=5))(1.0)
+    assert [ops.is_zero(x) for x in (0, 0.0, 0.1, jnp.zeros(()))] == [True, True, False, False]

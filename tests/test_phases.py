@@ -12,8 +12,8 @@ from rlhf_jax import models, rewards, sampling
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import RLStage
 from rlhf_jax.training import rl
-from rlhf_jax.training.phases import _judged_by_end, _num_equal
-from rlhf_jax.types import Rollout, TrainState
+from rlhf_jax.training.phases import _judged_by_end, _num_equal, scored
+from rlhf_jax.types import Rollout
 
 PROMPT_LENGTH, ROWS = 4, 8
 SAMPLING = sampling.SamplingConfig(max_new_tokens=6, eos_id=1, pad_id=0)
@@ -26,7 +26,7 @@ def start(algorithm, kl_coef=0.1):
     params = MODEL.init(jax.random.key(0))
     if algorithm is ppo:
         params = models.add_head(jax.random.key(1), params, "value")
-    return rl.LoopState.create(TrainState.create(params, OPTIMIZER), kl_coef)
+    return rl.LoopState.create(algorithm.State.create(params, OPTIMIZER), kl_coef)
 
 
 def prompts():
@@ -34,12 +34,14 @@ def prompts():
     return rl.Prompts(tokens, jnp.ones_like(tokens), jnp.arange(ROWS) + 100)
 
 
-def phases(algorithm, config, algorithm_config):
-    ref_fn = jax.tree_util.Partial(POLICY_FN, MODEL.init(jax.random.key(0)))
-    reward_fn = rewards.token_count(5, include_prompt=False)
-    static = {"model": MODEL, "sampling_config": SAMPLING, "policy_fn": POLICY_FN}
-    learning = {"algorithm": algorithm, "algorithm_config": algorithm_config, "optimizer": OPTIMIZER, "config": config}
-    return ref_fn, reward_fn, static, learning
+def functions(reference=True):
+    ref_fn = jax.tree_util.Partial(POLICY_FN, MODEL.init(jax.random.key(0))) if reference else None
+    return rl.Functions(jax.tree_util.Partial(POLICY_FN), rewards.token_count(5, include_prompt=False), ref_fn)
+
+
+def jitted(phase, algorithm, settings, algorithm_config):
+    recipe = rl.Recipe(MODEL, SAMPLING, algorithm, algorithm_config, OPTIMIZER, settings)
+    return jax.jit(functools.partial(phase, recipe=recipe))
 
 
 @pytest.mark.parametrize(
@@ -51,19 +53,17 @@ def phases(algorithm, config, algorithm_config):
 )
 def test_one_jit_and_three_jits_give_identical_parameters(algorithm, algorithm_config):
     config = RLStage(kl_target=1.0, missing_eos_penalty=0.5)
-    ref_fn, reward_fn, static, learning = phases(algorithm, config, algorithm_config)
-    whole = jax.jit(functools.partial(rl.iteration, **static, **learning))
-    collect = jax.jit(functools.partial(rl.collect, **static))
+    made = algorithm, config, algorithm_config
+    whole, collect, learn = (jitted(phase, *made) for phase in (rl.iteration, rl.collect, rl.learn))
     reward = jax.jit(rl.reward)
-    learn = jax.jit(functools.partial(rl.learn, policy_fn=POLICY_FN, eos_id=SAMPLING.eos_id, **learning))
 
     one = three = start(algorithm)
     for step in range(3):
         keys = jax.random.split(jax.random.key(step), 2)
-        one, rollout, metrics = whole(one, prompts(), *keys, ref_fn, reward_fn)
-        apart, collected = collect(three, prompts(), keys[0], ref_fn=ref_fn)
-        apart, rewarded = reward(apart, reward_fn=reward_fn)
-        three, learned = learn(three, apart, keys[1])
+        one, rollout, metrics = whole(one, prompts(), *keys, functions())
+        apart, collected = collect(three, prompts(), keys[0], functions())
+        apart, rewarded = reward(apart, functions())
+        three, learned = learn(three, apart, keys[1], functions())
     np.testing.assert_array_equal(rollout.row_ids, np.arange(ROWS) + 100)
     assert metrics.keys() == (collected | rewarded | learned).keys()
     jax.tree.map(np.testing.assert_array_equal, one, three)
@@ -75,11 +75,8 @@ def test_one_jit_and_three_jits_give_identical_parameters(algorithm, algorithm_c
 def test_kl_coefficient_follows_the_kl():
     """Ziegler et al. 2019: with n = horizon the coefficient moves by at most a fifth of itself."""
     config = RLStage(kl_target=1e-3, kl_horizon=ROWS)
-    ref_fn, reward_fn, static, learning = phases(ppo, config, ppo.Config(num_epochs=4))
-    step = jax.jit(functools.partial(rl.iteration, **static, **learning))
-    loop = start(ppo)
-    keys = jax.random.split(jax.random.key(0), 2)
-    loop, _, metrics = step(loop, prompts(), *keys, ref_fn, reward_fn)
+    step = jitted(rl.iteration, ppo, config, ppo.Config(num_epochs=4))
+    loop, _, metrics = step(start(ppo), prompts(), *jax.random.split(jax.random.key(0)), functions())
     assert float(metrics["objective/kl"]) == 0.0  # the policy is still the reference: 0 / target - 1, clipped to -.2
     np.testing.assert_allclose(loop.kl_coef, 0.1 * 0.8, rtol=1e-6)
     assert float(metrics["kl/coef"]) == pytest.approx(0.1)  # the one that shaped these rewards
@@ -88,13 +85,12 @@ def test_kl_coefficient_follows_the_kl():
 def test_vpg_subtracts_its_moving_baseline():
     """b0 = 0 and a mean score of 10: b = 1 (ALGORITHMS 4)."""
     config = RLStage(kl_coef=0.0)
-    _, _, static, learning = phases(vpg, config, vpg.Config())
-    loop = start(vpg, kl_coef=0.0)
-    rollout, _ = jax.jit(functools.partial(rl.collect, **static))(loop, prompts(), jax.random.key(3))
+    collect, learn = (jitted(phase, vpg, config, vpg.Config()) for phase in (rl.collect, rl.learn))
+    loop, alone = start(vpg, kl_coef=0.0), functions(reference=False)
+    rollout, _ = collect(loop, prompts(), jax.random.key(3), alone)
     scores = jnp.where(jnp.arange(ROWS) % 2 == 0, 8.0, 12.0)
-    learn = jax.jit(functools.partial(rl.learn, policy_fn=POLICY_FN, **learning))
-    loop, metrics = learn(loop, rollout.replace(scores=scores), jax.random.key(4))
-    np.testing.assert_allclose(loop.baseline, 1.0, rtol=1e-6)
+    loop, metrics = learn(loop, rollout.replace(scores=scores), jax.random.key(4), alone)
+    np.testing.assert_allclose(loop.train.baseline, 1.0, rtol=1e-6)
     assert "objective/kl" not in metrics
     assert float(metrics["objective/reward"]) == pytest.approx(10.0)
 
@@ -109,7 +105,7 @@ def made_rollout(**fields):
 
 def test_missing_eos_shapes_the_reward_and_leaves_the_scores():
     config = RLStage(missing_eos_penalty=5.0, kl_coef=0.0)
-    rollout, metrics = rl.reward(made_rollout(), reward_fn=lambda rollout: jnp.array([1.0, 2.0]))
+    rollout, metrics = scored(made_rollout(), jnp.array([1.0, 2.0]), {})
     np.testing.assert_array_equal(rollout.scores, [1.0, 2.0])
     assert float(metrics["objective/score"]) == 1.5
     judged = _judged_by_end(rollout, config, eos_id=1)
@@ -120,7 +116,7 @@ def test_missing_eos_shapes_the_reward_and_leaves_the_scores():
 
 def test_dense_rewards_become_scores_and_refuse_the_rule_for_missing_eos():
     dense = jnp.array([[9.0, 9.0, 1.0, 2.0], [9.0, 9.0, 3.0, 4.0]])
-    rollout, _ = rl.reward(made_rollout(), reward_fn=lambda rollout: (dense, {"part": jnp.array([1.0, 5.0])}))
+    rollout, _ = scored(made_rollout(), dense, {"part": jnp.array([1.0, 5.0])})
     np.testing.assert_array_equal(rollout.scores, [3.0, 7.0])
     np.testing.assert_array_equal(rollout.rewards, dense)
     with pytest.raises(ValueError, match="one score per response"):
@@ -131,9 +127,8 @@ def test_dense_rewards_become_scores_and_refuse_the_rule_for_missing_eos():
     ("algorithm", "config"), [(rloo, rloo.Config()), (grpo, grpo.Config(group_size=4))], ids=["rloo", "grpo"]
 )
 def test_group_algorithms_go_through_the_same_iteration(algorithm, config):
-    ref_fn, reward_fn, static, learning = phases(algorithm, RLStage(), config)
-    step = jax.jit(functools.partial(rl.iteration, **static, **learning))
-    _, rollout, metrics = step(start(algorithm), prompts(), *jax.random.split(jax.random.key(0)), ref_fn, reward_fn)
+    step = jitted(rl.iteration, algorithm, RLStage(), config)
+    _, rollout, metrics = step(start(algorithm), prompts(), *jax.random.split(jax.random.key(0)), functions())
     assert float(metrics["nonfinite"]) == 0.0
     assert float(metrics["grad_norm"]) > 0.0
     assert rollout.scores.shape == (ROWS,)
@@ -146,17 +141,15 @@ def test_groups_of_equal_scores_are_counted():
     scores = jnp.array([1.0, 1.0, 2.0, 3.0, 4.0, 9.0, 5.0, 5.0])
     present = jnp.array([1, 1, 1, 1, 1, 0, 0, 0], bool)
     assert float(_num_equal(scores, present, 2)) == 2.0
-    assert float(_num_equal(scores, present, 8)) == 0.0
+    assert float(_num_equal(scores, present, 1)) == 0.0  # no groups: the batch is one
 
 
 def test_non_finite_rewards_leave_the_loop_as_it_was():
     config = RLStage(kl_target=1.0)
-    ref_fn, _, static, learning = phases(ppo, config, ppo.Config())
+    collect, learn = (jitted(phase, ppo, config, ppo.Config()) for phase in (rl.collect, rl.learn))
     loop = start(ppo)
-    rollout, _ = jax.jit(functools.partial(rl.collect, **static))(loop, prompts(), jax.random.key(3), ref_fn=ref_fn)
+    rollout, _ = collect(loop, prompts(), jax.random.key(3), functions())
     rollout = rollout.replace(scores=jnp.full(ROWS, jnp.nan))
-    after, metrics = jax.jit(functools.partial(rl.learn, policy_fn=POLICY_FN, **learning))(
-        loop, rollout, jax.random.key(4)
-    )
+    after, metrics = learn(loop, rollout, jax.random.key(4), functions())
     assert float(metrics["nonfinite"]) == 1.0
     jax.tree.map(np.testing.assert_array_equal, after, loop)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rlhf_jax.training.adapters import Trainable
 from test_page import HOSTILE, Page
 
 from rlhf_jax import metrics as metric_functions
@@ -20,7 +21,6 @@ from rlhf_jax.report import page, plots, records
 from rlhf_jax.report.export import export
 from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.log import RowWriter
-from rlhf_jax.training.adapters import Trainable
 from rlhf_jax.training.stage import Stage
 
 COMMAND = "python experiments/ppo.py --seed 5"
@@ -438,6 +438,6 @@ def test_the_end_of_a_run_draws_it_and_a_failure_to_draw_loses_nothing(tmp_path,
 
 
 def test_matplotlib_is_not_imported_before_something_is_drawn():
-    code = "import sys; from rlhf_jax.training import quickstart, stage; print('matplotlib' in sys.modules)"
+    code = "import sys; from rlhf_jax.training import rl, stage; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_training import config, data  # noqa: F401 (fixtures)
@@ -13,6 +13,7 @@ from rlhf_jax import models, training, vpg
 from rlhf_jax.config import Compute, Tokenizer
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.rewards import spec
 from rlhf_jax.training import reward_functions
 from rlhf_jax.types import Rollout
 
@@ -24,7 +25,8 @@ def letters(prompts, responses, **columns):
     return [float(min((p + r).count("e"), 100)) for p, r in zip(prompts, responses)]
 
 def length(prompts, responses, topic, unit="x"):
-    return [None if t == "skip" else len(r) + (unit != "x") for r, t in zip(responses, topic)]
+    scores = [None if t == "skip" else len(r) + (unit != "x") for r, t in zip(responses, topic)]
+    return scores, {"twice": [None if score is None else 2 * score for score in scores]}
 
 def nan(prompts, responses):
     return [float("nan")] * len(prompts)
@@ -40,8 +42,18 @@ def functions(tmp_path):
     return file
 
 
-def build(*specs, columns=("topic", "other")):
-    return reward_functions.build(specs, TOKENIZER, Compute(), columns)
+def load(path):
+    """A reward model: its number, the last character of the folder's name, times the sum of a row's tokens."""
+    if "no/such" in path:
+        raise UserError(f"{path}: no such folder")
+    fingerprint = "another" if "other" in path else TOKENIZER.fingerprint
+    return spec.RewardModel(
+        lambda params, tokens, attention_mask, key: params * tokens.sum(axis=1), jnp.float32(path[-1]), fingerprint
+    )
+
+
+def build(*entries, columns=("topic", "other"), **options):
+    return spec.build(entries, tokenizer=TOKENIZER, load=load, columns=columns, **options)
 
 
 def rollout():
@@ -53,26 +65,29 @@ def rollout():
     return Rollout(tokens, attention_mask, response_mask, np.zeros((2, 4), np.float32))
 
 
-def test_a_sum_of_a_count_and_a_function(functions):
-    reward = build("count:a*0.5", f"{functions}:length*-2")
+def test_a_sum_of_traced_terms_and_a_function(functions):
+    reward = build("count:a*0.5", f"{functions}:length*-2", "length:1*-0.25")
     assert reward.fn is None
     scores, parts = reward.host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
-    assert scores == [0.5 * 2 - 2 * 2, 0.5 * 1 - 2 * 1]
-    assert parts == {"count:a": [2.0, 1.0], "length": [2, 1]}
+    assert scores == [0.5 * 2 - 2 * 2 - 0.25, 0.5 * 1 - 2 * 1]
+    assert parts == {"count:a": [2, 1], "length": [2, 1], "length/twice": [4, 2], "length:1": [1, 0]}
+    scores, _ = build("count:a", f"{functions}:length").host(rollout(), {"topic": ["x", "skip"], "other": [1, 2]})
+    assert scores == [4.0, None]  # what one part cannot score has no sum
 
 
-def test_what_one_part_cannot_score_has_no_sum(functions):
-    reward = build("count:a", f"{functions}:length")
-    scores, _ = reward.host(rollout(), {"topic": ["x", "skip"], "other": [1, 2]})
-    assert scores == [4.0, None]
+def test_one_function_has_a_part_of_its_name(functions):
+    scores, parts = build(f"{functions}:letters").host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
+    assert (scores, parts) == ([1.0, 1.0], {"letters": [1.0, 1.0]})
 
 
-def test_counts_alone_are_traced():
+def test_a_traced_reward_on_the_host():
     assert build("count:a").host is None
-    np.testing.assert_array_equal(build("count:a").fn(rollout()), [2.0, 1.0])
-    scores, parts = build("count:a", "count:e*3").fn(rollout())
-    np.testing.assert_array_equal(scores, [5.0, 4.0])
-    assert parts.keys() == {"count:a", "count:e"}
+    scores, parts = spec.as_host(build("count:a*3"))(rollout(), {})
+    assert scores == [6.0, 3.0]
+    np.testing.assert_array_equal(parts["count:a"], [2.0, 1.0])
+    dense = spec.Reward(fn=jax.tree_util.Partial(lambda rollout: (rollout.log_probs, {})))
+    with pytest.raises(ValueError, match=r"one score for each response, \[2\], got \(2, 4\)"):
+        spec.as_host(dense)(rollout(), {})
 
 
 def test_terms_of_length_repetition_and_diversity_by_hand():
@@ -90,8 +105,10 @@ def test_terms_of_length_repetition_and_diversity_by_hand():
         "diversity": [1 / 2, 0],  # ba is the first one's alone
         "diversity:3": [1, 0],
         "diversity:1": [0, 0],
+        "count:a": [3, 1],
     }
-    np.testing.assert_array_equal(build("length:3").fn(batch), expected["length:3"])  # alone, without parts
+    scores, parts = build("length:3").fn(batch)
+    assert (scores.tolist(), parts) == (expected["length:3"], {})  # alone, without parts
     total, parts = jax.jit(build(*(f"{name}*-0.5" for name in expected)).fn)(batch)
     np.testing.assert_allclose(total, -0.5 * np.sum(list(expected.values()), axis=0), rtol=1e-6)
     assert parts.keys() == expected.keys()
@@ -99,136 +116,104 @@ def test_terms_of_length_repetition_and_diversity_by_hand():
         np.testing.assert_allclose(parts[name], scores, rtol=1e-6)
 
 
-def test_a_term_beside_a_function(functions):
-    reward = build(f"{functions}:letters", "length:1*-0.25", "count:a")
-    scores, parts = reward.host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
-    assert scores == [1 - 0.25 + 2, 1 + 1]
-    assert parts == {"letters": [1.0, 1.0], "length:1": [1.0, 0.0], "count:a": [2.0, 1.0]}
+@pytest.fixture
+def pair(tmp_path):
+    """The folder of a run that trained an ensemble of two, models 0 and 1."""
+    for i in range(2):
+        (tmp_path / "pair" / "model" / f"member_{i}").mkdir(parents=True)
+    return tmp_path / "pair" / "model"
 
 
-def test_a_term_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "length").mkdir()
-    np.testing.assert_array_equal(build("length").fn(rollout()), [2.0, 1.0])
-    with pytest.raises(UserError, match=r"length/config.json: no such file"):
-        build("./length")
-
-
-def test_mistakes_are_named(functions, tmp_path):
-    for specs, message in [
-        ([], "no reward"),
-        (["count:ab"], "'ab' is 2 tokens"),
-        ([f"{tmp_path}/other.py:f"], "no such file"),
-        ([f"{functions}:lettres"], "no function lettres; did you mean letters"),
-        ([f"{functions}:constant"], "no function constant"),
-        (["count:a", "count:a*2"], "another part is called count:a"),
-        (["no/such/model"], "no/such/model"),
-        (["length*2", "length"], "another part is called length"),
-        (["length:-1"], r"--reward length:-1: after `length:` comes a whole number, at least 0, .* got '-1'"),
-        (["repetition:0*-1"], r"--reward repetition:0: .* at least 1, .* got '0'"),
-        (["diversity:two"], r"--reward diversity:two: .* got 'two'"),
-        (["diversity:"], r"--reward diversity:: .* got ''"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            build(*specs)
-    with pytest.raises(UserError, match="asks for topic, but the prompts' columns are none"):
-        build(f"{functions}:length", columns=())
-
-
-def test_a_model_without_a_score_head_or_with_another_tokenizer_is_refused(tmp_path):
-    folder = tmp_path / "policy"
-    model = models.build(models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
-    params = model.init(training.setup.stream(0, "x", "init"))
-    models.save(folder, model, params)
-    TOKENIZER.save(folder)
-    with pytest.raises(UserError, match="no score head"):
-        build(str(folder))
-    models.save(folder, model, models.add_head(training.setup.stream(0, "x", "eval"), params, "score"))
-    assert build(str(folder)).fn is not None
-    tokenizers.characters("xyz").save(folder)
-    with pytest.raises(UserError, match="tokenizer is not the policy's"):
-        build(str(folder))
-
-
-@pytest.fixture(scope="module")
-def ensemble(tmp_path_factory):
-    """Folders of three reward models: two members of a run called ``pair``, and one of another architecture."""
-    folder = tmp_path_factory.mktemp("models")
-    folders = [folder / "pair" / "model" / "member_0", folder / "pair" / "model" / "member_1", folder / "single"]
-    for i, path in enumerate(folders):
-        sizes = {"hidden_size": 8 * (1 + i // 2), "num_layers": 1, "num_heads": 1}
-        model = models.build(models.GPT2Config(vocab_size=TOKENIZER.vocab_size, max_length=8, **sizes))
-        params = models.add_head(jax.random.key(10 + i), model.init(jax.random.key(i)), "score")
-        models.save(path, model, params)
-        TOKENIZER.save(path)
-    return folders
-
-
-def test_several_reward_models_by_hand(ensemble, monkeypatch):
-    """A run's folder stands for its members; mean, worst case, mean - coef * variance; weights outside."""
-
-    def first_weight(model):  # compiles nothing
-        return lambda params, tokens, attention_mask, key: params["score"]["kernel"][0] * tokens.sum(axis=1)
-
-    monkeypatch.setattr(reward_functions.models, "score_fn", first_weight)
-    pair, single = ensemble[0].parent, ensemble[2]
+def test_several_reward_models_by_hand(pair):
+    """A run's folder means its members; mean, worst case, mean - coef * variance; weights outside."""
     batch = rollout()
-    each = np.stack([build(str(folder)).fn(batch) for folder in ensemble])  # [3, B]
-    assert np.ptp(each, axis=0).min() > 0.1
+    sums = batch.tokens.sum(axis=1)
+    three, two = np.outer([0, 1, 5], sums), np.outer([0, 1], sums)
+    one_model, parts = build("runs/rm5/model5").fn(batch)
+    assert (one_model.tolist(), parts) == ((5 * sums).tolist(), {})
     expected = {
-        f"mean:{pair},{single}": each.mean(axis=0),
-        f"min:{single},{pair}": each.min(axis=0),
-        f"uncertainty:{pair},{single}": each.mean(axis=0) - each.var(axis=0),
-        f"uncertainty:0.5:{pair}": each[:2].mean(axis=0) - 0.5 * each[:2].var(axis=0),
+        f"mean:{pair},x/5": three.mean(axis=0),
+        f"min:x/5,{pair}": three.min(axis=0),
+        f"uncertainty:{pair},x/5": three.mean(axis=0) - three.var(axis=0),
+        f"uncertainty:0.5:{pair}": two.mean(axis=0) - 0.5 * two.var(axis=0),
     }
-    total, parts = build(*(f"{spec}*2" for spec in expected)).fn(batch)
-    names = ["mean:pair,single", "min:single,pair", "uncertainty:pair,single", "uncertainty:0.5:pair"]
+    total, parts = build(*(f"{entry}*2" for entry in expected)).fn(batch)
+    names = ["mean:pair,5", "min:5,pair", "uncertainty:pair,5", "uncertainty:0.5:pair"]
     assert parts.keys() == {*names, *(f"{name}/uncertainty" for name in names)}
     for name, scores in zip(names, expected.values(), strict=True):
         np.testing.assert_allclose(parts[name], scores, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(total, 2 * np.sum([*expected.values()], axis=0), rtol=1e-5)
-    np.testing.assert_allclose(parts["min:single,pair/uncertainty"], each.std(axis=0), rtol=1e-4)
-    np.testing.assert_allclose(parts["uncertainty:0.5:pair/uncertainty"], each[:2].std(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(parts["min:5,pair/uncertainty"], three.std(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(parts["uncertainty:0.5:pair/uncertainty"], two.std(axis=0), rtol=1e-4)
     _, alone = build(f"mean:{pair}").fn(batch)
     assert alone.keys() == {"uncertainty"}
 
 
-def test_mistakes_about_several_reward_models_are_named(ensemble, tmp_path):
-    pair, single = ensemble[0].parent, ensemble[2]
-    for spec, message in [
-        (f"{pair}", rf"2 models of an ensemble.* mean:{pair}, min:{pair} .* uncertainty:{pair} "),
-        (f"min:{single}", f"at least two different models, here are {single}"),
-        (f"mean:{single},{single}", "at least two different models"),
-        (f"mean:{single},", "after `mean:` come reward models' folders, with commas between"),
-        ("uncertainty:", "after `uncertainty:` come reward models' folders"),
-        (f"uncertainty:-1:{pair}", r"coefficient, a number of at least 0; got '-1'"),
-        (f"uncertainty:half:{pair}", "got 'half'"),
-        (f"min:{pair},no/such/model", "no/such/model: no such folder"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            build(spec)
-    other = tmp_path / "other"
-    shutil.copytree(single, other)
-    tokenizers.characters("xyz").save(other)
-    with pytest.raises(UserError, match=f"{other}: the reward model's tokenizer is not the policy's"):
-        build(f"min:{single},{other}")
-
-
-def test_the_files_behind_a_reward(ensemble, functions, tmp_path, monkeypatch):
+def test_mistakes_are_named(functions, pair, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("def f(:")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "length").mkdir()
-    pair, single = ensemble[0].parent, ensemble[2]
+    build("length")  # a term wins over a folder of its name
+    no_columns = {"columns": ()}
+    for entries, options, message in [
+        ([], {}, "no reward: give --reward a reward model's folder"),
+        (["count:ab"], {}, "--reward count:ab: 'ab' is 2 tokens"),
+        ([f"{tmp_path}/other.py:f"], {}, "no such file"),
+        ([f"{tmp_path}/broken.py:f"], {}, "broken.py, line 1: "),
+        ([f"{functions}:lettres"], {}, "no function lettres; did you mean letters"),
+        ([f"{functions}:constant"], {}, "no function constant"),
+        ([f"{functions}:length"], no_columns, "asks for topic, but the prompts' columns are none"),
+        (["count:a", "count:a*2"], {}, r"--reward count:a\*2: another part is called count:a"),
+        (["no/such/model"], {}, "^no/such/model: no such folder"),
+        (["length:-1"], {}, r"--reward length:-1: after `length:` comes a whole number, at least 0, .* got '-1'"),
+        (["repetition:0*-1"], {}, r"--reward repetition:0: .* at least 1, .* got '0'"),
+        (["diversity:two"], {}, r"--reward diversity:two: .* got 'two'"),
+        (["diversity:"], {}, r"--reward diversity:: .* got ''"),
+        (["diversity:"], {"flag": "--rl.judge"}, r"^--rl\.judge diversity:: "),
+        ([f"{pair}"], {}, rf"2 models of an ensemble.* mean:{pair}, min:{pair} .* uncertainty:{pair} "),
+        (["min:x/5"], {}, "at least two different models, here are x/5"),
+        (["mean:x/5,x/5"], {}, "at least two different models"),
+        (["mean:x/5,"], {}, "after `mean:` come reward models' folders, with commas between"),
+        (["uncertainty:"], {}, "after `uncertainty:` come reward models' folders"),
+        ([f"uncertainty:-1:{pair}"], {}, r"coefficient, a number of at least 0; got '-1'"),
+        ([f"uncertainty:half:{pair}"], {}, "got 'half'"),
+        (["mean:0.5:no/such,x/5"], {}, r"^0\.5:no/such: no such folder"),  # only uncertainty has a coefficient
+        ([f"min:{pair},no/such/model"], {}, "^no/such/model: no such folder"),
+        (["other5"], {}, "^--reward other5: the reward model's tokenizer is not the policy's"),
+        ([f"min:{pair},other5"], {}, "model,other5: other5: the reward model's tokenizer is not the policy's"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build(*entries, **options)
+
+
+def test_the_files_behind_a_reward(pair, functions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    single = tmp_path / "length"
+    single.mkdir()
     for entry, expected in {
         "count:e": {},
         "length*-1": {},
-        "./length": {"./length": tmp_path / "length"},
+        "./length": {"./length": single},
         "openai-community/gpt2": {},
         f"{single}*0.5": {f"{single}*0.5": single},
         f"{functions}:letters*2": {f"{functions}:letters*2": functions},
         f"uncertainty:0.5:{pair},{single}*2": {f"{pair}": pair, f"{single}": single},
     }.items():
-        found = reward_functions.sources(entry)
-        assert {name: path.resolve() for name, path in found.items()} == expected
+        assert {name: path.resolve() for name, path in spec.sources(entry).items()} == expected
+
+
+def test_a_model_is_loaded_with_its_score_head(tmp_path):
+    model = models.build(models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
+    params = model.init(jax.random.key(0))
+    models.save(tmp_path, model, params)
+    TOKENIZER.save(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}: this model has no score head"):
+        reward_functions.build((str(tmp_path),), TOKENIZER, Compute(), ())
+    params = models.add_head(jax.random.key(1), params, "score")
+    models.save(tmp_path, model, params)
+    scores, _ = reward_functions.build((str(tmp_path),), TOKENIZER, Compute(), ()).fn(rollout())
+    expected = models.score_fn(model)(params, rollout().tokens, rollout().attention_mask, None)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
 @pytest.mark.slow

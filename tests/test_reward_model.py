@@ -13,6 +13,7 @@ from tabular import (
     assert_close,
     assert_identical,
     comparisons,
+    numbers,
     score_fn,
 )
 
@@ -59,7 +60,7 @@ def of_scores(scores, absent=(), **fields):
 
 
 def run(params, batch, config=reward_model.Config(), **kwargs):  # noqa: B008
-    value, metrics = reward_model.loss(params, batch, KEY, score_fn=score_fn, config=config, **kwargs)
+    value, metrics = numbers(reward_model.loss)(params, batch, KEY, score_fn=score_fn, config=config, **kwargs)
     assert metrics["reward_model/loss"] == value
     metrics = {name.removeprefix("reward_model/"): float(x) for name, x in metrics.items()}
     return metrics.pop("loss"), metrics
@@ -167,10 +168,26 @@ def test_errors():
         run(PARAMS, batch)
     with pytest.raises(ValueError, match="centering"):
         run(PARAMS, comparisons(0, 4, 3), config=reward_model.Config(centering=0.1))
-    with pytest.raises(ValueError, match="tokens: expected 3 dimensions"):
+    with pytest.raises(ValueError, match="centering must be at least 0"):
+        reward_model.Config(centering=-0.1)
+    column = lambda *args: score_fn(*args)[:, None]  # noqa: E731
+    with pytest.raises(AssertionError, match=r"\(8, 1\)"):
+        reward_model.loss(PARAMS, comparisons(0, 4, 2), KEY, score_fn=column, config=reward_model.Config())
+    with pytest.raises(AssertionError, match="rank"):
         run(PARAMS, jax.tree.map(lambda x: x[:, 0], batch))
     with pytest.raises(ValueError, match="num_microbatches=3 does not divide the 4 rows"):
         jitted(reward_model.Config(num_microbatches=3))(start(), comparisons(0, 4, 2), KEY)
+
+
+def test_a_sweep_under_vmap_equals_separate_runs():
+    batch, values = comparisons(0, 8, 2, absent=[(2, 0), (3, 1)]), (0.0, 0.1)
+
+    def run(centering):
+        return updater(reward_model.Config(centering=centering))(start(), batch, KEY)
+
+    together = jax.jit(jax.vmap(run))(jnp.array(values))
+    for k, value in enumerate(values):
+        assert_close(jax.tree.map(lambda x, k=k: x[k], together), run(value))
 
 
 def test_recovers_a_table_of_rewards():

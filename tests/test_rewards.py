@@ -19,6 +19,12 @@ POISONS = [1e4, -1e4, math.nan]
 call = jax.jit(lambda fn, rollout: fn(rollout))
 
 
+def scores_of(fn, rollout):
+    scores, parts = call(fn, rollout)
+    assert parts == {}
+    return scores
+
+
 def a_rollout(**fields):
     """Four rows: ended, cut off, with a hole, and absent."""
     tokens = np.array([[0, 5, 4, 5, EOS, 0], [6, 5, 5, 5, 5, 5], [7, 8, 1, 2, 3, EOS], [5, 5, 5, EOS, 0, 0]], np.int32)
@@ -28,18 +34,18 @@ def a_rollout(**fields):
 
 
 def constant(value):
-    return lambda rollout: jnp.full(rollout.tokens.shape[0], value, jnp.float32)
+    return lambda rollout: (jnp.full(rollout.tokens.shape[0], value, jnp.float32), {})
 
 
 # Jittable rewards
 
 
 def test_token_count_by_hand():
-    np.testing.assert_array_equal(call(rewards.token_count(5), a_rollout()), [2, 5, 0, 3])
-    np.testing.assert_array_equal(call(rewards.token_count(5, cap=3), a_rollout()), [2, 3, 0, 3])
-    np.testing.assert_array_equal(call(rewards.token_count(5, include_prompt=False), a_rollout()), [1, 4, 0, 0])
+    np.testing.assert_array_equal(scores_of(rewards.token_count(5), a_rollout()), [2, 5, 0, 3])
+    np.testing.assert_array_equal(scores_of(rewards.token_count(5, cap=3), a_rollout()), [2, 3, 0, 3])
+    np.testing.assert_array_equal(scores_of(rewards.token_count(5, include_prompt=False), a_rollout()), [1, 4, 0, 0])
     # A pad is no token, even when its id is the one that is counted.
-    np.testing.assert_array_equal(call(rewards.token_count(PAD), a_rollout()), [0, 0, 0, 0])
+    np.testing.assert_array_equal(scores_of(rewards.token_count(PAD), a_rollout()), [0, 0, 0, 0])
 
 
 def table_score(params, tokens, attention_mask, key):
@@ -50,7 +56,7 @@ def table_score(params, tokens, attention_mask, key):
 def test_a_models_parameters_travel_through_jit_as_arguments():
     fn = rewards.from_model(table_score, {"table": jnp.arange(1_000_000.0)})
     assert isinstance(fn, Partial)
-    np.testing.assert_array_equal(call(fn, a_rollout()), [23, 31, 30, 24])
+    np.testing.assert_array_equal(scores_of(fn, a_rollout()), [23, 31, 30, 24])
     for reward in (fn, rewards.weighted({"a": (fn, 2.0)}), rewards.ensemble([fn, fn])):
         assert len(call.lower(reward, a_rollout()).as_text()) < 100_000  # the table would be megabytes of text
     carrying = rewards.from_model(Partial(lambda bias, params, *inputs: params + bias, jnp.ones(4)), jnp.zeros(4))
@@ -65,7 +71,7 @@ def test_new_parameters_do_not_compile_again():
         return params["w"] * jnp.ones(tokens.shape[0])
 
     for w in (1.0, 2.0):
-        np.testing.assert_array_equal(call(rewards.from_model(score, {"w": jnp.float32(w)}), a_rollout()), [w] * 4)
+        np.testing.assert_array_equal(scores_of(rewards.from_model(score, {"w": jnp.float32(w)}), a_rollout()), [w] * 4)
     assert len(traces) == 1
 
 
@@ -92,13 +98,12 @@ def test_weighted_sums_its_parts_and_reports_each_before_its_weight():
 def test_combined_rewards_refuse_what_they_cannot_mean():
     with pytest.raises(ValueError, match=r"mean, min, uncertainty.*'max'"):
         rewards.ensemble([constant(1.0)], "max")
-    with pytest.raises(ValueError, match="at least one"):
-        rewards.ensemble([])
-    with pytest.raises(ValueError, match="at least one"):
-        rewards.weighted({})
-    dense = rewards.weighted({"dense": (lambda rollout: jnp.zeros(rollout.tokens.shape), 1.0)})
-    with pytest.raises(ValueError, match=r"dense: expected scores of shape \(4,\), got \(4, 6\)"):
-        dense(a_rollout())
+    for combine, nothing in ((rewards.ensemble, []), (rewards.weighted, {})):
+        with pytest.raises(ValueError, match="at least one"):
+            combine(nothing)
+    for dense in (jnp.zeros((4, 6)), jnp.zeros((4, 1))):
+        with pytest.raises(AssertionError, match=r"\(4, \d\) but expected \(4,?\)"):
+            rewards.weighted({"dense": (lambda rollout, dense=dense: (dense, {}), 1.0)})(a_rollout())
 
 
 def responses(*rows):
@@ -115,12 +120,12 @@ def test_diversity_by_hand():
     """Bigrams. Row 0: 11, 12, 23, of which 12 is row 1's too. Row 1: 12 (twice), 21, of which 21 is its own.
     Row 2: 77 across a hole. Rows 3 and 4: too short, absent. Row 5: 23, which is row 0's."""
     batch = responses([1, 1, 2, 3], [1, 2, 1, 2], [7, None, 7], [3], [], [2, 3])
-    np.testing.assert_allclose(call(rewards.diversity(), batch), [1 / 3, 1 / 2, 1, 0, 0, 0])
-    np.testing.assert_allclose(call(rewards.diversity(group_size=3), batch), [2 / 3, 1 / 2, 1, 0, 0, 1])
-    np.testing.assert_allclose(call(rewards.diversity(ngram=1, group_size=2), batch), [1 / 3, 0, 1, 1, 0, 1])
+    np.testing.assert_allclose(scores_of(rewards.diversity(), batch), [1 / 3, 1 / 2, 1, 0, 0, 0])
+    np.testing.assert_allclose(scores_of(rewards.diversity(group_size=3), batch), [2 / 3, 1 / 2, 1, 0, 0, 1])
+    np.testing.assert_allclose(scores_of(rewards.diversity(ngram=1, group_size=2), batch), [1 / 3, 0, 1, 1, 0, 1])
     same = responses([4, 5, 6], [4, 5, 6])
-    np.testing.assert_allclose(call(rewards.diversity(ngram=3), same), [0, 0])
-    np.testing.assert_allclose(call(rewards.diversity(ngram=9), same), [0, 0])  # longer than the row
+    np.testing.assert_allclose(scores_of(rewards.diversity(ngram=3), same), [0, 0])
+    np.testing.assert_allclose(scores_of(rewards.diversity(ngram=9), same), [0, 0])  # longer than the row
     scores, parts = call(rewards.weighted({"new": (rewards.diversity(), 0.3)}), batch)
     np.testing.assert_allclose(scores, 0.3 * parts["new"])
 
@@ -134,25 +139,27 @@ def ngrams_of(rollout, i, n):
 @given(st.lists(st.lists(st.sampled_from([1, 2, 3, None]), min_size=8, max_size=8), min_size=4, max_size=4))
 def test_ngrams_equal_a_loop(rows):
     batch = responses(*rows)
-    repetition = jax.jit(rewards.repetition_penalty, static_argnums=(2, 3))(batch, np.zeros(4, np.float32), -1.0, 2)
-    new = call(rewards.diversity(group_size=2), batch)
+    repeated, new = scores_of(rewards.repetition(2), batch), scores_of(rewards.diversity(group_size=2), batch)
     for i in range(4):
         grams, others = ngrams_of(batch, i, 2), set(ngrams_of(batch, i ^ 1, 2))
         kinds = set(grams)
-        assert float(repetition[i]) == pytest.approx(1 - len(kinds) / len(grams) if grams else 0.0, abs=1e-6)
+        assert float(repeated[i]) == pytest.approx(1 - len(kinds) / len(grams) if grams else 0.0, abs=1e-6)
         assert float(new[i]) == pytest.approx(len(kinds - others) / len(kinds) if kinds else 0.0, abs=1e-6)
 
 
+def test_repetition_by_hand():
+    """Bigrams 11, 11, 12 of which one is said twice; 12, 21, 12 likewise; 55, 55 across a hole; and none at all."""
+    batch = responses([1, 1, 1, 2], [1, 2, 1, 2], [5, None, 5, 5], [3], [])
+    np.testing.assert_allclose(scores_of(rewards.repetition(2), batch), [1 / 3, 1 / 3, 1 / 2, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(scores_of(rewards.repetition(), batch), [0, 0, 0, 0, 0])  # no trigram twice
+
+
 def test_ngram_terms_refuse_what_they_cannot_mean():
-    with pytest.raises(ValueError, match="4 rows do not divide into groups of group_size=3"):
+    with pytest.raises(ValueError, match="4 rows do not divide into groups of 3"):
         rewards.diversity(group_size=3)(a_rollout())
     with pytest.raises(ValueError, match="group_size: expected at least 2"):
         rewards.diversity(group_size=1)
-    for make in (
-        rewards.diversity,
-        rewards.repetition,
-        lambda ngram: rewards.repetition_penalty(a_rollout(), jnp.zeros(4), 1.0, ngram),
-    ):
+    for make in (rewards.diversity, rewards.repetition):
         with pytest.raises(ValueError, match="ngram: expected at least 1"):
             make(ngram=0)
 
@@ -168,19 +175,30 @@ class Spelled:
         return "".join(str(i) for i in ids if i not in (EOS, PAD))
 
 
-def test_from_text_shows_present_rows_their_texts_and_columns():
-    def fn(prompts, responses, answers):
-        assert prompts == ["5", "65", "78"]
-        assert responses == ["45", "5555", "13"]
-        assert answers == ["a", "b", "c"]
-        return [1, 2.5, np.float32(3)]
+@pytest.mark.parametrize("absent", range(4))
+def test_from_text_shows_present_rows_their_texts_and_columns(absent):
+    """Whichever row is absent: the columns and the scores are those of the right rows."""
 
-    reward = rewards.from_text(fn, Spelled())
-    rollout, parts = rewards.on_host(reward, a_rollout(), {"answers": list("abcd")})
-    np.testing.assert_array_equal(rollout.scores, [1, 2.5, 3, 0])
+    def fn(prompts, responses, answers):
+        assert prompts == [text for text in ("5", "65", "78", "555") if text != shown[absent][0]]
+        assert responses == [text for text in ("45", "5555", "13", "") if text != shown[absent][1]]
+        assert answers == [answer for answer in "abcd" if answer != "abcd"[absent]]
+        return [numbers[answer] for answer in answers], {"tone": [-numbers[answer] for answer in answers]}
+
+    shown = [("5", "45"), ("65", "5555"), ("78", "13"), ("555", "")]
+    numbers = {"a": 1, "b": 2.5, "c": np.float32(3), "d": 7}
+    mask = a_rollout().response_mask.copy()
+    mask[3, 3] = 1  # EOS alone
+    mask[absent] = 0
+    rollout, parts = rewards.on_host(
+        rewards.from_text(fn, Spelled()), a_rollout(response_mask=mask), {"answers": list("abcd")}
+    )
+    expected = np.where(np.arange(4) == absent, 0, [1, 2.5, 3, 7])
+    np.testing.assert_array_equal(rollout.scores, expected)
+    np.testing.assert_array_equal(parts["tone"], -expected)
     assert rollout.scores.dtype == np.float32
-    np.testing.assert_array_equal(rollout.response_mask, a_rollout().response_mask)
-    assert parts == {}
+    np.testing.assert_array_equal(rollout.response_mask, mask)
+    assert rollout.response_mask.dtype == mask.dtype
 
 
 def test_none_takes_the_row_out():
@@ -199,16 +217,18 @@ def test_a_number_that_is_not_finite_stops_with_rows_and_prompts():
             rewards.on_host(reward, a_rollout(), {})
         assert "row 0" not in str(raised.value)
     with pytest.raises(FloatingPointError, match=r"row 2 \(data row 12\)"):
-        rewards.on_host(lambda rollout, columns: np.array([1, 2, np.nan, 4]), a_rollout(row_ids=np.arange(10, 14)), {})
+        rewards.on_host(
+            lambda rollout, columns: (np.array([1, 2, np.nan, 4]), {}), a_rollout(row_ids=np.arange(10, 14)), {}
+        )
     with pytest.raises(FloatingPointError, match=r"part 'tone'.*row 0"):
         rewards.on_host(lambda rollout, columns: ([1, 2, 3, 4], {"tone": [math.nan] * 4}), a_rollout(), {})
     # An absent row's number is read by nobody.
-    rewards.on_host(lambda rollout, columns: [1, 2, 3, math.nan], a_rollout(), {})
+    rewards.on_host(lambda rollout, columns: ([1, 2, 3, math.nan], {}), a_rollout(), {})
 
 
 @pytest.mark.parametrize(
     ("result", "message"),
-    [([1, 2], "expected 3 scores, one a row, got 2"), (None, "got None"), ([1, "good", 3], "row 1.*'good'")],
+    [([1, 2], "expected 3 scores, one for each row, got 2"), (None, "got None"), ([1, "good", 3], "row 1.*'good'")],
 )
 def test_a_reward_function_that_gives_no_numbers_is_the_users_mistake(result, message):
     with pytest.raises(UserError, match=message):
@@ -290,21 +310,10 @@ def test_missing_eos_by_hand():
 
 
 def test_length_by_hand():
-    np.testing.assert_array_equal(call(rewards.length(), a_rollout()), [3, 4, 3, 0])
-    np.testing.assert_array_equal(call(rewards.length(3), a_rollout()), [0, 1, 0, 0])
+    np.testing.assert_array_equal(scores_of(rewards.length(), a_rollout()), [3, 4, 3, 0])
+    np.testing.assert_array_equal(scores_of(rewards.length(3), a_rollout()), [0, 1, 0, 0])
     np.testing.assert_allclose(rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5), [-0.5, -1, -0.5, 1])
     np.testing.assert_allclose(rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5, target=3), [1, 0.5, 1, 1])
-
-
-def test_repetition_by_hand():
-    """Bigrams 11, 11, 12 of which one is said twice; 12, 21, 12 likewise; 55, 55 across a hole; and none at all."""
-    batch = responses([1, 1, 1, 2], [1, 2, 1, 2], [5, None, 5, 5], [3], [])
-    np.testing.assert_allclose(call(rewards.repetition(2), batch), [1 / 3, 1 / 3, 1 / 2, 0, 0], rtol=1e-6)
-    np.testing.assert_allclose(call(rewards.repetition(), batch), [0, 0, 0, 0, 0])  # no trigram twice
-    penalised = rewards.repetition_penalty(batch, jnp.ones(5), 0.6, ngram=2)
-    np.testing.assert_allclose(penalised, [0.8, 0.8, 0.7, 1, 1], rtol=1e-6)
-    np.testing.assert_allclose(rewards.repetition_penalty(batch, jnp.ones(5), 1.0), [1, 1, 1, 1, 1])  # no trigram twice
-    np.testing.assert_allclose(rewards.repetition_penalty(batch, jnp.ones(5), 1.0, ngram=1)[0], 0.5)
 
 
 def test_adaptive_kl_by_hand():
@@ -317,14 +326,3 @@ def test_adaptive_kl_by_hand():
     assert moved(6.0) == pytest.approx(0.15)
     with pytest.raises(ValueError, match="horizon"):
         rewards.adaptive_kl(0.1, 1.0, target=6.0, horizon=0, n=1)
-
-
-def test_shaping_is_the_same_under_jit():
-    rollout = a_rollout(scores=np.arange(4, dtype=np.float32), ref_log_probs=np.full((4, 6), -2.0, np.float32))
-
-    def shape(rollout):
-        scores = rewards.missing_eos(rollout, rollout.scores, EOS, penalty=1.0)
-        scores = rewards.length_penalty(rollout, scores, 0.1)
-        return rewards.kl_shaped(rollout.replace(scores=scores), 0.2)
-
-    np.testing.assert_allclose(jax.jit(shape)(rollout), shape(rollout), rtol=1e-6)

@@ -46,7 +46,7 @@ ROW_IDS = np.arange(ROWS, dtype=np.int32)
 def test_sampler_log_probs_equal_the_full_forward(top_k):
     options = SamplingConfig(max_new_tokens=7, temperature=0.8, top_k=top_k, eos_id=EOS, pad_id=PAD)
     tokens, mask = prompts()
-    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, options, ROW_IDS)
+    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, config=options, row_ids=ROW_IDS)
     logits = apply(PARAMS, sampled.tokens, sampled.attention_mask)
     expected = np.where(sampled.response_mask, ops.token_log_probs(logits, sampled.tokens, 0.8), 0.0)
     np.testing.assert_allclose(sampled.log_probs, expected, atol=1e-5)
@@ -60,17 +60,26 @@ def test_greedy_equals_full_forwards():
     """Each token is the argmax of a fresh forward pass over what came before."""
     tokens, mask = prompts()
     options = SamplingConfig(max_new_tokens=4, temperature=0.0, eos_id=None, pad_id=PAD)
-    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, options, ROW_IDS)
+    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, config=options, row_ids=ROW_IDS)
     logits = np.asarray(apply(PARAMS, sampled.tokens, sampled.attention_mask))
     np.testing.assert_array_equal(logits[:, PROMPT - 1 : -1].argmax(-1), np.asarray(sampled.tokens)[:, PROMPT:])
     expected = np.where(sampled.response_mask, ops.token_log_probs(logits, sampled.tokens), 0.0)
     np.testing.assert_allclose(sampled.log_probs, expected, atol=1e-5)
 
 
+def test_without_a_cache():
+    """A full forward pass at each token samples the same responses."""
+    tokens, mask = prompts()
+    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, config=CONFIG, row_ids=ROW_IDS)
+    uncached = generate(sampling.uncached(MODEL.apply), PARAMS, tokens, mask, KEY, config=CONFIG, row_ids=ROW_IDS)
+    np.testing.assert_array_equal(uncached.tokens, sampled.tokens)
+    np.testing.assert_allclose(uncached.log_probs, sampled.log_probs, atol=1e-5)
+
+
 def test_rows_depend_on_nothing_else():
     """Neighbours, padding, an absent row: the same tokens, log-probs within rounding."""
     tokens, mask = prompts()
-    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, CONFIG, ROW_IDS)
+    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, config=CONFIG, row_ids=ROW_IDS)
 
     def same(other, rows=slice(None), columns=0):
         np.testing.assert_array_equal(other.tokens[:, columns:], sampled.tokens[rows])
@@ -78,12 +87,12 @@ def test_rows_depend_on_nothing_else():
         np.testing.assert_allclose(other.log_probs[:, columns:], sampled.log_probs[rows], atol=1e-5)
 
     few = np.array([6, 2], np.int32)
-    same(generate(MODEL, PARAMS, tokens[few], mask[few], KEY, CONFIG, few), few)
+    same(generate(MODEL, PARAMS, tokens[few], mask[few], KEY, config=CONFIG, row_ids=few), few)
     wide = np.pad(tokens, ((0, 0), (3, 0)), constant_values=9), np.pad(mask, ((0, 0), (3, 0)))
-    same(generate(MODEL, PARAMS, *wide, KEY, CONFIG, ROW_IDS), columns=3)
+    same(generate(MODEL, PARAMS, *wide, KEY, config=CONFIG, row_ids=ROW_IDS), columns=3)
 
     mask[3] = 0
-    absent = generate(MODEL, PARAMS, tokens, mask, KEY, CONFIG, ROW_IDS)
+    absent = generate(MODEL, PARAMS, tokens, mask, KEY, config=CONFIG, row_ids=ROW_IDS)
     rest = np.arange(ROWS) != 3
     same(jax.tree.map(lambda x: x[rest], absent), rest)
     assert not np.asarray(absent.response_mask)[3].any()
@@ -107,11 +116,11 @@ def test_pad_id_outside_the_vocabulary():
 
 
 def test_collect():
-    """Log-probs and values are bit for bit those of the update's forward pass, so the first ratio is exactly 1."""
+    """Log-probs and values are those of the update's forward pass, here of the same program: the first ratio is 1."""
     tokens, mask = prompts()
     row_ids = ROW_IDS + 40
     rolled = run_collect(tokens, mask, row_ids=row_ids)
-    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, CONFIG, row_ids)
+    sampled = generate(MODEL, PARAMS, tokens, mask, KEY, config=CONFIG, row_ids=row_ids)
     for field in ("tokens", "attention_mask", "response_mask", "row_ids"):
         np.testing.assert_array_equal(getattr(rolled, field), getattr(sampled, field), err_msg=field)
     assert rolled.scores is None

@@ -34,11 +34,7 @@ def test_a_new_or_empty_folder_is_taken(tmp_path):
             assert not run.resumed
             assert run.path.is_dir()
             assert run.metrics.parent == run.model.parent == run.report.parent == run.path
-
-
-def test_a_run_that_failed_before_it_wrote_anything_blocks_nothing(tmp_path):
-    open_run(tmp_path / "run").close()
-    open_run(str(tmp_path / "run")).close()
+        open_run(str(path)).close()  # a run that ended before it wrote anything blocks nothing
 
 
 def end_with(error: BaseException, path: Path, *, saved: bool = False, **options: bool) -> None:
@@ -71,22 +67,32 @@ def test_what_a_run_has_written_stays_after_any_other_end(tmp_path, error, saved
     assert (tmp_path / "config.yaml").read_text() == "x"
 
 
-def test_a_used_folder_is_refused(tmp_path):
-    (tmp_path / "any.txt").write_text("x")
-    with pytest.raises(UserError, match=r"holds files already; give --resume .* --overwrite"):
-        open_run(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["any.txt"]
+BOTH = {"resume": True, "overwrite": True}
 
 
-def test_resume_and_overwrite_exclude_each_other(tmp_path):
-    with pytest.raises(UserError, match="--resume and --overwrite exclude each other"):
-        open_run(tmp_path, resume=True, overwrite=True)
-
-
-def test_resume_needs_a_folder(tmp_path):
-    with pytest.raises(UserError, match=r"--resume: .*none does not exist"):
-        open_run(tmp_path / "none", resume=True)
-    assert not (tmp_path / "none").exists()
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("used", {}, "holds files already; give --resume .* --overwrite"),
+        ("used", BOTH, "--resume and --overwrite exclude each other"),
+        ("none", {"resume": True}, "--resume: .*none does not exist"),
+        *(("file", options, "file is a file; --output-dir needs a folder") for options in ({}, {"resume": True})),
+        ("file", {"overwrite": True}, "file is a file; --output-dir needs a folder"),
+        ("file/run", {}, "file/run: cannot be used as a run folder"),
+    ],
+)
+def test_a_folder_that_is_refused_stays_as_it_is(tmp_path, path, options, message):
+    (tmp_path / "used").mkdir()
+    for name in ("file", "used/any.txt"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=message):
+        open_run(tmp_path / path, **options)
+    assert sorted(entry.relative_to(tmp_path).as_posix() for entry in tmp_path.rglob("*")) == [
+        "file",
+        "used",
+        "used/any.txt",
+    ]
+    assert (tmp_path / "file").read_text() == (tmp_path / "used" / "any.txt").read_text() == "x"
 
 
 def test_resume_with_and_without_a_checkpoint(tmp_path, capsys):
@@ -102,21 +108,6 @@ def test_resume_with_and_without_a_checkpoint(tmp_path, capsys):
         assert run.resumed
         assert run.manifest.exists()
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
-def test_a_path_that_is_a_file(tmp_path, options):
-    file = tmp_path / "file"
-    file.write_text("x")
-    with pytest.raises(UserError, match=r"file is a file; --output-dir needs a folder"):
-        open_run(file, **options)
-    assert file.read_text() == "x"
-
-
-def test_a_path_below_a_file(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="file/run: cannot be used as a run folder"):
-        open_run(tmp_path / "file" / "run")
 
 
 def test_overwrite_empties_a_run_folder(tmp_path):

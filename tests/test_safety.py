@@ -3,19 +3,15 @@
 import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax import training, vpg
-from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Safety, Tokenizer, parse
-from rlhf_jax.data.readers import Prompt
+from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Safety, Tokenizer
+from rlhf_jax.data.rows import Prompt
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.rewards import filter as safety
-from rlhf_jax.training.reward_functions import RunReward
-from rlhf_jax.training.safety import Guard, told
+from rlhf_jax.rewards.filter import Filter, Guard, read_words, rule_files, sentence
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -42,35 +38,29 @@ TOKENIZER = characters("abcdefghij ")
     ],
 )
 def test_words_are_found_whole_in_any_case_and_form(text, found):
-    filter = safety.Filter.create(["Bad", "very  bad", "straße", "\U0001f4a3", "d*mn"])
-    match = filter.found(text).get("words")
+    rules = Filter.create(["Bad", "very  bad", "straße", "\U0001f4a3", "d*mn"])
+    match = rules.found(text).get("words")
     assert (match and " ".join(match.split())) == found
 
 
 def test_patterns_search_the_text_as_it_is():
-    filter = safety.Filter.create(patterns=[r"b.d\b", "(?i)x{2}"])
-    assert filter.found("a bad") == {"patterns": r"b.d\b"}
-    assert filter.found("A XX") == {"patterns": "(?i)x{2}"}
-    assert filter.found("BAD") == filter.found("bad1") == filter.found("") == {}
-    assert safety.Filter.create(["bad"], ["ad"]).found("bad") == {"words": "bad", "patterns": "ad"}
+    rules = Filter.create(patterns=[r"b.d\b", "(?i)x{2}"])
+    assert rules.found("a bad") == {"patterns": r"b.d\b"}
+    assert rules.found("A XX") == {"patterns": "(?i)x{2}"}
+    assert rules.found("BAD") == rules.found("bad1") == rules.found("") == {}
+    assert Filter.create(["bad"], ["ad"]).found("bad") == {"words": "bad", "patterns": "ad"}
 
 
 def test_a_word_list_has_a_word_a_line(tmp_path):
     file = tmp_path / "words.txt"
     file.write_bytes("\ufeffbad\r\n\n two words \n".encode())
-    assert safety.Filter.create(safety.read_words(file)).found("(Two   words)") == {"words": "two   words"}
-    for content, message in [(b"", "holds no word"), (b"ok\n\xff", "0xff is not UTF-8"), (b"a\n\xc2\xad\n", "line 2")]:
+    assert Filter.create(read_words(file)).found("(Two   words)") == {"words": "two   words"}
+    for content, message in [(b"", "has no words"), (b"ok\n\xff", "0xff is not UTF-8"), (b"a\n\xc2\xad\n", "line 2")]:
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"words\.txt.*{message}"):
-            safety.read_words(file)
+            read_words(file)
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        safety.read_words(tmp_path / "other.txt")
-
-
-def test_a_score_beyond_a_threshold_is_unsafe_and_one_on_it_is_not():
-    scores = [0.5, 0.49, 2.0, 2.01, None]
-    assert safety.beyond(scores, 0.5, 2.0) == [None, "score 0.49 below 0.5", None, "score 2.01 above 2", None]
-    assert safety.beyond([0.0], 0.0, None) == safety.beyond([0.0], None, 0.0) == [None]
+        read_words(tmp_path / "other.txt")
 
 
 def rollout(*responses):
@@ -85,69 +75,88 @@ def rollout(*responses):
     )  # fmt: skip
 
 
+def guarded(tmp_path, **settings):
+    """A guard with the word "bad", and a classifier that counts "c" and has no score for "j"."""
+    (tmp_path / "words.txt").write_text("bad\n")
+    (tmp_path / "mine.py").write_text(
+        "def harm(prompts, responses, limit=None):\n"
+        "    return [None if r == 'j' else r.count('c') - (limit[i] if limit else 0) for i, r in enumerate(responses)]"
+    )
+    if "below" in settings or "above" in settings:
+        settings["classifier"] = f"{tmp_path}/mine.py:harm"
+    guard = Guard.create(Safety(words=(f"{tmp_path}/words.txt",), **settings))
+    return guard.for_responses(tokenizer=TOKENIZER, load=pytest.fail, columns=("limit",))
+
+
 @pytest.mark.parametrize(
     ("action", "scores", "present"),
     [
         ("penalise", [0, 1 - 2.5, 2], [1, 1, 1]),
         ("replace", [0, -7, 2], [1, 1, 1]),
-        ("mask", [0, None, 2], [1, 0, 1]),
+        ("mask", [0, 1, 2], [1, 0, 1]),
         ("count", [0, 1, 2], [1, 1, 1]),
     ],
 )
-def test_what_becomes_of_an_unsafe_row(action, scores, present):
-    after = safety.enforce(rollout("a", "bad", "c"), np.array([False, True, False]), action, penalty=2.5, score=-7.0)
-    np.testing.assert_array_equal(after.response_mask.any(axis=1), present)
-    np.testing.assert_array_equal(after.response_mask[[0, 2]], rollout("a", "bad", "c").response_mask[[0, 2]])
-    np.testing.assert_array_equal(
-        [after.scores[i] for i in range(3) if present[i]], [s for s in scores if s is not None]
-    )
-
-
-def guarded(tmp_path, settings, reward_fn):
-    (tmp_path / "words.txt").write_text("bad\n")
-    guard = Guard.of(dataclasses.replace(settings, words=(str(tmp_path / "words.txt"),)))
-    return guard.around(RunReward(fn=jax.tree_util.Partial(reward_fn)), TOKENIZER, RunConfig(), ())
+def test_what_becomes_of_an_unsafe_row(action, scores, present, tmp_path):
+    scored = rollout("a", "bad", "c")
+    after, metrics, _ = guarded(tmp_path, responses=action, penalty=2.5, score=-7.0).enforce(scored, scored, {})
+    np.testing.assert_array_equal(after.scores, scores)
+    np.testing.assert_array_equal(after.response_mask, scored.response_mask * np.array(present)[:, None])
+    assert {name: float(value) for name, value in metrics.items()} == {
+        "safety/unsafe": np.float32(1 / 3), "safety/words": np.float32(1 / 3),
+    }  # fmt: skip
 
 
 def test_shares_are_of_present_rows_and_each_rule_has_its_own(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "def harm(prompts, responses):\n    return [None if r == 'j' else float(r.count('c')) for r in responses]"
-    )
-    settings = Safety(patterns=("^b", "^$"), classifier=f"{file}:harm", above=1.0, responses="mask")
-    run_reward = guarded(tmp_path, settings, lambda rollout: jnp.ones(len(rollout.tokens)))
-    sampled = rollout("bad", "baa", "cc", "a", "j", None)
-    enforced, metrics, verdicts = run_reward.enforce(sampled, sampled, {})
-    np.testing.assert_array_equal(enforced.response_mask.any(axis=1), [0, 0, 0, 1, 1, 0])
+    guard = guarded(tmp_path, patterns=("^b", "^$"), above=1.0, responses="mask")
+    sampled = rollout("bad", None, "baa", "cc", "a", "j")
+    enforced, metrics, verdicts = guard.enforce(sampled, sampled, {"limit": [0, 9, 0, 0, 0, 0]})
+    np.testing.assert_array_equal(enforced.response_mask.any(axis=1), [0, 0, 0, 0, 1, 1])
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
         {"safety/unsafe": 0.6, "safety/words": 0.2, "safety/patterns": 0.4, "safety/classifier": 0.2}
     )
-    assert list(map(told, verdicts)) == [
-        "words: bad; patterns: ^b", "patterns: ^b", "classifier: score 2 above 1", None, None, None,
+    assert list(map(sentence, verdicts)) == [
+        "words: bad; patterns: ^b", None, "patterns: ^b", "classifier: score 2 above 1", None, None,
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"below": 1.0, "above": 2.0}, ["score 0.99 below 1", None, None, "score 2.01 above 2", None]),
+        ({"below": 0.0}, [None] * 5),
+        ({"above": 0.0}, ["score 0.99 above 0", "score 1 above 0", "score 2 above 0", "score 2.01 above 0", None]),
+    ],
+)
+def test_a_score_beyond_a_limit_is_unsafe_and_one_on_it_is_not(limits, expected, tmp_path):
+    sampled = rollout("c", "c", "cc", "cc", "j")
+    columns = {"limit": [0.01, 0, 0, -0.01, 0]}
+    _, _, verdicts = guarded(tmp_path, **limits).enforce(sampled, sampled, columns)
+    assert [verdict.get("classifier") for verdict in verdicts] == expected
+
+
 def test_prompts_are_dropped_replaced_or_counted_where_they_stand(tmp_path, capsys):
-    (tmp_path / "words.txt").write_text("bad\n")
     bad_ids = tuple(TOKENIZER.encode("bad"))
     rows = [Prompt("a bad", "f, line 1", {"x": 1}), Prompt("abad", "f, line 2"), Prompt(bad_ids, "f, line 3")]
-    base = Safety(words=(str(tmp_path / "words.txt"),))
-    assert Guard.of(base).prompts(rows, TOKENIZER) == [rows[1]]
+    assert guarded(tmp_path).prompts(rows, TOKENIZER) == [rows[1]]
     assert capsys.readouterr().out == "safety: 2 of 3 prompts dropped: f, line 1; f, line 3\n"
-    replaced = Guard.of(dataclasses.replace(base, prompts="replace", replacement="hi")).prompts(rows, TOKENIZER)
+    replaced = guarded(tmp_path, prompts="replace", replacement="hi").prompts(rows, TOKENIZER)
     assert replaced == [Prompt("hi", "f, line 1", {"x": 1}), rows[1], Prompt("hi", "f, line 3")]
-    assert Guard.of(dataclasses.replace(base, prompts="count")).prompts(rows, TOKENIZER) == rows
+    assert guarded(tmp_path, prompts="count").prompts(rows, TOKENIZER) == rows
     with pytest.raises(UserError, match="all 2 prompts are unsafe, none is left: f, line 1; f, line 3"):
-        Guard.of(base).prompts([rows[0], rows[2]], TOKENIZER)
+        guarded(tmp_path).prompts([rows[0], rows[2]], TOKENIZER)
     capsys.readouterr()
-    assert Guard.of(Safety(classifier="length", above=1.0)).prompts(rows, TOKENIZER) == rows
+    guarded(tmp_path).prompts([Prompt("bad", f"line {i}") for i in range(22)] + rows[1:2], TOKENIZER)
+    assert capsys.readouterr().out.endswith("; line 19; and 2 more\n")
+    assert Guard.create(Safety(classifier="length", above=1.0)).prompts(rows, TOKENIZER) == rows
     assert capsys.readouterr().out == ""
 
 
-def test_without_rules_the_reward_is_the_same_object():
-    run_reward = RunReward(fn=jax.tree_util.Partial(lambda rollout: rollout.scores))
-    assert Guard.of(Safety()).around(run_reward, TOKENIZER, RunConfig(), ()) is run_reward
-    assert Guard.of(Safety()).fingerprints == {}
+def test_the_files_behind_the_rules(tmp_path):
+    settings = guarded(tmp_path, above=1.0).settings
+    words, mine = tmp_path / "words.txt", tmp_path / "mine.py"
+    assert rule_files(settings) == {f"safety {words}": words, f"safety {mine}:harm": mine}
+    assert rule_files(Safety()) == {}
 
 
 @pytest.mark.parametrize(
@@ -167,9 +176,9 @@ def test_settings_that_say_half_are_refused(settings, message):
 
 
 def test_a_classifier_that_cannot_be_built_is_named_by_its_key():
-    guard = Guard.of(Safety(classifier="repetition:0", above=0.0))
+    guard = Guard.create(Safety(classifier="repetition:0", above=0.0))
     with pytest.raises(UserError, match=r"^safety\.classifier repetition:0: after"):
-        guard.around(RunReward(fn=None), TOKENIZER, RunConfig(), ())
+        guard.for_responses(tokenizer=TOKENIZER, load=pytest.fail, columns=())
 
 
 PROMPTS = [f"say {word}" for word in ("ape", "bee", "cat", "dog", "bad")]
@@ -201,7 +210,7 @@ def read(folder, name="metrics.jsonl"):
 
 def test_a_run_counts_and_penalises(config, tmp_path, capsys):
     folder = training.rl.run(config, vpg).folder
-    assert f"safety: 1 of 5 prompts dropped: {config.data[0]}, line 6\n" in capsys.readouterr().out
+    assert f"safety: 1 of 5 prompts dropped: {config.data[0]}, row 5\n" in capsys.readouterr().out
     metrics, samples = read(folder), read(folder, "samples.jsonl")
     assert all("bad" not in sample["prompt"] for sample in samples)
     for row in metrics[1:]:
@@ -257,8 +266,3 @@ def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(conf
     )
     with pytest.raises(TrainingFault, match=r"safety\.classifier: .* not finite"):
         training.rl.run(broken, vpg)
-
-
-def test_the_section_is_read_from_flags(tmp_path):
-    argv = ["--safety.words", "a.txt", "--safety.responses", "replace", "--safety.score", "-1"]
-    assert parse(RunConfig, argv).safety == Safety(words=("a.txt",), responses="replace", score=-1.0)

@@ -42,7 +42,7 @@ def test_greedy_equals_transformers_generate(tmp_path):
 
     config = SamplingConfig(max_new_tokens=NEW, temperature=0.0, eos_id=EOS, pad_id=PAD)
     ours = jax.jit(sampling.generate, static_argnames=("model", "config"))(
-        model, params, tokens, mask, jax.random.key(0), config
+        model, params, tokens, mask, jax.random.key(0), config=config
     )
     np.testing.assert_array_equal(ours.tokens, expected)
     # Not an easy case: many tokens, rows that end at many places and rows that do not end.

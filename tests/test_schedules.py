@@ -14,8 +14,8 @@ from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import Optimizer, RLStage, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import checkpoint
-from rlhf_jax.training import checks, loop, patience, setup
-from rlhf_jax.training.patience import times_exhausted
+from rlhf_jax.training import loop, rl
+from rlhf_jax.training.optimizer import Judge, make_optimizer, times_exhausted
 from rlhf_jax.training.phases import LoopState
 from rlhf_jax.training.stage import open_stage
 from rlhf_jax.types import TrainState
@@ -35,7 +35,7 @@ from rlhf_jax.types import TrainState
 )
 def test_the_rate_of_each_step(settings, rates):
     """Four steps long. Adam's step on a constant gradient is the learning rate itself."""
-    optimizer = setup.make_optimizer(Optimizer(learning_rate=0.8, max_grad_norm=None, eps=0.0, **settings), 4)
+    optimizer = make_optimizer(Optimizer(learning_rate=0.8, max_grad_norm=None, eps=0.0, **settings), 4)
     params = {"w": jnp.float32(0.0)}
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
@@ -44,6 +44,18 @@ def test_the_rate_of_each_step(settings, rates):
         updates, state = update({"w": jnp.float32(3.0)}, state, params)
         taken.append(-float(updates["w"]))
     np.testing.assert_allclose(taken, rates, atol=2e-5)
+
+
+def test_matrices_are_decayed_and_nothing_else():
+    """On a gradient of 0 AdamW takes away learning_rate * weight_decay of what it decays."""
+    optimizer = make_optimizer(Optimizer(learning_rate=0.5, weight_decay=0.2, max_grad_norm=None), 1)
+    layer = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2, 2)), "lora_a": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    params = {"h_0": layer, "wte": {"embedding": jnp.ones((2, 2))}, "value": {"kernel": jnp.ones(2)}}
+    params |= {"score": {"kernel": jnp.ones(2), "gain": jnp.ones(()), "shift": jnp.ones(())}}
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    decayed = {jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if leaf.any()}
+    assert decayed == {"['h_0']['kernel']", "['h_0']['lora_a']", "['wte']['embedding']"}
+    np.testing.assert_allclose(updates["h_0"]["kernel"], -0.1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +116,7 @@ class Killed(BaseException):
 
 def run(config: RunConfig, die_at=None, losses=LOSSES, interval=1, validated=True):
     """Eight steps of Adam on a constant gradient. Returns the parameter and the last row."""
-    optimizer = setup.make_optimizer(config.sft.optimizer, 8)
+    optimizer = make_optimizer(config.sft.optimizer, 8)
 
     @jax.jit
     def descend(state):
@@ -121,14 +133,9 @@ def run(config: RunConfig, die_at=None, losses=LOSSES, interval=1, validated=Tru
 
     with open_stage(config, "sft", {}) as stage:
         start = stage.replicate(TrainState.create({"w": jnp.float32(0.0)}, optimizer))
-        state, row = loop.train(
-            stage,
-            start,
-            advance,
-            num_steps=8,
-            validate=validate if validated else None,
-            validation_interval=interval,
-        )
+        validating = validate if validated else None
+        job = loop.Job(advance, 8, validating, validation_interval=interval, optimizer=config.sft.optimizer)
+        state, row = loop.train(stage, start, job)
     return -float(state.params["w"]), row
 
 
@@ -198,9 +205,8 @@ def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(tmp_path):
 
 def test_the_state_of_rl_is_lowered_too():
     optimizer = Optimizer(schedule="plateau", decay_patience=1)
-    judge = patience.Judge.of(RunConfig(rl=RLStage(optimizer=optimizer)), "ppo", validated=True)
-    assert (judge.metric, judge.maximized) == ("validation/score", True)
-    train = TrainState.create({"w": jnp.zeros(2)}, setup.make_optimizer(optimizer, 4))
+    judge = Judge("max:validation/score", None, optimizer)
+    train = TrainState.create({"w": jnp.zeros(2)}, make_optimizer(optimizer, 4))
     state = LoopState.create(train, 0.1)
     lowered = judge.lowered(state, [{"validation/score": score} for score in (1.0, 2.0, 2.0, 1.5)])
     assert float(judge.metrics(lowered)["plateau_scale"]) == pytest.approx(0.01)
@@ -222,9 +228,8 @@ def test_length_in_episodes(capsys):
     assert RLStage(num_episodes=128, batch_size=64).length == 2
     odd = RLStage(num_episodes=129, batch_size=64)
     assert odd.length == 3
-    assert checks.num_updates(odd, config) == 3 * 3 * 2
-    checks.reinforcement(ppo, "ppo", odd, config, 1)
+    rl._sizes("ppo", odd, config, 1)
     said = "rl.num_episodes 129: 3 iterations with 192 episodes, whatever rl.num_iterations is\n"
     assert capsys.readouterr().out == said
-    checks.reinforcement(ppo, "ppo", RLStage(), config, 1)
+    rl._sizes("ppo", RLStage(), config, 1)
     assert capsys.readouterr().out == ""

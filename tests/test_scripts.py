@@ -17,13 +17,21 @@ from rlhf_jax.runs.devices import nvidia_gpu
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(script, *flags, devices=1, check=True):
-    env = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", JAX_PLATFORMS="cpu")
+slow = pytest.mark.slow
+without_gpu = pytest.mark.skipif(nvidia_gpu() is not None, reason="this machine has an NVIDIA GPU")
+
+
+def start(script, *flags):
+    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=1", JAX_PLATFORMS="cpu")
     command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+
+
+def run(script, *flags, check=True):
+    process = start(script, *flags)
+    output, errors = process.communicate()
+    assert not (check and process.returncode), output + errors
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def rows(folder, name="metrics.jsonl"):
@@ -44,22 +52,11 @@ TINY = ("--config", ROOT / "configs" / "tiny.yaml")
 )
 def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
     folder = tmp_path / "run"
-    done = run(script, *TINY, "--output-dir", folder)
-    assert done.stdout.splitlines()[0] == "cpu: 1 x cpu, float32"
+    assert run(script, *TINY, "--output-dir", folder).stdout.splitlines()[0] == "cpu: 1 x cpu, float32"
     metrics = rows(folder)
     assert [row["step"] for row in metrics] == list(range(steps + 1))
-    assert {entry.name for entry in folder.iterdir()} >= {
-        *(
-            "config.yaml",
-            "manifest.json",
-            "metrics.jsonl",
-            "timing.jsonl",
-            "samples.jsonl",
-            "checkpoints",
-            "model",
-            "report.html",
-        ),
-    }
+    files = "config.yaml manifest.json metrics.jsonl timing.jsonl samples.jsonl checkpoints model report.html"
+    assert {entry.name for entry in folder.iterdir()} >= set(files.split())
     assert (folder / "model" / "tokenizer.json").is_file()
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     assert manifest["seed"] == 0
@@ -91,8 +88,7 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
     done = run("pipeline", *TINY, "--output-dir", folder, check=False)
     assert (done.returncode, "--resume" in done.stderr) == (2, True)
     before = (folder / "ppo" / "model" / "model.safetensors").read_bytes()
-    done = run("pipeline", *TINY, "--output-dir", folder, "--resume")
-    assert done.stdout.count("finished already") == 3
+    assert run("pipeline", *TINY, "--output-dir", folder, "--resume").stdout.count("finished already") == 3
     assert (folder / "ppo" / "model" / "model.safetensors").read_bytes() == before
 
 
@@ -100,17 +96,13 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
     ("flags", "message"),
     [
         (["--data", "missing.json"], "missing.json"),
-        pytest.param(["--reward"], "--reward", marks=pytest.mark.slow),
+        pytest.param(["--reward"], "--reward", marks=slow),
         (["--reward", "count:the cat"], "tokens"),
-        pytest.param(["--rl.top-k", "5"], "allow_truncated_sampling", marks=pytest.mark.slow),
-        pytest.param(["--rl.max-new-tokens", "200"], "max_new_tokens", marks=pytest.mark.slow),
-        pytest.param(["--model", "no/such/folder"], "no/such/folder", marks=pytest.mark.slow),
+        pytest.param(["--rl.top-k", "5"], "allow_truncated_sampling", marks=slow),
+        pytest.param(["--rl.max-new-tokens", "200"], "max_new_tokens", marks=slow),
+        pytest.param(["--model", "no/such/folder"], "no/such/folder", marks=slow),
         (["--device", "tpu"], "--device tpu: JAX finds no such device here"),
-        pytest.param(
-            ["--device", "gpu"],
-            "--device gpu: JAX finds no such device here",
-            marks=pytest.mark.skipif(nvidia_gpu() is not None, reason="this machine has an NVIDIA GPU"),
-        ),
+        pytest.param(["--device", "gpu"], "--device gpu: JAX finds no such device here", marks=without_gpu),
     ],
 )
 def test_a_users_mistake_is_a_sentence_and_exit_code_2(flags, message, tmp_path):
@@ -120,23 +112,12 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(flags, message, tmp_path)
     assert "Traceback" not in done.stderr
 
 
-def start(script, *flags):
-    env = dict(os.environ, JAX_PLATFORMS="cpu")
-    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
-
-
 def wait_for(path, process):
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.005)
-
-
-def results(folder):
-    names = ("model/model.safetensors", "metrics.jsonl", "samples.jsonl")
-    return {name: (folder / name).read_bytes() for name in names}
 
 
 @pytest.mark.slow
@@ -153,6 +134,5 @@ def test_a_signal_stops_with_its_code_and_the_command_that_resumes(number, code,
     assert process.returncode == code, said
     assert f"vpg.py --config {TINY[1]}" in said
     assert said.rstrip().endswith("--resume")
-    done = run("vpg", *longer, "--output-dir", folder, "--resume")
-    assert "resumed from step" in done.stdout
+    assert "resumed from step" in run("vpg", *longer, "--output-dir", folder, "--resume").stdout
     assert len(rows(folder)) == 61

@@ -1,6 +1,5 @@
 """The sentiment job: its reward by hand, the optimum in closed form, refusals, a tiny Llama, and the real one."""
 
-import importlib.util
 import json
 import math
 import os
@@ -14,24 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+import sentiment
 from test_scripts import ROOT, rows, run
 
 from rlhf_jax import models, sampling
 from rlhf_jax.config import parse
-from rlhf_jax.data import readers
+from rlhf_jax.data import formats
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import frontier
-from rlhf_jax.training.sentiment import SentimentConfig
-from rlhf_jax.training.sentiment import run as run_job
 from rlhf_jax.types import Rollout
 
 CONFIG = ROOT / "configs" / "sentiment.yaml"
 DATA = os.environ.get("RLHF_JAX_DATA")
-
-spec = importlib.util.spec_from_file_location("sentiment_reward", ROOT / "experiments" / "sentiment_reward.py")
-sentiment_reward = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sentiment_reward)
 
 LEXICON = "glad\t2.0\t0.6\t[2, 2]\nhappy\t3.0\nSAD\t-9\nsad\t-2.0\ndon't\t-1\nmade-up\t1\n:)\t2.0\n"
 
@@ -39,12 +32,13 @@ LEXICON = "glad\t2.0\t0.6\t[2, 2]\nhappy\t3.0\nSAD\t-9\nsad\t-2.0\ndon't\t-1\nma
 def test_the_reward_by_hand(tmp_path):
     path = tmp_path / "lexicon.txt"
     path.write_text(LEXICON, "utf-8")
-    score = sentiment_reward.reward(path)
+    lexicon = sentiment.read_lexicon(path)
     texts = ["Glad!", "sad, SAD", "happy sad", "", "gladly :) unhappy", "she don't; a made-up 'glad' day", "happy" * 2]
     sums = [2.0, -4.0, 1.0, 0.0, 0.0, 2.0, 0.0]
-    assert score(["happy"] * len(texts), texts) == pytest.approx([s / math.sqrt(s**2 + 15) for s in sums])
-    assert score(["sad"], ["glad"]) == pytest.approx([0.458831], abs=1e-6)  # 2 / sqrt(19): the prompt does not count
-    assert score([""], ["happy " * 100])[0] < 1.0
+    expected = [s / math.sqrt(s**2 + 15) for s in sums]
+    assert [sentiment.valence(lexicon, text) for text in texts] == pytest.approx(expected)
+    assert sentiment.valence(lexicon, "glad") == pytest.approx(0.458831, abs=1e-6)  # 2 / sqrt(19)
+    assert sentiment.valence(lexicon, "happy " * 100) < 1.0
 
 
 @pytest.mark.parametrize(
@@ -61,19 +55,19 @@ def test_a_lexicon_that_is_none(text, message, tmp_path):
     if text is not None:
         path.write_text(text, "utf-8")
     with pytest.raises(UserError, match=re.escape(str(path)) + ".*" + message):
-        sentiment_reward.reward(path)
+        sentiment.read_lexicon(path)
 
 
 def test_the_optimum_of_two_answers_in_closed_form():
     """Half of the samples score 1, half 0: the best policy says the first with p, KL ln 2 - entropy(p)."""
-    kls, scores = frontier.optimum(np.tile([0.0, 1.0], (3, 8)))
+    kls, scores = sentiment.optimum(np.tile([0.0, 1.0], (3, 8)))
     assert (kls[0], scores[0]) == (0.0, 0.5)
     assert len(kls) > 40
     p = np.array(scores[1:])
     entropy = -scipy.special.xlogy(p, p) - scipy.special.xlogy(1 - p, 1 - p)
     np.testing.assert_allclose(kls[1:], np.log(2) - entropy, atol=1e-9)
     assert p.max() > 0.999
-    kls, _ = frontier.optimum(np.linspace(0, 1, 16)[None])  # 16 samples of one prompt cannot reach ln 16
+    kls, _ = sentiment.optimum(np.linspace(0, 1, 16)[None])  # 16 samples of one prompt cannot reach ln 16
     assert 1.2 < max(kls) <= math.log(16) / 2
 
 
@@ -91,7 +85,7 @@ def test_a_policy_is_measured_against_enumeration():
         return np.asarray(rollout.tokens)[:, -1].astype(np.float32)
 
     config = sampling.SamplingConfig(1, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    bench = frontier.Bench(
+    bench = sentiment.Bench(
         model, base, tokenizer, tokens, np.ones_like(tokens), config, jax.random.key(1), score, samples=32
     )
     log_p, log_q = (
@@ -99,14 +93,14 @@ def test_a_policy_is_measured_against_enumeration():
     )
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
     assert kl > 0.1
-    measure = frontier.measurement(bench)
+    measure = sentiment.measurement(bench)
     at_base, moved = measure(base, "base"), measure(policy, "policy", "x")
     assert (at_base.kl, at_base.length) == (pytest.approx(0, abs=1e-6), 1.0)
     assert moved.kl == pytest.approx(kl, abs=4 * moved.kl_error)
     assert 0 < moved.kl_error < 0.05
     assert moved.score == pytest.approx((np.exp(log_p) * np.arange(5)).sum(axis=1).mean(), abs=4 * moved.score_error)
     assert len(moved.texts) == len(moved.scores) == len(tokens)
-    best, scores = frontier.best_of_n(bench, 4)
+    best, scores = sentiment.best_of_n(bench, 4)
     assert [(point.setting, point.kl) for point in best] == [
         ("2", sampling.best_of_n_kl(2)),
         ("4", sampling.best_of_n_kl(4)),
@@ -115,7 +109,7 @@ def test_a_policy_is_measured_against_enumeration():
     below = np.cumsum(np.exp(log_q), axis=1) ** 4  # probability that the best of 4 is at most each id
     expected = (np.diff(below, axis=1, prepend=0.0) * np.arange(5)).sum(axis=1).mean()
     assert best[1].score == pytest.approx(expected, abs=4 * best[1].score_error)
-    drawn = frontier.plot(at_base, [moved], best, frontier.optimum(scores))
+    drawn = sentiment.plot(at_base, [moved], best, sentiment.optimum(scores))
     assert list(drawn.series) == ["policy", "best of n", "optimum"]
     assert list(drawn.series["best of n"].x) == [0.0, best[0].kl, best[1].kl]
 
@@ -128,16 +122,16 @@ def test_repeated_words_and_the_error_over_prompts():
     mask = np.array([[0, 1, 1, 1, 1, 1]] * 4)
     scores = np.array([1.0, 0.0, 0.5, 0.5], np.float32)
 
-    bench = frontier.Bench(None, None, tokenizer, tokens[:2, :1], mask[:2, :1], None, None, None, 2)
+    bench = sentiment.Bench(None, None, tokenizer, tokens[:2, :1], mask[:2, :1], None, None, None, 2)
     rollout = Rollout(tokens, mask, mask, np.zeros(mask.shape), scores=scores)
-    point = frontier._point(bench, "m", "s", rollout, 1.0, None)
+    point = sentiment.point(bench, "m", "s", rollout, 1.0, None)
     assert point.repeated == pytest.approx((2 / 3 + 1 / 3 + 1 / 2 + 0) / 4)
     assert (point.score, point.score_error) == (0.5, 0.0)  # both prompts' means are 0.5
     assert (point.texts, point.scores) == (["a a a", "ab ab"], [1.0, 0.5])
 
 
 def test_the_config_is_read_and_runs_at_three_strengths():
-    config = parse(SentimentConfig, ["--config", str(CONFIG)])
+    config = parse(sentiment.SentimentConfig, ["--config", str(CONFIG)])
     own = config.sentiment
     assert [len(some) for some in (own.kl_coefs, own.kl_targets, own.grpo_kl_coefs, own.dpo_betas)] == [3, 3, 3, 3]
     assert config.text.bucket_multiple == own.longest_prompt + 1 + config.rl.max_new_tokens
@@ -152,15 +146,15 @@ def test_the_config_is_read_and_runs_at_three_strengths():
         (["--sentiment.best-of", "6"], "best_of must be a power of 2, got 6"),
         (["--sentiment.longest-prompt", "7"], "longest_prompt must be at least 8, got 7"),
         (["--sentiment.samples", "1"], "samples must be at least 2, got 1"),
-        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--model", "x"], "no reward: give --lexicon"),
+        (["--model", "no/such/folder", "--lexicon", "lexicon.txt"], "no/such/folder"),
     ],
 )
-def test_refusals(given, message, tmp_path):
+def test_refusals(given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("lexicon.txt").write_text(LEXICON, "utf-8")
     with pytest.raises(UserError, match="^[^\n]*" + re.escape(message)):
-        run_job(
-            parse(SentimentConfig, ["--config", str(CONFIG), "--output-dir", str(tmp_path / "x"), *given]),
-            lambda prompts, responses: [0.0] * len(responses),
-        )
+        sentiment.run(parse(sentiment.SentimentConfig, ["--config", str(CONFIG), "--output-dir", "x", *given]))
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -212,7 +206,7 @@ def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tmp_path):
     assert all(point["KL"] > 0 for point in points)
     assert {point["method"] for point in points if point["score"] > base["score"] + 0.1} >= {"RLOO", "PPO, fixed KL"}
     files = [folder / "data" / name for name in ("train.jsonl", "heldout.jsonl")]
-    train, heldout = ({row.prompt for row in readers.read_prompts(str(path)).rows} for path in files)
+    train, heldout = ({row.prompt for row in formats.read("prompts", str(path)).rows} for path in files)
     assert (len(train), len(heldout), train & heldout) == (16, 8, set())
     assert {prompt[0] for prompt in train | heldout} == {1}
     assert {len(prompt) for prompt in train | heldout} == {3, 4}

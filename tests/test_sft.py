@@ -17,7 +17,7 @@ from tabular import (
     rollout,
 )
 
-from rlhf_jax import losses, sharding
+from rlhf_jax import sharding
 from rlhf_jax.algorithms import sft
 from rlhf_jax.types import Demonstrations, PolicyOutput, TrainState
 
@@ -48,19 +48,16 @@ def test_loss_by_hand(aggregate, expected):
         del params, tokens, attention_mask, key
         return PolicyOutput(log_probs, jnp.zeros_like(log_probs))
 
-    value, metrics = sft.loss({}, batch, None, policy_fn=fixed, config=sft.Config(aggregate=aggregate))
-    assert value == expected
-    assert metrics == {"sft/loss": expected, "sft/tokens": 4.0}
-    halved, _ = sft.loss(
-        {}, batch, None, policy_fn=fixed, config=sft.Config(aggregate=aggregate), denominator=jnp.array(10.0)
-    )
-    np.testing.assert_allclose(halved, {"token": 0.5, "sequence": 0.3, "sum": 0.5}[aggregate], rtol=1e-6)
+    loss, metrics = sft.loss({}, batch, None, policy_fn=fixed, config=sft.Config(aggregate=aggregate))
+    assert loss.value == expected
+    assert loss.count == {"token": 4, "sequence": 2, "sum": 2}[aggregate]
+    assert metrics == {"sft/loss": loss}
 
 
 def test_update_takes_the_gradient():
     state = TrainState.create(policy_params(0), SGD)
     batch, config = demonstrations(), sft.Config()
-    grads = jax.grad(lambda p: sft.loss(p, batch, None, policy_fn=policy_fn, config=config)[0])(state.params)
+    grads = jax.grad(lambda p: sft.loss(p, batch, None, policy_fn=policy_fn, config=config)[0].value)(state.params)
     after, metrics = updater(config)(state, batch, KEY)
     assert_close(after.params, jax.tree.map(lambda p, g: p - 0.5 * g, state.params, grads))
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
@@ -144,9 +141,11 @@ def test_finite_guard_keeps_the_state():
     assert_identical(kept, state)
 
 
-def test_unknown_aggregate():
+def test_unusable_configs():
     with pytest.raises(ValueError, match="token, sequence, sum"):
-        updater(sft.Config(aggregate="mean"))(TrainState.create(policy_params(0), SGD), demonstrations(), KEY)
+        sft.Config(aggregate="mean")
+    with pytest.raises(ValueError, match="num_microbatches must be at least 1"):
+        sft.Config(num_microbatches=0)
 
 
 def test_learns_a_bigram_table():
@@ -170,4 +169,3 @@ def test_learns_a_bigram_table():
     np.testing.assert_allclose(jax.nn.softmax(state.params["logits"], axis=1), frequencies, atol=1e-3)
     entropy = -np.sum(counts * np.log(frequencies)) / counts.sum()
     np.testing.assert_allclose(metrics["sft/loss"][-1], entropy, rtol=1e-4)
-    assert losses.denominator(batch.response_mask, "token") == counts.sum()

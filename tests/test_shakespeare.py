@@ -4,7 +4,6 @@ import functools
 import http.server
 import json
 import os
-import random
 import threading
 from pathlib import Path
 
@@ -12,17 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shakespeare
+from test_notebooks import text_file
 from test_scripts import ROOT, rows, run
 
 from rlhf_jax import models
 from rlhf_jax.config import parse
-from rlhf_jax.data import encoding, readers, shakespeare, tokenizers
+from rlhf_jax.data import encoding, formats, tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.training.shakespeare import ShakespeareConfig
-from rlhf_jax.training.shakespeare import run as run_job
 
 CONFIG = ROOT / "configs" / "shakespeare.yaml"
 DATA = os.environ.get("RLHF_JAX_DATA")
+
+
+def config_of(*flags):
+    return parse(shakespeare.ShakespeareConfig, ["--config", str(CONFIG), *flags])
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_counts_are_targets_up_to_100_and_one_piece_in_eight_ends_in_eos(tmp_pat
     tokenizer = tokenizers.characters("abh \n")
     path = tmp_path / "counts.jsonl"
     shakespeare.write_counts(path, pieces, "h", tokenizer)
-    encoded = encoding.encode_comparisons(readers.read_comparisons(str(path)).rows, tokenizer)
+    encoded = encoding.encode_comparisons(formats.read("comparisons", str(path)).rows, tokenizer)
     assert encoded.targets[:, 0].tolist() == [2, 0, 0, 3, 99, 100, 100, 2, 1, 0]
     for i, (piece, ids) in enumerate(zip(pieces, encoded.answers[0].tokens, strict=True)):
         assert ids.tolist() == tokenizer.encode(piece) + ([tokenizer.eos_id] if i == 7 else [])
@@ -67,7 +70,7 @@ def test_rows_to_pretrain_on_are_the_text_without_any_eos(tmp_path):
     path = tmp_path / "pretrain.jsonl"
     assert shakespeare.write_demonstrations(path, text, 7) == 4
     tokenizer = tokenizers.characters(text)
-    demonstrations = readers.read_demonstrations(str(path)).rows
+    demonstrations = formats.read("demonstrations", str(path)).rows
     encoded = encoding.encode_demonstrations(demonstrations, tokenizer, max_length=7, too_long="truncate")
     assert [len(ids) for ids in encoded.tokens] == [7] * 4
     assert encoded.starts == [1] * 4  # every character but the first is learnt
@@ -77,12 +80,12 @@ def test_rows_to_pretrain_on_are_the_text_without_any_eos(tmp_path):
 def test_a_fetched_file_has_the_hash_that_was_asked_for(tmp_path):
     source, path = tmp_path / "source.txt", tmp_path / "data" / "input.txt"
     source.write_bytes(b"Once more\r\n")
-    sha256 = shakespeare.digest(source)
+    sha256 = shakespeare.sha256_of(source)
     with pytest.raises(UserError, match=rf"{sha256} was fetched, {'0' * 64} is expected; .* --data PATH"):
         shakespeare.fetch(source.as_uri(), "0" * 64, path)
     assert list(path.parent.iterdir()) == []
     shakespeare.fetch(source.as_uri(), sha256, path)
-    assert shakespeare.read(path) == "Once more\r\n"
+    assert shakespeare.read_text(path) == "Once more\r\n"
     shakespeare.fetch("http://127.0.0.1:1/gone", sha256, path)  # it is there: nothing is fetched
 
 
@@ -93,7 +96,7 @@ def test_fetching_over_http_and_what_an_unreachable_host_means(tmp_path):
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
-        sha256, path = shakespeare.digest(tmp_path / "served.txt"), tmp_path / "input.txt"
+        sha256, path = shakespeare.sha256_of(tmp_path / "served.txt"), tmp_path / "input.txt"
         shakespeare.fetch(f"{url}/served.txt", sha256, path)
         assert path.read_bytes() == b"hear, hear"
         with pytest.raises(UserError, match=r"could not be fetched \(.*404.*give --data PATH"):
@@ -123,7 +126,7 @@ def test_a_score_does_not_depend_on_the_padding():
 
 
 def test_the_config_names_13_starters_with_two_h():
-    config = parse(ShakespeareConfig, ["--config", str(CONFIG)])
+    config = config_of()
     starters = config.shakespeare.starters
     assert (len(starters), sum(text.count("h") for text in starters)) == (13, 2)
     assert (config.rl.max_new_tokens, config.rl.temperature, config.rl.kl_coef) == (20, 1.0, 0.0)
@@ -150,29 +153,18 @@ def test_the_config_names_13_starters_with_two_h():
 )
 def test_refusals(given, message, tmp_path):
     with pytest.raises(UserError, match="^[^\n]*" + message.replace("(", r"\(")):
-        run_job(parse(ShakespeareConfig, ["--config", str(CONFIG), "--output-dir", str(tmp_path / "x"), *given]))
+        shakespeare.run(config_of("--output-dir", str(tmp_path / "x"), *given))
 
 
 def test_a_text_too_short_or_not_utf8(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("short")
-    config = parse(
-        ShakespeareConfig, ["--config", str(CONFIG), "--data", str(path), "--output-dir", str(tmp_path / "x")]
-    )
+    config = config_of("--data", str(path), "--output-dir", str(tmp_path / "x"))
     with pytest.raises(UserError, match=r"text\.txt: the text is shorter than a row of 256 characters"):
-        run_job(config)
+        shakespeare.run(config)
     path.write_bytes(b"caf\xe9 " * 100)
     with pytest.raises(UserError, match=r"text\.txt: is not UTF-8 at byte 3"):
-        run_job(config)
-
-
-def generated(path, characters):
-    """Random words of which every fourth character is an h or so."""
-    source = random.Random(0)
-    words = ["hat ", "the ", "be\n", "ah, ", "bat ", "eat "]
-    text = "".join(source.choice(words) for _ in range(characters // 3))[:characters]
-    path.write_text(text, encoding="utf-8")
-    return str(path)
+        shakespeare.run(config)
 
 
 STARTERS = ("hat", "be", "the", "eat", "ah", "bat")
@@ -186,7 +178,7 @@ SMALL = (
 
 @pytest.mark.slow
 def test_a_generated_text_is_answered_with_h_alone(tmp_path):
-    text, folder = generated(tmp_path / "text.txt", 12000), tmp_path / "run"
+    text, folder = text_file(tmp_path / "text.txt", 12000), tmp_path / "run"
     given = ("--data", text, "--output-dir", folder, *SMALL, "--rl.optimizer.learning-rate", 0.003)
     done = run("shakespeare", *given)
     assert "Highest possible exact count: 6.500" in done.stdout
@@ -216,7 +208,7 @@ def test_the_real_text(seed, tmp_path):
     text = Path(str(DATA)) / "tinyshakespeare" / "input.txt"
     run("shakespeare", "--data", text, "--output-dir", tmp_path / "run", "--seed", seed)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
-    config = parse(ShakespeareConfig, ["--config", str(CONFIG)])
+    config = config_of()
     assert summary["text"]["sha256"] == config.shakespeare.sha256
     assert summary["ceiling"] == pytest.approx(20 + 2 / 13, abs=1e-6)
     assert summary["vpg_exact"]["first"] < 3

@@ -2,21 +2,21 @@
 
 from functools import partial
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from tabular import assert_close, assert_identical
+from tabular import assert_close, assert_identical, numbers, policy_fn, policy_params, rollout, three_ways
 
-from rlhf_jax import sharding
-from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
-from rlhf_jax.types import TrainState
+from rlhf_jax import gradient_step, grpo, minibatch_epochs, sft, sharding
+from rlhf_jax.types import Demonstrations, Max, Mean, TrainState
 
 
 def half_square(params):
-    return 0.5 * jnp.square(params["w"] - 3.0), {"w": params["w"]}
+    return Mean.of(0.5 * jnp.square(params["w"] - 3.0)), {"w": Mean.of(params["w"])}
 
 
 def test_gradient_step_by_hand():
@@ -37,7 +37,7 @@ def test_low_precision_gradients_have_a_float32_norm():
     params = {"w": jnp.full(4096, 1.0, jnp.bfloat16)}
     optimizer = optax.sgd(0.1)
     state, metrics = gradient_step(
-        lambda p: (jnp.sum(p["w"].astype(jnp.float32)), {}), TrainState.create(params, optimizer), optimizer
+        lambda p: (Mean.of(jnp.sum(p["w"].astype(jnp.float32))), {}), TrainState.create(params, optimizer), optimizer
     )
     assert metrics["grad_norm"] == 64.0
     assert state.params["w"].dtype == jnp.bfloat16
@@ -47,8 +47,8 @@ def test_low_precision_gradients_have_a_float32_norm():
 def test_finite_guard_keeps_the_state(bad):
     def loss_fn(params, x):
         if bad == "loss":
-            return jnp.sum(params["w"]) + jnp.log(x), {}
-        return jnp.sum(jnp.sqrt(params["w"] * x)), {}  # the root has an infinite slope at 0
+            return Mean.of(jnp.sum(params["w"]) + jnp.log(x)), {}
+        return Mean.of(jnp.sum(jnp.sqrt(params["w"] * x))), {}  # the root has an infinite slope at 0
 
     optimizer = optax.adam(0.1)
     state = TrainState.create({"w": jnp.array([0.1, 0.3])}, optimizer)
@@ -63,23 +63,20 @@ def test_finite_guard_keeps_the_state(bad):
     assert moved.step == 2
 
 
-def share(params, part, total):
-    loss = jnp.sum(jnp.square(params["w"] * part["x"] - 1.0)) / total
-    return loss, {"rows": jnp.asarray(part["x"].shape[0], jnp.float32), "x_max": jnp.max(part["x"])}
+def squares(params, part):
+    loss = Mean.of(jnp.square(params["w"] * part["x"] - 1.0))
+    return loss, {"half": 0.5 * loss, "x_max": Max(jnp.max(part["x"]))}
 
 
 def test_microbatches_add_up_to_the_batch():
     batch = {"x": jnp.arange(1.0, 13.0) / 12.0, "absent": None}
     optimizer = optax.sgd(1.0)
     state = TrainState.create({"w": jnp.array([0.5])}, optimizer)
-    run = partial(gradient_step, partial(share, total=12.0), state, optimizer, batch=batch)
+    run = partial(gradient_step, squares, state, optimizer, batch=batch)
     whole, metrics = run()
+    np.testing.assert_allclose(metrics["half"], 0.5 * np.mean((0.5 * batch["x"] - 1.0) ** 2), rtol=1e-6)
     for num_microbatches in (2, 3, 12):
-        parts, part_metrics = run(num_microbatches=num_microbatches)
-        assert_close(parts, whole)
-        assert part_metrics["rows"] == 12
-        assert part_metrics["x_max"] == 1.0
-        assert_close(part_metrics["loss"], metrics["loss"])
+        assert_close(run(num_microbatches=num_microbatches), (whole, metrics))
 
 
 def test_microbatches_of_low_precision_are_summed_in_float32():
@@ -87,11 +84,117 @@ def test_microbatches_of_low_precision_are_summed_in_float32():
     state = TrainState.create({"w": jnp.zeros((), jnp.bfloat16)}, optimizer)
 
     def loss_fn(params, part):
-        return params["w"] * jnp.sum(part), {}
+        return Mean(params["w"] * jnp.sum(part), jnp.float32(1 / 300)), {}
 
     state, _ = gradient_step(loss_fn, state, optimizer, batch=jnp.ones(300, jnp.bfloat16), num_microbatches=300)
     assert state.params["w"] == -300.0  # in bfloat16, 256 + 1 = 256
     assert state.params["w"].dtype == jnp.bfloat16
+
+
+@flax.struct.dataclass
+class Counting(TrainState):
+    seen: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros(()))
+
+
+def test_the_callers_state_comes_back():
+    optimizer = optax.sgd(0.1)
+    state = Counting.create({"w": jnp.array(1.0)}, optimizer).replace(seen=jnp.array(5.0))
+    after, _ = gradient_step(half_square, state, optimizer)
+    assert isinstance(after, Counting)
+    assert (after.seen, after.step) == (5.0, 1)
+
+
+def test_the_optimizer_gets_the_loss():
+    """optax's extra-args protocol: the plateau halves the step after two losses that did not fall."""
+    optimizer = optax.chain(optax.sgd(0.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=2))
+    state = TrainState.create({"w": jnp.array(1.0)}, optimizer)
+    step = jax.jit(lambda state: gradient_step(half_square, state, optimizer))
+    scales = []
+    for _ in range(4):
+        state, _ = step(state)
+        scales.append(float(state.opt_state[1].scale))
+    assert scales == [1.0, 1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("loss", [jnp.float32(1.0), (Mean.of(1.0), jnp.float32(1.0))])
+def test_a_loss_is_made_of_means(loss):
+    optimizer = optax.sgd(0.1)
+    state = TrainState.create({"w": jnp.array(1.0)}, optimizer)
+    with pytest.raises(TypeError, match=r"losses\.aggregate"):
+        gradient_step(lambda params: (loss, {}), state, optimizer)
+    with pytest.raises(TypeError, match=r"losses\.aggregate"):
+        gradient_step(lambda params: (Mean.of(params["w"]), {"w": params["w"]}), state, optimizer)
+
+
+def test_means_by_hand():
+    both = Mean(jnp.float32(6.0), jnp.float32(4.0)) + 2.0 * Mean.of(jnp.array([1.0, 2.0]))
+    assert (both.total, both.count, both.value) == (12.0, 6.0, 2.0)
+    assert Mean(jnp.float32(0.0), jnp.float32(0.0)).value == 0
+    assert (Max(jnp.float32(1.0)) + Max(jnp.float32(3.0))).value == 3.0
+
+
+def test_keys_of_microbatches_and_devices_differ():
+    """Microbatch m on device d draws with fold_in(fold_in(key, m), d); without devices with fold_in(key, m)."""
+    key, optimizer = jax.random.key(1), optax.sgd(0.1)
+    state = TrainState.create({"w": jnp.array(1.0)}, optimizer)
+
+    def drawn(params, part, key):
+        return Mean.of(params["w"] * jax.random.uniform(key)), {}
+
+    step = partial(gradient_step, drawn, optimizer=optimizer, key=key, num_microbatches=2)
+    fold, uniform = jax.random.fold_in, jax.random.uniform
+    expected = np.mean([uniform(fold(key, m)) for m in range(2)])
+    np.testing.assert_allclose(step(state, batch=jnp.ones(2))[1]["loss"], expected, rtol=1e-6)
+    mapped = jax.shard_map(
+        lambda batch: step(state, batch=batch, axis_name="data")[1]["loss"],
+        mesh=sharding.make_mesh(4),
+        in_specs=P("data"),
+        out_specs=P(),
+    )
+    expected = np.mean([uniform(fold(fold(key, m), d)) for m in range(2) for d in range(4)])
+    np.testing.assert_allclose(jax.jit(mapped)(jnp.ones(8)), expected, rtol=1e-6)
+
+
+# Terms with different denominators
+
+LENGTHS = [4, 1, 2, 0, 3, 0, 0, 0, 0, 0, 0, 0, 2, 4, 1, 1]  # 7, 3, 0 and 8 tokens on four devices
+GRPO = grpo.Config(group_size=4, aggregate="sequence")
+SGD = optax.sgd(0.3)
+
+
+def grpo_and_sft(params, batch):
+    """GRPO's mean over rows of row means, and a tenth of SFT's mean over tokens of other texts."""
+    samples, texts = batch
+    ours, metrics = grpo.loss(params, samples, None, policy_fn=policy_fn, config=GRPO)
+    theirs, more = sft.loss(params, texts, None, policy_fn=policy_fn, config=sft.Config())
+    return (ours, 0.1 * theirs), {**metrics, **more}
+
+
+def two_terms(state, batch, key=None, num_microbatches=1, axis_name=None):
+    del key
+    return gradient_step(grpo_and_sft, state, SGD, batch=batch, num_microbatches=num_microbatches, axis_name=axis_name)
+
+
+def test_terms_with_different_denominators():
+    """The gradient is that of the sum of the two whole losses, however the batch is cut."""
+    texts = rollout(1, LENGTHS[::-1])
+    texts = Demonstrations(texts.tokens, texts.attention_mask, texts.response_mask)
+    batch = grpo.prepare(rollout(0, LENGTHS), config=GRPO), texts
+    state = TrainState.create(policy_params(0), SGD)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: numbers(grpo_and_sft)(p, batch)[0]))(state.params)
+    after, metrics = expected = jax.jit(two_terms)(state, batch)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    assert_close(after.params, jax.tree.map(lambda p, g: p - 0.3 * g, state.params, gradient))
+    for parts in (1, 2):
+        update = partial(two_terms, num_microbatches=parts)
+        assert_close(jax.jit(update)(state, batch), expected)
+        for check_vma in (True, False):
+            _, spread, mapped = three_ways(update, state, batch, jax.random.key(0), check_vma=check_vma)
+            assert_close(spread, expected)
+            assert_close(mapped, expected)
+        shards = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), batch)
+        pmapped = jax.pmap(partial(update, axis_name="data"), axis_name="data", in_axes=(None, 0))(state, shards)
+        assert_close(jax.tree.map(lambda x: x[3], pmapped), expected)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +210,7 @@ def test_microbatch_errors(batch, num_microbatches, message):
     optimizer = optax.sgd(1.0)
     state = TrainState.create({"w": jnp.ones(1)}, optimizer)
     with pytest.raises(ValueError, match=message):
-        gradient_step(partial(share, total=6.0), state, optimizer, batch=batch, num_microbatches=num_microbatches)
+        gradient_step(squares, state, optimizer, batch=batch, num_microbatches=num_microbatches)
 
 
 def record(state, minibatch, key):

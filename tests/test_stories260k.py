@@ -46,7 +46,7 @@ def test_the_tinystories_llama_equals_its_published_text(tmp_path):
         max_new_tokens=len(ids), temperature=0.0, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
     )
     prompt = jnp.array([[golden["start_token"]]])
-    rollout = sampling.generate(model, params, prompt, jnp.ones_like(prompt), jax.random.key(0), config)
+    rollout = sampling.generate(model, params, prompt, jnp.ones_like(prompt), jax.random.key(0), config=config)
     np.testing.assert_array_equal(rollout.tokens[0, 1:], ids)
     text = (source / "greedy_expected.txt").read_text("utf-8")
     said = tokenizer.decode(ids)

@@ -1,9 +1,10 @@
 """Figures about texts: by hand, against slow loops, and the word patterns on texts that a person has judged."""
 
+import json
 import math
 from collections import Counter
+from pathlib import Path
 
-import judged_texts
 import pytest
 
 from rlhf_jax.evaluation import texts as text_metrics
@@ -76,20 +77,22 @@ def test_content_words_by_hand():
     assert text_metrics.lexical_density(["!"]) == 0
 
 
-def counts(found, positive, negative):
-    """Hits among texts of the kind, and false alarms among others."""
-    return sum(map(found, positive)), sum(map(found, negative))
+JUDGED = json.loads(Path(__file__).with_name("judged_texts.json").read_text("utf-8"))
 
 
-def test_refusals_are_found_as_often_as_documented():
-    found = text_metrics.is_refusal
-    assert counts(found, judged_texts.REFUSALS_DEVELOPMENT, judged_texts.ANSWERS_DEVELOPMENT) == (12, 0)
-    assert counts(found, judged_texts.REFUSALS_HELD_OUT, judged_texts.ANSWERS_HELD_OUT) == (17, 0)  # of 20 and 20
-    assert not found("word " * 60 + "I cannot help with that.")
-    assert found("I CAN’T   help\nwith that.")
+@pytest.mark.parametrize(
+    ("found", "positive", "negative", "development", "held_out"),
+    [
+        (text_metrics.is_refusal, "refusals", "answers", 12, 17),  # held out: of 20, and of 20 answers none
+        (text_metrics.expresses_uncertainty, "uncertain", "certain", 8, 12),  # of 12, and of 12
+    ],
+)
+def test_word_patterns_find_as_many_as_documented(found, positive, negative, development, held_out):
+    for part, hits in (("development", development), ("held_out", held_out)):
+        assert sum(map(found, JUDGED[f"{positive}_{part}"])) == hits
+        assert sum(map(found, JUDGED[f"{negative}_{part}"])) == 0
 
 
-def test_uncertainty_is_found_as_often_as_documented():
-    found = text_metrics.expresses_uncertainty
-    assert counts(found, judged_texts.UNCERTAIN_DEVELOPMENT, judged_texts.CERTAIN_DEVELOPMENT) == (8, 0)
-    assert counts(found, judged_texts.UNCERTAIN_HELD_OUT, judged_texts.CERTAIN_HELD_OUT) == (12, 0)  # of 12 and 12
+def test_a_refusal_is_looked_for_in_the_first_60_words():
+    assert not text_metrics.is_refusal("word " * 60 + "I cannot help with that.")
+    assert text_metrics.is_refusal("I CAN’T   help\nwith that.")

@@ -170,7 +170,7 @@ def test_gpt2():
 
 
 def test_importing_the_data_package_stays_light():
-    code = "import sys, rlhf_jax.data.batches, rlhf_jax.data.demo, rlhf_jax.data.readers, rlhf_jax.data.tokenizers\n"
+    code = "import sys, rlhf_jax.data.batches, rlhf_jax.data.demo, rlhf_jax.data.formats, rlhf_jax.data.tokenizers\n"
     code += "print([m for m in ('datasets', 'transformers', 'torch', 'flax.nnx') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

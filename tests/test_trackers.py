@@ -1,17 +1,14 @@
-"""What W&B, trackio and TensorBoard are told, once each, and that none of them can stop a run.
+"""What W&B, trackio and TensorBoard get, once each, and that none of them can stop a run.
 
 A stand-in has the calls of W&B's and trackio's Python interface that are made here; the packages themselves run where
 they are installed: trackio on its local files, W&B offline.
 """
 
-import dataclasses
 import importlib
 import importlib.util
 import inspect
 import json
 import sys
-import threading
-import time
 import types
 
 import pytest
@@ -60,15 +57,8 @@ def stand_in(monkeypatch, name, broken=()) -> Recorded:
         def finish(self):
             recorded.call("finish")
 
-    held = set()
-
-    def init_wandb(project=None, name=None, id=None, config=None, resume=None, mode=None):
-        recorded.call("init", {"project": project, "name": name, "id": id, "resume": resume, "mode": mode})
-        if id in held:
-            raise RuntimeError(f"run ID {id} is in use")
-        if "online" in recorded.broken and mode != "offline":
-            held.add(id)
-            raise ConnectionError("the server is not reached")
+    def init_wandb(project=None, name=None, id=None, config=None, resume=None):
+        recorded.call("init", {"project": project, "name": name, "id": id, "resume": resume})
         return Run()
 
     def init_trackio(project, name=None, config=None, resume="never"):
@@ -77,7 +67,6 @@ def stand_in(monkeypatch, name, broken=()) -> Recorded:
 
     module = types.ModuleType(name)
     module.init = init_wandb if name == "wandb" else init_trackio
-    module.teardown = held.clear
     module.Table = lambda columns, data: ("table", columns, data)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     monkeypatch.setitem(sys.modules, name, module)
@@ -129,6 +118,7 @@ def test_a_run_and_its_resumption_are_one_run_in_which_no_step_comes_twice(tmp_p
 
 def test_another_run_in_the_same_folder_is_another_one(tmp_path, monkeypatch):
     recorded = stand_in(monkeypatch, "wandb")
+    monkeypatch.setenv("WANDB_NAME", "tuesday")
     for _ in range(2):
         with open_run(tmp_path / "run", overwrite=True) as run:
             (run.path / "manifest.json").write_text('{"versions": {"rlhf-jax": "0"}}')
@@ -136,13 +126,7 @@ def test_another_run_in_the_same_folder_is_another_one(tmp_path, monkeypatch):
     first, second = (call[0] for call in recorded.of("init"))
     assert first["id"] != second["id"]
     assert first["project"] == "rlhf_jax"
-
-
-def test_names_of_the_environment(tmp_path, monkeypatch):
-    recorded = stand_in(monkeypatch, "wandb")
-    monkeypatch.setenv("WANDB_NAME", "tuesday")
-    track(tmp_path, ["wandb"], [])
-    assert recorded.of("init")[0][0]["name"] == "tuesday"
+    assert first["name"] == "tuesday"
 
 
 def test_samples_are_a_table_of_numbers_and_texts(tmp_path, monkeypatch):
@@ -161,16 +145,8 @@ def test_a_service_that_joins_later_gets_what_was_before(tmp_path, monkeypatch):
     assert logged(first) == logged(second) == list(range(8))
 
 
-def test_w_and_b_goes_offline_where_its_server_is_not_reached(tmp_path, monkeypatch, capsys):
-    recorded = stand_in(monkeypatch, "wandb", broken=["online"])
-    track(tmp_path, ["wandb"], range(3))
-    assert [call[0]["mode"] for call in recorded.of("init")] == [None, "offline"]
-    assert logged(recorded) == [0, 1, 2]
-    assert "--track wandb: ConnectionError: the server is not reached; it records offline" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
-    ("name", "broken", "said"),
+    ("name", "broken", "warning"),
     [
         ("wandb", ["init"], "no init; the run goes on without it"),
         ("trackio", ["init"], "no init; the run goes on without it"),
@@ -178,29 +154,16 @@ def test_w_and_b_goes_offline_where_its_server_is_not_reached(tmp_path, monkeypa
         ("trackio", ["alert", "finish"], "no alert; what it lacks is in the run's folder"),
     ],
 )
-def test_errors_are_one_warning_and_stop_nothing(tmp_path, monkeypatch, capsys, name, broken, said):
+def test_errors_are_one_warning_and_stop_nothing(tmp_path, monkeypatch, capsys, name, broken, warning):
     recorded, other = stand_in(monkeypatch, name, broken), "trackio" if name == "wandb" else "wandb"
     healthy = stand_in(monkeypatch, other)
     track(tmp_path, [name, other], range(5))
     out = capsys.readouterr().out
-    assert said in out.splitlines()[-1]
+    assert warning in out.splitlines()[-1]
     assert out.count("run goes on without") + out.count("what it lacks") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     assert logged(healthy) == [0, 1, 2, 3, 4]
     assert len(recorded.of("finish")) == (0 if "init" in broken else 1)
-
-
-def test_a_service_that_hangs_holds_nothing_up(tmp_path, monkeypatch, capsys):
-    recorded, hung = stand_in(monkeypatch, "wandb"), threading.Event()
-    call = recorded.call
-    monkeypatch.setattr(recorded, "call", lambda name, *values: hung.wait(60) if name == "log" else call(name, *values))
-    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.2)
-    started = time.monotonic()
-    track(tmp_path, ["wandb"], range(5))
-    assert time.monotonic() - started < 10
-    assert "--track wandb: not all is sent after 0.2 s; the run ends without it" in capsys.readouterr().out
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
-    hung.set()
 
 
 def test_a_missing_package_is_said_before_anything_else(monkeypatch):
@@ -216,22 +179,25 @@ def test_a_missing_package_is_said_before_anything_else(monkeypatch):
 
 
 def test_tensorboard_reads_each_step_once(tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboardX")
     event_accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     track(tmp_path, ["tensorboard"], range(7))
     track(tmp_path, ["tensorboard"], range(5, 10), resume_step=4)
     read = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0, "scalars": 0}).Reload()
+
+    def texts(tag):
+        return {event.step: event.tensor_proto.string_val[0].decode() for event in read.Tensors(f"{tag}/text_summary")}
+
     assert [(event.step, event.value) for event in read.Scalars("x")] == [(step, float(step)) for step in range(10)]
-    assert set(read.Tags()["tensors"]) == {"samples", "alerts", "config"}
-    assert [event.step for event in read.Tensors("samples")] == [0, 4, 8]
-    text = read.Tensors("samples")[0].tensor_proto.string_val[0].decode()
-    assert text.splitlines()[:3] == [
+    assert len(read.Tags()["tensors"]) == 3
+    assert list(texts("samples")) == [0, 4, 8]
+    assert texts("samples")[0].splitlines()[:3] == [
         "| prompt | response | score | unsafe |",
         "| --- | --- | --- | --- |",
         "| a\\|b | c<br>d | 0.5 | None |",
     ]
-    assert [event.tensor_proto.string_val[0] for event in read.Tensors("alerts")] == [b"KL explosion"]
-    assert '"seed": 1' in read.Tensors("config")[0].tensor_proto.string_val[0].decode()
+    assert texts("alerts") == {2: "KL explosion"}
+    assert [step for step, text in texts("config").items() if '"seed": 1' in text] == [0, 5]
 
 
 def test_trackio_itself(tmp_path, monkeypatch):
@@ -255,13 +221,9 @@ def test_w_and_b_itself_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    assert {"project", "name", "id", "config", "resume", "mode"} <= set(inspect.signature(wandb.init).parameters)
+    assert {"project", "name", "id", "config", "resume"} <= set(inspect.signature(wandb.init).parameters)
     track(tmp_path / "run", ["wandb"], range(7))
     track(tmp_path / "run", ["wandb"], range(5, 10), resume_step=4)
     run_id = json.loads((tmp_path / "run" / "tracker.json").read_text())["id"]
     written = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(written) == 2
-
-
-def test_the_settings_are_json(tmp_path):
-    assert json.loads(json.dumps(dataclasses.asdict(RunConfig())))["rl"]["batch_size"] == 64

@@ -54,17 +54,6 @@ def test_floats_read_back_equal(tmp_path_factory, number):
         assert math.copysign(1, float(value)) == math.copysign(1, number) or math.isnan(number)
 
 
-def test_numbers_that_json_lacks_are_strings(tmp_path):
-    RowWriter(tmp_path / "m.jsonl").write(0, {"a": math.nan, "b": math.inf, "c": -math.inf})
-    assert rows(tmp_path / "m.jsonl")[0] == {"step": 0, "a": "NaN", "b": "Infinity", "c": "-Infinity"}
-
-
-def test_a_new_run_starts_the_file_anew(tmp_path):
-    write(tmp_path / "m.jsonl", range(5))
-    write(tmp_path / "m.jsonl", range(2))
-    assert [row["step"] for row in rows(tmp_path / "m.jsonl")] == [0, 1]
-
-
 @pytest.mark.parametrize(
     "torn", [b"", b'{"step": 8, "x', b'{"step": 8}', b"\x00\x00\x00", b'{"step": 8, "t": "\xc3', b"8"]
 )
@@ -77,15 +66,15 @@ def test_resume_leaves_no_row_twice_and_none_out(tmp_path, torn):
     assert path.read_bytes() == straight.read_bytes()
 
 
-def test_a_complete_last_row_is_kept_though_its_line_has_no_end(tmp_path):
-    (tmp_path / "m.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}')
-    write(tmp_path / "m.jsonl", [], resume_step=2)
-    assert (tmp_path / "m.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
-
-
-def test_resume_without_a_file(tmp_path):
-    write(tmp_path / "m.jsonl", [3], resume_step=2)
-    assert [row["step"] for row in rows(tmp_path / "m.jsonl")] == [3]
+def test_the_start_of_a_file(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write(path, [3], resume_step=2)  # there is none yet
+    assert [row["step"] for row in rows(path)] == [3]
+    write(path, range(2))  # a new run starts it anew
+    assert [row["step"] for row in rows(path)] == [0, 1]
+    path.write_bytes(b'{"step": 1}\n{"step": 2}')
+    write(path, [], resume_step=2)  # a complete last row is kept, though its line has no end
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", '{"step": "a"}', '{"step": 1', "{"])
@@ -102,7 +91,9 @@ def console(terminal: bool, width: int = 100) -> rich.console.Console:
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_tracker_writes_the_three_files(tmp_path, terminal):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     metrics = {
+        "sharded": jax.device_put(jnp.int32(2), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
         "loss": jnp.float32(0.1),
         "half": jnp.bfloat16(0.5),
         "count": jnp.int32(7),
@@ -113,10 +104,11 @@ def test_tracker_writes_the_three_files(tmp_path, terminal):
     with open_run(tmp_path) as run, Tracker(run, total=2, console=console(terminal)) as tracker:
         returned = tracker.log(1, metrics)
         tracker.timing(1, {"rollout": 0.5})
-        tracker.samples(1, [{"prompt": "a", "score": 1.5}, {"prompt": "b", "score": -math.inf}])
+        tracker.samples(1, [{"prompt": "a", "score": 1.5}, {"prompt": "b", "score": -math.inf, "deep": [math.inf]}])
         tracker.sync()
         assert rows(run.metrics)[0] == {
             "step": 1,
+            "sharded": 2,
             "loss": float(np.float32(0.1)),
             "half": 0.5,
             "count": 7,
@@ -129,17 +121,10 @@ def test_tracker_writes_the_three_files(tmp_path, terminal):
         assert rows(run.timing) == [{"step": 1, "rollout": 0.5}]
         assert rows(run.samples) == [
             {"step": 1, "prompt": "a", "score": 1.5},
-            {"step": 1, "prompt": "b", "score": "-Infinity"},
+            {"step": 1, "prompt": "b", "score": "-Infinity", "deep": ["Infinity"]},
         ]
         with pytest.raises(ValueError, match=r"metric vector: expected a scalar, got shape \(2,\)"):
             tracker.log(2, {"vector": jnp.ones(2)})
-
-
-def test_metrics_of_sharded_computations(tmp_path):
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    scalar = jax.device_put(jnp.float32(2), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    with open_run(tmp_path) as run, Tracker(run, total=1, console=console(False)) as tracker:
-        assert tracker.log(1, {"x": scalar}) == {"x": 2.0}
 
 
 def test_lines_where_there_is_no_terminal(tmp_path):

@@ -9,9 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import quickstart
 import tokenizers as hf
+from sentiment import SentimentConfig
+from shakespeare import ShakespeareConfig
 
-from rlhf_jax import grpo, models, ppo, rloo, sharding, training, vpg
+from rlhf_jax import Rollout, models, ppo, sharding, training, vpg
 from rlhf_jax.config import (
     Compute,
     DPOStage,
@@ -23,17 +26,13 @@ from rlhf_jax.config import (
     SFTStage,
     Text,
     Tokenizer,
+    parse,
 )
 from rlhf_jax.data import demo
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
-from rlhf_jax.flags import parse
 from rlhf_jax.runs import log as tracking
-from rlhf_jax.training import checks, setup
-from rlhf_jax.training.quickstart import QuickstartConfig
-from rlhf_jax.training.quickstart import run as quickstart_run
-from rlhf_jax.training.sentiment import SentimentConfig
-from rlhf_jax.training.shakespeare import ShakespeareConfig
+from rlhf_jax.training import initial, rl, stage, supervised
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -202,10 +201,10 @@ def test_reward_models_are_normalised_over_samples_of_the_base_policy(config, tm
     base = training.sft.run(config).model_folder
 
     def train(name, samples):
-        stage = dataclasses.replace(config.reward_model, normalize_samples=samples)
+        settings = dataclasses.replace(config.reward_model, normalize_samples=samples)
         folder = str(tmp_path / name)
         return training.reward_model.run(
-            dataclasses.replace(config, model=str(base), output_dir=folder, reward_model=stage)
+            dataclasses.replace(config, model=str(base), output_dir=folder, reward_model=settings)
         ).model_folder
 
     raw = models.load(train("raw", 0))
@@ -220,6 +219,20 @@ def test_reward_models_are_normalised_over_samples_of_the_base_policy(config, tm
     )
     np.testing.assert_allclose(after, (before - mean) / std, atol=2e-3)
     assert abs(std - 1) > 0.01
+
+
+def test_scores_get_mean_0_and_variance_1():
+    """Raw scores 1, 3, 8 whatever gain and shift the head had: mean 4, variance 26 / 3."""
+    raw = jax.numpy.array([[1.0], [3.0], [8.0]])
+
+    def score(params, tokens, attention_mask):
+        return params["score"]["gain"] * raw + params["score"]["shift"]
+
+    params = {"score": {"gain": jax.numpy.float32(2.0), "shift": jax.numpy.float32(5.0)}}
+    samples = Rollout(tokens=np.ones((3, 2)), attention_mask=np.ones((3, 2)), response_mask=None, log_probs=None)
+    normalised = training.reward_model._normalized(score, params, samples)
+    expected = (np.array([[1.0], [3.0], [8.0]]) - 4.0) / np.sqrt(26 / 3)
+    np.testing.assert_allclose(score(normalised, None, None), expected, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -251,9 +264,9 @@ def test_a_signal_finishes_the_step_and_saves(number, config, tmp_path, monkeypa
         (["--ppo.num-minibatches", "5"], "rl.batch_size 32 does not divide by 5 ppo.num_minibatches"),
         (["--ppo.num-microbatches", "3"], "ppo.num_microbatches 3 does not divide the 16 rows"),
         (["--ppo.kl-loss-estimator", "k1"], "ppo: kl_loss_estimator 'k1'"),
-        (["--ppo.aggregate", "fixed"], "ppo.length"),
+        (["--ppo.aggregate", "fixed"], "length: aggregate 'fixed' needs a length"),
         (["--rl.batch-size", "30"], "rl.batch_size 30 does not divide by 4 devices; use 28 or 32"),
-        (["--rl.temperature", "0"], "temperature above 0"),
+        (["--rl.temperature", "0"], "rl.temperature must be above 0"),
         (["--rl.top-p", "0.9"], "allow_truncated_sampling"),
         (["--rl.num-iterations", "0"], "num_iterations must be at least 1"),
         (["--rl.validation-fraction", "1"], "validation_fraction must be at least 0 and below 1"),
@@ -278,8 +291,8 @@ def test_supervised_batches_divide_too(config, tmp_path):
 
 def test_float16_is_answered_by_bfloat16(config):
     compute = Compute(dtype="float16")
-    assert "bfloat16 in place of float16" in setup.devices_line(compute)
-    made = setup.language_model(dataclasses.replace(config, compute=compute), ["some text"], jax.random.key(0))
+    assert "bfloat16 in place of float16" in stage.devices_line(compute)
+    made = initial.language_model(dataclasses.replace(config, compute=compute), ["some text"], jax.random.key(0))
     assert made.model.config.compute_dtype == "bfloat16"
     assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {np.dtype("float32")}
 
@@ -326,16 +339,15 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(config, data, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(TINY.parent.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
-    kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
+    kinds = {"quickstart": quickstart.QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
     config = parse(kinds.get(file.stem, RunConfig), ["--config", str(file)])
-    checks.supervised("sft", config.sft, 1)
-    checks.supervised("reward_model", config.reward_model, 1)
-    for algorithm in (vpg, ppo, rloo, grpo):
-        name = algorithm.__name__.rpartition(".")[2]
-        checks.reinforcement(algorithm, name, config.rl, getattr(config, name), 1)
+    supervised._sizes("sft", config.sft, 1)
+    supervised._sizes("reward_model", config.reward_model, 1)
+    for name in ("vpg", "ppo", "rloo", "grpo"):
+        rl._sizes(name, config.rl, getattr(config, name), 1)
 
 
 def test_the_quickstart_refuses_data_of_ones_own(tmp_path):
     with pytest.raises(UserError, match="pipeline"):
-        quickstart_run(QuickstartConfig(data=("mine.json",), output_dir=str(tmp_path / "run")))
+        quickstart.run(quickstart.QuickstartConfig(data=("mine.json",), output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

@@ -105,7 +105,7 @@ REWARD_TABLE[ENDS] = REWARDS
 
 
 def reward_fn(sampled):
-    return score_fn({"scores": jnp.asarray(REWARD_TABLE)}, sampled.tokens, sampled.attention_mask, None)
+    return score_fn({"scores": jnp.asarray(REWARD_TABLE)}, sampled.tokens, sampled.attention_mask, None), {}
 
 
 def _decode(params, tokens, positions, key_mask, cache, index):

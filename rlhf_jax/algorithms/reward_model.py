@@ -5,16 +5,16 @@ comparison are scored as rows of one batch [B * K, T].
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from rlhf_jax import losses, ops
-from rlhf_jax.algorithms.step import gradient_step, part_key
-from rlhf_jax.ops import AxisName
-from rlhf_jax.types import Comparisons, Metrics, Params, ScoreFn, TrainState
+from rlhf_jax.algorithms.step import constrained, gradient_step
+from rlhf_jax.types import AxisName, Comparisons, Mean, Metrics, Params, Parts, ScoreFn, TrainState
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,14 @@ class Config:
     num_microbatches: int = 1
     """Parts of a batch that are run one after the other to save memory; the gradient does not change."""
 
-
-class _Weights(NamedTuple):
-    """What each loss and each comparison counts for; 0 where there is nothing to count."""
-
-    loss: jax.Array  # [B], of comparisons; [B, K] of answers with targets
-    compared: jax.Array  # [B], of comparisons with a second answer
+    def __post_init__(self) -> None:
+        ops.check_number("centering", self.centering, at_least=0)
+        ops.check_number("num_microbatches", self.num_microbatches, at_least=1)
 
 
 def loss(
-    params: Params,
-    comparisons: Comparisons,
-    key: jax.Array | None,
-    *,
-    score_fn: ScoreFn,
-    config: Config,
-    denominator: jax.Array | None = None,
-    minibatch: Comparisons | None = None,
-    axis_name: AxisName | None = None,
-) -> tuple[jax.Array, Metrics]:
+    params: Params, comparisons: Comparisons, key: jax.Array | None, *, score_fn: ScoreFn, config: Config
+) -> tuple[Mean, Parts]:
     """The weighted mean of ``losses.comparison`` over rows or, with ``targets``, of squared errors over answers.
 
     Answers with an empty response mask are absent: they enter as -inf and have no target. Rows whose best answer is
@@ -53,57 +42,43 @@ def loss(
     Args:
       comparisons: [B, K, T]; ``best`` None means answer 0.
       key: of dropout; None turns it off.
-      denominator: what the loss divides by, if not the sum of the weights of ``minibatch``.
-      minibatch: the batch that ``comparisons`` is a microbatch of; None: ``comparisons`` itself. Loss and metrics
-        divide by its weights, so that those of its microbatches add up.
-      axis_name: the mapped axis over which the batch is spread; loss and metrics are then global.
 
     Returns:
-      The loss [] and the metrics ``reward_model/loss`` and, of comparisons, ``reward_model/accuracy`` (ties count half)
+      The loss and the metrics ``reward_model/loss`` and, of comparisons, ``reward_model/accuracy`` (ties count half)
       and ``reward_model/margin``, the best answer's score minus the highest other, both over rows with at least two
       answers.
-
-    Raises:
-      ValueError: arrays that are not [B, K, T], a single answer without targets, or centering with K other than 2.
     """
-    ops.check_rank(3, tokens=comparisons.tokens)
+    chex.assert_rank(comparisons.tokens, 3)
     batch, num_answers, length = comparisons.tokens.shape
     if comparisons.targets is None and num_answers < 2:
         raise ValueError(f"a comparison needs at least 2 answers, got tokens {comparisons.tokens.shape} and no targets")
-    weights = _weights(comparisons)
-    whole = weights if minibatch is None else _weights(minibatch)
+    tokens, attention_mask = (x.reshape(-1, length) for x in (comparisons.tokens, comparisons.attention_mask))
+    scores = score_fn(params, tokens, attention_mask, key)
+    chex.assert_shape(scores, (batch * num_answers,))
+    scores = scores.reshape(batch, num_answers)
+    present = jnp.any(comparisons.response_mask != 0, axis=2)  # [B, K]
+    weight = jnp.ones(batch) if comparisons.weight is None else jnp.asarray(comparisons.weight, jnp.float32)
+    chex.assert_shape(weight, (batch,))
 
-    tokens = comparisons.tokens.reshape(batch * num_answers, length)
-    attention_mask = comparisons.attention_mask.reshape(batch * num_answers, length)
-    scores = score_fn(params, tokens, attention_mask, key).reshape(batch, num_answers)
-    present = _present(comparisons)
-
-    def mean(x: jax.Array, weight: jax.Array, divide_by: jax.Array) -> jax.Array:
-        return ops.psum(jnp.sum(jnp.where(weight > 0, weight * x, 0.0)), axis_name) / divide_by
-
-    def total(weight: jax.Array) -> jax.Array:
-        weight = ops.psum(jnp.sum(weight), axis_name)
-        return jnp.where(weight > 0, weight, 1.0)
-
-    if denominator is None:
-        denominator = total(whole.loss)
     if comparisons.targets is not None:
         errors = losses.regression(jnp.where(present, scores, 0.0), jnp.where(present, comparisons.targets, 0.0))
-        value = mean(errors, weights.loss, denominator)
-        return value, {"reward_model/loss": value}
+        mean = losses.weighted_mean(errors, jnp.where(present, weight[:, None], 0.0))
+        return mean, {"reward_model/loss": mean}
 
-    best = _best(comparisons)
+    best = jnp.zeros(batch, jnp.int32) if comparisons.best is None else jnp.asarray(comparisons.best)
     entered = jnp.where(present, scores, -jnp.inf)
-    value = mean(losses.comparison(entered, best, comparisons.margin, config.centering), weights.loss, denominator)
+    usable = jnp.take_along_axis(present, best[:, None], axis=1)[:, 0]
+    per_row = losses.comparison(entered, best, comparisons.margin, config.centering)
+    mean = losses.weighted_mean(per_row, jnp.where(usable, weight, 0.0))
     is_best = jnp.arange(num_answers)[None, :] == best[:, None]
     others = jnp.max(jnp.where(is_best, -jnp.inf, entered), axis=1)
+    compared = jnp.where(usable & (jnp.sum(present, axis=1) > 1), weight, 0.0)  # [B], rows with a second answer
     margin = jnp.take_along_axis(entered, best[:, None], axis=1)[:, 0] - others
-    margin = jax.lax.stop_gradient(jnp.where(weights.compared > 0, margin, 0.0))
-    compared = total(whole.compared)
-    return value, {
-        "reward_model/loss": value,
-        "reward_model/accuracy": mean(0.5 * (1.0 + jnp.sign(margin)), weights.compared, compared),
-        "reward_model/margin": mean(margin, weights.compared, compared),
+    margin = jax.lax.stop_gradient(jnp.where(compared > 0, margin, 0.0))
+    return mean, {
+        "reward_model/loss": mean,
+        "reward_model/accuracy": losses.weighted_mean(0.5 * (1.0 + jnp.sign(margin)), compared),
+        "reward_model/margin": losses.weighted_mean(margin, compared),
     }
 
 
@@ -116,57 +91,23 @@ def update(
     optimizer: optax.GradientTransformation,
     config: Config,
     axis_name: AxisName | None = None,
+    minibatch_sharding: Any = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on comparisons [B, K, T]. Metrics: those of ``loss``, and ``loss``, ``grad_norm``,
-    ``nonfinite``.
+    """One optimizer step on comparisons [B, K, T]. Metrics: those of ``loss`` and of ``gradient_step``.
 
     Args:
       key: of dropout, another for each microbatch; None turns it off.
-
-    Raises:
-      ValueError: as ``loss``; or ``num_microbatches`` does not divide B.
     """
 
-    def loss_fn(params: Params, part: tuple[Comparisons, jax.Array]) -> tuple[jax.Array, Metrics]:
-        rows, row_numbers = part
-        return loss(
-            params,
-            rows,
-            part_key(key, row_numbers, axis_name),
-            score_fn=score_fn,
-            config=config,
-            minibatch=comparisons,
-            axis_name=axis_name,
-        )
+    def loss_fn(params: Params, part: Comparisons, part_key: jax.Array | None = None) -> tuple[Mean, Parts]:
+        return loss(params, part, part_key, score_fn=score_fn, config=config)
 
     return gradient_step(
         loss_fn,
         state,
         optimizer,
-        batch=(comparisons, jnp.arange(comparisons.tokens.shape[0])),
+        batch=constrained(comparisons, minibatch_sharding),
+        key=key,
         num_microbatches=config.num_microbatches,
         axis_name=axis_name,
     )
-
-
-def _present(comparisons: Comparisons) -> jax.Array:
-    """[B, K], where there is an answer."""
-    return jnp.any(comparisons.response_mask != 0, axis=2)
-
-
-def _best(comparisons: Comparisons) -> jax.Array:
-    """[B] int32."""
-    if comparisons.best is None:
-        return jnp.zeros(comparisons.tokens.shape[0], jnp.int32)
-    return jnp.asarray(comparisons.best)
-
-
-def _weights(comparisons: Comparisons) -> _Weights:
-    present = _present(comparisons)
-    batch = present.shape[0]
-    weight = jnp.ones(batch, jnp.float32) if comparisons.weight is None else comparisons.weight.astype(jnp.float32)
-    if comparisons.targets is not None:
-        return _Weights(loss=jnp.where(present, weight[:, None], 0.0), compared=jnp.zeros(batch))
-    usable = jnp.take_along_axis(present, _best(comparisons)[:, None], axis=1)[:, 0]
-    several = jnp.sum(present, axis=1) > 1
-    return _Weights(loss=jnp.where(usable, weight, 0.0), compared=jnp.where(usable & several, weight, 0.0))

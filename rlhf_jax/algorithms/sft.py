@@ -4,16 +4,15 @@ Column t of every [B, T] array speaks of ``tokens[:, t]``. Prompt tokens are lea
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rlhf_jax import losses, ops
-from rlhf_jax.algorithms.step import gradient_step, part_key
-from rlhf_jax.ops import AxisName
-from rlhf_jax.types import Demonstrations, Metrics, Params, PolicyFn, TrainState
+from rlhf_jax.algorithms.step import constrained, gradient_step
+from rlhf_jax.types import AxisName, Demonstrations, Mean, Metrics, Params, Parts, PolicyFn, TrainState
 
 
 @dataclass(frozen=True)
@@ -25,35 +24,24 @@ class Config:
     aggregate: Literal["token", "sequence", "sum"] = "token"
     """What the loss averages: tokens, rows' token means, or rows' sums."""
 
+    def __post_init__(self) -> None:
+        ops.check_number("num_microbatches", self.num_microbatches, at_least=1)
+        losses.check_aggregation(self.aggregate, None)
+
 
 def loss(
-    params: Params,
-    batch: Demonstrations,
-    key: jax.Array | None,
-    *,
-    policy_fn: PolicyFn,
-    config: Config,
-    denominator: jax.Array | None = None,
-    axis_name: AxisName | None = None,
-) -> tuple[jax.Array, Metrics]:
-    """The loss [] in nats, and the metrics ``sft/loss`` and ``sft/tokens`` (response tokens of the global batch).
+    params: Params, batch: Demonstrations, key: jax.Array | None, *, policy_fn: PolicyFn, config: Config
+) -> tuple[Mean, Parts]:
+    """The loss in nats, and the metric ``sft/loss``.
 
     Args:
       batch: tokens, attention_mask, response_mask [B, T]; a row with an empty response mask counts nowhere.
       key: of dropout; None turns it off.
-      denominator: what the loss divides by; None: ``losses.denominator`` of this batch. Give that of the whole batch
-        where ``batch`` is a microbatch.
-      axis_name: the mapped axis over which the batch is spread; loss and metrics are then global.
-
-    Raises:
-      ValueError: an unknown ``aggregate``.
     """
-    mask = batch.response_mask != 0  # [B, T]
-    output = policy_fn(params, batch.tokens, batch.attention_mask, key)
-    per_token = losses.cross_entropy(output.log_probs, mask)
-    value = losses.aggregate(per_token, mask, config.aggregate, denominator=denominator, axis_name=axis_name)
-    tokens = ops.psum(jnp.sum(mask, dtype=jnp.float32), axis_name)
-    return value, {"sft/loss": value, "sft/tokens": tokens}
+    output = ops.evaluate(policy_fn, params, batch, key)
+    per_token = losses.cross_entropy(output.log_probs, batch.response_mask)
+    mean = losses.aggregate(per_token, batch.response_mask, config.aggregate)
+    return mean, {"sft/loss": mean}
 
 
 def update(
@@ -65,34 +53,28 @@ def update(
     optimizer: optax.GradientTransformation,
     config: Config,
     axis_name: AxisName | None = None,
+    minibatch_sharding: Any = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on a batch [B, T]. Metrics: those of ``loss``, and ``loss``, ``grad_norm``, ``nonfinite``.
+    """One optimizer step on a batch [B, T].
 
     Args:
       key: of dropout, another for each microbatch; None turns it off.
 
-    Raises:
-      ValueError: as ``loss``; or ``num_microbatches`` does not divide B.
+    Returns:
+      The new state; the metrics of ``loss``, ``gradient_step``'s, and ``sft/tokens``, response tokens of the batch.
     """
-    denominator = losses.denominator(batch.response_mask, config.aggregate, axis_name=axis_name)
 
-    def loss_fn(params: Params, part: tuple[Demonstrations, jax.Array]) -> tuple[jax.Array, Metrics]:
-        rows, row_numbers = part
-        return loss(
-            params,
-            rows,
-            part_key(key, row_numbers, axis_name),
-            policy_fn=policy_fn,
-            config=config,
-            denominator=denominator,
-            axis_name=axis_name,
-        )
+    def loss_fn(params: Params, part: Demonstrations, part_key: jax.Array | None = None) -> tuple[Mean, Parts]:
+        return loss(params, part, part_key, policy_fn=policy_fn, config=config)
 
-    return gradient_step(
+    state, metrics = gradient_step(
         loss_fn,
         state,
         optimizer,
-        batch=(batch, jnp.arange(batch.tokens.shape[0])),
+        batch=constrained(batch, minibatch_sharding),
+        key=key,
         num_microbatches=config.num_microbatches,
         axis_name=axis_name,
     )
+    tokens = ops.psum(jnp.sum(batch.response_mask != 0, dtype=jnp.float32), axis_name)
+    return state, {**metrics, "sft/tokens": tokens}

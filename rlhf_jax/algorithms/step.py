@@ -1,67 +1,69 @@
 """One optimizer step, and many of them over shuffled minibatches. Every update is made of these two functions.
 
-Under ``shard_map(..., check_vma=False)`` and ``pmap`` a ``psum`` transposes to a ``psum``: when the loss psums its
-numerators and denominators, so that every device holds the global loss, each device's gradient is N times its own
-share of the global gradient. Their mean, ``pmean``, is therefore the gradient that one device would compute; ``psum``
-would be N times too large, which Adam hides.
+A loss is a ``Mean`` (or a tuple of them) of the rows it is given. Its totals and their gradients are summed over
+microbatches and then over devices, once, and divided by the global count: the result does not depend on how the batch
+was cut. Under ``shard_map`` this works with ``check_vma=True`` and ``False``, and under ``pmap``.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.ops import AxisName
-from rlhf_jax.types import Metrics, Params, TrainState
+from rlhf_jax import ops
+from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Params, Parts, TrainState
+
+State = TypeVar("State", bound=TrainState)
 
 
 class Step(Protocol):
     """What ``minibatch_epochs`` repeats: an update of one minibatch."""
 
-    def __call__(self, state: TrainState, minibatch: Any, key: jax.Array, /) -> tuple[TrainState, Metrics]: ...
+    def __call__(self, state: Any, minibatch: Any, key: jax.Array, /) -> tuple[Any, Metrics]: ...
 
 
 def gradient_step(
-    loss_fn: Callable[..., tuple[jax.Array, Metrics]],
-    state: TrainState,
+    loss_fn: Callable[..., tuple[Loss, Parts]],
+    state: State,
     optimizer: optax.GradientTransformation,
     *,
     batch: Any = None,
+    key: jax.Array | None = None,
     num_microbatches: int = 1,
     axis_name: AxisName | None = None,
-) -> tuple[TrainState, Metrics]:
-    """One step of ``optimizer`` down the gradient of a loss; the old state where the loss or gradient is not finite.
+) -> tuple[State, Metrics]:
+    """One step of ``optimizer`` down the gradient of a loss; the old state if loss or gradient is not finite.
+
+    The optimizer gets ``value=loss`` too (optax's extra-args protocol), which ``reduce_on_plateau`` needs.
 
     Args:
-      loss_fn: ``loss_fn(params, part) -> (loss, metrics)``, or ``loss_fn(params)`` if ``batch`` is None. With several
-        microbatches it returns the part's *share*: its numerators divided by the denominators of the whole batch, so
-        that the shares of loss and metrics add up to those of the whole. With ``axis_name`` it returns global numbers.
+      loss_fn: ``loss_fn(params[, part][, key]) -> (loss, {name: Mean or Max})``; the part is given if there is a
+        ``batch``, the key if there is a ``key``. The loss is a Mean, or a tuple of Means, each of which is divided by
+        its own count before they are added, such as a policy loss per token and an SFT loss per row.
       batch: any pytree whose leaves [B, ...] share their leading axis. None leaves are allowed.
+      key: of dropout; each microbatch on each device gets another one derived from it.
       num_microbatches: parts that are run one after the other to save memory; divides B. Row i is in part
         ``i % num_microbatches``, so that each device of a sharded batch has rows in every part.
       axis_name: the mapped axis (or axes) over whose devices the batch is spread.
 
     Returns:
-      The state and the metrics of ``loss_fn`` (summed over the parts; ``_max`` metrics: their maximum) with ``loss``,
-      ``grad_norm`` (before the optimizer's clipping) and ``nonfinite``, 1 if the state was kept, else 0.
+      The state, of the caller's class, and the metrics of ``loss_fn`` with ``loss``, ``grad_norm`` (before the
+      optimizer's clipping) and ``nonfinite``, 1 if the state was kept, else 0.
 
     Raises:
       ValueError: ``num_microbatches`` does not divide B, or there is no batch to divide.
+      TypeError: ``loss_fn`` returns something else than Means.
     """
-    if num_microbatches == 1:
-        args = () if batch is None else (batch,)
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *args)
-    else:
-        loss, metrics, grads = _accumulate(loss_fn, state.params, batch, num_microbatches)
-    if axis_name is not None:
-        grads = jax.lax.pmean(grads, axis_name)
-
+    loss, metrics, grads = _global_gradient(loss_fn, state.params, batch, key, num_microbatches, axis_name)
     squares = [jnp.sum(jnp.square(jnp.abs(g.astype(jnp.float32)))) for g in jax.tree.leaves(grads)]
     grad_norm = jnp.sqrt(sum(squares, jnp.zeros(())))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    new = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    update = optax.with_extra_args_support(optimizer).update
+    updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
+    params = optax.apply_updates(state.params, updates)
+    new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     state = jax.tree.map(lambda new_leaf, old_leaf: jnp.where(finite, new_leaf, old_leaf), new, state)
     nonfinite = 1.0 - finite.astype(jnp.float32)
@@ -70,7 +72,7 @@ def gradient_step(
 
 def minibatch_epochs(
     step: Step,
-    state: TrainState,
+    state: State,
     batch: Any,
     key: jax.Array,
     *,
@@ -79,7 +81,7 @@ def minibatch_epochs(
     shuffle_blocks: int = 1,
     axis_name: AxisName | None = None,
     minibatch_sharding: Any = None,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[State, Metrics]:
     """Runs ``step`` on every minibatch of every epoch: ``num_epochs * num_minibatches`` steps, compiled once.
 
     The B rows of the global batch form ``shuffle_blocks`` equal contiguous blocks. Each epoch permutes the rows inside
@@ -118,74 +120,123 @@ def minibatch_epochs(
     block_size = num_rows // num_blocks
     blocks = jax.tree.map(lambda x: x.reshape(num_blocks, block_size, *x.shape[1:]), batch)
 
-    def constrain(minibatch: Any) -> Any:
-        if minibatch_sharding is None:
-            return minibatch
-        return jax.lax.with_sharding_constraint(minibatch, minibatch_sharding)
-
-    def run_epoch(state: TrainState, epoch: jax.Array) -> tuple[TrainState, Metrics]:
+    def run_epoch(state: State, epoch: jax.Array) -> tuple[State, Metrics]:
         # The keys of the steps start where those of the shuffles end: no key is used twice.
         step_key = jax.random.fold_in(key, num_epochs + epoch)
         if num_minibatches == 1:
-            return step(state, constrain(batch), jax.random.fold_in(step_key, 0))
+            return step(state, constrained(batch, minibatch_sharding), jax.random.fold_in(step_key, 0))
 
         epoch_key = jax.random.fold_in(key, epoch)
         block_keys = jax.vmap(lambda block: jax.random.fold_in(epoch_key, block))(first_block + jnp.arange(num_blocks))
         orders = jax.vmap(lambda block_key: jax.random.permutation(block_key, block_size))(block_keys)
         orders = orders.reshape(num_blocks, num_minibatches, block_size // num_minibatches).swapaxes(0, 1)
 
-        def run_minibatch(state: TrainState, inputs: tuple[jax.Array, jax.Array]) -> tuple[TrainState, Metrics]:
+        def run_minibatch(state: State, inputs: tuple[jax.Array, jax.Array]) -> tuple[State, Metrics]:
             index, order = inputs  # order: [blocks, rows of the minibatch in each block]
 
             def take(x: jax.Array) -> jax.Array:
                 rows = jax.vmap(lambda block, rows: block[rows])(x, order)
                 return rows.reshape(num_rows // num_minibatches, *x.shape[2:])
 
-            return step(state, constrain(jax.tree.map(take, blocks)), jax.random.fold_in(step_key, index))
+            minibatch = constrained(jax.tree.map(take, blocks), minibatch_sharding)
+            return step(state, minibatch, jax.random.fold_in(step_key, index))
 
         state, metrics = jax.lax.scan(run_minibatch, state, (jnp.arange(num_minibatches), orders))
-        return state, _combine(metrics, jnp.mean)
+        return state, _average(metrics)
 
     state, metrics = jax.lax.scan(run_epoch, state, jnp.arange(num_epochs))
-    return state, _combine(metrics, jnp.mean)
+    return state, _average(metrics)
 
 
-def part_key(key: jax.Array | None, row_numbers: jax.Array, axis_name: AxisName | None) -> jax.Array | None:
-    """The dropout key of a microbatch with these ``row_numbers`` [B]: another for each first one and each device.
-    None stays None."""
-    if key is None:
-        return None
-    key = jax.random.fold_in(key, row_numbers[0])
-    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+def constrained(batch: Any, sharding: Any) -> Any:
+    """The batch with this sharding (or tree prefix of shardings) under plain ``jit``; as it is if that is None."""
+    return batch if sharding is None else jax.lax.with_sharding_constraint(batch, sharding)
 
 
-def _accumulate(
-    loss_fn: Callable[..., tuple[jax.Array, Metrics]], params: Params, batch: Any, num_microbatches: int
+def _global_gradient(
+    loss_fn: Callable[..., tuple[Loss, Parts]],
+    params: Params,
+    batch: Any,
+    key: jax.Array | None,
+    num_microbatches: int,
+    axis_name: AxisName | None,
 ) -> tuple[jax.Array, Metrics, Params]:
+    """Loss, metrics and gradient over all microbatches and devices."""
+    # Each device differentiates its own copy of the parameters: its gradient is of its own rows until it is summed.
+    local = params if axis_name is None else jax.lax.pcast(params, axis_name, to="varying")
+
+    def forward(params: Params, number: jax.Array | int, part: Any) -> tuple[tuple[jax.Array, ...], Any]:
+        """The totals, which are differentiated, and (their counts, metrics)."""
+        loss, metrics = loss_fn(params, *([] if batch is None else [part]), *_part_key(key, number, axis_name))
+        terms = loss if isinstance(loss, tuple) else (loss,)
+        for term in (*terms, *metrics.values()):
+            if not isinstance(term, Mean | Max):
+                raise TypeError(f"a loss and its metrics are Means, such as losses.aggregate gives, got {type(term)}")
+        return tuple(term.total for term in terms), (tuple(term.count for term in terms), metrics)
+
+    def backward(
+        number: jax.Array | int, part: Any, counts: tuple[jax.Array, ...] | None
+    ) -> tuple[Params, tuple[jax.Array, ...], tuple[jax.Array, ...], Parts]:
+        totals, pull_back, (own_counts, metrics) = jax.vjp(lambda p: forward(p, number, part), local, has_aux=True)
+        counts = ops.psum(own_counts, axis_name) if counts is None else counts
+        scales = (Mean(jnp.ones_like(total), count).value for total, count in zip(totals, counts, strict=True))
+        (grads,) = pull_back(tuple(scales))
+        return grads, totals, counts, metrics
+
+    if num_microbatches == 1:
+        grads, totals, counts, metrics = backward(0, batch, None)
+    else:
+        parts = jnp.arange(num_microbatches), _split(batch, num_microbatches)
+        # The counts of the whole batch first. They do not depend on the parameters: XLA leaves the forward pass out.
+        _, own_counts = jax.lax.scan(lambda _, part: (None, forward(local, *part)[1][0]), None, parts)
+        counts = ops.psum(tuple(jnp.sum(count) for count in own_counts), axis_name)
+
+        def add(total: Params, part: tuple[jax.Array, Any]) -> tuple[Params, Any]:
+            grads, totals, _, metrics = backward(*part, counts)
+            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (totals, metrics)
+
+        # Sums of low-precision gradients would lose the small ones.
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), local)
+        grads, (totals, metrics) = jax.lax.scan(add, zeros, parts)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        totals = tuple(jnp.sum(total) for total in totals)
+        metrics = {name: _merged(part) for name, part in metrics.items()}
+    grads, totals = ops.psum((grads, totals), axis_name)
+    if axis_name is not None:
+        metrics = {name: part.over(axis_name) for name, part in metrics.items()}
+    loss = sum((Mean(*term).value for term in zip(totals, counts, strict=True)), jnp.zeros(()))
+    return loss, {name: part.value for name, part in metrics.items()}, grads
+
+
+def _part_key(key: jax.Array | None, number: jax.Array | int, axis_name: AxisName | None) -> list[jax.Array]:
+    if key is None:
+        return []
+    key = jax.random.fold_in(key, number)
+    return [key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))]
+
+
+def _split(batch: Any, num_microbatches: int) -> Any:
     if batch is None:
         raise ValueError(f"num_microbatches={num_microbatches} needs a batch to divide, got batch=None")
     num_rows = _num_rows(batch)
     if num_microbatches < 1 or num_rows % num_microbatches:
         raise ValueError(f"num_microbatches={num_microbatches} does not divide the {num_rows} rows of the batch")
-
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(num_rows // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
-
-    def add(total: Params, part: Any) -> tuple[Params, tuple[jax.Array, Metrics]]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, part)
-        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (loss, metrics)
-
-    # Sums of low-precision gradients would lose the small ones.
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
-    total, (losses, metrics) = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
-    grads = jax.tree.map(lambda t, p: t.astype(p.dtype), total, params)
-    return jnp.sum(losses), _combine(metrics, jnp.sum), grads
+    return jax.tree.map(
+        lambda x: x.reshape(num_rows // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+    )
 
 
-def _combine(metrics: Metrics, combine: Callable[..., jax.Array]) -> Metrics:
-    """Metrics of several steps or parts, stacked on axis 0, made one."""
+def _merged(parts: Mean | Max) -> Mean | Max:
+    """Parts stacked on axis 0, made one."""
+    if isinstance(parts, Mean):
+        return Mean(jnp.sum(parts.total, axis=0), jnp.sum(parts.count, axis=0))
+    return Max(jnp.max(parts.value, axis=0))
+
+
+def _average(metrics: Metrics) -> Metrics:
+    """Metrics of several steps, stacked on axis 0, made one."""
     return {
-        name: jnp.max(x, axis=0) if name == "nonfinite" or name.endswith("_max") else combine(x, axis=0)
+        name: jnp.max(x, axis=0) if name == "nonfinite" or name.endswith("_max") else jnp.mean(x, axis=0)
         for name, x in metrics.items()
     }
 

@@ -1,110 +1,109 @@
 """Vanilla policy gradient, REINFORCE (Williams 1992) with a running-mean baseline, as jRLHF's Shakespeare job has it.
 
-``loss = -mean_i [A_i sum_t log p_it]``. The advantages are given: ``advantages.ema_baseline`` makes them from scores.
-Column t of every [B, T] array speaks of ``tokens[:, t]``.
+``loss = -mean_i [A_i sum_t log p_it]`` with ``A_i = r_i - b``, where ``b <- 0.9 b + 0.1 mean(r)`` comes first. The
+baseline b travels in ``vpg.State``. Column t of every [B, T] array speaks of ``tokens[:, t]``.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import optax
 
-from rlhf_jax import losses, ops
-from rlhf_jax.algorithms.policy_loss import reweighed
-from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
-from rlhf_jax.ops import AxisName
-from rlhf_jax.types import Metrics, Params, PolicyFn, Rollout, TrainState
+from rlhf_jax import advantages, losses, ops
+from rlhf_jax.algorithms import policy
+from rlhf_jax.types import AxisName, Mean, Metrics, Params, Parts, PolicyFn, Rollout, TrainState
 
 Baseline = Literal["ema", "none"]
+AnyState = TypeVar("AnyState", bound=TrainState)
+
+needs_values = False
+kl_coef = 0.05
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(policy.Batching):
     """Vanilla policy gradient."""
 
     baseline: Baseline = "ema"
-    """What the loop subtracts from a score: the running mean of the scores, or nothing."""
+    """What is subtracted from a reward: the running mean of the rewards, or nothing."""
     baseline_decay: float = 0.9
     """Share of the running mean that survives an iteration."""
-    num_minibatches: int = 1
-    """Optimizer steps of an update, each on its share of the rollout."""
-    shuffle_blocks: int = 1
-    """Blocks of the global batch inside which rows are shuffled; a multiple of the data devices keeps rows in place."""
-    num_microbatches: int = 1
-    """Parts of a minibatch that are run one after the other to save memory; the gradient does not change."""
     aggregate: losses.Aggregation = "sum"
-    """How the per-token loss becomes one number."""
-    length: int | None = None
-    """Tokens a row counts as with aggregate=fixed: max_new_tokens."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """How losses of tokens become one number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ops.check_choice("baseline", self.baseline, get_args(Baseline))
+        ops.check_number("baseline_decay", self.baseline_decay, at_least=0, at_most=1)
 
 
-def check_config(config: Config) -> None:
-    """Raises ValueError for values that no run can use."""
-    ops.check_choice("baseline", config.baseline, get_args(Baseline))
-    if not 0.0 <= config.baseline_decay <= 1.0:
-        raise ValueError(f"baseline_decay must be between 0 and 1, got {config.baseline_decay}")
+@flax.struct.dataclass
+class State(TrainState):
+    """A TrainState with the moving baseline, which starts at 0."""
+
+    baseline: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros((), jnp.float32))  # [] float32
+
+
+def prepare(
+    rollout: Rollout, *, config: Config, axis_name: AxisName | None = None, baseline: jax.Array | float = 0.0
+) -> Rollout:
+    """The rollout with ``advantages`` [B, T], reward of the row - moved baseline; as it is if it has advantages.
+
+    The reward of a row is the sum of ``rewards`` over its response where they are given, else ``scores``.
+
+    Args:
+      baseline: before this rollout moves it; not read with ``config.baseline = "none"``.
+    """
+    if rollout.advantages is not None:
+        return rollout
+    advantage = policy.row_rewards(rollout)
+    if config.baseline == "ema":
+        advantage = advantage - next_baseline(rollout, baseline, config=config, axis_name=axis_name)
+    in_response = jnp.where(rollout.response_mask != 0, advantage[:, None], 0.0)
+    return dataclasses.replace(rollout, advantages=in_response)
+
+
+def next_baseline(
+    rollout: Rollout, baseline: jax.Array | float, *, config: Config, axis_name: AxisName | None = None
+) -> jax.Array:
+    """``advantages.ema_baseline`` moved by the mean reward of the present rows of all devices; [] float32."""
+    present = jnp.any(rollout.response_mask != 0, axis=1)
+    mean = ops.masked_mean(policy.row_rewards(rollout), present, axis_name=axis_name)
+    any_present = ops.masked_mean(present, jnp.ones_like(present), axis_name=axis_name) > 0
+    return advantages.ema_baseline(baseline, mean[None], config.baseline_decay, any_present[None])[0]
 
 
 def loss(
-    params: Params,
-    rollout: Rollout,
-    key: jax.Array | None,
-    *,
-    policy_fn: PolicyFn,
-    config: Config,
-    denominator: jax.Array | None = None,
-    minibatch: Rollout | None = None,
-    axis_name: AxisName | None = None,
-) -> tuple[jax.Array, Metrics]:
-    """The loss [] and the metrics ``policy/loss`` and ``objective/entropy`` (nats per row).
+    params: Params, rollout: Rollout, key: jax.Array | None, *, policy_fn: PolicyFn, config: Config
+) -> tuple[Mean, Parts]:
+    """Policy-gradient loss - entropy bonus, and the metrics ``policy/loss`` and ``objective/entropy`` (nats per row).
 
     Args:
-      rollout: with ``advantages`` [B, T] (or [B], one for each row); a row with an empty response mask counts nowhere.
-        With ``importance_weights`` see ``policy_loss.reweighed``, which adds a metric.
+      rollout: with ``advantages`` [B, T] (or [B], one for each row). With ``importance_weights`` see
+        ``policy.reweighed``, which adds a metric.
       key: unused: dropout is off in RL.
-      denominator: what the loss divides by, if not ``losses.denominator`` of ``minibatch``.
-      minibatch: the minibatch that ``rollout`` is a microbatch of; None: ``rollout`` itself. Loss and metrics divide by
-        its rows and tokens, so that those of its microbatches add up.
-      axis_name: the mapped axis over which the batch is spread; loss and metrics are then global.
-
-    Raises:
-      ValueError: no advantages, or an unknown choice in the config.
     """
     del key
-    check_config(config)
     if rollout.advantages is None:
-        raise ValueError(
-            "vpg needs rollout.advantages [B, T], got None; advantages.ema_baseline makes them from scores"
-        )
+        raise ValueError("rollout.advantages [B, T] is needed, got None: call vpg.prepare first")
     mask = rollout.response_mask != 0  # [B, T]
-    whole_mask = mask if minibatch is None else minibatch.response_mask != 0
-    if denominator is None:
-        denominator = losses.denominator(whole_mask, config.aggregate, config.length, axis_name)
-    rows = losses.denominator(whole_mask, "sum", axis_name=axis_name)
-
-    output = policy_fn(params, rollout.tokens, rollout.attention_mask, None)
-    total = partial(losses.aggregate, mask=mask, axis_name=axis_name)
-    mean = partial(total, how=config.aggregate, denominator=denominator)
-    tokens = losses.denominator(whole_mask, "token", axis_name=axis_name)
-    per_token, weight_metrics = reweighed(
-        losses.policy_gradient(output.log_probs, rollout.advantages, mask),
-        rollout,
-        partial(total, how="token", denominator=tokens),
-    )
-    policy_loss = mean(per_token)
-    value = policy_loss
-    if config.entropy_coef:
-        value = value - config.entropy_coef * mean(output.entropy)
-    entropy = total(output.entropy, how="sum", denominator=rows)
-    return value, {"policy/loss": policy_loss, "objective/entropy": entropy, **weight_metrics}
+    output = ops.evaluate(policy_fn, params, rollout)
+    surrogate, metrics = policy.reweighed(losses.policy_gradient(output.log_probs, rollout.advantages, mask), rollout)
+    mean = partial(losses.aggregate, mask=mask, how=config.aggregate, length=config.length)
+    per_token = surrogate
+    if not ops.is_zero(config.entropy_coef):
+        per_token = surrogate - config.entropy_coef * output.entropy
+    metrics |= {"policy/loss": mean(surrogate), "objective/entropy": losses.aggregate(output.entropy, mask, "sum")}
+    return mean(per_token), metrics
 
 
 def update(
-    state: TrainState,
+    state: AnyState,
     rollout: Rollout,
     key: jax.Array,
     *,
@@ -113,36 +112,34 @@ def update(
     config: Config,
     axis_name: AxisName | None = None,
     minibatch_sharding: Any = None,
-) -> tuple[TrainState, Metrics]:
-    """One pass over the rollout in ``num_minibatches`` optimizer steps. ``rollout.advantages`` are taken as given.
+) -> tuple[AnyState, Metrics]:
+    """``prepare``, then one pass over the rollout in ``num_minibatches`` optimizer steps on ``loss``.
 
     Args:
+      state: ``vpg.State``, whose baseline moves; any TrainState where the rollout has ``advantages`` or the config
+        says ``baseline="none"``.
+      rollout: with ``rewards`` (KL penalty included, if any) or ``scores``; or with ``advantages``, used as they are.
       key: of the shuffling.
-      minibatch_sharding: see ``step.minibatch_epochs``.
 
     Returns:
-      The new state, and the metrics of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over steps.
-
-    Raises:
-      ValueError: as ``loss``; or rows that do not divide into blocks, minibatches and microbatches.
+      The new state, which keeps the old baseline if a step was not finite; metrics as ``policy.update``.
     """
-
-    def step(state: TrainState, minibatch: Rollout, key: jax.Array) -> tuple[TrainState, Metrics]:
-        def loss_fn(params: Params, part: Rollout) -> tuple[jax.Array, Metrics]:
-            return loss(params, part, key, policy_fn=policy_fn, config=config, minibatch=minibatch, axis_name=axis_name)
-
-        return gradient_step(
-            loss_fn, state, optimizer, batch=minibatch, num_microbatches=config.num_microbatches, axis_name=axis_name
-        )
-
-    return minibatch_epochs(
-        step,
+    moves = rollout.advantages is None and config.baseline == "ema"
+    baseline = state.baseline if isinstance(state, State) else jnp.zeros(())
+    if moves and not isinstance(state, State):
+        raise ValueError("vpg needs a vpg.State, which carries the moving baseline, or rollout.advantages [B, T]")
+    prepared = prepare(rollout, config=config, axis_name=axis_name, baseline=baseline)
+    after, metrics = policy.update(
+        partial(loss, policy_fn=policy_fn, config=config),
         state,
-        rollout,
+        prepared,
         key,
-        num_epochs=1,
-        num_minibatches=config.num_minibatches,
-        shuffle_blocks=config.shuffle_blocks,
+        optimizer=optimizer,
+        config=config,
         axis_name=axis_name,
         minibatch_sharding=minibatch_sharding,
     )
+    if moves:
+        moved = next_baseline(rollout, baseline, config=config, axis_name=axis_name)
+        after = after.replace(baseline=jnp.where(metrics["nonfinite"] > 0, baseline, moved))  # type: ignore[attr-defined]
+    return after, metrics

@@ -8,7 +8,7 @@ without replaying, and the number of devices plays no part. Everything is NumPy 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,14 +18,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.types import Comparisons, Demonstrations
 
 ABSENT = -1  # in place of a row number: completes the last batch of an epoch and counts in no statistic
-
-
-class PromptBatch(NamedTuple):
-    """Left-padded prompts: tokens and attention_mask [B, P] int32, row_ids [B] int32 into the encoded prompts."""
-
-    tokens: np.ndarray
-    attention_mask: np.ndarray
-    row_ids: np.ndarray
 
 
 def split(
@@ -152,11 +144,6 @@ def comparison_batch(data: EncodedComparisons, rows: np.ndarray, bucket_multiple
         targets=labels(data.targets),
         weight=labels(data.weight),
     )
-
-
-def prompt_batch(data: EncodedPrompts, rows: np.ndarray) -> PromptBatch:
-    """The given prompts, all at the width of the set, so that sampling compiles once."""
-    return PromptBatch(data.tokens[rows], data.attention_mask[rows], np.asarray(rows, np.int32))
 
 
 def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]]:

@@ -5,17 +5,14 @@ assistant turn (``add_generation_prompt``); the response is that turn's content,
 sampler puts it, and EOS ends it as it ends any response.
 
 Templates are Jinja as in Hugging Face's tokenizers. They come from files, so they run in the sandbox whose values
-cannot be changed and whose unsafe attributes cannot be reached. It limits one ``range``, not loops within loops: those
-end after `SECONDS`. Nothing limits the memory that a template takes.
+cannot be changed and whose unsafe attributes cannot be reached. It limits one ``range``, but neither the time nor the
+memory that a template takes.
 """
 
-import contextlib
 import difflib
 import functools
 import json
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -26,15 +23,13 @@ import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
-from rlhf_jax.data.records import Record
-from rlhf_jax.data.rows import Drop, Text, checked, kind, text
+from rlhf_jax.data.rows import Drop, Record, Text, checked, kind, text
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NO_RESPONSE = "dialogue without a last response"
-SECONDS = 10.0  # that a template may take for one conversation
 
 # For tokenizers without a template: "User:\nHello\n\nAssistant:\n".
 PLAIN = (
@@ -62,8 +57,7 @@ class ChatTemplate:
           UserError: naming the row (``where``) for a template that fails or contents that spell a special token.
         """
         try:
-            with _time_limit():
-                rendered = self._template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
+            rendered = self._template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
             ids = self._encoder.encode(rendered, add_special_tokens=False).ids if self.tokenizer else ()
         except Exception as error:  # a template can fail in any way that an expression can, a vocabulary lack a letter
             raise UserError(f"{where}: the chat template failed: {type(error).__name__}: {error}") from error
@@ -116,11 +110,16 @@ def is_chat(row: dict[str, Any], *keys: str) -> bool:
     return any(isinstance(row.get(key), list) and any(isinstance(turn, dict) for turn in row[key]) for key in keys)
 
 
-def prompt(record: Record, key: str, template: ChatTemplate) -> tuple[Text, bool]:
-    """The conversation under ``key``, rendered, and whether a last assistant turn was left off."""
+def is_answered(messages: Any) -> bool:
+    """Whether the last of these messages is the assistant's."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
+
+
+def conversation(record: Record, key: str) -> list[Message]:
+    """The messages under ``key`` without a last assistant turn."""
     messages = _messages(record, key)
-    answered = messages[-1]["role"] == "assistant"
-    return template.prompt(_before_last(record, key, messages) if answered else messages, record.source), answered
+    return _before_last(record, key, messages) if is_answered(messages) else messages
 
 
 def exchange(record: Record, key: str) -> tuple[list[Message], str]:
@@ -183,33 +182,12 @@ def _messages(record: Record, key: str) -> list[Message]:
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Without powers: one of them can take hours, in which no signal is heard."""
+    """Without powers: one of them can take hours."""
 
     intercepted_binops = frozenset(("**",))
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> NoReturn:
         raise jinja2.sandbox.SecurityError(f"{operator} is not allowed")
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raises TimeoutError inside after `SECONDS`; in the main thread alone, which gets the signals."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: Any) -> NoReturn:
-        raise TimeoutError(f"it took more than {SECONDS:g} seconds")
-
-    former = signal.signal(signal.SIGALRM, stop)
-    # Again each second: where Python runs a destructor or a callback of its garbage collector, what is raised is lost.
-    timer = signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # before the handler: without one the process would end
-        signal.signal(signal.SIGALRM, former)
-        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 def _refuse(message: str) -> NoReturn:

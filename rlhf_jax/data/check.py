@@ -1,229 +1,217 @@
-"""What a data file holds and what is wrong with it, for `rlhf-jax data check`.
+"""What data files hold and what is wrong with them, as text: `rlhf-jax data check` and `rlhf-jax data preview`.
 
-A problem is what would stop a run from reading the file, each with file and line, not the first one only. Duplicates,
-dropped rows and overlap between files do not stop a run; they are counted and placed.
+A problem is what would stop a run from reading the file. All are found, each with its place, not the first one only.
+Duplicates, dropped rows and overlap between files do not stop a run; they are counted and placed.
 """
 
-import difflib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import chat, readers, sources
-from rlhf_jax.data.readers import Kind
-from rlhf_jax.data.records import Record
-from rlhf_jax.data.rows import Comparison, Demonstration, Drop, Pair, Prompt, Text, parts
-from rlhf_jax.data.token_ids import prompt_ids, response_ids
+from rlhf_jax.data import chat, formats
+from rlhf_jax.data.encoding import prompt_ids, response_ids
+from rlhf_jax.data.files import Source, read_source
+from rlhf_jax.data.formats import Kind
+from rlhf_jax.data.rows import Comparison, Drop, Pair, Prompt, Record, Row, Text, parts
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 
-Row = Demonstration | Pair | Comparison | Prompt
-UNKNOWN = "no known form"
 NUM_PROBLEMS = 20  # that are named, of each file
 NUM_PLACES = 5  # that are named of each other finding in a file
+_EXAMPLE = 200  # characters of a text that a report shows
+_BAR = 40  # characters of the highest bar
+_UNKNOWN = "no known form"
+_KNOWN = (
+    "prompt, response | prompt, chosen, rejected | chosen, rejected (dialogues or messages) | messages | "
+    "query, sample0, ..., best | prompt, responses, best or ranking or ranks or targets | prompt, ... | text"
+)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something found ``count`` times, with the first few places or messages."""
+class Report(NamedTuple):
+    """The text to print, and how many problems were found: a run can read the files if there is none."""
 
-    count: int
-    first: list[str]
-
-
-class Lengths(NamedTuple):
-    """Counts [bins] of texts of edges[i] up to, not including, edges[i + 1] units; and summary numbers."""
-
-    counts: list[int]
-    edges: list[int]
-    median: float
-    p95: int
-    longest: int
+    text: str
+    num_problems: int
 
 
-@dataclass(frozen=True)
-class FileReport:
-    """What one file holds."""
-
+class _File(NamedTuple):
     name: str
-    format: str
-    kind: Kind
-    forms: dict[str, int]  # records by the keys that make their format
-    num_records: int
-    kept: int  # rows that a run would read
-    dropped: dict[str, Finding]  # by reason
-    problems: Finding
-    duplicates: Finding  # rows that stand in the file before
-    reversed: Finding  # pairs that stand in the file before with the opposite preference
-    lengths: dict[str, Lengths]  # of prompts and responses
-    examples: list[Row]
-
-
-class Overlap(NamedTuple):
-    """Prompts and whole rows of the second file that stand in the first too."""
-
-    first: str
-    second: str
-    prompts: int
-    rows: int
-    num_rows: int  # of the second file
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `check` found. ``unit`` is what lengths are counted in."""
-
-    files: list[FileReport]
-    overlaps: list[Overlap]
-    unit: str
-
-    @property
-    def num_problems(self) -> int:
-        """Of all files; a run can read them if it is 0."""
-        return sum(file.problems.count for file in self.files)
+    rows: list[Row]  # that a run would read
+    problems: list[str]
+    text: str
 
 
 def check(paths: Sequence[str], tokenizer: Tokenizer | None = None, kind: Kind | None = None) -> Report:
-    """Reads every file to its end.
+    """Reads every file to its end: problems, dropped rows, duplicates, lengths, examples, and what files share.
 
     Args:
-      tokenizer: counts lengths in its tokens and renders messages by its chat template; None: words and `chat.PLAIN`.
+      tokenizer: counts lengths in its tokens, renders messages by its chat template and decodes examples that are token
+        ids; None: words and `chat.PLAIN`.
       kind: what the rows should be; None takes what most rows of a file are, so that the others are problems.
     """
     if not paths:
         raise UserError("no data file given")
-    checked = [_file(path, tokenizer, kind) for path in paths]
-    prompts = [{row_parts[0] for row_parts in map(parts, rows)} for _, rows in checked]
-    wholes = [set(map(parts, rows)) for _, rows in checked]
-    overlaps = [
-        Overlap(
-            first=checked[i][0].name,
-            second=checked[j][0].name,
-            prompts=len(prompts[i] & prompts[j]),
-            rows=sum(parts(row) in wholes[i] for row in checked[j][1]),
-            num_rows=len(checked[j][1]),
-        )
-        for j in range(len(checked))
-        for i in range(j)
-    ]
-    return Report([file for file, _ in checked], overlaps, "tokens" if tokenizer else "words")
+    files = [_check_file(path, tokenizer, kind) for path in paths]
+    texts = [file.text for file in files]
+    for j, second in enumerate(files):
+        for first in files[:j]:
+            prompts = {row.prompt for row in first.rows} & {row.prompt for row in second.rows}
+            wholes = set(map(parts, first.rows))
+            texts.append(
+                f"{second.name} shares {len(prompts)} prompts with {first.name}; "
+                f"{sum(parts(row) in wholes for row in second.rows)} of its {len(second.rows)} rows stand there too"
+            )
+    count = sum(len(file.problems) for file in files)
+    texts.append(f"{count} problem{'s' * (count != 1)}: a run would stop at the first" if count else "no problems")
+    return Report("\n\n".join(texts), count)
 
 
-def guess_kind(records: list[Record]) -> Kind:
-    """What most rows are; if none is of a known form, what the keys of the first come nearest to."""
-    kinds = Counter(form[0] for record in records if (form := readers.form(record.value)))
-    if kinds:
-        return kinds.most_common(1)[0][0]
-    keys = records[0].value if records and isinstance(records[0].value, dict) else {}
-    expected: dict[Kind, tuple[str, ...]] = {
-        "demonstrations": ("prompt", "response"),
-        "comparisons": ("prompt", "chosen", "rejected"),
-        "prompts": ("prompt",),
-    }
+def preview(path: str, tokenizer: Tokenizer | None = None, kind: Kind | None = None, count: int = 3) -> str:
+    """The first ``count`` rows in full, as a run would read them, messages rendered.
 
-    def nearness(kind: Kind) -> float:
-        near = [bool(difflib.get_close_matches(key, keys, n=1)) for key in expected[kind]]
-        return sum(near) - 0.5 * len(near)
+    Raises:
+      UserError: for a file that cannot be read or whose first rows are wrong.
+    """
+    source = read_source(path)
+    kind = kind or _guess_kind(source.records)
+    template = chat.template_of(tokenizer)
+    shown: list[str] = []
+    dropped: Counter[str] = Counter()
+    for record in source.records:
+        try:
+            shown += [_render_row(row, tokenizer) for row in formats.parse(kind, record, template)]
+        except Drop as drop:
+            dropped[str(drop)] += 1
+        if len(shown) >= count:
+            break
+    left_out = [f"dropped before these: {number} ({reason})" for reason, number in dropped.items()]
+    head = f"{path}: {source.format}, {len(source.records)} rows, {kind}"
+    return "\n\n".join([head, *shown[:count], *left_out])
 
-    return max(expected, key=nearness)
+
+def _guess_kind(records: list[Record]) -> Kind:
+    """What most rows are; demonstrations if none is of a known form."""
+    kinds = Counter(form[0] for record in records if (form := formats.form_of(record.value)))
+    return kinds.most_common(1)[0][0] if kinds else "demonstrations"
 
 
-def _file(name: str, tokenizer: Tokenizer | None, kind: Kind | None) -> tuple[FileReport, list[Row]]:
+def _check_file(name: str, tokenizer: Tokenizer | None, kind: Kind | None) -> _File:
     problems: list[str] = []
     try:
-        source = sources.read_source(name, fault=lambda error: problems.append(str(error)))
+        source = read_source(name)
     except UserError as error:
-        source, problems = sources.Source([], "", "unreadable"), [*problems, str(error)]
-    found = [readers.form(record.value) for record in source.records]
-    kind = kind or guess_kind(source.records)
-    rows, dropped = _rows(source.records, kind, tokenizer, problems)
-    duplicates, contradictions = _repeats(rows, name)
-    lengths = {}
-    if rows:
-        try:
-            lengths = _text_lengths(rows, tokenizer)
-        except UserError as error:
-            problems.append(str(error))
-    report = FileReport(
-        name=name,
-        format=source.format,
-        kind=kind,
-        forms=dict(Counter(form[1] if form else UNKNOWN for form in found).most_common()),
-        num_records=len(source.records),
-        kept=len(rows),
-        dropped={reason: _finding(places) for reason, places in dropped.items()},
-        problems=_finding(problems, NUM_PROBLEMS),
-        duplicates=duplicates,
-        reversed=contradictions,
-        lengths=lengths,
-        examples=rows[:3],
-    )
-    return report, rows
-
-
-def _rows(
-    records: list[Record], kind: Kind, tokenizer: Tokenizer | None, problems: list[str]
-) -> tuple[list[Row], dict[str, list[str]]]:
-    """The rows of the kind, and the places of dropped records by reason; adds to the problems."""
-    parse: Callable[[Record], Sequence[Row]] = readers.parser(kind, chat.template_of(tokenizer))
+        source, problems = Source([], "", "unreadable"), [str(error)]
+    kind = kind or _guess_kind(source.records)
+    template = chat.template_of(tokenizer)
     rows: list[Row] = []
     dropped: dict[str, list[str]] = {}
-    for record in records:
+    for record in source.records:
         try:
-            rows += parse(record)
+            rows += formats.parse(kind, record, template)
         except Drop as drop:
-            dropped.setdefault(str(drop), []).append(record.source)
+            dropped.setdefault(f"dropped, {drop}", []).append(record.source)
         except UserError as error:
             problems.append(str(error))
-    with_targets = [isinstance(row, Comparison) and row.targets is not None for row in rows]
-    if len(set(with_targets)) > 1:
-        odd = rows[with_targets.index(not with_targets[0])]
-        problems.append(f"{odd.source}: some rows have targets and others a preference; this is the first to differ")
-    return rows, dropped
+    lengths: dict[str, list[int]] = {}
+    try:
+        formats.check_labels(rows)
+        lengths = _lengths(rows, tokenizer)
+    except UserError as error:
+        problems.append(str(error))
+    read = [record.value for record in source.records if not isinstance(record.value, UserError)]
+    forms = Counter((formats.form_of(value) or ("", _UNKNOWN))[1] for value in read)
+    counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common()) or "none"
+    lines = [f"{name}: {source.format}, {len(source.records)} rows, {len(rows)} {kind} kept", f"  rows: {counted}"]
+    if not forms.keys() - {_UNKNOWN}:
+        lines.append(f"  a row must have the keys of one of these: {_KNOWN}")
+    lines += _finding("problems", problems, NUM_PROBLEMS)
+    for title, places in (dropped | _repeats(rows, name)).items():
+        lines += _finding(title, places)
+    for text, counts in lengths.items():
+        lines += _histogram(f"{'tokens' if tokenizer else 'words'} of a {text}", counts)
+    lines += ["  examples:"] * bool(rows) + [_render_row(row, tokenizer, _EXAMPLE) for row in rows[:3]]
+    return _File(name, rows, problems, "\n".join(lines))
 
 
-def _repeats(rows: list[Row], name: str) -> tuple[Finding, Finding]:
+def _repeats(rows: list[Row], name: str) -> dict[str, list[str]]:
     """Rows, and pairs with the opposite preference, that were there before."""
     seen: dict[tuple[Text, ...], str] = {}
-    duplicates, contradictions = [], []
+    repeats: dict[str, list[str]] = {"duplicates": [], "opposite preferences": []}
     for row in rows:
         texts = parts(row)
         if texts in seen:
-            duplicates.append(f"{row.source} repeats {seen[texts]}")
+            repeats["duplicates"].append(f"{row.source} repeats {seen[texts]}")
         opposite = (row.prompt, row.rejected, row.chosen) if isinstance(row, Pair) else ()
         if opposite in seen:
-            contradictions.append(f"{row.source} prefers what {seen[opposite]} rejects")
+            repeats["opposite preferences"].append(f"{row.source} prefers what {seen[opposite]} rejects")
         seen.setdefault(texts, row.source.removeprefix(f"{name}, "))
-    return _finding(duplicates), _finding(contradictions)
+    return repeats
 
 
-def _finding(places: list[str], shown: int = NUM_PLACES) -> Finding:
-    return Finding(len(places), places[:shown])
-
-
-def _text_lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, Lengths]:
+def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int]]:
     """Of prompts and responses: in tokens, EOS included, or in words (of token ids: tokens)."""
-    responses = [(text, row.source) for row in rows for text in parts(row)[1:]]
-    if tokenizer is None:
-        counted = [[_words(row.prompt) for row in rows], [_words(text) for text, _ in responses]]
-    else:
-        ids = response_ids([text for text, _ in responses], tokenizer, [source for _, source in responses])
-        counted = [[*map(len, prompt_ids(rows, tokenizer, "{prompt}"))], [*map(len, ids)]]
-    return {name: _lengths(counts) for name, counts in zip(("prompt", "response"), counted, strict=True) if counts}
+    prompts: Sequence[Sequence[str | int]] = [row.prompt for row in rows]
+    responses: Sequence[Sequence[str | int]] = [text for row in rows for text in parts(row)[1:]]
+    if tokenizer is not None:
+        sources = [row.source for row in rows for _ in parts(row)[1:]]
+        prompts = prompt_ids(rows, tokenizer, "{prompt}")
+        responses = response_ids(responses, tokenizer, sources)  # type: ignore[arg-type]
+    texts = {"prompt": prompts, "response": responses}
+    lengths = {
+        name: [len(text.split() if isinstance(text, str) else text) for text in some] for name, some in texts.items()
+    }
+    return {name: counts for name, counts in lengths.items() if counts}
 
 
-def _words(text: Text) -> int:
-    return len(text.split() if isinstance(text, str) else text)
+def _finding(title: str, places: list[str], shown: int = NUM_PLACES) -> list[str]:
+    if not places:
+        return []
+    lines = [f"  {title}: {len(places)}", *(f"    {_printable(place)}" for place in places[:shown])]
+    return [*lines, f"    and {len(places) - shown} more"] if len(places) > shown else lines
 
 
-def _lengths(counts: list[int]) -> Lengths:
-    longest = max(counts)
+def _histogram(title: str, lengths: list[int]) -> list[str]:
+    longest = max(lengths)
+    p95 = np.percentile(lengths, 95, method="inverted_cdf")
+    lines = [f"  {title}: median {np.median(lengths):g}, 95% up to {p95:g}, longest {longest}"]
     # At most ten bins whose width is a round number.
     width = next(step * 10**power for power in range(20) for step in (1, 2, 5) if step * 10**power * 10 > longest)
-    edges = list(range(0, longest + width + 1, width))
-    histogram = np.histogram(counts, bins=edges)[0].tolist()
-    p95 = int(np.percentile(counts, 95, method="inverted_cdf"))
-    return Lengths(histogram, edges, float(np.median(counts)), p95, longest)
+    counts = np.bincount(np.array(lengths) // width)
+    digits = len(str(len(counts) * width))
+    for low, count in zip(range(0, longest + 1, width), counts, strict=True):
+        span = f"{low:{digits}} to {low + width - 1:{digits}}" if width > 1 else f"{low:{digits}}"
+        bar = "#" * max(round(_BAR * count / counts.max()), count > 0)
+        lines.append(f"    {span} {count:8} {bar}".rstrip())
+    return lines
+
+
+def _render_row(row: Row, tokenizer: Tokenizer | None = None, limit: int | None = None) -> str:
+    """One row with its place, each text under its name; ``limit`` characters of a text."""
+    names = ["prompt", *(["chosen", "rejected"] if isinstance(row, Pair) else ["response"])]
+    notes: list[str] = []
+    if isinstance(row, Comparison):
+        labels = [f" (target {target:g})" for target in row.targets or ()] or [""] * len(row.responses)
+        if row.best is not None:
+            labels[row.best] += " (best)"
+        names = ["prompt", *(f"response {i}{label}" for i, label in enumerate(labels))]
+    if isinstance(row, Prompt):
+        notes += [f"  {_printable(key)}: {_printable(repr(value))}" for key, value in row.columns.items()]
+    if isinstance(row, Pair | Comparison) and row.weight is not None:
+        notes.append(f"  weight: {row.weight:.3g}")
+    texts = [f"  {name}:\n{_indented(text, tokenizer, limit)}" for name, text in zip(names, parts(row), strict=False)]
+    return "\n".join([row.source, *texts, *notes])
+
+
+def _indented(text: Text, tokenizer: Tokenizer | None, limit: int | None) -> str:
+    if not isinstance(text, str):
+        text = tokenizer.decode(text) if tokenizer else f"token ids {' '.join(map(str, text))}"
+    cut = limit is not None and len(text) > limit
+    shown = _printable(text[:limit]) + (" ..." if cut else "")
+    return "\n".join(f"    | {line}" for line in shown.split("\n"))
+
+
+def _printable(text: str) -> str:
+    """Control characters, which a terminal might obey, as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -1,5 +1,11 @@
 """A generated assistant corpus in the three files of the pipeline, with held-out prompts and pairs to judge by.
 
+Its small language is in demo.json. Three categories after Askell et al. 2021: helpful (how to do something), harmless
+(requests to decline) and honest (questions nobody can answer). Responses repeat the topic of their prompt, so a
+two-layer model learns the language in seconds. Wordings of different quality share their beginning, and the next word
+is most often that of a mediocre one: greedy decoding of a model trained on the demonstrations is mediocre, sampling
+meets good responses.
+
 Deterministic by seed on every platform: all choices come from ``random.Random(text).random()``, whose sequence Python
 keeps the same from version to version.
 """
@@ -7,19 +13,51 @@ keeps the same from version to version.
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from rlhf_jax.data import demo_language as language
-from rlhf_jax.data import rubric
-from rlhf_jax.data.demo_language import Topic
 from rlhf_jax.errors import UserError
 
 T = TypeVar("T")
-Row = dict[str, Any]
 
-CATEGORIES = tuple(language.TOPICS)
+
+class Topic(NamedTuple):
+    """What a prompt is about and the two concrete details that a good response gives."""
+
+    phrase: str
+    first: str  # helpful: a step; harmless and honest: the reason
+    second: str  # helpful: the next step; harmless: a safe alternative; honest: how to find out
+
+
+class Wording(NamedTuple):
+    """A response template; ``{t}``, ``{a}``, ``{b}`` are the parts of a topic, the prompt's own or another one."""
+
+    template: str
+    weight: float  # its share of the responses of its category
+    score: float  # in [0, 1], its quality by which pairs are labelled
+    off_topic: bool = False
+    may_close: bool = True
+
+
+_LANGUAGE = json.loads(Path(__file__).with_name("demo.json").read_text("utf-8"))
+TOPICS = {category: [Topic(*topic) for topic in topics] for category, topics in _LANGUAGE["topics"].items()}
+PHRASINGS: dict[str, list[str]] = _LANGUAGE["phrasings"]
+HELDOUT_PHRASINGS: dict[str, list[str]] = _LANGUAGE["heldout_phrasings"]  # of words that training phrasings have
+WORDINGS = {category: [Wording(**wording) for wording in some] for category, some in _LANGUAGE["wordings"].items()}
+CLOSES: list[str] = _LANGUAGE["closes"]
+CLOSE_SHARE = 0.3  # of the responses that may close; so the most frequent response does not
+MAX_WORDS, PER_EXTRA_WORD = 24, 0.03  # the score that each word beyond the first 24 costs
+DETAIL = 0.1  # the score of a courteous close, or of another topic's reason that is the prompt's topic's too
+
+# Each file's number of rows, what its random stream is called, and what its rows are.
+FILES = {
+    "sft_data.json": (2000, "demonstrations"),
+    "preference_data.json": (3000, "pairs"),
+    "prompts.json": (600, "prompts"),
+    "heldout_prompts.json": (144, "heldout prompts"),
+    "heldout_preference_data.json": (300, "heldout pairs"),
+}
 
 
 def write(
@@ -49,64 +87,77 @@ def write(
     """
     if not 0 <= label_noise <= 1:
         raise UserError(f"label_noise is a probability, got {label_noise}")
+    sizes = (num_demonstrations, num_pairs, num_prompts, num_heldout_prompts, num_heldout_pairs)
     noise = 0.5 if shuffle_labels else label_noise
-    training, heldout = language.PHRASINGS, language.HELDOUT_PHRASINGS
-    files = {
-        "sft_data.json": demonstrations(num_demonstrations, training, _generator(seed, "demonstrations")),
-        "preference_data.json": pairs(num_pairs, training, noise, _generator(seed, "pairs")),
-        "prompts.json": prompts(num_prompts, training, _generator(seed, "prompts")),
-        "heldout_prompts.json": prompts(num_heldout_prompts, heldout, _generator(seed, "heldout prompts")),
-        "heldout_preference_data.json": pairs(num_heldout_pairs, heldout, 0.0, _generator(seed, "heldout pairs")),
-    }
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        (path / name).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    for name, size in zip(FILES, sizes, strict=True):
+        (path / name).write_text(generate(name, seed, size, noise), encoding="utf-8")
 
 
-def demonstrations(n: int, phrasings: dict[str, tuple[str, ...]], generator: random.Random) -> list[Row]:
+def generate(name: str, seed: int = 0, size: int | None = None, label_noise: float = 0.1) -> str:
+    """The text of one of the `FILES`; arguments as `write`."""
+    default_size, stream = FILES[name]
+    size = default_size if size is None else size
+    generator = random.Random(f"{seed}/{stream}")
+    heldout, what = stream.startswith("heldout"), stream.split()[-1]
+    phrasings = HELDOUT_PHRASINGS if heldout else PHRASINGS
+    if what == "demonstrations":
+        rows = _demonstrations(size, phrasings, generator)
+    elif what == "pairs":
+        rows = _pairs(size, phrasings, 0.0 if heldout else label_noise, generator)
+    else:
+        rows = _prompts(size, phrasings, generator)
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    return f"[\n{lines}\n]\n"
+
+
+def fill(template: str, topic: Topic) -> str:
+    """The template with the parts of the topic in it."""
+    return template.format(t=topic.phrase, a=topic.first, b=topic.second)
+
+
+def _demonstrations(n: int, phrasings: dict[str, list[str]], generator: random.Random) -> list[dict[str, Any]]:
     """Rows {prompt, response} of mixed quality; each topic has its due share of every quality."""
-    per_topic = len(CATEGORIES) * len(language.TOPICS[CATEGORIES[0]])
-    rounds = -(-n // per_topic)
+    num_topics = sum(map(len, TOPICS.values()))
+    rounds = -(-n // num_topics)
     # Stratified: the rounds of a topic visit its wordings in proportion to their weights, in an order of their own,
     # so that no topic happens to have mostly good demonstrations.
     orders: dict[tuple[str, str], list[int]] = {}
     rows = []
     for i, (category, topic) in zip(range(n), _subjects(), strict=False):
         order = orders.setdefault((category, topic.phrase), _shuffled(range(rounds), generator))
-        quality = (order[i // per_topic] + generator.random()) / rounds
-        prompt = language.fill(_pick(phrasings[category], generator), topic)
-        rows.append({"prompt": prompt, "response": _response(category, topic, quality, generator)})
+        quantile = (order[i // num_topics] + generator.random()) / rounds
+        prompt = fill(_pick(phrasings[category], generator), topic)
+        rows.append({"prompt": prompt, "response": _response(category, topic, quantile, generator)[0]})
     return _shuffled(rows, generator)
 
 
-def pairs(n: int, phrasings: dict[str, tuple[str, ...]], noise: float, generator: random.Random) -> list[Row]:
-    """Rows {prompt, chosen, rejected}: the response with the higher rubric score is chosen, but for the noise."""
+def _pairs(n: int, phrasings: dict[str, list[str]], noise: float, generator: random.Random) -> list[dict[str, Any]]:
+    """Rows {prompt, chosen, rejected}: the response with the higher score is chosen, but for the noise."""
     rows = []
     for _, (category, topic) in zip(range(n), _subjects(), strict=False):
-        judged = {"category": category, "topic": topic.phrase}
-        better = worse = ""
-        while rubric.score(judged, better) <= rubric.score(judged, worse):
+        better = worse = ("", 0.0)
+        while better[1] <= worse[1]:
             better, worse = (_response(category, topic, generator.random(), generator) for _ in range(2))
         chosen, rejected = (worse, better) if generator.random() < noise else (better, worse)
-        prompt = language.fill(_pick(phrasings[category], generator), topic)
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        prompt = fill(_pick(phrasings[category], generator), topic)
+        rows.append({"prompt": prompt, "chosen": chosen[0], "rejected": rejected[0]})
     return _shuffled(rows, generator)
 
 
-def prompts(n: int, phrasings: dict[str, tuple[str, ...]], generator: random.Random) -> list[Row]:
+def _prompts(n: int, phrasings: dict[str, list[str]], generator: random.Random) -> list[dict[str, Any]]:
     """Distinct rows {prompt, category, topic}, the categories in equal parts."""
     by_category = [
         _shuffled(
             [
-                {"prompt": language.fill(phrasing, topic), "category": category, "topic": topic.phrase}
-                for topic in language.TOPICS[category]
+                {"prompt": fill(phrasing, topic), "category": category, "topic": topic.phrase}
+                for topic in topics
                 for phrasing in phrasings[category]
             ],
             generator,
         )
-        for category in CATEGORIES
+        for category, topics in TOPICS.items()
     ]
     rows = [row for together in zip(*by_category, strict=True) for row in together]
     if n > len(rows):
@@ -114,35 +165,34 @@ def prompts(n: int, phrasings: dict[str, tuple[str, ...]], generator: random.Ran
     return _shuffled(rows[:n], generator)
 
 
-def _response(category: str, topic: Topic, quality: float, generator: random.Random) -> str:
-    """A response; ``quality`` in [0, 1) picks the wording by the weights."""
-    for wording in language.WORDINGS[category]:
-        quality -= wording.weight
-        if quality < 0:
+def _response(category: str, topic: Topic, quantile: float, generator: random.Random) -> tuple[str, float]:
+    """A response and its score; ``quantile`` in [0, 1) picks the wording by the weights."""
+    for wording in WORDINGS[category]:
+        quantile -= wording.weight
+        if quantile < 0:
             break
+    about = topic
     if wording.off_topic:
-        topic = _pick([other for other in language.TOPICS[category] if other != topic], generator)
-    text = language.fill(wording.template, topic)
-    closes = wording.may_close and generator.random() < language.CLOSE_SHARE
-    return f"{text} {_pick(language.CLOSES, generator)}" if closes else text
+        about = _pick([other for other in TOPICS[category] if other != topic], generator)
+    text = fill(wording.template, about)
+    score = wording.score + DETAIL * (about != topic and about.first == topic.first)
+    if wording.may_close and generator.random() < CLOSE_SHARE:
+        text, score = f"{text} {_pick(CLOSES, generator)}", score + DETAIL
+    return text, round(score - PER_EXTRA_WORD * max(0, len(text.split()) - MAX_WORDS), 4)
 
 
 def _subjects() -> Iterator[tuple[str, Topic]]:
     """Categories and topics in turn, for ever."""
     while True:
-        for i in range(len(language.TOPICS[CATEGORIES[0]])):
-            for category in CATEGORIES:
-                yield category, language.TOPICS[category][i]
-
-
-def _generator(seed: int, name: str) -> random.Random:
-    return random.Random(f"{seed}/{name}")
+        for together in zip(*TOPICS.values(), strict=True):
+            yield from zip(TOPICS, together, strict=True)
 
 
 def _pick(items: Sequence[T], generator: random.Random) -> T:
     return items[int(generator.random() * len(items))]
 
 
-def _shuffled(items: Sequence[T], generator: random.Random) -> list[T]:
-    keys = [generator.random() for _ in items]
-    return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
+def _shuffled(items: Iterable[T], generator: random.Random) -> list[T]:
+    kept = list(items)
+    keys = [generator.random() for _ in kept]
+    return [kept[i] for i in sorted(range(len(kept)), key=keys.__getitem__)]

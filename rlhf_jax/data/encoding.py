@@ -4,19 +4,20 @@ Texts that are token ids already are taken as they are, without an EOS after the
 """
 
 import functools
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from rlhf_jax.data.rows import Comparison, Demonstration, Pair, Prompt, Text
-from rlhf_jax.data.token_ids import prompt_ids, response_ids
+from rlhf_jax.data.rows import Comparison, Demonstration, Pair, Prompt, Row, Text, parts
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 
 TooLong = Literal["error", "truncate", "drop"]
+R = TypeVar("R", Demonstration, Pair | Comparison)
 
 CUT = "response cut, its EOS with it"
 PROMPT_CUT = "prompt cut at its start"
@@ -60,11 +61,6 @@ class EncodedComparisons:
         """The first answers, which in pairs are preferred."""
         return self.answers[0]
 
-    @property
-    def rejected(self) -> EncodedTexts:
-        """The second answers."""
-        return self.answers[1]
-
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """[N] int64 tokens of the longest text of each comparison."""
@@ -83,11 +79,6 @@ class EncodedPrompts:
     rows: list[Prompt]
     columns: dict[str, list[Any]]  # name -> N values, None where a row lacks the column
     counts: dict[str, int]
-
-    @property
-    def row_ids(self) -> np.ndarray:
-        """[N] int32."""
-        return np.arange(len(self.rows), dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -112,18 +103,9 @@ def encode_demonstrations(
     Raises:
       UserError: for a text that is too long, a template without ``{prompt}``, and when no row is left.
     """
-    _check(rows, too_long)
-    prompts = prompt_ids(rows, tokenizer, template)
-    responses = response_ids([row.response for row in rows], tokenizer, [row.source for row in rows])
-    counts: Counter[str] = Counter()
-    kept = []
-    for row, prompt, response in zip(rows, prompts, responses, strict=True):
-        fitted, what = _fit(prompt, response, max_length, too_long, row.source)
-        counts.update([what] if what else [])
-        if fitted is not None:
-            kept.append((prompt, fitted, row.source))
-    _check_some_left(kept, rows, max_length)
-    return _texts(kept, tokenizer, max_length, train_on_prompt, dict(counts))
+    kept, counts = _fitted(rows, tokenizer, template, max_length, too_long)
+    texts = [(prompt, responses[0], row.source) for row, prompt, responses in kept]
+    return _texts(texts, tokenizer, max_length, train_on_prompt, counts)
 
 
 def encode_comparisons(
@@ -139,34 +121,20 @@ def encode_comparisons(
     A row that loses an answer goes, and so does one whose answers, after cuts, are all equal, unless it has targets.
     Either all rows have targets or none (ValueError).
     """
-    _check(rows, too_long)
-    prompts = prompt_ids(rows, tokenizer, template)
-    texts = [(text, row.source) for row in rows for text in _answers(row)]
-    answers = iter(response_ids([text for text, _ in texts], tokenizer, [source for _, source in texts]))
-    counts: Counter[str] = Counter()
-    kept = []
-    for row, prompt in zip(rows, prompts, strict=True):
-        ids = [next(answers) for _ in _answers(row)]
-        fitted, whats = zip(*(_fit(prompt, answer, max_length, too_long, row.source) for answer in ids), strict=True)
-        dropped = next((what for answer, what in zip(fitted, whats, strict=True) if answer is None), None)
-        if dropped is None and _targets(row) is None and all(answer == fitted[0] for answer in fitted):
-            dropped = EQUAL_CUT
-        if dropped:
-            counts[dropped] += 1
-            continue
-        counts.update(what for what in whats if what)
-        kept.append((prompt, fitted, row))
-    _check_some_left(kept, rows, max_length)
-    num_answers = max(len(fitted) for _, fitted, _ in kept)
+    kept, counts = _fitted(rows, tokenizer, template, max_length, too_long)
+    num_answers = max(len(answers) for _, _, answers in kept)
     columns = [
         # An absent answer has no token at all, not even its prompt's.
-        [(prompt, fitted[k], row.source) if k < len(fitted) else ([], [], row.source) for prompt, fitted, row in kept]
+        [
+            (prompt, answers[k], row.source) if k < len(answers) else ([], [], row.source)
+            for row, prompt, answers in kept
+        ]
         for k in range(num_answers)
     ]
     return EncodedComparisons(
-        answers=tuple(_texts(column, tokenizer, max_length, False, {}) for column in columns),
-        **_labels([row for _, _, row in kept], num_answers),
-        counts=dict(counts),
+        answers=tuple(_texts(column, tokenizer, max_length) for column in columns),
+        **_labels([row for row, _, _ in kept], num_answers),
+        counts=counts,
     )
 
 
@@ -188,62 +156,141 @@ def encode_prompts(
     *,
     template: str = "{prompt}",
     length: int | None = None,
+    max_positions: int | None = None,
+    max_new_tokens: int = 0,
     too_long: TooLong = "error",
 ) -> EncodedPrompts:
     """Prompts in their template, left-padded to ``length`` (P), or to the longest.
 
-    ``truncate`` keeps the end of a prompt that is longer than ``length``. Raises as `encode_demonstrations`.
+    Args:
+      max_positions: of the model, None for no limit: a prompt and ``max_new_tokens`` after it must fit.
+      too_long: as `encode_demonstrations`, but ``truncate`` keeps the end of a prompt.
+
+    Raises:
+      UserError: as `encode_demonstrations`, and if the settings leave no room for a prompt.
     """
-    _check(rows, too_long)
+    room = None if max_positions is None else _room(length, max_positions, max_new_tokens)
+    ids = prompt_ids(rows, tokenizer, template)
+    longest = max(map(len, ids), default=0)
+    width = length if length is not None else room if room is not None and longest > room else None
     counts: Counter[str] = Counter()
     kept: list[tuple[Prompt, list[int]]] = []
-    for row, ids in zip(rows, prompt_ids(rows, tokenizer, template), strict=True):
-        if length is not None and len(ids) > length:
+    for row, prompt in zip(rows, ids, strict=True):
+        if width is not None and len(prompt) > width:
             if too_long == "error":
                 raise UserError(
-                    f"{row.source}: the prompt has {len(ids)} tokens, more than the {length} allowed; {_CHOICES}"
+                    f"{row.source}: the prompt has {len(prompt)} tokens, more than the {width} allowed; {_CHOICES}"
                 )
             counts[DROPPED if too_long == "drop" else PROMPT_CUT] += 1
             if too_long == "drop":
                 continue
-        kept.append((row, ids if length is None else ids[-length:]))
-    _check_some_left(kept, rows, length)
-    width = max(len(ids) for _, ids in kept) if length is None else length
+        kept.append((row, prompt if width is None else prompt[-width:]))
+    _check_some_left(kept, rows, width)
+    width = longest if width is None else width
     tokens = np.full((len(kept), width), tokenizer.pad_id, np.int32)
     attention_mask = np.zeros_like(tokens)
-    for i, (_, ids) in enumerate(kept):
-        tokens[i, width - len(ids) :] = ids
-        attention_mask[i, width - len(ids) :] = 1
+    for i, (_, prompt) in enumerate(kept):
+        tokens[i, width - len(prompt) :] = prompt
+        attention_mask[i, width - len(prompt) :] = 1
     left = [row for row, _ in kept]
     names = dict.fromkeys(name for row in left for name in row.columns)  # in the order of their first appearance
     columns = {name: [row.columns.get(name) for row in left] for name in names}
     return EncodedPrompts(tokens, attention_mask, left, columns, dict(counts))
 
 
+def _room(length: int | None, max_positions: int, max_new_tokens: int) -> int:
+    """The tokens that a prompt may have."""
+    room = max_positions - max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"rl.max_new_tokens {max_new_tokens} leaves no room for a prompt in the model's {max_positions} positions"
+        )
+    if length is not None and length > room:
+        raise UserError(
+            f"rl.max_prompt_length {length} + rl.max_new_tokens {max_new_tokens} is more than the model's "
+            f"{max_positions} positions"
+        )
+    return room
+
+
+def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list[list[int]]:
+    """Ids of each prompt in the template, whose text stands around prompts of token ids too.
+
+    Raises:
+      UserError: for a template without ``{prompt}``; naming the row, for a prompt without any token, for a character
+        that the tokenizer lacks and for a token id that it does not have.
+    """
+    if "{prompt}" not in template:
+        raise UserError(f"the template {template!r} has no {{prompt}} in it")
+    prompts = [row.prompt for row in rows]
+    framed = [template.replace("{prompt}", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    encoded = _ids(framed, tokenizer, [row.source for row in rows])
+    around = [tokenizer.encode(part) for part in template.split("{prompt}")]
+    for i, row in enumerate(rows):
+        if isinstance(row.prompt, tuple):
+            encoded[i] = functools.reduce(lambda before, after: [*before, *row.prompt, *after], around)
+        if not encoded[i]:
+            raise UserError(f"{row.source}: the tokenizer makes no token of the prompt {row.prompt!r}")
+    return encoded
+
+
+def response_ids(responses: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) -> list[list[int]]:
+    """Ids of each response, with EOS after those that were text. Raises as `prompt_ids`."""
+    encoded = _ids(responses, tokenizer, sources)
+    return [
+        ids if isinstance(response, tuple) else [*ids, tokenizer.eos_id]
+        for response, ids in zip(responses, encoded, strict=True)
+    ]
+
+
+def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) -> list[list[int]]:
+    strings = [i for i, text in enumerate(texts) if isinstance(text, str)]
+    encoded = tokenizer.encode_batch([texts[i] for i in strings], [sources[i] for i in strings])  # type: ignore[misc]
+    ids = [list(text) if isinstance(text, tuple) else [] for text in texts]
+    for i, text_ids in zip(strings, encoded, strict=True):
+        ids[i] = text_ids
+    for text, source in zip(texts, sources, strict=True):
+        if isinstance(text, tuple) and max(text) >= tokenizer.vocab_size:
+            raise UserError(
+                f"{source}: holds the token id {max(text)}, but the tokenizer has ids up to {tokenizer.vocab_size - 1} "
+                "only; use the tokenizer that made the ids"
+            )
+    return ids
+
+
 _CHOICES = "shorten it, or set too_long to 'truncate' or 'drop'"
 
 
-def _fit(
-    prompt: list[int], response: list[int], max_length: int | None, too_long: TooLong, source: str
-) -> tuple[list[int] | None, str | None]:
-    """The response as it fits behind the prompt (None: left out), and what was done, if anything."""
-    total = len(prompt) + len(response)
-    if max_length is None or total <= max_length:
-        return response, None
-    if too_long == "error":
-        raise UserError(
-            f"{source}: a prompt of {len(prompt)} and a response of {len(response)} tokens (EOS included) make "
-            f"{total}, more than max_length {max_length}; {_CHOICES}"
-        )
-    if too_long == "drop":
-        return None, DROPPED
-    if len(prompt) >= max_length:
-        return None, NO_ROOM
-    return response[: max_length - len(prompt)], CUT
-
-
-def _answers(row: Pair | Comparison) -> tuple[Text, ...]:
-    return (row.chosen, row.rejected) if isinstance(row, Pair) else row.responses
+def _fitted(
+    rows: Sequence[R], tokenizer: Tokenizer, template: str, max_length: int | None, too_long: TooLong
+) -> tuple[list[tuple[R, list[int], list[list[int]]]], dict[str, int]]:
+    """The rows that stay, each with the ids of its prompt and of its responses, and counts of what was too long."""
+    prompts = prompt_ids(rows, tokenizer, template)
+    texts = [(text, row.source) for row in rows for text in parts(row)[1:]]
+    encoded = iter(response_ids([text for text, _ in texts], tokenizer, [source for _, source in texts]))
+    counts: Counter[str] = Counter()
+    kept = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        responses = [next(encoded) for _ in parts(row)[1:]]
+        room = sys.maxsize if max_length is None else max_length - len(prompt)
+        cut = [response for response in responses if len(response) > room]
+        if cut and too_long == "error":
+            raise UserError(
+                f"{row.source}: a prompt of {len(prompt)} and a response of {len(cut[0])} tokens (EOS included) make "
+                f"{len(prompt) + len(cut[0])}, more than max_length {max_length}; {_CHOICES}"
+            )
+        if cut and (too_long == "drop" or room < 1):
+            counts[DROPPED if too_long == "drop" else NO_ROOM] += 1
+            continue
+        responses = [response[:room] for response in responses]
+        if not isinstance(row, Demonstration) and _targets(row) is None and len(set(map(tuple, responses))) == 1:
+            counts[EQUAL_CUT] += 1
+            continue
+        if cut:
+            counts[CUT] += len(cut)
+        kept.append((row, prompt, responses))
+    _check_some_left(kept, rows, max_length)
+    return kept, dict(counts)
 
 
 def _targets(row: Pair | Comparison) -> tuple[float, ...] | None:
@@ -270,8 +317,8 @@ def _texts(
     kept: list[tuple[list[int], list[int], str]],
     tokenizer: Tokenizer,
     max_length: int | None,
-    train_on_prompt: bool,
-    counts: dict[str, int],
+    train_on_prompt: bool = False,
+    counts: dict[str, int] | None = None,
 ) -> EncodedTexts:
     return EncodedTexts(
         tokens=[np.array(prompt + response, np.int32) for prompt, response, _ in kept],
@@ -280,17 +327,12 @@ def _texts(
         sources=[source for _, _, source in kept],
         pad_id=tokenizer.pad_id,
         max_length=max_length,
-        counts=counts,
+        counts=counts or {},
     )
 
 
-def _check(rows: Sequence[Any], too_long: str) -> None:
-    if too_long not in get_args(TooLong):
-        raise ValueError(f"too_long must be one of {', '.join(get_args(TooLong))}, got {too_long!r}")
+def _check_some_left(kept: Sequence[Any], rows: Sequence[Any], limit: int | None) -> None:
     if not rows:
         raise UserError("no rows to encode")
-
-
-def _check_some_left(kept: Sequence[Any], rows: Sequence[Any], limit: int | None) -> None:
     if not kept:
         raise UserError(f"{rows[0].source} and all {len(rows)} rows are longer than {limit} tokens; raise the limit")

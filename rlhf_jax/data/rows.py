@@ -1,15 +1,21 @@
-"""The rows that files hold, and the checks of a row's fields, whose errors name the row's file and line."""
+"""The rows that data files hold, and the checks of a record's fields, whose errors name its file and line."""
 
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from rlhf_jax.data.records import Record
 from rlhf_jax.errors import UserError
 
 TokenIds = tuple[int, ...]
 Text = str | TokenIds  # token ids are used as they are: neither tokenised again nor completed with EOS
+
+
+class Record(NamedTuple):
+    """One value of a data file and its place: ``FILE, line N`` or ``FILE, row N``, both counted from 1."""
+
+    value: Any  # UserError if the line or row could not be read
+    source: str
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,14 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
+Row = Demonstration | Pair | Comparison | Prompt
+
+
 class Drop(Exception):
     """A row that is left out and counted under its reason; any other fault of a row is the user's to repair."""
 
 
-def texts(rows: Sequence[Demonstration | Pair | Comparison | Prompt]) -> Iterator[str]:
+def texts(rows: Sequence[Row]) -> Iterator[str]:
     """Prompts and responses of the rows, to train a tokenizer on.
 
     Raises:
@@ -73,7 +82,7 @@ def texts(rows: Sequence[Demonstration | Pair | Comparison | Prompt]) -> Iterato
             yield text
 
 
-def parts(row: Demonstration | Pair | Comparison | Prompt) -> tuple[Text, ...]:
+def parts(row: Row) -> tuple[Text, ...]:
     """The prompt of a row and then its responses."""
     match row:
         case Demonstration():
@@ -86,23 +95,26 @@ def parts(row: Demonstration | Pair | Comparison | Prompt) -> tuple[Text, ...]:
             return (row.prompt,)
 
 
-def fields(record: Record, expected: str, or_text: bool = False) -> dict[str, Any]:
+def fields(record: Record, expected: str) -> dict[str, Any]:
     """The record as an object; ``expected`` are its keys, for the error."""
+    if isinstance(record.value, UserError):
+        raise record.value
     if isinstance(record.value, dict):
         return record.value
-    forms = f"an object with keys {expected}" + (", or a string" if or_text else "")
-    raise UserError(f"{record.source}: expected {forms}, found {kind(record.value)}")
+    raise UserError(f"{record.source}: expected an object with keys {expected}, found {kind(record.value)}")
 
 
-def require(record: Record, keys: Sequence[str]) -> None:
+def require(record: Record, keys: Sequence[str], hint: str = "") -> None:
     """Raises `UserError` with the keys found, and the nearest ones, if any of ``keys`` is missing."""
     missing = [key for key in keys if key not in record.value]
     if not missing:
         return
     others = [key for key in record.value if key not in keys]
-    hints = [(near[0], key) for key in missing if (near := difflib.get_close_matches(key, others, n=1))]
-    hint = "".join(f"; did you mean {key!r} by {other!r}?" for other, key in hints)
-    raise UserError(f"{record.source}: expected keys {', '.join(keys)}, found {names(record.value)}{hint}")
+    near = [(difflib.get_close_matches(key, others, n=1), key) for key in missing]
+    hint += "".join(f"; did you mean {key!r} by {matches[0]!r}?" for matches, key in near if matches)
+    raise UserError(
+        f"{record.source}: expected keys {', '.join(keys)}, found {', '.join(record.value) or 'none'}{hint}"
+    )
 
 
 def text(record: Record, key: str) -> str:
@@ -122,11 +134,6 @@ def checked(record: Record, what: str, value: str, may_be_space: bool = True) ->
     except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, yet no text
         raise UserError(f"{record.source}: {what} holds half of a surrogate pair, {value[error.start]!a}") from error
     return value
-
-
-def names(row: dict[str, Any]) -> str:
-    """The keys of a row in an error."""
-    return ", ".join(row) or "none"
 
 
 def kind(value: Any) -> str:

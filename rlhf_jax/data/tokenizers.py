@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.files import HUB_NAME, read_json
+from rlhf_jax.models.hf import HUB_NAME, read_json
 
 PAD = "<|pad|>"
 EOS = "<|endoftext|>"
@@ -42,24 +42,19 @@ class Tokenizer:
         """
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, in parallel threads."""
+    def encode_batch(self, texts: Sequence[str], sources: Sequence[str] | None = None) -> list[list[int]]:
+        """`encode` of each text, in parallel threads; an error names the text's source."""
         try:
             return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
         except Exception as error:  # the package raises a bare Exception for a token outside the vocabulary
-            unknown = self._unknown(texts)
-            if unknown is None:
-                raise
-            raise unknown from error
-
-    def _unknown(self, texts: Sequence[str]) -> UserError | None:
-        known = self.backend.get_vocab()
-        for text in texts:
-            for character in text:
-                if character not in known:
-                    code = f"U+{ord(character):04X}"
-                    return UserError(f"the tokenizer's alphabet lacks {character!r} ({code}), found in {text[:40]!r}")
-        return None
+            known = self.backend.get_vocab()
+            for i, text in enumerate(texts):
+                for character in text:
+                    if character not in known:
+                        where = f"{sources[i]}: " if sources else ""
+                        lacks = f"the tokenizer's alphabet lacks {character!r} (U+{ord(character):04X})"
+                        raise UserError(f"{where}{lacks}, found in {text[:40]!r}") from error
+            raise
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; pad and end-of-text are left out."""

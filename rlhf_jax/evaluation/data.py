@@ -1,256 +1,165 @@
-"""What an evaluation says: one row for each figure, made of responses, scores and labels. No models here.
+"""The data that a run is judged by, read from files.
 
-Intervals are 95%: Wilson's for shares of 0s and 1s, for means the bootstrap over prompts or comparisons, for counts of
-different n-grams the jackknife.
+- prompts: whatever `formats.read` reads; a column ``answerable`` (true or false) says whether a model can know
+  the answer.
+- safety: prompts with a column ``label``, safe or unsafe, as the CSV of XSTest (Röttger et al. 2024) has it.
+- preferences: pairs and rankings, whatever `formats.read` reads; a column ``category`` splits them, as in the HHH
+  alignment data (Askell et al. 2021).
+- annotated: ``{instruction, input, response1, response2, annotator1, annotator2, ...}`` as in PandaLM's test set (Wang
+  et al. 2023): each annotator says 1, 2 or 0, a tie.
+- custom: categories of the user's own in a YAML file.
+
+Errors name the row's file and line.
 """
 
-import itertools
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+import keyword
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-import jax
-import numpy as np
+import yaml
 
-from rlhf_jax import metrics
-from rlhf_jax.evaluation import texts as text_metrics
-from rlhf_jax.training.bench import TIE, Annotated, CustomCategory
+from rlhf_jax import config
+from rlhf_jax.data import formats, rows
+from rlhf_jax.data.chat import ChatTemplate
+from rlhf_jax.data.files import read_source
+from rlhf_jax.data.rows import Record
+from rlhf_jax.errors import UserError
 
-
-class Row(NamedTuple):
-    """One figure. A value of None has a note that says why."""
-
-    category: str
-    metric: str
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    unit: str
-    """What n counts: prompts, rows of given answers (a ranking is one), texts."""
-    note: str = ""
+TIE = 0
+ANSWERABLE = {True: True, False: False, "true": True, "false": False, None: None, "": None}
 
 
-class Responses(NamedTuple):
-    """S responses to each of N prompts."""
+class Annotated(NamedTuple):
+    """Two responses, in the file's order, and what each annotator said: 1, 2 or 0, a tie."""
 
-    prompts: Sequence[str]  # [N]
-    texts: Sequence[Sequence[str]]  # [N][S]
-    lengths: np.ndarray  # [N, S] tokens, EOS included
-    ended: np.ndarray  # [N, S] whether with EOS
-    scores: np.ndarray | None = None  # [N, S], NaN where there is none
+    pair: rows.Pair
+    votes: tuple[int, ...]
 
-
-def not_run(category: str, metric: str, give: str) -> Row:
-    """A figure for which something was not given."""
-    return Row(category, metric, None, None, None, 0, "", f"not run: give {give}")
+    @property
+    def majority(self) -> int | None:
+        """What more annotators said than anything else; None if there is no such thing."""
+        (first, most), *others = Counter(self.votes).most_common()
+        return None if others and others[0][1] == most else first
 
 
-def helpfulness(said: Responses, key: jax.Array) -> list[Row]:
-    """Quality, where there are scores, and what responses hold: information, tokens, an end."""
-    words = [[text_metrics.words(text) for text in texts] for texts in said.texts]
-    asked = [text_metrics.words(prompt) for prompt in said.prompts]
-    pairs = list(zip(asked, words, strict=True))
-    found: dict[str, Any] = {
-        "new_content_words": [[text_metrics.new_content_words(a, text) for text in texts] for a, texts in pairs],
-        "lexical_density": [[text_metrics.lexical_density(text) for text in texts] for texts in words],
-        "response_tokens": said.lengths,
-        "ended": said.ended,
-        "empty": [[not text.strip() for text in texts] for texts in said.texts],
-    }
-    if said.scores is not None:
-        found = {"quality": said.scores} | found
-    return [mean("helpfulness", metric, values, key) for metric, values in found.items()]
+@dataclasses.dataclass(frozen=True)
+class CustomCategory:
+    """A category of the user's own, judged by exactly one of patterns, keywords and score."""
+
+    prompts: tuple[str, ...] = ()
+    """Files of prompts; empty: those of --prompts."""
+    patterns: tuple[str, ...] = ()
+    """Regular expressions: the share of responses in which one is found, in any case of letters."""
+    keywords: tuple[str, ...] = ()
+    """Words or phrases: the share of responses in which one stands as whole words, in any case of letters."""
+    score: str | None = None
+    """FILE.py:FUNCTION or another SPEC of --reward: the mean score of the responses."""
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """One expression for all patterns or keywords."""
+        either = [f"(?:{pattern})" for pattern in self.patterns]
+        either += [rf"(?<!\w){re.escape(keyword)}(?!\w)" for keyword in self.keywords]
+        return re.compile("|".join(either), re.IGNORECASE)
 
 
-def uncertainty(said: Responses, answerable: Sequence[bool | None], key: jax.Array) -> list[Row]:
-    """Share of responses that express uncertainty; of the prompts that can be answered and of those that cannot, where
-    the data says which these are.
-    """
-    hedged = np.array([[text_metrics.expresses_uncertainty(text) for text in texts] for texts in said.texts])
-    found = [mean("honesty", "uncertainty", hedged, key)]
-    for name, wanted in (("answerable", True), ("unanswerable", False)):
-        chosen = np.array([value is wanted for value in answerable])
-        if chosen.any():
-            found.append(mean("honesty", f"uncertainty_{name}", hedged[chosen], key))
-    return found
+def read_safety(paths: Sequence[str], template: ChatTemplate | None = None) -> formats.ReadResult[rows.Prompt]:
+    """Prompts whose column ``label`` is safe or unsafe."""
+    result = formats.read("prompts", paths, template=template)
+    for row in result.rows:
+        label = row.columns.get("label")
+        if label not in ("safe", "unsafe"):
+            raise UserError(
+                f"{row.source}: a prompt for --safety needs a key 'label' that is safe or unsafe, found "
+                f"{'none' if label is None else repr(label)}"
+            )
+    return result
 
 
-def harmlessness(said: Responses, labels: Sequence[str], key: jax.Array) -> list[Row]:
-    """Shares of refusals: of unsafe prompts they are wanted, of safe ones not (Röttger et al. 2024)."""
-    refused = np.array([[text_metrics.is_refusal(text) for text in texts] for texts in said.texts])
-    found = []
-    for metric, label in (("refusal_of_unsafe", "unsafe"), ("over_refusal_of_safe", "safe")):
-        chosen = np.array([value == label for value in labels])
-        found.append(mean("harmlessness", metric, refused[chosen], key))
-    return found
+def answerable(row: rows.Prompt) -> bool | None:
+    """The prompt's column ``answerable``; None if it has none."""
+    value = row.columns.get("answerable")
+    value = value.lower() if isinstance(value, str) else value
+    if not isinstance(value, str | bool | None) or value not in ANSWERABLE:
+        raise UserError(f"{row.source}: 'answerable' must be true or false, found {rows.kind(value)}")
+    return ANSWERABLE[value]
 
 
-def diversity(said: Responses, key: jax.Array) -> list[Row]:
-    """How responses differ: the first one to each prompt from those to other prompts; with several to each prompt, also
-    these among themselves (``_within_prompt``), and how each repeats itself.
-    """
-    words = [[text_metrics.words(text) for text in texts] for texts in said.texts]
-    first = [texts[0] for texts in words]
-    found = []
-    for n in (1, 2, 3):
-        value = text_metrics.distinct_n(first, n)
-        low, high = metrics.jackknife_interval(value, np.array(text_metrics.distinct_n_without_each(first, n)))
-        ends = (max(low, 0.0), min(high, 1.0)) if len(first) > 1 else (low, high)  # NaN of one text stays NaN
-        found.append(_row("diversity", f"distinct_{n}", value, ends, len(first), "texts"))
-    if len(first) > 1:
-        found.append(mean("diversity", "self_bleu", text_metrics.self_bleu(first), key, unit="texts"))
-    else:
-        found.append(Row("diversity", "self_bleu", None, None, None, 1, "texts", "needs two prompts or more"))
-    repeated = [[text_metrics.repetition(text) for text in texts] for texts in words]
-    found.append(mean("diversity", "repetition", repeated, key))
-    if len(words[0]) > 1:
-        within = {
-            "distinct_2_within_prompt": [text_metrics.distinct_n(texts, 2) for texts in words],
-            "self_bleu_within_prompt": [float(np.mean(text_metrics.self_bleu(texts))) for texts in words],
-        }
-        found += [mean("diversity", metric, values, key) for metric, values in within.items()]
-    return found
+def read_preferences(
+    paths: Sequence[str], template: ChatTemplate | None = None
+) -> tuple[formats.ReadResult[rows.Pair], dict[str, str]]:
+    """Pairs of any preference format, and ``{row's source: its category}`` of those whose row has a ``category``."""
+    result = formats.read("pairs", paths, template=template)
+    categories = {}
+    for record in (record for path in paths for record in read_source(path).records):
+        value = record.value.get("category")
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{record.source}: 'category' must be a string, found {rows.kind(value)}")
+        if value:
+            categories[record.source] = value
+    return result, categories
 
 
-def preferences(
-    margins: Mapping[str, np.ndarray], weights: np.ndarray, sources: Sequence[str], key: jax.Array, name: str = ""
-) -> list[Row]:
-    """How judges agree with the choice, and how well their probabilities are calibrated.
-
-    Args:
-      margins: ``{judge: [N]}``, score of the chosen answer minus that of the rejected one.
-      weights: [N] what each pair counts for.
-      sources: [N]; pairs of one source, such as a ranking's, are one comparison.
-      name: of a part of the data; then accuracies alone.
-    """
-    groups = np.unique(np.array(sources), return_inverse=True)[1]
-    num_groups = int(groups.max()) + 1
-    alone = num_groups == len(sources) and bool((weights == weights[0]).all())
-    category = f"preferences: {name}" if name else "preferences"
-    found = []
-    for judge, margin in margins.items():
-        right = (margin > 0) + 0.5 * (margin == 0)
-        own = _stream(key, category, f"accuracy_{judge}")
-        if alone:
-            ends = metrics.mean_interval(right, own)
-        else:
-            ends = metrics.bootstrap_mean(right, own, weights, groups)
-        value = float(np.average(right, weights=weights))
-        found.append(_row(category, f"accuracy_{judge}", value, ends, num_groups, "rows"))
-    if name:
-        return found
-    for judge, margin in margins.items():
-        if judge == "longer":  # its margins are no log-odds
-            continue
-        for metric, of in (("ece", _ece), ("brier", metrics.brier)):
-            place = "preferences" if judge == "reward_model" else "honesty"
-            statistic = _of_margin(of, margin)
-            own = _stream(key, place, f"{metric}_{judge}")
-            low, high = metrics.bootstrap_interval(statistic, weights, own, groups, centered=metric == "ece")
-            ends = (low if np.isnan(low) else max(low, 0.0), high)
-            found.append(_row(place, f"{metric}_{judge}", statistic(weights), ends, num_groups, "rows"))
-    return found
+def read_annotated(path: str) -> formats.ReadResult[Annotated]:
+    """Pairs with the votes of at least one annotator. A response may be empty, as a model's may be."""
+    source = read_source(path)
+    return formats.ReadResult(list(map(_annotated, source.records)), {}, {path: source.fingerprint})
 
 
-def agreement(margins: Mapping[str, np.ndarray], annotated: Sequence[Annotated], key: jax.Array) -> list[Row]:
-    """How judges agree with the annotators' majority, and the annotators among themselves.
-
-    margins: ``{judge: [N]}``, score of the first response minus that of the second; 0 is a tie. Rows without a majority
-        count only among the annotators.
-    """
-    majority = np.array([-1 if row.majority is None else row.majority for row in annotated])
-    judged = majority >= 0
-    lost = f"{int((~judged).sum())} rows have no majority" if not judged.all() else ""
-    found = []
-    for judge, margin in margins.items():
-        said = np.where(margin > 0, 1, np.where(margin < 0, 2, TIE))[judged]
-        truth = majority[judged]
-        decided = truth != TIE
-        found.append(mean("agreement", f"agreement_{judge}", said == truth, key, "rows", lost))
-        found.append(mean("agreement", f"agreement_decided_{judge}", (said == truth)[decided], key, "rows", lost))
-        found.append(_kappa(f"kappa_{judge}", [(said, truth)], key, lost))
-    if len({len(row.votes) for row in annotated}) == 1 and len(annotated[0].votes) > 1:
-        votes = np.array([row.votes for row in annotated]).T
-        both = list(itertools.combinations(votes, 2))
-        same = np.mean([a == b for a, b in both], axis=0)
-        note = f"mean over {len(both)} pairs of annotators"
-        found.append(mean("agreement", "agreement_of_annotators", same, key, "rows", note))
-        found.append(_kappa("kappa_of_annotators", both, key, note))
-    return found
+def _annotated(record: Record) -> Annotated:
+    row = rows.fields(record, "instruction, response1, response2, annotator1")
+    rows.require(record, ("instruction", "response1", "response2", "annotator1"))
+    texts = {key: row[key] for key in ("instruction", "response1", "response2")} | {"input": row.get("input") or ""}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise UserError(f"{record.source}: {key!r} must be a string, found {rows.kind(value)}")
+        if value or key == "instruction":
+            rows.checked(record, repr(key), value)
+    votes = {key: value for key, value in row.items() if re.fullmatch("annotator[0-9]+", key)}
+    for key, vote in votes.items():
+        if isinstance(vote, bool) or str(vote) not in ("0", "1", "2"):
+            raise UserError(f"{record.source}: {key!r} must be 1, 2 or 0 for a tie, found {rows.kind(vote)}")
+    prompt = texts["instruction"] + (f"\n\n{texts['input']}" if texts["input"] else "")
+    pair = rows.Pair(prompt, texts["response1"], texts["response2"], record.source)
+    return Annotated(pair, tuple(map(int, votes.values())))
 
 
-def win_rate(scores: np.ndarray, against: np.ndarray, key: jax.Array, name: str) -> list[Row]:
-    """Share of pairs of responses to one prompt, one from each run, in which the first run's scores higher.
-
-    scores, against: [N, S] of the same prompts; ties count half. ``name``: the other run.
-    """
-    higher, lower = scores[:, :, None], against[:, None, :]
-    wins = (higher > lower) + 0.5 * (higher == lower)
-    wins = np.where(np.isnan(higher) | np.isnan(lower), np.nan, wins).reshape(len(wins), -1)
-    note = f"against {name}"
-    return [
-        mean("win rate", "win_rate", wins, key, note=note),
-        mean("win rate", "score_difference", scores - against, key, note=note),
-    ]
-
-
-def custom(name: str, category: CustomCategory, said: Responses, key: jax.Array) -> Row:
-    """Share of the responses in which the category's pattern is found, or their mean score."""
-    if said.scores is not None:
-        return mean(name, "score", said.scores, key, note=category.score or "")
-    pattern = category.pattern
-    found = [[pattern.search(text) is not None for text in texts] for texts in said.texts]
-    return mean(name, "patterns" if category.patterns else "keywords", found, key)
-
-
-def mean(
-    category: str, metric: str, values: Sequence | np.ndarray, key: jax.Array, unit: str = "prompts", note: str = ""
-) -> Row:
-    """The mean of values [N] or [N, S], whose rows are the units of the interval; a NaN is no value and not counted.
-    Bools are a share, for which ``evaluation.mean_interval`` may be Wilson's.
-    """
-    is_share, array = np.asarray(values).dtype == bool, np.asarray(values, np.float64)
-    array = array.reshape(len(array), -1) if array.size else np.zeros((0, 1))
-    kept = array[~np.isnan(array).all(axis=1)]
-    if not len(kept):
-        return Row(category, metric, None, None, None, 0, unit, note or "there is no such row")
-    means = np.nanmean(kept, axis=1)
-    interval = metrics.mean_interval if is_share else metrics.bootstrap_mean
-    ends = interval(means, _stream(key, category, metric))
-    return _row(category, metric, float(means.mean()), ends, len(kept), unit, note)
+def read_categories(path: str) -> dict[str, CustomCategory]:
+    """``{name: category}`` of a YAML file in which each category is a mapping under its name."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"--categories {path}: no such file")
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except yaml.YAMLError:
+        content = None  # config.read says where
+    names = list(content) if isinstance(content, dict) and content else ["NAME"]
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise UserError(f"{path}: a category's name is made of letters, digits and _, found {name!r}")
+    settings = config.read(dataclasses.make_dataclass("Categories", [(n, CustomCategory) for n in names]), file)
+    categories = {}
+    for name in names:
+        given = {key.partition(".")[2]: item for key, item in settings.items() if key.partition(".")[0] == name}
+        categories[name] = CustomCategory(**{key: value for key, (value, _) in given.items()})
+        line = min((line for _, line in given.values()), default=1)
+        _check_category(categories[name], f"{path}, line {line}: {name}")
+    return categories
 
 
-def _kappa(metric: str, judges: Sequence[tuple[np.ndarray, np.ndarray]], key: jax.Array, note: str) -> Row:
-    """The mean kappa of pairs of judges."""
-
-    def statistic(weights: np.ndarray) -> float:
-        return float(np.mean([metrics.cohen_kappa(a, b, weights) for a, b in judges]))
-
-    count = len(judges[0][0])
-    if not count:
-        return Row("agreement", metric, None, None, None, 0, "rows", note)
-    ones = np.ones(count)
-    value = statistic(ones)
-    if np.isnan(value):
-        return Row("agreement", metric, None, None, None, count, "rows", "both say one and the same to all rows")
-    ends = metrics.bootstrap_interval(statistic, ones, _stream(key, "agreement", metric))
-    return _row("agreement", metric, value, ends, count, "rows", note)
-
-
-def _ece(margin: np.ndarray, weights: np.ndarray) -> float:
-    return metrics.expected_calibration_error(margin, weights=weights)
-
-
-def _of_margin(of: Callable[..., float], margin: np.ndarray) -> Callable[[np.ndarray], float]:
-    return lambda weights: of(margin, weights)
-
-
-def _row(category: str, metric: str, value: float, ends: tuple[float, float], n: int, unit: str, note: str = "") -> Row:
-    low, high = (None if np.isnan(end) else float(end) for end in ends)
-    return Row(category, metric, float(value), low, high, n, unit, note)
-
-
-def _stream(key: jax.Array, category: str, metric: str) -> jax.Array:
-    """A key of the figure's own, so that no figure depends on which others are made."""
-    return jax.random.fold_in(key, zlib.crc32(f"{category}/{metric}".encode()))
+def _check_category(category: CustomCategory, where: str) -> None:
+    judges = [key for key in ("patterns", "keywords", "score") if getattr(category, key)]
+    if len(judges) != 1:
+        listed = " and ".join(judges) or "none"
+        raise UserError(f"{where} needs exactly one of patterns, keywords and score, found {listed}")
+    if "" in (*category.patterns, *category.keywords):
+        raise UserError(f"{where}.{judges[0]} holds an empty text, which every response has")
+    for pattern in category.patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{where}.patterns holds {pattern!r}, which is no regular expression: {error}") from None

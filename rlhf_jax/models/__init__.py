@@ -2,11 +2,12 @@
 
 from rlhf_jax.models import lora
 from rlhf_jax.models.config import GPT2Config, LlamaConfig, RopeScaling
-from rlhf_jax.models.files import load, save
-from rlhf_jax.models.heads import add_head, policy_fn, policy_params, score_fn
+from rlhf_jax.models.heads import HEADS, add_head, policy_fn, policy_params, score_fn
+from rlhf_jax.models.hf import load, save
 from rlhf_jax.models.model import Model, build, resize_vocabulary
 
 __all__ = [
+    "HEADS",
     "GPT2Config",
     "LlamaConfig",
     "Model",

@@ -1,7 +1,7 @@
 """Configurations of the model families."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
@@ -10,27 +10,25 @@ ROPE_SCALINGS = ("linear", "llama3")
 
 
 @dataclass(frozen=True)
-class GPT2Config:
-    """GPT-2 (Radford et al. 2019), with every option of transformers' GPT2Config that changes logits.
+class TransformerConfig:
+    """What the configs of all families hold.
 
     Args:
-        vocab_size: V, rows of the token table, which is also the output layer.
-        max_length: rows of the position table, in tokens; later positions use its last row.
-        hidden_size: D, a multiple of ``num_heads``.
+        vocab_size: V, rows of the token table.
+        max_length: longest text in tokens.
+        hidden_size: D.
         num_layers: L.
-        num_heads: H.
-        intermediate_size: width of the MLP; None means 4 D.
-        activation: "gelu_new" (tanh approximation), "gelu" (exact), "relu" or "silu".
-        layer_norm_epsilon: added to the variance in every layer norm.
-        scale_attn_weights: divide attention scores by sqrt(D / H).
-        scale_attn_by_inverse_layer_idx: divide those of layer i (from 0) by i + 1.
-        embedding_dropout, attention_dropout, residual_dropout: rates, used only where a call is given a key.
+        num_heads: H, of the queries.
+        attention_dropout: rate, used only where a call is given a key.
         initializer_range: standard deviation of the initial weights.
         pad_token_id, eos_token_id, bos_token_id: written to config.json for other programs; not read by the model.
         compute_dtype: "float32" or "bfloat16"; parameters keep their own dtype, softmax and logits are float32.
         remat: recompute each block in the backward pass instead of storing its activations.
         scan_layers: one compiled block for all layers, parameters stacked to [L, ...] under "h"; decoding is unrolled.
         other_keys: keys of config.json that do not change logits, kept to be written back.
+
+    Raises:
+        ValueError: a value is out of range, or two values do not fit each other.
     """
 
     vocab_size: int
@@ -38,14 +36,8 @@ class GPT2Config:
     hidden_size: int
     num_layers: int
     num_heads: int
-    intermediate_size: int | None = None
-    activation: str = "gelu_new"
-    layer_norm_epsilon: float = 1e-5
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
-    embedding_dropout: float = 0.0
+    _: KW_ONLY
     attention_dropout: float = 0.0
-    residual_dropout: float = 0.0
     initializer_range: float = 0.02
     pad_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -57,12 +49,54 @@ class GPT2Config:
     other_keys: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "max_length", "hidden_size", "num_layers", "num_heads")
-        _check_sizes(self, *sizes, *(["intermediate_size"] if self.intermediate_size is not None else []))
-        _check_rates(self, "embedding_dropout", "attention_dropout", "residual_dropout", "layer_norm_epsilon")
-        if self.hidden_size % self.num_heads:
+        for name, value in vars(self).items():
+            is_size = name.startswith("num_") or name.endswith("_size") or name in ("max_length", "head_dim")
+            if is_size and value is not None and not (is_int(value) and value > 0):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if name.endswith(("_dropout", "_epsilon")) and not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+            choices = {"activation": ACTIVATIONS, "compute_dtype": COMPUTE_DTYPES}.get(name)
+            if choices and value not in choices:
+                raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+        if getattr(self, "head_dim", None) is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        _check_choices(self)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Dh, width of a head."""
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class GPT2Config(TransformerConfig):
+    """GPT-2 (Radford et al. 2019), with every option of transformers' GPT2Config that changes logits.
+
+    Args:
+        vocab_size: V, rows of the token table, which is also the output layer.
+        max_length: rows of the position table, in tokens; later positions use its last row.
+        hidden_size, num_layers, num_heads: D (a multiple of H), L and H.
+        intermediate_size: width of the MLP; None means 4 D.
+        activation: "gelu_new" (tanh approximation), "gelu" (exact), "relu" or "silu".
+        layer_norm_epsilon: added to the variance in every layer norm.
+        scale_attn_weights: divide attention scores by sqrt(D / H).
+        scale_attn_by_inverse_layer_idx: divide those of layer i (from 0) by i + 1.
+        embedding_dropout, residual_dropout: rates, as ``attention_dropout``.
+
+    The other fields are those of ``TransformerConfig``.
+    """
+
+    intermediate_size: int | None = None
+    activation: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    embedding_dropout: float = 0.0
+    residual_dropout: float = 0.0
 
     @property
     def mlp_size(self) -> int:
@@ -95,23 +129,17 @@ class RopeScaling:
         if not self.factor >= 1:
             raise ValueError(f"the factor of a rope scaling must be at least 1, got {self.factor!r}")
         if not self.high_freq_factor > self.low_freq_factor:
-            raise ValueError(
-                f"high_freq_factor {self.high_freq_factor!r} must be above low_freq_factor {self.low_freq_factor!r}"
-            )
+            raise ValueError(f"high_freq_factor must be above low_freq_factor {self.low_freq_factor!r}")
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(TransformerConfig):
     """Llama (Touvron et al. 2023), with every option of transformers' LlamaConfig that changes logits.
 
     Args:
-        vocab_size: V, rows of the token table.
         max_length: longest text in tokens that the model is meant for; positions have no table.
-        hidden_size: D.
-        num_layers: L.
-        num_heads: H, of the queries.
-        num_kv_heads: of keys and values, a divisor of H (Ainslie et al. 2023); None means H.
         intermediate_size: width of the MLP.
+        num_kv_heads: of keys and values, a divisor of H (Ainslie et al. 2023); None means H.
         head_dim: Dh, even; None means D / H.
         rope_theta: base of the rotary positions' frequencies (Su et al. 2021).
         rope_scaling: None: not stretched.
@@ -119,16 +147,10 @@ class LlamaConfig:
         rms_norm_epsilon: added to the mean square in every norm.
         attention_bias, mlp_bias: whether those layers have biases.
         tie_embeddings: the token table is the output layer too; else that is "lm_head".
-        attention_dropout: rate, used only where a call is given a key.
-        initializer_range: standard deviation of the initial weights.
-        pad_token_id, eos_token_id, bos_token_id, compute_dtype, remat, scan_layers, other_keys: as in GPT2Config.
+
+    The other fields are those of ``TransformerConfig``.
     """
 
-    vocab_size: int
-    max_length: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
     intermediate_size: int
     num_kv_heads: int | None = None
     head_dim: int | None = None
@@ -139,39 +161,25 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.02
-    pad_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-    bos_token_id: int | None = None
-    compute_dtype: str = "float32"
-    remat: bool = False
-    scan_layers: bool = False
-    other_keys: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "vocab_size", "max_length", "hidden_size", "num_layers", "num_heads", "intermediate_size")
-        _check_sizes(self, "kv_heads", "head_size")
-        _check_rates(self, "attention_dropout", "rms_norm_epsilon")
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        super().__post_init__()
         if self.head_size % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_size}")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be above 0, got {self.rope_theta!r}")
-        _check_choices(self)
 
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        return self.num_kv_heads or self.num_heads
 
     @property
     def head_size(self) -> int:
         """Dh, width of a head."""
-        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+        return self.head_dim or self.hidden_size // self.num_heads
 
 
 ModelConfig = GPT2Config | LlamaConfig
@@ -180,22 +188,3 @@ ModelConfig = GPT2Config | LlamaConfig
 def is_int(value: Any) -> bool:
     """True for integers, and not for True and False."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_sizes(config: ModelConfig, *names: str) -> None:
-    for name in names:
-        if not (is_int(getattr(config, name)) and getattr(config, name) > 0):
-            raise ValueError(f"{name} must be a positive integer, got {getattr(config, name)!r}")
-
-
-def _check_rates(config: ModelConfig, *names: str) -> None:
-    for name in names:
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(config, name)!r}")
-
-
-def _check_choices(config: ModelConfig) -> None:
-    if config.activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {config.activation!r}; choose from {', '.join(ACTIVATIONS)}")
-    if config.compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"unknown compute_dtype {config.compute_dtype!r}; choose from {', '.join(COMPUTE_DTYPES)}")

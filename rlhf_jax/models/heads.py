@@ -15,6 +15,7 @@ from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
 
 # Logits of one row held at once (columns x V). It does not count rows, so that a shard forms the chunks of the whole.
 _CHUNK_LOGITS = 2**20
+HEADS = ("value", "score")  # their keys in a model's parameters
 
 
 def add_head(key: jax.Array, params: Params, kind: str) -> Params:
@@ -32,14 +33,14 @@ def add_head(key: jax.Array, params: Params, kind: str) -> Params:
     Raises:
         ValueError: for another kind.
     """
+    if kind not in HEADS:
+        raise ValueError(f"unknown head {kind!r}; choose from {', '.join(HEADS)}")
     width = params["ln_f"]["scale"].shape[-1]
-    zero = jnp.zeros((), jnp.float32)
+    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
     if kind == "value":
-        return {**params, "value": {"kernel": jnp.zeros(width, jnp.float32), "bias": zero}}
-    if kind == "score":
-        kernel = jax.random.normal(key, (width,), jnp.float32) / math.sqrt(width + 1)
-        return {**params, "score": {"kernel": kernel, "bias": zero, "gain": jnp.ones((), jnp.float32), "shift": zero}}
-    raise ValueError(f"unknown head {kind!r}; choose from value, score")
+        return {**params, kind: {"kernel": jnp.zeros(width, jnp.float32), "bias": zero}}
+    kernel = jax.random.normal(key, (width,), jnp.float32) / math.sqrt(width + 1)
+    return {**params, kind: {"kernel": kernel, "bias": zero, "gain": one, "shift": zero}}
 
 
 def policy_params(params: Params) -> Params:
@@ -81,18 +82,12 @@ def policy_fn(
         before = hidden[:, first - 1 : -1]  # [B, T - first, D], the states that speak of columns first, ..., T - 1
         log_probs, entropy = _log_probs_and_entropy(model, body, before, tokens[:, first:], temperature)
         if value_model is not None:
-            if "value" not in params["value"]:
-                raise ValueError(
-                    'the value model has no head: params["value"] = add_head(key, params["value"], "value")'
-                )
             value_hidden = value_model.hidden(params["value"], tokens, attention_mask, value_key)
-            values: jax.Array | None = _scalar(params["value"]["value"], value_hidden[:, first - 1 : -1])
+            values: jax.Array | None = _scalar(params["value"], "value", value_hidden[:, first - 1 : -1])
         else:
-            values = _scalar(params["value"], before) if "value" in params else None
+            values = _scalar(params, "value", before) if "value" in params else None
         pad = ((0, 0), (first, 0))
-        return PolicyOutput(
-            jnp.pad(log_probs, pad), jnp.pad(entropy, pad), None if values is None else jnp.pad(values, pad)
-        )
+        return jax.tree.map(lambda columns: jnp.pad(columns, pad), PolicyOutput(log_probs, entropy, values))
 
     return policy
 
@@ -109,25 +104,24 @@ def score_fn(model: Model) -> ScoreFn:
     """
 
     def score(params: Params, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        if "score" not in params:
-            raise ValueError('the model has no score head: params = add_head(key, params, "score")')
         hidden = model.hidden(params, tokens, attention_mask, key)
         real = attention_mask != 0
         columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         last = jnp.max(jnp.where(real, columns, 0), axis=1)  # [B]
         last_hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [B, 1, D]
-        head = params["score"]
-        gain, shift = jax.lax.stop_gradient((head["gain"], head["shift"]))
-        scores = gain * _scalar(head, last_hidden)[:, 0] + shift
-        return jnp.where(jnp.any(real, axis=1), scores, 0.0)
+        scores = _scalar(params, "score", last_hidden)[:, 0]
+        gain, shift = jax.lax.stop_gradient((params["score"]["gain"], params["score"]["shift"]))
+        return jnp.where(jnp.any(real, axis=1), gain * scores + shift, 0.0)
 
     return score
 
 
-def _scalar(head: Params, hidden: jax.Array) -> jax.Array:
-    """[B, T, D] -> [B, T] in float32."""
-    kernel = head["kernel"].astype(jnp.float32)
-    return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), kernel) + head["bias"].astype(jnp.float32)
+def _scalar(params: Params, kind: str, hidden: jax.Array) -> jax.Array:
+    """The head ``kind`` of [B, T, D] states: [B, T] in float32."""
+    if kind not in params:
+        raise ValueError(f'the model has no {kind} head: params = add_head(key, params, "{kind}")')
+    head: Params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params[kind])
+    return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
 
 
 def _log_probs_and_entropy(

@@ -1,9 +1,7 @@
 """Llama (Touvron et al. 2023) in Flax Linen, equal to transformers' modeling_llama.py.
 
 Rotary positions (Su et al. 2021), grouped-query attention (Ainslie et al. 2023), RMSNorm, SwiGLU (Shazeer 2020).
-Parameters are {"wte", "h_0", ..., "ln_f"}, and a second table "lm_head" where the output layer is not the first;
-``scan_layers`` makes one "h" with a leading [L] axis. The cache is an argument and a result, and holds the H_kv heads
-alone.
+It adds a table "lm_head" to the parameters of ``stack.Transformer`` where the output layer is not the token table.
 """
 
 import math
@@ -13,11 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models.attention import attention, cache_mask, causal_mask, positions
+from rlhf_jax.models import stack
 from rlhf_jax.models.config import LlamaConfig
-from rlhf_jax.models.stack import ACTIVATIONS, Cache, Dense, LayerCache, stack
-
-Rotation = tuple[jax.Array, jax.Array]  # cosines and sines of the positions' angles, [B, 1, T, Dh] float32 each
+from rlhf_jax.models.stack import ACTIVATIONS, Dense, Rotation
 
 
 def _dense(config: LlamaConfig, features: int, use_bias: bool) -> Dense:
@@ -43,23 +39,8 @@ def frequencies(config: LlamaConfig) -> np.ndarray:
     return (kept * inverse + (1 - kept) * inverse / scaling.factor).astype(np.float32)
 
 
-def _rotation(config: LlamaConfig, positions: jax.Array) -> Rotation:
-    """[B, T] positions -> the rotation of each head's two halves."""
-    angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies(config)[None, None, None, :]
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """[B, H, T, Dh] turned by its positions, in float32; the dtype is kept."""
-    cosine, sine = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x.astype(jnp.float32) * cosine + turned * sine).astype(x.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query self-attention over the tokens given, or over a cache that they are written to first."""
+class _Attention(stack.Attention):
+    """Grouped-query self-attention."""
 
     config: LlamaConfig
 
@@ -70,38 +51,18 @@ class Attention(nn.Module):
         self.v_proj = _dense(config, config.kv_heads * config.head_size, config.attention_bias)
         self.o_proj = _dense(config, config.hidden_size, config.attention_bias)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        rotation: Rotation,
-        cache: LayerCache | None = None,
-        index: jax.Array | int = 0,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        config = self.config
-        batch, length, _ = x.shape
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         query, key, value = (
-            projection(x).reshape(batch, length, -1, config.head_size).transpose(0, 2, 1, 3)
+            projection(x).reshape(*x.shape[:2], -1, self.config.head_size).transpose(0, 2, 1, 3)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = _rotate(query, rotation), _rotate(key, rotation)
-        if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key.astype(cache[0].dtype), index, axis=2)
-            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value.astype(cache[1].dtype), index, axis=2)
-            cache = (key, value)
-        # The queries that share a key become more queries of one head: keys and values are never repeated.
-        groups = config.num_heads // config.kv_heads
-        query = query.reshape(batch, config.kv_heads, groups * length, config.head_size)
-        dropout_key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        scale = config.head_size**-0.5
-        out = attention(
-            query, key, value, jnp.tile(mask, (1, 1, groups, 1)), scale, config.attention_dropout, dropout_key
-        )
-        out = out.reshape(batch, config.num_heads, length, config.head_size)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1)), cache
+        return query, key, value
+
+    def output(self, mixed: jax.Array) -> jax.Array:
+        return self.o_proj(mixed)
 
 
-class MLP(nn.Module):
+class _MLP(nn.Module):
     config: LlamaConfig
 
     def setup(self) -> None:
@@ -114,79 +75,34 @@ class MLP(nn.Module):
         return self.down_proj(ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
-
+class _Block(stack.Block):
     config: LlamaConfig
 
     def setup(self) -> None:
-        self.ln_1 = _norm(self.config)
-        self.attn = Attention(self.config)
-        self.ln_2 = _norm(self.config)
-        self.mlp = MLP(self.config)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        rotation: Rotation,
-        cache: LayerCache | None = None,
-        index: jax.Array | int = 0,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        attended, cache = self.attn(self.ln_1(x), mask, rotation, cache, index)
-        x = x + attended
-        return x + self.mlp(self.ln_2(x)), cache
+        self.ln_1, self.ln_2 = _norm(self.config), _norm(self.config)
+        self.attn, self.mlp = _Attention(self.config), _MLP(self.config)
+        self.dropout = nn.Dropout(0.0)
 
 
-class Llama(nn.Module):
-    """Embedding, blocks, final norm and output layer."""
-
+class Llama(stack.Transformer):
     config: LlamaConfig
 
     def setup(self) -> None:
         config = self.config
         table_init = nn.initializers.normal(config.initializer_range)
         self.wte = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=table_init)
-        self.h = stack(Block, config, (nn.broadcast, nn.broadcast))
+        self.h = stack.layers(_Block, config)
         self.ln_f = _norm(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=table_init)
 
-    def _embed(self, tokens: jax.Array, real: jax.Array) -> jax.Array:
-        # A pad may carry any id, also one outside the table; a real token outside it gives NaN rather than a wrong row.
-        rows = jnp.take(self.wte.embedding, jnp.where(real, tokens, 0), axis=0)
-        return rows.astype(self.config.compute_dtype)
+    def embed(self, tokens: jax.Array, positions: jax.Array, real: jax.Array) -> jax.Array:
+        return self.token_rows(tokens, real).astype(self.config.compute_dtype)
 
-    def hidden(self, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype."""
-        x = self._embed(tokens, attention_mask != 0)
-        inputs = (causal_mask(attention_mask), _rotation(self.config, positions(attention_mask)))
-        if self.config.scan_layers:
-            x, _ = self.h(x, *inputs)
-        else:
-            for block in self.h:
-                x, _ = block(x, *inputs)
-        return self.ln_f(x)
+    def rotation(self, positions: jax.Array) -> Rotation:
+        angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies(self.config)[None, None, None, :]
+        angles = jnp.concatenate([angles, angles], axis=-1)
+        return jnp.cos(angles), jnp.sin(angles)
 
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] float32, inputs in the compute dtype."""
-        dtype = self.config.compute_dtype
-        table = (self.wte if self.config.tie_embeddings else self.lm_head).embedding.astype(dtype)
-        return jnp.einsum("...d,vd->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32)
-
-    def decode(
-        self, tokens: jax.Array, positions: jax.Array, key_mask: jax.Array, cache: Cache, index: jax.Array | int
-    ) -> tuple[jax.Array, Cache]:
-        """Writes [B, t] tokens to slots index, ..., index + t - 1 and returns their logits [B, t, V]."""
-        mask = cache_mask(key_mask, index, tokens.shape[1])
-        real = jax.lax.dynamic_slice_in_dim(key_mask, index, tokens.shape[1], axis=1) != 0
-        x = self._embed(tokens, real)
-        rotation = _rotation(self.config, positions)
-        written = []
-        for block, layer in zip(self.h, cache, strict=True):
-            x, layer = block(x, mask, rotation, layer, index)
-            written.append(layer)
-        return self.unembed(self.ln_f(x)), tuple(written)
-
-    def __call__(self, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        return self.unembed(self.hidden(tokens, attention_mask))
+    def output_table(self) -> jax.Array:
+        return self.wte.embedding if self.config.tie_embeddings else self.lm_head.embedding

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rlhf_jax.models.adapter_files import load, save
+from rlhf_jax.models.heads import HEADS
+from rlhf_jax.models.peft import load, save
 from rlhf_jax.types import Params
 
-__all__ = ["attach", "bind", "init", "load", "merge", "save"]
-
-HEADS = ("value", "score")
+__all__ = ["HEADS", "attach", "bind", "init", "load", "merge", "save"]
 
 
 def init(key: jax.Array, params: Params, rank: int, match: str = "attn|mlp", *, alpha: float | None = None) -> Params:

@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models.config import GPT2Config, LlamaConfig, ModelConfig
+from rlhf_jax.models import stack
+from rlhf_jax.models.config import GPT2Config, ModelConfig
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.llama import Llama
-from rlhf_jax.models.stack import Cache, unstack_layers
-from rlhf_jax.models.stack import init_cache as empty_cache
 from rlhf_jax.types import Params
 
 
@@ -45,13 +45,7 @@ class Model(NamedTuple):
 
 
 def build(config: ModelConfig) -> Model:
-    """Builds the functions of a model.
-
-    Raises:
-        ValueError: for a configuration of no supported family.
-    """
-    if not isinstance(config, GPT2Config | LlamaConfig):
-        raise ValueError(f"build takes a GPT2Config or a LlamaConfig, got {type(config).__name__}")
+    """Builds the functions of a model."""
     module, unrolled = _module(config), _module(dataclasses.replace(config, scan_layers=False, remat=False))
 
     # Compiled as a whole: operation by operation, a small model takes twice as long to start.
@@ -62,15 +56,12 @@ def build(config: ModelConfig) -> Model:
     def hidden(
         params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None, key: jax.Array | None = None
     ) -> jax.Array:
-        if tokens.ndim != 2:
-            raise ValueError(f"expected tokens of shape [B, T], got {tokens.shape}")
-        if attention_mask is None:
-            attention_mask = jnp.ones(tokens.shape, jnp.int32)
-        if attention_mask.shape != tokens.shape:
-            raise ValueError(f"expected an attention_mask of shape {tokens.shape}, got {attention_mask.shape}")
+        tokens = jnp.asarray(tokens)
+        mask = jnp.ones(tokens.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
+        chex.assert_rank(tokens, 2)
+        chex.assert_equal_shape([tokens, mask])
         rngs = None if key is None else {"dropout": key}
-        mask = jnp.asarray(attention_mask)
-        states: Any = module.apply({"params": params}, jnp.asarray(tokens), mask, rngs=rngs, method="hidden")
+        states: Any = module.apply({"params": params}, tokens, mask, rngs=rngs, method="hidden")
         return states
 
     def unembed(params: Params, hidden_states: jax.Array) -> jax.Array:
@@ -82,28 +73,22 @@ def build(config: ModelConfig) -> Model:
     ) -> jax.Array:
         return unembed(params, hidden(params, tokens, attention_mask, key))
 
-    def init_cache(batch: int, length: int) -> Cache:
-        return empty_cache(config, batch, length)
+    def init_cache(batch: int, length: int) -> stack.Cache:
+        return stack.init_cache(config, batch, length)
 
     def decode(
         params: Params,
         tokens: jax.Array,
         positions: jax.Array,
         key_mask: jax.Array,
-        cache: Cache,
+        cache: stack.Cache,
         index: jax.Array | int,
-    ) -> tuple[jax.Array, Cache]:
-        slots = cache[0][0].shape[2]
-        if tokens.shape != positions.shape or tokens.ndim != 2:
-            raise ValueError(
-                f"expected tokens and positions of one shape [B, t], got {tokens.shape}, {positions.shape}"
-            )
-        if key_mask.shape != (tokens.shape[0], slots):
-            raise ValueError(f"expected a key_mask of shape {(tokens.shape[0], slots)}, got {key_mask.shape}")
-        if tokens.shape[1] > slots:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fit into a cache of {slots} slots")
+    ) -> tuple[jax.Array, stack.Cache]:
+        chex.assert_rank(tokens, 2)
+        chex.assert_equal_shape([tokens, positions])
+        chex.assert_shape(key_mask, (tokens.shape[0], cache[0][0].shape[2]))
         if config.scan_layers:
-            params = unstack_layers(params, config.num_layers)
+            params = stack.unstack_layers(params, config.num_layers)
         inputs = (tokens, positions, key_mask, cache, index)
         logits_and_cache: Any = unrolled.apply({"params": params}, *inputs, method="decode")
         return logits_and_cache
@@ -124,19 +109,12 @@ def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, P
 
     Returns:
         The model and parameters with ``size`` tokens; logits of the former tokens are unchanged.
-
-    Raises:
-        ValueError: if ``size`` is smaller than the present vocabulary.
     """
-    table = params["wte"]["embedding"]
-    added = size - table.shape[0]
-    if added < 0:
-        raise ValueError(f"the vocabulary has {table.shape[0]} tokens and cannot shrink to {size}")
+
+    def with_rows(table: jax.Array) -> jax.Array:
+        mean = jnp.mean(table.astype(jnp.float32), axis=0, keepdims=True).astype(table.dtype)
+        return jnp.concatenate([table, jnp.repeat(mean, size - table.shape[0], axis=0)])
+
     tables = [name for name in ("wte", "lm_head") if name in params]
-    wider = {name: {"embedding": _with_rows(params[name]["embedding"], added)} for name in tables}
+    wider = {name: {"embedding": with_rows(params[name]["embedding"])} for name in tables}
     return build(dataclasses.replace(model.config, vocab_size=size)), {**params, **wider}
-
-
-def _with_rows(table: jax.Array, added: int) -> jax.Array:
-    mean = jnp.mean(table.astype(jnp.float32), axis=0, keepdims=True).astype(table.dtype)
-    return jnp.concatenate([table, jnp.repeat(mean, added, axis=0)])

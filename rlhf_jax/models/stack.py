@@ -1,4 +1,9 @@
-"""What the families share: linear layers, the blocks one after the other or in a scan over depth, and their cache."""
+"""What the families share: linear layers, attention with a cache, residual blocks, and the model around them.
+
+A family gives a ``Transformer`` its embedding, blocks and final norm; see gpt2.py and llama.py. Parameters are {"wte",
+"h_0", ..., "ln_f", ...}, or one "h" with a leading [L] axis under ``scan_layers``. Dropout acts where a "dropout" key
+is given. The cache is an argument and a result: no mutable collections.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from rlhf_jax.models.config import LlamaConfig, ModelConfig
+from rlhf_jax.models.attention import attention, cache_mask, causal_mask, positions
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.types import Params
 
 LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [B, H, S, Dh] each
 Cache = tuple[LayerCache, ...]
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines of the positions' angles, [B, 1, T, Dh] float32 each
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
@@ -34,13 +41,146 @@ class Dense(nn.Dense):
         return out + jax.lax.stop_gradient(adapter[2]).astype(out.dtype) * ((x @ a) @ b)
 
 
-def stack(block: Any, config: ModelConfig, in_axes: tuple[Any, ...]) -> Any:
-    """The layers of ``config``: a list of blocks, or under ``scan_layers`` one module with parameters [L, ...].
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """[B, H, T, Dh] turned by its positions (Su et al. 2021), in float32; the dtype is kept."""
+    cosine, sine = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x.astype(jnp.float32) * cosine + turned * sine).astype(x.dtype)
 
-    Args:
-        block: a Linen module class called with ``(x, *inputs)`` that returns ``(x, something)``.
-        in_axes: of the inputs under scan: ``nn.broadcast`` for what every layer gets, 0 for a value of each layer.
+
+class Attention(nn.Module):
+    """Self-attention over the tokens given, or over a cache that they are first written to at slots index, ...
+
+    A family's subclass defines ``project`` and ``output``. H / H_kv neighbouring query heads share a key head.
     """
+
+    config: Any
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, T, D] -> queries [B, H, T, Dh], keys and values [B, H_kv, T, Dh]."""
+        raise NotImplementedError
+
+    def output(self, mixed: jax.Array) -> jax.Array:
+        """[B, T, H Dh] -> [B, T, D]."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        scale: jax.Array | float,
+        rotation: Rotation | None,
+        cache: LayerCache | None,
+        index: jax.Array | int,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        query, key, value = self.project(x)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        batch, heads, length, size = query.shape
+        if cache is not None:
+            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key.astype(cache[0].dtype), index, axis=2)
+            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value.astype(cache[1].dtype), index, axis=2)
+            cache = (key, value)
+        # The queries that share a key become more queries of one head: keys and values are never repeated.
+        groups = heads // key.shape[1]
+        query = query.reshape(batch, -1, groups * length, size)
+        mask = jnp.tile(mask, (1, 1, groups, 1))
+        dropout_key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        mixed = attention(query, key, value, mask, scale, self.config.attention_dropout, dropout_key)
+        mixed = mixed.reshape(batch, heads, length, size).transpose(0, 2, 1, 3)
+        return self.output(mixed.reshape(batch, length, -1)), cache
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    A family's subclass makes "ln_1", "attn", "ln_2", "mlp" and "dropout" in ``setup``.
+    """
+
+    config: Any
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        scale: jax.Array | float,
+        rotation: Rotation | None,
+        cache: LayerCache | None = None,
+        index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        deterministic = not self.has_rng("dropout")
+        attended, cache = self.attn(self.ln_1(x), mask, scale, rotation, cache, index)
+        x = x + self.dropout(attended, deterministic=deterministic)
+        return x + self.dropout(self.mlp(self.ln_2(x)), deterministic=deterministic), cache
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm and output table.
+
+    A family's subclass makes "wte", "h" (by ``layers``) and "ln_f" in ``setup``, and defines ``embed``.
+    """
+
+    config: Any
+
+    def embed(self, tokens: jax.Array, positions: jax.Array, real: jax.Array) -> jax.Array:
+        """[B, T] tokens, positions and whether a token is no pad -> [B, T, D] in the compute dtype."""
+        raise NotImplementedError
+
+    def scales(self) -> list[float]:
+        """[L] factors of each layer's attention scores."""
+        return [self.config.head_size**-0.5] * self.config.num_layers
+
+    def rotation(self, positions: jax.Array) -> Rotation | None:
+        """How queries and keys are turned at [B, T] positions; None without rotary positions."""
+        return None
+
+    def output_table(self) -> jax.Array:
+        """[V, D]."""
+        return self.wte.embedding
+
+    def token_rows(self, tokens: jax.Array, real: jax.Array) -> jax.Array:
+        """[B, T] tokens -> [B, T, D] rows of the token table."""
+        # A pad may carry any id, also one outside the table; a real token outside it gives NaN rather than a wrong row.
+        return jnp.take(self.wte.embedding, jnp.where(real, tokens, 0), axis=0)
+
+    def hidden(self, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype."""
+        places = positions(attention_mask)
+        x = self.embed(tokens, places, attention_mask != 0)
+        mask, rotation = causal_mask(attention_mask), self.rotation(places)
+        if self.config.scan_layers:
+            x, _ = self.h(x, mask, jnp.array(self.scales(), jnp.float32), rotation)
+        else:
+            for block, scale in zip(self.h, self.scales(), strict=True):
+                x, _ = block(x, mask, scale, rotation)
+        return self.ln_f(x)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] float32, inputs in the compute dtype."""
+        dtype = self.config.compute_dtype
+        table = self.output_table().astype(dtype)
+        return jnp.einsum("...d,vd->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32)
+
+    def decode(
+        self, tokens: jax.Array, positions: jax.Array, key_mask: jax.Array, cache: Cache, index: jax.Array | int
+    ) -> tuple[jax.Array, Cache]:
+        """Writes [B, t] tokens to slots index, ..., index + t - 1 and returns their logits [B, t, V]."""
+        mask, rotation = cache_mask(key_mask, index, tokens.shape[1]), self.rotation(positions)
+        real = jax.lax.dynamic_slice_in_dim(key_mask, index, tokens.shape[1], axis=1) != 0
+        x = self.embed(tokens, positions, real)
+        written = []
+        for block, scale, layer in zip(self.h, self.scales(), cache, strict=True):
+            x, layer = block(x, mask, scale, rotation, layer, index)
+            written.append(layer)
+        return self.unembed(self.ln_f(x)), tuple(written)
+
+    def __call__(self, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        return self.unembed(self.hidden(tokens, attention_mask))
+
+
+def layers(block: Any, config: ModelConfig) -> Any:
+    """The layers of ``config``: a list of ``block``, or under ``scan_layers`` one module with parameters [L, ...]."""
     # Inside a scan nothing can be merged with the forward pass, so the barrier against that is not needed.
     block = nn.remat(block, prevent_cse=not config.scan_layers) if config.remat else block
     if not config.scan_layers:
@@ -49,27 +189,20 @@ def stack(block: Any, config: ModelConfig, in_axes: tuple[Any, ...]) -> Any:
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=in_axes,
+        in_axes=(nn.broadcast, 0, nn.broadcast),  # mask, scale of each layer, rotation
         length=config.num_layers,
     )(config)
 
 
 def unstack_layers(params: Params, num_layers: int) -> Params:
     """The parameters of ``scan_layers`` as those of the unrolled model: "h" [L, ...] becomes "h_0", "h_1", ..."""
-    layers = {
+    unstacked = {
         f"h_{layer}": jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["h"]) for layer in range(num_layers)
     }
-    return {name: leaf for name, leaf in params.items() if name != "h"} | layers
+    return {name: leaf for name, leaf in params.items() if name != "h"} | unstacked
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """An empty cache: keys and values of each layer, [B, H, S, Dh] (Llama: H_kv heads) in the compute dtype."""
-    if isinstance(config, LlamaConfig):
-        heads, size = config.kv_heads, config.head_size
-    else:
-        heads, size = config.num_heads, config.hidden_size // config.num_heads
-    shape = (batch, heads, length, size)
-    return tuple(
-        (jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
-        for _ in range(config.num_layers)
-    )
+    """An empty cache: keys and values of each layer, [B, H_kv, S, Dh] in the compute dtype."""
+    shape, dtype = (batch, config.kv_heads, length, config.head_size), config.compute_dtype
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))

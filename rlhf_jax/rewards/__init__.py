@@ -1,13 +1,14 @@
 """Rewards: where scores come from, and how they are shaped before an update reads them.
 
-A RewardFn takes a rollout and returns scores [B], dense rewards [B, T], or (scores, {part: [B]}). Those made here are
-``jax.tree_util.Partial``, so that the arrays they carry (a reward model's parameters) travel through ``jit`` as
-arguments. A HostReward is ordinary Python and runs between two jits; ``on_host`` calls it.
+A RewardFn takes a rollout and returns (scores [B] or dense rewards [B, T], {name of a part: [B]}). Those made here are
+``jax.tree_util.Partial``, so the arrays that they hold (a reward model's parameters) are arguments of ``jit``. A
+HostReward is ordinary Python and runs between two jits; ``on_host`` calls it. ``rewards.spec`` builds the reward of a
+run from ``--reward``, ``rewards.filter`` is the safety filter after it.
 """
 
 from rlhf_jax.rewards.functions import EnsembleMethod, ensemble, from_model, length, token_count, weighted
 from rlhf_jax.rewards.host import Decoder, HostResult, HostReward, from_text, on_host
-from rlhf_jax.rewards.ngrams import diversity, repetition, repetition_penalty
+from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.rewards.shaping import adaptive_kl, kl_shaped, length_penalty, missing_eos
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "missing_eos",
     "on_host",
     "repetition",
-    "repetition_penalty",
     "token_count",
     "weighted",
 ]

@@ -1,76 +1,65 @@
 """Rewards that can be traced: counts, lengths, reward models, their ensembles and weighted sums.
 
-A RewardFn takes a rollout and returns scores [B], dense rewards [B, T], or (scores, {part: [B]}). Those made here are
-``jax.tree_util.Partial``, so that the arrays they carry (a reward model's parameters) travel through ``jit`` as
-arguments. Closed over, they would be baked into the program. A HostReward is ordinary Python and runs between two
-jits; ``on_host`` calls it. Scores of absent rows, those with an empty ``response_mask``, are read by nobody.
+A RewardFn takes a rollout and returns a pair: scores [B] (or dense rewards [B, T]) and named parts {name: [B]}, an
+empty dict if there are none. Those made here are ``jax.tree_util.Partial``, so the arrays that they hold (a reward
+model's parameters) are arguments of ``jit`` and not constants in the compiled program. The score of an absent row, one
+with an empty ``response_mask``, means nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from rlhf_jax import ops
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
-Parts = dict[str, jax.Array]
+Scores = tuple[jax.Array, dict[str, jax.Array]]  # what a RewardFn returns
 EnsembleMethod = Literal["mean", "min", "uncertainty"]
+
+_ENSEMBLES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
+    "mean": lambda scores, coef: jnp.mean(scores, axis=0),
+    "min": lambda scores, coef: jnp.min(scores, axis=0),
+    "uncertainty": lambda scores, coef: jnp.mean(scores, axis=0) - coef * jnp.var(scores, axis=0),
+}
 
 
 def token_count(token_id: int, cap: float = 100, include_prompt: bool = True) -> Partial:
     """Reward ``min(count of token_id, cap)``: jRLHF's Shakespeare reward.
 
-    Args:
-      include_prompt: counts over all real tokens of the row; False over the response alone.
-
-    Returns:
-      RewardFn giving scores [B].
+    ``include_prompt`` counts over all real tokens of the row; False counts over the response alone.
     """
-    return Partial(_count_text if include_prompt else _count_response, token_id, cap)
+    return Partial(_token_count, token_id, cap, include_prompt)
 
 
-def _count_text(token_id: int, cap: float, rollout: Rollout) -> jax.Array:
-    return _count(rollout.tokens, rollout.attention_mask, token_id, cap)
-
-
-def _count_response(token_id: int, cap: float, rollout: Rollout) -> jax.Array:
-    return _count(rollout.tokens, rollout.response_mask, token_id, cap)
-
-
-def _count(tokens: jax.Array, mask: jax.Array, token_id: int, cap: float) -> jax.Array:
-    counts = jnp.sum((tokens == token_id) & (mask != 0), axis=1, dtype=jnp.float32)
-    return jnp.minimum(counts, cap)
+def _token_count(token_id: int, cap: float, include_prompt: bool, rollout: Rollout) -> Scores:
+    mask = jnp.where(include_prompt, rollout.attention_mask, rollout.response_mask)
+    counts = jnp.sum((rollout.tokens == token_id) & (mask != 0), axis=1, dtype=jnp.float32)
+    return jnp.minimum(counts, cap), {}
 
 
 def length(target: int = 0) -> Partial:
-    """Reward ``max(response tokens - target, 0)``; with a negative weight it is a penalty on length.
-
-    Returns:
-      RewardFn giving scores [B].
-    """
-    return Partial(excess_length, target)
+    """Reward ``max(response tokens - target, 0)``; with a negative weight it is a penalty on length."""
+    return Partial(_length, target)
 
 
-def excess_length(target: int, rollout: Rollout) -> jax.Array:
-    """Response tokens beyond ``target``, [B] float32."""
+def _length(target: int, rollout: Rollout) -> Scores:
     tokens = jnp.sum(jnp.asarray(rollout.response_mask) != 0, axis=1, dtype=jnp.float32)
-    return jnp.maximum(tokens - target, 0.0)
+    return jnp.maximum(tokens - target, 0.0), {}
 
 
 def from_model(score_fn: ScoreFn, params: Params) -> Partial:
     """Reward of a learned model: ``score_fn(params, tokens, attention_mask, None)`` of prompt and response.
 
-    Returns:
-      RewardFn giving scores [B]; it carries ``params``.
+    The result holds ``params``.
     """
-    return Partial(_model_scores, _carried(score_fn), params)
+    return Partial(_model_score, _as_pytree(score_fn), params)
 
 
-def _model_scores(score_fn: Callable[..., jax.Array], params: Params, rollout: Rollout) -> jax.Array:
-    return score_fn(params, rollout.tokens, rollout.attention_mask, None).astype(jnp.float32)
+def _model_score(score_fn: ScoreFn, params: Params, rollout: Rollout) -> Scores:
+    return score_fn(params, rollout.tokens, rollout.attention_mask, None).astype(jnp.float32), {}
 
 
 def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float = 1.0) -> Partial:
@@ -80,80 +69,51 @@ def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float 
     ``mean``; ``min``, the worst case; ``uncertainty``, mean - coef * variance over members (their eq. 5; population).
 
     Args:
-      fns: RewardFns giving scores [B]; parts that they return besides are dropped.
+      fns: RewardFns giving scores [B]; their parts are dropped.
       coef: weight of the variance, per unit of score squared.
 
     Returns:
-      RewardFn giving (scores, {"uncertainty": standard deviation over members [B]}).
-
-    Raises:
-      ValueError: unknown ``how`` or no members; when called, a member that does not give [B].
+      RewardFn with the part ``uncertainty``, the standard deviation over members [B].
     """
-    ops.check_choice("how", how, get_args(EnsembleMethod))
+    if how not in _ENSEMBLES:
+        raise ValueError(f"how must be one of {', '.join(_ENSEMBLES)}, got {how!r}")
     if not fns:
-        raise ValueError("ensemble: expected at least one reward function, got none")
-    combine = {"mean": _mean, "min": _min, "uncertainty": _mean_minus_variance}[how]
-    return Partial(_ensemble_scores, Partial(combine), coef, [_carried(fn) for fn in fns])
+        raise ValueError("fns: an ensemble needs at least one reward function")
+    return Partial(_ensemble, Partial(_ENSEMBLES[how]), coef, [_as_pytree(fn) for fn in fns])
 
 
-def _mean(scores: jax.Array, coef: float) -> jax.Array:
-    del coef
-    return jnp.mean(scores, axis=0)
-
-
-def _min(scores: jax.Array, coef: float) -> jax.Array:
-    del coef
-    return jnp.min(scores, axis=0)
-
-
-def _mean_minus_variance(scores: jax.Array, coef: float) -> jax.Array:
-    return jnp.mean(scores, axis=0) - coef * jnp.var(scores, axis=0)
-
-
-def _ensemble_scores(
-    combine: Callable[..., jax.Array], coef: float, fns: Sequence[RewardFn], rollout: Rollout
-) -> tuple[jax.Array, Parts]:
-    scores = jnp.stack([_row_scores(f"member {i}", fn, rollout)[0] for i, fn in enumerate(fns)])  # [members, B]
+def _ensemble(combine: Callable[..., jax.Array], coef: float, fns: Sequence[RewardFn], rollout: Rollout) -> Scores:
+    scores = jnp.stack([_row_scores(fn, rollout)[0] for fn in fns])  # [members, B]
     return combine(scores, coef), {"uncertainty": jnp.std(scores, axis=0)}
 
 
 def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:
-    """Weighted sum of rewards.
-
-    Args:
-      parts: {name: (RewardFn giving scores [B], weight)}.
+    """Weighted sum of rewards, given as {name: (RewardFn giving scores [B], weight)}.
 
     Returns:
-      RewardFn giving (sum of weight * scores [B], {name: that part's scores before its weight}); parts of a part are
-      named ``name/part``.
-
-    Raises:
-      ValueError: no parts; when called, a part that does not give [B].
+      RewardFn with the parts {name: that reward's scores before its weight}; the parts of a part are ``name/part``.
     """
     if not parts:
-        raise ValueError("weighted: expected at least one part, got none")
-    return Partial(_weighted_scores, {name: (_carried(fn), weight) for name, (fn, weight) in parts.items()})
+        raise ValueError("parts: a weighted sum needs at least one reward function")
+    return Partial(_weighted, {name: (_as_pytree(fn), weight) for name, (fn, weight) in parts.items()})
 
 
-def _weighted_scores(parts: dict[str, tuple[RewardFn, float]], rollout: Rollout) -> tuple[jax.Array, Parts]:
+def _weighted(parts: dict[str, tuple[RewardFn, float]], rollout: Rollout) -> Scores:
     total = jnp.zeros(jnp.shape(rollout.tokens)[0], jnp.float32)
-    reported: Parts = {}
+    reported: dict[str, jax.Array] = {}
     for name, (fn, weight) in parts.items():
-        scores, inner = _row_scores(name, fn, rollout)
+        scores, inner = _row_scores(fn, rollout)
         total = total + weight * scores
         reported |= {name: scores} | {f"{name}/{part}": values for part, values in inner.items()}
     return total, reported
 
 
-def _carried(fn: Callable[..., Any]) -> Partial:
-    """As a pytree: a plain function cannot be an argument of jit, and a Partial in a Partial would hide its arrays."""
-    return fn if isinstance(fn, Partial) else Partial(fn)
-
-
-def _row_scores(name: str, fn: RewardFn, rollout: Rollout) -> tuple[jax.Array, Parts]:
-    result = fn(rollout)
-    scores, parts = result if isinstance(result, tuple) else (result, {})
-    rows = jnp.shape(rollout.tokens)[:1]
-    if jnp.shape(scores) != rows:
-        raise ValueError(f"reward {name}: expected scores of shape {rows}, got {jnp.shape(scores)}")
+def _row_scores(fn: RewardFn, rollout: Rollout) -> Scores:
+    scores, parts = fn(rollout)
+    chex.assert_shape(scores, jnp.shape(rollout.tokens)[:1])
     return jnp.asarray(scores, jnp.float32), parts
+
+
+def _as_pytree(fn: Callable[..., Any]) -> Partial:
+    """``fn`` as an argument that jit accepts. A Partial stays: inside another one its arrays would be hidden."""
+    return fn if isinstance(fn, Partial) else Partial(fn)

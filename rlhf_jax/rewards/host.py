@@ -1,7 +1,4 @@
-"""Rewards in ordinary Python: a HostReward runs between two jits, on NumPy arrays; ``on_host`` calls it.
-
-``rewards`` has these names too.
-"""
+"""Rewards in ordinary Python: a HostReward runs between two jits, on NumPy arrays; ``on_host`` calls it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -12,28 +9,25 @@ import numpy as np
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Rollout
 
-
-class Decoder(Protocol):
-    """What ``from_text`` needs of a tokenizer. Pad and EOS are expected to be left out of the text."""
-
-    def decode(self, ids: list[int], /) -> str: ...
-
-
-_LARGEST = float(np.finfo(np.float32).max)
+Columns = Mapping[str, Sequence[Any]]
+"""{name: one value for each row}, the other columns of the prompts' data rows."""
 
 HostScores = Sequence[float | None] | np.ndarray
 """[B] numbers, or None for a row that cannot be scored."""
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class Decoder(Protocol):
+    """What a tokenizer must have for rewards that read texts. The text has no pad and no EOS in it."""
+
+    def decode(self, ids: list[int], /) -> str: ...
+
 
 class HostReward(Protocol):
-    """A reward in ordinary Python, called by ``on_host`` with a rollout of NumPy arrays and the data's other columns.
+    """A reward in ordinary Python: (scores [B], {name of a part: [B]}) of a rollout of NumPy arrays and the columns."""
 
-    Returns scores [B], or (scores, {part: [B]}). None marks a row that cannot be scored.
-    """
-
-    def __call__(
-        self, rollout: Rollout, columns: Mapping[str, Sequence[Any]], /
-    ) -> HostScores | tuple[HostScores, dict[str, HostScores]]: ...
+    def __call__(self, rollout: Rollout, columns: Columns, /) -> tuple[HostScores, Mapping[str, HostScores]]: ...
 
 
 class HostResult(NamedTuple):
@@ -43,105 +37,98 @@ class HostResult(NamedTuple):
     parts: dict[str, np.ndarray]
 
 
-def on_host(reward: HostReward, rollout: Rollout, columns: Mapping[str, Sequence[Any]]) -> HostResult:
-    """Scores a rollout outside jit.
-
-    A row whose score is None gets an empty ``response_mask`` and so takes part in nothing; its score is 0, as is a part
-    that is None.
-
-    Args:
-      rollout: NumPy or JAX arrays.
-      columns: {name: one value a row}, the other columns of the prompts' data rows.
+def on_host(reward: HostReward, rollout: Rollout, columns: Columns) -> HostResult:
+    """Scores a rollout of NumPy or JAX arrays outside jit.
 
     Returns:
-      The rollout, as NumPy arrays, with ``scores`` [B] float32 and its new ``response_mask``; and the parts.
+      The rollout with ``scores`` [B] float32, and the parts [B] float32, as NumPy arrays. A row whose score is None
+      gets an empty ``response_mask``, so that nothing reads it; its score is 0, and so is a part that is None.
 
     Raises:
-      FloatingPointError: naming the rows, if a present row's score or part is not finite.
-      UserError: the reward gave no number, or not one for each row.
+      FloatingPointError: the score or a part of a present row is not finite; it names the rows.
+      UserError: the reward returned something else than one number or None for each row.
     """
     host: Any = jax.tree.map(np.asarray, rollout)  # Any: the fields are declared as JAX arrays
     mask = host.response_mask
     labels = [f"row {i}" for i in range(len(mask))]
     if host.row_ids is not None:
         labels = [f"{label} (data row {row_id})" for label, row_id in zip(labels, host.row_ids, strict=True)]
-    result = reward(host, columns)
-    scores, named = result if isinstance(result, tuple) else (result, {})
-    checked = _checked("the reward", scores, labels, (mask != 0).any(axis=1))
-    kept = np.array([score is not None for score in checked], bool)
-    parts = {name: _filled(_checked(f"reward part {name!r}", part, labels, kept)) for name, part in named.items()}
-    mask = np.where(kept[:, None], mask, np.zeros_like(mask))
-    return HostResult(host.replace(scores=_filled(checked), response_mask=mask), parts)
-
-
-def _checked(name: str, scores: HostScores, labels: Sequence[str], present: np.ndarray) -> list[float | None]:
-    """The scores as numbers, None where a row is absent or cannot be scored; ``labels`` name the rows in errors."""
-    try:
-        entries = list(scores)
-    except TypeError as error:
-        raise UserError(f"{name}: expected {len(labels)} scores, one a row, got {scores!r}") from error
-    if len(entries) != len(labels):
-        raise UserError(f"{name}: expected {len(labels)} scores, one a row, got {len(entries)}")
-    checked: list[float | None] = []
-    for score, label, here in zip(entries, labels, present, strict=True):
-        try:
-            checked.append(None if score is None or not here else float(score))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{name}: expected a number or None for {label}, got {score!r}") from error
-    named = zip(checked, labels, strict=True)
-    bad = [f"{label}: {score}" for score, label in named if score is not None and not abs(score) <= _LARGEST]
-    if bad:
-        raise FloatingPointError(f"{name} is not finite ({'; '.join(bad)}); return None to leave a row out")
-    return checked
-
-
-def _filled(scores: Sequence[float | None]) -> np.ndarray:
-    return np.array([0.0 if score is None else score for score in scores], np.float32)
+    scores, parts = _numbers("the reward", reward(host, columns), labels, (mask != 0).any(axis=1))
+    kept = np.array([score is not None for score in scores], bool)
+    host = host.replace(scores=_filled(scores), response_mask=np.where(kept[:, None], mask, 0).astype(mask.dtype))
+    return HostResult(host, {name: _filled(part) for name, part in parts.items()})
 
 
 def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:
-    """Makes a HostReward of ``fn(prompts, responses, **columns)``, which sees texts.
+    """A HostReward from ``fn(prompts, responses, **columns)``, which sees texts.
 
-    ``prompts`` and ``responses`` are lists of str, and each column of the prompts' data rows is a list too, with one
-    entry per present row: absent rows are not shown. The prompt is every real token before the first response token,
-    the response what the policy said (so without the holes of ``response_mask``).
+    ``prompts`` and ``responses`` are lists of str, and each column of the prompts' data rows is a list too. All have
+    one entry for each present row; absent rows are left out. The prompt is every real token before the first response
+    token, the response is what the policy said (so without the holes of ``response_mask``).
 
     Args:
-      fn: returns one number a row, None where the row cannot be scored; or (those, {part: list of the same kind}).
-      tokenizer: has ``decode(list[int]) -> str``.
+      fn: returns one number for each row, None for a row that cannot be scored; or a pair of such a list and
+        {name of a part: such a list}.
 
     Returns:
-      HostReward. It raises FloatingPointError naming rows and prompts where ``fn`` gives a number that is not finite,
-      and UserError where it gives no number, or not one for each row it was shown.
+      HostReward with the errors of ``on_host``, which name the prompts too.
     """
 
-    def score(
-        rollout: Rollout, columns: Mapping[str, Sequence[Any]]
-    ) -> HostScores | tuple[HostScores, dict[str, HostScores]]:
-        tokens, said = np.asarray(rollout.tokens), np.asarray(rollout.response_mask) != 0
-        in_prompt = (np.cumsum(said, axis=1) == 0) & (np.asarray(rollout.attention_mask) != 0)
-        present = said.any(axis=1)
+    def score(rollout: Rollout, columns: Columns) -> tuple[HostScores, dict[str, HostScores]]:
+        tokens, in_response = np.asarray(rollout.tokens), np.asarray(rollout.response_mask) != 0
+        in_prompt = (np.cumsum(in_response, axis=1) == 0) & (np.asarray(rollout.attention_mask) != 0)
+        present = in_response.any(axis=1)
         rows = np.flatnonzero(present).tolist()
         if not rows:
-            return [None] * len(present)
-        prompts = [tokenizer.decode(tokens[i, in_prompt[i]].tolist()) for i in rows]
-        responses = [tokenizer.decode(tokens[i, said[i]].tolist()) for i in rows]
-        labels = [f"row {i}, prompt {prompt!r}" for i, prompt in zip(rows, prompts, strict=True)]
-
+            return [None] * len(present), {}
+        prompts, responses = (
+            [tokenizer.decode(tokens[i, mask[i]].tolist()) for i in rows] for mask in (in_prompt, in_response)
+        )
         result = fn(prompts, responses, **{name: [column[i] for i in rows] for name, column in columns.items()})
-        scores, parts = result if isinstance(result, tuple) else (result, {})
-        checked = _checked("the reward function", scores, labels, present[present])
-        kept = np.array([number is not None for number in checked], bool)
-        named = {part: _checked(f"reward part {part!r}", shown, labels, kept) for part, shown in parts.items()}
-        scores = _spread(checked, present)
-        if not isinstance(result, tuple):
-            return scores
-        return scores, {part: _spread(numbers, present) for part, numbers in named.items()}
+        pair = result if isinstance(result, tuple) else (result, {})
+        labels = [f"row {i}, prompt {prompt!r}" for i, prompt in zip(rows, prompts, strict=True)]
+        scores, parts = _numbers("the reward function", pair, labels, present[rows])
+
+        def of_all_rows(numbers: list[float | None]) -> list[float | None]:
+            by_row = dict(zip(rows, numbers, strict=True))
+            return [by_row.get(i) for i in range(len(present))]
+
+        return of_all_rows(scores), {name: of_all_rows(part) for name, part in parts.items()}
 
     return score
 
 
-def _spread(shown: Sequence[float | None], present: np.ndarray) -> list[float | None]:
-    """One entry for every row from entries for the present ones."""
-    entries = iter(shown)
-    return [next(entries) if here else None for here in present]
+def _numbers(
+    name: str, result: tuple[HostScores, Mapping[str, HostScores]], labels: Sequence[str], present: np.ndarray
+) -> tuple[list[float | None], dict[str, list[float | None]]]:
+    """Scores and parts as numbers, None for rows that are absent or cannot be scored; ``labels`` name the rows."""
+    scores, parts = result
+    numbers = _checked(name, scores, labels, present)
+    kept = np.array([number is not None for number in numbers], bool)
+    return numbers, {part: _checked(f"reward part {part!r}", values, labels, kept) for part, values in parts.items()}
+
+
+def _checked(name: str, scores: HostScores, labels: Sequence[str], present: np.ndarray) -> list[float | None]:
+    try:
+        entries = list(scores)
+    except TypeError as error:
+        raise UserError(f"{name}: expected {len(labels)} scores, one for each row, got {scores!r}") from error
+    if len(entries) != len(labels):
+        raise UserError(f"{name}: expected {len(labels)} scores, one for each row, got {len(entries)}")
+    numbers: list[float | None] = []
+    not_finite = []
+    for entry, label, here in zip(entries, labels, present, strict=True):
+        try:
+            number = None if entry is None or not here else float(entry)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name}: expected a number or None for {label}, got {entry!r}") from error
+        if number is not None and not abs(number) <= _LARGEST:
+            not_finite.append(f"{label}: {number}")
+        numbers.append(number)
+    if not_finite:
+        raise FloatingPointError(f"{name} is not finite ({'; '.join(not_finite)}); return None to leave a row out")
+    return numbers
+
+
+def _filled(numbers: Sequence[float | None]) -> np.ndarray:
+    return np.array([0.0 if number is None else number for number in numbers], np.float32)

@@ -1,35 +1,33 @@
 """How scores become the rewards that an update reads: the KL penalty, the rule for missing EOS, length."""
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import ops
-from rlhf_jax.rewards.functions import excess_length
+from rlhf_jax.rewards.functions import length
 from rlhf_jax.types import Rollout
 
 
 def kl_shaped(rollout: Rollout, kl_coef: jax.Array | float, estimator: ops.KLEstimator = "k1") -> jax.Array:
     """Rewards per token: the score on the last response token, minus ``kl_coef`` times the KL of each token.
 
-    Ziegler et al. 2019, eq. 2. ``rollout.rewards`` takes the place of the score where it is given (dense rewards).
+    Ziegler et al. 2019, eq. 2. Dense rewards, ``rollout.rewards``, take the place of the score if they are given.
 
     Args:
-      rollout: with ``log_probs``, ``ref_log_probs`` and ``scores`` or ``rewards``.
+      rollout: with ``log_probs``, ``ref_log_probs`` and ``scores`` [B] or ``rewards`` [B, T]. It needs no
+        ``ref_log_probs`` if ``kl_coef`` is the Python number 0.
       kl_coef: reward per nat.
 
     Returns:
       [B, T] float32, 0 outside the response.
-
-    Raises:
-      ValueError: neither scores nor rewards; no ``ref_log_probs``, unless ``kl_coef`` is the Python number 0; an
-        unknown estimator; or arrays of other shapes.
     """
     present = rollout.response_mask != 0
     if rollout.rewards is not None:
-        ops.check_same_shape(rewards=rollout.rewards, response_mask=present)
+        chex.assert_equal_shape([rollout.rewards, present])
         rewards = jnp.where(present, jnp.asarray(rollout.rewards, jnp.float32), 0.0)
     elif rollout.scores is not None:
-        ops.check_rank(1, scores=rollout.scores)
+        chex.assert_shape(rollout.scores, present.shape[:1])
         rewards = jnp.where(_is_last(present), jnp.asarray(rollout.scores, jnp.float32)[:, None], 0.0)
     else:
         raise ValueError("rollout: expected scores [B] or rewards [B, T], got neither; call a reward function first")
@@ -51,41 +49,28 @@ def _is_last(present: jax.Array) -> jax.Array:
 def missing_eos(
     rollout: Rollout, scores: jax.Array, eos_id: int, penalty: float | None = None, score: float | None = None
 ) -> jax.Array:
-    """Scores [B] with a rule for responses whose last token is not EOS.
+    """Scores [B] with a rule for responses whose last token is not EOS. Exactly one of the two is given:
 
     Args:
       scores: [B].
-      penalty: such a response keeps its score minus this.
-      score: such a response gets this instead of its score (lm-human-preferences: -1). Exactly one of the two is given.
+      penalty: subtracted from the score of such a response.
+      score: replaces the score of such a response (lm-human-preferences: -1).
 
     Returns:
-      [B] float32; absent rows keep what they had.
-
-    Raises:
-      ValueError: both or neither of ``penalty`` and ``score``; or scores that are not [B].
+      [B] float32; the scores of absent rows do not change.
     """
     if (penalty is None) == (score is None):
         raise ValueError(f"missing_eos: expected one of penalty and score, got penalty={penalty}, score={score}")
-    present = rollout.response_mask != 0
-    last = _is_last(present)
-    unfinished = jnp.any(last & (rollout.tokens != eos_id), axis=1)
+    chex.assert_shape(scores, rollout.tokens.shape[:1])
+    unfinished = jnp.any(_is_last(rollout.response_mask != 0) & (rollout.tokens != eos_id), axis=1)
     scores = jnp.asarray(scores, jnp.float32)
-    ops.check_same_shape(scores=scores, one_column_of_tokens=unfinished)
     return jnp.where(unfinished, jnp.float32(score) if penalty is None else scores - penalty, scores)
 
 
 def length_penalty(rollout: Rollout, scores: jax.Array, coef: float, target: int = 0) -> jax.Array:
-    """``scores - coef * length(target)``, [B] float32.
-
-    Args:
-      scores: [B].
-      coef: reward lost by each token beyond ``target``.
-
-    Raises:
-      ValueError: scores that are not [B].
-    """
-    excess = excess_length(target, rollout)
-    ops.check_same_shape(scores=scores, one_column_of_tokens=excess)
+    """``scores - coef * length(target)``, [B] float32: each response token beyond ``target`` costs ``coef``."""
+    excess, _ = length(target)(rollout)
+    chex.assert_equal_shape([scores, excess])
     return jnp.asarray(scores, jnp.float32) - coef * excess
 
 
@@ -101,15 +86,12 @@ def adaptive_kl(
 
     Args:
       kl: mean over responses of the KL summed over the response, in nats.
-      target: the KL to hold, in nats.
-      horizon: episodes over which the coefficient moves by about a fifth; with ``n`` far below it, it hardly moves.
+      target: the KL to hold, in nats, above 0.
+      horizon: episodes over which the coefficient moves by about a fifth, above 0.
       n: episodes of this iteration.
 
     Returns:
       The new coefficient, scalar float32.
-
-    Raises:
-      ValueError: a target or horizon that is not above 0.
     """
     for name, number in (("target", target), ("horizon", horizon)):
         if isinstance(number, int | float) and number <= 0:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,12 +16,12 @@ _CUDA13_DRIVER = 580  # the first Linux driver that runs CUDA 13
 def choose(device: str | None, place: str | None = None) -> None:
     """Restricts JAX to one kind of device and joins the other processes; call it before anything else touches JAX.
 
-    place: as ``processes.join`` takes it; None: there is one process.
+    With None JAX chooses, but does not silently take the CPU while a GPU or TPU is idle.
 
-    With None JAX chooses, but a CPU is not taken in silence where a GPU or TPU lies idle.
+    place: as in ``processes.join``; None: there is one process.
 
     Raises:
-        UserError: JAX finds no such device here, or would leave an accelerator unused and nobody said ``cpu``.
+        UserError: JAX finds no such device here, or would leave an accelerator unused although nobody chose the CPU.
     """
     if device == "mps":
         raise UserError(
@@ -33,17 +32,16 @@ def choose(device: str | None, place: str | None = None) -> None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     if place is not None:
         processes.join(place)
-    if device is None:
-        if jax.default_backend() == "cpu" and not _cpu_is_accepted() and (idle := idle_accelerator()) is not None:
-            raise UserError(f"{idle} To run on the CPU all the same, give --device cpu.")
-        return
-    if not _all_devices():
+    if device is not None and not _all_devices():
         hint = idle_accelerator() or "Use --device cpu, or leave the flag out."
         raise UserError(f"--device {device}: JAX finds no such device here. {hint}")
+    chosen = device is not None or "cpu" in os.environ.get("JAX_PLATFORMS", "").split(",")
+    if not chosen and jax.default_backend() == "cpu" and (idle := idle_accelerator()) is not None:
+        raise UserError(f"{idle} To run on the CPU all the same, give --device cpu.")
 
 
 def idle_accelerator() -> str | None:
-    """A sentence that names an accelerator which is here but which JAX does not use, and the install line; or None."""
+    """A sentence that names an accelerator which JAX does not use, and how to install its plugin; None without one."""
     platforms = {device.platform for device in _all_devices()}
     if "gpu" not in platforms and (gpu := nvidia_gpu()) is not None:
         name, driver = gpu
@@ -56,20 +54,17 @@ def idle_accelerator() -> str | None:
 
 def nvidia_gpu() -> tuple[str, int | None] | None:
     """Name and driver's major version of the first NVIDIA GPU; None without one."""
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            done = None
-        if done is not None and done.returncode == 0 and (first := done.stdout.strip().partition("\n")[0]):
-            name, _, driver = first.rpartition(",")
-            major = re.match(r"\d+", driver.strip())
-            return f"an {name.strip()}", int(major[0]) if major else None
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        if done.returncode == 0 and (match := re.match(r"(.+), *(\d+)?", done.stdout.strip())):
+            return f"an {match[1]}", int(match[2]) if match[2] else None
+    except (OSError, subprocess.TimeoutExpired):
+        pass  # a container may have the GPU without the program
     version = Path("/proc/driver/nvidia/version")
     if version.exists() and any(Path("/dev").glob("nvidia[0-9]*")):
-        found = re.search(r"Module\D*(\d+)\.", version.read_text(errors="replace"))
-        return "an NVIDIA GPU", int(found[1]) if found else None
+        match = re.search(r"Module\D*(\d+)\.", version.read_text(errors="replace"))
+        return "an NVIDIA GPU", int(match[1]) if match else None
     return None
 
 
@@ -78,12 +73,8 @@ def tpu_present() -> bool:
     return any(Path("/dev").glob("accel[0-9]*"))
 
 
-def _cpu_is_accepted() -> bool:
-    return "cpu" in os.environ.get("JAX_PLATFORMS", "").split(",")
-
-
 def _all_devices() -> list[jax.Device]:
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError):  # the latter where the platform's plugin is not installed (jax 0.10)
+    except (RuntimeError, AssertionError):  # the latter if the platform's plugin is not installed (jax 0.10)
         return []

@@ -8,12 +8,12 @@
 result as a Hugging Face folder, ``report.html`` the figures.
 """
 
-import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import filelock
 
@@ -28,60 +28,33 @@ _RUN_FILES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
 class Run:
-    """An opened run folder; closing it, or the end of the process in any way, lets the next writer in."""
+    """An open run folder; closing it, or the end of the process in any way, lets the next writer in."""
 
-    path: Path
-    resumed: bool
-    """Whether there is a checkpoint to go on from; if not, the run starts from the beginning."""
-    _was_empty: bool
-    _lock: filelock.BaseFileLock
-
-    @property
-    def config(self) -> Path:
+    def __init__(self, path: Path, resumed: bool, was_empty: bool, lock: filelock.BaseFileLock):
+        self.path = path
+        self.resumed = resumed
+        """Whether there is a checkpoint to go on from; if not, the run starts from the beginning."""
+        self._was_empty = was_empty
+        self._lock = lock
+        self.config = path / "config.yaml"
         """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def manifest(self) -> Path:
+        self.manifest = path / "manifest.json"
         """Seed, versions, devices, data fingerprints, command."""
-        return self.path / "manifest.json"
-
-    @property
-    def metrics(self) -> Path:
+        self.metrics = path / "metrics.jsonl"
         """A row of numbers per step; equal for equal seeds."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def timing(self) -> Path:
+        self.timing = path / "timing.jsonl"
         """A row of seconds per step."""
-        return self.path / "timing.jsonl"
-
-    @property
-    def samples(self) -> Path:
+        self.samples = path / "samples.jsonl"
         """Texts, one row each."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
+        self.checkpoints = path / "checkpoints"
         """Folder for :class:`rlhf_jax.runs.checkpoint.Checkpoints`."""
-        return self.path / "checkpoints"
-
-    @property
-    def model(self) -> Path:
+        self.model = path / "model"
         """Folder of the trained model."""
-        return self.path / "model"
-
-    @property
-    def adapter(self) -> Path:
-        """Folder of the LoRA adapters that ``model`` holds merged."""
-        return self.path / "adapter"
-
-    @property
-    def report(self) -> Path:
+        self.adapter = path / "adapter"
+        """Folder of the LoRA adapters, which ``model`` holds merged."""
+        self.report = path / "report.html"
         """The run as a page."""
-        return self.path / "report.html"
 
     def close(self) -> None:
         """Releases the folder."""
@@ -93,7 +66,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Nothing was computed that anybody could want back, and the mended command is to find a free folder.
+        # Nothing has been computed yet, and the corrected command needs a free folder.
         is_refused = isinstance(error, UserError) and self._was_empty and not checkpoint.steps(self.checkpoints)
         if is_refused and processes.is_first():
             _clear(self.path)
@@ -101,17 +74,17 @@ class Run:
 
 
 def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Run:
-    """Takes a run folder for this process, making it where needed.
+    """Takes a run folder for this process and makes it if it is missing.
 
-    Where a UserError leaves the ``with`` block of a new run before its first checkpoint, the folder is emptied again.
+    If a UserError leaves the ``with`` block of a new run before its first checkpoint, the folder is emptied again.
 
     Args:
-      path: the folder. It is used as soon as it holds any file.
+      path: the folder. It counts as used as soon as it holds any file.
       resume: go on with the run in it. Without a complete checkpoint the run starts from the beginning, and says so.
       overwrite: delete the run in it. Only what looks like a run is ever deleted.
 
     Raises:
-      UserError: the folder is used and neither ``resume`` nor ``overwrite`` is given; nothing is there to resume; the
+      UserError: the folder is used and neither ``resume`` nor ``overwrite`` is given; there is nothing to resume; the
         path is a file; another process (named by its PID) writes to the folder.
     """
     path = Path(path)
@@ -127,7 +100,9 @@ def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise UserError(f"{path} is in use by {_holder(path)}; wait for it or choose another --output-dir") from None
+        pid = (path / ".pid").read_text().strip() if (path / ".pid").is_file() else ""
+        holder = f"the process with PID {pid}" if pid else "another process"
+        raise UserError(f"{path} is in use by {holder}; wait for it or choose another --output-dir") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be used as a run folder: {error.strerror or error}") from None
     try:
@@ -135,22 +110,13 @@ def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool
         (path / ".pid").write_text(f"{os.getpid()}\n")
         if overwrite:
             _clear(path)
-        resumed = False
-        if resume:
-            resumed = bool(checkpoint.steps(path / "checkpoints"))
-            if not resumed:
-                print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
+        resumed = resume and bool(checkpoint.steps(path / "checkpoints"))
+        if resume and not resumed:
+            print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
         return resumed, is_unused(path)
     except BaseException:
         lock.release()
         raise
-
-
-def _holder(path: Path) -> str:
-    try:
-        return f"the process with PID {int((path / '.pid').read_text())}"
-    except (OSError, ValueError):
-        return "another process"
 
 
 def _check(path: Path, resume: bool, overwrite: bool) -> None:
@@ -158,31 +124,23 @@ def _check(path: Path, resume: bool, overwrite: bool) -> None:
         raise UserError("--resume and --overwrite exclude each other")
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; --output-dir needs a folder")
-    if not path.is_dir():
-        if resume:
-            raise UserError(f"--resume: {path} does not exist; leave out --resume to start a new run there")
-        return
-    if is_unused(path) or resume:
+    if resume and not path.is_dir():
+        raise UserError(f"--resume: {path} does not exist; leave out --resume to start a new run there")
+    if resume or not path.is_dir() or is_unused(path):
         return
     if not overwrite:
         raise UserError(
             f"{path} holds files already; give --resume to go on with the run in it, --overwrite to delete it, "
             "or choose another --output-dir"
         )
-    names = {entry.name.removesuffix(".tmp") for entry in path.iterdir()}
-    if not names <= set(_RUN_FILES) and not _is_manifest(path / "manifest.json"):
-        strange = ", ".join(sorted(names - set(_RUN_FILES))[:3])
-        raise UserError(
-            f"--overwrite: {path} does not look like a run folder (it holds {strange}); nothing was deleted"
-        )
+    strange = {entry.name.removesuffix(".tmp") for entry in path.iterdir()} - set(_RUN_FILES)
+    if strange and not _is_manifest(path / "manifest.json"):
+        names = ", ".join(sorted(strange)[:3])
+        raise UserError(f"--overwrite: {path} does not look like a run folder (it holds {names}); nothing was deleted")
 
 
 def is_unused(path: Path) -> bool:
-    """Whether a folder holds nothing, or only what marked a run that ended before it wrote anything.
-
-    Raises:
-      UserError: it cannot be read.
-    """
+    """Whether a folder holds nothing, or only the lock of a run that ended before it wrote anything."""
     try:
         return {entry.name for entry in path.iterdir()} <= set(_LOCK_FILES)
     except OSError as error:
@@ -198,7 +156,7 @@ def _is_manifest(path: Path) -> bool:
 
 def _clear(path: Path) -> None:
     entries = [entry for entry in path.iterdir() if entry.name not in _LOCK_FILES]
-    # The manifest is what proves that the rest may be deleted, so it goes last.
+    # The manifest goes last: it is the proof that the rest may be deleted.
     for entry in sorted(entries, key=lambda entry: entry.name == "manifest.json"):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -214,3 +172,26 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a JSON lines file of this package, and the rows they hold, each with its ``step``.
+
+    A last line that was cut by a kill is left out.
+
+    Raises:
+      UserError: another line is no row.
+    """
+    rows: list[tuple[str, dict[str, Any]]] = []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8")
+            row = json.loads(text)
+            int(row["step"])
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: expected a JSON object with the key step") from None
+            break
+        rows.append((text, row))
+    return rows

@@ -6,7 +6,7 @@
         checkpoints.save(iteration, ...)
 
 A row of step s is written before the checkpoint of step s is saved. A run that is resumed from that checkpoint removes
-the rows of later steps and writes them again, so that none is missing and none is there twice.
+the rows of later steps and writes them again, so that no row is missing and none is there twice.
 """
 
 import json
@@ -24,9 +24,8 @@ import rich.live
 import rich.progress
 import rich.text
 
-from rlhf_jax.errors import UserError
 from rlhf_jax.runs import processes
-from rlhf_jax.runs.folder import Run, write_atomically
+from rlhf_jax.runs.folder import Run, read_rows, write_atomically
 from rlhf_jax.runs.trackers import Services
 
 
@@ -57,19 +56,15 @@ class Tracker:
           resume_step: step of the checkpoint that the run goes on from; None starts the files anew.
           label: what is going on, such as ``ppo``.
           show: the metrics of the console's line; by default the first four.
-          print_every: steps between lines where there is no terminal.
+          print_every: steps between lines if there is no terminal.
           console: by default standard output.
-          services: what rows, samples and alerts are sent to as well; closed with the tracker.
+          services: also get rows, samples and alerts; closed with the tracker.
         """
-        self._services = services
-        self._total = total
-        self._label = label
-        self._show = tuple(show)
-        self._print_every = print_every
+        self._services = services or Services({}, {})
+        self._total, self._label, self._show, self._print_every = total, label, tuple(show), print_every
         self._console = console or rich.console.Console()
-        self._metrics, self._timing, self._samples = (
-            RowWriter(path, resume_step) for path in (run.metrics, run.timing, run.samples)
-        )
+        self._files = [RowWriter(path, resume_step) for path in (run.metrics, run.timing, run.samples)]
+        self._metrics, self._timing, self._samples = self._files
         self._printed = False
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}", markup=False),
@@ -92,8 +87,7 @@ class Tracker:
         host = jax.device_get(dict(metrics))
         numbers = {name: _number(name, host[name]) for name in metrics}  # device_get sorts the keys
         self._metrics.write(step, numbers)
-        if self._services is not None:
-            self._services.log(step, numbers)
+        self._services.log(step, numbers)
         shown = [name for name in self._show if name in numbers] if self._show else list(numbers)[:4]
         line = "  ".join(f"{name} {numbers[name]:.4g}" for name in shown)
         self._progress.update(self._task, completed=step)
@@ -113,30 +107,27 @@ class Tracker:
         rows = list(rows)
         for row in rows:
             self._samples.write(step, row)
-        if self._services is not None:
-            self._services.samples(step, rows)
+        self._services.samples(step, rows)
 
     def alert(self, step: int, text: str) -> None:
-        """Sends a warning to the services of ``--track``; files and the console are the caller's."""
-        if self._services is not None:
-            self._services.alert(step, text)
+        """Sends a warning to the services of ``--track`` only."""
+        self._services.alert(step, text)
 
     def print(self, message: str) -> None:
-        """Prints a message, above the progress bar where there is one."""
+        """Prints a message, above the progress bar if there is one."""
         self._console.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def sync(self) -> None:
-        """Brings all rows to the disk; due before a checkpoint is saved."""
-        for writer in (self._metrics, self._timing, self._samples):
+        """Returns when all rows are on the disk; call it before a checkpoint is saved."""
+        for writer in self._files:
             writer.sync()
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""
         self._live.stop()
-        for writer in (self._metrics, self._timing, self._samples):
+        for writer in self._files:
             writer.close()
-        if self._services is not None:
-            self._services.close()
+        self._services.close()
 
     def __enter__(self) -> "Tracker":
         return self
@@ -158,28 +149,25 @@ class RowWriter:
     def __init__(self, path: str | Path, resume_step: int | None = None):
         """Starts an empty file; with ``resume_step`` goes on behind the rows of the steps up to it.
 
-        Rows of later steps, which the resumed run writes again, and a last line cut by a kill are removed. Where
-        several processes share the run, the first one writes and the others do as if.
+        Removes the rows of later steps, which the resumed run writes again, and a last line cut by a kill. If several
+        processes share the run, only the first one writes.
 
         Raises:
           UserError: a line other than the last one is no row.
         """
-        self._path = Path(path)
-        self._writes = processes.is_first()
-        if not self._writes:
-            return
-        kept = "" if resume_step is None else _rows_until(self._path, resume_step)
-        write_atomically(self._path, kept)
-        self._file = self._path.open("a", encoding="utf-8", newline="\n")
+        self._path, self._writes = Path(path), processes.is_first()
+        if self._writes:
+            rows = [] if resume_step is None else read_rows(self._path)
+            write_atomically(self._path, "".join(f"{line}\n" for line, row in rows if row["step"] <= resume_step))
+            self._file = self._path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, **row}``."""
         if "step" in row:
             raise ValueError(f"a row cannot have a key step of its own: {row}")
-        if not self._writes:
-            return
-        self._file.write(json.dumps({"step": step, **_finite(row)}, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._writes:
+            self._file.write(json.dumps({"step": step, **_finite(row)}, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Returns when all rows are on the disk."""
@@ -199,24 +187,6 @@ def _number(name: str, value: Any) -> float:
     if array.dtype == bool or np.issubdtype(array.dtype, np.integer):
         return array.item()
     return float(array)
-
-
-def _rows_until(path: Path, step: int) -> str:
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return ""
-    kept = []
-    for number, line in enumerate(lines, 1):
-        try:
-            keep = json.loads(line)["step"] <= step
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number}: expected a JSON object with the key step") from None
-        if keep:
-            kept.append(line.decode("utf-8") + "\n")
-    return "".join(kept)
 
 
 def _finite(value: Any) -> Any:

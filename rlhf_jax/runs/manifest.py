@@ -1,4 +1,4 @@
-"""What a run says about itself in ``config.yaml`` and ``manifest.json``, and whether a resumed one is still the same.
+"""What describes a run, in ``config.yaml`` and ``manifest.json``, and whether a resumed run is still the same one.
 
     with open_run("runs/ppo", resume=False, overwrite=False) as run:
         write_config(run, to_yaml(config))
@@ -12,10 +12,11 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,12 @@ def fingerprint(path: str | Path) -> str:
         if not path.is_dir():
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file_path.relative_to(path).as_posix()}\0{fingerprint(file_path)}\n".encode())
-        return digest.hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    digest = hashlib.sha256()
+    for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file_path.relative_to(path).as_posix()}\0{fingerprint(file_path)}\n".encode())
+    return digest.hexdigest()
 
 
 def write_config(run: Run, text: str) -> None:
@@ -59,7 +60,7 @@ def write_manifest(
 ) -> None:
     """Writes ``manifest.json``; a resumed run keeps its first one and adds this start to its list ``resumed``.
 
-    Says so where a resumed run has other devices or versions than before, on which its bits depend.
+    Prints a line if a resumed run has other devices or versions than before, because its bits depend on them.
 
     Args:
       run: the run.
@@ -76,22 +77,23 @@ def write_manifest(
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "git": _git_state(),
     }
-    manifest = start | {"seed": seed, "data": dict(data_fingerprints)} | dict(extra or {})
+    new = {"seed": seed, "data": dict(data_fingerprints)}
+    manifest = start | new | dict(extra or {})
     if run.resumed:
-        manifest = _read_manifest(run)
+        manifest = _read(run.manifest, json.loads)
         starts = manifest.get("resumed", [])
         before, after = (
-            _dotted({key: here.get(key) for key in ("backend", "devices", "versions")})
-            for here in ((starts or [manifest])[-1], start)
+            _dotted({key: there.get(key) for key in ("backend", "devices", "versions")})
+            for there in ((starts or [manifest])[-1], start)
         )
-        if differences := list(_differences(before, after).values()):
+        if differences := _differences(before, after).values():
             print(
                 f"--resume: {'; '.join(differences)}. The run goes on, but is no longer bit for bit what it would have "
                 "been without the stop",
                 flush=True,
             )
         if changed:
-            manifest |= {"seed": seed, "data": dict(data_fingerprints)}
+            manifest |= new
             start["changed"] = list(changed)
         manifest["resumed"] = [*starts, start]
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -106,19 +108,16 @@ def check_unchanged(
     allowed: Sequence[str] = (),
     fixed: Sequence[str] = (),
 ) -> list[str]:
-    """Refuses to resume a run as something else, and says what differs and was allowed to.
+    """Refuses to resume a run as another one; returns the differences that were allowed, a sentence each.
 
     Args:
-      run: a run with ``resumed`` set; for any other there is nothing to compare.
+      run: only a run with ``resumed`` set is compared with anything.
       config: the new configuration as ``config.to_yaml`` writes it.
       data_fingerprints: those of the data as it is now.
-      may_change: dotted keys, or sections, that may differ without a word.
-      allowed: those that the user lets differ. ``data``, of any section, stands for the contents of all data files too,
-        ``reward`` and ``safety`` for those of the rewards and of the filter.
-      fixed: those that must not differ even so, since the state would be unreadable or its tokens mean something else.
-
-    Returns:
-      What differs and was allowed to, a sentence each.
+      may_change: dotted keys, or sections, whose differences do not count.
+      allowed: keys or sections that the user lets differ. ``data``, of any section, also stands for the contents of all
+        data files, ``reward`` and ``safety`` for those of the rewards and of the filter.
+      fixed: those that must not differ even so: the state could not be read, or its tokens would mean something else.
 
     Raises:
       UserError: lists the keys with both values, and the data that differs; a key of ``allowed`` is no setting.
@@ -132,40 +131,35 @@ def check_unchanged(
             raise UserError(f"--allow-changed {key}: there is no such setting{hint}")
     if not run.resumed:
         return []
-    try:
-        before = _dotted(yaml.safe_load(run.config.read_text("utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--resume: {run.config} cannot be read: {error}") from None
-    found = [(key, text) for key, text in _differences(before, after).items() if not _within(key, may_change)]
+    before = _dotted(_read(run.config, yaml.safe_load))
+    differences = [(key, text) for key, text in _differences(before, after).items() if not _within(key, may_change)]
+    differences += _data_differences(_read(run.manifest, json.loads).get("data", {}), data_fingerprints)
     if any(key.rpartition(".")[2] in ("data", "validation_data") for key in allowed):
         allowed.append("data")
-    data = _read_manifest(run).get("data", {})
-    for name in [*data, *(name for name in data_fingerprints if name not in data)]:
-        kind = (
-            name.split(" ")[0] if name in ("model", "tokenizer") or name.startswith(("reward ", "safety ")) else "data"
-        )
-        if name not in data_fingerprints:
-            found.append((kind, f"the data {name} is not used any more"))
-        elif name not in data:
-            found.append((kind, f"the data {name} was not used before"))
-        elif data[name] != data_fingerprints[name]:
-            found.append((kind, f"the data {name} has changed"))
-    problems = [text for key, text in found if _within(key, fixed) or not _within(key, allowed)]
+    never = [key for key, _ in differences if _within(key, fixed) and _within(key, allowed)]
+    problems = [text for key, text in differences if _within(key, fixed) or not _within(key, allowed)]
     if problems:
-        never = [key for key, _ in found if _within(key, fixed) and _within(key, allowed)]
+        hint = f"cannot help with {', '.join(never)}" if never else "lets those differ that you name"
         raise UserError(
             f"--resume: {run.path} is another run: {'; '.join(problems)}. Undo this, or start a new run with another "
-            "--output-dir"
-            + (
-                f"; --allow-changed cannot help with {', '.join(never)}"
-                if never
-                else ", or name what may differ with --allow-changed"
-            )
+            f"--output-dir; --allow-changed {hint}"
         )
-    changed = [text for _, text in found]
+    changed = [text for _, text in differences]
     if changed:
         print(f"--resume: goes on as another run than it began: {'; '.join(changed)}", flush=True)
     return changed
+
+
+def _data_differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(``data``, or the setting that names the file; the difference) of each file that differs."""
+    differences = []
+    for name in dict.fromkeys([*before, *after]):
+        if before.get(name) != after.get(name):
+            setting = re.match(r"(model|tokenizer)$|(reward|safety) ", name)
+            how = "has changed" if name in before else "was not used before"
+            how = how if name in after else "is not used any more"
+            differences.append((setting[0].strip() if setting else "data", f"the data {name} {how}"))
+    return differences
 
 
 def _within(key: str, names: Iterable[str]) -> bool:
@@ -174,13 +168,13 @@ def _within(key: str, names: Iterable[str]) -> bool:
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
-    """{key: what it was and what it is now} of the keys whose values are not the same."""
-    found = {}
-    for key in [*before, *(key for key in after if key not in before)]:
-        old, new = (repr(side[key]) if key in side else "not set" for side in (before, after))
+    """{key: what it was and what it is now} of the keys whose values differ."""
+    texts = {}
+    for key in dict.fromkeys([*before, *after]):
+        old, new = (repr(values[key]) if key in values else "not set" for values in (before, after))
         if old != new:
-            found[key] = f"{key} was {old} and is now {new}"
-    return found
+            texts[key] = f"{key} was {old} and is now {new}"
+    return texts
 
 
 def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -189,11 +183,11 @@ def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: inner for name, child in value.items() for key, inner in _dotted(child, f"{prefix}{name}.").items()}
 
 
-def _read_manifest(run: Run) -> dict[str, Any]:
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return json.loads(run.manifest.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--resume: {run.manifest} cannot be read: {error}") from None
+        return parse(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--resume: {path} cannot be read: {error}") from None
 
 
 def _version(package: str) -> str | None:
@@ -204,17 +198,16 @@ def _version(package: str) -> str | None:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that this package runs from, and whether its files differ from it; None outside of one."""
+    """Commit of the checkout that this package runs from, and whether its files differ from it; None without one."""
+    here = Path(__file__)
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(here.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
 
     try:
-        # An installed package may lie below another project's checkout, which does not track it.
-        if git("ls-files", "--error-unmatch", Path(__file__).name).returncode:
-            return None
-        commit = git("rev-parse", "HEAD").stdout.strip()
+        # An installed package may lie inside another project's checkout, which does not track it.
+        commit = git("rev-parse", "HEAD").stdout.strip() if git("ls-files", "--error-unmatch", here.name).stdout else ""
         return {"commit": commit, "modified": git("diff", "--quiet", "HEAD").returncode != 0} if commit else None
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,10 +1,10 @@
-"""Several processes that share one run: each has its part of every batch, the first one writes and speaks.
+"""Several processes that share one run: each computes its part of every batch, the first one writes and prints.
 
     python experiments/ppo.py ... --processes 10.0.0.1:9876,2,0      # the first of two
     python experiments/ppo.py ... --processes 10.0.0.1:9876,2,1
 
-All read the same files and see the same run folder. What one of them finds wrong ends all of them, since the others
-would wait for it for ever. With a single process every function here is what it would be without this module.
+All read the same files and see the same run folder. An error in one of them ends all of them, because the others would
+wait for it for ever. With a single process every function here does its work without communication.
 """
 
 import json
@@ -25,26 +25,24 @@ T = TypeVar("T")
 
 
 def join(place: str) -> None:
-    """Finds the other processes; call it before anything else touches a device. The others of the first fall silent.
+    """Connects to the other processes; call it before anything else touches a device. All but the first fall silent.
 
     place: ``HOST:PORT,COUNT,NUMBER``, the address at which the first process listens, how many there are, and which one
-      this is, from 0; or ``auto`` where SLURM, a TPU pod, Open MPI or Kubernetes says so.
+      this is, from 0; or ``auto`` under SLURM, Open MPI, Kubernetes or on a TPU pod, which say so themselves.
 
     Raises:
       UserError: ``place`` is none of these, or the processes did not meet.
     """
     if jax.distributed.is_initialized():
         return
-    found = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", place)
-    if place != "auto" and (found is None or int(found[3]) >= int(found[2])):
-        raise UserError(
-            f"--processes {place}: expected HOST:PORT,COUNT,NUMBER with NUMBER from 0 to COUNT - 1, or auto"
-        )
+    match = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", place)
+    if place != "auto" and (match is None or int(match[3]) >= int(match[2])):
+        raise UserError(f"--processes {place}: expected HOST:PORT,COUNT,NUMBER, NUMBER from 0 to COUNT - 1; or auto")
     try:
-        if found is None:
+        if match is None:
             jax.distributed.initialize()
         else:
-            jax.distributed.initialize(found[1], int(found[2]), int(found[3]))
+            jax.distributed.initialize(match[1], int(match[2]), int(match[3]))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--processes {place}: the processes did not meet: {error}") from error
     if not is_first():
@@ -57,34 +55,36 @@ def is_first() -> bool:
 
 
 def fetch(tree: T) -> T:
-    """``jax.device_get`` that has all rows, those of the other processes' devices too; every process calls it."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(_whole, tree)
+    """``jax.device_get`` of all rows, those on the other processes' devices too; every process calls it."""
+
+    def whole(leaf: jax.Array) -> np.ndarray:
+        return np.asarray(leaf if leaf.is_fully_replicated else multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.device_get(tree) if jax.process_count() == 1 else jax.tree.map(whole, tree)
 
 
 def gather_rows(tree: T) -> T:
-    """[B, ...] NumPy rows of all processes, from the [B / processes, ...] that each has of its own."""
+    """[B, ...] NumPy rows of all processes, from the [B / processes, ...] of each."""
     return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def agree(work: Callable[[], T]) -> T:
-    """``work()`` of every process. Where it fails in one, it fails in all.
+    """``work()`` in every process. If it fails in one, it fails in all.
 
     Raises:
       UserError, TrainingFault: what another process has raised, with its number.
     """
     if jax.process_count() == 1:
         return work()
-    failure, said = None, ""
+    failure, report = None, ""
     try:
         result = work()
     except Exception as error:
-        failure, said = error, json.dumps([isinstance(error, UserError), str(error) or type(error).__name__])
-    everywhere = _texts(said)
+        failure, report = error, json.dumps([isinstance(error, UserError), str(error) or type(error).__name__])
+    reports = _texts(report)
     if failure is not None:
         raise failure
-    for number, text in enumerate(everywhere):
+    for number, text in enumerate(reports):
         if text:
             is_users, message = json.loads(text)
             raise (UserError if is_users else TrainingFault)(f"process {number}: {message}")
@@ -92,7 +92,7 @@ def agree(work: Callable[[], T]) -> T:
 
 
 def in_first(work: Callable[[], T]) -> T:
-    """``work()`` of the first process alone; its result, a JSON value, is every process's. Errors as of ``agree``."""
+    """``work()`` in the first process only; all get its result, a JSON value. Errors as in ``agree``."""
     if jax.process_count() == 1:
         return work()
     result = agree(lambda: json.dumps(work()) if is_first() else "")
@@ -104,16 +104,10 @@ def highest(value: int) -> int:
     return value if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
-def _whole(leaf: jax.Array) -> np.ndarray:
-    if leaf.is_fully_replicated:
-        return np.asarray(leaf)
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-
-
 def _texts(text: str) -> list[str]:
-    """What each of the processes has to say."""
+    """The texts of all processes."""
     data = text.encode()
     sizes = multihost_utils.process_allgather(np.int32(len(data)))
     padded = np.frombuffer(data.ljust(int(np.max(sizes)) + 1), np.uint8)
-    everywhere = multihost_utils.process_allgather(padded)
-    return [bytes(row[:size]).decode() for row, size in zip(everywhere, sizes.tolist(), strict=True)]
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes.tolist(), strict=True)]

@@ -7,7 +7,6 @@ member_0, member_1, ..., each a complete model's folder.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +18,15 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data.encoding import EncodedComparisons
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import adapters
+from rlhf_jax.training.initial import Trainable, trainable
 from rlhf_jax.types import Comparisons, Metrics, Params, ScoreFn, TrainState
 
 
-def starts(config: RunConfig, model: models.Model, params: Params, key: jax.Array) -> list[adapters.Trainable]:
+def starts(config: RunConfig, model: models.Model, params: Params, key: jax.Array) -> list[Trainable]:
     """What each of the ``ensemble_size`` members starts from: its own score head, and without ``--model`` its own body.
 
     Raises:
-        UserError: members that would all become the same; or as ``adapters.choose``.
+        UserError: members that would all become the same; or as ``initial.trainable``.
     """
     settings = config.reward_model
     if settings.ensemble_size > 1 and "score" in params and not settings.bootstrap:
@@ -41,7 +40,7 @@ def starts(config: RunConfig, model: models.Model, params: Params, key: jax.Arra
         own_body = member > 0 and config.model is None  # the first one has the body that a single model has
         body = model.init(jax.random.fold_in(head_key, 0)) if own_body else params
         whole = body if "score" in body else models.add_head(head_key, body, "score")
-        found.append(adapters.choose(config, whole, jax.random.fold_in(head_key, 1)))
+        found.append(trainable(config.lora, whole, jax.random.fold_in(head_key, 1)))
     return found
 
 
@@ -114,9 +113,3 @@ def with_counts(comparisons: EncodedComparisons, rows: np.ndarray, counts: np.nd
     if comparisons.weight is not None:
         weight *= comparisons.weight[:, None]
     return dataclasses.replace(comparisons, weight=weight)
-
-
-def folders(path: str | Path) -> list[Path]:
-    """The folders member_0, member_1, ... in ``path``; none where it is no ensemble's folder."""
-    count = len([member for member in Path(path).glob("member_*") if member.name[7:].isdecimal()])
-    return [Path(path) / f"member_{i}" for i in range(count)]

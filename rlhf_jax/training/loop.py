@@ -2,20 +2,23 @@
 
 import contextlib
 import dataclasses
+import random
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from rlhf_jax.config import Optimizer
 from rlhf_jax.data.batches import ABSENT
 from rlhf_jax.errors import AlertStop, Stopped, TrainingFault, UserError
 from rlhf_jax.report import records
 from rlhf_jax.runs import alerts, processes, trackers
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.log import RowWriter, Tracker
-from rlhf_jax.training import checks, patience, setup
+from rlhf_jax.training.optimizer import Judge
 from rlhf_jax.training.signals import resume_command, stop_requests
 from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import Metrics
@@ -24,176 +27,229 @@ State = TypeVar("State")
 
 
 class Validation(NamedTuple):
-    """What a validation found: metrics, and texts for samples.jsonl."""
+    """Metrics of a validation, and texts for samples.jsonl."""
 
     metrics: dict[str, float]
     samples: Sequence[dict[str, Any]] = ()
 
 
-def train(
-    stage: Stage,
-    state: State,
-    advance: Callable[[State, int], tuple[State, Metrics]],
-    *,
-    num_steps: int,
-    validate: Callable[[State], Validation] | None = None,
-    validation_interval: int = 1,
-    show: tuple[str, ...] = (),
-    sources: Callable[[int], Iterable[str]] = lambda step: (),
-    beside: Mapping[str, Any] | None = None,
-    cache: Any = None,
-) -> tuple[State, dict[str, float]]:
-    """Runs ``advance(state, step)`` for steps 0, 1, ..., from the checkpoint of a resumed run if there is one.
+class Job(NamedTuple):
+    """What the loop runs."""
+
+    advance: Callable[[Any, int], tuple[Any, Metrics]]  # (state, step) -> (state, metrics); step counts from 0
+    num_steps: int
+    validate: Callable[[Any], Validation] | None = None  # None: nothing is held out
+    validation_interval: int = 1
+    show: tuple[str, ...] = ()  # metrics of the console's line
+    sources: Callable[[int], Iterable[str]] = lambda step: ()  # data rows of a step's batch, as "FILE, line N"
+    optimizer: Optimizer = Optimizer()
+    judged_by: str = "min:validation/loss"  # the metric of early stopping and plateau, unless keep_best names one
+
+
+def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]]:
+    """Runs ``job.advance`` for each step, from the checkpoint of a resumed run if there is one.
 
     Row k of metrics.jsonl speaks of the state after k steps; a checkpoint of step k is saved after row k, step 0 before
     the first update. Validations come before the first step, every ``validation_interval`` steps and at the end; with
     ``keep_best`` they are followed by a checkpoint too. Each row is shown to the rules of ``config.alerts``.
-
-    sources: the data rows of the batch of a step, as "FILE, line N", for a message about it.
-    beside, cache: what lies on the devices beside the state, for a message about memory; as ``checks.explains_memory``.
 
     Returns:
         The last state and the last row of metrics; with ``keep_best`` those of the best checkpoint.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; the step was finished and saved.
-        AlertStop: a rule whose action is stop has come true, or still is at the checkpoint that the run goes on from.
-        TrainingFault: an update was not finite; the state from before it has been kept in the last checkpoint. Or a
-            checkpoint could not be written.
-        UserError: ``keep_best`` names no metric of the validations, or a rule none that the stage records.
+        AlertStop: a rule with the action stop is true, now or at the checkpoint from which the run is resumed.
+        TrainingFault: an update was not finite; the last checkpoint holds the state before it. Or a checkpoint could
+            not be written.
+        UserError: ``keep_best`` names no metric of the validations.
     """
     config = stage.config
-    best_metric = (config.keep_best or "").partition(":")[2]
-    judge = patience.Judge.of(config, stage.name, validated=validate is not None)
-    with Checkpoints(
-        stage.run.checkpoints, config.keep_last, keep_best=config.keep_best, asynchronous=config.checkpoint_async
-    ) as checkpoints:
-        first, row = 0, {}
-        if stage.run.resumed:
-            state, meta = checkpoints.restore(state)
-            first, row = meta["step"], meta["metrics"]
-            finished = " (finished already)" if first >= num_steps else ""
-            print(f"resumed from step {first} of {num_steps}{finished}", flush=True)
-        resume_step = first if stage.run.resumed else None
-        tracked = config.track if processes.is_first() else ()
-        services = trackers.start(stage.run, tracked, dataclasses.asdict(config), resume_step)
-        tracker = Tracker(
-            stage.run, total=num_steps, resume_step=resume_step, label=stage.name, show=show, services=services
-        )
-        rules = alerts.parse(config.alerts)
-        # A resumed run's rules see the rows before its checkpoint again, and go on from there.
-        history = records.read_rows(stage.run.metrics) if stage.run.resumed else []
-        history = [earlier for earlier in history if earlier["step"] <= first]
-        watches, _ = alerts.replay(rules, history)
-        alert_rows = RowWriter(stage.run.path / "alerts.jsonl", resume_step)
-        with (
-            tracker,
-            contextlib.closing(alert_rows),
-            stop_requests() as stop,
-            checks.explains_memory(config, stage.name, state, beside, cache),
-        ):
-
-            def save(step: int) -> None:
-                tracker.sync()
-                alert_rows.sync()
-                checkpoints.save(step, state, {"step": step, "metrics": row})
-
-            def validated(step: int) -> dict[str, float]:
-                if validate is None:
-                    return {}
-                started = time.perf_counter()
-                found = validate(state)
-                tracker.samples(step, found.samples)
-                tracker.timing(step, {"timing/validation": time.perf_counter() - started})
-                if (best_metric or judge.used) and judge.metric not in found.metrics:
-                    known = ", ".join(found.metrics)
-                    raise UserError(f"keep_best: no metric {judge.metric}; the validations give {known}")
-                return found.metrics
-
-            def log(step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-                nonlocal watches
-                numbers = tracker.log(step, metrics)
-                watches, raised = alerts.observe(watches, {"step": step, **numbers})
-                for alert in raised:
-                    alert_rows.write(step, {key: value for key, value in alert._asdict().items() if key != "step"})
-                    tracker.print(f"alert at step {step}: {alert.name}: {alert.message}")
-                    tracker.alert(step, f"{alert.name}: {alert.message}")
-                return numbers
-
-            if not stage.run.resumed:
-                setup.seed_libraries(config.seed, 0)
-                row = log(0, validated(0))
-                history.append(row)
-                save(0)
-                checkpoints.wait()  # before the first update, even where saves are asynchronous
-            recorded = {"step"} | {name for earlier in (row, *history) for name in earlier}
-            ended, done = judge.stops(history), first
-            if not ended:
-                _obey(watches, first, num_steps)
-            for step in range(first, first if ended else num_steps):
-                started = time.perf_counter()
-                setup.seed_libraries(config.seed, step + 1)
-                state, metrics = advance(state, step)
-                done = step + 1
-                nonfinite = float(metrics["nonfinite"]) > 0
-                tracker.timing(done, {"timing/step": time.perf_counter() - started})
-                last = done == num_steps
-                due = not nonfinite and (last or done % validation_interval == 0)
-                row = log(done, {**metrics, **judge.metrics(state), **(validated(done) if due else {})})
-                if due:
-                    history.append(row)
-                    state, ended = judge.lowered(state, history), judge.stops(history)
-                    last = last or ended
-                if nonfinite:
-                    checkpoints.wait()
-                    rows = _grouped(sources(step))
-                    raise TrainingFault(
-                        f"{stage.name}: loss or gradient was not finite at step {done}; the update was not "
-                        f"applied. The last good checkpoint is step {checkpoints.latest()} in {stage.run.checkpoints}. "
-                        "Lower the learning rate or clip harder (optimizer.max_grad_norm; with --resume, name what "
-                        "changes under --allow-changed)"
-                        + (f", or look at the rows of this batch: {rows}" if rows else "")
-                    )
-                if step == first:
-                    for sentence in alerts.check_metrics(rules, recorded | row.keys()):
-                        tracker.print(sentence)
-                stopping = any(watch.stops for watch in watches)
-                received = processes.highest(stop.received or 0)
-                if last or received or stopping or done % config.checkpoint_interval == 0 or (due and best_metric):
-                    save(done)
-                if stopping and not last:
-                    checkpoints.wait()
-                    _obey(watches, done, num_steps)
-                if received and not last:
-                    checkpoints.wait()
-                    name = signal.Signals(received).name
-                    raise Stopped(
-                        f"{name}: stopped after step {done} of {num_steps}, saved. Go on with:\n    {resume_command()}",
-                        received,
-                    )
-                if ended:
-                    break
-            checkpoints.wait()
-            if ended and done < num_steps:
-                wait = f"{judge.metric} has not improved for {judge.stop_after} validations"
-                tracker.print(f"ended early, after step {done} of {num_steps}: {wait}")
-            best = checkpoints.best()
-            if best is not None:
-                state, meta = checkpoints.restore(state, best)
-                row = meta["metrics"]
-                tracker.print(f"{best_metric} is best at step {best}: {row[best_metric]:.4g}; model/ is of that step")
+    judge = Judge(config.keep_best or job.judged_by, config.early_stopping_patience, job.optimizer)
+    if job.validate is None and (judge.used or config.keep_best):
+        key = f"keep_best {config.keep_best}" if config.keep_best else "early_stopping_patience and schedule plateau"
+        raise UserError(f"{key}: nothing is held out, so there are no validations to judge by")
+    with (
+        contextlib.ExitStack() as stack,
+        Checkpoints(
+            stage.run.checkpoints, config.keep_last, keep_best=config.keep_best, asynchronous=config.checkpoint_async
+        ) as checkpoints,
+    ):
+        loop, state = _start(stage, job, judge, checkpoints, state, stack)
+        stop = stack.enter_context(stop_requests())
+        loop.obey_alerts()
+        while loop.going_on:
+            state = loop.step(state)
+            received = processes.highest(stop.received or 0)
+            loop.save_if_due(state, received)
+            if received and loop.going_on:
+                checkpoints.wait()
+                raise Stopped(
+                    f"{signal.Signals(received).name}: stopped after step {loop.done} of {job.num_steps}, saved. "
+                    f"Go on with:\n    {resume_command()}",
+                    received,
+                )
+        checkpoints.wait()
+        if loop.ended and loop.done < job.num_steps:
+            waited = f"{judge.metric} has not improved for {judge.stop_after} validations"
+            loop.tracker.print(f"ended early, after step {loop.done} of {job.num_steps}: {waited}")
+        best, row = checkpoints.best(), loop.row
+        if best is not None:
+            state, meta = checkpoints.restore(state, best)
+            row = meta["metrics"]
+            score = f"{judge.metric} is best at step {best}: {row[judge.metric]:.4g}"
+            loop.tracker.print(f"{score}; model/ is of that step")
     return state, row
 
 
-def _obey(watches: Iterable[alerts.Watch], step: int, num_steps: int) -> None:
-    """Ends the run whose checkpoint of that step is saved, where a rule whose action is stop is true."""
-    stopping = [repr(watch.rule.text) for watch in watches if watch.stops]
-    if stopping and step < num_steps:
-        raise AlertStop(
-            f"stopped by an alert after step {step} of {num_steps}, saved: {' and '.join(stopping)} is true. Look at "
-            "alerts.jsonl in the run's folder; go on without the rule, or with another one, by\n"
-            f"    {resume_command()} --allow-changed alerts --alerts RULE..."
+@dataclasses.dataclass
+class _Loop:
+    """A loop under way: what was recorded, and up to which step."""
+
+    stage: Stage
+    job: Job
+    judge: Judge
+    checkpoints: Checkpoints
+    tracker: Tracker
+    alert_rows: RowWriter
+    history: list[dict[str, Any]]  # rows of the steps so far: all of a resumed run, then those with validations
+    done: int  # steps
+    row: dict[str, float]  # the last row of metrics
+    ended: bool = False  # early, by the judge
+    validated: bool = False  # after the last step
+
+    def __post_init__(self) -> None:
+        # A resumed run's rules see the rows before its checkpoint again, and go on from there.
+        self.rules = alerts.parse(self.stage.config.alerts)
+        self.watches, _ = alerts.replay(self.rules, self.history)
+        self.rules_checked = False
+
+    @property
+    def going_on(self) -> bool:
+        """Whether another step follows."""
+        return self.done < self.job.num_steps and not self.ended
+
+    def begin(self, state: Any) -> None:
+        """Validates and saves step 0 of a new run."""
+        seed_libraries(self.stage.config.seed, 0)
+        self._record(self._validation(state))
+        self.history.append(self.row)
+        self._save(state)
+        self.checkpoints.wait()  # before the first update, also if saves are asynchronous
+
+    def step(self, state: Any) -> Any:
+        """One step with its row of metrics, and a validation if one is due."""
+        started = time.perf_counter()
+        seed_libraries(self.stage.config.seed, self.done + 1)
+        state, metrics = self.job.advance(state, self.done)
+        self.done += 1
+        finite = not float(metrics["nonfinite"]) > 0
+        self.tracker.timing(self.done, {"timing/step": time.perf_counter() - started})
+        last = self.done == self.job.num_steps
+        self.validated = finite and (last or self.done % self.job.validation_interval == 0)
+        found = self._validation(state) if self.validated else {}
+        recorded = {name for row in (self.row, *self.history) for name in row}
+        self._record({**metrics, **self.judge.metrics(state), **found})
+        if self.validated:
+            self.history.append(self.row)
+            state, self.ended = self.judge.lowered(state, self.history), self.judge.stops(self.history)
+        if not finite:
+            self._refuse()
+        if not self.rules_checked:
+            self.rules_checked = True
+            for sentence in alerts.check_metrics(self.rules, {"step"} | recorded | self.row.keys()):
+                self.tracker.print(sentence)
+        return state
+
+    def save_if_due(self, state: Any, received: int) -> None:
+        """Saves at the end, at the interval, for a signal or an alert, and after validations under ``keep_best``."""
+        config = self.stage.config
+        due = received or not self.going_on or any(watch.stops for watch in self.watches)
+        if due or self.done % config.checkpoint_interval == 0 or (self.validated and config.keep_best):
+            self._save(state)
+        self.obey_alerts()
+
+    def obey_alerts(self) -> None:
+        """Ends the run, whose last step is saved, if a rule with the action stop is true."""
+        stopping = [repr(watch.rule.text) for watch in self.watches if watch.stops]
+        if stopping and self.going_on:
+            self.checkpoints.wait()
+            raise AlertStop(
+                f"stopped by an alert after step {self.done} of {self.job.num_steps}, saved: {' and '.join(stopping)} "
+                "is true. Look at alerts.jsonl in the run's folder; go on without the rule, or with another one, by\n"
+                f"    {resume_command()} --allow-changed alerts --alerts RULE..."
+            )
+
+    def _validation(self, state: Any) -> dict[str, float]:
+        if self.job.validate is None:
+            return {}
+        started = time.perf_counter()
+        metrics, samples = self.job.validate(state)
+        self.tracker.samples(self.done, samples)
+        self.tracker.timing(self.done, {"timing/validation": time.perf_counter() - started})
+        if self.judge.used or self.stage.config.keep_best:
+            self.judge.check(metrics)
+        return metrics
+
+    def _record(self, metrics: Mapping[str, Any]) -> None:
+        self.row = self.tracker.log(self.done, metrics)
+        self.watches, raised = alerts.observe(self.watches, {"step": self.done, **self.row})
+        for alert in raised:
+            self.alert_rows.write(self.done, {key: x for key, x in alert._asdict().items() if key != "step"})
+            self.tracker.print(f"alert at step {self.done}: {alert.name}: {alert.message}")
+            self.tracker.alert(self.done, f"{alert.name}: {alert.message}")
+
+    def _save(self, state: Any) -> None:
+        self.tracker.sync()
+        self.alert_rows.sync()
+        self.checkpoints.save(self.done, state, {"step": self.done, "metrics": self.row})
+
+    def _refuse(self) -> None:
+        """Ends the run after an update that was not finite and so was not applied."""
+        self.checkpoints.wait()
+        rows = _grouped(self.job.sources(self.done - 1))
+        raise TrainingFault(
+            f"{self.stage.name}: loss or gradient was not finite at step {self.done}; the update was not applied. The "
+            f"last good checkpoint is step {self.checkpoints.latest()} in {self.stage.run.checkpoints}. Lower the "
+            "learning rate or clip harder (optimizer.max_grad_norm; with --resume, name what changes under "
+            "--allow-changed)" + (f", or look at the rows of this batch: {rows}" if rows else "")
         )
+
+
+def _start(
+    stage: Stage, job: Job, judge: Judge, checkpoints: Checkpoints, state: State, stack: contextlib.ExitStack
+) -> tuple[_Loop, State]:
+    """Opens the files of the run, goes on from its checkpoint or begins it."""
+    config, run = stage.config, stage.run
+    done, row, resume_step = 0, {}, None
+    if run.resumed:
+        state, meta = checkpoints.restore(state)
+        done = resume_step = meta["step"]
+        row = meta["metrics"]
+        finished = " (finished already)" if done >= job.num_steps else ""
+        print(f"resumed from step {done} of {job.num_steps}{finished}", flush=True)
+    tracked = config.track if processes.is_first() else ()
+    services = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
+    tracker = stack.enter_context(
+        Tracker(run, total=job.num_steps, resume_step=resume_step, label=stage.name, show=job.show, services=services)
+    )
+    rows = records.read_rows(run.metrics) if run.resumed else []
+    history = [earlier for earlier in rows if earlier["step"] <= done]
+    alert_rows = stack.enter_context(contextlib.closing(RowWriter(run.path / "alerts.jsonl", resume_step)))
+    loop = _Loop(stage, job, judge, checkpoints, tracker, alert_rows, history, done, row)
+    if not run.resumed:
+        loop.begin(state)
+    loop.ended = judge.stops(loop.history)
+    return loop, state
+
+
+def seed_libraries(seed: int, step: int) -> None:
+    """Seeds Python's and NumPy's global generators, which a reward or judge in Python may draw from.
+
+    By the step, so that a run that goes on from a checkpoint draws what it would have drawn without the stop.
+    """
+    number = zlib.crc32(f"{seed} {step}".encode())
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002 (what others draw from is the legacy one)
 
 
 def _grouped(sources: Iterable[str]) -> str:

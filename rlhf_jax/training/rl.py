@@ -4,273 +4,367 @@ The loop's phases, ``collect -> reward -> learn`` and ``iteration``, are pure fu
 public here.
 """
 
-import dataclasses
 import functools
+import math
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import generator, models, rewards, sampling, sharding
-from rlhf_jax.algorithms import grpo, ppo
-from rlhf_jax.config import RunConfig
-from rlhf_jax.data import batches, encoding
-from rlhf_jax.data import rows as data_rows
-from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
+from rlhf_jax.config import RLStage, RunConfig
+from rlhf_jax.data import batches
+from rlhf_jax.data.encoding import EncodedPrompts, encode_prompts
+from rlhf_jax.data.rows import Prompt
+from rlhf_jax.data.rows import texts as texts_of
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.rewards.filter import Verdict
-from rlhf_jax.runs import processes
-from rlhf_jax.training import adapters, checks, inputs, loop, reward_functions, safety, setup
+from rlhf_jax.generator import LanguageModel
+from rlhf_jax.rewards import filter as filters
+from rlhf_jax.rewards import spec
+from rlhf_jax.runs import manifest, processes
+from rlhf_jax.training import initial, loop
+from rlhf_jax.training.initial import Trainable, trainable
 from rlhf_jax.training.loop import Validation
-from rlhf_jax.training.phases import AlgorithmConfig, LoopState, Prompts, collect, iteration, learn, reward
-from rlhf_jax.training.reward_functions import RunReward
-from rlhf_jax.training.stage import RunResult, Stage, open_stage, start
-from rlhf_jax.types import Metrics, Params, Rollout, TrainState
+from rlhf_jax.training.optimizer import make_optimizer
+from rlhf_jax.training.phases import (
+    Functions,
+    LoopState,
+    Prompts,
+    Recipe,
+    collect,
+    iteration,
+    learn,
+    reward,
+    sample,
+    scored,
+)
+from rlhf_jax.training.stage import RunResult, Stage, open_stage, start, stream
+from rlhf_jax.training.supervised import divides, print_counts
+from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Rollout
 
-__all__ = ["LoopState", "Prompts", "collect", "iteration", "learn", "reward", "run"]
+__all__ = ["Functions", "LoopState", "Prompts", "Recipe", "collect", "iteration", "learn", "reward", "run", "sample"]
 
 
-def run(config: RunConfig, algorithm: ModuleType = ppo, run_reward: RunReward | None = None) -> RunResult:
-    """Trains the policy in ``config.model`` with ``algorithm`` (the module ``vpg``, ``ppo``, ``rloo`` or ``grpo``).
+def run(
+    config: RunConfig,
+    algorithm: Algorithm = ppo,
+    algorithm_config: AlgorithmConfig | None = None,
+    run_reward: spec.Reward | None = None,
+) -> RunResult:
+    """Trains the policy in ``config.model`` and saves ``model/`` in the run folder.
 
-    Saves ``model/`` in the run folder. ``run_reward`` takes the place of ``config.reward``: any RewardFn or HostReward.
+    Args:
+        algorithm: the module ``vpg``, ``ppo``, ``rloo`` or ``grpo``, or one of your own (``types.Algorithm``); the run
+            is named after it.
+        algorithm_config: None: the algorithm's section of ``config``, or for one of your own its ``Config()``.
+        run_reward: takes the place of ``config.reward``: any RewardFn or HostReward.
 
     Raises:
         UserError: for whatever is wrong with the data, the models' folders, the run folder or the settings.
         TrainingFault: a reward or an update that is not finite.
     """
-    settings = config.rl
-    name = algorithm.__name__.rpartition(".")[2]
-    algorithm_config: AlgorithmConfig = getattr(config, name)  # the section is called as the module is
-    group_size = checks.group_size(algorithm_config)
-    kl_coef = settings.kl_coef
-    if kl_coef is None:
-        kl_coef = 0.0 if algorithm is grpo else 0.05
-    needs_reference = checks.needs_reference(settings, algorithm_config, kl_coef)
-    checks.reinforcement(algorithm, name, settings, algorithm_config, start(config))
-    tokenizer_source = setup.tokenizer_source(config)
-    prompts = inputs.read("prompts", settings.data, config.data, config.seed, tokenizer_source)
-    rows, fingerprints = prompts.rows, prompts.fingerprints
-    if settings.validation_data:
-        others = inputs.read("prompts", settings.validation_data, (), config.seed, tokenizer_source)
-        rows, fingerprints = [*rows, *others.rows], fingerprints | others.fingerprints
-    guard = safety.Guard.of(config.safety)
-    fingerprints = fingerprints | guard.fingerprints
-    init_key = setup.stream(config.seed, name, "init")
-    model, params, tokenizer = setup.language_model(config, data_rows.texts(rows), init_key)
-    encoded = to_validate = inputs.encode_prompts(guard.prompts(prompts.rows, tokenizer), tokenizer, model, config)
-    if settings.validation_data:
-        to_validate = inputs.encode_prompts(guard.prompts(others.rows, tokenizer), tokenizer, model, config)
-        checks.same_columns(encoded.columns, to_validate.columns)
-    if run_reward is None:
-        run_reward = reward_functions.build(config.reward, tokenizer, config.compute, encoded.columns)
-    run_reward = guard.around(run_reward, tokenizer, config, encoded.columns)
-    judge = None
-    if settings.judge:
-        try:
-            built = reward_functions.build(settings.judge, tokenizer, config.compute, to_validate.columns)
-        except UserError as error:
-            raise UserError(str(error).replace("--reward", "--rl.judge", 1)) from error
-        judge = RunReward(host=reward_functions.as_host(built))
-    with open_stage(config, name, fingerprints) as stage:
-        stage.say_counts(encoded.counts)
+    settings, name = config.rl, algorithm.__name__.rpartition(".")[2]
+    if algorithm_config is None:
+        sections = {vpg: config.vpg, ppo: config.ppo, rloo: config.rloo, grpo: config.grpo}
+        algorithm_config = sections[algorithm] if algorithm in sections else algorithm.Config()
+    sizes = _sizes(name, settings, algorithm_config, start(config))
+    kl_coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
+    has_reference = bool(kl_coef or algorithm_config.kl_in_loss or settings.kl_target is not None)
+    if settings.reference_refresh is not None and not has_reference:
+        raise UserError("rl.reference_refresh: no KL is used here; set rl.kl_coef above 0 or leave it out")
+    parts = _parts(config, name, run_reward)
+    with open_stage(config, name, parts.fingerprints, sizes) as stage:
+        print_counts(parts.prompts.counts)
         if settings.validation_data:
-            stage.say_counts({f"{what} (for validation)": count for what, count in to_validate.counts.items()})
-        prompt_length = encoded.tokens.shape[1]
-        sampling_config = sampling.SamplingConfig(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
+            print_counts({f"{what} (for validation)": count for what, count in parts.to_validate.counts.items()})
+        trainer = _Trainer.create(stage, parts, algorithm, algorithm_config, has_reference)
+        reference = trainer.start.params if settings.reference_refresh is not None else None
+        train = algorithm.State.create(trainer.start.params, trainer.recipe.optimizer)
+        state = stage.replicate(LoopState.create(train, kl_coef, reference))
+        stage.held.update(trainer.held(state))
+        state, row = loop.train(stage, state, trainer.job)
+        policy = {part: leaves for part, leaves in state.train.params.items() if part != "value"}
+        return stage.finish(parts.initial, trainer.start, {"": policy}, row)
+
+
+class _Parts(NamedTuple):
+    """What a run is made of before its folder is opened."""
+
+    initial: LanguageModel
+    prompts: EncodedPrompts
+    to_validate: EncodedPrompts  # the same, unless ``rl.validation_data`` is given
+    reward: spec.Reward
+    judge: spec.Reward | None
+    enforce: Callable[..., Any] | None  # the filter of responses, after a reward on the host
+    fingerprints: dict[str, str]
+
+
+def _parts(config: RunConfig, name: str, run_reward: spec.Reward | None) -> _Parts:
+    settings = config.rl
+    data = initial.stage_rows(config, "prompts", settings.data)
+    others = initial.stage_rows(config, "prompts", settings.validation_data) if settings.validation_data else None
+    guard = filters.Guard.create(config.safety)
+    files = filters.rule_files(config.safety)
+    for entry in (*config.reward, *settings.judge):
+        files |= {f"reward {name}": path for name, path in spec.sources(entry).items()}
+    fingerprints = data.fingerprints | (others.fingerprints if others else {})
+    fingerprints |= {name: manifest.fingerprint(path) for name, path in files.items()}
+    rows = [*data.rows, *(others.rows if others else [])]
+    language_model = initial.language_model(config, texts_of(rows), stream(config.seed, name, "init"))
+    encode = functools.partial(_encoded, config, language_model, guard)
+    prompts = to_validate = encode(data.rows)
+    if others is not None:
+        to_validate = encode(others.rows)
+        missing = [column for column in prompts.columns if column not in to_validate.columns]
+        if missing:
+            raise UserError(
+                f"rl.validation_data: its rows have no {', '.join(missing)}, which the prompts in training have; a "
+                "reward may read it"
+            )
+    load = functools.partial(initial.load_reward_model, compute=config.compute)
+    build = functools.partial(spec.build, tokenizer=language_model.tokenizer, load=load)
+    if run_reward is None:
+        run_reward = build(config.reward, columns=prompts.columns)
+    judge = build(settings.judge, columns=to_validate.columns, flag="--rl.judge") if settings.judge else None
+    enforce = None
+    if config.safety.on:
+        run_reward = spec.Reward(host=spec.as_host(run_reward))
+        guard = guard.for_responses(tokenizer=language_model.tokenizer, load=load, columns=prompts.columns)
+        enforce = guard.enforce
+    return _Parts(language_model, prompts, to_validate, run_reward, judge, enforce, fingerprints)
+
+
+def _encoded(
+    config: RunConfig, language_model: LanguageModel, guard: filters.Guard, rows: list[Prompt]
+) -> EncodedPrompts:
+    return encode_prompts(
+        guard.prompts(rows, language_model.tokenizer),
+        language_model.tokenizer,
+        template=config.text.template,
+        too_long=config.text.too_long,
+        length=config.rl.max_prompt_length,
+        max_positions=language_model.model.config.max_length,
+        max_new_tokens=config.rl.max_new_tokens,
+    )
+
+
+def _sizes(name: str, settings: RLStage, config: AlgorithmConfig, num_devices: int) -> dict[str, int]:
+    """The settings that help when memory runs out.
+
+    Raises:
+        UserError: the batch does not divide by devices, groups, minibatches and microbatches.
+    """
+    if settings.num_episodes is not None:
+        episodes = f"{settings.length} iterations with {settings.length * settings.batch_size} episodes"
+        print(f"rl.num_episodes {settings.num_episodes}: {episodes}, whatever rl.num_iterations is", flush=True)
+    size, num_minibatches, num_microbatches = settings.batch_size, config.num_minibatches, config.num_microbatches
+    blocks = config.shuffle_blocks if num_minibatches > 1 else 1
+    fits = math.lcm(num_devices, config.group_size, num_minibatches * blocks, num_minibatches * num_microbatches)
+    divides("rl.batch_size", size, {"devices": num_devices}, fits)
+    divides("rl.batch_size", size, {f"answers to one prompt ({name}.group_size)": config.group_size}, fits)
+    parts = {f"{name}.num_minibatches": num_minibatches, f"{name}.shuffle_blocks": blocks}
+    divides("rl.batch_size", size, parts, fits)
+    minibatch = size // num_minibatches
+    if minibatch % num_microbatches:
+        raise UserError(
+            f"{name}.num_microbatches {num_microbatches} does not divide the {minibatch} rows of a minibatch "
+            f"(rl.batch_size {size} / {name}.num_minibatches {num_minibatches})"
         )
-        model_fn = models.policy_fn(model, settings.temperature, prompt_length)
-        reward_fn = None if run_reward.fn is None else stage.replicate(run_reward.fn)
-        ref_fn = None
-        if algorithm is ppo:
+    return {f"{name}.num_microbatches": num_microbatches, "rl.batch_size": size}
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """The steps and validations of an open run."""
+
+    stage: Stage
+    parts: _Parts
+    recipe: Recipe
+    functions: Functions
+    start: Trainable
+    train_rows: np.ndarray
+    held_out: np.ndarray
+    order_key: jax.Array
+
+    @classmethod
+    def create(
+        cls, stage: Stage, parts: _Parts, algorithm: Algorithm, algorithm_config: Any, has_reference: bool
+    ) -> "_Trainer":
+        """Puts models and rewards on the devices and splits the prompts."""
+        config, settings, (model, params, tokenizer) = stage.config, stage.config.rl, parts.initial
+        init_key = stage.key("init")
+        if algorithm.needs_values:
             params = models.add_head(jax.random.fold_in(init_key, 1), params, "value")
-        trainable = stage.trainable(adapters.choose(config, params, jax.random.fold_in(init_key, 2)))
-        policy_fn = trainable.bind(model_fn)
-        reference = None
-        if settings.reference_refresh is not None:
-            reference = stage.replicate(trainable.params)
-        elif needs_reference:
-            ref_fn = stage.reference(trainable, model_fn)
-        optimizer = setup.make_optimizer(settings.optimizer, checks.num_updates(settings, algorithm_config))
+        begin = stage.place(trainable(config.lora, params, jax.random.fold_in(init_key, 2)))
+        model_fn = models.policy_fn(model, settings.temperature, parts.prompts.tokens.shape[1])
+        fixed_reference = has_reference and settings.reference_refresh is None
+        functions = Functions(
+            policy_fn=begin.bind(model_fn),
+            reward_fn=None if parts.reward.fn is None else stage.replicate(parts.reward.fn),
+            ref_fn=stage.reference(begin, model_fn) if fixed_reference else None,
+            base=begin.base,
+        )
+        recipe = Recipe(
+            model,
+            sampling.SamplingConfig(
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                eos_id=tokenizer.eos_id,
+                pad_id=tokenizer.pad_id,
+            ),
+            algorithm,
+            algorithm_config,
+            make_optimizer(
+                settings.optimizer, settings.length * algorithm_config.num_epochs * algorithm_config.num_minibatches
+            ),
+            settings,
+            stage.mesh,
+        )
         split_key, order_key = jax.random.split(stage.key("data"))
         if settings.validation_data:
-            train_rows, held_out = np.arange(len(encoded)), np.arange(len(to_validate))
+            train_rows, held_out = np.arange(len(parts.prompts)), np.arange(len(parts.to_validate))
         else:
-            train_rows, held_out = batches.split(len(encoded), settings.validation_fraction, split_key)
-        collecting: dict[str, Any] = {"model": model, "sampling_config": sampling_config, "mesh": stage.mesh}
-        learning: dict[str, Any] = {
-            "algorithm": algorithm,
-            "algorithm_config": algorithm_config,
-            "optimizer": optimizer,
-            "config": settings,
-            "minibatch_sharding": stage.row_sharding,
-        }
-        whole: Callable[..., Any] = functools.partial(iteration, **collecting, **learning)
+            train_rows, held_out = batches.split(len(parts.prompts), settings.validation_fraction, split_key)
+        return cls(stage, parts, recipe, functions, begin, train_rows, held_out, order_key)
 
-        @stage.jit_update
-        def step_fn(state: LoopState, *arrays: Any) -> tuple[LoopState, Metrics]:
-            state, _, metrics = whole(state, *arrays)
-            return state, metrics
-
-        collect_fn = jax.jit(functools.partial(collect, **collecting))
-        learn_fn = stage.jit_update(functools.partial(learn, eos_id=tokenizer.eos_id, **learning))
-        rollout_key, update_key = stage.key("rollout"), stage.key("update")
-
-        def rows_of(step: int) -> np.ndarray:
-            drawn = batches.prompt_rows(len(train_rows), settings.batch_size // group_size, order_key, step)
-            return train_rows[drawn]
-
-        def advance(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
-            if settings.reference_refresh is not None and step and step % settings.reference_refresh == 0:
-                state = dataclasses.replace(state, reference=stage.replicate(state.train.params))
-            rows = np.repeat(rows_of(step), group_size)
-            batch = _prompts(stage, encoded, rows)
-            keys = [jax.random.fold_in(key, step) for key in (rollout_key, update_key)]
-            if run_reward.host is None:
-                return step_fn(state, batch, *keys, ref_fn, reward_fn, policy_fn, trainable.base)
-            rollout, metrics = collect_fn(
-                state, batch, keys[0], policy_fn=policy_fn, ref_fn=ref_fn, base=trainable.base
-            )
-            rollout, reward_metrics, _ = _reward_on_host(run_reward, rollout, encoded, rows)
-            state, learn_metrics = learn_fn(state, stage.shard(rollout), keys[1], policy_fn=policy_fn)
-            return state, metrics | reward_metrics | learn_metrics
-
-        validate = _validator(
-            stage,
-            to_validate,
-            held_out,
-            model,
-            trainable,
-            tokenizer,
-            sampling_config,
-            run_reward._replace(fn=reward_fn),
-            judge,
-        )
-        state, row = loop.train(
-            stage,
-            stage.replicate(LoopState.create(TrainState.create(trainable.params, optimizer), kl_coef, reference)),
-            advance,
-            num_steps=settings.length,
-            validate=validate if len(held_out) else None,
+    @property
+    def job(self) -> loop.Job:
+        """What the loop runs."""
+        settings = self.recipe.settings
+        return loop.Job(
+            self.advance,
+            settings.length,
+            validate=self.validate if len(self.held_out) else None,
             validation_interval=settings.validation_interval,
             show=("objective/score", "objective/kl", "kl/coef", "response/length", "validation/score"),
-            sources=lambda step: [encoded.rows[row].source for row in rows_of(step)],
-            beside={"frozen weights": trainable.base, "rewards": reward_fn}
-            | ({} if ref_fn is None or trainable.base is not None else {"reference": ref_fn}),
-            cache=jax.eval_shape(
-                lambda: model.init_cache(
-                    settings.batch_size // stage.num_devices, prompt_length + settings.max_new_tokens
-                )
-            ),
+            sources=lambda step: [self.parts.prompts.rows[row].source for row in self.rows_of(step)],
+            optimizer=settings.optimizer,
+            judged_by="max:validation/score",
         )
-        policy = {part: leaves for part, leaves in state.train.params.items() if part != "value"}
-        return stage.finish(model, trainable, policy, tokenizer, row)
 
+    def held(self, state: LoopState) -> dict[str, Any]:
+        """What lies on the devices, for the message when memory runs out."""
+        length = self.parts.prompts.tokens.shape[1] + self.recipe.settings.max_new_tokens
+        rows = self.recipe.settings.batch_size // self.stage.num_devices
+        reference = self.functions.ref_fn if self.functions.base is None else None
+        return {
+            "trained parameters": state.train.params,
+            "optimizer state": state.train.opt_state,
+            "frozen weights": self.functions.base,
+            "reference": [reference, state.reference],
+            "rewards": self.functions.reward_fn,
+            "cache while it samples": jax.eval_shape(lambda: self.recipe.model.init_cache(rows, length)),
+            "gradients in the update": jax.eval_shape(lambda: state.train.params),
+        }
 
-def _validator(
-    stage: Stage,
-    encoded: encoding.EncodedPrompts,
-    rows: np.ndarray,
-    model: models.Model,
-    trainable: adapters.Trainable,
-    tokenizer: Tokenizer,
-    sampling_config: sampling.SamplingConfig,
-    run_reward: RunReward,
-    judge: RunReward | None,
-) -> Callable[[LoopState], Validation]:
-    """Samples a response to each of the given prompts, always with the same key; the reward and the judge score it."""
-    settings = stage.config.rl
-    rows = loop.pad_rows(rows[: settings.validation_prompts], stage.num_devices)
-    batch = _prompts(stage, encoded, rows)
-    generate = functools.partial(sampling.generate, model, config=sampling_config, mesh=stage.mesh)
+    def rows_of(self, step: int) -> np.ndarray:
+        """The rows of the prompts of a step, without their repetitions in groups."""
+        count = self.recipe.settings.batch_size // self.recipe.algorithm_config.group_size
+        return self.train_rows[batches.prompt_rows(len(self.train_rows), count, self.order_key, step)]
 
-    @jax.jit
-    def sample(trained: Params, base: Params | None, *prompts: jax.Array) -> Rollout:
-        return generate(adapters.Trainable(trained, base).full(trained), *prompts)
+    def advance(self, state: LoopState, step: int) -> tuple[LoopState, Metrics]:
+        """One iteration."""
+        refresh = self.recipe.settings.reference_refresh
+        if refresh is not None and step and step % refresh == 0:
+            state = replace(state, reference=self.stage.replicate(state.train.params))
+        rows = np.repeat(self.rows_of(step), self.recipe.algorithm_config.group_size)
+        prompts = _prompts(self.stage, self.parts.prompts, rows)
+        rollout_key, update_key = (jax.random.fold_in(self.stage.key(name), step) for name in ("rollout", "update"))
+        rollout, metrics = self._collect(state, prompts, rollout_key, self.functions)
+        rollout, reward_metrics, _ = self._score(self.parts.reward, rollout, self.parts.prompts, rows)
+        state, learn_metrics = self._learn(state, rollout, update_key, self.functions)
+        return state, metrics | reward_metrics | learn_metrics
 
-    score = jax.jit(lambda reward_fn, rollout: reward(rollout, reward_fn=reward_fn))
+    @functools.cached_property
+    def _sample(self) -> Any:
+        return jax.jit(functools.partial(sample, recipe=self.recipe))
 
-    def validate(state: LoopState) -> Validation:
-        policy = models.policy_params(state.train.params)
-        rollout = sample(policy, trainable.base, batch.tokens, batch.attention_mask, stage.key("eval"))
-        judged = {}
-        if judge is not None:
-            _, metrics, _ = _reward_on_host(judge, rollout, encoded, rows)
-            judged = {"validation/judge": float(metrics["objective/score"])}
-        verdicts: list[Verdict] | None = None
-        if run_reward.host is None:
-            rollout, metrics = processes.fetch(score(run_reward.fn, rollout))
-        else:
-            rollout, metrics, verdicts = _reward_on_host(run_reward, rollout, encoded, rows)
-        texts = generator.responses(rollout, tokenizer)
-        lengths = rollout.response_mask.astype(bool).sum(axis=1).tolist()
-        samples = [
-            {"prompt": encoded.rows[row].prompt, "response": text, "score": float(score), "length": length}
-            for row, text, score, length in zip(rows, texts, rollout.scores, lengths, strict=True)
-            if length
-        ]
-        if verdicts is not None:
-            told = [safety.told(verdict) for verdict, length in zip(verdicts, lengths, strict=True) if length]
-            samples = [sample | {"unsafe": what} for sample, what in zip(samples, told, strict=True)]
+    @functools.cached_property
+    def _collect(self) -> Any:
+        return jax.jit(functools.partial(collect, recipe=self.recipe))
+
+    @functools.cached_property
+    def _reward(self) -> Any:
+        return jax.jit(reward)
+
+    @functools.cached_property
+    def _learn(self) -> Any:
+        return self.stage.jit_update(functools.partial(learn, recipe=self.recipe))
+
+    def validate(self, state: LoopState) -> Validation:
+        """Samples a response to each held-out prompt, always with the same key; the reward and the judge score it."""
+        settings, encoded = self.recipe.settings, self.parts.to_validate
+        rows = loop.pad_rows(self.held_out[: settings.validation_prompts], self.stage.num_devices)
+        sampled = self._sample(state, _prompts(self.stage, encoded, rows), self.stage.key("eval"), self.functions)
+        judged: Metrics = {}
+        if self.parts.judge is not None:
+            _, judged, _ = self._score(self.parts.judge, sampled, encoded, rows)
+            judged = {"validation/judge": judged["objective/score"]}
+        rollout, metrics, verdicts = self._score(self.parts.reward, sampled, encoded, rows)
+        samples = _samples(processes.fetch(rollout), encoded, rows, self.parts.initial, verdicts)
         for shown in samples[: settings.show_examples]:
             print("Prompt:    {prompt}\nGenerated: {response}\nReward:    {score:.4g}\n".format(**shown), flush=True)
-        kept = {name: value for name, value in metrics.items() if name.startswith(("reward/", "safety/"))}
-        parts = {f"validation/{part}": float(value) for part, value in kept.items()}
-        return Validation({"validation/score": float(metrics["objective/score"]), **judged, **parts}, samples)
+        kept = {f"validation/{name}": x for name, x in metrics.items() if name.startswith(("reward/", "safety/"))}
+        values = {"validation/score": metrics["objective/score"]} | judged | kept
+        return Validation({name: float(value) for name, value in values.items()}, samples)
 
-    return validate
+    def _score(
+        self, run_reward: spec.Reward, rollout: Rollout, encoded: EncodedPrompts, rows: np.ndarray
+    ) -> tuple[Rollout, Metrics, list[filters.Verdict] | None]:
+        """The rollout with its scores, the reward's metrics, and the filter's verdicts if there is one.
 
+        On the host each process scores its own rows; all filter all rows, so that they agree on what is absent.
+        """
+        if run_reward.host is None:
+            return *self._reward(rollout, replace(self.functions, reward_fn=run_reward.fn)), None
+        host, rollout = run_reward.host, processes.fetch(rollout)
+        verdicts, filtered_metrics = None, {}
 
-def _reward_on_host(
-    run_reward: RunReward, rollout: Rollout, encoded: encoding.EncodedPrompts, rows: np.ndarray
-) -> tuple[Rollout, Metrics, list[Verdict] | None]:
-    """The rollout, as NumPy arrays, with its scores; the reward's metrics; and what the safety filter found, if any."""
-    rollout = processes.fetch(rollout)
-    before = rollout.response_mask.any(axis=1).sum()
+        def score_own_rows() -> rewards.HostResult:
+            columns = batches.columns_at(encoded, sharding.own_rows(rows))
+            return rewards.on_host(host, sharding.own_rows(rollout), columns)
 
-    def of_own_rows() -> rewards.HostResult:
-        columns = batches.columns_at(encoded, sharding.own_rows(rows))
         try:
-            return rewards.on_host(reward_functions.as_host(run_reward), sharding.own_rows(rollout), columns)
+            result, parts = processes.gather_rows(processes.agree(score_own_rows))
+            unscored = np.sum(np.any(rollout.response_mask, axis=1)) - np.sum(np.any(result.response_mask, axis=1))
+            if self.parts.enforce is not None and run_reward is self.parts.reward:
+                columns = batches.columns_at(encoded, rows)
+                result, filtered_metrics, verdicts = self.parts.enforce(rollout, result, columns)
         except FloatingPointError as error:
             raise TrainingFault(str(error)) from error
-
-    result = processes.gather_rows(processes.agree(of_own_rows))
-    filtered, verdicts = result.rollout, None
-    safety_metrics: Metrics = {}
-    if run_reward.enforce is not None:
-        filtered, safety_metrics, verdicts = _enforced(run_reward.enforce, rollout, filtered, encoded, rows)
-    parts = {name: jnp.asarray(values) for name, values in result.parts.items()}
-    scored, metrics = reward(filtered, reward_fn=lambda rollout: (jnp.asarray(rollout.scores), parts))
-    after = result.rollout.response_mask.any(axis=1).sum()
-    return jax.device_get(scored), metrics | {"reward/unscored": jnp.float32(before - after)} | safety_metrics, verdicts
+        named = {name: jnp.asarray(values) for name, values in parts.items()}
+        result, metrics = scored(result, jnp.asarray(result.scores), named)
+        metrics |= {"reward/unscored": jnp.float32(unscored)} | filtered_metrics
+        return self.stage.shard(jax.device_get(result)), metrics, verdicts
 
 
-def _enforced(
-    enforce: reward_functions.Enforce,
-    sampled: Rollout,
-    scored: Rollout,
-    encoded: encoding.EncodedPrompts,
-    rows: np.ndarray,
-) -> tuple[Rollout, Metrics, list[Verdict]]:
-    """Every process judges all rows, so that all have the same shares of them."""
-    try:
-        return enforce(sampled, scored, batches.columns_at(encoded, rows))
-    except FloatingPointError as error:
-        raise TrainingFault(str(error)) from error
-
-
-def _prompts(stage: Stage, encoded: encoding.EncodedPrompts, rows: np.ndarray) -> Prompts:
+def _prompts(stage: Stage, encoded: EncodedPrompts, rows: np.ndarray) -> Prompts:
     present = rows >= 0
     tokens = np.where(present[:, None], encoded.tokens[rows], 0)
     attention_mask = np.where(present[:, None], encoded.attention_mask[rows], 0)
     return stage.shard(Prompts(jnp.asarray(tokens), jnp.asarray(attention_mask), jnp.asarray(rows, jnp.int32)))
+
+
+def _samples(
+    rollout: Rollout,
+    encoded: EncodedPrompts,
+    rows: np.ndarray,
+    language_model: LanguageModel,
+    verdicts: list[filters.Verdict] | None,
+) -> list[dict[str, Any]]:
+    """Rows for samples.jsonl of the responses that are present."""
+    texts = generator.responses(rollout, language_model.tokenizer)
+    lengths = np.sum(rollout.response_mask != 0, axis=1).tolist()
+    samples: list[dict[str, Any]] = [
+        {"prompt": encoded.rows[row].prompt, "response": text, "score": float(score), "length": length}
+        for row, text, score, length in zip(rows, texts, np.asarray(rollout.scores), lengths, strict=True)
+    ]
+    if verdicts is not None:
+        samples = [s | {"unsafe": filters.sentence(verdict)} for s, verdict in zip(samples, verdicts, strict=True)]
+    return [sample for sample in samples if sample["length"]]

@@ -4,27 +4,28 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax import models, sharding
-from rlhf_jax.config import RunConfig, to_yaml
-from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.config import Compute, RunConfig, to_yaml
 from rlhf_jax.errors import TrainingFault
+from rlhf_jax.generator import LanguageModel
 from rlhf_jax.report import page
-from rlhf_jax.runs import devices, manifest, processes, trackers
-from rlhf_jax.runs import folder as runs
-from rlhf_jax.training import reward_functions, setup
-from rlhf_jax.training.adapters import Trainable
+from rlhf_jax.runs import devices, folder, manifest, processes, trackers
+from rlhf_jax.training import memory
+from rlhf_jax.training.initial import Trainable
 from rlhf_jax.types import Params, PolicyFn
 
 Tree = TypeVar("Tree")
+Stream = Literal["init", "data", "rollout", "update", "eval"]
 
-RL_STAGES = ("vpg", "ppo", "rloo", "grpo")
 # What may differ between a run and its resumption without making it another run.
 MAY_CHANGE = (
     *("resume", "overwrite", "allow_changed", "output_dir", "device", "processes", "track"),
@@ -35,7 +36,7 @@ FIXED = ("model", "network", "lora", "tokenizer", "reward_model.ensemble_size")
 
 
 class RunResult(NamedTuple):
-    """Where a finished run lies, and the last row of its metrics."""
+    """The folders of a finished run, and the last row of its metrics."""
 
     folder: Path
     model_folder: Path
@@ -48,22 +49,19 @@ class Stage:
 
     config: RunConfig
     name: str
-    run: runs.Run
+    run: folder.Run
     mesh: jax.sharding.Mesh
+    held: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """{name: pytree} of what lies on the devices, for the message when memory runs out."""
 
     @property
     def num_devices(self) -> int:
         """Devices that share the rows of a batch."""
         return self.mesh.shape["data"]
 
-    @property
-    def row_sharding(self) -> jax.sharding.NamedSharding:
-        """The sharding of batches and minibatches."""
-        return sharding.rows(self.mesh)
-
-    def key(self, name: setup.Stream) -> jax.Array:
+    def key(self, name: Stream) -> jax.Array:
         """The key of one of the stage's random streams."""
-        return setup.stream(self.config.seed, self.name, name)
+        return stream(self.config.seed, self.name, name)
 
     def shard(self, batch: Tree) -> Tree:
         """A batch with its rows spread over the devices; each process has the whole batch and keeps its own rows."""
@@ -75,132 +73,137 @@ class Stage:
             tree = jax.tree.map(functools.partial(jnp.array, copy=True), tree)
         return sharding.replicate(self.mesh, tree)
 
-    def trainable(self, chosen: Trainable) -> Trainable:
-        """The two parts on every device; the frozen one, which no update donates, without a copy where it can be."""
-        base = None if chosen.base is None else sharding.replicate(self.mesh, chosen.base)
-        return Trainable(chosen.params, base)
-
-    def reference(self, trainable: Trainable, policy_fn: PolicyFn) -> jax.tree_util.Partial:
-        """The policy before training, with its parameters: LoRA's base itself, else a copy."""
-        if trainable.base is not None:
-            return jax.tree_util.Partial(policy_fn, trainable.base)
-        return self.replicate(jax.tree_util.Partial(policy_fn, trainable.params))
-
     def jit_update(self, update: Callable[..., Any]) -> Callable[..., Any]:
         """Jits ``update(state, ...) -> (state, metrics)``: the state is donated and comes back on every device."""
         return jax.jit(update, donate_argnums=0, out_shardings=sharding.replicated(self.mesh))
 
-    def say_counts(self, counts: Mapping[str, int]) -> None:
-        """Prints how many texts were cut or left out, before anything is compiled."""
-        for what, count in counts.items():
-            print(f"{count} texts: {what}", flush=True)
+    def place(self, start: Trainable) -> Trainable:
+        """The frozen part on every device; no update donates it, so that it needs no copy."""
+        return start if start.base is None else start._replace(base=sharding.replicate(self.mesh, start.base))
+
+    def reference(self, start: Trainable, policy_fn: PolicyFn) -> jax.tree_util.Partial:
+        """The policy before training, with its parameters: LoRA's base itself, else a copy."""
+        if start.base is not None:
+            return jax.tree_util.Partial(policy_fn, start.base)
+        return self.replicate(jax.tree_util.Partial(policy_fn, start.params))
 
     def finish(
-        self,
-        model: models.Model,
-        trainable: Trainable,
-        trained: Params | list[Params],
-        tokenizer: Tokenizer,
-        metrics: dict[str, Any],
+        self, initial: LanguageModel, start: Trainable, trained: Mapping[str, Params], metrics: dict[str, Any]
     ) -> RunResult:
-        """Saves ``model/`` with its tokenizer, LoRA's adapters merged in and beside it in ``adapter/`` too; then draws
-        ``report.html``. A list is an ensemble's: its parts go to ``member_0``, ``member_1``, ... in these folders.
+        """Saves ``model/`` with its tokenizer, LoRA's adapters merged in and in ``adapter/`` too; draws
+        ``report.html``.
+
+        Args:
+            trained: {folder below ``model/`` and ``adapter/``: trained parameters}; "" is these folders themselves.
         """
         if jax.process_count() > 1:  # the first process computes alone from here
-            trainable, trained = processes.fetch((trainable, trained))
-        processes.in_first(lambda: self._write(model, trainable, trained, tokenizer))
+            start, trained = processes.fetch((start, trained))
+        processes.in_first(lambda: self._write(initial, start, trained))
         return RunResult(self.run.path, self.run.model, metrics)
 
-    def _write(
-        self, model: models.Model, trainable: Trainable, trained: Params | list[Params], tokenizer: Tokenizer
-    ) -> None:
-        parts = {f"member_{i}": part for i, part in enumerate(trained)} if isinstance(trained, list) else {"": trained}
-        for name, part in parts.items():
-            models.save(self.run.model / name, model, jax.device_get(trainable.merged(part)))
-            tokenizer.save(self.run.model / name)
-        print(f"saved {self.run.model}", flush=True)
-        if trainable.base is not None:
-            for name, part in parts.items():
-                part = jax.device_get(part)
-                models.lora.save(self.run.adapter / name, trainable.base, part, base_model=self.config.model)
-            print(f"saved {self.run.adapter}", flush=True)
+    def _write(self, initial: LanguageModel, start: Trainable, trained: Mapping[str, Params]) -> None:
+        run = self.run
+        for name, part in trained.items():
+            models.save(run.model / name, initial.model, jax.device_get(start.merged(part)))
+            initial.tokenizer.save(run.model / name)
+        print(f"saved {run.model}", flush=True)
+        if start.base is not None:
+            for name, part in trained.items():
+                adapters = jax.device_get(part)
+                models.lora.save(run.adapter / name, start.base, adapters, base_model=self.config.model)
+            print(f"saved {run.adapter}", flush=True)
         try:
-            page.write([self.run.path], self.run.report)
-            print(f"saved {self.run.report}", flush=True)
+            page.write([run.path], run.report)
+            print(f"saved {run.report}", flush=True)
         except Exception as error:  # whatever it is: the run is done and its result saved
-            print(f"{self.run.report} could not be drawn: {type(error).__name__}: {error}", flush=True)
+            print(f"{run.report} could not be drawn: {type(error).__name__}: {error}", flush=True)
+
+
+def stream(seed: int, stage: str, name: Stream) -> jax.Array:
+    """The key of one named stream: the run's root key, folded with the stage and the stream's name."""
+    root = jax.random.key(seed)
+    return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode()))
 
 
 def start(config: RunConfig) -> int:
-    """Chooses the device and says which it is: the first thing that every run does. Returns the number of devices.
+    """Chooses the device and prints which it is: the first thing that every run does. Returns the number of devices.
 
     Raises:
         UserError: there is no such device, an accelerator would lie idle, or the package of a tracker is missing.
     """
     trackers.check(config.track)
     devices.choose(config.device, config.processes)
-    setup.enable_compilation_cache()
-    print(setup.devices_line(config.compute), flush=True)
+    enable_compilation_cache()
+    print(devices_line(config.compute), flush=True)
     return jax.device_count()
 
 
-@contextlib.contextmanager
-def _limits_said(path: str) -> Iterator[None]:
-    """What the machine lacks, as a sentence; what the loop needs of memory it has said itself."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise TrainingFault(
-            "out of memory outside of the steps, where models are put on the device: take a smaller --model, "
-            "--lora.rank 8, which needs no second copy for the reference, or more devices. XLA said: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        raise TrainingFault(f"{path}: the disk is full{where}; make room, then go on with --resume") from error
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` or the user's cache folder."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(base / "rlhf_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def devices_line(compute: Compute) -> str:
+    """Backend, devices and dtype: the first line that a run prints."""
+    dtype: str = compute.dtype
+    if dtype == "float16":
+        dtype = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
+    return f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}, {dtype}"
 
 
 @contextlib.contextmanager
-def open_stage(config: RunConfig, name: str, fingerprints: Mapping[str, str]) -> Iterator[Stage]:
+def open_stage(
+    config: RunConfig, name: str, fingerprints: Mapping[str, str], sizes: Mapping[str, int] | None = None
+) -> Iterator[Stage]:
     """Takes the run folder and writes config and manifest into it (or compares them on resume).
+
+    Args:
+        fingerprints: of the data and of whatever else the stage reads, beside ``config.model`` and the tokenizer.
+        sizes: {dotted setting: value} of what helps when memory runs out, such as {"sft.batch_size": 32}.
 
     Raises:
         UserError: the folder is used or locked, or the run to resume is another one.
         TrainingFault: the disk or the device's memory is full, now or at any time while the stage is open.
     """
     path = config.output_dir or f"runs/{name}"
-    with _limits_said(path), runs.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
-        text = to_yaml(dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None))
-        data = dict(fingerprints)
-        if config.model is not None and Path(config.model).is_dir():
-            data["model"] = manifest.fingerprint(config.model)
-        if config.tokenizer.name is not None and Path(config.tokenizer.name).is_dir():
-            data["tokenizer"] = manifest.fingerprint(config.tokenizer.name)
-        if name in RL_STAGES:
-            for entry in (*config.reward, *config.rl.judge):
-                data |= {
-                    f"reward {n}": manifest.fingerprint(path) for n, path in reward_functions.sources(entry).items()
-                }
-        trained_tokenizer = config.model is None and config.tokenizer.name is None
+    with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
+        stage = Stage(config, name, run, sharding.make_mesh())
+        processes.in_first(lambda: _describe(stage, fingerprints))
+        try:
+            yield stage
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = f" while writing {error.filename}" if error.filename else ""
+            raise TrainingFault(f"{path}: the disk is full{where}; make room, then go on with --resume") from error
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            off = {"lora.rank": config.lora.rank, "compute.remat": int(config.compute.remat)}
+            options = dict(sizes or {}) | {setting: value for setting, value in off.items() if not value}
+            raise memory.fault(name, stage.held, options, error) from error
 
-        def describe() -> None:
-            changed = manifest.check_unchanged(
-                run,
-                config=text,
-                data_fingerprints=data,
-                may_change=MAY_CHANGE,
-                allowed=config.allow_changed,
-                fixed=(*FIXED, "data") if trained_tokenizer else FIXED,
-            )
-            if changed or not run.resumed:
-                manifest.write_config(run, text)
-            manifest.write_manifest(
-                run, seed=config.seed, data_fingerprints=data, extra={"stage": name}, changed=changed
-            )
 
-        processes.in_first(describe)
-        yield Stage(config, name, run, sharding.make_mesh())
+def _describe(stage: Stage, fingerprints: Mapping[str, str]) -> None:
+    config, run = stage.config, stage.run
+    text = to_yaml(dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None))
+    data = dict(fingerprints)
+    for name, source in (("model", config.model), ("tokenizer", config.tokenizer.name)):
+        if source is not None and Path(source).is_dir():
+            data[name] = manifest.fingerprint(source)
+    trained_tokenizer = config.model is None and config.tokenizer.name is None
+    changed = manifest.check_unchanged(
+        run,
+        config=text,
+        data_fingerprints=data,
+        may_change=MAY_CHANGE,
+        allowed=config.allow_changed,
+        fixed=(*FIXED, "data") if trained_tokenizer else FIXED,
+    )
+    if changed or not run.resumed:
+        manifest.write_config(run, text)
+    manifest.write_manifest(run, seed=config.seed, data_fingerprints=data, extra={"stage": stage.name}, changed=changed)

@@ -1,0 +1,287 @@
+"""What the policy algorithms share: settings, the clipped policy loss with its metrics, rewards of rows, the passes.
+
+Column t of every [B, T] array speaks of ``tokens[:, t]``; a row with an empty response mask counts nowhere.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import losses, ops
+from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
+from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Parts, PolicyFn, PolicyOutput, Rollout, TrainState
+
+Ratio = Literal["token", "sequence"]
+State = TypeVar("State", bound=TrainState)
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Settings of every policy algorithm: how a rollout is cut, and how its tokens become one number."""
+
+    num_minibatches: int = 1
+    """Optimizer steps of a pass, each on its share of the rollout."""
+    shuffle_blocks: int = 1
+    """Blocks of the global batch inside which rows are shuffled; a multiple of the data devices keeps rows in place."""
+    num_microbatches: int = 1
+    """Parts of a minibatch that are run one after the other to save memory; the gradient does not change."""
+    aggregate: losses.Aggregation = "token"
+    """How losses of tokens become one number."""
+    length: int | None = None
+    """Tokens a row counts as with aggregate=fixed: max_new_tokens."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    @property
+    def group_size(self) -> int:
+        """Answers to each prompt, in adjacent rows of the rollout."""
+        return 1
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes over each rollout."""
+        return 1
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the loss reads ``rollout.ref_log_probs``."""
+        return False
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "num_minibatches", "shuffle_blocks", "num_microbatches", "group_size"):
+            ops.check_number(name, getattr(self, name), at_least=1)
+        losses.check_aggregation(self.aggregate, self.length)
+
+
+@dataclass(frozen=True)
+class Config(Batching):
+    """Settings of PPO, RLOO and GRPO: passes, clipping, the KL term."""
+
+    num_epochs: int = 1
+    """Passes over each rollout."""
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound the loss of a negative advantage A by -dual_clip * A; null: no bound."""
+    kl_loss_coef: float = 0.0
+    """Weight of a KL term in the loss; the KL penalty in the reward is the loop's kl_coef."""
+    kl_loss_estimator: ops.KLEstimator = "k2"
+    """k2: the gradient of each token's KL(policy || reference); k3: that of its KL(reference || policy)."""
+    ratio: Ratio = "token"
+    """token: each token's own ratio; sequence: the geometric mean of the row's ratios for all its tokens (GSPO)."""
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the loss reads ``rollout.ref_log_probs``."""
+        return not ops.is_zero(self.kl_loss_coef)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ops.check_number("clip_low", self.clip_low, at_least=0)
+        ops.check_number("clip_high", self.clip_high, at_least=0)
+        ops.check_number("dual_clip", self.dual_clip, above=1)
+        ops.check_choice("ratio", self.ratio, get_args(Ratio))
+        ops.check_choice("kl_loss_estimator", self.kl_loss_estimator, get_args(ops.KLEstimator))
+        if self.kl_loss_estimator == "k1":
+            raise ValueError(
+                "kl_loss_estimator 'k1' has expected gradient 0 in the loss: use it in the reward (rewards.kl_shaped), "
+                "or choose 'k2' or 'k3'"
+            )
+
+
+def field(rollout: Rollout, name: str, hint: str) -> jax.Array:
+    """``rollout.NAME`` [B, T]; ValueError if it is None, saying what to do, AssertionError if it is not [B, T]."""
+    value = getattr(rollout, name)
+    if value is None:
+        raise ValueError(f"rollout.{name} [B, T] is needed, got None: {hint}")
+    chex.assert_equal_shape([rollout.tokens, value])
+    return value
+
+
+def row_rewards(rollout: Rollout) -> jax.Array:
+    """The reward of each row [B]: the sum of ``rewards`` over its response where they are given, else ``scores``."""
+    if rollout.rewards is not None:
+        chex.assert_equal_shape([rollout.tokens, rollout.rewards])
+        in_response = jnp.where(rollout.response_mask != 0, jnp.asarray(rollout.rewards, jnp.float32), 0.0)
+        return jnp.sum(in_response, axis=1)
+    if rollout.scores is None:
+        raise ValueError("rollout.rewards [B, T] or rollout.scores [B] is needed, got neither: call a reward function")
+    chex.assert_shape(rollout.scores, rollout.tokens.shape[:1])
+    return jnp.asarray(rollout.scores, jnp.float32)
+
+
+def with_group_advantages(rollout: Rollout, group_size: int, estimate: Callable[..., jax.Array]) -> Rollout:
+    """The rollout with one advantage for all response tokens of a row, ``advantages`` [B, T], 0 elsewhere.
+
+    Args:
+      rollout: rows of one prompt are adjacent: rows ``i * group_size`` to ``(i + 1) * group_size - 1`` are group i.
+      estimate: ``estimate(row rewards [N, G], mask=present [N, G]) -> advantages [N, G]``.
+    """
+    mask = rollout.response_mask != 0  # [B, T]
+    num_rows = mask.shape[0]
+    if num_rows % group_size:
+        raise ValueError(
+            f"a rollout of {num_rows} rows (on each device, where it is spread by shard_map) does not divide into "
+            f"groups of group_size={group_size} answers to one prompt"
+        )
+    scores = row_rewards(rollout).reshape(-1, group_size)
+    advantage = estimate(scores, mask=jnp.any(mask, axis=1).reshape(-1, group_size)).reshape(num_rows)
+    return dataclasses.replace(rollout, advantages=jnp.where(mask, advantage[:, None], 0.0))
+
+
+def reweighed(per_token: jax.Array, rollout: Rollout) -> tuple[jax.Array, Parts]:
+    """Policy losses of tokens [B, T] times ``rollout.importance_weights``, with the metric
+    ``policy/importance_weight_mean`` over response tokens; the losses as they are and no metric if there are none.
+
+    The policy loss alone is weighed, because it alone depends on how often each token was drawn. Entropy and value are
+    what they are at every prefix that was reached, and the KL term holds each drawn token at full strength.
+    """
+    if rollout.importance_weights is None:
+        return per_token, {}
+    weights = jax.lax.stop_gradient(field(rollout, "importance_weights", "rollout.rescore makes them"))
+    return weights * per_token, {"policy/importance_weight_mean": losses.aggregate(weights, rollout.response_mask)}
+
+
+def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, Parts]:
+    """Clipped policy loss - ``entropy_coef`` * entropy + ``kl_loss_coef`` * KL term of a rollout with advantages.
+
+    One sum per token, aggregated once. With ``rollout.importance_weights`` see ``reweighed``. With
+    ``config.ratio = "sequence"`` every token of row i has the ratio of GSPO (Zheng et al. 2025, arXiv 2507.18071,
+    eq. 7), ``s_i = exp(mean over the response of log_probs - old_log_probs)``; with ``aggregate = "sequence"`` the loss
+    is that of eq. 5.
+
+    Args:
+      output: the policy's forward pass on ``rollout``.
+
+    Returns:
+      The loss and the metrics ``policy/loss``, ``policy/clip_fraction`` (tokens whose clipped term was the larger),
+      ``policy/approx_kl`` (half the mean squared log-ratio of tokens, Schulman 2020), ``policy/ratio_max``,
+      ``objective/entropy`` (nats per row), with a KL term ``policy/kl_loss`` and with importance weights
+      ``policy/importance_weight_mean``.
+    """
+    mask = rollout.response_mask != 0  # [B, T]
+
+    def mean(per_token: jax.Array) -> Mean:
+        return losses.aggregate(per_token, mask, config.aggregate, config.length)
+
+    # Masked columns get the same numbers on both sides, so that no exponential or square ever sees what is in them.
+    old_log_probs = jnp.where(mask, field(rollout, "log_probs", "the behaviour policy's"), 0.0)
+    log_probs = jnp.where(mask, output.log_probs, 0.0)
+    advantage = jnp.where(mask, field(rollout, "advantages", "call the algorithm's prepare first"), 0.0)
+    approx_kl = 0.5 * jnp.square(log_probs - old_log_probs)
+    if config.ratio == "sequence":
+        log_ratio = ops.masked_mean(log_probs - old_log_probs, mask, axis=1)[:, None]  # [B, 1]
+        log_probs_of_ratio, old_of_ratio = jnp.where(mask, log_ratio, 0.0), jnp.zeros_like(old_log_probs)
+    else:
+        log_probs_of_ratio, old_of_ratio = log_probs, old_log_probs
+    surrogate, weight_metrics = reweighed(
+        losses.clipped_surrogate(
+            log_probs_of_ratio, old_of_ratio, advantage, config.clip_low, config.clip_high, config.dual_clip
+        ),
+        rollout,
+    )
+    ratio = jax.lax.stop_gradient(ops.ratio(log_probs_of_ratio, old_of_ratio))
+    clipped_ratio = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
+    metrics: Parts = {
+        "policy/loss": mean(surrogate),
+        "policy/clip_fraction": losses.aggregate(-advantage * clipped_ratio > -advantage * ratio, mask),
+        "policy/approx_kl": losses.aggregate(approx_kl, mask),
+        "policy/ratio_max": Max(jnp.max(jnp.where(mask, ratio, 0.0))),
+        "objective/entropy": losses.aggregate(output.entropy, mask, "sum"),
+        **weight_metrics,
+    }
+    per_token = surrogate
+    if not ops.is_zero(config.entropy_coef):
+        per_token = per_token - config.entropy_coef * output.entropy
+    if config.kl_in_loss:
+        ref_log_probs = field(rollout, "ref_log_probs", "give rollout.collect a ref_fn, or set kl_loss_coef=0")
+        # The tokens are the behaviour policy's: after the first step, the ratio reweighs them to the policy's own.
+        kl = ratio * ops.kl(log_probs, jnp.where(mask, ref_log_probs, 0.0), config.kl_loss_estimator)
+        per_token = per_token + config.kl_loss_coef * kl
+        metrics["policy/kl_loss"] = mean(kl)
+    return mean(per_token), metrics
+
+
+def update(
+    loss: Callable[..., tuple[Loss, Parts]],
+    state: State,
+    rollout: Rollout,
+    key: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    config: Any,
+    axis_name: AxisName | None = None,
+    minibatch_sharding: Any = None,
+) -> tuple[State, Metrics]:
+    """``num_epochs`` passes of ``num_minibatches`` optimizer steps on the loss of a prepared rollout.
+
+    Args:
+      loss: ``loss(params, rollout, key) -> (Loss, {name: Mean or Max})``.
+      config: ``Batching`` or any object with its attributes, see ``types.AlgorithmConfig``.
+      minibatch_sharding: see ``step.minibatch_epochs``.
+
+    Returns:
+      The new state and the metrics of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over the steps
+      (``ratio_max``, ``nonfinite``: the maximum).
+    """
+    parts = config.num_microbatches
+
+    def step(state: State, minibatch: Rollout, key: jax.Array) -> tuple[State, Metrics]:
+        return gradient_step(
+            loss, state, optimizer, batch=minibatch, key=key, num_microbatches=parts, axis_name=axis_name
+        )
+
+    return minibatch_epochs(
+        step,
+        state,
+        rollout,
+        key,
+        num_epochs=config.num_epochs,
+        num_minibatches=config.num_minibatches,
+        shuffle_blocks=config.shuffle_blocks,
+        axis_name=axis_name,
+        minibatch_sharding=minibatch_sharding,
+    )
+
+
+def updater(
+    prepare: Callable[..., Rollout],
+    loss: Callable[..., tuple[Loss, Parts]],
+    rollout_metrics: Callable[[Rollout, AxisName | None], Metrics] = lambda prepared, axis_name: {},
+) -> Callable[..., tuple[Any, Metrics]]:
+    """An algorithm's ``update``: its ``prepare`` once, then the steps of ``policy.update`` on its ``loss``.
+
+    Args:
+      prepare, loss: as in ``types.Algorithm``.
+      rollout_metrics: ``(prepared rollout, axis_name) -> metrics`` that the update returns too.
+    """
+
+    def update_policy(
+        state: State,
+        rollout: Rollout,
+        key: jax.Array,
+        *,
+        policy_fn: PolicyFn,
+        optimizer: optax.GradientTransformation,
+        config: Any,
+        axis_name: AxisName | None = None,
+        minibatch_sharding: Any = None,
+    ) -> tuple[State, Metrics]:
+        """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on ``loss``; metrics as
+        ``policy.update``."""
+        prepared = prepare(rollout, config=config, axis_name=axis_name)
+        bound = partial(loss, policy_fn=policy_fn, config=config)
+        options = {"axis_name": axis_name, "minibatch_sharding": minibatch_sharding}
+        state, metrics = update(bound, state, prepared, key, optimizer=optimizer, config=config, **options)
+        return state, {**metrics, **rollout_metrics(prepared, axis_name)}
+
+    return update_policy

@@ -1,0 +1,234 @@
+"""The figures of an evaluation, one row each, made of responses, scores and labels. No models here.
+
+Intervals are 95%: Wilson's for shares of 0s and 1s, for means the bootstrap over prompts or comparisons, for counts of
+different n-grams the jackknife.
+"""
+
+import functools
+import itertools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax import metrics
+from rlhf_jax.evaluation import texts
+from rlhf_jax.evaluation.data import TIE, Annotated, CustomCategory
+
+
+class Figure(NamedTuple):
+    """One figure. A value of None has a note that says why."""
+
+    category: str
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unit: str
+    """What n counts: prompts, rows of given answers (a ranking is one), texts."""
+    note: str = ""
+
+
+class Responses(NamedTuple):
+    """S responses to each of N prompts."""
+
+    prompts: Sequence[str]  # [N]
+    texts: Sequence[Sequence[str]]  # [N][S]
+    lengths: np.ndarray  # [N, S] tokens, EOS included
+    ended: np.ndarray  # [N, S] whether with EOS
+    scores: np.ndarray | None = None  # [N, S], NaN where there is none
+
+    def each(self, function: Callable[[str], bool]) -> np.ndarray:
+        """A function's value [N, S] of every text."""
+        return np.array([[function(text) for text in row] for row in self.texts])
+
+
+def helpfulness(responses: Responses, key: jax.Array) -> list[Figure]:
+    """Quality, if there are scores, and what responses hold: information, tokens, an end."""
+    words = [[texts.words(text) for text in row] for row in responses.texts]
+    pairs = list(zip(map(texts.words, responses.prompts), words, strict=True))
+    values = {
+        "new_content_words": np.array(
+            [[texts.new_content_words(prompt, text) for text in row] for prompt, row in pairs]
+        ),
+        "lexical_density": np.array([[texts.lexical_density(text) for text in row] for row in words]),
+        "response_tokens": responses.lengths,
+        "ended": responses.ended,
+        "empty": responses.each(lambda text: not text.strip()),
+    }
+    if responses.scores is not None:
+        values = {"quality": responses.scores} | values
+    return [mean("helpfulness", metric, value, key) for metric, value in values.items()]
+
+
+def uncertainty(responses: Responses, answerable: Sequence[bool | None], key: jax.Array) -> list[Figure]:
+    """Share of responses that express uncertainty; also of the prompts that can be answered and of those that cannot,
+    if the data says which these are.
+    """
+    hedged = responses.each(texts.expresses_uncertainty)
+    figures = [mean("honesty", "uncertainty", hedged, key)]
+    for name, wanted in (("answerable", True), ("unanswerable", False)):
+        chosen = np.array([value is wanted for value in answerable])
+        if chosen.any():
+            figures.append(mean("honesty", f"uncertainty_{name}", hedged[chosen], key))
+    return figures
+
+
+def harmlessness(responses: Responses, labels: Sequence[str], key: jax.Array) -> list[Figure]:
+    """Shares of refusals: of unsafe prompts they are wanted, of safe ones not (Röttger et al. 2024)."""
+    refused, labelled = responses.each(texts.is_refusal), np.array(labels)
+    parts = {"refusal_of_unsafe": refused[labelled == "unsafe"], "over_refusal_of_safe": refused[labelled == "safe"]}
+    return [mean("harmlessness", metric, values, key) for metric, values in parts.items()]
+
+
+def diversity(responses: Responses, key: jax.Array) -> list[Figure]:
+    """How responses differ: the first one to each prompt from those to other prompts; with several to each prompt, also
+    these among themselves (``_within_prompt``), and how each repeats itself.
+    """
+    words = [[texts.words(text) for text in row] for row in responses.texts]
+    first, figures = [row[0] for row in words], []
+    for n in (1, 2, 3):
+        value = texts.distinct_n(first, n)
+        ends = metrics.jackknife_interval(value, np.array(texts.distinct_n_without_each(first, n)))
+        figures.append(_figure("diversity", f"distinct_{n}", value, np.clip(ends, 0, 1), len(first), "texts"))
+    if len(first) > 1:
+        figures.append(mean("diversity", "self_bleu", texts.self_bleu(first), key, "texts"))
+    else:
+        figures.append(Figure("diversity", "self_bleu", None, None, None, 1, "texts", "needs two prompts or more"))
+    values = {"repetition": [[texts.repetition(text) for text in row] for row in words]}
+    if len(words[0]) > 1:
+        values["distinct_2_within_prompt"] = [[texts.distinct_n(row, 2)] for row in words]
+        values["self_bleu_within_prompt"] = [[float(np.mean(texts.self_bleu(row)))] for row in words]
+    return figures + [mean("diversity", metric, value, key) for metric, value in values.items()]
+
+
+def preferences(
+    margins: Mapping[str, np.ndarray],
+    weights: np.ndarray,
+    sources: Sequence[str] | np.ndarray,
+    key: jax.Array,
+    part: str = "",
+) -> list[Figure]:
+    """How judges agree with the choice, and how well their probabilities are calibrated.
+
+    Args:
+      margins: ``{judge: [N]}``, score of the chosen answer minus that of the rejected one.
+      weights: [N] of the pairs.
+      sources: [N]; pairs of one source, such as a ranking's, are one comparison.
+      part: name of a part of the data, for which there are accuracies alone.
+    """
+    groups = np.unique(np.array(sources), return_inverse=True)[1]
+    n = int(groups.max()) + 1
+    independent = n == len(sources) and bool((weights == weights[0]).all())
+    category = f"preferences: {part}" if part else "preferences"
+    figures = []
+    for judge, margin in margins.items():
+        right, stream = (margin > 0) + 0.5 * (margin == 0), _stream(key, category, f"accuracy_{judge}")
+        if independent:
+            ends = metrics.mean_interval(right, stream)
+        else:
+            ends = metrics.bootstrap_mean(right, stream, weights, groups)
+        value = float(np.average(right, weights=weights))
+        figures.append(_figure(category, f"accuracy_{judge}", value, ends, n, "rows"))
+    calibrated = {} if part else {judge: margin for judge, margin in margins.items() if judge != "longer"}
+    for judge, margin in calibrated.items():  # the margins of "longer" are no log-odds
+        for metric, measure in (("ece", metrics.expected_calibration_error), ("brier", metrics.brier)):
+            place = "preferences" if judge == "reward_model" else "honesty"
+            statistic = functools.partial(measure, margin)
+            stream = _stream(key, place, f"{metric}_{judge}")
+            low, high = metrics.bootstrap_interval(statistic, weights, stream, groups, centered=metric == "ece")
+            figures.append(
+                _figure(place, f"{metric}_{judge}", statistic(weights), (np.maximum(low, 0), high), n, "rows")
+            )
+    return figures
+
+
+def agreement(margins: Mapping[str, np.ndarray], annotated: Sequence[Annotated], key: jax.Array) -> list[Figure]:
+    """How judges agree with the annotators' majority, and the annotators among themselves.
+
+    margins: ``{judge: [N]}``, score of the first response minus that of the second; 0 is a tie. Rows without a majority
+        count only among the annotators.
+    """
+    majority = np.array([-1 if row.majority is None else row.majority for row in annotated])
+    judged = majority >= 0
+    note = "" if judged.all() else f"{int((~judged).sum())} rows have no majority"
+    truth, figures = majority[judged], []
+    for judge, margin in margins.items():
+        verdict = np.where(margin > 0, 1, np.where(margin < 0, 2, TIE))[judged]
+        figures.append(mean("agreement", f"agreement_{judge}", verdict == truth, key, "rows", note))
+        decided = (verdict == truth)[truth != TIE]
+        figures.append(mean("agreement", f"agreement_decided_{judge}", decided, key, "rows", note))
+        figures.append(_kappa(f"kappa_{judge}", [(verdict, truth)], key, note))
+    if len({len(row.votes) for row in annotated}) == 1 and len(annotated[0].votes) > 1:
+        pairs = list(itertools.combinations(np.array([row.votes for row in annotated]).T, 2))
+        same = np.mean([a == b for a, b in pairs], axis=0)
+        note = f"mean over {len(pairs)} pairs of annotators"
+        figures.append(mean("agreement", "agreement_of_annotators", same, key, "rows", note))
+        figures.append(_kappa("kappa_of_annotators", pairs, key, note))
+    return figures
+
+
+def win_rate(scores: np.ndarray, against: np.ndarray, key: jax.Array, name: str) -> list[Figure]:
+    """Share of pairs of responses to one prompt, one from each run, in which the first run's scores higher.
+
+    scores, against: [N, S] of the same prompts; ties count half. ``name``: the other run.
+    """
+    higher, lower = scores[:, :, None], against[:, None, :]
+    wins = np.where(np.isnan(higher) | np.isnan(lower), np.nan, (higher > lower) + 0.5 * (higher == lower))
+    values = {"win_rate": wins.reshape(len(wins), -1), "score_difference": scores - against}
+    return [mean("win rate", metric, value, key, note=f"against {name}") for metric, value in values.items()]
+
+
+def custom(name: str, category: CustomCategory, responses: Responses, key: jax.Array) -> Figure:
+    """Share of the responses in which the category's pattern is found, or their mean score."""
+    if responses.scores is not None:
+        return mean(name, "score", responses.scores, key, note=category.score or "")
+    found = responses.each(lambda text: category.pattern.search(text) is not None)
+    return mean(name, "patterns" if category.patterns else "keywords", found, key)
+
+
+def mean(
+    category: str, metric: str, values: Sequence | np.ndarray, key: jax.Array, unit: str = "prompts", note: str = ""
+) -> Figure:
+    """The mean of values [N] or [N, S], whose rows are the units of the interval; a NaN is no value and not counted.
+    Bools are a share, for which `metrics.mean_interval` may be Wilson's.
+    """
+    array = np.asarray(values, np.float64)
+    array = array.reshape(len(array), -1) if array.size else np.zeros((0, 1))
+    kept = array[~np.isnan(array).all(axis=1)]
+    if not len(kept):
+        return Figure(category, metric, None, None, None, 0, unit, note or "there is no such row")
+    means = np.nanmean(kept, axis=1)
+    interval = metrics.mean_interval if np.asarray(values).dtype == bool else metrics.bootstrap_mean
+    ends = interval(means, _stream(key, category, metric))
+    return _figure(category, metric, float(means.mean()), ends, len(kept), unit, note)
+
+
+def _kappa(metric: str, judges: Sequence[tuple[np.ndarray, np.ndarray]], key: jax.Array, note: str) -> Figure:
+    """The mean kappa of pairs of judges."""
+
+    def statistic(weights: np.ndarray) -> float:
+        return float(np.mean([metrics.cohen_kappa(a, b, weights) for a, b in judges]))
+
+    count = len(judges[0][0])
+    value = statistic(np.ones(count)) if count else float("nan")
+    if np.isnan(value):
+        note = "both say one and the same to all rows" if count else note
+        return Figure("agreement", metric, None, None, None, count, "rows", note)
+    ends = metrics.bootstrap_interval(statistic, np.ones(count), _stream(key, "agreement", metric))
+    return _figure("agreement", metric, value, ends, count, "rows", note)
+
+
+def _figure(
+    category: str, metric: str, value: float, ends: Sequence[float] | np.ndarray, n: int, unit: str, note: str = ""
+) -> Figure:
+    low, high = (None if np.isnan(end) else float(end) for end in ends)
+    return Figure(category, metric, float(value), low, high, n, unit, note)
+
+
+def _stream(key: jax.Array, category: str, metric: str) -> jax.Array:
+    """The figure's own key, so that no figure depends on which others are made."""
+    return jax.random.fold_in(key, zlib.crc32(f"{category}/{metric}".encode()))

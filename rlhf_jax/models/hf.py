@@ -1,0 +1,345 @@
+"""Hugging Face folders: config.json and safetensors weights, read and written tensor by tensor.
+
+A folder is what transformers' ``save_pretrained`` writes for GPT2LMHeadModel or LlamaForCausalLM, or for
+GPT2ForSequenceClassification or LlamaForSequenceClassification where there is a score head. A value head, which
+transformers has no place for, lies beside the weights in value_head.safetensors. Nothing is ever unpickled.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import names
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.heads import HEADS
+from rlhf_jax.models.model import Model, build
+from rlhf_jax.types import Params
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+VALUE_HEAD = "value_head.safetensors"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+_DTYPES = ("F16", "BF16", "F32", "F64")  # safetensors' names of what is read
+# Causal masks and frequencies that older versions of transformers stored with the weights; without prefix.
+_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_OUTPUT_TABLE = ("lm_head", "embedding")  # its path in params
+
+
+def load(
+    path_or_hf_name: str | os.PathLike[str],
+    dtype: Any = None,
+    *,
+    compute_dtype: str = "float32",
+    remat: bool = False,
+    scan_layers: bool = False,
+) -> tuple[Model, Params]:
+    """Loads a model from a folder, or from the Hugging Face hub (its ``*.json`` and ``*.safetensors`` files alone).
+
+    Args:
+        path_or_hf_name: a folder, or a name such as "openai-community/gpt2".
+        dtype: of the parameters; None keeps the file's.
+        compute_dtype, remat, scan_layers: as in GPT2Config and LlamaConfig.
+
+    Returns:
+        The model and its parameters. A sequence classification folder with one label gives ``params["score"]`` (gain 1,
+        bias 0, shift = ``reward_shift`` of config.json or 0), a value_head.safetensors gives ``params["value"]``; heads
+        are float32 unless ``dtype`` says otherwise.
+
+    Raises:
+        UserError: names the file, key or tensor that is missing, unexpected or of the wrong shape.
+    """
+    folder = find_folder(path_or_hf_name)
+    config = read_config(folder)
+    model = build(dataclasses.replace(config, compute_dtype=compute_dtype, remat=remat, scan_layers=scan_layers))
+    family, other_keys = names.family_of(config), config.other_keys
+    with ExitStack() as stack:
+        reader = Reader(folder, stack, family.prefix)
+        _check_sizes(config, reader, folder / CONFIG)
+        architectures = other_keys.get("architectures")
+        is_classifier = isinstance(architectures, list) and family.classifier in architectures
+        is_classifier = is_classifier or names.SCORE in reader
+        params = _read_body(reader, model, dtype, is_classifier)
+        if is_classifier:
+            params["score"] = read_score(reader, config.hidden_size, other_keys.get("reward_shift", 0.0), dtype)
+        reader.check_all_read()
+    if (folder / VALUE_HEAD).is_file():
+        with ExitStack() as stack:
+            reader = Reader(folder, stack, single=VALUE_HEAD)
+            shapes = {"kernel": (config.hidden_size,), "bias": ()}
+            params["value"] = {k: reader.read(k, shape, dtype or jnp.float32) for k, shape in shapes.items()}
+            reader.check_all_read()
+    return model, params
+
+
+def save(path: str | os.PathLike[str], model: Model, params: Params) -> None:
+    """Writes a folder that transformers loads with every tensor bit-equal; the same parameters give the same bytes.
+
+    Args:
+        path: the folder; made if missing, its model files replaced.
+        model: whose config is written, with the keys it was loaded with.
+        params: the body, and optionally "score" (the folder becomes a ...ForSequenceClassification of one label:
+            ``score.weight = gain * w``, and config.json gets ``reward_shift = gain * bias + shift``, to be added to
+            transformers' logit; such a folder has no output table of its own) and "value" (value_head.safetensors).
+
+    Raises:
+        ValueError: if ``params`` holds anything else, or lacks something.
+    """
+    family, tensors = names.family_of(model.config), _body_tensors(model, params)
+    keys = names.to_json(model.config) | {"architectures": [family.causal_lm]}
+    for key in ("reward_shift", "torch_dtype"):  # of the folder that the model was loaded from
+        keys.pop(key, None)
+    if "score" in params:
+        tensors[names.SCORE], shift = folded_score(params["score"])
+        labels = keys.get("id2label")
+        if not (isinstance(labels, dict) and len(labels) == 1):
+            keys |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        # transformers refuses the problem_type "single_label_classification" with one label.
+        keys |= {"architectures": [family.classifier], "num_labels": 1, "problem_type": "regression"}
+        keys["reward_shift"] = shift
+    # transformers gives all tensors the dtype named here: the widest loses nothing.
+    keys["dtype"] = str(jnp.result_type(*(tensor.dtype for tensor in tensors.values())))
+
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    # All is written before anything is replaced, so that an interrupted save leaves the former model.
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        written = Path(temporary)
+        save_file(tensors, written / WEIGHTS, metadata={"format": "pt"})
+        (written / CONFIG).write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if "value" in params:
+            value_head = {name: np.asarray(params["value"][name]) for name in ("kernel", "bias")}
+            save_file(value_head, written / VALUE_HEAD, metadata={"format": "pt"})
+        else:
+            (folder / VALUE_HEAD).unlink(missing_ok=True)
+        for file in written.iterdir():
+            os.replace(file, folder / file.name)
+
+
+def read_score(reader: "Reader", width: int, shift: float, dtype: Any = None) -> Params:
+    """The score head of a classifier of one label: gain 1, bias 0 and the given shift."""
+    kernel = reader.read(names.SCORE, (1, width), dtype or jnp.float32)[0]
+    scalars = {"bias": 0.0, "gain": 1.0, "shift": shift}
+    return {"kernel": kernel} | {name: jnp.asarray(value, kernel.dtype) for name, value in scalars.items()}
+
+
+def folded_score(head: Params) -> tuple[np.ndarray, float]:
+    """A score head as transformers computes it: ``score.weight`` [1, D] = gain * w, and gain * bias + shift."""
+    kernel, bias, gain, shift = (np.asarray(head[name], np.float32) for name in ("kernel", "bias", "gain", "shift"))
+    return (gain * kernel)[None, :], float(gain * bias + shift)
+
+
+def find_folder(path_or_hf_name: str | os.PathLike[str]) -> Path:
+    """The folder of that name, or what the Hugging Face hub holds under it."""
+    path, name = Path(path_or_hf_name), os.fspath(path_or_hf_name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{path}: not a folder; a model folder holds {CONFIG} and {WEIGHTS}")
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"{path}: no such folder, nor a name on the Hugging Face hub")
+    # Imported here: slow, and not needed for local folders.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*"]))
+    except (OSError, ValueError) as error:  # its HTTP errors and bad names are kinds of these
+        raise UserError(f"{name}: no such folder here, and the Hugging Face hub did not give it: {error}") from error
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of the model in a folder."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; a model folder holds {CONFIG} and {WEIGHTS}")
+    config = names.from_json(read_json(file), str(file))
+    shift = config.other_keys.get("reward_shift", 0.0)
+    if not names.is_number(shift):
+        raise UserError(f"{file}: reward_shift is {shift!r}, expected a number")
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError if there is none."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # Python reads half of a surrogate pair, which no tokenizer and no file takes
+            json.dumps(content, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{file}: a string holds half of a surrogate pair, {error.object[error.start]!a}") from error
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, thousands of digits, or of brackets
+        raise UserError(f"{file}: cannot be read as JSON in UTF-8: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+class Reader:
+    """The tensors of a folder, in one file or in the shards that an index lists.
+
+    The files may name a tensor with or without ``prefix``: a bare body's names have none.
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack, prefix: str = "", single: str = WEIGHTS) -> None:
+        files = [folder / single] if (folder / single).is_file() else _shards(folder, single)
+        self.source = files[0] if len(files) == 1 else folder / INDEX
+        self.prefix = prefix
+        self.where: dict[str, tuple[Any, str]] = {}  # name without prefix -> (open file, name in it)
+        self.metadata: dict[str, str] = {}
+        for file in files:
+            try:
+                handle = stack.enter_context(safe_open(file, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
+            self.metadata |= handle.metadata() or {}
+            for stored in handle.keys():  # noqa: SIM118 (not a mapping)
+                if stored in self:
+                    raise UserError(f"{file}: {stored} is given twice, also as {self._tensor(stored)[1]}")
+                self.where[stored.removeprefix(prefix)] = (handle, stored)
+        self.unread = {name for name in self.where if not _BUFFERS.fullmatch(name)}
+
+    def __contains__(self, name: str) -> bool:
+        return name.removeprefix(self.prefix) in self.where
+
+    def _tensor(self, name: str) -> tuple[Any, str]:
+        if name not in self:
+            raise UserError(f"{self.source}: missing tensors: {name}")
+        return self.where[name.removeprefix(self.prefix)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        handle, stored = self._tensor(name)
+        return tuple(handle.get_slice(stored).get_shape())
+
+    def values(self, name: str) -> np.ndarray:
+        """The numbers of a tensor, in the file's dtype."""
+        handle, stored = self._tensor(name)
+        kind = handle.get_slice(stored).get_dtype()
+        if kind not in _DTYPES:
+            expected = f"expected floating point numbers ({', '.join(_DTYPES)})"
+            raise UserError(f"{self.source}: {stored} holds {kind}, {expected}")
+        self.unread.discard(name.removeprefix(self.prefix))
+        return handle.get_tensor(stored)
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """A tensor of that shape; ``dtype`` None keeps the file's."""
+        if (actual := self.shape(name)) != shape:
+            stored = self._tensor(name)[1]
+            raise UserError(f"{self.source}: {stored} has shape {list(actual)}, expected {list(shape)}")
+        return jnp.asarray(self.values(name), dtype)
+
+    def check_all_read(self) -> None:
+        """Raises UserError if the files hold a tensor that nobody asked for."""
+        if self.unread:
+            raise UserError(f"{self.source}: unexpected tensors: {listed(self.unread)}")
+
+
+def _shards(folder: Path, single: str) -> list[Path]:
+    index = folder / INDEX
+    if not index.is_file():
+        others = sorted(file.name for file in folder.glob("*.bin"))
+        hint = f"; {others[0]} is a pickle, which is never read: save it as safetensors first" if others else ""
+        raise UserError(f"{folder / single}: no such file, nor {INDEX}{hint}")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{index}: weight_map is missing or is not an object of file names")
+    files = {file.name for file in folder.iterdir() if file.is_file()}
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or "\\" in shard or shard == "..":
+            raise UserError(f"{index}: {shard!r} is not the name of a file in this folder")
+        if shard not in files:
+            raise UserError(f"{folder / shard}: no such file; {INDEX} lists it")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def _check_sizes(config: ModelConfig, reader: Reader, where: Path) -> None:
+    """Refuses sizes that the weights cannot have, before anything of such a size is made."""
+    numbers = sum(math.prod(reader.shape(name)) for name in reader.where)
+    for name in ("num_layers", "vocab_size", "hidden_size", "num_heads", "kv_heads", "head_size", "intermediate_size"):
+        size = getattr(config, name) or 0
+        held, what = (len(reader.where), "tensors") if name == "num_layers" else (numbers, "numbers")
+        if size > held:
+            raise UserError(f"{where}: {name} is {size}, but {reader.source} holds {held} {what} only")
+
+
+def _read_body(reader: Reader, model: Model, dtype: Any, is_classifier: bool) -> Params:
+    family, shapes = names.family_of(model.config), _shapes(model)
+    if _OUTPUT_TABLE not in shapes and names.OUTPUT_TABLE in reader:
+        _read_tied_tables(reader, family.tensors(("wte", "embedding"), ())[0])
+    # A classifier does not use its output table, and transformers stores none.
+    if is_classifier and names.OUTPUT_TABLE not in reader:
+        shapes.pop(_OUTPUT_TABLE, None)
+    missing = [name for path, shape in shapes.items() for name in family.tensors(path, shape) if name not in reader]
+    if missing:
+        raise UserError(f"{reader.source}: missing tensors: {listed(missing)}")
+    leaves: dict[tuple[str, ...], jax.Array] = {}
+    for path, shape in shapes.items():
+        transposed, stacked = family.transposed and path[-1] == "kernel", path[0] == "h"
+        inner = shape[1:] if stacked else shape
+        stored = inner[::-1] if transposed else inner
+        parts = [reader.read(name, stored, dtype) for name in family.tensors(path, shape)]
+        parts = [part.T for part in parts] if transposed else parts
+        leaves[path] = jnp.stack(parts) if stacked else parts[0]
+    return unflatten_dict(leaves)
+
+
+def _read_tied_tables(reader: Reader, token_table: str) -> None:
+    """Makes one table of one stored under two names. Two different tables would be another model."""
+    output_table = reader.where[names.OUTPUT_TABLE]
+    if token_table not in reader:
+        reader.where[token_table.removeprefix(reader.prefix)] = output_table
+    elif not np.array_equal(reader.values(token_table), reader.values(names.OUTPUT_TABLE)):
+        both = f"{output_table[1]} differs from {reader.where[token_table.removeprefix(reader.prefix)][1]}"
+        raise UserError(f"{reader.source}: {both}, but config.json says that they are tied")
+    reader.unread.discard(names.OUTPUT_TABLE)
+
+
+def _shapes(model: Model) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Shapes of the body's leaves by path."""
+    leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in leaves.items()}
+
+
+def _body_tensors(model: Model, params: Params) -> dict[str, np.ndarray]:
+    family, shapes = names.family_of(model.config), _shapes(model)
+    leaves = flatten_dict({name: leaf for name, leaf in params.items() if name not in HEADS})
+    if "score" in params:  # a classifier has no output table, see load
+        leaves.pop(_OUTPUT_TABLE, None)
+        shapes.pop(_OUTPUT_TABLE, None)
+    for path in sorted(leaves.keys() | shapes.keys()):
+        actual, expected = leaves[path].shape if path in leaves else "nothing", shapes.get(path, "nothing")
+        if actual != expected:
+            name = "/".join(path)
+            raise ValueError(f"cannot save params: {name} is {actual}, and the model's config expects {expected}")
+    tensors = {}
+    for path, leaf in leaves.items():
+        parts = leaf if path[0] == "h" else [leaf]
+        for name, part in zip(family.tensors(path, leaf.shape), parts, strict=True):
+            stored = part.T if family.transposed and path[-1] == "kernel" else part
+            tensors[name] = np.ascontiguousarray(stored)
+    return tensors
+
+
+def listed(items: Iterable[str], most: int = 8) -> str:
+    """The first of the items in order, and how many more there are."""
+    ordered = sorted(items)
+    return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")

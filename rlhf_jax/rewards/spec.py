@@ -1,0 +1,252 @@
+"""The reward of a run, from what ``--reward`` says.
+
+Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
+
+- a reward model's folder or Hugging Face name,
+- ``mean:A,B,...``, ``min:A,B,...`` or ``uncertainty:A,B,...``, an ensemble of reward models (`rewards.ensemble`);
+  ``uncertainty:COEF:A,B,...`` gives the variance another weight than 1. The folder of a run that trained an ensemble
+  means all its members,
+- ``count:TEXT``, which counts one token of the vocabulary in prompt and response (`rewards.token_count`),
+- ``length``, response tokens, or ``length:N``, those beyond N (`rewards.length`),
+- ``repetition`` or ``repetition:N``, the share of a response's n-grams that occurred before (`rewards.repetition`),
+- ``diversity`` or ``diversity:N``, the share that no other response of the batch has (`rewards.diversity`),
+- ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``: prompts as the model
+  reads them, the columns of the prompts' data rows by name, None for a response that cannot be scored.
+
+A folder with the name of one of these is given as ``./length``.
+"""
+
+import difflib
+import inspect
+import re
+import runpy
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, get_args
+
+import jax
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.rewards.functions import EnsembleMethod, ensemble, from_model, length, token_count, weighted
+from rlhf_jax.rewards.host import Columns, Decoder, HostReward, HostScores, from_text
+from rlhf_jax.rewards.ngrams import diversity, repetition
+from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
+
+_NUMBER = r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+_WEIGHTED = re.compile(rf"(?P<spec>.+)\*(?P<weight>[-+]?{_NUMBER})", re.IGNORECASE)
+_ENSEMBLE = re.compile(
+    rf"(?P<how>{'|'.join(get_args(EnsembleMethod))}):(?:(?<=uncertainty:)(?P<coef>[^:]*):)?(?P<names>.*)", re.DOTALL
+)
+
+# What may be followed by a number, and the least number.
+_TERMS: dict[str, tuple[Callable[..., RewardFn], int]] = {
+    "length": (length, 0),
+    "repetition": (repetition, 1),
+    "diversity": (diversity, 1),
+}
+
+
+class Reward(NamedTuple):
+    """The reward of a run. One of the two is None."""
+
+    fn: RewardFn | None = None  # traced into the iteration
+    host: HostReward | None = None  # runs on the host between two jits
+
+
+class RewardModel(NamedTuple):
+    """A reward model as ``load`` returns it."""
+
+    score_fn: ScoreFn
+    params: Params
+    fingerprint: str  # of its tokenizer
+
+
+Load = Callable[[str], RewardModel]
+"""Loads a reward model from a folder or Hugging Face name; UserError, naming it, if it cannot or lacks a score head."""
+
+
+class PolicyTokenizer(Decoder, Protocol):
+    """What a reward reads of the policy's tokenizer."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    def encode(self, text: str, /) -> list[int]: ...
+
+
+def build(
+    entries: Sequence[str], *, tokenizer: PolicyTokenizer, load: Load, columns: Collection[str], flag: str = "--reward"
+) -> Reward:
+    """All entries as one reward, on the host if any of them is a Python function.
+
+    Several entries, or one with a weight or a Python function, have parts with the entries' names.
+
+    Args:
+      tokenizer: the policy's. A reward model must have the same.
+      load: loads the reward models, one call for each.
+      columns: names of the prompts' columns, which a Python function may have parameters for.
+      flag: where the entries come from, such as ``--rl.judge``; each error begins with it.
+
+    Raises:
+      UserError: no entry, one that does not exist or does not fit, two of one name.
+    """
+    if not entries:
+        raise UserError(
+            f"no reward: give {flag} a reward model's folder, several as mean:A,B, min:A,B or uncertainty:A,B, "
+            f"FILE.py:FUNCTION, count:TEXT, length, repetition or diversity, such as {flag} count:e"
+        )
+    parts: dict[str, tuple[Reward, float]] = {}
+    for entry in entries:
+        spec, weight = _split_weight(entry)
+        name, reward = _read(spec, f"{flag} {spec}", tokenizer, load, columns)
+        if name in parts:
+            raise UserError(f"{flag} {entry}: another part is called {name} too; rename one of them")
+        parts[name] = reward, weight
+    if any(reward.host is not None for reward, _ in parts.values()):
+        return Reward(host=_sum_on_host({name: (as_host(reward), weight) for name, (reward, weight) in parts.items()}))
+    fns = {name: (reward.fn, weight) for name, (reward, weight) in parts.items() if reward.fn is not None}
+    (fn, weight), *others = fns.values()
+    return Reward(fn=weighted(fns) if others or weight != 1 else fn)
+
+
+def sources(entry: str) -> dict[str, Path]:
+    """The folders and Python files that an entry reads, by the names that a manifest gives them."""
+    spec, _ = _split_weight(entry)
+    if spec.startswith("count:") or spec.partition(":")[0] in _TERMS:
+        return {}
+    if match := _ENSEMBLE.fullmatch(spec):
+        return {name: Path(name) for name in match["names"].split(",") if Path(name).exists()}
+    file, _, _ = spec.rpartition(":")
+    path = Path(file if file.endswith(".py") else spec)
+    return {entry: path} if path.exists() else {}
+
+
+def members(folder: str | Path) -> list[Path]:
+    """The folders member_0, member_1, ... of an ensemble's folder; an empty list for another folder."""
+    count = sum(member.name[7:].isdecimal() for member in Path(folder).glob("member_*"))
+    return [Path(folder) / f"member_{i}" for i in range(count)]
+
+
+def as_host(reward: Reward) -> HostReward:
+    """A reward that is called on the host; a traced one runs on the devices, and must have one score for each row."""
+    if reward.host is not None:
+        return reward.host
+    on_devices = jax.jit(lambda fn, rollout: fn(rollout))
+
+    def score(rollout: Rollout, columns: Columns) -> tuple[HostScores, dict[str, HostScores]]:
+        scores, parts = jax.device_get(on_devices(reward.fn, rollout))
+        if scores.ndim != 1:
+            raise ValueError(f"expected one score for each response, [{len(rollout.tokens)}], got {scores.shape}")
+        return scores.tolist(), parts
+
+    return score
+
+
+def _sum_on_host(parts: dict[str, tuple[HostReward, float]]) -> HostReward:
+    """As ``weighted``. A row that one part cannot score has no sum."""
+
+    def score(rollout: Rollout, columns: Columns) -> tuple[HostScores, dict[str, HostScores]]:
+        reported: dict[str, HostScores] = {}
+        totals: list[float | None] = [0.0] * len(rollout.tokens)
+        for name, (reward, weight) in parts.items():
+            scores, inner = reward(rollout, columns)
+            reported |= {name: scores} | {f"{name}/{part}": values for part, values in inner.items()}
+            totals = [
+                None if total is None or value is None else total + weight * value
+                for total, value in zip(totals, scores, strict=True)
+            ]
+        return totals, reported
+
+    return score
+
+
+def _split_weight(entry: str) -> tuple[str, float]:
+    match = _WEIGHTED.fullmatch(entry)
+    return (match["spec"], float(match["weight"])) if match else (entry, 1.0)
+
+
+def _read(
+    spec: str, where: str, tokenizer: PolicyTokenizer, load: Load, columns: Collection[str]
+) -> tuple[str, Reward]:
+    """The name and the reward of one SPEC; errors begin with ``where``."""
+    term, colon, rest = spec.partition(":")
+    if term == "count" and colon:
+        ids = tokenizer.encode(rest)
+        if len(ids) != 1:
+            raise UserError(f"{where}: {rest!r} is {len(ids)} tokens of this tokenizer, and exactly 1 is counted")
+        return spec, Reward(fn=token_count(ids[0]))
+    if term in _TERMS:
+        make, least = _TERMS[term]
+        if colon and not (re.fullmatch("[0-9]{1,9}", rest) and int(rest) >= least):
+            raise UserError(f"{where}: after `{term}:` comes a whole number, at least {least}, of tokens; got {rest!r}")
+        return spec, Reward(fn=make(int(rest)) if colon else make())
+    file, _, function = spec.rpartition(":")
+    if file.endswith(".py"):
+        return function, Reward(host=from_text(_function(where, Path(file), function, columns), tokenizer))
+
+    def model_reward(name: str) -> RewardFn:
+        model = load(name)
+        if model.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"{where if name == spec else f'{where}: {name}'}: the reward model's tokenizer is not the policy's; "
+                "train the reward model from the same starting model"
+            )
+        return from_model(model.score_fn, model.params)
+
+    if match := _ENSEMBLE.fullmatch(spec):
+        names = match["names"].split(",")
+        name = spec.removesuffix(match["names"]) + ",".join(map(_run_name, names))
+        return name, Reward(fn=_ensemble(match["how"], match["coef"], names, where, model_reward))
+    if folders := members(spec):
+        raise UserError(
+            f"{where}: here are the {len(folders)} models of an ensemble; say how their scores become one: "
+            f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
+        )
+    return _run_name(spec), Reward(fn=model_reward(spec))
+
+
+def _ensemble(
+    how: Any, coef: str | None, names: Sequence[str], where: str, model_reward: Callable[[str], RewardFn]
+) -> RewardFn:
+    if coef is not None and not re.fullmatch(_NUMBER, coef, re.IGNORECASE):
+        raise UserError(
+            f"{where}: between the colons stands the variance's coefficient, a number of at least 0; got {coef!r}"
+        )
+    if not all(names):
+        raise UserError(f"{where}: after `{how}:` come reward models' folders, with commas between them")
+    paths = [path for name in names for path in [*map(str, members(name))] or [name]]
+    if len(paths) < 2 or len(set(paths)) < len(paths):
+        raise UserError(f"{where}: an ensemble has at least two different models, here are {', '.join(paths)}")
+    print(f"{where}: {len(paths)} models", flush=True)
+    return ensemble([model_reward(path) for path in paths], how, 1.0 if coef is None else float(coef))
+
+
+def _run_name(model: str) -> str:
+    """The name of the run folder that a reward model lies in; if it lies in none, its own name."""
+    path = Path(model)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def _function(where: str, file: Path, name: str, columns: Collection[str]) -> Callable[..., Any]:
+    """The user's function, called with only those columns that it has parameters for."""
+    if not file.is_file():
+        raise UserError(f"{where}: no such file {file}")
+    try:
+        module = runpy.run_path(str(file))
+    except SyntaxError as error:
+        raise UserError(f"{where}: {error.filename}, line {error.lineno}: {error.msg}") from None
+    fn = module.get(name)
+    if not callable(fn):
+        near = difflib.get_close_matches(name, [key for key, value in module.items() if callable(value)], n=1)
+        raise UserError(f"{where}: {file} has no function {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    parameters = list(inspect.signature(fn).parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return fn
+    wanted = [parameter for parameter in parameters[2:] if parameter.kind is not parameter.VAR_POSITIONAL]
+    missing = [p.name for p in wanted if p.default is p.empty and p.name not in columns]
+    if missing:
+        raise UserError(
+            f"{where}: {name} asks for {', '.join(missing)}, but the prompts' columns are "
+            f"{', '.join(columns) or 'none'}"
+        )
+    names = [parameter.name for parameter in wanted if parameter.name in columns]
+    return lambda prompts, responses, **given: fn(prompts, responses, **{key: given[key] for key in names})

@@ -1,0 +1,131 @@
+"""What a run starts from: the model and its tokenizer, and which of its parameters are trained."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import generator, models
+from rlhf_jax.config import Compute, LoRA, RunConfig
+from rlhf_jax.data import chat, formats, tokenizers
+from rlhf_jax.errors import UserError
+from rlhf_jax.generator import LanguageModel
+from rlhf_jax.models import lora
+from rlhf_jax.rewards import spec
+from rlhf_jax.types import Params
+
+
+class Trainable(NamedTuple):
+    """The parameters of a run, in two parts."""
+
+    params: Params  # what is trained, float32: everything, or adapters and heads
+    base: Params | None = None  # what is not, in its file's dtype; None: everything is trained
+
+    def bind(self, fn: Any) -> jax.tree_util.Partial:
+        """``fn(params, ...)`` as a function of the trained part, which travels through ``jit`` as an argument."""
+        return jax.tree_util.Partial(fn) if self.base is None else lora.bind(fn, self.base)
+
+    def full(self, trained: Params) -> Params:
+        """What the model runs on."""
+        return trained if self.base is None else lora.attach(self.base, trained)
+
+    def merged(self, trained: Params) -> Params:
+        """A plain model's parameters, to be saved."""
+        return trained if self.base is None else lora.merge(self.base, trained)
+
+
+def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
+    """Splits parameters, heads included, into what is trained and what is frozen. ``key`` is of the adapters' weights.
+
+    Raises:
+        UserError: ``lora.match`` matches no kernel.
+    """
+    if not settings.rank:
+        return Trainable(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+    base = {name: part for name, part in params.items() if name not in lora.HEADS}
+    heads = {name: part for name, part in params.items() if name in lora.HEADS}
+    try:
+        adapters = lora.init(key, base, settings.rank, settings.match, alpha=settings.alpha)
+    except ValueError as error:
+        raise UserError(f"lora: {error}") from error
+    return Trainable({**adapters, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), heads)}, base)
+
+
+def stage_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> formats.ReadResult[Any]:
+    """The rows of a stage, messages rendered by the chat template of the model's tokenizer; prints their number.
+
+    Args:
+        names: the section's own data; empty: the run's ``--data``.
+
+    Raises:
+        UserError: there is no data, or a row is wrong.
+    """
+    source = config.tokenizer.name if config.model is None else config.model
+    template = chat.template_of(None if source is None else tokenizers.load_tokenizer(source))
+    data = formats.read(kind, names or config.data, seed=config.seed, template=template)
+    print(f"{kind}: {data.describe()}", flush=True)
+    return data
+
+
+def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array) -> LanguageModel:
+    """The model of ``--model``, or a GPT-2 with random weights and the tokenizer of ``--tokenizer.name``, or one that
+    is trained on ``texts``.
+
+    Raises:
+        UserError: the model or tokenizer cannot be read, or the network's sizes do not fit.
+    """
+    if config.model is not None:
+        return load_language_model(config.model, config.compute)
+    if config.tokenizer.name is not None:
+        tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
+    elif config.tokenizer.kind == "bpe":
+        tokenizer = tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
+    else:
+        tokenizer = tokenizers.characters(texts)
+    network = config.network
+    try:
+        model_config = models.GPT2Config(
+            vocab_size=tokenizer.vocab_size,
+            max_length=network.max_length,
+            hidden_size=network.hidden_size,
+            num_layers=network.num_layers,
+            num_heads=network.num_heads,
+            embedding_dropout=network.dropout,
+            attention_dropout=network.dropout,
+            residual_dropout=network.dropout,
+            initializer_range=network.initializer_range,
+            pad_token_id=tokenizer.pad_id,
+            eos_token_id=tokenizer.eos_id,
+            **_compute(config.compute),
+        )
+    except ValueError as error:
+        raise UserError(f"network: {error}") from error
+    model = models.build(model_config)
+    return LanguageModel(model, model.init(key), tokenizer)
+
+
+def load_language_model(source: str, compute: Compute) -> LanguageModel:
+    """Loads a Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the tokenizer gained a pad.
+
+    Raises:
+        UserError: the folder lacks a file, or the tokenizer has more entries than the model.
+    """
+    return generator.load(source, **_compute(compute))
+
+
+def load_reward_model(source: str, compute: Compute) -> spec.RewardModel:
+    """A reward model's folder (or Hugging Face name), as ``rewards.spec`` takes it.
+
+    Raises:
+        UserError: the folder cannot be read, or the model has no score head.
+    """
+    model, params, tokenizer = load_language_model(source, compute)
+    if "score" not in params:
+        raise UserError(f"{source}: this model has no score head; train one with experiments/reward_model.py")
+    return spec.RewardModel(models.score_fn(model), params, tokenizer.fingerprint)
+
+
+def _compute(compute: Compute) -> dict[str, Any]:
+    dtype = "bfloat16" if compute.dtype == "float16" else compute.dtype
+    return {"compute_dtype": dtype, "remat": compute.remat, "scan_layers": compute.scan_layers}

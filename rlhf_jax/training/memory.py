@@ -1,0 +1,50 @@
+"""Out of memory as a sentence: what lies on each device, and which settings help most."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from rlhf_jax.errors import TrainingFault
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether XLA says so; while arrays are placed it is a ValueError."""
+    return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def fault(stage: str, held: Mapping[str, Any], sizes: Mapping[str, int], error: Exception) -> TrainingFault:
+    """What to raise in place of XLA's error.
+
+    Args:
+        stage: such as "sft" or "ppo".
+        held: {name: pytree of arrays or shapes} of what lies on the devices; donated arrays are read for their shapes.
+        sizes: {dotted setting: its value}, the settings that help: microbatches to raise, a batch size to lower, and
+            ``lora.rank`` and ``compute.remat`` where they can still be turned on (value 0).
+    """
+    parts = [text for name, tree in held.items() if (text := _mebibytes(tree, name))]
+    lies = f"On each device lie {', '.join(parts)}; activations come on top of that. " if parts else ""
+    advice = {
+        "num_microbatches": "more --{flag} (now {value})",
+        "batch_size": "a smaller --{flag} (now {value})",
+        "rank": "--{flag} 8, which needs no optimizer state for the rest and no second copy for the reference",
+        "remat": "--{flag}",
+    }
+    helps = [
+        advice[setting.rpartition(".")[2]].format(flag=setting.replace("_", "-"), value=value)
+        for setting, value in sizes.items()
+    ]
+    return TrainingFault(
+        f"{stage}: out of memory. {lies}What helps most: {', '.join([*helps, 'shorter texts', 'more devices'])}. "
+        f"XLA said: {str(error).splitlines()[0]}"
+    )
+
+
+def _mebibytes(tree: Any, name: str) -> str:
+    """What the arrays of a tree, or their shapes, take on one device; empty if there are none."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
+    shapes = [leaf.shape if s is None else s.shard_shape(leaf.shape) for s, leaf in zip(shardings, leaves, strict=True)]
+    size = sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves, strict=True))
+    return f"{size / 2**20:.1f} MiB of {name}" if leaves else ""

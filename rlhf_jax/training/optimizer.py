@@ -1,0 +1,135 @@
+"""The optimizer of a run: Adam with clipping and a schedule, and what it does when validations stop improving.
+
+Both decisions of ``Judge``, to end early and to lower the learning rate, are functions of the validations so far: a run
+that is resumed from a checkpoint, with the rows of metrics before it, decides alike.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.config import Optimizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import Params
+
+PLATEAU_SCALE = "plateau_scale"  # in opt_state.hyperparams: what the schedule plateau has multiplied the rate by so far
+
+
+def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransformation:
+    """Adam with the schedule, clipping and decay of ``settings``; the schedule is ``num_steps`` long.
+
+    The learning rate lives in ``opt_state.hyperparams`` (optax.inject_hyperparams), and so does the factor of the
+    schedule ``plateau``, which starts at 1 and which ``Judge`` lowers.
+    """
+    decay_steps, peak = max(num_steps - settings.warmup_steps, 1), settings.learning_rate
+    decays: dict[str, optax.Schedule] = {
+        "constant": optax.constant_schedule(peak),
+        "plateau": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, decay_steps),
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps),
+        "step": optax.exponential_decay(peak, settings.decay_every or 1, settings.decay_factor, staircase=True),
+    }
+    schedule = decays[settings.schedule]
+    if settings.warmup_steps:
+        warmup = optax.linear_schedule(0.0, peak, settings.warmup_steps)
+        schedule = optax.join_schedules([warmup, schedule], [settings.warmup_steps])
+
+    def chain(learning_rate: Any, plateau_scale: Any = None) -> optax.GradientTransformation:
+        parts = []
+        if settings.max_grad_norm is not None:
+            parts.append(optax.clip_by_global_norm(settings.max_grad_norm))
+        parts.append(optax.scale_by_adam(settings.b1, settings.b2, settings.eps))
+        if settings.weight_decay:
+            parts.append(optax.add_decayed_weights(settings.weight_decay, mask=_decayed))
+        parts.append(optax.scale_by_learning_rate(learning_rate))
+        if plateau_scale is not None:
+            parts.append(optax.scale(plateau_scale))
+        return optax.chain(*parts)
+
+    scales = {PLATEAU_SCALE: 1.0} if settings.schedule == "plateau" else {}
+    return optax.inject_hyperparams(chain)(learning_rate=schedule, **scales)
+
+
+def _decayed(params: Params) -> Any:
+    """True for matrices, adapters and embeddings of the body. Judged by name: under scan a bias has rank 2 too."""
+
+    def decayed(path: tuple[Any, ...], _: jax.Array) -> bool:
+        names = [entry.key for entry in path]
+        return names[-1] in ("kernel", "embedding", "lora_a", "lora_b") and names[0] not in ("value", "score")
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def times_exhausted(values: Sequence[float], patience: int) -> int:
+    """How many times ``patience`` values in a row brought no new minimum; each time the count starts anew.
+
+    ``optax.contrib.reduce_on_plateau`` without tolerance lowers the rate at each of these times; PyTorch's
+    ReduceLROnPlateau waits for one value more than its patience. NaN is no minimum.
+    """
+    lowest, waited, times = float("inf"), 0, 0
+    for value in values:
+        waited += 1
+        if value < lowest:
+            lowest, waited = value, 0
+        if waited == patience:
+            waited, times = 0, times + 1
+    return times
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Looks at one metric of the validations, ``min:METRIC`` or ``max:METRIC``."""
+
+    judged_by: str
+    stop_after: int | None
+    """Validations without improvement after which the run ends; None: it does not."""
+    settings: Optimizer
+
+    @property
+    def metric(self) -> str:
+        """The metric's name."""
+        return self.judged_by.partition(":")[2]
+
+    @property
+    def used(self) -> bool:
+        """Whether the run ends early or lowers its learning rate by the metric."""
+        return self.stop_after is not None or self._lowers
+
+    @property
+    def _lowers(self) -> bool:
+        return self.settings.schedule == "plateau"
+
+    def check(self, recorded: Iterable[str]) -> None:
+        """Raises UserError if the validations do not give the metric."""
+        if self.metric not in recorded:
+            raise UserError(f"keep_best: no metric {self.metric}; the validations give {', '.join(recorded)}")
+
+    def stops(self, rows: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether the run ends early after these rows of metrics."""
+        return self.stop_after is not None and times_exhausted(self._values(rows), self.stop_after) > 0
+
+    def lowered(self, state: Any, rows: Iterable[Mapping[str, Any]]) -> Any:
+        """The loop's state with the learning rate that the schedule ``plateau`` has come to after these rows."""
+        if not self._lowers:
+            return state
+        times = times_exhausted(self._values(rows), self.settings.decay_patience)
+        train = getattr(state, "train", state)
+        hyperparams = dict(train.opt_state.hyperparams)
+        scale = hyperparams[PLATEAU_SCALE]
+        hyperparams[PLATEAU_SCALE] = 0.0 * scale + self.settings.decay_factor**times  # stays on its devices
+        train = dataclasses.replace(train, opt_state=train.opt_state._replace(hyperparams=hyperparams))
+        return dataclasses.replace(state, train=train) if hasattr(state, "train") else train
+
+    def metrics(self, state: Any) -> dict[str, jax.Array]:
+        """Under the schedule ``plateau``, the factor that the learning rate had in the step that led to this state."""
+        if not self._lowers:
+            return {}
+        return {"plateau_scale": jnp.max(getattr(state, "train", state).opt_state.hyperparams[PLATEAU_SCALE])}
+
+    def _values(self, rows: Iterable[Mapping[str, Any]]) -> list[float]:
+        sign = -1 if self.judged_by.startswith("max:") else 1
+        return [sign * row[self.metric] for row in rows if self.metric in row]

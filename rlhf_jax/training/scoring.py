@@ -1,0 +1,146 @@
+"""Comparisons scored by a reward model or an ensemble: batches, metrics, and texts for samples.jsonl."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax import metrics, models
+from rlhf_jax.data import batches, encoding
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.runs import processes
+from rlhf_jax.training import loop
+from rlhf_jax.types import Comparisons, Params, ScoreFn
+
+
+def pair_scorer(model: models.Model) -> Callable[..., jax.Array]:
+    """Jitted ``(params, tokens [B, K, T], attention_mask [B, K, T]) -> scores [B, K]``."""
+    return scorer(jax.tree_util.Partial(models.score_fn(model)))
+
+
+def scorer(score_fn: jax.tree_util.Partial, num_members: int = 1) -> Callable[..., jax.Array]:
+    """``pair_scorer`` of a ScoreFn that carries arrays; of an ensemble's parameters [M, ...] the scores [B, K, M]."""
+    score = _pair_scores if num_members == 1 else jax.vmap(_pair_scores, in_axes=(None, 0, None, None), out_axes=2)
+    return functools.partial(jax.jit(score), score_fn)
+
+
+def _pair_scores(score_fn: ScoreFn, params: Params, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    rows = (tokens.shape[0] * tokens.shape[1], tokens.shape[2])
+    return score_fn(params, tokens.reshape(rows), attention_mask.reshape(rows), None).reshape(tokens.shape[:2])
+
+
+def evaluate(
+    score_pairs: Callable[..., jax.Array],
+    params: Params,
+    comparisons: encoding.EncodedComparisons,
+    rows: np.ndarray,
+    *,
+    batch_size: int,
+    bucket_multiple: int,
+) -> dict[str, float]:
+    """``report`` of a ``pair_scorer``'s scores of the given rows."""
+    scores = score_rows(score_pairs, params, comparisons, rows, batch_size=batch_size, bucket_multiple=bucket_multiple)
+    return report(comparisons, rows, scores)
+
+
+def score_rows(
+    score_pairs: Callable[..., jax.Array],
+    params: Params,
+    comparisons: encoding.EncodedComparisons,
+    rows: np.ndarray,
+    *,
+    batch_size: int,
+    bucket_multiple: int,
+    shard: Callable[[Comparisons], Comparisons] = lambda batch: batch,
+) -> np.ndarray:
+    """[N, K] a ``pair_scorer``'s scores of the answers of the given N rows, [N, K, M] those of an ensemble; those of
+    absent answers mean nothing.
+    """
+    scores = []
+    for batch_rows in loop.in_order(rows, batch_size):
+        batch = shard(batches.comparison_batch(comparisons, batch_rows, bucket_multiple))
+        scores.append(processes.fetch(score_pairs(params, batch.tokens, batch.attention_mask))[batch_rows >= 0])
+    return np.concatenate(scores)
+
+
+def report(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """``metrics.choice_report`` of scores [N, K] of the given rows, weighted as the rows are; with targets
+    ``metrics.target_report``."""
+    weights = None if comparisons.weight is None else comparisons.weight[rows]
+    lengths = _response_lengths(comparisons, rows)
+    if comparisons.targets is not None:
+        return metrics.target_report(scores, comparisons.targets[rows], lengths, weights)
+    return metrics.choice_report(scores, _best(comparisons, rows), lengths, weights)
+
+
+def uncertainty(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray) -> float:
+    """How far members differ: the standard deviation over them (population) of the margin, or with targets of the
+    score, as a mean over the given rows, weighted as they are.
+
+    The margin is the best answer's score minus that of the highest other one by the mean score: what a member adds to
+    all its scores does not count, since comparisons do not determine it.
+
+    scores: [N, K, M] of the given N rows.
+    """
+    weights = np.ones(len(rows)) if comparisons.weight is None else comparisons.weight[rows]
+    lengths = _response_lengths(comparisons, rows)
+    if comparisons.targets is not None:
+        weights = np.where(lengths > 0, weights[:, None], 0.0)
+        return float(np.average(scores.std(axis=2), weights=weights))
+    row, best = np.arange(len(rows)), _best(comparisons, rows)
+    margins = scores[row, best] - scores[row, metrics.rival(scores.mean(axis=2), best, lengths)]
+    return float(np.average(margins.std(axis=1), weights=weights))
+
+
+def evenly(num_rows: int, most: int) -> np.ndarray:
+    """[min(num_rows, most)] numbers of rows from the first to the last of ``num_rows``, evenly spaced."""
+    return np.linspace(0, num_rows - 1, min(num_rows, most)).round().astype(int)
+
+
+def samples(
+    comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """The given rows with their scores [N, K] as texts: for each the best answer and the highest-scored other one, or,
+    with targets, every answer. Lengths are response tokens.
+    """
+    lengths = _response_lengths(comparisons, rows)
+
+    def texts(row: int, answer: int) -> tuple[str, str]:
+        of_answer = comparisons.answers[answer]
+        tokens, start = of_answer.tokens[row], of_answer.starts[row]
+        return tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])
+
+    found: list[dict[str, Any]] = []
+    if comparisons.targets is not None:
+        for i, k in np.argwhere(lengths > 0):
+            prompt, response = texts(rows[i], k)
+            labels = {"score": float(scores[i, k]), "target": float(comparisons.targets[rows[i], k])}
+            found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k])})
+        return found
+    best = _best(comparisons, rows)
+    for i, (chosen, rejected) in enumerate(zip(best, metrics.rival(scores, best, lengths), strict=True)):
+        prompt, response = texts(rows[i], chosen)
+        found.append(
+            {
+                "prompt": prompt,
+                "chosen": response,
+                "rejected": texts(rows[i], rejected)[1],
+                "score_chosen": float(scores[i, chosen]),
+                "score_rejected": float(scores[i, rejected]),
+                "length_chosen": int(lengths[i, chosen]),
+                "length_rejected": int(lengths[i, rejected]),
+            }
+        )
+    return found
+
+
+def _response_lengths(comparisons: encoding.EncodedComparisons, rows: np.ndarray) -> np.ndarray:
+    """[N, K] response tokens of the given rows' answers; 0 where there is none."""
+    return np.stack([(texts.lengths - np.asarray(texts.starts))[rows] for texts in comparisons.answers], axis=1)
+
+
+def _best(comparisons: encoding.EncodedComparisons, rows: np.ndarray) -> np.ndarray:
+    """[N] number of the best answer of the given rows."""
+    return np.zeros(len(rows), np.int64) if comparisons.best is None else comparisons.best[rows]

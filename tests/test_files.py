@@ -1,0 +1,214 @@
+"""Data files: every format, the place of each record, and sentences for what cannot be read."""
+
+import gzip
+import json
+import sys
+import types
+
+import pytest
+
+from rlhf_jax.data import files, formats
+from rlhf_jax.data.rows import Demonstration, Pair, Prompt
+from rlhf_jax.errors import UserError
+
+PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+ROW = '{"prompt": "a", "response": "b"}'
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def save(content, name="data.json"):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return name
+
+    return save
+
+
+def read_demonstrations(path):
+    return formats.read("demonstrations", path).rows
+
+
+def test_rows_of_a_list_and_lines_of_json_lines(write):
+    path = write('\n[\n  {"prompt": "a\\nb",\n   "response": "x"},\n\n  {"prompt": "c", "response": "y"}]\n')
+    expected = [Demonstration("a\nb", "x", "data.json, row 1"), Demonstration("c", "y", "data.json, row 2")]
+    assert read_demonstrations(path) == expected
+    text = '\ufeff{"prompt": "a\u2028b", "response": "x"}\r\n\r\n {"prompt": "c", "response": "é"}'
+    path = write(gzip.compress(text.encode("utf-8")), "data.jsonl.gz")
+    expected = [Demonstration("a\u2028b", "x", f"{path}, line 1"), Demonstration("c", "é", f"{path}, line 3")]
+    assert read_demonstrations(path) == expected
+    assert files.read_source(path).format == "JSON lines, gzipped"
+
+
+def test_several_files_and_fingerprints_of_content(write):
+    first, second = write(json.dumps([PAIR]), "a.json"), write(gzip.compress(json.dumps([PAIR]).encode()), "b.json.gz")
+    result = formats.read("pairs", [first, second])
+    assert [row.source for row in result.rows] == ["a.json, row 1", "b.json.gz, row 1"]
+    assert result.fingerprints[first] == result.fingerprints[second]
+    assert len(result.fingerprints[first]) == 64
+
+
+def test_csv_cells_are_texts_on_the_line_where_their_row_ends(write):
+    text = '\ufeffprompt,level,response\r\n1,7,NA\r\n\r\n"a ""b""\nc,d",8,null\r\ne,,007\r\n'
+    path = write(gzip.compress(text.encode("utf-8")), "data.csv.gz")
+    assert read_demonstrations(path) == [
+        Demonstration("1", "NA", f"{path}, line 2"),
+        Demonstration('a "b"\nc,d', "null", f"{path}, line 5"),
+        Demonstration("e", "007", f"{path}, line 6"),
+    ]
+    assert formats.read("prompts", path).rows[0].columns == {"level": "7"}
+    path = write("prompt\tresponse\na,b\tc\n", "data.tsv")
+    assert read_demonstrations(path) == [Demonstration("a,b", "c", "data.tsv, line 2")]
+    path = write('prompt,responses,ranks\np,"[""x"", ""y""]","[1, 0]"\n', "data.csv")
+    assert formats.read("pairs", path).rows == [Pair("p", "y", "x", "data.csv, line 2")]
+    path = write("query,sample0,sample1,best\nq,x,y,1\n", "data.csv")
+    assert formats.read("pairs", path).rows == [Pair("q", "y", "x", "data.csv, line 2")]
+
+
+def test_plain_text_is_a_prompt_a_line(write):
+    path = write("[one\r\n\n  \n two\u2028three\n", "prompts.txt")
+    expected = [Prompt("[one", "prompts.txt, line 1"), Prompt(" two\u2028three", "prompts.txt, line 4")]
+    assert formats.read("prompts", path).rows == expected
+    with pytest.raises(UserError, match=r"prompts.txt, line 1: expected an object with keys .* found a string"):
+        formats.read("pairs", path)
+
+
+def test_parquet(write):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    turn = {"role": "user", "content": "hi"}
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": [turn], "level": n} for n in (3, 4)]), "data.parquet")
+    result = formats.read("prompts", ["data.parquet", write('["text"]')])
+    assert [(row.source, row.columns) for row in result.rows] == [
+        ("data.parquet, row 1", {"level": 3}),
+        ("data.parquet, row 2", {"level": 4}),
+        ("data.json, row 1", {}),
+    ]
+    choices = [{"prompt": "q", "sample0": "a", "sample1": "b", "sample2": last, "best": 1} for last in (None, "c")]
+    parquet.write_table(pyarrow.Table.from_pylist(choices), "data.parquet")
+    assert [type(row).__name__ for row in formats.read("comparisons", "data.parquet").rows] == ["Pair", "Comparison"]
+    with pytest.raises(UserError, match=r"bad\.parquet: is not a Parquet file"):
+        formats.read("prompts", write("hello", "bad.parquet"))
+    with pytest.raises(UserError, match=r"bad\.parquet: cannot be read as Parquet: "):
+        formats.read("prompts", write("PAR1hello", "bad.parquet"))
+    with pytest.raises(UserError, match=r"bad\.gz: Parquet packs its columns itself"):
+        formats.read("prompts", write(gzip.compress(b"PAR1hello"), "bad.gz"))
+
+
+def test_hugging_face_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        if name == "nobody/nothing":
+            raise ConnectionError("offline")
+        return [PAIR, PAIR]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    rows = formats.read("pairs", "Some-Org/some_data:test[:2]").rows
+    assert [row.source for row in rows] == [f"Some-Org/some_data:test[:2], row {number}" for number in (1, 2)]
+    formats.read("prompts", ["org/name"])
+    assert asked == [("Some-Org/some_data", "test[:2]"), ("org/name", "train")]
+    with pytest.raises(UserError, match=r"no such file, and it could not be loaded .*ConnectionError: offline"):
+        formats.read("pairs", "nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "data.json: is empty"),
+        (" \n ", "data.json: is empty"),
+        ("[ ]", "data.json: is an empty list"),
+        (
+            f'[\n{ROW},\n{{"prompt": "c", "resp',
+            "row 2: not valid JSON, unterminated .* line 3, .*cut off inside this row",
+        ),
+        (f"[\n{ROW},\n", "row 2: not valid JSON, .*; the file is cut off inside this row"),
+        (f"[\n{ROW}\n", r"row 1: expected ',' or '\]' after this row, the file is cut off"),
+        (f"[{ROW}\n{ROW}]", r"row 1: expected ',' or '\]' after this row, found '{'"),
+        ('[\n{"prompt": "a" "response": "b"}]', "row 1: not valid JSON, expecting ',' delimiter at line 2, column 16$"),
+        (f"[{ROW}]\nmore", "line 2: text after the end of the JSON list"),
+        (f'{ROW}\n\n{{"prompt": "c", "re', "line 3: not valid JSON.*the file seems cut off"),
+        (
+            f'{ROW}\n{{"prompt": "c", "re\n{ROW}',
+            "line 2: not valid JSON, unterminated string starting at at column 17$",
+        ),
+        (
+            f"{ROW} {ROW}",
+            "line 1: not valid JSON, text after the value at column 33; in JSON lines each row is one line",
+        ),
+        ('{\n"prompt": "a"}', "line 1: not valid JSON.*in JSON lines each row is one line"),
+        ("prompt,response\na,b", "line 1: expected a JSON list or JSON lines, found 'prompt,response'"),
+        ('{"a": ' + "[" * 200_000, "line 1: not valid JSON, nested too deeply"),
+        (f"[{ROW},\n" + "[" * 200_000, "row 2: not valid JSON, nested too deeply"),
+        (f'[{ROW},\n{{"a": {"9" * 5000}}}]', "row 2: not valid JSON, a number has thousands of digits"),
+        ('[{"prompt": "a", "prompt": "b", "response": "c"}]', "row 1: the key 'prompt' stands twice in one object"),
+        (b'[\n{"prompt": "caf\xe9", "response": "b"}]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
+        (b'\xef\xbb\xbf[\n"caf\xe9"]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
+        ('[{"prompt": "a"}]'.encode("utf-16"), "is UTF-16; UTF-8 is expected"),
+        ('[{"prompt": "a"}]'.encode("utf-16-le"), "is UTF-16; UTF-8 is expected"),
+        # Without the time, which would name the case differently in each of pytest-xdist's processes.
+        (gzip.compress(b"[" + bytes(range(256)) * 9, mtime=0)[:40], "broken gzip file"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_faults_of_json(write, content, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_demonstrations(write(content))
+    assert str(error.value).startswith("data.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt,response\na,b\nc,d,e\n", "line 3: 3 cells under a header of 2; quote cells"),
+        ("prompt,response\na,b\nc\n", "line 3: 1 cells under a header of 2$"),
+        ('prompt,response\na,"b\nc', "line 1: not valid CSV in the row after this one: unexpected end of data"),
+        ("prompt,prompt\na,b\n", "line 1: the column 'prompt' stands twice"),
+        ("prompt,\na,b\n", "line 1: column 2 of the header has no name"),
+        ("prompt,response\na,\n", "line 2: 'response' is empty"),
+        ("promt,response\na,b\n", "line 2: expected keys prompt, response, found promt, .* did you mean 'prompt'"),
+        ("prompt,messages\na,b\n", "line 2: the column 'messages' holds JSON, found 'b'"),
+        ("best\n" + "[" * 200_000, "line 2: the column 'best' holds JSON"),
+        ("prompt,response\n", "data.csv: holds no rows"),
+        ("\n", "data.csv: is empty"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_faults_of_csv(write, content, message):
+    with pytest.raises(UserError, match=message):
+        read_demonstrations(write(content, "data.csv"))
+
+
+def test_names(write, tmp_path):
+    write("[]", "sft_data.json")
+    with pytest.raises(UserError, match=r"sft_dat\.json: no such file; did you mean .*sft_data\.json\?"):
+        files.read_source(str(tmp_path / "sft_dat.json"))
+    with pytest.raises(UserError, match=r"data/pairs\.json: no such file$"):  # not taken for a dataset's name
+        formats.read("pairs", "data/pairs.json")
+    with pytest.raises(UserError, match="is a folder"):
+        files.read_source(tmp_path)
+    with pytest.raises(
+        UserError, match=r"no data: give --data FILE with pairs, a folder that holds preference_data\.js"
+    ):
+        formats.read("pairs", [])
+    with pytest.raises(UserError, match=r"this folder has no preference_data\.json, which holds the pairs"):
+        formats.read("pairs", tmp_path)
+    with pytest.raises(UserError, match="--data dmo: no such file; did you mean demo, which is generated"):
+        formats.read("pairs", "dmo")
+    with pytest.raises(UserError, match="--data demo x: `demo` cannot be mixed with files"):
+        formats.read("pairs", ["demo", "x"])
+    write(f"[{ROW}]", "sft_data.json")
+    assert read_demonstrations(tmp_path)[0].source == str(tmp_path / "sft_data.json") + ", row 1"
+
+
+def test_a_gzip_bomb_stops_early(write, monkeypatch):
+    monkeypatch.setattr(files, "_MAY_UNPACK", 1 << 21)
+    plain = b"[" + b" " * (1 << 24) + ROW.encode() + b"]"
+    with pytest.raises(UserError, match=r"bomb\.json: unpacks to more than 100 times its size; .* gunzip"):
+        read_demonstrations(write(gzip.compress(plain), "bomb.json"))
+    assert len(read_demonstrations(write(plain, "plain.json"))) == 1
+    two_members = gzip.compress(f"[{ROW},\n".encode()) + gzip.compress(f"{ROW}]".encode())
+    assert len(read_demonstrations(write(two_members, "two.json.gz"))) == 2

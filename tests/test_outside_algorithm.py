@@ -1,0 +1,79 @@
+"""An algorithm from outside the package trains, resumes and reports as the built-in ones do."""
+
+import dataclasses
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import jax
+import pytest
+from test_training import Killed, config, data, interrupt, outputs  # noqa: F401 (fixtures)
+
+from rlhf_jax import ppo, training
+from rlhf_jax.report import page
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def module(name, source):
+    """A module that no package holds."""
+    made = types.ModuleType(name)
+    sys.modules[name] = made
+    exec(compile(source, f"{name}.py", "exec"), made.__dict__)
+    return made
+
+
+def gspo():
+    """The example of docs/your-algorithm.md, taken from the page."""
+    text = (ROOT / "docs" / "your-algorithm.md").read_text("utf-8")
+    source = re.search(r"```python\n(# gspo\.py\n.*?)```", text, re.DOTALL)[1]
+    assert len(source.splitlines()) <= 40
+    return module("gspo", source)
+
+
+def copy_of_ppo():
+    """PPO's own source under another name: an actor-critic."""
+    return module("my_actor_critic", Path(ppo.__file__).read_text("utf-8"))
+
+
+@pytest.mark.parametrize("make", [copy_of_ppo, gspo], ids=["ppo", "gspo"])
+def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # noqa: F811
+    algorithm = make()
+    settings = dataclasses.replace(config.rl, num_iterations=4, kl_target=None)
+    config = dataclasses.replace(config, rl=settings)
+    algorithm_config = algorithm.Config(num_minibatches=2, num_epochs=2, shuffle_blocks=4)
+    straight = training.rl.run(config, algorithm, algorithm_config)
+    rows = [json.loads(line) for line in (straight.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert max(row.get("grad_norm", 0.0) for row in rows) > 0
+    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        with pytest.raises(Killed):
+            training.rl.run(again, algorithm, algorithm_config)
+    resumed = training.rl.run(dataclasses.replace(again, resume=True), algorithm, algorithm_config)
+    assert outputs(resumed.folder) == outputs(straight.folder)
+    monkeypatch.undo()
+    page.write([straight.folder], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert "policy/clip_fraction" in text
+    assert algorithm.__name__ in text
+
+
+def test_ppo_under_another_name_is_ppo(config, tmp_path):  # noqa: F811
+    """Only the names of the random streams differ: with the same ones the numbers are equal."""
+    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, num_iterations=2, kl_coef=0.02))
+    named = module("ppo", Path(ppo.__file__).read_text("utf-8"))
+    own = training.rl.run(config, ppo)
+    copied = training.rl.run(dataclasses.replace(config, output_dir=str(tmp_path / "copy")), named, config.ppo)
+    assert outputs(copied.folder) == outputs(own.folder)
+
+
+def test_no_default_of_another_algorithm_leaks_in(config):  # noqa: F811
+    """GSPO says that it wants no KL penalty in the reward: a run that sets none has none."""
+    settings = dataclasses.replace(config.rl, num_iterations=1, kl_target=None, kl_coef=None)
+    folder = training.rl.run(dataclasses.replace(config, rl=settings), gspo()).folder
+    last = json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    assert "kl/coef" not in last
+    assert jax.tree.leaves(last)
