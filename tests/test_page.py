@@ -182,9 +182,9 @@ def test_chapters_put_their_sections_one_level_deeper_and_blocks_keep_their_line
 # --- Its figures ----------------------------------------------------------------------------------------------------
 
 
-def vertices(html: str, color: int = 0) -> np.ndarray:
+def vertices(html: str, color: str = COLORS[0]) -> np.ndarray:
     """[N, 2] vertices of the first line of a colour, y growing upwards."""
-    path = re.search(rf'<path d="([^"]*)" clip-path[^>]*stroke: {COLORS[color]}', html)
+    path = re.search(rf'<path d="([^"]*)" clip-path[^>]*stroke: {color}', html)
     assert path is not None
     return np.array([(float(x), -float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path[1])])
 
@@ -195,6 +195,9 @@ def test_a_curve_is_drawn_where_its_values_are():
     assert len(points) == 40
     for at, given in zip(points.T, (x, y), strict=True):
         np.testing.assert_allclose((at - at.min()) / np.ptp(at), given / 39, atol=1e-4)
+    html = drawn(Plot("p", "x", "y", {"a": ([2, 5], [2, 5])}, diagonal="x = y"))
+    line, diagonal = (np.polyfit(*vertices(html, color).T, 1) for color in (COLORS[0], "#777777"))
+    np.testing.assert_allclose(line, diagonal, rtol=1e-3)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -250,7 +253,7 @@ def test_a_histogram_is_as_high_as_its_counts():
         "before: 2 of 5 values not finite or outside. bad: 1 of 1 values not finite or outside."
     ]
     assert {"before", "after", "score", "responses", "0", "1", "2"} <= set(page.texts("text"))
-    (x, before), (_, after) = (vertices(html, color).T for color in (0, 1))
+    (x, before), (_, after) = (vertices(html, color).T for color in COLORS[:2])
     heights = (before - before.min()) / np.ptp(after) * 4  # the counts of after are 0, 0, 4
     at = -0.5 + (x - x.min()) / np.ptp(x) * 3
     corners = dict.fromkeys(zip(at.round(2), heights.round(2), strict=True))
@@ -258,16 +261,18 @@ def test_a_histogram_is_as_high_as_its_counts():
     assert Page(drawn(histogram("h", "x", "y", {"none": [], "bad": [math.inf]}, EDGES))).all("svg") == []
 
 
-def test_a_band_lies_around_its_curve():
-    curve = Series([0, 1, 2], [1.0, 2.0, 3.0], low=[0.0, 1.0, math.nan], high=[2.0, 4.0, 5.0], color=1)
-    html = drawn(Plot("p", "x", "y", {"a": curve, "scale": Series([0, 2], [0.0, 4.0], color=2)}))
-    zero, four = vertices(html, 2)[:, 1]
+@pytest.mark.parametrize(("kind", "more"), [("curve", set()), ("steps", {(1, 0), (1, 2)})])
+def test_a_band_lies_around_its_curve(kind, more):
+    band = Series([0, 1, 2], [1.0, 2.0, 3.0], low=[0.0, 1.0, math.nan], high=[2.0, 4.0, 5.0], color=1, kind=kind)
+    html = drawn(Plot("p", "x", "y", {"a": band, "scale": Series([0, 2], [0.0, 4.0], color=2)}))
+    zero, end = vertices(html, COLORS[2])
     place = re.search(rf'href="#([^"]*)" x="0" y="([^"]*)" style="fill: {COLORS[1]}; fill-opacity', html)
     assert place is not None
-    band = re.search(rf'id="{place[1]}" d="([^"]*)"', html)
-    assert band is not None
-    heights = [-float(y) - float(place[2]) for _, y in re.findall(r"[ML] (\S+) (\S+)", band[1])]
-    assert {round((y - zero) / (four - zero) * 4, 3) for y in heights} == {0.0, 1.0, 2.0, 4.0}
+    path = re.search(rf'id="{place[1]}" d="([^"]*)"', html)
+    assert path is not None
+    corners = [(float(x), -float(y) - float(place[2])) for x, y in re.findall(r"[ML] (\S+) (\S+)", path[1])]
+    at = ((np.array(corners) - zero) / (end - zero) * (2, 4)).round(3)
+    assert set(map(tuple, at.tolist())) == {(0, 0), (0, 2), (1, 1), (1, 4)} | more
 
 
 def test_a_figure_alone_is_a_whole_file():

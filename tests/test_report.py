@@ -18,6 +18,7 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import page, plots, records
+from rlhf_jax.report.export import export
 from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.log import RowWriter
 from rlhf_jax.training.stage import Stage
@@ -101,7 +102,7 @@ def test_the_page_of_one_run(tmp_path):
     assert (tmp_path / "out.html").read_bytes() == first
 
 
-def test_samples_stand_beside_what_was_said_to_the_same_prompt_before(tmp_path):
+def test_samples_stand_beside_what_was_said_to_the_same_prompt_before(tmp_path, monkeypatch):
     read = read_page(tmp_path, write_run(tmp_path / "mine"))
     assert read.texts("th") == ["prompt", "response, step 0", "score, step 0", "response, step 3", "score, step 3"]
     assert read.texts("td") == [
@@ -110,6 +111,10 @@ def test_samples_stand_beside_what_was_said_to_the_same_prompt_before(tmp_path):
         *("d", "NaN", "1", "NaN", "3"),
     ]
     assert read.all("script") == []
+    monkeypatch.setattr(page, "MAX_SAMPLES", 2)
+    read = read_page(tmp_path, tmp_path / "mine")
+    assert len(read.texts("td")) == 10
+    assert any(text.startswith("The first 2 of 3 in samples.jsonl") for text in read.texts("p"))
 
 
 def test_alerts_and_an_evaluation_are_listed(tmp_path):
@@ -344,6 +349,33 @@ def test_a_broken_folder_is_a_sentence(file, text, message, tmp_path):
     with pytest.raises(UserError, match=message):
         page.write([run], tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "kind"),
+    [
+        ("config.json", "{}", "A language model trained"),
+        ("config.json", '{"reward_shift": 0.5}', "A reward model trained"),
+        (
+            "member_0/config.json",
+            '{"reward_shift": 0.5}',
+            "An ensemble of reward models (`member_0`, `member_1`, ...) tr",
+        ),
+    ],
+)
+def test_model_cards(file, content, kind, tmp_path):
+    run = write_run(tmp_path / "run", metrics={"loss": [2.0, 1.23456789]}, finished=False)
+    (run / "model" / file).parent.mkdir(exist_ok=True)
+    (run / "model" / file).write_text(content)
+    card = (export(run, tmp_path / "card") / "README.md").read_text("utf-8")
+    parts = [kind, f"    {COMMAND}\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n", "| loss | 1.2346 |\n"]
+    parts += [
+        "- `prompts.json`, sha256 fedcba9876543210\n",
+        "# card\n",
+        f"```yaml\n{(run / 'config.yaml').read_text()}```",
+    ]
+    assert all(part in card for part in parts)
+    assert ("reward_shift" in card) == ("reward_shift" in content)
 
 
 def test_no_run_and_a_run_twice(tmp_path):

@@ -188,10 +188,8 @@ def _draw_series(axes: "Axes", plot: Plot) -> "dict[str, Artist]":
             drawstyle="steps-post" if steps else "default",
         )
         if series.low is not None and series.high is not None:
-            low, high = np.asarray(series.low, np.float64), np.asarray(series.high, np.float64)
-            drawn = finite & np.isfinite(low) & np.isfinite(high)
             step: Literal["post"] | None = "post" if steps else None
-            axes.fill_between(x, low, high, where=drawn, step=step, color=color, alpha=0.2, linewidth=0)
+            axes.fill_between(x, series.low, series.high, step=step, color=color, alpha=0.2, linewidth=0)
         for i, label in enumerate(series.labels):
             if finite[i]:
                 axes.annotate(label, (x[i], y[i]), (0, 5), textcoords="offset points", ha="center", fontsize=9)

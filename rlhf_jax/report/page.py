@@ -21,8 +21,8 @@ from rlhf_jax.runs.folder import write_atomically
 
 TITLES = {"reward_model": "Reward model"}  # other stages are written in capitals
 MAX_SAMPLES, MAX_SAMPLES_OF_MANY = 8, 3
-# Columns of samples.jsonl: those that are the same at each validation, and those that change. The last of the first
-# ones tells which case it is: pairs, answers with target scores, prompts.
+# Columns of samples.jsonl for pairs, for answers with target scores and for prompts: those that are the same at each
+# validation, and those that change. The last column that stays the same is found in rows of this kind only.
 SAMPLE_COLUMNS = (
     (("prompt", "chosen", "rejected"), ("margin",)),
     (("prompt", "response", "target"), ("score",)),

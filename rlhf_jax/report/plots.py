@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import yaml
@@ -29,22 +28,6 @@ HISTOGRAMS = {
 }
 
 
-class Curve(NamedTuple):
-    """A metric of a group of runs: steps [N]; mean, lowest and highest value [N] over the runs."""
-
-    steps: np.ndarray
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-    def shortened(self, max_points: int) -> tuple["Curve", int]:
-        """Means over equal stretches, and how many steps each of them has."""
-        stretch = max(1, math.ceil(len(self.steps) / max_points))
-        starts = np.arange(0, len(self.steps), stretch)
-        counts = np.diff(starts, append=len(self.steps))
-        return Curve(*(np.add.reduceat(values, starts) / counts for values in self)), stretch
-
-
 def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
     """All metrics that the runs have recorded, in the order of the page: ``{metric: [it, its validation]}``."""
     names = dict.fromkeys(name for record in records for row in record.metrics for name in row if name != "step")
@@ -56,15 +39,23 @@ def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
     return {base: together for base, together in members.items() if together}
 
 
-def curve(group: Group, name: str) -> Curve | None:
-    """The metric at the steps that all runs of the group have which record it; None if there are none."""
+def curve(group: Group, name: str) -> np.ndarray | None:
+    """[4, N] of a metric at the steps that all runs of the group have which record it: step, mean, lowest and highest
+    value over the runs. Returns None if there are no such steps."""
     recorded = [dict(zip(*series(record.metrics, name), strict=True)) for record in group.records]
     recorded = [values for values in recorded if values]
     steps = [step for step in recorded[0] if all(step in values for values in recorded)] if recorded else []
     if not steps:
         return None
     values = np.array([[run[step] for step in steps] for run in recorded], np.float64)
-    return Curve(np.array(steps, np.float64), values.mean(axis=0), values.min(axis=0), values.max(axis=0))
+    return np.array([steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)])
+
+
+def _shortened(rows: np.ndarray, max_points: int) -> tuple[np.ndarray, int]:
+    """Means of [R, N] over equal stretches of the second axis, and the length of these."""
+    stretch = math.ceil(rows.shape[1] / max_points)
+    starts = np.arange(0, rows.shape[1], stretch)
+    return np.add.reduceat(rows, starts, axis=1) / np.diff(starts, append=rows.shape[1]), stretch
 
 
 def curves(groups: Sequence[Group]) -> tuple[list[Plot], dict[str, float]]:
@@ -95,15 +86,15 @@ def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> 
             whole = curve(group, name)
             if whole is None:
                 continue
-            line, stretch = whole.shortened(MAX_POINTS)
+            (steps, mean, low, high), stretch = _shortened(whole, MAX_POINTS)
             longest = max(longest, stretch)
             label = name if len(groups) == 1 else group.name + (", validation" if second else "")
             color, style = (second, 0) if len(groups) == 1 else (place, second)
-            low, high = (line.low, line.high) if len(group.records) > 1 else (None, None)
-            drawn[label] = Series(line.steps, line.mean, low, high, color, style)
+            line = Series(steps, mean, color=color, style=style)
+            drawn[label] = line._replace(low=low, high=high) if len(group.records) > 1 else line
     if marks := [mark for record in records for mark in _alerts(record, members)]:
-        steps, values = zip(*marks, strict=True)
-        drawn["alert"] = Series(steps, values, kind="points", color=len(groups) + 1)
+        at, values = zip(*marks, strict=True)
+        drawn["alert"] = Series(at, values, kind="points", color=len(groups) + 1)
     targets = {record.settings.get("rl.kl_target") for record in records}
     if base == "objective/kl" and len(targets) == 1 and None not in targets:
         lines = [{"target": targets.pop()}]
@@ -135,13 +126,13 @@ def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
         kl, score = curve(group, "objective/kl"), curve(group, "objective/score")
         if kl is None or score is None:
             continue
-        both = np.intersect1d(kl.steps, score.steps)
-        x, y = kl.mean[np.isin(kl.steps, both)], score.mean[np.isin(score.steps, both)]
-        path, stretch = Curve(both, x, y, y).shortened(MAX_DOTS)
+        both = np.intersect1d(kl[0], score[0])
+        points = np.array([both, kl[1][np.isin(kl[0], both)], score[1][np.isin(score[0], both)]])
+        (steps, x, y), stretch = _shortened(points, MAX_DOTS)
         longest = max(longest, stretch)
-        every = -(-len(path.steps) // 6)
-        labels = [f"{step:.0f}" if i % every == 0 else "" for i, step in enumerate(path.steps)]
-        drawn[group.name] = Series(path.mean, path.low, labels=labels)
+        every = -(-len(steps) // 6)
+        labels = [f"{step:.0f}" if i % every == 0 else "" for i, step in enumerate(steps)]
+        drawn[group.name] = Series(x, y, labels=labels)
     if not drawn:
         return None
     note = "Numbers count iterations." + (f" Each point is the mean of up to {longest}." if longest > 1 else "")

@@ -1,8 +1,8 @@
 """What runs have left in their folders, read back: rows, settings, and which runs belong together.
 
-    records = run_records.find(["runs/ppo-0", "runs/ppo-1"])
-    for group in run_records.groups(records):
-        print(group.name, run_records.series(group.records[0].metrics, "objective/score"))
+    runs = records.find(["runs/ppo-0", "runs/ppo-1"])
+    for group in records.groups(runs):
+        print(group.name, records.series(group.records[0].metrics, "objective/score"))
 
 Nothing is written to the folders.
 """
