@@ -20,7 +20,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.measures import Responses
 from rlhf_jax.models import config_json, files
 from rlhf_jax.training import ensembles, loop, reward_functions, setup
-from rlhf_jax.training.reward_functions import RunReward
 from rlhf_jax.types import Comparisons, Params, Rollout
 
 BUCKET = 64  # tokens: texts to score are padded to a multiple, so that few shapes are compiled
@@ -93,7 +92,7 @@ class Bench(NamedTuple):
     policy: Policy
     config: Config
     key: jax.Array
-    reward: RunReward | None
+    reward: rewards.HostReward | None
     positions: int  # that the policy and the reward model both have
 
 
@@ -153,25 +152,24 @@ def check_template(policy: Policy, folder: str, config: Config) -> None:
         )
 
 
-def reward_of(spec: str, tokenizer: Tokenizer, columns: Collection[str], where: str) -> RunReward:
+def reward_of(spec: str, tokenizer: Tokenizer, columns: Collection[str], where: str) -> rewards.HostReward:
+    """The reward of a SPEC of ``--reward``; ``where`` stands in its errors in place of that flag."""
     try:
-        return reward_functions.build((spec,), tokenizer, Compute(), columns)
+        return reward_functions.as_host(reward_functions.build((spec,), tokenizer, Compute(), columns))
     except UserError as error:
         raise UserError(str(error).replace("--reward ", where, 1)) from None
 
 
-def score(reward: RunReward, rollout: Rollout, columns: Mapping[str, Sequence[Any]], batch_size: int) -> np.ndarray:
-    """[N] float64 of N responses, NaN where a function gave None."""
-    if reward.host is not None:
-        result = rewards.on_host(reward.host, rollout, columns).rollout
-        scored = (result.response_mask != 0).any(axis=1)
-        return np.where(scored, np.asarray(result.scores, np.float64), np.nan)
-    apply = jax.jit(lambda fn, part: fn(part))
+def score(
+    reward: rewards.HostReward, rollout: Rollout, columns: Mapping[str, Sequence[Any]], batch_size: int
+) -> np.ndarray:
+    """[N] float64 of N responses, NaN for one that a function cannot judge."""
     scores = []
-    for numbers in loop.in_order(np.arange(len(rollout.tokens)), batch_size):
-        part = jax.tree.map(lambda x, numbers=numbers: x[numbers], rollout)
-        result = apply(reward.fn, part)
-        scores.append(np.asarray(result[0] if isinstance(result, tuple) else result, np.float64)[numbers >= 0])
+    for batch in (slice(start, start + batch_size) for start in range(0, len(rollout.tokens), batch_size)):
+        part = jax.tree.map(lambda x, batch=batch: x[batch], rollout)
+        result = rewards.on_host(reward, part, {name: values[batch] for name, values in columns.items()}).rollout
+        is_scored = (result.response_mask != 0).any(axis=1)
+        scores.append(np.where(is_scored, np.asarray(result.scores, np.float64), np.nan))
     return np.concatenate(scores)
 
 
