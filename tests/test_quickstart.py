@@ -1,9 +1,14 @@
 """The quickstart as a newcomer starts it, and its negative control (slow); other seeds and repetition by hand."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import quickstart
 from test_scripts import run
+
+from rlhf_jax.config import RLStage
 
 GATES = {"reward_model_accuracy", "ppo_beats_sft", "kl_in_band", "kl_coef_moved"}
 
@@ -58,3 +63,30 @@ def test_meaningless_labels_are_found_out(tmp_path):
     assert 0.4 <= summary["reward_model"]["accuracy"] <= 0.6
     assert summary["gates"]["reward_model_accuracy"] is False
     assert "FAIL  reward_model_accuracy" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("gate", "accuracy", "ppo", "kl", "coef"),
+    [
+        (None, 0.85, [1.0, 1.0, 0.5, 0.0], 3.0, 1.1),
+        ("reward_model_accuracy", 0.84, [1.0, 1.0, 0.5, 0.0], 3.0, 1.1),
+        ("ppo_beats_sft", 0.85, [1.0, 1.0, 0.0, 0.0], 3.0, 1.1),
+        ("kl_in_band", 0.85, [1.0, 1.0, 0.5, 0.0], 3.1, 1.1),
+        ("kl_in_band", 0.85, [1.0, 1.0, 0.5, 0.0], 1.3, 1.1),
+        ("kl_coef_moved", 0.85, [1.0, 1.0, 0.5, 0.0], 3.0, 1.05),
+    ],
+)
+def test_each_gate_by_hand(gate, accuracy, ppo, kl, coef, tmp_path):
+    """Just passed, and each one just missed: PPO beats SFT in 2 of 4 answers and two ties, the target is 2 nats."""
+    (tmp_path / "ppo").mkdir()
+    rows = [{"step": i, "objective/kl": kl if i else 9.0, "kl/coef": 1.0 if i else coef} for i in range(11)]
+    (tmp_path / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    config = quickstart.QuickstartConfig(rl=RLStage(kl_target=2.0))
+    sft, ppo = (
+        quickstart.Answers(["x"] * 4, np.array(scores), SimpleNamespace(response_mask=np.tri(4)))
+        for scores in ([0.5, 0.5, 0.5, 0.0], ppo)
+    )
+    summary = quickstart.summarize(config, sft, ppo, {"accuracy": accuracy}, np.arange(4.0), tmp_path)
+    assert summary["gates"] == {name: name != gate for name in GATES}
+    assert (summary["score_length_correlation"], len(summary["kl"]["last_iterations"])) == (1.0, 10)
+    assert quickstart.gate_details(summary).keys() == GATES
