@@ -7,5 +7,7 @@ For a first look, on generated data:
 
 from rlhf_jax import cli, training
 
+main = cli.stage(training.dpo.run, __doc__)
+
 if __name__ == "__main__":
-    cli.run_stage(training.dpo.run, __doc__)
+    cli.run_script(main)

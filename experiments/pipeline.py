@@ -8,5 +8,7 @@ FOLDER holds sft_data.json, preference_data.json and prompts.json.
 from rlhf_jax import cli
 from rlhf_jax.training import pipeline
 
+main = cli.stage(pipeline.run, __doc__)
+
 if __name__ == "__main__":
-    cli.run_stage(pipeline.run, __doc__)
+    cli.run_script(main)

@@ -7,5 +7,7 @@ For a first look, on generated data:
 
 from rlhf_jax import cli, training, vpg
 
+main = cli.stage(lambda config: training.rl.run(config, vpg), __doc__)
+
 if __name__ == "__main__":
-    cli.run_stage(lambda config: training.rl.run(config, vpg), __doc__)
+    cli.run_script(main)

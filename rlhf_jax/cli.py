@@ -39,14 +39,14 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(130)
 
 
-def run_stage(run: Callable[[Any], Any], description: str | None) -> NoReturn:
-    """Calls ``run`` with the RunConfig of the command line, as a script of ``experiments/`` does for its stage."""
+def stage(run: Callable[[Any], Any], description: str | None) -> Callable[[], None]:
+    """The ``main`` of a script that reads a RunConfig from its command line and calls ``run`` with it."""
     from rlhf_jax import config
 
     def main() -> None:
         run(config.parse(config.RunConfig, description=description or ""))
 
-    run_script(main)
+    return main
 
 
 def examine() -> int:

@@ -15,7 +15,7 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,18 +37,16 @@ C = TypeVar("C")
 Values = dict[str, tuple[Any, int]]  # {dotted key: (value, line)}
 
 
-AT_LEAST_0 = ("at least 0", lambda value: value >= 0)
-AT_LEAST_1 = ("at least 1", lambda value: value >= 1)
-ABOVE_0 = ("above 0", lambda value: value > 0)
-SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+RULES = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
-def _must_be(section: Any, rule: tuple[str, Callable[[float], bool]], *names: str) -> None:
-    """Raises ValueError for the first of these fields that is neither None nor as the rule says."""
+def _check(section: Any, *names: str, **bounds: float) -> None:
+    """Raises ValueError for the first of these fields that is neither None nor within the bounds."""
     for name in names:
         value = getattr(section, name)
-        if value is not None and not rule[1](value):
-            raise ValueError(f"{name} must be {rule[0]}, got {value}")
+        if value is not None and not all(RULES[rule](value, bound) for rule, bound in bounds.items()):
+            wanted = " and ".join(f"{rule.replace('_', ' ')} {bound}" for rule, bound in bounds.items())
+            raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def _regular_expression(name: str, pattern: str) -> None:
@@ -77,7 +75,7 @@ class Network:
     for a width of 100, makes narrow networks learn what depends on several tokens in a tenth of the steps."""
 
     def __post_init__(self) -> None:
-        _must_be(self, ABOVE_0, "initializer_range")
+        _check(self, "initializer_range", above=0)
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,8 @@ class LoRA:
     """Regular expression of the layers that get one, searched in names such as h_0/attn/c_attn."""
 
     def __post_init__(self) -> None:
-        _must_be(self, AT_LEAST_0, "rank")
-        _must_be(self, ABOVE_0, "alpha")
+        _check(self, "rank", at_least=0)
+        _check(self, "alpha", above=0)
         _regular_expression("match", self.match)
 
 
@@ -134,7 +132,7 @@ class Text:
     """Batches are padded to a multiple of this many tokens, so that few shapes are compiled."""
 
     def __post_init__(self) -> None:
-        _must_be(self, AT_LEAST_1, "bucket_multiple")
+        _check(self, "bucket_multiple", at_least=1)
         if "{prompt}" not in self.template:
             raise ValueError(f"template must contain {{prompt}}, got {self.template!r}")
 
@@ -169,12 +167,12 @@ class Optimizer:
     """Adam's epsilon."""
 
     def __post_init__(self) -> None:
-        _must_be(self, AT_LEAST_0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eps")
-        _must_be(self, AT_LEAST_1, "decay_every", "decay_patience")
-        _must_be(self, ("above 0 and below 1", lambda value: 0 < value < 1), "decay_factor")
+        _check(self, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eps", at_least=0)
+        _check(self, "decay_every", "decay_patience", at_least=1)
+        _check(self, "decay_factor", above=0, below=1)
         if (self.schedule == "step") != (self.decay_every is not None):
             raise ValueError("schedule: the schedule step needs decay_every, and decay_every the schedule step")
-        _must_be(self, SHARE, "b1", "b2")
+        _check(self, "b1", "b2", at_least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -195,8 +193,8 @@ class Supervised:
 
     def __post_init__(self) -> None:
         getattr(super(), "__post_init__", lambda: None)()  # the rules of the algorithm's own Config
-        _must_be(self, AT_LEAST_1, "num_epochs", "batch_size", "num_microbatches", "validation_interval")
-        _must_be(self, SHARE, "validation_fraction")
+        _check(self, "num_epochs", "batch_size", "num_microbatches", "validation_interval", at_least=1)
+        _check(self, "validation_fraction", at_least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -220,8 +218,8 @@ class RewardModelStage(Supervised, RewardModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _must_be(self, AT_LEAST_1, "ensemble_size")
-        _must_be(self, AT_LEAST_0, "normalize_samples", "centering")
+        _check(self, "ensemble_size", at_least=1)
+        _check(self, "normalize_samples", "centering", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -283,16 +281,13 @@ class RLStage:
     """Print so many examples (prompt, what was generated, reward) at each validation."""
 
     def __post_init__(self) -> None:
-        _must_be(
-            self, AT_LEAST_1, "num_iterations", "num_episodes", "batch_size", "max_prompt_length", "max_new_tokens"
-        )
-        _must_be(
-            self, AT_LEAST_1, "top_k", "kl_horizon", "validation_interval", "validation_prompts", "reference_refresh"
-        )
-        _must_be(self, AT_LEAST_0, "kl_coef", "show_examples")
-        _must_be(self, ABOVE_0, "temperature", "kl_target")
-        _must_be(self, SHARE, "validation_fraction")
-        _must_be(self, ("above 0 and at most 1", lambda value: 0 < value <= 1), "top_p")
+        _check(self, "num_iterations", "num_episodes", "batch_size", "top_k", "kl_horizon", at_least=1)
+        _check(self, "max_prompt_length", "max_new_tokens", "reference_refresh", at_least=1)
+        _check(self, "validation_interval", "validation_prompts", at_least=1)
+        _check(self, "kl_coef", "show_examples", at_least=0)
+        _check(self, "temperature", "kl_target", above=0)
+        _check(self, "validation_fraction", at_least=0, below=1)
+        _check(self, "top_p", above=0, at_most=1)
         truncated = self.top_k is not None or (self.top_p is not None and self.top_p < 1)
         if truncated and not self.allow_truncated_sampling:
             raise ValueError(
@@ -340,7 +335,7 @@ class Safety:
         return bool(self.words or self.patterns or self.classifier)
 
     def __post_init__(self) -> None:
-        _must_be(self, AT_LEAST_0, "penalty")
+        _check(self, "penalty", at_least=0)
         for pattern in self.patterns:
             _regular_expression(f"patterns: {pattern!r}", pattern)
         if (self.classifier is None) != (self.below is None and self.above is None):
@@ -368,7 +363,7 @@ class RunConfig:
     seed: int = 0
     """Root of every random number."""
     device: Literal["cpu", "gpu", "cuda", "tpu", "mps"] | None = None
-    """Where to run; null: JAX's choice. mps is refused with a word on Apple's GPUs."""
+    """Where to run; null: JAX's choice. mps is refused with a message about Apple's GPUs."""
     processes: str | None = None
     """HOST:PORT,COUNT,NUMBER of this process where several share the run: where the first one listens, how many there
     are and which one this is, from 0; auto: as SLURM, a TPU pod, Open MPI or Kubernetes says."""
@@ -410,18 +405,15 @@ class RunConfig:
     grpo: GRPOConfig = GRPOConfig()
 
     def __post_init__(self) -> None:
-        _must_be(self, AT_LEAST_1, "checkpoint_interval", "keep_last", "early_stopping_patience")
-        _must_be(self, AT_LEAST_0, "seed")
+        _check(self, "checkpoint_interval", "keep_last", "early_stopping_patience", at_least=1)
+        _check(self, "seed", at_least=0)
         alerts.parse(self.alerts)
         if self.keep_best is not None and not re.fullmatch("(max|min):.+", self.keep_best):
             raise ValueError(f"keep_best must be max:METRIC or min:METRIC, got {self.keep_best!r}")
         if self.lora.rank and self.model is None:
             raise ValueError("lora.rank adapts a trained model: give --model, or leave it out to train every weight")
         if self.tokenizer.name is not None and self.model is not None:
-            raise ValueError(
-                f"tokenizer.name {self.tokenizer.name}: the model {self.model} brings its own tokenizer; leave out one "
-                "of the two"
-            )
+            raise ValueError(f"tokenizer.name {self.tokenizer.name}: the model {self.model} brings its own tokenizer")
 
 
 # --- Reading: a YAML file, then flags ---------------------------------------------------------------------------------
@@ -512,7 +504,7 @@ def read(config_class: type, file: Path) -> Values:
     """
     text = ""
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = file.read_bytes().decode()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"{file}: cannot be read (given by --config): {error.strerror}") from None

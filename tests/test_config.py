@@ -112,10 +112,8 @@ ppo:
     assert isinstance(stage.max_norm, float)
     assert isinstance(stage.sizes[1], float)
     assert parse(Settings, write("ppo: {sizes: []}")).ppo.sizes == ()
-    command = (
-        "--ppo.top-k None --ppo.data x y --ppo.no-shuffle --ppo.max-norm 1e-5 --ppo.kind ipo --model m --ppo.sizes"
-    )
-    config = parse(Settings, command.split())
+    flags = "--ppo.top-k None --ppo.data x y --ppo.no-shuffle --ppo.max-norm 1e-5 --ppo.kind ipo --model m --ppo.sizes"
+    config = parse(Settings, flags.split())
     assert config == Settings("m", 0, Stage(0.3, 4, "ipo", None, 1e-5, ("x", "y"), (), False))
 
 
@@ -134,18 +132,14 @@ def test_null_and_the_words_for_it(write):
         ("ppo.clip_low: 1", "c.yaml, line 1: unknown key ppo.clip_low; clip_low is a key of ppo"),
         ("ppo:\n  seed: 1", "c.yaml, line 2: unknown key ppo.seed; seed is a key of the top level"),
         ("ppo: {zzz: 1}", "c.yaml, line 1: unknown key ppo.zzz; the keys of ppo are clip_low, num_epochs, kind, "),
-        ("on: 1", "c.yaml, line 1: unknown key on; the keys are model, seed, ppo, batch_size"),
         ("? [a]\n: 1", "c.yaml, line 1: unknown key a list of 1; "),
         ("ppo:\n  clip_low: abc", "c.yaml, line 2: ppo.clip_low must be a float, found 'abc'"),
         ("ppo:\n  clip_low: '0.5'", "c.yaml, line 2: ppo.clip_low must be a float, found '0.5'"),
-        ("ppo:\n  clip_low: yes", "c.yaml, line 2: ppo.clip_low must be a float, found yes"),
-        ("ppo:\n  clip_low: null", "c.yaml, line 2: ppo.clip_low must be a float, found null"),
         ("ppo:\n  clip_low:", "c.yaml, line 2: ppo.clip_low must be a float, found nothing"),
         ("ppo:\n  clip_low: " + "9" * 400, "c.yaml, line 2: ppo.clip_low must be a float, found 99"),
         ("seed: " + "9" * 5000, "c.yaml, line 1: seed must be an int, found 99"),
         ("seed: 1.0", "c.yaml, line 1: seed must be an int, found 1.0"),
         ("seed: true", "c.yaml, line 1: seed must be an int, found true"),
-        ("seed: !x 1", "c.yaml, line 1: seed must be an int, found 1"),
         ("model: 5", "c.yaml, line 1: model must be a string or null, found 5"),
         ("model: [a]", "c.yaml, line 1: model must be a string or null, found a list of 1"),
         ("ppo:\n  top_k: 1.5", "c.yaml, line 2: ppo.top_k must be an int or null, found 1.5"),
@@ -153,13 +147,10 @@ def test_null_and_the_words_for_it(write):
         ("ppo:\n  shuffle: 1", "c.yaml, line 2: ppo.shuffle must be true or false, found 1"),
         ("ppo:\n  data: x", "c.yaml, line 2: ppo.data must be a list, found 'x'"),
         ("ppo:\n  data: [a,\n    3]", "c.yaml, line 3: each of ppo.data must be a string, found 3"),
-        ("ppo:\n  data: {a: b}", "c.yaml, line 2: ppo.data must be a list, found a mapping"),
-        ("ppo: 3", "c.yaml, line 1: ppo must be a mapping of keys, found 3"),
         ("ppo:\nseed: 1", "c.yaml, line 1: ppo must be a mapping of keys, found nothing"),
         ("seed: 1\nseed: 2", "c.yaml, line 2: key seed is given twice, first on line 1"),
         ("- seed", "c.yaml, line 1: the file must be a mapping of keys, found a list of 1"),
         ("", "c.yaml: is empty"),
-        ("# nothing\n", "c.yaml: is empty"),
         ("seed: 1\nppo: [", "c.yaml, line 2: not valid YAML: "),
         ("seed: 1\n---\nseed: 2", "c.yaml, line 2: not valid YAML: "),
         ("seed: 1\nmodel: \x01", "c.yaml, line 2: not valid YAML: unacceptable character #x0001"),
@@ -243,11 +234,9 @@ def test_yaml_reads_back_equal(tmp_path_factory, config):
 
 
 def test_yaml_holds_every_field_in_order():
-    text = to_yaml(Settings(ppo=Stage(data=("a", "b"))))
-    assert text.splitlines() == [
-        *("model: null", "seed: 0", "ppo:", "  clip_low: 0.2", "  num_epochs: 4", "  kind: sigmoid", "  top_k: null"),
-        *("  max_norm: 1.0", "  data: [a, b]", "  sizes: [1.0, 2.0]", "  shuffle: true", "batch_size: 64"),
-    ]
+    stage = "clip_low: 0.2|num_epochs: 4|kind: sigmoid|top_k: null|max_norm: 1.0|data: [a, b]|sizes: []|shuffle: true"
+    expected = f"model: null|seed: 0|ppo:|  {stage.replace('|', '|  ')}|batch_size: 64|"
+    assert to_yaml(Settings(ppo=Stage(data=("a", "b"), sizes=()))) == expected.replace("|", "\n")
 
 
 NOT_1 = "must be at least 1, got 0"
@@ -266,11 +255,9 @@ NOT_1 = "must be at least 1, got 0"
         ("network: {initializer_range: 0}", "line 1: network.initializer_range must be above 0, got 0.0"),
         ("text: {bucket_multiple: 0}", f"line 1: text.bucket_multiple {NOT_1}"),
         ("text: {template: x}", "line 1: text.template must contain {prompt}"),
-        ("sft: {num_epochs: 0}", f"line 1: sft.num_epochs {NOT_1}"),
         ("sft: {num_microbatches: 0}", f"line 1: sft.num_microbatches {NOT_1}"),
         ("sft: {optimizer: {b1: 1}}", "line 1: sft.optimizer.b1 must be at least 0 and below 1, got 1.0"),
         ("rl: {optimizer:\n  {decay_every: 3}}", "line 2: rl.optimizer.schedule: the schedule step needs decay_every"),
-        ("reward_model: {batch_size: 0}", f"line 1: reward_model.batch_size {NOT_1}"),
         ("reward_model: {ensemble_size: 0}", f"line 1: reward_model.ensemble_size {NOT_1}"),
         ("reward_model: {normalize_samples: -1}", "line 1: reward_model.normalize_samples must be at least 0, got -1"),
         ("dpo: {validation_fraction: 1}", "line 1: dpo.validation_fraction must be at least 0 and below 1, got 1.0"),

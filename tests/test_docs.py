@@ -46,16 +46,9 @@ MINE = "def score(prompts, responses):\n    return [float(len(response) > 10) fo
 
 
 class Block(NamedTuple):
-    """A fenced block: the word after the fence, its text, and the line on which that text starts."""
+    """A fenced block, or a command: the word after the fence, its text, and the line on which that text starts."""
 
     language: str
-    text: str
-    line: int
-
-
-class Command(NamedTuple):
-    """A command line and the line on which it stands."""
-
     text: str
     line: int
 
@@ -81,7 +74,7 @@ def commands(path):
         for number, line in enumerate(re.sub(r" *\\\n *", " ", block.text).rstrip("\n").split("\n"), block.line):
             assert line.startswith(mark) or path == README, f"{name(path)}, line {number}: no '$ ' before a command"
             if line.startswith(mark) and not line.removeprefix(mark).startswith(tuple(NOT_RUN)):
-                found.append(Command(line.removeprefix(mark), number))
+                found.append(Block("", line.removeprefix(mark), number))
     return found
 
 
@@ -96,13 +89,18 @@ def snippets(path):
     return [b for b in blocks(path) if b.language == "python" and not file_of(b) and path != README]
 
 
+def each(blocks_of):
+    """A test of every block that ``blocks_of`` finds on a page."""
+    found = [(path, block) for path in PAGES for block in blocks_of(path)]
+    return pytest.mark.parametrize(("path", "block"), found, ids=[f"{name(p)}:{block.line}" for p, block in found])
+
+
 def test_there_is_something_to_run():
     assert len([command for path in PAGES for command in commands(path)]) > 25
     assert {name(path) for path in PAGES if snippets(path)} >= {"docs/updates.md", "docs/rewards.md"}
     assert len(snippets(PROGRAMS)) == 4
-    assert {block.language for path in PAGES for block in blocks(path)} <= {
-        *("console", "text", "python", "json", "yaml", "{toctree}", "{eval-rst}", "{literalinclude}"),
-    }
+    languages = "console text python json yaml {toctree} {eval-rst} {literalinclude}"
+    assert {block.language for path in PAGES for block in blocks(path)} <= set(languages.split())
 
 
 class UnderstoodError(Exception):
@@ -136,17 +134,9 @@ def understood_as(program, argv, monkeypatch):
     return understood.value.args[0]
 
 
-@pytest.mark.parametrize(
-    ("path", "command"),
-    [
-        pytest.param(path, command, id=f"{name(path)}:{command.line}")
-        for path in PAGES
-        for command in commands(path)
-        if "--help" not in command.text
-    ],
-)
-def test_a_command_is_understood(path, command, monkeypatch, tmp_path):
-    program, *argv = shlex.split(command.text, comments=True)
+@each(lambda path: [command for command in commands(path) if "--help" not in command.text])
+def test_a_command_is_understood(path, block, monkeypatch):
+    program, *argv = shlex.split(block.text, comments=True)
     monkeypatch.chdir(ROOT)
     if program == "python":
         program, *argv = argv
@@ -163,23 +153,15 @@ def test_tables_name_real_keys_and_their_defaults(path):
         assert value == yaml.safe_load(default.replace("\\|", "|")), f"{name(path)}: {key} is {value!r} by default"
 
 
-@pytest.mark.parametrize(
-    ("path", "block"),
-    [
-        pytest.param(path, block, id=f"{name(path)}:{block.line}")
-        for path in PAGES
-        for block in blocks(path)
-        if block.language == "json"
-    ],
-)
+@each(lambda path: [block for block in blocks(path) if block.language == "json"])
 def test_an_example_of_data_is_read(path, block, tmp_path):
     file = tmp_path / "example.jsonl"
     file.write_text(block.text, "utf-8")
     report = check.check([str(file)])
-    assert report.num_problems == 0, report.text
-    assert "example.jsonl: JSON lines, 2 rows," in report.text
-    assert "dropped" not in report.text
-    assert "no known form" not in report.text
+    assert report.num_problems == 0, report.files[0].problems
+    assert report.files[0].num_records == 2
+    assert not report.files[0].dropped
+    assert check.UNKNOWN not in report.files[0].forms
 
 
 def slug(heading):

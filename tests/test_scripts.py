@@ -98,7 +98,6 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
         (["--data", "missing.json"], "missing.json"),
         pytest.param(["--reward"], "--reward", marks=slow),
         (["--reward", "count:the cat"], "tokens"),
-        pytest.param(["--rl.top-k", "5"], "allow_truncated_sampling", marks=slow),
         pytest.param(["--rl.max-new-tokens", "200"], "max_new_tokens", marks=slow),
         pytest.param(["--model", "no/such/folder"], "no/such/folder", marks=slow),
         (["--device", "tpu"], "--device tpu: JAX finds no such device here"),
