@@ -120,9 +120,9 @@ def test_the_optimizer_gets_the_loss():
 def test_a_loss_is_made_of_means(loss):
     optimizer = optax.sgd(0.1)
     state = TrainState.create({"w": jnp.array(1.0)}, optimizer)
-    with pytest.raises(TypeError, match="losses.aggregate"):
+    with pytest.raises(TypeError, match=r"losses\.aggregate"):
         gradient_step(lambda params: (loss, {}), state, optimizer)
-    with pytest.raises(TypeError, match="losses.aggregate"):
+    with pytest.raises(TypeError, match=r"losses\.aggregate"):
         gradient_step(lambda params: (Mean.of(params["w"]), {"w": params["w"]}), state, optimizer)
 
 
