@@ -172,7 +172,10 @@ def _global_gradient(
         for term in (*terms, *metrics.values()):
             if not isinstance(term, Mean | Max):
                 raise TypeError(f"a loss and its metrics are Means, such as losses.aggregate gives, got {type(term)}")
-        return tuple(term.total for term in terms), (tuple(term.count for term in terms), metrics)
+        return tuple(jnp.asarray(term.total, jnp.float32) for term in terms), (
+            tuple(term.count for term in terms),
+            metrics,
+        )
 
     def backward(
         number: jax.Array | int, part: Any, counts: tuple[jax.Array, ...] | None
