@@ -28,6 +28,7 @@ from rlhf_jax.data import demo, encoding, formats
 from rlhf_jax.data.rows import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import figures, html, records
+from rlhf_jax.report.plots import reward_against_kl
 from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.training import initial, pipeline, stage
 from rlhf_jax.training.reward_model import evaluate, pair_scorer
@@ -206,9 +207,8 @@ def plots(folder: Path, low: float, high: float) -> list[figures.Plot]:
     def learning(title: str, y: str, metric: str, chance: float) -> figures.Plot:
         return plot("reward_model", title, y, both("reward_model", metric), lines={"chance": chance})
 
-    score_of = dict(zip(*records.series(rows["ppo"], "objective/score"), strict=True))
-    steps, kls = records.series(rows["ppo"], "objective/kl")
-    frontier = {"objective/score": (kls, [score_of[step] for step in steps])}
+    frontier = reward_against_kl(records.groups(records.find([folder / "ppo"])))
+    assert frontier is not None  # this job's PPO always measures its KL
     return [
         plot("sft", "SFT: loss", "nats per token", both("sft", "loss")),
         learning("Reward model: loss", "nats per pair", "loss", math.log(2)),
@@ -218,7 +218,7 @@ def plots(folder: Path, low: float, high: float) -> list[figures.Plot]:
         ppo("KL coefficient", "kl/coef", "kl/coef"),
         ppo("response length", "response/length (tokens)", "response/length"),
         ppo("explained variance of the returns", "value/explained_variance", "value/explained_variance"),
-        figures.Plot("PPO: reward against KL", "objective/kl (nats)", "objective/score", frontier, order="iteration"),
+        dataclasses.replace(frontier, title="PPO: reward against KL"),
     ]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from rlhf_jax.training.adapters import Trainable
 from test_page import HOSTILE, Page
 
 from rlhf_jax import metrics as metric_functions
@@ -17,10 +16,12 @@ from rlhf_jax import models, sharding
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
+from rlhf_jax.generator import LanguageModel
 from rlhf_jax.report import page, plots, records
 from rlhf_jax.report.export import export
 from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.log import RowWriter
+from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.stage import Stage
 
 COMMAND = "python experiments/ppo.py --seed 5"
@@ -119,7 +120,7 @@ def test_samples_stand_beside_what_was_said_to_the_same_prompt_before(tmp_path, 
 
 def test_alerts_and_an_evaluation_are_listed(tmp_path):
     run = write_run(tmp_path / "run")
-    alert = {"step": 2, "name": "far", "rule": "objective/kl / response/length > 2", "action": "log", "message": "far"}
+    alert = {"step": 2, "name": "far", "rule": "far: log", "action": "log", "message": "objective/kl is 3 > 2"}
     (run / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
     row = {
         "category": "quality",
@@ -429,7 +430,7 @@ def test_the_end_of_a_run_draws_it_and_a_failure_to_draw_loses_nothing(tmp_path,
             (folder / "config.yaml").unlink()
         with open_run(folder, overwrite=False, resume=True) as run:
             result = Stage(RunConfig(), "sft", run, sharding.make_mesh()).finish(
-                model, Trainable(params), params, tokenizer, {}
+                LanguageModel(model, params, tokenizer), Trainable(params), {"": params}, {}
             )
         assert message.format(folder / "report.html") in capsys.readouterr().out
         assert (folder / "report.html").exists() == (name == "whole")

@@ -109,13 +109,13 @@ def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> 
 
 
 def _alerts(record: RunRecord, members: Sequence[str]) -> list[tuple[int, float]]:
-    """Where an alert of the run has one of these metrics in its rule: its step and their values there."""
+    """Where an alert of the run names one of these metrics in its rule or message: its step and their values there."""
     rows = {row["step"]: row for row in record.metrics}
     return [
         (alert["step"], rows[alert["step"]][name])
         for alert in record.alerts
         for name in members
-        if name in re.split(r"[\s<>:]+", alert["rule"]) and name in rows.get(alert["step"], {})
+        if name in re.split(r"[\s<>:,]+", f"{alert['rule']} {alert['message']}") and name in rows.get(alert["step"], {})
     ]
 
 
