@@ -350,7 +350,7 @@ def test_other_mistakes(folders, tmp_path):
 def test_a_broken_evaluation_is_said(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "evaluation.json").write_text("{}")
-    with pytest.raises(UserError, match="not what `rlhf-jax evaluate` writes"):
+    with pytest.raises(UserError, match="not what rlhf_jax writes"):
         report.write([folder], tmp_path / "page.html")
 
 

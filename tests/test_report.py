@@ -24,6 +24,7 @@ from rlhf_jax.runs.log import RowWriter
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.stage import Stage
 
+BROKEN = r"manifest.json, config.yaml or evaluation.json is missing or not what rlhf_jax writes"
 COMMAND = "python experiments/ppo.py --seed 5"
 KL, SCORE = [0.0, 0.5, 1.5], [1.0, 2.0, 4.0]
 VALIDATIONS = {
@@ -323,7 +324,7 @@ def test_a_reward_model_with_targets(tmp_path):
     assert read.texts("h3") == ["Scores", "Score against target"]
     assert read.texts("td") == ["p", "x", "0", "0", "1", "p", "y", "1", "1", "2"]
     [_, plot] = plots.distributions(groups_of(run))
-    assert plot.series["responses"][:2] == ([0.0, 1.0], [1.0, 2.0])
+    assert plot.series["responses"][:2] == ((0.0, 1.0), (1.0, 2.0))
 
 
 # --- Folders and files ----------------------------------------------------------------------------------------------
@@ -333,12 +334,12 @@ def test_a_reward_model_with_targets(tmp_path):
     ("file", "text", "message"),
     [
         ("manifest.json", None, "no run here, as there is no manifest.json"),
-        ("manifest.json", "{", "manifest.json or config.yaml is missing or not what a run writes"),
-        ("manifest.json", "[]", "manifest.json or config.yaml is missing or not what a run writes"),
-        ("config.yaml", None, "manifest.json or config.yaml is missing or not what a run writes"),
-        ("config.yaml", "a: [", "manifest.json or config.yaml is missing or not what a run writes"),
-        ("samples.jsonl", "{}\n", "samples.jsonl, line 1: expected a JSON object"),
-        ("evaluation.json", "{}", "not what `rlhf-jax evaluate` writes"),
+        ("manifest.json", "{", BROKEN),
+        ("manifest.json", "[]", BROKEN),
+        ("config.yaml", None, BROKEN),
+        ("config.yaml", "a: [", BROKEN),
+        ("samples.jsonl", "{}\n{}\n", "samples.jsonl, line 1: expected a JSON object"),
+        ("evaluation.json", "{}", BROKEN),
     ],
 )
 def test_a_broken_folder_is_a_sentence(file, text, message, tmp_path):
@@ -416,7 +417,7 @@ def test_rows_and_series_of_a_run(tmp_path):
 @pytest.mark.parametrize("line", ["[1]", "{}", "step", '{"step": null}', ""])
 def test_lines_that_are_no_rows(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 0}}\n{line}\n')
+    path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2: expected a JSON object with the key step"):
         records.read_rows(path)
 

@@ -17,21 +17,14 @@ from rlhf_jax.report.records import Group, RunRecord, series
 MAX_POINTS = 1000  # a longer curve is drawn as means over equal stretches
 MAX_DOTS = 60  # a longer path of reward against KL too
 NUM_BINS = 10  # of the calibration
-# {metric: (title, label of the y axis, horizontal lines)}, in the order of the page.
-METRICS = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text("utf-8"))
+LABELS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text("utf-8"))
 TRAINING = ("objective/", "sft/", "reward_model/", "dpo/", "")  # where the training's part of validation/NAME may be
-# {key of the rows of samples.jsonl: (title, label of the x axis, label of the y axis)}
-HISTOGRAMS = {
-    "margin": ("Margins", "score of the chosen - score of the rejected answer", "pairs"),
-    "score": ("Scores", "score", "responses"),
-    "length": ("Response lengths", "tokens", "responses"),
-}
 
 
 def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
     """All metrics that the runs have recorded, in the order of the page: ``{metric: [it, its validation]}``."""
     names = dict.fromkeys(name for record in records for row in record.metrics for name in row if name != "step")
-    members: dict[str, list[str]] = {name: [] for name in METRICS}
+    members: dict[str, list[str]] = {name: [] for name in LABELS["curves"]}
     for name in sorted(names, key=lambda name: name.startswith("validation/")):
         kind, _, rest = name.partition("/")
         training = [prefix + rest for prefix in TRAINING if kind == "validation" and prefix + rest in names]
@@ -39,23 +32,25 @@ def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
     return {base: together for base, together in members.items() if together}
 
 
-def curve(group: Group, name: str) -> np.ndarray | None:
-    """[4, N] of a metric at the steps that all runs of the group have which record it: step, mean, lowest and highest
-    value over the runs. Returns None if there are no such steps."""
-    recorded = [dict(zip(*series(record.metrics, name), strict=True)) for record in group.records]
-    recorded = [values for values in recorded if values]
-    steps = [step for step in recorded[0] if all(step in values for values in recorded)] if recorded else []
+def curve(group: Group, *names: str, max_points: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Metrics at the steps at which all runs of the group that record them do so, as means over equal stretches.
+
+    Returns:
+        Steps [N]; values [runs, names, N]; how many steps a point stands for at most. N is 0 without such steps.
+    """
+    recorded = [
+        {row["step"]: [row[name] for name in names] for row in record.metrics if all(name in row for name in names)}
+        for record in group.records
+    ]
+    recorded = [run for run in recorded if run]
+    steps = sorted(set.intersection(*map(set, recorded))) if recorded else []
     if not steps:
-        return None
-    values = np.array([[run[step] for step in steps] for run in recorded], np.float64)
-    return np.array([steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)])
-
-
-def _shortened(rows: np.ndarray, max_points: int) -> tuple[np.ndarray, int]:
-    """Means of [R, N] over equal stretches of the second axis, and the length of these."""
-    stretch = math.ceil(rows.shape[1] / max_points)
-    starts = np.arange(0, rows.shape[1], stretch)
-    return np.add.reduceat(rows, starts, axis=1) / np.diff(starts, append=rows.shape[1]), stretch
+        return np.zeros(0), np.zeros((0, len(names), 0)), 1
+    values = np.array([[run[step] for step in steps] for run in recorded], np.float64).swapaxes(1, 2)
+    stretch = math.ceil(len(steps) / max_points)
+    starts = np.arange(0, len(steps), stretch)
+    counts = np.diff(starts, append=len(steps))
+    return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts, axis=2) / counts, stretch
 
 
 def curves(groups: Sequence[Group]) -> tuple[list[Plot], dict[str, float]]:
@@ -77,24 +72,23 @@ def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> 
 
     members: the training metric and that of the validation, or one of them.
     """
-    title, y_label, *lines = METRICS.get(base, ("", base.rpartition("/")[2]))
+    title, y_label, *lines = LABELS["curves"].get(base, ("", base.rpartition("/")[2]))
     records = [record for group in groups for record in group.records]
     drawn: dict[str, Series] = {}
     longest = 1
     for place, group in enumerate(groups):
         for second, name in enumerate(members):
-            whole = curve(group, name)
-            if whole is None:
-                continue
-            (steps, mean, low, high), stretch = _shortened(whole, MAX_POINTS)
-            longest = max(longest, stretch)
-            label = name if len(groups) == 1 else group.name + (", validation" if second else "")
-            color, style = (second, 0) if len(groups) == 1 else (place, second)
-            line = Series(steps, mean, color=color, style=style)
-            drawn[label] = line._replace(low=low, high=high) if len(group.records) > 1 else line
+            steps, values, stretch = curve(group, name, max_points=MAX_POINTS)
+            if steps.size:
+                label = name if len(groups) == 1 else group.name + (", validation" if second else "")
+                color, style = (second, 0) if len(groups) == 1 else (place, second)
+                y = values[:, 0]
+                low, high = (y.min(axis=0), y.max(axis=0)) if len(group.records) > 1 else (None, None)
+                drawn[label] = Series(steps, y.mean(axis=0), low, high, color, style)
+                longest = max(longest, stretch)
     if marks := [mark for record in records for mark in _alerts(record, members)]:
-        at, values = zip(*marks, strict=True)
-        drawn["alert"] = Series(at, values, kind="points", color=len(groups) + 1)
+        at, y_marks = zip(*marks, strict=True)
+        drawn["alert"] = Series(at, y_marks, kind="points", color=len(groups) + 1)
     targets = {record.settings.get("rl.kl_target") for record in records}
     if base == "objective/kl" and len(targets) == 1 and None not in targets:
         lines = [{"target": targets.pop()}]
@@ -123,20 +117,18 @@ def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
     """``objective/score`` over ``objective/kl``; labels number some iterations. None if no run has measured both."""
     drawn, longest = {}, 1
     for group in groups:
-        kl, score = curve(group, "objective/kl"), curve(group, "objective/score")
-        if kl is None or score is None:
-            continue
-        both = np.intersect1d(kl[0], score[0])
-        points = np.array([both, kl[1][np.isin(kl[0], both)], score[1][np.isin(score[0], both)]])
-        (steps, x, y), stretch = _shortened(points, MAX_DOTS)
-        longest = max(longest, stretch)
-        every = -(-len(steps) // 6)
-        labels = [f"{step:.0f}" if i % every == 0 else "" for i, step in enumerate(steps)]
-        drawn[group.name] = Series(x, y, labels=labels)
+        steps, values, stretch = curve(group, "objective/kl", "objective/score", max_points=MAX_DOTS)
+        if steps.size:
+            every = -(-len(steps) // 6)
+            labels = [f"{step:.0f}" if i % every == 0 else "" for i, step in enumerate(steps)]
+            kl, score = values.mean(axis=0)
+            drawn[group.name] = Series(kl, score, labels=labels)
+            longest = max(longest, stretch)
     if not drawn:
         return None
     note = "Numbers count iterations." + (f" Each point is the mean of up to {longest}." if longest > 1 else "")
-    return Plot("Reward against KL", "objective/kl (nats)", "objective/score", drawn, note=note)
+    title, x_label, y_label = LABELS["reward_against_kl"]
+    return Plot(title, x_label, y_label, drawn, note=note)
 
 
 # --- What samples.jsonl holds ---------------------------------------------------------------------------------------
@@ -146,30 +138,24 @@ def distributions(groups: Sequence[Group]) -> list[Plot]:
     """Reward against KL and histograms of the first and the last validation; of a reward model also its calibration, or
     scores over target scores."""
     kind = groups[0].records[0].kind
-    frontier = reward_against_kl(groups)
-    plots = [] if frontier is None else [frontier]
-    plots += [
-        plot
-        for key, labels in HISTOGRAMS.items()
-        if key != "length" or kind == "policy"  # the lengths of a reward model's answers do not change
-        for plot in _histograms(groups, key, *labels)
-    ]
+    plots = [reward_against_kl(groups)]
+    for key in LABELS["histograms"]:
+        if key != "length" or kind == "policy":  # the lengths of a reward model's answers do not change
+            plots += _histograms(groups, key)
     for group in groups if kind == "reward_model" else ():
         suffix = f", {group.name}" if len(groups) > 1 else ""
-        last = [record.validations[-1] for record in group.records if record.samples]
-        rows = [row for _, samples in last for row in samples]
-        if any("margin" in row for row in rows):
-            plots.append(
-                _calibration(group, f"Calibration{suffix}", [row["margin"] for row in rows if "margin" in row])
-            )
-        if scored := [row for row in rows if "target" in row]:
-            points = Series([row["target"] for row in scored], [row["score"] for row in scored], kind="points")
-            title = f"Score against target{suffix}"
-            plots.append(Plot(title, "target", "score", {"responses": points}, diagonal="score = target"))
-    return plots
+        rows = [row for record in group.records for _, rows in record.validations[-1:] for row in rows]
+        if margins := [row["margin"] for row in rows if "margin" in row]:
+            plots.append(_calibration(group, suffix, margins))
+        if scored := [(row["target"], row["score"]) for row in rows if "target" in row]:
+            title, x_label, y_label = LABELS["targets"]
+            targets, scores = zip(*scored, strict=True)
+            points = Series(targets, scores, kind="points")
+            plots.append(Plot(title + suffix, x_label, y_label, {"responses": points}, diagonal="score = target"))
+    return [plot for plot in plots if plot is not None]
 
 
-def _histograms(groups: Sequence[Group], key: str, title: str, x_label: str, y_label: str) -> list[Plot]:
+def _histograms(groups: Sequence[Group], key: str) -> list[Plot]:
     """A histogram for each group whose samples have the key, all over the same bins."""
     pooled: dict[str, dict[str, list[float]]] = {}
     for group in groups:
@@ -180,6 +166,7 @@ def _histograms(groups: Sequence[Group], key: str, title: str, x_label: str, y_l
             if values:
                 pooled.setdefault(group.name, {})[f"{when} (step {steps}, n = {len(values)})"] = values
     edges = bin_edges([value for sets in pooled.values() for values in sets.values() for value in values])
+    title, x_label, y_label = LABELS["histograms"][key]
     return [
         histogram(f"{title}, {name}" if len(groups) > 1 else title, x_label, y_label, sets, edges)
         for name, sets in pooled.items()
@@ -200,11 +187,11 @@ def reliability(margin: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return counts[used], sums[0][used] / counts[used], sums[1][used] / counts[used]
 
 
-def _calibration(group: Group, title: str, margins: Sequence[float]) -> Plot:
+def _calibration(group: Group, suffix: str, margins: Sequence[float]) -> Plot:
     """The reliability of the last validation's margins, pooled over the group."""
     finite = np.array(margins, np.float64)[np.isfinite(margins)]
     counts, confidence, accuracy = reliability(finite)
-    steps = " and ".join(map(str, sorted({record.validations[-1][0] for record in group.records if record.samples})))
+    steps = " and ".join(map(str, sorted({step for record in group.records for step, _ in record.validations[-1:]})))
     eces = [values[-1] for record in group.records if (values := series(record.metrics, "validation/ece")[1])]
     note = (
         f"Each point is a tenth of the range of confidence, its number the pairs in it: {len(finite)} held-out rows, "
@@ -212,6 +199,6 @@ def _calibration(group: Group, title: str, margins: Sequence[float]) -> Plot:
     )
     if eces:
         note += f" Expected calibration error over all held-out rows: {', '.join(f'{ece:.3f}' for ece in eces)}."
-    points = Series(confidence, accuracy, labels=[str(count) for count in counts])
-    x_label = "confidence, max(p, 1 - p) of p = sigmoid(margin)"
-    return Plot(title, x_label, "accuracy", {"pairs": points}, diagonal="perfectly calibrated", note=note)
+    title, x_label, y_label = LABELS["calibration"]
+    points = Series(confidence, accuracy, labels=list(map(str, counts)))
+    return Plot(title + suffix, x_label, y_label, {"pairs": points}, diagonal="perfectly calibrated", note=note)

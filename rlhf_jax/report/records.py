@@ -19,8 +19,9 @@ import numpy as np
 import yaml
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import folder
 
-STRINGS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+STRINGS = ("NaN", "Infinity", "-Infinity")  # how our files write numbers that JSON lacks
 TEXTS = ("prompt", "response", "chosen", "rejected")  # columns of samples.jsonl that a model may fill with "NaN"
 # The seed, and settings that change no number of a run: runs that differ in nothing else are one group.
 FREE_SETTINGS = (
@@ -92,12 +93,8 @@ class RunRecord:
     @property
     def comparable(self) -> dict[str, Any]:
         """The settings that may make a difference: not those of other stages, nor ``FREE_SETTINGS``."""
-        others = set(STAGES) - {self.stage}
-        return {
-            key: value
-            for key, value in self.settings.items()
-            if key not in FREE_SETTINGS and key.split(".")[0] not in others
-        }
+        left_out = {*FREE_SETTINGS, *STAGES} - {self.stage}
+        return {key: value for key, value in self.settings.items() if left_out.isdisjoint((key, key.split(".")[0]))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +135,7 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
 
 def _read(path: Path, name: str, inner: bool) -> RunRecord:
     """inner: the run is a stage of a pipeline, whose folder is no difference between two runs."""
+    evaluation = path / EVALUATION
     try:
         manifest = json.loads((path / "manifest.json").read_text("utf-8"))
         config = (path / "config.yaml").read_text("utf-8")
@@ -146,31 +144,26 @@ def _read(path: Path, name: str, inner: bool) -> RunRecord:
         if inner and outer.name:
             settings = yaml.safe_load(config.replace(f"{outer}/", "…/"))
         manifest["command"]
+        evaluated = (
+            [dict(row) for row in json.loads(evaluation.read_text("utf-8"))["rows"]] if evaluation.exists() else []
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path}: manifest.json or config.yaml is missing or not what a run writes: {error!r}"
-        ) from None
+        needed = f"manifest.json, config.yaml or {EVALUATION}"
+        raise UserError(f"{path}: {needed} is missing or not what rlhf_jax writes: {error!r}") from None
     files = {kind: path / f"{kind}.jsonl" for kind in ("metrics", "timing", "samples", "alerts")}
     rows = {kind: read_rows(file) if file.exists() else [] for kind, file in files.items()}
     for row in rows["samples"]:
         if "score_chosen" in row:
             row["margin"] = row["score_chosen"] - row["score_rejected"]
-    cut = tuple(file.name for file in files.values() if file.exists() and file.read_bytes()[-1:] not in (b"", b"\n"))
-    evaluation = _read_evaluation(path / EVALUATION)
-    return RunRecord(path, name, manifest, config, _flat(settings), **rows, evaluation=evaluation, cut=cut)
+    num_lines = {kind: len(file.read_bytes().splitlines()) if file.exists() else 0 for kind, file in files.items()}
+    cut = tuple(files[kind].name for kind in files if num_lines[kind] > len(rows[kind]))
+    return RunRecord(path, name, manifest, config, _flat(settings), **rows, evaluation=evaluated, cut=cut)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {prefix[:-1]: value}
     return {key: inner for name, child in value.items() for key, inner in _flat(child, f"{prefix}{name}.").items()}
-
-
-def _read_evaluation(path: Path) -> list[Row]:
-    try:
-        return [dict(row) for row in json.loads(path.read_text("utf-8"))["rows"]] if path.exists() else []
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not what `rlhf-jax evaluate` writes: {error!r}; evaluate again") from None
 
 
 def groups(records: Iterable[RunRecord]) -> list[Group]:
@@ -187,11 +180,8 @@ def groups(records: Iterable[RunRecord]) -> list[Group]:
 
 def _common_name(names: Sequence[str]) -> str:
     """What the names have in common at their beginning."""
-    if len(names) == 1:
-        return names[0]
-    equal = [len(set(letters)) == 1 for letters in zip(*names, strict=False)]
-    common = re.sub(r"[-_. /=]*(seed)?[-_. /=]*$", "", names[0][: [*equal, False].index(False)])
-    return f"{common or names[0]} (n = {len(names)})"
+    common = re.sub(r"[-_. /=]*(seed)?[-_. /=]*$", "", os.path.commonprefix(names))  # noqa: RUF071 (of letters)
+    return names[0] if len(names) == 1 else f"{common or names[0]} (n = {len(names)})"
 
 
 def differences(compared: Sequence[Group]) -> dict[str, list[Any]]:
@@ -212,27 +202,15 @@ def differences(compared: Sequence[Group]) -> dict[str, list[Any]]:
 
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a run's ``.jsonl`` file. The strings NaN, Infinity and -Infinity become floats, save in columns of
-    texts. A last line without its end, which a run that goes on or was killed may leave, is passed over.
+    texts. A cut last line, which a run that goes on or was killed may leave, is passed over.
 
     Raises:
         UserError: the file does not exist, or a line is no row.
     """
-    try:
-        lines = Path(path).read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; give the folder of a run") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            row = json.loads(line)
-            int(row["step"])
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}, line {number}: expected a JSON object with the key step") from None
-        floats = {k: STRINGS[v] for k, v in row.items() if k not in TEXTS and isinstance(v, str) and v in STRINGS}
-        rows.append(row | floats)
-    return rows
+    if not Path(path).exists():
+        raise UserError(f"{path}: there is no such file; give the folder of a run")
+    rows = [row for _, row in folder.read_rows(Path(path))]
+    return [row | {k: float(v) for k, v in row.items() if v in STRINGS and k not in TEXTS} for row in rows]
 
 
 def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
