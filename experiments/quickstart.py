@@ -27,7 +27,7 @@ from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data import demo, encoding, formats
 from rlhf_jax.data.rows import Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import figures, html, records
+from rlhf_jax.report import figures, page, records
 from rlhf_jax.report.plots import reward_against_kl
 from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.training import initial, pipeline, stage
@@ -175,13 +175,13 @@ def write_report(folder: Path, summary: dict[str, Any], examples: Sequence[Seque
     }
     columns = ("Prompt", "SFT", "SFT score", "PPO", "PPO score")
     title = "Held-out prompts, greedy answers, the rubric's scores"
-    report = html.render(
+    report = page.render(
         "Quickstart: SFT, a reward model and PPO",
         [
-            html.Gates({name: (passed, measured[name]) for name, passed in summary["gates"].items()}),
-            html.Facts("Figures", facts),
-            html.Table(title, columns, examples, formats={"SFT score": ".2f", "PPO score": ".2f"}),
-            html.Figures("Curves", plots(folder, target / KL_BAND, target * KL_BAND)),
+            page.Gates({name: (passed, measured[name]) for name, passed in summary["gates"].items()}),
+            page.Facts("Figures", facts),
+            page.Table(title, columns, examples, formats={"SFT score": ".2f", "PPO score": ".2f"}),
+            page.Figures("Curves", plots(folder, target / KL_BAND, target * KL_BAND)),
         ],
         summary="A small language model, trained from nothing on a generated assistant corpus: SFT on demonstrations "
         "of mixed quality, a reward model on preference pairs, PPO against that reward model. A rubric that training "

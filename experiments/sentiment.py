@@ -36,7 +36,7 @@ from rlhf_jax.algorithms import grpo, ppo, rloo
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import figures, html
+from rlhf_jax.report import figures, page
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.training import dpo, initial, pipeline, rl
@@ -489,7 +489,7 @@ def write_report(
 ) -> None:
     """The page: the plot, the table, and samples of each method at its lowest and highest KL."""
     own = config.sentiment
-    table = html.Table(
+    table = page.Table(
         "Measurements",
         NAMES,
         [list(measured.row().values()) for measured in every],
@@ -508,10 +508,10 @@ def write_report(
             for end in ends
         ]
         columns = ("prompt", "policy", "response", "score")
-        samples.append(html.Table(f"Samples, each method at its {where} KL", columns, rows, {"score": ".2f"}))
-    report = html.render(
+        samples.append(page.Table(f"Samples, each method at its {where} KL", columns, rows, {"score": ".2f"}))
+    report = page.render(
         "Sentiment: score against KL",
-        [html.Figures("Held-out prompts", [drawing]), table, *samples],
+        [page.Figures("Held-out prompts", [drawing]), table, *samples],
         summary="A language model goes on with texts that it has begun itself, and a function scores what it writes. "
         f"Each algorithm was run on {own.num_prompts} prompts, at several strengths. Where a high score comes from few "
         "words repeated again and again, the reward has been exploited: the samples show it.",

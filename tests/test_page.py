@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.report import figures
 from rlhf_jax.report.figures import Plot, Series, histogram
-from rlhf_jax.report.html import Block, Facts, Figures, Gates, Heading, Table, Text, render
+from rlhf_jax.report.page import Facts, Figures, Gates, Table, render
 
 HOSTILE = '</td></svg><script src="http://x.org/a.js">alert("1")</script> & $x$ <b>'
 COLORS = figures.COLORS
@@ -74,14 +74,10 @@ def full_page(text: str = "text", y=CURVE[1]) -> str:
     return render(
         f"title {text}",
         [
-            Heading(f"chapter {text}"),
             Gates({f"gate {text}": (True, f"detail {text}"), "other": (False, "0.4, at least 0.5")}),
             Facts(f"facts {text}", {f"label {text}": text, "seed": 0}),
             Table(f"table {text}", (f"column {text}", "response", "score"), [(text, text, 0.5)], note=f"rows {text}"),
             Figures(f"figures {text}", curves),
-            Block(f"block {text}", f"lines {text}"),
-            Block(f"folded {text}", text, folded=True),
-            Text(f"section {text}", [f"paragraph {text}"]),
         ],
         summary=f"summary {text}",
     )
@@ -93,22 +89,11 @@ def full_page(text: str = "text", y=CURVE[1]) -> str:
 def test_texts_are_escaped_wherever_they_stand():
     page = Page(full_page(HOSTILE))
     assert page.all("script") == page.all("b") == page.all("td", data_label="") == []
-    expected = {
-        "title": ["title"],
-        "h1": ["title"],
-        "dt": ["label"],
-        "th": ["column"],
-        "h2": ["chapter"],
-        "h3": ["facts", "table", "figures", "block", "section"],
-        "h4": ["plot"],
-        "td": ["gate", "detail"],
-        "p": ["summary", "rows", "note", "paragraph"],
-        "summary": ["folded"],
-        "text": ["a", "x", "y", "band", "line", "diagonal", "bins", "before"],  # not taken for mathematics either
-    }
+    expected = {"title": ["title"], "h1": ["title"], "h2": ["facts", "table", "figures"], "h3": ["plot"]}
+    expected |= {"dt": ["label"], "th": ["column"], "td": ["gate", "detail"], "p": ["summary", "rows", "note"]}
+    expected["text"] = ["a", "x", "y", "band", "line", "diagonal", "bins", "before"]  # no mathematics either
     for tag, labels in expected.items():
         assert {f"{label} {HOSTILE}" for label in labels} <= set(page.texts(tag)), tag
-    assert f"\nlines {HOSTILE}" in page.texts("pre")
     assert all(HOSTILE in page.texts(tag) for tag in ("dd", "td", "text"))
 
 
@@ -167,16 +152,6 @@ def test_gates():
     assert page.texts("strong") == ["Failed: 1 of 2 gates."]
     assert page.texts("td") == ["✓ pass", "accuracy", "0.9, at least 0.85", "✗ FAIL", "wins", "0.5, at least 0.75"]
     assert Page(render("t", [Gates({"accuracy": passed})])).texts("strong") == ["Passed: 1 of 1 gates."]
-
-
-def test_chapters_put_their_sections_one_level_deeper_and_blocks_keep_their_lines():
-    blocks = [Block("b", "\n one\n  two\n"), Block("config", "a: 1\n", folded=True)]
-    page = Page(render("t", blocks))
-    assert page.texts("h2") == ["b"]
-    assert page.texts("pre") == ["\n\n one\n  two\n", "\na: 1\n"]  # a browser drops the first line's end
-    assert page.texts("details") == ["\nconfig\n\na: 1\n\n"]
-    page = Page(render("t", [Heading("chapter"), *blocks]))
-    assert (page.texts("h2"), page.texts("h3")) == (["chapter"], ["b"])
 
 
 # --- Its figures ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from test_report import write_run
 
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import figures, html, page
+from rlhf_jax.report import figures, page, plots
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -63,12 +63,11 @@ def test_figures_of_several_stages_do_not_take_each_other_s_place(tmp_path):
 
 def test_equal_titles_are_numbered(tmp_path, monkeypatch):
     plot, empty = (figures.Plot("Score!", "x", "y", {"a": points}) for points in (([1], [1]), ([], [])))
-    monkeypatch.setattr(page, "_parts", lambda records: [html.Figures("", [plot, empty, plot, plot])])
-    paths = page.write_png([write_run(tmp_path / "run")], tmp_path / "png")
+    monkeypatch.setattr(plots, "curves", lambda groups: ([plot, empty, plot], {}))
+    monkeypatch.setattr(plots, "distributions", lambda groups: [plot])
+    run = write_run(tmp_path / "run")
+    paths = page.write_png([run], tmp_path / "png")
     assert [path.name for path in paths] == ["score.png", "score--2.png", "score--3.png"]
-
-
-def test_no_place_for_the_files(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file.*png: cannot be written: "):
-        page.write_png([write_run(tmp_path / "run")], tmp_path / "file")
+        page.write_png([run], tmp_path / "file")

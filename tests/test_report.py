@@ -119,6 +119,21 @@ def test_samples_stand_beside_what_was_said_to_the_same_prompt_before(tmp_path, 
     assert any(text.startswith("The first 2 of 3 in samples.jsonl") for text in read.texts("p"))
 
 
+def test_texts_of_a_run_are_escaped(tmp_path):
+    settings, metrics = {"text": HOSTILE}, {f"a {HOSTILE}": [1.0], f"b {HOSTILE}": [1.0]}
+    run = write_run(tmp_path / "run", stage=f"x {HOSTILE}", settings=settings, metrics=metrics)
+    manifest = json.loads((run / "manifest.json").read_text()) | {"command": f"python {HOSTILE}"}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    row = {"step": 0, "prompt": HOSTILE}
+    (run / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    read = read_page(tmp_path, run, write_run(tmp_path / "sft", stage="sft"))  # two chapters
+    assert read.all("script") == read.all("b") == []
+    assert f"X {HOSTILE.upper()}" in read.texts("h2")
+    assert f"\npython {HOSTILE}" in read.texts("pre")
+    assert HOSTILE in read.texts("td")
+    assert f"These metrics never changed and have no curve: a {HOSTILE} 1, b {HOSTILE} 1." in read.texts("p")
+
+
 def test_alerts_and_an_evaluation_are_listed(tmp_path):
     run = write_run(tmp_path / "run")
     alert = {"step": 2, "name": "far", "rule": "far: log", "action": "log", "message": "objective/kl is 3 > 2"}
@@ -134,7 +149,7 @@ def test_alerts_and_an_evaluation_are_listed(tmp_path):
     }
     (run / "evaluation.json").write_text(json.dumps({"rows": [row]}))
     read = read_page(tmp_path, run)
-    assert read.texts("td")[:6] == ["run", *map(str, alert.values())]
+    assert read.texts("td")[:5] == list(map(str, alert.values()))
     assert read.texts("td")[-8:] == ["quality", "win rate", "0.500", "0.250", "0.750", "8", "share", "–"]
     [score, kl] = plots.curves(groups_of(run))[0]
     assert "alert" not in score.series
@@ -156,11 +171,8 @@ def test_what_is_missing_is_said(tmp_path):
     } <= set(read.texts("p"))
     assert "–" in read.texts("dd")  # seconds of a step
     assert read.all("svg") == read.all("table") == []
-
-
-def test_a_run_that_has_just_begun(tmp_path):
     rows = {0: [{"prompt": "p", "response": "r", "score": 1.0}]}
-    read = read_page(tmp_path, write_run(tmp_path / "run", metrics={}, samples=rows, finished=False))
+    read = read_page(tmp_path, write_run(tmp_path / "begun", metrics={}, samples=rows, finished=False))
     assert read.texts("th") == ["prompt", "response, step 0", "score, step 0"]
     assert read.texts("h3") == ["Scores"]
 
@@ -179,6 +191,11 @@ def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_pa
     assert [(plot.x_label, plot.y_label) for plot in curves[:2]] == [("step", "nats per token"), ("step", "new")]
     assert constant == {}
     assert read_page(tmp_path, run).texts("p", class_="note") == ["sft/loss: 1 of 2 values not finite, not drawn."]
+    assert [plot.lines for plot in curves[:2]] == [{}, {}]
+    metrics = {"dpo/loss": [0.7, 0.5], "dpo/accuracy": [0.5, 1.0]}
+    curves, _ = plots.curves(groups_of(write_run(tmp_path / "dpo", stage="dpo", metrics=metrics, samples={})))
+    assert [plot.lines for plot in curves] == [{"start": math.log(2)}, {"equal log-ratios": 0.5}]
+    assert [plot.lines for plot in plots.curves(groups_of(write_run(tmp_path / "ppo")))[0]] == [{}, {"target": 2.0}]
 
 
 def test_long_curves_are_means_over_stretches(tmp_path):
@@ -195,14 +212,6 @@ def test_long_curves_are_means_over_stretches(tmp_path):
     np.testing.assert_array_equal([path.x[0], path.y[0], len(path.x)], [20.5, 20.5, 60])
     assert path.labels[:11] == ["22", *[""] * 9, "442"]
     assert frontier.note == "Numbers count iterations. Each point is the mean of up to 42."
-
-
-def test_lines_of_a_metric(tmp_path):
-    metrics = {"dpo/loss": [0.7, 0.5], "dpo/accuracy": [0.5, 1.0]}
-    curves, _ = plots.curves(groups_of(write_run(tmp_path / "run", stage="dpo", metrics=metrics, samples={})))
-    assert [plot.lines for plot in curves] == [{"start": math.log(2)}, {"equal log-ratios": 0.5}]
-    curves, _ = plots.curves(groups_of(write_run(tmp_path / "other")))
-    assert [plot.lines for plot in curves] == [{}, {"target": 2.0}]
 
 
 # --- Several runs ---------------------------------------------------------------------------------------------------
@@ -334,10 +343,8 @@ def test_a_reward_model_with_targets(tmp_path):
     ("file", "text", "message"),
     [
         ("manifest.json", None, "no run here, as there is no manifest.json"),
-        ("manifest.json", "{", BROKEN),
-        ("manifest.json", "[]", BROKEN),
-        ("config.yaml", None, BROKEN),
-        ("config.yaml", "a: [", BROKEN),
+        *((file, text, BROKEN) for file, text in (("manifest.json", "{"), ("manifest.json", "[]"))),
+        *((file, text, BROKEN) for file, text in (("config.yaml", None), ("config.yaml", "a: ["))),
         ("samples.jsonl", "{}\n{}\n", "samples.jsonl, line 1: expected a JSON object"),
         ("evaluation.json", "{}", BROKEN),
     ],
@@ -358,11 +365,7 @@ def test_a_broken_folder_is_a_sentence(file, text, message, tmp_path):
     [
         ("config.json", "{}", "A language model trained"),
         ("config.json", '{"reward_shift": 0.5}', "A reward model trained"),
-        (
-            "member_0/config.json",
-            '{"reward_shift": 0.5}',
-            "An ensemble of reward models (`member_0`, `member_1`, ...) tr",
-        ),
+        ("member_0/config.json", '{"reward_shift": 0.5}', "An ensemble of reward models (`member_0`, `member_1`, ...)"),
     ],
 )
 def test_model_cards(file, content, kind, tmp_path):
@@ -371,11 +374,8 @@ def test_model_cards(file, content, kind, tmp_path):
     (run / "model" / file).write_text(content)
     card = (export(run, tmp_path / "card") / "README.md").read_text("utf-8")
     parts = [kind, f"    {COMMAND}\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n", "| loss | 1.2346 |\n"]
-    parts += [
-        "- `prompts.json`, sha256 fedcba9876543210\n",
-        "# card\n",
-        f"```yaml\n{(run / 'config.yaml').read_text()}```",
-    ]
+    parts += ["- `prompts.json`, sha256 fedcba9876543210\n", "# card\n"]
+    parts += [f"```yaml\n{(run / 'config.yaml').read_text()}```"]
     assert all(part in card for part in parts)
     assert ("reward_shift" in card) == ("reward_shift" in content)
 
@@ -383,11 +383,8 @@ def test_model_cards(file, content, kind, tmp_path):
 def test_no_run_and_a_run_twice(tmp_path):
     run = write_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    for folders, message in (
-        ([], "expected the folder"),
-        ([tmp_path / "empty"], "no run here"),
-        ([run, tmp_path], "given twice"),
-    ):
+    cases = ([], "expected the folder"), ([tmp_path / "empty"], "no run here"), ([run, tmp_path], "given twice")
+    for folders, message in cases:
         with pytest.raises(UserError, match=message):
             page.write(folders, tmp_path / "out.html")
     with pytest.raises(UserError, match="cannot be written: No such file or directory"):
@@ -410,16 +407,12 @@ def test_rows_and_series_of_a_run(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 3, "lo')
     assert len(records.read_rows(path)) == 3  # cut by a kill
+    for line in ("[1]", "{}", "step", '{"step": null}', ""):
+        path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
+        with pytest.raises(UserError, match=r"metrics.jsonl, line 2: expected a JSON object with the key step"):
+            records.read_rows(path)
     with pytest.raises(UserError, match="there is no such file"):
         records.read_rows(tmp_path / "other.jsonl")
-
-
-@pytest.mark.parametrize("line", ["[1]", "{}", "step", '{"step": null}', ""])
-def test_lines_that_are_no_rows(tmp_path, line):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: expected a JSON object with the key step"):
-        records.read_rows(path)
 
 
 def test_the_end_of_a_run_draws_it_and_a_failure_to_draw_loses_nothing(tmp_path, capsys):

@@ -4,18 +4,28 @@
     page.write(["runs/ppo-seed0", "runs/ppo-seed1", "runs/grpo"], "comparison.html")
 
 Runs of one kind (SFT, reward models, policies) are drawn over each other, those that differ only in their seeds as a
-mean with a band; kinds follow one another. Only the runs' folders are read: the same runs give the same bytes.
+mean with a band; kinds follow one another. Only the runs' folders are read. A job draws a page of its own parts:
+
+    loss = figures.Plot("Loss", "step", "nats per token", {"training": (steps, losses)})
+    text = page.render("My run", [page.Facts("Settings", {"seed": 0}), page.Figures("Curves", [loss])])
+
+A page is static and holds all that it needs. The same input gives the same bytes: it holds no time, no path and no
+random identifier of its own.
 """
 
 import collections
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import figures, html, plots, records
+from rlhf_jax.report import figures, plots, records
 from rlhf_jax.report.records import KINDS, Group, Row, RunRecord
 from rlhf_jax.runs.folder import write_atomically
 
@@ -28,8 +38,53 @@ SAMPLE_COLUMNS = (
     (("prompt", "response", "target"), ("score",)),
     (("prompt",), ("response", "score")),
 )
-ALERT = ("step", "name", "rule", "action", "message")  # columns of alerts.jsonl
-EVALUATION = ("category", "metric", "value", "low", "high", "n", "unit", "note")  # columns of evaluation.json
+# Control characters, which a browser would drop or obey, become the pictures that Unicode has of them; those that turn
+# the direction of the text become their numbers.
+PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡"}
+PICTURES |= {code: f"⟨U+{code:04X}⟩" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+class Gates(NamedTuple):
+    """What a run had to reach: ``{name: (passed, numbers and thresholds)}``."""
+
+    results: Mapping[str, tuple[bool, str]]
+
+
+class Facts(NamedTuple):
+    """``{label: value}``: numbers and settings; lists are joined with commas."""
+
+    title: str
+    values: Mapping[str, Any]
+
+
+class Table(NamedTuple):
+    """Rows of texts and numbers. Columns of numbers are aligned right; text keeps its line breaks and is wrapped."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    formats: Mapping[str, str] = {}
+    """``{column: format specification}`` of numbers, such as ``.2f``; by default four significant digits."""
+    note: str = ""
+    """A sentence above the rows."""
+
+
+class Figures(NamedTuple):
+    """Figures side by side where there is room."""
+
+    title: str
+    figures: Sequence[figures.Plot]
+
+
+def render(title: str, parts: Sequence[Gates | Facts | Table | Figures], summary: str = "") -> str:
+    """The page as HTML, without scripts or anything from outside. All texts are escaped.
+
+    Args:
+      title: heading of the page.
+      parts: what stands below it, in this order.
+      summary: a sentence or two below the title.
+    """
+    return fill("report.html", title=title, summary=summary, level=2, parts=parts)
 
 
 def write(runs: Sequence[str | Path], path: str | Path) -> None:
@@ -39,9 +94,11 @@ def write(runs: Sequence[str | Path], path: str | Path) -> None:
         UserError: a folder that holds no run, a run given twice, a broken file in one, or no place for the page.
     """
     run_records = records.find(runs)
+    chapters = _chapters(run_records)
     names = [record.name for record in run_records]
     title = f"{_stages(run_records)}: {', '.join(names) if len(names) <= 4 else f'{len(names)} runs'}"
-    text = html.render(title, _parts(run_records))
+    level = 3 if len(chapters) > 1 else 2
+    text = fill("runs.html", title=title, summary="", level=level, chapters=chapters)
     try:
         write_atomically(Path(path), text)
     except OSError as error:
@@ -58,16 +115,15 @@ def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
     Raises:
         UserError: as ``write`` does, or no place for the files.
     """
-    chapter = ""
+    chapters = _chapters(records.find(runs))
     paths: list[Path] = []
     used: collections.Counter[str] = collections.Counter()
-    for part in _parts(records.find(runs)):
-        chapter = part.title if isinstance(part, html.Heading) else chapter
-        for figure in part.figures if isinstance(part, html.Figures) else ():
-            image = figures.png(figure)
-            if not image:
+    for chapter in chapters:
+        for figure in chapter["curves"] + chapter["distributions"]:
+            if not (image := figures.png(figure)):
                 continue
-            name = re.sub(r"[^a-z0-9]+", "-", f"{chapter} {figure.title}".lower()).strip("-")
+            title = f"{chapter['title']} {figure.title}" if len(chapters) > 1 else figure.title
+            name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
             used[name] += 1
             paths.append(Path(folder) / (f"{name}--{used[name]}.png" if used[name] > 1 else f"{name}.png"))
             try:
@@ -89,77 +145,99 @@ def default_path(runs: Sequence[str | Path]) -> Path:
     return Path(runs[0]) / ("report.html" if (Path(runs[0]) / "manifest.json").is_file() else "stages.html")
 
 
+def fill(template: str, **context: Any) -> str:
+    """A file of ``templates/`` with these values; in HTML all texts are escaped."""
+    salts = itertools.count()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rlhf_jax.report"),
+        autoescape=jinja2.select_autoescape(),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "text": _text,
+        "kind": lambda part: type(part).__name__,
+        "cells": lambda row, columns: [row.get(column) for column in columns],
+        "svg": lambda plot: figures.element(plot, str(next(salts))),
+        "notes": figures.notes,
+    }
+    # What a model writes may decode to half a surrogate pair, which no file can hold.
+    return environment.get_template(template).render(context).encode("utf-8", "replace").decode("utf-8")
+
+
+def _text(value: Any, format_spec: str = "") -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value))
+    if isinstance(value, float | np.floating) or (format_spec and isinstance(value, int | np.integer)):
+        return format(value, format_spec or (".0f" if 1e4 <= abs(float(value)) < 1e9 else ".4g"))
+    return str(value).translate(PICTURES)
+
+
+# --- What templates/runs.html draws ---------------------------------------------------------------------------------
+
+
 def _stages(run_records: Sequence[RunRecord]) -> str:
     return ", ".join(dict.fromkeys(TITLES.get(record.stage, record.stage.upper()) for record in run_records))
 
 
-def _parts(run_records: Sequence[RunRecord]) -> list[html.Part]:
+def _chapters(run_records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """A chapter for each kind of run, in the order of KINDS."""
-    chapters = [together for kind in KINDS if (together := [record for record in run_records if record.kind == kind])]
-    if len(chapters) == 1:
-        return list(_chapter(run_records))
-    return [part for together in chapters for part in (html.Heading(_stages(together)), *_chapter(together))]
+    by_kind = [[record for record in run_records if record.kind == kind] for kind in KINDS]
+    return [_chapter(together) for together in by_kind if together]
 
 
-def _chapter(run_records: Sequence[RunRecord]) -> Iterator[html.Part]:
-    """The sections of runs of one kind."""
+def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
+    """What the page shows of runs of one kind."""
     groups = records.groups(run_records)
-    names = [name for together in plots.metric_groups(run_records).values() for name in together]
     is_one = len(run_records) == 1
-    overview = {record.name: _facts(record, group) for group in groups for record in group.records}
-    yield _side_by_side("Run" if is_one else "Runs", "", overview)
-    if differing := records.differences(groups):
-        rows = [[key, *map(_setting, values)] for key, values in differing.items()]
-        yield html.Table("What differs", ("setting", *(group.name for group in groups)), rows)
-    commands = dict.fromkeys(record.manifest["command"] for record in run_records)
-    title = "The command that reproduces it" if is_one else "The commands that reproduce them"
-    yield html.Block(title, "\n".join(commands))
-    if names:
-        yield _side_by_side("Last metrics", "metric", {record.name: _last(record, names) for record in run_records})
-    if alerts := [[record.name, *map(row.get, ALERT)] for record in run_records for row in record.alerts]:
-        yield html.Table("Alerts", ("run", *ALERT), alerts)
     curves, constant = plots.curves(groups)
-    if curves:
-        seeds = ", mean and range over seeds" if any(len(group.records) > 1 for group in groups) else ""
-        yield html.Figures(f"Curves{seeds}", curves)
-    if distributions := plots.distributions(groups):
-        yield html.Figures("Before and after", distributions)
+    names = [name for together in plots.metric_groups(run_records).values() for name in together]
     limit = MAX_SAMPLES if len(groups) == 1 else MAX_SAMPLES_OF_MANY
-    for record in (group.records[0] for group in groups):
-        if record.samples:
-            yield _samples(record, "" if is_one else f": {record.name}", limit)
-    for record in run_records:
-        if record.evaluation:
-            yield _evaluation(record, "" if is_one else f": {record.name}")
-    if missing := list(_missing(groups, names, constant)):
-        yield html.Text("Not on this page", missing)
-    yield html.Text("Settings", [])
-    for group in groups:
-        others = "" if len(group.records) == 1 else "; the others of its group have another seed"
-        yield html.Block(f"config.yaml of {group.records[0].name}{others}", group.records[0].config, folded=True)
-    yield _side_by_side("Manifest", "entry", {record.name: _manifest(record) for record in run_records})
+    overview = {record.name: _facts(record, group) for group in groups for record in group.records}
+    last = {record.name: _last(record, names) for record in run_records}
+    manifests = {record.name: _manifest(record.manifest) for record in run_records}
+    return {
+        "title": _stages(run_records),
+        "kind": run_records[0].kind,
+        "records": run_records,
+        "groups": groups,
+        "metrics": names,
+        "validated": any(name.startswith("validation/") for name in names),
+        "overview": _side_by_side("Run" if is_one else "Runs", "", overview),
+        "last": _side_by_side("Last metrics", "metric", last),
+        "manifests": _side_by_side("Manifest", "entry", manifests),
+        "differences": [[key, *map(_setting, values)] for key, values in records.differences(groups).items()],
+        "curves": curves,
+        "constant": constant,
+        "distributions": plots.distributions(groups),
+        "samples": [_samples(group.records[0], limit, is_one) for group in groups if group.records[0].samples],
+    }
 
 
-def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any]]) -> html.Part:
+def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any]]) -> Facts | Table:
     """Facts of one run; of several, a table with runs as columns, or one column if all are equal."""
     facts = list(columns.values())
     if len(facts) == 1:
-        return html.Facts(title, facts[0])
+        return Facts(title, facts[0])
     if all(other == facts[0] for other in facts):
-        return html.Table(title, (label, "all runs"), list(facts[0].items()))
+        return Table(title, (label, "all runs"), list(facts[0].items()))
     keys = dict.fromkeys(key for column in facts for key in column)
-    return html.Table(title, (label, *columns), [[key, *(column.get(key) for column in facts)] for key in keys])
+    return Table(title, (label, *columns), [[key, *(column.get(key) for column in facts)] for key in keys])
 
 
 def _facts(record: RunRecord, group: Group) -> dict[str, Any]:
     """What the run is, and its pace."""
-    seconds = record.seconds_per_step
-    of_group = {"group": group.name} if group.name != record.name else {}
-    return of_group | {
+    return ({"group": group.name} if group.name != record.name else {}) | {
         "stage": _stages([record]),
         "seed": record.manifest.get("seed"),
         "steps": record.steps,
-        "s/step (median)": None if seconds is None else float(f"{seconds:.3g}"),
+        "s/step (median)": record.seconds_per_step,
         "state": "finished" if record.finished else "not finished",
     }
 
@@ -170,28 +248,25 @@ def _setting(value: Any) -> str:
 
 def _last(record: RunRecord, names: Sequence[str]) -> dict[str, Any]:
     """The last value of each metric that the run has recorded."""
-    last: Row = {}
-    for row in record.metrics:
-        last |= row
+    last = {name: value for row in record.metrics for name, value in row.items()}
     return {name: last[name] for name in names if name in last}
 
 
-def _manifest(record: RunRecord) -> dict[str, Any]:
+def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What made the run what it is, beside its settings."""
-    manifest = record.manifest
     git, devices = manifest.get("git"), manifest.get("devices")
     facts = {
         "git commit": git and f"{git['commit'][:12]}{' (modified)' if git['modified'] else ''}",
         "backend": manifest.get("backend"),
-        **(manifest.get("versions") or {}),
+        **manifest.get("versions", {}),
         "devices": devices and f"{devices['count']} x {devices['kind']}",
-        **{f"{name}, sha256": f"{str(digest)[:12]}…" for name, digest in (manifest.get("data") or {}).items()},
+        **{f"{name}, sha256": f"{digest[:12]}…" for name, digest in manifest.get("data", {}).items()},
         "resumed": f"{len(manifest['resumed'])} times" if manifest.get("resumed") else None,
     }
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _samples(record: RunRecord, suffix: str, limit: int) -> html.Table:
+def _samples(record: RunRecord, limit: int, is_one: bool) -> Table:
     """The first rows of the last validation; what changes stands beside what the first one had for the same row."""
     steps, validations = zip(*record.validations, strict=True)
     fixed, changing = next((c for c in SAMPLE_COLUMNS if c[0][-1] in validations[-1][0]), SAMPLE_COLUMNS[-1])
@@ -202,12 +277,10 @@ def _samples(record: RunRecord, suffix: str, limit: int) -> html.Table:
         at_steps = [by_key.get(key, {}).get(name) for by_key in numbered for name in changing]
         cells.append([prompt, *map(_visible, [*map(row.get, fixed[1:]), *at_steps])])
     columns = [*fixed, *(f"{name}, step {step}" for step in steps for name in changing)]
+    title = ("Samples before and after" if len(steps) > 1 else "Samples") + ("" if is_one else f": {record.name}")
     formats = {name: ".3g" for name in columns if name.startswith(("score", "margin"))}
-    note = (
-        f"The first {len(cells)} of {len(validations[-1])} in samples.jsonl. ↵ marks a line's end that the text holds."
-    )
-    title = f"Samples before and after{suffix}" if len(steps) > 1 else f"Samples{suffix}"
-    return html.Table(title, columns, cells, formats, note=note)
+    shown = f"The first {len(cells)} of {len(validations[-1])} in samples.jsonl."
+    return Table(title, columns, cells, formats, f"{shown} ↵ marks a line's end that the text holds.")
 
 
 def _numbered(rows: Sequence[Row], fixed: Sequence[str]) -> Iterator[tuple[tuple[str, int], Row]]:
@@ -221,33 +294,3 @@ def _numbered(rows: Sequence[Row], fixed: Sequence[str]) -> Iterator[tuple[tuple
 
 def _visible(text: Any) -> Any:
     return text.replace("\n", "↵\n") if isinstance(text, str) else text
-
-
-def _evaluation(record: RunRecord, suffix: str) -> html.Table:
-    rows = [[row.get(name) for name in EVALUATION] for row in record.evaluation]
-    note = "From low to high is a 95% interval, n what it rests on; every response stands in evaluation_samples.jsonl."
-    formats = dict.fromkeys(("value", "low", "high"), ".3f")
-    return html.Table(f"Evaluation{suffix}", EVALUATION, rows, formats, note=note)
-
-
-def _missing(groups: Sequence[Group], names: Sequence[str], constant: Mapping[str, float]) -> Iterator[str]:
-    """What a reader might look for on the page, and why it is not there."""
-    run_records = [record for group in groups for record in group.records]
-    kind = run_records[0].kind
-    if kind == "policy" and "objective/kl" not in names:
-        yield "Reward against KL: no run has measured a KL (rl.kl_coef is 0) or finished an iteration."
-    if kind in ("policy", "reward_model") and not any(record.samples for record in run_records):
-        yield "Histograms and samples before and after: no validation has written texts."
-    if constant:
-        values = ", ".join(f"{name} {value:.4g}" for name, value in constant.items())
-        yield f"These metrics never changed and have no curve: {values}."
-    if not any(name.startswith("validation/") for name in names):
-        yield "No validation: nothing was held out, or no validation has been reached."
-    for group in groups:
-        if len(ends := sorted({record.steps for record in group.records})) > 1:
-            yield f"The runs of {group.name} end at steps {ends}; their curves show the steps that all have."
-    for record in run_records:
-        for file in record.cut:
-            yield f"{record.name}: the last line of {file} is cut and has been passed over."
-        if not record.finished:
-            yield f"{record.name}: not finished, as there is no model yet; last recorded step: {record.steps}."
