@@ -13,7 +13,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -88,13 +88,11 @@ def bin_edges(values: npt.ArrayLike, max_bins: int = 20) -> np.ndarray:
     """[bins + 1] edges of equal bins over all finite values; bins of integers hold equally many integers each."""
     numbers = np.asarray(values, np.float64)
     numbers = numbers[np.isfinite(numbers)]
-    if not numbers.size:
-        return np.array([0.0, 1.0])
-    low, high = numbers.min(), numbers.max()
-    if np.all(numbers == np.round(numbers)) and high - low < 2**52:
-        width = np.ceil((high - low + 1) / max_bins)
-        return low - 0.5 + width * np.arange(np.ceil((high - low + 1) / width) + 1)
-    return np.linspace(low, high, max_bins + 1) if high > low else np.array([low - 0.5, low + 0.5])
+    span = np.ptp(numbers) if numbers.size else 0
+    if numbers.size and np.all(numbers == np.round(numbers)) and span < 2**52:
+        width = np.ceil((span + 1) / max_bins)
+        return numbers.min() - 0.5 + width * np.arange(np.ceil((span + 1) / width) + 1)
+    return np.histogram_bin_edges(numbers, max_bins if span else 1)
 
 
 def notes(plot: Plot) -> list[str]:
@@ -177,16 +175,10 @@ def _draw_series(axes: "Axes", plot: Plot) -> "dict[str, Artist]":
         color = COLORS[number % len(COLORS)]
         steps = series.kind == "steps"
         marked = series.kind == "points" or (finite.sum() <= MAX_MARKED and not steps)
-        (handles[name],) = axes.plot(
-            x,
-            y,
-            color=color,
-            linestyle="" if series.kind == "points" else LINE_STYLES[(series.style + 2 * (number // len(COLORS))) % 4],
-            linewidth=1.0 if marked else 1.4,
-            marker="o" if marked else "",
-            zorder=3 if marked else 2,
-            drawstyle="steps-post" if steps else "default",
-        )
+        line = "" if series.kind == "points" else LINE_STYLES[(series.style + 2 * (number // len(COLORS))) % 4]
+        look: Any = {"marker": "o", "linewidth": 1.0, "zorder": 3} if marked else {"linewidth": 1.4}
+        drawstyle = "steps-post" if steps else "default"
+        (handles[name],) = axes.plot(x, y, color=color, linestyle=line, drawstyle=drawstyle, **look)
         if series.low is not None and series.high is not None:
             step: Literal["post"] | None = "post" if steps else None
             axes.fill_between(x, series.low, series.high, step=step, color=color, alpha=0.2, linewidth=0)

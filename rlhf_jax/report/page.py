@@ -17,7 +17,7 @@ import collections
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,22 +116,22 @@ def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
         UserError: as ``write`` does, or no place for the files.
     """
     chapters = _chapters(records.find(runs))
-    paths: list[Path] = []
+    images: dict[Path, bytes] = {}
     used: collections.Counter[str] = collections.Counter()
     for chapter in chapters:
         for figure in chapter["curves"] + chapter["distributions"]:
-            if not (image := figures.png(figure)):
-                continue
             title = f"{chapter['title']} {figure.title}" if len(chapters) > 1 else figure.title
             name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-            used[name] += 1
-            paths.append(Path(folder) / (f"{name}--{used[name]}.png" if used[name] > 1 else f"{name}.png"))
-            try:
-                paths[-1].parent.mkdir(parents=True, exist_ok=True)
-                paths[-1].write_bytes(image)
-            except OSError as error:
-                raise UserError(f"{paths[-1]}: cannot be written: {error.strerror or error}") from None
-    return paths
+            if image := figures.png(figure):
+                used[name] += 1
+                images[Path(folder) / (f"{name}--{used[name]}.png" if used[name] > 1 else f"{name}.png")] = image
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path, image in images.items():
+            path.write_bytes(image)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written: {error.strerror or error}") from None
+    return list(images)
 
 
 def default_path(runs: Sequence[str | Path]) -> Path:
@@ -196,23 +196,26 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
     """What the page shows of runs of one kind."""
     groups = records.groups(run_records)
     is_one = len(run_records) == 1
+    differences = [
+        [key, *(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values)]
+        for key, values in records.differences(groups).items()
+    ]
     curves, constant = plots.curves(groups)
     names = [name for together in plots.metric_groups(run_records).values() for name in together]
     limit = MAX_SAMPLES if len(groups) == 1 else MAX_SAMPLES_OF_MANY
-    overview = {record.name: _facts(record, group) for group in groups for record in group.records}
-    last = {record.name: _last(record, names) for record in run_records}
+    facts = {record.name: _facts(record, group) for group in groups for record in group.records}
+    last = {r.name: {name: r.last[name] for name in names if name in r.last} for r in run_records}
     manifests = {record.name: _manifest(record.manifest) for record in run_records}
     return {
         "title": _stages(run_records),
-        "kind": run_records[0].kind,
         "records": run_records,
         "groups": groups,
         "metrics": names,
         "validated": any(name.startswith("validation/") for name in names),
-        "overview": _side_by_side("Run" if is_one else "Runs", "", overview),
+        "overview": _side_by_side("Run" if is_one else "Runs", "", facts),
         "last": _side_by_side("Last metrics", "metric", last),
         "manifests": _side_by_side("Manifest", "entry", manifests),
-        "differences": [[key, *map(_setting, values)] for key, values in records.differences(groups).items()],
+        "differences": differences,
         "curves": curves,
         "constant": constant,
         "distributions": plots.distributions(groups),
@@ -242,16 +245,6 @@ def _facts(record: RunRecord, group: Group) -> dict[str, Any]:
     }
 
 
-def _setting(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _last(record: RunRecord, names: Sequence[str]) -> dict[str, Any]:
-    """The last value of each metric that the run has recorded."""
-    last = {name: value for row in record.metrics for name, value in row.items()}
-    return {name: last[name] for name in names if name in last}
-
-
 def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What made the run what it is, beside its settings."""
     git, devices = manifest.get("git"), manifest.get("devices")
@@ -270,12 +263,13 @@ def _samples(record: RunRecord, limit: int, is_one: bool) -> Table:
     """The first rows of the last validation; what changes stands beside what the first one had for the same row."""
     steps, validations = zip(*record.validations, strict=True)
     fixed, changing = next((c for c in SAMPLE_COLUMNS if c[0][-1] in validations[-1][0]), SAMPLE_COLUMNS[-1])
-    numbered = [dict(_numbered(rows, fixed)) for rows in validations]
+    numbered = [_numbered(rows, fixed) for rows in validations]
     cells = []
     for key, row in list(numbered[-1].items())[:limit]:
         prompt = str(row.get("prompt") or "").strip("\n")  # empty lines around it are the template's
         at_steps = [by_key.get(key, {}).get(name) for by_key in numbered for name in changing]
-        cells.append([prompt, *map(_visible, [*map(row.get, fixed[1:]), *at_steps])])
+        texts = [*map(row.get, fixed[1:]), *at_steps]
+        cells.append([prompt, *(text.replace("\n", "↵\n") if isinstance(text, str) else text for text in texts)])
     columns = [*fixed, *(f"{name}, step {step}" for step in steps for name in changing)]
     title = ("Samples before and after" if len(steps) > 1 else "Samples") + ("" if is_one else f": {record.name}")
     formats = {name: ".3g" for name in columns if name.startswith(("score", "margin"))}
@@ -283,14 +277,7 @@ def _samples(record: RunRecord, limit: int, is_one: bool) -> Table:
     return Table(title, columns, cells, formats, f"{shown} ↵ marks a line's end that the text holds.")
 
 
-def _numbered(rows: Sequence[Row], fixed: Sequence[str]) -> Iterator[tuple[tuple[str, int], Row]]:
+def _numbered(rows: Sequence[Row], fixed: Sequence[str]) -> dict[tuple[str, int], Row]:
     """Rows by what stays the same in them, with a number, as the same may come again."""
-    seen: collections.Counter[str] = collections.Counter()
-    for row in rows:
-        key = repr([row.get(name) for name in fixed])
-        seen[key] += 1
-        yield (key, seen[key]), row
-
-
-def _visible(text: Any) -> Any:
-    return text.replace("\n", "↵\n") if isinstance(text, str) else text
+    keys = [repr([row.get(name) for name in fixed]) for row in rows]
+    return {(key, keys[:i].count(key)): row for i, (key, row) in enumerate(zip(keys, rows, strict=True))}

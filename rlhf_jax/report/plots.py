@@ -36,21 +36,18 @@ def curve(group: Group, *names: str, max_points: int) -> tuple[np.ndarray, np.nd
     """Metrics at the steps at which all runs of the group that record them do so, as means over equal stretches.
 
     Returns:
-        Steps [N]; values [runs, names, N]; how many steps a point stands for at most. N is 0 without such steps.
+        Steps [N]; values [runs, N, names]; how many steps a point stands for at most. N is 0 without such steps.
     """
     recorded = [
-        {row["step"]: [row[name] for name in names] for row in record.metrics if all(name in row for name in names)}
+        {row["step"]: [row[name] for name in names] for row in record.metrics if row.keys() >= set(names)}
         for record in group.records
     ]
     recorded = [run for run in recorded if run]
     steps = sorted(set.intersection(*map(set, recorded))) if recorded else []
-    if not steps:
-        return np.zeros(0), np.zeros((0, len(names), 0)), 1
-    values = np.array([[run[step] for step in steps] for run in recorded], np.float64).swapaxes(1, 2)
-    stretch = math.ceil(len(steps) / max_points)
-    starts = np.arange(0, len(steps), stretch)
-    counts = np.diff(starts, append=len(steps))
-    return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts, axis=2) / counts, stretch
+    stretch = max(1, math.ceil(len(steps) / max_points))
+    parts = [steps[i : i + stretch] for i in range(0, len(steps), stretch)]
+    values = [[np.mean([run[step] for step in part], axis=0) for part in parts] for run in recorded]
+    return np.array([np.mean(part) for part in parts]), np.array(values, np.float64), stretch
 
 
 def curves(groups: Sequence[Group]) -> tuple[list[Plot], dict[str, float]]:
@@ -82,7 +79,7 @@ def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> 
             if steps.size:
                 label = name if len(groups) == 1 else group.name + (", validation" if second else "")
                 color, style = (second, 0) if len(groups) == 1 else (place, second)
-                y = values[:, 0]
+                y = values[..., 0]
                 low, high = (y.min(axis=0), y.max(axis=0)) if len(group.records) > 1 else (None, None)
                 drawn[label] = Series(steps, y.mean(axis=0), low, high, color, style)
                 longest = max(longest, stretch)
@@ -121,7 +118,7 @@ def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
         if steps.size:
             every = -(-len(steps) // 6)
             labels = [f"{step:.0f}" if i % every == 0 else "" for i, step in enumerate(steps)]
-            kl, score = values.mean(axis=0)
+            kl, score = values.mean(axis=0).T
             drawn[group.name] = Series(kl, score, labels=labels)
             longest = max(longest, stretch)
     if not drawn:
@@ -181,8 +178,8 @@ def reliability(margin: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     correct = np.where(margin == 0, 0.5, margin > 0)
-    bins = np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
-    counts, *sums = (np.bincount(bins, weights) for weights in (None, confidence, correct))
+    weights = (None, confidence, correct)
+    counts, *sums = (np.histogram(confidence, NUM_BINS, (0.5, 1.0), weights=weight)[0] for weight in weights)
     used = counts > 0
     return counts[used], sums[0][used] / counts[used], sums[1][used] / counts[used]
 

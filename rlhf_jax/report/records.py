@@ -8,6 +8,7 @@ Nothing is written to the folders.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -72,6 +73,11 @@ class RunRecord:
         """The last step that it has recorded."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
+    @functools.cached_property
+    def last(self) -> Row:
+        """The last value of each metric."""
+        return {name: value for row in self.metrics for name, value in row.items()}
+
     @property
     def finished(self) -> bool:
         """Whether its model has been saved."""
@@ -83,7 +89,7 @@ class RunRecord:
         seconds = [row["timing/step"] for row in self.timing if "timing/step" in row and row["step"] > 1]
         return float(np.median(seconds)) if seconds else None
 
-    @property
+    @functools.cached_property
     def validations(self) -> list[tuple[int, list[Row]]]:
         """The samples of the first and of the last validation, each with its step; one if there was but one."""
         steps = sorted({row["step"] for row in self.samples})
