@@ -63,7 +63,7 @@ def drawn(*plots) -> str:
 
 def full_page(text: str = "text", y=CURVE[1]) -> str:
     curves = [
-        Plot(f"plot {text}", f"x {text}", f"y {text}", {f"a {text}": (CURVE[0], y), "b": CURVE, "none": ([], [])}),
+        Plot(f"plot {text}", f"x {text}", f"y {text}", {f"a {text}": (CURVE[0], y), "_b": CURVE, "none": ([], [])}),
         Plot("band", "step", "nats", {"kl": CURVE}, band=(0.2, 0.4, f"band {text}"), lines={f"line {text}": 0.3}),
         Plot("seeds", "x", "y", {"a": Series(*CURVE, low=[0.4, 0.2, 0.1], high=[0.6, 0.3, 0.2], labels=[text] * 3)}),
         Plot("line", "x", "y", {"a": Series(*CURVE, kind="points")}, diagonal=f"diagonal {text}", note=f"note {text}"),
@@ -95,6 +95,7 @@ def test_texts_are_escaped_wherever_they_stand():
     for tag, labels in expected.items():
         assert {f"{label} {HOSTILE}" for label in labels} <= set(page.texts(tag)), tag
     assert all(HOSTILE in page.texts(tag) for tag in ("dd", "td", "text"))
+    assert {"_b", "kl", "after"} <= set(page.texts("text"))
 
 
 def test_nothing_from_outside_and_no_scripts():
@@ -189,10 +190,7 @@ def test_values_that_are_not_finite_leave_a_gap_and_are_counted(bad):
 def test_series_without_values_are_left_out_with_a_note():
     series = {"validation": ([], []), "train": CURVE, "broken": ([0, 1], [math.nan, math.inf])}
     page = Page(drawn(Plot("p", "x", "y", series)))
-    notes = [
-        f"{name}: left out, as it has no {what}."
-        for name, what in (("validation", "values"), ("broken", "finite values"))
-    ]
+    notes = ["validation: left out, as it has no values.", "broken: left out, as it has no finite values."]
     assert page.texts("p", class_="note") == notes
     assert not {"validation", "train", "broken"} & set(page.texts("text"))  # one series: no legend
     page = Page(drawn(Plot("p", "x", "y", {"validation": ([], [])}, band=(0.0, 1.0, "band"))))
@@ -200,16 +198,9 @@ def test_series_without_values_are_left_out_with_a_note():
     assert page.texts("p", class_="note") == notes[:1]
 
 
-def test_legend_names_series_band_and_lines():
-    plot = Plot("p", "x", "y", {"_train": CURVE, "validation": CURVE}, band=(0.0, 1.0, "target"), lines={"chance": 0.5})
-    assert {"_train", "validation", "target", "chance"} <= set(Page(drawn(plot)).texts("text"))
-
-
-@pytest.mark.parametrize(
-    ("xs", "ys"), [([3], [1.0]), ([1, 2], [5.0, 5.0]), ([1, 2], [3e38, -3e38]), ([1, 1], [0.0, 1e-30])]
-)
-def test_odd_sizes_are_drawn(xs, ys):
-    assert len(Page(drawn(Plot("p", "x", "y", {"a": (xs, ys)}))).all("svg")) == 1
+def test_odd_sizes_are_drawn():
+    sizes = ([3], [1.0]), ([1, 2], [5.0, 5.0]), ([1, 2], [3e38, -3e38]), ([1, 1], [0.0, 1e-30])
+    assert len(Page(drawn(*(Plot("p", "x", "y", {"a": points}) for points in sizes))).all("svg")) == 4
 
 
 def test_bins_of_integers_hold_equally_many_of_them():
@@ -224,9 +215,8 @@ def test_a_histogram_is_as_high_as_its_counts():
     values = {"before": [0, 1, 1, math.nan, 9], "after": [2, 2, 2, 2], "bad": [math.inf]}
     html = drawn(histogram("h", "score", "responses", values, EDGES))
     page = Page(html)
-    assert page.texts("p", class_="note") == [
-        "before: 2 of 5 values not finite or outside. bad: 1 of 1 values not finite or outside."
-    ]
+    note = "before: 2 of 5 values not finite or outside. bad: 1 of 1 values not finite or outside."
+    assert page.texts("p", class_="note") == [note]
     assert {"before", "after", "score", "responses", "0", "1", "2"} <= set(page.texts("text"))
     (x, before), (_, after) = (vertices(html, color).T for color in COLORS[:2])
     heights = (before - before.min()) / np.ptp(after) * 4  # the counts of after are 0, 0, 4
