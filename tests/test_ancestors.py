@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "docs/coming_from.md")}
+OUTSIDE = re.compile(r"pytest\.mark\.(soak|parity|skip)\b")
 PROVED_BY = {
     # jRLHF
     "token_count_reward": "test_rewards.py::test_token_count_by_hand",
@@ -96,22 +97,20 @@ PROVED_BY = {
 
 
 def found(test):
-    """The function ``FILE.py::NAME`` in tests/, and the markers of its file; an error if there is none."""
+    """The function ``FILE.py::NAME`` in tests/, and its file's statements; an error if there is no such function."""
     file, name = test.split("::")
-    body = ast.parse((ROOT / "tests" / file).read_text("utf-8")).body
-    marks = [
-        ast.unparse(node.value) for node in body if isinstance(node, ast.Assign) and "pytestmark" in ast.dump(node)
-    ]
-    [function] = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == name]
-    return function, marks
+    statements = ast.parse((ROOT / "tests" / file).read_text("utf-8")).body
+    [function] = [node for node in statements if isinstance(node, ast.FunctionDef) and node.name == name]
+    return function, statements
 
 
 @pytest.mark.parametrize("test", sorted(set(PROVED_BY.values())))
 def test_what_proves_a_row_runs_in_the_fast_or_the_slow_tests(test):
-    function, marks = found(test)
-    marks += map(ast.unparse, function.decorator_list)
-    assert not [mark for mark in marks if re.search(r"^[^(]*\bmark\.(soak|parity|skip\b)", mark.lstrip("["))]
-    assert not ast.unparse(function.body[0]).startswith("pytest.skip")
+    function, statements = found(test)
+    of_file = [text for text in map(ast.unparse, statements) if text.startswith("pytestmark")]
+    assert not any(OUTSIDE.search(text) for text in of_file)
+    assert not any(OUTSIDE.match(ast.unparse(decorator)) for decorator in function.decorator_list)
+    assert not any(ast.unparse(statement).startswith("pytest.skip") for statement in function.body)
 
 
 @pytest.mark.parametrize("page", PAGES)
