@@ -149,7 +149,7 @@ class RowWriter:
             rows = [] if resume_step is None else json_lines(Path(path))
             write_atomically(Path(path), "".join(f"{line}\n" for line, row in rows if row["step"] <= resume_step))
         target = Path(path if self._writes else os.devnull)
-        self._file = target.open("a", encoding="utf-8", newline="\n")  # noqa: SIM115
+        self._file = target.open("a", encoding="utf-8", newline="\n")
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, **row}``."""
