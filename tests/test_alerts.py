@@ -196,7 +196,7 @@ def run(config, *, die_at=None, losses=LOSSES):
         return {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)}
 
     with open_stage(config, "sft", {}) as stage:
-        state, _ = loop.train(stage, stage.replicate({"n": jnp.float32(0)}), advance, num_steps=len(losses) - 1)
+        state, _ = loop.train(stage, stage.replicate({"n": jnp.float32(0)}), loop.Job(advance, len(losses) - 1))
     return int(state["n"])
 
 

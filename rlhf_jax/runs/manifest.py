@@ -33,16 +33,15 @@ _PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 def fingerprint(path: str | Path) -> str:
     """sha256 of a file's bytes, or of the names and bytes of all files in a folder."""
     path = Path(path)
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        lines = [f"{file.relative_to(path).as_posix()}\0{fingerprint(file)}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     try:
-        if not path.is_dir():
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    digest = hashlib.sha256()
-    for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file_path.relative_to(path).as_posix()}\0{fingerprint(file_path)}\n".encode())
-    return digest.hexdigest()
 
 
 def write_config(run: Run, text: str) -> None:
