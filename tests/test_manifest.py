@@ -96,19 +96,16 @@ def test_a_resumed_run_keeps_its_manifest(tmp_path):
         with open_run(tmp_path, resume=True) as run:
             write_manifest(run, seed=99, data_fingerprints={}, command=["python", "x.py", str(n)])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    starts = manifest.pop("resumed")
+    assert [start["command"] for start in manifest.pop("resumed")] == ["python x.py 1", "python x.py 2"]
     assert manifest == first
-    assert [start["command"] for start in starts] == ["python x.py 1", "python x.py 2"]
-    assert starts[0]["devices"] == {"kind": "cpu", "count": 4}
 
 
-def test_resume_of_the_same_run(tmp_path):
+@pytest.mark.parametrize("section", ["ppo", "ppo.clip_low"])
+def test_resume_of_the_same_run(tmp_path, section):
     finished_run(tmp_path, data={"a": "1"})
+    changed = CONFIG.replace("resume: false", "resume: true").replace("clip_low: 0.2", "clip_low: 0.3")
     with open_run(tmp_path, resume=True) as run:
-        check_unchanged(run, config=CONFIG, data_fingerprints={"a": "1"})
-        changed = CONFIG.replace("resume: false", "resume: true").replace("clip_low: 0.2", "clip_low: 0.3")
-        check_unchanged(run, config=changed, data_fingerprints={"a": "1"}, may_change=["resume", "ppo"])
-        check_unchanged(run, config=changed, data_fingerprints={"a": "1"}, may_change=["resume", "ppo.clip_low"])
+        assert not check_unchanged(run, config=changed, data_fingerprints={"a": "1"}, may_change=["resume", section])
 
 
 def test_resume_of_another_run_lists_what_differs(tmp_path):

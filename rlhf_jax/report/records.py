@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs.folder import json_lines
 
 STRINGS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 TEXTS = ("prompt", "response", "chosen", "rejected")  # columns of samples.jsonl that a model may fill with "NaN"
@@ -212,27 +213,17 @@ def differences(compared: Sequence[Group]) -> dict[str, list[Any]]:
 
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a run's ``.jsonl`` file. The strings NaN, Infinity and -Infinity become floats, save in columns of
-    texts. A last line without its end, which a run that goes on or was killed may leave, is passed over.
+    texts. A last line that is cut, which a run that goes on or was killed may leave, is passed over.
 
     Raises:
         UserError: the file does not exist, or a line is no row.
     """
-    try:
-        lines = Path(path).read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; give the folder of a run") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            row = json.loads(line)
-            int(row["step"])
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}, line {number}: expected a JSON object with the key step") from None
-        floats = {k: STRINGS[v] for k, v in row.items() if k not in TEXTS and isinstance(v, str) and v in STRINGS}
-        rows.append(row | floats)
-    return rows
+    if not Path(path).exists():
+        raise UserError(f"{path}: there is no such file; give the folder of a run")
+    return [
+        row | {k: STRINGS[v] for k, v in row.items() if k not in TEXTS and isinstance(v, str) and v in STRINGS}
+        for _, row in json_lines(Path(path))
+    ]
 
 
 def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -169,21 +169,19 @@ def write_atomically(path: Path, text: str) -> None:
 def json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The lines of a JSON lines file of this package, and the rows they hold, each with its ``step``.
 
-    A last line that was cut by a kill is left out.
+    Nothing if the file is missing. A last line that was cut by a kill is left out.
 
     Raises:
       UserError: another line is no row.
     """
     rows: list[tuple[str, dict[str, Any]]] = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
         try:
-            text = line.decode("utf-8")
-            row = json.loads(text)
+            row = json.loads(line.decode("utf-8"))
             int(row["step"])
         except (ValueError, TypeError, KeyError):
-            if number < len(lines):
+            if line.endswith(b"\n"):
                 raise UserError(f"{path}, line {number}: expected a JSON object with the key step") from None
             break
-        rows.append((text, row))
+        rows.append((line.decode("utf-8").rstrip("\n"), row))
     return rows
