@@ -31,7 +31,8 @@ class _Client:
     def __init__(self, name: str, place: Mapping[str, Any], config: Mapping[str, Any], resumed: bool):
         # How long W&B waits for a server that has gone away; its own defaults outlast the run by hours.
         limits = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "60", "WANDB_X_GRAPHQL_RETRY_MAX": "5"}
-        os.environ.update(limits | os.environ)
+        for variable, limit in limits.items():
+            os.environ.setdefault(variable, limit)
         self._module = importlib.import_module(name)
         known = inspect.signature(self._module.init).parameters  # trackio knows a run by its name, not by an id
         arguments = {key: place[key] for key in ("project", "name", "id") if key in known}
