@@ -196,7 +196,7 @@ def run(config, *, die_at=None, losses=LOSSES):
         return {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)}
 
     with open_stage(config, "sft", {}) as stage:
-        state, _ = loop.train(stage, stage.replicate({"n": jnp.float32(0)}), advance, num_steps=len(losses) - 1)
+        state, _ = loop.train(stage, stage.replicate({"n": jnp.float32(0)}), loop.Job(advance, len(losses) - 1))
     return int(state["n"])
 
 
@@ -215,11 +215,7 @@ def test_a_killed_run_alerts_alike(config, tmp_path, capsys):
     assert run(straight) == 9
     assert raised(straight) == [(4, RULE), (7, RULE)]
     assert f"alert at step 4: {RULE}: loss is 9 > 5" in capsys.readouterr().out
-    for step, resume in (
-        (5, False),
-        (6, True),
-        (8, True),
-    ):  # killed with the rule true, after it, and with it true again
+    for step, resume in ((5, False), (6, True), (8, True)):  # with the rule true, after it, and with it true again
         with pytest.raises(Killed):
             run(dataclasses.replace(config, resume=resume), die_at=step)
     assert run(dataclasses.replace(config, resume=True)) == 9

@@ -228,7 +228,7 @@ def test_a_run_counts_and_penalises(config, tmp_path, capsys):
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     assert f"safety {config.safety.words[0]}" in manifest["data"]
     (tmp_path / "words.txt").write_text("worse\n")
-    with pytest.raises(UserError, match=r"the data safety .*words\.txt has changed"):
+    with pytest.raises(UserError, match=r"sha256 of safety .*words\.txt was"):
         training.rl.run(dataclasses.replace(config, resume=True), vpg)
 
 

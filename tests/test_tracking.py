@@ -155,15 +155,3 @@ def test_progress_on_a_terminal(tmp_path):
     assert "3/4" in text
     assert "objective/score 1.25  [x] 2" in text
     assert "a message" in text
-
-
-def test_tracker_resumes_all_files(tmp_path):
-    with open_run(tmp_path) as run:
-        for resume_step, steps in ((None, range(1, 8)), (4, range(5, 10))):
-            with Tracker(run, total=9, resume_step=resume_step, console=console(False)) as tracker:
-                for step in steps:
-                    tracker.log(step, {"x": 0.5})
-                    tracker.timing(step, {"t": 0.5})
-                    tracker.samples(step, [{"text": "a"}, {"text": "b"}])
-        for path, times in ((run.metrics, 1), (run.timing, 1), (run.samples, 2)):
-            assert [row["step"] for row in rows(path)] == [step for step in range(1, 10) for _ in range(times)]

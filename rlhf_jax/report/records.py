@@ -215,7 +215,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     if not Path(path).exists():
         raise UserError(f"{path}: there is no such file; give the folder of a run")
-    rows = [row for _, row in folder.read_rows(Path(path))]
+    rows = [row for _, row in folder.json_lines(Path(path))]
     return [row | {k: float(v) for k, v in row.items() if v in STRINGS and k not in TEXTS} for row in rows]
 
 

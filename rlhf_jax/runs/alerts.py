@@ -125,17 +125,14 @@ def check_metrics(rules: Iterable[Rule], names: Collection[str]) -> list[str]:
         UserError: no stage records such a metric; the nearest one is named.
     """
     kinds = {name.partition("/")[0] for name in names if "/" in name}
+    own = [(rule, metric) for rule in rules if rule not in DEFAULTS.values() for metric in rule.metrics]
     elsewhere = []
-    for rule in rules:
-        for metric in () if rule in DEFAULTS.values() else rule.metrics:
-            if metric in names:
-                continue
-            sentence = f"alerts: {rule.text!r} never comes true: this stage does not record {metric}"
-            kind = metric.partition("/")[0]
-            if kind not in _KINDS or (kind in kinds and kind != "validation"):
-                near = difflib.get_close_matches(metric, sorted(names), n=1, cutoff=0)
-                raise UserError(f"{sentence}; the nearest that it does is {', '.join(near)}")
-            elsewhere.append(sentence)
+    for rule, metric in ((rule, metric) for rule, metric in own if metric not in names):
+        elsewhere.append(f"alerts: {rule.text!r} never comes true: this stage does not record {metric}")
+        kind = metric.partition("/")[0]
+        if kind not in _KINDS or (kind in kinds and kind != "validation"):
+            near = difflib.get_close_matches(metric, sorted(names), n=1, cutoff=0)
+            raise UserError(f"{elsewhere[-1]}; the nearest that it does is {', '.join(near)}")
     return elsewhere
 
 
@@ -153,17 +150,13 @@ def _rule(entry: str) -> Rule:
             "and `: log` or `: stop`; METRIC may be `mean ROWS of METRIC`, NUMBER such as `0.5x first`. Or the name of "
             f"a default rule: {', '.join(DEFAULTS)}"
         )
-    window, number, sign = int(match["window"] or 1), float(match["number"]), match["sign"]
-    label = name[: match.start("sign")].strip()
+    window, number, label = int(match["window"] or 1), float(match["number"]), name[: match.start("sign")].strip()
 
     def holds(values: np.ndarray) -> tuple[bool, str]:
-        if len(values) < window:
+        if len(values) < window + bool(match["first"]):  # the first mean has nothing to be compared with
             return False, ""
-        now, first = values[-window:].mean(), values[:window].mean()
-        if match["first"] and (len(values) == window or first == 0):  # there is nothing to compare with
-            return False, ""
-        limit = number * first if match["first"] else number
-        return (now < limit if sign == "<" else now > limit), f"{label} is {now:.4g} {sign} {limit:.4g}"
+        first = values[:window].mean() if match["first"] else 1.0
+        return _is(label, values[-window:].mean(), match["sign"], number * first if first else math.nan)
 
     return Rule(name, (match["metric"],), holds, int(match["rows"] or 1), action)  # type: ignore[arg-type]
 
@@ -184,39 +177,24 @@ def _observe(watch: Watch, row: Mapping[str, Any]) -> tuple[Watch, Alert | None]
 # --- The default rules: docs/alerts.md says which failure each one is for, and how often it was wrong. ----------------
 
 
-def _nonfinite_update(nonfinite: np.ndarray) -> tuple[bool, str]:
-    return nonfinite[-1] > 0, f"nonfinite is {nonfinite[-1]:.4g} > 0"
-
-
-def _kl_explosion(kl: np.ndarray, length: np.ndarray) -> tuple[bool, str]:
-    now = kl[-1] / length[-1]
-    return now > 2, f"objective/kl / response/length is {now:.4g} > 2"
-
-
-def _entropy_collapse(entropy: np.ndarray, length: np.ndarray) -> tuple[bool, str]:
-    now, limit = entropy[-1] / length[-1], 0.05 * entropy[0] / length[0]
-    return now < limit, f"objective/entropy / response/length is {now:.4g} < {limit:.4g}"
+def _is(label: str, value: float, sign: str, limit: float) -> tuple[bool, str]:
+    """Whether a value is beyond its limit (never beyond NaN), and the sentence that says so."""
+    return bool(value > limit if sign == ">" else value < limit), f"{label} is {value:.4g} {sign} {limit:.4g}"
 
 
 def _reward_collapse(score: np.ndarray) -> tuple[bool, str]:
-    means = _means_of_5(score)
-    if len(means) < 2:
+    if len(score) < 6:
         return False, ""
-    highest, gain = means[:-1].max(), means[:-1].max() - means[0]
-    limit = highest - max(0.5 * gain, 4 * _noise(score[:-1]))
-    return means[-1] < limit, f"mean 5 of objective/score is {means[-1]:.4g} < {limit:.4g}"
+    means = _means_of_5(score)
+    gain, noise = means[:-1].max() - means[0], _noise(score[:-1])
+    return _is("mean 5 of objective/score", means[-1], "<", means[:-1].max() - max(0.5 * gain, 4 * noise))
 
 
 def _value_loss_explosion(loss: np.ndarray) -> tuple[bool, str]:
-    means = _means_of_5(loss)
-    if not len(means) or means[0] == 0:
+    if len(loss) < 5:
         return False, ""
-    return means[-1] > 20 * means[0], f"mean 5 of value/loss is {means[-1]:.4g} > {20 * means[0]:.4g}"
-
-
-def _degenerate_text(repetition: np.ndarray) -> tuple[bool, str]:
-    limit = repetition[0] + 0.3
-    return repetition[-1] > limit, f"response/repetition is {repetition[-1]:.4g} > {limit:.4g}"
+    means = _means_of_5(loss)
+    return _is("mean 5 of value/loss", means[-1], ">", 20 * means[0] or math.nan)
 
 
 def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> tuple[bool, str]:
@@ -224,13 +202,14 @@ def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> tuple[bool, str]:
         return False, ""
     best = judge[:-1].argmax()
     low = judge[best] - max(0.03 * (judge[best] - judge[0]), _noise(judge[:-1]))
-    high = score[best] + 5 * _noise(score[:-1])
-    message = f"validation/judge is {judge[-1]:.4g} < {low:.4g}, validation/score is {score[-1]:.4g} > {high:.4g}"
-    return judge[-1] < low and score[-1] > high, message
+    is_low, lost = _is("validation/judge", judge[-1], "<", low)
+    is_high, gained = _is("validation/score", score[-1], ">", score[best] + 5 * _noise(score[:-1]))
+    return is_low and is_high, f"{lost}, {gained}"
 
 
 def _means_of_5(values: np.ndarray) -> np.ndarray:
-    return np.lib.stride_tricks.sliding_window_view(values, 5).mean(axis=1) if len(values) >= 5 else np.empty(0)
+    """[N - 4] means of five neighbouring rows."""
+    return np.lib.stride_tricks.sliding_window_view(values, 5).mean(axis=1)
 
 
 def _noise(values: np.ndarray) -> float:
@@ -242,12 +221,27 @@ def _noise(values: np.ndarray) -> float:
 DEFAULTS: dict[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule("non-finite update", ("nonfinite",), _nonfinite_update),
-        Rule("KL explosion", ("objective/kl", "response/length"), _kl_explosion, rows=3),
-        Rule("entropy collapse", ("objective/entropy", "response/length"), _entropy_collapse, rows=5),
+        Rule("non-finite update", ("nonfinite",), lambda count: _is("nonfinite", count[-1], ">", 0)),
+        Rule(
+            "KL explosion",
+            ("objective/kl", "response/length"),
+            lambda kl, length: _is("objective/kl / response/length", kl[-1] / length[-1], ">", 2),
+            rows=3,
+        ),
+        Rule(
+            "entropy collapse",
+            ("objective/entropy", "response/length"),
+            lambda h, n: _is("objective/entropy / response/length", h[-1] / n[-1], "<", 0.05 * h[0] / n[0]),
+            rows=5,
+        ),
         Rule("reward collapse", ("objective/score",), _reward_collapse),
         Rule("value-loss explosion", ("value/loss",), _value_loss_explosion),
-        Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
+        Rule(
+            "degenerate text",
+            ("response/repetition",),
+            lambda share: _is("response/repetition", share[-1], ">", share[0] + 0.3),
+            rows=3,
+        ),
         Rule("reward hacking", ("validation/judge", "validation/score"), _reward_hacking),
     )
 }

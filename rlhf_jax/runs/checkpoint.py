@@ -14,6 +14,7 @@ steps when the save then fails, reads the metric of "best" without a checksum (a
 takes NaN for a number.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -22,8 +23,8 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import absl.logging
@@ -53,7 +54,7 @@ def steps(directory: str | Path) -> list[int]:
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir())
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints in one folder, a numbered subfolder per step; one process writes at a time."""
 
     def __init__(
@@ -88,12 +89,7 @@ class Checkpoints:
             multiprocessing_options=alone,
         )
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
             self.close()
         except CheckpointError as failure:
@@ -122,15 +118,12 @@ class Checkpoints:
 
         A metric that is missing or not finite, or whose record is damaged, is never the best.
         """
-        ranks = {}
+        scores = {}
         for step in self.steps() if self._best_metric else ():
-            try:
-                value = self._record(step)["meta"].get("metrics", {}).get(self._best_metric, math.nan)
-            except CheckpointError:
-                continue
-            if math.isfinite(value):
-                ranks[step] = (self._best_sign * value, -step)
-        return max(ranks, key=ranks.__getitem__, default=None)
+            with contextlib.suppress(CheckpointError):
+                metric = self._record(step)["meta"].get("metrics", {}).get(self._best_metric, math.nan)
+                scores[step] = self._best_sign * metric
+        return max((step for step in scores if math.isfinite(scores[step])), key=scores.__getitem__, default=None)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Writes one checkpoint, then deletes those that are no longer to be kept.
@@ -147,7 +140,7 @@ class Checkpoints:
           CheckpointError: it could not be written, for example because the disk is full. The earlier ones are intact.
         """
         self.wait()
-        processes.agree(lambda: self._begin(step, state, meta) if processes.is_first() else None)
+        processes.in_first(lambda: self._begin(step, state, meta))
         self._damaged.clear()
         self._pending = step
         if not self._asynchronous:
@@ -161,11 +154,11 @@ class Checkpoints:
         """
         if self._pending is not None:
             step, self._pending = self._pending, None
-            processes.agree(lambda: self._complete(step) if processes.is_first() else None)
+            processes.in_first(lambda: self._complete(step))
 
     def _begin(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        latest = max(set(self.steps()) - self._damaged, default=None)
-        if latest is not None and step <= latest:
+        latest = max(set(self.steps()) - self._damaged, default=-1)
+        if step <= latest:
             raise ValueError(f"cannot save step {step} in {self._directory}: step {latest} is there already")
         leaves = _leaves(state)
         arrays = {path: np.asarray(_bits(leaf)) for path, leaf in leaves.items()}
@@ -175,42 +168,38 @@ class Checkpoints:
             state=ocp.args.StandardSave({path: array for path, array in arrays.items() if array.size}),
             record=ocp.args.JsonSave({"record": record, "sha256": hashlib.sha256(record.encode()).hexdigest()}),
         )
-        self._clean()
         self._delete(self._damaged)
-        try:
+        with self._writing(step):
             self._checkpointer.save(self._directory / str(step), args=items)
-        except Exception as error:
-            raise self._failed(step, error) from error
 
     def _complete(self, step: int) -> None:
-        try:
+        with self._writing(step):
             self._checkpointer.wait_until_finished()
-        except Exception as error:
-            raise self._failed(step, error) from error
         self._delete(set(self.steps()[: -self._keep_last]) - {self.best()})
 
-    def _delete(self, old: set[int]) -> None:
+    def _delete(self, old: Iterable[int] = ()) -> None:
+        """Deletes steps, and what a killed or failed save, or a killed deletion, has left."""
         trash = self._directory / _TRASH
         for step in sorted(old):
             trash.mkdir(exist_ok=True)
             (self._directory / str(step)).rename(trash / str(step))
-        shutil.rmtree(trash, ignore_errors=True)
-
-    def _clean(self) -> None:
-        """Removes what a killed or failed save, or a killed deletion, has left."""
-        for leftover in [*self._directory.glob("*.orbax-checkpoint-tmp*"), self._directory / _TRASH]:
+        for leftover in [*self._directory.glob("*.orbax-checkpoint-tmp*"), trash]:
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _failed(self, step: int, error: Exception) -> CheckpointError:
-        self._clean()  # the unfinished step may be what fills the disk
-        latest = self.latest()
-        full = os.strerror(errno.ENOSPC)  # TensorStore says this at the end of a long message
-        why = full if full in str(error) else _first_line(error)
-        last = "there is no earlier checkpoint" if latest is None else f"the last good checkpoint is step {latest}"
-        return CheckpointError(
-            f"the checkpoint of step {step} could not be written to {self._directory} ({why}); {last}. "
-            "Make room if the disk is full, then go on with --resume"
-        )
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._delete()  # the unfinished step may be what fills the disk
+            latest = self.latest()
+            full = os.strerror(errno.ENOSPC)  # TensorStore says this at the end of a long message
+            why = full if full in str(error) else _first_line(error)
+            last = "there is no earlier checkpoint" if latest is None else f"the last good checkpoint is step {latest}"
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self._directory} ({why}); {last}. "
+                "Make room if the disk is full, then go on with --resume"
+            ) from error
 
     def restore(self, target: T, step: int | None = None) -> tuple[T, dict[str, Any]]:
         """Reads a checkpoint back, bit for bit, and verifies every array.
@@ -228,26 +217,25 @@ class Checkpoints:
           UserError: the checkpoint holds other arrays, shapes or dtypes than ``target``.
         """
         self.wait()
-        if step is not None:
-            return processes.agree(lambda: self._restore(target, step))
-        present = self.steps()
-        if not present:
-            raise CheckpointError(f"no checkpoint in {self._directory}")
-        errors: list[str] = []
-        for candidate in reversed(present):
+        steps, errors = self.steps()[::-1] if step is None else [step], list[str]()
+        for candidate in steps:
             try:
                 result = processes.agree(functools.partial(self._restore, target, candidate))
             except TrainingFault as error:  # of this process or of another one
+                if step is not None:
+                    raise
                 errors.append(str(error))
                 continue
             if errors:
-                self._damaged = {later for later in present if later > candidate}
+                self._damaged = {later for later in steps if later > candidate}
                 warnings.warn(
-                    f"{'; '.join(errors)}. Going back to step {candidate}: the work from there to step {present[-1]} "
+                    f"{'; '.join(errors)}. Going back to step {candidate}: the work from there to step {steps[0]} "
                     "is lost and will be done again",
                     stacklevel=2,
                 )
             return result
+        if not errors:
+            raise CheckpointError(f"no checkpoint in {self._directory}")
         raise CheckpointError(
             f"no good checkpoint is left in {self._directory}: {'; '.join(errors)}. Start again with --overwrite"
         )
@@ -256,14 +244,12 @@ class Checkpoints:
         where = f"checkpoint step {step} in {self._directory}"
         if step not in self.steps():
             raise CheckpointError(f"{where} does not exist; there are {self.steps()}")
-        record = self._record(step)
-        leaves = _leaves(target)
+        record, leaves = self._record(step), _leaves(target)
         _compare(record["leaves"], leaves, where)
         specs = {path: _spec(leaf) for path, leaf in leaves.items() if leaf.size}
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(specs))
         try:
-            arrays = self._checkpointer.restore(
-                self._directory / str(step), args=ocp.args.Composite(state=ocp.args.StandardRestore(specs))
-            ).state
+            arrays = self._checkpointer.restore(self._directory / str(step), args=items).state
         except MemoryError:  # too little memory is no damage
             raise
         except Exception as error:
@@ -278,15 +264,15 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays: their checksums and ``meta``."""
-        damaged = f"checkpoint step {step} in {self._directory} is damaged: its record"
+        record = f"checkpoint step {step} in {self._directory} is damaged: its record"
         try:
             item = json.loads((self._directory / str(step) / "record" / "metadata").read_text("utf-8"))
-            text, sha256 = item["record"], item["sha256"]
+            is_whole = hashlib.sha256(item["record"].encode()).hexdigest() == item["sha256"]
         except Exception as error:
-            raise CheckpointError(f"{damaged} cannot be read ({_first_line(error)})") from error
-        if not isinstance(text, str) or hashlib.sha256(text.encode()).hexdigest() != sha256:
-            raise CheckpointError(f"{damaged} does not match its checksum")
-        return json.loads(text)
+            raise CheckpointError(f"{record} cannot be read ({_first_line(error)})") from error
+        if not is_whole:
+            raise CheckpointError(f"{record} does not match its checksum")
+        return json.loads(item["record"])
 
 
 def _leaves(state: Any) -> dict[str, Any]:
@@ -327,12 +313,13 @@ def _sha256(leaf: Any, array: np.ndarray) -> str:
 
 
 def _compare(saved: dict[str, Any], target: dict[str, Any], where: str) -> None:
-    problems = [f"{path} is not in the checkpoint" for path in target if path not in saved]
-    problems += [f"{path} is in the checkpoint alone" for path in saved if path not in target]
-    for path in (path for path in target if path in saved):
-        stored, expected = ("{dtype}{shape}".format(**kind) for kind in (saved[path], _describe(target[path])))
-        if stored != expected:
-            problems.append(f"{path} is {stored} in the checkpoint, expected {expected}")
+    kinds = [saved, {path: _describe(leaf) for path, leaf in target.items()}]
+    before, after = ({path: "{dtype}{shape}".format(**kind) for path, kind in tree.items()} for tree in kinds)
+    problems = [
+        f"{path} is {before.get(path, 'not')} in the checkpoint, expected {after.get(path, 'no such array')}"
+        for path in after | before
+        if before.get(path) != after.get(path)
+    ]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UserError(f"{where} is of another model or optimizer: {'; '.join(problems[:5])}{more}")

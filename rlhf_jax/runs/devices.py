@@ -1,5 +1,6 @@
 """Which accelerators this machine has, whether JAX uses them, and how to install what is missing."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -43,29 +44,23 @@ def choose(device: str | None, place: str | None = None) -> None:
 def idle_accelerator() -> str | None:
     """A sentence that names an accelerator which JAX does not use, and how to install its plugin; None without one."""
     platforms = {device.platform for device in _all_devices()}
+    sentence = "This machine has {}, but JAX does not use it. Install its plugin: pip install 'rlhf-jax[{}]'."
     if "gpu" not in platforms and (gpu := nvidia_gpu()) is not None:
         name, driver = gpu
-        extra = "cuda13" if driver is not None and driver >= _CUDA13_DRIVER else "cuda12"
-        return f"This machine has {name}, but JAX does not use it. Install its plugin: pip install 'rlhf-jax[{extra}]'."
-    if "tpu" not in platforms and tpu_present():
-        return "This machine has a TPU, but JAX does not use it. Install its plugin: pip install 'rlhf-jax[tpu]'."
-    return None
+        return sentence.format(name, "cuda13" if (driver or 0) >= _CUDA13_DRIVER else "cuda12")
+    return sentence.format("a TPU", "tpu") if "tpu" not in platforms and tpu_present() else None
 
 
 def nvidia_gpu() -> tuple[str, int | None] | None:
     """Name and driver's major version of the first NVIDIA GPU; None without one."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
         if done.returncode == 0 and (match := re.match(r"(.+), *(\d+)?", done.stdout.strip())):
             return f"an {match[1]}", int(match[2]) if match[2] else None
-    except (OSError, subprocess.TimeoutExpired):
-        pass  # a container may have the GPU without the program
-    version = Path("/proc/driver/nvidia/version")
-    if version.exists() and any(Path("/dev").glob("nvidia[0-9]*")):
-        match = re.search(r"Module\D*(\d+)\.", version.read_text(errors="replace"))
-        return "an NVIDIA GPU", int(match[1]) if match else None
-    return None
+    # A container may have the GPU without the program.
+    is_there = Path("/proc/driver/nvidia/version").exists() and any(Path("/dev").glob("nvidia[0-9]*"))
+    return ("an NVIDIA GPU", None) if is_there else None
 
 
 def tpu_present() -> bool:

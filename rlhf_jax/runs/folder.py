@@ -8,11 +8,11 @@
 result as a Hugging Face folder, ``report.html`` the figures.
 """
 
+import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import filelock
@@ -28,7 +28,7 @@ _RUN_FILES = (
 )
 
 
-class Run:
+class Run(contextlib.AbstractContextManager["Run"]):
     """An open run folder; closing it, or the end of the process in any way, lets the next writer in."""
 
     def __init__(self, path: Path, resumed: bool, was_empty: bool, lock: filelock.BaseFileLock):
@@ -60,12 +60,7 @@ class Run:
         """Releases the folder."""
         self._lock.release()
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         # Nothing has been computed yet, and the corrected command needs a free folder.
         is_refused = isinstance(error, UserError) and self._was_empty and not checkpoint.steps(self.checkpoints)
         if is_refused and processes.is_first():
@@ -110,13 +105,13 @@ def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool
         (path / ".pid").write_text(f"{os.getpid()}\n")
         if overwrite:
             _clear(path)
-        resumed = resume and bool(checkpoint.steps(path / "checkpoints"))
-        if resume and not resumed:
-            print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
-        return resumed, is_unused(path)
     except BaseException:
         lock.release()
         raise
+    resumed = resume and bool(checkpoint.steps(path / "checkpoints"))
+    if resume and not resumed:
+        print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
+    return resumed, is_unused(path)
 
 
 def _check(path: Path, resume: bool, overwrite: bool) -> None:
@@ -129,29 +124,26 @@ def _check(path: Path, resume: bool, overwrite: bool) -> None:
     if resume or not path.is_dir() or is_unused(path):
         return
     if not overwrite:
-        raise UserError(
-            f"{path} holds files already; give --resume to go on with the run in it, --overwrite to delete it, "
-            "or choose another --output-dir"
-        )
-    strange = {entry.name.removesuffix(".tmp") for entry in path.iterdir()} - set(_RUN_FILES)
+        hint = "give --resume to go on with the run in it, --overwrite to delete it, or choose another --output-dir"
+        raise UserError(f"{path} holds files already; {hint}")
+    strange = sorted({name.removesuffix(".tmp") for name in os.listdir(path)} - set(_RUN_FILES))[:3]
     if strange and not _is_manifest(path / "manifest.json"):
-        names = ", ".join(sorted(strange)[:3])
-        raise UserError(f"--overwrite: {path} does not look like a run folder (it holds {names}); nothing was deleted")
+        holds = f"it holds {', '.join(strange)}"
+        raise UserError(f"--overwrite: {path} does not look like a run folder ({holds}); nothing was deleted")
 
 
 def is_unused(path: Path) -> bool:
     """Whether a folder holds nothing, or only the lock of a run that ended before it wrote anything."""
     try:
-        return {entry.name for entry in path.iterdir()} <= set(_LOCK_FILES)
+        return set(os.listdir(path)) <= set(_LOCK_FILES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _is_manifest(path: Path) -> bool:
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return "rlhf-jax" in json.loads(path.read_text("utf-8"))["versions"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
+    return False
 
 
 def _clear(path: Path) -> None:
@@ -174,24 +166,22 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The lines of a JSON lines file of this package, and the rows they hold, each with its ``step``.
 
-    A last line that was cut by a kill is left out.
+    Nothing if the file is missing. A last line that was cut by a kill is left out.
 
     Raises:
       UserError: another line is no row.
     """
     rows: list[tuple[str, dict[str, Any]]] = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
         try:
-            text = line.decode("utf-8")
-            row = json.loads(text)
+            row = json.loads(line.decode("utf-8"))
             int(row["step"])
         except (ValueError, TypeError, KeyError):
-            if number < len(lines):
+            if line.endswith(b"\n"):
                 raise UserError(f"{path}, line {number}: expected a JSON object with the key step") from None
             break
-        rows.append((text, row))
+        rows.append((line.decode("utf-8").rstrip("\n"), row))
     return rows

@@ -9,27 +9,26 @@ A row of step s is written before the checkpoint of step s is saved. A run that 
 the rows of later steps and writes them again, so that no row is missing and none is there twice.
 """
 
+import contextlib
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
-import rich.console
-import rich.live
-import rich.progress
-import rich.text
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from rlhf_jax.runs import processes
-from rlhf_jax.runs.folder import Run, read_rows, write_atomically
+from rlhf_jax.runs.folder import Run, json_lines, write_atomically
 from rlhf_jax.runs.trackers import Services
 
 
-class Tracker:
+class Tracker(contextlib.AbstractContextManager["Tracker"]):
     """Writes ``metrics.jsonl``, ``timing.jsonl`` and ``samples.jsonl`` of a run and shows how it goes.
 
     On a terminal: a progress bar and the newest metrics below it. Elsewhere: a line at the first, every
@@ -45,7 +44,7 @@ class Tracker:
         label: str = "",
         show: Sequence[str] = (),
         print_every: int = 10,
-        console: rich.console.Console | None = None,
+        console: Console | None = None,
         services: Services | None = None,
     ):
         """Opens the files.
@@ -62,20 +61,15 @@ class Tracker:
         """
         self._services = services or Services({}, {})
         self._total, self._label, self._show, self._print_every = total, label, tuple(show), print_every
-        self._console = console or rich.console.Console()
+        self._console = console or Console()
         self._files = [RowWriter(path, resume_step) for path in (run.metrics, run.timing, run.samples)]
         self._metrics, self._timing, self._samples = self._files
         self._printed = False
-        self._progress = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}", markup=False),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeElapsedColumn(),
-            rich.progress.TimeRemainingColumn(),
-        )
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(TextColumn("{task.description}", markup=False), *columns)
         self._task = self._progress.add_task(label, total=total, completed=resume_step or 0)
-        self._line = rich.text.Text(no_wrap=True, overflow="ellipsis")
-        self._live = rich.live.Live(rich.console.Group(self._progress, self._line), console=self._console)
+        self._line = Text(no_wrap=True, overflow="ellipsis")
+        self._live = Live(Group(self._progress, self._line), console=self._console)
         if self._console.is_terminal:
             self._live.start()
 
@@ -129,12 +123,7 @@ class Tracker:
             writer.close()
         self._services.close()
 
-    def __enter__(self) -> "Tracker":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -155,19 +144,20 @@ class RowWriter:
         Raises:
           UserError: a line other than the last one is no row.
         """
-        self._path, self._writes = Path(path), processes.is_first()
+        self._writes = processes.is_first()
         if self._writes:
-            rows = [] if resume_step is None else read_rows(self._path)
-            write_atomically(self._path, "".join(f"{line}\n" for line, row in rows if row["step"] <= resume_step))
-            self._file = self._path.open("a", encoding="utf-8", newline="\n")
+            rows = [] if resume_step is None else json_lines(Path(path))
+            write_atomically(Path(path), "".join(f"{line}\n" for line, row in rows if row["step"] <= resume_step))
+        target = Path(path if self._writes else os.devnull)
+        self._file = target.open("a", encoding="utf-8", newline="\n")
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, **row}``."""
         if "step" in row:
             raise ValueError(f"a row cannot have a key step of its own: {row}")
-        if self._writes:
-            self._file.write(json.dumps({"step": step, **_finite(row)}, ensure_ascii=False, allow_nan=False) + "\n")
-            self._file.flush()
+        json_values = json.loads(json.dumps({"step": step, **row}), parse_constant=str)  # NaN becomes "NaN"
+        self._file.write(json.dumps(json_values, ensure_ascii=False) + "\n")
+        self._file.flush()
 
     def sync(self) -> None:
         """Returns when all rows are on the disk."""
@@ -176,24 +166,11 @@ class RowWriter:
 
     def close(self) -> None:
         """Closes the file."""
-        if self._writes:
-            self._file.close()
+        self._file.close()
 
 
 def _number(name: str, value: Any) -> float:
     array = np.asarray(value)
     if array.shape:
         raise ValueError(f"metric {name}: expected a scalar, got shape {array.shape}")
-    if array.dtype == bool or np.issubdtype(array.dtype, np.integer):
-        return array.item()
-    return float(array)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+    return array.item() if array.dtype.kind in "bui" else float(array)

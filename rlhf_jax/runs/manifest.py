@@ -8,8 +8,8 @@ Both are written whole or not at all.
 """
 
 import difflib
+import functools
 import hashlib
-import importlib.metadata
 import json
 import platform
 import re
@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,15 @@ _PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 def fingerprint(path: str | Path) -> str:
     """sha256 of a file's bytes, or of the names and bytes of all files in a folder."""
     path = Path(path)
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        lines = [f"{file.relative_to(path).as_posix()}\0{fingerprint(file)}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     try:
-        if not path.is_dir():
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    digest = hashlib.sha256()
-    for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file_path.relative_to(path).as_posix()}\0{fingerprint(file_path)}\n".encode())
-    return digest.hexdigest()
 
 
 def write_config(run: Run, text: str) -> None:
@@ -70,32 +70,26 @@ def write_manifest(
       extra: further JSON values, kept under their keys.
       changed: what differs from the run that is resumed; seed and fingerprints are then the new ones.
     """
-    start: dict[str, Any] = {
-        "command": shlex.join(command if command is not None else ["python", *sys.argv]),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+    machine = {
         "backend": jax.default_backend(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
-        "git": _git_state(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
     }
+    start = {"command": shlex.join(command or ["python", *sys.argv]), **machine, "git": _git_state()}
     new = {"seed": seed, "data": dict(data_fingerprints)}
     manifest = start | new | dict(extra or {})
     if run.resumed:
-        manifest = _read(run.manifest, json.loads)
-        starts = manifest.get("resumed", [])
-        before, after = (
-            _dotted({key: there.get(key) for key in ("backend", "devices", "versions")})
-            for there in ((starts or [manifest])[-1], start)
-        )
-        if differences := _differences(before, after).values():
+        manifest = _read(run.manifest, json.loads) | (new if changed else {})
+        starts = manifest.setdefault("resumed", [])
+        last = (starts or [manifest])[-1]
+        before = {key: last.get(key) for key in machine}
+        if differences := _differences(_dotted(before), _dotted(machine)).values():
             print(
                 f"--resume: {'; '.join(differences)}. The run goes on, but is no longer bit for bit what it would have "
                 "been without the stop",
                 flush=True,
             )
-        if changed:
-            manifest |= new
-            start["changed"] = list(changed)
-        manifest["resumed"] = [*starts, start]
+        starts.append(start | ({"changed": list(changed)} if changed else {}))
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -131,35 +125,32 @@ def check_unchanged(
             raise UserError(f"--allow-changed {key}: there is no such setting{hint}")
     if not run.resumed:
         return []
-    before = _dotted(_read(run.config, yaml.safe_load))
-    differences = [(key, text) for key, text in _differences(before, after).items() if not _within(key, may_change)]
-    differences += _data_differences(_read(run.manifest, json.loads).get("data", {}), data_fingerprints)
     if any(key.rpartition(".")[2] in ("data", "validation_data") for key in allowed):
         allowed.append("data")
-    never = [key for key, _ in differences if _within(key, fixed) and _within(key, allowed)]
-    problems = [text for key, text in differences if _within(key, fixed) or not _within(key, allowed)]
+    before = _dotted(_read(run.config, yaml.safe_load)) | _hashes(_read(run.manifest, json.loads).get("data", {}))
+    differences = _differences(before, after | _hashes(data_fingerprints))
+    changed = {key: text for key, text in differences.items() if not _within(_setting(key), may_change)}
+    never = [_setting(key) for key in changed if _within(_setting(key), fixed)]
+    problems = [text for key, text in changed.items() if _setting(key) in never or not _within(_setting(key), allowed)]
     if problems:
         hint = f"cannot help with {', '.join(never)}" if never else "lets those differ that you name"
         raise UserError(
             f"--resume: {run.path} is another run: {'; '.join(problems)}. Undo this, or start a new run with another "
             f"--output-dir; --allow-changed {hint}"
         )
-    changed = [text for _, text in differences]
     if changed:
-        print(f"--resume: goes on as another run than it began: {'; '.join(changed)}", flush=True)
-    return changed
+        print(f"--resume: goes on as another run than it began: {'; '.join(changed.values())}", flush=True)
+    return list(changed.values())
 
 
-def _data_differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(``data``, or the setting that names the file; the difference) of each file that differs."""
-    differences = []
-    for name in dict.fromkeys([*before, *after]):
-        if before.get(name) != after.get(name):
-            setting = re.match(r"(model|tokenizer)$|(reward|safety) ", name)
-            how = "has changed" if name in before else "was not used before"
-            how = how if name in after else "is not used any more"
-            differences.append((setting[0].strip() if setting else "data", f"the data {name} {how}"))
-    return differences
+def _hashes(fingerprints: Mapping[str, str]) -> dict[str, str]:
+    return {f"sha256 of {name}": digest[:12] for name, digest in fingerprints.items()}
+
+
+def _setting(key: str) -> str:
+    """The setting that a difference belongs to: the key itself, or the one that names the file of a sha256."""
+    match = re.match(r"sha256 of (?:(model|tokenizer)$|(reward|safety) )?", key)
+    return (match[1] or match[2] or "data") if match else key
 
 
 def _within(key: str, names: Iterable[str]) -> bool:
@@ -170,7 +161,7 @@ def _within(key: str, names: Iterable[str]) -> bool:
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
     """{key: what it was and what it is now} of the keys whose values differ."""
     texts = {}
-    for key in dict.fromkeys([*before, *after]):
+    for key in before | after:
         old, new = (repr(values[key]) if key in values else "not set" for values in (before, after))
         if old != new:
             texts[key] = f"{key} was {old} and is now {new}"
@@ -178,6 +169,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str
 
 
 def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value} of a tree of dicts."""
     if not isinstance(value, dict) or not value:
         return {prefix[:-1]: value}
     return {key: inner for name, child in value.items() for key, inner in _dotted(child, f"{prefix}{name}.").items()}
@@ -190,24 +182,12 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
         raise UserError(f"--resume: {path} cannot be read: {error}") from None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _git_state() -> dict[str, Any] | None:
     """Commit of the checkout that this package runs from, and whether its files differ from it; None without one."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-
+    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, timeout=10, check=True)
     try:
-        # An installed package may lie inside another project's checkout, which does not track it.
-        commit = git("rev-parse", "HEAD").stdout.strip() if git("ls-files", "--error-unmatch", here.name).stdout else ""
-        return {"commit": commit, "modified": git("diff", "--quiet", "HEAD").returncode != 0} if commit else None
-    except (OSError, subprocess.TimeoutExpired):
+        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])  # not another project's checkout around us
+        text = git(["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"], text=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
+    return {"commit": text.removesuffix("-dirty"), "modified": text.endswith("-dirty")}

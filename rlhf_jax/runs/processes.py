@@ -39,10 +39,7 @@ def join(place: str) -> None:
     if place != "auto" and (match is None or int(match[3]) >= int(match[2])):
         raise UserError(f"--processes {place}: expected HOST:PORT,COUNT,NUMBER, NUMBER from 0 to COUNT - 1; or auto")
     try:
-        if match is None:
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(match[1], int(match[2]), int(match[3]))
+        jax.distributed.initialize(*((match[1], int(match[2]), int(match[3])) if match else ()))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--processes {place}: the processes did not meet: {error}") from error
     if not is_first():

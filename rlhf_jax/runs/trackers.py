@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs.folder import Run, read_rows, write_atomically
+from rlhf_jax.runs.folder import Run, json_lines, write_atomically
 
 _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
-
-Row = Mapping[str, Any]
 
 
 class _Client:
@@ -32,21 +30,19 @@ class _Client:
 
     def __init__(self, name: str, place: Mapping[str, Any], config: Mapping[str, Any], resumed: bool):
         # How long W&B waits for a server that has gone away; its own defaults outlast the run by hours.
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
-        os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_MAX", "5")
+        limits = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "60", "WANDB_X_GRAPHQL_RETRY_MAX": "5"}
+        for variable, limit in limits.items():
+            os.environ.setdefault(variable, limit)
         self._module = importlib.import_module(name)
-        arguments = {"project": place["project"], "name": place["name"], "config": dict(config)}
-        if "id" in inspect.signature(self._module.init).parameters:  # trackio knows a run by its name
-            arguments["id"] = place["id"]
-        self._run = self._module.init(**arguments, **({"resume": "allow"} if resumed else {}))
+        known = inspect.signature(self._module.init).parameters  # trackio knows a run by its name, not by an id
+        arguments = {key: place[key] for key in ("project", "name", "id") if key in known}
+        self._run = self._module.init(**arguments, config=dict(config), **({"resume": "allow"} if resumed else {}))
         self._title = place["name"]
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
 
-    def samples(self, step: int, rows: Sequence[Row]) -> None:
-        columns, cells = _table(rows)
+    def samples(self, step: int, columns: list[str], cells: list[list[Any]]) -> None:
         self._run.log({"samples": self._module.Table(columns=columns, data=cells)}, step=step)
 
     def alert(self, step: int, text: str) -> None:
@@ -66,13 +62,13 @@ class _TensorBoard:
         # The suffix keeps two starts within one second from writing to one file.
         self._writer = module.SummaryWriter(str(folder), purge_step=first, filename_suffix=f".step{first}")
         self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```", first)
+        self.close = self._writer.close
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def samples(self, step: int, rows: Sequence[Row]) -> None:
-        columns, cells = _table(rows)
+    def samples(self, step: int, columns: list[str], cells: list[list[Any]]) -> None:
         lines = [columns, ["---"] * len(columns), *cells]
         escaped = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
         self._writer.add_text("samples", "\n".join(f"| {' | '.join(line)} |" for line in escaped), step)
@@ -80,9 +76,6 @@ class _TensorBoard:
 
     def alert(self, step: int, text: str) -> None:
         self._writer.add_text("alerts", text, step)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class Services:
@@ -96,10 +89,16 @@ class Services:
         """Sends a row of metrics."""
         self._call("log", step, numbers)
 
-    def samples(self, step: int, rows: Sequence[Row]) -> None:
-        """Sends rows of ``samples.jsonl`` as a table."""
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Sends rows of ``samples.jsonl`` as a table: numbers, and texts for everything else."""
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+
+        def cell(value: Any) -> Any:
+            is_plain = value is None or isinstance(value, (int, float, str))
+            return value if is_plain else json.dumps(value, ensure_ascii=False)
+
         if rows:
-            self._call("samples", step, rows)
+            self._call("samples", step, columns, [[cell(row.get(name)) for name in columns] for row in rows])
 
     def alert(self, step: int, text: str) -> None:
         """Sends a warning about the run."""
@@ -144,33 +143,31 @@ def start(run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step
     check(names)
     if not names:
         return Services({}, {})
-    path = run.path / "tracker.json"
-    run_id = secrets.token_hex(4)
+    path, run_id = run.path / "tracker.json", secrets.token_hex(4)
     place: dict[str, Any] = {
         "id": run_id,
         "project": os.environ.get("WANDB_PROJECT") or "rlhf_jax",
         "name": os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}",
         "services": [],
     }
-    if resume_step is not None and path.is_file():
-        place |= json.loads(path.read_text("utf-8"))
-    before = place["services"]
-    rows = [] if resume_step is None else [row for _, row in read_rows(run.metrics)]
-    last_row = max((row["step"] for row in rows), default=resume_step)
+    rows: list[dict[str, Any]] = []
+    if resume_step is not None:
+        place |= json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        rows = [row for _, row in json_lines(run.metrics)]
+    known, sent = place["services"], dict.fromkeys(names, -1)
     services: dict[str, _Client | _TensorBoard] = {}
-    sent = {}
     for name in names:
         try:
-            if name == "tensorboard":  # it forgets the steps behind the checkpoint; the others keep them
-                services[name], last = _TensorBoard(run.path / name, config, resume_step), resume_step
+            if name == "tensorboard":
+                services[name] = _TensorBoard(run.path / name, config, resume_step)
             else:
-                services[name], last = _Client(name, place, config, resumed=name in before), last_row
+                services[name] = _Client(name, place, config, resumed=name in known)
         except Exception as error:
             _warn(name, error, "the run goes on without it")
-            continue
-        sent[name] = -1 if last is None or name not in before else last
+        if name in known and resume_step is not None:  # TensorBoard forgets the steps behind the checkpoint
+            sent[name] = resume_step if name == "tensorboard" or not rows else rows[-1]["step"]
     if services:
-        place["services"] = list(dict.fromkeys([*before, *services]))
+        place["services"] = list(dict.fromkeys([*known, *services]))
         write_atomically(path, json.dumps(place, indent=2) + "\n")
     opened = Services(services, sent)
     for row in rows:
@@ -181,13 +178,3 @@ def start(run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step
 
 def _warn(name: str, error: Exception, outcome: str) -> None:
     print(f"--track {name}: {type(error).__name__}: {error}; {outcome}", flush=True)
-
-
-def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
-    """Columns, and the cells [rows][columns]: numbers, and texts for everything else."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def cell(value: Any) -> Any:
-        return value if value is None or isinstance(value, (int, float, str)) else json.dumps(value, ensure_ascii=False)
-
-    return columns, [[cell(row.get(name)) for name in columns] for row in rows]
