@@ -140,7 +140,7 @@ MISTAKES = [
     ("misspelt corpus", write(), ("sft", "--data", "dmo"), "--data dmo: no such file; did you mean demo, which is gen"),
     ("rows in place of a file", write(), ("sft", "--data", f"[{ROW * 20}]"), ": no such file"),
     ("folder without the file", lambda: Path("d").mkdir(), ("sft", "--data", "d"), "d: this folder has no sft_data"),
-    ("empty file", write(data__json=""), DATA, "data.json: is empty"),
+    ("empty file", write(data__json=""), DATA, "data.json: holds no rows"),
     ("cut list", write(data__json=f'[\n{ROW},\n{{"promp'), DATA, "data.json, row 2: not valid JSON, unterminated stri"),
     ("cut gzip", write(data__json=gzip.compress(b"[1, 2]", mtime=0)[:-9]), DATA, "data.json: broken gzip file"),
     ("Latin-1", write(data__json='"é"'.encode("latin-1")), DATA, "data.json, line 1: byte 0xe9 is not UTF-8, which is"),

@@ -82,7 +82,7 @@ data.jsonl: JSON lines, 7 rows, 2 demonstrations kept
     data.jsonl, line 2: expected keys prompt, response, found prompt, respnse; did you mean 'response' by 'respnse'?
     data.jsonl, line 3: 'response' must be a string, found the number 3
     data.jsonl, line 4: not valid JSON, expecting ',' delimiter at column 32
-    data.jsonl, line 5: the key 'prompt' stands twice in one object
+    data.jsonl, line 5: not valid JSON, the key 'prompt' stands twice in one object
     data.jsonl, line 6: expected an object with keys prompt, response, found a string
 """
     )
@@ -95,8 +95,8 @@ data.jsonl: JSON lines, 7 rows, 2 demonstrations kept
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        ("", "data.json", "data.json: is empty"),
-        ('[{"prompt": "a", "response": "b"}\n{"prompt": "c"}]', "data.json", "data.json, row 1: expected ',' or ']'"),
+        ("", "data.json", "data.json: holds no rows"),
+        ('[{"prompt": "a", "response": "b"}\n{"prompt": "c"}]', "data.json", "data.json, row 1: not valid JSON, expecting ',' or ']'"),
         ("prompt\na,b\nc\n", "data.csv", "data.csv, line 2: 2 cells under a header of 1; quote cells"),
         ('[{"promt": "a", "chosn": "b", "rejected": "c"}]', "data.json", "did you mean 'prompt' by 'promt'?"),
     ],
