@@ -155,9 +155,8 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
     prompts: Sequence[Sequence[str | int]] = [row.prompt for row in rows]
     responses: Sequence[Sequence[str | int]] = [text for row in rows for text in parts(row)[1:]]
     if tokenizer is not None:
-        sources = [row.source for row in rows for _ in parts(row)[1:]]
         prompts = prompt_ids(rows, tokenizer, "{prompt}")
-        responses = response_ids(responses, tokenizer, sources)  # type: ignore[arg-type]
+        responses = [ids for responses in response_ids(rows, tokenizer) for ids in responses]
     texts = {"prompt": prompts, "response": responses}
     lengths = {
         name: [len(text.split() if isinstance(text, str) else text) for text in some] for name, some in texts.items()

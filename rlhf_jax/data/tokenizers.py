@@ -105,8 +105,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if not any(lines):
         raise UserError("no text to train a tokenizer on")
     backend = _byte_level(models.BPE())
-    options = {"special_tokens": [PAD, EOS], "initial_alphabet": alphabet, "show_progress": False}
-    backend.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=vocab_size, **options))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(lines, trainer)
     return _tokenizer(backend, PAD, EOS, {}, "")
 
 
