@@ -4,9 +4,10 @@ A problem is what would stop a run from reading the file. All are found, each wi
 Duplicates, dropped rows and overlap between files do not stop a run; they are counted and placed.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,10 +24,8 @@ NUM_PLACES = 5  # that are named of each other finding in a file
 _EXAMPLE = 200  # characters of a text that a report shows
 _BAR = 40  # characters of the highest bar
 _UNKNOWN = "no known form"
-_KNOWN = (
-    "prompt, response | prompt, chosen, rejected | chosen, rejected (dialogues or messages) | messages | "
-    "query, sample0, ..., best | prompt, responses, best or ranking or ranks or targets | prompt, ... | text"
-)
+_ANSWERS = ("prompt, responses, best or ranking or ranks or targets", "query, sample0, ..., best")
+_KNOWN = " | ".join([*map(", ".join, formats.FORMATS), *_ANSWERS])
 
 
 class Report(NamedTuple):
@@ -55,14 +54,12 @@ def check(paths: Sequence[str], tokenizer: Tokenizer | None = None, kind: Kind |
         raise UserError("no data file given")
     files = [_check_file(path, tokenizer, kind) for path in paths]
     texts = [file.text for file in files]
-    for j, second in enumerate(files):
-        for first in files[:j]:
-            prompts = {row.prompt for row in first.rows} & {row.prompt for row in second.rows}
-            wholes = set(map(parts, first.rows))
-            texts.append(
-                f"{second.name} shares {len(prompts)} prompts with {first.name}; "
-                f"{sum(parts(row) in wholes for row in second.rows)} of its {len(second.rows)} rows stand there too"
-            )
+    for first, second in itertools.combinations(files, 2):
+        prompts = {row.prompt for row in first.rows} & {row.prompt for row in second.rows}
+        wholes = set(map(parts, first.rows))
+        same = sum(parts(row) in wholes for row in second.rows)
+        shares = f"{second.name} shares {len(prompts)} prompts with {first.name}"
+        texts.append(f"{shares}; {same} of its {len(second.rows)} rows stand there too")
     count = sum(len(file.problems) for file in files)
     texts.append(f"{count} problem{'s' * (count != 1)}: a run would stop at the first" if count else "no problems")
     return Report("\n\n".join(texts), count)
@@ -138,29 +135,25 @@ def _check_file(name: str, tokenizer: Tokenizer | None, kind: Kind | None) -> _F
 def _repeats(rows: list[Row], name: str) -> dict[str, list[str]]:
     """Rows, and pairs with the opposite preference, that were there before."""
     seen: dict[tuple[Text, ...], str] = {}
-    repeats: dict[str, list[str]] = {"duplicates": [], "opposite preferences": []}
+    duplicates, opposites = [], []
     for row in rows:
         texts = parts(row)
         if texts in seen:
-            repeats["duplicates"].append(f"{row.source} repeats {seen[texts]}")
-        opposite = (row.prompt, row.rejected, row.chosen) if isinstance(row, Pair) else ()
-        if opposite in seen:
-            repeats["opposite preferences"].append(f"{row.source} prefers what {seen[opposite]} rejects")
+            duplicates.append(f"{row.source} repeats {seen[texts]}")
+        if isinstance(row, Pair) and (other := seen.get((row.prompt, row.rejected, row.chosen))):
+            opposites.append(f"{row.source} prefers what {other} rejects")
         seen.setdefault(texts, row.source.removeprefix(f"{name}, "))
-    return repeats
+    return {"duplicates": duplicates, "opposite preferences": opposites}
 
 
 def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int]]:
     """Of prompts and responses: in tokens, EOS included, or in words (of token ids: tokens)."""
-    prompts: Sequence[Sequence[str | int]] = [row.prompt for row in rows]
-    responses: Sequence[Sequence[str | int]] = [text for row in rows for text in parts(row)[1:]]
+    texts: dict[str, list[Any]] = {"prompt": [row.prompt for row in rows]}
+    texts["response"] = [text for row in rows for text in parts(row)[1:]]
     if tokenizer is not None:
-        prompts = prompt_ids(rows, tokenizer, "{prompt}")
-        responses = [ids for responses in response_ids(rows, tokenizer) for ids in responses]
-    texts = {"prompt": prompts, "response": responses}
-    lengths = {
-        name: [len(text.split() if isinstance(text, str) else text) for text in some] for name, some in texts.items()
-    }
+        texts["prompt"] = prompt_ids(rows, tokenizer, "{prompt}")
+        texts["response"] = [ids for responses in response_ids(rows, tokenizer) for ids in responses]
+    lengths = {name: [len(text.split() if isinstance(text, str) else text) for text in texts[name]] for name in texts}
     return {name: counts for name, counts in lengths.items() if counts}
 
 

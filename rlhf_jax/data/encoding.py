@@ -214,7 +214,8 @@ def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[in
     """Ids of the responses of each row, with EOS after those that were text. Raises as `prompt_ids`."""
     texts = [(text, row.source) for row in rows for text in parts(row)[1:]]
     encoded = _ids([text for text, _ in texts], tokenizer, [source for _, source in texts])
-    ended = iter([*ids, tokenizer.eos_id] if isinstance(text, str) else ids for (text, _), ids in zip(texts, encoded))
+    ends = ([tokenizer.eos_id] if isinstance(text, str) else [] for text, _ in texts)
+    ended = iter([ids + end for ids, end in zip(encoded, ends, strict=True)])
     return [[next(ended) for _ in parts(row)[1:]] for row in rows]
 
 
@@ -250,14 +251,15 @@ def _fitted(
             counts[DROPPED if too_long == "drop" else NO_ROOM] += 1
             continue
         cut = [response[:room] for response in responses]
-        if isinstance(row, Pair) or (isinstance(row, Comparison) and row.targets is None):
-            if all(response == cut[0] for response in cut):
-                counts[EQUAL_CUT] += 1
-                continue
-        counts[CUT] += len(longer)
+        is_choice = isinstance(row, Pair) or (isinstance(row, Comparison) and row.targets is None)
+        if is_choice and all(response == cut[0] for response in cut):
+            counts[EQUAL_CUT] += 1
+            continue
+        if longer:
+            counts[CUT] += len(longer)
         kept.append((row, prompt, cut))
     _check_some_left(kept, rows, max_length)
-    return kept, {what: count for what, count in counts.items() if count}
+    return kept, dict(counts)
 
 
 def _texts(
