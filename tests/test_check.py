@@ -164,7 +164,7 @@ def test_preview_shows_rows_as_a_run_reads_them(write):
         "  response 1 (best):\n    | y\n  response 2:\n    | z",
         "data.jsonl, line 3\n  prompt:\n    | User:\n    | hi\n    | \n    | Assistant:\n    | \n  chosen:\n    | a\n"
         "  rejected:\n    | b",
-        "dropped before these: 1 (chosen and rejected are identical)",
+        "  dropped, chosen and rejected are identical: 1\n    data.jsonl, line 1",
     ]
     assert "response 1 (target 0.5):" in check.preview(path, count=9)
     assert check.preview(write([{"prompt": "p", "topic": "tea"}])).endswith(

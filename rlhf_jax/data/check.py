@@ -66,26 +66,19 @@ def check(paths: Sequence[str], tokenizer: Tokenizer | None = None, kind: Kind |
 
 
 def preview(path: str, tokenizer: Tokenizer | None = None, kind: Kind | None = None, count: int = 3) -> str:
-    """The first ``count`` rows in full, as a run would read them, messages rendered.
+    """The first ``count`` rows in full, as a run would read them, messages rendered, and what is wrong with others.
 
     Raises:
-      UserError: for a file that cannot be read or whose first rows are wrong.
+      UserError: for a file that cannot be read.
     """
     source = read_source(path)
     kind = kind or _guess_kind(source.records)
-    template = chat.template_of(tokenizer)
-    shown: list[str] = []
-    dropped: Counter[str] = Counter()
-    for record in source.records:
-        try:
-            shown += [_render_row(row, tokenizer) for row in formats.parse(kind, record, template)]
-        except Drop as drop:
-            dropped[str(drop)] += 1
-        if len(shown) >= count:
-            break
-    left_out = [f"dropped before these: {number} ({reason})" for reason, number in dropped.items()]
+    rows, findings = _parse(source.records, kind, tokenizer)
     head = f"{path}: {source.format}, {len(source.records)} rows, {kind}"
-    return "\n\n".join([head, *shown[:count], *left_out])
+    found = [line for title, places in findings.items() for line in _finding(title, places)]
+    return "\n\n".join(
+        [head, *(_render_row(row, tokenizer) for row in rows[:count]), *["\n".join(found)] * bool(found)]
+    )
 
 
 def _guess_kind(records: list[Record]) -> Kind:
@@ -94,42 +87,46 @@ def _guess_kind(records: list[Record]) -> Kind:
     return kinds.most_common(1)[0][0] if kinds else "demonstrations"
 
 
-def _check_file(name: str, tokenizer: Tokenizer | None, kind: Kind | None) -> _File:
-    problems: list[str] = []
-    try:
-        source = read_source(name)
-    except UserError as error:
-        source, problems = Source([], "", "unreadable"), [str(error)]
-    kind = kind or _guess_kind(source.records)
+def _parse(records: list[Record], kind: Kind, tokenizer: Tokenizer | None) -> tuple[list[Row], dict[str, list[str]]]:
+    """The rows that a run would read, and the places of problems and of dropped rows."""
     template = chat.template_of(tokenizer)
     rows: list[Row] = []
-    dropped: dict[str, list[str]] = {}
-    for record in source.records:
+    findings: dict[str, list[str]] = {"problems": []}
+    for record in records:
         try:
             rows += formats.parse(kind, record, template)
         except Drop as drop:
-            dropped.setdefault(f"dropped, {drop}", []).append(record.source)
+            findings.setdefault(f"dropped, {drop}", []).append(record.source)
         except UserError as error:
-            problems.append(str(error))
+            findings["problems"].append(str(error))
+    return rows, findings
+
+
+def _check_file(name: str, tokenizer: Tokenizer | None, kind: Kind | None) -> _File:
+    try:
+        source = read_source(name)
+    except UserError as error:
+        source = Source([Record(error, name)], "", "unreadable")
+    kind = kind or _guess_kind(source.records)
+    rows, findings = _parse(source.records, kind, tokenizer)
     lengths: dict[str, list[int]] = {}
     try:
         formats.check_labels(rows)
         lengths = _lengths(rows, tokenizer)
     except UserError as error:
-        problems.append(str(error))
+        findings["problems"].append(str(error))
     read = [record.value for record in source.records if not isinstance(record.value, UserError)]
     forms = Counter((formats.form_of(value) or ("", _UNKNOWN))[1] for value in read)
     counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common()) or "none"
     lines = [f"{name}: {source.format}, {len(source.records)} rows, {len(rows)} {kind} kept", f"  rows: {counted}"]
     if not forms.keys() - {_UNKNOWN}:
         lines.append(f"  a row must have the keys of one of these: {_KNOWN}")
-    lines += _finding("problems", problems, NUM_PROBLEMS)
-    for title, places in (dropped | _repeats(rows, name)).items():
+    for title, places in (findings | _repeats(rows, name)).items():
         lines += _finding(title, places)
     for text, counts in lengths.items():
         lines += _histogram(f"{'tokens' if tokenizer else 'words'} of a {text}", counts)
     lines += ["  examples:"] * bool(rows) + [_render_row(row, tokenizer, _EXAMPLE) for row in rows[:3]]
-    return _File(name, rows, problems, "\n".join(lines))
+    return _File(name, rows, findings["problems"], "\n".join(lines))
 
 
 def _repeats(rows: list[Row], name: str) -> dict[str, list[str]]:
@@ -157,9 +154,10 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
     return {name: counts for name, counts in lengths.items() if counts}
 
 
-def _finding(title: str, places: list[str], shown: int = NUM_PLACES) -> list[str]:
+def _finding(title: str, places: list[str]) -> list[str]:
     if not places:
         return []
+    shown = NUM_PROBLEMS if title == "problems" else NUM_PLACES
     lines = [f"  {title}: {len(places)}", *(f"    {_printable(place)}" for place in places[:shown])]
     return [*lines, f"    and {len(places) - shown} more"] if len(places) > shown else lines
 

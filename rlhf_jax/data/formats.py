@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from rlhf_jax.data import chat, demo, rows
 from rlhf_jax.data.chat import ChatTemplate, Message
@@ -78,17 +78,6 @@ class ReadResult(Generic[Row]):
         """One line for a log, such as ``1162 rows, 1 dropped (chosen and rejected are identical)``."""
         reasons = "".join(f", {count} dropped ({reason})" for reason, count in self.dropped.items())
         return f"{self.kept} rows{reasons}"
-
-
-class Answers(NamedTuple):
-    """K responses to one prompt and what is known of them: their ranks, the lowest is best, or targets, or both."""
-
-    prompt: Text
-    responses: tuple[Text, ...]
-    source: str
-    ranks: tuple[float, ...] | None
-    targets: tuple[float, ...] | None = None
-    best: int | None = None  # if no more is known of their ranks
 
 
 def read(kind: Kind, names: Names, *, seed: int = 0, template: ChatTemplate | None = None) -> ReadResult[Any]:
@@ -162,8 +151,9 @@ def form_of(value: Any) -> tuple[Kind, str] | None:
     if not isinstance(value, dict):
         return None
     if _has_answers(value):
-        names = [_prompt_key(value), "responses" if "responses" in value else "sample0, ..."]
-        return "comparisons", ", ".join([*names, *(key for key in LABELS if key in value)])
+        return "comparisons", ", ".join(
+            key for key in ("prompt", "query", "responses", "sample0", *LABELS) if key in value
+        )
     keys = next((keys for keys in FORMATS if all(key in value for key in keys)), None)
     if keys == ("messages",) and not chat.is_answered(value["messages"]):
         return "prompts", "messages"
@@ -184,13 +174,15 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Any]:
         pair = "response" not in row and all(key in row for key in PAIR)
         before, response = _exchange(record, "messages" if "messages" in row else "chosen" if pair else "response")
         return [Demonstration(_rendered(before, template, record), response, record.source)]
-    labelled = _answers(record, template)
-    if kind == "demonstrations":
-        return [_best_of(labelled)]
-    if kind == "pairs" or (labelled.targets is None and (labelled.best is None or len(labelled.responses) == 2)):
-        return _pairs(labelled)
-    best = labelled.best if labelled.targets is None else None
-    return [Comparison(labelled.prompt, labelled.responses, record.source, best=best, targets=labelled.targets)]
+    comparison, ranks = _answers(record, template)
+    is_choice = comparison.best is not None and len(comparison.responses) > 2
+    if kind == "comparisons" and (is_choice or comparison.targets is not None):
+        return [comparison]
+    if ranks is None:
+        raise UserError(f"{record.source}: holds targets, which are no preference; {kind} need best, ranking or ranks")
+    if kind == "demonstrations":  # the best response, the first of several
+        return [Demonstration(comparison.prompt, comparison.responses[ranks.index(min(ranks))], record.source)]
+    return _pairs(comparison, ranks)
 
 
 def _prompt(record: Record, template: ChatTemplate) -> Prompt:
@@ -234,17 +226,13 @@ def _rendered(before: str | list[Message], template: ChatTemplate, record: Recor
     return before if isinstance(before, str) else template.prompt(before, record.source)
 
 
-def _prompt_key(row: dict[str, Any]) -> str:
-    return "query" if "query" in row and "prompt" not in row else "prompt"
-
-
 def _has_answers(row: dict[str, Any]) -> bool:
     """Whether the row has a list of K responses."""
     return "responses" in row or any(map(_SAMPLE.fullmatch, row))
 
 
-def _answers(record: Record, template: ChatTemplate) -> Answers:
-    """The responses of a pair, or of a row of K responses, and their labels, checked."""
+def _answers(record: Record, template: ChatTemplate) -> tuple[Comparison, tuple[float, ...] | None]:
+    """The responses of a pair, or of a row of K responses, and their ranks, if known: the lowest is best."""
     row = record.value
     if not _has_answers(row):
         (before, chosen), (other, rejected) = (_exchange(record, key) for key in PAIR)
@@ -252,7 +240,7 @@ def _answers(record: Record, template: ChatTemplate) -> Answers:
             raise Drop("dialogues differ before the last response")
         if chosen == rejected:
             raise Drop(EQUAL)
-        return Answers(_rendered(before, template, record), (chosen, rejected), record.source, ranks=(0, 1))
+        return Comparison(_rendered(before, template, record), (chosen, rejected), record.source), (0, 1)
     responses = tuple(_text_or_ids(record, f"response {i}", value) for i, value in enumerate(_responses(record)))
     labels = [key for key in LABELS if row.get(key) is not None]
     targets = _numbers(record, "targets", len(responses)) if "targets" in labels else None
@@ -264,8 +252,8 @@ def _answers(record: Record, template: ChatTemplate) -> Answers:
     if targets is None and len(set(responses)) == 1:
         raise Drop(EQUAL if len(responses) == 2 else ALL_EQUAL)
     ranks = None if labels[0] == "targets" else _ranks(record, labels[0], len(responses))
-    best = row["best"] if labels[0] == "best" else None
-    return Answers(_prompt_of_answers(record, template), responses, record.source, ranks, targets, best)
+    best = row["best"] if labels == ["best"] else None
+    return Comparison(_prompt_of_answers(record, template), responses, record.source, best, targets), ranks
 
 
 def _responses(record: Record) -> list[Any]:
@@ -282,7 +270,7 @@ def _responses(record: Record) -> list[Any]:
 
 def _prompt_of_answers(record: Record, template: ChatTemplate) -> Text:
     """The prompt of a row of K responses: text, token ids or messages."""
-    key = _prompt_key(record.value)
+    key = "query" if "query" in record.value and "prompt" not in record.value else "prompt"
     rows.require(record, (key,))
     if chat.is_chat(record.value, key):
         return template.prompt(chat.conversation(record, key), record.source)
@@ -326,25 +314,15 @@ def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-def _pairs(row: Answers) -> list[Pair]:
+def _pairs(row: Comparison, ranks: tuple[float, ...]) -> list[Pair]:
     """All ordered pairs of a ranking, or the best response with each other one; each weighs 1 / (number of them).
 
     Ties and equal texts make no pair; without any pair the row is dropped.
     """
-    if row.ranks is None:
-        raise UserError(f"{row.source}: holds targets, which are no preference; pairs need best, ranking or ranks")
-    ranked = list(zip(row.responses, row.ranks, strict=True))
-    ordered = [
-        (better, worse) for better, rank in ranked for worse, other in ranked if rank < other and better != worse
-    ]
+    ranked = list(zip(row.responses, ranks, strict=True))
+    apart = [(a, b) for a, rank in ranked for b, other in ranked if rank < other]
+    ordered = [(better, worse) for better, worse in apart if better != worse]
     if not ordered:
-        raise Drop("all responses are ranked equal" if len(set(row.ranks)) == 1 else ALL_EQUAL)
+        raise Drop(ALL_EQUAL if apart else "all responses are ranked equal")
     weight = 1 / len(ordered) if len(ordered) > 1 else None
     return [Pair(row.prompt, better, worse, row.source, weight) for better, worse in ordered]
-
-
-def _best_of(row: Answers) -> Demonstration:
-    """The best response, the first of several."""
-    if row.ranks is None:
-        raise UserError(f"{row.source}: holds targets; a demonstration needs best, ranking or ranks")
-    return Demonstration(row.prompt, row.responses[row.ranks.index(min(row.ranks))], row.source)

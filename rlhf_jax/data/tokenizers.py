@@ -79,14 +79,8 @@ class Tokenizer:
         path.mkdir(parents=True, exist_ok=True)
         eos, pad = map(self.backend.id_to_token, (self.eos_id, self.pad_id))
         special = {"eos_token": eos, "pad_token": pad}
-        config = {
-            "model_max_length": _NO_LIMIT,
-            "clean_up_tokenization_spaces": False,
-            **self.config,
-            **special,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "padding_side": "left",
-        }
+        config = {"model_max_length": _NO_LIMIT, "clean_up_tokenization_spaces": False, **self.config, **special}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
         (path / "tokenizer.json").write_text(self._json(), encoding="utf-8")
         for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
             (path / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -143,12 +137,10 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
             raise UserError(f"{path}: no such folder, nor a name on the Hugging Face hub")
         return _from_hub(str(path_or_name))
     folder = path if path.is_dir() else path.parent
-    config, special = (
-        read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json")
-    )
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")]
+    config, special, of_model = (read_json(file) if file.exists() else {} for file in files)
     template, single, vocab = (folder / name for name in ("chat_template.jinja", "tokenizer.json", "vocab.json"))
-    named = {**_token_ids(folder / "config.json"), **named_tokens(special), **named_tokens(config)}
+    named = {**_token_ids(of_model), **named_tokens(special), **named_tokens(config)}
     if not single.exists() and not (vocab.exists() and (folder / "merges.txt").exists()):
         raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
     file = template
@@ -207,9 +199,8 @@ def _tokenizer(backend: tokenizers.Tokenizer, pad: Any, eos: Any, config: Mappin
     return Tokenizer(backend, pad_id=ids[pad], eos_id=ids[eos], config=config)
 
 
-def _token_ids(file: Path) -> dict[str, Any]:
+def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
     """Ids that the model's own config names, for tokenizers (GPT-2's among them) whose files name none."""
-    config = read_json(file) if file.exists() else {}
     ids = {key: config.get(f"{key}_id") for key in ("eos_token", "pad_token")}
     # Some models write -1 for a token that they do not have.
     return {key: value for key, value in ids.items() if type(value) is int and 0 <= value < 1 << 32}
