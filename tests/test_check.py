@@ -96,9 +96,12 @@ data.jsonl: JSON lines, 7 rows, 2 demonstrations kept
     ("content", "name", "message"),
     [
         ("", "data.json", "data.json: holds no rows"),
-        ('[{"prompt": "a", "response": "b"}\n{"prompt": "c"}]', "data.json", "data.json, row 1: not valid JSON, expecting ',' or ']'"),
+        (
+            '[{"prompt": "a", "response": "b"}\n{"prompt": "c"}]',
+            "data.json",
+            "row 1: not valid JSON, expecting ',' or ']'",
+        ),
         ("prompt\na,b\nc\n", "data.csv", "data.csv, line 2: 2 cells under a header of 1; quote cells"),
-        ('[{"promt": "a", "chosn": "b", "rejected": "c"}]', "data.json", "did you mean 'prompt' by 'promt'?"),
     ],
 )
 def test_problems_of_broken_files(write, content, name, message):

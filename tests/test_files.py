@@ -132,17 +132,15 @@ def test_hugging_face_datasets(monkeypatch):
             f'{ROW}\n{{"prompt": "c", "re\n{ROW}',
             "line 2: not valid JSON, unterminated string starting at at column 17$",
         ),
-        (
-            f"{ROW} {ROW}",
-            "line 1: not valid JSON, extra data at column 34; in JSON lines each row is one line",
-        ),
-        ('{\n"prompt": "a"}', "line 1: not valid JSON.*in JSON lines each row is one line"),
+        (f"{ROW} {ROW}", "line 1: not valid JSON, extra data at column 34; in JSON lines each row is one line"),
         ("prompt,response\na,b", "line 1: expected a JSON list or JSON lines, found 'prompt,response'"),
         ('{"a": ' + "[" * 200_000, "line 1: not valid JSON, nested too deeply"),
         (f"[{ROW},\n" + "[" * 200_000, "row 2: not valid JSON, nested too deeply"),
         (f'[{ROW},\n{{"a": {"9" * 5000}}}]', "row 2: not valid JSON, Exceeds the limit .* digits"),
-        ('[{"prompt": "a", "prompt": "b", "response": "c"}]', "row 1: not valid JSON, the key 'prompt' stands twice in one object"),
-        (b'[\n{"prompt": "caf\xe9", "response": "b"}]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
+        (
+            '[{"prompt": "a", "prompt": "b", "response": "c"}]',
+            "row 1: not valid JSON, the key 'prompt' stands twice",
+        ),
         (b'\xef\xbb\xbf[\n"caf\xe9"]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
         ('[{"prompt": "a"}]'.encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
         # Without the time, which would name the case differently in each of pytest-xdist's processes.
@@ -186,9 +184,7 @@ def test_names(write, tmp_path):
         formats.read("pairs", "data/pairs.json")
     with pytest.raises(UserError, match="is a folder"):
         files.read_source(tmp_path)
-    with pytest.raises(
-        UserError, match=r"no data: give --data FILE with pairs, a folder that holds preference_data\.js"
-    ):
+    with pytest.raises(UserError, match=r"no data: give --data FILE with pairs, a folder that holds preference_data"):
         formats.read("pairs", [])
     with pytest.raises(UserError, match=r"/preference_data\.json: no such file"):
         formats.read("pairs", tmp_path)

@@ -11,7 +11,7 @@ from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
 
 PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-CHOICE = {"query": "q", "sample0": "a", "sample1": "b", "sample2": "c", "sample3": "d", "best": 2}
+CHOICE = {"query": "p", "sample0": "a", "sample1": "b", "sample2": "c", "sample3": "d", "best": 2}
 RANKED = {"prompt": "p", "responses": ["x", "y", "z"]}
 W = "data.jsonl, line 1"
 
@@ -35,58 +35,33 @@ def pairs(*texts, weight):
     return [Pair("p", chosen, rejected, W, weight) for chosen, rejected in texts]
 
 
-# A record, and the rows that it becomes as demonstration, pairs, comparisons (None: as the pairs) and prompt.
+HUMAN = "\n\nHuman: h\n\nAssistant:"
+DIALOGUES = {"chosen": HUMAN + " yes", "rejected": HUMAN + " no"}
+TIES = {"prompt": "p", "responses": ["x", "y", "x"], "ranks": [0, 1, 2]}
+ORDER = pairs("xy", "zx", "zy", weight=1 / 3)
+BEST = [Comparison("p", ("a", "b", "c", "d"), W, best=2)]
+# The columns of a table may lack their last samples.
+TWO = CHOICE | {"sample2": None, "sample3": None, "best": 1}
+# A record, its prompt, and what it becomes: its demonstration's response, pairs, comparisons (None: as the pairs).
 FORMATS = [
-    (PAIR, Demonstration("p", "good", W), [Pair("p", "good", "bad", W)], None, Prompt("p", W)),
-    (
-        {"chosen": dialogue("h", " yes"), "rejected": dialogue("h", " no")},
-        Demonstration("\n\nHuman: h\n\nAssistant:", " yes", W),
-        [Pair("\n\nHuman: h\n\nAssistant:", " yes", " no", W)],
-        None,
-        Prompt("\n\nHuman: h\n\nAssistant:", W),
-    ),
-    (
-        CHOICE | {"query": "p"},
-        Demonstration("p", "c", W),
-        pairs("ca", "cb", "cd", weight=1 / 3),
-        [Comparison("p", ("a", "b", "c", "d"), W, best=2)],
-        Prompt("p", W),
-    ),
-    # The columns of a table may lack their last samples.
-    (
-        CHOICE | {"query": "p", "sample2": None, "sample3": None, "best": 1},
-        Demonstration("p", "b", W),
-        [Pair("p", "b", "a", W)],
-        None,
-        Prompt("p", W),
-    ),
-    *(
-        (RANKED | label, Demonstration("p", "z", W), pairs(*order, weight=1 / 3), None, Prompt("p", W))
-        for label, order in [
-            ({"ranking": [2, 0, 1]}, ("xy", "zx", "zy")),
-            ({"ranks": [1, 2, 0]}, ("xy", "zx", "zy")),
-            ({"ranks": [2.5, 3, 1]}, ("xy", "zx", "zy")),
-        ]
-    ),
-    # Ties and equal texts make no pair.
-    (RANKED | {"ranks": [0, 1, 1]}, Demonstration("p", "x", W), pairs("xy", "xz", weight=0.5), None, Prompt("p", W)),
-    (
-        {"prompt": "p", "responses": ["x", "y", "x"], "ranks": [0, 1, 2]},
-        Demonstration("p", "x", W),
-        pairs("xy", "yx", weight=0.5),
-        None,
-        Prompt("p", W),
-    ),
+    (PAIR, "p", "good", [Pair("p", "good", "bad", W)], None),
+    (DIALOGUES, HUMAN, " yes", [Pair(HUMAN, " yes", " no", W)], None),
+    (CHOICE, "p", "c", pairs("ca", "cb", "cd", weight=1 / 3), BEST),
+    (TWO, "p", "b", [Pair("p", "b", "a", W)], None),
+    *((RANKED | {"ranks": ranks}, "p", "z", ORDER, None) for ranks in ([1, 2, 0], [2.5, 3, 1])),
+    (RANKED | {"ranking": [2, 0, 1]}, "p", "z", ORDER, None),
+    (RANKED | {"ranks": [0, 1, 1]}, "p", "x", pairs("xy", "xz", weight=0.5), None),
+    (TIES, "p", "x", pairs("xy", "yx", weight=0.5), None),  # ties and equal texts make no pair
 ]
 
 
-@pytest.mark.parametrize(("record", "demonstration", "as_pairs", "comparisons", "prompt"), FORMATS)
-def test_formats(write, record, demonstration, as_pairs, comparisons, prompt):
+@pytest.mark.parametrize(("record", "prompt", "response", "as_pairs", "comparisons"), FORMATS)
+def test_formats(write, record, prompt, response, as_pairs, comparisons):
     path = write(record)
-    assert formats.read("demonstrations", path).rows == [demonstration]
+    assert formats.read("demonstrations", path).rows == [Demonstration(prompt, response, W)]
     assert formats.read("pairs", path).rows == as_pairs
     assert formats.read("comparisons", path).rows == (comparisons or as_pairs)
-    assert formats.read("prompts", path).rows == [prompt]
+    assert formats.read("prompts", path).rows == [Prompt(prompt, W)]
 
 
 def test_rows_that_teach_nothing_are_dropped_and_counted(write):
@@ -174,7 +149,7 @@ def test_the_generated_corpus_is_that_of_its_seed(tmp_path):
         (
             "demonstrations",
             {"prompt": "a", "respnse": "b"},
-            "prompt, response, found prompt, respnse; did you mean 'resp",
+            "found prompt, respnse; did you mean 'response' by 'respnse",
         ),
         ("demonstrations", ["a"], "expected an object with keys prompt, response, found a list"),
         ("demonstrations", {"prompt": "a", "response": None}, "'response' must be a string, found null"),
@@ -192,12 +167,12 @@ def test_the_generated_corpus_is_that_of_its_seed(tmp_path):
         (
             "comparisons",
             {"query": "q", "sample0": "a", "sample1": "b"},
-            "one of the keys best, ranking, ranks, targets, f",
+            "one of the keys best, ranking, ranks, targets",
         ),
         (
             "comparisons",
             {"query": "q", "sample0": "a", "sample2": "b", "best": 0},
-            "sample0, sample1, found query, sampl",
+            "keys sample0, sample1, found query",
         ),
         ("comparisons", {"quary": "q", "sample0": "a", "sample1": "b", "best": 0}, "expected keys prompt, found quary"),
         ("comparisons", CHOICE | {"sample1": ""}, "response 1 is empty"),
