@@ -149,7 +149,7 @@ MISTAKES = [
     ("no character", yaml('model: "\\UFFFFFFFF"'), CONFIG, "bad.yaml: not valid YAML"),
     ("wrong tag", yaml("seed: !!bool maybe"), CONFIG, "bad.yaml, line 1: seed must be an int, found maybe"),
     ("a call in YAML", yaml("model: !!python/object/apply:os.getcwd []"), CONFIG, "bad.yaml, line 1: model must"),
-    ("missing YAML", write(), CONFIG, "bad.yaml: no such file (given by --config)"),
+    ("missing YAML", write(), CONFIG, "bad.yaml: cannot be read (given by --config)"),
     ("misspelt flag", write(), ("ppo", "--ppo.clip-lo", "0.1"), "--ppo.clip-low"),
     ("value of a flag", write(), ("ppo", "--ppo.clip-low", "much"), "--ppo.clip-low"),
     ("batch", ONE_ROW, BATCH, "sft.batch_size 30 does not divide by 4 devices; use 24 or 36"),
@@ -219,8 +219,7 @@ def test_a_byte_order_mark_is_no_part_of_any_text(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "metadata", "alpha", "message"),
     [
-        ((0, 4), {}, 1, r"attn.c_attn.lora_A.weight has shape \[0, 4\], so no rank"),
-        ((), {}, 1, r"attn.c_attn.lora_A.weight has shape \[\], so no rank"),
+        ((0, 4), {}, 1, r"attn.c_attn.lora_A.weight has no rows, so no rank"),
         ((1, 3), {}, 1, r"attn.c_attn.lora_A.weight has shape \[1, 3\], expected \[1, 4\]"),
         ((1, 4), {"reward_shift": "x"}, 1, r"adapter_model.safetensors: reward_shift in its metadata is no number"),
         ((1, 4), {}, float("nan"), r"adapter_config.json: lora_alpha is nan, expected a number"),
