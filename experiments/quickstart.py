@@ -109,7 +109,7 @@ def judge(model_folder: str, data: Path, rollout: Rollout, config: RunConfig) ->
     """The reward model's metrics on noise-free held-out pairs, and its scores [N] of a rollout."""
     model, params, tokenizer = initial.load_language_model(model_folder, config.compute)
     rows = formats.read("pairs", str(data / "heldout_preference_data.json")).rows
-    pairs = encoding.encode_pairs(rows, tokenizer, template=config.text.template)
+    pairs = encoding.encode_comparisons(rows, tokenizer, template=config.text.template)
     sizes = {"batch_size": config.reward_model.batch_size, "bucket_multiple": config.text.bucket_multiple}
     preference = evaluate(pair_scorer(model), params, pairs, np.arange(len(pairs)), **sizes)
     scores = jax.jit(models.score_fn(model))(params, rollout.tokens, rollout.attention_mask, None)

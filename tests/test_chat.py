@@ -57,10 +57,7 @@ def test_messages_as_pairs(write):
     for number, pair in enumerate(result.rows, 1):
         assert pair == Pair("User:\nhi\n\nAssistant:\n", "hello", "no", f"{path}, line {number}")
     assert result.kept == len(forms)
-    assert result.dropped == {
-        "dialogues differ before the last response": 1,
-        "chosen and rejected are identical": 1,
-    }
+    assert result.dropped == {"dialogues differ before the last response": 1, formats.EQUAL: 1}
     assert [row.prompt for row in formats.read("prompts", write(forms)).rows] == ["User:\nhi\n\nAssistant:\n"]
     ranked = write([{"prompt": [USER], "responses": ["a", "b"], "best": 0}])
     assert formats.read("comparisons", ranked).rows[0].prompt == "User:\nhi\n\nAssistant:\n"
@@ -72,9 +69,12 @@ def test_messages_as_pairs(write):
         ([], "'messages' must be a list of messages {role, content}, found an empty list"),
         ("hi", "'messages' must be a list of messages {role, content}, found a string"),
         ([USER, "hello"], "message 2 of 'messages' must be an object with role, content, found a string"),
-        ([{"role": "user", "contents": "x"}], "message 1 of 'messages' has no 'content', found role, contents"),
+        ([{"role": "user", "contents": "x"}], "'content' of message 1 of 'messages' must be a string, found null"),
         ([{"role": "user", "content": ["x"]}], "'content' of message 1 of 'messages' must be a string, found a list"),
-        ([USER, {"role": "asistant", "content": "x"}], "found 'asistant'; did you mean 'assistant'"),
+        (
+            [USER, {"role": "asistant", "content": "x"}],
+            "role of message 2 .* must be one of .*, found 'asistant'",
+        ),
         ([ANSWER], "'messages' has no message before the assistant's"),
     ],
 )
@@ -120,14 +120,12 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
         ("{{ messages[7].content.x }}", "UndefinedError"),
         ("{{ messages.__class__.__mro__ }}", "SecurityError"),
         ("{{ messages.append(1) }}", "SecurityError"),
-        ("{{ 1 // 0 }}", "ZeroDivisionError"),
         ("{{ ''.__class__.__base__.__subclasses__() }}", "SecurityError"),
         ("{{ raise_exception.__globals__['os'] }}", "SecurityError"),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", "SecurityError"),
         ("{{ '{0.__class__.__mro__}'.format(messages) }}", "SecurityError"),
         ("{{ ('{0.__class__.__mro__}' | attr('format'))(1) }}", "SecurityError"),
         ("{% include '/etc/hostname' %}", "TypeError: no loader"),
-        ("{% import 'os' as os %}", "TypeError: no loader"),
         ("{{ range(10 ** 9) }}", "SecurityError: .* is not allowed"),
         ("{{ range(1000000000) | list }}", "OverflowError: Range too big"),
         ("{{ 9 ** 9 ** 9 }}", "SecurityError: .* is not allowed"),

@@ -82,7 +82,7 @@ data.jsonl: JSON lines, 7 rows, 2 demonstrations kept
     data.jsonl, line 2: expected keys prompt, response, found prompt, respnse; did you mean 'response' by 'respnse'?
     data.jsonl, line 3: 'response' must be a string, found the number 3
     data.jsonl, line 4: not valid JSON, expecting ',' delimiter at column 32
-    data.jsonl, line 5: the key 'prompt' stands twice in one object
+    data.jsonl, line 5: not valid JSON, the key 'prompt' stands twice in one object
     data.jsonl, line 6: expected an object with keys prompt, response, found a string
 """
     )
@@ -95,10 +95,13 @@ data.jsonl: JSON lines, 7 rows, 2 demonstrations kept
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        ("", "data.json", "data.json: is empty"),
-        ('[{"prompt": "a", "response": "b"}\n{"prompt": "c"}]', "data.json", "data.json, row 1: expected ',' or ']'"),
+        ("", "data.json", "data.json: holds no rows"),
+        (
+            '[{"prompt": "a", "response": "b"}\n{"prompt": "c"}]',
+            "data.json",
+            "row 1: not valid JSON, expecting ',' or ']'",
+        ),
         ("prompt\na,b\nc\n", "data.csv", "data.csv, line 2: 2 cells under a header of 1; quote cells"),
-        ('[{"promt": "a", "chosn": "b", "rejected": "c"}]', "data.json", "did you mean 'prompt' by 'promt'?"),
     ],
 )
 def test_problems_of_broken_files(write, content, name, message):
@@ -164,7 +167,7 @@ def test_preview_shows_rows_as_a_run_reads_them(write):
         "  response 1 (best):\n    | y\n  response 2:\n    | z",
         "data.jsonl, line 3\n  prompt:\n    | User:\n    | hi\n    | \n    | Assistant:\n    | \n  chosen:\n    | a\n"
         "  rejected:\n    | b",
-        "dropped before these: 1 (chosen and rejected are identical)",
+        "  dropped, chosen and rejected are identical: 1\n    data.jsonl, line 1",
     ]
     assert "response 1 (target 0.5):" in check.preview(path, count=9)
     assert check.preview(write([{"prompt": "p", "topic": "tea"}])).endswith(

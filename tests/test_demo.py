@@ -64,19 +64,6 @@ def test_sizes_and_formats(corpus):
     assert set(collections.Counter(row["category"] for row in prompts).values()) == {48}
 
 
-def test_the_language_is_small_and_every_prompt_has_one_meaning(corpus):
-    rows = load(corpus, "sft_data.json")
-    assert max(len(words(row["prompt"])) for row in rows) <= 14
-    assert max(len(words(row["response"])) for row in rows) <= 24
-    assert len({word for row in rows for word in words(row["prompt"] + " " + row["response"])}) < 500
-    assert len(SUBJECTS) == 3 * 24 * (10 + 4)
-    for category, topics in demo.TOPICS.items():
-        assert len({topic.phrase for topic in topics}) == 24
-        assert sum(wording.weight for wording in demo.WORDINGS[category]) == pytest.approx(1)
-        for one, other in itertools.permutations(topics, 2):
-            assert f" {one.phrase} " not in f" {other.phrase} "
-
-
 def test_the_bytes_depend_on_the_seed_alone(corpus, tmp_path):
     digests = {name: hashlib.sha256((corpus / name).read_bytes()).hexdigest()[:12] for name in demo.FILES}
     # Whoever changes a byte changes every run on the corpus.
@@ -102,17 +89,6 @@ def test_heldout_phrasings_are_in_no_training_file(corpus):
     assert {word for phrasing in PHRASINGS for word in words(phrasing)} >= {
         word for phrasing in HELDOUT for word in words(phrasing)
     }
-
-
-def test_demonstrations_are_of_mixed_quality_mostly_mediocre(corpus):
-    by_category = collections.defaultdict(list)
-    for row in load(corpus, "sft_data.json"):
-        category, topic = SUBJECTS[row["prompt"]]
-        by_category[category].append(SCORES[category, topic][row["response"]])
-    for values in by_category.values():
-        assert 0.25 < sum(value >= 0.8 for value in values) / len(values) < 0.32
-        assert sum(0.3 < value < 0.7 for value in values) / len(values) > 0.42
-        assert min(values) < 0.15
 
 
 def test_pairs_follow_the_scores_but_for_the_noise(corpus, tmp_path):

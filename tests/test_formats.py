@@ -11,7 +11,7 @@ from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
 
 PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-CHOICE = {"query": "q", "sample0": "a", "sample1": "b", "sample2": "c", "sample3": "d", "best": 2}
+CHOICE = {"query": "p", "sample0": "a", "sample1": "b", "sample2": "c", "sample3": "d", "best": 2}
 RANKED = {"prompt": "p", "responses": ["x", "y", "z"]}
 W = "data.jsonl, line 1"
 
@@ -35,58 +35,33 @@ def pairs(*texts, weight):
     return [Pair("p", chosen, rejected, W, weight) for chosen, rejected in texts]
 
 
-# A record, and the rows that it becomes as demonstration, pairs, comparisons (None: as the pairs) and prompt.
+HUMAN = "\n\nHuman: h\n\nAssistant:"
+DIALOGUES = {"chosen": HUMAN + " yes", "rejected": HUMAN + " no"}
+TIES = {"prompt": "p", "responses": ["x", "y", "x"], "ranks": [0, 1, 2]}
+ORDER = pairs("xy", "zx", "zy", weight=1 / 3)
+BEST = [Comparison("p", ("a", "b", "c", "d"), W, best=2)]
+# The columns of a table may lack their last samples.
+TWO = CHOICE | {"sample2": None, "sample3": None, "best": 1}
+# A record, its prompt, and what it becomes: its demonstration's response, pairs, comparisons (None: as the pairs).
 FORMATS = [
-    (PAIR, Demonstration("p", "good", W), [Pair("p", "good", "bad", W)], None, Prompt("p", W)),
-    (
-        {"chosen": dialogue("h", " yes"), "rejected": dialogue("h", " no")},
-        Demonstration("\n\nHuman: h\n\nAssistant:", " yes", W),
-        [Pair("\n\nHuman: h\n\nAssistant:", " yes", " no", W)],
-        None,
-        Prompt("\n\nHuman: h\n\nAssistant:", W),
-    ),
-    (
-        CHOICE | {"query": "p"},
-        Demonstration("p", "c", W),
-        pairs("ca", "cb", "cd", weight=1 / 3),
-        [Comparison("p", ("a", "b", "c", "d"), W, best=2)],
-        Prompt("p", W),
-    ),
-    # The columns of a table may lack their last samples.
-    (
-        CHOICE | {"query": "p", "sample2": None, "sample3": None, "best": 1},
-        Demonstration("p", "b", W),
-        [Pair("p", "b", "a", W)],
-        None,
-        Prompt("p", W),
-    ),
-    *(
-        (RANKED | label, Demonstration("p", "z", W), pairs(*order, weight=1 / 3), None, Prompt("p", W))
-        for label, order in [
-            ({"ranking": [2, 0, 1]}, ("xy", "zx", "zy")),
-            ({"ranks": [1, 2, 0]}, ("xy", "zx", "zy")),
-            ({"ranks": [2.5, 3, 1]}, ("xy", "zx", "zy")),
-        ]
-    ),
-    # Ties and equal texts make no pair.
-    (RANKED | {"ranks": [0, 1, 1]}, Demonstration("p", "x", W), pairs("xy", "xz", weight=0.5), None, Prompt("p", W)),
-    (
-        {"prompt": "p", "responses": ["x", "y", "x"], "ranks": [0, 1, 2]},
-        Demonstration("p", "x", W),
-        pairs("xy", "yx", weight=0.5),
-        None,
-        Prompt("p", W),
-    ),
+    (PAIR, "p", "good", [Pair("p", "good", "bad", W)], None),
+    (DIALOGUES, HUMAN, " yes", [Pair(HUMAN, " yes", " no", W)], None),
+    (CHOICE, "p", "c", pairs("ca", "cb", "cd", weight=1 / 3), BEST),
+    (TWO, "p", "b", [Pair("p", "b", "a", W)], None),
+    *((RANKED | {"ranks": ranks}, "p", "z", ORDER, None) for ranks in ([1, 2, 0], [2.5, 3, 1])),
+    (RANKED | {"ranking": [2, 0, 1]}, "p", "z", ORDER, None),
+    (RANKED | {"ranks": [0, 1, 1]}, "p", "x", pairs("xy", "xz", weight=0.5), None),
+    (TIES, "p", "x", pairs("xy", "yx", weight=0.5), None),  # ties and equal texts make no pair
 ]
 
 
-@pytest.mark.parametrize(("record", "demonstration", "as_pairs", "comparisons", "prompt"), FORMATS)
-def test_formats(write, record, demonstration, as_pairs, comparisons, prompt):
+@pytest.mark.parametrize(("record", "prompt", "response", "as_pairs", "comparisons"), FORMATS)
+def test_formats(write, record, prompt, response, as_pairs, comparisons):
     path = write(record)
-    assert formats.read("demonstrations", path).rows == [demonstration]
+    assert formats.read("demonstrations", path).rows == [Demonstration(prompt, response, W)]
     assert formats.read("pairs", path).rows == as_pairs
     assert formats.read("comparisons", path).rows == (comparisons or as_pairs)
-    assert formats.read("prompts", path).rows == [prompt]
+    assert formats.read("prompts", path).rows == [Prompt(prompt, W)]
 
 
 def test_rows_that_teach_nothing_are_dropped_and_counted(write):
@@ -109,7 +84,7 @@ def test_rows_that_teach_nothing_are_dropped_and_counted(write):
     assert formats.read("prompts", write(differ, silent, silent)).dropped == {"repeated prompt": 2}
     result = formats.read("pairs", write(PAIR, equal))
     assert result.describe() == "1 rows, 1 dropped (chosen and rejected are identical)"
-    with pytest.raises(UserError, match=r"no usable row: 2 dropped \(chosen and rejected are identical\)"):
+    with pytest.raises(UserError, match=r"no usable row: 0 rows, 2 dropped \(chosen and rejected are identical\)"):
         formats.read("pairs", write(equal, equal))
 
 
@@ -174,7 +149,7 @@ def test_the_generated_corpus_is_that_of_its_seed(tmp_path):
         (
             "demonstrations",
             {"prompt": "a", "respnse": "b"},
-            "prompt, response, found prompt, respnse; did you mean 'resp",
+            "found prompt, respnse; did you mean 'response' by 'respnse",
         ),
         ("demonstrations", ["a"], "expected an object with keys prompt, response, found a list"),
         ("demonstrations", {"prompt": "a", "response": None}, "'response' must be a string, found null"),
@@ -192,27 +167,27 @@ def test_the_generated_corpus_is_that_of_its_seed(tmp_path):
         (
             "comparisons",
             {"query": "q", "sample0": "a", "sample1": "b"},
-            "one of the keys best, ranking, ranks, targets, f",
+            "one of the keys best, ranking, ranks, targets",
         ),
         (
             "comparisons",
             {"query": "q", "sample0": "a", "sample2": "b", "best": 0},
-            "sample0, sample1, found query, sampl",
+            "keys sample0, sample1, found query",
         ),
         ("comparisons", {"quary": "q", "sample0": "a", "sample1": "b", "best": 0}, "expected keys prompt, found quary"),
-        ("comparisons", CHOICE | {"sample1": ""}, "'sample1' is empty"),
-        ("comparisons", CHOICE | {"sample1": [50259]}, "'sample1' is empty"),
-        ("comparisons", CHOICE | {"sample1": ["a"]}, "'sample1' must hold token ids, found a string"),
-        ("comparisons", CHOICE | {"sample1": None}, "'sample1' must be a string or a list of token ids, found null"),
+        ("comparisons", CHOICE | {"sample1": ""}, "response 1 is empty"),
+        ("comparisons", CHOICE | {"sample1": [50259]}, "response 1 is empty"),
+        ("comparisons", CHOICE | {"sample1": ["a"]}, "response 1 must hold token ids, found a string"),
+        ("comparisons", CHOICE | {"sample1": None}, "response 1 must be a string or a list of token ids, found null"),
         ("comparisons", RANKED | {"responses": ["a"], "best": 0}, "needs at least 2 responses, found 1"),
         ("comparisons", RANKED | {"responses": "a", "best": 0}, "'responses' must be a list, found a string"),
-        ("comparisons", RANKED | {"responses": ["a", 3], "best": 0}, r"'responses'\[1\] must be a string or a list"),
+        ("comparisons", RANKED | {"responses": ["a", 3], "best": 0}, "response 1 must be a string or a list"),
         ("comparisons", RANKED | {"ranking": [1, 2, 3]}, "each response number from 0 to 2 once"),
-        ("comparisons", RANKED | {"ranks": [1]}, "list of 3 numbers, one for each response, found 1"),
+        ("comparisons", RANKED | {"ranks": [1]}, "list of 3 numbers, one for each response, found a list"),
         ("comparisons", RANKED | {"ranks": [1, "2", 3]}, "'ranks' must hold numbers, found a string"),
         ("comparisons", RANKED | {"targets": [1, 2, float("nan")]}, "numbers, found the number nan"),
         ("comparisons", RANKED | {"targets": [1, 2, 10**400]}, "hold numbers, found a number that is too large"),
-        ("comparisons", RANKED | {"best": 0, "ranks": [0, 1, 2]}, "expected one of .* best and ranks"),
+        ("comparisons", RANKED | {"best": 0, "ranks": [0, 1, 2]}, "expected one of .*, found best, ranks"),
     ],
 )
 def test_faults_name_file_line_and_key(write, kind, record, message):

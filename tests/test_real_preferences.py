@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers as hf
 
 from rlhf_jax import training
 from rlhf_jax.config import Network, Optimizer, RewardModelStage, RunConfig, Text, Tokenizer
 from rlhf_jax.data import formats
-from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.data.tokenizers import load_tokenizer, train_bpe
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -27,14 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("RLHF_JAX_DATA")
 real = pytest.mark.skipif(DATA is None, reason="RLHF_JAX_DATA names no folder of public data files")
 NAMES = ("dialogues", "rankings", "solutions")
-PAIRS = {
-    f"validation/{name}" for name in ("loss", "accuracy", "margin", "ece", "length_accuracy", "length_correlation")
-}
-SAMPLES = {
-    "pairs": {"step", "prompt", "chosen", "rejected"}
-    | {f"{what}_{which}" for what in ("score", "length") for which in ("chosen", "rejected")},
-    "targets": {"step", "prompt", "response", "score", "target", "length"},
-}
 SOURCES = {
     "dialogues": "hh_rlhf/harmless-base-test.dev.jsonl.gz",
     "rankings": "oasst/en_trees_first70.jsonl",
@@ -98,18 +89,10 @@ def solved(path, count=100):
 
 
 def gpt2_tokenizer(folder):
-    """vocab.json and merges.txt, as GPT-2's: end-of-text is the only special token."""
-    backend = hf.Tokenizer(hf.models.BPE())
-    backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = hf.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator([" ".join(WORDS) + " yes or not\n\nHuman: and?\n\nAssistant:"], trainer)
+    """vocab.json and merges.txt, as GPT-2's."""
     folder.mkdir()
-    backend.model.save(str(folder))
+    text = " ".join(WORDS) + " yes or not\n\nHuman: and?\n\nAssistant:"
+    train_bpe([text], 300).backend.model.save(str(folder))
     return str(folder)
 
 
@@ -129,21 +112,18 @@ def data_file(name, folder, source=None):
 
 
 def figures(folder, name):
-    """First and last validation of a run, whose rows and samples have what they should have."""
+    """First and last validation of a run, all of whose numbers are finite, with a sample of each validation."""
     metrics, samples = (
         [json.loads(line) for line in (folder / file).read_text("utf-8").splitlines()]
         for file in ("metrics.jsonl", "samples.jsonl")
     )
     validations = [row for row in metrics if "validation/loss" in row]
-    expected = PAIRS | ({"validation/target_correlation"} if name == "solutions" else set())
     for row in validations:
-        assert {key for key in row if key.startswith("validation/")} == expected
-        assert all(math.isfinite(row[key]) for key in expected)
+        assert all(math.isfinite(value) for key, value in row.items() if key.startswith("validation/"))
+        assert ("validation/target_correlation" in row) == (name == "solutions")
     assert {row["step"] for row in samples} == {row["step"] for row in validations}
     last = [row for row in samples if row["step"] == metrics[-1]["step"]]
-    for row in last:
-        assert row.keys() == SAMPLES["targets" if name == "solutions" else "pairs"]
-        assert "<|endoftext|>" not in json.dumps(row)
+    assert "<|endoftext|>" not in json.dumps(last)
     if name == "dialogues":  # no weights, so the samples (all held-out pairs) give the same figures
         right = [row["score_chosen"] > row["score_rejected"] for row in last]
         longer = [row["length_chosen"] - row["length_rejected"] for row in last]
@@ -212,10 +192,7 @@ def test_generated_twins_are_learned(name, tmp_path):
     assert last["validation/accuracy"] > 0.8, last
     assert last["validation/accuracy"] > last["validation/length_accuracy"] + 0.2
     assert last["validation/loss"] < first["validation/loss"]
-    # The model's folder holds the tokenizer that was given, with a pad of its own.
-    given, saved = load_tokenizer(tmp_path / "gpt2"), load_tokenizer(result.model_folder)
-    assert saved.fingerprint == given.fingerprint
-    assert saved.pad_id == saved.vocab_size - 1 != saved.eos_id
+    assert load_tokenizer(result.model_folder).fingerprint == load_tokenizer(tmp_path / "gpt2").fingerprint
 
 
 def test_a_model_brings_its_own_tokenizer():

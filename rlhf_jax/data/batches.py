@@ -117,9 +117,9 @@ def prompt_rows(n: int, batch_size: int, key: jax.Array, step: int) -> np.ndarra
 
 def demonstration_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 16) -> Demonstrations:
     """The given rows, right-padded: fields [B, T] int32. An absent row (-1) is padding with an empty response_mask."""
-    width = _width([data.lengths[row] for row in rows if row != ABSENT], bucket_multiple, data.max_length)
-    tokens, attention_mask, response_mask = _padded([(data, rows)], width)
-    return Demonstrations(tokens=tokens[:, 0], attention_mask=attention_mask[:, 0], response_mask=response_mask[:, 0])
+    arrays = _padded([data], rows, bucket_multiple)
+    tokens, attention_mask, response_mask = (array[:, 0] for array in arrays)
+    return Demonstrations(tokens=tokens, attention_mask=attention_mask, response_mask=response_mask)
 
 
 def comparison_batch(data: EncodedComparisons, rows: np.ndarray, bucket_multiple: int = 16) -> Comparisons:
@@ -127,8 +127,7 @@ def comparison_batch(data: EncodedComparisons, rows: np.ndarray, bucket_multiple
 
     An absent row (-1) or answer is padding with an empty response_mask. ``best`` None means answer 0, the chosen one.
     """
-    width = _width([data.lengths[row] for row in rows if row != ABSENT], bucket_multiple, data.chosen.max_length)
-    tokens, attention_mask, response_mask = _padded([(texts, rows) for texts in data.answers], width)
+    tokens, attention_mask, response_mask = _padded(data.answers, rows, bucket_multiple)
 
     def labels(values: np.ndarray | None) -> Any:
         if values is None:
@@ -151,28 +150,18 @@ def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]
     return {name: [values[row] for row in row_ids] for name, values in data.columns.items()}
 
 
-def _padded(texts: list[tuple[EncodedTexts, np.ndarray]], width: int) -> tuple[Any, Any, Any]:
-    """NumPy [B, K, width] int32 (Any, as the fields they fill are declared for the device): tokens and both masks."""
-    shape = (len(texts[0][1]), len(texts), width)
-    tokens = np.full(shape, texts[0][0].pad_id, np.int32)
-    attention_mask = np.zeros(shape, np.int32)
-    response_mask = np.zeros(shape, np.int32)
-    for k, (data, rows) in enumerate(texts):
-        for b, row in enumerate(rows):
-            if row == ABSENT:
-                continue
-            length = data.lengths[row]
-            tokens[b, k, :length] = data.tokens[row]
-            attention_mask[b, k, :length] = 1
-            response_mask[b, k, data.starts[row] : length] = 1
-    return tokens, attention_mask, response_mask
-
-
-def _width(lengths: Sequence[int], bucket_multiple: int, max_length: int | None) -> int:
-    if not len(lengths):
-        raise ValueError("a batch without any row")
-    width = int(_round_up(max(lengths), bucket_multiple))
-    return width if max_length is None else min(width, max_length)
+def _padded(answers: Sequence[EncodedTexts], rows: np.ndarray, bucket_multiple: int) -> tuple[Any, Any, Any]:
+    """NumPy [B, K, T] int32 (Any, as the fields they fill are declared for the device): tokens and both masks."""
+    present = rows != ABSENT
+    lengths = np.stack([texts.lengths[rows] * present for texts in answers], axis=1)  # [B, K]
+    starts = np.array([[texts.starts[row] for texts in answers] for row in rows])
+    width = int(_round_up(lengths.max(), bucket_multiple))
+    column = np.arange(min(width, answers[0].max_length or width))
+    is_text = column < lengths[..., None]
+    tokens = np.full(is_text.shape, answers[0].pad_id, np.int32)
+    tokens[is_text] = np.concatenate([texts.tokens[row] for row in rows[present] for texts in answers])
+    is_response = is_text & (column >= starts[..., None])
+    return tokens, is_text.astype(np.int32), is_response.astype(np.int32)
 
 
 def _round_up(lengths: Any, multiple: int) -> Any:

@@ -9,8 +9,8 @@ cannot be changed and whose unsafe attributes cannot be reached. It limits one `
 memory that a template takes.
 """
 
-import difflib
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +23,8 @@ import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
-from rlhf_jax.data.rows import Drop, Record, Text, checked, kind, text
-from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.data.rows import Drop, Record, Text, checked, expect, text
+from rlhf_jax.data.tokenizers import Tokenizer, named_tokens
 from rlhf_jax.errors import UserError
 
 Message = dict[str, Any]
@@ -63,13 +63,11 @@ class ChatTemplate:
             raise UserError(f"{where}: the chat template failed: {type(error).__name__}: {error}") from error
         if self.tokenizer is None:
             return rendered
-        for message in messages:
-            for token in self._spellings:
-                if token in message["content"]:
-                    raise UserError(
-                        f"{where}: a {message['role']} message spells the special token {token!r}, which only the chat "
-                        "template may write; remove it"
-                    )
+        added = self._encoder.get_added_tokens_decoder().values()
+        for message, token in itertools.product(messages, added):
+            if token.special and token.content in message["content"]:
+                what = f"a {message['role']} message spells the special token {token.content!r}; remove it"
+                raise UserError(f"{where}: {what}, only the chat template may write it")
         return tuple(ids)
 
     @functools.cached_property
@@ -86,23 +84,16 @@ class ChatTemplate:
         encoder.encode_special_tokens = False  # here their spelling means the token, unlike in any other text
         return encoder
 
-    @functools.cached_property
-    def _spellings(self) -> list[str]:
-        added = self._encoder.get_added_tokens_decoder().values()
-        return [token.content for token in added if token.special]
-
 
 def template_of(tokenizer: Tokenizer | None) -> ChatTemplate:
     """The tokenizer's own chat template, or `PLAIN` if it has none."""
     source = tokenizer.config.get("chat_template") if tokenizer else None
     if isinstance(source, list):  # several by name, as Hugging Face has them
-        entries = [entry for entry in source if isinstance(entry, dict)]
-        source = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
+        named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = named[0].get("template") if named else None
     if tokenizer is None or not isinstance(source, str):
         return ChatTemplate()
-    named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
-    special = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
-    return ChatTemplate(source, tokenizer, {key: value for key, value in special.items() if isinstance(value, str)})
+    return ChatTemplate(source, tokenizer, named_tokens(tokenizer.config))
 
 
 def is_chat(row: dict[str, Any], *keys: str) -> bool:
@@ -128,26 +119,21 @@ def exchange(record: Record, key: str) -> tuple[list[Message], str]:
     Where the row has a ``prompt`` (text or messages), the value under ``key`` (text or messages) goes on from it,
     unless it repeats it. A conversation that does not end in an assistant turn with a content is dropped.
     """
-    before = record.value.get("prompt")
+    before, start = record.value.get("prompt"), list[Message]()
     if isinstance(before, str):
-        start = [{"role": "user", "content": checked(record, "'prompt'", before)}]
-    else:
-        start = [] if before is None else _messages(record, "prompt")
+        start = [{"role": "user", "content": text(record, "prompt")}]
+    elif before is not None:
+        start = _messages(record, "prompt")
     if start and isinstance(record.value[key], str):
         return start, text(record, key)
     messages = _messages(record, key)
-    if not _repeats(start, messages):
+    # They may hold the prompt themselves, perhaps after a system message.
+    if start not in (messages[: len(start)], messages[1 : len(start) + 1]):
         messages = start + messages
-    last = messages[-1]
-    if last["role"] != "assistant" or not last["content"].strip():
+    response = messages[-1]["content"]
+    if not is_answered(messages) or not response.strip():
         raise Drop(NO_RESPONSE)
-    return _before_last(record, key, messages), last["content"]
-
-
-def _repeats(start: list[Message], messages: list[Message]) -> bool:
-    """Whether messages hold the prompt themselves, perhaps after a system message."""
-    openings = [messages, messages[1:] if messages[0]["role"] in ("system", "developer") else messages]
-    return any(opening[: len(start)] == start for opening in openings)
+    return _before_last(record, key, messages), response
 
 
 def _before_last(record: Record, key: str, messages: list[Message]) -> list[Message]:
@@ -158,25 +144,17 @@ def _before_last(record: Record, key: str, messages: list[Message]) -> list[Mess
 
 def _messages(record: Record, key: str) -> list[Message]:
     value = record.value[key]
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else kind(value)
-        raise UserError(f"{record.source}: {key!r} must be a list of messages {{role, content}}, found {found}")
+    is_list = isinstance(value, list) and value != []
+    expect(is_list, record, f"{key!r} must be a list of messages {{role, content}}", value)
     for number, message in enumerate(value, 1):
         where = f"message {number} of {key!r}"
-        if not isinstance(message, dict):
-            raise UserError(f"{record.source}: {where} must be an object with role, content, found {kind(message)}")
+        expect(isinstance(message, dict), record, f"{where} must be an object with role, content", message)
         for part in ("role", "content"):
-            if part not in message:
-                raise UserError(f"{record.source}: {where} has no {part!r}, found {', '.join(message) or 'no keys'}")
-            if not isinstance(message[part], str):
-                raise UserError(f"{record.source}: {part!r} of {where} must be a string, found {kind(message[part])}")
-        if message["role"] not in ROLES:
-            near = difflib.get_close_matches(message["role"], ROLES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(
-                f"{record.source}: the role of {where} must be one of {', '.join(ROLES)}, found "
-                f"{message['role']!r}{hint}"
+            expect(
+                isinstance(message.get(part), str), record, f"{part!r} of {where} must be a string", message.get(part)
             )
+        if (role := message["role"]) not in ROLES:
+            raise UserError(f"{record.source}: the role of {where} must be one of {', '.join(ROLES)}, found {role!r}")
         checked(record, f"the content of {where}", message["content"] or " ")
     return value
 

@@ -4,9 +4,10 @@ A problem is what would stop a run from reading the file. All are found, each wi
 Duplicates, dropped rows and overlap between files do not stop a run; they are counted and placed.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,10 +24,8 @@ NUM_PLACES = 5  # that are named of each other finding in a file
 _EXAMPLE = 200  # characters of a text that a report shows
 _BAR = 40  # characters of the highest bar
 _UNKNOWN = "no known form"
-_KNOWN = (
-    "prompt, response | prompt, chosen, rejected | chosen, rejected (dialogues or messages) | messages | "
-    "query, sample0, ..., best | prompt, responses, best or ranking or ranks or targets | prompt, ... | text"
-)
+_ANSWERS = ("prompt, responses, best or ranking or ranks or targets", "query, sample0, ..., best")
+_KNOWN = " | ".join([*map(", ".join, formats.FORMATS), *_ANSWERS])
 
 
 class Report(NamedTuple):
@@ -55,40 +54,31 @@ def check(paths: Sequence[str], tokenizer: Tokenizer | None = None, kind: Kind |
         raise UserError("no data file given")
     files = [_check_file(path, tokenizer, kind) for path in paths]
     texts = [file.text for file in files]
-    for j, second in enumerate(files):
-        for first in files[:j]:
-            prompts = {row.prompt for row in first.rows} & {row.prompt for row in second.rows}
-            wholes = set(map(parts, first.rows))
-            texts.append(
-                f"{second.name} shares {len(prompts)} prompts with {first.name}; "
-                f"{sum(parts(row) in wholes for row in second.rows)} of its {len(second.rows)} rows stand there too"
-            )
+    for first, second in itertools.combinations(files, 2):
+        prompts = {row.prompt for row in first.rows} & {row.prompt for row in second.rows}
+        wholes = set(map(parts, first.rows))
+        same = sum(parts(row) in wholes for row in second.rows)
+        shares = f"{second.name} shares {len(prompts)} prompts with {first.name}"
+        texts.append(f"{shares}; {same} of its {len(second.rows)} rows stand there too")
     count = sum(len(file.problems) for file in files)
     texts.append(f"{count} problem{'s' * (count != 1)}: a run would stop at the first" if count else "no problems")
     return Report("\n\n".join(texts), count)
 
 
 def preview(path: str, tokenizer: Tokenizer | None = None, kind: Kind | None = None, count: int = 3) -> str:
-    """The first ``count`` rows in full, as a run would read them, messages rendered.
+    """The first ``count`` rows in full, as a run would read them, messages rendered, and what is wrong with others.
 
     Raises:
-      UserError: for a file that cannot be read or whose first rows are wrong.
+      UserError: for a file that cannot be read.
     """
     source = read_source(path)
     kind = kind or _guess_kind(source.records)
-    template = chat.template_of(tokenizer)
-    shown: list[str] = []
-    dropped: Counter[str] = Counter()
-    for record in source.records:
-        try:
-            shown += [_render_row(row, tokenizer) for row in formats.parse(kind, record, template)]
-        except Drop as drop:
-            dropped[str(drop)] += 1
-        if len(shown) >= count:
-            break
-    left_out = [f"dropped before these: {number} ({reason})" for reason, number in dropped.items()]
+    rows, findings = _parse(source.records, kind, tokenizer)
     head = f"{path}: {source.format}, {len(source.records)} rows, {kind}"
-    return "\n\n".join([head, *shown[:count], *left_out])
+    found = [line for title, places in findings.items() for line in _finding(title, places)]
+    return "\n\n".join(
+        [head, *(_render_row(row, tokenizer) for row in rows[:count]), *["\n".join(found)] * bool(found)]
+    )
 
 
 def _guess_kind(records: list[Record]) -> Kind:
@@ -97,77 +87,77 @@ def _guess_kind(records: list[Record]) -> Kind:
     return kinds.most_common(1)[0][0] if kinds else "demonstrations"
 
 
-def _check_file(name: str, tokenizer: Tokenizer | None, kind: Kind | None) -> _File:
-    problems: list[str] = []
-    try:
-        source = read_source(name)
-    except UserError as error:
-        source, problems = Source([], "", "unreadable"), [str(error)]
-    kind = kind or _guess_kind(source.records)
+def _parse(records: list[Record], kind: Kind, tokenizer: Tokenizer | None) -> tuple[list[Row], dict[str, list[str]]]:
+    """The rows that a run would read, and the places of problems and of dropped rows."""
     template = chat.template_of(tokenizer)
     rows: list[Row] = []
-    dropped: dict[str, list[str]] = {}
-    for record in source.records:
+    findings: dict[str, list[str]] = {"problems": []}
+    for record in records:
         try:
             rows += formats.parse(kind, record, template)
         except Drop as drop:
-            dropped.setdefault(f"dropped, {drop}", []).append(record.source)
+            findings.setdefault(f"dropped, {drop}", []).append(record.source)
         except UserError as error:
-            problems.append(str(error))
+            findings["problems"].append(str(error))
+    return rows, findings
+
+
+def _check_file(name: str, tokenizer: Tokenizer | None, kind: Kind | None) -> _File:
+    try:
+        source = read_source(name)
+    except UserError as error:
+        source = Source([Record(error, name)], "", "unreadable")
+    kind = kind or _guess_kind(source.records)
+    rows, findings = _parse(source.records, kind, tokenizer)
     lengths: dict[str, list[int]] = {}
     try:
         formats.check_labels(rows)
         lengths = _lengths(rows, tokenizer)
     except UserError as error:
-        problems.append(str(error))
+        findings["problems"].append(str(error))
     read = [record.value for record in source.records if not isinstance(record.value, UserError)]
     forms = Counter((formats.form_of(value) or ("", _UNKNOWN))[1] for value in read)
     counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common()) or "none"
     lines = [f"{name}: {source.format}, {len(source.records)} rows, {len(rows)} {kind} kept", f"  rows: {counted}"]
     if not forms.keys() - {_UNKNOWN}:
         lines.append(f"  a row must have the keys of one of these: {_KNOWN}")
-    lines += _finding("problems", problems, NUM_PROBLEMS)
-    for title, places in (dropped | _repeats(rows, name)).items():
+    for title, places in (findings | _repeats(rows, name)).items():
         lines += _finding(title, places)
     for text, counts in lengths.items():
         lines += _histogram(f"{'tokens' if tokenizer else 'words'} of a {text}", counts)
     lines += ["  examples:"] * bool(rows) + [_render_row(row, tokenizer, _EXAMPLE) for row in rows[:3]]
-    return _File(name, rows, problems, "\n".join(lines))
+    return _File(name, rows, findings["problems"], "\n".join(lines))
 
 
 def _repeats(rows: list[Row], name: str) -> dict[str, list[str]]:
     """Rows, and pairs with the opposite preference, that were there before."""
     seen: dict[tuple[Text, ...], str] = {}
-    repeats: dict[str, list[str]] = {"duplicates": [], "opposite preferences": []}
+    duplicates, opposites = [], []
     for row in rows:
         texts = parts(row)
         if texts in seen:
-            repeats["duplicates"].append(f"{row.source} repeats {seen[texts]}")
-        opposite = (row.prompt, row.rejected, row.chosen) if isinstance(row, Pair) else ()
-        if opposite in seen:
-            repeats["opposite preferences"].append(f"{row.source} prefers what {seen[opposite]} rejects")
+            duplicates.append(f"{row.source} repeats {seen[texts]}")
+        if isinstance(row, Pair) and (other := seen.get((row.prompt, row.rejected, row.chosen))):
+            opposites.append(f"{row.source} prefers what {other} rejects")
         seen.setdefault(texts, row.source.removeprefix(f"{name}, "))
-    return repeats
+    return {"duplicates": duplicates, "opposite preferences": opposites}
 
 
 def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int]]:
     """Of prompts and responses: in tokens, EOS included, or in words (of token ids: tokens)."""
-    prompts: Sequence[Sequence[str | int]] = [row.prompt for row in rows]
-    responses: Sequence[Sequence[str | int]] = [text for row in rows for text in parts(row)[1:]]
+    texts: dict[str, list[Any]] = {"prompt": [row.prompt for row in rows]}
+    texts["response"] = [text for row in rows for text in parts(row)[1:]]
     if tokenizer is not None:
-        sources = [row.source for row in rows for _ in parts(row)[1:]]
-        prompts = prompt_ids(rows, tokenizer, "{prompt}")
-        responses = response_ids(responses, tokenizer, sources)  # type: ignore[arg-type]
-    texts = {"prompt": prompts, "response": responses}
-    lengths = {
-        name: [len(text.split() if isinstance(text, str) else text) for text in some] for name, some in texts.items()
-    }
+        texts["prompt"] = prompt_ids(rows, tokenizer, "{prompt}")
+        texts["response"] = [ids for responses in response_ids(rows, tokenizer) for ids in responses]
+    lengths = {name: [len(text.split() if isinstance(text, str) else text) for text in texts[name]] for name in texts}
     return {name: counts for name, counts in lengths.items() if counts}
 
 
-def _finding(title: str, places: list[str], shown: int = NUM_PLACES) -> list[str]:
+def _finding(title: str, places: list[str]) -> list[str]:
     if not places:
         return []
+    shown = NUM_PROBLEMS if title == "problems" else NUM_PLACES
     lines = [f"  {title}: {len(places)}", *(f"    {_printable(place)}" for place in places[:shown])]
     return [*lines, f"    and {len(places) - shown} more"] if len(places) > shown else lines
 

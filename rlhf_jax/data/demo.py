@@ -11,6 +11,7 @@ keeps the same from version to version.
 """
 
 import json
+import operator
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,14 +101,12 @@ def generate(name: str, seed: int = 0, size: int | None = None, label_noise: flo
     default_size, stream = FILES[name]
     size = default_size if size is None else size
     generator = random.Random(f"{seed}/{stream}")
-    heldout, what = stream.startswith("heldout"), stream.split()[-1]
+    heldout = stream.startswith("heldout")
     phrasings = HELDOUT_PHRASINGS if heldout else PHRASINGS
-    if what == "demonstrations":
-        rows = _demonstrations(size, phrasings, generator)
-    elif what == "pairs":
+    if stream.endswith("pairs"):
         rows = _pairs(size, phrasings, 0.0 if heldout else label_noise, generator)
     else:
-        rows = _prompts(size, phrasings, generator)
+        rows = (_prompts if stream.endswith("prompts") else _demonstrations)(size, phrasings, generator)
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     return f"[\n{lines}\n]\n"
 
@@ -148,17 +147,11 @@ def _pairs(n: int, phrasings: dict[str, list[str]], noise: float, generator: ran
 
 def _prompts(n: int, phrasings: dict[str, list[str]], generator: random.Random) -> list[dict[str, Any]]:
     """Distinct rows {prompt, category, topic}, the categories in equal parts."""
-    by_category = [
-        _shuffled(
-            [
-                {"prompt": fill(phrasing, topic), "category": category, "topic": topic.phrase}
-                for topic in topics
-                for phrasing in phrasings[category]
-            ],
-            generator,
-        )
-        for category, topics in TOPICS.items()
-    ]
+    by_category = []
+    for category, topics in TOPICS.items():
+        prompts = [(fill(phrasing, topic), topic.phrase) for topic in topics for phrasing in phrasings[category]]
+        rows = [{"prompt": prompt, "category": category, "topic": phrase} for prompt, phrase in prompts]
+        by_category.append(_shuffled(rows, generator))
     rows = [row for together in zip(*by_category, strict=True) for row in together]
     if n > len(rows):
         raise UserError(f"the demo language has {len(rows)} distinct prompts of this kind, {n} asked for")
@@ -193,6 +186,5 @@ def _pick(items: Sequence[T], generator: random.Random) -> T:
 
 
 def _shuffled(items: Iterable[T], generator: random.Random) -> list[T]:
-    kept = list(items)
-    keys = [generator.random() for _ in kept]
-    return [kept[i] for i in sorted(range(len(kept)), key=keys.__getitem__)]
+    keyed = [(generator.random(), item) for item in items]
+    return [item for _, item in sorted(keyed, key=operator.itemgetter(0))]

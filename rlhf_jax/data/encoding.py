@@ -3,6 +3,7 @@
 Texts that are token ids already are taken as they are, without an EOS after them.
 """
 
+import dataclasses
 import functools
 import sys
 from collections import Counter
@@ -104,8 +105,10 @@ def encode_demonstrations(
       UserError: for a text that is too long, a template without ``{prompt}``, and when no row is left.
     """
     kept, counts = _fitted(rows, tokenizer, template, max_length, too_long)
-    texts = [(prompt, responses[0], row.source) for row, prompt, responses in kept]
-    return _texts(texts, tokenizer, max_length, train_on_prompt, counts)
+    [texts] = _texts(kept, tokenizer, max_length)
+    # Column 0 is never learned: no logits come before it.
+    starts = [1] * len(kept) if train_on_prompt else texts.starts
+    return dataclasses.replace(texts, starts=starts, counts=counts)
 
 
 def encode_comparisons(
@@ -116,38 +119,27 @@ def encode_comparisons(
     max_length: int | None = None,
     too_long: TooLong = "error",
 ) -> EncodedComparisons:
-    """As `encode_demonstrations` for all answers of a row, K being the most of any row.
+    """As `encode_demonstrations` for all answers of a row, K being the most of any row; answer 0 of a pair is chosen.
 
     A row that loses an answer goes, and so does one whose answers, after cuts, are all equal, unless it has targets.
-    Either all rows have targets or none (ValueError).
+    Either all rows have targets or none.
     """
     kept, counts = _fitted(rows, tokenizer, template, max_length, too_long)
-    num_answers = max(len(answers) for _, _, answers in kept)
-    columns = [
-        # An absent answer has no token at all, not even its prompt's.
-        [
-            (prompt, answers[k], row.source) if k < len(answers) else ([], [], row.source)
-            for row, prompt, answers in kept
-        ]
-        for k in range(num_answers)
-    ]
+    answers = _texts(kept, tokenizer, max_length)
+    left = [row for row, _, _ in kept]
+    best = np.array([0 if isinstance(row, Pair) else row.best or 0 for row in left], np.int32)
+    weight = np.array([1 if row.weight is None else row.weight for row in left], np.float32)
+    scored = [(i, row.targets) for i, row in enumerate(left) if isinstance(row, Comparison) and row.targets]
+    targets = np.zeros((len(left), len(answers)), np.float32)
+    for i, scores in scored:
+        targets[i, : len(scores)] = scores
     return EncodedComparisons(
-        answers=tuple(_texts(column, tokenizer, max_length) for column in columns),
-        **_labels([row for row, _, _ in kept], num_answers),
+        answers=answers,
+        best=best if best.any() and not scored else None,
+        targets=targets if scored else None,
+        weight=None if all(row.weight is None for row in left) else weight,
         counts=counts,
     )
-
-
-def encode_pairs(
-    rows: Sequence[Pair],
-    tokenizer: Tokenizer,
-    *,
-    template: str = "{prompt}",
-    max_length: int | None = None,
-    too_long: TooLong = "error",
-) -> EncodedComparisons:
-    """`encode_comparisons` of pairs: answer 0 is the chosen one."""
-    return encode_comparisons(rows, tokenizer, template=template, max_length=max_length, too_long=too_long)
 
 
 def encode_prompts(
@@ -169,48 +161,32 @@ def encode_prompts(
     Raises:
       UserError: as `encode_demonstrations`, and if the settings leave no room for a prompt.
     """
-    room = None if max_positions is None else _room(length, max_positions, max_new_tokens)
+    room = sys.maxsize if max_positions is None else max_positions - max_new_tokens
+    if room < (length or 1):
+        raise UserError(
+            f"rl.max_new_tokens {max_new_tokens} leaves no room for a prompt of {length or 1} tokens "
+            f"(rl.max_prompt_length) in the model's {max_positions} positions"
+        )
     ids = prompt_ids(rows, tokenizer, template)
-    longest = max(map(len, ids), default=0)
-    width = length if length is not None else room if room is not None and longest > room else None
+    width = length or min(room, max(map(len, ids), default=0))
     counts: Counter[str] = Counter()
     kept: list[tuple[Prompt, list[int]]] = []
     for row, prompt in zip(rows, ids, strict=True):
-        if width is not None and len(prompt) > width:
+        if len(prompt) > width:
             if too_long == "error":
-                raise UserError(
-                    f"{row.source}: the prompt has {len(prompt)} tokens, more than the {width} allowed; {_CHOICES}"
-                )
+                what = f"the prompt has {len(prompt)} tokens, more than the {width} allowed"
+                raise UserError(f"{row.source}: {what}; {_CHOICES}")
             counts[DROPPED if too_long == "drop" else PROMPT_CUT] += 1
-            if too_long == "drop":
-                continue
-        kept.append((row, prompt if width is None else prompt[-width:]))
+        if len(prompt) <= width or too_long != "drop":
+            kept.append((row, prompt[-width:]))
     _check_some_left(kept, rows, width)
-    width = longest if width is None else width
-    tokens = np.full((len(kept), width), tokenizer.pad_id, np.int32)
-    attention_mask = np.zeros_like(tokens)
-    for i, (_, prompt) in enumerate(kept):
-        tokens[i, width - len(prompt) :] = prompt
-        attention_mask[i, width - len(prompt) :] = 1
+    attention_mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for _, prompt in kept], np.int32)
+    tokens = np.full_like(attention_mask, tokenizer.pad_id)
+    tokens[attention_mask == 1] = np.concatenate([prompt for _, prompt in kept])
     left = [row for row, _ in kept]
     names = dict.fromkeys(name for row in left for name in row.columns)  # in the order of their first appearance
     columns = {name: [row.columns.get(name) for row in left] for name in names}
     return EncodedPrompts(tokens, attention_mask, left, columns, dict(counts))
-
-
-def _room(length: int | None, max_positions: int, max_new_tokens: int) -> int:
-    """The tokens that a prompt may have."""
-    room = max_positions - max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"rl.max_new_tokens {max_new_tokens} leaves no room for a prompt in the model's {max_positions} positions"
-        )
-    if length is not None and length > room:
-        raise UserError(
-            f"rl.max_prompt_length {length} + rl.max_new_tokens {max_new_tokens} is more than the model's "
-            f"{max_positions} positions"
-        )
-    return room
 
 
 def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list[list[int]]:
@@ -234,28 +210,24 @@ def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list
     return encoded
 
 
-def response_ids(responses: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) -> list[list[int]]:
-    """Ids of each response, with EOS after those that were text. Raises as `prompt_ids`."""
-    encoded = _ids(responses, tokenizer, sources)
-    return [
-        ids if isinstance(response, tuple) else [*ids, tokenizer.eos_id]
-        for response, ids in zip(responses, encoded, strict=True)
-    ]
+def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[int]]]:
+    """Ids of the responses of each row, with EOS after those that were text. Raises as `prompt_ids`."""
+    texts = [(text, row.source) for row in rows for text in parts(row)[1:]]
+    encoded = _ids([text for text, _ in texts], tokenizer, [source for _, source in texts])
+    ends = ([tokenizer.eos_id] if isinstance(text, str) else [] for text, _ in texts)
+    ended = iter([ids + end for ids, end in zip(encoded, ends, strict=True)])
+    return [[next(ended) for _ in parts(row)[1:]] for row in rows]
 
 
 def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) -> list[list[int]]:
-    strings = [i for i, text in enumerate(texts) if isinstance(text, str)]
-    encoded = tokenizer.encode_batch([texts[i] for i in strings], [sources[i] for i in strings])  # type: ignore[misc]
-    ids = [list(text) if isinstance(text, tuple) else [] for text in texts]
-    for i, text_ids in zip(strings, encoded, strict=True):
-        ids[i] = text_ids
-    for text, source in zip(texts, sources, strict=True):
-        if isinstance(text, tuple) and max(text) >= tokenizer.vocab_size:
-            raise UserError(
-                f"{source}: holds the token id {max(text)}, but the tokenizer has ids up to {tokenizer.vocab_size - 1} "
-                "only; use the tokenizer that made the ids"
-            )
-    return ids
+    encoded = tokenizer.encode_batch([text if isinstance(text, str) else "" for text in texts], sources)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            if max(text) >= tokenizer.vocab_size:
+                what = f"the tokenizer has ids up to {tokenizer.vocab_size - 1} only; use the one that made the ids"
+                raise UserError(f"{sources[i]}: holds the token id {max(text)}, but {what}")
+            encoded[i] = list(text)
+    return encoded
 
 
 _CHOICES = "shorten it, or set too_long to 'truncate' or 'drop'"
@@ -264,71 +236,45 @@ _CHOICES = "shorten it, or set too_long to 'truncate' or 'drop'"
 def _fitted(
     rows: Sequence[R], tokenizer: Tokenizer, template: str, max_length: int | None, too_long: TooLong
 ) -> tuple[list[tuple[R, list[int], list[list[int]]]], dict[str, int]]:
-    """The rows that stay, each with the ids of its prompt and of its responses, and counts of what was too long."""
-    prompts = prompt_ids(rows, tokenizer, template)
-    texts = [(text, row.source) for row in rows for text in parts(row)[1:]]
-    encoded = iter(response_ids([text for text, _ in texts], tokenizer, [source for _, source in texts]))
+    """Rows with the ids of their prompts and responses, each prompt with each response within ``max_length``."""
+    prompts, responses_of = prompt_ids(rows, tokenizer, template), response_ids(rows, tokenizer)
     counts: Counter[str] = Counter()
     kept = []
-    for row, prompt in zip(rows, prompts, strict=True):
-        responses = [next(encoded) for _ in parts(row)[1:]]
+    for row, prompt, responses in zip(rows, prompts, responses_of, strict=True):
         room = sys.maxsize if max_length is None else max_length - len(prompt)
-        cut = [response for response in responses if len(response) > room]
-        if cut and too_long == "error":
-            raise UserError(
-                f"{row.source}: a prompt of {len(prompt)} and a response of {len(cut[0])} tokens (EOS included) make "
-                f"{len(prompt) + len(cut[0])}, more than max_length {max_length}; {_CHOICES}"
-            )
-        if cut and (too_long == "drop" or room < 1):
+        longer = [len(response) for response in responses if len(response) > room]
+        if longer and too_long == "error":
+            what = f"a prompt of {len(prompt)} and a response of {longer[0]} tokens (EOS included) make"
+            total = f"{len(prompt) + longer[0]}, more than max_length {max_length}"
+            raise UserError(f"{row.source}: {what} {total}; {_CHOICES}")
+        if longer and (too_long == "drop" or room < 1):
             counts[DROPPED if too_long == "drop" else NO_ROOM] += 1
             continue
-        responses = [response[:room] for response in responses]
-        if not isinstance(row, Demonstration) and _targets(row) is None and len(set(map(tuple, responses))) == 1:
+        cut = [response[:room] for response in responses]
+        is_choice = isinstance(row, Pair) or (isinstance(row, Comparison) and row.targets is None)
+        if is_choice and all(response == cut[0] for response in cut):
             counts[EQUAL_CUT] += 1
             continue
-        if cut:
-            counts[CUT] += len(cut)
-        kept.append((row, prompt, responses))
+        if longer:
+            counts[CUT] += len(longer)
+        kept.append((row, prompt, cut))
     _check_some_left(kept, rows, max_length)
     return kept, dict(counts)
 
 
-def _targets(row: Pair | Comparison) -> tuple[float, ...] | None:
-    return None if isinstance(row, Pair) else row.targets
-
-
-def _labels(rows: Sequence[Pair | Comparison], num_answers: int) -> dict[str, Any]:
-    """Fields of `EncodedComparisons`: best, targets, weight, each None where it would say nothing."""
-    targets = [_targets(row) for row in rows]
-    with_targets = sum(target is not None for target in targets)
-    if with_targets not in (0, len(rows)):
-        raise ValueError(f"all comparisons must have targets or none, got {with_targets} of {len(rows)} with targets")
-    best = np.array([0 if isinstance(row, Pair) else row.best or 0 for row in rows], np.int32)
-    weights = [row.weight for row in rows]
-    padded = [[*(target or ()), *[0.0] * (num_answers - len(target or ()))] for target in targets]
-    return {
-        "best": None if with_targets or not best.any() else best,
-        "targets": np.array(padded, np.float32) if with_targets else None,
-        "weight": None if set(weights) == {None} else np.array([1 if w is None else w for w in weights], np.float32),
-    }
-
-
 def _texts(
-    kept: list[tuple[list[int], list[int], str]],
-    tokenizer: Tokenizer,
-    max_length: int | None,
-    train_on_prompt: bool = False,
-    counts: dict[str, int] | None = None,
-) -> EncodedTexts:
-    return EncodedTexts(
-        tokens=[np.array(prompt + response, np.int32) for prompt, response, _ in kept],
-        # Column 0 is never learned: no logits come before it.
-        starts=[1 if train_on_prompt else len(prompt) for prompt, _, _ in kept],
-        sources=[source for _, _, source in kept],
-        pad_id=tokenizer.pad_id,
-        max_length=max_length,
-        counts=counts or {},
-    )
+    kept: Sequence[tuple[Any, list[int], list[list[int]]]], tokenizer: Tokenizer, max_length: int | None
+) -> tuple[EncodedTexts, ...]:
+    """The first responses of all rows, then the second ones, and so on, each after its prompt."""
+    sources = [row.source for row, _, _ in kept]
+    answers = []
+    for k in range(max(len(responses) for _, _, responses in kept)):
+        # An absent answer has no token at all, not even its prompt's.
+        present = [(prompt, responses[k]) if k < len(responses) else ([], []) for _, prompt, responses in kept]
+        tokens = [np.array(prompt + response, np.int32) for prompt, response in present]
+        starts = [len(prompt) for prompt, _ in present]
+        answers.append(EncodedTexts(tokens, starts, sources, tokenizer.pad_id, max_length))
+    return tuple(answers)
 
 
 def _check_some_left(kept: Sequence[Any], rows: Sequence[Any], limit: int | None) -> None:

@@ -1,8 +1,8 @@
 """The records of a data file or of a Hugging Face dataset, each with its place.
 
-JSON, JSON lines, CSV (whose cells stay texts) and plain text are read here; Parquet and datasets by name by the package
-``datasets``, which is imported only when such data is read. A line or row that cannot be read becomes a record that
-holds its error, so that `check` can name all of them and a run stops at the first.
+JSON, JSON lines, CSV (whose cells stay texts), Parquet and plain text are files; datasets are loaded by name with the
+package ``datasets``, which is imported only then. A line or row that cannot be read becomes a record that holds its
+error, so that `check` can name all of them and a run stops at the first.
 """
 
 import csv
@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -48,9 +47,9 @@ class Source(NamedTuple):
 def read_source(name: str | PathLike[str]) -> Source:
     """The content of a file, or of a dataset named ``org/name`` or ``org/name:split``.
 
-    ``.csv``, ``.tsv``, ``.parquet`` and ``.txt`` (each also with ``.gz`` after it, but Parquet) are read as that,
-    anything else as a JSON list or JSON lines. A name is a dataset's if it is no existing path and does not end like a
-    data file. The default split is ``train``.
+    ``.csv``, ``.tsv``, ``.parquet`` and ``.txt`` (each also with ``.gz`` after it) are read as that, anything else as a
+    JSON list or JSON lines. A name is a dataset's if it is no existing path and does not end like a data file. The
+    default split is ``train``.
 
     Raises:
       UserError: for a file or dataset that cannot be read at all.
@@ -58,37 +57,33 @@ def read_source(name: str | PathLike[str]) -> Source:
     path = Path(name)
     if os.path.isdir(path):  # of pathlib's forms, a name that is too long for a file raises
         raise UserError(f"{name}: is a folder; name the file inside it")
-    if os.path.exists(path):
-        return _file(path, str(name))
     match = _DATASET.fullmatch(str(name))
-    if isinstance(name, str) and match and not match["name"].endswith(_SUFFIXES):
-        return _dataset(match["name"], match["split"] or "train")
-    others = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-    near = difflib.get_close_matches(path.name, others, n=1)
-    raise UserError(f"{name}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    if os.path.exists(path):
+        source = _file(path, str(name))
+    elif match and not match["name"].endswith(_SUFFIXES):
+        source = _dataset(match["name"], match["split"] or "train")
+    else:
+        others = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+        near = difflib.get_close_matches(path.name, others, n=1)
+        raise UserError(f"{name}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    if not source.records:
+        raise UserError(f"{name}: holds no rows")
+    return source
 
 
 def _file(path: Path, name: str) -> Source:
     packed = path.suffix.lower() == ".gz"
     suffix = Path(path.stem if packed else path.name).suffix.lower()
     data = _bytes(path)
-    if data.startswith(b"PAR1"):
-        if packed:
-            raise UserError(f"{name}: Parquet packs its columns itself; unpack the file with gunzip")
-        records, kind = _parquet(name), "Parquet"
-    elif suffix == ".parquet":
-        raise UserError(f"{name}: " + ("is not a Parquet file" if data else "is empty"))
+    if suffix == ".parquet" or data.startswith(b"PAR1"):
+        records, form = _parquet(data, name), "Parquet"
     else:
-        records, kind = parse_text(_decode(name, data), name, suffix)
-    if not records:
-        raise UserError(f"{name}: " + ("is an empty list" if kind == "JSON list" else "holds no rows"))
-    return Source(records, hashlib.sha256(data).hexdigest(), kind + (", gzipped" if packed else ""))
+        records, form = parse_text(_decode(name, data), name, suffix)
+    return Source(records, hashlib.sha256(data).hexdigest(), form + (", gzipped" if packed else ""))
 
 
 def parse_text(text: str, name: str, suffix: str = ".json") -> tuple[list[Record], str]:
     """The records of a file's text, and the name of its format."""
-    if not text.strip():
-        raise UserError(f"{name}: is empty")
     if suffix in (".csv", ".tsv"):
         return list(_csv(text, name, "," if suffix == ".csv" else "\t")), suffix[1:].upper()
     # Only \n ends a line: str.splitlines would also cut inside strings, at U+2028.
@@ -97,7 +92,7 @@ def parse_text(text: str, name: str, suffix: str = ".json") -> tuple[list[Record
         return [Record(line, f"{name}, line {n}") for n, line in lines], "text"
     if text.lstrip().startswith("["):
         return list(_json_list(text, name)), "JSON list"
-    if text.lstrip()[0] not in '{"':
+    if lines and text.lstrip()[0] not in '{"':
         raise UserError(f"{name}, line {lines[0][0]}: expected a JSON list or JSON lines, found {lines[0][1][:20]!r}")
     return list(_json_lines(lines, name)), "JSON lines"
 
@@ -123,103 +118,85 @@ def _bytes(path: Path) -> bytes:
 
 
 def _decode(name: str, data: bytes) -> str:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:2]:
-        raise UserError(f"{name}: is UTF-16; UTF-8 is expected, save it as that")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1  # without a byte order mark, unlike data
-        raise UserError(
-            f"{name}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8, which is expected"
-        ) from error
+        content = error.object  # without a byte order mark, unlike data
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise UserError(f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8, which is expected") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    [(key, count)] = Counter(key for key, _ in pairs).most_common(1) or [("", 1)]
+    if count > 1:
+        raise ValueError(f"the key {key!r} stands twice in one object")
+    return dict(pairs)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_NOT_JSON = (ValueError, RecursionError)  # JSONDecodeError is a ValueError; so is a number of thousands of digits
+
+
+def _not_json(error: Exception, source: str, hint: str, hint_if_cut: str) -> Record:
+    """A record of wrong syntax; ``hint_if_cut`` where the text ends too soon."""
+    what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        cut = error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip())
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        what = f"{error.msg[0].lower()}{error.msg[1:]} at {place}{hint_if_cut if cut else hint}"
+    return Record(UserError(f"{source}: not valid JSON, {what}"), source)
 
 
 def _json_lines(lines: list[tuple[int, str]], name: str) -> Iterator[Record]:
-    first, last = lines[0][0], lines[-1][0]
     for number, line in lines:
-        source, row = f"{name}, line {number}", line.strip()
-        hint = "; in JSON lines each row is one line" if number == first else ""
-        if_cut = hint or ("; the file seems cut off" if number == last else "")
+        source = f"{name}, line {number}"
         try:
-            value, end = _json_value(row, 0, source, hint, if_cut)
-            if row[end:]:
-                raise UserError(f"{source}: not valid JSON, text after the value at column {end + 1}{hint}")
-            yield Record(value, source)
-        except UserError as error:
-            yield Record(error, source)
+            yield Record(_DECODER.decode(line.strip()), source)
+        except _NOT_JSON as error:
+            hint = "; in JSON lines each row is one line" if number == lines[0][0] else ""
+            cut = "; the file seems cut off" if number == lines[-1][0] else ""
+            yield _not_json(error, source, hint, hint or cut)
 
 
 def _json_list(text: str, name: str) -> Iterator[Record]:
     """The elements of a JSON list, up to wrong syntax: behind it nothing more can be read."""
-    position, number = _skip_space(text, text.index("[") + 1), 0
+
+    def after_space(position: int) -> int:
+        match = _SPACE.match(text, position)
+        return match.end() if match else position
+
+    position, number = after_space(text.index("[") + 1), 0
     closed = text.startswith("]", position)
-    position = _skip_space(text, position + closed)
-    while not closed:
-        number += 1
-        source = f"{name}, row {number}"
-        try:
-            value, position = _json_value(text, position, source, "", "; the file is cut off inside this row")
-            yield Record(value, source)
-            position = _skip_space(text, position)
-            after = text[position : position + 1]
-            if after not in (",", "]"):
-                found = f"found {after!r}" if after else "the file is cut off"
-                raise UserError(f"{source}: expected ',' or ']' after this row, {found}")
-        except UserError as error:
-            yield Record(error, source)
-            return
-        closed, position = after == "]", _skip_space(text, position + 1)
-    if position < len(text):
-        line = text.count("\n", 0, position) + 1
-        yield Record(UserError(f"{name}, line {line}: text after the end of the JSON list"), name)
-
-
-def _json_value(text: str, position: int, source: str, hint: str, hint_if_cut: str) -> tuple[Any, int]:
-    """The value at that position (a UserError if a key stands twice in an object) and where it ends."""
-    twice: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            twice.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
-        return row
-
     try:
-        value, end = json.JSONDecoder(object_pairs_hook=unique).raw_decode(text, position)
-    except json.JSONDecodeError as error:
-        unterminated = error.msg.startswith("Unterminated string") and '"' not in text[error.pos + 1 :]
-        cut = unterminated or error.pos >= len(text.rstrip())
-        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        what = f"{error.msg[0].lower()}{error.msg[1:]} at {place}{hint_if_cut if cut else hint}"
-        raise UserError(f"{source}: not valid JSON, {what}") from error
-    except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else "a number has thousands of digits"
-        raise UserError(f"{source}: not valid JSON, {what}") from error
-    return (UserError(f"{source}: the key {twice[0]!r} stands twice in one object") if twice else value), end
-
-
-def _skip_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    return match.end() if match else position
+        while not closed:
+            number += 1
+            value, position = _DECODER.raw_decode(text, position)
+            yield Record(value, f"{name}, row {number}")
+            position = after_space(position)
+            closed = text.startswith("]", position)
+            if not closed and not text.startswith(",", position):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            position = after_space(position + (not closed))
+        if (end := after_space(position + 1)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except _NOT_JSON as error:
+        yield _not_json(error, f"{name}, row {number}", "", "; the file is cut off inside this row")
 
 
 def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
     """The rows under a header line. Every cell is text, but ``best`` and the columns of lists, which are JSON."""
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     source = f"{name}, line 1"
     try:
-        for cells in filter(any, rows):
-            source = f"{name}, line {rows.line_num}"
+        for cells in filter(any, table):
+            source = f"{name}, line {table.line_num}"
             if header:
                 yield Record(_csv_row(header, cells, source), source)
-                continue
-            header = cells
-            twice = [key for key, count in Counter(header).items() if count > 1]
-            if "" in header:
-                raise UserError(f"{source}: column {header.index('') + 1} of the header has no name")
-            if twice:
-                raise UserError(f"{source}: the column {twice[0]!r} stands twice in the header")
+            elif "" in cells or len(set(cells)) < len(cells):
+                raise UserError(f"{source}: each column needs a name of its own, found {', '.join(map(repr, cells))}")
+            else:
+                header = cells
     except csv.Error as error:  # where the next row would start is unknown
         yield Record(UserError(f"{source}: not valid CSV in the row after this one: {error}"), source)
 
@@ -229,28 +206,22 @@ def _csv_row(header: list[str], cells: list[str], source: str) -> dict[str, Any]
         hint = "; quote cells that hold a delimiter or a line break" if len(cells) > len(header) else ""
         return UserError(f"{source}: {len(cells)} cells under a header of {len(header)}{hint}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
-    for key in (key for key in _JSON_COLUMNS if row.get(key) or (key in row and key != "best")):
+    for key in set(_JSON_COLUMNS) & set(header):
         try:
-            row[key] = json.loads(row[key])
-        except (ValueError, RecursionError):
+            row[key] = json.loads(row[key] or "null")
+        except _NOT_JSON:
             return UserError(f"{source}: the column {key!r} holds JSON, found {row[key][:40]!r}")
     return row
 
 
-def _parquet(name: str) -> list[Record]:
-    import datasets  # a second, and only for this
+def _parquet(data: bytes, name: str) -> list[Record]:
+    import pyarrow.parquet  # type: ignore[import-untyped]  # datasets brings it
 
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     try:
-        with tempfile.TemporaryDirectory() as cache:  # the shared cache would outlive the run
-            rows = datasets.Dataset.from_parquet(name, cache_dir=cache, keep_in_memory=True)
-            return [Record(dict(row), f"{name}, row {number}") for number, row in enumerate(rows, 1)]
-    except Exception as error:  # pyarrow's kinds and the library's own
+        rows = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).read().to_pylist()
+    except Exception as error:  # pyarrow's kinds
         raise UserError(f"{name}: cannot be read as Parquet: {error}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    return [Record(row, f"{name}, row {number}") for number, row in enumerate(rows, 1)]
 
 
 def _dataset(name: str, split: str) -> Source:
@@ -259,14 +230,8 @@ def _dataset(name: str, split: str) -> Source:
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, offline or for a wrong name
-        raise UserError(
-            f"{name}: no such file, and it could not be loaded as a Hugging Face dataset (split {split!r}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        what = f"no such file, and it could not be loaded as a Hugging Face dataset (split {split!r})"
+        raise UserError(f"{name}: {what}: {type(error).__name__}: {error}") from error
     records = [Record(dict(row), f"{name}:{split}, row {number}") for number, row in enumerate(rows, 1)]
-    if not records:
-        raise UserError(f"{name}:{split}: is empty")
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(json.dumps(record.value, sort_keys=True, default=str).encode())
-    return Source(records, digest.hexdigest(), "Hugging Face dataset")
+    content = "".join(json.dumps(record.value, sort_keys=True, default=str) for record in records)
+    return Source(records, hashlib.sha256(content.encode()).hexdigest(), "Hugging Face dataset")

@@ -75,10 +75,7 @@ def texts(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         for text in parts(row):
             if not isinstance(text, str):
-                raise UserError(
-                    f"{row.source}: holds token ids, so no tokenizer can be trained on it; give the model whose "
-                    "tokenizer made them"
-                )
+                raise UserError(f"{row.source}: holds token ids, so no tokenizer can be trained on it; name the model")
             yield text
 
 
@@ -99,29 +96,32 @@ def fields(record: Record, expected: str) -> dict[str, Any]:
     """The record as an object; ``expected`` are its keys, for the error."""
     if isinstance(record.value, UserError):
         raise record.value
-    if isinstance(record.value, dict):
-        return record.value
-    raise UserError(f"{record.source}: expected an object with keys {expected}, found {kind(record.value)}")
+    expect(isinstance(record.value, dict), record, f"expected an object with keys {expected}", record.value)
+    return record.value
+
+
+def expect(holds: bool, record: Record, what: str, value: Any) -> None:
+    """Raises `UserError`, saying where, ``what`` must be and what kind of value stands there, unless it holds."""
+    if not holds:
+        raise UserError(f"{record.source}: {what}, found {kind(value)}")
 
 
 def require(record: Record, keys: Sequence[str], hint: str = "") -> None:
     """Raises `UserError` with the keys found, and the nearest ones, if any of ``keys`` is missing."""
     missing = [key for key in keys if key not in record.value]
-    if not missing:
-        return
     others = [key for key in record.value if key not in keys]
-    near = [(difflib.get_close_matches(key, others, n=1), key) for key in missing]
-    hint += "".join(f"; did you mean {key!r} by {matches[0]!r}?" for matches, key in near if matches)
-    raise UserError(
-        f"{record.source}: expected keys {', '.join(keys)}, found {', '.join(record.value) or 'none'}{hint}"
-    )
+    for key in missing:
+        near = difflib.get_close_matches(key, others, n=1)
+        hint += "".join(f"; did you mean {key!r} by {other!r}?" for other in near)
+    if missing:
+        present = ", ".join(record.value) or "none"
+        raise UserError(f"{record.source}: expected keys {', '.join(keys)}, found {present}{hint}")
 
 
 def text(record: Record, key: str) -> str:
     """The string under ``key``; only a prompt may consist of spaces."""
     value = record.value[key]
-    if not isinstance(value, str):
-        raise UserError(f"{record.source}: {key!r} must be a string, found {kind(value)}")
+    expect(isinstance(value, str), record, f"{key!r} must be a string", value)
     return checked(record, repr(key), value, may_be_space=key in ("prompt", "query"))
 
 
@@ -138,7 +138,8 @@ def checked(record: Record, what: str, value: str, may_be_space: bool = True) ->
 
 def kind(value: Any) -> str:
     """What a value is, in an error."""
-    known = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    a_list = "a list" if value else "an empty list"
+    known = {dict: "an object", list: a_list, str: "a string", bool: "true or false", type(None): "null"}
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"the number {value}" if not abs(value) >= 1e20 else "a number that is too large"
     return known.get(type(value), f"a value of type {type(value).__name__}")

@@ -49,11 +49,10 @@ class Tokenizer:
         except Exception as error:  # the package raises a bare Exception for a token outside the vocabulary
             known = self.backend.get_vocab()
             for i, text in enumerate(texts):
-                for character in text:
-                    if character not in known:
-                        where = f"{sources[i]}: " if sources else ""
-                        lacks = f"the tokenizer's alphabet lacks {character!r} (U+{ord(character):04X})"
-                        raise UserError(f"{where}{lacks}, found in {text[:40]!r}") from error
+                if unknown := next((character for character in text if character not in known), ""):
+                    where = f"{sources[i]}: " if sources else ""
+                    lacks = f"the tokenizer's alphabet lacks {unknown!r} (U+{ord(unknown):04X})"
+                    raise UserError(f"{where}{lacks}, found in {text[:40]!r}") from error
             raise
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -78,21 +77,13 @@ class Tokenizer:
         """Writes a folder that ``transformers.AutoTokenizer.from_pretrained`` and `load_tokenizer` read."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        special = {
-            "eos_token": self.backend.id_to_token(self.eos_id),
-            "pad_token": self.backend.id_to_token(self.pad_id),
-        }
-        config = {
-            "model_max_length": _NO_LIMIT,
-            "clean_up_tokenization_spaces": False,
-            **self.config,
-            **special,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "padding_side": "left",
-        }
+        eos, pad = map(self.backend.id_to_token, (self.eos_id, self.pad_id))
+        special = {"eos_token": eos, "pad_token": pad}
+        config = {"model_max_length": _NO_LIMIT, "clean_up_tokenization_spaces": False, **self.config, **special}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
         (path / "tokenizer.json").write_text(self._json(), encoding="utf-8")
-        _write_json(path / "tokenizer_config.json", config)
-        _write_json(path / "special_tokens_map.json", special)
+        for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+            (path / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -101,19 +92,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     The same texts in the same order give the same tokenizer. Fewer than ``vocab_size`` ids result when the texts hold
     too few distinct words. Raises `UserError` without texts or for a size below 258, the bytes and two special ids.
     """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    least = len(alphabet) + 2
-    if vocab_size < least:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < (least := len(alphabet) + 2):
         raise UserError(f"a byte-level tokenizer needs a vocabulary of at least {least} ids, {vocab_size} asked for")
     lines = list(texts)
     if not any(lines):
         raise UserError("no text to train a tokenizer on")
     backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(lines, trainer)
-    return _tokenizer(backend, PAD, EOS, {})
+    return _tokenizer(backend, PAD, EOS, {}, "")
 
 
 def characters(texts: str | Iterable[str]) -> Tokenizer:
@@ -129,7 +119,7 @@ def characters(texts: str | Iterable[str]) -> Tokenizer:
     # Oniguruma's syntax: "(?s)." is refused.
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    return _tokenizer(backend, PAD, EOS, {})
+    return _tokenizer(backend, PAD, EOS, {}, "")
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
@@ -147,28 +137,25 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
             raise UserError(f"{path}: no such folder, nor a name on the Hugging Face hub")
         return _from_hub(str(path_or_name))
     folder = path if path.is_dir() else path.parent
-    config = _read_json(folder / "tokenizer_config.json")
-    template = folder / "chat_template.jinja"  # where newer folders keep it
-    if template.exists():
-        try:
-            config = {**config, "chat_template": template.read_text(encoding="utf-8-sig")}
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{template}: cannot be read as UTF-8, which is expected: {error}") from error
-    named = {**_token_ids(folder), **_names(_read_json(folder / "special_tokens_map.json")), **_names(config)}
-    file = folder / "tokenizer.json"
-    if file.exists():
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the package raises a bare Exception for a broken file
-            raise UserError(f"{file}: not a tokenizer file: {error}") from error
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        try:
-            backend = _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-        except Exception as error:
-            raise UserError(f"{folder}: vocab.json and merges.txt are no byte-level BPE: {error}") from error
-        named.setdefault("eos_token", EOS)
-    else:
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")]
+    config, special, of_model = (read_json(file) if file.exists() else {} for file in files)
+    template, single, vocab = (folder / name for name in ("chat_template.jinja", "tokenizer.json", "vocab.json"))
+    named = {**_token_ids(of_model), **named_tokens(special), **named_tokens(config)}
+    if not single.exists() and not (vocab.exists() and (folder / "merges.txt").exists()):
         raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
+    file = template
+    try:
+        if template.exists():  # where newer folders keep it
+            config = {**config, "chat_template": template.read_text(encoding="utf-8-sig")}
+        file = single if single.exists() else vocab
+        if file == single:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        else:
+            backend = _byte_level(models.BPE.from_file(str(file), str(folder / "merges.txt")))
+            named.setdefault("eos_token", EOS)
+    except Exception as error:  # the package raises a bare Exception for a broken file
+        what = "cannot be read as UTF-8, which is expected" if file == template else "not a tokenizer file"
+        raise UserError(f"{file}: {what}: {error}") from error
     return _tokenizer(backend, named.get("pad_token"), named.get("eos_token"), config, str(folder))
 
 
@@ -193,15 +180,9 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _tokenizer(
-    backend: tokenizers.Tokenizer,
-    pad: str | int | None,
-    eos: str | int | None,
-    config: Mapping[str, Any],
-    where: str = "",
-) -> Tokenizer:
-    eos = backend.id_to_token(eos) if isinstance(eos, int) else eos
-    pad = backend.id_to_token(pad) if isinstance(pad, int) else pad
+def _tokenizer(backend: tokenizers.Tokenizer, pad: Any, eos: Any, config: Mapping[str, Any], where: str) -> Tokenizer:
+    """``pad`` and ``eos`` as text, as id, or None."""
+    eos, pad = (backend.id_to_token(token) if isinstance(token, int) else token for token in (eos, pad))
     if eos is None or backend.token_to_id(eos) is None:
         found = f"names {eos!r}, which is not in its vocabulary" if eos else "names no end-of-text token"
         raise UserError(f"{where}: the tokenizer {found}; set eos_token in its tokenizer_config.json")
@@ -214,30 +195,19 @@ def _tokenizer(
     backend.encode_special_tokens = True
     ids = backend.get_vocab()
     if list(ids.values()).count(ids[pad]) > 1:
-        raise UserError(
-            f"{where}: the ids of the vocabulary have gaps, so that the pad token it gains would get another token's "
-            "id; give it a pad_token of its own"
-        )
+        raise UserError(f"{where}: the ids of the vocabulary have gaps; name a pad_token in its tokenizer_config.json")
     return Tokenizer(backend, pad_id=ids[pad], eos_id=ids[eos], config=config)
 
 
-def _token_ids(folder: Path) -> dict[str, str | int]:
+def _token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
     """Ids that the model's own config names, for tokenizers (GPT-2's among them) whose files name none."""
-    config = _read_json(folder / "config.json")
     ids = {key: config.get(f"{key}_id") for key in ("eos_token", "pad_token")}
     # Some models write -1 for a token that they do not have.
     return {key: value for key, value in ids.items() if type(value) is int and 0 <= value < 1 << 32}
 
 
-def _names(config: Mapping[str, Any]) -> dict[str, str | int]:
-    tokens = {key: config.get(key) for key in ("eos_token", "pad_token")}
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens, ``eos_token`` and the like, that a tokenizer_config.json or special_tokens_map.json names."""
+    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
     texts = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
     return {key: text for key, text in texts.items() if isinstance(text, str)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -232,7 +232,9 @@ def encode_pairs(bench: Bench, pairs: Sequence[rows.Pair]) -> encoding.EncodedCo
     """The pairs as tokens, at most as long as the policy and the reward model can read."""
     policy, most = bench.policy, bench.positions
     too_long = bench.config.too_long
-    return encoding.encode_pairs(pairs, policy.tokenizer, template=policy.template, max_length=most, too_long=too_long)
+    return encoding.encode_comparisons(
+        pairs, policy.tokenizer, template=policy.template, max_length=most, too_long=too_long
+    )
 
 
 def margins(bench: Bench, encoded: encoding.EncodedComparisons) -> dict[str, np.ndarray]:

@@ -34,7 +34,7 @@ def _encode(rows: Sequence[Any], *args: Any, **options: Any) -> encoding.Encoded
     for row in rows:
         if not isinstance(row, Pair):
             raise UserError(f"{row.source}: DPO takes pairs and rankings, and this row has another label")
-    return encoding.encode_pairs(rows, *args, **options)
+    return encoding.encode_comparisons(rows, *args, **options)
 
 
 def _task(setting: supervised.Setting) -> supervised.Task:
