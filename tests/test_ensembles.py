@@ -25,7 +25,7 @@ from rlhf_jax.report.export import export
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.training import ensembles, initial
 from rlhf_jax.training.optimizer import make_optimizer
-from rlhf_jax.training.scoring import uncertainty
+from rlhf_jax.training.scoring import disagreement
 from rlhf_jax.types import TrainState
 
 KEY = jax.random.key(11)
@@ -43,7 +43,7 @@ def noisy(params, tokens, attention_mask, key):
 def updates():
     """The update of one member and that of all, jitted."""
     settings = {"score_fn": noisy, "optimizer": ADAM, "config": reward_model.Config(num_microbatches=2)}
-    return (jax.jit(partial(f, **settings)) for f in (reward_model.update, ensembles.update))
+    return (jax.jit(partial(f, **settings)) for f in (reward_model.update, ensembles.update_members))
 
 
 def test_members_trained_at_once_are_members_trained_alone():
@@ -98,7 +98,7 @@ def test_no_weights_in_the_program():
     state = ensembles.create([{"score": {"bias": jnp.float32(i)}} for i in range(2)], ADAM)
     batch = comparisons(0, 4, 2).replace(weight=jnp.ones((4, 2)))
     settings = {"optimizer": ADAM, "config": reward_model.Config()}
-    lowered = jax.jit(lambda fn, *args: ensembles.update(*args, score_fn=fn, **settings))
+    lowered = jax.jit(lambda fn, *args: ensembles.update_members(*args, score_fn=fn, **settings))
     assert largest_constant(lowered, fn, state, batch, KEY) < 1_000_000
 
 
@@ -132,14 +132,14 @@ def test_uncertainty_by_hand():
     scores[0, :2] = [[3.0, 10.0], [1.0, 12.0]]  # margins 2 and -2: std 2
     scores[1] = [[0.0, 9.0], [4.0, 11.0], [1.0, 4.0]]  # best 1, rival 0 (mean 4.5 > 2.5): margins 4 and 2: std 1
     both = np.arange(2)
-    assert uncertainty(encoded, both, scores) == pytest.approx(1.5)
-    assert uncertainty(encoded, both, scores + np.array([5.0, -3.0])) == pytest.approx(1.5)
+    assert disagreement(encoded, both, scores) == pytest.approx(1.5)
+    assert disagreement(encoded, both, scores + np.array([5.0, -3.0])) == pytest.approx(1.5)
     heavy = dataclasses.replace(encoded, weight=np.array([3.0, 1.0], np.float32))
-    assert uncertainty(heavy, both, scores) == pytest.approx((3 * 2 + 1) / 4)
+    assert disagreement(heavy, both, scores) == pytest.approx((3 * 2 + 1) / 4)
     targets = [Comparison("a?", ("b", "c"), "1", targets=(1.0, 0.0)), Comparison("b?", ("c",), "2", targets=(0.5,))]
     scored = encoding.encode_comparisons(targets, LETTERS)
     spread = np.array([[[0.0, 2.0], [1.0, 1.0]], [[4.0, 0.0], [50.0, -50.0]]])  # the last answer is absent
-    assert uncertainty(scored, both, spread) == pytest.approx((1 + 0 + 2) / 3)
+    assert disagreement(scored, both, spread) == pytest.approx((1 + 0 + 2) / 3)
 
 
 def test_members_start_apart(config):  # noqa: F811

@@ -21,7 +21,7 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Comparison, Pair
 from rlhf_jax.data.tokenizers import characters
-from rlhf_jax.training.reward_model import evenly, report, samples
+from rlhf_jax.training.scoring import evenly, report, samples
 from rlhf_jax.types import Comparisons, TrainState
 
 KEY = jax.random.key(7)

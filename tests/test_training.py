@@ -262,7 +262,10 @@ def test_a_signal_finishes_the_step_and_saves(number, config, tmp_path, monkeypa
     ("flags", "message"),
     [
         (["--ppo.num-minibatches", "5"], "rl.batch_size 32 does not divide by 5 ppo.num_minibatches"),
-        (["--ppo.num-microbatches", "3"], "ppo.num_microbatches 3 does not divide the 16 rows"),
+        (
+            ["--ppo.num-microbatches", "3"],
+            "rl.batch_size 32 does not divide by 2 ppo.num_minibatches x 3 ppo.num_microbatches; use 24",
+        ),
         (["--ppo.kl-loss-estimator", "k1"], "ppo: kl_loss_estimator 'k1'"),
         (["--ppo.aggregate", "fixed"], "length: aggregate 'fixed' needs a length"),
         (["--rl.batch-size", "30"], "rl.batch_size 30 does not divide by 4 devices; use 28 or 32"),

@@ -120,9 +120,10 @@ class _Loop:
             finished = " (finished already)" if self.done >= self.job.num_steps else ""
             print(f"resumed from step {self.done} of {self.job.num_steps}{finished}", flush=True)
         tracked = config.track if processes.is_first() else ()
-        options = {"label": self.stage.name, "show": self.job.show, "resume_step": resume_step}
-        options["services"] = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
-        self.tracker = stack.enter_context(Tracker(run, total=self.job.num_steps, **options))
+        services = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
+        show, label, total = self.job.show, self.stage.name, self.job.num_steps
+        tracker = Tracker(run, total=total, resume_step=resume_step, label=label, show=show, services=services)
+        self.tracker = stack.enter_context(tracker)
         self.alert_rows = stack.enter_context(contextlib.closing(RowWriter(run.path / "alerts.jsonl", resume_step)))
         # A resumed run's rules see the rows before its checkpoint again, and go on from there.
         self.watches, _ = alerts.replay(self.rules, self.history)

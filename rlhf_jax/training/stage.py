@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import models, sharding
 from rlhf_jax.config import Compute, RunConfig, to_yaml
-from rlhf_jax.errors import TrainingFault
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.report import page
 from rlhf_jax.runs import devices, folder, manifest, processes, trackers
@@ -125,7 +126,7 @@ def stream(seed: int, stage: str, name: Stream) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode()))
 
 
-def start(config: RunConfig) -> int:
+def set_up(config: RunConfig) -> int:
     """Chooses the device and prints which it is: the first thing that every run does. Returns the number of devices.
 
     Raises:
@@ -136,6 +137,17 @@ def start(config: RunConfig) -> int:
     enable_compilation_cache()
     print(devices_line(config.compute), flush=True)
     return jax.device_count()
+
+
+def divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
+    """Raises UserError unless ``size`` is a multiple of each product of named numbers; names the nearest that are."""
+    fits = math.lcm(*(math.prod(parts.values()) for parts in divisors))
+    below = size - size % fits
+    for parts in divisors:
+        if size % math.prod(parts.values()):
+            product = " x ".join(f"{count} {name}" for name, count in parts.items())
+            nearest = f"{below} or {below + fits}" if below else f"{fits}"
+            raise UserError(f"{key} {size} does not divide by {product}; use {nearest}")
 
 
 def enable_compilation_cache() -> None:
