@@ -82,10 +82,8 @@ def test_a_member_that_is_not_finite_stays_and_says_so():
     assert metrics["nonfinite"] == 1.0
     for i, expected in enumerate((good, state, good)):
         assert_identical(*(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (found, expected)))
-    with pytest.raises(ValueError, match=r"each of 3 members, got \(8,\)"):
+    with pytest.raises(AssertionError, match=r"\(8, 3\)"):
         of_all(state, batch.replace(weight=jnp.ones(8)), KEY)
-    with pytest.raises(ValueError, match="each of 3 members, got None"):
-        of_all(state, batch, KEY)
 
 
 def test_no_weights_in_the_program():
@@ -160,13 +158,6 @@ def test_members_start_apart(config):  # noqa: F811
     same = dataclasses.replace(config, model="x", reward_model=RewardModelStage(ensemble_size=2, bootstrap=False))
     with pytest.raises(UserError, match=r"--model x brings a score head.* turn it on"):
         ensembles.starts(same, model, single.params, KEY)
-
-
-def test_folders_are_counted_by_their_number(tmp_path):
-    assert ensembles.folders(tmp_path / "nothing") == []
-    for name in ("member_0", "member_1", "member_x", "remember_2", *(f"member_{i}" for i in range(2, 11))):
-        (tmp_path / name).mkdir()
-    assert ensembles.folders(str(tmp_path)) == [tmp_path / f"member_{i}" for i in range(11)]
 
 
 @pytest.mark.slow

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import quickstart
 import tokenizers as hf
-from sentiment import SentimentConfig
-from shakespeare import ShakespeareConfig
+from test_goldens import parse as parse_config
 
 from rlhf_jax import Rollout, models, ppo, sharding, training, vpg
 from rlhf_jax.config import (
@@ -49,6 +48,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def config(data, tmp_path):
+    supervised = {"batch_size": 16, "optimizer": FAST, "validation_fraction": 0.2, "validation_interval": 2}
     return RunConfig(
         data=(data,),
         output_dir=str(tmp_path / "run"),
@@ -56,11 +56,9 @@ def config(data, tmp_path):
         network=Network(hidden_size=16, num_layers=1, num_heads=2, max_length=128),
         tokenizer=Tokenizer(vocab_size=300),
         text=Text(bucket_multiple=128),
-        sft=SFTStage(batch_size=16, optimizer=FAST, validation_fraction=0.2, validation_interval=2, num_epochs=2),
-        reward_model=RewardModelStage(
-            batch_size=16, optimizer=FAST, validation_fraction=0.2, validation_interval=2, num_epochs=2
-        ),
-        dpo=DPOStage(batch_size=16, optimizer=FAST, validation_fraction=0.2, validation_interval=2, num_epochs=2),
+        sft=SFTStage(**supervised, num_epochs=2),
+        reward_model=RewardModelStage(**supervised, num_epochs=2),
+        dpo=DPOStage(**supervised, num_epochs=2),
         reward=("count:e",),
         rl=RLStage(
             num_iterations=7,
@@ -83,16 +81,16 @@ def run_vpg(config):
     return training.rl.run(config, vpg)
 
 
-STAGES = pytest.mark.parametrize(
-    "run",
-    [
-        pytest.param(training.sft.run, id="sft", marks=pytest.mark.slow),
-        pytest.param(training.reward_model.run, id="reward_model", marks=pytest.mark.slow),
-        pytest.param(training.dpo.run, id="dpo", marks=pytest.mark.soak),
-        pytest.param(run_vpg, id="vpg", marks=pytest.mark.soak),
-        pytest.param(run_ppo, id="ppo"),
-    ],
-)
+def stages(*fast):
+    """All stages as parameters; those that are not fast take long."""
+    runs = {"sft": training.sft.run, "reward_model": training.reward_model.run, "dpo": training.dpo.run}
+    runs |= {"vpg": run_vpg, "ppo": run_ppo}
+    marks = {"dpo": pytest.mark.soak, "vpg": pytest.mark.soak}
+    params = [
+        pytest.param(run, id=name, marks=() if name in fast else marks.get(name, pytest.mark.slow))
+        for name, run in runs.items()
+    ]
+    return pytest.mark.parametrize("run", params)
 
 
 class Killed(BaseException):
@@ -116,7 +114,7 @@ def outputs(folder):
     return {name: (folder / name).read_bytes() for name in names}
 
 
-@STAGES
+@stages("ppo")
 def test_a_stopped_run_resumes_to_the_same_bytes(run, config, tmp_path, monkeypatch, capsys):
     straight = run(config)
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
@@ -134,13 +132,6 @@ def test_a_stopped_run_resumes_to_the_same_bytes(run, config, tmp_path, monkeypa
     assert outputs(other.folder)["model/model.safetensors"] != outputs(straight.folder)["model/model.safetensors"]
 
 
-def test_step_0_is_saved_before_the_first_update(config, monkeypatch, tmp_path):
-    interrupt(monkeypatch, 1)
-    with pytest.raises(Killed):
-        training.sft.run(config)
-    assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
-
-
 def test_a_finished_run_says_so_and_another_config_is_refused(config, capsys):
     first = training.sft.run(config)
     before = outputs(first.folder)
@@ -154,16 +145,7 @@ def test_a_finished_run_says_so_and_another_config_is_refused(config, capsys):
         training.sft.run(config)
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        pytest.param(training.sft.run, id="sft", marks=pytest.mark.slow),
-        pytest.param(training.reward_model.run, id="reward_model", marks=pytest.mark.slow),
-        pytest.param(training.dpo.run, id="dpo", marks=pytest.mark.soak),
-        pytest.param(run_vpg, id="vpg", marks=pytest.mark.soak),
-        pytest.param(run_ppo, id="ppo", marks=pytest.mark.slow),
-    ],
-)
+@stages()
 def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
     """The same rows, samples and shuffles; numbers up to the order of summation."""
     # Where a gradient is 0 but for rounding, Adam's first steps divide that rounding by itself, unless eps is larger.
@@ -292,10 +274,11 @@ def test_supervised_batches_divide_too(config, tmp_path):
         training.sft.run(dataclasses.replace(config, network=dataclasses.replace(config.network, num_heads=3)))
 
 
-def test_float16_is_answered_by_bfloat16(config):
-    compute = Compute(dtype="float16")
-    assert "bfloat16 in place of float16" in stage.devices_line(compute)
-    made = initial.language_model(dataclasses.replace(config, compute=compute), ["some text"], jax.random.key(0))
+def test_float16_is_answered_by_bfloat16(config, capsys):
+    config = dataclasses.replace(config, compute=Compute(dtype="float16"))
+    stage.set_up(config)
+    assert "bfloat16 in place of float16" in capsys.readouterr().out
+    made = initial.language_model(config, ["some text"], jax.random.key(0))
     assert made.model.config.compute_dtype == "bfloat16"
     assert {leaf.dtype for leaf in jax.tree.leaves(made.params)} == {np.dtype("float32")}
 
@@ -342,8 +325,7 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(config, data, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(TINY.parent.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
-    kinds = {"quickstart": quickstart.QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
-    config = parse(kinds.get(file.stem, RunConfig), ["--config", str(file)])
+    config = parse_config(file)
     supervised._sizes("sft", config.sft, 1)
     supervised._sizes("reward_model", config.reward_model, 1)
     for name in ("vpg", "ppo", "rloo", "grpo"):

@@ -9,7 +9,7 @@ import jax
 from rlhf_jax import models
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import batches, encoding
+from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Pair
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import supervised
@@ -24,7 +24,15 @@ def run(config: RunConfig) -> RunResult:
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
-    return supervised.run(config, config.dpo, KIND)
+    return supervised.run(
+        config,
+        config.dpo,
+        "dpo",
+        kind="comparisons",
+        encode=_encode,
+        show=("dpo/loss", "dpo/accuracy", "dpo/margin", "validation/loss", "validation/accuracy"),
+        make_task=_task,
+    )
 
 
 def _encode(rows: Sequence[Any], *args: Any, **options: Any) -> encoding.EncodedComparisons:
@@ -57,14 +65,3 @@ def _task(setting: supervised.Setting) -> supervised.Task:
         lambda state: setting.mean_metrics(state, functools.partial(metrics_of, **functions)),
         functions["ref_fn"],
     )
-
-
-KIND = supervised.Kind(
-    name="dpo",
-    rows="comparisons",
-    encode=_encode,
-    batch=batches.comparison_batch,
-    show=("dpo/loss", "dpo/accuracy", "dpo/margin", "validation/loss", "validation/accuracy"),
-    sources=lambda encoded: encoded.chosen.sources,
-    task=_task,
-)

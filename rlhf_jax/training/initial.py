@@ -73,8 +73,9 @@ def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array) -> L
     Raises:
         UserError: the model or tokenizer cannot be read, or the network's sizes do not fit.
     """
+    options = _compute(config.compute)
     if config.model is not None:
-        return load_language_model(config.model, config.compute)
+        return generator.load(config.model, **options)
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
     elif config.tokenizer.kind == "bpe":
@@ -86,7 +87,7 @@ def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array) -> L
     network |= {f"{where}_dropout": rate for where in ("embedding", "attention", "residual")}
     network |= {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
     try:
-        model_config = models.GPT2Config(**network, **_compute(config.compute))
+        model_config = models.GPT2Config(**network, **options)
     except ValueError as error:
         raise UserError(f"network: {error}") from error
     model = models.build(model_config)

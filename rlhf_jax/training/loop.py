@@ -76,11 +76,11 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
     ):
         loop = _Loop(stage, job, judge, checkpoints)
         state = loop.open(state, stack)
-        stop = stack.enter_context(stop_requests())
+        stops = stack.enter_context(stop_requests())
         loop.obey_alerts()
         while loop.going_on:
             state = loop.step(state)
-            received = processes.highest(stop.received or 0)
+            received = processes.highest(max(stops, default=0))
             loop.save_if_due(state, received)
             if received and loop.going_on:
                 checkpoints.wait()

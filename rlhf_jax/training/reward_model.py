@@ -30,7 +30,15 @@ def run(config: RunConfig) -> RunResult:
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
-    return supervised.run(config, config.reward_model, KIND)
+    return supervised.run(
+        config,
+        config.reward_model,
+        "reward_model",
+        kind="comparisons",
+        encode=encoding.encode_comparisons,
+        show=("reward_model/loss", "reward_model/accuracy", "validation/accuracy"),
+        make_task=_task,
+    )
 
 
 def _task(setting: supervised.Setting) -> supervised.Task:
@@ -111,14 +119,3 @@ def _normalized(score: Callable[..., jax.Array], params: Params, rollout: Rollou
         return params
     print(f"normalised over {len(scores)} samples of the base policy: mean {mean:.4f}, std {std:.4f}", flush=True)
     return params | {"score": unit | {"gain": jnp.float32(1.0 / std), "shift": jnp.float32(-mean / std)}}
-
-
-KIND = supervised.Kind(
-    name="reward_model",
-    rows="comparisons",
-    encode=encoding.encode_comparisons,
-    batch=batches.comparison_batch,
-    show=("reward_model/loss", "reward_model/accuracy", "validation/accuracy"),
-    sources=lambda encoded: encoded.answers[0].sources,
-    task=_task,
-)

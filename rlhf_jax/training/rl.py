@@ -1,7 +1,6 @@
 """Reinforcement learning as a run: prompts, a policy and a reward in, a better policy out.
 
-Its phases, ``collect -> reward -> learn``, and ``iteration``, are pure functions in ``training.phases`` and public
-here.
+Its phases are pure functions in ``training.phases``.
 """
 
 import functools
@@ -24,25 +23,11 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.rewards import filter as filters
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import manifest, processes
-from rlhf_jax.training import initial, loop
+from rlhf_jax.training import initial, loop, phases
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
-from rlhf_jax.training.phases import (
-    Functions,
-    LoopState,
-    Prompts,
-    Recipe,
-    collect,
-    iteration,
-    learn,
-    respond,
-    reward,
-    scored,
-)
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up, stream
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Rollout
-
-__all__ = ["Functions", "LoopState", "Prompts", "Recipe", "collect", "iteration", "learn", "respond", "reward", "run"]
 
 
 def run(
@@ -74,8 +59,8 @@ def run(
         raise UserError("rl.reference_refresh: no KL is used here; set rl.kl_coef above 0 or leave it out")
     parts = _parts(config, name, run_reward)
     with open_stage(config, name, parts.fingerprints, sizes) as stage:
-        trainer = _Trainer(stage, parts, algorithm, algorithm_config, has_reference)
-        state, row = loop.train(stage, trainer.first_state(kl_coef), trainer.job)
+        trainer = _Trainer(stage, parts, algorithm, algorithm_config, kl_coef if has_reference else None)
+        state, row = loop.train(stage, trainer.first_state, trainer.job)
         policy = {part: leaves for part, leaves in state.train.params.items() if part != "value"}
         return stage.finish(parts.initial, trainer.start, {"": policy}, row)
 
@@ -151,55 +136,58 @@ class _Trainer:
     """The steps and validations of an open run."""
 
     def __init__(
-        self, stage: Stage, parts: _Parts, algorithm: Algorithm, algorithm_config: AlgorithmConfig, has_reference: bool
+        self,
+        stage: Stage,
+        parts: _Parts,
+        algorithm: Algorithm,
+        algorithm_config: AlgorithmConfig,
+        kl_coef: float | None,
     ):
-        """Puts models and rewards on the devices and splits the prompts."""
+        """Puts models and rewards on the devices and splits the prompts. ``kl_coef`` None: there is no reference."""
         settings, (model, params, tokenizer) = stage.config.rl, parts.initial
         self.stage, self.parts, self.settings, self.group_size = stage, parts, settings, algorithm_config.group_size
-        init_key = stage.key("init")
+        init_key, prompt_length = stage.key("init"), parts.prompts.tokens.shape[1]
         if algorithm.needs_values:
             params = models.add_head(jax.random.fold_in(init_key, 1), params, "value")
-        self.start = stage.place(initial.trainable(stage.config.lora, params, jax.random.fold_in(init_key, 2)))
-        model_fn = models.policy_fn(model, settings.temperature, parts.prompts.tokens.shape[1])
-        is_fixed = has_reference and settings.reference_refresh is None
-        self.functions = Functions(
-            policy_fn=self.start.bind(model_fn),
-            reward_fn=None if parts.reward.fn is None else stage.replicate(parts.reward.fn),
-            ref_fn=stage.reference(self.start, model_fn) if is_fixed else None,
-            base=self.start.base,
+        start = stage.place(initial.trainable(stage.config.lora, params, jax.random.fold_in(init_key, 2)))
+        model_fn, refreshes = models.policy_fn(model, settings.temperature, prompt_length), settings.reference_refresh
+        self.start, self.functions = (
+            start,
+            phases.Functions(
+                policy_fn=start.bind(model_fn),
+                reward_fn=None if parts.reward.fn is None else stage.replicate(parts.reward.fn),
+                ref_fn=None if kl_coef is None or refreshes else stage.reference(start, model_fn),
+                base=start.base,
+            ),
         )
         num_updates = settings.length * algorithm_config.num_epochs * algorithm_config.num_minibatches
         optimizer = make_optimizer(settings.optimizer, num_updates)
         samples = initial.sampling_config(settings, tokenizer)
-        self.recipe = Recipe(model, samples, algorithm, algorithm_config, optimizer, settings, stage.mesh)
-        self._sample, self._collect = (
-            jax.jit(functools.partial(phase, recipe=self.recipe)) for phase in (respond, collect)
+        recipe = phases.Recipe(model, samples, algorithm, algorithm_config, optimizer, settings, stage.mesh)
+        self._respond, self._collect = (
+            jax.jit(functools.partial(phase, recipe=recipe)) for phase in (phases.respond, phases.collect)
         )
-        self._reward, self._learn = jax.jit(reward), stage.jit_update(functools.partial(learn, recipe=self.recipe))
+        self._reward, self._learn = (
+            jax.jit(phases.reward),
+            stage.jit_update(functools.partial(phases.learn, recipe=recipe)),
+        )
+        train, reference = algorithm.State.create(start.params, optimizer), start.params if refreshes else None
+        self.first_state = state = stage.replicate(phases.LoopState.create(train, kl_coef or 0.0, reference))
+        rows, length = settings.batch_size // stage.num_devices, prompt_length + settings.max_new_tokens
+        held = {
+            "trained parameters": state.train.params,
+            "optimizer state": state.train.opt_state,
+            "frozen weights": start.base,
+            "reference": [None if start.base else self.functions.ref_fn, state.reference],
+            "rewards": self.functions.reward_fn,
+            "cache while it samples": jax.eval_shape(lambda: model.init_cache(rows, length)),
+            "gradients in the update": jax.eval_shape(lambda: state.train.params),
+        }
+        stage.held.update(held)
         split_key, self.order_key = jax.random.split(stage.key("data"))
         fraction = 0.0 if settings.validation_data else settings.validation_fraction
         self.train_rows, held_out = batches.split(len(parts.prompts), fraction, split_key)
         self.held_out = np.arange(len(parts.to_validate)) if settings.validation_data else held_out
-
-    def first_state(self, kl_coef: float) -> LoopState:
-        """The state before the first iteration; notes what lies on the devices, for when memory runs out."""
-        params, base, settings = self.start.params, self.start.base, self.settings
-        train = self.recipe.algorithm.State.create(params, self.recipe.optimizer)
-        reference = params if settings.reference_refresh is not None else None
-        state = self.stage.replicate(LoopState.create(train, kl_coef, reference))
-        length = self.parts.prompts.tokens.shape[1] + settings.max_new_tokens
-        rows = settings.batch_size // self.stage.num_devices
-        held = {
-            "trained parameters": state.train.params,
-            "optimizer state": state.train.opt_state,
-            "frozen weights": base,
-            "reference": [self.functions.ref_fn if base is None else None, state.reference],
-            "rewards": self.functions.reward_fn,
-            "cache while it samples": jax.eval_shape(lambda: self.recipe.model.init_cache(rows, length)),
-            "gradients in the update": jax.eval_shape(lambda: state.train.params),
-        }
-        self.stage.held.update(held)
-        return state
 
     @property
     def job(self) -> loop.Job:
@@ -220,7 +208,7 @@ class _Trainer:
         count = self.settings.batch_size // self.group_size
         return self.train_rows[batches.prompt_rows(len(self.train_rows), count, self.order_key, step)]
 
-    def advance(self, state: LoopState, step: int) -> tuple[LoopState, Metrics]:
+    def advance(self, state: phases.LoopState, step: int) -> tuple[phases.LoopState, Metrics]:
         """One iteration."""
         refresh = self.settings.reference_refresh
         if refresh is not None and step and step % refresh == 0:
@@ -233,11 +221,11 @@ class _Trainer:
         state, learn_metrics = self._learn(state, rollout, update_key, self.functions)
         return state, metrics | reward_metrics | learn_metrics
 
-    def validate(self, state: LoopState) -> Validation:
+    def validate(self, state: phases.LoopState) -> Validation:
         """Samples a response to each held-out prompt, always with the same key; the reward and the judge score it."""
         encoded, tokenizer = self.parts.to_validate, self.parts.initial.tokenizer
         rows = loop.pad_rows(self.held_out[: self.settings.validation_prompts], self.stage.num_devices)
-        sampled = self._sample(state, self._prompts(encoded, rows), self.stage.key("eval"), self.functions)
+        sampled = self._respond(state, self._prompts(encoded, rows), self.stage.key("eval"), self.functions)
         judged: Metrics = {}
         if self.parts.judge is not None:
             _, metrics, _ = self._score(self.parts.judge, sampled, encoded, rows)
@@ -256,11 +244,11 @@ class _Trainer:
         values = {"validation/score": metrics["objective/score"]} | judged | parts
         return Validation({name: float(value) for name, value in values.items()}, samples)
 
-    def _prompts(self, encoded: EncodedPrompts, rows: np.ndarray) -> Prompts:
+    def _prompts(self, encoded: EncodedPrompts, rows: np.ndarray) -> phases.Prompts:
         """A batch of prompts; an absent row (-1) is empty."""
         present = rows[:, None] >= 0
         tokens, mask = (np.where(present, x[rows], 0) for x in (encoded.tokens, encoded.attention_mask))
-        return self.stage.shard(Prompts(*map(jnp.asarray, (tokens, mask, rows.astype(np.int32)))))
+        return self.stage.shard(phases.Prompts(*map(jnp.asarray, (tokens, mask, rows.astype(np.int32)))))
 
     def _score(
         self, run_reward: spec.Reward, rollout: Rollout, encoded: EncodedPrompts, rows: np.ndarray
@@ -287,6 +275,6 @@ class _Trainer:
         except FloatingPointError as error:
             raise TrainingFault(str(error)) from error
         named = {name: jnp.asarray(values) for name, values in parts.items()}
-        result, metrics = scored(result, jnp.asarray(result.scores), named)
+        result, metrics = phases.scored(result, jnp.asarray(result.scores), named)
         metrics |= {"reward/unscored": jnp.float32(unscored)} | filtered_metrics
         return self.stage.shard(jax.device_get(result)), metrics, verdicts

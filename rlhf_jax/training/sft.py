@@ -8,7 +8,7 @@ import jax
 from rlhf_jax import models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import batches, encoding
+from rlhf_jax.data import encoding
 from rlhf_jax.training import supervised
 from rlhf_jax.training.stage import RunResult
 from rlhf_jax.types import Demonstrations, Parts, TrainState
@@ -20,7 +20,15 @@ def run(config: RunConfig) -> RunResult:
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
-    return supervised.run(config, config.sft, KIND)
+    return supervised.run(
+        config,
+        config.sft,
+        "sft",
+        kind="demonstrations",
+        encode=encoding.encode_demonstrations,
+        show=("sft/loss", "validation/loss", "grad_norm"),
+        make_task=_task,
+    )
 
 
 def _task(setting: supervised.Setting) -> supervised.Task:
@@ -38,15 +46,3 @@ def _task(setting: supervised.Setting) -> supervised.Task:
         functools.partial(stage.jit_update(update), policy_fn=policy_fn),
         lambda state: setting.mean_metrics(state, functools.partial(metrics_of, policy_fn=policy_fn)),
     )
-
-
-KIND = supervised.Kind(
-    name="sft",
-    rows="demonstrations",
-    encode=encoding.encode_demonstrations,
-    batch=batches.demonstration_batch,
-    show=("sft/loss", "validation/loss", "grad_norm"),
-    sources=lambda encoded: encoded.sources,
-    task=_task,
-    split_sources=True,
-)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import models, sharding
-from rlhf_jax.config import Compute, RunConfig, to_yaml
+from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.report import page
@@ -107,12 +107,10 @@ class Stage:
         for name, part in trained.items():
             models.save(run.model / name, initial.model, jax.device_get(start.merged(part)))
             initial.tokenizer.save(run.model / name)
-        print(f"saved {run.model}", flush=True)
-        if start.base is not None:
-            for name, part in trained.items():
+            if start.base is not None:
                 adapters = jax.device_get(part)
                 models.lora.save(run.adapter / name, start.base, adapters, base_model=self.config.model)
-            print(f"saved {run.adapter}", flush=True)
+        print(f"saved {run.model}" + ("" if start.base is None else f", {run.adapter}"), flush=True)
         try:
             page.write([run.path], run.report)
             print(f"saved {run.report}", flush=True)
@@ -135,7 +133,10 @@ def set_up(config: RunConfig) -> int:
     trackers.check(config.track)
     devices.choose(config.device, config.processes)
     enable_compilation_cache()
-    print(devices_line(config.compute), flush=True)
+    dtype = config.compute.dtype
+    used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
+    device = f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"
+    print(f"{device}, {used if dtype == 'float16' else dtype}", flush=True)
     return jax.device_count()
 
 
@@ -157,14 +158,6 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(base / "rlhf_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def devices_line(compute: Compute) -> str:
-    """Backend, devices and dtype: the first line that a run prints."""
-    dtype: str = compute.dtype
-    if dtype == "float16":
-        dtype = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
-    return f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}, {dtype}"
 
 
 @contextlib.contextmanager

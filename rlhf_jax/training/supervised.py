@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
 from rlhf_jax.config import DPOStage, RewardModelStage, RunConfig, SFTStage
-from rlhf_jax.data import batches, formats, rows
+from rlhf_jax.data import batches, rows
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.training import initial, loop
 from rlhf_jax.training.initial import Trainable
@@ -61,42 +61,42 @@ class Setting:
         return Validation({f"validation/{name.partition('/')[2]}": float(x.value) for name, x in pooled.items()})
 
 
-class Kind(NamedTuple):
-    """A supervised stage."""
-
-    name: str
-    rows: formats.Kind
-    encode: Callable[..., Any]  # (rows, tokenizer, *, template, max_length, too_long) -> encoded
-    batch: Callable[..., Any]  # (encoded, row numbers, bucket_multiple) -> arrays on the host
-    show: tuple[str, ...]  # metrics of the console's line
-    sources: Callable[[Any], list[str]]  # of the encoded rows, as "FILE, line N"
-    task: Callable[[Setting], Task]
-    split_sources: bool = False  # whether rows of one source may be held out apart
-
-
-def run(config: RunConfig, settings: Settings, kind: Kind) -> RunResult:
+def run(
+    config: RunConfig,
+    settings: Settings,
+    name: str,
+    *,
+    kind: Literal["demonstrations", "comparisons"],
+    encode: Callable[..., Any],
+    show: tuple[str, ...],
+    make_task: Callable[[Setting], Task],
+) -> RunResult:
     """Trains a task on the rows of ``settings.data`` or ``config.data`` and saves ``model/`` in the run folder.
 
-    Raises:
-        UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
+    Args:
+        name: of the stage: its section, its random streams, its folder.
+        encode: (rows, tokenizer, *, template, max_length, too_long) -> EncodedTexts or EncodedComparisons.
+        show: metrics of the console's line.
     """
-    text, sizes = config.text, _sizes(kind.name, settings, set_up(config))
-    data = initial.stage_rows(config, kind.rows, settings.data)
-    with open_stage(config, kind.name, data.fingerprints, sizes) as stage:
+    text, sizes = config.text, _sizes(name, settings, set_up(config))
+    data = initial.stage_rows(config, kind, settings.data)
+    with open_stage(config, name, data.fingerprints, sizes) as stage:
         language_model = initial.language_model(config, rows.texts(data.rows), stage.key("init"))
         model, _, tokenizer = language_model
         options = {"template": text.template, "max_length": model.config.max_length, "too_long": text.too_long}
-        encoded = kind.encode(data.rows, tokenizer, **options)
+        encoded = encode(data.rows, tokenizer, **options)
         initial.print_counts(encoded.counts)
+        is_text, update_key = kind == "demonstrations", stage.key("update")
+        sources = encoded.sources if is_text else encoded.chosen.sources
+        to_arrays = batches.demonstration_batch if is_text else batches.comparison_batch
         split_key, order_key = jax.random.split(stage.key("data"))
-        sources, update_key = kind.sources(encoded), stage.key("update")
-        groups = None if kind.split_sources else sources
+        groups = None if is_text else sources  # pairs of one ranking stay together
         train_rows, held_out = batches.split(len(encoded), settings.validation_fraction, split_key, groups)
         plan = batches.Plan(encoded.lengths[train_rows], settings.batch_size, order_key, text.bucket_multiple)
         num_steps = settings.num_epochs * plan.steps_per_epoch
 
         def batch_of(numbers: np.ndarray) -> Any:
-            return stage.shard(kind.batch(encoded, numbers, text.bucket_multiple))
+            return stage.shard(to_arrays(encoded, numbers, text.bucket_multiple))
 
         def rows_of(step: int) -> np.ndarray:
             numbers = plan.rows(step)
@@ -106,7 +106,7 @@ def run(config: RunConfig, settings: Settings, kind: Kind) -> RunResult:
             return task.update(state, (task.batch or batch_of)(rows_of(step)), jax.random.fold_in(update_key, step))
 
         optimizer, size = make_optimizer(settings.optimizer, num_steps), settings.batch_size
-        task = kind.task(
+        task = make_task(
             Setting(stage, language_model, data.rows, encoded, train_rows, held_out, batch_of, size, optimizer)
         )
         job = loop.Job(
@@ -114,7 +114,7 @@ def run(config: RunConfig, settings: Settings, kind: Kind) -> RunResult:
             num_steps,
             validate=task.validate if len(held_out) else None,
             validation_interval=settings.validation_interval,
-            show=kind.show,
+            show=show,
             sources=lambda step: [sources[row] for row in rows_of(step) if row >= 0],
             optimizer=settings.optimizer,
         )
