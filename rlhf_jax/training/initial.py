@@ -1,7 +1,7 @@
 """What a run starts from: the model and its tokenizer, and which of its parameters are trained."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,8 +59,8 @@ def stage_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> f
     Raises:
         UserError: there is no data, or a row is wrong.
     """
-    source = config.tokenizer.name if config.model is None else config.model
-    template = chat.template_of(None if source is None else tokenizers.load_tokenizer(source))
+    source = config.model or config.tokenizer.name
+    template = chat.template_of(tokenizers.load_tokenizer(source) if source else None)
     data = formats.read(kind, names or config.data, seed=config.seed, template=template)
     print(f"{kind}: {data.describe()}", flush=True)
     return data
@@ -107,7 +107,8 @@ def prompts_for(
         max_positions=language_model.model.config.max_length,
         max_new_tokens=config.rl.max_new_tokens,
     )
-    print_counts(encoded.counts, note)
+    for what, count in encoded.counts.items():
+        print(f"{count} texts: {what}{note}", flush=True)
     return encoded
 
 
@@ -121,12 +122,6 @@ def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampl
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-
-
-def print_counts(counts: Mapping[str, int], note: str = "") -> None:
-    """Prints how many texts were cut or left out."""
-    for what, count in counts.items():
-        print(f"{count} texts: {what}{note}", flush=True)
 
 
 def load_language_model(source: str, compute: Compute) -> LanguageModel:

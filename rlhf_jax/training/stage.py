@@ -99,23 +99,24 @@ class Stage:
         """
         if jax.process_count() > 1:  # the first process computes alone from here
             start, trained = processes.fetch((start, trained))
-        processes.in_first(lambda: self._write(initial, start, trained))
-        return RunResult(self.run.path, self.run.model, metrics)
-
-    def _write(self, initial: LanguageModel, start: Trainable, trained: Mapping[str, Params]) -> None:
         run = self.run
-        for name, part in trained.items():
-            models.save(run.model / name, initial.model, jax.device_get(start.merged(part)))
-            initial.tokenizer.save(run.model / name)
-            if start.base is not None:
-                adapters = jax.device_get(part)
-                models.lora.save(run.adapter / name, start.base, adapters, base_model=self.config.model)
-        print(f"saved {run.model}" + ("" if start.base is None else f", {run.adapter}"), flush=True)
-        try:
-            page.write([run.path], run.report)
-            print(f"saved {run.report}", flush=True)
-        except Exception as error:  # whatever it is: the run is done and its result saved
-            print(f"{run.report} could not be drawn: {type(error).__name__}: {error}", flush=True)
+
+        def write() -> None:
+            for name, part in trained.items():
+                models.save(run.model / name, initial.model, jax.device_get(start.merged(part)))
+                initial.tokenizer.save(run.model / name)
+                if start.base is not None:
+                    adapters = jax.device_get(part)
+                    models.lora.save(run.adapter / name, start.base, adapters, base_model=self.config.model)
+            print(f"saved {run.model}" + ("" if start.base is None else f", {run.adapter}"), flush=True)
+            try:
+                page.write([run.path], run.report)
+                print(f"saved {run.report}", flush=True)
+            except Exception as error:  # whatever it is: the run is done and its result saved
+                print(f"{run.report} could not be drawn: {type(error).__name__}: {error}", flush=True)
+
+        processes.in_first(write)
+        return RunResult(run.path, run.model, metrics)
 
 
 def stream(seed: int, stage: str, name: Stream) -> jax.Array:

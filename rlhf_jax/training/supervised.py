@@ -85,7 +85,8 @@ def run(
         model, _, tokenizer = language_model
         options = {"template": text.template, "max_length": model.config.max_length, "too_long": text.too_long}
         encoded = encode(data.rows, tokenizer, **options)
-        initial.print_counts(encoded.counts)
+        for what, count in encoded.counts.items():
+            print(f"{count} texts: {what}", flush=True)
         is_text, update_key = kind == "demonstrations", stage.key("update")
         sources = encoded.sources if is_text else encoded.chosen.sources
         to_arrays = batches.demonstration_batch if is_text else batches.comparison_batch
