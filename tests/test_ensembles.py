@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +11,14 @@ import pytest
 from flax.traverse_util import flatten_dict
 from tabular import assert_close, assert_identical, comparisons, largest_constant, score_fn
 from test_scripts import rows
-from test_training import Killed, config, data, interrupt  # noqa: F401 (fixtures)
+from test_training import Killed, config, data, interrupt, save_base  # noqa: F401 (fixtures)
 
 from rlhf_jax import models, ppo, training
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import LoRA, Optimizer, RewardModelStage, Tokenizer
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Comparison, Pair
-from rlhf_jax.data.tokenizers import characters, train_bpe
+from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
 from rlhf_jax.report.export import export
 from rlhf_jax.runs import checkpoint
@@ -162,7 +161,12 @@ def test_members_start_apart(config):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
-def test_a_stopped_ensemble_resumes_to_the_same_bytes(config, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stopped_ensemble_resumes_to_the_same_bytes_and_ppo_takes_its_least_score(
+    config,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     stage = dataclasses.replace(config.reward_model, ensemble_size=2, num_epochs=1, validation_interval=3)
     config = dataclasses.replace(config, reward_model=stage)
 
@@ -178,31 +182,38 @@ def test_a_stopped_ensemble_resumes_to_the_same_bytes(config, tmp_path, monkeypa
             training.reward_model.run(again)
     assert checkpoint.steps(tmp_path / "again" / "checkpoints") == [0, 2]
     stopped = training.reward_model.run(dataclasses.replace(again, resume=True))
-    found = outputs(straight.folder)
-    assert outputs(stopped.folder) == found
-    assert found["model/member_0/model.safetensors"] != found["model/member_1/model.safetensors"]
-    assert stopped.model_folder == tmp_path / "again" / "model"
+    written = outputs(straight.folder)
+    assert outputs(stopped.folder) == written
+    assert written["model/member_0/model.safetensors"] != written["model/member_1/model.safetensors"]
     metrics = rows(straight.folder)
     assert all(row["validation/uncertainty"] > 0 for row in (metrics[0], metrics[-1]))
     copy = export(straight.folder, tmp_path / "copy")
     assert "An ensemble of reward models" in (copy / "README.md").read_text("utf-8")
     for i in range(2):
-        model, params, _ = initial.load_language_model(str(copy / f"member_{i}"), config.compute)
-        assert "score" in params
-        assert model.config.hidden_size == 16
+        assert "score" in initial.load_language_model(str(copy / f"member_{i}"), config.compute).params
+
+    folder = straight.model_folder
+    policy = dataclasses.replace(
+        config,
+        tokenizer=Tokenizer(name=str(folder / "member_0")),
+        reward=(f"min:{folder}",),
+        rl=dataclasses.replace(config.rl, num_iterations=2),
+        output_dir=str(tmp_path / "ppo"),
+    )
+    result = training.rl.run(policy, ppo)
+    assert f"reward min:{folder}: 2 models" in capsys.readouterr().out
+    metrics = rows(result.folder)
+    assert all(row["reward/uncertainty"] > 0 for row in metrics[1:])
+    assert metrics[0]["validation/reward/uncertainty"] > 0
+    assert f"reward {folder}" in json.loads((result.folder / "manifest.json").read_text("utf-8"))["data"]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
 def test_members_share_the_base_of_their_adapters_and_are_normalised_each(config, data, tmp_path, capsys):  # noqa: F811
-    base = tmp_path / "base"
-    tokenizer = train_bpe([(Path(data) / "preference_data.json").read_text("utf-8")], 300)
-    sizes = {"max_length": 128, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
-    model = models.build(models.GPT2Config(vocab_size=tokenizer.vocab_size, **sizes))
-    models.save(base, model, model.init(KEY))
-    tokenizer.save(base)
+    base = save_base(tmp_path / "base", data)
     stage = dataclasses.replace(config.reward_model, ensemble_size=2, num_epochs=1, normalize_samples=16)
-    settings = {"model": str(base), "tokenizer": Tokenizer(), "lora": LoRA(rank=2), "reward_model": stage}
+    settings = {"model": base, "tokenizer": Tokenizer(), "lora": LoRA(rank=2), "reward_model": stage}
     result = training.reward_model.run(dataclasses.replace(config, **settings))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("normalised over 16 samples")]
     assert len(set(said)) == 2
@@ -219,24 +230,3 @@ def test_members_share_the_base_of_their_adapters_and_are_normalised_each(config
         adapters = models.lora.load(result.folder / "adapter" / f"member_{i}", models.load(base)[1])
         merged = models.lora.merge(models.load(base)[1], adapters)
         assert_close(merged["h_0"], member["h_0"])
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_pages")
-def test_ppo_on_the_least_score_of_an_ensemble(config, tmp_path, capsys):  # noqa: F811
-    stage = dataclasses.replace(config.reward_model, ensemble_size=2, num_epochs=1, validation_interval=3)
-    folder = training.reward_model.run(dataclasses.replace(config, reward_model=stage)).model_folder
-    policy = dataclasses.replace(
-        config,
-        tokenizer=Tokenizer(name=str(folder / "member_0")),
-        reward=(f"min:{folder}",),
-        rl=dataclasses.replace(config.rl, num_iterations=2),
-        output_dir=str(tmp_path / "ppo"),
-    )
-    result = training.rl.run(policy, ppo)
-    assert f"reward min:{folder}: 2 models" in capsys.readouterr().out
-    metrics = rows(result.folder)
-    assert all(row["reward/uncertainty"] > 0 for row in metrics[1:])
-    assert metrics[0]["validation/reward/uncertainty"] > 0
-    manifest = json.loads((result.folder / "manifest.json").read_text("utf-8"))
-    assert f"reward {folder}" in manifest["data"]

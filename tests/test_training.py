@@ -28,7 +28,7 @@ from rlhf_jax.config import (
     parse,
 )
 from rlhf_jax.data import demo
-from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.data.tokenizers import load_tokenizer, train_bpe
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.runs import log as tracking
 from rlhf_jax.training import initial, rl, stage, supervised
@@ -71,6 +71,17 @@ def config(data, tmp_path):
         ),
         ppo=ppo.Config(num_epochs=1, num_minibatches=2, shuffle_blocks=4),
     )
+
+
+def save_base(folder, data, num_layers=1, dtype=np.float32):
+    """A model with random weights and a tokenizer of the demo texts, as a folder for --model."""
+    tokenizer = train_bpe([path.read_text("utf-8") for path in sorted(Path(data).glob("*.json"))], 300)
+    special = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
+    sizes = {"vocab_size": tokenizer.vocab_size, "max_length": 128, "hidden_size": 16, "num_heads": 2}
+    model = models.build(models.GPT2Config(num_layers=num_layers, **sizes, **special))
+    models.save(folder, model, jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(jax.random.key(0))))
+    tokenizer.save(folder)
+    return str(folder)
 
 
 def run_ppo(config):
@@ -180,26 +191,15 @@ def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(confi
 
 @pytest.mark.slow
 def test_reward_models_are_normalised_over_samples_of_the_base_policy(config, tmp_path, capsys):
-    base = training.sft.run(config).model_folder
-
-    def train(name, samples):
-        settings = dataclasses.replace(config.reward_model, normalize_samples=samples)
-        folder = str(tmp_path / name)
-        return training.reward_model.run(
-            dataclasses.replace(config, model=str(base), output_dir=folder, reward_model=settings)
-        ).model_folder
-
-    raw = models.load(train("raw", 0))
-    capsys.readouterr()
-    normalised = models.load(train("normalised", 32))
-    said = re.search(r"normalised over 32 samples of the base policy: mean (\S+), std (\S+)", capsys.readouterr().out)
-    assert said is not None
-    mean, std = float(said[1]), float(said[2])
-    tokens = jax.random.randint(jax.random.key(0), (5, 9), 2, 300)
-    before, after = (
-        models.score_fn(model)(params, tokens, np.ones((5, 9)), None) for model, params in (raw, normalised)
+    base = str(training.sft.run(config).model_folder)
+    settings = dataclasses.replace(config.reward_model, normalize_samples=32)
+    run = training.reward_model.run(
+        dataclasses.replace(config, model=base, output_dir=str(tmp_path / "run"), reward_model=settings)
     )
-    np.testing.assert_allclose(after, (before - mean) / std, atol=2e-3)
+    said = re.search(r"normalised over 32 samples of the base policy: mean (\S+), std (\S+)", capsys.readouterr().out)
+    mean, std = float(said[1]), float(said[2])
+    head = models.load(run.model_folder)[1]["score"]
+    np.testing.assert_allclose([head["gain"], head["shift"]], [1 / std, -mean / std], rtol=2e-3, atol=2e-3)
     assert abs(std - 1) > 0.01
 
 
@@ -295,14 +295,9 @@ def test_dpo_refuses_labels_that_are_no_pairs(config, tmp_path):
 @pytest.mark.slow
 def test_a_model_whose_tokenizer_has_no_pad_gains_one(config, data, tmp_path):
     """As GPT-2: end-of-text is the only special token, and the embedding has one row for each entry."""
-    backend = hf.Tokenizer(hf.models.BPE())
-    backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = hf.decoders.ByteLevel()
-    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
-    trainer = hf.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([(Path(data) / "sft_data.json").read_text("utf-8")], trainer)
+    backend = hf.ByteLevelBPETokenizer()
+    text, special = (Path(data) / "sft_data.json").read_text("utf-8"), ["<|endoftext|>"]
+    backend.train_from_iterator([text], vocab_size=300, special_tokens=special, show_progress=False)
     size = backend.get_vocab_size()
     base = tmp_path / "base"
     model = models.build(models.GPT2Config(vocab_size=size, max_length=128, hidden_size=8, num_layers=1, num_heads=1))
