@@ -74,14 +74,13 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
             stage.run.checkpoints, config.keep_last, keep_best=best, asynchronous=config.checkpoint_async
         ) as checkpoints,
     ):
-        loop = _Loop(stage, job, judge, checkpoints)
-        state = loop.open(state, stack)
+        loop = _Loop(stage, job, judge, checkpoints, state, stack)
         stops = stack.enter_context(stop_requests())
         loop.obey_alerts()
         while loop.going_on:
-            state = loop.step(state)
+            loop.step()
             received = processes.highest(max(stops, default=0))
-            loop.save_if_due(state, received)
+            loop.save_if_due(received)
             if received and loop.going_on:
                 checkpoints.wait()
                 raise Stopped(
@@ -90,87 +89,84 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
                     received,
                 )
         checkpoints.wait()
-        return loop.result(state)
+        return loop.result()
 
 
 class _Loop:
-    """A loop under way: what was recorded, and up to which step."""
+    """A loop under way: its state, what was recorded, and up to which step."""
 
-    tracker: Tracker
-    alert_rows: RowWriter
     done = 0  # steps
     ended = False  # early, by the judge
     validated = False  # after the last step
     rules_checked = False
 
-    def __init__(self, stage: Stage, job: Job, judge: Judge, checkpoints: Checkpoints):
-        self.stage, self.job, self.judge, self.checkpoints = stage, job, judge, checkpoints
+    def __init__(
+        self, stage: Stage, job: Job, judge: Judge, checkpoints: Checkpoints, state: Any, stack: contextlib.ExitStack
+    ):
+        """Opens the files of the run and goes on from its checkpoint, or validates and saves step 0."""
+        self.stage, self.job, self.judge, self.checkpoints, self.state = stage, job, judge, checkpoints, state
         self.row: dict[str, float] = {}  # the last row of metrics
         self.history: list[dict[str, Any]] = []  # all rows of a resumed run's steps, then those with validations
-        self.rules = alerts.parse(stage.config.alerts)
-
-    def open(self, state: State, stack: contextlib.ExitStack) -> State:
-        """Opens the files of the run and goes on from its checkpoint, or validates and saves step 0."""
-        config, run, resume_step = self.stage.config, self.stage.run, None
+        config, run, resume_step = stage.config, stage.run, None
         if run.resumed:
-            state, meta = self.checkpoints.restore(state)
+            self.state, meta = checkpoints.restore(state)
             self.done, self.row = meta["step"], meta["metrics"]
             resume_step = self.done
             self.history = [row for row in records.read_rows(run.metrics) if row["step"] <= self.done]
-            finished = " (finished already)" if self.done >= self.job.num_steps else ""
-            print(f"resumed from step {self.done} of {self.job.num_steps}{finished}", flush=True)
+            finished = " (finished already)" if self.done >= job.num_steps else ""
+            print(f"resumed from step {self.done} of {job.num_steps}{finished}", flush=True)
         tracked = config.track if processes.is_first() else ()
         services = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
-        show, label, total = self.job.show, self.stage.name, self.job.num_steps
+        show, label, total = job.show, stage.name, job.num_steps
         tracker = Tracker(run, total=total, resume_step=resume_step, label=label, show=show, services=services)
         self.tracker = stack.enter_context(tracker)
         self.alert_rows = stack.enter_context(contextlib.closing(RowWriter(run.path / "alerts.jsonl", resume_step)))
         # A resumed run's rules see the rows before its checkpoint again, and go on from there.
+        self.rules = alerts.parse(config.alerts)
         self.watches, _ = alerts.replay(self.rules, self.history)
         if not run.resumed:
             seed_libraries(config.seed, 0)
-            self._record(self._validation(state))
+            self._record(self._validation())
             self.history.append(self.row)
-            self._save(state)
-            self.checkpoints.wait()  # before the first update, also if saves are asynchronous
-        self.ended = self.judge.stops(self.history)
-        return state
+            self._save()
+            checkpoints.wait()  # before the first update, also if saves are asynchronous
+        self.ended = judge.stops(self.history)
 
     @property
     def going_on(self) -> bool:
         """Whether another step follows."""
         return self.done < self.job.num_steps and not self.ended
 
-    def step(self, state: Any) -> Any:
+    def step(self) -> None:
         """One step with its row of metrics, and a validation if one is due."""
         started = time.perf_counter()
         seed_libraries(self.stage.config.seed, self.done + 1)
-        state, metrics = self.job.advance(state, self.done)
+        self.state, metrics = self.job.advance(self.state, self.done)
         self.done += 1
         finite = not float(metrics["nonfinite"]) > 0
         self.tracker.timing(self.done, {"timing/step": time.perf_counter() - started})
         last = self.done == self.job.num_steps
         self.validated = finite and (last or self.done % self.job.validation_interval == 0)
-        validation = self._validation(state) if self.validated else {}
+        validation = self._validation() if self.validated else {}
         recorded = {"step"}.union(self.row, *self.history)
-        self._record({**metrics, **self.judge.metrics(state), **validation})
+        self._record({**metrics, **self.judge.metrics(self.state), **validation})
         if self.validated:
             self.history.append(self.row)
-            state, self.ended = self.judge.lowered(state, self.history), self.judge.stops(self.history)
+            self.state = self.judge.lowered(self.state, self.history)
+            self.ended = self.judge.stops(self.history)
         if not finite:
             self._refuse()
         if not self.rules_checked:
             self.rules_checked = True
             for sentence in alerts.check_metrics(self.rules, recorded | self.row.keys()):
                 self.tracker.print(sentence)
-        return state
 
-    def save_if_due(self, state: Any, received: int) -> None:
+    def save_if_due(self, received: int) -> None:
         """Saves at the end, at the interval, for a signal or an alert, and after validations under ``keep_best``."""
         config = self.stage.config
         due = received or not self.going_on or any(watch.stops for watch in self.watches)
         if due or self.done % config.checkpoint_interval == 0 or (self.validated and config.keep_best):
-            self._save(state)
+            self._save()
         self.obey_alerts()
 
     def obey_alerts(self) -> None:
@@ -184,24 +180,24 @@ class _Loop:
                 f"    {resume_command()} --allow-changed alerts --alerts RULE..."
             )
 
-    def result(self, state: State) -> tuple[State, dict[str, float]]:
+    def result(self) -> tuple[Any, dict[str, float]]:
         """The last state and row, or those of the best checkpoint; says why the run ended early, and which it is."""
         metric, best = self.judge.metric, self.checkpoints.best()
         if self.ended and self.done < self.job.num_steps:
             waited = f"{metric} has not improved for {self.judge.stop_after} validations"
             self.tracker.print(f"ended early, after step {self.done} of {self.job.num_steps}: {waited}")
         if best is None:
-            return state, self.row
-        state, meta = self.checkpoints.restore(state, best)
+            return self.state, self.row
+        state, meta = self.checkpoints.restore(self.state, best)
         score = meta["metrics"][metric]
         self.tracker.print(f"{metric} is best at step {best}: {score:.4g}; model/ is of that step")
         return state, meta["metrics"]
 
-    def _validation(self, state: Any) -> dict[str, float]:
+    def _validation(self) -> dict[str, float]:
         if self.job.validate is None:
             return {}
         started = time.perf_counter()
-        metrics, samples = self.job.validate(state)
+        metrics, samples = self.job.validate(self.state)
         self.tracker.samples(self.done, samples)
         self.tracker.timing(self.done, {"timing/validation": time.perf_counter() - started})
         if (self.judge.used or self.stage.config.keep_best) and self.judge.metric not in metrics:
@@ -217,10 +213,10 @@ class _Loop:
             self.tracker.print(f"alert at step {self.done}: {alert.name}: {alert.message}")
             self.tracker.alert(self.done, f"{alert.name}: {alert.message}")
 
-    def _save(self, state: Any) -> None:
+    def _save(self) -> None:
         self.tracker.sync()
         self.alert_rows.sync()
-        self.checkpoints.save(self.done, state, {"step": self.done, "metrics": self.row})
+        self.checkpoints.save(self.done, self.state, {"step": self.done, "metrics": self.row})
 
     def _refuse(self) -> None:
         """Ends the run after an update that was not finite and so was not applied."""
