@@ -251,11 +251,8 @@ def test_a_signal_finishes_the_step_and_saves(number, config, tmp_path, monkeypa
         (["--ppo.kl-loss-estimator", "k1"], "ppo: kl_loss_estimator 'k1'"),
         (["--ppo.aggregate", "fixed"], "length: aggregate 'fixed' needs a length"),
         (["--rl.batch-size", "30"], "rl.batch_size 30 does not divide by 4 devices; use 28 or 32"),
-        (["--rl.temperature", "0"], "rl.temperature must be above 0"),
         (["--rl.top-p", "0.9"], "allow_truncated_sampling"),
         (["--rl.num-iterations", "0"], "num_iterations must be at least 1"),
-        (["--rl.validation-fraction", "1"], "validation_fraction must be at least 0 and below 1"),
-        (["--text.template", "no placeholder"], "template must contain {prompt}"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_happens(flags, message, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from rlhf_jax import generator, models
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import batches, encoding
+from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Prompt
 from rlhf_jax.training import ensembles, initial, scoring, supervised
 from rlhf_jax.training.loop import Validation
@@ -44,14 +44,14 @@ def run(config: RunConfig) -> RunResult:
 def _task(setting: supervised.Setting) -> supervised.Task:
     stage, encoded, held_out = setting.stage, setting.encoded, setting.held_out
     config, settings, (model, params, tokenizer) = stage.config, stage.config.reward_model, setting.initial
-    size, multiple, is_ensemble = settings.ensemble_size, config.text.bucket_multiple, settings.ensemble_size > 1
+    is_ensemble = settings.ensemble_size > 1
     starts = ensembles.starts(config, model, params, stage.key("init"))
     start = stage.place(starts[0])
     score_fn = start.bind(models.score_fn(model))
-    score_pairs = scoring.pair_scorer(score_fn, size)
+    score_pairs = scoring.pair_scorer(score_fn, settings.ensemble_size)
 
     def validate(state: TrainState) -> Validation:
-        sizes = {"batch_size": settings.batch_size, "bucket_multiple": multiple}
+        sizes = {"batch_size": settings.batch_size, "bucket_multiple": config.text.bucket_multiple}
         scores = scoring.score_rows(score_pairs, state.params, encoded, held_out, shard=stage.shard, **sizes)
         values = {}
         if is_ensemble:
@@ -73,15 +73,19 @@ def _task(setting: supervised.Setting) -> supervised.Task:
             members = {name: _normalized(score, params, samples) for name, params in members.items()}
         return members
 
-    batch, update = None, ensembles.update_members if is_ensemble else reward_model.update
     if is_ensemble:
-        state, weighted = ensembles.create([one.params for one in starts], setting.optimizer), _weighted(setting)
-        batch = lambda numbers: stage.shard(batches.comparison_batch(weighted, numbers, multiple))  # noqa: E731
+        state = ensembles.create([member.params for member in starts], setting.optimizer)
     else:
         state = TrainState.create(start.params, setting.optimizer)
+    update = ensembles.update_members if is_ensemble else reward_model.update
     jitted = stage.jit_update(functools.partial(update, optimizer=setting.optimizer, config=settings))
     return supervised.Task(
-        start, state, functools.partial(jitted, score_fn=score_fn), validate, trained=trained, batch=batch
+        start,
+        state,
+        functools.partial(jitted, score_fn=score_fn),
+        validate,
+        trained=trained,
+        train_on=_weighted(setting) if is_ensemble else None,
     )
 
 

@@ -32,7 +32,7 @@ class Task(NamedTuple):
     validate: Callable[[Any], Validation]  # (state)
     reference: Any = None  # a pytree with the parameters of the reference
     trained: Callable[[Any], Mapping[str, Params]] = lambda state: {"": state.params}  # see Stage.finish
-    batch: Callable[[np.ndarray], Any] | None = None  # of training, if it differs from the setting's
+    train_on: Any = None  # in place of the setting's encoded rows, row by row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +96,16 @@ def run(
         plan = batches.Plan(encoded.lengths[train_rows], settings.batch_size, order_key, text.bucket_multiple)
         num_steps = settings.num_epochs * plan.steps_per_epoch
 
-        def batch_of(numbers: np.ndarray) -> Any:
-            return stage.shard(to_arrays(encoded, numbers, text.bucket_multiple))
+        def batch_of(numbers: np.ndarray, rows: Any = None) -> Any:
+            return stage.shard(to_arrays(encoded if rows is None else rows, numbers, text.bucket_multiple))
 
         def rows_of(step: int) -> np.ndarray:
             numbers = plan.rows(step)
             return np.where(numbers == batches.ABSENT, numbers, train_rows[numbers])
 
         def advance(state: Any, step: int) -> tuple[Any, Metrics]:
-            return task.update(state, (task.batch or batch_of)(rows_of(step)), jax.random.fold_in(update_key, step))
+            batch = batch_of(rows_of(step), task.train_on)
+            return task.update(state, batch, jax.random.fold_in(update_key, step))
 
         optimizer, size = make_optimizer(settings.optimizer, num_steps), settings.batch_size
         task = make_task(
