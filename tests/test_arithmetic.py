@@ -10,7 +10,7 @@ import arithmetic
 import pytest
 from test_scripts import ROOT, rows, run
 
-from rlhf_jax.data import readers
+from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
 
 DATA = os.environ.get("RLHF_JAX_DATA")
@@ -41,7 +41,7 @@ def test_answers_are_right_by_the_words_of_the_problem(tmp_path):
 
 def test_no_two_problems_are_the_same_so_that_what_is_held_out_is_new(tmp_path):
     arithmetic.write(tmp_path)
-    result = readers.read_prompts(tmp_path / "prompts.json")
+    result = formats.read("prompts", tmp_path / "prompts.json")
     assert len({row.prompt for row in result.rows}) == result.kept == 4000
     assert {type(row.columns["answer"]) for row in result.rows} == {int}
 

@@ -32,6 +32,11 @@ def test_the_cpu_is_taken_where_there_is_nothing_else_or_it_was_asked_for(monkey
     devices.choose(None)
 
 
+def test_an_apple_gpu_is_refused_with_what_to_give_instead():
+    with pytest.raises(UserError, match=r"--device mps: JAX has no maintained backend.*--device cpu"):
+        devices.choose("mps")
+
+
 def test_nvidia_smi_is_understood(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'NVIDIA H200, 580.65.06'\necho 'NVIDIA H200, 580.65.06'\n")

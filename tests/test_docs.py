@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 import tyro
 import yaml
+from shakespeare import ShakespeareConfig
 
 from rlhf_jax import cli, config
 from rlhf_jax.data import check, demo
@@ -153,15 +154,45 @@ def test_tables_name_real_keys_and_their_defaults(path):
         assert value == yaml.safe_load(default.replace("\\|", "|")), f"{name(path)}: {key} is {value!r} by default"
 
 
+def all_flags():
+    """All settings as the dotted flags that set them, without ``--``."""
+
+    def walk(section, prefix):
+        for key, value in section.items():
+            flag = prefix + key.replace("_", "-")
+            yield from walk(value, f"{flag}.") if isinstance(value, dict) else [flag]
+
+    return set(walk(yaml.safe_load(config.to_yaml(ShakespeareConfig())), ""))
+
+
+def test_every_flag_of_the_pipeline_is_mapped_to_one_that_exists():
+    page = (ROOT / "docs" / "coming_from.md").read_text("utf-8")
+    section = page.partition("## RLHF pipeline")[2].partition("\n## ")[0]
+    theirs = "model_name data_path output_dir num_epochs batch_size base_model sft_model_path reward_model_path"
+    assert set(re.findall(r"`--(\w+)`", section)) >= {*theirs.split(), "prompts_path", "num_episodes", "use_wandb"}
+    assert set(re.findall(r"--([a-z][a-z0-9-]*(?:\.[a-z0-9-]+)+)", page)) <= all_flags()
+
+
+def test_troubleshooting_turns_settings_that_exist():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    parts = re.split(r"^## (.*)$", page, flags=re.MULTILINE)
+    assert parts[1:8:2] == ["Out of memory", "Reward hacking", "Mode collapse", "Poor results"]
+    for heading, text in zip(parts[1:8:2], parts[2:9:2], strict=True):
+        assert "| look at |" in text
+        turned = re.findall(r"^\| `--([\w.-]+)", text, re.MULTILINE)
+        assert len(turned) >= 3, heading
+        assert set(turned) <= all_flags(), heading
+
+
 @each(lambda path: [block for block in blocks(path) if block.language == "json"])
 def test_an_example_of_data_is_read(path, block, tmp_path):
     file = tmp_path / "example.jsonl"
     file.write_text(block.text, "utf-8")
     report = check.check([str(file)])
-    assert report.num_problems == 0, report.files[0].problems
-    assert report.files[0].num_records == 2
-    assert not report.files[0].dropped
-    assert check.UNKNOWN not in report.files[0].forms
+    assert report.num_problems == 0, report.text
+    assert "example.jsonl: JSON lines, 2 rows," in report.text
+    assert "dropped" not in report.text
+    assert "no known form" not in report.text
 
 
 def slug(heading):

@@ -161,12 +161,8 @@ def test_members_start_apart(config):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
-def test_a_stopped_ensemble_resumes_to_the_same_bytes_and_ppo_takes_its_least_score(
-    config,  # noqa: F811
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
+def test_ppo_on_the_least_score_of_an_ensemble(config, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The ensemble's own run is stopped, and resumes to the same bytes."""
     stage = dataclasses.replace(config.reward_model, ensemble_size=2, num_epochs=1, validation_interval=3)
     config = dataclasses.replace(config, reward_model=stage)
 

@@ -1,5 +1,6 @@
 """The evaluation suite: its rows by hand, its data's errors, and whole evaluations of models with random weights."""
 
+import dataclasses
 import json
 import math
 import os
@@ -53,6 +54,32 @@ def test_refusals_and_uncertainty_are_counted_by_label():
     ]
 
 
+def said(*texts):
+    """One response to each prompt "Pasta?", scored 2, 1, 0, ..."""
+    lengths = np.array([[len(text.split())] for text in texts])
+    scores = np.arange(2.0, 2.0 - len(texts), -1.0)[:, None]
+    return Responses(["Pasta?"] * len(texts), [[text] for text in texts], lengths, lengths > 0, scores)
+
+
+def test_helpfulness_by_hand():
+    found = values(measures.helpfulness(said("Boil the water.", ""), KEY))  # boil and water are new
+    expected = {"quality": 1.5, "new_content_words": 1, "response_tokens": 1.5, "ended": 0.5, "empty": 0.5}
+    assert {metric: found["helpfulness", metric] for metric in expected} == expected
+    assert found["helpfulness", "lexical_density"] == pytest.approx(2 / 3 / 2)
+    unscored = values(measures.helpfulness(said("", "")._replace(scores=None), KEY))
+    assert ("helpfulness", "quality") not in unscored
+
+
+def test_diversity_by_hand():
+    found = values(measures.diversity(said("one two three four", "one two three four"), KEY))
+    assert [found["diversity", f"distinct_{n}"] for n in (1, 2, 3)] == [0.5] * 3
+    assert (found["diversity", "self_bleu"], found["diversity", "repetition"]) == (1, 0)
+    found = values(measures.diversity(said("one two three four", "a b c a b c"), KEY))
+    assert found["diversity", "distinct_1"] == 7 / 10
+    assert found["diversity", "self_bleu"] < 0.5
+    assert found["diversity", "repetition"] == (0 + 1 / 4) / 2
+
+
 def test_a_prompts_samples_are_one_unit():
     row = measures.mean("c", "m", [[1.0, 3.0], [5.0, np.nan], [np.nan, np.nan]], KEY)
     assert (row.value, row.n) == (3.5, 2)
@@ -100,6 +127,7 @@ def test_win_rate_compares_all_samples_of_a_prompt():
     rate, difference = measures.win_rate(ours, theirs, KEY, "other")
     assert rate.value == ((0.5 + 1 + 1 + 1) / 4 + (1 + 0) / 2) / 2  # what has no score is in no pair
     assert difference.value == ((0 + 2) / 2 + 1) / 2
+    assert rate.low < rate.value < rate.high
 
 
 # --- Data -----------------------------------------------------------------------------------------------------------
@@ -267,6 +295,9 @@ def test_what_is_not_given_is_named_and_changes_nothing_else(folders, tmp_path):
     assert {key: others[key] for key in values(result.rows) if key in others and others[key] is not None} == {
         key: value for key, value in values(result.rows).items() if value is not None
     }
+    samples = (tmp_path / evaluate.SAMPLES).read_bytes()
+    evaluate.run(str(folders / "run"), dataclasses.replace(more, seed=1))
+    assert (tmp_path / evaluate.SAMPLES).read_bytes() != samples
     only = config(folders, output=str(tmp_path), prompts=(), reward_model=None, categories=None)
     notes = {(row.category, row.metric): row.note for row in evaluate.run(str(folders / "run"), only).rows}
     assert notes["helpfulness", "quality"] == "not run: give --reward-model FOLDER"
@@ -318,7 +349,7 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
         ({"num_samples": 0}, "--num-samples must be at least 1, got 0"),
         ({"template": "x"}, "--template must contain {prompt}, got 'x'"),
         ({"against": "x", "reward_model": None}, "--against: a win rate needs --reward-model"),
-        ({"reward_model": "run"}, "--reward-model .*run/model: this model has no score head"),
+        ({"reward_model": "run"}, "run/model: this model has no score head"),
         ({"max_new_tokens": 60}, "the prompt has 12 tokens, more than the 4 allowed"),
         ({"categories": "broken.yaml"}, "broken.yaml: tea.score mine.py:none: no such file"),
     ],

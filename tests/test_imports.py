@@ -17,7 +17,7 @@ LAYERS = [
     {"rollout", "rewards"},
     {"algorithms"},
     {"runs"},
-    {"data", "config", "config_files", "flags"},
+    {"data", "config"},
     {"report", "generator"},
     {"training"},
     {"evaluation"},

@@ -167,7 +167,7 @@ def test_best_of_n_is_what_enumeration_says():
     @jax.jit
     def run(key):
         return sampling.best_of_n(
-            tiny.MODEL, tiny.params(), one, one, key, tiny.SAMPLING, n=4, reward_fn=tiny.reward_fn
+            tiny.MODEL, tiny.params(), one, one, key, config=tiny.SAMPLING, n=4, reward_fn=tiny.reward_fn
         )[0]
 
     best = run(KEY)

@@ -77,7 +77,7 @@ def test_pad_is_eos(tmp_path):
     np.testing.assert_array_equal(eos.sum(axis=1), [1, 1])
     assert batch.response_mask[eos].all()
     assert not batch.response_mask[batch.tokens == tokenizer.pad_id].any()
-    with pytest.raises(ValueError, match="pad_id and eos_id must differ"):
+    with pytest.raises(ValueError, match="pad_id must be different from eos_id"):
         sampling.SamplingConfig(max_new_tokens=2, eos_id=1, pad_id=1)
 
 

@@ -13,7 +13,7 @@ from test_models import perturbed, stack_layers
 
 from rlhf_jax import TrainState, models, ppo, rewards, rollout, sampling
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import llama
+from rlhf_jax.models import llama, stack
 
 CONFIG = models.LlamaConfig(
     vocab_size=13, max_length=16, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=12
@@ -45,8 +45,15 @@ def test_frequencies_by_hand():
     np.testing.assert_allclose(llama.frequencies(dataclasses.replace(config, rope_scaling=LLAMA3)), expected, rtol=1e-6)
 
 
-def test_logits_depend_on_distances_alone():
-    """Rotary positions: the same tokens later in the row, behind pads, have the same logits."""
+def test_rotation_by_hand():
+    """(x, y) turned by an angle a is (x cos a - y sin a, y cos a + x sin a)."""
+    angle = jnp.full((1, 1, 1, 2), 0.3)
+    turned = stack.rotate(jnp.array([[[[1.0, 2.0]]]]), (jnp.cos(angle), jnp.sin(angle)))
+    expected = [math.cos(0.3) - 2 * math.sin(0.3), 2 * math.cos(0.3) + math.sin(0.3)]
+    np.testing.assert_allclose(turned[0, 0, 0], expected, rtol=1e-6)
+
+
+def test_pads_change_no_logits_and_the_order_of_tokens_does():
     model, params = tiny()
     tokens = some_tokens(2, 5)
     padded, mask = np.full((2, 9), 99), np.zeros((2, 9), np.int32)

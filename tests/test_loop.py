@@ -2,12 +2,14 @@
 
 import dataclasses
 import errno
+import random
 import signal
 from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from test_training import Killed
@@ -200,6 +202,22 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_run_goes_on(config, mo
         with pytest.raises(TrainingFault, match=message):
             run_loop(config, before_step=fill)
     assert run_loop(dataclasses.replace(config, resume=True))[0] == 6
+
+
+def test_other_generators_are_seeded_by_the_seed_and_the_step(config):
+    """What a reward in Python draws is the same in a run that goes on from a checkpoint."""
+    drawn = []
+
+    def draw(state, step):
+        drawn.append((random.random(), np.random.random()))  # noqa: NPY002 (what is seeded)
+
+    run_loop(config, before_step=draw)
+    with pytest.raises(Killed):
+        run_loop(dataclasses.replace(config, overwrite=True), die_at=3)
+    run_loop(dataclasses.replace(config, resume=True), before_step=draw)
+    assert drawn[6:] == drawn[2:6]
+    run_loop(dataclasses.replace(config, overwrite=True, seed=6), before_step=draw)
+    assert len({number for pair in drawn for number in pair}) == 2 * 12
 
 
 def test_other_errors_of_the_system_pass_through(config):

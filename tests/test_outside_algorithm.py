@@ -58,7 +58,7 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # 
     page.write([straight.folder], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text("utf-8")
     assert "policy/clip_fraction" in text
-    assert algorithm.__name__ in text
+    assert json.loads((straight.folder / "manifest.json").read_text("utf-8"))["stage"] == algorithm.__name__
 
 
 def test_ppo_under_another_name_is_ppo(config, tmp_path):  # noqa: F811

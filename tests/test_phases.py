@@ -82,7 +82,7 @@ def test_kl_coefficient_follows_the_kl():
     assert float(metrics["kl/coef"]) == pytest.approx(0.1)  # the one that shaped these rewards
 
 
-def test_without_a_reference_the_reward_is_the_score():
+def test_vpg_subtracts_its_moving_baseline():
     collect, learn = (jitted(phase, vpg, RLStage(), vpg.Config()) for phase in (phases.collect, phases.learn))
     loop, alone = start(vpg, kl_coef=0.0), functions(reference=False)
     rollout, _ = collect(loop, prompts(), jax.random.key(3), alone)

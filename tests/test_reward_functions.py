@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from rlhf_jax.config import Compute, Tokenizer
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.rewards import spec
-from rlhf_jax.training import reward_functions
+from rlhf_jax.training import initial
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -203,15 +204,16 @@ def test_the_files_behind_a_reward(pair, functions, tmp_path, monkeypatch):
 
 
 def test_a_model_is_loaded_with_its_score_head(tmp_path):
+    load_model = partial(initial.load_reward_model, compute=Compute())
     model = models.build(models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
     params = model.init(jax.random.key(0))
     models.save(tmp_path, model, params)
     TOKENIZER.save(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}: this model has no score head"):
-        reward_functions.build((str(tmp_path),), TOKENIZER, Compute(), ())
+        spec.build((str(tmp_path),), tokenizer=TOKENIZER, load=load_model, columns=())
     params = models.add_head(jax.random.key(1), params, "score")
     models.save(tmp_path, model, params)
-    scores, _ = reward_functions.build((str(tmp_path),), TOKENIZER, Compute(), ()).fn(rollout())
+    scores, _ = spec.build((str(tmp_path),), tokenizer=TOKENIZER, load=load_model, columns=()).fn(rollout())
     expected = models.score_fn(model)(params, rollout().tokens, rollout().attention_mask, None)
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 

@@ -44,6 +44,7 @@ def test_token_count_by_hand():
     np.testing.assert_array_equal(scores_of(rewards.token_count(5), a_rollout()), [2, 5, 0, 3])
     np.testing.assert_array_equal(scores_of(rewards.token_count(5, cap=3), a_rollout()), [2, 3, 0, 3])
     np.testing.assert_array_equal(scores_of(rewards.token_count(5, include_prompt=False), a_rollout()), [1, 4, 0, 0])
+    np.testing.assert_array_equal(scores_of(rewards.token_count(5), responses([5] * 120)), [100])
     # A pad is no token, even when its id is the one that is counted.
     np.testing.assert_array_equal(scores_of(rewards.token_count(PAD), a_rollout()), [0, 0, 0, 0])
 

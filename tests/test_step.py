@@ -104,16 +104,17 @@ def test_the_callers_state_comes_back():
     assert (after.seen, after.step) == (5.0, 1)
 
 
-def test_the_optimizer_gets_the_loss():
+@pytest.mark.parametrize(("learning_rate", "expected"), [(0.0, [1.0, 1.0, 0.5, 0.5]), (0.5, [1.0] * 4)])
+def test_the_optimizer_gets_the_loss(learning_rate, expected):
     """optax's extra-args protocol: the plateau halves the step after two losses that did not fall."""
-    optimizer = optax.chain(optax.sgd(0.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=2))
+    optimizer = optax.chain(optax.sgd(learning_rate), optax.contrib.reduce_on_plateau(factor=0.5, patience=2))
     state = TrainState.create({"w": jnp.array(1.0)}, optimizer)
     step = jax.jit(lambda state: gradient_step(half_square, state, optimizer))
     scales = []
     for _ in range(4):
         state, _ = step(state)
         scales.append(float(state.opt_state[1].scale))
-    assert scales == [1.0, 1.0, 0.5, 0.5]
+    assert scales == expected
 
 
 @pytest.mark.parametrize("loss", [jnp.float32(1.0), (Mean.of(1.0), jnp.float32(1.0))])
