@@ -31,8 +31,7 @@ from rlhf_jax.report import figures, page, records
 from rlhf_jax.report.plots import reward_against_kl
 from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.training import initial, pipeline, stage
-from rlhf_jax.training.reward_model import evaluate, pair_scorer
-from rlhf_jax.training.stage import start
+from rlhf_jax.training.scoring import pair_scorer, report, score_rows
 from rlhf_jax.types import Rollout
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -70,7 +69,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     folder = Path(config.output_dir or "runs/quickstart")
     pipeline.check_folder(folder, config)
     data = folder / "data"
-    start(config)
+    stage.set_up(config)
     demo.write(data, seed=config.seed, shuffle_labels=config.shuffle_labels)
     stages = pipeline.run_stages(dataclasses.replace(config, data=(str(data),)), folder)
     prompts = formats.read("prompts", str(data / "heldout_prompts.json")).rows
@@ -111,7 +110,9 @@ def judge(model_folder: str, data: Path, rollout: Rollout, config: RunConfig) ->
     rows = formats.read("pairs", str(data / "heldout_preference_data.json")).rows
     pairs = encoding.encode_comparisons(rows, tokenizer, template=config.text.template)
     sizes = {"batch_size": config.reward_model.batch_size, "bucket_multiple": config.text.bucket_multiple}
-    preference = evaluate(pair_scorer(model), params, pairs, np.arange(len(pairs)), **sizes)
+    numbers = np.arange(len(pairs))
+    learned = score_rows(pair_scorer(models.score_fn(model)), params, pairs, numbers, **sizes)
+    preference = report(pairs, numbers, learned)
     scores = jax.jit(models.score_fn(model))(params, rollout.tokens, rollout.attention_mask, None)
     return preference, np.asarray(scores)
 

@@ -41,7 +41,6 @@ from rlhf_jax.rewards import spec
 from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.training import dpo, initial, pipeline, rl
 from rlhf_jax.training import stage as stages
-from rlhf_jax.training.stage import start
 from rlhf_jax.types import Params, Rollout
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sentiment.yaml"
@@ -314,7 +313,7 @@ def run(config: SentimentConfig) -> dict[str, Any]:
     lexicon = read_lexicon(config.lexicon)
     if not (config.overwrite and (folder / "base").is_dir()):
         pipeline.check_folder(folder, config)
-    start(config)
+    stages.set_up(config)
     model, params, tokenizer = initial.load_language_model(config.model, config.compute)
     host = rewards.from_text(lambda prompts, responses: [valence(lexicon, text) for text in responses], tokenizer)
     prompts = beginnings(config, model, params, tokenizer)

@@ -17,7 +17,7 @@ from tabular import VOCAB_SIZE, comparisons, numbers, policy_fn, policy_params, 
 
 from rlhf_jax import dpo, grpo, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.config import RLStage
-from rlhf_jax.training import rl
+from rlhf_jax.training import phases
 from rlhf_jax.types import Demonstrations, PolicyOutput
 
 ROWS, LENGTH = 8, 4
@@ -246,8 +246,8 @@ def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations(
     batch = batch.replace(
         ref_log_probs=batch.log_probs - math.log(2), rewards=None, scores=jnp.array([1.0, 2.0, math.nan])
     )
-    loop = rl.LoopState.create(vpg.State.create(policy_params(0), optimizer), 0.15)
-    learn = functools.partial(rl.learn, algorithm=vpg, algorithm_config=vpg.Config(), policy_fn=policy_fn)
+    loop = phases.LoopState.create(vpg.State.create(policy_params(0), optimizer), 0.15)
+    learn = functools.partial(phases.learn, algorithm=vpg, algorithm_config=vpg.Config(), policy_fn=policy_fn)
     loop, metrics = jax.jit(functools.partial(learn, optimizer=optimizer, config=RLStage(kl_target=0.5)))(
         loop, batch, jax.random.key(0)
     )

@@ -35,7 +35,7 @@ from rlhf_jax import dpo, grpo, models, ops, ppo, reward_model, rewards, rloo, s
 from rlhf_jax.algorithms.step import minibatch_epochs
 from rlhf_jax.config import RLStage
 from rlhf_jax.rollout import rescore
-from rlhf_jax.training import rl
+from rlhf_jax.training import phases
 from rlhf_jax.types import Comparisons, Demonstrations, TrainState
 
 KEY = jax.random.key(7)
@@ -383,7 +383,7 @@ def test_no_iteration_holds_weights(name):
     if "LoRA" in name:
         trained, base, bound = models.lora.init(KEY, params, rank=2), params, models.lora.bind(policy, params)
     iteration = partial(
-        rl.iteration,
+        phases.iteration,
         model=model,
         sampling_config=sampling.SamplingConfig(max_new_tokens=4, eos_id=1, pad_id=0),
         algorithm=algorithm.module,
@@ -392,7 +392,7 @@ def test_no_iteration_holds_weights(name):
         config=RLStage(),
     )
     tokens = jnp.full((16, 3), 2)
-    prompts = rl.Prompts(tokens, jnp.ones_like(tokens), jnp.arange(16))
-    loop = rl.LoopState.create(TrainState.create(trained, SGD), 0.1)
+    prompts = phases.Prompts(tokens, jnp.ones_like(tokens), jnp.arange(16))
+    loop = phases.LoopState.create(TrainState.create(trained, SGD), 0.1)
     carried = Partial(policy, params), rewards.from_model(models.score_fn(model), params), bound, base
     assert largest_constant(jax.jit(iteration), loop, prompts, KEY, KEY, *carried) < 1_000_000

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from test_training import Killed
 
 from rlhf_jax import sharding
 from rlhf_jax.config import RunConfig, Tokenizer, parse
@@ -20,10 +21,6 @@ from rlhf_jax.runs import checkpoint
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training import loop
 from rlhf_jax.training.stage import open_stage
-
-
-class Killed(BaseException):
-    """Stands for the process's end: nothing catches it."""
 
 
 def run_loop(

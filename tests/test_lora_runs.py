@@ -3,72 +3,38 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_training import FAST, TINY, Killed, interrupt, outputs
+from test_training import TINY, Killed, config, data, interrupt, outputs, save_base, stages  # noqa: F401 (fixtures)
 
 from rlhf_jax import models, ppo, training, vpg
-from rlhf_jax.config import DPOStage, LoRA, RewardModelStage, RLStage, RunConfig, SFTStage, Text, parse
-from rlhf_jax.data import demo, tokenizers
+from rlhf_jax.config import LoRA, RunConfig, Tokenizer, parse
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    demo.write(folder, num_demonstrations=72, num_pairs=72, num_prompts=48)
-    tokenizer = tokenizers.train_bpe([(folder / "sft_data.json").read_text("utf-8")], 300)
-    model = models.build(
-        models.GPT2Config(
-            vocab_size=tokenizer.vocab_size,
-            max_length=128,
-            hidden_size=16,
-            num_layers=2,
-            num_heads=2,
-            pad_token_id=tokenizer.pad_id,
-            eos_token_id=tokenizer.eos_id,
-        )
-    )
-    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.init(jax.random.key(0)))
-    models.save(folder / "base", model, base)
-    tokenizer.save(folder / "base")
-    supervised = {"batch_size": 16, "optimizer": FAST, "validation_fraction": 0.2, "validation_interval": 4}
-    return RunConfig(
-        data=(str(folder),),
-        model=str(folder / "base"),
+@pytest.fixture
+def lora_config(config, data, tmp_path):  # noqa: F811
+    return dataclasses.replace(
+        config,
+        model=save_base(tmp_path / "base", data, num_layers=2, dtype=jnp.bfloat16),
+        tokenizer=Tokenizer(),
         lora=LoRA(rank=2, alpha=4.0),
-        checkpoint_interval=2,
-        text=Text(bucket_multiple=128),
-        sft=SFTStage(**supervised),
-        reward_model=RewardModelStage(**supervised, normalize_samples=16),
-        dpo=DPOStage(**supervised),
-        reward=("count:e",),
-        rl=RLStage(
-            num_iterations=6, batch_size=16, max_new_tokens=4, optimizer=FAST, validation_interval=3, kl_coef=0.01
-        ),
+        reward_model=dataclasses.replace(config.reward_model, normalize_samples=16),
+        rl=dataclasses.replace(config.rl, num_iterations=6, kl_coef=0.01, kl_target=None),
         ppo=ppo.Config(num_epochs=2, num_minibatches=2, shuffle_blocks=4),
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "run",
-    [
-        pytest.param(training.sft.run, id="sft"),
-        pytest.param(training.reward_model.run, id="reward_model"),
-        pytest.param(training.dpo.run, id="dpo"),
-        pytest.param(lambda config: training.rl.run(config, vpg), id="vpg"),
-    ],
-)
-def test_a_run_saves_the_merged_model_and_its_adapters(run, config, tmp_path):
-    done = run(dataclasses.replace(config, output_dir=str(tmp_path / "run")))
-    _, base = models.load(config.model)
+@stages()
+def test_a_run_saves_the_merged_model_and_its_adapters(run, lora_config):
+    done = run(lora_config)
+    _, base = models.load(lora_config.model)
     _, merged = models.load(done.model_folder)
     adapters = lora.load(done.folder / "adapter", base)
     kernels = [path for path in flatten_dict(base) if path[-1] == "kernel"]
@@ -85,9 +51,10 @@ def test_a_run_saves_the_merged_model_and_its_adapters(run, config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_with_it(config, tmp_path, monkeypatch):
-    settings = dataclasses.replace(config.rl, reference_refresh=2)
-    config = dataclasses.replace(config, rl=settings, output_dir=str(tmp_path / "straight"))
+def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_with_it(
+    lora_config, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(lora_config, rl=dataclasses.replace(lora_config.rl, reference_refresh=2))  # noqa: F811
     straight = training.rl.run(config, ppo)
     rows = [json.loads(line) for line in (straight.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     kl = {row["step"]: abs(row["objective/kl"]) for row in rows if "objective/kl" in row}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_training import Killed
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import Optimizer, RLStage, RunConfig
@@ -62,10 +63,7 @@ def test_matrices_are_decayed_and_nothing_else():
     ("values", "patience", "times"),
     [
         ([], 1, 0),
-        ([5.0], 1, 0),
         ([5.0, 5.0], 1, 1),  # equal is no improvement
-        ([5.0, 4.0, 4.5, 4.0], 3, 0),
-        ([5.0, 4.0, 4.5, 4.0], 2, 1),
         ([5.0, 4.0, 4.5, 3.0, 4.0], 2, 0),  # a new minimum starts the count anew
         ([1.0, 2.0, 2.0, 2.0, 2.0, 2.0], 2, 2),
         ([float("nan"), 2.0, 1.0], 1, 1),
@@ -94,7 +92,6 @@ def test_plateau_as_optax_lowers():
     [
         ({"schedule": "step"}, "the schedule step needs decay_every"),
         ({"decay_every": 3}, "the schedule step needs decay_every"),
-        ({"schedule": "step", "decay_every": 0}, "decay_every must be at least 1"),
         ({"schedule": "plateau", "decay_patience": 0}, "decay_patience must be at least 1"),
         ({"decay_factor": 1.0}, "decay_factor must be above 0 and below 1, got 1.0"),
     ],
@@ -108,10 +105,6 @@ def test_settings_of_schedules(values, message):
 
 # min:validation/loss: the best is at step 2; step 5 is the third validation in a row without improvement.
 LOSSES = [4.0, 3.0, 2.0, 2.5, 2.0, 3.0, 1.0, 0.5, 0.25]
-
-
-class Killed(BaseException):
-    """Stands for the process's end: nothing catches it."""
 
 
 def run(config: RunConfig, die_at=None, losses=LOSSES, interval=1, validated=True):
@@ -168,19 +161,15 @@ def test_early_stopping_ends_a_run_and_says_so(tmp_path, capsys):
 
 
 def test_the_model_of_a_run_that_ended_early_is_the_best_one(tmp_path):
-    config = configured(tmp_path, early_stopping_patience=3, keep_best="max:validation/loss")
-    weight, row = run(config)  # the first validation is the highest
-    assert (weight, row["validation/loss"]) == (0.0, 4.0)
-    assert rows(tmp_path)[-1]["step"] == 3
+    weight, row = run(configured(tmp_path, early_stopping_patience=3, keep_best="max:validation/loss"))
+    assert (weight, row["validation/loss"], rows(tmp_path)[-1]["step"]) == (0.0, 4.0, 3)  # the first one is the highest
 
 
 def test_validations_count_and_not_steps(tmp_path, capsys):
-    config = configured(tmp_path / "run", early_stopping_patience=1)
-    run(config, interval=2)  # validated: 0, 2, 4 with losses 4, 2, 2
+    run(configured(tmp_path / "run", early_stopping_patience=1), interval=2)  # validated: 0, 2, 4 with losses 4, 2, 2
     assert rows(tmp_path / "run")[-1]["step"] == 4
     assert "ended early" in capsys.readouterr().out
-    at_the_end = configured(tmp_path / "other", early_stopping_patience=1)
-    run(at_the_end, interval=8, losses=[1.0] * 9)
+    run(configured(tmp_path / "other", early_stopping_patience=1), interval=8, losses=[1.0] * 9)  # at the last step
     assert "ended early" not in capsys.readouterr().out
 
 
@@ -193,12 +182,10 @@ def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(tmp_path):
     # Steps 1 to 4 at 1; step 4 is the second validation without improvement, so that step 5 is at 0.5.
     assert weight == pytest.approx(4.5, abs=1e-3)
     assert [row.get("plateau_scale") for row in rows(tmp_path / "straight")] == [None, 1, 1, 1, 1, 0.5]
-    for resume, die_at in ((False, 3), (True, 4), (True, None)):
-        if die_at is None:
-            assert run(dataclasses.replace(killed, resume=resume))[0] == weight
-        else:
-            with pytest.raises(Killed):
-                run(dataclasses.replace(killed, resume=resume), die_at=die_at)
+    for resume, die_at in ((False, 3), (True, 4)):
+        with pytest.raises(Killed):
+            run(dataclasses.replace(killed, resume=resume), die_at=die_at)
+    assert run(dataclasses.replace(killed, resume=True))[0] == weight
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 

@@ -172,7 +172,7 @@ def test_a_missing_package_is_said_before_anything_else(monkeypatch):
     with pytest.raises(
         UserError, match=r"--track wandb: the package is not installed; pip install 'rlhf-jax\[wandb\]'"
     ):
-        stage.start(RunConfig(track=("wandb",)))
+        stage.set_up(RunConfig(track=("wandb",)))
 
 
 # --- The packages themselves ----------------------------------------------------------------------------------------

@@ -34,12 +34,6 @@ def recorder(monkeypatch, module, name, record, calls):
     monkeypatch.setattr(module, name, recording)
 
 
-def drawn_by(calls):
-    """What each recorded call drew, as tuples that compare."""
-    jax.effects_barrier()
-    return [tuple(np.concatenate([value.ravel() for value in call]).tolist()) for call in calls]
-
-
 def test_streams_are_apart():
     keys = {bits(stage.stream(0, name, part)) for name in ("sft", "ppo") for part in STREAMS}
     assert len(keys) == 2 * len(STREAMS)
@@ -52,17 +46,19 @@ def test_streams_are_apart():
     ids=["sft", "reward_model", "dpo"],
 )
 def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, module, config, tmp_path, monkeypatch):  # noqa: F811
-    rows, keys = [], []
-    recorder(monkeypatch, module, "update", lambda state, batch, key: [batch.tokens], rows)
-    recorder(monkeypatch, module, "update", lambda state, batch, key: [jax.random.key_data(key)], keys)
-    run(config)
-    first = drawn_by(rows), drawn_by(keys)
-    assert len(first[0]) >= 6
-    assert len(set(first[0])) == len(first[0])
-    assert len(set(first[1])) == len(first[1])
-    rows.clear(), keys.clear()
-    run(dataclasses.replace(config, output_dir=str(tmp_path / "again")))
-    assert (drawn_by(rows), drawn_by(keys)) == first
+    drawn = []
+    recorder(monkeypatch, module, "update", lambda state, batch, key: [batch.tokens, jax.random.key_data(key)], drawn)
+
+    def rows_and_keys(name):
+        drawn.clear()
+        run(dataclasses.replace(config, output_dir=str(tmp_path / name)))
+        jax.effects_barrier()
+        return [(tokens.tobytes(), key.tobytes()) for tokens, key in drawn]
+
+    first = rows_and_keys("first")
+    assert len(first) >= 6
+    assert all(len(set(column)) == len(first) for column in zip(*first, strict=True))
+    assert rows_and_keys("again") == first
 
 
 @pytest.mark.parametrize("reward", ["count:e", "host"])
@@ -72,30 +68,26 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(reward, config
     settings = RLStage(num_iterations=3, batch_size=16, max_new_tokens=4, validation_interval=3, validation_prompts=4)
     config = dataclasses.replace(config, reward=(entry,), rl=settings)
     sampled, learnt = [], []
-    recorder(
-        monkeypatch,
-        sampling,
-        "generate",
-        lambda model, params, tokens, mask, key: [tokens, jax.random.key_data(key)],
-        sampled,
-    )
+    prompts_and_key = lambda model, params, tokens, mask, key: [tokens, jax.random.key_data(key)]  # noqa: E731
+    recorder(monkeypatch, sampling, "generate", prompts_and_key, sampled)
     recorder(monkeypatch, vpg, "update", lambda state, rollout, key: [jax.random.key_data(key)], learnt)
-    training.rl.run(config, vpg)
-    jax.effects_barrier()
-    steps = [call for call in sampled if call[0].shape[0] == 16]
-    validations = [call for call in sampled if call[0].shape[0] != 16]
-    prompts = [np.sort(call[0], axis=0).tobytes() for call in steps]
-    assert len(steps) == len(learnt) == 3
-    assert len(set(prompts)) == 3
-    keys = [tuple(call[1].tolist()) for call in steps] + [tuple(call[0].tolist()) for call in learnt]
-    assert len(set(keys)) == 6
+
+    def draws(name):
+        sampled.clear(), learnt.clear()
+        training.rl.run(dataclasses.replace(config, output_dir=str(tmp_path / name)), vpg)
+        jax.effects_barrier()
+        samples = [(tokens.tobytes(), np.sort(tokens, axis=0).tobytes(), key.tobytes()) for tokens, key in sampled]
+        return samples, [len(tokens) for tokens, _ in sampled], [key.tobytes() for (key,) in learnt]
+
+    samples, sizes, update_keys = first = draws("first")
+    steps = [sample for sample, size in zip(samples, sizes, strict=True) if size == 16]
+    assert len(steps) == len(update_keys) == len({prompts for _, prompts, _ in steps}) == 3
+    keys = {key for *_, key in steps} | set(update_keys)
+    assert len(keys) == 6
     # Validations always sample with the same key, so that they can be compared; nothing else uses it.
-    assert len({tuple(call[1].tolist()) for call in validations}) == 1
-    assert tuple(validations[0][1].tolist()) not in keys
-    first = drawn_by(sampled), drawn_by(learnt)
-    sampled.clear(), learnt.clear()
-    training.rl.run(dataclasses.replace(config, output_dir=str(tmp_path / "again")), vpg)
-    assert (drawn_by(sampled), drawn_by(learnt)) == first
+    (validation_key,) = {sample[-1] for sample, size in zip(samples, sizes, strict=True) if size != 16}
+    assert validation_key not in keys
+    assert draws("again") == first
 
 
 def test_a_python_reward_gets_the_columns_of_its_row(tmp_path):

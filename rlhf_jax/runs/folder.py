@@ -90,7 +90,7 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
 
 def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool) -> tuple[bool, bool]:
     """Whether there is a checkpoint to go on from, and whether the folder is empty."""
-    _check(path, resume, overwrite)
+    check_usable(path, resume, overwrite)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -101,7 +101,7 @@ def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool
     except OSError as error:
         raise UserError(f"{path}: cannot be used as a run folder: {error.strerror or error}") from None
     try:
-        _check(path, resume, overwrite)  # another process may have come and gone in between
+        check_usable(path, resume, overwrite)  # another process may have come and gone in between
         (path / ".pid").write_text(f"{os.getpid()}\n")
         if overwrite:
             _clear(path)
@@ -114,7 +114,8 @@ def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool
     return resumed, is_unused(path)
 
 
-def _check(path: Path, resume: bool, overwrite: bool) -> None:
+def check_usable(path: Path, resume: bool, overwrite: bool) -> None:
+    """Raises UserError if ``open_run`` would refuse the folder, whoever has it open."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if path.exists() and not path.is_dir():

@@ -1,7 +1,6 @@
 """Direct preference optimisation as a run: preference pairs and a policy in, a better policy out, without sampling."""
 
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +9,10 @@ import jax
 from rlhf_jax import models
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import batches, encoding
+from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Pair
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import supervised
-from rlhf_jax.training.initial import trainable
-from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult
 from rlhf_jax.types import Comparisons, Metrics, Parts, TrainState
 
@@ -27,7 +24,15 @@ def run(config: RunConfig) -> RunResult:
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
-    return supervised.run(config, config.dpo, KIND)
+    return supervised.run(
+        config,
+        config.dpo,
+        "dpo",
+        kind="comparisons",
+        encode=_encode,
+        show=("dpo/loss", "dpo/accuracy", "dpo/margin", "validation/loss", "validation/accuracy"),
+        make_task=_task,
+    )
 
 
 def _encode(rows: Sequence[Any], *args: Any, **options: Any) -> encoding.EncodedComparisons:
@@ -38,44 +43,25 @@ def _encode(rows: Sequence[Any], *args: Any, **options: Any) -> encoding.Encoded
 
 
 def _task(setting: supervised.Setting) -> supervised.Task:
-    stage, settings = setting.stage, setting.stage.config.dpo
-    key = jax.random.fold_in(stage.key("init"), 1)
-    start = stage.place(trainable(stage.config.lora, setting.initial.params, key))
+    stage, settings, start = setting.stage, setting.stage.config.dpo, setting.start()
     model_fn = models.policy_fn(setting.initial.model)
-    policy_fn, ref_fn = start.bind(model_fn), stage.reference(start, model_fn)
+    functions = {"policy_fn": start.bind(model_fn), "ref_fn": stage.reference(start, model_fn)}
 
-    @stage.jit_update
     def update(
-        state: TrainState, batch: Comparisons, key: jax.Array, policy_fn: Any, ref_fn: Any
+        state: TrainState, batch: Comparisons, key: jax.Array, *, policy_fn: Any, ref_fn: Any
     ) -> tuple[TrainState, Metrics]:
         batch = dpo.with_reference(batch, ref_fn)
         return dpo.update(state, batch, key, policy_fn=policy_fn, optimizer=setting.optimizer, config=settings)
 
     @jax.jit
-    def metrics_of(state: TrainState, batch: Comparisons, policy_fn: Any, ref_fn: Any) -> Parts:
+    def metrics_of(state: TrainState, batch: Comparisons, *, policy_fn: Any, ref_fn: Any) -> Parts:
         batch = dpo.with_reference(batch, ref_fn)
         return dpo.loss(state.params, batch, None, policy_fn=policy_fn, config=settings)[1]
-
-    def validate(state: TrainState) -> Validation:
-        parts = [metrics_of(state, batch, policy_fn, ref_fn) for batch in setting.held_out_batches(settings.batch_size)]
-        means = {name: functools.reduce(operator.add, (part[name] for part in parts)) for name in parts[0]}
-        return Validation({name.replace("dpo/", "validation/"): float(mean.value) for name, mean in means.items()})
 
     return supervised.Task(
         start,
         TrainState.create(start.params, setting.optimizer),
-        functools.partial(update, policy_fn=policy_fn, ref_fn=ref_fn),
-        validate,
-        held={"reference": ref_fn},
+        functools.partial(stage.jit_update(update), **functions),
+        lambda state: setting.mean_metrics(state, functools.partial(metrics_of, **functions)),
+        functions["ref_fn"],
     )
-
-
-KIND = supervised.Kind(
-    name="dpo",
-    rows="comparisons",
-    encode=_encode,
-    batch=batches.comparison_batch,
-    show=("dpo/loss", "dpo/accuracy", "dpo/margin", "validation/loss", "validation/accuracy"),
-    sources=lambda encoded: encoded.chosen.sources,
-    task=_task,
-)

@@ -8,6 +8,7 @@ member_0, member_1, ..., each a complete model's folder.
 import dataclasses
 from collections.abc import Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,14 +35,14 @@ def starts(config: RunConfig, model: models.Model, params: Params, key: jax.Arra
             f"--model {config.model} brings a score head, from which all members of the ensemble start: without "
             "reward_model.bootstrap they would be the same; start from a language model, or turn it on"
         )
-    found = []
+    members = []
     for member in range(settings.ensemble_size):
         head_key = jax.random.fold_in(key, 1 + member)
         own_body = member > 0 and config.model is None  # the first one has the body that a single model has
         body = model.init(jax.random.fold_in(head_key, 0)) if own_body else params
         whole = body if "score" in body else models.add_head(head_key, body, "score")
-        found.append(trainable(config.lora, whole, jax.random.fold_in(head_key, 1)))
-    return found
+        members.append(trainable(config.lora, whole, jax.random.fold_in(head_key, 1)))
+    return members
 
 
 def create(members: Sequence[Params], optimizer: optax.GradientTransformation) -> TrainState:
@@ -56,7 +57,7 @@ def unstack(params: Params) -> list[Params]:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(size)]
 
 
-def update(
+def update_members(
     state: TrainState,
     comparisons: Comparisons,
     key: jax.Array,
@@ -74,21 +75,16 @@ def update(
     Returns:
       The state and the members' mean metrics; ``nonfinite`` is their maximum. A member whose loss or gradient is not
       finite keeps its state, the others go on.
-
-    Raises:
-      ValueError: there is no weight [B, M]; or as ``reward_model.update``.
     """
-    num_members = state.step.shape[0]
-    if comparisons.weight is None or comparisons.weight.shape != (comparisons.tokens.shape[0], num_members):
-        found = None if comparisons.weight is None else comparisons.weight.shape
-        raise ValueError(f"expected a weight for each row and each of {num_members} members, got {found}")
+    num_members, weights = state.step.shape[0], jnp.asarray(comparisons.weight)
+    chex.assert_shape(weights, (comparisons.tokens.shape[0], num_members))
 
     def of_member(state: TrainState, weight: jax.Array, member: jax.Array) -> tuple[TrainState, Metrics]:
         own = dataclasses.replace(comparisons, weight=weight)
         member_key = jax.random.fold_in(key, member)
         return reward_model.update(state, own, member_key, score_fn=score_fn, optimizer=optimizer, config=config)
 
-    state, metrics = jax.vmap(of_member, in_axes=(0, 1, 0))(state, comparisons.weight, jnp.arange(num_members))
+    state, metrics = jax.vmap(of_member, in_axes=(0, 1, 0))(state, weights, jnp.arange(num_members))
     return state, {
         name: jnp.max(values) if name == "nonfinite" else jnp.mean(values) for name, values in metrics.items()
     }

@@ -1,14 +1,16 @@
 """What a run starts from: the model and its tokenizer, and which of its parameters are trained."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import generator, models
-from rlhf_jax.config import Compute, LoRA, RunConfig
-from rlhf_jax.data import chat, formats, tokenizers
+from rlhf_jax import generator, models, sampling
+from rlhf_jax.config import Compute, LoRA, RLStage, RunConfig
+from rlhf_jax.data import chat, encoding, formats, tokenizers
+from rlhf_jax.data.rows import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import lora
@@ -26,10 +28,6 @@ class Trainable(NamedTuple):
         """``fn(params, ...)`` as a function of the trained part, which travels through ``jit`` as an argument."""
         return jax.tree_util.Partial(fn) if self.base is None else lora.bind(fn, self.base)
 
-    def full(self, trained: Params) -> Params:
-        """What the model runs on."""
-        return trained if self.base is None else lora.attach(self.base, trained)
-
     def merged(self, trained: Params) -> Params:
         """A plain model's parameters, to be saved."""
         return trained if self.base is None else lora.merge(self.base, trained)
@@ -41,15 +39,15 @@ def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
     Raises:
         UserError: ``lora.match`` matches no kernel.
     """
-    if not settings.rank:
-        return Trainable(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
-    base = {name: part for name, part in params.items() if name not in lora.HEADS}
-    heads = {name: part for name, part in params.items() if name in lora.HEADS}
-    try:
-        adapters = lora.init(key, base, settings.rank, settings.match, alpha=settings.alpha)
-    except ValueError as error:
-        raise UserError(f"lora: {error}") from error
-    return Trainable({**adapters, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), heads)}, base)
+    adapters, base = {}, None
+    if settings.rank:
+        base = {name: part for name, part in params.items() if name not in lora.HEADS}
+        params = {name: part for name, part in params.items() if name in lora.HEADS}
+        try:
+            adapters = lora.init(key, base, settings.rank, settings.match, alpha=settings.alpha)
+        except ValueError as error:
+            raise UserError(f"lora: {error}") from error
+    return Trainable({**adapters, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)}, base)
 
 
 def stage_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> formats.ReadResult[Any]:
@@ -61,8 +59,8 @@ def stage_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> f
     Raises:
         UserError: there is no data, or a row is wrong.
     """
-    source = config.tokenizer.name if config.model is None else config.model
-    template = chat.template_of(None if source is None else tokenizers.load_tokenizer(source))
+    source = config.model or config.tokenizer.name
+    template = chat.template_of(tokenizers.load_tokenizer(source) if source else None)
     data = formats.read(kind, names or config.data, seed=config.seed, template=template)
     print(f"{kind}: {data.describe()}", flush=True)
     return data
@@ -75,34 +73,55 @@ def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array) -> L
     Raises:
         UserError: the model or tokenizer cannot be read, or the network's sizes do not fit.
     """
+    options = _compute(config.compute)
     if config.model is not None:
-        return load_language_model(config.model, config.compute)
+        return generator.load(config.model, **options)
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
     elif config.tokenizer.kind == "bpe":
         tokenizer = tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
     else:
         tokenizer = tokenizers.characters(texts)
-    network = config.network
+    network = dataclasses.asdict(config.network)
+    rate = network.pop("dropout")
+    network |= {f"{where}_dropout": rate for where in ("embedding", "attention", "residual")}
+    network |= {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
     try:
-        model_config = models.GPT2Config(
-            vocab_size=tokenizer.vocab_size,
-            max_length=network.max_length,
-            hidden_size=network.hidden_size,
-            num_layers=network.num_layers,
-            num_heads=network.num_heads,
-            embedding_dropout=network.dropout,
-            attention_dropout=network.dropout,
-            residual_dropout=network.dropout,
-            initializer_range=network.initializer_range,
-            pad_token_id=tokenizer.pad_id,
-            eos_token_id=tokenizer.eos_id,
-            **_compute(config.compute),
-        )
+        model_config = models.GPT2Config(**network, **options)
     except ValueError as error:
         raise UserError(f"network: {error}") from error
     model = models.build(model_config)
     return LanguageModel(model, model.init(key), tokenizer)
+
+
+def prompts_for(
+    config: RunConfig, language_model: LanguageModel, rows: Sequence[Prompt], note: str = ""
+) -> encoding.EncodedPrompts:
+    """Prompts as RL samples from them, by ``config.rl`` and ``config.text``; prints how many were cut or left out."""
+    encoded = encoding.encode_prompts(
+        rows,
+        language_model.tokenizer,
+        template=config.text.template,
+        too_long=config.text.too_long,
+        length=config.rl.max_prompt_length,
+        max_positions=language_model.model.config.max_length,
+        max_new_tokens=config.rl.max_new_tokens,
+    )
+    for what, count in encoded.counts.items():
+        print(f"{count} texts: {what}{note}", flush=True)
+    return encoded
+
+
+def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:
+    """How RL samples, by its settings and the tokenizer's special tokens."""
+    return sampling.SamplingConfig(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+    )
 
 
 def load_language_model(source: str, compute: Compute) -> LanguageModel:

@@ -63,24 +63,24 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
             not be written.
         UserError: ``keep_best`` names no metric of the validations.
     """
-    config = stage.config
-    judge = Judge(config.keep_best or job.judged_by, config.early_stopping_patience, job.optimizer)
-    if job.validate is None and (judge.used or config.keep_best):
-        key = f"keep_best {config.keep_best}" if config.keep_best else "early_stopping_patience and schedule plateau"
+    config, best = stage.config, stage.config.keep_best
+    judge = Judge(best or job.judged_by, config.early_stopping_patience, job.optimizer)
+    if job.validate is None and (judge.used or best):
+        key = f"keep_best {best}" if best else "early_stopping_patience and schedule plateau"
         raise UserError(f"{key}: nothing is held out, so there are no validations to judge by")
     with (
         contextlib.ExitStack() as stack,
         Checkpoints(
-            stage.run.checkpoints, config.keep_last, keep_best=config.keep_best, asynchronous=config.checkpoint_async
+            stage.run.checkpoints, config.keep_last, keep_best=best, asynchronous=config.checkpoint_async
         ) as checkpoints,
     ):
-        loop, state = _start(stage, job, judge, checkpoints, state, stack)
-        stop = stack.enter_context(stop_requests())
+        loop = _Loop(stage, job, judge, checkpoints, state, stack)
+        stops = stack.enter_context(stop_requests())
         loop.obey_alerts()
         while loop.going_on:
-            state = loop.step(state)
-            received = processes.highest(stop.received or 0)
-            loop.save_if_due(state, received)
+            loop.step()
+            received = processes.highest(max(stops, default=0))
+            loop.save_if_due(received)
             if received and loop.going_on:
                 checkpoints.wait()
                 raise Stopped(
@@ -89,83 +89,84 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
                     received,
                 )
         checkpoints.wait()
-        if loop.ended and loop.done < job.num_steps:
-            waited = f"{judge.metric} has not improved for {judge.stop_after} validations"
-            loop.tracker.print(f"ended early, after step {loop.done} of {job.num_steps}: {waited}")
-        best, row = checkpoints.best(), loop.row
-        if best is not None:
-            state, meta = checkpoints.restore(state, best)
-            row = meta["metrics"]
-            score = f"{judge.metric} is best at step {best}: {row[judge.metric]:.4g}"
-            loop.tracker.print(f"{score}; model/ is of that step")
-    return state, row
+        return loop.result()
 
 
-@dataclasses.dataclass
 class _Loop:
-    """A loop under way: what was recorded, and up to which step."""
+    """A loop under way: its state, what was recorded, and up to which step."""
 
-    stage: Stage
-    job: Job
-    judge: Judge
-    checkpoints: Checkpoints
-    tracker: Tracker
-    alert_rows: RowWriter
-    history: list[dict[str, Any]]  # rows of the steps so far: all of a resumed run, then those with validations
-    done: int  # steps
-    row: dict[str, float]  # the last row of metrics
-    ended: bool = False  # early, by the judge
-    validated: bool = False  # after the last step
+    done = 0  # steps
+    ended = False  # early, by the judge
+    validated = False  # after the last step
+    rules_checked = False
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self, stage: Stage, job: Job, judge: Judge, checkpoints: Checkpoints, state: Any, stack: contextlib.ExitStack
+    ):
+        """Opens the files of the run and goes on from its checkpoint, or validates and saves step 0."""
+        self.stage, self.job, self.judge, self.checkpoints, self.state = stage, job, judge, checkpoints, state
+        self.row: dict[str, float] = {}  # the last row of metrics
+        self.history: list[dict[str, Any]] = []  # all rows of a resumed run's steps, then those with validations
+        config, run, resume_step = stage.config, stage.run, None
+        if run.resumed:
+            self.state, meta = checkpoints.restore(state)
+            self.done, self.row = meta["step"], meta["metrics"]
+            resume_step = self.done
+            self.history = [row for row in records.read_rows(run.metrics) if row["step"] <= self.done]
+            finished = " (finished already)" if self.done >= job.num_steps else ""
+            print(f"resumed from step {self.done} of {job.num_steps}{finished}", flush=True)
+        tracked = config.track if processes.is_first() else ()
+        services = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
+        show, label, total = job.show, stage.name, job.num_steps
+        tracker = Tracker(run, total=total, resume_step=resume_step, label=label, show=show, services=services)
+        self.tracker = stack.enter_context(tracker)
+        self.alert_rows = stack.enter_context(contextlib.closing(RowWriter(run.path / "alerts.jsonl", resume_step)))
         # A resumed run's rules see the rows before its checkpoint again, and go on from there.
-        self.rules = alerts.parse(self.stage.config.alerts)
+        self.rules = alerts.parse(config.alerts)
         self.watches, _ = alerts.replay(self.rules, self.history)
-        self.rules_checked = False
+        if not run.resumed:
+            seed_libraries(config.seed, 0)
+            self._record(self._validation())
+            self.history.append(self.row)
+            self._save()
+            checkpoints.wait()  # before the first update, also if saves are asynchronous
+        self.ended = judge.stops(self.history)
 
     @property
     def going_on(self) -> bool:
         """Whether another step follows."""
         return self.done < self.job.num_steps and not self.ended
 
-    def begin(self, state: Any) -> None:
-        """Validates and saves step 0 of a new run."""
-        seed_libraries(self.stage.config.seed, 0)
-        self._record(self._validation(state))
-        self.history.append(self.row)
-        self._save(state)
-        self.checkpoints.wait()  # before the first update, also if saves are asynchronous
-
-    def step(self, state: Any) -> Any:
+    def step(self) -> None:
         """One step with its row of metrics, and a validation if one is due."""
         started = time.perf_counter()
         seed_libraries(self.stage.config.seed, self.done + 1)
-        state, metrics = self.job.advance(state, self.done)
+        self.state, metrics = self.job.advance(self.state, self.done)
         self.done += 1
         finite = not float(metrics["nonfinite"]) > 0
         self.tracker.timing(self.done, {"timing/step": time.perf_counter() - started})
         last = self.done == self.job.num_steps
         self.validated = finite and (last or self.done % self.job.validation_interval == 0)
-        found = self._validation(state) if self.validated else {}
-        recorded = {name for row in (self.row, *self.history) for name in row}
-        self._record({**metrics, **self.judge.metrics(state), **found})
+        validation = self._validation() if self.validated else {}
+        recorded = {"step"}.union(self.row, *self.history)
+        self._record({**metrics, **self.judge.metrics(self.state), **validation})
         if self.validated:
             self.history.append(self.row)
-            state, self.ended = self.judge.lowered(state, self.history), self.judge.stops(self.history)
+            self.state = self.judge.lowered(self.state, self.history)
+            self.ended = self.judge.stops(self.history)
         if not finite:
             self._refuse()
         if not self.rules_checked:
             self.rules_checked = True
-            for sentence in alerts.check_metrics(self.rules, {"step"} | recorded | self.row.keys()):
+            for sentence in alerts.check_metrics(self.rules, recorded | self.row.keys()):
                 self.tracker.print(sentence)
-        return state
 
-    def save_if_due(self, state: Any, received: int) -> None:
+    def save_if_due(self, received: int) -> None:
         """Saves at the end, at the interval, for a signal or an alert, and after validations under ``keep_best``."""
         config = self.stage.config
         due = received or not self.going_on or any(watch.stops for watch in self.watches)
         if due or self.done % config.checkpoint_interval == 0 or (self.validated and config.keep_best):
-            self._save(state)
+            self._save()
         self.obey_alerts()
 
     def obey_alerts(self) -> None:
@@ -179,15 +180,29 @@ class _Loop:
                 f"    {resume_command()} --allow-changed alerts --alerts RULE..."
             )
 
-    def _validation(self, state: Any) -> dict[str, float]:
+    def result(self) -> tuple[Any, dict[str, float]]:
+        """The last state and row, or those of the best checkpoint; says why the run ended early, and which it is."""
+        metric, best = self.judge.metric, self.checkpoints.best()
+        if self.ended and self.done < self.job.num_steps:
+            waited = f"{metric} has not improved for {self.judge.stop_after} validations"
+            self.tracker.print(f"ended early, after step {self.done} of {self.job.num_steps}: {waited}")
+        if best is None:
+            return self.state, self.row
+        state, meta = self.checkpoints.restore(self.state, best)
+        score = meta["metrics"][metric]
+        self.tracker.print(f"{metric} is best at step {best}: {score:.4g}; model/ is of that step")
+        return state, meta["metrics"]
+
+    def _validation(self) -> dict[str, float]:
         if self.job.validate is None:
             return {}
         started = time.perf_counter()
-        metrics, samples = self.job.validate(state)
+        metrics, samples = self.job.validate(self.state)
         self.tracker.samples(self.done, samples)
         self.tracker.timing(self.done, {"timing/validation": time.perf_counter() - started})
-        if self.judge.used or self.stage.config.keep_best:
-            self.judge.check(metrics)
+        if (self.judge.used or self.stage.config.keep_best) and self.judge.metric not in metrics:
+            names = ", ".join(metrics)
+            raise UserError(f"keep_best: no metric {self.judge.metric}; the validations give {names}")
         return metrics
 
     def _record(self, metrics: Mapping[str, Any]) -> None:
@@ -198,10 +213,10 @@ class _Loop:
             self.tracker.print(f"alert at step {self.done}: {alert.name}: {alert.message}")
             self.tracker.alert(self.done, f"{alert.name}: {alert.message}")
 
-    def _save(self, state: Any) -> None:
+    def _save(self) -> None:
         self.tracker.sync()
         self.alert_rows.sync()
-        self.checkpoints.save(self.done, state, {"step": self.done, "metrics": self.row})
+        self.checkpoints.save(self.done, self.state, {"step": self.done, "metrics": self.row})
 
     def _refuse(self) -> None:
         """Ends the run after an update that was not finite and so was not applied."""
@@ -213,33 +228,6 @@ class _Loop:
             "learning rate or clip harder (optimizer.max_grad_norm; with --resume, name what changes under "
             "--allow-changed)" + (f", or look at the rows of this batch: {rows}" if rows else "")
         )
-
-
-def _start(
-    stage: Stage, job: Job, judge: Judge, checkpoints: Checkpoints, state: State, stack: contextlib.ExitStack
-) -> tuple[_Loop, State]:
-    """Opens the files of the run, goes on from its checkpoint or begins it."""
-    config, run = stage.config, stage.run
-    done, row, resume_step = 0, {}, None
-    if run.resumed:
-        state, meta = checkpoints.restore(state)
-        done = resume_step = meta["step"]
-        row = meta["metrics"]
-        finished = " (finished already)" if done >= job.num_steps else ""
-        print(f"resumed from step {done} of {job.num_steps}{finished}", flush=True)
-    tracked = config.track if processes.is_first() else ()
-    services = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
-    tracker = stack.enter_context(
-        Tracker(run, total=job.num_steps, resume_step=resume_step, label=stage.name, show=job.show, services=services)
-    )
-    rows = records.read_rows(run.metrics) if run.resumed else []
-    history = [earlier for earlier in rows if earlier["step"] <= done]
-    alert_rows = stack.enter_context(contextlib.closing(RowWriter(run.path / "alerts.jsonl", resume_step)))
-    loop = _Loop(stage, job, judge, checkpoints, tracker, alert_rows, history, done, row)
-    if not run.resumed:
-        loop.begin(state)
-    loop.ended = judge.stops(loop.history)
-    return loop, state
 
 
 def seed_libraries(seed: int, step: int) -> None:
@@ -261,17 +249,11 @@ def _grouped(sources: Iterable[str]) -> str:
     return "; ".join(f"{where} {', '.join(group)}".strip() for where, group in numbers.items())
 
 
-def select(subset: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Row numbers ``subset[indices]``; absent rows (-1) stay absent."""
-    return np.where(indices == ABSENT, ABSENT, subset[indices])
-
-
 def pad_rows(rows: np.ndarray, multiple: int) -> np.ndarray:
-    """Row numbers completed with absent rows to a multiple."""
+    """Row numbers completed with absent rows (-1) to a multiple."""
     return np.pad(rows, (0, -len(rows) % multiple), constant_values=ABSENT)
 
 
 def in_order(rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
     """The rows in batches of one size, the last completed with absent rows."""
-    padded = pad_rows(rows, batch_size)
-    return iter(np.split(padded, len(padded) // batch_size))
+    return iter(pad_rows(rows, batch_size).reshape(-1, batch_size))

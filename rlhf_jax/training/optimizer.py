@@ -4,18 +4,17 @@ Both decisions of ``Judge``, to end early and to lower the learning rate, are fu
 that is resumed from a checkpoint, with the rows of metrics before it, decides alike.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rlhf_jax.config import Optimizer
-from rlhf_jax.errors import UserError
 from rlhf_jax.types import Params
 
+T = TypeVar("T")
 PLATEAU_SCALE = "plateau_scale"  # in opt_state.hyperparams: what the schedule plateau has multiplied the rate by so far
 
 
@@ -80,13 +79,11 @@ def times_exhausted(values: Sequence[float], patience: int) -> int:
     return times
 
 
-@dataclasses.dataclass(frozen=True)
-class Judge:
+class Judge(NamedTuple):
     """Looks at one metric of the validations, ``min:METRIC`` or ``max:METRIC``."""
 
     judged_by: str
-    stop_after: int | None
-    """Validations without improvement after which the run ends; None: it does not."""
+    stop_after: int | None  # validations without improvement after which the run ends; None: it does not
     settings: Optimizer
 
     @property
@@ -95,41 +92,31 @@ class Judge:
         return self.judged_by.partition(":")[2]
 
     @property
-    def used(self) -> bool:
-        """Whether the run ends early or lowers its learning rate by the metric."""
-        return self.stop_after is not None or self._lowers
-
-    @property
-    def _lowers(self) -> bool:
+    def lowers(self) -> bool:
+        """Whether it lowers the learning rate."""
         return self.settings.schedule == "plateau"
 
-    def check(self, recorded: Iterable[str]) -> None:
-        """Raises UserError if the validations do not give the metric."""
-        if self.metric not in recorded:
-            raise UserError(f"keep_best: no metric {self.metric}; the validations give {', '.join(recorded)}")
+    @property
+    def used(self) -> bool:
+        """Whether the run ends early or lowers its learning rate by the metric."""
+        return self.stop_after is not None or self.lowers
 
     def stops(self, rows: Iterable[Mapping[str, Any]]) -> bool:
         """Whether the run ends early after these rows of metrics."""
-        return self.stop_after is not None and times_exhausted(self._values(rows), self.stop_after) > 0
+        return self.stop_after is not None and self._times(rows, self.stop_after) > 0
 
-    def lowered(self, state: Any, rows: Iterable[Mapping[str, Any]]) -> Any:
+    def lowered(self, state: T, rows: Iterable[Mapping[str, Any]]) -> T:
         """The loop's state with the learning rate that the schedule ``plateau`` has come to after these rows."""
-        if not self._lowers:
+        if not self.lowers:
             return state
-        times = times_exhausted(self._values(rows), self.settings.decay_patience)
-        train = getattr(state, "train", state)
-        hyperparams = dict(train.opt_state.hyperparams)
-        scale = hyperparams[PLATEAU_SCALE]
-        hyperparams[PLATEAU_SCALE] = 0.0 * scale + self.settings.decay_factor**times  # stays on its devices
-        train = dataclasses.replace(train, opt_state=train.opt_state._replace(hyperparams=hyperparams))
-        return dataclasses.replace(state, train=train) if hasattr(state, "train") else train
+        scale = self.settings.decay_factor ** self._times(rows, self.settings.decay_patience)
+        before = optax.tree_utils.tree_get(state, PLATEAU_SCALE)
+        return optax.tree_utils.tree_set(state, **{PLATEAU_SCALE: 0.0 * before + scale})  # stays on its devices
 
     def metrics(self, state: Any) -> dict[str, jax.Array]:
         """Under the schedule ``plateau``, the factor that the learning rate had in the step that led to this state."""
-        if not self._lowers:
-            return {}
-        return {"plateau_scale": jnp.max(getattr(state, "train", state).opt_state.hyperparams[PLATEAU_SCALE])}
+        return {"plateau_scale": jnp.max(optax.tree_utils.tree_get(state, PLATEAU_SCALE))} if self.lowers else {}
 
-    def _values(self, rows: Iterable[Mapping[str, Any]]) -> list[float]:
+    def _times(self, rows: Iterable[Mapping[str, Any]], patience: int) -> int:
         sign = -1 if self.judged_by.startswith("max:") else 1
-        return [sign * row[self.metric] for row in rows if self.metric in row]
+        return times_exhausted([sign * row[self.metric] for row in rows if self.metric in row], patience)

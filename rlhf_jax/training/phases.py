@@ -63,7 +63,7 @@ class Recipe:
     mesh: jax.sharding.Mesh | None = None  # over whose "data" axis rows are spread
 
 
-def sample(loop: LoopState, prompts: Prompts, key: jax.Array, functions: Functions, *, recipe: Recipe) -> Rollout:
+def respond(loop: LoopState, prompts: Prompts, key: jax.Array, functions: Functions, *, recipe: Recipe) -> Rollout:
     """A response to each prompt, with the sampler's log-probs.
 
     Randomness is that of the row's place in the batch, so a prompt that occurs twice gets two samples.
@@ -79,11 +79,11 @@ def sample(loop: LoopState, prompts: Prompts, key: jax.Array, functions: Functio
 def collect(
     loop: LoopState, prompts: Prompts, key: jax.Array, functions: Functions, *, recipe: Recipe
 ) -> tuple[Rollout, Metrics]:
-    """``sample``, then the update's own forward pass for log-probs and values, and the reference's log-probs."""
+    """``respond``, then the update's own forward pass for log-probs and values, and the reference's log-probs."""
     ref_fn = functions.ref_fn
     if loop.reference is not None:
         ref_fn = jax.tree_util.Partial(functions.policy_fn, loop.reference)
-    sampled = sample(loop, prompts, key, functions, recipe=recipe)
+    sampled = respond(loop, prompts, key, functions, recipe=recipe)
     scored = rollout.rescore(sampled, loop.train.params, policy_fn=functions.policy_fn, ref_fn=ref_fn)
     present = _present(scored)
     ended = jnp.any((scored.tokens == recipe.sampling.eos_id) & (scored.response_mask != 0), axis=1)

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_jax.config import RunConfig, Tokenizer
-from rlhf_jax.errors import UserError
-from rlhf_jax.runs import devices, processes
-from rlhf_jax.runs import folder as runs
+from rlhf_jax.runs import devices, folder, processes
 from rlhf_jax.training import reward_model, rl, sft
 from rlhf_jax.training.stage import RunResult
 
@@ -31,54 +29,42 @@ def run(config: RunConfig) -> PipelineResult:
     Raises:
         UserError: the folder is used, or whatever a stage finds wrong.
     """
-    folder = Path(config.output_dir or "runs/pipeline")
+    path = Path(config.output_dir or "runs/pipeline")
     devices.choose(config.device, config.processes)
-    processes.in_first(lambda: check_folder(folder, config))
-    return run_stages(config, folder)
+    processes.in_first(lambda: check_folder(path, config))
+    return run_stages(config, path)
 
 
-def run_stages(config: RunConfig, folder: Path) -> PipelineResult:
+def run_stages(config: RunConfig, path: Path) -> PipelineResult:
     """``run`` without a look at what else is in the folder."""
-    first = sft.run(_stage_config(config, folder / "sft"))
+    first = sft.run(_stage_config(config, path / "sft"))
     base = str(first.model_folder)
-    second = reward_model.run(_stage_config(config, folder / "reward_model", base))
+    second = reward_model.run(_stage_config(config, path / "reward_model", base))
     ensemble = "mean:" if config.reward_model.ensemble_size > 1 else ""
-    policy = dataclasses.replace(
-        _stage_config(config, folder / "ppo", base), reward=(f"{ensemble}{second.model_folder}",)
-    )
-    return PipelineResult(first, second, rl.run(policy))
+    rewarded = dataclasses.replace(config, reward=(f"{ensemble}{second.model_folder}",))
+    return PipelineResult(first, second, rl.run(_stage_config(rewarded, path / "ppo", base)))
 
 
-def check_folder(folder: Path, config: RunConfig) -> None:
+def check_folder(path: Path, config: RunConfig) -> None:
     """Refuses a folder in use, and says so where ``resume`` finds no run in it; the stages check their own subfolders.
 
     Raises:
-        UserError: as ``runs.open_run``.
+        UserError: as ``folder.open_run``.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --output-dir needs a folder")
-    if config.resume and not folder.exists():
-        raise UserError(f"--resume: {folder} does not exist; leave out --resume to start a new run there")
-    used = folder.is_dir() and not (
-        runs.is_unused(folder) or all(entry.is_dir() and runs.is_unused(entry) for entry in folder.iterdir())
-    )
-    if used and not (config.resume or config.overwrite):
-        raise UserError(
-            f"{folder} holds files already; give --resume to go on with the run in it, --overwrite to delete it, "
-            "or choose another --output-dir"
-        )
-    if config.overwrite and used and not (folder / STAGES[0]).is_dir():
-        raise UserError(f"--overwrite: {folder} does not look like a pipeline's folder; nothing was deleted")
-    if config.resume and not any(folder.glob("*/checkpoints")):
-        print(f"--resume: {folder} holds no complete checkpoint; the run starts from the beginning", flush=True)
+    is_free = path.is_dir() and all(entry.is_dir() and folder.is_unused(entry) for entry in path.iterdir())
+    is_own = config.overwrite and (path / STAGES[0]).is_dir()
+    if config.resume or not (is_free or is_own):
+        folder.check_usable(path, config.resume, config.overwrite)
+    if config.resume and not any(path.glob("*/checkpoints")):
+        print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning", flush=True)
 
 
-def _stage_config(config: RunConfig, folder: Path, model: str | None = None) -> RunConfig:
+def _stage_config(config: RunConfig, path: Path, model: str | None = None) -> RunConfig:
     return dataclasses.replace(
         config,
-        output_dir=str(folder),
+        output_dir=str(path),
         model=model or config.model,
         tokenizer=Tokenizer() if model else config.tokenizer,  # the first stage's model brings it along
-        resume=config.resume and folder.exists(),
-        overwrite=config.overwrite and folder.exists(),
+        resume=config.resume and path.exists(),
+        overwrite=config.overwrite and path.exists(),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import metrics, models
+from rlhf_jax import metrics
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runs import processes
@@ -15,34 +15,17 @@ from rlhf_jax.training import loop
 from rlhf_jax.types import Comparisons, Params, ScoreFn
 
 
-def pair_scorer(model: models.Model) -> Callable[..., jax.Array]:
-    """Jitted ``(params, tokens [B, K, T], attention_mask [B, K, T]) -> scores [B, K]``."""
-    return scorer(jax.tree_util.Partial(models.score_fn(model)))
+def pair_scorer(score_fn: ScoreFn, num_members: int = 1) -> Callable[..., jax.Array]:
+    """Jitted ``(params, tokens [B, K, T], attention_mask [B, K, T]) -> scores [B, K]``; of an ensemble's parameters
+    [M, ...] the scores [B, K, M]. Arrays of a ``jax.tree_util.Partial`` travel as arguments."""
 
+    def score(score_fn: ScoreFn, params: Params, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        rows = (tokens.shape[0] * tokens.shape[1], tokens.shape[2])
+        return score_fn(params, tokens.reshape(rows), attention_mask.reshape(rows), None).reshape(tokens.shape[:2])
 
-def scorer(score_fn: jax.tree_util.Partial, num_members: int = 1) -> Callable[..., jax.Array]:
-    """``pair_scorer`` of a ScoreFn that carries arrays; of an ensemble's parameters [M, ...] the scores [B, K, M]."""
-    score = _pair_scores if num_members == 1 else jax.vmap(_pair_scores, in_axes=(None, 0, None, None), out_axes=2)
-    return functools.partial(jax.jit(score), score_fn)
-
-
-def _pair_scores(score_fn: ScoreFn, params: Params, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    rows = (tokens.shape[0] * tokens.shape[1], tokens.shape[2])
-    return score_fn(params, tokens.reshape(rows), attention_mask.reshape(rows), None).reshape(tokens.shape[:2])
-
-
-def evaluate(
-    score_pairs: Callable[..., jax.Array],
-    params: Params,
-    comparisons: encoding.EncodedComparisons,
-    rows: np.ndarray,
-    *,
-    batch_size: int,
-    bucket_multiple: int,
-) -> dict[str, float]:
-    """``report`` of a ``pair_scorer``'s scores of the given rows."""
-    scores = score_rows(score_pairs, params, comparisons, rows, batch_size=batch_size, bucket_multiple=bucket_multiple)
-    return report(comparisons, rows, scores)
+    is_tree = isinstance(score_fn, jax.tree_util.Partial)
+    each = score if num_members == 1 else jax.vmap(score, in_axes=(None, 0, None, None), out_axes=2)
+    return functools.partial(jax.jit(each), score_fn if is_tree else jax.tree_util.Partial(score_fn))
 
 
 def score_rows(
@@ -75,7 +58,7 @@ def report(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: n
     return metrics.choice_report(scores, _best(comparisons, rows), lengths, weights)
 
 
-def uncertainty(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray) -> float:
+def disagreement(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray) -> float:
     """How far members differ: the standard deviation over them (population) of the margin, or with targets of the
     score, as a mean over the given rows, weighted as they are.
 
@@ -107,32 +90,24 @@ def samples(
     """
     lengths = _response_lengths(comparisons, rows)
 
-    def texts(row: int, answer: int) -> tuple[str, str]:
+    def texts(i: int, answer: int) -> tuple[str, str]:
         of_answer = comparisons.answers[answer]
-        tokens, start = of_answer.tokens[row], of_answer.starts[row]
+        tokens, start = of_answer.tokens[rows[i]], of_answer.starts[rows[i]]
         return tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])
 
     found: list[dict[str, Any]] = []
     if comparisons.targets is not None:
         for i, k in np.argwhere(lengths > 0):
-            prompt, response = texts(rows[i], k)
+            prompt, response = texts(i, k)
             labels = {"score": float(scores[i, k]), "target": float(comparisons.targets[rows[i], k])}
             found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k])})
         return found
     best = _best(comparisons, rows)
-    for i, (chosen, rejected) in enumerate(zip(best, metrics.rival(scores, best, lengths), strict=True)):
-        prompt, response = texts(rows[i], chosen)
-        found.append(
-            {
-                "prompt": prompt,
-                "chosen": response,
-                "rejected": texts(rows[i], rejected)[1],
-                "score_chosen": float(scores[i, chosen]),
-                "score_rejected": float(scores[i, rejected]),
-                "length_chosen": int(lengths[i, chosen]),
-                "length_rejected": int(lengths[i, rejected]),
-            }
-        )
+    for i, answers in enumerate(zip(best, metrics.rival(scores, best, lengths), strict=True)):
+        chosen_rejected = list(zip(("chosen", "rejected"), answers, strict=True))
+        row: dict[str, Any] = {"prompt": texts(i, best[i])[0]} | {name: texts(i, k)[1] for name, k in chosen_rejected}
+        row |= {f"score_{name}": float(scores[i, k]) for name, k in chosen_rejected}
+        found.append(row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected})
     return found
 
 

@@ -9,37 +9,29 @@ from collections.abc import Iterator
 from types import FrameType
 
 
-class StopRequest:
-    """Whether a signal has asked the run to stop, and which."""
-
-    received: signal.Signals | None = None
-
-
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """While open, SIGINT and SIGTERM set ``received``; the same signal again acts as it did before.
+def stop_requests() -> Iterator[list[signal.Signals]]:
+    """While open, SIGINT and SIGTERM are added to the list; the same signal again acts as it did before.
 
     Python hands signals to the main thread alone: elsewhere nothing is caught.
     """
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
+    received: list[signal.Signals] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
-        request.received = signal.Signals(number)
-        signal.signal(number, before[request.received])
-        print(f"{request.received.name}: stopping after this step", file=sys.stderr, flush=True)
+        received.append(signal.Signals(number))
+        signal.signal(number, before[received[-1]])
+        print(f"{received[-1].name}: stopping after this step", file=sys.stderr, flush=True)
 
-    for number in before:
+    numbers = before if threading.current_thread() is threading.main_thread() else ()
+    for number in numbers:
         signal.signal(number, note)
     try:
-        yield request
+        yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in numbers:
+            signal.signal(number, before[number])
 
 
 def resume_command() -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import models, sharding
-from rlhf_jax.config import Compute, RunConfig, to_yaml
-from rlhf_jax.errors import TrainingFault
+from rlhf_jax.config import RunConfig, to_yaml
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.report import page
 from rlhf_jax.runs import devices, folder, manifest, processes, trackers
@@ -98,25 +99,24 @@ class Stage:
         """
         if jax.process_count() > 1:  # the first process computes alone from here
             start, trained = processes.fetch((start, trained))
-        processes.in_first(lambda: self._write(initial, start, trained))
-        return RunResult(self.run.path, self.run.model, metrics)
-
-    def _write(self, initial: LanguageModel, start: Trainable, trained: Mapping[str, Params]) -> None:
         run = self.run
-        for name, part in trained.items():
-            models.save(run.model / name, initial.model, jax.device_get(start.merged(part)))
-            initial.tokenizer.save(run.model / name)
-        print(f"saved {run.model}", flush=True)
-        if start.base is not None:
+
+        def write() -> None:
             for name, part in trained.items():
-                adapters = jax.device_get(part)
-                models.lora.save(run.adapter / name, start.base, adapters, base_model=self.config.model)
-            print(f"saved {run.adapter}", flush=True)
-        try:
-            page.write([run.path], run.report)
-            print(f"saved {run.report}", flush=True)
-        except Exception as error:  # whatever it is: the run is done and its result saved
-            print(f"{run.report} could not be drawn: {type(error).__name__}: {error}", flush=True)
+                models.save(run.model / name, initial.model, jax.device_get(start.merged(part)))
+                initial.tokenizer.save(run.model / name)
+                if start.base is not None:
+                    adapters = jax.device_get(part)
+                    models.lora.save(run.adapter / name, start.base, adapters, base_model=self.config.model)
+            print(f"saved {run.model}" + ("" if start.base is None else f", {run.adapter}"), flush=True)
+            try:
+                page.write([run.path], run.report)
+                print(f"saved {run.report}", flush=True)
+            except Exception as error:  # whatever it is: the run is done and its result saved
+                print(f"{run.report} could not be drawn: {type(error).__name__}: {error}", flush=True)
+
+        processes.in_first(write)
+        return RunResult(run.path, run.model, metrics)
 
 
 def stream(seed: int, stage: str, name: Stream) -> jax.Array:
@@ -125,7 +125,7 @@ def stream(seed: int, stage: str, name: Stream) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode()))
 
 
-def start(config: RunConfig) -> int:
+def set_up(config: RunConfig) -> int:
     """Chooses the device and prints which it is: the first thing that every run does. Returns the number of devices.
 
     Raises:
@@ -134,8 +134,22 @@ def start(config: RunConfig) -> int:
     trackers.check(config.track)
     devices.choose(config.device, config.processes)
     enable_compilation_cache()
-    print(devices_line(config.compute), flush=True)
+    dtype = config.compute.dtype
+    used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
+    device = f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"
+    print(f"{device}, {used if dtype == 'float16' else dtype}", flush=True)
     return jax.device_count()
+
+
+def divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
+    """Raises UserError unless ``size`` is a multiple of each product of named numbers; names the nearest that are."""
+    fits = math.lcm(*(math.prod(parts.values()) for parts in divisors))
+    below = size - size % fits
+    for parts in divisors:
+        if size % math.prod(parts.values()):
+            product = " x ".join(f"{count} {name}" for name, count in parts.items())
+            nearest = f"{below} or {below + fits}" if below else f"{fits}"
+            raise UserError(f"{key} {size} does not divide by {product}; use {nearest}")
 
 
 def enable_compilation_cache() -> None:
@@ -145,14 +159,6 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(base / "rlhf_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def devices_line(compute: Compute) -> str:
-    """Backend, devices and dtype: the first line that a run prints."""
-    dtype: str = compute.dtype
-    if dtype == "float16":
-        dtype = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
-    return f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}, {dtype}"
 
 
 @contextlib.contextmanager
