@@ -1,6 +1,7 @@
 """What --reward may say, and runs whose reward is the user's own Python function."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -14,7 +15,7 @@ from rlhf_jax.config import Compute, Tokenizer
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.rewards import spec
-from rlhf_jax.training import reward_functions
+from rlhf_jax.training import initial
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -208,10 +209,11 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
     models.save(tmp_path, model, params)
     TOKENIZER.save(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}: this model has no score head"):
-        reward_functions.build((str(tmp_path),), TOKENIZER, Compute(), ())
+        initial.load_reward_model(str(tmp_path), Compute())
     params = models.add_head(jax.random.key(1), params, "score")
     models.save(tmp_path, model, params)
-    scores, _ = reward_functions.build((str(tmp_path),), TOKENIZER, Compute(), ()).fn(rollout())
+    load = functools.partial(initial.load_reward_model, compute=Compute())
+    scores, _ = spec.build((str(tmp_path),), tokenizer=TOKENIZER, load=load, columns=()).fn(rollout())
     expected = models.score_fn(model)(params, rollout().tokens, rollout().attention_mask, None)
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
