@@ -76,11 +76,6 @@ def test_a_sum_of_traced_terms_and_a_function(functions):
     assert scores == [4.0, None]  # what one part cannot score has no sum
 
 
-def test_one_function_has_a_part_of_its_name(functions):
-    scores, parts = build(f"{functions}:letters").host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
-    assert (scores, parts) == ([1.0, 1.0], {"letters": [1.0, 1.0]})
-
-
 def test_a_traced_reward_on_the_host():
     assert build("count:a").host is None
     scores, parts = spec.as_host(build("count:a*3"))(rollout(), {})
