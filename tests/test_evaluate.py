@@ -180,18 +180,15 @@ def folders(tmp_path_factory):
         models.save(folder / "model", model, params)
         tokenizer.save(folder / "model")
     (place / "prompts.json").write_text(json.dumps(PROMPTS))
-    (place / "safety.json").write_text(
-        json.dumps([{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}])
-    )
+    labelled = [{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}]
+    (place / "safety.json").write_text(json.dumps(labelled))
     (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     annotated = {"instruction": "say milk", "input": "now", "response1": "milk", "response2": "", "annotator1": 1}
     others = [{"annotator1": 0, "input": ""}, {"response1": "", "response2": "no", "annotator1": 2}]
-    (place / "annotated.json").write_text(
-        json.dumps([annotated, *(annotated | other for other in others)])
-    )  # all on one line
-    (place / "mine.py").write_text(
-        "def is_tea(prompts, responses, kind):\n    return [float(k == 'tea') for k in kind]\n"
-    )
+    on_one_line = json.dumps([annotated | other for other in ({}, *others)])
+    (place / "annotated.json").write_text(on_one_line)
+    function = "def is_tea(prompts, responses, kind):\n    return [float(k == 'tea') for k in kind]\n"
+    (place / "mine.py").write_text(function)
     categories = f"tea:\n  score: {place}/mine.py:is_tea\nlong:\n  score: length\n  prompts: ['{place}/safety.json']\n"
     (place / "mine.yaml").write_text(categories + "vowels:\n  patterns: ['[aeiou]']\n")
     return place

@@ -90,19 +90,11 @@ def test_terms_of_length_repetition_and_diversity_by_hand():
     """Responses "ababa" and "ab" to the prompt "c": bigrams ab, ba, ab, ba and ab; trigrams aba, bab, aba."""
     a, b, c = (TOKENIZER.encode(letter)[0] for letter in "abc")
     tokens = np.array([[c, a, b, a, b, a], [c, a, b, 0, 0, 0]], np.int32)
-    said = np.array([[0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]])
-    batch = Rollout(tokens, (tokens != 0).astype(np.int32), said, np.zeros((2, 6), np.float32))
-    expected = {
-        "length": [5, 2],
-        "length:3": [2, 0],
-        "length:0": [5, 2],
-        "repetition": [1 / 3, 0],
-        "repetition:2": [1 / 2, 0],
-        "diversity": [1 / 2, 0],  # ba is the first one's alone
-        "diversity:3": [1, 0],
-        "diversity:1": [0, 0],
-        "count:a": [3, 1],
-    }
+    real = (tokens != 0).astype(np.int32)
+    batch = Rollout(tokens, real, real * (np.arange(6) > 0), np.zeros((2, 6), np.float32))
+    expected = {"length": [5, 2], "length:3": [2, 0], "repetition": [1 / 3, 0], "repetition:2": [1 / 2, 0]}
+    # ba is the first one's alone
+    expected |= {"diversity": [1 / 2, 0], "diversity:3": [1, 0], "count:a": [3, 1]}
     scores, parts = build("length:3").fn(batch)
     assert (scores.tolist(), parts) == (expected["length:3"], {})  # alone, without parts
     total, parts = jax.jit(build(*(f"{name}*-0.5" for name in expected)).fn)(batch)

@@ -1,4 +1,4 @@
-"""The safety filter: what it finds, what becomes of the rows, what a run counts, and that it repeats when resumed."""
+"""The safety filter: what it finds, what becomes of the rows, what a run counts."""
 
 import dataclasses
 import json
@@ -233,19 +233,6 @@ def test_a_run_counts_and_penalises(config, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_filters_alike(config, tmp_path):
-    metrics = read(training.rl.run(config, vpg).folder)
-    halved = dataclasses.replace(
-        config, output_dir=str(tmp_path / "half"), rl=dataclasses.replace(config.rl, num_iterations=1)
-    )
-    training.rl.run(halved, vpg)
-    longer = dataclasses.replace(
-        config, output_dir=halved.output_dir, resume=True, allow_changed=("rl.num_iterations",)
-    )
-    assert read(training.rl.run(longer, vpg).folder) == metrics
-
-
-@pytest.mark.slow
 def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(config, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def harm(prompts, responses):\n    return [float('nan')] * len(responses)")
@@ -258,12 +245,10 @@ def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(conf
     assert all(sample["unsafe"] is None for sample in read(folder, "samples.jsonl"))
     nothing = Safety(patterns=("",), prompts="count", responses="mask")
     folder = training.rl.run(dataclasses.replace(config, output_dir=str(tmp_path / "all"), safety=nothing), vpg).folder
-    assert [(row["safety/unsafe"], row["objective/score"], row["nonfinite"]) for row in read(folder)[1:]] == [
-        (1, 0, 0)
-    ] * 2
+    rows = [(row["safety/unsafe"], row["objective/score"], row["nonfinite"]) for row in read(folder)[1:]]
+    assert rows == [(1, 0, 0)] * 2
     assert not (folder / "samples.jsonl").exists() or read(folder, "samples.jsonl") == []
-    broken = dataclasses.replace(
-        config, output_dir=str(tmp_path / "nan"), safety=Safety(classifier=f"{file}:harm", below=0.0)
-    )
+    judged = Safety(classifier=f"{file}:harm", below=0.0)
+    broken = dataclasses.replace(config, output_dir=str(tmp_path / "nan"), safety=judged)
     with pytest.raises(TrainingFault, match=r"safety\.classifier: .* not finite"):
         training.rl.run(broken, vpg)

@@ -283,7 +283,7 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Promp
     return Answers(encoded, batches.columns_at(encoded, numbers), rollout, responses)
 
 
-def margins(bench: Bench, encoded: encoding.EncodedComparisons) -> dict[str, np.ndarray]:
+def margins(bench: Bench, encoded: encoding.EncodedComparisons) -> measures.Margins:
     """``{judge: [N]}`` score of answer 0 minus that of answer 1, by each judge there is, lengths among them."""
     log_probs = jax.jit(functools.partial(ops.response_log_probs, models.policy_fn(bench.policy.model)))
     lengths = np.stack([answer.lengths - np.array(answer.starts) for answer in encoded.answers], axis=1)

@@ -17,6 +17,9 @@ from rlhf_jax import metrics
 from rlhf_jax.evaluation import texts
 from rlhf_jax.evaluation.data import TIE, Annotated, CustomCategory
 
+Margins = Mapping[str, np.ndarray]
+"""``{judge: [N]}``, score of the first (or chosen) response minus that of the second."""
+
 
 class Figure(NamedTuple):
     """One figure. A value of None has a note that says why."""
@@ -101,11 +104,7 @@ def diversity(responses: Responses, key: jax.Array) -> list[Figure]:
 
 
 def preferences(
-    margins: Mapping[str, np.ndarray],
-    weights: np.ndarray,
-    sources: Sequence[str] | np.ndarray,
-    key: jax.Array,
-    part: str = "",
+    margins: Margins, weights: np.ndarray, sources: Sequence[str] | np.ndarray, key: jax.Array, part: str = ""
 ) -> list[Figure]:
     """How judges agree with the choice, and how well their probabilities are calibrated.
 
@@ -121,9 +120,10 @@ def preferences(
     category, figures = f"preferences: {part}" if part else "preferences", []
     for judge, margin in margins.items():
         metric, right = f"accuracy_{judge}", (margin > 0) + 0.5 * (margin == 0)
-        drawn = () if independent else (weights, groups)
-        interval = metrics.mean_interval if independent else metrics.bootstrap_mean
-        ends = interval(right, _stream(key, category, metric), *drawn)
+        stream = _stream(key, category, metric)
+        ends = metrics.mean_interval(right, stream)
+        if not independent:
+            ends = metrics.bootstrap_mean(right, stream, weights, groups)
         figures.append(_figure(category, metric, np.average(right, weights=weights), ends, n, "rows"))
     calibrated = {} if part else {judge: margin for judge, margin in margins.items() if judge != "longer"}
     for judge, margin in calibrated.items():  # the margins of "longer" are no log-odds
@@ -136,7 +136,7 @@ def preferences(
     return figures
 
 
-def agreement(margins: Mapping[str, np.ndarray], annotated: Sequence[Annotated], key: jax.Array) -> list[Figure]:
+def agreement(margins: Margins, annotated: Sequence[Annotated], key: jax.Array) -> list[Figure]:
     """How judges agree with the annotators' majority, and the annotators among themselves.
 
     margins: ``{judge: [N]}``, score of the first response minus that of the second; 0 is a tie. Rows without a majority
