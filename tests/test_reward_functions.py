@@ -155,8 +155,6 @@ def test_mistakes_are_named(functions, pair, tmp_path, monkeypatch):
         (["no/such/model"], {}, "^no/such/model: no such folder"),
         (["length:-1"], {}, r"--reward length:-1: after `length:` comes a whole number, at least 0, .* got '-1'"),
         (["repetition:0*-1"], {}, r"--reward repetition:0: .* at least 1, .* got '0'"),
-        (["diversity:two"], {}, r"--reward diversity:two: .* got 'two'"),
-        (["diversity:"], {}, r"--reward diversity:: .* got ''"),
         (["diversity:"], {"flag": "--rl.judge"}, r"^--rl\.judge diversity:: "),
         ([f"{pair}"], {}, rf"2 models of an ensemble.* mean:{pair}, min:{pair} .* uncertainty:{pair} "),
         (["min:x/5"], {}, "at least two different models, here are x/5"),
@@ -164,9 +162,7 @@ def test_mistakes_are_named(functions, pair, tmp_path, monkeypatch):
         (["mean:x/5,"], {}, "after `mean:` come reward models' folders, with commas between"),
         (["uncertainty:"], {}, "after `uncertainty:` come reward models' folders"),
         ([f"uncertainty:-1:{pair}"], {}, r"coefficient, a number of at least 0; got '-1'"),
-        ([f"uncertainty:half:{pair}"], {}, "got 'half'"),
         (["mean:0.5:no/such,x/5"], {}, r"^0\.5:no/such: no such folder"),  # only uncertainty has a coefficient
-        ([f"min:{pair},no/such/model"], {}, "^no/such/model: no such folder"),
         (["other5"], {}, "^--reward other5: the reward model's tokenizer is not the policy's"),
         ([f"min:{pair},other5"], {}, "model,other5: other5: the reward model's tokenizer is not the policy's"),
     ]:

@@ -1,7 +1,7 @@
 """Figures about texts, from their words alone: variety, repetition, refusals, uncertainty, information. English only.
 
 What is found by word patterns is found by its surface: a paraphrase that has none of the words is missed, and a
-quotation counts. ``docs/evaluation.md`` says how often they are right.
+quotation counts. The patterns are in ``texts.yaml``; ``docs/evaluation.md`` says how often they are right.
 """
 
 import math
