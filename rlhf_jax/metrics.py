@@ -2,15 +2,19 @@
 and the intervals of such figures.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
+Array = np.ndarray
+Interval = tuple[float, float]
+Groups = np.ndarray | None
+DRAWS = 1000  # of a bootstrap
 
-def preference_report(
-    chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray, weights: np.ndarray | None = None
-) -> dict[str, float]:
+
+def preference_report(chosen: Array, rejected: Array, lengths: Array, weights: Array | None = None) -> dict[str, float]:
     """How scores [N] of chosen and rejected answers agree with the choice (ALGORITHMS 2).
 
     lengths: [N, 2] response tokens of the chosen and the rejected answer.
@@ -21,20 +25,17 @@ def preference_report(
     takes the longer answer), and length_correlation (Spearman, score against length over both answers, unweighted).
     """
     margin = np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64)
-    scores = np.concatenate([chosen, rejected])
     return {
         "loss": float(np.average(np.logaddexp(0.0, -margin), weights=weights)),
         "accuracy": win_rate(chosen, rejected, weights),
         "margin": float(np.average(margin, weights=weights)),
         "ece": expected_calibration_error(margin, weights=weights),
         "length_accuracy": win_rate(lengths[:, 0], lengths[:, 1], weights),
-        "length_correlation": spearman(scores, np.concatenate([lengths[:, 0], lengths[:, 1]])),
+        "length_correlation": spearman(np.concatenate([chosen, rejected]), lengths.T.ravel()),
     }
 
 
-def choice_report(
-    scores: np.ndarray, best: np.ndarray, lengths: np.ndarray, weights: np.ndarray | None = None
-) -> dict[str, float]:
+def choice_report(scores: Array, best: Array, lengths: Array, weights: Array | None = None) -> dict[str, float]:
     """``preference_report`` of N choices among K answers: the best one against the highest-scored other one.
 
     scores, lengths: [N, K], length 0 where an answer is absent; best: [N]; weights: [N]. The loss is over all answers,
@@ -53,16 +54,14 @@ def choice_report(
     }
 
 
-def rival(scores: np.ndarray, best: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def rival(scores: Array, best: Array, lengths: Array) -> Array:
     """[N] number of the highest-scored answer beside the best one; arguments as in ``choice_report``."""
     others = np.where(lengths > 0, scores, -np.inf)
     others[np.arange(len(scores)), best] = -np.inf
     return others.argmax(axis=1)
 
 
-def target_report(
-    scores: np.ndarray, targets: np.ndarray, lengths: np.ndarray, weights: np.ndarray | None = None
-) -> dict[str, float]:
+def target_report(scores: Array, targets: Array, lengths: Array, weights: Array | None = None) -> dict[str, float]:
     """How scores [N, K] of K answers to each of N prompts agree with target scores [N, K].
 
     lengths: [N, K] response tokens, 0 where an answer is absent.
@@ -82,14 +81,13 @@ def target_report(
     }
     differ = (targets[:, :, None] > targets[:, None, :]) & present[:, :, None] & present[:, None, :]
     row, better, worse = np.nonzero(differ)
-    if len(row):
-        both = np.stack([lengths[row, better], lengths[row, worse]], axis=1)
-        pairs = preference_report(scores[row, better], scores[row, worse], both, weights[row])
-        report |= {name: pairs[name] for name in ("accuracy", "margin", "ece", "length_accuracy")}
-    return report
+    if not len(row):
+        return report
+    both = np.stack([lengths[row, better], lengths[row, worse]], axis=1)
+    return preference_report(scores[row, better], scores[row, worse], both, weights[row]) | report
 
 
-def expected_calibration_error(margin: np.ndarray, weights: np.ndarray | None = None, num_bins: int = 10) -> float:
+def expected_calibration_error(margin: Array, weights: Array | None = None, num_bins: int = 10) -> float:
     """Mean ``|accuracy - confidence|`` over equal bins of the confidence in [.5, 1] by count (Guo et al. 2017).
 
     margin: [N] score of the chosen answer minus that of the rejected one; the confidence is max(p, 1 - p) with
@@ -103,7 +101,7 @@ def expected_calibration_error(margin: np.ndarray, weights: np.ndarray | None = 
     return float(np.abs(np.bincount(bins, gaps)).sum() / np.sum(weights))
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
+def spearman(x: Array, y: Array) -> float:
     """Rank correlation of two [N] arrays; 0 if either is constant, since nothing then varies together."""
     import scipy.stats  # a quarter of the import time of the command line
 
@@ -112,13 +110,13 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(scipy.stats.spearmanr(x, y).statistic)
 
 
-def win_rate(scores: np.ndarray, against: np.ndarray, weights: np.ndarray | None = None) -> float:
+def win_rate(scores: Array, against: Array, weights: Array | None = None) -> float:
     """Share of rows [N], weighted by ``weights`` [N] if given, where ``scores`` is higher; ties count half."""
     scores, against = np.asarray(scores), np.asarray(against)
     return float(np.average((scores > against) + 0.5 * (scores == against), weights=weights))
 
 
-def brier(margin: np.ndarray, weights: np.ndarray | None = None) -> float:
+def brier(margin: Array, weights: Array | None = None) -> float:
     """Mean ``(1 - p)^2`` of the probability p = sigmoid(margin) given to the chosen answer (Brier 1950, of one of two
     outcomes): 0 is perfect, 0.25 what p = 1/2 gets.
 
@@ -127,22 +125,20 @@ def brier(margin: np.ndarray, weights: np.ndarray | None = None) -> float:
     return float(np.average(_sigmoid(-np.asarray(margin)) ** 2, weights=weights))
 
 
-def cohen_kappa(labels: np.ndarray, others: np.ndarray, weights: np.ndarray | None = None) -> float:
+def cohen_kappa(labels: Array, others: Array, weights: Array | None = None) -> float:
     """Agreement of two judges' labels [N] beyond chance, ``(observed - expected) / (1 - expected)`` (Cohen 1960).
 
     1 is full agreement, 0 that of judges who draw from their own shares of the labels. NaN where both give one and the
     same label to every row, so that chance alone agrees in all of them.
     """
     labels, others = np.asarray(labels), np.asarray(others)
-    observed = np.average(labels == others, weights=weights)
-    expected = sum(
-        np.average(labels == label, weights=weights) * np.average(others == label, weights=weights)
-        for label in np.unique(labels)
-    )
+    share = functools.partial(np.average, weights=weights)
+    observed = share(labels == others)
+    expected = sum(share(labels == label) * share(others == label) for label in np.unique(labels))
     return float("nan") if expected == 1.0 else float((observed - expected) / (1 - expected))
 
 
-def mean_interval(values: np.ndarray, key: jax.Array) -> tuple[float, float]:
+def mean_interval(values: Array, key: jax.Array) -> Interval:
     """95% interval of the mean of values [N] in [0, 1]: Wilson's (1927) if all are 0 or 1, else ``bootstrap_mean``."""
     if np.isin(values, (0, 1)).all():
         import scipy.stats
@@ -152,22 +148,15 @@ def mean_interval(values: np.ndarray, key: jax.Array) -> tuple[float, float]:
     return bootstrap_mean(values, key)
 
 
-def bootstrap_mean(
-    values: np.ndarray, key: jax.Array, weights: np.ndarray | None = None, groups: np.ndarray | None = None
-) -> tuple[float, float]:
+def bootstrap_mean(values: Array, key: jax.Array, weights: Array | None = None, groups: Groups = None) -> Interval:
     """``bootstrap_interval`` of the mean of values [N]; weights None: all the same."""
     weights = np.ones(len(values)) if weights is None else weights
     return bootstrap_interval(lambda drawn: float(np.average(values, weights=drawn)), weights, key, groups)
 
 
 def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float],
-    weights: np.ndarray,
-    key: jax.Array,
-    groups: np.ndarray | None = None,
-    num_draws: int = 1000,
-    centered: bool = False,
-) -> tuple[float, float]:
+    statistic: Callable[[Array], float], weights: Array, key: jax.Array, groups: Groups = None, centered: bool = False
+) -> Interval:
     """Percentile bootstrap (Efron 1979): the 2.5th and 97.5th percentile of a statistic over draws with replacement.
 
     Args:
@@ -188,13 +177,13 @@ def bootstrap_interval(
     if num_groups < 2:
         return float("nan"), float("nan")
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    rows = (generator.integers(num_groups, size=num_groups) for _ in range(num_draws))
+    rows = (generator.integers(num_groups, size=num_groups) for _ in range(DRAWS))
     draws = [statistic(weights * np.bincount(row, minlength=num_groups)[groups]) for row in rows]
     low, high = np.nanpercentile(draws, [2.5, 97.5]) - (np.nanmean(draws) - statistic(weights) if centered else 0.0)
     return float(low), float(high)
 
 
-def jackknife_interval(value: float, without_each: np.ndarray) -> tuple[float, float]:
+def jackknife_interval(value: float, without_each: Array) -> Interval:
     """95% interval ``value +- 1.96 * standard error`` by the jackknife (Tukey 1958), from the statistic without row i,
     for each of N rows: for what copies would change, such as counts of different things, which no bootstrap can draw.
 
@@ -208,5 +197,5 @@ def jackknife_interval(value: float, without_each: np.ndarray) -> tuple[float, f
     return float(value - 1.96 * error), float(value + 1.96 * error)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def _sigmoid(x: Array) -> Array:
     return np.exp(-np.logaddexp(0.0, -np.asarray(x, np.float64)))

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import math
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -49,9 +49,8 @@ def test_refusals_and_uncertainty_are_counted_by_label():
     assert (row.value, row.n, missing.value, missing.n) == (0.5, 4, None, 0)
     assert missing.note == "there is no such row"
     rows = measures.uncertainty(said, [True, None, True, False], KEY)
-    assert [(row.metric, row.value, row.n) for row in rows] == [
-        *(("uncertainty", 0.25, 4), ("uncertainty_answerable", 0.0, 2), ("uncertainty_unanswerable", 1.0, 1)),
-    ]
+    expected = [("uncertainty", 0.25, 4), ("uncertainty_answerable", 0.0, 2), ("uncertainty_unanswerable", 1.0, 1)]
+    assert [(row.metric, row.value, row.n) for row in rows] == expected
 
 
 def said(*texts):
@@ -96,9 +95,8 @@ def test_preferences_by_hand():
     assert found["preferences", "accuracy_longer"] == pytest.approx(1 / 2)
     assert found["preferences", "brier_reward_model"] == metrics.brier(margins["reward_model"], weights)
     assert ("preferences", "ece_longer") not in found
-    assert ("honesty", "ece_log_prob") in values(
-        measures.preferences({"log_prob": margins["longer"]}, weights, sources, KEY)
-    )
+    other = measures.preferences({"log_prob": margins["longer"]}, weights, sources, KEY)
+    assert ("honesty", "ece_log_prob") in values(other)
 
 
 def test_agreement_by_hand():
@@ -108,12 +106,8 @@ def test_agreement_by_hand():
     assert [row.majority for row in annotated] == [1, 2, 0, None, 1]
     rows = measures.agreement({"judge": np.array([1.0, 2.0, 0.0, -1.0, 3.0])}, annotated, KEY)
     found = {row.metric: row for row in rows}
-    assert found["agreement_judge"][2:3] + found["agreement_judge"][5:] == (
-        3 / 4,
-        4,
-        "rows",
-        "1 rows have no majority",
-    )
+    assert found["agreement_judge"].value == 3 / 4
+    assert found["agreement_judge"][5:] == (4, "rows", "1 rows have no majority")
     assert found["agreement_decided_judge"].value == 2 / 3
     assert found["kappa_judge"].value == pytest.approx((3 / 4 - 7 / 16) / (1 - 7 / 16))  # by chance .5*.75 + .25*.25
     assert found["agreement_of_annotators"].value == pytest.approx((1 / 3 + 1 + 1 / 3 + 0 + 1) / 5)
@@ -147,19 +141,9 @@ BAD_CATEGORY = {"prompt": "a", "chosen": "b", "rejected": "c", "category": 3}
         ("annotated", "x.jsonl", json.dumps(BAD_VOTE), "'annotator1' must be 1, 2 or 0 for a tie, found the number 3"),
         ("annotated", "x.jsonl", json.dumps(BAD_VOTE | {"response1": 0}), "'response1' must be a string"),
         ("preferences", "x.jsonl", json.dumps(BAD_CATEGORY), "'category' must be a string"),
-        (
-            "categories",
-            "x.yaml",
-            "polite:\n  pattern: [a]\n",
-            "line 2: unknown key polite.pattern; did you mean",
-        ),
+        ("categories", "x.yaml", "polite:\n  pattern: [a]\n", "line 2: unknown key polite.pattern; did you mean"),
         ("categories", "x.yaml", "polite:\n  patterns: [a]\n  score: length\n", "line 2: polite needs exactly one"),
-        (
-            "categories",
-            "x.yaml",
-            "polite:\n  patterns: ['(']\n",
-            r"line 2: polite.patterns holds '\(', which is no reg",
-        ),
+        ("categories", "x.yaml", "polite:\n  patterns: ['(']\n", r"line 2: polite.patterns holds '\(', which is no"),
         ("categories", "x.yaml", "polite:\n  keywords: ['']\n", "line 2: polite.keywords holds an empty text"),
         ("categories", "x.yaml", "polite: [\n", "not valid YAML"),
         ("categories", "x.yaml", "", "is empty"),
@@ -224,19 +208,15 @@ def folders(tmp_path_factory):
         models.save(folder / "model", model, params)
         tokenizer.save(folder / "model")
     (place / "prompts.json").write_text(json.dumps(PROMPTS))
-    (place / "safety.json").write_text(
-        json.dumps([{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}])
-    )
+    labelled = [{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}]
+    (place / "safety.json").write_text(json.dumps(labelled))
     (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     annotated = {"instruction": "say milk", "input": "now", "response1": "milk", "response2": "", "annotator1": 1}
-    others = [
-        annotated | {"annotator1": 0, "input": ""},
-        annotated | {"response1": "", "response2": "no", "annotator1": 2},
-    ]
-    (place / "annotated.json").write_text(json.dumps([annotated, *others]))  # all on one line
-    (place / "mine.py").write_text(
-        "def is_tea(prompts, responses, kind):\n    return [float(k == 'tea') for k in kind]\n"
-    )
+    others = [{"annotator1": 0, "input": ""}, {"response1": "", "response2": "no", "annotator1": 2}]
+    on_one_line = json.dumps([annotated | other for other in ({}, *others)])
+    (place / "annotated.json").write_text(on_one_line)
+    function = "def is_tea(prompts, responses, kind):\n    return [float(k == 'tea') for k in kind]\n"
+    (place / "mine.py").write_text(function)
     categories = f"tea:\n  score: {place}/mine.py:is_tea\nlong:\n  score: length\n  prompts: ['{place}/safety.json']\n"
     (place / "mine.yaml").write_text(categories + "vowels:\n  patterns: ['[aeiou]']\n")
     return place
@@ -292,9 +272,7 @@ def test_what_is_not_given_is_named_and_changes_nothing_else(folders, tmp_path):
     }
     more = config(folders, output=str(tmp_path), safety=(str(folders / "safety.json"),))
     others = values(evaluate.run(str(folders / "run"), more).rows)
-    assert {key: others[key] for key in values(result.rows) if key in others and others[key] is not None} == {
-        key: value for key, value in values(result.rows).items() if value is not None
-    }
+    assert {key: value for key, value in values(result.rows).items() if value is not None}.items() <= others.items()
     samples = (tmp_path / evaluate.SAMPLES).read_bytes()
     evaluate.run(str(folders / "run"), dataclasses.replace(more, seed=1))
     assert (tmp_path / evaluate.SAMPLES).read_bytes() != samples
@@ -310,10 +288,8 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
     result = evaluate.run(str(folders / "run"), given)
     rows = result.rows
     assert (result.value("win rate", "win_rate"), result.value("win rate", "score_difference")) == (0.5, 0)
-    (model, params), tokenizer = (
-        models.load(folders / "run" / "model"),
-        tokenizers.load_tokenizer(folders / "rm" / "model"),
-    )
+    model, params = models.load(folders / "run" / "model")
+    tokenizer = tokenizers.load_tokenizer(folders / "rm" / "model")
     reward_model, reward_params = models.load(folders / "rm" / "model")
 
     @jax.jit
@@ -356,12 +332,9 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
 )
 def test_mistakes(folders, given, message, tmp_path):
     (folders / "broken.yaml").write_text("tea:\n  score: mine.py:none\n")
-    given = {
-        key: str(folders / value) if key in ("reward_model", "categories") and value else value
-        for key, value in given.items()
-    }
+    paths = {key: str(folders / given[key]) for key in ("reward_model", "categories") if given.get(key)}
     with pytest.raises(UserError, match=message):
-        evaluate.run(str(folders / "run"), config(folders, output=str(tmp_path), **given))
+        evaluate.run(str(folders / "run"), config(folders, **{"output": str(tmp_path)} | given | paths))
 
 
 def test_other_mistakes(folders, tmp_path):
@@ -369,11 +342,8 @@ def test_other_mistakes(folders, tmp_path):
         evaluate.run(str(folders / "rm"), config(folders, output=str(tmp_path)))
     with pytest.raises(UserError, match="no such folder"):
         evaluate.run(str(folders / "nowhere"), config(folders))
-    plain = folders / "run" / "model"
     other = write_run(tmp_path / "other", settings={"text": {"template": "Q: {prompt}"}})
-    (other / "model" / "config.json").unlink()
-    for file in plain.iterdir():
-        (other / "model" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(folders / "run" / "model", other / "model", dirs_exist_ok=True)
     with pytest.raises(UserError, match="was trained with the template"):
         evaluate.run(str(other), config(folders))
 
@@ -385,10 +355,9 @@ def test_a_broken_evaluation_is_said(tmp_path):
         report.write([folder], tmp_path / "page.html")
 
 
-def test_intervals_hold_the_value_and_shares_of_nothing_are_no_certainty():
+def test_shares_have_bounds_and_numbers_that_do_not_vary_have_none():
     row = measures.mean("c", "m", np.zeros((20, 2), bool), KEY)
     assert (row.value, row.low) == (0, 0)
     assert row.high == pytest.approx(0.161, abs=1e-3)
     row = measures.mean("c", "m", np.ones((20, 2)), KEY)
     assert (row.low, row.high) == (1, 1)  # a number, not a share: no bound is known
-    assert math.isfinite(row.value)

@@ -1,6 +1,7 @@
 """What --reward may say, and runs whose reward is the user's own Python function."""
 
 import dataclasses
+import functools
 import json
 from functools import partial
 
@@ -76,11 +77,6 @@ def test_a_sum_of_traced_terms_and_a_function(functions):
     assert scores == [4.0, None]  # what one part cannot score has no sum
 
 
-def test_one_function_has_a_part_of_its_name(functions):
-    scores, parts = build(f"{functions}:letters").host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
-    assert (scores, parts) == ([1.0, 1.0], {"letters": [1.0, 1.0]})
-
-
 def test_a_traced_reward_on_the_host():
     assert build("count:a").host is None
     scores, parts = spec.as_host(build("count:a*3"))(rollout(), {})
@@ -95,19 +91,11 @@ def test_terms_of_length_repetition_and_diversity_by_hand():
     """Responses "ababa" and "ab" to the prompt "c": bigrams ab, ba, ab, ba and ab; trigrams aba, bab, aba."""
     a, b, c = (TOKENIZER.encode(letter)[0] for letter in "abc")
     tokens = np.array([[c, a, b, a, b, a], [c, a, b, 0, 0, 0]], np.int32)
-    said = np.array([[0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]])
-    batch = Rollout(tokens, (tokens != 0).astype(np.int32), said, np.zeros((2, 6), np.float32))
-    expected = {
-        "length": [5, 2],
-        "length:3": [2, 0],
-        "length:0": [5, 2],
-        "repetition": [1 / 3, 0],
-        "repetition:2": [1 / 2, 0],
-        "diversity": [1 / 2, 0],  # ba is the first one's alone
-        "diversity:3": [1, 0],
-        "diversity:1": [0, 0],
-        "count:a": [3, 1],
-    }
+    real = (tokens != 0).astype(np.int32)
+    batch = Rollout(tokens, real, real * (np.arange(6) > 0), np.zeros((2, 6), np.float32))
+    expected = {"length": [5, 2], "length:3": [2, 0], "repetition": [1 / 3, 0], "repetition:2": [1 / 2, 0]}
+    # ba is the first one's alone
+    expected |= {"diversity": [1 / 2, 0], "diversity:3": [1, 0], "count:a": [3, 1]}
     scores, parts = build("length:3").fn(batch)
     assert (scores.tolist(), parts) == (expected["length:3"], {})  # alone, without parts
     total, parts = jax.jit(build(*(f"{name}*-0.5" for name in expected)).fn)(batch)
@@ -168,8 +156,6 @@ def test_mistakes_are_named(functions, pair, tmp_path, monkeypatch):
         (["no/such/model"], {}, "^no/such/model: no such folder"),
         (["length:-1"], {}, r"--reward length:-1: after `length:` comes a whole number, at least 0, .* got '-1'"),
         (["repetition:0*-1"], {}, r"--reward repetition:0: .* at least 1, .* got '0'"),
-        (["diversity:two"], {}, r"--reward diversity:two: .* got 'two'"),
-        (["diversity:"], {}, r"--reward diversity:: .* got ''"),
         (["diversity:"], {"flag": "--rl.judge"}, r"^--rl\.judge diversity:: "),
         ([f"{pair}"], {}, rf"2 models of an ensemble.* mean:{pair}, min:{pair} .* uncertainty:{pair} "),
         (["min:x/5"], {}, "at least two different models, here are x/5"),
@@ -177,9 +163,7 @@ def test_mistakes_are_named(functions, pair, tmp_path, monkeypatch):
         (["mean:x/5,"], {}, "after `mean:` come reward models' folders, with commas between"),
         (["uncertainty:"], {}, "after `uncertainty:` come reward models' folders"),
         ([f"uncertainty:-1:{pair}"], {}, r"coefficient, a number of at least 0; got '-1'"),
-        ([f"uncertainty:half:{pair}"], {}, "got 'half'"),
         (["mean:0.5:no/such,x/5"], {}, r"^0\.5:no/such: no such folder"),  # only uncertainty has a coefficient
-        ([f"min:{pair},no/such/model"], {}, "^no/such/model: no such folder"),
         (["other5"], {}, "^--reward other5: the reward model's tokenizer is not the policy's"),
         ([f"min:{pair},other5"], {}, "model,other5: other5: the reward model's tokenizer is not the policy's"),
     ]:
@@ -210,10 +194,11 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
     models.save(tmp_path, model, params)
     TOKENIZER.save(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}: this model has no score head"):
-        spec.build((str(tmp_path),), tokenizer=TOKENIZER, load=load_model, columns=())
+        initial.load_reward_model(str(tmp_path), Compute())
     params = models.add_head(jax.random.key(1), params, "score")
     models.save(tmp_path, model, params)
-    scores, _ = spec.build((str(tmp_path),), tokenizer=TOKENIZER, load=load_model, columns=()).fn(rollout())
+    load = functools.partial(initial.load_reward_model, compute=Compute())
+    scores, _ = spec.build((str(tmp_path),), tokenizer=TOKENIZER, load=load, columns=()).fn(rollout())
     expected = models.score_fn(model)(params, rollout().tokens, rollout().attention_mask, None)
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 

@@ -13,6 +13,7 @@ Errors name the row's file and line.
 """
 
 import dataclasses
+import itertools
 import keyword
 import re
 from collections import Counter
@@ -73,10 +74,8 @@ def read_safety(paths: Sequence[str], template: ChatTemplate | None = None) -> f
     for row in result.rows:
         label = row.columns.get("label")
         if label not in ("safe", "unsafe"):
-            raise UserError(
-                f"{row.source}: a prompt for --safety needs a key 'label' that is safe or unsafe, found "
-                f"{'none' if label is None else repr(label)}"
-            )
+            found = "none" if label is None else repr(label)
+            raise UserError(f"{row.source}: a prompt for --safety needs a key 'label', safe or unsafe, found {found}")
     return result
 
 
@@ -95,7 +94,7 @@ def read_preferences(
     """Pairs of any preference format, and ``{row's source: its category}`` of those whose row has a ``category``."""
     result = formats.read("pairs", paths, template=template)
     categories = {}
-    for record in (record for path in paths for record in read_source(path).records):
+    for record in itertools.chain.from_iterable(read_source(path).records for path in paths):
         value = record.value.get("category")
         if value is not None and not isinstance(value, str):
             raise UserError(f"{record.source}: 'category' must be a string, found {rows.kind(value)}")
@@ -141,7 +140,7 @@ def read_categories(path: str) -> dict[str, CustomCategory]:
     for name in names:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
             raise UserError(f"{path}: a category's name is made of letters, digits and _, found {name!r}")
-    settings = config.read(dataclasses.make_dataclass("Categories", [(n, CustomCategory) for n in names]), file)
+    settings = config.read(dataclasses.make_dataclass("_", [(name, CustomCategory) for name in names]), file)
     categories = {}
     for name in names:
         given = {key.partition(".")[2]: item for key, item in settings.items() if key.partition(".")[0] == name}

@@ -8,43 +8,87 @@ with every response. Both are functions of the models, the data, the settings an
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import yaml
 
-from rlhf_jax.data import chat, encoding, formats, rows
+from rlhf_jax import generator, models, ops, rewards, sampling
+from rlhf_jax.config import Compute, RLStage
+from rlhf_jax.data import batches, chat, encoding, formats, rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import data, measures, texts
-from rlhf_jax.evaluation.measures import Figure
-from rlhf_jax.evaluation.policy import (
-    Answers,
-    Bench,
-    Config,
-    check_template,
-    encode_pairs,
-    load,
-    margins,
-    model_folder,
-    open_bench,
-    reward_of,
-    sample,
-    score,
-)
+from rlhf_jax.evaluation.measures import Figure, Responses
+from rlhf_jax.models import hf
 from rlhf_jax.report import records
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.folder import write_atomically
-from rlhf_jax.training import stage
+from rlhf_jax.training import initial, loop, stage
+from rlhf_jax.types import Params, Rollout
 
 __all__ = ["Config", "Result", "run"]
 
 SAMPLES = "evaluation_samples.jsonl"
 ORDER = ("helpfulness", "harmlessness", "honesty", "preferences", "agreement", "diversity", "win rate")  # then others
 GIVEN = ("preferences", "annotated")  # data with answers; the other sets are prompts
+BUCKET = 64  # tokens: texts to score are padded to a multiple, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run is judged by. What is not given is named as not run."""
+
+    prompts: tuple[str, ...] = ()
+    """Held-out prompts, for helpfulness, uncertainty, diversity and the win rate."""
+    safety: tuple[str, ...] = ()
+    """Prompts with a key `label`, safe or unsafe, such as XSTest's CSV: which are refused?"""
+    preferences: tuple[str, ...] = ()
+    """Preference data of any format: do the reward model and the policy's log-probabilities agree with it?"""
+    annotated: str | None = None
+    """Pairs of responses with several annotators' votes, as in PandaLM's test set."""
+    reward_model: str | None = None
+    """A reward model's run or model folder, or another SPEC of --reward such as mean:A,B."""
+    against: str | None = None
+    """Another run or model folder, for the win rate under the reward model."""
+    categories: str | None = None
+    """YAML file of categories of your own."""
+    template: str | None = None
+    """What the models read for a prompt; null: the run's text.template ({prompt} for a model's folder)."""
+    max_new_tokens: int | None = None
+    """Response slots; null: the run's rl.max_new_tokens (32 for a model's folder)."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the most likely token."""
+    num_samples: int = 1
+    """Responses to each prompt; with two or more, diversity within a prompt too."""
+    batch_size: int = 64
+    """Texts at once. Another one may round differently."""
+    too_long: Literal["error", "truncate", "drop"] = "error"
+    """What to do with a text that does not fit into the model. Truncated and dropped rows are counted and reported."""
+    seed: int = 0
+    """Root of the samples and of the intervals' draws."""
+    device: Literal["cpu", "gpu", "cuda", "tpu"] | None = None
+    """Where to run; null: JAX's choice."""
+    output: str | None = None
+    """Folder for evaluation.json; null: the run's."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_samples": 1, "batch_size": 1, "max_new_tokens": 1, "temperature": 0}.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.template is not None and "{prompt}" not in self.template:
+            raise UserError(f"--template must contain {{prompt}}, got {self.template!r}")
+        if self.against is not None and (self.reward_model is None or not self.prompts):
+            raise UserError("--against: a win rate needs --reward-model, which judges, and --prompts")
 
 
 class Result(NamedTuple):
@@ -76,16 +120,15 @@ def run(folder: str | Path, config: Config) -> Result:
     sets = _read(config, policy.tokenizer)
     bench = open_bench(policy, config)
     answers = {name: sample(bench, policy, name, read.rows) for name, read in sets.results.items() if name not in GIVEN}
-    pairs = {name: encode_pairs(bench, rows) for name, rows in sets.pairs().items()}
-    cut = {name: given.counts for name, given in answers.items()} | {
-        name: given.counts for name, given in pairs.items()
-    }
+    pairs = {name: _encode_comparisons(bench, read.rows) for name, read in sets.results.items() if name in GIVEN}
+    cut = {name: answer.encoded.counts for name, answer in answers.items()}
+    cut |= {name: encoded.counts for name, encoded in pairs.items()}
     left_out = {name: read.dropped | cut[name] for name, read in sets.results.items() if read.dropped or cut[name]}
     for name, reasons in left_out.items():
         print(f"{name}: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}", flush=True)
     if config.against is not None:
         answers["prompts, against"] = _against(bench, config.against, sets.results["prompts"].rows)
-        if answers["prompts, against"].rows != answers["prompts"].rows:
+        if answers["prompts, against"].encoded.rows != answers["prompts"].encoded.rows:
             raise UserError(f"--against {config.against}: it leaves out other prompts that are too long; shorten them")
     figures = [*_figures(bench, sets, answers, pairs), *_not_run(config)]
     place = {category: i for i, category in enumerate(ORDER)}
@@ -106,6 +149,166 @@ def run(folder: str | Path, config: Config) -> Result:
     return Result(figures, path)
 
 
+class Policy(NamedTuple):
+    """A policy and what it was trained with."""
+
+    folder: str
+    model: models.Model
+    params: Params
+    tokenizer: Tokenizer
+    template: str
+    max_new_tokens: int
+
+
+class Bench(NamedTuple):
+    """A policy and what it is judged with."""
+
+    policy: Policy
+    config: Config
+    key: jax.Array
+    reward: spec.Reward | None
+    positions: int  # that the policy and the reward model both have
+
+
+def load(folder: str, config: Config) -> Policy:
+    """The policy in a run's or model's folder, or of a Hugging Face name."""
+    settings = _settings(folder)
+    compute = Compute(dtype=settings.get("compute", {}).get("dtype", "float32"))
+    model, params, tokenizer = initial.load_language_model(model_folder(folder), compute)
+    if "score" in params:
+        raise UserError(f"{folder}: this is a reward model, which says nothing; give it as --reward-model")
+    template = config.template or settings.get("text", {}).get("template", "{prompt}")
+    slots = config.max_new_tokens or settings.get("rl", {}).get("max_new_tokens", RLStage().max_new_tokens)
+    return Policy(folder, model, params, tokenizer, template, slots)
+
+
+def model_folder(folder: str) -> str:
+    """``model/`` of a run; any other folder or name is itself."""
+    inner = Path(folder) / "model"
+    return str(inner) if inner.is_dir() else folder
+
+
+def _settings(folder: str) -> dict[str, Any]:
+    """config.yaml of a run, also found from its ``model/``; empty for other models."""
+    place = Path(folder)
+    file = (place.parent if place.name == "model" and not (place / "config.yaml").is_file() else place) / "config.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        return dict(yaml.safe_load(file.read_bytes()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+
+
+def open_bench(policy: Policy, config: Config) -> Bench:
+    """The policy with the reward model of ``config.reward_model``, if it names one."""
+    positions, reward = policy.model.config.max_length, None
+    if config.reward_model is not None:
+        entry = model_folder(config.reward_model)
+        check_template(policy, config.reward_model, config)
+        reward = reward_of(entry, policy.tokenizer, (), "--reward-model")
+        for source in spec.sources(entry).values():
+            for folder in spec.members(source) or [source]:
+                if (folder / "config.json").is_file():
+                    positions = min(positions, hf.read_config(folder).max_length)
+    return Bench(policy, config, stage.stream(config.seed, "evaluate", "eval"), reward, positions)
+
+
+def check_template(policy: Policy, folder: str, config: Config) -> None:
+    """Refuses a run in ``folder`` that had another template, unless ``config`` chooses one."""
+    other = _settings(folder).get("text", {}).get("template", policy.template)
+    if config.template is None and other != policy.template:
+        raise UserError(
+            f"{folder} was trained with the template {other!r}, {policy.folder} with {policy.template!r}; give the one "
+            "to use for both as --template"
+        )
+
+
+def reward_of(entry: str, tokenizer: Tokenizer, columns: Collection[str], flag: str) -> spec.Reward:
+    """The reward of one entry, as ``spec.build`` reads it; ``flag`` names the setting in errors."""
+    load = functools.partial(initial.load_reward_model, compute=Compute())
+    return spec.build((entry,), tokenizer=tokenizer, load=load, columns=columns, flag=flag)
+
+
+_apply = jax.jit(lambda fn, rollout: fn(rollout)[0])
+
+
+def score(reward: spec.Reward, rollout: Rollout, columns: Mapping[str, Sequence[Any]], batch_size: int) -> np.ndarray:
+    """[N] float64 of N responses, NaN where a function gave None. A Python function sees all rows at once."""
+    if reward.host is not None:
+        result = rewards.on_host(reward.host, rollout, columns).rollout
+        return np.where(np.any(result.response_mask, axis=1), np.asarray(result.scores, np.float64), np.nan)
+    arrays, tree = jax.tree.flatten(rollout)
+    apply = lambda *part: _apply(reward.fn, jax.tree.unflatten(tree, part))  # noqa: E731
+    return generator.in_batches(apply, batch_size, *arrays).astype(np.float64)
+
+
+class Answers(NamedTuple):
+    """A policy's responses to N prompts, S to each."""
+
+    encoded: encoding.EncodedPrompts  # [N]
+    columns: dict[str, list[Any]]  # of the N * S rows of the rollout
+    rollout: Rollout
+    responses: Responses
+
+
+def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Prompt]) -> Answers:
+    """Responses to a set of prompts. The key is that of the set's name, so that both runs of a win rate share it."""
+    config, model, tokenizer, slots = bench.config, policy.model, policy.tokenizer, policy.max_new_tokens
+    limits: Any = {"max_positions": model.config.max_length, "max_new_tokens": slots, "too_long": config.too_long}
+    encoded = encoding.encode_prompts(prompts, tokenizer, template=policy.template, **limits)
+    width = encoded.tokens.shape[1] + slots
+    if width > bench.positions and bench.reward is not None:
+        raise UserError(
+            f"--reward-model {config.reward_model} has {bench.positions} positions, but prompts and responses take "
+            f"{width}; give a smaller --max-new-tokens or shorter prompts"
+        )
+    settings = sampling.SamplingConfig(
+        max_new_tokens=slots, temperature=config.temperature, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
+    )
+    shape = (len(encoded), config.num_samples)
+    numbers = np.repeat(np.arange(shape[0]), shape[1])
+    tokens, mask = encoded.tokens[numbers], encoded.attention_mask[numbers]
+    key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
+    rollout = generator.generate(model, policy.params, tokens, mask, key, settings, config.batch_size)
+    present = np.asarray(rollout.response_mask) != 0
+    ended = (present & (np.asarray(rollout.tokens) == tokenizer.eos_id)).any(axis=1)
+    responses = Responses(
+        prompts=[p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows],
+        texts=np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist(),
+        lengths=present.sum(axis=1).reshape(shape),
+        ended=ended.reshape(shape),
+        scores=None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape),
+    )
+    return Answers(encoded, batches.columns_at(encoded, numbers), rollout, responses)
+
+
+def margins(bench: Bench, encoded: encoding.EncodedComparisons) -> measures.Margins:
+    """``{judge: [N]}`` score of answer 0 minus that of answer 1, by each judge there is, lengths among them."""
+    log_probs = jax.jit(functools.partial(ops.response_log_probs, models.policy_fn(bench.policy.model)))
+    lengths = np.stack([answer.lengths - np.array(answer.starts) for answer in encoded.answers], axis=1)
+    sums, scores = np.zeros(lengths.shape), np.zeros(lengths.shape)
+    by_length = np.argsort(encoded.lengths, kind="stable")  # so that a batch is padded little
+    for numbers in loop.in_order(by_length, bench.config.batch_size):
+        batch, present = batches.comparison_batch(encoded, numbers, BUCKET), numbers >= 0
+        sums[numbers[present]] = np.asarray(log_probs(bench.policy.params, batch))[present]
+        if bench.reward is not None:
+            arrays = (batch.tokens, batch.attention_mask, batch.response_mask)
+            tokens, mask, response = (x.reshape(-1, x.shape[-1]) for x in arrays)
+            rollout = Rollout(tokens, mask, response, log_probs=jnp.zeros(tokens.shape))
+            scores[numbers[present]] = score(bench.reward, rollout, {}, len(tokens)).reshape(-1, 2)[present]
+    judged = {} if bench.reward is None else {"reward_model": scores}
+    judged |= {"log_prob": sums, "mean_log_prob": sums / lengths, "longer": lengths}
+    return {name: values[:, 0] - values[:, 1] for name, values in judged.items()}
+
+
+def _encode_comparisons(bench: Bench, given: Sequence[Any]) -> encoding.EncodedComparisons:
+    """Pairs, or annotated ones, as tokens, at most as long as the policy and the reward model can read."""
+    policy, pairs = bench.policy, [getattr(row, "pair", row) for row in given]
+    limits: Any = {"max_length": bench.positions, "too_long": bench.config.too_long}
+    return encoding.encode_comparisons(pairs, policy.tokenizer, template=policy.template, **limits)
+
+
 class _Sets(NamedTuple):
     """All data, read before anything is computed."""
 
@@ -113,29 +316,23 @@ class _Sets(NamedTuple):
     parts: dict[str, str]  # {source: category} of preferences
     categories: dict[str, data.CustomCategory]
 
-    def pairs(self) -> dict[str, list[rows.Pair]]:
-        """The pairs of the sets that have answers."""
-        pairs = {name: self.results[name].rows for name in GIVEN if name in self.results}
-        return {name: [getattr(row, "pair", row) for row in some] for name, some in pairs.items()}
-
 
 def _read(config: Config, tokenizer: Tokenizer) -> _Sets:
     template, parts = chat.template_of(tokenizer), dict[str, str]()
     categories = data.read_categories(config.categories) if config.categories else {}
-    results: dict[str, formats.ReadResult[Any]] = {}
-    if config.prompts:
-        results["prompts"] = formats.read("prompts", config.prompts, template=template)
+    prompts = {"prompts": config.prompts} | {f"custom {name}": own.prompts for name, own in categories.items()}
+    for name, category in categories.items():
+        if not (category.prompts or config.prompts):
+            raise UserError(f"{config.categories}: {name} has no prompts of its own; add them or give --prompts")
+    results: dict[str, formats.ReadResult[Any]] = {
+        name: formats.read("prompts", paths, template=template) for name, paths in prompts.items() if paths
+    }
     if config.safety:
         results["safety"] = data.read_safety(config.safety, template)
     if config.preferences:
         results["preferences"], parts = data.read_preferences(config.preferences, template)
     if config.annotated:
         results["annotated"] = data.read_annotated(config.annotated)
-    for name, category in categories.items():
-        if category.prompts:
-            results[f"custom {name}"] = formats.read("prompts", category.prompts, template=template)
-        elif not config.prompts:
-            raise UserError(f"{config.categories}: {name} has no prompts of its own; add them or give --prompts")
     for name, result in results.items():
         print(f"{name}: {result.describe()}", flush=True)
     return _Sets(results, parts, categories)
@@ -143,9 +340,9 @@ def _read(config: Config, tokenizer: Tokenizer) -> _Sets:
 
 def _fingerprints(folder: str, config: Config, sets: _Sets) -> dict[str, str]:
     """sha256 of every file and model that is read, by the name that the user gave it."""
-    paths = {name: Path(model_folder(name)) for name in (folder, config.against) if name is not None}
-    judges = [config.reward_model and model_folder(config.reward_model)]
-    for entry in filter(None, [*judges, *(category.score for category in sets.categories.values())]):
+    paths = {name: Path(model_folder(name)) for name in filter(None, (folder, config.against))}
+    judges = [config.reward_model and model_folder(config.reward_model), *(c.score for c in sets.categories.values())]
+    for entry in filter(None, judges):
         paths |= spec.sources(entry)
     if config.categories is not None:
         paths[config.categories] = Path(config.categories)
@@ -163,19 +360,16 @@ def _against(bench: Bench, folder: str, prompts: Sequence[rows.Prompt]) -> Answe
 
 
 def _figures(
-    bench: Bench,
-    sets: _Sets,
-    answers: Mapping[str, Answers],
-    pairs: Mapping[str, encoding.EncodedComparisons],
+    bench: Bench, sets: _Sets, answers: Mapping[str, Answers], pairs: Mapping[str, encoding.EncodedComparisons]
 ) -> Iterable[Figure]:
     key = bench.key
     if "prompts" in answers:
         responses = answers["prompts"].responses
         yield from measures.helpfulness(responses, key)
-        yield from measures.uncertainty(responses, list(map(data.answerable, answers["prompts"].rows)), key)
+        yield from measures.uncertainty(responses, list(map(data.answerable, answers["prompts"].encoded.rows)), key)
         yield from measures.diversity(responses, key)
     if "safety" in answers:
-        labels = [row.columns["label"] for row in answers["safety"].rows]
+        labels = [row.columns["label"] for row in answers["safety"].encoded.rows]
         yield from measures.harmlessness(answers["safety"].responses, labels, key)
     if "preferences" in pairs:
         yield from _preferences(bench, pairs["preferences"], sets.parts)
@@ -190,7 +384,7 @@ def _figures(
         own = answers.get(f"custom {name}") or answers["prompts"]
         responses = own.responses._replace(scores=None)
         if category.score is not None:
-            where = f"{bench.config.categories}: {name}.score "
+            where = f"{bench.config.categories}: {name}.score"
             judge = reward_of(category.score, bench.policy.tokenizer, own.columns, where)
             scores = score(judge, own.rollout, own.columns, bench.config.batch_size)
             responses = responses._replace(scores=scores.reshape(responses.lengths.shape))
@@ -225,17 +419,13 @@ def _not_run(config: Config) -> list[Figure]:
         (config.against, "win rate", "all", "--against RUN with --reward-model and --prompts"),
         (config.categories, "custom", "all", "--categories FILE.yaml"),
     ]
-    return [
-        Figure(category, metric, None, None, None, 0, "", f"not run: give {flag}")
-        for given, category, metric, flag in wanted
-        if not given
-    ]
+    return [Figure(place, metric, note=f"not run: give {flag}") for given, place, metric, flag in wanted if not given]
 
 
 def _samples(name: str, answers: Answers) -> Iterable[dict[str, Any]]:
     """A line for each response: prompt, response, and the judgements by word patterns."""
     scores = answers.responses.scores
-    for i, (row, responses) in enumerate(zip(answers.rows, answers.responses.texts, strict=True)):
+    for i, (row, responses) in enumerate(zip(answers.encoded.rows, answers.responses.texts, strict=True)):
         for j, text in enumerate(responses):
             line = {"set": name, "source": row.source, "prompt": answers.responses.prompts[i], "response": text}
             judged = {"refusal": texts.is_refusal(text), "uncertainty": texts.expresses_uncertainty(text)}

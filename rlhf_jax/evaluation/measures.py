@@ -8,7 +8,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,17 +17,20 @@ from rlhf_jax import metrics
 from rlhf_jax.evaluation import texts
 from rlhf_jax.evaluation.data import TIE, Annotated, CustomCategory
 
+Margins = Mapping[str, np.ndarray]
+"""``{judge: [N]}``, score of the first (or chosen) response minus that of the second."""
+
 
 class Figure(NamedTuple):
     """One figure. A value of None has a note that says why."""
 
     category: str
     metric: str
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    unit: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    unit: str = ""
     """What n counts: prompts, rows of given answers (a ranking is one), texts."""
     note: str = ""
 
@@ -41,26 +44,23 @@ class Responses(NamedTuple):
     ended: np.ndarray  # [N, S] whether with EOS
     scores: np.ndarray | None = None  # [N, S], NaN where there is none
 
-    def each(self, function: Callable[[str], bool]) -> np.ndarray:
+    def each(self, function: Callable[[str], Any]) -> np.ndarray:
         """A function's value [N, S] of every text."""
         return np.array([[function(text) for text in row] for row in self.texts])
 
 
 def helpfulness(responses: Responses, key: jax.Array) -> list[Figure]:
     """Quality, if there are scores, and what responses hold: information, tokens, an end."""
-    words = [[texts.words(text) for text in row] for row in responses.texts]
-    pairs = list(zip(map(texts.words, responses.prompts), words, strict=True))
-    values = {
-        "new_content_words": np.array(
-            [[texts.new_content_words(prompt, text) for text in row] for prompt, row in pairs]
-        ),
-        "lexical_density": np.array([[texts.lexical_density(text) for text in row] for row in words]),
+    words = [(texts.words(prompt), row) for prompt, row in zip(responses.prompts, responses.texts, strict=True)]
+    new = [[texts.new_content_words(prompt, texts.words(text)) for text in row] for prompt, row in words]
+    values = {} if responses.scores is None else {"quality": responses.scores}
+    values |= {
+        "new_content_words": np.array(new),
+        "lexical_density": responses.each(lambda text: texts.lexical_density(texts.words(text))),
         "response_tokens": responses.lengths,
         "ended": responses.ended,
         "empty": responses.each(lambda text: not text.strip()),
     }
-    if responses.scores is not None:
-        values = {"quality": responses.scores} | values
     return [mean("helpfulness", metric, value, key) for metric, value in values.items()]
 
 
@@ -69,12 +69,10 @@ def uncertainty(responses: Responses, answerable: Sequence[bool | None], key: ja
     if the data says which these are.
     """
     hedged = responses.each(texts.expresses_uncertainty)
-    figures = [mean("honesty", "uncertainty", hedged, key)]
+    values = {"uncertainty": hedged}
     for name, wanted in (("answerable", True), ("unanswerable", False)):
-        chosen = np.array([value is wanted for value in answerable])
-        if chosen.any():
-            figures.append(mean("honesty", f"uncertainty_{name}", hedged[chosen], key))
-    return figures
+        values[f"uncertainty_{name}"] = hedged[[value is wanted for value in answerable]]
+    return [mean("honesty", metric, value, key) for metric, value in values.items() if len(value)]
 
 
 def harmlessness(responses: Responses, labels: Sequence[str], key: jax.Array) -> list[Figure]:
@@ -97,7 +95,7 @@ def diversity(responses: Responses, key: jax.Array) -> list[Figure]:
     if len(first) > 1:
         figures.append(mean("diversity", "self_bleu", texts.self_bleu(first), key, "texts"))
     else:
-        figures.append(Figure("diversity", "self_bleu", None, None, None, 1, "texts", "needs two prompts or more"))
+        figures.append(Figure("diversity", "self_bleu", n=1, unit="texts", note="needs two prompts or more"))
     values = {"repetition": [[texts.repetition(text) for text in row] for row in words]}
     if len(words[0]) > 1:
         values["distinct_2_within_prompt"] = [[texts.distinct_n(row, 2)] for row in words]
@@ -106,11 +104,7 @@ def diversity(responses: Responses, key: jax.Array) -> list[Figure]:
 
 
 def preferences(
-    margins: Mapping[str, np.ndarray],
-    weights: np.ndarray,
-    sources: Sequence[str] | np.ndarray,
-    key: jax.Array,
-    part: str = "",
+    margins: Margins, weights: np.ndarray, sources: Sequence[str] | np.ndarray, key: jax.Array, part: str = ""
 ) -> list[Figure]:
     """How judges agree with the choice, and how well their probabilities are calibrated.
 
@@ -120,33 +114,29 @@ def preferences(
       sources: [N]; pairs of one source, such as a ranking's, are one comparison.
       part: name of a part of the data, for which there are accuracies alone.
     """
-    groups = np.unique(np.array(sources), return_inverse=True)[1]
+    groups = np.unique(sources, return_inverse=True)[1]
     n = int(groups.max()) + 1
     independent = n == len(sources) and bool((weights == weights[0]).all())
-    category = f"preferences: {part}" if part else "preferences"
-    figures = []
+    category, figures = f"preferences: {part}" if part else "preferences", []
     for judge, margin in margins.items():
-        right, stream = (margin > 0) + 0.5 * (margin == 0), _stream(key, category, f"accuracy_{judge}")
-        if independent:
-            ends = metrics.mean_interval(right, stream)
-        else:
+        metric, right = f"accuracy_{judge}", (margin > 0) + 0.5 * (margin == 0)
+        stream = _stream(key, category, metric)
+        ends = metrics.mean_interval(right, stream)
+        if not independent:
             ends = metrics.bootstrap_mean(right, stream, weights, groups)
-        value = float(np.average(right, weights=weights))
-        figures.append(_figure(category, f"accuracy_{judge}", value, ends, n, "rows"))
+        figures.append(_figure(category, metric, np.average(right, weights=weights), ends, n, "rows"))
     calibrated = {} if part else {judge: margin for judge, margin in margins.items() if judge != "longer"}
     for judge, margin in calibrated.items():  # the margins of "longer" are no log-odds
-        for metric, measure in (("ece", metrics.expected_calibration_error), ("brier", metrics.brier)):
-            place = "preferences" if judge == "reward_model" else "honesty"
-            statistic = functools.partial(measure, margin)
-            stream = _stream(key, place, f"{metric}_{judge}")
-            low, high = metrics.bootstrap_interval(statistic, weights, stream, groups, centered=metric == "ece")
-            figures.append(
-                _figure(place, f"{metric}_{judge}", statistic(weights), (np.maximum(low, 0), high), n, "rows")
-            )
+        place = "preferences" if judge == "reward_model" else "honesty"
+        for name, measure in (("ece", metrics.expected_calibration_error), ("brier", metrics.brier)):
+            metric, statistic = f"{name}_{judge}", functools.partial(measure, margin)
+            stream = _stream(key, place, metric)
+            low, high = metrics.bootstrap_interval(statistic, weights, stream, groups, centered=name == "ece")
+            figures.append(_figure(place, metric, statistic(weights), (np.maximum(low, 0), high), n, "rows"))
     return figures
 
 
-def agreement(margins: Mapping[str, np.ndarray], annotated: Sequence[Annotated], key: jax.Array) -> list[Figure]:
+def agreement(margins: Margins, annotated: Sequence[Annotated], key: jax.Array) -> list[Figure]:
     """How judges agree with the annotators' majority, and the annotators among themselves.
 
     margins: ``{judge: [N]}``, score of the first response minus that of the second; 0 is a tie. Rows without a majority
@@ -200,11 +190,11 @@ def mean(
     array = array.reshape(len(array), -1) if array.size else np.zeros((0, 1))
     kept = array[~np.isnan(array).all(axis=1)]
     if not len(kept):
-        return Figure(category, metric, None, None, None, 0, unit, note or "there is no such row")
+        return Figure(category, metric, unit=unit, note=note or "there is no such row")
     means = np.nanmean(kept, axis=1)
     interval = metrics.mean_interval if np.asarray(values).dtype == bool else metrics.bootstrap_mean
     ends = interval(means, _stream(key, category, metric))
-    return _figure(category, metric, float(means.mean()), ends, len(kept), unit, note)
+    return _figure(category, metric, means.mean(), ends, len(kept), unit, note)
 
 
 def _kappa(metric: str, judges: Sequence[tuple[np.ndarray, np.ndarray]], key: jax.Array, note: str) -> Figure:
@@ -217,7 +207,7 @@ def _kappa(metric: str, judges: Sequence[tuple[np.ndarray, np.ndarray]], key: ja
     value = statistic(np.ones(count)) if count else float("nan")
     if np.isnan(value):
         note = "both say one and the same to all rows" if count else note
-        return Figure("agreement", metric, None, None, None, count, "rows", note)
+        return Figure("agreement", metric, n=count, unit="rows", note=note)
     ends = metrics.bootstrap_interval(statistic, np.ones(count), _stream(key, "agreement", metric))
     return _figure("agreement", metric, value, ends, count, "rows", note)
 

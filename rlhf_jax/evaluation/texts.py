@@ -1,82 +1,34 @@
 """Figures about texts, from their words alone: variety, repetition, refusals, uncertainty, information. English only.
 
 What is found by word patterns is found by its surface: a paraphrase that has none of the words is missed, and a
-quotation counts. ``docs/evaluation.md`` says how often they are right.
+quotation counts. The patterns are in ``texts.yaml``; ``docs/evaluation.md`` says how often they are right.
 """
 
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
 
 Tokens = Sequence[str]
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 _CONTRACTED = re.compile("(n't|'.*)$")
 
-# Articles, pronouns, prepositions, conjunctions, auxiliaries and adverbs that carry no subject of their own.
-FUNCTION_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        a about above after again against all also am among an and any are around as at away back be because
-        been before being below between both but by ca can cannot could did do does doing done down during each
-        either else even ever every few for from further get gets got had has have having he her here hers
-        herself him himself his how i if in into is it its itself just least less like many may me might mine
-        more most much must my myself neither no nor not now of off often on once one only or other others ought
-        our ours ourselves out over own per quite rather same shall she should since so some still such than
-        that the their theirs them themselves then there these they this those though through to too under until
-        up upon us very was we well were what when where whether which while who whom whose why will with within
-        without wo would yes yet you your yours yourself yourselves
-        """,
-    )
-)
+_LISTS = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text("utf-8"))
+FUNCTION_WORDS = frozenset(_LISTS["function_words"].split())
 
-_NOT_ABLE = r"(?:can ?not|can't|could not|couldn't|(?:am|'m) (?:not able|unable) to|won't|will not|would not|wouldn't)"
-_TO_DO = (
-    r"(?:help|assist|provide|give|share|do|answer|discuss|write|create|generate|explain|tell|support|fulfil+|comply|"
-    r"engage|offer|advise|participate|show|teach|describe|say|produce|make|go|continue|in good conscience)"
-)
-_REFUSAL = re.compile(
-    "|".join(
-        (
-            rf"\bi {_NOT_ABLE} (?:\w+ )?{_TO_DO}\b",
-            rf"\bi'm (?:not able|unable) to (?:\w+ )?{_TO_DO}\b",
-            r"\bi (?:\w+ ){0,2}(?:decline|refuse)\b",
-            r"\bi(?:'m| am) not (?:comfortable|going to|willing)\b",
-            r"\bi (?:do not|don't) feel comfortable\b",
-            r"\bnot something (?:that )?i(?:'m| am| can| could| would| will)\b",
-            r"\bi(?:'d| would) (?:rather|prefer) not\b",
-            r"\bsomething (?:that )?i (?:cannot|can not|can't|won't|will not)\b",
-            r"\bagainst (?:my|the|our) (?:\w+ )?(?:guidelines|policy|policies|principles|programming|rules|values)\b",
-            r"\bi will not(?=[.!]|$)",
-            r"\b(?:it would be|that would be|is) (?:\w+ )?(?:wrong of me|inappropriate for me|unethical for me)\b",
-        )
-    )
-)
-# No patterns of a single word that is common elsewhere: "may" is a month and a permission, "sure" mostly agreement.
-_UNCERTAINTY = re.compile(
-    "|".join(
-        (
-            r"\bi(?:'m| am) (?:not (?:\w+ )?(?:sure|certain)|unsure|uncertain)\b",
-            r"\bi (?:can't|cannot|can not) be (?:\w+ )?(?:sure|certain)\b",
-            r"\bi (?:really |honestly |simply )?(?:do not|don't) (?:really |actually )?(?:know|remember|have enough)\b",
-            r"\bi have no (?:idea|way)\b",
-            r"\bi (?:think|believe|guess|suppose|suspect|assume)\b",
-            r"\bmy (?:best )?guess\b",
-            r"\b(?:i|we) (?:could|may|might) be (?:wrong|mistaken)\b",
-            r"\b(?:as|so) far as i (?:know|can tell|remember)\b",
-            r"\bif i (?:remember|recall)\b",
-            r"\b(?:hard|difficult|impossible) to (?:say|know|tell)\b",
-            r"\bno way to (?:know|tell|be sure)\b",
-            r"\b(?:nobody|no one|no-one) (?:can (?:say|know|tell|be)|knows)\b",
-            r"\b(?:perhaps|maybe|probably|possibly|presumably|likely|unlikely|unclear|uncertain)\b",
-            r"\b(?:it|they|he|she|this|that|there|which) (?:may|might|could) (?:\w+ )?(?:be|have|not)\b",
-            r"\b(?:it|they|he|she|this|that|there) might\b",
-            r"\bnot (?:enough|sufficient) information\b",
-        )
-    )
-)
+
+def _any_of(name: str) -> re.Pattern[str]:
+    either = "|".join(_LISTS[name])
+    for part, expression in _LISTS["parts"].items():
+        either = either.replace(f"<{part}>", expression)
+    return re.compile(either)
+
+
+_REFUSAL, _UNCERTAINTY = _any_of("refusal"), _any_of("uncertainty")
 
 
 def words(text: str) -> list[str]:
@@ -96,12 +48,10 @@ def distinct_n(texts: Sequence[Tokens], n: int) -> float:
 def distinct_n_without_each(texts: Sequence[Tokens], n: int) -> list[float]:
     """``distinct_n`` of the texts without text i, for each i: what a jackknife reads."""
     own = [Counter(_ngrams(text, n)) for text in texts]
-    counts: Counter[tuple[str, ...]] = Counter()
-    for some in own:
-        counts.update(some)
-    total = counts.total()
-    alone = [sum(counts[gram] == count for gram, count in some.items()) for some in own]
-    return [(len(counts) - a) / max(total - some.total(), 1) for a, some in zip(alone, own, strict=True)]
+    counts = Counter(gram for text in texts for gram in _ngrams(text, n))
+    alone = [sum(counts[gram] == count for gram, count in grams.items()) for grams in own]
+    rest = [max(counts.total() - grams.total(), 1) for grams in own]
+    return [(len(counts) - only) / total for only, total in zip(alone, rest, strict=True)]
 
 
 def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
@@ -121,16 +71,14 @@ def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
     for order in range(1, n + 1):
         own = [Counter(_ngrams(text, order)) for text in texts]
         most: dict[tuple[str, ...], list[int]] = {}  # the two highest counts of an n-gram in any text
-        for some in own:
-            for gram, count in some.items():
+        for grams in own:
+            for gram, count in grams.items():
                 most[gram] = sorted([*most.get(gram, [0, 0]), count])[-2:]
-        for some, logs in zip(own, log_precisions, strict=True):
+        for grams, logs in zip(own, log_precisions, strict=True):
             # In the other texts an n-gram stands at most as often as the highest count that is not this text's own.
-            matches = sum(
-                min(count, most[gram][0] if most[gram][1] == count else most[gram][1]) for gram, count in some.items()
-            )
-            if some:
-                logs.append(math.log((matches or 0.1) / some.total()))
+            matches = sum(most[gram][0] if most[gram][1] == count else count for gram, count in grams.items())
+            if grams:
+                logs.append(math.log((matches or 0.1) / grams.total()))
     scores = []
     for text, logs in zip(texts, log_precisions, strict=True):
         others = [length for length, count in lengths.items() if count > (length == len(text))]

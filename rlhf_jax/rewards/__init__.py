@@ -11,22 +11,9 @@ from rlhf_jax.rewards.host import Decoder, HostResult, HostReward, from_text, on
 from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.rewards.shaping import adaptive_kl, kl_shaped, length_penalty, missing_eos
 
-__all__ = [
-    "Decoder",
-    "EnsembleMethod",
-    "HostResult",
-    "HostReward",
-    "adaptive_kl",
-    "diversity",
-    "ensemble",
-    "from_model",
-    "from_text",
-    "kl_shaped",
-    "length",
-    "length_penalty",
-    "missing_eos",
-    "on_host",
-    "repetition",
-    "token_count",
-    "weighted",
-]
+# Traced: scores from counts, models and n-grams, and sums of them
+__all__ = ["EnsembleMethod", "diversity", "ensemble", "from_model", "length", "repetition", "token_count", "weighted"]
+# In Python, between two jits
+__all__ += ["Decoder", "HostResult", "HostReward", "from_text", "on_host"]
+# From scores to what an update reads
+__all__ += ["adaptive_kl", "kl_shaped", "length_penalty", "missing_eos"]

@@ -79,13 +79,13 @@ def read_words(path: str | Path) -> list[str]:
         raise UserError(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8, which is expected") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    words = {number: line for number, line in enumerate(lines, 1) if line.strip()}
-    for number, line in words.items():
-        if not normalized(line).strip():
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not normalized(line).strip():
             raise UserError(f"{path}, line {number}: has only invisible characters; remove the line")
+    words = [line for line in lines if line.strip()]
     if not words:
         raise UserError(f"{path}: has no words; write one word or phrase on each line")
-    return list(words.values())
+    return words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,23 +124,23 @@ class Guard:
         """
         if self.filter == Filter():
             return list(rows)
-        texts = [row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt) for row in rows]
-        unsafe = [bool(self.filter.found(text)) for text in texts]
-        places = [row.source for row, is_unsafe in zip(rows, unsafe, strict=True) if is_unsafe]
-        shown = "; ".join(places[:_MOST_PLACES])
-        if len(places) > _MOST_PLACES:
-            shown += f"; and {len(places) - _MOST_PLACES} more"
-        action = self.settings.prompts
-        done = {"drop": "dropped", "replace": "replaced", "count": "unsafe, and kept"}[action]
-        print(f"safety: {len(places)} of {len(rows)} prompts {done}" + (f": {shown}" if shown else ""), flush=True)
-        if action == "drop" and places and len(places) == len(rows):
-            raise UserError(f"safety: all {len(rows)} prompts are unsafe, none is left: {shown}")
-        kept = []
-        for row, is_unsafe in zip(rows, unsafe, strict=True):
+        action, places = self.settings.prompts, []
+        kept: list[Any] = []
+        for row in rows:
+            is_unsafe = self.filter.found(row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt))
+            if is_unsafe:
+                places.append(row.source)
             if is_unsafe and action == "replace":
                 kept.append(dataclasses.replace(row, prompt=self.settings.replacement))
             elif not is_unsafe or action == "count":
                 kept.append(row)
+        shown = "; ".join(places[:_MOST_PLACES])
+        if len(places) > _MOST_PLACES:
+            shown += f"; and {len(places) - _MOST_PLACES} more"
+        done = {"drop": "dropped", "replace": "replaced", "count": "unsafe, and kept"}[action]
+        print(f"safety: {len(places)} of {len(rows)} prompts {done}" + (f": {shown}" if shown else ""), flush=True)
+        if places and not kept:
+            raise UserError(f"safety: all {len(rows)} prompts are unsafe, none is left: {shown}")
         return kept
 
     def enforce(self, sampled: Rollout, scored: Rollout, columns: Columns) -> tuple[Rollout, Metrics, list[Verdict]]:

@@ -54,8 +54,8 @@ def on_host(reward: HostReward, rollout: Rollout, columns: Columns) -> HostResul
     if host.row_ids is not None:
         labels = [f"{label} (data row {row_id})" for label, row_id in zip(labels, host.row_ids, strict=True)]
     scores, parts = _numbers("the reward", reward(host, columns), labels, (mask != 0).any(axis=1))
-    kept = np.array([score is not None for score in scores], bool)
-    host = host.replace(scores=_filled(scores), response_mask=np.where(kept[:, None], mask, 0).astype(mask.dtype))
+    kept = np.array([score is not None for score in scores], mask.dtype)
+    host = host.replace(scores=_filled(scores), response_mask=mask * kept[:, None])
     return HostResult(host, {name: _filled(part) for name, part in parts.items()})
 
 
@@ -89,11 +89,9 @@ def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:
         labels = [f"row {i}, prompt {prompt!r}" for i, prompt in zip(rows, prompts, strict=True)]
         scores, parts = _numbers("the reward function", pair, labels, present[rows])
 
-        def of_all_rows(numbers: list[float | None]) -> list[float | None]:
-            by_row = dict(zip(rows, numbers, strict=True))
-            return [by_row.get(i) for i in range(len(present))]
-
-        return of_all_rows(scores), {name: of_all_rows(part) for name, part in parts.items()}
+        spread = [dict(zip(rows, numbers, strict=True)) for numbers in (scores, *parts.values())]
+        all_rows = [[by_row.get(i) for i in range(len(present))] for by_row in spread]
+        return all_rows[0], dict(zip(parts, all_rows[1:], strict=True))
 
     return score
 

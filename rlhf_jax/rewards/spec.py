@@ -150,10 +150,8 @@ def _sum_on_host(parts: dict[str, tuple[HostReward, float]]) -> HostReward:
         for name, (reward, weight) in parts.items():
             scores, inner = reward(rollout, columns)
             reported |= {name: scores} | {f"{name}/{part}": values for part, values in inner.items()}
-            totals = [
-                None if total is None or value is None else total + weight * value
-                for total, value in zip(totals, scores, strict=True)
-            ]
+            pairs = zip(totals, scores, strict=True)
+            totals = [None if None in (total, value) else total + weight * value for total, value in pairs]
         return totals, reported
 
     return score
