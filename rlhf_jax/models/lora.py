@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlhf_jax.models.heads import HEADS
-from rlhf_jax.models.peft import load, save
+from rlhf_jax.models.peft import read_adapter as load
+from rlhf_jax.models.peft import write_adapter as save
 from rlhf_jax.types import Params
 
 __all__ = ["HEADS", "attach", "bind", "init", "load", "merge", "save"]
