@@ -201,9 +201,8 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Promp
     repeats, shape = config.num_samples, (len(encoded), config.num_samples)
     tokens, attention_mask = (np.repeat(array, repeats, axis=0) for array in (encoded.tokens, encoded.attention_mask))
     key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
-    rollout = generator.generate(
-        policy.model, policy.params, tokens, attention_mask, key, sampling_config, config.batch_size
-    )
+    inputs = (policy.model, policy.params, tokens, attention_mask, key)
+    rollout = generator.sample_in_batches(*inputs, config=sampling_config, batch_size=config.batch_size)
     present = np.asarray(rollout.response_mask) != 0
     ended = (present & (np.asarray(rollout.tokens) == tokenizer.eos_id)).any(axis=1)
     responses = Responses(

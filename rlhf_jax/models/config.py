@@ -38,8 +38,6 @@ class TransformerConfig:
     num_heads: int
     _: KW_ONLY
     attention_dropout: float = 0.0
-    num_kv_heads: ClassVar[int | None] = None
-    head_dim: ClassVar[int | None] = None
     initializer_range: float = 0.02
     pad_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -60,18 +58,18 @@ class TransformerConfig:
             choices = {"activation": ACTIVATIONS, "compute_dtype": COMPUTE_DTYPES}.get(name)
             if choices and value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
-        if self.head_dim is None and self.hidden_size % self.num_heads:
+        if getattr(self, "head_dim", None) is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""
-        return self.num_kv_heads or self.num_heads
+        return self.num_heads
 
     @property
     def head_size(self) -> int:
         """Dh, width of a head."""
-        return self.head_dim or self.hidden_size // self.num_heads
+        return self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True)
@@ -173,6 +171,15 @@ class LlamaConfig(TransformerConfig):
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be above 0, got {self.rope_theta!r}")
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Dh, width of a head."""
+        return self.head_dim or self.hidden_size // self.num_heads
 
 
 ModelConfig = GPT2Config | LlamaConfig

@@ -294,7 +294,7 @@ def _read_tied_tables(reader: Reader, token_table: str, shape: tuple[int, ...]) 
     output_table = reader.where[names.OUTPUT_TABLE]
     if token_table not in reader:
         reader.where[token_table.removeprefix(reader.prefix)] = output_table
-    elif not np.array_equal(*(reader.read(name, shape, None) for name in (token_table, names.OUTPUT_TABLE))):
+    elif (reader.read(token_table, shape, None) != reader.read(names.OUTPUT_TABLE, shape, None)).any():
         both = f"{output_table[1]} differs from {reader.find(token_table)[1]}"
         raise UserError(f"{reader.source}: {both}, but config.json says that they are tied")
     reader.unread.discard(names.OUTPUT_TABLE)

@@ -64,7 +64,7 @@ _COMMON = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
-_DROPOUT = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.1)
+_DROPOUT: dict[str, Any] = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.1)
 GPT2 = Family(
     model_type="gpt2",
     defaults=GPT2Config(50257, 1024, 768, 12, 12, **_DROPOUT, eos_token_id=50256, bos_token_id=50256),
@@ -183,7 +183,7 @@ def _read_rope(keys: dict[str, Any], max_length: int, where: str) -> dict[str, A
         raise UserError(f"{where}: {name}.partial_rotary_factor changes the logits and is not supported")
     theta = given.get("rope_theta", theta)
     given = {"original_max_position_embeddings": max_length, **given}
-    numbers = {"rope_theta": 10000.0 if theta is None else theta}
+    numbers: dict[str, Any] = {"rope_theta": 10000.0 if theta is None else theta}
     numbers |= {f"{name}.{key}": given.get(key) for key in _ROPE[kind]}
     for key, value in numbers.items():
         if not is_number(value):

@@ -124,9 +124,8 @@ def _base_samples(setting: supervised.Setting) -> Rollout:
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    return generator.generate(
-        model, params, encoded.tokens, encoded.attention_mask, jax.random.fold_in(key, 1), sampling_config
-    )
+    inputs = (encoded.tokens, encoded.attention_mask, jax.random.fold_in(key, 1))
+    return generator.sample_in_batches(model, params, *inputs, config=sampling_config)
 
 
 def _normalized(score: Callable[..., jax.Array], params: Params, rollout: Rollout) -> Params:
