@@ -201,10 +201,10 @@ def sample_in_batches(
     """
     row_ids = np.arange(len(tokens), dtype=np.int32) if row_ids is None else row_ids
 
-    def step(tokens: np.ndarray, attention_mask: np.ndarray, row_ids: np.ndarray) -> Rollout:
+    def sample(tokens: np.ndarray, attention_mask: np.ndarray, row_ids: np.ndarray) -> Rollout:
         return _sample(model, params, tokens, attention_mask, key, config=config, row_ids=row_ids)
 
-    return in_batches(step, batch_size, tokens, attention_mask, row_ids)
+    return in_batches(sample, batch_size, tokens, attention_mask, row_ids)
 
 
 def in_batches(fn: Callable[..., Any], batch_size: int, *arrays: np.ndarray | jax.Array) -> Any:

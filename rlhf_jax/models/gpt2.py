@@ -48,7 +48,7 @@ class _MLP(nn.Module):
     config: GPT2Config
 
     def setup(self) -> None:
-        self.c_fc = _dense(self.config, self.config.mlp_size)
+        self.c_fc = _dense(self.config, self.config.intermediate_size or 4 * self.config.hidden_size)
         self.c_proj = _dense(self.config, self.config.hidden_size, residual=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:

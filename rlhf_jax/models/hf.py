@@ -38,6 +38,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _DTYPES = ("F16", "BF16", "F32", "F64")  # safetensors' names of what is read
 # Causal masks and frequencies that older versions of transformers stored with the weights; without prefix.
 _BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_FORMER = ("reward_shift", "torch_dtype")  # keys that speak of the folder that a model was loaded from
 _OUTPUT_TABLE = ("lm_head", "embedding")  # its path in params
 
 
@@ -97,9 +98,8 @@ def save(path: str | os.PathLike[str], model: Model, params: Params) -> None:
         ValueError: if ``params`` holds anything else, or lacks something.
     """
     family, tensors = names.family_of(model.config), _body_tensors(model, params)
-    keys = names.to_json(model.config) | {"architectures": [family.causal_lm]}
-    for key in ("reward_shift", "torch_dtype"):  # of the folder that the model was loaded from
-        keys.pop(key, None)
+    keys = {key: value for key, value in names.to_json(model.config).items() if key not in _FORMER}
+    keys["architectures"] = [family.causal_lm]
     if "score" in params:
         tensors[names.SCORE], shift = folded_score(params["score"])
         labels = keys.get("id2label")

@@ -21,8 +21,9 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Keys under which PEFT computes something else than x W + scale (x A) B with one scale for all, unless empty.
-_OTHER_KINDS = ("use_dora", "use_qalora", "alpha_pattern", "layer_replication", "lora_bias", "trainable_token_indices")
+# Keys under which PEFT computes something else than x W + scale (x A) B with one scale for all, unless empty or "none".
+_OTHER_KINDS: tuple[str, ...] = ("use_dora", "use_qalora", "alpha_pattern", "layer_replication", "lora_bias", "bias")
+_OTHER_KINDS += ("trainable_token_indices",)
 
 
 def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
@@ -75,10 +76,9 @@ def _read_config(file: Path) -> dict[str, Any]:
     config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}, and only LORA is read")
-    refused = [key for key in _OTHER_KINDS if config.get(key)]
-    refused += ["bias"] if config.get("bias", "none") != "none" else []
-    for key in refused:
-        raise UserError(f"{file}: {key} is {config[key]!r}: such adapters are not supported")
+    for key in _OTHER_KINDS:
+        if (value := config.get(key)) and value != "none":
+            raise UserError(f"{file}: {key} is {value!r}: such adapters are not supported")
     if not names.is_number(config.get("lora_alpha")):
         raise UserError(f"{file}: lora_alpha is {config.get('lora_alpha')!r}, expected a number")
     return config
