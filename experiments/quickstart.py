@@ -98,7 +98,7 @@ def answer(model_folder: str, prompts: list[Prompt], config: RunConfig) -> Answe
         max_new_tokens=config.rl.max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
     )
     key = stage.stream(config.seed, "quickstart", "eval")
-    rollout = generator.generate(model, params, encoded.tokens, encoded.attention_mask, key, greedy)
+    rollout = generator.sample_in_batches(model, params, encoded.tokens, encoded.attention_mask, key, config=greedy)
     texts = generator.responses(rollout, tokenizer)
     scores = [rubric.score(row.columns, text) for row, text in zip(prompts, texts, strict=True)]
     return Answers(texts, np.array(scores), rollout)

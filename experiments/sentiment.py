@@ -404,7 +404,8 @@ def beginnings(config: SentimentConfig, model: models.Model, params: Params, tok
     alone = np.full((count, 1), bos, np.int32)
     sampling_config = sampling.SamplingConfig(own.longest_prompt, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     key = stages.stream(config.seed, "sentiment", "init")
-    written = generator.generate(model, params, alone, np.ones_like(alone), key, sampling_config, BATCH_SIZE)
+    inputs = (model, params, alone, np.ones_like(alone), key)
+    written = generator.sample_in_batches(*inputs, config=sampling_config, batch_size=BATCH_SIZE)
     lengths = jax.random.randint(jax.random.fold_in(key, 1), (count,), own.shortest_prompt, own.longest_prompt + 1)
     prompts = dict.fromkeys(
         tuple(row[: length + 1].tolist())
@@ -454,7 +455,8 @@ def write_data(config: SentimentConfig, folder: Path, prompts: list[list[int]], 
     own = config.sentiment
     tokens, mask = (np.repeat(array, own.samples, axis=0) for array in left_padded(prompts, bench.tokenizer.pad_id))
     key = stages.stream(config.seed, "sentiment", "data")
-    answers = generator.generate(bench.model, bench.params, tokens, mask, key, bench.sampling_config, BATCH_SIZE)
+    inputs = (bench.model, bench.params, tokens, mask, key)
+    answers = generator.sample_in_batches(*inputs, config=bench.sampling_config, batch_size=BATCH_SIZE)
     pairs = zip(np.asarray(answers.tokens), np.asarray(answers.response_mask), strict=True)
     responses = [row[response != 0].tolist() for row, response in pairs]
     ranks = (-bench.score(answers)).tolist()  # the lowest is best

@@ -38,8 +38,7 @@ def load(source: str | Path, **compute: Any) -> LanguageModel:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
     """
     model, params = models.load(source, **compute)
-    tokenizer = tokenizers.load_tokenizer(source)
-    size = model.config.vocab_size
+    tokenizer, size = tokenizers.load_tokenizer(source), model.config.vocab_size
     if tokenizer.vocab_size == size + 1 and tokenizer.pad_id == size:
         model, params = models.resize_vocabulary(model, params, tokenizer.vocab_size)
     elif tokenizer.vocab_size > size:
@@ -107,14 +106,8 @@ class Generator:
         self.model, self._params, self.tokenizer = load(folder, **compute)
         if "score" in self._params:
             raise UserError(f"{folder}: this is a reward model, which writes no text; give the policy first")
-        self.config = sampling.SamplingConfig(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_id=self.tokenizer.eos_id,
-            pad_id=self.tokenizer.pad_id,
-        )
+        end, pad = self.tokenizer.eos_id, self.tokenizer.pad_id
+        self.config = sampling.SamplingConfig(max_new_tokens, temperature, top_k, top_p, eos_id=end, pad_id=pad)
         self._score: Callable[..., jax.Array] | None = None
         positions = self.model.config.max_length
         if reward_model is not None:
@@ -127,9 +120,8 @@ class Generator:
             positions = min(positions, judge.config.max_length)
         self._room = positions - max_new_tokens
         if self._room < 1:
-            raise UserError(
-                f"{folder}: max_new_tokens {max_new_tokens} leaves no room for a prompt in {positions} positions"
-            )
+            room = f"leaves no room for a prompt in {positions} positions"
+            raise UserError(f"{folder}: max_new_tokens {max_new_tokens} {room}")
 
     def __call__(self, prompts: Sequence[str], *, seed: int = 0, num_samples: int = 1) -> Generations:
         """Samples ``num_samples`` responses to each prompt.
@@ -144,10 +136,10 @@ class Generator:
         """
         if isinstance(prompts, str):
             raise UserError("expected a list of prompts, got one text; put it in a list")
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise UserError(f"prompts[{i}]: expected a text, got {type(prompt).__name__}")
         rows = [Prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        for row in rows:
+            if not isinstance(row.prompt, str):
+                raise UserError(f"{row.source}: expected a text, got {type(row.prompt).__name__}")
         encoded = encoding.prompt_ids(rows, self.tokenizer, self.template)
         for row, ids in zip(rows, encoded, strict=True):
             if len(ids) > self._room:
@@ -169,38 +161,36 @@ class Generator:
             rollout = self._rollout([wanted[i] for i in places], width, seed)
             if self._score is not None:
                 scores[places] = in_batches(self._score, self.batch_size, rollout.tokens, rollout.attention_mask)
+            masks = np.asarray(rollout.response_mask) != 0
+            finished[places] = (masks & (rollout.tokens == self.tokenizer.eos_id)).any(axis=1)
+            of_width = responses(rollout, self.tokenizer)
             for place, i in enumerate(places.tolist()):
-                response = np.asarray(rollout.response_mask[place]) != 0
-                token_log_probs[i] = np.asarray(rollout.log_probs)[place, response]
-                finished[i] = rollout.tokens[place, response][-1] == self.tokenizer.eos_id
-                texts[i] = self.tokenizer.decode(rollout.tokens[place, response].tolist())
+                texts[i], token_log_probs[i] = of_width[place], np.asarray(rollout.log_probs)[place, masks[place]]
         log_probs = np.array([row.sum() for row in token_log_probs], np.float32)
         return Generations(texts, log_probs, None if self._score is None else scores, token_log_probs, finished)
 
     def _rollout(self, wanted: Sequence[tuple[tuple[int, ...], int]], width: int, seed: int) -> Rollout:
         """Samples prompts of token ids, left-padded to ``width``; each comes with the number of its sample."""
         tokens = np.full((len(wanted), width), self.tokenizer.pad_id, np.int32)
-        attention_mask = np.zeros_like(tokens)
-        row_ids = np.zeros(len(wanted), np.int32)
-        for i, (ids, sample) in enumerate(wanted):
-            tokens[i, width - len(ids) :], attention_mask[i, width - len(ids) :] = ids, 1
-            # The row's random stream: of the prompt and the sample's number, not of the place in the batch.
-            row_ids[i] = zlib.crc32(np.array([sample, *ids], "<i4").tobytes()) & 0x7FFFFFFF
-        key = jax.random.key(seed)
-        return generate(
-            self.model, self._params, tokens, attention_mask, key, self.config, self.batch_size, row_ids=row_ids
-        )
+        mask = np.array([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in wanted], np.int32)
+        tokens[mask == 1] = np.concatenate([ids for ids, _ in wanted])
+        # The row's random stream: of the prompt and the sample's number, not of the place in the batch.
+        row_ids = [zlib.crc32(np.array([sample, *ids], "<i4").tobytes()) & 0x7FFFFFFF for ids, sample in wanted]
+        inputs = (self.model, self._params, tokens, mask, jax.random.key(seed))
+        rows = np.array(row_ids, np.int32)
+        return sample_in_batches(*inputs, config=self.config, batch_size=self.batch_size, row_ids=rows)
 
 
 _sample = jax.jit(sampling.generate, static_argnames=("model", "config"))
 
 
-def generate(
+def sample_in_batches(
     model: models.Model,
     params: Params,
     tokens: np.ndarray,
     attention_mask: np.ndarray,
     key: jax.Array,
+    *,
     config: sampling.SamplingConfig,
     batch_size: int = 64,
     row_ids: np.ndarray | None = None,
@@ -211,10 +201,10 @@ def generate(
     """
     row_ids = np.arange(len(tokens), dtype=np.int32) if row_ids is None else row_ids
 
-    def step(tokens: np.ndarray, attention_mask: np.ndarray, row_ids: np.ndarray) -> Rollout:
+    def sample(tokens: np.ndarray, attention_mask: np.ndarray, row_ids: np.ndarray) -> Rollout:
         return _sample(model, params, tokens, attention_mask, key, config=config, row_ids=row_ids)
 
-    return in_batches(step, batch_size, tokens, attention_mask, row_ids)
+    return in_batches(sample, batch_size, tokens, attention_mask, row_ids)
 
 
 def in_batches(fn: Callable[..., Any], batch_size: int, *arrays: np.ndarray | jax.Array) -> Any:

@@ -147,15 +147,14 @@ def test_whole_value_model():
 
 
 def test_dropout_needs_a_key():
-    model = models.build(dataclasses.replace(CONFIG, residual_dropout=0.5))
-    _, params = tiny()
+    model, params = models.build(dataclasses.replace(CONFIG, residual_dropout=0.5)), tiny()[1]
     policy = jax.jit(models.policy_fn(model))
-    still = policy(params, TOKENS, MASK, None).log_probs
+    still, first, again, other = (
+        policy(params, TOKENS, MASK, key).log_probs for key in (None, *map(jax.random.key, (0, 0, 1)))
+    )
     np.testing.assert_allclose(still, models.policy_fn(tiny()[0])(params, TOKENS, MASK, None).log_probs, atol=1e-5)
-    first, again, other = (policy(params, TOKENS, MASK, jax.random.key(seed)).log_probs for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
-    assert np.max(np.abs(first - still)) > 1e-2
-    assert np.max(np.abs(first - other)) > 1e-2
+    assert min(np.max(np.abs(first - still)), np.max(np.abs(first - other))) > 1e-2
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])

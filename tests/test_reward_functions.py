@@ -1,7 +1,6 @@
 """What --reward may say, and runs whose reward is the user's own Python function."""
 
 import dataclasses
-import functools
 import json
 from functools import partial
 
@@ -188,7 +187,6 @@ def test_the_files_behind_a_reward(pair, functions, tmp_path, monkeypatch):
 
 
 def test_a_model_is_loaded_with_its_score_head(tmp_path):
-    load_model = partial(initial.load_reward_model, compute=Compute())
     model = models.build(models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
     params = model.init(jax.random.key(0))
     models.save(tmp_path, model, params)
@@ -197,7 +195,7 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
         initial.load_reward_model(str(tmp_path), Compute())
     params = models.add_head(jax.random.key(1), params, "score")
     models.save(tmp_path, model, params)
-    load = functools.partial(initial.load_reward_model, compute=Compute())
+    load = partial(initial.load_reward_model, compute=Compute())
     scores, _ = spec.build((str(tmp_path),), tokenizer=TOKENIZER, load=load, columns=()).fn(rollout())
     expected = models.score_fn(model)(params, rollout().tokens, rollout().attention_mask, None)
     np.testing.assert_allclose(scores, expected, rtol=1e-5)

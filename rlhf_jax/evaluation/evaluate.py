@@ -270,7 +270,9 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Promp
     numbers = np.repeat(np.arange(shape[0]), shape[1])
     tokens, mask = encoded.tokens[numbers], encoded.attention_mask[numbers]
     key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
-    rollout = generator.generate(model, policy.params, tokens, mask, key, settings, config.batch_size)
+    rollout = generator.sample_in_batches(
+        model, policy.params, tokens, mask, key, config=settings, batch_size=config.batch_size
+    )
     present = np.asarray(rollout.response_mask) != 0
     ended = (present & (np.asarray(rollout.tokens) == tokenizer.eos_id)).any(axis=1)
     responses = Responses(

@@ -98,11 +98,6 @@ class GPT2Config(TransformerConfig):
     embedding_dropout: float = 0.0
     residual_dropout: float = 0.0
 
-    @property
-    def mlp_size(self) -> int:
-        """Width of the MLP."""
-        return self.intermediate_size or 4 * self.hidden_size
-
 
 @dataclass(frozen=True)
 class RopeScaling:

@@ -48,7 +48,7 @@ class _MLP(nn.Module):
     config: GPT2Config
 
     def setup(self) -> None:
-        self.c_fc = _dense(self.config, self.config.mlp_size)
+        self.c_fc = _dense(self.config, self.config.intermediate_size or 4 * self.config.hidden_size)
         self.c_proj = _dense(self.config, self.config.hidden_size, residual=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -84,5 +84,4 @@ class GPT2(stack.Transformer):
     def scales(self) -> list[float]:
         config = self.config
         scale = config.head_size**-0.5 if config.scale_attn_weights else 1.0
-        by_layer = config.scale_attn_by_inverse_layer_idx
-        return [scale / (layer + 1) if by_layer else scale for layer in range(config.num_layers)]
+        return [scale / (i + 1 if config.scale_attn_by_inverse_layer_idx else 1) for i in range(config.num_layers)]

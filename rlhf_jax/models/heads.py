@@ -35,12 +35,11 @@ def add_head(key: jax.Array, params: Params, kind: str) -> Params:
     """
     if kind not in HEADS:
         raise ValueError(f"unknown head {kind!r}; choose from {', '.join(HEADS)}")
-    width = params["ln_f"]["scale"].shape[-1]
-    zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+    width, zero = params["ln_f"]["scale"].shape[-1], jnp.zeros((), jnp.float32)
     if kind == "value":
         return {**params, kind: {"kernel": jnp.zeros(width, jnp.float32), "bias": zero}}
     kernel = jax.random.normal(key, (width,), jnp.float32) / math.sqrt(width + 1)
-    return {**params, kind: {"kernel": kernel, "bias": zero, "gain": one, "shift": zero}}
+    return {**params, kind: {"kernel": kernel, "bias": zero, "gain": jnp.ones_like(zero), "shift": zero}}
 
 
 def policy_params(params: Params) -> Params:
@@ -108,8 +107,7 @@ def score_fn(model: Model) -> ScoreFn:
         real = attention_mask != 0
         columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         last = jnp.max(jnp.where(real, columns, 0), axis=1)  # [B]
-        last_hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)  # [B, 1, D]
-        scores = _scalar(params, "score", last_hidden)[:, 0]
+        scores = _scalar(params, "score", jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
         gain, shift = jax.lax.stop_gradient((params["score"]["gain"], params["score"]["shift"]))
         return jnp.where(jnp.any(real, axis=1), gain * scores + shift, 0.0)
 

@@ -12,7 +12,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _DTYPES = ("F16", "BF16", "F32", "F64")  # safetensors' names of what is read
 # Causal masks and frequencies that older versions of transformers stored with the weights; without prefix.
 _BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_FORMER = ("reward_shift", "torch_dtype")  # keys that speak of the folder that a model was loaded from
 _OUTPUT_TABLE = ("lm_head", "embedding")  # its path in params
 
 
@@ -69,22 +69,18 @@ def load(
     config = read_config(folder)
     model = build(dataclasses.replace(config, compute_dtype=compute_dtype, remat=remat, scan_layers=scan_layers))
     family, other_keys = names.family_of(config), config.other_keys
-    with ExitStack() as stack:
-        reader = Reader(folder, stack, family.prefix)
-        _check_sizes(config, reader, folder / CONFIG)
-        architectures = other_keys.get("architectures")
-        is_classifier = isinstance(architectures, list) and family.classifier in architectures
-        is_classifier = is_classifier or names.SCORE in reader
-        params = _read_body(reader, model, dtype, is_classifier)
-        if is_classifier:
-            params["score"] = read_score(reader, config.hidden_size, other_keys.get("reward_shift", 0.0), dtype)
-        reader.check_all_read()
+    reader = Reader(folder, family.prefix)
+    _check_sizes(config, reader, folder / CONFIG)
+    is_classifier = names.SCORE in reader or family.classifier in str(other_keys.get("architectures"))
+    params = _read_body(reader, model, dtype, is_classifier)
+    if is_classifier:
+        params["score"] = read_score(reader, config.hidden_size, other_keys.get("reward_shift", 0.0), dtype)
+    reader.check_all_read()
     if (folder / VALUE_HEAD).is_file():
-        with ExitStack() as stack:
-            reader = Reader(folder, stack, single=VALUE_HEAD)
-            shapes = {"kernel": (config.hidden_size,), "bias": ()}
-            params["value"] = {k: reader.read(k, shape, dtype or jnp.float32) for k, shape in shapes.items()}
-            reader.check_all_read()
+        reader = Reader(folder, single=VALUE_HEAD)
+        shapes = {"kernel": (config.hidden_size,), "bias": ()}
+        params["value"] = {k: reader.read(k, shape, dtype or jnp.float32) for k, shape in shapes.items()}
+        reader.check_all_read()
     return model, params
 
 
@@ -102,9 +98,8 @@ def save(path: str | os.PathLike[str], model: Model, params: Params) -> None:
         ValueError: if ``params`` holds anything else, or lacks something.
     """
     family, tensors = names.family_of(model.config), _body_tensors(model, params)
-    keys = names.to_json(model.config) | {"architectures": [family.causal_lm]}
-    for key in ("reward_shift", "torch_dtype"):  # of the folder that the model was loaded from
-        keys.pop(key, None)
+    keys = {key: value for key, value in names.to_json(model.config).items() if key not in _FORMER}
+    keys["architectures"] = [family.causal_lm]
     if "score" in params:
         tensors[names.SCORE], shift = folded_score(params["score"])
         labels = keys.get("id2label")
@@ -178,10 +173,8 @@ def read_config(folder: Path) -> ModelConfig:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError if there is none."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        content = json.loads(text)
-        if "\\ud" in text.lower():  # Python reads half of a surrogate pair, which no tokenizer and no file takes
-            json.dumps(content, ensure_ascii=False).encode()
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        json.dumps(content, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which no file takes
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from error
     except UnicodeEncodeError as error:
@@ -199,7 +192,7 @@ class Reader:
     The files may name a tensor with or without ``prefix``: a bare body's names have none.
     """
 
-    def __init__(self, folder: Path, stack: ExitStack, prefix: str = "", single: str = WEIGHTS) -> None:
+    def __init__(self, folder: Path, prefix: str = "", single: str = WEIGHTS) -> None:
         files = [folder / single] if (folder / single).is_file() else _shards(folder, single)
         self.source = files[0] if len(files) == 1 else folder / INDEX
         self.prefix = prefix
@@ -207,45 +200,40 @@ class Reader:
         self.metadata: dict[str, str] = {}
         for file in files:
             try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
+                opened = safe_open(file, framework="numpy")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
-            self.metadata |= handle.metadata() or {}
-            for stored in handle.keys():  # noqa: SIM118 (not a mapping)
+            self.metadata |= opened.metadata() or {}
+            for stored in opened.keys():  # noqa: SIM118 (not a mapping)
                 if stored in self:
-                    raise UserError(f"{file}: {stored} is given twice, also as {self._tensor(stored)[1]}")
-                self.where[stored.removeprefix(prefix)] = (handle, stored)
+                    raise UserError(f"{file}: {stored} is given twice, also as {self.find(stored)[1]}")
+                self.where[stored.removeprefix(prefix)] = (opened, stored)
         self.unread = {name for name in self.where if not _BUFFERS.fullmatch(name)}
 
     def __contains__(self, name: str) -> bool:
         return name.removeprefix(self.prefix) in self.where
 
-    def _tensor(self, name: str) -> tuple[Any, str]:
+    def find(self, name: str) -> tuple[Any, str]:
+        """The open file that holds a tensor, and the tensor's name in it."""
         if name not in self:
             raise UserError(f"{self.source}: missing tensors: {name}")
         return self.where[name.removeprefix(self.prefix)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
-        handle, stored = self._tensor(name)
-        return tuple(handle.get_slice(stored).get_shape())
-
-    def values(self, name: str) -> np.ndarray:
-        """The numbers of a tensor, in the file's dtype."""
-        handle, stored = self._tensor(name)
-        kind = handle.get_slice(stored).get_dtype()
-        if kind not in _DTYPES:
-            expected = f"expected floating point numbers ({', '.join(_DTYPES)})"
-            raise UserError(f"{self.source}: {stored} holds {kind}, {expected}")
-        self.unread.discard(name.removeprefix(self.prefix))
-        return handle.get_tensor(stored)
+        opened, stored = self.find(name)
+        return tuple(opened.get_slice(stored).get_shape())
 
     def read(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """A tensor of that shape; ``dtype`` None keeps the file's."""
+        opened, stored = self.find(name)
         if (actual := self.shape(name)) != shape:
-            stored = self._tensor(name)[1]
             raise UserError(f"{self.source}: {stored} has shape {list(actual)}, expected {list(shape)}")
-        return jnp.asarray(self.values(name), dtype)
+        if (kind := opened.get_slice(stored).get_dtype()) not in _DTYPES:
+            expected = f"expected floating point numbers ({', '.join(_DTYPES)})"
+            raise UserError(f"{self.source}: {stored} holds {kind}, {expected}")
+        self.unread.discard(name.removeprefix(self.prefix))
+        return jnp.asarray(opened.get_tensor(stored), dtype)
 
     def check_all_read(self) -> None:
         """Raises UserError if the files hold a tensor that nobody asked for."""
@@ -284,7 +272,7 @@ def _check_sizes(config: ModelConfig, reader: Reader, where: Path) -> None:
 def _read_body(reader: Reader, model: Model, dtype: Any, is_classifier: bool) -> Params:
     family, shapes = names.family_of(model.config), _shapes(model)
     if _OUTPUT_TABLE not in shapes and names.OUTPUT_TABLE in reader:
-        _read_tied_tables(reader, family.tensors(("wte", "embedding"), ())[0])
+        _read_tied_tables(reader, family.tensors(("wte", "embedding"), ())[0], shapes["wte", "embedding"])
     # A classifier does not use its output table, and transformers stores none.
     if is_classifier and names.OUTPUT_TABLE not in reader:
         shapes.pop(_OUTPUT_TABLE, None)
@@ -293,22 +281,21 @@ def _read_body(reader: Reader, model: Model, dtype: Any, is_classifier: bool) ->
         raise UserError(f"{reader.source}: missing tensors: {listed(missing)}")
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for path, shape in shapes.items():
-        transposed, stacked = family.transposed and path[-1] == "kernel", path[0] == "h"
-        inner = shape[1:] if stacked else shape
-        stored = inner[::-1] if transposed else inner
-        parts = [reader.read(name, stored, dtype) for name in family.tensors(path, shape)]
-        parts = [part.T for part in parts] if transposed else parts
-        leaves[path] = jnp.stack(parts) if stacked else parts[0]
+        is_transposed, is_stacked = family.transposed and path[-1] == "kernel", path[0] == "h"
+        inner = shape[1:] if is_stacked else shape
+        parts = [reader.read(n, inner[::-1] if is_transposed else inner, dtype) for n in family.tensors(path, shape)]
+        leaf = jnp.stack(parts) if is_stacked else parts[0]
+        leaves[path] = jnp.swapaxes(leaf, -1, -2) if is_transposed else leaf
     return unflatten_dict(leaves)
 
 
-def _read_tied_tables(reader: Reader, token_table: str) -> None:
+def _read_tied_tables(reader: Reader, token_table: str, shape: tuple[int, ...]) -> None:
     """Makes one table of one stored under two names. Two different tables would be another model."""
     output_table = reader.where[names.OUTPUT_TABLE]
     if token_table not in reader:
         reader.where[token_table.removeprefix(reader.prefix)] = output_table
-    elif not np.array_equal(reader.values(token_table), reader.values(names.OUTPUT_TABLE)):
-        both = f"{output_table[1]} differs from {reader.where[token_table.removeprefix(reader.prefix)][1]}"
+    elif (reader.read(token_table, shape, None) != reader.read(names.OUTPUT_TABLE, shape, None)).any():
+        both = f"{output_table[1]} differs from {reader.find(token_table)[1]}"
         raise UserError(f"{reader.source}: {both}, but config.json says that they are tied")
     reader.unread.discard(names.OUTPUT_TABLE)
 
@@ -320,20 +307,19 @@ def _shapes(model: Model) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def _body_tensors(model: Model, params: Params) -> dict[str, np.ndarray]:
-    family, shapes = names.family_of(model.config), _shapes(model)
+    family, expected = names.family_of(model.config), _shapes(model)
     leaves = flatten_dict({name: leaf for name, leaf in params.items() if name not in HEADS})
     if "score" in params:  # a classifier has no output table, see load
         leaves.pop(_OUTPUT_TABLE, None)
-        shapes.pop(_OUTPUT_TABLE, None)
-    for path in sorted(leaves.keys() | shapes.keys()):
-        actual, expected = leaves[path].shape if path in leaves else "nothing", shapes.get(path, "nothing")
-        if actual != expected:
-            name = "/".join(path)
-            raise ValueError(f"cannot save params: {name} is {actual}, and the model's config expects {expected}")
+        expected.pop(_OUTPUT_TABLE, None)
+    actual = {path: leaf.shape for path, leaf in leaves.items()}
+    for path in sorted(actual.keys() | expected.keys()):
+        if actual.get(path) != expected.get(path):
+            shapes = f"{actual.get(path, 'nothing')}, and the model's config expects {expected.get(path, 'nothing')}"
+            raise ValueError(f"cannot save params: {'/'.join(path)} is {shapes}")
     tensors = {}
     for path, leaf in leaves.items():
-        parts = leaf if path[0] == "h" else [leaf]
-        for name, part in zip(family.tensors(path, leaf.shape), parts, strict=True):
+        for name, part in zip(family.tensors(path, leaf.shape), leaf if path[0] == "h" else [leaf], strict=True):
             stored = part.T if family.transposed and path[-1] == "kernel" else part
             tensors[name] = np.ascontiguousarray(stored)
     return tensors

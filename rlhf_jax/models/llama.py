@@ -45,11 +45,10 @@ class _Attention(stack.Attention):
     config: LlamaConfig
 
     def setup(self) -> None:
-        config = self.config
-        self.q_proj = _dense(config, config.num_heads * config.head_size, config.attention_bias)
-        self.k_proj = _dense(config, config.kv_heads * config.head_size, config.attention_bias)
-        self.v_proj = _dense(config, config.kv_heads * config.head_size, config.attention_bias)
-        self.o_proj = _dense(config, config.hidden_size, config.attention_bias)
+        config, bias = self.config, self.config.attention_bias
+        self.q_proj = _dense(config, config.num_heads * config.head_size, bias)
+        self.k_proj, self.v_proj = (_dense(config, config.kv_heads * config.head_size, bias) for _ in range(2))
+        self.o_proj = _dense(config, config.hidden_size, bias)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         query, key, value = (
@@ -67,8 +66,7 @@ class _MLP(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.gate_proj = _dense(config, config.intermediate_size, config.mlp_bias)
-        self.up_proj = _dense(config, config.intermediate_size, config.mlp_bias)
+        self.gate_proj, self.up_proj = (_dense(config, config.intermediate_size, config.mlp_bias) for _ in range(2))
         self.down_proj = _dense(config, config.hidden_size, config.mlp_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:

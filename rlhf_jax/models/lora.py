@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlhf_jax.models.heads import HEADS
-from rlhf_jax.models.peft import load, save
+from rlhf_jax.models.peft import read_adapter as load
+from rlhf_jax.models.peft import write_adapter as save
 from rlhf_jax.types import Params
 
 __all__ = ["HEADS", "attach", "bind", "init", "load", "merge", "save"]
@@ -46,12 +47,10 @@ def init(key: jax.Array, params: Params, rank: int, match: str = "attn|mlp", *, 
     for number, path in enumerate(chosen):
         *layers, size_in, size_out = kernels[path].shape  # layers: [L] under scan_layers
         bound = 1.0 / math.sqrt(size_in)
-        uniform = jax.random.uniform(
-            jax.random.fold_in(key, number), (*layers, size_in, rank), minval=-bound, maxval=bound
-        )
-        scale = jnp.full(layers, (rank if alpha is None else alpha) / rank, jnp.float32)
-        new = {"lora_a": uniform, "lora_b": jnp.zeros((*layers, rank, size_out)), "lora_scale": scale}
-        leaves |= {(*path[:-1], name): leaf for name, leaf in new.items()}
+        shape, drawn_from = (*layers, size_in, rank), jax.random.fold_in(key, number)
+        leaves[(*path[:-1], "lora_a")] = jax.random.uniform(drawn_from, shape, minval=-bound, maxval=bound)
+        leaves[(*path[:-1], "lora_b")] = jnp.zeros((*layers, rank, size_out))
+        leaves[(*path[:-1], "lora_scale")] = jnp.full(layers, 1.0 if alpha is None else alpha / rank, jnp.float32)
     return unflatten_dict(leaves)
 
 
@@ -82,7 +81,8 @@ def merge(params: Params, adapters: Params) -> Params:
     merged = {path: leaf for path, leaf in leaves.items() if not path[-1].startswith("lora_")}
     for path in flatten_dict(adapters):
         if path[-1] == "lora_a":
-            kernel, (a, b, scale) = (*path[:-1], "kernel"), (leaves[(*path[:-1], f"lora_{name}")] for name in _LEAVES)
+            kernel = (*path[:-1], "kernel")
+            a, b, scale = (leaves[(*path[:-1], name)] for name in ("lora_a", "lora_b", "lora_scale"))
             product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
             merged[kernel] = merged[kernel].astype(jnp.float32) + scale[..., None, None] * product
     return unflatten_dict(merged)
@@ -95,9 +95,6 @@ def bind(fn: Any, params: Params) -> jax.tree_util.Partial:
     constants of the program.
     """
     return jax.tree_util.Partial(_with_adapters, jax.tree_util.Partial(fn), params)
-
-
-_LEAVES = ("a", "b", "scale")
 
 
 def _with_adapters(fn: Any, params: Params, adapters: Params, *args: Any) -> Any:

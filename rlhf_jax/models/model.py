@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -46,12 +47,14 @@ class Model(NamedTuple):
 
 def build(config: ModelConfig) -> Model:
     """Builds the functions of a model."""
-    module, unrolled = _module(config), _module(dataclasses.replace(config, scan_layers=False, remat=False))
+    network: Any = GPT2 if isinstance(config, GPT2Config) else Llama
+    module, unrolled = network(config), network(dataclasses.replace(config, scan_layers=False, remat=False))
 
     # Compiled as a whole: operation by operation, a small model takes twice as long to start.
     @jax.jit
     def init(key: jax.Array) -> Params:
-        return module.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))["params"]
+        params: Params = module.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))["params"]
+        return params
 
     def hidden(
         params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None, key: jax.Array | None = None
@@ -73,31 +76,18 @@ def build(config: ModelConfig) -> Model:
     ) -> jax.Array:
         return unembed(params, hidden(params, tokens, attention_mask, key))
 
-    def init_cache(batch: int, length: int) -> stack.Cache:
-        return stack.init_cache(config, batch, length)
-
     def decode(
-        params: Params,
-        tokens: jax.Array,
-        positions: jax.Array,
-        key_mask: jax.Array,
-        cache: stack.Cache,
-        index: jax.Array | int,
-    ) -> tuple[jax.Array, stack.Cache]:
+        params: Params, tokens: jax.Array, positions: jax.Array, key_mask: jax.Array, cache: Any, index: Any
+    ) -> tuple[jax.Array, Any]:
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, positions])
         chex.assert_shape(key_mask, (tokens.shape[0], cache[0][0].shape[2]))
         if config.scan_layers:
             params = stack.unstack_layers(params, config.num_layers)
-        inputs = (tokens, positions, key_mask, cache, index)
-        logits_and_cache: Any = unrolled.apply({"params": params}, *inputs, method="decode")
-        return logits_and_cache
+        result: Any = unrolled.apply({"params": params}, tokens, positions, key_mask, cache, index, method="decode")
+        return result
 
-    return Model(config, init, apply, hidden, unembed, init_cache, decode)
-
-
-def _module(config: ModelConfig) -> GPT2 | Llama:
-    return GPT2(config) if isinstance(config, GPT2Config) else Llama(config)
+    return Model(config, init, apply, hidden, unembed, partial(stack.init_cache, config), decode)
 
 
 def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, Params]:

@@ -4,8 +4,9 @@ Import and export read the same tables. Whatever in config.json changes logits i
 other key is kept and written back.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from rlhf_jax.errors import UserError
@@ -18,126 +19,100 @@ SCORE = "score.weight"
 class Family(NamedTuple):
     """How transformers writes one model_type."""
 
-    config: Callable[..., ModelConfig]
-    keys: Mapping[str, tuple[str, Any]]  # key of config.json: (our field, transformers' default)
-    aliases: Mapping[str, str]  # other spellings of keys that transformers reads
-    off: tuple[str, ...]  # keys that change logits when set, which is not supported
-    on: tuple[str, ...]  # keys that change logits when not true, which is not supported
+    model_type: str
+    defaults: ModelConfig  # transformers' own; it leaves keys at their default out of some files
+    keys: Mapping[str, str]  # our field: the key of config.json, where the two differ
     prefix: str  # of the body's tensors in a causal language model; the files of a bare body have none
-    outer: Mapping[str, str]  # module of params: transformers' name of it
-    layer: str  # with {layer}, before the names of block
-    block: Mapping[str, str]  # module within a layer: transformers' name of it
+    modules: Mapping[str, str]  # part of a path in params: transformers' name of it, where the two differ
     transposed: bool  # whether kernels are stored as [out, in]
     causal_lm: str  # class names in config.json's architectures
     classifier: str
 
+    def fields(self) -> list[tuple[str, str]]:
+        """Pairs of a field of our config and its key in config.json."""
+        names = (field.name for field in dataclasses.fields(self.defaults))
+        return [(name, self.keys.get(name, name)) for name in names if name not in _OTHER_FIELDS]
+
     def tensors(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
         """Names of the tensors that a leaf of the body lies in: one, or one per layer where layers are stacked."""
-        kind = "bias" if path[-1] == "bias" else "weight"
-        if not path[0].startswith("h"):
-            return [f"{self.outer[path[0]]}.{kind}"]
-        layers = range(shape[0]) if path[0] == "h" else [int(path[0].removeprefix("h_"))]
-        module = self.block["/".join(path[1:-1])]
-        return [f"{self.layer.format(layer=layer)}{module}.{kind}" for layer in layers]
+        top, *inner = (self.modules.get(part, part) for part in path[:-1])
+        tops = [top]
+        if path[0].startswith("h"):
+            layers = range(shape[0]) if path[0] == "h" else [int(path[0].removeprefix("h_"))]
+            tops = [f"{self.modules.get('h', 'h')}.{layer}" for layer in layers]
+        prefix, kind = "" if top == "lm_head" else self.prefix, "bias" if path[-1] == "bias" else "weight"
+        return [prefix + ".".join([top, *inner, kind]) for top in tops]
 
 
-# transformers leaves keys at their default out of some files.
+# Fields that config.json does not have, or not as a key of their own.
+_OTHER_FIELDS = ("compute_dtype", "remat", "scan_layers", "other_keys", "rope_theta", "rope_scaling")
+# Keys that change logits where they are neither empty nor what stands here, unless they are among a family's fields.
+# reorder_and_upcast_attn is not among them: it asks for the float32 softmax that attention.py always computes.
+_UNSUPPORTED = {
+    "add_cross_attention": False,
+    "is_causal": True,
+    "per_layer_config": None,
+    "pretraining_tp": 1,
+    "pruned_heads": None,
+    "quantization_config": None,
+    "tie_word_embeddings": True,
+}
+# Keys that transformers reads for every family, also where it writes others.
+_COMMON = {
+    "max_length": "max_position_embeddings",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+}
+_DROPOUT: dict[str, Any] = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.1)
 GPT2 = Family(
-    config=GPT2Config,
+    model_type="gpt2",
+    defaults=GPT2Config(50257, 1024, 768, 12, 12, **_DROPOUT, eos_token_id=50256, bos_token_id=50256),
     keys={
-        "vocab_size": ("vocab_size", 50257),
-        "n_positions": ("max_length", 1024),
-        "n_embd": ("hidden_size", 768),
-        "n_layer": ("num_layers", 12),
-        "n_head": ("num_heads", 12),
-        "n_inner": ("intermediate_size", None),
-        "activation_function": ("activation", "gelu_new"),
-        "layer_norm_epsilon": ("layer_norm_epsilon", 1e-5),
-        "scale_attn_weights": ("scale_attn_weights", True),
-        "scale_attn_by_inverse_layer_idx": ("scale_attn_by_inverse_layer_idx", False),
-        "embd_pdrop": ("embedding_dropout", 0.1),
-        "attn_pdrop": ("attention_dropout", 0.1),
-        "resid_pdrop": ("residual_dropout", 0.1),
-        "initializer_range": ("initializer_range", 0.02),
-        "pad_token_id": ("pad_token_id", None),
-        "eos_token_id": ("eos_token_id", 50256),
-        "bos_token_id": ("bos_token_id", 50256),
-    },
-    aliases={
+        "max_length": "n_positions",
         "hidden_size": "n_embd",
-        "max_position_embeddings": "n_positions",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "intermediate_size": "n_inner",
+        "activation": "activation_function",
+        "embedding_dropout": "embd_pdrop",
+        "attention_dropout": "attn_pdrop",
+        "residual_dropout": "resid_pdrop",
     },
-    # reorder_and_upcast_attn is not among them: it asks for the float32 softmax that attention.py always computes.
-    off=("add_cross_attention", "per_layer_config", "pruned_heads", "quantization_config"),
-    on=("is_causal", "tie_word_embeddings"),
     prefix="transformer.",
-    outer={"wte": "transformer.wte", "wpe": "transformer.wpe", "ln_f": "transformer.ln_f"},
-    layer="transformer.h.{layer}.",
-    block={
-        "ln_1": "ln_1",
-        "ln_2": "ln_2",
-        "attn/c_attn": "attn.c_attn",
-        "attn/c_proj": "attn.c_proj",
-        "mlp/c_fc": "mlp.c_fc",
-        "mlp/c_proj": "mlp.c_proj",
-    },
+    modules={},
     transposed=False,  # transformers' Conv1D stores [in, out] as a Flax kernel does
     causal_lm="GPT2LMHeadModel",
     classifier="GPT2ForSequenceClassification",
 )
 LLAMA = Family(
-    config=LlamaConfig,
+    model_type="llama",
+    defaults=LlamaConfig(32000, 2048, 4096, 32, 32, intermediate_size=11008, eos_token_id=2, bos_token_id=1),
     keys={
-        "vocab_size": ("vocab_size", 32000),
-        "max_position_embeddings": ("max_length", 2048),
-        "hidden_size": ("hidden_size", 4096),
-        "num_hidden_layers": ("num_layers", 32),
-        "num_attention_heads": ("num_heads", 32),
-        "num_key_value_heads": ("num_kv_heads", None),
-        "intermediate_size": ("intermediate_size", 11008),
-        "head_dim": ("head_dim", None),
-        "hidden_act": ("activation", "silu"),
-        "rms_norm_eps": ("rms_norm_epsilon", 1e-6),
-        "attention_bias": ("attention_bias", False),
-        "mlp_bias": ("mlp_bias", False),
-        "tie_word_embeddings": ("tie_embeddings", False),
-        "attention_dropout": ("attention_dropout", 0.0),
-        "initializer_range": ("initializer_range", 0.02),
-        "pad_token_id": ("pad_token_id", None),
-        "eos_token_id": ("eos_token_id", 2),
-        "bos_token_id": ("bos_token_id", 1),
+        **_COMMON,
+        "num_kv_heads": "num_key_value_heads",
+        "activation": "hidden_act",
+        "rms_norm_epsilon": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
     },
-    aliases={},
-    off=("per_layer_config", "pruned_heads", "quantization_config"),
-    on=("is_causal",),
     prefix="model.",
-    outer={"wte": "model.embed_tokens", "ln_f": "model.norm", "lm_head": "lm_head"},
-    layer="model.layers.{layer}.",
-    block={
+    modules={
+        "wte": "embed_tokens",
+        "h": "layers",
         "ln_1": "input_layernorm",
+        "attn": "self_attn",
         "ln_2": "post_attention_layernorm",
-        **{f"attn/{name}_proj": f"self_attn.{name}_proj" for name in "qkvo"},
-        **{f"mlp/{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+        "ln_f": "norm",
     },
     transposed=True,
     causal_lm="LlamaForCausalLM",
     classifier="LlamaForSequenceClassification",
 )
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA)}
 
-# Each rope_type's keys in rope_scaling or rope_parameters, and our fields of RopeScaling.
-_ROPE: dict[str, dict[str, str]] = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_max_length",
-    },
-}
+# Each rope_type's keys in rope_scaling or rope_parameters, in the order of RopeScaling's fields.
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -160,42 +135,38 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
     if model_type not in FAMILIES:
         raise UserError(f"{where}: model_type is {model_type!r}; the supported ones are: {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
-    for alias, name in family.aliases.items():
-        if alias in keys:
-            value = keys.pop(alias)
-            if keys.setdefault(name, value) != value:
-                raise UserError(f"{where}: {alias} is {value!r} but {name} is {keys[name]!r}; remove one of the two")
-    refused = [name for name in family.off if keys.get(name)]
-    refused += [name for name in family.on if keys.get(name, True) is not True]
-    refused += ["pretraining_tp"] if keys.get("pretraining_tp") not in (1, None) else []
-    for name in refused:
-        raise UserError(f"{where}: {name} is {keys[name]!r}, which changes the logits and is not supported")
     fields: dict[str, Any] = {}
-    for name, (ours, default) in family.keys.items():
+    for field, name in family.fields():
+        default, alias = getattr(family.defaults, field), _COMMON.get(field, name)
+        if alias != name and alias in keys and keys.setdefault(name, value := keys.pop(alias)) != value:
+            raise UserError(f"{where}: {alias} is {value!r} but {name} is {keys[name]!r}; remove one of the two")
         value = keys.pop(name, default)
         if not _is_kind_of(default, value, name):
             raise UserError(f"{where}: {name} is {value!r}, which is not of the kind of its default, {default!r}")
-        fields[ours] = tuple(value) if isinstance(value, list) else value
+        fields[field] = tuple(value) if isinstance(value, list) else value
         if isinstance(default, float):  # JSON's 0 is an int, which JAX treats as an array of integers
-            fields[ours] = float(value)
+            fields[field] = float(value)
+    for name, supported in _UNSUPPORTED.items():
+        if keys.get(name, supported) != supported and (keys[name] or supported):
+            raise UserError(f"{where}: {name} is {keys[name]!r}, which changes the logits and is not supported")
     try:
         if family is LLAMA:
             fields |= _read_rope(keys, fields["max_length"], where)
-        return family.config(**fields, other_keys=keys)
+        return type(family.defaults)(**fields, other_keys=keys)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
     """The keys of config.json: all that ``from_json`` reads, and those it kept."""
-    model_type, family = next((name, family) for name, family in FAMILIES.items() if family.config is type(config))
-    keys = {name: getattr(config, ours) for name, (ours, _) in family.keys.items()}
+    family = family_of(config)
+    keys = {name: getattr(config, field) for field, name in family.fields()}
     if isinstance(config, LlamaConfig):  # in the form of transformers 4, which 5 reads too
         keys |= {"rope_theta": config.rope_theta, "rope_scaling": None}
-        if (scaling := config.rope_scaling) is not None:
-            numbers = {key: getattr(scaling, ours) for key, ours in _ROPE[scaling.kind].items()}
-            keys["rope_scaling"] = {"rope_type": scaling.kind, **numbers}
-    return {**config.other_keys, **keys, "model_type": model_type}
+        if config.rope_scaling is not None:
+            kind, *numbers = dataclasses.astuple(config.rope_scaling)
+            keys["rope_scaling"] = {"rope_type": kind, **dict(zip(_ROPE[kind], numbers, strict=False))}
+    return {**config.other_keys, **keys, "model_type": family.model_type}
 
 
 def _read_rope(keys: dict[str, Any], max_length: int, where: str) -> dict[str, Any]:
@@ -211,15 +182,14 @@ def _read_rope(keys: dict[str, Any], max_length: int, where: str) -> dict[str, A
     if given.get("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(f"{where}: {name}.partial_rotary_factor changes the logits and is not supported")
     theta = given.get("rope_theta", theta)
-    theta = 10000.0 if theta is None else theta
     given = {"original_max_position_embeddings": max_length, **given}
-    for key, value in {"rope_theta": theta, **{f"{name}.{key}": given.get(key) for key in _ROPE[kind]}}.items():
+    numbers: dict[str, Any] = {"rope_theta": 10000.0 if theta is None else theta}
+    numbers |= {f"{name}.{key}": given.get(key) for key in _ROPE[kind]}
+    for key, value in numbers.items():
         if not is_number(value):
             raise UserError(f"{where}: {key} is {value!r}, expected a number")
-    if kind == "default":
-        return {"rope_theta": float(theta)}
-    numbers = {ours: given[key] for key, ours in _ROPE[kind].items()}
-    return {"rope_theta": float(theta), "rope_scaling": RopeScaling(kind, **numbers)}
+    theta, *factors = numbers.values()
+    return {"rope_theta": float(theta), "rope_scaling": RopeScaling(kind, *factors) if factors else None}
 
 
 def is_number(value: Any) -> TypeGuard[float]:

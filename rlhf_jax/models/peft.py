@@ -3,10 +3,10 @@
 import json
 import math
 import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -21,11 +21,12 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Keys under which PEFT computes something else than x W + scale (x A) B with one scale for all, unless empty.
-_OTHER_KINDS = ("use_dora", "use_qalora", "alpha_pattern", "layer_replication", "lora_bias", "trainable_token_indices")
+# Keys under which PEFT computes something else than x W + scale (x A) B with one scale for all, unless empty or "none".
+_OTHER_KINDS: tuple[str, ...] = ("use_dora", "use_qalora", "alpha_pattern", "layer_replication", "lora_bias", "bias")
+_OTHER_KINDS += ("trainable_token_indices",)
 
 
-def load(path: str | os.PathLike[str], params: Params) -> Params:
+def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
     """Adapters for ``params`` from PEFT's folder, or from one on the Hugging Face hub.
 
     Args:
@@ -41,30 +42,29 @@ def load(path: str | os.PathLike[str], params: Params) -> Params:
     """
     folder = find_folder(path)
     config = _read_config(folder / CONFIG)
-    leaves: dict[tuple[str, ...], Any] = {}
-    with ExitStack() as stack:
-        reader = Reader(folder, stack, PREFIX, WEIGHTS)
-        for kernel, leaf in flatten_dict(params).items():
-            modules = _modules(params, kernel, leaf.shape)
-            if not any(f"{module}.lora_A.weight" in reader for module in modules):
-                continue
-            size_in, size_out = leaf.shape[-2:]
-            rank = (*reader.shape(f"{modules[0]}.lora_A.weight"), 0)[0]
-            if not rank:
-                raise UserError(f"{reader.source}: {modules[0]}.lora_A.weight has no rows, so no rank")
-            scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            a = [reader.read(f"{module}.lora_A.weight", (rank, size_in), jnp.float32).T for module in modules]
-            b = [reader.read(f"{module}.lora_B.weight", (size_out, rank), jnp.float32).T for module in modules]
-            for name, parts in {"lora_a": a, "lora_b": b, "lora_scale": [jnp.float32(scale)] * len(modules)}.items():
-                leaves[(*kernel[:-1], name)] = jnp.stack(parts) if kernel[0] == "h" else parts[0]
-        adapters = unflatten_dict(leaves)
-        if names.SCORE in reader:
-            try:
-                shift = float(reader.metadata.get("reward_shift", 0.0))
-            except ValueError as error:
-                raise UserError(f"{reader.source}: reward_shift in its metadata is no number: {error}") from error
-            adapters["score"] = read_score(reader, params["ln_f"]["scale"].shape[0], shift)
-        reader.check_all_read()
+    leaves: dict[tuple[str, ...], jax.Array] = {}
+    reader = Reader(folder, PREFIX, WEIGHTS)
+    for kernel, leaf in flatten_dict(params).items():
+        modules = _modules(params, kernel, leaf.shape)
+        if not any(f"{module}.lora_A.weight" in reader for module in modules):
+            continue
+        *layers, size_in, size_out = leaf.shape  # layers: [L] under scan_layers
+        rank = (*reader.shape(f"{modules[0]}.lora_A.weight"), 0)[0]
+        if not rank:
+            raise UserError(f"{reader.source}: {modules[0]}.lora_A.weight has no rows, so no rank")
+        for letter, shape in (("A", (rank, size_in)), ("B", (size_out, rank))):
+            parts = [reader.read(f"{module}.lora_{letter}.weight", shape, jnp.float32).T for module in modules]
+            leaves[(*kernel[:-1], f"lora_{letter.lower()}")] = jnp.stack(parts) if layers else parts[0]
+        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        leaves[(*kernel[:-1], "lora_scale")] = jnp.full(layers, scale, jnp.float32)
+    adapters = unflatten_dict(leaves)
+    if names.SCORE in reader:
+        try:
+            shift = float(reader.metadata.get("reward_shift", 0.0))
+        except ValueError as error:
+            raise UserError(f"{reader.source}: reward_shift in its metadata is no number: {error}") from error
+        adapters["score"] = read_score(reader, len(params["ln_f"]["scale"]), shift)
+    reader.check_all_read()
     if not adapters:
         raise UserError(f"{folder / WEIGHTS}: no adapter of a kernel of this model")
     return adapters
@@ -76,16 +76,17 @@ def _read_config(file: Path) -> dict[str, Any]:
     config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}, and only LORA is read")
-    refused = [key for key in _OTHER_KINDS if config.get(key)]
-    refused += ["bias"] if config.get("bias", "none") != "none" else []
-    for key in refused:
-        raise UserError(f"{file}: {key} is {config[key]!r}: such adapters are not supported")
+    for key in _OTHER_KINDS:
+        if (value := config.get(key)) and value != "none":
+            raise UserError(f"{file}: {key} is {value!r}: such adapters are not supported")
     if not names.is_number(config.get("lora_alpha")):
         raise UserError(f"{file}: lora_alpha is {config.get('lora_alpha')!r}, expected a number")
     return config
 
 
-def save(path: str | os.PathLike[str], params: Params, adapters: Params, *, base_model: str | None = None) -> None:
+def write_adapter(
+    path: str | os.PathLike[str], params: Params, adapters: Params, *, base_model: str | None = None
+) -> None:
     """Writes a folder that PEFT loads onto the base model's Hugging Face folder.
 
     Args:
@@ -98,45 +99,40 @@ def save(path: str | os.PathLike[str], params: Params, adapters: Params, *, base
     Raises:
         ValueError: the adapters hold something else, or are of several ranks or scales.
     """
-    leaves = flatten_dict(adapters)
+    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten_dict(adapters).items()}
     others = {"/".join(path) for path in leaves if path[0] != "score" and not path[-1].startswith("lora_")}
     if others:
         raise ValueError(f"cannot save {listed(others)} as adapters")
     tensors: dict[str, np.ndarray] = {}
     ranks_and_scales: set[tuple[int, float]] = set()
-    targets: dict[str, list[str]] = {}  # module within a layer -> its full names
-    for leaf_path in leaves:
-        if leaf_path[-1] != "lora_a":
+    full: list[str] = []  # the modules' names, such as transformer.h.0.attn.c_attn
+    for (*place, name), leaf in leaves.items():
+        if name not in ("lora_a", "lora_b"):
             continue
-        place = leaf_path[:-1]
-        a, b, scale = (np.asarray(leaves[(*place, f"lora_{name}")], np.float32) for name in ("a", "b", "scale"))
-        ranks_and_scales |= {(a.shape[-1], float(value)) for value in scale.reshape(-1)}
-        modules = _modules(params, (*place, "kernel"), a.shape)
-        targets.setdefault("/".join(place[1:]), []).extend(modules)
-        for module, *pair in zip(modules, *((a, b) if place[0] == "h" else ([a], [b])), strict=True):
-            for letter, matrix in zip("AB", pair, strict=True):
-                tensors[f"{PREFIX}{module}.lora_{letter}.weight"] = np.ascontiguousarray(matrix.T)
+        modules = _modules(params, (*place, "kernel"), leaf.shape)
+        for module, matrix in zip(modules, leaf if place[0] == "h" else [leaf], strict=True):
+            tensors[f"{PREFIX}{module}.lora_{name[-1].upper()}.weight"] = np.ascontiguousarray(matrix.T)
+        if name == "lora_a":
+            full += modules
+            ranks_and_scales |= {(leaf.shape[-1], float(x)) for x in leaves[(*place, "lora_scale")].reshape(-1)}
     if len(ranks_and_scales) != 1:
         kinds = sorted(ranks_and_scales)
         raise ValueError(f"PEFT's folder holds adapters of one rank and scale, got (rank, scale) {kinds}")
-    ((rank, factor),) = ranks_and_scales
-    family = _family(params)
+    ((rank, scale),) = ranks_and_scales
     # The names within a layer where every adapted layer has them all, else the full name of each.
-    full = sorted(module for modules in targets.values() for module in modules)
-    layers = {module.removeprefix(family.prefix).split(".")[1] for module in full}
-    is_same_everywhere = len(full) == len(targets) * len(layers)
+    layers, short = ({module.split(".", 3)[part] for module in full} for part in (2, 3))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": factor * rank,
+        "lora_alpha": scale * rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": not family.transposed,
+        "fan_in_fan_out": not _family(params).transposed,
         "inference_mode": True,
         "modules_to_save": None,
-        "target_modules": sorted(family.block[module] for module in targets) if is_same_everywhere else full,
+        "target_modules": sorted(short if len(full) == len(short) * len(layers) else full),
     }
     metadata = {"format": "pt"}
     if "score" in adapters:

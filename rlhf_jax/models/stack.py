@@ -12,16 +12,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+from jax import Array
 
 from rlhf_jax.models.attention import attention, cache_mask, causal_mask, positions
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.types import Params
 
-LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [B, H, S, Dh] each
+LayerCache = tuple[Array, Array]  # keys and values of one layer, [B, H, S, Dh] each
 Cache = tuple[LayerCache, ...]
-Rotation = tuple[jax.Array, jax.Array]  # cosines and sines of the positions' angles, [B, 1, T, Dh] float32 each
+Number = Array | float
+Rotation = tuple[Array, Array]  # cosines and sines of the positions' angles, [B, 1, T, Dh] float32 each
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
@@ -32,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Dense(nn.Dense):
     """``nn.Dense``, plus ``lora_scale * (x @ lora_a) @ lora_b`` where these lie beside the kernel (``lora.attach``)."""
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: Array) -> Array:
         out = super().__call__(inputs)
         if not self.has_variable("params", "lora_a"):
             return out
@@ -41,7 +43,7 @@ class Dense(nn.Dense):
         return out + jax.lax.stop_gradient(adapter[2]).astype(out.dtype) * ((x @ a) @ b)
 
 
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+def rotate(x: Array, rotation: Rotation) -> Array:
     """[B, H, T, Dh] turned by its positions (Su et al. 2021), in float32; the dtype is kept."""
     cosine, sine = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -57,23 +59,17 @@ class Attention(nn.Module):
 
     config: Any
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
         """[B, T, D] -> queries [B, H, T, Dh], keys and values [B, H_kv, T, Dh]."""
         raise NotImplementedError
 
-    def output(self, mixed: jax.Array) -> jax.Array:
+    def output(self, mixed: Array) -> Array:
         """[B, T, H Dh] -> [B, T, D]."""
         raise NotImplementedError
 
     def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        scale: jax.Array | float,
-        rotation: Rotation | None,
-        cache: LayerCache | None,
-        index: jax.Array | int,
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self, x: Array, mask: Array, scale: Number, rotation: Rotation | None, cache: LayerCache | None, index: Number
+    ) -> tuple[Array, LayerCache | None]:
         query, key, value = self.project(x)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
@@ -101,14 +97,8 @@ class Block(nn.Module):
     config: Any
 
     def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        scale: jax.Array | float,
-        rotation: Rotation | None,
-        cache: LayerCache | None = None,
-        index: jax.Array | int = 0,
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self, x: Array, mask: Array, scale: Number, rotation: Rotation | None, cache: LayerCache | None, index: Number
+    ) -> tuple[Array, LayerCache | None]:
         deterministic = not self.has_rng("dropout")
         attended, cache = self.attn(self.ln_1(x), mask, scale, rotation, cache, index)
         x = x + self.dropout(attended, deterministic=deterministic)
@@ -123,7 +113,7 @@ class Transformer(nn.Module):
 
     config: Any
 
-    def embed(self, tokens: jax.Array, positions: jax.Array, real: jax.Array) -> jax.Array:
+    def embed(self, tokens: Array, positions: Array, real: Array) -> Array:
         """[B, T] tokens, positions and whether a token is no pad -> [B, T, D] in the compute dtype."""
         raise NotImplementedError
 
@@ -131,40 +121,40 @@ class Transformer(nn.Module):
         """[L] factors of each layer's attention scores."""
         return [self.config.head_size**-0.5] * self.config.num_layers
 
-    def rotation(self, positions: jax.Array) -> Rotation | None:
+    def rotation(self, positions: Array) -> Rotation | None:
         """How queries and keys are turned at [B, T] positions; None without rotary positions."""
         return None
 
-    def output_table(self) -> jax.Array:
+    def output_table(self) -> Array:
         """[V, D]."""
         return self.wte.embedding
 
-    def token_rows(self, tokens: jax.Array, real: jax.Array) -> jax.Array:
+    def token_rows(self, tokens: Array, real: Array) -> Array:
         """[B, T] tokens -> [B, T, D] rows of the token table."""
         # A pad may carry any id, also one outside the table; a real token outside it gives NaN rather than a wrong row.
         return jnp.take(self.wte.embedding, jnp.where(real, tokens, 0), axis=0)
 
-    def hidden(self, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    def hidden(self, tokens: Array, attention_mask: Array) -> Array:
         """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype."""
         places = positions(attention_mask)
         x = self.embed(tokens, places, attention_mask != 0)
         mask, rotation = causal_mask(attention_mask), self.rotation(places)
         if self.config.scan_layers:
-            x, _ = self.h(x, mask, jnp.array(self.scales(), jnp.float32), rotation)
+            x, _ = self.h(x, mask, jnp.array(self.scales(), jnp.float32), rotation, None, 0)
         else:
             for block, scale in zip(self.h, self.scales(), strict=True):
-                x, _ = block(x, mask, scale, rotation)
+                x, _ = block(x, mask, scale, rotation, None, 0)
         return self.ln_f(x)
 
-    def unembed(self, hidden: jax.Array) -> jax.Array:
+    def unembed(self, hidden: Array) -> Array:
         """[..., D] -> [..., V] float32, inputs in the compute dtype."""
         dtype = self.config.compute_dtype
         table = self.output_table().astype(dtype)
         return jnp.einsum("...d,vd->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32)
 
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, key_mask: jax.Array, cache: Cache, index: jax.Array | int
-    ) -> tuple[jax.Array, Cache]:
+        self, tokens: Array, positions: Array, key_mask: Array, cache: Cache, index: Array | int
+    ) -> tuple[Array, Cache]:
         """Writes [B, t] tokens to slots index, ..., index + t - 1 and returns their logits [B, t, V]."""
         mask, rotation = cache_mask(key_mask, index, tokens.shape[1]), self.rotation(positions)
         real = jax.lax.dynamic_slice_in_dim(key_mask, index, tokens.shape[1], axis=1) != 0
@@ -175,7 +165,7 @@ class Transformer(nn.Module):
             written.append(layer)
         return self.unembed(self.ln_f(x)), tuple(written)
 
-    def __call__(self, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Array, attention_mask: Array) -> Array:
         return self.unembed(self.hidden(tokens, attention_mask))
 
 
@@ -189,7 +179,7 @@ def layers(block: Any, config: ModelConfig) -> Any:
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, 0, nn.broadcast),  # mask, scale of each layer, rotation
+        in_axes=(nn.broadcast, 0, nn.broadcast, nn.broadcast, nn.broadcast),  # one scale for each layer
         length=config.num_layers,
     )(config)
 

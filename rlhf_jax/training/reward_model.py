@@ -109,7 +109,8 @@ def _base_samples(setting: supervised.Setting) -> Rollout:
     rows = [Prompt(prompt, f"the prompt {prompt[:40]!r}") for prompt in chosen]
     encoded = initial.prompts_for(config, setting.initial, rows, " (to normalise scores)")
     how = initial.sampling_config(config.rl, tokenizer)
-    return generator.generate(model, params, encoded.tokens, encoded.attention_mask, jax.random.fold_in(key, 1), how)
+    inputs = (encoded.tokens, encoded.attention_mask, jax.random.fold_in(key, 1))
+    return generator.sample_in_batches(model, params, *inputs, config=how)
 
 
 def _normalized(score: Callable[..., jax.Array], params: Params, rollout: Rollout) -> Params:
