@@ -13,11 +13,13 @@ import pytest
 import references
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.tree_util import Partial
 from tabular import VOCAB_SIZE, comparisons, numbers, policy_fn, policy_params, rollout, score_fn
 
 from rlhf_jax import dpo, grpo, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.config import RLStage
-from rlhf_jax.training import rl
+from rlhf_jax.sampling import SamplingConfig
+from rlhf_jax.training import phases
 from rlhf_jax.types import Demonstrations, PolicyOutput
 
 ROWS, LENGTH = 8, 4
@@ -100,7 +102,7 @@ CASES = {
     "ppo": (ppo, ppo.Config(), dense),
     "ppo sequence": (
         ppo,
-        ppo.Config(aggregate="sequence", dual_clip=1.2, entropy_coef=0.2, gamma=0.9, whiten_rewards=True),
+        ppo.Config(aggregate="sequence", dual_clip=1.2, entropy_coef=0.2, gamma=0.9, gae_lambda=1.0),
         dense,
     ),
     "ppo sum": (
@@ -110,7 +112,7 @@ CASES = {
     ),
     "ppo fixed": (
         ppo,
-        ppo.Config(**FIXED, clip_low=0.1, clip_high=0.3, gae_lambda=1.0, kl_loss_coef=0.1, kl_loss_estimator="k3"),
+        ppo.Config(**FIXED, clip_low=0.1, clip_high=0.3, whiten_rewards=True, kl_loss_coef=0.1, kl_loss_estimator="k3"),
         dense,
     ),
     "rloo": (rloo, rloo.Config(), dense),
@@ -175,14 +177,16 @@ def value_and_gradient(name):
 
 FAST = {
     "sft sequence",
+    "choice of four",
     "pairs",
+    "regression",
     "vpg token",
     "ppo fixed",
     "rloo token",
     "dr grpo",
     "gspo",
     "dpo smoothed",
-}  # one of each
+}
 
 
 @pytest.mark.parametrize(
@@ -243,14 +247,14 @@ def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations(
     """Rows of 2, 3 and no tokens at ln 2 each are 2.5 ln 2 nats a row; the coefficient then moves by a tenth of .2."""
     optimizer = optax.sgd(0.0)
     batch = rollout(0, [2, 3, 0])
-    batch = batch.replace(
-        ref_log_probs=batch.log_probs - math.log(2), rewards=None, scores=jnp.array([1.0, 2.0, math.nan])
-    )
-    loop = rl.LoopState.create(vpg.State.create(policy_params(0), optimizer), 0.15)
-    learn = functools.partial(rl.learn, algorithm=vpg, algorithm_config=vpg.Config(), policy_fn=policy_fn)
-    loop, metrics = jax.jit(functools.partial(learn, optimizer=optimizer, config=RLStage(kl_target=0.5)))(
-        loop, batch, jax.random.key(0)
-    )
+    batch = batch.replace(ref_log_probs=batch.log_probs - math.log(2), rewards=None, advantages=None)
+    batch = batch.replace(scores=jnp.array([1.0, 2.0, math.nan]))
+    loop = phases.LoopState.create(vpg.State.create(policy_params(0), optimizer), 0.15)
+    drawn = SamplingConfig(max_new_tokens=4, eos_id=None, pad_id=0)
+    recipe = phases.Recipe(None, drawn, vpg, vpg.Config(), optimizer, RLStage(kl_target=0.5))
+    functions = phases.Functions(Partial(policy_fn))
+    learn = jax.jit(functools.partial(phases.learn, recipe=recipe))
+    loop, metrics = learn(loop, batch, jax.random.key(0), functions)
     np.testing.assert_allclose(metrics["objective/kl"], 2.5 * math.log(2), rtol=1e-6)
     np.testing.assert_allclose(metrics["objective/reward"], 1.5 - 0.15 * 2.5 * math.log(2), rtol=1e-6)
     np.testing.assert_allclose(loop.kl_coef, 0.15 * 1.02, rtol=1e-6)
