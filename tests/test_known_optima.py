@@ -1,11 +1,9 @@
 """Problems whose answers are known, in a language all of whose responses can be listed: every algorithm finds its own
-optimum, from the exact gradient, from data and from samples, and would miss it with another coefficient; best of n; the
-count of one token."""
+optimum, from the exact gradient, from data and from samples, and would miss it with another coefficient; best of n."""
 
 import functools
 import itertools
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +13,7 @@ import tiny_language as tiny
 from jax.tree_util import Partial
 from tiny_language import adam, repeat
 
-from rlhf_jax import ops, rewards, sampling
-from rlhf_jax import rollout as rollouts
+from rlhf_jax import rewards, sampling
 from rlhf_jax.algorithms import dpo, grpo, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.types import Comparisons, Demonstrations, TrainState
 
@@ -317,37 +314,3 @@ def test_best_of_n_is_what_enumeration_says():
         kl = np.sum(best_of(n) * np.log(np.maximum(best_of(n), 1e-300) / tiny.REF))
         assert -1e-9 <= kl <= sampling.best_of_n_kl(n) + 1e-9
     assert np.sum(best_of(2) * np.log(best_of(2) / tiny.REF)) > 0.8 * sampling.best_of_n_kl(2)
-
-
-# Count of a token
-
-
-@pytest.mark.slow
-def test_token_count_climbs_to_its_ceiling():
-    """ALGORITHMS 8.4: one letter of 26 counts, 20 are said, no KL: from 20 / 26 to (nearly) 20."""
-    num_letters, steps, iterations = 26, 20, 120
-
-    def decode(table, tokens, positions, key_mask, cache, index):
-        del positions, key_mask, index
-        return table[tokens], cache
-
-    model = SimpleNamespace(config=None, init_cache=lambda batch, length: (), decode=decode)
-    options = sampling.SamplingConfig(max_new_tokens=steps, eos_id=None, pad_id=num_letters)
-    policy_fn = ops.policy_fn(lambda table, tokens, attention_mask, key: table[tokens])
-    count = rewards.token_count(7, include_prompt=False)
-    optimizer = adam(iterations, 0.2)
-    prompts = jnp.arange(64)[:, None] % num_letters
-
-    def iteration(state, key):
-        batch = rollouts.collect(
-            model, state.params, prompts, jnp.ones_like(prompts), key, sampling=options, policy_fn=policy_fn
-        )
-        scores, _ = count(batch)
-        batch = batch.replace(scores=scores)
-        state, _ = vpg.update(state, batch, key, policy_fn=policy_fn, optimizer=optimizer, config=vpg.Config())
-        return state, scores.mean()
-
-    start = vpg.State.create(jnp.zeros((num_letters, num_letters)), optimizer)
-    _, scores = repeat(iteration, start, jax.random.split(KEY, iterations))
-    assert scores[0] == pytest.approx(20 / 26, abs=0.4)
-    assert 19.5 < scores[-10:].mean() <= 20.0

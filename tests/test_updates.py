@@ -212,21 +212,18 @@ def test_seeds_under_vmap_and_updates_under_scan(name):
         assert_close(jax.tree.map(lambda x, seed=seed: x[seed], trained), state)
 
 
+OF_PPO = {
+    **dict.fromkeys(("clip_low", "clip_high", "value_clip"), (0.1, 0.3)),
+    **dict.fromkeys(("entropy_coef", "kl_loss_coef"), (0.0, 0.3)),
+    **dict.fromkeys(("gae_lambda", "value_coef"), (0.1, 1.0)),
+    "dual_clip": (1.1, 3.0),
+    "gamma": (0.9, 1.0),
+}
 SWEEPS = [
     ("dpo", {"beta": (0.1, 0.5), "label_smoothing": (0.0, 0.2)}),
     ("centering", {"centering": (0.0, 0.1)}),
     ("vpg", {"entropy_coef": (0.0, 0.3), "baseline_decay": (0.5, 0.9)}),
-    (
-        "ppo",
-        {
-            **dict.fromkeys(("clip_low", "clip_high", "value_clip"), (0.1, 0.3)),
-            **dict.fromkeys(("entropy_coef", "kl_loss_coef"), (0.0, 0.3)),
-            "dual_clip": (1.1, 3.0),
-            "gamma": (0.9, 1.0),
-            "gae_lambda": (0.5, 1.0),
-            "value_coef": (0.1, 1.0),
-        },
-    ),
+    ("ppo", OF_PPO),
     ("grpo", {"eps": (1e-4, 0.1), "kl_loss_coef": (0.0, 0.3), "clip_high": (0.01, 0.3)}),
 ]
 
