@@ -1,4 +1,4 @@
-"""Policies and scorers that are lookup tables, rollouts to feed them, and the three ways to run an update."""
+"""Policies and scorers that are lookup tables, rollouts to feed them, and the ways to run an update."""
 
 from functools import partial
 
@@ -93,23 +93,18 @@ def numbers(loss):
     return valued
 
 
-def three_ways(update, state, batch, key, check_vma=True, **jit_options):
+def every_way(update, state, batch, key, check_vma=(True, False), **jit_options):
     """Results of ``update(state, batch, key)`` on one device, under plain jit over arrays sharded over 4 devices, and
-    under shard_map over the same 4. Under jit no row may move from one device to another."""
+    under shard_map over the same 4, for each ``check_vma``. Under jit no row may move from one device to another."""
     mesh = sharding.make_mesh(4)
     one = jax.jit(update)(state, batch, key)
     spread = sharding.replicate(mesh, state), sharding.shard_rows(mesh, batch), sharding.replicate(mesh, key)
     compiled = jax.jit(partial(update, **jit_options)).lower(*spread).compile()
     moves = [name for name in ("all-gather", "all-to-all", "collective-permute") if name in compiled.as_text()]
     assert not moves
-    mapped = jax.shard_map(
-        partial(update, axis_name="data"),
-        mesh=mesh,
-        in_specs=(P(), P("data"), P()),
-        out_specs=P(),
-        check_vma=check_vma,
-    )
-    return one, compiled(*spread), jax.jit(mapped)(*spread)
+    specs = {"mesh": mesh, "in_specs": (P(), P("data"), P()), "out_specs": P()}
+    mapped = [jax.shard_map(partial(update, axis_name="data"), check_vma=check, **specs) for check in check_vma]
+    return one, compiled(*spread), *(jax.jit(f)(*spread) for f in mapped)
 
 
 def assert_close(actual, expected, atol=1e-6, rtol=1e-5):
@@ -158,10 +153,6 @@ def bandit_rollout(params, key, num_rows=256):
         scores=BANDIT_REWARD[arms],
     )
     return sampled.replace(rewards=kl_shaped(sampled, 0.5))
-
-
-def total_variation(params):
-    return 0.5 * np.sum(np.abs(np.asarray(jax.nn.softmax(params["logits"])) - BANDIT_OPTIMUM))
 
 
 def gpt2(head=None):

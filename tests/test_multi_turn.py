@@ -163,20 +163,6 @@ def example():
     )
 
 
-def test_tool_output_is_context():
-    """The second turn follows a tool's 0 (1/4) or a tool's 1 (1/2); the tool's own token is not learnt."""
-    loss = functools.partial(numbers(sft.loss), policy_fn=bigram, config=sft.Config())
-    f = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    batch = jax.tree.map(lambda x: x[:1], example())
-    for said, second in [(0, 0.25), (1, 0.5)]:
-        tokens = np.array([[0, 1, said, 1, 1]])
-        (value, metrics), grads = f(BIGRAM, Demonstrations(tokens, batch.attention_mask, batch.response_mask), None)
-        np.testing.assert_allclose(value, -(math.log(0.25) + math.log(second)) / 2, rtol=1e-6)
-        np.testing.assert_allclose(metrics["sft/loss"], value)
-        # p - 1 for each token that was said, by the token that stood before it
-        np.testing.assert_allclose(grads[said, 1], {0: -2 * 0.75 / 2, 1: -0.5 / 2}[said], rtol=1e-6)
-
-
 def test_rewards_and_advantages_by_hand():
     """The score is on the last thing the policy said, though a tool answered it; GAE steps over the hole; whitening
     counts the three tokens of the policy; groups compare the two rows that are there."""

@@ -1,0 +1,62 @@
+"""Held-out comparisons: their report, and the texts that a run shows with their scores."""
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data import encoding
+from rlhf_jax.data.rows import Comparison, Pair
+from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.training.scoring import evenly, report, samples
+
+LETTERS = characters("abcde? ")
+
+
+def test_held_out_pairs_weigh_what_their_ranking_gives_them():
+    """A ranking of three, of which one pair is right, and a pair: validation counts both rankings as one each."""
+    rows = [
+        Pair("a?", "b", "c", "one", weight=1 / 3),
+        Pair("a?", "bc", "d", "one", weight=1 / 3),
+        Pair("a?", "c", "d", "one", weight=1 / 3),
+        Pair("b?", "c", "dde", "two"),
+    ]
+    encoded = encoding.encode_comparisons(rows, LETTERS)
+    scores = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    every = report(encoded, np.arange(4), scores)
+    assert every["accuracy"] == pytest.approx((1 / 3 + 1) / 2)
+    assert every["margin"] == pytest.approx((-1 / 3 + 1) / 2)
+    assert every["length_accuracy"] == pytest.approx((0.5 / 3 + 1 / 3 + 0.5 / 3) / 2)
+    part = np.array([3, 0])
+    assert report(encoded, part, scores[part])["accuracy"] == 1.0
+
+
+def test_samples_are_texts_without_special_tokens():
+    rows = [Pair("a?", "b", "c d", "1"), Comparison("b?", ("c", "de", "b"), "2", best=1)]
+    encoded = encoding.encode_comparisons(rows, LETTERS, template="a {prompt}")
+    numbers, scores = np.array([1, 0]), np.array([[0.5, 1.0, 2.0], [0.25, -1.0, 7.0]])
+    names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "length_chosen", "length_rejected")
+    found = samples(encoded, numbers, scores, LETTERS)
+    assert [tuple(row) for row in found] == [names, names]
+    assert [tuple(row.values()) for row in found] == [
+        ("a b?", "de", "b", 1.0, 2.0, 3, 2),
+        ("a a?", "b", "c d", 0.25, -1.0, 2, 4),
+    ]
+
+
+def test_samples_are_spread_over_the_held_out_rows():
+    np.testing.assert_array_equal(evenly(5, 9), np.arange(5))
+    np.testing.assert_array_equal(evenly(7, 3), [0, 3, 6])
+    for num_rows in (257, 300, 511, 1000):
+        found = evenly(num_rows, 256)
+        assert (found[0], found[-1], len(found)) == (0, num_rows - 1, 256)
+        assert set(np.diff(found)) <= {(num_rows - 1) // 255, (num_rows - 1) // 255 + 1}  # no row twice
+
+
+def test_samples_with_targets_hold_every_answer():
+    rows = [Comparison("a?", ("b", "c d"), "1", targets=(1.0, 0.0)), Comparison("b?", ("c",), "2", targets=(0.5,))]
+    encoded = encoding.encode_comparisons(rows, LETTERS)
+    found = samples(encoded, np.array([1, 0]), np.array([[3.0, 9.0], [1.0, 2.0]]), LETTERS)
+    assert found == [
+        {"prompt": "b?", "response": "c", "score": 3.0, "target": 0.5, "length": 2},
+        {"prompt": "a?", "response": "b", "score": 1.0, "target": 1.0, "length": 2},
+        {"prompt": "a?", "response": "c d", "score": 2.0, "target": 0.0, "length": 4},
+    ]

@@ -1,0 +1,415 @@
+"""What holds for the update of every algorithm: the same numbers by hand, in microbatches, over devices, under pmap and
+under vmap over seeds of a scan; nothing moves if there is nothing to learn from; what cannot be meant is refused."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.tree_util import Partial
+from tabular import (
+    assert_close,
+    assert_identical,
+    comparisons,
+    every_way,
+    numbers,
+    policy_fn,
+    policy_params,
+    rollout,
+    score_fn,
+)
+
+from rlhf_jax import dpo, grpo, ppo, reward_model, rloo, sft, sharding, vpg
+from rlhf_jax.algorithms.step import minibatch_epochs
+from rlhf_jax.types import Demonstrations, PolicyOutput, TrainState
+
+KEY = jax.random.key(7)
+LEARNING_RATE = 0.3
+SGD = optax.sgd(LEARNING_RATE)
+# Groups of four rows, one group on each device: 7, 3, 0 and 8 tokens; absent rows beside present ones.
+LENGTHS = [4, 1, 2, 0, 3, 0, 0, 0, 0, 0, 0, 0, 2, 4, 1, 1]
+# Two blocks on each device.
+MINIBATCHES = {"num_minibatches": 2, "shuffle_blocks": 8}
+TERMS = {"entropy_coef": 0.1, "kl_loss_coef": 0.1}
+
+
+class Case(NamedTuple):
+    """One line of the table. The config is that of a step on the whole batch."""
+
+    module: Any
+    config: Any
+    batch: Callable[[], Any]
+    num_epochs: int = 2
+
+    @property
+    def model(self):
+        return {"score_fn": score_fn} if self.module is reward_model else {"policy_fn": policy_fn}
+
+    @property
+    def start(self):
+        params = {"scores": jnp.sin(jnp.arange(5.0))} if self.module is reward_model else policy_params(0)
+        return getattr(self.module, "State", TrainState).create(params, SGD)
+
+    def update(self, config=None, **kwargs):
+        return partial(
+            self.module.update, **{**self.model, "optimizer": SGD, "config": config or self.config, **kwargs}
+        )
+
+    def steps(self, state, batch, key, **kwargs):
+        """Epochs of shuffled minibatches, each in two microbatches: those of the update, or ``minibatch_epochs`` around
+        one that has none."""
+        config = dataclasses.replace(self.config, num_microbatches=2)
+        if hasattr(config, "num_minibatches"):
+            epochs = {} if self.module is vpg else {"num_epochs": self.num_epochs}
+            return self.update(dataclasses.replace(config, **MINIBATCHES, **epochs), **kwargs)(state, batch, key)
+        step = self.update(config, **kwargs)
+        return minibatch_epochs(step, state, batch, key, num_epochs=self.num_epochs, **MINIBATCHES, **kwargs)
+
+
+def demonstrations():
+    batch = rollout(0, LENGTHS)
+    return Demonstrations(batch.tokens, batch.attention_mask, batch.response_mask)
+
+
+def answers(num_answers, **fields):
+    """Comparisons without a third device, and without two of the other answers."""
+    absent = [(1, 1), (2, 0), *((row, answer) for row in range(8, 12) for answer in range(num_answers))]
+    batch = comparisons(0, 16, num_answers, absent=absent)
+    return batch.replace(best=jnp.arange(16) % num_answers, weight=jnp.linspace(0.5, 2.0, 16), **fields)
+
+
+def with_targets():
+    return answers(3, targets=jnp.sin(jnp.arange(48.0)).reshape(16, 3))
+
+
+def pairs():
+    return dpo.with_reference(answers(2), Partial(policy_fn, policy_params(1)))
+
+
+def samples():
+    """A rollout without advantages, which the update is to make."""
+    batch = rollout(0, LENGTHS)
+    weights = jnp.exp(0.3 * batch.advantages)
+    return batch.replace(advantages=None, returns=None, importance_weights=weights)
+
+
+PPO = ppo.Config(num_epochs=1, whiten_rewards=True, dual_clip=1.2, **TERMS)
+CASES = {
+    "sft": Case(sft, sft.Config(), demonstrations),
+    "reward_model": Case(reward_model, reward_model.Config(), partial(answers, 4)),
+    "centering": Case(reward_model, reward_model.Config(centering=0.01), partial(answers, 2)),
+    "regression": Case(reward_model, reward_model.Config(), with_targets),
+    "dpo": Case(dpo, dpo.Config(beta=0.5, label_smoothing=0.1), pairs),
+    "vpg": Case(vpg, vpg.Config(entropy_coef=0.1, aggregate="fixed", length=4), samples, num_epochs=1),
+    "ppo": Case(ppo, PPO, samples),
+    "rloo": Case(rloo, rloo.Config(**TERMS), samples),
+    "grpo": Case(grpo, grpo.Config(group_size=4, **TERMS), samples),
+    "gspo": Case(grpo, grpo.Config(group_size=4, ratio="sequence", **TERMS), samples),
+}
+POLICY = ["vpg", "ppo", "rloo", "grpo", "gspo"]
+each = pytest.mark.parametrize("name", CASES)
+
+
+@functools.cache
+def jitted(name, **changes):
+    return jax.jit(CASES[name].update(dataclasses.replace(CASES[name].config, **changes)))
+
+
+# The same numbers everywhere
+
+
+@jax.jit
+def shuffled(key, epochs):
+    """Rows of each minibatch [epochs, minibatches, rows], as ``minibatch_epochs`` documents them."""
+    num_blocks, num_minibatches = MINIBATCHES["shuffle_blocks"], MINIBATCHES["num_minibatches"]
+    blocks = jnp.arange(len(LENGTHS)).reshape(num_blocks, -1)
+
+    def epoch(number):
+        fold = partial(jax.random.fold_in, jax.random.fold_in(key, number))
+        orders = jax.vmap(lambda i, block: jax.random.permutation(fold(i), block))(jnp.arange(num_blocks), blocks)
+        return jnp.stack([part.ravel() for part in jnp.split(orders, num_minibatches, axis=1)])
+
+    return jax.vmap(epoch)(epochs)
+
+
+def by_hand(case, params, batch, key):
+    """Parameters and mean metrics after a Python loop of plain gradient descent over the minibatches."""
+    loss = partial(numbers(case.module.loss), **case.model, config=case.config)
+    loss_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    if hasattr(case.module, "prepare"):
+        batch = jax.jit(partial(case.module.prepare, config=case.config))(batch)
+    batch, steps = jax.tree.map(np.asarray, batch), []
+    for rows in np.concatenate(shuffled(key, jnp.arange(case.num_epochs))):
+        (value, metrics), gradient = loss_and_gradient(params, jax.tree.map(lambda x, rows=rows: x[rows], batch), key)
+        params = jax.tree.map(lambda p, g: p - LEARNING_RATE * np.asarray(g), params, gradient)
+        norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
+        steps.append({**metrics, "loss": value, "grad_norm": norm})
+    metrics = {name: (np.max if name.endswith("_max") else np.mean)([s[name] for s in steps]) for name in steps[0]}
+    return params, metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "check_vma"),
+    [("vpg", [True]), ("gspo", [True]), *(pytest.param(name, [True, False], marks=pytest.mark.slow) for name in CASES)],
+)
+def test_steps_by_hand_and_over_devices(name, check_vma):
+    case, constraint = CASES[name], sharding.rows(sharding.make_mesh(4))
+    one, *others = every_way(case.steps, case.start, case.batch(), KEY, check_vma, minibatch_sharding=constraint)
+    after, metrics = one
+    params, mean_metrics = by_hand(case, case.start.params, case.batch(), KEY)
+    assert metrics["grad_norm"] > 0.01
+    assert after.step == 2 * case.num_epochs
+    assert_close(after.params, params)
+    assert_close({key: metrics[key] for key in mean_metrics}, mean_metrics)
+    for other in others:
+        assert_close(other, one)
+
+
+@each
+def test_microbatches_change_nothing(name):
+    state, batch = CASES[name].start, CASES[name].batch()
+    after, metrics = jitted(name)(state, batch, KEY)
+    assert metrics["grad_norm"] > 0.01
+    assert after.step == CASES[name].config.num_epochs if name in POLICY else 1
+    assert metrics.get("sft/tokens", sum(LENGTHS)) == sum(LENGTHS)
+    assert_close(jitted(name, num_microbatches=4)(state, batch, KEY), (after, metrics))
+
+
+@pytest.mark.parametrize("name", ["vpg", "ppo"])
+def test_pmap_agrees(name):
+    case = CASES[name]
+    expected = jitted(name)(case.start, case.batch(), KEY)
+    shards = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), case.batch())
+    mapped = jax.pmap(partial(case.update(), axis_name="data"), axis_name="data", in_axes=(None, 0, None))
+    results = mapped(case.start, shards, KEY)
+    for device in range(4):
+        assert_close(jax.tree.map(lambda x, device=device: x[device], results), expected)
+
+
+@pytest.mark.slow
+@each
+def test_seeds_under_vmap_and_updates_under_scan(name):
+    """Two seeds with parameters, data and keys of their own, two updates each."""
+    case = CASES[name]
+    states = [case.start, case.start.replace(params=jax.tree.map(lambda x: 0.5 * x, case.start.params))]
+    batches = [case.batch(), jax.tree.map(lambda x: x[::-1], case.batch())]
+    keys, one = jax.random.split(KEY, (2, 2)), jax.jit(case.steps)
+    train = jax.jit(
+        jax.vmap(lambda state, batch, keys: jax.lax.scan(lambda s, k: case.steps(s, batch, k), state, keys))
+    )
+    stacked = jax.tree.map(lambda *seeds: jnp.stack(seeds), *zip(states, batches, strict=True))
+    trained, metrics = train(*stacked, keys)
+    for seed, state in enumerate(states):
+        for step in range(2):
+            state, expected = one(state, batches[seed], keys[seed, step])
+            assert_close({key: x[seed, step] for key, x in metrics.items()}, expected)
+        assert_close(jax.tree.map(lambda x, seed=seed: x[seed], trained), state)
+
+
+OF_PPO = {
+    **dict.fromkeys(("clip_low", "clip_high", "value_clip"), (0.1, 0.3)),
+    **dict.fromkeys(("entropy_coef", "kl_loss_coef"), (0.0, 0.3)),
+    **dict.fromkeys(("gae_lambda", "value_coef"), (0.1, 1.0)),
+    "dual_clip": (1.1, 3.0),
+    "gamma": (0.9, 1.0),
+}
+SWEEPS = [
+    ("dpo", {"beta": (0.1, 0.5), "label_smoothing": (0.0, 0.2)}),
+    ("centering", {"centering": (0.0, 0.1)}),
+    ("vpg", {"entropy_coef": (0.0, 0.3), "baseline_decay": (0.5, 0.9)}),
+    ("ppo", OF_PPO),
+    ("grpo", {"eps": (1e-4, 0.1), "kl_loss_coef": (0.0, 0.3), "clip_high": (0.01, 0.3)}),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), SWEEPS)
+def test_a_sweep_under_vmap_equals_separate_runs(name, values):
+    case = CASES[name]
+    state, batch = case.start, case.batch()
+    swept = jax.jit(jax.vmap(lambda fields: case.update(dataclasses.replace(case.config, **fields))(state, batch, KEY)))
+    together = swept({field: jnp.array(pair) for field, pair in values.items()})
+    for run in range(2):
+        after, metrics = jitted(name, **{field: pair[run] for field, pair in values.items()})(state, batch, KEY)
+        swept_state, swept_metrics = jax.tree.map(lambda x, run=run: x[run], together)
+        assert_close(swept_state, after)
+        assert_close({metric: swept_metrics[metric] for metric in metrics}, metrics)  # a term of 0 has no metric
+
+
+# Nothing to learn from, keys
+
+
+@each
+def test_a_batch_of_nothing_and_one_that_is_not_finite_keep_the_state(name):
+    start, batch = CASES[name].start, CASES[name].batch()
+    after, metrics = jitted(name)(start, batch.replace(response_mask=0 * batch.response_mask), KEY)
+    assert_identical(after.replace(step=start.step), start)
+    assert not any(np.asarray(x).any() for x in metrics.values())
+    state = start.replace(params=jax.tree.map(lambda x: x.at[0].set(jnp.nan), start.params))
+    kept, metrics = jitted(name)(state, batch, KEY)
+    assert metrics["nonfinite"] == 1
+    assert_identical(kept, state)
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft", "ppo", "gspo"])
+def test_any_mask_that_is_not_zero_counts(name):
+    case = CASES[name]
+    loss = partial(numbers(case.module.loss), policy_fn=policy_fn, config=case.config)
+    batch = case.module.prepare(case.batch(), config=case.config) if name in POLICY else case.batch()
+    expected = jax.jit(loss)(case.start.params, batch, None)
+    other = batch.replace(response_mask=batch.response_mask.astype(jnp.float32) * 2)
+    assert_identical(jax.jit(loss)(case.start.params, other, None), expected)
+
+
+@pytest.mark.parametrize("name", ["sft", "regression"])
+def test_dropout_has_the_key_of_the_microbatch(name):
+    """No key, no dropout."""
+    case = CASES[name]
+
+    def noisy_policy(params, tokens, attention_mask, key):
+        output = policy_fn(params, tokens, attention_mask, None)
+        return output if key is None else output._replace(log_probs=0.0 * output.log_probs - jax.random.uniform(key))
+
+    def noisy_score(params, tokens, attention_mask, key):
+        scores = score_fn(params, tokens, attention_mask, None)
+        return scores if key is None else 0.0 * scores + jnp.sqrt(jax.random.uniform(key))
+
+    noisy = {"policy_fn": noisy_policy} if name == "sft" else {"score_fn": noisy_score}
+    present = jnp.ones_like(case.batch().response_mask)
+    batch = case.batch().replace(attention_mask=present, response_mask=present)
+    if name == "regression":
+        batch = batch.replace(weight=None, targets=0.0 * batch.targets)
+    update = jax.jit(case.update(dataclasses.replace(case.config, num_microbatches=4), **noisy))
+    drawn = [jax.random.uniform(jax.random.fold_in(KEY, part)) for part in range(4)]
+    np.testing.assert_allclose(update(case.start, batch, KEY)[1]["loss"], np.mean(drawn), rtol=1e-5)
+    assert_close(update(case.start, batch, None), jitted(name)(case.start, batch, KEY))
+
+
+# Refusals
+
+MICROBATCHES = [
+    ({"num_microbatches": 0}, "num_microbatches must be at least 1, got 0"),
+    ({"num_microbatches": 3}, "num_microbatches=3 does not divide the 16 rows"),
+]
+ROLLOUTS = [
+    ({"aggregate": "mean"}, "token, sequence, sum, fixed"),
+    ({"aggregate": "fixed", "length": None}, "length"),
+    ({"num_minibatches": 0}, "num_minibatches must be at least 1, got 0"),
+    ({"num_minibatches": 3}, "16 rows .* num_minibatches=3"),
+]
+CLIPPED = [
+    ({"kl_loss_estimator": "k1"}, "use it in the reward"),
+    ({"kl_loss_estimator": "k4"}, "k1, k2, k3"),
+    ({"ratio": "row"}, "ratio must be one of token, sequence, got 'row'"),
+    ({"dual_clip": 0.5}, "dual_clip must be above 1"),
+    ({"clip_low": -0.1}, "clip_low must be at least 0"),
+    ({"clip_high": -0.1}, "clip_high must be at least 0"),
+    ({"num_epochs": 0}, "num_epochs must be at least 1"),
+]
+GROUPED = [({"group_size": 1}, "group_size must be at least 2"), ({"group_size": 3}, "16 rows .* group_size=3")]
+OF_ONE = [
+    ("ppo", {"value_clip": 0.0}, "value_clip must be above 0"),
+    ("grpo", {"eps": -1.0}, "eps must be at least 0"),
+    ("vpg", {"baseline": "mean"}, "ema, none"),
+    ("vpg", {"baseline_decay": 1.5}, "baseline_decay must be at most 1"),
+    ("sft", {"aggregate": "mean"}, "token, sequence, sum"),
+    ("dpo", {"kind": "bradley"}, "sigmoid, robust, hinge, ipo"),
+    ("dpo", {"beta": 0.0}, "beta must be above 0"),
+    ("dpo", {"label_smoothing": 0.5}, "label_smoothing must be below 0.5"),
+    ("dpo", {"kind": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
+    ("centering", {"centering": -0.1}, "centering must be at least 0"),
+    ("reward_model", {"centering": 0.1}, "centering"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [(name, *rule) for name in CASES for rule in MICROBATCHES + (ROLLOUTS if name in POLICY else [])]
+    + [(name, *rule) for name in ("ppo", "rloo", "grpo") for rule in CLIPPED]
+    + [(name, *rule) for name in ("rloo", "grpo") for rule in GROUPED]
+    + OF_ONE,
+)
+def test_unusable_configs(name, fields, message):
+    case = CASES[name]
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(case.update(dataclasses.replace(case.config, **fields)), case.start, case.batch(), KEY)
+
+
+def column(batch, field):
+    """The first column of a field: beside [B, T] everything but a check broadcasts it in silence."""
+    return batch.replace(**{field: getattr(batch, field)[:, :1]})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("vpg", {"rewards": None}, ValueError, "got neither"),
+        ("rloo", {"rewards": None}, ValueError, "got neither"),
+        ("ppo", {"rewards": None}, ValueError, r"rollout\.rewards .*got None"),
+        ("ppo", {"values": None}, ValueError, r"rollout\.values .*got None"),
+        ("grpo", {"ref_log_probs": None}, ValueError, r"rollout\.ref_log_probs .*got None.*kl_loss_coef=0"),
+        ("dpo", {"ref_log_probs": None}, ValueError, r"ref_log_probs .*got None: dpo\.with_reference"),
+        ("dpo", lambda batch: answers(4, ref_log_probs=jnp.zeros((16, 4))), ValueError, r"K = 2, got .*\(16, 4, 6\)"),
+        ("dpo", lambda batch: batch.replace(tokens=batch.tokens[:, 0]), AssertionError, "rank"),
+        ("dpo", {"weight": jnp.ones((16, 1))}, AssertionError, r"\(16, 1\)"),
+        ("dpo", lambda batch: column(batch, "ref_log_probs"), AssertionError, r"\(16, 1\).*\(16, 2\)"),
+        ("reward_model", lambda batch: comparisons(0, 16, 1), ValueError, "at least 2 answers"),
+        ("reward_model", lambda batch: batch.replace(tokens=batch.tokens[:, 0]), AssertionError, "rank"),
+        ("reward_model", {"weight": jnp.ones((16, 1))}, AssertionError, r"\(16, 1\)"),
+        ("vpg", {"rewards": None, "scores": jnp.ones((16, 1))}, AssertionError, r"\(16, 1\)"),
+        ("rloo", {"rewards": None, "scores": jnp.ones((16, 1))}, AssertionError, r"\(16, 1\)"),
+        *((name, partial(column, field="rewards"), AssertionError, r"\(16, 1\)") for name in POLICY),
+        *((name, partial(column, field="log_probs"), AssertionError, r"\(16, 1\)") for name in POLICY[1:]),
+        *((name, partial(column, field="ref_log_probs"), AssertionError, r"\(16, 1\)") for name in POLICY[1:]),
+        ("ppo", partial(column, field="values"), AssertionError, r"\(16, 1\)"),
+    ],
+)
+def test_unusable_batches(name, change, error, message):
+    batch = CASES[name].batch()
+    batch = change(batch) if callable(change) else batch.replace(**change)
+    with pytest.raises(error, match=message):
+        jax.eval_shape(CASES[name].update(), CASES[name].start, batch, KEY)
+
+
+@each
+def test_what_a_model_returns_must_not_broadcast(name):
+    case = CASES[name]
+
+    def column_of_policy(*args):
+        return PolicyOutput(*(x[:, :1] for x in policy_fn(*args)))
+
+    wrong = {"score_fn": lambda *args: score_fn(*args)[:, None]} if "score_fn" in case.model else {}
+    with pytest.raises(AssertionError, match=r"\(\d+, 1\)"):
+        jax.eval_shape(case.update(**(wrong or {"policy_fn": column_of_policy})), case.start, case.batch(), KEY)
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_a_loss_needs_a_prepared_rollout(name):
+    case = CASES[name]
+    with pytest.raises(ValueError, match=r"rollout\.advantages .*got None"):
+        case.module.loss(case.start.params, case.batch(), KEY, policy_fn=policy_fn, config=case.config)
+
+
+def test_ppo_needs_values_and_returns():
+    batch = ppo.prepare(samples(), config=PPO)
+    with pytest.raises(ValueError, match=r"rollout\.returns .*got None"):
+        ppo.loss(policy_params(0), batch.replace(returns=None), KEY, policy_fn=policy_fn, config=PPO)
+    without = lambda *args: policy_fn(*args)._replace(values=None)  # noqa: E731
+    with pytest.raises(ValueError, match="values=None"):
+        ppo.loss(policy_params(0), batch, KEY, policy_fn=without, config=PPO)
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_modules_are_algorithms(name):
+    module, config, *_ = CASES[name]
+    assert module.needs_values == (name == "ppo")
+    assert module.kl_coef == (0.0 if module is grpo else 0.05)
+    assert issubclass(module.State, TrainState)
+    assert config.kl_in_loss == (name != "vpg")
+    assert not dataclasses.replace(config, **({} if name == "vpg" else {"kl_loss_coef": 0.0})).kl_in_loss
+    assert (config.group_size > 1) == (module in (rloo, grpo))
