@@ -49,9 +49,9 @@ def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
         if not any(f"{module}.lora_A.weight" in reader for module in modules):
             continue
         *layers, size_in, size_out = leaf.shape  # layers: [L] under scan_layers
-        rank = (*reader.shape(f"{modules[0]}.lora_A.weight"), 0)[0]
-        if not rank:
-            raise UserError(f"{reader.source}: {modules[0]}.lora_A.weight has no rows, so no rank")
+        stored = reader.shape(f"{modules[0]}.lora_A.weight")
+        if not (rank := (*stored, 0)[0]):
+            raise UserError(f"{reader.source}: {modules[0]}.lora_A.weight has shape {list(stored)}, so no rank")
         for letter, shape in (("A", (rank, size_in)), ("B", (size_out, rank))):
             parts = [reader.read(f"{module}.lora_{letter}.weight", shape, jnp.float32).T for module in modules]
             leaves[(*kernel[:-1], f"lora_{letter.lower()}")] = jnp.stack(parts) if layers else parts[0]
