@@ -15,7 +15,7 @@ PROVED_BY = {
     "reward_model_is_saved_and_loaded": "test_model_files.py::test_reward_model_round_trip",
     "chunks_overlap": "test_shakespeare.py::test_chunks_by_hand",
     "prompts_are_padded_on_the_left": "test_batches.py::test_prompts_are_left_padded_and_keep_their_columns",
-    "regression_with_adamw": "test_reward_model.py::test_regression_by_hand",
+    "regression_with_adamw": "test_updates.py::test_steps_by_hand_and_over_devices",
     "policy_gradient_with_a_moving_baseline": "test_phases.py::test_vpg_subtracts_its_moving_baseline",
     "response_length_and_temperature": "test_sampling.py::test_frequencies_match_exact_distribution",
     "schedules": "test_schedules.py::test_the_rate_of_each_step",
@@ -31,7 +31,7 @@ PROVED_BY = {
     "four_way_labels": "test_labels.py::test_a_reward_model_learns_from_labels_in_the_published_format",
     "published_labels_are_verified": "test_labels.py::test_what_is_not_the_set_is_deleted",
     "published_labels_are_decoded": "test_labels.py::test_token_ids_become_texts",
-    "ppo": "test_policy_algorithms.py::test_bandit_reaches_the_optimum",
+    "ppo": "test_known_optima.py::test_learning_from_samples_reaches_the_optimum",
     "one_command_for_all_stages": "test_scripts.py::test_pipeline_hands_each_folder_on_and_passes_over_finished_stages",
     "seed": "test_wiring.py::test_streams_are_apart",
     "device": "test_scripts.py::test_a_users_mistake_is_a_sentence_and_exit_code_2",
@@ -61,7 +61,7 @@ PROVED_BY = {
     "evaluation_is_a_command": "test_evaluate.py::test_everything_from_the_command_line",
     "evaluation_is_deterministic": "test_evaluate.py::test_what_is_not_given_is_named_and_changes_nothing_else",
     "reward_hacking_is_detected": "test_alerts.py::test_the_threshold_of_a_default_rule",
-    "kl_penalty_fixed": "test_rewards.py::test_kl_shaped_by_hand",
+    "kl_penalty_fixed": "test_rewards.py::test_kl_shaped_equals_a_loop_whatever_is_in_masked_columns",
     "kl_penalty_adaptive": "test_phases.py::test_kl_coefficient_follows_the_kl",
     "kl_hard_stop": "test_alerts.py::test_a_stop_saves_and_holds_until_the_rule_is_changed",
     "safety_filter_of_prompts": "test_safety.py::test_prompts_are_dropped_replaced_or_counted_where_they_stand",
@@ -91,7 +91,7 @@ PROVED_BY = {
     "preferences_are_loaded_and_preprocessed": "test_batches.py::test_comparison_batch_by_hand",
     "reward_model_on_llama_with_lora": "test_notebooks.py::test_the_notebook_of_the_reward_model_on_llama_tells_good_from_bad",  # noqa: E501
     "one_scalar_for_each_response": "test_heads.py::test_scores_by_hand",
-    "good_is_told_from_bad": "test_reward_model.py::test_recovers_a_table_of_rewards",
+    "good_is_told_from_bad": "test_known_optima.py::test_reward_model_recovers_the_rewards",
     "a_notebook_of_it": "test_notebooks.py::test_the_notebook_of_the_reward_model_on_llama_tells_good_from_bad",
 }
 

@@ -223,6 +223,19 @@ def test_a_run_counts_and_penalises(config, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_resumed_run_filters_alike(config, tmp_path):
+    metrics = read(training.rl.run(config, vpg).folder)
+    halved = dataclasses.replace(
+        config, output_dir=str(tmp_path / "half"), rl=dataclasses.replace(config.rl, num_iterations=1)
+    )
+    training.rl.run(halved, vpg)
+    longer = dataclasses.replace(
+        config, output_dir=halved.output_dir, resume=True, allow_changed=("rl.num_iterations",)
+    )
+    assert read(training.rl.run(longer, vpg).folder) == metrics
+
+
+@pytest.mark.slow
 def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(config, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def harm(prompts, responses):\n    return [float('nan')] * len(responses)")

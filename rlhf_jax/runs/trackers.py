@@ -30,9 +30,9 @@ class _Client:
 
     def __init__(self, name: str, place: Mapping[str, Any], config: Mapping[str, Any], resumed: bool):
         # How long W&B waits for a server that has gone away; its own defaults outlast the run by hours.
-        limits = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "60", "WANDB_X_GRAPHQL_RETRY_MAX": "5"}
-        for variable, limit in limits.items():
-            os.environ.setdefault(variable, limit)
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
+        os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_MAX", "5")
         self._module = importlib.import_module(name)
         known = inspect.signature(self._module.init).parameters  # trackio knows a run by its name, not by an id
         arguments = {key: place[key] for key in ("project", "name", "id") if key in known}
