@@ -219,7 +219,7 @@ def test_a_byte_order_mark_is_no_part_of_any_text(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "metadata", "alpha", "message"),
     [
-        ((0, 4), {}, 1, r"attn.c_attn.lora_A.weight has no rows, so no rank"),
+        ((0, 4), {}, 1, r"attn.c_attn.lora_A.weight has shape \[0, 4\], so no rank"),
         ((1, 3), {}, 1, r"attn.c_attn.lora_A.weight has shape \[1, 3\], expected \[1, 4\]"),
         ((1, 4), {"reward_shift": "x"}, 1, r"adapter_model.safetensors: reward_shift in its metadata is no number"),
         ((1, 4), {}, float("nan"), r"adapter_config.json: lora_alpha is nan, expected a number"),

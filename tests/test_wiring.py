@@ -42,8 +42,11 @@ def test_streams_are_apart():
 
 @pytest.mark.parametrize(
     ("run", "module"),
-    [(training.sft.run, sft), (training.reward_model.run, reward_model), (training.dpo.run, dpo)],
-    ids=["sft", "reward_model", "dpo"],
+    [
+        pytest.param(training.sft.run, sft, id="sft"),
+        pytest.param(training.reward_model.run, reward_model, id="reward_model", marks=pytest.mark.slow),
+        pytest.param(training.dpo.run, dpo, id="dpo", marks=pytest.mark.slow),
+    ],
 )
 def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, module, config, tmp_path, monkeypatch):  # noqa: F811
     drawn = []
@@ -61,12 +64,9 @@ def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, mod
     assert rows_and_keys("again") == first
 
 
-@pytest.mark.parametrize("reward", ["count:e", "host"])
-def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(reward, config, tmp_path, monkeypatch):  # noqa: F811
-    (tmp_path / "reward.py").write_text("def host(prompts, responses):\n    return [len(text) for text in responses]\n")
-    entry = f"{tmp_path / 'reward.py'}:host" if reward == "host" else reward
+def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_path, monkeypatch):  # noqa: F811
     settings = RLStage(num_iterations=3, batch_size=16, max_new_tokens=4, validation_interval=3, validation_prompts=4)
-    config = dataclasses.replace(config, reward=(entry,), rl=settings)
+    config = dataclasses.replace(config, rl=settings)
     sampled, learnt = [], []
     prompts_and_key = lambda model, params, tokens, mask, key: [tokens, jax.random.key_data(key)]  # noqa: E731
     recorder(monkeypatch, sampling, "generate", prompts_and_key, sampled)
