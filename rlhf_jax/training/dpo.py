@@ -60,7 +60,7 @@ def _task(setting: supervised.Setting) -> supervised.Task:
 
     return supervised.Task(
         start,
-        TrainState.create(start.params, setting.optimizer),
+        lambda: TrainState.create(start.params, setting.optimizer),
         functools.partial(stage.jit_update(update), **functions),
         lambda state: setting.mean_metrics(state, functools.partial(metrics_of, **functions)),
         functions["ref_fn"],

@@ -41,6 +41,16 @@ def fault(stage: str, held: Mapping[str, Any], sizes: Mapping[str, int], error: 
     )
 
 
+def shapes(tree: Any) -> Any:
+    """Shapes, dtypes and shardings alone: a message must not keep arrays on a device."""
+
+    def shape(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) if hasattr(leaf, "dtype") else leaf
+
+    return jax.tree.map(shape, tree)
+
+
 def _mebibytes(tree: Any, name: str) -> str:
     """What the arrays of a tree, or their shapes, take on one device; empty if there are none."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]

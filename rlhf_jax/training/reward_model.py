@@ -73,15 +73,16 @@ def _task(setting: supervised.Setting) -> supervised.Task:
             members = {name: _normalized(score, params, samples) for name, params in members.items()}
         return members
 
-    if is_ensemble:
-        state = ensembles.create([member.params for member in starts], setting.optimizer)
-    else:
-        state = TrainState.create(start.params, setting.optimizer)
+    def create() -> TrainState:
+        if is_ensemble:
+            return ensembles.create([member.params for member in starts], setting.optimizer)
+        return TrainState.create(start.params, setting.optimizer)
+
     update = ensembles.update_members if is_ensemble else reward_model.update
     jitted = stage.jit_update(functools.partial(update, optimizer=setting.optimizer, config=settings))
     return supervised.Task(
         start,
-        state,
+        create,
         functools.partial(jitted, score_fn=score_fn),
         validate,
         trained=trained,

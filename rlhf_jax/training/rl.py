@@ -60,7 +60,7 @@ def run(
     parts = _parts(config, name, run_reward)
     with open_stage(config, name, parts.fingerprints, sizes) as stage:
         trainer = _Trainer(stage, parts, algorithm, algorithm_config, kl_coef if has_reference else None)
-        state, row = loop.train(stage, trainer.first_state, trainer.job)
+        state, row = loop.train(stage, trainer.first_state(), trainer.job)
         policy = {part: leaves for part, leaves in state.train.params.items() if part != "value"}
         return stage.finish(parts.initial, trainer.start, {"": policy}, row)
 
@@ -151,43 +151,46 @@ class _Trainer:
             params = models.add_head(jax.random.fold_in(init_key, 1), params, "value")
         start = stage.place(initial.trainable(stage.config.lora, params, jax.random.fold_in(init_key, 2)))
         model_fn, refreshes = models.policy_fn(model, settings.temperature, prompt_length), settings.reference_refresh
-        self.start, self.functions = (
-            start,
-            phases.Functions(
-                policy_fn=start.bind(model_fn),
-                reward_fn=None if parts.reward.fn is None else stage.replicate(parts.reward.fn),
-                ref_fn=None if kl_coef is None or refreshes else stage.reference(start, model_fn),
-                base=start.base,
-            ),
+        self.start, self.kl_coef, self.refreshes = start, kl_coef or 0.0, refreshes is not None
+        self.functions = phases.Functions(
+            policy_fn=start.bind(model_fn),
+            reward_fn=None if parts.reward.fn is None else stage.replicate(parts.reward.fn),
+            ref_fn=None if kl_coef is None or refreshes else stage.reference(start, model_fn),
+            base=start.base,
         )
         num_updates = settings.length * algorithm_config.num_epochs * algorithm_config.num_minibatches
         optimizer = make_optimizer(settings.optimizer, num_updates)
         samples = initial.sampling_config(settings, tokenizer)
-        recipe = phases.Recipe(model, samples, algorithm, algorithm_config, optimizer, settings, stage.mesh)
+        self.recipe = recipe = phases.Recipe(
+            model, samples, algorithm, algorithm_config, optimizer, settings, stage.mesh
+        )
         self._respond, self._collect = (
             jax.jit(functools.partial(phase, recipe=recipe)) for phase in (phases.respond, phases.collect)
         )
-        self._reward, self._learn = (
-            jax.jit(phases.reward),
-            stage.jit_update(functools.partial(phases.learn, recipe=recipe)),
-        )
-        train, reference = algorithm.State.create(start.params, optimizer), start.params if refreshes else None
-        self.first_state = state = stage.replicate(phases.LoopState.create(train, kl_coef or 0.0, reference))
+        self._reward = jax.jit(phases.reward)
+        self._learn = stage.jit_update(functools.partial(phases.learn, recipe=recipe))
         rows, length = settings.batch_size // stage.num_devices, prompt_length + settings.max_new_tokens
-        held = {
-            "trained parameters": state.train.params,
-            "optimizer state": state.train.opt_state,
-            "frozen weights": start.base,
-            "reference": [None if start.base else self.functions.ref_fn, state.reference],
-            "rewards": self.functions.reward_fn,
-            "cache while it samples": jax.eval_shape(lambda: model.init_cache(rows, length)),
-            "gradients in the update": jax.eval_shape(lambda: state.train.params),
-        }
-        stage.held.update(held)
+        stage.hold(
+            {
+                "frozen weights": start.base,
+                "reference": None if start.base else self.functions.ref_fn,
+                "rewards": self.functions.reward_fn,
+                "cache while it samples": jax.eval_shape(lambda: model.init_cache(rows, length)),
+            }
+        )
         split_key, self.order_key = jax.random.split(stage.key("data"))
         fraction = 0.0 if settings.validation_data else settings.validation_fraction
         self.train_rows, held_out = batches.split(len(parts.prompts), fraction, split_key)
         self.held_out = np.arange(len(parts.to_validate)) if settings.validation_data else held_out
+
+    def first_state(self) -> phases.LoopState:
+        """The state at step 0: called once, so that nobody keeps it beside the loop's."""
+        train = self.recipe.algorithm.State.create(self.start.params, self.recipe.optimizer)
+        reference = self.start.params if self.refreshes else None
+        state = self.stage.replicate(phases.LoopState.create(train, self.kl_coef, reference))
+        trained = {"trained parameters": state.train.params, "optimizer state": state.train.opt_state}
+        self.stage.hold(trained | {"refreshed reference": state.reference, "gradients": state.train.params})
+        return state
 
     @property
     def job(self) -> loop.Job:

@@ -42,7 +42,7 @@ def _task(setting: supervised.Setting) -> supervised.Task:
 
     return supervised.Task(
         start,
-        TrainState.create(start.params, setting.optimizer),
+        lambda: TrainState.create(start.params, setting.optimizer),
         functools.partial(stage.jit_update(update), policy_fn=policy_fn),
         lambda state: setting.mean_metrics(state, functools.partial(metrics_of, policy_fn=policy_fn)),
     )

@@ -53,7 +53,7 @@ class Stage:
     run: folder.Run
     mesh: jax.sharding.Mesh
     held: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """{name: pytree} of what lies on the devices, for the message when memory runs out."""
+    """{name: pytree of shapes} of what lies on the devices, for the message when memory runs out; see ``hold``."""
 
     @property
     def num_devices(self) -> int:
@@ -73,6 +73,10 @@ class Stage:
         if jax.process_count() == 1:  # with several, placing the arrays copies them
             tree = jax.tree.map(functools.partial(jnp.array, copy=True), tree)
         return sharding.replicate(self.mesh, tree)
+
+    def hold(self, trees: Mapping[str, Any]) -> None:
+        """Notes the shapes of what lies on the devices, by name."""
+        self.held.update({name: memory.shapes(tree) for name, tree in trees.items()})
 
     def jit_update(self, update: Callable[..., Any]) -> Callable[..., Any]:
         """Jits ``update(state, ...) -> (state, metrics)``: the state is donated and comes back on every device."""

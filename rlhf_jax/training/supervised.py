@@ -18,7 +18,7 @@ from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
-from rlhf_jax.types import Metrics, Params, Parts, TrainState
+from rlhf_jax.types import Metrics, Params, Parts
 
 Settings = SFTStage | RewardModelStage | DPOStage
 
@@ -27,7 +27,7 @@ class Task(NamedTuple):
     """What is trained on the batches of a stage, and how."""
 
     start: Trainable
-    state: TrainState
+    create: Callable[[], Any]  # the state at step 0: called once, so that nobody keeps it beside the loop's
     update: Callable[[Any, Any, jax.Array], tuple[Any, Metrics]]  # (state, batch on the devices, key)
     validate: Callable[[Any], Validation]  # (state)
     reference: Any = None  # a pytree with the parameters of the reference
@@ -120,10 +120,14 @@ def run(
             sources=lambda step: [sources[row] for row in rows_of(step) if row >= 0],
             optimizer=settings.optimizer,
         )
-        held = {"trained parameters": task.state.params, "optimizer state": task.state.opt_state}
-        held |= {"frozen weights": task.start.base, "reference": None if task.start.base else task.reference}
-        stage.held.update(held)
-        state, row = loop.train(stage, stage.replicate(task.state), job)
+
+        def first_state() -> Any:
+            state = stage.replicate(task.create())
+            stage.hold({"trained parameters": state.params, "optimizer state": state.opt_state})
+            return state
+
+        stage.hold({"frozen weights": task.start.base, "reference": None if task.start.base else task.reference})
+        state, row = loop.train(stage, first_state(), job)
         return stage.finish(language_model, task.start, task.trained(state), row)
 
 
