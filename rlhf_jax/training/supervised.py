@@ -75,7 +75,7 @@ def run(
 
     Args:
         name: of the stage: its section, its random streams, its folder.
-        encode: (rows, tokenizer, *, template, max_length, too_long) -> EncodedTexts or EncodedComparisons.
+        encode: ``(rows, tokenizer, *, template, max_length, too_long)`` -> EncodedTexts or EncodedComparisons.
         show: metrics of the console's line.
     """
     text, sizes = config.text, _sizes(name, settings, set_up(config))
