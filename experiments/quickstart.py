@@ -78,7 +78,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     summary = summarize(config, sft, ppo, preference, learned_scores, folder)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     shutil.copytree(stages.ppo.model_folder, folder / "model", dirs_exist_ok=True)
-    shown = [i for category in demo.CATEGORIES for i in of_category(prompts, category)[:3]]
+    shown = [i for category in demo.TOPICS for i in of_category(prompts, category)[:3]]
     examples = [(prompts[i].prompt, sft.texts[i], sft.scores[i], ppo.texts[i], ppo.scores[i]) for i in shown]
     write_report(folder, summary, examples)
     print_summary(summary, examples)

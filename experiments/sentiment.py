@@ -217,7 +217,7 @@ def best_of_n(bench: Bench, largest: int) -> tuple[list[Point], np.ndarray]:
                 jnp.asarray(bench.tokens[rows]),
                 jnp.asarray(bench.attention_mask[rows]),
                 jax.random.fold_in(bench.key, n),
-                bench.sampling_config,
+                config=bench.sampling_config,
                 n=n,
                 reward_fn=lambda samples: jnp.asarray(bench.score(samples)),
                 row_ids=jnp.arange(len(bench.tokens), dtype=jnp.int32)[rows],
@@ -389,7 +389,7 @@ def train(config: SentimentConfig, planned: Planned, path: Path, base: Path, hos
     if planned.algorithm is dpo:
         result = dpo.run(stage)
     else:
-        result = rl.run(stage, planned.algorithm, spec.Reward(host=host))
+        result = rl.run(stage, planned.algorithm, run_reward=spec.Reward(host=host))
     return models.load(result.model_folder)[1]
 
 

@@ -194,7 +194,7 @@ def test_reward_models_are_normalised_over_samples_of_the_base_policy(config, tm
     base = str(training.sft.run(config).model_folder)
     settings = dataclasses.replace(config.reward_model, normalize_samples=32)
     run = training.reward_model.run(
-        dataclasses.replace(config, model=base, output_dir=str(tmp_path / "run"), reward_model=settings)
+        dataclasses.replace(config, model=base, output_dir=str(tmp_path / "normalised"), reward_model=settings)
     )
     said = re.search(r"normalised over 32 samples of the base policy: mean (\S+), std (\S+)", capsys.readouterr().out)
     mean, std = float(said[1]), float(said[2])

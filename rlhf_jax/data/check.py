@@ -172,7 +172,7 @@ def _histogram(title: str, lengths: list[int]) -> list[str]:
     digits = len(str(len(counts) * width))
     for low, count in zip(range(0, longest + 1, width), counts, strict=True):
         span = f"{low:{digits}} to {low + width - 1:{digits}}" if width > 1 else f"{low:{digits}}"
-        bar = "#" * max(round(_BAR * count / counts.max()), count > 0)
+        bar = "#" * max(round(_BAR * count / counts.max()), int(count > 0))
         lines.append(f"    {span} {count:8} {bar}".rstrip())
     return lines
 

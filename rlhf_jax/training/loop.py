@@ -74,8 +74,9 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
             stage.run.checkpoints, config.keep_last, keep_best=best, asynchronous=config.checkpoint_async
         ) as checkpoints,
     ):
+        stops = stack.enter_context(stop_requests())  # from before step 0 is validated and saved
         loop = _Loop(stage, job, judge, checkpoints, state, stack)
-        stops = stack.enter_context(stop_requests())
+        del state  # a resumed run's is another one, and this one need not stay in memory
         loop.obey_alerts()
         while loop.going_on:
             loop.step()
