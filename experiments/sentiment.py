@@ -219,7 +219,7 @@ def best_of_n(bench: Bench, largest: int) -> tuple[list[Point], np.ndarray]:
                 jax.random.fold_in(bench.key, n),
                 config=bench.sampling_config,
                 n=n,
-                reward_fn=lambda samples: jnp.asarray(bench.score(samples)),
+                reward_fn=lambda samples: (jnp.asarray(bench.score(samples)), {}),
                 row_ids=jnp.arange(len(bench.tokens), dtype=jnp.int32)[rows],
             )
             for rows in (slice(first, first + at_once) for first in range(0, len(bench.tokens), at_once))
