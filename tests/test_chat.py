@@ -71,10 +71,7 @@ def test_messages_as_pairs(write):
         ([USER, "hello"], "message 2 of 'messages' must be an object with role, content, found a string"),
         ([{"role": "user", "contents": "x"}], "'content' of message 1 of 'messages' must be a string, found null"),
         ([{"role": "user", "content": ["x"]}], "'content' of message 1 of 'messages' must be a string, found a list"),
-        (
-            [USER, {"role": "asistant", "content": "x"}],
-            "role of message 2 .* must be one of .*, found 'asistant'",
-        ),
+        ([USER, {"role": "asistant", "content": "x"}], "role of message 2 .* must be one of .*, found 'asistant'"),
         ([ANSWER], "'messages' has no message before the assistant's"),
     ],
 )

@@ -137,10 +137,7 @@ def test_hugging_face_datasets(monkeypatch):
         ('{"a": ' + "[" * 200_000, "line 1: not valid JSON, nested too deeply"),
         (f"[{ROW},\n" + "[" * 200_000, "row 2: not valid JSON, nested too deeply"),
         (f'[{ROW},\n{{"a": {"9" * 5000}}}]', "row 2: not valid JSON, Exceeds the limit .* digits"),
-        (
-            '[{"prompt": "a", "prompt": "b", "response": "c"}]',
-            "row 1: not valid JSON, the key 'prompt' stands twice",
-        ),
+        ('[{"prompt": "a", "prompt": "b", "response": "c"}]', "row 1: not valid JSON, the key 'prompt' stands twice"),
         (b'\xef\xbb\xbf[\n"caf\xe9"]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
         ('[{"prompt": "a"}]'.encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
         # Without the time, which would name the case differently in each of pytest-xdist's processes.

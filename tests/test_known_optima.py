@@ -143,11 +143,7 @@ def test_the_optima_differ():
 # From samples, step by step
 
 
-LEARNERS = {
-    "vpg": with_kl_in_reward(vpg, vpg.Config()),
-    "ppo": with_kl_in_reward(ppo, ppo.Config()),
-    **GROUPS,
-}
+LEARNERS = {"vpg": with_kl_in_reward(vpg, vpg.Config()), "ppo": with_kl_in_reward(ppo, ppo.Config()), **GROUPS}
 
 
 def train(algorithm, config, kl_coef, num_steps, rows):

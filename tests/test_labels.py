@@ -137,10 +137,7 @@ def test_a_part_that_is_whole_is_checked_and_kept(few, server, content, tmp_path
             lambda rows: [{k: v for k, v in row.items() if k != "sample3"} | {"best": 0} for row in rows],
             "row 1: expected the keys query, .*; sample3 missing",
         ),
-        (
-            lambda rows: [*rows, rows[0] | {"best": 4}],
-            "row 65: 'best' must be the number of a response, 0 to 3",
-        ),
+        (lambda rows: [*rows, rows[0] | {"best": 4}], "row 65: 'best' must be the number of a response, 0 to 3"),
         (lambda rows: [*rows, rows[0] | {"query": [1, "x"]}], "'query' must hold token ids"),
         (lambda rows: "<html>Log in</html>", "expected a JSON list or JSON lines"),
     ],

@@ -21,11 +21,7 @@ GPT2 = models.GPT2Config(vocab_size=24, max_length=16, hidden_size=16, num_layer
 LLAMA = models.LlamaConfig(
     vocab_size=24, max_length=16, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=20
 )
-CONFIGS = {
-    "gpt2": GPT2,
-    "gpt2 scanned": dataclasses.replace(GPT2, scan_layers=True, remat=True),
-    "llama": LLAMA,
-}
+CONFIGS = {"gpt2": GPT2, "gpt2 scanned": dataclasses.replace(GPT2, scan_layers=True, remat=True), "llama": LLAMA}
 TOKENS = jax.random.randint(jax.random.key(9), (2, 8), 2, 24)
 
 

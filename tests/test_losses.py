@@ -3,6 +3,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +151,9 @@ def test_clipped_value_by_hand():
     assert losses.clipped_value(f32(1), f32(0), f32(2))[0] == pytest.approx(1.62)
     assert losses.clipped_value(f32(0.1), f32(0), f32(2))[0] == pytest.approx(0.5 * 1.9**2)
     assert losses.clipped_value(f32(1), f32(0), f32(-1), clip=0.5)[0] == pytest.approx(2.0)  # the larger of the two
+    gradient = jax.grad(lambda *x: losses.clipped_value(*x).sum(), argnums=(0, 1, 2))
+    chex.assert_trees_all_close(gradient(f32(0.1), f32(0), f32(2)), (f32(-1.9), f32(0), f32(0)))
+    chex.assert_trees_all_close(gradient(f32(1), f32(0), f32(2)), (f32(0), f32(0), f32(0)))  # clipped: not old values
 
 
 # DPO

@@ -73,6 +73,15 @@ def test_microbatches_add_up_to_the_batch():
         assert_close(run(num_microbatches=num_microbatches), (whole, metrics))
 
 
+def test_row_i_is_in_microbatch_i_modulo_their_number():
+    def squared_sum(params, part):
+        return Mean(params["w"] * jnp.square(part.sum()), jnp.float32(part.size)), {}
+
+    state = TrainState.create({"w": jnp.ones(())}, SGD)
+    _, metrics = gradient_step(squared_sum, state, SGD, batch=jnp.array([1.0, 2, 3, 4]), num_microbatches=2)
+    assert metrics["loss"] == ((1 + 3) ** 2 + (2 + 4) ** 2) / 4  # of rows 0, 1 and 2, 3 it would be 58 / 4
+
+
 def test_microbatches_of_low_precision_are_summed_in_float32():
     optimizer = optax.sgd(1.0)
     state = TrainState.create({"w": jnp.zeros((), jnp.bfloat16)}, optimizer)
