@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax import models, sft
@@ -192,6 +193,8 @@ def test_peft_folders_round_trip(adapted, tmp_path):
     head |= {"gain": jnp.float32(2.0), "bias": jnp.float32(0.25), "shift": jnp.float32(-3.0)}
     lora.save(tmp_path, params, {**grown(adapters), "score": head}, base_model="some/base")
     loaded = lora.load(tmp_path, params)
+    with safe_open(tmp_path / "adapter_model.safetensors", "numpy") as weights:
+        assert weights.metadata() == {"reward_shift": "-2.5"}  # two entries would be written in a random order
     # A score comes back as gain 1 and bias 0.
     kept = {"kernel": 2.0 * head["kernel"], "gain": 1.0, "bias": 0.0, "shift": -2.5}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), loaded, {**grown(adapters), "score": kept})

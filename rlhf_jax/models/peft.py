@@ -138,7 +138,7 @@ def write_adapter(
     if "score" in adapters:
         tensors[PREFIX + names.SCORE], shift = folded_score(adapters["score"])
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-        metadata["reward_shift"] = repr(shift)
+        metadata = {"reward_shift": repr(shift)}  # alone: safetensors writes several entries in a random order
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
