@@ -41,23 +41,17 @@ def start(script: str, folder: Path, count: int, *flags: str) -> list[subprocess
     """The processes of one run, the first one first, with two devices in all."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(2 // count)}
     command = [sys.executable, f"experiments/{script}.py", "--config", TINY, "--output-dir", folder, *flags]
-    place = f"127.0.0.1:{free_port()}"
-    return [
-        subprocess.Popen(
-            [*map(str, command), *(["--processes", f"{place},{count},{number}"] if count > 1 else [])],
-            env=environment,
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for number in range(count)
-    ]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{server.getsockname()[1]},{count}"
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    own = [["--processes", f"{place},{number}"] if count > 1 else [] for number in range(count)]
+    return [subprocess.Popen([*map(str, command), *flags], env=environment, cwd=ROOT, **pipes) for flags in own]
 
 
-def finish(running: list[subprocess.Popen]) -> list[str]:
+def finish(running: list[subprocess.Popen], code: int = 0) -> list[str]:
     said = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * len(running), said
+    assert [process.returncode for process in running] == [code] * len(running), said
     return said
 
 
@@ -110,12 +104,8 @@ def test_two_processes_learn_what_one_does(tmp_path):
     flags = ["--sft.validation-interval", "5", "--sft.optimizer.eps", "1e-3"]  # 1e-8 would blow rounding up to a step
     finish(start("sft", two, 2, *flags))
     finish(start("sft", one, 1, *flags))
-    rows, rows_of_one = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-        for folder in (two, one)
-    )
-    assert len(rows) == len(rows_of_one)
-    for row, of_one in zip(rows, rows_of_one, strict=True):
+    rows = [map(json.loads, (path / "metrics.jsonl").read_text("utf-8").splitlines()) for path in (two, one)]
+    for row, of_one in zip(*rows, strict=True):
         assert row == pytest.approx(of_one, rel=1e-4), row["step"]
     weights, of_one = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
     for name, value in of_one.items():
@@ -125,9 +115,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
 @pytest.mark.slow
 def test_what_one_process_finds_wrong_ends_both(tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
-    running = start("vpg", tmp_path / "run", 2, "--reward", f"{tmp_path / 'reward.py'}:broken")
-    said = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [1, 1], said
+    said = finish(start("vpg", tmp_path / "run", 2, "--reward", f"{tmp_path / 'reward.py'}:broken"), code=1)
     assert "error: process 1: " in said[0]
     assert all("NaN" in text or "nan" in text for text in said), said
 
