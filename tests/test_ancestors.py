@@ -73,7 +73,7 @@ PROVED_BY = {
     "live_metrics": "test_tracking.py::test_lines_where_there_is_no_terminal",
     "before_and_after": "test_report.py::test_the_page_of_one_run",
     "curves_as_png": "test_png.py::test_the_files_of_a_run",
-    "trackio_by_the_same_path": "test_trackers.py::test_samples_are_a_table_of_numbers_and_texts",
+    "trackio_by_the_same_path": "test_trackers.py::test_a_service_that_joins_later_gets_what_was_before",
     "tensorboard": "test_trackers.py::test_tensorboard_reads_each_step_once",
     "service_that_fails_stops_nothing": "test_trackers.py::test_errors_are_one_warning_and_stop_nothing",
     "gradient_checkpointing": "test_models.py::test_remat_is_applied",

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from rlhf_jax import models, rewards, sampling
-from rlhf_jax.algorithms import grpo, ppo, vpg
+from rlhf_jax.algorithms import ppo, vpg
 from rlhf_jax.config import RLStage
 from rlhf_jax.training import phases
 from rlhf_jax.training.phases import _judged_by_end, _num_equal, scored
@@ -90,33 +90,19 @@ def made_rollout(**fields):
     return Rollout(tokens, jnp.ones_like(tokens), response_mask, zeros, ref_log_probs=zeros, values=zeros, **fields)
 
 
-def test_missing_eos_shapes_the_reward_and_leaves_the_scores():
-    config = RLStage(missing_eos_penalty=5.0, kl_coef=0.0)
+def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():
     rollout, metrics = scored(made_rollout(), jnp.array([1.0, 2.0]), {})
     np.testing.assert_array_equal(rollout.scores, [1.0, 2.0])
     assert float(metrics["objective/score"]) == 1.5
-    judged = _judged_by_end(rollout, config, eos_id=1)
-    np.testing.assert_array_equal(judged.scores, [-4.0, 2.0])
-    with pytest.raises(ValueError, match="eos_id"):
-        _judged_by_end(rollout, config, eos_id=None)
-
-
-def test_dense_rewards_become_scores_and_refuse_the_rule_for_missing_eos():
+    rule = RLStage(missing_eos_penalty=5.0)
+    np.testing.assert_array_equal(_judged_by_end(rollout, rule, eos_id=1).scores, [-4.0, 2.0])
     dense = jnp.array([[9.0, 9.0, 1.0, 2.0], [9.0, 9.0, 3.0, 4.0]])
-    rollout, _ = scored(made_rollout(), dense, {"part": jnp.array([1.0, 5.0])})
-    np.testing.assert_array_equal(rollout.scores, [3.0, 7.0])
-    np.testing.assert_array_equal(rollout.rewards, dense)
-    with pytest.raises(ValueError, match="one score per response"):
-        _judged_by_end(rollout, RLStage(missing_eos_score=-1.0), eos_id=1)
-
-
-def test_the_groups_of_an_algorithm_are_looked_at():
-    config = grpo.Config(group_size=4)
-    step = jitted(phases.iteration, grpo, RLStage(), config)
-    _, rollout, metrics = step(start(grpo), prompts(), *jax.random.split(jax.random.key(0)), functions())
-    groups = np.asarray(rollout.scores).reshape(-1, config.group_size)
-    assert float(metrics["reward/equal_groups"]) == (np.ptp(groups, axis=1) == 0).sum()
-    assert float(metrics["grad_norm"]) > 0.0
+    summed, _ = scored(made_rollout(), dense, {"part": jnp.array([1.0, 5.0])})
+    np.testing.assert_array_equal(summed.scores, [3.0, 7.0])
+    np.testing.assert_array_equal(summed.rewards, dense)
+    for wrong, eos_id in ((rollout, None), (summed, 1)):
+        with pytest.raises(ValueError, match="need an eos_id and one score per response"):
+            _judged_by_end(wrong, rule, eos_id=eos_id)
 
 
 def test_groups_of_equal_scores_are_counted():
