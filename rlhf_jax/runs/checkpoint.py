@@ -36,6 +36,7 @@ import orbax.checkpoint as ocp
 from rlhf_jax import sharding
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import processes
+from rlhf_jax.runs.folder import steps
 
 T = TypeVar("T")
 
@@ -44,14 +45,6 @@ _TRASH = "trash"  # a step is renamed to here before it is deleted
 
 class CheckpointError(TrainingFault):
     """A checkpoint that is missing, unreadable or not what was saved; names the step and, if known, the array."""
-
-
-def steps(directory: str | Path) -> list[int]:
-    """The steps of the complete checkpoints in a folder, oldest first; touches neither JAX nor the folder."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir())
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):

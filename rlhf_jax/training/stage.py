@@ -6,10 +6,9 @@ import errno
 import functools
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,10 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.report import page
 from rlhf_jax.runs import devices, folder, manifest, processes, trackers
 from rlhf_jax.training import memory
-from rlhf_jax.training.initial import Trainable
+from rlhf_jax.training.initial import Stream, Trainable, stream
 from rlhf_jax.types import Params, PolicyFn
 
 Tree = TypeVar("Tree")
-Stream = Literal["init", "data", "rollout", "update", "eval"]
 
 # What may differ between a run and its resumption without making it another run.
 MAY_CHANGE = (
@@ -65,8 +63,8 @@ class Stage:
         return stream(self.config.seed, self.name, name)
 
     def shard(self, batch: Tree) -> Tree:
-        """A batch with its rows spread over the devices; each process has the whole batch and keeps its own rows."""
-        return sharding.shard_rows(self.mesh, sharding.own_rows(batch))
+        """A batch with its rows spread over the devices."""
+        return sharding.shard_rows(self.mesh, batch)
 
     def replicate(self, tree: Tree) -> Tree:
         """A copy on every device: never the same buffers, since updates donate theirs."""
@@ -123,14 +121,8 @@ class Stage:
         return RunResult(run.path, run.model, metrics)
 
 
-def stream(seed: int, stage: str, name: Stream) -> jax.Array:
-    """The key of one named stream: the run's root key, folded with the stage and the stream's name."""
-    root = jax.random.key(seed)
-    return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode()))
-
-
-def set_up(config: RunConfig) -> int:
-    """Chooses the device and prints which it is: the first thing that every run does. Returns the number of devices.
+def set_up(config: RunConfig) -> None:
+    """Chooses the device and prints which it is: the first thing that every run does.
 
     Raises:
         UserError: there is no such device, an accelerator would lie idle, or the package of a tracker is missing.
@@ -142,7 +134,6 @@ def set_up(config: RunConfig) -> int:
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
     device = f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"{device}, {used if dtype == 'float16' else dtype}", flush=True)
-    return jax.device_count()
 
 
 def divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
@@ -167,12 +158,17 @@ def enable_compilation_cache() -> None:
 
 @contextlib.contextmanager
 def open_stage(
-    config: RunConfig, name: str, fingerprints: Mapping[str, str], sizes: Mapping[str, int] | None = None
+    config: RunConfig,
+    name: str,
+    fingerprints: Mapping[str, str],
+    sizes: Mapping[str, int] | None = None,
+    files: Mapping[str, Path] | None = None,
 ) -> Iterator[Stage]:
     """Takes the run folder and writes config and manifest into it (or compares them on resume).
 
     Args:
-        fingerprints: of the data and of whatever else the stage reads, beside ``config.model`` and the tokenizer.
+        fingerprints: of the data.
+        files: {name: path} of whatever else the stage reads, beside ``config.model`` and the tokenizer.
         sizes: {dotted setting: value} of what helps when memory runs out, such as {"sft.batch_size": 32}.
 
     Raises:
@@ -182,7 +178,7 @@ def open_stage(
     path = config.output_dir or f"runs/{name}"
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
         stage = Stage(config, name, run, sharding.make_mesh())
-        processes.in_first(lambda: _describe(stage, fingerprints))
+        processes.in_first(lambda: _describe(stage, fingerprints, files or {}))
         try:
             yield stage
         except OSError as error:
@@ -198,13 +194,12 @@ def open_stage(
             raise memory.fault(name, stage.held, options, error) from error
 
 
-def _describe(stage: Stage, fingerprints: Mapping[str, str]) -> None:
+def _describe(stage: Stage, fingerprints: Mapping[str, str], files: Mapping[str, Path]) -> None:
     config, run = stage.config, stage.run
     text = to_yaml(dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None))
-    data = dict(fingerprints)
-    for name, source in (("model", config.model), ("tokenizer", config.tokenizer.name)):
-        if source is not None and Path(source).is_dir():
-            data[name] = manifest.fingerprint(source)
+    models_read = {"model": config.model, "tokenizer": config.tokenizer.name}
+    folders = {key: Path(source) for key, source in models_read.items() if source and Path(source).is_dir()}
+    data = dict(fingerprints) | {key: manifest.fingerprint(path) for key, path in {**files, **folders}.items()}
     trained_tokenizer = config.model is None and config.tokenizer.name is None
     changed = manifest.check_unchanged(
         run,

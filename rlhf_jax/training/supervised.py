@@ -78,7 +78,8 @@ def run(
         encode: ``(rows, tokenizer, *, template, max_length, too_long)`` -> EncodedTexts or EncodedComparisons.
         show: metrics of the console's line.
     """
-    text, sizes = config.text, _sizes(name, settings, set_up(config))
+    set_up(config)
+    text, sizes = config.text, _sizes(name, settings, jax.device_count())
     data = initial.stage_rows(config, kind, settings.data)
     with open_stage(config, name, data.fingerprints, sizes) as stage:
         language_model = initial.language_model(config, rows.texts(data.rows), stage.key("init"))
