@@ -19,7 +19,7 @@ PROVED_BY = {
     "policy_gradient_with_a_moving_baseline": "test_phases.py::test_vpg_subtracts_its_moving_baseline",
     "response_length_and_temperature": "test_sampling.py::test_frequencies_match_exact_distribution",
     "schedules": "test_schedules.py::test_the_rate_of_each_step",
-    "early_stopping": "test_schedules.py::test_early_stopping_ends_a_run_and_says_so",
+    "early_stopping": "test_loop.py::test_early_stopping_ends_a_run_and_says_so",
     "checkpoints_at_an_interval": "test_loop.py::test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing",
     "samples_at_validations": "test_rl_validation.py::test_every_prompt_is_sampled_scored_and_shown",
     "reward_curves": "test_report.py::test_every_metric_has_a_curve_and_validation_stands_with_its_training",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import random
 import signal
 from contextlib import nullcontext
@@ -13,10 +14,11 @@ import orbax.checkpoint as ocp
 import pytest
 from test_training import Killed
 
-from rlhf_jax.config import RunConfig, Tokenizer, parse
+from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, parse
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.training import loop
+from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import open_stage
 
 
@@ -30,17 +32,22 @@ def run_loop(
         if step == die_at:
             raise Killed
         loss = jnp.float32(losses[step]) if losses else state["n"] / 2
-        return {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)}
+        return state | {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)}
 
     def validate(state):
         step = int(state["n"])
         return loop.Validation({"validation/score": scores[step]}, [{"prompt": f"p{step}"}, {"prompt": "q"}])
 
     with open_stage(config, "sft", {}) as stage:
-        start = stage.replicate({"n": jnp.float32(0)})
+        optimizer = make_optimizer(options["optimizer"], num_steps).init({}) if "optimizer" in options else None
+        start = stage.replicate({"n": jnp.float32(0), "optimizer": optimizer})
         job = loop.Job(advance, num_steps, validate if scores else None, judged_by="max:validation/score", **options)
         state, row = loop.train(stage, start, job)
     return int(state["n"]), row
+
+
+def rows(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def files(config: RunConfig) -> dict[str, bytes]:
@@ -131,6 +138,49 @@ def test_the_best_checkpoint_becomes_the_model(config, capsys):
 def test_a_run_needs_the_metric_that_it_is_judged_by(config, options, scores, message):
     with pytest.raises(UserError, match=message):
         run_loop(dataclasses.replace(config, **options), scores=scores)
+
+
+SCORES = [1.0, 2.0, 3.0, 2.5, 3.0, 2.0, 4.0]  # step 5 is the third validation in a row without improvement
+
+
+def test_early_stopping_ends_a_run_and_says_so(config, tmp_path, capsys):
+    config = dataclasses.replace(config, early_stopping_patience=3)
+    assert run_loop(config, scores=SCORES)[0] == 5
+    said = "ended early, after step 5 of 6: validation/score has not improved for 3 validations"
+    assert said in capsys.readouterr().out
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 5
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = dataclasses.replace(config, resume=True)
+    assert run_loop(again, die_at=5, scores=SCORES)[0] == 5  # finished: no step is taken
+    assert said in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    changed = dataclasses.replace(again, early_stopping_patience=4, allow_changed=("early_stopping_patience",))
+    assert run_loop(changed, scores=SCORES)[0] == 6
+
+
+def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
+    """Killed between a checkpoint and the validation that ends the run: what was counted before is not forgotten."""
+    options = {"scores": SCORES, "optimizer": Optimizer(schedule="plateau", decay_patience=2, decay_factor=0.5)}
+    config = dataclasses.replace(config, early_stopping_patience=3)
+    straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
+    assert run_loop(straight, **options)[0] == 5
+    # Step 4 is the second validation without improvement.
+    assert [row.get("plateau_scale") for row in rows(tmp_path / "straight")] == [None, 1, 1, 1, 1, 0.5]
+    for resume, die_at in ((False, 3), (True, 4)):
+        with pytest.raises(Killed):
+            run_loop(dataclasses.replace(config, resume=resume), die_at=die_at, **options)
+    assert run_loop(dataclasses.replace(config, resume=True), **options)[0] == 5
+    assert files(config) == files(straight)
+
+
+@pytest.mark.parametrize(
+    ("interval", "scores", "last", "early"),
+    [(2, [1.0, 0, 2.0, 0, 2.0, 0, 3.0], 4, True), (6, [1.0] * 7, 6, False)],  # the last step ends the run anyway
+)
+def test_validations_count_and_not_steps(config, capsys, interval, scores, last, early):
+    config = dataclasses.replace(config, early_stopping_patience=1)
+    assert run_loop(config, scores=scores, validation_interval=interval)[0] == last
+    assert ("ended early" in capsys.readouterr().out) == early
 
 
 def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import training, vpg
-from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Tokenizer
+from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -23,21 +23,14 @@ def write(path, rows):
 
 @pytest.fixture
 def config(tmp_path):
+    others = {"validation_data": write(tmp_path / "others.json", OTHERS), "show_examples": 2}
     return RunConfig(
         data=write(tmp_path / "prompts.json", PROMPTS),
         output_dir=str(tmp_path / "run"),
         network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
         tokenizer=Tokenizer(kind="characters"),
         reward=("count:e*2", "count:f*0"),
-        rl=RLStage(
-            num_iterations=1,
-            batch_size=8,
-            max_new_tokens=4,
-            kl_coef=0.0,
-            validation_data=write(tmp_path / "others.json", OTHERS),
-            show_examples=2,
-            optimizer=Optimizer(learning_rate=1e-3),
-        ),
+        rl=RLStage(num_iterations=1, batch_size=8, max_new_tokens=4, kl_coef=0.0, **others),
     )
 
 
@@ -57,9 +50,8 @@ def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
             assert row["length"] - len(row["response"]) in (0, 1)
             assert row["score"] == 2 * text.count("e")
         count = {letter: np.mean([text.count(letter) for text in texts]) for letter in "ef"}
-        assert metrics[step]["validation/score"] == pytest.approx(2 * count["e"], rel=1e-6)
-        assert metrics[step]["validation/reward/count:e"] == pytest.approx(count["e"], rel=1e-6)
-        assert metrics[step]["validation/reward/count:f"] == pytest.approx(count["f"], rel=1e-6)
+        found = [metrics[step][f"validation/{name}"] for name in ("score", "reward/count:e", "reward/count:f")]
+        assert found == pytest.approx([2 * count["e"], count["e"], count["f"]], rel=1e-6)
     shown = re.findall(r"Prompt:    (.*)\nGenerated: .*\nReward:    ", capsys.readouterr().out)
     assert shown == [row["prompt"] for row in OTHERS[:2]] * 2
 

@@ -100,14 +100,10 @@ def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool
         raise UserError(f"{path} is in use by {holder}; wait for it or choose another --output-dir") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be used as a run folder: {error.strerror or error}") from None
-    try:
-        check_usable(path, resume, overwrite)  # another process may have come and gone in between
-        (path / ".pid").write_text(f"{os.getpid()}\n")
-        if overwrite:
-            _clear(path)
-    except BaseException:
-        lock.release()
-        raise
+    check_usable(path, resume, overwrite)  # another process may have come and gone in between
+    (path / ".pid").write_text(f"{os.getpid()}\n")
+    if overwrite:
+        _clear(path)
     resumed = resume and bool(steps(path / "checkpoints"))
     if resume and not resumed:
         print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
