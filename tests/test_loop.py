@@ -23,7 +23,15 @@ from rlhf_jax.training.stage import open_stage
 
 
 def run_loop(
-    config, *, num_steps=6, die_at=None, losses=None, scores=None, before_step=lambda state, step: None, **options
+    config,
+    *,
+    num_steps=6,
+    die_at=None,
+    losses=None,
+    scores=None,
+    before_step=lambda state, step: None,
+    metrics=None,
+    **options,
 ):
     """A stage whose state counts its steps; ``validation/score`` after k steps is ``scores[k]``."""
 
@@ -32,7 +40,7 @@ def run_loop(
         if step == die_at:
             raise Killed
         loss = jnp.float32(losses[step]) if losses else state["n"] / 2
-        return state | {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)}
+        return state | {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)} | (metrics or {})
 
     def validate(state):
         step = int(state["n"])
@@ -73,6 +81,14 @@ def test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing(config, tmp
         assert run_loop(resumed, scores=scores)[0] == 6
         assert files(config) == files(straight)
     assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [4, 6]
+
+
+def test_a_checkpoint_says_where_it_comes_from(config):
+    config = dataclasses.replace(config, seed=7)
+    run_loop(config, num_steps=1)
+    with checkpoint.Checkpoints(Path(config.output_dir) / "checkpoints") as checkpoints:
+        _, meta = checkpoints.restore({"n": jnp.float32(0), "optimizer": None})
+    assert (meta["seed"], meta["device"], meta["config"]["checkpoint_interval"]) == (7, "4 x cpu", 2)
 
 
 def test_step_0_is_on_disk_before_the_first_update(config):

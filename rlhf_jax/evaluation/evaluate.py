@@ -28,6 +28,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import data, measures, texts
 from rlhf_jax.evaluation.measures import Figure, Responses
 from rlhf_jax.models import hf
+from rlhf_jax.models.hf import model_folder
 from rlhf_jax.report import records
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices, manifest
@@ -180,12 +181,6 @@ def load(folder: str, config: Config) -> Policy:
     template = config.template or settings.get("text", {}).get("template", "{prompt}")
     slots = config.max_new_tokens or settings.get("rl", {}).get("max_new_tokens", RLStage().max_new_tokens)
     return Policy(folder, model, params, tokenizer, template, slots)
-
-
-def model_folder(folder: str) -> str:
-    """``model/`` of a run; any other folder or name is itself."""
-    inner = Path(folder) / "model"
-    return str(inner) if inner.is_dir() else folder
 
 
 def _settings(folder: str) -> dict[str, Any]:

@@ -78,11 +78,13 @@ def run(
         encode: ``(rows, tokenizer, *, template, max_length, too_long)`` -> EncodedTexts or EncodedComparisons.
         show: metrics of the console's line.
     """
-    set_up(config)
+    config = set_up(config)
+    initial.warn_of_rate(config, name, settings.optimizer)
     text, sizes = config.text, _sizes(name, settings, jax.device_count())
     data = initial.stage_rows(config, kind, settings.data)
     with open_stage(config, name, data.fingerprints, sizes) as stage:
-        language_model = initial.language_model(config, rows.texts(data.rows), stage.key("init"))
+        texts, is_policy = rows.texts(data.rows), name != "reward_model"
+        language_model = initial.language_model(config, texts, stage.key("init"), is_policy=is_policy)
         model, _, tokenizer = language_model
         options = {"template": text.template, "max_length": model.config.max_length, "too_long": text.too_long}
         encoded = encode(data.rows, tokenizer, **options)
@@ -93,7 +95,8 @@ def run(
         to_arrays = batches.demonstration_batch if is_text else batches.comparison_batch
         split_key, order_key = jax.random.split(stage.key("data"))
         groups = None if is_text else sources  # pairs of one ranking stay together
-        train_rows, held_out = batches.split(len(encoded), settings.validation_fraction, split_key, groups)
+        fraction = settings.validation_fraction
+        train_rows, held_out = initial.hold_out(kind, len(encoded), fraction, split_key, groups)
         plan = batches.Plan(encoded.lengths[train_rows], settings.batch_size, order_key, text.bucket_multiple)
         num_steps = settings.num_epochs * plan.steps_per_epoch
 
