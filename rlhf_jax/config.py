@@ -354,10 +354,10 @@ class RunConfig:
     """Data files of the stage, a folder with sft_data.json, preference_data.json and prompts.json, `demo` or
     `arithmetic`."""
     model: str | None = None
-    """A Hugging Face folder (or name) to start from; null: random weights of `network`."""
+    """A Hugging Face folder (or name), or a run's folder, to start from; null: random weights of `network`."""
     reward: tuple[str, ...] = ()
-    """Reward models' folders (or Hugging Face names), several as mean:A,B, min:A,B or uncertainty:A,B,
-    FILE.py:FUNCTION, count:TEXT, length, repetition, diversity; SPEC*WEIGHT weighs one of a sum."""
+    """Reward models' folders (or Hugging Face names), or those of their runs, several as mean:A,B, min:A,B or
+    uncertainty:A,B, FILE.py:FUNCTION, count:TEXT, length, repetition, diversity; SPEC*WEIGHT weighs one of a sum."""
     output_dir: str | None = None
     """The run's folder; null: runs/SCRIPT."""
     seed: int = 0
