@@ -94,8 +94,6 @@ def test_pairs_follow_the_scores_but_for_the_noise(corpus, tmp_path):
         assert {row["chosen"], row["rejected"]} == {other["chosen"], other["rejected"]}
 
 
-def test_refusals(tmp_path):
+def test_more_prompts_than_there_are(tmp_path):
     with pytest.raises(UserError, match="has 720 distinct prompts of this kind, 721 asked for"):
         demo.write(tmp_path, num_prompts=721)
-    with pytest.raises(UserError, match="label_noise is a probability, got 2"):
-        demo.write(tmp_path, label_noise=2)
