@@ -21,7 +21,8 @@ from sentiment import SentimentConfig
 from shakespeare import ShakespeareConfig
 from test_updates import CASES, KEY
 
-from rlhf_jax import grpo, ppo, rloo, training, vpg
+import rlhf_jax
+from rlhf_jax import training
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo
@@ -37,19 +38,6 @@ def parse(file, *arguments):
     """The config of a YAML file in configs/ and of command-line flags."""
     kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
     return parse_flags(kinds.get(file.stem, RunConfig), ["--config", str(file), *map(str, arguments)])
-
-
-def values_of(config):
-    """A config as ``config.yaml`` of its run holds it."""
-    return yaml.safe_load(to_yaml(config))
-
-
-def run_stage(stage, config):
-    """Runs a stage as its script in experiments/ does; the run's folder."""
-    supervised = {"sft": training.sft, "reward_model": training.reward_model, "dpo": training.dpo}
-    if stage in supervised:
-        return supervised[stage].run(config).folder
-    return training.rl.run(config, {"vpg": vpg, "ppo": ppo, "rloo": rloo, "grpo": grpo}[stage]).folder
 
 
 def summary(leaf):
@@ -127,7 +115,10 @@ FAST = ("sft", "reward_model", "ppo")
 )
 def test_a_run_of_every_stage(stage, data, tmp_path):
     config = parse(CONFIGS / "tiny.yaml", "--data", data, "--output-dir", tmp_path / "run", *tiny_flags(stage))
-    folder = run_stage(stage, config)
+    if stage in ("sft", "reward_model", "dpo"):
+        folder = getattr(training, stage).run(config).folder
+    else:
+        folder = training.rl.run(config, getattr(rlhf_jax, stage)).folder
     metrics = rows(folder / "metrics.jsonl")
     expected = golden(f"run_{stage}", metrics)
     assert len(metrics) == len(expected)
@@ -143,7 +134,7 @@ def test_a_run_of_every_stage(stage, data, tmp_path):
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config(file):
     actual = {}
-    for name, value in values_of(parse(file)).items():
+    for name, value in yaml.safe_load(to_yaml(parse(file))).items():  # as in config.yaml of a run
         actual |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
     expected = golden(f"config_{file.stem}", actual)
     assert {key: actual.get(key, "missing") for key in expected} == expected

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.parity
 FAMILIES = {
     "gpt2": (test_models_parity.torch_model, names.GPT2, {}),
     "llama": (test_llama_parity.torch_model, names.LLAMA, {"num_key_value_heads": 2, "attention_bias": True}),
-    "llama tied": (test_llama_parity.torch_model, names.LLAMA, {"tie_word_embeddings": True}),
 }
 PROMPT_LENGTH, LENGTH, PAD = 5, 12, 0
 

@@ -77,17 +77,13 @@ def test_collect():
     sampled = generate(MODEL, PARAMS, tokens, mask, KEY, config=CONFIG, row_ids=row_ids)
     for field in ("tokens", "attention_mask", "response_mask", "row_ids"):
         np.testing.assert_array_equal(getattr(rolled, field), getattr(sampled, field), err_msg=field)
-    assert rolled.scores is None
-    assert rolled.rewards is None
+    assert rolled.scores is rolled.rewards is None
 
     response = np.asarray(rolled.response_mask) != 0
     output = policy(PARAMS, rolled.tokens, rolled.attention_mask, None)
     reference = policy(REF_PARAMS, rolled.tokens, rolled.attention_mask, None)
-    for got, forward in (
-        (rolled.log_probs, output.log_probs),
-        (rolled.values, output.values),
-        (rolled.ref_log_probs, reference.log_probs),
-    ):
+    forwards = output.log_probs, output.values, reference.log_probs
+    for got, forward in zip((rolled.log_probs, rolled.values, rolled.ref_log_probs), forwards, strict=True):
         assert got.dtype == jnp.float32
         np.testing.assert_array_equal(got, np.where(response, forward, 0.0))
         assert np.ptp(np.asarray(got)[response]) > 0.1
@@ -122,14 +118,10 @@ def test_rescore_masks_and_keeps():
         assert key is None
         return PolicyOutput(log_probs * 2, log_probs)
 
-    rescore = partial(rollout.rescore, policy_fn=policy_fn, ref_fn=ref_fn)
-    out = rescore(given, jnp.asarray(1.0, jnp.bfloat16))
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(rescore)(given, jnp.asarray(1.0, jnp.bfloat16)), out)
-    expected = np.array([[0, 0, -1, -2], [0, 0, -3, 0]], np.float32)
-    np.testing.assert_array_equal(out.log_probs, expected)
-    np.testing.assert_array_equal(out.values, expected * 10)
-    np.testing.assert_array_equal(out.ref_log_probs, expected * 2)
-    assert out.log_probs.dtype == out.values.dtype == out.ref_log_probs.dtype == jnp.float32
+    out = rollout.rescore(given, jnp.asarray(1.0, jnp.bfloat16), policy_fn=policy_fn, ref_fn=ref_fn)
+    for found, factor in ((out.log_probs, 1), (out.values, 10), (out.ref_log_probs, 2)):
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, factor * np.array([[0, 0, -1, -2], [0, 0, -3, 0]]))
     np.testing.assert_array_equal(out.scores, [1.0, 2.0])
 
     no_values = rollout.rescore(given, None, policy_fn=lambda *_: PolicyOutput(log_probs, log_probs))
