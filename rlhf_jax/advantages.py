@@ -49,18 +49,7 @@ def gae(
 
 def discounted_returns(rewards: jax.Array, mask: jax.Array, gamma: float = 1.0) -> jax.Array:
     """Reward-to-go: ``R_t = r_t + gamma * R_next`` over response tokens, [B, T] -> [B, T] float32, 0 where masked."""
-    chex.assert_rank(rewards, 2)
-    chex.assert_equal_shape([rewards, mask])
-    present = jnp.asarray(mask) != 0
-    rewards = jnp.where(present, jnp.asarray(rewards, jnp.float32), 0.0)
-
-    def backwards(following: jax.Array, column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        reward, here = column
-        total = reward + gamma * following
-        return jnp.where(here, total, following), jnp.where(here, total, 0.0)
-
-    _, returns = jax.lax.scan(backwards, jnp.zeros_like(rewards[:, 0]), (rewards.T, present.T), reverse=True)
-    return returns.T
+    return gae(rewards, jnp.zeros(jnp.shape(rewards)), mask, gamma, lam=1.0)[0]
 
 
 def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array:
