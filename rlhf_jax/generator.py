@@ -29,7 +29,7 @@ class LanguageModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(source: str | Path, **compute: Any) -> LanguageModel:
+def load_language_model(source: str | Path, **compute: Any) -> LanguageModel:
     """A Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the tokenizer gained a pad.
 
     compute: as in ``models.load``.
@@ -103,7 +103,7 @@ class Generator:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.template, self.batch_size = template, batch_size
-        self.model, self._params, self.tokenizer = load(folder, **compute)
+        self.model, self._params, self.tokenizer = load_language_model(folder, **compute)
         if "score" in self._params:
             raise UserError(f"{folder}: this is a reward model, which writes no text; give the policy first")
         end, pad = self.tokenizer.eos_id, self.tokenizer.pad_id
@@ -111,7 +111,7 @@ class Generator:
         self._score: Callable[..., jax.Array] | None = None
         positions = self.model.config.max_length
         if reward_model is not None:
-            judge, params, tokenizer = load(reward_model, **compute)
+            judge, params, tokenizer = load_language_model(reward_model, **compute)
             if "score" not in params:
                 raise UserError(f"{reward_model}: this model has no score head; give a reward model's folder")
             if tokenizer.fingerprint != self.tokenizer.fingerprint:

@@ -75,7 +75,7 @@ def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array) -> L
     """
     options = _compute(config.compute)
     if config.model is not None:
-        return generator.load(config.model, **options)
+        return generator.load_language_model(config.model, **options)
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
     elif config.tokenizer.kind == "bpe":
@@ -130,7 +130,7 @@ def load_language_model(source: str, compute: Compute) -> LanguageModel:
     Raises:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
     """
-    return generator.load(source, **_compute(compute))
+    return generator.load_language_model(source, **_compute(compute))
 
 
 def load_reward_model(source: str, compute: Compute) -> spec.RewardModel:
