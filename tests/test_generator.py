@@ -8,7 +8,7 @@ import pytest
 from rlhf_jax import models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.generator import Generator, load_language_model
+from rlhf_jax.generator import Generator, LanguageModel
 
 PROMPTS = ["abc", "d", "a much longer prompt", "abcd efgh", "hi"]
 NEW = 6
@@ -48,8 +48,8 @@ def assert_alike(some, others, places):
 
 
 def test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass(folders, generations):
-    model, params, tokenizer = load_language_model(folders / "policy")
-    judge, judge_params, _ = load_language_model(folders / "reward")
+    model, params, tokenizer = LanguageModel.load(folders / "policy")
+    judge, judge_params, _ = LanguageModel.load(folders / "reward")
     assert len(generations.texts) == len(generations.log_probs) == len(generations.rewards) == 2 * len(PROMPTS)
     assert len(set(generations.texts)) > 7
     apply, score = jax.jit(model.apply), jax.jit(models.score_fn(judge))
@@ -85,7 +85,7 @@ def test_greedy_takes_the_likeliest_token_and_no_reward_model_gives_no_rewards(f
     greedy = generator(["abc"], seed=0)
     assert greedy.rewards is None
     assert greedy.texts == generator(["abc"], seed=1).texts
-    model, params, tokenizer = load_language_model(folders / "policy")
+    model, params, tokenizer = LanguageModel.load(folders / "policy")
     logits = model.apply(params, jnp.array([tokenizer.encode("abc")]))[0, -1]
     assert greedy.token_log_probs[0][0] == pytest.approx(float(jax.nn.log_softmax(logits).max()), abs=1e-4)
     assert generator([]).texts == []
@@ -99,7 +99,7 @@ def test_a_prompt_may_fill_the_room_and_not_a_token_more(generator):
 
 
 def test_what_does_not_fit_is_refused_by_name(folders, generator, tmp_path):
-    judge, params, _ = load_language_model(folders / "reward")
+    judge, params, _ = LanguageModel.load(folders / "reward")
     models.save(tmp_path / "other", judge, params)
     tokenizers.characters("abc").save(tmp_path / "other")
     policy = folders / "policy"
