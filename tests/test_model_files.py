@@ -1,7 +1,6 @@
 """Model folders without torch: round trips, kept keys, and messages that name what is wrong."""
 
 import dataclasses
-import functools
 import json
 
 import huggingface_hub
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_models import stack_layers
+from test_models import LLAMA, LLAMA3, some_params, stack_layers
 
 from rlhf_jax import models
 from rlhf_jax.errors import UserError
@@ -20,10 +19,8 @@ CONFIG = models.GPT2Config(vocab_size=7, max_length=5, hidden_size=4, num_layers
 ZEROS = np.zeros(4, np.float32)
 
 
-@functools.cache
-def tiny():
-    model = models.build(CONFIG)
-    return model, model.init(jax.random.key(0))
+def tiny(config=CONFIG):
+    return models.build(config), some_params(config)
 
 
 def assert_same(left, right):
@@ -40,6 +37,12 @@ def assert_same_files(one, other):
 def folder(tmp_path):
     models.save(tmp_path / "model", *tiny())
     return tmp_path / "model"
+
+
+@pytest.fixture
+def llama(tmp_path):
+    models.save(tmp_path / "llama", *tiny(LLAMA))
+    return tmp_path / "llama"
 
 
 def config_of(folder):
@@ -81,6 +84,22 @@ def test_scanned_layers_share_the_files(folder, tmp_path):
     assert_same(params, stack_layers(tiny()[1]))
     models.save(tmp_path / "scanned", model, params)
     assert_same_files(tmp_path / "scanned", folder)
+
+
+OPTIONS = {
+    "tied and scanned": {"tie_embeddings": True, "scan_layers": True},
+    "everything": {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "rope_scaling": LLAMA3},
+    "linear": {"rope_scaling": models.RopeScaling("linear", 2.0), "rope_theta": 5e5, "eos_token_id": (3, 4)},
+}
+
+
+@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
+def test_llama_comes_back_bit_equal(changes, tmp_path):
+    model, params = tiny(dataclasses.replace(LLAMA, **changes))
+    models.save(tmp_path, model, params)
+    again, loaded = models.load(tmp_path, scan_layers=model.config.scan_layers)
+    assert again.config == model.config
+    assert_same(loaded, params)
 
 
 def test_shards_and_missing_prefix(folder):
@@ -189,6 +208,38 @@ def test_config_keys_that_do_not_fit_are_refused_by_name(folder, changes, messag
         refuses(folder, r"(config\.json|model\.safetensors): .*" + message)
 
 
+SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (1e4, None, 1e-6)),
+        ({"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **SCALED}}, (500.0, LLAMA3, 1e-6)),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **SCALED}}, (500.0, LLAMA3, 1e-6)),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, (1e4, models.RopeScaling("linear", 2), 1e-6)),
+        ({"rms_norm_eps": 0}, (1e4, None, 0.0)),  # JSON does not tell 0 from 0.0
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, r"parameters\.rope_type is 'yarn'; the supported"),
+        ({"rope_scaling": {"type": "llama3", "factor": 2}}, r"scaling\.low_freq_factor is None, expected a number"),
+        ({"rope_theta": "1"}, r"rope_theta is '1', expected a number"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor changes the logits"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
+        ({"pretraining_tp": 2}, r"pretraining_tp is 2"),
+        ({"num_key_value_heads": 3}, r"num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"head_dim": 3}, r"even head_dim, got 3"),
+        ({"tie_word_embeddings": True}, r"lm_head\.weight differs from model\.embed_tokens\.weight"),
+    ],
+)
+def test_llama_s_keys_in_both_forms(llama, changes, expected):
+    edit_config(llama, **dict.fromkeys(("rope_theta", "rope_scaling", "rms_norm_eps"), "REMOVED") | changes)
+    if isinstance(expected, str):
+        refuses(llama, expected)
+    else:
+        config = models.load(llama)[0].config
+        assert (config.rope_theta, config.rope_scaling, config.rms_norm_epsilon) == expected
+        assert isinstance(config.rms_norm_epsilon, float)
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -254,6 +305,13 @@ def test_reward_model_round_trip(tmp_path):
     assert_same(models.load(tmp_path / "policy")[1], tiny()[1])
     edit_tensors(tmp_path, lambda tensors: tensors.pop("score.weight"))
     refuses(tmp_path, r"missing tensors: score\.weight")
+
+
+def test_a_reward_model_has_no_output_table(tmp_path):
+    model, params = tiny(LLAMA)
+    params = models.add_head(jax.random.key(1), params, "score")
+    models.save(tmp_path, model, params)
+    assert_same(models.load(tmp_path)[1], {name: leaf for name, leaf in params.items() if name != "lm_head"})
 
 
 def test_value_head_lies_beside_the_weights(tmp_path):

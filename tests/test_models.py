@@ -1,7 +1,8 @@
-"""Masks and positions by hand, and the invariances (padding, packing, decoding, remat, scan, dropout, dtype)."""
+"""Masks, positions, rotations by hand, and the invariances (padding, packing, decoding, remat, scan, dropout, bf16)."""
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, llama, stack
 
 CONFIG = models.GPT2Config(vocab_size=13, max_length=10, hidden_size=8, num_layers=2, num_heads=2)
 LLAMA = models.LlamaConfig(
     vocab_size=13, max_length=16, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=12
 )
+LLAMA3 = models.RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
 FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
 ATOL = 1e-5
 
@@ -94,6 +96,46 @@ def test_packed_documents_equal_separate_rows():
     masks = np.stack([mask == number for number in (1, 2, 3)])  # each document alone in a row of its own
     separate = np.asarray(model.apply(params, np.where(masks, tokens, 0), masks))
     np.testing.assert_allclose(packed[mask > 0], separate[masks], atol=ATOL)
+
+
+def test_frequencies_by_hand():
+    # Dh = 8, theta = 10000: 10000 ** -(0, 1/4, 1/2, 3/4). 64 tokens hold 10.19, 1.019, .1019 and .01019 waves: above 4
+    # is kept, below 1 divided by 8, and 1.019 is (1.019 - 1) / 3 = .6197% kept.
+    plain, kept = np.array([1.0, 0.1, 0.01, 0.001]), (64 * 0.1 / (2 * math.pi) - 1) / 3
+    for scaling, expected in (
+        (None, plain),
+        (models.RopeScaling("linear", 4.0), plain / 4),
+        (LLAMA3, [1.0, 0.1 * kept + 0.1 / 8 * (1 - kept), 0.01 / 8, 0.001 / 8]),
+    ):
+        config = dataclasses.replace(LLAMA, head_dim=8, rope_scaling=scaling)
+        np.testing.assert_allclose(llama.frequencies(config), expected, rtol=1e-6)
+
+
+def test_rotation_by_hand():
+    """(x, y) turned by an angle a is (x cos a - y sin a, y cos a + x sin a)."""
+    angle = jnp.full((1, 1, 1, 2), 0.3)
+    turned = stack.rotate(jnp.array([[[[1.0, 2.0]]]]), (jnp.cos(angle), jnp.sin(angle)))
+    expected = [math.cos(0.3) - 2 * math.sin(0.3), 2 * math.cos(0.3) + math.sin(0.3)]
+    np.testing.assert_allclose(turned[0, 0, 0], expected, rtol=1e-6)
+
+
+def test_the_order_of_two_tokens_shows_in_what_follows_them():
+    model, params = tiny(LLAMA)
+    tokens = some_tokens(2, 5)
+    logits, swapped = (np.asarray(model.apply(params, ids))[:, 2:] for ids in (tokens, tokens[:, [1, 0, 2, 3, 4]]))
+    assert np.abs(swapped - logits).max() > 1e-2
+
+
+def test_grouped_heads_are_heads_whose_keys_are_shared():
+    model, params = tiny(LLAMA)
+    whole, _ = tiny(LLAMA, num_kv_heads=4)
+
+    def repeated(path, leaf):  # [D, 2 Dh] -> [D, 4 Dh], each head twice
+        is_shared = any(part.key in ("k_proj", "v_proj") for part in path)
+        return jnp.repeat(leaf.reshape(8, 2, 2), 2, axis=1).reshape(8, 8) if is_shared else leaf
+
+    wide, tokens = jax.tree_util.tree_map_with_path(repeated, params), some_tokens(2, 6)
+    np.testing.assert_allclose(model.apply(params, tokens), whole.apply(wide, tokens), atol=ATOL)
 
 
 def test_fully_padded_row_is_finite():
