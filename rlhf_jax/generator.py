@@ -28,25 +28,25 @@ class LanguageModel(NamedTuple):
     params: Params
     tokenizer: Tokenizer
 
+    @classmethod
+    def load(cls, source: str | Path, **compute: Any) -> "LanguageModel":
+        """A Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the tokenizer gained a pad.
 
-def load(source: str | Path, **compute: Any) -> LanguageModel:
-    """A Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the tokenizer gained a pad.
+        compute: as in ``models.load``.
 
-    compute: as in ``models.load``.
-
-    Raises:
-        UserError: the folder lacks a file, or the tokenizer has more entries than the model.
-    """
-    model, params = models.load(source, **compute)
-    tokenizer, size = tokenizers.load_tokenizer(source), model.config.vocab_size
-    if tokenizer.vocab_size == size + 1 and tokenizer.pad_id == size:
-        model, params = models.resize_vocabulary(model, params, tokenizer.vocab_size)
-    elif tokenizer.vocab_size > size:
-        raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} entries but the model only {size} embeddings; "
-            "save the tokenizer that the model was trained with in this folder."
-        )
-    return LanguageModel(model, jax.tree.map(jnp.asarray, params), tokenizer)
+        Raises:
+            UserError: the folder lacks a file, or the tokenizer has more entries than the model.
+        """
+        model, params = models.load(source, **compute)
+        tokenizer, size = tokenizers.load_tokenizer(source), model.config.vocab_size
+        if tokenizer.vocab_size == size + 1 and tokenizer.pad_id == size:
+            model, params = models.resize_vocabulary(model, params, tokenizer.vocab_size)
+        elif tokenizer.vocab_size > size:
+            raise UserError(
+                f"{source}: the tokenizer has {tokenizer.vocab_size} entries but the model only {size} embeddings; "
+                "save the tokenizer that the model was trained with in this folder."
+            )
+        return cls(model, jax.tree.map(jnp.asarray, params), tokenizer)
 
 
 class Generations(NamedTuple):
@@ -103,7 +103,7 @@ class Generator:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.template, self.batch_size = template, batch_size
-        self.model, self._params, self.tokenizer = load(folder, **compute)
+        self.model, self._params, self.tokenizer = LanguageModel.load(folder, **compute)
         if "score" in self._params:
             raise UserError(f"{folder}: this is a reward model, which writes no text; give the policy first")
         end, pad = self.tokenizer.eos_id, self.tokenizer.pad_id
@@ -111,7 +111,7 @@ class Generator:
         self._score: Callable[..., jax.Array] | None = None
         positions = self.model.config.max_length
         if reward_model is not None:
-            judge, params, tokenizer = load(reward_model, **compute)
+            judge, params, tokenizer = LanguageModel.load(reward_model, **compute)
             if "score" not in params:
                 raise UserError(f"{reward_model}: this model has no score head; give a reward model's folder")
             if tokenizer.fingerprint != self.tokenizer.fingerprint:

@@ -1,7 +1,5 @@
 """A run's model/ in transformers: its snippet finds policy and tokenizer there, and says what Generator says."""
 
-import dataclasses
-
 import pytest
 
 from rlhf_jax import generator, ppo, training
@@ -16,10 +14,9 @@ NEW = 12
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """model/ of a short PPO run from random weights, large enough that texts depend on their prompts."""
-    config = parse(RunConfig, ["--config", "configs/tiny.yaml", "--network.initializer-range", "0.3"])
-    rl = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, batch_size=8)
-    path = tmp_path_factory.mktemp("runs") / "ppo"
-    return str(training.rl.run(dataclasses.replace(config, rl=rl, output_dir=str(path)), ppo).model_folder)
+    argv = ["--config", "configs/tiny.yaml", "--network.initializer-range", "0.3", "--rl.num-iterations", "1"]
+    argv += ["--rl.validation-fraction", "0", "--output-dir", str(tmp_path_factory.mktemp("runs") / "ppo")]
+    return str(training.rl.run(parse(RunConfig, argv), ppo).model_folder)
 
 
 def test_the_snippet_says_what_the_generator_says(folder):

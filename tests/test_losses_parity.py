@@ -5,11 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_llama_parity
-import test_models_parity
 from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
 from tabular import numbers
+from test_models_parity import torch_model
 
 from rlhf_jax import dpo, models, reward_model
 from rlhf_jax.models import names
@@ -18,8 +17,8 @@ from rlhf_jax.types import Comparisons
 pytestmark = pytest.mark.parity
 
 FAMILIES = {
-    "gpt2": (test_models_parity.torch_model, names.GPT2, {}),
-    "llama": (test_llama_parity.torch_model, names.LLAMA, {"num_key_value_heads": 2, "attention_bias": True}),
+    "gpt2": ("GPT2", {}),
+    "llama": ("Llama", {"num_key_value_heads": 2, "attention_bias": True}),
 }
 PROMPT_LENGTH, LENGTH, PAD = 5, 12, 0
 
@@ -62,8 +61,8 @@ def load(name, kind, folder, scale=1.0):
     """Our model and parameters from the folder of a torch model with large random weights, and that in float64."""
     import torch
 
-    make, family, changes = FAMILIES[name]
-    reference = make(getattr(family, kind), **changes, **({"num_labels": 1} if kind == "classifier" else {}))
+    family, changes = FAMILIES[name]
+    reference = torch_model(family, kind, **changes, **({"num_labels": 1} if kind == "classifier" else {}))
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.mul_(scale)
