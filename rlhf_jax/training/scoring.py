@@ -38,7 +38,7 @@ def score_rows(
     bucket_multiple: int,
     shard: Callable[[Comparisons], Comparisons] = lambda batch: batch,
 ) -> np.ndarray:
-    """Scores [N, K] of the answers of the given N rows, [N, K, M] of an ensemble; of absent answers they mean nothing."""
+    """Scores [N, K] of the answers of N rows, [N, K, M] of an ensemble; those of absent answers mean nothing."""
     scores = []
     for numbers in loop.in_order(rows, batch_size):
         batch = shard(batches.comparison_batch(comparisons, numbers, bucket_multiple))
