@@ -27,7 +27,8 @@ from rlhf_jax.errors import UserError
 _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
 _PACKED_AT_MOST, _MAY_UNPACK = 100, 1 << 26  # times its size, and bytes that any file may unpack to
 _DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII)
-_SPACE = re.compile(r"[ \t\r\n]*")
+_OPENING = re.compile(r"\s*\[[ \t\r\n]*(\]?)[ \t\r\n]*")
+_SEPARATOR = re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
 # CSV columns whose cells are JSON: what they hold has no spelling of its own there.
 _JSON_COLUMNS = ("messages", "responses", "ranking", "ranks", "targets", "best")
 csv.field_size_limit(1 << 27)  # characters of a cell; the module's own limit is 131072
@@ -160,25 +161,17 @@ def _json_lines(lines: list[tuple[int, str]], name: str) -> Iterator[Record]:
 
 def _json_list(text: str, name: str) -> Iterator[Record]:
     """The elements of a JSON list, up to wrong syntax: behind it nothing more can be read."""
-
-    def after_space(position: int) -> int:
-        match = _SPACE.match(text, position)
-        return match.end() if match else position
-
-    position, number = after_space(text.index("[") + 1), 0
-    closed = text.startswith("]", position)
+    mark, number = _OPENING.match(text), 0
     try:
-        while not closed:
+        while mark and mark[1] != "]":
             number += 1
-            value, position = _DECODER.raw_decode(text, position)
+            value, end = _DECODER.raw_decode(text, mark.end())
             yield Record(value, f"{name}, row {number}")
-            position = after_space(position)
-            closed = text.startswith("]", position)
-            if not closed and not text.startswith(",", position):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-            position = after_space(position + (not closed))
-        if (end := after_space(position + 1)) < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
+            mark = _SEPARATOR.match(text, end)
+            if mark and not mark[1]:
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, mark.end())
+        if mark and mark.end() < len(text):
+            raise json.JSONDecodeError("Extra data", text, mark.end())
     except _NOT_JSON as error:
         yield _not_json(error, f"{name}, row {number}", "", "; the file is cut off inside this row")
 

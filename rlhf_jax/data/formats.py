@@ -131,7 +131,7 @@ def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
     if len(given) > 1:
         raise UserError(f"--data {' '.join(given)}: `{DEMO}` cannot be mixed with files")
     name = f"{DEMO}/{FILES[kind]}"
-    content = demo.generate(FILES[kind], seed)
+    content = demo.file_text(FILES[kind], seed)
     records, form = parse_text(content, name)
     return {name: Source(records, hashlib.sha256(content.encode()).hexdigest(), form)}
 
