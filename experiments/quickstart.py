@@ -13,6 +13,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from rlhf_jax.report import figures, page, records
 from rlhf_jax.report.plots import reward_against_kl
 from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.training import initial, pipeline, stage
-from rlhf_jax.training.scoring import pair_scorer, report, score_rows
+from rlhf_jax.training.scoring import answer_scorer, report, score_rows
 from rlhf_jax.types import Rollout
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -108,10 +109,10 @@ def judge(model_folder: str, data: Path, rollout: Rollout, config: RunConfig) ->
     """The reward model's metrics on noise-free held-out pairs, and its scores [N] of a rollout."""
     model, params, tokenizer = initial.load_language_model(model_folder, config.compute)
     rows = formats.read("pairs", str(data / "heldout_preference_data.json")).rows
-    pairs = encoding.encode_comparisons(rows, tokenizer, template=config.text.template)
+    pairs = encoding.encode_texts(rows, tokenizer, template=config.text.template)
     sizes = {"batch_size": config.reward_model.batch_size, "bucket_multiple": config.text.bucket_multiple}
     numbers = np.arange(len(pairs))
-    learned = score_rows(pair_scorer(models.score_fn(model)), params, pairs, numbers, **sizes)
+    learned = score_rows(partial(answer_scorer(models.score_fn(model)), params), pairs, numbers, **sizes)
     preference = report(pairs, numbers, learned)
     scores = jax.jit(models.score_fn(model))(params, rollout.tokens, rollout.attention_mask, None)
     return preference, np.asarray(scores)

@@ -183,19 +183,5 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def jackknife_interval(value: float, without_each: Array) -> Interval:
-    """95% interval ``value +- 1.96 * standard error`` by the jackknife (Tukey 1958), from the statistic without row i,
-    for each of N rows: for what copies would change, such as counts of different things, which no bootstrap can draw.
-
-    (NaN, NaN) for fewer than two rows.
-    """
-    without_each = np.asarray(without_each, np.float64)
-    count = len(without_each)
-    if count < 2:
-        return float("nan"), float("nan")
-    error = np.sqrt((count - 1) * np.mean((without_each - without_each.mean()) ** 2))
-    return float(value - 1.96 * error), float(value + 1.96 * error)
-
-
 def _sigmoid(x: Array) -> Array:
     return np.exp(-np.logaddexp(0.0, -np.asarray(x, np.float64)))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 
 import jax
@@ -20,7 +19,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import data, evaluate, measures
 from rlhf_jax.evaluation.data import Annotated
 from rlhf_jax.evaluation.measures import Responses
-from rlhf_jax.report import page as report
 
 KEY = jax.random.key(0)
 DATA = os.environ.get("RLHF_JAX_DATA")
@@ -70,18 +68,21 @@ def test_helpfulness_by_hand():
 
 
 def test_diversity_by_hand():
-    found = values(measures.diversity(said("one two three four", "one two three four"), KEY))
-    assert [found["diversity", f"distinct_{n}"] for n in (1, 2, 3)] == [0.5] * 3
-    assert (found["diversity", "self_bleu"], found["diversity", "repetition"]) == (1, 0)
+    copies = values(measures.diversity(said(*["one two three four"] * 2), KEY))
+    assert list(copies.values()) == [0.5, 0.5, 0.5, 1, 0]  # distinct_1 to 3, self-BLEU, repetition
     found = values(measures.diversity(said("one two three four", "a b c a b c"), KEY))
     assert found["diversity", "distinct_1"] == 7 / 10
     assert found["diversity", "self_bleu"] < 0.5
     assert found["diversity", "repetition"] == (0 + 1 / 4) / 2
 
 
-def test_a_prompts_samples_are_one_unit():
+def test_means_have_bounds_where_they_are_shares_and_prompts_are_their_units():
     row = measures.mean("c", "m", [[1.0, 3.0], [5.0, np.nan], [np.nan, np.nan]], KEY)
     assert (row.value, row.n) == (3.5, 2)
+    row = measures.mean("c", "m", np.zeros((20, 2), bool), KEY)
+    assert (row.value, row.low, row.high) == (0, 0, pytest.approx(0.161, abs=1e-3))
+    row = measures.mean("c", "m", np.ones((20, 2)), KEY)
+    assert (row.low, row.high) == (1, 1)  # a number, not a share: no bound is known
 
 
 def test_preferences_by_hand():
@@ -196,29 +197,30 @@ def folders(tmp_path_factory):
     """A run, another one and a reward model, of random weights; and files to judge them by."""
     place = tmp_path_factory.mktemp("evaluate")
     tokenizer = tokenizers.characters("".join(json.dumps(PROMPTS + PAIRS)) + "Human:\n")
-    config = models.GPT2Config(
-        vocab_size=tokenizer.vocab_size, max_length=64, hidden_size=16, num_layers=1, num_heads=2, initializer_range=0.5
-    )
-    model = models.build(config)
-    for seed, name in enumerate(("run", "other", "rm")):
-        folder = write_run(place / name, settings={"rl": {"max_new_tokens": 6}, "text": {"template": "H: {prompt}\n"}})
+    sizes = {"max_length": 64, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "initializer_range": 0.5}
+    model = models.build(models.GPT2Config(vocab_size=tokenizer.vocab_size, **sizes))
+    for seed, name in enumerate(("run", "other", "rm", "framed")):
+        template = {"template": "Q: {prompt}" if name == "framed" else "H: {prompt}\n"}
+        folder = write_run(place / name, settings={"rl": {"max_new_tokens": 6}, "text": template})
         params = model.init(jax.random.key(seed))
         if name == "rm":
             params = models.add_head(jax.random.key(9), params, "score")
         models.save(folder / "model", model, params)
         tokenizer.save(folder / "model")
-    (place / "prompts.json").write_text(json.dumps(PROMPTS))
-    labelled = [{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}]
-    (place / "safety.json").write_text(json.dumps(labelled))
-    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    annotated = {"instruction": "say milk", "input": "now", "response1": "milk", "response2": "", "annotator1": 1}
-    others = [{"annotator1": 0, "input": ""}, {"response1": "", "response2": "no", "annotator1": 2}]
-    on_one_line = json.dumps([annotated | other for other in ({}, *others)])
-    (place / "annotated.json").write_text(on_one_line)
-    function = "def is_tea(prompts, responses, kind):\n    return [float(k == 'tea') for k in kind]\n"
-    (place / "mine.py").write_text(function)
-    categories = f"tea:\n  score: {place}/mine.py:is_tea\nlong:\n  score: length\n  prompts: ['{place}/safety.json']\n"
-    (place / "mine.yaml").write_text(categories + "vowels:\n  patterns: ['[aeiou]']\n")
+    first = {"instruction": "say milk", "input": "now", "response1": "milk", "response2": "", "annotator1": 1}
+    second = first | {"annotator1": 0, "input": ""}
+    files = {
+        "prompts.json": json.dumps(PROMPTS),
+        "safety.json": '[{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}]',
+        "pairs.jsonl": "".join(json.dumps(pair) + "\n" for pair in PAIRS),
+        "annotated.json": json.dumps([first, second, first | {"response1": "", "response2": "no", "annotator1": 2}]),
+        "broken.yaml": "tea:\n  score: mine.py:none\n",
+        "mine.py": "def is_tea(prompts, responses, kind):\n    return [float(k == 'tea') for k in kind]\n",
+        "mine.yaml": f"tea:\n  score: {place}/mine.py:is_tea\n"
+        f"long:\n  score: length\n  prompts: ['{place}/safety.json']\nvowels:\n  patterns: ['[aeiou]']\n",
+    }
+    for name, text in files.items():
+        (place / name).write_text(text)
     return place
 
 
@@ -238,21 +240,21 @@ def test_everything_from_the_command_line(folders, capsys):
         texts.append([(folders / "run" / name).read_bytes() for name in ("evaluation.json", evaluate.SAMPLES)])
     assert texts[0] == texts[1]
     content, samples = json.loads(texts[0][0]), [json.loads(line) for line in texts[0][1].splitlines()]
-    found = {(row["category"], row["metric"]): row for row in content["rows"]}
-    assert all(row["value"] is not None and row["n"] for row in found.values())
-    assert found["tea", "score"]["value"] == pytest.approx(1 / 3)
-    assert found["long", "score"]["n"] == 2
-    assert found["preferences: honest", "accuracy_reward_model"]["n"] == 2
-    assert found["agreement", "agreement_longer"]["value"] == pytest.approx(2 / 3)  # not where the annotator says tie
-    assert found["agreement", "agreement_decided_longer"]["n"] == 2
-    assert found["harmlessness", "refusal_of_unsafe"]["value"] == 0
+    found = {(row["category"], row["metric"]): (row["value"], row["n"]) for row in content["rows"]}
+    assert all(value is not None and n for value, n in found.values())
+    own = [line for line in samples if line["set"] == "prompts"]
+    expected = {
+        ("tea", "score"): (pytest.approx(1 / 3), 3),
+        ("vowels", "patterns"): (np.mean([bool(set(line["response"].lower()) & set("aeiou")) for line in own]), 3),
+        ("agreement", "agreement_longer"): (pytest.approx(2 / 3), 3),  # not where the annotator says tie
+        ("harmlessness", "refusal_of_unsafe"): (0, 1),
+        ("helpfulness", "quality"): (pytest.approx(np.mean([line["score"] for line in own])), 3),
+    }
+    assert {metric: found[metric] for metric in expected} == expected
+    of_two = (("long", "score"), ("agreement", "agreement_decided_longer"))
+    assert {found[metric][1] for metric in (*of_two, ("preferences: honest", "accuracy_reward_model"))} == {2}
     assert len(samples) == 2 * (3 + 2 + 3 + 2)  # prompts, safety, the other run's, the category's own
-    scores = [line["score"] for line in samples if line["set"] == "prompts"]
-    assert found["helpfulness", "quality"]["value"] == pytest.approx(np.mean(scores))
-    vowels = [any(vowel in line["response"] for vowel in "aeiouAEIOU") for line in samples if line["set"] == "prompts"]
-    assert found["vowels", "patterns"]["value"] == np.mean(vowels)
-    assert content["settings"]["max_new_tokens"] == 6
-    assert content["settings"]["template"] == "H: {prompt}\n"
+    assert (content["settings"]["max_new_tokens"], content["settings"]["template"]) == (6, "H: {prompt}\n")
     said = capsys.readouterr().out
     assert "accuracy_reward_model" in said
     assert f"wrote {folders / 'run' / 'evaluation.json'}" in said
@@ -262,59 +264,46 @@ def test_everything_from_the_command_line(folders, capsys):
 
 @pytest.mark.slow
 def test_what_is_not_given_is_named_and_changes_nothing_else(folders, tmp_path):
-    result = evaluate.run(str(folders / "run"), config(folders, output=str(tmp_path)))
-    missing = {row.category: row.note for row in result.rows if row.value is None}
-    assert missing == {
+    given = config(folders, output=str(tmp_path))
+    few = evaluate.run(str(folders / "run"), given).rows
+    more = dataclasses.replace(given, safety=(str(folders / "safety.json"),))
+    many = values(evaluate.run(str(folders / "run"), more).rows)
+    assert {key: value for key, value in values(few).items() if value is not None}.items() <= many.items()
+    assert {row.category: row.note for row in few if row.value is None} == {
         "harmlessness": "not run: give --safety FILE",
         "agreement": "not run: give --annotated FILE",
         "win rate": "not run: give --against RUN with --reward-model and --prompts",
         "custom": "not run: give --categories FILE.yaml",
     }
-    more = config(folders, output=str(tmp_path), safety=(str(folders / "safety.json"),))
-    others = values(evaluate.run(str(folders / "run"), more).rows)
-    assert {key: value for key, value in values(result.rows).items() if value is not None}.items() <= others.items()
     samples = (tmp_path / evaluate.SAMPLES).read_bytes()
     evaluate.run(str(folders / "run"), dataclasses.replace(more, seed=1))
     assert (tmp_path / evaluate.SAMPLES).read_bytes() != samples
-    only = config(folders, output=str(tmp_path), prompts=(), reward_model=None, categories=None)
-    notes = {(row.category, row.metric): row.note for row in evaluate.run(str(folders / "run"), only).rows}
-    assert notes["helpfulness", "quality"] == "not run: give --reward-model FOLDER"
-    assert notes["diversity", "all"] == "not run: give --prompts FILE"
 
 
 def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
     """Against the whole softmax of each text by itself. Against itself a run wins half."""
     given = config(folders, against=str(folders / "run"), output=str(tmp_path))
-    result = evaluate.run(str(folders / "run"), given)
-    rows = result.rows
-    assert (result.value("win rate", "win_rate"), result.value("win rate", "score_difference")) == (0.5, 0)
-    model, params = models.load(folders / "run" / "model")
+    found = values(evaluate.run(str(folders / "run"), given).rows)
+    assert (found["win rate", "win_rate"], found["win rate", "score_difference"]) == (0.5, 0)
+    (model, params), (judge, judge_params) = (models.load(folders / name / "model") for name in ("run", "rm"))
     tokenizer = tokenizers.load_tokenizer(folders / "rm" / "model")
-    reward_model, reward_params = models.load(folders / "rm" / "model")
+    both = jax.jit(lambda ids, mask: (model.apply(params, ids), models.score_fn(judge)(judge_params, ids, mask, None)))
 
-    @jax.jit
-    def both(tokens, mask):
-        return model.apply(params, tokens), models.score_fn(reward_model)(reward_params, tokens, mask)
+    def judged(prompt, response):
+        """Sum and mean of the response's log-probabilities, and its score."""
+        before, after = tokenizer.encode(f"H: {prompt}\n"), [*tokenizer.encode(response), tokenizer.eos_id]
+        tokens, size = np.zeros((1, 50), np.int32), len(before + after)
+        tokens[0, :size] = before + after
+        logits, score = both(tokens, np.arange(50)[None, :] < size)
+        log_probs = scipy.special.log_softmax(logits[0], axis=1)
+        said = [log_probs[len(before) - 1 + i, token] for i, token in enumerate(after)]
+        return np.array([np.sum(said), np.mean(said), float(score[0])])
 
-    sums, means, scores = [], [], []
-    for pair in PAIRS:
-        for key in ("chosen", "rejected"):
-            prompt = tokenizer.encode(f"H: {pair['prompt']}\n")
-            response = [*tokenizer.encode(pair[key]), tokenizer.eos_id]
-            tokens = np.zeros((1, 50), np.int32)
-            tokens[0, : len(prompt + response)] = prompt + response
-            logits, score = both(tokens, np.arange(50)[None, :] < len(prompt + response))
-            log_probs = scipy.special.log_softmax(logits[0], axis=1)
-            said = [log_probs[len(prompt) - 1 + i, token] for i, token in enumerate(response)]
-            sums.append(np.sum(said))
-            means.append(np.mean(said))
-            scores.append(float(score[0]))
-    found = values(rows)
-    for name, of in (("reward_model", scores), ("log_prob", sums), ("mean_log_prob", means)):
-        margins = np.array(of[::2]) - np.array(of[1::2])
+    margins = [judged(pair["prompt"], pair["chosen"]) - judged(pair["prompt"], pair["rejected"]) for pair in PAIRS]
+    for name, of in zip(("log_prob", "mean_log_prob", "reward_model"), np.transpose(margins), strict=True):
         place = "preferences" if name == "reward_model" else "honesty"
-        assert found["preferences", f"accuracy_{name}"] == np.mean(margins > 0)
-        assert found[place, f"brier_{name}"] == pytest.approx(metrics.brier(margins), abs=1e-4)
+        assert found["preferences", f"accuracy_{name}"] == np.mean(of > 0)
+        assert found[place, f"brier_{name}"] == pytest.approx(metrics.brier(of), abs=1e-4)
     assert found["preferences", "accuracy_longer"] == pytest.approx(2 / 3)
 
 
@@ -328,36 +317,13 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
         ({"reward_model": "run"}, "run/model: this model has no score head"),
         ({"max_new_tokens": 60}, "the prompt has 12 tokens, more than the 4 allowed"),
         ({"categories": "broken.yaml"}, "broken.yaml: tea.score mine.py:none: no such file"),
+        ({"run": "rm"}, "this is a reward model, which says nothing"),
+        ({"run": "nowhere", "output": None}, "no such folder"),
+        ({"run": "framed"}, "was trained with the template"),
     ],
 )
 def test_mistakes(folders, given, message, tmp_path):
-    (folders / "broken.yaml").write_text("tea:\n  score: mine.py:none\n")
     paths = {key: str(folders / given[key]) for key in ("reward_model", "categories") if given.get(key)}
+    settings = {"output": str(tmp_path)} | given | paths
     with pytest.raises(UserError, match=message):
-        evaluate.run(str(folders / "run"), config(folders, **{"output": str(tmp_path)} | given | paths))
-
-
-def test_other_mistakes(folders, tmp_path):
-    with pytest.raises(UserError, match="this is a reward model, which says nothing"):
-        evaluate.run(str(folders / "rm"), config(folders, output=str(tmp_path)))
-    with pytest.raises(UserError, match="no such folder"):
-        evaluate.run(str(folders / "nowhere"), config(folders))
-    other = write_run(tmp_path / "other", settings={"text": {"template": "Q: {prompt}"}})
-    shutil.copytree(folders / "run" / "model", other / "model", dirs_exist_ok=True)
-    with pytest.raises(UserError, match="was trained with the template"):
-        evaluate.run(str(other), config(folders))
-
-
-def test_a_broken_evaluation_is_said(tmp_path):
-    folder = write_run(tmp_path / "run")
-    (folder / "evaluation.json").write_text("{}")
-    with pytest.raises(UserError, match="not what rlhf_jax writes"):
-        report.write([folder], tmp_path / "page.html")
-
-
-def test_shares_have_bounds_and_numbers_that_do_not_vary_have_none():
-    row = measures.mean("c", "m", np.zeros((20, 2), bool), KEY)
-    assert (row.value, row.low) == (0, 0)
-    assert row.high == pytest.approx(0.161, abs=1e-3)
-    row = measures.mean("c", "m", np.ones((20, 2)), KEY)
-    assert (row.low, row.high) == (1, 1)  # a number, not a share: no bound is known
+        evaluate.run(str(folders / settings.pop("run", "run")), config(folders, **settings))

@@ -19,7 +19,7 @@ def test_held_out_pairs_weigh_what_their_ranking_gives_them():
         Pair("a?", "c", "d", "one", weight=1 / 3),
         Pair("b?", "c", "dde", "two"),
     ]
-    encoded = encoding.encode_comparisons(rows, LETTERS)
+    encoded = encoding.encode_texts(rows, LETTERS)
     scores = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
     every = report(encoded, np.arange(4), scores)
     assert every["accuracy"] == pytest.approx((1 / 3 + 1) / 2)
@@ -31,7 +31,7 @@ def test_held_out_pairs_weigh_what_their_ranking_gives_them():
 
 def test_samples_are_texts_without_special_tokens():
     rows = [Pair("a?", "b", "c d", "1"), Comparison("b?", ("c", "de", "b"), "2", best=1)]
-    encoded = encoding.encode_comparisons(rows, LETTERS, template="a {prompt}")
+    encoded = encoding.encode_texts(rows, LETTERS, template="a {prompt}")
     numbers, scores = np.array([1, 0]), np.array([[0.5, 1.0, 2.0], [0.25, -1.0, 7.0]])
     names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "length_chosen", "length_rejected")
     found = samples(encoded, numbers, scores, LETTERS)
@@ -53,7 +53,7 @@ def test_samples_are_spread_over_the_held_out_rows():
 
 def test_samples_with_targets_hold_every_answer():
     rows = [Comparison("a?", ("b", "c d"), "1", targets=(1.0, 0.0)), Comparison("b?", ("c",), "2", targets=(0.5,))]
-    encoded = encoding.encode_comparisons(rows, LETTERS)
+    encoded = encoding.encode_texts(rows, LETTERS)
     found = samples(encoded, np.array([1, 0]), np.array([[3.0, 9.0], [1.0, 2.0]]), LETTERS)
     assert found == [
         {"prompt": "b?", "response": "c", "score": 3.0, "target": 0.5, "length": 2},

@@ -59,9 +59,9 @@ def test_counts_are_targets_up_to_100_and_one_piece_in_eight_ends_in_eos(tmp_pat
     tokenizer = tokenizers.characters("abh \n")
     path = tmp_path / "counts.jsonl"
     shakespeare.write_counts(path, pieces, "h", tokenizer)
-    encoded = encoding.encode_comparisons(formats.read("comparisons", str(path)).rows, tokenizer)
+    encoded = encoding.encode_texts(formats.read("comparisons", str(path)).rows, tokenizer)
     assert encoded.targets[:, 0].tolist() == [2, 0, 0, 3, 99, 100, 100, 2, 1, 0]
-    for i, (piece, ids) in enumerate(zip(pieces, encoded.answers[0].tokens, strict=True)):
+    for i, (piece, ids) in enumerate(zip(pieces, encoded.tokens[0], strict=True)):
         assert ids.tolist() == tokenizer.encode(piece) + ([tokenizer.eos_id] if i == 7 else [])
 
 
@@ -71,10 +71,10 @@ def test_rows_to_pretrain_on_are_the_text_without_any_eos(tmp_path):
     assert shakespeare.write_demonstrations(path, text, 7) == 4
     tokenizer = tokenizers.characters(text)
     demonstrations = formats.read("demonstrations", str(path)).rows
-    encoded = encoding.encode_demonstrations(demonstrations, tokenizer, max_length=7, too_long="truncate")
-    assert [len(ids) for ids in encoded.tokens] == [7] * 4
-    assert encoded.starts == [1] * 4  # every character but the first is learnt
-    assert np.concatenate(encoded.tokens).tolist() == tokenizer.encode(text)
+    encoded = encoding.encode_texts(demonstrations, tokenizer, max_length=7, too_long="truncate")
+    assert [len(ids) for ids in encoded.tokens[0]] == [7] * 4
+    assert encoded.starts.tolist() == [[1]] * 4  # every character but the first is learnt
+    assert np.concatenate(encoded.tokens[0]).tolist() == tokenizer.encode(text)
 
 
 def test_a_fetched_file_has_the_hash_that_was_asked_for(tmp_path):

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from rlhf_jax import generator, models, ops, rewards, sampling
+from rlhf_jax import generator, models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, formats, rows
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -32,8 +32,9 @@ from rlhf_jax.report import records
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.folder import write_atomically
-from rlhf_jax.training import initial, loop, stage
-from rlhf_jax.types import Params, Rollout
+from rlhf_jax.training import initial, stage
+from rlhf_jax.training.scoring import score_rows
+from rlhf_jax.types import Comparisons, Params, Rollout
 
 __all__ = ["Config", "Result", "run"]
 
@@ -117,18 +118,18 @@ def run(folder: str | Path, config: Config) -> Result:
     devices.choose(config.device)
     stage.enable_compilation_cache()
     policy = load(folder, config)
-    sets = _read(config, policy.tokenizer)
+    sets = _read(config, chat.template_of(policy.tokenizer))
     bench = open_bench(policy, config)
-    answers = {name: sample(bench, policy, name, read.rows) for name, read in sets.results.items() if name not in GIVEN}
-    pairs = {name: _encode_comparisons(bench, read.rows) for name, read in sets.results.items() if name in GIVEN}
-    cut = {name: answer.encoded.counts for name, answer in answers.items()}
-    cut |= {name: encoded.counts for name, encoded in pairs.items()}
-    left_out = {name: read.dropped | cut[name] for name, read in sets.results.items() if read.dropped or cut[name]}
+    results = sets.results.items()
+    answers = {name: sample(bench, policy, name, read.rows) for name, read in results if name not in GIVEN}
+    pairs = {name: _encode_pairs(bench, read.rows) for name, read in results if name in GIVEN}
+    left_out = {name: read.dropped | (answers | pairs)[name].counts for name, read in results}
+    left_out = {name: reasons for name, reasons in left_out.items() if reasons}
     for name, reasons in left_out.items():
         print(f"{name}: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}", flush=True)
     if config.against is not None:
         answers["prompts, against"] = _against(bench, config.against, sets.results["prompts"].rows)
-        if answers["prompts, against"].encoded.rows != answers["prompts"].encoded.rows:
+        if answers["prompts, against"].rows != answers["prompts"].rows:
             raise UserError(f"--against {config.against}: it leaves out other prompts that are too long; shorten them")
     figures = [*_figures(bench, sets, answers, pairs), *_not_run(config)]
     place = {category: i for i, category in enumerate(ORDER)}
@@ -207,10 +208,9 @@ def open_bench(policy: Policy, config: Config) -> Bench:
         entry = model_folder(config.reward_model)
         check_template(policy, config.reward_model, config)
         reward = reward_of(entry, policy.tokenizer, (), "--reward-model")
-        for source in spec.sources(entry).values():
-            for folder in spec.members(source) or [source]:
-                if (folder / "config.json").is_file():
-                    positions = min(positions, hf.read_config(folder).max_length)
+        folders = [folder for source in spec.sources(entry).values() for folder in spec.members(source) or [source]]
+        of_judges = [hf.read_config(folder).max_length for folder in folders if (folder / "config.json").is_file()]
+        positions = min([positions, *of_judges])
     return Bench(policy, config, stage.stream(config.seed, "evaluate", "eval"), reward, positions)
 
 
@@ -246,7 +246,8 @@ def score(reward: spec.Reward, rollout: Rollout, columns: Mapping[str, Sequence[
 class Answers(NamedTuple):
     """A policy's responses to N prompts, S to each."""
 
-    encoded: encoding.EncodedPrompts  # [N]
+    rows: list[rows.Prompt]  # [N]
+    counts: dict[str, int]  # prompts that were too long, by what was done to them
     columns: dict[str, list[Any]]  # of the N * S rows of the rollout
     rollout: Rollout
     responses: Responses
@@ -263,15 +264,13 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Promp
             f"--reward-model {config.reward_model} has {bench.positions} positions, but prompts and responses take "
             f"{width}; give a smaller --max-new-tokens or shorter prompts"
         )
-    settings = sampling.SamplingConfig(
-        max_new_tokens=slots, temperature=config.temperature, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
-    )
+    settings = initial.sampling_config(RLStage(max_new_tokens=slots, temperature=config.temperature), tokenizer)
     shape = (len(encoded), config.num_samples)
     numbers = np.repeat(np.arange(shape[0]), shape[1])
-    tokens, mask = encoded.tokens[numbers], encoded.attention_mask[numbers]
+    inputs = (encoded.tokens[numbers], encoded.attention_mask[numbers])
     key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
     rollout = generator.sample_in_batches(
-        model, policy.params, tokens, mask, key, config=settings, batch_size=config.batch_size
+        model, policy.params, *inputs, key, config=settings, batch_size=config.batch_size
     )
     present = np.asarray(rollout.response_mask) != 0
     ended = (present & (np.asarray(rollout.tokens) == tokenizer.eos_id)).any(axis=1)
@@ -282,33 +281,38 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Promp
         ended=ended.reshape(shape),
         scores=None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape),
     )
-    return Answers(encoded, batches.columns_at(encoded, numbers), rollout, responses)
+    return Answers(encoded.rows, encoded.counts, batches.columns_at(encoded, numbers), rollout, responses)
 
 
-def margins(bench: Bench, encoded: encoding.EncodedComparisons) -> measures.Margins:
+def margins(bench: Bench, encoded: encoding.EncodedTexts) -> measures.Margins:
     """``{judge: [N]}`` score of answer 0 minus that of answer 1, by each judge there is, lengths among them."""
     log_probs = jax.jit(functools.partial(ops.response_log_probs, models.policy_fn(bench.policy.model)))
-    lengths = np.stack([answer.lengths - np.array(answer.starts) for answer in encoded.answers], axis=1)
-    sums, scores = np.zeros(lengths.shape), np.zeros(lengths.shape)
-    by_length = np.argsort(encoded.lengths, kind="stable")  # so that a batch is padded little
-    for numbers in loop.in_order(by_length, bench.config.batch_size):
-        batch, present = batches.comparison_batch(encoded, numbers, BUCKET), numbers >= 0
-        sums[numbers[present]] = np.asarray(log_probs(bench.policy.params, batch))[present]
-        if bench.reward is not None:
-            arrays = (batch.tokens, batch.attention_mask, batch.response_mask)
-            tokens, mask, response = (x.reshape(-1, x.shape[-1]) for x in arrays)
-            rollout = Rollout(tokens, mask, response, log_probs=jnp.zeros(tokens.shape))
-            scores[numbers[present]] = score(bench.reward, rollout, {}, len(tokens)).reshape(-1, 2)[present]
-    judged = {} if bench.reward is None else {"reward_model": scores}
-    judged |= {"log_prob": sums, "mean_log_prob": sums / lengths, "longer": lengths}
-    return {name: values[:, 0] - values[:, 1] for name, values in judged.items()}
+    judges: dict[str, Callable[[Comparisons], Any]] = {"log_prob": functools.partial(log_probs, bench.policy.params)}
+    if bench.reward is not None:
+        judges = {"reward_model": functools.partial(_score_answers, bench.reward)} | judges
+    by_length = np.argsort(encoded.lengths.max(axis=1), kind="stable")  # so that a batch is padded little
+    sizes: Any = {"batch_size": bench.config.batch_size, "bucket_multiple": BUCKET}
+    scores, lengths = {}, encoded.response_lengths
+    for name, judge in judges.items():
+        scores[name] = np.zeros(lengths.shape)
+        scores[name][by_length] = score_rows(judge, encoded, by_length, **sizes)
+    scores |= {"mean_log_prob": scores["log_prob"] / lengths, "longer": lengths}
+    return {name: values[:, 0] - values[:, 1] for name, values in scores.items()}
 
 
-def _encode_comparisons(bench: Bench, given: Sequence[Any]) -> encoding.EncodedComparisons:
+def _score_answers(reward: spec.Reward, batch: Comparisons) -> np.ndarray:
+    """[B, K] float64 the reward of each answer [B, K, T], without columns."""
+    shape, arrays = batch.tokens.shape, (batch.tokens, batch.attention_mask, batch.response_mask)
+    tokens, mask, response = (x.reshape(-1, shape[2]) for x in arrays)
+    rollout = Rollout(tokens, mask, response, log_probs=jnp.zeros(tokens.shape))
+    return score(reward, rollout, {}, len(tokens)).reshape(shape[:2])
+
+
+def _encode_pairs(bench: Bench, given: Sequence[Any]) -> encoding.EncodedTexts:
     """Pairs, or annotated ones, as tokens, at most as long as the policy and the reward model can read."""
     policy, pairs = bench.policy, [getattr(row, "pair", row) for row in given]
     limits: Any = {"max_length": bench.positions, "too_long": bench.config.too_long}
-    return encoding.encode_comparisons(pairs, policy.tokenizer, template=policy.template, **limits)
+    return encoding.encode_texts(pairs, policy.tokenizer, template=policy.template, **limits)
 
 
 class _Sets(NamedTuple):
@@ -319,8 +323,7 @@ class _Sets(NamedTuple):
     categories: dict[str, data.CustomCategory]
 
 
-def _read(config: Config, tokenizer: Tokenizer) -> _Sets:
-    template, parts = chat.template_of(tokenizer), dict[str, str]()
+def _read(config: Config, template: chat.ChatTemplate) -> _Sets:
     categories = data.read_categories(config.categories) if config.categories else {}
     prompts = {"prompts": config.prompts} | {f"custom {name}": own.prompts for name, own in categories.items()}
     for name, category in categories.items():
@@ -329,6 +332,7 @@ def _read(config: Config, tokenizer: Tokenizer) -> _Sets:
     results: dict[str, formats.ReadResult[Any]] = {
         name: formats.read("prompts", paths, template=template) for name, paths in prompts.items() if paths
     }
+    parts: dict[str, str] = {}
     if config.safety:
         results["safety"] = data.read_safety(config.safety, template)
     if config.preferences:
@@ -362,23 +366,20 @@ def _against(bench: Bench, folder: str, prompts: Sequence[rows.Prompt]) -> Answe
 
 
 def _figures(
-    bench: Bench, sets: _Sets, answers: Mapping[str, Answers], pairs: Mapping[str, encoding.EncodedComparisons]
+    bench: Bench, sets: _Sets, answers: Mapping[str, Answers], pairs: Mapping[str, encoding.EncodedTexts]
 ) -> Iterable[Figure]:
     key = bench.key
-    if "prompts" in answers:
-        responses = answers["prompts"].responses
-        yield from measures.helpfulness(responses, key)
-        yield from measures.uncertainty(responses, list(map(data.answerable, answers["prompts"].encoded.rows)), key)
-        yield from measures.diversity(responses, key)
-    if "safety" in answers:
-        labels = [row.columns["label"] for row in answers["safety"].encoded.rows]
-        yield from measures.harmlessness(answers["safety"].responses, labels, key)
-    if "preferences" in pairs:
-        yield from _preferences(bench, pairs["preferences"], sets.parts)
-    if "annotated" in pairs:
+    if own := answers.get("prompts"):
+        yield from measures.helpfulness(own.responses, key)
+        yield from measures.uncertainty(own.responses, list(map(data.answerable, own.rows)), key)
+        yield from measures.diversity(own.responses, key)
+    if safety := answers.get("safety"):
+        yield from measures.harmlessness(safety.responses, [row.columns["label"] for row in safety.rows], key)
+    if encoded := pairs.get("preferences"):
+        yield from _preferences(bench, encoded, sets.parts)
+    if encoded := pairs.get("annotated"):
         by_source = {row.pair.source: row for row in sets.results["annotated"].rows}
-        kept = [by_source[source] for source in pairs["annotated"].chosen.sources]
-        yield from measures.agreement(margins(bench, pairs["annotated"]), kept, key)
+        yield from measures.agreement(margins(bench, encoded), [by_source[row] for row in encoded.sources], key)
     if bench.config.against is not None:
         ours, theirs = (np.asarray(answers[name].responses.scores) for name in ("prompts", "prompts, against"))
         yield from measures.win_rate(ours, theirs, key, bench.config.against)
@@ -393,9 +394,9 @@ def _figures(
         yield measures.custom(name, category, responses, key)
 
 
-def _preferences(bench: Bench, encoded: encoding.EncodedComparisons, parts: Mapping[str, str]) -> Iterable[Figure]:
+def _preferences(bench: Bench, encoded: encoding.EncodedTexts, parts: Mapping[str, str]) -> Iterable[Figure]:
     """Of all pairs, and of those of each category."""
-    differences, sources = margins(bench, encoded), np.array(encoded.chosen.sources)
+    differences, sources = margins(bench, encoded), np.array(encoded.sources)
     weights = np.ones(len(encoded)) if encoded.weight is None else encoded.weight.astype(np.float64)
     yield from measures.preferences(differences, weights, sources, bench.key)
     named = np.array([parts.get(source, "") for source in sources])
@@ -426,10 +427,10 @@ def _not_run(config: Config) -> list[Figure]:
 
 def _samples(name: str, answers: Answers) -> Iterable[dict[str, Any]]:
     """A line for each response: prompt, response, and the judgements by word patterns."""
-    scores = answers.responses.scores
-    for i, (row, responses) in enumerate(zip(answers.encoded.rows, answers.responses.texts, strict=True)):
-        for j, text in enumerate(responses):
-            line = {"set": name, "source": row.source, "prompt": answers.responses.prompts[i], "response": text}
-            judged = {"refusal": texts.is_refusal(text), "uncertainty": texts.expresses_uncertainty(text)}
-            score = {} if scores is None else {"score": None if np.isnan(scores[i, j]) else float(scores[i, j])}
-            yield line | judged | score
+    prompts, texts_of, *_, scores = answers.responses
+    for (i, j), text in np.ndenumerate(np.array(texts_of, dtype=object)):
+        line = {"set": name, "source": answers.rows[i].source, "prompt": prompts[i], "response": text}
+        line |= {"refusal": texts.is_refusal(text), "uncertainty": texts.expresses_uncertainty(text)}
+        if scores is not None:
+            line["score"] = None if np.isnan(scores[i, j]) else float(scores[i, j])
+        yield line
