@@ -10,14 +10,14 @@ from test_scripts import run
 
 from rlhf_jax.config import RLStage
 
+SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
 GATES = {"reward_model_accuracy", "ppo_beats_sft", "kl_in_band", "kl_coef_moved"}
 
 
-def outputs(folder):
-    return {name: (folder / name).read_bytes() for name in ("summary.json", "report.html", "model/model.safetensors")}
-
-
-def check(folder):
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=SLOW if seed == 0 else SOAK) for seed in range(3)])
+def test_seeds_pass_and_leave_a_page(seed, tmp_path):
+    folder = tmp_path / "run"
+    assert "score/length" in run("quickstart", "--output-dir", folder, "--seed", seed).stdout
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     assert summary["heldout_prompts"] >= 100
     assert summary["reward_model"]["accuracy"] >= 0.85
@@ -26,34 +26,22 @@ def check(folder):
     assert len(last) == 10
     assert all(target / 1.5 <= kl <= 1.5 * target for kl in last)
     assert summary["gates"] == dict.fromkeys(GATES, True)
-
-
-@pytest.mark.slow
-def test_seed_0_passes_and_leaves_a_page(tmp_path):
-    folder = tmp_path / "run"
-    assert "score/length" in run("quickstart", "--output-dir", folder).stdout
-    check(folder)
     page = (folder / "report.html").read_text("utf-8")
     assert page.count("<svg") >= 6
     assert not any(reference in page for reference in ("http://", "https://", "<script", "src=", "<link"))
 
 
-@pytest.mark.soak
+@SOAK
 def test_the_same_seed_twice_gives_identical_files(tmp_path):
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         run("quickstart", "--output-dir", folder)
-    assert outputs(folders[0]) == outputs(folders[1])
+    for name in ("summary.json", "report.html", "model/model.safetensors"):
+        first, second = ((folder / name).read_bytes() for folder in folders)
+        assert first == second, name
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", [1, 2])
-def test_other_seeds_pass_too(seed, tmp_path):
-    run("quickstart", "--output-dir", tmp_path / "run", "--seed", seed)
-    check(tmp_path / "run")
-
-
-@pytest.mark.slow
+@SLOW
 def test_meaningless_labels_are_found_out(tmp_path):
     shorter = ("--rl.num-iterations", 10)  # the reward model is what is judged
     done = run("quickstart", "--output-dir", tmp_path / "run", "--shuffle-labels", *shorter, check=False)
