@@ -21,6 +21,7 @@ from rlhf_jax.config import parse
 from rlhf_jax.data import formats
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
+from rlhf_jax.generator import LanguageModel
 from rlhf_jax.types import Rollout
 
 CONFIG = ROOT / "configs" / "sentiment.yaml"
@@ -62,8 +63,13 @@ def test_a_policy_is_measured_against_enumeration():
     base = model.init(jax.random.key(0))
     policy = {**base, "wte": {"embedding": base["wte"]["embedding"] * 40}}
     config = sampling.SamplingConfig(1, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    inputs = (model, base, tokenizer, tokens, np.ones_like(tokens), config, jax.random.key(1))
-    bench = sentiment.Bench(*inputs, lambda rollout: np.asarray(rollout.tokens)[:, -1].astype(np.float32), samples=32)
+    inputs = (tokens, np.ones_like(tokens), config, jax.random.key(1))
+    bench = sentiment.Bench(
+        LanguageModel(model, base, tokenizer),
+        *inputs,
+        lambda rollout: np.asarray(rollout.tokens)[:, -1].astype(np.float32),
+        samples=32,
+    )
     logits = (model.apply(params, jnp.asarray(tokens[:2]))[:, -1] for params in (policy, base))
     log_p, log_q = (np.asarray(jax.nn.log_softmax(rows)) for rows in logits)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
@@ -92,7 +98,7 @@ def test_repeated_words_and_the_error_over_prompts():
     mask = np.array([[0, 1, 1, 1, 1, 1]] * 4)
     scores = np.array([1.0, 0.0, 0.5, 0.5], np.float32)
 
-    bench = sentiment.Bench(None, None, tokenizer, tokens[:2, :1], mask[:2, :1], None, None, None, 2)
+    bench = sentiment.Bench(LanguageModel(None, None, tokenizer), tokens[:2, :1], mask[:2, :1], None, None, None, 2)
     rollout = Rollout(tokens, mask, mask, np.zeros(mask.shape), scores=scores)
     point = sentiment.point(bench, "m", "s", rollout, 1.0, None)
     assert point.repeated == pytest.approx((2 / 3 + 1 / 3 + 1 / 2 + 0) / 4)
@@ -117,7 +123,7 @@ COMPLETE = "--model no/such/folder --lexicon lexicon.txt"
         (COMPLETE, "good\t1\nbad\n", "lexicon.txt, line 2: expected a word, a tab and a number, found 'bad'"),
         (COMPLETE, "good\tvery", "lexicon.txt, line 1: expected a word, a tab and a number"),
         (COMPLETE, "\n", "lexicon.txt: the lexicon is empty"),
-        (COMPLETE, None, "lexicon.txt: the lexicon cannot be read: No such file"),
+        (COMPLETE, None, "lexicon.txt: cannot be read: No such file"),
     ],
 )
 def test_refusals(given, lexicon, message, tmp_path, monkeypatch):

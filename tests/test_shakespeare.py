@@ -16,6 +16,7 @@ from test_scripts import ROOT, rows, run
 from rlhf_jax.config import parse
 from rlhf_jax.data import encoding, formats, tokenizers
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs.manifest import fingerprint
 
 CONFIG = ROOT / "configs" / "shakespeare.yaml"
 DATA = os.environ.get("RLHF_JAX_DATA")
@@ -39,12 +40,6 @@ def test_chunks_by_hand(size, overlap, pieces):
     assert shakespeare.chunks("abcdefghij", size, overlap) == pieces
 
 
-@pytest.mark.parametrize(("size", "overlap"), [(4, 4), (4, -1), (11, 0)])
-def test_chunks_that_cannot_be_cut(size, overlap):
-    with pytest.raises(ValueError, match=r"overlap|fewer"):
-        shakespeare.chunks("abcdefghij", size, overlap)
-
-
 def test_a_limit_keeps_chunks_from_all_over_the_text():
     pieces = list("abcdefghij")
     assert shakespeare.spaced(pieces, 4) == ["a", "c", "f", "h"]
@@ -65,7 +60,7 @@ def test_counts_are_targets_up_to_100_and_one_piece_in_eight_ends_in_eos(tmp_pat
 def test_rows_to_pretrain_on_are_the_text_without_any_eos(tmp_path):
     text = "To be, or not to be: that is"
     path = tmp_path / "pretrain.jsonl"
-    assert shakespeare.write_demonstrations(path, text, 7) == 4
+    shakespeare.write_demonstrations(path, text, 7)
     tokenizer = tokenizers.characters(text)
     demonstrations = formats.read("demonstrations", str(path)).rows
     encoded = encoding.encode_demonstrations(demonstrations, tokenizer, max_length=7, too_long="truncate")
@@ -77,7 +72,7 @@ def test_rows_to_pretrain_on_are_the_text_without_any_eos(tmp_path):
 def test_a_fetched_file_has_the_hash_that_was_asked_for(tmp_path):
     source, path = tmp_path / "source.txt", tmp_path / "data" / "input.txt"
     source.write_bytes(b"hear, hear")
-    sha256 = shakespeare.sha256_of(source)
+    sha256 = fingerprint(source)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -86,7 +81,7 @@ def test_a_fetched_file_has_the_hash_that_was_asked_for(tmp_path):
             shakespeare.fetch(f"{url}/source.txt", "0" * 64, path)
         with pytest.raises(UserError, match=r"could not be fetched \(.*404.*give --data PATH"):
             shakespeare.fetch(f"{url}/missing.txt", sha256, path)
-        assert list(path.parent.iterdir()) == []
+        assert not path.exists()
         shakespeare.fetch(f"{url}/source.txt", sha256, path)
         server.shutdown()
     assert path.read_bytes() == b"hear, hear"
@@ -102,7 +97,7 @@ def test_a_fetched_file_has_the_hash_that_was_asked_for(tmp_path):
         ("--rl.batch-size 100", "rl.batch_size must be a multiple of the 13 starters, got 100"),
         ("--shakespeare.character th", "character must be a single one"),
         ("--shakespeare.overlaps 0 0", "one number for each of the 5 chunk_sizes, got 2"),
-        ("--shakespeare.overlaps 8 0 0 0 0", "below their chunk size 8, got 8"),
+        ("--shakespeare.overlaps 8 0 0 0 0", "overlaps must be below 8, got 8"),
         ("--shakespeare.chunk-sizes 1 8 8 9 9", "chunk_sizes must be at least 2"),
         ("--shakespeare.max-chunks 0", "max_chunks must be at least 1"),
         ("--shakespeare.network.max-length 256", "the longest chunk and its EOS are 257 tokens"),
@@ -112,7 +107,7 @@ def test_a_fetched_file_has_the_hash_that_was_asked_for(tmp_path):
         ("--data one.txt two.txt", "give one text file"),
         ("--data missing.txt", "missing.txt: cannot be read: No such file"),
         ("--data {}/short.txt", r"short\.txt: the text is shorter than a row of 256 characters"),
-        ("--data {}/latin.txt", r"latin\.txt: is not UTF-8 at byte 3"),
+        ("--data {}/latin.txt", r"latin\.txt, line 1: byte 0xe9 is not UTF-8"),
     ],
 )
 def test_refusals(given, message, tmp_path):
