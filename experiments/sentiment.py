@@ -48,12 +48,13 @@ from rlhf_jax.types import Params, Rollout
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sentiment.yaml"
 VADER_ALPHA = 15.0
 WORD = re.compile(r"[a-z]+(?:['-][a-z]+)*")
-TITLES = {
-    "ppo_fixed": "PPO, fixed KL",
-    "ppo_adaptive": "PPO, adaptive KL",
-    "rloo": "RLOO",
-    "grpo": "GRPO",
-    "dpo": "DPO",
+# Of each method: title, strength in words, algorithm, the section and the key of the strength in the run's settings.
+METHODS: dict[str, tuple[str, str, ModuleType, str, str]] = {
+    "ppo_fixed": ("PPO, fixed KL", "KL coefficient", ppo, "rl", "kl_coef"),
+    "ppo_adaptive": ("PPO, adaptive KL", "KL target", ppo, "rl", "kl_target"),
+    "rloo": ("RLOO", "KL coefficient", rloo, "rl", "kl_coef"),
+    "grpo": ("GRPO", "KL in the loss", grpo, "grpo", "kl_loss_coef"),
+    "dpo": ("DPO", "beta", dpo, "dpo", "beta"),
 }
 BASE, BEST_OF_N, OPTIMUM = "base", "best of n", "optimum"
 # Names and formats of the first eight fields of a Point.
@@ -204,10 +205,11 @@ def best_of_n(bench: Bench, largest: int) -> tuple[list[Point], np.ndarray]:
 
     def sample(n: int, rows: slice) -> tuple[Rollout, jax.Array]:
         """Not jitted, since the reward runs on the host."""
-        prompts = (jnp.asarray(array[rows]) for array in (bench.tokens, bench.attention_mask))
         return sampling.best_of_n(
-            *bench.base[:2],
-            *prompts,
+            bench.base.model,
+            bench.base.params,
+            jnp.asarray(bench.tokens[rows]),
+            jnp.asarray(bench.attention_mask[rows]),
             jax.random.fold_in(bench.key, n),
             config=bench.sampling_config,
             n=n,
@@ -298,7 +300,7 @@ def run(config: SentimentConfig) -> dict[str, Any]:
 
     With ``resume``, finished runs are passed over and the one that was stopped goes on.
     """
-    folder = Path(config.output_dir or "runs/sentiment")
+    folder, own = Path(config.output_dir or "runs/sentiment"), config.sentiment
     if config.model is None:
         raise UserError("no model: give --model FOLDER with a language model that has a start token")
     if config.data or config.reward:
@@ -316,25 +318,28 @@ def run(config: SentimentConfig) -> dict[str, Any]:
     tokenizer.save(folder / "base")
     bench = Bench(
         language_model,
-        *(array[: config.sentiment.num_heldout] for array in (prompts.tokens, prompts.attention_mask)),
+        prompts.tokens[: own.num_heldout],
+        prompts.attention_mask[: own.num_heldout],
         initial.sampling_config(config.rl, tokenizer),
         stages.stream(config.seed, "sentiment", "eval"),
         lambda responses: np.asarray(rewards.on_host(host, responses, {}).rollout.scores),
-        config.sentiment.samples,
+        own.samples,
     )
     write_data(config, folder / "data", prompts, bench)
     measure = measurement(bench)
     base, points = measure(language_model.params, BASE), []
-    for planned in plan(config, folder / "data"):
-        path = folder / f"{planned.method}_{planned.strength:g}"
-        before = time.perf_counter()
-        trained = train(config, planned, path, folder / "base", host)
-        points.append(measure(trained, TITLES[planned.method], planned.setting))
+    for method, strength, sections in plan(config, folder / "data"):
+        path, before = folder / f"{method}_{strength:g}", time.perf_counter()
+        stage = pipeline.stage_config(config, path, str(folder / "base"), **sections)
+        title, words, algorithm, *_ = METHODS[method]
+        reward = spec.Reward(host=host)
+        trained = dpo.run(stage) if algorithm is dpo else rl.run(stage, algorithm, run_reward=reward)
+        points.append(measure(models.load(trained.model_folder)[1], title, f"{words} {strength:g}"))
         place = f"score {points[-1].score:.3f} at {points[-1].kl:.2f} nats"
         print(f"{path.name}: {place}, {time.perf_counter() - before:.0f} s", flush=True)
-    best, scores = best_of_n(bench, config.sentiment.best_of)
+    best, scores = best_of_n(bench, own.best_of)
     every = [base, *points, *best]
-    shown = [tokenizer.decode(row.prompt[1:]) for row in prompts.rows[: config.sentiment.shown]]
+    shown = [tokenizer.decode(row.prompt[1:]) for row in prompts.rows[: own.shown]]
     summary = summarize(config, every, shown)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     drawing = plot(base, points, best, optimum(scores))
@@ -344,46 +349,21 @@ def run(config: SentimentConfig) -> dict[str, Any]:
     return summary
 
 
-class Planned(NamedTuple):
-    """A run to be made."""
-
-    method: str
-    strength: float
-    setting: str  # the strength in words
-    algorithm: ModuleType  # of RL; or the module training.dpo
-    sections: dict[str, Any]  # of the run's settings
-
-
-def plan(config: SentimentConfig, data: Path) -> Iterator[Planned]:
-    """Every algorithm at every strength."""
+def plan(config: SentimentConfig, data: Path) -> Iterator[tuple[str, float, dict[str, Any]]]:
+    """Every method at every strength, with the sections of the run's settings."""
     own, prompts = config.sentiment, (str(data / "train.jsonl"),)
-    shared = dataclasses.replace(
-        config.rl, data=prompts, validation_data=(str(data / "heldout.jsonl"),), kl_target=None
-    )
-
-    def rl_section(**changes: Any) -> dict[str, Any]:
-        return {"rl": dataclasses.replace(shared, **changes)}
-
-    for coef in own.kl_coefs:
-        yield Planned("ppo_fixed", coef, f"KL coefficient {coef:g}", ppo, rl_section(kl_coef=coef))
-    for target in own.kl_targets:
-        yield Planned("ppo_adaptive", target, f"KL target {target:g}", ppo, rl_section(kl_target=target))
-    for coef in own.kl_coefs:
-        yield Planned("rloo", coef, f"KL coefficient {coef:g}", rloo, rl_section(kl_coef=coef))
-    for coef in own.grpo_kl_coefs:
-        sections = rl_section(kl_coef=0.0) | {"grpo": dataclasses.replace(config.grpo, kl_loss_coef=coef)}
-        yield Planned("grpo", coef, f"KL in the loss {coef:g}", grpo, sections)
-    for beta in own.dpo_betas:
-        sections = {"dpo": dataclasses.replace(config.dpo, data=prompts, beta=beta)}
-        yield Planned("dpo", beta, f"beta {beta:g}", dpo, sections)
-
-
-def train(config: SentimentConfig, planned: Planned, path: Path, base: Path, host: rewards.HostReward) -> Params:
-    """Makes a planned run in the folder ``path``, from the model in ``base``; its parameters."""
-    stage = pipeline.stage_config(config, path, str(base), **planned.sections)
-    reward = spec.Reward(host=host)
-    result = dpo.run(stage) if planned.algorithm is dpo else rl.run(stage, planned.algorithm, run_reward=reward)
-    return models.load(result.model_folder)[1]
+    policies: dict[str, Any] = {"data": prompts, "validation_data": (str(data / "heldout.jsonl"),), "kl_target": None}
+    strengths = (own.kl_coefs, own.kl_targets, own.kl_coefs, own.grpo_kl_coefs, own.dpo_betas)
+    for (method, (*_, section, key)), of_method in zip(METHODS.items(), strengths, strict=True):
+        for strength in of_method:
+            kl_in_reward: dict[str, Any] = {"kl_coef": 0.0} if section == "grpo" else {}
+            rl_stage = dataclasses.replace(config.rl, **policies, **kl_in_reward)
+            sections: dict[str, Any] = {
+                "rl": rl_stage,
+                "grpo": config.grpo,
+                "dpo": dataclasses.replace(config.dpo, data=prompts),
+            }
+            yield method, strength, sections | {section: dataclasses.replace(sections[section], **{key: strength})}
 
 
 def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.EncodedPrompts:
