@@ -63,8 +63,8 @@ def test_each_gate_by_hand(gate, changed, tmp_path):
     """Just passed, and each one just missed: PPO beats SFT in 2 of 4 answers and two ties, the target is 2 nats."""
     given = {"accuracy": 0.85, "ppo": [1.0, 1.0, 0.5, 0.0], "kl": 3.0, "coef": 1.1} | changed
     (tmp_path / "ppo").mkdir()
-    course = [{"objective/kl": 9.0, "kl/coef": given["coef"]}] + 10 * [{"objective/kl": given["kl"], "kl/coef": 1.0}]
-    rows = [{"step": i} | row for i, row in enumerate(course)]
+    kls, coefs = [9.0, given["kl"], *9 * [2.0]], [given["coef"], *10 * [1.0]]
+    rows = [{"step": i, "objective/kl": kls[i], "kl/coef": coefs[i]} for i in range(11)]
     (tmp_path / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     config = quickstart.QuickstartConfig(rl=RLStage(kl_target=2.0))
     mask = SimpleNamespace(response_mask=np.tri(4))

@@ -20,7 +20,7 @@ DATA = os.environ.get("RLHF_JAX_DATA")
 SPECIAL = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % i for i in range(256))]
 
 
-def write(folder, pieces, *, width=8, inner=12, layers=2, heads=4, kv_heads=2, length=16, scale=0.5):
+def write(folder, pieces, *, width=16, inner=12, layers=2, heads=4, kv_heads=2, length=16, scale=0.5):
     """stories260K.bin of random weights and tok512.bin of ``{piece: score}``; returns the weights by name."""
     vocabulary, kv_width, random = len(SPECIAL) + len(pieces), width // heads * kv_heads, np.random.default_rng(0)
     names = ("embedding", "norm1", "wq", "wk", "wv", "wo", "norm2", "w1", "w2", "w3", "norm")
@@ -65,7 +65,7 @@ def test_the_tinystories_llama_equals_its_published_text(tmp_path):
 
 
 def test_generated_files_of_that_layout_equal_the_equations(tmp_path):
-    width, heads, kv_heads = 8, 4, 2
+    width, heads, kv_heads = 16, 4, 2
     weights = write(tmp_path, {b" ": 0.0, b"a": 0.0, b"b": 0.0, b"ab": -1.0, b" ab": -2.0})
     stories260k.convert(tmp_path, tmp_path / "folder")
     model, params = models.load(tmp_path / "folder")
