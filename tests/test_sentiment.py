@@ -129,7 +129,6 @@ COMPLETE = "--model no/such/folder --lexicon lexicon.txt"
         ("--model x", LEXICON, "no reward: give --lexicon"),
         ("--sentiment.best-of 6", LEXICON, "best_of must be a power of 2, got 6"),
         ("--sentiment.longest-prompt 7", LEXICON, "longest_prompt must be at least 8, got 7"),
-        ("--sentiment.samples 1", LEXICON, "samples must be at least 2, got 1"),
         (COMPLETE, LEXICON, "no/such/folder"),
         (COMPLETE, "good\t1\nbad\n", "lexicon.txt, line 2: expected a word, a tab and a number, found 'bad'"),
         (COMPLETE, "good\tvery", "lexicon.txt, line 1: expected a word, a tab and a number"),
