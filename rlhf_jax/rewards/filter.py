@@ -108,12 +108,12 @@ class Guard:
         return cls(settings, Filter.create(words, settings.patterns))
 
     def for_responses(self, *, tokenizer: spec.PolicyTokenizer, load: spec.Load, columns: Collection[str]) -> "Guard":
-        """The guard with the classifier that its settings name, if they name one; arguments as of ``spec.build``."""
+        """The guard with the classifier that its settings name, if they name one; arguments as of ``spec.build_reward``."""
         guard = dataclasses.replace(self, tokenizer=tokenizer)
         if self.settings.classifier is None:
             return guard
         entries = (self.settings.classifier,)
-        reward = spec.build(entries, tokenizer=tokenizer, load=load, columns=columns, flag="safety.classifier")
+        reward = spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=columns, flag="safety.classifier")
         return dataclasses.replace(guard, classifier=spec.as_host(reward))
 
     def prompts(self, rows: Sequence[Any], tokenizer: Decoder) -> list[Any]:
