@@ -100,15 +100,6 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, np.where(mask, advantages + np.where(mask, values, 0.0), 0.0)
 
 
-def discounted_returns(rewards, mask, gamma):
-    returns = np.zeros(mask.shape)
-    for i in range(len(mask)):
-        said = columns(mask[i])
-        for k, t in enumerate(said):
-            returns[i, t] = sum(gamma**j * float(rewards[i, u]) for j, u in enumerate(said[k:]))
-    return returns
-
-
 def leave_one_out(scores, mask):
     out = np.zeros(mask.shape)
     for n in range(len(mask)):
@@ -130,13 +121,6 @@ def group_normalized(scores, mask, eps, scale):
             equal = min(group) == max(group)
             out[n, g] = 0.0 if equal else (float(scores[n, g]) - mean) / (std + eps if scale else 1.0)
     return out
-
-
-def ema_baseline(baseline, scores, decay, mask):
-    there = [float(s) for s, here in zip(scores, mask, strict=True) if here]
-    if there:
-        baseline = decay * baseline + (1 - decay) * sum(there) / len(there)
-    return baseline, np.array([float(s) - baseline if here else 0.0 for s, here in zip(scores, mask, strict=True)])
 
 
 # Losses of whole algorithms, of the lookup tables in ``tabular``: (loss, metrics). ``stopped`` are the parameters of

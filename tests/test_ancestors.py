@@ -16,7 +16,7 @@ PROVED_BY = {
     "chunks_overlap": "test_shakespeare.py::test_chunks_by_hand",
     "prompts_are_padded_on_the_left": "test_batches.py::test_prompts_are_left_padded_and_keep_their_columns",
     "regression_with_adamw": "test_updates.py::test_steps_by_hand_and_over_devices",
-    "policy_gradient_with_a_moving_baseline": "test_phases.py::test_vpg_subtracts_its_moving_baseline",
+    "policy_gradient_with_a_moving_baseline": "test_policy_algorithms.py::test_vpg_by_hand",
     "response_length_and_temperature": "test_sampling.py::test_frequencies_match_exact_distribution",
     "schedules": "test_schedules.py::test_the_rate_of_each_step",
     "early_stopping": "test_loop.py::test_early_stopping_ends_a_run_and_says_so",
@@ -28,7 +28,7 @@ PROVED_BY = {
     "shakespeare_notebooks": "test_notebooks.py::test_the_two_shakespeare_notebooks_one_after_the_other",
     "wandb": "test_trackers.py::test_a_run_and_its_resumption_are_one_run_in_which_no_step_comes_twice",
     # LM Human Preferences
-    "four_way_labels": "test_labels.py::test_a_reward_model_learns_from_labels_in_the_published_format",
+    "four_way_labels": "test_labels.py::test_token_ids_become_texts",
     "published_labels_are_verified": "test_labels.py::test_what_is_not_the_set_is_deleted",
     "published_labels_are_decoded": "test_labels.py::test_token_ids_become_texts",
     "ppo": "test_known_optima.py::test_learning_from_samples_reaches_the_optimum",

@@ -1,51 +1,19 @@
 """Models of other libraries plug in; no program holds a model's weights."""
 
 import dataclasses
-import inspect
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
 from jax.tree_util import Partial
 from tabular import gpt2, largest_constant
 from test_updates import CASES, KEY, MINIBATCHES, SGD
 
-from rlhf_jax import dpo, models, ops, rewards, sampling
+from rlhf_jax import dpo, models, rewards, sampling
 from rlhf_jax.config import RLStage
 from rlhf_jax.training import phases
 from rlhf_jax.types import TrainState
-
-
-class Network(nnx.Module):
-    """Logits of the next token from the token alone."""
-
-    def __init__(self, rngs):
-        self.embed = nnx.Embed(3, 8, rngs=rngs)
-        self.out = nnx.Linear(8, 3, rngs=rngs)
-
-    def __call__(self, tokens):
-        return self.out(self.embed(tokens))
-
-
-def nnx_policy(model):
-    graph, params = nnx.split(model)
-    policy_fn = ops.policy_fn(lambda params, tokens, attention_mask, key: nnx.merge(graph, params)(tokens))
-    return policy_fn, params
-
-
-def test_the_adapter_of_the_docs_is_the_model():
-    page = Path(__file__).resolve().parent.parent / "docs" / "updates.md"
-    assert inspect.getsource(nnx_policy) in page.read_text("utf-8")
-    model = Network(nnx.Rngs(0))
-    adapted, params = nnx_policy(model)
-    tokens = jnp.array([[0, 2, 1, 1], [2, 0, 0, 1]])
-    output = adapted(params, tokens, jnp.ones_like(tokens), None)
-    np.testing.assert_allclose(output.log_probs, ops.token_log_probs(model(tokens), tokens), rtol=1e-6)
-    np.testing.assert_allclose(output.entropy, ops.entropy(model(tokens)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sft", "reward_model", pytest.param("dpo", marks=pytest.mark.slow)])

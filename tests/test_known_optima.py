@@ -19,15 +19,6 @@ from rlhf_jax.types import Comparisons, Demonstrations, TrainState
 KEY = jax.random.key(7)
 
 
-def test_list_and_policy_speak_of_one_distribution():
-    assert len(tiny.RESPONSES) == 121
-    assert sum(tiny.EOS not in response for response in tiny.RESPONSES) == 81
-    assert tiny.REF.sum() == pytest.approx(1.0)
-    np.testing.assert_allclose(tiny.probabilities(tiny.table(tiny.REF)), tiny.REF, rtol=1e-9)
-    listed = jax.jit(tiny.every_response)(tiny.params())
-    np.testing.assert_allclose(np.exp(np.asarray(listed.log_probs).sum(axis=1)), tiny.REF, rtol=1e-5)
-
-
 def leave_one_out(probs):
     """A in expectation over the other answer."""
     return tiny.REWARDS - probs @ tiny.REWARDS

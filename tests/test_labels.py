@@ -9,10 +9,8 @@ import labels
 import numpy as np
 import pytest
 
-from rlhf_jax.config import Network, Optimizer, RewardModelStage, RunConfig, Text, Tokenizer
 from rlhf_jax.data import formats, tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import reward_model
 
 QUERY, RESPONSE = 64, 24  # tokens of each in the published sentiment labels
 
@@ -183,23 +181,3 @@ def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
         labels.decode_labels(file, output, tokenizer)
     with pytest.raises(UserError, match=r"labels\.json, row 1: holds the token id \d+, .* has ids up to 3"):
         labels.decode_labels(file, tmp_path / "other", tokenizers.characters("ab"))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_pages")
-def test_a_reward_model_learns_from_labels_in_the_published_format(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer")
-    (tmp_path / "labels.json").write_text(json.dumps(made_labels(tokenizer, 128)))
-    settings = {"num_epochs": 8, "batch_size": 16, "optimizer": Optimizer(learning_rate=1e-2)}
-    config = RunConfig(
-        data=(str(tmp_path / "labels.json"),),
-        output_dir=str(tmp_path / "run"),
-        network=Network(hidden_size=16, num_layers=1, num_heads=2, max_length=96),
-        tokenizer=Tokenizer(name=str(tmp_path / "tokenizer")),
-        text=Text(bucket_multiple=96),
-        reward_model=RewardModelStage(**settings, validation_fraction=0.25),
-    )
-    reward_model.run(config)
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert metrics[0]["validation/accuracy"] < 0.7  # one of four by chance
-    assert metrics[-1]["validation/accuracy"] > 0.9

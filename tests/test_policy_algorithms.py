@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tabular import assert_close, policy_fn, policy_params, rollout
 
 from rlhf_jax import sharding
-from rlhf_jax.algorithms import grpo, policy, ppo, rloo, vpg
+from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.rollout import rescore
 from rlhf_jax.types import Rollout, TrainState
 
@@ -88,14 +88,3 @@ def test_groups_do_not_cross_devices():
     assert jax.eval_shape(prepare, rollout(0, LENGTHS)).advantages.shape == (16, 7)
     with pytest.raises(ValueError, match=r"4 rows \(on each device.* group_size=8"):
         jax.eval_shape(mapped, rollout(0, LENGTHS))
-
-
-def test_an_update_of_ones_own():
-    """``policy.updater`` of another prepare and loss: GRPO's advantages with VPG's loss on a rollout's own samples."""
-    batch = rescore(rollout(0, LENGTHS), policy_params(0), policy_fn=policy_fn)
-    config = grpo.Config(group_size=4, kl_loss_coef=0.0)
-    own = policy.updater(grpo.prepare, vpg.loss, lambda prepared, axis_name: {"rows": prepared.tokens.shape[0]})
-    options = {"policy_fn": policy_fn, "optimizer": SGD, "config": config}
-    after, metrics = own(start(), batch, KEY, **options)
-    assert metrics["rows"] == 16
-    assert_close(after, grpo.update(start(), batch, KEY, **options)[0])

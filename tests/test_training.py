@@ -29,7 +29,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.data import demo
 from rlhf_jax.data.tokenizers import load_tokenizer, train_bpe
-from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import log as tracking
 from rlhf_jax.training import initial, rl, stage, supervised
 
@@ -190,18 +190,6 @@ def test_scores_get_mean_0_and_variance_1():
     normalised = training.reward_model._normalized(score, params, samples)
     expected = (np.array([[1.0], [3.0], [8.0]]) - 4.0) / np.sqrt(26 / 3)
     np.testing.assert_allclose(score(normalised, None), expected, rtol=1e-6)
-
-
-@pytest.mark.slow
-def test_a_signal_finishes_the_step_and_saves(config, tmp_path, monkeypatch):
-    straight, before = run_vpg(config), signal.getsignal(signal.SIGINT)
-    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"), checkpoint_interval=100)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3, signal.SIGINT)
-        with pytest.raises(Stopped, match=r"after step 3 of 7(.|\n)*--resume") as stopped:
-            run_vpg(again)
-    assert (stopped.value.exit_code, signal.getsignal(signal.SIGINT)) == (130, before)
-    assert outputs(run_vpg(dataclasses.replace(again, resume=True)).folder) == outputs(straight.folder)
 
 
 @pytest.mark.parametrize(
