@@ -109,6 +109,7 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
     assert drawn[:8] == drawn[8:]
     assert [name for name, *_ in drawn[:8]] == ["eval", *["rollout", "update"] * 3, "eval"]
     assert drawn[0] == drawn[7]  # validations sample with one key, so that they can be compared
+    assert drawn[0][2] == bits(stage.stream(config.seed, "vpg", "eval"))
     assert len({key for *_, key in drawn[:7]}) == 7
     train_rows, held_out = [row for _, rows, _ in drawn[1:7:2] for row in rows], drawn[0][1]
     assert sorted((*train_rows, *held_out)) == list(range(16))
