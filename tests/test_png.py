@@ -1,6 +1,7 @@
 """Figures as PNG files: what is in the image, what the files of a page are called."""
 
 import io
+import re
 
 import matplotlib.colors
 import matplotlib.image
@@ -40,6 +41,8 @@ def test_labels_are_not_cut(y_label, scale):
     assert inked.any()
     assert not any(edge.any() for edge in (inked[:3], inked[-3:], inked[:, :3], inked[:, -3:]))
     assert figures.png(plot) == figures.png(plot)
+    [left] = re.findall(rf'transform="rotate\(-90 ([-\d.]+) [-\d.]+\)">{y_label}<', figures.svg(plot))
+    assert float(left) > 9  # a line's height
 
 
 def test_the_files_of_a_run(tmp_path, capsys):

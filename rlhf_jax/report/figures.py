@@ -179,7 +179,7 @@ def _draw_series(axes: "Axes", shown: Mapping[str, Series]) -> "dict[str, Artist
         if series.low is not None and series.high is not None:
             step: Literal["post"] | None = "post" if kind == "steps" else None
             axes.fill_between(x, series.low, series.high, step=step, color=color, alpha=0.2, linewidth=0)
-        for i in np.flatnonzero(finite) if series.labels else ():
+        for i in np.flatnonzero(finite).tolist() if series.labels else ():
             axes.annotate(series.labels[i], (x[i], y[i]), (0, 5), textcoords="offset points", ha="center", fontsize=9)
     bins = any(series.kind == "steps" for series in shown.values())
     if bins:

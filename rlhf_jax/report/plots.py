@@ -21,7 +21,7 @@ LABELS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text("utf-8"
 _TRAINING = ("objective/", "sft/", "reward_model/", "dpo/", "")  # where the training's part of validation/NAME may be
 
 
-def _labels(key: str, suffix: str) -> tuple[str, str, str]:
+def _labels(key: str, suffix: str = "") -> tuple[str, str, str]:
     """Title and labels of the axes of a plot that is no curve."""
     title, x_label, y_label = LABELS[key]
     return title + suffix, x_label, y_label
@@ -130,7 +130,7 @@ def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
     if not drawn:
         return None
     note = "Numbers count iterations." + (f" Each point is the mean of up to {longest}." if longest > 1 else "")
-    return Plot(*LABELS["reward_against_kl"], drawn, note=note)
+    return Plot(*_labels("reward_against_kl"), drawn, note=note)
 
 
 # --- What samples.jsonl holds ---------------------------------------------------------------------------------------
@@ -153,7 +153,8 @@ def distributions(groups: Sequence[Group]) -> list[Plot]:
         if margins := [row["margin"] for row in rows if "margin" in row]:
             plots.append(_calibration(group, suffix, margins))
         if scored := [(row["target"], row["score"]) for row in rows if "target" in row]:
-            points = Series(*zip(*scored, strict=True), kind="points")
+            targets, scores = zip(*scored, strict=True)
+            points = Series(targets, scores, kind="points")
             plots.append(Plot(*_labels("targets", suffix), {"responses": points}, diagonal="score = target"))
     return [plot for plot in plots if plot is not None]
 
