@@ -82,7 +82,7 @@ PROVED_BY = {
     "reward_of_ones_own": "test_reward_functions.py::test_a_sum_of_traced_terms_and_a_function",
     "ensembles_by_a_list_of_paths": "test_reward_functions.py::test_several_reward_models_by_hand",
     "entropy_coefficient": "test_algorithm_losses.py::test_loss_metrics_and_gradient_equal_a_loop",
-    "length_penalty": "test_reward_functions.py::test_terms_of_length_repetition_and_diversity_by_hand",
+    "length_penalty": "test_reward_functions.py::test_the_terms_of_one_word",
     "diversity_reward": "test_rewards.py::test_diversity_by_hand",
     "reward_scaling": "test_reward_functions.py::test_a_traced_reward_on_the_host",
     "troubleshooting_page": "test_docs.py::test_troubleshooting_turns_settings_that_exist",

@@ -126,32 +126,3 @@ def test_response_log_probs_are_sums_over_each_response():
     assert sums[1, 2] == 0.0
     first = jax.tree.map(lambda x: x[:, 0], batch)
     np.testing.assert_allclose(ops.response_log_probs(policy_fn, table, first), sums[:, 0], rtol=1e-6)
-
-
-def test_what_a_policy_returns_has_the_shape_of_the_tokens():
-    batch = jax.tree.map(lambda x: x[:, 0], comparisons(0, 3, 1))
-    right = ops.policy_fn(lambda params, tokens, attention_mask, key: jnp.zeros((*tokens.shape, 5)))
-    assert ops.evaluate(right, {}, batch).log_probs.shape == (3, 6)
-    for name in ("log_probs", "entropy", "values"):
-
-        def wrong(*args, name=name):
-            return right(*args)._replace(**{name: jnp.zeros((3, 1))})
-
-        with pytest.raises(AssertionError, match=r"\(3, 6\).*\(3, 1\)"):
-            ops.evaluate(wrong, {}, batch)
-
-
-def test_numbers_are_checked_unless_they_are_traced():
-    for value in (None, 0, 0.5):
-        ops.check_number("share", value, at_least=0, below=1)
-    for value, bounds, words in [
-        (-1, {"at_least": 0}, "at least 0"),
-        (math.nan, {"at_least": 0}, "at least 0"),
-        (1, {"below": 1}, "below 1"),
-        (0, {"above": 0}, "above 0"),
-        (2, {"at_most": 1}, "at most 1"),
-    ]:
-        with pytest.raises(ValueError, match=f"share must be {words}, got {value}"):
-            ops.check_number("share", value, **bounds)
-    jax.jit(lambda x: ops.check_number("share", x, above=5))(1.0)
-    assert [ops.is_zero(x) for x in (0, 0.0, 0.1, jnp.zeros(()))] == [True, True, False, False]
