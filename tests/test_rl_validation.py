@@ -9,6 +9,7 @@ import pytest
 from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import folder
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -36,10 +37,10 @@ def config(tmp_path):
 
 @pytest.mark.slow
 def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
-    folder = training.rl.run(config, vpg).folder
+    path = training.rl.run(config, vpg).folder
     # By prompt, not by order: the characters f and b are in this file alone, and the tokenizer has them.
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text("utf-8").splitlines()]
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
     for step in (0, 1):
         rows = [row for row in samples if row["step"] == step]
         assert [row["prompt"] for row in rows] == [row["prompt"] for row in OTHERS]
@@ -60,4 +61,4 @@ def test_a_column_that_validation_lacks_is_refused(config, tmp_path):
     write(tmp_path / "others.json", [{"prompt": "x", "level": 1}])
     with pytest.raises(UserError, match=r"rl\.validation_data: its rows have no topic"):
         training.rl.run(config, vpg)
-    assert not (tmp_path / "run").exists()
+    assert folder.is_unused(tmp_path / "run")

@@ -1,9 +1,8 @@
 """What a run starts from: the model and its tokenizer, and which of its parameters are trained."""
 
 import dataclasses
-import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,6 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import lora
 from rlhf_jax.rewards import spec
 from rlhf_jax.types import Params
-
-Stream = Literal["init", "data", "rollout", "update", "eval"]
 
 
 class Trainable(NamedTuple):
@@ -34,12 +31,6 @@ class Trainable(NamedTuple):
     def merged(self, trained: Params) -> Params:
         """A plain model's parameters, to be saved."""
         return trained if self.base is None else lora.merge(self.base, trained)
-
-
-def stream(seed: int, stage: str, name: Stream) -> jax.Array:
-    """The key of one named stream: the run's root key, folded with the stage and the stream's name."""
-    root = jax.random.key(seed)
-    return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode()))
 
 
 def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:

@@ -4,7 +4,7 @@ Its phases are pure functions in ``training.phases``.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.data.rows import Prompt
 from rlhf_jax.data.rows import texts as texts_of
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generator import LanguageModel
@@ -59,8 +60,11 @@ def run(
     has_reference = bool(kl_coef or algorithm_config.kl_in_loss or settings.kl_target is not None)
     if settings.reference_refresh is not None and not has_reference:
         raise UserError("rl.reference_refresh: no KL is used here; set rl.kl_coef above 0 or leave it out")
-    parts = _parts(config, name, run_reward)
-    with open_stage(config, name, parts.fingerprints, sizes, parts.files) as stage:
+    sources = [settings.data, settings.validation_data] if settings.validation_data else [settings.data]
+    read = [initial.stage_rows(config, "prompts", names) for names in sources]
+    fingerprints = {source: digest for data in read for source, digest in data.fingerprints.items()}
+    with open_stage(config, name, fingerprints, sizes, _files(config)) as stage:
+        parts = _parts(stage, [data.rows for data in read], run_reward)
         trainer = _Trainer(stage, parts, algorithm, algorithm_config, kl_coef if has_reference else None)
         state, row = loop.train(stage, trainer.first_state(), trainer.job)
         policy = {part: leaves for part, leaves in state.train.params.items() if part != "value"}
@@ -68,7 +72,7 @@ def run(
 
 
 class _Parts(NamedTuple):
-    """What a run is made of before its folder is opened."""
+    """What a run is made of."""
 
     initial: LanguageModel
     prompts: EncodedPrompts
@@ -76,20 +80,17 @@ class _Parts(NamedTuple):
     reward: spec.Reward
     judge: spec.Reward | None
     enforce: Callable[..., Any] | None  # the filter of responses, after a reward on the host
-    fingerprints: dict[str, str]  # of the data
-    files: dict[str, Path]  # what rewards, judge and filter read
 
 
-def _parts(config: RunConfig, name: str, run_reward: spec.Reward | None) -> _Parts:
-    settings, safety = config.rl, config.safety
-    sections = [settings.data, settings.validation_data] if settings.validation_data else [settings.data]
-    read = [initial.stage_rows(config, "prompts", files) for files in sections]
-    texts = texts_of([row for data in read for row in data.rows])
-    language_model = initial.language_model(config, texts, initial.stream(config.seed, name, "init"))
-    tokenizer, guard = language_model.tokenizer, filters.Guard.create(safety)
+def _parts(stage: Stage, rows: Sequence[Sequence[Prompt]], run_reward: spec.Reward | None) -> _Parts:
+    """rows: the prompts to train on, and those to validate on if they have files of their own."""
+    config, settings, guard = stage.config, stage.config.rl, filters.Guard.create(stage.config.safety)
+    texts = texts_of([row for part in rows for row in part])
+    language_model = initial.language_model(config, texts, stage.key("init"))
+    tokenizer = language_model.tokenizer
     encoded = [
-        initial.prompts_for(config, language_model, guard.prompts(data.rows, tokenizer), note)
-        for data, note in zip(read, ("", " (for validation)"), strict=False)
+        initial.prompts_for(config, language_model, guard.prompts(part, tokenizer), note)
+        for part, note in zip(rows, ("", " (for validation)"), strict=False)
     ]
     prompts, to_validate = encoded[0], encoded[-1]
     if missing := [column for column in prompts.columns if column not in to_validate.columns]:
@@ -102,14 +103,18 @@ def _parts(config: RunConfig, name: str, run_reward: spec.Reward | None) -> _Par
     judge = build(settings.judge, columns=to_validate.columns, flag="--rl.judge") if settings.judge else None
     if run_reward is None:
         run_reward = build(config.reward, columns=prompts.columns)
-    enforce, files = None, filters.rule_files(safety)
-    for entry in (*config.reward, *settings.judge):
-        files |= {f"reward {name}": path for name, path in spec.sources(entry).items()}
-    if safety.on:
+    enforce = None
+    if config.safety.on:
         run_reward = spec.Reward(host=spec.as_host(run_reward))
         enforce = guard.for_responses(tokenizer=tokenizer, load=load, columns=prompts.columns).enforce
-    fingerprints = {name: digest for data in read for name, digest in data.fingerprints.items()}
-    return _Parts(language_model, prompts, to_validate, run_reward, judge, enforce, fingerprints, files)
+    return _Parts(language_model, prompts, to_validate, run_reward, judge, enforce)
+
+
+def _files(config: RunConfig) -> dict[str, Path]:
+    """What rewards, judge and filter read, by the names that a manifest gives them."""
+    sources = [spec.sources(entry) for entry in (*config.reward, *config.rl.judge)]
+    rewards_read = {f"reward {name}": path for files in sources for name, path in files.items()}
+    return filters.rule_files(config.safety) | rewards_read
 
 
 def _sizes(name: str, settings: RLStage, config: AlgorithmConfig, num_devices: int) -> dict[str, int]:

@@ -6,9 +6,10 @@ import errno
 import functools
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,11 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.report import page
 from rlhf_jax.runs import devices, folder, manifest, processes, trackers
 from rlhf_jax.training import memory
-from rlhf_jax.training.initial import Stream, Trainable, stream
+from rlhf_jax.training.initial import Trainable
 from rlhf_jax.types import Params, PolicyFn
 
 Tree = TypeVar("Tree")
+Stream = Literal["init", "data", "rollout", "update", "eval"]
 
 # What may differ between a run and its resumption without making it another run.
 MAY_CHANGE = (
@@ -119,6 +121,12 @@ class Stage:
 
         processes.in_first(write)
         return RunResult(run.path, run.model, metrics)
+
+
+def stream(seed: int, stage: str, name: Stream) -> jax.Array:
+    """The key of one named stream: the run's root key, folded with the stage and the stream's name."""
+    root = jax.random.key(seed)
+    return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode()))
 
 
 def set_up(config: RunConfig) -> None:
