@@ -49,7 +49,7 @@ class Annotated(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CustomCategory:
-    """A category of the user's own, judged by exactly one of patterns, keywords and score."""
+    """A category of the user's own, judged by exactly one of patterns, keywords and score, or as helpfulness is."""
 
     prompts: tuple[str, ...] = ()
     """Files of prompts; empty: those of --prompts."""
@@ -59,6 +59,9 @@ class CustomCategory:
     """Words or phrases: the share of responses in which one stands as whole words, in any case of letters."""
     score: str | None = None
     """FILE.py:FUNCTION or another SPEC of --reward: the mean score of the responses."""
+
+    texts: tuple[str, ...] = ()
+    """The prompts themselves, of a category that is a list of them: judged as helpfulness is."""
 
     @property
     def pattern(self) -> re.Pattern[str]:
@@ -128,7 +131,7 @@ def _annotated(record: Record) -> Annotated:
 
 
 def read_categories(path: str) -> dict[str, CustomCategory]:
-    """``{name: category}`` of a YAML file in which each category is a mapping under its name."""
+    """``{name: category}`` of a YAML file in which each category is a mapping under its name, or a list of prompts."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--categories {path}: no such file")
@@ -136,27 +139,29 @@ def read_categories(path: str) -> dict[str, CustomCategory]:
         content = yaml.safe_load(file.read_bytes())
     except yaml.YAMLError:
         content = None  # config.read says where
-    names = list(content) if isinstance(content, dict) and content else ["NAME"]
-    for name in names:
+    content = content if isinstance(content, dict) and content else {"NAME": None}
+    for name in content:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
             raise UserError(f"{path}: a category's name is made of letters, digits and _, found {name!r}")
-    settings = config.read(dataclasses.make_dataclass("_", [(name, CustomCategory) for name in names]), file)
+    kinds = {name: tuple[str, ...] if isinstance(value, list) else CustomCategory for name, value in content.items()}
+    settings = config.read(dataclasses.make_dataclass("_", kinds.items()), file)
     categories = {}
-    for name in names:
+    for name in content:
         given = {key.partition(".")[2]: item for key, item in settings.items() if key.partition(".")[0] == name}
-        categories[name] = CustomCategory(**{key: value for key, (value, _) in given.items()})
         line = min((line for _, line in given.values()), default=1)
+        categories[name] = CustomCategory(**{key or "texts": value for key, (value, _) in given.items()})
         _check_category(categories[name], f"{path}, line {line}: {name}")
     return categories
 
 
 def _check_category(category: CustomCategory, where: str) -> None:
-    judges = [key for key in ("patterns", "keywords", "score") if getattr(category, key)]
+    names = ("patterns", "keywords", "score", "texts")
+    judges = [name for name in names if getattr(category, name)]
     if len(judges) != 1:
         listed = " and ".join(judges) or "none"
-        raise UserError(f"{where} needs exactly one of patterns, keywords and score, found {listed}")
-    if "" in (*category.patterns, *category.keywords):
-        raise UserError(f"{where}.{judges[0]} holds an empty text, which every response has")
+        raise UserError(f"{where} needs exactly one of {', '.join(names)} (or is a list of prompts), found {listed}")
+    if "" in (*category.patterns, *category.keywords, *category.texts):
+        raise UserError(f"{where}.{judges[0]} holds an empty text")
     for pattern in category.patterns:
         try:
             re.compile(pattern)
