@@ -15,10 +15,9 @@ from test_report import write_run
 
 from rlhf_jax import cli, metrics, models
 from rlhf_jax.data import tokenizers
-from rlhf_jax.data.rows import Pair
+from rlhf_jax.data.rows import Annotated
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import data, evaluate, measures
-from rlhf_jax.evaluation.data import Annotated
 from rlhf_jax.evaluation.measures import Responses
 from rlhf_jax.report import page as report
 
@@ -102,7 +101,7 @@ def test_preferences_by_hand():
 def test_agreement_by_hand():
     """Majorities 1, 2, tie, none, 1; the judge says 1, 1, tie, 2, 1."""
     votes = [(1, 1, 2), (2, 2, 2), (0, 0, 1), (0, 1, 2), (1, 1, 1)]
-    annotated = [Annotated(Pair("p", "a", "b", f"row {i}"), vote) for i, vote in enumerate(votes)]
+    annotated = [Annotated("p", "a", "b", f"row {i}", votes=vote) for i, vote in enumerate(votes)]
     assert [row.majority for row in annotated] == [1, 2, 0, None, 1]
     rows = measures.agreement({"judge": np.array([1.0, 2.0, 0.0, -1.0, 3.0])}, annotated, KEY)
     found = {row.metric: row for row in rows}
@@ -128,7 +127,7 @@ def test_win_rate_compares_all_samples_of_a_prompt():
 
 
 ANNOTATED = {"instruction": "a", "response1": "b"}
-BAD_VOTE = ANNOTATED | {"response2": "", "annotator1": 3}
+BAD_VOTE = ANNOTATED | {"response2": "c", "annotator1": 3}
 BAD_CATEGORY = {"prompt": "a", "chosen": "b", "rejected": "c", "category": 3}
 
 
@@ -183,8 +182,8 @@ def test_public_files_are_read():
     assert [sum(row.columns["label"] == label for row in safety) for label in ("safe", "unsafe")] == [250, 200]
     pairs, categories = data.read_preferences([str(folder / "hhh" / "hhh_alignment.dev.jsonl")])
     assert (len(pairs.rows), set(categories.values())) == (113, {"harmless", "helpful", "honest", "other"})
-    annotated = data.read_annotated(str(folder / "pandalm" / "testset-v1.dev.json")).rows
-    assert len(annotated) == 445
+    annotated = data.read_annotated(str(folder / "pandalm" / "testset-v1.dev.json"), on_bad_row="drop").rows
+    assert len(annotated) == 445 - 33
     assert sum(row.majority == 0 for row in annotated) == 45 + 6 + 6 + 2 - 6 - 6 - 2 + 8
 
 
@@ -211,8 +210,8 @@ def folders(tmp_path_factory):
     labelled = [{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}]
     (place / "safety.json").write_text(json.dumps(labelled))
     (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    annotated = {"instruction": "say milk", "input": "now", "response1": "milk", "response2": "", "annotator1": 1}
-    others = [{"annotator1": 0, "input": ""}, {"response1": "", "response2": "no", "annotator1": 2}]
+    annotated = {"instruction": "say milk", "input": "now", "response1": "milk", "response2": "tea", "annotator1": 1}
+    others = [{"annotator1": 0, "input": ""}, {"response1": "salt", "response2": "no", "annotator1": 2}]
     on_one_line = json.dumps([annotated | other for other in ({}, *others)])
     (place / "annotated.json").write_text(on_one_line)
     function = "def is_tea(prompts, responses, kind):\n    return [float(k == 'tea') for k in kind]\n"

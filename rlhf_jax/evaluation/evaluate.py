@@ -306,9 +306,9 @@ def margins(bench: Bench, encoded: encoding.EncodedComparisons) -> measures.Marg
 
 def _encode_comparisons(bench: Bench, given: Sequence[Any]) -> encoding.EncodedComparisons:
     """Pairs, or annotated ones, as tokens, at most as long as the policy and the reward model can read."""
-    policy, pairs = bench.policy, [getattr(row, "pair", row) for row in given]
+    policy = bench.policy
     limits: Any = {"max_length": bench.positions, "too_long": bench.config.too_long}
-    return encoding.encode_comparisons(pairs, policy.tokenizer, template=policy.template, **limits)
+    return encoding.encode_comparisons(given, policy.tokenizer, template=policy.template, **limits)
 
 
 class _Sets(NamedTuple):
@@ -376,7 +376,7 @@ def _figures(
     if "preferences" in pairs:
         yield from _preferences(bench, pairs["preferences"], sets.parts)
     if "annotated" in pairs:
-        by_source = {row.pair.source: row for row in sets.results["annotated"].rows}
+        by_source = {row.source: row for row in sets.results["annotated"].rows}
         kept = [by_source[source] for source in pairs["annotated"].chosen.sources]
         yield from measures.agreement(margins(bench, pairs["annotated"]), kept, key)
     if bench.config.against is not None:
