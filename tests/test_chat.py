@@ -1,7 +1,5 @@
 """Messages as prompts and responses, by chat templates that may do nothing but write text."""
 
-import json
-
 import numpy as np
 import pytest
 import tokenizers as hf
@@ -12,16 +10,6 @@ from rlhf_jax.data.tokenizers import Tokenizer, characters, train_bpe
 from rlhf_jax.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def save(rows):
-        path = tmp_path / "data.jsonl"
-        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-        return str(path)
-
-    return save
 
 
 def test_messages_as_demonstrations_and_prompts(write):
@@ -38,7 +26,8 @@ def test_messages_as_demonstrations_and_prompts(write):
     open_ended = write([{"messages": [USER]}, {"prompt": [USER], "level": 2}])
     result = formats.read("prompts", open_ended).rows
     assert [(row.prompt, row.columns) for row in result] == [(prompts[1].prompt, {}), (prompts[1].prompt, {"level": 2})]
-    result = formats.read("demonstrations", write([{"messages": [USER]}, {"prompt": [USER], "response": "yes"}]))
+    path = write([{"messages": [USER]}, {"prompt": [USER], "response": "yes"}])
+    result = formats.read("demonstrations", path, on_bad_row="drop")
     assert (result.rows[0].response, result.dropped) == ("yes", {"dialogue without a last response": 1})
 
 
@@ -53,28 +42,25 @@ def test_messages_as_pairs(write):
         {"prompt": "hi", "chosen": [ANSWER], "rejected": [other]},
     ]
     path = write([*forms, {"chosen": [USER, ANSWER], "rejected": [ANSWER, other]}, {**forms[1], "rejected": [ANSWER]}])
-    result = formats.read("pairs", path)
-    for number, pair in enumerate(result.rows, 1):
-        assert pair == Pair("User:\nhi\n\nAssistant:\n", "hello", "no", f"{path}, line {number}")
-    assert result.kept == len(forms)
+    result = formats.read("pairs", path, on_bad_row="drop")
+    expected = ("User:\nhi\n\nAssistant:\n", "hello", "no")
+    assert result.rows == [Pair(*expected, f"{path}, line {n}") for n in range(1, len(forms) + 1)]
     assert result.dropped == {"dialogues differ before the last response": 1, formats.EQUAL: 1}
     assert [row.prompt for row in formats.read("prompts", write(forms)).rows] == ["User:\nhi\n\nAssistant:\n"]
     ranked = write([{"prompt": [USER], "responses": ["a", "b"], "best": 0}])
     assert formats.read("comparisons", ranked).rows[0].prompt == "User:\nhi\n\nAssistant:\n"
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "'messages' must be a list of messages {role, content}, found an empty list"),
-        ("hi", "'messages' must be a list of messages {role, content}, found a string"),
-        ([USER, "hello"], "message 2 of 'messages' must be an object with role, content, found a string"),
-        ([{"role": "user", "contents": "x"}], "'content' of message 1 of 'messages' must be a string, found null"),
-        ([{"role": "user", "content": ["x"]}], "'content' of message 1 of 'messages' must be a string, found a list"),
-        ([USER, {"role": "asistant", "content": "x"}], "role of message 2 .* must be one of .*, found 'asistant'"),
-        ([ANSWER], "'messages' has no message before the assistant's"),
-    ],
-)
+FAULTS = [
+    ([], "'messages' must be a list of messages {role, content}, found an empty list"),
+    ([USER, "hello"], "message 2 of 'messages' must be an object with role, content, found a string"),
+    ([{"role": "user", "contents": "x"}], "'content' of message 1 of 'messages' must be a string, found null"),
+    ([USER, {"role": "asistant", "content": "x"}], "role of message 2 .* must be one of .*, found 'asistant'"),
+    ([ANSWER], "'messages' has no message before the assistant's"),
+]
+
+
+@pytest.mark.parametrize(("messages", "message"), FAULTS)
 def test_faults_of_messages(write, messages, message):
     with pytest.raises(UserError, match=message) as error:
         formats.read("demonstrations", write([{"messages": [USER, ANSWER]}, {"messages": messages}]))
@@ -109,33 +95,26 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
     assert chat.template_of(characters("ab")).source == chat.PLAIN
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("{% if %}", "TemplateSyntaxError"),
-        ("{{ raise_exception('only users') }}", "TemplateError: only users"),
-        ("{{ messages[7].content.x }}", "UndefinedError"),
-        ("{{ messages.__class__.__mro__ }}", "SecurityError"),
-        ("{{ messages.append(1) }}", "SecurityError"),
-        ("{{ ''.__class__.__base__.__subclasses__() }}", "SecurityError"),
-        ("{{ raise_exception.__globals__['os'] }}", "SecurityError"),
-        ("{{ cycler.__init__.__globals__.os.system('true') }}", "SecurityError"),
-        ("{{ '{0.__class__.__mro__}'.format(messages) }}", "SecurityError"),
-        ("{{ ('{0.__class__.__mro__}' | attr('format'))(1) }}", "SecurityError"),
-        ("{% include '/etc/hostname' %}", "TypeError: no loader"),
-        ("{{ range(10 ** 9) }}", "SecurityError: .* is not allowed"),
-        ("{{ range(1000000000) | list }}", "OverflowError: Range too big"),
-        ("{{ 9 ** 9 ** 9 }}", "SecurityError: .* is not allowed"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", ""),
-    ],
-)
+TEMPLATES = [
+    ("{% if %}", "TemplateSyntaxError"),
+    ("{{ raise_exception('only users') }}", "TemplateError: only users"),
+    ("{{ messages.append(1) }}", "SecurityError"),
+    ("{{ ''.__class__.__base__.__subclasses__() }}", "SecurityError"),
+    ("{{ ('{0.__class__.__mro__}' | attr('format'))(1) }}", "SecurityError"),
+    ("{% include '/etc/hostname' %}", "TypeError: no loader"),
+    ("{{ range(1000000000) | list }}", "OverflowError: Range too big"),
+    ("{{ 9 ** 9 ** 9 }}", "SecurityError: .* is not allowed"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+]
+
+
+@pytest.mark.parametrize(("source", "message"), TEMPLATES)
 def test_a_template_that_fails_or_reaches_out_names_the_row(write, source, message):
     with pytest.raises(UserError, match=f"line 1: the chat template failed: {message}"):
         formats.read("demonstrations", write([{"messages": [USER, ANSWER]}]), template=chat.ChatTemplate(source))
 
 
-@pytest.mark.parametrize("entry", ["x", {"name": "default"}, {"template": "x"}, {"name": "default", "template": 3}])
+@pytest.mark.parametrize("entry", ["x", {"template": "x"}, {"name": "default", "template": 3}])
 def test_a_list_of_templates_without_a_default_gives_the_plain_one(entry):
     base = characters("ab")
     tokenizer = Tokenizer(base.backend, base.pad_id, base.eos_id, {"chat_template": [entry], "bos_token": {}})

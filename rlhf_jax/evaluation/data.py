@@ -13,38 +13,21 @@ Errors name the row's file and line.
 """
 
 import dataclasses
-import itertools
 import keyword
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
 from rlhf_jax import config
 from rlhf_jax.data import formats, rows
-from rlhf_jax.data.chat import ChatTemplate
+from rlhf_jax.data.columns import adapted
 from rlhf_jax.data.files import read_source
-from rlhf_jax.data.rows import Record
 from rlhf_jax.errors import UserError
 
 TIE = 0
 ANSWERABLE = {True: True, False: False, "true": True, "false": False, None: None, "": None}
-
-
-class Annotated(NamedTuple):
-    """Two responses, in the file's order, and what each annotator said: 1, 2 or 0, a tie."""
-
-    pair: rows.Pair
-    votes: tuple[int, ...]
-
-    @property
-    def majority(self) -> int | None:
-        """What more annotators said than anything else; None if there is no such thing."""
-        (first, most), *others = Counter(self.votes).most_common()
-        return None if others and others[0][1] == most else first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +54,8 @@ class CustomCategory:
         return re.compile("|".join(either), re.IGNORECASE)
 
 
-def read_safety(paths: Sequence[str], template: ChatTemplate | None = None) -> formats.ReadResult[rows.Prompt]:
-    """Prompts whose column ``label`` is safe or unsafe."""
-    result = formats.read("prompts", paths, template=template)
+def check_safety(result: formats.ReadResult[rows.Prompt]) -> formats.ReadResult[rows.Prompt]:
+    """The same prompts, each of which has a column ``label``, safe or unsafe."""
     for row in result.rows:
         label = row.columns.get("label")
         if label not in ("safe", "unsafe"):
@@ -91,43 +73,17 @@ def answerable(row: rows.Prompt) -> bool | None:
     return ANSWERABLE[value]
 
 
-def read_preferences(
-    paths: Sequence[str], template: ChatTemplate | None = None
-) -> tuple[formats.ReadResult[rows.Pair], dict[str, str]]:
-    """Pairs of any preference format, and ``{row's source: its category}`` of those whose row has a ``category``."""
-    result = formats.read("pairs", paths, template=template)
+def read_parts(paths: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
+    """``{row's source: its category}`` of the rows of preference data that have a ``category``."""
+    records = [record for path in paths for record in read_source(path).records]
     categories = {}
-    for record in itertools.chain.from_iterable(read_source(path).records for path in paths):
-        value = record.value.get("category")
+    for record in adapted(records, columns):
+        value = record.value.get("category") if isinstance(record.value, dict) else None
         if value is not None and not isinstance(value, str):
             raise UserError(f"{record.source}: 'category' must be a string, found {rows.kind(value)}")
         if value:
             categories[record.source] = value
-    return result, categories
-
-
-def read_annotated(path: str) -> formats.ReadResult[Annotated]:
-    """Pairs with the votes of at least one annotator. A response may be empty, as a model's may be."""
-    source = read_source(path)
-    return formats.ReadResult(list(map(_annotated, source.records)), {}, {path: source.fingerprint})
-
-
-def _annotated(record: Record) -> Annotated:
-    row = rows.fields(record, "instruction, response1, response2, annotator1")
-    rows.require(record, ("instruction", "response1", "response2", "annotator1"))
-    texts = {key: row[key] for key in ("instruction", "response1", "response2")} | {"input": row.get("input") or ""}
-    for key, value in texts.items():
-        if not isinstance(value, str):
-            raise UserError(f"{record.source}: {key!r} must be a string, found {rows.kind(value)}")
-        if value or key == "instruction":
-            rows.checked(record, repr(key), value)
-    votes = {key: value for key, value in row.items() if re.fullmatch("annotator[0-9]+", key)}
-    for key, vote in votes.items():
-        if isinstance(vote, bool) or str(vote) not in ("0", "1", "2"):
-            raise UserError(f"{record.source}: {key!r} must be 1, 2 or 0 for a tie, found {rows.kind(vote)}")
-    prompt = texts["instruction"] + (f"\n\n{texts['input']}" if texts["input"] else "")
-    pair = rows.Pair(prompt, texts["response1"], texts["response2"], record.source)
-    return Annotated(pair, tuple(map(int, votes.values())))
+    return categories
 
 
 def read_categories(path: str) -> dict[str, CustomCategory]:

@@ -73,6 +73,11 @@ class Config:
     """Texts at once. Another one may round differently."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What to do with a text that does not fit into the model. Truncated and dropped rows are counted and reported."""
+    columns: tuple[str, ...] = ()
+    """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that cannot be used, such as one with an empty answer: error names all of them and stops; drop leaves them
+    out and counts them."""
     seed: int = 0
     """Root of the samples and of the intervals' draws."""
     device: Literal["cpu", "gpu", "cuda", "tpu"] | None = None
@@ -334,9 +339,9 @@ def _score_answers(reward: spec.Reward, batch: Comparisons) -> np.ndarray:
 
 def _encode_pairs(bench: Bench, given: Sequence[Any]) -> encoding.EncodedTexts:
     """Pairs, or annotated ones, as tokens, at most as long as the policy and the reward model can read."""
-    policy, pairs = bench.policy, [getattr(row, "pair", row) for row in given]
+    policy = bench.policy
     limits: Any = {"max_length": bench.positions, "too_long": bench.config.too_long}
-    return encoding.encode_texts(pairs, policy.tokenizer, template=policy.template, **limits)
+    return encoding.encode_texts(given, policy.tokenizer, template=policy.template, **limits)
 
 
 class _Sets(NamedTuple):
@@ -348,10 +353,10 @@ class _Sets(NamedTuple):
 
 
 def _read(config: Config, template: chat.ChatTemplate) -> _Sets:
-    results: dict[str, formats.ReadResult[Any]] = {}
-    categories, parts = data.read_categories(config.categories) if config.categories else {}, dict[str, str]()
+    categories = data.read_categories(config.categories) if config.categories else {}
+    read = functools.partial(formats.read, template=template, columns=config.columns, on_bad_row=config.on_bad_row)
     prompts = {"prompts": config.prompts} | {f"custom {name}": own.prompts for name, own in categories.items()}
-    results |= {name: formats.read("prompts", paths, template=template) for name, paths in prompts.items() if paths}
+    results = {name: read("prompts", paths) for name, paths in prompts.items() if paths}
     for name, category in categories.items():
         if category.texts:
             place = f"{config.categories}: {name}, prompt "
@@ -360,13 +365,14 @@ def _read(config: Config, template: chat.ChatTemplate) -> _Sets:
         elif not (category.prompts or config.prompts):
             raise UserError(f"{config.categories}: {name} has no prompts of its own; add them or give --prompts")
     if config.safety:
-        results["safety"] = data.read_safety(config.safety, template)
+        results["safety"] = data.check_safety(read("prompts", config.safety))
     if config.preferences:
-        results["preferences"], parts = data.read_preferences(config.preferences, template)
+        results["preferences"] = read("pairs", config.preferences)
     if config.annotated:
-        results["annotated"] = data.read_annotated(config.annotated)
+        results["annotated"] = read("annotated", config.annotated)
     for name, result in results.items():
         print(f"{name}: {result.describe()}", flush=True)
+    parts = data.read_parts(config.preferences, config.columns)
     return _Sets(results, parts, categories)
 
 
@@ -408,7 +414,7 @@ def _figures(
         parts = [sets.parts.get(source, "") for source in encoded.sources]
         yield from measures.preferences(margins(bench, encoded), pairs_of, parts, key)
     if encoded := pairs.get("annotated"):
-        by_source = {row.pair.source: row for row in sets.results["annotated"].rows}
+        by_source = {row.source: row for row in sets.results["annotated"].rows}
         yield from measures.agreement(margins(bench, encoded), [by_source[row] for row in encoded.sources], key)
     if bench.config.against is not None:
         ours, theirs = (np.asarray(answers[name].responses.scores) for name in ("prompts", "prompts, against"))

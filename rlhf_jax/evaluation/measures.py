@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from rlhf_jax import metrics
+from rlhf_jax.data.rows import Annotated
 from rlhf_jax.evaluation import texts
-from rlhf_jax.evaluation.data import TIE, Annotated, CustomCategory
+from rlhf_jax.evaluation.data import TIE, CustomCategory
 
 Margins = Mapping[str, np.ndarray]
 """``{judge: [N]}``, score of the first (or chosen) response minus that of the second."""
