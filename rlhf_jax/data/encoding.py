@@ -205,7 +205,7 @@ def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) ->
     return encoded
 
 
-_CHOICES = "shorten it, or set too_long to 'truncate' or 'drop'"
+_CHOICES = "shorten it, or give --text.too-long (of evaluate: --too-long) truncate or drop"
 
 
 def _fitted(
