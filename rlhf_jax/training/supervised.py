@@ -117,8 +117,9 @@ def run(
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
+    set_up(config)
     settings, text = getattr(config, name), config.text
-    sizes = _sizes(name, settings, set_up(config))
+    sizes = _sizes(name, settings, jax.device_count())
     kind: Literal["demonstrations", "comparisons"] = "demonstrations" if name == "sft" else "comparisons"
     to_arrays = batches.demonstration_batch if name == "sft" else batches.comparison_batch
     data = initial.stage_rows(config, kind, settings.data)
