@@ -14,7 +14,7 @@ from test_page import Page
 from test_report import write_run
 
 from rlhf_jax import cli, metrics, models
-from rlhf_jax.data import formats, tokenizers
+from rlhf_jax.data import chat, formats, tokenizers
 from rlhf_jax.data.rows import Annotated
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import data, evaluate, measures
@@ -192,6 +192,31 @@ def test_rows_on_one_line_are_told_apart(tmp_path):
     sources = [row.source for row in formats.read("pairs", path).rows]
     assert [sources.index(source) for source in sources] == [0, 1, 2, 3, 3, 3]
     assert list(data.read_parts([str(path)], ()).values()) == ["helpful", "honest", "honest", "mine"]
+
+
+def test_columns_and_bad_rows_of_every_set(tmp_path):
+    def written(*rows):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(json.dumps([{"question": "a"} | row for row in rows]))
+        return str(path)
+
+    pair, vote = {"chosen": "b", "rejected": "c"}, {"response1": "b", "response2": "c", "annotator1": 1}
+    given = {
+        "prompts": (written({}, {"question": ""}),),
+        "safety": (written({"label": "safe"}, {"label": "safe", "question": 1}),),
+        "preferences": (written(pair, pair | {"rejected": ""}),),
+        "annotated": written(vote, vote | {"response2": True}, vote | {"response1": ""}),
+        "columns": ("prompt=question", "instruction=question"),
+    }
+    template = chat.ChatTemplate()
+    sets = evaluate._read(evaluate.Config(**given, on_bad_row="drop"), template)
+    assert {name: (read.kept, sum(read.dropped.values())) for name, read in sets.results.items()} == {
+        **dict.fromkeys(("prompts", "safety", "preferences"), (1, 1)),
+        "annotated": (1, 2),
+    }
+    message = r"row 2: 'response2' must be a string, found true.*\n.*row 3: 'response1' is empty"
+    with pytest.raises(UserError, match=message):
+        evaluate._read(evaluate.Config(annotated=given["annotated"], columns=given["columns"][1:]), template)
 
 
 def test_keywords_are_whole_words_and_patterns_any_case():
