@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from rlhf_jax.data.formats import Kind
+from rlhf_jax.data.formats import Kind, OnBadRow
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 
 Positional = tyro.conf.Positional[str]
@@ -150,7 +150,11 @@ def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) 
 
 
 def check_data(
-    files: tyro.conf.Positional[tuple[str, ...]], tokenizer: str | None = None, kind: Kind | None = None
+    files: tyro.conf.Positional[tuple[str, ...]],
+    tokenizer: str | None = None,
+    kind: Kind | None = None,
+    columns: tuple[str, ...] = (),
+    on_bad_row: OnBadRow = "error",
 ) -> int:
     """Read data files to their end: format, counts, lengths, duplicates, what they share, and every problem.
 
@@ -160,16 +164,24 @@ def check_data(
         files: JSON, JSON lines, CSV, Parquet or text files, or names of Hugging Face datasets.
         tokenizer: folder or name; lengths are then in its tokens, and its chat template renders messages.
         kind: what the rows should be; by default what most of them are.
+        columns: keys of the data under other names, each OURS=THEIRS: prompt=question response=answer.
+        on_bad_row: error: rows that a stage cannot use are problems; drop: they are left out and counted.
     """
     from rlhf_jax.data import check, tokenizers
 
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    report = check.check(files, loaded, kind)
+    report = check.check(files, loaded, kind, columns, on_bad_row)
     print(report.text)
     return 2 if report.num_problems else 0
 
 
-def preview_data(file: Positional, count: int = 3, tokenizer: str | None = None, kind: Kind | None = None) -> None:
+def preview_data(
+    file: Positional,
+    count: int = 3,
+    tokenizer: str | None = None,
+    kind: Kind | None = None,
+    columns: tuple[str, ...] = (),
+) -> None:
     """Print the first rows of a data file as a run reads them.
 
     Args:
@@ -177,11 +189,12 @@ def preview_data(file: Positional, count: int = 3, tokenizer: str | None = None,
         count: rows to print.
         tokenizer: folder or name; its chat template then renders messages.
         kind: what the rows should be; by default what most of them are.
+        columns: keys of the data under other names, each OURS=THEIRS: prompt=question response=answer.
     """
     from rlhf_jax.data import check, tokenizers
 
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    print(check.preview(file, loaded, kind, count))
+    print(check.preview(file, loaded, kind, count, columns))
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {

@@ -90,6 +90,9 @@ def test_comparison_batch_by_hand():
     assert cut.counts == {"dropped, the cut responses are equal": 1, "response cut, its EOS with it": 1}
     both = comparisons([Pair("a", "bcd", "cde", "f")], max_length=3, too_long="truncate")
     assert both.counts == {"response cut, its EOS with it": 2}
+    ranking = [Pair("a", *texts, "f, line 4", weight=1 / 3) for texts in (("b", "c"), ("b", "def"), ("c", "def"))]
+    equal(comparisons([*rows[2:], *ranking]).weight, np.float32([1, 1 / 3, 1 / 3, 1 / 3]))
+    assert comparisons([*rows[2:], *ranking], max_length=3, too_long="drop").weight is None  # what is left weighs 1
     dropped = comparisons(rows, max_length=4, too_long="drop")
     assert (dropped.sources, dropped.counts) == (["f, line 3"], {"dropped, too long": 2})
 

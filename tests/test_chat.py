@@ -26,7 +26,8 @@ def test_messages_as_demonstrations_and_prompts(write):
     open_ended = write([{"messages": [USER]}, {"prompt": [USER], "level": 2}])
     result = formats.read("prompts", open_ended).rows
     assert [(row.prompt, row.columns) for row in result] == [(prompts[1].prompt, {}), (prompts[1].prompt, {"level": 2})]
-    result = formats.read("demonstrations", write([{"messages": [USER]}, {"prompt": [USER], "response": "yes"}]))
+    path = write([{"messages": [USER]}, {"prompt": [USER], "response": "yes"}])
+    result = formats.read("demonstrations", path, on_bad_row="drop")
     assert (result.rows[0].response, result.dropped) == ("yes", {"dialogue without a last response": 1})
 
 
@@ -41,7 +42,7 @@ def test_messages_as_pairs(write):
         {"prompt": "hi", "chosen": [ANSWER], "rejected": [other]},
     ]
     path = write([*forms, {"chosen": [USER, ANSWER], "rejected": [ANSWER, other]}, {**forms[1], "rejected": [ANSWER]}])
-    result = formats.read("pairs", path)
+    result = formats.read("pairs", path, on_bad_row="drop")
     expected = ("User:\nhi\n\nAssistant:\n", "hello", "no")
     assert result.rows == [Pair(*expected, f"{path}, line {n}") for n in range(1, len(forms) + 1)]
     assert result.dropped == {"dialogues differ before the last response": 1, formats.EQUAL: 1}

@@ -66,9 +66,15 @@ data.jsonl: JSON lines, 7 rows, 2 demonstrations kept
     data.jsonl, line 6: expected an object with keys prompt, response, found a string
 """
     )
-    assert report.text.endswith("5 problems: a run would stop at the first")
-    report = check.check([write([*[{"prompt": "a", "response": "b"}] * 31, *[{"prompt": "a"}] * 30])])
-    assert report.num_problems == 30
+    assert report.text.endswith("5 problems: a run would stop")
+    report = check.check(
+        [write([*[{"prompt": "a", "response": "b"}] * 61, *[{"prompt": "a", "response": i} for i in range(30)] * 2])]
+    )
+    assert report.num_problems == 60
+    first = (
+        "\n  problems: 60\n    2 rows: 'response' must be a string, found the number 0 (data.jsonl, line 62, line 92)\n"
+    )
+    assert first in report.text
     assert "    and 10 more" in report.text
 
 

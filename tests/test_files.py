@@ -58,7 +58,9 @@ def test_plain_text_is_a_prompt_a_line(write):
     path = write("[one\r\n\n  \n two\u2028three\n", "prompts.txt")
     expected = [Prompt("[one", "prompts.txt, line 1"), Prompt(" two\u2028three", "prompts.txt, line 4")]
     assert formats.read("prompts", path).rows == expected
-    with pytest.raises(UserError, match=r"prompts.txt, line 1: expected an object with keys .* found a string"):
+    with pytest.raises(
+        UserError, match=r"2 rows: expected an object with keys .* found a string \(prompts.txt, line 1, line 4\)"
+    ):
         formats.read("pairs", path)
 
 
@@ -118,7 +120,7 @@ FAULTS_OF_JSON = [
 ]
 FAULTS_OF_CSV = [
     ("prompt,response\na,b\nc,d,e\n", "line 3: 3 cells under a header of 2; quote cells"),
-    ("prompt,response\na,b\nc\n", "line 3: 1 cells under a header of 2$"),
+    ("prompt,response\na,b\nc\n", "line 3: 1 cells under a header of 2\n"),
     ('prompt,response\na,"b\nc', "line 1: not valid CSV in the row after this one: unexpected end of data"),
     ("prompt,prompt\na,b\n", "line 1: each column needs a name of its own, found 'prompt', 'prompt'"),
     ("prompt,\na,b\n", "line 1: each column needs a name of its own"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import batches, demo, encoding, formats, rows
-from rlhf_jax.data.rows import Comparison, Demonstration, Pair, Prompt
+from rlhf_jax.data.rows import Annotated, Comparison, Demonstration, Pair, Prompt
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
 
@@ -51,28 +51,113 @@ def test_formats(write, record, prompt, response, as_pairs, comparisons):
     assert formats.read("prompts", path).rows == [Prompt(prompt, W)]
 
 
+DIFFER = {"chosen": dialogue("a", " x"), "rejected": dialogue("b", " y")}
+SILENT = {"chosen": dialogue("a", " x"), "rejected": dialogue("a", "")}
+EMPTY = PAIR | {"rejected": ""}
+
+
 def test_rows_that_teach_nothing_are_dropped_and_counted(write):
     equal = PAIR | {"rejected": "good"}
-    differ = {"chosen": dialogue("a", " x"), "rejected": dialogue("b", " y")}
-    silent = {"chosen": dialogue("a", " x"), "rejected": dialogue("a", "")}
     tied, same = RANKED | {"ranks": [1, 1, 1]}, {"prompt": "p", "responses": ["x", "x", "x"], "best": 0}
-    path = write([PAIR, equal, equal, differ, silent, tied, same])
-    result = formats.read("pairs", path)
+    result = formats.read("pairs", write([PAIR, equal, equal, tied, same]))
     assert result.kept == 1
-    assert result.dropped == {
-        "chosen and rejected are identical": 2,
-        "dialogues differ before the last response": 1,
-        "dialogue without a last response": 1,
-        "all responses are ranked equal": 1,
-        "all responses are identical": 1,
+    assert result.places == {
+        "chosen and rejected are identical": ["data.jsonl, line 2", "data.jsonl, line 3"],
+        "all responses are ranked equal": ["data.jsonl, line 4"],
+        "all responses are identical": ["data.jsonl, line 5"],
     }
     # Chosen responses and prompts are what they are.
-    assert [row.response for row in formats.read("demonstrations", write([differ, silent])).rows] == [" x", " x"]
-    assert formats.read("prompts", write([differ, silent, silent])).dropped == {"repeated prompt": 2}
-    result = formats.read("pairs", write([PAIR, equal]))
-    assert result.describe() == "1 rows, 1 dropped (chosen and rejected are identical)"
-    with pytest.raises(UserError, match=r"no usable row: 0 rows, 2 dropped \(chosen and rejected are identical\)"):
+    path = write([DIFFER, SILENT, SILENT])
+    assert [row.response for row in formats.read("demonstrations", path).rows] == [" x"] * 3
+    assert formats.read("prompts", path).dropped == {"repeated prompt": 2}
+    result = formats.read("pairs", write([PAIR, *[equal] * 9]))
+    places = "data.jsonl, line 2, line 3, line 4, line 5, line 6 and 4 more"
+    assert result.describe() == f"1 rows, 9 dropped (chosen and rejected are identical: {places})"
+    with pytest.raises(UserError, match=r"no usable row: 0 rows, 2 dropped \(chosen and rejected are identical"):
         formats.read("pairs", write([equal, equal]))
+
+
+def test_rows_that_a_stage_cannot_use_are_errors_together_or_dropped(write):
+    path = write([PAIR, DIFFER, SILENT, EMPTY, EMPTY, PAIR | {"rejected": True}])
+    with pytest.raises(UserError) as error:
+        formats.read("pairs", path)
+    assert str(error.value).split("\n") == [
+        "data.jsonl, line 2: dialogues differ before the last response",
+        "data.jsonl, line 3: dialogue without a last response",
+        "2 rows: 'rejected' is empty (data.jsonl, line 4, line 5)",
+        "data.jsonl, line 6: 'rejected' must be a string, found true or false",
+        "--on-bad-row drop leaves such rows out and counts them",
+    ]
+    result = formats.read("pairs", path, on_bad_row="drop")
+    assert [row.source for row in result.rows] == ["data.jsonl, line 1"]
+    assert [*result.dropped.values()] == [1, 1, 2, 1]
+    assert result.places["'rejected' is empty"] == ["data.jsonl, line 4", "data.jsonl, line 5"]
+    with pytest.raises(UserError, match="the file is cut off"):  # behind it nothing was read
+        formats.read("prompts", write('["a", {"b', "cut.json"), on_bad_row="drop")
+
+
+VOTED = {"instruction": "Add", "input": "1 2", "response1": "3", "response2": "4", "annotator1": 1, "annotator2": 0}
+ALPACA = "prompt=instruction+input response=output"
+CHOICES = {"q": "p", "mc": {"choices": ["a", "b", "c"], "labels": [0, 0, 1]}}
+SCORED = {"q": "p", "completions": [{"text": "a", "score": 3}, {"text": "b", "score": 1}]}
+JUDGED = {"input": "i", "output_1": "x", "output_2": "y", "label": 2}
+# What a file holds, --columns, and the row that comes of it.
+RENAMED = [
+    ({"question": "q", "answer": "a"}, "prompt=question response=answer", Demonstration("q", "a", W)),
+    ({"instruction": "i", "input": "", "output": "o"}, ALPACA, Demonstration("i", "o", W)),
+    ({"instruction": "i", "input": "x", "output": "o"}, ALPACA, Demonstration("i\n\nx", "o", W)),
+    (CHOICES, "prompt=q responses=mc.choices best=mc.labels", Comparison("p", ("a", "b", "c"), W, best=2)),
+    (
+        SCORED,
+        "prompt=q responses=completions.text targets=completions.score",
+        Comparison("p", ("a", "b"), W, targets=(3.0, 1.0)),
+    ),
+    (VOTED, "", Annotated("Add\n\n1 2", "3", "4", W, votes=(1, 0))),
+    (
+        JUDGED,
+        "instruction=input response1=output_1 response2=output_2 annotator1=label",
+        Annotated("i", "x", "y", W, votes=(2,)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "columns", "expected"), RENAMED)
+def test_columns_by_other_names(write, record, columns, expected):
+    kinds = {Demonstration: "demonstrations", Comparison: "comparisons", Annotated: "annotated"}
+    assert formats.read(kinds[type(expected)], write([record]), columns=columns.split()).rows == [expected]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["prompt"], "--columns prompt: expected OURS=THEIRS, such as prompt=question"),
+        (["prompt=qestion"], "--columns prompt=qestion: no row has 'qestion'; did you mean 'question'"),
+        (["prompt=question+level"], r"line 1: --columns joins texts with \+, found the number 3 in question\+level"),
+    ],
+)
+def test_faults_of_columns(write, columns, message):
+    with pytest.raises(UserError, match=message):
+        formats.read("prompts", write([{"question": "q", "level": 3}]), columns=columns)
+
+
+def test_message_trees_are_rankings(write):
+    def message(role, text, *replies, rank=None):
+        return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
+
+    two = (message("assistant", "y", rank=1), message("assistant", "x", rank=0))
+    lone = message("assistant", "z", message("prompter", "more", *two), rank=2)
+    path = write([{"prompt": message("prompter", "p", *two, lone)}, {"prompt": message("prompter", "q", lone)}])
+    result = formats.read("pairs", path)
+    first, second, third = (f"data.jsonl, line {place}" for place in ("1, prompt 1", "1, prompt 2", "2, prompt 1"))
+    p, more = "User:\np\n\nAssistant:\n", "User:\np\n\nAssistant:\nz\n\nUser:\nmore\n\nAssistant:\n"
+    ranked = [("y", "z"), ("x", "y"), ("x", "z")]
+    expected = [Pair(p, better, worse, first, 1 / 3) for better, worse in ranked] + [Pair(more, "x", "y", second)]
+    assert result.rows == [*expected, Pair(more.replace("\np\n", "\nq\n", 1), "x", "y", third)]
+    unranked = {"prompt": message("prompter", "p", message("assistant", "y"))}
+    path = write([unranked, {"prompt": {"text": "p", "role": "prompter", "replies": 3}}, PAIR])
+    with pytest.raises(UserError, match="line 2: not a message tree: TypeError"):
+        formats.read("pairs", path)
+    assert [*formats.read("pairs", path, on_bad_row="drop").dropped.values()] == [1, 1]
 
 
 def test_prompts_as_strings_objects_and_of_rows_with_responses(write):
@@ -133,7 +218,7 @@ FAULTS = [
     ("demonstrations", {"prompt": "a", "respnse": "b"}, "found prompt, respnse; did you mean 'response' by 'respnse"),
     ("demonstrations", ["a"], "expected an object with keys prompt, response, found a list"),
     ("demonstrations", {"prompt": "a", "response": 3}, "'response' must be a string, found the number 3"),
-    ("demonstrations", {"prompt": "a", "response": " "}, "'response' is empty; remove the row or fill it in"),
+    ("demonstrations", {"prompt": "a", "response": " "}, "'response' is empty"),
     ("demonstrations", {"prompt": "a", "response": "b\ud83d"}, "'response' holds half of a surrogate pair"),
     ("demonstrations", {"chosen": "a", "rejected": "b"}, "without a prompt, 'chosen' must be a dialogue"),
     ("pairs", {"prompt": "a", "response": "b"}, "expected keys prompt, chosen, rejected, found prompt, response"),
@@ -155,6 +240,9 @@ FAULTS = [
     ("comparisons", RANKED | {"ranks": [1, "2", 3]}, "'ranks' must hold numbers, found a string"),
     ("comparisons", RANKED | {"targets": [1, 2, float("nan")]}, "numbers, found the number nan"),
     ("comparisons", RANKED | {"targets": [1, 2, 10**400]}, "hold numbers, found a number that is too large"),
+    ("annotated", VOTED | {"annotator2": 3}, "'annotator2' must be 1, 2 or 0 for a tie, found the number 3"),
+    ("annotated", VOTED | {"response1": True}, "'response1' must be a string, found true or false"),
+    ("annotated", VOTED | {"input": 3}, "'input' must be a string, found the number 3"),
     ("comparisons", RANKED | {"best": 0, "ranks": [0, 1, 2]}, "expected one of .*, found best, ranks"),
 ]
 # fmt: on
@@ -163,5 +251,5 @@ FAULTS = [
 @pytest.mark.parametrize(("kind", "record", "message"), FAULTS)
 def test_faults_name_file_line_and_key(write, kind, record, message):
     with pytest.raises(UserError, match=message) as error:
-        formats.read(kind, write([PAIR | {"response": "r"}, record]))
+        formats.read(kind, write([PAIR | VOTED | {"response": "r"}, record]))
     assert str(error.value).startswith("data.jsonl, line 2: ")

@@ -99,7 +99,7 @@ def data_file(name, folder, public=False):
     ],
 )
 def test_every_row_is_read(name, public, kept, dropped, tmp_path):
-    result = formats.read("comparisons", data_file(name, tmp_path, public))
+    result = formats.read("comparisons", data_file(name, tmp_path, public), on_bad_row="drop")
     assert (result.kept, sum(result.dropped.values())) == (kept, dropped)
     if name == "dialogues":
         for row in result.rows:
@@ -130,7 +130,11 @@ def test_they_are_trained_on(name, public, tmp_path):
     """The twins are learned; of the public files' accuracy, with docs/real-preferences.md's settings, nothing is
     promised. All numbers are finite, and each validation writes samples."""
     tokenizer = Path(DATA, "gpt2") if public else gpt2_tokenizer(tmp_path / "gpt2")
-    own = ("--config", ROOT / "configs" / "preferences.yaml") if public else (*SMALL, "--reward-model.num-epochs", "10")
+    own = (
+        ("--config", ROOT / "configs" / "preferences.yaml", "--on-bad-row", "drop")
+        if public
+        else (*SMALL, "--reward-model.num-epochs", "10")
+    )
     where = ("--data", data_file(name, tmp_path, public), "--output-dir", tmp_path / "run")
     folder = training.reward_model.run(
         parse(RunConfig, [*map(str, (*own, "--tokenizer.name", tokenizer, *where))])

@@ -162,6 +162,44 @@ def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(confi
         training.sft.run(dataclasses.replace(config, sft=exploding))
 
 
+class Seen(Exception):
+    """Ends a run when its task is made, and has the task's setting."""
+
+
+def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_much(tmp_path, capsys):
+    """Of every second ranking two of three pairs go with its long answer; of one all answers are equal."""
+    answers = [[f"{'abcdefghijkl'[i]}", "y", "z" * (60 if i % 2 else 1)] for i in range(12)]
+    rankings = [{"prompt": "p", "responses": texts, "ranking": [0, 1, 2]} for texts in [*answers, ["x"] * 3]]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rankings)))
+    config = RunConfig(
+        data=(str(tmp_path / "data.jsonl"),),
+        output_dir=str(tmp_path / "run"),
+        network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
+        tokenizer=Tokenizer(kind="characters"),
+        text=Text(too_long="drop"),
+        reward_model=RewardModelStage(validation_fraction=0.3),
+    )
+
+    def stop(setting):
+        raise Seen(setting)
+
+    with pytest.raises(Seen) as seen:
+        supervised.run(config, "reward_model", stop, show=())
+    setting = seen.value.args[0]
+    train, held_out = (
+        {setting.encoded.sources[row] for row in part} for part in (setting.train_rows, setting.held_out)
+    )
+    assert (len(train | held_out), train & held_out) == (12, set())
+    weights = dict.fromkeys(train | held_out, 0.0)
+    for source, weight in zip(setting.encoded.sources, setting.encoded.weight, strict=True):
+        weights[source] += weight
+    np.testing.assert_allclose(list(weights.values()), 1.0, rtol=1e-6)
+    said = capsys.readouterr().out
+    assert "12 pairs: dropped, too long\n" in said
+    counts = f"{len(setting.train_rows)} train, {len(setting.held_out)} held out\n"
+    assert f"37 pairs in, 1 bad, 12 too long, {counts}" in said
+
+
 def test_scores_get_mean_0_and_variance_1():
     """Raw scores 1, 3, 8 whatever gain and shift the head had: mean 4, variance 26 / 3."""
     raw = jax.numpy.array([[1.0], [3.0], [8.0]])

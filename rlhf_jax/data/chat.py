@@ -23,9 +23,8 @@ import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
-from rlhf_jax.data.rows import Drop, Record, Text, checked, expect, text
+from rlhf_jax.data.rows import BadRow, Record, Text, checked, expect, text
 from rlhf_jax.data.tokenizers import Tokenizer, named_tokens
-from rlhf_jax.errors import UserError
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -54,20 +53,20 @@ class ChatTemplate:
         """The conversation and the opening of the next assistant turn.
 
         Raises:
-          UserError: naming the row (``where``) for a template that fails or contents that spell a special token.
+          BadRow: at ``where``, for a template that fails or contents that spell a special token.
         """
         try:
             rendered = self._template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
             ids = self._encoder.encode(rendered, add_special_tokens=False).ids if self.tokenizer else ()
         except Exception as error:  # a template can fail in any way that an expression can, a vocabulary lack a letter
-            raise UserError(f"{where}: the chat template failed: {type(error).__name__}: {error}") from error
+            raise BadRow(where, f"the chat template failed: {type(error).__name__}: {error}") from error
         if self.tokenizer is None:
             return rendered
         added = self._encoder.get_added_tokens_decoder().values()
         for message, token in itertools.product(messages, added):
             if token.special and token.content in message["content"]:
                 what = f"a {message['role']} message spells the special token {token.content!r}; remove it"
-                raise UserError(f"{where}: {what}, only the chat template may write it")
+                raise BadRow(where, f"{what}, only the chat template may write it")
         return tuple(ids)
 
     @functools.cached_property
@@ -117,7 +116,7 @@ def exchange(record: Record, key: str) -> tuple[list[Message], str]:
     """The messages before the last assistant turn of the conversation under ``key``, and that turn's content.
 
     Where the row has a ``prompt`` (text or messages), the value under ``key`` (text or messages) goes on from it,
-    unless it repeats it. A conversation that does not end in an assistant turn with a content is dropped.
+    unless it repeats it. Raises `BadRow` for one that does not end in an assistant turn with a content.
     """
     before, start = record.value.get("prompt"), list[Message]()
     if isinstance(before, str):
@@ -132,13 +131,13 @@ def exchange(record: Record, key: str) -> tuple[list[Message], str]:
         messages = start + messages
     response = messages[-1]["content"]
     if not is_answered(messages) or not response.strip():
-        raise Drop(NO_RESPONSE)
+        raise BadRow(record.source, NO_RESPONSE)
     return _before_last(record, key, messages), response
 
 
 def _before_last(record: Record, key: str, messages: list[Message]) -> list[Message]:
     if len(messages) < 2:
-        raise UserError(f"{record.source}: {key!r} has no message before the assistant's")
+        raise BadRow(record.source, f"{key!r} has no message before the assistant's")
     return messages[:-1]
 
 
@@ -154,7 +153,7 @@ def _messages(record: Record, key: str) -> list[Message]:
                 isinstance(message.get(part), str), record, f"{part!r} of {where} must be a string", message.get(part)
             )
         if (role := message["role"]) not in ROLES:
-            raise UserError(f"{record.source}: the role of {where} must be one of {', '.join(ROLES)}, found {role!r}")
+            raise BadRow(record.source, f"the role of {where} must be one of {', '.join(ROLES)}, found {role!r}")
         checked(record, f"the content of {where}", message["content"] or " ")
     return value
 

@@ -5,7 +5,7 @@ Texts that are token ids already are taken as they are, without an EOS after the
 
 import functools
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -99,7 +99,7 @@ def encode_texts(
         tokens.append([np.array(prompt + response, np.int32) for prompt, response in present])
         starts[:, k] = [len(prompt) for prompt, _ in present]
     best = np.array([getattr(row, "best", None) or 0 for row in left], np.int32)
-    weights = [getattr(row, "weight", None) for row in left]
+    weights = _weights(rows, left)
     scored = [(i, row.targets) for i, row in enumerate(left) if isinstance(row, Comparison) and row.targets]
     targets = np.zeros((len(left), num_answers), np.float32)
     for i, scores in scored:
@@ -113,7 +113,7 @@ def encode_texts(
         counts,
         best=best if best.any() and not scored else None,
         targets=targets if scored else None,
-        weight=np.array([1 if w is None else w for w in weights], np.float32) if any(weights) else None,
+        weight=None if (weights == 1).all() else weights,
     )
 
 
@@ -205,7 +205,7 @@ def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) ->
     return encoded
 
 
-_CHOICES = "shorten it, or set too_long to 'truncate' or 'drop'"
+_CHOICES = "shorten it, or give --text.too-long (of evaluate: --too-long) truncate or drop"
 
 
 def _fitted(
@@ -235,6 +235,22 @@ def _fitted(
         kept.append((row, prompt, cut))
     _check_some_left(kept, rows, max_length)
     return kept, dict(counts)
+
+
+def _weights(rows: Sequence[Row], left: Sequence[Row]) -> np.ndarray:
+    """[N] float32 weights of the rows that are left. The pairs of one source (a ranking) that are left together weigh
+    what all its pairs did.
+    """
+    before, after = defaultdict[str, float](float), defaultdict[str, float](float)
+    for total, of in ((before, rows), (after, left)):
+        for row in of:
+            total[row.source] += _weight(row)
+    return np.array([_weight(row) * before[row.source] / after[row.source] for row in left], np.float32)
+
+
+def _weight(row: Row) -> float:
+    weight = getattr(row, "weight", None)
+    return 1.0 if weight is None else weight
 
 
 def _check_some_left(kept: Sequence[Any], rows: Sequence[Any], limit: int | None) -> None:

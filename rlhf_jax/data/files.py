@@ -21,7 +21,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.rows import Record
+from rlhf_jax.data.rows import BadRow, Record
 from rlhf_jax.errors import UserError
 
 _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
@@ -147,14 +147,15 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 _NOT_JSON = (ValueError, RecursionError)  # JSONDecodeError is a ValueError; so is a number of thousands of digits
 
 
-def _not_json(error: Exception, source: str, hint: str, hint_if_cut: str) -> Record:
-    """A record of wrong syntax; ``hint_if_cut`` where the text ends too soon."""
+def _not_json(error: Exception, hint: str, hint_if_cut: str) -> str:
+    """What is wrong with the syntax; ``hint_if_cut`` where the text ends too soon."""
     what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
     if isinstance(error, json.JSONDecodeError):
         cut = error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip())
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        what = f"{error.msg[0].lower()}{error.msg[1:]} at {place}{hint_if_cut if cut else hint}"
-    return Record(UserError(f"{source}: not valid JSON, {what}"), source)
+        message = f"{error.msg[0].lower()}{error.msg[1:]}".removesuffix(" at")
+        what = f"{message} at {place}{hint_if_cut if cut else hint}"
+    return f"not valid JSON, {what}"
 
 
 def _json_lines(lines: list[tuple[int, str]], name: str) -> Iterator[Record]:
@@ -165,7 +166,7 @@ def _json_lines(lines: list[tuple[int, str]], name: str) -> Iterator[Record]:
         except _NOT_JSON as error:
             hint = "; in JSON lines each row is one line" if number == lines[0][0] else ""
             cut = "; the file seems cut off" if number == lines[-1][0] else ""
-            yield _not_json(error, source, hint, hint or cut)
+            yield Record(BadRow(source, _not_json(error, hint, hint or cut)), source)
 
 
 def _json_list(text: str, name: str) -> Iterator[Record]:
@@ -182,7 +183,9 @@ def _json_list(text: str, name: str) -> Iterator[Record]:
         if mark and mark.end() < len(text):
             raise json.JSONDecodeError("Extra data", text, mark.end())
     except _NOT_JSON as error:
-        yield _not_json(error, f"{name}, row {number}", "", "; the file is cut off inside this row")
+        source = f"{name}, row {number}"
+        what = _not_json(error, "", "; the file is cut off inside this row")
+        yield Record(UserError(f"{source}: {what}"), source)
 
 
 def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
@@ -206,13 +209,13 @@ def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
 def _csv_row(header: list[str], cells: list[str], source: str) -> dict[str, Any] | UserError:
     if len(cells) != len(header):
         hint = "; quote cells that hold a delimiter or a line break" if len(cells) > len(header) else ""
-        return UserError(f"{source}: {len(cells)} cells under a header of {len(header)}{hint}")
+        return BadRow(source, f"{len(cells)} cells under a header of {len(header)}{hint}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
     for key in set(_JSON_COLUMNS) & set(header):
         try:
             row[key] = json.loads(row[key] or "null")
         except _NOT_JSON:
-            return UserError(f"{source}: the column {key!r} holds JSON, found {row[key][:40]!r}")
+            return BadRow(source, f"the column {key!r} holds JSON, found {row[key][:40]!r}")
     return row
 
 

@@ -61,7 +61,8 @@ def stage_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> f
     """
     source = config.model or config.tokenizer.name
     template = chat.template_of(tokenizers.load_tokenizer(source) if source else None)
-    data = formats.read(kind, names or config.data, seed=config.seed, template=template)
+    how: Any = {"columns": config.columns, "on_bad_row": config.on_bad_row}
+    data = formats.read(kind, names or config.data, seed=config.seed, template=template, **how)
     print(f"{kind}: {data.describe()}", flush=True)
     return data
 

@@ -46,14 +46,40 @@ def score_rows(
     return np.concatenate(scores)
 
 
+def pairs_of(comparisons: EncodedTexts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, metrics.Pairs]:
+    """Each best answer of the given N rows with each other one: [P] place in ``rows``, [P, 2] the two answers' numbers,
+    and the pairs. Rows of one source, such as the pairs of a ranking, are one.
+    """
+    best, answers = _best(comparisons, rows), np.arange(comparisons.lengths.shape[1])
+    place, other = np.nonzero((comparisons.response_lengths[rows] > 0) & (answers != best[:, None]))
+    both = np.stack([best[place], other], axis=1)
+    texts = [comparisons.tokens[k][rows[i]].tobytes() for i, pair in zip(place, both, strict=True) for k in pair]
+    labels = np.unique(np.array(texts, dtype=object), return_inverse=True)[1].reshape(-1, 2)
+    groups = np.unique([comparisons.sources[row] for row in rows[place]], return_inverse=True)[1]
+    weights = np.ones(len(rows)) if comparisons.weight is None else comparisons.weight[rows].astype(np.float64)
+    weights = weights[place] / np.bincount(place)[place]
+    return place, both, metrics.Pairs(groups, labels[:, 0], labels[:, 1], weights)
+
+
 def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     """``metrics.choice_report`` of scores [N, K] of the given rows, weighted as the rows are; with targets
-    ``metrics.target_report``."""
+    ``metrics.target_report``.
+
+    accuracy is of best answers against all others of their row (top-1), of a ranking's pairs too. Where a row has
+    several pairs, pairwise_accuracy is of best answers (in a ranking: of better ones) against each other one.
+    """
     weights = None if comparisons.weight is None else comparisons.weight[rows]
     lengths = comparisons.response_lengths[rows]
     if comparisons.targets is not None:
         return metrics.target_report(scores, comparisons.targets[rows], lengths, weights)
-    return metrics.choice_report(scores, _best(comparisons, rows), lengths, weights)
+    found = metrics.choice_report(scores, _best(comparisons, rows), lengths, weights)
+    place, both, pairs = pairs_of(comparisons, rows)
+    if pairs.is_single:
+        return found
+    margin = scores[place, both[:, 0]] - scores[place, both[:, 1]]
+    right = (margin > 0) + 0.5 * (margin == 0)
+    pairwise = float(np.average(right, weights=pairs.weights))
+    return found | {"accuracy": float(metrics.top_1(right, pairs).mean()), "pairwise_accuracy": pairwise}
 
 
 def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> float:
@@ -84,7 +110,7 @@ def samples(
     comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """The given rows with their scores [N, K] as texts: for each the best answer and the highest-scored other one, or,
-    with targets, every answer. Lengths are response tokens.
+    with targets, every answer. Lengths are response tokens; source and weight are those of the data row.
     """
     lengths = comparisons.response_lengths[rows]
 
@@ -92,19 +118,23 @@ def samples(
         tokens, start = comparisons.tokens[answer][rows[i]], comparisons.starts[rows[i], answer]
         return tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])
 
+    def row_of(i: int) -> dict[str, Any]:
+        weight = 1.0 if comparisons.weight is None else round(float(comparisons.weight[rows[i]]), 6)
+        return {"source": comparisons.sources[rows[i]], "weight": weight}
+
     found: list[dict[str, Any]] = []
     if comparisons.targets is not None:
         for i, k in np.argwhere(lengths > 0):
             prompt, response = texts(i, k)
             labels = {"score": float(scores[i, k]), "target": float(comparisons.targets[rows[i], k])}
-            found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k])})
+            found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k]), **row_of(i)})
         return found
     best = _best(comparisons, rows)
     for i, answers in enumerate(zip(best, metrics.rival(scores, best, lengths), strict=True)):
         chosen_rejected = list(zip(("chosen", "rejected"), answers, strict=True))
         row: dict[str, Any] = {"prompt": texts(i, best[i])[0]} | {name: texts(i, k)[1] for name, k in chosen_rejected}
         row |= {f"score_{name}": float(scores[i, k]) for name, k in chosen_rejected}
-        found.append(row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected})
+        found.append(row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected} | row_of(i))
     return found
 
 

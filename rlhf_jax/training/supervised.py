@@ -13,6 +13,7 @@ import optax
 from rlhf_jax import models
 from rlhf_jax.config import DPOStage, RewardModelStage, RunConfig, SFTStage
 from rlhf_jax.data import batches, encoding, rows
+from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.training import initial, loop
@@ -131,11 +132,11 @@ def run(
         encoded = encoding.encode_texts(
             data.rows, language_model.tokenizer, template=text.template, max_length=length, too_long=text.too_long
         )
-        for what, count in encoded.counts.items():
-            print(f"{count} texts: {what}", flush=True)
         update_key, (split_key, order_key) = stage.key("update"), jax.random.split(stage.key("data"))
         # Pairs of one ranking stay together.
         train_rows, held_out = batches.split(len(encoded), settings.validation_fraction, split_key, encoded.sources)
+        for line in _account(data, encoded, len(train_rows), len(held_out)):
+            print(line, flush=True)
         longest = encoded.lengths.max(axis=1)[train_rows]
         plan = batches.Plan(longest, settings.batch_size, order_key, text.bucket_multiple)
 
@@ -173,6 +174,17 @@ def run(
         stage.hold({"frozen weights": task.start.base, "reference": None if task.start.base else task.reference})
         state, row = loop.train(stage, first_state(), job)
         return stage.finish(language_model, task.start, task.trained(state), row)
+
+
+def _account(data: ReadResult[Any], encoded: encoding.EncodedTexts, num_train: int, num_held_out: int) -> list[str]:
+    """What became of the rows: a line for each thing that was done to long ones, and the sum of it all."""
+    kinds = {rows.Demonstration: "demonstrations", rows.Pair: "pairs"}
+    of_one_kind = {type(row) for row in data.rows}
+    unit = kinds.get(of_one_kind.pop(), "comparisons") if len(of_one_kind) == 1 else "comparisons"
+    bad, too_long = sum(data.dropped.values()), len(data.rows) - len(encoded)
+    lines = [f"{count} {'texts' if what == encoding.CUT else unit}: {what}" for what, count in encoded.counts.items()]
+    total = f"{len(data.rows) + bad} {unit} in, {bad} bad, {too_long} too long"
+    return [*lines, f"{total}, {num_train} train, {num_held_out} held out"]
 
 
 def _sizes(name: str, settings: Settings, num_devices: int) -> dict[str, int]:
