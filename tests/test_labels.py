@@ -10,11 +10,10 @@ from pathlib import Path
 
 import labels
 import numpy as np
-import oasst
 import pytest
 import reward_model
 
-from rlhf_jax.data import formats, tokenizers
+from rlhf_jax.data import columns, files, formats, tokenizers
 from rlhf_jax.errors import UserError
 
 DATA = os.environ.get("RLHF_JAX_DATA")
@@ -235,7 +234,7 @@ def best_of_four(path):
     The file has them by rank, so the first four are put in another order, that of their texts.
     """
     rows = []
-    for row in oasst.rankings(path):
+    for row in (record.value for record in columns.adapted(files.read_source(path).records)):
         if len(row["responses"]) >= 4:
             replies = sorted(zip(row["responses"], row["ranks"], strict=True))[:4]
             samples = {f"sample{i}": text for i, (text, _) in enumerate(replies)}

@@ -156,16 +156,18 @@ def expect(holds: bool, record: Record, what: str, value: Any) -> None:
         raise BadRow(record.source, f"{what}, found {kind(value)}")
 
 
-def require(record: Record, keys: Sequence[str], hint: str = "") -> None:
+def require(record: Record, keys: Sequence[str]) -> None:
     """Raises `BadRow` with the keys found, and the nearest ones, if any of ``keys`` is missing."""
     missing = [key for key in keys if key not in record.value]
-    others = [key for key in record.value if key not in keys]
-    for key in missing:
-        near = difflib.get_close_matches(key, others, n=1)
-        hint += "".join(f"; did you mean {key!r} by {other!r}?" for other in near)
     if missing:
         present = ", ".join(record.value) or "none"
+        hint = "".join(meant(key, [other for other in record.value if other not in keys]) for key in missing)
         raise BadRow(record.source, f"expected keys {', '.join(keys)}, found {present}{hint}")
+
+
+def meant(key: str, others: Sequence[str]) -> str:
+    """The hint that one of ``others`` was meant to be ``key``; "" if none is like it."""
+    return "".join(f"; did you mean {key!r} by {near!r}?" for near in difflib.get_close_matches(key, others, n=1))
 
 
 def text(record: Record, key: str) -> str:
