@@ -32,10 +32,10 @@ def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Reco
         names[ours] = theirs
     seen: set[str] = set()
     renamed = [_renamed(record, names, seen) for record in records]
-    keys = next((list(record.value) for record in records if isinstance(record.value, dict)), None)
-    for ours in [ours for ours in names if keys is not None and ours not in seen]:
-        near = difflib.get_close_matches(names[ours], keys or (), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys or ())}"
+    keys = dict.fromkeys(key for record in records if isinstance(record.value, dict) for key in record.value)
+    for ours in [ours for ours in names if keys and ours not in seen | set(keys)]:
+        near = difflib.get_close_matches(names[ours], keys, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys)}"
         raise UserError(f"--columns {ours}={names[ours]}: no row has {names[ours]!r}; {hint}")
     return [record for tree in renamed for record in _rankings(tree)]
 
