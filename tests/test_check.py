@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_jax import cli
+from rlhf_jax.config import RunConfig
 from rlhf_jax.data import check, formats
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
+from rlhf_jax.training import initial
 
 
 def pair(prompt, chosen, rejected):
@@ -153,31 +156,24 @@ def test_preview_shows_rows_as_a_run_reads_them(write):
         check.preview("nothing.json")
 
 
-# What a file holds, whose every row is read as something else than was meant, and the warning.
+# A row that is read as something else than was meant, and the warning.
 SLIPS = [
-    (
-        "data.json",
-        [{"prompt": "a", "choosen": "b", "rejected": "c"}],
-        "the key 'choosen' is not read; did you mean 'chosen'?",
-    ),
-    ("data.json", [{"prompt": "a", "respnse": "b"}], "the key 'respnse' is not read; did you mean 'response'?"),
-    ("data.json", [{"prompt": "a", "completion": "b"}], "the key 'completion' is not read; did you mean 'response'?"),
-    ("data.json", [{"prompt": "a", "chosen": "b"}], "the key 'chosen' is not read, beside prompt"),
-    ("data.csv", "prompt, response\na,b\n", "the key ' response' is not read; did you mean 'response'?"),
-    (
-        "data.json",
-        [{"prompt": "a", "response": "b", "messages ": []}],
-        "the key 'messages ' is not read; did you mean 'messages'?",
-    ),
+    ({"prompt": "a", "choosen": "b", "rejected": "c"}, "'choosen' is not read; did you mean 'chosen'?"),
+    ({"prompt": "a", "chosen": "b"}, "'chosen' is not read, beside prompt"),
+    ({"prompt": "a", "respnse": "b"}, "'respnse' is not read; did you mean 'response'?"),
+    ({"prompt": "a", "completion": "b"}, "'completion' is not read; did you mean 'response'?"),
+    ({"prompt": "a", " response": "b"}, "' response' is not read; did you mean 'response'?"),
+    ({"prompt": "a", "prompt_id": 1, "Response": "b"}, "'Response' is not read; did you mean 'response'?"),
+    ({"prompt": "a", "response": "b", "message": []}, "'message' is not read; did you mean 'messages'?"),
 ]
 
 
-@pytest.mark.parametrize(("name", "rows", "warning"), SLIPS)
-def test_a_key_that_looks_like_a_slip_is_a_warning(write, name, rows, warning):
-    report = check.check([write(rows, name)])
-    assert f"  warning: {warning}" in report.text
-    assert f"(1 rows: {name}, " in report.text
-    assert report.text.endswith("\n1 warning") or report.text.endswith("\n2 warnings")
+@pytest.mark.parametrize(("row", "warning"), SLIPS)
+def test_a_key_that_looks_like_a_slip_is_a_warning(write, row, warning):
+    text = check.check([write([row, row])]).text
+    assert f"  warning: the key {warning}" in text
+    assert "(2 rows: data.jsonl, line 1, line 2)" in text
+    assert text.endswith(("\n1 warning", "\n2 warnings"))
 
 
 @pytest.mark.parametrize(("name", "key"), [("preference_data.json", "chosen"), ("sft_data.json", "completion")])
@@ -187,14 +183,17 @@ def test_the_pipelines_names_say_the_kind(write, name, key):
     assert f"found prompt, {key}" in report.text
 
 
-def test_what_is_not_read_and_columns(write):
+def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys):
     path = write([{"prompt": "a", "answer": "b", "id": 3}, {"prompt": "c", "answer": "", "id": 4}])
     assert "  columns for the reward: answer (2 rows), id (2 rows)" in check.check([path]).text
-    report = check.check([path], columns=["response=answer"], on_bad_row="drop")
-    assert "1 demonstrations kept" in report.text
-    assert "  keys that training does not read: id (2 rows)" in report.text
-    assert "  dropped, 'response' is empty: 1\n    data.jsonl, line 2" in report.text
-    assert report.text.endswith("no problems")
+    assert cli.run(["data", "check", path, "--columns", "response=answer", "--on-bad-row", "drop"]) == 0
+    text = capsys.readouterr().out
+    assert "1 demonstrations kept" in text
+    assert "  keys that training does not read: id (2 rows)" in text
+    assert "  dropped, 'response' is empty: 1\n    data.jsonl, line 2" in text
+    assert text.endswith("no problems\n")
+    config = RunConfig(data=(path,), columns=("response=answer",), on_bad_row="drop")
+    assert initial.stage_rows(config, "demonstrations", ()).dropped == {"'response' is empty": 1}
     voted = {"instruction": "a", "response1": "b", "response2": "c", "annotator1": 1, "annotator2": 2}
     text = check.check([write([voted])]).text
     assert "1 annotated kept\n  rows: 1 of instruction, response1, response2, annotator1\n  words" in text

@@ -55,8 +55,8 @@ def test_csv_cells_are_texts_on_the_line_where_their_row_ends(write):
 
 
 def test_plain_text_is_a_prompt_a_line(write):
-    path = write("[one\r\n\n  \n two\u2028three\n", "prompts.txt")
-    expected = [Prompt("[one", "prompts.txt, line 1"), Prompt(" two\u2028three", "prompts.txt, line 4")]
+    path = write("[one\r\n\n  \n two\u2028\tthree\n", "prompts.txt")
+    expected = [Prompt("[one", "prompts.txt, line 1"), Prompt(" two\u2028\tthree", "prompts.txt, line 4")]
     assert formats.read("prompts", path).rows == expected
     with pytest.raises(
         UserError, match=r"2 rows: expected an object with keys .* found a string \(prompts.txt, line 1, line 4\)"

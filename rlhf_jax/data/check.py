@@ -170,7 +170,7 @@ def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]
 def _near(key: str, known: Sequence[str]) -> str | None:
     """The key of ours that was likely meant."""
     name = key.strip().lower()
-    return next(iter(difflib.get_close_matches(_ALIASES.get(name, name), known, n=1, cutoff=0.8)), None)
+    return next(iter(difflib.get_close_matches(_ALIASES.get(name, name), known, n=1, cutoff=0.85)), None)
 
 
 def _repeats(rows: list[Row], name: str) -> list[str]:
