@@ -59,7 +59,6 @@ FORMATS: dict[tuple[str, ...], Kind] = {
 }
 KNOWN = tuple(dict.fromkeys(itertools.chain(*FORMATS, ("query", "responses"), LABELS)))
 DEMO = "demo"  # the data of this name is generated
-NUM_SHOWN = 20  # different faults that an error names
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _NO_DIALOGUE = "{!r} must be a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' in a row without a prompt"
@@ -127,10 +126,9 @@ def read(
     found = parse_all(kind, adapted(records, columns), template or ChatTemplate(), on_bad_row)
     if found.errors:
         lines = rows.summary(found.errors)
-        shown = [*lines[:NUM_SHOWN], *[f"and {len(lines) - NUM_SHOWN} more such lines"] * (len(lines) > NUM_SHOWN)]
         if found.rows and any(isinstance(error, BadRow) for error in found.errors):
-            shown.append("--on-bad-row drop leaves such rows out and counts them")
-        raise UserError("\n".join(shown))
+            lines.append("--on-bad-row drop leaves such rows out and counts them")
+        raise UserError("\n".join(lines))
     result = ReadResult(found.rows, found.places, {name: source.fingerprint for name, source in sources.items()})
     if not result.rows:
         raise UserError(f"{', '.join(sources)}: no usable row: {result.describe()}")

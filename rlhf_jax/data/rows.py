@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from rlhf_jax.errors import UserError
 
 TokenIds = tuple[int, ...]
+NUM_SHOWN = 20  # different faults that an error names
 Text = str | TokenIds  # token ids are used as they are: neither tokenised again nor completed with EOS
 
 
@@ -107,13 +108,13 @@ def by_fault(errors: Iterable[BadRow]) -> dict[str, list[str]]:
 
 
 def summary(errors: Sequence[UserError]) -> list[str]:
-    """One line for each fault: identical faults of rows are said once, with their number and first places."""
+    """One line for each of the first `NUM_SHOWN` faults; identical ones are said once, with their number and places."""
     faults = by_fault(error for error in errors if isinstance(error, BadRow))
     lines = [str(error) for error in errors if not isinstance(error, BadRow)]
     for what, sources in faults.items():
         several = f"{len(sources)} rows: {what} ({places(sources)})"
         lines.append(several if len(sources) > 1 else f"{sources[0]}: {what}")
-    return lines
+    return [*lines[:NUM_SHOWN], *[f"and {len(lines) - NUM_SHOWN} more"] * (len(lines) > NUM_SHOWN)]
 
 
 def texts(rows: Sequence[Row]) -> Iterator[str]:
