@@ -31,6 +31,13 @@ def test_messages_as_demonstrations_and_prompts(write):
     assert (result.rows[0].response, result.dropped) == ("yes", {"dialogue without a last response": 1})
 
 
+def test_turns_of_sharegpt(write):
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    path = write([{"conversations": turns}])
+    [row] = formats.read("demonstrations", path, columns=["messages=conversations"]).rows
+    assert row == Demonstration("System:\ns\n\nUser:\nhi\n\nAssistant:\n", "hello", f"{path}, line 1")
+
+
 def test_messages_as_pairs(write):
     other = {"role": "assistant", "content": "no"}
     forms = [
@@ -56,6 +63,8 @@ FAULTS = [
     ([USER, "hello"], "message 2 of 'messages' must be an object with role, content, found a string"),
     ([{"role": "user", "contents": "x"}], "'content' of message 1 of 'messages' must be a string, found null"),
     ([USER, {"role": "asistant", "content": "x"}], "role of message 2 .* must be one of .*, found 'asistant'"),
+    ([USER, ANSWER | {"tool_calls": [{}]}], "message 2 of 'messages' has tool_calls, which are no text to learn"),
+    ([USER, ANSWER | {"tool_calls": [{}]}, USER, ANSWER], "the plain template writes no tool_calls"),
     ([ANSWER], "'messages' has no message before the assistant's"),
 ]
 

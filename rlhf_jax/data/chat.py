@@ -61,6 +61,8 @@ class ChatTemplate:
         except Exception as error:  # a template can fail in any way that an expression can, a vocabulary lack a letter
             raise BadRow(where, f"the chat template failed: {type(error).__name__}: {error}") from error
         if self.tokenizer is None:
+            if any(message.get("tool_calls") for message in messages):
+                raise BadRow(where, "the plain template writes no tool_calls; name a model whose own template does")
             return rendered
         added = self._encoder.get_added_tokens_decoder().values()
         for message, token in itertools.product(messages, added):
@@ -130,6 +132,9 @@ def exchange(record: Record, key: str) -> tuple[list[Message], str]:
     if start not in (messages[: len(start)], messages[1 : len(start) + 1]):
         messages = start + messages
     response = messages[-1]["content"]
+    if messages[-1].get("tool_calls"):
+        where = f"message {len(messages)} of {key!r}"
+        raise BadRow(record.source, f"{where} has tool_calls, which are no text to learn")
     if not is_answered(messages) or not response.strip():
         raise BadRow(record.source, NO_RESPONSE)
     return _before_last(record, key, messages), response
