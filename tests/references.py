@@ -223,7 +223,7 @@ def _clipped(params, stopped, batch, advantages, config):
     mask = batch.response_mask != 0
     log_probs, entropy, _ = policy(params, batch.tokens)
     frozen = policy(stopped, batch.tokens)[0]
-    surrogate, kl_term, squares, clipped, ratios = np.zeros((5, *mask.shape))
+    surrogate, kl_term, squares, clipped, ratios, capped = np.zeros((6, *mask.shape))
     for at in zip(*np.nonzero(mask), strict=True):
         d, a = log_probs[at] - batch.log_probs[at], advantages[at]
         squares[at] = d * d / 2
@@ -233,7 +233,8 @@ def _clipped(params, stopped, batch, advantages, config):
             d, still = ((x[row] - batch.log_probs[row])[here].mean() for x in (log_probs, frozen))
         surrogate[at] = clipped_surrogate(d, a, config.clip_low, config.clip_high, config.dual_clip)
         ratios[at] = ratio(still)
-        kl_term[at] = ratios[at] * kl(log_probs[at] - batch.ref_log_probs[at], config.kl_loss_estimator)
+        kl_term[at] = min(ratios[at], 10.0) * kl(log_probs[at] - batch.ref_log_probs[at], config.kl_loss_estimator)
+        capped[at] = ratios[at] > 10.0
         clipped[at] = -a * min(max(ratios[at], 1 - config.clip_low), 1 + config.clip_high) > -a * ratios[at]
     how = config.aggregate, config.length
     weights, metrics = _importance(batch)
@@ -246,6 +247,7 @@ def _clipped(params, stopped, batch, advantages, config):
     }
     if config.kl_loss_coef:
         metrics["policy/kl_loss"] = aggregate(kl_term, mask, *how)
+        metrics["policy/kl_capped_fraction"] = aggregate(capped, mask, "token")
     value = metrics["policy/loss"] - config.entropy_coef * aggregate(entropy, mask, *how)
     return value + config.kl_loss_coef * metrics.get("policy/kl_loss", 0.0), metrics
 

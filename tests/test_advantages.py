@@ -2,6 +2,7 @@
 them against slow loops."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -75,3 +76,20 @@ GROUPS = {
 def test_equal_scores_give_exactly_zero(name):
     for score in (0.1, 1 / 3, -123456.7, 1e10):  # the mean of such numbers is not exact in floating point
         np.testing.assert_array_equal(GROUPS[name](jnp.full((2, 7), score, jnp.float32)), 0)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_groups_of_any_size_are_scaled(size):
+    """Neither the squares of large scores nor those of small ones fit into float32."""
+    scores, expected = size * jnp.array([[1.0, 0, 0, 0]]), np.array([[1.5, -0.5, -0.5, -0.5]])
+    np.testing.assert_allclose(group_normalized(scores, eps=0.0), expected, rtol=1e-6)
+    np.testing.assert_allclose(group_normalized(scores), expected * 0.5 / (0.5 + 1e-4 / size), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_with_a_score_that_is_not_finite_is_not_finite(name):
+    """Zeros in its place would hide the fault: ``nonfinite`` would stay 0. Other groups are as they were."""
+    for bad in (math.nan, math.inf, -math.inf):
+        found = np.asarray(GROUPS[name](jnp.array([[bad, 0.0, 1.0], [2.0, 0.0, 1.0]])))
+        assert not np.isfinite(found[0]).any()
+        np.testing.assert_array_equal(found[1:], GROUPS[name](jnp.array([[2.0, 0.0, 1.0]])))

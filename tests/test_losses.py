@@ -129,9 +129,20 @@ def test_clipped_value_by_hand():
     assert losses.clipped_value(f32(1), f32(0), f32(2))[0] == pytest.approx(1.62)
     assert losses.clipped_value(f32(0.1), f32(0), f32(2))[0] == pytest.approx(0.5 * 1.9**2)
     assert losses.clipped_value(f32(1), f32(0), f32(-1), clip=0.5)[0] == pytest.approx(2.0)  # the larger of the two
-    gradient = jax.grad(lambda *x: losses.clipped_value(*x).sum(), argnums=(0, 1, 2))
-    chex.assert_trees_all_close(gradient(f32(0.1), f32(0), f32(2)), (f32(-1.9), f32(0), f32(0)))
-    chex.assert_trees_all_close(gradient(f32(1), f32(0), f32(2)), (f32(0), f32(0), f32(0)))  # clipped: not old values
+    gradient = jax.grad(lambda *x: losses.clipped_value(*x).sum(), argnums=(0, 1))
+    chex.assert_trees_all_close(gradient(f32(0.1), f32(0), f32(2)), (f32(-1.9), f32(0)))
+    chex.assert_trees_all_close(gradient(f32(1), f32(0), f32(2)), (f32(0), f32(0)))  # clipped: not old values
+
+
+@pytest.mark.parametrize("f", [losses.policy_gradient, losses.clipped_surrogate, losses.clipped_value])
+def test_nothing_but_the_first_argument_is_differentiated(f):
+    """What the advantages, old values and returns were made of does not learn from the policy's loss."""
+    arrays = jnp.array([[0.1]]), jnp.array([[0.2]]), jnp.array([[0.7]])
+    if f is losses.policy_gradient:
+        gradient = jax.grad(lambda x, a: f(x, a, jnp.ones((1, 1))).sum(), argnums=(0, 1))(*arrays[:2])
+    else:
+        gradient = jax.grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2))(*arrays)
+    assert [bool(g.any()) for g in gradient] == [True] + [False] * (len(gradient) - 1)
 
 
 # DPO

@@ -8,12 +8,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from tabular import assert_close, policy_fn, policy_params, rollout
+from tabular import assert_close, numbers, policy_fn, policy_params, rollout
 
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
-from rlhf_jax.rollout import rescore
-from rlhf_jax.types import Rollout, TrainState
+from rlhf_jax.types import PolicyOutput, Rollout, TrainState
 
 KEY = jax.random.key(7)
 SGD = optax.sgd(0.3)
@@ -29,14 +28,16 @@ def start(optimizer=SGD):
     return TrainState.create(policy_params(0), optimizer)
 
 
-@pytest.mark.parametrize(("module", "fields"), [(ppo, {"num_epochs": 1}), (grpo, {"ratio": "sequence"})])
-def test_first_ratio_is_exactly_one(module, fields):
-    batch = jax.jit(partial(rescore, policy_fn=policy_fn))(rollout(0, LENGTHS), policy_params(0))
-    frozen = optax.sgd(0.0)
-    _, metrics = jax.jit(updater(module, frozen, **fields, num_minibatches=2))(start(frozen), batch, KEY)
-    assert metrics["policy/ratio_max"] == 1.0
-    assert metrics["policy/approx_kl"] == 0.0
-    assert metrics["policy/clip_fraction"] == 0.0
+def test_the_weight_of_the_kl_term_is_capped_at_ten():
+    """Of two tokens whose log-ratio to the reference is .1 (k3: .0048), one has the ratio e^20 (4.9e8), one 1."""
+    mask = jnp.array([[0, 1, 1]])
+    batch = Rollout(jnp.zeros((1, 3), jnp.int32), mask, mask, mask * jnp.array([[0.0, -21.0, -1.0]]))
+    batch = batch.replace(advantages=0.0 * mask, ref_log_probs=-1.1 * mask)
+    said = PolicyOutput(-1.0 * mask, 0.0 * mask)
+    loss, metrics = numbers(grpo.loss)(None, batch, KEY, policy_fn=lambda *_: said, config=grpo.Config())
+    np.testing.assert_allclose(metrics["policy/kl_loss"], (10 + 1) / 2 * (np.exp(-0.1) - 0.9), rtol=1e-4)
+    np.testing.assert_allclose(loss, 0.04 * metrics["policy/kl_loss"], rtol=1e-6)
+    assert metrics["policy/kl_capped_fraction"] == 0.5
 
 
 def test_explained_variance():

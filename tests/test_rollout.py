@@ -1,15 +1,17 @@
 """Sampler and policy function together on a small GPT-2: log-probs, values, reference, and what may not change them."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from rlhf_jax import models, ops, rollout, sampling
+from rlhf_jax import models, ops, ppo, rollout, sampling
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.types import PolicyOutput, Rollout
+from rlhf_jax.types import PolicyOutput, Rollout, TrainState
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -70,7 +72,7 @@ def test_pad_id_outside_the_vocabulary():
 
 
 def test_collect():
-    """Log-probs and values are those of the update's forward pass, here of the same program: the first ratio is 1."""
+    """Log-probs and values are those of the policy function's own forward pass, here in the same program."""
     tokens, mask = prompts()
     row_ids = ROW_IDS + 40
     rolled = run_collect(tokens, mask, row_ids=row_ids)
@@ -87,7 +89,6 @@ def test_collect():
         assert got.dtype == jnp.float32
         np.testing.assert_array_equal(got, np.where(response, forward, 0.0))
         assert np.ptp(np.asarray(got)[response]) > 0.1
-    np.testing.assert_array_equal(np.exp(np.asarray(output.log_probs) - rolled.log_probs)[response], 1.0)
     assert np.abs(np.asarray(rolled.log_probs - rolled.ref_log_probs)).max() > 0.1
 
     gap = float(rollout.sampler_gap(sampled, rolled))
@@ -96,6 +97,21 @@ def test_collect():
     # A policy function at another temperature is what the gap is there to find.
     wrong = jax.jit(partial(rollout.rescore, policy_fn=models.policy_fn(MODEL, temperature=1.0)))(sampled, PARAMS)
     assert float(rollout.sampler_gap(sampled, wrong)) > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2e-6), ("bfloat16", 0.1)])
+def test_the_ratio_of_the_first_minibatch_is_one_up_to_rounding(dtype, rounding):
+    """Update and ``collect`` call one policy function, compiled in two programs; another temperature shows."""
+    model = models.build(dataclasses.replace(MODEL.config, compute_dtype=dtype))
+    frozen, (tokens, mask) = optax.sgd(0.0), prompts()
+    run = jax.jit(partial(ppo.update, optimizer=frozen, config=ppo.Config(num_epochs=1)), static_argnames="policy_fn")
+    own, other = (models.policy_fn(model, temperature, PROMPT) for temperature in (0.8, 1.0))
+    batch = collect(model, PARAMS, tokens, mask, KEY, sampling=CONFIG, policy_fn=own, row_ids=ROW_IDS)
+    batch = batch.replace(rewards=batch.response_mask.astype(jnp.float32))
+    for policy_fn, wrong in ((own, False), (other, True)):
+        _, metrics = run(TrainState.create(PARAMS, frozen), batch, KEY, policy_fn=policy_fn)
+        assert (metrics["policy/ratio_max"] - 1.0 > rounding) == wrong
+        assert (metrics["policy/clip_fraction"] > 0) == wrong
 
 
 def test_rescore_masks_and_keeps():

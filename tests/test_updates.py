@@ -210,15 +210,28 @@ SWEEPS = [
 
 @pytest.mark.parametrize(("name", "values"), SWEEPS)
 def test_a_sweep_under_vmap_equals_separate_runs(name, values):
+    """Runs of the first values, of the second ones, and of the first with one setting's second: none has no effect."""
     case = CASES[name]
     state, batch = case.start, case.batch()
     swept = jax.jit(jax.vmap(lambda fields: case.update(dataclasses.replace(case.config, **fields))(state, batch, KEY)))
-    together = swept({field: jnp.array(pair) for field, pair in values.items()})
+    columns = {field: jnp.array([*pair, *np.repeat(pair[0], len(values))]) for field, pair in values.items()}
+    columns = {field: x.at[2 + i].set(values[field][1]) for i, (field, x) in enumerate(columns.items())}
+    together = swept(columns)
+    for i, field in enumerate(values, 2):
+        assert any(np.abs(x[i] - x[0]).max() > 1e-5 for x in jax.tree.leaves(together[0])), field
     for run in range(2):
         after, metrics = jitted(name, **{field: pair[run] for field, pair in values.items()})(state, batch, KEY)
         swept_state, swept_metrics = jax.tree.map(lambda x, run=run: x[run], together)
         assert_close(swept_state, after)
         assert_close({metric: swept_metrics[metric] for metric in metrics}, metrics)  # a term of 0 has no metric
+
+
+def test_what_a_run_is_told_of_an_algorithm():
+    facts = {name: (CASES[name].module.needs_values, CASES[name].module.kl_coef) for name in POLICY}
+    grpo_or_gspo = dict.fromkeys(("grpo", "gspo"), (False, 0.0))
+    assert facts == {"vpg": (False, 0.05), "ppo": (True, 0.05), "rloo": (False, 0.05), **grpo_or_gspo}
+    assert [CASES[name].config.kl_in_loss for name in POLICY] == [False, True, True, True, True]
+    assert not any(module.Config(kl_loss_coef=0.0).kl_in_loss for module in (ppo, rloo, grpo))
 
 
 # Nothing to learn from, keys
@@ -231,9 +244,14 @@ def test_a_batch_of_nothing_and_one_that_is_not_finite_keep_the_state(name):
     assert_identical(after.replace(step=start.step), start)
     assert not any(np.asarray(x).any() for x in metrics.values())
     state = start.replace(params=jax.tree.map(lambda x: x.at[0].set(jnp.nan), start.params))
-    kept, metrics = jitted(name)(state, batch, KEY)
-    assert metrics["nonfinite"] == 1
-    assert_identical(kept, state)
+    faults = [(state, batch)]
+    if name in POLICY:  # a reward that is NaN in a single token
+        at = tuple(np.argwhere(batch.response_mask)[0])
+        faults += [(start, batch.replace(rewards=batch.rewards.at[at].set(jnp.nan)))]
+    for state, batch in faults:
+        kept, metrics = jitted(name)(state, batch, KEY)
+        assert metrics["nonfinite"] == 1
+        assert_identical(kept, state)
 
 
 @pytest.mark.parametrize("name", ["dpo", "ppo", "gspo"])

@@ -19,6 +19,8 @@ from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
 from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Parts, PolicyFn, PolicyOutput, Rollout, TrainState
 
 Ratio = Literal["token", "sequence"]
+# A token that the policy now says ten times as often as when it was drawn is an outlier, not a sample.
+KL_RATIO_CAP = 10.0
 State = TypeVar("State", bound=TrainState)
 
 
@@ -165,8 +167,8 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     Returns:
       The loss and the metrics ``policy/loss``, ``policy/clip_fraction`` (tokens whose clipped term was the larger),
       ``policy/approx_kl`` (half the mean squared log-ratio of tokens, Schulman 2020), ``policy/ratio_max``,
-      ``objective/entropy`` (nats per row), with a KL term ``policy/kl_loss`` and with importance weights
-      ``policy/importance_weight_mean``.
+      ``objective/entropy`` (nats per row), with a KL term ``policy/kl_loss`` and ``policy/kl_capped_fraction`` (tokens
+      whose ratio ``KL_RATIO_CAP`` bounds there), and with importance weights ``policy/importance_weight_mean``.
     """
     mask = rollout.response_mask != 0  # [B, T]
 
@@ -202,9 +204,11 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     if config.kl_in_loss:
         ref_log_probs = field(rollout, "ref_log_probs", "give rollout.collect a ref_fn, or set kl_loss_coef=0")
         # The tokens are the behaviour policy's: after the first step, the ratio reweighs them to the policy's own.
-        kl = ratio * ops.kl(log_probs, jnp.where(mask, ref_log_probs, 0.0), config.kl_loss_estimator)
+        weight = jnp.minimum(ratio, KL_RATIO_CAP)
+        kl = weight * ops.kl(log_probs, jnp.where(mask, ref_log_probs, 0.0), config.kl_loss_estimator)
         per_token = per_token + config.kl_loss_coef * kl
         metrics["policy/kl_loss"] = mean(kl)
+        metrics["policy/kl_capped_fraction"] = losses.aggregate(ratio > KL_RATIO_CAP, mask)
     return mean(per_token), metrics
 
 
