@@ -357,7 +357,7 @@ def test_model_cards(file, content, kind, tmp_path):
     (run / "model" / file).write_text(content)
     card = (export(run, tmp_path / "card") / "README.md").read_text("utf-8")
     assert all(part in card for part in (kind, "# card\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n"))
-    assert ("reward_shift" in card) == ("reward_shift" in content)
+    assert ("reward_shift" in card) == ("reward_shift" in content) != ("apply_chat_template" in card)
 
 
 def test_a_run_twice_and_no_place_for_the_page(tmp_path):

@@ -9,6 +9,7 @@ cannot be changed and whose unsafe attributes cannot be reached. It limits one `
 memory that a template takes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -128,7 +129,9 @@ _HASH = "\\u0023"  # in JSON; "#}" would end the comment
 def text_template(tokenizer: Tokenizer) -> str | None:
     """The ``text.template`` that the chat template was made from by `with_text_template`; None for any other."""
     made = re.match(r'\{#- text\.template: (".*?") -#\}', str(tokenizer.config.get("chat_template")))
-    return json.loads(made[1]) if made else None
+    with contextlib.suppress(ValueError):  # a folder of others may hold anything
+        return str(json.loads(made[1])) if made else None
+    return None
 
 
 def is_chat(row: dict[str, Any], *keys: str) -> bool:
