@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import models
+from rlhf_jax import models, sampling
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import Generator, LanguageModel
@@ -24,14 +24,14 @@ def folders(tmp_path_factory):
         params = model.init(jax.random.key(seed))
         if name == "reward":
             params = models.add_head(jax.random.key(2), params, "score")
-        models.save(root / name, model, params)
-        tokenizer.save(root / name)
+        how = sampling.SamplingConfig(NEW, 0.7, top_p=0.9, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        LanguageModel(model, params, tokenizer).save(root / name, template="{prompt}:", config=how)
     return root
 
 
 @pytest.fixture(scope="module")
 def generator(folders):
-    return Generator(folders / "policy", folders / "reward", max_new_tokens=NEW, template="{prompt}:")
+    return Generator(folders / "policy", folders / "reward", max_new_tokens=NEW)  # the folder knows the template
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_another_seed_gives_other_samples_and_a_repeated_prompt_its_next_ones(ge
 
 
 def test_greedy_takes_the_likeliest_token_and_no_reward_model_gives_no_rewards(folders):
-    generator = Generator(folders / "policy", max_new_tokens=2, temperature=0)
+    generator = Generator(folders / "policy", max_new_tokens=2, temperature=0, template="{prompt}")
     greedy = generator(["abc"], seed=0)
     assert greedy.rewards is None
     assert greedy.texts == generator(["abc"], seed=1).texts
@@ -96,6 +96,15 @@ def test_a_prompt_may_fill_the_room_and_not_a_token_more(generator):
     assert len(generator(["a" * room]).texts) == 1
     with pytest.raises(UserError, match=rf"prompts\[1\], 'aaa.*': has {room + 2} tokens, and {room + 1} of"):
         generator(["a", "a" * (room + 1)])
+
+
+def test_transformers_samples_as_the_run_did(folders):
+    import transformers
+
+    said = transformers.GenerationConfig.from_pretrained(folders / "policy")
+    assert (said.do_sample, said.temperature, said.top_k, said.top_p, said.max_new_tokens) == (True, 0.7, 0, 0.9, NEW)
+    assert (said.eos_token_id, said.pad_token_id) == (1, 0)
+    assert not (folders / "reward" / "generation_config.json").exists()
 
 
 def test_what_does_not_fit_is_refused_by_name(folders, generator, tmp_path):
