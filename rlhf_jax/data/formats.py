@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlhf_jax.data import chat, demo, rows
 from rlhf_jax.data.chat import ChatTemplate, Message
@@ -32,7 +32,7 @@ from rlhf_jax.data.rows import Comparison, Demonstration, Drop, Pair, Prompt, Re
 from rlhf_jax.errors import UserError
 
 Names = str | PathLike[str] | Sequence[str | PathLike[str]]
-Kind = Literal["demonstrations", "pairs", "comparisons", "prompts"]
+Kind = rows.Kind
 Row = TypeVar("Row")
 
 PAIR = ("chosen", "rejected")

@@ -3,10 +3,11 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rlhf_jax.errors import UserError
 
+Kind = Literal["demonstrations", "pairs", "comparisons", "prompts"]
 TokenIds = tuple[int, ...]
 Text = str | TokenIds  # token ids are used as they are: neither tokenised again nor completed with EOS
 
