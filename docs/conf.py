@@ -51,8 +51,11 @@ def google(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
 
 def mathml(translator: Any, node: nodes.math | nodes.math_block) -> None:
     """Equations as MathML, which browsers draw without a script from the network."""
-    is_block = isinstance(node, nodes.math_block)
-    translator.body.append(latex2mathml.tex2mathml(node.astext(), as_block=is_block))
+    equation = latex2mathml.tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
+    # Room above and below; the theme's scroll bars are left out.
+    translator.body.append(
+        equation.replace('display="block"', 'display="block" style="overflow: visible; margin: 1em"')
+    )
     raise nodes.SkipNode
 
 
