@@ -35,7 +35,6 @@ from rlhf_jax.training import initial, pipeline, stage
 from rlhf_jax.training.scoring import answer_scorer, report, score_rows
 from rlhf_jax.types import Rollout
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 LAST_ITERATIONS = 10
 MIN_ACCURACY, MIN_WIN_RATE, KL_BAND, MIN_KL_COEF_CHANGE = 0.85, 0.75, 1.5, 1.1
 
@@ -246,9 +245,10 @@ def print_summary(summary: dict[str, Any], examples: Sequence[Sequence[Any]]) ->
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def main() -> int:
-    argv = ["--config", str(CONFIG), *sys.argv[1:]]
-    return 0 if all(run(parse(QuickstartConfig, argv, description=__doc__))["gates"].values()) else 1
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = ["--config", "quickstart", *(sys.argv[1:] if argv is None else argv)]
+    config = parse(QuickstartConfig, argv, description=__doc__, sections=cli.STAGES["pipeline"][1])
+    return 0 if all(run(config)["gates"].values()) else 1
 
 
 if __name__ == "__main__":

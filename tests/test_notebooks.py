@@ -65,6 +65,7 @@ def test_no_notebook_holds_outputs(name):
 def test_the_first_cell_installs_the_extra_of_the_machine(name, driver, accelerator, extra, tmp_path, monkeypatch):
     installed = []
     (tmp_path / "dev" / accelerator).mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
 
     def run(command, **options):
         if command[0] == "nvidia-smi":
@@ -75,9 +76,13 @@ def test_the_first_cell_installs_the_extra_of_the_machine(name, driver, accelera
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     monkeypatch.setattr("subprocess.run", run)
     monkeypatch.setattr("rlhf_jax.cli.run", lambda argv: installed.append(argv[0]))
-    monkeypatch.chdir(tmp_path)
-    exec("".join(code_cells(name)[0]["source"]).replace('"/dev"', repr(str(tmp_path / "dev"))), {})
-    assert installed == [f"rlhf-jax{extra}", "doctor"]
+    monkeypatch.chdir(tmp_path / "notebooks")
+    cell = "".join(code_cells(name)[0]["source"]).replace('"/dev"', repr(str(tmp_path / "dev")))
+    with pytest.raises(AssertionError, match="in notebooks/ of a checkout"):
+        exec(cell, {})
+    (tmp_path / "pyproject.toml").touch()
+    exec(cell, {})
+    assert installed == [f"{tmp_path}{extra}", "doctor"]
 
 
 @pytest.mark.slow
