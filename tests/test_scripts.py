@@ -52,7 +52,9 @@ TINY = ("--config", ROOT / "configs" / "tiny.yaml")
 )
 def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
     folder = tmp_path / "run"
-    assert run(script, *TINY, "--output-dir", folder).stdout.splitlines()[0] == "cpu: 1 x cpu, float32"
+    said = run(script, *TINY, "--output-dir", folder).stdout
+    assert said.splitlines()[0] == "cpu: 1 x cpu, float32"
+    assert said.count("compiling") == 1
     metrics = rows(folder)
     assert [row["step"] for row in metrics] == list(range(steps + 1))
     files = "config.yaml manifest.json metrics.jsonl timing.jsonl samples.jsonl checkpoints model report.html"
@@ -74,6 +76,7 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
         assert metrics[1]["objective/kl"] == 0.0
         assert metrics[1]["kl/coef"] == pytest.approx(0.05)
         assert metrics[-1]["policy/sampler_gap"] < 1e-4
+        assert all(row["objective/score"] > 0 and row["grad_norm"] > 0 for row in metrics[1:])
 
 
 @pytest.mark.slow

@@ -130,7 +130,8 @@ def stream(seed: int, stage: str, name: Stream) -> jax.Array:
 
 
 def set_up(config: RunConfig) -> int:
-    """Chooses the device and prints which it is: the first thing that every run does. Returns the number of devices.
+    """Chooses the device and prints which it is, once in a process: the first thing that every run does. Returns the
+    number of devices.
 
     Raises:
         UserError: there is no such device, an accelerator would lie idle, or the package of a tracker is missing.
@@ -141,8 +142,13 @@ def set_up(config: RunConfig) -> int:
     dtype = config.compute.dtype
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
     device = f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"{device}, {used if dtype == 'float16' else dtype}", flush=True)
+    _say_once(f"{device}, {used if dtype == 'float16' else dtype}")
     return jax.device_count()
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, flush=True)
 
 
 def divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
