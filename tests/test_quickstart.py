@@ -1,6 +1,7 @@
 """The quickstart as a newcomer starts it, and its negative control (slow); other seeds and repetition by hand."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,8 @@ import quickstart
 from test_scripts import run
 
 from rlhf_jax import cli
-from rlhf_jax.config import RLStage
+from rlhf_jax.config import RLStage, RunConfig
+from rlhf_jax.training import pipeline, stage
 
 SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
 CHECKS = {"reward_model_accuracy", "ppo_beats_sft", "kl_in_band", "kl_coef_moved"}
@@ -20,9 +22,6 @@ def test_seeds_pass_and_leave_a_page(seed, tmp_path):
     folder = tmp_path / "run"
     said = run("quickstart", "--output-dir", folder, "--seed", seed).stdout
     lines = said.splitlines()
-    assert [line for line in lines if line.startswith("stage ")] == [
-        f"stage {i} of 3: {name}" for i, name in ((1, "supervised fine-tuning"), (2, "reward model"), (3, "PPO"))
-    ]
     assert (lines.count("cpu: 1 x cpu, float32"), said.count("compiling"), "gates" in said) == (1, 3, False)
     assert f"The report: {folder}/report.html" in lines
     for command in lines[-3:-1]:
@@ -35,6 +34,17 @@ def test_seeds_pass_and_leave_a_page(seed, tmp_path):
     page = (folder / "report.html").read_text("utf-8")
     assert page.count("<svg") >= 6
     assert not any(reference in page for reference in ("http://", "https://", "<script", "src=", "<link"))
+
+
+def test_stages_are_announced_and_the_device_once(monkeypatch, capsys):
+    for module in (pipeline.sft, pipeline.reward_model, pipeline.rl):
+        monkeypatch.setattr(module, "run", lambda config: stage.set_up(config) and SimpleNamespace(model_folder="x"))
+    stage._say_once.cache_clear()
+    pipeline.run_stages(RunConfig(), Path("runs"))
+    device, *said = sorted(capsys.readouterr().out.splitlines())
+    assert "x cpu, float32" in device
+    names = ("supervised fine-tuning", "reward model", "PPO")
+    assert said == [f"stage {i} of 3: {name}" for i, name in enumerate(names, 1)]
 
 
 @SOAK
@@ -75,8 +85,9 @@ def test_each_check_by_hand(failing, changed, tmp_path, capsys):
     given = {"accuracy": 0.85, "ppo": [1.0, 1.0, 0.5, 0.0], "kl": 3.0, "coef": 1.1} | changed
     (tmp_path / "ppo").mkdir()
     kls, coefs = [9.0, given["kl"], *9 * [2.0]], [given["coef"], *10 * [1.0]]
-    critic = {"value/explained_variance": -0.5, "policy/ratio_max": 3.0}
-    rows = [{"step": i, "objective/kl": kls[i], "kl/coef": coefs[i]} | critic for i in range(11)]
+    explained, ratios = 5 * [-0.9] + 5 * [0.2] + [-0.5], [3.0, *10 * [1.0]]
+    courses = {"objective/kl": kls, "kl/coef": coefs, "value/explained_variance": explained, "policy/ratio_max": ratios}
+    rows = [{"step": i} | {name: values[i] for name, values in courses.items()} for i in range(11)]
     (tmp_path / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     config = quickstart.QuickstartConfig(rl=RLStage(kl_target=2.0))
     mask = SimpleNamespace(response_mask=np.tri(4))
