@@ -113,10 +113,11 @@ def test_same_input_same_bytes_whatever_the_user_has_set():
 
 
 def test_control_characters_and_half_pairs_are_shown_not_obeyed():
-    table = Table("half a pair: \ud83d, whole: 😀", ("a",), [("\x00a\x1b[2J\r\x7f\tb\nc\u202ed",)])
+    table = Table("half a pair: \ud83d, whole: 😀", ("a",), [("\x00a\x1b[2J\r\x7f\tb\nc\u202ed\x85",)])
     page = Page(render("t", [table]))
-    assert page.texts("td") == ["␀a␛[2J␍␡\tb\nc⟨U+202E⟩d"]
+    assert page.texts("td") == ["␀a␛[2J␍␡\tb\nc⟨U+202E⟩d⟨U+0085⟩"]
     assert page.texts("h2") == ["half a pair: ?, whole: 😀"]
+    assert not re.search("[^\n\t\x20-\x7e\xa0-\u2029\u202f-\uffff]", full_page("\x1bx\u202ey\r"))  # in labels too
 
 
 # --- Its sections ---------------------------------------------------------------------------------------------------
