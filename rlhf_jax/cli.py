@@ -5,17 +5,19 @@ A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits
 
 import difflib
 import importlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
 import rlhf_jax
 from rlhf_jax.data.rows import Kind, OnBadRow
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.runs import allocator
 
 Positional = tyro.conf.Positional[str]
 
@@ -45,6 +47,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     training loop exits with 130 too. Any other exception passes through: Python prints its traceback and exits with 1.
     """
     attach_console()
+    allocator.keep_memory()
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -254,9 +257,35 @@ def preview_data(
     print(check.preview(file, loaded, kind, count, columns))
 
 
+def bench_step(
+    name: tyro.conf.Positional[Literal["rollout", "iteration", "reward", "sft", "dpo", "grpo", "vpg"]],
+    preset: str = "char-small",
+    value: Literal["shared", "separate"] = "shared",
+    calls: int = 5,
+    against: Literal["hand", "transformers"] | None = None,
+) -> int:
+    """Time a kind of step on random tokens and print one line of JSON.
+
+    Exits with 1 where other programs used more than 2% of the machine: the figure then means little.
+
+    Args:
+        name: what is timed.
+        preset: char-nano, char-small, char-wide, gpt2 or llama-1b.
+        value: in an iteration: a value head on the policy, or a value model of its own.
+        calls: timed calls, after one that warms up.
+        against: PyTorch's version of the same work, in turn with ours; needs a checkout and torch.
+    """
+    from rlhf_jax.training import bench
+
+    line = bench.run(name, preset, value, calls, against)
+    print(json.dumps(line))
+    return int((line["others_cpu"] or 0.0) > bench.MAX_OTHERS)
+
+
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "configs": list_configs,
     "doctor": examine,
+    "bench": bench_step,
     "evaluate": evaluate_run,
     "report": report_runs,
     "export": export_run,
