@@ -42,7 +42,7 @@ def test_a_runs_folder_means_its_model(tmp_path):
         raise UserError("enough")
 
     with pytest.raises(UserError, match="enough"):
-        spec.build([run], tokenizer=None, load=load, columns=())
+        spec.build_reward([run], tokenizer=None, load=load, columns=())
     assert loaded == [inner]
 
 

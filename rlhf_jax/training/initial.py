@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from rlhf_jax import generator, models, sampling
+from rlhf_jax import models, sampling
 from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
-from rlhf_jax.data.rows import Prompt
+from rlhf_jax.data.rows import Kind, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import lora
@@ -53,7 +53,7 @@ def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
     return Trainable({**adapters, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)}, base)
 
 
-def stage_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> formats.ReadResult[Any]:
+def stage_rows(config: RunConfig, kind: Kind, names: Sequence[str]) -> formats.ReadResult[Any]:
     """The rows of a stage, messages rendered by the chat template of the model's tokenizer; prints their number.
 
     Args:
@@ -64,7 +64,8 @@ def stage_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> f
     """
     source = config.model or config.tokenizer.name
     template = chat.template_of(tokenizers.load_tokenizer(source) if source else None)
-    data = formats.read(kind, names or config.data, seed=config.seed, template=template)
+    how: Any = {"columns": config.columns, "on_bad_row": config.on_bad_row}
+    data = formats.read(kind, names or config.data, seed=config.seed, template=template, **how)
     print(f"{kind}: {data.describe()}", flush=True)
     return data
 
@@ -110,7 +111,7 @@ def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array, *, i
     """
     options = _compute(config.compute)
     if config.model is not None:
-        loaded = generator.load(config.model, **options)
+        loaded = LanguageModel.load(config.model, **options)
         if is_policy and "score" in loaded.params:
             raise UserError(
                 f"--model {config.model}: this is a reward model, which writes no text; give a language model, such as "
@@ -171,7 +172,7 @@ def load_language_model(source: str, compute: Compute) -> LanguageModel:
     Raises:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
     """
-    return generator.load(source, **_compute(compute))
+    return LanguageModel.load(source, **_compute(compute))
 
 
 def load_reward_model(source: str, compute: Compute) -> spec.RewardModel:
