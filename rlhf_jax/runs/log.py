@@ -27,12 +27,14 @@ from rlhf_jax.runs import processes
 from rlhf_jax.runs.folder import Run, json_lines, write_atomically
 from rlhf_jax.runs.trackers import Services
 
+_PRINT_EVERY = 10  # steps between lines if there is no terminal
+
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
     """Writes ``metrics.jsonl``, ``timing.jsonl`` and ``samples.jsonl`` of a run and shows how it goes.
 
-    On a terminal: a progress bar and the newest metrics below it. Elsewhere: a line at the first, every
-    ``print_every``-th and the last step.
+    On a terminal: a progress bar and the newest metrics below it. Elsewhere: a line at the first, every tenth and the
+    last step.
     """
 
     def __init__(
@@ -43,7 +45,6 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         resume_step: int | None = None,
         label: str = "",
         show: Sequence[str] = (),
-        print_every: int = 10,
         console: Console | None = None,
         services: Services | None = None,
     ):
@@ -55,12 +56,11 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
           resume_step: step of the checkpoint that the run goes on from; None starts the files anew.
           label: what is going on, such as ``ppo``.
           show: the metrics of the console's line; by default the first four.
-          print_every: steps between lines if there is no terminal.
           console: by default standard output.
           services: also get rows, samples and alerts; closed with the tracker.
         """
         self._services = services or Services({}, {})
-        self._total, self._label, self._show, self._print_every = total, label, tuple(show), print_every
+        self._total, self._label, self._show = total, label, tuple(show)
         self._console = console or Console()
         self._files = [RowWriter(path, resume_step) for path in (run.metrics, run.timing, run.samples)]
         self._metrics, self._timing, self._samples = self._files
@@ -86,7 +86,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         line = "  ".join(f"{name} {numbers[name]:.4g}" for name in shown)
         self._progress.update(self._task, completed=step)
         self._line.plain = line
-        due = not self._printed or step % self._print_every == 0 or step >= self._total
+        due = not self._printed or step % _PRINT_EVERY == 0 or step >= self._total
         if due and not self._console.is_terminal:
             self.print(f"{self._label} {step}/{self._total}  {line}".strip())
             self._printed = True
@@ -104,7 +104,8 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._services.samples(step, rows)
 
     def alert(self, step: int, text: str) -> None:
-        """Sends a warning to the services of ``--track`` only."""
+        """Prints a warning about the run and sends it to the services of ``--track``."""
+        self.print(f"alert at step {step}: {text}")
         self._services.alert(step, text)
 
     def print(self, message: str) -> None:

@@ -217,7 +217,6 @@ class _Loop:
         row = {"step": self.done, **self.row}
         for alert in [alert for watch in self.watches if (alert := watch.observe(row))]:
             self.alert_rows.write(self.done, {key: x for key, x in alert._asdict().items() if key != "step"})
-            self.tracker.print(f"alert at step {self.done}: {alert.name}: {alert.message}")
             self.tracker.alert(self.done, f"{alert.name}: {alert.message}")
 
     def _save(self) -> None:
