@@ -15,7 +15,7 @@ import pytest
 from test_training import Killed
 
 from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, parse
-from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.training import loop
 from rlhf_jax.training.optimizer import make_optimizer
@@ -96,6 +96,18 @@ def test_step_0_is_on_disk_before_the_first_update(config):
         assert (Path(config.output_dir) / "checkpoints" / "0" / "record" / "metadata").exists()
 
     run_loop(dataclasses.replace(config, checkpoint_async=True), num_steps=1, before_step=look)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(config, tmp_path, number, code):
+    straight, before = dataclasses.replace(config, output_dir=str(tmp_path / "straight")), signal.getsignal(number)
+    run_loop(straight)
+    with pytest.raises(Stopped, match=r"after step 3 of 6(.|\n)*--resume") as stopped:
+        run_loop(config, before_step=lambda state, step: step == 2 and signal.raise_signal(number))
+    assert (stopped.value.exit_code, signal.getsignal(number)) == (code, before)
+    assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [2, 3]
+    run_loop(dataclasses.replace(config, resume=True))
+    assert files(config) == files(straight)
 
 
 def test_stopped_means_saved(config, monkeypatch):
