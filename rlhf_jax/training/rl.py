@@ -158,10 +158,8 @@ class _Trainer:
             params = models.add_head(jax.random.fold_in(init_key, 1), params, "value")
         start = stage.place(initial.trainable(stage.config.lora, params, jax.random.fold_in(init_key, 2)))
         num_updates = settings.length * algorithm_config.num_epochs * algorithm_config.num_minibatches
-        optimizer, samples = (
-            make_optimizer(settings.optimizer, num_updates),
-            initial.sampling_config(settings, tokenizer),
-        )
+        optimizer = make_optimizer(settings.optimizer, num_updates)
+        samples = initial.sampling_config(settings, tokenizer)
         split_key, self.order_key = jax.random.split(stage.key("data"))
         fraction = 0.0 if settings.validation_data else settings.validation_fraction
         self.train_rows, held_out = initial.hold_out("prompts", len(parts.prompts), fraction, split_key)
