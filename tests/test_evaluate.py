@@ -116,6 +116,7 @@ def test_preferences_by_hand():
         ([1, 0], [0, 0], [1, 2], 0),  # the pairwise mean is 1/2
         ([1, 0.5], [0, 0], [1, 2], 0.5),
         ([1, 1, 0], [0, 0, 1], [1, 2, 2], 1),  # a ranking: the order of the others does not count
+        ([1, 0, 1], [0, 0, 1], [1, 2, 2], 0),
         ([0, 1], [0, 1], [2, 2], 1),  # of two best answers the one that fares best
     ],
 )
