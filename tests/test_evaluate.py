@@ -117,7 +117,7 @@ def test_preferences_by_hand():
         ([1, 0.5], [0, 0], [1, 2], 0.5),
         ([1, 1, 0], [0, 0, 1], [1, 2, 2], 1),  # a ranking: the order of the others does not count
         ([1, 0, 1], [0, 0, 1], [1, 2, 2], 0),
-        ([0, 1], [0, 1], [2, 2], 1),  # of two best answers the one that fares best
+        ([1, 0], [0, 1], [2, 2], 1),  # of two best answers the one that fares best
     ],
 )
 def test_top_1_by_hand(right, chosen, rejected, expected):
