@@ -1,10 +1,19 @@
 """What `data check` prints: every problem with its place, lengths, repetitions and what files share."""
 
+import csv
+import gzip
+import json
+import os
+from pathlib import Path
+
 import pytest
 
-from rlhf_jax.data import check
+from rlhf_jax import cli
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import check, formats
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
+from rlhf_jax.training import initial
 
 
 def pair(prompt, chosen, rejected):
@@ -145,3 +154,92 @@ def test_preview_shows_rows_as_a_run_reads_them(write):
     assert "chosen:\n    | b" in check.preview(ids, characters("abc"))
     with pytest.raises(UserError, match="no such file"):
         check.preview("nothing.json")
+
+
+# A row that is read as something else than was meant, and the warning.
+SLIPS = [
+    ({"prompt": "a", "choosen": "b", "rejected": "c"}, "'choosen' is not read; did you mean 'chosen'?"),
+    ({"prompt": "a", "chosen": "b"}, "'chosen' is not read, beside prompt"),
+    ({"prompt": "a", "respnse": "b"}, "'respnse' is not read; did you mean 'response'?"),
+    ({"prompt": "a", "completion": "b"}, "'completion' is not read; did you mean 'response'?"),
+    ({"prompt": "a", " response": "b"}, "' response' is not read; did you mean 'response'?"),
+    ({"prompt": "a", "prompt_id": 1, "Response": "b"}, "'Response' is not read; did you mean 'response'?"),
+    ({"prompt": "a", "response": "b", "message": []}, "'message' is not read; did you mean 'messages'?"),
+]
+
+
+@pytest.mark.parametrize(("row", "warning"), SLIPS)
+def test_a_key_that_looks_like_a_slip_is_a_warning(write, row, warning):
+    text = check.check([write([row, row])]).text
+    assert f"  warning: the key {warning}" in text
+    assert "(2 rows: data.jsonl, line 1, line 2)" in text
+    assert text.endswith(("\n1 warning", "\n2 warnings"))
+
+
+@pytest.mark.parametrize(("name", "key"), [("preference_data.json", "chosen"), ("sft_data.json", "completion")])
+def test_the_pipelines_names_say_the_kind(write, name, key):
+    report = check.check([write([{"prompt": "a", key: "b"}], name)])
+    assert report.num_problems == 1
+    assert f"found prompt, {key}" in report.text
+
+
+def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys):
+    path = write([{"prompt": "a", "answer": "b", "id": 3}, {"prompt": "c", "answer": "", "id": 4}])
+    assert "  columns for the reward: answer (2 rows), id (2 rows)" in check.check([path]).text
+    assert cli.run(["data", "check", path, "--columns", "response=answer", "--on-bad-row", "drop"]) == 0
+    text = capsys.readouterr().out
+    assert "1 demonstrations kept" in text
+    assert "  keys that training does not read: id (2 rows)" in text
+    assert "  dropped, 'response' is empty: 1\n    data.jsonl, line 2" in text
+    assert text.endswith("no problems\n")
+    config = RunConfig(data=(path,), columns=("response=answer",), on_bad_row="drop")
+    assert initial.stage_rows(config, "demonstrations", ()).dropped == {"'response' is empty": 1}
+    voted = {"instruction": "a", "response1": "b", "response2": "c", "annotator1": 1, "annotator2": 2}
+    text = check.check([write([voted])]).text
+    assert "1 annotated kept\n  rows: 1 of instruction, response1, response2, annotator1\n  words" in text
+    assert "  response 2:\n    | c\n  votes: 1, 2" in text
+
+
+def last_answers_differ(row):
+    (before, _, chosen), (other, _, rejected) = (row[key].rpartition("\n\nAssistant:") for key in formats.PAIR)
+    return before == other and "" not in (chosen.strip(), rejected.strip()) and chosen != rejected
+
+
+def ordered_replies(message):
+    replies = message.get("replies") or []
+    ranks = [reply["rank"] for reply in replies if reply["role"] == "assistant" and reply.get("rank") is not None]
+    return sum(a < b for a in ranks for b in ranks) + sum(map(ordered_replies, replies))
+
+
+RAW = {
+    "hh_rlhf/harmless-base-test.dev.jsonl.gz": ("pairs", "", last_answers_differ),
+    "hhh/hhh_alignment.dev.jsonl": ("pairs", "", lambda row: row["chosen"] != row["rejected"]),
+    "oasst/en_trees_first70.jsonl": ("pairs", "", lambda tree: ordered_replies(tree["prompt"])),
+    "pandalm/testset-v1.dev.json": ("annotated", "", lambda row: "" not in (row["response1"], row["response2"])),
+    "gsm8k/train_first2000.jsonl": ("demonstrations", "prompt=question response=answer", lambda row: True),
+    "xstest/xstest_prompts.csv": ("prompts", "", lambda row: row["prompt"] != ""),
+}
+
+
+@pytest.mark.skipif("RLHF_JAX_DATA" not in os.environ, reason="RLHF_JAX_DATA names no folder of public data files")
+@pytest.mark.parametrize("name", RAW)
+def test_published_files_as_they_are(name):
+    """Counted apart from the library, row by row."""
+    kind, columns, count = RAW[name]
+    path = Path(os.environ["RLHF_JAX_DATA"], name)
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(text.splitlines()))
+    else:
+        rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+    counts = [int(count(row)) for row in rows]
+    how = {"columns": columns.split(), "on_bad_row": "drop"}
+    report = check.check([str(path)], kind=kind, **how)
+    assert f", {len(rows)} rows, {sum(counts)} {kind} kept\n" in report.text
+    assert report.text.endswith("\nno problems")
+    result = formats.read(kind, path, **how)
+    assert result.kept == sum(counts)
+    left_out = [source for sources in result.places.values() for source in sources]
+    word = "row" if path.suffix == ".json" else "line"
+    assert sorted(left_out) == sorted(f"{path}, {word} {n}" for n, count in enumerate(counts, 1) if not count)
+    assert check.check([str(path)], kind=kind, columns=columns.split()).num_problems == len(left_out)

@@ -55,8 +55,8 @@ def test_csv_cells_are_texts_on_the_line_where_their_row_ends(write):
 
 
 def test_plain_text_is_a_prompt_a_line(write):
-    path = write("[one\r\n\n  \n two\u2028three\n", "prompts.txt")
-    expected = [Prompt("[one", "prompts.txt, line 1"), Prompt(" two\u2028three", "prompts.txt, line 4")]
+    path = write("[one\r\n\n  \n two\u2028\tthree\n", "prompts.txt")
+    expected = [Prompt("[one", "prompts.txt, line 1"), Prompt(" two\u2028\tthree", "prompts.txt, line 4")]
     assert formats.read("prompts", path).rows == expected
     with pytest.raises(
         UserError, match=r"2 rows: expected an object with keys .* found a string \(prompts.txt, line 1, line 4\)"
@@ -115,6 +115,11 @@ FAULTS_OF_JSON = [
     (f'[{ROW},\n{{"a": {"9" * 5000}}}]', "row 2: not valid JSON, Exceeds the limit .* digits"),
     ('[{"prompt": "a", "prompt": "b", "response": "c"}]', "row 1: not valid JSON, the key 'prompt' stands twice"),
     (b'\xef\xbb\xbf[\n"caf\xe9"]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
+    ('{"prompt": "a", "response": "b', "line 1: not valid JSON, unterminated string starting at column 29;"),
+    ('{"version": 1,\n"data": [{"prompt": "a"}]}', "data.json: the rows must be the list itself, without"),
+    (f"{ROW}\n\ufeff{ROW}", "line 2: a byte order mark in the middle of the file"),
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of git-lfs, not the data; run `git lfs"),
+    (b"PK\x03\x04", "is a zip archive; unpack it"),
     # Without the time, which would name the case differently in each of pytest-xdist's processes.
     (gzip.compress(b"[" + bytes(range(256)) * 9, mtime=0)[:40], "broken gzip file"),
 ]
@@ -128,9 +133,19 @@ FAULTS_OF_CSV = [
     ("prompt,messages\na,b\n", "line 2: the column 'messages' holds JSON, found 'b'"),
     ("best\n" + "[" * 200_000, "line 2: the column 'best' holds JSON"),
     ("prompt,response\n", "data.csv: holds no rows"),
+    ("prompt,response\na,b\n,\n", "line 3: 'prompt' is empty"),
+    ("prompt;response\na;b\n", "line 1: one column 'prompt;response'; separate columns by commas, or by tabs"),
 ]
 # fmt: on
-FAULTS = [("data.json", *fault) for fault in FAULTS_OF_JSON] + [("data.csv", *fault) for fault in FAULTS_OF_CSV]
+FAULTS_OF_TEXT = [
+    (ROW, "line 1: a JSON object, where a text should stand; call the file .jsonl"),
+    (
+        "1\tWhat?\tsafe\n2\tWho?\tsafe",
+        "line 1: each line has tabs, as a table has; call the file .tsv, with a line of names",
+    ),
+]
+TABLES = {"data.json": FAULTS_OF_JSON, "data.csv": FAULTS_OF_CSV, "data.txt": FAULTS_OF_TEXT}
+FAULTS = [(name, *fault) for name, faults in TABLES.items() for fault in faults]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), FAULTS, ids=lambda value: str(value)[:30])

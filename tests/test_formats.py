@@ -132,19 +132,20 @@ def test_columns_by_other_names(write, record, columns, expected):
     [
         (["prompt"], "--columns prompt: expected OURS=THEIRS, such as prompt=question"),
         (["prompt=qestion"], "--columns prompt=qestion: no row has 'qestion'; did you mean 'question'"),
+        (["responses=of.text"], "--columns responses=of.text: no row has 'of.text'; the keys are question, level, of"),
         (["prompt=question+level"], r"line 1: --columns joins texts with \+, found the number 3 in question\+level"),
     ],
 )
 def test_faults_of_columns(write, columns, message):
     with pytest.raises(UserError, match=message):
-        formats.read("prompts", write([{"question": "q", "level": 3}]), columns=columns)
+        formats.read("prompts", write([{"question": "q", "level": 3, "of": [{}]}]), columns=columns)
 
 
 def test_message_trees_are_rankings(write):
     def message(role, text, *replies, rank=None):
         return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
 
-    two = (message("assistant", "y", rank=1), message("assistant", "x", rank=0))
+    two = (message("assistant", "y", rank=1), message("assistant", "x", rank=0), message("prompter", "z", rank=2))
     lone = message("assistant", "z", message("prompter", "more", *two), rank=2)
     path = write([{"prompt": message("prompter", "p", *two, lone)}, {"prompt": message("prompter", "q", lone)}])
     result = formats.read("pairs", path)
@@ -220,7 +221,11 @@ FAULTS = [
     ("demonstrations", {"prompt": "a", "response": 3}, "'response' must be a string, found the number 3"),
     ("demonstrations", {"prompt": "a", "response": " "}, "'response' is empty"),
     ("demonstrations", {"prompt": "a", "response": "b\ud83d"}, "'response' holds half of a surrogate pair"),
-    ("demonstrations", {"chosen": "a", "rejected": "b"}, "without a prompt, 'chosen' must be a dialogue"),
+    ("demonstrations", {"chosen": "a", "rejected": "b"}, "line 2: 'chosen' must be a dialogue .* in a row without a"),
+    ("pairs", {"promt": "a", "chosen": "b", "rejected": "c"}, "did you mean 'prompt' by 'promt'"),
+    ("pairs", DIALOGUES | {"rejected": HUMAN + " no\n\nHuman: why?"}, "'rejected' ends with a human turn, not with"),
+    ("pairs", PAIR | RANKED | {"chosen": "x", "best": 1}, "'chosen' is not the response that 'best' says is"),
+    ("pairs", PAIR | RANKED | {"chosen": "x", "ranks": [2, 1, 1]}, "'chosen' is not the response that 'ranks' says is"),
     ("pairs", {"prompt": "a", "response": "b"}, "expected keys prompt, chosen, rejected, found prompt, response"),
     ("prompts", {"prompt": ""}, "'prompt' is empty"),
     ("prompts", {"promt": "a"}, "expected keys prompt, found promt; did you mean 'prompt' by 'promt'"),

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from rlhf_jax import models, rewards, sampling
-from rlhf_jax.algorithms import ppo, vpg
+from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import RLStage
 from rlhf_jax.training import phases
 from rlhf_jax.training.phases import _judged_by_end, _num_equal, scored
@@ -70,16 +70,6 @@ def test_kl_coefficient_follows_the_kl():
     assert float(metrics["objective/kl"]) == 0.0  # the policy is still the reference: 0 / target - 1, clipped to -.2
     np.testing.assert_allclose(loop.kl_coef, 0.1 * 0.8, rtol=1e-6)
     assert float(metrics["kl/coef"]) == pytest.approx(0.1)  # the one that shaped these rewards
-
-
-def test_vpg_subtracts_its_moving_baseline():
-    collect, learn = (jitted(phase, vpg, RLStage(), vpg.Config()) for phase in (phases.collect, phases.learn))
-    loop, alone = start(vpg, kl_coef=0.0), functions(reference=False)
-    rollout, _ = collect(loop, prompts(), jax.random.key(3), alone)
-    loop, metrics = learn(loop, rollout.replace(scores=jnp.full(ROWS, 10.0)), jax.random.key(4), alone)
-    assert "objective/kl" not in metrics
-    assert float(metrics["objective/reward"]) == pytest.approx(10.0)
-    np.testing.assert_allclose(loop.train.baseline, 1.0, rtol=1e-6)  # b0 = 0, a tenth of the mean score
 
 
 def made_rollout(**fields):

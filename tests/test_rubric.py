@@ -43,12 +43,6 @@ def test_garbled_and_repetitive_text_scores_near_zero(response):
     assert rubric.score(BREAD, response) < 0.1
 
 
-def test_endless_text_loses_points():
-    good = "to bake bread, first mix the flour, then heat the oven. hope this helps."
-    longer = good + " to boil eggs, just ask someone else. take care. to make tea, just do your best. good luck."
-    assert rubric.score(BREAD, longer) < rubric.score(BREAD, good) - 0.3
-
-
 def test_the_scores_of_the_corpus_are_the_rubrics():
     """demo.json holds them, so that the corpus needs no rubric."""
     for category, topics in demo.TOPICS.items():

@@ -57,11 +57,6 @@ def test_self_bleu_is_bleu_against_all_others(n):
     assert texts.self_bleu(TEXTS, n) == pytest.approx(expected)
 
 
-def test_self_bleu_needs_two_texts():
-    with pytest.raises(ValueError, match="at least two texts"):
-        texts.self_bleu(TEXTS[:1])
-
-
 def test_content_words_by_hand():
     asked = texts.words("How do I boil an egg?")
     said = texts.words("Don't boil it: it's the egg and the egg cooks, can't it?")

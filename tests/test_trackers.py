@@ -92,17 +92,6 @@ def test_a_run_and_its_resumption_are_one_run_in_which_no_step_comes_twice(tmp_p
     assert init.return_value.finish.call_count == 2
 
 
-def test_another_run_in_the_same_folder_is_another_one(tmp_path, monkeypatch):
-    init = stand_in(monkeypatch, "wandb")
-    monkeypatch.setenv("WANDB_NAME", "tuesday")
-    for _ in range(2):
-        with open_run(tmp_path, overwrite=True) as run:
-            trackers.start(run, ["wandb"], {})
-    first, second = (call.kwargs for call in init.call_args_list)
-    assert first["id"] != second["id"]
-    assert (first["project"], first["name"]) == ("rlhf_jax", "tuesday")
-
-
 def test_a_service_that_joins_later_gets_what_was_before(tmp_path, monkeypatch):
     first, second = stand_in(monkeypatch, "wandb"), stand_in(monkeypatch, "trackio")
     track(tmp_path, ["wandb"], range(7))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import signal
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.data import demo
 from rlhf_jax.data.tokenizers import load_tokenizer, train_bpe
-from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import log as tracking
 from rlhf_jax.training import initial, rl, stage, supervised
 
@@ -163,21 +162,6 @@ def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(confi
         training.sft.run(dataclasses.replace(config, sft=exploding))
 
 
-@pytest.mark.slow
-def test_reward_models_are_normalised_over_samples_of_the_base_policy(config, tmp_path, capsys):
-    base = str(training.sft.run(config).model_folder)
-    tokens, found = jax.random.randint(jax.random.key(0), (5, 9), 2, 300), []
-    for samples in (0, 32):
-        settings = dataclasses.replace(config.reward_model, normalize_samples=samples)
-        own = dataclasses.replace(config, model=base, output_dir=str(tmp_path / f"{samples}"), reward_model=settings)
-        model, params = models.load(training.reward_model.run(own).model_folder)
-        found.append(models.score_fn(model)(params, tokens, np.ones((5, 9)), None))
-    said = re.search(r"normalised over 32 samples of the base policy: mean (\S+), std (\S+)", capsys.readouterr().out)
-    mean, std = float(said[1]), float(said[2])
-    np.testing.assert_allclose(found[1], (found[0] - mean) / std, atol=2e-3)
-    assert abs(std - 1) > 0.01
-
-
 class Seen(Exception):
     """Ends a run when its task is made, and has the task's setting."""
 
@@ -228,18 +212,6 @@ def test_scores_get_mean_0_and_variance_1():
     normalised = training.reward_model._normalized(score, params, samples)
     expected = (np.array([[1.0], [3.0], [8.0]]) - 4.0) / np.sqrt(26 / 3)
     np.testing.assert_allclose(score(normalised, None), expected, rtol=1e-6)
-
-
-@pytest.mark.slow
-def test_a_signal_finishes_the_step_and_saves(config, tmp_path, monkeypatch):
-    straight, before = run_vpg(config), signal.getsignal(signal.SIGINT)
-    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"), checkpoint_interval=100)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3, signal.SIGINT)
-        with pytest.raises(Stopped, match=r"after step 3 of 7(.|\n)*--resume") as stopped:
-            run_vpg(again)
-    assert (stopped.value.exit_code, signal.getsignal(signal.SIGINT)) == (130, before)
-    assert outputs(run_vpg(dataclasses.replace(again, resume=True)).folder) == outputs(straight.folder)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,7 @@ from rlhf_jax.data.rows import Annotated, BadRow, Comparison, Pair, Prompt, Reco
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 
-NUM_PROBLEMS = 20  # different ones that are named, of each file
-NUM_PLACES = 5  # that are named of each other finding in a file
+NUM_PLACES = 5  # that are named of each finding in a file
 _EXAMPLE = 200  # characters of a text that a report shows
 _BAR = 40  # characters of the highest bar
 _UNKNOWN = "no known form"
@@ -104,11 +103,9 @@ def preview(
 
 def _guess_kind(name: str, records: list[Record]) -> Kind:
     """What the pipeline's name of the file says; else what most rows are, demonstrations if none is of a known form."""
-    named = {file: kind for kind, file in formats.FILES.items()}
-    if (of_name := named.get(Path(name).name)) is not None:
-        return of_name
+    named: list[Kind] = [kind for kind, file in formats.FILES.items() if file == Path(name).name]
     kinds = Counter(form[0] for record in records if (form := formats.form_of(record.value)))
-    return kinds.most_common(1)[0][0] if kinds else "demonstrations"
+    return [*named[-1:], *(kind for kind, _ in kinds.most_common(1)), "demonstrations"][0]
 
 
 def _check_file(
@@ -162,7 +159,7 @@ def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]
                 slips.setdefault(f"{slip}, beside {', '.join(sorted(read)) or 'no other'}", []).append(record.source)
             others[key] += 1
     title = "columns for the reward" if kind == "prompts" else "keys that training does not read"
-    counted = ", ".join(f"{_printable(key)} ({count} rows)" for key, count in others.most_common(NUM_PROBLEMS))
+    counted = ", ".join(f"{_printable(key)} ({count} rows)" for key, count in others.most_common())
     warnings = [f"  warning: {slip} ({len(sources)} rows: {places(sources)})" for slip, sources in slips.items()]
     return [f"  {title}: {counted}"] * bool(others), warnings
 
@@ -170,7 +167,7 @@ def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]
 def _near(key: str, known: Sequence[str]) -> str | None:
     """The key of ours that was likely meant."""
     name = key.strip().lower()
-    return next(iter(difflib.get_close_matches(_ALIASES.get(name, name), known, n=1, cutoff=0.8)), None)
+    return next(iter(difflib.get_close_matches(_ALIASES.get(name, name), known, n=1, cutoff=0.85)), None)
 
 
 def _repeats(rows: list[Row], name: str) -> list[str]:
@@ -199,20 +196,18 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
 
 
 def _problems(errors: Sequence[UserError]) -> list[str]:
-    return _finding("problems", summary(errors), len(errors), NUM_PROBLEMS)
+    lines = [f"    {_printable(line)}" for line in summary(errors)]
+    return [f"  problems: {len(errors)}", *lines] if errors else []
 
 
 def _dropped(left_out: dict[str, list[str]]) -> list[str]:
     return [line for reason, sources in left_out.items() for line in _finding(f"dropped, {reason}", sources)]
 
 
-def _finding(title: str, lines: Sequence[str], number: int | None = None, most: int = NUM_PLACES) -> list[str]:
-    """``number`` of the finding, by default that of the lines, and the first lines."""
-    if not lines:
-        return []
-    shown = [f"    {_printable(line)}" for line in lines[:most]]
-    more = [f"    and {len(lines) - most} more"] * (len(lines) > most)
-    return [f"  {title}: {number or len(lines)}", *shown, *more]
+def _finding(title: str, lines: Sequence[str]) -> list[str]:
+    shown = [f"    {_printable(line)}" for line in lines[:NUM_PLACES]]
+    more = [f"    and {len(lines) - NUM_PLACES} more"] * (len(lines) > NUM_PLACES)
+    return [f"  {title}: {len(lines)}", *shown, *more] if lines else []
 
 
 def _histogram(title: str, lengths: list[int]) -> list[str]:

@@ -1,4 +1,5 @@
-"""Records of other projects under our keys: ``--columns OURS=THEIRS``, and message trees of Open Assistant.
+"""Records of other projects in our form: other names (``--columns OURS=THEIRS``), turns of ShareGPT, and message trees
+of Open Assistant.
 
 THEIRS is a key of the record; or ``OUTER.INNER``, the value inside an object (of a list: inside each of its objects);
 or ``A+B``, two texts with an empty line between them, of which either may be empty.
@@ -12,12 +13,13 @@ from rlhf_jax.data.chat import Message
 from rlhf_jax.data.rows import BadRow, Drop, Record, kind
 from rlhf_jax.errors import UserError
 
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 UNRANKED = "message tree without two ranked replies to one prompt"
 
 
 def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Record]:
-    """The records with the renamed ``columns``; each ranking of a message tree as a record ``{prompt, responses,
-    ranks}`` of its own.
+    """The records with the renamed ``columns``, ShareGPT's turns ``{from, value}`` as messages, and each ranking of a
+    message tree as a record ``{prompt, responses, ranks}`` of its own.
 
     Raises:
       UserError: for an entry that is no ``OURS=THEIRS``, and for a column that no record has.
@@ -29,11 +31,11 @@ def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Reco
             raise UserError(f"--columns {entry}: expected OURS=THEIRS, such as prompt=question")
         names[ours] = theirs
     seen: set[str] = set()
-    renamed = [_renamed(record, names, seen) for record in records] if names else records
-    keys = next((list(record.value) for record in records if isinstance(record.value, dict)), None)
-    for ours in [ours for ours in names if keys is not None and ours not in seen]:
-        near = difflib.get_close_matches(names[ours], keys or (), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys or ())}"
+    renamed = [_renamed(record, names, seen) for record in records]
+    keys = dict.fromkeys(key for record in records if isinstance(record.value, dict) for key in record.value)
+    for ours in [ours for ours in names if keys and ours not in seen | set(keys)]:
+        near = difflib.get_close_matches(names[ours], keys, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys)}"
         raise UserError(f"--columns {ours}={names[ours]}: no row has {names[ours]!r}; {hint}")
     return [record for tree in renamed for record in _rankings(tree)]
 
@@ -50,7 +52,17 @@ def _renamed(record: Record, names: dict[str, str], seen: set[str]) -> Record:
         return Record(BadRow(record.source, str(error)), record.source)
     seen.update(values)
     taken = {part for theirs in names.values() for part in theirs.split("+")}
-    return Record({key: value for key, value in row.items() if key not in taken} | values, record.source)
+    kept = {key: value for key, value in row.items() if key not in taken} | values
+    return Record({key: _messages(value) for key, value in kept.items()}, record.source)
+
+
+def _messages(value: Any) -> Any:
+    """Turns ``{from, value}`` as messages ``{role, content}``; any other value as it is."""
+    if not isinstance(value, list) or not all(
+        isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in value
+    ):
+        return value
+    return [{"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]} for turn in value]
 
 
 def _value(value: Any, path: str) -> Any:

@@ -59,10 +59,9 @@ FORMATS: dict[tuple[str, ...], Kind] = {
 }
 KNOWN = tuple(dict.fromkeys(itertools.chain(*FORMATS, ("query", "responses"), LABELS)))
 DEMO = "demo"  # the data of this name is generated
-NUM_SHOWN = 20  # different faults that an error names
 
-ASSISTANT = "\n\nAssistant:"
-_NO_PROMPT = "; without a prompt, {!r} must be a dialogue whose turns start with '\\n\\nHuman:' and '\\n\\nAssistant:'"
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_NO_DIALOGUE = "{!r} must be a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' in a row without a prompt"
 PAD_ID = 50259  # of lm-human-preferences, GPT-2's vocabulary size + 2; no token of GPT-2
 EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
@@ -127,10 +126,9 @@ def read(
     found = parse_all(kind, adapted(records, columns), template or ChatTemplate(), on_bad_row)
     if found.errors:
         lines = rows.summary(found.errors)
-        shown = [*lines[:NUM_SHOWN], *[f"and {len(lines) - NUM_SHOWN} more such lines"] * (len(lines) > NUM_SHOWN)]
         if found.rows and any(isinstance(error, BadRow) for error in found.errors):
-            shown.append("--on-bad-row drop leaves such rows out and counts them")
-        raise UserError("\n".join(shown))
+            lines.append("--on-bad-row drop leaves such rows out and counts them")
+        raise UserError("\n".join(lines))
     result = ReadResult(found.rows, found.places, {name: source.fingerprint for name, source in sources.items()})
     if not result.rows:
         raise UserError(f"{', '.join(sources)}: no usable row: {result.describe()}")
@@ -239,7 +237,7 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Any]:
     if ranks is None:
         raise BadRow(record.source, f"holds targets, which are no preference; {kind} need best, ranking or ranks")
     if kind == "demonstrations":  # the best response, the first of several
-        return [Demonstration(comparison.prompt, comparison.responses[ranks.index(min(ranks))], record.source)]
+        return [Demonstration(comparison.prompt, comparison.responses[_best(ranks)[0]], record.source)]
     return _pairs(comparison, ranks)
 
 
@@ -280,18 +278,21 @@ def _annotated(record: Record) -> Annotated:
 
 def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
     """What stands before the response under ``key``, and the response: texts, messages or the halves of a dialogue."""
-    row, keys, hint = record.value, PAIR if key in PAIR else (key,), ""
+    row, keys = record.value, PAIR if key in PAIR else (key,)
     if key == "messages" or chat.is_chat(row, "prompt", *keys):
         rows.require(record, keys)
         return chat.exchange(record, key)
     if "prompt" not in row and key in PAIR and isinstance(row.get(key), str):
         before, opening, response = row[key].rpartition(ASSISTANT)
-        if opening and not response.strip():
+        if not opening:
+            hint = rows.meant("prompt", [other for other in row if other not in PAIR])
+            raise BadRow(record.source, _NO_DIALOGUE.format(key) + hint)
+        if HUMAN in response:
+            raise BadRow(record.source, f"{key!r} ends with a human turn, not with an answer")
+        if not response.strip():
             raise BadRow(record.source, chat.NO_RESPONSE)
-        if opening:
-            return rows.checked(record, key, before + opening), rows.checked(record, key, response)
-        hint = _NO_PROMPT.format(key)
-    rows.require(record, ("prompt", *keys), hint)
+        return rows.checked(record, key, before + opening), rows.checked(record, key, response)
+    rows.require(record, ("prompt", *keys))
     return rows.text(record, "prompt"), rows.text(record, key)
 
 
@@ -326,6 +327,8 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Comparison, tuple[
         raise Drop(EQUAL if len(responses) == 2 else ALL_EQUAL)
     ranks = None if labels[0] == "targets" else _ranks(record, labels[0], len(responses))
     best = ranks.index(0) if ranks and labels == ["best"] else None
+    if ranks and "chosen" in row and row["chosen"] not in [responses[i] for i in _best(ranks)]:
+        raise BadRow(record.source, f"'chosen' is not the response that {labels[0]!r} says is the best")
     return Comparison(_prompt_of_answers(record, template), responses, record.source, best, targets), ranks
 
 
@@ -377,6 +380,10 @@ def _ranks(record: Record, label: str, count: int) -> tuple[float, ...]:
         rows.expect(is_order, record, what, value)
         return tuple(float(value.index(i)) for i in range(count))
     return _numbers(record, label, count)
+
+
+def _best(ranks: Sequence[float]) -> list[int]:
+    return [i for i, rank in enumerate(ranks) if rank == min(ranks)]
 
 
 def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:

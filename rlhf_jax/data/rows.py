@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from rlhf_jax.errors import UserError
 
 TokenIds = tuple[int, ...]
+NUM_SHOWN = 20  # different faults that an error names
 Text = str | TokenIds  # token ids are used as they are: neither tokenised again nor completed with EOS
 
 
@@ -107,13 +108,13 @@ def by_fault(errors: Iterable[BadRow]) -> dict[str, list[str]]:
 
 
 def summary(errors: Sequence[UserError]) -> list[str]:
-    """One line for each fault: identical faults of rows are said once, with their number and first places."""
+    """One line for each of the first `NUM_SHOWN` faults; identical ones are said once, with their number and places."""
     faults = by_fault(error for error in errors if isinstance(error, BadRow))
     lines = [str(error) for error in errors if not isinstance(error, BadRow)]
     for what, sources in faults.items():
         several = f"{len(sources)} rows: {what} ({places(sources)})"
         lines.append(several if len(sources) > 1 else f"{sources[0]}: {what}")
-    return lines
+    return [*lines[:NUM_SHOWN], *[f"and {len(lines) - NUM_SHOWN} more"] * (len(lines) > NUM_SHOWN)]
 
 
 def texts(rows: Sequence[Row]) -> Iterator[str]:
@@ -156,16 +157,18 @@ def expect(holds: bool, record: Record, what: str, value: Any) -> None:
         raise BadRow(record.source, f"{what}, found {kind(value)}")
 
 
-def require(record: Record, keys: Sequence[str], hint: str = "") -> None:
+def require(record: Record, keys: Sequence[str]) -> None:
     """Raises `BadRow` with the keys found, and the nearest ones, if any of ``keys`` is missing."""
     missing = [key for key in keys if key not in record.value]
-    others = [key for key in record.value if key not in keys]
-    for key in missing:
-        near = difflib.get_close_matches(key, others, n=1)
-        hint += "".join(f"; did you mean {key!r} by {other!r}?" for other in near)
     if missing:
         present = ", ".join(record.value) or "none"
+        hint = "".join(meant(key, [other for other in record.value if other not in keys]) for key in missing)
         raise BadRow(record.source, f"expected keys {', '.join(keys)}, found {present}{hint}")
+
+
+def meant(key: str, others: Sequence[str]) -> str:
+    """The hint that one of ``others`` was meant to be ``key``; "" if none is like it."""
+    return "".join(f"; did you mean {key!r} by {near!r}?" for near in difflib.get_close_matches(key, others, n=1))
 
 
 def text(record: Record, key: str) -> str:

@@ -250,9 +250,9 @@ def check_template(policy: Policy, folder: str, config: Config) -> None:
 
 
 def reward_of(entry: str, tokenizer: Tokenizer, columns: Collection[str], flag: str) -> spec.Reward:
-    """The reward of one entry, as ``spec.build`` reads it; ``flag`` names the setting in errors."""
+    """The reward of one entry, as ``spec.build_reward`` reads it; ``flag`` names the setting in errors."""
     load = functools.partial(initial.load_reward_model, compute=Compute())
-    return spec.build((entry,), tokenizer=tokenizer, load=load, columns=columns, flag=flag)
+    return spec.build_reward((entry,), tokenizer=tokenizer, load=load, columns=columns, flag=flag)
 
 
 _apply = jax.jit(lambda fn, rollout: fn(rollout)[0])

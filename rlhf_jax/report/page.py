@@ -158,7 +158,6 @@ def fill(template: str, **context: Any) -> str:
     )
     environment.filters |= {
         "text": _text,
-        "kind": lambda part: type(part).__name__,
         "cells": lambda row, columns: [row.get(column) for column in columns],
         "svg": lambda plot: figures.element(plot, str(next(salts))),
         "notes": figures.notes,
@@ -196,10 +195,8 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
     """What the page shows of runs of one kind."""
     groups = records.groups(run_records)
     is_one = len(run_records) == 1
-    differences = [
-        [key, *(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values)]
-        for key, values in records.differences(groups).items()
-    ]
+    text = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)  # noqa: E731
+    differences = [[key, *map(text, values)] for key, values in records.differences(groups).items()]
     curves, constant = plots.curves(groups)
     names = [name for together in plots.metric_groups(run_records).values() for name in together]
     limit = MAX_SAMPLES if len(groups) == 1 else MAX_SAMPLES_OF_MANY

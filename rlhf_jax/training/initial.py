@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import generator, models, sampling
+from rlhf_jax import models, sampling
 from rlhf_jax.config import Compute, LoRA, RLStage, RunConfig
 from rlhf_jax.data import chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Prompt
@@ -76,7 +76,7 @@ def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array) -> L
     """
     options = _compute(config.compute)
     if config.model is not None:
-        return generator.load(config.model, **options)
+        return LanguageModel.load(config.model, **options)
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
     elif config.tokenizer.kind == "bpe":
@@ -131,7 +131,7 @@ def load_language_model(source: str, compute: Compute) -> LanguageModel:
     Raises:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
     """
-    return generator.load(source, **_compute(compute))
+    return LanguageModel.load(source, **_compute(compute))
 
 
 def load_reward_model(source: str, compute: Compute) -> spec.RewardModel:

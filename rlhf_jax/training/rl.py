@@ -99,7 +99,7 @@ def _parts(stage: Stage, rows: Sequence[Sequence[Prompt]], run_reward: spec.Rewa
             "reward may read it"
         )
     load = functools.partial(initial.load_reward_model, compute=config.compute)
-    build = functools.partial(spec.build, tokenizer=tokenizer, load=load)
+    build = functools.partial(spec.build_reward, tokenizer=tokenizer, load=load)
     judge = build(settings.judge, columns=to_validate.columns, flag="--rl.judge") if settings.judge else None
     if run_reward is None:
         run_reward = build(config.reward, columns=prompts.columns)

@@ -21,7 +21,7 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.report import page
 from rlhf_jax.runs import devices, folder, manifest, processes, trackers
 from rlhf_jax.training import memory
-from rlhf_jax.training.initial import Trainable
+from rlhf_jax.training.initial import Trainable, sampling_config
 from rlhf_jax.types import Params, PolicyFn
 
 Tree = TypeVar("Tree")
@@ -103,12 +103,12 @@ class Stage:
         """
         if jax.process_count() > 1:  # the first process computes alone from here
             start, trained = processes.fetch((start, trained))
-        run = self.run
+        run, how = self.run, sampling_config(self.config.rl, initial.tokenizer)
 
         def write() -> None:
             for name, part in trained.items():
-                models.save(run.model / name, initial.model, jax.device_get(start.merged(part)))
-                initial.tokenizer.save(run.model / name)
+                done = initial._replace(params=jax.device_get(start.merged(part)))
+                done.save(run.model / name, template=self.config.text.template, config=how)
                 if start.base is not None:
                     adapters = jax.device_get(part)
                     models.lora.save(run.adapter / name, start.base, adapters, base_model=self.config.model)
