@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
-from test_page import Page
 from test_report import write_run
 
 from rlhf_jax import cli, metrics, models
@@ -297,8 +296,6 @@ def test_everything_from_the_command_line(folders, capsys):
     said = capsys.readouterr().out
     assert "accuracy_reward_model" in said
     assert f"wrote {folders / 'run' / 'evaluation.json'}" in said
-    page = Page((folders / "run" / "report.html").read_text("utf-8"))
-    assert {"accuracy_mean_log_prob", "preferences: helpful", "vowels"} <= set(page.texts("td"))
 
 
 @pytest.mark.slow
