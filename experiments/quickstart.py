@@ -3,8 +3,8 @@
     python experiments/quickstart.py
 
 SFT, a reward model and PPO on a generated assistant corpus; prints a table and writes runs/quickstart/. A rubric that
-training never sees judges greedy answers to held-out prompts. Exits with 1 if the result misses a gate, as it must with
---shuffle-labels.
+training never sees judges greedy answers to held-out prompts. Exits with 1 if a check of the result fails, as it must
+with --shuffle-labels.
 """
 
 import dataclasses
@@ -35,9 +35,14 @@ from rlhf_jax.training import initial, pipeline, stage
 from rlhf_jax.training.scoring import answer_scorer, report, score_rows
 from rlhf_jax.types import Rollout
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 LAST_ITERATIONS = 10
 MIN_ACCURACY, MIN_WIN_RATE, KL_BAND, MIN_KL_COEF_CHANGE = 0.85, 0.75, 1.5, 1.1
+NEXT = """
+The report: {folder}/report.html
+Next: every curve of the three stages on one page, the policy on held-out pairs, and the same with files of yours:
+    rlhf-jax report {folder}
+    rlhf-jax evaluate {folder}/ppo --preferences {folder}/data/heldout_preference_data.json
+    python experiments/pipeline.py --config configs/pipeline.yaml --data FOLDER"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,7 @@ class QuickstartConfig(RunConfig):
     """The pipeline's settings and the negative control."""
 
     shuffle_labels: bool = False
-    """Choose the preferred answer of every pair by coin flip: the gates must then fail."""
+    """Choose the preferred answer of every pair by coin flip: the checks must then fail."""
 
 
 class Answers(NamedTuple):
@@ -69,6 +74,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     pipeline.check_folder(folder, config)
     data = folder / "data"
     stage.set_up(config)
+    print("Three stages, from nothing to a policy: about two minutes on two CPU cores.", flush=True)
     demo.write(data, seed=config.seed, shuffle_labels=config.shuffle_labels)
     stages = pipeline.run_stages(dataclasses.replace(config, data=(str(data),)), folder)
     prompts = formats.read("prompts", str(data / "heldout_prompts.json")).rows
@@ -80,7 +86,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     shown = [i for category in demo.TOPICS for i in of_category(prompts, category)[:3]]
     examples = [(prompts[i].prompt, sft.texts[i], sft.scores[i], ppo.texts[i], ppo.scores[i]) for i in shown]
     write_report(folder, summary, examples)
-    print_summary(summary, examples)
+    print_summary(folder, summary, examples)
     return summary
 
 
@@ -124,9 +130,11 @@ def summarize(
     learned: np.ndarray,
     folder: Path,
 ) -> dict[str, Any]:
-    """The numbers of ``summary.json``, and whether each gate was passed."""
+    """The numbers of ``summary.json``, and whether each check was passed."""
     rows = records.read_rows(folder / "ppo" / "metrics.jsonl")
-    kls, coefs = (records.series(rows, name)[1] for name in ("objective/kl", "kl/coef"))
+    names = ("objective/kl", "kl/coef", "value/explained_variance", "policy/ratio_max")
+    kls, coefs, explained, ratios = (records.series(rows, name)[1] for name in names)
+    critic = {"lowest_explained_variance_of_last_half": min(explained[len(explained) // 2 :])}
     lengths = np.asarray(ppo.rollout.response_mask).sum(axis=1)
     summary = {
         "seed": config.seed,
@@ -139,14 +147,15 @@ def summarize(
             "target": config.rl.kl_target or 0.0,
             "last_iterations": [round(kl, 6) for kl in kls[-LAST_ITERATIONS:]],
         },
+        "critic": rounded(critic | {"largest_ratio": max(ratios)}),
         "kl_coef": rounded({"lowest": min(coefs), "highest": max(coefs)}),
         "score_length_correlation": round(metrics.spearman(learned, lengths), 6),
     }
-    return summary | {"gates": {name: passed for name, (passed, _) in gates(summary).items()}}
+    return summary | {"checks": {name: passed for name, (passed, _) in checks(summary).items()}}
 
 
-def gates(summary: dict[str, Any]) -> dict[str, tuple[bool, str]]:
-    """``{gate: (passed, what was measured and what was asked for)}``."""
+def checks(summary: dict[str, Any]) -> dict[str, tuple[bool, str]]:
+    """``{check: (passed, what was measured and what was asked for)}``."""
     accuracy, win_rate, coef = summary["reward_model"]["accuracy"], summary["win_rate"], summary["kl_coef"]
     target, last = summary["kl"]["target"], summary["kl"]["last_iterations"]
     low, high = target / KL_BAND, target * KL_BAND
@@ -171,7 +180,7 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 
 
 def write_report(folder: Path, summary: dict[str, Any], examples: Sequence[Sequence[Any]]) -> None:
-    """``report.html``: gates, numbers, answers before and after, curves of the three stages."""
+    """``report.html``: checks, numbers, answers before and after, curves of the three stages."""
     pairs, mean = summary["reward_model"], summary["rubric"]
     facts = {
         "Seed": summary["seed"],
@@ -192,7 +201,7 @@ def write_report(folder: Path, summary: dict[str, Any], examples: Sequence[Seque
     report = page.render(
         "Quickstart: SFT, a reward model and PPO",
         [
-            page.Gates(gates(summary)),
+            page.Gates(checks(summary)),
             page.Facts("Figures", facts),
             page.Table(title, columns, examples, formats={"SFT score": ".2f", "PPO score": ".2f"}),
             page.Figures("Curves", plots(folder, summary["kl"]["target"])),
@@ -228,8 +237,8 @@ def plots(folder: Path, kl_target: float) -> list[figures.Plot]:
     return [*drawn, dataclasses.replace(frontier, title="PPO: reward against KL")]
 
 
-def print_summary(summary: dict[str, Any], examples: Sequence[Sequence[Any]]) -> None:
-    """A table of answers, the means, and one line for each gate."""
+def print_summary(folder: Path, summary: dict[str, Any], examples: Sequence[Sequence[Any]]) -> None:
+    """A table of answers, the means, one line for each check, and what to look at next."""
     console = rich.console.Console()
     table = rich.table.Table(title="Held-out prompts, greedy answers; score: the rubric, SFT -> PPO", show_lines=True)
     for name in ("prompt", "SFT", "PPO", "score"):
@@ -237,18 +246,20 @@ def print_summary(summary: dict[str, Any], examples: Sequence[Sequence[Any]]) ->
     for prompt, sft_text, sft_score, ppo_text, ppo_score in examples:
         table.add_row(str(prompt), sft_text, ppo_text, f"{sft_score:.2f} -> {ppo_score:.2f}")
     console.print(table)
-    mean = summary["rubric"]
+    mean, checked = summary["rubric"], checks(summary)
     lines = [
         f"rubric, mean over {summary['heldout_prompts']} prompts: SFT {mean['sft']:.3f}, PPO {mean['ppo']:.3f}",
         f"score/length correlation of PPO's answers: {summary['score_length_correlation']:.3f}",
-        *(f"{'pass' if ok else 'FAIL'}  {name}: {detail}" for name, (ok, detail) in gates(summary).items()),
+        *(f"{'pass' if ok else 'FAIL'}  {name.replace('_', ' ')}: {text}" for name, (ok, text) in checked.items()),
+        NEXT.format(folder=folder),
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def main() -> int:
-    argv = ["--config", str(CONFIG), *sys.argv[1:]]
-    return 0 if all(run(parse(QuickstartConfig, argv, description=__doc__))["gates"].values()) else 1
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = ["--config", "quickstart", *(sys.argv[1:] if argv is None else argv)]
+    config = parse(QuickstartConfig, argv, description=__doc__, sections=cli.STAGES["pipeline"][1])
+    return 0 if all(run(config)["checks"].values()) else 1
 
 
 if __name__ == "__main__":

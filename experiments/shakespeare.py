@@ -116,6 +116,15 @@ def fetch(url: str, sha256: str, path: Path) -> None:
     path.write_bytes(content)
 
 
+def read(path: Path) -> str:
+    """The text of a file, its lines ended by ``\\n`` alone.
+
+    Raises:
+        UserError: the file cannot be read or is not UTF-8.
+    """
+    return files.read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+
+
 def chunks(text: str, size: int, overlap: int = 0) -> list[str]:
     """Pieces of ``size`` characters, each beginning ``size - overlap`` after the one before.
 
@@ -181,7 +190,7 @@ def run(config: ShakespeareConfig) -> dict[str, Any]:
     path = Path(config.data[0]) if config.data else data / "input.txt"
     if not config.data:
         fetch(settings.url, settings.sha256, path)
-    text, sha256 = files.read_text(path), fingerprint(path)
+    text, sha256 = read(path), fingerprint(path)
     print(f"{path}: {len(text)} characters, sha256 {sha256}", flush=True)
     longest = max(config.network.max_length, *settings.chunk_sizes)
     if len(text) < longest:

@@ -1,6 +1,10 @@
 """The rlhf-jax command: every command's effect, and what it says to a mistake."""
 
+import importlib
 import json
+import logging
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +13,16 @@ import jax
 import pytest
 from test_report import write_run
 
+import rlhf_jax
 from rlhf_jax import cli, models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.training import doctor
 
-NAMES = ("doctor", "evaluate", "report", "export", "data check", "data preview", "data demo")
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("sft", "reward-model", "ppo", "vpg", "rloo", "grpo", "dpo", "pipeline")
+NAMES = (*STAGES, "quickstart", "configs", "doctor", "bench", "evaluate", "report", "export")
+NAMES += ("data check", "data preview", "data demo")
 
 
 def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
@@ -26,10 +34,20 @@ def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
         assert shown in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["nothing"], ["data", "nothing"], ["--nothing"]])
-def test_an_unknown_command_lists_those_there_are(argv):
-    with pytest.raises(UserError, match=f"nothing'; there are: {', '.join(NAMES)}$"):
-        cli.run(argv)
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        ("nil", None),
+        ("--nil", None),
+        ("docter", "doctor"),
+        ("reward_model", "reward-model"),
+        ("data see", "data preview"),
+    ],
+)
+def test_an_unknown_command_lists_those_there_are(argv, meant):
+    hint = f"did you mean {meant}? " if meant else ""
+    with pytest.raises(UserError, match=re.escape(f"'{argv}'; {hint}There are: {', '.join(NAMES)}") + "$"):
+        cli.run(argv.split())
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["data", "--help"]])
@@ -40,17 +58,58 @@ def test_help_describes_every_command(argv, capsys):
     assert all(line[-1].endswith(".") for line in lines)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_commands_help_describes_its_options(name, capsys):
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
+def test_a_commands_help_describes_it_and_its_own_options(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         cli.run([*name.split(), "--help"])
-    assert f"usage: rlhf-jax {name}" in " ".join(capsys.readouterr().out.split())
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: rlhf-jax {name} ")
+    assert text.count("\n") < (190 if name == "pipeline" else 150)
+    others = {"sft", "reward-model", "dpo", "ppo", "vpg", "rloo", "grpo"} - {name}
+    assert name == "pipeline" or not re.search(f"--({'|'.join(others)})\\.", text)
 
 
-def test_help_imports_no_commands_module():
-    code = "import sys; from rlhf_jax import cli; cli.run([]); print(*sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {f"rlhf_jax.{name}" for name in ("evaluation.evaluate", "training.doctor", "data.check")} & set(said)
+def test_the_list_of_commands_waits_for_no_package():
+    code = "import sys; from rlhf_jax import cli; cli.run([]); cli.run(['--version']); print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert rlhf_jax.__version__ in said
+    assert not {"jax", "numpy", "rlhf_jax.config", "rlhf_jax.training"} & set(said)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_is_the_same_run_from_the_command_and_from_its_script(name, monkeypatch):
+    calls = []
+    module = "rl" if name in ("ppo", "vpg", "rloo", "grpo") else name.replace("-", "_")
+    run = importlib.import_module(f"rlhf_jax.training.{module}")
+    monkeypatch.setattr(run, "run", lambda config, *algorithm: calls.append((config, *algorithm)))
+    flags = ["--config", "tiny", "--seed", "3"]
+    assert not cli.run([name, *flags])
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    runpy.run_path(str(ROOT / "experiments" / f"{name.replace('-', '_')}.py"))["main"]()
+    assert calls[0] == calls[1]
+    assert calls[0][0].seed == 3
+    assert calls[0][1:] == ((getattr(rlhf_jax, name),) if module == "rl" else ())
+
+
+def test_the_quickstart_and_the_configs_come_with_the_package(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(["quickstart", "--help"])
+    assert "--shuffle-labels" in capsys.readouterr().out
+    cli.run(["configs"])
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == sorted(path.stem for path in (ROOT / "configs").iterdir())
+
+
+def test_what_the_package_reports_can_be_silenced(capsys):
+    cli.attach_console()
+    logger = logging.getLogger("rlhf_jax")
+    logger.info("one")
+    logger.setLevel(logging.WARNING)
+    logger.info("two")
+    assert capsys.readouterr().out == "one\n"
+    cli.attach_console()
 
 
 @pytest.mark.slow

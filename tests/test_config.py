@@ -85,10 +85,10 @@ prompts: count
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ppo:\n  clip_lo: 1", ", line 2: unknown key ppo.clip_lo; did you mean clip_low?"),
-        ("ppo:\n  clip-low: 1", ", line 2: unknown key ppo.clip-low; did you mean clip_low?"),
-        ("seed: 1\nbeta: 1", ", line 2: unknown key beta; beta is a key of dpo"),
-        ("ppo:\n  seed: 1", ", line 2: unknown key ppo.seed; seed is a key of the top level"),
+        ("ppo:\n  clip_lo: 1", ", line 2: unknown key ppo.clip_lo; did you mean ppo.clip_low?"),
+        ("ppo:\n  clip-low: 1", ", line 2: unknown key ppo.clip-low; did you mean ppo.clip_low?"),
+        ("seed: 1\nbeta: 1", ", line 2: unknown key beta; did you mean dpo.beta?"),
+        ("ppo:\n  seed: 1", ", line 2: unknown key ppo.seed; did you mean seed?"),
         ("lora: {zzz: 1}", ", line 1: unknown key lora.zzz; the keys of lora are rank, alpha, match"),
         ("? [a]\n: 1", ", line 1: unknown key a list of 1; "),
         ("ppo:\n  clip_low: '0.5'", ", line 2: ppo.clip_low must be a float, found '0.5'"),
@@ -134,19 +134,59 @@ def test_checks_run_on_the_final_values():
         parse(RunConfig, [*file, "--lora.alpha", "-4"])
 
 
-@pytest.mark.parametrize("argv", [["--nope"], ["--b1", "x"], ["--schedule", "hinge"], ["--config"]])
-def test_wrong_flags_exit_with_2(argv, capsys):
+@pytest.mark.parametrize("argv", [["--b1", "x"], ["--schedule", "hinge"], ["--config"]])
+def test_wrong_values_of_flags_exit_with_2(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(Optimizer, argv)
     assert argv[0] in capsys.readouterr().err
 
 
-def test_help_shows_texts_and_values_in_force(capsys):
+SECTIONS = ("ppo", "sft.optimizer", "rl.top_k")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ppo.cliprange", "3"], "unknown flag --ppo.cliprange; did you mean --ppo.clip-low or --ppo.clip-high?"),
+        (["--ppo.num-epoch=3"], "unknown flag --ppo.num-epoch; did you mean --ppo.num-epochs?"),
+        (["--top-k", "3"], "unknown flag --top-k; did you mean --rl.top-k?"),
+        (["--sft.opt.b1", "3"], "unknown flag --sft.opt.b1; did you mean --sft.optimizer.b1 or "),
+        (["--lora.zzz"], "unknown flag --lora.zzz; the keys of lora are rank, alpha, match"),
+        (["tiny"], "unexpected 'tiny'; flags begin with --"),
+        (["--grpo.clip-low", "1"], "--grpo.clip-low is a setting that this command does not read"),
+        (["--sft.num-epochs", "1"], "--sft.num-epochs is a setting that this command does not read"),
+        (["--reward", "length"], "--reward is a setting that this command does not read"),
+    ],
+)
+def test_an_unknown_flag_is_answered_by_those_there_are(argv, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        parse(RunConfig, argv, sections=SECTIONS)
+
+
+def test_a_command_has_the_flags_of_its_sections_alone(capsys):
+    flags = ["--ppo.clip-low", "0.1", "--sft.optimizer.b1", "0.5", "--seed", "3", "--rl.top-k", "5"]
+    file = write("rl: {allow_truncated_sampling: true, temperature: 2.0}\ngrpo: {clip_low: 0.3}")  # shared by stages
+    given = parse(RunConfig, [*file, *flags], sections=SECTIONS)
+    assert (given.seed, given.ppo.clip_low, given.sft.optimizer.b1, given.rl.top_k) == (3, 0.1, 0.5, 5)
+    assert (given.rl.temperature, given.grpo.clip_low) == (2.0, 0.3)
+    with pytest.raises(UserError, match=r"c.yaml, line 1: dpo\.beta must be above 0"):
+        parse(RunConfig, write("dpo: {beta: 0}"), sections=SECTIONS)
     with pytest.raises(SystemExit, match="0"):
-        parse(Optimizer, [*write("b1: 0.31\n"), "--help"], description="Trains things.")
-    text = " ".join(capsys.readouterr().out.split())
-    for part in ("Trains things.", "--b1 FLOAT", "Adam's decay of the first moment. (default: 0.31)", "--config FILE"):
-        assert part in text
+        parse(RunConfig, ["--help"], sections=SECTIONS)
+    shown = set(re.findall(r"--([\w.-]+)", capsys.readouterr().out))
+    assert {"seed", "ppo.clip-low", "sft.optimizer.b1", "rl.top-k"} < shown
+    assert not {"sft.num-epochs", "rl.top-p", "reward", "grpo.clip-low", "lora.rank"} & shown
+
+
+def test_help_shows_values_in_force_and_types_and_on_demand_texts(capsys):
+    for flag, parts in {
+        "--help": ["Trains things.", "--b1 FLOAT (default: 0.31)", "--decay-every INT|None", "constant|linear|"],
+        "--help-verbose": ["Adam's decay of the first moment. (default: 0.31)", "--config FILE"],
+    }.items():
+        with pytest.raises(SystemExit, match="0"):
+            parse(Optimizer, [*write("b1: 0.31\n"), flag], description="Trains things.")
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(part in text for part in parts)
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))

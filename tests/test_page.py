@@ -113,10 +113,11 @@ def test_same_input_same_bytes_whatever_the_user_has_set():
 
 
 def test_control_characters_and_half_pairs_are_shown_not_obeyed():
-    table = Table("half a pair: \ud83d, whole: 😀", ("a",), [("\x00a\x1b[2J\r\x7f\tb\nc\u202ed",)])
+    table = Table("half a pair: \ud83d, whole: 😀", ("a",), [("\x00a\x1b[2J\r\x7f\tb\nc\u202ed\x85",)])
     page = Page(render("t", [table]))
-    assert page.texts("td") == ["␀a␛[2J␍␡\tb\nc⟨U+202E⟩d"]
+    assert page.texts("td") == ["␀a␛[2J␍␡\tb\nc⟨U+202E⟩d⟨U+0085⟩"]
     assert page.texts("h2") == ["half a pair: ?, whole: 😀"]
+    assert not re.search("[^\n\t\x20-\x7e\xa0-\u2029\u202f-\uffff]", full_page("\x1bx\u202ey\r"))  # in labels too
 
 
 # --- Its sections ---------------------------------------------------------------------------------------------------
@@ -136,9 +137,9 @@ def test_facts_and_columns_of_numbers_which_are_aligned_right():
 def test_gates():
     passed, failed = (True, "0.9, at least 0.85"), (False, "0.5, at least 0.75")
     page = Page(render("t", [Gates({"accuracy": passed, "wins": failed})]))
-    assert page.texts("strong") == ["Failed: 1 of 2 gates."]
+    assert page.texts("strong") == ["Failed: 1 of 2 checks."]
     assert page.texts("td") == ["✓ pass", "accuracy", "0.9, at least 0.85", "✗ FAIL", "wins", "0.5, at least 0.75"]
-    assert Page(render("t", [Gates({"accuracy": passed})])).texts("strong") == ["Passed: 1 of 1 gates."]
+    assert Page(render("t", [Gates({"accuracy": passed})])).texts("strong") == ["Passed: 1 of 1 checks."]
 
 
 # --- Its figures ----------------------------------------------------------------------------------------------------

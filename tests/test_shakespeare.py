@@ -85,6 +85,12 @@ def test_a_fetched_file_has_the_hash_that_was_asked_for(tmp_path):
         shakespeare.fetch(url, sha256, path)
 
 
+def test_no_byte_order_mark_and_no_carriage_return_is_learnt(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfTo be,\r\nor not\rto be\n")
+    assert shakespeare.read(path) == "To be,\nor not\nto be\n"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

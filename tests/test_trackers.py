@@ -122,7 +122,7 @@ def test_errors_are_one_warning_and_stop_nothing(tmp_path, monkeypatch, capsys, 
 def test_a_missing_package_is_said_before_anything_else(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(stage.devices, "choose", lambda device: pytest.fail("too late"))
-    with pytest.raises(UserError, match="--track wandb: the package is not installed; pip install"):
+    with pytest.raises(UserError, match=r"--track wandb: the package is not installed; pip install -e '\.\[wandb\]'"):
         stage.set_up(RunConfig(track=("wandb",)))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rlhf_jax import models, sampling
 from rlhf_jax.config import Compute, LoRA, RLStage, RunConfig
 from rlhf_jax.data import chat, encoding, formats, tokenizers
-from rlhf_jax.data.rows import Prompt
+from rlhf_jax.data.rows import Kind, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import lora
@@ -50,7 +50,7 @@ def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
     return Trainable({**adapters, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)}, base)
 
 
-def stage_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> formats.ReadResult[Any]:
+def stage_rows(config: RunConfig, kind: Kind, names: Sequence[str]) -> formats.ReadResult[Any]:
     """The rows of a stage, messages rendered by the chat template of the model's tokenizer; prints their number.
 
     Args:

@@ -117,6 +117,8 @@ class _Loop:
             self.history = [row for row in records.read_rows(run.metrics) if row["step"] <= self.done]
             finished = " (finished already)" if self.done >= job.num_steps else ""
             print(f"resumed from step {self.done} of {job.num_steps}{finished}", flush=True)
+        if self.done < job.num_steps:
+            print("compiling; the first steps take longest", flush=True)
         tracked = config.track if processes.is_first() else ()
         services = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
         show, label, total = job.show, stage.name, job.num_steps

@@ -38,11 +38,14 @@ def run(config: RunConfig) -> PipelineResult:
 
 def run_stages(config: RunConfig, path: Path) -> PipelineResult:
     """``run`` without a look at what else is in the folder."""
+    print("stage 1 of 3: supervised fine-tuning", flush=True)
     first = sft.run(stage_config(config, path / "sft"))
     base = str(first.model_folder)
+    print("stage 2 of 3: reward model", flush=True)
     second = reward_model.run(stage_config(config, path / "reward_model", base))
     ensemble = "mean:" if config.reward_model.ensemble_size > 1 else ""
     rewarded = dataclasses.replace(config, reward=(f"{ensemble}{second.model_folder}",))
+    print("stage 3 of 3: PPO", flush=True)
     return PipelineResult(first, second, rl.run(stage_config(rewarded, path / "ppo", base)))
 
 

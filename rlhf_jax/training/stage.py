@@ -141,7 +141,12 @@ def set_up(config: RunConfig) -> None:
     dtype = config.compute.dtype
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
     device = f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"{device}, {used if dtype == 'float16' else dtype}", flush=True)
+    _say_once(f"{device}, {used if dtype == 'float16' else dtype}")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, flush=True)
 
 
 def divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
