@@ -118,23 +118,21 @@ def samples(
         tokens, start = comparisons.tokens[answer][rows[i]], comparisons.starts[rows[i], answer]
         return tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])
 
-    def row_of(i: int) -> dict[str, Any]:
-        weight = 1.0 if comparisons.weight is None else round(float(comparisons.weight[rows[i]]), 6)
-        return {"source": comparisons.sources[rows[i]], "weight": weight}
-
+    weights = np.ones(len(comparisons)) if comparisons.weight is None else comparisons.weight
+    of_row = [{"source": comparisons.sources[row], "weight": round(float(weights[row]), 6)} for row in rows]
     found: list[dict[str, Any]] = []
     if comparisons.targets is not None:
         for i, k in np.argwhere(lengths > 0):
             prompt, response = texts(i, k)
             labels = {"score": float(scores[i, k]), "target": float(comparisons.targets[rows[i], k])}
-            found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k]), **row_of(i)})
+            found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k]), **of_row[i]})
         return found
     best = _best(comparisons, rows)
     for i, answers in enumerate(zip(best, metrics.rival(scores, best, lengths), strict=True)):
         chosen_rejected = list(zip(("chosen", "rejected"), answers, strict=True))
         row: dict[str, Any] = {"prompt": texts(i, best[i])[0]} | {name: texts(i, k)[1] for name, k in chosen_rejected}
         row |= {f"score_{name}": float(scores[i, k]) for name, k in chosen_rejected}
-        found.append(row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected} | row_of(i))
+        found.append(row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected} | of_row[i])
     return found
 
 
