@@ -66,7 +66,8 @@ def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> d
     ``metrics.target_report``.
 
     accuracy is of best answers against all others of their row (top-1), of a ranking's pairs too. Where a row has
-    several pairs, pairwise_accuracy is of best answers (in a ranking: of better ones) against each other one.
+    several pairs, pairwise_accuracy is of best answers (in a ranking: of better ones) against each other one; the same
+    for length_accuracy and pairwise_length_accuracy.
     """
     weights = None if comparisons.weight is None else comparisons.weight[rows]
     lengths = comparisons.response_lengths[rows]
@@ -74,12 +75,12 @@ def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> d
         return metrics.target_report(scores, comparisons.targets[rows], lengths, weights)
     found = metrics.choice_report(scores, _best(comparisons, rows), lengths, weights)
     place, both, pairs = pairs_of(comparisons, rows)
-    if pairs.is_single:
-        return found
-    margin = scores[place, both[:, 0]] - scores[place, both[:, 1]]
-    right = (margin > 0) + 0.5 * (margin == 0)
-    pairwise = float(np.average(right, weights=pairs.weights))
-    return found | {"accuracy": float(metrics.top_1(right, pairs).mean()), "pairwise_accuracy": pairwise}
+    for name, values in {"accuracy": scores, "length_accuracy": lengths}.items() if not pairs.is_single else ():
+        margin = values[place, both[:, 0]] - values[place, both[:, 1]]
+        right = (margin > 0) + 0.5 * (margin == 0)
+        found[name] = float(metrics.top_1(right, pairs).mean())
+        found[f"pairwise_{name}"] = float(np.average(right, weights=pairs.weights))
+    return found
 
 
 def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> float:
