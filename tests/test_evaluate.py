@@ -246,7 +246,7 @@ def folders(tmp_path_factory):
         tokenizer.save(folder / "model")
     first = {"instruction": "say milk", "input": "now", "response1": "milk", "response2": "tea", "annotator1": 1}
     second = first | {"annotator1": 0, "input": ""}
-    third = first | {"response1": "salt", "response2": "no", "annotator1": 2}
+    third = first | {"response1": "no", "response2": "salt", "annotator1": 2}
     files = {
         "prompts.json": json.dumps(PROMPTS),
         "safety.json": '[{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}]',
