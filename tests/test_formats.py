@@ -227,6 +227,8 @@ FAULTS = [
     ("pairs", DIALOGUES | {"rejected": HUMAN + " no\n\nHuman: why?"}, "'rejected' ends with a human turn, not with"),
     ("pairs", PAIR | RANKED | {"chosen": "x", "best": 1}, "'chosen' is not the response that 'best' says is"),
     ("pairs", PAIR | RANKED | {"chosen": "x", "ranks": [2, 1, 1]}, "'chosen' is not the response that 'ranks' says is"),
+    ("pairs", PAIR | {"best": 1}, "'chosen' is not the response that 'best' says is"),
+    ("comparisons", PAIR | {"ranks": [2, 1]}, "'chosen' is not the response that 'ranks' says is"),
     ("pairs", {"prompt": "a", "response": "b"}, "expected keys prompt, chosen, rejected, found prompt, response"),
     ("prompts", {"prompt": ""}, "'prompt' is empty"),
     ("prompts", {"promt": "a"}, "expected keys prompt, found promt; did you mean 'prompt' by 'promt'"),
