@@ -5,8 +5,8 @@ import pytest
 import tokenizers as hf
 
 from rlhf_jax.data import chat, encoding, formats
-from rlhf_jax.data.rows import Demonstration, Pair
-from rlhf_jax.data.tokenizers import Tokenizer, characters, train_bpe
+from rlhf_jax.data.rows import Demonstration, Pair, Prompt
+from rlhf_jax.data.tokenizers import Tokenizer, characters, load_tokenizer, train_bpe
 from rlhf_jax.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -88,13 +88,49 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
     expected = [base.eos_id, start, *encode("user hi"), end, start, *encode("assistant ")]
     assert row.prompt == tuple(expected)
     np.testing.assert_array_equal(
-        encoding.encode_demonstrations([row], tokenizer).tokens[0], [*expected, *encode("hello"), base.eos_id]
+        encoding.encode_texts([row], tokenizer).tokens[0][0], [*expected, *encode("hello"), base.eos_id]
     )
     assert start not in base.encode("<|im_start|>")  # anywhere else it is text, as before
     forged = [{"role": "user", "content": "x<|im_end|>"}, ANSWER]
     with pytest.raises(UserError, match=r"line 1: a user message spells the special token '<\|im_end\|>'"):
         formats.read("demonstrations", write([{"messages": forged}]), template=template)
     assert chat.template_of(characters("ab")).source == chat.PLAIN
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "Human: {prompt}\nAssistant: ",
+        "\n\nHuman: {prompt}\n\nAssistant:",
+        "{prompt}, {prompt}?",
+        "{% 'a' #} {{\"{prompt}\\é😀",
+    ],
+)
+def test_a_saved_tokenizer_renders_a_user_message_as_the_run_does_a_prompt(template, tmp_path):
+    import transformers
+
+    tokenizer = train_bpe(["hi hello user assistant\n"] * 3, 270)
+    chat.with_text_template(tokenizer, template).save(tmp_path)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    ids = theirs.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    assert [ids] == encoding.prompt_ids([Prompt("hi", "")], tokenizer, template)
+    turns = [{"role": "system", "content": "be kind"}, USER, ANSWER, USER]
+    rendered = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    first, second = (template.replace("{prompt}", text) for text in ("be kind\n\nhi", "hi"))
+    assert rendered == f"{first}hello<|endoftext|>{second}"
+    # Messages of a later run's data are rendered as those of this run's, not put into the template twice.
+    assert (chat.text_template(ours), chat.template_of(ours).source) == (template, chat.PLAIN)
+
+
+def test_under_a_bare_template_the_own_chat_template_stays_or_is_the_plain_one(tmp_path):
+    base = train_bpe(["hi hello\n"], 270)
+    framed = chat.with_text_template(base, "Q: {prompt}")
+    own = Tokenizer(base.backend, base.pad_id, base.eos_id, {"chat_template": "{{ messages }}"})
+    for tokenizer, expected in ((base, chat.PLAIN), (framed, chat.PLAIN), (own, "{{ messages }}")):
+        chat.with_text_template(tokenizer, "{prompt}").save(tmp_path)
+        saved = load_tokenizer(tmp_path)
+        assert (saved.config["chat_template"], chat.text_template(saved)) == (expected, None)
+        assert (chat.template_of(saved).tokenizer is None) == (expected == chat.PLAIN)
 
 
 TEMPLATES = [

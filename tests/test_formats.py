@@ -175,14 +175,14 @@ def test_token_ids_lose_their_padding_and_are_not_tokenised_again(write):
     [pair] = formats.read("comparisons", path).rows
     assert (pair.prompt, pair.chosen, pair.rejected) == ((3, 2), (5, 6), (4,))
     tokenizer = characters("abcdefgh")  # ids: a..h are 2..9
-    data = encoding.encode_comparisons([pair], tokenizer)
+    data = encoding.encode_texts([pair], tokenizer)
     batch = batches.comparison_batch(data, np.array([0]), bucket_multiple=1)
     np.testing.assert_array_equal(batch.tokens, [[[3, 2, 5, 6], [3, 2, 4, 0]]])  # no EOS after token ids
     np.testing.assert_array_equal(batch.response_mask, [[[0, 0, 1, 1], [0, 0, 1, 0]]])
     framed = encoding.encode_prompts([Prompt((3,), "f")], tokenizer, template="a{prompt}bc")
     np.testing.assert_array_equal(framed.tokens, [[2, 3, 3, 4]])
     with pytest.raises(UserError, match=r"line 1: holds the token id 6, but .* ids up to 5 only"):
-        encoding.encode_comparisons([pair], characters("abcd"))
+        encoding.encode_texts([pair], characters("abcd"))
     with pytest.raises(UserError, match=r"line 1: holds token ids, so no tokenizer can be trained"):
         list(rows.texts([pair]))
 
@@ -194,7 +194,7 @@ def test_targets_of_each_answer(write):
     ]
     result = formats.read("comparisons", write(scored))
     assert [(row.targets, row.best) for row in result.rows] == [((1.0, 0.5), None), ((2.0,), None)]
-    data = encoding.encode_comparisons(result.rows, characters("pxy"))
+    data = encoding.encode_texts(result.rows, characters("pxy"))
     batch = batches.comparison_batch(data, np.array([1, -1, 0]), bucket_multiple=1)
     np.testing.assert_array_equal(batch.targets, [[2, 0], [0, 0], [1, 0.5]])
     assert batch.targets.dtype == np.float32

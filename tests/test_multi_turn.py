@@ -2,7 +2,6 @@
 of what follows and nothing else: no loss, advantage, statistic or gradient reads it."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 from tabular import assert_close, assert_identical, numbers
 
 from rlhf_jax import ops
-from rlhf_jax.algorithms import dpo, grpo, ppo, reward_model, rloo, sft, vpg
+from rlhf_jax.algorithms import dpo, grpo, ppo, rloo, sft, vpg
 from rlhf_jax.rewards import kl_shaped
 from rlhf_jax.types import Comparisons, Demonstrations, PolicyOutput, Rollout
 
@@ -123,32 +122,3 @@ def test_what_is_in_a_hole_does_not_matter(name):
     other_tokens = batch.replace(tokens=np.where(hole, (batch.tokens + 1) % VOCAB_SIZE, batch.tokens))
     for poison in (np.nan, 1e4, -1e4):
         assert_identical(run(other_tokens, poison), expected)
-
-
-def test_the_score_stands_at_the_last_token_that_the_policy_said():
-    """Though a tool answered it; and the penalty stands at the policy's tokens alone."""
-    letters = np.array([list("Paxax"), list("Paxx-"), list("P----")])
-    log_probs = np.where(letters == "a", 1.0, np.nan)
-    batch = in_columns(letters, np.zeros_like(letters, int), log_probs=log_probs, scores=[2.0, 1.0, np.nan])
-    shaped = kl_shaped(batch.replace(ref_log_probs=batch.log_probs - 1), 0.5)
-    np.testing.assert_allclose(shaped, [[0, -0.5, 0, 1.5, 0], [0, 0.5, 0, 0, 0], [0] * 5])
-
-
-def test_a_reward_model_reads_tool_output_but_needs_an_answer():
-    """Scores are of the whole text, holes included; an answer that the policy never spoke in is absent."""
-    letters = np.array([list("Paxax"), list("Paxx-"), list("Pxxx-"), list("P----")])
-    tokens = np.array([[0, 1, 0, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
-    batch = pairs(in_columns(letters, tokens, log_probs=0 * tokens))
-    table = {"scores": jnp.array([0.25, 1.0])}
-
-    def score_fn(params, tokens, attention_mask, key):
-        del key
-        return jnp.sum(jnp.where(attention_mask != 0, params["scores"][tokens], 0.0), axis=1)
-
-    f = jax.jit(functools.partial(numbers(reward_model.loss), score_fn=score_fn, config=reward_model.Config()))
-    value, metrics = f(table, batch, None)
-    # 01011 against 0111: 3.5 against 3.25; the second pair has no answer at all.
-    np.testing.assert_allclose(value, math.log1p(math.exp(-0.25)), rtol=1e-6)
-    assert metrics["reward_model/margin"] == 0.25
-    filled = batch.replace(response_mask=batch.attention_mask * batch.response_mask.any(axis=2, keepdims=True))
-    assert_identical(f(table, filled, None), (value, metrics))

@@ -9,11 +9,13 @@ cannot be changed and whose unsafe attributes cannot be reached. It limits one `
 memory that a template takes.
 """
 
+import contextlib
+import dataclasses
 import functools
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import jinja2
@@ -37,7 +39,7 @@ PLAIN = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ChatTemplate:
     """A Jinja template; with a tokenizer, what it renders is tokenised at once, its special tokens as such.
 
@@ -47,7 +49,9 @@ class ChatTemplate:
 
     source: str = PLAIN
     tokenizer: Tokenizer | None = None
-    special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token and the like, by the template's names
+    special_tokens: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # bos_token and the like, by the template's names
 
     def prompt(self, messages: Sequence[Message], where: str) -> Text:
         """The conversation and the opening of the next assistant turn.
@@ -92,9 +96,43 @@ def template_of(tokenizer: Tokenizer | None) -> ChatTemplate:
     if isinstance(source, list):  # several by name, as Hugging Face has them
         named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
         source = named[0].get("template") if named else None
-    if tokenizer is None or not isinstance(source, str):
+    if tokenizer is None or not isinstance(source, str) or source == PLAIN or text_template(tokenizer) is not None:
         return ChatTemplate()
     return ChatTemplate(source, tokenizer, named_tokens(tokenizer.config))
+
+
+def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """The tokenizer with a chat template by which chat clients ask a model as its run did.
+
+    A user's message stands where ``template``, the run's ``text.template``, has ``{prompt}``; an assistant's has the
+    tokenizer's EOS after it; any other, such as a system message, stands before the next user's. Under a bare
+    ``{prompt}`` the chat template is the one that renders the messages of data files: the tokenizer's own, or `PLAIN`.
+    """
+    source: Any = PLAIN if text_template(tokenizer) is not None else tokenizer.config.get("chat_template", PLAIN)
+    if template != "{prompt}":
+        *before, after = (json.dumps(part, ensure_ascii=False) for part in template.split("{prompt}"))
+        framed = " + text + ".join(before)
+        source = (
+            f"{{#- text.template: {json.dumps(template).replace('#', _HASH)} -#}}"
+            "{%- set ns = namespace(before='') -%}{%- for message in messages -%}"
+            "{%- if message.role == 'user' -%}{%- set text = ns.before + message.content -%}{%- set ns.before = '' -%}"
+            f"{{{{ {framed} + text }}}}"
+            f"{{%- elif message.role == 'assistant' -%}}{{{{ {after} + message.content + eos_token }}}}"
+            "{%- else -%}{%- set ns.before = ns.before + message.content + '\n\n' -%}{%- endif -%}{%- endfor -%}"
+            f"{{%- if add_generation_prompt -%}}{{{{ {after} }}}}{{%- endif -%}}"
+        )
+    return dataclasses.replace(tokenizer, config={**tokenizer.config, "chat_template": source})
+
+
+_HASH = "\\u0023"  # in JSON; "#}" would end the comment
+
+
+def text_template(tokenizer: Tokenizer) -> str | None:
+    """The ``text.template`` that the chat template was made from by `with_text_template`; None for any other."""
+    made = re.match(r'\{#- text\.template: (".*?") -#\}', str(tokenizer.config.get("chat_template")))
+    with contextlib.suppress(ValueError):  # a folder of others may hold anything
+        return str(json.loads(made[1])) if made else None
+    return None
 
 
 def is_chat(row: dict[str, Any], *keys: str) -> bool:

@@ -18,8 +18,21 @@ from rlhf_jax.data import chat, formats
 from rlhf_jax.data.columns import adapted
 from rlhf_jax.data.encoding import prompt_ids, response_ids
 from rlhf_jax.data.files import Source, read_source
-from rlhf_jax.data.formats import Kind, OnBadRow
-from rlhf_jax.data.rows import Annotated, BadRow, Comparison, Pair, Prompt, Record, Row, Text, parts, places, summary
+from rlhf_jax.data.rows import (
+    Annotated,
+    BadRow,
+    Comparison,
+    Kind,
+    OnBadRow,
+    Pair,
+    Prompt,
+    Record,
+    Row,
+    Text,
+    parts,
+    places,
+    summary,
+)
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 

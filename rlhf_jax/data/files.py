@@ -142,6 +142,15 @@ def _bytes(path: Path) -> bytes:
     return unpacked
 
 
+def read_text(path: str | PathLike[str]) -> str:
+    """The text of a UTF-8 file, unpacked if gzip packed it, without a byte order mark.
+
+    Raises:
+      UserError: the file cannot be read or is not UTF-8.
+    """
+    return _decode(str(path), _bytes(Path(path)))
+
+
 def _decode(name: str, data: bytes) -> str:
     try:
         text = data.decode("utf-8-sig")

@@ -25,18 +25,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from rlhf_jax.data import chat, demo, rows
 from rlhf_jax.data.chat import ChatTemplate, Message
 from rlhf_jax.data.columns import adapted
 from rlhf_jax.data.files import Source, parse_text, read_source
-from rlhf_jax.data.rows import Annotated, BadRow, Comparison, Demonstration, Drop, Pair, Prompt, Record, Text
+from rlhf_jax.data.rows import (
+    Annotated,
+    BadRow,
+    Comparison,
+    Demonstration,
+    Drop,
+    Kind,
+    OnBadRow,
+    Pair,
+    Prompt,
+    Record,
+    Text,
+)
 from rlhf_jax.errors import UserError
 
 Names = str | PathLike[str] | Sequence[str | PathLike[str]]
-Kind = Literal["demonstrations", "pairs", "comparisons", "prompts", "annotated"]
-OnBadRow = Literal["error", "drop"]
 Row = TypeVar("Row")
 
 PAIR = ("chosen", "rejected")

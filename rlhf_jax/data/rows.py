@@ -4,10 +4,12 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rlhf_jax.errors import UserError
 
+Kind = Literal["demonstrations", "pairs", "comparisons", "prompts", "annotated"]
+OnBadRow = Literal["error", "drop"]
 TokenIds = tuple[int, ...]
 NUM_SHOWN = 20  # different faults that an error names
 Text = str | TokenIds  # token ids are used as they are: neither tokenised again nor completed with EOS
