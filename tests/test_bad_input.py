@@ -22,7 +22,7 @@ from rlhf_jax.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 ROW = '{"prompt": "ab", "response": "ba"}'
 PAIR = {"prompt": "ab", "chosen": "a", "rejected": "b"}
-EMPTY = {"prompt": "ab", "response": ""}
+EMPTY = '{"prompt": "ab", "response": ""}'
 SAME = PAIR | {"rejected": "a"}
 SMALL = ("--network.hidden-size", "8", "--network.num-layers", "1", "--network.num-heads", "1")
 LETTERS = ("--tokenizer.kind", "characters", "--network.max-length", "8")
@@ -125,15 +125,15 @@ MISTAKES = [
     ("no data", write(), ("sft",), "no data: give --data FILE"),
     ("empty file", write(data__json=""), DATA, "data.json: holds no rows"),
     ("misspelt key", write(data__json='[{"prompt": "a", "respnse": "b"}]'), DATA, "did you mean 'response' by 'respns"),
-    ("empty answers", write(data__json=json.dumps([json.loads(ROW), EMPTY, EMPTY])), DATA, "2 rows: 'response' is empty"),
-    ("column that no row has", write(data__json='[{"q": "a"}]'), (*DATA, "--columns", "prompt=qq"), "no row has 'qq'; did"),
+    ("empty answers", write(data__json=f"[{ROW}, {EMPTY}, {EMPTY}]"), DATA, "2 rows: 'response' is empty"),
+    ("column that no row has", write(data__json='[{"q": "a"}]'), (*DATA, "--columns", "prompt=qq"), "no row has 'qq'"),
     ("only identical pairs", write(data__json=json.dumps([SAME])), PAIRS, "no usable row: 0 rows, 1 dropped (chosen"),
     ("long prompt", write(prompts__txt="ab\nabababab\n"), PROMPTS, "line 2: the prompt has 8 tokens, more than the 4"),
     ("long text", write(data__json=LONG), (*DATA, *SMALL, *LETTERS), "line 1: a prompt of 4 and a response of 5 token"),
     ("response fills the context", write(prompts__txt="a"), (*PROMPTS, "--rl.max-new-tokens", "8"), "leaves no room f"),
     ("token ids of another tokenizer", token_ids, (*PAIRS, "--model", "model"), "row 1: holds the token id 99, but th"),
     # Settings
-    ("misspelt key in YAML", yaml("ppo:\n  clip_lo: 1"), CONFIG, "line 2: unknown key ppo.clip_lo; did you mean clip_"),
+    ("misspelt key in YAML", yaml("ppo:\n  clip_lo: 1"), CONFIG, "line 2: unknown key ppo.clip_lo; did you mean ppo.cl"),
     ("YAML without end", yaml("data: [a"), CONFIG, "bad.yaml, line 1: not valid YAML"),
     ("no character", yaml('model: "\\UFFFFFFFF"'), CONFIG, "bad.yaml: not valid YAML"),
     ("wrong tag", yaml("seed: !!bool maybe"), CONFIG, "bad.yaml, line 1: seed must be an int, found maybe"),
