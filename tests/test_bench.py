@@ -15,16 +15,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.training import bench
 
 KEYS = ("median_s", "min_s", "max_s", "tokens_per_s", "compile_cold_s", "compile_warm_s", "page_faults", "flops_share")
-    "median_s",
-    "min_s",
-    "max_s",
-    "tokens_per_s",
-    "compile_cold_s",
-    "compile_warm_s",
-    "peak_memory_mb",
-    "page_faults",
-    "flops_share",
-]
 
 
 def test_operations_of_products_are_counted_through_loops_and_derivatives():
