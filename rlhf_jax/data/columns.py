@@ -98,7 +98,7 @@ def _rankings(record: Record) -> list[Record]:
 def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
     waiting: list[tuple[dict[str, Any], list[Message]]] = [(root, [])]
     while waiting:
-        message, before = waiting.pop()
+        message, before = waiting.pop(0)
         role = "user" if message["role"] == "prompter" else "assistant"
         turns = [*before, {"role": role, "content": message["text"]}]
         replies = message.get("replies") or []
@@ -106,4 +106,4 @@ def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if role == "user" and len(ranked) > 1:
             texts, ranks = [reply["text"] for reply in ranked], [reply["rank"] for reply in ranked]
             yield {"prompt": turns, "responses": texts, "ranks": ranks}
-        waiting += [(reply, turns) for reply in reversed(replies)]
+        waiting += [(reply, turns) for reply in replies]
