@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_models import LLAMA, LLAMA3, some_params, stack_layers
+from test_models import LLAMA, LLAMA3, MISTRAL, QWEN2, QWEN3, some_params, stack_layers
 
 from rlhf_jax import models
 from rlhf_jax.errors import UserError
@@ -86,19 +86,27 @@ def test_scanned_layers_share_the_files(folder, tmp_path):
     assert_same_files(tmp_path / "scanned", folder)
 
 
-OPTIONS = {
-    "tied and scanned": {"tie_embeddings": True, "scan_layers": True},
-    "everything": {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "rope_scaling": LLAMA3},
-    "linear": {"rope_scaling": models.RopeScaling("linear", 2.0), "rope_theta": 5e5, "eos_token_id": (3, 4)},
+EVERYTHING = {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "rope_scaling": LLAMA3}
+RELATIVES = {
+    "llama, tied and scanned": dataclasses.replace(LLAMA, tie_embeddings=True, scan_layers=True),
+    "llama, everything": dataclasses.replace(LLAMA, **EVERYTHING, eos_token_id=(3, 4)),
+    "llama, linear": dataclasses.replace(LLAMA, rope_scaling=models.RopeScaling("linear", 2.0), rope_theta=5e5),
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "mistral": MISTRAL,
+    "mistral, whole": dataclasses.replace(MISTRAL, sliding_window=None),
 }
 
 
-@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
-def test_llama_comes_back_bit_equal(changes, tmp_path):
-    model, params = tiny(dataclasses.replace(LLAMA, **changes))
+@pytest.mark.parametrize("config", RELATIVES.values(), ids=RELATIVES)
+def test_llama_and_its_relatives_come_back_bit_equal(config, tmp_path):
+    model, params = tiny(config)
     models.save(tmp_path, model, params)
     again, loaded = models.load(tmp_path, scan_layers=model.config.scan_layers)
-    assert again.config == model.config
+    assert (again.config, config_of(tmp_path)["model_type"]) == (
+        config,
+        type(config).__name__.removesuffix("Config").lower(),
+    )
     assert_same(loaded, params)
 
 
@@ -172,6 +180,7 @@ UNSUPPORTED = {
     "per_layer_config": {"0": {}},
     "tie_word_embeddings": False,
     "is_causal": False,
+    "use_sliding_window": True,
 }
 HARMLESS = {"add_cross_attention": False, "pruned_heads": {}, "tie_word_embeddings": True, "per_layer_config": None}
 
@@ -181,8 +190,9 @@ HARMLESS = {"add_cross_attention": False, "pruned_heads": {}, "tie_word_embeddin
     [
         *(({key: value}, f"{key} is .*, which changes the logits") for key, value in UNSUPPORTED.items()),
         ({"architectures": 3, **HARMLESS}, None),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types has others than full_attention"),
         ({"hidden_size": 8}, r"hidden_size is 8 but n_embd is 4; remove one"),
-        ({"model_type": "bert"}, r"model_type is 'bert'; the supported ones are: gpt2, llama"),
+        ({"model_type": "bert"}, r"model_type is 'bert'; the supported ones are: gpt2, llama, qwen2, qwen3, mistral"),
         ({"activation_function": "tanh"}, r"unknown activation 'tanh'; choose from gelu_new, gelu, relu"),
         ({"n_layer": "2"}, r"n_layer is '2'"),
         ({"n_layer": None}, r"n_layer is None"),

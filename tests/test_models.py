@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.models import attention, llama, stack
+from rlhf_jax.models import attention, decoder, stack
 
 CONFIG = models.GPT2Config(vocab_size=13, max_length=10, hidden_size=8, num_layers=2, num_heads=2)
-LLAMA = models.LlamaConfig(
-    vocab_size=13, max_length=16, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=12
-)
 LLAMA3 = models.RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
-FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
+SIZES = {"vocab_size": 13, "max_length": 16, "hidden_size": 8, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+SIZES["intermediate_size"] = 12
+LLAMA = models.LlamaConfig(**SIZES)
+QWEN2 = models.Qwen2Config(**SIZES)
+QWEN3 = models.Qwen3Config(**SIZES, head_dim=6)
+MISTRAL = models.MistralConfig(**SIZES, sliding_window=3)
+FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA, QWEN3, MISTRAL], ids=["gpt2", "llama", "qwen3", "mistral"])
 ATOL = 1e-5
 
 
@@ -72,6 +75,8 @@ def test_masks_by_hand():
     seen = attention.causal_mask(jnp.asarray([[0, 1, 1, 2, 2]]))[0, 0].astype(int)
     expected = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
     np.testing.assert_array_equal(seen, expected)
+    seen = attention.causal_mask(jnp.asarray([[0, 1, 1, 1, 1]]), 2)[0, 0].astype(int)
+    np.testing.assert_array_equal(seen[2:], [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]])
     seen = attention.cache_mask(jnp.asarray([[0, 1, 1, 1]]), 1, 2)[0, 0].astype(int)
     np.testing.assert_array_equal(seen, [[0, 1, 0, 0], [0, 1, 1, 0]])
 
@@ -108,7 +113,7 @@ def test_frequencies_by_hand():
         (LLAMA3, [1.0, 0.1 * kept + 0.1 / 8 * (1 - kept), 0.01 / 8, 0.001 / 8]),
     ):
         config = dataclasses.replace(LLAMA, head_dim=8, rope_scaling=scaling)
-        np.testing.assert_allclose(llama.frequencies(config), expected, rtol=1e-6)
+        np.testing.assert_allclose(decoder.frequencies(config), expected, rtol=1e-6)
 
 
 def test_rotation_by_hand():
@@ -136,6 +141,27 @@ def test_grouped_heads_are_heads_whose_keys_are_shared():
 
     wide, tokens = jax.tree_util.tree_map_with_path(repeated, params), some_tokens(2, 6)
     np.testing.assert_allclose(model.apply(params, tokens), whole.apply(wide, tokens), atol=ATOL)
+
+
+def test_two_layers_of_windows_reach_twice_as_far():
+    """Each layer reaches 2 tokens back: the token at 0 shows in the logits at 4 and not in those at 5."""
+    model, params = tiny(MISTRAL)
+    tokens = some_tokens(2, 7)
+    changed = np.abs(model.apply(params, (tokens + np.eye(1, 7, dtype=int)) % 13) - model.apply(params, tokens))
+    assert changed[:, 4].max() > 1e-3
+    np.testing.assert_array_equal(changed[:, 5:], 0)
+
+
+def test_normed_queries_and_keys_have_no_length_and_qwen2_s_have_biases():
+    model, params = tiny(QWEN3)
+
+    def thrice(path, leaf):
+        return 3.0 * leaf if any(part.key in ("q_proj", "k_proj") for part in path) else leaf
+
+    longer, tokens = jax.tree_util.tree_map_with_path(thrice, params), some_tokens(2, 5)
+    np.testing.assert_allclose(model.apply(longer, tokens), model.apply(params, tokens), atol=1e-4)
+    biased = {name for name, layer in some_params(QWEN2)["h_0"]["attn"].items() if "bias" in layer}
+    assert biased == {"q_proj", "k_proj", "v_proj"}
 
 
 def test_fully_padded_row_is_finite():

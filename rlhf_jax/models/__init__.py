@@ -1,7 +1,7 @@
 """Language models: building them, heads on them, and Hugging Face folders."""
 
 from rlhf_jax.models import lora
-from rlhf_jax.models.config import GPT2Config, LlamaConfig, RopeScaling
+from rlhf_jax.models.config import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, RopeScaling
 from rlhf_jax.models.heads import HEADS, add_head, policy_fn, policy_params, score_fn
 from rlhf_jax.models.hf import load, save
 from rlhf_jax.models.model import Model, build, resize_vocabulary
@@ -10,7 +10,10 @@ __all__ = [
     "HEADS",
     "GPT2Config",
     "LlamaConfig",
+    "MistralConfig",
     "Model",
+    "Qwen2Config",
+    "Qwen3Config",
     "RopeScaling",
     "add_head",
     "build",

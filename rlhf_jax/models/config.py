@@ -25,6 +25,7 @@ class TransformerConfig:
         compute_dtype: "float32" or "bfloat16"; parameters keep their own dtype, softmax and logits are float32.
         remat: recompute each block in the backward pass instead of storing its activations.
         scan_layers: one compiled block for all layers, parameters stacked to [L, ...] under "h"; decoding is unrolled.
+        sliding_window: a token sees itself and the ``sliding_window`` - 1 before it; None: all. Most families fix None.
         other_keys: keys of config.json that do not change logits, kept to be written back.
 
     Raises:
@@ -45,12 +46,13 @@ class TransformerConfig:
     compute_dtype: str = "float32"
     remat: bool = False
     scan_layers: bool = False
+    sliding_window: int | None = field(default=None, init=False)
     # Not compared and not hashed: a model is a static argument of jit, and these keys change nothing it computes.
     other_keys: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            is_size = name.startswith("num_") or name.endswith("_size") or name in ("max_length", "head_dim")
+            is_size = name.startswith("num_") or name.endswith(("_size", "_dim", "_window")) or name == "max_length"
             if is_size and value is not None and not (is_int(value) and value > 0):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
             if name.endswith(("_dropout", "_epsilon")) and not 0.0 <= value < 1.0:
@@ -128,8 +130,8 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class LlamaConfig(TransformerConfig):
-    """Llama (Touvron et al. 2023), with every option of transformers' LlamaConfig that changes logits.
+class DecoderConfig(TransformerConfig):
+    """What Llama and its relatives share. A family's class fixes the options that its config.json cannot name.
 
     Args:
         max_length: longest text in tokens that the model is meant for; positions have no table.
@@ -140,10 +142,12 @@ class LlamaConfig(TransformerConfig):
         rope_scaling: None: not stretched.
         activation: "silu", "gelu_new", "gelu" or "relu".
         rms_norm_epsilon: added to the mean square in every norm.
-        attention_bias, mlp_bias: whether those layers have biases.
+        attention_bias, mlp_bias: whether all layers of the attention, or of the MLP, have biases.
         tie_embeddings: the token table is the output layer too; else that is "lm_head".
 
-    The other fields are those of ``TransformerConfig``.
+    The other fields are those of ``TransformerConfig``, and, fixed by the family:
+        qkv_bias: the layers of queries, keys and values have biases.
+        qk_norm: queries and keys are normed in each head, before their rotation.
     """
 
     intermediate_size: int
@@ -156,6 +160,8 @@ class LlamaConfig(TransformerConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
+    qkv_bias: bool = field(default=False, init=False)
+    qk_norm: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,7 +173,40 @@ class LlamaConfig(TransformerConfig):
             raise ValueError(f"rope_theta must be above 0, got {self.rope_theta!r}")
 
 
-ModelConfig = GPT2Config | LlamaConfig
+@dataclass(frozen=True)
+class LlamaConfig(DecoderConfig):
+    """Llama (Touvron et al. 2023), and those of its shape: Llama 2 and 3, TinyLlama, SmolLM."""
+
+
+@dataclass(frozen=True)
+class Qwen2Config(DecoderConfig):
+    """Qwen2 and Qwen2.5 (Yang et al. 2024), without their sliding window, which no released model uses."""
+
+    head_dim: int | None = field(default=None, init=False)
+    attention_bias: bool = field(default=False, init=False)
+    mlp_bias: bool = field(default=False, init=False)
+    qkv_bias: bool = field(default=True, init=False)
+
+
+@dataclass(frozen=True)
+class Qwen3Config(DecoderConfig):
+    """Qwen3 (Yang et al. 2025)."""
+
+    head_dim: int | None = 128
+    mlp_bias: bool = field(default=False, init=False)
+    qk_norm: bool = field(default=True, init=False)
+
+
+@dataclass(frozen=True)
+class MistralConfig(DecoderConfig):
+    """Mistral (Jiang et al. 2023); ``sliding_window`` is None from version 0.2 on."""
+
+    attention_bias: bool = field(default=False, init=False)
+    mlp_bias: bool = field(default=False, init=False)
+    sliding_window: int | None = field(default=None, kw_only=True)
+
+
+ModelConfig = GPT2Config | DecoderConfig
 
 
 def is_int(value: Any) -> bool:

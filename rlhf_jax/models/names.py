@@ -10,7 +10,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.config import GPT2Config, LlamaConfig, ModelConfig, RopeScaling, is_int
+from rlhf_jax.models.config import (
+    DecoderConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    ModelConfig,
+    Qwen2Config,
+    Qwen3Config,
+    RopeScaling,
+    is_int,
+)
 
 OUTPUT_TABLE = "lm_head.weight"  # the token table again, where the two are tied
 SCORE = "score.weight"
@@ -30,7 +40,7 @@ class Family(NamedTuple):
 
     def fields(self) -> list[tuple[str, str]]:
         """Pairs of a field of our config and its key in config.json."""
-        names = (field.name for field in dataclasses.fields(self.defaults))
+        names = (field.name for field in dataclasses.fields(self.defaults) if field.init)
         return [(name, self.keys.get(name, name)) for name in names if name not in _OTHER_FIELDS]
 
     def tensors(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
@@ -56,6 +66,7 @@ _UNSUPPORTED = {
     "pruned_heads": None,
     "quantization_config": None,
     "tie_word_embeddings": True,
+    "use_sliding_window": False,
 }
 # Keys that transformers reads for every family, also where it writes others.
 _COMMON = {
@@ -108,7 +119,22 @@ LLAMA = Family(
     causal_lm="LlamaForCausalLM",
     classifier="LlamaForSequenceClassification",
 )
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA)}
+
+
+def _relative(defaults: DecoderConfig) -> Family:
+    """A family whose files are written as Llama's, under its own name."""
+    name = type(defaults).__name__.removesuffix("Config")
+    causal_lm, classifier = f"{name}ForCausalLM", f"{name}ForSequenceClassification"
+    return LLAMA._replace(model_type=name.lower(), defaults=defaults, causal_lm=causal_lm, classifier=classifier)
+
+
+_MISTRAL: dict[str, Any] = {"intermediate_size": 14336, "num_kv_heads": 8, "eos_token_id": 2, "bos_token_id": 1}
+_RELATIVES = (
+    Qwen2Config(151936, 32768, 4096, 32, 32, intermediate_size=22016, num_kv_heads=32),
+    Qwen3Config(151936, 32768, 4096, 32, 32, intermediate_size=22016, num_kv_heads=32),
+    MistralConfig(32000, 131072, 4096, 32, 32, sliding_window=4096, **_MISTRAL),
+)
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, *map(_relative, _RELATIVES))}
 
 # Each rope_type's keys in rope_scaling or rope_parameters, in the order of RopeScaling's fields.
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -117,11 +143,11 @@ _ROPE: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llam
 
 def family_of(config: ModelConfig) -> Family:
     """The family of a configuration."""
-    return GPT2 if isinstance(config, GPT2Config) else LLAMA
+    return next(family for family in FAMILIES.values() if type(family.defaults) is type(config))
 
 
 def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
-    """Reads the keys of a config.json as transformers' GPT2Config or LlamaConfig does, missing ones at their defaults.
+    """Reads the keys of a config.json as transformers' classes do, missing ones at their defaults.
 
     Args:
         keys: the file's content.
@@ -149,8 +175,10 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
     for name, supported in _UNSUPPORTED.items():
         if keys.get(name, supported) != supported and (keys[name] or supported):
             raise UserError(f"{where}: {name} is {keys[name]!r}, which changes the logits and is not supported")
+    if set(keys.get("layer_types") or ()) - {"full_attention"}:
+        raise UserError(f"{where}: layer_types has others than full_attention, which are not supported")
     try:
-        if family is LLAMA:
+        if isinstance(family.defaults, DecoderConfig):
             fields |= _read_rope(keys, fields["max_length"], where)
         return type(family.defaults)(**fields, other_keys=keys)
     except ValueError as error:
@@ -161,7 +189,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     """The keys of config.json: all that ``from_json`` reads, and those it kept."""
     family = family_of(config)
     keys = {name: getattr(config, field) for field, name in family.fields()}
-    if isinstance(config, LlamaConfig):  # in the form of transformers 4, which 5 reads too
+    if isinstance(config, DecoderConfig):  # in the form of transformers 4, which 5 reads too
         keys |= {"rope_theta": config.rope_theta, "rope_scaling": None}
         if config.rope_scaling is not None:
             kind, *numbers = dataclasses.astuple(config.rope_scaling)
@@ -200,7 +228,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 def _is_kind_of(default: Any, value: Any, name: str) -> bool:
     """Whether the value of a key is of the kind of its default."""
     if value is None:
-        return default is None or name.endswith("_token_id")
+        return default is None or name.endswith(("_token_id", "_window"))
     if isinstance(default, bool | str):
         return isinstance(value, type(default))
     if isinstance(default, float):

@@ -1,6 +1,6 @@
 """What the families share: linear layers, attention with a cache, residual blocks, and the model around them.
 
-A family gives a ``Transformer`` its embedding, blocks and final norm; see gpt2.py and llama.py. Parameters are {"wte",
+A family gives a ``Transformer`` its embedding, blocks and final norm; see gpt2.py, decoder.py. Parameters are {"wte",
 "h_0", ..., "ln_f", ...}, or one "h" with a leading [L] axis under ``scan_layers``. Dropout acts where a "dropout" key
 is given. The cache is an argument and a result: no mutable collections.
 """
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype."""
         places = positions(attention_mask)
         x = self.embed(tokens, places, attention_mask != 0)
-        mask, rotation = causal_mask(attention_mask), self.rotation(places)
+        mask, rotation = causal_mask(attention_mask, self.config.sliding_window), self.rotation(places)
         if self.config.scan_layers:
             x, _ = self.h(x, mask, jnp.array(self.scales(), jnp.float32), rotation, None, 0)
         else:
@@ -146,7 +146,8 @@ class Transformer(nn.Module):
         self, tokens: Array, positions: Array, key_mask: Array, cache: Cache, index: Array | int
     ) -> tuple[Array, Cache]:
         """Writes [B, t] tokens to slots index, ..., index + t - 1 and returns their logits [B, t, V]."""
-        mask, rotation = cache_mask(key_mask, index, tokens.shape[1]), self.rotation(positions)
+        mask = cache_mask(key_mask, index, tokens.shape[1], self.config.sliding_window)
+        rotation = self.rotation(positions)
         real = jax.lax.dynamic_slice_in_dim(key_mask, index, tokens.shape[1], axis=1) != 0
         x = self.embed(tokens, positions, real)
         written = []

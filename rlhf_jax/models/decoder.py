@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023) in Flax Linen, equal to transformers' modeling_llama.py.
+"""The decoder of Llama, Qwen and Mistral in Flax Linen, equal to transformers' models; its config says which one it is.
 
 Rotary positions (Su et al. 2021), grouped-query attention (Ainslie et al. 2023), RMSNorm, SwiGLU (Shazeer 2020).
 It adds a table "lm_head" to the parameters of ``stack.Transformer`` where the output layer is not the token table.
@@ -12,20 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.models import stack
-from rlhf_jax.models.config import LlamaConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.stack import ACTIVATIONS, Dense, Rotation
 
 
-def _dense(config: LlamaConfig, features: int, use_bias: bool) -> Dense:
+def _dense(config: DecoderConfig, features: int, use_bias: bool) -> Dense:
     init = nn.initializers.normal(config.initializer_range)
     return Dense(features, use_bias=use_bias, dtype=config.compute_dtype, kernel_init=init)
 
 
-def _norm(config: LlamaConfig) -> nn.RMSNorm:
+def _norm(config: DecoderConfig) -> nn.RMSNorm:
     return nn.RMSNorm(epsilon=config.rms_norm_epsilon, dtype=config.compute_dtype)
 
 
-def frequencies(config: LlamaConfig) -> np.ndarray:
+def frequencies(config: DecoderConfig) -> np.ndarray:
     """[Dh / 2] float32 angles per position, stretched as ``config.rope_scaling`` says (transformers' rope utils)."""
     inverse = 1.0 / config.rope_theta ** (np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size)
     scaling = config.rope_scaling
@@ -42,27 +42,33 @@ def frequencies(config: LlamaConfig) -> np.ndarray:
 class _Attention(stack.Attention):
     """Grouped-query self-attention."""
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     def setup(self) -> None:
         config, bias = self.config, self.config.attention_bias
-        self.q_proj = _dense(config, config.num_heads * config.head_size, bias)
-        self.k_proj, self.v_proj = (_dense(config, config.kv_heads * config.head_size, bias) for _ in range(2))
+        self.q_proj = _dense(config, config.num_heads * config.head_size, bias or config.qkv_bias)
+        self.k_proj, self.v_proj = (
+            _dense(config, config.kv_heads * config.head_size, bias or config.qkv_bias) for _ in range(2)
+        )
         self.o_proj = _dense(config, config.hidden_size, bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = _norm(config), _norm(config)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         query, key, value = (
-            projection(x).reshape(*x.shape[:2], -1, self.config.head_size).transpose(0, 2, 1, 3)
+            projection(x).reshape(*x.shape[:2], -1, self.config.head_size)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return query, key, value
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
 
     def output(self, mixed: jax.Array) -> jax.Array:
         return self.o_proj(mixed)
 
 
 class _MLP(nn.Module):
-    config: LlamaConfig
+    config: DecoderConfig
 
     def setup(self) -> None:
         config = self.config
@@ -74,7 +80,7 @@ class _MLP(nn.Module):
 
 
 class _Block(stack.Block):
-    config: LlamaConfig
+    config: DecoderConfig
 
     def setup(self) -> None:
         self.ln_1, self.ln_2 = _norm(self.config), _norm(self.config)
@@ -82,8 +88,8 @@ class _Block(stack.Block):
         self.dropout = nn.Dropout(0.0)
 
 
-class Llama(stack.Transformer):
-    config: LlamaConfig
+class Decoder(stack.Transformer):
+    config: DecoderConfig
 
     def setup(self) -> None:
         config = self.config
