@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_models import LLAMA, LLAMA3, MISTRAL, QWEN2, QWEN3, some_params, stack_layers
+from test_models import GEMMA, LLAMA, LLAMA3, MISTRAL, QWEN2, QWEN3, some_params, stack_layers
 
 from rlhf_jax import models
 from rlhf_jax.errors import UserError
@@ -95,18 +95,17 @@ RELATIVES = {
     "qwen3": QWEN3,
     "mistral": MISTRAL,
     "mistral, whole": dataclasses.replace(MISTRAL, sliding_window=None),
+    "gemma3_text": dataclasses.replace(GEMMA, rope_scaling=models.RopeScaling("linear", 8.0), local_rope_theta=99.0),
 }
 
 
-@pytest.mark.parametrize("config", RELATIVES.values(), ids=RELATIVES)
-def test_llama_and_its_relatives_come_back_bit_equal(config, tmp_path):
+@pytest.mark.parametrize(("name", "config"), RELATIVES.items(), ids=RELATIVES)
+def test_llama_and_its_relatives_come_back_bit_equal(name, config, tmp_path):
     model, params = tiny(config)
     models.save(tmp_path, model, params)
     again, loaded = models.load(tmp_path, scan_layers=model.config.scan_layers)
-    assert (again.config, config_of(tmp_path)["model_type"]) == (
-        config,
-        type(config).__name__.removesuffix("Config").lower(),
-    )
+    assert again.config == config
+    assert config_of(tmp_path)["model_type"] == name.split(",")[0]
     assert_same(loaded, params)
 
 
@@ -190,9 +189,12 @@ HARMLESS = {"add_cross_attention": False, "pruned_heads": {}, "tie_word_embeddin
     [
         *(({key: value}, f"{key} is .*, which changes the logits") for key, value in UNSUPPORTED.items()),
         ({"architectures": 3, **HARMLESS}, None),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types has others than full_attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types is .*, which changes"),
         ({"hidden_size": 8}, r"hidden_size is 8 but n_embd is 4; remove one"),
-        ({"model_type": "bert"}, r"model_type is 'bert'; the supported ones are: gpt2, llama, qwen2, qwen3, mistral"),
+        (
+            {"model_type": "bert"},
+            r"model_type is 'bert'; the supported ones are: gpt2, llama, qwen2, qwen3, mistral, gemma3_text",
+        ),
         ({"activation_function": "tanh"}, r"unknown activation 'tanh'; choose from gelu_new, gelu, relu"),
         ({"n_layer": "2"}, r"n_layer is '2'"),
         ({"n_layer": None}, r"n_layer is None"),
@@ -248,6 +250,36 @@ def test_llama_s_keys_in_both_forms(llama, changes, expected):
         config = models.load(llama)[0].config
         assert (config.rope_theta, config.rope_scaling, config.rms_norm_epsilon) == expected
         assert isinstance(config.rms_norm_epsilon, float)
+
+
+WHOLE, LOCAL = "full_attention", "sliding_attention"
+ROPES = {WHOLE: {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}, LOCAL: {"rope_theta": 7.0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (6, 1e6, None, 1e4)),
+        ({"layer_types": [LOCAL, WHOLE]}, (2, 1e6, None, 1e4)),
+        ({"layer_types": [LOCAL, LOCAL], "sliding_window_pattern": 6}, (3, 1e6, None, 1e4)),
+        ({"rope_parameters": ROPES}, (6, 5.0, models.RopeScaling("linear", 2.0), 7.0)),
+        ({"rope_theta": 5.0, "rope_local_base_freq": 7.0}, (6, 5.0, None, 7.0)),
+        ({"layer_types": [WHOLE, LOCAL]}, r"layer_types is .*, which changes the logits"),
+        ({"rope_parameters": {**ROPES, LOCAL: {"rope_type": "linear"}}}, r"rope_parameters\.sliding_attention is"),
+        ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30"),
+        ({"sliding_window_pattern": 0}, r"global_every must be a positive integer, got 0"),
+    ],
+)
+def test_gemma_s_keys_in_both_forms(tmp_path, changes, expected):
+    models.save(tmp_path, *tiny(GEMMA))
+    removed = ("sliding_window_pattern", "rope_theta", "rope_scaling", "rope_local_base_freq")
+    edit_config(tmp_path, **dict.fromkeys(removed, "REMOVED") | changes)
+    if isinstance(expected, str):
+        refuses(tmp_path, expected)
+    else:
+        config = models.load(tmp_path)[0].config
+        found = (config.global_every, config.rope_theta, config.rope_scaling, config.local_rope_theta)
+        assert found == expected
 
 
 @pytest.mark.parametrize(

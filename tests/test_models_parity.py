@@ -20,9 +20,15 @@ BASE = {
     "num_attention_heads": 4,
     "intermediate_size": 20,
 }
+LOCAL_LAST = ["sliding_attention", "full_attention", "sliding_attention"]
 SIZES = {
     "GPT2": {"n_positions": 24, "n_embd": 16, "n_layer": 3, "n_head": 4},
     **dict.fromkeys(("Llama", "Qwen2", "Qwen3", "Mistral"), BASE),
+    "Gemma3": {**BASE, "num_key_value_heads": 2, "head_dim": 6, "sliding_window": 4, "layer_types": LOCAL_LAST},
+}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -50,9 +56,19 @@ CONFIGS = {
     "Qwen3 biases": {"num_key_value_heads": 4, "head_dim": 4, "attention_bias": True},
     "Mistral windows": {"num_key_value_heads": 2, "sliding_window": 4},
     "Mistral whole": {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 8},
+    "Gemma3 tied": {"query_pre_attn_scalar": 10},
+    "Gemma3 untied": {"tie_word_embeddings": False, "rope_parameters": TWO_ROPES},
     "Llama linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
 }
-CLASSIFIERS = ["GPT2", "Llama", "Llama one key head, tied", "Qwen2 grouped", "Qwen3 wide heads", "Mistral windows"]
+CLASSIFIERS = [
+    "GPT2",
+    "Llama",
+    "Llama one key head, tied",
+    "Qwen2 grouped",
+    "Qwen3 wide heads",
+    "Mistral windows",
+    "Gemma3 tied",
+]
 each_config = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -63,9 +79,10 @@ def torch_model(name, kind="causal_lm", **changes):
 
     torch.manual_seed(0)
     family, causal = name.split()[0], "LMHeadModel" if name.startswith("GPT2") else "ForCausalLM"
-    kind = {"causal_lm": causal, "classifier": "ForSequenceClassification", "body": "Model"}[kind]
+    text = "Text" if family == "Gemma3" else ""
+    kind = {"causal_lm": causal, "classifier": f"{text}ForSequenceClassification", "body": "Model"}[kind]
     config = {**IDS, **SIZES[family], **CONFIGS.get(name, {}), **changes}
-    model = getattr(transformers, family + kind)(getattr(transformers, f"{family}Config")(**config)).eval()
+    model = getattr(transformers, family + kind)(getattr(transformers, f"{family}{text}Config")(**config)).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             is_norm = "norm" in parameter_name or "ln_" in parameter_name
@@ -121,7 +138,9 @@ def test_logits_equal_transformers(tmp_path, name):
         np.testing.assert_allclose(np.asarray(logits)[mask == 1], expected[mask == 1], atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["GPT2 gelu_new", "Llama llama3", "Qwen2 tied", "Qwen3 wide heads", "Mistral windows"])
+@pytest.mark.parametrize(
+    "name", ["GPT2 gelu_new", "Llama llama3", "Qwen2 tied", "Qwen3 wide heads", "Mistral windows", "Gemma3 tied"]
+)
 def test_greedy_equals_transformers_generate(tmp_path, name):
     import torch
 
@@ -194,7 +213,7 @@ def test_saved_reward_model_equals_transformers_logit_plus_shift(tmp_path, name)
     params["score"] |= {"gain": jnp.float32(2.5), "bias": jnp.float32(0.7), "shift": jnp.float32(-1.25)}
     models.save(tmp_path / "reward", model, params)
     reference = loaded("AutoModelForSequenceClassification", tmp_path / "reward")
-    assert type(reference).__name__ == f"{name.split()[0]}ForSequenceClassification"
+    assert type(reference).__name__.removesuffix("ForSequenceClassification").removesuffix("Text") == name.split()[0]
     assert reference.config.num_labels == 1
     np.testing.assert_array_equal(torch_tensors(reference)["score.weight"][0], 2.5 * params["score"]["kernel"])
     shift = json.loads((tmp_path / "reward" / "config.json").read_text())["reward_shift"]

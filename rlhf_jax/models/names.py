@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import (
     DecoderConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -67,6 +68,9 @@ _UNSUPPORTED = {
     "quantization_config": None,
     "tie_word_embeddings": True,
     "use_sliding_window": False,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "use_bidirectional_attention": False,
 }
 # Keys that transformers reads for every family, also where it writes others.
 _COMMON = {
@@ -134,7 +138,25 @@ _RELATIVES = (
     Qwen3Config(151936, 32768, 4096, 32, 32, intermediate_size=22016, num_kv_heads=32),
     MistralConfig(32000, 131072, 4096, 32, 32, sliding_window=4096, **_MISTRAL),
 )
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, *map(_relative, _RELATIVES))}
+_GEMMA_KEYS = {
+    "activation": "hidden_activation",
+    "local_rope_theta": "rope_local_base_freq",
+    "query_scalar": "query_pre_attn_scalar",
+    "global_every": "sliding_window_pattern",
+}
+_GEMMA_MODULES = {
+    "ln_1_post": "post_attention_layernorm",
+    "ln_2": "pre_feedforward_layernorm",
+    "ln_2_post": "post_feedforward_layernorm",
+}
+_GEMMA: dict[str, Any] = {"intermediate_size": 9216, "num_kv_heads": 4, "pad_token_id": 0}
+GEMMA3 = _relative(Gemma3TextConfig(262208, 131072, 2304, 26, 8, **_GEMMA, eos_token_id=1, bos_token_id=2))._replace(
+    model_type="gemma3_text",
+    keys={**LLAMA.keys, **_GEMMA_KEYS},
+    modules={**LLAMA.modules, **_GEMMA_MODULES},
+    causal_lm="Gemma3ForCausalLM",
+)
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, *map(_relative, _RELATIVES), GEMMA3)}
 
 # Each rope_type's keys in rope_scaling or rope_parameters, in the order of RopeScaling's fields.
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -161,6 +183,8 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
     if model_type not in FAMILIES:
         raise UserError(f"{where}: model_type is {model_type!r}; the supported ones are: {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
+    if family is GEMMA3:
+        _read_two_kinds(keys, where)
     fields: dict[str, Any] = {}
     for field, name in family.fields():
         default, alias = getattr(family.defaults, field), _COMMON.get(field, name)
@@ -175,14 +199,17 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
     for name, supported in _UNSUPPORTED.items():
         if keys.get(name, supported) != supported and (keys[name] or supported):
             raise UserError(f"{where}: {name} is {keys[name]!r}, which changes the logits and is not supported")
-    if set(keys.get("layer_types") or ()) - {"full_attention"}:
-        raise UserError(f"{where}: layer_types has others than full_attention, which are not supported")
     try:
         if isinstance(family.defaults, DecoderConfig):
-            fields |= _read_rope(keys, fields["max_length"], where)
-        return type(family.defaults)(**fields, other_keys=keys)
+            fields |= _read_rope(keys, fields["max_length"], family.defaults.rope_theta, where)
+        config = type(family.defaults)(**fields, other_keys=keys)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
+    if types := keys.get("layer_types"):
+        is_list = isinstance(types, list) and len(types) == config.num_layers
+        if not is_list or types != [_KINDS[is_local] for is_local in config.local_layers]:
+            raise UserError(f"{where}: layer_types is {types!r}, which changes the logits and is not supported")
+    return config
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
@@ -197,7 +224,22 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     return {**config.other_keys, **keys, "model_type": family.model_type}
 
 
-def _read_rope(keys: dict[str, Any], max_length: int, where: str) -> dict[str, Any]:
+_KINDS = ("full_attention", "sliding_attention")  # of layers, by whether they are local
+
+
+def _read_two_kinds(keys: dict[str, Any], where: str) -> None:
+    """Puts what transformers 5 says of Gemma's two kinds of layers into the form of transformers 4."""
+    types, rope = keys.get("layer_types"), keys.get("rope_parameters")
+    if isinstance(types, list):
+        keys["sliding_window_pattern"] = [*types, _KINDS[0]].index(_KINDS[0]) + 1
+    if isinstance(rope, dict) and _KINDS[0] in rope:
+        whole, local = (rope.get(kind) or {} for kind in _KINDS)
+        if not isinstance(local, dict) or local.get("rope_type", "default") != "default":
+            raise UserError(f"{where}: rope_parameters.{_KINDS[1]} is {local!r}, which is not supported")
+        keys |= {"rope_parameters": whole, "rope_local_base_freq": local.get("rope_theta", 10000.0)}
+
+
+def _read_rope(keys: dict[str, Any], max_length: int, default: float, where: str) -> dict[str, Any]:
     """Takes transformers 5's rope_parameters, or 4's rope_theta and rope_scaling, out of the keys."""
     theta, scaling, parameters = (keys.pop(key, None) for key in ("rope_theta", "rope_scaling", "rope_parameters"))
     name, given = ("rope_scaling", scaling) if parameters is None else ("rope_parameters", parameters)
@@ -211,7 +253,7 @@ def _read_rope(keys: dict[str, Any], max_length: int, where: str) -> dict[str, A
         raise UserError(f"{where}: {name}.partial_rotary_factor changes the logits and is not supported")
     theta = given.get("rope_theta", theta)
     given = {"original_max_position_embeddings": max_length, **given}
-    numbers: dict[str, Any] = {"rope_theta": 10000.0 if theta is None else theta}
+    numbers: dict[str, Any] = {"rope_theta": default if theta is None else theta}
     numbers |= {f"{name}.{key}": given.get(key) for key in _ROPE[kind]}
     for key, value in numbers.items():
         if not is_number(value):
