@@ -33,6 +33,13 @@ def test_seed_0_passes_and_leaves_a_page(tmp_path):
     folder = tmp_path / "run"
     assert "score/length" in run("quickstart", "--output-dir", folder).stdout
     check(folder)
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")  # it knows how the run asked
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert asked == "Human: Hi\nAssistant: "
     page = (folder / "report.html").read_text("utf-8")
     assert page.count("<svg") >= 6
     assert not any(reference in page for reference in ("http://", "https://", "<script", "src=", "<link"))
