@@ -44,7 +44,7 @@ PROVED_BY = {
     "inference": "test_generator.py::test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass",
     "more_metrics": "test_evaluation.py::test_pairs_by_hand",
     "rows_are_spread_over_devices": "test_training.py::test_one_device_and_four_agree",
-    "llama": "test_model_files.py::test_llama_comes_back_bit_equal",
+    "llama": "test_model_files.py::test_llama_and_its_relatives_come_back_bit_equal",
     # RLHF pipeline
     "the_three_files_as_they_are": "test_formats.py::test_the_generated_corpus_is_that_of_its_seed",
     "each_stage_takes_the_folder_before": "test_docs.py::test_the_commands_of_a_page_run",
