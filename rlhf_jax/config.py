@@ -292,7 +292,7 @@ class RLStage:
         if truncated and not self.allow_truncated_sampling:
             raise ValueError(
                 "top_k and top_p: the update uses log-probabilities of the whole distribution, from which such samples "
-                "do not come: the KL estimate can turn negative; rl.allow_truncated_sampling trains on them anyway"
+                "do not come: the KL estimate can turn negative; --rl.allow-truncated-sampling trains on them anyway"
             )
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise ValueError("missing_eos_penalty and missing_eos_score: give one of the two")

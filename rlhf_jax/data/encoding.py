@@ -230,7 +230,7 @@ def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) ->
     return encoded
 
 
-_CHOICES = "shorten it, or set too_long to 'truncate' or 'drop'"
+_CHOICES = "shorten it, or give --text.too-long truncate or drop (to `rlhf-jax evaluate`: --too-long)"
 
 
 def _fitted(
