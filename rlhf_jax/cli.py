@@ -5,17 +5,19 @@ A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits
 
 import difflib
 import importlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
 import rlhf_jax
-from rlhf_jax.data.rows import Kind
+from rlhf_jax.data.rows import Kind, OnBadRow
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.runs import allocator
 
 Positional = tyro.conf.Positional[str]
 
@@ -45,6 +47,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     training loop exits with 130 too. Any other exception passes through: Python prints its traceback and exits with 1.
     """
     attach_console()
+    allocator.keep_memory()
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -207,7 +210,11 @@ def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) 
 
 
 def check_data(
-    files: tyro.conf.Positional[tuple[str, ...]], tokenizer: str | None = None, kind: Kind | None = None
+    files: tyro.conf.Positional[tuple[str, ...]],
+    tokenizer: str | None = None,
+    kind: Kind | None = None,
+    columns: tuple[str, ...] = (),
+    on_bad_row: OnBadRow = "error",
 ) -> int:
     """Read data files to their end: format, counts, lengths, duplicates, what they share, and every problem.
 
@@ -217,16 +224,24 @@ def check_data(
         files: JSON, JSON lines, CSV, Parquet or text files, or names of Hugging Face datasets.
         tokenizer: folder or name; lengths are then in its tokens, and its chat template renders messages.
         kind: what the rows should be; by default what most of them are.
+        columns: keys of the data under other names, each OURS=THEIRS: prompt=question response=answer.
+        on_bad_row: error: rows that a stage cannot use are problems; drop: they are left out and counted.
     """
     from rlhf_jax.data import check, tokenizers
 
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    report = check.check(files, loaded, kind)
+    report = check.check(files, loaded, kind, columns, on_bad_row)
     print(report.text)
     return 2 if report.num_problems else 0
 
 
-def preview_data(file: Positional, count: int = 3, tokenizer: str | None = None, kind: Kind | None = None) -> None:
+def preview_data(
+    file: Positional,
+    count: int = 3,
+    tokenizer: str | None = None,
+    kind: Kind | None = None,
+    columns: tuple[str, ...] = (),
+) -> None:
     """Print the first rows of a data file as a run reads them.
 
     Args:
@@ -234,16 +249,43 @@ def preview_data(file: Positional, count: int = 3, tokenizer: str | None = None,
         count: rows to print.
         tokenizer: folder or name; its chat template then renders messages.
         kind: what the rows should be; by default what most of them are.
+        columns: keys of the data under other names, each OURS=THEIRS: prompt=question response=answer.
     """
     from rlhf_jax.data import check, tokenizers
 
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    print(check.preview(file, loaded, kind, count))
+    print(check.preview(file, loaded, kind, count, columns))
+
+
+def bench_step(
+    name: tyro.conf.Positional[Literal["rollout", "iteration", "reward", "sft", "dpo", "grpo", "vpg"]],
+    preset: str = "char-small",
+    value: Literal["shared", "separate"] = "shared",
+    calls: int = 5,
+    against: Literal["hand", "transformers"] | None = None,
+) -> int:
+    """Time a kind of step on random tokens and print one line of JSON.
+
+    Exits with 1 where other programs used more than 2% of the machine: the figure then means little.
+
+    Args:
+        name: what is timed.
+        preset: char-nano, char-small, char-wide, gpt2 or llama-1b.
+        value: in an iteration: a value head on the policy, or a value model of its own.
+        calls: timed calls, after one that warms up.
+        against: PyTorch's version of the same work, in turn with ours; needs a checkout and torch.
+    """
+    from rlhf_jax.training import bench
+
+    line = bench.run(name, preset, value, calls, against)
+    print(json.dumps(line))
+    return int((line["others_cpu"] or 0.0) > bench.MAX_OTHERS)
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "configs": list_configs,
     "doctor": examine,
+    "bench": bench_step,
     "evaluate": evaluate_run,
     "report": report_runs,
     "export": export_run,

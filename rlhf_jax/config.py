@@ -353,6 +353,11 @@ class RunConfig:
     data: tuple[str, ...] = ()
     """Data files of the stage, a folder with sft_data.json, preference_data.json and prompts.json, `demo` or
     `arithmetic`."""
+    columns: tuple[str, ...] = ()
+    """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that the stage cannot use, such as one with an empty answer: error names all of them and stops; drop leaves
+    them out and counts them."""
     model: str | None = None
     """A Hugging Face folder (or name) to start from; null: random weights of `network`."""
     reward: tuple[str, ...] = ()

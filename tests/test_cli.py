@@ -21,7 +21,7 @@ from rlhf_jax.training import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("sft", "reward-model", "ppo", "vpg", "rloo", "grpo", "dpo", "pipeline")
-NAMES = (*STAGES, "quickstart", "configs", "doctor", "evaluate", "report", "export")
+NAMES = (*STAGES, "quickstart", "configs", "doctor", "bench", "evaluate", "report", "export")
 NAMES += ("data check", "data preview", "data demo")
 
 

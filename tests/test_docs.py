@@ -127,6 +127,14 @@ def test_every_flag_of_the_pipeline_is_mapped_to_one_that_exists():
     assert set(re.findall(r"`--(\w+)`", section)) >= {*theirs.split(), "prompts_path", "num_episodes", "use_wandb"}
 
 
+def test_commands_that_train_gpt2_say_at_which_rate():
+    """The defaults of SFT and reward models are for random weights."""
+    page = (ROOT / "docs" / "coming_from.md").read_text("utf-8")
+    commands = re.findall(r"`(python [^`]*--model gpt2[^`]*)`", page)
+    assert len(commands) == 2
+    assert all(re.search(r"--[a-z-]+\.optimizer\.learning-rate [1-5]e-[56]", command) for command in commands)
+
+
 def test_troubleshooting_turns_settings_that_exist():
     text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
     for heading in ("Out of memory", "Reward hacking", "Mode collapse", "Poor results"):

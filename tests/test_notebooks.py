@@ -31,6 +31,13 @@ def code_cells(name):
     return [cell for cell in json.loads((NOTEBOOKS / f"{name}.ipynb").read_bytes())["cells"] if "outputs" in cell]
 
 
+def text_file(path, length):
+    """A file of random words; a quarter of its characters is h or so."""
+    words = random.Random(0).choices(["hat ", "the ", "be\n", "ah, ", "bat ", "eat "], k=length)
+    path.write_text("".join(words)[:length], encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
     """Runs a notebook in a kernel of this interpreter, in ``tmp_path``, on the CPU; returns what it printed."""
@@ -87,9 +94,7 @@ def test_the_first_cell_installs_the_extra_of_the_machine(name, driver, accelera
 
 @pytest.mark.slow
 def test_the_two_shakespeare_notebooks_one_after_the_other(execute, tmp_path):
-    words = random.Random(0).choices(["hat ", "the ", "be\n", "ah, ", "bat ", "eat "], k=4000)  # a quarter is h or so
-    data = tmp_path / "text.txt"
-    data.write_text("".join(words)[:12000], encoding="utf-8")
+    data = text_file(tmp_path / "text.txt", 12000)
     shared = {"DATA": str(data), "NUM_LAYERS": 1}
     small = {"CHUNK_SIZES": (4, 8), "OVERLAPS": (0, 2), "VALIDATION_INTERVAL": 50}
     checks = "len(pieces) == 5000 and error < targets.var() / 4", "score(['hhhh'])[0] > score(['aaaa'])[0] + 2"

@@ -22,8 +22,6 @@ CURVE = ([0, 1, 2], [0.5, 0.25, 0.125])
 class Page(HTMLParser):
     """Elements with their attributes and texts; fails on an end without its beginning, and on an id given twice."""
 
-    VOID = ("meta",)
-
     def __init__(self, html: str):
         super().__init__()
         self.open: list[dict] = []
@@ -35,8 +33,8 @@ class Page(HTMLParser):
         assert len(ids) == len(set(ids))
 
     def handle_starttag(self, tag, attrs):
-        self.elements.append({"tag": tag, "text": "", **dict(attrs)})
-        if tag not in self.VOID:
+        self.handle_startendtag(tag, attrs)
+        if tag != "meta":
             self.open.append(self.elements[-1])
 
     def handle_startendtag(self, tag, attrs):
@@ -61,26 +59,24 @@ def drawn(*plots) -> str:
     return render("t", [Figures("Curves", plots)])
 
 
-def full_page(text: str = "text", y=CURVE[1]) -> str:
+def full_page(text: str = "text") -> str:
+    series = {
+        f"a {text}": Series(*CURVE, low=[0, 0, 0], high=[1, 1, 1], labels=[text] * 3),
+        "_b": CURVE,
+    }
+    more = {"band": (0.2, 0.4, f"band {text}"), "lines": {f"line {text}": 0.3}, "diagonal": f"diagonal {text}"}
     curves = [
-        Plot(f"plot {text}", f"x {text}", f"y {text}", {f"a {text}": (CURVE[0], y), "_b": CURVE, "none": ([], [])}),
-        Plot("band", "step", "nats", {"kl": CURVE}, band=(0.2, 0.4, f"band {text}"), lines={f"line {text}": 0.3}),
-        Plot("seeds", "x", "y", {"a": Series(*CURVE, low=[0.4, 0.2, 0.1], high=[0.6, 0.3, 0.2], labels=[text] * 3)}),
-        Plot("line", "x", "y", {"a": Series(*CURVE, kind="points")}, diagonal=f"diagonal {text}", note=f"note {text}"),
-        histogram("bins", f"bins {text}", "y", {f"before {text}": [0, 1, 1], "after": [1, 2]}, EDGES),
-        Plot("same", "x", "y", {"a": CURVE}),
-        Plot("same", "x", "y", {"a": CURVE}),
+        Plot(f"plot {text}", f"x {text}", f"y {text}", series, **more, note=f"note {text}"),
+        histogram("same", f"bins {text}", "y", {f"before {text}": [0, 1, 1], "after": [1, 2]}, EDGES),
+        *[Plot("same", "x", "y", {"a": Series(*CURVE, kind="points")})] * 2,
     ]
-    return render(
-        f"title {text}",
-        [
-            Gates({f"gate {text}": (True, f"detail {text}"), "other": (False, "0.4, at least 0.5")}),
-            Facts(f"facts {text}", {f"label {text}": text, "seed": 0}),
-            Table(f"table {text}", (f"column {text}", "response", "score"), [(text, text, 0.5)], note=f"rows {text}"),
-            Figures(f"figures {text}", curves),
-        ],
-        summary=f"summary {text}",
-    )
+    parts = [
+        Gates({f"gate {text}": (True, f"detail {text}"), "other": (False, "0.4, at least 0.5")}),
+        Facts(f"facts {text}", {f"label {text}": text, "seed": 0}),
+        Table(f"table {text}", (f"column {text}", "response", "score"), [(text, text, 0.5)], note=f"rows {text}"),
+        Figures(f"figures {text}", curves),
+    ]
+    return render(f"title {text}", parts, summary=f"summary {text}")
 
 
 # --- What is safe in a page ----------------------------------------------------------------------------------------
@@ -95,19 +91,16 @@ def test_texts_are_escaped_wherever_they_stand():
     for tag, labels in expected.items():
         assert {f"{label} {HOSTILE}" for label in labels} <= set(page.texts(tag)), tag
     assert all(HOSTILE in page.texts(tag) for tag in ("dd", "td", "text"))
-    assert {"_b", "kl", "after"} <= set(page.texts("text"))
+    assert {"_b", "after"} <= set(page.texts("text"))
 
 
 def test_nothing_from_outside_and_no_scripts():
     html = full_page()
-    assert "http" not in html
-    assert "@import" not in html
-    page = Page(html)
-    outside = {"script", "link", "img", "image", "iframe", "object"}
-    assert {element["tag"] for element in page.elements}.isdisjoint(outside)
-    references = {value for e in page.elements for name, value in e.items() if name in ("src", "href", "xlink:href")}
+    assert not re.search("http|@import|<(script|link|img|image|iframe|object)", html)
+    elements = Page(html).elements
+    references = {value for e in elements for name, value in e.items() if name in ("src", "href", "xlink:href")}
     assert references
-    assert references | set(re.findall(r"url\(([^)]*)\)", html)) <= {f"#{e['id']}" for e in page.elements if "id" in e}
+    assert references | set(re.findall(r"url\(([^)]*)\)", html)) <= {f"#{e['id']}" for e in elements if "id" in e}
 
 
 def test_same_input_same_bytes_whatever_the_user_has_set():
@@ -117,42 +110,36 @@ def test_same_input_same_bytes_whatever_the_user_has_set():
         before = dict(dict.items(matplotlib.rcParams))  # as stored: reading the backend would choose one
         assert full_page() == first
         assert dict(dict.items(matplotlib.rcParams)) == before
-    assert full_page(y=[0.5, 0.25, 0.126]) != first
 
 
 def test_control_characters_and_half_pairs_are_shown_not_obeyed():
-    table = Table("half a pair: \ud83d, whole: 😀", ("a",), [("\x00a\x1b[2J\r\x7f\tb\nc\u202ed",)])
+    table = Table("half a pair: \ud83d, whole: 😀", ("a",), [("\x00a\x1b[2J\r\x7f\tb\nc\u202ed\x85",)])
     page = Page(render("t", [table]))
-    assert page.texts("td") == ["␀a␛[2J␍␡\tb\nc⟨U+202E⟩d"]
+    assert page.texts("td") == ["␀a␛[2J␍␡\tb\nc⟨U+202E⟩d⟨U+0085⟩"]
     assert page.texts("h2") == ["half a pair: ?, whole: 😀"]
+    assert not re.search("[^\n\t\x20-\x7e\xa0-\u2029\u202f-\uffff]", full_page("\x1bx\u202ey\r"))  # in labels too
 
 
 # --- Its sections ---------------------------------------------------------------------------------------------------
 
 
-def test_columns_of_numbers_are_aligned_right():
+def test_facts_and_columns_of_numbers_which_are_aligned_right():
+    facts = {"a": 12345.6, "b": 123456, "c": 1e-5, "d": [1.0, 2.5], "e": "1e-5", "f": 2e12, "g": -0.33333}
     rows = [("12", 3, np.float32(0.5), None, True), ("ab\n c", 10, math.nan, 0.123456, False)]
     table = Table("t", ("text", "count", "score", "maybe", "flag"), rows, formats={"score": ".2f"})
-    page = Page(render("t", [table]))
+    page = Page(render("t", [table, Facts("Figures", facts)]))
+    assert page.texts("dd") == ["12346", "123456", "1e-05", "1, 2.5", "1e-5", "2e+12", "-0.3333"]
     assert page.texts("th", class_="number") == ["count", "score", "maybe"]
     assert page.texts("td") == ["12", "3", "0.50", "–", "yes", "ab\n c", "10", "nan", "0.1235", "no"]
-    assert page.texts("td", class_="number") == ["3", "0.50", "–", "10", "nan", "0.1235"]
     assert [cell["data-label"] for cell in page.all("td")] == list(table.columns) * 2
-
-
-def test_numbers_of_facts():
-    facts = {"a": 12345.6, "b": 123456, "c": 1e-5, "d": [1.0, 2.5], "e": "1e-5", "f": 2e12, "g": -0.33333}
-    page = Page(render("t", [Facts("Figures", facts)]))
-    assert page.texts("dt") == list(facts)
-    assert page.texts("dd") == ["12346", "123456", "1e-05", "1, 2.5", "1e-5", "2e+12", "-0.3333"]
 
 
 def test_gates():
     passed, failed = (True, "0.9, at least 0.85"), (False, "0.5, at least 0.75")
     page = Page(render("t", [Gates({"accuracy": passed, "wins": failed})]))
-    assert page.texts("strong") == ["Failed: 1 of 2 gates."]
+    assert page.texts("strong") == ["Failed: 1 of 2 checks."]
     assert page.texts("td") == ["✓ pass", "accuracy", "0.9, at least 0.85", "✗ FAIL", "wins", "0.5, at least 0.75"]
-    assert Page(render("t", [Gates({"accuracy": passed})])).texts("strong") == ["Passed: 1 of 1 gates."]
+    assert Page(render("t", [Gates({"accuracy": passed})])).texts("strong") == ["Passed: 1 of 1 checks."]
 
 
 # --- Its figures ----------------------------------------------------------------------------------------------------
@@ -176,10 +163,9 @@ def test_a_curve_is_drawn_where_its_values_are():
     np.testing.assert_allclose(line, diagonal, rtol=1e-3)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_values_that_are_not_finite_leave_a_gap_and_are_counted(bad):
-    values = [float(i % 3) for i in range(40)]
-    values[20] = bad
+    values = [float(i % 3) for i in range(20)] + [bad] + [float(i % 3) for i in range(19)]
     html = drawn(Plot("p", "step", "y", {"loss": (range(40), values)}))
     assert Page(html).texts("p", class_="note") == ["loss: 1 of 40 values not finite, not drawn."]
     assert len(vertices(html)) == 39
@@ -189,13 +175,11 @@ def test_values_that_are_not_finite_leave_a_gap_and_are_counted(bad):
 
 def test_series_without_values_are_left_out_with_a_note():
     series = {"validation": ([], []), "train": CURVE, "broken": ([0, 1], [math.nan, math.inf])}
-    page = Page(drawn(Plot("p", "x", "y", series)))
+    page = Page(drawn(Plot("p", "x", "y", series), Plot("empty", "x", "y", {"c": ([], [])}, band=(0.0, 1.0, "band"))))
     notes = ["validation: left out, as it has no values.", "broken: left out, as it has no finite values."]
-    assert page.texts("p", class_="note") == notes
+    assert page.texts("p", class_="note") == [*notes, "c: left out, as it has no values."]
     assert not {"validation", "train", "broken"} & set(page.texts("text"))  # one series: no legend
-    page = Page(drawn(Plot("p", "x", "y", {"validation": ([], [])}, band=(0.0, 1.0, "band"))))
-    assert page.all("svg") == []
-    assert page.texts("p", class_="note") == notes[:1]
+    assert len(page.all("svg")) == 1
 
 
 def test_odd_sizes_are_drawn():
@@ -223,7 +207,6 @@ def test_a_histogram_is_as_high_as_its_counts():
     at = -0.5 + (x - x.min()) / np.ptp(x) * 3
     corners = dict.fromkeys(zip(at.round(2), heights.round(2), strict=True))
     assert list(corners) == [(-0.5, 0), (-0.5, 1), (0.5, 1), (0.5, 2), (1.5, 2), (1.5, 0), (2.5, 0)]
-    assert Page(drawn(histogram("h", "x", "y", {"none": [], "bad": [math.inf]}, EDGES))).all("svg") == []
 
 
 @pytest.mark.parametrize(("kind", "more"), [("curve", set()), ("steps", {(1, 0), (1, 2)})])
@@ -243,5 +226,4 @@ def test_a_band_lies_around_its_curve(kind, more):
 def test_a_figure_alone_is_a_whole_file():
     plot = Plot("p", "x", "y", {"a": CURVE})
     assert ElementTree.fromstring(figures.svg(plot)).tag == "{http://www.w3.org/2000/svg}svg"
-    assert figures.svg(plot) == figures.svg(plot)
-    assert figures.svg(Plot("p", "x", "y", {})) == figures.element(Plot("p", "x", "y", {}), "") == ""
+    assert not any(getattr(value, "__name__", "").startswith("matplotlib") for value in vars(figures).values())  # slow

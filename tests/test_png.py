@@ -1,6 +1,7 @@
 """Figures as PNG files: what is in the image, what the files of a page are called."""
 
 import io
+import re
 
 import matplotlib.colors
 import matplotlib.image
@@ -40,6 +41,8 @@ def test_labels_are_not_cut(y_label, scale):
     assert inked.any()
     assert not any(edge.any() for edge in (inked[:3], inked[-3:], inked[:, :3], inked[:, -3:]))
     assert figures.png(plot) == figures.png(plot)
+    [left] = re.findall(rf'transform="rotate\(-90 ([-\d.]+) [-\d.]+\)">{y_label}<', figures.svg(plot))
+    assert float(left) > 9  # a line's height
 
 
 def test_the_files_of_a_run(tmp_path, capsys):
@@ -52,13 +55,6 @@ def test_the_files_of_a_run(tmp_path, capsys):
     histogram = pixels((tmp_path / "png" / "scores.png").read_bytes())
     for color in figures.COLORS[:2]:  # before, after
         assert np.sum(np.abs(histogram - matplotlib.colors.to_rgb(color)).max(axis=2) < 0.02) > 100
-
-
-def test_figures_of_several_stages_do_not_take_each_other_s_place(tmp_path):
-    sft = write_run(tmp_path / "b" / "sft", stage="sft", metrics={"sft/loss": [3.0, 2, 1]})
-    names = [path.name for path in page.write_png([write_run(tmp_path / "a" / "x"), sft], tmp_path)]
-    assert len(set(names)) == len(names) == len(list(tmp_path.glob("*.png")))
-    assert {"sft-loss-sft-loss.png", "ppo-score-objective-score.png"} <= set(names)
 
 
 def test_equal_titles_are_numbered(tmp_path, monkeypatch):

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 from test_page import HOSTILE, Page
 
-from rlhf_jax import metrics as metric_functions
 from rlhf_jax import models, sharding
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import tokenizers
@@ -25,9 +22,15 @@ from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.stage import Stage
 
 BROKEN = r"manifest.json, config.yaml or evaluation.json is missing or not what rlhf_jax writes"
+BROKEN_FOLDERS = [("manifest.json", None, "no run here, as there is no manifest.json"), ("manifest.json", "[]", BROKEN)]
+BROKEN_FOLDERS += [("config.yaml", None, BROKEN), ("config.yaml", "a: [", BROKEN), ("evaluation.json", "{}", BROKEN)]
+NO_STEP = "metrics.jsonl, line 2: expected a JSON object with the key step"
+BAD_LINES = ("[1]", "{}", "step", '{"step": null}', "")
+BROKEN_FOLDERS += [("metrics.jsonl", f'{{"step": 0}}\n{line}\n{{"step": 1}}\n', NO_STEP) for line in BAD_LINES]
+CARDS = [("", False, "A language model trained"), ("", True, "A reward model trained")]
+CARDS.append(("member_0", True, "An ensemble of reward models (`member_0`, `member_1`, ...)"))
 COMMAND = "python experiments/ppo.py --seed 5"
-KL, SCORE = [0.0, 0.5, 1.5], [1.0, 2.0, 4.0]
-METRICS = {"objective/score": SCORE, "objective/kl": KL, "nonfinite": [0.0] * 3}
+METRICS = {"objective/score": [1.0, 2.0, 4.0], "objective/kl": [0.0, 0.5, 1.5], "nonfinite": [0.0] * 3}
 VALIDATIONS = {
     0: [("a", "b\nc", 1.0, 3), ("a", HOSTILE, 2.0, 3), ("d", "NaN", 1.0, 1)],
     3: [("a", "again", 3.0, 4), ("a", "second", 5.0, 4), ("d", "NaN", 3.0, 1)],
@@ -49,17 +52,12 @@ def write_run(
     (folder / "manifest.json").write_text(json.dumps(manifest))
     config = {"seed": seed, "output_dir": str(folder), **(settings or {"rl": {"kl_target": 2.0}})}
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    rows = [dict(zip(metrics, values, strict=True)) for values in zip(*metrics.values(), strict=True)]
-    by_step = list(enumerate(rows, 1))
-    if "objective/score" in metrics:
-        by_step.insert(0, (0, {"validation/score": 1.5}))
+    by_step = [(0, {"validation/score": 1.5})] if "objective/score" in metrics else []
+    by_step += enumerate((dict(zip(metrics, row, strict=True)) for row in zip(*metrics.values(), strict=True)), 1)
     times = [(step, {"timing/step": seconds}) for step, seconds in ((1, 9.0), (2, 0.5), (3, 0.25))]
-    texts = [(step, row) for step, some in samples.items() for row in some]
+    texts = [(step, row) for step, rows in samples.items() for row in rows]
     for name, lines in (("metrics", by_step), ("timing", times), ("samples", texts)):
-        writer = RowWriter(folder / f"{name}.jsonl")
-        for step, row in lines:
-            writer.write(step, row)
-        writer.close()
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps({'step': step} | row)}\n" for step, row in lines))
     return folder
 
 
@@ -75,10 +73,10 @@ def groups_of(*folders: Path) -> list[records.Group]:
 # --- The page of one run --------------------------------------------------------------------------------------------
 
 
-def test_the_page_of_one_run(tmp_path):
-    read = read_page(tmp_path, write_run(tmp_path / "mine"))
-    assert read.texts("h1") == ["PPO: mine"]
-    assert read.texts("pre")[0] == f"\n{COMMAND}"
+def test_the_page_of_one_run(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "mine")
+    read = read_page(tmp_path, run)
+    assert (read.texts("h1"), read.texts("pre")[0]) == (["PPO: mine"], f"\n{COMMAND}")
     facts = dict(zip(read.texts("dt"), read.texts("dd"), strict=True))
     expected = {"stage": "PPO", "seed": "5", "steps": "3", "s/step (median)": "0.375", "state": "finished"}
     expected |= {"objective/score": "4", "validation/score": "1.5", "git commit": "0123456789ab (modified)"}
@@ -89,57 +87,28 @@ def test_the_page_of_one_run(tmp_path):
     assert {"target", "iteration", "before (step 0, n = 3)", "after (step 3, n = 3)"} <= set(read.texts("text"))
     assert "These metrics never changed and have no curve: nonfinite 0." in read.texts("p")
     assert ["kl_target" in text for text in read.texts("details")] == [True]
-    first = (tmp_path / "out.html").read_bytes()
-    read_page(tmp_path, tmp_path / "mine")
-    assert (tmp_path / "out.html").read_bytes() == first
-
-
-def test_samples_stand_beside_what_was_said_to_the_same_prompt_before(tmp_path, monkeypatch):
-    read = read_page(tmp_path, write_run(tmp_path / "mine"))
+    # Samples stand beside what was said to the same prompt before.
     assert read.texts("th") == ["prompt", "response, step 0", "score, step 0", "response, step 3", "score, step 3"]
-    assert read.texts("td") == [
-        *("a", "b↵\nc", "1", "again", "3"),
-        *("a", HOSTILE, "2", "second", "5"),
-        *("d", "NaN", "1", "NaN", "3"),
-    ]
+    first = ["a", "b↵\nc", "1", "again", "3", "a", HOSTILE, "2", "second", "5"]
+    assert read.texts("td") == [*first, "d", "NaN", "1", "NaN", "3"]
+    first_bytes = (tmp_path / "out.html").read_bytes()
+    read_page(tmp_path, run)
+    assert (tmp_path / "out.html").read_bytes() == first_bytes
     monkeypatch.setattr(page, "MAX_SAMPLES", 2)
-    read = read_page(tmp_path, tmp_path / "mine")
-    assert len(read.texts("td")) == 10
+    read = read_page(tmp_path, run)
+    assert read.texts("td") == first
     assert any("first 2 of 3 in samples.jsonl" in text for text in read.texts("p"))
-
-
-def test_texts_of_a_run_are_escaped(tmp_path):
-    settings, metrics = {"text": HOSTILE}, {f"a {HOSTILE}": [1.0], f"b {HOSTILE}": [1.0]}
-    run = write_run(tmp_path / "run", stage=f"x {HOSTILE}", settings=settings, metrics=metrics)
-    manifest = json.loads((run / "manifest.json").read_text()) | {"command": f"python {HOSTILE}"}
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    row = {"step": 0, "prompt": HOSTILE}
-    (run / "samples.jsonl").write_text(json.dumps(row) + "\n")
-    read = read_page(tmp_path, run, write_run(tmp_path / "sft", stage="sft"))  # two chapters
-    assert read.all("script") == read.all("b") == []
-    assert f"X {HOSTILE.upper()}" in read.texts("h2")
-    assert f"\npython {HOSTILE}" in read.texts("pre")
-    assert HOSTILE in read.texts("td")
-    assert f"These metrics never changed and have no curve: a {HOSTILE} 1, b {HOSTILE} 1." in read.texts("p")
 
 
 def test_alerts_and_an_evaluation_are_listed(tmp_path):
     run = write_run(tmp_path / "run")
     alert = {"step": 2, "name": "far", "rule": "far: log", "action": "log", "message": "objective/kl is 3 > 2"}
     (run / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
-    row = {
-        "category": "quality",
-        "metric": "win rate",
-        "value": 0.5,
-        "low": 0.25,
-        "high": 0.75,
-        "n": 8,
-        "unit": "share",
-    }
+    row = {"category": "quality", "metric": "win rate", "value": 0.5, "low": 0.25, "high": 0.75, "n": 8}
     (run / "evaluation.json").write_text(json.dumps({"rows": [row]}))
     read = read_page(tmp_path, run)
     assert read.texts("td")[:5] == list(map(str, alert.values()))
-    assert read.texts("td")[-8:] == ["quality", "win rate", "0.500", "0.250", "0.750", "8", "share", "–"]
+    assert read.texts("td")[-8:] == ["quality", "win rate", "0.500", "0.250", "0.750", "8", "–", "–"]
     [score, kl] = plots.curves(groups_of(run))[0]
     assert "alert" not in score.series
     assert kl.series["alert"][:2] == ((2,), (0.5,))
@@ -160,10 +129,8 @@ def test_what_is_missing_is_said(tmp_path):
     } <= set(read.texts("p"))
     assert "–" in read.texts("dd")  # seconds of a step
     assert read.all("svg") == read.all("table") == []
-    rows = {0: [{"prompt": "p", "response": "r", "score": 1.0}]}
-    read = read_page(tmp_path, write_run(tmp_path / "begun", metrics={}, samples=rows, finished=False))
+    read = read_page(tmp_path, write_run(tmp_path / "begun", metrics={}, samples={0: SAMPLES[0]}))
     assert read.texts("th") == ["prompt", "response, step 0", "score, step 0"]
-    assert read.texts("h3") == ["Scores"]
 
 
 # --- Curves ---------------------------------------------------------------------------------------------------------
@@ -171,36 +138,28 @@ def test_what_is_missing_is_said(tmp_path):
 
 def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_path):
     metrics = {name: [1.0, 2.0] for name in ("mine/new", "reward/a", "validation/reward/a", "validation/other")}
-    metrics |= {"sft/loss": [3.0, math.nan], "validation/loss": [3.0, 2.0]}
-    run = write_run(tmp_path / "run", stage="sft", metrics=metrics, samples={})
+    metrics |= {"dpo/accuracy": [0.5, math.nan], "validation/accuracy": [0.5, 1.0]}
+    run = write_run(tmp_path / "run", stage="dpo", metrics=metrics, samples={})
     curves, constant = plots.curves(groups_of(run))
-    assert [list(plot.series) for plot in curves] == [
-        *(["sft/loss", "validation/loss"], ["mine/new"], ["reward/a", "validation/reward/a"], ["validation/other"]),
-    ]
-    assert [(plot.x_label, plot.y_label) for plot in curves[:2]] == [("step", "nats per token"), ("step", "new")]
+    members = ["dpo/accuracy", "validation/accuracy"], ["mine/new"], ["reward/a", "validation/reward/a"]
+    assert [list(plot.series) for plot in curves] == [*members, ["validation/other"]]
+    labels = [("step", "share of pairs", {"equal log-ratios": 0.5}), ("step", "new", {})]
+    assert [(plot.x_label, plot.y_label, plot.lines) for plot in curves[:2]] == labels
     assert constant == {}
-    assert read_page(tmp_path, run).texts("p", class_="note") == ["sft/loss: 1 of 2 values not finite, not drawn."]
-    assert [plot.lines for plot in curves[:2]] == [{}, {}]
-    metrics = {"dpo/loss": [0.7, 0.5], "dpo/accuracy": [0.5, 1.0]}
-    curves, _ = plots.curves(groups_of(write_run(tmp_path / "dpo", stage="dpo", metrics=metrics, samples={})))
-    assert [plot.lines for plot in curves] == [{"start": math.log(2)}, {"equal log-ratios": 0.5}]
+    [note] = read_page(tmp_path, run).texts("p", class_="note")
+    assert note == "dpo/accuracy: 1 of 2 values not finite, not drawn."
     assert [plot.lines for plot in plots.curves(groups_of(write_run(tmp_path / "ppo")))[0]] == [{}, {"target": 2.0}]
 
 
 def test_long_curves_are_means_over_stretches(tmp_path):
     values = list(map(float, range(2500)))
-    run = write_run(tmp_path / "run", metrics={"objective/score": values, "objective/kl": values}, samples={})
-    groups = groups_of(run)
-    line = plots.curves(groups)[0][1].series["objective/kl"]
-    assert len(line.y) == 834
-    np.testing.assert_array_equal(line.y[:2], [1.0, 4.0])
-    np.testing.assert_array_equal((line.x[-1], line.y[-1]), (2500.0, 2499.0))
-    assert plots.curves(groups)[0][1].note == "Each point is the mean of up to 3 steps."
-    frontier = plots.reward_against_kl(groups)
-    [path] = frontier.series.values()
-    np.testing.assert_array_equal([path.x[0], path.y[0], len(path.x)], [20.5, 20.5, 60])
-    assert path.labels[:11] == ["22", *[""] * 9, "442"]
-    assert frontier.note == "Numbers count iterations. Each point is the mean of up to 42."
+    groups = groups_of(write_run(tmp_path, metrics={"objective/score": values, "objective/kl": values}, samples={}))
+    kl = plots.curves(groups)[0][1]
+    line = kl.series["objective/kl"]
+    assert (line.y[:2].tolist(), line.x[-1], line.y[-1], len(line.y)) == ([1, 4], 2500, 2499, 834)
+    assert kl.note == "Each point is the mean of up to 3 steps."
+    [path] = plots.reward_against_kl(groups).series.values()
+    assert (path.x[0], path.y[0], len(path.x), path.labels[:11]) == (20.5, 20.5, 60, ["22", *[""] * 9, "442"])
 
 
 # --- Several runs ---------------------------------------------------------------------------------------------------
@@ -216,27 +175,20 @@ def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
     line = plot.series["objective/score"]
     np.testing.assert_array_equal([line.x, line.y, line.low, line.high], [[1, 2], [2, 2.25], [1, 2], [3, 2.5]])
     scores, _ = plots.distributions([group])
-    assert scores.x_label == "score"
     assert list(scores.series) == ["before (step 0, n = 6)", "after (step 3, n = 6)"]  # two runs of three samples
-    before, after = scores.series.values()
-    np.testing.assert_array_equal(before.x, [0.5, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5])
-    np.testing.assert_array_equal([before.y, after.y], [[0, 4, 2, 0, 0, 0, 0], [0, 0, 0, 4, 0, 2, 0]])
+    assert [line.y.tolist() for line in scores.series.values()] == [[0, 4, 2, 0, 0, 0, 0], [0, 0, 0, 4, 0, 2, 0]]
     read = read_page(tmp_path, first, second)
-    assert "Curves, mean and range over seeds" in read.texts("h2")
     assert "The runs of ppo (n = 2) end at steps [2, 3]; their curves show the steps that all have." in read.texts("p")
     assert read.texts("td")[:3] == ["group", "ppo (n = 2)", "ppo (n = 2)"]
 
 
 def test_groups_are_compared_by_what_differs(tmp_path):
-    def settings(clip, target):
-        return {"ppo": {"clip": clip}, "dpo": {"beta": clip}, "rl": {"kl_target": target, "same": 1}, "data": []}
+    def run(name, clip, target, **more):
+        settings = {"ppo": {"clip": clip}, "dpo": {"beta": clip}, "rl": {"kl_target": target, "same": 1}, "data": []}
+        return write_run(tmp_path / name, settings=settings, **more)
 
-    folders = [
-        write_run(tmp_path / "a", settings=settings(0.2, 1.0), seed=1),
-        write_run(tmp_path / "b", settings=settings(0.2, 1.0), seed=2),
-        write_run(tmp_path / "c", settings=settings(0.1, None)),
-        write_run(tmp_path / "d", settings=settings(0.1, None), stage="mine"),  # an algorithm from outside
-    ]
+    folders = [run("a", 0.2, 1.0, seed=1), run("b", 0.2, 1.0, seed=2), run("c", 0.1, None)]
+    folders.append(run("d", 0.1, None, stage="mine"))  # an algorithm from outside
     groups = groups_of(*folders)
     assert [[record.name for record in group.records] for group in groups] == [["a", "b"], ["c"], ["d"]]
     assert records.differences(groups) == {  # dpo.beta is no setting of these stages
@@ -246,22 +198,20 @@ def test_groups_are_compared_by_what_differs(tmp_path):
     }
     read = read_page(tmp_path, *folders)
     assert read.texts("h1") == ["PPO, MINE: a, b, c, d"]
-    cells = read.texts("td")
-    at = cells.index("rl.kl_target")
-    assert cells[at : at + 4] == ["rl.kl_target", "1.0", "null", "null"]
+    at = read.texts("td").index("rl.kl_target")
+    assert read.texts("td")[at : at + 4] == ["rl.kl_target", "1.0", "null", "null"]
     assert read.texts("pre")[0] == f"\n{COMMAND}"  # the same of all four
-    names, (curves, _) = ("a (n = 2)", "c", "d"), plots.curves(groups)
-    looks = {f"{name}{more}": (i, j) for i, name in enumerate(names) for j, more in enumerate(("", ", validation"))}
-    assert {name: (line.color, line.style) for name, line in curves[0].series.items()} == looks
+    looks = {name: (line.color, line.style) for name, line in plots.curves(groups)[0][0].series.items()}
+    names = enumerate(("a (n = 2)", "c", "d"))
+    assert looks == {f"{name}{more}": (i, j) for i, name in names for j, more in enumerate(("", ", validation"))}
 
 
 def test_a_folder_of_runs_is_its_stages_one_after_another(tmp_path):
-    outer = tmp_path / "pipeline"
     for stage in ("ppo", "sft", "reward_model"):
-        write_run(outer / stage, stage=stage, metrics={"loss": [1.0]}, samples={})
-    (outer / "data").mkdir()
-    assert read_page(tmp_path, outer).texts("h2") == ["SFT", "Reward model", "PPO"]
-    assert page.default_path([outer]) == outer / "stages.html"
+        write_run(tmp_path / "pipeline" / stage, stage=stage, metrics={"loss": [1.0]}, samples={})
+    (tmp_path / "pipeline" / "data").mkdir()
+    assert read_page(tmp_path, tmp_path / "pipeline").texts("h2") == ["SFT", "Reward model", "PPO"]
+    assert page.default_path([tmp_path / "pipeline"]) == tmp_path / "pipeline" / "stages.html"
 
 
 def test_names_are_distinct_and_paths_within_a_pipeline_no_difference(tmp_path):
@@ -278,28 +228,19 @@ def test_names_are_distinct_and_paths_within_a_pipeline_no_difference(tmp_path):
 # --- Reward models --------------------------------------------------------------------------------------------------
 
 
-def pairs(margins: list[float], **more) -> list[dict]:
-    return [
-        {"prompt": f"p{i}", "chosen": "c", "rejected": "r", "score_chosen": margin + 1.0, "score_rejected": 1.0} | more
-        for i, margin in enumerate(margins)
-    ]
-
-
 def test_calibration_bins():
     margin = np.array([math.log(3), -math.log(3), 0.0, math.log(3), 50.0])  # confidence .75, .75, .5, .75, 1
-    expected = [1, 3, 1], [0.5, 0.75, 1.0], [0.5, 2 / 3, 1.0]
-    np.testing.assert_allclose(plots.reliability(margin), expected)
-    margin = np.random.default_rng(0).normal(size=200)
-    counts, confidence, accuracy = plots.reliability(margin)
-    gap = np.sum(np.abs(accuracy - confidence) * counts) / len(margin)
-    assert gap == pytest.approx(metric_functions.expected_calibration_error(margin))
+    np.testing.assert_allclose(plots.reliability(margin), ([1, 3, 1], [0.5, 0.75, 1.0], [0.5, 2 / 3, 1.0]))
 
 
 def test_a_reward_models_page(tmp_path):
+    def pairs(*margins):
+        names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+        return [dict(zip(names, (f"p{i}", "c", "r", m + 1.0, 1.0), strict=True)) for i, m in enumerate(margins)]
+
     metrics = {"reward_model/loss": [0.7, 0.5], "validation/ece": [0.3, 0.125]}
-    samples = {0: pairs([-1.0, 0.5]), 2: pairs([1.0, 50.0], length_chosen=3)}
-    run = write_run(tmp_path / "run", stage="reward_model", metrics=metrics, samples=samples)
-    read = read_page(tmp_path, run)
+    samples = {0: pairs(-1.0, 0.5), 2: pairs(1.0, 50.0)}
+    read = read_page(tmp_path, write_run(tmp_path / "run", stage="reward_model", metrics=metrics, samples=samples))
     assert read.texts("h3")[-2:] == ["Margins", "Calibration"]
     [note] = [text for text in read.texts("p", class_="note") if "confidence" in text]
     assert "2 held-out rows, those that samples.jsonl holds of step 2." in note
@@ -322,42 +263,23 @@ def test_a_reward_model_with_targets(tmp_path):
 # --- Folders and files ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("manifest.json", None, "no run here, as there is no manifest.json"),
-        *((file, text, BROKEN) for file, text in (("manifest.json", "{"), ("manifest.json", "[]"))),
-        *((file, text, BROKEN) for file, text in (("config.yaml", None), ("config.yaml", "a: ["))),
-        ("samples.jsonl", "{}\n{}\n", "samples.jsonl, line 1: expected a JSON object"),
-        ("evaluation.json", "{}", BROKEN),
-    ],
-)
+@pytest.mark.parametrize(("file", "text", "message"), BROKEN_FOLDERS)
 def test_a_broken_folder_is_a_sentence(file, text, message, tmp_path):
     run = write_run(tmp_path / "run")
-    if text is None:
-        (run / file).unlink()
-    else:
-        (run / file).write_text(text)
+    (run / file).unlink(missing_ok=True) if text is None else (run / file).write_text(text)
     with pytest.raises(UserError, match=message):
         page.write([run], tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "kind"),
-    [
-        ("config.json", "{}", "A language model trained"),
-        ("config.json", '{"reward_shift": 0.5}', "A reward model trained"),
-        ("member_0/config.json", '{"reward_shift": 0.5}', "An ensemble of reward models (`member_0`, `member_1`, ...)"),
-    ],
-)
-def test_model_cards(file, content, kind, tmp_path):
+@pytest.mark.parametrize(("member", "shift", "kind"), CARDS)
+def test_model_cards(member, shift, kind, tmp_path):
     run = write_run(tmp_path / "run", finished=False)
-    (run / "model" / file).parent.mkdir(exist_ok=True)
-    (run / "model" / file).write_text(content)
+    (run / "model" / member).mkdir(exist_ok=True)
+    (run / "model" / member / "config.json").write_text('{"reward_shift": 0.5}' if shift else "{}")
     card = (export(run, tmp_path / "card") / "README.md").read_text("utf-8")
     assert all(part in card for part in (kind, "# card\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n"))
-    assert ("reward_shift" in card) == ("reward_shift" in content)
+    assert ("reward_shift" in card) == shift != ("apply_chat_template" in card)
 
 
 def test_a_run_twice_and_no_place_for_the_page(tmp_path):
@@ -375,39 +297,27 @@ def test_rows_and_series_of_a_run(tmp_path):
     for step, row in enumerate([{"validation/score": 0.5}, noted, {"loss": -math.inf, "validation/score": 0.75}]):
         writer.write(step, row)
     writer.close()
+    with path.open("a") as file:
+        file.write('{"step": 3, "lo')  # cut by a kill
     rows = records.read_rows(path)
     assert records.series(rows, "validation/score") == ([0, 2], [0.5, 0.75])
     np.testing.assert_array_equal(records.series(rows, "loss"), [[1, 2], [math.nan, -math.inf]])
-    assert (rows[1]["prompt"], rows[1]["note"]) == ("NaN", "a\u2028b")
-    with path.open("a") as file:
-        file.write('{"step": 3, "lo')
-    assert len(records.read_rows(path)) == 3  # cut by a kill
-    for line in ("[1]", "{}", "step", '{"step": null}', ""):
-        path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 1}}\n')
-        with pytest.raises(UserError, match=r"metrics.jsonl, line 2: expected a JSON object with the key step"):
-            records.read_rows(path)
+    assert (rows[1]["prompt"], rows[1]["note"], len(rows)) == ("NaN", "a\u2028b", 3)
     with pytest.raises(UserError, match="there is no such file"):
         records.read_rows(tmp_path / "other.jsonl")
 
 
 def test_the_end_of_a_run_draws_it_and_a_failure_to_draw_loses_nothing(tmp_path, capsys):
     model = models.build(models.GPT2Config(vocab_size=300, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
-    params, tokenizer = model.init(jax.random.key(0)), tokenizers.train_bpe(["some text"], 300)
+    generator = LanguageModel(model, model.init(jax.random.key(0)), tokenizers.train_bpe(["some text"], 300))
     for name, message in (("whole", "saved {}"), ("broken", "{} could not be drawn: UserError: ")):
         folder = write_run(tmp_path / name, stage="sft", metrics={"sft/loss": [1.0, 2.0]}, samples={}, finished=False)
         if name == "broken":
             (folder / "config.yaml").unlink()
-        with open_run(folder, overwrite=False, resume=True) as run:
-            result = Stage(RunConfig(), "sft", run, sharding.make_mesh()).finish(
-                LanguageModel(model, params, tokenizer), Trainable(params), {"": params}, {}
-            )
+        with open_run(folder, resume=True) as run:
+            stage = Stage(RunConfig(), "sft", run, sharding.make_mesh())
+            result = stage.finish(generator, Trainable(generator.params), {"": generator.params}, {})
         assert message.format(folder / "report.html") in capsys.readouterr().out
         assert (folder / "report.html").exists() == (name == "whole")
         assert models.load(result.model_folder)[0].config.vocab_size == 300
     assert "not finished" not in (tmp_path / "whole" / "report.html").read_text("utf-8")
-
-
-def test_matplotlib_is_not_imported_before_something_is_drawn():
-    code = "import sys; from rlhf_jax.training import rl, stage; print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

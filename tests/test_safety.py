@@ -17,25 +17,14 @@ from rlhf_jax.types import Rollout
 pytestmark = pytest.mark.usefixtures("no_pages")
 
 TOKENIZER = characters("abcdefghij ")
+# The texts, and what the list finds in them.
+WORDS = {"_BAD_": "bad", "STRASSE": "strasse", "very\n bad luck": "very bad", "say d*mn!": "d*mn"}
+WORDS |= {"ｂａｄ": "bad", "b\u00ad\u200bad": "bad"}  # full-width letters; a soft hyphen and a zero-width space
+WORDS["xx\U0001f4a3xx"] = "\U0001f4a3"  # no letter, so no boundary
+WORDS |= dict.fromkeys(("very badly", "badly abad bad1", "b.a.d", "bád", "say damn!"))
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("_BAD_", "bad"),
-        ("ｂａｄ", "bad"),  # full-width letters
-        ("b\u00ad\u200bad", "bad"),  # a soft hyphen and a zero-width space
-        ("STRASSE", "strasse"),  # the list has straße
-        ("very\n bad luck", "very bad"),
-        ("very badly", None),
-        ("badly abad bad1", None),
-        ("b.a.d", None),
-        ("bád", None),
-        ("xx\U0001f4a3xx", "\U0001f4a3"),  # no letter, so no boundary
-        ("say d*mn!", "d*mn"),
-        ("say damn!", None),
-    ],
-)
+@pytest.mark.parametrize(("text", "found"), WORDS.items())
 def test_words_are_found_whole_in_any_case_and_form(text, found):
     rules = Filter.create(["Bad", "very  bad", "straße", "\U0001f4a3", "d*mn"])
     match = rules.found(text).get("words")
@@ -66,12 +55,9 @@ def rollout(*responses):
     """The prompt "ab", then each response; None is an absent row."""
     width = max(len(response or "") for response in responses)
     tokens = [TOKENIZER.encode("ab" + (r or "")) + [TOKENIZER.pad_id] * (width - len(r or "")) for r in responses]
-    said = [[0, 0] + [1] * len(r or "") + [0] * (width - len(r or "")) for r in responses]
-    shape = (len(responses), 2 + width)
-    return Rollout(
-        np.array(tokens), np.ones(shape, int), np.array(said), np.zeros(shape, np.float32),
-        scores=np.arange(len(responses), dtype=np.float32),
-    )  # fmt: skip
+    said = np.array([[0, 0] + [1] * len(r or "") + [0] * (width - len(r or "")) for r in responses])
+    scores = np.arange(len(responses), dtype=np.float32)
+    return Rollout(np.array(tokens), np.ones_like(said), said, np.zeros(said.shape, np.float32), scores=scores)
 
 
 def guarded(tmp_path, **settings):
@@ -87,20 +73,20 @@ def guarded(tmp_path, **settings):
     return guard.for_responses(tokenizer=TOKENIZER, load=pytest.fail, columns=("limit",))
 
 
-@pytest.mark.parametrize(
-    ("action", "scores", "present"),
-    [
-        ("penalise", [0, 1 - 2.5, 2], [1, 1, 1]),
-        ("replace", [0, -7, 2], [1, 1, 1]),
-        ("mask", [0, 1, 2], [1, 0, 1]),
-        ("count", [0, 1, 2], [1, 1, 1]),
-    ],
-)
-def test_what_becomes_of_an_unsafe_row(action, scores, present, tmp_path):
-    scored = rollout("a", "bad", "c")
+ACTIONS = {
+    "penalise": ([0, 1 - 2.5, 2], 1),
+    "replace": ([0, -7, 2], 1),
+    "mask": ([0, 1, 2], 0),
+    "count": ([0, 1, 2], 1),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_what_becomes_of_an_unsafe_row(action, tmp_path):
+    scored, (scores, present) = rollout("a", "bad", "c"), ACTIONS[action]
     after, _, _ = guarded(tmp_path, responses=action, penalty=2.5, score=-7.0).enforce(scored, scored, {})
     np.testing.assert_array_equal(after.scores, scores)
-    np.testing.assert_array_equal(after.response_mask, scored.response_mask * np.array(present)[:, None])
+    np.testing.assert_array_equal(after.response_mask, scored.response_mask * np.array([[1], [present], [1]]))
 
 
 def test_shares_are_of_present_rows_and_each_rule_has_its_own(tmp_path):
@@ -108,26 +94,20 @@ def test_shares_are_of_present_rows_and_each_rule_has_its_own(tmp_path):
     sampled = rollout("bad", None, "baa", "cc", "a", "j")
     enforced, metrics, verdicts = guard.enforce(sampled, sampled, {"limit": [0, 9, 0, 0, 0, 0]})
     np.testing.assert_array_equal(enforced.response_mask.any(axis=1), [0, 0, 0, 0, 1, 1])
-    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
-        {"safety/unsafe": 0.6, "safety/words": 0.2, "safety/patterns": 0.4, "safety/classifier": 0.2}
-    )
-    assert list(map(sentence, verdicts)) == [
-        "words: bad; patterns: ^b", None, "patterns: ^b", "classifier: score 2 above 1", None, None,
-    ]  # fmt: skip
+    expected = {"safety/unsafe": 0.6, "safety/words": 0.2, "safety/patterns": 0.4, "safety/classifier": 0.2}
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected)
+    sentences = ["words: bad; patterns: ^b", None, "patterns: ^b", "classifier: score 2 above 1", None, None]
+    assert list(map(sentence, verdicts)) == sentences
 
 
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        ({"below": 1.0, "above": 2.0}, ["score 0.99 below 1", None, None, "score 2.01 above 2", None]),
-        ({"below": 0.0}, [None] * 5),
-        ({"above": -1.0}, [f"score {score} above -1" for score in ("0.99", "1", "2", "2.01")] + [None]),
-    ],
-)
+LIMITS = [({"below": 1.0, "above": 2.0}, ["score 0.99 below 1", None, None, "score 2.01 above 2", None])]
+LIMITS += [({"below": 0.0}, [None] * 5), ({"above": 2.0}, [None] * 3 + ["score 2.01 above 2", None])]
+
+
+@pytest.mark.parametrize(("limits", "expected"), LIMITS)
 def test_a_score_beyond_a_limit_is_unsafe_and_one_on_it_is_not(limits, expected, tmp_path):
     sampled = rollout("c", "c", "cc", "cc", "j")
-    columns = {"limit": [0.01, 0, 0, -0.01, 0]}
-    _, _, verdicts = guarded(tmp_path, **limits).enforce(sampled, sampled, columns)
+    _, _, verdicts = guarded(tmp_path, **limits).enforce(sampled, sampled, {"limit": [0.01, 0, 0, -0.01, 0]})
     assert [verdict.get("classifier") for verdict in verdicts] == expected
 
 
@@ -141,58 +121,45 @@ def test_prompts_are_dropped_replaced_or_counted_where_they_stand(tmp_path, caps
     assert guarded(tmp_path, prompts="count").prompts(rows, TOKENIZER) == rows
     with pytest.raises(UserError, match="all 2 prompts are unsafe, none is left: f, line 1; f, line 3"):
         guarded(tmp_path).prompts([rows[0], rows[2]], TOKENIZER)
-    capsys.readouterr()
     guarded(tmp_path).prompts([Prompt("bad", f"line {i}") for i in range(22)] + rows[1:2], TOKENIZER)
     assert capsys.readouterr().out.endswith("; line 19; and 2 more\n")
     assert Guard.create(Safety(classifier="length", above=1.0)).prompts(rows, TOKENIZER) == rows
-    assert capsys.readouterr().out == ""
 
 
 def test_the_classifier_and_the_files_behind_the_rules_are_named(tmp_path):
     guard = Guard.create(Safety(classifier="repetition:0", above=0.0))
     with pytest.raises(UserError, match=r"^safety\.classifier repetition:0: after"):
         guard.for_responses(tokenizer=TOKENIZER, load=pytest.fail, columns=())
-    settings = guarded(tmp_path, above=1.0).settings
     words, mine = tmp_path / "words.txt", tmp_path / "mine.py"
-    assert rule_files(settings) == {f"safety {words}": words, f"safety {mine}:harm": mine}
-    assert rule_files(Safety()) == {}
+    files = {f"safety {words}": words, f"safety {mine}:harm": mine}
+    assert rule_files(guarded(tmp_path, above=1.0).settings) == files
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"classifier": "length"}, "needs below or above"),
-        ({"prompts": "replace"}, "needs a replacement"),
-        ({"responses": "replace"}, "needs a score"),
-        ({"penalty": -1.0}, "penalty must be at least 0"),
-    ],
-)
+HALVES = [({"classifier": "length"}, "needs below or above"), ({"prompts": "replace"}, "needs a replacement")]
+HALVES += [({"responses": "replace"}, "needs a score"), ({"penalty": -1.0}, "penalty must be at least 0")]
+
+
+@pytest.mark.parametrize(("settings", "message"), HALVES)
 def test_settings_that_say_half_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Safety(**settings)
 
 
-PROMPTS = [f"say {word}" for word in ("ape", "bee", "cat", "dog", "bad")]
-
-
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS, indent=0))
+    (tmp_path / "prompts.json").write_text(json.dumps([f"say {word}" for word in ("ape", "bee", "cat", "dog", "bad")]))
     (tmp_path / "words.txt").write_text("bad\n")
+    settings = {"num_iterations": 2, "batch_size": 8, "max_new_tokens": 4, "kl_coef": 0.0, "validation_interval": 1}
     return RunConfig(
         data=(str(tmp_path / "prompts.json"),),
         output_dir=str(tmp_path / "run"),
         network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
         tokenizer=Tokenizer(kind="characters"),
         reward=("count:e",),
-        checkpoint_interval=1,
-        rl=RLStage(
-            num_iterations=2, batch_size=8, max_new_tokens=4, kl_coef=0.0, validation_fraction=0.5,
-            validation_interval=1, optimizer=Optimizer(learning_rate=1e-2),
-        ),
+        rl=RLStage(**settings, validation_fraction=0.5, optimizer=Optimizer(learning_rate=1e-2)),
         # About half of the responses that begin with one of 14 characters.
         safety=Safety(words=(str(tmp_path / "words.txt"),), patterns=("^[a-g]",), penalty=100.0),
-    )  # fmt: skip
+    )
 
 
 def read(folder, name="metrics.jsonl"):
@@ -203,7 +170,6 @@ def test_a_run_counts_and_penalises(config, tmp_path, capsys):
     folder = training.rl.run(config, vpg).folder
     assert f"safety: 1 of 5 prompts dropped: {config.data[0]}, row 5\n" in capsys.readouterr().out
     metrics, samples = read(folder), read(folder, "samples.jsonl")
-    assert all("bad" not in sample["prompt"] for sample in samples)
     for row in metrics[1:]:
         assert 0 < row["safety/unsafe"] == row["safety/patterns"] < 1
         assert row["safety/words"] == 0
@@ -215,43 +181,20 @@ def test_a_run_counts_and_penalises(config, tmp_path, capsys):
         for sample, bad in zip(here, unsafe, strict=True):
             assert sample["score"] == (sample["prompt"] + sample["response"]).count("e") - 100 * bad
         assert row["validation/safety/unsafe"] == pytest.approx(np.mean(unsafe))
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    assert f"safety {config.safety.words[0]}" in manifest["data"]
+    assert f"safety {config.safety.words[0]}" in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
     (tmp_path / "words.txt").write_text("worse\n")
     with pytest.raises(UserError, match=r"sha256 of safety .*words\.txt was"):
         training.rl.run(dataclasses.replace(config, resume=True), vpg)
 
 
 @pytest.mark.slow
-def test_a_resumed_run_filters_alike(config, tmp_path):
-    metrics = read(training.rl.run(config, vpg).folder)
-    halved = dataclasses.replace(
-        config, output_dir=str(tmp_path / "half"), rl=dataclasses.replace(config.rl, num_iterations=1)
-    )
-    training.rl.run(halved, vpg)
-    longer = dataclasses.replace(
-        config, output_dir=halved.output_dir, resume=True, allow_changed=("rl.num_iterations",)
-    )
-    assert read(training.rl.run(longer, vpg).folder) == metrics
-
-
-@pytest.mark.slow
 def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(config, tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text("def harm(prompts, responses):\n    return [float('nan')] * len(responses)")
-    masked = dataclasses.replace(config, safety=dataclasses.replace(config.safety, responses="mask"))
-    folder = training.rl.run(masked, vpg).folder
-    for row in read(folder)[1:]:
-        assert row["safety/unsafe"] > 0
-        assert row["reward/unscored"] == 0
-        assert row["objective/score"] >= 0
-    assert all(sample["unsafe"] is None for sample in read(folder, "samples.jsonl"))
     nothing = Safety(patterns=("",), prompts="count", responses="mask")
-    folder = training.rl.run(dataclasses.replace(config, output_dir=str(tmp_path / "all"), safety=nothing), vpg).folder
+    folder = training.rl.run(dataclasses.replace(config, safety=nothing), vpg).folder
     rows = [(row["safety/unsafe"], row["objective/score"], row["nonfinite"]) for row in read(folder)[1:]]
     assert rows == [(1, 0, 0)] * 2
     assert not (folder / "samples.jsonl").exists() or read(folder, "samples.jsonl") == []
-    judged = Safety(classifier=f"{file}:harm", below=0.0)
-    broken = dataclasses.replace(config, output_dir=str(tmp_path / "nan"), safety=judged)
+    (tmp_path / "mine.py").write_text("def harm(prompts, responses):\n    return [float('nan')] * len(responses)")
+    judged = Safety(classifier=f"{tmp_path / 'mine.py'}:harm", below=0.0)
     with pytest.raises(TrainingFault, match=r"safety\.classifier: .* not finite"):
-        training.rl.run(broken, vpg)
+        training.rl.run(dataclasses.replace(config, output_dir=str(tmp_path / "nan"), safety=judged), vpg)

@@ -46,7 +46,9 @@ def rows(folder, name="metrics.jsonl"):
 )
 def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
     folder = tmp_path / "run"
-    assert run(script, *TINY, "--output-dir", folder).stdout.splitlines()[0] == "cpu: 1 x cpu, float32"
+    said = run(script, *TINY, "--output-dir", folder).stdout
+    assert said.splitlines()[0] == "cpu: 1 x cpu, float32"
+    assert said.count("compiling") == 1
     metrics = rows(folder)
     assert [row["step"] for row in metrics] == list(range(steps + 1))
     files = "config.yaml manifest.json metrics.jsonl timing.jsonl samples.jsonl checkpoints model report.html"
@@ -67,6 +69,7 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
         assert last["objective/kl"] != 0.0  # an estimate from samples: its sign means nothing after 10 steps
         assert (metrics[1]["objective/kl"], metrics[1]["kl/coef"]) == (0.0, pytest.approx(0.05))
         assert last["policy/sampler_gap"] < 1e-4
+        assert all(row["objective/score"] > 0 and row["grad_norm"] > 0 for row in metrics[1:])
 
 
 @slow

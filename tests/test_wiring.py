@@ -3,112 +3,127 @@ no two random streams share a key."""
 
 import dataclasses
 import json
+import typing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training import config, data  # noqa: F401 (fixtures)
 
-from rlhf_jax import models, sampling, training, vpg
-from rlhf_jax.algorithms import dpo, reward_model, sft
-from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
-from rlhf_jax.training import stage
+from rlhf_jax import training, vpg
+from rlhf_jax.config import DPOStage, Network, RewardModelStage, RLStage, RunConfig, SFTStage, Text, Tokenizer
+from rlhf_jax.training import reward_model, rl, stage
+from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
-STREAMS = ("init", "data", "rollout", "update", "eval")
+LETTERS = "abcdefghijklmnop"
+# The answer that a row's reward is given is that of its prompt, whatever other rows are absent or cannot be scored.
+REWARD = """
+def same(prompts, responses, letter):
+    assert [prompt[-1] for prompt in prompts] == letter, (prompts, letter)
+    return [None if c == "a" else float(ord(c)) for c in letter]
+"""
 
 
 def bits(key):
-    return tuple(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    return np.asarray(jax.random.key_data(key)).tobytes()
 
 
-def recorder(monkeypatch, module, name, record, calls):
-    """Records each call of ``module.name`` that runs or is run by jit, by a callback."""
-    original = getattr(module, name)
+@pytest.fixture
+def config(tmp_path):
+    """Sixteen rows that differ in a letter, a quarter of them held out; three steps of four rows are an epoch."""
+    answers = {"response": "yes", "chosen": "yes", "rejected": "no"}
+    for kind, names in (("prompts", ()), ("texts", ("response",)), ("pairs", ("chosen", "rejected"))):
+        rows = [{"prompt": f"say {c}"} | {name: answers[name] for name in names} for c in LETTERS]
+        rows = [row | {"letter": c} for row, c in zip(rows, LETTERS, strict=True)] if kind == "prompts" else rows
+        (tmp_path / f"{kind}.json").write_text(json.dumps(rows))
+    (tmp_path / "reward.py").write_text(REWARD)
+    size, supervised = {"batch_size": 4, "validation_fraction": 0.25}, {"num_epochs": 2, "validation_interval": 9}
+    return RunConfig(
+        data=(str(tmp_path / "prompts.json"),),
+        output_dir=str(tmp_path / "first"),
+        network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
+        tokenizer=Tokenizer(kind="characters"),
+        text=Text(bucket_multiple=16),
+        sft=SFTStage(**size, **supervised, data=(str(tmp_path / "texts.json"),)),
+        reward_model=RewardModelStage(**size, **supervised, data=(str(tmp_path / "pairs.json"),)),
+        dpo=DPOStage(**size, **supervised, data=(str(tmp_path / "pairs.json"),)),
+        reward=(f"{tmp_path / 'reward.py'}:same",),
+        rl=RLStage(num_iterations=3, **size, max_new_tokens=2, kl_coef=0.0, validation_interval=3),
+    )
 
-    def recording(*args, **kwargs):
-        jax.debug.callback(lambda *values: calls.append([np.asarray(value) for value in values]), *record(*args))
-        return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, recording)
+def again(config, tmp_path):
+    return dataclasses.replace(config, output_dir=str(tmp_path / "again"))
 
 
 def test_streams_are_apart():
-    keys = {bits(stage.stream(0, name, part)) for name in ("sft", "ppo") for part in STREAMS}
-    assert len(keys) == 2 * len(STREAMS)
-    assert bits(stage.stream(1, "sft", "data")) not in keys
+    names = typing.get_args(stage.Stream)
+    keys = {bits(stage.stream(seed, run, name)) for seed in (0, 1) for run in ("sft", "ppo") for name in names}
+    assert {"init", "data", "rollout", "update", "eval"} <= set(names)
+    assert len(keys) == 4 * len(names)
 
 
-@pytest.mark.parametrize(
-    ("run", "module"),
-    [
-        pytest.param(training.sft.run, sft, id="sft"),
-        pytest.param(training.reward_model.run, reward_model, id="reward_model", marks=pytest.mark.slow),
-        pytest.param(training.dpo.run, dpo, id="dpo", marks=pytest.mark.slow),
-    ],
-)
-def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, module, config, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("run", [training.sft.run, training.reward_model.run, training.dpo.run])
+def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, config, tmp_path, monkeypatch):
     drawn = []
-    recorder(monkeypatch, module, "update", lambda state, batch, key: [batch.tokens, jax.random.key_data(key)], drawn)
 
-    def rows_and_keys(name):
-        drawn.clear()
-        run(dataclasses.replace(config, output_dir=str(tmp_path / name)))
-        jax.effects_barrier()
-        return [(tokens.tobytes(), key.tobytes()) for tokens, key in drawn]
+    def jit_update(self, update):
+        def record(state, batch, key, **functions):
+            tokens = batch.tokens if hasattr(batch, "tokens") else batch.chosen.tokens
+            drawn.append((np.sort(np.asarray(tokens).reshape(4, -1), axis=0).tobytes(), bits(key)))
+            return state, {"nonfinite": 0.0}
 
-    first = rows_and_keys("first")
-    assert len(first) >= 6
-    assert all(len(set(column)) == len(first) for column in zip(*first, strict=True))
-    assert rows_and_keys("again") == first
+        return record
 
-
-def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_path, monkeypatch):  # noqa: F811
-    settings = RLStage(num_iterations=3, batch_size=16, max_new_tokens=4, validation_interval=3, validation_prompts=4)
-    config = dataclasses.replace(config, rl=settings)
-    sampled, learnt = [], []
-    prompts_and_key = lambda model, params, tokens, mask, key: [tokens, jax.random.key_data(key)]  # noqa: E731
-    recorder(monkeypatch, sampling, "generate", prompts_and_key, sampled)
-    recorder(monkeypatch, vpg, "update", lambda state, rollout, key: [jax.random.key_data(key)], learnt)
-
-    def draws(name):
-        sampled.clear(), learnt.clear()
-        training.rl.run(dataclasses.replace(config, output_dir=str(tmp_path / name)), vpg)
-        jax.effects_barrier()
-        samples = [(tokens.tobytes(), np.sort(tokens, axis=0).tobytes(), key.tobytes()) for tokens, key in sampled]
-        return samples, [len(tokens) for tokens, _ in sampled], [key.tobytes() for (key,) in learnt]
-
-    samples, sizes, update_keys = first = draws("first")
-    steps = [sample for sample, size in zip(samples, sizes, strict=True) if size == 16]
-    assert len(steps) == len(update_keys) == len({prompts for _, prompts, _ in steps}) == 3
-    keys = {key for *_, key in steps} | set(update_keys)
-    assert len(keys) == 6
-    # Validations always sample with the same key, so that they can be compared; nothing else uses it.
-    (validation_key,) = {sample[-1] for sample, size in zip(samples, sizes, strict=True) if size != 16}
-    assert validation_key not in keys
-    assert draws("again") == first
+    monkeypatch.setattr(stage.Stage, "jit_update", jit_update)
+    run(config)
+    run(again(config, tmp_path))
+    first, second = drawn[:6], drawn[6:]
+    batches, keys = zip(*first, strict=True)
+    assert first == second
+    assert len(set(batches)) == len(set(keys)) == 6
 
 
-def test_a_python_reward_gets_the_columns_of_its_row(tmp_path):
-    """The answer that a row's reward is given is that of its prompt, whatever other rows are absent."""
-    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": f"say {c}", "letter": c} for c in "abcdefgh"]))
-    (tmp_path / "reward.py").write_text(
-        "def same(prompts, responses, letter):\n"
-        "    assert [p[-1] for p in prompts] == letter, (prompts, letter)\n"
-        "    return [None if c == 'a' else float(ord(c)) for c in letter]\n"
-    )
-    run = training.rl.run(
-        RunConfig(
-            data=(str(tmp_path / "prompts.json"),),
-            output_dir=str(tmp_path / "run"),
-            network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
-            tokenizer=Tokenizer(kind="characters"),
-            reward=(f"{tmp_path / 'reward.py'}:same",),
-            rl=RLStage(num_iterations=2, batch_size=8, max_new_tokens=2, kl_coef=0.0, validation_prompts=3),
-        ),
-        vpg,
-    )
-    samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text("utf-8").splitlines()]
+def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_path, monkeypatch):
+    drawn, create = [], rl._Trainer.__init__
+
+    def recording(name, phase):
+        def call(state, inputs, key, functions):
+            drawn.append((name, tuple(sorted(inputs.row_ids.tolist())), bits(key)))
+            return phase(state, inputs, key, functions)
+
+        return call
+
+    def init(trainer, *args):
+        create(trainer, *args)
+        respond = trainer._respond
+        trainer._respond = recording("eval", respond)
+        trainer._collect = recording("rollout", lambda *inputs: (respond(*inputs), {}))
+        trainer._learn = recording("update", lambda state, *inputs: (state, {"nonfinite": 0.0}))
+
+    monkeypatch.setattr(rl._Trainer, "__init__", init)
+    folder = training.rl.run(config, vpg).folder
+    training.rl.run(again(config, tmp_path), vpg)
+    assert drawn[:8] == drawn[8:]
+    assert [name for name, *_ in drawn[:8]] == ["eval", *["rollout", "update"] * 3, "eval"]
+    assert drawn[0] == drawn[7]  # validations sample with one key, so that they can be compared
+    assert drawn[0][2] == bits(stage.stream(config.seed, "vpg", "eval"))
+    assert len({key for *_, key in drawn[:7]}) == 7
+    train_rows, held_out = [row for _, rows, _ in drawn[1:7:2] for row in rows], drawn[0][1]
+    assert sorted((*train_rows, *held_out)) == list(range(16))
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
     assert all(row["score"] == ord(row["prompt"][-1]) for row in samples)
-    assert models.load(run.model_folder)
+    assert f"reward {config.reward[0]}" in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
+
+
+def test_a_reward_model_is_normalised_to_mean_0_and_variance_1():
+    def score(params, tokens, attention_mask):
+        return params["score"]["gain"] * tokens.sum(axis=2) + params["score"]["shift"]
+
+    tokens = np.array([[1, 2], [3, 4], [5, 9]], np.int32)
+    samples = Rollout(tokens, np.ones_like(tokens), np.ones_like(tokens), np.zeros((3, 2), np.float32))
+    params = reward_model._normalized(score, {"score": {"gain": jnp.float32(7.0), "shift": jnp.float32(5.0)}}, samples)
+    scores = np.asarray(score(params, tokens[:, None], None))
+    assert (scores.mean(), scores.std()) == pytest.approx((0.0, 1.0), abs=1e-6)

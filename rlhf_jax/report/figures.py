@@ -97,13 +97,12 @@ def bin_edges(values: npt.ArrayLike, max_bins: int = 20) -> np.ndarray:
 
 def notes(plot: Plot) -> list[str]:
     """The sentences below the plot: its own, and which values are not drawn."""
-    sentences = [plot.note] if plot.note else []
-    for name, pair in plot.series.items():
-        finite = np.isfinite(_points(pair)[0])
-        if not finite.any():
-            sentences.append(f"{name}: left out, as it has no {'finite ' if finite.size else ''}values.")
-        elif not finite.all():
-            sentences.append(f"{name}: {np.sum(~finite)} of {finite.size} values not finite, not drawn.")
+    sentences, shown = [plot.note] if plot.note else [], _shown(plot)
+    for name, (x, *_) in plot.series.items():
+        if name not in shown:
+            sentences.append(f"{name}: left out, as it has no {'finite ' if np.size(x) else ''}values.")
+        elif lost := np.sum(np.isnan(shown[name].x)):
+            sentences.append(f"{name}: {lost} of {np.size(x)} values not finite, not drawn.")
     return sentences
 
 
@@ -131,15 +130,21 @@ def element(plot: Plot, salt: str) -> str:
     return f"<svg {box[0]}>" + re.sub(r'<g id="[^"]*"', "<g", body).strip()
 
 
-def _points(pair: Series | tuple[npt.ArrayLike, npt.ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
-    """x and y [N] of a series, both NaN where either is not finite."""
-    x, y = np.asarray(pair[0], np.float64), np.asarray(pair[1], np.float64)
-    finite = np.isfinite(x) & np.isfinite(y)
-    return np.where(finite, x, np.nan), np.where(finite, y, np.nan)
+def _shown(plot: Plot) -> dict[str, Series]:
+    """The series that have finite values, each with its colour; x and y are NaN where either is not finite."""
+    shown = {}
+    for place, (name, pair) in enumerate(plot.series.items()):
+        series = Series(*pair)
+        x, y = np.asarray(series.x, np.float64), np.asarray(series.y, np.float64)
+        finite = np.isfinite(x) & np.isfinite(y)
+        if finite.any():
+            color = place if series.color is None else series.color
+            shown[name] = series._replace(x=np.where(finite, x, np.nan), y=np.where(finite, y, np.nan), color=color)
+    return shown
 
 
 def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> bytes:
-    if not any(np.isfinite(_points(pair)[0]).any() for pair in plot.series.values()):
+    if not (shown := _shown(plot)):
         return b""
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -149,7 +154,7 @@ def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> bytes:
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title if kind == "png" else "")
-        handles = _draw_series(axes, plot) | _draw_marks(axes, plot)
+        handles = _draw_series(axes, shown) | _draw_marks(axes, plot)
         if len(handles) > 1:
             columns = min(4, max(1, 50 // (max(map(len, handles)) + 6)))  # the plot is about 50 letters wide
             rows = -(-len(handles) // columns)
@@ -161,39 +166,29 @@ def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> bytes:
     return file.getvalue()
 
 
-def _draw_series(axes: "Axes", plot: Plot) -> "dict[str, Artist]":
-    from matplotlib.ticker import MaxNLocator
-
+def _draw_series(axes: "Axes", shown: Mapping[str, Series]) -> "dict[str, Artist]":
     handles: dict[str, Artist] = {}
-    for place, (name, pair) in enumerate(plot.series.items()):
-        series = Series(*pair)
-        x, y = _points(series)
-        finite = np.isfinite(x)
-        if not finite.any():
-            continue
-        number = place if series.color is None else series.color
-        color = COLORS[number % len(COLORS)]
-        steps = series.kind == "steps"
-        marked = series.kind == "points" or (finite.sum() <= MAX_MARKED and not steps)
-        line = "" if series.kind == "points" else LINE_STYLES[(series.style + 2 * (number // len(COLORS))) % 4]
+    for name, series in shown.items():
+        x, y, number, kind = np.asarray(series.x), np.asarray(series.y), series.color or 0, series.kind
+        finite, color = np.isfinite(x), COLORS[number % len(COLORS)]
+        marked = kind == "points" or (finite.sum() <= MAX_MARKED and kind == "curve")
+        line = "" if kind == "points" else LINE_STYLES[(series.style + 2 * (number // len(COLORS))) % 4]
         look: Any = {"marker": "o", "linewidth": 1.0, "zorder": 3} if marked else {"linewidth": 1.4}
-        drawstyle = "steps-post" if steps else "default"
+        drawstyle = "steps-post" if kind == "steps" else "default"
         (handles[name],) = axes.plot(x, y, color=color, linestyle=line, drawstyle=drawstyle, **look)
         if series.low is not None and series.high is not None:
-            step: Literal["post"] | None = "post" if steps else None
+            step: Literal["post"] | None = "post" if kind == "steps" else None
             axes.fill_between(x, series.low, series.high, step=step, color=color, alpha=0.2, linewidth=0)
-        for i, label in enumerate(series.labels):
-            if finite[i]:
-                axes.annotate(label, (x[i], y[i]), (0, 5), textcoords="offset points", ha="center", fontsize=9)
-    bins = any(Series(*pair).kind == "steps" for pair in plot.series.values())
+        for i in np.flatnonzero(finite).tolist() if series.labels else ():
+            axes.annotate(series.labels[i], (x[i], y[i]), (0, 5), textcoords="offset points", ha="center", fontsize=9)
+    bins = any(series.kind == "steps" for series in shown.values())
     if bins:
-        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.locator_params(axis="y", nbins=6, integer=True)
         axes.set_ylim(bottom=0)
-    x = np.concatenate([_points(pair)[0] for pair in plot.series.values()])
-    if np.all(x[np.isfinite(x)] % 1 == (0.5 if bins else 0)):  # integers, or bins that hold integers
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    else:
-        axes.locator_params(axis="x", nbins=6)  # more labels of numbers like -0.025 would touch
+    x = np.concatenate([series.x for series in shown.values()])
+    are_integers = np.all(x[np.isfinite(x)] % 1 == (0.5 if bins else 0))  # or bins that hold integers
+    integers = {"nbins": 8, "integer": True, "steps": [1, 2, 5, 10], "min_n_ticks": 1}
+    axes.locator_params(axis="x", **(integers if are_integers else {"nbins": 6}))  # more labels like -0.025 would touch
     return handles
 
 

@@ -41,7 +41,7 @@ SAMPLE_COLUMNS = (
 # Control characters, which a browser would drop or obey, become the pictures that Unicode has of them; those that turn
 # the direction of the text become their numbers.
 PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "␡"}
-PICTURES |= {code: f"⟨U+{code:04X}⟩" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+PICTURES |= {code: f"⟨U+{code:04X}⟩" for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 class Gates(NamedTuple):
@@ -158,13 +158,14 @@ def fill(template: str, **context: Any) -> str:
     )
     environment.filters |= {
         "text": _text,
-        "kind": lambda part: type(part).__name__,
         "cells": lambda row, columns: [row.get(column) for column in columns],
         "svg": lambda plot: figures.element(plot, str(next(salts))),
         "notes": figures.notes,
     }
-    # What a model writes may decode to half a surrogate pair, which no file can hold.
-    return environment.get_template(template).render(context).encode("utf-8", "replace").decode("utf-8")
+    text = environment.get_template(template).render(context).translate(PICTURES)
+    return text.encode("utf-8", "replace").decode(
+        "utf-8"
+    )  # a model may write half a surrogate pair, no file can hold it
 
 
 def _text(value: Any, format_spec: str = "") -> str:
@@ -176,7 +177,7 @@ def _text(value: Any, format_spec: str = "") -> str:
         return ", ".join(map(_text, value))
     if isinstance(value, float | np.floating) or (format_spec and isinstance(value, int | np.integer)):
         return format(value, format_spec or (".0f" if 1e4 <= abs(float(value)) < 1e9 else ".4g"))
-    return str(value).translate(PICTURES)
+    return str(value)
 
 
 # --- What templates/runs.html draws ---------------------------------------------------------------------------------
@@ -196,10 +197,8 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
     """What the page shows of runs of one kind."""
     groups = records.groups(run_records)
     is_one = len(run_records) == 1
-    differences = [
-        [key, *(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values)]
-        for key, values in records.differences(groups).items()
-    ]
+    text = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)  # noqa: E731
+    differences = [[key, *map(text, values)] for key, values in records.differences(groups).items()]
     curves, constant = plots.curves(groups)
     names = [name for together in plots.metric_groups(run_records).values() for name in together]
     limit = MAX_SAMPLES if len(groups) == 1 else MAX_SAMPLES_OF_MANY

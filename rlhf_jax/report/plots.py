@@ -12,13 +12,19 @@ import numpy as np
 import yaml
 
 from rlhf_jax.report.figures import Plot, Series, bin_edges, histogram
-from rlhf_jax.report.records import Group, RunRecord, series
+from rlhf_jax.report.records import Group, Row, RunRecord, series
 
 MAX_POINTS = 1000  # a longer curve is drawn as means over equal stretches
 MAX_DOTS = 60  # a longer path of reward against KL too
 NUM_BINS = 10  # of the calibration
 LABELS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text("utf-8"))
-TRAINING = ("objective/", "sft/", "reward_model/", "dpo/", "")  # where the training's part of validation/NAME may be
+_TRAINING = ("objective/", "sft/", "reward_model/", "dpo/", "")  # where the training's part of validation/NAME may be
+
+
+def _labels(key: str, suffix: str = "") -> tuple[str, str, str]:
+    """Title and labels of the axes of a plot that is no curve."""
+    title, x_label, y_label = LABELS[key]
+    return title + suffix, x_label, y_label
 
 
 def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
@@ -27,7 +33,7 @@ def metric_groups(records: Iterable[RunRecord]) -> dict[str, list[str]]:
     members: dict[str, list[str]] = {name: [] for name in LABELS["curves"]}
     for name in sorted(names, key=lambda name: name.startswith("validation/")):
         kind, _, rest = name.partition("/")
-        training = [prefix + rest for prefix in TRAINING if kind == "validation" and prefix + rest in names]
+        training = [prefix + rest for prefix in _TRAINING if kind == "validation" and prefix + rest in names]
         members.setdefault(training[0] if training else name, []).append(name)
     return {base: together for base, together in members.items() if together}
 
@@ -124,8 +130,7 @@ def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
     if not drawn:
         return None
     note = "Numbers count iterations." + (f" Each point is the mean of up to {longest}." if longest > 1 else "")
-    title, x_label, y_label = LABELS["reward_against_kl"]
-    return Plot(title, x_label, y_label, drawn, note=note)
+    return Plot(*_labels("reward_against_kl"), drawn, note=note)
 
 
 # --- What samples.jsonl holds ---------------------------------------------------------------------------------------
@@ -136,19 +141,21 @@ def distributions(groups: Sequence[Group]) -> list[Plot]:
     scores over target scores."""
     kind = groups[0].records[0].kind
     plots = [reward_against_kl(groups)]
-    for key in LABELS["histograms"]:
-        if key != "length" or kind == "policy":  # the lengths of a reward model's answers do not change
-            plots += _histograms(groups, key)
+    for key in (
+        "margin",
+        "score",
+        *(("length",) if kind == "policy" else ()),
+    ):  # a reward model's lengths do not change
+        plots += _histograms(groups, key)
     for group in groups if kind == "reward_model" else ():
         suffix = f", {group.name}" if len(groups) > 1 else ""
         rows = [row for record in group.records for _, rows in record.validations[-1:] for row in rows]
         if margins := [row["margin"] for row in rows if "margin" in row]:
             plots.append(_calibration(group, suffix, margins))
         if scored := [(row["target"], row["score"]) for row in rows if "target" in row]:
-            title, x_label, y_label = LABELS["targets"]
             targets, scores = zip(*scored, strict=True)
             points = Series(targets, scores, kind="points")
-            plots.append(Plot(title + suffix, x_label, y_label, {"responses": points}, diagonal="score = target"))
+            plots.append(Plot(*_labels("targets", suffix), {"responses": points}, diagonal="score = target"))
     return [plot for plot in plots if plot is not None]
 
 
@@ -159,15 +166,15 @@ def _histograms(groups: Sequence[Group], key: str) -> list[Plot]:
         for place, when in enumerate(("before", "after")):
             ends = [record.validations[place] for record in group.records if len(record.validations) > place]
             values = [row[key] for _, rows in ends for row in rows if key in row]
-            steps = " and ".join(map(str, sorted({step for step, _ in ends})))
             if values:
-                pooled.setdefault(group.name, {})[f"{when} (step {steps}, n = {len(values)})"] = values
+                pooled.setdefault(group.name, {})[f"{when} (step {_steps(ends)}, n = {len(values)})"] = values
     edges = bin_edges([value for sets in pooled.values() for values in sets.values() for value in values])
-    title, x_label, y_label = LABELS["histograms"][key]
-    return [
-        histogram(f"{title}, {name}" if len(groups) > 1 else title, x_label, y_label, sets, edges)
-        for name, sets in pooled.items()
-    ]
+    suffixes = {name: f", {name}" if len(groups) > 1 else "" for name in pooled}
+    return [histogram(*_labels(key, suffixes[name]), sets, edges) for name, sets in pooled.items()]
+
+
+def _steps(validations: Iterable[tuple[int, list[Row]]]) -> str:
+    return " and ".join(map(str, sorted({step for step, _ in validations})))
 
 
 def reliability(margin: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -188,7 +195,7 @@ def _calibration(group: Group, suffix: str, margins: Sequence[float]) -> Plot:
     """The reliability of the last validation's margins, pooled over the group."""
     finite = np.array(margins, np.float64)[np.isfinite(margins)]
     counts, confidence, accuracy = reliability(finite)
-    steps = " and ".join(map(str, sorted({step for record in group.records for step, _ in record.validations[-1:]})))
+    steps = _steps([end for record in group.records for end in record.validations[-1:]])
     eces = [values[-1] for record in group.records if (values := series(record.metrics, "validation/ece")[1])]
     note = (
         f"Each point is a tenth of the range of confidence, its number the pairs in it: {len(finite)} held-out rows, "
@@ -196,6 +203,5 @@ def _calibration(group: Group, suffix: str, margins: Sequence[float]) -> Plot:
     )
     if eces:
         note += f" Expected calibration error over all held-out rows: {', '.join(f'{ece:.3f}' for ece in eces)}."
-    title, x_label, y_label = LABELS["calibration"]
     points = Series(confidence, accuracy, labels=list(map(str, counts)))
-    return Plot(title + suffix, x_label, y_label, {"pairs": points}, diagonal="perfectly calibrated", note=note)
+    return Plot(*_labels("calibration", suffix), {"pairs": points}, diagonal="perfectly calibrated", note=note)

@@ -108,12 +108,12 @@ class Guard:
         return cls(settings, Filter.create(words, settings.patterns))
 
     def for_responses(self, *, tokenizer: spec.PolicyTokenizer, load: spec.Load, columns: Collection[str]) -> "Guard":
-        """The guard with the classifier that its settings name, if they name one; arguments as of ``spec.build``."""
+        """The guard with the classifier of its settings, if there is one; arguments as of ``spec.build_reward``."""
         guard = dataclasses.replace(self, tokenizer=tokenizer)
         if self.settings.classifier is None:
             return guard
         entries = (self.settings.classifier,)
-        reward = spec.build(entries, tokenizer=tokenizer, load=load, columns=columns, flag="safety.classifier")
+        reward = spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=columns, flag="safety.classifier")
         return dataclasses.replace(guard, classifier=spec.as_host(reward))
 
     def prompts(self, rows: Sequence[Any], tokenizer: Decoder) -> list[Any]:
@@ -124,24 +124,18 @@ class Guard:
         """
         if self.filter == Filter():
             return list(rows)
-        action, places = self.settings.prompts, []
-        kept: list[Any] = []
-        for row in rows:
-            is_unsafe = self.filter.found(row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt))
-            if is_unsafe:
-                places.append(row.source)
-            if is_unsafe and action == "replace":
-                kept.append(dataclasses.replace(row, prompt=self.settings.replacement))
-            elif not is_unsafe or action == "count":
-                kept.append(row)
-        shown = "; ".join(places[:_MOST_PLACES])
-        if len(places) > _MOST_PLACES:
-            shown += f"; and {len(places) - _MOST_PLACES} more"
+        texts = [row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt) for row in rows]
+        judged = [(row, bool(self.filter.found(text))) for row, text in zip(rows, texts, strict=True)]
+        places = [row.source for row, is_unsafe in judged if is_unsafe]
+        more = [f"and {len(places) - _MOST_PLACES} more"] if len(places) > _MOST_PLACES else []
+        shown, action = "; ".join(places[:_MOST_PLACES] + more), self.settings.prompts
         done = {"drop": "dropped", "replace": "replaced", "count": "unsafe, and kept"}[action]
         print(f"safety: {len(places)} of {len(rows)} prompts {done}" + (f": {shown}" if shown else ""), flush=True)
-        if places and not kept:
+        if action == "drop" and len(places) == len(rows) > 0:
             raise UserError(f"safety: all {len(rows)} prompts are unsafe, none is left: {shown}")
-        return kept
+        if action == "replace":
+            return [dataclasses.replace(row, prompt=self.settings.replacement) if bad else row for row, bad in judged]
+        return [row for row, is_unsafe in judged if not is_unsafe or action == "count"]
 
     def enforce(self, sampled: Rollout, scored: Rollout, columns: Columns) -> tuple[Rollout, Metrics, list[Verdict]]:
         """The scored rollout after the action ``settings.responses``, shares of unsafe rows, and each row's verdict.
@@ -165,20 +159,18 @@ class Guard:
         ]
         if self.classifier is not None:
             self._classify(self.classifier, sampled, columns, verdicts)
-        unsafe = np.array([bool(verdict) for verdict in verdicts])
-        settings = self.settings
+        unsafe, settings = np.array([bool(verdict) for verdict in verdicts]), self.settings
         rules = [rule for rule in ("words", "patterns", "classifier") if getattr(settings, rule)]
         hits = {"unsafe": unsafe} | {rule: np.array([rule in verdict for verdict in verdicts]) for rule in rules}
         metrics = {f"safety/{name}": jnp.float32(hit.sum() / max(present.sum(), 1)) for name, hit in hits.items()}
-        scores: Any = scored.scores
-        mask: Any = scored.response_mask
+        host: Any = scored  # whose fields are declared as JAX arrays
         if settings.responses == "penalise":
-            scores = np.where(unsafe, scores - np.float32(settings.penalty), scores)
+            host = host.replace(scores=np.where(unsafe, host.scores - np.float32(settings.penalty), host.scores))
         elif settings.responses == "replace":
-            scores = np.where(unsafe, np.float32(settings.score), scores)
+            host = host.replace(scores=np.where(unsafe, np.float32(settings.score), host.scores))
         elif settings.responses == "mask":
-            mask = np.where(unsafe[:, None], 0, mask)
-        return dataclasses.replace(scored, scores=scores, response_mask=mask), metrics, verdicts
+            host = host.replace(response_mask=np.where(unsafe[:, None], 0, host.response_mask))
+        return host, metrics, verdicts
 
     def _classify(
         self, classifier: HostReward, sampled: Rollout, columns: Columns, verdicts: Sequence[Verdict]

@@ -4,8 +4,8 @@ The n-grams of a response are those of its tokens in order: holes of the respons
 like any other.
 """
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def repetition(ngram: int = 3) -> Partial:
     response shorter than ``ngram`` tokens.
     """
     _check_ngram(ngram)
-    return Partial(_Repetition(ngram))
+    return Partial(functools.partial(_repetition, ngram))  # the number decides shapes, so it is no argument of jit
 
 
 def diversity(ngram: int = 2, group_size: int | None = None) -> Partial:
@@ -41,7 +41,7 @@ def diversity(ngram: int = 2, group_size: int | None = None) -> Partial:
     _check_ngram(ngram)
     if group_size is not None and group_size < 2:
         raise ValueError(f"group_size: expected at least 2, or None for the whole batch, got {group_size}")
-    return Partial(_Diversity(ngram, group_size))
+    return Partial(functools.partial(_diversity, ngram, group_size))
 
 
 def _check_ngram(ngram: int) -> None:
@@ -49,41 +49,28 @@ def _check_ngram(ngram: int) -> None:
         raise ValueError(f"ngram: expected at least 1 token, got {ngram}")
 
 
-@dataclass(frozen=True)
-class _Repetition:
-    """A class, since its number decides the program's shapes and so cannot be one of the Partial's arrays."""
-
-    ngram: int
-
-    def __call__(self, rollout: Rollout) -> Scores:
-        keys, new = _distinct_ngrams(rollout, self.ngram)
-        total = jnp.sum(keys[0] == 0, axis=1, dtype=jnp.float32)
-        return (total - jnp.sum(new, axis=1, dtype=jnp.float32)) / jnp.maximum(total, 1.0), {}
+def _repetition(ngram: int, rollout: Rollout) -> Scores:
+    keys, new = _distinct_ngrams(rollout, ngram)
+    total = jnp.sum(keys[0] == 0, axis=1, dtype=jnp.float32)
+    return (total - jnp.sum(new, axis=1, dtype=jnp.float32)) / jnp.maximum(total, 1.0), {}
 
 
-@dataclass(frozen=True)
-class _Diversity:
-    """As ``_Repetition``."""
-
-    ngram: int
-    group_size: int | None
-
-    def __call__(self, rollout: Rollout) -> Scores:
-        keys, new = _distinct_ngrams(rollout, self.ngram)
-        batch, length = new.shape
-        size = batch if self.group_size is None else self.group_size
-        if batch % size:
-            raise ValueError(f"group_size: {batch} rows do not divide into groups of {size}")
-        keys = [jnp.where(new, 0, 1), *keys[1:]]
-        rows = jnp.broadcast_to(jnp.arange(size)[None, :, None], (batch // size, size, length))
-        operands = [x.reshape(batch // size, size * length) for x in (*keys, rows)]
-        *keys, rows = jax.lax.sort(operands, dimension=1, num_keys=len(keys))
-        # Each row now has each n-gram at most once: an equal neighbour is another row's.
-        differs = _differs(keys)
-        ends = jnp.pad(differs[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-        alone = (keys[0] == 0) & differs & ends
-        counts = jnp.zeros((batch // size, size)).at[jnp.arange(batch // size)[:, None], rows].add(alone)
-        return counts.reshape(batch) / jnp.maximum(jnp.sum(new, axis=1, dtype=jnp.float32), 1.0), {}
+def _diversity(ngram: int, group_size: int | None, rollout: Rollout) -> Scores:
+    keys, new = _distinct_ngrams(rollout, ngram)
+    batch, length = new.shape
+    size = batch if group_size is None else group_size
+    if batch % size:
+        raise ValueError(f"group_size: {batch} rows do not divide into groups of {size}")
+    keys = [jnp.where(new, 0, 1), *keys[1:]]
+    rows = jnp.broadcast_to(jnp.arange(size)[None, :, None], (batch // size, size, length))
+    operands = [x.reshape(batch // size, size * length) for x in (*keys, rows)]
+    *keys, rows = jax.lax.sort(operands, dimension=1, num_keys=len(keys))
+    # Each row now has each n-gram at most once: an equal neighbour is another row's.
+    differs = _differs(keys)
+    ends = jnp.pad(differs[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    alone = (keys[0] == 0) & differs & ends
+    counts = jnp.zeros((batch // size, size)).at[jnp.arange(batch // size)[:, None], rows].add(alone)
+    return counts.reshape(batch) / jnp.maximum(jnp.sum(new, axis=1, dtype=jnp.float32), 1.0), {}
 
 
 def _distinct_ngrams(rollout: Rollout, ngram: int) -> tuple[Sequence[jax.Array], jax.Array]:

@@ -73,7 +73,7 @@ class PolicyTokenizer(Decoder, Protocol):
     def encode(self, text: str, /) -> list[int]: ...
 
 
-def build(
+def build_reward(
     entries: Sequence[str], *, tokenizer: PolicyTokenizer, load: Load, columns: Collection[str], flag: str = "--reward"
 ) -> Reward:
     """All entries as one reward, on the host if any of them is a Python function.
