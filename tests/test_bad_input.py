@@ -133,7 +133,7 @@ MISTAKES = [
     ("response fills the context", write(prompts__txt="a"), (*PROMPTS, "--rl.max-new-tokens", "8"), "leaves no room f"),
     ("token ids of another tokenizer", token_ids, (*PAIRS, "--model", "model"), "row 1: holds the token id 99, but th"),
     # Settings
-    ("misspelt key in YAML", yaml("ppo:\n  clip_lo: 1"), CONFIG, "line 2: unknown key ppo.clip_lo; did you mean"),
+    ("misspelt key in YAML", yaml("ppo:\n  clip_lo: 1"), CONFIG, "line 2: unknown key ppo.clip_lo; did you mean ppo.c"),
     ("YAML without end", yaml("data: [a"), CONFIG, "bad.yaml, line 1: not valid YAML"),
     ("no character", yaml('model: "\\UFFFFFFFF"'), CONFIG, "bad.yaml: not valid YAML"),
     ("wrong tag", yaml("seed: !!bool maybe"), CONFIG, "bad.yaml, line 1: seed must be an int, found maybe"),
