@@ -12,6 +12,8 @@ import pytest
 
 from rlhf_jax import training, vpg
 from rlhf_jax.config import DPOStage, Network, RewardModelStage, RLStage, RunConfig, SFTStage, Text, Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.report import records
 from rlhf_jax.training import reward_model, rl, stage
 from rlhf_jax.types import Rollout
 
@@ -86,7 +88,7 @@ def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, con
     assert len(set(batches)) == len(set(keys)) == 6
 
 
-def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_path, monkeypatch):
+def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_path, monkeypatch, capsys):
     drawn, create = [], rl._Trainer.__init__
 
     def recording(name, phase):
@@ -103,9 +105,15 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
         trainer._collect = recording("rollout", lambda *inputs: (respond(*inputs), {}))
         trainer._learn = recording("update", lambda state, *inputs: (state, {"nonfinite": 0.0}))
 
+    def write_page(runs, path):
+        raise UserError(f"there is {records.model_config(runs[0])}")
+
     monkeypatch.setattr(rl._Trainer, "__init__", init)
+    monkeypatch.setattr("rlhf_jax.report.page.write", write_page)  # whose failure loses nothing
     folder = training.rl.run(config, vpg).folder
     training.rl.run(again(config, tmp_path), vpg)
+    failure = f"report.html could not be drawn: UserError: there is {folder / 'model' / 'config.json'}\n"
+    assert failure in capsys.readouterr().out
     assert drawn[:8] == drawn[8:]
     assert [name for name, *_ in drawn[:8]] == ["eval", *["rollout", "update"] * 3, "eval"]
     assert drawn[0] == drawn[7]  # validations sample with one key, so that they can be compared
