@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math import latex2mathml
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import Config, GoogleDocstring
 
@@ -20,6 +22,8 @@ html_theme = "furo"
 html_title = f"rlhf_jax {release}"
 html_show_sphinx = False
 html_show_copyright = False
+html_math_renderer = "mathml"
+smartquotes = False  # else a flag reads –model
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -45,5 +49,16 @@ def google(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
         lines[:] = GoogleDocstring(lines, config, app, what, name, obj, options).lines()
 
 
+def mathml(translator: Any, node: nodes.math | nodes.math_block) -> None:
+    """Equations as MathML, which browsers draw without a script from the network."""
+    equation = latex2mathml.tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
+    # Room above and below; the theme's scroll bars are left out.
+    translator.body.append(
+        equation.replace('display="block"', 'display="block" style="overflow: visible; margin: 1em"')
+    )
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None))
     app.connect("autodoc-process-docstring", google)

@@ -10,7 +10,6 @@ number of the best sample. Every stage reads them as they are.
 import difflib
 import http.client
 import json
-import shutil
 import sys
 import urllib.error
 import urllib.request
@@ -52,8 +51,7 @@ class Verified(NamedTuple):
 def fetch_labels(name: str, folder: str | Path, url: str | None = None) -> Verified:
     """Fetches a label set into ``folder``, checks every row of it, and writes its sha256 beside it.
 
-    The file is called ``NAME.json.part`` until it is checked; a later call continues such a file. A file that is there
-    already is checked again.
+    The file is called ``NAME.json.part`` until it is checked. A file that is there already is checked again.
 
     Args:
         url: another place that has the file; by default where it was published.
@@ -80,13 +78,15 @@ def fetch_labels(name: str, folder: str | Path, url: str | None = None) -> Verif
             )
         return verified
     try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            content = response.read()  # raises IncompleteRead where the connection ended too soon
         part.parent.mkdir(parents=True, exist_ok=True)
-        fetch(url, part)
+        part.write_bytes(content)
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise UserError(
-            f"{url}: could not be fetched: {reason or type(error).__name__}. The same command continues where this "
-            f"one stopped; or bring the file from elsewhere as {target}"
+            f"{url}: could not be fetched: {reason or type(error).__name__}. Run the command again, or bring the file "
+            f"from elsewhere as {target}"
         ) from error
     try:
         verified = verify(part, least)
@@ -96,26 +96,6 @@ def fetch_labels(name: str, folder: str | Path, url: str | None = None) -> Verif
     write_atomically(digest, f"{verified.sha256}  {target.name}\n")
     part.replace(target)
     return verified._replace(path=target)
-
-
-def fetch(url: str, part: Path) -> None:
-    """Appends to ``part`` what is missing of it; fetches all of it if the server cannot do so."""
-    start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return  # nothing is missing
-        raise
-    with response:
-        continued = response.status == http.HTTPStatus.PARTIAL_CONTENT
-        with part.open("ab" if continued else "wb") as file:
-            shutil.copyfileobj(response, file)
-        length = response.headers.get("Content-Length")
-        expected = None if length is None else int(length) + start * continued
-    if expected is not None and part.stat().st_size < expected:
-        raise http.client.HTTPException(f"the connection ended after {part.stat().st_size} of {expected} bytes")
 
 
 def verify(path: str | Path, least: int = 1) -> Verified:

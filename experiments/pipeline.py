@@ -5,10 +5,11 @@
 FOLDER holds sft_data.json, preference_data.json and prompts.json.
 """
 
-from rlhf_jax import cli
-from rlhf_jax.training import pipeline
+import functools
 
-main = cli.stage(pipeline.run, __doc__)
+from rlhf_jax import cli
+
+main = functools.partial(cli.train, "pipeline")
 
 if __name__ == "__main__":
     cli.run_script(main)

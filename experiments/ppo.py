@@ -5,9 +5,11 @@ For a first look, on generated data:
     python experiments/ppo.py --config configs/tiny.yaml
 """
 
-from rlhf_jax import cli, ppo, training
+import functools
 
-main = cli.stage(lambda config: training.rl.run(config, ppo), __doc__)
+from rlhf_jax import cli
+
+main = functools.partial(cli.train, "ppo")
 
 if __name__ == "__main__":
     cli.run_script(main)

@@ -3,8 +3,8 @@
     python experiments/quickstart.py
 
 SFT, a reward model and PPO on a generated assistant corpus; prints a table and writes runs/quickstart/. A rubric that
-training never sees judges greedy answers to held-out prompts. Exits with 1 if the result misses a gate, as it must with
---shuffle-labels.
+training never sees judges greedy answers to held-out prompts. Exits with 1 if a check of the result fails, as it must
+with --shuffle-labels.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +32,17 @@ from rlhf_jax.report import figures, page, records
 from rlhf_jax.report.plots import reward_against_kl
 from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.training import initial, pipeline, stage
-from rlhf_jax.training.scoring import pair_scorer, report, score_rows
+from rlhf_jax.training.scoring import answer_scorer, report, score_rows
 from rlhf_jax.types import Rollout
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 LAST_ITERATIONS = 10
 MIN_ACCURACY, MIN_WIN_RATE, KL_BAND, MIN_KL_COEF_CHANGE = 0.85, 0.75, 1.5, 1.1
+NEXT = """
+The report: {folder}/report.html
+Next: every curve of the three stages on one page, the policy on held-out pairs, and the same with files of yours:
+    rlhf-jax report {folder}
+    rlhf-jax evaluate {folder}/ppo --preferences {folder}/data/heldout_preference_data.json
+    python experiments/pipeline.py --config configs/pipeline.yaml --data FOLDER"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +50,7 @@ class QuickstartConfig(RunConfig):
     """The pipeline's settings and the negative control."""
 
     shuffle_labels: bool = False
-    """Choose the preferred answer of every pair by coin flip: the gates must then fail."""
+    """Choose the preferred answer of every pair by coin flip: the checks must then fail."""
 
 
 class Answers(NamedTuple):
@@ -63,13 +69,12 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     if config.data:
         raise UserError("--data: the quickstart generates its own data; for yours use experiments/pipeline.py")
     if config.reward_model.ensemble_size > 1:
-        raise UserError(
-            "reward_model.ensemble_size: the quickstart judges one reward model; use experiments/pipeline.py"
-        )
+        raise UserError("reward_model.ensemble_size: one reward model is judged here; use experiments/pipeline.py")
     folder = Path(config.output_dir or "runs/quickstart")
     pipeline.check_folder(folder, config)
     data = folder / "data"
     stage.set_up(config)
+    print("Three stages, from nothing to a policy: about two minutes on two CPU cores.", flush=True)
     demo.write(data, seed=config.seed, shuffle_labels=config.shuffle_labels)
     stages = pipeline.run_stages(dataclasses.replace(config, data=(str(data),)), folder)
     prompts = formats.read("prompts", str(data / "heldout_prompts.json")).rows
@@ -81,7 +86,7 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     shown = [i for category in demo.TOPICS for i in of_category(prompts, category)[:3]]
     examples = [(prompts[i].prompt, sft.texts[i], sft.scores[i], ppo.texts[i], ppo.scores[i]) for i in shown]
     write_report(folder, summary, examples)
-    print_summary(summary, examples)
+    print_summary(folder, summary, examples)
     return summary
 
 
@@ -108,10 +113,10 @@ def judge(model_folder: str, data: Path, rollout: Rollout, config: RunConfig) ->
     """The reward model's metrics on noise-free held-out pairs, and its scores [N] of a rollout."""
     model, params, tokenizer = initial.load_language_model(model_folder, config.compute)
     rows = formats.read("pairs", str(data / "heldout_preference_data.json")).rows
-    pairs = encoding.encode_comparisons(rows, tokenizer, template=config.text.template)
+    pairs = encoding.encode_texts(rows, tokenizer, template=config.text.template)
     sizes = {"batch_size": config.reward_model.batch_size, "bucket_multiple": config.text.bucket_multiple}
     numbers = np.arange(len(pairs))
-    learned = score_rows(pair_scorer(models.score_fn(model)), params, pairs, numbers, **sizes)
+    learned = score_rows(partial(answer_scorer(models.score_fn(model)), params), pairs, numbers, **sizes)
     preference = report(pairs, numbers, learned)
     scores = jax.jit(models.score_fn(model))(params, rollout.tokens, rollout.attention_mask, None)
     return preference, np.asarray(scores)
@@ -122,32 +127,50 @@ def summarize(
     sft: Answers,
     ppo: Answers,
     preference: dict[str, float],
-    learned_scores: np.ndarray,
+    learned: np.ndarray,
     folder: Path,
 ) -> dict[str, Any]:
-    """The numbers of ``summary.json``, and whether each gate was passed."""
+    """The numbers of ``summary.json``, and whether each check was passed."""
     rows = records.read_rows(folder / "ppo" / "metrics.jsonl")
-    kls, coefs = (records.series(rows, name)[1] for name in ("objective/kl", "kl/coef"))
-    last, target = kls[-LAST_ITERATIONS:], config.rl.kl_target or 0.0
+    names = ("objective/kl", "kl/coef", "value/explained_variance", "policy/ratio_max")
+    kls, coefs, explained, ratios = (records.series(rows, name)[1] for name in names)
+    critic = {"lowest_explained_variance_of_last_half": min(explained[len(explained) // 2 :])}
     lengths = np.asarray(ppo.rollout.response_mask).sum(axis=1)
-    win_rate = metrics.win_rate(ppo.scores, sft.scores)
-    coef = {"first": coefs[0], "last": coefs[-1], "lowest": min(coefs), "highest": max(coefs)}
-    return {
+    summary = {
         "seed": config.seed,
         "shuffled_labels": config.shuffle_labels,
         "heldout_prompts": len(sft.texts),
         "reward_model": rounded(preference),
         "rubric": rounded({"sft": float(sft.scores.mean()), "ppo": float(ppo.scores.mean())}),
-        "win_rate": round(win_rate, 6),
-        "kl": {"target": target, "last_iterations": [round(kl, 6) for kl in last]},
-        "kl_coef": rounded(coef),
-        "score_length_correlation": round(metrics.spearman(learned_scores, lengths), 6),
-        "gates": {
-            "reward_model_accuracy": preference["accuracy"] >= MIN_ACCURACY,
-            "ppo_beats_sft": win_rate >= MIN_WIN_RATE,
-            "kl_in_band": all(target / KL_BAND <= kl <= target * KL_BAND for kl in last),
-            "kl_coef_moved": max(coefs) / min(coefs) >= MIN_KL_COEF_CHANGE,
+        "win_rate": round(metrics.win_rate(ppo.scores, sft.scores), 6),
+        "kl": {
+            "target": config.rl.kl_target or 0.0,
+            "last_iterations": [round(kl, 6) for kl in kls[-LAST_ITERATIONS:]],
         },
+        "critic": rounded(critic | {"largest_ratio": max(ratios)}),
+        "kl_coef": rounded({"lowest": min(coefs), "highest": max(coefs)}),
+        "score_length_correlation": round(metrics.spearman(learned, lengths), 6),
+    }
+    return summary | {"checks": {name: passed for name, (passed, _) in checks(summary).items()}}
+
+
+def checks(summary: dict[str, Any]) -> dict[str, tuple[bool, str]]:
+    """``{check: (passed, what was measured and what was asked for)}``."""
+    accuracy, win_rate, coef = summary["reward_model"]["accuracy"], summary["win_rate"], summary["kl_coef"]
+    target, last = summary["kl"]["target"], summary["kl"]["last_iterations"]
+    low, high = target / KL_BAND, target * KL_BAND
+    lowest, highest = coef["lowest"], coef["highest"]
+    pairs = f"{accuracy:.3f} on noise-free held-out pairs, at least {MIN_ACCURACY}"
+    wins = f"{win_rate:.1%} of {summary['heldout_prompts']} held-out prompts (ties half), at least {MIN_WIN_RATE:.0%}"
+    kls = (
+        f"{min(last):.2f} to {max(last):.2f} nats in the last {len(last)} iterations, between {low:.2f} and {high:.2f}"
+    )
+    coefs = f"between {lowest:.3f} and {highest:.3f}, by a factor of at least {MIN_KL_COEF_CHANGE}"
+    return {
+        "reward_model_accuracy": (accuracy >= MIN_ACCURACY, pairs),
+        "ppo_beats_sft": (win_rate >= MIN_WIN_RATE, wins),
+        "kl_in_band": (low <= min(last) <= max(last) <= high, kls),
+        "kl_coef_moved": (highest / lowest >= MIN_KL_COEF_CHANGE, coefs),
     }
 
 
@@ -157,9 +180,8 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 
 
 def write_report(folder: Path, summary: dict[str, Any], examples: Sequence[Sequence[Any]]) -> None:
-    """``report.html``: gates, numbers, answers before and after, curves of the three stages."""
-    pairs, mean, target = summary["reward_model"], summary["rubric"], summary["kl"]["target"]
-    measured = gate_details(summary)
+    """``report.html``: checks, numbers, answers before and after, curves of the three stages."""
+    pairs, mean = summary["reward_model"], summary["rubric"]
     facts = {
         "Seed": summary["seed"],
         "Preference labels": "shuffled (negative control)" if summary["shuffled_labels"] else "10% noise",
@@ -172,17 +194,17 @@ def write_report(folder: Path, summary: dict[str, Any], examples: Sequence[Seque
         "Reward-model calibration error": pairs["ece"],
         "Score/length correlation, pairs": pairs["length_correlation"],
         "Score/length correlation, PPO": summary["score_length_correlation"],
-        "KL target": target,
+        "KL target": summary["kl"]["target"],
     }
     columns = ("Prompt", "SFT", "SFT score", "PPO", "PPO score")
     title = "Held-out prompts, greedy answers, the rubric's scores"
     report = page.render(
         "Quickstart: SFT, a reward model and PPO",
         [
-            page.Gates({name: (passed, measured[name]) for name, passed in summary["gates"].items()}),
+            page.Gates(checks(summary)),
             page.Facts("Figures", facts),
             page.Table(title, columns, examples, formats={"SFT score": ".2f", "PPO score": ".2f"}),
-            page.Figures("Curves", plots(folder, target / KL_BAND, target * KL_BAND)),
+            page.Figures("Curves", plots(folder, summary["kl"]["target"])),
         ],
         summary="A small language model, trained from nothing on a generated assistant corpus: SFT on demonstrations "
         "of mixed quality, a reward model on preference pairs, PPO against that reward model. A rubric that training "
@@ -191,40 +213,32 @@ def write_report(folder: Path, summary: dict[str, Any], examples: Sequence[Seque
     write_atomically(folder / "report.html", report)
 
 
-def plots(folder: Path, low: float, high: float) -> list[figures.Plot]:
-    """The curves of the three stages; ``low`` and ``high`` are the edges of the band for the KL."""
-    rows = {stage: records.read_rows(folder / stage / "metrics.jsonl") for stage in pipeline.STAGES}
-
-    def plot(stage: str, title: str, y: str, names: dict[str, str], x: str = "step", **more: Any) -> figures.Plot:
-        curves = {label: records.series(rows[stage], name) for label, name in names.items()}
-        return figures.Plot(title, x, y, curves, **more)
-
-    def ppo(title: str, y: str, *names: str, **more: Any) -> figures.Plot:
-        return plot("ppo", f"PPO: {title}", y, {name: name for name in names}, "iteration", **more)
-
-    def both(stage: str, metric: str) -> dict[str, str]:
-        return {"train": f"{stage}/{metric}", "validation": f"validation/{metric}"}
-
-    def learning(title: str, y: str, metric: str, chance: float) -> figures.Plot:
-        return plot("reward_model", title, y, both("reward_model", metric), lines={"chance": chance})
-
+def plots(folder: Path, kl_target: float) -> list[figures.Plot]:
+    """The curves of the three stages."""
+    accuracy, loss = ({"lines": {"chance": level}} for level in (0.5, math.log(2)))
+    kl_band = {"band": (kl_target / KL_BAND, kl_target * KL_BAND, "target band")}
+    curves: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
+        ("sft", "SFT: loss", "nats per token", "sft/loss validation/loss", {}),
+        ("reward_model", "Reward model: loss", "nats per pair", "reward_model/loss validation/loss", loss),
+        ("reward_model", "Reward model: accuracy", "share", "reward_model/accuracy validation/accuracy", accuracy),
+        ("ppo", "PPO: reward-model score", "score", "objective/score validation/score", {}),
+        ("ppo", "PPO: KL from the SFT policy", "nats", "objective/kl", kl_band),
+        ("ppo", "PPO: KL coefficient", "kl/coef", "kl/coef", {}),
+        ("ppo", "PPO: response length", "tokens", "response/length", {}),
+        ("ppo", "PPO: explained variance of the returns", "share", "value/explained_variance", {}),
+    )
+    rows = {name: records.read_rows(folder / name / "metrics.jsonl") for name in pipeline.STAGES}
+    drawn = []
+    for run_name, title, y, names, more in curves:
+        series = {name: records.series(rows[run_name], name) for name in names.split()}
+        drawn.append(figures.Plot(title, "iteration" if run_name == "ppo" else "step", y, series, **more))
     frontier = reward_against_kl(records.groups(records.find([folder / "ppo"])))
     assert frontier is not None  # this job's PPO always measures its KL
-    return [
-        plot("sft", "SFT: loss", "nats per token", both("sft", "loss")),
-        learning("Reward model: loss", "nats per pair", "loss", math.log(2)),
-        learning("Reward model: accuracy", "share of pairs", "accuracy", 0.5),
-        ppo("reward-model score", "score", "objective/score", "validation/score"),
-        ppo("KL from the SFT policy", "nats", "objective/kl", band=(low, high, "target band")),
-        ppo("KL coefficient", "kl/coef", "kl/coef"),
-        ppo("response length", "response/length (tokens)", "response/length"),
-        ppo("explained variance of the returns", "value/explained_variance", "value/explained_variance"),
-        dataclasses.replace(frontier, title="PPO: reward against KL"),
-    ]
+    return [*drawn, dataclasses.replace(frontier, title="PPO: reward against KL")]
 
 
-def print_summary(summary: dict[str, Any], examples: Sequence[Sequence[Any]]) -> None:
-    """A table of answers, the means, and one line for each gate."""
+def print_summary(folder: Path, summary: dict[str, Any], examples: Sequence[Sequence[Any]]) -> None:
+    """A table of answers, the means, one line for each check, and what to look at next."""
     console = rich.console.Console()
     table = rich.table.Table(title="Held-out prompts, greedy answers; score: the rubric, SFT -> PPO", show_lines=True)
     for name in ("prompt", "SFT", "PPO", "score"):
@@ -232,34 +246,20 @@ def print_summary(summary: dict[str, Any], examples: Sequence[Sequence[Any]]) ->
     for prompt, sft_text, sft_score, ppo_text, ppo_score in examples:
         table.add_row(str(prompt), sft_text, ppo_text, f"{sft_score:.2f} -> {ppo_score:.2f}")
     console.print(table)
-    mean, measured = summary["rubric"], gate_details(summary)
+    mean, checked = summary["rubric"], checks(summary)
     lines = [
         f"rubric, mean over {summary['heldout_prompts']} prompts: SFT {mean['sft']:.3f}, PPO {mean['ppo']:.3f}",
         f"score/length correlation of PPO's answers: {summary['score_length_correlation']:.3f}",
-        *(f"{'pass' if ok else 'FAIL'}  {name}: {measured[name]}" for name, ok in summary["gates"].items()),
+        *(f"{'pass' if ok else 'FAIL'}  {name.replace('_', ' ')}: {text}" for name, (ok, text) in checked.items()),
+        NEXT.format(folder=folder),
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def gate_details(summary: dict[str, Any]) -> dict[str, str]:
-    """For each gate what was measured and what was asked for."""
-    kl, coef = summary["kl"], summary["kl_coef"]
-    last, target = kl["last_iterations"], kl["target"]
-    return {
-        "reward_model_accuracy": f"{summary['reward_model']['accuracy']:.3f} on noise-free held-out pairs, at least "
-        f"{MIN_ACCURACY}",
-        "ppo_beats_sft": f"{summary['win_rate']:.1%} of {summary['heldout_prompts']} held-out prompts (ties half), at "
-        f"least {MIN_WIN_RATE:.0%}",
-        "kl_in_band": f"{min(last):.2f} to {max(last):.2f} nats in the last {len(last)} iterations, between "
-        f"{target / KL_BAND:.2f} and {target * KL_BAND:.2f}",
-        "kl_coef_moved": f"between {coef['lowest']:.3f} and {coef['highest']:.3f}, by a factor of at least "
-        f"{MIN_KL_COEF_CHANGE}",
-    }
-
-
-def main() -> int:
-    argv = ["--config", str(CONFIG), *sys.argv[1:]]
-    return 0 if all(run(parse(QuickstartConfig, argv, description=__doc__))["gates"].values()) else 1
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = ["--config", "quickstart", *(sys.argv[1:] if argv is None else argv)]
+    config = parse(QuickstartConfig, argv, description=__doc__, sections=cli.STAGES["pipeline"][1])
+    return 0 if all(run(config)["checks"].values()) else 1
 
 
 if __name__ == "__main__":

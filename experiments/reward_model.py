@@ -5,9 +5,11 @@ For a first look, on generated data:
     python experiments/reward_model.py --config configs/tiny.yaml
 """
 
-from rlhf_jax import cli, training
+import functools
 
-main = cli.stage(training.reward_model.run, __doc__)
+from rlhf_jax import cli
+
+main = functools.partial(cli.train, "reward-model")
 
 if __name__ == "__main__":
     cli.run_script(main)

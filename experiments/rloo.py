@@ -5,9 +5,11 @@ For a first look, on generated data:
     python experiments/rloo.py --config configs/tiny.yaml
 """
 
-from rlhf_jax import cli, rloo, training
+import functools
 
-main = cli.stage(lambda config: training.rl.run(config, rloo), __doc__)
+from rlhf_jax import cli
+
+main = functools.partial(cli.train, "rloo")
 
 if __name__ == "__main__":
     cli.run_script(main)

@@ -31,11 +31,13 @@ import rich.table
 import scipy.special
 import stories260k
 
-from rlhf_jax import cli, generator, models, rewards, rollout, sampling
+from rlhf_jax import cli, generator, models, ops, rewards, rollout, sampling
 from rlhf_jax.algorithms import grpo, ppo, rloo
 from rlhf_jax.config import RunConfig, parse
-from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.data import encoding, files
+from rlhf_jax.data.rows import Prompt
 from rlhf_jax.errors import UserError
+from rlhf_jax.generator import LanguageModel
 from rlhf_jax.report import figures, page
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs.folder import write_atomically
@@ -46,15 +48,18 @@ from rlhf_jax.types import Params, Rollout
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sentiment.yaml"
 VADER_ALPHA = 15.0
 WORD = re.compile(r"[a-z]+(?:['-][a-z]+)*")
-TITLES = {
-    "ppo_fixed": "PPO, fixed KL",
-    "ppo_adaptive": "PPO, adaptive KL",
-    "rloo": "RLOO",
-    "grpo": "GRPO",
-    "dpo": "DPO",
+# Of each method: title, strength in words, algorithm, the section and the key of the strength in the run's settings.
+METHODS: dict[str, tuple[str, str, ModuleType, str, str]] = {
+    "ppo_fixed": ("PPO, fixed KL", "KL coefficient", ppo, "rl", "kl_coef"),
+    "ppo_adaptive": ("PPO, adaptive KL", "KL target", ppo, "rl", "kl_target"),
+    "rloo": ("RLOO", "KL coefficient", rloo, "rl", "kl_coef"),
+    "grpo": ("GRPO", "KL in the loss", grpo, "grpo", "kl_loss_coef"),
+    "dpo": ("DPO", "beta", dpo, "dpo", "beta"),
 }
 BASE, BEST_OF_N, OPTIMUM = "base", "best of n", "optimum"
-NAMES = ("method", "strength", "score", "score error", "KL", "KL error", "length", "repeated words")  # of Point[:8]
+# Names and formats of the first eight fields of a Point.
+FORMATS = {"method": "", "strength": "", "score": ".3f", "score error": ".3f", "KL": ".2f", "KL error": ".2f"}
+FORMATS |= {"length": ".1f", "repeated words": ".3f"}
 ROWS_AT_ONCE = 4096  # sampled in one batch by best_of_n
 BATCH_SIZE = 512  # of the base model's own texts
 
@@ -88,10 +93,8 @@ class Sentiment:
 
     def __post_init__(self) -> None:
         least = {"num_prompts": 1, "num_heldout": 2, "shortest_prompt": 1, "samples": 2, "best_of": 2, "shown": 1}
-        least["longest_prompt"] = self.shortest_prompt
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        for name, value in (least | {"longest_prompt": self.shortest_prompt}).items():
+            ops.check_number(name, getattr(self, name), at_least=value)
         if self.best_of.bit_count() != 1:
             raise ValueError(f"best_of must be a power of 2, got {self.best_of}")
 
@@ -114,12 +117,8 @@ def read_lexicon(path: str | Path) -> dict[str, float]:
     Raises:
         UserError: the file cannot be read, is empty, or has another kind of line.
     """
-    try:
-        lines = Path(path).read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the lexicon cannot be read: {getattr(error, 'strerror', None) or error}") from None
     lexicon = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(files.read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         word, *columns = line.split("\t")
@@ -148,9 +147,7 @@ def valence(lexicon: Mapping[str, float], text: str) -> float:
 class Bench(NamedTuple):
     """What policies are measured with."""
 
-    model: models.Model
-    params: Params  # of the base model, from which the KL is counted
-    tokenizer: Tokenizer
+    base: LanguageModel  # from which the KL is counted
     tokens: np.ndarray  # [N, P] held-out prompts, left-padded
     attention_mask: np.ndarray  # [N, P]
     sampling_config: sampling.SamplingConfig
@@ -174,8 +171,8 @@ class Point(NamedTuple):
     scores: Sequence[float]  # of these
 
     def row(self) -> dict[str, Any]:
-        """The numbers by their names in ``NAMES``."""
-        return dict(zip(NAMES, self[: len(NAMES)], strict=True))
+        """The numbers by their names in ``FORMATS``."""
+        return dict(zip(FORMATS, self, strict=False))
 
 
 def measurement(bench: Bench) -> Callable[..., Point]:
@@ -183,12 +180,11 @@ def measurement(bench: Bench) -> Callable[..., Point]:
 
     All policies sample with the same key. The KL is the mean over responses of the sum of log-ratios (k1).
     """
-    policy_fn = models.policy_fn(bench.model, bench.sampling_config.temperature, bench.tokens.shape[1])
-    collect = jax.jit(
-        functools.partial(rollout.collect, bench.model, sampling=bench.sampling_config, policy_fn=policy_fn)
-    )
+    model, config = bench.base.model, bench.sampling_config
+    policy_fn = models.policy_fn(model, config.temperature, bench.tokens.shape[1])
+    collect = jax.jit(functools.partial(rollout.collect, model, sampling=config, policy_fn=policy_fn))
     prompts = [jnp.asarray(np.repeat(array, bench.samples, axis=0)) for array in (bench.tokens, bench.attention_mask)]
-    ref_fn = jax.tree_util.Partial(policy_fn, bench.params)
+    ref_fn = jax.tree_util.Partial(policy_fn, bench.base.params)
 
     def measure(params: Params, method: str, setting: str = "") -> Point:
         responses = jax.device_get(collect(params, *prompts, bench.key, ref_fn=ref_fn))
@@ -206,24 +202,25 @@ def best_of_n(bench: Bench, largest: int) -> tuple[list[Point], np.ndarray]:
         The points, at ``sampling.best_of_n_kl(n)``, an upper bound on their KL; and the scores [N, largest] of all
         samples for the last of them.
     """
+
+    def sample(n: int, rows: slice) -> tuple[Rollout, jax.Array]:
+        """Not jitted, since the reward runs on the host."""
+        return sampling.best_of_n(
+            bench.base.model,
+            bench.base.params,
+            jnp.asarray(bench.tokens[rows]),
+            jnp.asarray(bench.attention_mask[rows]),
+            jax.random.fold_in(bench.key, n),
+            config=bench.sampling_config,
+            n=n,
+            reward_fn=lambda samples: (jnp.asarray(bench.score(samples)), {}),
+            row_ids=jnp.arange(len(bench.tokens), dtype=jnp.int32)[rows],
+        )
+
     points = []
     for n in (2**power for power in range(1, largest.bit_length())):
         at_once = max(ROWS_AT_ONCE // n, 1)
-        parts = [
-            # Not jitted, since the reward runs on the host.
-            sampling.best_of_n(
-                bench.model,
-                bench.params,
-                jnp.asarray(bench.tokens[rows]),
-                jnp.asarray(bench.attention_mask[rows]),
-                jax.random.fold_in(bench.key, n),
-                config=bench.sampling_config,
-                n=n,
-                reward_fn=lambda samples: (jnp.asarray(bench.score(samples)), {}),
-                row_ids=jnp.arange(len(bench.tokens), dtype=jnp.int32)[rows],
-            )
-            for rows in (slice(first, first + at_once) for first in range(0, len(bench.tokens), at_once))
-        ]
+        parts = [sample(n, slice(first, first + at_once)) for first in range(0, len(bench.tokens), at_once)]
         best, scores = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
         points.append(point(bench, BEST_OF_N, f"{n}", best, sampling.best_of_n_kl(n), None))
     return points, scores
@@ -278,7 +275,7 @@ def point(
     bench: Bench, method: str, setting: str, responses: Rollout, kl: float, kl_error: float | None = None
 ) -> Point:
     """The point of scored responses, as many to each prompt, those of one prompt adjacent."""
-    texts = generator.responses(responses, bench.tokenizer)
+    texts = generator.responses(responses, bench.base.tokenizer)
     each = len(texts) // len(bench.tokens)
     words = [text.lower().split() for text in texts]
     repeated = float(np.mean([1 - len(set(row)) / max(len(row), 1) for row in words]))
@@ -303,7 +300,7 @@ def run(config: SentimentConfig) -> dict[str, Any]:
 
     With ``resume``, finished runs are passed over and the one that was stopped goes on.
     """
-    folder = Path(config.output_dir or "runs/sentiment")
+    folder, own = Path(config.output_dir or "runs/sentiment"), config.sentiment
     if config.model is None:
         raise UserError("no model: give --model FOLDER with a language model that has a start token")
     if config.data or config.reward:
@@ -311,28 +308,38 @@ def run(config: SentimentConfig) -> dict[str, Any]:
     if config.lexicon is None:
         raise UserError("no reward: give --lexicon vader_lexicon.txt")
     lexicon = read_lexicon(config.lexicon)
-    if not (config.overwrite and (folder / "base").is_dir()):
-        pipeline.check_folder(folder, config)
+    pipeline.check_folder(folder, config, first="base")
     stages.set_up(config)
-    model, params, tokenizer = initial.load_language_model(config.model, config.compute)
+    language_model = initial.load_language_model(config.model, config.compute)
+    tokenizer = language_model.tokenizer
     host = rewards.from_text(lambda prompts, responses: [valence(lexicon, text) for text in responses], tokenizer)
-    prompts = beginnings(config, model, params, tokenizer)
-    models.save(folder / "base", model, jax.device_get(params))
+    prompts = beginnings(config, language_model)
+    models.save(folder / "base", language_model.model, jax.device_get(language_model.params))
     tokenizer.save(folder / "base")
-    bench = make_bench(config, prompts, model, params, tokenizer, host)
+    bench = Bench(
+        language_model,
+        prompts.tokens[: own.num_heldout],
+        prompts.attention_mask[: own.num_heldout],
+        initial.sampling_config(config.rl, tokenizer),
+        stages.stream(config.seed, "sentiment", "eval"),
+        lambda responses: np.asarray(rewards.on_host(host, responses, {}).rollout.scores),
+        own.samples,
+    )
     write_data(config, folder / "data", prompts, bench)
     measure = measurement(bench)
-    base, points = measure(params, BASE), []
-    for planned in plan(config, folder / "data"):
-        path = folder / f"{planned.method}_{planned.strength:g}"
-        before = time.perf_counter()
-        trained = train(config, planned, path, folder / "base", host)
-        points.append(measure(trained, TITLES[planned.method], planned.setting))
+    base, points = measure(language_model.params, BASE), []
+    for method, strength, sections in plan(config, folder / "data"):
+        path, before = folder / f"{method}_{strength:g}", time.perf_counter()
+        stage = pipeline.stage_config(config, path, str(folder / "base"), **sections)
+        title, words, algorithm, *_ = METHODS[method]
+        reward = spec.Reward(host=host)
+        trained = dpo.run(stage) if algorithm is dpo else rl.run(stage, algorithm, run_reward=reward)
+        points.append(measure(models.load(trained.model_folder)[1], title, f"{words} {strength:g}"))
         place = f"score {points[-1].score:.3f} at {points[-1].kl:.2f} nats"
         print(f"{path.name}: {place}, {time.perf_counter() - before:.0f} s", flush=True)
-    best, scores = best_of_n(bench, config.sentiment.best_of)
+    best, scores = best_of_n(bench, own.best_of)
     every = [base, *points, *best]
-    shown = [tokenizer.decode(prompt[1:]) for prompt in prompts[: config.sentiment.shown]]
+    shown = [tokenizer.decode(row.prompt[1:]) for row in prompts.rows[: own.shown]]
     summary = summarize(config, every, shown)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     drawing = plot(base, points, best, optimum(scores))
@@ -342,60 +349,26 @@ def run(config: SentimentConfig) -> dict[str, Any]:
     return summary
 
 
-class Planned(NamedTuple):
-    """A run to be made."""
-
-    method: str
-    strength: float
-    setting: str  # the strength in words
-    algorithm: ModuleType  # of RL; or the module training.dpo
-    sections: dict[str, Any]  # of the run's settings
-
-
-def plan(config: SentimentConfig, data: Path) -> Iterator[Planned]:
-    """Every algorithm at every strength."""
+def plan(config: SentimentConfig, data: Path) -> Iterator[tuple[str, float, dict[str, Any]]]:
+    """Every method at every strength, with the sections of the run's settings."""
     own, prompts = config.sentiment, (str(data / "train.jsonl"),)
-    shared = dataclasses.replace(
-        config.rl, data=prompts, validation_data=(str(data / "heldout.jsonl"),), kl_target=None
-    )
-
-    def rl_section(**changes: Any) -> dict[str, Any]:
-        return {"rl": dataclasses.replace(shared, **changes)}
-
-    for coef in own.kl_coefs:
-        yield Planned("ppo_fixed", coef, f"KL coefficient {coef:g}", ppo, rl_section(kl_coef=coef))
-    for target in own.kl_targets:
-        yield Planned("ppo_adaptive", target, f"KL target {target:g}", ppo, rl_section(kl_target=target))
-    for coef in own.kl_coefs:
-        yield Planned("rloo", coef, f"KL coefficient {coef:g}", rloo, rl_section(kl_coef=coef))
-    for coef in own.grpo_kl_coefs:
-        sections = rl_section(kl_coef=0.0) | {"grpo": dataclasses.replace(config.grpo, kl_loss_coef=coef)}
-        yield Planned("grpo", coef, f"KL in the loss {coef:g}", grpo, sections)
-    for beta in own.dpo_betas:
-        sections = {"dpo": dataclasses.replace(config.dpo, data=prompts, beta=beta)}
-        yield Planned("dpo", beta, f"beta {beta:g}", dpo, sections)
+    policies: dict[str, Any] = {"data": prompts, "validation_data": (str(data / "heldout.jsonl"),), "kl_target": None}
+    strengths = (own.kl_coefs, own.kl_targets, own.kl_coefs, own.grpo_kl_coefs, own.dpo_betas)
+    for (method, (*_, section, key)), of_method in zip(METHODS.items(), strengths, strict=True):
+        for strength in of_method:
+            kl_in_reward: dict[str, Any] = {"kl_coef": 0.0} if section == "grpo" else {}
+            rl_stage = dataclasses.replace(config.rl, **policies, **kl_in_reward)
+            sections: dict[str, Any] = {
+                "rl": rl_stage,
+                "grpo": config.grpo,
+                "dpo": dataclasses.replace(config.dpo, data=prompts),
+            }
+            yield method, strength, sections | {section: dataclasses.replace(sections[section], **{key: strength})}
 
 
-def train(config: SentimentConfig, planned: Planned, path: Path, base: Path, host: rewards.HostReward) -> Params:
-    """Makes a planned run in the folder ``path``, from the model in ``base``; its parameters."""
-    stage = dataclasses.replace(
-        config,
-        model=str(base),
-        output_dir=str(path),
-        resume=config.resume and path.exists(),
-        overwrite=config.overwrite and path.exists(),
-        **planned.sections,
-    )
-    if planned.algorithm is dpo:
-        result = dpo.run(stage)
-    else:
-        result = rl.run(stage, planned.algorithm, run_reward=spec.Reward(host=host))
-    return models.load(result.model_folder)[1]
-
-
-def beginnings(config: SentimentConfig, model: models.Model, params: Params, tokenizer: Tokenizer) -> list[list[int]]:
+def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.EncodedPrompts:
     """Distinct beginnings of texts, the start token first; those held out come first."""
-    own = config.sentiment
+    own, (model, params, tokenizer) = config.sentiment, base
     bos = tokenizer.backend.token_to_id(str(tokenizer.config.get("bos_token")))
     if bos is None:
         raise UserError(f"{config.model}: the tokenizer names no bos_token, with which the model's texts would begin")
@@ -417,53 +390,23 @@ def beginnings(config: SentimentConfig, model: models.Model, params: Params, tok
             f"sentiment: the model began {count} texts in {len(prompts)} ways only, fewer than num_prompts "
             f"{own.num_prompts} + num_heldout {own.num_heldout}; raise longest_prompt, or ask for fewer"
         )
-    return [list(prompt) for prompt in prompts][:wanted]
+    return encoding.encode_prompts([Prompt(prompt, "a beginning") for prompt in prompts][:wanted], tokenizer)
 
 
-def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and attention mask [N, P]."""
-    width = max(map(len, prompts))
-    tokens = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return np.array(tokens, np.int32), np.array(mask, np.int32)
-
-
-def make_bench(
-    config: SentimentConfig,
-    prompts: list[list[int]],
-    model: models.Model,
-    params: Params,
-    tokenizer: Tokenizer,
-    host: rewards.HostReward,
-) -> Bench:
-    """The bench of the held-out prompts, which are the first of ``prompts``."""
-    own = config.sentiment
-    sampling_config = sampling.SamplingConfig(
-        config.rl.max_new_tokens, config.rl.temperature, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
-    )
-    tokens, mask = (array[: own.num_heldout] for array in left_padded(prompts, tokenizer.pad_id))
-    key = stages.stream(config.seed, "sentiment", "eval")
-
-    def score(responses: Rollout) -> np.ndarray:
-        return np.asarray(rewards.on_host(host, responses, {}).rollout.scores)
-
-    return Bench(model, params, tokenizer, tokens, mask, sampling_config, key, score, own.samples)
-
-
-def write_data(config: SentimentConfig, folder: Path, prompts: list[list[int]], bench: Bench) -> None:
+def write_data(config: SentimentConfig, folder: Path, prompts: encoding.EncodedPrompts, bench: Bench) -> None:
     """Writes the prompts with the base model's responses, ranked by the reward: train.jsonl, heldout.jsonl."""
     own = config.sentiment
-    tokens, mask = (np.repeat(array, own.samples, axis=0) for array in left_padded(prompts, bench.tokenizer.pad_id))
-    key = stages.stream(config.seed, "sentiment", "data")
-    inputs = (bench.model, bench.params, tokens, mask, key)
+    repeated = (np.repeat(array, own.samples, axis=0) for array in (prompts.tokens, prompts.attention_mask))
+    inputs = (*bench.base[:2], *repeated, stages.stream(config.seed, "sentiment", "data"))
     answers = generator.sample_in_batches(*inputs, config=bench.sampling_config, batch_size=BATCH_SIZE)
     pairs = zip(np.asarray(answers.tokens), np.asarray(answers.response_mask), strict=True)
     responses = [row[response != 0].tolist() for row, response in pairs]
     ranks = (-bench.score(answers)).tolist()  # the lowest is best
     lines = []
-    for i, prompt in enumerate(prompts):
-        rows = slice(i * own.samples, (i + 1) * own.samples)
-        lines.append(json.dumps({"query": prompt, "responses": responses[rows], "ranks": ranks[rows]}) + "\n")
+    for i, row in enumerate(prompts.rows):
+        own_rows = slice(i * own.samples, (i + 1) * own.samples)
+        line = {"query": row.prompt, "responses": responses[own_rows], "ranks": ranks[own_rows]}
+        lines.append(json.dumps(line) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "train.jsonl", "".join(lines[own.num_heldout :]))
     write_atomically(folder / "heldout.jsonl", "".join(lines[: own.num_heldout]))
@@ -492,9 +435,9 @@ def write_report(
     own = config.sentiment
     table = page.Table(
         "Measurements",
-        NAMES,
+        tuple(FORMATS),
         [list(measured.row().values()) for measured in every],
-        formats=dict(zip(NAMES[2:], (".3f", ".3f", ".2f", ".2f", ".1f", ".3f"), strict=True)),
+        formats=FORMATS,
         note=f"Means over {own.num_heldout} held-out prompts, of {own.samples} responses each (one for best of n), and "
         "standard errors over prompts; KL in nats per response; length in tokens; repeated words: the share of a "
         "response's words that occur earlier in it.",
@@ -523,12 +466,10 @@ def write_report(
 def print_points(every: Sequence[Point]) -> None:
     """The table in the terminal."""
     table = rich.table.Table(title="Held-out prompts: mean score against KL(policy || base) in nats per response")
-    for name in ("method", "strength", "score", "KL", "length", "repeated words"):
-        table.add_column(name, justify="left" if name in ("method", "strength") else "right")
-    for m in every:
-        kl = f"{m.kl:.2f}" + (f" ± {m.kl_error:.2f}" if m.kl_error is not None else "")
-        score = f"{m.score:.3f} ± {m.score_error:.3f}"
-        table.add_row(m.method, m.setting, score, kl, f"{m.length:.1f}", f"{m.repeated:.3f}")
+    for name, form in FORMATS.items():
+        table.add_column(name, justify="right" if form else "left")
+    for measured in every:
+        table.add_row(*("" if x is None else f"{x:{FORMATS[name]}}" for name, x in measured.row().items()))
     rich.console.Console().print(table)
 
 

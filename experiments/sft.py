@@ -5,9 +5,11 @@ For a first look, on generated data:
     python experiments/sft.py --config configs/tiny.yaml
 """
 
-from rlhf_jax import cli, training
+import functools
 
-main = cli.stage(training.sft.run, __doc__)
+from rlhf_jax import cli
+
+main = functools.partial(cli.train, "sft")
 
 if __name__ == "__main__":
     cli.run_script(main)

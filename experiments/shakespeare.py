@@ -24,13 +24,15 @@ import numpy as np
 import rich.console
 import rich.table
 
-from rlhf_jax import cli
+from rlhf_jax import cli, ops
 from rlhf_jax.algorithms import vpg
 from rlhf_jax.config import Network, RunConfig, parse
+from rlhf_jax.data import files
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
 from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs.manifest import fingerprint
 from rlhf_jax.training import pipeline, reward_model, rl, sft
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "shakespeare.yaml"
@@ -68,17 +70,12 @@ class Shakespeare:
         if not self.starters:
             raise ValueError("starters must hold at least one text")
         if not self.chunk_sizes or len(self.chunk_sizes) != len(self.overlaps):
-            raise ValueError(
-                f"overlaps must hold one number for each of the {len(self.chunk_sizes)} chunk_sizes, got "
-                f"{len(self.overlaps)}"
-            )
+            counts = f"each of the {len(self.chunk_sizes)} chunk_sizes, got {len(self.overlaps)}"
+            raise ValueError(f"overlaps must hold one number for {counts}")
         for size, overlap in zip(self.chunk_sizes, self.overlaps, strict=True):
-            if size < 2:
-                raise ValueError(f"chunk_sizes must be at least 2, got {size}")
-            if not 0 <= overlap < size:
-                raise ValueError(f"overlaps must be at least 0 and below their chunk size {size}, got {overlap}")
-        if self.max_chunks is not None and self.max_chunks < 1:
-            raise ValueError(f"max_chunks must be at least 1, got {self.max_chunks}")
+            ops.check_number("chunk_sizes", size, at_least=2)
+            ops.check_number("overlaps", overlap, at_least=0, below=size)
+        ops.check_number("max_chunks", self.max_chunks, at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,61 +98,39 @@ def fetch(url: str, sha256: str, path: Path) -> None:
     """Downloads ``url`` to ``path``, unless a file with this sha256 is there already.
 
     Raises:
-        UserError: nothing came, or a file with another sha256, which is removed.
+        UserError: nothing came, or a file with another sha256.
     """
-    if path.is_file() and sha256_of(path) == sha256:
+    if path.is_file() and fingerprint(path) == sha256:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.part")
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            partial.write_bytes(answer.read())
+            content = answer.read()
     except (OSError, ValueError) as error:  # URLError is an OSError; ValueError: not a URL
-        partial.unlink(missing_ok=True)
         # Of its subclass HTTPError, the text says more than the reason: the code.
         reason = error.reason if type(error) is urllib.error.URLError else error
         raise UserError(f"{url}: could not be fetched ({reason}); download the file and give --data PATH") from error
-    fetched = sha256_of(partial)
-    if fetched != sha256:
-        partial.unlink()
-        raise UserError(
-            f"{url}: sha256 {fetched} was fetched, {sha256} is expected; the file was removed. Download the text by "
-            "hand and give --data PATH"
-        )
-    partial.replace(path)
+    if (fetched := hashlib.sha256(content).hexdigest()) != sha256:
+        what = f"sha256 {fetched} was fetched, {sha256} is expected"
+        raise UserError(f"{url}: {what}; download the text by hand and give --data PATH")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, its line ends as they are.
+def read(path: Path) -> str:
+    """The text of a file, its lines ended by ``\\n`` alone.
 
     Raises:
         UserError: the file cannot be read or is not UTF-8.
     """
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    return files.read_text(path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def chunks(text: str, size: int, overlap: int = 0) -> list[str]:
     """Pieces of ``size`` characters, each beginning ``size - overlap`` after the one before.
 
-    The last one ends where the text ends, so that it may overlap the one before by more.
-
-    Raises:
-        ValueError: an overlap that is not between 0 and ``size - 1``, or a text shorter than ``size``.
+    The last one ends where the text ends, so that it may overlap the one before by more. The text has at least ``size``
+    characters, and ``overlap`` is below ``size``.
     """
-    if not 0 <= overlap < size:
-        raise ValueError(f"the overlap must be at least 0 and below the size {size}, got {overlap}")
-    if len(text) < size:
-        raise ValueError(f"the text has {len(text)} characters, fewer than the {size} of a chunk")
     last = len(text) - size
     starts = [*range(0, last, size - overlap), last]
     return [text[start : start + size] for start in starts]
@@ -168,18 +143,13 @@ def spaced(items: Sequence[str], limit: int | None) -> list[str]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def write_demonstrations(path: Path, text: str, length: int) -> int:
-    """Cuts the text into demonstrations that fill a model of ``length`` positions; returns how many.
+def write_demonstrations(path: Path, text: str, length: int) -> None:
+    """Cuts the text into demonstrations that fill a model of ``length`` positions.
 
     A row's prompt is its first character, and no room is left for the EOS after its response: with
     ``text.too_long: truncate`` it is cut, since the end of a row is no end of a text.
-
-    Raises:
-        ValueError: as ``chunks``.
     """
-    rows = chunks(text, length)
-    write_lines(path, ({"prompt": row[0], "response": row[1:]} for row in rows))
-    return len(rows)
+    write_lines(path, ({"prompt": row[0], "response": row[1:]} for row in chunks(text, length)))
 
 
 def write_counts(path: Path, pieces: Sequence[str], character: str, tokenizer: Tokenizer) -> None:
@@ -215,13 +185,12 @@ def run(config: ShakespeareConfig) -> dict[str, Any]:
     """
     check(config)
     folder = Path(config.output_dir or "runs/shakespeare")
-    if not (config.overwrite and (folder / STAGES[0]).is_dir()):
-        pipeline.check_folder(folder, config)
+    pipeline.check_folder(folder, config, first=STAGES[0])
     data, settings = folder / "data", config.shakespeare
     path = Path(config.data[0]) if config.data else data / "input.txt"
     if not config.data:
         fetch(settings.url, settings.sha256, path)
-    text, sha256 = read_text(path), sha256_of(path)
+    text, sha256 = read(path), fingerprint(path)
     print(f"{path}: {len(text)} characters, sha256 {sha256}", flush=True)
     longest = max(config.network.max_length, *settings.chunk_sizes)
     if len(text) < longest:
@@ -260,19 +229,11 @@ def stage_configs(config: ShakespeareConfig, folder: Path) -> dict[str, Shakespe
     starters, exact = str(data / "starters.json"), f"count:{settings.character}"
     policies = dataclasses.replace(config.rl, validation_data=(starters,), validation_prompts=len(settings.starters))
 
-    def stage(name: str, file: str, **changes: Any) -> ShakespeareConfig:
-        path = folder / name
-        return dataclasses.replace(
-            config,
-            data=(str(data / file),),
-            output_dir=str(path),
-            resume=config.resume and path.exists(),
-            overwrite=config.overwrite and path.exists(),
-            **changes,
-        )
+    def stage(name: str, file: str, model: str | None = None, **changes: Any) -> ShakespeareConfig:
+        return pipeline.stage_config(config, folder / name, model, data=(str(data / file),), **changes)
 
     def policy(name: str, *reward: str) -> ShakespeareConfig:
-        return stage(name, "starters.json", model=pretrained, reward=reward, rl=policies)
+        return stage(name, "starters.json", pretrained, reward=reward, rl=policies)
 
     truncated = dataclasses.replace(config.text, too_long="truncate")
     tokenizer = dataclasses.replace(config.tokenizer, name=pretrained)
@@ -291,20 +252,15 @@ def check(config: ShakespeareConfig) -> None:
     if config.model is not None:
         raise UserError(f"--model {config.model}: this job pretrains its own model; leave --model out")
     if config.reward:
-        raise UserError(
-            f"--reward {' '.join(config.reward)}: this job's rewards are the count and the model that learns it; leave "
-            "--reward out"
-        )
+        rewards = "this job's rewards are the count and the model that learns it"
+        raise UserError(f"--reward {' '.join(config.reward)}: {rewards}; leave --reward out")
     if config.reward_model.ensemble_size > 1:
         raise UserError("reward_model.ensemble_size: this job trains one reward model")
     if config.tokenizer.kind != "characters" or config.tokenizer.name is not None:
         raise UserError("tokenizer: this job counts characters; set tokenizer.kind characters and no tokenizer.name")
-    longest = max(config.shakespeare.chunk_sizes) + 1
-    if config.shakespeare.network.max_length < longest:
-        raise UserError(
-            f"shakespeare.network.max_length {config.shakespeare.network.max_length}: the longest chunk and its EOS "
-            f"are {longest} tokens"
-        )
+    longest, room = max(config.shakespeare.chunk_sizes) + 1, config.shakespeare.network.max_length
+    if room < longest:
+        raise UserError(f"shakespeare.network.max_length {room}: the longest chunk and its EOS are {longest} tokens")
 
 
 def cut(text: str, settings: Shakespeare) -> tuple[list[str], dict[str, int]]:

@@ -5,9 +5,11 @@ For a first look, on generated data:
     python experiments/vpg.py --config configs/tiny.yaml
 """
 
-from rlhf_jax import cli, training, vpg
+import functools
 
-main = cli.stage(lambda config: training.rl.run(config, vpg), __doc__)
+from rlhf_jax import cli
+
+main = functools.partial(cli.train, "vpg")
 
 if __name__ == "__main__":
     cli.run_script(main)

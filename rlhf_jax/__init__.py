@@ -1,25 +1,31 @@
-"""Reinforcement learning from human feedback as pure functions in JAX."""
+"""Reinforcement learning from human feedback as pure functions in JAX.
 
+A name is imported when it is first used, so that ``rlhf-jax --help`` does not wait for JAX.
+"""
+
+import importlib
 import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
-from rlhf_jax import advantages, losses, models, ops, rewards, rollout, sampling, sharding, training
-from rlhf_jax.algorithms import dpo, grpo, ppo, reward_model, rloo, sft, vpg
-from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
-from rlhf_jax.runs import checkpoint
-from rlhf_jax.types import (
-    Algorithm,
-    Comparisons,
-    Demonstrations,
-    Mean,
-    PolicyFn,
-    PolicyOutput,
-    RewardFn,
-    Rollout,
-    ScoreFn,
-    TrainState,
-)
+if TYPE_CHECKING:
+    from rlhf_jax import advantages, losses, models, ops, rewards, rollout, sampling, sharding, training
+    from rlhf_jax.algorithms import dpo, grpo, ppo, reward_model, rloo, sft, vpg
+    from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
+    from rlhf_jax.runs import checkpoint
+    from rlhf_jax.types import (
+        Algorithm,
+        Comparisons,
+        Demonstrations,
+        Mean,
+        PolicyFn,
+        PolicyOutput,
+        RewardFn,
+        Rollout,
+        ScoreFn,
+        TrainState,
+    )
 
-__version__ = importlib.metadata.version("rlhf-jax")
+    __version__: str
 
 # Updates: from a state and a batch to the next state
 __all__ = ["dpo", "gradient_step", "grpo", "minibatch_epochs", "ppo", "reward_model", "rloo", "sft", "vpg"]
@@ -32,3 +38,25 @@ __all__ += ["checkpoint", "training"]
 # What travels between them, and what plugs in
 __all__ += ["Comparisons", "Demonstrations", "PolicyOutput", "Rollout", "TrainState"]
 __all__ += ["Algorithm", "PolicyFn", "RewardFn", "ScoreFn", "__version__"]
+
+_PLACES = {
+    "rlhf_jax.algorithms": ("dpo", "grpo", "ppo", "reward_model", "rloo", "sft", "vpg"),
+    "rlhf_jax.algorithms.step": ("gradient_step", "minibatch_epochs"),
+    "rlhf_jax.runs": ("checkpoint",),
+    "rlhf_jax.types": [name for name in __all__ if name[0].isupper()],
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("rlhf-jax")
+    if name not in __all__:
+        raise AttributeError(f"module 'rlhf_jax' has no attribute {name!r}")
+    place = next((place for place, names in _PLACES.items() if name in names), "rlhf_jax")
+    if place in ("rlhf_jax.types", "rlhf_jax.algorithms.step"):
+        return getattr(importlib.import_module(place), name)
+    return importlib.import_module(f"{place}.{name}")
+
+
+def __dir__() -> list[str]:
+    return __all__

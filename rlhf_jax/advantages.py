@@ -49,18 +49,7 @@ def gae(
 
 def discounted_returns(rewards: jax.Array, mask: jax.Array, gamma: float = 1.0) -> jax.Array:
     """Reward-to-go: ``R_t = r_t + gamma * R_next`` over response tokens, [B, T] -> [B, T] float32, 0 where masked."""
-    chex.assert_rank(rewards, 2)
-    chex.assert_equal_shape([rewards, mask])
-    present = jnp.asarray(mask) != 0
-    rewards = jnp.where(present, jnp.asarray(rewards, jnp.float32), 0.0)
-
-    def backwards(following: jax.Array, column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        reward, here = column
-        total = reward + gamma * following
-        return jnp.where(here, total, following), jnp.where(here, total, 0.0)
-
-    _, returns = jax.lax.scan(backwards, jnp.zeros_like(rewards[:, 0]), (rewards.T, present.T), reverse=True)
-    return returns.T
+    return gae(rewards, jnp.zeros(jnp.shape(rewards)), mask, gamma, lam=1.0)[0]
 
 
 def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -89,15 +78,19 @@ def group_normalized(
 
     Returns:
       [N, G] float32; equal scores give exactly 0, also at ``eps=0``, as does a group with fewer than two present
-      answers.
+      answers. A score that is NaN or infinite makes its whole group NaN, so that the step reports ``nonfinite``.
     """
     centred, count = _centred(scores, mask)
     if not scale:
         return centred
+    # In units of the largest distance from the mean, whose squares neither overflow nor vanish.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(centred), axis=1, keepdims=True))
+    varied = largest != 0  # NaN too
+    unit = jnp.where(varied, largest, 1.0)
+    centred = centred / unit
     var = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / jnp.maximum(count - 1.0, 1.0)
-    varied = var != 0  # NaN too: a score that is not a number must not pass as a group of equal ones
     std = jnp.sqrt(jnp.where(varied, var, 1.0))
-    return jnp.where(varied, centred / (std + eps), 0.0)
+    return jnp.where(varied, centred / (std + eps / unit), 0.0)
 
 
 def _centred(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -1,19 +1,42 @@
 """The ``rlhf-jax`` command, and what every script starts with.
 
-A command's module is imported when the command runs, so that ``rlhf-jax --help`` waits for none of them.
+A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits for none of them, nor for JAX.
 """
 
+import difflib
+import importlib
+import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from rlhf_jax.data.formats import Kind
+import rlhf_jax
+from rlhf_jax.data.rows import Kind, OnBadRow
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.runs import allocator
 
 Positional = tyro.conf.Positional[str]
+
+
+class _Console(logging.Handler):
+    """Prints messages as they are."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
+CONSOLE = _Console()
+
+
+def attach_console() -> None:
+    """Prints what the package reports while it runs, the messages of the logger ``rlhf_jax``, to stdout."""
+    logger = logging.getLogger("rlhf_jax")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(CONSOLE)
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
@@ -23,6 +46,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     with 1; a :class:`Stopped`, with 130 (Ctrl-C), 143 (SIGTERM) or 3 (an alert whose action is stop). Ctrl-C outside a
     training loop exits with 130 too. Any other exception passes through: Python prints its traceback and exits with 1.
     """
+    attach_console()
+    allocator.keep_memory()
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -39,14 +64,49 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(130)
 
 
-def stage(run: Callable[[Any], Any], description: str | None) -> Callable[[], None]:
-    """The ``main`` of a script that reads a RunConfig from its command line and calls ``run`` with it."""
+MODEL = ("network", "compute", "lora", "tokenizer", "text")
+RL = (*MODEL, "rl", "safety")
+REWARD = (*RL, "reward")
+SAMPLES = ("rl.max_prompt_length", "rl.max_new_tokens", "rl.temperature")
+# {command: (what it does, the sections and keys of a RunConfig that it reads)}
+STAGES = {
+    "sft": ("Fine-tune a language model on demonstrations {prompt, response}.", (*MODEL, "sft")),
+    "reward-model": ("Train a reward model on preferences.", (*MODEL, "reward_model", *SAMPLES)),
+    "ppo": ("Train a policy by PPO with a KL penalty, on prompts and a reward.", (*REWARD, "ppo")),
+    "vpg": ("Train a policy by REINFORCE with a running-mean baseline.", (*REWARD, "vpg")),
+    "rloo": ("Train a policy by RLOO: several answers to a prompt, each against the others.", (*REWARD, "rloo")),
+    "grpo": ("Train a policy by GRPO: rewards normalised among several answers to a prompt.", (*REWARD, "grpo")),
+    "dpo": ("Train a policy on preferences, without a reward model and without samples.", (*MODEL, "dpo")),
+    "pipeline": ("Run SFT, a reward model and PPO, one after the other.", (*RL, "sft", "reward_model", "ppo")),
+}
+
+
+def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Runs the stage of that name with the settings of a command line (``sys.argv[1:]`` by default)."""
+    from rlhf_jax import config, training
+
+    description, reads = STAGES[name]
+    settings = config.parse(config.RunConfig, argv, prog=prog, description=description, sections=reads)
+    if name in ("ppo", "vpg", "rloo", "grpo"):
+        training.rl.run(settings, importlib.import_module(f"rlhf_jax.algorithms.{name}"))
+    else:
+        importlib.import_module(f"rlhf_jax.training.{name.replace('-', '_')}").run(settings)
+
+
+def quickstart(argv: Sequence[str]) -> int:
+    """Generate a small corpus and train on it: SFT, a reward model and PPO in two minutes, with a report."""
+    folders = [folder / "experiments" for folder in Path(__file__).parents[:2]]  # of a wheel, of a checkout
+    sys.path.insert(0, str(next(folder for folder in folders if folder.is_dir())))
+    return importlib.import_module("quickstart").main(argv)
+
+
+def list_configs() -> None:
+    """List the settings that come with the package: each NAME is for `--config NAME`."""
     from rlhf_jax import config
 
-    def main() -> None:
-        run(config.parse(config.RunConfig, description=description or ""))
-
-    return main
+    for name, path in config.shipped().items():
+        comment = path.read_text("utf-8").partition("\n#\n")[0].replace("\n#", "")
+        print(f"{name:<12} {comment.removeprefix('# ')}")
 
 
 def examine() -> int:
@@ -150,7 +210,11 @@ def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) 
 
 
 def check_data(
-    files: tyro.conf.Positional[tuple[str, ...]], tokenizer: str | None = None, kind: Kind | None = None
+    files: tyro.conf.Positional[tuple[str, ...]],
+    tokenizer: str | None = None,
+    kind: Kind | None = None,
+    columns: tuple[str, ...] = (),
+    on_bad_row: OnBadRow = "error",
 ) -> int:
     """Read data files to their end: format, counts, lengths, duplicates, what they share, and every problem.
 
@@ -160,16 +224,24 @@ def check_data(
         files: JSON, JSON lines, CSV, Parquet or text files, or names of Hugging Face datasets.
         tokenizer: folder or name; lengths are then in its tokens, and its chat template renders messages.
         kind: what the rows should be; by default what most of them are.
+        columns: keys of the data under other names, each OURS=THEIRS: prompt=question response=answer.
+        on_bad_row: error: rows that a stage cannot use are problems; drop: they are left out and counted.
     """
     from rlhf_jax.data import check, tokenizers
 
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    report = check.check(files, loaded, kind)
+    report = check.check(files, loaded, kind, columns, on_bad_row)
     print(report.text)
     return 2 if report.num_problems else 0
 
 
-def preview_data(file: Positional, count: int = 3, tokenizer: str | None = None, kind: Kind | None = None) -> None:
+def preview_data(
+    file: Positional,
+    count: int = 3,
+    tokenizer: str | None = None,
+    kind: Kind | None = None,
+    columns: tuple[str, ...] = (),
+) -> None:
     """Print the first rows of a data file as a run reads them.
 
     Args:
@@ -177,15 +249,43 @@ def preview_data(file: Positional, count: int = 3, tokenizer: str | None = None,
         count: rows to print.
         tokenizer: folder or name; its chat template then renders messages.
         kind: what the rows should be; by default what most of them are.
+        columns: keys of the data under other names, each OURS=THEIRS: prompt=question response=answer.
     """
     from rlhf_jax.data import check, tokenizers
 
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    print(check.preview(file, loaded, kind, count))
+    print(check.preview(file, loaded, kind, count, columns))
+
+
+def bench_step(
+    name: tyro.conf.Positional[Literal["rollout", "iteration", "reward", "sft", "dpo", "grpo", "vpg"]],
+    preset: str = "char-small",
+    value: Literal["shared", "separate"] = "shared",
+    calls: int = 5,
+    against: Literal["hand", "transformers"] | None = None,
+) -> int:
+    """Time a kind of step on random tokens and print one line of JSON.
+
+    Exits with 1 where other programs used more than 2% of the machine: the figure then means little.
+
+    Args:
+        name: what is timed.
+        preset: char-nano, char-small, char-wide, gpt2 or llama-1b.
+        value: in an iteration: a value head on the policy, or a value model of its own.
+        calls: timed calls, after one that warms up.
+        against: PyTorch's version of the same work, in turn with ours; needs a checkout and torch.
+    """
+    from rlhf_jax.training import bench
+
+    line = bench.run(name, preset, value, calls, against)
+    print(json.dumps(line))
+    return int((line["others_cpu"] or 0.0) > bench.MAX_OTHERS)
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
+    "configs": list_configs,
     "doctor": examine,
+    "bench": bench_step,
     "evaluate": evaluate_run,
     "report": report_runs,
     "export": export_run,
@@ -202,18 +302,36 @@ def run(argv: list[str]) -> int | None:
         UserError: there is no such command.
         SystemExit: after ``--help``, or code 2 for wrong flags.
     """
+    attach_console()
     words = 2 if argv[:1] == ["data"] else 1
     name = " ".join(argv[:words])
+    prog = f"rlhf-jax {name}"
+    if name == "--version":
+        print(rlhf_jax.__version__)
+        return 0
+    if name == "quickstart":
+        return quickstart(argv[1:])
+    if name in STAGES:
+        train(name, argv[1:], prog)
+        return 0
     if name in COMMANDS:
-        return tyro.cli(COMMANDS[name], prog=f"rlhf-jax {name}", args=argv[words:])
+        return tyro.cli(
+            COMMANDS[name], prog=prog, args=argv[words:], config=(tyro.conf.PositionalMetavarFromFieldName,)
+        )
+    descriptions = {name: description for name, (description, _) in STAGES.items()}
+    functions = {"quickstart": quickstart, **COMMANDS}
+    descriptions |= {name: (function.__doc__ or "").partition("\n")[0] for name, function in functions.items()}
     if argv[words - 1 :] and argv[words - 1] not in ("-h", "--help"):
-        raise UserError(f"rlhf-jax: no command {name!r}; there are: {', '.join(COMMANDS)}")
-    print("What surrounds a run. `rlhf-jax COMMAND --help` says more of a command:\n")
-    for command, function in COMMANDS.items():
-        print(f"  rlhf-jax {command:<14} {(function.__doc__ or '').splitlines()[0]}")
+        close = difflib.get_close_matches(name, descriptions, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"rlhf-jax: no command {name!r}; {hint}There are: {', '.join(descriptions)}")
+    print("Reinforcement learning from human feedback. `rlhf-jax COMMAND --help` says more of a command:\n")
+    for command, description in descriptions.items():
+        print(f"  rlhf-jax {command:<14} {description}")
     return 0
 
 
 def main() -> None:
-    """Entry point of the installed command."""
+    """Entry point of the installed command, and of ``python -m rlhf_jax``."""
+    sys.argv[0] = "rlhf-jax"  # as manifests and messages name it
     run_script(lambda: run(sys.argv[1:]))

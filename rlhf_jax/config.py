@@ -15,10 +15,10 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -353,6 +353,11 @@ class RunConfig:
     data: tuple[str, ...] = ()
     """Data files of the stage, a folder with sft_data.json, preference_data.json and prompts.json, `demo` or
     `arithmetic`."""
+    columns: tuple[str, ...] = ()
+    """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that the stage cannot use, such as one with an empty answer: error names all of them and stops; drop leaves
+    them out and counts them."""
     model: str | None = None
     """A Hugging Face folder (or name) to start from; null: random weights of `network`."""
     reward: tuple[str, ...] = ()
@@ -420,21 +425,32 @@ class RunConfig:
 
 
 def parse(
-    config_class: type[C], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str = ""
+    config_class: type[C],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str = "",
+    sections: Sequence[str] = (),
 ) -> C:
     """Reads ``--config FILE`` and dotted flags (``sys.argv[1:]`` by default) into a ``config_class``.
 
     A flag goes before the file, the file before the class's default; the last one of several ``--config`` counts.
-    ``--help`` shows the values in force. Rules between values are checked once, on the final values.
+    ``--help`` shows the values in force, ``--help-verbose`` the text of each setting too. Rules between values are
+    checked once, on the final values.
+
+    Args:
+      sections: the sections (``rl``) and keys of sections (``rl.top_k``) that have flags, beside the settings at the
+        top; none given: all. A file may hold keys of the others too, since several stages share it.
 
     Raises:
-      UserError: the file is missing, broken or does not fit, or a ``__post_init__`` refused the values (ValueError).
-      SystemExit: code 0 after ``--help``; code 2 after a message on stderr about an unknown or wrong flag.
+      UserError: the file is missing, broken or does not fit, a flag is unknown, or a ``__post_init__`` refused the
+        values (ValueError).
+      SystemExit: code 0 after ``--help``; code 2 after a message on stderr about a flag's wrong value.
     """
     finder = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", metavar="FILE")
     options, flags = finder.parse_known_args(argv)
-    file = _shipped(options.config) if options.config else None
+    file = shipped().get(options.config, Path(options.config)) if options.config else None
     given = read(config_class, file) if file else {}
     defaults = copy.copy(config_class())
     for key, (value, _) in given.items():  # set without a look at the rules, which hold for the final values
@@ -444,22 +460,51 @@ def parse(
             vars(section)[inner] = copy.copy(getattr(section, inner))  # sections may share one default
             section = getattr(section, inner)
         vars(section)[name] = value
-    description += "\n\n--config FILE: a YAML file with values for the options below, which go before the file's."
-    program: dict[str, Any] = {"prog": prog, "description": description, "registry": _without_rules()}
-    values: Any = tyro.cli(config_class, args=flags, default=defaults, **program)
-    return _build(config_class, values, "", given, file)
+    values: Any
+    values, unknown = tyro.cli(
+        config_class,
+        args=flags,
+        default=defaults,
+        prog=prog,
+        description=f"{description}\n\n--config FILE: YAML with values for these options; flags go before the file's.",
+        registry=_registry(config_class, sections),
+        return_unknown_args=True,
+        compact_help=True,
+    )
+    if unknown:
+        raise UserError(_unknown(unknown[0].partition("=")[0], config_class, sections))
+    return _build(config_class, values, defaults, "", given, file)
 
 
-def _shipped(name: str) -> Path:
-    """A file, or the config of that name that comes with the package, such as ``tiny``."""
+def _unknown(flag: str, root: type, sections: Sequence[str]) -> str:
+    *path, name = flag.lstrip("-").replace("-", "_").split(".")
+    kinds = typing.get_type_hints(root)
+    for section in path:
+        kinds = typing.get_type_hints(kinds[section]) if dataclasses.is_dataclass(kinds.get(section)) else {}
+    if not flag.startswith("--"):
+        return f"unexpected {flag!r}; flags begin with --"
+    if name in kinds:
+        return f"{flag} is a setting that this command does not read"
+    return f"unknown flag {flag}; {_hint('.'.join([*path, name]), kinds, root, flag_of)}"
+
+
+def flag_of(key: str) -> str:
+    """The flag of a dotted key."""
+    return f"--{key.replace('_', '-')}"
+
+
+def shipped() -> dict[str, Path]:
+    """The configs that come with the package, such as ``tiny``, by their names."""
     package = Path(__file__).parent
-    places = [folder / "configs" / f"{name}.yaml" for folder in (package, package.parent)]  # in a wheel, in a checkout
-    return next((place for place in places if "/" not in name and place.is_file()), Path(name))
+    folders = [folder / "configs" for folder in (package.parent, package)]  # of a checkout, of a wheel
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
-def _without_rules() -> tyro.constructors.ConstructorRegistry:
-    """Makes tyro return a dict for each dataclass, so that no ``__post_init__`` runs before all values are known."""
+def _registry(root: type, sections: Sequence[str]) -> tyro.constructors.ConstructorRegistry:
+    """How tyro reads a config: each dataclass as a dict, so that no ``__post_init__`` runs before all values are known,
+    and only the fields that ``sections`` leaves."""
     registry = tyro.constructors.ConstructorRegistry()
+    prefixes = {kind: f"{name}." for name, kind in _sections(root).items()} | {root: ""}
     inside = False
 
     @registry.struct_rule
@@ -470,16 +515,39 @@ def _without_rules() -> tyro.constructors.ConstructorRegistry:
         inside = True
         spec: Any = registry.get_struct_spec(info)
         inside = False
-        return dataclasses.replace(spec, instantiate=dict)
+        prefix = prefixes.get(info.type)
+        fields = [field for field in spec.fields if prefix is None or _is_read(prefix + field.name, root, sections)]
+        for i, field in enumerate(fields):
+            if field.type is not bool and not dataclasses.is_dataclass(field.type):
+                named = Annotated[field.type, tyro.conf.arg(metavar=_type_name(field.type))]  # type: ignore[name-defined]
+                fields[i] = dataclasses.replace(field, type=named)
+        return dataclasses.replace(spec, instantiate=dict, fields=tuple(fields))
 
     return registry
 
 
-def _build(cls: type[C], values: dict[str, Any], prefix: str, given: Values, file: Path | None) -> C:
+def _type_name(kind: Any) -> str:
+    inner = typing.get_args(kind)
+    if type(None) in inner:
+        return f"{_type_name(inner[0])}|None"
+    if typing.get_origin(kind) is tuple:
+        return f"[{_type_name(inner[0])} ...]"
+    return "|".join(inner) or kind.__name__.upper()
+
+
+def _is_read(key: str, root: type, sections: Sequence[str]) -> bool:
+    """Whether ``key`` is in one of these sections, or holds it; settings at the top are, save the reward."""
+    if not sections or ("." not in key and key not in _sections(root) and key != "reward"):
+        return True
+    return any(f"{key}.".startswith(f"{part}.") or part.startswith(f"{key}.") for part in sections)
+
+
+def _build(cls: type[C], values: dict[str, Any], default: C, prefix: str, given: Values, file: Path | None) -> C:
     """An instance of ``cls``, inner sections first; their ValueErrors become UserErrors with section, file and line."""
-    sections = _sections(cls).items()
-    inner = {name: _build(kind, values[name], f"{prefix}{name}.", given, file) for name, kind in sections}
-    values = values | inner
+    values = vars(default) | values
+    for name, kind in _sections(cls).items():
+        inner = values[name] if isinstance(values[name], dict) else {}
+        values[name] = _build(kind, inner, getattr(default, name), f"{prefix}{name}.", given, file)
     try:
         return cls(**values)
     except ValueError as error:
@@ -507,7 +575,8 @@ def read(config_class: type, file: Path) -> Values:
         text = file.read_bytes().decode()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read (given by --config): {error.strerror}") from None
+        hint = f"{error.strerror}; `rlhf-jax configs` lists those that come with the package"
+        raise UserError(f"{file}: cannot be read (given by --config): {hint}") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{file}, line {line}: not UTF-8, which is expected; save the file in that encoding") from None
@@ -575,12 +644,13 @@ def _found(node: yaml.Node) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _hint(key: str, kinds: dict[str, Any], root: type) -> str:
+def _hint(key: str, kinds: dict[str, Any], root: type, spell: Callable[[str], str] = str) -> str:
     section, _, name = key.rpartition(".")
-    if close := difflib.get_close_matches(name.replace("-", "_"), kinds, n=1):
-        return f"did you mean {close[0]}?"
-    if places := [place or "the top level" for place, _, other in _keys(root) if other == name]:
-        return f"{name} is a key of {' and '.join(places[:3])}"
+    close = difflib.get_close_matches(name.replace("-", "_"), kinds, n=1) or [k for k in kinds if k[:4] == name[:4]]
+    if close:
+        return f"did you mean {' or '.join(spell(f'{section}.{other}'.lstrip('.')) for other in close)}?"
+    if places := [f"{place}.{name}".lstrip(".") for place, _, other in _keys(root) if other == name]:
+        return f"did you mean {' or '.join(map(spell, places[:3]))}?"
     return f"the keys {f'of {section} ' if section else ''}are {', '.join(kinds)}"
 
 

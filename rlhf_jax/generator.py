@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import models, sampling
-from rlhf_jax.data import encoding, tokenizers
+from rlhf_jax.data import chat, encoding, tokenizers
 from rlhf_jax.data.rows import Prompt
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
@@ -28,25 +29,42 @@ class LanguageModel(NamedTuple):
     params: Params
     tokenizer: Tokenizer
 
+    @classmethod
+    def load(cls, source: str | Path, **compute: Any) -> "LanguageModel":
+        """A Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the tokenizer gained a pad.
 
-def load(source: str | Path, **compute: Any) -> LanguageModel:
-    """A Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the tokenizer gained a pad.
+        compute: as in ``models.load``.
 
-    compute: as in ``models.load``.
+        Raises:
+            UserError: the folder lacks a file, or the tokenizer has more entries than the model.
+        """
+        model, params = models.load(source, **compute)
+        tokenizer, size = tokenizers.load_tokenizer(source), model.config.vocab_size
+        if tokenizer.vocab_size == size + 1 and tokenizer.pad_id == size:
+            model, params = models.resize_vocabulary(model, params, tokenizer.vocab_size)
+        elif tokenizer.vocab_size > size:
+            raise UserError(
+                f"{source}: the tokenizer has {tokenizer.vocab_size} entries but the model only {size} embeddings; "
+                "save the tokenizer that the model was trained with in this folder."
+            )
+        return cls(model, jax.tree.map(jnp.asarray, params), tokenizer)
 
-    Raises:
-        UserError: the folder lacks a file, or the tokenizer has more entries than the model.
-    """
-    model, params = models.load(source, **compute)
-    tokenizer, size = tokenizers.load_tokenizer(source), model.config.vocab_size
-    if tokenizer.vocab_size == size + 1 and tokenizer.pad_id == size:
-        model, params = models.resize_vocabulary(model, params, tokenizer.vocab_size)
-    elif tokenizer.vocab_size > size:
-        raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} entries but the model only {size} embeddings; "
-            "save the tokenizer that the model was trained with in this folder."
-        )
-    return LanguageModel(model, jax.tree.map(jnp.asarray, params), tokenizer)
+    def save(self, folder: str | Path, *, template: str, config: sampling.SamplingConfig) -> None:
+        """Writes a folder that ``load``, transformers and chat clients read; for them with the run's prompts, sampling.
+
+        Args:
+            folder: made if missing, its files replaced.
+            template: the run's ``text.template``, for the tokenizer's chat template (``chat.with_text_template``).
+            config: for generation_config.json: how transformers samples by default. A reward model has no such file.
+        """
+        models.save(folder, self.model, self.params)
+        chat.with_text_template(self.tokenizer, template).save(folder)
+        keys: dict[str, Any] = {"do_sample": config.temperature > 0, "max_new_tokens": config.max_new_tokens}
+        keys |= {"eos_token_id": config.eos_id, "pad_token_id": config.pad_id}
+        if config.temperature > 0:  # without top_k transformers takes the likeliest 50
+            keys |= {"temperature": config.temperature, "top_k": config.top_k or 0, "top_p": config.top_p or 1.0}
+        if "score" not in self.params:
+            (Path(folder) / "generation_config.json").write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
 
 
 class Generations(NamedTuple):
@@ -77,7 +95,7 @@ class Generator:
         max_new_tokens: response slots R.
         temperature: divides the logits; 0 takes the most likely token.
         top_k, top_p: as in ``sampling.SamplingConfig``.
-        template: what the model reads for a prompt, as ``text.template`` of the run.
+        template: what the model reads for a prompt; None: the ``text.template`` of the run that left the folder.
         batch_size: at most this many rows at once.
         compute: as in ``models.load``, such as ``compute_dtype="bfloat16"``.
 
@@ -96,14 +114,15 @@ class Generator:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        template: str = "{prompt}",
+        template: str | None = None,
         batch_size: int = 64,
         **compute: Any,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.template, self.batch_size = template, batch_size
-        self.model, self._params, self.tokenizer = load(folder, **compute)
+        self.batch_size = batch_size
+        self.model, self._params, self.tokenizer = LanguageModel.load(folder, **compute)
+        self.template = template or chat.text_template(self.tokenizer) or "{prompt}"
         if "score" in self._params:
             raise UserError(f"{folder}: this is a reward model, which writes no text; give the policy first")
         end, pad = self.tokenizer.eos_id, self.tokenizer.pad_id
@@ -111,7 +130,7 @@ class Generator:
         self._score: Callable[..., jax.Array] | None = None
         positions = self.model.config.max_length
         if reward_model is not None:
-            judge, params, tokenizer = load(reward_model, **compute)
+            judge, params, tokenizer = LanguageModel.load(reward_model, **compute)
             if "score" not in params:
                 raise UserError(f"{reward_model}: this model has no score head; give a reward model's folder")
             if tokenizer.fingerprint != self.tokenizer.fingerprint:

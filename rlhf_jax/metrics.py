@@ -4,6 +4,7 @@ and the intervals of such figures.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +13,38 @@ Array = np.ndarray
 Interval = tuple[float, float]
 Groups = np.ndarray | None
 DRAWS = 1000  # of a bootstrap
+
+
+class Pairs(NamedTuple):
+    """P pairs of answers, the first one preferred. Those of a ranking, or of a best one of several, are one row."""
+
+    groups: Array  # [P] number of the row, from 0
+    chosen: Array  # [P] a label of the preferred answer, which tells the answers of a row apart
+    rejected: Array  # [P]
+    weights: Array  # [P] float64; those of a row add up to 1
+
+    @property
+    def is_single(self) -> bool:
+        """Whether each row is one pair."""
+        return bool(self.groups.max(initial=-1) + 1 == len(self.groups))
+
+
+def top_1(right: Array, pairs: Pairs) -> Array:
+    """[G] whether a best answer of each row scores above all others: MC1 of TruthfulQA (Lin et al. 2022).
+
+    right: [P] 1 where the pair's chosen answer scores higher, 0.5 for a tie. A best answer is one that its row rejects
+    in no pair; of several the one that fares best counts.
+    """
+    rows = list(zip(pairs.groups.tolist(), pairs.chosen.tolist(), pairs.rejected.tolist(), right.tolist(), strict=True))
+    beaten = {(row, rejected) for row, _, rejected, _ in rows}
+    least: dict[tuple[int, int], float] = {}
+    for row, chosen, _, value in rows:
+        if (row, chosen) not in beaten:
+            least[row, chosen] = min(value, least.get((row, chosen), 1.0))
+    values = np.zeros(pairs.groups.max(initial=-1) + 1)
+    for (row, _), value in least.items():
+        values[row] = max(values[row], value)
+    return values
 
 
 def preference_report(chosen: Array, rejected: Array, lengths: Array, weights: Array | None = None) -> dict[str, float]:
@@ -181,20 +214,6 @@ def bootstrap_interval(
     draws = [statistic(weights * np.bincount(row, minlength=num_groups)[groups]) for row in rows]
     low, high = np.nanpercentile(draws, [2.5, 97.5]) - (np.nanmean(draws) - statistic(weights) if centered else 0.0)
     return float(low), float(high)
-
-
-def jackknife_interval(value: float, without_each: Array) -> Interval:
-    """95% interval ``value +- 1.96 * standard error`` by the jackknife (Tukey 1958), from the statistic without row i,
-    for each of N rows: for what copies would change, such as counts of different things, which no bootstrap can draw.
-
-    (NaN, NaN) for fewer than two rows.
-    """
-    without_each = np.asarray(without_each, np.float64)
-    count = len(without_each)
-    if count < 2:
-        return float("nan"), float("nan")
-    error = np.sqrt((count - 1) * np.mean((without_each - without_each.mean()) ** 2))
-    return float(value - 1.96 * error), float(value + 1.96 * error)
 
 
 def _sigmoid(x: Array) -> Array:

@@ -56,7 +56,12 @@ def psum(x: Any, axis_name: AxisName | None) -> Any:
 
 
 def masked_mean(
-    x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None = None, axis_name: AxisName | None = None
+    x: jax.Array,
+    mask: jax.Array,
+    axis: int | tuple[int, ...] | None = None,
+    axis_name: AxisName | None = None,
+    *,
+    keepdims: bool = False,
 ) -> jax.Array:
     """Mean of ``x`` where ``mask`` is non-zero; a mean over nothing is 0.
 
@@ -65,12 +70,6 @@ def masked_mean(
       axis: dimensions to reduce; None reduces all to a scalar.
       axis_name: mapped axis over which the rows are split; the mean is then global.
     """
-    return _masked_mean(x, mask, axis, axis_name, keepdims=False)
-
-
-def _masked_mean(
-    x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None, axis_name: AxisName | None, keepdims: bool
-) -> jax.Array:
     chex.assert_equal_shape([x, mask])
     present = jnp.asarray(mask) != 0
     x = jnp.where(present, jnp.asarray(x, jnp.float32), 0.0)
@@ -84,7 +83,7 @@ def masked_var(
 ) -> jax.Array:
     """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing. Arguments as
     ``masked_mean``."""
-    mean = _masked_mean(x, mask, axis, axis_name, keepdims=True)
+    mean = masked_mean(x, mask, axis, axis_name, keepdims=True)
     x = jnp.where(jnp.asarray(mask) != 0, jnp.asarray(x, jnp.float32), mean)
     return masked_mean(jnp.square(x - mean), mask, axis, axis_name)
 

@@ -1,7 +1,6 @@
 """Where arrays live: a mesh of devices, rows spread over its ``data`` axis, parameters by rules on their paths.
 
-Works with one process or several; with several, each passes its own rows (``shard_rows``) and the same values
-(``replicate``).
+Works with one process or several; with several, each passes the same arrays, whole, and keeps its devices' part.
 """
 
 import re
@@ -9,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -45,7 +43,7 @@ def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
 
     UserError, with the nearest sizes, if B is not a multiple of the devices that share the rows.
     """
-    num_devices = mesh.shape["data"] // jax.process_count()
+    num_devices = mesh.shape["data"]
     for leaf in jax.tree.leaves(batch):
         num_rows = leaf.shape[0]
         if num_rows % num_devices:
@@ -55,17 +53,6 @@ def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
                 f"a batch of {num_rows} rows does not divide over {num_devices} devices: use a batch size of {nearest}"
             )
     return jax.tree.map(lambda x: place(x, rows(mesh)), batch)
-
-
-def own_rows(batch: Tree) -> Tree:
-    """The rows of this process, if several have the same batch [B, ...]: equal parts, in the order of the processes."""
-    count, number = jax.process_count(), jax.process_index()
-    if count == 1:
-        return batch
-    for leaf in jax.tree.leaves(batch):
-        if len(leaf) % count:
-            raise UserError(f"a batch of {len(leaf)} rows does not divide over {count} processes")
-    return jax.tree.map(lambda x: x[len(x) // count * number : len(x) // count * (number + 1)], batch)
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
@@ -102,10 +89,10 @@ def by_path(params: Any, rules: Sequence[tuple[str, PartitionSpec]], mesh: Mesh)
 
 
 def place(x: Any, sharding: NamedSharding) -> jax.Array:
-    """An array, or this process's part of one, on the devices of a sharding."""
+    """An array on the devices of a sharding; each device takes its part by its place in the mesh."""
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
-    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(place(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
-    return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)

@@ -4,6 +4,7 @@ that was not meant is an error.
 Compiled programs are kept between runs, for the scripts that tests start too.
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -46,3 +47,16 @@ def optimized():
 def no_pages(monkeypatch):
     """Runs draw no page at their end, which takes longer than the training of many a test; others look at the pages."""
     monkeypatch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes rows (JSON lines), a text or bytes to a file of the working folder, and returns its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def save(content, name="data.jsonl"):
+        text = "\n".join(map(json.dumps, content)) if isinstance(content, list) else content
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+        return name
+
+    return save

@@ -100,15 +100,6 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, np.where(mask, advantages + np.where(mask, values, 0.0), 0.0)
 
 
-def discounted_returns(rewards, mask, gamma):
-    returns = np.zeros(mask.shape)
-    for i in range(len(mask)):
-        said = columns(mask[i])
-        for k, t in enumerate(said):
-            returns[i, t] = sum(gamma**j * float(rewards[i, u]) for j, u in enumerate(said[k:]))
-    return returns
-
-
 def leave_one_out(scores, mask):
     out = np.zeros(mask.shape)
     for n in range(len(mask)):
@@ -130,13 +121,6 @@ def group_normalized(scores, mask, eps, scale):
             equal = min(group) == max(group)
             out[n, g] = 0.0 if equal else (float(scores[n, g]) - mean) / (std + eps if scale else 1.0)
     return out
-
-
-def ema_baseline(baseline, scores, decay, mask):
-    there = [float(s) for s, here in zip(scores, mask, strict=True) if here]
-    if there:
-        baseline = decay * baseline + (1 - decay) * sum(there) / len(there)
-    return baseline, np.array([float(s) - baseline if here else 0.0 for s, here in zip(scores, mask, strict=True)])
 
 
 # Losses of whole algorithms, of the lookup tables in ``tabular``: (loss, metrics). ``stopped`` are the parameters of
@@ -239,7 +223,7 @@ def _clipped(params, stopped, batch, advantages, config):
     mask = batch.response_mask != 0
     log_probs, entropy, _ = policy(params, batch.tokens)
     frozen = policy(stopped, batch.tokens)[0]
-    surrogate, kl_term, squares, clipped, ratios = np.zeros((5, *mask.shape))
+    surrogate, kl_term, squares, clipped, ratios, capped = np.zeros((6, *mask.shape))
     for at in zip(*np.nonzero(mask), strict=True):
         d, a = log_probs[at] - batch.log_probs[at], advantages[at]
         squares[at] = d * d / 2
@@ -249,7 +233,8 @@ def _clipped(params, stopped, batch, advantages, config):
             d, still = ((x[row] - batch.log_probs[row])[here].mean() for x in (log_probs, frozen))
         surrogate[at] = clipped_surrogate(d, a, config.clip_low, config.clip_high, config.dual_clip)
         ratios[at] = ratio(still)
-        kl_term[at] = ratios[at] * kl(log_probs[at] - batch.ref_log_probs[at], config.kl_loss_estimator)
+        kl_term[at] = min(ratios[at], 10.0) * kl(log_probs[at] - batch.ref_log_probs[at], config.kl_loss_estimator)
+        capped[at] = ratios[at] > 10.0
         clipped[at] = -a * min(max(ratios[at], 1 - config.clip_low), 1 + config.clip_high) > -a * ratios[at]
     how = config.aggregate, config.length
     weights, metrics = _importance(batch)
@@ -262,6 +247,7 @@ def _clipped(params, stopped, batch, advantages, config):
     }
     if config.kl_loss_coef:
         metrics["policy/kl_loss"] = aggregate(kl_term, mask, *how)
+        metrics["policy/kl_capped_fraction"] = aggregate(capped, mask, "token")
     value = metrics["policy/loss"] - config.entropy_coef * aggregate(entropy, mask, *how)
     return value + config.kl_loss_coef * metrics.get("policy/kl_loss", 0.0), metrics
 

@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import models, ops, sharding
-from rlhf_jax.rewards import kl_shaped
 from rlhf_jax.types import Comparisons, PolicyOutput, Rollout
 
 VOCAB_SIZE = 5
@@ -118,41 +117,6 @@ def assert_identical(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-# A bandit as a language model: one prompt token, one response token out of three (ALGORITHMS 8.1).
-BANDIT_REF = jnp.array([0.5, 0.3, 0.2])
-BANDIT_REWARD = jnp.array([1.0, 0.0, 2.0])
-BANDIT_OPTIMUM = np.array([0.247720, 0.020115, 0.732165])  # proportional to ref * exp(reward / 0.5)
-
-
-def bandit_params():
-    return {"logits": jnp.log(BANDIT_REF), "value": jnp.zeros(())}
-
-
-def bandit_policy_fn(params, tokens, attention_mask, key):
-    del attention_mask, key
-    logits = jnp.broadcast_to(params["logits"], (*tokens.shape, 3))
-    values = jnp.broadcast_to(params["value"], tokens.shape)
-    return PolicyOutput(ops.token_log_probs(logits, tokens), ops.entropy(logits), values)
-
-
-def bandit_rollout(params, key, num_rows=256):
-    """Sampled arms with their rewards; the KL penalty of coefficient 0.5 is in ``rewards``."""
-    arms = jax.random.categorical(key, params["logits"], shape=(num_rows,))
-    tokens = jnp.stack([jnp.zeros_like(arms), arms], axis=1)
-    attention_mask = jnp.ones_like(tokens)
-    output = bandit_policy_fn(params, tokens, attention_mask, None)
-    sampled = Rollout(
-        tokens=tokens,
-        attention_mask=attention_mask,
-        response_mask=attention_mask.at[:, 0].set(0),
-        log_probs=output.log_probs,
-        values=output.values,
-        ref_log_probs=bandit_policy_fn(bandit_params(), tokens, attention_mask, None).log_probs,
-        scores=BANDIT_REWARD[arms],
-    )
-    return sampled.replace(rewards=kl_shaped(sampled, 0.5))
 
 
 def gpt2(head=None):

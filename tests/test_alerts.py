@@ -5,12 +5,10 @@ import math
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from test_loop import run_loop
+from test_training import Killed
 
 from rlhf_jax import cli
 from rlhf_jax.config import RunConfig, parse, to_yaml
@@ -19,8 +17,6 @@ from rlhf_jax.report import page as report
 from rlhf_jax.report import plots
 from rlhf_jax.report import records as run_records
 from rlhf_jax.runs import alerts, checkpoint
-from rlhf_jax.training import loop
-from rlhf_jax.training.stage import open_stage
 
 
 def steps(rules, columns):
@@ -57,57 +53,47 @@ def test_a_rule_about_one_metric(rule, values, expected):
 
 RAMP = [*np.linspace(0, 1, 41)]  # without noise
 NOISE = [(-1.0) ** step for step in range(40)]  # without a trend; sd 1.63
+JUDGED = ("validation/judge", "validation/score")
 
 
 @pytest.mark.parametrize(
-    ("name", "before", "silent", "raising", "rows"),
+    ("name", "metrics", "before", "silent", "raising", "rows"),
     [
-        ("non-finite update", {"nonfinite": []}, [0], [1], 1),
-        ("KL explosion", {"objective/kl": [], "response/length": []}, [20, 10], [20.1, 10], 3),
-        ("entropy collapse", {"objective/entropy": [20], "response/length": [10]}, [0.51, 5], [0.49, 5], 5),
-        ("reward collapse", {"objective/score": RAMP}, [0.51], [0.49], 5),  # means from 0.05 to 0.95
-        ("reward collapse", {"objective/score": NOISE}, [-6.1], [-6.4], 5),
-        ("value-loss explosion", {"value/loss": [3, 1, 2, 1, 3]}, [39.9], [40.1], 5),
-        ("degenerate text", {"response/repetition": [0.1]}, [0.39], [0.41], 3),
+        ("non-finite update", ["nonfinite"], [[]], [0], [1], 1),
+        ("KL explosion", ["objective/kl", "response/length"], [[], []], [20, 10], [20.1, 10], 3),
+        ("entropy collapse", ["objective/entropy", "response/length"], [[20], [10]], [0.51, 5], [0.49, 5], 5),
+        ("reward collapse", ["objective/score"], [RAMP], [0.51], [0.49], 5),  # means from 0.05 to 0.95
+        ("reward collapse", ["objective/score"], [NOISE], [-6.1], [-6.4], 5),
+        ("value-loss explosion", ["value/loss"], [[3, 1, 2, 1, 3]], [39.9], [40.1], 5),
+        ("degenerate text", ["response/repetition"], [[0.1]], [0.39], [0.41], 3),
         # The judge falls from 1; the score stood at 1 at the judge's best.
-        ("reward hacking", {"validation/judge": RAMP, "validation/score": RAMP}, [0.971, 2], [0.969, 2], 1),
-        ("reward hacking", {"validation/judge": NOISE, "validation/score": [0] * 40}, [-0.62, 1], [-0.65, 1], 1),
-        ("reward hacking", {"validation/judge": RAMP, "validation/score": [*NOISE, 1]}, [0, 9.1], [0, 9.3], 1),
-        (
-            "reward hacking",
-            {"validation/judge": [*RAMP, 0.99], "validation/score": [*RAMP, 1.5]},
-            [0, 1.1],
-            [0, 1.3],
-            1,
-        ),
+        ("reward hacking", JUDGED, [RAMP, RAMP], [0.971, 2], [0.969, 2], 1),
+        ("reward hacking", JUDGED, [NOISE, [0] * 40], [-0.62, 1], [-0.65, 1], 1),
+        ("reward hacking", JUDGED, [RAMP, [*NOISE, 1]], [0, 9.1], [0, 9.3], 1),
+        ("reward hacking", JUDGED, [[*RAMP, 0.99], [*RAMP, 1.5]], [0, 1.1], [0, 1.3], 1),
     ],
 )
-def test_the_threshold_of_a_default_rule(name, before, silent, raising, rows):
+def test_the_threshold_of_a_default_rule(name, metrics, before, silent, raising, rows):
     """Just below it there is no alert; just above it there is one, in the last row that the rule asks for."""
-    length = len(next(iter(before.values())))
 
-    def with_rows(values, count):
-        return {
-            metric: earlier + [value] * count for (metric, earlier), value in zip(before.items(), values, strict=True)
-        }
+    def raised_with(last, count):
+        columns = [earlier + [value] * count for earlier, value in zip(before, last, strict=True)]
+        return steps([name], dict(zip(metrics, columns, strict=True)))
 
-    assert steps([name], with_rows(silent, rows)) == []
-    assert steps([name], with_rows(raising, rows - 1)) == []
-    assert steps([name], with_rows(raising, rows)) == [length + rows - 1]
+    assert raised_with(silent, rows) == raised_with(raising, rows - 1) == []
+    assert raised_with(raising, rows) == [len(before[0]) + rows - 1]
 
 
 def test_default_rules_are_on_until_none_and_can_stop():
     assert [rule.name for rule in alerts.parse(["x > 1"])] == [*alerts.DEFAULTS, "x > 1"]
-    assert {rule.action for rule in alerts.parse([])} == {"log"}
     stopping = {rule.name: rule.action for rule in alerts.parse(["reward hacking: stop"])}
     assert stopping == dict.fromkeys(alerts.DEFAULTS, "log") | {"reward hacking": "stop"}
 
 
 def test_names_may_hold_colons():
-    (rule,) = alerts.parse(["none", " mean 3 of reward/count:e > 0.5x first for 2 : stop "])
-    assert (rule.metrics, rule.rows, rule.action) == (("reward/count:e",), 2, "stop")
-    (rule,) = alerts.parse(["none", "reward/count:e > 3"])
-    assert (rule.metrics, rule.rows, rule.action) == (("reward/count:e",), 1, "log")
+    rules = alerts.parse(["none", " mean 3 of reward/count:e > 0.5x first for 2 : stop ", "reward/count:e > 3"])
+    assert [(rule.rows, rule.action) for rule in rules] == [(2, "stop"), (1, "log")]
+    assert {rule.metrics for rule in rules} == {("reward/count:e",)}
 
 
 def test_the_message_has_the_numbers():
@@ -115,21 +101,6 @@ def test_the_message_has_the_numbers():
     history = [{"step": step, "x": x} for step, x in ((3, 1.0), (5, 1.0), (7, 4.0))]
     (alert,) = alerts.check(alerts.parse(["none", rule]), history)
     assert alert == alerts.Alert(7, "mean 2 of x > 2x first", rule, "stop", "mean 2 of x is 2.5 > 2")
-
-
-VALUES = st.lists(st.sampled_from([0.0, 1.0, 2.0, 5.0, math.nan, math.inf]), max_size=30)
-
-
-@settings(deadline=None, derandomize=True)
-@given(VALUES, st.integers(0, 30))
-def test_a_history_in_two_parts_gives_the_same_alerts(values, cut):
-    rules = alerts.parse(["x > 1", "mean 3 of x > 1x first for 2"])
-    history = [{"step": step, "x": value, "objective/score": value} for step, value in enumerate(values)]
-    watches, raised = alerts.replay(rules, history[:cut])
-    for row in history[cut:]:
-        watches, more = alerts.observe(watches, row)
-        raised += more
-    assert raised == alerts.check(rules, history)
 
 
 @pytest.mark.parametrize(
@@ -143,22 +114,18 @@ def test_a_history_in_two_parts_gives_the_same_alerts(values, cut):
 )
 def test_what_is_no_rule_is_quoted(rule, message):
     with pytest.raises(UserError, match=message) as error:
-        RunConfig(alerts=("loss > 3", rule))
+        alerts.parse(["loss > 3", rule])
     assert repr(rule) in str(error.value)
 
 
 def test_a_metric_that_is_never_recorded():
-    names = {"objective/kl", "objective/score", "loss", "validation/score"}
-
     def check(*entries):
-        return alerts.check_metrics(alerts.parse(entries), names)
+        return alerts.check_metrics(
+            alerts.parse(entries), {"objective/kl", "objective/score", "loss", "validation/score"}
+        )
 
     assert check("objective/kl > 5") == []
-    for rule, near in (
-        ("objective/kll > 5", "objective/kl"),
-        ("los > 5", "loss"),
-        ("validaton/score > 5", "validation/"),
-    ):
+    for rule, near in (("objective/kll > 5", "objective/kl"), ("los > 5", "loss"), ("validaton/a > 5", "validation/")):
         with pytest.raises(UserError, match=f"'{rule}' never comes true: .* nearest that it does is {near}"):
             check(rule)
     # One YAML serves all stages of a pipeline.
@@ -166,38 +133,23 @@ def test_a_metric_that_is_never_recorded():
 
 
 def test_rules_on_the_command_line_and_in_yaml(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text('alerts: ["objective/kl > 50 for 3: stop", none]\n', "utf-8")
-    config = parse(RunConfig, ["--config", str(file)])
-    assert config.alerts == ("objective/kl > 50 for 3: stop", "none")
-    assert parse(RunConfig, ["--alerts", *config.alerts]).alerts == config.alerts
-    assert tuple(yaml.safe_load(to_yaml(config))["alerts"]) == config.alerts
+    file, rules = tmp_path / "run.yaml", ("objective/kl > 50 for 3: stop", "none")
+    assert parse(RunConfig, ["--alerts", *rules]).alerts == rules
+    file.write_text(to_yaml(RunConfig(alerts=rules)), "utf-8")
+    assert parse(RunConfig, ["--config", str(file)]).alerts == rules
     file.write_text('seed: 1\nalerts: ["objective/kl = 50"]\n', "utf-8")
     with pytest.raises(UserError, match=r"run\.yaml, line 2: alerts: 'objective/kl = 50'"):
         parse(RunConfig, ["--config", str(file)])
 
 
-# --- In a run: a state of one number, whose row of step k has the loss losses[k] ------------------------------------
+# --- In a run: step k has the loss LOSSES[k - 1] ---------------------------------------------------------------------
+
+LOSSES = [1, 1, 1, 9, 9, 1, 9, 1, 1]
+RULE, MEANS = "loss > 5", "mean 3 of loss > 1x first for 2"
 
 
-class Killed(BaseException):
-    """Stands for the process's end: nothing catches it."""
-
-
-LOSSES = [5, 1, 1, 1, 9, 9, 1, 9, 1, 1]
-RULE = "loss > 5"
-
-
-def run(config, *, die_at=None, losses=LOSSES):
-    def advance(state, step):
-        if step == die_at:
-            raise Killed
-        loss = jnp.float32(losses[step + 1])
-        return {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)}
-
-    with open_stage(config, "sft", {}) as stage:
-        state, _ = loop.train(stage, stage.replicate({"n": jnp.float32(0)}), loop.Job(advance, len(losses) - 1))
-    return int(state["n"])
+def run(config, **options):
+    return run_loop(config, num_steps=len(LOSSES), **{"losses": LOSSES} | options)[0]
 
 
 @pytest.fixture
@@ -211,9 +163,10 @@ def raised(config):
 
 
 def test_a_killed_run_alerts_alike(config, tmp_path, capsys):
+    config = dataclasses.replace(config, alerts=(RULE, MEANS))
     straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
     assert run(straight) == 9
-    assert raised(straight) == [(4, RULE), (7, RULE)]
+    assert raised(straight) == [(4, RULE), (5, MEANS), (7, RULE)]
     assert f"alert at step 4: {RULE}: loss is 9 > 5" in capsys.readouterr().out
     for step, resume in ((5, False), (6, True), (8, True)):  # with the rule true, after it, and with it true again
         with pytest.raises(Killed):
@@ -228,7 +181,7 @@ def test_a_stop_saves_and_holds_until_the_rule_is_changed(config, monkeypatch, c
     rule = f"{RULE} for 2: stop"
     stopping = dataclasses.replace(config, alerts=(rule,))
     resumed = dataclasses.replace(stopping, resume=True)
-    for again in (stopping, resumed, resumed):  # whoever starts it again without a look is stopped again
+    for again in (stopping, resumed):  # whoever starts it again without a look is stopped again
         with pytest.raises(AlertStop, match=rf"after step 5 of 9(.|\n)*{rule}(.|\n)*--resume --allow-changed alerts"):
             run(again)
         assert checkpoint.steps(Path(config.output_dir) / "checkpoints")[-1] == 5
@@ -244,16 +197,13 @@ def test_a_stop_saves_and_holds_until_the_rule_is_changed(config, monkeypatch, c
 def test_a_rule_of_a_metric_that_the_stage_lacks_ends_the_run_at_once(config, capsys):
     with pytest.raises(UserError, match=r"'los > 5' never comes true: .* nearest that it does is loss"):
         run(dataclasses.replace(config, alerts=("los > 5",)))
-    other = dataclasses.replace(config, alerts=("objective/kl > 5: stop",), overwrite=True)
-    assert run(other) == 9
-    assert (
-        "'objective/kl > 5: stop' never comes true: this stage does not record objective/kl" in capsys.readouterr().out
-    )
+    assert run(dataclasses.replace(config, alerts=("objective/kl > 5",), overwrite=True)) == 9
+    assert "'objective/kl > 5' never comes true: this stage does not record objective/kl" in capsys.readouterr().out
 
 
 def test_a_non_finite_update_leaves_its_alert(config):
     with pytest.raises(TrainingFault, match="not finite at step 2"):
-        run(config, losses=[1, 1, math.nan, 1])
+        run(config, losses=[1, math.nan])
     assert raised(config) == [(2, "non-finite update")]
 
 

@@ -25,6 +25,7 @@ from rlhf_jax.types import Demonstrations, PolicyOutput
 
 ROWS, LENGTH = 8, 4
 FIXED = {"aggregate": "fixed", "length": LENGTH}
+K3 = {"kl_loss_coef": 0.1, "kl_loss_estimator": "k3"}
 
 
 def dense(rng, scale):
@@ -38,6 +39,7 @@ def dense(rng, scale):
         response_mask=mask,
         log_probs=(near + scale * rng.normal(size=near.shape)).astype(np.float32),
         advantages=rng.normal(size=near.shape).astype(np.float32),
+        scores=rng.normal(size=ROWS).astype(np.float32),  # not read beside rewards
     )
 
 
@@ -46,14 +48,14 @@ def scored(rng, scale):
     return params, batch.replace(rewards=None, scores=rng.integers(0, 3, size=ROWS).astype(np.float32))
 
 
-def one_advantage_a_row(rng, scale):
-    params, batch = dense(rng, scale)
-    return params, batch.replace(advantages=batch.advantages[:, 0])
-
-
 def weighed(rng, scale):
     params, batch = dense(rng, scale)
     return params, batch.replace(importance_weights=rng.uniform(0, 2, size=batch.tokens.shape).astype(np.float32))
+
+
+def one_advantage_a_row(rng, scale):
+    params, batch = weighed(rng, scale)
+    return params, batch.replace(advantages=batch.advantages[:, 0])
 
 
 def texts(rng, scale):
@@ -83,9 +85,7 @@ def answers(rng, scale, num_answers, **fields):
 
 PAIRS = partial(answers, num_answers=2, ref_log_probs=True)
 CASES = {
-    "sft token": (sft, sft.Config(), texts),
     "sft sequence": (sft, sft.Config(aggregate="sequence"), texts),
-    "sft sum": (sft, sft.Config(aggregate="sum"), texts),
     "choice of four": (reward_model, reward_model.Config(), partial(answers, num_answers=4)),
     "pairs": (
         reward_model,
@@ -93,28 +93,20 @@ CASES = {
         partial(answers, num_answers=2, best=True, margin=True, weight=True),
     ),
     "regression": (reward_model, reward_model.Config(), partial(answers, num_answers=2, targets=True, weight=True)),
-    "vpg": (vpg, vpg.Config(), dense),
     "vpg token": (vpg, vpg.Config(aggregate="token", entropy_coef=0.2), one_advantage_a_row),
     "vpg fixed": (vpg, vpg.Config(**FIXED, entropy_coef=0.1), weighed),
-    "ppo": (ppo, ppo.Config(), dense),
-    "ppo sequence": (
-        ppo,
-        ppo.Config(aggregate="sequence", dual_clip=1.2, entropy_coef=0.2, gamma=0.9, gae_lambda=1.0),
-        dense,
-    ),
     "ppo sum": (
         ppo,
-        ppo.Config(aggregate="sum", value_clip=None, value_coef=0.5, kl_loss_coef=0.1, whiten_advantages=False),
+        ppo.Config(aggregate="sum", dual_clip=1.2, value_clip=None, value_coef=0.5, gamma=0.9, whiten_advantages=False),
         dense,
     ),
     "ppo fixed": (
         ppo,
-        ppo.Config(**FIXED, clip_low=0.1, clip_high=0.3, whiten_rewards=True, kl_loss_coef=0.1, kl_loss_estimator="k3"),
-        dense,
+        ppo.Config(**FIXED, clip_low=0.1, whiten_rewards=True, entropy_coef=0.1, **K3),
+        weighed,
     ),
-    "rloo": (rloo, rloo.Config(), dense),
     "rloo token": (rloo, rloo.Config(group_size=2, aggregate="token", entropy_coef=0.2, kl_loss_coef=0.3), scored),
-    "rloo fixed": (rloo, rloo.Config(**FIXED, dual_clip=1.2, kl_loss_coef=0.1, kl_loss_estimator="k3"), weighed),
+    "rloo fixed": (rloo, rloo.Config(**FIXED, dual_clip=1.2, **K3), weighed),
     "grpo": (grpo, grpo.Config(group_size=4), scored),
     "dr grpo": (grpo, grpo.Config(**FIXED, group_size=4, scale=False, entropy_coef=0.1), dense),
     "grpo token": (
@@ -123,7 +115,6 @@ CASES = {
         dense,
     ),
     "gspo": (grpo, grpo.Config(group_size=4, ratio="sequence", clip_low=3e-4, clip_high=0.3, entropy_coef=0.1), scored),
-    "dpo": (dpo, dpo.Config(), PAIRS),
     "dpo smoothed": (dpo, dpo.Config(label_smoothing=0.2), partial(PAIRS, best=True, weight=True)),
     "dpo robust": (dpo, dpo.Config(kind="robust", label_smoothing=0.2), partial(PAIRS, weight=True)),
     "dpo hinge": (dpo, dpo.Config(kind="hinge", beta=0.5), partial(PAIRS, best=True)),

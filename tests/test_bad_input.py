@@ -28,7 +28,7 @@ LETTERS = ("--tokenizer.kind", "characters", "--network.max-length", "8")
 
 
 def write(**files):
-    """Makes files of this folder; a dot in a name is written as two underscores."""
+    """Makes files of the working folder; a dot in a name is written as two underscores."""
 
     def make():
         for name, content in files.items():
@@ -83,29 +83,17 @@ def settings(content):
     return put("tokenizer_config.json", content)
 
 
-def pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def edit(name, **changes):
+def edit(**changes):
     def change(folder):
-        keys = json.loads((folder / name).read_text("utf-8")) | changes
-        (folder / name).write_text(json.dumps(keys), encoding="utf-8")
+        keys = json.loads((folder / "config.json").read_text("utf-8")) | changes
+        (folder / "config.json").write_text(json.dumps(keys), encoding="utf-8")
 
     return change
 
 
-def cut(name, length):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
-
-
-def indexed_as(shard):
-    def change(folder):
-        (folder / "model.safetensors").rename(folder.parent / "one.safetensors")
-        index = {"weight_map": {"transformer.wte.weight": shard}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-
-    return change
+def long_name_of_a_shard(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "%s"}}' % ("s" * 5000))
 
 
 def two_models():
@@ -143,8 +131,6 @@ MISTAKES = [
     ("token ids of another tokenizer", token_ids, (*PAIRS, "--model", "model"), "row 1: holds the token id 99, but th"),
     # Settings
     ("misspelt key in YAML", yaml("ppo:\n  clip_lo: 1"), CONFIG, "line 2: unknown key ppo.clip_lo; did you mean clip_"),
-    ("wrong value in YAML", yaml("seed: x"), CONFIG, "bad.yaml, line 1: seed must be an int, found 'x'"),
-    ("YAML in Latin-1", yaml("seed: 1\nmodel: é".encode("latin-1")), CONFIG, "bad.yaml, line 2: not UTF-8, which"),
     ("YAML without end", yaml("data: [a"), CONFIG, "bad.yaml, line 1: not valid YAML"),
     ("no character", yaml('model: "\\UFFFFFFFF"'), CONFIG, "bad.yaml: not valid YAML"),
     ("wrong tag", yaml("seed: !!bool maybe"), CONFIG, "bad.yaml, line 1: seed must be an int, found maybe"),
@@ -156,20 +142,16 @@ MISTAKES = [
     ("groups", write(prompts__txt="a"), GROUPS, "rl.batch_size 16 does not divide by 6 answers to one prompt (grpo.gr"),
     # Models
     ("no model", ONE_ROW, (*DATA, "--model", "a/b/c"), "a/b/c: no such folder, nor a name on the Hug"),
-    ("no config.json", model(without("config.json")), MODEL, "model/config.json: no such"),
     ("no weights", model(without("model.safetensors")), MODEL, "model/model.safetensors: no such file"),
     ("no tokenizer", model(without("tokenizer.json")), MODEL, "holds neither tokenizer.json nor vocab.json with merge"),
-    ("pickled weights", model(pickled), MODEL, "pytorch_model.bin is a pickle, which is never read: save it as safete"),
-    ("model type", model(edit("config.json", model_type="neox")), MODEL, "model_type is 'neox'; the supported ones ar"),
-    ("cut config.json", model(cut("config.json", 30)), MODEL, "model/config.json, line 2: not valid JSON"),
-    ("a billion layers", model(edit("config.json", n_layer=10**9)), MODEL, "num_layers is 1000000000, but model/model"),
-    ("wide heads", model(edit("config.json", n_inner=10**9)), MODEL, "intermediate_size is 1000000000, but model/mod"),
-    ("endless size", model(edit("config.json", n_embd=10**30)), MODEL, "model/config.json: n_embd is 1000000000"),
-    ("cut weights", model(cut("model.safetensors", -5)), MODEL, "model/model.safetensors: cannot be read as safet"),
-    ("outside the folder", model(indexed_as("../one.safetensors")), MODEL, "'../one.safetensors' is not the name of"),
-    ("long name of a shard", model(indexed_as("s" * 5000)), MODEL, "no such file; model.safetensors.index.json lists"),
+    ("model type", model(edit(model_type="neox")), MODEL, "model_type is 'neox'; the supported ones ar"),
+    ("cut config.json", model(put("config.json", b"{")), MODEL, "model/config.json, line 1: not valid JSON"),
+    ("a billion layers", model(edit(n_layer=10**9)), MODEL, "num_layers is 1000000000, but model/model"),
+    ("endless size", model(edit(n_embd=10**30)), MODEL, "model/config.json: n_embd is 1000000000"),
+    ("cut weights", model(put("model.safetensors", b"x" * 9)), MODEL, "model.safetensors: cannot be read as safet"),
+    ("long name of a shard", model(long_name_of_a_shard), MODEL, "no such file; model.safetensors.index.json lists"),
     ("large tokenizer", model(alphabet="abcd"), MODEL, "the tokenizer has 6 entries but the model only 4 embeddings;"),
-    ("cut tokenizer", model(cut("tokenizer.json", 40)), MODEL, "model/tokenizer.json: not a tokenizer file"),
+    ("cut tokenizer", model(put("tokenizer.json", b"{")), MODEL, "model/tokenizer.json: not a tokenizer file"),
     ("no end of text", model(settings(b'{"eos_token": "</s>"}')), MODEL, "names '</s>', which is not in its vocabular"),
     ("half of a pair", model(settings(b'{"eos_token": "\\ud83d"}')), MODEL, "a string holds half of a surrogate pair,"),
     ("Latin-1 template", model(put("chat_template.jinja", b"caf\xe9")), MODEL, "cannot be read as UTF-8, which is exp"),
@@ -207,32 +189,21 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(make, argv, message, tmp_path, 
 def test_a_byte_order_mark_is_no_part_of_any_text(tmp_path, monkeypatch):
     """Editors on Windows write one in front of UTF-8."""
     monkeypatch.chdir(tmp_path)
-    mark = b"\xef\xbb\xbf"
     model_folder()
-    for name in ("config.json", "tokenizer_config.json"):
-        file = Path("model") / name
-        file.write_bytes(mark + file.read_bytes())
+    for file in (Path("model/config.json"), Path("model/tokenizer_config.json")):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert models.load("model")[0].config.vocab_size == 4
     assert tokenizers.load_tokenizer("model").vocab_size == 4
 
 
-@pytest.mark.parametrize(
-    ("shape", "metadata", "alpha", "message"),
-    [
-        ((0, 4), {}, 1, r"attn.c_attn.lora_A.weight has shape \[0, 4\], so no rank"),
-        ((1, 3), {}, 1, r"attn.c_attn.lora_A.weight has shape \[1, 3\], expected \[1, 4\]"),
-        ((1, 4), {"reward_shift": "x"}, 1, r"adapter_model.safetensors: reward_shift in its metadata is no number"),
-        ((1, 4), {}, float("nan"), r"adapter_config.json: lora_alpha is nan, expected a number"),
-    ],
-)
-def test_adapters_that_none_wrote(shape, metadata, alpha, message, tmp_path):
+@pytest.mark.parametrize(("shape", "message"), [((0, 4), "so no rank"), ((1, 3), r"expected \[1, 4\]")])
+def test_adapters_that_none_wrote(shape, message, tmp_path):
     params = models.build(models.GPT2Config(4, 8, 4, 1, 1)).init(jax.random.key(0))
-    config = {"peft_type": "LORA", "lora_alpha": alpha}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 1}', encoding="utf-8")
     module = "base_model.model.transformer.h.0.attn.c_attn"
-    tensors = {"A": np.ones(shape, np.float32), "B": np.ones((12, 1), np.float32)}
-    tensors = {f"{module}.lora_{letter}.weight": value for letter, value in tensors.items()}
-    tensors["base_model.model.score.weight"] = np.ones((1, 4), np.float32)
-    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"} | metadata)
-    with pytest.raises(UserError, match=message):
+    tensors = {
+        f"{module}.lora_{name}.weight": np.ones(size, np.float32) for name, size in {"A": shape, "B": (12, 1)}.items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"attn.c_attn.lora_A.weight has shape .*, {message}"):
         models.lora.load(tmp_path, params)

@@ -13,70 +13,88 @@ KEY = jax.random.key(7)
 PINNED = [[2, 5], [3, 4], [6, -1], [1, 0]]
 TOKENIZER = characters("abcdefgh{}")  # ids: a..h are 2..9
 ROWS = [Demonstration("ab", "cd", "f, line 1"), Demonstration("a", "b", "f, line 2")]
+PAIRS = [Pair(*row, f"f, line {i}") for i, row in enumerate([("ab", "c", "de"), ("a", "bcdef", "bcdeg")], 1)]
+PROMPTS = [Prompt("ab", "f, line 1", {"topic": "x"}), Prompt("c", "f, line 2", {"level": 2})]
+equal = np.testing.assert_array_equal
 
 
 def demonstrations(**settings):
-    return encoding.encode_demonstrations(ROWS, TOKENIZER, **settings)
+    return encoding.encode_texts(ROWS, TOKENIZER, **settings)
+
+
+def comparisons(rows=PAIRS, **settings):
+    return encoding.encode_texts(rows, TOKENIZER, **settings)
+
+
+def prompts(rows=PROMPTS, **settings):
+    return encoding.encode_prompts(rows, TOKENIZER, **settings)
 
 
 def test_demonstration_batch_by_hand():
     batch = batches.demonstration_batch(demonstrations(), np.array([0, -1, 1]), bucket_multiple=4)
-    np.testing.assert_array_equal(batch.tokens, [[2, 3, 4, 5, 1, 0, 0, 0], [0] * 8, [2, 3, 1, 0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.attention_mask, [[1, 1, 1, 1, 1, 0, 0, 0], [0] * 8, [1, 1, 1, 0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.response_mask, [[0, 0, 1, 1, 1, 0, 0, 0], [0] * 8, [0, 1, 1, 0, 0, 0, 0, 0]])
-    assert isinstance(batch.tokens, np.ndarray)
-    assert batch.tokens.dtype == np.int32
-
-
-def test_train_on_prompt_learns_all_but_the_first_token():
-    batch = batches.demonstration_batch(demonstrations(train_on_prompt=True), np.array([0, 1]), bucket_multiple=1)
-    np.testing.assert_array_equal(batch.response_mask, [[0, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
+    equal(batch.tokens, [[2, 3, 4, 5, 1, 0, 0, 0], [0] * 8, [2, 3, 1, 0, 0, 0, 0, 0]])
+    equal(batch.attention_mask, [[1, 1, 1, 1, 1, 0, 0, 0], [0] * 8, [1, 1, 1, 0, 0, 0, 0, 0]])
+    equal(batch.response_mask, [[0, 0, 1, 1, 1, 0, 0, 0], [0] * 8, [0, 1, 1, 0, 0, 0, 0, 0]])
+    assert (type(batch.tokens), batch.tokens.dtype) == (np.ndarray, np.int32)
 
 
 def test_template_is_text_not_a_format():
-    rows = [Prompt("{a}", "f, line 1")]
-    data = encoding.encode_prompts(rows, TOKENIZER, template="{}{prompt}b")
+    data = prompts([Prompt("{a}", "f, line 1")], template="{}{prompt}b")
     assert TOKENIZER.decode(data.tokens[0]) == "{}{a}b"
-    with pytest.raises(UserError, match=r"has no \{prompt\} in it"):
-        encoding.encode_prompts(rows, TOKENIZER, template="{question}")
 
 
 def test_too_long_texts():
-    with pytest.raises(UserError, match=r"f, line 1: a prompt of 2 and a response of 3 tokens .* 5, more than .* 4"):
-        demonstrations(max_length=4)
     dropped = demonstrations(max_length=4, too_long="drop")
     assert (dropped.sources, dropped.counts) == (["f, line 2"], {"dropped, too long": 1})
     cut = demonstrations(max_length=4, too_long="truncate")
     assert cut.counts == {"response cut, its EOS with it": 1}
-    np.testing.assert_array_equal(cut.tokens[0], [2, 3, 4, 5])
+    equal(cut.tokens[0][0], [2, 3, 4, 5])
     assert batches.demonstration_batch(cut, np.array([0])).tokens.shape == (1, 4)  # never wider than max_length
-    no_room = demonstrations(max_length=2, too_long="truncate")
-    assert no_room.counts == {encoding.NO_ROOM: 1, encoding.CUT: 1}
-    with pytest.raises(UserError, match="all 2 rows are longer than 1 tokens"):
-        demonstrations(max_length=1, too_long="drop")
-    with pytest.raises(UserError, match="no rows to encode"):
-        encoding.encode_demonstrations([], TOKENIZER)
+    assert demonstrations(max_length=2, too_long="truncate").counts == {encoding.NO_ROOM: 1, encoding.CUT: 1}
+
+
+@pytest.mark.parametrize(
+    ("encode", "limits", "message"),
+    [
+        (
+            demonstrations,
+            {"max_length": 4},
+            "f, line 1: a prompt of 2 and a response of 3 .* 5, more than max_length 4",
+        ),
+        (demonstrations, {"max_length": 1, "too_long": "drop"}, "all 2 rows are longer than 1 tokens"),
+        (comparisons, {"rows": []}, "no rows to encode"),
+        (comparisons, {"rows": [Pair("a", "b", "z", "f, line 2")]}, "f, line 2: the tokenizer's alphabet lacks 'z'"),
+        (comparisons, {"max_length": 4}, "f, line 1: a prompt of 2"),
+        (prompts, {"template": "{question}"}, r"has no \{prompt\} in it"),
+        (prompts, {"length": 1}, "f, line 1: the prompt has 2 tokens, more than the 1 allowed"),
+        (prompts, {"max_positions": 7, "max_new_tokens": 7}, "7 leaves no room for a prompt of 1 .* 7 positions"),
+        (prompts, {"length": 2, "max_positions": 8, "max_new_tokens": 7}, "7 leaves no room for a prompt of 2 tokens"),
+    ],
+)
+def test_what_cannot_be_encoded_is_said(encode, limits, message):
+    with pytest.raises(UserError, match=message):
+        encode(**limits)
 
 
 def test_comparison_batch_by_hand():
-    texts = [("ab", "c", "de"), ("a", "bcdef", "bcdeg"), ("a", "b", "c")]
-    rows = [Pair(*row, f"f, line {number}") for number, row in enumerate(texts, 1)]
-    data = encoding.encode_comparisons(rows, TOKENIZER)
-    np.testing.assert_array_equal(data.lengths, [5, 7, 3])
+    rows = [*PAIRS, Pair("a", "b", "c", "f, line 3")]
+    data = comparisons(rows)
+    equal(data.lengths, [[4, 5], [7, 7], [3, 3]])
     batch = batches.comparison_batch(data, np.array([0, -1]), bucket_multiple=1)
-    np.testing.assert_array_equal(batch.tokens, [[[2, 3, 4, 1, 0], [2, 3, 5, 6, 1]], [[0] * 5, [0] * 5]])
-    np.testing.assert_array_equal(batch.attention_mask[0], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
-    np.testing.assert_array_equal(batch.response_mask, [[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[0] * 5, [0] * 5]])
-    assert batch.best is None
-    cut = encoding.encode_comparisons(rows, TOKENIZER, max_length=4, too_long="truncate")
-    assert cut.chosen.sources == cut.answers[1].sources == ["f, line 1", "f, line 3"]
+    equal(batch.tokens, [[[2, 3, 4, 1, 0], [2, 3, 5, 6, 1]], [[0] * 5, [0] * 5]])
+    equal(batch.attention_mask[0], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    equal(batch.response_mask, [[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[0] * 5, [0] * 5]])
+    assert (batch.best, batch.weight) == (None, None)
+    cut = comparisons(rows, max_length=4, too_long="truncate")
+    assert cut.sources == ["f, line 1", "f, line 3"]
     assert cut.counts == {"dropped, the cut responses are equal": 1, "response cut, its EOS with it": 1}
-    both = encoding.encode_comparisons([Pair("a", "bcd", "cde", "f")], TOKENIZER, max_length=3, too_long="truncate")
+    both = comparisons([Pair("a", "bcd", "cde", "f")], max_length=3, too_long="truncate")
     assert both.counts == {"response cut, its EOS with it": 2}
-    dropped = encoding.encode_comparisons(rows, TOKENIZER, max_length=4, too_long="drop")
-    assert (dropped.chosen.sources, dropped.counts) == (["f, line 3"], {"dropped, too long": 2})
-    with pytest.raises(UserError, match="f, line 1: a prompt of 2"):
-        encoding.encode_comparisons(rows, TOKENIZER, max_length=4)
+    ranking = [Pair("a", *texts, "f, line 4", weight=1 / 3) for texts in (("b", "c"), ("b", "def"), ("c", "def"))]
+    equal(comparisons([*rows[2:], *ranking]).weight, np.float32([1, 1 / 3, 1 / 3, 1 / 3]))
+    assert comparisons([*rows[2:], *ranking], max_length=3, too_long="drop").weight is None  # what is left weighs 1
+    dropped = comparisons(rows, max_length=4, too_long="drop")
+    assert (dropped.sources, dropped.counts) == (["f, line 3"], {"dropped, too long": 2})
 
 
 def test_comparisons_of_several_answers_by_hand():
@@ -85,56 +103,40 @@ def test_comparisons_of_several_answers_by_hand():
         Pair("a", "b", "c", "f, line 2", weight=0.5),
         Comparison("a", ("b", "c"), "f, line 3", best=1),
     ]
-    data = encoding.encode_comparisons(rows, TOKENIZER)
-    np.testing.assert_array_equal(data.lengths, [5, 3, 3])
+    data = comparisons(rows)
+    equal(data.lengths, [[4, 4, 5], [3, 3, 0], [3, 3, 0]])
+    equal(data.response_lengths[1], [2, 2, 0])
     batch = batches.comparison_batch(data, np.array([1, -1, 0, 2]), bucket_multiple=1)
     assert batch.tokens.shape == (4, 3, 5)
-    np.testing.assert_array_equal(batch.tokens[0], [[2, 3, 1, 0, 0], [2, 4, 1, 0, 0], [0] * 5])  # no third answer
-    np.testing.assert_array_equal(batch.attention_mask[0], [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0] * 5])
-    np.testing.assert_array_equal(batch.response_mask[2], [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
-    np.testing.assert_array_equal(batch.tokens[1], np.zeros((3, 5)))
-    np.testing.assert_array_equal(batch.best, [0, 0, 2, 1])
-    np.testing.assert_array_equal(batch.weight, np.float32([0.5, 0, 1, 1]))
+    equal(batch.tokens[0], [[2, 3, 1, 0, 0], [2, 4, 1, 0, 0], [0] * 5])  # no third answer
+    equal(batch.attention_mask[0], [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0] * 5])
+    equal(batch.response_mask[2], [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
+    equal(batch.tokens[1], np.zeros((3, 5)))
+    equal(batch.best, [0, 0, 2, 1])
+    equal(batch.weight, np.float32([0.5, 0, 1, 1]))
     assert (batch.best.dtype, batch.weight.dtype, batch.targets) == (np.int32, np.float32, None)
-    plain = batches.comparison_batch(encoding.encode_comparisons(rows[1:2] * 2, TOKENIZER), np.array([0]))
-    assert plain.best is None
-    assert encoding.encode_comparisons([Pair("a", "b", "c", "f")], TOKENIZER).weight is None
     rows.append(Comparison("abc", ("d", "de", "def"), "f, line 4", best=0))
-    cut = encoding.encode_comparisons(rows, TOKENIZER, max_length=4, too_long="truncate")
+    cut = comparisons(rows, max_length=4, too_long="truncate")
     assert cut.counts == {"response cut, its EOS with it": 1, "dropped, the cut responses are equal": 1}
-    assert cut.answers[2].sources == ["f, line 1", "f, line 2", "f, line 3"]
-
-
-def test_a_character_that_the_tokenizer_lacks_names_its_row():
-    with pytest.raises(UserError, match=r"f, line 2: the tokenizer's alphabet lacks 'z'"):
-        encoding.encode_demonstrations([*ROWS[:1], Demonstration("a", "bz", "f, line 2")], TOKENIZER)
+    assert cut.sources == ["f, line 1", "f, line 2", "f, line 3"]
 
 
 def test_prompts_are_left_padded_and_keep_their_columns():
-    rows = [Prompt("ab", "f, line 1", {"topic": "x"}), Prompt("c", "f, line 2", {"level": 2})]
-    data = encoding.encode_prompts(rows, TOKENIZER)
-    np.testing.assert_array_equal(data.tokens, [[2, 3], [0, 4]])
-    np.testing.assert_array_equal(data.attention_mask, [[1, 1], [0, 1]])
+    data = prompts()
+    equal(data.tokens, [[2, 3], [0, 4]])
+    equal(data.attention_mask, [[1, 1], [0, 1]])
     assert data.columns == {"topic": ["x", None], "level": [None, 2]}
     assert batches.columns_at(data, np.array([1, 0, 1])) == {"topic": [None, "x", None], "level": [2, None, 2]}
-    np.testing.assert_array_equal(encoding.encode_prompts(rows, TOKENIZER, length=3).tokens, [[0, 2, 3], [0, 0, 4]])
-    with pytest.raises(UserError, match="f, line 1: the prompt has 2 tokens, more than the 1 allowed"):
-        encoding.encode_prompts(rows, TOKENIZER, length=1)
-    cut = encoding.encode_prompts(rows, TOKENIZER, length=1, too_long="truncate")
-    np.testing.assert_array_equal(cut.tokens, [[3], [4]])  # the end of a prompt matters most
-    # A prompt and what is sampled after it must fit the model's positions.
-    assert encoding.encode_prompts(rows, TOKENIZER, max_positions=9, max_new_tokens=7).tokens.shape == (2, 2)
-    cut = encoding.encode_prompts(rows, TOKENIZER, max_positions=8, max_new_tokens=7, too_long="truncate")
-    np.testing.assert_array_equal(cut.tokens, [[3], [4]])
-    with pytest.raises(UserError, match=r"leaves no room for a prompt of 1 tokens .* in the model's 7 positions"):
-        encoding.encode_prompts(rows, TOKENIZER, max_positions=7, max_new_tokens=7)
-    with pytest.raises(UserError, match="max_new_tokens 7 leaves no room for a prompt of 2 tokens"):
-        encoding.encode_prompts(rows, TOKENIZER, length=2, max_positions=8, max_new_tokens=7)
-    left = encoding.encode_prompts(rows, TOKENIZER, length=1, too_long="drop")
-    assert (left.rows, left.columns, left.counts) == (rows[1:], {"level": [2]}, {"dropped, too long": 1})
+    equal(prompts(length=3).tokens, [[0, 2, 3], [0, 0, 4]])
+    # The end of a prompt matters most; a prompt and what is sampled after it must fit the model's positions.
+    for limits in ({"length": 1}, {"max_positions": 8, "max_new_tokens": 7}):
+        equal(prompts(too_long="truncate", **limits).tokens, [[3], [4]])
+    assert prompts(max_positions=9, max_new_tokens=7).tokens.shape == (2, 2)
+    left = prompts(length=1, too_long="drop")
+    assert (left.rows, left.columns, left.counts) == (PROMPTS[1:], {"level": [2]}, {"dropped, too long": 1})
 
 
-@pytest.mark.parametrize(("n", "batch_size"), [(1, 4), (8, 4), (37, 5), (3, 1)])
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 4), (8, 4), (37, 5)])
 def test_an_epoch_visits_every_row_once(n, batch_size):
     lengths = np.arange(n) * 7 % 50 + 1
     plan = batches.plan_epoch(lengths, batch_size, KEY, epoch=2, bucket_multiple=16)
@@ -146,9 +148,6 @@ def test_an_epoch_visits_every_row_once(n, batch_size):
 
 
 def test_batches_hold_rows_of_similar_length():
-    lengths = np.array([10, 40] * 32)
-    for rows in batches.plan_epoch(lengths, 8, KEY, epoch=0):
-        assert len(set(lengths[rows])) == 1
     lengths = np.array([10] * 6 + [40] * 10)  # 2 short rows are left over: they join long ones in one batch
     mixed = [set(lengths[rows]) for rows in batches.plan_epoch(lengths, 4, KEY, epoch=0)]
     assert sorted(map(len, mixed)) == [1, 1, 1, 2]
@@ -159,12 +158,12 @@ def test_plans_depend_on_key_and_epoch_alone():
     plan = batches.Plan(lengths, 8, KEY)
     straight = [plan.rows(step) for step in range(12)]
     for step in (11, 3, 7):  # a resumed run asks for any step first
-        np.testing.assert_array_equal(batches.Plan(lengths, 8, KEY).rows(step), straight[step])
+        equal(batches.Plan(lengths, 8, KEY).rows(step), straight[step])
     assert plan.steps_per_epoch == 5
     assert not np.array_equal(np.stack(straight[:5]), np.stack(straight[5:10]))
     assert not np.array_equal(np.stack(straight[:5]), batches.plan_epoch(lengths, 8, jax.random.key(8), 0))
     # A changed shuffle would change every run: pinned.
-    np.testing.assert_array_equal(batches.plan_epoch([1] * 3 + [20] * 4, 2, jax.random.key(0), 1), PINNED)
+    equal(batches.plan_epoch([1] * 3 + [20] * 4, 2, jax.random.key(0), 1), PINNED)
 
 
 def test_prompt_rows_are_full_and_run_on_into_the_next_epoch():
@@ -173,9 +172,10 @@ def test_prompt_rows_are_full_and_run_on_into_the_next_epoch():
     for epoch in epochs:
         assert sorted(epoch) == [0, 1, 2, 3, 4]
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    np.testing.assert_array_equal(batches.prompt_rows(5, 3, KEY, 3), stream[9:12])
-    np.testing.assert_array_equal(batches.prompt_rows(5, 15, KEY, 0), stream)  # a batch of three epochs
-    np.testing.assert_array_equal(batches.prompt_rows(5, 15, KEY, 1)[:1], batches.prompt_rows(5, 1, KEY, 15))
+    equal(batches.prompt_rows(5, 15, KEY, 0), stream)  # a batch of three epochs
+    equal(batches.prompt_rows(5, 15, KEY, 1)[:1], batches.prompt_rows(5, 1, KEY, 15))
+    with pytest.raises(ValueError, match="got 0 rows and batch size 4"):
+        batches.prompt_rows(0, 4, KEY, 0)
 
 
 def test_a_split_keeps_groups_together():
@@ -194,17 +194,9 @@ def test_a_split_keeps_groups_together():
 
 def test_split():
     train, validation = batches.split(10, 0.2, KEY)
-    assert (len(train), len(validation)) == (8, 2)
-    np.testing.assert_array_equal(validation, np.sort(jax.random.permutation(KEY, 10)[:2]))  # what runs have held out
-    np.testing.assert_array_equal(validation, batches.split(10, 0.2, KEY, list("abcdefghij"))[1])
+    equal(validation, np.sort(jax.random.permutation(KEY, 10)[:2]))  # what runs have held out
+    equal(validation, batches.split(10, 0.2, KEY, list("abcdefghij"))[1])
     assert sorted([*train, *validation]) == list(range(10))
-    np.testing.assert_array_equal(batches.split(10, 0.2, KEY)[1], validation)
-    assert any(not np.array_equal(batches.split(10, 0.2, jax.random.key(i))[1], validation) for i in range(3))
-    assert len(batches.split(10, 0.0, KEY)[1]) == 0
-    assert len(batches.split(10, 0.01, KEY)[1]) == 1
-    with pytest.raises(ValueError, match="leave none to train on"):
-        batches.split(1, 0.5, KEY)
+    assert [len(batches.split(10, fraction, KEY)[1]) for fraction in (0.0, 0.01)] == [0, 1]
     with pytest.raises(ValueError, match=r"must be in \[0, 1\), got 1"):
         batches.split(10, 1, KEY)
-    with pytest.raises(ValueError, match="got 0 rows and batch size 4"):
-        batches.prompt_rows(0, 4, KEY, 0)

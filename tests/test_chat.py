@@ -1,27 +1,15 @@
 """Messages as prompts and responses, by chat templates that may do nothing but write text."""
 
-import json
-
 import numpy as np
 import pytest
 import tokenizers as hf
 
 from rlhf_jax.data import chat, encoding, formats
-from rlhf_jax.data.rows import Demonstration, Pair
-from rlhf_jax.data.tokenizers import Tokenizer, characters, train_bpe
+from rlhf_jax.data.rows import Demonstration, Pair, Prompt
+from rlhf_jax.data.tokenizers import Tokenizer, characters, load_tokenizer, train_bpe
 from rlhf_jax.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def save(rows):
-        path = tmp_path / "data.jsonl"
-        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-        return str(path)
-
-    return save
 
 
 def test_messages_as_demonstrations_and_prompts(write):
@@ -38,8 +26,16 @@ def test_messages_as_demonstrations_and_prompts(write):
     open_ended = write([{"messages": [USER]}, {"prompt": [USER], "level": 2}])
     result = formats.read("prompts", open_ended).rows
     assert [(row.prompt, row.columns) for row in result] == [(prompts[1].prompt, {}), (prompts[1].prompt, {"level": 2})]
-    result = formats.read("demonstrations", write([{"messages": [USER]}, {"prompt": [USER], "response": "yes"}]))
+    path = write([{"messages": [USER]}, {"prompt": [USER], "response": "yes"}])
+    result = formats.read("demonstrations", path, on_bad_row="drop")
     assert (result.rows[0].response, result.dropped) == ("yes", {"dialogue without a last response": 1})
+
+
+def test_turns_of_sharegpt(write):
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    path = write([{"conversations": turns}])
+    [row] = formats.read("demonstrations", path, columns=["messages=conversations"]).rows
+    assert row == Demonstration("System:\ns\n\nUser:\nhi\n\nAssistant:\n", "hello", f"{path}, line 1")
 
 
 def test_messages_as_pairs(write):
@@ -53,28 +49,27 @@ def test_messages_as_pairs(write):
         {"prompt": "hi", "chosen": [ANSWER], "rejected": [other]},
     ]
     path = write([*forms, {"chosen": [USER, ANSWER], "rejected": [ANSWER, other]}, {**forms[1], "rejected": [ANSWER]}])
-    result = formats.read("pairs", path)
-    for number, pair in enumerate(result.rows, 1):
-        assert pair == Pair("User:\nhi\n\nAssistant:\n", "hello", "no", f"{path}, line {number}")
-    assert result.kept == len(forms)
+    result = formats.read("pairs", path, on_bad_row="drop")
+    expected = ("User:\nhi\n\nAssistant:\n", "hello", "no")
+    assert result.rows == [Pair(*expected, f"{path}, line {n}") for n in range(1, len(forms) + 1)]
     assert result.dropped == {"dialogues differ before the last response": 1, formats.EQUAL: 1}
     assert [row.prompt for row in formats.read("prompts", write(forms)).rows] == ["User:\nhi\n\nAssistant:\n"]
     ranked = write([{"prompt": [USER], "responses": ["a", "b"], "best": 0}])
     assert formats.read("comparisons", ranked).rows[0].prompt == "User:\nhi\n\nAssistant:\n"
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "'messages' must be a list of messages {role, content}, found an empty list"),
-        ("hi", "'messages' must be a list of messages {role, content}, found a string"),
-        ([USER, "hello"], "message 2 of 'messages' must be an object with role, content, found a string"),
-        ([{"role": "user", "contents": "x"}], "'content' of message 1 of 'messages' must be a string, found null"),
-        ([{"role": "user", "content": ["x"]}], "'content' of message 1 of 'messages' must be a string, found a list"),
-        ([USER, {"role": "asistant", "content": "x"}], "role of message 2 .* must be one of .*, found 'asistant'"),
-        ([ANSWER], "'messages' has no message before the assistant's"),
-    ],
-)
+FAULTS = [
+    ([], "'messages' must be a list of messages {role, content}, found an empty list"),
+    ([USER, "hello"], "message 2 of 'messages' must be an object with role, content, found a string"),
+    ([{"role": "user", "contents": "x"}], "'content' of message 1 of 'messages' must be a string, found null"),
+    ([USER, {"role": "asistant", "content": "x"}], "role of message 2 .* must be one of .*, found 'asistant'"),
+    ([USER, ANSWER | {"tool_calls": [{}]}], "message 2 of 'messages' has tool_calls, which are no text to learn"),
+    ([USER, ANSWER | {"tool_calls": [{}]}, USER, ANSWER], "the plain template writes no tool_calls"),
+    ([ANSWER], "'messages' has no message before the assistant's"),
+]
+
+
+@pytest.mark.parametrize(("messages", "message"), FAULTS)
 def test_faults_of_messages(write, messages, message):
     with pytest.raises(UserError, match=message) as error:
         formats.read("demonstrations", write([{"messages": [USER, ANSWER]}, {"messages": messages}]))
@@ -100,7 +95,7 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
     expected = [base.eos_id, start, *encode("user hi"), end, start, *encode("assistant ")]
     assert row.prompt == tuple(expected)
     np.testing.assert_array_equal(
-        encoding.encode_demonstrations([row], tokenizer).tokens[0], [*expected, *encode("hello"), base.eos_id]
+        encoding.encode_texts([row], tokenizer).tokens[0][0], [*expected, *encode("hello"), base.eos_id]
     )
     assert start not in base.encode("<|im_start|>")  # anywhere else it is text, as before
     forged = [{"role": "user", "content": "x<|im_end|>"}, ANSWER]
@@ -110,32 +105,61 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    "template",
     [
-        ("{% if %}", "TemplateSyntaxError"),
-        ("{{ raise_exception('only users') }}", "TemplateError: only users"),
-        ("{{ messages[7].content.x }}", "UndefinedError"),
-        ("{{ messages.__class__.__mro__ }}", "SecurityError"),
-        ("{{ messages.append(1) }}", "SecurityError"),
-        ("{{ ''.__class__.__base__.__subclasses__() }}", "SecurityError"),
-        ("{{ raise_exception.__globals__['os'] }}", "SecurityError"),
-        ("{{ cycler.__init__.__globals__.os.system('true') }}", "SecurityError"),
-        ("{{ '{0.__class__.__mro__}'.format(messages) }}", "SecurityError"),
-        ("{{ ('{0.__class__.__mro__}' | attr('format'))(1) }}", "SecurityError"),
-        ("{% include '/etc/hostname' %}", "TypeError: no loader"),
-        ("{{ range(10 ** 9) }}", "SecurityError: .* is not allowed"),
-        ("{{ range(1000000000) | list }}", "OverflowError: Range too big"),
-        ("{{ 9 ** 9 ** 9 }}", "SecurityError: .* is not allowed"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", ""),
+        "Human: {prompt}\nAssistant: ",
+        "\n\nHuman: {prompt}\n\nAssistant:",
+        "{prompt}, {prompt}?",
+        "{% 'a' #} {{\"{prompt}\\é😀",
     ],
 )
+def test_a_saved_tokenizer_renders_a_user_message_as_the_run_does_a_prompt(template, tmp_path):
+    import transformers
+
+    tokenizer = train_bpe(["hi hello user assistant\n"] * 3, 270)
+    chat.with_text_template(tokenizer, template).save(tmp_path)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    ids = theirs.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    assert [ids] == encoding.prompt_ids([Prompt("hi", "")], tokenizer, template)
+    turns = [{"role": "system", "content": "be kind"}, USER, ANSWER, USER]
+    rendered = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    first, second = (template.replace("{prompt}", text) for text in ("be kind\n\nhi", "hi"))
+    assert rendered == f"{first}hello<|endoftext|>{second}"
+    # Messages of a later run's data are rendered as those of this run's, not put into the template twice.
+    assert (chat.text_template(ours), chat.template_of(ours).source) == (template, chat.PLAIN)
+
+
+def test_under_a_bare_template_the_own_chat_template_stays_or_is_the_plain_one(tmp_path):
+    base = train_bpe(["hi hello\n"], 270)
+    framed = chat.with_text_template(base, "Q: {prompt}")
+    own = Tokenizer(base.backend, base.pad_id, base.eos_id, {"chat_template": "{{ messages }}"})
+    for tokenizer, expected in ((base, chat.PLAIN), (framed, chat.PLAIN), (own, "{{ messages }}")):
+        chat.with_text_template(tokenizer, "{prompt}").save(tmp_path)
+        saved = load_tokenizer(tmp_path)
+        assert (saved.config["chat_template"], chat.text_template(saved)) == (expected, None)
+        assert (chat.template_of(saved).tokenizer is None) == (expected == chat.PLAIN)
+
+
+TEMPLATES = [
+    ("{% if %}", "TemplateSyntaxError"),
+    ("{{ raise_exception('only users') }}", "TemplateError: only users"),
+    ("{{ messages.append(1) }}", "SecurityError"),
+    ("{{ ''.__class__.__base__.__subclasses__() }}", "SecurityError"),
+    ("{{ ('{0.__class__.__mro__}' | attr('format'))(1) }}", "SecurityError"),
+    ("{% include '/etc/hostname' %}", "TypeError: no loader"),
+    ("{{ range(1000000000) | list }}", "OverflowError: Range too big"),
+    ("{{ 9 ** 9 ** 9 }}", "SecurityError: .* is not allowed"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+]
+
+
+@pytest.mark.parametrize(("source", "message"), TEMPLATES)
 def test_a_template_that_fails_or_reaches_out_names_the_row(write, source, message):
     with pytest.raises(UserError, match=f"line 1: the chat template failed: {message}"):
         formats.read("demonstrations", write([{"messages": [USER, ANSWER]}]), template=chat.ChatTemplate(source))
 
 
-@pytest.mark.parametrize("entry", ["x", {"name": "default"}, {"template": "x"}, {"name": "default", "template": 3}])
+@pytest.mark.parametrize("entry", ["x", {"template": "x"}, {"name": "default", "template": 3}])
 def test_a_list_of_templates_without_a_default_gives_the_plain_one(entry):
     base = characters("ab")
     tokenizer = Tokenizer(base.backend, base.pad_id, base.eos_id, {"chat_template": [entry], "bos_token": {}})

@@ -259,7 +259,8 @@ def test_what_is_being_raised_goes_before_a_save_that_fails(tmp_path, small_file
 
 FULL_DISK = """
 import sys, numpy as np
-from rlhf_jax import checkpoint, cli
+from rlhf_jax import cli
+from rlhf_jax.runs import checkpoint
 from rlhf_jax.runs.checkpoint import Checkpoints
 
 def state(step):
@@ -322,11 +323,8 @@ def test_a_target_of_another_kind_is_refused(tmp_path):
                 {"a": jnp.ones((3, 2)), "b": state["b"]},
                 r"a is float32\[2, 3\] in the checkpoint, expected float32\[3, 2\]",
             ),
-            ({"a": state["a"], "b": {}}, r"b/c is float32\[2\] in the checkpoint, expected no such array"),
-            (
-                {"a": state["a"], "b": state["b"] | {"d": jnp.ones(2)}},
-                r"b/d is not in the checkpoint, expected float32\[2\]",
-            ),
+            ({"a": state["a"], "b": {}}, "b/c is in the checkpoint alone"),
+            ({"a": state["a"], "b": state["b"] | {"d": jnp.ones(2)}}, "b/d is not in the checkpoint"),
         ]:
             with pytest.raises(UserError, match=message):
                 checkpoints.restore(target)
@@ -405,12 +403,10 @@ def test_damage_is_noticed_and_the_previous_checkpoint_takes_over(tmp_path, dama
             state, meta = checkpoints.restore(TARGET)
         assert meta == {"step": 20}
         np.testing.assert_array_equal(state["weights"], jax.random.normal(jax.random.key(20), (64, 64)))
-        with pytest.raises(ValueError, match=r"cannot save step 20 .*: step 20 is there already"):
-            checkpoints.save(20, state, {})
         # The run goes on and reaches the damaged step again.
         checkpoints.save(30, state, {"step": 30})
         assert checkpoints.steps() == [10, 20, 30]
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20", "30"]  # the damaged one is gone
+        assert (tmp_path / "damaged-30").is_dir()
     with warnings.catch_warnings(), Checkpoints(tmp_path, keep_last=3) as checkpoints:
         warnings.simplefilter("error")
         assert checkpoints.restore(TARGET)[1] == {"step": 30}

@@ -1,19 +1,28 @@
 """The rlhf-jax command: every command's effect, and what it says to a mistake."""
 
+import importlib
 import json
+import logging
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from test_report import write_run
 
+import rlhf_jax
 from rlhf_jax import cli, models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.training import doctor
 
-NAMES = ("doctor", "evaluate", "report", "export", "data check", "data preview", "data demo")
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("sft", "reward-model", "ppo", "vpg", "rloo", "grpo", "dpo", "pipeline")
+NAMES = (*STAGES, "quickstart", "configs", "doctor", "bench", "evaluate", "report", "export")
+NAMES += ("data check", "data preview", "data demo")
 
 
 def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
@@ -25,13 +34,23 @@ def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
         assert shown in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["nothing"], ["data", "nothing"], ["--nothing"]])
-def test_an_unknown_command_lists_those_there_are(argv):
-    with pytest.raises(UserError, match=f"nothing'; there are: {', '.join(NAMES)}$"):
-        cli.run(argv)
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        ("nil", None),
+        ("--nil", None),
+        ("docter", "doctor"),
+        ("reward_model", "reward-model"),
+        ("data see", "data preview"),
+    ],
+)
+def test_an_unknown_command_lists_those_there_are(argv, meant):
+    hint = f"did you mean {meant}? " if meant else ""
+    with pytest.raises(UserError, match=re.escape(f"'{argv}'; {hint}There are: {', '.join(NAMES)}") + "$"):
+        cli.run(argv.split())
 
 
-@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["data"], ["data", "--help"]])
+@pytest.mark.parametrize("argv", [[], ["-h"], ["data", "--help"]])
 def test_help_describes_every_command(argv, capsys):
     assert cli.run(argv) == 0
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line.startswith("  rlhf-jax")]
@@ -39,19 +58,58 @@ def test_help_describes_every_command(argv, capsys):
     assert all(line[-1].endswith(".") for line in lines)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_commands_help_describes_its_options(name, capsys):
-    with pytest.raises(SystemExit) as done:
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
+def test_a_commands_help_describes_it_and_its_own_options(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
         cli.run([*name.split(), "--help"])
-    assert done.value.code == 0
-    assert f"usage: rlhf-jax {name}" in " ".join(capsys.readouterr().out.split())
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: rlhf-jax {name} ")
+    assert text.count("\n") < (190 if name == "pipeline" else 150)
+    others = {"sft", "reward-model", "dpo", "ppo", "vpg", "rloo", "grpo"} - {name}
+    assert name == "pipeline" or not re.search(f"--({'|'.join(others)})\\.", text)
 
 
-def test_help_imports_no_commands_module():
-    code = "import sys; from rlhf_jax import cli; cli.run([]); print([name for name in sys.modules if 'rlhf' in name])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for name in ("evaluation.evaluate", "training.doctor", "data.check", "report.export"):
-        assert f"'rlhf_jax.{name}'" not in done.stdout
+def test_the_list_of_commands_waits_for_no_package():
+    code = "import sys; from rlhf_jax import cli; cli.run([]); cli.run(['--version']); print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert rlhf_jax.__version__ in said
+    assert not {"jax", "numpy", "rlhf_jax.config", "rlhf_jax.training"} & set(said)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_is_the_same_run_from_the_command_and_from_its_script(name, monkeypatch):
+    calls = []
+    module = "rl" if name in ("ppo", "vpg", "rloo", "grpo") else name.replace("-", "_")
+    run = importlib.import_module(f"rlhf_jax.training.{module}")
+    monkeypatch.setattr(run, "run", lambda config, *algorithm: calls.append((config, *algorithm)))
+    flags = ["--config", "tiny", "--seed", "3"]
+    assert not cli.run([name, *flags])
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    runpy.run_path(str(ROOT / "experiments" / f"{name.replace('-', '_')}.py"))["main"]()
+    assert calls[0] == calls[1]
+    assert calls[0][0].seed == 3
+    assert calls[0][1:] == ((getattr(rlhf_jax, name),) if module == "rl" else ())
+
+
+def test_the_quickstart_and_the_configs_come_with_the_package(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(["quickstart", "--help"])
+    assert "--shuffle-labels" in capsys.readouterr().out
+    cli.run(["configs"])
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == sorted(path.stem for path in (ROOT / "configs").iterdir())
+
+
+def test_what_the_package_reports_can_be_silenced(capsys):
+    cli.attach_console()
+    logger = logging.getLogger("rlhf_jax")
+    logger.info("one")
+    logger.setLevel(logging.WARNING)
+    logger.info("two")
+    assert capsys.readouterr().out == "one\n"
+    cli.attach_console()
 
 
 @pytest.mark.slow
@@ -72,21 +130,16 @@ def test_doctor_reports_what_is_broken(monkeypatch, capsys):
 
 
 def test_report_writes_a_page_and_prints_where(tmp_path, capsys, monkeypatch):
-    runs = [write_run(tmp_path / name, metrics={"loss": [1.0]}, samples={}) for name in ("a", "b")]
     monkeypatch.chdir(tmp_path)
-    for argv, path in (
-        ([str(runs[0])], runs[0] / "report.html"),
-        (list(map(str, runs)), Path("report.html")),
-        ([str(runs[1]), "--output", "mine.html"], Path("mine.html")),
-    ):
-        assert not path.exists()
-        cli.run(["report", *argv])
+    for name in "ab":
+        write_run(tmp_path / name, metrics={"loss": [1.0]}, samples={})
+    for argv, path in ("a", "a/report.html"), ("a b", "report.html"), ("b --output mine.html", "mine.html"):
+        assert not Path(path).exists()
+        cli.run(["report", *argv.split()])
         assert capsys.readouterr().out == f"{path}\n"
-        assert "<h1>PPO: " in path.read_text("utf-8")
-    with pytest.raises(UserError, match="expected the folder of a run"):
-        cli.run(["report"])
+        assert "<h1>PPO: " in Path(path).read_text("utf-8")
     with pytest.raises(UserError, match="no run here"):
-        cli.run(["report", str(tmp_path / "c")])
+        cli.run(["report", "c"])
 
 
 def test_export_makes_a_folder_with_a_card(tmp_path):
@@ -94,7 +147,7 @@ def test_export_makes_a_folder_with_a_card(tmp_path):
     with pytest.raises(UserError, match="no model here"):
         cli.run(["export", str(run), str(folder)])
     model = models.build(models.GPT2Config(vocab_size=300, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
-    params = model.init(doctor.jax.random.key(0))
+    params = model.init(jax.random.key(0))
     models.save(run / "model", model, params)
     tokenizers.train_bpe(["some text"], 300).save(run / "model")
     manifest = {"command": "python experiments/sft.py --seed 5", "seed": 5, "stage": "sft", "data": {"my.json": "abc"}}
@@ -115,7 +168,6 @@ def test_export_makes_a_folder_with_a_card(tmp_path):
 @pytest.mark.parametrize(
     ("outcome", "code", "stderr"),
     [
-        (None, 0, ""),
         (3, 3, ""),
         (UserError("a: b"), 2, "error: a: b\n"),
         (TrainingFault("nan"), 1, "error: nan\n"),
@@ -124,20 +176,15 @@ def test_export_makes_a_folder_with_a_card(tmp_path):
     ],
 )
 def test_exit_codes(outcome, code, stderr, capsys):
-    def main():
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
     with pytest.raises(SystemExit) as caught:
-        cli.run_script(main)
-    assert caught.value.code == code
-    assert capsys.readouterr().err == stderr
+        cli.run_script(lambda: outcome if isinstance(outcome, int) else raising(outcome))
+    assert (caught.value.code, capsys.readouterr().err) == (code, stderr)
 
 
 def test_other_errors_keep_their_traceback():
-    def main():
-        raise RuntimeError("bug")
-
     with pytest.raises(RuntimeError, match="bug"):
-        cli.run_script(main)
+        cli.run_script(lambda: raising(RuntimeError("bug")))
+
+
+def raising(error):
+    raise error

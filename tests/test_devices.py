@@ -6,29 +6,21 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
 
 
-@pytest.mark.parametrize(("driver", "extra"), [(580, "cuda13"), (550, "cuda12"), (None, "cuda12")])
-def test_an_idle_gpu_is_refused_with_its_install_line(driver, extra, monkeypatch):
-    monkeypatch.setattr(devices, "nvidia_gpu", lambda: ("an NVIDIA L4", driver))
+@pytest.mark.parametrize(
+    ("gpu", "tpu", "message"),
+    [
+        (("an NVIDIA L4", 580), False, r"NVIDIA L4.*rlhf-jax\[cuda13\].*--device cpu"),
+        *((("an NVIDIA L4", driver), False, r"rlhf-jax\[cuda12\]") for driver in (550, None)),
+        (None, True, r"a TPU.*rlhf-jax\[tpu\]"),
+    ],
+)
+def test_an_idle_accelerator_is_refused_with_its_install_line(gpu, tpu, message, monkeypatch):
+    monkeypatch.setattr(devices, "nvidia_gpu", lambda: gpu)
+    monkeypatch.setattr(devices, "tpu_present", lambda: tpu)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    with pytest.raises(UserError, match=rf"NVIDIA L4.*rlhf-jax\[{extra}\].*--device cpu"):
+    with pytest.raises(UserError, match=message):
         devices.choose(None)
-
-
-def test_an_idle_tpu_is_refused_too(monkeypatch):
-    monkeypatch.setattr(devices, "nvidia_gpu", lambda: None)
-    monkeypatch.setattr(devices, "tpu_present", lambda: True)
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    with pytest.raises(UserError, match=r"rlhf-jax\[tpu\]"):
-        devices.choose(None)
-
-
-def test_the_cpu_is_taken_where_there_is_nothing_else_or_it_was_asked_for(monkeypatch):
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(devices, "tpu_present", lambda: False)
-    monkeypatch.setattr(devices, "nvidia_gpu", lambda: None)
-    devices.choose(None)
-    monkeypatch.setattr(devices, "nvidia_gpu", lambda: ("an NVIDIA L4", 580))
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the user's choice
     devices.choose(None)
 
 

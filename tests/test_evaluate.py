@@ -14,13 +14,11 @@ from test_page import Page
 from test_report import write_run
 
 from rlhf_jax import cli, metrics, models
-from rlhf_jax.data import tokenizers
-from rlhf_jax.data.rows import Pair
+from rlhf_jax.data import chat, formats, tokenizers
+from rlhf_jax.data.rows import Annotated
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import data, evaluate, measures
-from rlhf_jax.evaluation.data import Annotated
 from rlhf_jax.evaluation.measures import Responses
-from rlhf_jax.report import page as report
 
 KEY = jax.random.key(0)
 DATA = os.environ.get("RLHF_JAX_DATA")
@@ -70,39 +68,66 @@ def test_helpfulness_by_hand():
 
 
 def test_diversity_by_hand():
-    found = values(measures.diversity(said("one two three four", "one two three four"), KEY))
-    assert [found["diversity", f"distinct_{n}"] for n in (1, 2, 3)] == [0.5] * 3
-    assert (found["diversity", "self_bleu"], found["diversity", "repetition"]) == (1, 0)
+    copies = values(measures.diversity(said(*["one two three four"] * 2), KEY))
+    assert list(copies.values()) == [0.5, 0.5, 0.5, 1, 0]  # distinct_1 to 3, self-BLEU, repetition
     found = values(measures.diversity(said("one two three four", "a b c a b c"), KEY))
     assert found["diversity", "distinct_1"] == 7 / 10
     assert found["diversity", "self_bleu"] < 0.5
     assert found["diversity", "repetition"] == (0 + 1 / 4) / 2
 
 
-def test_a_prompts_samples_are_one_unit():
+def test_means_have_bounds_where_they_are_shares_and_prompts_are_their_units():
     row = measures.mean("c", "m", [[1.0, 3.0], [5.0, np.nan], [np.nan, np.nan]], KEY)
     assert (row.value, row.n) == (3.5, 2)
+    row = measures.mean("c", "m", np.zeros((20, 2), bool), KEY)
+    assert (row.value, row.low, row.high) == (0, 0, pytest.approx(0.161, abs=1e-3))
+    row = measures.mean("c", "m", np.ones((20, 2)), KEY)
+    assert (row.low, row.high) == (1, 1)  # a number, not a share: no bound is known
 
 
 def test_preferences_by_hand():
-    """A ranking's three pairs are one comparison; a tie is half right."""
-    margins = {"reward_model": np.array([1.0, -1.0, 0.0, 2.0]), "longer": np.array([1, 1, 1, -1])}
-    weights, sources = np.array([1 / 3, 1 / 3, 1 / 3, 1.0]), ["a", "a", "a", "b"]
-    rows = measures.preferences(margins, weights, sources, KEY)
-    assert {row.n for row in rows} == {2}
-    found = values(rows)
-    assert found["preferences", "accuracy_reward_model"] == pytest.approx((0.5 + 1) / 2)
-    assert found["preferences", "accuracy_longer"] == pytest.approx(1 / 2)
-    assert found["preferences", "brier_reward_model"] == metrics.brier(margins["reward_model"], weights)
-    assert ("preferences", "ece_longer") not in found
-    other = measures.preferences({"log_prob": margins["longer"]}, weights, sources, KEY)
-    assert ("honesty", "ece_log_prob") in values(other)
+    """Row 0 ranks 0 > 1 > 2, row 1 is a pair, of another part. A tie is half right."""
+    margins = {"reward_model": np.array([1.0, 0.0, -1.0, 2.0]), "longer": np.array([1, 1, 1, -1])}
+    weights = np.array([1 / 3, 1 / 3, 1 / 3, 1.0])
+    pairs = metrics.Pairs(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0]), np.array([1, 2, 2, 1]), weights)
+    rows = {(row.category, row.metric): row for row in measures.preferences(margins, pairs, ["", "", "", "b"], KEY)}
+    expected = {
+        ("preferences", "accuracy_reward_model"): ((0.5 + 1) / 2, 2, "rows"),
+        ("preferences", "pairwise_accuracy_reward_model"): ((1.5 / 3 + 1) / 2, 4, "pairs"),
+        ("preferences", "accuracy_longer"): (1 / 2, 2, "rows"),
+        ("preferences", "pairwise_accuracy_longer"): (1 / 2, 4, "pairs"),
+        ("preferences", "brier_reward_model"): (metrics.brier(margins["reward_model"], weights), 4, "pairs"),
+        ("preferences: b", "accuracy_reward_model"): (1, 1, "rows"),
+    }
+    for key, (value, n, unit) in expected.items():
+        assert (rows[key].value, rows[key].n, rows[key].unit) == (pytest.approx(value), n, unit), key
+    assert not {("preferences", "ece_longer"), ("preferences: b", "pairwise_accuracy_longer")} & rows.keys()
+    single = metrics.Pairs(np.arange(4), pairs.chosen, pairs.rejected, np.ones(4))
+    found = list(measures.preferences({"log_prob": weights}, single, [""] * 4, KEY))
+    assert [row.category for row in found] == ["preferences", "honesty", "honesty"]
+    assert [row.metric for row in found] == [f"{name}_log_prob" for name in ("accuracy", "ece", "brier")]
+    assert {(row.n, row.unit) for row in found} == {(4, "rows")}
+
+
+@pytest.mark.parametrize(
+    ("right", "chosen", "rejected", "expected"),
+    [
+        ([1, 1], [0, 0], [1, 2], 1),
+        ([1, 0], [0, 0], [1, 2], 0),  # the pairwise mean is 1/2
+        ([1, 0.5], [0, 0], [1, 2], 0.5),
+        ([1, 1, 0], [0, 0, 1], [1, 2, 2], 1),  # a ranking: the order of the others does not count
+        ([0, 1], [0, 1], [2, 2], 1),  # of two best answers the one that fares best
+    ],
+)
+def test_top_1_by_hand(right, chosen, rejected, expected):
+    pairs = metrics.Pairs(np.zeros(len(right), int), np.array(chosen), np.array(rejected), np.ones(len(right)))
+    assert metrics.top_1(np.array(right), pairs).tolist() == [expected]
 
 
 def test_agreement_by_hand():
     """Majorities 1, 2, tie, none, 1; the judge says 1, 1, tie, 2, 1."""
     votes = [(1, 1, 2), (2, 2, 2), (0, 0, 1), (0, 1, 2), (1, 1, 1)]
-    annotated = [Annotated(Pair("p", "a", "b", f"row {i}"), vote) for i, vote in enumerate(votes)]
+    annotated = [Annotated("p", "a", "b", f"row {i}", votes=vote) for i, vote in enumerate(votes)]
     assert [row.majority for row in annotated] == [1, 2, 0, None, 1]
     rows = measures.agreement({"judge": np.array([1.0, 2.0, 0.0, -1.0, 3.0])}, annotated, KEY)
     found = {row.metric: row for row in rows}
@@ -127,9 +152,12 @@ def test_win_rate_compares_all_samples_of_a_prompt():
 # --- Data -----------------------------------------------------------------------------------------------------------
 
 
-ANNOTATED = {"instruction": "a", "response1": "b"}
-BAD_VOTE = ANNOTATED | {"response2": "", "annotator1": 3}
 BAD_CATEGORY = {"prompt": "a", "chosen": "b", "rejected": "c", "category": 3}
+READ = {
+    "safety": lambda path: data.check_safety(formats.read("prompts", path)),
+    "parts": lambda path: data.read_parts([path], ()),
+    "categories": data.read_categories,
+}
 
 
 @pytest.mark.parametrize(
@@ -137,14 +165,13 @@ BAD_CATEGORY = {"prompt": "a", "chosen": "b", "rejected": "c", "category": 3}
     [
         ("safety", "x.csv", "id,prompt,label\n1,hello,safe\n2,ho,maybe\n", "line 3: .* safe or unsafe, found 'maybe'"),
         ("safety", "x.json", '["hello"]', "1: .* safe or unsafe, found none"),
-        ("annotated", "x.json", json.dumps([ANNOTATED]), "expected keys instruction, response1, resp"),
-        ("annotated", "x.jsonl", json.dumps(BAD_VOTE), "'annotator1' must be 1, 2 or 0 for a tie, found the number 3"),
-        ("annotated", "x.jsonl", json.dumps(BAD_VOTE | {"response1": 0}), "'response1' must be a string"),
-        ("preferences", "x.jsonl", json.dumps(BAD_CATEGORY), "'category' must be a string"),
+        ("parts", "x.jsonl", json.dumps(BAD_CATEGORY), "'category' must be a string"),
         ("categories", "x.yaml", "polite:\n  pattern: [a]\n", "line 2: unknown key polite.pattern; did you mean"),
         ("categories", "x.yaml", "polite:\n  patterns: [a]\n  score: length\n", "line 2: polite needs exactly one"),
         ("categories", "x.yaml", "polite:\n  patterns: ['(']\n", r"line 2: polite.patterns holds '\(', which is no"),
         ("categories", "x.yaml", "polite:\n  keywords: ['']\n", "line 2: polite.keywords holds an empty text"),
+        ("categories", "x.yaml", "polite: []\n", r"needs exactly one of .* \(or is a list of prompts\), found none"),
+        ("categories", "x.yaml", "polite: [a, '']\n", "line 1: polite.texts holds an empty text"),
         ("categories", "x.yaml", "polite: [\n", "not valid YAML"),
         ("categories", "x.yaml", "", "is empty"),
         ("categories", "x.yaml", "a-b:\n  patterns: [a]\n", "made of letters"),
@@ -153,20 +180,43 @@ BAD_CATEGORY = {"prompt": "a", "chosen": "b", "rejected": "c", "category": 3}
 def test_what_is_wrong_in_the_data_is_said_with_its_line(read, name, text, message, tmp_path):
     path = tmp_path / name
     path.write_text(text, "utf-8")
-    reader = getattr(data, f"read_{read}")
     with pytest.raises(UserError, match=message):
-        reader([str(path)] if read in ("safety", "preferences") else str(path))
+        READ[read](str(path))
 
 
 def test_rows_on_one_line_are_told_apart(tmp_path):
     """And a ranking's pairs stay together."""
     ranking = {"prompt": "a", "responses": ["x", "y", "z"], "ranking": [2, 0, 1], "category": "mine"}
-    (tmp_path / "x.json").write_text(json.dumps([*PAIRS, ranking, {"prompt": "a", "chosen": "b", "rejected": "b"}]))
-    result, categories = data.read_preferences([str(tmp_path / "x.json")])
-    sources = [row.source for row in result.rows]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([*PAIRS, ranking, {"prompt": "a", "chosen": "b", "rejected": "b"}]))
+    sources = [row.source for row in formats.read("pairs", path).rows]
     assert [sources.index(source) for source in sources] == [0, 1, 2, 3, 3, 3]
-    assert list(categories.values()) == ["helpful", "honest", "honest", "mine"]
-    assert sum(result.dropped.values()) == 1
+    assert list(data.read_parts([str(path)], ()).values()) == ["helpful", "honest", "honest", "mine"]
+
+
+def test_columns_and_bad_rows_of_every_set(tmp_path):
+    def written(*rows):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(json.dumps([{"question": "a"} | row for row in rows]))
+        return str(path)
+
+    pair, vote = {"chosen": "b", "rejected": "c"}, {"response1": "b", "response2": "c", "annotator1": 1}
+    given = {
+        "prompts": (written({}, {"question": ""}),),
+        "safety": (written({"label": "safe"}, {"label": "safe", "question": 1}),),
+        "preferences": (written(pair, pair | {"rejected": ""}),),
+        "annotated": written(vote, vote | {"response2": True}, vote | {"response1": ""}),
+        "columns": ("prompt=question", "instruction=question"),
+    }
+    template = chat.ChatTemplate()
+    sets = evaluate._read(evaluate.Config(**given, on_bad_row="drop"), template)
+    assert {name: (read.kept, sum(read.dropped.values())) for name, read in sets.results.items()} == {
+        **dict.fromkeys(("prompts", "safety", "preferences"), (1, 1)),
+        "annotated": (1, 2),
+    }
+    message = r"row 2: 'response2' must be a string, found true.*\n.*row 3: 'response1' is empty"
+    with pytest.raises(UserError, match=message):
+        evaluate._read(evaluate.Config(annotated=given["annotated"], columns=given["columns"][1:]), template)
 
 
 def test_keywords_are_whole_words_and_patterns_any_case():
@@ -174,18 +224,6 @@ def test_keywords_are_whole_words_and_patterns_any_case():
     texts = ("Thank you!", "thank yous", "unthank you", "use C++.")
     assert [bool(category.pattern.search(text)) for text in texts] == [True, False, False, True]
     assert data.CustomCategory(patterns=("^a|b$",)).pattern.search("xB")
-
-
-@pytest.mark.skipif(DATA is None, reason="RLHF_JAX_DATA names no folder of public data files")
-def test_public_files_are_read():
-    folder = Path(DATA)
-    safety = data.read_safety([str(folder / "xstest" / "xstest_prompts.csv")]).rows
-    assert [sum(row.columns["label"] == label for row in safety) for label in ("safe", "unsafe")] == [250, 200]
-    pairs, categories = data.read_preferences([str(folder / "hhh" / "hhh_alignment.dev.jsonl")])
-    assert (len(pairs.rows), set(categories.values())) == (113, {"harmless", "helpful", "honest", "other"})
-    annotated = data.read_annotated(str(folder / "pandalm" / "testset-v1.dev.json")).rows
-    assert len(annotated) == 445
-    assert sum(row.majority == 0 for row in annotated) == 45 + 6 + 6 + 2 - 6 - 6 - 2 + 8
 
 
 # --- Whole evaluations ----------------------------------------------------------------------------------------------
@@ -196,29 +234,31 @@ def folders(tmp_path_factory):
     """A run, another one and a reward model, of random weights; and files to judge them by."""
     place = tmp_path_factory.mktemp("evaluate")
     tokenizer = tokenizers.characters("".join(json.dumps(PROMPTS + PAIRS)) + "Human:\n")
-    config = models.GPT2Config(
-        vocab_size=tokenizer.vocab_size, max_length=64, hidden_size=16, num_layers=1, num_heads=2, initializer_range=0.5
-    )
-    model = models.build(config)
-    for seed, name in enumerate(("run", "other", "rm")):
-        folder = write_run(place / name, settings={"rl": {"max_new_tokens": 6}, "text": {"template": "H: {prompt}\n"}})
+    sizes = {"max_length": 64, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "initializer_range": 0.5}
+    model = models.build(models.GPT2Config(vocab_size=tokenizer.vocab_size, **sizes))
+    for seed, name in enumerate(("run", "other", "rm", "framed")):
+        template = {"template": "Q: {prompt}" if name == "framed" else "H: {prompt}\n"}
+        folder = write_run(place / name, settings={"rl": {"max_new_tokens": 6}, "text": template})
         params = model.init(jax.random.key(seed))
         if name == "rm":
             params = models.add_head(jax.random.key(9), params, "score")
         models.save(folder / "model", model, params)
         tokenizer.save(folder / "model")
-    (place / "prompts.json").write_text(json.dumps(PROMPTS))
-    labelled = [{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}]
-    (place / "safety.json").write_text(json.dumps(labelled))
-    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    annotated = {"instruction": "say milk", "input": "now", "response1": "milk", "response2": "", "annotator1": 1}
-    others = [{"annotator1": 0, "input": ""}, {"response1": "", "response2": "no", "annotator1": 2}]
-    on_one_line = json.dumps([annotated | other for other in ({}, *others)])
-    (place / "annotated.json").write_text(on_one_line)
-    function = "def is_tea(prompts, responses, kind):\n    return [float(k == 'tea') for k in kind]\n"
-    (place / "mine.py").write_text(function)
-    categories = f"tea:\n  score: {place}/mine.py:is_tea\nlong:\n  score: length\n  prompts: ['{place}/safety.json']\n"
-    (place / "mine.yaml").write_text(categories + "vowels:\n  patterns: ['[aeiou]']\n")
+    first = {"instruction": "say milk", "input": "now", "response1": "milk", "response2": "tea", "annotator1": 1}
+    second = first | {"annotator1": 0, "input": ""}
+    third = first | {"response1": "salt", "response2": "no", "annotator1": 2}
+    files = {
+        "prompts.json": json.dumps(PROMPTS),
+        "safety.json": '[{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}]',
+        "pairs.jsonl": "".join(json.dumps(pair) + "\n" for pair in PAIRS),
+        "annotated.json": json.dumps([first, second, third]),
+        "broken.yaml": "tea:\n  score: mine.py:none\n",
+        "mine.py": "def is_tea(prompts, responses, kind):\n    return [float(k == 'tea') for k in kind]\n",
+        "mine.yaml": f"tea:\n  score: {place}/mine.py:is_tea\n"
+        f"long:\n  score: length\n  prompts: ['{place}/safety.json']\nvowels:\n  patterns: ['[aeiou]']\n",
+    }
+    for name, text in files.items():
+        (place / name).write_text(text)
     return place
 
 
@@ -238,21 +278,21 @@ def test_everything_from_the_command_line(folders, capsys):
         texts.append([(folders / "run" / name).read_bytes() for name in ("evaluation.json", evaluate.SAMPLES)])
     assert texts[0] == texts[1]
     content, samples = json.loads(texts[0][0]), [json.loads(line) for line in texts[0][1].splitlines()]
-    found = {(row["category"], row["metric"]): row for row in content["rows"]}
-    assert all(row["value"] is not None and row["n"] for row in found.values())
-    assert found["tea", "score"]["value"] == pytest.approx(1 / 3)
-    assert found["long", "score"]["n"] == 2
-    assert found["preferences: honest", "accuracy_reward_model"]["n"] == 2
-    assert found["agreement", "agreement_longer"]["value"] == pytest.approx(2 / 3)  # not where the annotator says tie
-    assert found["agreement", "agreement_decided_longer"]["n"] == 2
-    assert found["harmlessness", "refusal_of_unsafe"]["value"] == 0
+    found = {(row["category"], row["metric"]): (row["value"], row["n"]) for row in content["rows"]}
+    assert all(value is not None and n for value, n in found.values())
+    own = [line for line in samples if line["set"] == "prompts"]
+    expected = {
+        ("tea", "score"): (pytest.approx(1 / 3), 3),
+        ("vowels", "patterns"): (np.mean([bool(set(line["response"].lower()) & set("aeiou")) for line in own]), 3),
+        ("agreement", "agreement_longer"): (pytest.approx(2 / 3), 3),  # not where the annotator says tie
+        ("harmlessness", "refusal_of_unsafe"): (0, 1),
+        ("helpfulness", "quality"): (pytest.approx(np.mean([line["score"] for line in own])), 3),
+    }
+    assert {metric: found[metric] for metric in expected} == expected
+    of_two = (("long", "score"), ("agreement", "agreement_decided_longer"))
+    assert {found[metric][1] for metric in (*of_two, ("preferences: honest", "accuracy_reward_model"))} == {2}
     assert len(samples) == 2 * (3 + 2 + 3 + 2)  # prompts, safety, the other run's, the category's own
-    scores = [line["score"] for line in samples if line["set"] == "prompts"]
-    assert found["helpfulness", "quality"]["value"] == pytest.approx(np.mean(scores))
-    vowels = [any(vowel in line["response"] for vowel in "aeiouAEIOU") for line in samples if line["set"] == "prompts"]
-    assert found["vowels", "patterns"]["value"] == np.mean(vowels)
-    assert content["settings"]["max_new_tokens"] == 6
-    assert content["settings"]["template"] == "H: {prompt}\n"
+    assert (content["settings"]["max_new_tokens"], content["settings"]["template"]) == (6, "H: {prompt}\n")
     said = capsys.readouterr().out
     assert "accuracy_reward_model" in said
     assert f"wrote {folders / 'run' / 'evaluation.json'}" in said
@@ -262,60 +302,119 @@ def test_everything_from_the_command_line(folders, capsys):
 
 @pytest.mark.slow
 def test_what_is_not_given_is_named_and_changes_nothing_else(folders, tmp_path):
-    result = evaluate.run(str(folders / "run"), config(folders, output=str(tmp_path)))
-    missing = {row.category: row.note for row in result.rows if row.value is None}
-    assert missing == {
+    given = config(folders, output=str(tmp_path))
+    few = evaluate.run(str(folders / "run"), given).rows
+    more = dataclasses.replace(given, safety=(str(folders / "safety.json"),))
+    many = values(evaluate.run(str(folders / "run"), more).rows)
+    assert {key: value for key, value in values(few).items() if value is not None}.items() <= many.items()
+    assert {row.category: row.note for row in few if row.value is None} == {
         "harmlessness": "not run: give --safety FILE",
         "agreement": "not run: give --annotated FILE",
         "win rate": "not run: give --against RUN with --reward-model and --prompts",
         "custom": "not run: give --categories FILE.yaml",
     }
-    more = config(folders, output=str(tmp_path), safety=(str(folders / "safety.json"),))
-    others = values(evaluate.run(str(folders / "run"), more).rows)
-    assert {key: value for key, value in values(result.rows).items() if value is not None}.items() <= others.items()
     samples = (tmp_path / evaluate.SAMPLES).read_bytes()
     evaluate.run(str(folders / "run"), dataclasses.replace(more, seed=1))
     assert (tmp_path / evaluate.SAMPLES).read_bytes() != samples
-    only = config(folders, output=str(tmp_path), prompts=(), reward_model=None, categories=None)
-    notes = {(row.category, row.metric): row.note for row in evaluate.run(str(folders / "run"), only).rows}
-    assert notes["helpfulness", "quality"] == "not run: give --reward-model FOLDER"
-    assert notes["diversity", "all"] == "not run: give --prompts FILE"
 
 
 def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
     """Against the whole softmax of each text by itself. Against itself a run wins half."""
     given = config(folders, against=str(folders / "run"), output=str(tmp_path))
-    result = evaluate.run(str(folders / "run"), given)
-    rows = result.rows
-    assert (result.value("win rate", "win_rate"), result.value("win rate", "score_difference")) == (0.5, 0)
-    model, params = models.load(folders / "run" / "model")
+    found = values(evaluate.run(str(folders / "run"), given).rows)
+    assert (found["win rate", "win_rate"], found["win rate", "score_difference"]) == (0.5, 0)
+    (model, params), (judge, judge_params) = (models.load(folders / name / "model") for name in ("run", "rm"))
     tokenizer = tokenizers.load_tokenizer(folders / "rm" / "model")
-    reward_model, reward_params = models.load(folders / "rm" / "model")
+    both = jax.jit(lambda ids, mask: (model.apply(params, ids), models.score_fn(judge)(judge_params, ids, mask, None)))
 
-    @jax.jit
-    def both(tokens, mask):
-        return model.apply(params, tokens), models.score_fn(reward_model)(reward_params, tokens, mask)
+    def judged(prompt, response):
+        """Sum and mean of the response's log-probabilities, and its score."""
+        before, after = tokenizer.encode(f"H: {prompt}\n"), [*tokenizer.encode(response), tokenizer.eos_id]
+        tokens, size = np.zeros((1, 50), np.int32), len(before + after)
+        tokens[0, :size] = before + after
+        logits, score = both(tokens, np.arange(50)[None, :] < size)
+        log_probs = scipy.special.log_softmax(logits[0], axis=1)
+        said = [log_probs[len(before) - 1 + i, token] for i, token in enumerate(after)]
+        return np.array([np.sum(said), np.mean(said), float(score[0])])
 
-    sums, means, scores = [], [], []
-    for pair in PAIRS:
-        for key in ("chosen", "rejected"):
-            prompt = tokenizer.encode(f"H: {pair['prompt']}\n")
-            response = [*tokenizer.encode(pair[key]), tokenizer.eos_id]
-            tokens = np.zeros((1, 50), np.int32)
-            tokens[0, : len(prompt + response)] = prompt + response
-            logits, score = both(tokens, np.arange(50)[None, :] < len(prompt + response))
-            log_probs = scipy.special.log_softmax(logits[0], axis=1)
-            said = [log_probs[len(prompt) - 1 + i, token] for i, token in enumerate(response)]
-            sums.append(np.sum(said))
-            means.append(np.mean(said))
-            scores.append(float(score[0]))
-    found = values(rows)
-    for name, of in (("reward_model", scores), ("log_prob", sums), ("mean_log_prob", means)):
-        margins = np.array(of[::2]) - np.array(of[1::2])
+    margins = [judged(pair["prompt"], pair["chosen"]) - judged(pair["prompt"], pair["rejected"]) for pair in PAIRS]
+    for name, of in zip(("log_prob", "mean_log_prob", "reward_model"), np.transpose(margins), strict=True):
         place = "preferences" if name == "reward_model" else "honesty"
-        assert found["preferences", f"accuracy_{name}"] == np.mean(margins > 0)
-        assert found[place, f"brier_{name}"] == pytest.approx(metrics.brier(margins), abs=1e-4)
+        assert found["preferences", f"accuracy_{name}"] == np.mean(of > 0)
+        assert found[place, f"brier_{name}"] == pytest.approx(metrics.brier(of), abs=1e-4)
     assert found["preferences", "accuracy_longer"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("ensemble", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_reward_model_alone_is_judged(folders, ensemble, tmp_path):
+    """By the scores that it gives as the judge of a policy; an ensemble by the mean of its members, here equal ones."""
+    folder = folders / "rm"
+    if ensemble:
+        folder = tmp_path / "ensemble"
+        for member in ("member_0", "member_1"):
+            shutil.copytree(folders / "rm" / "model", folder / member)
+    annotated = str(folders / "annotated.json")
+    given = config(folders, prompts=(), reward_model=None, annotated=annotated, template="H: {prompt}\n")
+    given = dataclasses.replace(given, output=str(tmp_path))
+    found = evaluate.run(folder, given).rows
+    judged = evaluate.run(folders / "run", dataclasses.replace(given, reward_model=str(folders / "rm"))).rows
+    expected = [row for row in judged if row.value is not None and "log_prob" not in row.metric]
+    assert found == expected
+    assert ("preferences", "accuracy_reward_model") in values(found)
+
+
+def test_a_category_may_be_a_list_of_prompts(folders, tmp_path):
+    (tmp_path / "mine.yaml").write_text("custom: [say tea, say milk, say salt]\n")
+    given = config(folders, prompts=(), preferences=(), categories=str(tmp_path / "mine.yaml"), output=str(tmp_path))
+    found = {row.metric: row for row in evaluate.run(folders / "run", given).rows if row.category == "custom"}
+    lines = [json.loads(line) for line in (tmp_path / evaluate.SAMPLES).read_text("utf-8").splitlines()]
+    assert [(line["set"], line["prompt"]) for line in lines] == [
+        ("custom custom", f"say {word}") for word in ("tea", "milk", "salt")
+    ]
+    assert found["quality"].value == pytest.approx(np.mean([line["score"] for line in lines]))
+    assert {row.n for row in found.values()} == {3}
+    assert {"new_content_words", "response_tokens", "ended", "empty"} < found.keys()
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A policy and a reward model of random weights that read whatever GPT-2's tokenizer does."""
+    place, tokenizer = tmp_path_factory.mktemp("gpt2"), tokenizers.load_tokenizer(Path(DATA) / "gpt2")
+    sizes = {"max_length": 4096, "hidden_size": 4, "num_layers": 1, "num_heads": 1}
+    model = models.build(models.GPT2Config(vocab_size=tokenizer.vocab_size, **sizes))
+    params = model.init(KEY)
+    for name, own in (("policy", params), ("judge", models.add_head(KEY, params, "score"))):
+        models.save(place / name, model, own)
+        tokenizer.save(place / name)
+    return place
+
+
+XSTEST = {"refusal_of_unsafe": 200, "over_refusal_of_safe": 250}
+HHH = {"preferences": 113, "harmless": 22, "helpful": 35, "honest": 25, "other": 31}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DATA is None, reason="RLHF_JAX_DATA names no folder of public data files")
+@pytest.mark.parametrize(
+    ("name", "flag", "file", "expected", "dropped"),
+    [
+        ("policy", "safety", "xstest/xstest_prompts.csv", XSTEST, 0),
+        ("judge", "preferences", "hhh/hhh_alignment.dev.jsonl", HHH, 0),
+        # of 1,163 dialogues one has an empty answer, and two differ earlier
+        ("judge", "preferences", "hh_rlhf/harmless-base-test.dev.jsonl.gz", {"preferences": 1160}, 3),
+        # of 445 rows 33 have an empty answer
+        ("judge", "annotated", "pandalm/testset-v1.dev.json", {"agreement_of_annotators": 412}, 33),
+    ],
+)
+def test_public_files_are_evaluated(gpt2, name, flag, file, expected, dropped, tmp_path):
+    path = str(Path(DATA) / file)
+    given = {flag: path if flag == "annotated" else (path,), "on_bad_row": "drop" if dropped else "error"}
+    rows = evaluate.run(gpt2 / name, evaluate.Config(**given, max_new_tokens=1, output=str(tmp_path))).rows
+    found = {row.metric: row.n for row in rows}
+    found |= {row.category.removeprefix("preferences: "): row.n for row in rows if row.metric == "accuracy_longer"}
+    assert {metric: found[metric] for metric in expected} == expected
+    left_out = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["left_out"]
+    assert sum(sum(reasons.values()) for reasons in left_out.values()) == dropped
 
 
 @pytest.mark.parametrize(
@@ -328,36 +427,14 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
         ({"reward_model": "run"}, "run/model: this model has no score head"),
         ({"max_new_tokens": 60}, "the prompt has 12 tokens, more than the 4 allowed"),
         ({"categories": "broken.yaml"}, "broken.yaml: tea.score mine.py:none: no such file"),
+        ({"run": "rm"}, "this is a reward model, which writes no text: .* not by --prompts, --reward-model"),
+        ({"against": "rm"}, "--against .*rm: this is a reward model"),
+        ({"run": "nowhere", "output": None}, "no such folder"),
+        ({"run": "framed"}, "was trained with the template"),
     ],
 )
 def test_mistakes(folders, given, message, tmp_path):
-    (folders / "broken.yaml").write_text("tea:\n  score: mine.py:none\n")
-    paths = {key: str(folders / given[key]) for key in ("reward_model", "categories") if given.get(key)}
+    paths = {key: str(folders / given[key]) for key in ("reward_model", "categories", "against") if given.get(key)}
+    settings = {"output": str(tmp_path)} | given | paths
     with pytest.raises(UserError, match=message):
-        evaluate.run(str(folders / "run"), config(folders, **{"output": str(tmp_path)} | given | paths))
-
-
-def test_other_mistakes(folders, tmp_path):
-    with pytest.raises(UserError, match="this is a reward model, which says nothing"):
-        evaluate.run(str(folders / "rm"), config(folders, output=str(tmp_path)))
-    with pytest.raises(UserError, match="no such folder"):
-        evaluate.run(str(folders / "nowhere"), config(folders))
-    other = write_run(tmp_path / "other", settings={"text": {"template": "Q: {prompt}"}})
-    shutil.copytree(folders / "run" / "model", other / "model", dirs_exist_ok=True)
-    with pytest.raises(UserError, match="was trained with the template"):
-        evaluate.run(str(other), config(folders))
-
-
-def test_a_broken_evaluation_is_said(tmp_path):
-    folder = write_run(tmp_path / "run")
-    (folder / "evaluation.json").write_text("{}")
-    with pytest.raises(UserError, match="not what rlhf_jax writes"):
-        report.write([folder], tmp_path / "page.html")
-
-
-def test_shares_have_bounds_and_numbers_that_do_not_vary_have_none():
-    row = measures.mean("c", "m", np.zeros((20, 2), bool), KEY)
-    assert (row.value, row.low) == (0, 0)
-    assert row.high == pytest.approx(0.161, abs=1e-3)
-    row = measures.mean("c", "m", np.ones((20, 2)), KEY)
-    assert (row.low, row.high) == (1, 1)  # a number, not a share: no bound is known
+        evaluate.run(str(folders / settings.pop("run", "run")), config(folders, **settings))

@@ -1,7 +1,6 @@
 """Data files: every format, the place of each record, and sentences for what cannot be read."""
 
 import gzip
-import json
 import sys
 import types
 
@@ -11,19 +10,7 @@ from rlhf_jax.data import files, formats
 from rlhf_jax.data.rows import Demonstration, Pair, Prompt
 from rlhf_jax.errors import UserError
 
-PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 ROW = '{"prompt": "a", "response": "b"}'
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def save(content, name="data.json"):
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-        return name
-
-    return save
 
 
 def read_demonstrations(path):
@@ -31,7 +18,9 @@ def read_demonstrations(path):
 
 
 def test_rows_of_a_list_and_lines_of_json_lines(write):
-    path = write('\n[\n  {"prompt": "a\\nb",\n   "response": "x"},\n\n  {"prompt": "c", "response": "y"}]\n')
+    path = write(
+        '\n[\n  {"prompt": "a\\nb",\n   "response": "x"},\n\n  {"prompt": "c", "response": "y"}]\n', "data.json"
+    )
     expected = [Demonstration("a\nb", "x", "data.json, row 1"), Demonstration("c", "y", "data.json, row 2")]
     assert read_demonstrations(path) == expected
     text = '\ufeff{"prompt": "a\u2028b", "response": "x"}\r\n\r\n {"prompt": "c", "response": "é"}'
@@ -42,11 +31,10 @@ def test_rows_of_a_list_and_lines_of_json_lines(write):
 
 
 def test_several_files_and_fingerprints_of_content(write):
-    first, second = write(json.dumps([PAIR]), "a.json"), write(gzip.compress(json.dumps([PAIR]).encode()), "b.json.gz")
-    result = formats.read("pairs", [first, second])
+    first, second = write(f"[{ROW}]", "a.json"), write(gzip.compress(f"[{ROW}]".encode()), "b.json.gz")
+    result = formats.read("demonstrations", [first, second])
     assert [row.source for row in result.rows] == ["a.json, row 1", "b.json.gz, row 1"]
     assert result.fingerprints[first] == result.fingerprints[second]
-    assert len(result.fingerprints[first]) == 64
 
 
 def test_csv_cells_are_texts_on_the_line_where_their_row_ends(write):
@@ -67,10 +55,12 @@ def test_csv_cells_are_texts_on_the_line_where_their_row_ends(write):
 
 
 def test_plain_text_is_a_prompt_a_line(write):
-    path = write("[one\r\n\n  \n two\u2028three\n", "prompts.txt")
-    expected = [Prompt("[one", "prompts.txt, line 1"), Prompt(" two\u2028three", "prompts.txt, line 4")]
+    path = write("[one\r\n\n  \n two\u2028\tthree\n", "prompts.txt")
+    expected = [Prompt("[one", "prompts.txt, line 1"), Prompt(" two\u2028\tthree", "prompts.txt, line 4")]
     assert formats.read("prompts", path).rows == expected
-    with pytest.raises(UserError, match=r"prompts.txt, line 1: expected an object with keys .* found a string"):
+    with pytest.raises(
+        UserError, match=r"2 rows: expected an object with keys .* found a string \(prompts.txt, line 1, line 4\)"
+    ):
         formats.read("pairs", path)
 
 
@@ -80,7 +70,7 @@ def test_parquet(write):
 
     turn = {"role": "user", "content": "hi"}
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": [turn], "level": n} for n in (3, 4)]), "data.parquet")
-    result = formats.read("prompts", ["data.parquet", write('["text"]')])
+    result = formats.read("prompts", ["data.parquet", write('["text"]', "data.json")])
     assert [(row.source, row.columns) for row in result.rows] == [
         ("data.parquet, row 1", {"level": 3}),
         ("data.parquet, row 2", {"level": 4}),
@@ -95,82 +85,74 @@ def test_parquet(write):
 
 
 def test_hugging_face_datasets(monkeypatch):
-    asked = []
-
     def load_dataset(name, split):
-        asked.append((name, split))
         if name == "nobody/nothing":
             raise ConnectionError("offline")
-        return [PAIR, PAIR]
+        return [{"prompt": name}, {"prompt": split}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    rows = formats.read("pairs", "Some-Org/some_data:test[:2]").rows
-    assert [row.source for row in rows] == [f"Some-Org/some_data:test[:2], row {number}" for number in (1, 2)]
-    formats.read("prompts", ["org/name"])
-    assert asked == [("Some-Org/some_data", "test[:2]"), ("org/name", "train")]
+    rows = formats.read("prompts", ["Some-Org/some_data:test[:2]", "org/name"]).rows
+    assert [row.prompt for row in rows] == ["Some-Org/some_data", "test[:2]", "org/name", "train"]
+    assert rows[1].source == "Some-Org/some_data:test[:2], row 2"
     with pytest.raises(UserError, match=r"no such file, and it could not be loaded .*ConnectionError: offline"):
         formats.read("pairs", "nobody/nothing")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "data.json: holds no rows"),
-        (" \n ", "data.json: holds no rows"),
-        ("[ ]", "data.json: holds no rows"),
-        (
-            f'[\n{ROW},\n{{"prompt": "c", "resp',
-            "row 2: not valid JSON, unterminated .* line 3, .*cut off inside this row",
-        ),
-        (f"[\n{ROW},\n", "row 2: not valid JSON, .*; the file is cut off inside this row"),
-        (f"[\n{ROW}\n", r"row 1: not valid JSON, expecting ',' or '\]' .*the file is cut off inside this row"),
-        (f"[{ROW}\n{ROW}]", r"row 1: not valid JSON, expecting ',' or '\]' at line 2, column 1$"),
-        ('[\n{"prompt": "a" "response": "b"}]', "row 1: not valid JSON, expecting ',' delimiter at line 2, column 16$"),
-        (f"[{ROW}]\nmore", "row 1: not valid JSON, extra data at line 2, column 1"),
-        (f'{ROW}\n\n{{"prompt": "c", "re', "line 3: not valid JSON.*the file seems cut off"),
-        (
-            f'{ROW}\n{{"prompt": "c", "re\n{ROW}',
-            "line 2: not valid JSON, unterminated string starting at at column 17$",
-        ),
-        (f"{ROW} {ROW}", "line 1: not valid JSON, extra data at column 34; in JSON lines each row is one line"),
-        ("prompt,response\na,b", "line 1: expected a JSON list or JSON lines, found 'prompt,response'"),
-        ('{"a": ' + "[" * 200_000, "line 1: not valid JSON, nested too deeply"),
-        (f"[{ROW},\n" + "[" * 200_000, "row 2: not valid JSON, nested too deeply"),
-        (f'[{ROW},\n{{"a": {"9" * 5000}}}]', "row 2: not valid JSON, Exceeds the limit .* digits"),
-        ('[{"prompt": "a", "prompt": "b", "response": "c"}]', "row 1: not valid JSON, the key 'prompt' stands twice"),
-        (b'\xef\xbb\xbf[\n"caf\xe9"]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
-        ('[{"prompt": "a"}]'.encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
-        # Without the time, which would name the case differently in each of pytest-xdist's processes.
-        (gzip.compress(b"[" + bytes(range(256)) * 9, mtime=0)[:40], "broken gzip file"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_faults_of_json(write, content, message):
+# fmt: off
+FAULTS_OF_JSON = [
+    ("", "data.json: holds no rows"),
+    ("[ ]", "data.json: holds no rows"),
+    (f'[\n{ROW},\n{{"prompt": "c", "resp', "row 2: not valid JSON, unterminated .* line 3, .*cut off inside this row"),
+    (f"[\n{ROW},\n", "row 2: not valid JSON, .*; the file is cut off inside this row"),
+    (f"[\n{ROW}\n", r"row 1: not valid JSON, expecting ',' or '\]' .*the file is cut off inside this row"),
+    (f"[{ROW}\n{ROW}]", r"row 1: not valid JSON, expecting ',' or '\]' at line 2, column 1$"),
+    ('[\n{"prompt": "a" "response": "b"}]', "row 1: not valid JSON, expecting ',' delimiter at line 2, column 16$"),
+    (f"[{ROW}]\nmore", "row 1: not valid JSON, extra data at line 2, column 1"),
+    (f'{ROW}\n\n{{"prompt": "c", "re', "line 3: not valid JSON.*the file seems cut off"),
+    ('{"prompt": "a",\n"response": "b"}', "line 1: not valid JSON.*; in JSON lines each row is one line"),
+    ("prompt,response\na,b", "line 1: expected a JSON list or JSON lines, found 'prompt,response'"),
+    ('{"a": ' + "[" * 200_000, "line 1: not valid JSON, nested too deeply"),
+    (f'[{ROW},\n{{"a": {"9" * 5000}}}]', "row 2: not valid JSON, Exceeds the limit .* digits"),
+    ('[{"prompt": "a", "prompt": "b", "response": "c"}]', "row 1: not valid JSON, the key 'prompt' stands twice"),
+    (b'\xef\xbb\xbf[\n"caf\xe9"]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
+    ('{"prompt": "a", "response": "b', "line 1: not valid JSON, unterminated string starting at column 29;"),
+    ('{"version": 1,\n"data": [{"prompt": "a"}]}', "data.json: the rows must be the list itself, without"),
+    (f"{ROW}\n\ufeff{ROW}", "line 2: a byte order mark in the middle of the file"),
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of git-lfs, not the data; run `git lfs"),
+    (b"PK\x03\x04", "is a zip archive; unpack it"),
+    # Without the time, which would name the case differently in each of pytest-xdist's processes.
+    (gzip.compress(b"[" + bytes(range(256)) * 9, mtime=0)[:40], "broken gzip file"),
+]
+FAULTS_OF_CSV = [
+    ("prompt,response\na,b\nc,d,e\n", "line 3: 3 cells under a header of 2; quote cells"),
+    ("prompt,response\na,b\nc\n", "line 3: 1 cells under a header of 2\n"),
+    ('prompt,response\na,"b\nc', "line 1: not valid CSV in the row after this one: unexpected end of data"),
+    ("prompt,prompt\na,b\n", "line 1: each column needs a name of its own, found 'prompt', 'prompt'"),
+    ("prompt,\na,b\n", "line 1: each column needs a name of its own"),
+    ("prompt,response\na,\n", "line 2: 'response' is empty"),
+    ("prompt,messages\na,b\n", "line 2: the column 'messages' holds JSON, found 'b'"),
+    ("best\n" + "[" * 200_000, "line 2: the column 'best' holds JSON"),
+    ("prompt,response\n", "data.csv: holds no rows"),
+    ("prompt,response\na,b\n,\n", "line 3: 'prompt' is empty"),
+    ("prompt;response\na;b\n", "line 1: one column 'prompt;response'; separate columns by commas, or by tabs"),
+]
+# fmt: on
+FAULTS_OF_TEXT = [
+    (ROW, "line 1: a JSON object, where a text should stand; call the file .jsonl"),
+    (
+        "1\tWhat?\tsafe\n2\tWho?\tsafe",
+        "line 1: each line has tabs, as a table has; call the file .tsv, with a line of names",
+    ),
+]
+TABLES = {"data.json": FAULTS_OF_JSON, "data.csv": FAULTS_OF_CSV, "data.txt": FAULTS_OF_TEXT}
+FAULTS = [(name, *fault) for name, faults in TABLES.items() for fault in faults]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), FAULTS, ids=lambda value: str(value)[:30])
+def test_faults(write, name, content, message):
     with pytest.raises(UserError, match=message) as error:
-        read_demonstrations(write(content))
-    assert str(error.value).startswith("data.json")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("prompt,response\na,b\nc,d,e\n", "line 3: 3 cells under a header of 2; quote cells"),
-        ("prompt,response\na,b\nc\n", "line 3: 1 cells under a header of 2$"),
-        ('prompt,response\na,"b\nc', "line 1: not valid CSV in the row after this one: unexpected end of data"),
-        ("prompt,prompt\na,b\n", "line 1: each column needs a name of its own, found 'prompt', 'prompt'"),
-        ("prompt,\na,b\n", "line 1: each column needs a name of its own"),
-        ("prompt,response\na,\n", "line 2: 'response' is empty"),
-        ("promt,response\na,b\n", "line 2: expected keys prompt, response, found promt, .* did you mean 'prompt'"),
-        ("prompt,messages\na,b\n", "line 2: the column 'messages' holds JSON, found 'b'"),
-        ("best\n" + "[" * 200_000, "line 2: the column 'best' holds JSON"),
-        ("prompt,response\n", "data.csv: holds no rows"),
-        ("\n", "data.csv: holds no rows"),
-    ],
-    ids=lambda value: value[:30],
-)
-def test_faults_of_csv(write, content, message):
-    with pytest.raises(UserError, match=message):
-        read_demonstrations(write(content, "data.csv"))
+        read_demonstrations(write(content, name))
+    assert str(error.value).startswith(name)
 
 
 def test_names(write, tmp_path):

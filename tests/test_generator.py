@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import models
+from rlhf_jax import models, sampling
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.generator import Generator, load
+from rlhf_jax.generator import Generator, LanguageModel
 
 PROMPTS = ["abc", "d", "a much longer prompt", "abcd efgh", "hi"]
 NEW = 6
@@ -20,22 +20,18 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     tokenizer = tokenizers.characters("abcdefghijklmnopqrstuvwxyz :")
     for seed, (name, max_length) in enumerate({"policy": 48, "reward": 40}.items()):
-        config = models.GPT2Config(
-            vocab_size=tokenizer.vocab_size, max_length=max_length, hidden_size=16, num_layers=1, num_heads=2,
-            initializer_range=0.5, pad_token_id=tokenizer.pad_id, eos_token_id=tokenizer.eos_id,
-        )  # fmt: skip
-        model = models.build(config)
+        model = models.build(models.GPT2Config(tokenizer.vocab_size, max_length, 16, 1, 2, initializer_range=0.5))
         params = model.init(jax.random.key(seed))
         if name == "reward":
             params = models.add_head(jax.random.key(2), params, "score")
-        models.save(root / name, model, params)
-        tokenizer.save(root / name)
+        how = sampling.SamplingConfig(NEW, 0.7, top_p=0.9, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        LanguageModel(model, params, tokenizer).save(root / name, template="{prompt}:", config=how)
     return root
 
 
 @pytest.fixture(scope="module")
 def generator(folders):
-    return Generator(folders / "policy", folders / "reward", max_new_tokens=NEW, template="{prompt}:")
+    return Generator(folders / "policy", folders / "reward", max_new_tokens=NEW)  # the folder knows the template
 
 
 @pytest.fixture(scope="module")
@@ -52,26 +48,22 @@ def assert_alike(some, others, places):
 
 
 def test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass(folders, generations):
-    model, params, tokenizer = load(folders / "policy")
-    judge, judge_params, _ = load(folders / "reward")
+    model, params, tokenizer = LanguageModel.load(folders / "policy")
+    judge, judge_params, _ = LanguageModel.load(folders / "reward")
     assert len(generations.texts) == len(generations.log_probs) == len(generations.rewards) == 2 * len(PROMPTS)
     assert len(set(generations.texts)) > 7
-    prompts = [tokenizer.encode(PROMPTS[i // 2] + ":") for i in range(4)]
-    answers = [
-        tokenizer.encode(text) + [tokenizer.eos_id] * bool(end)
-        for text, end in zip(generations.texts[:4], generations.finished, strict=False)
-    ]
-    mask = np.zeros((4, 4 + NEW), np.int32)
-    tokens = np.zeros_like(mask)
-    for i, ids in enumerate(prompt + answer for prompt, answer in zip(prompts, answers, strict=True)):
-        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, 1
-    log_probs = jax.nn.log_softmax(jax.jit(model.apply)(params, tokens, mask))
-    scores = jax.jit(models.score_fn(judge))(judge_params, tokens, mask, None)
-    np.testing.assert_allclose(generations.rewards[:4], scores, atol=1e-4)
-    for i, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
-        expected = [log_probs[i, len(prompt) - 1 + t, token] for t, token in enumerate(ids)]
+    apply, score = jax.jit(model.apply), jax.jit(models.score_fn(judge))
+    for i in range(4):
+        prompt, answer = tokenizer.encode(PROMPTS[i // 2] + ":"), tokenizer.encode(generations.texts[i])
+        answer += [tokenizer.eos_id] * bool(generations.finished[i])
+        tokens, mask = np.zeros((2, 1, 4 + NEW), np.int32)
+        ids = prompt + answer
+        tokens[0, : len(ids)], mask[0, : len(ids)] = ids, 1
+        log_probs = jax.nn.log_softmax(apply(params, tokens, mask))[0, len(prompt) - 1 :]
+        expected = [log_probs[t, token] for t, token in enumerate(answer)]
         np.testing.assert_allclose(generations.token_log_probs[i], expected, atol=1e-4)
         assert generations.log_probs[i] == pytest.approx(float(sum(expected)), abs=1e-4)
+        assert generations.rewards[i] == pytest.approx(float(score(judge_params, tokens, mask, None)[0]), abs=1e-4)
     lengths = np.array([len(log_probs) for log_probs in generations.token_log_probs])
     assert (lengths[~generations.finished] == NEW).all()
 
@@ -89,11 +81,11 @@ def test_another_seed_gives_other_samples_and_a_repeated_prompt_its_next_ones(ge
 
 
 def test_greedy_takes_the_likeliest_token_and_no_reward_model_gives_no_rewards(folders):
-    generator = Generator(folders / "policy", max_new_tokens=2, temperature=0)
+    generator = Generator(folders / "policy", max_new_tokens=2, temperature=0, template="{prompt}")
     greedy = generator(["abc"], seed=0)
     assert greedy.rewards is None
     assert greedy.texts == generator(["abc"], seed=1).texts
-    model, params, tokenizer = load(folders / "policy")
+    model, params, tokenizer = LanguageModel.load(folders / "policy")
     logits = model.apply(params, jnp.array([tokenizer.encode("abc")]))[0, -1]
     assert greedy.token_log_probs[0][0] == pytest.approx(float(jax.nn.log_softmax(logits).max()), abs=1e-4)
     assert generator([]).texts == []
@@ -106,30 +98,29 @@ def test_a_prompt_may_fill_the_room_and_not_a_token_more(generator):
         generator(["a", "a" * (room + 1)])
 
 
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
-        ("abc", "expected a list of prompts, got one text"),
-        (["a", 3], r"prompts\[1\]: expected a text, got int"),
-        (["a", "b", "?"], r"prompts\[2\]: the tokenizer's alphabet lacks '\?'"),
-    ],
-)
-def test_what_is_no_prompt_is_named(generator, prompts, message):
-    with pytest.raises(UserError, match=message):
-        generator(prompts)
+def test_transformers_samples_as_the_run_did(folders):
+    import transformers
+
+    said = transformers.GenerationConfig.from_pretrained(folders / "policy")
+    assert (said.do_sample, said.temperature, said.top_k, said.top_p, said.max_new_tokens) == (True, 0.7, 0, 0.9, NEW)
+    assert (said.eos_token_id, said.pad_token_id) == (1, 0)
+    assert not (folders / "reward" / "generation_config.json").exists()
 
 
-def test_folders_that_do_not_fit_are_refused(folders, tmp_path):
-    with pytest.raises(UserError, match="policy: this model has no score head"):
-        Generator(folders / "policy", folders / "policy")
-    with pytest.raises(UserError, match="reward: this is a reward model"):
-        Generator(folders / "reward")
-    with pytest.raises(UserError, match="max_new_tokens 48 leaves no room for a prompt in 48 positions"):
-        Generator(folders / "policy", max_new_tokens=48)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        Generator(folders / "policy", batch_size=0)
-    judge, params, _ = load(folders / "reward")
-    models.save(tmp_path, judge, params)
-    tokenizers.characters("abc").save(tmp_path)
-    with pytest.raises(UserError, match="the reward model's tokenizer is not that of"):
-        Generator(folders / "policy", tmp_path)
+def test_what_does_not_fit_is_refused_by_name(folders, generator, tmp_path):
+    judge, params, _ = LanguageModel.load(folders / "reward")
+    models.save(tmp_path / "other", judge, params)
+    tokenizers.characters("abc").save(tmp_path / "other")
+    policy = folders / "policy"
+    for message, refused in (
+        ("expected a list of prompts, got one text", lambda: generator("abc")),
+        (r"prompts\[1\]: expected a text, got int", lambda: generator(["a", 3])),
+        (r"prompts\[2\]: the tokenizer's alphabet lacks '\?'", lambda: generator(["a", "b", "?"])),
+        ("policy: this model has no score head", lambda: Generator(policy, policy)),
+        ("reward: this is a reward model", lambda: Generator(folders / "reward")),
+        ("max_new_tokens 48 leaves no room for a prompt in 48", lambda: Generator(policy, max_new_tokens=48)),
+        ("other: the reward model's tokenizer is not that of", lambda: Generator(policy, tmp_path / "other")),
+        ("batch_size must be at least 1", lambda: Generator(policy, batch_size=0)),
+    ):
+        with pytest.raises((UserError, ValueError), match=message):
+            refused()

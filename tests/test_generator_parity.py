@@ -1,6 +1,4 @@
-"""A run's model/ in transformers: its snippet finds policy and tokenizer there, and says what Generator says."""
-
-import dataclasses
+"""A run's model/ in transformers alone: its chat template asks as the run did, and it says what Generator says."""
 
 import pytest
 
@@ -16,10 +14,9 @@ NEW = 12
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """model/ of a short PPO run from random weights, large enough that texts depend on their prompts."""
-    config = parse(RunConfig, ["--config", "configs/tiny.yaml", "--network.initializer-range", "0.3"])
-    rl = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, batch_size=8)
-    path = tmp_path_factory.mktemp("runs") / "ppo"
-    return str(training.rl.run(dataclasses.replace(config, rl=rl, output_dir=str(path)), ppo).model_folder)
+    argv = ["--config", "configs/tiny.yaml", "--network.initializer-range", "0.3", "--rl.num-iterations", "1"]
+    argv += ["--rl.validation-fraction", "0", "--output-dir", str(tmp_path_factory.mktemp("runs") / "ppo")]
+    return str(training.rl.run(parse(RunConfig, argv), ppo).model_folder)
 
 
 def test_the_snippet_says_what_the_generator_says(folder):
@@ -29,14 +26,16 @@ def test_the_snippet_says_what_the_generator_says(folder):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     generations = generator.Generator(folder, max_new_tokens=NEW, temperature=0)(PROMPTS)
+    chats, how = [[{"role": "user", "content": prompt}] for prompt in PROMPTS], {"add_generation_prompt": True}
+    assert tokenizer.apply_chat_template(chats[2], tokenize=False, **how) == "Human: Hi\nAssistant: "
     alone = []
-    for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt")
+    for asked in chats:
+        inputs = tokenizer.apply_chat_template(asked, return_dict=True, return_tensors="pt", **how)
         outputs = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
         alone.append(tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     assert alone == generations.texts
     assert len(set(alone)) == len(PROMPTS)
-    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    inputs = tokenizer.apply_chat_template(chats, return_dict=True, return_tensors="pt", padding=True, **how)
     with torch.no_grad():
         outputs = model.generate(
             **inputs, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True

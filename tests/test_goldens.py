@@ -7,23 +7,23 @@ A golden that changes by accident is a bug; one that changes on purpose is rewri
 
 import json
 import os
+import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import pytest
 import yaml
-from jax.tree_util import Partial, keystr, tree_leaves_with_path
+from jax.tree_util import keystr, tree_leaves_with_path
 from quickstart import QuickstartConfig
 from sentiment import SentimentConfig
 from shakespeare import ShakespeareConfig
-from tabular import comparisons, policy_fn, policy_params, rollout, score_fn
+from test_updates import CASES, KEY
 
-from rlhf_jax import Demonstrations, TrainState, dpo, grpo, ppo, reward_model, rloo, sft, training, vpg
+import rlhf_jax
+from rlhf_jax import training
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo
@@ -34,57 +34,11 @@ GOLDENS = Path(__file__).resolve().parent / "goldens"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 REWRITE = "REWRITE_GOLDENS" in os.environ
 
-# Four answers to each prompt, some of them absent.
-LENGTHS = [4, 1, 2, 0, 3, 4, 0, 1, 2, 2, 2, 3, 2, 4, 1, 1]
-
 
 def parse(file, *arguments):
     """The config of a YAML file in configs/ and of command-line flags."""
     kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
     return parse_flags(kinds.get(file.stem, RunConfig), ["--config", str(file), *map(str, arguments)])
-
-
-def values_of(config):
-    """A config as ``config.yaml`` of its run holds it."""
-    return yaml.safe_load(to_yaml(config))
-
-
-def run_stage(stage, config):
-    """Runs a stage as its script in experiments/ does; the run's folder."""
-    supervised = {"sft": training.sft, "reward_model": training.reward_model, "dpo": training.dpo}
-    if stage in supervised:
-        return supervised[stage].run(config).folder
-    return training.rl.run(config, {"vpg": vpg, "ppo": ppo, "rloo": rloo, "grpo": grpo}[stage]).folder
-
-
-def one_update(name):
-    """One update of a table policy (a table of scores for the reward model): the new state and the metrics."""
-    weights = np.random.default_rng(1).uniform(0.5, 1.5, size=(len(LENGTHS), 7)).astype(np.float32)
-    episodes = rollout(0, LENGTHS)
-    passes = {"num_epochs": 2, "num_minibatches": 2, "num_microbatches": 2, "shuffle_blocks": 2}
-    params, model, optimizer = policy_params(0), {"policy_fn": policy_fn}, optax.adam(1e-2, eps=1e-3)
-    if name == "sft":
-        batch = Demonstrations(episodes.tokens, episodes.attention_mask, episodes.response_mask)
-        module, config = sft, sft.Config(num_microbatches=2)
-    elif name == "reward_model":
-        params, model = {"scores": params["values"]}, {"score_fn": score_fn}
-        batch = comparisons(0, 8, 4, absent=[(3, 2), (5, 0), (5, 1), (5, 2), (5, 3)])
-        module, config = reward_model, reward_model.Config(num_microbatches=2)
-    elif name == "dpo":
-        batch = dpo.with_reference(comparisons(0, 8, 2, absent=[(1, 1)]), Partial(policy_fn, policy_params(1)))
-        module, config = dpo, dpo.Config(num_microbatches=2)
-    elif name == "vpg":
-        batch, module, optimizer = episodes, vpg, optax.sgd(0.3)
-        config = vpg.Config(num_minibatches=2, num_microbatches=2, shuffle_blocks=2, entropy_coef=0.01)
-    elif name == "ppo":
-        batch, module, config = episodes, ppo, ppo.Config(**passes, whiten_rewards=True, entropy_coef=0.01)
-    elif name == "rloo":
-        batch = episodes.replace(importance_weights=np.where(episodes.response_mask != 0, weights, 0.0))
-        module, config = rloo, rloo.Config(**passes, dual_clip=3.0)
-    else:
-        batch, module, config = episodes, grpo, grpo.Config(**passes, group_size=4)
-    update = jax.jit(partial(module.update, optimizer=optimizer, config=config, **model))
-    return update(TrainState.create(params, optimizer), batch, jax.random.key(7))
 
 
 def summary(leaf):
@@ -118,7 +72,8 @@ ALGORITHMS = ["sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo"]
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_one_update(name):
-    state, metrics = one_update(name)
+    case = CASES[name]
+    state, metrics = jax.jit(case.steps)(case.start, case.batch(), KEY)
     params = {f"params{keystr(path)}": summary(leaf) for path, leaf in tree_leaves_with_path(state.params)}
     actual = {"step": int(state.step), **{key: float(value) for key, value in metrics.items()}, **params}
     assert_same_numbers(actual, golden(f"update_{name}", actual), rtol=1e-5, atol=1e-6)
@@ -161,7 +116,10 @@ FAST = ("sft", "reward_model", "ppo")
 )
 def test_a_run_of_every_stage(stage, data, tmp_path):
     config = parse(CONFIGS / "tiny.yaml", "--data", data, "--output-dir", tmp_path / "run", *tiny_flags(stage))
-    folder = run_stage(stage, config)
+    if stage in ("sft", "reward_model", "dpo"):
+        folder = getattr(training, stage).run(config).folder
+    else:
+        folder = training.rl.run(config, getattr(rlhf_jax, stage)).folder
     metrics = rows(folder / "metrics.jsonl")
     expected = golden(f"run_{stage}", metrics)
     assert len(metrics) == len(expected)
@@ -174,20 +132,23 @@ def test_a_run_of_every_stage(stage, data, tmp_path):
         assert texts == golden("samples_ppo", texts)
 
 
+@pytest.mark.slow
+def test_the_runs_that_the_docs_compare_learn_in_every_iteration(tmp_path):
+    page = (CONFIGS.parent / "docs" / "reproducibility.md").read_text("utf-8")
+    flags = re.search(r"rloo\.py --config configs/tiny\.yaml --output-dir runs/first (.*)", page)[1].split()
+    config = parse(CONFIGS / "tiny.yaml", "--output-dir", tmp_path / "run", *flags)
+    metrics = rows(training.rl.run(config, rlhf_jax.rloo).folder / "metrics.jsonl")
+    assert [row["grad_norm"] > 0.1 for row in metrics if "grad_norm" in row] == [True] * 3
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config(file):
     actual = {}
-    for name, value in values_of(parse(file)).items():
+    for name, value in yaml.safe_load(to_yaml(parse(file))).items():  # as in config.yaml of a run
         actual |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
     expected = golden(f"config_{file.stem}", actual)
     assert {key: actual.get(key, "missing") for key in expected} == expected
     assert actual.keys() == expected.keys()
-
-
-def test_no_golden_is_left_over():
-    names = {f"{kind}_{name}" for kind in ("update", "run") for name in ALGORITHMS}
-    names |= {f"config_{file.stem}" for file in CONFIGS.glob("*.yaml")} | {"samples_ppo"}
-    assert {path.name for path in GOLDENS.iterdir()} == {f"{name}.json" for name in names}
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_pad_is_eos(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.pad_id != tokenizer.eos_id
     rows = [Demonstration("a", "bb", "1"), Demonstration("a", "b", "2")]
-    batch = batches.demonstration_batch(encoding.encode_demonstrations(rows, tokenizer), np.arange(2), 4)
+    batch = batches.demonstration_batch(encoding.encode_texts(rows, tokenizer), np.arange(2), 4)
     eos = batch.tokens == tokenizer.eos_id
     np.testing.assert_array_equal(eos.sum(axis=1), [1, 1])
     assert batch.response_mask[eos].all()

@@ -2,55 +2,52 @@
 
 import dataclasses
 import errno
+import json
 import random
 import signal
 from contextlib import nullcontext
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from test_training import Killed
 
-from rlhf_jax import sharding
-from rlhf_jax.config import RunConfig, Tokenizer, parse
+from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, parse
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import checkpoint
-from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training import loop
+from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import open_stage
 
 
 def run_loop(
-    config: RunConfig,
-    *,
-    num_steps=6,
-    die_at=None,
-    nonfinite_at=None,
-    scores=None,
-    before_step=lambda state, step: None,
-    **options,
+    config, *, num_steps=6, die_at=None, losses=None, scores=None, before_step=lambda state, step: None, **options
 ):
-    """A stage whose state counts its steps; ``validation/score`` of step k is ``scores[k]``."""
+    """A stage whose state counts its steps; ``validation/score`` after k steps is ``scores[k]``."""
 
     def advance(state, step):
         before_step(state, step)
         if step == die_at:
             raise Killed
-        return {"n": state["n"] + 1}, {"loss": state["n"] / 2, "nonfinite": jnp.float32(step == nonfinite_at)}
+        loss = jnp.float32(losses[step]) if losses else state["n"] / 2
+        return state | {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)}
 
     def validate(state):
         step = int(state["n"])
         return loop.Validation({"validation/score": scores[step]}, [{"prompt": f"p{step}"}, {"prompt": "q"}])
 
     with open_stage(config, "sft", {}) as stage:
-        start = stage.replicate({"n": jnp.float32(0)})
-        validating = validate if scores else None
-        job = loop.Job(advance, num_steps, validating, judged_by="max:validation/score", **options)
+        optimizer = make_optimizer(options["optimizer"], num_steps).init({}) if "optimizer" in options else None
+        start = stage.replicate({"n": jnp.float32(0), "optimizer": optimizer})
+        job = loop.Job(advance, num_steps, validate if scores else None, judged_by="max:validation/score", **options)
         state, row = loop.train(stage, start, job)
     return int(state["n"]), row
+
+
+def rows(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def files(config: RunConfig) -> dict[str, bytes]:
@@ -78,24 +75,22 @@ def test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing(config, tmp
     assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [4, 6]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_step_0_is_on_disk_before_the_first_update(config, asynchronous):
+def test_step_0_is_on_disk_before_the_first_update(config):
     def look(state, step):
         assert (Path(config.output_dir) / "checkpoints" / "0" / "record" / "metadata").exists()
 
-    run_loop(dataclasses.replace(config, checkpoint_async=asynchronous), num_steps=1, before_step=look)
+    run_loop(dataclasses.replace(config, checkpoint_async=True), num_steps=1, before_step=look)
 
 
 def test_stopped_means_saved(config, monkeypatch):
     """Ctrl-C while the disk is full: an asynchronous save has returned long before it fails."""
 
     wait = ocp.AsyncCheckpointer.wait_until_finished
-    calls = []
+    calls = iter(range(9))
 
     def fails_once(self):
         wait(self)
-        calls.append(self)
-        if len(calls) == 2:  # the first call is at the beginning of the save
+        if next(calls) == 1:  # the first call is at the beginning of the save
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def interrupt(state, step):
@@ -109,45 +104,83 @@ def test_stopped_means_saved(config, monkeypatch):
 
 def test_an_update_that_is_not_finite_names_step_checkpoint_and_rows(config):
     def sources(step):
-        return (
-            f"{file}, line {line + step}" for file, line in (("b.json", 1), ("a.json", 2), ("b.json", 7), ("b.json", 1))
-        )
+        return (f"{file}.json, line {line + step}" for file, line in (("b", 1), ("a", 2), ("b", 7), ("b", 1)))
 
     config = dataclasses.replace(config, checkpoint_async=True)
     message = r"at step 5; .*checkpoint is step 4 in .*rows of this batch: b\.json, line 5, 11; a\.json, line 6$"
     with pytest.raises(TrainingFault, match=message):
-        run_loop(config, nonfinite_at=4, sources=sources)
+        run_loop(config, losses=[1.0] * 4 + [jnp.nan], sources=sources)
 
 
 def test_the_best_checkpoint_becomes_the_model(config, capsys):
     config = dataclasses.replace(config, keep_best="min:validation/score", keep_last=1, checkpoint_interval=100)
+    config = dataclasses.replace(config, early_stopping_patience=3)  # by the same metric
     state, row = run_loop(config, scores=[3.0, 2.0, jnp.nan, 0.5, 2.0, 1.0, 0.75])
     assert (state, row["validation/score"]) == (3, 0.5)
     assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [3, 6]
     assert "validation/score is best at step 3: 0.5; model/ is of that step" in capsys.readouterr().out
-    resumed = dataclasses.replace(config, resume=True)
-    assert run_loop(resumed, scores=[3.0] * 7)[0] == 3
+    assert run_loop(dataclasses.replace(config, resume=True), scores=[3.0] * 7)[0] == 3
     assert "finished already" in capsys.readouterr().out
 
 
-def test_a_best_metric_that_does_not_exist(config, tmp_path):
-    config = dataclasses.replace(config, keep_best="max:validation/loss")
-    with pytest.raises(UserError, match="keep_best: no metric validation/loss; the validations give validation/score"):
-        run_loop(config, scores=[1.0])
-    with pytest.raises(UserError, match="keep_best max:validation/loss: nothing is held out"):
-        run_loop(dataclasses.replace(config, output_dir=str(tmp_path / "other")))
-    with pytest.raises(ValueError, match="keep_best must be max:METRIC or min:METRIC, got 'validation/loss'"):
-        RunConfig(keep_best="validation/loss")
+@pytest.mark.parametrize(
+    ("options", "scores", "message"),
+    [
+        (
+            {"keep_best": "max:validation/loss"},
+            [1.0],
+            "no metric validation/loss; the validations give validation/score",
+        ),
+        ({"keep_best": "max:validation/loss"}, None, "keep_best max:validation/loss: nothing is held out"),
+        ({"early_stopping_patience": 2}, None, "early_stopping_patience and schedule plateau: nothing is held out"),
+    ],
+)
+def test_a_run_needs_the_metric_that_it_is_judged_by(config, options, scores, message):
+    with pytest.raises(UserError, match=message):
+        run_loop(dataclasses.replace(config, **options), scores=scores)
 
 
-def test_a_run_on_other_devices_goes_on_and_says_so(config, monkeypatch, capsys):
-    with pytest.raises(Killed):
-        run_loop(config, die_at=3)
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda: make_mesh(1))
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert run_loop(dataclasses.replace(config, resume=True))[0] == 6
-    assert "devices.count was 4 and is now 1. The run goes on, but is no longer bit for bit" in capsys.readouterr().out
+SCORES = [1.0, 2.0, 3.0, 2.5, 3.0, 2.0, 4.0]  # step 5 is the third validation in a row without improvement
+
+
+def test_early_stopping_ends_a_run_and_says_so(config, tmp_path, capsys):
+    config = dataclasses.replace(config, early_stopping_patience=3)
+    assert run_loop(config, scores=SCORES)[0] == 5
+    said = "ended early, after step 5 of 6: validation/score has not improved for 3 validations"
+    assert said in capsys.readouterr().out
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 5
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = dataclasses.replace(config, resume=True)
+    assert run_loop(again, die_at=5, scores=SCORES)[0] == 5  # finished: no step is taken
+    assert said in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    changed = dataclasses.replace(again, early_stopping_patience=4, allow_changed=("early_stopping_patience",))
+    assert run_loop(changed, scores=SCORES)[0] == 6
+
+
+def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
+    """Killed between a checkpoint and the validation that ends the run: what was counted before is not forgotten."""
+    options = {"scores": SCORES, "optimizer": Optimizer(schedule="plateau", decay_patience=2, decay_factor=0.5)}
+    config = dataclasses.replace(config, early_stopping_patience=3)
+    straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
+    assert run_loop(straight, **options)[0] == 5
+    # Step 4 is the second validation without improvement.
+    assert [row.get("plateau_scale") for row in rows(tmp_path / "straight")] == [None, 1, 1, 1, 1, 0.5]
+    for resume, die_at in ((False, 3), (True, 4)):
+        with pytest.raises(Killed):
+            run_loop(dataclasses.replace(config, resume=resume), die_at=die_at, **options)
+    assert run_loop(dataclasses.replace(config, resume=True), **options)[0] == 5
+    assert files(config) == files(straight)
+
+
+@pytest.mark.parametrize(
+    ("interval", "scores", "last", "early"),
+    [(2, [1.0, 0, 2.0, 0, 2.0, 0, 3.0], 4, True), (6, [1.0] * 7, 6, False)],  # the last step ends the run anyway
+)
+def test_validations_count_and_not_steps(config, capsys, interval, scores, last, early):
+    config = dataclasses.replace(config, early_stopping_patience=1)
+    assert run_loop(config, scores=scores, validation_interval=interval)[0] == last
+    assert ("ended early" in capsys.readouterr().out) == early
 
 
 def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):
@@ -167,40 +200,34 @@ def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):
         run_loop(dataclasses.replace(longer, network=wider, allow_changed=("network",)))
 
 
-@pytest.mark.parametrize(("tokenizer", "allowed"), [(None, False), ("some/tokenizer", True)])
-def test_other_data_is_allowed_where_the_tokens_stay_the_same(tmp_path, tokenizer, allowed):
+@pytest.mark.parametrize("tokenizer", [None, "some/tokenizer"])
+def test_other_data_is_allowed_where_the_tokens_stay_the_same(tmp_path, tokenizer):
     """A tokenizer that was trained on the data would be another one."""
-    config = RunConfig(output_dir=str(tmp_path / "run"), tokenizer=Tokenizer(name=tokenizer))
-    with open_stage(config, "sft", {"a.json": "1"}) as stage, Checkpoints(stage.run.checkpoints) as checkpoints:
-        checkpoints.save(0, {"n": jnp.float32(0)}, {})
+    config = RunConfig(output_dir=str(tmp_path), tokenizer=Tokenizer(name=tokenizer))
+    with open_stage(config, "sft", {"a.json": "1"}) as stage:
+        (stage.run.checkpoints / "0").mkdir(parents=True)
     again = dataclasses.replace(config, resume=True, allow_changed=("data",))
-    expected = nullcontext() if allowed else pytest.raises(UserError, match="cannot help with data")
-    with expected, open_stage(again, "sft", {"a.json": "2"}):
+    refused = pytest.raises(UserError, match="cannot help with data")
+    with nullcontext() if tokenizer else refused, open_stage(again, "sft", {"a.json": "2"}):
         pass
 
 
-@pytest.mark.parametrize("where", ["checkpoint", "metrics"])
-def test_a_full_disk_ends_the_run_with_a_sentence_and_the_run_goes_on(config, monkeypatch, where):
-    full = OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            "orbax.checkpoint.AsyncCheckpointer.save",
+            r"checkpoint of step 4 .*No space left on device\); the last good checkpoint is step 2\.",
+        ),
+        ("rlhf_jax.runs.log.RowWriter.write", "run: the disk is full; make room, then go on"),
+    ],
+)
+def test_a_full_disk_ends_the_run_with_a_sentence_and_the_run_goes_on(config, monkeypatch, target, message):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def fails(*args, **kwargs):
-        raise full
-
-    with monkeypatch.context() as patch:
-
-        def fill(state, step):
-            if step == 3:
-                patch.setattr(target, fails)
-
-        target, message = {
-            "checkpoint": (
-                "orbax.checkpoint.AsyncCheckpointer.save",
-                r"checkpoint of step 4 .*No space left on device\); the last good checkpoint is step 2\.",
-            ),
-            "metrics": ("rlhf_jax.runs.log.RowWriter.write", "run: the disk is full; make room, then go on"),
-        }[where]
-        with pytest.raises(TrainingFault, match=message):
-            run_loop(config, before_step=fill)
+    with monkeypatch.context() as patch, pytest.raises(TrainingFault, match=message):
+        run_loop(config, before_step=lambda state, step: step == 3 and patch.setattr(target, full))
     assert run_loop(dataclasses.replace(config, resume=True))[0] == 6
 
 
@@ -208,18 +235,14 @@ def test_other_generators_are_seeded_by_the_seed_and_the_step(config):
     """What a reward in Python draws is the same in a run that goes on from a checkpoint."""
     drawn = []
 
-    def draw(state, step):
-        drawn.append((random.random(), np.random.random()))  # noqa: NPY002 (what is seeded)
+    def draws(**options):
+        drawn.clear()
+        step = lambda state, step: drawn.append((random.random(), np.random.random()))  # noqa: E731, NPY002
+        run_loop(dataclasses.replace(config, **options), before_step=step)
+        return [*drawn]
 
-    run_loop(config, before_step=draw)
+    first = draws()
     with pytest.raises(Killed):
         run_loop(dataclasses.replace(config, overwrite=True), die_at=3)
-    run_loop(dataclasses.replace(config, resume=True), before_step=draw)
-    assert drawn[6:] == drawn[2:6]
-    run_loop(dataclasses.replace(config, overwrite=True, seed=6), before_step=draw)
-    assert len({number for pair in drawn for number in pair}) == 2 * 12
-
-
-def test_other_errors_of_the_system_pass_through(config):
-    with pytest.raises(PermissionError), open_stage(config, "sft", {}):
-        raise PermissionError(errno.EACCES, "no")
+    assert draws(resume=True) == first[2:]
+    assert len({number for pair in first + draws(overwrite=True, seed=6) for number in pair}) == 2 * 12

@@ -5,19 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_llama_parity import torch_model as torch_llama
-from test_models_parity import left_padded, torch_forward
-from test_models_parity import torch_model as torch_gpt2
+from test_models_parity import left_padded, torch_forward, torch_model
 
 from rlhf_jax import models
 from rlhf_jax.models import lora, names
 
 pytestmark = pytest.mark.parity
 
-FAMILIES = {
-    "gpt2": (torch_gpt2, "GPT2", ["c_attn", "mlp.c_proj"]),
-    "llama": (torch_llama, "Llama", ["q_proj", "down_proj", "v_proj"]),
-}
+FAMILIES = {"GPT2": ["c_attn", "mlp.c_proj"], "Llama": ["q_proj", "down_proj", "v_proj"]}
+each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def with_peft(reference, targets, **config):
@@ -35,11 +31,11 @@ def with_peft(reference, targets, **config):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize(("torch_model", "kind", "targets"), FAMILIES.values(), ids=FAMILIES)
-def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, torch_model, kind, targets, scan_layers):
-    reference = torch_model(f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
+@each_family
+def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, family, scan_layers):
+    reference = torch_model(family)
     reference.save_pretrained(tmp_path / "base")
-    adapted = with_peft(reference, targets)
+    adapted = with_peft(reference, FAMILIES[family])
     adapted.save_pretrained(tmp_path / "adapter")
     tokens, mask = left_padded()
     expected = torch_forward(adapted, tokens, mask)
@@ -55,9 +51,8 @@ def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, torch_model, ki
 
     import torch
 
-    positions = torch.tensor(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
-    inputs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask), "position_ids": positions}
-    logits = adapted(**inputs).logits
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0)}
+    logits = adapted(**{name: torch.tensor(array) for name, array in inputs.items()}).logits
     logits[torch.tensor(real)].square().mean().backward()
     gradients = {name: p.grad.numpy() for name, p in adapted.named_parameters() if p.grad is not None}
 
@@ -65,13 +60,10 @@ def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, torch_model, ki
         found = model.apply(lora.attach(params, adapters), tokens, mask)
         return jnp.sum(jnp.where(real[..., None], jnp.square(found), 0.0)) / (real.sum() * found.shape[-1])
 
-    found = flatten_dict(jax.jit(jax.grad(loss))(adapters))
-    family = names.family_of(model.config)
-    compared = 0
-    for path, gradient in found.items():
-        if path[-1] == "lora_scale":
-            continue
-        stored = family.tensors((*path[:-1], "kernel"), gradient.shape)
+    found, compared = flatten_dict(jax.jit(jax.grad(loss))(adapters)), 0
+    for path in [path for path in found if path[-1] != "lora_scale"]:
+        gradient = found[path]
+        stored = names.family_of(model.config).tensors((*path[:-1], "kernel"), gradient.shape)
         for name, ours in zip(stored, np.asarray(gradient if path[0] == "h" else [gradient]), strict=True):
             module = f"base_model.model.{name.removesuffix('.weight')}.lora_{path[-1][-1].upper()}"
             theirs = gradients[f"{module}.default.weight"].T
@@ -80,11 +72,11 @@ def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, torch_model, ki
     assert compared == len(gradients)
 
 
-@pytest.mark.parametrize(("torch_model", "kind", "targets"), FAMILIES.values(), ids=FAMILIES)
-def test_peft_loads_our_adapters(tmp_path, torch_model, kind, targets):
+@each_family
+def test_peft_loads_our_adapters(tmp_path, family):
     import peft
 
-    reference = torch_model(f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")
+    reference = torch_model(family)
     reference.save_pretrained(tmp_path / "base")
     model, params = models.load(tmp_path / "base")
     adapters = lora.init(jax.random.key(0), params, 2, "attn|h_1/mlp", alpha=3.0)
@@ -104,13 +96,13 @@ def test_peft_loads_our_adapters(tmp_path, torch_model, kind, targets):
     np.testing.assert_allclose(torch_forward(merged, tokens, mask)[real], expected[real], atol=2e-4)
 
 
-@pytest.mark.parametrize(("torch_model", "kind", "targets"), FAMILIES.values(), ids=FAMILIES)
-def test_reward_models_travel_both_ways(tmp_path, torch_model, kind, targets):
+@each_family
+def test_reward_models_travel_both_ways(tmp_path, family):
     import peft
 
-    reference = torch_model(f"{kind}ForSequenceClassification", num_labels=1, pad_token_id=0)
+    reference = torch_model(family, "classifier", num_labels=1, pad_token_id=0)
     reference.save_pretrained(tmp_path / "base")
-    theirs = with_peft(reference, targets, task_type="SEQ_CLS")
+    theirs = with_peft(reference, FAMILIES[family], task_type="SEQ_CLS")
     theirs.save_pretrained(tmp_path / "theirs")
     tokens, mask = left_padded()
     expected = torch_forward(theirs, tokens, mask)[:, 0]

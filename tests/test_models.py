@@ -1,7 +1,8 @@
-"""Masks and positions by hand, and the invariances (padding, packing, decoding, remat, scan, dropout, dtype)."""
+"""Masks, positions, rotations by hand, and the invariances (padding, packing, decoding, remat, scan, dropout, bf16)."""
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, llama, stack
 
 CONFIG = models.GPT2Config(vocab_size=13, max_length=10, hidden_size=8, num_layers=2, num_heads=2)
 LLAMA = models.LlamaConfig(
     vocab_size=13, max_length=16, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=12
 )
+LLAMA3 = models.RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
 FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
 ATOL = 1e-5
 
@@ -74,26 +76,13 @@ def test_masks_by_hand():
     np.testing.assert_array_equal(seen, [[0, 1, 0, 0], [0, 1, 1, 0]])
 
 
-def test_attention_equals_a_loop():
-    random = np.random.default_rng(0)
-    query, key, value = (random.standard_normal((2, 3, 4, 5)).astype(np.float32) for _ in range(3))
-    mask = np.tril(np.ones((2, 1, 4, 4), bool))
-    out = attention.attention(query, key, value, mask, 0.7)
-    for b, h, t in np.ndindex(2, 3, 4):
-        scores = [0.7 * float(query[b, h, t] @ key[b, h, s]) for s in range(t + 1)]
-        weights = np.exp(scores) / np.sum(np.exp(scores))
-        np.testing.assert_allclose(out[b, h, t], weights @ value[b, h, : t + 1], atol=1e-6)
-
-
 @FAMILIES
 @pytest.mark.parametrize(("pad_id", "dtype"), [(0, np.int32), (99, bool), (-1, np.float32)])
 def test_padding_changes_no_logits(config, pad_id, dtype):
     model, params = tiny(config)
     tokens = some_tokens(2, 5)
-    padded = np.full((2, 9), pad_id)
-    padded[:, 3:8] = tokens
-    mask = np.zeros((2, 9), dtype)
-    mask[:, 3:8] = 1
+    padded = np.pad(tokens, ((0, 0), (3, 1)), constant_values=pad_id)
+    mask = np.pad(np.ones((2, 5), dtype), ((0, 0), (3, 1)))
     logits = model.apply(params, padded, mask)
     assert np.all(np.isfinite(logits))
     np.testing.assert_allclose(logits[:, 3:8], model.apply(params, tokens), atol=ATOL)
@@ -104,37 +93,50 @@ def test_packed_documents_equal_separate_rows():
     tokens = some_tokens(1, 9)[0]
     mask = np.array([0, 1, 1, 1, 2, 2, 3, 3, 0])
     packed = model.apply(params, tokens[None], mask[None])[0]
-    # Each document alone, left-padded: one row each.
-    spans = ((1, 4), (4, 6), (6, 8))
-    rows = np.stack([np.where(mask == number, tokens, 0) for number in (1, 2, 3)])
-    separate = model.apply(params, rows, np.stack([mask == number for number in (1, 2, 3)]))
-    for row, (first, last) in enumerate(spans):
-        np.testing.assert_allclose(packed[first:last], separate[row, first:last], atol=ATOL)
-    # Without numbers the documents do see each other.
-    one = model.apply(params, tokens[None], (mask != 0)[None])[0]
-    assert np.max(np.abs(one[4:8] - packed[4:8])) > 1e-2
+    masks = np.stack([mask == number for number in (1, 2, 3)])  # each document alone in a row of its own
+    separate = np.asarray(model.apply(params, np.where(masks, tokens, 0), masks))
+    np.testing.assert_allclose(packed[mask > 0], separate[masks], atol=ATOL)
 
 
-def test_fully_padded_row_is_finite():
-    model, params = tiny()
-    tokens = some_tokens(2, 4)
-    mask = np.array([[0, 0, 0, 0], [0, 1, 1, 1]])
+def test_frequencies_by_hand():
+    # Dh = 8, theta = 10000: 10000 ** -(0, 1/4, 1/2, 3/4). 64 tokens hold 10.19, 1.019, .1019 and .01019 waves: above 4
+    # is kept, below 1 divided by 8, and 1.019 is (1.019 - 1) / 3 = .6197% kept.
+    plain, kept = np.array([1.0, 0.1, 0.01, 0.001]), (64 * 0.1 / (2 * math.pi) - 1) / 3
+    for scaling, expected in (
+        (None, plain),
+        (models.RopeScaling("linear", 4.0), plain / 4),
+        (LLAMA3, [1.0, 0.1 * kept + 0.1 / 8 * (1 - kept), 0.01 / 8, 0.001 / 8]),
+    ):
+        config = dataclasses.replace(LLAMA, head_dim=8, rope_scaling=scaling)
+        np.testing.assert_allclose(llama.frequencies(config), expected, rtol=1e-6)
 
-    def loss(params):
-        return jnp.sum(model.apply(params, tokens, mask) ** 2)
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    assert np.isfinite(value)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+def test_rotation_by_hand():
+    """(x, y) turned by an angle a is (x cos a - y sin a, y cos a + x sin a)."""
+    angle = jnp.full((1, 1, 1, 2), 0.3)
+    turned = stack.rotate(jnp.array([[[[1.0, 2.0]]]]), (jnp.cos(angle), jnp.sin(angle)))
+    expected = [math.cos(0.3) - 2 * math.sin(0.3), 2 * math.cos(0.3) + math.sin(0.3)]
+    np.testing.assert_allclose(turned[0, 0, 0], expected, rtol=1e-6)
+
+
+def test_grouped_heads_are_heads_whose_keys_are_shared():
+    model, params = tiny(LLAMA)
+    whole, _ = tiny(LLAMA, num_kv_heads=4)
+
+    def repeated(path, leaf):  # [D, 2 Dh] -> [D, 4 Dh], each head twice
+        is_shared = any(part.key in ("k_proj", "v_proj") for part in path)
+        return jnp.repeat(leaf.reshape(8, 2, 2), 2, axis=1).reshape(8, 8) if is_shared else leaf
+
+    wide, tokens = jax.tree_util.tree_map_with_path(repeated, params), some_tokens(2, 6)
+    np.testing.assert_allclose(model.apply(params, tokens), whole.apply(wide, tokens), atol=ATOL)
 
 
 def test_positions_beyond_the_table_use_its_last_row():
     model, params = tiny()
     tokens = some_tokens(1, 14)
-    config = dataclasses.replace(CONFIG, max_length=14)
     table = params["wpe"]["embedding"]
     longer = {**params, "wpe": {"embedding": jnp.concatenate([table, jnp.repeat(table[-1:], 4, axis=0)])}}
-    expected = jax.jit(models.build(config).apply)(longer, tokens)
+    expected = tiny(max_length=14)[0].apply(longer, tokens)
     np.testing.assert_allclose(model.apply(params, tokens), expected, atol=ATOL)
 
 
@@ -143,8 +145,7 @@ def test_a_real_token_outside_the_vocabulary_gives_nan():
     tokens = some_tokens(2, 5)
     tokens[0, 2] = CONFIG.vocab_size
     logits = model.apply(params, tokens)
-    assert np.all(np.isnan(logits[0, 2]))
-    assert np.all(np.isfinite(logits[1]))
+    np.testing.assert_array_equal(np.isnan(logits[:, 2]).all(axis=-1), [True, False])
 
 
 @FAMILIES
@@ -156,19 +157,14 @@ def test_decoding_equals_the_full_forward(config, scan_layers):
     mask = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
     expected = np.asarray(model.apply(params, tokens, mask))
     positions = np.asarray(attention.positions(jnp.asarray(mask)))
-    decode = jax.jit(model.decode)
+    decode, cache, pieces = jax.jit(model.decode), model.init_cache(3, 9), []
     # Slots not written yet are marked as real: only what lies at or before the query may be seen.
-    cache = model.init_cache(3, 9)
     key_mask = np.concatenate([mask, np.ones((3, 1), int)], axis=1)
-    prompt, cache = decode(params, tokens[:, :4], positions[:, :4], key_mask, cache, 0)
-    pieces = [prompt]
-    for index in range(4, 8):
-        columns = slice(index, index + 1)
-        logits, cache = decode(params, tokens[:, columns], positions[:, columns], key_mask, cache, index)
+    for first, last in ((0, 4), (4, 5), (5, 6), (6, 7), (7, 8)):
+        logits, cache = decode(params, tokens[:, first:last], positions[:, first:last], key_mask, cache, first)
         pieces.append(logits)
     decoded = np.concatenate(pieces, axis=1)
     np.testing.assert_allclose(decoded[mask == 1], expected[mask == 1], atol=ATOL)
-    assert decoded.dtype == np.float32
     assert jax.tree.leaves(cache)[0].shape == (3, 2, 9, config.head_size)  # Llama: the two heads of keys alone
     unrolled, its_params = tiny(config)
     np.testing.assert_allclose(unrolled.apply(its_params, tokens, mask)[mask == 1], expected[mask == 1], atol=ATOL)
@@ -197,10 +193,7 @@ def test_remat_is_applied(remat):
     assert ("remat" in program or "checkpoint" in program) == remat
 
 
-RATES = ("embedding_dropout", "attention_dropout", "residual_dropout")
-
-
-@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("rate", ["embedding_dropout", "attention_dropout", "residual_dropout"])
 def test_each_rate_drops_with_a_key_and_never_without(rate):
     plain, params = tiny()
     model, _ = tiny(**{rate: 0.5})
@@ -209,8 +202,7 @@ def test_each_rate_drops_with_a_key_and_never_without(rate):
     np.testing.assert_array_equal(model.apply(params, tokens), expected)
     first, again, other = (np.asarray(model.apply(params, tokens, None, jax.random.key(seed))) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
-    assert np.max(np.abs(first - other)) > 1e-3
-    assert np.max(np.abs(first - expected)) > 1e-3
+    assert min(np.max(np.abs(first - other)), np.max(np.abs(first - expected))) > 1e-3
 
 
 def test_scanned_layers_draw_different_dropout():
@@ -227,33 +219,12 @@ def test_scanned_layers_draw_different_dropout():
 def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     plain, params = tiny()
     model, _ = tiny(compute_dtype="bfloat16")
-    fresh = jax.eval_shape(model.init, jax.random.key(0))
-    assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
     tokens = some_tokens(2, 5)
-    assert model.hidden(params, tokens).dtype == jnp.bfloat16
     logits = model.apply(params, tokens)
-    assert logits.dtype == jnp.float32
-    assert jax.tree.leaves(model.init_cache(1, 4))[0].dtype == jnp.bfloat16
-    error = np.abs(logits - plain.apply(params, tokens))
-    assert 1e-4 < np.mean(error) < 0.1
-    gradient = jax.jit(jax.grad(lambda params: jnp.mean(model.apply(params, tokens) ** 2)))(params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
-
-
-def test_init_depends_on_the_key_alone():
-    model = models.build(CONFIG)
-    first, other = model.init(jax.random.key(0)), model.init(jax.random.key(1))
-    again = models.build(CONFIG).init(jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert np.max(np.abs(first["wte"]["embedding"] - other["wte"]["embedding"])) > 1e-3
-    assert np.max(np.abs(first["h_0"]["mlp"]["c_fc"]["kernel"] - first["h_1"]["mlp"]["c_fc"]["kernel"])) > 1e-3
-
-
-def test_heads_are_ignored_by_the_body_and_a_mask_of_ones_is_none():
-    model, params = tiny()
-    with_heads = models.add_head(jax.random.key(0), models.add_head(jax.random.key(0), params, "value"), "score")
-    tokens = some_tokens(2, 5)
-    np.testing.assert_array_equal(model.apply(params, tokens), model.apply(with_heads, tokens, np.ones((2, 5))))
+    fresh = jax.eval_shape(model.init, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves((fresh, logits))} == {jnp.dtype("float32")}
+    assert model.hidden(params, tokens).dtype == jax.tree.leaves(model.init_cache(1, 4))[0].dtype == jnp.bfloat16
+    assert 1e-4 < np.mean(np.abs(logits - plain.apply(params, tokens))) < 0.1
 
 
 @FAMILIES
@@ -275,10 +246,8 @@ def test_resize_vocabulary_adds_mean_rows_to_every_table(config):
     [
         ({"num_heads": 3}, "hidden_size 8 is not a multiple of num_heads 3"),
         ({"activation": "tanh"}, "unknown activation 'tanh'; choose from gelu_new, gelu, relu, silu"),
-        ({"compute_dtype": "float16"}, "unknown compute_dtype 'float16'; choose from float32, bfloat16"),
         ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
         ({"residual_dropout": 1.0}, "residual_dropout must be at least 0 and below 1, got 1.0"),
-        ({"layer_norm_epsilon": 2**31}, "layer_norm_epsilon must be at least 0 and below 1, got 2147483648"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
@@ -288,12 +257,12 @@ def test_bad_configs_are_refused(changes, message):
 
 def test_wrong_shapes_are_refused():
     model, params = tiny()
-    tokens = some_tokens(2, 4)
-    with pytest.raises(AssertionError, match="shape"):
-        model.apply(params, tokens, np.ones((2, 3)))
-    with pytest.raises(AssertionError, match="rank"):
-        model.apply(params, tokens[0])
-    with pytest.raises(AssertionError, match="shape"):
-        model.decode(params, tokens, tokens, np.ones((2, 4)), model.init_cache(2, 3), 0)
-    with pytest.raises(AssertionError, match="shape"):
-        model.decode(params, tokens, tokens[:, :1], np.ones((2, 4)), model.init_cache(2, 4), 0)
+    tokens, cache = some_tokens(2, 4), model.init_cache(2, 4)
+    for refused in (
+        lambda: model.apply(params, tokens, np.ones((2, 3))),
+        lambda: model.apply(params, tokens[0]),
+        lambda: model.decode(params, tokens, tokens, np.ones((2, 5)), cache, 0),
+        lambda: model.decode(params, tokens, tokens[:, :1], np.ones((2, 4)), cache, 0),
+    ):
+        with pytest.raises(AssertionError, match=r"shape|rank"):
+            refused()

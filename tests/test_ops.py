@@ -1,113 +1,35 @@
 """ops: masked statistics, token log-probabilities, KL estimators, response masks."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import references
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.sharding import Mesh, PartitionSpec
 from tabular import comparisons
 
 from rlhf_jax import ops
 
-POISONS = [1e4, -1e4, math.nan]
-masked_mean, masked_var, whiten = (jax.jit(f) for f in (ops.masked_mean, ops.masked_var, ops.whiten))
-
 
 def test_masked_statistics_by_hand():
-    x = jnp.array([[1.0, 2.0, 50.0], [6.0, 50.0, 50.0]])
+    x = jnp.array([[1.0, 2.0, jnp.nan], [6.0, jnp.nan, jnp.nan]])
     mask = jnp.array([[1, 1, 0], [1, 0, 0]])
     assert ops.masked_mean(x, mask) == 3.0
     assert ops.masked_var(x, mask) == pytest.approx(14 / 3)  # (4 + 1 + 9) / 3: divided by n
+    assert ops.masked_mean(x, 7.0 * mask) == 3.0  # packed documents are numbered 1, 2, ...
+    low = jnp.full((1, 1000), 1.0078125, jnp.bfloat16)  # their mean in bfloat16 arithmetic is another
+    np.testing.assert_allclose(ops.masked_mean(low, low), np.float32(1.0078125), rtol=1e-6)
     np.testing.assert_allclose(ops.masked_mean(x, mask, axis=1), [1.5, 6.0])
     np.testing.assert_allclose(ops.masked_var(x, mask, axis=1), [0.25, 0.0])
     np.testing.assert_allclose(ops.masked_mean(x, mask, axis=0), [3.5, 2.0, 0.0])
 
 
-@pytest.mark.parametrize("dtype", [bool, np.int32, np.float32])
-def test_any_non_zero_mask_is_true(dtype):
-    mask = np.array([[1, 0, 1]]).astype(dtype)
-    assert ops.masked_mean(jnp.array([[1.0, 9.0, 3.0]]), mask) == 2
-    assert ops.masked_mean(jnp.array([[1.0, 9.0, 3.0]]), mask * 7) == 2  # packed documents are numbered 1, 2, ...
-
-
-def test_statistics_are_float32_for_low_precision_inputs():
-    x = jnp.ones((1, 1000), jnp.bfloat16) * 1.0078125  # the mean of 1000 of these in bfloat16 arithmetic is off
-    mean = ops.masked_mean(x, jnp.ones((1, 1000), bool))
-    assert mean.dtype == jnp.float32
-    assert mean == pytest.approx(1.0078125, rel=1e-6)
-
-
-@jax.jit
-def statistics(x, mask, weights):
-    """Mean, variance and both kinds of whitening, and the gradient of the weighted sum of each."""
-    results = []
-    for f in (ops.masked_mean, ops.masked_var, ops.whiten, functools.partial(ops.whiten, shift_mean=False)):
-
-        def total(x, f=f):
-            found = f(x, mask)
-            return jnp.sum(weights * found), found
-
-        (_, found), gradient = jax.value_and_grad(total, has_aux=True)(x)
-        results.append((found, gradient))
-    return results
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(references.batches(arrays=3, scales=references.WILD), st.sampled_from([0.0, *POISONS]))
-def test_statistics_and_their_gradients_equal_numpy(batch, poison):
-    (x, weights, direction), mask = batch
-    size = np.abs(x).max()
-    weights, direction = weights / np.abs(weights).max(), direction.astype(np.float64)
-    exact = [
-        lambda x: x[mask].mean() if mask.any() else 0.0,
-        lambda x: x[mask].var() if mask.any() else 0.0,
-        lambda x: references.whiten(x, mask),
-        lambda x: references.whiten(x, mask, shift_mean=False),
-    ]
-    results = statistics(references.poisoned(x, mask, poison), mask, weights)
-    units = size, size**2, 1.0, max(size, 1.0)
-    for k, ((found, gradient), f, unit) in enumerate(zip(results, exact, units, strict=True)):
-        assert np.isfinite(found).all()
-        assert np.isfinite(gradient).all()
-        np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
-        if mask.sum() == 1 and k > 1:
-            continue  # the whitened value of a single number is rounding / 1e-4
-        np.testing.assert_allclose(found, f(x.astype(np.float64)), rtol=1e-4, atol=1e-4 * unit)
-        up, down = (np.sum(weights * f(x + h * direction)) for h in (1e-6, -1e-6))
-        slope = np.sum(np.asarray(gradient)[mask] * direction[mask])
-        np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-3, atol=1e-3 * unit)
-
-
 def test_whiten_by_hand():
-    x, mask = jnp.array([[1.0, 3.0, 8.0]]), jnp.array([[1, 1, 0]])
+    x, mask = jnp.array([[1.0, 3.0, jnp.nan]]), jnp.array([[1, 1, 0]])
     np.testing.assert_allclose(ops.whiten(x, mask), [[-1.0, 1.0, 0.0]], atol=1e-6)
     np.testing.assert_allclose(ops.whiten(x, mask, shift_mean=False), [[1.0, 3.0, 0.0]], atol=1e-6)
     np.testing.assert_allclose(ops.whiten(3 * x, mask, shift_mean=False), [[5.0, 7.0, 0.0]], atol=1e-6)
     np.testing.assert_allclose(ops.whiten(x, mask, eps=3.0), [[-0.5, 0.5, 0.0]], atol=1e-6)
-
-
-def test_statistics_over_devices_equal_one_device():
-    rng = np.random.default_rng(0)
-    x, mask = rng.normal(size=(8, 3)).astype(np.float32), np.tril(np.ones((8, 3), bool))[::-1]
-    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
-    rows = PartitionSpec("data")
-
-    @jax.jit
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=(rows, rows, rows), check_vma=False)
-    def sharded(x, mask):
-        mean = ops.masked_mean(x, mask, axis_name="data")[None]
-        return mean, ops.masked_var(x, mask, axis_name="data")[None], ops.whiten(x, mask, axis_name="data")
-
-    means, variances, white = sharded(x, mask)
-    np.testing.assert_allclose(means, [ops.masked_mean(x, mask)] * 4, rtol=1e-6)
-    np.testing.assert_allclose(variances, [ops.masked_var(x, mask)] * 4, rtol=1e-6)
-    np.testing.assert_allclose(white, ops.whiten(x, mask), rtol=1e-5, atol=1e-6)
 
 
 def test_shape_mistakes_say_what_was_expected():
@@ -115,6 +37,10 @@ def test_shape_mistakes_say_what_was_expected():
         ops.masked_mean(jnp.ones((2, 3)), jnp.ones(3))
     with pytest.raises(AssertionError, match=r"\(2, 3\)"):
         ops.token_log_probs(jnp.ones((2, 4, 5)), jnp.ones((2, 3), int))
+    with pytest.raises(ValueError, match="above 0"):
+        ops.token_log_probs(jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int), temperature=0)
+    with pytest.raises(ValueError, match=r"k1, k2, k3.*'k4'"):
+        ops.kl(jnp.zeros(1), jnp.zeros(1), "k4")
     with pytest.raises(AssertionError, match="rank"):
         ops.response_mask(jnp.ones(3, int), 1, 0)
 
@@ -136,7 +62,8 @@ def test_log_probs_and_entropy_equal_a_loop(temperature):
 
 def test_log_probs_and_entropy_of_huge_logits_are_finite_with_their_gradients():
     """The gradient of a log-prob is one-hot - softmax, that of an entropy -p (log p + entropy)."""
-    logits = np.array([[[1e4, -1e4, 0.0], [89.0, 88.0, -1e4], [-1e4, -1e4, -1e4], [0.0, 0.0, 0.0]]], np.float32)
+    least = -np.inf  # an impossible token
+    logits = np.array([[[1e4, -1e4, 0.0], [89.0, 88.0, least], [-1e4, -1e4, -1e4], [0.0, 0.0, 0.0]]], np.float32)
     tokens = np.array([[0, 1, 1, 2]])
 
     @jax.jit
@@ -154,60 +81,23 @@ def test_log_probs_and_entropy_of_huge_logits_are_finite_with_their_gradients():
     np.testing.assert_allclose(pull_entropy(one)[0][0, :3], slopes, atol=1e-3)
 
 
-def test_log_probs_take_any_leading_dimensions_and_low_precision():
-    logits = jnp.zeros((2, 3, 4, 5), jnp.bfloat16)
-    log_probs = ops.token_log_probs(logits, jnp.zeros((2, 3, 4), int))
-    assert log_probs.dtype == jnp.float32
-    np.testing.assert_allclose(log_probs[..., 1:], -math.log(5), rtol=1e-6)
-    assert not log_probs[..., 0].any()
-
-
-def test_temperature_must_be_positive():
-    with pytest.raises(ValueError, match="above 0"):
-        ops.token_log_probs(jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int), temperature=0)
-
-
-def test_entropy_with_impossible_tokens_is_finite_with_its_gradient():
-    logits = jnp.array([[[0.0, 0.0, -jnp.inf], [0.0, 0.0, 0.0]]])
-    value, gradient = jax.value_and_grad(lambda x: ops.entropy(x).sum())(logits)
-    assert value == pytest.approx(math.log(2))
-    assert np.isfinite(gradient).all()
-
-
-@pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.693147), ("k2", 0.240227), ("k3", 0.193147)])
-def test_kl_by_hand(estimator, expected):
-    assert ops.kl(jnp.log(2.0), jnp.float32(0.0), estimator) == pytest.approx(expected, abs=1e-6)
-
-
-def test_unknown_estimator_lists_the_choices():
-    with pytest.raises(ValueError, match=r"k1, k2, k3.*'k4'"):
-        ops.kl(jnp.zeros(1), jnp.zeros(1), "k4")
-
-
-def test_k3_is_exact_for_tiny_and_finite_for_huge_log_ratios():
+def test_kl_and_ratio_by_hand():
+    """k3 is exact for tiny log-ratios; beyond 40 it points towards the reference, and ratios go on as a line."""
+    for estimator, expected in (("k1", 0.693147), ("k2", 0.240227), ("k3", 0.193147)):
+        assert ops.kl(jnp.log(2.0), jnp.float32(0.0), estimator) == pytest.approx(expected, abs=1e-6)
     assert ops.kl(jnp.float32(1e-3), jnp.float32(0.0), "k3") == pytest.approx(5e-7 - 1e-9 / 6, rel=1e-3)
-    for d in (-1e4, -50.0, 1e4):
-        value, gradient = jax.value_and_grad(lambda x: ops.kl(x, jnp.float32(0.0), "k3"))(jnp.float32(d))
-        assert value > 0
-        assert np.isfinite([value, gradient]).all()
-        assert gradient * d > 0  # towards the reference
-
-
-def test_ratio_is_exact_below_the_bound_and_finite_beyond():
-    d = jnp.array([-1e4, -3.0, 0.0, 39.0, 41.0, 1e4], jnp.float32)
-    value, gradient = jax.jvp(lambda x: ops.ratio(x, jnp.zeros(6)), (d,), (jnp.ones(6),))
-    np.testing.assert_allclose(value[:4], np.exp(np.array([-1e4, -3.0, 0.0, 39.0])), rtol=1e-5)
-    np.testing.assert_allclose(value[4], 2 * math.exp(40), rtol=1e-5)
-    np.testing.assert_allclose(gradient[3:], np.exp(np.array([39.0, 40.0, 40.0])), rtol=1e-5)
-    assert np.isfinite(value).all()
-    assert np.isfinite(np.square(gradient)).all()
+    value, slope = jax.value_and_grad(lambda x: ops.kl(x, jnp.float32(0.0), "k3"))(jnp.float32(-1e4))
+    assert 0 < value < np.inf
+    assert -np.inf < slope < 0
+    value, slope = jax.value_and_grad(lambda x: ops.ratio(x, jnp.float32(0.0)))(jnp.float32(41.0))
+    np.testing.assert_allclose([value, slope], [2 * math.exp(40), math.exp(40)], rtol=1e-5)
+    assert np.isfinite(np.square(slope))
 
 
 def test_response_mask_ends_at_the_first_eos_of_the_response():
     tokens = jnp.array([[9, 5, 1, 9, 2, 9], [0, 5, 1, 2, 3, 4], [0, 5, 9, 0, 0, 0], [0, 5, 1, 2, 3, 9]])
     expected = [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]]
     np.testing.assert_array_equal(ops.response_mask(tokens, 2, 9), expected)
-    np.testing.assert_array_equal(jax.jit(ops.response_mask, static_argnums=(1, 2))(tokens, 2, 9), expected)
 
 
 def test_policy_fn_makes_a_policy_of_a_lookup_table():
@@ -218,6 +108,7 @@ def test_policy_fn_makes_a_policy_of_a_lookup_table():
     np.testing.assert_allclose(output.log_probs, [[0, math.log(0.25), math.log(0.7)]], rtol=1e-6)
     assert output.entropy[0, 1] == pytest.approx(1.5 * math.log(2))
     assert output.values is None
+    assert policy_fn(table.astype(jnp.bfloat16), tokens, None, None).log_probs.dtype == jnp.float32
     cold = ops.policy_fn(lambda params, tokens, attention_mask, key: params[tokens], temperature=0.5)
     assert cold(table, tokens, None, None).log_probs[0, 2] == pytest.approx(math.log(0.49 / 0.54), abs=1e-6)
 
@@ -235,30 +126,3 @@ def test_response_log_probs_are_sums_over_each_response():
     assert sums[1, 2] == 0.0
     first = jax.tree.map(lambda x: x[:, 0], batch)
     np.testing.assert_allclose(ops.response_log_probs(policy_fn, table, first), sums[:, 0], rtol=1e-6)
-
-
-def test_what_a_policy_returns_has_the_shape_of_the_tokens():
-    batch = jax.tree.map(lambda x: x[:, 0], comparisons(0, 3, 1))
-    right = ops.policy_fn(lambda params, tokens, attention_mask, key: jnp.zeros((*tokens.shape, 5)))
-    assert ops.evaluate(right, {}, batch).log_probs.shape == (3, 6)
-    for name in ("log_probs", "entropy", "values"):
-
-        def wrong(*args, name=name):
-            return right(*args)._replace(**{name: jnp.zeros((3, 1))})
-
-        with pytest.raises(AssertionError, match=r"\(3, 6\).*\(3, 1\)"):
-            ops.evaluate(wrong, {}, batch)
-
-
-def test_numbers_are_checked_unless_they_are_traced():
-    for value in (None, 0, 0.5):
-        ops.check_number("share", value, at_least=0, below=1)
-    for value, words in [(-1, "at least 0"), (1, "below 1"), (math.nan, "at least 0")]:
-        with pytest.raises(ValueError, match=f"share must be {words}, got {value}"):
-            ops.check_number("share", value, at_least=0, below=1)
-    with pytest.raises(ValueError, match="above 0"):
-        ops.check_number("share", 0, above=0)
-    with pytest.raises(ValueError, match="at most 1"):
-        ops.check_number("share", 2, at_most=1)
-    jax.jit(lambda x: ops.check_number("share", x, above=5))(1.0)
-    assert [ops.is_zero(x) for x in (0, 0.0, 0.1, jnp.zeros(()))] == [True, True, False, False]

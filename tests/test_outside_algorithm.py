@@ -38,6 +38,7 @@ def copy_of_ppo():
     return module("my_actor_critic", Path(ppo.__file__).read_text("utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [copy_of_ppo, gspo], ids=["ppo", "gspo"])
 def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # noqa: F811
     algorithm = make()
@@ -59,15 +60,6 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # 
     text = (tmp_path / "page.html").read_text("utf-8")
     assert "policy/clip_fraction" in text
     assert json.loads((straight.folder / "manifest.json").read_text("utf-8"))["stage"] == algorithm.__name__
-
-
-def test_ppo_under_another_name_is_ppo(config, tmp_path):  # noqa: F811
-    """Only the names of the random streams differ: with the same ones the numbers are equal."""
-    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, num_iterations=2, kl_coef=0.02))
-    named = module("ppo", Path(ppo.__file__).read_text("utf-8"))
-    own = training.rl.run(config, ppo)
-    copied = training.rl.run(dataclasses.replace(config, output_dir=str(tmp_path / "copy")), named, config.ppo)
-    assert outputs(copied.folder) == outputs(own.folder)
 
 
 def test_no_default_of_another_algorithm_leaks_in(config):  # noqa: F811

@@ -137,9 +137,9 @@ def test_facts_and_columns_of_numbers_which_are_aligned_right():
 def test_gates():
     passed, failed = (True, "0.9, at least 0.85"), (False, "0.5, at least 0.75")
     page = Page(render("t", [Gates({"accuracy": passed, "wins": failed})]))
-    assert page.texts("strong") == ["Failed: 1 of 2 gates."]
+    assert page.texts("strong") == ["Failed: 1 of 2 checks."]
     assert page.texts("td") == ["✓ pass", "accuracy", "0.9, at least 0.85", "✗ FAIL", "wins", "0.5, at least 0.75"]
-    assert Page(render("t", [Gates({"accuracy": passed})])).texts("strong") == ["Passed: 1 of 1 gates."]
+    assert Page(render("t", [Gates({"accuracy": passed})])).texts("strong") == ["Passed: 1 of 1 checks."]
 
 
 # --- Its figures ----------------------------------------------------------------------------------------------------

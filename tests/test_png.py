@@ -57,13 +57,6 @@ def test_the_files_of_a_run(tmp_path, capsys):
         assert np.sum(np.abs(histogram - matplotlib.colors.to_rgb(color)).max(axis=2) < 0.02) > 100
 
 
-def test_figures_of_several_stages_do_not_take_each_other_s_place(tmp_path):
-    sft = write_run(tmp_path / "b" / "sft", stage="sft", metrics={"sft/loss": [3.0, 2, 1]})
-    names = [path.name for path in page.write_png([write_run(tmp_path / "a" / "x"), sft], tmp_path)]
-    assert len(set(names)) == len(names) == len(list(tmp_path.glob("*.png")))
-    assert {"sft-loss-sft-loss.png", "ppo-score-objective-score.png"} <= set(names)
-
-
 def test_equal_titles_are_numbered(tmp_path, monkeypatch):
     plot, empty = (figures.Plot("Score!", "x", "y", {"a": points}) for points in (([1], [1]), ([], [])))
     monkeypatch.setattr(plots, "curves", lambda groups: ([plot, empty, plot], {}))

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from test_kills import ROOT, TINY, results
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import processes
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "configs" / "tiny.yaml"
 # A function in Python runs in each process on its own rows; which row it is decides the score.
 REWARD = """
 import random
@@ -41,23 +40,17 @@ def start(script: str, folder: Path, count: int, *flags: str) -> list[subprocess
     """The processes of one run, the first one first, with two devices in all."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(2 // count)}
     command = [sys.executable, f"experiments/{script}.py", "--config", TINY, "--output-dir", folder, *flags]
-    place = f"127.0.0.1:{free_port()}"
-    return [
-        subprocess.Popen(
-            [*map(str, command), *(["--processes", f"{place},{count},{number}"] if count > 1 else [])],
-            env=environment,
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for number in range(count)
-    ]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{server.getsockname()[1]},{count}"
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    own = [["--processes", f"{place},{number}"] if count > 1 else [] for number in range(count)]
+    return [subprocess.Popen([*map(str, command), *flags], env=environment, cwd=ROOT, **pipes) for flags in own]
 
 
-def finish(running: list[subprocess.Popen]) -> list[str]:
+def finish(running: list[subprocess.Popen], code: int = 0) -> list[str]:
     said = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * len(running), said
+    assert [process.returncode for process in running] == [code] * len(running), said
     return said
 
 
@@ -69,11 +62,6 @@ def kill_both(running: list[subprocess.Popen], metrics: Path, rows: int) -> None
         process.send_signal(signal.SIGKILL)
     for process in running:
         process.communicate()
-
-
-def results(folder: Path) -> dict[str, bytes]:
-    names = ("model/model.safetensors", "metrics.jsonl", "samples.jsonl")
-    return {name: (folder / name).read_bytes() for name in names}
 
 
 @pytest.mark.parametrize(
@@ -92,15 +80,13 @@ def test_two_processes_resume_to_the_same_bytes(script, flags, tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
     if script in ("vpg", "ppo", "rloo", "grpo"):
         flags = [*flags, "--reward", f"{tmp_path / 'reward.py'}:score"]
-    stages = ("sft", "reward_model", "ppo") if script == "pipeline" else ("",)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     said = finish(start(script, whole, 2, *flags))
     assert "cpu: 2 x cpu" in said[0]
     assert "objective" not in said[1]  # the first one speaks
-    kill_both(start(script, killed, 2, *flags), killed / stages[0] / "metrics.jsonl", 7)
+    kill_both(start(script, killed, 2, *flags), killed / ("sft" if script == "pipeline" else "") / "metrics.jsonl", 7)
     finish(start(script, killed, 2, *flags, "--resume"))
-    for stage in stages:
-        assert results(killed / stage) == results(whole / stage)
+    assert results(killed) == results(whole)
 
 
 @pytest.mark.slow
@@ -110,12 +96,8 @@ def test_two_processes_learn_what_one_does(tmp_path):
     flags = ["--sft.validation-interval", "5", "--sft.optimizer.eps", "1e-3"]  # 1e-8 would blow rounding up to a step
     finish(start("sft", two, 2, *flags))
     finish(start("sft", one, 1, *flags))
-    rows, rows_of_one = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-        for folder in (two, one)
-    )
-    assert len(rows) == len(rows_of_one)
-    for row, of_one in zip(rows, rows_of_one, strict=True):
+    rows = [map(json.loads, (path / "metrics.jsonl").read_text("utf-8").splitlines()) for path in (two, one)]
+    for row, of_one in zip(*rows, strict=True):
         assert row == pytest.approx(of_one, rel=1e-4), row["step"]
     weights, of_one = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
     for name, value in of_one.items():
@@ -125,9 +107,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
 @pytest.mark.slow
 def test_what_one_process_finds_wrong_ends_both(tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
-    running = start("vpg", tmp_path / "run", 2, "--reward", f"{tmp_path / 'reward.py'}:broken")
-    said = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [1, 1], said
+    said = finish(start("vpg", tmp_path / "run", 2, "--reward", f"{tmp_path / 'reward.py'}:broken"), code=1)
     assert "error: process 1: " in said[0]
     assert all("NaN" in text or "nan" in text for text in said), said
 

@@ -91,19 +91,6 @@ def test_the_page_of_one_run(tmp_path, monkeypatch):
     assert any("first 2 of 3 in samples.jsonl" in text for text in read.texts("p"))
 
 
-def test_texts_of_a_run_are_escaped(tmp_path):
-    settings, metrics = {"text": HOSTILE}, {f"a {HOSTILE}": [1.0], f"b {HOSTILE}": [1.0]}
-    samples = {0: [{"prompt": HOSTILE}]}
-    run = write_run(tmp_path / "run", stage=f"x {HOSTILE}", settings=settings, metrics=metrics, samples=samples)
-    manifest = json.loads((run / "manifest.json").read_text()) | {"command": f"python {HOSTILE}"}
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    read = read_page(tmp_path, run, write_run(tmp_path / "sft", stage="sft", samples={}))  # two chapters
-    assert read.all("script") == read.all("b") == []
-    expected = {"h2": f"X {HOSTILE.upper()}", "pre": f"\npython {HOSTILE}", "td": HOSTILE}
-    expected["p"] = f"These metrics never changed and have no curve: a {HOSTILE} 1, b {HOSTILE} 1."
-    assert all(text in read.texts(tag) for tag, text in expected.items())
-
-
 def test_alerts_and_an_evaluation_are_listed(tmp_path):
     run = write_run(tmp_path / "run")
     alert = {"step": 2, "name": "far", "rule": "far: log", "action": "log", "message": "objective/kl is 3 > 2"}
@@ -279,7 +266,7 @@ def test_model_cards(member, shift, kind, tmp_path):
     (run / "model" / member / "config.json").write_text('{"reward_shift": 0.5}' if shift else "{}")
     card = (export(run, tmp_path / "card") / "README.md").read_text("utf-8")
     assert all(part in card for part in (kind, "# card\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n"))
-    assert ("reward_shift" in card) == shift
+    assert ("reward_shift" in card) == shift != ("apply_chat_template" in card)
 
 
 def test_a_run_twice_and_no_place_for_the_page(tmp_path):

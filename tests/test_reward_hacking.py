@@ -29,19 +29,13 @@ def proxy(prompts, responses):
 def one_letter(prompts, responses):
     return [text.count("a") / 16 for text in responses]
 """
+OPTIMIZER = Optimizer(learning_rate=1e-3, schedule="constant")
+SIZES = {"num_iterations": 70, "batch_size": 128, "max_new_tokens": 16, "kl_coef": 0.01}
+VALIDATION = {"validation_fraction": 0.5, "validation_interval": 2, "validation_prompts": 256}
 CONFIG = RunConfig(
     network=Network(hidden_size=32, num_layers=1, num_heads=2, max_length=32, initializer_range=0.1),
     tokenizer=Tokenizer(kind="characters"),
-    rl=RLStage(
-        num_iterations=70,
-        batch_size=128,
-        max_new_tokens=16,
-        kl_coef=0.01,
-        validation_fraction=0.5,
-        validation_interval=2,
-        validation_prompts=256,
-        optimizer=Optimizer(learning_rate=1e-3, schedule="constant"),
-    ),
+    rl=RLStage(optimizer=OPTIMIZER, **SIZES, **VALIDATION),
 )
 
 
@@ -49,15 +43,10 @@ def history(folder, reward, seed, *, algorithm=rloo, rl=CONFIG.rl, **options):
     """Rows of metrics.jsonl and of alerts.jsonl of a run on that reward."""
     (folder / "rewards.py").write_text(REWARDS, "utf-8")
     (folder / "prompts.txt").write_text("\n".join(map("".join, itertools.product("abcdefgh", repeat=3))), "utf-8")
-    config = replace(
-        CONFIG,
-        data=(str(folder / "prompts.txt"),),
-        output_dir=str(folder / f"{reward}-{seed}"),
-        seed=seed,
-        reward=(f"{folder / 'rewards.py'}:{reward}",),
-        rl=replace(rl, judge=(f"{folder / 'rewards.py'}:judge",)),
-        **options,
-    )
+    (proxy, judge), data = (f"{folder / 'rewards.py'}:{name}" for name in (reward, "judge")), folder / "prompts.txt"
+    rl = replace(rl, judge=(judge,))
+    place = {"data": (str(data),), "output_dir": str(folder / "run")}
+    config = replace(CONFIG, **place, seed=seed, reward=(proxy,), rl=rl, **options)
     run = training.rl.run(config, algorithm).folder
     return records.read_rows(run / "metrics.jsonl"), records.read_rows(run / "alerts.jsonl")
 
@@ -78,7 +67,6 @@ def test_a_loophole_is_noticed_before_the_true_score_has_lost_a_tenth_of_its_pea
     (_, start), (peak_step, peak) = judged[0], max(judged, key=lambda row: row[1])
     lost = next(step for step, value in judged if step > peak_step and value < peak - 0.1 * (peak - start))
     noticed = first(alerts, "reward hacking")
-    print(f"seed {seed}: peak {peak:.3f} at {peak_step}, noticed at {noticed}, a tenth lost at {lost}")
     assert peak > 5 * start
     assert noticed < lost
     # The signals that need no judge come later, at the latest when the text has become one phrase.

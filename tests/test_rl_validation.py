@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import training, vpg
-from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Tokenizer
+from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import folder
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -23,30 +24,23 @@ def write(path, rows):
 
 @pytest.fixture
 def config(tmp_path):
+    others = {"validation_data": write(tmp_path / "others.json", OTHERS), "show_examples": 2}
     return RunConfig(
         data=write(tmp_path / "prompts.json", PROMPTS),
         output_dir=str(tmp_path / "run"),
         network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
         tokenizer=Tokenizer(kind="characters"),
         reward=("count:e*2", "count:f*0"),
-        rl=RLStage(
-            num_iterations=1,
-            batch_size=8,
-            max_new_tokens=4,
-            kl_coef=0.0,
-            validation_data=write(tmp_path / "others.json", OTHERS),
-            show_examples=2,
-            optimizer=Optimizer(learning_rate=1e-3),
-        ),
+        rl=RLStage(num_iterations=1, batch_size=8, max_new_tokens=4, kl_coef=0.0, **others),
     )
 
 
 @pytest.mark.slow
 def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
-    folder = training.rl.run(config, vpg).folder
+    path = training.rl.run(config, vpg).folder
     # By prompt, not by order: the characters f and b are in this file alone, and the tokenizer has them.
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text("utf-8").splitlines()]
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
     for step in (0, 1):
         rows = [row for row in samples if row["step"] == step]
         assert [row["prompt"] for row in rows] == [row["prompt"] for row in OTHERS]
@@ -57,9 +51,8 @@ def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
             assert row["length"] - len(row["response"]) in (0, 1)
             assert row["score"] == 2 * text.count("e")
         count = {letter: np.mean([text.count(letter) for text in texts]) for letter in "ef"}
-        assert metrics[step]["validation/score"] == pytest.approx(2 * count["e"], rel=1e-6)
-        assert metrics[step]["validation/reward/count:e"] == pytest.approx(count["e"], rel=1e-6)
-        assert metrics[step]["validation/reward/count:f"] == pytest.approx(count["f"], rel=1e-6)
+        found = [metrics[step][f"validation/{name}"] for name in ("score", "reward/count:e", "reward/count:f")]
+        assert found == pytest.approx([2 * count["e"], count["e"], count["f"]], rel=1e-6)
     shown = re.findall(r"Prompt:    (.*)\nGenerated: .*\nReward:    ", capsys.readouterr().out)
     assert shown == [row["prompt"] for row in OTHERS[:2]] * 2
 
@@ -68,4 +61,4 @@ def test_a_column_that_validation_lacks_is_refused(config, tmp_path):
     write(tmp_path / "others.json", [{"prompt": "x", "level": 1}])
     with pytest.raises(UserError, match=r"rl\.validation_data: its rows have no topic"):
         training.rl.run(config, vpg)
-    assert not (tmp_path / "run").exists()
+    assert folder.is_unused(tmp_path / "run")

@@ -1,6 +1,7 @@
 """The sampler: exact distributions on a lookup-table model, ends and masks, and what a row may depend on."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -61,17 +62,32 @@ def prompts(rows=24, seed=1, width=3, vocab_size=5):
     return rng.integers(0, vocab_size, (rows, width)).astype(np.int32), mask
 
 
-def lookup_log_probs(params, rollout, prompt_length, temperature=1.0):
-    """[B, R] log-probs of the response by a loop over rows and columns, in float64."""
-    table, position_table = (np.asarray(params[name], np.float64) for name in ("token", "position"))
-    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.response_mask)
-    real = np.asarray(rollout.attention_mask)[:, :prompt_length].sum(1)
-    out = np.zeros(tokens.shape)
-    for i in range(len(tokens)):
-        for t in range(prompt_length, tokens.shape[1]):
-            if mask[i, t]:
-                logits = table[tokens[i, t - 1]] + position_table[real[i] + t - prompt_length - 1]
-                out[i, t] = scipy.special.log_softmax(logits / temperature)[tokens[i, t]]
+PARAMS = lookup_params()
+PROMPTS = prompts()
+
+
+def run(tokens=PROMPTS[0], mask=None, key=KEY, params=PARAMS, model=MODEL, row_ids=None, mesh=None, **options):
+    """``generate`` under jit; the options are ``config``'s. Without a mask, ``tokens`` are all real."""
+    if mask is None:
+        mask = PROMPTS[1] if tokens is PROMPTS[0] else np.ones_like(tokens)
+    return generate(model, params, tokens, mask, key, config=config(**options), row_ids=row_ids, mesh=mesh)
+
+
+def data_mesh(devices):
+    return Mesh(np.array(jax.devices()[:devices]), ("data",))
+
+
+def assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def lookup_log_probs(rollout, temperature=1.0):
+    """[B, T] log-probs of the responses to ``PROMPTS`` by a loop over rows and columns, in float64."""
+    table, position_table = (np.asarray(PARAMS[name], np.float64) for name in ("token", "position"))
+    tokens, out = np.asarray(rollout.tokens), np.zeros(rollout.tokens.shape)
+    for i, t in zip(*np.nonzero(np.asarray(rollout.response_mask)), strict=True):
+        logits = table[tokens[i, t - 1]] + position_table[PROMPTS[1][i].sum() + t - 4]
+        out[i, t] = scipy.special.log_softmax(logits / temperature)[tokens[i, t]]
     return out
 
 
@@ -110,8 +126,7 @@ def test_frequencies_match_exact_distribution(options):
     """Two tokens, 5 x 5 outcomes, 20,000 rows: their counts pass a chi-square test; truncated tokens never occur."""
     params, rows = lookup_params(scale=0.5), 20_000
     tokens = np.full((rows, 1), 3, np.int32)
-    options_ = config(max_new_tokens=2, eos_id=None, **options)
-    rollout = generate(MODEL, params, tokens, np.ones_like(tokens), KEY, config=options_)
+    rollout = run(tokens, params=params, max_new_tokens=2, eos_id=None, **options)
     counts = np.zeros((5, 5))
     np.add.at(counts, tuple(np.asarray(rollout.tokens)[:, 1:].T), 1)
 
@@ -145,26 +160,21 @@ def test_truncate():
 
 
 def test_greedy_follows_the_largest_logit():
-    params = lookup_params()
-    tokens, mask = prompts()
-    rollout = generate(MODEL, params, tokens, mask, KEY, config=config(temperature=0.0, eos_id=None))
+    rollout = run(temperature=0.0, eos_id=None)
     out = np.asarray(rollout.tokens)
     for i in range(24):
         for t in range(3, 9):
-            logits = params["token"][out[i, t - 1]] + params["position"][mask[i].sum() + t - 4]
+            logits = PARAMS["token"][out[i, t - 1]] + PARAMS["position"][PROMPTS[1][i].sum() + t - 4]
             assert out[i, t] == np.argmax(logits)
     # Log-probs of temperature 1, and the key is not used.
-    np.testing.assert_allclose(rollout.log_probs, lookup_log_probs(params, rollout, 3), atol=1e-5)
-    other = generate(MODEL, params, tokens, mask, jax.random.key(9), config=config(temperature=0.0, eos_id=None))
-    np.testing.assert_array_equal(other.tokens, out)
+    np.testing.assert_allclose(rollout.log_probs, lookup_log_probs(rollout), atol=1e-5)
+    assert_same(run(key=jax.random.key(9), temperature=0.0, eos_id=None), rollout)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 2, "top_p": 0.9}], ids=str)
 def test_log_probs_are_of_the_full_softmax_at_the_temperature(options):
-    params = lookup_params()
-    tokens, mask = prompts()
-    rollout = generate(MODEL, params, tokens, mask, KEY, config=config(**options))
-    expected = lookup_log_probs(params, rollout, 3, options.get("temperature", 1.0))
+    rollout = run(**options)
+    expected = lookup_log_probs(rollout, options.get("temperature", 1.0))
     assert rollout.log_probs.dtype == jnp.float32
     np.testing.assert_allclose(rollout.log_probs, expected, atol=1e-5)
     assert np.count_nonzero(expected) > 24
@@ -175,10 +185,8 @@ def test_log_probs_are_of_the_full_softmax_at_the_temperature(options):
 
 def test_end_of_a_response():
     """After EOS: pads, masks 0, log-probs 0. A pad_id before EOS is an ordinary token."""
-    tokens, mask = prompts()
-    rollout = jax.tree.map(np.asarray, generate(MODEL, lookup_params(), tokens, mask, KEY, config=config()))
-    np.testing.assert_array_equal(rollout.tokens[:, :3], tokens)
-    np.testing.assert_array_equal(rollout.attention_mask[:, :3], mask)
+    rollout = jax.tree.map(np.asarray, run())
+    assert_same((rollout.tokens[:, :3], rollout.attention_mask[:, :3]), PROMPTS)
     assert not rollout.response_mask[:, :3].any()
     ended = pads_inside = 0
     for i in range(24):
@@ -198,8 +206,7 @@ def test_end_of_a_response():
 
 
 def test_eos_none_never_ends():
-    tokens, mask = prompts()
-    rollout = generate(MODEL, lookup_params(), tokens, mask, KEY, config=config(eos_id=None))
+    rollout = run(eos_id=None)
     assert np.asarray(rollout.response_mask)[:, 3:].all()
     assert (np.asarray(rollout.tokens)[:, 3:] == 1).any()
 
@@ -214,7 +221,7 @@ def test_stops_when_every_row_has_ended():
     def decoded(mask):
         calls = []
         model = lookup_model(calls=calls)
-        rollout = generate(model, params, tokens, np.asarray(mask, np.int32), KEY, config=config(max_new_tokens=40))
+        rollout = run(tokens, np.asarray(mask, np.int32), model=model, params=params, max_new_tokens=40)
         assert rollout.tokens.shape == (2, 43)
         jax.effects_barrier()
         return sorted(calls), np.asarray(rollout.response_mask).sum(1).tolist()
@@ -228,92 +235,63 @@ def test_stops_when_every_row_has_ended():
 
 
 def test_absent_row():
-    params = lookup_params()
     tokens, mask = prompts()
-    full = generate(MODEL, params, tokens, mask, KEY, config=config())
     mask[2] = 0
-    rollout = generate(MODEL, params, tokens, mask, KEY, config=config())
+    rollout = run(tokens, mask)
     np.testing.assert_array_equal(rollout.tokens[2], [*tokens[2], 0, 0, 0, 0, 0, 0])
     for field in (rollout.attention_mask, rollout.response_mask, rollout.log_probs):
         assert not np.asarray(field)[2].any()
     others = np.arange(24) != 2
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[others], b[others]), rollout, full)
+    assert_same(*(jax.tree.map(lambda x: x[others], each) for each in (rollout, run())))
 
 
 # -------------------------------------------------------------------------------------------- what a row may depend on
 
 
 def test_same_key_same_bits_other_key_other_sample():
-    params = lookup_params()
-    tokens, mask = prompts()
-    one, two = (generate(MODEL, params, tokens, mask, jax.random.key(3), config=config()) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, one, two)
-    other = generate(MODEL, params, tokens, mask, jax.random.key(4), config=config())
+    one, two, other = (run(key=jax.random.key(seed)) for seed in (3, 3, 4))
+    assert_same(one, two)
     assert (np.asarray(other.tokens) != np.asarray(one.tokens)).any(axis=1).mean() > 0.5
 
 
 def test_positions_and_rows_have_their_own_randomness():
     """A model that forgets everything: equal rows and positions would repeat if they shared a key."""
     params = {"token": jnp.zeros((50, 50)), "position": jnp.zeros((64, 50))}
-    tokens = np.full((40, 1), 2, np.int32)
-    rollout = generate(MODEL, params, tokens, np.ones_like(tokens), KEY, config=config(max_new_tokens=40, eos_id=None))
+    sample = partial(run, np.full((40, 1), 2, np.int32), params=params, max_new_tokens=40, eos_id=None)
+    rollout = sample()
     response = np.asarray(rollout.tokens)[:, 1:]
     assert 0.005 < (response[:, 1:] == response[:, :-1]).mean() < 0.04
     assert 0.005 < (response[1:] == response[:-1]).mean() < 0.04
-    same_id = np.full((40,), 7, np.int32)
-    twins = generate(
-        MODEL, params, tokens, np.ones_like(tokens), KEY, config=config(max_new_tokens=40, eos_id=None), row_ids=same_id
-    )
+    twins = sample(row_ids=np.full((40,), 7, np.int32))
     assert (np.asarray(twins.tokens) == np.asarray(twins.tokens)[:1]).all()
     np.testing.assert_array_equal(twins.tokens[0], rollout.tokens[7])
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    params = lookup_params()
-    tokens, mask = prompts()
-    rollout = generate(MODEL, params, tokens, mask, KEY, config=config())
+    rollout = run()
     np.testing.assert_array_equal(rollout.row_ids, np.arange(24))
-    chosen = np.array([17, 3, 8], np.int32)
-    subset = generate(MODEL, params, tokens[chosen], mask[chosen], KEY, config=config(), row_ids=chosen)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[chosen]), subset, rollout)
+    for chosen, mesh in ([17, 3, 8], None), (np.random.default_rng(0).permutation(24), data_mesh(4)):
+        tokens, mask, row_ids = (x[np.array(chosen)] for x in (*PROMPTS, np.arange(24, dtype=np.int32)))
+        subset = run(tokens, mask, row_ids=row_ids, mesh=mesh)
+        assert_same(subset, jax.tree.map(lambda x, row_ids=row_ids: x[row_ids], rollout))
 
 
 def test_a_row_does_not_depend_on_prompt_padding():
-    params = lookup_params()
-    tokens, mask = prompts()
-    rollout = generate(MODEL, params, tokens, mask, KEY, config=config())
-    wide_tokens = np.pad(tokens, ((0, 0), (5, 0)), constant_values=4)
-    wide = generate(MODEL, params, wide_tokens, np.pad(mask, ((0, 0), (5, 0))), KEY, config=config())
+    wide = run(*(np.pad(x, ((0, 0), (5, 0)), constant_values=fill) for x, fill in zip(PROMPTS, (4, 0), strict=True)))
     for field in ("tokens", "attention_mask", "response_mask", "log_probs"):
-        np.testing.assert_array_equal(getattr(wide, field)[:, 5:], getattr(rollout, field), err_msg=field)
+        np.testing.assert_array_equal(getattr(wide, field)[:, 5:], getattr(run(), field), err_msg=field)
 
 
 def test_fewer_new_tokens_is_a_prefix():
-    params = lookup_params()
-    tokens, mask = prompts()
-    long, short = (generate(MODEL, params, tokens, mask, KEY, config=config(max_new_tokens=n)) for n in (6, 2))
-    np.testing.assert_array_equal(long.tokens[:, :5], short.tokens)
+    np.testing.assert_array_equal(run().tokens[:, :5], run(max_new_tokens=2).tokens)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, 4])
 def test_devices_do_not_change_the_tokens(devices):
-    params = lookup_params()
-    tokens, mask = prompts()
-    alone = generate(MODEL, params, tokens, mask, KEY, config=config())
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-    spread = generate(MODEL, params, tokens, mask, KEY, config=config(), mesh=mesh)
-    jax.tree.map(np.testing.assert_array_equal, spread, alone)
+    mesh = data_mesh(devices)
+    spread = run(mesh=mesh)
+    assert_same(spread, run())
     assert spread.tokens.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data")), 2)
-
-
-def test_row_ids_under_a_mesh():
-    params = lookup_params()
-    tokens, mask = prompts()
-    order = np.random.default_rng(0).permutation(24).astype(np.int32)
-    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
-    shuffled = generate(MODEL, params, tokens[order], mask[order], KEY, config=config(), row_ids=order, mesh=mesh)
-    alone = generate(MODEL, params, tokens, mask, KEY, config=config())
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[order]), shuffled, alone)
 
 
 def test_each_device_stops_by_itself():
@@ -325,19 +303,15 @@ def test_each_device_stops_by_itself():
     params["token"] = jnp.asarray(token)
     tokens = np.array([[3], [3], [2], [2]], np.int32)
     calls = []
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    rollout = generate(lookup_model(calls=calls), params, tokens, np.ones_like(tokens), KEY, config=config(), mesh=mesh)
+    rollout = run(tokens, model=lookup_model(calls=calls), params=params, mesh=data_mesh(2))
     jax.effects_barrier()
     assert np.asarray(rollout.response_mask).sum(1).tolist() == [1, 1, 6, 6]
     assert len(calls) == 1 + 6
 
 
 def test_jit_changes_nothing():
-    params = lookup_params()
-    tokens, mask = prompts(4)
-    options = config(max_new_tokens=3, top_k=3, top_p=0.9)
-    plain = sampling.generate(MODEL, params, tokens, mask, KEY, config=options)
-    jitted = generate(MODEL, params, tokens, mask, KEY, config=options)
+    options = {"max_new_tokens": 3, "top_k": 3, "top_p": 0.9}
+    plain, jitted = sampling.generate(MODEL, PARAMS, *PROMPTS, KEY, config=config(**options)), run(**options)
     np.testing.assert_array_equal(plain.tokens, jitted.tokens)
     np.testing.assert_allclose(plain.log_probs, jitted.log_probs, atol=1e-6)
 
@@ -356,28 +330,22 @@ def test_uncached_equals_a_cached_model():
         return jnp.broadcast_to(params["token"][cache % 5][:, None], (*tokens.shape, 5)), cache
 
     cached = LookupModel(init_cache=lambda batch, length: jnp.zeros(batch, jnp.int32), decode=decode)
-    model, params = sampling.uncached(apply_fn), lookup_params()
+    model = sampling.uncached(apply_fn)
     assert model == sampling.uncached(apply_fn)  # jit compiles it once
     tokens, mask = prompts()
     mask[2] = 0
-    expected, rollout = (generate(m, params, tokens, mask, KEY, config=config()) for m in (cached, model))
+    expected, rollout = (run(tokens, mask, model=m) for m in (cached, model))
     np.testing.assert_array_equal(rollout.tokens, expected.tokens)
     np.testing.assert_allclose(rollout.log_probs, expected.log_probs, atol=1e-6)
     assert np.asarray(rollout.response_mask).sum() > 48
-    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
-    spread = generate(model, params, tokens, mask, KEY, config=config(), mesh=mesh)
-    np.testing.assert_array_equal(spread.tokens, rollout.tokens)
+    np.testing.assert_array_equal(run(tokens, mask, model=model, mesh=data_mesh(4)).tokens, rollout.tokens)
 
 
 def test_one_column_prompt_equals_the_tail_of_a_longer_one():
     """P = 1 has no prefill; with the same position its result is that of a prompt padded to 2."""
-    params = lookup_params()
-    tokens, mask = np.array([[2], [3]], np.int32), np.ones((2, 1), np.int32)
-    one = generate(MODEL, params, tokens, mask, KEY, config=config())
-    two = generate(
-        MODEL, params, np.pad(tokens, ((0, 0), (1, 0))), np.pad(mask, ((0, 0), (1, 0))), KEY, config=config()
-    )
-    np.testing.assert_array_equal(one.tokens, two.tokens[:, 1:])
+    tokens = np.array([[2], [3]], np.int32)
+    wide, mask = (np.pad(x, ((0, 0), (1, 0))) for x in (tokens, np.ones_like(tokens)))
+    np.testing.assert_array_equal(run(tokens).tokens, run(wide, mask).tokens[:, 1:])
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -404,36 +372,28 @@ def test_config_refuses(changes, message):
 
 
 def test_truncated():
-    assert not config().truncated
-    assert not config(temperature=0.5, top_p=1.0).truncated
-    assert config(temperature=0.0).truncated
-    assert config(top_k=5).truncated
-    assert config(top_p=0.9).truncated
+    for options in ({}, {"temperature": 0.5, "top_p": 1.0}):
+        assert not config(**options).truncated
+    for options in ({"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9}):
+        assert config(**options).truncated
 
 
-def test_generate_refuses():
-    params = lookup_params()
-    tokens, mask = prompts(6)
-
-    def run(tokens=tokens, mask=mask, options=None, **arguments):
-        sampling.generate(MODEL, params, tokens, mask, KEY, config=options or config(), **arguments)
-
-    with pytest.raises(ValueError, match=r"3 \+ max_new_tokens 62 = 65 .* max_length 64"):
-        run(options=config(max_new_tokens=62))
-    with pytest.raises(AssertionError, match="has rank 1"):
-        run(tokens=tokens[0], mask=mask[0])
-    with pytest.raises(AssertionError, match=r"dimension greater than .0. on axis .1."):
-        run(tokens=tokens[:, :0], mask=mask[:, :0])
-    with pytest.raises(AssertionError, match="different shapes"):
-        run(mask=mask[:, 1:])
-    with pytest.raises(AssertionError, match=r"expected \(6,?\)"):
-        run(row_ids=np.arange(5))
-    with pytest.raises(ValueError, match="eos_id 5 is outside the model's vocabulary of 5"):
-        run(options=config(eos_id=5))
-    with pytest.raises(ValueError, match="evenly divi"):
-        run(mesh=Mesh(np.array(jax.devices()[:4]), ("data",)))
-    with pytest.raises(ValueError, match="'data'"):
-        run(mesh=Mesh(np.array(jax.devices()[:2]), ("batch",)))
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"max_new_tokens": 62}, ValueError, r"3 \+ max_new_tokens 62 = 65 .* max_length 64"),
+        ({"tokens": PROMPTS[0][0], "mask": PROMPTS[1][0]}, AssertionError, "has rank 1"),
+        ({"tokens": PROMPTS[0][:, :0]}, AssertionError, r"dimension greater than .0. on axis .1."),
+        ({"mask": PROMPTS[1][:, 1:]}, AssertionError, "different shapes"),
+        ({"row_ids": np.arange(5)}, AssertionError, r"expected \(24,?\)"),
+        ({"eos_id": 5}, ValueError, "eos_id 5 is outside the model's vocabulary of 5"),
+        ({"tokens": PROMPTS[0][:6], "mesh": data_mesh(4)}, ValueError, "evenly divi"),
+        ({"mesh": Mesh(np.array(jax.devices()[:2]), ("batch",))}, ValueError, "'data'"),
+    ],
+)
+def test_generate_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        run(**changes)
 
 
 # ----------------------------------------------------------------------------------------------------------- best of n
@@ -445,16 +405,9 @@ def test_best_of_n_distribution_and_kl():
     params = {"token": jnp.broadcast_to(jnp.log(probs), (4, 4)), "position": jnp.zeros((64, 4))}
     rows, n = 4000, 3
     tokens = np.full((rows, 1), 2, np.int32)
-    rollout, scores = best_of_n(
-        MODEL,
-        params,
-        tokens,
-        np.ones_like(tokens),
-        KEY,
-        config=config(max_new_tokens=1, eos_id=None),
-        n=n,
-        reward_fn=lambda rollout: (rollout.tokens[:, -1].astype(jnp.float32), {}),
-    )
+    options = {"config": config(max_new_tokens=1, eos_id=None), "n": n}
+    rank = lambda rollout: (rollout.tokens[:, -1].astype(jnp.float32), {})  # noqa: E731
+    rollout, scores = best_of_n(MODEL, params, tokens, np.ones_like(tokens), KEY, reward_fn=rank, **options)
     assert scores.shape == (rows, n)
     np.testing.assert_array_equal(rollout.scores, np.asarray(scores).max(1))
     np.testing.assert_array_equal(rollout.tokens[:, 1], np.asarray(scores).max(1))
@@ -466,41 +419,36 @@ def test_best_of_n_distribution_and_kl():
 
 
 def test_best_of_n_rewards_ties_nan_and_rows():
-    params = lookup_params()
     tokens, mask = prompts(4)
     row_ids = np.array([5, 0, 9, 2], np.int32)
 
-    def run(reward_fn, mesh=None, n=2):
-        return best_of_n(
-            MODEL, params, tokens, mask, KEY, config=config(), n=n, reward_fn=reward_fn, row_ids=row_ids, mesh=mesh
-        )
+    def best(reward_fn, mesh=None, n=2):
+        options = {"config": config(), "n": n, "row_ids": row_ids, "mesh": mesh}
+        return best_of_n(MODEL, PARAMS, tokens, mask, KEY, reward_fn=reward_fn, **options)
 
     # Sample i is row row_id * n + i of generate.
     sample_ids = np.array([10, 11, 0, 1, 18, 19, 4, 5])
-    samples = generate(
-        MODEL, params, np.repeat(tokens, 2, 0), np.repeat(mask, 2, 0), KEY, config=config(), row_ids=sample_ids
-    )
+    samples = run(np.repeat(tokens, 2, 0), np.repeat(mask, 2, 0), row_ids=sample_ids)
     lengths = np.asarray(samples.response_mask).sum(1).reshape(4, 2)
-    dense, scores = run(lambda rollout: (jnp.where(rollout.response_mask != 0, 1.0, jnp.nan), {}))
+    dense, scores = best(lambda rollout: (jnp.where(rollout.response_mask != 0, 1.0, jnp.nan), {}))
     np.testing.assert_array_equal(scores, lengths)
-    best = lengths.argmax(1)
-    np.testing.assert_array_equal(dense.tokens, np.asarray(samples.tokens).reshape(4, 2, -1)[np.arange(4), best])
+    longest = np.asarray(samples.tokens).reshape(4, 2, -1)[np.arange(4), lengths.argmax(1)]
+    np.testing.assert_array_equal(dense.tokens, longest)
     np.testing.assert_array_equal(dense.row_ids, row_ids)
 
     given = jnp.asarray([1.0, 1.0, jnp.nan, -3.0, 0.0, jnp.inf, jnp.nan, jnp.nan])
-    with_parts, scores = run(lambda rollout: (given, {"part": given}))
+    with_parts, scores = best(lambda rollout: (given, {"part": given}))
     np.testing.assert_array_equal(scores, np.asarray(given).reshape(4, 2))
     np.testing.assert_array_equal(with_parts.scores, [1.0, -3.0, np.inf, np.nan])
     np.testing.assert_array_equal(with_parts.tokens, np.asarray(samples.tokens)[[0, 3, 5, 6]])
 
-    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
-    spread, _ = run(lambda rollout: (given, {}), mesh)
+    spread, _ = best(lambda rollout: (given, {}), data_mesh(4))
     np.testing.assert_array_equal(spread.tokens, with_parts.tokens)
 
     with pytest.raises(AssertionError, match=r"shape \(3,\) but expected \(8,?\)"):
-        run(lambda rollout: (jnp.zeros(3), {}))
+        best(lambda rollout: (jnp.zeros(3), {}))
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
-        run(lambda rollout: (given, {}), n=0)
+        best(lambda rollout: (given, {}), n=0)
 
 
 def test_best_of_n_kl():

@@ -12,33 +12,44 @@ LETTERS = characters("abcde? ")
 
 
 def test_held_out_pairs_weigh_what_their_ranking_gives_them():
-    """A ranking of three, of which one pair is right, and a pair: validation counts both rankings as one each."""
+    """A ranking of three, of which one pair is right, and a pair: validation counts both as one each. Top-1 asks if the
+    ranking's first answer is above the two others."""
     rows = [
-        Pair("a?", "b", "c", "one", weight=1 / 3),
-        Pair("a?", "bc", "d", "one", weight=1 / 3),
-        Pair("a?", "c", "d", "one", weight=1 / 3),
+        Pair("a?", "b", "cc", "one", weight=1 / 3),
+        Pair("a?", "b", "d", "one", weight=1 / 3),
+        Pair("a?", "cc", "d", "one", weight=1 / 3),
         Pair("b?", "c", "dde", "two"),
     ]
-    encoded = encoding.encode_comparisons(rows, LETTERS)
+    encoded = encoding.encode_texts(rows, LETTERS)
     scores = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
     every = report(encoded, np.arange(4), scores)
-    assert every["accuracy"] == pytest.approx((1 / 3 + 1) / 2)
+    assert (every["accuracy"], every["pairwise_accuracy"]) == ((0 + 1) / 2, pytest.approx((1 / 3 + 1) / 2))
     assert every["margin"] == pytest.approx((-1 / 3 + 1) / 2)
-    assert every["length_accuracy"] == pytest.approx((0.5 / 3 + 1 / 3 + 0.5 / 3) / 2)
+    assert every["length_accuracy"] == pytest.approx((0 + 0.5 / 3 + 1 / 3) / 2)
     part = np.array([3, 0])
     assert report(encoded, part, scores[part])["accuracy"] == 1.0
+    assert "pairwise_accuracy" not in report(encoded, part, scores[part])
+
+
+def test_a_best_one_of_several_is_reported_as_top_1_and_by_its_pairs():
+    rows = [Comparison("a?", ("b", "c", "d", "e"), "1", best=1), Pair("a?", "b", "c", "2")]
+    encoded = encoding.encode_texts(rows, LETTERS)
+    scores = np.array([[1.0, 2.0, 3.0, 0.0], [1.0, 0.0, 9.0, 9.0]])  # the pair has no third and fourth answer
+    found = report(encoded, np.arange(2), scores)
+    assert (found["accuracy"], found["pairwise_accuracy"]) == ((0 + 1) / 2, pytest.approx((2 / 3 + 1) / 2))
 
 
 def test_samples_are_texts_without_special_tokens():
-    rows = [Pair("a?", "b", "c d", "1"), Comparison("b?", ("c", "de", "b"), "2", best=1)]
-    encoded = encoding.encode_comparisons(rows, LETTERS, template="a {prompt}")
+    rows = [Pair("a?", "b", "c d", "f, line 1", weight=0.25), Comparison("b?", ("c", "de", "b"), "f, line 2", best=1)]
+    encoded = encoding.encode_texts(rows, LETTERS, template="a {prompt}")
     numbers, scores = np.array([1, 0]), np.array([[0.5, 1.0, 2.0], [0.25, -1.0, 7.0]])
     names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "length_chosen", "length_rejected")
+    names += ("source", "weight")
     found = samples(encoded, numbers, scores, LETTERS)
     assert [tuple(row) for row in found] == [names, names]
     assert [tuple(row.values()) for row in found] == [
-        ("a b?", "de", "b", 1.0, 2.0, 3, 2),
-        ("a a?", "b", "c d", 0.25, -1.0, 2, 4),
+        ("a b?", "de", "b", 1.0, 2.0, 3, 2, "f, line 2", 1.0),
+        ("a a?", "b", "c d", 0.25, -1.0, 2, 4, "f, line 1", 0.25),
     ]
 
 
@@ -53,10 +64,11 @@ def test_samples_are_spread_over_the_held_out_rows():
 
 def test_samples_with_targets_hold_every_answer():
     rows = [Comparison("a?", ("b", "c d"), "1", targets=(1.0, 0.0)), Comparison("b?", ("c",), "2", targets=(0.5,))]
-    encoded = encoding.encode_comparisons(rows, LETTERS)
+    encoded = encoding.encode_texts(rows, LETTERS)
     found = samples(encoded, np.array([1, 0]), np.array([[3.0, 9.0], [1.0, 2.0]]), LETTERS)
+    first, second = {"source": "1", "weight": 1.0}, {"source": "2", "weight": 1.0}
     assert found == [
-        {"prompt": "b?", "response": "c", "score": 3.0, "target": 0.5, "length": 2},
-        {"prompt": "a?", "response": "b", "score": 1.0, "target": 1.0, "length": 2},
-        {"prompt": "a?", "response": "c d", "score": 2.0, "target": 0.0, "length": 4},
+        {"prompt": "b?", "response": "c", "score": 3.0, "target": 0.5, "length": 2} | second,
+        {"prompt": "a?", "response": "b", "score": 1.0, "target": 1.0, "length": 2} | first,
+        {"prompt": "a?", "response": "c d", "score": 2.0, "target": 0.0, "length": 4} | first,
     ]

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import struct
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -15,12 +14,14 @@ import pytest
 import scipy.special
 import sentiment
 from test_scripts import ROOT, rows, run
+from test_stories260k import write
 
 from rlhf_jax import models, sampling
 from rlhf_jax.config import parse
 from rlhf_jax.data import formats
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
+from rlhf_jax.generator import LanguageModel
 from rlhf_jax.types import Rollout
 
 CONFIG = ROOT / "configs" / "sentiment.yaml"
@@ -41,23 +42,6 @@ def test_the_reward_by_hand(tmp_path):
     assert sentiment.valence(lexicon, "happy " * 100) < 1.0
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("good\t1.9\nbad\n", "line 2: expected a word, a tab and a number, found 'bad'"),
-        ("good\tvery", "line 1: expected a word, a tab and a number"),
-        ("\n", "the lexicon is empty"),
-        (None, "cannot be read: No such file"),
-    ],
-)
-def test_a_lexicon_that_is_none(text, message, tmp_path):
-    path = tmp_path / "lexicon.txt"
-    if text is not None:
-        path.write_text(text, "utf-8")
-    with pytest.raises(UserError, match=re.escape(str(path)) + ".*" + message):
-        sentiment.read_lexicon(path)
-
-
 def test_the_optimum_of_two_answers_in_closed_form():
     """Half of the samples score 1, half 0: the best policy says the first with p, KL ln 2 - entropy(p)."""
     kls, scores = sentiment.optimum(np.tile([0.0, 1.0], (3, 8)))
@@ -74,23 +58,19 @@ def test_the_optimum_of_two_answers_in_closed_form():
 @pytest.mark.slow
 def test_a_policy_is_measured_against_enumeration():
     """One token, no EOS among the three that can be said: KL, scores and best-of-n from the probabilities."""
-    tokenizer = characters("abc")  # ids 2, 3, 4
+    tokenizer, tokens = characters("abc"), np.array([[2, 3], [4, 4]] * 64, np.int32)  # ids 2, 3, 4
     model = models.build(models.GPT2Config(vocab_size=5, max_length=4, hidden_size=8, num_layers=1, num_heads=1))
     base = model.init(jax.random.key(0))
-    table = base["wte"]["embedding"]
-    policy = {**base, "wte": {"embedding": table * 40}}
-    tokens = np.array([[2, 3], [4, 4]] * 64, np.int32)
+    policy = {**base, "wte": {"embedding": base["wte"]["embedding"] * 40}}
+    config = sampling.SamplingConfig(1, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
 
     def score(rollout):
         return np.asarray(rollout.tokens)[:, -1].astype(np.float32)
 
-    config = sampling.SamplingConfig(1, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    bench = sentiment.Bench(
-        model, base, tokenizer, tokens, np.ones_like(tokens), config, jax.random.key(1), score, samples=32
-    )
-    log_p, log_q = (
-        np.asarray(jax.nn.log_softmax(model.apply(some, jnp.asarray(tokens[:2]))[:, -1])) for some in (policy, base)
-    )
+    inputs = (tokens, np.ones_like(tokens), config, jax.random.key(1), score)
+    bench = sentiment.Bench(LanguageModel(model, base, tokenizer), *inputs, samples=32)
+    logits = (model.apply(params, jnp.asarray(tokens[:2]))[:, -1] for params in (policy, base))
+    log_p, log_q = (np.asarray(jax.nn.log_softmax(rows)) for rows in logits)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
     assert kl > 0.1
     measure = sentiment.measurement(bench)
@@ -99,16 +79,8 @@ def test_a_policy_is_measured_against_enumeration():
     assert moved.kl == pytest.approx(kl, abs=4 * moved.kl_error)
     assert 0 < moved.kl_error < 0.05
     assert moved.score == pytest.approx((np.exp(log_p) * np.arange(5)).sum(axis=1).mean(), abs=4 * moved.score_error)
-    assert len(moved.texts) == len(moved.scores) == len(tokens)
     best, scores = sentiment.best_of_n(bench, 4)
-    assert [(point.setting, point.kl) for point in best] == [
-        ("2", sampling.best_of_n_kl(2)),
-        ("4", sampling.best_of_n_kl(4)),
-    ]
-    assert scores.shape == (len(tokens), 4)
-    below = np.cumsum(np.exp(log_q), axis=1) ** 4  # probability that the best of 4 is at most each id
-    expected = (np.diff(below, axis=1, prepend=0.0) * np.arange(5)).sum(axis=1).mean()
-    assert best[1].score == pytest.approx(expected, abs=4 * best[1].score_error)
+    assert [(p.setting, p.kl) for p in best] == [(f"{n}", sampling.best_of_n_kl(n)) for n in (2, 4)]
     drawn = sentiment.plot(at_base, [moved], best, sentiment.optimum(scores))
     assert list(drawn.series) == ["policy", "best of n", "optimum"]
     assert list(drawn.series["best of n"].x) == [0.0, best[0].kl, best[1].kl]
@@ -116,13 +88,11 @@ def test_a_policy_is_measured_against_enumeration():
 
 def test_repeated_words_and_the_error_over_prompts():
     tokenizer = characters("ab ")
-    a, b, space = (tokenizer.encode(text)[0] for text in "ab ")
-    said = [[a, space, a, space, a], [a, space, b, space, a], [a, b, space, a, b], [b, b, b, b, b]]
-    tokens = np.array([[a, *ids] for ids in said], np.int32)
+    tokens = np.array([tokenizer.encode(text) for text in ("aa a a", "aa b a", "aab ab", "abbbbb")], np.int32)
     mask = np.array([[0, 1, 1, 1, 1, 1]] * 4)
     scores = np.array([1.0, 0.0, 0.5, 0.5], np.float32)
 
-    bench = sentiment.Bench(None, None, tokenizer, tokens[:2, :1], mask[:2, :1], None, None, None, 2)
+    bench = sentiment.Bench(LanguageModel(None, None, tokenizer), tokens[:2, :1], mask[:2, :1], None, None, None, 2)
     rollout = Rollout(tokens, mask, mask, np.zeros(mask.shape), scores=scores)
     point = sentiment.point(bench, "m", "s", rollout, 1.0, None)
     assert point.repeated == pytest.approx((2 / 3 + 1 / 3 + 1 / 2 + 0) / 4)
@@ -130,53 +100,43 @@ def test_repeated_words_and_the_error_over_prompts():
     assert (point.texts, point.scores) == (["a a a", "ab ab"], [1.0, 0.5])
 
 
-def test_the_config_is_read_and_runs_at_three_strengths():
+def test_each_run_turns_the_strength_of_its_method_alone():
     config = parse(sentiment.SentimentConfig, ["--config", str(CONFIG)])
-    own = config.sentiment
-    assert [len(some) for some in (own.kl_coefs, own.kl_targets, own.grpo_kl_coefs, own.dpo_betas)] == [3, 3, 3, 3]
-    assert config.text.bucket_multiple == own.longest_prompt + 1 + config.rl.max_new_tokens
+    planned = [
+        (method, strength, own["rl"].kl_coef, own["rl"].kl_target, own["grpo"].kl_loss_coef, own["dpo"].beta)
+        for method, strength, own in sentiment.plan(config, Path("data"))
+    ]
+    grpo, beta = config.grpo.kl_loss_coef, config.dpo.beta
+    policies = [("ppo_fixed", 0.5, 0.5, None), ("ppo_adaptive", 1.5, 0.2, 1.5), ("rloo", 0.5, 0.5, None)]
+    others = [("grpo", 1.0, 0.0, None, 1.0, beta), ("dpo", 0.5, 0.2, None, grpo, 0.5)]
+    assert planned[::3] == [*((*policy, grpo, beta) for policy in policies), *others]
+
+
+COMPLETE = "--model no/such/folder --lexicon lexicon.txt"
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "lexicon", "message"),
     [
-        ([], "no model: give --model"),
-        (["--model", "x", "--reward", "count:e"], "leave them out"),
-        (["--model", "x", "--data", "demo"], "leave them out"),
-        (["--sentiment.best-of", "6"], "best_of must be a power of 2, got 6"),
-        (["--sentiment.longest-prompt", "7"], "longest_prompt must be at least 8, got 7"),
-        (["--sentiment.samples", "1"], "samples must be at least 2, got 1"),
-        (["--model", "x"], "no reward: give --lexicon"),
-        (["--model", "no/such/folder", "--lexicon", "lexicon.txt"], "no/such/folder"),
+        ("", LEXICON, "no model: give --model"),
+        ("--model x --reward count:e", LEXICON, "leave them out"),
+        ("--model x --data demo", LEXICON, "leave them out"),
+        ("--model x", LEXICON, "no reward: give --lexicon"),
+        ("--sentiment.best-of 6", LEXICON, "best_of must be a power of 2, got 6"),
+        ("--sentiment.longest-prompt 7", LEXICON, "longest_prompt must be at least 8, got 7"),
+        (COMPLETE, LEXICON, "no/such/folder"),
+        (COMPLETE, "good\t1\nbad\n", "lexicon.txt, line 2: expected a word, a tab and a number, found 'bad'"),
+        (COMPLETE, "good\tvery", "lexicon.txt, line 1: expected a word, a tab and a number"),
+        (COMPLETE, "\n", "lexicon.txt: the lexicon is empty"),
+        (COMPLETE, None, "lexicon.txt: cannot be read: No such file"),
     ],
 )
-def test_refusals(given, message, tmp_path, monkeypatch):
+def test_refusals(given, lexicon, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("lexicon.txt").write_text(LEXICON, "utf-8")
+    if lexicon is not None:
+        Path("lexicon.txt").write_text(lexicon, "utf-8")
     with pytest.raises(UserError, match="^[^\n]*" + re.escape(message)):
-        sentiment.run(parse(sentiment.SentimentConfig, ["--config", str(CONFIG), "--output-dir", "x", *given]))
-
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def tiny_llama(folder, length=32):
-    """stories260K.bin and tok512.bin of random weights; words are letters, which most of its tokens are."""
-    width, inner, layers, heads, kv_heads = 16, 24, 1, 2, 1
-    pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % i for i in range(256))]
-    pieces += [b" " + letter.encode() for letter in LETTERS]
-    vocabulary, random = len(pieces), np.random.default_rng(0)
-    shapes = [
-        *((vocabulary, width), (layers, width), (layers, width, width), (layers, 8, width), (layers, 8, width)),
-        *((layers, width, width), (layers, width), (layers, inner, width), (layers, width, inner)),
-        *((layers, inner, width), (width,)),
-    ]
-    weights = [0.3 * random.standard_normal(shape) for shape in shapes]
-    weights[0][259:] *= 8
-    header = struct.pack("<7i", width, inner, layers, heads, kv_heads, vocabulary, length)
-    (folder / "stories260K.bin").write_bytes(header + b"".join(w.astype("<f4").tobytes() for w in weights))
-    entries = (struct.pack("<fi", 0.0, len(piece)) + piece for piece in pieces)
-    (folder / "tok512.bin").write_bytes(struct.pack("<i", 7) + b"".join(entries))
+        sentiment.run(parse(sentiment.SentimentConfig, ["--config", str(CONFIG), "--output-dir", "x", *given.split()]))
 
 
 SMALL = (
@@ -191,18 +151,17 @@ SMALL = (
 
 @pytest.mark.slow
 def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tmp_path):
-    tiny_llama(tmp_path)
+    letters = "abcdefghijklmnopqrstuvwxyz"  # words are letters, which most of the Llama's tokens are
+    sizes = {"width": 16, "inner": 24, "layers": 1, "heads": 2, "kv_heads": 1, "length": 32}
+    write(tmp_path, {f" {letter}".encode(): 0.0 for letter in letters}, scale=0.3, **sizes)
     lexicon, folder = tmp_path / "lexicon.txt", tmp_path / "run"
-    lexicon.write_text("".join(f"{letter}\t{3 if letter < 'n' else -3}\n" for letter in LETTERS), "utf-8")
+    lexicon.write_text("".join(f"{letter}\t{3 if letter < 'n' else -3}\n" for letter in letters), "utf-8")
     given = ("--model", tmp_path, "--lexicon", lexicon, "--output-dir", folder, *SMALL)
     run("sentiment", *given)
-    names = ["ppo_fixed_0.01", "ppo_adaptive_1", "rloo_0.01", "grpo_0.01", "dpo_0.1"]
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     base, *points = summary["points"]
-    assert base["method"] == "base"
-    assert [point["method"] for point in points] == [
-        *("PPO, fixed KL", "PPO, adaptive KL", "RLOO", "GRPO", "DPO", "best of n", "best of n")
-    ]
+    titles = ["base", "PPO, fixed KL", "PPO, adaptive KL", "RLOO", "GRPO", "DPO", "best of n", "best of n"]
+    assert [point["method"] for point in summary["points"]] == titles
     assert all(point["KL"] > 0 for point in points)
     assert {point["method"] for point in points if point["score"] > base["score"] + 0.1} >= {"RLOO", "PPO, fixed KL"}
     files = [folder / "data" / name for name in ("train.jsonl", "heldout.jsonl")]
@@ -210,9 +169,10 @@ def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tmp_path):
     assert (len(train), len(heldout), train & heldout) == (16, 8, set())
     assert {prompt[0] for prompt in train | heldout} == {1}
     assert {len(prompt) for prompt in train | heldout} == {3, 4}
-    for name in names[:4]:
-        assert {row["step"] for row in rows(folder / name) if "validation/score" in row} == {0, 6, 12}
-    fixed, adaptive = ([row["kl/coef"] for row in rows(folder / name) if "kl/coef" in row] for name in names[:2])
+    fixed, adaptive = (
+        [row["kl/coef"] for row in rows(folder / name) if "kl/coef" in row]
+        for name in ("ppo_fixed_0.01", "ppo_adaptive_1")
+    )
     assert fixed == pytest.approx([0.01] * 12)
     assert len(set(adaptive)) > 1
     assert ET.parse(folder / "score_kl.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
@@ -233,8 +193,6 @@ def test_the_real_model_and_lexicon(tmp_path):
         ordered = sorted((p for p in points if p["method"] == method), key=lambda point: point["KL"])
         assert ordered[0]["score"] > base["score"]
         assert ordered[-1]["score"] > ordered[0]["score"]
-    again = run("sentiment", *given, check=False)
-    assert (again.returncode, "--resume" in again.stderr) == (2, True)
     done = run("sentiment", *given, "--resume")
     assert done.stdout.count("finished already") == 15
     assert (folder / "summary.json").read_text("utf-8") == text

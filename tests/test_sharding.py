@@ -34,9 +34,7 @@ def test_rows_and_copies():
 
 @pytest.mark.parametrize(("num_rows", "nearest"), [(10, "8 or 12"), (3, "4$")])
 def test_rows_that_do_not_divide(num_rows, nearest):
-    with pytest.raises(
-        UserError, match=f"{num_rows} rows does not divide over 4 devices: use a batch size of {nearest}"
-    ):
+    with pytest.raises(UserError, match=f"{num_rows} rows does not divide over 4 devices: .* size of {nearest}"):
         sharding.shard_rows(sharding.make_mesh(4), jnp.ones((num_rows, 2)))
 
 
@@ -56,11 +54,14 @@ def test_by_path_takes_the_first_rule_that_matches():
     assert sharding.by_path(abstract, [(".*", P())], mesh)["wte"]["embedding"].is_fully_replicated
 
 
-def test_by_path_errors_name_the_parameter():
-    mesh = sharding.make_mesh(4)
-    with pytest.raises(UserError, match="no sharding rule matches parameter h_0/attn/bias"):
-        sharding.by_path(PARAMS, [("kernel|embedding", P())], mesh)
-    with pytest.raises(UserError, match="parameter wte/embedding of shape"):
-        sharding.by_path(PARAMS, [("embedding", P("data")), (".*", P())], mesh)  # 6 rows over 4 devices
-    with pytest.raises(UserError, match="parameter h_0/attn/bias of shape"):
-        sharding.by_path(PARAMS, [("bias", P(None, "data")), (".*", P())], mesh)
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([("kernel|embedding", P())], "no sharding rule matches parameter h_0/attn/bias"),
+        ([("embedding", P("data")), (".*", P())], "parameter wte/embedding of shape"),  # 6 rows over 4 devices
+        ([("bias", P(None, "data")), (".*", P())], "parameter h_0/attn/bias of shape"),
+    ],
+)
+def test_by_path_errors_name_the_parameter(rules, message):
+    with pytest.raises(UserError, match=message):
+        sharding.by_path(PARAMS, rules, sharding.make_mesh(4))

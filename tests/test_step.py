@@ -2,17 +2,18 @@
 
 from functools import partial
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from tabular import assert_close, assert_identical, every_way, numbers, policy_fn, policy_params, rollout
+from tabular import assert_close, assert_identical, every_way
 
-from rlhf_jax import gradient_step, grpo, minibatch_epochs, sft, sharding
-from rlhf_jax.types import Demonstrations, Max, Mean, TrainState
+from rlhf_jax import gradient_step, losses, minibatch_epochs, sharding
+from rlhf_jax.types import Max, Mean, TrainState
+
+SGD = optax.sgd(1.0)
 
 
 def half_square(params):
@@ -27,34 +28,19 @@ def test_gradient_step_by_hand():
     assert {k: float(v) for k, v in metrics.items()} == {"loss": 2.0, "w": 1.0, "grad_norm": 2.0, "nonfinite": 0.0}
 
 
-def test_low_precision_gradients_have_a_float32_norm():
-    params = {"w": jnp.full(4096, 1.0, jnp.bfloat16)}
-    optimizer = optax.sgd(0.1)
-    state, metrics = gradient_step(
-        lambda p: (Mean.of(jnp.sum(p["w"].astype(jnp.float32))), {}), TrainState.create(params, optimizer), optimizer
-    )
-    assert metrics["grad_norm"] == 64.0
-    assert state.params["w"].dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_finite_guard_keeps_the_state(bad):
-    def loss_fn(params, x):
-        if bad == "loss":
-            return Mean.of(jnp.sum(params["w"]) + jnp.log(x)), {}
-        return Mean.of(jnp.sum(jnp.sqrt(params["w"] * x))), {}  # the root has an infinite slope at 0
-
+def test_the_state_is_kept_where_a_gradient_is_not_finite():
+    """The root has an infinite slope at 0."""
     optimizer = optax.adam(0.1)
     state = TrainState.create({"w": jnp.array([0.1, 0.3])}, optimizer)
+    loss_fn = lambda params, x: (Mean.of(jnp.sum(jnp.sqrt(params["w"] * x))), {})  # noqa: E731
     step = jax.jit(lambda state, x: gradient_step(partial(loss_fn, x=x), state, optimizer))
-    state, metrics = step(state, jnp.array(1.0))
-    assert metrics["nonfinite"] == 0
-    kept, metrics = step(state, jnp.array(0.0))
-    assert metrics["nonfinite"] == 1
-    assert_identical(kept, state)
-    moved, metrics = step(kept, jnp.array(1.0))
-    assert metrics["nonfinite"] == 0
-    assert moved.step == 2
+    for x, bad in ((1.0, 0), (0.0, 1), (1.0, 0)):
+        before = state
+        state, metrics = step(state, x)
+        assert metrics["nonfinite"] == bad
+        if bad:
+            assert_identical(state, before)
+    assert state.step == 2
 
 
 def squares(params, part):
@@ -64,13 +50,23 @@ def squares(params, part):
 
 def test_microbatches_add_up_to_the_batch():
     batch = {"x": jnp.arange(1.0, 13.0) / 12.0, "absent": None}
-    optimizer = optax.sgd(1.0)
-    state = TrainState.create({"w": jnp.array([0.5])}, optimizer)
-    run = partial(gradient_step, squares, state, optimizer, batch=batch)
+    state = TrainState.create({"w": jnp.array([0.5])}, SGD)
+    run = partial(gradient_step, squares, state, SGD, batch=batch)
     whole, metrics = run()
     np.testing.assert_allclose(metrics["half"], 0.5 * np.mean((0.5 * batch["x"] - 1.0) ** 2), rtol=1e-6)
     for num_microbatches in (2, 3, 12):
         assert_close(run(num_microbatches=num_microbatches), (whole, metrics))
+
+
+def test_microbatches_of_low_precision_are_summed_in_float32():
+    def loss_fn(params, part):
+        return Mean(params["w"] * jnp.sum(part), jnp.float32(1 / 300)), {}
+
+    state = TrainState.create({"w": jnp.zeros((), jnp.bfloat16)}, SGD)
+    state, metrics = gradient_step(loss_fn, state, SGD, batch=jnp.ones(300, jnp.bfloat16), num_microbatches=300)
+    assert state.params["w"] == -300.0  # in bfloat16, 256 + 1 = 256
+    assert state.params["w"].dtype == jnp.bfloat16
+    assert metrics["grad_norm"] == 300.0
 
 
 def test_row_i_is_in_microbatch_i_modulo_their_number():
@@ -80,31 +76,6 @@ def test_row_i_is_in_microbatch_i_modulo_their_number():
     state = TrainState.create({"w": jnp.ones(())}, SGD)
     _, metrics = gradient_step(squared_sum, state, SGD, batch=jnp.array([1.0, 2, 3, 4]), num_microbatches=2)
     assert metrics["loss"] == ((1 + 3) ** 2 + (2 + 4) ** 2) / 4  # of rows 0, 1 and 2, 3 it would be 58 / 4
-
-
-def test_microbatches_of_low_precision_are_summed_in_float32():
-    optimizer = optax.sgd(1.0)
-    state = TrainState.create({"w": jnp.zeros((), jnp.bfloat16)}, optimizer)
-
-    def loss_fn(params, part):
-        return Mean(params["w"] * jnp.sum(part), jnp.float32(1 / 300)), {}
-
-    state, _ = gradient_step(loss_fn, state, optimizer, batch=jnp.ones(300, jnp.bfloat16), num_microbatches=300)
-    assert state.params["w"] == -300.0  # in bfloat16, 256 + 1 = 256
-    assert state.params["w"].dtype == jnp.bfloat16
-
-
-@flax.struct.dataclass
-class Counting(TrainState):
-    seen: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros(()))
-
-
-def test_the_callers_state_comes_back():
-    optimizer = optax.sgd(0.1)
-    state = Counting.create({"w": jnp.array(1.0)}, optimizer).replace(seen=jnp.array(5.0))
-    after, _ = gradient_step(half_square, state, optimizer)
-    assert isinstance(after, Counting)
-    assert (after.seen, after.step) == (5.0, 1)
 
 
 @pytest.mark.parametrize(("learning_rate", "expected"), [(0.0, [1.0, 1.0, 0.5, 0.5]), (0.5, [1.0] * 4)])
@@ -122,12 +93,10 @@ def test_the_optimizer_gets_the_loss(learning_rate, expected):
 
 @pytest.mark.parametrize("loss", [jnp.float32(1.0), (Mean.of(1.0), jnp.float32(1.0))])
 def test_a_loss_is_made_of_means(loss):
-    optimizer = optax.sgd(0.1)
-    state = TrainState.create({"w": jnp.array(1.0)}, optimizer)
-    with pytest.raises(TypeError, match=r"losses\.aggregate"):
-        gradient_step(lambda params: (loss, {}), state, optimizer)
-    with pytest.raises(TypeError, match=r"losses\.aggregate"):
-        gradient_step(lambda params: (Mean.of(params["w"]), {"w": params["w"]}), state, optimizer)
+    state = TrainState.create({"w": jnp.array(1.0)}, SGD)
+    for terms, metrics in ((loss, {}), (Mean.of(1.0), {"w": jnp.float32(1.0)})):
+        with pytest.raises(TypeError, match=r"losses\.aggregate"):
+            gradient_step(lambda params, terms=terms, metrics=metrics: (terms, metrics), state, SGD)
 
 
 def test_means_by_hand():
@@ -139,13 +108,12 @@ def test_means_by_hand():
 
 def test_keys_of_microbatches_and_devices_differ():
     """Microbatch m on device d draws with fold_in(fold_in(key, m), d); without devices with fold_in(key, m)."""
-    key, optimizer = jax.random.key(1), optax.sgd(0.1)
-    state = TrainState.create({"w": jnp.array(1.0)}, optimizer)
+    key, state = jax.random.key(1), TrainState.create({"w": jnp.array(1.0)}, SGD)
 
     def drawn(params, part, key):
         return Mean.of(params["w"] * jax.random.uniform(key)), {}
 
-    step = partial(gradient_step, drawn, optimizer=optimizer, key=key, num_microbatches=2)
+    step = partial(gradient_step, drawn, optimizer=SGD, key=key, num_microbatches=2)
     fold, uniform = jax.random.fold_in, jax.random.uniform
     expected = np.mean([uniform(fold(key, m)) for m in range(2)])
     np.testing.assert_allclose(step(state, batch=jnp.ones(2))[1]["loss"], expected, rtol=1e-6)
@@ -159,57 +127,32 @@ def test_keys_of_microbatches_and_devices_differ():
     np.testing.assert_allclose(jax.jit(mapped)(jnp.ones(8)), expected, rtol=1e-6)
 
 
-# Terms with different denominators
-
-LENGTHS = [4, 1, 2, 0, 3, 0, 0, 0, 0, 0, 0, 0, 2, 4, 1, 1]  # 7, 3, 0 and 8 tokens on four devices
-GRPO = grpo.Config(group_size=4, aggregate="sequence")
-SGD = optax.sgd(0.3)
-
-
-def grpo_and_sft(params, batch):
-    """GRPO's mean over rows of row means, and a tenth of SFT's mean over tokens of other texts."""
-    samples, texts = batch
-    ours, metrics = grpo.loss(params, samples, None, policy_fn=policy_fn, config=GRPO)
-    theirs, more = sft.loss(params, texts, None, policy_fn=policy_fn, config=sft.Config())
-    return (ours, 0.1 * theirs), {**metrics, **more}
-
-
 def two_terms(state, batch, key=None, num_microbatches=1, axis_name=None):
+    """A mean over tokens, and a tenth of a mean over rows, as of GRPO and SFT."""
     del key
-    return gradient_step(grpo_and_sft, state, SGD, batch=batch, num_microbatches=num_microbatches, axis_name=axis_name)
+
+    def loss_fn(params, batch):
+        rows = losses.weighted_mean(jnp.square(params["w"] - batch["x"][:, 0]), batch["weight"])
+        tokens = losses.aggregate(jnp.square(params["w"] * batch["x"]), batch["mask"])
+        return (tokens, 0.1 * rows), {"rows": rows}
+
+    return gradient_step(loss_fn, state, SGD, batch=batch, num_microbatches=num_microbatches, axis_name=axis_name)
 
 
 def test_terms_with_different_denominators():
     """The gradient is that of the sum of the two whole losses, however the batch is cut."""
-    texts = rollout(1, LENGTHS[::-1])
-    texts = Demonstrations(texts.tokens, texts.attention_mask, texts.response_mask)
-    batch = grpo.prepare(rollout(0, LENGTHS), config=GRPO), texts
-    state = TrainState.create(policy_params(0), SGD)
-    value, gradient = jax.jit(jax.value_and_grad(lambda p: numbers(grpo_and_sft)(p, batch)[0]))(state.params)
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(16, 3)).astype(np.float32), rng.integers(0, 3, 16).astype(np.float32)
+    mask = rng.random((16, 3)) < np.linspace(0.1, 1.0, 16)[:, None]
+    state, batch = TrainState.create({"w": jnp.float32(0.5)}, SGD), {"x": x, "weight": weight, "mask": mask}
     after, metrics = expected = jax.jit(two_terms)(state, batch)
-    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
-    assert_close(after.params, jax.tree.map(lambda p, g: p - 0.3 * g, state.params, gradient))
-    for result in every_way(partial(two_terms, num_microbatches=2), state, batch, jax.random.key(0)):
+    rows = np.average((0.5 - x[:, 0]) ** 2, weights=weight)
+    np.testing.assert_allclose(metrics["rows"], rows, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], np.mean((0.5 * x[mask]) ** 2) + 0.1 * rows, rtol=1e-5)
+    slope = np.mean(x[mask] ** 2) + 0.2 * np.average(0.5 - x[:, 0], weights=weight)
+    np.testing.assert_allclose(after.params["w"], 0.5 - slope, rtol=1e-5)
+    for result in every_way(partial(two_terms, num_microbatches=2), state, batch, jax.random.key(0), [True]):
         assert_close(result, expected)
-    shards = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), batch)
-    pmapped = jax.pmap(partial(two_terms, axis_name="data"), axis_name="data", in_axes=(None, 0))(state, shards)
-    assert_close(jax.tree.map(lambda x: x[3], pmapped), expected)
-
-
-@pytest.mark.parametrize(
-    ("batch", "num_microbatches", "message"),
-    [
-        ({"x": jnp.ones(6)}, 4, "num_microbatches=4 does not divide the 6 rows"),
-        ({"x": jnp.ones(6)}, 0, "num_microbatches=0"),
-        (None, 2, "num_microbatches=2 needs a batch"),
-        ({"x": jnp.ones(6), "y": jnp.ones(4)}, 2, r"sizes \[4, 6\]"),
-    ],
-)
-def test_microbatch_errors(batch, num_microbatches, message):
-    optimizer = optax.sgd(1.0)
-    state = TrainState.create({"w": jnp.ones(1)}, optimizer)
-    with pytest.raises(ValueError, match=message):
-        gradient_step(squares, state, optimizer, batch=batch, num_microbatches=num_microbatches)
 
 
 def record(state, minibatch, key):
@@ -246,45 +189,39 @@ def test_every_row_once_an_epoch_in_a_fresh_order():
     np.testing.assert_allclose(metrics["first"], np.mean(np.asarray(rows)[:, 0]), rtol=1e-6)
     assert metrics["step_max"] == 11
     assert metrics["nonfinite"] == 1
-
-
-def test_a_single_minibatch_is_the_batch_as_it_is():
-    key = jax.random.key(0)
-    rows, keys, metrics = minibatches(jnp.arange(6), key, 2, 1)
-    np.testing.assert_array_equal(rows, np.tile(np.arange(6), (2, 1)))
+    single, keys, _ = minibatches(jnp.arange(6), key, 2, 1)  # the batch as it is
+    np.testing.assert_array_equal(single, np.tile(np.arange(6), (2, 1)))
     assert np.any(keys[0] != keys[1])
-    assert metrics["step_max"] == 1
-
-
-def minibatch_shard_rows(shuffle_blocks, minibatch_sharding):
-    """How many of a minibatch's 16 rows each of 4 devices holds when the batch of 32 is sharded, and the program."""
-    mesh = sharding.make_mesh(4)
-    seen = []
-
-    def step(state, minibatch, key):
-        del key
-        jax.debug.inspect_array_sharding(minibatch, callback=seen.append)
-        return state + jnp.sum(jnp.sin(minibatch)), {}
-
-    def run(state, batch, key):
-        options = {"num_epochs": 1, "num_minibatches": 2, "shuffle_blocks": shuffle_blocks}
-        return minibatch_epochs(step, state, batch, key, minibatch_sharding=minibatch_sharding, **options)
-
-    batch = sharding.shard_rows(mesh, jnp.ones((32, 8)))
-    arguments = sharding.replicate(mesh, (jnp.zeros(()), jax.random.key(0)))
-    compiled = jax.jit(run).lower(arguments[0], batch, arguments[1]).compile()
-    (found,) = seen
-    return found.shard_shape((16, 8))[0], compiled.as_text()
 
 
 def test_minibatches_stay_sharded():
-    constraint = sharding.rows(sharding.make_mesh(4))
-    assert minibatch_shard_rows(1, constraint)[0] == 4
-    assert minibatch_shard_rows(1, None)[0] == 16  # why the constraint exists
-    rows, program = minibatch_shard_rows(4, constraint)
-    assert rows == 4
-    # Blocks never leave their device: the sum over rows is all that is communicated.
-    assert not any(name in program for name in ("all-gather", "all-to-all", "collective-permute"))
+    """Shuffled over the whole batch, XLA would replicate them on all four devices."""
+    mesh, seen = sharding.make_mesh(4), []
+
+    def step(state, minibatch, key):
+        jax.debug.inspect_array_sharding(minibatch, callback=seen.append)
+        return state + jnp.sum(jnp.sin(minibatch)), {}
+
+    options = {"num_epochs": 1, "num_minibatches": 2, "minibatch_sharding": sharding.rows(mesh)}
+    arguments = sharding.replicate(mesh, (jnp.zeros(()), jax.random.key(0)))
+    run = jax.jit(lambda state, batch, key: minibatch_epochs(step, state, batch, key, **options))
+    run.lower(arguments[0], sharding.shard_rows(mesh, jnp.ones((32, 8))), arguments[1]).compile()
+    assert seen[0].shard_shape((16, 8)) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_microbatches", "message"),
+    [
+        ({"x": jnp.ones(6)}, 4, "num_microbatches=4 does not divide the 6 rows"),
+        ({"x": jnp.ones(6)}, 0, "num_microbatches=0"),
+        (None, 2, "num_microbatches=2 needs a batch"),
+        ({"x": jnp.ones(6), "y": jnp.ones(4)}, 2, r"sizes \[4, 6\]"),
+    ],
+)
+def test_microbatch_errors(batch, num_microbatches, message):
+    state = TrainState.create({"w": jnp.ones(1)}, SGD)
+    with pytest.raises(ValueError, match=message):
+        gradient_step(squares, state, SGD, batch=batch, num_microbatches=num_microbatches)
 
 
 @pytest.mark.parametrize(
@@ -300,11 +237,8 @@ def test_minibatch_errors_name_the_numbers(num_rows, num_minibatches, shuffle_bl
         minibatches(jnp.arange(num_rows), jax.random.key(0), 1, num_minibatches, shuffle_blocks)
 
 
-@pytest.mark.parametrize("shuffle_blocks", [1, 2, 6])
-def test_devices_hold_whole_blocks(shuffle_blocks):
-    def on_device(rows, key):
-        return minibatches(rows, key, 1, 2, shuffle_blocks, axis_name="data")[2]
-
-    specs = {"in_specs": (P("data"), P()), "out_specs": P(), "check_vma": False}
-    with pytest.raises(ValueError, match=f"shuffle_blocks={shuffle_blocks} does not divide over 4 devices"):
-        jax.shard_map(on_device, mesh=sharding.make_mesh(4), **specs)(jnp.arange(24), jax.random.key(0))
+def test_devices_hold_whole_blocks():
+    run = partial(minibatches, num_epochs=1, num_minibatches=2, shuffle_blocks=6, axis_name="data")
+    mapped = jax.shard_map(run, mesh=sharding.make_mesh(4), in_specs=(P("data"), P()), out_specs=P(), check_vma=False)
+    with pytest.raises(ValueError, match="shuffle_blocks=6 does not divide over 4 devices"):
+        mapped(jnp.arange(24), jax.random.key(0))

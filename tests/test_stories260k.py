@@ -1,9 +1,7 @@
-"""Real weights, in the folder RLHF_JAX_DATA: the Llama trained on TinyStories says what its authors printed.
-
-Its generated twin: random weights in the same two files, against a loop over positions as llama2.c runs it.
+"""The Llama trained on TinyStories (folder RLHF_JAX_DATA) says what its authors printed, and its generated twin:
+random weights in the same two files.
 """
 
-import importlib.util
 import json
 import os
 import struct
@@ -13,16 +11,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_scripts import ROOT
+import stories260k
 
 from rlhf_jax import models, sampling
 from rlhf_jax.data.tokenizers import load_tokenizer
 
 DATA = os.environ.get("RLHF_JAX_DATA")
+SPECIAL = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % i for i in range(256))]
 
-spec = importlib.util.spec_from_file_location("stories260k", ROOT / "experiments" / "stories260k.py")
-stories260k = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stories260k)
+
+def write(folder, pieces, *, width=16, inner=12, layers=2, heads=4, kv_heads=2, length=16, scale=0.5):
+    """stories260K.bin of random weights and tok512.bin of ``{piece: score}``; returns the weights by name."""
+    vocabulary, kv_width, random = len(SPECIAL) + len(pieces), width // heads * kv_heads, np.random.default_rng(0)
+    names = ("embedding", "norm1", "wq", "wk", "wv", "wo", "norm2", "w1", "w2", "w3", "norm")
+    square, up = (layers, width, width), (layers, inner, width)
+    norm, kv, down = (layers, width), (layers, kv_width, width), (layers, width, inner)
+    shapes = ((vocabulary, width), norm, square, kv, kv, square, norm, up, down, up, (width,))
+    drawn = (scale * random.standard_normal(shape).astype("<f4") for shape in shapes)
+    weights = dict(zip(names, drawn, strict=True))
+    weights["embedding"][len(SPECIAL) :] *= 8  # these pieces are most of what the model says
+    header = struct.pack("<7i", width, inner, layers, heads, kv_heads, vocabulary, length)
+    unused = bytes(4 * length * width // heads)  # the file ends with angles, which nothing reads
+    stored = b"".join(weight.tobytes() for weight in weights.values())
+    (folder / "stories260K.bin").write_bytes(header + stored + unused)
+    entries = [*((piece, 0.0) for piece in SPECIAL), *pieces.items()]
+    packed = b"".join(struct.pack("<fi", score, len(piece)) + piece for piece, score in entries)
+    (folder / "tok512.bin").write_bytes(struct.pack("<i", 7) + packed)
+    return weights
 
 
 @pytest.mark.slow
@@ -32,107 +47,45 @@ def test_the_tinystories_llama_equals_its_published_text(tmp_path):
     stories260k.convert(source, tmp_path)
     model, params = models.load(tmp_path)
     golden = json.loads((source / "golden.json").read_text("utf-8"))
-    ids = golden["greedy_token_ids"]
-
-    start = jnp.array([[golden["start_token"], *ids[:2]]])
-    logits = np.asarray(model.apply(params, start))[0]
+    ids, start = golden["greedy_token_ids"], golden["start_token"]
+    logits = np.asarray(model.apply(params, jnp.array([[start, *ids[:2]]])))[0]
     for row, best in zip(logits, golden["logits_first3_positions_top8"], strict=True):
         expected_ids, expected = zip(*best, strict=True)
         np.testing.assert_array_equal(np.argsort(-row)[:8], expected_ids)
         np.testing.assert_allclose(row[list(expected_ids)], expected, atol=2e-4)
-
     tokenizer = load_tokenizer(tmp_path)
-    config = sampling.SamplingConfig(
-        max_new_tokens=len(ids), temperature=0.0, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
-    )
-    prompt = jnp.array([[golden["start_token"]]])
+    config = sampling.SamplingConfig(len(ids), temperature=0.0, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    prompt = jnp.array([[start]])
     rollout = sampling.generate(model, params, prompt, jnp.ones_like(prompt), jax.random.key(0), config=config)
     np.testing.assert_array_equal(rollout.tokens[0, 1:], ids)
-    text = (source / "greedy_expected.txt").read_text("utf-8")
-    said = tokenizer.decode(ids)
+    text, said = (source / "greedy_expected.txt").read_text("utf-8"), tokenizer.decode(ids)
     assert said.startswith(text.strip()[:200])
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    # Encoding finds the pieces that the model itself chose.
-    assert tokenizer.encode(said) == ids
+    assert tokenizer.encode(said) == ids  # the pieces that the model itself chose
 
 
-@pytest.mark.slow
-def test_generated_files_of_that_layout_equal_a_loop(tmp_path):
-    width, inner, layers, heads, kv_heads, length = 8, 12, 2, 4, 2, 16
-    pieces = [
-        b"<unk>",
-        b"\n<s>\n",
-        b"\n</s>\n",
-        *(b"<0x%02X>" % i for i in range(256)),
-        b" ",
-        b"a",
-        b"b",
-        b"ab",
-        b" ab",
-    ]
-    head, vocabulary = width // heads, len(pieces)
-    random = np.random.default_rng(0)
-    shapes = {
-        "embedding": (vocabulary, width),
-        "norm1": (layers, width),
-        "wq": (layers, width, width),
-        "wk": (layers, kv_heads * head, width),
-        "wv": (layers, kv_heads * head, width),
-        "wo": (layers, width, width),
-        "norm2": (layers, width),
-        "w1": (layers, inner, width),
-        "w2": (layers, width, inner),
-        "w3": (layers, inner, width),
-        "norm": (width,),
-    }
-    weights = {name: 0.5 * random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    header = struct.pack("<7i", width, inner, layers, heads, kv_heads, vocabulary, length)
-    unused = np.zeros((2, length, head // 2), np.float32)
-    (tmp_path / "stories260K.bin").write_bytes(
-        header + b"".join(weight.tobytes() for weight in weights.values()) + unused.tobytes()
-    )
-    scores = [0.0] * 259 + [0.0, 0.0, 0.0, -1.0, -2.0]
-    entries = (
-        struct.pack("<fi", *entry) + piece for *entry, piece in zip(scores, map(len, pieces), pieces, strict=True)
-    )
-    (tmp_path / "tok512.bin").write_bytes(struct.pack("<i", 7) + b"".join(entries))
+def test_generated_files_of_that_layout_have_their_weights_in_place(tmp_path):
+    width, heads, kv_heads = 16, 4, 2
+    weights = write(tmp_path, {b" ": 0.0, b"a": 0.0, b"b": 0.0, b"ab": -1.0, b" ab": -2.0})
     stories260k.convert(tmp_path, tmp_path / "folder")
-    model, params = models.load(tmp_path / "folder")
+    _, params = models.load(tmp_path / "folder")
     tokenizer = load_tokenizer(tmp_path / "folder")
-    assert tokenizer.encode("abb a") == [263, 261, 259, 260]
-    assert tokenizer.decode([263, 261, 259, 260]) == "abb a"
+    ids = [263, 261, 259, 260]
+    assert (tokenizer.encode("abb a"), tokenizer.decode(ids)) == (ids, "abb a")
 
-    def norm(x, weight):
-        return weight * x / np.sqrt(np.mean(x**2) + 1e-5)
+    def halves(weight, heads):
+        """llama2.c turns neighbouring pairs of a head, transformers the first half with the second."""
+        return weight.reshape(heads, -1, 2, width).transpose(0, 2, 1, 3).reshape(weight.shape)
 
-    def turn(x, position):
-        pairs = x.reshape(-1, head // 2, 2)
-        angle = position * 10000.0 ** (-np.arange(0, head, 2) / head)
-        cosine, sine = np.cos(angle), np.sin(angle)
-        first, second = pairs[..., 0], pairs[..., 1]
-        turned = np.stack([first * cosine - second * sine, first * sine + second * cosine], axis=-1)
-        return turned.reshape(-1, head)
-
-    tokens = [1, 263, 261, 259, 260]
-    keys, values = [[] for _ in range(layers)], [[] for _ in range(layers)]
-    expected = []
-    for position, token in enumerate(tokens):
-        x = weights["embedding"][token]
-        for layer in range(layers):
-            at = {name: weight[layer] for name, weight in weights.items() if name not in ("embedding", "norm")}
-            h = norm(x, at["norm1"])
-            query = turn(at["wq"] @ h, position)
-            keys[layer].append(turn(at["wk"] @ h, position))
-            values[layer].append((at["wv"] @ h).reshape(-1, head))
-            heard = []
-            for i in range(heads):
-                shared = i // (heads // kv_heads)
-                logits = np.array([key[shared] @ query[i] for key in keys[layer]]) / np.sqrt(head)
-                attended = np.exp(logits - logits.max())
-                heard.append(attended / attended.sum() @ np.array([value[shared] for value in values[layer]]))
-            x = x + at["wo"] @ np.concatenate(heard)
-            h = norm(x, at["norm2"])
-            gate = at["w1"] @ h
-            x = x + at["w2"] @ (gate / (1 + np.exp(-gate)) * (at["w3"] @ h))
-        expected.append(weights["embedding"] @ norm(x, weights["norm"]))
-    np.testing.assert_allclose(model.apply(params, jnp.array([tokens]))[0], expected, atol=1e-4)
+    for layer in range(2):
+        at, block = {name: weight[layer] for name, weight in weights.items()}, params[f"h_{layer}"]
+        kernels = {"q_proj": halves(at["wq"], heads), "k_proj": halves(at["wk"], kv_heads)}
+        kernels |= {"v_proj": at["wv"], "o_proj": at["wo"]}
+        for name, weight in kernels.items():
+            np.testing.assert_array_equal(block["attn"][name]["kernel"], weight.T)
+        for name, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+            np.testing.assert_array_equal(block["mlp"][name]["kernel"], at[theirs].T)
+        for name, theirs in (("ln_1", "norm1"), ("ln_2", "norm2")):
+            np.testing.assert_array_equal(block[name]["scale"], at[theirs])
+    np.testing.assert_array_equal(params["ln_f"]["scale"], weights["norm"])
+    np.testing.assert_array_equal(params["wte"]["embedding"], weights["embedding"])

@@ -18,18 +18,22 @@ def test_words_keep_their_apostrophes_and_marks_stand_alone():
     assert texts.words("It’s 9 o'clock, isn't it?") == ["it's", "9", "o'clock", ",", "isn't", "it", "?"]
 
 
-def test_distinct_n_by_hand():
-    """Words a b a b c: 3 of 5 are different; pairs ab ba ab bc: 3 of 4, and with another text's ab 3 of 5."""
-    assert texts.distinct_n([list("ababc")], 1) == 3 / 5
-    assert texts.distinct_n([list("ababc")], 2) == 3 / 4
-    assert texts.distinct_n([list("ababc"), ["a", "b"]], 2) == 3 / 5
-    assert texts.distinct_n([["a"], []], 2) == 0
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_distinct_n_without_each_text_is_that_of_the_others(n):
-    expected = [texts.distinct_n(TEXTS[:i] + TEXTS[i + 1 :], n) for i in range(len(TEXTS))]
-    assert texts.distinct_n_without_each(TEXTS, n) == expected
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (texts.distinct_n([list("ababc")], 1), 3 / 5),
+        (texts.distinct_n([list("ababc")], 2), 3 / 4),  # ab ba ab bc
+        (texts.distinct_n([list("ababc"), ["a", "b"]], 2), 3 / 5),
+        (texts.distinct_n([["a"], []], 2), 0),
+        (texts.self_bleu([["a", "b"], ["a", "b"], []]), [1.0, 1.0, 0.0]),
+        (texts.repetition(list("ababab"), 2), 1 - 2 / 5),
+        (texts.repetition(["a"], 2), 0),
+        (texts.lexical_density(texts.words("Then the sun won ten tons!")), 4 / 6),
+        (texts.lexical_density(["!"]), 0),
+    ],
+)
+def test_figures_by_hand(found, expected):
+    assert found == expected
 
 
 def slow_bleu(text, references, n):
@@ -53,28 +57,11 @@ def test_self_bleu_is_bleu_against_all_others(n):
     assert texts.self_bleu(TEXTS, n) == pytest.approx(expected)
 
 
-def test_self_bleu_by_hand():
-    """a b c d against a b x y z: 2 of 4 words, 1 of 3 pairs, a reference that is one word longer."""
-    two = [list("abcd"), list("abxyz")]
-    assert texts.self_bleu(two, 2)[0] == pytest.approx(math.exp(1 - 5 / 4) * math.sqrt(1 / 2 * 1 / 3))
-    assert texts.self_bleu([["a", "b"], ["a", "b"], []]) == [1.0, 1.0, 0.0]
-    with pytest.raises(ValueError, match="at least two texts"):
-        texts.self_bleu(TEXTS[:1])
-
-
-def test_repetition_by_hand():
-    assert texts.repetition(list("ababab"), 2) == 1 - 2 / 5
-    assert texts.repetition(["a"], 2) == 0
-
-
 def test_content_words_by_hand():
-    asked, said = map(
-        texts.words, ("How do I boil an egg?", "Don't boil it: it's the egg and the egg cooks, can't it?")
-    )
+    asked = texts.words("How do I boil an egg?")
+    said = texts.words("Don't boil it: it's the egg and the egg cooks, can't it?")
     assert texts.lexical_density(said) == 4 / 12  # boil, egg, egg, cooks
     assert texts.new_content_words(asked, said) == 1  # cooks
-    assert texts.lexical_density(texts.words("Then the sun won ten tons!")) == 4 / 6
-    assert texts.lexical_density(["!"]) == 0
 
 
 JUDGED = json.loads(Path(__file__).with_name("judged_texts.json").read_text("utf-8"))

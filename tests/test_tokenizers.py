@@ -3,15 +3,14 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 
-TEXTS = ["the cat sat on the mat.", "the dog sat on the log, naïve and happy 🙂\n"] * 3
+# The spelling of a special token in a text is text.
+TEXTS = ["the cat sat on the mat.", "the dog sat on the log, naïve and happy 🙂\n", "a <|endoftext|> <|pad|>"] * 3
 DATA = os.environ.get("RLHF_JAX_DATA")
 
 
@@ -39,7 +38,7 @@ def test_save_is_what_transformers_loads(tokenizer, tmp_path):
     assert loaded.fingerprint == tokenizer.fingerprint
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.pad_token_id, theirs.eos_token_id, theirs.padding_side) == (0, 1, "left")
-    for text in TEXTS:
+    for text in TEXTS[:2]:
         assert theirs(text)["input_ids"] == loaded.encode(text) == tokenizer.encode(text)
 
 
@@ -47,51 +46,42 @@ def test_training_is_deterministic_and_keeps_to_the_size():
     first, second = (tokenizers.train_bpe(iter(TEXTS), 280) for _ in range(2))
     assert first.fingerprint == second.fingerprint
     assert first.vocab_size == 280
-    assert tokenizers.characters("cab").encode("abc") == [2, 3, 4]  # in the order of code points
     assert len(first.encode("the cat")) < len("the cat")
+    assert tokenizers.characters("cab").encode("abc") == [2, 3, 4]  # in the order of code points
 
 
-@pytest.mark.parametrize("train", [lambda texts: tokenizers.train_bpe(texts, 300), tokenizers.characters])
-def test_special_tokens_in_text_are_text(train):
-    text = "a <|endoftext|> <|pad|>"
-    tokenizer = train([*TEXTS, text])
-    ids = tokenizer.encode(text)
-    assert not {0, 1} & set(ids)
-    assert tokenizer.decode(ids) == text
+def rewritten(folder, change, **config):
+    """Loads the saved tokenizer after ``change`` of tokenizer.json's text, with this tokenizer_config.json alone."""
+    file = folder / "tokenizer.json"
+    file.write_text(change(file.read_text()))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizers.EOS} | config))
+    (folder / "special_tokens_map.json").unlink()
+    return tokenizers.load_tokenizer(folder)
 
 
-def test_a_pad_is_added_where_there_is_none_or_where_it_is_eos(tmp_path):
+@pytest.mark.parametrize("pad", [{}, {"pad_token": tokenizers.EOS}])
+def test_a_pad_is_added_where_there_is_none_or_where_it_is_eos(tmp_path, pad):
     tokenizer = tokenizers.train_bpe(TEXTS, 280)
-    for pad in (None, tokenizers.EOS):
-        tokenizer.save(tmp_path)
-        file = json.loads((tmp_path / "tokenizer.json").read_text())
-        # The pad of `train_bpe` gets another name, so that "<|pad|>" is free again.
-        text = json.dumps(file).replace("<|pad|>", "<|other|>")
-        (tmp_path / "tokenizer.json").write_text(text)
-        config = {"eos_token": {"content": tokenizers.EOS}, "chat_template": "kept"} | (
-            {"pad_token": pad} if pad else {}
-        )
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        (tmp_path / "special_tokens_map.json").unlink()
-        loaded = tokenizers.load_tokenizer(tmp_path)
-        assert (loaded.pad_id, loaded.eos_id, loaded.vocab_size) == (280, 1, 281)
-        assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
-        loaded.save(tmp_path / "again")
-        assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["chat_template"] == "kept"
-        again = tokenizers.load_tokenizer(tmp_path / "again")
-        assert (again.pad_id, again.vocab_size, again.fingerprint) == (280, 281, loaded.fingerprint)
+    tokenizer.save(tmp_path)
+    # The pad of `train_bpe` gets another name, so that "<|pad|>" is free again.
+    loaded = rewritten(tmp_path, lambda text: text.replace("<|pad|>", "<|other|>"), chat_template="kept", **pad)
+    assert (loaded.pad_id, loaded.eos_id, loaded.vocab_size) == (280, 1, 281)
+    assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    loaded.save(tmp_path / "again")
+    again = tokenizers.load_tokenizer(tmp_path / "again")
+    assert again.config["chat_template"] == "kept"
+    assert (again.pad_id, again.vocab_size, again.fingerprint) == (280, 281, loaded.fingerprint)
 
 
 def test_a_pad_never_gets_the_id_of_another_token(tmp_path):
+    def without_pad(text):
+        file = json.loads(text) | {"added_tokens": []}
+        file["model"]["vocab"] = {tokenizers.EOS: 1, "a": 2, "b": 3}
+        return json.dumps(file)
+
     tokenizers.characters("abc").save(tmp_path)
-    file = json.loads((tmp_path / "tokenizer.json").read_text())
-    file["model"]["vocab"] = {tokenizers.EOS: 1, "a": 2, "b": 3}
-    file["added_tokens"] = []
-    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizers.EOS}))
-    (tmp_path / "special_tokens_map.json").unlink()
     with pytest.raises(UserError, match="the ids of the vocabulary have gaps"):
-        tokenizers.load_tokenizer(tmp_path)
+        rewritten(tmp_path, without_pad)
 
 
 def test_vocab_and_merges_as_gpt2_ships_them(tmp_path):
@@ -107,35 +97,44 @@ def test_vocab_and_merges_as_gpt2_ships_them(tmp_path):
     assert tokenizers.load_tokenizer(tmp_path).encode(TEXTS[1]) == ids
 
 
+def files(**contents):
+    """A tokenizer's folder in which some files are changed: None deletes one."""
+
+    def make(folder):
+        tokenizers.characters("ab").save(folder)
+        for name, content in contents.items():
+            file = folder / f"{name}.json"
+            file.unlink() if content is None else file.write_text(content)
+        return tokenizers.load_tokenizer(folder)
+
+    return make
+
+
+UNNAMED = {"tokenizer_config": None, "special_tokens_map": None}
+
+
 def test_eos_named_by_the_model_config_alone(tmp_path):
-    tokenizers.train_bpe(TEXTS, 280).save(tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
-    (tmp_path / "special_tokens_map.json").unlink()
-    with pytest.raises(UserError, match="names no end-of-text token; set eos_token in its tokenizer_config"):
-        tokenizers.load_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
-    assert tokenizers.load_tokenizer(tmp_path).eos_id == 1
+    assert files(**UNNAMED, config='{"eos_token_id": 1}')(tmp_path).eos_id == 1
 
 
-def test_refusals(tmp_path):
-    with pytest.raises(UserError, match=r"alphabet lacks 'é' \(U\+00E9\), found in 'café'"):
-        tokenizers.characters("abcf").encode("café")
-    with pytest.raises(UserError, match="at least 258 ids, 100 asked for"):
-        tokenizers.train_bpe(TEXTS, 100)
-    for nothing in ([], [""]):
-        with pytest.raises(UserError, match="no text"):
-            tokenizers.train_bpe(nothing, 300)
-        with pytest.raises(UserError, match="no text"):
-            tokenizers.characters(nothing)
-    with pytest.raises(UserError, match=r"holds neither tokenizer\.json nor vocab\.json"):
-        tokenizers.load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="not a tokenizer file"):
-        tokenizers.load_tokenizer(tmp_path)
-    tokenizers.characters("ab").save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    with pytest.raises(UserError, match="names '</s>', which is not in its vocabulary"):
-        tokenizers.load_tokenizer(tmp_path)
+# fmt: off
+REFUSALS = [
+    (lambda _: tokenizers.characters("abcf").encode("café"), r"alphabet lacks 'é' \(U\+00E9\), found in 'café'"),
+    (lambda _: tokenizers.train_bpe(TEXTS, 100), "at least 258 ids, 100 asked for"),
+    (lambda _: tokenizers.train_bpe([""], 300), "no text"),
+    (lambda _: tokenizers.characters([""]), "no text"),
+    (tokenizers.load_tokenizer, r"holds neither tokenizer\.json nor vocab\.json"),
+    (files(**UNNAMED), "names no end-of-text token; set eos_token in its tokenizer_config"),
+    (files(tokenizer="{"), "not a tokenizer file"),
+    (files(tokenizer_config='{"eos_token": "</s>"}'), "names '</s>', which is not in its vocabulary"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSALS)
+def test_refusals(make, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        make(tmp_path)
 
 
 def test_names_on_the_hub_go_through_transformers(tmp_path, monkeypatch):
@@ -154,10 +153,3 @@ def test_gpt2():
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (50256, 50257, 50258)
     assert tokenizer.decode(tokenizer.encode("naïve 🙂\n\n")) == "naïve 🙂\n\n"
-
-
-def test_importing_the_data_package_stays_light():
-    code = "import sys, rlhf_jax.data.batches, rlhf_jax.data.demo, rlhf_jax.data.formats, rlhf_jax.data.tokenizers\n"
-    code += "print([m for m in ('datasets', 'transformers', 'torch', 'flax.nnx') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.folder import open_run
@@ -32,26 +30,11 @@ def write(path, steps, resume_step=None) -> None:
 
 
 def test_rows(tmp_path):
-    writer = RowWriter(tmp_path / "m.jsonl")
-    writer.write(1, {"loss": 0.1 + 0.2, "n": 3, "ok": True, "text": "ä\n", "nothing": None})
-    assert rows(tmp_path / "m.jsonl") == [
-        {"step": 1, "loss": 0.1 + 0.2, "n": 3, "ok": True, "text": "ä\n", "nothing": None}
-    ]  # before sync or close: a killed process loses no row
-    writer.sync()
-    writer.close()
+    writer, row = RowWriter(tmp_path / "m.jsonl"), {"loss": 0.1 + 0.2, "n": 3, "ok": True, "text": "ä\n", "none": None}
+    writer.write(1, row)
+    assert rows(tmp_path / "m.jsonl") == [{"step": 1} | row]  # before sync or close: a killed process loses no row
     with pytest.raises(ValueError, match="key step of its own"):
-        RowWriter(tmp_path / "n.jsonl").write(1, {"step": 2})
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(st.floats())
-def test_floats_read_back_equal(tmp_path_factory, number):
-    path = tmp_path_factory.mktemp("rows") / "m.jsonl"
-    RowWriter(path).write(0, {"x": number, "deep": [{"y": number}]})
-    row = rows(path)[0]
-    for value in (row["x"], row["deep"][0]["y"]):
-        np.testing.assert_array_equal(float(value), number)
-        assert math.copysign(1, float(value)) == math.copysign(1, number) or math.isnan(number)
+        writer.write(1, {"step": 2})
 
 
 @pytest.mark.parametrize(
@@ -66,23 +49,28 @@ def test_resume_leaves_no_row_twice_and_none_out(tmp_path, torn):
     assert path.read_bytes() == straight.read_bytes()
 
 
-def test_the_start_of_a_file(tmp_path):
-    path = tmp_path / "m.jsonl"
-    write(path, [3], resume_step=2)  # there is none yet
-    assert [row["step"] for row in rows(path)] == [3]
-    write(path, range(2))  # a new run starts it anew
-    assert [row["step"] for row in rows(path)] == [0, 1]
-    path.write_bytes(b'{"step": 1}\n{"step": 2}')
-    write(path, [], resume_step=2)  # a complete last row is kept, though its line has no end
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+@pytest.mark.parametrize(
+    ("before", "steps", "resume_step", "after"),
+    [
+        (None, [3], 2, [3]),  # there is no file yet
+        (b'{"step": 3}\n', [0, 1], None, [0, 1]),  # a new run starts it anew
+        (b'{"step": 1}\n{"step": 2}', [3], 2, [1, 2, 3]),  # a complete last row is kept, though its line has no end
+    ],
+)
+def test_the_start_of_a_file(tmp_path, before, steps, resume_step, after):
+    if before:
+        (tmp_path / "m.jsonl").write_bytes(before)
+    write(tmp_path / "m.jsonl", steps, resume_step)
+    assert [row["step"] for row in rows(tmp_path / "m.jsonl")] == after
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", '{"step": "a"}', '{"step": 1', "{"])
 def test_a_line_that_is_no_row_is_named(tmp_path, line):
-    (tmp_path / "m.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    before = f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'
+    (tmp_path / "m.jsonl").write_text(before)
     with pytest.raises(UserError, match=r"m.jsonl, line 2: expected a JSON object with the key step"):
         RowWriter(tmp_path / "m.jsonl", resume_step=2)
-    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "m.jsonl").read_text() == before
 
 
 def console(terminal: bool, width: int = 100) -> rich.console.Console:
@@ -92,31 +80,17 @@ def console(terminal: bool, width: int = 100) -> rich.console.Console:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_tracker_writes_the_three_files(tmp_path, terminal):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    metrics = {
-        "sharded": jax.device_put(jnp.int32(2), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
-        "loss": jnp.float32(0.1),
-        "half": jnp.bfloat16(0.5),
-        "count": jnp.int32(7),
-        "flag": np.bool_(True),
-        "python": 0.25,
-        "bad": jnp.float32(jnp.nan),
-    }
+    spread = jax.device_put(jnp.int32(2), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    metrics = {"spread": spread, "loss": jnp.float32(0.1), "half": jnp.bfloat16(0.5), "flag": np.bool_(True), "x": 0.25}
     with open_run(tmp_path) as run, Tracker(run, total=2, console=console(terminal)) as tracker:
-        returned = tracker.log(1, metrics)
+        returned = tracker.log(1, metrics | {"bad": jnp.float32(jnp.nan)})
         tracker.timing(1, {"rollout": 0.5})
         tracker.samples(1, [{"prompt": "a", "score": 1.5}, {"prompt": "b", "score": -math.inf, "deep": [math.inf]}])
         tracker.sync()
-        assert rows(run.metrics)[0] == {
-            "step": 1,
-            "sharded": 2,
-            "loss": float(np.float32(0.1)),
-            "half": 0.5,
-            "count": 7,
-            "flag": True,
-            "python": 0.25,
-            "bad": "NaN",
-        }
-        assert returned["loss"] == float(np.float32(0.1))
+        loss = float(np.float32(0.1))
+        expected = {"step": 1, "spread": 2, "loss": loss, "half": 0.5, "flag": True, "x": 0.25, "bad": "NaN"}
+        assert rows(run.metrics) == [expected]
+        assert returned["loss"] == loss
         assert math.isnan(returned["bad"])
         assert rows(run.timing) == [{"step": 1, "rollout": 0.5}]
         assert rows(run.samples) == [
@@ -150,8 +124,4 @@ def test_progress_on_a_terminal(tmp_path):
     with open_run(tmp_path) as run, Tracker(run, total=4, label="ppo", resume_step=2, console=out) as tracker:
         tracker.log(3, {"objective/score": 1.25, "[x]": 2.0})
         tracker.print("a message")
-    text = out.file.getvalue()
-    assert "ppo" in text
-    assert "3/4" in text
-    assert "objective/score 1.25  [x] 2" in text
-    assert "a message" in text
+    assert all(text in out.file.getvalue() for text in ("ppo", "3/4", "objective/score 1.25  [x] 2", "a message"))

@@ -6,8 +6,6 @@ Prefixes are numbered as in a heap: 0 is the empty one, and token a after prefix
 a table of logits by prefix, so every distribution over the responses is one that it can have.
 """
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,6 @@ import optax
 from jax.tree_util import Partial
 
 from rlhf_jax import ops, rollout
-from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.types import PolicyOutput, Rollout
 
 EOS, PAD, STEPS = 0, 4, 4  # PAD lies outside the vocabulary: its log-prob is NaN, and whoever reads it shows it
@@ -100,28 +97,6 @@ def score_fn(params, tokens, attention_mask, key):
     return params["scores"][jnp.take_along_axis(prefixes(tokens), last, axis=1)[:, 0]]
 
 
-REWARD_TABLE = np.zeros(NUM_PREFIXES, np.float32)
-REWARD_TABLE[ENDS] = REWARDS
-
-
-def reward_fn(sampled):
-    return score_fn({"scores": jnp.asarray(REWARD_TABLE)}, sampled.tokens, sampled.attention_mask, None), {}
-
-
-def _decode(params, tokens, positions, key_mask, cache, index):
-    del positions, key_mask
-    cache = jnp.where(index == 0, 0, 4 * cache + 1 + tokens[:, 0])  # the prefix of each row
-    return jnp.asarray(params["logits"])[jnp.minimum(cache, NUM_OPEN - 1)][:, None], cache
-
-
-MODEL = SimpleNamespace(config=None, init_cache=lambda batch, length: jnp.zeros(batch, jnp.int32), decode=_decode)
-SAMPLING = SamplingConfig(max_new_tokens=STEPS, eos_id=EOS, pad_id=PAD)
-
-
-def prompts(num_rows):
-    return jnp.ones((num_rows, 1), jnp.int32)
-
-
 LISTED = Rollout(TOKENS, ATTENTION_MASK, RESPONSE_MASK, np.zeros(TOKENS.shape), scores=REWARDS.astype(np.float32))
 
 
@@ -136,15 +111,6 @@ def draw(params_now, uniform):
     cumulative = jnp.cumsum(jnp.exp(jnp.sum(listed.log_probs, axis=1)))
     drawn = jnp.searchsorted(cumulative, uniform * cumulative[-1])
     return jax.tree.map(lambda x: jnp.asarray(x)[drawn], listed)
-
-
-def which(sampled):
-    """The place of each row in the list: [B]."""
-    last = np.asarray(sampled.attention_mask).sum(axis=1) - 1
-    ends = np.asarray(prefixes(sampled.tokens))[np.arange(len(last)), last]
-    place = np.full(NUM_PREFIXES, -1)
-    place[ENDS] = np.arange(len(RESPONSES))
-    return place[ends]
 
 
 # Training.

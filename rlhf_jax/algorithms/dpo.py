@@ -6,16 +6,14 @@ tokens. The losses on the difference between the two answers are ``losses.dpo``.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 from rlhf_jax import losses, ops
-from rlhf_jax.algorithms.step import constrained, gradient_step
-from rlhf_jax.types import AxisName, BoundPolicyFn, Comparisons, Mean, Metrics, Params, Parts, PolicyFn, TrainState
+from rlhf_jax.algorithms.step import batch_updater
+from rlhf_jax.types import BoundPolicyFn, Comparisons, Mean, Params, Parts, PolicyFn
 
 
 @dataclass(frozen=True)
@@ -94,29 +92,5 @@ def loss(
     }
 
 
-def update(
-    state: TrainState,
-    comparisons: Comparisons,
-    key: jax.Array | None,
-    *,
-    policy_fn: PolicyFn,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    axis_name: AxisName | None = None,
-    minibatch_sharding: Any = None,
-) -> tuple[TrainState, Metrics]:
-    """One optimizer step on comparisons [B, 2, T] with ``ref_log_probs``. Metrics: those of ``loss`` and of
-    ``gradient_step``."""
-    del key
-
-    def loss_fn(params: Params, part: Comparisons) -> tuple[Mean, Parts]:
-        return loss(params, part, None, policy_fn=policy_fn, config=config)
-
-    return gradient_step(
-        loss_fn,
-        state,
-        optimizer,
-        batch=constrained(comparisons, minibatch_sharding),
-        num_microbatches=config.num_microbatches,
-        axis_name=axis_name,
-    )
+update = batch_updater(loss)
+"""See ``step.batch_updater``; of comparisons [B, 2, T] with ``ref_log_probs``. The key is not used."""

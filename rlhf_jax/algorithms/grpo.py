@@ -8,11 +8,9 @@ ratio of each token is clipped as in PPO, the KL is a term of the loss, and ther
 from dataclasses import dataclass
 from functools import partial
 
-import jax
-
 from rlhf_jax import advantages, losses, ops
-from rlhf_jax.algorithms import policy
-from rlhf_jax.types import AxisName, Mean, Params, Parts, PolicyFn, Rollout, TrainState
+from rlhf_jax.algorithms import policy, rloo
+from rlhf_jax.types import AxisName, Rollout, TrainState
 
 State = TrainState
 needs_values = False
@@ -57,14 +55,7 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = No
     return policy.with_group_advantages(rollout, config.group_size, estimate)
 
 
-def loss(
-    params: Params, rollout: Rollout, key: jax.Array | None, *, policy_fn: PolicyFn, config: Config
-) -> tuple[Mean, Parts]:
-    """``policy.loss`` of a prepared rollout. ``key`` is unused: dropout is off in RL."""
-    del key
-    return policy.loss(ops.evaluate(policy_fn, params, rollout), rollout, config)
-
-
+loss = rloo.loss  # only the advantages differ
 update = policy.updater(prepare, loss)
 """See ``policy.updater``. The rollout has ``log_probs``, ``rewards`` or ``scores`` and, with a KL term,
 ``ref_log_probs``."""

@@ -19,6 +19,8 @@ from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
 from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Parts, PolicyFn, PolicyOutput, Rollout, TrainState
 
 Ratio = Literal["token", "sequence"]
+# A token that the policy now says ten times as often as when it was drawn is an outlier, not a sample.
+KL_RATIO_CAP = 10.0
 State = TypeVar("State", bound=TrainState)
 
 
@@ -165,8 +167,8 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     Returns:
       The loss and the metrics ``policy/loss``, ``policy/clip_fraction`` (tokens whose clipped term was the larger),
       ``policy/approx_kl`` (half the mean squared log-ratio of tokens, Schulman 2020), ``policy/ratio_max``,
-      ``objective/entropy`` (nats per row), with a KL term ``policy/kl_loss`` and with importance weights
-      ``policy/importance_weight_mean``.
+      ``objective/entropy`` (nats per row), with a KL term ``policy/kl_loss`` and ``policy/kl_capped_fraction`` (tokens
+      whose ratio ``KL_RATIO_CAP`` bounds there), and with importance weights ``policy/importance_weight_mean``.
     """
     mask = rollout.response_mask != 0  # [B, T]
 
@@ -183,12 +185,9 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
         log_probs_of_ratio, old_of_ratio = jnp.where(mask, log_ratio, 0.0), jnp.zeros_like(old_log_probs)
     else:
         log_probs_of_ratio, old_of_ratio = log_probs, old_log_probs
-    surrogate, weight_metrics = reweighed(
-        losses.clipped_surrogate(
-            log_probs_of_ratio, old_of_ratio, advantage, config.clip_low, config.clip_high, config.dual_clip
-        ),
-        rollout,
-    )
+    clips = config.clip_low, config.clip_high, config.dual_clip
+    surrogate = losses.clipped_surrogate(log_probs_of_ratio, old_of_ratio, advantage, *clips)
+    surrogate, weight_metrics = reweighed(surrogate, rollout)
     ratio = jax.lax.stop_gradient(ops.ratio(log_probs_of_ratio, old_of_ratio))
     clipped_ratio = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     metrics: Parts = {
@@ -205,52 +204,12 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     if config.kl_in_loss:
         ref_log_probs = field(rollout, "ref_log_probs", "give rollout.collect a ref_fn, or set kl_loss_coef=0")
         # The tokens are the behaviour policy's: after the first step, the ratio reweighs them to the policy's own.
-        kl = ratio * ops.kl(log_probs, jnp.where(mask, ref_log_probs, 0.0), config.kl_loss_estimator)
+        weight = jnp.minimum(ratio, KL_RATIO_CAP)
+        kl = weight * ops.kl(log_probs, jnp.where(mask, ref_log_probs, 0.0), config.kl_loss_estimator)
         per_token = per_token + config.kl_loss_coef * kl
         metrics["policy/kl_loss"] = mean(kl)
+        metrics["policy/kl_capped_fraction"] = losses.aggregate(ratio > KL_RATIO_CAP, mask)
     return mean(per_token), metrics
-
-
-def update(
-    loss: Callable[..., tuple[Loss, Parts]],
-    state: State,
-    rollout: Rollout,
-    key: jax.Array,
-    *,
-    optimizer: optax.GradientTransformation,
-    config: Any,
-    axis_name: AxisName | None = None,
-    minibatch_sharding: Any = None,
-) -> tuple[State, Metrics]:
-    """``num_epochs`` passes of ``num_minibatches`` optimizer steps on the loss of a prepared rollout.
-
-    Args:
-      loss: ``loss(params, rollout, key) -> (Loss, {name: Mean or Max})``.
-      config: ``Batching`` or any object with its attributes, see ``types.AlgorithmConfig``.
-      minibatch_sharding: see ``step.minibatch_epochs``.
-
-    Returns:
-      The new state and the metrics of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over the steps
-      (``ratio_max``, ``nonfinite``: the maximum).
-    """
-    parts = config.num_microbatches
-
-    def step(state: State, minibatch: Rollout, key: jax.Array) -> tuple[State, Metrics]:
-        return gradient_step(
-            loss, state, optimizer, batch=minibatch, key=key, num_microbatches=parts, axis_name=axis_name
-        )
-
-    return minibatch_epochs(
-        step,
-        state,
-        rollout,
-        key,
-        num_epochs=config.num_epochs,
-        num_minibatches=config.num_minibatches,
-        shuffle_blocks=config.shuffle_blocks,
-        axis_name=axis_name,
-        minibatch_sharding=minibatch_sharding,
-    )
 
 
 def updater(
@@ -258,11 +217,16 @@ def updater(
     loss: Callable[..., tuple[Loss, Parts]],
     rollout_metrics: Callable[[Rollout, AxisName | None], Metrics] = lambda prepared, axis_name: {},
 ) -> Callable[..., tuple[Any, Metrics]]:
-    """An algorithm's ``update``: its ``prepare`` once, then the steps of ``policy.update`` on its ``loss``.
+    """The ``update`` of an algorithm, see ``types.Algorithm``: its ``prepare`` once, then ``num_epochs`` passes of
+    ``num_minibatches`` optimizer steps on its ``loss``.
+
+    Its metrics are those of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over the steps
+    (``ratio_max``, ``nonfinite``: the maximum), and ``rollout_metrics``. Its config is a ``Batching``, or any object
+    with the attributes of ``types.AlgorithmConfig``.
 
     Args:
       prepare, loss: as in ``types.Algorithm``.
-      rollout_metrics: ``(prepared rollout, axis_name) -> metrics`` that the update returns too.
+      rollout_metrics: ``(prepared rollout, axis_name) -> metrics``.
     """
 
     def update_policy(
@@ -276,12 +240,20 @@ def updater(
         axis_name: AxisName | None = None,
         minibatch_sharding: Any = None,
     ) -> tuple[State, Metrics]:
-        """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on ``loss``; metrics as
-        ``policy.update``."""
+        """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on ``loss``; see
+        ``policy.updater``."""
         prepared = prepare(rollout, config=config, axis_name=axis_name)
         bound = partial(loss, policy_fn=policy_fn, config=config)
+        parts = config.num_microbatches
+
+        def step(state: State, minibatch: Rollout, key: jax.Array) -> tuple[State, Metrics]:
+            return gradient_step(
+                bound, state, optimizer, batch=minibatch, key=key, num_microbatches=parts, axis_name=axis_name
+            )
+
+        cut = {name: getattr(config, name) for name in ("num_epochs", "num_minibatches", "shuffle_blocks")}
         options = {"axis_name": axis_name, "minibatch_sharding": minibatch_sharding}
-        state, metrics = update(bound, state, prepared, key, optimizer=optimizer, config=config, **options)
+        state, metrics = minibatch_epochs(step, state, prepared, key, **cut, **options)
         return state, {**metrics, **rollout_metrics(prepared, axis_name)}
 
     return update_policy

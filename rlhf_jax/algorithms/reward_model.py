@@ -5,16 +5,14 @@ comparison are scored as rows of one batch [B * K, T].
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 from rlhf_jax import losses, ops
-from rlhf_jax.algorithms.step import constrained, gradient_step
-from rlhf_jax.types import AxisName, Comparisons, Mean, Metrics, Params, Parts, ScoreFn, TrainState
+from rlhf_jax.algorithms.step import batch_updater
+from rlhf_jax.types import Comparisons, Mean, Params, Parts, ScoreFn
 
 
 @dataclass(frozen=True)
@@ -82,32 +80,5 @@ def loss(
     }
 
 
-def update(
-    state: TrainState,
-    comparisons: Comparisons,
-    key: jax.Array | None,
-    *,
-    score_fn: ScoreFn,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    axis_name: AxisName | None = None,
-    minibatch_sharding: Any = None,
-) -> tuple[TrainState, Metrics]:
-    """One optimizer step on comparisons [B, K, T]. Metrics: those of ``loss`` and of ``gradient_step``.
-
-    Args:
-      key: of dropout, another for each microbatch; None turns it off.
-    """
-
-    def loss_fn(params: Params, part: Comparisons, part_key: jax.Array | None = None) -> tuple[Mean, Parts]:
-        return loss(params, part, part_key, score_fn=score_fn, config=config)
-
-    return gradient_step(
-        loss_fn,
-        state,
-        optimizer,
-        batch=constrained(comparisons, minibatch_sharding),
-        key=key,
-        num_microbatches=config.num_microbatches,
-        axis_name=axis_name,
-    )
+update = batch_updater(loss)
+"""See ``step.batch_updater``; of comparisons [B, K, T]."""

@@ -4,15 +4,14 @@ Column t of every [B, T] array speaks of ``tokens[:, t]``. Prompt tokens are lea
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from rlhf_jax import losses, ops
-from rlhf_jax.algorithms.step import constrained, gradient_step
-from rlhf_jax.types import AxisName, Demonstrations, Mean, Metrics, Params, Parts, PolicyFn, TrainState
+from rlhf_jax.algorithms.step import batch_updater
+from rlhf_jax.types import AxisName, Demonstrations, Mean, Metrics, Params, Parts, PolicyFn
 
 
 @dataclass(frozen=True)
@@ -44,37 +43,9 @@ def loss(
     return mean, {"sft/loss": mean}
 
 
-def update(
-    state: TrainState,
-    batch: Demonstrations,
-    key: jax.Array | None,
-    *,
-    policy_fn: PolicyFn,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    axis_name: AxisName | None = None,
-    minibatch_sharding: Any = None,
-) -> tuple[TrainState, Metrics]:
-    """One optimizer step on a batch [B, T].
+def _num_tokens(batch: Demonstrations, axis_name: AxisName | None) -> Metrics:
+    return {"sft/tokens": ops.psum(jnp.sum(batch.response_mask != 0, dtype=jnp.float32), axis_name)}
 
-    Args:
-      key: of dropout, another for each microbatch; None turns it off.
 
-    Returns:
-      The new state; the metrics of ``loss``, ``gradient_step``'s, and ``sft/tokens``, response tokens of the batch.
-    """
-
-    def loss_fn(params: Params, part: Demonstrations, part_key: jax.Array | None = None) -> tuple[Mean, Parts]:
-        return loss(params, part, part_key, policy_fn=policy_fn, config=config)
-
-    state, metrics = gradient_step(
-        loss_fn,
-        state,
-        optimizer,
-        batch=constrained(batch, minibatch_sharding),
-        key=key,
-        num_microbatches=config.num_microbatches,
-        axis_name=axis_name,
-    )
-    tokens = ops.psum(jnp.sum(batch.response_mask != 0, dtype=jnp.float32), axis_name)
-    return state, {**metrics, "sft/tokens": tokens}
+update = batch_updater(loss, _num_tokens)
+"""See ``step.batch_updater``; of a batch [B, T]. Another metric is ``sft/tokens``, response tokens of the batch."""

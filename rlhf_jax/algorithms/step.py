@@ -124,7 +124,7 @@ def minibatch_epochs(
         # The keys of the steps start where those of the shuffles end: no key is used twice.
         step_key = jax.random.fold_in(key, num_epochs + epoch)
         if num_minibatches == 1:
-            return step(state, constrained(batch, minibatch_sharding), jax.random.fold_in(step_key, 0))
+            return step(state, _constrained(batch, minibatch_sharding), jax.random.fold_in(step_key, 0))
 
         epoch_key = jax.random.fold_in(key, epoch)
         block_keys = jax.vmap(lambda block: jax.random.fold_in(epoch_key, block))(first_block + jnp.arange(num_blocks))
@@ -138,7 +138,7 @@ def minibatch_epochs(
                 rows = jax.vmap(lambda block, rows: block[rows])(x, order)
                 return rows.reshape(num_rows // num_minibatches, *x.shape[2:])
 
-            minibatch = constrained(jax.tree.map(take, blocks), minibatch_sharding)
+            minibatch = _constrained(jax.tree.map(take, blocks), minibatch_sharding)
             return step(state, minibatch, jax.random.fold_in(step_key, index))
 
         state, metrics = jax.lax.scan(run_minibatch, state, (jnp.arange(num_minibatches), orders))
@@ -148,7 +148,46 @@ def minibatch_epochs(
     return state, _average(metrics)
 
 
-def constrained(batch: Any, sharding: Any) -> Any:
+def batch_updater(
+    loss: Callable[..., tuple[Loss, Parts]],
+    batch_metrics: Callable[[Any, AxisName | None], Metrics] = lambda batch, axis_name: {},
+) -> Callable[..., tuple[Any, Metrics]]:
+    """The ``update`` of SFT, DPO and reward models: one optimizer step on the loss of a batch.
+
+    ``update(state, batch, key, *, policy_fn or score_fn, optimizer, config, axis_name=None, minibatch_sharding=None)``
+    returns the new state and the metrics of ``loss``, of ``gradient_step`` and of ``batch_metrics``. The key is of
+    dropout, another for each microbatch; None turns it off.
+
+    Args:
+      loss: ``loss(params, batch, key, *, policy_fn or score_fn, config) -> (Loss, {name: Mean or Max})``.
+      batch_metrics: ``(batch, axis_name) -> metrics``.
+    """
+
+    def update_on_batch(
+        state: State,
+        batch: Any,
+        key: jax.Array | None,
+        *,
+        optimizer: optax.GradientTransformation,
+        config: Any,
+        axis_name: AxisName | None = None,
+        minibatch_sharding: Any = None,
+        **model: Any,
+    ) -> tuple[State, Metrics]:
+        """One optimizer step on a batch; see ``step.batch_updater``."""
+
+        def loss_fn(params: Params, part: Any, part_key: jax.Array | None = None) -> tuple[Loss, Parts]:
+            return loss(params, part, part_key, config=config, **model)
+
+        batch = _constrained(batch, minibatch_sharding)
+        options = {"num_microbatches": config.num_microbatches, "axis_name": axis_name}
+        state, metrics = gradient_step(loss_fn, state, optimizer, batch=batch, key=key, **options)
+        return state, {**metrics, **batch_metrics(batch, axis_name)}
+
+    return update_on_batch
+
+
+def _constrained(batch: Any, sharding: Any) -> Any:
     """The batch with this sharding (or tree prefix of shardings) under plain ``jit``; as it is if that is None."""
     return batch if sharding is None else jax.lax.with_sharding_constraint(batch, sharding)
 
@@ -172,10 +211,8 @@ def _global_gradient(
         for term in (*terms, *metrics.values()):
             if not isinstance(term, Mean | Max):
                 raise TypeError(f"a loss and its metrics are Means, such as losses.aggregate gives, got {type(term)}")
-        return tuple(jnp.asarray(term.total, jnp.float32) for term in terms), (
-            tuple(term.count for term in terms),
-            metrics,
-        )
+        counts = tuple(term.count for term in terms)
+        return tuple(jnp.asarray(term.total, jnp.float32) for term in terms), (counts, metrics)
 
     def backward(
         number: jax.Array | int, part: Any, counts: tuple[jax.Array, ...] | None

@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeVar, get_args
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
 from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy
@@ -102,16 +101,17 @@ def loss(
     return mean(per_token), metrics
 
 
+_passes = policy.updater(prepare, loss)
+
+
 def update(
     state: AnyState,
     rollout: Rollout,
     key: jax.Array,
     *,
-    policy_fn: PolicyFn,
-    optimizer: optax.GradientTransformation,
     config: Config,
     axis_name: AxisName | None = None,
-    minibatch_sharding: Any = None,
+    **options: Any,
 ) -> tuple[AnyState, Metrics]:
     """``prepare``, then one pass over the rollout in ``num_minibatches`` optimizer steps on ``loss``.
 
@@ -120,26 +120,17 @@ def update(
         says ``baseline="none"``.
       rollout: with ``rewards`` (KL penalty included, if any) or ``scores``; or with ``advantages``, used as they are.
       key: of the shuffling.
+      options: ``policy_fn``, ``optimizer`` and ``minibatch_sharding``, see ``types.Algorithm``.
 
     Returns:
-      The new state, which keeps the old baseline if a step was not finite; metrics as ``policy.update``.
+      The new state, which keeps the old baseline if a step was not finite; metrics as ``policy.updater``.
     """
-    moves = rollout.advantages is None and config.baseline == "ema"
-    baseline = state.baseline if isinstance(state, State) else jnp.zeros(())
-    if moves and not isinstance(state, State):
+    options |= {"config": config, "axis_name": axis_name}
+    if rollout.advantages is not None or config.baseline == "none":
+        return _passes(state, rollout, key, **options)
+    if not isinstance(state, State):
         raise ValueError("vpg needs a vpg.State, which carries the moving baseline, or rollout.advantages [B, T]")
-    prepared = prepare(rollout, config=config, axis_name=axis_name, baseline=baseline)
-    after, metrics = policy.update(
-        partial(loss, policy_fn=policy_fn, config=config),
-        state,
-        prepared,
-        key,
-        optimizer=optimizer,
-        config=config,
-        axis_name=axis_name,
-        minibatch_sharding=minibatch_sharding,
-    )
-    if moves:
-        moved = next_baseline(rollout, baseline, config=config, axis_name=axis_name)
-        after = after.replace(baseline=jnp.where(metrics["nonfinite"] > 0, baseline, moved))  # type: ignore[attr-defined]
-    return after, metrics
+    prepared = prepare(rollout, config=config, axis_name=axis_name, baseline=state.baseline)
+    after, metrics = _passes(state, prepared, key, **options)
+    moved = next_baseline(rollout, state.baseline, config=config, axis_name=axis_name)
+    return after.replace(baseline=jnp.where(metrics["nonfinite"] > 0, state.baseline, moved)), metrics

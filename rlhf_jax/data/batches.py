@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.data.encoding import EncodedComparisons, EncodedPrompts, EncodedTexts
+from rlhf_jax.data.encoding import EncodedPrompts, EncodedTexts
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Comparisons, Demonstrations
 
@@ -91,10 +91,8 @@ class Plan:
 
     @functools.cached_property
     def _epoch(self) -> Callable[[int], list[np.ndarray]]:
-        def plan(epoch: int) -> list[np.ndarray]:
-            return plan_epoch(self.lengths, self.batch_size, self.key, epoch, self.bucket_multiple)
-
-        return functools.lru_cache(maxsize=2)(plan)  # consecutive steps ask for the same epoch
+        plan = functools.partial(plan_epoch, self.lengths, self.batch_size, self.key)
+        return functools.lru_cache(maxsize=2)(lambda epoch: plan(epoch, self.bucket_multiple))  # of consecutive steps
 
     def rows(self, step: int) -> np.ndarray:
         """[batch_size] row numbers of batch ``step`` (counted over all epochs), -1 for absent ones."""
@@ -117,17 +115,17 @@ def prompt_rows(n: int, batch_size: int, key: jax.Array, step: int) -> np.ndarra
 
 def demonstration_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 16) -> Demonstrations:
     """The given rows, right-padded: fields [B, T] int32. An absent row (-1) is padding with an empty response_mask."""
-    arrays = _padded([data], rows, bucket_multiple)
+    arrays = _padded(data, rows, bucket_multiple)
     tokens, attention_mask, response_mask = (array[:, 0] for array in arrays)
     return Demonstrations(tokens=tokens, attention_mask=attention_mask, response_mask=response_mask)
 
 
-def comparison_batch(data: EncodedComparisons, rows: np.ndarray, bucket_multiple: int = 16) -> Comparisons:
+def comparison_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 16) -> Comparisons:
     """The given comparisons, right-padded: tokens and masks [B, K, T] int32; best, targets, weight where they have any.
 
     An absent row (-1) or answer is padding with an empty response_mask. ``best`` None means answer 0, the chosen one.
     """
-    tokens, attention_mask, response_mask = _padded(data.answers, rows, bucket_multiple)
+    tokens, attention_mask, response_mask = _padded(data, rows, bucket_multiple)
 
     def labels(values: np.ndarray | None) -> Any:
         if values is None:
@@ -150,17 +148,16 @@ def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]
     return {name: [values[row] for row in row_ids] for name, values in data.columns.items()}
 
 
-def _padded(answers: Sequence[EncodedTexts], rows: np.ndarray, bucket_multiple: int) -> tuple[Any, Any, Any]:
+def _padded(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int) -> tuple[Any, Any, Any]:
     """NumPy [B, K, T] int32 (Any, as the fields they fill are declared for the device): tokens and both masks."""
     present = rows != ABSENT
-    lengths = np.stack([texts.lengths[rows] * present for texts in answers], axis=1)  # [B, K]
-    starts = np.array([[texts.starts[row] for texts in answers] for row in rows])
+    lengths = data.lengths[rows] * present[:, None]  # [B, K]
     width = int(_round_up(lengths.max(), bucket_multiple))
-    column = np.arange(min(width, answers[0].max_length or width))
+    column = np.arange(min(width, data.max_length or width))
     is_text = column < lengths[..., None]
-    tokens = np.full(is_text.shape, answers[0].pad_id, np.int32)
-    tokens[is_text] = np.concatenate([texts.tokens[row] for row in rows[present] for texts in answers])
-    is_response = is_text & (column >= starts[..., None])
+    tokens = np.full(is_text.shape, data.pad_id, np.int32)
+    tokens[is_text] = np.concatenate([texts[row] for row in rows[present] for texts in data.tokens])
+    is_response = is_text & (column >= data.starts[rows][..., None])
     return tokens, is_text.astype(np.int32), is_response.astype(np.int32)
 
 

@@ -9,11 +9,13 @@ cannot be changed and whose unsafe attributes cannot be reached. It limits one `
 memory that a template takes.
 """
 
+import contextlib
+import dataclasses
 import functools
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import jinja2
@@ -23,9 +25,8 @@ import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
-from rlhf_jax.data.rows import Drop, Record, Text, checked, expect, text
+from rlhf_jax.data.rows import BadRow, Record, Text, checked, expect, text
 from rlhf_jax.data.tokenizers import Tokenizer, named_tokens
-from rlhf_jax.errors import UserError
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -38,7 +39,7 @@ PLAIN = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ChatTemplate:
     """A Jinja template; with a tokenizer, what it renders is tokenised at once, its special tokens as such.
 
@@ -48,26 +49,30 @@ class ChatTemplate:
 
     source: str = PLAIN
     tokenizer: Tokenizer | None = None
-    special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token and the like, by the template's names
+    special_tokens: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # bos_token and the like, by the template's names
 
     def prompt(self, messages: Sequence[Message], where: str) -> Text:
         """The conversation and the opening of the next assistant turn.
 
         Raises:
-          UserError: naming the row (``where``) for a template that fails or contents that spell a special token.
+          BadRow: at ``where``, for a template that fails or contents that spell a special token.
         """
         try:
             rendered = self._template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
             ids = self._encoder.encode(rendered, add_special_tokens=False).ids if self.tokenizer else ()
         except Exception as error:  # a template can fail in any way that an expression can, a vocabulary lack a letter
-            raise UserError(f"{where}: the chat template failed: {type(error).__name__}: {error}") from error
+            raise BadRow(where, f"the chat template failed: {type(error).__name__}: {error}") from error
         if self.tokenizer is None:
+            if any(message.get("tool_calls") for message in messages):
+                raise BadRow(where, "the plain template writes no tool_calls; name a model whose own template does")
             return rendered
         added = self._encoder.get_added_tokens_decoder().values()
         for message, token in itertools.product(messages, added):
             if token.special and token.content in message["content"]:
                 what = f"a {message['role']} message spells the special token {token.content!r}; remove it"
-                raise UserError(f"{where}: {what}, only the chat template may write it")
+                raise BadRow(where, f"{what}, only the chat template may write it")
         return tuple(ids)
 
     @functools.cached_property
@@ -91,9 +96,43 @@ def template_of(tokenizer: Tokenizer | None) -> ChatTemplate:
     if isinstance(source, list):  # several by name, as Hugging Face has them
         named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
         source = named[0].get("template") if named else None
-    if tokenizer is None or not isinstance(source, str):
+    if tokenizer is None or not isinstance(source, str) or source == PLAIN or text_template(tokenizer) is not None:
         return ChatTemplate()
     return ChatTemplate(source, tokenizer, named_tokens(tokenizer.config))
+
+
+def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """The tokenizer with a chat template by which chat clients ask a model as its run did.
+
+    A user's message stands where ``template``, the run's ``text.template``, has ``{prompt}``; an assistant's has the
+    tokenizer's EOS after it; any other, such as a system message, stands before the next user's. Under a bare
+    ``{prompt}`` the chat template is the one that renders the messages of data files: the tokenizer's own, or `PLAIN`.
+    """
+    source: Any = PLAIN if text_template(tokenizer) is not None else tokenizer.config.get("chat_template", PLAIN)
+    if template != "{prompt}":
+        *before, after = (json.dumps(part, ensure_ascii=False) for part in template.split("{prompt}"))
+        framed = " + text + ".join(before)
+        source = (
+            f"{{#- text.template: {json.dumps(template).replace('#', _HASH)} -#}}"
+            "{%- set ns = namespace(before='') -%}{%- for message in messages -%}"
+            "{%- if message.role == 'user' -%}{%- set text = ns.before + message.content -%}{%- set ns.before = '' -%}"
+            f"{{{{ {framed} + text }}}}"
+            f"{{%- elif message.role == 'assistant' -%}}{{{{ {after} + message.content + eos_token }}}}"
+            "{%- else -%}{%- set ns.before = ns.before + message.content + '\n\n' -%}{%- endif -%}{%- endfor -%}"
+            f"{{%- if add_generation_prompt -%}}{{{{ {after} }}}}{{%- endif -%}}"
+        )
+    return dataclasses.replace(tokenizer, config={**tokenizer.config, "chat_template": source})
+
+
+_HASH = "\\u0023"  # in JSON; "#}" would end the comment
+
+
+def text_template(tokenizer: Tokenizer) -> str | None:
+    """The ``text.template`` that the chat template was made from by `with_text_template`; None for any other."""
+    made = re.match(r'\{#- text\.template: (".*?") -#\}', str(tokenizer.config.get("chat_template")))
+    with contextlib.suppress(ValueError):  # a folder of others may hold anything
+        return str(json.loads(made[1])) if made else None
+    return None
 
 
 def is_chat(row: dict[str, Any], *keys: str) -> bool:
@@ -117,7 +156,7 @@ def exchange(record: Record, key: str) -> tuple[list[Message], str]:
     """The messages before the last assistant turn of the conversation under ``key``, and that turn's content.
 
     Where the row has a ``prompt`` (text or messages), the value under ``key`` (text or messages) goes on from it,
-    unless it repeats it. A conversation that does not end in an assistant turn with a content is dropped.
+    unless it repeats it. Raises `BadRow` for one that does not end in an assistant turn with a content.
     """
     before, start = record.value.get("prompt"), list[Message]()
     if isinstance(before, str):
@@ -131,14 +170,17 @@ def exchange(record: Record, key: str) -> tuple[list[Message], str]:
     if start not in (messages[: len(start)], messages[1 : len(start) + 1]):
         messages = start + messages
     response = messages[-1]["content"]
+    if messages[-1].get("tool_calls"):
+        where = f"message {len(messages)} of {key!r}"
+        raise BadRow(record.source, f"{where} has tool_calls, which are no text to learn")
     if not is_answered(messages) or not response.strip():
-        raise Drop(NO_RESPONSE)
+        raise BadRow(record.source, NO_RESPONSE)
     return _before_last(record, key, messages), response
 
 
 def _before_last(record: Record, key: str, messages: list[Message]) -> list[Message]:
     if len(messages) < 2:
-        raise UserError(f"{record.source}: {key!r} has no message before the assistant's")
+        raise BadRow(record.source, f"{key!r} has no message before the assistant's")
     return messages[:-1]
 
 
@@ -154,7 +196,7 @@ def _messages(record: Record, key: str) -> list[Message]:
                 isinstance(message.get(part), str), record, f"{part!r} of {where} must be a string", message.get(part)
             )
         if (role := message["role"]) not in ROLES:
-            raise UserError(f"{record.source}: the role of {where} must be one of {', '.join(ROLES)}, found {role!r}")
+            raise BadRow(record.source, f"the role of {where} must be one of {', '.join(ROLES)}, found {role!r}")
         checked(record, f"the content of {where}", message["content"] or " ")
     return value
 

@@ -1,135 +1,189 @@
 """What data files hold and what is wrong with them, as text: `rlhf-jax data check` and `rlhf-jax data preview`.
 
 A problem is what would stop a run from reading the file. All are found, each with its place, not the first one only.
-Duplicates, dropped rows and overlap between files do not stop a run; they are counted and placed.
+A warning is a key that looks like a slip, so that the rows are read as something else. Duplicates, dropped rows and
+overlap between files do not stop a run; they are counted and placed.
 """
 
+import difflib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf_jax.data import chat, formats
+from rlhf_jax.data.columns import adapted
 from rlhf_jax.data.encoding import prompt_ids, response_ids
 from rlhf_jax.data.files import Source, read_source
-from rlhf_jax.data.formats import Kind
-from rlhf_jax.data.rows import Comparison, Drop, Pair, Prompt, Record, Row, Text, parts
+from rlhf_jax.data.rows import (
+    Annotated,
+    BadRow,
+    Comparison,
+    Kind,
+    OnBadRow,
+    Pair,
+    Prompt,
+    Record,
+    Row,
+    Text,
+    parts,
+    places,
+    summary,
+)
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 
-NUM_PROBLEMS = 20  # that are named, of each file
-NUM_PLACES = 5  # that are named of each other finding in a file
+NUM_PLACES = 5  # that are named of each finding in a file
 _EXAMPLE = 200  # characters of a text that a report shows
 _BAR = 40  # characters of the highest bar
 _UNKNOWN = "no known form"
 _ANSWERS = ("prompt, responses, best or ranking or ranks or targets", "query, sample0, ..., best")
+_ALIASES = {"completion": "response", "output": "response"}
 _KNOWN = " | ".join([*map(", ".join, formats.FORMATS), *_ANSWERS])
 
 
 class Report(NamedTuple):
-    """The text to print, and how many problems were found: a run can read the files if there is none."""
+    """The text to print, and how many rows or files have a problem: a run can read the files if there is none."""
 
     text: str
     num_problems: int
 
 
 class _File(NamedTuple):
-    name: str
     rows: list[Row]  # that a run would read
-    problems: list[str]
+    num_problems: int
+    num_warnings: int
     text: str
 
 
-def check(paths: Sequence[str], tokenizer: Tokenizer | None = None, kind: Kind | None = None) -> Report:
+def check(
+    paths: Sequence[str],
+    tokenizer: Tokenizer | None = None,
+    kind: Kind | None = None,
+    columns: Sequence[str] = (),
+    on_bad_row: OnBadRow = "error",
+) -> Report:
     """Reads every file to its end: problems, dropped rows, duplicates, lengths, examples, and what files share.
 
     Args:
       tokenizer: counts lengths in its tokens, renders messages by its chat template and decodes examples that are token
         ids; None: words and `chat.PLAIN`.
-      kind: what the rows should be; None takes what most rows of a file are, so that the others are problems.
+      kind: what the rows should be; None takes what the pipeline's name of the file says, or else what most rows are,
+        so that the others are problems.
+      columns, on_bad_row: as `formats.read`.
     """
     if not paths:
         raise UserError("no data file given")
-    files = [_check_file(path, tokenizer, kind) for path in paths]
-    texts = [file.text for file in files]
-    for first, second in itertools.combinations(files, 2):
+    files = {path: _check_file(path, tokenizer, kind, columns, on_bad_row) for path in paths}
+    texts = [file.text for file in files.values()]
+    for (name, first), (other, second) in itertools.combinations(files.items(), 2):
         prompts = {row.prompt for row in first.rows} & {row.prompt for row in second.rows}
         wholes = set(map(parts, first.rows))
         same = sum(parts(row) in wholes for row in second.rows)
-        shares = f"{second.name} shares {len(prompts)} prompts with {first.name}"
+        shares = f"{other} shares {len(prompts)} prompts with {name}"
         texts.append(f"{shares}; {same} of its {len(second.rows)} rows stand there too")
-    count = sum(len(file.problems) for file in files)
-    texts.append(f"{count} problem{'s' * (count != 1)}: a run would stop at the first" if count else "no problems")
-    return Report("\n\n".join(texts), count)
+    problems, warnings = (sum(column) for column in list(zip(*files.values(), strict=True))[1:3])
+    counted = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((problems, "problem"), (warnings, "warning")) if n]
+    texts.append((", ".join(counted) or "no problems") + ": a run would stop" * bool(problems))
+    return Report("\n\n".join(texts), problems)
 
 
-def preview(path: str, tokenizer: Tokenizer | None = None, kind: Kind | None = None, count: int = 3) -> str:
+def preview(
+    path: str,
+    tokenizer: Tokenizer | None = None,
+    kind: Kind | None = None,
+    count: int = 3,
+    columns: Sequence[str] = (),
+) -> str:
     """The first ``count`` rows in full, as a run would read them, messages rendered, and what is wrong with others.
 
     Raises:
       UserError: for a file that cannot be read.
     """
     source = read_source(path)
-    kind = kind or _guess_kind(source.records)
-    rows, findings = _parse(source.records, kind, tokenizer)
+    records = adapted(source.records, columns)
+    kind = kind or _guess_kind(path, records)
+    found = formats.parse_all(kind, records, chat.template_of(tokenizer), "error")
     head = f"{path}: {source.format}, {len(source.records)} rows, {kind}"
-    found = [line for title, places in findings.items() for line in _finding(title, places)]
+    findings = "\n".join([*_problems(found.errors), *_dropped(found.places)])
     return "\n\n".join(
-        [head, *(_render_row(row, tokenizer) for row in rows[:count]), *["\n".join(found)] * bool(found)]
+        [head, *(_render_row(row, tokenizer) for row in found.rows[:count]), *[findings] * bool(findings)]
     )
 
 
-def _guess_kind(records: list[Record]) -> Kind:
-    """What most rows are; demonstrations if none is of a known form."""
+def _guess_kind(name: str, records: list[Record]) -> Kind:
+    """What the pipeline's name of the file says; else what most rows are, demonstrations if none is of a known form."""
+    named: list[Kind] = [kind for kind, file in formats.FILES.items() if file == Path(name).name]
     kinds = Counter(form[0] for record in records if (form := formats.form_of(record.value)))
-    return kinds.most_common(1)[0][0] if kinds else "demonstrations"
+    return [*named[-1:], *(kind for kind, _ in kinds.most_common(1)), "demonstrations"][0]
 
 
-def _parse(records: list[Record], kind: Kind, tokenizer: Tokenizer | None) -> tuple[list[Row], dict[str, list[str]]]:
-    """The rows that a run would read, and the places of problems and of dropped rows."""
-    template = chat.template_of(tokenizer)
-    rows: list[Row] = []
-    findings: dict[str, list[str]] = {"problems": []}
-    for record in records:
-        try:
-            rows += formats.parse(kind, record, template)
-        except Drop as drop:
-            findings.setdefault(f"dropped, {drop}", []).append(record.source)
-        except UserError as error:
-            findings["problems"].append(str(error))
-    return rows, findings
-
-
-def _check_file(name: str, tokenizer: Tokenizer | None, kind: Kind | None) -> _File:
+def _check_file(
+    name: str, tokenizer: Tokenizer | None, kind: Kind | None, columns: Sequence[str], on_bad_row: OnBadRow
+) -> _File:
+    source = Source([], "", "unreadable")
+    records, errors = list[Record](), list[UserError]()
     try:
         source = read_source(name)
+        records = adapted(source.records, columns)
     except UserError as error:
-        source = Source([Record(error, name)], "", "unreadable")
-    kind = kind or _guess_kind(source.records)
-    rows, findings = _parse(source.records, kind, tokenizer)
+        errors.append(error)
+    kind = kind or _guess_kind(name, records)
+    found = formats.parse_all(kind, records, chat.template_of(tokenizer), on_bad_row)
+    errors += found.errors
     lengths: dict[str, list[int]] = {}
     try:
-        formats.check_labels(rows)
-        lengths = _lengths(rows, tokenizer)
+        formats.check_labels(found.rows)
+        lengths = _lengths(found.rows, tokenizer)
     except UserError as error:
-        findings["problems"].append(str(error))
-    read = [record.value for record in source.records if not isinstance(record.value, UserError)]
-    forms = Counter((formats.form_of(value) or ("", _UNKNOWN))[1] for value in read)
-    counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common()) or "none"
-    lines = [f"{name}: {source.format}, {len(source.records)} rows, {len(rows)} {kind} kept", f"  rows: {counted}"]
-    if not forms.keys() - {_UNKNOWN}:
+        errors.append(error)
+    forms = Counter(
+        (formats.form_of(record.value) or ("", _UNKNOWN))[1]
+        for record in records
+        if not isinstance(record.value, Exception)
+    )
+    lines = [f"{name}: {source.format}, {len(source.records)} rows, {len(found.rows)} {kind} kept"]
+    if forms:
+        lines.append(f"  rows: {'; '.join(f'{count} of {form}' for form, count in forms.most_common())}")
+    if set(forms) == {_UNKNOWN}:
         lines.append(f"  a row must have the keys of one of these: {_KNOWN}")
-    for title, places in (findings | _repeats(rows, name)).items():
-        lines += _finding(title, places)
+    bad = {error.source for error in errors if isinstance(error, BadRow)}
+    unread, warnings = _unread([record for record in records if record.source not in bad], kind)
+    lines += [*_problems(errors), *warnings, *unread, *_dropped(found.places), *_repeats(found.rows, name)]
     for text, counts in lengths.items():
         lines += _histogram(f"{'tokens' if tokenizer else 'words'} of a {text}", counts)
-    lines += ["  examples:"] * bool(rows) + [_render_row(row, tokenizer, _EXAMPLE) for row in rows[:3]]
-    return _File(name, rows, findings["problems"], "\n".join(lines))
+    lines += ["  examples:"] * bool(found.rows) + [_render_row(row, tokenizer, _EXAMPLE) for row in found.rows[:3]]
+    return _File(found.rows, len(errors), len(warnings), "\n".join(lines))
 
 
-def _repeats(rows: list[Row], name: str) -> dict[str, list[str]]:
+def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]]:
+    """Which keys reach nothing but a reward, or no stage at all, and warnings of keys that look like slips."""
+    others: Counter[str] = Counter()
+    slips: dict[str, list[str]] = {}
+    for record in records:
+        read = formats.keys_read(record.value)
+        for key in [key for key in record.value if key not in read] if isinstance(record.value, dict) else ():
+            near = _near(key, [known for known in formats.KNOWN if known not in record.value])
+            if near or (key in formats.PAIR and read == {"prompt"}):
+                slip = f"the key {key!r} is not read" + (f"; did you mean {near!r}?" if near else "")
+                slips.setdefault(f"{slip}, beside {', '.join(sorted(read)) or 'no other'}", []).append(record.source)
+            others[key] += 1
+    title = "columns for the reward" if kind == "prompts" else "keys that training does not read"
+    counted = ", ".join(f"{_printable(key)} ({count} rows)" for key, count in others.most_common())
+    warnings = [f"  warning: {slip} ({len(sources)} rows: {places(sources)})" for slip, sources in slips.items()]
+    return [f"  {title}: {counted}"] * bool(others), warnings
+
+
+def _near(key: str, known: Sequence[str]) -> str | None:
+    """The key of ours that was likely meant."""
+    name = key.strip().lower()
+    return next(iter(difflib.get_close_matches(_ALIASES.get(name, name), known, n=1, cutoff=0.85)), None)
+
+
+def _repeats(rows: list[Row], name: str) -> list[str]:
     """Rows, and pairs with the opposite preference, that were there before."""
     seen: dict[tuple[Text, ...], str] = {}
     duplicates, opposites = [], []
@@ -140,7 +194,7 @@ def _repeats(rows: list[Row], name: str) -> dict[str, list[str]]:
         if isinstance(row, Pair) and (other := seen.get((row.prompt, row.rejected, row.chosen))):
             opposites.append(f"{row.source} prefers what {other} rejects")
         seen.setdefault(texts, row.source.removeprefix(f"{name}, "))
-    return {"duplicates": duplicates, "opposite preferences": opposites}
+    return [*_finding("duplicates", duplicates), *_finding("opposite preferences", opposites)]
 
 
 def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int]]:
@@ -154,12 +208,19 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
     return {name: counts for name, counts in lengths.items() if counts}
 
 
-def _finding(title: str, places: list[str]) -> list[str]:
-    if not places:
-        return []
-    shown = NUM_PROBLEMS if title == "problems" else NUM_PLACES
-    lines = [f"  {title}: {len(places)}", *(f"    {_printable(place)}" for place in places[:shown])]
-    return [*lines, f"    and {len(places) - shown} more"] if len(places) > shown else lines
+def _problems(errors: Sequence[UserError]) -> list[str]:
+    lines = [f"    {_printable(line)}" for line in summary(errors)]
+    return [f"  problems: {len(errors)}", *lines] if errors else []
+
+
+def _dropped(left_out: dict[str, list[str]]) -> list[str]:
+    return [line for reason, sources in left_out.items() for line in _finding(f"dropped, {reason}", sources)]
+
+
+def _finding(title: str, lines: Sequence[str]) -> list[str]:
+    shown = [f"    {_printable(line)}" for line in lines[:NUM_PLACES]]
+    more = [f"    and {len(lines) - NUM_PLACES} more"] * (len(lines) > NUM_PLACES)
+    return [f"  {title}: {len(lines)}", *shown, *more] if lines else []
 
 
 def _histogram(title: str, lengths: list[int]) -> list[str]:
@@ -181,6 +242,8 @@ def _render_row(row: Row, tokenizer: Tokenizer | None = None, limit: int | None 
     """One row with its place, each text under its name; ``limit`` characters of a text."""
     names = ["prompt", *(["chosen", "rejected"] if isinstance(row, Pair) else ["response"])]
     notes: list[str] = []
+    if isinstance(row, Annotated):
+        names, notes = ["prompt", "response 1", "response 2"], [f"  votes: {', '.join(map(str, row.votes))}"]
     if isinstance(row, Comparison):
         labels = [f" (target {target:g})" for target in row.targets or ()] or [""] * len(row.responses)
         if row.best is not None:

@@ -49,6 +49,7 @@ WORDINGS = {category: [Wording(**wording) for wording in some] for category, som
 CLOSES: list[str] = _LANGUAGE["closes"]
 CLOSE_SHARE = 0.3  # of the responses that may close; so the most frequent response does not
 MAX_WORDS, PER_EXTRA_WORD = 24, 0.03  # the score that each word beyond the first 24 costs
+LABEL_NOISE = 0.1  # probability that chosen and rejected of a training pair are exchanged
 DETAIL = 0.1  # the score of a courteous close, or of another topic's reason that is the prompt's topic's too
 
 # Each file's number of rows, what its random stream is called, and what its rows are.
@@ -68,9 +69,6 @@ def write(
     num_demonstrations: int = 2000,
     num_pairs: int = 3000,
     num_prompts: int = 600,
-    num_heldout_prompts: int = 144,
-    num_heldout_pairs: int = 300,
-    label_noise: float = 0.1,
     shuffle_labels: bool = False,
 ) -> None:
     """Writes the corpus, each file a JSON list with one row on a line.
@@ -80,24 +78,22 @@ def write(
     of the held-out files are in no other file.
 
     Args:
-      label_noise: probability that chosen and rejected of a training pair are exchanged.
-      shuffle_labels: exchanges them by coin flip instead, so that the labels mean nothing: a negative control.
+      shuffle_labels: chosen and rejected of a training pair are exchanged by coin flip, so that the labels mean nothing
+        (a negative control), instead of with probability `LABEL_NOISE`.
 
     Raises:
-      UserError: for more distinct prompts than the language has, or a label_noise outside [0, 1].
+      UserError: for more distinct prompts than the language has.
     """
-    if not 0 <= label_noise <= 1:
-        raise UserError(f"label_noise is a probability, got {label_noise}")
-    sizes = (num_demonstrations, num_pairs, num_prompts, num_heldout_prompts, num_heldout_pairs)
-    noise = 0.5 if shuffle_labels else label_noise
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    for name, size in zip(FILES, sizes, strict=True):
-        (path / name).write_text(generate(name, seed, size, noise), encoding="utf-8")
+    sizes = {"sft_data.json": num_demonstrations, "preference_data.json": num_pairs, "prompts.json": num_prompts}
+    for name in FILES:
+        text = file_text(name, seed, sizes.get(name), 0.5 if shuffle_labels else LABEL_NOISE)
+        (path / name).write_text(text, encoding="utf-8")
 
 
-def generate(name: str, seed: int = 0, size: int | None = None, label_noise: float = 0.1) -> str:
-    """The text of one of the `FILES`; arguments as `write`."""
+def file_text(name: str, seed: int = 0, size: int | None = None, label_noise: float = LABEL_NOISE) -> str:
+    """The text of one of the `FILES`, of ``size`` rows instead of its own number."""
     default_size, stream = FILES[name]
     size = default_size if size is None else size
     generator = random.Random(f"{seed}/{stream}")

@@ -3,22 +3,20 @@
 Texts that are token ids already are taken as they are, without an EOS after them.
 """
 
-import dataclasses
 import functools
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_jax.data.rows import Comparison, Demonstration, Pair, Prompt, Row, Text, parts
+from rlhf_jax.data.rows import Comparison, Demonstration, Prompt, Row, Text, parts
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 
 TooLong = Literal["error", "truncate", "drop"]
-R = TypeVar("R", Demonstration, Pair | Comparison)
 
 CUT = "response cut, its EOS with it"
 PROMPT_CUT = "prompt cut at its start"
@@ -29,46 +27,32 @@ EQUAL_CUT = "dropped, the cut responses are equal"
 
 @dataclass(frozen=True, eq=False)
 class EncodedTexts:
-    """N texts, each a prompt and then a response with EOS at its end (unless it was cut)."""
+    """N rows of up to K texts, each a prompt and then a response with EOS at its end (unless it was cut). K is 1 for
+    demonstrations; the answers of a comparison have the same prompt, and absent ones have no token at all.
+    """
 
-    tokens: list[np.ndarray]  # N arrays [length] int32
-    starts: list[int]  # N first columns of what is learned: the response, or 1 with train_on_prompt
-    sources: list[str]
+    tokens: list[list[np.ndarray]]  # [K][N] arrays [length] int32
+    starts: np.ndarray  # [N, K] int64 first columns of the responses
+    sources: list[str]  # [N]
     pad_id: int
     max_length: int | None
-    counts: dict[str, int] = field(default_factory=dict)  # texts that were too long, by what was done to them
+    counts: dict[str, int]  # texts that were too long, by what was done to them
+    best: np.ndarray | None = None  # [N] int32; None: answer 0 everywhere, or targets
+    targets: np.ndarray | None = None  # [N, K] float32, 0 for absent answers
+    weight: np.ndarray | None = None  # [N] float32; None: 1 everywhere
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """[N] int64 tokens of each text."""
-        return np.array([len(tokens) for tokens in self.tokens], np.int64)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedComparisons:
-    """N comparisons of up to K answers: row i of each of the ``answers`` has the same prompt, or is empty: absent."""
-
-    answers: tuple[EncodedTexts, ...]
-    best: np.ndarray | None  # [N] int32; None: answer 0 everywhere, or targets
-    targets: np.ndarray | None  # [N, K] float32, 0 for absent answers
-    weight: np.ndarray | None  # [N] float32; None: 1 everywhere
-    counts: dict[str, int]
+        """[N, K] int64 tokens of each text."""
+        return np.array([[len(ids) for ids in texts] for texts in self.tokens], np.int64).T
 
     @property
-    def chosen(self) -> EncodedTexts:
-        """The first answers, which in pairs are preferred."""
-        return self.answers[0]
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """[N] int64 tokens of the longest text of each comparison."""
-        return np.max([texts.lengths for texts in self.answers], axis=0)
+    def response_lengths(self) -> np.ndarray:
+        """[N, K] int64 tokens of each response; 0 where there is none."""
+        return self.lengths - self.starts
 
     def __len__(self) -> int:
-        return len(self.answers[0])
+        return len(self.sources)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +69,18 @@ class EncodedPrompts:
         return len(self.rows)
 
 
-def encode_demonstrations(
-    rows: Sequence[Demonstration],
+def encode_texts(
+    rows: Sequence[Row],
     tokenizer: Tokenizer,
     *,
     template: str = "{prompt}",
     max_length: int | None = None,
     too_long: TooLong = "error",
-    train_on_prompt: bool = False,
 ) -> EncodedTexts:
-    """Prompts in their template and responses with EOS; the loss is on the response, or on all but the first token.
+    """Demonstrations, pairs or comparisons: prompts in their template and responses with EOS.
+
+    A row that loses an answer goes, and so does one whose answers, after cuts, are all equal, unless it has targets.
+    Either all rows have targets or none.
 
     Args:
       max_length: tokens a text may have, EOS included; None for no limit.
@@ -105,40 +91,29 @@ def encode_demonstrations(
       UserError: for a text that is too long, a template without ``{prompt}``, and when no row is left.
     """
     kept, counts = _fitted(rows, tokenizer, template, max_length, too_long)
-    [texts] = _texts(kept, tokenizer, max_length)
-    # Column 0 is never learned: no logits come before it.
-    starts = [1] * len(kept) if train_on_prompt else texts.starts
-    return dataclasses.replace(texts, starts=starts, counts=counts)
-
-
-def encode_comparisons(
-    rows: Sequence[Pair | Comparison],
-    tokenizer: Tokenizer,
-    *,
-    template: str = "{prompt}",
-    max_length: int | None = None,
-    too_long: TooLong = "error",
-) -> EncodedComparisons:
-    """As `encode_demonstrations` for all answers of a row, K being the most of any row; answer 0 of a pair is chosen.
-
-    A row that loses an answer goes, and so does one whose answers, after cuts, are all equal, unless it has targets.
-    Either all rows have targets or none.
-    """
-    kept, counts = _fitted(rows, tokenizer, template, max_length, too_long)
-    answers = _texts(kept, tokenizer, max_length)
     left = [row for row, _, _ in kept]
-    best = np.array([0 if isinstance(row, Pair) else row.best or 0 for row in left], np.int32)
-    weight = np.array([1 if row.weight is None else row.weight for row in left], np.float32)
+    num_answers = max(len(responses) for _, _, responses in kept)
+    tokens, starts = [], np.zeros((len(kept), num_answers), np.int64)
+    for k in range(num_answers):
+        present = [(prompt, responses[k]) if k < len(responses) else ([], []) for _, prompt, responses in kept]
+        tokens.append([np.array(prompt + response, np.int32) for prompt, response in present])
+        starts[:, k] = [len(prompt) for prompt, _ in present]
+    best = np.array([getattr(row, "best", None) or 0 for row in left], np.int32)
+    weights = _weights(rows, left)
     scored = [(i, row.targets) for i, row in enumerate(left) if isinstance(row, Comparison) and row.targets]
-    targets = np.zeros((len(left), len(answers)), np.float32)
+    targets = np.zeros((len(left), num_answers), np.float32)
     for i, scores in scored:
         targets[i, : len(scores)] = scores
-    return EncodedComparisons(
-        answers=answers,
+    return EncodedTexts(
+        tokens,
+        starts,
+        [row.source for row in left],
+        tokenizer.pad_id,
+        max_length,
+        counts,
         best=best if best.any() and not scored else None,
         targets=targets if scored else None,
-        weight=None if all(row.weight is None for row in left) else weight,
-        counts=counts,
+        weight=None if (weights == 1).all() else weights,
     )
 
 
@@ -156,10 +131,10 @@ def encode_prompts(
 
     Args:
       max_positions: of the model, None for no limit: a prompt and ``max_new_tokens`` after it must fit.
-      too_long: as `encode_demonstrations`, but ``truncate`` keeps the end of a prompt.
+      too_long: as `encode_texts`, but ``truncate`` keeps the end of a prompt.
 
     Raises:
-      UserError: as `encode_demonstrations`, and if the settings leave no room for a prompt.
+      UserError: as `encode_texts`, and if the settings leave no room for a prompt.
     """
     room = sys.maxsize if max_positions is None else max_positions - max_new_tokens
     if room < (length or 1):
@@ -230,12 +205,12 @@ def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) ->
     return encoded
 
 
-_CHOICES = "shorten it, or set too_long to 'truncate' or 'drop'"
+_CHOICES = "shorten it, or give --text.too-long (of evaluate: --too-long) truncate or drop"
 
 
 def _fitted(
-    rows: Sequence[R], tokenizer: Tokenizer, template: str, max_length: int | None, too_long: TooLong
-) -> tuple[list[tuple[R, list[int], list[list[int]]]], dict[str, int]]:
+    rows: Sequence[Row], tokenizer: Tokenizer, template: str, max_length: int | None, too_long: TooLong
+) -> tuple[list[tuple[Row, list[int], list[list[int]]]], dict[str, int]]:
     """Rows with the ids of their prompts and responses, each prompt with each response within ``max_length``."""
     prompts, responses_of = prompt_ids(rows, tokenizer, template), response_ids(rows, tokenizer)
     counts: Counter[str] = Counter()
@@ -251,7 +226,7 @@ def _fitted(
             counts[DROPPED if too_long == "drop" else NO_ROOM] += 1
             continue
         cut = [response[:room] for response in responses]
-        is_choice = isinstance(row, Pair) or (isinstance(row, Comparison) and row.targets is None)
+        is_choice = not isinstance(row, Demonstration) and getattr(row, "targets", None) is None
         if is_choice and all(response == cut[0] for response in cut):
             counts[EQUAL_CUT] += 1
             continue
@@ -262,19 +237,20 @@ def _fitted(
     return kept, dict(counts)
 
 
-def _texts(
-    kept: Sequence[tuple[Any, list[int], list[list[int]]]], tokenizer: Tokenizer, max_length: int | None
-) -> tuple[EncodedTexts, ...]:
-    """The first responses of all rows, then the second ones, and so on, each after its prompt."""
-    sources = [row.source for row, _, _ in kept]
-    answers = []
-    for k in range(max(len(responses) for _, _, responses in kept)):
-        # An absent answer has no token at all, not even its prompt's.
-        present = [(prompt, responses[k]) if k < len(responses) else ([], []) for _, prompt, responses in kept]
-        tokens = [np.array(prompt + response, np.int32) for prompt, response in present]
-        starts = [len(prompt) for prompt, _ in present]
-        answers.append(EncodedTexts(tokens, starts, sources, tokenizer.pad_id, max_length))
-    return tuple(answers)
+def _weights(rows: Sequence[Row], left: Sequence[Row]) -> np.ndarray:
+    """[N] float32 weights of the rows that are left. The pairs of one source (a ranking) that are left together weigh
+    what all its pairs did.
+    """
+    before, after = defaultdict[str, float](float), defaultdict[str, float](float)
+    for total, of in ((before, rows), (after, left)):
+        for row in of:
+            total[row.source] += _weight(row)
+    return np.array([_weight(row) * before[row.source] / after[row.source] for row in left], np.float32)
+
+
+def _weight(row: Row) -> float:
+    weight = getattr(row, "weight", None)
+    return 1.0 if weight is None else weight
 
 
 def _check_some_left(kept: Sequence[Any], rows: Sequence[Any], limit: int | None) -> None:

@@ -21,15 +21,23 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.rows import Record
+from rlhf_jax.data.rows import BadRow, Record
 from rlhf_jax.errors import UserError
 
 _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
 _PACKED_AT_MOST, _MAY_UNPACK = 100, 1 << 26  # times its size, and bytes that any file may unpack to
 _DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII)
-_SPACE = re.compile(r"[ \t\r\n]*")
+_OPENING = re.compile(r"\s*\[[ \t\r\n]*(\]?)[ \t\r\n]*")
+_SEPARATOR = re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
 # CSV columns whose cells are JSON: what they hold has no spelling of its own there.
 _JSON_COLUMNS = ("messages", "responses", "ranking", "ranks", "targets", "best")
+# Files that are not the data, by their first bytes.
+_NO_DATA = {
+    b"version https://git-lfs": "is a pointer of git-lfs, not the data; run `git lfs pull`",
+    b"PK\x03\x04": "is a zip archive; unpack it and name the file inside",
+}
+_WRAPPERS = ("data", "rows", "examples", "items", "train")  # keys under which whole files keep their rows
+_INNER_MARK = re.compile("[\n\\]}]\ufeff")
 csv.field_size_limit(1 << 27)  # characters of a cell; the module's own limit is 131072
 
 
@@ -75,6 +83,9 @@ def _file(path: Path, name: str) -> Source:
     packed = path.suffix.lower() == ".gz"
     suffix = Path(path.stem if packed else path.name).suffix.lower()
     data = _bytes(path)
+    for start, what in _NO_DATA.items():
+        if data.startswith(start):
+            raise UserError(f"{name}: {what}")
     if suffix == ".parquet" or data.startswith(b"PAR1"):
         records, form = _parquet(data, name), "Parquet"
     else:
@@ -89,12 +100,26 @@ def parse_text(text: str, name: str, suffix: str = ".json") -> tuple[list[Record
     # Only \n ends a line: str.splitlines would also cut inside strings, at U+2028.
     lines = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if suffix == ".txt":
-        return [Record(line, f"{name}, line {n}") for n, line in lines], "text"
+        return list(_texts(lines, name)), "text"
     if text.lstrip().startswith("["):
         return list(_json_list(text, name)), "JSON list"
     if lines and text.lstrip()[0] not in '{"':
         raise UserError(f"{name}, line {lines[0][0]}: expected a JSON list or JSON lines, found {lines[0][1][:20]!r}")
-    return list(_json_lines(lines, name)), "JSON lines"
+    records = list(_json_lines(lines, name))
+    whole = _decoded(text) if len(records) == 1 or (records and isinstance(records[0].value, UserError)) else None
+    for key in [key for key in _WRAPPERS if isinstance(whole, dict) and isinstance(whole.get(key), list)]:
+        raise UserError(f"{name}: the rows must be the list itself, without the key {key!r} around it")
+    return records, "JSON lines"
+
+
+def _texts(lines: list[tuple[int, str]], name: str) -> Iterator[Record]:
+    """A prompt a line; a file of JSON objects or of a table is an error."""
+    source = f"{name}, line {lines[0][0]}" if lines else name
+    if len(lines) > 1 and all("\t" in line for _, line in lines):
+        raise UserError(f"{source}: each line has tabs, as a table has; call the file .tsv, with a line of names first")
+    if lines and isinstance(_decoded(lines[0][1]), dict):
+        raise UserError(f"{source}: a JSON object, where a text should stand; call the file .jsonl")
+    yield from (Record(line, f"{name}, line {n}") for n, line in lines)
 
 
 def _bytes(path: Path) -> bytes:
@@ -117,13 +142,28 @@ def _bytes(path: Path) -> bytes:
     return unpacked
 
 
+def read_text(path: str | PathLike[str]) -> str:
+    """The text of a UTF-8 file, unpacked if gzip packed it, without a byte order mark.
+
+    Raises:
+      UserError: the file cannot be read or is not UTF-8.
+    """
+    return _decode(str(path), _bytes(Path(path)))
+
+
 def _decode(name: str, data: bytes) -> str:
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         content = error.object  # without a byte order mark, unlike data
         line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
         raise UserError(f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8, which is expected") from error
+    if mark := _INNER_MARK.search(text):
+        line = text.count("\n", 0, mark.end()) + 1
+        raise UserError(
+            f"{name}, line {line}: a byte order mark in the middle of the file, as joined files have; remove it"
+        )
+    return text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -137,14 +177,23 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 _NOT_JSON = (ValueError, RecursionError)  # JSONDecodeError is a ValueError; so is a number of thousands of digits
 
 
-def _not_json(error: Exception, source: str, hint: str, hint_if_cut: str) -> Record:
-    """A record of wrong syntax; ``hint_if_cut`` where the text ends too soon."""
+def _decoded(text: str) -> Any:
+    """The JSON value that the text is; None if it is none."""
+    try:
+        return _DECODER.decode(text.strip())
+    except _NOT_JSON:
+        return None
+
+
+def _not_json(error: Exception, hint: str, hint_if_cut: str) -> str:
+    """What is wrong with the syntax; ``hint_if_cut`` where the text ends too soon."""
     what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
     if isinstance(error, json.JSONDecodeError):
         cut = error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip())
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        what = f"{error.msg[0].lower()}{error.msg[1:]} at {place}{hint_if_cut if cut else hint}"
-    return Record(UserError(f"{source}: not valid JSON, {what}"), source)
+        message = f"{error.msg[0].lower()}{error.msg[1:]}".removesuffix(" at")
+        what = f"{message} at {place}{hint_if_cut if cut else hint}"
+    return f"not valid JSON, {what}"
 
 
 def _json_lines(lines: list[tuple[int, str]], name: str) -> Iterator[Record]:
@@ -155,32 +204,26 @@ def _json_lines(lines: list[tuple[int, str]], name: str) -> Iterator[Record]:
         except _NOT_JSON as error:
             hint = "; in JSON lines each row is one line" if number == lines[0][0] else ""
             cut = "; the file seems cut off" if number == lines[-1][0] else ""
-            yield _not_json(error, source, hint, hint or cut)
+            yield Record(BadRow(source, _not_json(error, hint, hint or cut)), source)
 
 
 def _json_list(text: str, name: str) -> Iterator[Record]:
     """The elements of a JSON list, up to wrong syntax: behind it nothing more can be read."""
-
-    def after_space(position: int) -> int:
-        match = _SPACE.match(text, position)
-        return match.end() if match else position
-
-    position, number = after_space(text.index("[") + 1), 0
-    closed = text.startswith("]", position)
+    mark, number = _OPENING.match(text), 0
     try:
-        while not closed:
+        while mark and mark[1] != "]":
             number += 1
-            value, position = _DECODER.raw_decode(text, position)
+            value, end = _DECODER.raw_decode(text, mark.end())
             yield Record(value, f"{name}, row {number}")
-            position = after_space(position)
-            closed = text.startswith("]", position)
-            if not closed and not text.startswith(",", position):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-            position = after_space(position + (not closed))
-        if (end := after_space(position + 1)) < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
+            mark = _SEPARATOR.match(text, end)
+            if mark and not mark[1]:
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, mark.end())
+        if mark and mark.end() < len(text):
+            raise json.JSONDecodeError("Extra data", text, mark.end())
     except _NOT_JSON as error:
-        yield _not_json(error, f"{name}, row {number}", "", "; the file is cut off inside this row")
+        source = f"{name}, row {number}"
+        what = _not_json(error, "", "; the file is cut off inside this row")
+        yield Record(UserError(f"{source}: {what}"), source)
 
 
 def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
@@ -189,12 +232,15 @@ def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
     header: list[str] = []
     source = f"{name}, line 1"
     try:
-        for cells in filter(any, table):
+        for cells in filter(None, table):
             source = f"{name}, line {table.line_num}"
             if header:
                 yield Record(_csv_row(header, cells, source), source)
             elif "" in cells or len(set(cells)) < len(cells):
                 raise UserError(f"{source}: each column needs a name of its own, found {', '.join(map(repr, cells))}")
+            elif len(cells) == 1 and (";" in cells[0] or "\t" in cells[0]):
+                what = f"one column {cells[0]!r}; separate columns by commas, or by tabs in a .tsv"
+                raise UserError(f"{source}: {what}")
             else:
                 header = cells
     except csv.Error as error:  # where the next row would start is unknown
@@ -204,13 +250,13 @@ def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
 def _csv_row(header: list[str], cells: list[str], source: str) -> dict[str, Any] | UserError:
     if len(cells) != len(header):
         hint = "; quote cells that hold a delimiter or a line break" if len(cells) > len(header) else ""
-        return UserError(f"{source}: {len(cells)} cells under a header of {len(header)}{hint}")
+        return BadRow(source, f"{len(cells)} cells under a header of {len(header)}{hint}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
     for key in set(_JSON_COLUMNS) & set(header):
         try:
             row[key] = json.loads(row[key] or "null")
         except _NOT_JSON:
-            return UserError(f"{source}: the column {key!r} holds JSON, found {row[key][:40]!r}")
+            return BadRow(source, f"the column {key!r} holds JSON, found {row[key][:40]!r}")
     return row
 
 

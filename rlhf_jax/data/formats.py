@@ -8,6 +8,8 @@
 ``{query, sample0, sample1, ..., best}``    as in lm-human-preferences (Ziegler et al. 2019): texts or GPT-2 token ids
 ``{prompt, responses, LABEL}``              LABEL is ``best`` (a number from 0), ``ranking`` (response numbers, best
                                             first), ``ranks`` (the lowest is best, equal ones are ties) or ``targets``
+``{instruction, input, response1,           annotated, as in PandaLM (Wang et al. 2023): each annotator says 1, 2 or 0,
+response2, annotator1, ...}``               a tie
 ``{prompt, ...}`` or a string               a prompt; other keys are columns for the reward
 ==========================================  ==========================================================================
 
@@ -16,26 +18,39 @@ comparison. Every row remembers where it came from, so that later stages can nam
 """
 
 import hashlib
+import itertools
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from rlhf_jax.data import chat, demo, rows
 from rlhf_jax.data.chat import ChatTemplate, Message
+from rlhf_jax.data.columns import adapted
 from rlhf_jax.data.files import Source, parse_text, read_source
-from rlhf_jax.data.rows import Comparison, Demonstration, Drop, Pair, Prompt, Record, Text
+from rlhf_jax.data.rows import (
+    Annotated,
+    BadRow,
+    Comparison,
+    Demonstration,
+    Drop,
+    Kind,
+    OnBadRow,
+    Pair,
+    Prompt,
+    Record,
+    Text,
+)
 from rlhf_jax.errors import UserError
 
 Names = str | PathLike[str] | Sequence[str | PathLike[str]]
-Kind = Literal["demonstrations", "pairs", "comparisons", "prompts"]
 Row = TypeVar("Row")
 
 PAIR = ("chosen", "rejected")
+ANNOTATED = ("instruction", "response1", "response2", "annotator1")
 LABELS = ("best", "ranking", "ranks", "targets")
 FILES: dict[Kind, str] = {  # in a folder of the pipeline's data
     "demonstrations": "sft_data.json",
@@ -49,75 +64,116 @@ FORMATS: dict[tuple[str, ...], Kind] = {
     PAIR: "comparisons",
     ("messages",): "demonstrations",
     ("prompt", "response"): "demonstrations",
+    ANNOTATED: "annotated",
     ("prompt",): "prompts",
 }
+KNOWN = tuple(dict.fromkeys(itertools.chain(*FORMATS, ("query", "responses"), LABELS)))
 DEMO = "demo"  # the data of this name is generated
 
-ASSISTANT = "\n\nAssistant:"
-_NO_PROMPT = "; without a prompt, {!r} must be a dialogue whose turns start with '\\n\\nHuman:' and '\\n\\nAssistant:'"
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_NO_DIALOGUE = "{!r} must be a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' in a row without a prompt"
 PAD_ID = 50259  # of lm-human-preferences, GPT-2's vocabulary size + 2; no token of GPT-2
 EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
-_SAMPLE = re.compile(r"sample[0-9]+")
+_SAMPLE, _ANNOTATOR = re.compile(r"sample[0-9]+"), re.compile(r"annotator[0-9]+")
 _LARGEST = 3.4e38  # of float32
 
 
 @dataclass(frozen=True)
 class ReadResult(Generic[Row]):
-    """The rows in file order, how many were left out for which reason, and the sha256 of each source's content."""
+    """The rows in file order, the places of the rows that were left out by reason, and the sha256 of each source."""
 
     rows: list[Row]
-    dropped: dict[str, int]
+    places: dict[str, list[str]]
     fingerprints: dict[str, str]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many rows were left out for which reason."""
+        return {reason: len(sources) for reason, sources in self.places.items()}
 
     @property
     def kept(self) -> int:
         return len(self.rows)
 
     def describe(self) -> str:
-        """One line for a log, such as ``1162 rows, 1 dropped (chosen and rejected are identical)``."""
-        reasons = "".join(f", {count} dropped ({reason})" for reason, count in self.dropped.items())
-        return f"{self.kept} rows{reasons}"
+        """One line for a log: ``1162 rows, 1 dropped (chosen and rejected are identical: data.jsonl, line 7)``."""
+        left_out = self.places.items()
+        reasons = [f", {len(sources)} dropped ({reason}: {rows.places(sources)})" for reason, sources in left_out]
+        return f"{self.kept} rows{''.join(reasons)}"
 
 
-def read(kind: Kind, names: Names, *, seed: int = 0, template: ChatTemplate | None = None) -> ReadResult[Any]:
+def read(
+    kind: Kind,
+    names: Names,
+    *,
+    seed: int = 0,
+    template: ChatTemplate | None = None,
+    columns: Sequence[str] = (),
+    on_bad_row: OnBadRow = "error",
+) -> ReadResult[Any]:
     """The rows of one or several sources: of demonstrations `rows.Demonstration`, and so on.
 
     Kinds: ``demonstrations`` may be read from pairs (the chosen response) and other comparisons (the best) too.
     ``comparisons`` are `rows.Pair` and, for the choice of one response among K > 2 or targets, `rows.Comparison`;
     ``pairs`` make all of it pairs. ``prompts`` come from rows with responses too, each such prompt once.
 
-    Dropped and counted: pairs of equal responses, pairs of dialogues that differ before the last response or lack one,
-    and repeated prompts.
+    Always left out and counted: pairs of equal responses, rankings of nothing but ties, and repeated prompts.
 
     Args:
       names: files or datasets (`files.read_source`), folders with sft_data.json, preference_data.json or prompts.json,
         or ``demo`` alone: the corpus that `demo` generates from ``seed``.
       template: renders messages; by default `chat.PLAIN`.
+      columns: OURS=THEIRS, as in `columns`.
+      on_bad_row: ``error``: all rows that the stage cannot use are named in one error; ``drop``: they are left out and
+        counted. A file that cannot be read to its end is an error always.
 
     Raises:
-      UserError: no data or no usable row; a file that cannot be read; a row of another form, named by file and line.
+      UserError: no data or no usable row; a file that cannot be read; bad rows.
     """
     sources = _sources(kind, names, seed)
-    template = template or ChatTemplate()
-    kept: list[Any] = []
-    dropped: Counter[str] = Counter()
+    records = [record for source in sources.values() for record in source.records]
+    found = parse_all(kind, adapted(records, columns), template or ChatTemplate(), on_bad_row)
+    if found.errors:
+        lines = rows.summary(found.errors)
+        if found.rows and any(isinstance(error, BadRow) for error in found.errors):
+            lines.append("--on-bad-row drop leaves such rows out and counts them")
+        raise UserError("\n".join(lines))
+    result = ReadResult(found.rows, found.places, {name: source.fingerprint for name, source in sources.items()})
+    if not result.rows:
+        raise UserError(f"{', '.join(sources)}: no usable row: {result.describe()}")
+    check_labels(result.rows)
+    return result
+
+
+class Parsed(NamedTuple):
+    """Rows, the places of those left out by reason, and what is wrong with others."""
+
+    rows: list[Any]
+    places: dict[str, list[str]]
+    errors: list[UserError]
+
+
+def parse_all(kind: Kind, records: Sequence[Record], template: ChatTemplate, on_bad_row: OnBadRow) -> Parsed:
+    """The rows of all records. With ``drop`` those of a `BadRow` are left out under what is wrong with them."""
+    found = Parsed([], {}, [])
     seen: set[Text] = set()
-    for record in (record for source in sources.values() for record in source.records):
+    for record in records:
         try:
             parsed = parse(kind, record, template)
             if kind == "prompts":
                 if parsed[0].prompt in seen and (form_of(record.value) or ("prompts",))[0] != "prompts":
                     raise Drop("repeated prompt")
                 seen.add(parsed[0].prompt)
-            kept.extend(parsed)
+            found.rows.extend(parsed)
         except Drop as drop:
-            dropped[str(drop)] += 1
-    result = ReadResult(kept, dict(dropped), {name: source.fingerprint for name, source in sources.items()})
-    if not kept:
-        raise UserError(f"{', '.join(sources)}: no usable row: {result.describe()}")
-    check_labels(kept)
-    return result
+            found.places.setdefault(str(drop), []).append(record.source)
+        except UserError as error:
+            found.errors.append(error)
+    if on_bad_row == "drop":
+        bad = rows.by_fault(error for error in found.errors if isinstance(error, BadRow))
+        return Parsed(found.rows, found.places | bad, [e for e in found.errors if not isinstance(e, BadRow)])
+    return found
 
 
 def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
@@ -126,12 +182,12 @@ def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
         folder = f"a folder that holds {FILES[kind]}"
         raise UserError(f"no data: give --data FILE with {kind}, {folder}, or `--data demo` for the generated corpus")
     if DEMO not in given:
-        files = [str(Path(name) / FILES[kind]) if os.path.isdir(name) else name for name in given]
+        files = [str(Path(name) / FILES[kind]) if kind in FILES and os.path.isdir(name) else name for name in given]
         return {file: read_source(file) for file in files}
     if len(given) > 1:
         raise UserError(f"--data {' '.join(given)}: `{DEMO}` cannot be mixed with files")
     name = f"{DEMO}/{FILES[kind]}"
-    content = demo.generate(FILES[kind], seed)
+    content = demo.file_text(FILES[kind], seed)
     records, form = parse_text(content, name)
     return {name: Source(records, hashlib.sha256(content.encode()).hexdigest(), form)}
 
@@ -160,15 +216,25 @@ def form_of(value: Any) -> tuple[Kind, str] | None:
     return (FORMATS[keys], ", ".join(keys)) if keys else None
 
 
+def keys_read(row: Any) -> set[str]:
+    """The keys of a record that its format reads."""
+    kind, name = form_of(row) or ("", "")
+    keys = set(name.split(", ")) | ({"input"} if kind == "annotated" else set())
+    numbered = _ANNOTATOR if kind == "annotated" else _SAMPLE
+    return {key for key in row if key in keys or numbered.fullmatch(key)} if isinstance(row, dict) else set()
+
+
 def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Any]:
     """The rows of one record.
 
     Raises:
-      UserError: for a record that could not be read, is of another form or has a wrong value, with file and line.
+      UserError: for a record that could not be read; as `BadRow` for one of another form or with a wrong value.
       Drop: for a row that is to be left out.
     """
     if kind == "prompts":
         return [_prompt(record, template)]
+    if kind == "annotated":
+        return [_annotated(record)]
     row = rows.fields(record, "prompt, response" if kind == "demonstrations" else f"prompt, {', '.join(PAIR)}")
     if kind == "demonstrations" and not _has_answers(row):
         pair = "response" not in row and all(key in row for key in PAIR)
@@ -179,9 +245,9 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Any]:
     if kind == "comparisons" and (is_choice or comparison.targets is not None):
         return [comparison]
     if ranks is None:
-        raise UserError(f"{record.source}: holds targets, which are no preference; {kind} need best, ranking or ranks")
+        raise BadRow(record.source, f"holds targets, which are no preference; {kind} need best, ranking or ranks")
     if kind == "demonstrations":  # the best response, the first of several
-        return [Demonstration(comparison.prompt, comparison.responses[ranks.index(min(ranks))], record.source)]
+        return [Demonstration(comparison.prompt, comparison.responses[_best(ranks)[0]], record.source)]
     return _pairs(comparison, ranks)
 
 
@@ -205,20 +271,38 @@ def _prompt(record: Record, template: ChatTemplate) -> Prompt:
     return Prompt(_rendered(before, template, record), record.source, columns)
 
 
+def _annotated(record: Record) -> Annotated:
+    row = rows.fields(record, ", ".join(ANNOTATED))
+    rows.require(record, ANNOTATED)
+    before = [rows.text(record, "instruction")]
+    if row.get("input"):
+        rows.expect(isinstance(row["input"], str), record, "'input' must be a string", row["input"])
+        before.append(rows.checked(record, "'input'", row["input"]))
+    responses = rows.text(record, "response1"), rows.text(record, "response2")
+    votes = {key: value for key, value in row.items() if _ANNOTATOR.fullmatch(key)}
+    for key, vote in votes.items():
+        is_vote = not isinstance(vote, bool) and str(vote) in ("0", "1", "2")
+        rows.expect(is_vote, record, f"{key!r} must be 1, 2 or 0 for a tie", vote)
+    return Annotated("\n\n".join(before), *responses, record.source, votes=tuple(map(int, votes.values())))
+
+
 def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
     """What stands before the response under ``key``, and the response: texts, messages or the halves of a dialogue."""
-    row, keys, hint = record.value, PAIR if key in PAIR else (key,), ""
+    row, keys = record.value, PAIR if key in PAIR else (key,)
     if key == "messages" or chat.is_chat(row, "prompt", *keys):
         rows.require(record, keys)
         return chat.exchange(record, key)
     if "prompt" not in row and key in PAIR and isinstance(row.get(key), str):
         before, opening, response = row[key].rpartition(ASSISTANT)
-        if opening and not response.strip():
-            raise Drop(chat.NO_RESPONSE)
-        if opening:
-            return rows.checked(record, key, before + opening), rows.checked(record, key, response)
-        hint = _NO_PROMPT.format(key)
-    rows.require(record, ("prompt", *keys), hint)
+        if not opening:
+            hint = rows.meant("prompt", [other for other in row if other not in PAIR])
+            raise BadRow(record.source, _NO_DIALOGUE.format(key) + hint)
+        if HUMAN in response:
+            raise BadRow(record.source, f"{key!r} ends with a human turn, not with an answer")
+        if not response.strip():
+            raise BadRow(record.source, chat.NO_RESPONSE)
+        return rows.checked(record, key, before + opening), rows.checked(record, key, response)
+    rows.require(record, ("prompt", *keys))
     return rows.text(record, "prompt"), rows.text(record, key)
 
 
@@ -237,7 +321,7 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Comparison, tuple[
     if not _has_answers(row):
         (before, chosen), (other, rejected) = (_exchange(record, key) for key in PAIR)
         if other != before:
-            raise Drop("dialogues differ before the last response")
+            raise BadRow(record.source, "dialogues differ before the last response")
         if chosen == rejected:
             raise Drop(EQUAL)
         return Comparison(_rendered(before, template, record), (chosen, rejected), record.source), (0, 1)
@@ -245,14 +329,16 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Comparison, tuple[
     labels = [key for key in LABELS if row.get(key) is not None]
     targets = _numbers(record, "targets", len(responses)) if "targets" in labels else None
     if len(responses) < (1 if targets else 2):
-        raise UserError(f"{record.source}: a comparison needs at least 2 responses, found {len(responses)}")
+        raise BadRow(record.source, f"a comparison needs at least 2 responses, found {len(responses)}")
     if not labels or (targets is None and len(labels) > 1):
         found = ", ".join(labels or row)
-        raise UserError(f"{record.source}: expected one of the keys {', '.join(LABELS)}, found {found}")
+        raise BadRow(record.source, f"expected one of the keys {', '.join(LABELS)}, found {found}")
     if targets is None and len(set(responses)) == 1:
         raise Drop(EQUAL if len(responses) == 2 else ALL_EQUAL)
     ranks = None if labels[0] == "targets" else _ranks(record, labels[0], len(responses))
-    best = row["best"] if labels == ["best"] else None
+    best = ranks.index(0) if ranks and labels == ["best"] else None
+    if ranks and "chosen" in row and row["chosen"] not in [responses[i] for i in _best(ranks)]:
+        raise BadRow(record.source, f"'chosen' is not the response that {labels[0]!r} says is the best")
     return Comparison(_prompt_of_answers(record, template), responses, record.source, best, targets), ranks
 
 
@@ -285,7 +371,7 @@ def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = Fal
     rows.expect(not wrong, record, f"{what} must hold token ids", wrong and wrong[0])
     ids = tuple(i for i in value if i != PAD_ID)
     if not ids:
-        raise UserError(f"{record.source}: {what} is empty; remove the row or fill it in")
+        raise BadRow(record.source, f"{what} is empty")
     return ids
 
 
@@ -293,6 +379,8 @@ def _ranks(record: Record, label: str, count: int) -> tuple[float, ...]:
     """The rank of each response."""
     value, last = record.value[label], count - 1
     if label == "best":
+        if isinstance(value, list) and sorted(map(str, value)) == [*"0" * last, "1"]:  # a 1 at the best of them
+            value = value.index(1)
         is_number = type(value) is int and 0 <= value < count
         rows.expect(is_number, record, f"'best' must be the number of a response, 0 to {last}", value)
         return tuple(float(i != value) for i in range(count))
@@ -302,6 +390,10 @@ def _ranks(record: Record, label: str, count: int) -> tuple[float, ...]:
         rows.expect(is_order, record, what, value)
         return tuple(float(value.index(i)) for i in range(count))
     return _numbers(record, label, count)
+
+
+def _best(ranks: Sequence[float]) -> list[int]:
+    return [i for i, rank in enumerate(ranks) if rank == min(ranks)]
 
 
 def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:

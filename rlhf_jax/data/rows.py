@@ -1,20 +1,24 @@
 """The rows that data files hold, and the checks of a record's fields, whose errors name its file and line."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rlhf_jax.errors import UserError
 
+Kind = Literal["demonstrations", "pairs", "comparisons", "prompts", "annotated"]
+OnBadRow = Literal["error", "drop"]
 TokenIds = tuple[int, ...]
+NUM_SHOWN = 20  # different faults that an error names
 Text = str | TokenIds  # token ids are used as they are: neither tokenised again nor completed with EOS
 
 
 class Record(NamedTuple):
     """One value of a data file and its place: ``FILE, line N`` or ``FILE, row N``, both counted from 1."""
 
-    value: Any  # UserError if the line or row could not be read
+    value: Any  # UserError or Drop if the line or row could not be read
     source: str
 
 
@@ -59,11 +63,60 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Annotated(Pair):
+    """Two responses in the file's order, the first called chosen, and what each annotator said: 1, 2 or 0, a tie."""
+
+    votes: tuple[int, ...] = ()
+
+    @property
+    def majority(self) -> int | None:
+        """What more annotators said than anything else; None if there is no such thing."""
+        (first, most), *others = Counter(self.votes).most_common()
+        return None if others and others[0][1] == most else first
+
+
 Row = Demonstration | Pair | Comparison | Prompt
 
 
+class BadRow(UserError):
+    """A row that a stage cannot use: an error, unless ``--on-bad-row drop`` leaves it out under ``what`` is wrong."""
+
+    def __init__(self, source: str, what: str):
+        super().__init__(f"{source}: {what}")
+        self.source, self.what = source, what
+
+
 class Drop(Exception):
-    """A row that is left out and counted under its reason; any other fault of a row is the user's to repair."""
+    """A row without a fault that teaches nothing: it is always left out, and counted under this reason."""
+
+
+def places(sources: Sequence[str], most: int = 5) -> str:
+    """The first of these places, each file named once: ``FILE, line 3, line 8 and 2 more``."""
+    shown, before = list[str](), None
+    for source in sources[:most]:
+        file, _, place = source.rpartition(", ")
+        shown.append(place if file == before else source)
+        before = file
+    return ", ".join(shown) + (f" and {len(sources) - most} more" if len(sources) > most else "")
+
+
+def by_fault(errors: Iterable[BadRow]) -> dict[str, list[str]]:
+    """``{what is wrong: the places where it is}``, in the order of the first places."""
+    faults: dict[str, list[str]] = {}
+    for error in errors:
+        faults.setdefault(error.what, []).append(error.source)
+    return faults
+
+
+def summary(errors: Sequence[UserError]) -> list[str]:
+    """One line for each of the first `NUM_SHOWN` faults; identical ones are said once, with their number and places."""
+    faults = by_fault(error for error in errors if isinstance(error, BadRow))
+    lines = [str(error) for error in errors if not isinstance(error, BadRow)]
+    for what, sources in faults.items():
+        several = f"{len(sources)} rows: {what} ({places(sources)})"
+        lines.append(several if len(sources) > 1 else f"{sources[0]}: {what}")
+    return [*lines[:NUM_SHOWN], *[f"and {len(lines) - NUM_SHOWN} more"] * (len(lines) > NUM_SHOWN)]
 
 
 def texts(rows: Sequence[Row]) -> Iterator[str]:
@@ -94,28 +147,30 @@ def parts(row: Row) -> tuple[Text, ...]:
 
 def fields(record: Record, expected: str) -> dict[str, Any]:
     """The record as an object; ``expected`` are its keys, for the error."""
-    if isinstance(record.value, UserError):
+    if isinstance(record.value, UserError | Drop):
         raise record.value
     expect(isinstance(record.value, dict), record, f"expected an object with keys {expected}", record.value)
     return record.value
 
 
 def expect(holds: bool, record: Record, what: str, value: Any) -> None:
-    """Raises `UserError`, saying where, ``what`` must be and what kind of value stands there, unless it holds."""
+    """Raises `BadRow`, saying where, ``what`` must be and what kind of value stands there, unless it holds."""
     if not holds:
-        raise UserError(f"{record.source}: {what}, found {kind(value)}")
+        raise BadRow(record.source, f"{what}, found {kind(value)}")
 
 
-def require(record: Record, keys: Sequence[str], hint: str = "") -> None:
-    """Raises `UserError` with the keys found, and the nearest ones, if any of ``keys`` is missing."""
+def require(record: Record, keys: Sequence[str]) -> None:
+    """Raises `BadRow` with the keys found, and the nearest ones, if any of ``keys`` is missing."""
     missing = [key for key in keys if key not in record.value]
-    others = [key for key in record.value if key not in keys]
-    for key in missing:
-        near = difflib.get_close_matches(key, others, n=1)
-        hint += "".join(f"; did you mean {key!r} by {other!r}?" for other in near)
     if missing:
         present = ", ".join(record.value) or "none"
-        raise UserError(f"{record.source}: expected keys {', '.join(keys)}, found {present}{hint}")
+        hint = "".join(meant(key, [other for other in record.value if other not in keys]) for key in missing)
+        raise BadRow(record.source, f"expected keys {', '.join(keys)}, found {present}{hint}")
+
+
+def meant(key: str, others: Sequence[str]) -> str:
+    """The hint that one of ``others`` was meant to be ``key``; "" if none is like it."""
+    return "".join(f"; did you mean {key!r} by {near!r}?" for near in difflib.get_close_matches(key, others, n=1))
 
 
 def text(record: Record, key: str) -> str:
@@ -128,11 +183,11 @@ def text(record: Record, key: str) -> str:
 def checked(record: Record, what: str, value: str, may_be_space: bool = True) -> str:
     """The value itself, if it is not empty and can be written as UTF-8."""
     if not (value if may_be_space else value.strip()):
-        raise UserError(f"{record.source}: {what} is empty; remove the row or fill it in")
+        raise BadRow(record.source, f"{what} is empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, yet no text
-        raise UserError(f"{record.source}: {what} holds half of a surrogate pair, {value[error.start]!a}") from error
+        raise BadRow(record.source, f"{what} holds half of a surrogate pair, {value[error.start]!a}") from error
     return value
 
 

@@ -13,43 +13,26 @@ Errors name the row's file and line.
 """
 
 import dataclasses
-import itertools
 import keyword
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
 from rlhf_jax import config
 from rlhf_jax.data import formats, rows
-from rlhf_jax.data.chat import ChatTemplate
+from rlhf_jax.data.columns import adapted
 from rlhf_jax.data.files import read_source
-from rlhf_jax.data.rows import Record
 from rlhf_jax.errors import UserError
 
 TIE = 0
 ANSWERABLE = {True: True, False: False, "true": True, "false": False, None: None, "": None}
 
 
-class Annotated(NamedTuple):
-    """Two responses, in the file's order, and what each annotator said: 1, 2 or 0, a tie."""
-
-    pair: rows.Pair
-    votes: tuple[int, ...]
-
-    @property
-    def majority(self) -> int | None:
-        """What more annotators said than anything else; None if there is no such thing."""
-        (first, most), *others = Counter(self.votes).most_common()
-        return None if others and others[0][1] == most else first
-
-
 @dataclasses.dataclass(frozen=True)
 class CustomCategory:
-    """A category of the user's own, judged by exactly one of patterns, keywords and score."""
+    """A category of the user's own, judged by exactly one of patterns, keywords and score, or as helpfulness is."""
 
     prompts: tuple[str, ...] = ()
     """Files of prompts; empty: those of --prompts."""
@@ -60,6 +43,9 @@ class CustomCategory:
     score: str | None = None
     """FILE.py:FUNCTION or another SPEC of --reward: the mean score of the responses."""
 
+    texts: tuple[str, ...] = ()
+    """The prompts themselves, of a category that is a list of them: judged as helpfulness is."""
+
     @property
     def pattern(self) -> re.Pattern[str]:
         """One expression for all patterns or keywords."""
@@ -68,9 +54,8 @@ class CustomCategory:
         return re.compile("|".join(either), re.IGNORECASE)
 
 
-def read_safety(paths: Sequence[str], template: ChatTemplate | None = None) -> formats.ReadResult[rows.Prompt]:
-    """Prompts whose column ``label`` is safe or unsafe."""
-    result = formats.read("prompts", paths, template=template)
+def check_safety(result: formats.ReadResult[rows.Prompt]) -> formats.ReadResult[rows.Prompt]:
+    """The same prompts, each of which has a column ``label``, safe or unsafe."""
     for row in result.rows:
         label = row.columns.get("label")
         if label not in ("safe", "unsafe"):
@@ -88,47 +73,21 @@ def answerable(row: rows.Prompt) -> bool | None:
     return ANSWERABLE[value]
 
 
-def read_preferences(
-    paths: Sequence[str], template: ChatTemplate | None = None
-) -> tuple[formats.ReadResult[rows.Pair], dict[str, str]]:
-    """Pairs of any preference format, and ``{row's source: its category}`` of those whose row has a ``category``."""
-    result = formats.read("pairs", paths, template=template)
+def read_parts(paths: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
+    """``{row's source: its category}`` of the rows of preference data that have a ``category``."""
+    records = [record for path in paths for record in read_source(path).records]
     categories = {}
-    for record in itertools.chain.from_iterable(read_source(path).records for path in paths):
-        value = record.value.get("category")
+    for record in adapted(records, columns):
+        value = record.value.get("category") if isinstance(record.value, dict) else None
         if value is not None and not isinstance(value, str):
             raise UserError(f"{record.source}: 'category' must be a string, found {rows.kind(value)}")
         if value:
             categories[record.source] = value
-    return result, categories
-
-
-def read_annotated(path: str) -> formats.ReadResult[Annotated]:
-    """Pairs with the votes of at least one annotator. A response may be empty, as a model's may be."""
-    source = read_source(path)
-    return formats.ReadResult(list(map(_annotated, source.records)), {}, {path: source.fingerprint})
-
-
-def _annotated(record: Record) -> Annotated:
-    row = rows.fields(record, "instruction, response1, response2, annotator1")
-    rows.require(record, ("instruction", "response1", "response2", "annotator1"))
-    texts = {key: row[key] for key in ("instruction", "response1", "response2")} | {"input": row.get("input") or ""}
-    for key, value in texts.items():
-        if not isinstance(value, str):
-            raise UserError(f"{record.source}: {key!r} must be a string, found {rows.kind(value)}")
-        if value or key == "instruction":
-            rows.checked(record, repr(key), value)
-    votes = {key: value for key, value in row.items() if re.fullmatch("annotator[0-9]+", key)}
-    for key, vote in votes.items():
-        if isinstance(vote, bool) or str(vote) not in ("0", "1", "2"):
-            raise UserError(f"{record.source}: {key!r} must be 1, 2 or 0 for a tie, found {rows.kind(vote)}")
-    prompt = texts["instruction"] + (f"\n\n{texts['input']}" if texts["input"] else "")
-    pair = rows.Pair(prompt, texts["response1"], texts["response2"], record.source)
-    return Annotated(pair, tuple(map(int, votes.values())))
+    return categories
 
 
 def read_categories(path: str) -> dict[str, CustomCategory]:
-    """``{name: category}`` of a YAML file in which each category is a mapping under its name."""
+    """``{name: category}`` of a YAML file in which each category is a mapping under its name, or a list of prompts."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--categories {path}: no such file")
@@ -136,27 +95,29 @@ def read_categories(path: str) -> dict[str, CustomCategory]:
         content = yaml.safe_load(file.read_bytes())
     except yaml.YAMLError:
         content = None  # config.read says where
-    names = list(content) if isinstance(content, dict) and content else ["NAME"]
-    for name in names:
+    content = content if isinstance(content, dict) and content else {"NAME": None}
+    for name in content:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
             raise UserError(f"{path}: a category's name is made of letters, digits and _, found {name!r}")
-    settings = config.read(dataclasses.make_dataclass("_", [(name, CustomCategory) for name in names]), file)
+    kinds = {name: tuple[str, ...] if isinstance(value, list) else CustomCategory for name, value in content.items()}
+    settings = config.read(dataclasses.make_dataclass("_", kinds.items()), file)
     categories = {}
-    for name in names:
+    for name in content:
         given = {key.partition(".")[2]: item for key, item in settings.items() if key.partition(".")[0] == name}
-        categories[name] = CustomCategory(**{key: value for key, (value, _) in given.items()})
         line = min((line for _, line in given.values()), default=1)
+        categories[name] = CustomCategory(**{key or "texts": value for key, (value, _) in given.items()})
         _check_category(categories[name], f"{path}, line {line}: {name}")
     return categories
 
 
 def _check_category(category: CustomCategory, where: str) -> None:
-    judges = [key for key in ("patterns", "keywords", "score") if getattr(category, key)]
+    names = ("patterns", "keywords", "score", "texts")
+    judges = [name for name in names if getattr(category, name)]
     if len(judges) != 1:
         listed = " and ".join(judges) or "none"
-        raise UserError(f"{where} needs exactly one of patterns, keywords and score, found {listed}")
-    if "" in (*category.patterns, *category.keywords):
-        raise UserError(f"{where}.{judges[0]} holds an empty text, which every response has")
+        raise UserError(f"{where} needs exactly one of {', '.join(names)} (or is a list of prompts), found {listed}")
+    if "" in (*category.patterns, *category.keywords, *category.texts):
+        raise UserError(f"{where}.{judges[0]} holds an empty text")
     for pattern in category.patterns:
         try:
             re.compile(pattern)

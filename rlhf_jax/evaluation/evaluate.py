@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from rlhf_jax import generator, models, ops, rewards, sampling
+from rlhf_jax import generator, models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, formats, rows
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -32,8 +32,8 @@ from rlhf_jax.report import records
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.folder import write_atomically
-from rlhf_jax.training import initial, loop, stage
-from rlhf_jax.types import Params, Rollout
+from rlhf_jax.training import initial, scoring, stage
+from rlhf_jax.types import Comparisons, Params, Rollout
 
 __all__ = ["Config", "Result", "run"]
 
@@ -73,6 +73,11 @@ class Config:
     """Texts at once. Another one may round differently."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What to do with a text that does not fit into the model. Truncated and dropped rows are counted and reported."""
+    columns: tuple[str, ...] = ()
+    """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that cannot be used, such as one with an empty answer: error names all of them and stops; drop leaves them
+    out and counts them."""
     seed: int = 0
     """Root of the samples and of the intervals' draws."""
     device: Literal["cpu", "gpu", "cuda", "tpu"] | None = None
@@ -103,7 +108,8 @@ class Result(NamedTuple):
 
 
 def run(folder: str | Path, config: Config) -> Result:
-    """Evaluates the policy in a run's or model's folder and writes ``evaluation.json`` into it.
+    """Evaluates the policy in a run's or model's folder and writes ``evaluation.json`` into it. A reward model, or an
+    ensemble of them, is judged by preferences and annotated pairs alone.
 
     Raises:
         UserError: nothing to evaluate by, or whatever is wrong with a folder, a file or a row.
@@ -117,20 +123,21 @@ def run(folder: str | Path, config: Config) -> Result:
     devices.choose(config.device)
     stage.enable_compilation_cache()
     policy = load(folder, config)
-    sets = _read(config, policy.tokenizer)
+    _check_flags(policy, config)
+    sets = _read(config, chat.template_of(policy.tokenizer))
     bench = open_bench(policy, config)
-    answers = {name: sample(bench, policy, name, read.rows) for name, read in sets.results.items() if name not in GIVEN}
-    pairs = {name: _encode_comparisons(bench, read.rows) for name, read in sets.results.items() if name in GIVEN}
-    cut = {name: answer.encoded.counts for name, answer in answers.items()}
-    cut |= {name: encoded.counts for name, encoded in pairs.items()}
-    left_out = {name: read.dropped | cut[name] for name, read in sets.results.items() if read.dropped or cut[name]}
+    results = sets.results.items()
+    answers = {name: sample(bench, policy, name, read.rows) for name, read in results if name not in GIVEN}
+    pairs = {name: _encode_pairs(bench, read.rows) for name, read in results if name in GIVEN}
+    left_out = {name: read.dropped | (answers | pairs)[name].counts for name, read in results}
+    left_out = {name: reasons for name, reasons in left_out.items() if reasons}
     for name, reasons in left_out.items():
         print(f"{name}: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}", flush=True)
     if config.against is not None:
         answers["prompts, against"] = _against(bench, config.against, sets.results["prompts"].rows)
-        if answers["prompts, against"].encoded.rows != answers["prompts"].encoded.rows:
+        if answers["prompts, against"].rows != answers["prompts"].rows:
             raise UserError(f"--against {config.against}: it leaves out other prompts that are too long; shorten them")
-    figures = [*_figures(bench, sets, answers, pairs), *_not_run(config)]
+    figures = [*_figures(bench, sets, answers, pairs), *_not_run(policy, config)]
     place = {category: i for i, category in enumerate(ORDER)}
     figures.sort(key=lambda figure: place.get(figure.category.partition(":")[0], len(place)))
     settings = {"run": folder, **dataclasses.asdict(config)}
@@ -150,7 +157,7 @@ def run(folder: str | Path, config: Config) -> Result:
 
 
 class Policy(NamedTuple):
-    """A policy and what it was trained with."""
+    """A policy and what it was trained with; or a reward model (the first one of an ensemble), which writes no text."""
 
     folder: str
     model: models.Model
@@ -158,6 +165,11 @@ class Policy(NamedTuple):
     tokenizer: Tokenizer
     template: str
     max_new_tokens: int
+
+    @property
+    def is_judge(self) -> bool:
+        """Whether this is a reward model."""
+        return "score" in self.params
 
 
 class Bench(NamedTuple):
@@ -174,12 +186,23 @@ def load(folder: str, config: Config) -> Policy:
     """The policy in a run's or model's folder, or of a Hugging Face name."""
     settings = _settings(folder)
     compute = Compute(dtype=settings.get("compute", {}).get("dtype", "float32"))
-    model, params, tokenizer = initial.load_language_model(model_folder(folder), compute)
-    if "score" in params:
-        raise UserError(f"{folder}: this is a reward model, which says nothing; give it as --reward-model")
+    source = model_folder(folder)
+    member = str(next(iter(spec.members(source)), source))
+    model, params, tokenizer = initial.load_language_model(member, compute)
     template = config.template or settings.get("text", {}).get("template", "{prompt}")
     slots = config.max_new_tokens or settings.get("rl", {}).get("max_new_tokens", RLStage().max_new_tokens)
     return Policy(folder, model, params, tokenizer, template, slots)
+
+
+def _check_flags(policy: Policy, config: Config) -> None:
+    """Refuses what a reward model cannot be asked."""
+    others = ("prompts", "safety", "categories", "against", "reward_model")
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(config, name)]
+    if policy.is_judge and given:
+        raise UserError(
+            f"{policy.folder}: this is a reward model, which writes no text: it is judged by --preferences and "
+            f"--annotated, not by {', '.join(given)}; or give a policy, and this as its --reward-model"
+        )
 
 
 def model_folder(folder: str) -> str:
@@ -203,14 +226,16 @@ def _settings(folder: str) -> dict[str, Any]:
 def open_bench(policy: Policy, config: Config) -> Bench:
     """The policy with the reward model of ``config.reward_model``, if it names one."""
     positions, reward = policy.model.config.max_length, None
-    if config.reward_model is not None:
-        entry = model_folder(config.reward_model)
-        check_template(policy, config.reward_model, config)
+    given = policy.folder if policy.is_judge else config.reward_model
+    if given is not None:
+        entry = model_folder(given)
+        if policy.is_judge and spec.members(entry):
+            entry = f"mean:{entry}"
+        check_template(policy, given, config)
         reward = reward_of(entry, policy.tokenizer, (), "--reward-model")
-        for source in spec.sources(entry).values():
-            for folder in spec.members(source) or [source]:
-                if (folder / "config.json").is_file():
-                    positions = min(positions, hf.read_config(folder).max_length)
+        folders = [folder for source in spec.sources(entry).values() for folder in spec.members(source) or [source]]
+        of_judges = [hf.read_config(folder).max_length for folder in folders if (folder / "config.json").is_file()]
+        positions = min([positions, *of_judges])
     return Bench(policy, config, stage.stream(config.seed, "evaluate", "eval"), reward, positions)
 
 
@@ -246,7 +271,8 @@ def score(reward: spec.Reward, rollout: Rollout, columns: Mapping[str, Sequence[
 class Answers(NamedTuple):
     """A policy's responses to N prompts, S to each."""
 
-    encoded: encoding.EncodedPrompts  # [N]
+    rows: list[rows.Prompt]  # [N]
+    counts: dict[str, int]  # prompts that were too long, by what was done to them
     columns: dict[str, list[Any]]  # of the N * S rows of the rollout
     rollout: Rollout
     responses: Responses
@@ -263,15 +289,13 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Promp
             f"--reward-model {config.reward_model} has {bench.positions} positions, but prompts and responses take "
             f"{width}; give a smaller --max-new-tokens or shorter prompts"
         )
-    settings = sampling.SamplingConfig(
-        max_new_tokens=slots, temperature=config.temperature, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
-    )
+    settings = initial.sampling_config(RLStage(max_new_tokens=slots, temperature=config.temperature), tokenizer)
     shape = (len(encoded), config.num_samples)
     numbers = np.repeat(np.arange(shape[0]), shape[1])
-    tokens, mask = encoded.tokens[numbers], encoded.attention_mask[numbers]
+    inputs = (encoded.tokens[numbers], encoded.attention_mask[numbers])
     key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
     rollout = generator.sample_in_batches(
-        model, policy.params, tokens, mask, key, config=settings, batch_size=config.batch_size
+        model, policy.params, *inputs, key, config=settings, batch_size=config.batch_size
     )
     present = np.asarray(rollout.response_mask) != 0
     ended = (present & (np.asarray(rollout.tokens) == tokenizer.eos_id)).any(axis=1)
@@ -282,33 +306,42 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Promp
         ended=ended.reshape(shape),
         scores=None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape),
     )
-    return Answers(encoded, batches.columns_at(encoded, numbers), rollout, responses)
+    return Answers(encoded.rows, encoded.counts, batches.columns_at(encoded, numbers), rollout, responses)
 
 
-def margins(bench: Bench, encoded: encoding.EncodedComparisons) -> measures.Margins:
+def margins(bench: Bench, encoded: encoding.EncodedTexts) -> measures.Margins:
     """``{judge: [N]}`` score of answer 0 minus that of answer 1, by each judge there is, lengths among them."""
     log_probs = jax.jit(functools.partial(ops.response_log_probs, models.policy_fn(bench.policy.model)))
-    lengths = np.stack([answer.lengths - np.array(answer.starts) for answer in encoded.answers], axis=1)
-    sums, scores = np.zeros(lengths.shape), np.zeros(lengths.shape)
-    by_length = np.argsort(encoded.lengths, kind="stable")  # so that a batch is padded little
-    for numbers in loop.in_order(by_length, bench.config.batch_size):
-        batch, present = batches.comparison_batch(encoded, numbers, BUCKET), numbers >= 0
-        sums[numbers[present]] = np.asarray(log_probs(bench.policy.params, batch))[present]
-        if bench.reward is not None:
-            arrays = (batch.tokens, batch.attention_mask, batch.response_mask)
-            tokens, mask, response = (x.reshape(-1, x.shape[-1]) for x in arrays)
-            rollout = Rollout(tokens, mask, response, log_probs=jnp.zeros(tokens.shape))
-            scores[numbers[present]] = score(bench.reward, rollout, {}, len(tokens)).reshape(-1, 2)[present]
-    judged = {} if bench.reward is None else {"reward_model": scores}
-    judged |= {"log_prob": sums, "mean_log_prob": sums / lengths, "longer": lengths}
-    return {name: values[:, 0] - values[:, 1] for name, values in judged.items()}
+    judges: dict[str, Callable[[Comparisons], Any]] = {}
+    if bench.reward is not None:
+        judges["reward_model"] = functools.partial(_score_answers, bench.reward)
+    if not bench.policy.is_judge:
+        judges["log_prob"] = functools.partial(log_probs, bench.policy.params)
+    by_length = np.argsort(encoded.lengths.max(axis=1), kind="stable")  # so that a batch is padded little
+    sizes: Any = {"batch_size": bench.config.batch_size, "bucket_multiple": BUCKET}
+    scores, lengths = {}, encoded.response_lengths
+    for name, judge in judges.items():
+        scores[name] = np.zeros(lengths.shape)
+        scores[name][by_length] = scoring.score_rows(judge, encoded, by_length, **sizes)
+    if "log_prob" in scores:
+        scores["mean_log_prob"] = scores["log_prob"] / lengths
+    scores["longer"] = lengths
+    return {name: values[:, 0] - values[:, 1] for name, values in scores.items()}
 
 
-def _encode_comparisons(bench: Bench, given: Sequence[Any]) -> encoding.EncodedComparisons:
+def _score_answers(reward: spec.Reward, batch: Comparisons) -> np.ndarray:
+    """[B, K] float64 the reward of each answer [B, K, T], without columns."""
+    shape, arrays = batch.tokens.shape, (batch.tokens, batch.attention_mask, batch.response_mask)
+    tokens, mask, response = (x.reshape(-1, shape[2]) for x in arrays)
+    rollout = Rollout(tokens, mask, response, log_probs=jnp.zeros(tokens.shape))
+    return score(reward, rollout, {}, len(tokens)).reshape(shape[:2])
+
+
+def _encode_pairs(bench: Bench, given: Sequence[Any]) -> encoding.EncodedTexts:
     """Pairs, or annotated ones, as tokens, at most as long as the policy and the reward model can read."""
-    policy, pairs = bench.policy, [getattr(row, "pair", row) for row in given]
+    policy = bench.policy
     limits: Any = {"max_length": bench.positions, "too_long": bench.config.too_long}
-    return encoding.encode_comparisons(pairs, policy.tokenizer, template=policy.template, **limits)
+    return encoding.encode_texts(given, policy.tokenizer, template=policy.template, **limits)
 
 
 class _Sets(NamedTuple):
@@ -319,24 +352,27 @@ class _Sets(NamedTuple):
     categories: dict[str, data.CustomCategory]
 
 
-def _read(config: Config, tokenizer: Tokenizer) -> _Sets:
-    template, parts = chat.template_of(tokenizer), dict[str, str]()
+def _read(config: Config, template: chat.ChatTemplate) -> _Sets:
     categories = data.read_categories(config.categories) if config.categories else {}
+    read = functools.partial(formats.read, template=template, columns=config.columns, on_bad_row=config.on_bad_row)
     prompts = {"prompts": config.prompts} | {f"custom {name}": own.prompts for name, own in categories.items()}
+    results = {name: read("prompts", paths) for name, paths in prompts.items() if paths}
     for name, category in categories.items():
-        if not (category.prompts or config.prompts):
+        if category.texts:
+            place = f"{config.categories}: {name}, prompt "
+            own = [rows.Prompt(text, f"{place}{i}") for i, text in enumerate(category.texts, 1)]
+            results[f"custom {name}"] = formats.ReadResult(own, {}, {})
+        elif not (category.prompts or config.prompts):
             raise UserError(f"{config.categories}: {name} has no prompts of its own; add them or give --prompts")
-    results: dict[str, formats.ReadResult[Any]] = {
-        name: formats.read("prompts", paths, template=template) for name, paths in prompts.items() if paths
-    }
     if config.safety:
-        results["safety"] = data.read_safety(config.safety, template)
+        results["safety"] = data.check_safety(read("prompts", config.safety))
     if config.preferences:
-        results["preferences"], parts = data.read_preferences(config.preferences, template)
+        results["preferences"] = read("pairs", config.preferences)
     if config.annotated:
-        results["annotated"] = data.read_annotated(config.annotated)
+        results["annotated"] = read("annotated", config.annotated)
     for name, result in results.items():
         print(f"{name}: {result.describe()}", flush=True)
+    parts = data.read_parts(config.preferences, config.columns)
     return _Sets(results, parts, categories)
 
 
@@ -355,6 +391,8 @@ def _fingerprints(folder: str, config: Config, sets: _Sets) -> dict[str, str]:
 def _against(bench: Bench, folder: str, prompts: Sequence[rows.Prompt]) -> Answers:
     """The responses of the run of ``--against`` to the same prompts."""
     other = load(folder, bench.config)
+    if other.is_judge:
+        raise UserError(f"--against {folder}: this is a reward model, which writes no text")
     check_template(bench.policy, folder, bench.config)
     if other.tokenizer.fingerprint != bench.policy.tokenizer.fingerprint:
         raise UserError(f"--against {folder}: its tokenizer is another one, which the reward model cannot read")
@@ -362,28 +400,30 @@ def _against(bench: Bench, folder: str, prompts: Sequence[rows.Prompt]) -> Answe
 
 
 def _figures(
-    bench: Bench, sets: _Sets, answers: Mapping[str, Answers], pairs: Mapping[str, encoding.EncodedComparisons]
+    bench: Bench, sets: _Sets, answers: Mapping[str, Answers], pairs: Mapping[str, encoding.EncodedTexts]
 ) -> Iterable[Figure]:
     key = bench.key
-    if "prompts" in answers:
-        responses = answers["prompts"].responses
-        yield from measures.helpfulness(responses, key)
-        yield from measures.uncertainty(responses, list(map(data.answerable, answers["prompts"].encoded.rows)), key)
-        yield from measures.diversity(responses, key)
-    if "safety" in answers:
-        labels = [row.columns["label"] for row in answers["safety"].encoded.rows]
-        yield from measures.harmlessness(answers["safety"].responses, labels, key)
-    if "preferences" in pairs:
-        yield from _preferences(bench, pairs["preferences"], sets.parts)
-    if "annotated" in pairs:
-        by_source = {row.pair.source: row for row in sets.results["annotated"].rows}
-        kept = [by_source[source] for source in pairs["annotated"].chosen.sources]
-        yield from measures.agreement(margins(bench, pairs["annotated"]), kept, key)
+    if own := answers.get("prompts"):
+        yield from measures.helpfulness(own.responses, key)
+        yield from measures.uncertainty(own.responses, list(map(data.answerable, own.rows)), key)
+        yield from measures.diversity(own.responses, key)
+    if safety := answers.get("safety"):
+        yield from measures.harmlessness(safety.responses, [row.columns["label"] for row in safety.rows], key)
+    if encoded := pairs.get("preferences"):
+        pairs_of = scoring.pairs_of(encoded, np.arange(len(encoded)))[2]
+        parts = [sets.parts.get(source, "") for source in encoded.sources]
+        yield from measures.preferences(margins(bench, encoded), pairs_of, parts, key)
+    if encoded := pairs.get("annotated"):
+        by_source = {row.source: row for row in sets.results["annotated"].rows}
+        yield from measures.agreement(margins(bench, encoded), [by_source[row] for row in encoded.sources], key)
     if bench.config.against is not None:
         ours, theirs = (np.asarray(answers[name].responses.scores) for name in ("prompts", "prompts, against"))
         yield from measures.win_rate(ours, theirs, key, bench.config.against)
     for name, category in sets.categories.items():
         own = answers.get(f"custom {name}") or answers["prompts"]
+        if category.texts:
+            yield from measures.helpfulness(own.responses, key, name)
+            continue
         responses = own.responses._replace(scores=None)
         if category.score is not None:
             where = f"{bench.config.categories}: {name}.score"
@@ -393,19 +433,7 @@ def _figures(
         yield measures.custom(name, category, responses, key)
 
 
-def _preferences(bench: Bench, encoded: encoding.EncodedComparisons, parts: Mapping[str, str]) -> Iterable[Figure]:
-    """Of all pairs, and of those of each category."""
-    differences, sources = margins(bench, encoded), np.array(encoded.chosen.sources)
-    weights = np.ones(len(encoded)) if encoded.weight is None else encoded.weight.astype(np.float64)
-    yield from measures.preferences(differences, weights, sources, bench.key)
-    named = np.array([parts.get(source, "") for source in sources])
-    for name in sorted(set(named.tolist()) - {""}):
-        chosen = named == name
-        own = {judge: margin[chosen] for judge, margin in differences.items()}
-        yield from measures.preferences(own, weights[chosen], sources[chosen], bench.key, name)
-
-
-def _not_run(config: Config) -> list[Figure]:
+def _not_run(policy: Policy, config: Config) -> list[Figure]:
     """A row without a value for what nothing was given for."""
     pairs, judge, no_judge = config.preferences, config.reward_model, "--reward-model FOLDER"
     wanted = [
@@ -415,21 +443,22 @@ def _not_run(config: Config) -> list[Figure]:
         (config.prompts, "honesty", "uncertainty", "--prompts FILE"),
         (pairs, "honesty", "calibration", "--preferences FILE"),
         (pairs, "preferences", "all", "--preferences FILE"),
-        (judge or not pairs, "preferences", "reward_model", no_judge),
+        (judge or policy.is_judge or not pairs, "preferences", "reward_model", no_judge),
         (config.annotated, "agreement", "all", "--annotated FILE"),
         (config.prompts, "diversity", "all", "--prompts FILE"),
         (config.against, "win rate", "all", "--against RUN with --reward-model and --prompts"),
         (config.categories, "custom", "all", "--categories FILE.yaml"),
     ]
-    return [Figure(place, metric, note=f"not run: give {flag}") for given, place, metric, flag in wanted if not given]
+    asked = [row for row in wanted if not row[0] and (not policy.is_judge or row[1] in ("preferences", "agreement"))]
+    return [Figure(place, metric, note=f"not run: give {flag}") for _, place, metric, flag in asked]
 
 
 def _samples(name: str, answers: Answers) -> Iterable[dict[str, Any]]:
     """A line for each response: prompt, response, and the judgements by word patterns."""
-    scores = answers.responses.scores
-    for i, (row, responses) in enumerate(zip(answers.encoded.rows, answers.responses.texts, strict=True)):
-        for j, text in enumerate(responses):
-            line = {"set": name, "source": row.source, "prompt": answers.responses.prompts[i], "response": text}
-            judged = {"refusal": texts.is_refusal(text), "uncertainty": texts.expresses_uncertainty(text)}
-            score = {} if scores is None else {"score": None if np.isnan(scores[i, j]) else float(scores[i, j])}
-            yield line | judged | score
+    prompts, texts_of, *_, scores = answers.responses
+    for (i, j), text in np.ndenumerate(np.array(texts_of, dtype=object)):
+        line = {"set": name, "source": answers.rows[i].source, "prompt": prompts[i], "response": text}
+        line |= {"refusal": texts.is_refusal(text), "uncertainty": texts.expresses_uncertainty(text)}
+        if scores is not None:
+            line["score"] = None if np.isnan(scores[i, j]) else float(scores[i, j])
+        yield line

@@ -1,21 +1,21 @@
 """The figures of an evaluation, one row each, made of responses, scores and labels. No models here.
 
-Intervals are 95%: Wilson's for shares of 0s and 1s, for means the bootstrap over prompts or comparisons, for counts of
-different n-grams the jackknife.
+Intervals are 95%: Wilson's for shares of 0s and 1s, for means the bootstrap over prompts or comparisons.
 """
 
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from rlhf_jax import metrics
+from rlhf_jax.data.rows import Annotated
 from rlhf_jax.evaluation import texts
-from rlhf_jax.evaluation.data import TIE, Annotated, CustomCategory
+from rlhf_jax.evaluation.data import TIE, CustomCategory
 
 Margins = Mapping[str, np.ndarray]
 """``{judge: [N]}``, score of the first (or chosen) response minus that of the second."""
@@ -31,7 +31,7 @@ class Figure(NamedTuple):
     high: float | None = None
     n: int = 0
     unit: str = ""
-    """What n counts: prompts, rows of given answers (a ranking is one), texts."""
+    """What n counts: prompts, rows of given answers (a ranking is one), pairs of them, texts."""
     note: str = ""
 
 
@@ -49,7 +49,7 @@ class Responses(NamedTuple):
         return np.array([[function(text) for text in row] for row in self.texts])
 
 
-def helpfulness(responses: Responses, key: jax.Array) -> list[Figure]:
+def helpfulness(responses: Responses, key: jax.Array, category: str = "helpfulness") -> list[Figure]:
     """Quality, if there are scores, and what responses hold: information, tokens, an end."""
     words = [(texts.words(prompt), row) for prompt, row in zip(responses.prompts, responses.texts, strict=True)]
     new = [[texts.new_content_words(prompt, texts.words(text)) for text in row] for prompt, row in words]
@@ -61,7 +61,7 @@ def helpfulness(responses: Responses, key: jax.Array) -> list[Figure]:
         "ended": responses.ended,
         "empty": responses.each(lambda text: not text.strip()),
     }
-    return [mean("helpfulness", metric, value, key) for metric, value in values.items()]
+    return [mean(category, metric, value, key) for metric, value in values.items()]
 
 
 def uncertainty(responses: Responses, answerable: Sequence[bool | None], key: jax.Array) -> list[Figure]:
@@ -88,10 +88,9 @@ def diversity(responses: Responses, key: jax.Array) -> list[Figure]:
     """
     words = [[texts.words(text) for text in row] for row in responses.texts]
     first, figures = [row[0] for row in words], []
-    for n in (1, 2, 3):
+    for n in (1, 2, 3):  # without an interval: draws with replacement would repeat texts
         value = texts.distinct_n(first, n)
-        ends = metrics.jackknife_interval(value, np.array(texts.distinct_n_without_each(first, n)))
-        figures.append(_figure("diversity", f"distinct_{n}", value, np.clip(ends, 0, 1), len(first), "texts"))
+        figures.append(Figure("diversity", f"distinct_{n}", value, n=len(first), unit="texts"))
     if len(first) > 1:
         figures.append(mean("diversity", "self_bleu", texts.self_bleu(first), key, "texts"))
     else:
@@ -104,36 +103,37 @@ def diversity(responses: Responses, key: jax.Array) -> list[Figure]:
 
 
 def preferences(
-    margins: Margins, weights: np.ndarray, sources: Sequence[str] | np.ndarray, key: jax.Array, part: str = ""
-) -> list[Figure]:
+    margins: Margins, pairs: metrics.Pairs, parts: Sequence[str] | np.ndarray, key: jax.Array
+) -> Iterator[Figure]:
     """How judges agree with the choice, and how well their probabilities are calibrated.
 
     Args:
-      margins: ``{judge: [N]}``, score of the chosen answer minus that of the rejected one.
-      weights: [N] of the pairs.
-      sources: [N]; pairs of one source, such as a ranking's, are one comparison.
-      part: name of a part of the data, for which there are accuracies alone.
+      margins: ``{judge: [P]}``, score of the chosen answer minus that of the rejected one.
+      parts: [P] names of parts of the data, or ""; for each part there are accuracies alone.
     """
-    groups = np.unique(sources, return_inverse=True)[1]
-    n = int(groups.max()) + 1
-    independent = n == len(sources) and bool((weights == weights[0]).all())
-    category, figures = f"preferences: {part}" if part else "preferences", []
-    for judge, margin in margins.items():
-        metric, right = f"accuracy_{judge}", (margin > 0) + 0.5 * (margin == 0)
-        stream = _stream(key, category, metric)
-        ends = metrics.mean_interval(right, stream)
-        if not independent:
-            ends = metrics.bootstrap_mean(right, stream, weights, groups)
-        figures.append(_figure(category, metric, np.average(right, weights=weights), ends, n, "rows"))
-    calibrated = {} if part else {judge: margin for judge, margin in margins.items() if judge != "longer"}
-    for judge, margin in calibrated.items():  # the margins of "longer" are no log-odds
-        place = "preferences" if judge == "reward_model" else "honesty"
-        for name, measure in (("ece", metrics.expected_calibration_error), ("brier", metrics.brier)):
-            metric, statistic = f"{name}_{judge}", functools.partial(measure, margin)
-            stream = _stream(key, place, metric)
-            low, high = metrics.bootstrap_interval(statistic, weights, stream, groups, centered=name == "ece")
-            figures.append(_figure(place, metric, statistic(weights), (np.maximum(low, 0), high), n, "rows"))
-    return figures
+    for part in ("", *sorted(set(parts) - {""})):
+        chosen = np.array([part in ("", name) for name in parts])
+        own = metrics.Pairs(*(field[chosen] for field in pairs))
+        own = own._replace(groups=np.unique(own.groups, return_inverse=True)[1])
+        num_pairs, unit = len(own.groups), "rows" if own.is_single else "pairs"
+        category = f"preferences: {part}" if part else "preferences"
+        for judge, margin in margins.items():
+            right = ((margin > 0) + 0.5 * (margin == 0))[chosen]
+            best = metrics.top_1(right, own)
+            ends = metrics.mean_interval(best, _stream(key, category, f"accuracy_{judge}"))
+            yield _figure(category, f"accuracy_{judge}", best.mean(), ends, len(best), "rows")
+            if not own.is_single:
+                metric = f"pairwise_accuracy_{judge}"
+                ends = metrics.bootstrap_mean(right, _stream(key, category, metric), own.weights, own.groups)
+                yield _figure(category, metric, np.average(right, weights=own.weights), ends, num_pairs, unit)
+        calibrated = {} if part else {judge: margin for judge, margin in margins.items() if judge != "longer"}
+        for judge, margin in calibrated.items():  # the margins of "longer" are no log-odds
+            place = "preferences" if judge == "reward_model" else "honesty"
+            for name, measure in (("ece", metrics.expected_calibration_error), ("brier", metrics.brier)):
+                metric, statistic = f"{name}_{judge}", functools.partial(measure, margin)
+                draws = (own.weights, _stream(key, place, metric), own.groups)
+                low, high = metrics.bootstrap_interval(statistic, *draws, centered=name == "ece")
+                yield _figure(place, metric, statistic(own.weights), (np.maximum(low, 0), high), num_pairs, unit)
 
 
 def agreement(margins: Margins, annotated: Sequence[Annotated], key: jax.Array) -> list[Figure]:

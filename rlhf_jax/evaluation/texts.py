@@ -45,15 +45,6 @@ def distinct_n(texts: Sequence[Tokens], n: int) -> float:
     return len(counts) / max(counts.total(), 1)
 
 
-def distinct_n_without_each(texts: Sequence[Tokens], n: int) -> list[float]:
-    """``distinct_n`` of the texts without text i, for each i: what a jackknife reads."""
-    own = [Counter(_ngrams(text, n)) for text in texts]
-    counts = Counter(gram for text in texts for gram in _ngrams(text, n))
-    alone = [sum(counts[gram] == count for gram, count in grams.items()) for grams in own]
-    rest = [max(counts.total() - grams.total(), 1) for grams in own]
-    return [(len(counts) - only) / total for only, total in zip(alone, rest, strict=True)]
-
-
 def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
     """BLEU-n of each text with all others as its references (Zhu et al. 2018): 1 for copies, low where texts differ.
 

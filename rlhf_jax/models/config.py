@@ -58,18 +58,18 @@ class TransformerConfig:
             choices = {"activation": ACTIVATIONS, "compute_dtype": COMPUTE_DTYPES}.get(name)
             if choices and value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
-        if getattr(self, "head_dim", None) is None and self.hidden_size % self.num_heads:
+        if self.head_size * self.num_heads != self.hidden_size and not getattr(self, "head_dim", None):
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""
-        return self.num_heads
+        return getattr(self, "num_kv_heads", None) or self.num_heads
 
     @property
     def head_size(self) -> int:
         """Dh, width of a head."""
-        return self.hidden_size // self.num_heads
+        return getattr(self, "head_dim", None) or self.hidden_size // self.num_heads
 
 
 @dataclass(frozen=True)
@@ -165,16 +165,6 @@ class LlamaConfig(TransformerConfig):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be above 0, got {self.rope_theta!r}")
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_size(self) -> int:
-        """Dh, width of a head."""
-        return self.head_dim or self.hidden_size // self.num_heads
 
 
 ModelConfig = GPT2Config | LlamaConfig

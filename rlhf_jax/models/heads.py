@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax.models.model import Model
 from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
@@ -18,7 +19,7 @@ _CHUNK_LOGITS = 2**20
 HEADS = ("value", "score")  # their keys in a model's parameters
 
 
-def add_head(key: jax.Array, params: Params, kind: str) -> Params:
+def add_head(key: Array, params: Params, kind: str) -> Params:
     """Adds a scalar head on the final hidden states.
 
     Args:
@@ -70,9 +71,7 @@ def policy_fn(
         raise ValueError(f"temperature must be positive, got {temperature!r}; greedy choices have no log-probabilities")
     first = max(prompt_length, 1)
 
-    def policy(
-        params: Params, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None = None
-    ) -> PolicyOutput:
+    def policy(params: Params, tokens: Array, attention_mask: Array, key: Array | None = None) -> PolicyOutput:
         if first > tokens.shape[1]:
             raise ValueError(f"prompt_length {prompt_length} is longer than the {tokens.shape[1]} columns of tokens")
         policy_key, value_key = (None, None) if key is None else jax.random.split(key)
@@ -82,7 +81,7 @@ def policy_fn(
         log_probs, entropy = _log_probs_and_entropy(model, body, before, tokens[:, first:], temperature)
         if value_model is not None:
             value_hidden = value_model.hidden(params["value"], tokens, attention_mask, value_key)
-            values: jax.Array | None = _scalar(params["value"], "value", value_hidden[:, first - 1 : -1])
+            values: Array | None = _scalar(params["value"], "value", value_hidden[:, first - 1 : -1])
         else:
             values = _scalar(params, "value", before) if "value" in params else None
         pad = ((0, 0), (first, 0))
@@ -102,7 +101,7 @@ def score_fn(model: Model) -> ScoreFn:
         state at the row's last real token. ``gain`` and ``shift`` get no gradient. A row without a real token scores 0.
     """
 
-    def score(params: Params, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def score(params: Params, tokens: Array, attention_mask: Array, key: Array | None = None) -> Array:
         hidden = model.hidden(params, tokens, attention_mask, key)
         real = attention_mask != 0
         columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -114,7 +113,7 @@ def score_fn(model: Model) -> ScoreFn:
     return score
 
 
-def _scalar(params: Params, kind: str, hidden: jax.Array) -> jax.Array:
+def _scalar(params: Params, kind: str, hidden: Array) -> Array:
     """The head ``kind`` of [B, T, D] states: [B, T] in float32."""
     if kind not in params:
         raise ValueError(f'the model has no {kind} head: params = add_head(key, params, "{kind}")')
@@ -123,11 +122,11 @@ def _scalar(params: Params, kind: str, hidden: jax.Array) -> jax.Array:
 
 
 def _log_probs_and_entropy(
-    model: Model, params: Params, hidden: jax.Array, targets: jax.Array, temperature: float
-) -> tuple[jax.Array, jax.Array]:
+    model: Model, params: Params, hidden: Array, targets: Array, temperature: float
+) -> tuple[Array, Array]:
     """hidden [B, N, D] and targets [B, N] -> log-probabilities and entropies [B, N], float32."""
 
-    def chunk(params: Params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def chunk(params: Params, hidden: Array, targets: Array) -> tuple[Array, Array]:
         logits = model.unembed(params, hidden).astype(jnp.float32) / temperature
         # A pad's id may lie outside the vocabulary; its column is masked later but must stay finite.
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]

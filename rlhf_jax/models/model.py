@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax.models import stack
 from rlhf_jax.models.config import GPT2Config, ModelConfig
@@ -37,12 +38,12 @@ class Model(NamedTuple):
     """
 
     config: ModelConfig
-    init: Callable[[jax.Array], Params]
-    apply: Callable[..., jax.Array]
-    hidden: Callable[..., jax.Array]
-    unembed: Callable[[Params, jax.Array], jax.Array]
+    init: Callable[[Array], Params]
+    apply: Callable[..., Array]
+    hidden: Callable[..., Array]
+    unembed: Callable[[Params, Array], Array]
     init_cache: Callable[[int, int], Any]
-    decode: Callable[..., tuple[jax.Array, Any]]
+    decode: Callable[..., tuple[Array, Any]]
 
 
 def build(config: ModelConfig) -> Model:
@@ -52,13 +53,11 @@ def build(config: ModelConfig) -> Model:
 
     # Compiled as a whole: operation by operation, a small model takes twice as long to start.
     @jax.jit
-    def init(key: jax.Array) -> Params:
+    def init(key: Array) -> Params:
         params: Params = module.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))["params"]
         return params
 
-    def hidden(
-        params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None, key: jax.Array | None = None
-    ) -> jax.Array:
+    def hidden(params: Params, tokens: Array, attention_mask: Array | None = None, key: Array | None = None) -> Array:
         tokens = jnp.asarray(tokens)
         mask = jnp.ones(tokens.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
         chex.assert_rank(tokens, 2)
@@ -67,18 +66,16 @@ def build(config: ModelConfig) -> Model:
         states: Any = module.apply({"params": params}, tokens, mask, rngs=rngs, method="hidden")
         return states
 
-    def unembed(params: Params, hidden_states: jax.Array) -> jax.Array:
+    def unembed(params: Params, hidden_states: Array) -> Array:
         logits: Any = module.apply({"params": params}, hidden_states, method="unembed")
         return logits
 
-    def apply(
-        params: Params, tokens: jax.Array, attention_mask: jax.Array | None = None, key: jax.Array | None = None
-    ) -> jax.Array:
+    def apply(params: Params, tokens: Array, attention_mask: Array | None = None, key: Array | None = None) -> Array:
         return unembed(params, hidden(params, tokens, attention_mask, key))
 
     def decode(
-        params: Params, tokens: jax.Array, positions: jax.Array, key_mask: jax.Array, cache: Any, index: Any
-    ) -> tuple[jax.Array, Any]:
+        params: Params, tokens: Array, positions: Array, key_mask: Array, cache: Any, index: Any
+    ) -> tuple[Array, Any]:
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, positions])
         chex.assert_shape(key_mask, (tokens.shape[0], cache[0][0].shape[2]))
@@ -101,7 +98,7 @@ def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, P
         The model and parameters with ``size`` tokens; logits of the former tokens are unchanged.
     """
 
-    def with_rows(table: jax.Array) -> jax.Array:
+    def with_rows(table: Array) -> Array:
         mean = jnp.mean(table.astype(jnp.float32), axis=0, keepdims=True).astype(table.dtype)
         return jnp.concatenate([table, jnp.repeat(mean, size - table.shape[0], axis=0)])
 

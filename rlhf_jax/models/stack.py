@@ -54,18 +54,11 @@ def rotate(x: Array, rotation: Rotation) -> Array:
 class Attention(nn.Module):
     """Self-attention over the tokens given, or over a cache that they are first written to at slots index, ...
 
-    A family's subclass defines ``project`` and ``output``. H / H_kv neighbouring query heads share a key head.
+    H / H_kv neighbouring query heads share a key head. A family's subclass defines ``project``, [B, T, D] -> queries
+    [B, H, T, Dh], keys and values [B, H_kv, T, Dh], and ``output``, [B, T, H Dh] -> [B, T, D].
     """
 
     config: Any
-
-    def project(self, x: Array) -> tuple[Array, Array, Array]:
-        """[B, T, D] -> queries [B, H, T, Dh], keys and values [B, H_kv, T, Dh]."""
-        raise NotImplementedError
-
-    def output(self, mixed: Array) -> Array:
-        """[B, T, H Dh] -> [B, T, D]."""
-        raise NotImplementedError
 
     def __call__(
         self, x: Array, mask: Array, scale: Number, rotation: Rotation | None, cache: LayerCache | None, index: Number
@@ -108,14 +101,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks, final norm and output table.
 
-    A family's subclass makes "wte", "h" (by ``layers``) and "ln_f" in ``setup``, and defines ``embed``.
+    A family's subclass makes "wte", "h" (by ``layers``) and "ln_f" in ``setup``, and defines ``embed``: [B, T] tokens,
+    positions and whether a token is no pad -> [B, T, D] in the compute dtype.
     """
 
     config: Any
-
-    def embed(self, tokens: Array, positions: Array, real: Array) -> Array:
-        """[B, T] tokens, positions and whether a token is no pad -> [B, T, D] in the compute dtype."""
-        raise NotImplementedError
 
     def scales(self) -> list[float]:
         """[L] factors of each layer's attention scores."""
@@ -186,10 +176,8 @@ def layers(block: Any, config: ModelConfig) -> Any:
 
 def unstack_layers(params: Params, num_layers: int) -> Params:
     """The parameters of ``scan_layers`` as those of the unrolled model: "h" [L, ...] becomes "h_0", "h_1", ..."""
-    unstacked = {
-        f"h_{layer}": jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["h"]) for layer in range(num_layers)
-    }
-    return {name: leaf for name, leaf in params.items() if name != "h"} | unstacked
+    rest = {name: leaf for name, leaf in params.items() if name != "h"}
+    return rest | {f"h_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["h"]) for i in range(num_layers)}
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:

@@ -66,22 +66,36 @@ class Alert(NamedTuple):
     message: str  # the quantities and thresholds of that step
 
 
-class Watch(NamedTuple):
-    """A rule and the rows it has seen: its metrics [N, M], and in how many of the last rows its condition held."""
+class Watch:
+    """A rule and the rows it has seen."""
 
-    rule: Rule
-    history: np.ndarray
-    streak: int = 0
+    def __init__(self, rule: Rule):
+        """Before the first row."""
+        self.rule = rule
+        self._seen: list[list[float]] = []  # [N, M], the rule's metrics
+        self._streak = 0  # in how many of the last rows its condition held
 
     @property
     def active(self) -> bool:
         """Whether the rule is true."""
-        return self.streak >= self.rule.rows
+        return self._streak >= self.rule.rows
 
     @property
     def stops(self) -> bool:
         """Whether it is true and asks for the run's end."""
         return self.active and self.rule.action == "stop"
+
+    def observe(self, row: Mapping[str, Any]) -> Alert | None:
+        """Takes the next row; returns the alert if the rule becomes true in it."""
+        rule, was_active = self.rule, self.active
+        if any(name not in row or math.isnan(float(row[name])) for name in rule.metrics):
+            return None
+        self._seen.append([float(row[name]) for name in rule.metrics])
+        with np.errstate(all="ignore"):  # an infinite value leads to NaN, which is beyond no threshold
+            holds, message = rule.holds(*np.array(self._seen).T)
+        self._streak = self._streak + 1 if holds else 0
+        becomes_true = self.active and not was_active
+        return Alert(int(row["step"]), rule.name, rule.text, rule.action, message) if becomes_true else None
 
 
 def parse(entries: Sequence[str]) -> tuple[Rule, ...]:
@@ -97,22 +111,8 @@ def parse(entries: Sequence[str]) -> tuple[Rule, ...]:
 
 def check(rules: Iterable[Rule], history: Iterable[Mapping[str, Any]]) -> list[Alert]:
     """The alerts that the rules raise in a history: rows of metrics.jsonl, each with its ``step``."""
-    return replay(rules, history)[1]
-
-
-def replay(rules: Iterable[Rule], history: Iterable[Mapping[str, Any]]) -> tuple[tuple[Watch, ...], list[Alert]]:
-    """The rules after a history, ready for ``observe`` with the next row, and the alerts that they raise in it."""
-    watches, alerts = tuple(Watch(rule, np.empty((0, len(rule.metrics)))) for rule in rules), []
-    for row in history:
-        watches, raised = observe(watches, row)
-        alerts += raised
-    return watches, alerts
-
-
-def observe(watches: Sequence[Watch], row: Mapping[str, Any]) -> tuple[tuple[Watch, ...], list[Alert]]:
-    """The rules after another row, and the alerts that it raises."""
-    results = [_observe(watch, row) for watch in watches]
-    return tuple(watch for watch, _ in results), [alert for _, alert in results if alert is not None]
+    watches = [Watch(rule) for rule in rules]
+    return [alert for row in history for watch in watches if (alert := watch.observe(row))]
 
 
 def check_metrics(rules: Iterable[Rule], names: Collection[str]) -> list[str]:
@@ -125,14 +125,14 @@ def check_metrics(rules: Iterable[Rule], names: Collection[str]) -> list[str]:
         UserError: no stage records such a metric; the nearest one is named.
     """
     kinds = {name.partition("/")[0] for name in names if "/" in name}
-    own = [(rule, metric) for rule in rules if rule not in DEFAULTS.values() for metric in rule.metrics]
     elsewhere = []
-    for rule, metric in ((rule, metric) for rule, metric in own if metric not in names):
-        elsewhere.append(f"alerts: {rule.text!r} never comes true: this stage does not record {metric}")
-        kind = metric.partition("/")[0]
-        if kind not in _KINDS or (kind in kinds and kind != "validation"):
-            near = difflib.get_close_matches(metric, sorted(names), n=1, cutoff=0)
-            raise UserError(f"{elsewhere[-1]}; the nearest that it does is {', '.join(near)}")
+    for rule in (rule for rule in rules if rule not in DEFAULTS.values()):
+        for metric in (metric for metric in rule.metrics if metric not in names):
+            elsewhere.append(f"alerts: {rule.text!r} never comes true: this stage does not record {metric}")
+            kind = metric.partition("/")[0]
+            if kind not in _KINDS or (kind in kinds and kind != "validation"):
+                [near] = difflib.get_close_matches(metric, sorted(names), n=1, cutoff=0)
+                raise UserError(f"{elsewhere[-1]}; the nearest that it does is {near}")
     return elsewhere
 
 
@@ -159,19 +159,6 @@ def _rule(entry: str) -> Rule:
         return _is(label, values[-window:].mean(), match["sign"], number * first if first else math.nan)
 
     return Rule(name, (match["metric"],), holds, int(match["rows"] or 1), action)  # type: ignore[arg-type]
-
-
-def _observe(watch: Watch, row: Mapping[str, Any]) -> tuple[Watch, Alert | None]:
-    rule = watch.rule
-    if any(name not in row or math.isnan(float(row[name])) for name in rule.metrics):
-        return watch, None
-    history = np.append(watch.history, [[float(row[name]) for name in rule.metrics]], axis=0)
-    with np.errstate(all="ignore"):  # an infinite value leads to NaN, which is beyond no threshold
-        holds, message = rule.holds(*history.T)
-    after = Watch(rule, history, watch.streak + 1 if holds else 0)
-    if not after.active or watch.active:
-        return after, None
-    return after, Alert(int(row["step"]), rule.name, rule.text, rule.action, message)
 
 
 # --- The default rules: docs/alerts.md says which failure each one is for, and how often it was wrong. ----------------

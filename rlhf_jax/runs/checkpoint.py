@@ -36,6 +36,7 @@ import orbax.checkpoint as ocp
 from rlhf_jax import sharding
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import processes
+from rlhf_jax.runs.folder import steps
 
 T = TypeVar("T")
 
@@ -44,14 +45,6 @@ _TRASH = "trash"  # a step is renamed to here before it is deleted
 
 class CheckpointError(TrainingFault):
     """A checkpoint that is missing, unreadable or not what was saved; names the step and, if known, the array."""
-
-
-def steps(directory: str | Path) -> list[int]:
-    """The steps of the complete checkpoints in a folder, oldest first; touches neither JAX nor the folder."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and entry.is_dir())
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
@@ -131,7 +124,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         Returns when it is complete; if ``asynchronous``, when the one before it is complete, see :meth:`wait`.
 
         Args:
-          step: higher than every step on disk, except those that ``restore`` found damaged: these are deleted first.
+          step: higher than every step on disk, except those that ``restore`` found damaged: these are set aside first,
+            as ``damaged-STEP``.
           state: pytree of jax or NumPy arrays. With several processes each has them whole, and the first one writes.
             The caller may donate or overwrite them as soon as this returns.
           meta: JSON values; comes back from ``restore`` (tuples as lists).
@@ -168,7 +162,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             state=ocp.args.StandardSave({path: array for path, array in arrays.items() if array.size}),
             record=ocp.args.JsonSave({"record": record, "sha256": hashlib.sha256(record.encode()).hexdigest()}),
         )
-        self._delete(self._damaged)
+        self._delete()
+        for damaged in self._damaged:
+            aside = self._directory / f"damaged-{damaged}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(damaged)).rename(aside)
         with self._writing(step):
             self._checkpointer.save(self._directory / str(step), args=items)
 
@@ -229,8 +227,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             if errors:
                 self._damaged = {later for later in steps if later > candidate}
                 warnings.warn(
-                    f"{'; '.join(errors)}. Going back to step {candidate}: the work from there to step {steps[0]} "
-                    "is lost and will be done again",
+                    f"{'; '.join(errors)}. Going back to step {candidate}: what was done from there to step "
+                    f"{steps[0]} is lost and will be done again",
                     stacklevel=2,
                 )
             return result
@@ -313,13 +311,11 @@ def _sha256(leaf: Any, array: np.ndarray) -> str:
 
 
 def _compare(saved: dict[str, Any], target: dict[str, Any], where: str) -> None:
-    kinds = [saved, {path: _describe(leaf) for path, leaf in target.items()}]
-    before, after = ({path: "{dtype}{shape}".format(**kind) for path, kind in tree.items()} for tree in kinds)
-    problems = [
-        f"{path} is {before.get(path, 'not')} in the checkpoint, expected {after.get(path, 'no such array')}"
-        for path in after | before
-        if before.get(path) != after.get(path)
-    ]
+    problems = [f"{path} is not in the checkpoint" for path in target if path not in saved]
+    problems += [f"{path} is in the checkpoint alone" for path in saved if path not in target]
+    kinds = {path: [saved[path], _describe(leaf)] for path, leaf in target.items() if path in saved}
+    kinds = {path: ["{dtype}{shape}".format(**kind) for kind in both] for path, both in kinds.items()}
+    problems += [f"{path} is {a} in the checkpoint, expected {b}" for path, (a, b) in kinds.items() if a != b]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UserError(f"{where} is of another model or optimizer: {'; '.join(problems[:5])}{more}")

@@ -44,7 +44,7 @@ def choose(device: str | None, place: str | None = None) -> None:
 def idle_accelerator() -> str | None:
     """A sentence that names an accelerator which JAX does not use, and how to install its plugin; None without one."""
     platforms = {device.platform for device in _all_devices()}
-    sentence = "This machine has {}, but JAX does not use it. Install its plugin: pip install 'rlhf-jax[{}]'."
+    sentence = "This machine has {}, but JAX does not use it. Install its plugin: pip install -e '.[{}]'."
     if "gpu" not in platforms and (gpu := nvidia_gpu()) is not None:
         name, driver = gpu
         return sentence.format(name, "cuda13" if (driver or 0) >= _CUDA13_DRIVER else "cuda12")

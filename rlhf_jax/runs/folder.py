@@ -18,7 +18,7 @@ from typing import Any
 import filelock
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs import checkpoint, processes
+from rlhf_jax.runs import processes
 
 _LOCK_FILES = (".lock", ".pid")
 _RUN_FILES = (
@@ -62,7 +62,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         # Nothing has been computed yet, and the corrected command needs a free folder.
-        is_refused = isinstance(error, UserError) and self._was_empty and not checkpoint.steps(self.checkpoints)
+        is_refused = isinstance(error, UserError) and self._was_empty and not steps(self.checkpoints)
         if is_refused and processes.is_first():
             _clear(self.path)
         self.close()
@@ -100,15 +100,11 @@ def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool
         raise UserError(f"{path} is in use by {holder}; wait for it or choose another --output-dir") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be used as a run folder: {error.strerror or error}") from None
-    try:
-        check_usable(path, resume, overwrite)  # another process may have come and gone in between
-        (path / ".pid").write_text(f"{os.getpid()}\n")
-        if overwrite:
-            _clear(path)
-    except BaseException:
-        lock.release()
-        raise
-    resumed = resume and bool(checkpoint.steps(path / "checkpoints"))
+    check_usable(path, resume, overwrite)  # another process may have come and gone in between
+    (path / ".pid").write_text(f"{os.getpid()}\n")
+    if overwrite:
+        _clear(path)
+    resumed = resume and bool(steps(path / "checkpoints"))
     if resume and not resumed:
         print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
     return resumed, is_unused(path)
@@ -131,6 +127,12 @@ def check_usable(path: Path, resume: bool, overwrite: bool) -> None:
     if strange and not _is_manifest(path / "manifest.json"):
         holds = f"it holds {', '.join(strange)}"
         raise UserError(f"--overwrite: {path} does not look like a run folder ({holds}); nothing was deleted")
+
+
+def steps(directory: str | Path) -> list[int]:
+    """The steps of the complete checkpoints in a folder, oldest first; touches neither JAX nor the folder."""
+    entries = Path(directory).iterdir() if Path(directory).is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir())
 
 
 def is_unused(path: Path) -> bool:

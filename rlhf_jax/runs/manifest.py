@@ -75,7 +75,7 @@ def write_manifest(
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
     }
-    start = {"command": shlex.join(command or ["python", *sys.argv]), **machine, "git": _git_state()}
+    start = {"command": shlex.join(command or command_line()), **machine, "git": _git_state()}
     new = {"seed": seed, "data": dict(data_fingerprints)}
     manifest = start | new | dict(extra or {})
     if run.resumed:
@@ -91,6 +91,11 @@ def write_manifest(
             )
         starts.append(start | ({"changed": list(changed)} if changed else {}))
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def command_line() -> list[str]:
+    """The words that start this process once more: ``rlhf-jax COMMAND ...`` or ``python SCRIPT ...``."""
+    return sys.argv if sys.argv[0] == "rlhf-jax" else ["python", *sys.argv]
 
 
 def check_unchanged(

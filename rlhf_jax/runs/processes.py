@@ -60,8 +60,14 @@ def fetch(tree: T) -> T:
     return jax.device_get(tree) if jax.process_count() == 1 else jax.tree.map(whole, tree)
 
 
+def own_rows(batch: T) -> T:
+    """This process's part of a batch [B, ...] of which each has all rows: equal parts in the processes' order."""
+    parts, number = jax.process_count(), jax.process_index()
+    return jax.tree.map(lambda x: np.split(x, parts)[number], batch) if parts > 1 else batch
+
+
 def gather_rows(tree: T) -> T:
-    """[B, ...] NumPy rows of all processes, from the [B / processes, ...] of each."""
+    """[B, ...] NumPy rows of all processes, from the ``own_rows`` of each."""
     return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 

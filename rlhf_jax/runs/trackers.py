@@ -124,7 +124,7 @@ def check(names: Sequence[str]) -> None:
     """Raises UserError if the package of a service is not installed."""
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise UserError(f"--track {name}: the package is not installed; pip install 'rlhf-jax[{name}]'")
+            raise UserError(f"--track {name}: the package is not installed; pip install -e '.[{name}]'")
 
 
 def start(run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step: int | None = None) -> Services:

@@ -17,7 +17,7 @@ import optax
 from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data.encoding import EncodedComparisons
+from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.initial import Trainable, trainable
 from rlhf_jax.types import Comparisons, Metrics, Params, ScoreFn, TrainState
@@ -99,7 +99,7 @@ def bootstrap(key: jax.Array, num_members: int, num_rows: int) -> np.ndarray:
     return np.stack([np.bincount(np.asarray(drawn), minlength=num_rows) for drawn in draws], axis=1)
 
 
-def with_counts(comparisons: EncodedComparisons, rows: np.ndarray, counts: np.ndarray) -> EncodedComparisons:
+def with_counts(comparisons: EncodedTexts, rows: np.ndarray, counts: np.ndarray) -> EncodedTexts:
     """Comparisons with weights [N, M]: a row's own weight times the counts of its members.
 
     rows: [R] row numbers; counts: [R, M], as of ``bootstrap``. All other rows weigh 0.

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import generator, models, sampling
+from rlhf_jax import models, sampling
 from rlhf_jax.config import Compute, LoRA, RLStage, RunConfig
 from rlhf_jax.data import chat, encoding, formats, tokenizers
-from rlhf_jax.data.rows import Prompt
+from rlhf_jax.data.rows import Kind, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import lora
@@ -50,7 +50,7 @@ def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
     return Trainable({**adapters, **jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)}, base)
 
 
-def stage_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> formats.ReadResult[Any]:
+def stage_rows(config: RunConfig, kind: Kind, names: Sequence[str]) -> formats.ReadResult[Any]:
     """The rows of a stage, messages rendered by the chat template of the model's tokenizer; prints their number.
 
     Args:
@@ -61,7 +61,8 @@ def stage_rows(config: RunConfig, kind: formats.Kind, names: Sequence[str]) -> f
     """
     source = config.model or config.tokenizer.name
     template = chat.template_of(tokenizers.load_tokenizer(source) if source else None)
-    data = formats.read(kind, names or config.data, seed=config.seed, template=template)
+    how: Any = {"columns": config.columns, "on_bad_row": config.on_bad_row}
+    data = formats.read(kind, names or config.data, seed=config.seed, template=template, **how)
     print(f"{kind}: {data.describe()}", flush=True)
     return data
 
@@ -75,7 +76,7 @@ def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array) -> L
     """
     options = _compute(config.compute)
     if config.model is not None:
-        return generator.load(config.model, **options)
+        return LanguageModel.load(config.model, **options)
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
     elif config.tokenizer.kind == "bpe":
@@ -130,7 +131,7 @@ def load_language_model(source: str, compute: Compute) -> LanguageModel:
     Raises:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
     """
-    return generator.load(source, **_compute(compute))
+    return LanguageModel.load(source, **_compute(compute))
 
 
 def load_reward_model(source: str, compute: Compute) -> spec.RewardModel:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import random
 import signal
 import time
@@ -116,6 +117,8 @@ class _Loop:
             self.history = [row for row in records.read_rows(run.metrics) if row["step"] <= self.done]
             finished = " (finished already)" if self.done >= job.num_steps else ""
             print(f"resumed from step {self.done} of {job.num_steps}{finished}", flush=True)
+        if self.done < job.num_steps:
+            print("compiling; the first steps take longest", flush=True)
         tracked = config.track if processes.is_first() else ()
         services = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
         show, label, total = job.show, stage.name, job.num_steps
@@ -124,7 +127,9 @@ class _Loop:
         self.alert_rows = stack.enter_context(contextlib.closing(RowWriter(run.path / "alerts.jsonl", resume_step)))
         # A resumed run's rules see the rows before its checkpoint again, and go on from there.
         self.rules = alerts.parse(config.alerts)
-        self.watches, _ = alerts.replay(self.rules, self.history)
+        self.watches = [alerts.Watch(rule) for rule in self.rules]
+        for watch, row in itertools.product(self.watches, self.history):
+            watch.observe(row)
         if not run.resumed:
             seed_libraries(config.seed, 0)
             self._record(self._validation())
@@ -208,8 +213,8 @@ class _Loop:
 
     def _record(self, metrics: Mapping[str, Any]) -> None:
         self.row = self.tracker.log(self.done, metrics)
-        self.watches, raised = alerts.observe(self.watches, {"step": self.done, **self.row})
-        for alert in raised:
+        row = {"step": self.done, **self.row}
+        for alert in [alert for watch in self.watches if (alert := watch.observe(row))]:
             self.alert_rows.write(self.done, {key: x for key, x in alert._asdict().items() if key != "step"})
             self.tracker.print(f"alert at step {self.done}: {alert.name}: {alert.message}")
             self.tracker.alert(self.done, f"{alert.name}: {alert.message}")

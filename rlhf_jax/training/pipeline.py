@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rlhf_jax.config import RunConfig, Tokenizer
 from rlhf_jax.runs import devices, folder, processes
@@ -10,6 +10,7 @@ from rlhf_jax.training import reward_model, rl, sft
 from rlhf_jax.training.stage import RunResult
 
 STAGES = ("sft", "reward_model", "ppo")
+C = TypeVar("C", bound=RunConfig)
 
 
 class PipelineResult(NamedTuple):
@@ -37,34 +38,41 @@ def run(config: RunConfig) -> PipelineResult:
 
 def run_stages(config: RunConfig, path: Path) -> PipelineResult:
     """``run`` without a look at what else is in the folder."""
-    first = sft.run(_stage_config(config, path / "sft"))
+    print("stage 1 of 3: supervised fine-tuning", flush=True)
+    first = sft.run(stage_config(config, path / "sft"))
     base = str(first.model_folder)
-    second = reward_model.run(_stage_config(config, path / "reward_model", base))
+    print("stage 2 of 3: reward model", flush=True)
+    second = reward_model.run(stage_config(config, path / "reward_model", base))
     ensemble = "mean:" if config.reward_model.ensemble_size > 1 else ""
     rewarded = dataclasses.replace(config, reward=(f"{ensemble}{second.model_folder}",))
-    return PipelineResult(first, second, rl.run(_stage_config(rewarded, path / "ppo", base)))
+    print("stage 3 of 3: PPO", flush=True)
+    return PipelineResult(first, second, rl.run(stage_config(rewarded, path / "ppo", base)))
 
 
-def check_folder(path: Path, config: RunConfig) -> None:
+def check_folder(path: Path, config: RunConfig, first: str = STAGES[0]) -> None:
     """Refuses a folder in use, and says so where ``resume`` finds no run in it; the stages check their own subfolders.
+
+    Args:
+        first: the subfolder that is written first: a folder without it is not overwritten.
 
     Raises:
         UserError: as ``folder.open_run``.
     """
     is_free = path.is_dir() and all(entry.is_dir() and folder.is_unused(entry) for entry in path.iterdir())
-    is_own = config.overwrite and (path / STAGES[0]).is_dir()
+    is_own = config.overwrite and (path / first).is_dir()
     if config.resume or not (is_free or is_own):
         folder.check_usable(path, config.resume, config.overwrite)
     if config.resume and not any(path.glob("*/checkpoints")):
         print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning", flush=True)
 
 
-def _stage_config(config: RunConfig, path: Path, model: str | None = None) -> RunConfig:
-    return dataclasses.replace(
-        config,
-        output_dir=str(path),
-        model=model or config.model,
-        tokenizer=Tokenizer() if model else config.tokenizer,  # the first stage's model brings it along
-        resume=config.resume and path.exists(),
-        overwrite=config.overwrite and path.exists(),
-    )
+def stage_config(config: C, path: Path, model: str | None = None, **changes: Any) -> C:
+    """The settings of a job's stage in the folder ``path``: those of the job with ``changes``."""
+    settings: dict[str, Any] = {
+        "output_dir": str(path),
+        "model": model or config.model,
+        "tokenizer": Tokenizer() if model else config.tokenizer,  # the model brings its own
+        "resume": config.resume and path.exists(),
+        "overwrite": config.overwrite and path.exists(),
+    }
+    return dataclasses.replace(config, **settings | changes)

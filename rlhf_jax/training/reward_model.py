@@ -15,7 +15,7 @@ from rlhf_jax.data.rows import Prompt
 from rlhf_jax.training import ensembles, initial, scoring, supervised
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult
-from rlhf_jax.types import Params, Rollout, TrainState
+from rlhf_jax.types import Comparisons, Params, Rollout, TrainState
 
 MAX_SAMPLES = 256  # held-out rows whose texts and scores each validation writes
 
@@ -30,15 +30,8 @@ def run(config: RunConfig) -> RunResult:
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
-    return supervised.run(
-        config,
-        config.reward_model,
-        "reward_model",
-        kind="comparisons",
-        encode=encoding.encode_comparisons,
-        show=("reward_model/loss", "reward_model/accuracy", "validation/accuracy"),
-        make_task=_task,
-    )
+    show = ("reward_model/loss", "reward_model/accuracy", "validation/accuracy")
+    return supervised.run(config, "reward_model", _task, show)
 
 
 def _task(setting: supervised.Setting) -> supervised.Task:
@@ -48,11 +41,12 @@ def _task(setting: supervised.Setting) -> supervised.Task:
     starts = ensembles.starts(config, model, params, stage.key("init"))
     start = stage.place(starts[0])
     score_fn = start.bind(models.score_fn(model))
-    score_pairs = scoring.pair_scorer(score_fn, settings.ensemble_size)
+    score_answers = scoring.answer_scorer(score_fn, settings.ensemble_size)
 
     def validate(state: TrainState) -> Validation:
         sizes = {"batch_size": settings.batch_size, "bucket_multiple": config.text.bucket_multiple}
-        scores = scoring.score_rows(score_pairs, state.params, encoded, held_out, shard=stage.shard, **sizes)
+        score = functools.partial(score_answers, state.params)
+        scores = scoring.score_rows(score, encoded, held_out, shard=stage.shard, **sizes)
         values = {}
         if is_ensemble:
             values = {"uncertainty": scoring.disagreement(encoded, held_out, scores)}
@@ -63,13 +57,12 @@ def _task(setting: supervised.Setting) -> supervised.Task:
         return Validation({f"validation/{name}": value for name, value in values.items()}, samples)
 
     def trained(state: TrainState) -> Mapping[str, Params]:
-        members = {"": state.params}
-        if is_ensemble:
-            members = {f"member_{i}": params for i, params in enumerate(ensembles.unstack(state.params))}
+        unstacked = enumerate(ensembles.unstack(state.params)) if is_ensemble else ()
+        members = {f"member_{i}": params for i, params in unstacked} or {"": state.params}
         if settings.normalize_samples and config.model is None:
             print("scores are not normalised: no --model, so there is no base policy to sample from", flush=True)
         elif settings.normalize_samples:
-            samples, score = _base_samples(setting), scoring.pair_scorer(score_fn)
+            samples, score = _base_samples(setting), scoring.answer_scorer(score_fn)
             members = {name: _normalized(score, params, samples) for name, params in members.items()}
         return members
 
@@ -80,17 +73,12 @@ def _task(setting: supervised.Setting) -> supervised.Task:
 
     update = ensembles.update_members if is_ensemble else reward_model.update
     jitted = stage.jit_update(functools.partial(update, optimizer=setting.optimizer, config=settings))
-    return supervised.Task(
-        start,
-        create,
-        functools.partial(jitted, score_fn=score_fn),
-        validate,
-        trained=trained,
-        train_on=_weighted(setting) if is_ensemble else None,
-    )
+    own_weights = _weighted(setting) if is_ensemble else None
+    bound = functools.partial(jitted, score_fn=score_fn)
+    return supervised.Task(start, create, bound, validate, trained=trained, train_on=own_weights)
 
 
-def _weighted(setting: supervised.Setting) -> encoding.EncodedComparisons:
+def _weighted(setting: supervised.Setting) -> encoding.EncodedTexts:
     """The comparisons with a weight of each row for each member of an ensemble."""
     settings, num_rows = setting.stage.config.reward_model, len(setting.train_rows)
     counts = np.ones((num_rows, settings.ensemble_size), np.int64)
@@ -114,11 +102,11 @@ def _base_samples(setting: supervised.Setting) -> Rollout:
     return generator.sample_in_batches(model, params, *inputs, config=how)
 
 
-def _normalized(score: Callable[..., jax.Array], params: Params, rollout: Rollout) -> Params:
+def _normalized(score: Callable[[Params, Comparisons], jax.Array], params: Params, rollout: Rollout) -> Params:
     """Gain and shift that give scores mean 0 and variance 1 over samples of the base policy (lm-human-preferences)."""
     unit = params["score"] | {"gain": jnp.float32(1.0), "shift": jnp.float32(0.0)}
-    as_answers = score(params | {"score": unit}, rollout.tokens[:, None], rollout.attention_mask[:, None])  # [N, 1]
-    scores = np.asarray(as_answers, np.float64)
+    tokens, mask, response = (x[:, None] for x in (rollout.tokens, rollout.attention_mask, rollout.response_mask))
+    scores = np.asarray(score(params | {"score": unit}, Comparisons(tokens, mask, response)), np.float64)  # [N, 1]
     mean, std = float(scores.mean()), float(scores.std())
     if std == 0.0:
         print(f"scores are not normalised: all {len(scores)} samples of the base policy score {mean}", flush=True)

@@ -4,29 +4,31 @@ Its phases are pure functions in ``training.phases``.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import generator, models, rewards, sharding
+from rlhf_jax import generator, models, rewards
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.data.rows import Prompt
 from rlhf_jax.data.rows import texts as texts_of
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.rewards import filter as filters
 from rlhf_jax.rewards import spec
-from rlhf_jax.runs import manifest, processes
+from rlhf_jax.runs import processes
 from rlhf_jax.training import initial, loop, phases
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
-from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up, stream
+from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Rollout
 
 
@@ -52,13 +54,17 @@ def run(
     if algorithm_config is None:
         sections = {vpg: config.vpg, ppo: config.ppo, rloo: config.rloo, grpo: config.grpo}
         algorithm_config = sections[algorithm] if algorithm in sections else algorithm.Config()
-    sizes = _sizes(name, settings, algorithm_config, set_up(config))
+    set_up(config)
+    sizes = _sizes(name, settings, algorithm_config, jax.device_count())
     kl_coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
     has_reference = bool(kl_coef or algorithm_config.kl_in_loss or settings.kl_target is not None)
     if settings.reference_refresh is not None and not has_reference:
         raise UserError("rl.reference_refresh: no KL is used here; set rl.kl_coef above 0 or leave it out")
-    parts = _parts(config, name, run_reward)
-    with open_stage(config, name, parts.fingerprints, sizes) as stage:
+    sources = [settings.data, settings.validation_data] if settings.validation_data else [settings.data]
+    read = [initial.stage_rows(config, "prompts", names) for names in sources]
+    fingerprints = {source: digest for data in read for source, digest in data.fingerprints.items()}
+    with open_stage(config, name, fingerprints, sizes, _files(config)) as stage:
+        parts = _parts(stage, [data.rows for data in read], run_reward)
         trainer = _Trainer(stage, parts, algorithm, algorithm_config, kl_coef if has_reference else None)
         state, row = loop.train(stage, trainer.first_state(), trainer.job)
         policy = {part: leaves for part, leaves in state.train.params.items() if part != "value"}
@@ -66,7 +72,7 @@ def run(
 
 
 class _Parts(NamedTuple):
-    """What a run is made of before its folder is opened."""
+    """What a run is made of."""
 
     initial: LanguageModel
     prompts: EncodedPrompts
@@ -74,24 +80,17 @@ class _Parts(NamedTuple):
     reward: spec.Reward
     judge: spec.Reward | None
     enforce: Callable[..., Any] | None  # the filter of responses, after a reward on the host
-    fingerprints: dict[str, str]
 
 
-def _parts(config: RunConfig, name: str, run_reward: spec.Reward | None) -> _Parts:
-    settings, safety = config.rl, config.safety
-    sections = [settings.data, settings.validation_data] if settings.validation_data else [settings.data]
-    read = [initial.stage_rows(config, "prompts", files) for files in sections]
-    guard, files = filters.Guard.create(safety), filters.rule_files(safety)
-    for entry in (*config.reward, *settings.judge):
-        files |= {f"reward {name}": path for name, path in spec.sources(entry).items()}
-    fingerprints = {name: found for data in read for name, found in data.fingerprints.items()}
-    fingerprints |= {name: manifest.fingerprint(path) for name, path in files.items()}
-    texts = texts_of([row for data in read for row in data.rows])
-    language_model = initial.language_model(config, texts, stream(config.seed, name, "init"))
+def _parts(stage: Stage, rows: Sequence[Sequence[Prompt]], run_reward: spec.Reward | None) -> _Parts:
+    """rows: the prompts to train on, and those to validate on if they have files of their own."""
+    config, settings, guard = stage.config, stage.config.rl, filters.Guard.create(stage.config.safety)
+    texts = texts_of([row for part in rows for row in part])
+    language_model = initial.language_model(config, texts, stage.key("init"))
     tokenizer = language_model.tokenizer
     encoded = [
-        initial.prompts_for(config, language_model, guard.prompts(data.rows, tokenizer), note)
-        for data, note in zip(read, ("", " (for validation)"), strict=False)
+        initial.prompts_for(config, language_model, guard.prompts(part, tokenizer), note)
+        for part, note in zip(rows, ("", " (for validation)"), strict=False)
     ]
     prompts, to_validate = encoded[0], encoded[-1]
     if missing := [column for column in prompts.columns if column not in to_validate.columns]:
@@ -101,14 +100,21 @@ def _parts(config: RunConfig, name: str, run_reward: spec.Reward | None) -> _Par
         )
     load = functools.partial(initial.load_reward_model, compute=config.compute)
     build = functools.partial(spec.build_reward, tokenizer=tokenizer, load=load)
+    judge = build(settings.judge, columns=to_validate.columns, flag="--rl.judge") if settings.judge else None
     if run_reward is None:
         run_reward = build(config.reward, columns=prompts.columns)
-    judge = build(settings.judge, columns=to_validate.columns, flag="--rl.judge") if settings.judge else None
     enforce = None
-    if safety.on:
+    if config.safety.on:
         run_reward = spec.Reward(host=spec.as_host(run_reward))
         enforce = guard.for_responses(tokenizer=tokenizer, load=load, columns=prompts.columns).enforce
-    return _Parts(language_model, prompts, to_validate, run_reward, judge, enforce, fingerprints)
+    return _Parts(language_model, prompts, to_validate, run_reward, judge, enforce)
+
+
+def _files(config: RunConfig) -> dict[str, Path]:
+    """What rewards, judge and filter read, by the names that a manifest gives them."""
+    sources = [spec.sources(entry) for entry in (*config.reward, *config.rl.judge)]
+    rewards_read = {f"reward {name}": path for files in sources for name, path in files.items()}
+    return filters.rule_files(config.safety) | rewards_read
 
 
 def _sizes(name: str, settings: RLStage, config: AlgorithmConfig, num_devices: int) -> dict[str, int]:
@@ -150,25 +156,23 @@ class _Trainer:
         if algorithm.needs_values:
             params = models.add_head(jax.random.fold_in(init_key, 1), params, "value")
         start = stage.place(initial.trainable(stage.config.lora, params, jax.random.fold_in(init_key, 2)))
-        model_fn, refreshes = models.policy_fn(model, settings.temperature, prompt_length), settings.reference_refresh
-        self.start, self.kl_coef, self.refreshes = start, kl_coef or 0.0, refreshes is not None
+        num_updates = settings.length * algorithm_config.num_epochs * algorithm_config.num_minibatches
+        optimizer, samples = (
+            make_optimizer(settings.optimizer, num_updates),
+            initial.sampling_config(settings, tokenizer),
+        )
+        split_key, self.order_key = jax.random.split(stage.key("data"))
+        fraction = 0.0 if settings.validation_data else settings.validation_fraction
+        self.train_rows, held_out = batches.split(len(parts.prompts), fraction, split_key)
+        self.held_out = np.arange(len(parts.to_validate)) if settings.validation_data else held_out
+        model_fn = models.policy_fn(model, settings.temperature, prompt_length)
+        self.start, self.kl_coef, self.refreshes = start, kl_coef or 0.0, settings.reference_refresh is not None
         self.functions = phases.Functions(
             policy_fn=start.bind(model_fn),
             reward_fn=None if parts.reward.fn is None else stage.replicate(parts.reward.fn),
-            ref_fn=None if kl_coef is None or refreshes else stage.reference(start, model_fn),
+            ref_fn=None if kl_coef is None or self.refreshes else stage.reference(start, model_fn),
             base=start.base,
         )
-        num_updates = settings.length * algorithm_config.num_epochs * algorithm_config.num_minibatches
-        optimizer = make_optimizer(settings.optimizer, num_updates)
-        samples = initial.sampling_config(settings, tokenizer)
-        self.recipe = recipe = phases.Recipe(
-            model, samples, algorithm, algorithm_config, optimizer, settings, stage.mesh
-        )
-        self._respond, self._collect = (
-            jax.jit(functools.partial(phase, recipe=recipe)) for phase in (phases.respond, phases.collect)
-        )
-        self._reward = jax.jit(phases.reward)
-        self._learn = stage.jit_update(functools.partial(phases.learn, recipe=recipe))
         rows, length = settings.batch_size // stage.num_devices, prompt_length + settings.max_new_tokens
         stage.hold(
             {
@@ -178,10 +182,12 @@ class _Trainer:
                 "cache while it samples": jax.eval_shape(lambda: model.init_cache(rows, length)),
             }
         )
-        split_key, self.order_key = jax.random.split(stage.key("data"))
-        fraction = 0.0 if settings.validation_data else settings.validation_fraction
-        self.train_rows, held_out = batches.split(len(parts.prompts), fraction, split_key)
-        self.held_out = np.arange(len(parts.to_validate)) if settings.validation_data else held_out
+        self.recipe = phases.Recipe(model, samples, algorithm, algorithm_config, optimizer, settings, stage.mesh)
+        respond, collect, learn = (
+            functools.partial(phase, recipe=self.recipe) for phase in (phases.respond, phases.collect, phases.learn)
+        )
+        self._respond, self._collect, self._reward = map(jax.jit, (respond, collect, phases.reward))
+        self._learn = stage.jit_update(learn)
 
     def first_state(self) -> phases.LoopState:
         """The state at step 0: called once, so that nobody keeps it beside the loop's."""
@@ -266,8 +272,8 @@ class _Trainer:
         verdicts, filtered_metrics = None, {}
 
         def score_own_rows() -> rewards.HostResult:
-            columns = batches.columns_at(encoded, sharding.own_rows(rows))
-            return rewards.on_host(host, sharding.own_rows(rollout), columns)
+            columns = batches.columns_at(encoded, processes.own_rows(rows))
+            return rewards.on_host(host, processes.own_rows(rollout), columns)
 
         try:
             result, parts = processes.gather_rows(processes.agree(score_own_rows))

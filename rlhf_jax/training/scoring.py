@@ -1,6 +1,5 @@
 """Comparisons scored by a reward model or an ensemble: batches, metrics, and texts for samples.jsonl."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,57 +7,82 @@ import jax
 import numpy as np
 
 from rlhf_jax import metrics
-from rlhf_jax.data import batches, encoding
+from rlhf_jax.data import batches
+from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runs import processes
 from rlhf_jax.training import loop
 from rlhf_jax.types import Comparisons, Params, ScoreFn
 
 
-def pair_scorer(score_fn: ScoreFn, num_members: int = 1) -> Callable[..., jax.Array]:
-    """Jitted ``(params, tokens [B, K, T], attention_mask [B, K, T]) -> scores [B, K]``; of an ensemble's parameters
-    [M, ...] the scores [B, K, M]. Arrays of a ``jax.tree_util.Partial`` travel as arguments."""
+def answer_scorer(score_fn: ScoreFn, num_members: int = 1) -> Callable[[Params, Comparisons], jax.Array]:
+    """Jitted ``(params, comparisons [B, K, T]) -> scores [B, K]``; of an ensemble's parameters [M, ...] the scores
+    [B, K, M]. Arrays of a ``jax.tree_util.Partial`` travel as arguments."""
 
     def score(score_fn: ScoreFn, params: Params, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
         rows = (tokens.shape[0] * tokens.shape[1], tokens.shape[2])
         return score_fn(params, tokens.reshape(rows), attention_mask.reshape(rows), None).reshape(tokens.shape[:2])
 
     is_tree = isinstance(score_fn, jax.tree_util.Partial)
-    each = score if num_members == 1 else jax.vmap(score, in_axes=(None, 0, None, None), out_axes=2)
-    return functools.partial(jax.jit(each), score_fn if is_tree else jax.tree_util.Partial(score_fn))
+    score_fn = score_fn if is_tree else jax.tree_util.Partial(score_fn)
+    each = jax.jit(score if num_members == 1 else jax.vmap(score, in_axes=(None, 0, None, None), out_axes=2))
+    return lambda params, batch: each(score_fn, params, batch.tokens, batch.attention_mask)
 
 
 def score_rows(
-    score_pairs: Callable[..., jax.Array],
-    params: Params,
-    comparisons: encoding.EncodedComparisons,
+    score: Callable[[Comparisons], jax.Array | np.ndarray],
+    comparisons: EncodedTexts,
     rows: np.ndarray,
     *,
     batch_size: int,
     bucket_multiple: int,
     shard: Callable[[Comparisons], Comparisons] = lambda batch: batch,
 ) -> np.ndarray:
-    """[N, K] a ``pair_scorer``'s scores of the answers of the given N rows, [N, K, M] those of an ensemble; those of
-    absent answers mean nothing.
-    """
+    """Scores [N, K] of the answers of N rows, [N, K, M] of an ensemble; those of absent answers mean nothing."""
     scores = []
-    for batch_rows in loop.in_order(rows, batch_size):
-        batch = shard(batches.comparison_batch(comparisons, batch_rows, bucket_multiple))
-        scores.append(processes.fetch(score_pairs(params, batch.tokens, batch.attention_mask))[batch_rows >= 0])
+    for numbers in loop.in_order(rows, batch_size):
+        batch = shard(batches.comparison_batch(comparisons, numbers, bucket_multiple))
+        scores.append(processes.fetch(score(batch))[numbers >= 0])
     return np.concatenate(scores)
 
 
-def report(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+def pairs_of(comparisons: EncodedTexts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, metrics.Pairs]:
+    """Each best answer of the given N rows with each other one: [P] place in ``rows``, [P, 2] the two answers' numbers,
+    and the pairs. Rows of one source, such as the pairs of a ranking, are one.
+    """
+    best, answers = _best(comparisons, rows), np.arange(comparisons.lengths.shape[1])
+    place, other = np.nonzero((comparisons.response_lengths[rows] > 0) & (answers != best[:, None]))
+    both = np.stack([best[place], other], axis=1)
+    texts = [comparisons.tokens[k][rows[i]].tobytes() for i, pair in zip(place, both, strict=True) for k in pair]
+    labels = np.unique(np.array(texts, dtype=object), return_inverse=True)[1].reshape(-1, 2)
+    groups = np.unique([comparisons.sources[row] for row in rows[place]], return_inverse=True)[1]
+    weights = np.ones(len(rows)) if comparisons.weight is None else comparisons.weight[rows].astype(np.float64)
+    weights = weights[place] / np.bincount(place)[place]
+    return place, both, metrics.Pairs(groups, labels[:, 0], labels[:, 1], weights)
+
+
+def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     """``metrics.choice_report`` of scores [N, K] of the given rows, weighted as the rows are; with targets
-    ``metrics.target_report``."""
+    ``metrics.target_report``.
+
+    accuracy is of best answers against all others of their row (top-1), of a ranking's pairs too. Where a row has
+    several pairs, pairwise_accuracy is of best answers (in a ranking: of better ones) against each other one.
+    """
     weights = None if comparisons.weight is None else comparisons.weight[rows]
-    lengths = _response_lengths(comparisons, rows)
+    lengths = comparisons.response_lengths[rows]
     if comparisons.targets is not None:
         return metrics.target_report(scores, comparisons.targets[rows], lengths, weights)
-    return metrics.choice_report(scores, _best(comparisons, rows), lengths, weights)
+    found = metrics.choice_report(scores, _best(comparisons, rows), lengths, weights)
+    place, both, pairs = pairs_of(comparisons, rows)
+    if pairs.is_single:
+        return found
+    margin = scores[place, both[:, 0]] - scores[place, both[:, 1]]
+    right = (margin > 0) + 0.5 * (margin == 0)
+    pairwise = float(np.average(right, weights=pairs.weights))
+    return found | {"accuracy": float(metrics.top_1(right, pairs).mean()), "pairwise_accuracy": pairwise}
 
 
-def disagreement(comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray) -> float:
+def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> float:
     """How far members differ: the standard deviation over them (population) of the margin, or with targets of the
     score, as a mean over the given rows, weighted as they are.
 
@@ -68,7 +92,7 @@ def disagreement(comparisons: encoding.EncodedComparisons, rows: np.ndarray, sco
     scores: [N, K, M] of the given N rows.
     """
     weights = np.ones(len(rows)) if comparisons.weight is None else comparisons.weight[rows]
-    lengths = _response_lengths(comparisons, rows)
+    lengths = comparisons.response_lengths[rows]
     if comparisons.targets is not None:
         weights = np.where(lengths > 0, weights[:, None], 0.0)
         return float(np.average(scores.std(axis=2), weights=weights))
@@ -83,39 +107,37 @@ def evenly(num_rows: int, most: int) -> np.ndarray:
 
 
 def samples(
-    comparisons: encoding.EncodedComparisons, rows: np.ndarray, scores: np.ndarray, tokenizer: Tokenizer
+    comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """The given rows with their scores [N, K] as texts: for each the best answer and the highest-scored other one, or,
-    with targets, every answer. Lengths are response tokens.
+    with targets, every answer. Lengths are response tokens; source and weight are those of the data row.
     """
-    lengths = _response_lengths(comparisons, rows)
+    lengths = comparisons.response_lengths[rows]
 
     def texts(i: int, answer: int) -> tuple[str, str]:
-        of_answer = comparisons.answers[answer]
-        tokens, start = of_answer.tokens[rows[i]], of_answer.starts[rows[i]]
+        tokens, start = comparisons.tokens[answer][rows[i]], comparisons.starts[rows[i], answer]
         return tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])
+
+    def row_of(i: int) -> dict[str, Any]:
+        weight = 1.0 if comparisons.weight is None else round(float(comparisons.weight[rows[i]]), 6)
+        return {"source": comparisons.sources[rows[i]], "weight": weight}
 
     found: list[dict[str, Any]] = []
     if comparisons.targets is not None:
         for i, k in np.argwhere(lengths > 0):
             prompt, response = texts(i, k)
             labels = {"score": float(scores[i, k]), "target": float(comparisons.targets[rows[i], k])}
-            found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k])})
+            found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k]), **row_of(i)})
         return found
     best = _best(comparisons, rows)
     for i, answers in enumerate(zip(best, metrics.rival(scores, best, lengths), strict=True)):
         chosen_rejected = list(zip(("chosen", "rejected"), answers, strict=True))
         row: dict[str, Any] = {"prompt": texts(i, best[i])[0]} | {name: texts(i, k)[1] for name, k in chosen_rejected}
         row |= {f"score_{name}": float(scores[i, k]) for name, k in chosen_rejected}
-        found.append(row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected})
+        found.append(row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected} | row_of(i))
     return found
 
 
-def _response_lengths(comparisons: encoding.EncodedComparisons, rows: np.ndarray) -> np.ndarray:
-    """[N, K] response tokens of the given rows' answers; 0 where there is none."""
-    return np.stack([(texts.lengths - np.asarray(texts.starts))[rows] for texts in comparisons.answers], axis=1)
-
-
-def _best(comparisons: encoding.EncodedComparisons, rows: np.ndarray) -> np.ndarray:
+def _best(comparisons: EncodedTexts, rows: np.ndarray) -> np.ndarray:
     """[N] number of the best answer of the given rows."""
     return np.zeros(len(rows), np.int64) if comparisons.best is None else comparisons.best[rows]

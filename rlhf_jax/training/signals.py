@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from rlhf_jax.runs import manifest
+
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[signal.Signals]]:
@@ -36,5 +38,5 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
 
 def resume_command() -> str:
     """The command line of this process, with ``--resume``."""
-    arguments = [argument for argument in sys.argv if argument not in ("--overwrite", "--resume")]
-    return shlex.join(["python", *arguments, "--resume"])
+    words = [word for word in manifest.command_line() if word not in ("--overwrite", "--resume")]
+    return shlex.join([*words, "--resume"])

@@ -21,7 +21,7 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.report import page
 from rlhf_jax.runs import devices, folder, manifest, processes, trackers
 from rlhf_jax.training import memory
-from rlhf_jax.training.initial import Trainable
+from rlhf_jax.training.initial import Trainable, sampling_config
 from rlhf_jax.types import Params, PolicyFn
 
 Tree = TypeVar("Tree")
@@ -65,8 +65,8 @@ class Stage:
         return stream(self.config.seed, self.name, name)
 
     def shard(self, batch: Tree) -> Tree:
-        """A batch with its rows spread over the devices; each process has the whole batch and keeps its own rows."""
-        return sharding.shard_rows(self.mesh, sharding.own_rows(batch))
+        """A batch with its rows spread over the devices."""
+        return sharding.shard_rows(self.mesh, batch)
 
     def replicate(self, tree: Tree) -> Tree:
         """A copy on every device: never the same buffers, since updates donate theirs."""
@@ -103,12 +103,12 @@ class Stage:
         """
         if jax.process_count() > 1:  # the first process computes alone from here
             start, trained = processes.fetch((start, trained))
-        run = self.run
+        run, how = self.run, sampling_config(self.config.rl, initial.tokenizer)
 
         def write() -> None:
             for name, part in trained.items():
-                models.save(run.model / name, initial.model, jax.device_get(start.merged(part)))
-                initial.tokenizer.save(run.model / name)
+                done = initial._replace(params=jax.device_get(start.merged(part)))
+                done.save(run.model / name, template=self.config.text.template, config=how)
                 if start.base is not None:
                     adapters = jax.device_get(part)
                     models.lora.save(run.adapter / name, start.base, adapters, base_model=self.config.model)
@@ -129,8 +129,8 @@ def stream(seed: int, stage: str, name: Stream) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode()))
 
 
-def set_up(config: RunConfig) -> int:
-    """Chooses the device and prints which it is: the first thing that every run does. Returns the number of devices.
+def set_up(config: RunConfig) -> None:
+    """Chooses the device and prints which it is: the first thing that every run does.
 
     Raises:
         UserError: there is no such device, an accelerator would lie idle, or the package of a tracker is missing.
@@ -141,8 +141,12 @@ def set_up(config: RunConfig) -> int:
     dtype = config.compute.dtype
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
     device = f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"{device}, {used if dtype == 'float16' else dtype}", flush=True)
-    return jax.device_count()
+    _say_once(f"{device}, {used if dtype == 'float16' else dtype}")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, flush=True)
 
 
 def divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
@@ -167,12 +171,17 @@ def enable_compilation_cache() -> None:
 
 @contextlib.contextmanager
 def open_stage(
-    config: RunConfig, name: str, fingerprints: Mapping[str, str], sizes: Mapping[str, int] | None = None
+    config: RunConfig,
+    name: str,
+    fingerprints: Mapping[str, str],
+    sizes: Mapping[str, int] | None = None,
+    files: Mapping[str, Path] | None = None,
 ) -> Iterator[Stage]:
     """Takes the run folder and writes config and manifest into it (or compares them on resume).
 
     Args:
-        fingerprints: of the data and of whatever else the stage reads, beside ``config.model`` and the tokenizer.
+        fingerprints: of the data.
+        files: {name: path} of whatever else the stage reads, beside ``config.model`` and the tokenizer.
         sizes: {dotted setting: value} of what helps when memory runs out, such as {"sft.batch_size": 32}.
 
     Raises:
@@ -182,7 +191,7 @@ def open_stage(
     path = config.output_dir or f"runs/{name}"
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
         stage = Stage(config, name, run, sharding.make_mesh())
-        processes.in_first(lambda: _describe(stage, fingerprints))
+        processes.in_first(lambda: _describe(stage, fingerprints, files or {}))
         try:
             yield stage
         except OSError as error:
@@ -198,13 +207,12 @@ def open_stage(
             raise memory.fault(name, stage.held, options, error) from error
 
 
-def _describe(stage: Stage, fingerprints: Mapping[str, str]) -> None:
+def _describe(stage: Stage, fingerprints: Mapping[str, str], files: Mapping[str, Path]) -> None:
     config, run = stage.config, stage.run
     text = to_yaml(dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None))
-    data = dict(fingerprints)
-    for name, source in (("model", config.model), ("tokenizer", config.tokenizer.name)):
-        if source is not None and Path(source).is_dir():
-            data[name] = manifest.fingerprint(source)
+    models_read = {"model": config.model, "tokenizer": config.tokenizer.name}
+    folders = {key: Path(source) for key, source in models_read.items() if source and Path(source).is_dir()}
+    data = dict(fingerprints) | {key: manifest.fingerprint(path) for key, path in {**files, **folders}.items()}
     trained_tokenizer = config.model is None and config.tokenizer.name is None
     changed = manifest.check_unchanged(
         run,

@@ -10,15 +10,18 @@ import jax
 import numpy as np
 import optax
 
+from rlhf_jax import models
 from rlhf_jax.config import DPOStage, RewardModelStage, RunConfig, SFTStage
-from rlhf_jax.data import batches, rows
+from rlhf_jax.data import batches, encoding, rows
+from rlhf_jax.data.formats import ReadResult
+from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.training import initial, loop
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
-from rlhf_jax.types import Metrics, Params, Parts
+from rlhf_jax.types import Metrics, Params, Parts, TrainState
 
 Settings = SFTStage | RewardModelStage | DPOStage
 
@@ -27,12 +30,12 @@ class Task(NamedTuple):
     """What is trained on the batches of a stage, and how."""
 
     start: Trainable
-    create: Callable[[], Any]  # the state at step 0: called once, so that nobody keeps it beside the loop's
-    update: Callable[[Any, Any, jax.Array], tuple[Any, Metrics]]  # (state, batch on the devices, key)
-    validate: Callable[[Any], Validation]  # (state)
+    create: Callable[[], TrainState]  # the state at step 0: called once, so that nobody keeps it beside the loop's
+    update: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]  # (state, batch on the devices, key)
+    validate: Callable[[TrainState], Validation]
     reference: Any = None  # a pytree with the parameters of the reference
-    trained: Callable[[Any], Mapping[str, Params]] = lambda state: {"": state.params}  # see Stage.finish
-    train_on: Any = None  # in place of the setting's encoded rows, row by row
+    trained: Callable[[TrainState], Mapping[str, Params]] = lambda state: {"": state.params}  # see Stage.finish
+    train_on: encoding.EncodedTexts | None = None  # in place of the setting's encoded rows, row by row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,71 +45,113 @@ class Setting:
     stage: Stage
     initial: LanguageModel
     rows: list[Any]  # as they were read
-    encoded: Any  # EncodedTexts or EncodedComparisons
+    encoded: encoding.EncodedTexts
     train_rows: np.ndarray
     held_out: np.ndarray
     batch: Callable[[np.ndarray], Any]  # row numbers (-1: absent) -> a batch, spread over the devices
     batch_size: int
     optimizer: optax.GradientTransformation
 
-    def start(self) -> Trainable:
-        """The policy's parameters, on the devices."""
-        stage, key = self.stage, jax.random.fold_in(self.stage.key("init"), 1)
-        return stage.place(initial.trainable(stage.config.lora, self.initial.params, key))
 
-    def mean_metrics(self, state: Any, metrics_of: Callable[[Any, Any], Parts]) -> Validation:
-        """Metrics ``metrics_of(state, batch)`` over the held-out rows; their prefix becomes ``validation/``."""
-        parts = [metrics_of(state, self.batch(rows)) for rows in loop.in_order(self.held_out, self.batch_size)]
+def policy_task(
+    setting: Setting,
+    algorithm: Any,
+    *,
+    config: Any,
+    validation_config: Any,
+    with_reference: Callable[[Any, Any], Any] | None = None,
+) -> Task:
+    """A policy trained by ``algorithm.update`` and validated by the metrics of ``algorithm.loss``.
+
+    Args:
+        with_reference: ``(batch, ref_fn) -> batch`` for an algorithm that needs the policy before training.
+    """
+    stage = setting.stage
+    initial_params, key = setting.initial.params, jax.random.fold_in(stage.key("init"), 1)
+    start = stage.place(initial.trainable(stage.config.lora, initial_params, key))
+    model_fn = models.policy_fn(setting.initial.model)
+    reference = stage.reference(start, model_fn) if with_reference else None
+    functions = {"policy_fn": start.bind(model_fn), "ref_fn": reference}  # they travel through jit as arguments
+
+    def prepared(batch: Any, ref_fn: Any) -> Any:
+        return with_reference(batch, ref_fn) if with_reference else batch
+
+    def update(
+        state: TrainState, batch: Any, key: jax.Array, *, policy_fn: Any, ref_fn: Any
+    ) -> tuple[TrainState, Metrics]:
+        own = {"policy_fn": policy_fn, "optimizer": setting.optimizer, "config": config}
+        return algorithm.update(state, prepared(batch, ref_fn), key, **own)
+
+    @jax.jit
+    def metrics_of(state: TrainState, batch: Any, *, policy_fn: Any, ref_fn: Any) -> Parts:
+        own = {"policy_fn": policy_fn, "config": validation_config}
+        return algorithm.loss(state.params, prepared(batch, ref_fn), None, **own)[1]
+
+    def validate(state: TrainState) -> Validation:
+        numbers = loop.in_order(setting.held_out, setting.batch_size)
+        parts = [metrics_of(state, setting.batch(rows), **functions) for rows in numbers]
         pooled = {name: functools.reduce(operator.add, (part[name] for part in parts)) for name in parts[0]}
         return Validation({f"validation/{name.partition('/')[2]}": float(x.value) for name, x in pooled.items()})
+
+    return Task(
+        start,
+        lambda: TrainState.create(start.params, setting.optimizer),
+        functools.partial(stage.jit_update(update), **functions),
+        validate,
+        reference,
+    )
 
 
 def run(
     config: RunConfig,
-    settings: Settings,
-    name: str,
-    *,
-    kind: Literal["demonstrations", "comparisons"],
-    encode: Callable[..., Any],
-    show: tuple[str, ...],
+    name: Literal["sft", "reward_model", "dpo"],
     make_task: Callable[[Setting], Task],
+    show: tuple[str, ...],
 ) -> RunResult:
-    """Trains a task on the rows of ``settings.data`` or ``config.data`` and saves ``model/`` in the run folder.
+    """Trains a task on the rows of the stage's own data or ``config.data`` and saves ``model/`` in the run folder.
 
     Args:
         name: of the stage: its section, its random streams, its folder.
-        encode: ``(rows, tokenizer, *, template, max_length, too_long)`` -> EncodedTexts or EncodedComparisons.
         show: metrics of the console's line.
+
+    Raises:
+        UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
-    text, sizes = config.text, _sizes(name, settings, set_up(config))
+    set_up(config)
+    settings, text = getattr(config, name), config.text
+    sizes = _sizes(name, settings, jax.device_count())
+    kind: Literal["demonstrations", "comparisons"] = "demonstrations" if name == "sft" else "comparisons"
+    to_arrays = batches.demonstration_batch if name == "sft" else batches.comparison_batch
     data = initial.stage_rows(config, kind, settings.data)
+    for row in data.rows:
+        if name == "dpo" and not isinstance(row, rows.Pair):
+            raise UserError(f"{row.source}: DPO takes pairs and rankings, and this row has another label")
     with open_stage(config, name, data.fingerprints, sizes) as stage:
         language_model = initial.language_model(config, rows.texts(data.rows), stage.key("init"))
-        model, _, tokenizer = language_model
-        options = {"template": text.template, "max_length": model.config.max_length, "too_long": text.too_long}
-        encoded = encode(data.rows, tokenizer, **options)
-        for what, count in encoded.counts.items():
-            print(f"{count} texts: {what}", flush=True)
-        is_text, update_key = kind == "demonstrations", stage.key("update")
-        sources = encoded.sources if is_text else encoded.chosen.sources
-        to_arrays = batches.demonstration_batch if is_text else batches.comparison_batch
-        split_key, order_key = jax.random.split(stage.key("data"))
-        groups = None if is_text else sources  # pairs of one ranking stay together
-        train_rows, held_out = batches.split(len(encoded), settings.validation_fraction, split_key, groups)
-        plan = batches.Plan(encoded.lengths[train_rows], settings.batch_size, order_key, text.bucket_multiple)
-        num_steps = settings.num_epochs * plan.steps_per_epoch
+        length = language_model.model.config.max_length
+        encoded = encoding.encode_texts(
+            data.rows, language_model.tokenizer, template=text.template, max_length=length, too_long=text.too_long
+        )
+        update_key, (split_key, order_key) = stage.key("update"), jax.random.split(stage.key("data"))
+        # Pairs of one ranking stay together.
+        train_rows, held_out = batches.split(len(encoded), settings.validation_fraction, split_key, encoded.sources)
+        for line in _account(data, encoded, len(train_rows), len(held_out)):
+            print(line, flush=True)
+        longest = encoded.lengths.max(axis=1)[train_rows]
+        plan = batches.Plan(longest, settings.batch_size, order_key, text.bucket_multiple)
 
-        def batch_of(numbers: np.ndarray, rows: Any = None) -> Any:
-            return stage.shard(to_arrays(encoded if rows is None else rows, numbers, text.bucket_multiple))
+        def batch_of(numbers: np.ndarray, of: encoding.EncodedTexts = encoded) -> Any:
+            return stage.shard(to_arrays(of, numbers, text.bucket_multiple))
 
         def rows_of(step: int) -> np.ndarray:
             numbers = plan.rows(step)
             return np.where(numbers == batches.ABSENT, numbers, train_rows[numbers])
 
-        def advance(state: Any, step: int) -> tuple[Any, Metrics]:
-            batch = batch_of(rows_of(step), task.train_on)
+        def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+            batch = batch_of(rows_of(step), task.train_on or encoded)
             return task.update(state, batch, jax.random.fold_in(update_key, step))
 
+        num_steps = settings.num_epochs * plan.steps_per_epoch
         optimizer, size = make_optimizer(settings.optimizer, num_steps), settings.batch_size
         task = make_task(
             Setting(stage, language_model, data.rows, encoded, train_rows, held_out, batch_of, size, optimizer)
@@ -117,11 +162,11 @@ def run(
             validate=task.validate if len(held_out) else None,
             validation_interval=settings.validation_interval,
             show=show,
-            sources=lambda step: [sources[row] for row in rows_of(step) if row >= 0],
+            sources=lambda step: [encoded.sources[row] for row in rows_of(step) if row >= 0],
             optimizer=settings.optimizer,
         )
 
-        def first_state() -> Any:
+        def first_state() -> TrainState:
             state = stage.replicate(task.create())
             stage.hold({"trained parameters": state.params, "optimizer state": state.opt_state})
             return state
@@ -129,6 +174,17 @@ def run(
         stage.hold({"frozen weights": task.start.base, "reference": None if task.start.base else task.reference})
         state, row = loop.train(stage, first_state(), job)
         return stage.finish(language_model, task.start, task.trained(state), row)
+
+
+def _account(data: ReadResult[Any], encoded: encoding.EncodedTexts, num_train: int, num_held_out: int) -> list[str]:
+    """What became of the rows: a line for each thing that was done to long ones, and the sum of it all."""
+    kinds = {rows.Demonstration: "demonstrations", rows.Pair: "pairs"}
+    of_one_kind = {type(row) for row in data.rows}
+    unit = kinds.get(of_one_kind.pop(), "comparisons") if len(of_one_kind) == 1 else "comparisons"
+    bad, too_long = sum(data.dropped.values()), len(data.rows) - len(encoded)
+    lines = [f"{count} {'texts' if what == encoding.CUT else unit}: {what}" for what, count in encoded.counts.items()]
+    total = f"{len(data.rows) + bad} {unit} in, {bad} bad, {too_long} too long"
+    return [*lines, f"{total}, {num_train} train, {num_held_out} held out"]
 
 
 def _sizes(name: str, settings: Settings, num_devices: int) -> dict[str, int]:

@@ -1,0 +1,114 @@
+"""Records of other projects in our form: other names (``--columns OURS=THEIRS``), turns of ShareGPT, and message trees
+of Open Assistant.
+
+THEIRS is a key of the record; or ``OUTER.INNER``, the value inside an object (of a list: inside each of its objects);
+or ``A+B``, two texts with an empty line between them, of which either may be empty.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rlhf_jax.data.chat import Message
+from rlhf_jax.data.rows import BadRow, Drop, Record, kind
+from rlhf_jax.errors import UserError
+
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+UNRANKED = "message tree without two ranked replies to one prompt"
+
+
+def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Record]:
+    """The records with the renamed ``columns``, ShareGPT's turns ``{from, value}`` as messages, and each ranking of a
+    message tree as a record ``{prompt, responses, ranks}`` of its own.
+
+    Raises:
+      UserError: for an entry that is no ``OURS=THEIRS``, and for a column that no record has.
+    """
+    names = {}
+    for entry in columns:
+        ours, _, theirs = entry.partition("=")
+        if not ours or not theirs:
+            raise UserError(f"--columns {entry}: expected OURS=THEIRS, such as prompt=question")
+        names[ours] = theirs
+    seen: set[str] = set()
+    renamed = [_renamed(record, names, seen) for record in records]
+    keys = dict.fromkeys(key for record in records if isinstance(record.value, dict) for key in record.value)
+    for ours in [ours for ours in names if keys and ours not in seen | set(keys)]:
+        near = difflib.get_close_matches(names[ours], keys, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys)}"
+        raise UserError(f"--columns {ours}={names[ours]}: no row has {names[ours]!r}; {hint}")
+    return [record for tree in renamed for record in _rankings(tree)]
+
+
+def _renamed(record: Record, names: dict[str, str], seen: set[str]) -> Record:
+    """The record with our ``names``; those that it has are added to ``seen``."""
+    row = record.value
+    if not isinstance(row, dict):
+        return record
+    try:
+        values = {ours: value for ours, theirs in names.items() if (value := _value(row, theirs)) is not None}
+    except TypeError as error:
+        seen.update(names)
+        return Record(BadRow(record.source, str(error)), record.source)
+    seen.update(values)
+    taken = {part for theirs in names.values() for part in theirs.split("+")}
+    kept = {key: value for key, value in row.items() if key not in taken} | values
+    return Record({key: _messages(value) for key, value in kept.items()}, record.source)
+
+
+def _messages(value: Any) -> Any:
+    """Turns ``{from, value}`` as messages ``{role, content}``; any other value as it is."""
+    if not isinstance(value, list) or not all(
+        isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in value
+    ):
+        return value
+    return [{"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]} for turn in value]
+
+
+def _value(value: Any, path: str) -> Any:
+    """What stands under the key or path; None if the record lacks it. Raises TypeError for A+B of other than texts."""
+    if isinstance(value, list):
+        inner = [_value(item, path) for item in value]
+        return None if None in inner else inner
+    if not isinstance(value, dict) or path in value:
+        return value.get(path) if isinstance(value, dict) else None
+    if "+" in path:
+        parts = [_value(value, part) for part in path.split("+")]
+        for part in parts:
+            if not isinstance(part, str | None):
+                raise TypeError(f"--columns joins texts with +, found {kind(part)} in {path}")
+        return "\n\n".join(filter(None, parts)) or None
+    outer, dot, rest = path.partition(".")
+    return _value(value.get(outer), rest) if dot else None
+
+
+def _rankings(record: Record) -> Iterator[Record]:
+    """The record itself; of a message tree, each prompter's message with two replies of known rank, 0 being best."""
+    row = record.value
+    root = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(root, dict) or not {"text", "role", "replies"} <= set(root):
+        yield record
+        return
+    try:
+        rankings = list(_walk(root))
+    except (KeyError, TypeError, AttributeError) as error:
+        yield Record(BadRow(record.source, f"not a message tree: {type(error).__name__}: {error}"), record.source)
+        return
+    for number, ranking in enumerate(rankings, 1):
+        yield Record(ranking, f"{record.source}, prompt {number}")
+    if not rankings:
+        yield Record(Drop(UNRANKED), record.source)
+
+
+def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    waiting: list[tuple[dict[str, Any], list[Message]]] = [(root, [])]
+    while waiting:
+        message, before = waiting.pop()
+        role = "user" if message["role"] == "prompter" else "assistant"
+        turns = [*before, {"role": role, "content": message["text"]}]
+        replies = message.get("replies") or []
+        ranked = [reply for reply in replies if reply["role"] == "assistant" and reply.get("rank") is not None]
+        if role == "user" and len(ranked) > 1:
+            texts, ranks = [reply["text"] for reply in ranked], [reply["rank"] for reply in ranked]
+            yield {"prompt": turns, "responses": texts, "ranks": ranks}
+        waiting += [(reply, turns) for reply in reversed(replies)]

@@ -1,0 +1,84 @@
+"""``rlhf-jax bench``: what it counts, that both programs compute the same, and the allocator of the entry points."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlhf_jax import cli
+from rlhf_jax.errors import UserError
+from rlhf_jax.training import bench
+
+KEYS = ("median_s", "min_s", "max_s", "tokens_per_s", "compile_cold_s", "compile_warm_s", "page_faults", "flops_share")
+
+
+def test_operations_of_products_are_counted_through_loops_and_derivatives():
+    x = jnp.ones((3, 5))
+    assert bench.matmul_flops(jax.make_jaxpr(lambda x: x @ x.T)(x).jaxpr) == 2 * 3 * 5 * 3
+
+    def loop(x):
+        y, _ = jax.lax.scan(lambda carry, _: (jax.checkpoint(lambda c: c @ jnp.ones((5, 5)))(carry), None), x, length=7)
+        return jax.lax.while_loop(lambda c: jnp.sum(c) < 0, lambda c: c @ jnp.ones((5, 5)), y)
+
+    product = 2 * 3 * 5 * 5
+    assert bench.matmul_flops(jax.make_jaxpr(jax.jit(loop))(x).jaxpr, trips=4) == (7 + 4) * product
+
+
+def test_one_line_of_json_has_what_was_measured(capsys):
+    cli.run(["bench", "reward", "--preset", "char-nano"])
+    line = json.loads(capsys.readouterr().out)
+    assert all(line[key] >= 0 for key in KEYS)
+    assert line["min_s"] <= line["median_s"] <= line["max_s"]
+    assert line["tokens_per_s"] == pytest.approx(32 * 32 / line["median_s"])
+
+
+@pytest.mark.parametrize(("argv", "message"), [(["--preset", "no"], "char-nano"), (["--calls", "4"], "at least 5")])
+def test_wrong_flags_are_named(argv, message):
+    with pytest.raises(UserError, match=message):
+        cli.run(["bench", "sft", *argv])
+
+
+FAULTS = """
+import resource, sys
+from rlhf_jax.runs import allocator
+allocator.keep_memory()
+import jax, jax.numpy as jnp
+f = jax.jit(lambda x: jnp.sum(jnp.sort(jnp.outer(x, x), axis=0)))
+x = jnp.ones(3000)
+counts = []
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    f(x).block_until_ready()
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(counts[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_entry_points_keep_memory_so_that_a_call_faults_no_page_twice():
+    def faults(keep):
+        env = {"RLHF_JAX_KEEP_MEMORY": keep, "JAX_PLATFORMS": "cpu"}
+        code = [sys.executable, "-c", FAULTS]
+        return int(subprocess.run(code, capture_output=True, text=True, check=True, env=os.environ | env).stdout)
+
+    pages = 3000 * 3000 * 4 // resource.getpagesize()
+    assert faults("0") > pages / 2
+    assert faults("1") < pages / 20
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["hand", "transformers"])
+@pytest.mark.parametrize(("name", "value"), [*((n, "shared") for n in ("sft", "reward", "dpo", "grpo", "rollout")),
+                                             ("iteration", "shared"), ("iteration", "separate")])  # fmt: skip
+def test_torch_does_the_same_work(kind, name, value):
+    preset = bench.PRESETS["char-nano"]
+    opponent = bench.Opponent(kind, name, preset, value)
+    bench.agree(name, preset, value, opponent)
+    opponent.turn()
+    assert opponent.seconds[0] > 0
+    opponent.close()
