@@ -127,11 +127,11 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
 
 
 def test_a_reward_model_is_normalised_to_mean_0_and_variance_1():
-    def score(params, tokens, attention_mask):
-        return params["score"]["gain"] * tokens.sum(axis=2) + params["score"]["shift"]
+    def score(params, answers):
+        return params["score"]["gain"] * answers.tokens.sum(axis=2) + params["score"]["shift"]
 
     tokens = np.array([[1, 2], [3, 4], [5, 9]], np.int32)
     samples = Rollout(tokens, np.ones_like(tokens), np.ones_like(tokens), np.zeros((3, 2), np.float32))
     params = reward_model._normalized(score, {"score": {"gain": jnp.float32(7.0), "shift": jnp.float32(5.0)}}, samples)
-    scores = np.asarray(score(params, tokens[:, None], None))
+    scores = np.asarray(score(params, Rollout(tokens[:, None], None, None, None)))
     assert (scores.mean(), scores.std()) == pytest.approx((0.0, 1.0), abs=1e-6)
