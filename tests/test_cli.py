@@ -42,7 +42,7 @@ def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
         ("--nil", None),
         ("docter", "doctor"),
         ("reward_model", "reward-model"),
-        ("data see", "data preview"),
+        ("data demos", "data demo"),
     ],
 )
 def test_an_unknown_command_lists_those_there_are(argv, meant):

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
-from test_page import Page
 from test_report import write_run
 
 from rlhf_jax import cli, metrics, models
@@ -116,7 +115,8 @@ def test_preferences_by_hand():
         ([1, 0], [0, 0], [1, 2], 0),  # the pairwise mean is 1/2
         ([1, 0.5], [0, 0], [1, 2], 0.5),
         ([1, 1, 0], [0, 0, 1], [1, 2, 2], 1),  # a ranking: the order of the others does not count
-        ([0, 1], [0, 1], [2, 2], 1),  # of two best answers the one that fares best
+        ([1, 0, 1], [0, 0, 1], [1, 2, 2], 0),
+        ([1, 0], [0, 1], [2, 2], 1),  # of two best answers the one that fares best
     ],
 )
 def test_top_1_by_hand(right, chosen, rejected, expected):
@@ -246,7 +246,7 @@ def folders(tmp_path_factory):
         tokenizer.save(folder / "model")
     first = {"instruction": "say milk", "input": "now", "response1": "milk", "response2": "tea", "annotator1": 1}
     second = first | {"annotator1": 0, "input": ""}
-    third = first | {"response1": "salt", "response2": "no", "annotator1": 2}
+    third = first | {"response1": "no", "response2": "salt", "annotator1": 2}
     files = {
         "prompts.json": json.dumps(PROMPTS),
         "safety.json": '[{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}]',
@@ -296,8 +296,6 @@ def test_everything_from_the_command_line(folders, capsys):
     said = capsys.readouterr().out
     assert "accuracy_reward_model" in said
     assert f"wrote {folders / 'run' / 'evaluation.json'}" in said
-    page = Page((folders / "run" / "report.html").read_text("utf-8"))
-    assert {"accuracy_mean_log_prob", "preferences: helpful", "vowels"} <= set(page.texts("td"))
 
 
 @pytest.mark.slow

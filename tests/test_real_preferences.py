@@ -130,11 +130,7 @@ def test_they_are_trained_on(name, public, tmp_path):
     """The twins are learned; of the public files' accuracy, with docs/real-preferences.md's settings, nothing is
     promised. All numbers are finite, and each validation writes samples."""
     tokenizer = Path(DATA, "gpt2") if public else gpt2_tokenizer(tmp_path / "gpt2")
-    own = (
-        ("--config", ROOT / "configs" / "preferences.yaml", "--on-bad-row", "drop")
-        if public
-        else (*SMALL, "--reward-model.num-epochs", "10")
-    )
+    own = ("--config", ROOT / "configs" / "preferences.yaml") if public else (*SMALL, "--reward-model.num-epochs", "10")
     where = ("--data", data_file(name, tmp_path, public), "--output-dir", tmp_path / "run")
     folder = training.reward_model.run(
         parse(RunConfig, [*map(str, (*own, "--tokenizer.name", tokenizer, *where))])

@@ -25,7 +25,8 @@ def test_held_out_pairs_weigh_what_their_ranking_gives_them():
     every = report(encoded, np.arange(4), scores)
     assert (every["accuracy"], every["pairwise_accuracy"]) == ((0 + 1) / 2, pytest.approx((1 / 3 + 1) / 2))
     assert every["margin"] == pytest.approx((-1 / 3 + 1) / 2)
-    assert every["length_accuracy"] == pytest.approx((0 + 0.5 / 3 + 1 / 3) / 2)
+    lengths = every["length_accuracy"], every["pairwise_length_accuracy"]
+    assert lengths == (0, pytest.approx((0 + 0.5 / 3 + 1 / 3) / 2))
     part = np.array([3, 0])
     assert report(encoded, part, scores[part])["accuracy"] == 1.0
     assert "pairwise_accuracy" not in report(encoded, part, scores[part])

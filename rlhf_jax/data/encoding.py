@@ -241,16 +241,12 @@ def _weights(rows: Sequence[Row], left: Sequence[Row]) -> np.ndarray:
     """[N] float32 weights of the rows that are left. The pairs of one source (a ranking) that are left together weigh
     what all its pairs did.
     """
+    weight_of = lambda row: getattr(row, "weight", None) or 1.0  # noqa: E731
     before, after = defaultdict[str, float](float), defaultdict[str, float](float)
     for total, of in ((before, rows), (after, left)):
         for row in of:
-            total[row.source] += _weight(row)
-    return np.array([_weight(row) * before[row.source] / after[row.source] for row in left], np.float32)
-
-
-def _weight(row: Row) -> float:
-    weight = getattr(row, "weight", None)
-    return 1.0 if weight is None else weight
+            total[row.source] += weight_of(row)
+    return np.array([weight_of(row) * before[row.source] / after[row.source] for row in left], np.float32)
 
 
 def _check_some_left(kept: Sequence[Any], rows: Sequence[Any], limit: int | None) -> None:

@@ -147,7 +147,7 @@ def prompts_for(
         max_new_tokens=config.rl.max_new_tokens,
     )
     for what, count in encoded.counts.items():
-        print(f"{count} texts: {what}{note}", flush=True)
+        print(f"{count} prompts: {what}{note}", flush=True)
     return encoded
 
 

@@ -66,7 +66,8 @@ def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> d
     ``metrics.target_report``.
 
     accuracy is of best answers against all others of their row (top-1), of a ranking's pairs too. Where a row has
-    several pairs, pairwise_accuracy is of best answers (in a ranking: of better ones) against each other one.
+    several pairs, pairwise_accuracy is of best answers (in a ranking: of better ones) against each other one; the same
+    for length_accuracy and pairwise_length_accuracy.
     """
     weights = None if comparisons.weight is None else comparisons.weight[rows]
     lengths = comparisons.response_lengths[rows]
@@ -74,12 +75,12 @@ def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> d
         return metrics.target_report(scores, comparisons.targets[rows], lengths, weights)
     found = metrics.choice_report(scores, _best(comparisons, rows), lengths, weights)
     place, both, pairs = pairs_of(comparisons, rows)
-    if pairs.is_single:
-        return found
-    margin = scores[place, both[:, 0]] - scores[place, both[:, 1]]
-    right = (margin > 0) + 0.5 * (margin == 0)
-    pairwise = float(np.average(right, weights=pairs.weights))
-    return found | {"accuracy": float(metrics.top_1(right, pairs).mean()), "pairwise_accuracy": pairwise}
+    for name, values in {"accuracy": scores, "length_accuracy": lengths}.items() if not pairs.is_single else ():
+        margin = values[place, both[:, 0]] - values[place, both[:, 1]]
+        right = (margin > 0) + 0.5 * (margin == 0)
+        found[name] = float(metrics.top_1(right, pairs).mean())
+        found[f"pairwise_{name}"] = float(np.average(right, weights=pairs.weights))
+    return found
 
 
 def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> float:
@@ -118,23 +119,21 @@ def samples(
         tokens, start = comparisons.tokens[answer][rows[i]], comparisons.starts[rows[i], answer]
         return tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])
 
-    def row_of(i: int) -> dict[str, Any]:
-        weight = 1.0 if comparisons.weight is None else round(float(comparisons.weight[rows[i]]), 6)
-        return {"source": comparisons.sources[rows[i]], "weight": weight}
-
+    weights = np.ones(len(comparisons)) if comparisons.weight is None else comparisons.weight
+    of_row = [{"source": comparisons.sources[row], "weight": round(float(weights[row]), 6)} for row in rows]
     found: list[dict[str, Any]] = []
     if comparisons.targets is not None:
         for i, k in np.argwhere(lengths > 0):
             prompt, response = texts(i, k)
             labels = {"score": float(scores[i, k]), "target": float(comparisons.targets[rows[i], k])}
-            found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k]), **row_of(i)})
+            found.append({"prompt": prompt, "response": response, **labels, "length": int(lengths[i, k]), **of_row[i]})
         return found
     best = _best(comparisons, rows)
     for i, answers in enumerate(zip(best, metrics.rival(scores, best, lengths), strict=True)):
         chosen_rejected = list(zip(("chosen", "rejected"), answers, strict=True))
         row: dict[str, Any] = {"prompt": texts(i, best[i])[0]} | {name: texts(i, k)[1] for name, k in chosen_rejected}
         row |= {f"score_{name}": float(scores[i, k]) for name, k in chosen_rejected}
-        found.append(row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected} | row_of(i))
+        found.append(row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected} | of_row[i])
     return found
 
 

@@ -139,7 +139,7 @@ def run(
         train_rows, held_out = initial.hold_out(
             kind, len(encoded), settings.validation_fraction, split_key, encoded.sources
         )
-        for line in _account(data, encoded, len(train_rows), len(held_out)):
+        for line in _account(data, kind, encoded, len(train_rows), len(held_out)):
             print(line, flush=True)
         longest = encoded.lengths.max(axis=1)[train_rows]
         plan = batches.Plan(longest, settings.batch_size, order_key, text.bucket_multiple)
@@ -180,11 +180,11 @@ def run(
         return stage.finish(language_model, task.start, task.trained(state), row)
 
 
-def _account(data: ReadResult[Any], encoded: encoding.EncodedTexts, num_train: int, num_held_out: int) -> list[str]:
+def _account(
+    data: ReadResult[Any], kind: str, encoded: encoding.EncodedTexts, num_train: int, num_held_out: int
+) -> list[str]:
     """What became of the rows: a line for each thing that was done to long ones, and the sum of it all."""
-    kinds = {rows.Demonstration: "demonstrations", rows.Pair: "pairs"}
-    of_one_kind = {type(row) for row in data.rows}
-    unit = kinds.get(of_one_kind.pop(), "comparisons") if len(of_one_kind) == 1 else "comparisons"
+    unit = "pairs" if all(isinstance(row, rows.Pair) for row in data.rows) else kind
     bad, too_long = sum(data.dropped.values()), len(data.rows) - len(encoded)
     lines = [f"{count} {'texts' if what == encoding.CUT else unit}: {what}" for what, count in encoded.counts.items()]
     total = f"{len(data.rows) + bad} {unit} in, {bad} bad, {too_long} too long"
