@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from rlhf_jax import models, rewards, sampling
-from rlhf_jax.algorithms import ppo
+from rlhf_jax.algorithms import ppo, vpg
 from rlhf_jax.config import RLStage
 from rlhf_jax.training import phases
 from rlhf_jax.training.phases import _judged_by_end, _num_equal, scored
@@ -45,10 +45,10 @@ def jitted(phase, algorithm, settings, algorithm_config):
 
 
 def test_one_jit_and_three_jits_give_identical_parameters():
-    made = ppo, RLStage(kl_target=1.0, missing_eos_penalty=0.5), ppo.Config(num_epochs=2, num_minibatches=2)
+    made = vpg, RLStage(kl_target=1.0, missing_eos_penalty=0.5), vpg.Config()
     whole, collect, learn = (jitted(phase, *made) for phase in (phases.iteration, phases.collect, phases.learn))
     reward = jax.jit(phases.reward)
-    one = three = start(ppo)
+    one = three = start(vpg)
     for step in range(3):
         keys = jax.random.split(jax.random.key(step), 2)
         one, rollout, metrics = whole(one, prompts(), *keys, functions())
@@ -58,15 +58,15 @@ def test_one_jit_and_three_jits_give_identical_parameters():
     np.testing.assert_array_equal(rollout.row_ids, np.arange(ROWS) + 100)
     assert metrics.keys() == (collected | rewarded | learned).keys()
     jax.tree.map(np.testing.assert_array_equal, one, three)
-    before, after = (state.train.params["h_0"]["mlp"]["c_fc"]["kernel"] for state in (start(ppo), one))
+    before, after = (state.train.params["h_0"]["mlp"]["c_fc"]["kernel"] for state in (start(vpg), one))
     assert jnp.any(before != after)
 
 
 def test_kl_coefficient_follows_the_kl():
     """Ziegler et al. 2019: with n = horizon the coefficient moves by at most a fifth of itself."""
     config = RLStage(kl_target=1e-3, kl_horizon=ROWS)
-    step = jitted(phases.iteration, ppo, config, ppo.Config(num_epochs=4))
-    loop, _, metrics = step(start(ppo), prompts(), *jax.random.split(jax.random.key(0)), functions())
+    step = jitted(phases.iteration, vpg, config, vpg.Config())
+    loop, _, metrics = step(start(vpg), prompts(), *jax.random.split(jax.random.key(0)), functions())
     assert float(metrics["objective/kl"]) == 0.0  # the policy is still the reference: 0 / target - 1, clipped to -.2
     np.testing.assert_allclose(loop.kl_coef, 0.1 * 0.8, rtol=1e-6)
     assert float(metrics["kl/coef"]) == pytest.approx(0.1)  # the one that shaped these rewards
