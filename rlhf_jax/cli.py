@@ -315,9 +315,10 @@ def run(argv: list[str]) -> int | None:
         train(name, argv[1:], prog)
         return 0
     if name in COMMANDS:
-        return tyro.cli(
-            COMMANDS[name], prog=prog, args=argv[words:], config=(tyro.conf.PositionalMetavarFromFieldName,)
-        )
+        from rlhf_jax import config
+
+        style: Any = {"registry": config.flag_types(), "config": (tyro.conf.PositionalMetavarFromFieldName,)}
+        return tyro.cli(COMMANDS[name], prog=prog, args=argv[words:], **style)
     descriptions = {name: description for name, (description, _) in STAGES.items()}
     functions = {"quickstart": quickstart, **COMMANDS}
     descriptions |= {name: (function.__doc__ or "").partition("\n")[0] for name, function in functions.items()}

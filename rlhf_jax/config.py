@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -292,7 +292,7 @@ class RLStage:
         if truncated and not self.allow_truncated_sampling:
             raise ValueError(
                 "top_k and top_p: the update uses log-probabilities of the whole distribution, from which such samples "
-                "do not come: the KL estimate can turn negative; rl.allow_truncated_sampling trains on them anyway"
+                "do not come: the KL estimate can turn negative; --rl.allow-truncated-sampling trains on them anyway"
             )
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise ValueError("missing_eos_penalty and missing_eos_score: give one of the two")
@@ -359,10 +359,10 @@ class RunConfig:
     """A row that the stage cannot use, such as one with an empty answer: error names all of them and stops; drop leaves
     them out and counts them."""
     model: str | None = None
-    """A Hugging Face folder (or name) to start from; null: random weights of `network`."""
+    """A Hugging Face folder (or name), or a run's folder, to start from; null: random weights of `network`."""
     reward: tuple[str, ...] = ()
-    """Reward models' folders (or Hugging Face names), several as mean:A,B, min:A,B or uncertainty:A,B,
-    FILE.py:FUNCTION, count:TEXT, length, repetition, diversity; SPEC*WEIGHT weighs one of a sum."""
+    """Reward models' folders (or Hugging Face names), or those of their runs, several as mean:A,B, min:A,B or
+    uncertainty:A,B, FILE.py:FUNCTION, count:TEXT, length, repetition, diversity; SPEC*WEIGHT weighs one of a sum."""
     output_dir: str | None = None
     """The run's folder; null: runs/SCRIPT."""
     seed: int = 0
@@ -467,7 +467,7 @@ def parse(
         default=defaults,
         prog=prog,
         description=f"{description}\n\n--config FILE: YAML with values for these options; flags go before the file's.",
-        registry=_registry(config_class, sections),
+        registry=_flags_of(config_class, sections),
         return_unknown_args=True,
         compact_help=True,
     )
@@ -500,10 +500,30 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
-def _registry(root: type, sections: Sequence[str]) -> tyro.constructors.ConstructorRegistry:
-    """How tyro reads a config: each dataclass as a dict, so that no ``__post_init__`` runs before all values are known,
-    and only the fields that ``sections`` leaves."""
+def flag_types() -> tyro.constructors.ConstructorRegistry:
+    """How tyro reads and names the types of flags: ``None|INT``, where its own name is ``{None}|INT``."""
     registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def none(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[None] | None:
+        if info.type is not type(None):
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="None",
+            choices=("None",),
+            instance_from_str=lambda words: None,
+            is_instance=lambda value: value is None,
+            str_from_instance=lambda value: ["None"],
+        )
+
+    return registry
+
+
+def _flags_of(root: type, sections: Sequence[str]) -> tyro.constructors.ConstructorRegistry:
+    """How tyro reads a config: each dataclass as a dict, so that no ``__post_init__`` runs before all values are known,
+    and of its fields those that ``sections`` leaves."""
+    registry = flag_types()
     prefixes = {kind: f"{name}." for name, kind in _sections(root).items()} | {root: ""}
     inside = False
 
@@ -517,22 +537,9 @@ def _registry(root: type, sections: Sequence[str]) -> tyro.constructors.Construc
         inside = False
         prefix = prefixes.get(info.type)
         fields = [field for field in spec.fields if prefix is None or _is_read(prefix + field.name, root, sections)]
-        for i, field in enumerate(fields):
-            if field.type is not bool and not dataclasses.is_dataclass(field.type):
-                named = Annotated[field.type, tyro.conf.arg(metavar=_type_name(field.type))]  # type: ignore[name-defined]
-                fields[i] = dataclasses.replace(field, type=named)
         return dataclasses.replace(spec, instantiate=dict, fields=tuple(fields))
 
     return registry
-
-
-def _type_name(kind: Any) -> str:
-    inner = typing.get_args(kind)
-    if type(None) in inner:
-        return f"{_type_name(inner[0])}|None"
-    if typing.get_origin(kind) is tuple:
-        return f"[{_type_name(inner[0])} ...]"
-    return "|".join(inner) or kind.__name__.upper()
 
 
 def _is_read(key: str, root: type, sections: Sequence[str]) -> bool:

@@ -26,6 +26,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "experiments"))
 import jax
 import pytest
 
+from rlhf_jax import cli
+
+cli.attach_console()  # as scripts do: capsys sees what a run reports
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most tests compile much and compute little: without XLA's optimizations they take half the time. Scripts that tests

@@ -11,7 +11,7 @@ from test_loop import run_loop
 from test_training import Killed
 
 from rlhf_jax import cli
-from rlhf_jax.config import RunConfig, parse, to_yaml
+from rlhf_jax.config import Compute, RunConfig, parse, to_yaml
 from rlhf_jax.errors import AlertStop, TrainingFault, UserError
 from rlhf_jax.report import page as report
 from rlhf_jax.report import plots
@@ -66,6 +66,7 @@ JUDGED = ("validation/judge", "validation/score")
         ("reward collapse", ["objective/score"], [NOISE], [-6.1], [-6.4], 5),
         ("value-loss explosion", ["value/loss"], [[3, 1, 2, 1, 3]], [39.9], [40.1], 5),
         ("degenerate text", ["response/repetition"], [[0.1]], [0.39], [0.41], 3),
+        ("sampler gap", ["policy/sampler_gap"], [[]], [0.0199], [0.0201], 3),
         # The judge falls from 1; the score stood at 1 at the judge's best.
         ("reward hacking", JUDGED, [RAMP, RAMP], [0.971, 2], [0.969, 2], 1),
         ("reward hacking", JUDGED, [NOISE, [0] * 40], [-0.62, 1], [-0.65, 1], 1),
@@ -174,6 +175,12 @@ def test_a_killed_run_alerts_alike(config, tmp_path, capsys):
     assert run(dataclasses.replace(config, resume=True)) == 9
     for name in ("alerts.jsonl", "metrics.jsonl"):
         assert (Path(config.output_dir) / name).read_bytes() == (Path(straight.output_dir) / name).read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", [(3, "sampler gap")]), ("bfloat16", []), ("float16", [])])
+def test_a_gap_that_the_dtype_explains_raises_nothing(config, dtype, expected):
+    run(dataclasses.replace(config, compute=Compute(dtype=dtype), alerts=()), metrics={"policy/sampler_gap": 0.49})
+    assert raised(config) == expected
 
 
 def test_a_stop_saves_and_holds_until_the_rule_is_changed(config, monkeypatch, capsys):

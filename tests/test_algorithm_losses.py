@@ -102,7 +102,7 @@ CASES = {
     ),
     "ppo fixed": (
         ppo,
-        ppo.Config(**FIXED, clip_low=0.1, whiten_rewards=True, entropy_coef=0.1, **K3),
+        ppo.Config(**FIXED, clip_low=0.1, whiten_advantages=False, whiten_rewards=True, entropy_coef=0.1, **K3),
         weighed,
     ),
     "rloo token": (rloo, rloo.Config(group_size=2, aggregate="token", entropy_coef=0.2, kl_loss_coef=0.3), scored),
@@ -115,8 +115,7 @@ CASES = {
         dense,
     ),
     "gspo": (grpo, grpo.Config(group_size=4, ratio="sequence", clip_low=3e-4, clip_high=0.3, entropy_coef=0.1), scored),
-    "dpo smoothed": (dpo, dpo.Config(label_smoothing=0.2), partial(PAIRS, best=True, weight=True)),
-    "dpo robust": (dpo, dpo.Config(kind="robust", label_smoothing=0.2), partial(PAIRS, weight=True)),
+    "dpo robust": (dpo, dpo.Config(kind="robust", label_smoothing=0.2), partial(PAIRS, best=True, weight=True)),
     "dpo hinge": (dpo, dpo.Config(kind="hinge", beta=0.5), partial(PAIRS, best=True)),
     "dpo ipo": (dpo, dpo.Config(kind="ipo", beta=0.5), partial(PAIRS, best=True, weight=True)),
 }
@@ -164,7 +163,7 @@ def value_and_gradient(name):
 
 
 FAST = ["sft sequence", "choice of four", "pairs", "regression", "vpg token", "ppo fixed", "rloo token", "dr grpo"]
-FAST += ["gspo", "dpo smoothed"]
+FAST += ["gspo", "dpo robust"]
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in FAST]
 
 

@@ -31,13 +31,6 @@ def test_messages_as_demonstrations_and_prompts(write):
     assert (result.rows[0].response, result.dropped) == ("yes", {"dialogue without a last response": 1})
 
 
-def test_turns_of_sharegpt(write):
-    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
-    path = write([{"conversations": turns}])
-    [row] = formats.read("demonstrations", path, columns=["messages=conversations"]).rows
-    assert row == Demonstration("System:\ns\n\nUser:\nhi\n\nAssistant:\n", "hello", f"{path}, line 1")
-
-
 def test_messages_as_pairs(write):
     other = {"role": "assistant", "content": "no"}
     forms = [

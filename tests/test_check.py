@@ -93,6 +93,7 @@ def test_missing_files_are_problems_too(write):
     assert report.num_problems == 2
     assert "  problems: 1\n    dta.json: no such file; did you mean data.json?" in report.text
     assert "data.json: holds no rows" in report.text
+    assert "a row must have the keys" not in report.text
     assert "1 demonstrations kept" in report.text
     with pytest.raises(UserError, match="no data file given"):
         check.check([])

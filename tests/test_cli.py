@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
 from test_report import write_run
 
 import rlhf_jax
@@ -41,7 +42,7 @@ def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
         ("--nil", None),
         ("docter", "doctor"),
         ("reward_model", "reward-model"),
-        ("data see", "data preview"),
+        ("data demos", "data demo"),
     ],
 )
 def test_an_unknown_command_lists_those_there_are(argv, meant):
@@ -153,12 +154,17 @@ def test_export_makes_a_folder_with_a_card(tmp_path):
     manifest = {"command": "python experiments/sft.py --seed 5", "seed": 5, "stage": "sft", "data": {"my.json": "abc"}}
     manifest |= {"versions": {"jax": "1"}, "devices": {"kind": "cpu", "count": 1}}
     (run / "manifest.json").write_text(json.dumps(manifest))
-    (run / "config.yaml").write_text("seed: 5\n")
+    (run / "config.yaml").write_text("seed: 5\nmodel: gpt2\ntext: {template: 'Q: {prompt} A:'}\n")
     (run / "metrics.jsonl").write_text('{"step": 7, "sft/loss": 1.25}\n')
     cli.run(["export", str(run), str(folder)])
     card = (folder / "README.md").read_text("utf-8")
     for part in ("python experiments/sft.py --seed 5", "`my.json`, sha256 abc", "| sft/loss | 1.25 |", "seed: 5"):
         assert part in card
+    assert "Trained from `gpt2`" in card
+    assert "```text\nQ: {prompt} A:\n```" in card
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert (head["base_model"], head["license"], head["datasets"]) == ("gpt2", "other", [])
+    assert "FILL IN" in head["license_name"]
     _, loaded = models.load(folder)
     assert (loaded["wte"]["embedding"] == params["wte"]["embedding"]).all()
     with pytest.raises(UserError, match="in use"):

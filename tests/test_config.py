@@ -180,7 +180,7 @@ def test_a_command_has_the_flags_of_its_sections_alone(capsys):
 
 def test_help_shows_values_in_force_and_types_and_on_demand_texts(capsys):
     for flag, parts in {
-        "--help": ["Trains things.", "--b1 FLOAT (default: 0.31)", "--decay-every INT|None", "constant|linear|"],
+        "--help": ["Trains things.", "--b1 FLOAT (default: 0.31)", "--decay-every None|INT"],
         "--help-verbose": ["Adam's decay of the first moment. (default: 0.31)", "--config FILE"],
     }.items():
         with pytest.raises(SystemExit, match="0"):
@@ -210,7 +210,8 @@ def test_yaml_reads_back_equal(config):
 
 def test_yaml_holds_every_field_in_order():
     lines = to_yaml(RunConfig(data=("a", "b"), lora=LoRA(2), model="m")).splitlines()
-    assert lines[:6] == ["data: [a, b]", "model: m", "reward: []", "output_dir: null", "seed: 0", "device: null"]
+    assert [line.partition(":")[0] for line in lines if line[0] != " "] == list(vars(RunConfig()))
+    assert {"data: [a, b]", "model: m", "reward: []", "output_dir: null", "seed: 0"} <= set(lines)
     assert "lora:/  rank: 2/  alpha: null/  match: attn|mlp/tokenizer:" in "/".join(lines)
 
 

@@ -7,13 +7,14 @@ import json
 import re
 
 import pytest
+import rubric
 
 from rlhf_jax.data import demo
 from rlhf_jax.errors import UserError
 
 PHRASINGS, HELDOUT = (list(itertools.chain(*some.values())) for some in (demo.PHRASINGS, demo.HELDOUT_PHRASINGS))
 SUBJECTS = {
-    demo.fill(phrasing, topic): (category, topic)
+    demo.fill(phrasing, topic): {"category": category, "topic": topic.phrase}
     for category, topics in demo.TOPICS.items()
     for topic in topics
     for phrasing in demo.PHRASINGS[category] + demo.HELDOUT_PHRASINGS[category]
@@ -33,22 +34,6 @@ def load(folder, name):
 
 def words(text):
     return re.findall("[a-z]+", text)
-
-
-def scores(category, topic):
-    """response -> score, for all responses to a topic."""
-    found = {}
-    for wording in demo.WORDINGS[category]:
-        others = [other for other in demo.TOPICS[category] if other != topic]
-        for about in others if wording.off_topic else [topic]:
-            score = wording.score + demo.DETAIL * (about != topic and about.first == topic.first)
-            for close in ["", *demo.CLOSES] if wording.may_close else [""]:
-                text = demo.fill(wording.template, about) + (f" {close}" if close else "")
-                found[text] = score + demo.DETAIL * bool(close) - 0.03 * max(0, len(words(text)) - 24)
-    return found
-
-
-SCORES = {(category, topic): scores(category, topic) for category, topics in demo.TOPICS.items() for topic in topics}
 
 
 def test_sizes(corpus):
@@ -73,25 +58,22 @@ def test_heldout_phrasings_are_in_no_training_file(corpus):
     assert set(words(" ".join(PHRASINGS))) >= set(words(" ".join(HELDOUT)))
 
 
-def test_pairs_follow_the_scores_but_for_the_noise(corpus, tmp_path):
-    def wrong(rows):
-        def agree(row):
-            chosen, rejected = (SCORES[SUBJECTS[row["prompt"]]][row[key]] for key in ("chosen", "rejected"))
-            assert abs(chosen - rejected) > 1e-6
-            return chosen > rejected
+def wrong(folder, name):
+    """The share of pairs whose chosen response the rubric scores lower."""
+    rows = load(folder, name)[:300]
+    scores = [[rubric.score(SUBJECTS[row["prompt"]], row[key]) for key in ("chosen", "rejected")] for row in rows]
+    return sum(chosen < rejected for chosen, rejected in scores) / len(rows)
 
-        return 1 - sum(map(agree, rows)) / len(rows)
 
-    assert 0.08 < wrong(load(corpus, "preference_data.json")) < 0.12
-    assert wrong(load(corpus, "heldout_preference_data.json")) == 0
+def test_pairs_follow_the_rubric_but_for_the_noise(corpus, tmp_path):
     demo.write(tmp_path, shuffle_labels=True)
-    shuffled = load(tmp_path, "preference_data.json")
-    assert 0.46 < wrong(shuffled) < 0.54
-    assert wrong(load(tmp_path, "heldout_preference_data.json")) == 0
+    assert 0.06 < wrong(corpus, "preference_data.json") < 0.16
+    assert 0.4 < wrong(tmp_path, "preference_data.json") < 0.6
+    for folder in (corpus, tmp_path):
+        assert wrong(folder, "heldout_preference_data.json") < 0.03
     # The control differs from the real run in the labels alone.
-    for row, other in zip(shuffled, load(corpus, "preference_data.json"), strict=True):
-        assert row["prompt"] == other["prompt"]
-        assert {row["chosen"], row["rejected"]} == {other["chosen"], other["rejected"]}
+    texts = [[sorted(row.values()) for row in load(folder, "preference_data.json")] for folder in (corpus, tmp_path)]
+    assert texts[0] == texts[1]
 
 
 def test_more_prompts_than_there_are(tmp_path):

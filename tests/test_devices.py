@@ -9,9 +9,9 @@ from rlhf_jax.runs import devices
 @pytest.mark.parametrize(
     ("gpu", "tpu", "message"),
     [
-        (("an NVIDIA L4", 580), False, r"NVIDIA L4.*rlhf-jax\[cuda13\].*--device cpu"),
-        *((("an NVIDIA L4", driver), False, r"rlhf-jax\[cuda12\]") for driver in (550, None)),
-        (None, True, r"a TPU.*rlhf-jax\[tpu\]"),
+        (("an NVIDIA L4", 580), False, r"NVIDIA L4.*\.\[cuda13\].*--device cpu"),
+        *((("an NVIDIA L4", driver), False, r"\.\[cuda12\]") for driver in (550, None)),
+        (None, True, r"a TPU.*\.\[tpu\]"),
     ],
 )
 def test_an_idle_accelerator_is_refused_with_its_install_line(gpu, tpu, message, monkeypatch):

@@ -24,6 +24,7 @@ def test_rows_of_a_list_and_lines_of_json_lines(write):
     expected = [Demonstration("a\nb", "x", "data.json, row 1"), Demonstration("c", "y", "data.json, row 2")]
     assert read_demonstrations(path) == expected
     text = '\ufeff{"prompt": "a\u2028b", "response": "x"}\r\n\r\n {"prompt": "c", "response": "é"}'
+    assert formats.read("prompts", write('{"prompt": "a", "items": [1]}')).rows[0].columns == {"items": [1]}
     path = write(gzip.compress(text.encode("utf-8")), "data.jsonl.gz")
     expected = [Demonstration("a\u2028b", "x", f"{path}, line 1"), Demonstration("c", "é", f"{path}, line 3")]
     assert read_demonstrations(path) == expected

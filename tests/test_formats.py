@@ -1,5 +1,8 @@
 """Records as rows: what each format becomes, what is dropped, and sentences for wrong values."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -97,34 +100,34 @@ def test_rows_that_a_stage_cannot_use_are_errors_together_or_dropped(write):
 
 
 VOTED = {"instruction": "Add", "input": "1 2", "response1": "3", "response2": "4", "annotator1": 1, "annotator2": 0}
-ALPACA = "prompt=instruction+input response=output"
-CHOICES = {"q": "p", "mc": {"choices": ["a", "b", "c"], "labels": [0, 0, 1]}}
-SCORED = {"q": "p", "completions": [{"text": "a", "score": 3}, {"text": "b", "score": 1}]}
-JUDGED = {"input": "i", "output_1": "x", "output_2": "y", "label": 2}
-# What a file holds, --columns, and the row that comes of it.
-RENAMED = [
-    ({"question": "q", "answer": "a"}, "prompt=question response=answer", Demonstration("q", "a", W)),
-    ({"instruction": "i", "input": "", "output": "o"}, ALPACA, Demonstration("i", "o", W)),
-    ({"instruction": "i", "input": "x", "output": "o"}, ALPACA, Demonstration("i\n\nx", "o", W)),
-    (CHOICES, "prompt=q responses=mc.choices best=mc.labels", Comparison("p", ("a", "b", "c"), W, best=2)),
+DATA_PAGE = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text("utf-8")
+COLUMNS = re.findall(r"^\| (\w+).*`--columns ([^`]+)`", DATA_PAGE, re.MULTILINE)
+ALPACA = {"instruction": "i", "input": "x", "output": "o"}
+TURNS = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+COMPLETIONS = [{"response": "a", "overall_score": 3}, {"response": "b", "overall_score": 1}]
+TRUTHFUL = {"question": "p", "mc1_targets": {"choices": ["a", "b", "c"], "labels": [0, 0, 1]}}
+# A row of each data set in the page's recipes, and what its columns make of it.
+RECIPES = [
+    ("GSM8K", {"question": "q", "answer": "a"}, Demonstration("q", "a", W)),
+    ("Alpaca", ALPACA, Demonstration("i\n\nx", "o", W)),
+    ("Alpaca", ALPACA | {"input": ""}, Demonstration("i", "o", W)),
+    ("ShareGPT", {"conversations": TURNS}, Demonstration("System:\ns\n\nUser:\nhi\n\nAssistant:\n", "hello", W)),
+    ("TruthfulQA", TRUTHFUL, Comparison("p", ("a", "b", "c"), W, best=2)),
     (
-        SCORED,
-        "prompt=q responses=completions.text targets=completions.score",
-        Comparison("p", ("a", "b"), W, targets=(3.0, 1.0)),
+        "UltraFeedback",
+        {"instruction": "p", "completions": COMPLETIONS},
+        Comparison("p", ("a", "b"), W, None, (3.0, 1.0)),
     ),
-    (VOTED, "", Annotated("Add\n\n1 2", "3", "4", W, votes=(1, 0))),
-    (
-        JUDGED,
-        "instruction=input response1=output_1 response2=output_2 annotator1=label",
-        Annotated("i", "x", "y", W, votes=(2,)),
-    ),
+    ("PandaLM", VOTED, Annotated("Add\n\n1 2", "3", "4", W, votes=(1, 0))),
+    ("LLMBar", {"input": "i", "output_1": "x", "output_2": "y", "label": 2}, Annotated("i", "x", "y", W, votes=(2,))),
 ]
 
 
-@pytest.mark.parametrize(("record", "columns", "expected"), RENAMED)
-def test_columns_by_other_names(write, record, columns, expected):
+@pytest.mark.parametrize(("name", "record", "expected"), RECIPES)
+def test_recipes(write, name, record, expected):
+    columns = next((flags for of, flags in COLUMNS if of == name), "").split()
     kinds = {Demonstration: "demonstrations", Comparison: "comparisons", Annotated: "annotated"}
-    assert formats.read(kinds[type(expected)], write([record]), columns=columns.split()).rows == [expected]
+    assert formats.read(kinds[type(expected)], write([record]), columns=columns).rows == [expected]
 
 
 @pytest.mark.parametrize(
@@ -141,24 +144,22 @@ def test_faults_of_columns(write, columns, message):
         formats.read("prompts", write([{"question": "q", "level": 3, "of": [{}]}]), columns=columns)
 
 
-def test_message_trees_are_rankings(write):
-    def message(role, text, *replies, rank=None):
-        return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
+def message(role, text, *replies, rank=None):
+    return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
 
+
+def test_message_trees_are_rankings(write):
     two = (message("assistant", "y", rank=1), message("assistant", "x", rank=0), message("prompter", "z", rank=2))
-    lone = message("assistant", "z", message("prompter", "more", *two), rank=2)
-    path = write([{"prompt": message("prompter", "p", *two, lone)}, {"prompt": message("prompter", "q", lone)}])
-    result = formats.read("pairs", path)
-    first, second, third = (f"data.jsonl, line {place}" for place in ("1, prompt 1", "1, prompt 2", "2, prompt 1"))
-    p, more = "User:\np\n\nAssistant:\n", "User:\np\n\nAssistant:\nz\n\nUser:\nmore\n\nAssistant:\n"
-    ranked = [("y", "z"), ("x", "y"), ("x", "z")]
-    expected = [Pair(p, better, worse, first, 1 / 3) for better, worse in ranked] + [Pair(more, "x", "y", second)]
-    assert result.rows == [*expected, Pair(more.replace("\np\n", "\nq\n", 1), "x", "y", third)]
-    unranked = {"prompt": message("prompter", "p", message("assistant", "y"))}
-    path = write([unranked, {"prompt": {"text": "p", "role": "prompter", "replies": 3}}, PAIR])
-    with pytest.raises(UserError, match="line 2: not a message tree: TypeError"):
+    deep = message("prompter", "p", *two, message("assistant", "z", message("prompter", "more", *two), rank=2))
+    unranked = message("prompter", "p", message("assistant", "y"))
+    path = write([{"prompt": deep}, {"prompt": unranked}, {"prompt": unranked | {"replies": 3}}, PAIR])
+    with pytest.raises(UserError, match="line 3: not a message tree: TypeError"):
         formats.read("pairs", path)
-    assert [*formats.read("pairs", path, on_bad_row="drop").dropped.values()] == [1, 1]
+    result = formats.read("pairs", path, on_bad_row="drop")
+    p, more = "User:\np\n\nAssistant:\n", "User:\np\n\nAssistant:\nz\n\nUser:\nmore\n\nAssistant:\n"
+    ranked = [Pair(p, *texts, f"{W}, prompt 1", 1 / 3) for texts in ("yz", "xy", "xz")]
+    assert result.rows[:-1] == [*ranked, Pair(more, "x", "y", f"{W}, prompt 2")]
+    assert [*result.places.values()] == [["data.jsonl, line 2"], ["data.jsonl, line 3"]]
 
 
 def test_prompts_as_strings_objects_and_of_rows_with_responses(write):
@@ -226,6 +227,8 @@ FAULTS = [
     ("pairs", DIALOGUES | {"rejected": HUMAN + " no\n\nHuman: why?"}, "'rejected' ends with a human turn, not with"),
     ("pairs", PAIR | RANKED | {"chosen": "x", "best": 1}, "'chosen' is not the response that 'best' says is"),
     ("pairs", PAIR | RANKED | {"chosen": "x", "ranks": [2, 1, 1]}, "'chosen' is not the response that 'ranks' says is"),
+    ("pairs", PAIR | {"best": 1}, "'chosen' is not the response that 'best' says is"),
+    ("comparisons", PAIR | {"ranks": [2, 1]}, "'chosen' is not the response that 'ranks' says is"),
     ("pairs", {"prompt": "a", "response": "b"}, "expected keys prompt, chosen, rejected, found prompt, response"),
     ("prompts", {"prompt": ""}, "'prompt' is empty"),
     ("prompts", {"promt": "a"}, "expected keys prompt, found promt; did you mean 'prompt' by 'promt'"),

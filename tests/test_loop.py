@@ -15,7 +15,7 @@ import pytest
 from test_training import Killed
 
 from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, parse
-from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.training import loop
 from rlhf_jax.training.optimizer import make_optimizer
@@ -23,7 +23,15 @@ from rlhf_jax.training.stage import open_stage
 
 
 def run_loop(
-    config, *, num_steps=6, die_at=None, losses=None, scores=None, before_step=lambda state, step: None, **options
+    config,
+    *,
+    num_steps=6,
+    die_at=None,
+    losses=None,
+    scores=None,
+    before_step=lambda state, step: None,
+    metrics=None,
+    **options,
 ):
     """A stage whose state counts its steps; ``validation/score`` after k steps is ``scores[k]``."""
 
@@ -32,7 +40,7 @@ def run_loop(
         if step == die_at:
             raise Killed
         loss = jnp.float32(losses[step]) if losses else state["n"] / 2
-        return state | {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)}
+        return state | {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)} | (metrics or {})
 
     def validate(state):
         step = int(state["n"])
@@ -75,11 +83,31 @@ def test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing(config, tmp
     assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [4, 6]
 
 
+def test_a_checkpoint_says_where_it_comes_from(config):
+    config = dataclasses.replace(config, seed=7)
+    run_loop(config, num_steps=1)
+    with checkpoint.Checkpoints(Path(config.output_dir) / "checkpoints") as checkpoints:
+        _, meta = checkpoints.restore({"n": jnp.float32(0), "optimizer": None})
+    assert (meta["seed"], meta["device"], meta["config"]["checkpoint_interval"]) == (7, "4 x cpu", 2)
+
+
 def test_step_0_is_on_disk_before_the_first_update(config):
     def look(state, step):
         assert (Path(config.output_dir) / "checkpoints" / "0" / "record" / "metadata").exists()
 
     run_loop(dataclasses.replace(config, checkpoint_async=True), num_steps=1, before_step=look)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_saves(config, tmp_path, number, code):
+    straight, before = dataclasses.replace(config, output_dir=str(tmp_path / "straight")), signal.getsignal(number)
+    run_loop(straight)
+    with pytest.raises(Stopped, match=r"after step 3 of 6(.|\n)*--resume") as stopped:
+        run_loop(config, before_step=lambda state, step: step == 2 and signal.raise_signal(number))
+    assert (stopped.value.exit_code, signal.getsignal(number)) == (code, before)
+    assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [2, 3]
+    run_loop(dataclasses.replace(config, resume=True))
+    assert files(config) == files(straight)
 
 
 def test_stopped_means_saved(config, monkeypatch):

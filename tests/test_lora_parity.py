@@ -12,7 +12,11 @@ from rlhf_jax.models import lora, names
 
 pytestmark = pytest.mark.parity
 
-FAMILIES = {"GPT2": ["c_attn", "mlp.c_proj"], "Llama": ["q_proj", "down_proj", "v_proj"]}
+FAMILIES = {
+    "GPT2": ["c_attn", "mlp.c_proj"],
+    "Llama": ["q_proj", "down_proj", "v_proj"],
+    "Qwen2 grouped": ["q_proj", "v_proj"],
+}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 

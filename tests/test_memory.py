@@ -1,11 +1,14 @@
 """Out of memory is answered with what lies on each device and what would help, whenever it comes."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.config import Compute, LoRA, RunConfig
+from rlhf_jax import training
+from rlhf_jax.config import Compute, LoRA, Network, RunConfig, Tokenizer
 from rlhf_jax.errors import TrainingFault
 from rlhf_jax.training.stage import open_stage
 
@@ -58,6 +61,23 @@ def test_the_sentence_is_the_same_while_models_are_placed_and_for_what_xla_reall
     config = RunConfig(output_dir=str(tmp_path / "b"))
     with pytest.raises(TrainingFault, match="of memory"), open_stage(config, "ppo", {}):
         jax.block_until_ready(jax.jit(lambda x: jnp.ones(1 << 46) * x)(2.0))
+
+
+@pytest.mark.usefixtures("no_pages")
+@pytest.mark.parametrize("run", [training.sft.run, training.rl.run], ids=["sft", "ppo"])
+def test_a_model_that_cannot_be_placed_is_the_same_sentence(run, tmp_path):
+    """JAX's own error, for 200 TB of random weights."""
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"prompt": p, "response": p} for p in ("ab", "ba", "aa")]), "utf-8")
+    config = RunConfig(
+        data=(str(rows),),
+        output_dir=str(tmp_path / "run"),
+        network=Network(hidden_size=1 << 22, num_heads=1, num_layers=1),
+        tokenizer=Tokenizer(kind="characters"),
+        reward=("count:a",),
+    )
+    with pytest.raises(TrainingFault, match=r"out of memory\. What helps most: (.|\n)*RESOURCE_EXHAUSTED"):
+        run(config)
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL"), ValueError("x"), PermissionError(13, "")])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_models import LLAMA, LLAMA3, some_params, stack_layers
+from test_models import GEMMA, LLAMA, LLAMA3, MISTRAL, QWEN2, QWEN3, some_params, stack_layers
 
 from rlhf_jax import models
 from rlhf_jax.errors import UserError
@@ -86,19 +86,26 @@ def test_scanned_layers_share_the_files(folder, tmp_path):
     assert_same_files(tmp_path / "scanned", folder)
 
 
-OPTIONS = {
-    "tied and scanned": {"tie_embeddings": True, "scan_layers": True},
-    "everything": {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "rope_scaling": LLAMA3},
-    "linear": {"rope_scaling": models.RopeScaling("linear", 2.0), "rope_theta": 5e5, "eos_token_id": (3, 4)},
+EVERYTHING = {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "rope_scaling": LLAMA3}
+RELATIVES = {
+    "llama, tied and scanned": dataclasses.replace(LLAMA, tie_embeddings=True, scan_layers=True),
+    "llama, everything": dataclasses.replace(LLAMA, **EVERYTHING, eos_token_id=(3, 4)),
+    "llama, linear": dataclasses.replace(LLAMA, rope_scaling=models.RopeScaling("linear", 2.0), rope_theta=5e5),
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "mistral": MISTRAL,
+    "mistral, whole": dataclasses.replace(MISTRAL, sliding_window=None),
+    "gemma3_text": dataclasses.replace(GEMMA, rope_scaling=models.RopeScaling("linear", 8.0), local_rope_theta=99.0),
 }
 
 
-@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
-def test_llama_comes_back_bit_equal(changes, tmp_path):
-    model, params = tiny(dataclasses.replace(LLAMA, **changes))
+@pytest.mark.parametrize(("name", "config"), RELATIVES.items(), ids=RELATIVES)
+def test_llama_and_its_relatives_come_back_bit_equal(name, config, tmp_path):
+    model, params = tiny(config)
     models.save(tmp_path, model, params)
     again, loaded = models.load(tmp_path, scan_layers=model.config.scan_layers)
-    assert again.config == model.config
+    assert again.config == config
+    assert config_of(tmp_path)["model_type"] == name.split(",")[0]
     assert_same(loaded, params)
 
 
@@ -172,6 +179,7 @@ UNSUPPORTED = {
     "per_layer_config": {"0": {}},
     "tie_word_embeddings": False,
     "is_causal": False,
+    "use_sliding_window": True,
 }
 HARMLESS = {"add_cross_attention": False, "pruned_heads": {}, "tie_word_embeddings": True, "per_layer_config": None}
 
@@ -181,8 +189,12 @@ HARMLESS = {"add_cross_attention": False, "pruned_heads": {}, "tie_word_embeddin
     [
         *(({key: value}, f"{key} is .*, which changes the logits") for key, value in UNSUPPORTED.items()),
         ({"architectures": 3, **HARMLESS}, None),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types is .*, which changes"),
         ({"hidden_size": 8}, r"hidden_size is 8 but n_embd is 4; remove one"),
-        ({"model_type": "bert"}, r"model_type is 'bert'; the supported ones are: gpt2, llama"),
+        (
+            {"model_type": "bert"},
+            r"model_type is 'bert'; the supported ones are: gpt2, llama, qwen2, qwen3, mistral, gemma3_text",
+        ),
         ({"activation_function": "tanh"}, r"unknown activation 'tanh'; choose from gelu_new, gelu, relu"),
         ({"n_layer": "2"}, r"n_layer is '2'"),
         ({"n_layer": None}, r"n_layer is None"),
@@ -238,6 +250,36 @@ def test_llama_s_keys_in_both_forms(llama, changes, expected):
         config = models.load(llama)[0].config
         assert (config.rope_theta, config.rope_scaling, config.rms_norm_epsilon) == expected
         assert isinstance(config.rms_norm_epsilon, float)
+
+
+WHOLE, LOCAL = "full_attention", "sliding_attention"
+ROPES = {WHOLE: {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}, LOCAL: {"rope_theta": 7.0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (6, 1e6, None, 1e4)),
+        ({"layer_types": [LOCAL, WHOLE]}, (2, 1e6, None, 1e4)),
+        ({"layer_types": [LOCAL, LOCAL], "sliding_window_pattern": 6}, (3, 1e6, None, 1e4)),
+        ({"rope_parameters": ROPES}, (6, 5.0, models.RopeScaling("linear", 2.0), 7.0)),
+        ({"rope_theta": 5.0, "rope_local_base_freq": 7.0}, (6, 5.0, None, 7.0)),
+        ({"layer_types": [WHOLE, LOCAL]}, r"layer_types is .*, which changes the logits"),
+        ({"rope_parameters": {**ROPES, LOCAL: {"rope_type": "linear"}}}, r"rope_parameters\.sliding_attention is"),
+        ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30"),
+        ({"sliding_window_pattern": 0}, r"global_every must be a positive integer, got 0"),
+    ],
+)
+def test_gemma_s_keys_in_both_forms(tmp_path, changes, expected):
+    models.save(tmp_path, *tiny(GEMMA))
+    removed = ("sliding_window_pattern", "rope_theta", "rope_scaling", "rope_local_base_freq")
+    edit_config(tmp_path, **dict.fromkeys(removed, "REMOVED") | changes)
+    if isinstance(expected, str):
+        refuses(tmp_path, expected)
+    else:
+        config = models.load(tmp_path)[0].config
+        found = (config.global_every, config.rope_theta, config.rope_scaling, config.local_rope_theta)
+        assert found == expected
 
 
 @pytest.mark.parametrize(

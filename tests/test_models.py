@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.models import attention, llama, stack
+from rlhf_jax.models import attention, decoder, stack
 
 CONFIG = models.GPT2Config(vocab_size=13, max_length=10, hidden_size=8, num_layers=2, num_heads=2)
-LLAMA = models.LlamaConfig(
-    vocab_size=13, max_length=16, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=12
-)
 LLAMA3 = models.RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
-FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
+SIZES = {"vocab_size": 13, "max_length": 16, "hidden_size": 8, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+SIZES["intermediate_size"] = 12
+LLAMA = models.LlamaConfig(**SIZES)
+QWEN2 = models.Qwen2Config(**SIZES)
+QWEN3 = models.Qwen3Config(**SIZES, head_dim=6)
+MISTRAL = models.MistralConfig(**SIZES, sliding_window=3)
+GEMMA = models.Gemma3TextConfig(**SIZES, head_dim=6, sliding_window=3, global_every=2, query_scalar=5)
+FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 ATOL = 1e-5
 
 
@@ -72,12 +76,16 @@ def test_masks_by_hand():
     seen = attention.causal_mask(jnp.asarray([[0, 1, 1, 2, 2]]))[0, 0].astype(int)
     expected = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
     np.testing.assert_array_equal(seen, expected)
+    seen = attention.causal_mask(jnp.asarray([[0, 1, 1, 1, 1]]), 2)[0, 0].astype(int)
+    np.testing.assert_array_equal(seen[2:], [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]])
     seen = attention.cache_mask(jnp.asarray([[0, 1, 1, 1]]), 1, 2)[0, 0].astype(int)
     np.testing.assert_array_equal(seen, [[0, 1, 0, 0], [0, 1, 1, 0]])
 
 
-@FAMILIES
-@pytest.mark.parametrize(("pad_id", "dtype"), [(0, np.int32), (99, bool), (-1, np.float32)])
+@pytest.mark.parametrize(
+    ("config", "pad_id", "dtype"),
+    [(CONFIG, 99, bool), (CONFIG, -1, np.float32), (LLAMA, 0, np.int32), (GEMMA, 99, bool)],
+)
 def test_padding_changes_no_logits(config, pad_id, dtype):
     model, params = tiny(config)
     tokens = some_tokens(2, 5)
@@ -108,7 +116,7 @@ def test_frequencies_by_hand():
         (LLAMA3, [1.0, 0.1 * kept + 0.1 / 8 * (1 - kept), 0.01 / 8, 0.001 / 8]),
     ):
         config = dataclasses.replace(LLAMA, head_dim=8, rope_scaling=scaling)
-        np.testing.assert_allclose(llama.frequencies(config), expected, rtol=1e-6)
+        np.testing.assert_allclose(decoder.frequencies(config), expected, rtol=1e-6)
 
 
 def test_rotation_by_hand():
@@ -129,6 +137,46 @@ def test_grouped_heads_are_heads_whose_keys_are_shared():
 
     wide, tokens = jax.tree_util.tree_map_with_path(repeated, params), some_tokens(2, 6)
     np.testing.assert_allclose(model.apply(params, tokens), whole.apply(wide, tokens), atol=ATOL)
+
+
+@pytest.mark.parametrize("config", [MISTRAL, dataclasses.replace(GEMMA, global_every=3)], ids=["mistral", "gemma"])
+def test_two_layers_of_windows_reach_twice_as_far(config):
+    """Each layer reaches 2 tokens back: the token at 0 shows in the logits at 4 and not in those at 5."""
+    model, params = tiny(config)
+    tokens = some_tokens(2, 7)
+    changed = np.abs(model.apply(params, (tokens + np.eye(1, 7, dtype=int)) % 13) - model.apply(params, tokens))
+    assert changed[:, 4].max() > 1e-3
+    np.testing.assert_array_equal(changed[:, 5:], 0)
+
+
+@pytest.mark.parametrize(("config", "kernels"), [(QWEN3, ("q_proj", "k_proj")), (GEMMA, ("o_proj", "down_proj"))])
+def test_the_length_of_what_is_normed_does_not_matter(config, kernels):
+    model, params = tiny(config)
+
+    def longer(path, leaf):
+        return 3.0 * leaf if any(part.key in kernels for part in path) else leaf
+
+    logits, tokens = model.apply(params, some_tokens(2, 5)), some_tokens(2, 5)
+    found = model.apply(jax.tree_util.tree_map_with_path(longer, params), tokens)
+    np.testing.assert_allclose(found, logits, atol=2e-3)  # up to epsilon
+
+
+def test_qwen2_has_biases_in_queries_keys_and_values_alone():
+    biased = {name for name, layer in some_params(QWEN2)["h_0"]["attn"].items() if "bias" in layer}
+    assert biased == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_gemma_by_hand():
+    module, params, tokens = decoder.Decoder(GEMMA), some_params(GEMMA), some_tokens(1, 3)
+    rows = module.apply({"params": params}, tokens, tokens, tokens >= 0, method="embed")
+    np.testing.assert_allclose(rows, params["wte"]["embedding"][tokens] * 8**0.5, rtol=1e-6)
+    assert module.scales() == [5**-0.5] * 2
+    np.testing.assert_allclose(decoder.frequencies(GEMMA)[1], 1e6 ** (-2 / 6), rtol=1e-6)
+    np.testing.assert_allclose(decoder.frequencies(GEMMA, is_local=True)[1], 1e4 ** (-2 / 6), rtol=1e-6)
+    norm = {"params": {"scale": jnp.array([1.0, 0.0])}}
+    normed = decoder._OffsetNorm(GEMMA).apply(norm, jnp.array([[3.0, 4.0]]))
+    np.testing.assert_allclose(normed, [[2 * 3 / 12.5**0.5, 4 / 12.5**0.5]], rtol=1e-6)
+    assert (GEMMA.windows, GEMMA.local_layers) == ((None, 3), [True, False])
 
 
 def test_positions_beyond_the_table_use_its_last_row():

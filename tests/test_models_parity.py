@@ -20,7 +20,16 @@ BASE = {
     "num_attention_heads": 4,
     "intermediate_size": 20,
 }
-SIZES = {"GPT2": {"n_positions": 24, "n_embd": 16, "n_layer": 3, "n_head": 4}, "Llama": BASE}
+LOCAL_LAST = ["sliding_attention", "full_attention", "sliding_attention"]
+SIZES = {
+    "GPT2": {"n_positions": 24, "n_embd": 16, "n_layer": 3, "n_head": 4},
+    **dict.fromkeys(("Llama", "Qwen2", "Qwen3", "Mistral"), BASE),
+    "Gemma3": {**BASE, "num_key_value_heads": 2, "head_dim": 6, "sliding_window": 4, "layer_types": LOCAL_LAST},
+}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -41,8 +50,25 @@ CONFIGS = {
     "Llama one key head, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "Llama biases, wide heads": {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "hidden_act": "gelu"},
     "Llama llama3": {"rope_parameters": LLAMA3, "num_key_value_heads": 2},
+    "Qwen2 grouped": {"num_key_value_heads": 2},
+    "Qwen2 tied": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
+    "Qwen3 wide heads": {"num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True},
+    "Qwen3 biases": {"num_key_value_heads": 4, "head_dim": 4, "attention_bias": True},
+    "Mistral windows": {"num_key_value_heads": 2, "sliding_window": 4},
+    "Mistral whole": {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 8},
+    "Gemma3 tied": {"query_pre_attn_scalar": 10},
+    "Gemma3 untied": {"tie_word_embeddings": False, "rope_parameters": TWO_ROPES},
     "Llama linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
 }
+CLASSIFIERS = [
+    "GPT2",
+    "Llama",
+    "Llama one key head, tied",
+    "Qwen2 grouped",
+    "Qwen3 wide heads",
+    "Mistral windows",
+    "Gemma3 tied",
+]
 each_config = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -53,9 +79,10 @@ def torch_model(name, kind="causal_lm", **changes):
 
     torch.manual_seed(0)
     family, causal = name.split()[0], "LMHeadModel" if name.startswith("GPT2") else "ForCausalLM"
-    kind = {"causal_lm": causal, "classifier": "ForSequenceClassification", "body": "Model"}[kind]
+    text = "Text" if family == "Gemma3" else ""
+    kind = {"causal_lm": causal, "classifier": f"{text}ForSequenceClassification", "body": "Model"}[kind]
     config = {**IDS, **SIZES[family], **CONFIGS.get(name, {}), **changes}
-    model = getattr(transformers, family + kind)(getattr(transformers, f"{family}Config")(**config)).eval()
+    model = getattr(transformers, family + kind)(getattr(transformers, f"{family}{text}Config")(**config)).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             is_norm = "norm" in parameter_name or "ln_" in parameter_name
@@ -111,7 +138,9 @@ def test_logits_equal_transformers(tmp_path, name):
         np.testing.assert_allclose(np.asarray(logits)[mask == 1], expected[mask == 1], atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["GPT2 gelu_new", "Llama llama3"])
+@pytest.mark.parametrize(
+    "name", ["GPT2 gelu_new", "Llama llama3", "Qwen2 tied", "Qwen3 wide heads", "Mistral windows", "Gemma3 tied"]
+)
 def test_greedy_equals_transformers_generate(tmp_path, name):
     import torch
 
@@ -128,7 +157,7 @@ def test_greedy_equals_transformers_generate(tmp_path, name):
     assert not np.asarray(result.tokens)[:, expected.shape[1] :].any()
 
 
-@pytest.mark.parametrize("name", ["GPT2", "Llama", "Llama one key head, tied"])
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_scores_equal_transformers_classifier(tmp_path, name):
     reference = torch_model(name, "classifier", num_labels=1)
     reference.save_pretrained(tmp_path)
@@ -175,7 +204,7 @@ def test_half_precision_weights_survive_a_kept_dtype_key(tmp_path):
         np.testing.assert_array_equal(found, params["wte"]["embedding"])
 
 
-@pytest.mark.parametrize("name", ["GPT2", "Llama", "Llama one key head, tied"])
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_saved_reward_model_equals_transformers_logit_plus_shift(tmp_path, name):
     # From a folder whose labels and problem type are those of another task.
     torch_model(name, problem_type="single_label_classification").save_pretrained(tmp_path / "base")
@@ -184,7 +213,7 @@ def test_saved_reward_model_equals_transformers_logit_plus_shift(tmp_path, name)
     params["score"] |= {"gain": jnp.float32(2.5), "bias": jnp.float32(0.7), "shift": jnp.float32(-1.25)}
     models.save(tmp_path / "reward", model, params)
     reference = loaded("AutoModelForSequenceClassification", tmp_path / "reward")
-    assert type(reference).__name__ == f"{name.split()[0]}ForSequenceClassification"
+    assert type(reference).__name__.removesuffix("ForSequenceClassification").removesuffix("Text") == name.split()[0]
     assert reference.config.num_labels == 1
     np.testing.assert_array_equal(torch_tensors(reference)["score.weight"][0], 2.5 * params["score"]["kernel"])
     shift = json.loads((tmp_path / "reward" / "config.json").read_text())["reward_shift"]

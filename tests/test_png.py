@@ -42,7 +42,7 @@ def test_labels_are_not_cut(y_label, scale):
     assert not any(edge.any() for edge in (inked[:3], inked[-3:], inked[:, :3], inked[:, -3:]))
     assert figures.png(plot) == figures.png(plot)
     [left] = re.findall(rf'transform="rotate\(-90 ([-\d.]+) [-\d.]+\)">{y_label}<', figures.svg(plot))
-    assert float(left) > 9  # a line's height
+    assert float(left) > 14  # a line's height, and room for a browser's own font, which may be larger
 
 
 def test_the_files_of_a_run(tmp_path, capsys):

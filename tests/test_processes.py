@@ -36,16 +36,21 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(script: str, folder: Path, count: int, *flags: str) -> list[subprocess.Popen]:
-    """The processes of one run, the first one first, with two devices in all."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(2 // count)}
-    command = [sys.executable, f"experiments/{script}.py", "--config", TINY, "--output-dir", folder, *flags]
+def launch(command: list, count: int, devices: int, flag: list[str]) -> list[subprocess.Popen]:
+    """Starts a command once for each process, with so many devices each; ``flag`` stands before the process's place."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{server.getsockname()[1]},{count}"
     pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    own = [["--processes", f"{place},{number}"] if count > 1 else [] for number in range(count)]
-    return [subprocess.Popen([*map(str, command), *flags], env=environment, cwd=ROOT, **pipes) for flags in own]
+    own = [[*flag, f"{place},{number}"] if count > 1 else [] for number in range(count)]
+    return [subprocess.Popen([*map(str, command), *last], env=environment, cwd=ROOT, **pipes) for last in own]
+
+
+def start(script: str, folder: Path, count: int, *flags: str) -> list[subprocess.Popen]:
+    """The processes of one run, the first one first, with two devices in all."""
+    command = [sys.executable, f"experiments/{script}.py", "--config", TINY, "--output-dir", folder, *flags]
+    return launch(command, count, 2 // count, ["--processes"])
 
 
 def finish(running: list[subprocess.Popen], code: int = 0) -> list[str]:
@@ -102,6 +107,26 @@ def test_two_processes_learn_what_one_does(tmp_path):
     weights, of_one = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
     for name, value in of_one.items():
         np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
+
+
+INTERLEAVED = """
+import sys
+import jax, numpy as np
+from rlhf_jax import sharding
+from rlhf_jax.runs import processes
+processes.join(sys.argv[1])
+mesh = jax.sharding.Mesh(np.array(jax.devices())[[0, 2, 1, 3]], ("data",))  # of the processes 0, 1, 0, 1
+spread = sharding.shard_rows(mesh, np.arange(8))
+assert processes.fetch(spread).tolist() == list(range(8))
+assert sorted(shard.data.tolist() for shard in spread.addressable_shards) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]][
+    jax.process_index()
+]
+"""
+
+
+@pytest.mark.slow
+def test_rows_keep_their_order_on_a_mesh_of_interleaved_devices():
+    finish(launch([sys.executable, "-c", INTERLEAVED], 2, devices=2, flag=[]))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import quickstart
+import transformers
 from test_scripts import run
 
 from rlhf_jax import cli
@@ -31,6 +32,11 @@ def test_seeds_pass_and_leave_a_page(seed, tmp_path):
     assert summary["checks"] == dict.fromkeys(CHECKS, True)
     assert summary["critic"]["lowest_explained_variance_of_last_half"] > 0
     assert summary["critic"]["largest_ratio"] < 5
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")  # it knows how the run asked
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert asked == "Human: Hi\nAssistant: "
     page = (folder / "report.html").read_text("utf-8")
     assert page.count("<svg") >= 6
     assert not any(reference in page for reference in ("http://", "https://", "<script", "src=", "<link"))

@@ -4,22 +4,13 @@ import json
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from test_page import HOSTILE, Page
 
-from rlhf_jax import models, sharding
-from rlhf_jax.config import RunConfig
-from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.generator import LanguageModel
 from rlhf_jax.report import page, plots, records
 from rlhf_jax.report.export import export
-from rlhf_jax.runs.folder import open_run
-from rlhf_jax.runs.log import RowWriter
-from rlhf_jax.training.initial import Trainable
-from rlhf_jax.training.stage import Stage
 
 BROKEN = r"manifest.json, config.yaml or evaluation.json is missing or not what rlhf_jax writes"
 BROKEN_FOLDERS = [("manifest.json", None, "no run here, as there is no manifest.json"), ("manifest.json", "[]", BROKEN)]
@@ -73,7 +64,7 @@ def groups_of(*folders: Path) -> list[records.Group]:
 # --- The page of one run --------------------------------------------------------------------------------------------
 
 
-def test_the_page_of_one_run(tmp_path, monkeypatch):
+def test_the_page_of_one_run(tmp_path):
     run = write_run(tmp_path / "mine")
     read = read_page(tmp_path, run)
     assert (read.texts("h1"), read.texts("pre")[0]) == (["PPO: mine"], f"\n{COMMAND}")
@@ -89,15 +80,13 @@ def test_the_page_of_one_run(tmp_path, monkeypatch):
     assert ["kl_target" in text for text in read.texts("details")] == [True]
     # Samples stand beside what was said to the same prompt before.
     assert read.texts("th") == ["prompt", "response, step 0", "score, step 0", "response, step 3", "score, step 3"]
-    first = ["a", "b↵\nc", "1", "again", "3", "a", HOSTILE, "2", "second", "5"]
-    assert read.texts("td") == [*first, "d", "NaN", "1", "NaN", "3"]
+    rows = ("a", "b↵\nc", "1", "again", "3"), ("a", HOSTILE, "2", "second", "5"), ("d", "NaN", "1", "NaN", "3")
+    assert read.texts("td") == [cell for row in rows for cell in row]
     first_bytes = (tmp_path / "out.html").read_bytes()
     read_page(tmp_path, run)
     assert (tmp_path / "out.html").read_bytes() == first_bytes
-    monkeypatch.setattr(page, "MAX_SAMPLES", 2)
-    read = read_page(tmp_path, run)
-    assert read.texts("td") == first
-    assert any("first 2 of 3 in samples.jsonl" in text for text in read.texts("p"))
+    table = page._samples(*records.find([run]), limit=2, is_one=True)
+    assert (len(table.rows), table.note[:34]) == (2, "The first 2 of 3 in samples.jsonl.")
 
 
 def test_alerts_and_an_evaluation_are_listed(tmp_path):
@@ -191,16 +180,12 @@ def test_groups_are_compared_by_what_differs(tmp_path):
     folders.append(run("d", 0.1, None, stage="mine"))  # an algorithm from outside
     groups = groups_of(*folders)
     assert [[record.name for record in group.records] for group in groups] == [["a", "b"], ["c"], ["d"]]
-    assert records.differences(groups) == {  # dpo.beta is no setting of these stages
-        "stage": ["ppo", "ppo", "mine"],
-        "ppo.clip": [0.2, 0.1, "(none)"],
-        "rl.kl_target": [1.0, None, None],
-    }
+    expected = {"stage": ["ppo", "ppo", "mine"], "ppo.clip": [0.2, 0.1, "(none)"], "rl.kl_target": [1.0, None, None]}
+    assert records.differences(groups) == expected  # dpo.beta is no setting of these stages
     read = read_page(tmp_path, *folders)
     assert read.texts("h1") == ["PPO, MINE: a, b, c, d"]
     at = read.texts("td").index("rl.kl_target")
     assert read.texts("td")[at : at + 4] == ["rl.kl_target", "1.0", "null", "null"]
-    assert read.texts("pre")[0] == f"\n{COMMAND}"  # the same of all four
     looks = {name: (line.color, line.style) for name, line in plots.curves(groups)[0][0].series.items()}
     names = enumerate(("a (n = 2)", "c", "d"))
     assert looks == {f"{name}{more}": (i, j) for i, name in names for j, more in enumerate(("", ", validation"))}
@@ -291,33 +276,13 @@ def test_a_run_twice_and_no_place_for_the_page(tmp_path):
 
 
 def test_rows_and_series_of_a_run(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    writer = RowWriter(path)
-    noted = {"loss": math.nan, "prompt": "NaN", "note": "a\u2028b"}
-    for step, row in enumerate([{"validation/score": 0.5}, noted, {"loss": -math.inf, "validation/score": 0.75}]):
-        writer.write(step, row)
-    writer.close()
-    with path.open("a") as file:
-        file.write('{"step": 3, "lo')  # cut by a kill
+    path, strange = tmp_path / "metrics.jsonl", {"loss": "NaN", "prompt": "NaN", "note": "a\u2028b"}
+    rows = {"validation/score": 0.5}, strange, {"loss": "-Infinity", "validation/score": 0.75}
+    lines = [json.dumps({"step": step} | row, ensure_ascii=False) for step, row in enumerate(rows)]
+    path.write_text("\n".join([*lines, '{"step": 3, "lo']), encoding="utf-8")  # cut by a kill
     rows = records.read_rows(path)
     assert records.series(rows, "validation/score") == ([0, 2], [0.5, 0.75])
     np.testing.assert_array_equal(records.series(rows, "loss"), [[1, 2], [math.nan, -math.inf]])
     assert (rows[1]["prompt"], rows[1]["note"], len(rows)) == ("NaN", "a\u2028b", 3)
     with pytest.raises(UserError, match="there is no such file"):
         records.read_rows(tmp_path / "other.jsonl")
-
-
-def test_the_end_of_a_run_draws_it_and_a_failure_to_draw_loses_nothing(tmp_path, capsys):
-    model = models.build(models.GPT2Config(vocab_size=300, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
-    generator = LanguageModel(model, model.init(jax.random.key(0)), tokenizers.train_bpe(["some text"], 300))
-    for name, message in (("whole", "saved {}"), ("broken", "{} could not be drawn: UserError: ")):
-        folder = write_run(tmp_path / name, stage="sft", metrics={"sft/loss": [1.0, 2.0]}, samples={}, finished=False)
-        if name == "broken":
-            (folder / "config.yaml").unlink()
-        with open_run(folder, resume=True) as run:
-            stage = Stage(RunConfig(), "sft", run, sharding.make_mesh())
-            result = stage.finish(generator, Trainable(generator.params), {"": generator.params}, {})
-        assert message.format(folder / "report.html") in capsys.readouterr().out
-        assert (folder / "report.html").exists() == (name == "whole")
-        assert models.load(result.model_folder)[0].config.vocab_size == 300
-    assert "not finished" not in (tmp_path / "whole" / "report.html").read_text("utf-8")

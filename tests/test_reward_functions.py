@@ -45,13 +45,16 @@ def functions(tmp_path):
     return file
 
 
+def score(params, tokens, attention_mask, key):
+    return params * tokens.sum(axis=1)
+
+
 def load(path):
-    """A reward model: its number, the last character of the folder's name, times the sum of a row's tokens."""
+    """A reward model: its number, the last digit in the folder's name, times the sum of a row's tokens."""
     if "no/such" in path:
         raise UserError(f"{path}: no such folder")
-    fingerprint = "another" if "other" in path else TOKENIZER.fingerprint
-    score = lambda params, tokens, attention_mask, key: params * tokens.sum(axis=1)  # noqa: E731
-    return spec.RewardModel(score, jnp.float32(path[-1]), fingerprint)
+    number = [character for character in path if character.isdigit()][-1]
+    return spec.RewardModel(score, jnp.float32(number), "another" if "other" in path else TOKENIZER.fingerprint)
 
 
 def build(*entries, columns=("topic", "other"), load=load):
@@ -84,19 +87,6 @@ def test_a_traced_reward_on_the_host():
         spec.as_host(dense)(rollout(), {})
 
 
-def test_the_terms_of_one_word():
-    terms = {"length": rewards.length(0), "length:3": rewards.length(3), "repetition": rewards.repetition(3)}
-    terms |= {
-        "repetition:2": rewards.repetition(2),
-        "diversity": rewards.diversity(2),
-        "diversity:3": rewards.diversity(3),
-    }
-    terms["count:a"] = rewards.token_count(*TOKENIZER.encode("a"))
-    built = {entry: str(jax.tree.flatten(build(entry).fn)) for entry in terms}  # functions and their numbers
-    assert built == {entry: str(jax.tree.flatten(fn)) for entry, fn in terms.items()}
-    assert len(set(built.values())) == len(terms)
-
-
 @pytest.fixture
 def pair(tmp_path):
     """The folder of a run that trained an ensemble of two, models 0 and 1."""
@@ -105,28 +95,27 @@ def pair(tmp_path):
     return tmp_path / "pair" / "model"
 
 
-def test_several_reward_models_by_hand(pair):
-    """A run's folder means its members; mean, worst case, mean - coef * variance; weights outside."""
-    batch = rollout()
-    sums = batch.tokens.sum(axis=1)
-    three, two = np.outer([0, 1, 5], sums), np.outer([0, 1], sums)
-    one_model, parts = build("runs/rm5/model5").fn(batch)
-    assert (one_model.tolist(), parts) == ((5 * sums).tolist(), {})
-    expected = {
-        f"mean:{pair},x/5": three.mean(axis=0),
-        f"min:x/5,{pair}": three.min(axis=0),
-        f"uncertainty:{pair},x/5": three.mean(axis=0) - three.var(axis=0),
-        f"uncertainty:0.5:{pair}": two.mean(axis=0) - 0.5 * two.var(axis=0),
-    }
-    total, parts = build(*(f"{entry}*2" for entry in expected)).fn(batch)
-    np.testing.assert_allclose(total, 2 * np.sum([*expected.values()], axis=0), rtol=1e-5)
-    names = ["mean:pair,5", "min:5,pair", "uncertainty:pair,5", "uncertainty:0.5:pair"]
-    values = dict(zip(names, expected.values(), strict=True))
-    values |= {f"{name}/uncertainty": (two if name == names[-1] else three).std(axis=0) for name in names}
-    assert parts.keys() == values.keys()
-    for name, scores in values.items():
-        np.testing.assert_allclose(parts[name], scores, rtol=1e-4, atol=1e-6)
-    assert build(f"mean:{pair}").fn(batch)[1].keys() == {"uncertainty"}
+def test_what_entries_mean(pair):
+    """Terms, reward models and their ensembles: the folder of a run means its members."""
+    zero, one, five = (rewards.from_model(score, jnp.float32(number)) for number in (0, 1, 5))
+    expected = {"length": rewards.length(0), "length:3": rewards.length(3), "repetition": rewards.repetition(3)}
+    expected |= {"repetition:2": rewards.repetition(2), "diversity": rewards.diversity(2), "x/5": five}
+    expected |= {"diversity:3": rewards.diversity(3), "count:a": rewards.token_count(*TOKENIZER.encode("a"))}
+    expected |= {f"{how}:{pair},x/5": rewards.ensemble([zero, one, five], how) for how in ("mean", "uncertainty")}
+    expected[f"min:x/5,{pair}"] = rewards.ensemble([five, zero, one], "min")
+    expected[f"uncertainty:0.5:{pair}"] = rewards.ensemble([zero, one], "uncertainty", 0.5)
+    built = {entry: str(jax.tree.flatten(build(entry).fn)) for entry in expected}  # functions and their numbers
+    assert built == {entry: str(jax.tree.flatten(fn)) for entry, fn in expected.items()}
+    assert len(set(built.values())) == len(expected)
+
+
+def test_the_parts_of_several_entries_have_their_names(pair):
+    total, parts = build("length", "runs/rm5/model", f"min:x/5,{pair}", f"uncertainty:0.5:{pair}*2").fn(rollout())
+    ensembles = {"min:5,pair", "uncertainty:0.5:pair"}
+    assert parts.keys() == {"length", "rm5", *ensembles, *(f"{name}/uncertainty" for name in ensembles)}
+    np.testing.assert_allclose(
+        total, sum(parts[name] for name in ("length", "rm5", *ensembles)) + parts["uncertainty:0.5:pair"]
+    )
 
 
 MISTAKES = {

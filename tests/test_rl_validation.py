@@ -1,5 +1,6 @@
 """Validations of an RL run: prompts of their own, a metric for each part of the reward, examples, samples.jsonl."""
 
+import dataclasses
 import json
 import re
 
@@ -10,6 +11,7 @@ from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import folder
+from rlhf_jax.training.stage import open_stage
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -62,3 +64,14 @@ def test_a_column_that_validation_lacks_is_refused(config, tmp_path):
     with pytest.raises(UserError, match=r"rl\.validation_data: its rows have no topic"):
         training.rl.run(config, vpg)
     assert folder.is_unused(tmp_path / "run")
+
+
+def test_another_reward_file_is_another_run(config, tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text("score = len")
+    config = dataclasses.replace(config, reward=(f"{file}:score",))
+    with open_stage(config, "vpg", {}, files=training.rl._files(config)) as stage:
+        (stage.run.checkpoints / "0").mkdir(parents=True)
+    file.write_text("score = max")
+    with pytest.raises(UserError, match=r"sha256 of reward \S+ was '\w{12}' and is now '\w{12}'"):
+        training.rl.run(dataclasses.replace(config, resume=True), vpg)

@@ -309,13 +309,6 @@ def test_each_device_stops_by_itself():
     assert len(calls) == 1 + 6
 
 
-def test_jit_changes_nothing():
-    options = {"max_new_tokens": 3, "top_k": 3, "top_p": 0.9}
-    plain, jitted = sampling.generate(MODEL, PARAMS, *PROMPTS, KEY, config=config(**options)), run(**options)
-    np.testing.assert_array_equal(plain.tokens, jitted.tokens)
-    np.testing.assert_allclose(plain.log_probs, jitted.log_probs, atol=1e-6)
-
-
 def test_uncached_equals_a_cached_model():
     """Logits by the sum of (id + 1) of all tokens that the mask shows: neither pads nor empty slots count."""
 

@@ -32,6 +32,17 @@ def test_rows_and_copies():
     assert jax.random.uniform(tree["key"]) == jax.random.uniform(jax.random.key(0))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_follow_their_devices_wherever_they_stand_in_the_mesh(processes, monkeypatch):
+    mesh = jax.sharding.Mesh(np.array(jax.devices())[[0, 2, 1, 3]], ("data",))
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    batch = {"x": np.arange(8), "key": jax.random.split(jax.random.key(0), 8)}
+    spread = sharding.shard_rows(mesh, batch)
+    np.testing.assert_array_equal(spread["x"], batch["x"])
+    assert [(shard.device.id, shard.data.tolist()) for shard in spread["x"].addressable_shards][1] == (2, [2, 3])
+    assert (spread["key"] == batch["key"]).all()
+
+
 @pytest.mark.parametrize(("num_rows", "nearest"), [(10, "8 or 12"), (3, "4$")])
 def test_rows_that_do_not_divide(num_rows, nearest):
     with pytest.raises(UserError, match=f"{num_rows} rows does not divide over 4 devices: .* size of {nearest}"):

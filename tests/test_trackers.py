@@ -64,6 +64,12 @@ def track(folder, names, steps, resume_step=None):
                     tracker.alert(step, "KL explosion")
 
 
+def track_killed_run(folder, name):
+    """Killed in step 7; its checkpoint is step 4."""
+    track(folder, [name], range(7))
+    track(folder, [name], range(5, 10), resume_step=4)
+
+
 def logged(init, name="x"):
     """The steps at which a service got this name."""
     return [call.kwargs["step"] for call in init.return_value.log.call_args_list if name in call.args[0]]
@@ -73,8 +79,7 @@ def logged(init, name="x"):
 def test_a_run_and_its_resumption_are_one_run_in_which_no_step_comes_twice(tmp_path, monkeypatch, name):
     init = stand_in(monkeypatch, name)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    track(tmp_path / "ppo", [name], range(7))  # killed in step 7; its checkpoint is step 4
-    track(tmp_path / "ppo", [name], range(5, 10), resume_step=4)
+    track_killed_run(tmp_path / "ppo", name)
     assert logged(init) == list(range(10))
     assert logged(init, "samples") == [0, 4, 8]
     kind, columns, cells = init.return_value.log.call_args_list[0].args[0]["samples"]
@@ -132,8 +137,7 @@ def test_a_missing_package_is_said_before_anything_else(monkeypatch):
 def test_tensorboard_reads_each_step_once(tmp_path):
     pytest.importorskip("tensorboardX")
     event_accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-    track(tmp_path, ["tensorboard"], range(7))
-    track(tmp_path, ["tensorboard"], range(5, 10), resume_step=4)
+    track_killed_run(tmp_path, "tensorboard")
     read = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0, "scalars": 0}).Reload()
 
     def texts(tag):
@@ -142,11 +146,8 @@ def test_tensorboard_reads_each_step_once(tmp_path):
     assert [(event.step, event.value) for event in read.Scalars("x")] == [(step, float(step)) for step in range(10)]
     assert len(read.Tags()["tensors"]) == 3
     assert list(texts("samples")) == [0, 4, 8]
-    assert texts("samples")[0].splitlines()[:3] == [
-        "| prompt | response | score | unsafe |",
-        "| --- | --- | --- | --- |",
-        "| a\\|b | c<br>d | 0.5 | None |",
-    ]
+    lines = ["| prompt | response | score | unsafe |", "| --- | --- | --- | --- |", "| a\\|b | c<br>d | 0.5 | None |"]
+    assert texts("samples")[0].splitlines()[:3] == lines
     assert texts("alerts") == {2: "KL explosion"}
     assert [step for step, text in texts("config").items() if '"seed": 1' in text] == [0, 5]
 
@@ -157,8 +158,7 @@ def test_trackio_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
     for module in [module for module in sys.modules if module.partition(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, module)
-    track(tmp_path / "run", ["trackio"], range(7))
-    track(tmp_path / "run", ["trackio"], range(5, 10), resume_step=4)
+    track_killed_run(tmp_path / "run", "trackio")
     name = json.loads((tmp_path / "run" / "tracker.json").read_text())["name"]
     storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
     assert storage.get_runs("rlhf_jax") == [name]
@@ -172,8 +172,7 @@ def test_w_and_b_itself_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    track(tmp_path / "run", ["wandb"], range(7))
-    track(tmp_path / "run", ["wandb"], range(5, 10), resume_step=4)
+    track_killed_run(tmp_path / "run", "wandb")
     run_id = json.loads((tmp_path / "run" / "tracker.json").read_text())["id"]
     written = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(written) == 2

@@ -105,7 +105,7 @@ def test_lines_where_there_is_no_terminal(tmp_path):
     out = console(False)
     with (
         open_run(tmp_path) as run,
-        Tracker(run, total=25, label="ppo", show=["kl", "score"], console=out, print_every=10) as tracker,
+        Tracker(run, total=25, label="ppo", show=["kl", "score"], console=out) as tracker,
     ):
         for step in range(1, 26):
             tracker.log(step, {"loss": 0.0, "score": step / 7, "kl": 2.0})

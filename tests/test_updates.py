@@ -306,6 +306,7 @@ GROUPED = [({"group_size": 1}, "group_size must be at least 2"), ({"group_size":
 OF_ONE = [
     ("ppo", {"value_clip": 0.0}, "value_clip must be above 0"),
     ("grpo", {"eps": -1.0}, "eps must be at least 0"),
+    ("grpo", {"length": 12}, "length 12 is read by aggregate 'fixed' alone, got 'sequence'"),
     ("vpg", {"baseline": "mean"}, "ema, none"),
     ("vpg", {"baseline_decay": 1.5}, "baseline_decay must be at most 1"),
     ("sft", {"aggregate": "mean"}, "token, sequence, sum"),

@@ -12,6 +12,8 @@ import pytest
 
 from rlhf_jax import training, vpg
 from rlhf_jax.config import DPOStage, Network, RewardModelStage, RLStage, RunConfig, SFTStage, Text, Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.report import records
 from rlhf_jax.training import reward_model, rl, stage
 from rlhf_jax.types import Rollout
 
@@ -86,7 +88,7 @@ def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, con
     assert len(set(batches)) == len(set(keys)) == 6
 
 
-def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_path, monkeypatch):
+def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_path, monkeypatch, capsys):
     drawn, create = [], rl._Trainer.__init__
 
     def recording(name, phase):
@@ -103,9 +105,15 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
         trainer._collect = recording("rollout", lambda *inputs: (respond(*inputs), {}))
         trainer._learn = recording("update", lambda state, *inputs: (state, {"nonfinite": 0.0}))
 
+    def write_page(runs, path):
+        raise UserError(f"there is {records.model_config(runs[0])}")
+
     monkeypatch.setattr(rl._Trainer, "__init__", init)
+    monkeypatch.setattr("rlhf_jax.report.page.write", write_page)  # whose failure loses nothing
     folder = training.rl.run(config, vpg).folder
     training.rl.run(again(config, tmp_path), vpg)
+    failure = f"report.html could not be drawn: UserError: there is {folder / 'model' / 'config.json'}\n"
+    assert failure in capsys.readouterr().out
     assert drawn[:8] == drawn[8:]
     assert [name for name, *_ in drawn[:8]] == ["eval", *["rollout", "update"] * 3, "eval"]
     assert drawn[0] == drawn[7]  # validations sample with one key, so that they can be compared
@@ -119,11 +127,11 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
 
 
 def test_a_reward_model_is_normalised_to_mean_0_and_variance_1():
-    def score(params, tokens, attention_mask):
-        return params["score"]["gain"] * tokens.sum(axis=2) + params["score"]["shift"]
+    def score(params, answers):
+        return params["score"]["gain"] * answers.tokens.sum(axis=2) + params["score"]["shift"]
 
     tokens = np.array([[1, 2], [3, 4], [5, 9]], np.int32)
     samples = Rollout(tokens, np.ones_like(tokens), np.ones_like(tokens), np.zeros((3, 2), np.float32))
     params = reward_model._normalized(score, {"score": {"gain": jnp.float32(7.0), "shift": jnp.float32(5.0)}}, samples)
-    scores = np.asarray(score(params, tokens[:, None], None))
+    scores = np.asarray(score(params, Rollout(tokens[:, None], None, None, None)))
     assert (scores.mean(), scores.std()) == pytest.approx((0.0, 1.0), abs=1e-6)

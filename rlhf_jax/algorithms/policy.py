@@ -60,6 +60,8 @@ class Batching:
         for name in ("num_epochs", "num_minibatches", "shuffle_blocks", "num_microbatches", "group_size"):
             ops.check_number(name, getattr(self, name), at_least=1)
         losses.check_aggregation(self.aggregate, self.length)
+        if self.length is not None and self.aggregate != "fixed":
+            raise ValueError(f"length {self.length} is read by aggregate 'fixed' alone, got {self.aggregate!r}")
 
 
 @dataclass(frozen=True)

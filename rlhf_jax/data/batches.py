@@ -42,7 +42,10 @@ def split(
     before = np.cumsum(np.bincount(group_of, minlength=len(number))[order])
     num_groups = int(np.searchsorted(before, held_out)) + 1 if held_out else 0
     if num_groups >= len(number):
-        raise UserError(f"{n} rows leave none to train on after {held_out} for validation; give more data")
+        raise UserError(
+            f"{n} rows leave none to train on after {held_out} for validation; give more data or a "
+            "smaller validation_fraction (0 holds none out)"
+        )
     validates = np.isin(group_of, order[:num_groups])
     return np.flatnonzero(~validates), np.flatnonzero(validates)
 

@@ -92,11 +92,7 @@ def check(
 
 
 def preview(
-    path: str,
-    tokenizer: Tokenizer | None = None,
-    kind: Kind | None = None,
-    count: int = 3,
-    columns: Sequence[str] = (),
+    path: str, tokenizer: Tokenizer | None = None, kind: Kind | None = None, count: int = 3, columns: Sequence[str] = ()
 ) -> str:
     """The first ``count`` rows in full, as a run would read them, messages rendered, and what is wrong with others.
 
@@ -104,35 +100,33 @@ def preview(
       UserError: for a file that cannot be read.
     """
     source = read_source(path)
-    records = adapted(source.records, columns)
-    kind = kind or _guess_kind(path, records)
-    found = formats.parse_all(kind, records, chat.template_of(tokenizer), "error")
+    kind, found = _parse(path, adapted(source.records, columns), tokenizer, kind)
     head = f"{path}: {source.format}, {len(source.records)} rows, {kind}"
+    shown = [_render_row(row, tokenizer) for row in found.rows[:count]]
     findings = "\n".join([*_problems(found.errors), *_dropped(found.places)])
-    return "\n\n".join(
-        [head, *(_render_row(row, tokenizer) for row in found.rows[:count]), *[findings] * bool(findings)]
-    )
+    return "\n\n".join([head, *shown, *[findings] * bool(findings)])
 
 
-def _guess_kind(name: str, records: list[Record]) -> Kind:
-    """What the pipeline's name of the file says; else what most rows are, demonstrations if none is of a known form."""
+def _parse(
+    name: str, records: list[Record], tokenizer: Tokenizer | None, kind: Kind | None, on_bad_row: OnBadRow = "error"
+) -> tuple[Kind, formats.Parsed]:
+    """The rows, of the kind that the pipeline's name of the file says, or else that most records are."""
     named: list[Kind] = [kind for kind, file in formats.FILES.items() if file == Path(name).name]
     kinds = Counter(form[0] for record in records if (form := formats.form_of(record.value)))
-    return [*named[-1:], *(kind for kind, _ in kinds.most_common(1)), "demonstrations"][0]
+    kind = kind or [*named[-1:], *(kind for kind, _ in kinds.most_common(1)), "demonstrations"][0]
+    return kind, formats.parse_all(kind, records, chat.template_of(tokenizer), on_bad_row)
 
 
 def _check_file(
     name: str, tokenizer: Tokenizer | None, kind: Kind | None, columns: Sequence[str], on_bad_row: OnBadRow
 ) -> _File:
-    source = Source([], "", "unreadable")
-    records, errors = list[Record](), list[UserError]()
+    source, records, errors = Source([], "", "unreadable"), list[Record](), list[UserError]()
     try:
         source = read_source(name)
         records = adapted(source.records, columns)
     except UserError as error:
         errors.append(error)
-    kind = kind or _guess_kind(name, records)
-    found = formats.parse_all(kind, records, chat.template_of(tokenizer), on_bad_row)
+    kind, found = _parse(name, records, tokenizer, kind, on_bad_row)
     errors += found.errors
     lengths: dict[str, list[int]] = {}
     try:
@@ -140,16 +134,12 @@ def _check_file(
         lengths = _lengths(found.rows, tokenizer)
     except UserError as error:
         errors.append(error)
-    forms = Counter(
-        (formats.form_of(record.value) or ("", _UNKNOWN))[1]
-        for record in records
-        if not isinstance(record.value, Exception)
-    )
+    values = [record.value for record in records if not isinstance(record.value, Exception)]
+    forms = Counter((formats.form_of(value) or ("", _UNKNOWN))[1] for value in values)
+    counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common())
     lines = [f"{name}: {source.format}, {len(source.records)} rows, {len(found.rows)} {kind} kept"]
-    if forms:
-        lines.append(f"  rows: {'; '.join(f'{count} of {form}' for form, count in forms.most_common())}")
-    if set(forms) == {_UNKNOWN}:
-        lines.append(f"  a row must have the keys of one of these: {_KNOWN}")
+    lines += [f"  rows: {counted}"] * bool(forms)
+    lines += [f"  a row must have the keys of one of these: {_KNOWN}"] * (set(forms) == {_UNKNOWN})
     bad = {error.source for error in errors if isinstance(error, BadRow)}
     unread, warnings = _unread([record for record in records if record.source not in bad], kind)
     lines += [*_problems(errors), *warnings, *unread, *_dropped(found.places), *_repeats(found.rows, name)]

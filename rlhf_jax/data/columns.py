@@ -6,6 +6,7 @@ or ``A+B``, two texts with an empty line between them, of which either may be em
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -70,40 +71,34 @@ def _value(value: Any, path: str) -> Any:
     if isinstance(value, list):
         inner = [_value(item, path) for item in value]
         return None if None in inner else inner
-    if not isinstance(value, dict) or path in value:
+    if not isinstance(value, dict) or path in value or not re.search("[+.]", path):
         return value.get(path) if isinstance(value, dict) else None
-    if "+" in path:
-        parts = [_value(value, part) for part in path.split("+")]
-        for part in parts:
-            if not isinstance(part, str | None):
-                raise TypeError(f"--columns joins texts with +, found {kind(part)} in {path}")
-        return "\n\n".join(filter(None, parts)) or None
-    outer, dot, rest = path.partition(".")
-    return _value(value.get(outer), rest) if dot else None
+    if "+" not in path:
+        outer, _, rest = path.partition(".")
+        return _value(value.get(outer), rest)
+    parts = [_value(value, part) for part in path.split("+")]
+    if wrong := [part for part in parts if not isinstance(part, str | None)]:
+        raise TypeError(f"--columns joins texts with +, found {kind(wrong[0])} in {path}")
+    return "\n\n".join(filter(None, parts)) or None
 
 
-def _rankings(record: Record) -> Iterator[Record]:
+def _rankings(record: Record) -> list[Record]:
     """The record itself; of a message tree, each prompter's message with two replies of known rank, 0 being best."""
-    row = record.value
-    root = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(root, dict) or not {"text", "role", "replies"} <= set(root):
-        yield record
-        return
+    root = record.value.get("prompt") if isinstance(record.value, dict) else None
+    if not isinstance(root, dict) or "replies" not in root:
+        return [record]
     try:
-        rankings = list(_walk(root))
+        rows = list(_walk(root))
     except (KeyError, TypeError, AttributeError) as error:
-        yield Record(BadRow(record.source, f"not a message tree: {type(error).__name__}: {error}"), record.source)
-        return
-    for number, ranking in enumerate(rankings, 1):
-        yield Record(ranking, f"{record.source}, prompt {number}")
-    if not rankings:
-        yield Record(Drop(UNRANKED), record.source)
+        return [Record(BadRow(record.source, f"not a message tree: {type(error).__name__}: {error}"), record.source)]
+    rankings = [Record(row, f"{record.source}, prompt {number}") for number, row in enumerate(rows, 1)]
+    return rankings or [Record(Drop(UNRANKED), record.source)]
 
 
 def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
     waiting: list[tuple[dict[str, Any], list[Message]]] = [(root, [])]
     while waiting:
-        message, before = waiting.pop()
+        message, before = waiting.pop(0)
         role = "user" if message["role"] == "prompter" else "assistant"
         turns = [*before, {"role": role, "content": message["text"]}]
         replies = message.get("replies") or []
@@ -111,4 +106,4 @@ def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if role == "user" and len(ranked) > 1:
             texts, ranks = [reply["text"] for reply in ranked], [reply["rank"] for reply in ranked]
             yield {"prompt": turns, "responses": texts, "ranks": ranks}
-        waiting += [(reply, turns) for reply in reversed(replies)]
+        waiting += [(reply, turns) for reply in replies]

@@ -107,8 +107,9 @@ def parse_text(text: str, name: str, suffix: str = ".json") -> tuple[list[Record
         raise UserError(f"{name}, line {lines[0][0]}: expected a JSON list or JSON lines, found {lines[0][1][:20]!r}")
     records = list(_json_lines(lines, name))
     whole = _decoded(text) if len(records) == 1 or (records and isinstance(records[0].value, UserError)) else None
-    for key in [key for key in _WRAPPERS if isinstance(whole, dict) and isinstance(whole.get(key), list)]:
-        raise UserError(f"{name}: the rows must be the list itself, without the key {key!r} around it")
+    if isinstance(whole, dict) and not {"prompt", "query", "messages", "chosen"} & set(whole):
+        for key in [key for key in _WRAPPERS if isinstance(whole.get(key), list)]:
+            raise UserError(f"{name}: the rows must be the list itself, without the key {key!r} around it")
     return records, "JSON lines"
 
 

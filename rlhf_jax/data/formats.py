@@ -71,6 +71,7 @@ KNOWN = tuple(dict.fromkeys(itertools.chain(*FORMATS, ("query", "responses"), LA
 DEMO = "demo"  # the data of this name is generated
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_CONTRADICTED = "'chosen' is not the response that {!r} says is the best"
 _NO_DIALOGUE = "{!r} must be a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' in a row without a prompt"
 PAD_ID = 50259  # of lm-human-preferences, GPT-2's vocabulary size + 2; no token of GPT-2
 EQUAL = "chosen and rejected are identical"
@@ -324,6 +325,9 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Comparison, tuple[
             raise BadRow(record.source, "dialogues differ before the last response")
         if chosen == rejected:
             raise Drop(EQUAL)
+        for label in [label for label in LABELS[:-1] if row.get(label) is not None]:
+            if 0 not in _best(_ranks(record, label, 2)):
+                raise BadRow(record.source, _CONTRADICTED.format(label))
         return Comparison(_rendered(before, template, record), (chosen, rejected), record.source), (0, 1)
     responses = tuple(_text_or_ids(record, f"response {i}", value) for i, value in enumerate(_responses(record)))
     labels = [key for key in LABELS if row.get(key) is not None]
@@ -338,7 +342,7 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Comparison, tuple[
     ranks = None if labels[0] == "targets" else _ranks(record, labels[0], len(responses))
     best = ranks.index(0) if ranks and labels == ["best"] else None
     if ranks and "chosen" in row and row["chosen"] not in [responses[i] for i in _best(ranks)]:
-        raise BadRow(record.source, f"'chosen' is not the response that {labels[0]!r} says is the best")
+        raise BadRow(record.source, _CONTRADICTED.format(labels[0]))
     return Comparison(_prompt_of_answers(record, template), responses, record.source, best, targets), ranks
 
 

@@ -28,6 +28,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import data, measures, texts
 from rlhf_jax.evaluation.measures import Figure, Responses
 from rlhf_jax.models import hf
+from rlhf_jax.models.hf import model_folder
 from rlhf_jax.report import records
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices, manifest
@@ -203,12 +204,6 @@ def _check_flags(policy: Policy, config: Config) -> None:
             f"{policy.folder}: this is a reward model, which writes no text: it is judged by --preferences and "
             f"--annotated, not by {', '.join(given)}; or give a policy, and this as its --reward-model"
         )
-
-
-def model_folder(folder: str) -> str:
-    """``model/`` of a run; any other folder or name is itself."""
-    inner = Path(folder) / "model"
-    return str(inner) if inner.is_dir() else folder
 
 
 def _settings(folder: str) -> dict[str, Any]:

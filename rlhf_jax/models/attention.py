@@ -30,35 +30,42 @@ def positions(attention_mask: jax.Array) -> jax.Array:
     return counts - starts
 
 
-def causal_mask(attention_mask: jax.Array) -> jax.Array:
+def causal_mask(attention_mask: jax.Array, window: int | None = None) -> jax.Array:
     """Who sees whom in a full forward: earlier real tokens of the same document, and oneself.
 
     Args:
         attention_mask: [B, T], 0 on pads; packed documents carry different numbers.
+        window: tokens seen, oneself included; None: all.
 
     Returns:
         [B, 1, T, T] bool, queries before keys.
     """
     length = attention_mask.shape[1]
-    earlier = jnp.tril(jnp.ones((length, length), bool))[None]
+    earlier = _earlier(jnp.arange(length), length, window)
     same = attention_mask[:, :, None] == attention_mask[:, None, :]
     return (earlier & same & (attention_mask != 0)[:, None, :])[:, None]
 
 
-def cache_mask(key_mask: jax.Array, index: jax.Array | int, queries: int) -> jax.Array:
+def _earlier(queries: jax.Array, slots: int, window: int | None) -> jax.Array:
+    """[1, queries, slots] bool: whether each slot is the query's own or one before it, within the window."""
+    distance = queries[:, None] - jnp.arange(slots)[None, :]
+    return ((distance >= 0) & (distance < (slots if window is None else window)))[None]
+
+
+def cache_mask(key_mask: jax.Array, index: jax.Array | int, queries: int, window: int | None = None) -> jax.Array:
     """Who sees whom while decoding: the query at slot s sees slots up to s whose ``key_mask`` is non-zero.
 
     Args:
         key_mask: [B, S], 0 on empty and padded slots.
         index: [] slot of the first query.
         queries: their number.
+        window: as in ``causal_mask``.
 
     Returns:
         [B, 1, queries, S] bool.
     """
-    slots = jnp.arange(key_mask.shape[1])
-    earlier = slots[None, :] <= index + jnp.arange(queries)[:, None]
-    return (earlier[None] & (key_mask != 0)[:, None, :])[:, None]
+    earlier = _earlier(index + jnp.arange(queries), key_mask.shape[1], window)
+    return (earlier & (key_mask != 0)[:, None, :])[:, None]
 
 
 def attention(

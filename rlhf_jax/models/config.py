@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
-ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu")
+ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "gelu_pytorch_tanh")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 ROPE_SCALINGS = ("linear", "llama3")
 
@@ -25,6 +25,8 @@ class TransformerConfig:
         compute_dtype: "float32" or "bfloat16"; parameters keep their own dtype, softmax and logits are float32.
         remat: recompute each block in the backward pass instead of storing its activations.
         scan_layers: one compiled block for all layers, parameters stacked to [L, ...] under "h"; decoding is unrolled.
+        sliding_window: a token sees itself and the ``sliding_window`` - 1 before it; None: all. Most families fix None.
+        post_norms: what attention and MLP add is normed too. Fixed by the family.
         other_keys: keys of config.json that do not change logits, kept to be written back.
 
     Raises:
@@ -45,12 +47,15 @@ class TransformerConfig:
     compute_dtype: str = "float32"
     remat: bool = False
     scan_layers: bool = False
+    sliding_window: int | None = field(default=None, init=False)
+    post_norms: bool = field(default=False, init=False)
     # Not compared and not hashed: a model is a static argument of jit, and these keys change nothing it computes.
     other_keys: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            is_size = name.startswith("num_") or name.endswith("_size") or name in ("max_length", "head_dim")
+            is_size = name.startswith("num_") or name.endswith(("_size", "_dim", "_window"))
+            is_size |= name in ("max_length", "global_every", "query_scalar")
             if is_size and value is not None and not (is_int(value) and value > 0):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
             if name.endswith(("_dropout", "_epsilon")) and not 0.0 <= value < 1.0:
@@ -60,6 +65,16 @@ class TransformerConfig:
                 raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
         if self.head_size * self.num_heads != self.hidden_size and not getattr(self, "head_dim", None):
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """``sliding_window`` of the layers, or None and that of the local ones where there are both."""
+        return (self.sliding_window,)
+
+    @property
+    def local_layers(self) -> list[bool]:
+        """[L] whether a layer is of the second kind of ``windows``."""
+        return [False] * self.num_layers
 
     @property
     def kv_heads(self) -> int:
@@ -128,8 +143,8 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class LlamaConfig(TransformerConfig):
-    """Llama (Touvron et al. 2023), with every option of transformers' LlamaConfig that changes logits.
+class DecoderConfig(TransformerConfig):
+    """What Llama and its relatives share. A family's class fixes the options that its config.json cannot name.
 
     Args:
         max_length: longest text in tokens that the model is meant for; positions have no table.
@@ -140,10 +155,14 @@ class LlamaConfig(TransformerConfig):
         rope_scaling: None: not stretched.
         activation: "silu", "gelu_new", "gelu" or "relu".
         rms_norm_epsilon: added to the mean square in every norm.
-        attention_bias, mlp_bias: whether those layers have biases.
+        attention_bias, mlp_bias: whether all layers of the attention, or of the MLP, have biases.
         tie_embeddings: the token table is the output layer too; else that is "lm_head".
 
-    The other fields are those of ``TransformerConfig``.
+    The other fields are those of ``TransformerConfig``, and, fixed by the family:
+        qkv_bias: the layers of queries, keys and values have biases.
+        qk_norm: queries and keys are normed in each head, before their rotation.
+        norm_offset: added to the scales of the norms.
+        scaled_embedding: rows of the token table are multiplied by sqrt(D).
     """
 
     intermediate_size: int
@@ -156,6 +175,10 @@ class LlamaConfig(TransformerConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
+    qkv_bias: bool = field(default=False, init=False)
+    qk_norm: bool = field(default=False, init=False)
+    norm_offset: float = field(default=0.0, init=False)
+    scaled_embedding: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,7 +190,75 @@ class LlamaConfig(TransformerConfig):
             raise ValueError(f"rope_theta must be above 0, got {self.rope_theta!r}")
 
 
-ModelConfig = GPT2Config | LlamaConfig
+@dataclass(frozen=True)
+class LlamaConfig(DecoderConfig):
+    """Llama (Touvron et al. 2023), and those of its shape: Llama 2 and 3, TinyLlama, SmolLM."""
+
+
+@dataclass(frozen=True)
+class Qwen2Config(DecoderConfig):
+    """Qwen2 and Qwen2.5 (Yang et al. 2024), without their sliding window, which no released model uses."""
+
+    head_dim: int | None = field(default=None, init=False)
+    attention_bias: bool = field(default=False, init=False)
+    mlp_bias: bool = field(default=False, init=False)
+    qkv_bias: bool = field(default=True, init=False)
+
+
+@dataclass(frozen=True)
+class Qwen3Config(DecoderConfig):
+    """Qwen3 (Yang et al. 2025)."""
+
+    head_dim: int | None = 128
+    mlp_bias: bool = field(default=False, init=False)
+    qk_norm: bool = field(default=True, init=False)
+
+
+@dataclass(frozen=True)
+class MistralConfig(DecoderConfig):
+    """Mistral (Jiang et al. 2023); ``sliding_window`` is None from version 0.2 on."""
+
+    attention_bias: bool = field(default=False, init=False)
+    mlp_bias: bool = field(default=False, init=False)
+    sliding_window: int | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Gemma3TextConfig(DecoderConfig):
+    """The text model of Gemma 3 (Gemma team 2025): every ``global_every``-th layer sees all, the others a window.
+
+    Args:
+        rope_theta, rope_scaling: of the layers that see all.
+        local_rope_theta: of those with a window.
+        query_scalar: attention scores are divided by its square root.
+    """
+
+    head_dim: int | None = 256
+    rope_theta: float = 1e6
+    activation: str = "gelu_pytorch_tanh"
+    tie_embeddings: bool = True
+    mlp_bias: bool = field(default=False, init=False)
+    sliding_window: int | None = field(default=4096, kw_only=True)
+    local_rope_theta: float = 10000.0
+    query_scalar: int = 256
+    global_every: int = 6
+    qk_norm: bool = field(default=True, init=False)
+    post_norms: bool = field(default=True, init=False)
+    norm_offset: float = field(default=1.0, init=False)
+    scaled_embedding: bool = field(default=True, init=False)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """No window, and that of the local layers."""
+        return (None, self.sliding_window)
+
+    @property
+    def local_layers(self) -> list[bool]:
+        """[L] whether a layer has a window."""
+        return [(i + 1) % self.global_every != 0 for i in range(self.num_layers)]
+
+
+ModelConfig = GPT2Config | DecoderConfig
 
 
 def is_int(value: Any) -> bool:

@@ -140,6 +140,12 @@ def folded_score(head: Params) -> tuple[np.ndarray, float]:
     return (gain * kernel)[None, :], float(gain * bias + shift)
 
 
+def model_folder(path_or_hf_name: str) -> str:
+    """``model/`` of a run's folder; any other folder or name is itself."""
+    inner = Path(path_or_hf_name) / "model"
+    return str(inner) if inner.is_dir() else path_or_hf_name
+
+
 def find_folder(path_or_hf_name: str | os.PathLike[str]) -> Path:
     """The folder of that name, or what the Hugging Face hub holds under it."""
     path, name = Path(path_or_hf_name), os.fspath(path_or_hf_name)

@@ -12,8 +12,8 @@ from jax import Array
 
 from rlhf_jax.models import stack
 from rlhf_jax.models.config import GPT2Config, ModelConfig
+from rlhf_jax.models.decoder import Decoder
 from rlhf_jax.models.gpt2 import GPT2
-from rlhf_jax.models.llama import Llama
 from rlhf_jax.types import Params
 
 
@@ -48,7 +48,7 @@ class Model(NamedTuple):
 
 def build(config: ModelConfig) -> Model:
     """Builds the functions of a model."""
-    network: Any = GPT2 if isinstance(config, GPT2Config) else Llama
+    network: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
     module, unrolled = network(config), network(dataclasses.replace(config, scan_layers=False, remat=False))
 
     # Compiled as a whole: operation by operation, a small model takes twice as long to start.

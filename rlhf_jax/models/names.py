@@ -10,7 +10,18 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.config import GPT2Config, LlamaConfig, ModelConfig, RopeScaling, is_int
+from rlhf_jax.models.config import (
+    DecoderConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    ModelConfig,
+    Qwen2Config,
+    Qwen3Config,
+    RopeScaling,
+    is_int,
+)
 
 OUTPUT_TABLE = "lm_head.weight"  # the token table again, where the two are tied
 SCORE = "score.weight"
@@ -30,7 +41,7 @@ class Family(NamedTuple):
 
     def fields(self) -> list[tuple[str, str]]:
         """Pairs of a field of our config and its key in config.json."""
-        names = (field.name for field in dataclasses.fields(self.defaults))
+        names = (field.name for field in dataclasses.fields(self.defaults) if field.init)
         return [(name, self.keys.get(name, name)) for name in names if name not in _OTHER_FIELDS]
 
     def tensors(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
@@ -56,6 +67,10 @@ _UNSUPPORTED = {
     "pruned_heads": None,
     "quantization_config": None,
     "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "use_bidirectional_attention": False,
 }
 # Keys that transformers reads for every family, also where it writes others.
 _COMMON = {
@@ -108,7 +123,40 @@ LLAMA = Family(
     causal_lm="LlamaForCausalLM",
     classifier="LlamaForSequenceClassification",
 )
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA)}
+
+
+def _relative(defaults: DecoderConfig) -> Family:
+    """A family whose files are written as Llama's, under its own name."""
+    name = type(defaults).__name__.removesuffix("Config")
+    causal_lm, classifier = f"{name}ForCausalLM", f"{name}ForSequenceClassification"
+    return LLAMA._replace(model_type=name.lower(), defaults=defaults, causal_lm=causal_lm, classifier=classifier)
+
+
+_MISTRAL: dict[str, Any] = {"intermediate_size": 14336, "num_kv_heads": 8, "eos_token_id": 2, "bos_token_id": 1}
+_RELATIVES = (
+    Qwen2Config(151936, 32768, 4096, 32, 32, intermediate_size=22016, num_kv_heads=32),
+    Qwen3Config(151936, 32768, 4096, 32, 32, intermediate_size=22016, num_kv_heads=32),
+    MistralConfig(32000, 131072, 4096, 32, 32, sliding_window=4096, **_MISTRAL),
+)
+_GEMMA_KEYS = {
+    "activation": "hidden_activation",
+    "local_rope_theta": "rope_local_base_freq",
+    "query_scalar": "query_pre_attn_scalar",
+    "global_every": "sliding_window_pattern",
+}
+_GEMMA_MODULES = {
+    "ln_1_post": "post_attention_layernorm",
+    "ln_2": "pre_feedforward_layernorm",
+    "ln_2_post": "post_feedforward_layernorm",
+}
+_GEMMA: dict[str, Any] = {"intermediate_size": 9216, "num_kv_heads": 4, "pad_token_id": 0}
+GEMMA3 = _relative(Gemma3TextConfig(262208, 131072, 2304, 26, 8, **_GEMMA, eos_token_id=1, bos_token_id=2))._replace(
+    model_type="gemma3_text",
+    keys={**LLAMA.keys, **_GEMMA_KEYS},
+    modules={**LLAMA.modules, **_GEMMA_MODULES},
+    causal_lm="Gemma3ForCausalLM",
+)
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, *map(_relative, _RELATIVES), GEMMA3)}
 
 # Each rope_type's keys in rope_scaling or rope_parameters, in the order of RopeScaling's fields.
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -117,11 +165,11 @@ _ROPE: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llam
 
 def family_of(config: ModelConfig) -> Family:
     """The family of a configuration."""
-    return GPT2 if isinstance(config, GPT2Config) else LLAMA
+    return next(family for family in FAMILIES.values() if type(family.defaults) is type(config))
 
 
 def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
-    """Reads the keys of a config.json as transformers' GPT2Config or LlamaConfig does, missing ones at their defaults.
+    """Reads the keys of a config.json as transformers' classes do, missing ones at their defaults.
 
     Args:
         keys: the file's content.
@@ -135,6 +183,8 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
     if model_type not in FAMILIES:
         raise UserError(f"{where}: model_type is {model_type!r}; the supported ones are: {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
+    if family is GEMMA3:
+        _read_two_kinds(keys, where)
     fields: dict[str, Any] = {}
     for field, name in family.fields():
         default, alias = getattr(family.defaults, field), _COMMON.get(field, name)
@@ -150,18 +200,23 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
         if keys.get(name, supported) != supported and (keys[name] or supported):
             raise UserError(f"{where}: {name} is {keys[name]!r}, which changes the logits and is not supported")
     try:
-        if family is LLAMA:
-            fields |= _read_rope(keys, fields["max_length"], where)
-        return type(family.defaults)(**fields, other_keys=keys)
+        if isinstance(family.defaults, DecoderConfig):
+            fields |= _read_rope(keys, fields["max_length"], family.defaults.rope_theta, where)
+        config = type(family.defaults)(**fields, other_keys=keys)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
+    if types := keys.get("layer_types"):
+        is_list = isinstance(types, list) and len(types) == config.num_layers
+        if not is_list or types != [_KINDS[is_local] for is_local in config.local_layers]:
+            raise UserError(f"{where}: layer_types is {types!r}, which changes the logits and is not supported")
+    return config
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
     """The keys of config.json: all that ``from_json`` reads, and those it kept."""
     family = family_of(config)
     keys = {name: getattr(config, field) for field, name in family.fields()}
-    if isinstance(config, LlamaConfig):  # in the form of transformers 4, which 5 reads too
+    if isinstance(config, DecoderConfig):  # in the form of transformers 4, which 5 reads too
         keys |= {"rope_theta": config.rope_theta, "rope_scaling": None}
         if config.rope_scaling is not None:
             kind, *numbers = dataclasses.astuple(config.rope_scaling)
@@ -169,7 +224,22 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     return {**config.other_keys, **keys, "model_type": family.model_type}
 
 
-def _read_rope(keys: dict[str, Any], max_length: int, where: str) -> dict[str, Any]:
+_KINDS = ("full_attention", "sliding_attention")  # of layers, by whether they are local
+
+
+def _read_two_kinds(keys: dict[str, Any], where: str) -> None:
+    """Puts what transformers 5 says of Gemma's two kinds of layers into the form of transformers 4."""
+    types, rope = keys.get("layer_types"), keys.get("rope_parameters")
+    if isinstance(types, list):
+        keys["sliding_window_pattern"] = [*types, _KINDS[0]].index(_KINDS[0]) + 1
+    if isinstance(rope, dict) and _KINDS[0] in rope:
+        whole, local = (rope.get(kind) or {} for kind in _KINDS)
+        if not isinstance(local, dict) or local.get("rope_type", "default") != "default":
+            raise UserError(f"{where}: rope_parameters.{_KINDS[1]} is {local!r}, which is not supported")
+        keys |= {"rope_parameters": whole, "rope_local_base_freq": local.get("rope_theta", 10000.0)}
+
+
+def _read_rope(keys: dict[str, Any], max_length: int, default: float, where: str) -> dict[str, Any]:
     """Takes transformers 5's rope_parameters, or 4's rope_theta and rope_scaling, out of the keys."""
     theta, scaling, parameters = (keys.pop(key, None) for key in ("rope_theta", "rope_scaling", "rope_parameters"))
     name, given = ("rope_scaling", scaling) if parameters is None else ("rope_parameters", parameters)
@@ -183,7 +253,7 @@ def _read_rope(keys: dict[str, Any], max_length: int, where: str) -> dict[str, A
         raise UserError(f"{where}: {name}.partial_rotary_factor changes the logits and is not supported")
     theta = given.get("rope_theta", theta)
     given = {"original_max_position_embeddings": max_length, **given}
-    numbers: dict[str, Any] = {"rope_theta": 10000.0 if theta is None else theta}
+    numbers: dict[str, Any] = {"rope_theta": default if theta is None else theta}
     numbers |= {f"{name}.{key}": given.get(key) for key in _ROPE[kind]}
     for key, value in numbers.items():
         if not is_number(value):
@@ -200,7 +270,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 def _is_kind_of(default: Any, value: Any, name: str) -> bool:
     """Whether the value of a key is of the kind of its default."""
     if value is None:
-        return default is None or name.endswith("_token_id")
+        return default is None or name.endswith(("_token_id", "_window"))
     if isinstance(default, bool | str):
         return isinstance(value, type(default))
     if isinstance(default, float):

@@ -1,10 +1,11 @@
 """What the families share: linear layers, attention with a cache, residual blocks, and the model around them.
 
-A family gives a ``Transformer`` its embedding, blocks and final norm; see gpt2.py and llama.py. Parameters are {"wte",
+A family gives a ``Transformer`` its embedding, blocks and final norm; see gpt2.py, decoder.py. Parameters are {"wte",
 "h_0", ..., "ln_f", ...}, or one "h" with a leading [L] axis under ``scan_layers``. Dropout acts where a "dropout" key
 is given. The cache is an argument and a result: no mutable collections.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +19,16 @@ from rlhf_jax.models.attention import attention, cache_mask, causal_mask, positi
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.types import Params
 
+Rotation = tuple[Array, Array]  # cosines and sines of the positions' angles, [B, 1, T, Dh] float32 each
+View = tuple[Array, Rotation | None]  # who sees whom, and how queries and keys are turned
 LayerCache = tuple[Array, Array]  # keys and values of one layer, [B, H, S, Dh] each
 Cache = tuple[LayerCache, ...]
 Number = Array | float
-Rotation = tuple[Array, Array]  # cosines and sines of the positions' angles, [B, 1, T, Dh] float32 each
+Layer = tuple[Number, Array | bool]  # factor of a layer's attention scores, and whether it takes the second view
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
@@ -84,18 +88,26 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    A family's subclass makes "ln_1", "attn", "ln_2", "mlp" and "dropout" in ``setup``.
+    A family's subclass makes "ln_1", "attn", "ln_2", "mlp" and "dropout" in ``setup``, and "ln_1_post" and "ln_2_post",
+    norms of what is added, where its config has ``post_norms``.
     """
 
     config: Any
 
     def __call__(
-        self, x: Array, mask: Array, scale: Number, rotation: Rotation | None, cache: LayerCache | None, index: Number
+        self, x: Array, views: tuple[View, ...], layer: Layer, cache: LayerCache | None, index: Number
     ) -> tuple[Array, LayerCache | None]:
         deterministic = not self.has_rng("dropout")
+        scale, is_local = layer
+        mask, rotation = views[0]
+        if len(views) > 1:
+            mask, rotation = jax.tree.map(lambda whole, local: jnp.where(is_local, local, whole), *views)
         attended, cache = self.attn(self.ln_1(x), mask, scale, rotation, cache, index)
+        attended = self.ln_1_post(attended) if self.config.post_norms else attended
         x = x + self.dropout(attended, deterministic=deterministic)
-        return x + self.dropout(self.mlp(self.ln_2(x)), deterministic=deterministic), cache
+        written = self.mlp(self.ln_2(x))
+        written = self.ln_2_post(written) if self.config.post_norms else written
+        return x + self.dropout(written, deterministic=deterministic), cache
 
 
 class Transformer(nn.Module):
@@ -111,9 +123,14 @@ class Transformer(nn.Module):
         """[L] factors of each layer's attention scores."""
         return [self.config.head_size**-0.5] * self.config.num_layers
 
-    def rotation(self, positions: Array) -> Rotation | None:
+    def rotation(self, positions: Array, is_local: bool) -> Rotation | None:
         """How queries and keys are turned at [B, T] positions; None without rotary positions."""
         return None
+
+    def views(self, positions: Array, mask: Callable[[int | None], Array]) -> tuple[View, ...]:
+        """The layers' views: one, or one of the layers that see all and one of those with a window."""
+        windows = self.config.windows
+        return tuple((mask(window), self.rotation(positions, i > 0)) for i, window in enumerate(windows))
 
     def output_table(self) -> Array:
         """[V, D]."""
@@ -128,12 +145,13 @@ class Transformer(nn.Module):
         """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype."""
         places = positions(attention_mask)
         x = self.embed(tokens, places, attention_mask != 0)
-        mask, rotation = causal_mask(attention_mask), self.rotation(places)
+        views = self.views(places, functools.partial(causal_mask, attention_mask))
+        scales, local = self.scales(), self.config.local_layers
         if self.config.scan_layers:
-            x, _ = self.h(x, mask, jnp.array(self.scales(), jnp.float32), rotation, None, 0)
+            x, _ = self.h(x, views, (jnp.array(scales, jnp.float32), jnp.array(local)), None, 0)
         else:
-            for block, scale in zip(self.h, self.scales(), strict=True):
-                x, _ = block(x, mask, scale, rotation, None, 0)
+            for block, *layer in zip(self.h, scales, local, strict=True):
+                x, _ = block(x, views, tuple(layer), None, 0)
         return self.ln_f(x)
 
     def unembed(self, hidden: Array) -> Array:
@@ -146,13 +164,13 @@ class Transformer(nn.Module):
         self, tokens: Array, positions: Array, key_mask: Array, cache: Cache, index: Array | int
     ) -> tuple[Array, Cache]:
         """Writes [B, t] tokens to slots index, ..., index + t - 1 and returns their logits [B, t, V]."""
-        mask, rotation = cache_mask(key_mask, index, tokens.shape[1]), self.rotation(positions)
+        views = self.views(positions, functools.partial(cache_mask, key_mask, index, tokens.shape[1]))
         real = jax.lax.dynamic_slice_in_dim(key_mask, index, tokens.shape[1], axis=1) != 0
         x = self.embed(tokens, positions, real)
         written = []
-        for block, scale, layer in zip(self.h, self.scales(), cache, strict=True):
-            x, layer = block(x, mask, scale, rotation, layer, index)
-            written.append(layer)
+        for block, scale, local, held in zip(self.h, self.scales(), self.config.local_layers, cache, strict=True):
+            x, held = block(x, views, (scale, local), held, index)
+            written.append(held)
         return self.unembed(self.ln_f(x)), tuple(written)
 
     def __call__(self, tokens: Array, attention_mask: Array) -> Array:
@@ -169,7 +187,7 @@ def layers(block: Any, config: ModelConfig) -> Any:
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, 0, nn.broadcast, nn.broadcast, nn.broadcast),  # one scale for each layer
+        in_axes=(nn.broadcast, 0, nn.broadcast, nn.broadcast),  # each layer has its own scale and view
         length=config.num_layers,
     )(config)
 

@@ -4,13 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import yaml
+
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import page, records
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
-    """Copies ``RUN/model``, all members of an ensemble, to ``folder`` and writes README.md, the model card: command,
-    data, last metrics, settings and limits.
+    """Copies ``RUN/model``, all members of an ensemble, to ``folder`` and writes README.md, the model card: base model,
+    licence (to be filled in), use with the prompt template, command, data, last metrics, settings and limits.
 
     Raises:
         UserError: the run has no model yet, its files are broken, or the folder is in use.
@@ -22,9 +24,12 @@ def export(run: str | Path, folder: str | Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is in use; give a new folder")
     [record] = records.find([run])
+    settings = yaml.safe_load(record.config) or {}
     card = page.fill(
         "model_card.md",
         name=folder.name,
+        base_model=settings.get("model"),
+        prompt_template=settings.get("text", {}).get("template", "{prompt}"),
         manifest=record.manifest,
         config=record.config,
         metrics=record.metrics[-1] if record.metrics else {},

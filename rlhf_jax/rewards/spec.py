@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 import jax
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards.functions import EnsembleMethod, ensemble, from_model, length, token_count, weighted
 from rlhf_jax.rewards.host import Columns, Decoder, HostReward, HostScores, from_text
 from rlhf_jax.rewards.ngrams import diversity, repetition
@@ -158,8 +159,12 @@ def _sum_on_host(parts: dict[str, tuple[HostReward, float]]) -> HostReward:
 
 
 def _split_weight(entry: str) -> tuple[str, float]:
+    """SPEC, with ``model/`` in place of a run's folder, and WEIGHT."""
     match = _WEIGHTED.fullmatch(entry)
-    return (match["spec"], float(match["weight"])) if match else (entry, 1.0)
+    spec, weight = (match["spec"], float(match["weight"])) if match else (entry, 1.0)
+    several = _ENSEMBLE.fullmatch(spec)
+    names = several["names"] if several else spec
+    return spec.removesuffix(names) + ",".join(map(model_folder, names.split(",") if several else [names])), weight
 
 
 def _read(

@@ -98,14 +98,17 @@ class Watch:
         return Alert(int(row["step"]), rule.name, rule.text, rule.action, message) if becomes_true else None
 
 
-def parse(entries: Sequence[str]) -> tuple[Rule, ...]:
+def parse(entries: Sequence[str], dtype: str = "float32") -> tuple[Rule, ...]:
     """The default rules, unless an entry is ``none``, and those of the entries.
+
+    dtype: of the activations, ``compute.dtype``: how far rounding can part the sampler from the update.
 
     Raises:
         UserError: an entry is no rule; it is quoted, with what was expected.
     """
-    own = [_rule(entry) for entry in entries if entry != "none"]
-    defaults = {} if "none" in entries else DEFAULTS
+    known = DEFAULTS | {"sampler gap": _sampler_gap(_SAMPLER_GAP[dtype])}
+    own = [_rule(entry, known) for entry in entries if entry != "none"]
+    defaults = {} if "none" in entries else known
     return (*(rule for name, rule in defaults.items() if name not in [other.name for other in own]), *own)
 
 
@@ -126,7 +129,7 @@ def check_metrics(rules: Iterable[Rule], names: Collection[str]) -> list[str]:
     """
     kinds = {name.partition("/")[0] for name in names if "/" in name}
     elsewhere = []
-    for rule in (rule for rule in rules if rule not in DEFAULTS.values()):
+    for rule in (rule for rule in rules if rule.text not in DEFAULTS):
         for metric in (metric for metric in rule.metrics if metric not in names):
             elsewhere.append(f"alerts: {rule.text!r} never comes true: this stage does not record {metric}")
             kind = metric.partition("/")[0]
@@ -136,13 +139,13 @@ def check_metrics(rules: Iterable[Rule], names: Collection[str]) -> list[str]:
     return elsewhere
 
 
-def _rule(entry: str) -> Rule:
+def _rule(entry: str, known: Mapping[str, Rule]) -> Rule:
     head, _, tail = (part.strip() for part in entry.rpartition(":"))
     name, action = (head, tail) if head and tail.isidentifier() else (entry.strip(), "log")
     if action not in ("log", "stop"):
         raise UserError(f"alerts: {entry!r}: the action behind the colon is log or stop, got {action!r}")
-    if name in DEFAULTS:
-        return DEFAULTS[name]._replace(action=action)  # type: ignore[arg-type]
+    if name in known:
+        return known[name]._replace(action=action)  # type: ignore[arg-type]
     match = _RULE.fullmatch(name)
     if match is None:
         raise UserError(
@@ -205,6 +208,16 @@ def _noise(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.diff(values, 2) ** 2) / 6))
 
 
+# Nats that rounding explains, by dtype. float16 is run as bfloat16.
+_SAMPLER_GAP = {"float32": 0.02, "bfloat16": 0.5, "float16": 0.5}
+
+
+def _sampler_gap(limit: float) -> Rule:
+    return Rule(
+        "sampler gap", ("policy/sampler_gap",), lambda gap: _is("policy/sampler_gap", gap[-1], ">", limit), rows=3
+    )
+
+
 DEFAULTS: dict[str, Rule] = {
     rule.name: rule
     for rule in (
@@ -230,5 +243,6 @@ DEFAULTS: dict[str, Rule] = {
             rows=3,
         ),
         Rule("reward hacking", ("validation/judge", "validation/score"), _reward_hacking),
+        _sampler_gap(_SAMPLER_GAP["float32"]),
     )
 }

@@ -10,7 +10,6 @@ import os
 import platform
 
 _M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1  # malloc.h
-OFF = "RLHF_JAX_KEEP_MEMORY"
 
 
 def keep_memory() -> bool:
@@ -20,7 +19,7 @@ def keep_memory() -> bool:
     its peak until it ends. Does nothing where the C library is not glibc, or where the environment variable
     ``RLHF_JAX_KEEP_MEMORY`` is 0. Returns whether it was set.
     """
-    if os.environ.get(OFF) == "0" or platform.libc_ver()[0] != "glibc":
+    if os.environ.get("RLHF_JAX_KEEP_MEMORY") == "0" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))

@@ -11,6 +11,7 @@ the rows of later steps and writes them again, so that no row is missing and non
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,12 +28,15 @@ from rlhf_jax.runs import processes
 from rlhf_jax.runs.folder import Run, json_lines, write_atomically
 from rlhf_jax.runs.trackers import Services
 
+_PRINT_EVERY = 10  # steps between lines if there is no terminal
+logger = logging.getLogger("rlhf_jax")
+
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
     """Writes ``metrics.jsonl``, ``timing.jsonl`` and ``samples.jsonl`` of a run and shows how it goes.
 
-    On a terminal: a progress bar and the newest metrics below it. Elsewhere: a line at the first, every
-    ``print_every``-th and the last step.
+    On a terminal: a progress bar and the newest metrics below it. Elsewhere: a line at the first, every tenth and the
+    last step. Lines are messages of the logger ``rlhf_jax``; where nobody listens to its level INFO there is no bar.
     """
 
     def __init__(
@@ -43,7 +47,6 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         resume_step: int | None = None,
         label: str = "",
         show: Sequence[str] = (),
-        print_every: int = 10,
         console: Console | None = None,
         services: Services | None = None,
     ):
@@ -55,13 +58,12 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
           resume_step: step of the checkpoint that the run goes on from; None starts the files anew.
           label: what is going on, such as ``ppo``.
           show: the metrics of the console's line; by default the first four.
-          print_every: steps between lines if there is no terminal.
-          console: by default standard output.
+          console: takes the bar and the lines in place of standard output and the logger.
           services: also get rows, samples and alerts; closed with the tracker.
         """
         self._services = services or Services({}, {})
-        self._total, self._label, self._show, self._print_every = total, label, tuple(show), print_every
-        self._console = console or Console()
+        self._total, self._label, self._show = total, label, tuple(show)
+        self._console, self._lines = console or Console(), console
         self._files = [RowWriter(path, resume_step) for path in (run.metrics, run.timing, run.samples)]
         self._metrics, self._timing, self._samples = self._files
         self._printed = False
@@ -70,7 +72,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._task = self._progress.add_task(label, total=total, completed=resume_step or 0)
         self._line = Text(no_wrap=True, overflow="ellipsis")
         self._live = Live(Group(self._progress, self._line), console=self._console)
-        if self._console.is_terminal:
+        if self._console.is_terminal and (console or logger.isEnabledFor(logging.INFO)):
             self._live.start()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -86,7 +88,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         line = "  ".join(f"{name} {numbers[name]:.4g}" for name in shown)
         self._progress.update(self._task, completed=step)
         self._line.plain = line
-        due = not self._printed or step % self._print_every == 0 or step >= self._total
+        due = not self._printed or step % _PRINT_EVERY == 0 or step >= self._total
         if due and not self._console.is_terminal:
             self.print(f"{self._label} {step}/{self._total}  {line}".strip())
             self._printed = True
@@ -104,12 +106,16 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._services.samples(step, rows)
 
     def alert(self, step: int, text: str) -> None:
-        """Sends a warning to the services of ``--track`` only."""
+        """Prints a warning about the run and sends it to the services of ``--track``."""
+        self.print(f"alert at step {step}: {text}")
         self._services.alert(step, text)
 
     def print(self, message: str) -> None:
-        """Prints a message, above the progress bar if there is one."""
-        self._console.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        """Says a message, above the progress bar if there is one."""
+        if self._lines is None:
+            logger.info(message)
+        else:
+            self._lines.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def sync(self) -> None:
         """Returns when all rows are on the disk; call it before a checkpoint is saved."""

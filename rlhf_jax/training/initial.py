@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import yaml
 
 from rlhf_jax import models, sampling
-from rlhf_jax.config import Compute, LoRA, RLStage, RunConfig
-from rlhf_jax.data import chat, encoding, formats, tokenizers
+from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig
+from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Kind, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
@@ -67,16 +70,54 @@ def stage_rows(config: RunConfig, kind: Kind, names: Sequence[str]) -> formats.R
     return data
 
 
-def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array) -> LanguageModel:
+def warn_of_rate(config: RunConfig, section: str, optimizer: Optimizer) -> None:
+    """Prints a warning if all weights of a pretrained model are to be trained at a rate that suits random ones."""
+    rate = optimizer.learning_rate
+    if config.model is not None and not config.lora.rank and rate >= 1e-4 and _is_pretrained(config.model):
+        print(
+            f"warning: {section}.optimizer.learning_rate {rate:g} is high for the pretrained weights of {config.model} "
+            f"and may undo what they know; usual are 1e-5 or less, or {rate:g} with --lora.rank 8",
+            flush=True,
+        )
+
+
+def _is_pretrained(model: str) -> bool:
+    """Whether the run that wrote the model, and the runs before it, did not start from random weights."""
+    file = Path(model).parent / "config.yaml"
+    try:
+        above = yaml.safe_load(file.read_bytes())["model"]
+    except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError):
+        return True
+    return above is not None and _is_pretrained(above)
+
+
+def hold_out(
+    what: str, count: int, fraction: float, key: jax.Array, groups: Sequence[Any] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """``batches.split``; a single row, or ranking, is trained on and none is held out, which is said."""
+    if fraction and len(set(groups or range(count))) == 1:
+        print(f"{what}: one row in all, so none is held out for validation", flush=True)
+        fraction = 0.0
+    return batches.split(count, fraction, key, groups)
+
+
+def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array, *, is_policy: bool = True) -> LanguageModel:
     """The model of ``--model``, or a GPT-2 with random weights and the tokenizer of ``--tokenizer.name``, or one that
     is trained on ``texts``.
 
     Raises:
-        UserError: the model or tokenizer cannot be read, or the network's sizes do not fit.
+        UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or ``is_policy`` and the
+            model is a reward model.
     """
     options = _compute(config.compute)
     if config.model is not None:
-        return LanguageModel.load(config.model, **options)
+        loaded = LanguageModel.load(config.model, **options)
+        if is_policy and "score" in loaded.params:
+            raise UserError(
+                f"--model {config.model}: this is a reward model, which writes no text; give a language model, such as "
+                "the one that the reward model was trained from"
+            )
+        return loaded
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
     elif config.tokenizer.kind == "bpe":

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 
 from rlhf_jax.config import Optimizer
@@ -126,7 +127,7 @@ class _Loop:
         self.tracker = stack.enter_context(tracker)
         self.alert_rows = stack.enter_context(contextlib.closing(RowWriter(run.path / "alerts.jsonl", resume_step)))
         # A resumed run's rules see the rows before its checkpoint again, and go on from there.
-        self.rules = alerts.parse(config.alerts)
+        self.rules = alerts.parse(config.alerts, config.compute.dtype)
         self.watches = [alerts.Watch(rule) for rule in self.rules]
         for watch, row in itertools.product(self.watches, self.history):
             watch.observe(row)
@@ -216,13 +217,15 @@ class _Loop:
         row = {"step": self.done, **self.row}
         for alert in [alert for watch in self.watches if (alert := watch.observe(row))]:
             self.alert_rows.write(self.done, {key: x for key, x in alert._asdict().items() if key != "step"})
-            self.tracker.print(f"alert at step {self.done}: {alert.name}: {alert.message}")
             self.tracker.alert(self.done, f"{alert.name}: {alert.message}")
 
     def _save(self) -> None:
         self.tracker.sync()
         self.alert_rows.sync()
-        self.checkpoints.save(self.done, self.state, {"step": self.done, "metrics": self.row})
+        meta = {"step": self.done, "metrics": self.row, "seed": self.stage.config.seed}
+        device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        settings = dataclasses.asdict(self.stage.config)
+        self.checkpoints.save(self.done, self.state, {**meta, "device": device, "config": settings})
 
     def _refuse(self) -> None:
         """Ends the run after an update that was not finite and so was not applied."""

@@ -10,7 +10,7 @@ from rlhf_jax.errors import TrainingFault
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether XLA says so; while arrays are placed it is a ValueError."""
+    """Whether XLA says so; while arrays are placed on a GPU it is a ValueError."""
     return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and "RESOURCE_EXHAUSTED" in str(error)
 
 

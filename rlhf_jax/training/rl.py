@@ -54,7 +54,8 @@ def run(
     if algorithm_config is None:
         sections = {vpg: config.vpg, ppo: config.ppo, rloo: config.rloo, grpo: config.grpo}
         algorithm_config = sections[algorithm] if algorithm in sections else algorithm.Config()
-    set_up(config)
+    config = set_up(config)
+    initial.warn_of_rate(config, "rl", settings.optimizer)
     sizes = _sizes(name, settings, algorithm_config, jax.device_count())
     kl_coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
     has_reference = bool(kl_coef or algorithm_config.kl_in_loss or settings.kl_target is not None)
@@ -157,13 +158,11 @@ class _Trainer:
             params = models.add_head(jax.random.fold_in(init_key, 1), params, "value")
         start = stage.place(initial.trainable(stage.config.lora, params, jax.random.fold_in(init_key, 2)))
         num_updates = settings.length * algorithm_config.num_epochs * algorithm_config.num_minibatches
-        optimizer, samples = (
-            make_optimizer(settings.optimizer, num_updates),
-            initial.sampling_config(settings, tokenizer),
-        )
+        optimizer = make_optimizer(settings.optimizer, num_updates)
+        samples = initial.sampling_config(settings, tokenizer)
         split_key, self.order_key = jax.random.split(stage.key("data"))
         fraction = 0.0 if settings.validation_data else settings.validation_fraction
-        self.train_rows, held_out = batches.split(len(parts.prompts), fraction, split_key)
+        self.train_rows, held_out = initial.hold_out("prompts", len(parts.prompts), fraction, split_key)
         self.held_out = np.arange(len(parts.to_validate)) if settings.validation_data else held_out
         model_fn = models.policy_fn(model, settings.temperature, prompt_length)
         self.start, self.kl_coef, self.refreshes = start, kl_coef or 0.0, settings.reference_refresh is not None

@@ -18,6 +18,7 @@ from rlhf_jax import models, sharding
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generator import LanguageModel
+from rlhf_jax.models.hf import model_folder
 from rlhf_jax.report import page
 from rlhf_jax.runs import devices, folder, manifest, processes, trackers
 from rlhf_jax.training import memory
@@ -129,8 +130,10 @@ def stream(seed: int, stage: str, name: Stream) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode()))
 
 
-def set_up(config: RunConfig) -> None:
+def set_up(config: RunConfig) -> RunConfig:
     """Chooses the device and prints which it is: the first thing that every run does.
+
+    Returns the settings with ``model/`` in place of a run's folder in ``config.model``.
 
     Raises:
         UserError: there is no such device, an accelerator would lie idle, or the package of a tracker is missing.
@@ -142,6 +145,7 @@ def set_up(config: RunConfig) -> None:
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
     device = f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"
     _say_once(f"{device}, {used if dtype == 'float16' else dtype}")
+    return dataclasses.replace(config, model=model_folder(config.model)) if config.model else config
 
 
 @functools.cache

@@ -117,8 +117,9 @@ def run(
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
-    set_up(config)
+    config = set_up(config)
     settings, text = getattr(config, name), config.text
+    initial.warn_of_rate(config, name, settings.optimizer)
     sizes = _sizes(name, settings, jax.device_count())
     kind: Literal["demonstrations", "comparisons"] = "demonstrations" if name == "sft" else "comparisons"
     to_arrays = batches.demonstration_batch if name == "sft" else batches.comparison_batch
@@ -127,14 +128,17 @@ def run(
         if name == "dpo" and not isinstance(row, rows.Pair):
             raise UserError(f"{row.source}: DPO takes pairs and rankings, and this row has another label")
     with open_stage(config, name, data.fingerprints, sizes) as stage:
-        language_model = initial.language_model(config, rows.texts(data.rows), stage.key("init"))
+        texts, is_policy = rows.texts(data.rows), name != "reward_model"
+        language_model = initial.language_model(config, texts, stage.key("init"), is_policy=is_policy)
         length = language_model.model.config.max_length
         encoded = encoding.encode_texts(
             data.rows, language_model.tokenizer, template=text.template, max_length=length, too_long=text.too_long
         )
         update_key, (split_key, order_key) = stage.key("update"), jax.random.split(stage.key("data"))
         # Pairs of one ranking stay together.
-        train_rows, held_out = batches.split(len(encoded), settings.validation_fraction, split_key, encoded.sources)
+        train_rows, held_out = initial.hold_out(
+            kind, len(encoded), settings.validation_fraction, split_key, encoded.sources
+        )
         for line in _account(data, kind, encoded, len(train_rows), len(held_out)):
             print(line, flush=True)
         longest = encoded.lengths.max(axis=1)[train_rows]

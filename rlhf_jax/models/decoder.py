@@ -1,10 +1,12 @@
-"""Llama (Touvron et al. 2023) in Flax Linen, equal to transformers' modeling_llama.py.
+"""The decoder of Llama, Qwen, Gemma and Mistral in Flax Linen, equal to transformers' models; the config says which.
 
 Rotary positions (Su et al. 2021), grouped-query attention (Ainslie et al. 2023), RMSNorm, SwiGLU (Shazeer 2020).
 It adds a table "lm_head" to the parameters of ``stack.Transformer`` where the output layer is not the token table.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,21 +14,39 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.models import stack
-from rlhf_jax.models.config import LlamaConfig
+from rlhf_jax.models.config import DecoderConfig, Gemma3TextConfig
 from rlhf_jax.models.stack import ACTIVATIONS, Dense, Rotation
 
 
-def _dense(config: LlamaConfig, features: int, use_bias: bool) -> Dense:
+def _dense(config: DecoderConfig, features: int, use_bias: bool) -> Dense:
     init = nn.initializers.normal(config.initializer_range)
     return Dense(features, use_bias=use_bias, dtype=config.compute_dtype, kernel_init=init)
 
 
-def _norm(config: LlamaConfig) -> nn.RMSNorm:
+class _OffsetNorm(nn.Module):
+    """RMSNorm by offset + scale, all in float32, as Gemma has it."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + self.config.rms_norm_epsilon)
+        scales = jnp.expand_dims(self.config.norm_offset + scale, range(x.ndim - 1))
+        return (normed * scales).astype(self.config.compute_dtype)
+
+
+def _norm(config: DecoderConfig) -> Any:
+    if config.norm_offset:
+        return _OffsetNorm(config)
     return nn.RMSNorm(epsilon=config.rms_norm_epsilon, dtype=config.compute_dtype)
 
 
-def frequencies(config: LlamaConfig) -> np.ndarray:
+def frequencies(config: DecoderConfig, is_local: bool = False) -> np.ndarray:
     """[Dh / 2] float32 angles per position, stretched as ``config.rope_scaling`` says (transformers' rope utils)."""
+    if is_local and isinstance(config, Gemma3TextConfig):
+        config = dataclasses.replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
     inverse = 1.0 / config.rope_theta ** (np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size)
     scaling = config.rope_scaling
     if scaling is None:
@@ -42,27 +62,33 @@ def frequencies(config: LlamaConfig) -> np.ndarray:
 class _Attention(stack.Attention):
     """Grouped-query self-attention."""
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     def setup(self) -> None:
         config, bias = self.config, self.config.attention_bias
-        self.q_proj = _dense(config, config.num_heads * config.head_size, bias)
-        self.k_proj, self.v_proj = (_dense(config, config.kv_heads * config.head_size, bias) for _ in range(2))
+        self.q_proj = _dense(config, config.num_heads * config.head_size, bias or config.qkv_bias)
+        self.k_proj, self.v_proj = (
+            _dense(config, config.kv_heads * config.head_size, bias or config.qkv_bias) for _ in range(2)
+        )
         self.o_proj = _dense(config, config.hidden_size, bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = _norm(config), _norm(config)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         query, key, value = (
-            projection(x).reshape(*x.shape[:2], -1, self.config.head_size).transpose(0, 2, 1, 3)
+            projection(x).reshape(*x.shape[:2], -1, self.config.head_size)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return query, key, value
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
 
     def output(self, mixed: jax.Array) -> jax.Array:
         return self.o_proj(mixed)
 
 
 class _MLP(nn.Module):
-    config: LlamaConfig
+    config: DecoderConfig
 
     def setup(self) -> None:
         config = self.config
@@ -74,16 +100,18 @@ class _MLP(nn.Module):
 
 
 class _Block(stack.Block):
-    config: LlamaConfig
+    config: DecoderConfig
 
     def setup(self) -> None:
         self.ln_1, self.ln_2 = _norm(self.config), _norm(self.config)
         self.attn, self.mlp = _Attention(self.config), _MLP(self.config)
         self.dropout = nn.Dropout(0.0)
+        if self.config.post_norms:
+            self.ln_1_post, self.ln_2_post = _norm(self.config), _norm(self.config)
 
 
-class Llama(stack.Transformer):
-    config: LlamaConfig
+class Decoder(stack.Transformer):
+    config: DecoderConfig
 
     def setup(self) -> None:
         config = self.config
@@ -95,10 +123,17 @@ class Llama(stack.Transformer):
             self.lm_head = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=table_init)
 
     def embed(self, tokens: jax.Array, positions: jax.Array, real: jax.Array) -> jax.Array:
-        return self.token_rows(tokens, real).astype(self.config.compute_dtype)
+        rows = self.token_rows(tokens, real)
+        rows = rows * jnp.asarray(self.config.hidden_size**0.5, rows.dtype) if self.config.scaled_embedding else rows
+        return rows.astype(self.config.compute_dtype)
 
-    def rotation(self, positions: jax.Array) -> Rotation:
-        angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies(self.config)[None, None, None, :]
+    def scales(self) -> list[float]:
+        size = getattr(self.config, "query_scalar", self.config.head_size)
+        return [size**-0.5] * self.config.num_layers
+
+    def rotation(self, positions: jax.Array, is_local: bool) -> Rotation:
+        by_position = frequencies(self.config, is_local)[None, None, None, :]
+        angles = positions.astype(jnp.float32)[:, None, :, None] * by_position
         angles = jnp.concatenate([angles, angles], axis=-1)
         return jnp.cos(angles), jnp.sin(angles)
 
