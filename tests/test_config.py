@@ -259,6 +259,7 @@ TRUNCATED = "top_k and top_p: the update uses log-probabilities of the whole dis
         (config.Text, {"template": "x"}, "template must contain {prompt}"),
         (LoRA, {"match": "("}, "match is no regular expression"),
         (Optimizer, {"decay_every": 3}, "schedule: the schedule step needs decay_every"),
+        (Optimizer, {"schedule": "step"}, "schedule: the schedule step needs decay_every"),
         (RLStage, {"top_k": 5}, TRUNCATED),
         (RLStage, {"top_p": 0.5}, TRUNCATED),
         (RLStage, {"missing_eos_penalty": 1.0, "missing_eos_score": 0.0}, "missing_eos_penalty and missing_eos_score"),

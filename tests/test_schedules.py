@@ -62,19 +62,6 @@ def test_times_exhausted(values, patience, times):
     assert times_exhausted(values, patience) == times
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        *((values, "the schedule step needs decay_every") for values in ({"schedule": "step"}, {"decay_every": 3})),
-        ({"schedule": "plateau", "decay_patience": 0}, "decay_patience must be at least 1"),
-        ({"decay_factor": 1.0}, "decay_factor must be above 0 and below 1, got 1.0"),
-    ],
-)
-def test_settings_of_schedules(values, message):
-    with pytest.raises(ValueError, match=message):
-        Optimizer(**values)
-
-
 def test_a_lowered_state_takes_smaller_steps():
     settings = Optimizer(learning_rate=1.0, eps=0.0, max_grad_norm=None, schedule="plateau", decay_patience=1)
     judge, optimizer = Judge("max:validation/score", None, settings), make_optimizer(settings, 4)

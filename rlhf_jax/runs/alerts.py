@@ -106,7 +106,7 @@ def parse(entries: Sequence[str], dtype: str = "float32") -> tuple[Rule, ...]:
     Raises:
         UserError: an entry is no rule; it is quoted, with what was expected.
     """
-    known = DEFAULTS | {"sampler gap": _sampler_gap(_SAMPLER_GAP[dtype])}
+    known = DEFAULTS | {"sampler gap": _sampler_gap(dtype)}
     own = [_rule(entry, known) for entry in entries if entry != "none"]
     defaults = {} if "none" in entries else known
     return (*(rule for name, rule in defaults.items() if name not in [other.name for other in own]), *own)
@@ -212,10 +212,8 @@ def _noise(values: np.ndarray) -> float:
 _SAMPLER_GAP = {"float32": 0.02, "bfloat16": 0.5, "float16": 0.5}
 
 
-def _sampler_gap(limit: float) -> Rule:
-    return Rule(
-        "sampler gap", ("policy/sampler_gap",), lambda gap: _is("policy/sampler_gap", gap[-1], ">", limit), rows=3
-    )
+def _sampler_gap(dtype: str) -> Rule:
+    return _rule(f"policy/sampler_gap > {_SAMPLER_GAP[dtype]} for 3", {})._replace(name="sampler gap")
 
 
 DEFAULTS: dict[str, Rule] = {
@@ -243,6 +241,6 @@ DEFAULTS: dict[str, Rule] = {
             rows=3,
         ),
         Rule("reward hacking", ("validation/judge", "validation/score"), _reward_hacking),
-        _sampler_gap(_SAMPLER_GAP["float32"]),
+        _sampler_gap("float32"),
     )
 }

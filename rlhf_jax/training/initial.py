@@ -113,10 +113,7 @@ def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array, *, i
     if config.model is not None:
         loaded = LanguageModel.load(config.model, **options)
         if is_policy and "score" in loaded.params:
-            raise UserError(
-                f"--model {config.model}: this is a reward model, which writes no text; give a language model, such as "
-                "the one that the reward model was trained from"
-            )
+            raise UserError(f"--model {config.model}: this is a reward model, which writes no text; give a policy")
         return loaded
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
