@@ -50,12 +50,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     allocator.keep_memory()
     try:
         sys.exit(main() or 0)
-    except UserError as error:
+    except (UserError, TrainingFault) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except TrainingFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)

@@ -101,6 +101,7 @@ TABLE = [
     Mistake(f"{PPO} --reward mine.py:lettres", "mine.py has no function lettres; did you mean letters?"),
     Mistake(f"{PPO} --reward policy", "policy: this model has no score head", {"policy": model()}),
     Mistake(f"{PPO} --reward rm", "the reward model's tokenizer is not the policy's", {"rm": model("score")}),
+    Mistake("sft --model rm --data texts.json", "--model rm: this is a reward model", {"rm": model("score")}),
     Mistake(f"{PPO} --reward length --safety.words a.txt", "a.txt: has no words", {"a.txt": "\n"}),
     Mistake(lambda: rewards.ensemble([], "mean"), "an ensemble needs at least one reward function"),
     Mistake(lambda: advantages.group_normalized(np.float32([[np.nan, 1]])).tolist(), "[nan, nan]"),  # not 0 and 0
