@@ -99,19 +99,22 @@ def test_collect():
     assert float(rollout.sampler_gap(sampled, wrong)) > 0.1
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2e-6), ("bfloat16", 0.1)])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [("float32", 2e-6), pytest.param("bfloat16", 0.1, marks=pytest.mark.slow)]
+)
 def test_the_ratio_of_the_first_minibatch_is_one_up_to_rounding(dtype, rounding):
-    """Update and ``collect`` call one policy function, compiled in two programs; another temperature shows."""
+    """Update and ``collect`` call one policy function, compiled in two programs."""
     model = models.build(dataclasses.replace(MODEL.config, compute_dtype=dtype))
     frozen, (tokens, mask) = optax.sgd(0.0), prompts()
-    run = jax.jit(partial(ppo.update, optimizer=frozen, config=ppo.Config(num_epochs=1)), static_argnames="policy_fn")
-    own, other = (models.policy_fn(model, temperature, PROMPT) for temperature in (0.8, 1.0))
-    batch = collect(model, PARAMS, tokens, mask, KEY, sampling=CONFIG, policy_fn=own, row_ids=ROW_IDS)
+    policy_fn = models.policy_fn(model, 0.8, PROMPT)
+    batch = collect(model, PARAMS, tokens, mask, KEY, sampling=CONFIG, policy_fn=policy_fn, row_ids=ROW_IDS)
     batch = batch.replace(rewards=batch.response_mask.astype(jnp.float32))
-    for policy_fn, wrong in ((own, False), (other, True)):
-        _, metrics = run(TrainState.create(PARAMS, frozen), batch, KEY, policy_fn=policy_fn)
-        assert (metrics["policy/ratio_max"] - 1.0 > rounding) == wrong
-        assert (metrics["policy/clip_fraction"] > 0) == wrong
+    update = partial(
+        ppo.update, policy_fn=policy_fn, optimizer=frozen, config=ppo.Config(num_epochs=1, num_minibatches=2)
+    )
+    _, metrics = jax.jit(update)(TrainState.create(PARAMS, frozen), batch, KEY)
+    assert metrics["policy/ratio_max"] - 1.0 < rounding
+    assert metrics["policy/clip_fraction"] == 0
 
 
 def test_rescore_masks_and_keeps():
