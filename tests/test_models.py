@@ -186,6 +186,15 @@ def test_gemma_by_hand():
     assert (GEMMA.windows, GEMMA.local_layers) == ((None, 3), [True, False])
 
 
+def test_gemma_s_local_layers_turn_by_their_own_base():
+    plain, base, local = (
+        tiny(GEMMA, global_every=3, **changes)[0].apply(some_params(GEMMA), some_tokens(2, 6))
+        for changes in ({}, {"rope_theta": 5.0}, {"local_rope_theta": 5.0})
+    )
+    np.testing.assert_array_equal(plain, base)
+    assert np.abs(plain - local).max() > 1e-3
+
+
 def test_fully_padded_row_is_finite():
     model, params = tiny()
     tokens, mask = some_tokens(2, 4), np.array([[0, 0, 0, 0], [0, 1, 1, 1]])
