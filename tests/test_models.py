@@ -179,6 +179,15 @@ def test_gemma_by_hand():
     assert (GEMMA.windows, GEMMA.local_layers) == ((None, 3), [True, False])
 
 
+def test_gemma_s_local_layers_turn_by_their_own_base():
+    plain, base, local = (
+        tiny(GEMMA, global_every=3, **changes)[0].apply(some_params(GEMMA), some_tokens(2, 6))
+        for changes in ({}, {"rope_theta": 5.0}, {"local_rope_theta": 5.0})
+    )
+    np.testing.assert_array_equal(plain, base)
+    assert np.abs(plain - local).max() > 1e-3
+
+
 def test_positions_beyond_the_table_use_its_last_row():
     model, params = tiny()
     tokens = some_tokens(1, 14)
