@@ -76,3 +76,11 @@ def test_the_package_imports_neither_nnx_nor_torch_nor_what_is_slow():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_only_the_command_line_prints():
+    """What runs report goes through the logger ``rlhf_jax``; warnings about a signal go to stderr at once."""
+    for path in (path for path in FILES if path != PACKAGE / "cli.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+                assert "file" in {keyword.arg for keyword in node.keywords}, f"{path}, line {node.lineno}"

@@ -10,6 +10,7 @@ with every response. Both are functions of the models, the data, the settings an
 import dataclasses
 import functools
 import json
+import logging
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.training import initial, scoring, stage
 from rlhf_jax.types import Comparisons, Params, Rollout
+
+logger = logging.getLogger("rlhf_jax")
 
 __all__ = ["Config", "Result", "run"]
 
@@ -133,7 +136,7 @@ def run(folder: str | Path, config: Config) -> Result:
     left_out = {name: read.dropped | (answers | pairs)[name].counts for name, read in results}
     left_out = {name: reasons for name, reasons in left_out.items() if reasons}
     for name, reasons in left_out.items():
-        print(f"{name}: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}", flush=True)
+        logger.info(f"{name}: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}")
     if config.against is not None:
         answers["prompts, against"] = _against(bench, config.against, sets.results["prompts"].rows)
         if answers["prompts, against"].rows != answers["prompts"].rows:
@@ -366,7 +369,7 @@ def _read(config: Config, template: chat.ChatTemplate) -> _Sets:
     if config.annotated:
         results["annotated"] = read("annotated", config.annotated)
     for name, result in results.items():
-        print(f"{name}: {result.describe()}", flush=True)
+        logger.info(f"{name}: {result.describe()}")
     parts = data.read_parts(config.preferences, config.columns)
     return _Sets(results, parts, categories)
 

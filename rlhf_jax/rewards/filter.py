@@ -4,6 +4,7 @@ A word list finds only what is spelled as listed; docs/safety.md says what it ca
 """
 
 import dataclasses
+import logging
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
@@ -17,6 +18,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import spec
 from rlhf_jax.rewards.host import Columns, Decoder, HostReward, on_host
 from rlhf_jax.types import Metrics, Rollout
+
+logger = logging.getLogger("rlhf_jax")
 
 _LETTER = r"[^\W_]"  # or a digit
 _MOST_PLACES = 20  # of unsafe prompts that are printed
@@ -130,7 +133,7 @@ class Guard:
         more = [f"and {len(places) - _MOST_PLACES} more"] if len(places) > _MOST_PLACES else []
         shown, action = "; ".join(places[:_MOST_PLACES] + more), self.settings.prompts
         done = {"drop": "dropped", "replace": "replaced", "count": "unsafe, and kept"}[action]
-        print(f"safety: {len(places)} of {len(rows)} prompts {done}" + (f": {shown}" if shown else ""), flush=True)
+        logger.info(f"safety: {len(places)} of {len(rows)} prompts {done}" + (f": {shown}" if shown else ""))
         if action == "drop" and len(places) == len(rows) > 0:
             raise UserError(f"safety: all {len(rows)} prompts are unsafe, none is left: {shown}")
         if action == "replace":

@@ -18,6 +18,7 @@ A folder with the name of one of these is given as ``./length``.
 
 import difflib
 import inspect
+import logging
 import re
 import runpy
 from collections.abc import Callable, Collection, Sequence
@@ -32,6 +33,8 @@ from rlhf_jax.rewards.functions import EnsembleMethod, ensemble, from_model, len
 from rlhf_jax.rewards.host import Columns, Decoder, HostReward, HostScores, from_text
 from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
+
+logger = logging.getLogger("rlhf_jax")
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 _WEIGHTED = re.compile(rf"(?P<spec>.+)\*(?P<weight>[-+]?{_NUMBER})", re.IGNORECASE)
@@ -219,7 +222,7 @@ def _ensemble(
     paths = [path for name in names for path in [*map(str, members(name))] or [name]]
     if len(paths) < 2 or len(set(paths)) < len(paths):
         raise UserError(f"{where}: an ensemble has at least two different models, here are {', '.join(paths)}")
-    print(f"{where}: {len(paths)} models", flush=True)
+    logger.info(f"{where}: {len(paths)} models")
     return ensemble([model_reward(path) for path in paths], how, 1.0 if coef is None else float(coef))
 
 

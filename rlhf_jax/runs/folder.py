@@ -10,6 +10,7 @@ result as a Hugging Face folder, ``report.html`` the figures.
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,8 @@ import filelock
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import processes
+
+logger = logging.getLogger("rlhf_jax")
 
 _LOCK_FILES = (".lock", ".pid")
 _RUN_FILES = (
@@ -106,7 +109,7 @@ def _take(path: Path, lock: filelock.BaseFileLock, resume: bool, overwrite: bool
         _clear(path)
     resumed = resume and bool(steps(path / "checkpoints"))
     if resume and not resumed:
-        print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
+        logger.info(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
     return resumed, is_unused(path)
 
 

@@ -11,6 +11,7 @@ import difflib
 import functools
 import hashlib
 import json
+import logging
 import platform
 import re
 import shlex
@@ -26,6 +27,8 @@ import yaml
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.folder import Run, write_atomically
+
+logger = logging.getLogger("rlhf_jax")
 
 _PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
@@ -84,10 +87,9 @@ def write_manifest(
         last = (starts or [manifest])[-1]
         before = {key: last.get(key) for key in machine}
         if differences := _differences(_dotted(before), _dotted(machine)).values():
-            print(
+            logger.info(
                 f"--resume: {'; '.join(differences)}. The run goes on, but is no longer bit for bit what it would have "
-                "been without the stop",
-                flush=True,
+                "been without the stop"
             )
         starts.append(start | ({"changed": list(changed)} if changed else {}))
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -144,7 +146,7 @@ def check_unchanged(
             f"--output-dir; --allow-changed {hint}"
         )
     if changed:
-        print(f"--resume: goes on as another run than it began: {'; '.join(changed.values())}", flush=True)
+        logger.info(f"--resume: goes on as another run than it began: {'; '.join(changed.values())}")
     return list(changed.values())
 
 

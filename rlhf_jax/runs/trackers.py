@@ -22,6 +22,8 @@ from typing import Any
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.folder import Run, json_lines, write_atomically
 
+logger = logging.getLogger("rlhf_jax")
+
 _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
 
 
@@ -177,4 +179,4 @@ def start(run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step
 
 
 def _warn(name: str, error: Exception, outcome: str) -> None:
-    print(f"--track {name}: {type(error).__name__}: {error}; {outcome}", flush=True)
+    logger.info(f"--track {name}: {type(error).__name__}: {error}; {outcome}")

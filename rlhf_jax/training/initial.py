@@ -1,6 +1,7 @@
 """What a run starts from: the model and its tokenizer, and which of its parameters are trained."""
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import lora
 from rlhf_jax.rewards import spec
 from rlhf_jax.types import Params
+
+logger = logging.getLogger("rlhf_jax")
 
 
 class Trainable(NamedTuple):
@@ -66,7 +69,7 @@ def stage_rows(config: RunConfig, kind: Kind, names: Sequence[str]) -> formats.R
     template = chat.template_of(tokenizers.load_tokenizer(source) if source else None)
     how: Any = {"columns": config.columns, "on_bad_row": config.on_bad_row}
     data = formats.read(kind, names or config.data, seed=config.seed, template=template, **how)
-    print(f"{kind}: {data.describe()}", flush=True)
+    logger.info(f"{kind}: {data.describe()}")
     return data
 
 
@@ -74,10 +77,9 @@ def warn_of_rate(config: RunConfig, section: str, optimizer: Optimizer) -> None:
     """Prints a warning if all weights of a pretrained model are to be trained at a rate that suits random ones."""
     rate = optimizer.learning_rate
     if config.model is not None and not config.lora.rank and rate >= 1e-4 and _is_pretrained(config.model):
-        print(
+        logger.info(
             f"warning: {section}.optimizer.learning_rate {rate:g} is high for the pretrained weights of {config.model} "
-            f"and may undo what they know; usual are 1e-5 or less, or {rate:g} with --lora.rank 8",
-            flush=True,
+            f"and may undo what they know; usual are 1e-5 or less, or {rate:g} with --lora.rank 8"
         )
 
 
@@ -96,7 +98,7 @@ def hold_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``batches.split``; a single row, or ranking, is trained on and none is held out, which is said."""
     if fraction and len(set(groups or range(count))) == 1:
-        print(f"{what}: one row in all, so none is held out for validation", flush=True)
+        logger.info(f"{what}: one row in all, so none is held out for validation")
         fraction = 0.0
     return batches.split(count, fraction, key, groups)
 
@@ -147,7 +149,7 @@ def prompts_for(
         max_new_tokens=config.rl.max_new_tokens,
     )
     for what, count in encoded.counts.items():
-        print(f"{count} prompts: {what}{note}", flush=True)
+        logger.info(f"{count} prompts: {what}{note}")
     return encoded
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import logging
 import random
 import signal
 import time
@@ -24,6 +25,8 @@ from rlhf_jax.training.optimizer import Judge
 from rlhf_jax.training.signals import resume_command, stop_requests
 from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import Metrics
+
+logger = logging.getLogger("rlhf_jax")
 
 State = TypeVar("State")
 
@@ -117,9 +120,9 @@ class _Loop:
             resume_step = self.done
             self.history = [row for row in records.read_rows(run.metrics) if row["step"] <= self.done]
             finished = " (finished already)" if self.done >= job.num_steps else ""
-            print(f"resumed from step {self.done} of {job.num_steps}{finished}", flush=True)
+            logger.info(f"resumed from step {self.done} of {job.num_steps}{finished}")
         if self.done < job.num_steps:
-            print("compiling; the first steps take longest", flush=True)
+            logger.info("compiling; the first steps take longest")
         tracked = config.track if processes.is_first() else ()
         services = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
         show, label, total = job.show, stage.name, job.num_steps

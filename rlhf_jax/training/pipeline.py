@@ -1,6 +1,7 @@
 """The three stages of RLHF from one config: SFT, a reward model on its body, PPO on its policy."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -8,6 +9,8 @@ from rlhf_jax.config import RunConfig, Tokenizer
 from rlhf_jax.runs import devices, folder, processes
 from rlhf_jax.training import reward_model, rl, sft
 from rlhf_jax.training.stage import RunResult
+
+logger = logging.getLogger("rlhf_jax")
 
 STAGES = ("sft", "reward_model", "ppo")
 C = TypeVar("C", bound=RunConfig)
@@ -38,14 +41,14 @@ def run(config: RunConfig) -> PipelineResult:
 
 def run_stages(config: RunConfig, path: Path) -> PipelineResult:
     """``run`` without a look at what else is in the folder."""
-    print("stage 1 of 3: supervised fine-tuning", flush=True)
+    logger.info("stage 1 of 3: supervised fine-tuning")
     first = sft.run(stage_config(config, path / "sft"))
     base = str(first.model_folder)
-    print("stage 2 of 3: reward model", flush=True)
+    logger.info("stage 2 of 3: reward model")
     second = reward_model.run(stage_config(config, path / "reward_model", base))
     ensemble = "mean:" if config.reward_model.ensemble_size > 1 else ""
     rewarded = dataclasses.replace(config, reward=(f"{ensemble}{second.model_folder}",))
-    print("stage 3 of 3: PPO", flush=True)
+    logger.info("stage 3 of 3: PPO")
     return PipelineResult(first, second, rl.run(stage_config(rewarded, path / "ppo", base)))
 
 
@@ -63,7 +66,7 @@ def check_folder(path: Path, config: RunConfig, first: str = STAGES[0]) -> None:
     if config.resume or not (is_free or is_own):
         folder.check_usable(path, config.resume, config.overwrite)
     if config.resume and not any(path.glob("*/checkpoints")):
-        print(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning", flush=True)
+        logger.info(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
 
 
 def stage_config(config: C, path: Path, model: str | None = None, **changes: Any) -> C:

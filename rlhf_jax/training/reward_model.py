@@ -1,6 +1,7 @@
 """Reward-model training as a run: preference pairs in, a normalised reward model or an ensemble of them out."""
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 
 import jax
@@ -16,6 +17,8 @@ from rlhf_jax.training import ensembles, initial, scoring, supervised
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult
 from rlhf_jax.types import Comparisons, Params, Rollout, TrainState
+
+logger = logging.getLogger("rlhf_jax")
 
 MAX_SAMPLES = 256  # held-out rows whose texts and scores each validation writes
 
@@ -60,7 +63,7 @@ def _task(setting: supervised.Setting) -> supervised.Task:
         unstacked = enumerate(ensembles.unstack(state.params)) if is_ensemble else ()
         members = {f"member_{i}": params for i, params in unstacked} or {"": state.params}
         if settings.normalize_samples and config.model is None:
-            print("scores are not normalised: no --model, so there is no base policy to sample from", flush=True)
+            logger.info("scores are not normalised: no --model, so there is no base policy to sample from")
         elif settings.normalize_samples:
             samples, score = _base_samples(setting), scoring.answer_scorer(score_fn)
             members = {name: _normalized(score, params, samples) for name, params in members.items()}
@@ -109,7 +112,7 @@ def _normalized(score: Callable[[Params, Comparisons], jax.Array], params: Param
     scores = np.asarray(score(params | {"score": unit}, Comparisons(tokens, mask, response)), np.float64)  # [N, 1]
     mean, std = float(scores.mean()), float(scores.std())
     if std == 0.0:
-        print(f"scores are not normalised: all {len(scores)} samples of the base policy score {mean}", flush=True)
+        logger.info(f"scores are not normalised: all {len(scores)} samples of the base policy score {mean}")
         return params
-    print(f"normalised over {len(scores)} samples of the base policy: mean {mean:.4f}, std {std:.4f}", flush=True)
+    logger.info(f"normalised over {len(scores)} samples of the base policy: mean {mean:.4f}, std {std:.4f}")
     return params | {"score": unit | {"gain": jnp.float32(1.0 / std), "shift": jnp.float32(-mean / std)}}

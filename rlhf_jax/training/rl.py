@@ -4,6 +4,7 @@ Its phases are pure functions in ``training.phases``.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Rollout
+
+logger = logging.getLogger("rlhf_jax")
 
 
 def run(
@@ -126,7 +129,7 @@ def _sizes(name: str, settings: RLStage, config: AlgorithmConfig, num_devices: i
     """
     if settings.num_episodes is not None:
         episodes = f"{settings.length} iterations with {settings.length * settings.batch_size} episodes"
-        print(f"rl.num_episodes {settings.num_episodes}: {episodes}, whatever rl.num_iterations is", flush=True)
+        logger.info(f"rl.num_episodes {settings.num_episodes}: {episodes}, whatever rl.num_iterations is")
     minibatches = {f"{name}.num_minibatches": config.num_minibatches}
     divides(
         "rl.batch_size",
@@ -247,7 +250,7 @@ class _Trainer:
             row["length"] = int(np.sum(rollout.response_mask[i] != 0))
             samples.append(row if verdicts is None else row | {"unsafe": filters.sentence(verdicts[i])})
         for shown in samples[: self.settings.show_examples]:
-            print("Prompt:    {prompt}\nGenerated: {response}\nReward:    {score:.4g}\n".format(**shown), flush=True)
+            logger.info("Prompt:    {prompt}\nGenerated: {response}\nReward:    {score:.4g}\n".format(**shown))
         parts = {f"validation/{name}": x for name, x in metrics.items() if name.startswith(("reward/", "safety/"))}
         values = {"validation/score": metrics["objective/score"]} | judged | parts
         return Validation({name: float(value) for name, value in values.items()}, samples)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import logging
 import math
 import os
 import zlib
@@ -24,6 +25,8 @@ from rlhf_jax.runs import devices, folder, manifest, processes, trackers
 from rlhf_jax.training import memory
 from rlhf_jax.training.initial import Trainable, sampling_config
 from rlhf_jax.types import Params, PolicyFn
+
+logger = logging.getLogger("rlhf_jax")
 
 Tree = TypeVar("Tree")
 Stream = Literal["init", "data", "rollout", "update", "eval"]
@@ -113,12 +116,12 @@ class Stage:
                 if start.base is not None:
                     adapters = jax.device_get(part)
                     models.lora.save(run.adapter / name, start.base, adapters, base_model=self.config.model)
-            print(f"saved {run.model}" + ("" if start.base is None else f", {run.adapter}"), flush=True)
+            logger.info(f"saved {run.model}" + ("" if start.base is None else f", {run.adapter}"))
             try:
                 page.write([run.path], run.report)
-                print(f"saved {run.report}", flush=True)
+                logger.info(f"saved {run.report}")
             except Exception as error:  # whatever it is: the run is done and its result saved
-                print(f"{run.report} could not be drawn: {type(error).__name__}: {error}", flush=True)
+                logger.info(f"{run.report} could not be drawn: {type(error).__name__}: {error}")
 
         processes.in_first(write)
         return RunResult(run.path, run.model, metrics)
@@ -150,7 +153,7 @@ def set_up(config: RunConfig) -> RunConfig:
 
 @functools.cache
 def _say_once(line: str) -> None:
-    print(line, flush=True)
+    logger.info(line)
 
 
 def divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,8 @@ from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
 from rlhf_jax.types import Metrics, Params, Parts, TrainState
+
+logger = logging.getLogger("rlhf_jax")
 
 Settings = SFTStage | RewardModelStage | DPOStage
 
@@ -140,7 +143,7 @@ def run(
             kind, len(encoded), settings.validation_fraction, split_key, encoded.sources
         )
         for line in _account(data, kind, encoded, len(train_rows), len(held_out)):
-            print(line, flush=True)
+            logger.info(line)
         longest = encoded.lengths.max(axis=1)[train_rows]
         plan = batches.Plan(longest, settings.batch_size, order_key, text.bucket_multiple)
 
