@@ -181,7 +181,7 @@ def test_microbatches_change_nothing(name):
     assert_close(jitted(name, num_microbatches=4)(state, batch, KEY), (after, metrics))
 
 
-@pytest.mark.parametrize("name", ["vpg", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "vpg", "ppo"])
 def test_pmap_agrees(name):
     case = CASES[name]
     expected = jitted(name)(case.start, case.batch(), KEY)
