@@ -42,7 +42,20 @@ def tiny(config=CONFIG, **changes):
     """A model of the same weights under every change, its functions compiled (eagerly each shape costs far more)."""
     model = models.build(dataclasses.replace(config, **changes))
     params = stack_layers(some_params(config)) if model.config.scan_layers else some_params(config)
-    return model._replace(apply=jax.jit(model.apply), hidden=jax.jit(model.hidden)), params
+    return model._replace(apply=jax.jit(model.apply), hidden=jitted_hidden(model)), params
+
+
+def jitted_hidden(model):
+    """A slice of columns is no array: each has a program of its own."""
+    of = functools.cache(lambda start, stop: jax.jit(lambda *inputs: model.hidden(*inputs, slice(start, stop))))
+    whole = jax.jit(model.hidden)
+
+    def hidden(params, tokens, mask=None, key=None, columns=None):
+        if isinstance(columns, slice):
+            return of(columns.start, columns.stop)(params, tokens, mask, key)
+        return whole(params, tokens, mask, key, columns)
+
+    return hidden
 
 
 def some_tokens(batch, length, seed=0):
@@ -323,3 +336,42 @@ def test_wrong_shapes_are_refused():
     ):
         with pytest.raises(AssertionError, match=r"shape|rank"):
             refused()
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, LLAMA, dataclasses.replace(GEMMA, global_every=3)], ids=["gpt2", "llama", "gemma"]
+)
+@pytest.mark.parametrize("changes", [{}, {"remat": True}, {"scan_layers": True}])
+def test_columns_that_are_read_are_those_of_all(config, changes):
+    model, params = tiny(config, **changes)
+    tokens, mask = some_tokens(3, 6), np.array([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 0]])
+    weights = np.random.default_rng(1).normal(size=(3, 6, 8)).astype(np.float32)
+    numbers = np.array([[4, 2], [0, 5], [3, 3]])
+
+    hidden = models.build(model.config).hidden
+
+    def value_and_gradient(columns, weights):
+        def loss(params):
+            states = hidden(params, tokens, mask, None, columns)
+            return jnp.sum(weights * states), states
+
+        (_, states), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return states, gradient
+
+    whole, _ = value_and_gradient(None, weights)
+    places = np.zeros((3, 6, 8), np.float32)
+    np.add.at(places, (np.arange(3)[:, None], numbers), weights[:, :2])
+    for columns, ours, theirs, expected in (
+        (slice(2, 5), weights[:, 2:5], weights * (np.isin(np.arange(6), [2, 3, 4])[:, None]), whole[:, 2:5]),
+        (jnp.array(numbers), weights[:, :2], places, whole[np.arange(3)[:, None], numbers]),
+    ):
+        states, gradient = value_and_gradient(columns, ours)
+        np.testing.assert_allclose(states, expected, atol=ATOL)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4),
+            gradient,
+            value_and_gradient(None, theirs)[1],
+        )
+    program = str(jax.make_jaxpr(lambda params: hidden(params, tokens, mask, None, slice(2, 5)))(params))
+    width = config.intermediate_size or 4 * config.hidden_size
+    assert (f"f32[3,3,{width}]" in program) == ("scan_layers" not in changes)  # the last MLP runs where it is read

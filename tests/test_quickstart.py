@@ -44,7 +44,7 @@ def test_seeds_pass_and_leave_a_page(seed, tmp_path):
 
 def test_stages_are_announced_and_the_device_once(monkeypatch, capsys):
     for module in (pipeline.sft, pipeline.reward_model, pipeline.rl):
-        monkeypatch.setattr(module, "run", lambda config: stage.set_up(config) or SimpleNamespace(model_folder="x"))
+        monkeypatch.setattr(module, "run", lambda config: (stage.set_up(config), SimpleNamespace(model_folder="x"))[1])
     stage._say_once.cache_clear()
     pipeline.run_stages(RunConfig(), Path("runs"))
     device, *said = sorted(capsys.readouterr().out.splitlines())

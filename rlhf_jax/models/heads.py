@@ -76,12 +76,12 @@ def policy_fn(
             raise ValueError(f"prompt_length {prompt_length} is longer than the {tokens.shape[1]} columns of tokens")
         policy_key, value_key = (None, None) if key is None else jax.random.split(key)
         body = policy_params(params)
-        hidden = model.hidden(body, tokens, attention_mask, policy_key)
-        before = hidden[:, first - 1 : -1]  # [B, T - first, D], the states that speak of columns first, ..., T - 1
+        read = slice(first - 1, tokens.shape[1] - 1)  # the states that speak of columns first, ..., T - 1
+        before = model.hidden(body, tokens, attention_mask, policy_key, read)  # [B, T - first, D]
         log_probs, entropy = _log_probs_and_entropy(model, body, before, tokens[:, first:], temperature)
         if value_model is not None:
-            value_hidden = value_model.hidden(params["value"], tokens, attention_mask, value_key)
-            values: Array | None = _scalar(params["value"], "value", value_hidden[:, first - 1 : -1])
+            value_hidden = value_model.hidden(params["value"], tokens, attention_mask, value_key, read)
+            values: Array | None = _scalar(params["value"], "value", value_hidden)
         else:
             values = _scalar(params, "value", before) if "value" in params else None
         pad = ((0, 0), (first, 0))
@@ -102,11 +102,10 @@ def score_fn(model: Model) -> ScoreFn:
     """
 
     def score(params: Params, tokens: Array, attention_mask: Array, key: Array | None = None) -> Array:
-        hidden = model.hidden(params, tokens, attention_mask, key)
         real = attention_mask != 0
         columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        last = jnp.max(jnp.where(real, columns, 0), axis=1)  # [B]
-        scores = _scalar(params, "score", jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
+        last = jnp.max(jnp.where(real, columns, 0), axis=1, keepdims=True)  # [B, 1]
+        scores = _scalar(params, "score", model.hidden(params, tokens, attention_mask, key, last))[:, 0]
         gain, shift = jax.lax.stop_gradient((params["score"]["gain"], params["score"]["shift"]))
         return jnp.where(jnp.any(real, axis=1), gain * scores + shift, 0.0)
 

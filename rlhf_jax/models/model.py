@@ -29,7 +29,8 @@ class Model(NamedTuple):
         apply: ``(params, tokens [B, T], attention_mask [B, T] = None, key=None) -> logits [B, T, V]`` float32. The mask
             is 0 on pads; packed documents are numbered 1, 2, ... and do not see each other; None means all ones.
             ``key`` turns dropout on.
-        hidden: same arguments -> [B, T, D] after the final norm, in the compute dtype.
+        hidden: same arguments, and ``columns=None`` -> [B, T, D] after the final norm, in the compute dtype; with a
+            ``slice`` or [B, n] numbers of columns [B, n, D], for which the last block does no more than they need.
         unembed: ``(params, hidden [..., D]) -> logits [..., V]`` float32.
         init_cache: ``(batch, length) -> cache``, an opaque pytree of ``length`` empty slots.
         decode: ``(params, tokens [B, t], positions [B, t], key_mask [B, S], cache, index)`` ->
@@ -57,13 +58,19 @@ def build(config: ModelConfig) -> Model:
         params: Params = module.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))["params"]
         return params
 
-    def hidden(params: Params, tokens: Array, attention_mask: Array | None = None, key: Array | None = None) -> Array:
+    def hidden(
+        params: Params,
+        tokens: Array,
+        attention_mask: Array | None = None,
+        key: Array | None = None,
+        columns: stack.Columns = None,
+    ) -> Array:
         tokens = jnp.asarray(tokens)
         mask = jnp.ones(tokens.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, mask])
         rngs = None if key is None else {"dropout": key}
-        states: Any = module.apply({"params": params}, tokens, mask, rngs=rngs, method="hidden")
+        states: Any = module.apply({"params": params}, tokens, mask, columns, rngs=rngs, method="hidden")
         return states
 
     def unembed(params: Params, hidden_states: Array) -> Array:

@@ -24,6 +24,7 @@ View = tuple[Array, Rotation | None]  # who sees whom, and how queries and keys 
 LayerCache = tuple[Array, Array]  # keys and values of one layer, [B, H, S, Dh] each
 Cache = tuple[LayerCache, ...]
 Number = Array | float
+Columns = slice | Array | None  # which columns of [B, T] are read: the same of each row, [B, n] numbers, or None: all
 Layer = tuple[Number, Array | bool]  # factor of a layer's attention scores, and whether it takes the second view
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -55,6 +56,16 @@ def rotate(x: Array, rotation: Rotation) -> Array:
     return (x.astype(jnp.float32) * cosine + turned * sine).astype(x.dtype)
 
 
+def pick(x: Array, columns: Columns, axis: int) -> Array:
+    """The given columns of x [B, ...], which lie along ``axis``."""
+    if columns is None:
+        return x
+    if isinstance(columns, slice):
+        return jax.lax.slice_in_dim(x, columns.start, columns.stop, axis=axis)
+    shape = [columns.shape[1] if i == axis else columns.shape[0] if i == 0 else 1 for i in range(x.ndim)]
+    return jnp.take_along_axis(x, columns.reshape(shape), axis=axis)
+
+
 class Attention(nn.Module):
     """Self-attention over the tokens given, or over a cache that they are first written to at slots index, ...
 
@@ -65,24 +76,33 @@ class Attention(nn.Module):
     config: Any
 
     def __call__(
-        self, x: Array, mask: Array, scale: Number, rotation: Rotation | None, cache: LayerCache | None, index: Number
+        self,
+        x: Array,
+        mask: Array,
+        scale: Number,
+        rotation: Rotation | None,
+        cache: LayerCache | None,
+        index: Number,
+        columns: Columns,
     ) -> tuple[Array, LayerCache | None]:
         query, key, value = self.project(x)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
+        query, mask = pick(query, columns, axis=2), pick(mask, columns, axis=2)
         batch, heads, length, size = query.shape
         if cache is not None:
             key = jax.lax.dynamic_update_slice_in_dim(cache[0], key.astype(cache[0].dtype), index, axis=2)
             value = jax.lax.dynamic_update_slice_in_dim(cache[1], value.astype(cache[1].dtype), index, axis=2)
             cache = (key, value)
         # The queries that share a key become more queries of one head: keys and values are never repeated.
-        groups = heads // key.shape[1]
-        query = query.reshape(batch, -1, groups * length, size)
+        kv_heads = key.shape[1]
+        groups = heads // kv_heads
+        query = query.reshape(batch, kv_heads, groups * length, size)
         mask = jnp.tile(mask, (1, 1, groups, 1))
         dropout_key = self.make_rng("dropout") if self.has_rng("dropout") else None
         mixed = attention(query, key, value, mask, scale, self.config.attention_dropout, dropout_key)
         mixed = mixed.reshape(batch, heads, length, size).transpose(0, 2, 1, 3)
-        return self.output(mixed.reshape(batch, length, -1)), cache
+        return self.output(mixed.reshape(batch, length, heads * size)), cache
 
 
 class Block(nn.Module):
@@ -95,16 +115,22 @@ class Block(nn.Module):
     config: Any
 
     def __call__(
-        self, x: Array, views: tuple[View, ...], layer: Layer, cache: LayerCache | None, index: Number
+        self,
+        x: Array,
+        views: tuple[View, ...],
+        layer: Layer,
+        cache: LayerCache | None,
+        index: Number,
+        columns: Columns = None,
     ) -> tuple[Array, LayerCache | None]:
         deterministic = not self.has_rng("dropout")
         scale, is_local = layer
         mask, rotation = views[0]
         if len(views) > 1:
             mask, rotation = jax.tree.map(lambda whole, local: jnp.where(is_local, local, whole), *views)
-        attended, cache = self.attn(self.ln_1(x), mask, scale, rotation, cache, index)
+        attended, cache = self.attn(self.ln_1(x), mask, scale, rotation, cache, index, columns)
         attended = self.ln_1_post(attended) if self.config.post_norms else attended
-        x = x + self.dropout(attended, deterministic=deterministic)
+        x = pick(x, columns, axis=1) + self.dropout(attended, deterministic=deterministic)
         written = self.mlp(self.ln_2(x))
         written = self.ln_2_post(written) if self.config.post_norms else written
         return x + self.dropout(written, deterministic=deterministic), cache
@@ -141,17 +167,22 @@ class Transformer(nn.Module):
         # A pad may carry any id, also one outside the table; a real token outside it gives NaN rather than a wrong row.
         return jnp.take(self.wte.embedding, jnp.where(real, tokens, 0), axis=0)
 
-    def hidden(self, tokens: Array, attention_mask: Array) -> Array:
-        """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype."""
+    def hidden(self, tokens: Array, attention_mask: Array, columns: Columns = None) -> Array:
+        """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype; of the given columns alone.
+
+        The last block computes keys and values of all columns and the rest where it is read, but under
+        ``scan_layers``, where all blocks are one program.
+        """
         places = positions(attention_mask)
         x = self.embed(tokens, places, attention_mask != 0)
         views = self.views(places, functools.partial(causal_mask, attention_mask))
         scales, local = self.scales(), self.config.local_layers
         if self.config.scan_layers:
             x, _ = self.h(x, views, (jnp.array(scales, jnp.float32), jnp.array(local)), None, 0)
-        else:
-            for block, *layer in zip(self.h, scales, local, strict=True):
-                x, _ = block(x, views, tuple(layer), None, 0)
+            return self.ln_f(pick(x, columns, axis=1))
+        for block, *layer in zip(self.h[:-1], scales, local, strict=False):
+            x, _ = block(x, views, tuple(layer), None, 0)
+        x, _ = self.h[-1](x, views, (scales[-1], local[-1]), None, 0, columns)
         return self.ln_f(x)
 
     def unembed(self, hidden: Array) -> Array:
@@ -180,11 +211,11 @@ class Transformer(nn.Module):
 def layers(block: Any, config: ModelConfig) -> Any:
     """The layers of ``config``: a list of ``block``, or under ``scan_layers`` one module with parameters [L, ...]."""
     # Inside a scan nothing can be merged with the forward pass, so the barrier against that is not needed.
-    block = nn.remat(block, prevent_cse=not config.scan_layers) if config.remat else block
-    if not config.scan_layers:
-        return [block(config) for _ in range(config.num_layers)]
+    again = nn.remat(block, prevent_cse=not config.scan_layers) if config.remat else block
+    if not config.scan_layers:  # the backward pass begins with the last block: it would be recomputed at once
+        return [*(again(config) for _ in range(config.num_layers - 1)), block(config)]
     return nn.scan(
-        block,
+        again,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast, 0, nn.broadcast, nn.broadcast),  # each layer has its own scale and view

@@ -16,8 +16,9 @@ def keep_memory() -> bool:
     """Makes this process keep freed memory for its own next allocation; for entry points, before JAX starts a backend.
 
     One arena, no block of its own for a large allocation, nothing given back at the top of the heap: the process holds
-    its peak until it ends. Does nothing where the C library is not glibc, or where the environment variable
-    ``RLHF_JAX_KEEP_MEMORY`` is 0. Returns whether it was set.
+    its peak until it ends. In about one of three processes each call faults its pages all the same; the reason is not
+    known (see ``tests/test_bench.py``). Does nothing where the C library is not glibc, or where the environment
+    variable ``RLHF_JAX_KEEP_MEMORY`` is 0. Returns whether it was set.
     """
     if os.environ.get("RLHF_JAX_KEEP_MEMORY") == "0" or platform.libc_ver()[0] != "glibc":
         return False
