@@ -29,6 +29,7 @@ def test_operations_of_products_are_counted_through_loops_and_derivatives():
     assert bench.matmul_flops(jax.make_jaxpr(jax.jit(loop))(x).jaxpr, trips=4) == (7 + 4) * product
 
 
+@pytest.mark.slow
 def test_one_line_of_json_has_what_was_measured(capsys):
     cli.run(["bench", "reward", "--preset", "char-nano"])
     line = json.loads(capsys.readouterr().out)
@@ -59,6 +60,7 @@ print(min(counts[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_entry_points_keep_memory_so_that_a_call_faults_no_page_twice():
     """In two of three processes, for a reason that is not known; so the best of eight."""

@@ -339,9 +339,16 @@ def test_wrong_shapes_are_refused():
 
 
 @pytest.mark.parametrize(
-    "config", [CONFIG, LLAMA, dataclasses.replace(GEMMA, global_every=3)], ids=["gpt2", "llama", "gemma"]
+    ("config", "changes"),
+    [
+        (CONFIG, {}),
+        *(
+            pytest.param(config, changes, marks=pytest.mark.slow)
+            for config in (CONFIG, LLAMA, dataclasses.replace(GEMMA, global_every=3))
+            for changes in ({}, {"remat": True}, {"scan_layers": True})
+        ),
+    ],
 )
-@pytest.mark.parametrize("changes", [{}, {"remat": True}, {"scan_layers": True}])
 def test_columns_that_are_read_are_those_of_all(config, changes):
     model, params = tiny(config, **changes)
     tokens, mask = some_tokens(3, 6), np.array([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 0]])

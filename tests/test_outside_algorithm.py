@@ -62,6 +62,7 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # 
     assert json.loads((straight.folder / "manifest.json").read_text("utf-8"))["stage"] == algorithm.__name__
 
 
+@pytest.mark.slow
 def test_no_default_of_another_algorithm_leaks_in(config):  # noqa: F811
     """GSPO says that it wants no KL penalty in the reward: a run that sets none has none."""
     settings = dataclasses.replace(config.rl, num_iterations=1, kl_target=None, kl_coef=None)

@@ -8,8 +8,8 @@
 ``{query, sample0, sample1, ..., best}``    as in lm-human-preferences (Ziegler et al. 2019): texts or GPT-2 token ids
 ``{prompt, responses, LABEL}``              LABEL is ``best`` (a number from 0), ``ranking`` (response numbers, best
                                             first), ``ranks`` (the lowest is best, equal ones are ties) or ``targets``
-``{instruction, input, response1,           annotated, as in PandaLM (Wang et al. 2023): each annotator says 1, 2 or 0,
-response2, annotator1, ...}``               a tie
+``{instruction, response1, response2}``     annotated, as in PandaLM (Wang et al. 2023): with ``input`` and
+                                            ``annotator1``, ..., each of which says 1, 2 or 0, a tie
 ``{prompt, ...}`` or a string               a prompt; other keys are columns for the reward
 ==========================================  ==========================================================================
 
