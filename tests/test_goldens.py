@@ -108,7 +108,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-FAST = ("sft", "ppo")
+FAST = ("sft",)
 
 
 @pytest.mark.parametrize(

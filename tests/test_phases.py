@@ -44,6 +44,7 @@ def jitted(phase, algorithm, settings, algorithm_config):
     return jax.jit(functools.partial(phase, recipe=recipe))
 
 
+@pytest.mark.slow
 def test_one_jit_and_three_jits_give_identical_parameters():
     made = vpg, RLStage(kl_target=1.0, missing_eos_penalty=0.5), vpg.Config()
     whole, collect, learn = (jitted(phase, *made) for phase in (phases.iteration, phases.collect, phases.learn))

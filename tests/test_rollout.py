@@ -62,6 +62,7 @@ def run_collect(tokens, mask, sampling=CONFIG, row_ids=ROW_IDS):
     return collect(MODEL, PARAMS, tokens, mask, KEY, row_ids=row_ids, **options)
 
 
+@pytest.mark.slow
 def test_pad_id_outside_the_vocabulary():
     tokens, mask = prompts()
     options = SamplingConfig(max_new_tokens=7, temperature=0.8, eos_id=EOS, pad_id=VOCAB)
@@ -159,6 +160,7 @@ def test_sampler_gap_by_hand():
     assert rollout.sampler_gap(nothing, sampled) == 0.0
 
 
+@pytest.mark.slow
 def test_collect_with_a_whole_value_model():
     """Stiennon et al. 2020: values from a model of their own, the policy sampled from its own part of the params."""
     value_policy = models.policy_fn(MODEL, temperature=0.8, prompt_length=PROMPT, value_model=MODEL)
