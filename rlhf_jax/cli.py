@@ -37,6 +37,7 @@ def attach_console() -> None:
     logger = logging.getLogger("rlhf_jax")
     logger.setLevel(logging.INFO)
     logger.addHandler(CONSOLE)
+    logger.propagate = False  # a library that configures the root logger would print each message again
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:

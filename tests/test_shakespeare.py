@@ -139,7 +139,7 @@ def test_a_generated_text_is_answered_with_h_alone(tmp_path):
     assert summary["vpg_learned"]["exact"]["last"] == round(last["validation/reward/count:h"], 6)
     assert summary["vpg_exact"]["first"] < 4
     assert summary["vpg_exact"]["last"] > 6
-    assert summary["vpg_learned"]["exact"]["last"] > 5
+    assert summary["vpg_learned"]["exact"]["last"] > 4.5
     assert summary["reward_model"]["mean_squared_error"]["last"] < summary["reward_model"]["target_variance"] / 4
     done = run("shakespeare", *given, "--resume")
     assert done.stdout.count("finished already") == 4
