@@ -31,6 +31,9 @@ def test_what_is_absent_counts_nowhere():
     """Columns, answers and rows outside the mask hold NaN."""
     rewards, mask = jnp.array([[9, 1, jnp.nan, 2, 4]]), jnp.array([[0, 1, 0, 1, 1]])
     np.testing.assert_allclose(discounted_returns(rewards, mask, 0.5), [[0, 3, 0, 4, 4]])  # 1 + 2 / 2 + 4 / 4
+    values = jnp.array([[9, 1, jnp.nan, 3, 0]])  # across the hole: 1 + 3 / 2 - 1 + (2 - 3 + (4 - 0) / 4) / 4
+    got, _ = gae(rewards, values, mask, 0.5, 0.5)
+    np.testing.assert_allclose(got, [[0, 1.5, 0, 0, 4]])
     scores, present = jnp.array([[1, 2, 6, jnp.nan], [5, jnp.nan, 3, 1]]), jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]])
     np.testing.assert_allclose(leave_one_out(scores, mask=present), [[-3, -1.5, 4.5, 0], [0] * 4])
     normalized = group_normalized(scores, mask=present, eps=0.0)  # of 1, 2 and 6: mean 3, variance 14 / 2
