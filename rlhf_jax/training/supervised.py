@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from rlhf_jax import models
-from rlhf_jax.config import DPOStage, RewardModelStage, RunConfig, SFTStage
+from rlhf_jax.config import DPOStage, RewardModelStage, RunConfig, SFTStage, Text
 from rlhf_jax.data import batches, encoding, rows
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.errors import UserError
@@ -133,15 +133,11 @@ def run(
     with open_stage(config, name, data.fingerprints, sizes) as stage:
         texts, is_policy = rows.texts(data.rows), name != "reward_model"
         language_model = initial.language_model(config, texts, stage.key("init"), is_policy=is_policy)
-        length = language_model.model.config.max_length
-        encoded = encoding.encode_texts(
-            data.rows, language_model.tokenizer, template=text.template, max_length=length, too_long=text.too_long
-        )
         update_key, (split_key, order_key) = stage.key("update"), jax.random.split(stage.key("data"))
+        encoded = _encoded(data, language_model, text)
         # Pairs of one ranking stay together.
-        train_rows, held_out = initial.hold_out(
-            kind, len(encoded), settings.validation_fraction, split_key, encoded.sources
-        )
+        share, sources = settings.validation_fraction, encoded.sources
+        train_rows, held_out = initial.hold_out(kind, len(encoded), share, split_key, sources)
         for line in _account(data, kind, encoded, len(train_rows), len(held_out)):
             logger.info(line)
         longest = encoded.lengths.max(axis=1)[train_rows]
@@ -173,14 +169,23 @@ def run(
             optimizer=settings.optimizer,
         )
 
-        def first_state() -> TrainState:
-            state = stage.replicate(task.create())
-            stage.hold({"trained parameters": state.params, "optimizer state": state.opt_state})
-            return state
-
         stage.hold({"frozen weights": task.start.base, "reference": None if task.start.base else task.reference})
-        state, row = loop.train(stage, first_state(), job)
+        state, row = loop.train(stage, _first_state(stage, task), job)
         return stage.finish(language_model, task.start, task.trained(state), row)
+
+
+def _first_state(stage: Stage, task: Task) -> TrainState:
+    """The state at step 0, on the devices; nobody but the loop keeps it."""
+    state = stage.replicate(task.create())
+    stage.hold({"trained parameters": state.params, "optimizer state": state.opt_state})
+    return state
+
+
+def _encoded(data: ReadResult[Any], language_model: LanguageModel, text: Text) -> encoding.EncodedTexts:
+    """The rows as token ids, at most as long as the model can read."""
+    length = language_model.model.config.max_length
+    options: Any = {"template": text.template, "max_length": length, "too_long": text.too_long}
+    return encoding.encode_texts(data.rows, language_model.tokenizer, **options)
 
 
 def _account(
