@@ -98,6 +98,7 @@ TABLE = [
     checked('[{"prompt": "a"', "the file is cut off inside this row"),
     # Rewards and models
     Mistake(PPO, "no reward: give --reward a reward model's folder"),
+    Mistake(f"{PPO} --reward cuont:e", "--reward cuont:e: no such reward and no such folder; did you mean count:e?"),
     Mistake(f"{PPO} --reward mine.py:lettres", "mine.py has no function lettres; did you mean letters?"),
     Mistake(f"{PPO} --reward policy", "policy: this model has no score head", {"policy": model()}),
     Mistake(f"{PPO} --reward rm", "the reward model's tokenizer is not the policy's", {"rm": model("score")}),

@@ -207,6 +207,9 @@ def _read(
             f"{where}: here are the {len(folders)} models of an ensemble; say how their scores become one: "
             f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
         )
+    near = difflib.get_close_matches(term, ("count", *_TERMS, "mean", "min", "uncertainty"), n=1, cutoff=0.7)
+    if near and "/" not in spec and not Path(spec).exists():
+        raise UserError(f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?")
     return _run_name(spec), Reward(fn=model_reward(spec))
 
 
