@@ -10,7 +10,6 @@ with every response. Both are functions of the models, the data, the settings an
 import dataclasses
 import functools
 import json
-import logging
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from rlhf_jax import generator, models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, formats, rows
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.evaluation import data, measures, texts
 from rlhf_jax.evaluation.measures import Figure, Responses
 from rlhf_jax.models import hf
@@ -36,8 +35,6 @@ from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.training import initial, scoring, stage
 from rlhf_jax.types import Comparisons, Params, Rollout
-
-logger = logging.getLogger("rlhf_jax")
 
 __all__ = ["Config", "Result", "run"]
 

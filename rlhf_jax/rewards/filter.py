@@ -4,7 +4,6 @@ A word list finds only what is spelled as listed; docs/safety.md says what it ca
 """
 
 import dataclasses
-import logging
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
@@ -14,12 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.rewards import spec
 from rlhf_jax.rewards.host import Columns, Decoder, HostReward, on_host
 from rlhf_jax.types import Metrics, Rollout
-
-logger = logging.getLogger("rlhf_jax")
 
 _LETTER = r"[^\W_]"  # or a digit
 _MOST_PLACES = 20  # of unsafe prompts that are printed

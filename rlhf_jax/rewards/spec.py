@@ -21,7 +21,6 @@ A folder with the name of one of these is given as ``./length``.
 import difflib
 import importlib.util
 import inspect
-import logging
 import re
 import runpy
 from collections.abc import Callable, Collection, Sequence
@@ -30,15 +29,13 @@ from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, did_you_mean, logger
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards import verifiable
 from rlhf_jax.rewards.functions import EnsembleMethod, ensemble, from_model, length, token_count, weighted
 from rlhf_jax.rewards.host import Columns, Decoder, HostReward, HostScores, from_text
 from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
-
-logger = logging.getLogger("rlhf_jax")
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 _WEIGHTED = re.compile(rf"(?P<spec>.+)\*(?P<weight>[-+]?{_NUMBER})", re.IGNORECASE)
@@ -259,8 +256,8 @@ def load_function(where: str, file: Path, name: str, columns: Collection[str]) -
         raise UserError(f"{where}: {error.filename}, line {error.lineno}: {error.msg}") from None
     fn = module.get(name)
     if not callable(fn):
-        near = difflib.get_close_matches(name, [key for key, value in module.items() if callable(value)], n=1)
-        raise UserError(f"{where}: {file} has no function {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        hint = did_you_mean(name, [key for key, value in module.items() if callable(value)])
+        raise UserError(f"{where}: {file} has no function {name}{hint}")
     return _of_columns(f"{where}: {name}", fn, columns)
 
 

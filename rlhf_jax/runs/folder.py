@@ -10,7 +10,6 @@ result as a Hugging Face folder, ``report.html`` the figures.
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -18,10 +17,8 @@ from typing import Any
 
 import filelock
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs import processes
-
-logger = logging.getLogger("rlhf_jax")
 
 _LOCK_FILES = (".lock", ".pid")
 

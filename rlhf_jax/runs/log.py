@@ -22,12 +22,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rlhf_jax.errors import logger
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.folder import Run, json_lines, write_atomically
 from rlhf_jax.runs.trackers import Services
 
 _PRINT_EVERY = 10  # steps between lines if there is no terminal
-logger = logging.getLogger("rlhf_jax")
 
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):

@@ -6,11 +6,9 @@
 It is written whole or not at all.
 """
 
-import difflib
 import functools
 import hashlib
 import json
-import logging
 import os
 import platform
 import re
@@ -25,10 +23,8 @@ from typing import Any
 import jax
 import yaml
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, did_you_mean, logger
 from rlhf_jax.runs.folder import Run, write_atomically
-
-logger = logging.getLogger("rlhf_jax")
 
 _PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
@@ -125,9 +121,7 @@ def check_unchanged(
     allowed = [key.replace("-", "_") for key in allowed]
     for key in allowed:
         if not any(_within(setting, [key]) for setting in after):
-            near = difflib.get_close_matches(key, after, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"--allow-changed {key}: there is no such setting{hint}")
+            raise UserError(f"--allow-changed {key}: there is no such setting{did_you_mean(key, after)}")
     if not run.resumed:
         return []
     if any(key.rpartition(".")[2] in ("data", "validation_data") for key in allowed):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import logging
 import random
 import signal
 import time
@@ -16,7 +15,7 @@ import numpy as np
 
 from rlhf_jax.config import Optimizer
 from rlhf_jax.data.batches import ABSENT
-from rlhf_jax.errors import AlertStop, Stopped, TrainingFault, UserError
+from rlhf_jax.errors import AlertStop, Stopped, TrainingFault, UserError, logger
 from rlhf_jax.report import records
 from rlhf_jax.runs import alerts, processes, trackers
 from rlhf_jax.runs.checkpoint import Checkpoints
@@ -25,8 +24,6 @@ from rlhf_jax.training.optimizer import Judge
 from rlhf_jax.training.signals import resume_command, stop_requests
 from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import Metrics
-
-logger = logging.getLogger("rlhf_jax")
 
 State = TypeVar("State")
 

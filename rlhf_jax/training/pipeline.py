@@ -1,16 +1,14 @@
 """The three stages of RLHF from one config: SFT, a reward model on its body, PPO on its policy."""
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from rlhf_jax.config import RunConfig, Tokenizer
+from rlhf_jax.errors import logger
 from rlhf_jax.runs import devices, folder, processes
 from rlhf_jax.training import reward_model, rl, sft
 from rlhf_jax.training.stage import RunResult
-
-logger = logging.getLogger("rlhf_jax")
 
 STAGES = ("sft", "reward_model", "ppo")
 C = TypeVar("C", bound=RunConfig)

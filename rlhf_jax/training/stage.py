@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import logging
 import math
 import os
 import zlib
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import models, sharding
 from rlhf_jax.config import RunConfig, to_yaml
-from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.report import page
@@ -25,8 +24,6 @@ from rlhf_jax.runs import devices, folder, manifest, processes, trackers
 from rlhf_jax.training import initial, memory
 from rlhf_jax.training.initial import Trainable, sampling_config
 from rlhf_jax.types import Params, PolicyFn
-
-logger = logging.getLogger("rlhf_jax")
 
 Tree = TypeVar("Tree")
 Stream = Literal["init", "data", "rollout", "update", "eval"]
