@@ -342,10 +342,8 @@ class RLStage:
         _check(self, "top_p", above=0, at_most=1)
         truncated = self.top_k is not None or (self.top_p is not None and self.top_p < 1)
         if truncated and not self.allow_truncated_sampling:
-            raise ValueError(
-                "top_k and top_p: the update uses log-probabilities of the whole distribution, from which such samples "
-                "do not come: the KL estimate can turn negative; --rl.allow-truncated-sampling trains on them anyway"
-            )
+            fault = "the update reads log-probabilities of the whole distribution, from which such samples do not come"
+            raise ValueError(f"top_k and top_p: {fault}; --rl.allow-truncated-sampling trains on them anyway")
         if self.environment is None and self.max_turns is not None:
             raise ValueError("max_turns limits conversations with an environment: give --rl.environment")
         ends = self.missing_eos_penalty, self.missing_eos_score, self.overlong_buffer

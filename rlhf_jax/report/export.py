@@ -4,8 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import yaml
-
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import page, records
 
@@ -24,15 +22,12 @@ def export(run: str | Path, folder: str | Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is in use; give a new folder")
     [record] = records.find([run])
-    settings = yaml.safe_load(record.config) or {}
     card = page.fill(
         "model_card.md",
         name=folder.name,
-        base_model=settings.get("model"),
-        prompt_template=settings.get("text", {}).get("template", "{prompt}"),
-        manifest=record.manifest,
-        config=record.config,
-        metrics=record.metrics[-1] if record.metrics else {},
+        base_model=record.settings.get("model"),
+        prompt_template=record.settings.get("text.template", "{prompt}"),
+        record=record,
         ensemble=config.parent.name == "member_0",
         reward_model="reward_shift" in json.loads(config.read_text("utf-8")),
     )

@@ -185,10 +185,8 @@ def _calibration(group: Group, suffix: str, margins: Sequence[float]) -> Plot:
     counts, confidence, accuracy = reliability(finite)
     steps = _steps([end for record in group.records for end in record.validations[-1:]])
     eces = [values[-1] for record in group.records if (values := series(record.metrics, "validation/ece")[1])]
-    note = (
-        f"Each point is a tenth of the range of confidence, its number the pairs in it: {len(finite)} held-out rows, "
-        f"those that samples.jsonl holds of step {steps}."
-    )
+    note = "Each point is a tenth of the range of confidence, its number the pairs in it: "
+    note += f"{len(finite)} held-out rows, those that samples.jsonl holds of step {steps}."
     if eces:
         note += f" Expected calibration error over all held-out rows: {', '.join(f'{ece:.3f}' for ece in eces)}."
     points = Series(confidence, accuracy, labels=list(map(str, counts)))

@@ -212,10 +212,8 @@ def _read(
         name = spec.removesuffix(match["names"]) + ",".join(map(_run_name, names))
         return name, Reward(fn=_ensemble(match["how"], match["coef"], names, where, model_reward))
     if folders := members(spec):
-        raise UserError(
-            f"{where}: here are the {len(folders)} models of an ensemble; say how their scores become one: "
-            f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
-        )
+        ways = f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
+        raise UserError(f"{where}: the {len(folders)} models of an ensemble; say how their scores become one: {ways}")
     near = difflib.get_close_matches(term, _WORDS, n=1, cutoff=0.7)
     if near and "/" not in spec and not Path(spec).exists():
         raise UserError(f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?")
