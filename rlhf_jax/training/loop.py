@@ -184,7 +184,7 @@ class _Loop:
         if not self.rules_checked:
             self.rules_checked = True
             for sentence in alerts.check_metrics(self.rules, recorded | self.row.keys()):
-                self.tracker.print(sentence)
+                logger.info(sentence)
 
     def obey_alerts(self) -> None:
         """Ends the run, whose last step is saved, if a rule with the action stop is true."""
@@ -202,12 +202,12 @@ class _Loop:
         metric, best = self.judge.metric, self.checkpoints.best()
         if self.ended and self.done < self.job.num_steps:
             waited = f"{metric} has not improved for {self.judge.stop_after} validations"
-            self.tracker.print(f"ended early, after step {self.done} of {self.job.num_steps}: {waited}")
+            logger.info(f"ended early, after step {self.done} of {self.job.num_steps}: {waited}")
         if best is None:
             return self.state, self.row
         state, meta = self.checkpoints.restore(self.state, best)
         score = meta["metrics"][metric]
-        self.tracker.print(f"{metric} is best at step {best}: {score:.4g}; model/ is of that step")
+        logger.info(f"{metric} is best at step {best}: {score:.4g}; model/ is of that step")
         return state, meta["metrics"]
 
     def _validation(self) -> dict[str, float]:
