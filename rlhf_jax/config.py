@@ -727,15 +727,11 @@ class _Dumper(yaml.SafeDumper):
     """Lists on one line, and texts in the quotes that keep them as they are."""
 
 
-def _list(dumper: _Dumper, data: tuple[Any, ...]) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
-
-
 def _text(dumper: _Dumper, data: str) -> yaml.Node:
     # Unquoted, None would be read as null; only double quotes keep line breaks and control characters.
     style = "'" if data == "None" else None if data.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
-_Dumper.add_representer(tuple, _list)
+_Dumper.add_representer(tuple, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
 _Dumper.add_representer(str, _text)
