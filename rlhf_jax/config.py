@@ -533,17 +533,10 @@ def parse(
             vars(section)[inner] = copy.copy(getattr(section, inner))  # sections may share one default
             section = getattr(section, inner)
         vars(section)[name] = value
-    values: Any
-    values, unknown = tyro.cli(
-        kind,
-        args=flags,
-        default=defaults,
-        prog=prog,
-        description=f"{description}\n\n--config FILE ...: YAML with values for these options; flags go before them.",
-        registry=_flags_of(kind, sections),
-        return_unknown_args=True,
-        compact_help=True,
-    )
+    about = f"{description}\n\n--config FILE ...: YAML with values for these options; flags go before them."
+    how: Any = {"prog": prog, "description": about, "return_unknown_args": True, "compact_help": True}
+    parsed: Any = tyro.cli(kind, args=flags, default=defaults, registry=_flags_of(kind, sections), **how)
+    values, unknown = parsed
     if unknown:
         raise UserError(_unknown_flag(unknown[0].partition("=")[0], kind))
     return _build(kind, values, defaults, "", given)

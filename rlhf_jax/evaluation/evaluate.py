@@ -148,12 +148,8 @@ def run(folder: str | Path, config: Config) -> Result:
     figures.sort(key=lambda figure: place.get(figure.category.partition(":")[0], len(place)))
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "device")}
     settings = {"run": folder} | settings | {"template": policy.template, "max_new_tokens": policy.max_new_tokens}
-    content = {
-        "settings": settings,
-        "fingerprints": _fingerprints(folder, config, sets, categories),
-        "left_out": left_out,
-        "rows": [figure._asdict() for figure in figures],
-    }
+    content = {"settings": settings, "fingerprints": _fingerprints(folder, config, sets, categories)}
+    content |= {"left_out": left_out, "rows": [figure._asdict() for figure in figures]}
     output.mkdir(parents=True, exist_ok=True)
     path = output / records.EVALUATION
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -44,11 +44,8 @@ def curve(group: Group, *names: str) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Steps [N]; values [runs, N, names]. N is 0 without such steps.
     """
-    recorded = [
-        {row["step"]: [row[name] for name in names] for row in record.metrics if row.keys() >= set(names)}
-        for record in group.records
-    ]
-    recorded = [run for run in recorded if run]
+    runs = [[row for row in record.metrics if row.keys() >= set(names)] for record in group.records]
+    recorded = [{row["step"]: [row[name] for name in names] for row in rows} for rows in runs if rows]
     steps = sorted(set.intersection(*map(set, recorded))) if recorded else []
     return np.array(steps), np.array([[run[step] for step in steps] for run in recorded], np.float64)
 
@@ -98,12 +95,9 @@ def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> 
 def _alerts(record: RunRecord, members: Sequence[str]) -> list[tuple[int, float]]:
     """Where an alert of the run names one of these metrics in its rule or message: its step and their values there."""
     rows = {row["step"]: row for row in record.metrics}
-    return [
-        (alert["step"], rows[alert["step"]][name])
-        for alert in record.alerts
-        for name in members
-        if name in re.split(r"[\s<>:,]+", f"{alert['rule']} {alert['message']}") and name in rows.get(alert["step"], {})
-    ]
+    words = [(alert["step"], re.split(r"[\s<>:,]+", f"{alert['rule']} {alert['message']}")) for alert in record.alerts]
+    named = [(step, name) for step, of_alert in words for name in members if name in of_alert]
+    return [(step, rows[step][name]) for step, name in named if name in rows.get(step, {})]
 
 
 def reward_against_kl(groups: Sequence[Group]) -> Plot | None:

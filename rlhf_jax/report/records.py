@@ -26,10 +26,8 @@ from rlhf_jax.runs.manifest import dotted
 STRINGS = ("NaN", "Infinity", "-Infinity")  # how our files write numbers that JSON lacks
 TEXTS = ("prompt", "response", "chosen", "rejected")  # columns of samples.jsonl that a model may fill with "NaN"
 # The seed, and settings that change no number of a run: runs that differ in nothing else are one group.
-FREE_SETTINGS = (
-    *("seed", "output_dir", "resume", "overwrite", "checkpoint_interval", "checkpoint_async", "keep_last"),
-    *("allow_changed", "alerts", "track"),
-)
+FREE_SETTINGS = ["seed", "output_dir", "resume", "overwrite", "checkpoint_interval", "checkpoint_async", "keep_last"]
+FREE_SETTINGS += ["allow_changed", "alerts", "track"]
 STAGES = ("sft", "reward_model", "dpo", "kto", "vpg", "ppo", "rloo", "grpo")  # each reads the section of its name
 KINDS = ("sft", "reward_model", "dpo", "kto", "policy")  # runs of one kind are drawn over each other
 EVALUATION = "evaluation.json"  # what `rlhf-jax evaluate` writes into a run's folder

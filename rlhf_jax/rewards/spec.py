@@ -44,11 +44,7 @@ _ENSEMBLE = re.compile(
 )
 
 # What may be followed by a number, and the least number.
-_TERMS: dict[str, tuple[Callable[..., RewardFn], int]] = {
-    "length": (length, 0),
-    "repetition": (repetition, 1),
-    "diversity": (diversity, 1),
-}
+_TERMS = {"length": (length, 0), "repetition": (repetition, 1), "diversity": (diversity, 1)}
 _WORDS = ("count", *_TERMS, "regex", "math", "mean", "min", "uncertainty")
 
 

@@ -29,10 +29,8 @@ from rlhf_jax.errors import UserError
 Action = Literal["log", "stop"]
 
 # What the names of metrics begin with, in one stage or another; validations differ by stage.
-_KINDS = (
-    *("sft", "reward_model", "dpo", "kto", "validation"),
-    *("objective", "policy", "value", "response", "reward", "kl", "safety"),
-)
+_KINDS = ["sft", "reward_model", "dpo", "kto", "validation"]
+_KINDS += ["objective", "policy", "value", "response", "reward", "kl", "safety"]
 _RULE = re.compile(
     r"(?:mean\s+(?P<window>[1-9]\d*)\s+of\s+)?(?P<metric>[^\s<>]+)\s*(?P<sign>[<>])\s*"
     r"(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?P<first>x\s+first)?(?:\s+for\s+(?P<rows>[1-9]\d*))?"

@@ -58,11 +58,9 @@ def write_manifest(
       changed: what differs from the run that is resumed; the facts are then the new ones.
       mesh: the sizes of the mesh's axes.
     """
-    machine = {
-        "backend": jax.default_backend(),
-        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **(mesh or {})},
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-    }
+    devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **(mesh or {})}
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+    machine = {"backend": jax.default_backend(), "devices": devices, "versions": versions}
     start = {"command": shlex.join(command_line()), **machine, "git": _git_state()}
     start["xla_flags"] = os.environ.get("XLA_FLAGS", "")
     manifest = start | dict(facts)

@@ -69,11 +69,7 @@ def check_folder(path: Path, config: RunConfig, first: str = STAGES[0]) -> None:
 
 def stage_config(config: C, path: Path, model: str | None = None, **changes: Any) -> C:
     """The settings of a job's stage in the folder ``path``: those of the job with ``changes``."""
-    settings: dict[str, Any] = {
-        "output_dir": str(path),
-        "model": model or config.model,
-        "tokenizer": Tokenizer() if model else config.tokenizer,  # the model brings its own
-        "resume": config.resume and path.exists(),
-        "overwrite": config.overwrite and path.exists(),
-    }
+    tokenizer = Tokenizer() if model else config.tokenizer  # the model brings its own
+    settings: dict[str, Any] = {"output_dir": str(path), "model": model or config.model, "tokenizer": tokenizer}
+    settings |= {name: getattr(config, name) and path.exists() for name in ("resume", "overwrite")}
     return dataclasses.replace(config, **settings | changes)
