@@ -148,7 +148,7 @@ def run(folder: str | Path, config: Config) -> Result:
     figures.sort(key=lambda figure: place.get(figure.category.partition(":")[0], len(place)))
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "device")}
     settings = {"run": folder} | settings | {"template": policy.template, "max_new_tokens": policy.max_new_tokens}
-    content = {"settings": settings, "fingerprints": _fingerprints(folder, config, sets, categories)}
+    content: dict[str, Any] = {"settings": settings, "fingerprints": _fingerprints(folder, config, sets, categories)}
     content |= {"left_out": left_out, "rows": [figure._asdict() for figure in figures]}
     output.mkdir(parents=True, exist_ok=True)
     path = output / records.EVALUATION
@@ -284,13 +284,10 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     rollout = generator.sample_in_batches(model, policy.params, *inputs, key, **how)
     present = np.asarray(rollout.response_mask) != 0
     ended = (present & np.isin(rollout.tokens, settings.eos_ids)).any(axis=1)
-    responses = Responses(
-        prompts=[p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows],
-        texts=np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist(),
-        lengths=present.sum(axis=1).reshape(shape),
-        ended=ended.reshape(shape),
-        scores=None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape),
-    )
+    read = [p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows]
+    said = np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist()
+    scores = None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape)
+    responses = Responses(read, said, present.sum(axis=1).reshape(shape), ended.reshape(shape), scores)
     return Answers(encoded.rows, encoded.counts, batches.columns_at(encoded, numbers), rollout, responses)
 
 

@@ -22,15 +22,11 @@ def export(run: str | Path, folder: str | Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is in use; give a new folder")
     [record] = records.find([run])
-    card = page.fill(
-        "model_card.md",
-        name=folder.name,
-        base_model=record.settings.get("model"),
-        prompt_template=record.settings.get("text.template", "{prompt}"),
-        record=record,
-        ensemble=config.parent.name == "member_0",
-        reward_model="reward_shift" in json.loads(config.read_text("utf-8")),
-    )
+    template = record.settings.get("text.template", "{prompt}")
+    scores = "reward_shift" in json.loads(config.read_text("utf-8"))
+    kind = {"ensemble": config.parent.name == "member_0", "reward_model": scores}
+    names = {"name": folder.name, "base_model": record.settings.get("model"), "prompt_template": template}
+    card = page.fill("model_card.md", record=record, **names, **kind)
     shutil.copytree(run / "model", folder, dirs_exist_ok=True)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder

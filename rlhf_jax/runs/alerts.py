@@ -146,11 +146,9 @@ def _rule(entry: str, known: Mapping[str, Rule]) -> Rule:
         return known[name]._replace(action=action)  # type: ignore[arg-type]
     match = _RULE.fullmatch(name)
     if match is None:
-        raise UserError(
-            f"alerts: {entry!r} is no rule: expected METRIC < NUMBER or METRIC > NUMBER, then, as you like, `for ROWS` "
-            "and `: log` or `: stop`; METRIC may be `mean ROWS of METRIC`, NUMBER such as `0.5x first`. Or the name of "
-            f"a default rule: {', '.join(DEFAULTS)}"
-        )
+        form = "METRIC < NUMBER or METRIC > NUMBER, then, as you like, `for ROWS` and `: log` or `: stop`; METRIC may "
+        form += "be `mean ROWS of METRIC`, NUMBER such as `0.5x first`. Or the name of a default rule: "
+        raise UserError(f"alerts: {entry!r} is no rule: expected {form}{', '.join(DEFAULTS)}")
     window, number, label = int(match["window"] or 1), float(match["number"]), name[: match.start("sign")].strip()
 
     def holds(values: np.ndarray) -> tuple[bool, str]:

@@ -44,8 +44,7 @@ def self_test(work: Callable[[str], Any]) -> list[Check]:
 
     def step(name: str) -> Metrics:
         made = work(name)
-        metrics: Metrics = jax.jit(made.step)(made.carry, made.data)[1]
-        return metrics
+        return jax.jit(made.step)(made.carry, made.data)[1]
 
     def checkpoint() -> Metrics:
         saved = {"x": jnp.arange(3.0)}
