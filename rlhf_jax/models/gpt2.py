@@ -36,8 +36,8 @@ class _Attention(stack.Attention):
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         # [B, T, 3 D] -> three of [B, H, T, Dh]
-        parts = self.c_attn(x).reshape(*x.shape[:2], 3, self.config.num_heads, self.config.head_size)
-        query, key, value = parts.transpose(2, 0, 3, 1, 4)
+        shape = (*x.shape[:2], self.config.num_heads, self.config.head_size)
+        query, key, value = (part.reshape(shape).swapaxes(1, 2) for part in jnp.split(self.c_attn(x), 3, axis=-1))
         return query, key, value
 
     def output(self, mixed: jax.Array) -> jax.Array:

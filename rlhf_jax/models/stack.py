@@ -104,7 +104,11 @@ class Attention(nn.Module):
         drop = (self.make_rng("dropout"), config.attention_dropout) if drops else None
         name = attention.implementation(config, length, key.shape[2], drops)
         if name in ("xla", "blockwise"):
-            compute = attention.attention if name == "xla" else attention.blockwise
+            compute = attention.blockwise
+            if name == "xla":
+                first = (columns.start if isinstance(columns, slice) else 0) if key.shape[2] == length else None
+                first = None if isinstance(columns, Array) else first
+                compute = functools.partial(attention.attention, first=first)
             query, seen = pick(query, columns, axis=3), seen_at(seen, columns)
             mixed = compute(query, key, value, seen, scale, drop)
         else:
