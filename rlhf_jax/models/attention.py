@@ -147,7 +147,7 @@ def attention(
         earlier = attention(query[:, :, :, :half], key[:, :, :end], value[:, :, :end], early, scale)
         later = attention(query[:, :, :, half:], key, value, seen._replace(mask=mask[:, :, half:]), scale)
         return jnp.concatenate([earlier, later], axis=3)
-    # Added, and divided by at the end: XLA's CPU kernels then touch the scores half as often as with select and softmax.
+    # The mask is added and the sum divided by at the end: XLA then touches the scores half as often as by softmax.
     scores = jnp.einsum("bhgtd,bhsd->bhgts", query, key, preferred_element_type=jnp.float32) * scale
     scores += jnp.where(mask[:, :, None], 0.0, MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
