@@ -68,21 +68,22 @@ def update_members(
 
     Args:
       state: of ``create``.
-      comparisons: [B, K, T], with weight [B, M]. A row of weight 0 is absent for that member.
+      comparisons: [B, K, T] with weight [B, M], or packed with weight [B, C, M]. A row of weight 0 is absent for that
+        member.
 
     Returns:
       The state and the members' mean metrics; ``nonfinite`` is their maximum. A member whose loss or gradient is not
       finite keeps its state, the others go on.
     """
     num_members, weights = state.step.shape[0], jnp.asarray(comparisons.weight)
-    chex.assert_shape(weights, (comparisons.tokens.shape[0], num_members))
+    chex.assert_shape(weights, (len(comparisons.tokens), ..., num_members))
 
     def of_member(state: TrainState, weight: jax.Array, member: jax.Array) -> tuple[TrainState, Metrics]:
         own = dataclasses.replace(comparisons, weight=weight)
         member_key = jax.random.fold_in(key, member)
         return reward_model.update(state, own, member_key, score_fn=score_fn, optimizer=optimizer, config=config)
 
-    state, metrics = jax.vmap(of_member, in_axes=(0, 1, 0))(state, weights, jnp.arange(num_members))
+    state, metrics = jax.vmap(of_member, in_axes=(0, -1, 0))(state, weights, jnp.arange(num_members))
     return state, {name: (jnp.max if name == "nonfinite" else jnp.mean)(x) for name, x in metrics.items()}
 
 
