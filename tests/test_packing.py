@@ -243,8 +243,11 @@ def test_a_stage_packs_the_rows_of_its_step(stage, config, capsys):  # noqa: F81
     assert len(set(seen)) > 1
 
 
+ENSEMBLE = pytest.param("reward_model", {"ensemble_size": 2}, marks=pytest.mark.soak)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "own"), [("dpo", {}), ("reward_model", {"ensemble_size": 2})])
+@pytest.mark.parametrize(("stage", "own"), [("dpo", {}), ENSEMBLE])
 def test_a_run_with_packing_is_a_run_without(stage, own, wired, tmp_path):  # noqa: F811
     """One batch holds all pairs, so that the losses of the steps are the same."""
     settings = dataclasses.replace(getattr(wired, stage), batch_size=16, num_epochs=3, validation_fraction=0.0, **own)

@@ -143,9 +143,9 @@ def packed_comparisons(data: EncodedTexts, rows: np.ndarray, width: int, multipl
     N is as of `packed_batch`; C, which the labels [N, C] have room for, is the same for all batches of as many rows.
     """
     texts, held = _packed(data, rows, width, multiple)
-    shape = (*held.shape, data.lengths.shape[1])
-    numbers = np.arange(1, 1 + shape[1] * shape[2], dtype=np.int32).reshape(1, *shape[1:])
-    labels = _labels_of(data, held) | {"documents": np.tile(numbers, (len(held), 1, 1))}
+    num_rows, num_answers = len(held), data.lengths.shape[1]
+    numbers = np.tile(np.arange(1, 1 + held[0].size * num_answers, dtype=np.int32), num_rows)
+    labels = _labels_of(data, held) | {"documents": numbers.reshape(num_rows, -1, num_answers)}
     return Comparisons(*_placed(data, texts, (len(held), width)), **labels)
 
 
