@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import heapq
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -151,11 +152,19 @@ def run(
             numbers = plan.rows(step)
             return np.where(numbers == batches.ABSENT, numbers, train_rows[numbers])
 
+        def batch_at(step: int) -> Any:
+            return to_arrays(task.train_on or encoded, rows_of(step))
+
         def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-            batch = to_arrays(task.train_on or encoded, rows_of(step))
+            batch = batch_at(step)
             state, metrics = task.update(state, stage.shard(batch), jax.random.fold_in(update_key, step))
             share = {f"{name}/padding": jnp.float32(np.mean(batch.attention_mask == 0))} if text.pack else {}
             return state, metrics | share
+
+        def attempt(state: TrainState) -> TrainState:
+            steps = heapq.nlargest(8, range(plan.steps_per_epoch), plan.extent)
+            largest = max((batch_at(step) for step in steps), key=lambda batch: batch.tokens.size)
+            return memory.tried(lambda state: task.update(state, stage.shard(largest), update_key), state)
 
         num_steps = settings.num_epochs * plan.steps_per_epoch
         optimizer, size = make_optimizer(settings.optimizer, num_steps), settings.batch_size
@@ -170,8 +179,8 @@ def run(
             show=show,
             sources=lambda step: [encoded.sources[row] for row in rows_of(step) if row >= 0],
             optimizer=settings.optimizer,
+            attempt=attempt,
         )
-
         stage.hold({"frozen weights": task.start.base, "reference": None if task.start.base else task.reference})
         state, row = loop.train(stage, _first_state(stage, task), job)
         return stage.finish(language_model, task.start, task.trained(state), row)
