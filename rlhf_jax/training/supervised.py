@@ -125,10 +125,8 @@ def run(
     settings, text = getattr(config, name), config.text
     initial.warn_of_rate(config, name, settings.optimizer)
     sizes = _sizes(name, settings, sharding.num_parts(initial.mesh_of(config)))
-    if text.pack and name == "kto":
-        raise UserError("text.pack: kto joins each prompt with the next row's answer and cannot pack; leave it out")
-    if text.pack and getattr(settings, "aggregate", "token") != "token":
-        raise UserError(f"text.pack: sft.aggregate must be token, got {settings.aggregate}, which speaks of whole rows")
+    if text.pack:
+        _check_packing(name, settings)
     kind = KINDS.get(name, "comparisons")
     data = initial.stage_rows(config, kind, settings.data)
     with open_stage(config, name, data.fingerprints, sizes) as stage:
@@ -184,6 +182,13 @@ def run(
         stage.hold({"frozen weights": task.start.base, "reference": None if task.start.base else task.reference})
         state, row = loop.train(stage, _first_state(stage, task), job)
         return stage.finish(language_model, task.start, task.trained(state), row)
+
+
+def _check_packing(name: str, settings: Any) -> None:
+    if name == "kto":
+        raise UserError("text.pack: kto joins each prompt with the next row's answer and cannot pack; leave it out")
+    if name == "sft" and settings.aggregate != "token":
+        raise UserError(f"text.pack: sft.aggregate must be token, got {settings.aggregate}, which speaks of whole rows")
 
 
 def _batching(
