@@ -125,7 +125,7 @@ def test_the_table_of_methods_is_true():
     table = (ROOT / "docs" / "algorithms" / "methods.md").read_text("utf-8")
     rows = re.findall(r"^\| (.*) \| (.*) \| (.*) \| (.*) \| (.*) \|$", table, re.MULTILINE)[2:]
     named = set()
-    for method, _, how, code, test in rows:
+    for method, paper, how, code, test in rows:
         named |= set(re.findall(r"configs/algorithms/(\w+)\.yaml", how))
         for file, function, lines in re.findall(r"`(\w+)\.(\w+)` (\d+)", code):
             paths = (ROOT / "rlhf_jax").rglob(f"{file}.py")
@@ -134,8 +134,13 @@ def test_the_table_of_methods_is_true():
             node = next(n for n in ast.parse(source).body if getattr(n, "name", "") == function)
             count = len(code_lines(source) & set(range(node.lineno, node.end_lineno + 1)))
             assert int(lines) == count, f"{method}: {file}.{function} has {count} lines"
-        for file, function in re.findall(r"`(test_\w+)::(\w+)`", test):
-            assert f"def {function}(" in (ROOT / "tests" / f"{file}.py").read_text("utf-8"), method
+        optima = re.findall(r"`test_known_optima::(\w+)`(?: \(([\w`, ]+)\))?", test)
+        assert optima, f"{method}: no known optimum"
+        assert re.search(r"\w+ (et al\. )?(19|20)\d\d", paper), f"{method}: no paper"
+        source = (ROOT / "tests" / "test_known_optima.py").read_text("utf-8")
+        for function, cases in optima:
+            assert f"def {function}(" in source, method
+            assert all(f'"{case}"' in source for case in re.findall(r"`(\w+)`", cases)), method
     assert named == set(PRESETS)
 
 
