@@ -244,11 +244,11 @@ def test_what_a_run_is_told_of_an_algorithm():
     assert facts == {
         "vpg": (False, 0.05),
         "ppo": (True, 0.05),
-        "rloo": (False, 0.05),
-        "reinforce++": (False, 0.05),
+        **dict.fromkeys(("rloo", "reinforce++", "reinforce++ baseline"), (False, 0.05)),
         **grpo_or_gspo,
     }
-    assert [CASES[name].config.kl_in_loss for name in POLICY] == [False, True, True, True, True, True, True]
+    assert [CASES[name].config.kl_in_loss for name in POLICY] == [False, *[True] * 7]
+    assert {vpg.Config(baseline="greedy").baseline, ppo.Config().baseline} == {"greedy", "none"}  # a run reads it
     assert not any(module.Config(kl_loss_coef=0.0).kl_in_loss for module in (ppo, rloo, grpo))
 
 
@@ -366,8 +366,8 @@ def column(batch, field):
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [
-        ("vpg", {"rewards": None}, ValueError, "got neither"),
-        ("rloo", {"rewards": None}, ValueError, "got neither"),
+        ("vpg", {"rewards": None}, ValueError, r"rollout\.scores \[B\] .*got None.* or give rewards"),
+        ("rloo", {"rewards": None}, ValueError, r"rollout\.scores \[B\] .*got None"),
         ("ppo", {"rewards": None}, ValueError, r"rollout\.rewards .*got None"),
         ("ppo", {"values": None}, ValueError, r"rollout\.values .*got None"),
         ("grpo", {"ref_log_probs": None}, ValueError, r"rollout\.ref_log_probs .*got None.*kl_loss_coef=0"),
