@@ -14,6 +14,7 @@ from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.types import Metrics
 
 State = TypeVar("State")
+HOST = "pinned_host"  # JAX's name for memory of the host that devices read
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -83,6 +84,23 @@ def tried(update: Callable[[State], tuple[State, Metrics]], state: State) -> Sta
     return jax.tree.unflatten(structure, leaves)
 
 
+def offloaded(fn: jax.tree_util.Partial) -> jax.tree_util.Partial:
+    """A function whose arrays lie in the host's memory, and on the devices while a program calls it.
+
+    Raises:
+        UserError: the devices cannot read the host's memory.
+    """
+    if HOST not in {space.kind for space in jax.local_devices()[0].addressable_memories()}:
+        raise UserError(f"compute.offload: {jax.default_backend()} devices have no {HOST} memory; leave it out")
+    on_host = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), fn)
+    free(fn)
+    return jax.tree_util.Partial(_fetched, on_host)
+
+
+def _fetched(fn: Callable[..., Any], *args: Any) -> Any:
+    return jax.device_put(fn, jax.memory.Space.Device)(*args)
+
+
 def free(tree: Any) -> None:
     """Gives the memory of arrays back, whoever still refers to them."""
     for leaf in jax.tree.leaves(tree):
@@ -100,7 +118,8 @@ def shapes(tree: Any) -> Any:
 
 
 def on_device(tree: Any) -> int:
-    """Bytes that the arrays of a tree, or their shapes, take on one device."""
+    """Bytes that the arrays of a tree, or their shapes, take on one device; of those in the host's memory none."""
     leaves = [leaf for leaf in jax.tree.leaves(shapes(tree)) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    leaves = [leaf for leaf in leaves if getattr(leaf.sharding, "memory_kind", None) != HOST]
     own = [leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
     return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(own, leaves, strict=True))

@@ -65,6 +65,8 @@ def run(
     has_reference = bool(kl_coef or algorithm_config.kl_in_loss or settings.kl_target is not None)
     if settings.reference_refresh is not None and not has_reference:
         raise UserError("rl.reference_refresh: no KL is used here; set rl.kl_coef above 0 or leave it out")
+    if settings.reference_refresh is not None and "reference" in config.compute.offload:
+        raise UserError("compute.offload: a reference that is refreshed stays on the devices; leave it out")
     sources = [settings.data, settings.validation_data] if settings.validation_data else [settings.data]
     read = [initial.stage_rows(config, "prompts", names) for names in sources]
     fingerprints = {source: digest for data in read for source, digest in data.fingerprints.items()}
@@ -190,10 +192,13 @@ class _Trainer:
         score_rows = memory.score_rows(stage.config.compute, settings.batch_size, algorithm_config)
         ref_fn = ops.by_rows(model_fn, score_rows)
         self.start, self.kl_coef, self.refreshes = start, kl_coef or 0.0, settings.reference_refresh is not None
-        reference = start.bind(ops.by_rows(model_fn, score_rows)) if self.refreshes else None
+        reference = start.bind(ref_fn) if self.refreshes else None
+        if parts.reward.fn is not None:
+            on_devices = stage.frozen("reward", jax.tree.map(jnp.asarray, parts.reward.fn))
+            self.parts = parts = parts._replace(reward=spec.Reward(on_devices))
         self.functions = phases.Functions(
             policy_fn=self.whole.bind(policy_fn),
-            reward_fn=None if parts.reward.fn is None else stage.lay_out(jax.tree.map(jnp.asarray, parts.reward.fn)),
+            reward_fn=parts.reward.fn,
             ref_fn=reference if self.refreshes or kl_coef is None else stage.reference(start, ref_fn),
             base=start.base,
         )
