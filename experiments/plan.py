@@ -67,7 +67,11 @@ def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
     for phase, (fn, *arguments) in programs.items():
         jitted: Any = Stage(config, name, None, mesh).jit_update(fn) if phase == "learn" else jax.jit(fn)  # type: ignore[arg-type]
         with jax.set_mesh(mesh) if sharding.is_cut(mesh) else contextlib.nullcontext():
-            analysis: Any = jitted.lower(*_widened(arguments)).compile().memory_analysis()
+            # Fast code takes longer to make and needs the same memory.
+            compiled = jitted.lower(*_widened(arguments)).compile(
+                compiler_options={"xla_backend_optimization_level": 0}
+            )
+            analysis: Any = compiled.memory_analysis()
         more = analysis.temp_size_in_bytes + max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
         exact = min(more, 2 * parts["gradients"] if phase == "learn" else 0)
         used[phase] = int(exact + scale * (more - exact))
