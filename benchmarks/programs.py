@@ -1,11 +1,11 @@
 """Temporary memory of a PPO iteration: as one program or as one for each phase, and with more microbatches.
 
     python benchmarks/programs.py char-small
-    python benchmarks/programs.py gpt2 --microbatches 1 4
+    python benchmarks/programs.py gpt2 --microbatches 1 4 --seconds
 
 Shapes alone: nothing is run, no weights are made. The policy has a reference and a reward model of its own shape.
-Memory is XLA's ``memory_analysis`` on one CPU device; seconds are the processor's while it compiles, so other load
-matters little. The programs are those of ``rlhf-jax plan``. DPO, for comparison, has half as many pairs as rows.
+Memory is XLA's ``memory_analysis`` on one CPU device. The programs are those of ``rlhf-jax plan``, compiled as it does,
+or with ``--seconds`` as a run does: the processor's seconds for it. DPO has half as many pairs as PPO has rows.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from rlhf_jax.training import phases
 from rlhf_jax.training.stage import Stage
 
 plan = cli.script("experiments", "plan")
+OPTIONS: dict[str, Any] = dict(plan.OPTIONS)
 
 
 def config_of(preset_name: str, folder: Path, num_microbatches: int = 1, stage: str = "ppo") -> RunConfig:
@@ -43,18 +44,18 @@ def config_of(preset_name: str, folder: Path, num_microbatches: int = 1, stage: 
     return dataclasses.replace(config, **{stage: own})
 
 
-def compiled(fn: Callable[..., Any], arguments: Any, config: RunConfig, *, updates: bool) -> tuple[float, float, float]:
+def compiled(fn: Callable[..., Any], arguments: Any, config: RunConfig, *, updates: bool) -> list[float]:
     """MiB of temporary memory and at the peak of a program of shapes, and processor seconds of its compilation."""
     mesh = plan.initial.mesh_of(config)
     jitted: Any = Stage(config, "ppo", None, mesh).jit_update(fn) if updates else jax.jit(fn)  # type: ignore[arg-type]
     lowered, started = jitted.lower(*arguments), time.process_time()
-    used: Any = lowered.compile().memory_analysis()
+    used: Any = lowered.compile(compiler_options=OPTIONS).memory_analysis()
     seconds = time.process_time() - started
     peak = used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-    return used.temp_size_in_bytes / 2**20, peak / 2**20, seconds
+    return [used.temp_size_in_bytes / 2**20, peak / 2**20, seconds]
 
 
-def phases_of(config: RunConfig, stage: str = "ppo") -> dict[str, tuple[float, float, float]]:
+def phases_of(config: RunConfig, stage: str = "ppo") -> dict[str, list[float]]:
     """``compiled`` of each phase's own program, by its name."""
     programs = plan.shapes_of(config, stage)[1]
     return {
@@ -62,7 +63,7 @@ def phases_of(config: RunConfig, stage: str = "ppo") -> dict[str, tuple[float, f
     }
 
 
-def whole(config: RunConfig) -> tuple[float, float, float]:
+def whole(config: RunConfig) -> list[float]:
     """``compiled`` of the iteration as one program."""
     programs = plan.shapes_of(config, "ppo")[1]
     collect, key, state, prompts, functions = programs["sample and score"]
@@ -80,7 +81,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset", choices=("char-nano", "char-small", "char-wide", "gpt2"))
     parser.add_argument("--microbatches", type=int, nargs="+", default=(1, 4, 16, 64))
+    parser.add_argument("--seconds", action="store_true")
     args = parser.parse_args()
+    if args.seconds:
+        OPTIONS.clear()
     print(f"| {args.preset}: microbatches | program | temporary MiB | peak MiB | seconds to compile |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
@@ -89,7 +93,8 @@ def main() -> None:
             rows = {"one program": whole(config)} | phases_of(config)
             rows["DPO"] = phases_of(config_of(args.preset, Path(name), min(count, 32), "dpo"), "dpo")["learn"]
             for program, (temporary, peak, seconds) in rows.items():
-                print(f"| {count} | {program} | {temporary:.0f} | {peak:.0f} | {seconds:.1f} |", flush=True)
+                took = f"{seconds:.1f}" if args.seconds else ""
+                print(f"| {count} | {program} | {temporary:.0f} | {peak:.0f} | {took} |", flush=True)
 
 
 if __name__ == "__main__":
