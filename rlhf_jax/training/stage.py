@@ -117,10 +117,11 @@ class Stage:
     def frozen(self, name: str, fn: Any) -> Any:
         """A model that is not trained, on the devices; in the host's memory while it is not called if
         ``compute.offload`` names it."""
+        placed = self.lay_out(fn)
         if name not in self.config.compute.offload:
-            return self.lay_out(fn)
-        on_host = memory.offloaded(self.lay_out(fn))
-        memory.free(fn)
+            return placed
+        on_host = memory.offloaded(placed)
+        memory.free((fn, placed))
         return on_host
 
     def finish(
@@ -257,14 +258,9 @@ def _describe(stage: Stage, fingerprints: Mapping[str, str], files: Mapping[str,
     folders = {key: Path(source) for key, source in models_read.items() if source and Path(source).is_dir()}
     data = dict(fingerprints) | {key: manifest.fingerprint(path) for key, path in {**files, **folders}.items()}
     trained_tokenizer = config.model is None and config.tokenizer.name is None
-    changed = manifest.check_unchanged(
-        run,
-        config=text,
-        data_fingerprints=data,
-        may_change=MAY_CHANGE,
-        allowed=config.allow_changed,
-        fixed=(*FIXED, "data") if trained_tokenizer else FIXED,
-    )
+    rules: Any = {"may_change": MAY_CHANGE, "allowed": config.allow_changed}
+    rules["fixed"] = (*FIXED, "data") if trained_tokenizer else FIXED
+    changed = manifest.check_unchanged(run, config=text, data_fingerprints=data, **rules)
     more: dict[str, Any] = {"extra": {"stage": stage.name}, "mesh": dict(stage.mesh.shape), "changed": changed}
     manifest.write_manifest(run, seed=config.seed, data_fingerprints=data, **more)
     if changed or not run.resumed:
