@@ -146,14 +146,9 @@ def default_path(runs: Sequence[str | Path]) -> Path:
 def fill(template: str, **context: Any) -> str:
     """A file of ``templates/`` with these values; in HTML all texts are escaped."""
     salts = itertools.count()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rlhf_jax.report"),
-        autoescape=jinja2.select_autoescape(),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    how: Any = {"autoescape": jinja2.select_autoescape(), "undefined": jinja2.StrictUndefined}
+    how |= {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("rlhf_jax.report"), **how)
     environment.filters |= {
         "text": _text,
         "cells": lambda row, columns: [row.get(column) for column in columns],
@@ -202,21 +197,13 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
     facts = {record.name: _facts(record, group) for group in groups for record in group.records}
     last = {r.name: {name: r.last[name] for name in names if name in r.last} for r in run_records}
     manifests = {record.name: _manifest(record.manifest) for record in run_records}
-    return {
-        "title": _stages(run_records),
-        "records": run_records,
-        "groups": groups,
-        "metrics": names,
-        "validated": any(name.startswith("validation/") for name in names),
-        "overview": _side_by_side("Run" if is_one else "Runs", "", facts),
-        "last": _side_by_side("Last metrics", "metric", last),
-        "manifests": _side_by_side("Manifest", "entry", manifests),
-        "differences": differences,
-        "curves": curves,
-        "constant": constant,
-        "distributions": plots.distributions(groups),
-        "samples": [_samples(group.records[0], limit, is_one) for group in groups if group.records[0].samples],
-    }
+    samples = [_samples(group.records[0], limit, is_one) for group in groups if group.records[0].samples]
+    chapter: dict[str, Any] = {"title": _stages(run_records), "records": run_records, "groups": groups}
+    chapter |= {"overview": _side_by_side("Run" if is_one else "Runs", "", facts), "differences": differences}
+    chapter |= {"metrics": names, "validated": any(name.startswith("validation/") for name in names)}
+    chapter |= {"last": _side_by_side("Last metrics", "metric", last), "curves": curves, "constant": constant}
+    chapter |= {"distributions": plots.distributions(groups), "samples": samples}
+    return chapter | {"manifests": _side_by_side("Manifest", "entry", manifests)}
 
 
 def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any]]) -> Facts | Table:
@@ -232,13 +219,10 @@ def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any
 
 def _facts(record: RunRecord, group: Group) -> dict[str, Any]:
     """What the run is, and its pace."""
-    return ({"group": group.name} if group.name != record.name else {}) | {
-        "stage": _stages([record]),
-        "seed": record.manifest.get("seed"),
-        "steps": record.steps,
-        "s/step (median)": record.seconds_per_step,
-        "state": "finished" if record.finished else "not finished",
-    }
+    facts: dict[str, Any] = {"group": group.name} if group.name != record.name else {}
+    facts |= {"stage": _stages([record]), "seed": record.manifest.get("seed"), "steps": record.steps}
+    state = "finished" if record.finished else "not finished"
+    return facts | {"s/step (median)": record.seconds_per_step, "state": state}
 
 
 def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs.folder import Run, json_lines, write_atomically
-
-logger = logging.getLogger("rlhf_jax")
 
 _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
 
@@ -39,7 +37,7 @@ class _Client:
         known = inspect.signature(self._module.init).parameters  # trackio knows a run by its name, not by an id
         arguments = {key: place[key] for key in ("project", "name", "id") if key in known}
         self._run = self._module.init(**arguments, config=dict(config), **({"resume": "allow"} if resumed else {}))
-        self._title = place["name"]
+        self._title, self.close = place["name"], self._run.finish
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
@@ -49,9 +47,6 @@ class _Client:
 
     def alert(self, step: int, text: str) -> None:
         self._run.alert(title=f"{self._title}, step {step}", text=text)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class _TensorBoard:
@@ -135,12 +130,9 @@ def start(run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step
     if not names:
         return Services({}, {})
     path, run_id = run.path / "tracker.json", secrets.token_hex(4)
-    place: dict[str, Any] = {
-        "id": run_id,
-        "project": os.environ.get("WANDB_PROJECT") or "rlhf_jax",
-        "name": os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}",
-        "services": [],
-    }
+    project = os.environ.get("WANDB_PROJECT") or "rlhf_jax"
+    name = os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}"
+    place: dict[str, Any] = {"id": run_id, "project": project, "name": name, "services": []}
     rows: list[dict[str, Any]] = []
     if resume_step is not None:
         place |= json.loads(path.read_text("utf-8")) if path.is_file() else {}

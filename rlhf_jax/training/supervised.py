@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import heapq
-import logging
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ from rlhf_jax import models, ops, sharding
 from rlhf_jax.config import DPOStage, KTOStage, RewardModelStage, RunConfig, SFTStage
 from rlhf_jax.data import batches, encoding, rows
 from rlhf_jax.data.formats import ReadResult
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.training import initial, loop, memory
 from rlhf_jax.training.initial import Trainable
@@ -25,8 +24,6 @@ from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
 from rlhf_jax.types import Metrics, Params, Parts, TrainState
-
-logger = logging.getLogger("rlhf_jax")
 
 KINDS: dict[str, rows.Kind] = {"sft": "demonstrations", "dpo": "pairs", "kto": "feedback"}  # others: comparisons
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
@@ -77,7 +74,8 @@ def policy_task(
     initial_params, key = setting.initial.params, jax.random.fold_in(stage.key("init"), 1)
     start = stage.place(initial.trainable(stage.config.lora, initial_params, key))
     model_fn = models.policy_fn(setting.initial.model)
-    rows = memory.score_rows(stage.config.compute, 2 * setting.batch_size, config)
+    num_rows = setting.batch_size * (1 if stage.config.text.pack else 2)  # a packed row holds both answers of a pair
+    rows = memory.score_rows(stage.config.compute, num_rows, config)
     reference = stage.reference(start, ops.by_rows(model_fn, rows)) if with_reference else None
     if reference is None:
         memory.free(start.loaded)
@@ -127,6 +125,8 @@ def run(
     settings, text = getattr(config, name), config.text
     initial.warn_of_rate(config, name, settings.optimizer)
     sizes = _sizes(name, settings, sharding.num_parts(initial.mesh_of(config)))
+    if text.pack:
+        _check_packing(name, settings)
     kind = KINDS.get(name, "comparisons")
     data = initial.stage_rows(config, kind, settings.data)
     with open_stage(config, name, data.fingerprints, sizes) as stage:
@@ -184,24 +184,27 @@ def run(
         return stage.finish(language_model, task.start, task.trained(state), row)
 
 
+def _check_packing(name: str, settings: Any) -> None:
+    if name == "kto":
+        raise UserError("text.pack: kto joins each prompt with the next row's answer and cannot pack; leave it out")
+    if name == "sft" and settings.aggregate != "token":
+        raise UserError(f"text.pack: sft.aggregate must be token, got {settings.aggregate}, which speaks of whole rows")
+
+
 def _batching(
     config: RunConfig, name: str, encoded: encoding.EncodedTexts, rows: np.ndarray, key: jax.Array
 ) -> tuple[batches.Plan, Callable[[encoding.EncodedTexts, np.ndarray], Any]]:
     """Which of the training ``rows`` form each step, and the function that makes arrays of them."""
     settings, text = getattr(config, name), config.text
     plan = batches.Plan(encoded.lengths.max(axis=1)[rows], settings.batch_size, key, text.bucket_multiple)
-    if text.pack and name != "sft":
-        logger.info(f"text.pack: {name} pads its rows; SFT alone packs")
-    if not text.pack or name != "sft":
+    if not text.pack:
         padded = {"sft": batches.demonstration_batch, "kto": batches.feedback_batch}
         return plan, functools.partial(padded.get(name, batches.comparison_batch), bucket_multiple=text.bucket_multiple)
-    if settings.aggregate != "token":
-        raise UserError(f"text.pack: sft.aggregate must be token, got {settings.aggregate}, which speaks of whole rows")
     multiple = sharding.num_parts(initial.mesh_of(config)) * settings.num_microbatches
-    width = batches.width_of(encoded, np.arange(len(encoded)), text.bucket_multiple)
-    plan, multiple, before, after = batches.packing(plan, width, multiple)
+    plan, width, multiple, before, after = batches.packing(encoded, rows, plan, multiple)
     logger.info(f"text.pack: {after:.0%} of rows [{width}] are padding, {before:.0%} of rows that are not packed")
-    return plan, functools.partial(batches.packed_batch, width=width, multiple=multiple)
+    packed = batches.packed_batch if name == "sft" else batches.packed_comparisons
+    return plan, functools.partial(packed, width=width, multiple=multiple)
 
 
 def _first_state(stage: Stage, task: Task) -> TrainState:
