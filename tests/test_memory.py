@@ -94,8 +94,8 @@ TINY["tokenizer"] = Tokenizer(kind="characters")
 @pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("name", ["sft", "kto", "ppo"])
 def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypatch):
-    """The batch that does not fit is one of many; neither reward nor environment is asked before."""
-    texts = [{"prompt": "ab", "response": "a" * n, "desirable": True} for n in (1, 2, 3, 4, 20)]
+    """The batch that does not fit is one of ten; neither reward nor environment is asked before."""
+    texts = [{"prompt": "ab", "response": "a" * n, "desirable": True} for n in (20, *[1, 2, 3, 4] * 9)]
     (tmp_path / "rows.json").write_text(json.dumps(texts), "utf-8")
     never = "def environment(conversation, row): raise AssertionError"
     (tmp_path / "never.py").write_text(f"{never}\n{never.replace('environment', 'reward')}", "utf-8")
@@ -208,6 +208,9 @@ def test_what_is_offloaded_lies_with_the_host_and_computes_the_same(tmp_path, mo
         text = program.trace(reference, tokens).lower(lowering_platforms=(platform,)).as_text()
         assert 'memory_kind = "pinned_host"' in text
         assert "annotate_device_placement" in text
+    refreshed = {"rl": RLStage(reference_refresh=1), "output_dir": str(tmp_path / "refreshed")}
+    with pytest.raises(UserError, match="a reference that is refreshed stays on the devices"):
+        training.rl.run(RunConfig(compute=config.compute, reward=("length",), **refreshed))
     monkeypatch.setattr(memory, "HOST", "nowhere")
     with pytest.raises(UserError, match="cpu devices have no nowhere memory"):
         memory.offloaded(other)
