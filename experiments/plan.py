@@ -32,6 +32,7 @@ from rlhf_jax.types import Algorithm, Comparisons, Demonstrations, Feedback, Met
 RL: dict[str, Algorithm] = {"ppo": ppo, "vpg": vpg, "rloo": rloo, "grpo": grpo}
 SUPERVISED: dict[str, Any] = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "kto": kto}
 OTHERWISE = "shorter texts, a smaller batch, or more devices with mesh.fsdp"  # where no flag lowers the peak
+OPTIONS = {"xla_backend_optimization_level": 0}  # of the compiler: fast code takes longer to make, and the same memory
 
 Programs = dict[str, tuple[Callable[..., Any], *tuple[Any, ...]]]  # {phase: (function, its arguments)}
 
@@ -67,10 +68,13 @@ def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
     for phase, (fn, *arguments) in programs.items():
         jitted: Any = Stage(config, name, None, mesh).jit_update(fn) if phase == "learn" else jax.jit(fn)  # type: ignore[arg-type]
         with jax.set_mesh(mesh) if sharding.is_cut(mesh) else contextlib.nullcontext():
-            analysis: Any = jitted.lower(*_widened(arguments)).compile().memory_analysis()
+            compiled = jitted.lower(*_widened(arguments)).compile(compiler_options=OPTIONS)
+            analysis: Any = compiled.memory_analysis()
         more = analysis.temp_size_in_bytes + max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
         exact = min(more, 2 * parts["gradients"] if phase == "learn" else 0)
         used[phase] = int(exact + scale * (more - exact))
+    for part in [part for part in ("reference", "reward models") if part.split()[0] in config.compute.offload]:
+        used["reward" if part == "reward models" else next(iter(used))] += held.pop(part, 0)
     return Plan(held, used, parts)
 
 

@@ -90,6 +90,8 @@ class Compute:
     score_rows: int | None = None
     """Rows that policy, reference and reward models score at once, over all devices; null: where num_microbatches is
     above 1 those of a microbatch, else the whole batch."""
+    offload: tuple[Literal["reference", "reward"], ...] = ()
+    """Frozen models that lie in the host's memory while they do not score: reference, reward."""
     attention: Literal["auto", "xla", "cudnn", "splash", "blockwise"] = "auto"
     """How attention is computed. xla holds all scores of a text; blockwise those of a block of queries, on any device;
     cudnn (bfloat16 on a GPU) and splash (one TPU) are fused kernels. auto: xla below 512 tokens, else what fits."""

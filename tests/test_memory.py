@@ -16,6 +16,7 @@ from rlhf_jax.algorithms.step import gradient_step
 from rlhf_jax.config import Compute, KTOStage, LoRA, Network, RLStage, RunConfig, SFTStage, Tokenizer
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.training import memory
+from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.stage import open_stage
 
 SIZES = {"ppo.num_microbatches": 1, "rl.batch_size": 64}
@@ -93,8 +94,8 @@ TINY["tokenizer"] = Tokenizer(kind="characters")
 @pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("name", ["sft", "kto", "ppo"])
 def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypatch):
-    """The batch that does not fit is one of many; neither reward nor environment is asked before."""
-    texts = [{"prompt": "ab", "response": "a" * n, "desirable": True} for n in (1, 2, 3, 4, 20)]
+    """The batch that does not fit is one of ten; neither reward nor environment is asked before."""
+    texts = [{"prompt": "ab", "response": "a" * n, "desirable": True} for n in (20, *[1, 2, 3, 4] * 9)]
     (tmp_path / "rows.json").write_text(json.dumps(texts), "utf-8")
     never = "def environment(conversation, row): raise AssertionError"
     (tmp_path / "never.py").write_text(f"{never}\n{never.replace('environment', 'reward')}", "utf-8")
@@ -182,6 +183,37 @@ def test_rows_in_parts_score_as_all_at_once(rows, size):
     np.testing.assert_array_equal(output.entropy, tokens[:, 0])
     assert output.values is None
     assert set(sizes) == {size}
+
+
+def test_what_is_offloaded_lies_with_the_host_and_computes_the_same(tmp_path, monkeypatch):
+    config = RunConfig(output_dir=str(tmp_path / "run"), compute=Compute(offload=("reference",)))
+    tokens, loaded = jnp.arange(4), {"table": jnp.arange(8.0)}
+    expected = loaded["table"][tokens] * 2
+
+    def fn(params, tokens):
+        return params["table"][tokens] * 2
+
+    with open_stage(config, "ppo", {}) as stage:
+        other = stage.frozen("reward", jax.tree_util.Partial(fn, {"table": jnp.zeros(8)}))
+        assert memory.on_device(other) == 32
+        reference = stage.reference(Trainable({}, None, loaded), fn)
+        with pytest.raises(UserError, match="under LoRA the reference is the frozen weights"):
+            stage.reference(Trainable({}, {"table": tokens}), fn)
+    assert loaded["table"].is_deleted()
+    assert memory.on_device(reference) == 0
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(reference)} == {memory.HOST}
+    program = jax.jit(lambda fn, tokens: fn(tokens))
+    np.testing.assert_array_equal(program(reference, tokens), expected)
+    for platform in ("tpu", "cuda"):  # tried on none, but lowers
+        text = program.trace(reference, tokens).lower(lowering_platforms=(platform,)).as_text()
+        assert 'memory_kind = "pinned_host"' in text
+        assert "annotate_device_placement" in text
+    refreshed = {"rl": RLStage(reference_refresh=1), "output_dir": str(tmp_path / "refreshed")}
+    with pytest.raises(UserError, match="a reference that is refreshed stays on the devices"):
+        training.rl.run(RunConfig(compute=config.compute, reward=("length",), **refreshed))
+    monkeypatch.setattr(memory, "HOST", "nowhere")
+    with pytest.raises(UserError, match="cpu devices have no nowhere memory"):
+        memory.offloaded(other)
 
 
 @pytest.mark.slow

@@ -186,15 +186,10 @@ def prompts_for(
     config: RunConfig, language_model: LanguageModel, rows: Sequence[Row], note: str = ""
 ) -> encoding.EncodedPrompts:
     """Prompts as RL samples from them, by ``config.rl`` and ``config.text``; prints how many were cut or left out."""
-    encoded = encoding.encode_prompts(
-        rows,
-        language_model.tokenizer,
-        template=config.text.template,
-        too_long=config.text.too_long,
-        length=config.rl.max_prompt_length,
-        max_positions=language_model.model.config.max_length,
-        max_new_tokens=config.rl.max_new_tokens,
-    )
+    how: Any = {"template": config.text.template, "too_long": config.text.too_long}
+    how |= {"length": config.rl.max_prompt_length, "max_new_tokens": config.rl.max_new_tokens}
+    how["max_positions"] = language_model.model.config.max_length
+    encoded = encoding.encode_prompts(rows, language_model.tokenizer, **how)
     for what, count in encoded.counts.items():
         logger.info(f"{count} prompts: {what}{note}")
     return encoded

@@ -14,6 +14,7 @@ from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.types import Metrics
 
 State = TypeVar("State")
+HOST = "pinned_host"  # JAX's name for memory of the host that devices read
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -66,21 +67,28 @@ def tried(update: Callable[[State], tuple[State, Metrics]], state: State) -> Sta
         UserError: the update was applied.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(state)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    leaves = [leaf for _, leaf in flat]
-    body = [i for i, name in enumerate(names) if re.match(r"(train/)?params/(?!value/|score/)", name)]
-    chosen = min(body, key=lambda i: leaves[i].size)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    body = [name for name in leaves if re.match(r"(train/)?params/(?!value/|score/)", name)]
+    chosen = min(body, key=lambda name: leaves[name].size)
     kept = leaves[chosen]
-    leaves[chosen] = sharding.place(np.full(kept.shape, np.nan, kept.dtype), kept.sharding)
-    after, metrics = update(jax.tree.unflatten(structure, leaves))
+    nan = sharding.place(np.full(kept.shape, np.nan, kept.dtype), kept.sharding)
+    after, metrics = update(jax.tree.unflatten(structure, (leaves | {chosen: nan}).values()))
     if not float(metrics["nonfinite"]):
-        raise UserError(
-            "an update whose loss was NaN was applied: it must return the state that it was given and nonfinite 1, as "
-            "algorithms.step.gradient_step does"
-        )
-    leaves = jax.tree.leaves(after)
-    leaves[chosen] = kept
-    return jax.tree.unflatten(structure, leaves)
+        raise UserError("an update whose loss was NaN was applied; it must return the old state and nonfinite 1")
+    returned = dict(zip(leaves, jax.tree.leaves(after), strict=True))
+    return jax.tree.unflatten(structure, (returned | {chosen: kept}).values())
+
+
+def offloaded(fn: jax.tree_util.Partial) -> jax.tree_util.Partial:
+    """A function whose arrays lie in the host's memory, and on the devices while a program calls it.
+
+    Raises:
+        UserError: the devices cannot read the host's memory.
+    """
+    if HOST not in {space.kind for space in jax.local_devices()[0].addressable_memories()}:
+        raise UserError(f"compute.offload: {jax.default_backend()} devices have no {HOST} memory; leave it out")
+    on_host = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), fn)
+    return jax.tree_util.Partial(lambda fn, *args: jax.device_put(fn, jax.memory.Space.Device)(*args), on_host)
 
 
 def free(tree: Any) -> None:
@@ -100,7 +108,8 @@ def shapes(tree: Any) -> Any:
 
 
 def on_device(tree: Any) -> int:
-    """Bytes that the arrays of a tree, or their shapes, take on one device."""
+    """Bytes that the arrays of a tree, or their shapes, take on one device; of those in the host's memory none."""
     leaves = [leaf for leaf in jax.tree.leaves(shapes(tree)) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    leaves = [leaf for leaf in leaves if getattr(leaf.sharding, "memory_kind", None) != HOST]
     own = [leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
     return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(own, leaves, strict=True))

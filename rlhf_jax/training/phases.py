@@ -178,15 +178,9 @@ def learn(
     if settings.mask_truncated:
         metrics["response/masked"] = jnp.sum(present & ~counted).astype(jnp.float32)
         to_learn = replace(to_learn, response_mask=jnp.where(counted[:, None], rollout.response_mask, 0))
-    train, update_metrics = recipe.algorithm.update(
-        loop.train,
-        to_learn,
-        key,
-        policy_fn=functions.policy_fn,
-        optimizer=recipe.optimizer,
-        config=recipe.algorithm_config,
-        minibatch_sharding=None if recipe.mesh is None else sharding.rows(recipe.mesh),
-    )
+    how: Any = {"policy_fn": functions.policy_fn, "optimizer": recipe.optimizer, "config": recipe.algorithm_config}
+    how["minibatch_sharding"] = None if recipe.mesh is None else sharding.rows(recipe.mesh)
+    train, update_metrics = recipe.algorithm.update(loop.train, to_learn, key, **how)
     kl_coef = loop.kl_coef
     if ref_log_probs is not None:
         kl = ops.masked_mean(_row_sums(ops.kl(rollout.log_probs, ref_log_probs), rollout), present)

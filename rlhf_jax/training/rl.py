@@ -62,6 +62,8 @@ def run(
     has_reference = bool(kl_coef or algorithm_config.kl_in_loss or settings.kl_target is not None)
     if settings.reference_refresh is not None and not has_reference:
         raise UserError("rl.reference_refresh: no KL is used here; set rl.kl_coef above 0 or leave it out")
+    if settings.reference_refresh is not None and "reference" in config.compute.offload:
+        raise UserError("compute.offload: a reference that is refreshed stays on the devices; leave it out")
     sources = [settings.data, settings.validation_data] if settings.validation_data else [settings.data]
     read = [initial.stage_rows(config, "prompts", names) for names in sources]
     fingerprints = {source: digest for data in read for source, digest in data.fingerprints.items()}
@@ -185,26 +187,20 @@ class _Trainer:
         model_fn = models.policy_fn(model, settings.temperature, prompt_length)
         policy_fn = models.policy_fn(model, settings.temperature, prompt_length, None if self.whole is start else model)
         score_rows = memory.score_rows(stage.config.compute, settings.batch_size, algorithm_config)
-        ref_fn = ops.by_rows(model_fn, score_rows)
+        ref_fn: Any = ops.by_rows(model_fn, score_rows)
         self.start, self.kl_coef, self.refreshes = start, kl_coef or 0.0, settings.reference_refresh is not None
-        reference = start.bind(ops.by_rows(model_fn, score_rows)) if self.refreshes else None
-        self.functions = phases.Functions(
-            policy_fn=self.whole.bind(policy_fn),
-            reward_fn=None if parts.reward.fn is None else stage.lay_out(jax.tree.map(jnp.asarray, parts.reward.fn)),
-            ref_fn=reference if self.refreshes or kl_coef is None else stage.reference(start, ref_fn),
-            base=start.base,
-        )
-        if kl_coef is None or self.refreshes:
+        if self.refreshes or kl_coef is None:
+            ref_fn = start.bind(ref_fn) if self.refreshes else None
             memory.free(start.loaded)
+        else:
+            ref_fn = stage.reference(start, ref_fn)
+        if parts.reward.fn is not None:
+            on_devices = stage.frozen("reward", jax.tree.map(jnp.asarray, parts.reward.fn))
+            self.parts = parts = parts._replace(reward=spec.Reward(on_devices))
+        self.functions = phases.Functions(self.whole.bind(policy_fn), parts.reward.fn, ref_fn, start.base)
         rows, length = settings.batch_size // stage.num_devices, prompt_length + settings.max_new_tokens
-        stage.hold(
-            {
-                "frozen weights": start.base,
-                "reference": None if start.base else self.functions.ref_fn,
-                "rewards": self.functions.reward_fn,
-                "cache while it samples": jax.eval_shape(lambda: model.init_cache(rows, length)),
-            }
-        )
+        held = {"frozen weights": start.base, "reference": None if start.base else ref_fn, "rewards": parts.reward.fn}
+        stage.hold(held | {"cache while it samples": jax.eval_shape(lambda: model.init_cache(rows, length))})
         self.recipe = phases.Recipe(
             model, samples, algorithm, algorithm_config, optimizer, settings, stage.mesh, score_rows
         )
@@ -266,13 +262,11 @@ class _Trainer:
 
     def attempt(self, state: phases.LoopState) -> phases.LoopState:
         """One iteration for its memory alone, without what others wrote in Python: reward and environment, filter."""
-        reward, environment = self.parts.reward, self.parts.environment
-        if reward.host is not None:
-            reward = spec.Reward(host=lambda rollout, columns: (np.zeros(len(rollout.tokens)), {}))
-        if environment is not None:
-            environment = environment._replace(fn=lambda conversation, row: None)
-        alone = copy.copy(self)
-        alone.parts = self.parts._replace(reward=reward, environment=environment, enforce=None)
+        reward, environment, alone = self.parts.reward, self.parts.environment, copy.copy(self)
+        unasked = spec.Reward(host=lambda rollout, columns: (np.zeros(len(rollout.tokens)), {}))
+        silent = environment and environment._replace(fn=lambda conversation, row: None)
+        own: Any = {"reward": reward if reward.host is None else unasked, "environment": silent, "enforce": None}
+        alone.parts = self.parts._replace(**own)
         rollout, _ = alone._sampled(state, self.rows_of(0)[0], 0)
         return memory.tried(lambda loop: self._learn(loop, rollout, self.stage.key("update"), self.functions), state)
 

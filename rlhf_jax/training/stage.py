@@ -30,7 +30,7 @@ Stream = Literal["init", "data", "rollout", "update", "eval"]
 
 # What may differ between a run and its resumption without making it another run.
 MAY_CHANGE = (
-    *("resume", "overwrite", "allow_changed", "output_dir", "device", "processes", "mesh", "track"),
+    *("resume", "overwrite", "allow_changed", "output_dir", "device", "processes", "mesh", "compute.offload", "track"),
     *("keep_last", "checkpoint_interval", "checkpoint_async"),
 )
 # What must not differ even with --allow-changed: the checkpoint would not fit, or its tokens mean something else.
@@ -105,7 +105,21 @@ class Stage:
 
     def reference(self, start: Trainable, policy_fn: PolicyFn) -> jax.tree_util.Partial:
         """The policy before training, with its parameters as they were loaded, in their file's dtype: no copy."""
-        return jax.tree_util.Partial(policy_fn, self.lay_out(start.loaded) if start.base is None else start.base)
+        if start.base is None:
+            return self.frozen("reference", jax.tree_util.Partial(policy_fn, start.loaded))
+        if "reference" in self.config.compute.offload:
+            raise UserError("compute.offload: under LoRA the reference is the frozen weights, which stay; leave it out")
+        return jax.tree_util.Partial(policy_fn, start.base)
+
+    def frozen(self, name: str, fn: Any) -> Any:
+        """A model that is not trained, on the devices; in the host's memory while it is not called if
+        ``compute.offload`` names it."""
+        placed = self.lay_out(fn)
+        if name not in self.config.compute.offload:
+            return placed
+        on_host = memory.offloaded(placed)
+        memory.free((fn, placed))
+        return on_host
 
     def finish(
         self, begun: LanguageModel, start: Trainable, trained: Mapping[str, Params], metrics: dict[str, Any]
