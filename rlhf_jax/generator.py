@@ -183,9 +183,8 @@ class Generator:
         ids = encoding.prompt_ids(rows, self.tokenizer, self.template)
         for row, own in zip(rows, ids, strict=True):
             if len(own) > self._room:
-                left = f"{self._room} are left beside max_new_tokens {self.config.max_new_tokens}"
-                what = f"{row.source}, {row.prompt[:40]!r}: has {len(own)} tokens, and {left}"
-                raise UserError(f"{what} in the model's positions; shorten one of the two")
+                what = f"{row.source}, {row.prompt[:40]!r}: has {len(own)} tokens, and {self._room} are left"
+                raise UserError(f"{what} beside max_new_tokens {self.config.max_new_tokens}; shorten one of the two")
         if not rows:
             return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
         width = min(-(-max(map(len, ids)) // _BUCKET) * _BUCKET, self._room)

@@ -30,6 +30,7 @@ from rlhf_jax.evaluation import evaluate
 from rlhf_jax.generator import Generator
 from rlhf_jax.rewards import kl_shaped
 from rlhf_jax.rollout import rescore
+from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import Comparisons, Demonstrations, PolicyOutput, Rollout
 
 KEY = jax.random.key(7)
@@ -217,12 +218,12 @@ def test_a_conversation_by_hand():
     assert np.count_nonzero(rescored.log_probs) == (letters == "a").sum()
     np.testing.assert_allclose(rollout.log_probs, rescored.log_probs, atol=1e-6)
     by_row = {"turns": [2, 1, 0, 2], "cut": [0, 0, 0, 1], "reward": [2.5, -1, 0, 0]}
-    assert {name: x.tolist() for name, x in metrics.items()} == {f"environment/{name}": x for name, x in by_row.items()}
+    assert {name: x.tolist() for name, x in metrics.items()} == by_row
     # After one turn the environment is asked too, but nothing follows its reply.
     rollout, metrics = talk(replies, encoded, [0, 1, -1, 2], max_turns=1)
     np.testing.assert_array_equal(rollout.tokens[[0, 1, 3], P:], [[B, EOS, *[PAD] * 6]] * 3)
     np.testing.assert_array_equal(rollout.rewards.sum(axis=1), [0.5, -1.0, 0.0, 0.0])
-    assert metrics["environment/cut"].tolist() == [1, 0, 0, 1]
+    assert metrics["cut"].tolist() == [1, 0, 0, 1]
 
 
 def test_a_reply_gets_no_gradient():
@@ -376,8 +377,9 @@ def test_a_generator_with_an_environment(talker):
     plain = Generator(talker / "model", max_new_tokens=16)(["cab"], seed=1)
     assert plain.texts == plain.transcripts
     assert said.texts[2].startswith(plain.texts[0])
-    with pytest.raises(UserError, match="max_turns limits conversations with an environment"):
-        Generator(talker / "model", max_turns=2)
+    for given in ({"max_turns": 2}, {"max_turns": 0, "environment": source}):
+        with pytest.raises(UserError, match=r"max_turns \d: conversations have an environment and at least 1 turn"):
+            Generator(talker / "model", **given)
 
 
 def test_an_evaluation_with_an_environment(talker, tmp_path, capsys):
@@ -398,7 +400,7 @@ def test_an_evaluation_with_an_environment(talker, tmp_path, capsys):
     assert "was trained with replies" not in capsys.readouterr().out
     evaluate.open_bench(evaluate.load(str(talker), config), evaluate.Config(**given))
     assert "was trained with replies by env.py:ask; here is no --environment" in capsys.readouterr().out
-    with pytest.raises(UserError, match="max_turns limits"):
+    with pytest.raises(UserError, match="max_turns 2: conversations have"):
         evaluate.open_bench(evaluate.load(str(talker), config), evaluate.Config(**given, max_turns=2))
 
 
@@ -454,7 +456,12 @@ def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(tmp_path, 
         ),
         grpo=grpo.Config(num_minibatches=2, group_size=4),
     )
-    straight = training.rl.run(config, grpo)
+    held = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "hold", lambda stage, trees: held.update(trees))
+        straight = training.rl.run(config, grpo)
+    slots = {leaf.shape[2] for leaf in jax.tree.leaves(held["cache while it samples"])}
+    assert slots == {max(map(len, WORDS)) + 2 * 40}  # the conversation so far, and as much again
     metrics = read(straight.folder)
     for row in metrics[1:]:
         assert row["policy/sampler_gap"] < 1e-4  # the moved rows were read as the update reads them

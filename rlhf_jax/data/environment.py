@@ -53,11 +53,11 @@ def load_environment(source: Source, tokenizer: Tokenizer, slots: int, max_turns
     """The environment of a source; None for None.
 
     Raises:
-        UserError: there is no such file, or no such function in it; or ``max_turns`` without an environment.
+        UserError: there is no such file, or no such function in it; ``max_turns`` below 1 or without an environment.
     """
+    if max_turns is not None and (source is None or max_turns < 1):
+        raise UserError(f"max_turns {max_turns}: conversations have an environment and at least 1 turn; give both")
     if source is None:
-        if max_turns is not None:
-            raise UserError("max_turns limits conversations with an environment: give one")
         return None
     if isinstance(source, str):
         file, _, function = source.rpartition(":")
@@ -92,9 +92,8 @@ def converse(
         return respond(*arrays, rows.astype(np.int32)), {}
     tokenizer, slots, columns = environment.tokenizer, environment.slots, ((0, 0), (0, environment.slots))
     arrays = [np.pad(x, columns, constant_values=x_id) for x, x_id in zip(arrays, (tokenizer.pad_id, 0), strict=True)]
-    tokens, mask = arrays  # an absent row is an empty prompt
-    zeros: Any = np.zeros((2, *mask.shape), np.float32)
-    batch: Any = Rollout(tokens, mask, np.zeros_like(mask), zeros[0], jnp.int32(rows), rewards=zeros[1])
+    zeros: Any = np.zeros((2, *arrays[1].shape), np.float32)
+    batch: Any = Rollout(arrays[0], arrays[1], np.zeros_like(arrays[1]), zeros[0], jnp.int32(rows), rewards=zeros[1])
     own_rows = [encoded.rows[row] for row in processes.own_rows(rows)]
     prompts = [row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt) for row in own_rows]
     talks = [[{"role": "user", "content": prompt}] for prompt in prompts]

@@ -4,7 +4,6 @@ Its phases are pure functions in ``training.phases``.
 """
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.environment import Environment, converse, load_environment
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
-from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.rewards import filter as filters
 from rlhf_jax.rewards import spec
@@ -31,8 +30,6 @@ from rlhf_jax.training import critic, initial, loop, memory, phases
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Rollout
-
-logger = logging.getLogger("rlhf_jax")
 
 
 def run(
@@ -194,7 +191,8 @@ class _Trainer:
         )
         if kl_coef is None or self.refreshes:
             memory.free(start.loaded)
-        slots = settings.max_new_tokens * (1 if parts.environment is None else 2)  # of what was said, and what is
+        # In several turns a response is written behind the slots of those before it.
+        slots = settings.max_new_tokens * (2 if parts.environment else 1)
         rows, length = settings.batch_size // stage.num_devices, prompt_length + slots
         stage.hold(
             {
