@@ -79,7 +79,7 @@ def loss(
     """
     del key
     log_ratios = ops.response_log_probs(policy_fn, params, comparisons)  # [B, 2] or [B, C, 2]
-    chex.assert_axis_dimension(log_ratios, -1, 2)  # a ranking is several pairs
+    chex.assert_shape(log_ratios, (..., 2))  # a ranking is several pairs
     if config.needs_reference:
         if comparisons.ref_log_probs is None:
             raise ValueError("comparisons.ref_log_probs [B, 2] is needed, got None: dpo.with_reference makes them")
