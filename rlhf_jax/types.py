@@ -105,11 +105,16 @@ class Rollout:
     advantages: jax.Array | None = None  # [B, T]
     returns: jax.Array | None = None  # [B, T]
     importance_weights: jax.Array | None = None  # [B, T] factor of each token's policy loss; 0 outside the response
+    greedy_rewards: jax.Array | None = None  # [B] of the policy's greedy response to the same prompt, without KL
 
 
 @flax.struct.dataclass
 class Comparisons:
-    """K answers to one prompt; K = 2: chosen and rejected. An answer with an empty response_mask is absent."""
+    """K answers to one prompt; K = 2: chosen and rejected. An answer with an empty response_mask is absent.
+
+    Packed, up to C comparisons share a row: tokens and masks are [B, T], ``attention_mask`` numbers the answers, and
+    all other fields have C after B.
+    """
 
     tokens: jax.Array  # [B, K, T] int32
     attention_mask: jax.Array  # [B, K, T]
@@ -119,6 +124,7 @@ class Comparisons:
     margin: jax.Array | None = None  # [B]
     weight: jax.Array | None = None  # [B]; [B, M] for an ensemble of M members
     ref_log_probs: jax.Array | None = None  # [B, K] summed over the response (DPO)
+    documents: jax.Array | None = None  # [B, C, K] int32 of packed ones: each answer's number in attention_mask
 
 
 @flax.struct.dataclass
@@ -167,7 +173,8 @@ RewardFn = Callable[[Rollout], Scores]
 AlgorithmConfig = Any
 """Settings of an algorithm: what a run must know of them is ``group_size`` (answers to each prompt, in adjacent rows; 1
 if rows are compared with nothing), ``num_epochs``, ``num_minibatches``, ``num_microbatches``, ``shuffle_blocks`` and
-``kl_in_loss`` (whether the loss reads ``rollout.ref_log_probs``); ``algorithms.policy.Batching`` has it all."""
+``kl_in_loss`` (whether the loss reads ``rollout.ref_log_probs``) and ``baseline`` ("greedy": ``prepare`` reads
+``rollout.greedy_rewards``); ``algorithms.policy.Batching`` has it all."""
 
 
 class Algorithm(Protocol):

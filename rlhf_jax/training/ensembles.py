@@ -61,7 +61,7 @@ def update_members(state: TrainState, batch: Comparisons, key: jax.Array, **how:
 
     Args:
       state: of ``create``.
-      batch: [B, K, T], with weight [B, M]. A row of weight 0 is absent for that member.
+      batch: [B, K, T] with weight [B, M], or packed with weight [B, C, M]. A row of weight 0 is absent for that member.
       how: score_fn, optimizer and config, as of ``reward_model.update``.
 
     Returns:
@@ -69,13 +69,13 @@ def update_members(state: TrainState, batch: Comparisons, key: jax.Array, **how:
       finite keeps its state, the others go on.
     """
     num_members, weights = state.step.shape[0], jnp.asarray(batch.weight)
-    chex.assert_shape(weights, (batch.tokens.shape[0], num_members))
+    chex.assert_shape(weights, (len(batch.tokens), ..., num_members))
 
     def of_member(state: TrainState, weight: jax.Array, member: jax.Array) -> tuple[TrainState, Metrics]:
         own = dataclasses.replace(batch, weight=weight)
         return reward_model.update(state, own, jax.random.fold_in(key, member), **how)
 
-    state, metrics = jax.vmap(of_member, in_axes=(0, 1, 0))(state, weights, jnp.arange(num_members))
+    state, metrics = jax.vmap(of_member, in_axes=(0, -1, 0))(state, weights, jnp.arange(num_members))
     return state, {name: (jnp.max if name == "nonfinite" else jnp.mean)(x) for name, x in metrics.items()}
 
 
