@@ -3,7 +3,6 @@
 A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits for none of them, nor for JAX.
 """
 
-import difflib
 import importlib
 import json
 import logging
@@ -17,7 +16,7 @@ import tyro
 
 import rlhf_jax
 from rlhf_jax.data.rows import Kind, OnBadRow
-from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.errors import Stopped, TrainingFault, UserError, did_you_mean, logger
 from rlhf_jax.runs import allocator
 
 Positional = tyro.conf.Positional[str]
@@ -35,7 +34,6 @@ CONSOLE = _Console()
 
 def attach_console() -> None:
     """Prints what the package reports while it runs, the messages of the logger ``rlhf_jax``, to stdout."""
-    logger = logging.getLogger("rlhf_jax")
     logger.setLevel(logging.INFO)
     logger.addHandler(CONSOLE)
     logger.propagate = False  # a library that configures the root logger would print each message again
@@ -93,21 +91,11 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
         importlib.import_module(f"rlhf_jax.training.{name.replace('-', '_')}").run(settings)
 
 
-def quickstart(argv: Sequence[str]) -> int:
-    """Generate a small corpus and train on it: SFT, a reward model and PPO in two minutes, with a report."""
-    return script("experiments", "quickstart").main(argv)
-
-
 def script(folder: str, name: str) -> ModuleType:
     """A script that comes with the package, as a module."""
     places = [place / folder for place in Path(__file__).parents[:2]]  # of a wheel, of a checkout
     sys.path.insert(0, str(next(place for place in places if place.is_dir())))
     return importlib.import_module(name)
-
-
-def plan_stage(argv: Sequence[str]) -> int:
-    """Say what a stage would take on each device: `rlhf-jax plan ppo --config FILE --devices 8 --memory 80GB`."""
-    return script("experiments", "plan").main(argv)
 
 
 def list_configs() -> None:
@@ -282,7 +270,10 @@ def bench_step(
     return int((line["others_cpu"] or 0.0) > measure.MAX_OTHERS)
 
 
-SCRIPTS: dict[str, Callable[[Sequence[str]], int]] = {"quickstart": quickstart, "plan": plan_stage}
+SCRIPTS = {
+    "quickstart": "Generate a small corpus and train on it: SFT, a reward model and PPO in two minutes, with a report.",
+    "plan": "Say what a stage would take on each device: `rlhf-jax plan ppo --config FILE --devices 8 --memory 80GB`.",
+}
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "configs": list_configs,
     "doctor": examine,
@@ -311,20 +302,18 @@ def run(argv: list[str]) -> int | None:
         print(rlhf_jax.__version__)
         return 0
     if name in SCRIPTS:
-        return SCRIPTS[name](argv[1:])
+        return script("experiments", name).main(argv[1:])
     if name in STAGES:
         train(name, argv[1:], prog)
         return 0
     if name in COMMANDS:
         style: Any = {"config": (tyro.conf.PositionalMetavarFromFieldName,)}
         return tyro.cli(COMMANDS[name], prog=prog, args=argv[words:], **style)
-    descriptions = {name: description for name, (description, _) in STAGES.items()}
-    functions = {**SCRIPTS, **COMMANDS}
-    descriptions |= {name: (function.__doc__ or "").partition("\n")[0] for name, function in functions.items()}
+    descriptions = {name: description for name, (description, _) in STAGES.items()} | SCRIPTS
+    descriptions |= {name: (function.__doc__ or "").partition("\n")[0] for name, function in COMMANDS.items()}
     if argv[words - 1 :] and argv[words - 1] not in ("-h", "--help"):
-        close = difflib.get_close_matches(name, descriptions, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"rlhf-jax: no command {name!r}; {hint}There are: {', '.join(descriptions)}")
+        hint = did_you_mean(name, descriptions)
+        raise UserError(f"rlhf-jax: no command {name!r}{hint}\nThere are: {', '.join(descriptions)}")
     print("Reinforcement learning from human feedback. `rlhf-jax COMMAND --help` says more of a command:\n")
     for command, description in descriptions.items():
         print(f"  rlhf-jax {command:<14} {description}")

@@ -36,6 +36,7 @@ from rlhf_jax.ops import check_number
 from rlhf_jax.runs import alerts
 
 C = TypeVar("C")
+Words = Sequence[str]
 Values = dict[str, tuple[Any, str]]  # {dotted key: (value, "FILE, line N")}
 
 
@@ -342,10 +343,8 @@ class RLStage:
         _check(self, "top_p", above=0, at_most=1)
         truncated = self.top_k is not None or (self.top_p is not None and self.top_p < 1)
         if truncated and not self.allow_truncated_sampling:
-            raise ValueError(
-                "top_k and top_p: the update uses log-probabilities of the whole distribution, from which such samples "
-                "do not come: the KL estimate can turn negative; --rl.allow-truncated-sampling trains on them anyway"
-            )
+            fault = "the update uses log-probabilities of the whole distribution, from which such samples do not come"
+            raise ValueError(f"top_k and top_p: {fault}; --rl.allow-truncated-sampling trains on them anyway")
         if self.environment is None and self.max_turns is not None:
             raise ValueError("max_turns limits conversations with an environment: give --rl.environment")
         ends = self.missing_eos_penalty, self.missing_eos_score, self.overlong_buffer
@@ -503,14 +502,9 @@ class RunConfig:
 
 
 def parse(
-    config_class: type[C],
-    argv: Sequence[str] | None = None,
-    *,
-    prog: str | None = None,
-    description: str = "",
-    sections: Sequence[str] = (),
+    kind: type[C], argv: Words | None = None, *, prog: str | None = None, description: str = "", sections: Words = ()
 ) -> C:
-    """Reads ``--config FILE ...`` and dotted flags (``sys.argv[1:]`` by default) into a ``config_class``.
+    """Reads ``--config FILE ...`` and dotted flags (``sys.argv[1:]`` by default) into a config of this kind.
 
     A flag goes before the files, a later file before an earlier one, the files before the class's default.
     ``--help`` shows the values in force, ``--help-verbose`` the text of each setting too. Rules between values are
@@ -530,8 +524,8 @@ def parse(
     options, flags = finder.parse_known_args(argv)
     given: Values = {}
     for name in options.config:
-        given |= read(config_class, shipped().get(name, Path(name)))
-    defaults = copy.copy(config_class())
+        given |= read(kind, shipped().get(name, Path(name)))
+    defaults = copy.copy(kind())
     for key, (value, _) in given.items():  # set without a look at the rules, which hold for the final values
         section: Any = defaults
         *path, name = key.split(".")
@@ -539,20 +533,13 @@ def parse(
             vars(section)[inner] = copy.copy(getattr(section, inner))  # sections may share one default
             section = getattr(section, inner)
         vars(section)[name] = value
-    values: Any
-    values, unknown = tyro.cli(
-        config_class,
-        args=flags,
-        default=defaults,
-        prog=prog,
-        description=f"{description}\n\n--config FILE ...: YAML with values for these options; flags go before them.",
-        registry=_flags_of(config_class, sections),
-        return_unknown_args=True,
-        compact_help=True,
-    )
+    about = f"{description}\n\n--config FILE ...: YAML with values for these options; flags go before them."
+    how: Any = {"prog": prog, "description": about, "return_unknown_args": True, "compact_help": True}
+    parsed: Any = tyro.cli(kind, args=flags, default=defaults, registry=_flags_of(kind, sections), **how)
+    values, unknown = parsed
     if unknown:
-        raise UserError(_unknown_flag(unknown[0].partition("=")[0], config_class))
-    return _build(config_class, values, defaults, "", given)
+        raise UserError(_unknown_flag(unknown[0].partition("=")[0], kind))
+    return _build(kind, values, defaults, "", given)
 
 
 def _unknown_flag(flag: str, root: type) -> str:
@@ -570,7 +557,7 @@ def shipped() -> dict[str, Path]:
     return dict(sorted((path.stem, path) for folder in folders for path in folder.rglob("*.yaml")))
 
 
-def _flags_of(root: type, sections: Sequence[str]) -> tyro.constructors.ConstructorRegistry:
+def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegistry:
     """How tyro reads a config: each dataclass as a dict, so that no ``__post_init__`` runs before all values are known,
     and of its fields those that ``sections`` leaves."""
     registry = tyro.constructors.ConstructorRegistry()
@@ -592,7 +579,7 @@ def _flags_of(root: type, sections: Sequence[str]) -> tyro.constructors.Construc
     return registry
 
 
-def _is_read(key: str, root: type, sections: Sequence[str]) -> bool:
+def _is_read(key: str, root: type, sections: Words) -> bool:
     """Whether ``key`` is in one of these sections, or holds it; settings at the top are, save the reward."""
     if not sections or ("." not in key and key not in _sections(root) and key != "reward"):
         return True
@@ -733,15 +720,11 @@ class _Dumper(yaml.SafeDumper):
     """Lists on one line, and texts in the quotes that keep them as they are."""
 
 
-def _list(dumper: _Dumper, data: tuple[Any, ...]) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
-
-
 def _text(dumper: _Dumper, data: str) -> yaml.Node:
     # Unquoted, None would be read as null; only double quotes keep line breaks and control characters.
     style = "'" if data == "None" else None if data.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
-_Dumper.add_representer(tuple, _list)
+_Dumper.add_representer(tuple, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
 _Dumper.add_representer(str, _text)

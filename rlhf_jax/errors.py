@@ -1,4 +1,12 @@
-"""The ways in which a run ends early: what the user gave is wrong, training went wrong, a signal or an alert came."""
+"""What a user is told: the ways in which a run ends early (what the user gave is wrong, training went wrong, a signal
+or an alert came), and the logger of all other messages.
+"""
+
+import difflib
+import logging
+from collections.abc import Iterable
+
+logger = logging.getLogger("rlhf_jax")
 
 
 class UserError(ValueError):
@@ -26,3 +34,8 @@ class AlertStop(Stopped):
     def __init__(self, message: str):
         Exception.__init__(self, message)
         self.exit_code = 3
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The hint ``; did you mean OTHER?`` with the known name that is most like this one; "" if none is like it."""
+    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, list(known), n=1))

@@ -104,18 +104,26 @@ def target_report(scores: Array, targets: Array, lengths: Array, weights: Array 
     return preference_report(next(pairs), np.zeros(len(row), np.int64), next(pairs), weights[row]) | report
 
 
-def expected_calibration_error(margin: Array, weights: Array | None = None, num_bins: int = 10) -> float:
-    """Mean ``|accuracy - confidence|`` over equal bins of the confidence in [.5, 1] by count (Guo et al. 2017).
+def reliability(margin: Array, weights: Array | None = None) -> tuple[Array, Array, Array]:
+    """Weight, mean confidence and accuracy of the pairs in each of ten equal bins of the confidence in [.5, 1] (Guo et
+    al. 2017), [bins] each, without empty bins.
 
     margin: [N] score of the chosen answer minus that of the rejected one; the confidence is max(p, 1 - p) with
     p = sigmoid(margin), and a prediction is right if the margin is positive (half right at 0).
     weights: [N] of the pairs; None: all the same.
     """
-    confidence = _sigmoid(np.abs(margin))
+    confidence, right = _sigmoid(np.abs(margin)), (margin > 0) + 0.5 * (margin == 0)
     weights = np.ones(len(margin)) if weights is None else weights
-    gaps = weights * ((margin > 0) + 0.5 * (margin == 0) - confidence)
-    bins = np.minimum(((confidence - 0.5) * 2 * num_bins).astype(int), num_bins - 1)
-    return float(np.abs(np.bincount(bins, gaps)).sum() / np.sum(weights))
+    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
+    counts, *sums = (np.bincount(bins, weights * values) for values in (1.0, confidence, right))
+    used = counts > 0
+    return counts[used], sums[0][used] / counts[used], sums[1][used] / counts[used]
+
+
+def expected_calibration_error(margin: Array, weights: Array | None = None) -> float:
+    """Mean ``|accuracy - confidence|`` over the bins of ``reliability``, by their weight."""
+    counts, confidence, accuracy = reliability(margin, weights)
+    return float(np.average(np.abs(accuracy - confidence), weights=counts))
 
 
 def spearman(x: Array, y: Array) -> float:

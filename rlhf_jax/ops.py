@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.types import AxisName, Demonstrations, EosId, Params, PolicyFn, PolicyOutput, Rollout
 
+Axis = int | tuple[int, ...] | None  # dimensions to reduce; None: all
 KLEstimator = Literal["k1", "k2", "k3"]
 
 # The square of e^40 still fits in float32, so gradient norms stay finite too.
@@ -56,12 +57,7 @@ def psum(x: Any, axis_name: AxisName | None) -> Any:
 
 
 def masked_mean(
-    x: jax.Array,
-    mask: jax.Array,
-    axis: int | tuple[int, ...] | None = None,
-    axis_name: AxisName | None = None,
-    *,
-    keepdims: bool = False,
+    x: jax.Array, mask: jax.Array, axis: Axis = None, axis_name: AxisName | None = None, *, keepdims: bool = False
 ) -> jax.Array:
     """Mean of ``x`` where ``mask`` is non-zero; a mean over nothing is 0.
 
@@ -78,9 +74,7 @@ def masked_mean(
     return total / jnp.maximum(count, 1.0)
 
 
-def masked_var(
-    x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None = None, axis_name: AxisName | None = None
-) -> jax.Array:
+def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, axis_name: AxisName | None = None) -> jax.Array:
     """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing. Arguments as
     ``masked_mean``."""
     mean = masked_mean(x, mask, axis, axis_name, keepdims=True)

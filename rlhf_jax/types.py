@@ -5,6 +5,7 @@ slots, T = P + R, K answers of a comparison, G answers of a prompt, V vocabulary
 length.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, Self
 
 import flax.struct
@@ -93,9 +94,7 @@ class Rollout:
     """What a policy said, and what is known about it. ``None`` marks what has not been computed yet."""
 
     tokens: jax.Array  # [B, T] int32: left-padded prompt, then the response, then pads
-    attention_mask: (
-        jax.Array
-    )  # [B, T] 1 on real tokens; packed documents are numbered 1, 2, ... and never see each other
+    attention_mask: jax.Array  # [B, T] 1 on real tokens; packed documents are numbered 1, 2, ..., each apart
     response_mask: jax.Array  # [B, T] 1 on what the policy said, EOS included; may have holes; an empty row is absent
     log_probs: jax.Array  # [B, T] behaviour policy log p(tokens[:, t] | before); 0 outside the response
     row_ids: jax.Array | None = None  # [B] data row of the prompt
@@ -123,26 +122,23 @@ class Comparisons:
 
 
 @flax.struct.dataclass
-class Feedback:
-    """Single answers, each of which somebody called desirable or not."""
-
-    tokens: jax.Array  # [B, T] int32
-    attention_mask: jax.Array  # [B, T]
-    response_mask: jax.Array  # [B, T]; an empty row is absent
-    desirable: jax.Array  # [B] bool
-    weight: jax.Array | None = None  # [B]
-    ref_log_probs: jax.Array | None = None  # [B] summed over the response
-    mismatched: "Feedback | None" = None  # each row's prompt with the next row's response, for KTO's reference point
-    reference_point: jax.Array | None = None  # [B] nats, the same number in each row
-
-
-@flax.struct.dataclass
 class Demonstrations:
     """Texts to imitate: prompt and response of each row, the loss on the response alone."""
 
     tokens: jax.Array  # [B, T] int32
     attention_mask: jax.Array  # [B, T]; packed documents are numbered 1, 2, ...
-    response_mask: jax.Array  # [B, T]
+    response_mask: jax.Array  # [B, T]; an empty row is absent
+
+
+@flax.struct.dataclass
+class Feedback(Demonstrations):
+    """Single answers, each of which somebody called desirable or not."""
+
+    desirable: jax.Array  # [B] bool
+    weight: jax.Array | None = None  # [B]
+    ref_log_probs: jax.Array | None = None  # [B] summed over the response
+    mismatched: "Feedback | None" = None  # each row's prompt with the next row's response, for KTO's reference point
+    reference_point: jax.Array | None = None  # [B] nats, the same number in each row
 
 
 class PolicyOutput(NamedTuple):
@@ -153,36 +149,20 @@ class PolicyOutput(NamedTuple):
     values: jax.Array | None = None
 
 
-class PolicyFn(Protocol):
-    """Any language model as the algorithms see it. ``key=None`` turns dropout off, as RL, DPO and all scoring do."""
+PolicyFn = Callable[[Params, jax.Array, jax.Array, jax.Array | None], PolicyOutput]
+"""Any language model as the algorithms see it: a function of (params, tokens, attention_mask, key). ``key=None`` turns
+dropout off, as RL, DPO and all scoring do."""
 
-    def __call__(
-        self, params: Params, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None, /
-    ) -> PolicyOutput: ...
+BoundPolicyFn = Callable[[jax.Array, jax.Array, jax.Array | None], PolicyOutput]
+"""A policy that carries its parameters (``jax.tree_util.Partial(policy_fn, params)``), such as the reference: a
+function of (tokens, attention_mask, key)."""
 
-
-class BoundPolicyFn(Protocol):
-    """A policy that carries its parameters (``jax.tree_util.Partial(policy_fn, params)``), such as the reference."""
-
-    def __call__(self, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None, /) -> PolicyOutput: ...
-
-
-class ScoreFn(Protocol):
-    """Any model that gives a text one number: returns [B]."""
-
-    def __call__(
-        self, params: Params, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None, /
-    ) -> jax.Array: ...
-
+ScoreFn = Callable[[Params, jax.Array, jax.Array, jax.Array | None], jax.Array]
+"""Any model that gives a text one number: of (params, tokens, attention_mask, key) it returns [B]."""
 
 Scores = tuple[jax.Array, dict[str, jax.Array]]
-
-
-class RewardFn(Protocol):
-    """A jittable reward: (scores [B] or dense rewards [B, T], {name of a part: [B]}). No parts: an empty dict."""
-
-    def __call__(self, rollout: Rollout, /) -> Scores: ...
-
+RewardFn = Callable[[Rollout], Scores]
+"""A jittable reward: (scores [B] or dense rewards [B, T], {name of a part: [B]}). No parts: an empty dict."""
 
 AlgorithmConfig = Any
 """Settings of an algorithm: what a run must know of them is ``group_size`` (answers to each prompt, in adjacent rows; 1

@@ -46,8 +46,8 @@ def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
     ],
 )
 def test_an_unknown_command_lists_those_there_are(argv, meant):
-    hint = f"did you mean {meant}? " if meant else ""
-    with pytest.raises(UserError, match=re.escape(f"'{argv}'; {hint}There are: {', '.join(NAMES)}") + "$"):
+    hint = f"; did you mean {meant}?" if meant else ""
+    with pytest.raises(UserError, match=re.escape(f"'{argv}'{hint}\nThere are: {', '.join(NAMES)}") + "$"):
         cli.run(argv.split())
 
 

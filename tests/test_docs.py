@@ -192,7 +192,7 @@ def page_folder(path, folder):
     for part in ("experiments", "configs"):
         (folder / part).symlink_to(ROOT / part)
     if path == README:
-        demo.write(folder, num_demonstrations=256, num_pairs=256, num_prompts=96)
+        demo.write(folder, sizes={"sft_data.json": 256, "preference_data.json": 256, "prompts.json": 96})
         (folder / "mine.py").write_text(MINE, "utf-8")
     for block in blocks(path):
         if file := file_of(block):

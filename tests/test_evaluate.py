@@ -198,7 +198,7 @@ READ = {
     ("read", "name", "text", "message"),
     [
         ("safety", "x.csv", "id,prompt,label\n1,hello,safe\n2,ho,maybe\n", "line 3: .* safe or unsafe, found 'maybe'"),
-        ("safety", "x.json", '["hello"]', "1: .* safe or unsafe, found none"),
+        ("safety", "x.json", '["hello"]', "1: .* safe or unsafe, found None"),
         ("categories", "x.yaml", "polite:\n  pattern: [a]\n", "line 2: unknown key polite.pattern; did you mean"),
         ("categories", "x.yaml", "polite:\n  patterns: [a]\n  score: length\n", "line 2: polite needs exactly one"),
         ("categories", "x.yaml", "polite:\n  patterns: ['(']\n", r"line 2: polite.patterns holds '\(', which is no"),
@@ -243,8 +243,8 @@ def test_columns_and_bad_rows_of_every_set(tmp_path):
         "columns": ("prompt=question", "instruction=question"),
     }
     template = chat.ChatTemplate()
-    sets = evaluate._read(evaluate.Config(**given, on_bad_row="drop"), template)
-    assert {name: (len(read.rows), sum(read.dropped.values())) for name, read in sets.results.items()} == {
+    sets, _ = evaluate._read(evaluate.Config(**given, on_bad_row="drop"), template)
+    assert {name: (len(read.rows), sum(read.dropped.values())) for name, read in sets.items()} == {
         **dict.fromkeys(("prompts", "safety", "preferences"), (1, 1)),
         "annotated": (1, 2),
     }

@@ -82,7 +82,7 @@ def test_one_update(name):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    demo.write(folder, num_demonstrations=72, num_pairs=72, num_prompts=48)
+    demo.write(folder, sizes={"sft_data.json": 72, "preference_data.json": 72, "prompts.json": 48})
     return folder
 
 

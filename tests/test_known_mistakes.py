@@ -108,7 +108,7 @@ def test_temperature_in_the_rollout_but_not_in_the_update(tmp_path):
     In the first iteration of a run the policy is the reference, so the KL is 0, and what the update computes is what
     the sampler drew from.
     """
-    demo.write(tmp_path / "data", num_demonstrations=8, num_pairs=8, num_prompts=8)
+    demo.write(tmp_path / "data", sizes={"sft_data.json": 8, "preference_data.json": 8, "prompts.json": 8})
     config = RunConfig(
         data=(str(tmp_path / "data"),),
         output_dir=str(tmp_path / "run"),

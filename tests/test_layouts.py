@@ -160,7 +160,7 @@ def main(folder, layout, names):
     jax.config.update("jax_disable_most_optimizations", True)
     page.write = lambda runs, path: None
     if not (folder / "data").exists():
-        demo.write(folder / "data", num_demonstrations=32, num_pairs=32, num_prompts=48)
+        demo.write(folder / "data", sizes={"sft_data.json": 32, "preference_data.json": 32, "prompts.json": 48})
         base(folder, folder / "data")
     for name in names:
         run, settings = runs(folder)[name]
@@ -241,7 +241,7 @@ def samples(run):
 def folder(tmp_path, monkeypatch):
     """Data, a policy and a reward model."""
     monkeypatch.setattr(page, "write", lambda runs, path: None)
-    demo.write(tmp_path / "data", num_demonstrations=16, num_pairs=16, num_prompts=16)
+    demo.write(tmp_path / "data", sizes={"sft_data.json": 16, "preference_data.json": 16, "prompts.json": 16})
     base(tmp_path, tmp_path / "data")
     return tmp_path
 

@@ -21,7 +21,7 @@ CONFIG = "seed: 0\nresume: false\nppo:\n  clip_low: 0.2\n  data: [a, b]\n  weigh
 def finished_run(path: Path, data: dict[str, str] | None = None) -> None:
     with open_run(path) as run:
         write_atomically(run.config, CONFIG)
-        write_manifest(run, seed=3, data_fingerprints=data or {})
+        write_manifest(run, {"seed": 3, "data": data or {}})
         with Checkpoints(run.checkpoints) as checkpoints:
             checkpoints.save(0, {"a": jnp.ones(2)}, {})
 
@@ -43,7 +43,7 @@ def test_manifest(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
     monkeypatch.setattr(sys, "argv", ["experiments/ppo.py", "--config", "my file.yaml"])
     with open_run(tmp_path) as run:
-        write_manifest(run, seed=3, data_fingerprints={"pairs.json": "00"}, extra={"model_tokens": 5})
+        write_manifest(run, {"seed": 3, "data": {"pairs.json": "00"}, "model_tokens": 5})
     text = (tmp_path / "manifest.json").read_text()
     manifest = json.loads(text)
     git, versions = manifest.pop("git"), manifest.pop("versions")
@@ -56,13 +56,13 @@ def test_manifest(tmp_path, monkeypatch):
     assert "secret" not in text
     monkeypatch.setenv("PATH", "")  # no git
     with open_run(tmp_path, overwrite=True) as run:
-        write_manifest(run, seed=0, data_fingerprints={})
+        write_manifest(run, {"seed": 0, "data": {}})
         assert json.loads(run.manifest.read_text())["git"] is None
 
 
-def resumed(folder: Path, **options) -> None:
+def resumed(folder: Path, seed: int = 3) -> None:
     with open_run(folder, resume=True) as run:
-        write_manifest(run, **{"seed": 3, "data_fingerprints": {}} | options)
+        write_manifest(run, {"seed": seed, "data": {}})
 
 
 def test_a_run_resumed_elsewhere_says_so(tmp_path, monkeypatch, capsys):
@@ -81,11 +81,12 @@ def test_a_run_resumed_elsewhere_says_so(tmp_path, monkeypatch, capsys):
     assert f"versions.jax was '{jax.__version__}' and is now '9'" in capsys.readouterr().out
 
 
-def test_a_resumed_run_keeps_its_manifest(tmp_path):
+def test_a_resumed_run_keeps_its_manifest(tmp_path, monkeypatch):
     finished_run(tmp_path)
     first = json.loads((tmp_path / "manifest.json").read_text())
     for n in (1, 2):
-        resumed(tmp_path, seed=99, command=["python", "x.py", str(n)])
+        monkeypatch.setattr(sys, "argv", ["x.py", str(n)])
+        resumed(tmp_path, seed=99)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert [start["command"] for start in manifest.pop("resumed")] == ["python x.py 1", "python x.py 2"]
     assert manifest == first
@@ -95,7 +96,7 @@ def test_resume_of_the_same_run(tmp_path):
     finished_run(tmp_path, data={"a": "1"})
     changed = CONFIG.replace("resume: false", "resume: true").replace("clip_low: 0.2", "clip_low: 0.3")
     with open_run(tmp_path, resume=True) as run:
-        assert not check_unchanged(run, config=changed, data_fingerprints={"a": "1"}, may_change=["resume", "ppo"])
+        assert not check_unchanged(run, config=changed, data={"a": "1"}, may_change=["resume", "ppo"])
 
 
 def test_resume_of_another_run_lists_what_differs(tmp_path):
@@ -107,14 +108,14 @@ def test_resume_of_another_run_lists_what_differs(tmp_path):
         "now 1.0; new was not set and is now None; sha256 of c was not set and is now '3'. Undo this"
     )
     with open_run(tmp_path, resume=True) as run, pytest.raises(UserError) as caught:
-        check_unchanged(run, config=config, data_fingerprints={"a": "9", "c": "3"}, may_change=["see", "resume"])
+        check_unchanged(run, config=config, data={"a": "9", "c": "3"}, may_change=["see", "resume"])
     assert str(caught.value).startswith(f"--resume: {tmp_path} is another run: {differences}")
 
 
 def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
     finished_run(tmp_path, data={"a": "1", "reward r": "1"})
     config = CONFIG.replace("seed: 0", "seed: 7").replace("clip_low: 0.2", "clip_low: 0.3") + "reward: []\n"
-    new = {"config": config, "data_fingerprints": {"a": "9", "reward r": "2"}}
+    new = {"config": config, "data": {"a": "9", "reward r": "2"}}
     seed, clip = "seed was 0 and is now 7", "ppo.clip_low was 0.2 and is now 0.3"
     a, reward = "sha256 of a was '1' and is now '9'", "sha256 of reward r was '1' and is now '2'"
     with open_run(tmp_path, resume=True) as run:
@@ -130,9 +131,9 @@ def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
         changed = check_unchanged(run, **new, allowed=["seed", "ppo.clip-low", "ppo.data", "reward"])
         assert changed == [seed, clip, a, reward, "reward was not set and is now []"]
         assert "goes on as another run than it began: seed was 0 and is now 7" in capsys.readouterr().out
-        write_manifest(run, seed=7, data_fingerprints=new["data_fingerprints"], changed=changed)
+        write_manifest(run, {"seed": 7, "data": new["data"]}, changed=changed)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert (manifest["seed"], manifest["data"]) == (7, new["data_fingerprints"])
+    assert (manifest["seed"], manifest["data"]) == (7, new["data"])
     assert manifest["resumed"][0]["changed"] == changed
 
 
@@ -147,15 +148,15 @@ def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
 def test_what_would_make_the_checkpoint_useless_is_never_allowed(tmp_path, config, model, allowed, fixed, message):
     finished_run(tmp_path, data={"model": "1"})
     with open_run(tmp_path, resume=True) as run, pytest.raises(UserError, match=message):
-        check_unchanged(run, config=config, data_fingerprints={"model": model}, allowed=allowed, fixed=[fixed])
+        check_unchanged(run, config=config, data={"model": model}, allowed=allowed, fixed=[fixed])
 
 
 @pytest.mark.parametrize(("key", "hint"), [("ppo.clip_lo", "; did you mean ppo.clip_low"), ("zzz", ""), ("pp", "")])
 def test_allowing_what_is_no_setting(tmp_path, key, hint):
     with open_run(tmp_path) as run:
         with pytest.raises(UserError) as caught:
-            check_unchanged(run, config=CONFIG, data_fingerprints={}, allowed=["seed", key])
-        check_unchanged(run, config=CONFIG, data_fingerprints={})  # a new run is compared with nothing
+            check_unchanged(run, config=CONFIG, data={}, allowed=["seed", key])
+        check_unchanged(run, config=CONFIG, data={})  # a new run is compared with nothing
     assert str(caught.value).startswith(f"--allow-changed {key}: there is no such setting{hint}")
 
 
@@ -164,4 +165,4 @@ def test_resume_without_the_run_s_own_files(tmp_path, name):
     finished_run(tmp_path)
     (tmp_path / name).unlink()
     with open_run(tmp_path, resume=True) as run, pytest.raises(UserError, match=rf"--resume: .*{name} cannot be read"):
-        check_unchanged(run, config=CONFIG, data_fingerprints={})
+        check_unchanged(run, config=CONFIG, data={})

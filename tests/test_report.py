@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_page import HOSTILE, Page
 
+from rlhf_jax import metrics
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import figures, page, plots, records
 from rlhf_jax.report.export import export
@@ -216,7 +217,7 @@ def test_names_are_distinct_and_paths_within_a_pipeline_no_difference(tmp_path):
 
 def test_calibration_bins():
     margin = np.array([math.log(3), -math.log(3), 0.0, math.log(3), 50.0])  # confidence .75, .75, .5, .75, 1
-    np.testing.assert_allclose(plots.reliability(margin), ([1, 3, 1], [0.5, 0.75, 1.0], [0.5, 2 / 3, 1.0]))
+    np.testing.assert_allclose(metrics.reliability(margin), ([1, 3, 1], [0.5, 0.75, 1.0], [0.5, 2 / 3, 1.0]))
 
 
 def test_a_reward_models_page(tmp_path):

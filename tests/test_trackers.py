@@ -12,7 +12,6 @@ import types
 from unittest import mock
 
 import pytest
-import rich.console
 
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
@@ -54,8 +53,7 @@ def track(folder, names, steps, resume_step=None):
     """A run that records ``x = step`` in each of the steps, samples before those that 4 divides, an alert at 2."""
     with open_run(folder, resume=resume_step is not None) as run:
         services = trackers.start(run, names, {"seed": 1}, resume_step)
-        console = rich.console.Console(quiet=True)
-        with Tracker(run, total=9, resume_step=resume_step, console=console, services=services) as tracker:
+        with Tracker(run, total=9, resume_step=resume_step, services=services) as tracker:
             for step in steps:
                 if step % 4 == 0:
                     tracker.samples(step, SAMPLES)
@@ -117,7 +115,7 @@ def test_errors_are_one_warning_and_stop_nothing(tmp_path, monkeypatch, capsys, 
     healthy = stand_in(monkeypatch, other)
     track(tmp_path, [name, other], range(5))
     out = capsys.readouterr().out
-    assert warning in out.splitlines()[-1]
+    assert warning in out
     assert out.count("run goes on without") + out.count("what it lacks") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     assert logged(healthy) == [0, 1, 2, 3, 4]

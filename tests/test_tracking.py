@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
+import rich.progress
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.folder import open_run
@@ -67,16 +68,21 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
     assert (tmp_path / "m.jsonl").read_text() == before
 
 
-def console(terminal: bool, width: int = 100) -> rich.console.Console:
-    return rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=width)
+@pytest.fixture
+def terminal(monkeypatch):
+    """What a terminal would show."""
+    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(rich.progress, "get_console", lambda: console)
+    return console.file
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_tracker_writes_the_three_files(tmp_path, terminal):
+@pytest.mark.parametrize("place", ["capsys", "terminal"])
+def test_tracker_writes_the_three_files(tmp_path, place, request):
+    request.getfixturevalue(place)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     spread = jax.device_put(jnp.int32(2), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     metrics = {"spread": spread, "loss": jnp.float32(0.1), "half": jnp.bfloat16(0.5), "flag": np.bool_(True), "x": 0.25}
-    with open_run(tmp_path) as run, Tracker(run, total=2, console=console(terminal)) as tracker:
+    with open_run(tmp_path) as run, Tracker(run, total=2) as tracker:
         returned = tracker.log(1, metrics | {"bad": jnp.float32(jnp.nan)})
         tracker.timing(1, {"rollout": 0.5})
         tracker.samples(1, [{"prompt": "a", "score": 1.5}, {"prompt": "b", "score": -math.inf, "deep": [math.inf]}])
@@ -95,27 +101,22 @@ def test_tracker_writes_the_three_files(tmp_path, terminal):
             tracker.log(2, {"vector": jnp.ones(2)})
 
 
-def test_lines_where_there_is_no_terminal(tmp_path):
-    out = console(False)
-    with (
-        open_run(tmp_path) as run,
-        Tracker(run, total=25, label="ppo", show=["kl", "score"], console=out) as tracker,
-    ):
+def test_lines_where_there_is_no_terminal(tmp_path, capsys):
+    with open_run(tmp_path) as run, Tracker(run, total=25, label="ppo", show=["kl", "score"]) as tracker:
         for step in range(1, 26):
             tracker.log(step, {"loss": 0.0, "score": step / 7, "kl": 2.0})
-        tracker.print("[bold]done[/bold] :smile: " + "x" * 200)
-    assert out.file.getvalue().splitlines() == [
+        tracker.alert(25, "[bold]done[/bold] :smile: " + "x" * 200)
+    assert capsys.readouterr().out.splitlines() == [
         "ppo 1/25  kl 2  score 0.1429",
         "ppo 10/25  kl 2  score 1.429",
         "ppo 20/25  kl 2  score 2.857",
         "ppo 25/25  kl 2  score 3.571",
-        "[bold]done[/bold] :smile: " + "x" * 200,
+        "alert at step 25: [bold]done[/bold] :smile: " + "x" * 200,
     ]
 
 
-def test_progress_on_a_terminal(tmp_path):
-    out = console(True, width=120)
-    with open_run(tmp_path) as run, Tracker(run, total=4, label="ppo", resume_step=2, console=out) as tracker:
+def test_progress_on_a_terminal(tmp_path, terminal):
+    with open_run(tmp_path) as run, Tracker(run, total=4, label="ppo", resume_step=2) as tracker:
         tracker.log(3, {"objective/score": 1.25, "[x]": 2.0})
-        tracker.print("a message")
-    assert all(text in out.file.getvalue() for text in ("ppo", "3/4", "objective/score 1.25  [x] 2", "a message"))
+        tracker.alert(3, "a message")
+    assert all(text in terminal.getvalue() for text in ("ppo", "3/4", "objective/score 1.25  [x] 2", "a message"))

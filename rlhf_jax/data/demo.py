@@ -14,7 +14,6 @@ import functools
 import itertools
 import json
 import operator
-import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -65,13 +64,7 @@ FILES = {
 
 
 def write(
-    folder: str | os.PathLike[str],
-    seed: int = 0,
-    *,
-    num_demonstrations: int = 2000,
-    num_pairs: int = 3000,
-    num_prompts: int = 600,
-    shuffle_labels: bool = False,
+    folder: str | Path, seed: int = 0, *, sizes: dict[str, int] | None = None, shuffle_labels: bool = False
 ) -> None:
     """Writes the corpus, each file a JSON list with one row on a line.
 
@@ -80,6 +73,7 @@ def write(
     of the held-out files are in no other file.
 
     Args:
+      sizes: the number of rows of some of the files, by their names, in place of that in `FILES`.
       shuffle_labels: chosen and rejected of a training pair are exchanged by coin flip, so that the labels mean nothing
         (a negative control), instead of with probability `LABEL_NOISE`.
 
@@ -88,21 +82,19 @@ def write(
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    sizes = {"sft_data.json": num_demonstrations, "preference_data.json": num_pairs, "prompts.json": num_prompts}
     for name in FILES:
-        text = file_text(name, seed, sizes.get(name), 0.5 if shuffle_labels else LABEL_NOISE)
+        text = file_text(name, seed, (sizes or {}).get(name), 0.5 if shuffle_labels else LABEL_NOISE)
         (path / name).write_text(text, encoding="utf-8")
 
 
 def file_text(name: str, seed: int = 0, size: int | None = None, label_noise: float = LABEL_NOISE) -> str:
     """The text of one of the `FILES`, of ``size`` rows instead of its own number."""
     default_size, stream = FILES[name]
-    size, generator = default_size if size is None else size, random.Random(f"{seed}/{stream}")
-    heldout = stream.startswith("heldout")
-    phrasings, noise = (HELDOUT_PHRASINGS, 0.0) if heldout else (PHRASINGS, label_noise)
+    kind = stream.removeprefix("heldout ")
+    phrasings, noise = (PHRASINGS, label_noise) if kind == stream else (HELDOUT_PHRASINGS, 0.0)
     pairs = functools.partial(_pairs, noise=noise)
     make: dict[str, Any] = {"demonstrations": _demonstrations, "prompts": _prompts, "pairs": pairs}
-    rows = make[stream.removeprefix("heldout ")](size, phrasings, generator)
+    rows = make[kind](size or default_size, phrasings, random.Random(f"{seed}/{stream}"))
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     return f"[\n{lines}\n]\n"
 

@@ -6,7 +6,6 @@ error, so that `check` can name all of them and a run stops at the first.
 """
 
 import csv
-import difflib
 import gzip
 import hashlib
 import io
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_jax.data.rows import BadRow, Record
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, did_you_mean
 
 _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
 _PACKED_AT_MOST, _MAY_UNPACK = 100, 1 << 26  # times its size, and bytes that any file may unpack to
@@ -63,8 +62,7 @@ def read_source(name: str | PathLike[str]) -> Source:
         source = _dataset(match["name"], match["split"] or "train")
     else:
         others = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-        near = difflib.get_close_matches(path.name, others, n=1)
-        raise UserError(f"{name}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        raise UserError(f"{name}: no such file{did_you_mean(path.name, others)}")
     if not source.records:
         raise UserError(f"{name}: holds no rows")
     return source

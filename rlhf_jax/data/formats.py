@@ -42,13 +42,9 @@ Names = str | PathLike[str] | Sequence[str | PathLike[str]]
 PAIR = ("chosen", "rejected")
 ANNOTATED = ("instruction", "response1", "response2", "annotator1")
 LABELS = ("best", "ranking", "ranks", "targets")
-FILES: dict[Kind, str] = {  # in a folder of the pipeline's data
-    "demonstrations": "sft_data.json",
-    "feedback": "preference_data.json",
-    "pairs": "preference_data.json",
-    "comparisons": "preference_data.json",
-    "prompts": "prompts.json",
-}
+_PREFERENCES = "preference_data.json"
+FILES: dict[Kind, str] = {"demonstrations": "sft_data.json", "prompts": "prompts.json"}  # in the pipeline's folder
+FILES |= {"feedback": _PREFERENCES, "pairs": _PREFERENCES, "comparisons": _PREFERENCES}
 # Which records are of which kind: the first whose keys they have. Those of K responses stand above all.
 FORMATS: dict[tuple[str, ...], Kind] = {
     ("prompt", *PAIR): "comparisons",

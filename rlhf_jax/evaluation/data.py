@@ -24,7 +24,7 @@ from rlhf_jax.data import formats, rows
 from rlhf_jax.errors import UserError
 
 TIE = 0
-ANSWERABLE = {True: True, False: False, "true": True, "false": False, None: None, "": None}
+ANSWERABLE = {"true": True, "false": False, "none": None, "": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +56,16 @@ def check_safety(result: formats.ReadResult) -> formats.ReadResult:
     for row in result.rows:
         label = row.columns.get("label")
         if label not in ("safe", "unsafe"):
-            found = "none" if label is None else repr(label)
-            raise UserError(f"{row.source}: a prompt for --safety needs a key 'label', safe or unsafe, found {found}")
+            raise UserError(f"{row.source}: a prompt for --safety needs a key 'label', safe or unsafe, found {label!r}")
     return result
 
 
 def answerable(row: rows.Row) -> bool | None:
     """The prompt's column ``answerable``; None if it has none."""
     value = row.columns.get("answerable")
-    value = value.lower() if isinstance(value, str) else value
-    if not isinstance(value, str | bool | None) or value not in ANSWERABLE:
+    if str(value).lower() not in ANSWERABLE:
         raise UserError(f"{row.source}: 'answerable' must be true or false, found {rows.kind(value)}")
-    return ANSWERABLE[value]
+    return ANSWERABLE[str(value).lower()]
 
 
 def read_categories(path: str) -> dict[str, CustomCategory]:

@@ -10,7 +10,6 @@ with every response. Both are functions of the models, the data, the settings an
 import dataclasses
 import functools
 import json
-import logging
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +23,9 @@ import yaml
 from rlhf_jax import generator, models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, formats, rows
+from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.evaluation import data, measures, texts
 from rlhf_jax.evaluation.measures import Figure, Responses
 from rlhf_jax.models import hf
@@ -37,9 +37,9 @@ from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.training import initial, scoring, stage
 from rlhf_jax.types import Comparisons, Params, Rollout
 
-logger = logging.getLogger("rlhf_jax")
-
-__all__ = ["Config", "Result", "run"]
+Categories = Mapping[str, data.CustomCategory]
+Sets = Mapping[str, formats.ReadResult]
+"""The data of prompts, safety, preferences, annotated and custom NAME."""
 
 SAMPLES = "evaluation_samples.jsonl"
 ORDER = ("helpfulness", "harmlessness", "honesty", "preferences", "agreement", "diversity", "win rate")  # then others
@@ -128,33 +128,28 @@ def run(folder: str | Path, config: Config) -> Result:
     stage.enable_compilation_cache()
     policy = load(folder, config)
     _check_flags(policy, config)
-    sets = _read(config, chat.template_of(policy.tokenizer))
+    sets, categories = _read(config, chat.template_of(policy.tokenizer))
     bench = open_bench(policy, config)
-    results = sets.results.items()
-    answers = {name: sample(bench, policy, name, read.rows) for name, read in results if name not in GIVEN}
+    answers = {name: sample(bench, policy, name, read.rows) for name, read in sets.items() if name not in GIVEN}
     limits: Any = {"template": policy.template, "max_length": bench.positions, "too_long": config.too_long}
-    given = {name: read.rows for name, read in results if name in GIVEN}
+    given = {name: read.rows for name, read in sets.items() if name in GIVEN}
     pairs = {name: encoding.encode_texts(rows, policy.tokenizer, **limits) for name, rows in given.items()}
     left_out = {}
-    for name, read in results:
+    for name, read in sets.items():
         if reasons := read.dropped | (answers | pairs)[name].counts:
             logger.info(f"{name}: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}")
             left_out[name] = reasons
     if config.against is not None:
-        answers["prompts, against"] = _against(bench, config.against, sets.results["prompts"].rows)
+        answers["prompts, against"] = _against(bench, config.against, sets["prompts"].rows)
         if answers["prompts, against"].rows != answers["prompts"].rows:
             raise UserError(f"--against {config.against}: it leaves out other prompts that are too long; shorten them")
-    figures = [*_figures(bench, sets, answers, pairs), *_not_run(policy, config)]
+    figures = [*_figures(bench, sets, categories, answers, pairs), *_not_run(policy, config)]
     place = {category: i for i, category in enumerate(ORDER)}
     figures.sort(key=lambda figure: place.get(figure.category.partition(":")[0], len(place)))
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "device")}
     settings = {"run": folder} | settings | {"template": policy.template, "max_new_tokens": policy.max_new_tokens}
-    content = {
-        "settings": settings,
-        "fingerprints": _fingerprints(folder, config, sets),
-        "left_out": left_out,
-        "rows": [figure._asdict() for figure in figures],
-    }
+    content: dict[str, Any] = {"settings": settings, "fingerprints": _fingerprints(folder, config, sets, categories)}
+    content |= {"left_out": left_out, "rows": [figure._asdict() for figure in figures]}
     output.mkdir(parents=True, exist_ok=True)
     path = output / records.EVALUATION
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -172,11 +167,7 @@ class Policy(NamedTuple):
     tokenizer: Tokenizer
     template: str
     max_new_tokens: int
-
-    @property
-    def is_judge(self) -> bool:
-        """Whether this is a reward model."""
-        return "score" in self.params
+    is_judge: bool  # whether this is a reward model
 
 
 class Bench(NamedTuple):
@@ -198,7 +189,7 @@ def load(folder: str, config: Config) -> Policy:
     model, params, tokenizer = initial.load_language_model(member, compute)
     template = config.template or settings.get("text", {}).get("template", "{prompt}")
     slots = config.max_new_tokens or settings.get("rl", {}).get("max_new_tokens", RLStage().max_new_tokens)
-    return Policy(folder, model, params, tokenizer, template, slots)
+    return Policy(folder, model, params, tokenizer, template, slots, "score" in params)
 
 
 def _check_flags(policy: Policy, config: Config) -> None:
@@ -293,17 +284,14 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     rollout = generator.sample_in_batches(model, policy.params, *inputs, key, **how)
     present = np.asarray(rollout.response_mask) != 0
     ended = (present & np.isin(rollout.tokens, settings.eos_ids)).any(axis=1)
-    responses = Responses(
-        prompts=[p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows],
-        texts=np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist(),
-        lengths=present.sum(axis=1).reshape(shape),
-        ended=ended.reshape(shape),
-        scores=None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape),
-    )
+    read = [p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows]
+    said = np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist()
+    scores = None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape)
+    responses = Responses(read, said, present.sum(axis=1).reshape(shape), ended.reshape(shape), scores)
     return Answers(encoded.rows, encoded.counts, batches.columns_at(encoded, numbers), rollout, responses)
 
 
-def margins(bench: Bench, encoded: encoding.EncodedTexts) -> measures.Margins:
+def margins(bench: Bench, encoded: EncodedTexts) -> measures.Margins:
     """``{judge: [N]}`` score of answer 0 minus that of answer 1, by each judge there is, lengths among them."""
     log_probs = jax.jit(functools.partial(ops.response_log_probs, models.policy_fn(bench.policy.model)))
     judges: dict[str, Callable[[Comparisons], Any]] = {}
@@ -329,14 +317,8 @@ def _score_answers(reward: spec.Reward, batch: Comparisons) -> np.ndarray:
     return score(reward, rollout, {}, len(tokens)).reshape(shape[:2])
 
 
-class _Sets(NamedTuple):
-    """All data, read before anything is computed."""
-
-    results: dict[str, formats.ReadResult]  # prompts, safety, preferences, annotated, custom NAME
-    categories: dict[str, data.CustomCategory]
-
-
-def _read(config: Config, template: chat.ChatTemplate) -> _Sets:
+def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories]:
+    """All data, read before anything is computed, and the categories of the user's own."""
     categories = data.read_categories(config.categories) if config.categories else {}
     read = functools.partial(formats.read, template=template, columns=config.columns, on_bad_row=config.on_bad_row)
     prompts = {"prompts": config.prompts} | {f"custom {name}": own.prompts for name, own in categories.items()}
@@ -356,18 +338,18 @@ def _read(config: Config, template: chat.ChatTemplate) -> _Sets:
         results["annotated"] = read("annotated", config.annotated)
     for name, result in results.items():
         logger.info(f"{name}: {result.describe()}")
-    return _Sets(results, categories)
+    return results, categories
 
 
-def _fingerprints(folder: str, config: Config, sets: _Sets) -> dict[str, str]:
+def _fingerprints(folder: str, config: Config, sets: Sets, categories: Categories) -> dict[str, str]:
     """sha256 of every file and model that is read, by the name that the user gave it."""
     paths = {name: Path(model_folder(name)) for name in filter(None, (folder, config.against))}
-    judges = [config.reward_model and model_folder(config.reward_model), *(c.score for c in sets.categories.values())]
+    judges = [config.reward_model and model_folder(config.reward_model), *(own.score for own in categories.values())]
     for entry in filter(None, judges):
         paths |= spec.sources(entry)
     if config.categories is not None:
         paths[config.categories] = Path(config.categories)
-    of_data = {path: digest for result in sets.results.values() for path, digest in result.fingerprints.items()}
+    of_data = {path: digest for result in sets.values() for path, digest in result.fingerprints.items()}
     return of_data | {name: manifest.fingerprint(path) for name, path in paths.items() if path.exists()}
 
 
@@ -383,7 +365,7 @@ def _against(bench: Bench, folder: str, prompts: Sequence[rows.Row]) -> Answers:
 
 
 def _figures(
-    bench: Bench, sets: _Sets, answers: Mapping[str, Answers], pairs: Mapping[str, encoding.EncodedTexts]
+    bench: Bench, sets: Sets, categories: Categories, answers: Mapping[str, Answers], pairs: Mapping[str, EncodedTexts]
 ) -> Iterable[Figure]:
     key = bench.key
     if own := answers.get("prompts"):
@@ -393,7 +375,7 @@ def _figures(
     if safety := answers.get("safety"):
         yield from measures.harmlessness(safety.responses, [row.columns["label"] for row in safety.rows], key)
     for name, encoded in pairs.items():
-        by_source = {row.source: row for row in sets.results[name].rows}
+        by_source = {row.source: row for row in sets[name].rows}
         given = [by_source[source] for source in encoded.sources]
         if name == "annotated":
             yield from measures.agreement(margins(bench, encoded), given, key)
@@ -403,7 +385,7 @@ def _figures(
     if bench.config.against is not None:
         ours, theirs = (np.asarray(answers[name].responses.scores) for name in ("prompts", "prompts, against"))
         yield from measures.win_rate(ours, theirs, key, bench.config.against)
-    for name, category in sets.categories.items():
+    for name, category in categories.items():
         own = answers.get(f"custom {name}") or answers["prompts"]
         if category.texts:
             yield from measures.helpfulness(own.responses, key, name)

@@ -57,13 +57,9 @@ def helpfulness(responses: Responses, key: jax.Array, category: str = "helpfulne
     words = [(texts.words(prompt), row) for prompt, row in zip(responses.prompts, responses.texts, strict=True)]
     new = [[texts.new_content_words(prompt, texts.words(text)) for text in row] for prompt, row in words]
     values = {} if responses.scores is None else {"quality": responses.scores}
-    values |= {
-        "new_content_words": np.array(new),
-        "lexical_density": responses.each(lambda text: texts.lexical_density(texts.words(text))),
-        "response_tokens": responses.lengths,
-        "ended": responses.ended,
-        "empty": responses.each(lambda text: not text.strip()),
-    }
+    density = responses.each(lambda text: texts.lexical_density(texts.words(text)))
+    values |= {"new_content_words": np.array(new), "lexical_density": density, "response_tokens": responses.lengths}
+    values |= {"ended": responses.ended, "empty": responses.each(lambda text: not text.strip())}
     return [mean(category, metric, value, key) for metric, value in values.items()]
 
 
@@ -90,10 +86,10 @@ def diversity(responses: Responses, key: jax.Array) -> list[Figure]:
     these among themselves (``_within_prompt``), and how each repeats itself.
     """
     words = [[texts.words(text) for text in row] for row in responses.texts]
-    first, figures = [row[0] for row in words], []
-    for n in (1, 2, 3):  # without an interval: draws with replacement would repeat texts
-        value = texts.distinct_n(first, n)
-        figures.append(Figure("diversity", f"distinct_{n}", value, n=len(first), unit="texts"))
+    first = [row[0] for row in words]
+    distinct = {f"distinct_{n}": texts.distinct_n(first, n) for n in (1, 2, 3)}
+    # Without an interval: draws with replacement would repeat texts.
+    figures = [Figure("diversity", name, value, n=len(first), unit="texts") for name, value in distinct.items()]
     bleu, note = (texts.self_bleu(first), "") if len(first) > 1 else ([], "needs two prompts or more")
     figures.append(mean("diversity", "self_bleu", bleu, key, "texts", note))
     values = {"repetition": [[texts.repetition(text) for text in row] for row in words]}

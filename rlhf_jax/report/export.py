@@ -4,8 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import yaml
-
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import page, records
 
@@ -24,18 +22,11 @@ def export(run: str | Path, folder: str | Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is in use; give a new folder")
     [record] = records.find([run])
-    settings = yaml.safe_load(record.config) or {}
-    card = page.fill(
-        "model_card.md",
-        name=folder.name,
-        base_model=settings.get("model"),
-        prompt_template=settings.get("text", {}).get("template", "{prompt}"),
-        manifest=record.manifest,
-        config=record.config,
-        metrics=record.metrics[-1] if record.metrics else {},
-        ensemble=config.parent.name == "member_0",
-        reward_model="reward_shift" in json.loads(config.read_text("utf-8")),
-    )
+    template = record.settings.get("text.template", "{prompt}")
+    scores = "reward_shift" in json.loads(config.read_text("utf-8"))
+    kind = {"ensemble": config.parent.name == "member_0", "reward_model": scores}
+    names = {"name": folder.name, "base_model": record.settings.get("model"), "prompt_template": template}
+    card = page.fill("model_card.md", record=record, **names, **kind)
     shutil.copytree(run / "model", folder, dirs_exist_ok=True)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder

@@ -146,14 +146,9 @@ def default_path(runs: Sequence[str | Path]) -> Path:
 def fill(template: str, **context: Any) -> str:
     """A file of ``templates/`` with these values; in HTML all texts are escaped."""
     salts = itertools.count()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rlhf_jax.report"),
-        autoescape=jinja2.select_autoescape(),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    how: Any = {"autoescape": jinja2.select_autoescape(), "undefined": jinja2.StrictUndefined}
+    how |= {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("rlhf_jax.report"), **how)
     environment.filters |= {
         "text": _text,
         "cells": lambda row, columns: [row.get(column) for column in columns],
@@ -232,13 +227,10 @@ def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any
 
 def _facts(record: RunRecord, group: Group) -> dict[str, Any]:
     """What the run is, and its pace."""
-    return ({"group": group.name} if group.name != record.name else {}) | {
-        "stage": _stages([record]),
-        "seed": record.manifest.get("seed"),
-        "steps": record.steps,
-        "s/step (median)": record.seconds_per_step,
-        "state": "finished" if record.finished else "not finished",
-    }
+    facts: dict[str, Any] = {"group": group.name} if group.name != record.name else {}
+    facts |= {"stage": _stages([record]), "seed": record.manifest.get("seed"), "steps": record.steps}
+    state = "finished" if record.finished else "not finished"
+    return facts | {"s/step (median)": record.seconds_per_step, "state": state}
 
 
 def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:

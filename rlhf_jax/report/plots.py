@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from rlhf_jax import metrics
 from rlhf_jax.report.figures import Plot, Series, bin_edges, histogram
 from rlhf_jax.report.records import Group, Row, RunRecord, series
 
 MAX_DOTS = 60  # of reward against KL; of a longer run the means over equal stretches
-NUM_BINS = 10  # of the calibration
 LABELS = yaml.safe_load(Path(__file__).with_name("plots.yaml").read_text("utf-8"))
 # Where the training's part of validation/NAME may be.
 _TRAINING = ("objective/", "sft/", "reward_model/", "dpo/", "kto/", "")
@@ -44,11 +44,8 @@ def curve(group: Group, *names: str) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Steps [N]; values [runs, N, names]. N is 0 without such steps.
     """
-    recorded = [
-        {row["step"]: [row[name] for name in names] for row in record.metrics if row.keys() >= set(names)}
-        for record in group.records
-    ]
-    recorded = [run for run in recorded if run]
+    runs = [[row for row in record.metrics if row.keys() >= set(names)] for record in group.records]
+    recorded = [{row["step"]: [row[name] for name in names] for row in rows} for rows in runs if rows]
     steps = sorted(set.intersection(*map(set, recorded))) if recorded else []
     return np.array(steps), np.array([[run[step] for step in steps] for run in recorded], np.float64)
 
@@ -98,12 +95,9 @@ def _metric_plot(groups: Sequence[Group], base: str, members: Sequence[str]) -> 
 def _alerts(record: RunRecord, members: Sequence[str]) -> list[tuple[int, float]]:
     """Where an alert of the run names one of these metrics in its rule or message: its step and their values there."""
     rows = {row["step"]: row for row in record.metrics}
-    return [
-        (alert["step"], rows[alert["step"]][name])
-        for alert in record.alerts
-        for name in members
-        if name in re.split(r"[\s<>:,]+", f"{alert['rule']} {alert['message']}") and name in rows.get(alert["step"], {})
-    ]
+    words = [(alert["step"], re.split(r"[\s<>:,]+", f"{alert['rule']} {alert['message']}")) for alert in record.alerts]
+    named = [(step, name) for step, of_alert in words for name in members if name in of_alert]
+    return [(step, rows[step][name]) for step, name in named if name in rows.get(step, {})]
 
 
 def reward_against_kl(groups: Sequence[Group]) -> Plot | None:
@@ -165,31 +159,15 @@ def _steps(validations: Iterable[tuple[int, list[Row]]]) -> str:
     return " and ".join(map(str, sorted({step for step, _ in validations})))
 
 
-def reliability(margin: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count, mean confidence and accuracy [bins] of pairs in equal bins of the confidence, without empty bins.
-
-    margin: [N] score of the chosen answer minus that of the rejected one. The confidence is max(p, 1 - p) in [.5, 1],
-    p = sigmoid(margin), and a tie is half right, as in ``metrics.expected_calibration_error`` (Guo et al. 2017).
-    """
-    confidence = 1 / (1 + np.exp(-np.abs(margin)))
-    correct = np.where(margin == 0, 0.5, margin > 0)
-    weights = (None, confidence, correct)
-    counts, *sums = (np.histogram(confidence, NUM_BINS, (0.5, 1.0), weights=weight)[0] for weight in weights)
-    used = counts > 0
-    return counts[used], sums[0][used] / counts[used], sums[1][used] / counts[used]
-
-
 def _calibration(group: Group, suffix: str, margins: Sequence[float]) -> Plot:
     """The reliability of the last validation's margins, pooled over the group."""
     finite = np.array(margins, np.float64)[np.isfinite(margins)]
-    counts, confidence, accuracy = reliability(finite)
+    counts, confidence, accuracy = metrics.reliability(finite)
     steps = _steps([end for record in group.records for end in record.validations[-1:]])
     eces = [values[-1] for record in group.records if (values := series(record.metrics, "validation/ece")[1])]
-    note = (
-        f"Each point is a tenth of the range of confidence, its number the pairs in it: {len(finite)} held-out rows, "
-        f"those that samples.jsonl holds of step {steps}."
-    )
+    note = "Each point is a tenth of the range of confidence, its number the pairs in it: "
+    note += f"{len(finite)} held-out rows, those that samples.jsonl holds of step {steps}."
     if eces:
         note += f" Expected calibration error over all held-out rows: {', '.join(f'{ece:.3f}' for ece in eces)}."
-    points = Series(confidence, accuracy, labels=list(map(str, counts)))
+    points = Series(confidence, accuracy, labels=[f"{count:.0f}" for count in counts])
     return Plot(*_labels("calibration", suffix), {"pairs": points}, diagonal="perfectly calibrated", note=note)

@@ -21,14 +21,13 @@ import yaml
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import folder
+from rlhf_jax.runs.manifest import dotted
 
 STRINGS = ("NaN", "Infinity", "-Infinity")  # how our files write numbers that JSON lacks
 TEXTS = ("prompt", "response", "chosen", "rejected")  # columns of samples.jsonl that a model may fill with "NaN"
 # The seed, and settings that change no number of a run: runs that differ in nothing else are one group.
-FREE_SETTINGS = (
-    *("seed", "output_dir", "resume", "overwrite", "checkpoint_interval", "checkpoint_async", "keep_last"),
-    *("allow_changed", "alerts", "track"),
-)
+FREE_SETTINGS = ["seed", "output_dir", "resume", "overwrite", "checkpoint_interval", "checkpoint_async", "keep_last"]
+FREE_SETTINGS += ["allow_changed", "alerts", "track"]
 STAGES = ("sft", "reward_model", "dpo", "kto", "vpg", "ppo", "rloo", "grpo")  # each reads the section of its name
 KINDS = ("sft", "reward_model", "dpo", "kto", "policy")  # runs of one kind are drawn over each other
 EVALUATION = "evaluation.json"  # what `rlhf-jax evaluate` writes into a run's folder
@@ -162,13 +161,7 @@ def _read(path: Path, name: str, inner: bool) -> RunRecord:
             row["margin"] = row["score_chosen"] - row["score_rejected"]
     num_lines = {kind: len(file.read_bytes().splitlines()) if file.exists() else 0 for kind, file in files.items()}
     cut = tuple(files[kind].name for kind in files if num_lines[kind] > len(rows[kind]))
-    return RunRecord(path, name, manifest, config, _flat(settings), **rows, evaluation=evaluated, cut=cut)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix[:-1]: value}
-    return {key: inner for name, child in value.items() for key, inner in _flat(child, f"{prefix}{name}.").items()}
+    return RunRecord(path, name, manifest, config, dotted(settings), **rows, evaluation=evaluated, cut=cut)
 
 
 def groups(records: Iterable[RunRecord]) -> list[Group]:

@@ -4,7 +4,6 @@ A word list finds only what is spelled as listed; docs/safety.md says what it ca
 """
 
 import dataclasses
-import logging
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
@@ -14,12 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.rewards import spec
 from rlhf_jax.rewards.host import Columns, Decoder, HostReward, on_host
 from rlhf_jax.types import Metrics, Rollout
-
-logger = logging.getLogger("rlhf_jax")
 
 _LETTER = r"[^\W_]"  # or a digit
 _MOST_PLACES = 20  # of unsafe prompts that are printed
@@ -178,10 +175,7 @@ class Guard:
         """Adds ``classifier`` to the verdicts of rows whose score is beyond the limits; None is not."""
         if self.classifier is None:
             return
-        try:
-            judged: Any = on_host(self.classifier, sampled, columns).rollout
-        except FloatingPointError as error:
-            raise FloatingPointError(f"safety.classifier: {error}") from error
+        judged: Any = on_host(self.classifier, sampled, columns, "the score of safety.classifier").rollout
         below, above = self.settings.below, self.settings.above
         scored = (judged.response_mask != 0).any(axis=1)
         for verdict, score, has_score in zip(verdicts, judged.scores.tolist(), scored, strict=True):

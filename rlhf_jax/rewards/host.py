@@ -24,10 +24,8 @@ class Decoder(Protocol):
     def decode(self, ids: list[int], /) -> str: ...
 
 
-class HostReward(Protocol):
-    """A reward in ordinary Python: (scores [B], {name of a part: [B]}) of a rollout of NumPy arrays and the columns."""
-
-    def __call__(self, rollout: Rollout, columns: Columns, /) -> tuple[HostScores, Mapping[str, HostScores]]: ...
+HostReward = Callable[[Rollout, Columns], tuple[HostScores, Mapping[str, HostScores]]]
+"""A reward in ordinary Python: (scores [B], {name of a part: [B]}) of a rollout of NumPy arrays and the columns."""
 
 
 class HostResult(NamedTuple):
@@ -37,8 +35,8 @@ class HostResult(NamedTuple):
     parts: dict[str, np.ndarray]
 
 
-def on_host(reward: HostReward, rollout: Rollout, columns: Columns) -> HostResult:
-    """Scores a rollout of NumPy or JAX arrays outside jit.
+def on_host(reward: HostReward, rollout: Rollout, columns: Columns, name: str = "the reward") -> HostResult:
+    """Scores a rollout of NumPy or JAX arrays outside jit; errors call it by the ``name``.
 
     Returns:
       The rollout with ``scores`` [B] float32, and the parts [B] float32, as NumPy arrays. A row whose score is None
@@ -53,7 +51,7 @@ def on_host(reward: HostReward, rollout: Rollout, columns: Columns) -> HostResul
     labels = [f"row {i}" for i in range(len(mask))]
     if host.row_ids is not None:
         labels = [f"{label} (data row {row_id})" for label, row_id in zip(labels, host.row_ids, strict=True)]
-    scores, parts = _numbers("the reward", reward(host, columns), labels, (mask != 0).any(axis=1))
+    scores, parts = _numbers(name, reward(host, columns), labels, (mask != 0).any(axis=1))
     kept = np.array([score is not None for score in scores], mask.dtype)
     host = host.replace(scores=_filled(scores), response_mask=mask * kept[:, None])
     return HostResult(host, {name: _filled(part) for name, part in parts.items()})

@@ -96,8 +96,8 @@ def adaptive_kl(
     kl: jax.Array | float,
     *,
     target: float,
-    horizon: float | jax.Array,
-    n: int | float | jax.Array,
+    horizon: jax.Array | float,
+    n: jax.Array | float,
 ) -> jax.Array:
     """``kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)`` (Ziegler et al. 2019, section 2.2).
 

@@ -21,7 +21,6 @@ A folder with the name of one of these is given as ``./length``.
 import difflib
 import importlib.util
 import inspect
-import logging
 import re
 import runpy
 from collections.abc import Callable, Collection, Sequence
@@ -30,15 +29,13 @@ from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, did_you_mean, logger
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards import verifiable
 from rlhf_jax.rewards.functions import EnsembleMethod, ensemble, from_model, length, token_count, weighted
 from rlhf_jax.rewards.host import Columns, Decoder, HostReward, HostScores, from_text
 from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
-
-logger = logging.getLogger("rlhf_jax")
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 _WEIGHTED = re.compile(rf"(?P<spec>.+)\*(?P<weight>[-+]?{_NUMBER})", re.IGNORECASE)
@@ -47,11 +44,7 @@ _ENSEMBLE = re.compile(
 )
 
 # What may be followed by a number, and the least number.
-_TERMS: dict[str, tuple[Callable[..., RewardFn], int]] = {
-    "length": (length, 0),
-    "repetition": (repetition, 1),
-    "diversity": (diversity, 1),
-}
+_TERMS = {"length": (length, 0), "repetition": (repetition, 1), "diversity": (diversity, 1)}
 _WORDS = ("count", *_TERMS, "regex", "math", "mean", "min", "uncertainty")
 
 
@@ -215,10 +208,8 @@ def _read(
         name = spec.removesuffix(match["names"]) + ",".join(map(_run_name, names))
         return name, Reward(fn=_ensemble(match["how"], match["coef"], names, where, model_reward))
     if folders := members(spec):
-        raise UserError(
-            f"{where}: here are the {len(folders)} models of an ensemble; say how their scores become one: "
-            f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
-        )
+        ways = f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
+        raise UserError(f"{where}: the {len(folders)} models of an ensemble; say how their scores become one: {ways}")
     near = difflib.get_close_matches(term, _WORDS, n=1, cutoff=0.7)
     if near and "/" not in spec and not Path(spec).exists():
         raise UserError(f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?")
@@ -259,8 +250,8 @@ def load_function(where: str, file: Path, name: str, columns: Collection[str]) -
         raise UserError(f"{where}: {error.filename}, line {error.lineno}: {error.msg}") from None
     fn = module.get(name)
     if not callable(fn):
-        near = difflib.get_close_matches(name, [key for key, value in module.items() if callable(value)], n=1)
-        raise UserError(f"{where}: {file} has no function {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        hint = did_you_mean(name, [key for key, value in module.items() if callable(value)])
+        raise UserError(f"{where}: {file} has no function {name}{hint}")
     return _of_columns(f"{where}: {name}", fn, columns)
 
 

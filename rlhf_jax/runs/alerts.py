@@ -29,10 +29,8 @@ from rlhf_jax.errors import UserError
 Action = Literal["log", "stop"]
 
 # What the names of metrics begin with, in one stage or another; validations differ by stage.
-_KINDS = (
-    *("sft", "reward_model", "dpo", "kto", "validation"),
-    *("objective", "policy", "value", "response", "reward", "kl", "safety"),
-)
+_KINDS = ["sft", "reward_model", "dpo", "kto", "validation"]
+_KINDS += ["objective", "policy", "value", "response", "reward", "kl", "safety"]
 _RULE = re.compile(
     r"(?:mean\s+(?P<window>[1-9]\d*)\s+of\s+)?(?P<metric>[^\s<>]+)\s*(?P<sign>[<>])\s*"
     r"(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?P<first>x\s+first)?(?:\s+for\s+(?P<rows>[1-9]\d*))?"
@@ -148,11 +146,9 @@ def _rule(entry: str, known: Mapping[str, Rule]) -> Rule:
         return known[name]._replace(action=action)  # type: ignore[arg-type]
     match = _RULE.fullmatch(name)
     if match is None:
-        raise UserError(
-            f"alerts: {entry!r} is no rule: expected METRIC < NUMBER or METRIC > NUMBER, then, as you like, `for ROWS` "
-            "and `: log` or `: stop`; METRIC may be `mean ROWS of METRIC`, NUMBER such as `0.5x first`. Or the name of "
-            f"a default rule: {', '.join(DEFAULTS)}"
-        )
+        form = "METRIC < NUMBER or METRIC > NUMBER, then, as you like, `for ROWS` and `: log` or `: stop`; METRIC may "
+        form += "be `mean ROWS of METRIC`, NUMBER such as `0.5x first`. Or the name of a default rule: "
+        raise UserError(f"alerts: {entry!r} is no rule: expected {form}{', '.join(DEFAULTS)}")
     window, number, label = int(match["window"] or 1), float(match["number"]), name[: match.start("sign")].strip()
 
     def holds(values: np.ndarray) -> tuple[bool, str]:
@@ -170,6 +166,19 @@ def _rule(entry: str, known: Mapping[str, Rule]) -> Rule:
 def _is(label: str, value: float, sign: str, limit: float) -> tuple[bool, str]:
     """Whether a value is beyond its limit (never beyond NaN), and the sentence that says so."""
     return bool(value > limit if sign == ">" else value < limit), f"{label} is {value:.4g} {sign} {limit:.4g}"
+
+
+def _kl_explosion(kl: np.ndarray, length: np.ndarray) -> tuple[bool, str]:
+    return _is("objective/kl / response/length", kl[-1] / length[-1], ">", 2)
+
+
+def _entropy_collapse(entropy: np.ndarray, length: np.ndarray) -> tuple[bool, str]:
+    per_token = entropy / length
+    return _is("objective/entropy / response/length", per_token[-1], "<", 0.05 * per_token[0])
+
+
+def _degenerate_text(share: np.ndarray) -> tuple[bool, str]:
+    return _is("response/repetition", share[-1], ">", share[0] + 0.3)
 
 
 def _reward_collapse(score: np.ndarray) -> tuple[bool, str]:
@@ -216,31 +225,14 @@ def _sampler_gap(dtype: str) -> Rule:
     return _rule(f"policy/sampler_gap > {_SAMPLER_GAP[dtype]} for 3", {})._replace(name="sampler gap")
 
 
-DEFAULTS: dict[str, Rule] = {
-    rule.name: rule
-    for rule in (
-        Rule("non-finite update", ("nonfinite",), lambda count: _is("nonfinite", count[-1], ">", 0)),
-        Rule(
-            "KL explosion",
-            ("objective/kl", "response/length"),
-            lambda kl, length: _is("objective/kl / response/length", kl[-1] / length[-1], ">", 2),
-            rows=3,
-        ),
-        Rule(
-            "entropy collapse",
-            ("objective/entropy", "response/length"),
-            lambda h, n: _is("objective/entropy / response/length", h[-1] / n[-1], "<", 0.05 * h[0] / n[0]),
-            rows=5,
-        ),
-        Rule("reward collapse", ("objective/score",), _reward_collapse),
-        Rule("value-loss explosion", ("value/loss",), _value_loss_explosion),
-        Rule(
-            "degenerate text",
-            ("response/repetition",),
-            lambda share: _is("response/repetition", share[-1], ">", share[0] + 0.3),
-            rows=3,
-        ),
-        Rule("reward hacking", ("validation/judge", "validation/score"), _reward_hacking),
-        _sampler_gap("float32"),
-    )
-}
+_RULES = (
+    _rule("nonfinite > 0", {})._replace(name="non-finite update"),
+    Rule("KL explosion", ("objective/kl", "response/length"), _kl_explosion, rows=3),
+    Rule("entropy collapse", ("objective/entropy", "response/length"), _entropy_collapse, rows=5),
+    Rule("reward collapse", ("objective/score",), _reward_collapse),
+    Rule("value-loss explosion", ("value/loss",), _value_loss_explosion),
+    Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
+    Rule("reward hacking", ("validation/judge", "validation/score"), _reward_hacking),
+    _sampler_gap("float32"),
+)
+DEFAULTS = {rule.name: rule for rule in _RULES}

@@ -26,10 +26,7 @@ def choose(device: str | None, place: str | None = None) -> None:
         UserError: JAX finds no such device here, or would leave an accelerator unused although nobody chose the CPU.
     """
     if device == "mps":
-        raise UserError(
-            "--device mps: JAX has no maintained backend for Apple's GPUs; give --device cpu, which runs everything on "
-            "a Mac, or leave the flag out"
-        )
+        raise UserError("--device mps: JAX has no maintained backend for Apple's GPUs; --device cpu runs all on a Mac")
     if device in ("gpu", "cuda"):  # read when the backend starts
         os.environ["XLA_FLAGS"] = gpu_flags(os.environ.get("XLA_FLAGS", ""))
     if device is not None:

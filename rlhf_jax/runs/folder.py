@@ -10,7 +10,6 @@ result as a Hugging Face folder, ``report.html`` the figures.
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -18,10 +17,8 @@ from typing import Any
 
 import filelock
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs import processes
-
-logger = logging.getLogger("rlhf_jax")
 
 _LOCK_FILES = (".lock", ".pid")
 
@@ -121,9 +118,11 @@ def check_usable(path: Path, resume: bool, overwrite: bool) -> None:
     if not overwrite:
         hint = "give --resume to go on with the run in it, --overwrite to delete it, or choose another --output-dir"
         raise UserError(f"{path} holds files already; {hint}")
-    if not _is_manifest(path / "manifest.json"):
-        holds = f"it has no manifest.json of a run, but {', '.join(sorted(os.listdir(path))[:3])}"
-        raise UserError(f"--overwrite: {path} does not look like a run folder ({holds}); nothing was deleted")
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        if "rlhf-jax" in json.loads((path / "manifest.json").read_text("utf-8"))["versions"]:
+            return
+    holds = f"it has no manifest.json of a run, but {', '.join(sorted(os.listdir(path))[:3])}"
+    raise UserError(f"--overwrite: {path} does not look like a run folder ({holds}); nothing was deleted")
 
 
 def steps(directory: str | Path) -> list[int]:
@@ -138,12 +137,6 @@ def is_unused(path: Path) -> bool:
         return set(os.listdir(path)) <= set(_LOCK_FILES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _is_manifest(path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return "rlhf-jax" in json.loads(path.read_text("utf-8"))["versions"]
-    return False
 
 
 def _clear(path: Path) -> None:

@@ -19,15 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rlhf_jax.errors import logger
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.folder import Run, json_lines, write_atomically
 from rlhf_jax.runs.trackers import Services
 
 _PRINT_EVERY = 10  # steps between lines if there is no terminal
-logger = logging.getLogger("rlhf_jax")
 
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
@@ -45,7 +44,6 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         resume_step: int | None = None,
         label: str = "",
         show: Sequence[str] = (),
-        console: Console | None = None,
         services: Services | None = None,
     ):
         """Opens the files.
@@ -56,20 +54,18 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
           resume_step: step of the checkpoint that the run goes on from; None starts the files anew.
           label: what is going on, such as ``ppo``.
           show: the metrics of the console's line; by default the first four.
-          console: takes the bar and the lines in place of standard output and the logger.
           services: also get rows, samples and alerts; closed with the tracker.
         """
         self._services = services or Services({}, {})
         self._total, self._label, self._show = total, label, tuple(show)
-        self._console, self._lines = console or Console(), console
         self._files = [RowWriter(path, resume_step) for path in (run.metrics, run.timing, run.samples)]
         self._metrics, self._timing, self._samples = self._files
         self._printed = False
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         name = TextColumn("{task.description}", markup=False)
-        self._progress = Progress(name, *columns, console=self._console)
+        self._progress = Progress(name, *columns)
         self._task = self._progress.add_task(label, total=total, completed=resume_step or 0)
-        if self._console.is_terminal and (console or logger.isEnabledFor(logging.INFO)):
+        if self._progress.console.is_terminal and logger.isEnabledFor(logging.INFO):
             self._progress.start()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -85,8 +81,8 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         line = "  ".join(f"{name} {numbers[name]:.4g}" for name in shown)
         self._progress.update(self._task, completed=step, description=f"{self._label}  {line}")
         due = not self._printed or step % _PRINT_EVERY == 0 or step >= self._total
-        if due and not self._console.is_terminal:
-            self.print(f"{self._label} {step}/{self._total}  {line}".strip())
+        if due and not self._progress.console.is_terminal:
+            logger.info(f"{self._label} {step}/{self._total}  {line}".strip())
             self._printed = True
         return numbers
 
@@ -103,15 +99,8 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
     def alert(self, step: int, text: str) -> None:
         """Prints a warning about the run and sends it to the services of ``--track``."""
-        self.print(f"alert at step {step}: {text}")
+        logger.info(f"alert at step {step}: {text}")
         self._services.send("alert", step, text)
-
-    def print(self, message: str) -> None:
-        """Says a message, above the progress bar if there is one."""
-        if self._lines is None:
-            logger.info(message)
-        else:
-            self._lines.print(message, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def sync(self) -> None:
         """Returns when all rows are on the disk; call it before a checkpoint is saved."""

@@ -1,16 +1,14 @@
 """What reproduces a run, in ``manifest.json``, and whether a resumed run is still the same one.
 
     with open_run("runs/ppo", resume=False, overwrite=False) as run:
-        write_manifest(run, seed=0, data_fingerprints={"pairs.json": fingerprint("pairs.json")})
+        write_manifest(run, {"seed": 0, "data": {"pairs.json": fingerprint("pairs.json")}})
 
 It is written whole or not at all.
 """
 
-import difflib
 import functools
 import hashlib
 import json
-import logging
 import os
 import platform
 import re
@@ -25,12 +23,11 @@ from typing import Any
 import jax
 import yaml
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, did_you_mean, logger
 from rlhf_jax.runs.folder import Run, write_atomically
 
-logger = logging.getLogger("rlhf_jax")
-
-_PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+Keys = Sequence[str]
+PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
 
 def fingerprint(path: str | Path) -> str:
@@ -48,14 +45,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def write_manifest(
-    run: Run,
-    *,
-    seed: int,
-    data_fingerprints: Mapping[str, str],
-    command: Sequence[str] | None = None,
-    extra: Mapping[str, Any] | None = None,
-    changed: Sequence[str] = (),
-    mesh: Mapping[str, int] | None = None,
+    run: Run, facts: Mapping[str, Any], *, changed: Keys = (), mesh: Mapping[str, int] | None = None
 ) -> None:
     """Writes ``manifest.json``; a resumed run keeps its first one and adds this start to its list ``resumed``.
 
@@ -63,32 +53,25 @@ def write_manifest(
 
     Args:
       run: the run.
-      seed: root of the run's randomness.
-      data_fingerprints: {file as the user named it: :func:`fingerprint`}.
-      command: the command that reproduces the run; by default this process's own.
-      extra: further JSON values, kept under their keys.
+      facts: JSON values, kept under their keys: ``seed``, ``stage`` and ``data``, {file as the user named it:
+        :func:`fingerprint`}.
+      changed: what differs from the run that is resumed; the facts are then the new ones.
       mesh: the sizes of the mesh's axes.
-      changed: what differs from the run that is resumed; seed and fingerprints are then the new ones.
     """
-    machine = {
-        "backend": jax.default_backend(),
-        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **(mesh or {})},
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
-    }
-    start = {"command": shlex.join(command or command_line()), **machine, "git": _git_state()}
+    devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **(mesh or {})}
+    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+    machine = {"backend": jax.default_backend(), "devices": devices, "versions": versions}
+    start = {"command": shlex.join(command_line()), **machine, "git": _git_state()}
     start["xla_flags"] = os.environ.get("XLA_FLAGS", "")
-    new = {"seed": seed, "data": dict(data_fingerprints)}
-    manifest = start | new | dict(extra or {})
+    manifest = start | dict(facts)
     if run.resumed:
-        manifest = _read(run.manifest, json.loads) | (new if changed else {})
+        manifest = _read(run.manifest, json.loads) | (dict(facts) if changed else {})
         starts = manifest.setdefault("resumed", [])
         last = (starts or [manifest])[-1]
         before = {key: last.get(key) for key in machine}
-        if differences := _differences(_dotted(before), _dotted(machine)).values():
-            logger.info(
-                f"--resume: {'; '.join(differences)}. The run goes on, but is no longer bit for bit what it would have "
-                "been without the stop"
-            )
+        if differences := _differences(dotted(before), dotted(machine)).values():
+            goes_on = "The run goes on, but is no longer bit for bit what it would have been without the stop"
+            logger.info(f"--resume: {'; '.join(differences)}. {goes_on}")
         starts.append(start | ({"changed": list(changed)} if changed else {}))
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
@@ -99,20 +82,14 @@ def command_line() -> list[str]:
 
 
 def check_unchanged(
-    run: Run,
-    *,
-    config: str,
-    data_fingerprints: Mapping[str, str],
-    may_change: Sequence[str] = (),
-    allowed: Sequence[str] = (),
-    fixed: Sequence[str] = (),
+    run: Run, *, config: str, data: Mapping[str, str], may_change: Keys = (), allowed: Keys = (), fixed: Keys = ()
 ) -> list[str]:
     """Refuses to resume a run as another one; returns the differences that were allowed, a sentence each.
 
     Args:
       run: only a run with ``resumed`` set is compared with anything.
       config: the new configuration as ``config.to_yaml`` writes it.
-      data_fingerprints: those of the data as it is now.
+      data: {name: :func:`fingerprint`} of the data as it is now.
       may_change: dotted keys, or sections, whose differences do not count.
       allowed: keys or sections that the user lets differ. ``data``, of any section, also stands for the contents of all
         data files, ``reward`` and ``safety`` for those of the rewards and of the filter.
@@ -121,28 +98,24 @@ def check_unchanged(
     Raises:
       UserError: lists the keys with both values, and the data that differs; a key of ``allowed`` is no setting.
     """
-    after = _dotted(yaml.safe_load(config))
+    after = dotted(yaml.safe_load(config))
     allowed = [key.replace("-", "_") for key in allowed]
     for key in allowed:
         if not any(_within(setting, [key]) for setting in after):
-            near = difflib.get_close_matches(key, after, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"--allow-changed {key}: there is no such setting{hint}")
+            raise UserError(f"--allow-changed {key}: there is no such setting{did_you_mean(key, after)}")
     if not run.resumed:
         return []
     if any(key.rpartition(".")[2] in ("data", "validation_data") for key in allowed):
         allowed.append("data")
-    before = _dotted(_read(run.config, yaml.safe_load)) | _hashes(_read(run.manifest, json.loads).get("data", {}))
-    differences = _differences(before, after | _hashes(data_fingerprints))
+    before = dotted(_read(run.config, yaml.safe_load)) | _hashes(_read(run.manifest, json.loads).get("data", {}))
+    differences = _differences(before, after | _hashes(data))
     changed = {key: text for key, text in differences.items() if not _within(_setting(key), may_change)}
     never = [_setting(key) for key in changed if _within(_setting(key), fixed)]
     problems = [text for key, text in changed.items() if _setting(key) in never or not _within(_setting(key), allowed)]
     if problems:
-        hint = f"cannot help with {', '.join(never)}" if never else "lets those differ that you name"
-        raise UserError(
-            f"--resume: {run.path} is another run: {'; '.join(problems)}. Undo this, or start a new run with another "
-            f"--output-dir; --allow-changed {hint}"
-        )
+        advice = "Undo this, or start a new run with another --output-dir; --allow-changed "
+        advice += f"cannot help with {', '.join(never)}" if never else "lets those differ that you name"
+        raise UserError(f"--resume: {run.path} is another run: {'; '.join(problems)}. {advice}")
     if changed:
         logger.info(f"--resume: goes on as another run than it began: {'; '.join(changed.values())}")
     return list(changed.values())
@@ -173,11 +146,11 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str
     return texts
 
 
-def _dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
     """{"section.key": value} of a tree of dicts."""
     if not isinstance(value, dict) or not value:
         return {prefix[:-1]: value}
-    return {key: inner for name, child in value.items() for key, inner in _dotted(child, f"{prefix}{name}.").items()}
+    return {key: inner for name, child in value.items() for key, inner in dotted(child, f"{prefix}{name}.").items()}
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:

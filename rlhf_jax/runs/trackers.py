@@ -19,10 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.runs.folder import Run, json_lines, write_atomically
-
-logger = logging.getLogger("rlhf_jax")
 
 _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
 
@@ -135,12 +133,9 @@ def start(run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step
     if not names:
         return Services({}, {})
     path, run_id = run.path / "tracker.json", secrets.token_hex(4)
-    place: dict[str, Any] = {
-        "id": run_id,
-        "project": os.environ.get("WANDB_PROJECT") or "rlhf_jax",
-        "name": os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}",
-        "services": [],
-    }
+    project = os.environ.get("WANDB_PROJECT") or "rlhf_jax"
+    name = os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}"
+    place: dict[str, Any] = {"id": run_id, "project": project, "name": name, "services": []}
     rows: list[dict[str, Any]] = []
     if resume_step is not None:
         place |= json.loads(path.read_text("utf-8")) if path.is_file() else {}

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.runs import devices
+from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.types import Metrics
 
-PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 STEPS = ("sft", "reward", "dpo", "vpg", "grpo", "iteration")  # the last is one of PPO
 
 
@@ -30,7 +29,7 @@ class Check(NamedTuple):
 
 def machine() -> list[Check]:
     """Versions, devices with their memory, and an accelerator that JAX does not use (not passed)."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (*manifest.PACKAGES, "datasets"))
     checks = [Check("versions", True, f"Python {platform.python_version()}, {versions}")]
     for device in jax.devices():
         limit = (device.memory_stats() or {}).get("bytes_limit")
@@ -45,8 +44,7 @@ def self_test(work: Callable[[str], Any]) -> list[Check]:
 
     def step(name: str) -> Metrics:
         made = work(name)
-        metrics: Metrics = jax.jit(made.step)(made.carry, made.data)[1]
-        return metrics
+        return jax.jit(made.step)(made.carry, made.data)[1]
 
     def checkpoint() -> Metrics:
         saved = {"x": jnp.arange(3.0)}

@@ -7,6 +7,7 @@ member_0, member_1, ..., each a complete model's folder.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
@@ -20,7 +21,7 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.initial import Trainable, trainable
-from rlhf_jax.types import Comparisons, Metrics, Params, ScoreFn, TrainState
+from rlhf_jax.types import Comparisons, Metrics, Params, TrainState
 
 
 def starts(config: RunConfig, model: models.Model, params: Params, key: jax.Array) -> list[Trainable]:
@@ -56,19 +57,14 @@ def unstack(params: Params) -> list[Params]:
 
 
 def update_members(
-    state: TrainState,
-    comparisons: Comparisons,
-    key: jax.Array,
-    *,
-    score_fn: ScoreFn,
-    optimizer: optax.GradientTransformation,
-    config: reward_model.Config,
+    state: TrainState, comparisons: Comparisons, key: jax.Array, **options: Any
 ) -> tuple[TrainState, Metrics]:
     """``reward_model.update`` of every member on the same batch, member i with its weights and ``fold_in(key, i)``.
 
     Args:
       state: of ``create``.
       comparisons: [B, K, T], with weight [B, M]. A row of weight 0 is absent for that member.
+      options: score_fn, optimizer and config, as of ``reward_model.update``.
 
     Returns:
       The state and the members' mean metrics; ``nonfinite`` is their maximum. A member whose loss or gradient is not
@@ -79,8 +75,7 @@ def update_members(
 
     def of_member(state: TrainState, weight: jax.Array, member: jax.Array) -> tuple[TrainState, Metrics]:
         own = dataclasses.replace(comparisons, weight=weight)
-        member_key = jax.random.fold_in(key, member)
-        return reward_model.update(state, own, member_key, score_fn=score_fn, optimizer=optimizer, config=config)
+        return reward_model.update(state, own, jax.random.fold_in(key, member), **options)
 
     state, metrics = jax.vmap(of_member, in_axes=(0, 1, 0))(state, weights, jnp.arange(num_members))
     return state, {name: (jnp.max if name == "nonfinite" else jnp.mean)(x) for name, x in metrics.items()}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +15,11 @@ from rlhf_jax import models, ops, sampling, sharding
 from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Kind, Row
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import hf, lora
 from rlhf_jax.rewards import spec
 from rlhf_jax.types import Params
-
-logger = logging.getLogger("rlhf_jax")
 
 
 def mesh_of(config: RunConfig) -> jax.sharding.Mesh:

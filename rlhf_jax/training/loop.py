@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import logging
 import random
 import signal
 import time
@@ -16,7 +15,7 @@ import numpy as np
 
 from rlhf_jax.config import Optimizer
 from rlhf_jax.data.batches import ABSENT
-from rlhf_jax.errors import AlertStop, Stopped, TrainingFault, UserError
+from rlhf_jax.errors import AlertStop, Stopped, TrainingFault, UserError, logger
 from rlhf_jax.report import records
 from rlhf_jax.runs import alerts, processes, trackers
 from rlhf_jax.runs.checkpoint import Checkpoints
@@ -25,8 +24,6 @@ from rlhf_jax.training.optimizer import Judge
 from rlhf_jax.training.signals import resume_command, stop_requests
 from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import Metrics
-
-logger = logging.getLogger("rlhf_jax")
 
 State = TypeVar("State")
 
@@ -187,7 +184,7 @@ class _Loop:
         if not self.rules_checked:
             self.rules_checked = True
             for sentence in alerts.check_metrics(self.rules, recorded | self.row.keys()):
-                self.tracker.print(sentence)
+                logger.info(sentence)
 
     def obey_alerts(self) -> None:
         """Ends the run, whose last step is saved, if a rule with the action stop is true."""
@@ -205,12 +202,12 @@ class _Loop:
         metric, best = self.judge.metric, self.checkpoints.best()
         if self.ended and self.done < self.job.num_steps:
             waited = f"{metric} has not improved for {self.judge.stop_after} validations"
-            self.tracker.print(f"ended early, after step {self.done} of {self.job.num_steps}: {waited}")
+            logger.info(f"ended early, after step {self.done} of {self.job.num_steps}: {waited}")
         if best is None:
             return self.state, self.row
         state, meta = self.checkpoints.restore(self.state, best)
         score = meta["metrics"][metric]
-        self.tracker.print(f"{metric} is best at step {best}: {score:.4g}; model/ is of that step")
+        logger.info(f"{metric} is best at step {best}: {score:.4g}; model/ is of that step")
         return state, meta["metrics"]
 
     def _validation(self) -> dict[str, float]:

@@ -1,16 +1,14 @@
 """The three stages of RLHF from one config: SFT, a reward model on its body, PPO on its policy."""
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from rlhf_jax.config import RunConfig, Tokenizer
+from rlhf_jax.errors import logger
 from rlhf_jax.runs import devices, folder, processes
 from rlhf_jax.training import reward_model, rl, sft
 from rlhf_jax.training.stage import RunResult
-
-logger = logging.getLogger("rlhf_jax")
 
 STAGES = ("sft", "reward_model", "ppo")
 C = TypeVar("C", bound=RunConfig)
@@ -71,11 +69,7 @@ def check_folder(path: Path, config: RunConfig, first: str = STAGES[0]) -> None:
 
 def stage_config(config: C, path: Path, model: str | None = None, **changes: Any) -> C:
     """The settings of a job's stage in the folder ``path``: those of the job with ``changes``."""
-    settings: dict[str, Any] = {
-        "output_dir": str(path),
-        "model": model or config.model,
-        "tokenizer": Tokenizer() if model else config.tokenizer,  # the model brings its own
-        "resume": config.resume and path.exists(),
-        "overwrite": config.overwrite and path.exists(),
-    }
+    tokenizer = Tokenizer() if model else config.tokenizer  # the model brings its own
+    settings: dict[str, Any] = {"output_dir": str(path), "model": model or config.model, "tokenizer": tokenizer}
+    settings |= {name: getattr(config, name) and path.exists() for name in ("resume", "overwrite")}
     return dataclasses.replace(config, **settings | changes)

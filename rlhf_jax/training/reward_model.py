@@ -1,7 +1,6 @@
 """Reward-model training as a run: preference pairs in, a normalised reward model or an ensemble of them out."""
 
 import functools
-import logging
 from collections.abc import Callable, Mapping
 
 import jax
@@ -13,12 +12,11 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Row
+from rlhf_jax.errors import logger
 from rlhf_jax.training import ensembles, initial, memory, scoring, supervised
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult
 from rlhf_jax.types import Comparisons, Params, Rollout, TrainState
-
-logger = logging.getLogger("rlhf_jax")
 
 MAX_SAMPLES = 256  # held-out rows whose texts and scores each validation writes
 

@@ -4,7 +4,6 @@ Its phases are pure functions in ``training.phases``.
 """
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from rlhf_jax.data import batches, chat
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
-from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.rewards import filter as filters
 from rlhf_jax.rewards import spec
@@ -31,8 +30,6 @@ from rlhf_jax.training.environment import Environment, converse
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Rollout
-
-logger = logging.getLogger("rlhf_jax")
 
 
 def run(

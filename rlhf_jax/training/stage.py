@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import logging
 import math
 import os
 import zlib
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import models, sharding
 from rlhf_jax.config import RunConfig, to_yaml
-from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.report import page
@@ -25,8 +24,6 @@ from rlhf_jax.runs import devices, folder, manifest, processes, trackers
 from rlhf_jax.training import initial, memory
 from rlhf_jax.training.initial import Trainable, sampling_config
 from rlhf_jax.types import Params, PolicyFn
-
-logger = logging.getLogger("rlhf_jax")
 
 Tree = TypeVar("Tree")
 Stream = Literal["init", "data", "rollout", "update", "eval"]
@@ -243,16 +240,12 @@ def _describe(stage: Stage, fingerprints: Mapping[str, str], files: Mapping[str,
     models_read = {"model": config.model, "tokenizer": config.tokenizer.name}
     folders = {key: Path(source) for key, source in models_read.items() if source and Path(source).is_dir()}
     data = dict(fingerprints) | {key: manifest.fingerprint(path) for key, path in {**files, **folders}.items()}
-    trained_tokenizer = config.model is None and config.tokenizer.name is None
+    # Of a run that trained its tokenizer the data is fixed too.
+    fixed = (*FIXED, "data") if config.model is None and config.tokenizer.name is None else FIXED
     changed = manifest.check_unchanged(
-        run,
-        config=text,
-        data_fingerprints=data,
-        may_change=MAY_CHANGE,
-        allowed=config.allow_changed,
-        fixed=(*FIXED, "data") if trained_tokenizer else FIXED,
+        run, config=text, data=data, may_change=MAY_CHANGE, allowed=config.allow_changed, fixed=fixed
     )
-    more: dict[str, Any] = {"extra": {"stage": stage.name}, "mesh": dict(stage.mesh.shape), "changed": changed}
-    manifest.write_manifest(run, seed=config.seed, data_fingerprints=data, **more)
+    facts = {"seed": config.seed, "data": data, "stage": stage.name}
+    manifest.write_manifest(run, facts, changed=changed, mesh=dict(stage.mesh.shape))
     if changed or not run.resumed:
         folder.write_atomically(run.config, text)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from rlhf_jax import models, ops, sharding
 from rlhf_jax.config import DPOStage, KTOStage, RewardModelStage, RunConfig, SFTStage
 from rlhf_jax.data import batches, encoding, rows
 from rlhf_jax.data.formats import ReadResult
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.training import initial, loop, memory
 from rlhf_jax.training.initial import Trainable
@@ -24,8 +23,6 @@ from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
 from rlhf_jax.types import Metrics, Params, Parts, TrainState
-
-logger = logging.getLogger("rlhf_jax")
 
 KINDS: dict[str, rows.Kind] = {"sft": "demonstrations", "dpo": "pairs", "kto": "feedback"}  # others: comparisons
 Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
