@@ -157,8 +157,8 @@ class Text:
     bucket_multiple: int = 16
     """Batches are padded to a multiple of this many tokens, so that few shapes are compiled."""
     pack: bool = False
-    """Put several demonstrations of a batch into one row, as long as the longest of all, instead of padding each. SFT
-    alone packs."""
+    """Put several demonstrations or comparisons of a batch into one row, as long as the longest of all, instead of
+    padding each: SFT, reward models and DPO."""
 
     def __post_init__(self) -> None:
         _check(self, "bucket_multiple", at_least=1)

@@ -16,7 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.types import AxisName, Demonstrations, EosId, Params, PolicyFn, PolicyOutput, Rollout
+from rlhf_jax.types import AxisName, Comparisons, Demonstrations, EosId, Params, PolicyFn, PolicyOutput, Rollout
 
 Axis = int | tuple[int, ...] | None  # dimensions to reduce; None: all
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -82,10 +82,8 @@ def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, axis_name: Axis
     return masked_mean(jnp.square(x - mean), mask, axis, axis_name)
 
 
-def whiten(
-    x: jax.Array, mask: jax.Array, shift_mean: bool = True, axis_name: AxisName | None = None, *, eps: float = 1e-8
-) -> jax.Array:
-    """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + eps)``, 0 elsewhere.
+def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True, axis_name: AxisName | None = None) -> jax.Array:
+    """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + 1e-8)``, 0 elsewhere.
 
     The population variance over all entries, of all devices of ``axis_name`` (lm-human-preferences computes it per
     rank).
@@ -101,7 +99,7 @@ def whiten(
     var = masked_var(x, mask, axis_name=axis_name)
     present = jnp.asarray(mask) != 0
     x = jnp.where(present, jnp.asarray(x, jnp.float32), 0.0)
-    white = (x - mean) * jax.lax.rsqrt(var + eps)
+    white = (x - mean) * jax.lax.rsqrt(var + 1e-8)
     return jnp.where(present, white if shift_mean else white + mean, 0.0)
 
 
@@ -257,11 +255,19 @@ def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> jax.A
         dropout.
 
     Returns:
-      [B] float32, or [B, K].
+      [B] float32, or [B, K]; of packed comparisons [B, C, K].
     """
     chex.assert_equal_shape([batch.tokens, batch.attention_mask, batch.response_mask])
     masks = batch.attention_mask, batch.response_mask
     rows = Demonstrations(*(x.reshape(-1, x.shape[-1]) for x in (batch.tokens, *masks)))
     log_probs = jnp.asarray(evaluate(policy_fn, params, rows).log_probs, jnp.float32)
-    in_response = jnp.where(rows.response_mask != 0, log_probs, 0.0)
-    return jnp.sum(in_response, axis=1).reshape(batch.tokens.shape[:-1])
+    return response_sums(log_probs.reshape(batch.tokens.shape), batch)
+
+
+def response_sums(x: jax.Array, batch: Any) -> jax.Array:
+    """Sum of ``x``, of the shape of ``batch.tokens``, over the tokens of each response, as `response_log_probs`."""
+    x = jnp.where(batch.response_mask != 0, x, 0)
+    if isinstance(batch, Comparisons) and batch.documents is not None:
+        is_own = batch.attention_mask[:, None, None] == batch.documents[..., None]  # [B, C, K, T]
+        x = jnp.where(is_own, x[:, None, None], 0)
+    return jnp.sum(x, axis=-1)

@@ -109,7 +109,11 @@ class Rollout:
 
 @flax.struct.dataclass
 class Comparisons:
-    """K answers to one prompt; K = 2: chosen and rejected. An answer with an empty response_mask is absent."""
+    """K answers to one prompt; K = 2: chosen and rejected. An answer with an empty response_mask is absent.
+
+    Packed, up to C comparisons share a row: tokens and masks are [B, T], ``attention_mask`` numbers the answers, and
+    all other fields have C after B.
+    """
 
     tokens: jax.Array  # [B, K, T] int32
     attention_mask: jax.Array  # [B, K, T]
@@ -119,6 +123,7 @@ class Comparisons:
     margin: jax.Array | None = None  # [B]
     weight: jax.Array | None = None  # [B]; [B, M] for an ensemble of M members
     ref_log_probs: jax.Array | None = None  # [B, K] summed over the response (DPO)
+    documents: jax.Array | None = None  # [B, C, K] int32 of packed ones: each answer's number in attention_mask
 
 
 @flax.struct.dataclass

@@ -81,7 +81,7 @@ def test_a_member_that_is_not_finite_stays_and_says_so():
     assert metrics["nonfinite"] == 1.0
     for i, expected in enumerate((good, state, good)):
         assert_identical(*(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (found, expected)))
-    with pytest.raises(AssertionError, match=r"\(8, 3\)"):
+    with pytest.raises(AssertionError, match=r"\(8, \.\.\., 3\)"):
         of_all(state, batch.replace(weight=jnp.ones(8)), KEY)
 
 

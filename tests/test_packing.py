@@ -1,20 +1,25 @@
-"""Packed demonstrations: arrays by hand, losses and gradients of padded ones, and runs."""
+"""Packed demonstrations and comparisons: arrays by hand, losses and gradients of padded ones, and runs."""
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_training import Killed, config, data, interrupt, outputs  # noqa: F401 (fixtures)
+from test_wiring import config as wired  # noqa: F401 (a fixture)
 
-from rlhf_jax import models, sft, training
-from rlhf_jax.config import Text
+from rlhf_jax import TrainState, dpo, models, reward_model, sft, sharding, training
+from rlhf_jax.config import KTOStage, SFTStage, Text
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import supervised
+from rlhf_jax.training import ensembles, supervised
+from rlhf_jax.types import PolicyOutput
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -69,10 +74,135 @@ def test_loss_and_gradient_are_those_of_padded_rows(name):
     assert abs(wrong - expected) > 1e-3
 
 
+WORDS = [("ab", "c", "gg"), ("a", "bh", "d"), ("cc", "d", "efg"), ("h", "h", "a"), ("e", "fed", "b")]
+PAIRS = encoding.encode_texts(
+    [Row(x, tuple(answers), f"f, line {i}") for i, (x, *answers) in enumerate(WORDS)], TOKENIZER
+)
+RANKED = encoding.encode_texts(  # a row with an answer less, another best one, weights
+    [Row("ab", ("c", "d", "ef"), "f, line 1", best=2), Row("a", ("b", "cd"), "f, line 2", weight=0.5)], TOKENIZER
+)
+SCORED = encoding.encode_texts(
+    [Row("ab", ("c", "d"), "f, line 1", targets=(0.5, -1.0)), Row("a", ("b",), "f, line 2", targets=(2.0,))], TOKENIZER
+)
+TABLE = {"table": jnp.arange(10) / -10.0}
+
+
+def table_policy(params, tokens, attention_mask, key):
+    log_probs = params["table"][tokens]
+    return PolicyOutput(log_probs, log_probs)
+
+
+def table_score(params, tokens, attention_mask, key, documents=None):
+    """The sum over the tokens of a text, negative."""
+    own = attention_mask[:, None] == (jnp.ones((len(tokens), 1, 1)) if documents is None else documents[..., None])
+    scores = jnp.sum(jnp.where(own, params["table"][tokens][:, None], 0.0), axis=2)
+    return scores[:, 0] if documents is None else scores
+
+
+def test_packed_comparisons_by_hand():
+    """Pairs of 7 and 9 tokens in a row of 16; a second row for a second device."""
+    batch = batches.packed_comparisons(PAIRS, np.array([1, -1, 0]), 16, 2)
+    equal(batch.tokens, [[2, 3, 4, 1, 2, 3, 8, 8, 1, 2, 3, 9, 1, 2, 5, 1], [0] * 16])
+    equal(batch.attention_mask, [[1] * 4 + [2] * 5 + [3] * 4 + [4] * 3, [0] * 16])
+    equal(batch.response_mask, [[0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1], [0] * 16])
+    equal(batch.documents, [[[1, 2], [3, 4]]] * 2)
+    assert (batch.best, batch.targets, batch.weight) == (None, None, None)
+    log = lambda x: np.log1p(np.exp(x))  # noqa: E731
+    batch = dpo.with_reference(batch, jax.tree_util.Partial(table_policy, {"table": jnp.zeros(10)}))
+    loss, metrics = dpo.loss(TABLE, batch, None, policy_fn=table_policy, config=dpo.Config(beta=1.0))
+    # Nats of the responses: c$ -.5, gg$ -1.7; bh$ -1.3, d$ -.6.
+    assert loss.value == pytest.approx((log(-1.2) + log(0.7)) / 2)
+    assert (loss.count, metrics["dpo/chosen_log_ratio"].value) == (2, pytest.approx(-0.9))
+    loss, metrics = reward_model.loss(TABLE, batch, None, score_fn=table_score, config=reward_model.Config())
+    assert loss.value == pytest.approx((log(-1.2) + log(0.7)) / 2)  # the prompts are the same
+    assert (loss.count, metrics["reward_model/margin"].value) == (2, pytest.approx(0.25))
+
+
+def test_labels_go_with_their_rows_and_rows_without_comparisons_count_nowhere():
+    batch = batches.packed_comparisons(RANKED, np.array([1, 0]), 16, 2)
+    equal(batch.attention_mask, [[1] * 4 + [2] * 4 + [3] * 5 + [0] * 3, [1] * 3 + [2] * 4 + [0] * 9])  # 13 and 7 tokens
+    equal(batch.documents, [[[1, 2, 3]] * 1] * 2)
+    equal(batch.best, [[2], [0]])
+    equal(batch.weight, [[1.0], [0.5]])
+    batch = batches.packed_comparisons(SCORED, np.array([-1, 1, 0]), 16, 2)
+    equal(batch.attention_mask, [[1] * 4 + [2] * 4 + [3] * 3 + [0] * 5, [0] * 16])
+    equal(batch.documents, [[[1, 2], [3, 4]]] * 2)
+    equal(batch.targets, [[[0.5, -1.0], [2.0, 0.0]], [[0.0] * 2] * 2])
+
+
+def language_model(name, kind):
+    """The PolicyFn or ScoreFn of a tiny model, and parameters."""
+    model = models.build(dataclasses.replace(MODELS[name], num_layers=1))
+    params = model.init(KEY)
+    return (models.policy_fn(model), params) if kind == "dpo" else (models.score_fn(model), scored(params))
+
+
+def scored(params):
+    return models.add_head(jax.random.key(1), params, "score")
+
+
+CASES = {
+    "reward model": (reward_model, reward_model.Config(centering=0.1), PAIRS, language_model("gpt2", "reward_model")),
+    "dpo": (dpo, dpo.Config(), PAIRS, language_model("llama", "dpo")),
+    "dpo by length": (dpo, dpo.Config(kind="simpo", beta=2.0), PAIRS, (table_policy, TABLE)),
+    "rankings": (reward_model, reward_model.Config(), RANKED, (table_score, TABLE)),
+    "targets": (reward_model, reward_model.Config(), SCORED, (table_score, TABLE)),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.slow) if x == "dpo" else x for x in CASES])
+def test_loss_and_gradient_are_those_of_padded_comparisons(case):
+    """And answers in each other's place, or rows' labels, are seen."""
+    algorithm, settings, texts, (fn, params) = CASES[case]
+    own = {("score_fn" if algorithm is reward_model else "policy_fn"): fn, "config": settings}
+
+    @jax.jit
+    @jax.value_and_grad
+    def results(params, batch):
+        if algorithm is dpo:
+            batch = dpo.with_reference(batch, jax.tree_util.Partial(table_policy, TABLE))
+        return algorithm.loss(params, batch, None, **own)[0].value
+
+    rows = np.random.default_rng(1).permutation([*range(len(texts)), -1])
+    padded, packed = batches.comparison_batch(texts, rows, 4), batches.packed_comparisons(texts, rows, 16)
+    assert packed.tokens.size < padded.tokens.size
+    (expected, gradient), (loss, found) = results(params, padded), results(params, packed)
+    assert loss == pytest.approx(float(expected), abs=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, gradient)
+    wrong, _ = results(params, packed.replace(documents=np.roll(packed.documents, 1, axis=2)))
+    assert abs(wrong - expected) > 1e-3
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_an_update_does_not_depend_on_packing_devices_or_microbatches(members):
+    """Of an ensemble too, whose members weigh the rows."""
+    weight = np.random.default_rng(2).poisson(1.0, (5, members)) + 0.5
+    weighted = dataclasses.replace(PAIRS, weight=np.squeeze(weight, 1) if members == 1 else weight)
+    state = TrainState.create(TABLE, optax.sgd(1.0))
+    state = state if members == 1 else ensembles.create([TABLE] * members, optax.sgd(1.0))
+    own = {"score_fn": table_score, "optimizer": optax.sgd(1.0)}
+    update = reward_model.update if members == 1 else ensembles.update_members
+
+    @partial(jax.jit, static_argnames="parts")
+    def step(batch, parts):
+        return update(state, batch, KEY, **own, config=reward_model.Config(num_microbatches=parts))[0].params["table"]
+
+    rows = np.array([4, 2, -1, 1, 0, 3])
+    packed = batches.packed_comparisons(weighted, rows, 10, 8)
+    assert packed.tokens.shape == (8, 10)
+    padded = step(batches.comparison_batch(weighted, rows, 4), 1)
+    np.testing.assert_allclose(step(sharding.shard_rows(sharding.make_mesh(), packed), 2), padded, atol=1e-6)
+    moved = np.asarray(padded) - np.asarray(TABLE["table"])[None][: padded.ndim]
+    assert np.abs(moved).max() > 0.1
+    assert members == 1 or np.ptp(padded, axis=0).max() > 0.01
+
+
 def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
     lengths = np.arange(600) * 7 % 29 + 4
+    texts = dataclasses.replace(ENCODED, tokens=[[np.zeros(n, np.int32) for n in lengths]], sources=["f"] * 600)
     plan = batches.Plan(lengths, 60, KEY, 8)
-    mixed, multiple, before, after = batches.packing(plan, 32, 2)
+    mixed, width, multiple, before, after = batches.packing(texts, np.arange(600), plan, 2)
+    assert width == 32
     rows = [mixed.rows(step) for step in range(10)]
     assert sorted(np.concatenate(rows)) == list(range(600))
     needed = np.array([1 + max(row for _, row, _ in batches.first_fit(lengths[of], 32)) for of in rows])
@@ -82,36 +212,83 @@ def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
     assert after == pytest.approx(1 - lengths.sum() / (32 * sizes.sum()))
     widths = [-(-lengths[plan.rows(step)].max() // 8) * 8 for step in range(10)]
     assert before == pytest.approx(1 - lengths.sum() / (60 * sum(widths)))
-    assert [batches.width_of(ENCODED, np.arange(6), multiple) for multiple in (4, 32)] == [12, 32]
     short = dataclasses.replace(ENCODED, max_length=10)
-    assert batches.width_of(short, np.arange(6), 4) == 10  # never wider than the model reads
+    plan = batches.Plan(short.lengths[:, 0], 6, KEY, 4)
+    assert batches.packing(short, np.arange(6), plan, 1)[1] == 10  # no text is longer
 
 
 @pytest.mark.parametrize("stage", ["dpo", "reward_model"])
-def test_a_stage_that_does_not_pack_says_so(stage, config, capsys):  # noqa: F811
-    config = dataclasses.replace(config, text=Text(pack=True))
-    _, to_arrays = supervised._batching(config, stage, ENCODED, np.arange(6), KEY)
-    assert f"text.pack: {stage} pads its rows; SFT alone packs" in capsys.readouterr().out
-    assert to_arrays(ENCODED, np.arange(2)).tokens.shape == (2, 1, 16)
+def test_a_stage_packs_the_rows_of_its_step(stage, config, capsys):  # noqa: F811
+    """Pairs of rows 1, ..., 4; each is found again behind its numbers, in another order in each epoch."""
+    own = dataclasses.replace(getattr(config, stage), batch_size=4)
+    config = dataclasses.replace(config, text=Text(pack=True, bucket_multiple=4), **{stage: own})
+    train = np.arange(1, 5)
+    (plan, to_arrays), (again, _) = (supervised._batching(config, stage, PAIRS, train, KEY) for _ in range(2))
+    # Padded: 8 texts of 8 columns. Packed: 31 tokens in 4 rows, one for each device, of the longest pair's 10 columns.
+    assert "text.pack: 35% of rows [12] are padding, 52% of rows that are not packed" in capsys.readouterr().out
+    seen = []
+    for step in range(6):
+        rows = train[plan.rows(step)]
+        equal(rows, train[again.rows(step)])
+        batch = to_arrays(PAIRS, rows)
+        assert batch.tokens.shape == (4, 12)
+        texts = [
+            [batch.tokens[i][batch.attention_mask[i] == number].tolist() for number in pair]
+            for i, numbers in enumerate(batch.documents)
+            for pair in numbers
+        ]
+        expected = [[PAIRS.tokens[k][row].tolist() for k in range(2)] for row in rows]
+        assert sorted(pair for pair in texts if pair[0]) == sorted(expected)
+        seen.append(tuple(rows))
+    assert len(set(seen)) > 1
+
+
+ENSEMBLE = pytest.param("reward_model", {"ensemble_size": 2}, marks=pytest.mark.soak)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "own"), [("dpo", {}), ENSEMBLE])
+def test_a_run_with_packing_is_a_run_without(stage, own, wired, tmp_path):  # noqa: F811
+    """One batch holds all pairs, so that the losses of the steps are the same."""
+    settings = dataclasses.replace(getattr(wired, stage), batch_size=16, num_epochs=3, validation_fraction=0.0, **own)
+    found = []
+    for pack in (False, True):
+        where = {"output_dir": str(tmp_path / f"{pack}"), "text": Text(bucket_multiple=16, pack=pack)}
+        run = getattr(training, stage).run(dataclasses.replace(wired, **where, **{stage: settings}))
+        rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        found.append([row for row in rows if f"{stage}/loss" in row])
+    for name in (f"{stage}/loss", f"{stage}/margin", "grad_norm"):
+        padded, packed = ([row[name] for row in rows] for rows in found)
+        assert packed == pytest.approx(padded, rel=1e-6, abs=1e-6)
+        assert len(set(padded)) == 3
+    assert all(0 < row[f"{stage}/padding"] < 0.5 for row in found[1])
 
 
 @pytest.mark.soak
-def test_a_packed_run_resumes_to_the_same_bytes(config, tmp_path, monkeypatch, capsys):  # noqa: F811
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_a_packed_run_resumes_to_the_same_bytes(stage, config, tmp_path, monkeypatch):  # noqa: F811
     config = dataclasses.replace(config, text=Text(bucket_multiple=16, pack=True))
-    straight = training.sft.run(config)
-    assert "of rows [112] are padding" in capsys.readouterr().out
+    run = getattr(training, stage).run
+    straight = run(config)
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         interrupt(patch, 6)
         with pytest.raises(Killed):
-            training.sft.run(again)
-    stopped = training.sft.run(dataclasses.replace(again, resume=True))
+            run(again)
+    stopped = run(dataclasses.replace(again, resume=True))
     assert outputs(stopped.folder) == outputs(straight.folder)
     rows = [json.loads(line) for line in (stopped.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert all(0 < row["sft/padding"] < 0.6 for row in rows if "sft/loss" in row)
+    assert all(0 < row[f"{stage}/padding"] < 0.6 for row in rows if f"{stage}/loss" in row)
 
 
-def test_packing_is_for_means_over_tokens(config):  # noqa: F811
-    by_row = dataclasses.replace(config.sft, aggregate="sequence")
-    with pytest.raises(UserError, match=r"text.pack: sft.aggregate must be token, got sequence"):
-        training.sft.run(dataclasses.replace(config, text=Text(pack=True), sft=by_row))
+@pytest.mark.parametrize(
+    ("stage", "own", "message"),
+    [
+        ("sft", SFTStage(aggregate="sequence"), "sft.aggregate must be token, got sequence"),
+        ("kto", KTOStage(), "kto joins each prompt with the next row's answer and cannot pack"),
+    ],
+)
+def test_what_cannot_be_packed_is_said_before_data_is_read(stage, own, message, config):  # noqa: F811
+    config = dataclasses.replace(config, data=("nothing.json",), text=Text(pack=True), **{stage: own})
+    with pytest.raises(UserError, match=f"^text.pack: {message}"):
+        getattr(training, stage).run(config)

@@ -373,7 +373,7 @@ def column(batch, field):
         ("kto", {"ref_log_probs": None}, ValueError, r"ref_log_probs .*got None: kto\.with_reference"),
         ("kto", {"mismatched": None}, ValueError, r"feedback\.mismatched .* kto\.with_reference"),
         ("reinforce++", {"rewards": None}, ValueError, r"rollout\.rewards .*got None"),
-        ("dpo", lambda batch: answers(4, ref_log_probs=jnp.zeros((16, 4))), AssertionError, r"\(16, 4, 6\)"),
+        ("dpo", lambda batch: answers(4, ref_log_probs=jnp.zeros((16, 4))), AssertionError, r"\(16, 4\)"),
         ("dpo", lambda batch: batch.replace(tokens=batch.tokens[:, 0]), AssertionError, r"\(16, 6\)"),
         ("dpo", {"weight": jnp.ones((16, 1))}, AssertionError, r"\(16, 1\)"),
         ("dpo", lambda batch: column(batch, "ref_log_probs"), AssertionError, r"\(16, 2\), \(16, 1\)"),

@@ -52,7 +52,7 @@ def with_reference(batch: Batch, ref_fn: BoundPolicyFn) -> Batch:
     """The answers with ``ref_log_probs`` [B, K]: nats under the reference, summed over the response; 0 if absent.
 
     Args:
-      batch: comparisons [B, K, T], any K, or feedback [B, T].
+      batch: comparisons [B, K, T], any K, or packed ones, [B, C, K] results; or feedback [B, T].
       ref_fn: carries its parameters, ``jax.tree_util.Partial(policy_fn, ref_params)``.
     """
     ref_log_probs = ops.response_log_probs(lambda _, *inputs: ref_fn(*inputs), None, batch)
@@ -68,7 +68,7 @@ def loss(
 
     Args:
       comparisons: [B, 2, T] with ``ref_log_probs`` [B, 2], which are not read if the config needs no reference;
-        ``best`` (0 or 1) is the chosen answer, None means 0.
+        ``best`` (0 or 1) is the chosen answer, None means 0. Or packed ones, with ``ref_log_probs`` [B, C, 2].
       key: unused: dropout is off, as in the reference's log-probs.
 
     Returns:
@@ -78,23 +78,24 @@ def loss(
       policy's own; per token if the config divides by the length).
     """
     del key
-    chex.assert_shape(comparisons.tokens, (None, 2, None))  # a ranking is several pairs
-    log_ratios = ops.response_log_probs(policy_fn, params, comparisons)  # [B, 2]
+    log_ratios = ops.response_log_probs(policy_fn, params, comparisons)  # [B, 2] or [B, C, 2]
+    chex.assert_shape(log_ratios, (..., 2))  # a ranking is several pairs
     if config.needs_reference:
         if comparisons.ref_log_probs is None:
             raise ValueError("comparisons.ref_log_probs [B, 2] is needed, got None: dpo.with_reference makes them")
         chex.assert_equal_shape([log_ratios, comparisons.ref_log_probs])
         log_ratios = log_ratios - comparisons.ref_log_probs
-    lengths = jnp.sum(comparisons.response_mask != 0, axis=2)
+    lengths = ops.response_sums(jnp.ones_like(comparisons.tokens), comparisons)
     if config.length_normalised or not config.needs_reference:
         log_ratios = log_ratios / jnp.maximum(lengths, 1)
-    weight = jnp.ones(len(lengths)) if comparisons.weight is None else jnp.asarray(comparisons.weight, jnp.float32)
-    chex.assert_shape(weight, lengths.shape[:1])
-    weight = jnp.where(jnp.all(lengths > 0, axis=1), weight, 0.0)
-    log_ratios = jnp.where(weight[:, None] > 0, log_ratios, 0.0)  # what does not count must not reach the loss
-    best = jnp.zeros(len(lengths), jnp.int32) if comparisons.best is None else jnp.asarray(comparisons.best)
-    chosen = jnp.take_along_axis(log_ratios, best[:, None], axis=1)[:, 0]
-    rejected = jnp.take_along_axis(log_ratios, 1 - best[:, None], axis=1)[:, 0]
+    counts = jnp.all(lengths > 0, axis=-1)  # [B] or [B, C]
+    weight = jnp.ones(counts.shape) if comparisons.weight is None else jnp.asarray(comparisons.weight, jnp.float32)
+    chex.assert_equal_shape([weight, counts])
+    weight = jnp.where(counts, weight, 0.0)
+    log_ratios = jnp.where(weight[..., None] > 0, log_ratios, 0.0)  # what does not count must not reach the loss
+    best = jnp.zeros(weight.shape, jnp.int32) if comparisons.best is None else jnp.asarray(comparisons.best)
+    chosen = jnp.take_along_axis(log_ratios, best[..., None], axis=-1)[..., 0]
+    rejected = jnp.take_along_axis(log_ratios, 1 - best[..., None], axis=-1)[..., 0]
     per_pair = losses.dpo(chosen, rejected, config.beta, config.kind, config.label_smoothing, config.gamma)
     mean = losses.weighted_mean(per_pair, weight)
     return mean, {
@@ -107,4 +108,4 @@ def loss(
 
 
 update = batch_updater(loss)
-"""See ``step.batch_updater``; of comparisons [B, 2, T] with ``ref_log_probs``. The key is not used."""
+"""See ``step.batch_updater``; of comparisons [B, 2, T], or packed ones, with ``ref_log_probs``. The key is not used."""

@@ -5,6 +5,7 @@ comparison are scored as rows of one batch [B * K, T].
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import chex
 import jax
@@ -28,6 +29,18 @@ class Config:
         ops.check_number("centering", self.centering, at_least=0)
 
 
+def answer_scores(score_fn: Any, params: Params, comparisons: Comparisons, key: jax.Array | None = None) -> jax.Array:
+    """Scores [B, K] of the answers, by a ScoreFn; of packed ones [B, C, K], by one that takes ``documents`` too."""
+    tokens, mask, documents = comparisons.tokens, comparisons.attention_mask, comparisons.documents
+    if documents is not None:
+        numbers = documents.reshape(len(documents), -1)
+        return jnp.reshape(score_fn(params, tokens, mask, key, numbers), documents.shape)
+    chex.assert_rank(tokens, 3)
+    scores = score_fn(params, *(x.reshape(-1, x.shape[2]) for x in (tokens, mask)), key)
+    chex.assert_shape(scores, (tokens.shape[0] * tokens.shape[1],))
+    return jnp.reshape(scores, tokens.shape[:2])
+
+
 def loss(
     params: Params, comparisons: Comparisons, key: jax.Array | None, *, score_fn: ScoreFn, config: Config
 ) -> tuple[Mean, Parts]:
@@ -37,7 +50,7 @@ def loss(
     absent count nowhere. Weights are relative: the loss divides by their sum.
 
     Args:
-      comparisons: [B, K, T]; ``best`` None means answer 0.
+      comparisons: [B, K, T], or packed [B, T]; ``best`` None means answer 0.
       key: of dropout; None turns it off.
 
     Returns:
@@ -45,27 +58,27 @@ def loss(
       and ``reward_model/margin``, the best answer's score minus the highest other, both over rows with at least two
       answers.
     """
-    chex.assert_rank(comparisons.tokens, 3)
-    batch, num_answers, length = comparisons.tokens.shape
-    if comparisons.targets is None and num_answers < 2:
+    scores = answer_scores(score_fn, params, comparisons, key)
+    present = ops.response_sums(jnp.ones_like(comparisons.tokens), comparisons) > 0
+    parts = scores, present, comparisons.best, comparisons.targets, comparisons.weight, comparisons.margin
+    if comparisons.documents is not None:  # [B, C, ...] -> [B * C, ...]
+        parts = jax.tree.map(lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[2:])), parts)
+    scores, present, best, targets, weight, wanted = parts
+    batch, num_answers = scores.shape
+    if targets is None and num_answers < 2:
         raise ValueError(f"a comparison needs at least 2 answers, got tokens {comparisons.tokens.shape} and no targets")
-    tokens, attention_mask = (x.reshape(-1, length) for x in (comparisons.tokens, comparisons.attention_mask))
-    scores = score_fn(params, tokens, attention_mask, key)
-    chex.assert_shape(scores, (batch * num_answers,))
-    scores = scores.reshape(batch, num_answers)
-    present = jnp.any(comparisons.response_mask != 0, axis=2)  # [B, K]
-    weight = jnp.ones(batch) if comparisons.weight is None else jnp.asarray(comparisons.weight, jnp.float32)
+    weight = jnp.ones(batch) if weight is None else jnp.asarray(weight, jnp.float32)
     chex.assert_shape(weight, (batch,))
 
-    if comparisons.targets is not None:
-        errors = losses.regression(jnp.where(present, scores, 0.0), jnp.where(present, comparisons.targets, 0.0))
+    if targets is not None:
+        errors = losses.regression(jnp.where(present, scores, 0.0), jnp.where(present, targets, 0.0))
         mean = losses.weighted_mean(errors, jnp.where(present, weight[:, None], 0.0))
         return mean, {"reward_model/loss": mean}
 
-    best = jnp.zeros(batch, jnp.int32) if comparisons.best is None else jnp.asarray(comparisons.best)
+    best = jnp.zeros(batch, jnp.int32) if best is None else jnp.asarray(best)
     entered = jnp.where(present, scores, -jnp.inf)
     usable = jnp.take_along_axis(present, best[:, None], axis=1)[:, 0]
-    per_row = losses.comparison(entered, best, comparisons.margin, config.centering)
+    per_row = losses.comparison(entered, best, wanted, config.centering)
     mean = losses.weighted_mean(per_row, jnp.where(usable, weight, 0.0))
     is_best = jnp.arange(num_answers)[None, :] == best[:, None]
     others = jnp.max(jnp.where(is_best, -jnp.inf, entered), axis=1)
@@ -80,4 +93,4 @@ def loss(
 
 
 update = batch_updater(loss)
-"""See ``step.batch_updater``; of comparisons [B, K, T]."""
+"""See ``step.batch_updater``; of comparisons [B, K, T], or packed ones."""

@@ -21,6 +21,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback
 
 ABSENT = -1  # in place of a row number: completes the last batch of an epoch and counts in no statistic
+# Answer ``answer`` of data row ``row`` begins in column ``start`` of row ``place`` of the arrays, as text ``number``.
+Place = tuple[int, int, int, int, int]  # row, answer, place, start, number
 
 
 def split(
@@ -95,6 +97,11 @@ class Plan:
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._recent(epoch)[index]
 
+    def extent(self, step: int) -> tuple[int, int]:
+        """Of batch ``step``: the longest text, rounded up, and the sum of all texts."""
+        lengths = np.asarray(self.lengths)[[row for row in self.rows(step) if row != ABSENT]]
+        return int(_round_up(lengths.max(), self.bucket_multiple)), int(lengths.sum())
+
 
 def prompt_rows(n: int, batch_size: int, key: jax.Array, step: int) -> np.ndarray:
     """[batch_size] int64 row numbers of prompt batch ``step``: always full, running on into the next epoch's shuffle.
@@ -130,27 +137,40 @@ def packed_batch(data: EncodedTexts, rows: np.ndarray, width: int, multiple: int
 
     N is what they need, rounded up to a ``multiple``, so that few shapes are compiled and devices have equal parts.
     """
-    present = rows[rows != ABSENT]
-    places = first_fit(data.lengths[present, 0], width)
-    count = _round_up(1 + max((place for _, place, _ in places), default=0), multiple)
-    texts = [(present[text], 0, place, start) for text, place, start in places]
-    return Demonstrations(*_placed(data, texts, (count, width)))
+    texts, held = _packed(data, rows, width, multiple)
+    return Demonstrations(*_placed(data, texts, (len(held), width)))
 
 
-def packing(plan: Plan, width: int, multiple: int) -> tuple[Plan, int, float, float]:
-    """How the texts of a plan are packed into rows of ``width``: the same number a batch, whatever their lengths, and
-    what `packed_batch` rounds N up to: an eighth of what the batches of the first epoch need, a ``multiple``.
+def packed_comparisons(data: EncodedTexts, rows: np.ndarray, width: int, multiple: int = 1) -> Comparisons:
+    """The given comparisons in packed rows [N, width], all K answers of one in the same row, so that rows may be cut
+    over devices and microbatches: answer k of a row's comparison number c is document ``c * K + k + 1``.
+
+    N is as of `packed_batch`; C, which the labels [N, C] have room for, is the same for all batches of as many rows.
+    """
+    texts, held = _packed(data, rows, width, multiple)
+    num_rows, num_answers = len(held), data.lengths.shape[1]
+    numbers = np.tile(np.arange(1, 1 + held[0].size * num_answers, dtype=np.int32), num_rows)
+    labels = _labels_of(data, held) | {"documents": numbers.reshape(num_rows, -1, num_answers)}
+    return Comparisons(*_placed(data, texts, (len(held), width)), **labels)
+
+
+def packing(data: EncodedTexts, rows: np.ndarray, plan: Plan, multiple: int) -> tuple[Plan, int, int, float, float]:
+    """How the training ``rows`` of a plan are packed: as many a batch as before, of any lengths; the width of packed
+    rows, which is the longest of all rows of data, all its answers in it; and what their number is rounded up to: an
+    eighth of what the batches of the first epoch need, a ``multiple``.
 
     Also the share of padding in that epoch without packing and with it.
     """
+    num_answers, totals = data.lengths.shape[1], data.lengths.sum(axis=1)
+    width = min(_round_up(int(totals.max()), plan.bucket_multiple), num_answers * (data.max_length or sys.maxsize))
     mixed = dataclasses.replace(plan, bucket_multiple=width)  # one bucket holds all
-    texts = [[rows[rows != ABSENT] for rows in map(of.rows, range(of.steps_per_epoch))] for of in (plan, mixed)]
-    widths = [min(_round_up(int(plan.lengths[rows].max()), plan.bucket_multiple), width) for rows in texts[0]]
-    needed = np.array([1 + max(row for _, row, _ in first_fit(plan.lengths[rows], width)) for rows in texts[1]])
+    steps = [[of.rows(step) for step in range(of.steps_per_epoch)] for of in (plan, mixed)]
+    padded, packed = ([rows[numbers[numbers != ABSENT]] for numbers in of] for of in steps)
+    widths = [width_of(data, numbers, plan.bucket_multiple) for numbers in padded]
+    needed = np.array([1 + max(row for _, row, _ in first_fit(totals[numbers], width)) for numbers in packed])
     multiple *= max(1, needed.max() // (8 * multiple))
-    before, after = plan.batch_size * sum(widths), width * _round_up(needed, multiple).sum()
-    total = plan.lengths.sum()
-    return mixed, multiple, 1 - total / before, 1 - total / after
+    before, after = plan.batch_size * num_answers * sum(widths), width * _round_up(needed, multiple).sum()
+    return mixed, width, multiple, 1 - totals[rows].sum() / before, 1 - totals[rows].sum() / after
 
 
 def comparison_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 16) -> Comparisons:
@@ -158,10 +178,7 @@ def comparison_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int 
 
     An absent row (-1) or answer is padding with an empty response_mask. ``best`` None means answer 0, the chosen one.
     """
-    best = data.best if data.best.any() and data.targets is None else None
-    weight = data.weight if data.weight.ndim > 1 or (data.weight != 1).any() else None
-    labels = {"best": _labels(best, rows), "targets": _labels(data.targets, rows), "weight": _labels(weight, rows)}
-    return Comparisons(*_padded(data, rows, bucket_multiple), **labels)
+    return Comparisons(*_padded(data, rows, bucket_multiple), **_labels_of(data, rows))
 
 
 def feedback_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 16) -> Feedback:
@@ -176,11 +193,18 @@ def feedback_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 
     return Feedback(tokens, attention_mask, response_mask, desirable, weight)
 
 
+def _labels_of(data: EncodedTexts, rows: np.ndarray) -> dict[str, Any]:
+    """Those of comparisons; None where all have the same."""
+    best = data.best if data.best.any() and data.targets is None else None
+    weight = data.weight if data.weight.ndim > 1 or (data.weight != 1).any() else None
+    return {"best": _labels(best, rows), "targets": _labels(data.targets, rows), "weight": _labels(weight, rows)}
+
+
 def _labels(values: np.ndarray | None, rows: np.ndarray) -> Any:
-    """Those of the given rows, 0 for absent ones."""
+    """Those of the given rows, of any shape; 0 for absent ones."""
     if values is None:
         return None
-    present = (rows != ABSENT).reshape(-1, *[1] * (values.ndim - 1))
+    present = (rows != ABSENT).reshape(*rows.shape, *[1] * (values.ndim - 1))
     return np.where(present, values[rows], np.zeros((), values.dtype))
 
 
@@ -193,7 +217,7 @@ def _padded(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int, least: i
     """[B, K, T] int32, each text a row of its own: tokens and both masks. T is at least ``least``."""
     num_answers = data.lengths.shape[1]
     width = max(width_of(data, rows, bucket_multiple), least)
-    texts = [(row, k, i * num_answers + k, 0) for i, row in enumerate(rows) for k in range(num_answers) if row >= 0]
+    texts = [(row, k, i * num_answers + k, 0, 1) for i, row in enumerate(rows) for k in range(num_answers) if row >= 0]
     arrays = _placed(data, texts, (len(rows) * num_answers, width))
     return tuple(array.reshape(len(rows), num_answers, width) for array in arrays)
 
@@ -204,19 +228,31 @@ def width_of(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int) -> int:
     return min(_round_up(int(longest), bucket_multiple), data.max_length or sys.maxsize)
 
 
-def _placed(data: EncodedTexts, texts: Sequence[tuple[int, int, int, int]], shape: tuple[int, int]) -> tuple[Any, ...]:
-    """NumPy arrays of a shape [N, T], int32 (Any, as the fields they fill are declared for the device): tokens, numbers
-    1, 2, ... of the texts in each row, and response_mask.
+def _packed(data: EncodedTexts, rows: np.ndarray, width: int, multiple: int) -> tuple[list[Place], np.ndarray]:
+    """Where each text of the given rows goes, first-fit by rows, and [N, C] which rows each packed row holds, -1 for
+    none. C is as many as fit of the shortest rows of all, but no more than are given."""
+    present, num_answers = rows[rows != ABSENT], data.lengths.shape[1]
+    places = first_fit(data.lengths[present].sum(axis=1), width)
+    count = _round_up(1 + max((place for _, place, _ in places), default=0), multiple)
+    most = min(int(np.searchsorted(data.shortest, width, side="right")), len(rows))
+    held, texts = np.full((count, most), ABSENT), list[Place]()
+    for i, place, start in places:
+        row, number = present[i], np.count_nonzero(held[place] != ABSENT)
+        held[place, number] = row
+        starts = start + np.cumsum(data.lengths[row]) - data.lengths[row]
+        texts += [(row, k, place, starts[k], number * num_answers + k + 1) for k in range(num_answers)]
+    return texts, held
 
-    texts: (row, answer, place, start): answer number ``answer`` of a data row begins in column ``start`` of row
-    ``place``.
-    """
+
+def _placed(data: EncodedTexts, texts: Sequence[Place], shape: tuple[int, int]) -> tuple[Any, ...]:
+    """NumPy arrays of a shape [N, T], int32 (Any, as the fields they fill are declared for the device): tokens, the
+    number of the text in each column, 0 for none, and response_mask."""
     tokens, documents, responses = np.full(shape, data.pad_id, np.int32), *np.zeros((2, *shape), np.int32)
-    for row, answer, place, start in texts:
+    for row, answer, place, start, number in texts:
         ids = data.tokens[answer][row]
         end = start + len(ids)
         tokens[place, start:end] = ids
-        documents[place, start:end] = documents[place].max() + 1
+        documents[place, start:end] = number
         responses[place, start + data.starts[row, answer] : end] = 1
     return tokens, documents, responses
 

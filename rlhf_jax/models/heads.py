@@ -99,15 +99,20 @@ def score_fn(model: Model) -> ScoreFn:
     Returns:
         ``(params, tokens, attention_mask, key) -> [B]`` float32, ``gain * (w . h + bias) + shift`` with h the hidden
         state at the row's last real token. ``gain`` and ``shift`` get no gradient. A row without a real token scores 0.
+        A further argument ``documents`` [B, n], numbers of packed texts in ``attention_mask``, asks for each text's
+        score [B, n] in place of the row's; 0 where there is no such text.
     """
 
-    def score(params: Params, tokens: Array, attention_mask: Array, key: Array | None = None) -> Array:
-        real = attention_mask != 0
-        columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        last = jnp.max(jnp.where(real, columns, 0), axis=1, keepdims=True)  # [B, 1]
-        scores = _scalar(params, "score", model.hidden(params, tokens, attention_mask, key, last))[:, 0]
+    def score(
+        params: Params, tokens: Array, attention_mask: Array, key: Array | None = None, documents: Array | None = None
+    ) -> Array:
+        mask = attention_mask[:, None]
+        real = mask != 0 if documents is None else mask == documents[..., None]  # [B, n, T]; n = 1 for whole rows
+        last = jnp.max(jnp.where(real, jnp.arange(tokens.shape[1])[None, None], 0), axis=2)  # [B, n]
+        scores = _scalar(params, "score", model.hidden(params, tokens, attention_mask, key, last))
         gain, shift = jax.lax.stop_gradient((params["score"]["gain"], params["score"]["shift"]))
-        return jnp.where(jnp.any(real, axis=1), gain * scores + shift, 0.0)
+        scores = jnp.where(jnp.any(real, axis=2), gain * scores + shift, 0.0)
+        return scores[:, 0] if documents is None else scores
 
     return score
 

@@ -3,6 +3,7 @@
 Its phases are pure functions in ``training.phases``.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -238,6 +239,7 @@ class _Trainer:
             sources=lambda step: [self.parts.prompts.rows[row].source for row in self.rows_of(step).ravel()],
             optimizer=self.settings.optimizer,
             judged_by="max:validation/score",
+            attempt=self.attempt,
         )
 
     def rows_of(self, step: int) -> np.ndarray:
@@ -259,6 +261,18 @@ class _Trainer:
         rollout, metrics = self._rollout(state, step)
         state, learn_metrics = self._learn(state, rollout, update_key, self.functions)
         return state, metrics | learn_metrics
+
+    def attempt(self, state: phases.LoopState) -> phases.LoopState:
+        """One iteration for its memory alone, without what others wrote in Python: reward and environment, filter."""
+        reward, environment = self.parts.reward, self.parts.environment
+        if reward.host is not None:
+            reward = spec.Reward(host=lambda rollout, columns: (np.zeros(len(rollout.tokens)), {}))
+        if environment is not None:
+            environment = environment._replace(fn=lambda conversation, row: None)
+        alone = copy.copy(self)
+        alone.parts = self.parts._replace(reward=reward, environment=environment, enforce=None)
+        rollout, _ = alone._sampled(state, self.rows_of(0)[0], 0)
+        return memory.tried(lambda loop: self._learn(loop, rollout, self.stage.key("update"), self.functions), state)
 
     def _rollout(self, state: phases.LoopState, step: int) -> tuple[Rollout, Metrics]:
         """The scored responses of a step, by dynamic sampling (Yu et al. 2025, DAPO, section 3.2) if the run has it.

@@ -1,5 +1,6 @@
 """Comparisons scored by a reward model or an ensemble: batches, metrics, and texts for samples.jsonl."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import metrics
+from rlhf_jax.algorithms import reward_model
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -19,13 +21,11 @@ def answer_scorer(score_fn: ScoreFn, num_members: int = 1) -> Callable[[Params, 
     """Jitted ``(params, comparisons [B, K, T]) -> scores [B, K]``; of an ensemble's parameters [M, ...] the scores
     [B, K, M]. Arrays of a ``jax.tree_util.Partial`` travel as arguments."""
 
-    def score(score_fn: ScoreFn, params: Params, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        rows = (tokens.shape[0] * tokens.shape[1], tokens.shape[2])
-        return score_fn(params, tokens.reshape(rows), attention_mask.reshape(rows), None).reshape(tokens.shape[:2])
-
     score_fn = score_fn if isinstance(score_fn, jax.tree_util.Partial) else jax.tree_util.Partial(score_fn)
-    each = jax.jit(score if num_members == 1 else jax.vmap(score, in_axes=(None, 0, None, None), out_axes=2))
-    return lambda params, batch: each(score_fn, params, batch.tokens, batch.attention_mask)
+    one = reward_model.answer_scores
+    return functools.partial(
+        jax.jit(one if num_members == 1 else jax.vmap(one, in_axes=(None, 0, None), out_axes=2)), score_fn
+    )
 
 
 def score_rows(

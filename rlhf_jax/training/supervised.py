@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import heapq
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -73,7 +74,8 @@ def policy_task(
     initial_params, key = setting.initial.params, jax.random.fold_in(stage.key("init"), 1)
     start = stage.place(initial.trainable(stage.config.lora, initial_params, key))
     model_fn = models.policy_fn(setting.initial.model)
-    rows = memory.score_rows(stage.config.compute, 2 * setting.batch_size, config)
+    num_rows = setting.batch_size * (1 if stage.config.text.pack else 2)  # a packed row holds both answers of a pair
+    rows = memory.score_rows(stage.config.compute, num_rows, config)
     reference = stage.reference(start, ops.by_rows(model_fn, rows)) if with_reference else None
     if reference is None:
         memory.free(start.loaded)
@@ -123,6 +125,8 @@ def run(
     settings, text = getattr(config, name), config.text
     initial.warn_of_rate(config, name, settings.optimizer)
     sizes = _sizes(name, settings, sharding.num_parts(initial.mesh_of(config)))
+    if text.pack:
+        _check_packing(name, settings)
     kind = KINDS.get(name, "comparisons")
     data = initial.stage_rows(config, kind, settings.data)
     with open_stage(config, name, data.fingerprints, sizes) as stage:
@@ -146,11 +150,19 @@ def run(
             numbers = plan.rows(step)
             return np.where(numbers == batches.ABSENT, numbers, train_rows[numbers])
 
+        def batch_at(step: int) -> Any:
+            return to_arrays(task.train_on or encoded, rows_of(step))
+
         def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-            batch = to_arrays(task.train_on or encoded, rows_of(step))
+            batch = batch_at(step)
             state, metrics = task.update(state, stage.shard(batch), jax.random.fold_in(update_key, step))
             share = {f"{name}/padding": jnp.float32(np.mean(batch.attention_mask == 0))} if text.pack else {}
             return state, metrics | share
+
+        def attempt(state: TrainState) -> TrainState:
+            steps = heapq.nlargest(8, range(plan.steps_per_epoch), plan.extent)
+            largest = max((batch_at(step) for step in steps), key=lambda batch: batch.tokens.size)
+            return memory.tried(lambda state: task.update(state, stage.shard(largest), update_key), state)
 
         num_steps = settings.num_epochs * plan.steps_per_epoch
         optimizer, size = make_optimizer(settings.optimizer, num_steps), settings.batch_size
@@ -165,11 +177,18 @@ def run(
             show=show,
             sources=lambda step: [encoded.sources[row] for row in rows_of(step) if row >= 0],
             optimizer=settings.optimizer,
+            attempt=attempt,
         )
-
         stage.hold({"frozen weights": task.start.base, "reference": None if task.start.base else task.reference})
         state, row = loop.train(stage, _first_state(stage, task), job)
         return stage.finish(language_model, task.start, task.trained(state), row)
+
+
+def _check_packing(name: str, settings: Any) -> None:
+    if name == "kto":
+        raise UserError("text.pack: kto joins each prompt with the next row's answer and cannot pack; leave it out")
+    if name == "sft" and settings.aggregate != "token":
+        raise UserError(f"text.pack: sft.aggregate must be token, got {settings.aggregate}, which speaks of whole rows")
 
 
 def _batching(
@@ -178,18 +197,14 @@ def _batching(
     """Which of the training ``rows`` form each step, and the function that makes arrays of them."""
     settings, text = getattr(config, name), config.text
     plan = batches.Plan(encoded.lengths.max(axis=1)[rows], settings.batch_size, key, text.bucket_multiple)
-    if text.pack and name != "sft":
-        logger.info(f"text.pack: {name} pads its rows; SFT alone packs")
-    if not text.pack or name != "sft":
+    if not text.pack:
         padded = {"sft": batches.demonstration_batch, "kto": batches.feedback_batch}
         return plan, functools.partial(padded.get(name, batches.comparison_batch), bucket_multiple=text.bucket_multiple)
-    if settings.aggregate != "token":
-        raise UserError(f"text.pack: sft.aggregate must be token, got {settings.aggregate}, which speaks of whole rows")
     multiple = sharding.num_parts(initial.mesh_of(config)) * settings.num_microbatches
-    width = batches.width_of(encoded, np.arange(len(encoded)), text.bucket_multiple)
-    plan, multiple, before, after = batches.packing(plan, width, multiple)
+    plan, width, multiple, before, after = batches.packing(encoded, rows, plan, multiple)
     logger.info(f"text.pack: {after:.0%} of rows [{width}] are padding, {before:.0%} of rows that are not packed")
-    return plan, functools.partial(batches.packed_batch, width=width, multiple=multiple)
+    packed = batches.packed_batch if name == "sft" else batches.packed_comparisons
+    return plan, functools.partial(packed, width=width, multiple=multiple)
 
 
 def _first_state(stage: Stage, task: Task) -> TrainState:
