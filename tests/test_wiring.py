@@ -134,6 +134,38 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
     assert f"reward {config.reward[0]}" in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
 
 
+def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(config, monkeypatch):
+    """The reward is a number of the prompt alone, so that nothing is learnt: each response scores as the greedy one."""
+    keys, rollouts, create = [], [], rl._Trainer.__init__
+
+    def init(trainer, *args):
+        create(trainer, *args)
+        respond, greedily, learn = trainer._respond, trainer._respond_greedily, trainer._learn
+
+        def likeliest(state, inputs, key, functions):
+            greedy, same = (greedily(state, inputs, k, functions) for k in (key, jax.random.key(77)))
+            np.testing.assert_array_equal(greedy.tokens, same.tokens)  # needs no key
+            return greedy
+
+        trainer._respond = lambda *inputs: (keys.append(bits(inputs[2])), respond(*inputs))[1]
+        trainer._respond_greedily = likeliest
+        trainer._learn = lambda state, *inputs: (rollouts.append(inputs[0]), learn(state, *inputs))[1]
+
+    monkeypatch.setattr(rl._Trainer, "__init__", init)
+    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0))
+    metrics = training.rl.run(config, vpg, vpg.Config(baseline="greedy")).metrics
+    for rollout in rollouts[1:]:  # the first is the trial of memory, without the reward
+        present = np.any(rollout.response_mask, axis=1)
+        np.testing.assert_array_equal(present, [LETTERS[row] != "a" for row in rollout.row_ids])
+        expected = [ord(LETTERS[row]) for row in rollout.row_ids[present]]
+        np.testing.assert_array_equal(rollout.greedy_rewards[present], expected)
+        np.testing.assert_array_equal(rollout.scores[present], expected)
+    assert (metrics["grad_norm"], metrics["nonfinite"]) == (0, 0)
+    assert metrics["objective/greedy_score"] == metrics["objective/score"]
+    stream = stage.stream(config.seed, "vpg", "rollout")
+    assert keys == [bits(jax.random.fold_in(stream, step)) for step in (0, 0, 1)]
+
+
 def test_a_reward_model_is_normalised_to_mean_0_and_variance_1():
     def score(params, answers):
         return params["score"]["gain"] * answers.tokens.sum(axis=2) + params["score"]["shift"]
