@@ -1,5 +1,6 @@
 """Runs that two processes share: they give one result, can be killed, and end together where one of them fails."""
 
+import functools
 import json
 import os
 import re
@@ -10,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 from test_kills import ROOT, TINY, results
 
@@ -20,9 +23,10 @@ from rlhf_jax.runs import processes
 
 # A function in Python runs in each process on its own rows; which row it is decides the score.
 REWARD = """
-import random
+import random, time
 
 def score(prompts, responses):  # random, but by the run's seed and the step
+    time.sleep(0.1)  # a signal is spread within a second
     return [len(prompt) % 7 - random.random() * len(response) for prompt, response in zip(prompts, responses)]
 """
 
@@ -44,23 +48,37 @@ def launch(command: list, count: int, devices: int, flag: list[str]) -> list[sub
     return [subprocess.Popen([*map(str, command), *last], env=environment, cwd=ROOT, **pipes) for last in own]
 
 
-def start(script: str, folder: Path, count: int, *flags: str) -> list[subprocess.Popen]:
-    """The processes of one run, the first one first, with two devices in all, or one each."""
+def start(script: str, folder: Path, count: int, *flags: str, devices: int | None = None) -> list[subprocess.Popen]:
+    """The processes of one run, the first one first, with so many devices each; None: two in all, or one each."""
     command = [sys.executable, f"experiments/{script}.py", "--config", TINY, "--output-dir", folder, *flags]
-    return launch(command, count, max(2 // count, 1), ["--processes"])
+    return launch(command, count, devices or max(2 // count, 1), ["--processes"])
 
 
 def finish(running: list[subprocess.Popen], code: int = 0) -> list[str]:
-    said = [process.communicate(timeout=300)[0] for process in running]
+    said = [process.communicate(timeout=900)[0] for process in running]
     assert [process.returncode for process in running] == [code] * len(running), said
     return said
 
 
-def kill_last(running: list[subprocess.Popen], metrics: Path, rows: int) -> None:
-    """Kills the last process after some rows; the others notice, say so and end."""
+def wait_for(running: list[subprocess.Popen], metrics: Path, rows: int) -> None:
+    """Returns once so many rows of metrics are written."""
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < rows:
         assert not any(process.poll() for process in running), finish(running)
         time.sleep(0.01)
+
+
+def stop_one(running: list[subprocess.Popen], number: int, metrics: Path, sent: signal.Signals) -> None:
+    """Sends a signal to one process during the run; all save and end, and say how to go on."""
+    wait_for(running, metrics, 3)
+    running[number].send_signal(sent)
+    said = finish(running, 128 + sent)
+    assert all(f"{sent.name}: stopped after step" in text and "--resume" in text for text in said), said
+    assert not (metrics.parent / "model").exists()
+
+
+def kill_last(running: list[subprocess.Popen], metrics: Path, rows: int) -> None:
+    """Kills the last process after some rows; the others notice, say so and end."""
+    wait_for(running, metrics, rows)
     running[-1].send_signal(signal.SIGKILL)
     said = [process.communicate(timeout=processes.HEARTBEAT_SECONDS + 40)[0] for process in running]
     assert all(process.returncode for process in running)
@@ -71,7 +89,7 @@ def kill_last(running: list[subprocess.Popen], metrics: Path, rows: int) -> None
     ("script", "flags", "count"),
     [
         pytest.param("vpg", ["--checkpoint-async"], 2, marks=pytest.mark.soak),
-        pytest.param("sft", ["--mesh.data", "1", "--mesh.fsdp", "2"], 2, marks=pytest.mark.slow, id="sft cut"),
+        pytest.param("sft", ["--mesh.data", "1", "--mesh.fsdp", "2"], 2, marks=pytest.mark.soak, id="sft cut"),
         pytest.param("vpg", [], 4, marks=pytest.mark.soak),
         *(
             pytest.param(script, flags, 2, marks=pytest.mark.soak)
@@ -93,6 +111,29 @@ def test_processes_of_which_one_is_killed_resume_to_the_same_bytes(script, flags
     kill_last(start(script, killed, count, *flags), metrics, 7)
     finish(start(script, killed, count, *flags, "--resume"))
     assert results(killed) == results(whole)
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "number", "sent"),
+    [
+        pytest.param(2, 1, 1, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(2, 2, 1, signal.SIGTERM, marks=pytest.mark.soak),
+        pytest.param(2, 2, 0, signal.SIGINT, marks=pytest.mark.soak),
+        pytest.param(4, 2, 2, signal.SIGTERM, marks=pytest.mark.soak),
+    ],
+)
+def test_a_signal_to_one_process_saves_and_ends_all(count, devices, number, sent, tmp_path):
+    """With exit code 143 or 130, as one process. Then killed with -9 and resumed, the run ends with the same bytes."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    flags = ["--reward", f"{tmp_path / 'reward.py'}:score", "--rl.num-iterations", "30", "--mesh.fsdp", "2"]
+    flags += ["--rl.validation-interval", "30", "--checkpoint-interval", "5"]
+    finish(start("vpg", tmp_path / "whole", count, *flags, devices=devices))
+    again = functools.partial(start, "vpg", tmp_path / "run", count, *flags, devices=devices)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    stop_one(again(), number, metrics, sent)
+    kill_last(again("--resume"), metrics, 25)
+    finish(again("--resume"))
+    assert results(tmp_path / "run") == results(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -146,8 +187,23 @@ def test_a_place_that_is_none(place):
 def test_one_process_is_alone():
     """Work is done here, its errors are its own, and nothing is gathered."""
     assert processes.is_first()
-    assert processes.agree(lambda: 3) == processes.in_first(lambda: 3) == processes.highest(3) == 3
+    assert processes.agree(lambda: 3) == processes.in_first(lambda: 3) == processes.stop_signal([3]) == 3
     with pytest.raises(ZeroDivisionError):
         processes.agree(lambda: 1 // 0)
     rows = np.arange(4)
     assert processes.gather_rows(rows) is rows
+
+
+def test_a_step_without_a_signal_waits_for_no_other_process(monkeypatch):
+    """The processes' signals are compared once, at the step that the preemption service has chosen."""
+    asked, gathered = [], []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or ends)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: gathered.append(own) or [own, others])
+    ends, others = False, 0
+    assert [processes.stop_signal([signal.SIGINT]) for _ in range(2)] == [0, 0]
+    assert (gathered, asked[1] - asked[0]) == ([], 1)
+    ends = True
+    assert processes.stop_signal([]) == signal.SIGTERM  # caught by JAX alone
+    others = signal.SIGINT
+    assert processes.stop_signal([]) == signal.SIGINT

@@ -8,11 +8,13 @@ wait for it for ever; so does the loss of one, within ``HEARTBEAT_SECONDS`` and 
 function here does its work without communication.
 """
 
+import itertools
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +27,7 @@ from rlhf_jax.errors import TrainingFault, UserError
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20  # without a sign of life, after which a process counts as lost and the others end
+_steps = itertools.count(1)  # of all loops of this process, for the preemption service
 
 
 def join(place: str) -> None:
@@ -111,9 +114,21 @@ def in_first(work: Callable[[], T]) -> T:
     return json.loads(_texts(result)[0])
 
 
-def highest(value: int) -> int:
-    """The highest of the processes' values."""
-    return value if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(value))))
+def stop_signal(received: Sequence[int]) -> int:
+    """The signal for which all processes stop after this step, 0: none; every process calls it after every step.
+
+    With several processes JAX's preemption service, which SIGTERM to one of them wakes, spreads the notice and chooses
+    a step that none has reached yet. Before that step no process waits for another.
+
+    Args:
+        received: the signals that Python has caught in this process.
+    """
+    own = max(received, default=0)
+    if jax.process_count() == 1:
+        return own
+    if not multihost_utils.reached_preemption_sync_point(next(_steps)):
+        return 0
+    return int(np.max(multihost_utils.process_allgather(np.int32(own)))) or signal.SIGTERM
 
 
 def _texts(text: str) -> list[str]:

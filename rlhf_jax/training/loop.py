@@ -81,7 +81,7 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
         loop.obey_alerts()
         while loop.going_on:
             loop.step()
-            received = processes.highest(max(stops, default=0))
+            received = processes.stop_signal(stops)
             loop.settle(received)
             if received and loop.going_on:
                 checkpoints.wait()

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+import jax
+
 from rlhf_jax.runs import manifest
 
 
@@ -15,16 +17,21 @@ from rlhf_jax.runs import manifest
 def stop_requests() -> Iterator[list[signal.Signals]]:
     """While open, SIGINT and SIGTERM are added to the list; the same signal again acts as it did before.
 
-    Python hands signals to the main thread alone: elsewhere nothing is caught.
+    With several processes SIGTERM is left to JAX, see ``processes.stop_signal``, and SIGINT raises one. Python hands
+    signals to the main thread alone: elsewhere nothing is caught.
     """
+    is_alone = jax.process_count() == 1
     received: list[signal.Signals] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = (signal.SIGINT, signal.SIGTERM) if is_alone else (signal.SIGINT,)
+    before = {number: signal.getsignal(number) for number in caught}
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
         received.append(signal.Signals(number))
         signal.signal(number, before[received[-1]])
         print(f"{received[-1].name}: stopping after this step", file=sys.stderr, flush=True)
+        if not is_alone:
+            signal.raise_signal(signal.SIGTERM)
 
     numbers = before if threading.current_thread() is threading.main_thread() else ()
     for number in numbers:
