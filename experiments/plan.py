@@ -2,8 +2,8 @@
 
 What lies on a device is exact: shapes, dtypes and shardings are those of a run. What a phase uses on top is XLA's
 ``memory_analysis`` of the run's own programs, compiled for as many fake CPU devices with shapes in place of arrays:
-in float32, since a CPU has no bfloat16 products; where ``compute.dtype`` is another one, what is neither held nor a
-gradient is halved.
+in float32, since a CPU has no bfloat16 products; where ``compute.dtype`` is another one, what is neither held nor of
+the update in float32 (gradients, and as much again while the optimizer runs) is halved.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
         with jax.set_mesh(mesh) if sharding.is_cut(mesh) else contextlib.nullcontext():
             analysis: Any = jitted.lower(*_widened(arguments)).compile().memory_analysis()
         more = analysis.temp_size_in_bytes + max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
-        exact = min(more, parts["gradients"] if phase == "learn" else 0)
+        exact = min(more, 2 * parts["gradients"] if phase == "learn" else 0)
         used[phase] = int(exact + scale * (more - exact))
     return Plan(held, used, parts)
 

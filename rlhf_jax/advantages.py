@@ -99,9 +99,8 @@ def _centred(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.
     chex.assert_rank(scores, 2)
     if jnp.shape(scores)[1] < 2:
         raise ValueError(f"scores: expected groups of at least 2 answers, [N, G] with G > 1, got {jnp.shape(scores)}")
-    mask = jnp.ones(jnp.shape(scores), jnp.bool_) if mask is None else mask
-    chex.assert_equal_shape([scores, mask])
-    present = jnp.asarray(mask) != 0
+    present = jnp.ones(jnp.shape(scores), jnp.bool_) if mask is None else jnp.asarray(mask) != 0
+    chex.assert_equal_shape([scores, present])
     count = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.float32)
     scores = jnp.asarray(scores, jnp.float32)
     # Centred on one of the scores first: the mean of equal numbers is not always that number in floating point.

@@ -82,10 +82,8 @@ def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, axis_name: Axis
     return masked_mean(jnp.square(x - mean), mask, axis, axis_name)
 
 
-def whiten(
-    x: jax.Array, mask: jax.Array, shift_mean: bool = True, axis_name: AxisName | None = None, *, eps: float = 1e-8
-) -> jax.Array:
-    """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + eps)``, 0 elsewhere.
+def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True, axis_name: AxisName | None = None) -> jax.Array:
+    """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + 1e-8)``, 0 elsewhere.
 
     The population variance over all entries, of all devices of ``axis_name`` (lm-human-preferences computes it per
     rank).
@@ -101,7 +99,7 @@ def whiten(
     var = masked_var(x, mask, axis_name=axis_name)
     present = jnp.asarray(mask) != 0
     x = jnp.where(present, jnp.asarray(x, jnp.float32), 0.0)
-    white = (x - mean) * jax.lax.rsqrt(var + eps)
+    white = (x - mean) * jax.lax.rsqrt(var + 1e-8)
     return jnp.where(present, white if shift_mean else white + mean, 0.0)
 
 

@@ -105,6 +105,7 @@ class Rollout:
     advantages: jax.Array | None = None  # [B, T]
     returns: jax.Array | None = None  # [B, T]
     importance_weights: jax.Array | None = None  # [B, T] factor of each token's policy loss; 0 outside the response
+    greedy_rewards: jax.Array | None = None  # [B] of the policy's greedy response to the same prompt, without KL
 
 
 @flax.struct.dataclass
@@ -172,7 +173,8 @@ RewardFn = Callable[[Rollout], Scores]
 AlgorithmConfig = Any
 """Settings of an algorithm: what a run must know of them is ``group_size`` (answers to each prompt, in adjacent rows; 1
 if rows are compared with nothing), ``num_epochs``, ``num_minibatches``, ``num_microbatches``, ``shuffle_blocks`` and
-``kl_in_loss`` (whether the loss reads ``rollout.ref_log_probs``); ``algorithms.policy.Batching`` has it all."""
+``kl_in_loss`` (whether the loss reads ``rollout.ref_log_probs``) and ``baseline`` ("greedy": ``prepare`` reads
+``rollout.greedy_rewards``); ``algorithms.policy.Batching`` has it all."""
 
 
 class Algorithm(Protocol):

@@ -303,14 +303,15 @@ def ppo(params, stopped, batch, config):
     return value + config.value_coef * metrics["value/loss"], metrics
 
 
-def _group_loss(params, stopped, batch, config, estimate):
+def _group_loss(params, stopped, batch, config, estimate, whitened=False):
     mask = batch.response_mask != 0
     if batch.rewards is not None:
         scores = np.array([row[columns(said)].sum() for row, said in zip(batch.rewards, mask, strict=True)])
     else:
         scores = batch.scores
     advantages = estimate(*(x.reshape(-1, config.group_size) for x in (scores, mask.any(axis=1)))).ravel()
-    return _clipped(params, stopped, batch, np.where(mask, advantages[:, None], 0.0), config)
+    advantages = np.where(mask, advantages[:, None], 0.0)
+    return _clipped(params, stopped, batch, whiten(advantages, mask) if whitened else advantages, config)
 
 
 def rloo(params, stopped, batch, config):
@@ -318,7 +319,8 @@ def rloo(params, stopped, batch, config):
         mask = batch.response_mask != 0
         to_go, _ = gae(batch.rewards, np.zeros(mask.shape), mask, 1.0, 1.0)
         return _clipped(params, stopped, batch, whiten(to_go, mask), config)
-    return _group_loss(params, stopped, batch, config, leave_one_out)
+    whitened = config.baseline == "both"
+    return _group_loss(params, stopped, batch, config, leave_one_out, whitened)
 
 
 def grpo(params, stopped, batch, config):

@@ -135,6 +135,7 @@ CASES = {
         scored,
     ),
     "reinforce++": (rloo, rloo.Config(baseline="global", group_size=1, aggregate="token"), dense),
+    "reinforce++ baseline": (rloo, rloo.Config(baseline="both", aggregate="token"), dense),
     "gspo": (grpo, grpo.Config(group_size=4, ratio="sequence", clip_low=3e-4, clip_high=0.3, entropy_coef=0.1), scored),
     "dpo robust": (dpo, dpo.Config(kind="robust", label_smoothing=0.2), partial(PAIRS, best=True, weight=True)),
     "dpo hinge": (dpo, dpo.Config(kind="hinge", beta=0.5), partial(PAIRS, best=True)),

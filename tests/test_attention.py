@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_heads import array_sizes
 
 from rlhf_jax import Demonstrations, TrainState, models, sft
 from rlhf_jax.models import attention
@@ -220,3 +221,27 @@ def test_cudnn_is_lowered_for_cuda(monkeypatch):
     assert asked
     assert set(asked) == {(jnp.dtype("bfloat16"), "cudnn")}
     assert not SCORES.search(text)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_the_first_half_of_the_queries_leaves_out_later_keys(first):
+    """The same values and gradients as with all keys, for fewer scores; of all queries, or of the last ones."""
+    length = 2 * attention.HALF + 5
+    query, key, value = inputs(length)
+    documents = jnp.ones((2, length), jnp.int32).at[1, :9].set(0)  # the second row begins with pads
+    seen = attention.seen_in_text(documents)
+    seen = seen._replace(slots=seen.slots[:, first:], documents=documents[:, first:])
+
+    def compute(told):
+        def weighted(query, key, value):
+            mixed = attention.attention(query, key, value, seen, 0.5, first=told)
+            return jnp.sum(jnp.sin(mixed) * (seen.documents != 0)[:, None, None, :, None])
+
+        program = jax.value_and_grad(weighted, argnums=(0, 1, 2))
+        return program(*arrays), max(array_sizes(jax.make_jaxpr(program)(*arrays).jaxpr))
+
+    arrays = (query[:, :, :, first:], key, value)
+    (got, fewer), (want, all_scores) = compute(first), compute(None)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert fewer < 0.6 * all_scores

@@ -113,8 +113,9 @@ def test_what_the_package_reports_can_be_silenced(capsys):
     cli.attach_console()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_doctor_runs_every_phase_and_passes_here(capsys):
+    """On four devices; on one it is among README's commands, which test_docs.py runs."""
     assert cli.run(["doctor"]) == 0
     said = capsys.readouterr().out
     assert all(phase in said for phase in ("versions", "device 3", *doctor.STEPS, "checkpoint"))

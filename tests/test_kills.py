@@ -60,18 +60,12 @@ class Instant(NamedTuple):
     seconds: float
 
 
-def start(script: str, folder: Path, cache: Path | None = None, *flags: str) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | ({"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {})
+def start(script: str, folder: Path, *flags: str, **environment: str) -> subprocess.Popen:
     command = [sys.executable, ROOT / "experiments" / f"{script}.py", "--config", TINY, "--output-dir", folder]
     resume = ["--resume"] if folder.exists() else []
-    return subprocess.Popen(
-        [*map(str, command), *resume, *flags],
-        env=environment,
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.Popen([*map(str, command), *resume, *flags], env=environment, **options)
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -79,11 +73,12 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, said
 
 
-def kill_at(instant: Instant, script: str, folder: Path, cache: Path, *flags: str) -> bool:
+def kill_at(instant: Instant, script: str, folder: Path, *flags: str) -> bool:
     """Starts or resumes a run and kills it; False if it was done before."""
     metrics = folder / "metrics.jsonl"
     before = metrics.stat().st_ino if metrics.exists() else None
-    process = start(script, folder, cache, *flags)
+    # It reads compiled programs and writes none, of which it would leave half.
+    process = start(script, folder, *flags, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9")
 
     def reached() -> bool:
         # A process replaces the file when it takes it over.
@@ -130,8 +125,8 @@ def test_runs_killed_at_random_times_end_with_the_same_bytes(tmp_path):
     for name, instants in plans.items():
         folder = tmp_path / name
         for instant in instants:
-            assert kill_at(instant, "ppo", folder, tmp_path / "xla", *flags[name]), f"the run was faster than {instant}"
-        finish(start("ppo", folder, tmp_path / "xla", *flags[name]))
+            assert kill_at(instant, "ppo", folder, *flags[name]), f"the run was faster than {instant}"
+        finish(start("ppo", folder, *flags[name]))
         assert results(folder) == expected, plans
         assert steps_of(folder) == list(range(11)), plans
 
@@ -146,9 +141,9 @@ def test_every_script_killed_until_done(script, tmp_path):
     rng = np.random.default_rng()
     kills = 0
     folder = tmp_path / "killed"
-    while kills < 10 and kill_at(Instant(0, rng.uniform(0, duration)), script, folder, tmp_path / "xla"):
+    while kills < 10 and kill_at(Instant(0, rng.uniform(0, duration)), script, folder):
         kills += 1
-    finish(start(script, folder, tmp_path / "xla"))
+    finish(start(script, folder))
     assert results(folder) == results(tmp_path / "undisturbed")
     print(f"{script}: {kills} kills")
 
@@ -213,13 +208,7 @@ def test_damage_to_any_file_never_goes_unnoticed_where_it_matters(flips, tmp_pat
 def test_every_row_of_the_table_of_faults_names_tests_that_exist():
     lines = (ROOT / "docs" / "reliability.md").read_text("utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
-    assert [cell.strip("| ") for cell in rows[0]] == [
-        "fault",
-        "how injected",
-        "how many times",
-        "what happened",
-        "test",
-    ]
+    assert [c.strip("| ") for c in rows[0]] == ["fault", "how injected", "how many times", "what happened", "test"]
     assert len(rows) > 12
     for row in rows[2:]:
         assert len(row) == 5, row

@@ -12,8 +12,11 @@ import tiny_language as tiny
 from jax.tree_util import Partial
 from tiny_language import adam, repeat
 
-from rlhf_jax import rewards
+from rlhf_jax import rewards, rollout
 from rlhf_jax.algorithms import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
+from rlhf_jax.config import RLStage
+from rlhf_jax.sampling import SamplingConfig
+from rlhf_jax.training import phases
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback, TrainState
 
 KEY = jax.random.key(7)
@@ -29,17 +32,48 @@ def unscaled(probs):
     return 0.5 * leave_one_out(probs)
 
 
-def scaled(probs):
+def scaled(probs, rewards=tiny.REWARDS):
     """(r - s) / 2 over the pair's standard deviation |r - s| / sqrt 2, which is +-1 / sqrt 2: how often r wins."""
-    difference = tiny.REWARDS[:, None] - tiny.REWARDS[None, :]
+    difference = rewards[:, None] - rewards[None, :]
     return (0.5 * difference / (np.abs(difference) / np.sqrt(2.0) + 1e-4)) @ probs
 
 
-def with_kl_in_loss(algorithm, advantage, estimator, coef, by_row=False, **fields):
+def each_token(probs):
+    return np.ones(121)
+
+
+def by_row(probs):
+    return 1.0 / tiny.LENGTHS
+
+
+def with_kl_in_loss(algorithm, advantage, estimator, coef, weight=each_token, **fields):
     """Algorithm, config, coefficient of k1 in the reward, and the optimum for ``factor`` times the coefficient."""
     config = algorithm.Config(group_size=2, kl_loss_coef=coef, kl_loss_estimator=estimator, **fields)
-    weight = 1.0 / tiny.LENGTHS if by_row else np.ones(121)
     return algorithm, config, 0.0, lambda factor: tiny.fixed_point(advantage, factor * coef, estimator, weight)
+
+
+def gspo(coef):
+    """GSPO on samples of the reference, as those of a late minibatch are an earlier policy's. A response's ratio is
+    (pi / ref)^(1/n), which is (ref / pi)^(1 - 1/n) times what its probability changed by; its tokens count 1/n."""
+
+    def weight(probs):
+        return (tiny.REF / probs) ** (1.0 - 1.0 / tiny.LENGTHS) / tiny.LENGTHS
+
+    bounds = {"clip_low": 1.0, "clip_high": 1e3}  # none is reached
+    return with_kl_in_loss(grpo, lambda probs: scaled(tiny.REF), "k3", coef, weight, ratio="sequence", **bounds)
+
+
+# The four tokens of a cut response cost 1, three of them a half: DAPO's eq. 13 with L_max 4 and L_cache 2.
+DAPO = RLStage(overlong_buffer=2, max_new_tokens=tiny.STEPS, dynamic_sampling=1)
+OVERLONG = tiny.REWARDS - np.array([0.0, 0.0, 0.0, 0.5, 1.0])[tiny.LENGTHS]
+
+
+def dapo(coef):
+    """Pairs of equal answers, which are drawn again, teach nothing: of a response's pairs p(y) are such. Its KL is
+    counted in the others alone, and so is its advantage, which has no share of them."""
+    advantage = lambda probs: scaled(probs, OVERLONG) / (1.0 - probs)  # noqa: E731
+    rules = {"aggregate": "token", "clip_low": 0.2, "clip_high": 0.28}
+    return with_kl_in_loss(grpo, advantage, "k3", coef, lambda probs: 1.0 - probs, **rules)
 
 
 def with_kl_in_reward(algorithm, config, coef=0.5):
@@ -51,11 +85,13 @@ GROUPS = {
     "rloo": with_kl_in_reward(rloo, rloo.Config(group_size=2)),
     "rloo_k2": with_kl_in_loss(rloo, leave_one_out, "k2", 0.5),
     "cispo_k2": with_kl_in_loss(rloo, leave_one_out, "k2", 0.5, surrogate="cispo", clip_low=1.0, clip_high=4.0),
-    "grpo_k2": with_kl_in_loss(grpo, unscaled, "k2", 0.2, by_row=True, scale=False),
-    "grpo_k3": with_kl_in_loss(grpo, unscaled, "k3", 0.2, by_row=True, scale=False),
+    "grpo_k2": with_kl_in_loss(grpo, unscaled, "k2", 0.2, by_row, scale=False),
+    "grpo_k3": with_kl_in_loss(grpo, unscaled, "k3", 0.2, by_row, scale=False),
     "dr_grpo_k2": with_kl_in_loss(grpo, unscaled, "k2", 0.2, **DR_GRPO),
     "dr_grpo_k3": with_kl_in_loss(grpo, unscaled, "k3", 0.2, **DR_GRPO),
-    "grpo_scaled": with_kl_in_loss(grpo, scaled, "k3", 0.2, by_row=True),
+    "grpo_scaled": with_kl_in_loss(grpo, scaled, "k3", 0.2, by_row),
+    "gspo": gspo(0.4),
+    "dapo": dapo(0.2),
 }
 
 
@@ -64,8 +100,16 @@ def optimum_of(name, factor=1):
     return LEARNERS[name][3](factor)
 
 
-def shaped(batch, kl_coef):
+def shaped(name, batch, kl_coef):
+    if name == "dapo":
+        batch = phases._judged_by_end(batch, recipe("dapo"))
     return batch.replace(rewards=rewards.kl_shaped(batch, kl_coef)) if kl_coef else batch
+
+
+def recipe(name):
+    """What the phases of a run of DAPO need to know."""
+    samples = SamplingConfig(max_new_tokens=tiny.STEPS, eos_id=tiny.EOS, pad_id=tiny.PAD)
+    return phases.Recipe(None, samples, *LEARNERS[name][:2], None, DAPO)
 
 
 @pytest.mark.parametrize(
@@ -75,10 +119,14 @@ def test_expected_gradient_vanishes_at_the_optimum(name):
     """All 121 x 121 groups of two answers, each with its probability: no samples, no steps."""
     algorithm, config, kl_coef, _ = GROUPS[name]
     pairs = np.stack(np.indices((121, 121)), axis=-1).reshape(-1, 2)
+    if name == "dapo":
+        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
 
     @jax.jit
     def gradient(params, probs, listed, pairs):
-        batch = shaped(tiny.every_response(params, listed), kl_coef)
+        sampler = params if name != "gspo" else tiny.params()
+        probs = probs if name != "gspo" else jnp.asarray(tiny.REF, jnp.float32)
+        batch = shaped(name, tiny.every_response(sampler, listed), kl_coef)
 
         def expected(params):
             output = tiny.policy_fn(params, listed.tokens, listed.attention_mask, None)
@@ -87,7 +135,7 @@ def test_expected_gradient_vanishes_at_the_optimum(name):
                 group, of_pair = jax.tree.map(lambda x: jnp.asarray(x)[pair], (batch, output))
                 group = algorithm.prepare(group, config=config)
                 loss, _ = algorithm.loss(params, group, KEY, policy_fn=lambda *args: of_pair, config=config)
-                return loss.value
+                return loss.total  # in a large batch its count is that of the mean group
 
             return jnp.sum(jnp.prod(probs[pairs], axis=1) * jax.vmap(loss)(pairs))
 
@@ -108,18 +156,30 @@ def test_expected_gradient_vanishes_at_the_optimum(name):
 
 LEARNERS = {"vpg": with_kl_in_reward(vpg, vpg.Config()), "ppo": with_kl_in_reward(ppo, ppo.Config()), **GROUPS}
 LEARNERS["reinforce_pp"] = with_kl_in_reward(rloo, rloo.Config(baseline="global", group_size=1))
-LEARNERS["remax"] = with_kl_in_reward(vpg, vpg.Config(baseline="none"))  # see train
+LEARNERS["reinforce_pp_baseline"] = with_kl_in_reward(rloo, rloo.Config(baseline="both", group_size=2))
+LEARNERS["remax"] = with_kl_in_reward(vpg, vpg.Config(baseline="greedy"))
+LEARNERS["other_engine"] = with_kl_in_reward(rloo, rloo.Config(group_size=2))  # see train
 
 
-def train(algorithm, config, kl_coef, num_steps, rows):
+def train(name, algorithm, config, kl_coef, num_steps, rows):
     optimizer = adam(num_steps)
 
+    def sample(params, uniform):
+        if name == "gspo":  # always of the policy at the start
+            return tiny.draw(tiny.params(), uniform)
+        if name == "other_engine":  # which draws at a higher temperature
+            drawn = tiny.draw({**params, "logits": 0.8 * params["logits"]}, uniform)
+            weights = {"importance_cap": np.inf, "importance_sampling": "sequence_truncate"}
+            reference = Partial(tiny.policy_fn, tiny.params())
+            return rollout.rescore(drawn, params, policy_fn=tiny.policy_fn, ref_fn=reference, **weights)
+        if name == "dapo":  # groups that score alike are replaced
+            kept, fresh = (tiny.draw(params, half) for half in jnp.split(uniform, 2))
+            return phases.refill(kept, fresh, recipe=recipe(name))
+        likeliest = jnp.asarray(tiny.REWARDS, jnp.float32)[tiny.greedy(params)]
+        return tiny.draw(params, uniform).replace(greedy_rewards=jnp.full(rows, likeliest))
+
     def iteration(state, uniform):
-        batch = tiny.draw(state.params, uniform)
-        if config == vpg.Config(baseline="none"):
-            likeliest = jnp.argmax(jnp.sum(tiny.every_response(state.params).log_probs, axis=1))
-            batch = batch.replace(scores=batch.scores - jnp.asarray(tiny.REWARDS, jnp.float32)[likeliest])
-        batch = shaped(batch, kl_coef)
+        batch = shaped(name, sample(state.params, uniform), kl_coef)
         return algorithm.update(state, batch, KEY, policy_fn=tiny.policy_fn, optimizer=optimizer, config=config)
 
     uniform = np.random.default_rng(3).random((num_steps // config.num_epochs, rows), np.float32)
@@ -138,7 +198,7 @@ def train(algorithm, config, kl_coef, num_steps, rows):
 )
 def test_learning_from_samples_reaches_the_optimum(name, num_steps, rows, near):
     algorithm, config, kl_coef, _ = LEARNERS[name]
-    learnt = train(algorithm, config, kl_coef, num_steps, rows)
+    learnt = train(name, algorithm, config, kl_coef, num_steps, rows)
     assert tiny.distance(learnt, optimum_of(name)) < near
     assert tiny.distance(learnt, optimum_of(name, 2)) > 0.1
 

@@ -1,17 +1,20 @@
 """Out of memory is answered with what lies on each device and what would help, whenever it comes."""
 
+import functools
 import itertools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rlhf_jax import models, ops, rollout, training, types
-from rlhf_jax.algorithms import ppo, sft
-from rlhf_jax.config import Compute, LoRA, Network, RunConfig, Tokenizer
-from rlhf_jax.errors import TrainingFault
+from rlhf_jax.algorithms import kto, ppo, sft
+from rlhf_jax.algorithms.step import gradient_step
+from rlhf_jax.config import Compute, KTOStage, LoRA, Network, RLStage, RunConfig, SFTStage, Tokenizer
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.training import memory
 from rlhf_jax.training.stage import open_stage
 
@@ -81,6 +84,67 @@ def test_a_model_that_cannot_be_placed_is_the_same_sentence(run, tmp_path):
     )
     with pytest.raises(TrainingFault, match=r"out of memory\. What helps most: (.|\n)*RESOURCE_EXHAUSTED"):
         run(config)
+
+
+TINY = {"network": Network(max_length=32, hidden_size=8, num_heads=1, num_layers=1), "reward": ("length",)}
+TINY["tokenizer"] = Tokenizer(kind="characters")
+
+
+@pytest.mark.usefixtures("no_pages")
+@pytest.mark.parametrize("name", ["sft", "kto", "ppo"])
+def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypatch):
+    """The batch that does not fit is one of many; neither reward nor environment is asked before."""
+    texts = [{"prompt": "ab", "response": "a" * n, "desirable": True} for n in (1, 2, 3, 4, 20)]
+    (tmp_path / "rows.json").write_text(json.dumps(texts), "utf-8")
+    never = "def environment(conversation, row): raise AssertionError"
+    (tmp_path / "never.py").write_text(f"{never}\n{never.replace('environment', 'reward')}", "utf-8")
+    algorithm, widths = {"sft": sft, "kto": kto, "ppo": ppo}[name], []
+    update = algorithm.update
+
+    def limited(state, batch, *args, **options):
+        widths.append(batch.tokens.shape[1])
+        if widths[-1] > 20:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+        return update(state, batch, *args, **options)
+
+    monkeypatch.setattr(algorithm, "update", limited)
+    short = {"batch_size": 4, "validation_fraction": 0.0}
+    config = RunConfig(
+        data=(str(tmp_path / "rows.json"),),
+        output_dir=str(tmp_path / "run"),
+        sft=SFTStage(**short),
+        kto=KTOStage(**short),
+        rl=RLStage(num_iterations=1, max_new_tokens=24, environment=f"{tmp_path / 'never.py'}:environment", **short),
+        **TINY | {"reward": (f"{tmp_path / 'never.py'}:reward",)},
+    )
+    with pytest.raises(TrainingFault, match=rf"{name}: out of memory\. On each device lie .* MiB of trained"):
+        training.rl.run(config, ppo) if name == "ppo" else getattr(training, name).run(config)
+    assert len(widths) == 1
+    assert not any((tmp_path / "run" / "checkpoints").glob("*"))
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text("utf-8")
+
+
+def updated(state, batch, optimizer):
+    """An update of a line through 0 and a head, as the stages make theirs."""
+
+    def loss(params, batch):
+        error = jnp.square(params["body"]["w"] * batch - params["value"]["b"])
+        return types.Mean(jnp.sum(error), batch.size), {}
+
+    return gradient_step(loss, state, optimizer, batch=batch)
+
+
+def test_an_update_that_is_tried_leaves_the_state_as_it_was():
+    """Weights decay and moments would change it; the state is donated."""
+    params, optimizer = {"body": {"w": jnp.float32([2.0])}, "value": {"b": jnp.float32(1.0)}}, optax.adamw(0.1)
+    compiled = jax.jit(functools.partial(updated, optimizer=optimizer), donate_argnums=0)
+    state, _ = compiled(types.TrainState.create(params, optimizer), jnp.ones(3))
+    before = jax.device_get(state)
+    after = memory.tried(lambda state: compiled(state, jnp.ones(3)), state)
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    with pytest.raises(UserError, match="an update whose loss was NaN was applied"):
+        memory.tried(lambda state: (state, {"nonfinite": jnp.float32(0)}), after)
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL"), ValueError("x"), PermissionError(13, "")])

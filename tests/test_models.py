@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from rlhf_jax import models, sampling
-from rlhf_jax.models import attention, decoder, stack
+from rlhf_jax.models import attention, decoder, gpt2, stack
 
 CONFIG = models.GPT2Config(vocab_size=13, max_length=10, hidden_size=8, num_layers=2, num_heads=2)
 LLAMA3 = models.RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
@@ -434,3 +434,23 @@ def test_columns_that_are_read_are_those_of_all(config, changes):
     program = str(jax.make_jaxpr(lambda params: hidden(params, tokens, mask, None, slice(2, 5)))(params))
     width = config.intermediate_size or 4 * config.hidden_size
     assert (f"f32[3,3,{width}]" in program) == ("scan_layers" not in changes)  # the last MLP runs where it is read
+
+
+@pytest.mark.parametrize("rows", [6, 7])  # an even number is taken in halves
+def test_the_gradients_written_out_are_the_derived_ones(rows):
+    x, kernel, scale, bias, cotangent = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(jax.random.split(jax.random.key(0), 5), ((rows, 8), (8, 4), 8, 8, (rows, 4)), strict=True)
+    )
+
+    def ours(x, kernel, scale, bias):
+        return jnp.sum(stack.product(gpt2.layer_norm(x, scale, bias, 1e-5), kernel) * cotangent)
+
+    def derived(x, kernel, scale, bias):
+        centred = x - x.mean(1, keepdims=True)
+        normed = centred / jnp.sqrt((centred**2).mean(1, keepdims=True) + 1e-5)
+        return jnp.sum((normed * scale[None] + bias[None]) @ kernel * cotangent)
+
+    got, want = (jax.value_and_grad(f, argnums=(0, 1, 2, 3))(x, kernel, scale, bias) for f in (ours, derived))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -42,7 +42,6 @@ def text_file(path, length):
 def execute(tmp_path, monkeypatch):
     """Runs a notebook in a kernel of this interpreter, in ``tmp_path``, on the CPU; returns what it printed."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles in half the time
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 

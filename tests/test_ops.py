@@ -29,7 +29,7 @@ def test_whiten_by_hand():
     np.testing.assert_allclose(ops.whiten(x, mask), [[-1.0, 1.0, 0.0]], atol=1e-6)
     np.testing.assert_allclose(ops.whiten(x, mask, shift_mean=False), [[1.0, 3.0, 0.0]], atol=1e-6)
     np.testing.assert_allclose(ops.whiten(3 * x, mask, shift_mean=False), [[5.0, 7.0, 0.0]], atol=1e-6)
-    np.testing.assert_allclose(ops.whiten(x, mask, eps=3.0), [[-0.5, 0.5, 0.0]], atol=1e-6)
+    np.testing.assert_allclose(ops.whiten(1e-4 * x, mask), [[-0.70711, 0.70711, 0.0]], atol=1e-5)  # var is 1e-8
 
 
 def test_shape_mistakes_say_what_was_expected():

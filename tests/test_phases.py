@@ -70,6 +70,31 @@ def test_one_jit_and_three_jits_give_identical_parameters():
     assert jnp.any(before != after)
 
 
+def test_the_greedy_response_is_the_baseline():
+    """The score counts token 5: that of the greedy responses, after the rule for missing EOS, and without KL."""
+    step = jitted(phases.iteration, vpg, RLStage(missing_eos_penalty=0.5), vpg.Config(baseline="greedy"))
+    loop, likeliest = start(vpg), dataclasses.replace(SAMPLING, temperature=0.0)
+    _, rollout, metrics = step(loop, prompts(), *jax.random.split(jax.random.key(5)), functions())
+    generate = jax.jit(functools.partial(sampling.generate, MODEL, config=likeliest))
+    greedy = generate(loop.train.params, prompts().tokens, prompts().attention_mask, jax.random.key(6))
+    said = np.where(greedy.response_mask, greedy.tokens, 0)
+    counts, ended = np.sum(said == 5, axis=1), np.any(said == 1, axis=1)
+    assert len(set(counts)) > 1
+    np.testing.assert_allclose(rollout.greedy_rewards, counts - 0.5 * ~ended)
+    assert metrics["objective/greedy_score"] == pytest.approx(counts.mean())
+    assert not np.array_equal(rollout.tokens, greedy.tokens)
+
+
+def test_a_row_without_a_greedy_score_is_absent():
+    scores = jnp.array([1.0, 2.0])
+    rollout, greedy = made_rollout(scores=scores), made_rollout(scores=scores + 5)
+    greedy = greedy.replace(response_mask=greedy.response_mask.at[0].set(0))
+    joined = phases.with_greedy(rollout, greedy, recipe=recipe(RLStage(missing_eos_score=-1.0)))
+    np.testing.assert_array_equal(joined.response_mask, [[0, 0, 0, 0], [0, 0, 1, 1]])
+    assert joined.greedy_rewards[1] == 7
+    np.testing.assert_array_equal(joined.scores, scores)
+
+
 def test_kl_coefficient_follows_the_kl():
     """Ziegler et al. 2019: with n = horizon the coefficient moves by at most a fifth of itself."""
     config = RLStage(kl_target=1e-3, kl_horizon=ROWS)

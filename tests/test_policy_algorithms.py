@@ -62,6 +62,11 @@ def test_vpg_by_hand():
     plain = vpg.prepare(batch, config=vpg.Config(baseline="none"))
     np.testing.assert_allclose(plain.advantages, mask * jnp.array([[8.0], [12.0], [0.0]]), rtol=1e-6)
     assert vpg.prepare(prepared, config=vpg.Config()) is prepared
+    remax = batch.replace(greedy_rewards=jnp.array([5.0, 20.0, 1.0]))
+    greedy = vpg.prepare(remax, config=vpg.Config(baseline="greedy"))
+    np.testing.assert_allclose(greedy.advantages, mask * jnp.array([[3.0], [-8.0], [0.0]]), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"rollout\.greedy_rewards \[B\] is needed"):
+        vpg.prepare(batch, config=vpg.Config(baseline="greedy"))
 
     params = {"logits": jnp.zeros((2, 2)), "values": jnp.zeros(2)}
     update = jax.jit(updater(vpg))
@@ -79,8 +84,22 @@ def test_vpg_by_hand():
     assert given.baseline == 1.0
     simple, _ = update(TrainState.create(state.params, SGD), prepared, KEY)
     assert_close(simple.params, given.params)
+    after, metrics = updater(vpg, baseline="greedy")(vpg.State.create(params, SGD), remax, KEY)
+    np.testing.assert_allclose(metrics["loss"], (3 * 2 - 8) / 2 * np.log(2.0), rtol=1e-6)
+    assert after.baseline == 0
     with pytest.raises(ValueError, match=r"vpg\.State"):
         updater(vpg)(TrainState.create(params, SGD), batch, KEY)
+
+
+def test_reinforce_pp_with_a_group_baseline_by_hand():
+    """Rewards less their group's mean are -1, 1, -2 and 2 (and 0 of a group with one answer); over the six tokens their
+    mean is 1 / 6 and their variance 11 / 6 - 1 / 36. Whatever reward a group's answers share changes nothing."""
+    lengths = jnp.array([1, 2, 1, 1, 1, 0])
+    mask = jnp.arange(3)[None, :] < lengths[:, None]
+    batch = Rollout(*[mask.astype(jnp.int32)] * 4, scores=jnp.array([1.0, 3.0, 10.0, 14.0, 7.0, jnp.nan]))
+    prepared = rloo.prepare(batch, config=rloo.Config(baseline="both", group_size=2))
+    expected = (np.array([-1.0, 1.0, -2.0, 2.0, 0.0, 0.0]) - 1 / 6) / np.sqrt(11 / 6 - 1 / 36)
+    np.testing.assert_allclose(prepared.advantages, np.where(mask, expected[:, None], 0.0), rtol=1e-5, atol=1e-6)
 
 
 def test_groups_do_not_cross_devices():

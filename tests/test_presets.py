@@ -10,12 +10,13 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 from test_reward_functions import Checker
 from test_size import code_lines
 from test_training import data  # noqa: F401 (fixture)
 
 from rlhf_jax import training
-from rlhf_jax.algorithms import dpo, grpo, ppo, rloo
+from rlhf_jax.algorithms import dpo, grpo, ppo, rloo, vpg
 from rlhf_jax.config import DPOStage, RunConfig, parse
 from rlhf_jax.rewards import verifiable
 from rlhf_jax.training import supervised
@@ -33,12 +34,33 @@ SAYS = {
     "grpo": "grpo group_size=64 kl_loss_coef=0.04 kl_loss_estimator=k3 aggregate=sequence",
     "gspo": "grpo ratio=sequence clip_low=0.0003 clip_high=0.0004 num_minibatches=4",
     "ipo": "dpo kind=ipo beta=0.1",
-    "kto": "kto beta=0.1 batch_size=32",
-    "orpo": "dpo kind=orpo beta=0.1 needs_reference=False",
+    "kto": "kto beta=0.1 desirable_weight=1.0 undesirable_weight=1.0 batch_size=32",
+    "orpo": "dpo kind=orpo beta=0.1 needs_reference=False batch_size=32",
     "ppo": "ppo num_epochs=4 value_clip=0.2 gae_lambda=0.95",
-    "reinforce_pp": "rloo baseline=global group_size=1 aggregate=token",
-    "rloo": "rloo group_size=4 baseline=group aggregate=sum",
-    "simpo": "dpo kind=simpo beta=2.0 gamma=1.0 needs_reference=False",
+    "reinforce_pp": "rloo baseline=global group_size=1 num_minibatches=8 aggregate=sequence kl_in_loss=False",
+    "reinforce_pp_baseline": "rloo baseline=both group_size=8 kl_loss_coef=0.001 kl_loss_estimator=k2",
+    "remax": "vpg baseline=greedy aggregate=token",
+    "rloo": "rloo group_size=4 baseline=group num_minibatches=2 aggregate=sum",
+    "simpo": "dpo kind=simpo beta=2.0 gamma=1.0 needs_reference=False batch_size=128",
+}
+# Learning rate and, of RL, the coefficient of the KL in the reward. None: not in the preset.
+RATES = {
+    "cispo": (None, None),
+    "dapo": (1e-6, None),
+    "dpo": (1e-6,),
+    "dpo_by_length": (5e-7,),
+    "dr_grpo": (1e-6, None),
+    "grpo": (1e-6, None),
+    "gspo": (None, None),
+    "ipo": (None,),
+    "kto": (5e-6,),
+    "orpo": (5e-6,),
+    "ppo": (1e-5, 0.15),
+    "reinforce_pp": (5e-7, 1e-4),
+    "reinforce_pp_baseline": (5e-7, 0.0),
+    "remax": (1e-6, 0.05),
+    "rloo": (1e-6, 0.03),
+    "simpo": (6e-7,),
 }
 SMALL = "--network.hidden-size 8 --network.num-layers 1 --network.num-heads 1 --network.max-length 128 "
 SMALL += "--tokenizer.vocab-size 300 --text.bucket-multiple 128 --device None --rl.num-iterations 1 "
@@ -55,8 +77,11 @@ def test_a_preset_is_its_paper_and_combines_with_another_config(name):
     assert config.network == parse(RunConfig, ["--config", "tiny"]).network
     comment = (ROOT / "configs" / "algorithms" / f"{name}.yaml").read_text("utf-8").replace("\n# ", " ")
     assert re.search(r"arXiv \d{4}\.\d{5}", comment)
-    stage = section if section in ("dpo", "kto", "ppo") else next(s for s in ("rloo", "grpo") if s == section)
-    assert f"rlhf-jax {stage} --config tiny {name}" in comment
+    assert f"rlhf-jax {section} --config tiny {name}" in comment
+    values = yaml.safe_load((ROOT / "configs" / "algorithms" / f"{name}.yaml").read_text("utf-8"))
+    trained = values.get("rl", {}) if section in ("grpo", "ppo", "rloo", "vpg") else values[section]
+    rates = (trained.get("optimizer", {}).get("learning_rate"), trained.get("kl_coef"))
+    assert rates[: len(RATES[name])] == RATES[name]
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "simpo", "orpo"])
@@ -71,8 +96,7 @@ def flags(name, section, folder):
     argv = ["--config", "tiny", name, *SMALL.split(), "--data", folder, "--output-dir", f"{folder}/{name}"]
     if section in ("dpo", "kto"):
         return [*argv, *f"--{section}.batch-size 64 --{section}.validation-fraction 0".split()]
-    group = 4 if section in ("rloo", "grpo") and name != "reinforce_pp" else 1
-    many = [f"--{section}.group-size", str(group)] if section != "ppo" else []
+    many = [f"--{section}.group-size", "4"] if section in ("rloo", "grpo") and name != "reinforce_pp" else []
     return [*argv, *many, "--rl.batch-size", "64" if name == "dapo" else "16"]
 
 
@@ -85,14 +109,14 @@ def test_a_preset_starts(name, data, monkeypatch):  # noqa: F811
     reference = Stage.reference
     monkeypatch.setattr(Stage, "reference", lambda *args: copies.append(reference(*args)) or copies[-1])
     config = parse(RunConfig, [*flags(name, section, data), "--overwrite"])
-    module = {"ppo": ppo, "rloo": rloo, "grpo": grpo}.get(section)
+    module = {"ppo": ppo, "rloo": rloo, "grpo": grpo, "vpg": vpg}.get(section)
     if module is None:
         last = getattr(training, section).run(config).metrics
         assert last[f"{section}/loss"] > 0
         assert len(copies) == (name not in ("simpo", "orpo"))
     else:
         last = training.rl.run(config, module).metrics
-        assert "policy/loss" in last
+        assert ("policy/loss" in last, "objective/greedy_score" in last) == (True, name == "remax")
     assert last["nonfinite"] == 0
 
 
@@ -101,7 +125,7 @@ def test_the_table_of_methods_is_true():
     table = (ROOT / "docs" / "algorithms" / "methods.md").read_text("utf-8")
     rows = re.findall(r"^\| (.*) \| (.*) \| (.*) \| (.*) \| (.*) \|$", table, re.MULTILINE)[2:]
     named = set()
-    for method, _, how, code, test in rows:
+    for method, paper, how, code, test in rows:
         named |= set(re.findall(r"configs/algorithms/(\w+)\.yaml", how))
         for file, function, lines in re.findall(r"`(\w+)\.(\w+)` (\d+)", code):
             paths = (ROOT / "rlhf_jax").rglob(f"{file}.py")
@@ -110,8 +134,13 @@ def test_the_table_of_methods_is_true():
             node = next(n for n in ast.parse(source).body if getattr(n, "name", "") == function)
             count = len(code_lines(source) & set(range(node.lineno, node.end_lineno + 1)))
             assert int(lines) == count, f"{method}: {file}.{function} has {count} lines"
-        for file, function in re.findall(r"`(test_\w+)::(\w+)`", test):
-            assert f"def {function}(" in (ROOT / "tests" / f"{file}.py").read_text("utf-8"), method
+        optima = re.findall(r"`test_known_optima::(\w+)`(?: \(([\w`, ]+)\))?", test)
+        assert optima, f"{method}: no known optimum"
+        assert re.search(r"\w+ (et al\. )?(19|20)\d\d", paper), f"{method}: no paper"
+        source = (ROOT / "tests" / "test_known_optima.py").read_text("utf-8")
+        for function, cases in optima:
+            assert f"def {function}(" in source, method
+            assert all(f'"{case}"' in source for case in re.findall(r"`(\w+)`", cases)), method
     assert named == set(PRESETS)
 
 

@@ -15,13 +15,14 @@ from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.training import pipeline, stage
 
 SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
+USERS = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # programs as a user's are compiled
 CHECKS = {"reward_model_accuracy", "ppo_beats_sft", "kl_in_band", "kl_coef_moved"}
 
 
 @pytest.mark.parametrize("seed", [pytest.param(seed, marks=SLOW if seed == 0 else SOAK) for seed in range(5)])
 def test_seeds_pass_and_leave_a_page(seed, tmp_path):
     folder = tmp_path / "run"
-    said = run("quickstart", "--output-dir", folder, "--seed", seed, JAX_DISABLE_MOST_OPTIMIZATIONS="0").stdout
+    said = run("quickstart", "--output-dir", folder, "--seed", seed, **USERS).stdout
     lines = said.splitlines()
     assert (lines.count("cpu: 1 x cpu, float32"), said.count("compiling"), "gates" in said) == (1, 3, False)
     assert f"The report: {folder}/report.html" in lines
@@ -55,14 +56,9 @@ def test_stages_are_announced_and_the_device_once(monkeypatch, capsys):
 
 @SLOW
 def test_meaningless_labels_are_found_out(tmp_path):
-    flags = (
-        "--output-dir",
-        tmp_path / "run",
-        "--shuffle-labels",
-        "--rl.num-iterations",
-        2,
-    )  # the reward model is judged
-    done = run("quickstart", *flags, check=False, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    # The reward model is judged: with the true labels these flags give an accuracy of 0.88.
+    flags = ("--shuffle-labels", "--sft.num-epochs", 1, "--rl.num-iterations", 2)
+    done = run("quickstart", "--output-dir", tmp_path / "run", *flags, check=False, **USERS)
     assert done.returncode == 1, done.stdout + done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
     assert summary["shuffled_labels"] is True

@@ -23,7 +23,7 @@ without_gpu = pytest.mark.skipif(has_file("/dev/nvidia[0-9]*"), reason="this mac
 
 
 def start(script, *flags, **environment):
-    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=1", JAX_PLATFORMS="cpu") | environment
+    env = dict(os.environ, JAX_PLATFORMS="cpu") | environment
     command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *map(str, flags)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
 

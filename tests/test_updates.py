@@ -121,9 +121,10 @@ CASES = {
     "grpo": Case(grpo, grpo.Config(group_size=4, **TERMS), samples),
     "cispo": Case(grpo, grpo.Config(group_size=4, surrogate="cispo", clip_low=1.0, clip_high=4.0), samples),
     "reinforce++": Case(rloo, rloo.Config(baseline="global", group_size=1, **TERMS), samples),
+    "reinforce++ baseline": Case(rloo, rloo.Config(baseline="both", **TERMS), samples),
     "gspo": Case(grpo, grpo.Config(group_size=4, ratio="sequence", **TERMS), samples),
 }
-POLICY = ["vpg", "ppo", "rloo", "grpo", "gspo", "cispo", "reinforce++"]
+POLICY = ["vpg", "ppo", "rloo", "grpo", "gspo", "cispo", "reinforce++", "reinforce++ baseline"]
 each = pytest.mark.parametrize("name", CASES)
 
 
@@ -243,11 +244,11 @@ def test_what_a_run_is_told_of_an_algorithm():
     assert facts == {
         "vpg": (False, 0.05),
         "ppo": (True, 0.05),
-        "rloo": (False, 0.05),
-        "reinforce++": (False, 0.05),
+        **dict.fromkeys(("rloo", "reinforce++", "reinforce++ baseline"), (False, 0.05)),
         **grpo_or_gspo,
     }
-    assert [CASES[name].config.kl_in_loss for name in POLICY] == [False, True, True, True, True, True, True]
+    assert [CASES[name].config.kl_in_loss for name in POLICY] == [False, *[True] * 7]
+    assert {vpg.Config(baseline="greedy").baseline, ppo.Config().baseline} == {"greedy", "none"}  # a run reads it
     assert not any(module.Config(kl_loss_coef=0.0).kl_in_loss for module in (ppo, rloo, grpo))
 
 
@@ -326,7 +327,7 @@ OF_ONE = [
     ("ppo", {"value_clip": 0.0}, "value_clip must be above 0"),
     ("grpo", {"eps": -1.0}, "eps must be at least 0"),
     ("grpo", {"length": 12}, "length 12 is read by aggregate 'fixed' alone, got 'sequence'"),
-    ("vpg", {"baseline": "mean"}, "ema, none"),
+    ("vpg", {"baseline": "mean"}, "ema, greedy, none"),
     ("vpg", {"baseline_decay": 1.5}, "baseline_decay must be at most 1"),
     ("sft", {"aggregate": "mean"}, "token, sequence, sum"),
     ("dpo", {"kind": "bradley"}, "sigmoid, robust, hinge, ipo, simpo, orpo"),
@@ -334,7 +335,8 @@ OF_ONE = [
     ("dpo", {"kind": "orpo", "label_smoothing": 0.1}, "label_smoothing: not defined for 'orpo'"),
     ("kto", {"beta": 0.0}, "beta must be above 0"),
     ("kto", {"undesirable_weight": -1.0}, "undesirable_weight must be at least 0"),
-    ("rloo", {"baseline": "mean"}, "baseline must be one of group, global"),
+    ("rloo", {"baseline": "mean"}, "baseline must be one of group, global, both"),
+    ("rloo", {"baseline": "both", "group_size": 1}, "group_size must be at least 2"),
     ("dpo", {"beta": 0.0}, "beta must be above 0"),
     ("dpo", {"label_smoothing": 0.5}, "label_smoothing must be below 0.5"),
     ("dpo", {"kind": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
@@ -364,8 +366,8 @@ def column(batch, field):
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [
-        ("vpg", {"rewards": None}, ValueError, "got neither"),
-        ("rloo", {"rewards": None}, ValueError, "got neither"),
+        ("vpg", {"rewards": None}, ValueError, r"rollout\.scores \[B\] .*got None.* or give rewards"),
+        ("rloo", {"rewards": None}, ValueError, r"rollout\.scores \[B\] .*got None"),
         ("ppo", {"rewards": None}, ValueError, r"rollout\.rewards .*got None"),
         ("ppo", {"values": None}, ValueError, r"rollout\.values .*got None"),
         ("grpo", {"ref_log_probs": None}, ValueError, r"rollout\.ref_log_probs .*got None.*kl_loss_coef=0"),

@@ -28,6 +28,12 @@ def same(prompts, responses, letter):
 """
 
 
+def untouched(state):
+    """What an update returns that leaves the state as it is, and says so where it was spoiled to try the memory."""
+    spoiled = any(bool(jnp.isnan(leaf).any()) for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float32)
+    return state, {"nonfinite": float(spoiled)}
+
+
 def bits(key):
     return np.asarray(jax.random.key_data(key)).tobytes()
 
@@ -74,8 +80,9 @@ def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, con
     def jit_update(self, update):
         def record(state, batch, key, **functions):
             tokens = batch.tokens if hasattr(batch, "tokens") else batch.chosen.tokens
-            drawn.append((np.sort(np.asarray(tokens).reshape(4, -1), axis=0).tobytes(), bits(key)))
-            return state, {"nonfinite": 0.0}
+            if not untouched(state)[1]["nonfinite"]:
+                drawn.append((np.sort(np.asarray(tokens).reshape(4, -1), axis=0).tobytes(), bits(key)))
+            return untouched(state)
 
         return record
 
@@ -102,7 +109,7 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
         create(trainer, *args)
         trainer._respond = recording("sample", trainer._respond)
         trainer._rescored = lambda state, sampled, functions: (sampled, {})
-        trainer._learn = recording("update", lambda state, *inputs: (state, {"nonfinite": 0.0}))
+        trainer._learn = recording("update", lambda state, *inputs: untouched(state))
 
     def write_page(runs, path):
         raise UserError(f"there is {records.model_config(runs[0])}")
@@ -113,8 +120,10 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
     training.rl.run(again(config, tmp_path), vpg)
     failure = f"report.html could not be drawn: UserError: there is {folder / 'model' / 'config.json'}\n"
     assert failure in capsys.readouterr().out
-    assert drawn[:8] == drawn[8:]
-    assert [name for name, *_ in drawn[:8]] == ["sample", *["sample", "update"] * 3, "sample"]
+    assert drawn[:10] == drawn[10:]
+    assert [drawn[0], drawn[1][:2]] == [drawn[3], drawn[4][:2]]  # the first step is tried for its memory
+    drawn = drawn[2:10]
+    assert [name for name, *_ in drawn] == ["sample", *["sample", "update"] * 3, "sample"]
     assert drawn[0] == drawn[7]  # validations sample with one key, so that they can be compared
     assert drawn[0][2] == bits(stage.stream(config.seed, "vpg", "eval"))
     assert len({key for *_, key in drawn[:7]}) == 7
@@ -123,6 +132,38 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
     assert all(row["score"] == ord(row["prompt"][-1]) for row in samples)
     assert f"reward {config.reward[0]}" in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
+
+
+def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(config, monkeypatch):
+    """The reward is a number of the prompt alone, so that nothing is learnt: each response scores as the greedy one."""
+    keys, rollouts, create = [], [], rl._Trainer.__init__
+
+    def init(trainer, *args):
+        create(trainer, *args)
+        respond, greedily, learn = trainer._respond, trainer._respond_greedily, trainer._learn
+
+        def likeliest(state, inputs, key, functions):
+            greedy, same = (greedily(state, inputs, k, functions) for k in (key, jax.random.key(77)))
+            np.testing.assert_array_equal(greedy.tokens, same.tokens)  # needs no key
+            return greedy
+
+        trainer._respond = lambda *inputs: (keys.append(bits(inputs[2])), respond(*inputs))[1]
+        trainer._respond_greedily = likeliest
+        trainer._learn = lambda state, *inputs: (rollouts.append(inputs[0]), learn(state, *inputs))[1]
+
+    monkeypatch.setattr(rl._Trainer, "__init__", init)
+    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0))
+    metrics = training.rl.run(config, vpg, vpg.Config(baseline="greedy")).metrics
+    for rollout in rollouts[1:]:  # the first is the trial of memory, without the reward
+        present = np.any(rollout.response_mask, axis=1)
+        np.testing.assert_array_equal(present, [LETTERS[row] != "a" for row in rollout.row_ids])
+        expected = [ord(LETTERS[row]) for row in rollout.row_ids[present]]
+        np.testing.assert_array_equal(rollout.greedy_rewards[present], expected)
+        np.testing.assert_array_equal(rollout.scores[present], expected)
+    assert (metrics["grad_norm"], metrics["nonfinite"]) == (0, 0)
+    assert metrics["objective/greedy_score"] == metrics["objective/score"]
+    stream = stage.stream(config.seed, "vpg", "rollout")
+    assert keys == [bits(jax.random.fold_in(stream, step)) for step in (0, 0, 1)]
 
 
 def test_a_reward_model_is_normalised_to_mean_0_and_variance_1():

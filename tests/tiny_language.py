@@ -113,6 +113,12 @@ def draw(params_now, uniform):
     return jax.tree.map(lambda x: jnp.asarray(x)[drawn], listed)
 
 
+def greedy(params_now):
+    """The number of the response whose every token is the likeliest."""
+    best = jnp.argmax(params_now["logits"], axis=1)[np.minimum(PATHS[:, :-1], NUM_OPEN - 1)]
+    return jnp.argmax(jnp.all((best == TOKENS[:, 1:]) | (RESPONSE_MASK[:, 1:] == 0), axis=1))
+
+
 # Training.
 
 
@@ -154,11 +160,12 @@ def fixed_point(advantage, coef, estimator, weight):
 
     Args:
       advantage: probabilities [121] -> A [121], where A may depend on the policy (the other answers of a group).
-      weight: w [121].
+      weight: probabilities [121] -> w [121].
     """
     probs = REF
     for _ in range(200):
-        new = _backwards(weight * advantage(probs), weight, coef, estimator)
+        w = weight(probs)
+        new = _backwards(w * advantage(probs), w, coef, estimator)
         if distance(new, probs) < 1e-10:
             return new
         probs = 0.5 * (probs + new)

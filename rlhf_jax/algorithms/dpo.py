@@ -77,7 +77,6 @@ def loss(
       ``dpo/chosen_log_ratio`` and ``dpo/rejected_log_ratio`` (nats, policy - reference; without a reference the
       policy's own; per token if the config divides by the length).
     """
-    del key
     log_ratios = ops.response_log_probs(policy_fn, params, comparisons)  # [B, 2] or [B, C, 2]
     chex.assert_shape(log_ratios, (..., 2))  # a ranking is several pairs
     if config.needs_reference:

@@ -50,7 +50,6 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = No
       rollout: rows of one prompt are adjacent, ``group_size`` of them.
       axis_name: changes nothing: groups do not cross devices.
     """
-    del axis_name
     estimate = partial(advantages.group_normalized, eps=config.eps, scale=config.scale)
     return policy.with_group_advantages(rollout, config.group_size, estimate)
 

@@ -101,7 +101,6 @@ def loss(
       undesirable ones below; ties count half), ``kto/reference_point`` (nats), ``kto/desirable_log_ratio`` and
       ``kto/undesirable_log_ratio`` (nats, policy - reference).
     """
-    del key
     if feedback.ref_log_probs is None:
         raise ValueError("feedback.ref_log_probs [B] is needed, got None: kto.with_reference makes them")
     point = feedback.reference_point

@@ -40,14 +40,17 @@ class Batching:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 
-    # No settings here, but of algorithms that override them: answers to each prompt, passes over each rollout.
+    # No settings here, but of algorithms that override them: answers to each prompt, passes over each rollout, the
+    # weight of a KL term in the loss, what is subtracted from a reward.
     group_size = 1
     num_epochs = 1
+    kl_loss_coef = 0.0
+    baseline = "none"
 
     @property
     def kl_in_loss(self) -> bool:
         """Whether the loss reads ``rollout.ref_log_probs``."""
-        return False
+        return not ops.is_zero(self.kl_loss_coef)
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "num_minibatches", "shuffle_blocks", "num_microbatches", "group_size"):
@@ -78,11 +81,6 @@ class Config(Batching):
     ratio: Literal["token", "sequence"] = "token"
     """token: each token's own ratio; sequence: the geometric mean of the row's ratios for all its tokens (GSPO)."""
 
-    @property
-    def kl_in_loss(self) -> bool:
-        """Whether the loss reads ``rollout.ref_log_probs``."""
-        return not ops.is_zero(self.kl_loss_coef)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         ops.check_number("clip_low", self.clip_low, at_least=0)
@@ -99,25 +97,21 @@ class Config(Batching):
             )
 
 
-def field(rollout: Rollout, name: str, hint: str) -> jax.Array:
-    """``rollout.NAME`` [B, T]; ValueError if it is None, saying what to do, AssertionError if it is not [B, T]."""
+def field(rollout: Rollout, name: str, hint: str, ndim: int = 2) -> jax.Array:
+    """``rollout.NAME`` [B, T], or [B] with ``ndim`` 1; ValueError if it is None, saying what to do, AssertionError if
+    it has another shape."""
     value = getattr(rollout, name)
     if value is None:
-        raise ValueError(f"rollout.{name} [B, T] is needed, got None: {hint}")
-    chex.assert_equal_shape([rollout.tokens, value])
+        raise ValueError(f"rollout.{name} {'[B, T]' if ndim == 2 else '[B]'} is needed, got None: {hint}")
+    chex.assert_shape(value, rollout.tokens.shape[:ndim])
     return value
 
 
 def row_rewards(rollout: Rollout) -> jax.Array:
     """The reward of each row [B]: the sum of ``rewards`` over its response where they are given, else ``scores``."""
-    if rollout.rewards is not None:
-        chex.assert_equal_shape([rollout.tokens, rollout.rewards])
-        in_response = jnp.where(rollout.response_mask != 0, jnp.asarray(rollout.rewards, jnp.float32), 0.0)
-        return jnp.sum(in_response, axis=1)
-    if rollout.scores is None:
-        raise ValueError("rollout.rewards [B, T] or rollout.scores [B] is needed, got neither: call a reward function")
-    chex.assert_shape(rollout.scores, rollout.tokens.shape[:1])
-    return jnp.asarray(rollout.scores, jnp.float32)
+    if rollout.rewards is None:
+        return jnp.asarray(field(rollout, "scores", "call a reward function, or give rewards [B, T]", 1), jnp.float32)
+    return jnp.sum(jnp.where(rollout.response_mask != 0, field(rollout, "rewards", ""), 0.0), axis=1, dtype=jnp.float32)
 
 
 def with_group_advantages(rollout: Rollout, group_size: int, estimate: Callable[..., jax.Array]) -> Rollout:
@@ -176,20 +170,18 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     old_log_probs = jnp.where(mask, field(rollout, "log_probs", "the behaviour policy's"), 0.0)
     log_probs = jnp.where(mask, output.log_probs, 0.0)
     advantage = jnp.where(mask, field(rollout, "advantages", "call the algorithm's prepare first"), 0.0)
-    approx_kl = 0.5 * jnp.square(log_probs - old_log_probs)
+    log_ratio, zeros = log_probs - old_log_probs, jnp.zeros_like(old_log_probs)
+    approx_kl = 0.5 * jnp.square(log_ratio)
     if config.ratio == "sequence":
-        log_ratio = ops.masked_mean(log_probs - old_log_probs, mask, axis=1)[:, None]  # [B, 1]
-        log_probs_of_ratio, old_of_ratio = jnp.where(mask, log_ratio, 0.0), jnp.zeros_like(old_log_probs)
-    else:
-        log_probs_of_ratio, old_of_ratio = log_probs, old_log_probs
-    ratio = jax.lax.stop_gradient(ops.ratio(log_probs_of_ratio, old_of_ratio))
+        log_ratio = jnp.where(mask, ops.masked_mean(log_ratio, mask, axis=1)[:, None], 0.0)
+    ratio = jax.lax.stop_gradient(ops.ratio(log_ratio, zeros))
     clipped_ratio = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     if config.surrogate == "cispo":
         surrogate = losses.cispo(log_probs, ratio, advantage, config.clip_low, config.clip_high)
         is_clipped = clipped_ratio != ratio
     else:
         clips = config.clip_low, config.clip_high, config.dual_clip
-        surrogate = losses.clipped_surrogate(log_probs_of_ratio, old_of_ratio, advantage, *clips)
+        surrogate = losses.clipped_surrogate(log_ratio, zeros, advantage, *clips)
         is_clipped = -advantage * clipped_ratio > -advantage * ratio
     surrogate, weight_metrics = reweighed(surrogate, rollout)
     metrics: Parts = {

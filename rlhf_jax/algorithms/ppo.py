@@ -70,7 +70,6 @@ def loss(
     Args:
       key: unused: dropout is off in RL.
     """
-    del key
     output = ops.evaluate(policy_fn, params, rollout)
     if output.values is None:
         raise ValueError("ppo needs values, and policy_fn returned values=None; models.add_head adds a value head")

@@ -1,13 +1,15 @@
-"""Vanilla policy gradient, REINFORCE (Williams 1992) with a running-mean baseline, as jRLHF's Shakespeare job has it.
+"""Vanilla policy gradient, REINFORCE (Williams 1992) with a running-mean baseline, as jRLHF's Shakespeare job has it;
+and ReMax (Li et al. 2023, arXiv:2310.10505, algorithm 1), whose baseline is the reward of the greedy response.
 
 ``loss = -mean_i [A_i sum_t log p_it]`` with ``A_i = r_i - b``, where ``b <- 0.9 b + 0.1 mean(r)`` comes first. The
-baseline b travels in ``vpg.State``. Column t of every [B, T] array speaks of ``tokens[:, t]``.
+baseline b travels in ``vpg.State``. ReMax is ``baseline="greedy"``: each row has the b of its prompt. Column t of every
+[B, T] array speaks of ``tokens[:, t]``.
 """
 
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -17,8 +19,6 @@ from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy
 from rlhf_jax.types import AxisName, Mean, Metrics, Params, Parts, PolicyFn, Rollout, TrainState
 
-AnyState = TypeVar("AnyState", bound=TrainState)
-
 needs_values = False
 kl_coef = 0.05
 
@@ -27,8 +27,9 @@ kl_coef = 0.05
 class Config(policy.Batching):
     """Vanilla policy gradient."""
 
-    baseline: Literal["ema", "none"] = "ema"
-    """What is subtracted from a reward: the running mean of the rewards, or nothing."""
+    baseline: Literal["ema", "greedy", "none"] = "ema"
+    """What is subtracted from a reward: the running mean of the rewards, the reward of the policy's greedy response to
+    the same prompt (ReMax; without KL), or nothing."""
     baseline_decay: float = 0.9
     """Share of the running mean that survives an iteration."""
     aggregate: losses.Aggregation = "sum"
@@ -36,7 +37,7 @@ class Config(policy.Batching):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ops.check_choice("baseline", self.baseline, ("ema", "none"))
+        ops.check_choice("baseline", self.baseline, ("ema", "greedy", "none"))
         ops.check_number("baseline_decay", self.baseline_decay, at_least=0, at_most=1)
 
 
@@ -50,18 +51,21 @@ class State(TrainState):
 def prepare(
     rollout: Rollout, *, config: Config, axis_name: AxisName | None = None, baseline: jax.Array | float = 0.0
 ) -> Rollout:
-    """The rollout with ``advantages`` [B, T], reward of the row - moved baseline; as it is if it has advantages.
+    """The rollout with ``advantages`` [B, T], reward of the row - baseline; as it is if it has advantages.
 
-    The reward of a row is the sum of ``rewards`` over its response where they are given, else ``scores``.
+    The reward of a row is the sum of ``rewards`` over its response where they are given, else ``scores``. With
+    ``config.baseline = "greedy"`` the baseline is ``rollout.greedy_rewards`` [B].
 
     Args:
-      baseline: before this rollout moves it; not read with ``config.baseline = "none"``.
+      baseline: of ``config.baseline = "ema"``, before this rollout moves it.
     """
     if rollout.advantages is not None:
         return rollout
     advantage = policy.row_rewards(rollout)
     if config.baseline == "ema":
         _, advantage = _moved(rollout, baseline, config, axis_name)
+    elif config.baseline == "greedy":
+        advantage = advantage - policy.field(rollout, "greedy_rewards", "training.phases.with_greedy makes them", 1)
     in_response = jnp.where(rollout.response_mask != 0, advantage[:, None], 0.0)
     return dataclasses.replace(rollout, advantages=in_response)
 
@@ -84,7 +88,6 @@ def loss(
         ``policy.reweighed``, which adds a metric.
       key: unused: dropout is off in RL.
     """
-    del key
     if rollout.advantages is None:
         raise ValueError("rollout.advantages [B, T] is needed, got None: call vpg.prepare first")
     mask = rollout.response_mask != 0  # [B, T]
@@ -102,19 +105,19 @@ _passes = policy.updater(prepare, loss)
 
 
 def update(
-    state: AnyState,
+    state: policy.State,
     rollout: Rollout,
     key: jax.Array,
     *,
     config: Config,
     axis_name: AxisName | None = None,
     **options: Any,
-) -> tuple[AnyState, Metrics]:
+) -> tuple[policy.State, Metrics]:
     """``prepare``, then one pass over the rollout in ``num_minibatches`` optimizer steps on ``loss``.
 
     Args:
       state: ``vpg.State``, whose baseline moves; any TrainState where the rollout has ``advantages`` or the config
-        says ``baseline="none"``.
+        says another ``baseline`` than "ema".
       rollout: with ``rewards`` (KL penalty included, if any) or ``scores``; or with ``advantages``, used as they are.
       key: of the shuffling.
       options: ``policy_fn``, ``optimizer`` and ``minibatch_sharding``, see ``types.Algorithm``.
@@ -123,7 +126,7 @@ def update(
       The new state, which keeps the old baseline if a step was not finite; metrics as ``policy.updater``.
     """
     options |= {"config": config, "axis_name": axis_name}
-    if rollout.advantages is not None or config.baseline == "none":
+    if rollout.advantages is not None or config.baseline != "ema":
         return _passes(state, rollout, key, **options)
     if not isinstance(state, State):
         raise ValueError("vpg needs a vpg.State, which carries the moving baseline, or rollout.advantages [B, T]")

@@ -97,6 +97,11 @@ class Plan:
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._recent(epoch)[index]
 
+    def extent(self, step: int) -> tuple[int, int]:
+        """Of batch ``step``: the longest text, rounded up, and the sum of all texts."""
+        lengths = np.asarray(self.lengths)[[row for row in self.rows(step) if row != ABSENT]]
+        return int(_round_up(lengths.max(), self.bucket_multiple)), int(lengths.sum())
+
 
 def prompt_rows(n: int, batch_size: int, key: jax.Array, step: int) -> np.ndarray:
     """[batch_size] int64 row numbers of prompt batch ``step``: always full, running on into the next epoch's shuffle.

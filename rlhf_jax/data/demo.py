@@ -63,9 +63,7 @@ FILES = {
 }
 
 
-def write(
-    folder: str | Path, seed: int = 0, *, sizes: dict[str, int] | None = None, shuffle_labels: bool = False
-) -> None:
+def write(folder: str | Path, seed: int = 0, sizes: dict[str, int] | None = None, shuffle_labels: bool = False) -> None:
     """Writes the corpus, each file a JSON list with one row on a line.
 
     ``sft_data.json`` {prompt, response}; ``preference_data.json`` {prompt, chosen, rejected}; ``prompts.json`` and

@@ -99,9 +99,7 @@ def diversity(responses: Responses, key: jax.Array) -> list[Figure]:
     return figures + [mean("diversity", metric, value, key) for metric, value in values.items()]
 
 
-def preferences(
-    margins: Margins, pairs: metrics.Pairs, parts: Sequence[str] | np.ndarray, key: jax.Array
-) -> Iterator[Figure]:
+def preferences(margins: Margins, pairs: metrics.Pairs, parts: Sequence[str], key: jax.Array) -> Iterator[Figure]:
     """How judges agree with the choice, and how well their probabilities are calibrated.
 
     Args:
@@ -230,7 +228,7 @@ def _kappa(metric: str, judges: Sequence[tuple[np.ndarray, np.ndarray]], key: ja
 
 
 def _figure(
-    category: str, metric: str, value: float, ends: Sequence[float] | np.ndarray, n: int, unit: str, note: str = ""
+    category: str, metric: str, value: float, ends: Sequence[float], n: int, unit: str, note: str = ""
 ) -> Figure:
     low, high = (None if np.isnan(end) else float(end) for end in ends)
     return Figure(category, metric, float(value), low, high, n, unit, note)

@@ -15,6 +15,8 @@ Drop = tuple[Array, float] | None
 MASKED = -1e30
 # "auto" computes the scores of that many keys and more in blocks, or by a fused kernel.
 LONG = 512
+# Queries of a text from which the first half of them leaves out the keys of the second.
+HALF = 32
 # Scores of one head that "blockwise" holds at once: queries of a block x keys.
 BLOCK_SCORES = 2**16
 
@@ -120,7 +122,9 @@ def implementation(config: Any, queries: int, keys: int, drops: bool) -> str:
     return "blockwise" if drops or queries != keys else name
 
 
-def attention(query: Array, key: Array, value: Array, seen: Seen, scale: Number, drop: Drop = None) -> Array:
+def attention(
+    query: Array, key: Array, value: Array, seen: Seen, scale: Number, drop: Drop = None, first: int | None = None
+) -> Array:
     """Scaled dot-product attention; scores and softmax in float32 whatever the inputs' dtype.
 
     Args:
@@ -129,17 +133,30 @@ def attention(query: Array, key: Array, value: Array, seen: Seen, scale: Number,
         seen: who sees whom.
         scale: [] factor of the scores.
         drop: PRNG key and rate at which attention weights are dropped, or None.
+        first: place among the keys of the first query's own, if the others' follow it: the first half of the queries
+            then leaves out the keys that come later. None: not known.
 
     Returns:
         [B, H, G, t, Dh] in the dtype of ``value``; finite also for a query that sees nothing.
     """
     mask = visible(seen) if seen.mask is None else seen.mask
+    half = query.shape[3] // 2
+    if first is not None and half >= HALF and drop is None:
+        end = first + half
+        early = seen._replace(mask=mask[:, :, :half, :end])
+        earlier = attention(query[:, :, :, :half], key[:, :, :end], value[:, :, :end], early, scale)
+        later = attention(query[:, :, :, half:], key, value, seen._replace(mask=mask[:, :, half:]), scale)
+        return jnp.concatenate([earlier, later], axis=3)
+    # The mask is added and the sum divided by at the end: XLA then touches the scores half as often as by softmax.
     scores = jnp.einsum("bhgtd,bhsd->bhgts", query, key, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores, MASKED), axis=-1)
+    scores += jnp.where(mask[:, :, None], 0.0, MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
     if drop is not None:
         keep = jax.random.bernoulli(drop[0], 1.0 - drop[1], weights.shape)
         weights = jnp.where(keep, weights / (1.0 - drop[1]), 0.0)
-    return jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(value.dtype), value)
+    mixed = jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (mixed / total).astype(value.dtype)
 
 
 def blockwise(query: Array, key: Array, value: Array, seen: Seen, scale: Number, drop: Drop = None) -> Array:

@@ -39,8 +39,39 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+@jax.custom_vjp
+def product(x: Array, kernel: Array) -> Array:
+    """x [..., D] @ kernel [D, F]; on a CPU the kernel's gradient is computed of two halves of the rows.
+
+    XLA's faster CPU kernel takes them as they lie, where it would transpose the whole for its slower one.
+    """
+    return x @ kernel
+
+
+def _product_forward(x: Any, kernel: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
+    # What a gradient needs is kept where one is asked for: not a frozen kernel's under adapters.
+    kept = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+    return x.value @ kernel.value, kept
+
+
+def _product_backward(saved: tuple[Array | None, Array | None], grad: Array) -> tuple[Array | None, Array | None]:
+    x, kernel = saved
+    x_grad, kernel_grad = None if kernel is None else jnp.einsum("...f,df->...d", grad, kernel), None
+    if x is not None:
+        rows = x.size // x.shape[-1]
+        is_apart = jax.default_backend() == "cpu" and rows % 2 == 0 and not jax.sharding.get_abstract_mesh().auto_axes
+        left, right = (a.reshape(1 + is_apart, -1, a.shape[-1]) for a in (x, grad))
+        kernel_grad = jnp.einsum("gnd,gnf->gdf", left, right).sum(0)
+    return x_grad, kernel_grad
+
+
+product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+
+
 class Dense(nn.Dense):
     """``nn.Dense``, plus ``lora_scale * (x @ lora_a) @ lora_b`` where these lie beside the kernel (``lora.attach``)."""
+
+    dot_general: Any = lambda x, kernel, *_, **__: product(x, kernel)
 
     def __call__(self, inputs: Array) -> Array:
         out = super().__call__(inputs)
@@ -104,7 +135,11 @@ class Attention(nn.Module):
         drop = (self.make_rng("dropout"), config.attention_dropout) if drops else None
         name = attention.implementation(config, length, key.shape[2], drops)
         if name in ("xla", "blockwise"):
-            compute = attention.attention if name == "xla" else attention.blockwise
+            compute = attention.blockwise
+            if name == "xla":
+                first = (columns.start if isinstance(columns, slice) else 0) if key.shape[2] == length else None
+                first = None if isinstance(columns, Array) else first
+                compute = functools.partial(attention.attention, first=first)
             query, seen = pick(query, columns, axis=3), seen_at(seen, columns)
             mixed = compute(query, key, value, seen, scale, drop)
         else:

@@ -197,21 +197,13 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
     facts = {record.name: _facts(record, group) for group in groups for record in group.records}
     last = {r.name: {name: r.last[name] for name in names if name in r.last} for r in run_records}
     manifests = {record.name: _manifest(record.manifest) for record in run_records}
-    return {
-        "title": _stages(run_records),
-        "records": run_records,
-        "groups": groups,
-        "metrics": names,
-        "validated": any(name.startswith("validation/") for name in names),
-        "overview": _side_by_side("Run" if is_one else "Runs", "", facts),
-        "last": _side_by_side("Last metrics", "metric", last),
-        "manifests": _side_by_side("Manifest", "entry", manifests),
-        "differences": differences,
-        "curves": curves,
-        "constant": constant,
-        "distributions": plots.distributions(groups),
-        "samples": [_samples(group.records[0], limit, is_one) for group in groups if group.records[0].samples],
-    }
+    samples = [_samples(group.records[0], limit, is_one) for group in groups if group.records[0].samples]
+    chapter: dict[str, Any] = {"title": _stages(run_records), "records": run_records, "groups": groups}
+    chapter |= {"overview": _side_by_side("Run" if is_one else "Runs", "", facts), "differences": differences}
+    chapter |= {"metrics": names, "validated": any(name.startswith("validation/") for name in names)}
+    chapter |= {"last": _side_by_side("Last metrics", "metric", last), "curves": curves, "constant": constant}
+    chapter |= {"distributions": plots.distributions(groups), "samples": samples}
+    return chapter | {"manifests": _side_by_side("Manifest", "entry", manifests)}
 
 
 def _side_by_side(title: str, label: str, columns: Mapping[str, Mapping[str, Any]]) -> Facts | Table:

@@ -8,8 +8,10 @@ from rlhf_jax import ops
 from rlhf_jax.rewards.functions import length
 from rlhf_jax.types import EosId, Rollout
 
+Scalar = jax.Array | float
 
-def kl_shaped(rollout: Rollout, kl_coef: jax.Array | float, estimator: ops.KLEstimator = "k1") -> jax.Array:
+
+def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k1") -> jax.Array:
     """Rewards per token: the score on the last response token, minus ``kl_coef`` times the KL of each token.
 
     Ziegler et al. 2019, eq. 2. Dense rewards, ``rollout.rewards``, take the place of the score if they are given.
@@ -91,14 +93,7 @@ def overlong_penalty(rollout: Rollout, scores: jax.Array, *, max_length: int, bu
     return jnp.asarray(scores, jnp.float32) - penalty * jnp.minimum(excess / buffer, 1.0)
 
 
-def adaptive_kl(
-    kl_coef: jax.Array | float,
-    kl: jax.Array | float,
-    *,
-    target: float,
-    horizon: jax.Array | float,
-    n: jax.Array | float,
-) -> jax.Array:
+def adaptive_kl(kl_coef: Scalar, kl: Scalar, *, target: float, horizon: Scalar, n: Scalar) -> jax.Array:
     """``kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)`` (Ziegler et al. 2019, section 2.2).
 
     Args:

@@ -39,9 +39,8 @@ from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 _WEIGHTED = re.compile(rf"(?P<spec>.+)\*(?P<weight>[-+]?{_NUMBER})", re.IGNORECASE)
-_ENSEMBLE = re.compile(
-    rf"(?P<how>{'|'.join(get_args(EnsembleMethod))}):(?:(?<=uncertainty:)(?P<coef>[^:]*):)?(?P<names>.*)", re.DOTALL
-)
+_HOW = "|".join(get_args(EnsembleMethod))
+_ENSEMBLE = re.compile(rf"(?P<how>{_HOW}):(?:(?<=uncertainty:)(?P<coef>[^:]*):)?(?P<names>.*)", re.DOTALL)
 
 # What may be followed by a number, and the least number.
 _TERMS = {"length": (length, 0), "repetition": (repetition, 1), "diversity": (diversity, 1)}

@@ -37,7 +37,7 @@ class _Client:
         known = inspect.signature(self._module.init).parameters  # trackio knows a run by its name, not by an id
         arguments = {key: place[key] for key in ("project", "name", "id") if key in known}
         self._run = self._module.init(**arguments, config=dict(config), **({"resume": "allow"} if resumed else {}))
-        self._title = place["name"]
+        self._title, self.close = place["name"], self._run.finish
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
@@ -47,9 +47,6 @@ class _Client:
 
     def alert(self, step: int, text: str) -> None:
         self._run.alert(title=f"{self._title}, step {step}", text=text)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class _TensorBoard:

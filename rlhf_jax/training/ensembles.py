@@ -56,27 +56,24 @@ def unstack(params: Params) -> list[Params]:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(size)]
 
 
-def update_members(
-    state: TrainState, comparisons: Comparisons, key: jax.Array, **options: Any
-) -> tuple[TrainState, Metrics]:
+def update_members(state: TrainState, batch: Comparisons, key: jax.Array, **how: Any) -> tuple[TrainState, Metrics]:
     """``reward_model.update`` of every member on the same batch, member i with its weights and ``fold_in(key, i)``.
 
     Args:
       state: of ``create``.
-      comparisons: [B, K, T] with weight [B, M], or packed with weight [B, C, M]. A row of weight 0 is absent for that
-        member.
-      options: score_fn, optimizer and config, as of ``reward_model.update``.
+      batch: [B, K, T] with weight [B, M], or packed with weight [B, C, M]. A row of weight 0 is absent for that member.
+      how: score_fn, optimizer and config, as of ``reward_model.update``.
 
     Returns:
       The state and the members' mean metrics; ``nonfinite`` is their maximum. A member whose loss or gradient is not
       finite keeps its state, the others go on.
     """
-    num_members, weights = state.step.shape[0], jnp.asarray(comparisons.weight)
-    chex.assert_shape(weights, (len(comparisons.tokens), ..., num_members))
+    num_members, weights = state.step.shape[0], jnp.asarray(batch.weight)
+    chex.assert_shape(weights, (len(batch.tokens), ..., num_members))
 
     def of_member(state: TrainState, weight: jax.Array, member: jax.Array) -> tuple[TrainState, Metrics]:
-        own = dataclasses.replace(comparisons, weight=weight)
-        return reward_model.update(state, own, jax.random.fold_in(key, member), **options)
+        own = dataclasses.replace(batch, weight=weight)
+        return reward_model.update(state, own, jax.random.fold_in(key, member), **how)
 
     state, metrics = jax.vmap(of_member, in_axes=(0, -1, 0))(state, weights, jnp.arange(num_members))
     return state, {name: (jnp.max if name == "nonfinite" else jnp.mean)(x) for name, x in metrics.items()}

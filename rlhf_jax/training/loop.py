@@ -46,14 +46,16 @@ class Job(NamedTuple):
     sources: Callable[[int], Iterable[str]] = lambda step: ()  # data rows of a step's batch, as "FILE, line N"
     optimizer: Optimizer = Optimizer()
     judged_by: str = "min:validation/loss"  # the metric of early stopping and plateau, unless keep_best names one
+    attempt: Callable[[Any], Any] = lambda state: state  # the largest step for its memory alone; the state as it was
 
 
 def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]]:
     """Runs ``job.advance`` for each step, from the checkpoint of a resumed run if there is one.
 
     Row k of metrics.jsonl speaks of the state after k steps; a checkpoint of step k is saved after row k, step 0 before
-    the first update. Validations come before the first step, every ``validation_interval`` steps and at the end; with
-    ``keep_best`` they are followed by a checkpoint too. Each row is shown to the rules of ``config.alerts``.
+    the first update and after ``job.attempt``, so that a run that does not fit says so at once. Validations come before
+    the first step, every ``validation_interval`` steps and at the end; with ``keep_best`` they are followed by a
+    checkpoint too. Each row is shown to the rules of ``config.alerts``.
 
     Returns:
         The last state and the last row of metrics; with ``keep_best`` those of the best checkpoint.
@@ -129,6 +131,7 @@ class _Loop:
         stack.callback(self._catch_up)  # a run that fails keeps the row of its last step
         if not run.resumed:
             seed_libraries(config.seed, 0)
+            self.state = job.attempt(self.state)
             self._record(self._validation())
             self.history.append(self.row)
             self._save()

@@ -1,13 +1,19 @@
 """Out of memory as a sentence: what lies on each device, and which settings help most."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
+from rlhf_jax import sharding
 from rlhf_jax.config import Compute
-from rlhf_jax.errors import TrainingFault
+from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.types import Metrics
+
+State = TypeVar("State")
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -48,6 +54,33 @@ def score_rows(compute: Compute, num_rows: int, config: Any) -> int | None:
     ``num_minibatches``, if ``config`` has them, and ``num_microbatches``."""
     parts = getattr(config, "num_minibatches", 1) * config.num_microbatches
     return compute.score_rows or (num_rows // parts if config.num_microbatches > 1 else None)
+
+
+def tried(update: Callable[[State], tuple[State, Metrics]], state: State) -> State:
+    """Runs an update for the memory that it takes alone, and returns the state as it was, bit for bit.
+
+    One array of the parameters is NaN meanwhile, the smallest beside the heads, so that loss and gradient are not
+    finite and the update is not applied. The state may be donated; there is no second copy of it.
+
+    Raises:
+        UserError: the update was applied.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(state)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    leaves = [leaf for _, leaf in flat]
+    body = [i for i, name in enumerate(names) if re.match(r"(train/)?params/(?!value/|score/)", name)]
+    chosen = min(body, key=lambda i: leaves[i].size)
+    kept = leaves[chosen]
+    leaves[chosen] = sharding.place(np.full(kept.shape, np.nan, kept.dtype), kept.sharding)
+    after, metrics = update(jax.tree.unflatten(structure, leaves))
+    if not float(metrics["nonfinite"]):
+        raise UserError(
+            "an update whose loss was NaN was applied: it must return the state that it was given and nonfinite 1, as "
+            "algorithms.step.gradient_step does"
+        )
+    leaves = jax.tree.leaves(after)
+    leaves[chosen] = kept
+    return jax.tree.unflatten(structure, leaves)
 
 
 def free(tree: Any) -> None:

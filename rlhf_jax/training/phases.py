@@ -66,15 +66,19 @@ class Recipe:
     score_rows: int | None = None  # that policy and reference score at once, see ``ops.by_rows``
 
 
-def respond(loop: LoopState, prompts: Prompts, key: jax.Array, functions: Functions, *, recipe: Recipe) -> Rollout:
+def respond(
+    loop: LoopState, prompts: Prompts, key: jax.Array, functions: Functions, *, recipe: Recipe, greedy: bool = False
+) -> Rollout:
     """A response to each prompt, with the sampler's log-probs.
 
-    Randomness is that of the row's place in the batch, so a prompt that occurs twice gets two samples.
+    Randomness is that of the row's place in the batch, so a prompt that occurs twice gets two samples. ``greedy``: the
+    likeliest token each time, and no randomness.
     """
     policy = models.policy_params(loop.train.params)
     if functions.base is not None:
         policy = models.lora.attach(functions.base, policy)
-    how: Any = {"config": recipe.sampling, "mesh": recipe.mesh, "used": prompts.used}
+    config = replace(recipe.sampling, temperature=0.0) if greedy else recipe.sampling
+    how: Any = {"config": config, "mesh": recipe.mesh, "used": prompts.used}
     sampled = sampling.generate(recipe.model, policy, prompts.tokens, prompts.attention_mask, key, **how)
     return replace(sampled, row_ids=prompts.row_ids)
 
@@ -125,6 +129,15 @@ def scored(rollout: Rollout, scores: jax.Array, parts: dict[str, jax.Array]) -> 
     metrics = {f"reward/{name}": ops.masked_mean(values, present) for name, values in parts.items()}
     metrics["reward/length_correlation"] = _correlation(scores, rewards.length()(rollout)[0], present)
     return replace(rollout, scores=scores), metrics | {"objective/score": ops.masked_mean(scores, present)}
+
+
+def with_greedy(rollout: Rollout, greedy: Rollout, *, recipe: Recipe) -> Rollout:
+    """The rollout with the rewards of scored greedy responses to the same prompts, after the rules for their end.
+
+    A row whose greedy response has no score is absent: without its baseline it would learn from its reward alone.
+    """
+    mask = jnp.where(_present(greedy)[:, None], rollout.response_mask, 0)
+    return replace(rollout, response_mask=mask, greedy_rewards=row_rewards(_judged_by_end(greedy, recipe)))
 
 
 def refill(kept: Rollout, fresh: Rollout, *, recipe: Recipe) -> Rollout:
@@ -199,6 +212,11 @@ def iteration(
     """collect, reward and learn, for a reward function that can be traced. Returns the scored rollout too."""
     rollout, metrics = collect(loop, prompts, rollout_key, functions, recipe=recipe)
     rollout, reward_metrics = reward(rollout, functions)
+    if recipe.algorithm_config.baseline == "greedy":
+        greedy = respond(loop, prompts, rollout_key, functions, recipe=recipe, greedy=True)
+        greedy, of_greedy = reward(greedy, functions)
+        rollout = with_greedy(rollout, greedy, recipe=recipe)
+        metrics["objective/greedy_score"] = of_greedy["objective/score"]
     loop, learn_metrics = learn(loop, rollout, update_key, functions, recipe=recipe)
     return loop, rollout, metrics | reward_metrics | learn_metrics
 

@@ -3,6 +3,7 @@
 Its phases are pure functions in ``training.phases``.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -212,6 +213,8 @@ class _Trainer:
             for phase in (phases.respond, phases.rescored, phases.learn, phases.num_equal, phases.refill)
         )
         self._respond, self._rescored, self._reward = map(jax.jit, (respond, rescored, phases.reward))
+        self._respond_greedily = jax.jit(functools.partial(respond, greedy=True))
+        self._with_greedy = jax.jit(functools.partial(phases.with_greedy, recipe=self.recipe))
         self._num_equal, self._refill, self._learn = jax.jit(num_equal), jax.jit(refill), stage.jit_update(learn)
 
     def first_state(self) -> phases.LoopState:
@@ -238,6 +241,7 @@ class _Trainer:
             sources=lambda step: [self.parts.prompts.rows[row].source for row in self.rows_of(step).ravel()],
             optimizer=self.settings.optimizer,
             judged_by="max:validation/score",
+            attempt=self.attempt,
         )
 
     def rows_of(self, step: int) -> np.ndarray:
@@ -259,6 +263,18 @@ class _Trainer:
         rollout, metrics = self._rollout(state, step)
         state, learn_metrics = self._learn(state, rollout, update_key, self.functions)
         return state, metrics | learn_metrics
+
+    def attempt(self, state: phases.LoopState) -> phases.LoopState:
+        """One iteration for its memory alone, without what others wrote in Python: reward and environment, filter."""
+        reward, environment = self.parts.reward, self.parts.environment
+        if reward.host is not None:
+            reward = spec.Reward(host=lambda rollout, columns: (np.zeros(len(rollout.tokens)), {}))
+        if environment is not None:
+            environment = environment._replace(fn=lambda conversation, row: None)
+        alone = copy.copy(self)
+        alone.parts = self.parts._replace(reward=reward, environment=environment, enforce=None)
+        rollout, _ = alone._sampled(state, self.rows_of(0)[0], 0)
+        return memory.tried(lambda loop: self._learn(loop, rollout, self.stage.key("update"), self.functions), state)
 
     def _rollout(self, state: phases.LoopState, step: int) -> tuple[Rollout, Metrics]:
         """The scored responses of a step, by dynamic sampling (Yu et al. 2025, DAPO, section 3.2) if the run has it.
@@ -282,16 +298,21 @@ class _Trainer:
     def _sampled(self, state: phases.LoopState, rows: np.ndarray, number: int) -> tuple[Rollout, Metrics]:
         """A group of scored responses to the prompt of each row; ``number`` is of the sampling in the run."""
         rows, key = np.repeat(rows, self.group_size), jax.random.fold_in(self.stage.key("rollout"), number)
-        sampled, talked = self._responses(state, self.parts.prompts, rows, key)
+        sampled, talked = self._responses(self._respond, state, self.parts.prompts, rows, key)
         rollout, metrics = self._rescored(state, sampled, self.functions)
         rollout, reward_metrics, _ = self._score(self.parts.reward, rollout, self.parts.prompts, rows)
+        if self.recipe.algorithm_config.baseline == "greedy":
+            greedy, _ = self._responses(self._respond_greedily, state, self.parts.prompts, rows, key)
+            greedy, of_greedy, _ = self._score(self.parts.reward, greedy, self.parts.prompts, rows)
+            rollout = self._with_greedy(rollout, greedy)
+            metrics["objective/greedy_score"] = of_greedy["objective/score"]
         return rollout, metrics | talked | reward_metrics
 
     def validate(self, state: phases.LoopState) -> Validation:
         """Samples a response to each held-out prompt, always with the same key; the reward and the judge score it."""
         encoded, tokenizer = self.parts.to_validate, self.parts.initial.tokenizer
         rows = loop.pad_rows(self.held_out[: self.settings.validation_prompts], self.stage.num_devices)
-        sampled, talked = self._responses(state, encoded, rows, self.stage.key("eval"))
+        sampled, talked = self._responses(self._respond, state, encoded, rows, self.stage.key("eval"))
         judged: Metrics = {}
         if self.parts.judge is not None:
             _, metrics, _ = self._score(self.parts.judge, replace(sampled, rewards=None), encoded, rows)
@@ -314,17 +335,18 @@ class _Trainer:
         return Validation({name: float(value) for name, value in values.items()}, samples)
 
     def _responses(
-        self, state: phases.LoopState, encoded: EncodedPrompts, rows: np.ndarray, key: jax.Array
+        self, sample: Any, state: phases.LoopState, encoded: EncodedPrompts, rows: np.ndarray, key: jax.Array
     ) -> tuple[Rollout, Metrics]:
-        """Responses with the sampler's log-probs; under an environment in turns, and with its metrics."""
+        """Responses of the jitted ``phases.respond`` with the sampler's log-probs; under an environment in turns, and
+        with its metrics."""
         if self.parts.environment is None:
             present = rows[:, None] >= 0  # an absent row (-1) is an empty prompt
             tokens, mask = (np.where(present, x[rows], 0) for x in (encoded.tokens, encoded.attention_mask))
             prompts = phases.Prompts(*map(jnp.asarray, (tokens, mask, rows.astype(np.int32))))
-            return self._respond(state, self.stage.shard(prompts), key, self.functions), {}
+            return sample(state, self.stage.shard(prompts), key, self.functions), {}
 
         def respond(*conversations: Any) -> Rollout:
-            return self._respond(state, phases.Prompts(*self.stage.shard(conversations)), key, self.functions)
+            return sample(state, phases.Prompts(*self.stage.shard(conversations)), key, self.functions)
 
         sampled, metrics = converse(self.parts.environment, respond, encoded, rows)
         return self.stage.shard(sampled), metrics

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import heapq
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -124,10 +125,8 @@ def run(
     settings, text = getattr(config, name), config.text
     initial.warn_of_rate(config, name, settings.optimizer)
     sizes = _sizes(name, settings, sharding.num_parts(initial.mesh_of(config)))
-    if text.pack and name == "kto":
-        raise UserError("text.pack: kto joins each prompt with the next row's answer and cannot pack; leave it out")
-    if text.pack and getattr(settings, "aggregate", "token") != "token":
-        raise UserError(f"text.pack: sft.aggregate must be token, got {settings.aggregate}, which speaks of whole rows")
+    if text.pack:
+        _check_packing(name, settings)
     kind = KINDS.get(name, "comparisons")
     data = initial.stage_rows(config, kind, settings.data)
     with open_stage(config, name, data.fingerprints, sizes) as stage:
@@ -151,11 +150,19 @@ def run(
             numbers = plan.rows(step)
             return np.where(numbers == batches.ABSENT, numbers, train_rows[numbers])
 
+        def batch_at(step: int) -> Any:
+            return to_arrays(task.train_on or encoded, rows_of(step))
+
         def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-            batch = to_arrays(task.train_on or encoded, rows_of(step))
+            batch = batch_at(step)
             state, metrics = task.update(state, stage.shard(batch), jax.random.fold_in(update_key, step))
             share = {f"{name}/padding": jnp.float32(np.mean(batch.attention_mask == 0))} if text.pack else {}
             return state, metrics | share
+
+        def attempt(state: TrainState) -> TrainState:
+            steps = heapq.nlargest(8, range(plan.steps_per_epoch), plan.extent)
+            largest = max((batch_at(step) for step in steps), key=lambda batch: batch.tokens.size)
+            return memory.tried(lambda state: task.update(state, stage.shard(largest), update_key), state)
 
         num_steps = settings.num_epochs * plan.steps_per_epoch
         optimizer, size = make_optimizer(settings.optimizer, num_steps), settings.batch_size
@@ -170,11 +177,18 @@ def run(
             show=show,
             sources=lambda step: [encoded.sources[row] for row in rows_of(step) if row >= 0],
             optimizer=settings.optimizer,
+            attempt=attempt,
         )
-
         stage.hold({"frozen weights": task.start.base, "reference": None if task.start.base else task.reference})
         state, row = loop.train(stage, _first_state(stage, task), job)
         return stage.finish(language_model, task.start, task.trained(state), row)
+
+
+def _check_packing(name: str, settings: Any) -> None:
+    if name == "kto":
+        raise UserError("text.pack: kto joins each prompt with the next row's answer and cannot pack; leave it out")
+    if name == "sft" and settings.aggregate != "token":
+        raise UserError(f"text.pack: sft.aggregate must be token, got {settings.aggregate}, which speaks of whole rows")
 
 
 def _batching(
