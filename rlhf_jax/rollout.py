@@ -180,7 +180,8 @@ def from_text(
         response_mask[i, prompt_length:end] = row.mask
         padded_log_probs[i, prompt_length:end] = np.where(row.mask, row.log_probs, 0.0)
     ids = np.asarray(np.arange(num_rows) if row_ids is None else row_ids, np.int32)
-    return Rollout(*map(jnp.asarray, (tokens, attention_mask, response_mask, padded_log_probs, ids)))
+    arrays = tokens, attention_mask, response_mask, padded_log_probs, ids
+    return Rollout(*map(jnp.asarray, arrays), prompt_length=prompt_length)
 
 
 def _read_row(

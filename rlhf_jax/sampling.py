@@ -240,6 +240,7 @@ def _sample_rows(
         response_mask=response_mask,
         log_probs=end.log_probs,
         row_ids=row_ids,
+        prompt_length=prompt_length,
     )
 
 

@@ -105,6 +105,7 @@ class Rollout:
     advantages: jax.Array | None = None  # [B, T]
     returns: jax.Array | None = None  # [B, T]
     importance_weights: jax.Array | None = None  # [B, T] factor of each token's policy loss; 0 outside the response
+    prompt_length: int | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)  # P
     greedy_rewards: jax.Array | None = None  # [B] of the policy's greedy response to the same prompt, without KL
 
 

@@ -34,6 +34,7 @@ def test_rows_by_hand():
         response_mask=np.int32([[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0]]),
         log_probs=np.float32([[0, 0, -1, -2, 0, 0], [0, 0, -3, -4, 0, 0], [0, 0, -5, -6, -7, 0], [0, 0, -8, 0, 0, 0]]),
         row_ids=np.int32([7, 5, 7, 9]),
+        prompt_length=2,
     )
     assert_identical(made, expected)
     # Ids say themselves whether EOS ended them; unequal prompts get the longest one's width, or the one asked for.

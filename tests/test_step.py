@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tabular import assert_close, assert_identical, every_way
 
 from rlhf_jax import gradient_step, losses, minibatch_epochs, sharding
-from rlhf_jax.types import Max, Mean, TrainState
+from rlhf_jax.types import Max, Mean, Rollout, TrainState
 
 SGD = optax.sgd(1.0)
 
@@ -77,6 +77,52 @@ def test_row_i_is_in_microbatch_i_modulo_their_number():
     state = TrainState.create({"w": jnp.ones(())}, SGD)
     _, metrics = gradient_step(squared_sum, state, SGD, batch=jnp.array([1.0, 2, 3, 4]), num_microbatches=2)
     assert metrics["loss"] == ((1 + 3) ** 2 + (2 + 4) ** 2) / 4  # of rows 0, 1 and 2, 3 it would be 58 / 4
+
+
+def long_rollout(slots=128, prompt_length=3):
+    """16 rows of 3 + 128 slots; the quarters of rows by length have at most 32, 64, 96 and 128 response tokens."""
+    lengths = np.random.default_rng(0).permutation(8 * np.arange(1, 17))[:, None]
+    column = np.arange(3 + slots)[None]
+    mask = jnp.asarray((column >= 3) & (column < 3 + lengths), jnp.int32)
+    log_probs = jnp.asarray(np.random.default_rng(1).normal(size=mask.shape), jnp.float32)
+    return Rollout(mask, mask, mask, log_probs, row_ids=jnp.arange(16), prompt_length=prompt_length)
+
+
+def cubes(params, part):
+    """A loss of response tokens that differ, and the columns that are computed."""
+    rows = jnp.sum(jnp.where(part.response_mask != 0, (params["w"] * part.log_probs - 1.0) ** 3, 0.0), axis=1)
+    return Mean(jnp.sum(rows * part.row_ids), jnp.sum(part.response_mask)), {"columns": Mean.of(part.tokens.shape[1])}
+
+
+@pytest.mark.parametrize(
+    ("rollout", "parts", "columns"),
+    [
+        (long_rollout(), 4, (35 + 67 + 131 + 131) / 4),
+        (long_rollout(), 1, 131),
+        (long_rollout(prompt_length=None), 4, 131),
+        (long_rollout(slots=127), 4, 130),
+    ],
+)
+def test_microbatches_of_rollouts_are_as_wide_as_their_longest_response(rollout, parts, columns):
+    state = TrainState.create({"w": jnp.array(0.5)}, SGD)
+    expected, metrics = gradient_step(cubes, state, SGD, batch=rollout)
+    found, own = gradient_step(cubes, state, SGD, batch=rollout, num_microbatches=parts)
+    assert own["columns"] == columns
+    assert_close(found, expected)
+    np.testing.assert_allclose(own["loss"], metrics["loss"], rtol=1e-5)
+
+
+def test_rows_of_like_length_stay_on_their_device():
+    state, rows = TrainState.create({"w": jnp.array(0.5)}, SGD), sharding.rows(sharding.make_mesh(4))
+
+    def update(state, batch, key, **options):
+        state, metrics = gradient_step(cubes, state, SGD, batch=batch, num_microbatches=4, **options)
+        return state, metrics["columns"]
+
+    (one, _), *others = every_way(update, state, long_rollout(), jax.random.key(0), minibatch_sharding=rows)
+    for found, columns in others:
+        assert_close(found, one)
+        assert 35 < columns < 131
 
 
 @pytest.mark.parametrize(("learning_rate", "expected"), [(0.0, [1.0, 1.0, 0.5, 0.5]), (0.5, [1.0] * 4)])

@@ -16,9 +16,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import ops
-from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Params, Parts, TrainState
+from rlhf_jax.sharding import cut
+from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Params, Parts, Rollout, TrainState
 
 State = TypeVar("State", bound=TrainState)
+
+# Microbatches of rollouts with so many response slots are of rows of like length, and as wide as these need.
+LONG = 128
 
 
 def gradient_step(
@@ -43,7 +47,10 @@ def gradient_step(
       batch: any pytree whose leaves [B, ...] share their leading axis. None leaves are allowed.
       key: of dropout; each microbatch on each device gets another one derived from it.
       num_microbatches: parts that are run one after the other to save memory; divides B. Row i is in part
-        ``i % num_microbatches``, so that each device of a sharded batch has rows in every part.
+        ``i % num_microbatches``, so that each device of a sharded batch has rows in every part. The rows of a Rollout
+        with `LONG` response slots and a ``prompt_length`` are put in the order of their length first, and a part whose
+        responses fill at most a quarter or a half of the slots is computed without the others: that costs a compiled
+        copy of the loss for each width, and rounding.
       axis_name: the mapped axis (or axes) over whose devices the batch is spread.
       minibatch_sharding: the NamedSharding of the batch's rows under plain ``jit``. With it the gradients of the
         microbatches are added up on each device and summed over the devices once, where its first axis is the whole
@@ -115,10 +122,8 @@ def minibatch_epochs(
     for name, number in (("epochs", num_epochs), ("minibatches", num_minibatches), ("shuffle_blocks", shuffle_blocks)):
         ops.check_number(name, number, at_least=1)
     num_rows = _num_rows(batch)
-    first_block: jax.Array | int = 0
-    num_blocks = 1
-    if num_minibatches > 1:
-        first_block, num_blocks = _local_blocks(num_rows, num_minibatches, shuffle_blocks, axis_name)
+    local = _local_blocks(num_rows, num_minibatches, shuffle_blocks, axis_name) if num_minibatches > 1 else (0, 1)
+    first_block, num_blocks = local
     block_size = num_rows // num_blocks
     blocks = jax.tree.map(lambda x: x.reshape(num_blocks, block_size, *x.shape[1:]), batch)
 
@@ -241,13 +246,18 @@ def _global_gradient(
     if num_microbatches == 1:
         grads, totals, counts, metrics = backward(0, batch, None)
     else:
+        batch, widths = _by_length(batch, num_microbatches)
         parts = jnp.arange(num_microbatches), _split(batch, num_microbatches)
         # The counts of the whole batch first. They do not depend on the parameters: XLA leaves the forward pass out.
         _, own_counts = jax.lax.scan(lambda _, part: (None, forward(local, *part)[1][0]), None, parts)
         counts = ops.psum(tuple(jnp.sum(count) for count in own_counts), axis_name)
 
+        def narrowed(width: int | None, number: jax.Array, part: Any) -> Any:
+            return backward(number, jax.tree.map(lambda x: x[:, :width] if x.ndim == 2 else x, part), counts)
+
         def add(total: Params, part: tuple[jax.Array, Any]) -> tuple[Params, Any]:
-            grads, totals, _, metrics = backward(*part, counts)
+            index = jnp.searchsorted(jnp.array(widths), jnp.max(_used(part[1]))) if len(widths) > 1 else 0
+            grads, totals, _, metrics = jax.lax.switch(index, [partial(narrowed, width) for width in widths], *part)
             return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (totals, metrics)
 
         # Sums of low-precision gradients would lose the small ones.
@@ -255,12 +265,30 @@ def _global_gradient(
         grads, (totals, metrics) = jax.lax.scan(add, zeros, parts)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         totals = tuple(jnp.sum(total) for total in totals)
-        metrics = {name: _merged(part) for name, part in metrics.items()}
+        sums = {name: jnp.sum if isinstance(part, Mean) else jnp.max for name, part in metrics.items()}
+        metrics = {name: jax.tree.map(partial(sums[name], axis=0), part) for name, part in metrics.items()}
     grads, totals = ops.psum((grads, totals), axis_name)
     if axis_name is not None:
         metrics = {name: part.over(axis_name) for name, part in metrics.items()}
     loss = sum((Mean(*term).value for term in zip(totals, counts, strict=True)), jnp.zeros(()))
     return loss, {name: part.value for name, part in metrics.items()}, grads
+
+
+def _by_length(batch: Any, num_microbatches: int) -> tuple[Any, tuple[int | None, ...]]:
+    """The rows in such an order that `_split` makes parts of like length, and the widths that a part may have."""
+    prompt = batch.prompt_length if isinstance(batch, Rollout) else None
+    if prompt is None or batch.tokens.shape[1] - prompt < LONG:
+        return batch, (None,)
+    slots = batch.tokens.shape[1] - prompt
+    order = jnp.argsort(_used(batch)).reshape(num_microbatches, -1).T.reshape(-1)
+    batch = jax.tree.map(lambda x: cut(x[order], "data", "fsdp"), batch)
+    return batch, (prompt + slots // 4, prompt + slots // 2, prompt + slots)
+
+
+def _used(rollout: Rollout) -> jax.Array:
+    """[B] columns up to the last response token of each row."""
+    columns = jnp.arange(1, 1 + rollout.tokens.shape[1])[None]
+    return jnp.max(jnp.where(rollout.response_mask != 0, columns, 0), axis=1)
 
 
 def _part_key(key: jax.Array | None, number: jax.Array | int, axis_name: AxisName | None) -> list[jax.Array]:
@@ -279,13 +307,6 @@ def _split(batch: Any, num_microbatches: int) -> Any:
     return jax.tree.map(
         lambda x: x.reshape(num_rows // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
     )
-
-
-def _merged(parts: Mean | Max) -> Mean | Max:
-    """Parts stacked on axis 0, made one."""
-    if isinstance(parts, Mean):
-        return Mean(jnp.sum(parts.total, axis=0), jnp.sum(parts.count, axis=0))
-    return Max(jnp.max(parts.value, axis=0))
 
 
 def _average(metrics: Metrics) -> Metrics:
@@ -316,5 +337,4 @@ def _local_blocks(
             f"a batch of {num_rows * num_devices} rows does not divide into shuffle_blocks={shuffle_blocks} blocks "
             f"times num_minibatches={num_minibatches}: it must be a multiple of {shuffle_blocks * num_minibatches}"
         )
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_blocks
-    return first, num_blocks
+    return 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_blocks, num_blocks
