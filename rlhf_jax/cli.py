@@ -6,6 +6,7 @@ A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,12 +45,17 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
 
     Errors that are printed without a traceback: a :class:`UserError`, which exits with 2; a :class:`TrainingFault`,
     with 1; a :class:`Stopped`, with 130 (Ctrl-C), 143 (SIGTERM) or 3 (an alert whose action is stop). Ctrl-C outside a
-    training loop exits with 130 too. Any other exception passes through: Python prints its traceback and exits with 1.
+    training loop exits with 130 too, and a closed pipe, as of ``| head``, with 141 and no message. Any other exception
+    passes through: Python prints its traceback and exits with 1.
     """
     attach_console()
     allocator.keep_memory()
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # of `| head`, which has read enough; what is left in the buffer is for nobody
+        os._exit(141)
     except (UserError, TrainingFault) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
@@ -219,7 +225,7 @@ def check_data(
     from rlhf_jax.data import check, tokenizers
 
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    report = check.check(files, loaded, kind, columns, on_bad_row)
+    report = check.check(files, loaded, kind=kind, columns=columns, on_bad_row=on_bad_row)
     print(report.text)
     return 2 if report.num_problems else 0
 
@@ -243,7 +249,7 @@ def preview_data(
     from rlhf_jax.data import check, tokenizers
 
     loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    print(check.preview(file, loaded, kind, count, columns))
+    print(check.preview(file, loaded, count, kind=kind, columns=columns))
 
 
 def bench_step(

@@ -347,8 +347,6 @@ class RLStage:
         if truncated and not self.allow_truncated_sampling:
             fault = "the update uses log-probabilities of the whole distribution, from which such samples do not come"
             raise ValueError(f"top_k and top_p: {fault}; --rl.allow-truncated-sampling trains on them anyway")
-        if self.environment is None and self.max_turns is not None:
-            raise ValueError("max_turns limits conversations with an environment: give --rl.environment")
         ends = self.missing_eos_penalty, self.missing_eos_score, self.overlong_buffer
         if self.environment is not None and ends != (None, None, None):
             raise ValueError("missing_eos_penalty, missing_eos_score, overlong_buffer: an environment pays itself")
@@ -547,7 +545,8 @@ def parse(
 def _unknown_flag(flag: str, root: type) -> str:
     key = flag.lstrip("-").replace("-", "_")
     if not flag.startswith("--"):
-        return f"unexpected {flag!r}; flags begin with --"
+        switch = "; a switch stands alone: --text.pack, or --text.no-pack to turn it off"
+        return f"unexpected {flag!r}; flags begin with --{switch if flag.lower() in ('true', 'false') else ''}"
     if key in _keys(root):
         return f"{flag} is a setting that this command does not read"
     return f"unknown flag {flag}; {_hint(key, root, flags=True)}"

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import json
+import operator
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from rlhf_jax import models, sampling
 from rlhf_jax.data import chat, encoding, tokenizers
+from rlhf_jax.data.environment import Source, converse, load_environment
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
@@ -79,7 +81,9 @@ class Generations(NamedTuple):
     """Responses to prompts: N = prompts * samples rows, those of one prompt adjacent."""
 
     texts: list[str]
-    """[N] without special tokens."""
+    """[N] without special tokens; of several turns the policy's words alone, one response after the other."""
+    transcripts: list[str]
+    """[N] the same with an environment's replies in their places."""
     log_probs: np.ndarray
     """[N] float32, of the whole response: the sum of ``token_log_probs``, in nats."""
     rewards: np.ndarray | None
@@ -87,7 +91,7 @@ class Generations(NamedTuple):
     token_log_probs: list[np.ndarray]
     """[N] arrays [response tokens], EOS included: of the full softmax at the temperature (at temperature 0: of 1)."""
     finished: np.ndarray
-    """[N] bool, whether EOS ended the response, rather than ``max_new_tokens``."""
+    """[N] bool, whether EOS ended the (last) response, rather than ``max_new_tokens``."""
 
 
 class Generator:
@@ -100,10 +104,12 @@ class Generator:
     Args:
         folder: a Hugging Face folder (or name) with its tokenizer.
         reward_model: that of a reward model with the same tokenizer.
-        max_new_tokens: response slots R.
+        max_new_tokens: response slots R, of replies too.
         temperature: divides the logits; 0 takes the most likely token.
         top_k, top_p: as in ``sampling.SamplingConfig``.
         template: what the model reads for a prompt; None: the ``text.template`` of the run that left the folder.
+        environment: ``fn(conversation, row)`` or FILE.py:FUNCTION, which replies to responses (``data.environment``).
+        max_turns: responses of a row at most; None: as many as fit.
         batch_size: at most this many rows at once.
         compute: as in ``models.load``, such as ``compute_dtype="bfloat16"``.
 
@@ -123,6 +129,8 @@ class Generator:
         top_k: int | None = None,
         top_p: float | None = None,
         template: str | None = None,
+        environment: Source = None,
+        max_turns: int | None = None,
         batch_size: int = 64,
         **compute: Any,
     ):
@@ -135,6 +143,7 @@ class Generator:
             raise UserError(f"{folder}: this is a reward model, which writes no text; give the policy first")
         end, pad = self.tokenizer.eos_ids, self.tokenizer.pad_id
         self.config = sampling.SamplingConfig(max_new_tokens, temperature, top_k, top_p, eos_id=end, pad_id=pad)
+        self._environment = load_environment(environment, self.tokenizer, max_new_tokens, max_turns)
         self._score: Callable[..., jax.Array] | None = None
         positions = self.model.config.max_length
         if reward_model is not None:
@@ -147,15 +156,18 @@ class Generator:
             positions = min(positions, judge.config.max_length)
         self._room = positions - max_new_tokens
         if self._room < 1:
-            room = f"leaves no room for a prompt in {positions} positions"
-            raise UserError(f"{folder}: max_new_tokens {max_new_tokens} {room}")
+            raise UserError(f"{folder}: max_new_tokens {max_new_tokens} leaves no room for a prompt in {positions}")
 
-    def __call__(self, prompts: Sequence[str], *, seed: int = 0, num_samples: int = 1) -> Generations:
+    def __call__(
+        self, prompts: Sequence[str], *, seed: int = 0, num_samples: int = 1, columns: Sequence[dict[str, Any]] = ()
+    ) -> Generations:
         """Samples ``num_samples`` responses to each prompt.
+
+        columns: what the environment gets as ``row``, for each prompt; empty: nothing.
 
         A response is a function of seed, prompt, and which of the prompt's samples it is: the first one to a prompt is
         the same whatever else is asked, in whatever batches (up to ties within the rounding of the logits). A prompt
-        that is given twice gets its next samples the second time.
+        that is given twice gets its next samples the second time. All prompts are padded to the longest.
 
         Raises:
             UserError: naming the prompt, such as ``prompts[3]``: it is no text, too long, holds a character that the
@@ -163,90 +175,85 @@ class Generator:
         """
         if isinstance(prompts, str):
             raise UserError("expected a list of prompts, got one text; put it in a list")
-        rows = [Row(prompt, (), f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        given = zip(prompts, columns or [{}] * len(prompts), strict=True)
+        rows = [Row(prompt, (), f"prompts[{i}]", columns=own) for i, (prompt, own) in enumerate(given)]
         for row in rows:
             if not isinstance(row.prompt, str):
                 raise UserError(f"{row.source}: expected a text, got {type(row.prompt).__name__}")
-        encoded = encoding.prompt_ids(rows, self.tokenizer, self.template)
-        for row, ids in zip(rows, encoded, strict=True):
-            if len(ids) > self._room:
-                left = f"{self._room} are left beside max_new_tokens {self.config.max_new_tokens}"
-                what = f"{row.source}, {row.prompt[:40]!r}: has {len(ids)} tokens, and {left}"
-                raise UserError(f"{what} in the model's positions; shorten one of the two")
-        drawn: collections.Counter[tuple[int, ...]] = collections.Counter()  # samples of each prompt so far
-        wanted: list[tuple[tuple[int, ...], int]] = []  # (prompt, which of its samples)
-        for prompt_ids in map(tuple, encoded):
-            wanted += [(prompt_ids, drawn[prompt_ids] + sample) for sample in range(num_samples)]
-            drawn[prompt_ids] += num_samples
-        texts, token_log_probs = [""] * len(wanted), [np.zeros(0, np.float32)] * len(wanted)
-        finished, scores = np.zeros(len(wanted), bool), np.zeros(len(wanted), np.float32)
-        # A prompt's own length alone decides how far it is padded, so that its neighbours change nothing.
-        widths = np.array([min(-(-len(ids) // _BUCKET) * _BUCKET, self._room) for ids, _ in wanted], int)
-        for width in np.unique(widths):
-            places = np.flatnonzero(widths == width)
-            rollout = self._rollout([wanted[i] for i in places], width, seed)
-            if self._score is not None:
-                scores[places] = in_batches(self._score, self.batch_size, rollout.tokens, rollout.attention_mask)
-            masks = np.asarray(rollout.response_mask) != 0
-            finished[places] = (masks & np.isin(rollout.tokens, self.config.eos_ids)).any(axis=1)
-            of_width = responses(rollout, self.tokenizer)
-            for place, i in enumerate(places.tolist()):
-                texts[i], token_log_probs[i] = of_width[place], np.asarray(rollout.log_probs)[place, masks[place]]
-        log_probs = np.array([row.sum() for row in token_log_probs], np.float32)
-        return Generations(texts, log_probs, None if self._score is None else scores, token_log_probs, finished)
+        ids = encoding.prompt_ids(rows, self.tokenizer, self.template)
+        for row, own in zip(rows, ids, strict=True):
+            if len(own) > self._room:
+                what = f"{row.source}, {row.prompt[:40]!r}: has {len(own)} tokens, and {self._room} are left"
+                raise UserError(f"{what} beside max_new_tokens {self.config.max_new_tokens}; shorten one of the two")
+        if not rows:
+            return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
+        width = min(-(-max(map(len, ids)) // _BUCKET) * _BUCKET, self._room)
+        padded = encoding.left_padded(ids, width, self.tokenizer.pad_id)
+        numbers, drawn = np.repeat(np.arange(len(rows)), num_samples), collections.Counter[tuple[int, ...]]()
+        streams = []  # a row's randomness is of its prompt and the number of its sample, not of its place
+        for prompt in (tuple(ids[number]) for number in numbers):
+            streams.append(zlib.crc32(np.array([drawn[prompt], *prompt], "<i4").tobytes()) & 0x7FFFFFFF)
+            drawn[prompt] += 1
+        how: Any = {"config": self.config, "batch_size": self.batch_size, "row_ids": np.array(streams, np.int32)}
 
-    def _rollout(self, wanted: Sequence[tuple[tuple[int, ...], int]], width: int, seed: int) -> Rollout:
-        """Samples prompts of token ids, left-padded to ``width``; each comes with the number of its sample."""
-        tokens, mask = encoding.left_padded([ids for ids, _ in wanted], width, self.tokenizer.pad_id)
-        # The row's random stream: of the prompt and the sample's number, not of the place in the batch.
-        row_ids = [zlib.crc32(np.array([sample, *ids], "<i4").tobytes()) & 0x7FFFFFFF for ids, sample in wanted]
-        inputs = (self.model, self._params, tokens, mask, jax.random.key(seed))
-        rows = np.array(row_ids, np.int32)
-        return sample_in_batches(*inputs, config=self.config, batch_size=self.batch_size, row_ids=rows)
+        def respond(tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None) -> Rollout:
+            return sample_in_batches(self.model, self._params, tokens, mask, jax.random.key(seed), **how, used=used)
+
+        encoded = encoding.EncodedPrompts(*padded, rows, {}, {})
+        rollout: Any = converse(self._environment, respond, encoded, numbers)[0]
+        inputs, said = (self.batch_size, rollout.tokens, rollout.attention_mask), rollout.response_mask != 0
+        return Generations(
+            texts=responses(rollout, self.tokenizer),
+            transcripts=responses(rollout, self.tokenizer, with_replies=True),
+            log_probs=rollout.log_probs.sum(axis=1),
+            rewards=None if self._score is None else in_batches(self._score, *inputs),
+            token_log_probs=[row[mask] for row, mask in zip(rollout.log_probs, said, strict=True)],
+            finished=ended(rollout, self.config.eos_ids),
+        )
 
 
 _sample = jax.jit(sampling.generate, static_argnames=("model", "config"))
 
 
 def sample_in_batches(
-    model: models.Model,
-    params: Params,
-    tokens: np.ndarray,
-    attention_mask: np.ndarray,
-    key: jax.Array,
-    *,
-    config: sampling.SamplingConfig,
-    batch_size: int = 64,
-    row_ids: np.ndarray | None = None,
+    model: models.Model, params: Params, tokens: Any, mask: Any, key: jax.Array, *, batch_size: int = 64, **how: Any
 ) -> Rollout:
     """Samples a response to each of N left-padded prompts [N, P], ``batch_size`` at a time; a NumPy Rollout of N rows.
 
-    Row i is sampled as row ``row_ids[i]`` (None: i) whatever the batch size.
+    how: ``config``, and ``row_ids`` and ``used`` [N], as ``sampling.generate`` has them. Row i is sampled as row
+        ``row_ids[i]`` (none given: i) whatever the batch size.
     """
-    row_ids = np.arange(len(tokens), dtype=np.int32) if row_ids is None else row_ids
+    by_row = {"row_ids": np.arange(len(tokens), dtype=np.int32)} | how
+    config = by_row.pop("config")
 
-    def sample(tokens: np.ndarray, attention_mask: np.ndarray, row_ids: np.ndarray) -> Rollout:
-        return _sample(model, params, tokens, attention_mask, key, config=config, row_ids=row_ids)
+    def sample(tokens: jax.Array, mask: jax.Array, by_row: dict[str, jax.Array]) -> Rollout:
+        return _sample(model, params, tokens, mask, key, config=config, **by_row)
 
-    return in_batches(sample, batch_size, tokens, attention_mask, row_ids)
+    return in_batches(sample, batch_size, tokens, mask, by_row)
 
 
-def in_batches(fn: Callable[..., Any], batch_size: int, *arrays: np.ndarray | jax.Array) -> Any:
-    """``fn`` of the rows of [N, ...] arrays, at most ``batch_size`` at a time; its results as NumPy arrays of N rows.
+def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any) -> Any:
+    """``fn`` of the rows of pytrees of [N, ...] arrays, at most ``batch_size`` at a time; a pytree of NumPy arrays.
 
     Batches have as many rows as the power of two that holds all N, so that few shapes are compiled; the last one is
     filled up with rows of zeros.
     """
-    num_rows = len(arrays[0])
+    num_rows = len(jax.tree.leaves(trees)[0])
     size = min(batch_size, 1 << (num_rows - 1).bit_length())
-    padded = [np.pad(array, [(0, -num_rows % size)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
-    parts = [jax.device_get(fn(*(x[start : start + size] for x in padded))) for start in range(0, num_rows, size)]
+    padded = jax.tree.map(lambda x: np.pad(x, [(0, -num_rows % size)] + [(0, 0)] * (x.ndim - 1)), trees)
+    batches = [slice(start, start + size) for start in range(0, num_rows, size)]
+    parts = [jax.device_get(fn(*jax.tree.map(operator.itemgetter(batch), padded))) for batch in batches]
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:num_rows], *parts)
 
 
-def responses(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
-    """The text of each row's response, special tokens left out."""
-    return [
-        tokenizer.decode([int(token) for token in tokens[mask != 0]])
-        for tokens, mask in zip(np.asarray(rollout.tokens), np.asarray(rollout.response_mask), strict=True)
-    ]
+def responses(rollout: Rollout, tokenizer: Tokenizer, with_replies: bool = False) -> list[str]:
+    """The text of each row's responses, special tokens left out; ``with_replies`` of an environment between them."""
+    said = np.asarray(rollout.response_mask) != 0
+    shown = np.maximum.accumulate(said, axis=1) & (np.asarray(rollout.attention_mask) != 0) if with_replies else said
+    return [tokenizer.decode(row[mask]) for row, mask in zip(np.asarray(rollout.tokens), shown, strict=True)]
+
+
+def ended(rollout: Rollout, eos_ids: Sequence[int]) -> np.ndarray:
+    """[N] bool, whether EOS is the last that the policy has said in a row."""
+    last = np.max(np.where(rollout.response_mask, np.arange(rollout.tokens.shape[1]), 0), axis=1)
+    return np.isin(np.asarray(rollout.tokens)[np.arange(len(last)), last], eos_ids)

@@ -136,7 +136,7 @@ def generate(
         mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``: parameters that are cut over them are
             gathered once, before the first token); each part stops when its own rows have ended. What is cut over
             "tensor" stays so. The tokens are the same as on one device.
-        used: [B] for conversations of several turns (``training.environment``), whose earlier responses stand at the
+        used: [B] for conversations of several turns (``data.environment``), whose earlier responses stand at the
             end of the prompt: how many of a row's ``max_new_tokens`` slots they take. The row gets at most the others,
             and the randomness of a token is that of its slot. P then counts all slots too. None: no slot is taken.
 

@@ -190,13 +190,10 @@ class Algorithm(Protocol):
     def State(self) -> type[TrainState]:
         """``TrainState``, or a subclass with what else the algorithm carries from update to update."""
 
-    @property
-    def needs_values(self) -> bool:
-        """Whether the update reads ``rollout.values``: the run then gives the policy a value head."""
-
-    @property
-    def kl_coef(self) -> float:
-        """Weight of the KL penalty in the reward where a run sets none; 0 for no penalty."""
+    needs_values: bool
+    """Whether the update reads ``rollout.values``: the run then gives the policy a value head."""
+    kl_coef: float
+    """Weight of the KL penalty in the reward where a run sets none; 0 for no penalty."""
 
     def prepare(self, rollout: Rollout, *, config: Any, axis_name: AxisName | None = None) -> Rollout:
         """The rollout with ``advantages`` [B, T] (and ``returns``), from its rewards or scores."""

@@ -155,21 +155,66 @@ GEMMA3 = """{{ bos_token }}
 {%- if add_generation_prompt -%}
     {{ '<start_of_turn>model\\n' }}
 {%- endif -%}"""
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+QWEN2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a model<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TURNS = [SYSTEM, USER, ANSWER, USER]
+CHATML = "user\nhi<|im_end|>\n<|im_start|>assistant\n"
+CHATML = f"{CHATML}hello<|im_end|>\n<|im_start|>{CHATML}"
+# Template, EOS, pad, BOS, other special tokens, other added tokens; a conversation and what is made of it.
 FAMILIES = {
-    "qwen3": (QWEN3, "<|im_end|>", "<|endoftext|>", ("<|im_start|>", "<|im_end|>"), ("<think>", "</think>")),
-    "gemma3": (GEMMA3, "<eos>", "<pad>", ("<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>"), ()),
+    "llama3": (
+        *(LLAMA3, "<|eot_id|>", "<|pad|>", "<|begin|>", ("<|start_header_id|>", "<|end_header_id|>"), (), TURNS),
+        "<|begin|><|start_header_id|>system<|end_header_id|>\n\nbe kind<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nhello<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "mistral": (
+        *(MISTRAL, "</s>", "<pad>", "<s>", ("[INST]", "[/INST]"), (), TURNS[1:]),
+        "<s>[INST] hi [/INST] hello</s>[INST] hi [/INST]",
+    ),
+    "qwen2": (
+        *(QWEN2, "<|im_end|>", "<|endoftext|>", None, ("<|im_start|>",), (), TURNS[1:]),
+        f"<|im_start|>system\nYou are a model<|im_end|>\n<|im_start|>{CHATML}",
+    ),
+    "qwen3": (
+        *(QWEN3, "<|im_end|>", "<|endoftext|>", None, ("<|im_start|>",), ("<think>", "</think>"), TURNS),
+        f"<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>{CHATML}",
+    ),
+    "gemma3": (
+        *(GEMMA3, "<eos>", "<pad>", "<bos>", ("<start_of_turn>", "<end_of_turn>"), (), TURNS),
+        "<bos><start_of_turn>user\nbe kind\n\nhi<end_of_turn>\n<start_of_turn>model\nhello<end_of_turn>\n"
+        "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n",
+    ),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokenizers_of_chat_families_load_without_torch(family, tmp_path, monkeypatch):
     """Added tokens, thinking tags and the chat template of a folder such as these families ship."""
-    source, eos, pad, special, tags = FAMILIES[family]
+    source, eos, pad, bos, special, tags, turns, expected = FAMILIES[family]
     backend = train_bpe(["hi hello think user assistant model\n"] * 3, 280).backend
+    special = [token for token in (eos, pad, bos, *special) if token is not None]
     backend.add_special_tokens([hf.AddedToken(token, special=True, normalized=False) for token in special])
     backend.add_tokens([hf.AddedToken(token, special=False, normalized=False) for token in tags])
     backend.save(str(tmp_path / "tokenizer.json"))
-    config = {"eos_token": eos, "pad_token": pad, "bos_token": "<bos>" if family == "gemma3" else None}
+    config = {"eos_token": eos, "pad_token": pad, "bos_token": bos}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "chat_template.jinja").write_text(source)
     for package in ("torch", "transformers"):
@@ -182,15 +227,10 @@ def test_tokenizers_of_chat_families_load_without_torch(family, tmp_path, monkey
     assert tokenizer.decode([*ids, tokenizer.eos_id]) == thought
     assert [ids.count(backend.token_to_id(tag)) for tag in tags] == [1] * len(tags)
     template = chat.template_of(tokenizer)
-    prompt = tokenizer.backend.decode(template.prompt([SYSTEM, USER, ANSWER, USER], "row"), skip_special_tokens=False)
-    expected = {
-        "qwen3": "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello"
-        "<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-        "gemma3": "<bos><start_of_turn>user\nbe kind\n\nhi<end_of_turn>\n<start_of_turn>model\nhello<end_of_turn>\n"
-        "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n",
-    }
-    assert prompt == expected[family]
-    if family == "gemma3":
+    prompt = template.prompt(turns, "row")
+    assert tokenizer.backend.decode(prompt, skip_special_tokens=False) == expected
+    assert all(backend.token_to_id(token) in prompt for token in special if token in expected)
+    if family in ("gemma3", "mistral"):
         with pytest.raises(UserError, match="row: the chat template failed: TemplateError: Conversation roles must"):
             template.prompt([USER, USER], "row")
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import os
 import re
 import runpy
 import subprocess
@@ -186,6 +187,15 @@ def test_exit_codes(outcome, code, stderr, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.run_script(lambda: outcome if isinstance(outcome, int) else raising(outcome))
     assert (caught.value.code, capsys.readouterr().err) == (code, stderr)
+
+
+def test_a_closed_pipe_ends_a_command_without_a_word():
+    """As of `rlhf-jax configs | head -1`: nobody reads any more."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-m", "rlhf_jax", "configs"], stdout=writes, stderr=subprocess.PIPE)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_other_errors_keep_their_traceback():

@@ -158,6 +158,10 @@ SECTIONS = ("ppo", "sft.optimizer", "rl.top_k")
         (["--sft.opt.b1", "3"], "unknown flag --sft.opt.b1; did you mean --sft.optimizer.b1 or "),
         (["--lora.zzz"], "unknown flag --lora.zzz; the keys of lora are rank, alpha, match"),
         (["tiny"], "unexpected 'tiny'; flags begin with --"),
+        (
+            ["--checkpoint-async", "True"],
+            "unexpected 'True'; flags begin with --; a switch stands alone: --text.pack, or ",
+        ),
         (["--grpo.clip-low", "1"], "--grpo.clip-low is a setting that this command does not read"),
         (["--sft.num-epochs", "1"], "--sft.num-epochs is a setting that this command does not read"),
         (["--reward", "length"], "--reward is a setting that this command does not read"),

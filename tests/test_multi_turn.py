@@ -4,6 +4,8 @@ of what follows and nothing else: no loss, advantage, statistic or gradient read
 import dataclasses
 import functools
 import json
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +14,23 @@ import pytest
 import tokenizers
 from jax.sharding import Mesh
 from tabular import assert_close, assert_identical, numbers
+from test_processes import finish, launch
 from test_training import Killed, interrupt, outputs
 
-from rlhf_jax import ops, sampling, sharding, training
+from rlhf_jax import models, ops, sampling, sharding, training
 from rlhf_jax.algorithms import dpo, grpo, ppo, rloo, sft, vpg
-from rlhf_jax.config import Network, RLStage, RunConfig
+from rlhf_jax.config import Network, RLStage, RunConfig, to_yaml
 from rlhf_jax.config import Tokenizer as Tokens
-from rlhf_jax.data import chat, encoding
+from rlhf_jax.data import chat, encoding, environment
+from rlhf_jax.data.environment import Environment, converse
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer, characters, train_bpe
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import evaluate
+from rlhf_jax.generator import Generator
 from rlhf_jax.rewards import kl_shaped
 from rlhf_jax.rollout import rescore
-from rlhf_jax.training import environment
-from rlhf_jax.training.environment import Environment, converse
+from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import Comparisons, Demonstrations, PolicyOutput, Rollout
 
 KEY = jax.random.key(7)
@@ -167,10 +172,6 @@ def prompts_of(*texts, **columns):
     return encoding.encode_prompts(rows, ALPHABET, length=P)
 
 
-def settings(max_turns=None):
-    return RLStage(max_new_tokens=R, environment="env.py:fn", max_turns=max_turns)
-
-
 def talk(fn, encoded, rows, max_turns=None, config=None, params=None, mesh=None):
     """``converse`` with the table policy, the likeliest tokens by default."""
     config = config or sampling.SamplingConfig(R, temperature=0.0, eos_id=EOS, pad_id=PAD)
@@ -180,7 +181,7 @@ def talk(fn, encoded, rows, max_turns=None, config=None, params=None, mesh=None)
         tokens, mask, _, used = inputs if mesh is None else sharding.shard_rows(mesh, inputs)
         return generate(TABLE_MODEL, params, tokens, mask, KEY, config=config, used=used, mesh=mesh)
 
-    setting = Environment(fn, ALPHABET, chat.template_of(ALPHABET), settings(max_turns))
+    setting = Environment(fn, ALPHABET, chat.template_of(ALPHABET), R, max_turns)
     return converse(setting, respond, encoded, np.asarray(rows))
 
 
@@ -201,7 +202,7 @@ def test_a_conversation_by_hand():
     expected = [
         [PAD, A, B, EOS, C, D, E, EOS, PAD, PAD],
         [C, A, B, EOS, *[PAD] * 6],
-        [*encoded.tokens[-1], *[PAD] * 8],
+        [PAD] * 10,
         [PAD, A, B, EOS, C, C, D, E, EOS, PAD],
     ]
     np.testing.assert_array_equal(rollout.tokens, expected)
@@ -216,13 +217,13 @@ def test_a_conversation_by_hand():
     rescored = rescore(rollout, table(), policy_fn=ops.policy_fn(bigrams))
     assert np.count_nonzero(rescored.log_probs) == (letters == "a").sum()
     np.testing.assert_allclose(rollout.log_probs, rescored.log_probs, atol=1e-6)
-    shares = {"turns": 5 / 3, "cut": 1 / 3, "reward": 1.5 / 3}
-    assert metrics == pytest.approx({f"environment/{name}": value for name, value in shares.items()})
+    by_row = {"turns": [2, 1, 0, 2], "cut": [0, 0, 0, 1], "reward": [2.5, -1, 0, 0]}
+    assert {name: x.tolist() for name, x in metrics.items()} == by_row
     # After one turn the environment is asked too, but nothing follows its reply.
     rollout, metrics = talk(replies, encoded, [0, 1, -1, 2], max_turns=1)
     np.testing.assert_array_equal(rollout.tokens[[0, 1, 3], P:], [[B, EOS, *[PAD] * 6]] * 3)
     np.testing.assert_array_equal(rollout.rewards.sum(axis=1), [0.5, -1.0, 0.0, 0.0])
-    assert float(metrics["environment/cut"]) == pytest.approx(2 / 3)
+    assert metrics["cut"].tolist() == [1, 0, 0, 1]
 
 
 def test_a_reply_gets_no_gradient():
@@ -277,7 +278,7 @@ def test_what_an_environment_does_wrong_names_row_and_turn(fn, message):
             return None
         return "c" if len(conversation) == 2 else fn(conversation, row)
 
-    where = rf"^rl\.environment: prompts\.json, row 2, turn 2: {message}"
+    where = rf"^environment: prompts\.json, row 2, turn 2: {message}"
     with pytest.raises(UserError, match=where):
         talk(after_one_turn, prompts_of("a", "ca"), [0, 1, -1, -1])
 
@@ -300,7 +301,7 @@ def test_a_message_is_rendered_by_the_chat_template():
         (chatml, "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"),
     ):
         tool = lambda *_: {"role": "tool", "content": "42"}  # noqa: E731
-        setting = Environment(tool, tokenizer, chat.template_of(tokenizer), settings())
+        setting = Environment(tool, tokenizer, chat.template_of(tokenizer), R)
         messages = [{"role": "user", "content": "hi"}]
         ids, reward = environment._ask(setting, messages, {}, "here")
         assert tokenizer.backend.decode(ids, skip_special_tokens=False) == text
@@ -314,7 +315,6 @@ def test_a_message_is_rendered_by_the_chat_template():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_turns": 2}, "max_turns limits conversations with an environment"),
         ({"environment": "e.py:f", "missing_eos_penalty": 1.0}, "missing_eos_penalty, missing_eos_score, overlong"),
         ({"environment": "e.py:f", "overlong_buffer": 4}, "overlong_buffer: an environment pays itself"),
         ({"environment": "e.py:f", "max_turns": 0}, "max_turns must be at least 1"),
@@ -325,6 +325,85 @@ def test_settings_that_are_refused(given, message):
         RLStage(**given)
 
 
+NOTING = """
+import json
+from pathlib import Path
+
+def ask(conversation, row):
+    reply = ("c", 0.5) if len(conversation) <= 2 * row["wanted"] else (None, 1.0)
+    with Path(__file__).with_suffix(".jsonl").open("a") as notes:
+        notes.write(json.dumps([[message["content"] for message in conversation], row["wanted"], reply[1]]) + "\\n")
+    return reply
+"""
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A run that was trained with an environment, and its file, which notes what it is asked."""
+    folder = tmp_path_factory.mktemp("talker")
+    (folder / "env.py").write_text(NOTING)
+    trained = {"max_new_tokens": 16, "max_turns": 2, "environment": "env.py:ask"}
+    (folder / "config.yaml").write_text(json.dumps({"rl": trained}))
+    rows = [{"prompt": word, "wanted": i + 1} for i, word in enumerate(("abe", "bee", "cab"))]
+    (folder / "prompts.json").write_text(json.dumps(rows))
+    model = models.build(models.GPT2Config(ALPHABET.vocab_size, 40, 8, 1, 2, initializer_range=0.5))
+    models.save(folder / "model", model, model.init(KEY))
+    ALPHABET.save(folder / "model")
+    return folder
+
+
+def notes(folder):
+    """What the environment was asked and paid since the last call: {prompt: [(texts, reward), ...]}."""
+    lines, by_prompt = map(json.loads, (folder / "env.jsonl").read_text().splitlines()), {}
+    for texts, _, reward in lines:
+        by_prompt.setdefault(texts[0], []).append((texts, reward))
+    (folder / "env.jsonl").unlink()
+    return by_prompt
+
+
+def test_a_generator_with_an_environment(talker):
+    source, rows = f"{talker / 'env.py'}:ask", json.loads((talker / "prompts.json").read_text())
+    generator = Generator(talker / "model", max_new_tokens=16, environment=source, max_turns=3)
+    said = generator([row["prompt"] for row in rows], columns=rows, seed=1)
+    asked = notes(talker)
+    assert max(len(turns) for turns in asked.values()) == 3
+    for i, turns in enumerate(asked.values()):
+        _, *texts = turns[-1][0]
+        assert said.texts[i] == "".join(texts[::2])
+        assert said.transcripts[i].startswith("".join(texts))  # behind it a reply that was the last thing to fit
+        assert len(said.token_log_probs[i]) >= len(said.texts[i])  # pads can be said too
+    again = Generator(talker / "model", max_new_tokens=16, environment=source, max_turns=3, batch_size=1)
+    assert again(["cab"], columns=rows[2:], seed=1).transcripts == said.transcripts[2:]
+    plain = Generator(talker / "model", max_new_tokens=16)(["cab"], seed=1)
+    assert plain.texts == plain.transcripts
+    assert said.texts[2].startswith(plain.texts[0])
+    for given in ({"max_turns": 2}, {"max_turns": 0, "environment": source}):
+        with pytest.raises(UserError, match=r"max_turns \d: conversations have an environment and at least 1 turn"):
+            Generator(talker / "model", **given)
+
+
+def test_an_evaluation_with_an_environment(talker, tmp_path, capsys):
+    (talker / "env.jsonl").unlink(missing_ok=True)
+    given = {"prompts": (str(talker / "prompts.json"),), "num_samples": 2, "output": str(tmp_path)}
+    config = evaluate.Config(**given, environment=f"{talker / 'env.py'}:ask")
+    result = evaluate.run(talker, config)
+    turns = [turn for asked in notes(talker).values() for turn in asked]
+    assert max(len(texts) for texts, _ in turns) == 4  # two turns, as in training
+    assert result.value("environment", "turns") == pytest.approx(len(turns) / 6)
+    assert result.value("environment", "reward") == pytest.approx(sum(reward for _, reward in turns) / 6)
+    assert 0 < result.value("environment", "cut") < 1
+    samples = [json.loads(line) for line in (tmp_path / evaluate.SAMPLES).read_text("utf-8").splitlines()]
+    both = {"".join(texts[1:]) for texts, _ in turns if len(texts) == 4}
+    assert both <= {line["response"] for line in samples}
+    content = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
+    assert config.environment in content["fingerprints"]
+    assert "was trained with replies" not in capsys.readouterr().out
+    evaluate.open_bench(evaluate.load(str(talker), config), evaluate.Config(**given))
+    assert "was trained with replies by env.py:ask; here is no --environment" in capsys.readouterr().out
+    with pytest.raises(UserError, match="max_turns 2: conversations have"):
+        evaluate.open_bench(evaluate.load(str(talker), config), evaluate.Config(**given, max_turns=2))
+
+
 WORDS = ("abe", "bee", "cab", "dab", "ebb", "fab", "ade", "User:\nAssistant")
 COUNTING = """
 def more(conversation, row):
@@ -333,11 +412,29 @@ def more(conversation, row):
     if len(conversation) > 2 * row["wanted"]:
         return None, said.count("e")
     return {"role": "user", "content": said[:3]} if row["wanted"] == 2 else (said[:2], said.count("b") / 2)
+
+def broken(conversation, row):
+    import jax
+    return None, 1 / (1 - jax.process_index())
+"""
+# Each of two processes: a run, the same again, and one whose environment fails in the second process.
+IN_PROCESSES = """
+import sys
+from rlhf_jax import cli, config, training
+from rlhf_jax.algorithms import grpo
+file, env, place = sys.argv[1:]
+
+def main():
+    for name, fn in (("two", "more"), ("two again", "more"), ("broken", "broken")):
+        flags = ["--output-dir", f"{file}s/{name}", "--rl.environment", f"{env}:{fn}", "--processes", place]
+        training.rl.run(config.parse(config.RunConfig, ["--config", file, *flags]), grpo)
+
+cli.run_script(main)
 """
 
 
 @pytest.mark.slow
-def test_a_run_repeats_and_resumes_exactly(tmp_path, monkeypatch):
+def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(tmp_path, monkeypatch, no_pages):
     (tmp_path / "env.py").write_text(COUNTING)
     rows = [{"prompt": word, "wanted": 1 + i % 3} for i, word in enumerate(WORDS)]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
@@ -357,10 +454,15 @@ def test_a_run_repeats_and_resumes_exactly(tmp_path, monkeypatch):
             validation_interval=2,
             validation_fraction=0.5,
         ),
+        grpo=grpo.Config(num_minibatches=2, group_size=4),
     )
-    small = grpo.Config(num_minibatches=2, group_size=4)
-    straight = training.rl.run(config, grpo, small)
-    metrics = [json.loads(line) for line in (straight.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    held = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "hold", lambda stage, trees: held.update(trees))
+        straight = training.rl.run(config, grpo)
+    slots = {leaf.shape[2] for leaf in jax.tree.leaves(held["cache while it samples"])}
+    assert slots == {max(map(len, WORDS)) + 2 * 40}  # the conversation so far, and as much again
+    metrics = read(straight.folder)
     for row in metrics[1:]:
         assert row["policy/sampler_gap"] < 1e-4  # the moved rows were read as the update reads them
         assert 1 < row["environment/turns"] <= 3
@@ -374,9 +476,27 @@ def test_a_run_repeats_and_resumes_exactly(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, 3)
         with pytest.raises(Killed):
-            training.rl.run(again, grpo, small)
-    resumed = training.rl.run(dataclasses.replace(again, resume=True), grpo, small)
+            training.rl.run(again, grpo)
+    resumed = training.rl.run(dataclasses.replace(again, resume=True), grpo)
     assert outputs(resumed.folder) == outputs(straight.folder)
+
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-c", IN_PROCESSES, tmp_path / "run.yaml", tmp_path / "env.py"]
+    said = finish(launch(command, 2, devices=1, flag=[]), code=2)
+    assert all(re.search("error: .*environment: .*turn 1: ZeroDivisionError", text) for text in said), said
+    assert "error: process 1: environment" in said[0]
+    two, twice = (tmp_path / "run.yamls" / name for name in ("two", "two again"))
+    assert outputs(two) == outputs(twice)
+    for row, of_one in zip(read(two), metrics, strict=True):
+        assert row == pytest.approx(of_one, rel=1e-3, abs=1e-4), row["step"]
+    said = [[row["response"] for row in read(run, "samples")] for run in (two, straight.folder)]
+    assert said[0] == said[1]
+
     (tmp_path / "env.py").write_text(COUNTING.replace("/ 2", "/ 3"))
     with pytest.raises(UserError, match="environment"):
-        training.rl.run(dataclasses.replace(again, resume=True), grpo, small)
+        training.rl.run(dataclasses.replace(again, resume=True), grpo)
+
+
+def read(folder, name="metrics"):
+    """The rows of a run's metrics or samples."""
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]

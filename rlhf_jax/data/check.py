@@ -45,30 +45,23 @@ class _File(NamedTuple):
     found: formats.ReadResult
 
 
-def check(
-    paths: Sequence[str],
-    tokenizer: Tokenizer | None = None,
-    kind: Kind | None = None,
-    columns: Sequence[str] = (),
-    on_bad_row: OnBadRow = "error",
-) -> Report:
+def check(paths: Sequence[str], tokenizer: Tokenizer | None = None, **how: Any) -> Report:
     """Reads every file to its end: problems, dropped rows, duplicates, lengths, examples, and what files share.
 
     Args:
       tokenizer: counts lengths in its tokens, renders messages by its chat template and decodes examples that are token
         ids; None: words and `chat.PLAIN`.
-      kind: what the rows should be; None takes what the pipeline's name of the file says, or else what most rows are,
-        so that the others are problems.
-      columns, on_bad_row: as `formats.read`.
+      how: ``kind``, what the rows should be; None takes what the pipeline's name of the file says, or else what most
+        rows are, so that the others are problems; ``columns`` and ``on_bad_row`` as `formats.read`.
     """
     if not paths:
         raise UserError("no data file given")
     texts, num_problems, num_warnings, rows_of = [], 0, 0, dict[str, list[Row]]()
     for path in paths:
         try:
-            file = _read(path, tokenizer, kind, columns, on_bad_row)
+            file = _read(path, tokenizer, **how)
         except UserError as error:
-            nothing = formats.ReadResult([], errors=[error])
+            kind, nothing = how.get("kind"), formats.ReadResult([], errors=[error])
             file = _File(f"{path}: unreadable, 0 rows", kind or "demonstrations", [], nothing)
         text, warnings = _describe(path, file, tokenizer)
         texts.append(text)
@@ -85,22 +78,22 @@ def check(
     return Report("\n\n".join([*texts, counted + ": a run would stop" * bool(num_problems)]), num_problems)
 
 
-def preview(
-    path: str, tokenizer: Tokenizer | None = None, kind: Kind | None = None, count: int = 3, columns: Sequence[str] = ()
-) -> str:
+def preview(path: str, tokenizer: Tokenizer | None = None, count: int = 3, **how: Any) -> str:
     """The first ``count`` rows in full, as a run would read them, messages rendered, and what is wrong with others.
+
+    how: as `check`.
 
     Raises:
       UserError: for a file that cannot be read.
     """
-    file = _read(path, tokenizer, kind, columns)
+    file = _read(path, tokenizer, **how)
     shown = [_render_row(row, tokenizer) for row in file.found.rows[:count]]
     findings = "\n".join([*_problems(file.found.errors), *_dropped(file.found.places)])
     return "\n\n".join(filter(None, [f"{file.head}, {file.kind}", *shown, findings]))
 
 
 def _read(
-    name: str, tokenizer: Tokenizer | None, kind: Kind | None, columns: Sequence[str], on_bad_row: OnBadRow = "error"
+    name: str, tokenizer: Tokenizer | None, kind: Kind | None = None, columns: Any = (), on_bad_row: OnBadRow = "error"
 ) -> _File:
     """The rows, of the kind that the pipeline's name of the file says, or else that most records are."""
     source = read_source(name)

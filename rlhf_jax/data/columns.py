@@ -16,7 +16,6 @@ from rlhf_jax.data.rows import BadRow, Drop, Record, kind
 from rlhf_jax.errors import UserError
 
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-UNRANKED = "message tree without two ranked replies to one prompt"
 
 
 def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Record]:
@@ -114,7 +113,7 @@ def _rankings(record: Record) -> list[Record]:
     except (KeyError, TypeError, AttributeError) as error:
         return [Record(BadRow(record.source, f"not a message tree: {type(error).__name__}: {error}"), record.source)]
     rankings = [Record(row, f"{record.source}, prompt {number}") for number, row in enumerate(rows, 1)]
-    return rankings or [Record(Drop(UNRANKED), record.source)]
+    return rankings or [Record(Drop("message tree without two ranked replies to one prompt"), record.source)]
 
 
 def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -66,7 +66,6 @@ PAD_ID = 50259  # of lm-human-preferences, GPT-2's vocabulary size + 2; no token
 EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
 _ANNOTATOR = re.compile(r"annotator[0-9]+")
-_LARGEST = 3.4e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -377,7 +376,8 @@ def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
     what = f"{key!r} must be a list of {count} numbers, one for each response"
     rows.expect(isinstance(values, list) and len(values) == count, record, what, values)
     for value in values:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
+        # No float32 is larger than 3.4e38.
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3.4e38
         rows.expect(is_number, record, f"{key!r} must hold numbers", value)
     return tuple(map(float, values))
 

@@ -24,6 +24,7 @@ from rlhf_jax import generator, models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, formats, rows
 from rlhf_jax.data.encoding import EncodedTexts
+from rlhf_jax.data.environment import Environment, converse, load_environment
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.evaluation import data, measures, texts
@@ -69,6 +70,10 @@ class Config:
     """What the models read for a prompt; null: the run's text.template ({prompt} for a model's folder)."""
     max_new_tokens: int | None = None
     """Response slots; null: the run's rl.max_new_tokens (32 for a model's folder)."""
+    environment: str | None = None
+    """FILE.py:FUNCTION, which replies to each response, as rl.environment does in a run."""
+    max_turns: int | None = None
+    """Responses of a row at most; null: the run's rl.max_turns."""
     temperature: float = 1.0
     """Sampling temperature; 0 takes the most likely token."""
     num_samples: int = 1
@@ -153,8 +158,8 @@ def run(folder: str | Path, config: Config) -> Result:
     output.mkdir(parents=True, exist_ok=True)
     path = output / records.EVALUATION
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    lines = [json.dumps(line, ensure_ascii=False) + "\n" for name in answers for line in _samples(name, answers[name])]
-    write_atomically(output / SAMPLES, "".join(lines))
+    lines = [line for name, own in answers.items() for line in _samples(name, own, policy.tokenizer)]
+    write_atomically(output / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return Result(figures, path)
 
 
@@ -178,6 +183,7 @@ class Bench(NamedTuple):
     key: jax.Array
     reward: spec.Reward | None
     positions: int  # that the policy and the reward model both have
+    environment: Environment | None
 
 
 def load(folder: str, config: Config) -> Policy:
@@ -194,7 +200,7 @@ def load(folder: str, config: Config) -> Policy:
 
 def _check_flags(policy: Policy, config: Config) -> None:
     """Refuses what a reward model cannot be asked."""
-    others = ("prompts", "safety", "categories", "against", "reward_model")
+    others = ("prompts", "safety", "categories", "against", "reward_model", "environment")
     given = [f"--{name.replace('_', '-')}" for name in others if getattr(config, name)]
     if policy.is_judge and given:
         judged = f"it is judged by --preferences and --annotated, not by {', '.join(given)}"
@@ -225,7 +231,12 @@ def open_bench(policy: Policy, config: Config) -> Bench:
         folders = [folder for source in spec.sources(entry).values() for folder in spec.members(source) or [source]]
         of_judges = [hf.read_config(folder).max_length for folder in folders if (folder / "config.json").is_file()]
         positions = min([positions, *of_judges])
-    return Bench(policy, config, stage.stream(config.seed, "evaluate", "eval"), reward, positions)
+    trained = _settings(policy.folder).get("rl", {})
+    turns = trained.get("max_turns") if config.max_turns is None and config.environment else config.max_turns
+    if trained.get("environment") and not config.environment:
+        logger.info(f"{policy.folder} was trained with replies by {trained['environment']}; here is no --environment")
+    environment = load_environment(config.environment, policy.tokenizer, policy.max_new_tokens, turns)
+    return Bench(policy, config, stage.stream(config.seed, "evaluate", "eval"), reward, positions, environment)
 
 
 def check_template(policy: Policy, folder: str, config: Config) -> None:
@@ -250,9 +261,7 @@ def score(reward: spec.Reward, rollout: Rollout, columns: Mapping[str, Sequence[
     if reward.host is not None:
         result = rewards.on_host(reward.host, rollout, columns).rollout
         return np.where(np.any(result.response_mask, axis=1), np.asarray(result.scores, np.float64), np.nan)
-    arrays, tree = jax.tree.flatten(rollout)
-    apply = lambda *part: _apply(reward.fn, jax.tree.unflatten(tree, part))  # noqa: E731
-    return generator.in_batches(apply, batch_size, *arrays).astype(np.float64)
+    return generator.in_batches(functools.partial(_apply, reward.fn), batch_size, rollout).astype(np.float64)
 
 
 class Answers(NamedTuple):
@@ -263,32 +272,30 @@ class Answers(NamedTuple):
     columns: dict[str, list[Any]]  # of the N * S rows of the rollout
     rollout: Rollout
     responses: Responses
+    talks: dict[str, np.ndarray]  # of each of the N * S conversations, as ``converse`` gives them
 
 
 def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row]) -> Answers:
     """Responses to a set of prompts. The key is that of the set's name, so that both runs of a win rate share it."""
     config, model, tokenizer, slots = bench.config, policy.model, policy.tokenizer, policy.max_new_tokens
-    limits: Any = {"max_positions": model.config.max_length, "max_new_tokens": slots, "too_long": config.too_long}
-    encoded = encoding.encode_prompts(prompts, tokenizer, template=policy.template, **limits)
-    width = encoded.tokens.shape[1] + slots
-    if width > bench.positions and bench.reward is not None:
-        has = f"--reward-model {config.reward_model} has {bench.positions} positions"
-        advice = "give a smaller --max-new-tokens or shorter prompts"
-        raise UserError(f"{has}, but prompts and responses take {width}; {advice}")
+    limits: Any = {"max_positions": min(bench.positions, model.config.max_length), "max_new_tokens": slots}
+    encoded = encoding.encode_prompts(prompts, tokenizer, template=policy.template, too_long=config.too_long, **limits)
     settings = initial.sampling_config(RLStage(max_new_tokens=slots, temperature=config.temperature), tokenizer)
     shape = (len(encoded), config.num_samples)
     numbers = np.repeat(np.arange(shape[0]), shape[1])
-    inputs = (encoded.tokens[numbers], encoded.attention_mask[numbers])
     key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
     how: Any = {"config": settings, "batch_size": config.batch_size}
-    rollout = generator.sample_in_batches(model, policy.params, *inputs, key, **how)
-    present = np.asarray(rollout.response_mask) != 0
-    ended = (present & np.isin(rollout.tokens, settings.eos_ids)).any(axis=1)
+
+    def respond(tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None) -> Rollout:
+        return generator.sample_in_batches(model, policy.params, tokens, mask, key, **how, used=used)
+
+    rollout, talks = converse(bench.environment, respond, encoded, numbers)
     read = [p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows]
     said = np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist()
     scores = None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape)
-    responses = Responses(read, said, present.sum(axis=1).reshape(shape), ended.reshape(shape), scores)
-    return Answers(encoded.rows, encoded.counts, batches.columns_at(encoded, numbers), rollout, responses)
+    lengths, ended = np.count_nonzero(rollout.response_mask, axis=1), generator.ended(rollout, settings.eos_ids)
+    responses = Responses(read, said, lengths.reshape(shape), ended.reshape(shape), scores)
+    return Answers(encoded.rows, encoded.counts, batches.columns_at(encoded, numbers), rollout, responses, talks)
 
 
 def margins(bench: Bench, encoded: EncodedTexts) -> measures.Margins:
@@ -344,7 +351,8 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
 def _fingerprints(folder: str, config: Config, sets: Sets, categories: Categories) -> dict[str, str]:
     """sha256 of every file and model that is read, by the name that the user gave it."""
     paths = {name: Path(model_folder(name)) for name in filter(None, (folder, config.against))}
-    judges = [config.reward_model and model_folder(config.reward_model), *(own.score for own in categories.values())]
+    judges = [config.environment, config.reward_model and model_folder(config.reward_model)]
+    judges += [own.score for own in categories.values()]
     for entry in filter(None, judges):
         paths |= spec.sources(entry)
     if config.categories is not None:
@@ -372,6 +380,8 @@ def _figures(
         yield from measures.helpfulness(own.responses, key)
         yield from measures.uncertainty(own.responses, list(map(data.answerable, own.rows)), key)
         yield from measures.diversity(own.responses, key)
+        shape = own.responses.lengths.shape
+        yield from (measures.mean("environment", name, x.reshape(shape), key) for name, x in own.talks.items())
     if safety := answers.get("safety"):
         yield from measures.harmlessness(safety.responses, [row.columns["label"] for row in safety.rows], key)
     for name, encoded in pairs.items():
@@ -409,12 +419,13 @@ def _not_run(policy: Policy, config: Config) -> list[Figure]:
     return [Figure(place, metric, note=f"not run: give {flag}") for _, place, metric, flag in asked]
 
 
-def _samples(name: str, answers: Answers) -> Iterable[dict[str, Any]]:
+def _samples(name: str, answers: Answers, tokenizer: Tokenizer) -> Iterable[dict[str, Any]]:
     """A line for each response: prompt, response, and the judgements by word patterns."""
     prompts, texts_of, *_, scores = answers.responses
-    for (i, j), text in np.ndenumerate(np.array(texts_of, dtype=object)):
-        line = {"set": name, "source": answers.rows[i].source, "prompt": prompts[i], "response": text}
-        line |= {"refusal": texts.is_refusal(text), "uncertainty": texts.expresses_uncertainty(text)}
+    shown = generator.responses(answers.rollout, tokenizer, with_replies=True)
+    for ((i, j), text), said in zip(np.ndenumerate(np.array(texts_of, dtype=object)), shown, strict=True):
+        line: dict[str, Any] = {"set": name, "source": answers.rows[i].source, "prompt": prompts[i]}
+        line |= {"response": said, "refusal": texts.is_refusal(text), "uncertainty": texts.expresses_uncertainty(text)}
         if scores is not None:
             line["score"] = None if np.isnan(scores[i, j]) else float(scores[i, j])
         yield line

@@ -59,18 +59,12 @@ class Family(NamedTuple):
 _OTHER_FIELDS = ("compute_dtype", "remat", "scan_layers", "attention", "other_keys", "rope_theta", "rope_scaling")
 # Keys that change logits where they are neither empty nor what stands here, unless they are among a family's fields.
 # reorder_and_upcast_attn is not among them: it asks for the float32 softmax that attention.py always computes.
-_UNSUPPORTED = {
-    "add_cross_attention": False,
-    "is_causal": True,
-    "per_layer_config": None,
+_UNSUPPORTED: dict[str, Any] = {
+    **dict.fromkeys(("add_cross_attention", "use_sliding_window", "use_bidirectional_attention"), False),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), None),
+    **dict.fromkeys(("per_layer_config", "pruned_heads", "quantization_config"), None),
+    **dict.fromkeys(("is_causal", "tie_word_embeddings"), True),
     "pretraining_tp": 1,
-    "pruned_heads": None,
-    "quantization_config": None,
-    "tie_word_embeddings": True,
-    "use_sliding_window": False,
-    "final_logit_softcapping": None,
-    "attn_logit_softcapping": None,
-    "use_bidirectional_attention": False,
 }
 # Keys that transformers reads for every family, also where it writes others.
 _COMMON = {
@@ -202,9 +196,9 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
         value = keys.pop(name, default)
         if not _is_kind_of(default, value, name):
             raise UserError(f"{where}: {name} is {value!r}, which is not of the kind of its default, {default!r}")
-        fields[field] = tuple(value) if isinstance(value, list) else value
-        if isinstance(default, float):  # JSON's 0 is an int, which JAX treats as an array of integers
-            fields[field] = float(value)
+        # JSON's 0 is an int, which JAX treats as an array of integers.
+        fields[field] = float(value) if isinstance(default, float) else value
+        fields[field] = tuple(value) if isinstance(value, list) else fields[field]
     for name, supported in _UNSUPPORTED.items():
         if keys.get(name, supported) != supported and (keys[name] or supported):
             raise UserError(f"{where}: {name} is {keys[name]!r}, which changes the logits and is not supported")
@@ -214,10 +208,8 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
         config = type(family.defaults)(**fields, other_keys=keys)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
-    types, is_list = keys.get("layer_types"), isinstance(keys.get("layer_types"), list)
-    if types and not (
-        is_list and len(types) == config.num_layers and types == [_KINDS[x] for x in config.local_layers]
-    ):
+    types = keys.get("layer_types")
+    if types and types != [_KINDS[is_local] for is_local in config.local_layers]:
         raise UserError(f"{where}: layer_types is {types!r}, which changes the logits and is not supported")
     return config
 

@@ -174,7 +174,7 @@ def _draw_series(axes: Any, shown: Mapping[str, Series]) -> dict[str, Any]:
         drawstyle = "steps-post" if kind == "steps" else "default"
         (handles[name],) = axes.plot(x, y, color=color, linestyle=line, drawstyle=drawstyle, **look)
         if series.low is not None and series.high is not None:
-            step: Literal["post"] | None = "post" if kind == "steps" else None
+            step = "post" if kind == "steps" else None
             axes.fill_between(x, series.low, series.high, step=step, color=color, alpha=0.2, linewidth=0)
         for i in np.flatnonzero(finite).tolist() if series.labels else ():
             axes.annotate(series.labels[i], (x[i], y[i]), (0, 5), textcoords="offset points", ha="center", fontsize=9)

@@ -79,14 +79,12 @@ def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:
         rows = np.flatnonzero(present).tolist()
         if not rows:
             return [None] * len(present), {}
-        prompts, responses = (
-            [tokenizer.decode(tokens[i, mask[i]].tolist()) for i in rows] for mask in (in_prompt, in_response)
-        )
+        decode, masks = tokenizer.decode, (in_prompt, in_response)
+        prompts, responses = ([decode(tokens[i, mask[i]].tolist()) for i in rows] for mask in masks)
         result = fn(prompts, responses, **{name: [column[i] for i in rows] for name, column in columns.items()})
         pair = result if isinstance(result, tuple) else (result, {})
         labels = [f"row {i}, prompt {prompt!r}" for i, prompt in zip(rows, prompts, strict=True)]
         scores, parts = _numbers("the reward function", pair, labels, present[rows])
-
         spread = [dict(zip(rows, numbers, strict=True)) for numbers in (scores, *parts.values())]
         all_rows = [[by_row.get(i) for i in range(len(present))] for by_row in spread]
         return all_rows[0], dict(zip(parts, all_rows[1:], strict=True))

@@ -74,26 +74,21 @@ class Watch:
         self._streak = 0  # in how many of the last rows its condition held
 
     @property
-    def active(self) -> bool:
-        """Whether the rule is true."""
-        return self._streak >= self.rule.rows
-
-    @property
     def stops(self) -> bool:
-        """Whether it is true and asks for the run's end."""
-        return self.active and self.rule.action == "stop"
+        """Whether the rule is true and asks for the run's end."""
+        return self._streak >= self.rule.rows and self.rule.action == "stop"
 
     def observe(self, row: Mapping[str, Any]) -> Alert | None:
         """Takes the next row; returns the alert if the rule becomes true in it."""
-        rule, was_active = self.rule, self.active
+        rule = self.rule
         if any(name not in row or math.isnan(float(row[name])) for name in rule.metrics):
             return None
         self._seen.append([float(row[name]) for name in rule.metrics])
         with np.errstate(all="ignore"):  # an infinite value leads to NaN, which is beyond no threshold
             holds, message = rule.holds(*np.array(self._seen).T)
         self._streak = self._streak + 1 if holds else 0
-        becomes_true = self.active and not was_active
-        return Alert(int(row["step"]), rule.name, rule.text, rule.action, message) if becomes_true else None
+        is_new = self._streak == rule.rows
+        return Alert(int(row["step"]), rule.name, rule.text, rule.action, message) if is_new else None
 
 
 def parse(entries: Sequence[str], dtype: str = "float32") -> tuple[Rule, ...]:

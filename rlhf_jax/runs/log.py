@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,8 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         """Writes a row of ``timing.jsonl``. Times are kept apart from the metrics, which a seed reproduces."""
         self._timing.write(step, {name: _number(name, value) for name, value in seconds.items()})
 
-    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes rows of ``samples.jsonl``: JSON values such as prompt, response, score."""
-        rows = list(rows)
         for row in rows:
             self._samples.write(step, row)
         self._services.samples(step, rows)

@@ -46,7 +46,7 @@ def run_stages(config: RunConfig, path: Path) -> PipelineResult:
     second = reward_model.run(stage_config(config, path / "reward_model", base))
     ensemble = "mean:" if config.reward_model.ensemble_size > 1 else ""
     rewarded = dataclasses.replace(config, reward=(f"{ensemble}{second.model_folder}",))
-    logger.info("stage 3 of 3: PPO")
+    logger.info("stage 3 of 3: PPO" + ", rewarded by stage 2's model; `reward` is not read" * bool(config.reward))
     return PipelineResult(first, second, rl.run(stage_config(rewarded, path / "ppo", base)))
 
 

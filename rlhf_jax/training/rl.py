@@ -17,8 +17,9 @@ import numpy as np
 from rlhf_jax import generator, models, ops, rewards, sharding
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import RLStage, RunConfig
-from rlhf_jax.data import batches, chat
+from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.data.environment import Environment, converse, load_environment
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
 from rlhf_jax.errors import TrainingFault, UserError, logger
@@ -27,7 +28,6 @@ from rlhf_jax.rewards import filter as filters
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import processes
 from rlhf_jax.training import critic, initial, loop, memory, phases
-from rlhf_jax.training.environment import Environment, converse
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
 from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Rollout
@@ -111,11 +111,7 @@ def _parts(
     )
     build = functools.partial(spec.build_reward, tokenizer=tokenizer, load=load)
     judge = build(settings.judge, columns=to_validate.columns, flag="--rl.judge") if settings.judge else None
-    environment = None
-    if settings.environment is not None:
-        file, _, function = settings.environment.rpartition(":")
-        fn = spec.load_function(f"rl.environment {settings.environment}", Path(file), function, ())
-        environment = Environment(fn, tokenizer, chat.template_of(tokenizer), settings)
+    environment = load_environment(settings.environment, tokenizer, settings.max_new_tokens, settings.max_turns)
     if run_reward is None:
         run_reward = build(config.reward, columns=prompts.columns)
     enforce = None
@@ -198,7 +194,9 @@ class _Trainer:
             on_devices = stage.frozen("reward", jax.tree.map(jnp.asarray, parts.reward.fn))
             self.parts = parts = parts._replace(reward=spec.Reward(on_devices))
         self.functions = phases.Functions(self.whole.bind(policy_fn), parts.reward.fn, ref_fn, start.base)
-        rows, length = settings.batch_size // stage.num_devices, prompt_length + settings.max_new_tokens
+        # In several turns a response is written behind the slots of those before it.
+        slots = settings.max_new_tokens * (2 if parts.environment else 1)
+        rows, length = settings.batch_size // stage.num_devices, prompt_length + slots
         held = {"frozen weights": start.base, "reference": None if start.base else ref_fn, "rewards": parts.reward.fn}
         stage.hold(held | {"cache while it samples": jax.eval_shape(lambda: model.init_cache(rows, length))})
         self.recipe = phases.Recipe(
@@ -314,8 +312,7 @@ class _Trainer:
         rollout, metrics, verdicts = self._score(self.parts.reward, sampled, encoded, rows)
         rollout, metrics = processes.fetch(rollout), metrics | talked
         samples: list[dict[str, Any]] = []
-        begun = np.cumsum(rollout.response_mask, axis=1) > 0  # from here on the replies are shown too
-        texts = generator.responses(replace(rollout, response_mask=rollout.attention_mask * begun), tokenizer)
+        texts = generator.responses(rollout, tokenizer, with_replies=True)
         scores = np.asarray(rollout.scores)
         for i in np.flatnonzero(np.any(rollout.response_mask, axis=1)):
             row = {"prompt": encoded.rows[rows[i]].prompt, "response": texts[i], "score": float(scores[i])}
@@ -333,17 +330,13 @@ class _Trainer:
     ) -> tuple[Rollout, Metrics]:
         """Responses of the jitted ``phases.respond`` with the sampler's log-probs; under an environment in turns, and
         with its metrics."""
-        if self.parts.environment is None:
-            present = rows[:, None] >= 0  # an absent row (-1) is an empty prompt
-            tokens, mask = (np.where(present, x[rows], 0) for x in (encoded.tokens, encoded.attention_mask))
-            prompts = phases.Prompts(*map(jnp.asarray, (tokens, mask, rows.astype(np.int32))))
-            return sample(state, self.stage.shard(prompts), key, self.functions), {}
 
-        def respond(*conversations: Any) -> Rollout:
-            return sample(state, phases.Prompts(*self.stage.shard(conversations)), key, self.functions)
+        def respond(*prompts: Any) -> Rollout:
+            return sample(state, phases.Prompts(*self.stage.shard(prompts)), key, self.functions)
 
-        sampled, metrics = converse(self.parts.environment, respond, encoded, rows)
-        return self.stage.shard(sampled), metrics
+        sampled, values = converse(self.parts.environment, respond, encoded, rows)
+        means = {f"environment/{name}": jnp.float32(np.mean(x[rows >= 0])) for name, x in values.items()}
+        return self.stage.shard(sampled), means
 
     def _score(
         self, run_reward: spec.Reward, rollout: Rollout, encoded: EncodedPrompts, rows: np.ndarray

@@ -16,76 +16,103 @@ its two arguments alone.
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.config import RLStage
-from rlhf_jax.data.chat import ChatTemplate
+from rlhf_jax.data import chat
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.rewards import spec
 from rlhf_jax.runs import processes
-from rlhf_jax.types import Metrics, Rollout
+from rlhf_jax.types import Rollout
 
 Message = dict[str, str]
+Source = Callable[[list[Message], dict[str, Any]], Any] | str | None
+"""An environment's function, or FILE.py:FUNCTION; None: there is none."""
 
-_ABSENT, _OPEN, _DONE, _CUT = range(4)  # what has become of a row; _CUT: a limit ended it
+_OPEN, _DONE, _CUT = range(3)  # what has become of a row; _CUT: a limit ended it
 _RESPONSE = "{response}"  # stands for the policy's response in a chat template
 
 
 class Environment(NamedTuple):
     """An environment's function and what its conversations need."""
 
-    fn: Callable[[list[Message], dict[str, Any]], Any]
+    fn: Callable[..., Any]
     tokenizer: Tokenizer
-    chat_template: ChatTemplate
-    settings: RLStage  # of max_new_tokens, the slots R of all responses and replies of a row, and max_turns
+    chat_template: chat.ChatTemplate
+    slots: int  # R, of all responses and replies of a row
+    max_turns: int | None = None  # responses of a row at most
+
+
+def load_environment(source: Source, tokenizer: Tokenizer, slots: int, max_turns: int | None) -> Environment | None:
+    """The environment of a source; None for None.
+
+    Raises:
+        UserError: there is no such file, or no such function in it; ``max_turns`` below 1 or without an environment.
+    """
+    if max_turns is not None and (source is None or max_turns < 1):
+        raise UserError(f"max_turns {max_turns}: conversations have an environment and at least 1 turn; give both")
+    if source is None:
+        return None
+    if isinstance(source, str):
+        file, _, function = source.rpartition(":")
+        source = spec.load_function(f"environment {source}", Path(file), function, ())
+    return Environment(source, tokenizer, chat.template_of(tokenizer), slots, max_turns)
 
 
 def converse(
-    environment: Environment, respond: Callable[..., Rollout], encoded: EncodedPrompts, rows: np.ndarray
-) -> tuple[Rollout, Metrics]:
-    """Responses and replies in turn, until the environment or a limit ends each row.
+    environment: Environment | None, respond: Callable[..., Rollout], encoded: EncodedPrompts, rows: np.ndarray
+) -> tuple[Rollout, dict[str, np.ndarray]]:
+    """Responses and replies in turn, until the environment or a limit ends each row; without one a response each.
 
     Each turn reads the conversation anew, in one compiled program: for the sampler a conversation is a prompt of
     P + R columns, padded on the left. A token's randomness is that of its slot, as without turns.
 
     Args:
-        respond: ``sampling.generate`` of tokens and attention mask [B, P + R], data rows [B] and ``used`` [B].
+        respond: ``sampling.generate`` of tokens and attention mask [B, P + R], data rows [B] and ``used`` [B]; without
+            an environment of [B, P], [B, P] and [B].
         rows: [B] the data row of each prompt; -1 is an absent row.
 
     Returns:
-        A Rollout of NumPy arrays [B, P + R] and metrics. The attention mask covers responses and replies, the response
-        mask and the log-probs the responses alone; ``rewards`` are the environment's, on the last token of a response.
+        A Rollout of NumPy arrays [B, P + R], and the rows' turns, whether a limit cut them, and the sums of their
+        rewards, [B] each. The attention mask covers responses and replies, the response mask and the log-probs the
+        responses alone; ``rewards`` are the environment's, on the last token of a response. Without an environment what
+        ``respond`` returns, and nothing.
 
     Raises:
         UserError: the environment failed or returned something else than it may; it names the data row and the turn.
     """
-    tokenizer, settings, slots = environment.tokenizer, environment.settings, environment.settings.max_new_tokens
-    tokens: Any = np.pad(encoded.tokens[rows], ((0, 0), (0, slots)), constant_values=tokenizer.pad_id)
-    mask: Any = np.pad(np.where(rows[:, None] < 0, 0, encoded.attention_mask[rows]), ((0, 0), (0, slots)))
-    zeros: Any = np.zeros((2, *mask.shape), np.float32)
-    batch: Any = Rollout(tokens, mask, np.zeros_like(mask), zeros[0], jnp.int32(rows), rewards=zeros[1])
+    arrays: Any = [np.where(rows[:, None] < 0, 0, x[rows]) for x in (encoded.tokens, encoded.attention_mask)]
+    if environment is None:
+        return respond(*arrays, rows.astype(np.int32)), {}
+    tokenizer, slots, columns = environment.tokenizer, environment.slots, ((0, 0), (0, environment.slots))
+    arrays = [np.pad(x, columns, constant_values=x_id) for x, x_id in zip(arrays, (tokenizer.pad_id, 0), strict=True)]
+    zeros: Any = np.zeros((2, *arrays[1].shape), np.float32)
+    batch: Any = Rollout(arrays[0], arrays[1], np.zeros_like(arrays[1]), zeros[0], jnp.int32(rows), rewards=zeros[1])
     own_rows = [encoded.rows[row] for row in processes.own_rows(rows)]
     prompts = [row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt) for row in own_rows]
     talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    turns, status = np.zeros(len(rows), int), np.where(mask.any(axis=1), _OPEN, _ABSENT)
+    turns, status = np.zeros(len(rows), int), np.where(rows < 0, _DONE, _OPEN)
 
     def answer(batch: Any, sampled: Rollout, status: np.ndarray) -> tuple[Rollout, np.ndarray]:
-        """Puts the responses and the replies to them into this process's open rows, in place."""
+        """This process's rows with the responses in the open ones, and the replies to them."""
+        batch, status = jax.tree.map(np.array, (batch, status))  # arrays of several processes cannot be written to
         for i in np.flatnonzero(status == _OPEN):
             start = np.flatnonzero(batch.attention_mask[i])[-1] + 1
             end = start + np.sum(sampled.response_mask[i])
             for name in ("tokens", "attention_mask", "response_mask", "log_probs"):
                 getattr(batch, name)[i, start:end] = getattr(sampled, name)[i, -slots:][: end - start]
             talks[i].append({"role": "assistant", "content": tokenizer.decode(batch.tokens[i, start:end])})
-            where = f"rl.environment: {own_rows[i].source}, turn {turns.max()}"
+            where = f"environment: {own_rows[i].source}, turn {turns.max()}"
             reply, batch.rewards[i, end - 1] = _ask(environment, talks[i], own_rows[i].columns, where)
             if reply is None:
                 status[i] = _DONE
-            elif turns.max() == settings.max_turns or end + len(reply) >= batch.tokens.shape[1]:
+            elif turns.max() == environment.max_turns or end + len(reply) >= batch.tokens.shape[1]:
                 status[i] = _CUT
             else:
                 batch.tokens[i, end : end + len(reply)] = reply
@@ -100,9 +127,7 @@ def converse(
         sampled = processes.fetch(respond(ids, mask * is_open[:, None], batch.row_ids, used))
         own = processes.own_rows((batch, sampled, status))
         batch, status = processes.gather_rows(processes.agree(functools.partial(answer, *own)))
-    sums = {"turns": turns, "cut": status == _CUT, "reward": batch.rewards}
-    present = max(np.sum(status != _ABSENT), 1)
-    return batch, {f"environment/{name}": jnp.float32(np.sum(values) / present) for name, values in sums.items()}
+    return batch, {"turns": turns, "cut": status == _CUT, "reward": np.sum(batch.rewards, axis=1)}
 
 
 def _ask(environment: Environment, talk: list[Message], row: Any, where: str) -> tuple[list[int] | None, float]:

@@ -1,0 +1,76 @@
+"""What each family has beside its parity with transformers: heads, weights cut over a mesh, and no more to compute."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from test_layouts import whole_on_a_device
+from test_models import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, some_params, some_tokens
+
+from rlhf_jax import cli, models, sharding
+
+families, measure = (cli.script("benchmarks", name) for name in ("families", "measure"))
+TINY = {"GPT-2": CONFIG, "Llama": LLAMA, "Qwen2": QWEN2, "Qwen3": QWEN3, "Mistral": MISTRAL, "Gemma 3": GEMMA}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TINY)
+def test_heads_and_weights_cut_over_a_mesh(family):
+    """Values one column early and scores of the last token, by hand; all of it the same in parts on 2 x 2 devices."""
+    model, key = models.build(TINY[family]), jax.random.key(0)
+    params = models.add_head(key, models.add_head(key, some_params(TINY[family]), "value"), "score")
+    params["value"] = {"kernel": jnp.linspace(-1.0, 1.0, 8), "bias": jnp.float32(0.5)}
+    params["score"] |= {"gain": jnp.float32(2.0), "shift": jnp.float32(-1.0)}
+    tokens, mask = some_tokens(2, 6), np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+
+    def outputs(params):
+        policy, score = models.policy_fn(model), models.score_fn(model)
+        hidden = model.hidden(params, tokens, mask)
+        return hidden, *policy(params, tokens, mask, None), score(params, tokens, mask, None)
+
+    hidden, *_, values, scores = whole = jax.jit(outputs)(params)
+    by_hand = hidden[:, :-1] @ params["value"]["kernel"] + 0.5
+    np.testing.assert_allclose(np.where(mask[:, 1:] * mask[:, :-1], values[:, 1:] - by_hand, 0), 0, atol=1e-5)
+    np.testing.assert_allclose(scores, 2 * (hidden[[0, 1], [5, 4]] @ params["score"]["kernel"]) - 1, atol=1e-5)
+    mesh = sharding.make_mesh(1, 2, 2)
+    cut = jax.device_put(params, sharding.by_path(params, models.SHARDING, mesh))
+    assert whole_on_a_device(cut) == []
+    with jax.set_mesh(mesh):
+        parts = jax.jit(outputs)(cut)
+    for one, other in zip(whole, parts, strict=True):
+        real = mask.astype(bool) if one.ndim > 1 else slice(None)
+        np.testing.assert_allclose(np.asarray(one)[real], np.asarray(other)[real], atol=2e-5)
+
+
+def equations(jaxpr):
+    """Names of a program's operations, those of inner programs too."""
+    for equation in jaxpr.eqns:
+        inner = list(jaxprs_in_params(equation.params))
+        yield from [equation.primitive.name] * (not inner)
+        for part in inner:
+            yield from equations(part)
+
+
+def test_a_family_computes_what_llama_does_and_its_own_norms_and_biases():
+    """At one shape: as many operations in matrix products, and no more others than the norms and biases need."""
+
+    def program(config):
+        model, tokens = models.build(config), jax.ShapeDtypeStruct((4, 16), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        jaxpr = jax.make_jaxpr(model.apply)(params, tokens).jaxpr
+        return measure.matmul_flops(jaxpr), Counter(equations(jaxpr))
+
+    layers, (flops, llama) = families.SIZES["num_layers"], program(families.CONFIGS["Llama"])
+    assert llama["rsqrt"] == 2 * layers + 1
+    # Norms, and other operations, of a layer that Llama has not: biases of q, k, v; norms of q and k; and after a part.
+    for family, norms, others in (("Qwen2", 0, 6), ("Qwen3", 2, 24), ("Mistral", 0, 0), ("Gemma 3", 4, 48)):
+        own_flops, own = program(families.CONFIGS[family])
+        assert own_flops == flops, family
+        assert own["rsqrt"] - llama["rsqrt"] == norms * layers, family
+        assert own["dot_general"] == llama["dot_general"], family
+        assert own.total() - llama.total() <= others * layers, family
+    # GPT-2: each head has keys and values of its own, 2 * 2 * 32 columns more for 64 tokens of width 128.
+    assert program(families.CONFIGS["GPT-2"])[0] - flops == layers * 2 * 64 * 128 * 128
