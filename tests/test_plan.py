@@ -66,6 +66,9 @@ def test_ppo_prints_what_it_holds_and_its_peak(folder, capsys):
     assert said["reference"] == pytest.approx(2 * COUNT / 2**20, abs=6e-4)  # in the file's bfloat16, without the head
     held = sum(said.get(part, 0) for part in ("parameters", "optimizer", "reference", "reward models"))
     assert said["at the peak"] == pytest.approx(held + said["more in the phase 'reward'"], abs=3e-3)
+    moved = mebibytes(printed(capsys, "ppo", "--model", folder, *SHORT, "--compute.offload", "reference"))
+    assert "reference" not in moved  # but in the first phase, here the only one
+    assert moved["at the peak"] == pytest.approx(said["at the peak"], abs=3e-3)
 
 
 @pytest.mark.usefixtures("no_phases")
