@@ -20,6 +20,7 @@ from test_kills import ROOT, TINY, results
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import processes
+from rlhf_jax.training.signals import stop_requests
 
 # A function in Python runs in each process on its own rows; which row it is decides the score.
 REWARD = """
@@ -163,6 +164,7 @@ import sys
 import jax, numpy as np
 from rlhf_jax import sharding
 from rlhf_jax.runs import processes
+from rlhf_jax.training.signals import stop_requests
 processes.join(sys.argv[1])
 mesh = jax.sharding.Mesh(np.array(jax.devices())[[0, 2, 1, 3]], ("data",))  # of the processes 0, 1, 0, 1
 spread = sharding.shard_rows(mesh, np.arange(8))
@@ -207,3 +209,18 @@ def test_a_step_without_a_signal_waits_for_no_other_process(monkeypatch):
     assert processes.stop_signal([]) == signal.SIGTERM  # caught by JAX alone
     others = signal.SIGINT
     assert processes.stop_signal([]) == signal.SIGINT
+
+
+def test_with_several_processes_sigterm_is_left_to_jax(monkeypatch):
+    """Ctrl-C in one of them raises it, so that the others hear of it."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))  # in the place of JAX's
+    try:
+        with stop_requests() as stops:
+            signal.raise_signal(signal.SIGTERM)
+            assert (stops, heard) == ([], [signal.SIGTERM])
+            signal.raise_signal(signal.SIGINT)
+        assert (stops, heard) == ([signal.SIGINT], [signal.SIGTERM] * 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
