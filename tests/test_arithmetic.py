@@ -93,7 +93,7 @@ def test_a_number_is_digits_alone():
 @pytest.mark.parametrize(
     ("script", "iterations", "correct", "seed"),
     [
-        pytest.param("grpo", 100, 0.05, 0, marks=pytest.mark.slow),
+        pytest.param("grpo", 100, 0.05, 0, marks=pytest.mark.soak),
         *(pytest.param("grpo", 1000, 0.9, seed, marks=pytest.mark.soak) for seed in range(3)),
         *(pytest.param("rloo", 1000, 0.9, seed, marks=pytest.mark.soak) for seed in range(3)),
     ],

@@ -178,15 +178,15 @@ def temporary_bytes(length, **changes):
 
 @pytest.mark.slow
 def test_memory_grows_with_the_length_and_not_with_its_square():
-    """The table in docs/performance.md: each doubling at most 2.3 times, where the plain form quadruples."""
+    """The table in docs/performance.md: each doubling at most 2.3 times, where the plain form grows by 3 to 4."""
     lengths, sizes = (256, 512, 1024, 2048), {"batch": 8, "hidden_size": 128, "num_layers": 4}
     auto = [temporary_bytes(length, **sizes) for length in lengths]
     print(dict(zip(lengths, (f"{size / 2**20:.0f} MiB" for size in auto), strict=True)))
     assert max(later / former for former, later in itertools.pairwise(auto)) < 2.3
-    assert temporary_bytes(lengths[-1], **sizes, attention="xla") > 5 * auto[-1]
+    assert temporary_bytes(lengths[-1], **sizes, attention="xla") > 2.5 * auto[-1]
 
 
-SCORES = re.compile(r"\d+x256x256xf32")
+SCORES = re.compile(r"\d+x(128|256)x256xf32")  # of all queries, or of the later half
 
 
 @pytest.mark.slow

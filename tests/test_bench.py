@@ -61,7 +61,7 @@ print(min(counts[1:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_entry_points_keep_memory_so_that_a_call_faults_no_page_twice():
     """In two of three processes, for a reason that is not known; so the best of eight."""

@@ -106,7 +106,7 @@ def steps_of(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_runs_killed_at_random_times_end_with_the_same_bytes(tmp_path):
     """Three kills of one run and two of another; the last one comes after the last row, while the result is written."""
     finish(start("ppo", tmp_path / "undisturbed"))

@@ -178,3 +178,16 @@ def test_the_gsm8k_recipe_starts(file, tmp_path, monkeypatch):
     last = training.rl.run(config, grpo).metrics
     assert {"reward/math", f"reward/{GOOD}", "objective/score"} <= last.keys()
     assert (last["reward/unscored"], last["nonfinite"]) == (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pages")
+@pytest.mark.parametrize("name", ["gpt2_hh", "pipeline"])
+def test_the_recipes_of_three_stages_start(name, data, tmp_path):  # noqa: F811
+    """A step of each stage with a tiny random model in place of GPT-2, on rows that the package ships."""
+    small = SMALL.replace(" --reward count:e", " --model None --rl.batch-size 16 --text.template {prompt}")
+    small += " --sft.num-epochs 1 --reward-model.num-epochs 1 --rl.max-prompt-length None --compute.dtype float32"
+    small += " --ppo.num-epochs 1 --ppo.num-minibatches 1 --ppo.num-microbatches 1"
+    places = ["--data", data, "--output-dir", str(tmp_path / "run")]
+    result = training.pipeline.run(parse(RunConfig, ["--config", name, *small.split(), *places]))
+    assert [stage.metrics["nonfinite"] for stage in result] == [0, 0, 0]

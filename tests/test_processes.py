@@ -117,7 +117,7 @@ def test_processes_of_which_one_is_killed_resume_to_the_same_bytes(script, flags
 @pytest.mark.parametrize(
     ("count", "devices", "number", "sent"),
     [
-        pytest.param(2, 1, 1, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(2, 1, 1, signal.SIGTERM, marks=pytest.mark.soak),
         pytest.param(2, 2, 1, signal.SIGTERM, marks=pytest.mark.soak),
         pytest.param(2, 2, 0, signal.SIGINT, marks=pytest.mark.soak),
         pytest.param(4, 2, 2, signal.SIGTERM, marks=pytest.mark.soak),

@@ -54,10 +54,9 @@ def test_stages_are_announced_and_the_device_once(monkeypatch, capsys):
     assert said == [f"stage {i} of 3: {name}" for i, name in enumerate(names, 1)]
 
 
-@SLOW
+@SOAK
 def test_meaningless_labels_are_found_out(tmp_path):
-    # The reward model is judged: with the true labels these flags give an accuracy of 0.88.
-    flags = ("--shuffle-labels", "--sft.num-epochs", 1, "--rl.num-iterations", 2)
+    flags = ("--shuffle-labels", "--rl.num-iterations", 2)  # the reward model is judged
     done = run("quickstart", "--output-dir", tmp_path / "run", *flags, check=False, **USERS)
     assert done.returncode == 1, done.stdout + done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))

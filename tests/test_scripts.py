@@ -42,7 +42,7 @@ def rows(folder, name="metrics.jsonl"):
 @slow
 @pytest.mark.parametrize(
     ("script", "steps"),
-    [("sft", 30), pytest.param("reward_model", 43, marks=soak), ("dpo", 43), ("ppo", 10)],
+    [("sft", 30), pytest.param("reward_model", 43, marks=soak), pytest.param("dpo", 43, marks=soak), ("ppo", 10)],
 )
 def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
     folder = tmp_path / "run"

@@ -149,7 +149,7 @@ SMALL = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tmp_path):
     letters = "abcdefghijklmnopqrstuvwxyz"  # words are letters, which most of the Llama's tokens are
     sizes = {"width": 16, "inner": 24, "layers": 1, "heads": 2, "kv_heads": 1, "length": 32}

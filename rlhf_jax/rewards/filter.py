@@ -175,7 +175,10 @@ class Guard:
         """Adds ``classifier`` to the verdicts of rows whose score is beyond the limits; None is not."""
         if self.classifier is None:
             return
-        judged: Any = on_host(self.classifier, sampled, columns, "the score of safety.classifier").rollout
+        try:
+            judged: Any = on_host(self.classifier, sampled, columns, "the score").rollout
+        except FloatingPointError as error:
+            raise FloatingPointError(f"safety.classifier: {error}") from error
         below, above = self.settings.below, self.settings.above
         scored = (judged.response_mask != 0).any(axis=1)
         for verdict, score, has_score in zip(verdicts, judged.scores.tolist(), scored, strict=True):
