@@ -216,15 +216,22 @@ _sample = jax.jit(sampling.generate, static_argnames=("model", "config"))
 
 
 def sample_in_batches(
-    model: models.Model, params: Params, tokens: Any, mask: Any, key: jax.Array, *, batch_size: int = 64, **how: Any
+    model: models.Model,
+    params: Params,
+    tokens: Any,
+    mask: Any,
+    key: jax.Array,
+    *,
+    config: sampling.SamplingConfig,
+    batch_size: int = 64,
+    **by_row: Any,
 ) -> Rollout:
     """Samples a response to each of N left-padded prompts [N, P], ``batch_size`` at a time; a NumPy Rollout of N rows.
 
-    how: ``config``, and ``row_ids`` and ``used`` [N], as ``sampling.generate`` has them. Row i is sampled as row
-        ``row_ids[i]`` (none given: i) whatever the batch size.
+    by_row: ``row_ids`` and ``used`` [N], as ``sampling.generate`` has them. Row i is sampled as row ``row_ids[i]``
+        (none given: i) whatever the batch size.
     """
-    by_row = {"row_ids": np.arange(len(tokens), dtype=np.int32)} | how
-    config = by_row.pop("config")
+    by_row = {"row_ids": np.arange(len(tokens), dtype=np.int32)} | by_row
 
     def sample(tokens: jax.Array, mask: jax.Array, by_row: dict[str, jax.Array]) -> Rollout:
         return _sample(model, params, tokens, mask, key, config=config, **by_row)

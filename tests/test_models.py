@@ -454,3 +454,16 @@ def test_the_gradients_written_out_are_the_derived_ones(rows):
     got, want = (jax.value_and_grad(f, argnums=(0, 1, 2, 3))(x, kernel, scale, bias) for f in (ours, derived))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_products_with_the_hessian_of_a_model():
+    """Forward over reverse and reverse over reverse agree, as docs/models.md says of the gradients written out."""
+    model = models.build(models.GPT2Config(7, 8, 8, 1, 2))
+    params = model.init(jax.random.key(0))
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % 7
+    gradient = jax.grad(lambda params: jnp.sum(jnp.sin(model.apply(params, tokens))))
+    along = jax.tree.map(jnp.ones_like, params)
+    forward = jax.jvp(gradient, (params,), (along,))[1]
+    reverse = jax.grad(lambda params: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient(params), along))))(params)
+    for a, b in zip(jax.tree.leaves(forward), jax.tree.leaves(reverse), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

@@ -7,7 +7,6 @@ member_0, member_1, ..., each a complete model's folder.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import chex
 import jax
@@ -21,7 +20,7 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.initial import Trainable, trainable
-from rlhf_jax.types import Comparisons, Metrics, Params, TrainState
+from rlhf_jax.types import Comparisons, Metrics, Params, ScoreFn, TrainState
 
 
 def starts(config: RunConfig, model: models.Model, params: Params, key: jax.Array) -> list[Trainable]:
@@ -56,13 +55,21 @@ def unstack(params: Params) -> list[Params]:
     return [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(size)]
 
 
-def update_members(state: TrainState, batch: Comparisons, key: jax.Array, **how: Any) -> tuple[TrainState, Metrics]:
+def update_members(
+    state: TrainState,
+    batch: Comparisons,
+    key: jax.Array,
+    *,
+    score_fn: ScoreFn,
+    optimizer: optax.GradientTransformation,
+    config: reward_model.Config,
+) -> tuple[TrainState, Metrics]:
     """``reward_model.update`` of every member on the same batch, member i with its weights and ``fold_in(key, i)``.
 
     Args:
       state: of ``create``.
       batch: [B, K, T] with weight [B, M], or packed with weight [B, C, M]. A row of weight 0 is absent for that member.
-      how: score_fn, optimizer and config, as of ``reward_model.update``.
+      score_fn, optimizer, config: as of ``reward_model.update``.
 
     Returns:
       The state and the members' mean metrics; ``nonfinite`` is their maximum. A member whose loss or gradient is not
@@ -73,7 +80,8 @@ def update_members(state: TrainState, batch: Comparisons, key: jax.Array, **how:
 
     def of_member(state: TrainState, weight: jax.Array, member: jax.Array) -> tuple[TrainState, Metrics]:
         own = dataclasses.replace(batch, weight=weight)
-        return reward_model.update(state, own, jax.random.fold_in(key, member), **how)
+        member_key = jax.random.fold_in(key, member)
+        return reward_model.update(state, own, member_key, score_fn=score_fn, optimizer=optimizer, config=config)
 
     state, metrics = jax.vmap(of_member, in_axes=(0, -1, 0))(state, weights, jnp.arange(num_members))
     return state, {name: (jnp.max if name == "nonfinite" else jnp.mean)(x) for name, x in metrics.items()}
