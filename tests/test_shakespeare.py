@@ -126,7 +126,7 @@ SMALL = (
 )
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_a_generated_text_is_answered_with_h_alone(tmp_path):
     text, folder = text_file(tmp_path / "text.txt", 12000), tmp_path / "run"
     given = ("--data", text, "--output-dir", folder, *SMALL, "--rl.optimizer.learning-rate", 0.003)
