@@ -2,6 +2,7 @@
 no two random streams share a key."""
 
 import dataclasses
+import itertools
 import json
 import typing
 
@@ -134,8 +135,16 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
     assert f"reward {config.reward[0]}" in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
 
 
-def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(config, monkeypatch):
-    """The reward is a number of the prompt alone, so that nothing is learnt: each response scores as the greedy one."""
+TALK = """
+def ask(conversation, row):
+    return ("say", float(ord(row["letter"]))) if len(conversation) == 2 else None
+"""
+
+
+@pytest.mark.parametrize("turns", [None, 3])
+def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_path, monkeypatch):
+    """The reward is a number of the prompt alone, so that nothing is learnt: each response scores as the greedy one. An
+    environment pays as much again, for the first response."""
     keys, rollouts, create = [], [], rl._Trainer.__init__
 
     def init(trainer, *args):
@@ -152,18 +161,40 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(config, monkeypatch):
         trainer._learn = lambda state, *inputs: (rollouts.append(inputs[0]), learn(state, *inputs))[1]
 
     monkeypatch.setattr(rl._Trainer, "__init__", init)
-    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0))
+    (tmp_path / "talk.py").write_text(TALK)
+    talks = {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": turns, "max_new_tokens": 8} if turns else {}
+    settings = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, **talks)
+    config = dataclasses.replace(config, rl=settings)
     metrics = training.rl.run(config, vpg, vpg.Config(baseline="greedy")).metrics
     for rollout in rollouts[1:]:  # the first is the trial of memory, without the reward
         present = np.any(rollout.response_mask, axis=1)
         np.testing.assert_array_equal(present, [LETTERS[row] != "a" for row in rollout.row_ids])
-        expected = [ord(LETTERS[row]) for row in rollout.row_ids[present]]
+        expected = [(2 if turns else 1) * ord(LETTERS[row]) for row in rollout.row_ids[present]]
         np.testing.assert_array_equal(rollout.greedy_rewards[present], expected)
         np.testing.assert_array_equal(rollout.scores[present], expected)
     assert (metrics["grad_norm"], metrics["nonfinite"]) == (0, 0)
     assert metrics["objective/greedy_score"] == metrics["objective/score"]
     stream = stage.stream(config.seed, "vpg", "rollout")
-    assert keys == [bits(jax.random.fold_in(stream, step)) for step in (0, 0, 1)]
+    assert [key for key, _ in itertools.groupby(keys)] == [bits(jax.random.fold_in(stream, step)) for step in (0, 1)]
+    assert len(keys) > 3 if turns else len(keys) == 3  # the first to try the memory; then one for each turn
+
+
+def test_a_run_loads_reward_models_that_read_whole_texts(config, monkeypatch):
+    def load(source, compute, place, score_rows, length):
+        raise UserError(f"{source} {length}")
+
+    monkeypatch.setattr(rl.initial, "load_reward_model", load)
+    with pytest.raises(UserError, match=r"^rm 7$"):  # "say x" and two new tokens
+        training.rl.run(dataclasses.replace(config, reward=("rm",)), vpg)
+
+
+def test_a_missing_environment_is_named_by_its_setting_before_anything_is_read(config, tmp_path):
+    for given, file in (("env.py:ask", "env.py"), ("ask", ".")):
+        settings = dataclasses.replace(config.rl, environment=given)
+        with pytest.raises(
+            UserError, match=rf"^rl\.environment {given}: no such file {file}; expected FILE.py:FUNCTION$"
+        ):
+            training.rl.run(dataclasses.replace(config, rl=settings, data=("none.json",)), vpg)
 
 
 def test_a_reward_model_is_normalised_to_mean_0_and_variance_1():

@@ -19,7 +19,7 @@ from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
-from rlhf_jax.data.environment import Environment, converse, load_environment
+from rlhf_jax.data.environment import Environment, Source, converse, function_of, load_environment
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
 from rlhf_jax.errors import TrainingFault, UserError, logger
@@ -64,12 +64,13 @@ def run(
         raise UserError("rl.reference_refresh: no KL is used here; set rl.kl_coef above 0 or leave it out")
     if settings.reference_refresh is not None and "reference" in config.compute.offload:
         raise UserError("compute.offload: a reference that is refreshed stays on the devices; leave it out")
+    environment = function_of(settings.environment, "rl.environment")
     sources = [settings.data, settings.validation_data] if settings.validation_data else [settings.data]
     read = [initial.stage_rows(config, "prompts", names) for names in sources]
     fingerprints = {source: digest for data in read for source, digest in data.fingerprints.items()}
     with open_stage(config, name, fingerprints, sizes, _files(config)) as stage:
         score_rows = memory.score_rows(config.compute, settings.batch_size, algorithm_config)
-        parts = _parts(stage, [data.rows for data in read], run_reward, score_rows)
+        parts = _parts(stage, [data.rows for data in read], run_reward, score_rows, environment)
         trainer = _Trainer(stage, parts, algorithm, algorithm_config, kl_coef if has_reference else None)
         state, row = loop.train(stage, trainer.first_state(), trainer.job)
         policy = {part: leaves for part, leaves in models.policy_params(state.train.params).items() if part != "value"}
@@ -89,9 +90,9 @@ class _Parts(NamedTuple):
 
 
 def _parts(
-    stage: Stage, rows: Sequence[Sequence[Row]], run_reward: spec.Reward | None, score_rows: int | None
+    stage: Stage, rows: Sequence[Sequence[Row]], run_reward: spec.Reward | None, score_rows: int | None, talk: Source
 ) -> _Parts:
-    """rows: the prompts to train on, and those to validate on if they have files of their own."""
+    """rows: the prompts to train on, and those to validate on if they have files of their own; talk: an environment."""
     config, settings, guard = stage.config, stage.config.rl, filters.Guard.create(stage.config.safety)
     texts = texts_of([row for part in rows for row in part])
     language_model = initial.language_model(config, texts, stage.key("init"))
@@ -106,12 +107,12 @@ def _parts(
             f"rl.validation_data: its rows have no {', '.join(missing)}, which the prompts in training have; a "
             "reward may read it"
         )
-    load = functools.partial(
-        initial.load_reward_model, compute=config.compute, place=initial.placement(config), score_rows=score_rows
-    )
+    length = max(part.tokens.shape[1] for part in encoded) + settings.max_new_tokens
+    how: Any = {"compute": config.compute, "place": initial.placement(config), "score_rows": score_rows}
+    load = functools.partial(initial.load_reward_model, **how, length=length)
     build = functools.partial(spec.build_reward, tokenizer=tokenizer, load=load)
     judge = build(settings.judge, columns=to_validate.columns, flag="--rl.judge") if settings.judge else None
-    environment = load_environment(settings.environment, tokenizer, settings.max_new_tokens, settings.max_turns)
+    environment = load_environment(talk, tokenizer, settings.max_new_tokens, settings.max_turns)
     if run_reward is None:
         run_reward = build(config.reward, columns=prompts.columns)
     enforce = None
