@@ -28,6 +28,7 @@ from steps import PRESETS, Preset, Work, work
 
 from rlhf_jax import models
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import devices
 
 MAX_OTHERS = 0.02  # share of the machine that other programs may use before a figure means little
 OPPONENTS = {"hand": "torch_steps.py", "transformers": "torch_steps.py", "trl": "trl_steps.py"}
@@ -53,6 +54,7 @@ def run(
         raise UserError(f"--calls {calls}: a median needs at least 5")
     if name == "startup":
         return {"bench": name} | startup(calls) | machine()
+    devices.choose(None)  # programs as a run's are compiled
     preset, opponent = PRESETS[preset_name], None
     if against is not None:
         opponent = Opponent(against, name, preset, value)

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 # Read by jax when it is imported.
@@ -21,10 +20,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Most tests compile much and compute little: without XLA's optimizations they take half the time, and so do the scripts
 # that they start. Programs as a user's are run by test_quickstart.py, and by tests with the fixture below.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA's older emitters compile a training step in less than half the time; newer versions end at the unknown flag.
-if version("jaxlib").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
-
 # Servers that tests start are reached directly, whatever proxy the machine has.
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 
@@ -35,6 +30,10 @@ import jax
 import pytest
 
 from rlhf_jax import cli
+from rlhf_jax.runs import devices
+
+# As every run sets them, before the first program: they are part of its key in the cache.
+os.environ["XLA_FLAGS"] = devices.xla_flags(devices.flags_for("cpu"), os.environ.get("XLA_FLAGS", ""))
 
 
 def pytest_collection_modifyitems(items):

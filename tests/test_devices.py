@@ -22,10 +22,12 @@ from rlhf_jax.runs import devices
 def test_an_idle_accelerator_is_refused_with_its_install_line(file, message, monkeypatch):
     monkeypatch.setattr(devices.glob, "glob", lambda pattern: fnmatch.filter([file], pattern))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "")
     with pytest.raises(UserError, match=message):
         devices.choose(None)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the user's choice
     devices.choose(None)
+    assert os.environ["XLA_FLAGS"].split()[0] == "--xla_cpu_use_fusion_emitters=false"
 
 
 def test_an_apple_gpu_is_refused_with_what_to_give_instead():
@@ -33,17 +35,39 @@ def test_an_apple_gpu_is_refused_with_what_to_give_instead():
         devices.choose("mps")
 
 
-def test_flags_of_a_gpu_keep_the_users_and_are_those_that_this_jaxlib_knows(monkeypatch):
-    ours = [f"--{name}={value}" for name, value in devices.GPU_FLAGS.items()]
-    assert devices.gpu_flags("").split() == ours
-    given = "--xla_gpu_enable_command_buffer= --xla_dump_to=x"
-    assert devices.gpu_flags(given).split() == [ours[0], *given.split()]
-    monkeypatch.setattr(devices, "GPU_FLAGS", {"xla_gpu_of_a_later_version": "true"})
-    assert devices.gpu_flags("--a") == "--a"
+@pytest.mark.parametrize(
+    ("device", "variable", "file", "flags"),
+    [
+        ("cpu", "cuda", "/dev/nvidia0", "cpu"),
+        ("cuda", None, None, "gpu"),
+        ("gpu", "cpu", None, "gpu"),
+        ("tpu", None, None, None),
+        (None, "cpu", "/dev/nvidia0", "cpu"),
+        (None, "cuda,cpu", None, "gpu"),
+        (None, None, "/dev/nvidia0", "gpu"),
+        (None, None, "/dev/accel0", None),
+        (None, None, None, "cpu"),
+    ],
+)
+def test_flags_are_those_of_the_platform_that_jax_will_use(device, variable, file, flags, monkeypatch):
+    """What is chosen counts, then JAX_PLATFORMS, then what the machine has."""
+    monkeypatch.setattr(devices.glob, "glob", lambda pattern: fnmatch.filter([file or ""], pattern))
+    monkeypatch.setenv("JAX_PLATFORMS", variable or "")
+    assert devices.flags_for(device) == devices.FLAGS.get(flags, {})
+
+
+@pytest.mark.parametrize("platform", devices.FLAGS)
+def test_flags_keep_the_users_and_are_those_that_this_jaxlib_knows(platform, monkeypatch):
+    first, *rest = (f"--{name}={value}" for name, value in devices.FLAGS[platform].items())
+    assert devices.xla_flags(devices.FLAGS[platform], "").split() == [first, *rest]
+    given = f"{rest[0].partition('=')[0]}= --xla_dump_to=x"
+    assert devices.xla_flags(devices.FLAGS[platform], given).split() == [first, *rest[1:], *given.split()]
+    assert devices.xla_flags({"xla_gpu_of_a_later_version": "true"}, "--a") == "--a"
 
 
 @pytest.mark.slow
-def test_xla_reads_the_flags_of_a_gpu():
+@pytest.mark.parametrize("platform", devices.FLAGS)
+def test_xla_reads_the_flags(platform):
     """It ends the process at a name or a value that it does not know, on the CPU too."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices.gpu_flags("")}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices.xla_flags(devices.FLAGS[platform], "")}
     subprocess.run([sys.executable, "-c", "import jax; jax.numpy.ones(2) + 1"], env=environment, check=True)

@@ -60,9 +60,9 @@ def write_manifest(
     """
     devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **(mesh or {})}
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-    machine = {"backend": jax.default_backend(), "devices": devices, "versions": versions}
+    flags = os.environ.get("XLA_FLAGS", "")
+    machine = {"backend": jax.default_backend(), "devices": devices, "versions": versions, "xla_flags": flags}
     start = {"command": shlex.join(command_line()), **machine, "git": _git_state()}
-    start["xla_flags"] = os.environ.get("XLA_FLAGS", "")
     manifest = start | dict(facts)
     if run.resumed:
         manifest = _read(run.manifest, json.loads) | (dict(facts) if changed else {})

@@ -1,7 +1,7 @@
 """The phases of one RL iteration, as pure functions: collect -> reward -> learn.
 
 ``iteration`` is the three in one call, for one jit. A reward that runs on the host goes between two jits instead; both
-ways give identical parameters.
+ways give the same parameters, up to rounding.
 """
 
 from dataclasses import dataclass, replace
