@@ -143,6 +143,8 @@ def test_rewardbench_2_rows_whose_texts_are_scored_once(tmp_path, monkeypatch):
     ]
     choice = formats.read("comparisons", path).rows[0]
     assert (choice.responses, choice.best) == (("a", "b", "c", "d"), 0)
+    # The same tokens behind two prompts are two texts.
+    found += [Row("p", ("ab", "cd"), "x"), Row("pa", ("b", "c"), "y")]
     encoded = encoding.encode_texts(found, tokenizers.characters("abcdpq"))
     scored = []
 
@@ -154,8 +156,8 @@ def test_rewardbench_2_rows_whose_texts_are_scored_once(tmp_path, monkeypatch):
     policy = evaluate.Policy("", types.SimpleNamespace(), {}, None, "", 1, is_judge=True)
     bench = evaluate.Bench(policy, evaluate.Config(batch_size=4), KEY, "a reward", 9, None)
     margins = evaluate.margins(bench, encoded)
-    assert len(scored) == len(set(scored)) == 7  # not two in each of the five pairs
-    assert margins["reward_model"].tolist() == [-1, -2, -3, -2, -1]
+    assert (len(scored), len(set(scored))) == (11, 10)  # and not two in each of the seven pairs
+    assert margins["reward_model"].tolist() == [-1, -2, -3, -2, -1, -2, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What each family has beside its parity with transformers: heads, weights cut over a mesh, and no more to compute."""
 
+import ast
+import re
 from collections import Counter
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from test_layouts import whole_on_a_device
 from test_models import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, some_params, some_tokens
+from test_size import ROOT, code_lines
 
 from rlhf_jax import cli, models, sharding
 
@@ -74,3 +77,51 @@ def test_a_family_computes_what_llama_does_and_its_own_norms_and_biases():
         assert own.total() - llama.total() <= others * layers, family
     # GPT-2: each head has keys and values of its own, 2 * 2 * 32 columns more for 64 tokens of width 128.
     assert program(families.CONFIGS["GPT-2"])[0] - flops == layers * 2 * 64 * 128 * 128
+
+
+# Lines that no other family has a use for: those that match, and the functions, classes and tables whose names do.
+OWN = {
+    "Qwen2": "Qwen2|qkv_bias",
+    "Qwen3": "Qwen3|qk_norm",
+    "Mistral": "(?i)mistral|window",
+    "Gemma 3": "(?i)gemma|offset_?norm|norm_offset|scaled_embedding|ln_._post|post_norms|post_feedforward|global_every"
+    "|is_local|local_|query_scalar|two_kinds",
+}
+
+
+LISTS = ("each_family", "CLASSIFIERS")
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_a_family_costs_at_most_80_lines(family):
+    """Its table of names included; what it shares with Llama lies in one decoder, whose options are data."""
+    total = 0
+    for path in (ROOT / "rlhf_jax" / "models").glob("*.py"):
+        source = path.read_text("utf-8")
+        code, lines = code_lines(source), source.splitlines()
+        own = {number for number in code if re.search(OWN[family], lines[number - 1])}
+        for node in ast.parse(source).body:
+            if re.search(OWN[family], getattr(node, "name", "")):
+                own |= code & set(range(node.lineno, node.end_lineno + 1))
+        total += len(own)
+    assert 10 < total <= 80
+
+
+def test_the_cells_of_the_tables_of_families_are_tests():
+    """docs/models.md: each case stands in the file of its column's test, in the list if the test takes some alone."""
+    parity, lora, files, chats = (
+        (ROOT / "tests" / f"test_{name}.py").read_text("utf-8")
+        for name in ("models_parity", "lora_parity", "model_files", "chat")
+    )
+    some, classifiers = (re.search(rf"^{name} = .*?\n[)\]]", parity, re.DOTALL | re.M)[0] for name in LISTS)
+    lines = (ROOT / "docs" / "models.md").read_text("utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    here = "".join(f'"{family}"' for family in TINY) + '"User:" "Assistant:"'
+    for columns in ([parity, some, some, lora, classifiers], [files, here, chats + here]):
+        table = {row[0]: row[1:] for row in rows if row[0] in TINY and len(row) == len(columns) + 1 and "`" in row[1]}
+        assert set(table) == set(TINY)
+        for family, cells in table.items():
+            for cell, source in zip(cells, columns, strict=True):
+                cases = re.findall("`([^`]+)`", cell)
+                assert cases or "none" in cell, (family, cell)
+                assert [case for case in cases if not re.search(f'"{case}"|def {case}[(]', source)] == [], family

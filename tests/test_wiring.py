@@ -208,7 +208,7 @@ def ask(conversation, row):
 def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_path, monkeypatch):
     """The reward is a number of the prompt alone, so that nothing is learnt: each response scores as the greedy one. An
     environment pays as much again, for the first response."""
-    keys, rollouts, create = [], [], rl._Trainer.__init__
+    keys, rollouts, asked, create = [], [], [], rl._Trainer.__init__
 
     def init(trainer, *args):
         create(trainer, *args)
@@ -217,6 +217,7 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
         def likeliest(state, inputs, key, functions):
             greedy, same = (greedily(state, inputs, k, functions) for k in (key, jax.random.key(77)))
             np.testing.assert_array_equal(greedy.tokens, same.tokens)  # needs no key
+            asked.append(inputs)
             return greedy
 
         trainer._respond = lambda *inputs: (keys.append(bits(inputs[2])), respond(*inputs))[1]
@@ -240,6 +241,7 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
     stream = stage.stream(config.seed, "vpg", "rollout")
     assert [key for key, _ in itertools.groupby(keys)] == [bits(jax.random.fold_in(stream, step)) for step in (0, 1)]
     assert len(keys) > 3 if turns else len(keys) == 3  # the first to try the memory; then one for each turn
+    assert len(asked) >= 3
 
 
 def test_a_run_loads_reward_models_that_read_whole_texts(config, monkeypatch):
