@@ -146,6 +146,7 @@ def test_prompts_are_left_padded_and_keep_their_columns():
 def test_a_batch_of_prompts_is_as_wide_as_its_longest_needs(lengths, width):
     mask = np.arange(22) >= 22 - np.array(lengths)[:, None]
     assert batches.prompt_width(mask.astype(np.int32), 4) == width
+    assert batches.prompt_width(mask[:, 1:].astype(np.int32), 4) == (width if width < 16 else 21)  # saves too little
 
 
 def test_narrowed_prompts_keep_the_last_columns_of_all_rows():

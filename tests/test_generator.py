@@ -115,8 +115,8 @@ def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeyp
     monkeypatch.setattr(generator, "_score", lambda *args: (widths.append(args[0].shape), score(*args))[1])
     monkeypatch.setattr(generator, "batch_size", 4)
     assert_alike(generator(PROMPTS, seed=3, num_samples=2), generations, range(10))
-    # Tokens: 2, 2, 3, 3 | 4, 4, 10, 10 | 21, 21 of at most 32; then with their responses of at most 6.
-    assert widths == [(4, 16), (4, 16), (4, 32), (4, 16), (4, 16), (4, 32)]
+    # Tokens: 2, 2, 3, 3 | 4, 4, 10, 10 | 21, 21 of at most 32; then with their responses, of 38.
+    assert widths == [(4, 16), (4, 16), (4, 32), (4, 16), (4, 16), (4, 38)]
 
 
 def test_another_seed_gives_other_samples_and_a_repeated_prompt_its_next_ones(generator, generations):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import ppo, training, vpg
+from rlhf_jax import models, ppo, training, vpg
 from rlhf_jax.config import DPOStage, Network, RewardModelStage, RLStage, RunConfig, SFTStage, Text, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
@@ -147,7 +147,7 @@ def uneven(config, tmp_path, multiple, **settings):
 
 @pytest.mark.parametrize("several_turns", [False, True])
 def test_each_batch_is_as_wide_as_its_own_prompts_need(config, tmp_path, monkeypatch, several_turns):
-    seen, create, slots = [], rl._Trainer.__init__, 2 * several_turns
+    seen, made, create, slots, policy_fn = [], set(), rl._Trainer.__init__, 2 * several_turns, models.policy_fn
     (tmp_path / "world.py").write_text("def silent(conversation, row): return None")
 
     def respond(state, inputs, key, functions):
@@ -165,12 +165,13 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(config, tmp_path, monkeyp
         trainer._rescored = lambda state, sampled, functions: (sampled, {})
 
     monkeypatch.setattr(rl._Trainer, "__init__", init)
+    monkeypatch.setattr(rl.models, "policy_fn", lambda *how: (made.add(how[2]), policy_fn(*how))[1])
     environment = f"{tmp_path / 'world.py'}:silent" if several_turns else None
     training.rl.run(uneven(config, tmp_path, 3, environment=environment), vpg)
     tried, validation, *steps, last = seen
     assert tried[0] == 12  # the widest is tried for its memory, whether the first batch needs it or not
     assert validation == last
-    assert {width for width, _ in steps} == {3, 12}
+    assert {width for width, _ in steps} == made == {3, 12}
     assert all(width == (12 if longest == 12 else 3) for width, longest in (*steps, last))
 
 

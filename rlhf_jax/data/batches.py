@@ -109,11 +109,12 @@ def prompt_rows(n: int, batch_size: int, key: jax.Array, step: int) -> np.ndarra
 
 def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:
     """Columns that left-padded prompts [B, P] need: the least of ``multiple``, twice, four times, ... that which holds
-    the longest, at most P. So no more than log2(P / multiple) + 2 widths occur, whatever the batches hold.
+    the longest, or P where that is above 3/4 P. So at most log2(P / multiple) + 2 widths occur, whatever batches hold.
     """
     columns = attention_mask.shape[1]
     longest = int(np.max(np.any(attention_mask, axis=0) * np.arange(columns, 0, -1), initial=1))
-    return min(multiple << (-(-longest // multiple) - 1).bit_length(), columns)
+    width = multiple << (-(-longest // multiple) - 1).bit_length()
+    return width if width <= 0.75 * columns else columns
 
 
 def narrowed(data: EncodedPrompts, rows: np.ndarray, multiple: int) -> EncodedPrompts:
