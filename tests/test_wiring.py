@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import training, vpg
+from rlhf_jax import ppo, training, vpg
 from rlhf_jax.config import DPOStage, Network, RewardModelStage, RLStage, RunConfig, SFTStage, Text, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
@@ -133,6 +133,69 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
     assert all(row["score"] == ord(row["prompt"][-1]) for row in samples)
     assert f"reward {config.reward[0]}" in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
+
+
+TEXTS = ["lazy fox jum", *(letter * (1 + i % 3) for i, letter in enumerate(LETTERS[1:]))]
+
+
+def uneven(config, tmp_path, multiple, **settings):
+    """Fifteen prompts of at most 3 tokens and one of 12."""
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": text} for text in TEXTS]))
+    how = dataclasses.replace(config.rl, num_iterations=6, validation_interval=6, **settings)
+    return dataclasses.replace(config, reward=("count:a",), text=Text(bucket_multiple=multiple), rl=how)
+
+
+@pytest.mark.parametrize("several_turns", [False, True])
+def test_each_batch_is_as_wide_as_its_own_prompts_need(config, tmp_path, monkeypatch, several_turns):
+    seen, create, slots = [], rl._Trainer.__init__, 2 * several_turns
+    (tmp_path / "world.py").write_text("def silent(conversation, row): return None")
+
+    def respond(state, inputs, key, functions):
+        tokens, mask = (np.pad(x, ((0, 0), (0, 2))) for x in inputs[:2])
+        lengths = inputs.attention_mask.sum(axis=1).tolist()
+        assert lengths == [len(TEXTS[row]) for row in inputs.row_ids]  # nothing is cut
+        seen.append((inputs.tokens.shape[1] - slots, max(lengths)))
+        said = np.zeros_like(mask)
+        said[:, -2] = 1  # a token each
+        return Rollout(tokens, mask | said, said, np.zeros(said.shape, np.float32), inputs.row_ids)
+
+    def init(trainer, *args):
+        create(trainer, *args)
+        trainer._respond, trainer._learn = respond, lambda state, *inputs: untouched(state)
+        trainer._rescored = lambda state, sampled, functions: (sampled, {})
+
+    monkeypatch.setattr(rl._Trainer, "__init__", init)
+    environment = f"{tmp_path / 'world.py'}:silent" if several_turns else None
+    training.rl.run(uneven(config, tmp_path, 3, environment=environment), vpg)
+    tried, validation, *steps, last = seen
+    assert tried[0] == 12  # the widest is tried for its memory, whether the first batch needs it or not
+    assert validation == last
+    assert {width for width, _ in steps} == {3, 12}
+    assert all(width == (12 if longest == 12 else 3) for width, longest in (*steps, last))
+
+
+@pytest.mark.soak
+def test_widths_change_nothing_but_rounding_and_survive_a_resume(config, tmp_path, monkeypatch):
+    def metrics(multiple, name, **options):
+        run = dataclasses.replace(uneven(config, tmp_path, multiple, kl_coef=0.1), output_dir=str(tmp_path / name))
+        folder = training.rl.run(dataclasses.replace(run, checkpoint_interval=1, **options), ppo).folder
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+    narrow, wide = metrics(3, "narrow"), metrics(12, "wide")
+    for row, expected in zip(narrow, wide, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    advance = rl._Trainer.advance
+
+    def killed(trainer, state, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return advance(trainer, state, step)
+
+    monkeypatch.setattr(rl._Trainer, "advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        metrics(3, "again")
+    monkeypatch.setattr(rl._Trainer, "advance", advance)
+    assert metrics(3, "again", resume=True) == narrow
 
 
 TALK = """
