@@ -1,4 +1,4 @@
-"""A language model gets better at what people prefer, in two minutes on two CPU cores.
+"""A language model gets better at what people prefer, in a minute or two on two CPU cores.
 
     python experiments/quickstart.py
 
@@ -27,13 +27,14 @@ from rlhf_jax import cli, generator, metrics, models, sampling
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data import demo, encoding, formats
 from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import figures, page, records
 from rlhf_jax.report.plots import reward_against_kl
 from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.training import initial, pipeline, stage
 from rlhf_jax.training.scoring import answer_scorer, report, score_rows
-from rlhf_jax.types import Rollout
+from rlhf_jax.types import Params, Rollout
 
 LAST_ITERATIONS = 10
 MIN_ACCURACY, MIN_WIN_RATE, KL_BAND, MIN_KL_COEF_CHANGE = 0.85, 0.75, 1.5, 1.1
@@ -74,11 +75,12 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     pipeline.check_folder(folder, config)
     data = folder / "data"
     stage.set_up(config)
-    print("Three stages, from nothing to a policy: about two minutes on two CPU cores.", flush=True)
+    print("Three stages, from nothing to a policy: a minute or two on two CPU cores.", flush=True)
     demo.write(data, seed=config.seed, shuffle_labels=config.shuffle_labels)
     stages = pipeline.run_stages(dataclasses.replace(config, data=(str(data),)), folder)
     prompts = formats.read("prompts", str(data / "heldout_prompts.json")).rows
-    sft, ppo = (answer(str(stage.model_folder), prompts, config) for stage in (stages.sft, stages.ppo))
+    policies = [initial.load_language_model(str(of.model_folder), config.compute) for of in (stages.sft, stages.ppo)]
+    sft, ppo = (answer(policies[0].model, params, tokenizer, prompts, config) for _, params, tokenizer in policies)
     preference, learned_scores = judge(str(stages.reward_model.model_folder), data, ppo.rollout, config)
     summary = summarize(config, sft, ppo, preference, learned_scores, folder)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -95,9 +97,8 @@ def of_category(prompts: Sequence[Row], category: str) -> list[int]:
     return [i for i, row in enumerate(prompts) if row.columns["category"] == category]
 
 
-def answer(model_folder: str, prompts: list[Row], config: RunConfig) -> Answers:
-    """The greedy answers of a stage's model to the prompts, judged by the rubric."""
-    model, params, tokenizer = initial.load_language_model(model_folder, config.compute)
+def answer(model: models.Model, params: Params, tokenizer: Tokenizer, prompts: list[Row], config: RunConfig) -> Answers:
+    """The greedy answers of a stage's parameters to the prompts, judged by the rubric."""
     encoded = encoding.encode_prompts(prompts, tokenizer, template=config.text.template)
     greedy = sampling.SamplingConfig(
         max_new_tokens=config.rl.max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id

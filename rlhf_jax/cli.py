@@ -277,7 +277,7 @@ def bench_step(
 
 
 SCRIPTS = {
-    "quickstart": "Generate a small corpus and train on it: SFT, a reward model and PPO in two minutes, with a report.",
+    "quickstart": "Generate a small corpus and train on it: SFT, a reward model and PPO in minutes, with a report.",
     "plan": "Say what a stage would take on each device: `rlhf-jax plan ppo --config FILE --devices 8 --memory 80GB`.",
 }
 COMMANDS: dict[str, Callable[..., int | None]] = {

@@ -1,8 +1,10 @@
 """The scripts as a user starts them: in a process of their own, one device, the tiny config."""
 
+import collections
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,9 +48,15 @@ def rows(folder, name="metrics.jsonl"):
 )
 def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
     folder = tmp_path / "run"
-    said = run(script, *TINY, "--output-dir", folder).stdout
+    done = run(script, *TINY, "--output-dir", folder, JAX_LOG_COMPILES="1")
+    said = done.stdout
     assert said.splitlines()[0] == "cpu: 1 x cpu, float32"
     assert said.count("compiling") == 1
+    compiled = collections.Counter(re.findall(r"Finished XLA compilation of jit\((\w+)\)", done.stderr))
+    if script == "ppo":  # a validation has other rows: it samples and scores by programs of its own
+        phases = {"respond": 2, "rescored": 1, "reward": 2, "update_in_place": 1, "init": 1}
+        assert {name: compiled[name] for name in phases} == phases
+    assert sum(compiled.values()) <= 48
     metrics = rows(folder)
     assert [row["step"] for row in metrics] == list(range(steps + 1))
     files = "config.yaml manifest.json metrics.jsonl timing.jsonl samples.jsonl checkpoints model report.html"
