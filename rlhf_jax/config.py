@@ -157,7 +157,8 @@ class Text:
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What to do with a text that does not fit. Truncated and dropped rows are counted and reported."""
     bucket_multiple: int = 16
-    """Batches are padded to a multiple of this many tokens, so that few shapes are compiled."""
+    """Batches are padded to a multiple of this many tokens, so that few shapes are compiled; RL's prompts to it, twice,
+    four times, ... that."""
     pack: bool = False
     """Put several demonstrations or comparisons of a batch into one row, as long as the longest of all, instead of
     padding each: SFT, reward models and DPO."""
@@ -281,7 +282,7 @@ class RLStage:
     batch_size: int = 64
     """Episodes per iteration, over all devices."""
     max_prompt_length: int | None = None
-    """Prompt slots P; null: the longest prompt."""
+    """Most tokens of a prompt; null: the longest prompt's. A batch has as many slots as its own prompts need."""
     max_new_tokens: int = 32
     """Response slots R."""
     environment: str | None = None

@@ -1,12 +1,12 @@
 """Texts in, texts out: a language model as a user meets it."""
 
 import collections
-import dataclasses
 import functools
 import json
 import operator
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import models, sampling
-from rlhf_jax.data import chat, encoding, tokenizers
+from rlhf_jax import models, ops, sampling
+from rlhf_jax.data import batches, chat, encoding, tokenizers
 from rlhf_jax.data.environment import Source, converse, load_environment
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -23,7 +23,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 from rlhf_jax.types import Params, Rollout
 
-_BUCKET = 16  # prompts are padded to a multiple of this many tokens, so that few shapes are compiled
+_BUCKET = 16  # tokens: what widths of prompts are multiples of, so that few shapes are compiled
 
 
 class LanguageModel(NamedTuple):
@@ -56,7 +56,7 @@ class LanguageModel(NamedTuple):
         ends = (hf.read_json(file) if file.exists() else {}).get("eos_token_id", model.config.eos_token_id)
         ids = np.ravel(() if ends is None else ends).tolist()
         others = tuple(i for i in ids if i != tokenizer.eos_id and 0 <= i < size)
-        return cls(model, jax.tree.map(jnp.asarray, params), dataclasses.replace(tokenizer, other_eos_ids=others))
+        return cls(model, jax.tree.map(jnp.asarray, params), replace(tokenizer, other_eos_ids=others))
 
     def save(self, folder: str | Path, *, template: str, config: sampling.SamplingConfig) -> None:
         """Writes a folder that ``load``, transformers and chat clients read; for them with the run's prompts, sampling.
@@ -134,8 +134,7 @@ class Generator:
         batch_size: int = 64,
         **compute: Any,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        ops.check_number("batch_size", batch_size, at_least=1)
         self.batch_size = batch_size
         self.model, self._params, self.tokenizer = LanguageModel.load(folder, **compute)
         self.template = template or chat.text_template(self.tokenizer) or "{prompt}"
@@ -167,7 +166,8 @@ class Generator:
 
         A response is a function of seed, prompt, and which of the prompt's samples it is: the first one to a prompt is
         the same whatever else is asked, in whatever batches (up to ties within the rounding of the logits). A prompt
-        that is given twice gets its next samples the second time. All prompts are padded to the longest.
+        that is given twice gets its next samples the second time. Prompts of like length form a batch, padded to its
+        longest.
 
         Raises:
             UserError: naming the prompt, such as ``prompts[3]``: it is no text, too long, holds a character that the
@@ -206,7 +206,7 @@ class Generator:
             texts=responses(rollout, self.tokenizer),
             transcripts=responses(rollout, self.tokenizer, with_replies=True),
             log_probs=rollout.log_probs.sum(axis=1),
-            rewards=None if self._score is None else in_batches(self._score, *inputs),
+            rewards=None if self._score is None else _by_length(self._score, *inputs),
             token_log_probs=[row[mask] for row, mask in zip(rollout.log_probs, said, strict=True)],
             finished=ended(rollout, self.config.eos_ids),
         )
@@ -228,15 +228,35 @@ def sample_in_batches(
 ) -> Rollout:
     """Samples a response to each of N left-padded prompts [N, P], ``batch_size`` at a time; a NumPy Rollout of N rows.
 
+    Prompts of like length form a batch, without the columns that are padding in all of them (`batches.prompt_width`).
+
     by_row: ``row_ids`` and ``used`` [N], as ``sampling.generate`` has them. Row i is sampled as row ``row_ids[i]``
         (none given: i) whatever the batch size.
     """
     by_row = {"row_ids": np.arange(len(tokens), dtype=np.int32)} | by_row
 
-    def sample(tokens: jax.Array, mask: jax.Array, by_row: dict[str, jax.Array]) -> Rollout:
-        return _sample(model, params, tokens, mask, key, config=config, **by_row)
+    columns = np.shape(tokens)[1]
 
-    return in_batches(sample, batch_size, tokens, mask, by_row)
+    def sample(tokens: np.ndarray, mask: np.ndarray, by_row: dict[str, np.ndarray]) -> Rollout:
+        sampled = _sample(model, params, tokens, mask, key, config=config, **by_row)
+        return replace(sampled, prompt_length=columns)
+
+    sampled = _by_length(sample, batch_size, tokens, mask, by_row)
+    return replace(sampled, tokens=np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1))
+
+
+def _by_length(fn: Callable[..., Any], batch_size: int, tokens: Any, mask: Any, *trees: Any) -> Any:
+    """`in_batches` of left-padded rows [N, T] of like length, each batch without columns that are padding in all its
+    rows; zeros stand for these columns in what ``fn`` returns."""
+
+    def narrowed(tokens: np.ndarray, mask: np.ndarray, *trees: Any) -> Any:
+        unused = mask.shape[1] - batches.prompt_width(mask, _BUCKET)
+        result = fn(tokens[:, unused:], mask[:, unused:], *trees)
+        return jax.tree.map(lambda x: np.pad(x, ((0, 0), (unused, 0))) if x.ndim == 2 else x, result)
+
+    order = np.argsort(np.count_nonzero(mask, axis=1), kind="stable")
+    results = in_batches(narrowed, batch_size, *jax.tree.map(lambda x: np.asarray(x)[order], (tokens, mask, *trees)))
+    return jax.tree.map(lambda x: x[np.argsort(order)], results)
 
 
 def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any) -> Any:
@@ -248,8 +268,8 @@ def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any) -> Any:
     num_rows = len(jax.tree.leaves(trees)[0])
     size = min(batch_size, 1 << (num_rows - 1).bit_length())
     padded = jax.tree.map(lambda x: np.pad(x, [(0, -num_rows % size)] + [(0, 0)] * (x.ndim - 1)), trees)
-    batches = [slice(start, start + size) for start in range(0, num_rows, size)]
-    parts = [jax.device_get(fn(*jax.tree.map(operator.itemgetter(batch), padded))) for batch in batches]
+    slices = [slice(start, start + size) for start in range(0, num_rows, size)]
+    parts = [jax.device_get(fn(*jax.tree.map(operator.itemgetter(part), padded))) for part in slices]
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:num_rows], *parts)
 
 

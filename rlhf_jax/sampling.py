@@ -156,11 +156,10 @@ def generate(
     chex.assert_shape(row_ids, (num_rows,))
     max_length = getattr(getattr(model, "config", None), "max_length", None)
     prompt_length = tokens.shape[1] - (0 if used is None else config.max_new_tokens)
-    if max_length is not None and prompt_length + config.max_new_tokens > max_length:
-        raise ValueError(
-            f"prompt length {prompt_length} + max_new_tokens {config.max_new_tokens} = "
-            f"{prompt_length + config.max_new_tokens} is more than the model's max_length {max_length}"
-        )
+    length = prompt_length + config.max_new_tokens
+    if max_length is not None and length > max_length:
+        slots = f"prompt length {prompt_length} + max_new_tokens {config.max_new_tokens} = {length}"
+        raise ValueError(f"{slots} is more than the model's max_length {max_length}")
     used = jnp.zeros(num_rows, jnp.int32) if used is None else used
     params = getattr(model, "for_decoding", lambda params: params)(params)  # once, not for each token
     sample_rows = functools.partial(_sample_rows, model, config)
@@ -306,16 +305,9 @@ def best_of_n(
     ops.check_number("n", n, at_least=1)
     num_rows = tokens.shape[0]
     row_ids = jnp.arange(num_rows, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids)
-    samples = generate(
-        model,
-        params,
-        jnp.repeat(jnp.asarray(tokens), n, axis=0),
-        jnp.repeat(jnp.asarray(attention_mask), n, axis=0),
-        key,
-        config=config,
-        row_ids=(row_ids[:, None] * n + jnp.arange(n, dtype=jnp.int32)[None, :]).reshape(-1),
-        mesh=mesh,
-    )
+    tokens, attention_mask = (jnp.repeat(jnp.asarray(x), n, axis=0) for x in (tokens, attention_mask))
+    ids = (row_ids[:, None] * n + jnp.arange(n, dtype=jnp.int32)[None, :]).reshape(-1)
+    samples = generate(model, params, tokens, attention_mask, key, config=config, row_ids=ids, mesh=mesh)
     rewards, _ = reward_fn(samples)
     if rewards.ndim == 2:
         rewards = jnp.sum(jnp.where(samples.response_mask != 0, rewards, 0.0), axis=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,7 @@ class Trainer:
 
     _rollout, rows_of = rl._Trainer._rollout, rl._Trainer.rows_of
     train_rows, group_size, order_key = np.arange(100, 160), 2, jax.random.key(3)
+    parts = types.SimpleNamespace(prompts="all")
 
     def __init__(self, rounds, *scores):
         self.samplings = 1 + rounds
@@ -65,7 +67,12 @@ class Trainer:
         parts = (phases.num_equal, phases.refill)
         self._num_equal, self._refill = (functools.partial(part, recipe=recipe()) for part in parts)
 
-    def _sampled(self, state, rows, number):
+    def _narrowed(self, prompts, rows):
+        return prompts, rows.tolist()
+
+    def _sampled(self, state, prompts, rows, number):
+        step = number // self.samplings  # all samplings of a step have the columns that all of its prompts need
+        assert prompts == ("all", self.rows_of(step).ravel().tolist())
         self.calls.append((rows.tolist(), number))
         return answers(self.scores.pop(0), 100 * len(self.calls)), {}
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import scipy.special
 from test_report import write_run
 
 from rlhf_jax import cli, metrics, models
-from rlhf_jax.data import chat, formats, tokenizers
+from rlhf_jax.data import chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import data, evaluate, measures
@@ -129,7 +130,7 @@ def test_averages_are_those_of_the_leaderboards():
     assert averages(Math=[1, 1, 0, 0], Ties=[0]) == {}
 
 
-def test_rewardbench_2_rows(tmp_path):
+def test_rewardbench_2_rows_whose_texts_are_scored_once(tmp_path, monkeypatch):
     """The best of four answers, and ties: several right ones."""
     best = {"id": "1", "prompt": "p", "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": "Math"}
     ties = {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"], "subset": "Ties"}
@@ -142,6 +143,19 @@ def test_rewardbench_2_rows(tmp_path):
     ]
     choice = formats.read("comparisons", path).rows[0]
     assert (choice.responses, choice.best) == (("a", "b", "c", "d"), 0)
+    encoded = encoding.encode_texts(found, tokenizers.characters("abcdpq"))
+    scored = []
+
+    def score(reward, rollout, columns, batch_size):
+        scored.extend(map(tuple, np.asarray(rollout.tokens)[rollout.response_mask.any(axis=1)]))
+        return rollout.tokens[:, 1] * 1.0
+
+    monkeypatch.setattr(evaluate, "score", score)
+    policy = evaluate.Policy("", types.SimpleNamespace(), {}, None, "", 1, is_judge=True)
+    bench = evaluate.Bench(policy, evaluate.Config(batch_size=4), KEY, "a reward", 9, None)
+    margins = evaluate.margins(bench, encoded)
+    assert len(scored) == len(set(scored)) == 7  # not two in each of the five pairs
+    assert margins["reward_model"].tolist() == [-1, -2, -3, -2, -1]
 
 
 @pytest.mark.parametrize(

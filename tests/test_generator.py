@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import generator as module
 from rlhf_jax import models, sampling
 from rlhf_jax.config import RLStage
 from rlhf_jax.data import tokenizers
@@ -106,6 +107,16 @@ def test_neighbours_order_and_batches_change_nothing(folders, generator, generat
     assert_alike(generator(["hi", "abc"], seed=3), generations, [8, 0])
     small = Generator(folders / "policy", folders / "reward", max_new_tokens=NEW, template="{prompt}:", batch_size=2)
     assert_alike(small(PROMPTS, seed=3, num_samples=2), generations, range(10))
+
+
+def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeypatch):
+    widths, sample, score = [], module._sample, generator._score
+    monkeypatch.setattr(module, "_sample", lambda *args, **how: (widths.append(args[2].shape), sample(*args, **how))[1])
+    monkeypatch.setattr(generator, "_score", lambda *args: (widths.append(args[0].shape), score(*args))[1])
+    monkeypatch.setattr(generator, "batch_size", 4)
+    assert_alike(generator(PROMPTS, seed=3, num_samples=2), generations, range(10))
+    # Tokens: 2, 2, 3, 3 | 4, 4, 10, 10 | 21, 21 of at most 32; then with their responses of at most 6.
+    assert widths == [(4, 16), (4, 16), (4, 32), (4, 16), (4, 16), (4, 32)]
 
 
 def test_another_seed_gives_other_samples_and_a_repeated_prompt_its_next_ones(generator, generations):

@@ -81,7 +81,7 @@ def data_file(name, folder, public=False):
     if not public:
         text = "\n".join(map(json.dumps, rows(name, COUNTS[name]))).encode()
         raw.write_bytes(gzip.compress(text) if raw.suffix == ".gz" else text)
-    if name == "dialogues":
+    if name != "solutions":
         return str(raw)
     conversion("save")(folder / "rows.jsonl", conversion(name)(raw))
     return str(folder / "rows.jsonl")

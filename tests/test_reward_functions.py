@@ -225,6 +225,8 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
         load(str(tmp_path))
     params = models.add_head(jax.random.key(1), params, "score")
     models.save(tmp_path, model, params)
+    with pytest.raises(UserError, match=f"{tmp_path}: this reward model reads 8 tokens; .* now 9$"):
+        load(str(tmp_path), length=9)
     expected = models.score_fn(model)(params, rollout().tokens, rollout().attention_mask, None)
     np.testing.assert_allclose(build(str(tmp_path), load=load).fn(rollout())[0], expected, rtol=1e-5)
 

@@ -1,5 +1,6 @@
 """gradient_step and minibatch_epochs: steps by hand, the finite guard, microbatches, which rows meet in a minibatch."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from tabular import assert_close, assert_identical, every_way
 
-from rlhf_jax import gradient_step, losses, minibatch_epochs, sharding
+from rlhf_jax import gradient_step, losses, minibatch_epochs, models, rloo, sharding
 from rlhf_jax.types import Max, Mean, Rollout, TrainState
 
 SGD = optax.sgd(1.0)
@@ -123,6 +124,49 @@ def test_rows_of_like_length_stay_on_their_device():
     for found, columns in others:
         assert_close(found, one)
         assert 35 < columns < 131
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [("GPT-2", None), *(pytest.param(x, (2, 2), marks=pytest.mark.slow) for x in ("GPT-2", "Llama"))],
+)
+def test_a_language_model_learns_the_same_from_rows_of_like_length(family, mesh, monkeypatch):
+    """On 2 x 2 devices its weights are cut over fsdp."""
+    sizes = {"vocab_size": 7, "max_length": 24, "hidden_size": 8, "num_layers": 1, "num_heads": 2}
+    config = models.GPT2Config(**sizes) if family == "GPT-2" else models.LlamaConfig(**sizes, intermediate_size=8)
+    model = models.build(dataclasses.replace(config, initializer_range=0.5))
+    params, rng = model.init(jax.random.key(0)), np.random.default_rng(0)
+    column, lengths = np.arange(19), rng.permutation(16)[:, None] + 1
+    response = ((column >= 3) & (column < 3 + lengths)).astype(np.int32)
+    both = response + ((column < 3) & (column >= lengths % 3))  # prompts are padded on the left
+    log_probs, ref_log_probs, scores = rng.normal(size=(3, 16, 19)).astype(np.float32) - 2.0
+    batch = Rollout(rng.integers(1, 7, both.shape), both, response, log_probs, prompt_length=3)
+    batch = batch.replace(ref_log_probs=ref_log_probs, scores=scores[:, 0])
+    policy_fn, widths = models.policy_fn(model, prompt_length=3), []
+
+    def seen(params, tokens, *inputs):
+        widths.append(tokens.shape[1])
+        return policy_fn(params, tokens, *inputs)
+
+    def updated(parts, state, batch, **options):
+        settings = rloo.Config(group_size=2, num_microbatches=parts, aggregate="token", kl_loss_coef=0.1)
+        update = partial(rloo.update, policy_fn=seen, optimizer=SGD, config=settings, **options)
+        return jax.jit(update)(state, batch, jax.random.key(1))
+
+    state = TrainState.create(params, SGD)
+    (expected, metrics), _ = updated(1, state, batch), widths.clear()
+    monkeypatch.setattr("rlhf_jax.algorithms.step.LONG", 16)
+    options = {}
+    if mesh is not None:
+        over = sharding.make_mesh(*mesh)
+        state = TrainState.create(jax.device_put(params, sharding.by_path(params, models.SHARDING, over)), SGD)
+        batch, options = sharding.shard_rows(over, batch), {"minibatch_sharding": sharding.rows(over)}
+    found, own = updated(4, state, batch, **options)
+    assert set(widths) == {7, 11, 19}
+    assert_close(found.params, expected.params, atol=1e-6)
+    assert max(np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (found.params, params)), strict=True)) > 0.1
+    for name, value in metrics.items():
+        np.testing.assert_allclose(own[name], value, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(("learning_rate", "expected"), [(0.0, [1.0, 1.0, 0.5, 0.5]), (0.5, [1.0] * 4)])

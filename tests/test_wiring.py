@@ -2,6 +2,7 @@
 no two random streams share a key."""
 
 import dataclasses
+import itertools
 import json
 import typing
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import training, vpg
+from rlhf_jax import ppo, training, vpg
 from rlhf_jax.config import DPOStage, Network, RewardModelStage, RLStage, RunConfig, SFTStage, Text, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
@@ -134,8 +135,79 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
     assert f"reward {config.reward[0]}" in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
 
 
-def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(config, monkeypatch):
-    """The reward is a number of the prompt alone, so that nothing is learnt: each response scores as the greedy one."""
+TEXTS = ["lazy fox jum", *(letter * (1 + i % 3) for i, letter in enumerate(LETTERS[1:]))]
+
+
+def uneven(config, tmp_path, multiple, **settings):
+    """Fifteen prompts of at most 3 tokens and one of 12."""
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": text} for text in TEXTS]))
+    how = dataclasses.replace(config.rl, num_iterations=6, validation_interval=6, **settings)
+    return dataclasses.replace(config, reward=("count:a",), text=Text(bucket_multiple=multiple), rl=how)
+
+
+@pytest.mark.parametrize("several_turns", [False, True])
+def test_each_batch_is_as_wide_as_its_own_prompts_need(config, tmp_path, monkeypatch, several_turns):
+    seen, create, slots = [], rl._Trainer.__init__, 2 * several_turns
+    (tmp_path / "world.py").write_text("def silent(conversation, row): return None")
+
+    def respond(state, inputs, key, functions):
+        tokens, mask = (np.pad(x, ((0, 0), (0, 2))) for x in inputs[:2])
+        lengths = inputs.attention_mask.sum(axis=1).tolist()
+        assert lengths == [len(TEXTS[row]) for row in inputs.row_ids]  # nothing is cut
+        seen.append((inputs.tokens.shape[1] - slots, max(lengths)))
+        said = np.zeros_like(mask)
+        said[:, -2] = 1  # a token each
+        return Rollout(tokens, mask | said, said, np.zeros(said.shape, np.float32), inputs.row_ids)
+
+    def init(trainer, *args):
+        create(trainer, *args)
+        trainer._respond, trainer._learn = respond, lambda state, *inputs: untouched(state)
+        trainer._rescored = lambda state, sampled, functions: (sampled, {})
+
+    monkeypatch.setattr(rl._Trainer, "__init__", init)
+    environment = f"{tmp_path / 'world.py'}:silent" if several_turns else None
+    training.rl.run(uneven(config, tmp_path, 3, environment=environment), vpg)
+    tried, validation, *steps, last = seen
+    assert tried[0] == 12  # the widest is tried for its memory, whether the first batch needs it or not
+    assert validation == last
+    assert {width for width, _ in steps} == {3, 12}
+    assert all(width == (12 if longest == 12 else 3) for width, longest in (*steps, last))
+
+
+@pytest.mark.soak
+def test_widths_change_nothing_but_rounding_and_survive_a_resume(config, tmp_path, monkeypatch):
+    def metrics(multiple, name, **options):
+        run = dataclasses.replace(uneven(config, tmp_path, multiple, kl_coef=0.1), output_dir=str(tmp_path / name))
+        folder = training.rl.run(dataclasses.replace(run, checkpoint_interval=1, **options), ppo).folder
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+    narrow, wide = metrics(3, "narrow"), metrics(12, "wide")
+    for row, expected in zip(narrow, wide, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    advance = rl._Trainer.advance
+
+    def killed(trainer, state, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return advance(trainer, state, step)
+
+    monkeypatch.setattr(rl._Trainer, "advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        metrics(3, "again")
+    monkeypatch.setattr(rl._Trainer, "advance", advance)
+    assert metrics(3, "again", resume=True) == narrow
+
+
+TALK = """
+def ask(conversation, row):
+    return ("say", float(ord(row["letter"]))) if len(conversation) == 2 else None
+"""
+
+
+@pytest.mark.parametrize("turns", [None, 3])
+def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_path, monkeypatch):
+    """The reward is a number of the prompt alone, so that nothing is learnt: each response scores as the greedy one. An
+    environment pays as much again, for the first response."""
     keys, rollouts, create = [], [], rl._Trainer.__init__
 
     def init(trainer, *args):
@@ -152,18 +224,40 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(config, monkeypatch):
         trainer._learn = lambda state, *inputs: (rollouts.append(inputs[0]), learn(state, *inputs))[1]
 
     monkeypatch.setattr(rl._Trainer, "__init__", init)
-    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0))
+    (tmp_path / "talk.py").write_text(TALK)
+    talks = {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": turns, "max_new_tokens": 8} if turns else {}
+    settings = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, **talks)
+    config = dataclasses.replace(config, rl=settings)
     metrics = training.rl.run(config, vpg, vpg.Config(baseline="greedy")).metrics
     for rollout in rollouts[1:]:  # the first is the trial of memory, without the reward
         present = np.any(rollout.response_mask, axis=1)
         np.testing.assert_array_equal(present, [LETTERS[row] != "a" for row in rollout.row_ids])
-        expected = [ord(LETTERS[row]) for row in rollout.row_ids[present]]
+        expected = [(2 if turns else 1) * ord(LETTERS[row]) for row in rollout.row_ids[present]]
         np.testing.assert_array_equal(rollout.greedy_rewards[present], expected)
         np.testing.assert_array_equal(rollout.scores[present], expected)
     assert (metrics["grad_norm"], metrics["nonfinite"]) == (0, 0)
     assert metrics["objective/greedy_score"] == metrics["objective/score"]
     stream = stage.stream(config.seed, "vpg", "rollout")
-    assert keys == [bits(jax.random.fold_in(stream, step)) for step in (0, 0, 1)]
+    assert [key for key, _ in itertools.groupby(keys)] == [bits(jax.random.fold_in(stream, step)) for step in (0, 1)]
+    assert len(keys) > 3 if turns else len(keys) == 3  # the first to try the memory; then one for each turn
+
+
+def test_a_run_loads_reward_models_that_read_whole_texts(config, monkeypatch):
+    def load(source, compute, place, score_rows, length):
+        raise UserError(f"{source} {length}")
+
+    monkeypatch.setattr(rl.initial, "load_reward_model", load)
+    with pytest.raises(UserError, match=r"^rm 7$"):  # "say x" and two new tokens
+        training.rl.run(dataclasses.replace(config, reward=("rm",)), vpg)
+
+
+def test_a_missing_environment_is_named_by_its_setting_before_anything_is_read(config, tmp_path):
+    for given, file in (("env.py:ask", "env.py"), ("ask", ".")):
+        settings = dataclasses.replace(config.rl, environment=given)
+        with pytest.raises(
+            UserError, match=rf"^rl\.environment {given}: no such file {file}; expected FILE.py:FUNCTION$"
+        ):
+            training.rl.run(dataclasses.replace(config, rl=settings, data=("none.json",)), vpg)
 
 
 def test_a_reward_model_is_normalised_to_mean_0_and_variance_1():

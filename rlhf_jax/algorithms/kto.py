@@ -32,6 +32,7 @@ class Config:
     """Weight lambda of undesirable answers."""
     num_microbatches: int = 1
     """Parts of a batch that are run one after the other to save memory; the gradient does not change."""
+    needs_reference = True  # no setting: what a run prepares for the loss
 
     def __post_init__(self) -> None:
         ops.check_number("beta", self.beta, above=0)

@@ -22,6 +22,7 @@ class Config:
     """Parts of a batch that are run one after the other to save memory; the gradient does not change."""
     aggregate: Literal["token", "sequence", "sum"] = "token"
     """What the loss averages: tokens, rows' token means, or rows' sums."""
+    needs_reference = False  # no setting: what a run prepares for the loss
 
     def __post_init__(self) -> None:
         losses.check_aggregation(self.aggregate, None)

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -51,14 +50,7 @@ def split(
     return np.flatnonzero(~validates), np.flatnonzero(validates)
 
 
-def num_batches(n: int, batch_size: int) -> int:
-    """Batches in one pass over ``n`` rows."""
-    if n < 1 or batch_size < 1:
-        raise ValueError(f"batches need rows and a batch size of at least 1, got {n} rows and batch size {batch_size}")
-    return -(-n // batch_size)
-
-
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """The row numbers of any step: ``plan.rows(step)`` is a pure function of the fields and the step."""
 
@@ -69,7 +61,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return num_batches(len(self.lengths), self.batch_size)
+        return -(-len(self.lengths) // self.batch_size)
 
     def epoch(self, number: int) -> list[np.ndarray]:
         """Batches of one pass over the rows, as row numbers [batch_size] int64 each; every row appears once.
@@ -109,11 +101,25 @@ def prompt_rows(n: int, batch_size: int, key: jax.Array, step: int) -> np.ndarra
     Epoch e visits the n prompts in the order of ``fold_in(key, e)``. The batch that crosses an epoch's end may hold a
     prompt twice, so a sampler must take a row's randomness from its place in the batch, not from this number.
     """
-    num_batches(n, batch_size)  # checks both
     position = step * batch_size + np.arange(batch_size)
     epochs = range(int(position[0]) // n, int(position[-1]) // n + 1)
     orders = np.concatenate([_permutation(jax.random.fold_in(key, epoch), n) for epoch in epochs])
     return orders[position - epochs[0] * n]
+
+
+def prompt_width(attention_mask: np.ndarray, multiple: int) -> int:
+    """Columns that left-padded prompts [B, P] need: the least of ``multiple``, twice, four times, ... that which holds
+    the longest, at most P. So no more than log2(P / multiple) + 2 widths occur, whatever the batches hold.
+    """
+    columns = attention_mask.shape[1]
+    longest = int(np.max(np.any(attention_mask, axis=0) * np.arange(columns, 0, -1), initial=1))
+    return min(multiple << (-(-longest // multiple) - 1).bit_length(), columns)
+
+
+def narrowed(data: EncodedPrompts, rows: np.ndarray, multiple: int) -> EncodedPrompts:
+    """Prompts from which to take the given rows, in the columns that these need; other rows may lose their start."""
+    width = prompt_width(data.attention_mask[rows], multiple)
+    return dataclasses.replace(data, tokens=data.tokens[:, -width:], attention_mask=data.attention_mask[:, -width:])
 
 
 def demonstration_batch(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int = 16) -> Demonstrations:

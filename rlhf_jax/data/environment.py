@@ -49,20 +49,28 @@ class Environment(NamedTuple):
     max_turns: int | None = None  # responses of a row at most
 
 
+def function_of(source: Source, setting: str) -> Callable[..., Any] | None:
+    """The function of a source; None for None.
+
+    Raises:
+        UserError: there is no such file, or no such function in it; it begins with the name of the setting.
+    """
+    if not isinstance(source, str):
+        return source
+    file, _, function = source.rpartition(":")
+    return spec.load_function(f"{setting} {source}", Path(file), function, ())
+
+
 def load_environment(source: Source, tokenizer: Tokenizer, slots: int, max_turns: int | None) -> Environment | None:
     """The environment of a source; None for None.
 
     Raises:
-        UserError: there is no such file, or no such function in it; ``max_turns`` below 1 or without an environment.
+        UserError: as `function_of`; ``max_turns`` below 1 or without an environment.
     """
     if max_turns is not None and (source is None or max_turns < 1):
         raise UserError(f"max_turns {max_turns}: conversations have an environment and at least 1 turn; give both")
-    if source is None:
-        return None
-    if isinstance(source, str):
-        file, _, function = source.rpartition(":")
-        source = spec.load_function(f"environment {source}", Path(file), function, ())
-    return Environment(source, tokenizer, chat.template_of(tokenizer), slots, max_turns)
+    fn = function_of(source, "environment")
+    return None if fn is None else Environment(fn, tokenizer, chat.template_of(tokenizer), slots, max_turns)
 
 
 def converse(

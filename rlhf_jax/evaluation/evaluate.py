@@ -9,6 +9,7 @@ with every response. Both are functions of the models, the data, the settings an
 
 import dataclasses
 import functools
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -231,6 +232,8 @@ def open_bench(policy: Policy, config: Config) -> Bench:
         folders = [folder for source in spec.sources(entry).values() for folder in spec.members(source) or [source]]
         of_judges = [hf.read_config(folder).max_length for folder in folders if (folder / "config.json").is_file()]
         positions = min([positions, *of_judges])
+        if positions < policy.model.config.max_length:
+            logger.info(f"{given}: reads {positions} tokens, fewer than the policy; prompt and response have to fit")
     trained = _settings(policy.folder).get("rl", {})
     turns = trained.get("max_turns") if config.max_turns is None and config.environment else config.max_turns
     if trained.get("environment") and not config.environment:
@@ -306,10 +309,16 @@ def margins(bench: Bench, encoded: EncodedTexts) -> measures.Margins:
         judges["reward_model"] = functools.partial(_score_answers, bench.reward)
     if not bench.policy.is_judge:
         judges["log_prob"] = functools.partial(log_probs, bench.policy.params)
-    by_length = np.argsort(encoded.lengths.max(axis=1), kind="stable")  # so that a batch is padded little
+    texts, lengths = list(itertools.chain(*encoded.tokens)), encoded.response_lengths
+    starts, ones = encoded.starts.T.reshape(-1, 1), np.ones(1, np.float32)
+    single = dataclasses.replace(encoded, tokens=[texts], starts=starts, weight=ones)  # [2 N] rows of one answer
+    # Each text is scored once: the pairs of a ranking share theirs. By length, so that a batch is padded little.
+    keys = [(int(start), text.tobytes()) for (start,), text in zip(starts, texts, strict=True)]
+    by_length = sorted({key: i for i, key in enumerate(keys)}.items(), key=lambda item: len(item[0][1]))
+    place, rows = {key: n for n, (key, _) in enumerate(by_length)}, np.array([i for _, i in by_length])
+    places = np.reshape([place[key] for key in keys], (2, -1)).T
     sizes: Any = {"batch_size": bench.config.batch_size, "bucket_multiple": BUCKET}
-    in_order, lengths = np.argsort(by_length), encoded.response_lengths
-    scores = {name: scoring.score_rows(judge, encoded, by_length, **sizes)[in_order] for name, judge in judges.items()}
+    scores = {name: scoring.score_rows(judge, single, rows, **sizes)[places, 0] for name, judge in judges.items()}
     if "log_prob" in scores:
         scores["mean_log_prob"] = scores["log_prob"] / lengths
     scores["longer"] = lengths
@@ -317,11 +326,9 @@ def margins(bench: Bench, encoded: EncodedTexts) -> measures.Margins:
 
 
 def _score_answers(reward: spec.Reward, batch: Comparisons) -> np.ndarray:
-    """[B, K] float64 the reward of each answer [B, K, T], without columns."""
-    shape, arrays = batch.tokens.shape, (batch.tokens, batch.attention_mask, batch.response_mask)
-    tokens, mask, response = (x.reshape(-1, shape[2]) for x in arrays)
-    rollout = Rollout(tokens, mask, response, log_probs=jnp.zeros(tokens.shape))
-    return score(reward, rollout, {}, len(tokens)).reshape(shape[:2])
+    """[B, 1] float64 the reward of each text [B, 1, T], without columns."""
+    tokens, mask, response = (x[:, 0] for x in (batch.tokens, batch.attention_mask, batch.response_mask))
+    return score(reward, Rollout(tokens, mask, response, jnp.zeros(tokens.shape)), {}, len(tokens))[:, None]
 
 
 def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories]:
@@ -350,13 +357,10 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
 
 def _fingerprints(folder: str, config: Config, sets: Sets, categories: Categories) -> dict[str, str]:
     """sha256 of every file and model that is read, by the name that the user gave it."""
-    paths = {name: Path(model_folder(name)) for name in filter(None, (folder, config.against))}
+    paths = {name: Path(model_folder(name)) for name in filter(None, (folder, config.against, config.categories))}
     judges = [config.environment, config.reward_model and model_folder(config.reward_model)]
-    judges += [own.score for own in categories.values()]
-    for entry in filter(None, judges):
+    for entry in filter(None, [*judges, *(own.score for own in categories.values())]):
         paths |= spec.sources(entry)
-    if config.categories is not None:
-        paths[config.categories] = Path(config.categories)
     of_data = {path: digest for result in sets.values() for path, digest in result.fingerprints.items()}
     return of_data | {name: manifest.fingerprint(path) for name, path in paths.items() if path.exists()}
 

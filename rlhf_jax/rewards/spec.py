@@ -242,7 +242,7 @@ def load_function(where: str, file: Path, name: str, columns: Collection[str]) -
       UserError: it begins with ``where``; there is no such file or function, or it asks for other columns.
     """
     if not file.is_file():
-        raise UserError(f"{where}: no such file {file}")
+        raise UserError(f"{where}: no such file {file}; expected FILE.py:FUNCTION")
     try:
         module = runpy.run_path(str(file))
     except SyntaxError as error:

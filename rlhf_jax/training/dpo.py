@@ -15,10 +15,4 @@ def run(config: RunConfig) -> RunResult:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
     show = ("dpo/loss", "dpo/accuracy", "dpo/margin", "validation/loss", "validation/accuracy")
-    return supervised.run(config, "dpo", _task, show)
-
-
-def _task(setting: supervised.Setting) -> supervised.Task:
-    config = setting.stage.config.dpo
-    reference = dpo.with_reference if config.needs_reference else None
-    return supervised.policy_task(setting, dpo, config=config, with_reference=reference)
+    return supervised.run(config, "dpo", lambda setting: supervised.policy_task(setting, dpo, config.dpo), show)

@@ -21,6 +21,8 @@ from rlhf_jax.models import hf, lora
 from rlhf_jax.rewards import spec
 from rlhf_jax.types import Params
 
+Place = Callable[[Any], Any] | None  # of parameters, on which devices; None: all on each
+
 
 def mesh_of(config: RunConfig) -> jax.sharding.Mesh:
     """The devices of a run by its ``mesh`` section.
@@ -63,7 +65,7 @@ def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     return sharding.by_path(tree, models.SHARDING, mesh)
 
 
-def placement(config: RunConfig) -> Callable[[Any], Any] | None:
+def placement(config: RunConfig) -> Place:
     """``shardings`` of the run's mesh, for ``models.load``; None where every device holds all parameters."""
     mesh = mesh_of(config)
     return functools.partial(shardings, mesh) if sharding.is_cut(mesh) else None
@@ -217,17 +219,19 @@ def load_language_model(source: str, compute: Compute) -> LanguageModel:
 
 
 def load_reward_model(
-    source: str, compute: Compute, place: Callable[[Any], Any] | None = None, score_rows: int | None = None
+    source: str, compute: Compute, place: Place = None, score_rows: int | None = None, length: int = 0
 ) -> spec.RewardModel:
     """A reward model's folder (or Hugging Face name), as ``rewards.spec`` takes it; ``place``: as ``placement`` gives;
-    it scores ``score_rows`` rows at once.
+    it scores ``score_rows`` rows at once, of ``length`` tokens.
 
     Raises:
-        UserError: the folder cannot be read, or the model has no score head.
+        UserError: the folder cannot be read, or the model has no score head or fewer positions than ``length``.
     """
     model, params, tokenizer = LanguageModel.load(source, **_compute(compute), shardings=place)
     if "score" not in params:
         raise UserError(f"{source}: this model has no score head; train one with experiments/reward_model.py")
+    if (reads := model.config.max_length) < length:
+        raise UserError(f"{source}: this reward model reads {reads} tokens; shorten prompt and response, now {length}")
     return spec.RewardModel(ops.by_rows(models.score_fn(model), score_rows), params, tokenizer.fingerprint)
 
 

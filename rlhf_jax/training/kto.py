@@ -14,8 +14,4 @@ def run(config: RunConfig) -> RunResult:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
     show = ("kto/loss", "kto/accuracy", "kto/reference_point", "validation/loss", "validation/accuracy")
-    return supervised.run(config, "kto", _task, show)
-
-
-def _task(setting: supervised.Setting) -> supervised.Task:
-    return supervised.policy_task(setting, kto, config=setting.stage.config.kto, with_reference=kto.with_reference)
+    return supervised.run(config, "kto", lambda setting: supervised.policy_task(setting, kto, config.kto), show)

@@ -4,8 +4,7 @@
 ways give identical parameters.
 """
 
-import dataclasses
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -52,7 +51,7 @@ class Functions:
     base: Params | None = None  # under LoRA, the frozen parameters
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Recipe:
     """What stays the same during a run and shapes its programs: static under ``jit``."""
 

@@ -39,6 +39,8 @@ def run(config: RunConfig) -> PipelineResult:
 
 def run_stages(config: RunConfig, path: Path) -> PipelineResult:
     """``run`` without a look at what else is in the folder."""
+    if config.reward:
+        logger.info("`reward` is not read: PPO is rewarded by stage 2's model; `rlhf-jax ppo` takes one of your own")
     logger.info("stage 1 of 3: supervised fine-tuning")
     first = sft.run(stage_config(config, path / "sft"))
     base = str(first.model_folder)
@@ -46,7 +48,7 @@ def run_stages(config: RunConfig, path: Path) -> PipelineResult:
     second = reward_model.run(stage_config(config, path / "reward_model", base))
     ensemble = "mean:" if config.reward_model.ensemble_size > 1 else ""
     rewarded = dataclasses.replace(config, reward=(f"{ensemble}{second.model_folder}",))
-    logger.info("stage 3 of 3: PPO" + ", rewarded by stage 2's model; `reward` is not read" * bool(config.reward))
+    logger.info("stage 3 of 3: PPO")
     return PipelineResult(first, second, rl.run(stage_config(rewarded, path / "ppo", base)))
 
 

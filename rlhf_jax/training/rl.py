@@ -19,7 +19,7 @@ from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
-from rlhf_jax.data.environment import Environment, converse, load_environment
+from rlhf_jax.data.environment import Environment, Source, converse, function_of, load_environment
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
 from rlhf_jax.errors import TrainingFault, UserError, logger
@@ -30,7 +30,7 @@ from rlhf_jax.runs import processes
 from rlhf_jax.training import critic, initial, loop, memory, phases
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
-from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Rollout
+from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Params, Rollout
 
 
 def run(
@@ -64,12 +64,13 @@ def run(
         raise UserError("rl.reference_refresh: no KL is used here; set rl.kl_coef above 0 or leave it out")
     if settings.reference_refresh is not None and "reference" in config.compute.offload:
         raise UserError("compute.offload: a reference that is refreshed stays on the devices; leave it out")
+    environment = function_of(settings.environment, "rl.environment")
     sources = [settings.data, settings.validation_data] if settings.validation_data else [settings.data]
     read = [initial.stage_rows(config, "prompts", names) for names in sources]
     fingerprints = {source: digest for data in read for source, digest in data.fingerprints.items()}
     with open_stage(config, name, fingerprints, sizes, _files(config)) as stage:
         score_rows = memory.score_rows(config.compute, settings.batch_size, algorithm_config)
-        parts = _parts(stage, [data.rows for data in read], run_reward, score_rows)
+        parts = _parts(stage, [data.rows for data in read], run_reward, score_rows, environment)
         trainer = _Trainer(stage, parts, algorithm, algorithm_config, kl_coef if has_reference else None)
         state, row = loop.train(stage, trainer.first_state(), trainer.job)
         policy = {part: leaves for part, leaves in models.policy_params(state.train.params).items() if part != "value"}
@@ -89,9 +90,9 @@ class _Parts(NamedTuple):
 
 
 def _parts(
-    stage: Stage, rows: Sequence[Sequence[Row]], run_reward: spec.Reward | None, score_rows: int | None
+    stage: Stage, rows: Sequence[Sequence[Row]], run_reward: spec.Reward | None, score_rows: int | None, talk: Source
 ) -> _Parts:
-    """rows: the prompts to train on, and those to validate on if they have files of their own."""
+    """rows: the prompts to train on, and those to validate on if they have files of their own; talk: an environment."""
     config, settings, guard = stage.config, stage.config.rl, filters.Guard.create(stage.config.safety)
     texts = texts_of([row for part in rows for row in part])
     language_model = initial.language_model(config, texts, stage.key("init"))
@@ -101,17 +102,14 @@ def _parts(
         for part, note in zip(rows, ("", " (for validation)"), strict=False)
     ]
     prompts, to_validate = encoded[0], encoded[-1]
-    if missing := [column for column in prompts.columns if column not in to_validate.columns]:
-        raise UserError(
-            f"rl.validation_data: its rows have no {', '.join(missing)}, which the prompts in training have; a "
-            "reward may read it"
-        )
-    load = functools.partial(
-        initial.load_reward_model, compute=config.compute, place=initial.placement(config), score_rows=score_rows
-    )
+    if missing := ", ".join(column for column in prompts.columns if column not in to_validate.columns):
+        raise UserError(f"rl.validation_data: its rows have no {missing}, which training has and a reward may read")
+    length = max(part.tokens.shape[1] for part in encoded) + settings.max_new_tokens
+    how: Any = {"compute": config.compute, "place": initial.placement(config), "score_rows": score_rows}
+    load = functools.partial(initial.load_reward_model, **how, length=length)
     build = functools.partial(spec.build_reward, tokenizer=tokenizer, load=load)
     judge = build(settings.judge, columns=to_validate.columns, flag="--rl.judge") if settings.judge else None
-    environment = load_environment(settings.environment, tokenizer, settings.max_new_tokens, settings.max_turns)
+    environment = load_environment(talk, tokenizer, settings.max_new_tokens, settings.max_turns)
     if run_reward is None:
         run_reward = build(config.reward, columns=prompts.columns)
     enforce = None
@@ -155,6 +153,11 @@ def _sizes(name: str, settings: RLStage, config: AlgorithmConfig, num_devices: i
     return {f"{name}.num_microbatches": config.num_microbatches, "rl.batch_size": settings.batch_size}
 
 
+def _last(params: Params, *args: Any) -> Any:
+    """Calls a PolicyFn that is given last."""
+    return args[-1](params, *args[:-1])
+
+
 class _Trainer:
     """The steps and validations of an open run."""
 
@@ -170,7 +173,6 @@ class _Trainer:
         settings, (model, params, tokenizer) = stage.config.rl, parts.initial
         self.stage, self.parts, self.settings, self.group_size = stage, parts, settings, algorithm_config.group_size
         self.samplings = 1 + settings.dynamic_sampling  # of a step, at most
-        prompt_length = parts.prompts.tokens.shape[1]
         values = critic.settings(algorithm_config)
         start, self.whole = critic.start(stage, params, values.value if algorithm.needs_values else None)
         num_updates = algorithm_config.num_epochs * algorithm_config.num_minibatches
@@ -180,25 +182,24 @@ class _Trainer:
         fraction = 0.0 if settings.validation_data else settings.validation_fraction
         self.train_rows, held_out = initial.hold_out("prompts", len(parts.prompts), fraction, split_key)
         self.held_out = np.arange(len(parts.to_validate)) if settings.validation_data else held_out
-        model_fn = models.policy_fn(model, settings.temperature, prompt_length)
-        policy_fn = models.policy_fn(model, settings.temperature, prompt_length, None if self.whole is start else model)
-        score_rows = memory.score_rows(stage.config.compute, settings.batch_size, algorithm_config)
-        ref_fn: Any = ops.by_rows(model_fn, score_rows)
+        self._narrowed = functools.partial(batches.narrowed, multiple=stage.config.text.bucket_multiple)
+        self.widest = self._narrowed(parts.prompts, self.train_rows)
         self.start, self.kl_coef, self.refreshes = start, kl_coef or 0.0, settings.reference_refresh is not None
+        self.reference: Any = start.bind(_last) if self.refreshes else None
         if self.refreshes or kl_coef is None:
-            ref_fn = start.bind(ref_fn) if self.refreshes else None
             memory.free(start.loaded)
         else:
-            ref_fn = stage.reference(start, ref_fn)
+            self.reference = stage.reference(start, _last)
         if parts.reward.fn is not None:
             on_devices = stage.frozen("reward", jax.tree.map(jnp.asarray, parts.reward.fn))
             self.parts = parts = parts._replace(reward=spec.Reward(on_devices))
-        self.functions = phases.Functions(self.whole.bind(policy_fn), parts.reward.fn, ref_fn, start.base)
         # In several turns a response is written behind the slots of those before it.
         slots = settings.max_new_tokens * (2 if parts.environment else 1)
-        rows, length = settings.batch_size // stage.num_devices, prompt_length + slots
-        held = {"frozen weights": start.base, "reference": None if start.base else ref_fn, "rewards": parts.reward.fn}
-        stage.hold(held | {"cache while it samples": jax.eval_shape(lambda: model.init_cache(rows, length))})
+        rows, length = settings.batch_size // stage.num_devices, self.widest.tokens.shape[1] + slots
+        frozen = {"frozen weights": start.base, "reference": None if start.base else self.reference}
+        cache = jax.eval_shape(lambda: model.init_cache(rows, length))
+        stage.hold(frozen | {"rewards": parts.reward.fn, "cache while it samples": cache})
+        score_rows = memory.score_rows(stage.config.compute, settings.batch_size, algorithm_config)
         self.recipe = phases.Recipe(
             model, samples, algorithm, algorithm_config, optimizer, settings, stage.mesh, score_rows
         )
@@ -210,6 +211,15 @@ class _Trainer:
         self._respond_greedily = jax.jit(functools.partial(respond, greedy=True))
         self._with_greedy = jax.jit(functools.partial(phases.with_greedy, recipe=self.recipe))
         self._num_equal, self._refill, self._learn = jax.jit(num_equal), jax.jit(refill), stage.jit_update(learn)
+        self._functions = functools.cache(self._functions_of)
+
+    def _functions_of(self, columns: int) -> phases.Functions:
+        """What re-scores rollouts of that many columns, and learns from them."""
+        how = self.recipe.model, self.settings.temperature, columns - self.settings.max_new_tokens
+        scored = ops.by_rows(models.policy_fn(*how), self.recipe.score_rows)
+        ref_fn = self.reference and jax.tree_util.Partial(lambda held, *args: held(*args, scored), self.reference)
+        policy_fn = models.policy_fn(*how, None if self.whole is self.start else self.recipe.model)
+        return phases.Functions(self.whole.bind(policy_fn), ref_fn=ref_fn)
 
     def first_state(self) -> phases.LoopState:
         """The state at step 0: called once, so that nobody keeps it beside the loop's."""
@@ -255,7 +265,7 @@ class _Trainer:
             state = replace(state, reference=self.stage.copy(models.policy_params(state.train.params)))
         update_key = jax.random.fold_in(self.stage.key("update"), step)
         rollout, metrics = self._rollout(state, step)
-        state, learn_metrics = self._learn(state, rollout, update_key, self.functions)
+        state, learn_metrics = self._learn(state, rollout, update_key, self._functions(rollout.tokens.shape[1]))
         return state, metrics | learn_metrics
 
     def attempt(self, state: phases.LoopState) -> phases.LoopState:
@@ -265,45 +275,50 @@ class _Trainer:
         silent = environment and environment._replace(fn=lambda conversation, row: None)
         own: Any = {"reward": reward if reward.host is None else unasked, "environment": silent, "enforce": None}
         alone.parts = self.parts._replace(**own)
-        rollout, _ = alone._sampled(state, self.rows_of(0)[0], 0)
-        return memory.tried(lambda loop: self._learn(loop, rollout, self.stage.key("update"), self.functions), state)
+        rollout, _ = alone._sampled(state, self.widest, self.rows_of(0)[0], 0)
+        functions = self._functions(rollout.tokens.shape[1])
+        return memory.tried(lambda loop: self._learn(loop, rollout, self.stage.key("update"), functions), state)
 
     def _rollout(self, state: phases.LoopState, step: int) -> tuple[Rollout, Metrics]:
         """The scored responses of a step, by dynamic sampling (Yu et al. 2025, DAPO, section 3.2) if the run has it.
 
         Each round samples a whole batch, so that nothing is compiled anew, and takes what is needed of it. The metrics
         of scores and responses are those of the first sampling: of the policy, not of the groups that were chosen.
+        All rounds are as wide as their longest prompt needs, on whichever device or process its row lies.
         """
-        first, *others = self.rows_of(step)
-        number = step * self.samplings
-        rollout, metrics = self._sampled(state, first, number)
+        first, *others = rows = self.rows_of(step)
+        prompts, number = self._narrowed(self.parts.prompts, rows.ravel()), step * self.samplings
+        rollout, metrics = self._sampled(state, prompts, first, number)
         if not others:
             return rollout, metrics
         equal, rounds = [float(self._num_equal(rollout))], 0
         while rounds < len(others) and float(self._num_equal(rollout)):
-            fresh, _ = self._sampled(state, others[rounds], number + 1 + rounds)
+            fresh, _ = self._sampled(state, prompts, others[rounds], number + 1 + rounds)
             equal.append(float(self._num_equal(fresh)))
             rollout, rounds = self._refill(rollout, fresh), rounds + 1
         found = {"sampling/rounds": rounds, "sampling/uninformative": sum(equal) / (len(equal) * len(first))}
         return rollout, metrics | {name: jnp.float32(number) for name, number in found.items()}
 
-    def _sampled(self, state: phases.LoopState, rows: np.ndarray, number: int) -> tuple[Rollout, Metrics]:
+    def _sampled(
+        self, state: phases.LoopState, prompts: EncodedPrompts, rows: np.ndarray, number: int
+    ) -> tuple[Rollout, Metrics]:
         """A group of scored responses to the prompt of each row; ``number`` is of the sampling in the run."""
         rows, key = np.repeat(rows, self.group_size), jax.random.fold_in(self.stage.key("rollout"), number)
-        sampled, talked = self._responses(self._respond, state, self.parts.prompts, rows, key)
-        rollout, metrics = self._rescored(state, sampled, self.functions)
-        rollout, reward_metrics, _ = self._score(self.parts.reward, rollout, self.parts.prompts, rows)
+        sampled, talked = self._responses(self._respond, state, prompts, rows, key)
+        rollout, metrics = self._rescored(state, sampled, self._functions(sampled.tokens.shape[1]))
+        rollout, reward_metrics, _ = self._score(self.parts.reward, rollout, prompts, rows)
         if self.recipe.algorithm_config.baseline == "greedy":
-            greedy, _ = self._responses(self._respond_greedily, state, self.parts.prompts, rows, key)
-            greedy, of_greedy, _ = self._score(self.parts.reward, greedy, self.parts.prompts, rows)
+            greedy, _ = self._responses(self._respond_greedily, state, prompts, rows, key)
+            greedy, of_greedy, _ = self._score(self.parts.reward, greedy, prompts, rows)
             rollout = self._with_greedy(rollout, greedy)
             metrics["objective/greedy_score"] = of_greedy["objective/score"]
         return rollout, metrics | talked | reward_metrics
 
     def validate(self, state: phases.LoopState) -> Validation:
         """Samples a response to each held-out prompt, always with the same key; the reward and the judge score it."""
-        encoded, tokenizer = self.parts.to_validate, self.parts.initial.tokenizer
-        rows = loop.pad_rows(self.held_out[: self.settings.validation_prompts], self.stage.num_devices)
+        rows, tokenizer = self.held_out[: self.settings.validation_prompts], self.parts.initial.tokenizer
+        encoded = self._narrowed(self.parts.to_validate, rows)
+        rows = loop.pad_rows(rows, self.stage.num_devices)
         sampled, talked = self._responses(self._respond, state, encoded, rows, self.stage.key("eval"))
         judged: Metrics = {}
         if self.parts.judge is not None:
@@ -332,7 +347,8 @@ class _Trainer:
         with its metrics."""
 
         def respond(*prompts: Any) -> Rollout:
-            return sample(state, phases.Prompts(*self.stage.shard(prompts)), key, self.functions)
+            functions = phases.Functions(None, base=self.start.base)
+            return sample(state, phases.Prompts(*self.stage.shard(prompts)), key, functions)
 
         sampled, values = converse(self.parts.environment, respond, encoded, rows)
         means = {f"environment/{name}": jnp.float32(np.mean(x[rows >= 0])) for name, x in values.items()}
@@ -346,7 +362,7 @@ class _Trainer:
         On the host each process scores its own rows; all filter all rows, so that they agree on what is absent.
         """
         if run_reward.host is None:
-            return *self._reward(rollout, replace(self.functions, reward_fn=run_reward.fn)), None
+            return *self._reward(rollout, phases.Functions(None, run_reward.fn)), None
         rollout, own_columns = processes.fetch(rollout), batches.columns_at(encoded, processes.own_rows(rows))
         verdicts, filtered_metrics = None, {}
         score_own = functools.partial(rewards.on_host, run_reward.host, processes.own_rows(rollout), own_columns)

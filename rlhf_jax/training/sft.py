@@ -12,9 +12,8 @@ def run(config: RunConfig) -> RunResult:
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
     """
-    return supervised.run(config, "sft", _task, show=("sft/loss", "validation/loss", "grad_norm"))
 
+    def task(setting: supervised.Setting) -> supervised.Task:  # whose validations are in nats per token
+        return supervised.policy_task(setting, sft, config.sft, sft.Config())
 
-def _task(setting: supervised.Setting) -> supervised.Task:
-    # Validations are in nats per token, whatever ``aggregate`` says.
-    return supervised.policy_task(setting, sft, config=setting.stage.config.sft, validation_config=sft.Config())
+    return supervised.run(config, "sft", task, show=("sft/loss", "validation/loss", "grad_norm"))

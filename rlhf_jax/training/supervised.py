@@ -56,21 +56,14 @@ class Setting:
     optimizer: optax.GradientTransformation
 
 
-def policy_task(
-    setting: Setting,
-    algorithm: Any,
-    *,
-    config: Any,
-    validation_config: Any = None,
-    with_reference: Callable[[Any, Any], Any] | None = None,
-) -> Task:
+def policy_task(setting: Setting, algorithm: Any, config: Any, validation_config: Any = None) -> Task:
     """A policy trained by ``algorithm.update`` and validated by the metrics of ``algorithm.loss``.
 
     Args:
+        algorithm: with ``with_reference(batch, ref_fn)`` if ``config.needs_reference``, the policy before training.
         validation_config: of the validations; None: ``config``.
-        with_reference: ``(batch, ref_fn) -> batch`` for an algorithm that needs the policy before training.
     """
-    stage = setting.stage
+    stage, with_reference = setting.stage, algorithm.with_reference if config.needs_reference else None
     initial_params, key = setting.initial.params, jax.random.fold_in(stage.key("init"), 1)
     start = stage.place(initial.trainable(stage.config.lora, initial_params, key))
     model_fn = models.policy_fn(setting.initial.model)
@@ -84,8 +77,7 @@ def policy_task(
     step = functools.partial(algorithm.update, optimizer=setting.optimizer, **own)
     loss = functools.partial(algorithm.loss, config=validation_config or config)
 
-    def prepared(batch: Any, ref_fn: Any) -> Any:
-        return with_reference(batch, ref_fn) if with_reference else batch
+    prepared = with_reference or (lambda batch, ref_fn: batch)
 
     def update(
         state: TrainState, batch: Any, key: jax.Array, *, policy_fn: Any, ref_fn: Any
