@@ -156,17 +156,12 @@ def test_a_signal_finishes_the_step_and_saves(config, tmp_path, number, code):
 def test_stopped_means_saved(config, monkeypatch):
     """Ctrl-C while the disk is full: an asynchronous save has returned long before it fails."""
 
-    wait = ocp.AsyncCheckpointer.wait_until_finished
-    calls = iter(range(9))
-
-    def fails_once(self):
-        wait(self)
-        if next(calls) == 1:  # the first call is at the beginning of the save
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def full(self, directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     def interrupt(state, step):
         if step == 2:
-            monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", fails_once)
+            monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", full)
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(TrainingFault, match=r"checkpoint of step 3 could not be written .*No space left"):
@@ -287,7 +282,7 @@ def test_other_data_is_allowed_where_the_tokens_stay_the_same(tmp_path, tokenize
     ("target", "message"),
     [
         (
-            "orbax.checkpoint.AsyncCheckpointer.save",
+            "orbax.checkpoint.PyTreeCheckpointHandler.async_save",
             r"checkpoint of step 4 .*No space left on device\); the last good checkpoint is step 2\.",
         ),
         ("rlhf_jax.runs.log.RowWriter.write", "run: the disk is full; make room, then go on"),

@@ -12,14 +12,18 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 from test_kills import ROOT, TINY, results
 
+from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import processes
+from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training.signals import stop_requests
 
 # A function in Python runs in each process on its own rows; which row it is decides the score.
@@ -159,25 +163,126 @@ def test_two_processes_learn_what_one_does(layout, tmp_path):
         np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
 
 
-INTERLEAVED = """
-import sys
-import jax, numpy as np
+def parts_of(step: int) -> dict[str, np.ndarray]:
+    """Numbers that do not compress, a function of the step."""
+    rng = np.random.default_rng(step)
+    return {"cut": rng.random((64, 1024), np.float32), "copied": rng.random((2, 3), np.float32)}
+
+
+PARTS = """
+import errno, os, pathlib, signal, sys, warnings
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+sys.path.append("tests")
+from test_processes import parts_of
 from rlhf_jax import sharding
-from rlhf_jax.runs import processes
-from rlhf_jax.training.signals import stop_requests
-processes.join(sys.argv[1])
-mesh = jax.sharding.Mesh(np.array(jax.devices())[[0, 2, 1, 3]], ("data",))  # of the processes 0, 1, 0, 1
-spread = sharding.shard_rows(mesh, np.arange(8))
+from rlhf_jax.runs import checkpoint, processes
+folder, place = pathlib.Path(sys.argv[1]), sys.argv[2]
+processes.join(place)
+number = jax.process_index()
+
+# A mesh whose devices are the processes' 0, 1, 0, 1: every row is where it was.
+spread = sharding.shard_rows(Mesh(np.array(jax.devices())[[0, 2, 1, 3]], ("data",)), np.arange(8))
 assert processes.fetch(spread).tolist() == list(range(8))
-assert sorted(shard.data.tolist() for shard in spread.addressable_shards) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]][
-    jax.process_index()
-]
+mine = [[[0, 1], [4, 5]], [[2, 3], [6, 7]]][number]
+assert sorted(shard.data.tolist() for shard in spread.addressable_shards) == mine
+
+del processes.fetch  # no array is collected from here on
+mesh, placed, put = sharding.make_mesh(1, 4), [], checkpoint._place
+checkpoint._place = lambda array, target: (placed.append(array.shape), put(array, target))[1]
+
+def state(step, *cut):
+    def on(x, *spec):
+        return sharding.place(x, NamedSharding(mesh, P(*spec)))
+    parts = parts_of(step)
+    loose = {"host": np.arange(4) + step, "coef": jnp.float32(step)}
+    return {"cut": on(parts["cut"], *cut), "copied": on(parts["copied"]), "key": on(jax.random.key(step))} | loose
+
+def check(found, step, *cut):
+    for name, wanted in state(step, *cut).items():
+        x, y = ((jax.random.key_data(x) if name == "key" else x) for x in (found[name], wanted))
+        assert type(x) is type(y) and getattr(x, "sharding", None) == getattr(y, "sharding", None), name
+        pairs = zip(*([s.data for s in z.addressable_shards] if isinstance(z, jax.Array) else [z] for z in (x, y)))
+        assert all(np.array_equal(a, b) for a, b in pairs), name
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+rows, columns = ("fsdp",), (None, "fsdp")
+with checkpoint.Checkpoints(folder, asynchronous=True) as checkpoints:
+    for cut in (rows, columns):  # of a single process
+        check(checkpoints.restore(state(9, *cut))[0], 0, *cut)
+    given = state(1, *rows)
+    checkpoints.save(1, given, {})
+    jax.jit(lambda x: x * 0, donate_argnums=0)(given["cut"])  # as the next update does
+    given["host"][:] = 0
+    checkpoints.wait()
+    saved = checkpoint._digests
+    if number == 1:
+        checkpoint._digests = full
+    checkpoints.save(2, state(2, *rows), {})
+    try:
+        checkpoints.wait()
+    except checkpoint.CheckpointError as error:
+        assert "No space left on device); the last good checkpoint is step 1" in str(error), error
+    else:
+        raise AssertionError("no error")
+    checkpoint._digests = saved
+    assert number or [path.name for path in sorted(folder.iterdir())] == ["0", "1"]
+    checkpoints.save(2, state(2, *rows), {"a": 1})
+    restored, meta = checkpoints.restore(state(9, *rows))
+    check(restored, 2, *rows)
+    assert meta == {"a": 1}
+    check(checkpoints.restore(state(9, *columns))[0], 2, *columns)
+    processes.agree(lambda: None)
+    if number == 0:  # a bit of what the other process has written
+        of_second = (folder / "2" / "state" / "ocdbt.process_1" / "d").iterdir()
+        file = max(of_second, key=lambda path: path.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    processes.agree(lambda: None)
+    with warnings.catch_warnings(record=True) as caught:
+        check(checkpoints.restore(state(9, *rows))[0], 1, *rows)
+    assert "step 2" in str(caught[0].message) and "Going back to step 1" in str(caught[0].message), caught
+    checkpoints.save(2, state(2, *rows), {"a": 2})
+    checkpoints.wait()
+    checkpoint._digests = die
+    checkpoints.save(3, state(3, *rows), {})
+    checkpoints.wait()
 """
 
 
 @pytest.mark.slow
-def test_rows_keep_their_order_on_a_mesh_of_interleaved_devices():
-    finish(launch([sys.executable, "-c", INTERLEAVED], 2, devices=2, flag=[]))
+def test_each_process_writes_its_own_parts_of_a_checkpoint(tmp_path):
+    """A state on two processes of two devices: read from one process's checkpoint, saved, damaged, killed in a save,
+    read by one process on another layout. And rows keep their order on a mesh of interleaved devices."""
+
+    def whole(step):
+        loose = {"host": np.arange(4) + step, "coef": jnp.float32(step), "key": jax.random.key(step)}
+        return jax.tree.map(jnp.asarray, parts_of(step)) | loose
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, whole(0), {})
+    finish(launch([sys.executable, "-c", PARTS, tmp_path], 2, devices=2, flag=[]), -signal.SIGKILL)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "damaged-2", "3.orbax-checkpoint-tmp"}
+    written = [tmp_path / "2" / "state" / f"ocdbt.process_{number}" / "d" for number in range(2)]
+    sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in written]
+    half = parts_of(2)["cut"].nbytes / 2
+    assert all(0.85 * half < size < 1.15 * half for size in sizes), sizes
+    by_tensor = NamedSharding(sharding.make_mesh(2, 1, 2), PartitionSpec("data", "tensor"))
+    with Checkpoints(tmp_path) as checkpoints:
+        target = whole(9)
+        restored, meta = checkpoints.restore(target | {"cut": jax.device_put(target["cut"], by_tensor)})
+        assert meta == {"a": 2}
+        assert restored["cut"].sharding == by_tensor
+        numbers = [state | {"key": jax.random.key_data(state["key"])} for state in (restored, whole(2))]
+        jax.tree.map(np.testing.assert_array_equal, *numbers)
+        checkpoints.save(3, restored, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "3", "damaged-2"}
 
 
 @pytest.mark.parametrize("place", ["here", "10.0.0.1,2,0", "10.0.0.1:99,2", "10.0.0.1:99,2,2", "10.0.0.1:99,0,0"])

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Orbax writes the arrays, and a checksum per array proves that they are what was saved.
+"""Checkpoints of a run: Orbax writes the arrays, and checksums prove that they are what was saved.
 
     with Checkpoints(directory, keep_last=2) as checkpoints:
         checkpoints.save(step, state, {"epoch": 3})
@@ -9,22 +9,29 @@ Orbax notices neither flipped bits nor a target of another dtype, so both are ch
 under its number by one rename after everything is written, and leaves by one rename before it is deleted: a kill leaves
 the other steps as they were.
 
-Retention is our own. Orbax's CheckpointManager decides what to delete before the new step is complete, forgets those
-steps when the save then fails, reads the metric of "best" without a checksum (a cut file stops it from opening), and
-takes NaN for a number.
+With several processes each one writes and hashes the parts that lie on its devices, and reads those again: no host
+holds an array that is cut. The first one merges what Orbax has noted of them, writes the record and renames the folder,
+which all must see. An array that was saved in other parts is read whole by each process.
+
+Writing and retention are our own. Orbax's checkpointers wait ten minutes at a barrier for a process that could not
+write; here the processes tell each other. Its CheckpointManager decides what to delete before the new step is complete,
+forgets those steps when the save then fails, reads the metric of "best" without a checksum (a cut file stops it from
+opening), and takes NaN for a number.
 """
 
+import asyncio
 import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,8 +47,6 @@ from rlhf_jax.runs import processes
 from rlhf_jax.runs.folder import steps
 
 T = TypeVar("T")
-
-_TRASH = "trash"  # a step is renamed to here before it is deleted
 
 
 class CheckpointError(TrainingFault):
@@ -61,8 +66,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
           keep_last: how many of the newest steps are kept.
           keep_best: ``max:NAME`` or ``min:NAME``: also keep the step whose ``meta["metrics"][NAME]`` is the highest or
             lowest.
-          asynchronous: ``save`` returns once the state is copied to the host and its checksums are known; a thread
-            writes it.
+          asynchronous: ``save`` returns once the state is copied to the host; a thread hashes and writes it.
         """
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
@@ -72,16 +76,15 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self._keep_last, self._best_sign, self._asynchronous = keep_last, 1 if how == "max" else -1, asynchronous
         self._directory = Path(directory).absolute()
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._pending: int | None = None
+        self._pending: list[Future[None]] = []
         self._damaged: set[int] = set()
         self._verbosity = absl.logging.get_verbosity()
         absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs what it is about to raise
-        number = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=number, active_processes={number})
-        self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone)),
-            multiprocessing_options=alone,
-        )
+        # What is saved is copied here already where it could change.
+        numpy, cut = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False), ocp.type_handlers.ArrayHandler()
+        kinds = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy), (jax.Array, cut))
+        self._handler = ocp.PyTreeCheckpointHandler(type_handler_registry=kinds)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Waits as ``wait`` does and ends Orbax's threads. The checkpoints stay."""
@@ -92,7 +95,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 raise
             warnings.warn(str(failure), stacklevel=2)  # the error that is being raised comes first
         finally:
-            self._checkpointer.close()
+            self._writer.shutdown()
+            self._handler.close()
             absl.logging.set_verbosity(self._verbosity)
 
     def steps(self) -> list[int]:
@@ -123,18 +127,29 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         Args:
           step: higher than every step on disk, except those that ``restore`` found damaged: these are set aside first,
             as ``damaged-STEP``.
-          state: pytree of jax or NumPy arrays, in any layout. With several processes the first one collects and writes
-            them. The caller may donate or overwrite them as soon as this returns.
+          state: pytree of jax or NumPy arrays, in any layout. With several processes each writes its own parts. The
+            caller may donate or overwrite them as soon as this returns.
           meta: JSON values; comes back from ``restore`` (tuples as lists).
 
         Raises:
           CheckpointError: it could not be written, for example because the disk is full. The earlier ones are intact.
         """
         self.wait()
-        state = jax.tree.map(_collected, state)
-        processes.in_first(lambda: self._begin(step, state, meta))
+        latest = max(set(self.steps()) - self._damaged, default=-1)
+        if step <= latest:
+            raise ValueError(f"cannot save step {step} in {self._directory}: step {latest} is there already")
+        leaves = _leaves(state)
+        record = json.loads(json.dumps({"meta": meta, "leaves": {name: _describe(x) for name, x in leaves.items()}}))
+        arrays = {name: _stored(leaf) for name, leaf in leaves.items()}
+        parts = {name: _parts(array, leaves[name].shape) for name, array in arrays.items()}
+        folder = self._directory / f"{step}.orbax-checkpoint-tmp"
+        with self._writing(step):
+            processes.in_first(lambda: self._make_room(folder / "state"))
+            item = ocp.args.PyTreeSave({name: array for name, array in arrays.items() if array.size})
+            copied = self._handler.async_save(folder / "state", args=item)
+            written = processes.agree(lambda: self._writer.submit(asyncio.run, copied).result())
         self._damaged.clear()
-        self._pending = step
+        self._pending.append(self._writer.submit(self._write, step, folder, record, parts, written))
         if not self._asynchronous:
             self.wait()
 
@@ -144,39 +159,41 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         Raises:
           CheckpointError: it could not be written.
         """
-        if self._pending is not None:
-            step, self._pending = self._pending, None
-            processes.in_first(lambda: self._complete(step))
+        while self._pending:
+            self._pending.pop().result()
 
-    def _begin(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        latest = max(set(self.steps()) - self._damaged, default=-1)
-        if step <= latest:
-            raise ValueError(f"cannot save step {step} in {self._directory}: step {latest} is there already")
-        leaves = _leaves(state)
-        arrays = {path: np.asarray(_bits(leaf)) for path, leaf in leaves.items()}
-        digests = _digests(leaves, arrays)
-        stored = {path: _describe(leaf) | {"sha256": digests[path]} for path, leaf in leaves.items()}
-        record = json.dumps({"meta": meta, "leaves": stored})
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave({path: array for path, array in arrays.items() if array.size}),
-            record=ocp.args.JsonSave({"record": record, "sha256": hashlib.sha256(record.encode()).hexdigest()}),
-        )
+    def _make_room(self, folder: Path) -> None:
+        """Makes an empty folder for a step; what is damaged or left over is out of its way."""
         self._delete()
         for damaged in self._damaged:
             aside = self._directory / f"damaged-{damaged}"
             shutil.rmtree(aside, ignore_errors=True)
             (self._directory / str(damaged)).rename(aside)
-        with self._writing(step):
-            self._checkpointer.save(self._directory / str(step), args=items)
+        folder.mkdir(parents=True)
 
-    def _complete(self, step: int) -> None:
+    def _write(self, step: int, folder: Path, record: Any, parts: dict[str, Any], written: Iterable[Any]) -> None:
+        """What is left of a save once the arrays are on the host; every process does it, in a thread of its own."""
+
+        def publish() -> None:
+            for name, leaf in record["leaves"].items():
+                found = {place: digest for own in digests for place, digest in own[name].items()}
+                leaf |= {"parts": found} if len(found) > 1 else {"sha256": found.popitem()[1]}
+            self._handler.finalize(folder / "state")
+            text = json.dumps(record)
+            (folder / "record").mkdir()
+            item = {"record": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+            (folder / "record" / "metadata").write_text(json.dumps(item), "utf-8")
+            folder.rename(self._directory / str(step))
+
         with self._writing(step):
-            self._checkpointer.wait_until_finished()
-        self._delete(set(self.steps()[: -self._keep_last]) - {self.best()})
+            processes.agree(lambda: [future.result() for future in written])  # before anything is deleted
+            digests = processes.gather(lambda: _digests(record["leaves"], parts))
+            processes.in_first(publish)
+        processes.in_first(lambda: self._delete(set(self.steps()[: -self._keep_last]) - {self.best()}))
 
     def _delete(self, old: Iterable[int] = ()) -> None:
         """Deletes steps, and what a killed or failed save, or a killed deletion, has left."""
-        trash = self._directory / _TRASH
+        trash = self._directory / "trash"  # a step is renamed to here before it is deleted
         for step in sorted(old):
             trash.mkdir(exist_ok=True)
             (self._directory / str(step)).rename(trash / str(step))
@@ -188,7 +205,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         try:
             yield
         except Exception as error:
-            self._delete()  # the unfinished step may be what fills the disk
+            if processes.is_first():
+                self._delete()  # the unfinished step may be what fills the disk
             latest = self.latest()
             full = os.strerror(errno.ENOSPC)  # TensorStore says this at the end of a long message
             why = full if full in str(error) else _first_line(error)
@@ -231,31 +249,33 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                     stacklevel=2,
                 )
             return result
-        if not errors:
-            raise CheckpointError(f"no checkpoint in {self._directory}")
-        raise CheckpointError(
-            f"no good checkpoint is left in {self._directory}: {'; '.join(errors)}. Start again with --overwrite"
-        )
+        lost = f"no good checkpoint is left in {self._directory}: {'; '.join(errors)}. Start again with --overwrite"
+        raise CheckpointError(lost if errors else f"no checkpoint in {self._directory}")
 
     def _restore(self, target: T, step: int) -> tuple[T, dict[str, Any]]:
         where = f"checkpoint step {step} in {self._directory}"
         if step not in self.steps():
             raise CheckpointError(f"{where} does not exist; there are {self.steps()}")
         record, leaves = self._record(step), _leaves(target)
-        _compare(record["leaves"], leaves, where)
-        specs = {path: _spec(leaf) for path, leaf in leaves.items() if leaf.size}
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(specs))
+        saved = record["leaves"]
+        _compare(saved, leaves, where)
+        digests = {name: kind.get("parts") or {_at(kind["shape"]): kind["sha256"]} for name, kind in saved.items()}
+        how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name, leaf in leaves.items() if leaf.size}
+        own = [name for name in how if _places(leaves[name]) == digests[name].keys()]
+        how |= {name: ocp.ArrayRestoreArgs(sharding=leaves[name].sharding) for name in own}
+        item = ocp.args.PyTreeRestore(how, restore_args=how)
         try:
-            arrays = self._checkpointer.restore(self._directory / str(step), args=items).state
+            arrays = self._handler.restore(self._directory / str(step) / "state", args=item)
         except MemoryError:  # too little memory is no damage
             raise
         except Exception as error:
             raise CheckpointError(f"{where} is damaged: its arrays cannot be read ({_first_line(error)})") from error
-        arrays |= {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items() if path not in specs}
-        for path, digest in _digests(leaves, arrays).items():
-            if digest != record["leaves"][path]["sha256"]:
-                raise CheckpointError(f"{where} is damaged: the array {path} does not match its checksum")
-        values = [_place(arrays.pop(path), leaf) for path, leaf in leaves.items()]
+        arrays |= {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if name not in how}
+        parts = {name: _parts(arrays[name], leaf.shape, digests[name]) for name, leaf in leaves.items()}
+        for name, found in _digests(saved, parts).items():
+            if any(digests[name][place] != digest for place, digest in found.items()):
+                raise CheckpointError(f"{where} is damaged: the array {name} does not match its checksum")
+        values = [_place(arrays.pop(name), leaf) for name, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(target), values), record["meta"]
 
     def _record(self, step: int) -> dict[str, Any]:
@@ -287,63 +307,79 @@ def _is_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _bits(leaf: Any) -> Any:
-    """The leaf as an array of numbers."""
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+def _stored(leaf: Any) -> Any:
+    """What it is written from: NumPy numbers that nobody changes, unless it lies on several processes' devices."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return np.array(leaf)
+    numbers = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    return numbers if _is_shared(leaf) else np.asarray(numbers)
 
 
-def _spec(leaf: Any) -> np.ndarray:
-    """What Orbax reads the leaf as: on the host, where its checksum is computed."""
-    numbers = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    return np.zeros(numbers.shape, numbers.dtype)
+def _is_shared(leaf: Any) -> bool:
+    """Whether the leaf lies on several processes' devices."""
+    return not getattr(getattr(leaf, "sharding", None), "is_fully_addressable", True)
+
+
+def _at(shape: Sequence[int], index: Iterable[slice] = itertools.repeat(slice(None))) -> str:
+    """The place of a part in its array, [start, end] of each axis as JSON; without ``index`` that of the whole."""
+    return json.dumps([cut.indices(size)[:2] for cut, size in zip(index, shape, strict=False)])
+
+
+def _places(leaf: Any) -> set[str]:
+    """The places of the parts into which several processes' devices cut an array; none if it is this process's own."""
+    cuts = leaf.sharding.devices_indices_map(leaf.shape).values() if _is_shared(leaf) else ()
+    return {_at(leaf.shape, cut) for cut in cuts}
 
 
 def _describe(leaf: Any) -> dict[str, Any]:
     return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
 
 
-def _collected(leaf: Any) -> Any:
-    """The leaf, on the first process's host if its parts lie on several processes' devices; every process calls it."""
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-        return leaf
-    whole = processes.fetch(leaf)
-    return whole if processes.is_first() else leaf
+def _parts(array: Any, shape: Sequence[int], places: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """The parts of an array that this process holds, a NumPy array's at ``places``; without them those it writes."""
+    if isinstance(array, np.ndarray):
+        places = places or [_at(shape)] * processes.is_first()
+        return {place: array[tuple(slice(*ends) for ends in json.loads(place))] for place in places}
+    shards = [shard for shard in array.addressable_shards if places or shard.replica_id == 0]
+    return {_at(shape, shard.index): np.asarray(shard.data) for shard in shards}
 
 
-def _digests(leaves: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, str]:
-    """The checksum of each array, on all cores: ``hashlib`` lets go of Python's lock while it computes."""
+def _digests(leaves: dict[str, Any], parts: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, str]]:
+    """The checksum of each part, on all cores: ``hashlib`` lets go of Python's lock while it computes."""
+
+    def own(name: str) -> dict[str, str]:
+        return {place: _sha256(leaves[name], part) for place, part in parts[name].items()}
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(leaves, pool.map(lambda path: _sha256(leaves[path], arrays[path]), leaves), strict=True))
+        return dict(zip(parts, pool.map(own, parts), strict=True))
 
 
-def _sha256(leaf: Any, array: np.ndarray) -> str:
-    digest = hashlib.sha256(json.dumps(_describe(leaf)).encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _sha256(leaf: dict[str, Any], part: np.ndarray) -> str:
+    digest = hashlib.sha256(json.dumps({key: leaf[key] for key in ("dtype", "shape")}).encode())
+    digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def _compare(saved: dict[str, Any], target: dict[str, Any], where: str) -> None:
-    problems = [f"{path} is not in the checkpoint" for path in target if path not in saved]
-    problems += [f"{path} is in the checkpoint alone" for path in saved if path not in target]
-    kinds = {path: [saved[path], _describe(leaf)] for path, leaf in target.items() if path in saved}
-    kinds = {path: ["{dtype}{shape}".format(**kind) for kind in both] for path, both in kinds.items()}
-    problems += [f"{path} is {a} in the checkpoint, expected {b}" for path, (a, b) in kinds.items() if a != b]
+    described = {path: _describe(leaf) for path, leaf in target.items()}
+    held, wanted = ({p: "{dtype}{shape}".format(**kind) for p, kind in kinds.items()} for kinds in (saved, described))
+    problems = [f"{path} is not in the checkpoint" for path in wanted if path not in held]
+    problems += [f"{path} is in the checkpoint alone" for path in held if path not in wanted]
+    both = [path for path in wanted if wanted[path] != held.get(path, wanted[path])]
+    problems += [f"{path} is {held[path]} in the checkpoint, expected {wanted[path]}" for path in both]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UserError(f"{where} is of another model or optimizer: {'; '.join(problems[:5])}{more}")
 
 
-def _place(array: np.ndarray, target: Any) -> Any:
+def _place(array: Any, target: Any) -> Any:
     """The array as the target is: on the host, on its devices, or free to move (uncommitted)."""
     if isinstance(target, (np.ndarray, np.generic)):
         return array
-    value: Any = array
     if _is_key(target):
-        value = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(jnp.empty((), target.dtype)))
-    if isinstance(target.sharding, jax.sharding.NamedSharding):
-        return sharding.place(value, target.sharding)
+        array = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(jnp.empty((), target.dtype)))
     is_free = target.sharding is None or (isinstance(target, jax.Array) and not target.committed)
-    return jnp.array(value) if is_free else jax.device_put(value, target.sharding)
+    return jnp.array(array) if is_free else sharding.place(array, target.sharding)
 
 
 def _first_line(error: Exception) -> str:

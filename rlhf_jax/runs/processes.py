@@ -14,12 +14,15 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+from jax._src import distributed  # its key-value store, which Orbax uses too, has no public name
 from jax.experimental import multihost_utils
 
 from rlhf_jax.errors import TrainingFault, UserError
@@ -27,6 +30,7 @@ from rlhf_jax.errors import TrainingFault, UserError
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20  # without a sign of life, after which a process counts as lost and the others end
+_calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # of ``gather``, by the thread
 _steps = itertools.count(1)  # of all loops of this process, for the preemption service
 
 
@@ -84,34 +88,40 @@ def gather_rows(tree: T) -> T:
 
 
 def agree(work: Callable[[], T]) -> T:
-    """``work()`` in every process. If it fails in one, it fails in all.
+    """``work()`` in every process. If it fails in one, it fails in all, as in ``gather``."""
+    results: list[T] = []
+    gather(lambda: results.append(work()))
+    return results[0]
+
+
+def gather(work: Callable[[], T]) -> list[T]:
+    """``work()`` in every process; each gets the results of all, JSON values. Needs no device: threads may call it too,
+    those of one name in the same order in each process.
 
     Raises:
       UserError, TrainingFault: what another process has raised, with its number.
     """
     if jax.process_count() == 1:
-        return work()
-    failure, report = None, ""
+        return [work()]
+    failure, report = None, dict[str, Any]()
     try:
-        result = work()
+        report = {"result": work()}
     except Exception as error:
-        failure, report = error, json.dumps([isinstance(error, UserError), str(error) or type(error).__name__])
-    reports = _texts(report)
-    if failure is not None:
-        raise failure
-    for number, text in enumerate(reports):
-        if text:
-            is_users, message = json.loads(text)
-            raise (UserError if is_users else TrainingFault)(f"process {number}: {message}")
-    return result
+        failure, report = error, {"error": str(error) or type(error).__name__, "users": isinstance(error, UserError)}
+    client, thread = cast(Any, distributed.global_state.client), threading.current_thread().name
+    place = f"rlhf_jax {thread} {next(_calls[thread]):09}"
+    client.key_value_set(f"{place}/{jax.process_index():09}", json.dumps(report))
+    client.wait_at_barrier(place, 24 * 3600 * 1000)  # milliseconds; a process that is lost ends the wait
+    reports = [json.loads(text) for _, text in sorted(client.key_value_dir_get(place))]
+    for number, report in enumerate(reports):
+        if "error" in report:
+            raise failure or (UserError if report["users"] else TrainingFault)(f"process {number}: {report['error']}")
+    return [report["result"] for report in reports]
 
 
 def in_first(work: Callable[[], T]) -> T:
     """``work()`` in the first process only; all get its result, a JSON value. Errors as in ``agree``."""
-    if jax.process_count() == 1:
-        return work()
-    result = agree(lambda: json.dumps(work()) if is_first() else "")
-    return json.loads(_texts(result)[0])
+    return gather(lambda: work() if is_first() else cast(T, None))[0]
 
 
 def stop_signal(received: Sequence[int]) -> int:
@@ -129,12 +139,3 @@ def stop_signal(received: Sequence[int]) -> int:
     if not multihost_utils.reached_preemption_sync_point(next(_steps)):
         return 0
     return int(np.max(multihost_utils.process_allgather(np.int32(own)))) or signal.SIGTERM
-
-
-def _texts(text: str) -> list[str]:
-    """The texts of all processes."""
-    data = text.encode()
-    sizes = multihost_utils.process_allgather(np.int32(len(data)))
-    padded = np.frombuffer(data.ljust(int(np.max(sizes)) + 1), np.uint8)
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes.tolist(), strict=True)]

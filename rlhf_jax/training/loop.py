@@ -20,6 +20,7 @@ from rlhf_jax.report import records
 from rlhf_jax.runs import alerts, processes, trackers
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.log import RowWriter, Tracker
+from rlhf_jax.training import memory
 from rlhf_jax.training.optimizer import Judge
 from rlhf_jax.training.signals import resume_command, stop_requests
 from rlhf_jax.training.stage import Stage
@@ -52,10 +53,10 @@ class Job(NamedTuple):
 def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]]:
     """Runs ``job.advance`` for each step, from the checkpoint of a resumed run if there is one.
 
-    Row k of metrics.jsonl speaks of the state after k steps; a checkpoint of step k is saved after row k, step 0 before
-    the first update and after ``job.attempt``, so that a run that does not fit says so at once. Validations come before
-    the first step, every ``validation_interval`` steps and at the end; with ``keep_best`` they are followed by a
-    checkpoint too. Each row is shown to the rules of ``config.alerts``.
+    ``job.attempt`` comes first, so that a run that does not fit says so at once, a resumed one too. Row k of
+    metrics.jsonl speaks of the state after k steps; a checkpoint of step k is saved after row k, step 0 before the
+    first update. Validations come before the first step, every ``validation_interval`` steps and at the end; with
+    ``keep_best`` they are followed by a checkpoint too. Each row is shown to the rules of ``config.alerts``.
 
     Returns:
         The last state and the last row of metrics; with ``keep_best`` those of the best checkpoint.
@@ -72,12 +73,10 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
     if job.validate is None and (judge.used or best):
         key = f"keep_best {best}" if best else "early_stopping_patience and schedule plateau"
         raise UserError(f"{key}: nothing is held out, so there are no validations to judge by")
-    options: dict[str, Any] = {"keep_best": best, "asynchronous": config.checkpoint_async}
-    saved = Checkpoints(stage.run.checkpoints, config.keep_last, **options)
+    saved = Checkpoints(stage.run.checkpoints, config.keep_last, keep_best=best, asynchronous=config.checkpoint_async)
     with ExitStack() as stack, saved as checkpoints:
         stops = stack.enter_context(stop_requests())  # from before step 0 is validated and saved
         loop = _Loop(stage, job, judge, checkpoints, state, stack)
-        del state  # a resumed run's is another one, and this one need not stay in memory
         loop.obey_alerts()
         while loop.going_on:
             loop.step()
@@ -108,15 +107,16 @@ class _Loop:
         self.row: dict[str, float] = {}  # the last row of metrics
         self.history: list[dict[str, Any]] = []  # all rows of a resumed run's steps, then those with validations
         config, run, resume_step = stage.config, stage.run, None
+        if (checkpoints.latest() or 0) < job.num_steps:
+            logger.info("compiling; the first steps take longest")
+            self.state = job.attempt(state)
         if run.resumed:
-            self.state, meta = checkpoints.restore(state)
-            self.done, self.row = meta["step"], meta["metrics"]
-            resume_step = self.done
+            target, self.state = memory.shapes(self.state), None  # the first state makes room for the restored one
+            self.state, meta = checkpoints.restore(target)
+            self.done, self.row, resume_step = meta["step"], meta["metrics"], meta["step"]
             self.history = [row for row in records.read_rows(run.metrics) if row["step"] <= self.done]
             finished = " (finished already)" if self.done >= job.num_steps else ""
             logger.info(f"resumed from step {self.done} of {job.num_steps}{finished}")
-        if self.done < job.num_steps:
-            logger.info("compiling; the first steps take longest")
         tracked = config.track if processes.is_first() else ()
         services = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
         show, label, total = job.show, stage.name, job.num_steps
@@ -131,7 +131,6 @@ class _Loop:
         stack.callback(self._catch_up)  # a run that fails keeps the row of its last step
         if not run.resumed:
             seed_libraries(config.seed, 0)
-            self.state = job.attempt(self.state)
             self._record(self._validation())
             self.history.append(self.row)
             self._save()
@@ -209,8 +208,7 @@ class _Loop:
         if best is None:
             return self.state, self.row
         state, meta = self.checkpoints.restore(self.state, best)
-        score = meta["metrics"][metric]
-        logger.info(f"{metric} is best at step {best}: {score:.4g}; model/ is of that step")
+        logger.info(f"{metric} is best at step {best}: {meta['metrics'][metric]:.4g}; model/ is of that step")
         return state, meta["metrics"]
 
     def _validation(self) -> dict[str, float]:
@@ -221,8 +219,7 @@ class _Loop:
         self.tracker.samples(self.done, samples)
         self.tracker.timing(self.done, {"timing/validation": time.perf_counter() - started})
         if (self.judge.used or self.stage.config.keep_best) and self.judge.metric not in metrics:
-            names = ", ".join(metrics)
-            raise UserError(f"keep_best: no metric {self.judge.metric}; the validations give {names}")
+            raise UserError(f"keep_best: no metric {self.judge.metric}; the validations give {', '.join(metrics)}")
         return metrics
 
     def _record(self, metrics: Mapping[str, Any]) -> None:
@@ -235,10 +232,9 @@ class _Loop:
     def _save(self) -> None:
         self.tracker.sync()
         self.alert_rows.sync()
-        meta = {"step": self.done, "metrics": self.row, "seed": self.stage.config.seed}
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        settings = dataclasses.asdict(self.stage.config)
-        self.checkpoints.save(self.done, self.state, {**meta, "device": device, "config": settings})
+        meta = {"step": self.done, "metrics": self.row, "seed": self.stage.config.seed, "device": device}
+        self.checkpoints.save(self.done, self.state, meta | {"config": dataclasses.asdict(self.stage.config)})
 
     def _refuse(self) -> None:
         """Ends the run after an update that was not finite and so was not applied."""

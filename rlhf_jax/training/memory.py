@@ -17,11 +17,6 @@ State = TypeVar("State")
 HOST = "pinned_host"  # JAX's name for memory of the host that devices read
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether XLA says so; while arrays are placed on a GPU it is a ValueError."""
-    return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and "RESOURCE_EXHAUSTED" in str(error)
-
-
 def fault(stage: str, held: Mapping[str, Any], sizes: Mapping[str, int], error: Exception) -> TrainingFault:
     """What to raise in place of XLA's error.
 
@@ -31,19 +26,15 @@ def fault(stage: str, held: Mapping[str, Any], sizes: Mapping[str, int], error: 
         sizes: {dotted setting: its value}, the settings that help: microbatches to raise, a batch size to lower, and
             ``lora.rank`` and ``compute.remat`` where they can still be turned on (value 0).
     """
-    sizes_held = {name: on_device(tree) for name, tree in held.items()}
-    parts = [f"{size / 2**20:.1f} MiB of {name}" for name, size in sizes_held.items() if size]
+    parts = [f"{size / 2**20:.1f} MiB of {name}" for name, tree in held.items() if (size := on_device(tree))]
     lies = f"On each device lie {', '.join(parts)}; activations come on top of that. " if parts else ""
     advice = {
-        "num_microbatches": "more --{flag} (now {value})",
-        "batch_size": "a smaller --{flag} (now {value})",
-        "rank": "--{flag} 8, which needs no optimizer state for the rest and no second copy for the reference",
-        "remat": "--{flag} (on a CPU with --compute.scan-layers)",
+        "num_microbatches": "more --{} (now {})",
+        "batch_size": "a smaller --{} (now {})",
+        "rank": "--{} 8, which needs no optimizer state for the rest and no second copy for the reference",
+        "remat": "--{} (on a CPU with --compute.scan-layers)",
     }
-    helps = [
-        advice[setting.rpartition(".")[2]].format(flag=setting.replace("_", "-"), value=value)
-        for setting, value in sizes.items()
-    ]
+    helps = [advice[name.rpartition(".")[2]].format(name.replace("_", "-"), value) for name, value in sizes.items()]
     return TrainingFault(
         f"{stage}: out of memory. {lies}What helps most: {', '.join([*helps, 'shorter texts', 'more devices'])}. "
         f"XLA said: {str(error).splitlines()[0]}"
@@ -68,8 +59,7 @@ def tried(update: Callable[[State], tuple[State, Metrics]], state: State) -> Sta
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(state)
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-    body = [name for name in leaves if re.match(r"(train/)?params/(?!value/|score/)", name)]
-    chosen = min(body, key=lambda name: leaves[name].size)
+    chosen = min((x for x in leaves if re.match(r"(train/)?params/(?!value/|score/)", x)), key=lambda x: leaves[x].size)
     kept = leaves[chosen]
     nan = sharding.place(np.full(kept.shape, np.nan, kept.dtype), kept.sharding)
     after, metrics = update(jax.tree.unflatten(structure, (leaves | {chosen: nan}).values()))
@@ -98,10 +88,10 @@ def free(tree: Any) -> None:
 
 
 def shapes(tree: Any) -> Any:
-    """Shapes, dtypes and shardings alone: a message must not keep arrays on a device."""
+    """Shapes, dtypes and shardings alone, these of committed arrays: a message must not keep arrays on a device."""
 
     def shape(leaf: Any) -> Any:
-        sharding = getattr(leaf, "sharding", None)
+        sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) if hasattr(leaf, "dtype") else leaf
 
     return jax.tree.map(shape, tree)

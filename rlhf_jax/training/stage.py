@@ -140,8 +140,7 @@ class Stage:
                 done = begun._replace(params=start.merged(part))
                 done.save(run.model / name, template=self.config.text.template, config=how)
                 if start.base is not None:
-                    adapters = jax.device_get(part)
-                    models.lora.save(run.adapter / name, start.base, adapters, base_model=self.config.model)
+                    models.lora.save(run.adapter / name, start.base, jax.device_get(part), base_model=self.config.model)
             logger.info(f"saved {run.model}" + ("" if start.base is None else f", {run.adapter}"))
             try:
                 page.write([run.path], run.report)
@@ -182,9 +181,7 @@ def set_up(config: RunConfig) -> RunConfig:
     return config
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    logger.info(line)
+_say_once = functools.cache(logger.info)
 
 
 def divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
@@ -241,7 +238,7 @@ def open_stage(
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             if processes.is_lost(error):
                 raise TrainingFault(f"{name}: another process has gone; start all of them again, --resume") from error
-            if not memory.is_out_of_memory(error):
+            if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's; a ValueError while arrays are placed on a GPU
                 raise
             off = {"lora.rank": config.lora.rank, "compute.remat": int(config.compute.remat)}
             options = dict(sizes or {}) | {setting: value for setting, value in off.items() if not value}
