@@ -6,7 +6,6 @@ It adds a table "lm_head" to the parameters of ``stack.Transformer`` where the o
 
 import dataclasses
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from rlhf_jax.models import stack
 from rlhf_jax.models.config import DecoderConfig, Gemma3TextConfig
+from rlhf_jax.models.norms import Norm
 from rlhf_jax.models.stack import ACTIVATIONS, Dense, Rotation
 
 
@@ -23,24 +23,8 @@ def _dense(config: DecoderConfig, features: int, use_bias: bool) -> Dense:
     return Dense(features, use_bias=use_bias, dtype=config.compute_dtype, kernel_init=init)
 
 
-class _OffsetNorm(nn.Module):
-    """RMSNorm by offset + scale, all in float32, as Gemma has it."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + self.config.rms_norm_epsilon)
-        scales = jnp.expand_dims(self.config.norm_offset + scale, range(x.ndim - 1))
-        return (normed * scales).astype(self.config.compute_dtype)
-
-
-def _norm(config: DecoderConfig) -> Any:
-    if config.norm_offset:
-        return _OffsetNorm(config)
-    return nn.RMSNorm(epsilon=config.rms_norm_epsilon, dtype=config.compute_dtype)
+def _norm(config: DecoderConfig) -> Norm:
+    return Norm(config.rms_norm_epsilon, config.norm_offset)
 
 
 def frequencies(config: DecoderConfig, is_local: bool = False) -> np.ndarray:
@@ -128,5 +112,5 @@ class Decoder(stack.Transformer):
     def rotation(self, positions: jax.Array, is_local: bool) -> Rotation:
         by_position = frequencies(self.config, is_local)[None, None, None, :]
         angles = positions.astype(jnp.float32)[:, None, :, None] * by_position
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        return jnp.cos(angles), jnp.sin(angles)
+        # Without the barrier XLA computes them again in every layer.
+        return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))

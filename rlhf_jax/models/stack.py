@@ -22,7 +22,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.sharding import cut
 from rlhf_jax.types import Params
 
-Rotation = tuple[Array, Array]  # cosines and sines of the positions' angles, [B, 1, T, Dh] float32 each
+Rotation = tuple[Array, Array]  # cosines and sines of the positions' angles, [B, 1, T, Dh / 2] float32 each
 View = tuple[Seen, Rotation | None]  # who sees whom, and how queries and keys are turned
 Views = tuple[View, ...]  # of all layers, or of those that see all and those with a window
 LayerCache = tuple[Array, Array]  # keys and values of one layer, [B, H, S, Dh] each
@@ -86,8 +86,8 @@ def rotate(x: Array, rotation: Rotation) -> Array:
     """[B, H, T, Dh] turned by its positions (Su et al. 2021), in float32; the dtype is kept."""
     cosine, sine = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x.astype(jnp.float32) * cosine + turned * sine).astype(x.dtype)
+    turned = first * cosine - second * sine, second * cosine + first * sine
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def pick(x: Array, columns: Columns, axis: int) -> Array:
