@@ -23,10 +23,6 @@ def _dense(config: DecoderConfig, features: int, use_bias: bool) -> Dense:
     return Dense(features, use_bias=use_bias, dtype=config.compute_dtype, kernel_init=init)
 
 
-def _norm(config: DecoderConfig) -> Norm:
-    return Norm(config.rms_norm_epsilon, config.norm_offset)
-
-
 def frequencies(config: DecoderConfig, is_local: bool = False) -> np.ndarray:
     """[Dh / 2] float32 angles per position, stretched as ``config.rope_scaling`` says (transformers' rope utils)."""
     if is_local and isinstance(config, Gemma3TextConfig):
@@ -55,16 +51,12 @@ class _Attention(stack.Attention):
         self.k_proj, self.v_proj = (_dense(config, width, bias) for _ in range(2))
         self.o_proj = _dense(config, config.hidden_size, config.attention_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = _norm(config), _norm(config)
+            self.q_norm, self.k_norm = Norm(config), Norm(config)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        query, key, value = (
-            projection(x).reshape(*x.shape[:2], -1, self.config.head_size)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        return query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
+        shape, layers = (*x.shape[:2], -1, self.config.head_size), (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (layer(x).reshape(shape).swapaxes(1, 2) for layer in layers)
+        return (self.q_norm(query), self.k_norm(key), value) if self.config.qk_norm else (query, key, value)
 
     def output(self, mixed: jax.Array) -> jax.Array:
         return self.o_proj(mixed)
@@ -87,7 +79,7 @@ class _Block(stack.Block):
 
     def setup(self) -> None:
         self.attn, self.mlp = _Attention(self.config), _MLP(self.config)
-        self.add_norms(_norm, 0.0)
+        self.add_norms(0.0)
 
 
 class Decoder(stack.Transformer):
@@ -96,7 +88,7 @@ class Decoder(stack.Transformer):
     def setup(self) -> None:
         config = self.config
         self.wte = stack.table(config, config.vocab_size)
-        self.h, self.ln_f = stack.layers(_Block, config), _norm(config)
+        self.h, self.ln_f = stack.layers(_Block, config), Norm(config)
         if not config.tie_embeddings:
             self.lm_head = stack.table(config, config.vocab_size)
 
@@ -112,5 +104,5 @@ class Decoder(stack.Transformer):
     def rotation(self, positions: jax.Array, is_local: bool) -> Rotation:
         by_position = frequencies(self.config, is_local)[None, None, None, :]
         angles = positions.astype(jnp.float32)[:, None, :, None] * by_position
-        # Without the barrier XLA computes them again in every layer.
-        return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+        # Looked up, they are computed once: XLA's CPU compiler would merge them into the kernels of every layer.
+        return jnp.take(jnp.stack([jnp.cos(angles), jnp.sin(angles)]), jnp.arange(2), axis=0)

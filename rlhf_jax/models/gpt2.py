@@ -21,10 +21,6 @@ def _dense(config: GPT2Config, features: int, *, residual: bool = False) -> Dens
     return Dense(features, dtype=config.compute_dtype, kernel_init=nn.initializers.normal(std))
 
 
-def _norm(config: GPT2Config) -> Norm:
-    return Norm(config.layer_norm_epsilon, use_bias=True)
-
-
 class _Attention(stack.Attention):
     """Multi-head self-attention."""
 
@@ -60,7 +56,7 @@ class _Block(stack.Block):
 
     def setup(self) -> None:
         self.attn, self.mlp = _Attention(self.config), _MLP(self.config)
-        self.add_norms(_norm, self.config.residual_dropout)
+        self.add_norms(self.config.residual_dropout)
 
 
 class GPT2(stack.Transformer):
@@ -70,7 +66,7 @@ class GPT2(stack.Transformer):
         config = self.config
         self.wte, self.wpe = stack.table(config, config.vocab_size), stack.table(config, config.max_length)
         self.h = stack.layers(_Block, config)
-        self.ln_f = _norm(config)
+        self.ln_f = Norm(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
 
     def embed(self, tokens: jax.Array, positions: jax.Array, real: jax.Array) -> jax.Array:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.models.config import GPT2Config, ModelConfig
+
 Saved = tuple[Array, Array | None, Array, Array]  # x, its mean, 1 / its deviation, scale
 
 
@@ -21,43 +23,41 @@ def norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
 
 
 def _normed(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple[Array, Saved]:
-    centred, mean = x.astype(jnp.float32), None
-    if bias is not None:
-        # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
-        mean = centred.mean(-1, keepdims=True)
-        centred = centred - mean
+    wide, rows = x.astype(jnp.float32), range(x.ndim - 1)
+    mean = None if bias is None else wide.mean(-1, keepdims=True)
+    # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
+    centred = wide if mean is None else wide - mean
     inverse = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
-    scale = jnp.expand_dims(scale, range(x.ndim - 1))
-    out = centred * inverse * scale
-    if bias is not None:
-        out += jnp.expand_dims(bias, range(x.ndim - 1))
+    out = centred * inverse * jnp.expand_dims(scale, rows)
+    out = out if bias is None else out + jnp.expand_dims(bias, rows)
     return out.astype(x.dtype), (x, mean, inverse, scale)
 
 
 def _backward(epsilon: float, saved: Saved, grad: Array) -> tuple[Array, Array, Array | None]:
     x, mean, inverse, scale = saved
-    grad, centred = grad.astype(jnp.float32), x.astype(jnp.float32)
-    normed = (centred if mean is None else centred - mean) * inverse
-    weights, rows = scale.reshape(-1, 1) / scale.size, tuple(range(x.ndim - 1))
+    grad, wide, rows = grad.astype(jnp.float32), x.astype(jnp.float32), tuple(range(x.ndim - 1))
+    normed, weights = (wide if mean is None else wide - mean) * inverse, scale[:, None] / scale.size
     across = normed * ((grad * normed) @ weights)  # what the mean square passes back, then the mean
     across = across if mean is None else across + grad @ weights
-    bias_grad = None if mean is None else grad.sum(rows)
-    return (inverse * (grad * scale - across)).astype(x.dtype), (grad * normed).sum(rows), bias_grad
+    x_grad = inverse * (grad * jnp.expand_dims(scale, rows) - across)
+    return x_grad.astype(x.dtype), (grad * normed).sum(rows), None if mean is None else grad.sum(rows)
 
 
 norm.defvjp(_normed, _backward)
 
 
 class Norm(nn.Module):
-    """``norm`` with the parameters "scale", counted from ``offset``, and "bias", where there is one."""
+    """GPT-2's layer norm, with parameters "scale" and "bias", or the decoders' RMSNorm, with "scale" alone."""
 
-    epsilon: float
-    offset: float = 0.0
-    use_bias: bool = False
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape, start = x.shape[-1:], nn.initializers.constant(1.0 - self.offset)
-        scale = self.offset + self.param("scale", start, shape).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
-        return norm(x, scale, bias, self.epsilon)
+        config, ones, shape = self.config, nn.initializers.ones, x.shape[-1:]
+        if isinstance(config, GPT2Config):
+            bias = self.param("bias", nn.initializers.zeros, shape)
+            return norm(x, self.param("scale", ones, shape), bias, config.layer_norm_epsilon)
+        start = nn.initializers.zeros if config.norm_offset else ones
+        scale = self.param("scale", start, shape).astype(jnp.float32)
+        scale = config.norm_offset + scale if config.norm_offset else scale
+        return norm(x, scale, None, config.rms_norm_epsilon)
