@@ -203,9 +203,6 @@ def test_gemma_by_hand():
     assert module.scales() == [5**-0.5] * 2
     np.testing.assert_allclose(decoder.frequencies(GEMMA)[1], 1e6 ** (-2 / 6), rtol=1e-6)
     np.testing.assert_allclose(decoder.frequencies(GEMMA, is_local=True)[1], 1e4 ** (-2 / 6), rtol=1e-6)
-    norm = {"params": {"scale": jnp.array([1.0, 0.0])}}
-    normed = norms.Norm(GEMMA).apply(norm, jnp.array([[3.0, 4.0]]))
-    np.testing.assert_allclose(normed, [[2 * 3 / 12.5**0.5, 4 / 12.5**0.5]], rtol=1e-6)
     assert (GEMMA.windows, GEMMA.local_layers) == ((None, 3), [True, False])
 
 
@@ -447,23 +444,20 @@ def test_the_gradients_written_out_are_the_derived_ones(rows, is_centred):
         return jnp.sum(stack.product(norms.norm(x, scale, bias if is_centred else None, 1e-5), kernel) * cotangent)
 
     def derived(x, kernel, scale, bias):
-        centred = x - x.mean(1, keepdims=True) if is_centred else x
+        centred = x - is_centred * x.mean(1, keepdims=True)
         normed = centred / jnp.sqrt((centred**2).mean(1, keepdims=True) + 1e-5)
-        return jnp.sum((normed * scale[None] + (bias[None] if is_centred else 0.0)) @ kernel * cotangent)
+        return jnp.sum((normed * scale[None] + is_centred * bias[None]) @ kernel * cotangent)
 
     got, want = (jax.value_and_grad(f, argnums=(0, 1, 2, 3))(x, kernel, scale, bias) for f in (ours, derived))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_norms_are_computed_in_float32_and_keep_the_dtype():
-    """Gemma's, of 3 and 4 and new parameters; in bfloat16 the rounded result of float32."""
-    x, layer = jnp.array([[3.0, 4.0]]), norms.Norm(GEMMA)
-    params = layer.init(jax.random.key(0), x)
-    np.testing.assert_array_equal(params["params"]["scale"], [0.0, 0.0])
-    exact = layer.apply(params, x)
-    np.testing.assert_allclose(exact, [[3 / 12.5**0.5, 4 / 12.5**0.5]], rtol=1e-6)
-    np.testing.assert_array_equal(layer.apply(params, x.astype(jnp.bfloat16)), exact.astype(jnp.bfloat16))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gemma_s_norm_by_hand_is_computed_in_float32_and_keeps_the_dtype(dtype):
+    params, expected = {"params": {"scale": jnp.array([1.0, 0.0])}}, jnp.array([[2 * 3 / 12.5**0.5, 4 / 12.5**0.5]])
+    normed = norms.Norm(GEMMA).apply(params, jnp.array([[3.0, 4.0]], dtype))
+    np.testing.assert_allclose(normed, expected.astype(dtype), rtol=1e-6)
 
 
 def test_products_with_the_hessian_of_a_model():

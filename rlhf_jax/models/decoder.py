@@ -98,8 +98,7 @@ class Decoder(stack.Transformer):
         return rows.astype(self.config.compute_dtype)
 
     def scales(self) -> list[float]:
-        size = getattr(self.config, "query_scalar", self.config.head_size)
-        return [size**-0.5] * self.config.num_layers
+        return [getattr(self.config, "query_scalar", self.config.head_size) ** -0.5] * self.config.num_layers
 
     def rotation(self, positions: jax.Array, is_local: bool) -> Rotation:
         by_position = frequencies(self.config, is_local)[None, None, None, :]

@@ -1,6 +1,7 @@
 """Layer norm and RMSNorm with one gradient, which is written out: XLA's CPU kernels take half the time for it."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,8 +9,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from rlhf_jax.models.config import GPT2Config, ModelConfig
-
-Saved = tuple[Array, Array | None, Array, Array]  # x, its mean, 1 / its deviation, scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -22,7 +21,7 @@ def norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
     return _normed(x, scale, bias, epsilon)[0]
 
 
-def _normed(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple[Array, Saved]:
+def _normed(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple[Array, tuple[Any, ...]]:
     wide, rows = x.astype(jnp.float32), range(x.ndim - 1)
     mean = None if bias is None else wide.mean(-1, keepdims=True)
     # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
@@ -33,7 +32,7 @@ def _normed(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple
     return out.astype(x.dtype), (x, mean, inverse, scale)
 
 
-def _backward(epsilon: float, saved: Saved, grad: Array) -> tuple[Array, Array, Array | None]:
+def _backward(epsilon: float, saved: tuple[Any, ...], grad: Array) -> tuple[Array, Array, Array | None]:
     x, mean, inverse, scale = saved
     grad, wide, rows = grad.astype(jnp.float32), x.astype(jnp.float32), tuple(range(x.ndim - 1))
     normed, weights = (wide if mean is None else wide - mean) * inverse, scale[:, None] / scale.size
@@ -53,11 +52,9 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        config, ones, shape = self.config, nn.initializers.ones, x.shape[-1:]
+        config, initial, shape = self.config, nn.initializers.constant, x.shape[-1:]
         if isinstance(config, GPT2Config):
-            bias = self.param("bias", nn.initializers.zeros, shape)
-            return norm(x, self.param("scale", ones, shape), bias, config.layer_norm_epsilon)
-        start = nn.initializers.zeros if config.norm_offset else ones
-        scale = self.param("scale", start, shape).astype(jnp.float32)
-        scale = config.norm_offset + scale if config.norm_offset else scale
-        return norm(x, scale, None, config.rms_norm_epsilon)
+            bias = self.param("bias", initial(0.0), shape)
+            return norm(x, self.param("scale", initial(1.0), shape), bias, config.layer_norm_epsilon)
+        scale = self.param("scale", initial(1.0 - config.norm_offset), shape).astype(jnp.float32)
+        return norm(x, config.norm_offset + scale if config.norm_offset else scale, None, config.rms_norm_epsilon)
