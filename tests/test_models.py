@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from rlhf_jax import models, sampling
-from rlhf_jax.models import attention, decoder, gpt2, stack
+from rlhf_jax.models import attention, decoder, norms, stack
 
 CONFIG = models.GPT2Config(vocab_size=13, max_length=10, hidden_size=8, num_layers=2, num_heads=2)
 LLAMA3 = models.RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
@@ -151,7 +151,7 @@ def test_frequencies_by_hand():
 
 def test_rotation_by_hand():
     """(x, y) turned by an angle a is (x cos a - y sin a, y cos a + x sin a)."""
-    angle = jnp.full((1, 1, 1, 2), 0.3)
+    angle = jnp.full((1, 1, 1, 1), 0.3)
     turned = stack.rotate(jnp.array([[[[1.0, 2.0]]]]), (jnp.cos(angle), jnp.sin(angle)))
     expected = [math.cos(0.3) - 2 * math.sin(0.3), 2 * math.cos(0.3) + math.sin(0.3)]
     np.testing.assert_allclose(turned[0, 0, 0], expected, rtol=1e-6)
@@ -203,9 +203,6 @@ def test_gemma_by_hand():
     assert module.scales() == [5**-0.5] * 2
     np.testing.assert_allclose(decoder.frequencies(GEMMA)[1], 1e6 ** (-2 / 6), rtol=1e-6)
     np.testing.assert_allclose(decoder.frequencies(GEMMA, is_local=True)[1], 1e4 ** (-2 / 6), rtol=1e-6)
-    norm = {"params": {"scale": jnp.array([1.0, 0.0])}}
-    normed = decoder._OffsetNorm(GEMMA).apply(norm, jnp.array([[3.0, 4.0]]))
-    np.testing.assert_allclose(normed, [[2 * 3 / 12.5**0.5, 4 / 12.5**0.5]], rtol=1e-6)
     assert (GEMMA.windows, GEMMA.local_layers) == ((None, 3), [True, False])
 
 
@@ -436,24 +433,31 @@ def test_columns_that_are_read_are_those_of_all(config, changes):
     assert (f"f32[3,3,{width}]" in program) == ("scan_layers" not in changes)  # the last MLP runs where it is read
 
 
-@pytest.mark.parametrize("rows", [6, 7])  # an even number is taken in halves
-def test_the_gradients_written_out_are_the_derived_ones(rows):
+@pytest.mark.parametrize(("rows", "is_centred"), [(6, True), (7, False)])  # an even number is taken in halves
+def test_the_gradients_written_out_are_the_derived_ones(rows, is_centred):
     x, kernel, scale, bias, cotangent = (
         jax.random.normal(key, shape)
         for key, shape in zip(jax.random.split(jax.random.key(0), 5), ((rows, 8), (8, 4), 8, 8, (rows, 4)), strict=True)
     )
 
     def ours(x, kernel, scale, bias):
-        return jnp.sum(stack.product(gpt2.layer_norm(x, scale, bias, 1e-5), kernel) * cotangent)
+        return jnp.sum(stack.product(norms.norm(x, scale, bias if is_centred else None, 1e-5), kernel) * cotangent)
 
     def derived(x, kernel, scale, bias):
-        centred = x - x.mean(1, keepdims=True)
+        centred = x - is_centred * x.mean(1, keepdims=True)
         normed = centred / jnp.sqrt((centred**2).mean(1, keepdims=True) + 1e-5)
-        return jnp.sum((normed * scale[None] + bias[None]) @ kernel * cotangent)
+        return jnp.sum((normed * scale[None] + is_centred * bias[None]) @ kernel * cotangent)
 
     got, want = (jax.value_and_grad(f, argnums=(0, 1, 2, 3))(x, kernel, scale, bias) for f in (ours, derived))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gemma_s_norm_by_hand_is_computed_in_float32_and_keeps_the_dtype(dtype):
+    params, expected = {"params": {"scale": jnp.array([1.0, 0.0])}}, jnp.array([[2 * 3 / 12.5**0.5, 4 / 12.5**0.5]])
+    normed = norms.Norm(GEMMA).apply(params, jnp.array([[3.0, 4.0]], dtype))
+    np.testing.assert_allclose(normed, expected.astype(dtype), rtol=1e-6)
 
 
 def test_products_with_the_hessian_of_a_model():

@@ -76,7 +76,7 @@ def gradient_step(
     updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jnp.all(jnp.isfinite(jnp.stack([loss, grad_norm])))
     state = jax.tree.map(lambda new_leaf, old_leaf: jnp.where(finite, new_leaf, old_leaf), new, state)
     nonfinite = 1.0 - finite.astype(jnp.float32)
     return state, {**metrics, "loss": loss, "grad_norm": grad_norm, "nonfinite": nonfinite}

@@ -144,8 +144,9 @@ def attention(
     if first is not None and half >= HALF and drop is None:
         end = first + half
         early = seen._replace(mask=mask[:, :, :half, :end])
-        earlier = attention(query[:, :, :, :half], key[:, :, :end], value[:, :, :end], early, scale)
-        later = attention(query[:, :, :, half:], key, value, seen._replace(mask=mask[:, :, half:]), scale)
+        first_half, second_half = jnp.split(query, [half], axis=3)  # whose gradient is one copy: slices' are padded
+        earlier = attention(first_half, key[:, :, :end], value[:, :, :end], early, scale)
+        later = attention(second_half, key, value, seen._replace(mask=mask[:, :, half:]), scale)
         return jnp.concatenate([earlier, later], axis=3)
     # The mask is added and the sum divided by at the end: XLA then touches the scores half as often as by softmax.
     scores = jnp.einsum("bhgtd,bhsd->bhgts", query, key, preferred_element_type=jnp.float32) * scale

@@ -6,7 +6,6 @@ It adds a table "lm_head" to the parameters of ``stack.Transformer`` where the o
 
 import dataclasses
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,32 +14,13 @@ import numpy as np
 
 from rlhf_jax.models import stack
 from rlhf_jax.models.config import DecoderConfig, Gemma3TextConfig
+from rlhf_jax.models.norms import Norm
 from rlhf_jax.models.stack import ACTIVATIONS, Dense, Rotation
 
 
 def _dense(config: DecoderConfig, features: int, use_bias: bool) -> Dense:
     init = nn.initializers.normal(config.initializer_range)
     return Dense(features, use_bias=use_bias, dtype=config.compute_dtype, kernel_init=init)
-
-
-class _OffsetNorm(nn.Module):
-    """RMSNorm by offset + scale, all in float32, as Gemma has it."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + self.config.rms_norm_epsilon)
-        scales = jnp.expand_dims(self.config.norm_offset + scale, range(x.ndim - 1))
-        return (normed * scales).astype(self.config.compute_dtype)
-
-
-def _norm(config: DecoderConfig) -> Any:
-    if config.norm_offset:
-        return _OffsetNorm(config)
-    return nn.RMSNorm(epsilon=config.rms_norm_epsilon, dtype=config.compute_dtype)
 
 
 def frequencies(config: DecoderConfig, is_local: bool = False) -> np.ndarray:
@@ -71,16 +51,12 @@ class _Attention(stack.Attention):
         self.k_proj, self.v_proj = (_dense(config, width, bias) for _ in range(2))
         self.o_proj = _dense(config, config.hidden_size, config.attention_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = _norm(config), _norm(config)
+            self.q_norm, self.k_norm = Norm(config), Norm(config)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        query, key, value = (
-            projection(x).reshape(*x.shape[:2], -1, self.config.head_size)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        return query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
+        shape, layers = (*x.shape[:2], -1, self.config.head_size), (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (layer(x).reshape(shape).swapaxes(1, 2) for layer in layers)
+        return (self.q_norm(query), self.k_norm(key), value) if self.config.qk_norm else (query, key, value)
 
     def output(self, mixed: jax.Array) -> jax.Array:
         return self.o_proj(mixed)
@@ -103,7 +79,7 @@ class _Block(stack.Block):
 
     def setup(self) -> None:
         self.attn, self.mlp = _Attention(self.config), _MLP(self.config)
-        self.add_norms(_norm, 0.0)
+        self.add_norms(0.0)
 
 
 class Decoder(stack.Transformer):
@@ -112,7 +88,7 @@ class Decoder(stack.Transformer):
     def setup(self) -> None:
         config = self.config
         self.wte = stack.table(config, config.vocab_size)
-        self.h, self.ln_f = stack.layers(_Block, config), _norm(config)
+        self.h, self.ln_f = stack.layers(_Block, config), Norm(config)
         if not config.tie_embeddings:
             self.lm_head = stack.table(config, config.vocab_size)
 
@@ -122,11 +98,10 @@ class Decoder(stack.Transformer):
         return rows.astype(self.config.compute_dtype)
 
     def scales(self) -> list[float]:
-        size = getattr(self.config, "query_scalar", self.config.head_size)
-        return [size**-0.5] * self.config.num_layers
+        return [getattr(self.config, "query_scalar", self.config.head_size) ** -0.5] * self.config.num_layers
 
     def rotation(self, positions: jax.Array, is_local: bool) -> Rotation:
         by_position = frequencies(self.config, is_local)[None, None, None, :]
         angles = positions.astype(jnp.float32)[:, None, :, None] * by_position
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        return jnp.cos(angles), jnp.sin(angles)
+        # Looked up, they are computed once: XLA's CPU compiler would merge them into the kernels of every layer.
+        return jnp.take(jnp.stack([jnp.cos(angles), jnp.sin(angles)]), jnp.arange(2), axis=0)

@@ -3,7 +3,6 @@
 It adds the position table "wpe" to the parameters of ``stack.Transformer``; the output layer is the token table.
 """
 
-import functools
 import math
 
 import flax.linen as nn
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.models import stack
 from rlhf_jax.models.config import GPT2Config
+from rlhf_jax.models.norms import Norm
 from rlhf_jax.models.stack import ACTIVATIONS, Dense
 
 
@@ -19,50 +19,6 @@ def _dense(config: GPT2Config, features: int, *, residual: bool = False) -> Dens
     # GPT-2 scales the 2 L layers that write to the residual stream by 1 / sqrt(2 L).
     std = config.initializer_range / math.sqrt(2 * config.num_layers) if residual else config.initializer_range
     return Dense(features, dtype=config.compute_dtype, kernel_init=nn.initializers.normal(std))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """Layer normalization (Ba et al. 2016) of the last axis of x, in float32; the dtype is kept.
-
-    Its gradient is written out, as XLA's CPU kernels take half the time for it that they take for the derived one.
-    """
-    return _normed(x, scale, bias, epsilon)[0]
-
-
-def _normed(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    wide = x.astype(jnp.float32)
-    mean = wide.mean(-1, keepdims=True)
-    # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
-    centred = wide - mean
-    inverse = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
-    scale, bias = (jnp.expand_dims(a, range(x.ndim - 1)) for a in (scale, bias))
-    return (centred * inverse * scale + bias).astype(x.dtype), (x, mean, inverse, scale)
-
-
-def _norm_backward(epsilon: float, saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
-    x, mean, inverse, scale = saved
-    grad, normed = grad.astype(jnp.float32), (x.astype(jnp.float32) - mean) * inverse
-    weights, rows = scale.reshape(-1, 1) / scale.size, tuple(range(x.ndim - 1))
-    across = grad @ weights + normed * ((grad * normed) @ weights)  # what the mean and the variance pass back
-    return (inverse * (grad * scale - across)).astype(x.dtype), (grad * normed).sum(rows), grad.sum(rows)
-
-
-layer_norm.defvjp(_normed, _norm_backward)
-
-
-class LayerNorm(nn.Module):
-    """Parameters "scale" and "bias" of ``layer_norm``."""
-
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        ones, zeros, shape = nn.initializers.ones, nn.initializers.zeros, x.shape[-1:]
-        x = x.astype(self.config.compute_dtype)
-        return layer_norm(
-            x, self.param("scale", ones, shape), self.param("bias", zeros, shape), self.config.layer_norm_epsilon
-        )
 
 
 class _Attention(stack.Attention):
@@ -100,7 +56,7 @@ class _Block(stack.Block):
 
     def setup(self) -> None:
         self.attn, self.mlp = _Attention(self.config), _MLP(self.config)
-        self.add_norms(LayerNorm, self.config.residual_dropout)
+        self.add_norms(self.config.residual_dropout)
 
 
 class GPT2(stack.Transformer):
@@ -110,7 +66,7 @@ class GPT2(stack.Transformer):
         config = self.config
         self.wte, self.wpe = stack.table(config, config.vocab_size), stack.table(config, config.max_length)
         self.h = stack.layers(_Block, config)
-        self.ln_f = LayerNorm(config)
+        self.ln_f = Norm(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
 
     def embed(self, tokens: jax.Array, positions: jax.Array, real: jax.Array) -> jax.Array:

@@ -19,10 +19,11 @@ from jax import Array
 from rlhf_jax.models import attention
 from rlhf_jax.models.attention import Number, Seen
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.norms import Norm
 from rlhf_jax.sharding import cut
 from rlhf_jax.types import Params
 
-Rotation = tuple[Array, Array]  # cosines and sines of the positions' angles, [B, 1, T, Dh] float32 each
+Rotation = Array  # cosines, then sines, of the positions' angles, [2, B, 1, T, Dh / 2] float32
 View = tuple[Seen, Rotation | None]  # who sees whom, and how queries and keys are turned
 Views = tuple[View, ...]  # of all layers, or of those that see all and those with a window
 LayerCache = tuple[Array, Array]  # keys and values of one layer, [B, H, S, Dh] each
@@ -86,8 +87,8 @@ def rotate(x: Array, rotation: Rotation) -> Array:
     """[B, H, T, Dh] turned by its positions (Su et al. 2021), in float32; the dtype is kept."""
     cosine, sine = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x.astype(jnp.float32) * cosine + turned * sine).astype(x.dtype)
+    turned = first * cosine - second * sine, second * cosine + first * sine
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def pick(x: Array, columns: Columns, axis: int) -> Array:
@@ -160,11 +161,11 @@ class Block(nn.Module):
 
     config: Any
 
-    def add_norms(self, norm: Callable[[Any], Any], dropout: float) -> None:
-        """Makes the other parts, of the family's norm and rate."""
-        self.ln_1, self.ln_2, self.dropout = norm(self.config), norm(self.config), nn.Dropout(dropout)
+    def add_norms(self, dropout: float) -> None:
+        """Makes the other parts, of the family's rate."""
+        self.ln_1, self.ln_2, self.dropout = Norm(self.config), Norm(self.config), nn.Dropout(dropout)
         if self.config.post_norms:
-            self.ln_1_post, self.ln_2_post = norm(self.config), norm(self.config)
+            self.ln_1_post, self.ln_2_post = Norm(self.config), Norm(self.config)
 
     def __call__(
         self, x: Array, views: Views, layer: Layer, cache: LayerCache | None, index: Array | int, columns: Columns
@@ -225,9 +226,9 @@ class Transformer(nn.Module):
         if self.config.scan_layers:
             x, _ = self.h(x, views, (jnp.array(scales, jnp.float32), jnp.array(local)), None, 0, None)
             return self.ln_f(pick(x, columns, axis=1))
-        for block, *layer in zip(self.h[:-1], scales, local, strict=False):
-            x, _ = block(x, (views[layer[1]],), tuple(layer), None, 0, None)
-        x, _ = self.h[-1](x, (views[local[-1]],), (scales[-1], local[-1]), None, 0, columns)
+        for i, block in enumerate(self.h):
+            read = columns if i + 1 == len(self.h) else None
+            x, _ = block(x, (views[local[i]],), (scales[i], local[i]), None, 0, read)
         return self.ln_f(x)
 
     def unembed(self, hidden: Array) -> Array:
