@@ -4,12 +4,16 @@ that was not meant is an error.
 Compiled programs are kept between runs, for the scripts that tests start too.
 """
 
+import gc
 import json
 import os
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+# Looking for garbage among a million objects that stay took a sixth of the tests' time: see pytest_collection_finish.
+gc.disable()
 
 # Read by jax when it is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -41,6 +45,13 @@ def pytest_collection_modifyitems(items):
     """Files that train whole models come first: a long test that began last would leave the other workers idle."""
     first = "quickstart docs processes kills sentiment shakespeare scripts notebooks layouts arithmetic"
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in first)
+
+
+def pytest_collection_finish():
+    """What is imported by now is never garbage; of what tests make, a little more may wait."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 cli.attach_console()  # as scripts do: capsys sees what a run reports
