@@ -12,9 +12,6 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-# Looking for garbage among a million objects that stay took a sixth of the tests' time: see pytest_collection_finish.
-gc.disable()
-
 # Read by jax when it is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "rlhf_jax_tests" / "xla"))
@@ -25,9 +22,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Most tests compile much and compute little: without XLA's optimizations they take half the time, and so do the scripts
 # that they start. Programs as a user's are run by test_quickstart.py, and by tests with the fixture below.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA's older emitters compile a training step in less than half the time; newer versions end at the unknown flag.
+# XLA's older emitters compile a training step in less than half the time, and a program that is not cut into parts for
+# several cores in a sixth less; newer versions may end at an unknown flag.
 if version("jaxlib").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 # Servers that tests start are reached directly, whatever proxy the machine has.
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
@@ -39,6 +37,9 @@ import jax
 import pytest
 
 from rlhf_jax import cli
+
+# Looking for garbage among a million objects that stay took a sixth of the tests' time: see pytest_collection_finish.
+gc.disable()
 
 
 def pytest_collection_modifyitems(items):
@@ -59,7 +60,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def optimized():
     """Programs as a user's are compiled, where two of them must agree bit for bit."""
     jax.clear_caches()
