@@ -87,8 +87,12 @@ def test_what_cudnn_is_asked_for_gives_the_same_values_and_gradients(name, monke
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
     mask, window = rows(MASKS[name][0]), MASKS[name][1]
     compute = functools.partial(attention.fused, name="cudnn", window=window)
-    found = gradients(lambda query, key, value: compute(0.5 * query, key, value, mask), mask)
-    assert_close(found, plain()(mask, window or 7))
+
+    @jax.jit
+    def run(mask):
+        return gradients(lambda query, key, value: compute(0.5 * query, key, value, mask), mask)
+
+    assert_close(run(mask), plain()(mask, window or 7))
 
 
 @pytest.mark.slow
@@ -106,11 +110,12 @@ def test_splash_gives_the_same_values_and_gradients(name, monkeypatch):
 
 def test_blocks_drop_as_many_weights():
     """Values of ones: the mean of what arrives is 1 whatever is dropped, and each block draws for itself."""
-    query, key, _ = inputs(64)
+    (query, key, _), draws = inputs(64), jax.random.key(0)
     seen = attention.seen_in_text(jnp.ones((2, 64), int))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK_SCORES", 64 * 16)
-        mixed = attention.blockwise(query * 0, key, jnp.ones_like(key), seen, 1.0, (jax.random.key(0), 0.5))[..., 0]
+        drop = jax.jit(lambda key: attention.blockwise(query * 0, key, jnp.ones_like(key), seen, 1.0, (draws, 0.5)))
+        mixed = np.asarray(drop(key))[..., 0]
     assert abs(np.mean(mixed) - 1) < 0.05
     assert np.std(mixed[..., 16:]) > 0.1
     assert not np.array_equal(mixed[..., 32:48].round(1), mixed[..., 48:].round(1))
@@ -237,7 +242,7 @@ def test_the_first_half_of_the_queries_leaves_out_later_keys(first):
             mixed = attention.attention(query, key, value, seen, 0.5, first=told)
             return jnp.sum(jnp.sin(mixed) * (seen.documents != 0)[:, None, None, :, None])
 
-        program = jax.value_and_grad(weighted, argnums=(0, 1, 2))
+        program = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)))
         return program(*arrays), max(array_sizes(jax.make_jaxpr(program)(*arrays).jaxpr))
 
     arrays = (query[:, :, :, first:], key, value)

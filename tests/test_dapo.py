@@ -29,10 +29,11 @@ def recipe(algorithm=grpo, size=2, **settings):
 
 def answers(scores, first=0, unfinished=()):
     """Responses of 2 tokens to prompts of 1, ended by EOS but for those ``unfinished``; rows count from ``first``."""
-    scores, rows = jnp.asarray(scores, jnp.float32), jnp.arange(len(scores))
-    tokens = jnp.stack([rows + first, rows + 2, jnp.where(np.isin(rows, unfinished), 2, 1)], axis=1)
-    said = jnp.ones_like(tokens).at[:, 0].set(0)
-    return Rollout(tokens, jnp.ones_like(tokens), said, jnp.zeros(tokens.shape), rows + first, scores)
+    scores, rows = np.asarray(scores, np.float32), np.arange(len(scores), dtype=np.int32)
+    tokens = np.stack([rows + first, rows + 2, np.where(np.isin(rows, unfinished), 2, 1)], axis=1).astype(np.int32)
+    said = np.ones_like(tokens) * (np.arange(3) > 0)
+    numbers = (tokens, np.ones_like(tokens), said, np.zeros(tokens.shape, np.float32), rows + first, scores)
+    return Rollout(*map(jnp.asarray, numbers))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,8 @@ def answers(scores, first=0, unfinished=()):
 )
 def test_groups_that_score_alike_are_replaced_in_order(kept, fresh, expected, left, unfinished):
     how = recipe(mask_truncated=bool(unfinished))
-    refilled = phases.refill(answers(kept, unfinished=unfinished), answers(fresh, 100), recipe=how)
+    refill = jax.jit(functools.partial(phases.refill, recipe=how))
+    refilled = refill(answers(kept, unfinished=unfinished), answers(fresh, 100))
     np.testing.assert_array_equal(refilled.row_ids, expected)
     np.testing.assert_array_equal(refilled.tokens[:, 0], expected)  # whole rows move
     assert phases.num_equal(refilled, recipe=how) == left
@@ -119,7 +121,8 @@ class Recorder:
 
 def learnt(rollout, **settings):
     loop = phases.LoopState.create(TrainState(jnp.zeros(()), {}, ()), 0.0)
-    after, metrics = phases.learn(loop, rollout, None, phases.Functions(None), recipe=recipe(Recorder, **settings))
+    learn = functools.partial(phases.learn, recipe=recipe(Recorder, **settings))
+    after, metrics = jax.jit(lambda loop, rollout: learn(loop, rollout, None, phases.Functions(None)))(loop, rollout)
     return after.train, metrics
 
 

@@ -131,7 +131,7 @@ def test_greedy_takes_the_likeliest_token_and_no_reward_model_gives_no_rewards(f
     assert greedy.rewards is None
     assert greedy.texts == generator(["abc"], seed=1).texts
     model, params, tokenizer = LanguageModel.load(folders / "policy")
-    logits = model.apply(params, jnp.array([tokenizer.encode("abc")]))[0, -1]
+    logits = jax.jit(model.apply)(params, jnp.array([tokenizer.encode("abc")]))[0, -1]
     assert greedy.token_log_probs[0][0] == pytest.approx(float(jax.nn.log_softmax(logits).max()), abs=1e-4)
     assert generator([]).texts == []
 

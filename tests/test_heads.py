@@ -82,18 +82,18 @@ def test_prompt_columns_are_not_computed():
         seen.append(hidden.shape)
         return model.unembed(params, hidden)
 
-    models.policy_fn(model._replace(unembed=unembed), prompt_length=6)(params, TOKENS, MASK, None)
+    jax.eval_shape(models.policy_fn(model._replace(unembed=unembed), prompt_length=6), params, TOKENS, MASK, None)
     assert seen == [(3, 3, 8)]
 
 
 def test_values_are_the_head_one_column_earlier():
     model, params = tiny()
-    out = models.policy_fn(model, prompt_length=4)(with_value(params), TOKENS, MASK, None)
+    out = jax.jit(models.policy_fn(model, prompt_length=4))(with_value(params), TOKENS, MASK, None)
     expected = np.asarray(model.hidden(params, TOKENS, MASK)) @ np.linspace(-1, 1, 8) + 0.5
     np.testing.assert_allclose(out.values, np.pad(expected[:, 3:-1], ((0, 0), (4, 0))), atol=1e-5)
-    assert models.policy_fn(model)(params, TOKENS, MASK, None).values is None
+    assert jax.eval_shape(models.policy_fn(model), params, TOKENS, MASK, None).values is None
     fresh = models.add_head(jax.random.key(0), params, "value")
-    assert np.all(models.policy_fn(model)(fresh, TOKENS, MASK, None).values == 0)
+    assert np.all(np.asarray(jax.jit(models.policy_fn(model))(fresh, TOKENS, MASK, None).values) == 0)
 
 
 def test_whole_value_model():
@@ -131,7 +131,7 @@ def test_what_no_model_can_do_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             refused()
-    everything_is_prompt = models.policy_fn(model, prompt_length=9)(params, TOKENS, MASK, None)
+    everything_is_prompt = jax.jit(models.policy_fn(model, prompt_length=9))(params, TOKENS, MASK, None)
     np.testing.assert_array_equal(everything_is_prompt.log_probs, np.zeros((3, 9)))
 
 
@@ -151,7 +151,7 @@ def test_scores_by_hand():
     head = {"kernel": kernel, "bias": 0.25, "gain": 3.0, "shift": -2.0}
     params = {**params, "score": jax.tree.map(jnp.float32, head)}
     tokens, mask = np.concatenate([TOKENS, TOKENS[:1]]), np.concatenate([MASK, np.zeros((1, 9), int)])
-    scores = models.score_fn(model)(params, tokens, mask, None)
+    scores = jax.jit(models.score_fn(model))(params, tokens, mask, None)
     hidden = np.asarray(model.hidden(params, tokens, mask))
     expected = [3.0 * (hidden[row, last] @ kernel + 0.25) - 2.0 for row, last in ((0, 8), (1, 8), (2, 5))]
     np.testing.assert_allclose(scores, [*expected, 0.0], atol=1e-5)
@@ -165,7 +165,8 @@ def test_score_gradient_spares_gain_and_shift_and_empty_rows():
     def loss(params, mask):
         return jnp.sum(models.score_fn(model)(params, TOKENS, mask, None) ** 2)
 
-    gradient, empty = (jax.jit(jax.grad(loss))(params, mask) for mask in (MASK, np.zeros_like(MASK)))
+    gradient_of = jax.jit(jax.grad(loss))
+    gradient, empty = (jax.tree.map(np.asarray, gradient_of(params, mask)) for mask in (MASK, np.zeros_like(MASK)))
     assert gradient["score"]["gain"] == gradient["score"]["shift"] == 0
     assert np.all(np.abs(gradient["score"]["kernel"]) > 1e-4)
     assert abs(gradient["score"]["bias"]) > 1e-4

@@ -1,7 +1,9 @@
 """KTO: mismatched rows by hand, the reference point, and the data it is trained on."""
 
+import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ def test_each_prompt_is_followed_by_the_next_rows_response():
     tokens = jnp.array([[1, 2, 3, 4, 0, 0], [5, 6, 7, 8, 0, 0], [9, 9, 9, 9, 9, 9], [0, 1, 2, 3, 3, 3]])
     response = jnp.array([[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 1]])
     real = jnp.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]])
-    rows = kto.mismatched(Feedback(tokens, real, response, jnp.ones(4, bool)))
+    rows = jax.jit(kto.mismatched)(Feedback(tokens, real, response, jnp.ones(4, bool)))
     np.testing.assert_array_equal(rows.tokens[0], [1, 2, 6, 7, 8, 0])
     np.testing.assert_array_equal(rows.response_mask, [[0, 0, 1, 1, 1, 0], *[[0] * 6] * 2, [0, 0, 0, 1, 1, 0]])
     np.testing.assert_array_equal(rows.attention_mask[jnp.array([0, 3])], [[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0]])
@@ -51,7 +53,8 @@ def test_the_reference_point_is_the_mean_over_present_rows_and_never_negative():
     mask = jnp.array([[0, 1], [0, 1], [0, 1], [0, 0]])
     for gap, expected in (([1.0, 2.0, 6.0, 99.0], 3.0), ([-1.0, -2.0, 1.0, 99.0], 0.0)):
         others = rows.replace(response_mask=mask, ref_log_probs=ref - jnp.array(gap))
-        found = kto.reference_point(policy_params(0), rows.replace(mismatched=others), policy_fn=policy_fn)
+        reference_point = jax.jit(functools.partial(kto.reference_point, policy_fn=policy_fn))
+        found = reference_point(policy_params(0), rows.replace(mismatched=others))
         np.testing.assert_allclose(found, [expected] * 4, rtol=1e-5)
 
 

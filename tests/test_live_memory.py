@@ -48,7 +48,7 @@ def world(tmp_path_factory):
     """A folder with models and data, and the bytes of the model in float32."""
     folder, tokenizer = tmp_path_factory.mktemp("world"), tokenizers.characters(["abcdefgh"])
     ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
-    model = models.build(models.GPT2Config(tokenizer.vocab_size, 16, 256, 2, 2, **ids))
+    model = models.build(models.GPT2Config(tokenizer.vocab_size, 16, 256, 1, 2, **ids))
     params = model.init(jax.random.key(0))
     kinds = {dtype: jax.tree.map(lambda leaf, d=dtype: leaf.astype(d), params) for dtype in ("float32", "bfloat16")}
     kinds["reward"] = models.add_head(jax.random.key(1), params, "score")

@@ -406,27 +406,33 @@ def test_columns_that_are_read_are_those_of_all(config, changes):
 
     hidden = models.build(model.config).hidden
 
-    def value_and_gradient(columns, weights):
-        def loss(params):
+    def states_and_gradient(columns):
+        def loss(params, weights):
             states = hidden(params, tokens, mask, None, columns)
             return jnp.sum(weights * states), states
 
-        (_, states), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-        return states, gradient
+        program = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
-    whole, _ = value_and_gradient(None, weights)
+        def run(weights):
+            (_, states), gradient = program(params, weights)
+            return states, gradient
+
+        return run
+
+    of_all = states_and_gradient(None)
+    whole, _ = of_all(weights)
     places = np.zeros((3, 6, 8), np.float32)
     np.add.at(places, (np.arange(3)[:, None], numbers), weights[:, :2])
     for columns, ours, theirs, expected in (
         (slice(2, 5), weights[:, 2:5], weights * (np.isin(np.arange(6), [2, 3, 4])[:, None]), whole[:, 2:5]),
         (jnp.array(numbers), weights[:, :2], places, whole[np.arange(3)[:, None], numbers]),
     ):
-        states, gradient = value_and_gradient(columns, ours)
+        states, gradient = states_and_gradient(columns)(ours)
         np.testing.assert_allclose(states, expected, atol=ATOL)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4),
             gradient,
-            value_and_gradient(None, theirs)[1],
+            of_all(theirs.astype(np.float32))[1],
         )
     program = str(jax.make_jaxpr(lambda params: hidden(params, tokens, mask, None, slice(2, 5)))(params))
     width = config.intermediate_size or 4 * config.hidden_size
@@ -448,7 +454,8 @@ def test_the_gradients_written_out_are_the_derived_ones(rows, is_centred):
         normed = centred / jnp.sqrt((centred**2).mean(1, keepdims=True) + 1e-5)
         return jnp.sum((normed * scale[None] + is_centred * bias[None]) @ kernel * cotangent)
 
-    got, want = (jax.value_and_grad(f, argnums=(0, 1, 2, 3))(x, kernel, scale, bias) for f in (ours, derived))
+    values = (x, kernel, scale, bias)
+    got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*values) for f in (ours, derived))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -467,7 +474,11 @@ def test_products_with_the_hessian_of_a_model():
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % 7
     gradient = jax.grad(lambda params: jnp.sum(jnp.sin(model.apply(params, tokens))))
     along = jax.tree.map(jnp.ones_like, params)
-    forward = jax.jvp(gradient, (params,), (along,))[1]
-    reverse = jax.grad(lambda params: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient(params), along))))(params)
+    forward = jax.jit(lambda params: jax.jvp(gradient, (params,), (along,))[1])(params)
+
+    def product(params):
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient(params), along)))
+
+    reverse = jax.jit(jax.grad(product))(params)
     for a, b in zip(jax.tree.leaves(forward), jax.tree.leaves(reverse), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

@@ -65,10 +65,10 @@ def test_loss_and_gradient_are_those_of_padded_rows(name):
     rows = np.array([5, 3, -1, 0, 2, 1, 4])
     packed = batches.packed_batch(ENCODED, rows, 12)
     assert packed.tokens.shape == (3, 12)
-    both = jax.jit(lambda *parts: [loss_and_gradient(model, params, part) for part in parts])
+    of = jax.jit(lambda part: loss_and_gradient(model, params, part))
     joined = dataclasses.replace(packed, attention_mask=np.minimum(packed.attention_mask, 1))
     padded = batches.demonstration_batch(ENCODED, rows, 4)
-    (expected, gradient), (loss, found), (wrong, _) = both(padded, packed, joined)
+    (expected, gradient), (loss, found), (wrong, _) = map(of, (padded, packed, joined))
     assert loss == pytest.approx(float(expected), abs=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, gradient)
     assert abs(wrong - expected) > 1e-3

@@ -112,6 +112,7 @@ def test_same_input_same_bytes_whatever_the_user_has_set():
         assert dict(dict.items(matplotlib.rcParams)) == before
 
 
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 def test_control_characters_and_half_pairs_are_shown_not_obeyed():
     table = Table("half a pair: \ud83d, whole: 😀", ("a",), [("\x00a\x1b[2J\r\x7f\tb\nc\u202ed\x85",)])
     page = Page(render("t", [table]))

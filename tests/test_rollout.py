@@ -13,8 +13,6 @@ from rlhf_jax import models, ops, ppo, rollout, sampling
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.types import PolicyOutput, Rollout, TrainState
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 VOCAB, EOS, PAD, ROWS, PROMPT = 13, 8, 0, 8, 5
 MODEL = models.build(models.GPT2Config(vocab_size=VOCAB, max_length=32, hidden_size=16, num_layers=2, num_heads=2))
 CONFIG = SamplingConfig(max_new_tokens=7, temperature=0.8, eos_id=EOS, pad_id=PAD)
@@ -63,6 +61,7 @@ def run_collect(tokens, mask, sampling=CONFIG, row_ids=ROW_IDS):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_pad_id_outside_the_vocabulary():
     tokens, mask = prompts()
     options = SamplingConfig(max_new_tokens=7, temperature=0.8, eos_id=EOS, pad_id=VOCAB)
@@ -72,6 +71,7 @@ def test_pad_id_outside_the_vocabulary():
     np.testing.assert_array_equal(outside.log_probs, inside.log_probs)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_collect():
     """Log-probs and values are those of the policy function's own forward pass, here in the same program."""
     tokens, mask = prompts()

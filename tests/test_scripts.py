@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax import cli
+from rlhf_jax.data import demo
 from rlhf_jax.runs.devices import has_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,16 +84,18 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
 @slow
 def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path):
     folder = tmp_path / "run"
-    run("pipeline", *TINY, "--output-dir", folder)
+    demo.write(tmp_path / "data", sizes={"sft_data.json": 256, "preference_data.json": 256, "prompts.json": 96})
+    given = (*TINY, "--data", tmp_path / "data", "--output-dir", folder, "--rl.num-iterations", 3)
+    run("pipeline", *given)
     manifests = {name: json.loads((folder / name / "manifest.json").read_text()) for name in ("reward_model", "ppo")}
     assert not cli.run(["report", str(folder)])
     assert (folder / "stages.html").is_file()
     assert "model" in manifests["reward_model"]["data"]
     assert {"model", f"reward {folder / 'reward_model' / 'model'}"} <= manifests["ppo"]["data"].keys()
-    done = run("pipeline", *TINY, "--output-dir", folder, check=False)
+    done = run("pipeline", *given, check=False)
     assert (done.returncode, "--resume" in done.stderr) == (2, True)
     before = (folder / "ppo" / "model" / "model.safetensors").read_bytes()
-    assert run("pipeline", *TINY, "--output-dir", folder, "--resume").stdout.count("finished already") == 3
+    assert run("pipeline", *given, "--resume").stdout.count("finished already") == 3
     assert (folder / "ppo" / "model" / "model.safetensors").read_bytes() == before
 
 

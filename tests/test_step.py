@@ -53,7 +53,10 @@ def squares(params, part):
 def test_microbatches_add_up_to_the_batch():
     batch = {"x": jnp.arange(1.0, 13.0) / 12.0, "absent": None}
     state = TrainState.create({"w": jnp.array([0.5])}, SGD)
-    run = partial(gradient_step, squares, state, SGD, batch=batch)
+
+    def run(**options):
+        return jax.jit(lambda state, batch: gradient_step(squares, state, SGD, batch=batch, **options))(state, batch)
+
     whole, metrics = run()
     np.testing.assert_allclose(metrics["half"], 0.5 * np.mean((0.5 * batch["x"] - 1.0) ** 2), rtol=1e-6)
     for num_microbatches in (2, 3, 12):
@@ -65,7 +68,8 @@ def test_microbatches_of_low_precision_are_summed_in_float32():
         return Mean(params["w"] * jnp.sum(part), jnp.float32(1 / 300)), {}
 
     state = TrainState.create({"w": jnp.zeros((), jnp.bfloat16)}, SGD)
-    state, metrics = gradient_step(loss_fn, state, SGD, batch=jnp.ones(300, jnp.bfloat16), num_microbatches=300)
+    step = jax.jit(lambda state, batch: gradient_step(loss_fn, state, SGD, batch=batch, num_microbatches=300))
+    state, metrics = step(state, jnp.ones(300, jnp.bfloat16))
     assert state.params["w"] == -300.0  # in bfloat16, 256 + 1 = 256
     assert state.params["w"].dtype == jnp.bfloat16
     assert metrics["grad_norm"] == 300.0
@@ -106,8 +110,12 @@ def cubes(params, part):
 )
 def test_microbatches_of_rollouts_are_as_wide_as_their_longest_response(rollout, parts, columns):
     state = TrainState.create({"w": jnp.array(0.5)}, SGD)
-    expected, metrics = gradient_step(cubes, state, SGD, batch=rollout)
-    found, own = gradient_step(cubes, state, SGD, batch=rollout, num_microbatches=parts)
+
+    @partial(jax.jit, static_argnames="parts")
+    def step(state, batch, parts):
+        return gradient_step(cubes, state, SGD, batch=batch, num_microbatches=parts)
+
+    (expected, metrics), (found, own) = step(state, rollout, 1), step(state, rollout, parts)
     assert own["columns"] == columns
     assert_close(found, expected)
     np.testing.assert_allclose(own["loss"], metrics["loss"], rtol=1e-5)
