@@ -59,10 +59,10 @@ def flags_for(device: str | None) -> dict[str, str]:
 
 def xla_flags(ours: Mapping[str, str], given: str) -> str:
     """XLA's flags: those ``given``, and of ``ours`` those that they do not set and this jaxlib knows; XLA aborts at
-    others."""
+    others. A name that is no flag any more may be left in the library, but not as a string of its own."""
     library = Path(jaxlib.__file__).with_name("libjax_common.so")
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        known = {name for name in ours if name not in given and content.find(name.encode()) >= 0}
+        known = {name for name in ours if name not in given and content.find(f"{name}\0".encode()) >= 0}
     return " ".join([f"--{name}={value}" for name, value in ours.items() if name in known] + given.split())
 
 
