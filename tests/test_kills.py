@@ -30,8 +30,8 @@ TINY = ROOT / "configs" / "tiny.yaml"
 @pytest.mark.parametrize(
     ("sweeps", "random_kills", "at_least"),
     [
-        pytest.param(1, 15, {"total": 50, "writing": 10, "retention": 5}, id="50", marks=pytest.mark.slow),
-        pytest.param(9, 170, {"total": 500, "writing": 100, "retention": 50}, id="500", marks=pytest.mark.soak),
+        pytest.param(1, 25, {"total": 50, "writing": 10, "retention": 5}, id="50", marks=pytest.mark.slow),
+        pytest.param(9, 260, {"total": 500, "writing": 100, "retention": 50}, id="500", marks=pytest.mark.soak),
     ],
 )
 def test_a_process_killed_while_it_saves(sweeps, random_kills, at_least, tmp_path):
