@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf_jax import models, ops, sampling
 from rlhf_jax.data import batches, chat, encoding, tokenizers
-from rlhf_jax.data.environment import Source, converse, load_environment
+from rlhf_jax.data.environment import Source, converse, function_of, load_environment
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
@@ -142,7 +142,8 @@ class Generator:
             raise UserError(f"{folder}: this is a reward model, which writes no text; give the policy first")
         end, pad = self.tokenizer.eos_ids, self.tokenizer.pad_id
         self.config = sampling.SamplingConfig(max_new_tokens, temperature, top_k, top_p, eos_id=end, pad_id=pad)
-        self._environment = load_environment(environment, self.tokenizer, max_new_tokens, max_turns)
+        fn = function_of(environment, "environment")
+        self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
         self._score: Callable[..., jax.Array] | None = None
         positions = self.model.config.max_length
         if reward_model is not None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_jax.data.rows import BadRow, Record
-from rlhf_jax.errors import UserError, did_you_mean
+from rlhf_jax.errors import UserError, did_you_mean, file_errors
 
 _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
 _PACKED_AT_MOST, _MAY_UNPACK = 100, 1 << 26  # times its size, and bytes that any file may unpack to
@@ -100,10 +100,8 @@ def parse_text(text: str, name: str, suffix: str = ".json") -> tuple[Iterator[Re
 
 
 def _bytes(path: Path) -> bytes:
-    try:
+    with file_errors(path):
         data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if not data.startswith(b"\x1f\x8b"):
         return data
     most = max(_MAY_UNPACK, _PACKED_AT_MOST * len(data))

@@ -282,13 +282,10 @@ def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
         return chat.exchange(record, key)
     if "prompt" not in row and key in PAIR and isinstance(row.get(key), str):
         before, opening, response = row[key].rpartition(ASSISTANT)
-        if not opening:
-            hint = rows.meant("prompt", [other for other in row if other not in PAIR])
-            raise BadRow(record.source, _NO_DIALOGUE.format(key) + hint)
-        if HUMAN in response:
-            raise BadRow(record.source, f"{key!r} ends with a human turn, not with an answer")
-        if not response.strip():
-            raise BadRow(record.source, chat.NO_RESPONSE)
+        hint = rows.meant("prompt", [other for other in row if other not in PAIR])
+        rows.expect(opening, record, _NO_DIALOGUE.format(key) + hint)
+        rows.expect(HUMAN not in response, record, f"{key!r} ends with a human turn, not with an answer")
+        rows.expect(response.strip(), record, chat.NO_RESPONSE)
         return rows.checked(record, key, before + opening), rows.checked(record, key, response)
     rows.require(record, ("prompt", *keys))
     return rows.text(record, "prompt"), rows.text(record, key)
@@ -304,28 +301,26 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, 
     category = str(row.get("category") or row.get("subset") or "")
     if "responses" not in row:
         (before, chosen), (other, rejected) = (_exchange(record, key) for key in PAIR)
-        if other != before:
-            raise BadRow(record.source, "dialogues differ before the last response")
+        rows.expect(other == before, record, "dialogues differ before the last response")
         if chosen == rejected:
             raise Drop(EQUAL)
-        if any(0 not in _best(_ranks(record, label, 2)) for label in LABELS[:-1] if row.get(label) is not None):
-            raise BadRow(record.source, _CONTRADICTED)
+        given = [_ranks(record, label, 2) for label in LABELS[:-1] if row.get(label) is not None]
+        rows.expect(all(0 in _best(ranks) for ranks in given), record, _CONTRADICTED)
         return Row(_rendered(before, template, record), (chosen, rejected), record.source, category=category), (0, 1)
     rows.expect(isinstance(row["responses"], list), record, "'responses' must be a list", row["responses"])
     responses = tuple(_text_or_ids(record, f"response {i}", value) for i, value in enumerate(row["responses"]))
     labels = [key for key in LABELS if row.get(key) is not None]
     targets = _numbers(record, "targets", len(responses)) if "targets" in labels else None
-    if len(responses) < (1 if targets else 2):
-        raise BadRow(record.source, f"a comparison needs at least 2 responses, found {len(responses)}")
-    if not labels or (targets is None and len(labels) > 1):
-        found = ", ".join(labels or row)
-        raise BadRow(record.source, f"expected one of the keys {', '.join(LABELS)}, found {found}")
+    is_several = len(responses) >= (1 if targets else 2)
+    rows.expect(is_several, record, f"a comparison needs at least 2 responses, found {len(responses)}")
+    found = f"expected one of the keys {', '.join(LABELS)}, found {', '.join(labels or row)}"
+    rows.expect(targets or len(labels) == 1, record, found)
     if targets is None and len(set(responses)) == 1:
         raise Drop(EQUAL if len(responses) == 2 else ALL_EQUAL)
     ranks = None if labels[0] == "targets" else _ranks(record, labels[0], len(responses))
     best = ranks.index(0) if ranks and labels == ["best"] else None
-    if ranks and "chosen" in row and row["chosen"] not in [responses[i] for i in _best(ranks)]:
-        raise BadRow(record.source, _CONTRADICTED)
+    if ranks and "chosen" in row:
+        rows.expect(row["chosen"] in [responses[i] for i in _best(ranks)], record, _CONTRADICTED)
     prompt = _prompt_of_answers(record, template)
     return Row(prompt, responses, record.source, best, targets, category=category), ranks
 
@@ -345,8 +340,7 @@ def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = Fal
     wrong = [i for i in value if type(i) is not int or i < 0]
     rows.expect(not wrong, record, f"{what} must hold token ids", wrong and wrong[0])
     ids = tuple(i for i in value if i != PAD_ID)
-    if not ids:
-        raise BadRow(record.source, f"{what} is empty")
+    rows.expect(ids, record, f"{what} is empty")
     return ids
 
 

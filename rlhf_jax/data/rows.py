@@ -110,10 +110,10 @@ def fields(record: Record, expected: str) -> dict[str, Any]:
     return record.value
 
 
-def expect(holds: Any, record: Record, what: str, value: Any) -> None:
-    """Raises `BadRow`, saying where, ``what`` must be and what kind of value stands there, unless it holds."""
+def expect(holds: Any, record: Record, what: str, *found: Any) -> None:
+    """Raises `BadRow`, saying where, ``what`` must be or is wrong and, if given, the kind of value, unless it holds."""
     if not holds:
-        raise BadRow(record.source, f"{what}, found {kind(value)}")
+        raise BadRow(record.source, what + "".join(f", found {kind(value)}" for value in found))
 
 
 def require(record: Record, keys: Sequence[str]) -> None:
@@ -139,8 +139,7 @@ def text(record: Record, key: str) -> str:
 
 def checked(record: Record, what: str, value: str, may_be_space: bool = True) -> str:
     """The value itself, if it is not empty and can be written as UTF-8."""
-    if not (value if may_be_space else value.strip()):
-        raise BadRow(record.source, f"{what} is empty")
+    expect(value if may_be_space else value.strip(), record, f"{what} is empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, yet no text

@@ -25,7 +25,7 @@ from rlhf_jax import generator, models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, formats, rows
 from rlhf_jax.data.encoding import EncodedTexts
-from rlhf_jax.data.environment import Environment, converse, load_environment
+from rlhf_jax.data.environment import Environment, converse, function_of, load_environment
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.evaluation import data, measures, texts
@@ -45,7 +45,7 @@ Sets = Mapping[str, formats.ReadResult]
 
 SAMPLES = "evaluation_samples.jsonl"
 ORDER = ("helpfulness", "harmlessness", "honesty", "preferences", "agreement", "diversity", "win rate")  # then others
-GIVEN = ("preferences", "annotated")  # data with answers; the other sets are prompts
+KINDS: dict[str, rows.Kind] = {"preferences": "pairs", "annotated": "annotated"}  # of sets that are not prompts
 BUCKET = 64  # tokens: texts to score are padded to a multiple, so that few shapes are compiled
 
 
@@ -136,9 +136,9 @@ def run(folder: str | Path, config: Config) -> Result:
     _check_flags(policy, config)
     sets, categories = _read(config, chat.template_of(policy.tokenizer))
     bench = open_bench(policy, config)
-    answers = {name: sample(bench, policy, name, read.rows) for name, read in sets.items() if name not in GIVEN}
+    answers = {name: sample(bench, policy, name, read.rows) for name, read in sets.items() if name not in KINDS}
     limits: Any = {"template": policy.template, "max_length": bench.positions, "too_long": config.too_long}
-    given = {name: read.rows for name, read in sets.items() if name in GIVEN}
+    given = {name: read.rows for name, read in sets.items() if name in KINDS}
     pairs = {name: encoding.encode_texts(rows, policy.tokenizer, **limits) for name, rows in given.items()}
     left_out = {}
     for name, read in sets.items():
@@ -238,7 +238,8 @@ def open_bench(policy: Policy, config: Config) -> Bench:
     turns = trained.get("max_turns") if config.max_turns is None and config.environment else config.max_turns
     if trained.get("environment") and not config.environment:
         logger.info(f"{policy.folder} was trained with replies by {trained['environment']}; here is no --environment")
-    environment = load_environment(config.environment, policy.tokenizer, policy.max_new_tokens, turns)
+    fn = function_of(config.environment, "--environment")
+    environment = load_environment(fn, policy.tokenizer, policy.max_new_tokens, turns)
     return Bench(policy, config, stage.stream(config.seed, "evaluate", "eval"), reward, positions, environment)
 
 
@@ -335,8 +336,9 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
     """All data, read before anything is computed, and the categories of the user's own."""
     categories = data.read_categories(config.categories) if config.categories else {}
     read = functools.partial(formats.read, template=template, columns=config.columns, on_bad_row=config.on_bad_row)
-    prompts = {"prompts": config.prompts} | {f"custom {name}": own.prompts for name, own in categories.items()}
-    results = {name: read("prompts", paths) for name, paths in prompts.items() if paths}
+    given: dict[str, Any] = {"prompts": config.prompts, "safety": config.safety, "preferences": config.preferences}
+    given |= {"annotated": config.annotated} | {f"custom {name}": own.prompts for name, own in categories.items()}
+    results = {name: read(KINDS.get(name, "prompts"), paths) for name, paths in given.items() if paths}
     for name, category in categories.items():
         if category.texts:
             place = f"{config.categories}: {name}, prompt "
@@ -344,12 +346,7 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
             results[f"custom {name}"] = formats.ReadResult(own)
         elif not (category.prompts or config.prompts):
             raise UserError(f"{config.categories}: {name} has no prompts of its own; add them or give --prompts")
-    if config.safety:
-        results["safety"] = data.check_safety(read("prompts", config.safety))
-    if config.preferences:
-        results["preferences"] = read("pairs", config.preferences)
-    if config.annotated:
-        results["annotated"] = read("annotated", config.annotated)
+    data.check_safety(results["safety"].rows if config.safety else ())
     for name, result in results.items():
         logger.info(f"{name}: {result.describe()}")
     return results, categories

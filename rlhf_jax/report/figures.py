@@ -54,8 +54,6 @@ class Plot:
     y_label: str
     series: Mapping[str, Series | tuple[npt.ArrayLike, npt.ArrayLike]]
     """``{name: series}``; values that are not finite leave gaps and are counted below the plot."""
-    band: tuple[float, float, str] | None = None
-    """A horizontal band: low, high, label."""
     lines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Horizontal lines: ``{label: y}``."""
     diagonal: str = ""
@@ -190,11 +188,8 @@ def _draw_series(axes: Any, shown: Mapping[str, Series]) -> dict[str, Any]:
 
 
 def _draw_marks(axes: Any, plot: Plot) -> dict[str, Any]:
-    """The band, the lines and the diagonal of the plot."""
+    """The lines and the diagonal of the plot."""
     handles: dict[str, Any] = {}
-    if plot.band:
-        low, high, label = plot.band
-        handles[label] = axes.axhspan(low, high, color="#009e73", alpha=0.13, linewidth=0)
     for i, (label, y) in enumerate(plot.lines.items()):
         handles[label] = axes.axhline(y, color="#333333", linewidth=1, linestyle=("--", ":", "-.")[i % 3])
     if plot.diagonal:

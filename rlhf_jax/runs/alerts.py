@@ -179,16 +179,9 @@ def _degenerate_text(share: np.ndarray) -> tuple[bool, str]:
 def _reward_collapse(score: np.ndarray) -> tuple[bool, str]:
     if len(score) < 6:
         return False, ""
-    means = _means_of_5(score)
+    means = np.lib.stride_tricks.sliding_window_view(score, 5).mean(axis=1)
     gain, noise = means[:-1].max() - means[0], _noise(score[:-1])
     return _is("mean 5 of objective/score", means[-1], "<", means[:-1].max() - max(0.5 * gain, 4 * noise))
-
-
-def _value_loss_explosion(loss: np.ndarray) -> tuple[bool, str]:
-    if len(loss) < 5:
-        return False, ""
-    means = _means_of_5(loss)
-    return _is("mean 5 of value/loss", means[-1], ">", 20 * means[0] or math.nan)
 
 
 def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> tuple[bool, str]:
@@ -199,11 +192,6 @@ def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> tuple[bool, str]:
     is_low, lost = _is("validation/judge", judge[-1], "<", low)
     is_high, gained = _is("validation/score", score[-1], ">", score[best] + 5 * _noise(score[:-1]))
     return is_low and is_high, f"{lost}, {gained}"
-
-
-def _means_of_5(values: np.ndarray) -> np.ndarray:
-    """[N - 4] means of five neighbouring rows."""
-    return np.lib.stride_tricks.sliding_window_view(values, 5).mean(axis=1)
 
 
 def _noise(values: np.ndarray) -> float:
@@ -225,7 +213,7 @@ _RULES = (
     Rule("KL explosion", ("objective/kl", "response/length"), _kl_explosion, rows=3),
     Rule("entropy collapse", ("objective/entropy", "response/length"), _entropy_collapse, rows=5),
     Rule("reward collapse", ("objective/score",), _reward_collapse),
-    Rule("value-loss explosion", ("value/loss",), _value_loss_explosion),
+    _rule("mean 5 of value/loss > 20x first", {})._replace(name="value-loss explosion"),
     Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
     Rule("reward hacking", ("validation/judge", "validation/score"), _reward_hacking),
     _sampler_gap("float32"),
