@@ -322,7 +322,7 @@ def run(config: SentimentConfig) -> dict[str, Any]:
         prompts.attention_mask[: own.num_heldout],
         initial.sampling_config(config.rl, tokenizer),
         stages.stream(config.seed, "sentiment", "eval"),
-        lambda responses: np.asarray(rewards.on_host(host, responses, {}).rollout.scores),
+        lambda responses: np.asarray(rewards.on_host(host, responses, {})[0].scores),
         own.samples,
     )
     write_data(config, folder / "data", prompts, bench)

@@ -239,8 +239,7 @@ def sample_in_batches(
     columns = np.shape(tokens)[1]
 
     def sample(tokens: np.ndarray, mask: np.ndarray, by_row: dict[str, np.ndarray]) -> Rollout:
-        sampled = _sample(model, params, tokens, mask, key, config=config, **by_row)
-        return replace(sampled, prompt_length=columns)
+        return replace(_sample(model, params, tokens, mask, key, config=config, **by_row), prompt_length=columns)
 
     sampled = _by_length(sample, batch_size, tokens, mask, by_row)
     return replace(sampled, tokens=np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1))

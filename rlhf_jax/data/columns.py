@@ -111,7 +111,8 @@ def _rankings(record: Record) -> list[Record]:
     except (KeyError, TypeError, AttributeError) as error:
         return [Record(BadRow(record.source, f"not a message tree: {type(error).__name__}: {error}"), record.source)]
     rankings = [Record(row, f"{record.source}, prompt {number}") for number, row in enumerate(rows, 1)]
-    return rankings or [Record(Drop("message tree without two ranked replies to one prompt"), record.source)]
+    no_rank = Drop(record.source, "message tree without two ranked replies to one prompt")
+    return rankings or [Record(no_rank, record.source)]
 
 
 def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:

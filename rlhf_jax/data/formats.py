@@ -143,13 +143,11 @@ def parse_all(kind: Kind, records: Sequence[Record], template: ChatTemplate, on_
             parsed = parse(kind, record, template)
             if kind == "prompts":
                 if parsed[0].prompt in seen and (form_of(record.value) or ("prompts",))[0] != "prompts":
-                    raise Drop("repeated prompt")
+                    raise Drop(record.source, "repeated prompt")
                 seen.add(parsed[0].prompt)
             found.rows.extend(parsed)
-        except Drop as drop:
-            found.places.setdefault(str(drop), []).append(record.source)
         except UserError as error:
-            if on_bad_row == "drop" and isinstance(error, BadRow):
+            if isinstance(error, BadRow if on_bad_row == "drop" else Drop):
                 found.places.setdefault(error.what, []).append(error.source)
             else:
                 found.errors.append(error)
@@ -303,7 +301,7 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, 
         (before, chosen), (other, rejected) = (_exchange(record, key) for key in PAIR)
         rows.expect(other == before, record, "dialogues differ before the last response")
         if chosen == rejected:
-            raise Drop(EQUAL)
+            raise Drop(record.source, EQUAL)
         given = [_ranks(record, label, 2) for label in LABELS[:-1] if row.get(label) is not None]
         rows.expect(all(0 in _best(ranks) for ranks in given), record, _CONTRADICTED)
         return Row(_rendered(before, template, record), (chosen, rejected), record.source, category=category), (0, 1)
@@ -316,7 +314,7 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, 
     found = f"expected one of the keys {', '.join(LABELS)}, found {', '.join(labels or row)}"
     rows.expect(targets or len(labels) == 1, record, found)
     if targets is None and len(set(responses)) == 1:
-        raise Drop(EQUAL if len(responses) == 2 else ALL_EQUAL)
+        raise Drop(record.source, EQUAL if len(responses) == 2 else ALL_EQUAL)
     ranks = None if labels[0] == "targets" else _ranks(record, labels[0], len(responses))
     best = ranks.index(0) if ranks and labels == ["best"] else None
     if ranks and "chosen" in row:
@@ -385,6 +383,6 @@ def _pairs(row: Row, ranks: tuple[float, ...]) -> list[Row]:
     apart = [(better, worse) for (better, rank), (worse, other) in ranked if rank < other]
     ordered = [pair for pair in apart if pair[0] != pair[1]]
     if not ordered:
-        raise Drop(ALL_EQUAL if apart else "all responses are ranked equal")
+        raise Drop(row.source, ALL_EQUAL if apart else "all responses are ranked equal")
     weight = 1 / len(ordered) if len(ordered) > 1 else None
     return [dataclasses.replace(row, responses=pair, best=None, weight=weight) for pair in ordered]

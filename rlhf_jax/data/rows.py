@@ -18,7 +18,7 @@ Text = str | TokenIds  # token ids are used as they are: neither tokenised again
 class Record(NamedTuple):
     """One value of a data file and its place: ``FILE, line N`` or ``FILE, row N``, both counted from 1."""
 
-    value: Any  # UserError or Drop if the line or row could not be read
+    value: Any  # UserError if the line or row could not be read
     source: str
 
 
@@ -61,7 +61,7 @@ class BadRow(UserError):
         self.source, self.what = source, what
 
 
-class Drop(Exception):
+class Drop(BadRow):
     """A row without a fault that teaches nothing: it is always left out, and counted under this reason."""
 
 
@@ -104,7 +104,7 @@ def texts(rows: Sequence[Row]) -> Iterator[str]:
 
 def fields(record: Record, expected: str) -> dict[str, Any]:
     """The record as an object; ``expected`` are its keys, for the error."""
-    if isinstance(record.value, UserError | Drop):
+    if isinstance(record.value, UserError):
         raise record.value
     expect(isinstance(record.value, dict), record, f"expected an object with keys {expected}", record.value)
     return record.value

@@ -263,7 +263,7 @@ _apply = jax.jit(lambda fn, rollout: fn(rollout)[0])
 def score(reward: spec.Reward, rollout: Rollout, columns: Mapping[str, Sequence[Any]], batch_size: int) -> np.ndarray:
     """[N] float64 of N responses, NaN where a function gave None. A Python function sees all rows at once."""
     if reward.host is not None:
-        result = rewards.on_host(reward.host, rollout, columns).rollout
+        result, _ = rewards.on_host(reward.host, rollout, columns)
         return np.where(np.any(result.response_mask, axis=1), np.asarray(result.scores, np.float64), np.nan)
     return generator.in_batches(functools.partial(_apply, reward.fn), batch_size, rollout).astype(np.float64)
 

@@ -62,8 +62,6 @@ def normalized(text: str) -> str:
 
 def _word_pattern(word: str) -> str:
     parts = normalized(word).split()
-    if not parts:
-        raise UserError(f"the word {word!r} has no visible characters")
     # Only letters and digits have a boundary: a listed emoji is found between letters too, and a word between the
     # underscores of Markdown.
     before = f"(?<!{_LETTER})" if re.match(_LETTER, parts[0]) else ""
@@ -171,7 +169,7 @@ class Guard:
         if self.classifier is None:
             return
         try:
-            judged: Any = on_host(self.classifier, sampled, columns, "the score").rollout
+            judged, _ = on_host(self.classifier, sampled, columns, "the score")
         except FloatingPointError as error:
             raise FloatingPointError(f"safety.classifier: {error}") from error
         below, above = self.settings.below, self.settings.above

@@ -54,8 +54,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._metrics, self._timing, self._samples = self._files
         self._printed = False
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        name = TextColumn("{task.description}", markup=False)
-        self._progress = Progress(name, *columns)
+        self._progress = Progress(TextColumn("{task.description}", markup=False), *columns)
         self._task = self._progress.add_task(label, total=total, completed=resume_step or 0)
         if self._progress.console.is_terminal and logger.isEnabledFor(logging.INFO):
             self._progress.start()

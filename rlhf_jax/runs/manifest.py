@@ -64,8 +64,7 @@ def write_manifest(
     if run.resumed:
         manifest = _read(run.manifest, json.loads) | (dict(facts) if changed else {})
         starts = manifest.setdefault("resumed", [])
-        last = (starts or [manifest])[-1]
-        before = {key: last.get(key) for key in machine}
+        before = {key: (starts or [manifest])[-1].get(key) for key in machine}
         if differences := _differences(dotted(before), dotted(machine)).values():
             goes_on = "The run goes on, but is no longer bit for bit what it would have been without the stop"
             logger.info(f"--resume: {'; '.join(differences)}. {goes_on}")
