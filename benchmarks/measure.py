@@ -220,11 +220,8 @@ def machine() -> dict[str, Any]:
     """Versions and the machine, for the line."""
     versions = {package: importlib.metadata.version(package) for package in ("rlhf-jax", "jax", "jaxlib")}
     device = jax.devices()[0]
-    return {"versions": versions, "device": device.device_kind, "devices": jax.device_count()} | {
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-    }
+    host = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    return {"versions": versions, "device": device.device_kind, "devices": jax.device_count()} | host
 
 
 # --- From the start of a process --------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.evaluation import data, measures, texts
 from rlhf_jax.evaluation.measures import Figure, Responses
+from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import hf
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.report import records
@@ -291,7 +292,7 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     how: Any = {"config": settings, "batch_size": config.batch_size}
 
     def respond(tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None) -> Rollout:
-        return generator.sample_in_batches(model, policy.params, tokens, mask, key, **how, used=used)
+        return LanguageModel(model, policy.params, tokenizer).sample(tokens, mask, key, **how, used=used)
 
     rollout, talks = converse(bench.environment, respond, encoded, numbers)
     read = [p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows]
