@@ -18,7 +18,6 @@ from rlhf_jax import models, ops, sampling
 from rlhf_jax.data import batches, chat, encoding, tokenizers
 from rlhf_jax.data.environment import Source, converse, function_of, load_environment
 from rlhf_jax.data.rows import Row
-from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 from rlhf_jax.sampling import SamplingConfig
@@ -35,7 +34,7 @@ class LanguageModel(NamedTuple):
 
     model: models.Model
     params: Params
-    tokenizer: Tokenizer
+    tokenizer: tokenizers.Tokenizer
 
     @classmethod
     def load(cls, source: str | Path, **compute: Any) -> "LanguageModel":
@@ -266,7 +265,7 @@ def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any) -> Any:
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:num_rows], *parts)
 
 
-def responses(rollout: Rollout, tokenizer: Tokenizer, with_replies: bool = False) -> list[str]:
+def responses(rollout: Rollout, tokenizer: tokenizers.Tokenizer, with_replies: bool = False) -> list[str]:
     """The text of each row's responses, special tokens left out; ``with_replies`` of an environment between them."""
     said = np.asarray(rollout.response_mask) != 0
     shown = np.maximum.accumulate(said, axis=1) & (np.asarray(rollout.attention_mask) != 0) if with_replies else said

@@ -23,9 +23,7 @@ ABSENT = -1  # in place of a row number: completes the last batch of an epoch an
 Place = tuple[int, int, int, int, int]  # row, answer, place, start, number
 
 
-def split(
-    n: int, fraction: float, key: jax.Array, groups: Sequence[Any] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def split(n: int, fraction: float, key: jax.Array, groups: Sequence | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers for training and for validation, each ascending; round(n * fraction) of them, at least 1, validate.
 
     A fraction of 0 gives an empty validation part. Raises UserError if no row would be left to train on.

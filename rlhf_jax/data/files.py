@@ -16,7 +16,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ class Source(NamedTuple):
     format: str
 
 
-def read_source(name: str | PathLike[str]) -> Source:
+def read_source(name: str | os.PathLike[str]) -> Source:
     """The content of a file, or of a dataset named ``org/name`` or ``org/name:split``.
 
     ``.csv``, ``.tsv``, ``.parquet`` and ``.txt`` (each also with ``.gz`` after it) are read as that, anything else as a
@@ -117,7 +116,7 @@ def _bytes(path: Path) -> bytes:
     return unpacked
 
 
-def read_text(path: str | PathLike[str]) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file, unpacked if gzip packed it, without a byte order mark.
 
     Raises:

@@ -25,8 +25,6 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,7 @@ from rlhf_jax.data.files import Source, parse_text, read_source
 from rlhf_jax.data.rows import BadRow, Drop, Kind, Record, Row, Text
 from rlhf_jax.errors import UserError
 
-Names = str | PathLike[str] | Sequence[str | PathLike[str]]
+Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 PAIR = ("chosen", "rejected")
 ANNOTATED = ("instruction", "response1", "response2", "annotator1")
@@ -68,16 +66,16 @@ ALL_EQUAL = "all responses are identical"
 _ANNOTATOR = re.compile(r"annotator[0-9]+")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ReadResult:
     """The rows in file order, the places of the rows that were left out by reason, the sha256 of each source, and what
     is wrong with other rows.
     """
 
     rows: list[Row]
-    places: dict[str, list[str]] = field(default_factory=dict)
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    errors: list[UserError] = field(default_factory=list)
+    places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    errors: list[UserError] = dataclasses.field(default_factory=list)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -155,7 +153,7 @@ def parse_all(kind: Kind, records: Sequence[Record], template: ChatTemplate, on_
 
 
 def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
-    given = [str(name) for name in ([names] if isinstance(names, str | PathLike) else names)]
+    given = [str(name) for name in ([names] if isinstance(names, str | os.PathLike) else names)]
     if not given:
         folder = f"a folder that holds {FILES[kind]}"
         raise UserError(f"no data: give --data FILE with {kind}, {folder}, or `--data demo` for the generated corpus")

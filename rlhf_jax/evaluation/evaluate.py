@@ -24,15 +24,11 @@ import yaml
 from rlhf_jax import generator, models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, formats, rows
-from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.data.environment import Environment, converse, function_of, load_environment
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.evaluation import data, measures, texts
-from rlhf_jax.evaluation.measures import Figure, Responses
-from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import hf
-from rlhf_jax.models.hf import model_folder
 from rlhf_jax.report import records
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices, manifest
@@ -43,6 +39,8 @@ from rlhf_jax.types import Comparisons, Params, Rollout
 Categories = Mapping[str, data.CustomCategory]
 Sets = Mapping[str, formats.ReadResult]
 """The data of prompts, safety, preferences, annotated and custom NAME."""
+Encoded = Mapping[str, encoding.EncodedTexts]
+"""The pairs of preferences and annotated."""
 
 SAMPLES = "evaluation_samples.jsonl"
 ORDER = ("helpfulness", "harmlessness", "honesty", "preferences", "agreement", "diversity", "win rate")  # then others
@@ -110,7 +108,7 @@ class Config:
 class Result(NamedTuple):
     """The figures, and the file that holds them."""
 
-    rows: list[Figure]
+    rows: list[measures.Figure]
     path: Path
 
     def value(self, category: str, metric: str) -> float | None:
@@ -139,8 +137,8 @@ def run(folder: str | Path, config: Config) -> Result:
     bench = open_bench(policy, config)
     answers = {name: sample(bench, policy, name, read.rows) for name, read in sets.items() if name not in KINDS}
     limits: Any = {"template": policy.template, "max_length": bench.positions, "too_long": config.too_long}
-    given = {name: read.rows for name, read in sets.items() if name in KINDS}
-    pairs = {name: encoding.encode_texts(rows, policy.tokenizer, **limits) for name, rows in given.items()}
+    given = [name for name in KINDS if name in sets]
+    pairs = {name: encoding.encode_texts(sets[name].rows, policy.tokenizer, **limits) for name in given}
     left_out = {}
     for name, read in sets.items():
         if reasons := read.dropped | (answers | pairs)[name].counts:
@@ -192,7 +190,7 @@ def load(folder: str, config: Config) -> Policy:
     """The policy in a run's or model's folder, or of a Hugging Face name."""
     settings = _settings(folder)
     compute = Compute(dtype=settings.get("compute", {}).get("dtype", "float32"))
-    source = model_folder(folder)
+    source = hf.model_folder(folder)
     member = str(next(iter(spec.members(source)), source))
     model, params, tokenizer = initial.load_language_model(member, compute)
     template = config.template or settings.get("text", {}).get("template", "{prompt}")
@@ -225,7 +223,7 @@ def open_bench(policy: Policy, config: Config) -> Bench:
     positions, reward = policy.model.config.max_length, None
     given = policy.folder if policy.is_judge else config.reward_model
     if given is not None:
-        entry = model_folder(given)
+        entry = hf.model_folder(given)
         if policy.is_judge and spec.members(entry):
             entry = f"mean:{entry}"
         check_template(policy, given, config)
@@ -276,7 +274,7 @@ class Answers(NamedTuple):
     counts: dict[str, int]  # prompts that were too long, by what was done to them
     columns: dict[str, list[Any]]  # of the N * S rows of the rollout
     rollout: Rollout
-    responses: Responses
+    responses: measures.Responses
     talks: dict[str, np.ndarray]  # of each of the N * S conversations, as ``converse`` gives them
 
 
@@ -292,18 +290,18 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     how: Any = {"config": settings, "batch_size": config.batch_size}
 
     def respond(tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None) -> Rollout:
-        return LanguageModel(model, policy.params, tokenizer).sample(tokens, mask, key, **how, used=used)
+        return generator.LanguageModel(model, policy.params, tokenizer).sample(tokens, mask, key, **how, used=used)
 
     rollout, talks = converse(bench.environment, respond, encoded, numbers)
     read = [p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows]
     said = np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist()
     scores = None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape)
     lengths, ended = np.count_nonzero(rollout.response_mask, axis=1), generator.ended(rollout, settings.eos_ids)
-    responses = Responses(read, said, lengths.reshape(shape), ended.reshape(shape), scores)
+    responses = measures.Responses(read, said, lengths.reshape(shape), ended.reshape(shape), scores)
     return Answers(encoded.rows, encoded.counts, batches.columns_at(encoded, numbers), rollout, responses, talks)
 
 
-def margins(bench: Bench, encoded: EncodedTexts) -> measures.Margins:
+def margins(bench: Bench, encoded: encoding.EncodedTexts) -> measures.Margins:
     """``{judge: [N]}`` score of answer 0 minus that of answer 1, by each judge there is, lengths among them."""
     log_probs = jax.jit(functools.partial(ops.response_log_probs, models.policy_fn(bench.policy.model)))
     judges: dict[str, Callable[[Comparisons], Any]] = {}
@@ -355,8 +353,8 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
 
 def _fingerprints(folder: str, config: Config, sets: Sets, categories: Categories) -> dict[str, str]:
     """sha256 of every file and model that is read, by the name that the user gave it."""
-    paths = {name: Path(model_folder(name)) for name in filter(None, (folder, config.against, config.categories))}
-    judges = [config.environment, config.reward_model and model_folder(config.reward_model)]
+    paths = {name: Path(hf.model_folder(name)) for name in filter(None, (folder, config.against, config.categories))}
+    judges = [config.environment, config.reward_model and hf.model_folder(config.reward_model)]
     for entry in filter(None, [*judges, *(own.score for own in categories.values())]):
         paths |= spec.sources(entry)
     of_data = {path: digest for result in sets.values() for path, digest in result.fingerprints.items()}
@@ -375,8 +373,8 @@ def _against(bench: Bench, folder: str, prompts: Sequence[rows.Row]) -> Answers:
 
 
 def _figures(
-    bench: Bench, sets: Sets, categories: Categories, answers: Mapping[str, Answers], pairs: Mapping[str, EncodedTexts]
-) -> Iterable[Figure]:
+    bench: Bench, sets: Sets, categories: Categories, answers: Mapping[str, Answers], pairs: Encoded
+) -> Iterable[measures.Figure]:
     key = bench.key
     if own := answers.get("prompts"):
         yield from measures.helpfulness(own.responses, key)
@@ -411,14 +409,14 @@ def _figures(
         yield measures.custom(name, category, responses, key)
 
 
-def _not_run(policy: Policy, config: Config) -> list[Figure]:
+def _not_run(policy: Policy, config: Config) -> list[measures.Figure]:
     """A row without a value for what nothing was given for."""
     given = dataclasses.asdict(config)
     given["judge"] = config.reward_model or policy.is_judge or not config.preferences
     wanted = yaml.safe_load(Path(__file__).with_name("not_run.yaml").read_text("utf-8"))
     wanted = [row for row in wanted if not given[row[0]]]
     asked = [row for row in wanted if not policy.is_judge or row[1] in ("preferences", "agreement")]
-    return [Figure(place, metric, note=f"not run: give {flag}") for _, place, metric, flag in asked]
+    return [measures.Figure(place, metric, note=f"not run: give {flag}") for _, place, metric, flag in asked]
 
 
 def _samples(name: str, answers: Answers, tokenizer: Tokenizer) -> Iterable[dict[str, Any]]:

@@ -194,9 +194,7 @@ def custom(name: str, category: CustomCategory, responses: Responses, key: jax.A
     return mean(name, "patterns" if category.patterns else "keywords", found, key)
 
 
-def mean(
-    category: str, metric: str, values: Sequence | np.ndarray, key: jax.Array, unit: str = "prompts", note: str = ""
-) -> Figure:
+def mean(category: str, metric: str, values: Any, key: jax.Array, unit: str = "prompts", note: str = "") -> Figure:
     """The mean of values [N] or [N, S], whose rows are the units of the interval; a NaN is no value and not counted.
     Bools are a share, for which `metrics.mean_interval` may be Wilson's.
     """
@@ -226,9 +224,7 @@ def _kappa(metric: str, judges: Sequence[tuple[np.ndarray, np.ndarray]], key: ja
     return _figure("agreement", metric, value, ends, count, "rows", note)
 
 
-def _figure(
-    category: str, metric: str, value: float, ends: Sequence[float], n: int, unit: str, note: str = ""
-) -> Figure:
+def _figure(category: str, metric: str, value: float, ends: Sequence, n: int, unit: str, note: str = "") -> Figure:
     low, high = (None if np.isnan(end) else float(end) for end in ends)
     return Figure(category, metric, float(value), low, high, n, unit, note)
 
