@@ -23,13 +23,9 @@ from typing import Any, Literal, TypeVar
 import tyro
 import yaml
 
-from rlhf_jax.algorithms.dpo import Config as DPOConfig
+from rlhf_jax.algorithms import dpo, kto, ppo, reward_model, sft
 from rlhf_jax.algorithms.grpo import Config as GRPOConfig
-from rlhf_jax.algorithms.kto import Config as KTOConfig
-from rlhf_jax.algorithms.ppo import Config as PPOConfig
-from rlhf_jax.algorithms.reward_model import Config as RewardModelConfig
 from rlhf_jax.algorithms.rloo import Config as RLOOConfig
-from rlhf_jax.algorithms.sft import Config as SFTConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
 from rlhf_jax.errors import UserError, check_pattern
 from rlhf_jax.ops import check_number
@@ -222,7 +218,7 @@ class Supervised:
 
 
 @dataclass(frozen=True)
-class SFTStage(Supervised, SFTConfig):
+class SFTStage(Supervised, sft.Config):
     """Supervised fine-tuning on demonstrations {prompt, response}."""
 
     validation_fraction: float = 0.05
@@ -230,7 +226,7 @@ class SFTStage(Supervised, SFTConfig):
 
 
 @dataclass(frozen=True)
-class RewardModelStage(Supervised, RewardModelConfig):
+class RewardModelStage(Supervised, reward_model.Config):
     """A reward model from human preferences {prompt, chosen, rejected}."""
 
     normalize_samples: int = 256
@@ -247,14 +243,14 @@ class RewardModelStage(Supervised, RewardModelConfig):
 
 
 @dataclass(frozen=True)
-class DPOStage(Supervised, DPOConfig):
+class DPOStage(Supervised, dpo.Config):
     """Direct preference optimisation of the policy in --model, which is the reference too, from pairs or rankings."""
 
     optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear")
 
 
 @dataclass(frozen=True)
-class KTOStage(Supervised, KTOConfig):
+class KTOStage(Supervised, kto.Config):
     """Kahneman-Tversky optimisation of the policy in --model, which is the reference too, from {prompt, response,
     desirable}; of preferences, the chosen answer is desirable and the rejected one is not."""
 
@@ -345,9 +341,8 @@ class RLStage:
             raise ValueError("missing_eos_penalty, missing_eos_score, overlong_buffer: an environment pays itself")
         if self.max_turns is not None and self.environment is None:
             raise ValueError("max_turns: conversations have an environment, which replies; give it too")
-        if [self.missing_eos_penalty, self.missing_eos_score, self.mask_truncated or None].count(None) < 2:
-            rules = "missing_eos_penalty and missing_eos_score judge responses that did not end"
-            raise ValueError(f"{rules}, mask_truncated leaves them out: give one of the three")
+        if sum((self.missing_eos_penalty is not None, self.missing_eos_score is not None, self.mask_truncated)) > 1:
+            raise ValueError("missing_eos_penalty and missing_eos_score judge what mask_truncated leaves out: give one")
 
     @property
     def length(self) -> int:
@@ -356,7 +351,7 @@ class RLStage:
 
 
 @dataclass(frozen=True)
-class PPOStage(PPOConfig):
+class PPOStage(ppo.Config):
     """Proximal policy optimisation, and the value function of its runs."""
 
     value: Literal["shared", "separate"] = "shared"

@@ -224,7 +224,7 @@ class Generator:
         def respond(tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None) -> Rollout:
             return self._policy.sample(tokens, mask, jax.random.key(seed), **how, used=used)
 
-        encoded = encoding.EncodedPrompts(*padded, rows, {}, {})
+        encoded = encoding.EncodedPrompts(*padded, rows, (), {})
         rollout: Any = converse(self._environment, respond, encoded, numbers)[0]
         inputs, said = (self.batch_size, rollout.tokens, rollout.attention_mask), rollout.response_mask != 0
         return Generations(

@@ -21,7 +21,7 @@ CONFIG = "seed: 0\nresume: false\nppo:\n  clip_low: 0.2\n  data: [a, b]\n  weigh
 def finished_run(path: Path, data: dict[str, str] | None = None) -> None:
     with open_run(path) as run:
         write_atomically(run.config, CONFIG)
-        write_manifest(run, {"seed": 3, "data": data or {}})
+        write_manifest(run, {"seed": 3, "data": data or {}}, {})
         with Checkpoints(run.checkpoints) as checkpoints:
             checkpoints.save(0, {"a": jnp.ones(2)}, {})
 
@@ -43,7 +43,7 @@ def test_manifest(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
     monkeypatch.setattr(sys, "argv", ["experiments/ppo.py", "--config", "my file.yaml"])
     with open_run(tmp_path) as run:
-        write_manifest(run, {"seed": 3, "data": {"pairs.json": "00"}, "model_tokens": 5})
+        write_manifest(run, {"seed": 3, "data": {"pairs.json": "00"}, "model_tokens": 5}, {})
     text = (tmp_path / "manifest.json").read_text()
     manifest = json.loads(text)
     git, versions = manifest.pop("git"), manifest.pop("versions")
@@ -56,13 +56,13 @@ def test_manifest(tmp_path, monkeypatch):
     assert "secret" not in text
     monkeypatch.setenv("PATH", "")  # no git
     with open_run(tmp_path, overwrite=True) as run:
-        write_manifest(run, {"seed": 0, "data": {}})
+        write_manifest(run, {"seed": 0, "data": {}}, {})
         assert json.loads(run.manifest.read_text())["git"] is None
 
 
 def resumed(folder: Path, seed: int = 3) -> None:
     with open_run(folder, resume=True) as run:
-        write_manifest(run, {"seed": seed, "data": {}})
+        write_manifest(run, {"seed": seed, "data": {}}, {})
 
 
 def test_a_run_resumed_elsewhere_says_so(tmp_path, monkeypatch, capsys):
@@ -131,7 +131,7 @@ def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
         changed = check_unchanged(run, **new, allowed=["seed", "ppo.clip-low", "ppo.data", "reward"])
         assert changed == [seed, clip, a, reward, "reward was not set and is now []"]
         assert "goes on as another run than it began: seed was 0 and is now 7" in capsys.readouterr().out
-        write_manifest(run, {"seed": 7, "data": new["data"]}, changed=changed)
+        write_manifest(run, {"seed": 7, "data": new["data"]}, {}, changed)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["seed"], manifest["data"]) == (7, new["data"])
     assert manifest["resumed"][0]["changed"] == changed

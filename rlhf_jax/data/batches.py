@@ -211,8 +211,8 @@ def _labels(values: np.ndarray | None, rows: np.ndarray) -> Any:
 
 
 def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]]:
-    """The data columns of the given rows, for a reward that reads them."""
-    return {name: [values[row] for row in row_ids] for name, values in data.columns.items()}
+    """The data columns of the given rows, for a reward that reads them; None where a row lacks one."""
+    return {name: [data.rows[row].columns.get(name) for row in row_ids] for name in data.columns}
 
 
 def _padded(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int, least: int = 0) -> tuple[Any, Any, Any]:

@@ -45,32 +45,24 @@ class _File(NamedTuple):
     found: formats.ReadResult
 
 
-def check(
-    paths: Sequence[str],
-    tokenizer: Tokenizer | None = None,
-    *,
-    kind: Kind | None = None,
-    columns: Sequence[str] = (),
-    on_bad_row: OnBadRow = "error",
-) -> Report:
+def check(paths: Sequence[str], tokenizer: Tokenizer | None = None, **how: Any) -> Report:
     """Reads every file to its end: problems, dropped rows, duplicates, lengths, examples, and what files share.
 
     Args:
       tokenizer: counts lengths in its tokens, renders messages by its chat template and decodes examples that are token
         ids; None: words and `chat.PLAIN`.
-      kind: what the rows should be; None takes what the pipeline's name of the file says, or else what most rows are,
-        so that the others are problems.
-      columns, on_bad_row: as `formats.read`.
+      how: ``kind``, what the rows should be: None takes what the pipeline's name of the file says, or else what most
+        rows are, so that the others are problems; ``columns`` and ``on_bad_row``, as of `formats.read`.
     """
     if not paths:
         raise UserError("no data file given")
     texts, num_problems, num_warnings, rows_of = [], 0, 0, dict[str, list[Row]]()
     for path in paths:
         try:
-            file = _read(path, tokenizer, kind, columns, on_bad_row)
+            file = _read(path, tokenizer, **how)
         except UserError as error:
             nothing = formats.ReadResult([], errors=[error])
-            file = _File(f"{path}: unreadable, 0 rows", kind or "demonstrations", [], nothing)
+            file = _File(f"{path}: unreadable, 0 rows", how.get("kind") or "demonstrations", [], nothing)
         text, warnings = _describe(path, file, tokenizer)
         texts.append(text)
         rows_of[path] = file.found.rows

@@ -62,12 +62,12 @@ class EncodedTexts:
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompts:
-    """N left-padded prompts of width P. Their row ids are 0 .. N-1; column values stand in the same order."""
+    """N left-padded prompts of width P. Their row ids are 0 .. N-1."""
 
     tokens: np.ndarray  # [N, P] int32
     attention_mask: np.ndarray  # [N, P] int32
     rows: list[Row]
-    columns: dict[str, list[Any]]  # name -> N values, None where a row lacks the column
+    columns: Sequence[str]  # names of all that rows have, beside prompts
     counts: dict[str, int]
 
     def __len__(self) -> int:
@@ -164,9 +164,8 @@ def encode_prompts(
     _check_some_left(kept, rows, width)
     arrays = left_padded([prompt for _, prompt in kept], width, tokenizer.pad_id)
     left = [row for row, _ in kept]
-    names = dict.fromkeys(name for row in left for name in row.columns)  # in the order of their first appearance
-    columns = {name: [row.columns.get(name) for row in left] for name in names}
-    return EncodedPrompts(*arrays, left, columns, dict(counts))
+    columns = dict.fromkeys(name for row in left for name in row.columns)  # in the order of their first appearance
+    return EncodedPrompts(*arrays, left, list(columns), dict(counts))
 
 
 def left_padded(ids: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

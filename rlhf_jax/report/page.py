@@ -145,12 +145,9 @@ def fill(template: str, **context: Any) -> str:
     how: Any = {"autoescape": jinja2.select_autoescape(), "undefined": jinja2.StrictUndefined}
     how |= {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(loader=jinja2.PackageLoader("rlhf_jax.report"), **how)
-    environment.filters |= {
-        "text": _text,
-        "cells": lambda row, columns: [row.get(column) for column in columns],
-        "svg": lambda plot: figures.element(plot, str(next(salts))),
-        "notes": figures.notes,
-    }
+    environment.filters |= {"text": _text, "notes": figures.notes}
+    environment.filters["cells"] = lambda row, columns: [row.get(column) for column in columns]
+    environment.filters["svg"] = lambda plot: figures.element(plot, str(next(salts)))
     text = environment.get_template(template).render(context).translate(PICTURES)
     # A model may write half a surrogate pair, which no file can hold.
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,7 +1,7 @@
 """What reproduces a run, in ``manifest.json``, and whether a resumed run is still the same one.
 
     with open_run("runs/ppo", resume=False, overwrite=False) as run:
-        write_manifest(run, {"seed": 0, "data": {"pairs.json": fingerprint("pairs.json")}})
+        write_manifest(run, {"seed": 0, "data": {"pairs.json": fingerprint("pairs.json")}}, {"data": 8})
 
 It is written whole or not at all.
 """
@@ -41,9 +41,7 @@ def fingerprint(path: str | Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def write_manifest(
-    run: Run, facts: Mapping[str, Any], *, changed: Keys = (), mesh: Mapping[str, int] | None = None
-) -> None:
+def write_manifest(run: Run, facts: Mapping[str, Any], mesh: Mapping[str, int], changed: Keys = ()) -> None:
     """Writes ``manifest.json``; a resumed run keeps its first one and adds this start to its list ``resumed``.
 
     Prints a line if a resumed run has other devices or versions than before, because its bits depend on them.
@@ -52,10 +50,10 @@ def write_manifest(
       run: the run.
       facts: JSON values, kept under their keys: ``seed``, ``stage`` and ``data``, {file as the user named it:
         :func:`fingerprint`}.
-      changed: what differs from the run that is resumed; the facts are then the new ones.
       mesh: the sizes of the mesh's axes.
+      changed: what differs from the run that is resumed; the facts are then the new ones.
     """
-    devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **(mesh or {})}
+    devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **mesh}
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
     flags = os.environ.get("XLA_FLAGS", "")
     machine = {"backend": jax.default_backend(), "devices": devices, "versions": versions, "xla_flags": flags}
