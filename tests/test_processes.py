@@ -1,5 +1,6 @@
 """Runs that two processes share: they give one result, can be killed, and end together where one of them fails."""
 
+import atexit
 import functools
 import json
 import os
@@ -15,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 from test_kills import ROOT, TINY, results
 
 from rlhf_jax import sharding
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training.signals import stop_requests
@@ -301,6 +303,52 @@ def test_one_process_is_alone():
         processes.agree(lambda: 1 // 0)
     rows = np.arange(4)
     assert processes.gather_rows(rows) is rows
+
+
+class Store:
+    """The processes' store, in which the second of two has put its report at every place already."""
+
+    def __init__(self, report: dict):
+        self.report, self.own, self.waited = json.dumps(report), None, []
+
+    def key_value_set(self, key: str, value: str) -> None:
+        self.own = value
+
+    def wait_at_barrier(self, place: str, milliseconds: int) -> None:
+        self.waited.append(milliseconds)
+
+    def key_value_dir_get(self, place: str) -> list[tuple[str, str]]:
+        return [(f"{place}/000000001", self.report), (f"{place}/000000000", self.own)]
+
+
+def test_what_a_process_hears_of_another(monkeypatch):
+    """Its result, its error, or that it has ended and comes to no other place, not even to the last one."""
+    registered, unregistered = [], []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: None)
+    monkeypatch.setattr(atexit, "register", lambda *args, **options: registered.append((*args, options)))
+    monkeypatch.setattr(atexit, "unregister", unregistered.append)
+    processes.join("10.0.0.1:99,2,0")
+    ((at_exit, last_words, options),) = registered
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def gather(report, work=lambda: 3):
+        monkeypatch.setattr(distributed.global_state, "client", Store(report))
+        return processes.gather(work)
+
+    assert gather({"result": 4}) == [3, 4]
+    assert distributed.global_state.client.waited == [24 * 3600 * 1000]
+    for users, kind in ((True, UserError), (False, TrainingFault)):
+        with pytest.raises(kind, match=r"^process 1: no such file$"):
+            gather({"error": "no such file", "users": users})
+    with pytest.raises(ZeroDivisionError):
+        gather({"result": 4}, lambda: 1 // 0)
+    assert "by zero" in json.loads(distributed.global_state.client.own)["error"]
+    assert unregistered == []
+    with pytest.raises(TrainingFault, match=r"^process 1: it has ended; its last lines say why$"):
+        gather(last_words)
+    assert unregistered == [at_exit]
+    assert at_exit(last_words, **options) == [last_words, last_words]  # all have come to their end
+    assert distributed.global_state.client.waited[-1] == 300 * 1000
 
 
 def test_a_step_without_a_signal_waits_for_no_other_process(monkeypatch):
