@@ -1,5 +1,6 @@
 """Runs that two processes share: they give one result, can be killed, and end together where one of them fails."""
 
+import atexit
 import functools
 import json
 import os
@@ -9,19 +10,21 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 from test_kills import ROOT, TINY, results
 
 from rlhf_jax import sharding
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training.signals import stop_requests
@@ -303,6 +306,48 @@ def test_one_process_is_alone():
     assert processes.gather_rows(rows) is rows
 
 
+class Store(dict):
+    """The processes' store, in which the second of two leaves its report at every place."""
+
+    def __init__(self, report: dict):
+        self.report = json.dumps(report)
+
+    key_value_set = dict.__setitem__
+
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        assert milliseconds == 24 * 3600 * 1000
+        return self.report if key.endswith("/1") else self[key]
+
+
+def test_what_a_process_hears_of_another(monkeypatch):
+    """Its result, its error, or that it has ended."""
+    registered = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: None)
+    monkeypatch.setattr(atexit, "register", lambda *args: registered.append(args))
+    processes.join("10.0.0.1:99,2,0")
+    ((at_exit, last_words),) = registered
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def gather(report, work=lambda: 3):
+        monkeypatch.setattr(distributed.global_state, "client", Store(report))
+        return processes.gather(work)
+
+    assert gather({"result": 4}) == [3, 4]
+    for users, kind in ((True, UserError), (False, TrainingFault)):
+        with pytest.raises(kind, match=r"^process 1: no such file$"):
+            gather({"error": "no such file", "users": users})
+    with pytest.raises(TrainingFault, match=r"^process 1: it has ended; its last lines say why$"):
+        gather(last_words)
+    with pytest.raises(ZeroDivisionError):
+        gather({"result": 4}, lambda: 1 // 0)
+    store = distributed.global_state.client
+    ((failed_at, report),) = store.items()
+    assert "by zero" in json.loads(report)["error"]
+    at_exit(last_words)  # at the next place, and waits for nobody
+    ended_at, report = store.popitem()
+    assert (ended_at > failed_at, json.loads(report)) == (True, last_words)
+
+
 def test_a_step_without_a_signal_waits_for_no_other_process(monkeypatch):
     """The processes' signals are compared once, at the step that the preemption service has chosen."""
     asked, gathered = [], []
@@ -331,3 +376,14 @@ def test_with_several_processes_sigterm_is_left_to_jax(monkeypatch):
         assert (stops, heard) == ([signal.SIGINT], [signal.SIGTERM] * 2)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_outside_the_main_thread_no_signal_is_caught():
+    """Python refuses handlers there; a run in a thread is its caller's to stop."""
+
+    def requests():
+        with stop_requests() as stops:
+            return stops
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(requests).result() == []

@@ -31,8 +31,8 @@ from rlhf_jax.errors import TrainingFault, UserError
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20  # without a sign of life, after which a process counts as lost and the others end
+_DAY = 24 * 3600 * 1000  # milliseconds
 _calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # of ``gather``, by the thread
-_ENDED = {"error": "it has ended; its last lines say why", "users": False}  # for those that still wait for a process
 _steps = itertools.count(1)  # of all loops of this process, for the preemption service
 
 
@@ -55,7 +55,8 @@ def join(place: str) -> None:
         jax.distributed.initialize(address, count, number, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--processes {place}: the processes did not meet: {error}") from error
-    atexit.register(_exchange, _ENDED, seconds=300)  # before JAX's own end, at which one would wait for the others
+    # For those that still wait for it: JAX's own end, which comes next, waits for them.
+    atexit.register(_tell, {"error": "it has ended; its last lines say why", "users": False})
     if not is_first():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
@@ -110,23 +111,21 @@ def gather(work: Callable[[], T]) -> list[T]:
         report = {"result": work()}
     except Exception as error:
         failure, report = error, {"error": str(error) or type(error).__name__, "users": isinstance(error, UserError)}
-    reports = _exchange(report)
+    place, client = _tell(report), cast(Any, distributed.global_state.client)
+    keys = [f"{place}/{number}" for number in range(jax.process_count())]
+    reports = [json.loads(client.blocking_key_value_get(key, _DAY)) for key in keys]  # the loss of a process ends it
     for number, report in enumerate(reports):
         if "error" in report:
             raise failure or (UserError if report["users"] else TrainingFault)(f"process {number}: {report['error']}")
     return [report["result"] for report in reports]
 
 
-def _exchange(report: Mapping[str, Any], seconds: int = 24 * 3600) -> list[dict[str, Any]]:
-    """The reports of all processes, JSON values; a process that is lost ends the wait."""
-    client, thread = cast(Any, distributed.global_state.client), threading.current_thread().name
+def _tell(report: Mapping[str, Any]) -> str:
+    """Leaves a report for all processes at the next place of this thread, and returns the place."""
+    thread = threading.current_thread().name
     place = f"rlhf_jax {thread} {next(_calls[thread]):09}"
-    client.key_value_set(f"{place}/{jax.process_index():09}", json.dumps(report))
-    client.wait_at_barrier(place, seconds * 1000)
-    reports = [json.loads(text) for _, text in sorted(client.key_value_dir_get(place))]
-    if _ENDED in reports:
-        atexit.unregister(_exchange)  # that process comes to no other
-    return reports
+    cast(Any, distributed.global_state.client).key_value_set(f"{place}/{jax.process_index()}", json.dumps(report))
+    return place
 
 
 def in_first(work: Callable[[], T]) -> T:
