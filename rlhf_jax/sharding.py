@@ -79,6 +79,11 @@ def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
     return jax.tree.map(lambda x: place(x, rows(mesh)), batch)
 
 
+def parts(axis: str) -> int:
+    """Into how many parts an axis of the mesh of ``jax.set_mesh`` cuts an array; 1 without it."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
 def cut(x: jax.Array, *axes: str) -> jax.Array:
     """x inside a program, its leading axis cut over ``axes`` of the mesh of ``jax.set_mesh``, the others whole.
 

@@ -112,10 +112,11 @@ SPECS = [
     (LLAMA, "ln_f/scale", P(None)),
     (dataclasses.replace(LLAMA, scan_layers=True), "h/attn/q_proj/kernel", P(None, *READS)),
     (dataclasses.replace(LLAMA, scan_layers=True), "h/attn/o_proj/lora_a", P(None, "tensor", None)),
-    (GPT2, "h_0/attn/c_attn/kernel", READS),
+    (GPT2, "h_0/attn/c_attn/kernel", P("fsdp", None, "tensor")),
+    (GPT2, "h_0/attn/c_attn/lora_b", P(None, None, "tensor")),
     (GPT2, "h_0/attn/c_proj/kernel", WRITES),
     (GPT2, "h_0/mlp/c_fc/kernel", READS),
-    (GPT2, "h_0/attn/c_attn/bias", P(None)),
+    (GPT2, "h_0/attn/c_attn/bias", P(None, None)),
     (GPT2, "wpe/embedding", P(None, None)),
     (GPT2, "value/kernel", P(None)),
 ]

@@ -20,7 +20,7 @@ from rlhf_jax.models import attention
 from rlhf_jax.models.attention import Number, Seen
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.norms import Norm
-from rlhf_jax.sharding import cut
+from rlhf_jax.sharding import cut, parts
 from rlhf_jax.types import Params
 
 Rotation = Array  # cosines, then sines, of the positions' angles, [2, B, 1, T, Dh / 2] float32
@@ -69,10 +69,17 @@ def _product_backward(saved: tuple[Array | None, Array | None], grad: Array) -> 
 product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
-class Dense(nn.Dense):
-    """``nn.Dense``, plus ``lora_scale * (x @ lora_a) @ lora_b`` where these lie beside the kernel (``lora.attach``)."""
+def _dot(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """x [..., D] times kernel [D, ...], whose last axes become one where no device holds a part of them."""
+    if parts("tensor") > 1:
+        return jnp.tensordot(x, kernel, 1)
+    return product(x, kernel.reshape(len(kernel), -1)).reshape(*x.shape[:-1], *kernel.shape[1:])
 
-    dot_general: Any = lambda x, kernel, *_, **__: product(x, kernel)
+
+class Dense(nn.DenseGeneral):
+    """``nn.DenseGeneral``, plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``)."""
+
+    dot_general: Any = _dot
 
     def __call__(self, inputs: Array) -> Array:
         out = super().__call__(inputs)
@@ -80,7 +87,7 @@ class Dense(nn.Dense):
             return out
         adapter: list[Any] = [self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_scale")]
         x, a, b = promote_dtype(inputs, *adapter[:2], dtype=self.dtype)
-        return out + jax.lax.stop_gradient(adapter[2]).astype(out.dtype) * (cut(x @ a, "data", "fsdp") @ b)
+        return out + jax.lax.stop_gradient(adapter[2]).astype(out.dtype) * _dot(cut(x @ a, "data", "fsdp"), b)
 
 
 def rotate(x: Array, rotation: Rotation) -> Array:
