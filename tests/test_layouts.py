@@ -352,6 +352,28 @@ def test_tensor_cuts_gpt2_s_fused_kernel_by_heads():
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_a_vocabulary_that_does_not_divide_is_padded():
+    """41 rows on 2 devices: halves of the width are held, 21 rows multiplied; nothing else differs from one device."""
+    model = models.build(models.LlamaConfig(41, 16, 16, 1, 4, intermediate_size=32, initializer_range=0.3))
+    mesh, params = sharding.make_mesh(1, 2, 2), model.init(jax.random.key(0))
+    placed = jax.device_put(params, places := initial.shardings(mesh, params))
+    tokens = jax.device_put(np.arange(128).reshape(8, 16) % 41, sharding.rows(mesh))
+    assert {x["embedding"].addressable_shards[0].data.shape for x in (placed["wte"], placed["lm_head"])} == {(41, 4)}
+
+    def loss(params, tokens):
+        found = models.policy_fn(model)(params, tokens, np.ones((8, 16), np.int32))
+        return found.entropy.sum() - found.log_probs.sum(), model.apply(params, tokens)
+
+    function = jax.value_and_grad(loss, has_aux=True)
+    with jax.set_mesh(mesh):
+        program = jax.jit(function, out_shardings=(None, places)).lower(placed, tokens).compile()
+    assert re.search(r"f32\[\d+,21\]\S* (dot|custom-call|fusion)", program.as_text())  # logits of half of 42 rows
+    expected, found = function(params, tokens), program(placed, tokens)
+    assert found[0][1].shape == (8, 16, 41)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_an_updated_state_lies_where_it_was():
     """Whatever the update made of it."""
     mesh = sharding.make_mesh(1, 2, 2)

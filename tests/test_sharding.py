@@ -92,6 +92,8 @@ def test_a_tuple_speaks_of_the_last_axes_and_cuts_what_divides():
     assert shardings["mu"]["h_0"]["attn"]["kernel"].spec == P(None, "data", "fsdp")
     assert shardings["mu"]["wte"]["embedding"].spec == P(None, None, None)
     assert shardings["count"].is_fully_replicated
+    shardings = sharding.by_path(stacked, [("embedding$", ("data", "fsdp")), ("", ())], sharding.make_mesh(4))
+    assert shardings["mu"]["wte"]["embedding"].spec == P(None, None, ("fsdp", "data"))
 
 
 LLAMA = models.LlamaConfig(8, 8, 8, 2, 2, intermediate_size=16)

@@ -217,7 +217,8 @@ class Transformer(nn.Module):
     def token_rows(self, tokens: Array, real: Array) -> Array:
         """[B, T] tokens -> [B, T, D] rows of the token table."""
         # A pad may carry any id, also one outside the table; a real token outside it gives NaN rather than a wrong row.
-        rows = jnp.take(cut(self.wte.embedding, "tensor"), jnp.where(real, tokens, 0), axis=0)
+        table, ids = _padded(self.wte.embedding), jnp.where(real, tokens, 0)
+        rows = jnp.take(table, jnp.where(ids < self.config.vocab_size, ids, len(table)), axis=0)
         return cut(rows, "data", "fsdp")
 
     def hidden(self, tokens: Array, attention_mask: Array, columns: Columns = None) -> Array:
@@ -242,9 +243,9 @@ class Transformer(nn.Module):
         """[..., D] -> [..., V] float32, inputs in the compute dtype."""
         dtype, is_given = self.config.compute_dtype, self.has_variable("params", "unembedding")
         tied = self.wte if getattr(self.config, "tie_embeddings", True) else self.lm_head
-        table = self.get_variable("params", "unembedding") if is_given else tied.embedding
-        table = cut(table.astype(dtype), "tensor")
-        return jnp.einsum("...d,vd->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32)
+        table = _padded(self.get_variable("params", "unembedding") if is_given else tied.embedding).astype(dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32)
+        return logits[..., : self.config.vocab_size]
 
     def decode(
         self, tokens: Array, positions: Array, key_mask: Array, cache: Cache, index: Array | int
@@ -266,6 +267,12 @@ class Transformer(nn.Module):
 def table(config: ModelConfig, rows: int) -> nn.Embed:
     """A table of tokens or positions, [rows, D]."""
     return nn.Embed(rows, config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range))
+
+
+def _padded(rows: Array) -> Array:
+    """A token table cut over ``tensor``; where that does not divide V, zeros follow, whose logits nobody sees."""
+    rows = jnp.pad(rows, ((0, -len(rows) % parts("tensor")), (0, 0)))
+    return cut(cut(rows, "tensor", width="fsdp"), "tensor")  # XLA sends a table in two steps, or else all of it
 
 
 def layers(block: Any, config: ModelConfig) -> Any:

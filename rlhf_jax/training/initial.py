@@ -53,11 +53,6 @@ def check_layout(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
             if size % mesh.shape[axis]:
                 sentence = f"mesh.{axis} {mesh.shape[axis]} does not divide the {what} of {where}, {size}"
                 raise UserError(f"{sentence}; use {' or '.join(fitting)}")
-    vocabulary, parts = getattr(model, "vocab_size", 0), mesh.shape["tensor"]
-    if vocabulary % parts:
-        logger.info(
-            f"mesh.tensor {parts} does not divide the {vocabulary} tokens of {where}: their table is not cut by it"
-        )
 
 
 def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
