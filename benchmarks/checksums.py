@@ -14,14 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-KINDS = {
-    "sha256": lambda data: hashlib.sha256(data).digest(),
-    "blake2b": lambda data: hashlib.blake2b(data).digest(),
-    "sha1": lambda data: hashlib.sha1(data).digest(),
-    "md5": lambda data: hashlib.md5(data).digest(),
-    "crc32 (zlib)": zlib.crc32,
-    "adler32 (zlib)": zlib.adler32,
-}
+KINDS = {name: getattr(hashlib, name) for name in ("sha256", "blake2b", "sha1", "md5")}
+KINDS |= {"crc32 (zlib)": zlib.crc32, "adler32 (zlib)": zlib.adler32}
 
 
 def main() -> None:

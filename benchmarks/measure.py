@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.experimental.compilation_cache import compilation_cache
 from steps import PRESETS, Preset, Work, work
 
@@ -35,33 +36,49 @@ OPPONENTS = {"hand": "torch_steps.py", "transformers": "torch_steps.py", "trl": 
 FIRST_ITERATION = "ppo --config tiny --rl.num-iterations 1 --rl.validation-fraction 0"
 
 
+def main(argv: Sequence[str]) -> int:
+    """Prints the line of ``run``, whose arguments are the flags; 1 if other programs used more than MAX_OTHERS."""
+    line = tyro.cli(run, prog="rlhf-jax bench", args=argv)
+    print(json.dumps(line))
+    return int((line["others_cpu"] or 0.0) > MAX_OTHERS)
+
+
 def run(
-    name: str, preset_name: str = "char-small", value: str = "shared", calls: int = 5, against: str | None = None
+    name: tyro.conf.Positional[Literal["rollout", "iteration", "reward", "sft", "dpo", "grpo", "vpg", "startup"]],
+    preset: str = "char-small",
+    value: Literal["shared", "separate"] = "shared",
+    calls: int = 5,
+    against: Literal["hand", "transformers", "trl"] | None = None,
 ) -> dict[str, Any]:
-    """Compiles, warms up with one call, times ``calls`` calls and returns the keys and values of the line.
+    """Time a kind of step on random tokens and print one line of JSON.
+
+    Exits with 1 where other programs used more than 2% of the machine: the figure then means little.
 
     Args:
-        name: a kind of step, see ``work``, or ``startup``.
-        against: one of OPPONENTS: checked to compute the same, then timed in turn with this program; the line gets its
-            median and the ratio.
+        name: what is timed; startup: processes, from their start to the end of the first PPO iteration.
+        preset: char-nano, char-small, char-wide, gpt2 or llama-1b.
+        value: in an iteration: a value head on the policy, or a value model of its own.
+        calls: timed calls, after one that warms up; at least five.
+        against: PyTorch's version of the same work, in turn with ours, after a check that both compute the same; needs
+            a checkout and torch, trl for the last. The line gets its median and the ratio.
 
     Raises:
         UserError: there is no such preset, fewer than five calls are asked for, or the two programs differ.
     """
-    if preset_name not in PRESETS:
-        raise UserError(f"--preset {preset_name}: there is none; choose from {', '.join(PRESETS)}")
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: there is none; choose from {', '.join(PRESETS)}")
     if calls < 5:
         raise UserError(f"--calls {calls}: a median needs at least 5")
     if name == "startup":
         return {"bench": name} | startup(calls) | machine()
     devices.choose(None)  # programs as a run's are compiled
-    preset, opponent = PRESETS[preset_name], None
+    sizes, opponent = PRESETS[preset], None
     if against is not None:
-        opponent = Opponent(against, name, preset, value)
+        opponent = Opponent(against, name, sizes, value)
         opponent.agree()
         opponent.ask("step")
-    timed = work(name, preset, value)
-    flops = matmul_flops(jax.make_jaxpr(timed.step)(timed.carry, timed.data).jaxpr, trips=preset.response)
+    timed = work(name, sizes, value)
+    flops = matmul_flops(jax.make_jaxpr(timed.step)(timed.carry, timed.data).jaxpr, trips=sizes.response)
     compiled, cold, warm = compile_seconds(timed)
     carry, _ = jax.block_until_ready(compiled(timed.carry, timed.data))
     rows = []
@@ -70,15 +87,15 @@ def run(
             opponent.turn()
         carry, row = measured(compiled, carry, timed.data)
         rows.append(row)
-    median, (peak_flops, peak_bytes) = statistics.median(row["seconds"] for row in rows), peaks(preset)
+    median, (peak_flops, peak_bytes) = statistics.median(row["seconds"] for row in rows), peaks(sizes)
     stats = jax.devices()[0].memory_stats() or {}
     peak_memory = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    line = {"bench": name, "preset": preset_name, "value": value} | spread([row["seconds"] for row in rows])
+    line = {"bench": name, "preset": preset, "value": value} | spread([row["seconds"] for row in rows])
     line |= {"tokens_per_s": timed.tokens / median, "compile_cold_s": cold, "compile_warm_s": warm}
     line |= {"peak_memory_mb": peak_memory / 2**20, "flops_share": flops / median / peak_flops}
     line |= {"page_faults": statistics.median(row["faults"] for row in rows), "others_cpu": middle(rows, "others")}
     if name == "rollout":
-        read = preset.response * (_bytes(timed.data[0].train.params) + _cache_bytes(preset))
+        read = sizes.response * (_bytes(timed.data[0].train.params) + _cache_bytes(sizes))
         line["bandwidth_share"] = read / median / peak_bytes
     if opponent is not None:
         other = statistics.median(opponent.seconds)
@@ -203,11 +220,8 @@ def machine() -> dict[str, Any]:
     """Versions and the machine, for the line."""
     versions = {package: importlib.metadata.version(package) for package in ("rlhf-jax", "jax", "jaxlib")}
     device = jax.devices()[0]
-    return {"versions": versions, "device": device.device_kind, "devices": jax.device_count()} | {
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-    }
+    host = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    return {"versions": versions, "device": device.device_kind, "devices": jax.device_count()} | host
 
 
 # --- From the start of a process --------------------------------------------------------------------------------------

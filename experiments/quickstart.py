@@ -104,7 +104,8 @@ def answer(model: models.Model, params: Params, tokenizer: Tokenizer, prompts: l
         max_new_tokens=config.rl.max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
     )
     key = stage.stream(config.seed, "quickstart", "eval")
-    rollout = generator.sample_in_batches(model, params, encoded.tokens, encoded.attention_mask, key, config=greedy)
+    policy = generator.LanguageModel(model, params, tokenizer)
+    rollout = policy.sample(encoded.tokens, encoded.attention_mask, key, config=greedy)
     texts = generator.responses(rollout, tokenizer)
     scores = [rubric.score(row.columns, text) for row, text in zip(prompts, texts, strict=True)]
     return Answers(texts, np.array(scores), rollout)

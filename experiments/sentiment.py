@@ -322,7 +322,7 @@ def run(config: SentimentConfig) -> dict[str, Any]:
         prompts.attention_mask[: own.num_heldout],
         initial.sampling_config(config.rl, tokenizer),
         stages.stream(config.seed, "sentiment", "eval"),
-        lambda responses: np.asarray(rewards.on_host(host, responses, {}).rollout.scores),
+        lambda responses: np.asarray(rewards.on_host(host, responses, {})[0].scores),
         own.samples,
     )
     write_data(config, folder / "data", prompts, bench)
@@ -368,7 +368,7 @@ def plan(config: SentimentConfig, data: Path) -> Iterator[tuple[str, float, dict
 
 def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.EncodedPrompts:
     """Distinct beginnings of texts, the start token first; those held out come first."""
-    own, (model, params, tokenizer) = config.sentiment, base
+    own, tokenizer = config.sentiment, base.tokenizer
     bos = tokenizer.backend.token_to_id(str(tokenizer.config.get("bos_token")))
     if bos is None:
         raise UserError(f"{config.model}: the tokenizer names no bos_token, with which the model's texts would begin")
@@ -377,8 +377,7 @@ def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.Encoded
     alone = np.full((count, 1), bos, np.int32)
     sampling_config = sampling.SamplingConfig(own.longest_prompt, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     key = stages.stream(config.seed, "sentiment", "init")
-    inputs = (model, params, alone, np.ones_like(alone), key)
-    written = generator.sample_in_batches(*inputs, config=sampling_config, batch_size=BATCH_SIZE)
+    written = base.sample(alone, np.ones_like(alone), key, config=sampling_config, batch_size=BATCH_SIZE)
     lengths = jax.random.randint(jax.random.fold_in(key, 1), (count,), own.shortest_prompt, own.longest_prompt + 1)
     prompts = dict.fromkeys(
         tuple(row[: length + 1].tolist())
@@ -397,8 +396,8 @@ def write_data(config: SentimentConfig, folder: Path, prompts: encoding.EncodedP
     """Writes the prompts with the base model's responses, ranked by the reward: train.jsonl, heldout.jsonl."""
     own = config.sentiment
     repeated = (np.repeat(array, own.samples, axis=0) for array in (prompts.tokens, prompts.attention_mask))
-    inputs = (*bench.base[:2], *repeated, stages.stream(config.seed, "sentiment", "data"))
-    answers = generator.sample_in_batches(*inputs, config=bench.sampling_config, batch_size=BATCH_SIZE)
+    key = stages.stream(config.seed, "sentiment", "data")
+    answers = bench.base.sample(*repeated, key, config=bench.sampling_config, batch_size=BATCH_SIZE)
     pairs = zip(np.asarray(answers.tokens), np.asarray(answers.response_mask), strict=True)
     responses = [row[response != 0].tolist() for row, response in pairs]
     ranks = (-bench.score(answers)).tolist()  # the lowest is best

@@ -3,15 +3,15 @@
 A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits for none of them, nor for JAX.
 """
 
+import dataclasses
 import importlib
-import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -21,6 +21,7 @@ from rlhf_jax.errors import Stopped, TrainingFault, UserError, did_you_mean, log
 from rlhf_jax.runs import allocator
 
 Positional = tyro.conf.Positional[str]
+Files = tyro.conf.Positional[tuple[str, ...]]
 
 
 class _Console(logging.Handler):
@@ -170,7 +171,7 @@ def evaluate_run(run: Positional, config: tyro.conf.OmitArgPrefixes[Annotated[An
         page.write([run], page.default_path([run]))
 
 
-def report_runs(runs: tyro.conf.Positional[tuple[str, ...]], output: str | None = None, png: str | None = None) -> None:
+def report_runs(runs: Files, output: str | None = None, png: str | None = None) -> None:
     """Draw what runs did as one HTML page: curves, samples before and after, settings, commands.
 
     Runs that differ only in the seed are drawn as a mean with a band; a pipeline's folder stands for its stages.
@@ -204,86 +205,62 @@ def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) 
     print(f"wrote the demo corpus to {folder}")
 
 
-def check_data(
-    files: tyro.conf.Positional[tuple[str, ...]],
-    tokenizer: str | None = None,
-    kind: Kind | None = None,
-    columns: tuple[str, ...] = (),
-    on_bad_row: OnBadRow = "error",
-) -> int:
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How data files are read."""
+
+    tokenizer: str | None = None
+    """Folder or name; lengths are then in its tokens, and its chat template renders messages."""
+    kind: Kind | None = None
+    """What the rows should be; by default what most of them are."""
+    columns: tuple[str, ...] = ()
+    """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The same for the functions of ``data.check``."""
+        from rlhf_jax.data import tokenizers
+
+        return vars(self) | {"tokenizer": tokenizers.load_tokenizer(self.tokenizer) if self.tokenizer else None}
+
+
+def check_data(files: Files, reading: tyro.conf.OmitArgPrefixes[Reading], on_bad_row: OnBadRow = "error") -> int:
     """Read data files to their end: format, counts, lengths, duplicates, what they share, and every problem.
 
     Exits with 2 if a run could not read one of them.
 
     Args:
         files: JSON, JSON lines, CSV, Parquet or text files, or names of Hugging Face datasets.
-        tokenizer: folder or name; lengths are then in its tokens, and its chat template renders messages.
-        kind: what the rows should be; by default what most of them are.
-        columns: keys of the data under other names, each OURS=THEIRS: prompt=question response=answer.
+        reading: how they are read.
         on_bad_row: error: rows that a stage cannot use are problems; drop: they are left out and counted.
     """
-    from rlhf_jax.data import check, tokenizers
+    from rlhf_jax.data import check
 
-    loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    report = check.check(files, loaded, kind=kind, columns=columns, on_bad_row=on_bad_row)
+    report = check.check(files, **reading.arguments(), on_bad_row=on_bad_row)
     print(report.text)
     return 2 if report.num_problems else 0
 
 
-def preview_data(
-    file: Positional,
-    count: int = 3,
-    tokenizer: str | None = None,
-    kind: Kind | None = None,
-    columns: tuple[str, ...] = (),
-) -> None:
+def preview_data(file: Positional, reading: tyro.conf.OmitArgPrefixes[Reading], count: int = 3) -> None:
     """Print the first rows of a data file as a run reads them.
 
     Args:
         file: a data file or the name of a Hugging Face dataset.
+        reading: how it is read.
         count: rows to print.
-        tokenizer: folder or name; its chat template then renders messages.
-        kind: what the rows should be; by default what most of them are.
-        columns: keys of the data under other names, each OURS=THEIRS: prompt=question response=answer.
     """
-    from rlhf_jax.data import check, tokenizers
+    from rlhf_jax.data import check
 
-    loaded = tokenizers.load_tokenizer(tokenizer) if tokenizer is not None else None
-    print(check.preview(file, loaded, count, kind=kind, columns=columns))
-
-
-def bench_step(
-    name: tyro.conf.Positional[Literal["rollout", "iteration", "reward", "sft", "dpo", "grpo", "vpg", "startup"]],
-    preset: str = "char-small",
-    value: Literal["shared", "separate"] = "shared",
-    calls: int = 5,
-    against: Literal["hand", "transformers", "trl"] | None = None,
-) -> int:
-    """Time a kind of step on random tokens and print one line of JSON.
-
-    Exits with 1 where other programs used more than 2% of the machine: the figure then means little.
-
-    Args:
-        name: what is timed; startup: processes, from their start to the end of the first PPO iteration.
-        preset: char-nano, char-small, char-wide, gpt2 or llama-1b.
-        value: in an iteration: a value head on the policy, or a value model of its own.
-        calls: timed calls, after one that warms up.
-        against: PyTorch's version of the same work, in turn with ours; needs a checkout and torch, trl for the last.
-    """
-    measure = script("benchmarks", "measure")
-    line = measure.run(name, preset, value, calls, against)
-    print(json.dumps(line))
-    return int((line["others_cpu"] or 0.0) > measure.MAX_OTHERS)
+    print(check.preview(file, count=count, **reading.arguments()))
 
 
 SCRIPTS = {
     "quickstart": "Generate a small corpus and train on it: SFT, a reward model and PPO in minutes, with a report.",
     "plan": "Say what a stage would take on each device: `rlhf-jax plan ppo --config FILE --devices 8 --memory 80GB`.",
+    "bench": "Time a kind of step on random tokens and print one line of JSON.",
 }
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "configs": list_configs,
     "doctor": examine,
-    "bench": bench_step,
     "evaluate": evaluate_run,
     "report": report_runs,
     "export": export_run,
@@ -308,7 +285,8 @@ def run(argv: list[str]) -> int | None:
         print(rlhf_jax.__version__)
         return 0
     if name in SCRIPTS:
-        return script("experiments", name).main(argv[1:])
+        module = script("benchmarks", "measure") if name == "bench" else script("experiments", name)
+        return module.main(argv[1:])
     if name in STAGES:
         train(name, argv[1:], prog)
         return 0

@@ -31,7 +31,7 @@ from rlhf_jax.algorithms.reward_model import Config as RewardModelConfig
 from rlhf_jax.algorithms.rloo import Config as RLOOConfig
 from rlhf_jax.algorithms.sft import Config as SFTConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, check_pattern
 from rlhf_jax.ops import check_number
 from rlhf_jax.runs import alerts
 
@@ -44,14 +44,6 @@ def _check(section: Any, *names: str, **bounds: float) -> None:
     """Raises ValueError for the first of these fields that is neither None nor within the bounds."""
     for name in names:
         check_number(name, getattr(section, name), **bounds)
-
-
-def check_pattern(name: str, pattern: str) -> None:
-    """Raises UserError unless the pattern is a regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{name} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -351,10 +343,11 @@ class RLStage:
         ends = self.missing_eos_penalty, self.missing_eos_score, self.overlong_buffer
         if self.environment is not None and ends != (None, None, None):
             raise ValueError("missing_eos_penalty, missing_eos_score, overlong_buffer: an environment pays itself")
-        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
-            raise ValueError("missing_eos_penalty and missing_eos_score: give one of the two")
-        if self.mask_truncated and (self.missing_eos_penalty is not None or self.missing_eos_score is not None):
-            raise ValueError("mask_truncated leaves out what missing_eos_penalty and missing_eos_score judge: give one")
+        if self.max_turns is not None and self.environment is None:
+            raise ValueError("max_turns: conversations have an environment, which replies; give it too")
+        if [self.missing_eos_penalty, self.missing_eos_score, self.mask_truncated or None].count(None) < 2:
+            rules = "missing_eos_penalty and missing_eos_score judge responses that did not end"
+            raise ValueError(f"{rules}, mask_truncated leaves them out: give one of the three")
 
     @property
     def length(self) -> int:

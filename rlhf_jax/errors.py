@@ -2,9 +2,11 @@
 or an alert came), and the logger of all other messages.
 """
 
+import contextlib
 import difflib
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 logger = logging.getLogger("rlhf_jax")
 
@@ -39,3 +41,20 @@ class AlertStop(Stopped):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The hint ``; did you mean OTHER?`` with the known name that is most like this one; "" if none is like it."""
     return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, list(known), n=1))
+
+
+@contextlib.contextmanager
+def file_errors(path: object, verb: str = "read") -> Iterator[None]:
+    """Says as a UserError why a file or folder cannot be read (or written), or that it is not UTF-8."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be {verb}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Raises UserError unless the pattern is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{name} is no regular expression: {error}") from error

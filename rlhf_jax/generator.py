@@ -16,14 +16,17 @@ import numpy as np
 
 from rlhf_jax import models, ops, sampling
 from rlhf_jax.data import batches, chat, encoding, tokenizers
-from rlhf_jax.data.environment import Source, converse, load_environment
+from rlhf_jax.data.environment import Source, converse, function_of, load_environment
 from rlhf_jax.data.rows import Row
-from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
+from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.types import Params, Rollout
 
 _BUCKET = 16  # tokens: what widths of prompts are multiples of, so that few shapes are compiled
+
+
+_sample = jax.jit(sampling.generate, static_argnames=("model", "config"))
 
 
 class LanguageModel(NamedTuple):
@@ -31,7 +34,7 @@ class LanguageModel(NamedTuple):
 
     model: models.Model
     params: Params
-    tokenizer: Tokenizer
+    tokenizer: tokenizers.Tokenizer
 
     @classmethod
     def load(cls, source: str | Path, **compute: Any) -> "LanguageModel":
@@ -58,7 +61,7 @@ class LanguageModel(NamedTuple):
         others = tuple(i for i in ids if i != tokenizer.eos_id and 0 <= i < size)
         return cls(model, jax.tree.map(jnp.asarray, params), replace(tokenizer, other_eos_ids=others))
 
-    def save(self, folder: str | Path, *, template: str, config: sampling.SamplingConfig) -> None:
+    def save(self, folder: str | Path, *, template: str, config: SamplingConfig) -> None:
         """Writes a folder that ``load``, transformers and chat clients read; for them with the run's prompts, sampling.
 
         Args:
@@ -75,6 +78,26 @@ class LanguageModel(NamedTuple):
             keys |= {"temperature": config.temperature, "top_k": config.top_k or 0, "top_p": config.top_p or 1.0}
         if "score" not in self.params:
             (Path(folder) / "generation_config.json").write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
+
+    def sample(
+        self, tokens: Any, mask: Any, key: jax.Array, *, config: SamplingConfig, batch_size: int = 64, **by_row: Any
+    ) -> Rollout:
+        """Samples a response to each of N left-padded prompts [N, P], ``batch_size`` at a time; a NumPy Rollout.
+
+        Prompts of like length form a batch, without the columns that are padding in all (`batches.prompt_width`).
+
+        by_row: ``row_ids`` and ``used`` [N], as ``sampling.generate`` has them. Row i is sampled as row ``row_ids[i]``
+            (none given: i) whatever the batch size.
+        """
+        by_row = {"row_ids": np.arange(len(tokens), dtype=np.int32)} | by_row
+        columns = np.shape(tokens)[1]
+
+        def sample(tokens: np.ndarray, mask: np.ndarray, by_row: dict[str, np.ndarray]) -> Rollout:
+            sampled = _sample(self.model, self.params, tokens, mask, key, config=config, **by_row)
+            return replace(sampled, prompt_length=columns)
+
+        sampled = _by_length(sample, batch_size, tokens, mask, by_row)
+        return replace(sampled, tokens=np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1))
 
 
 class Generations(NamedTuple):
@@ -136,13 +159,15 @@ class Generator:
     ):
         ops.check_number("batch_size", batch_size, at_least=1)
         self.batch_size = batch_size
-        self.model, self._params, self.tokenizer = LanguageModel.load(folder, **compute)
+        self._policy = LanguageModel.load(folder, **compute)
+        self.model, params, self.tokenizer = self._policy
         self.template = template or chat.text_template(self.tokenizer) or "{prompt}"
-        if "score" in self._params:
+        if "score" in params:
             raise UserError(f"{folder}: this is a reward model, which writes no text; give the policy first")
         end, pad = self.tokenizer.eos_ids, self.tokenizer.pad_id
-        self.config = sampling.SamplingConfig(max_new_tokens, temperature, top_k, top_p, eos_id=end, pad_id=pad)
-        self._environment = load_environment(environment, self.tokenizer, max_new_tokens, max_turns)
+        self.config = SamplingConfig(max_new_tokens, temperature, top_k, top_p, eos_id=end, pad_id=pad)
+        fn = function_of(environment, "environment")
+        self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
         self._score: Callable[..., jax.Array] | None = None
         positions = self.model.config.max_length
         if reward_model is not None:
@@ -197,7 +222,7 @@ class Generator:
         how: Any = {"config": self.config, "batch_size": self.batch_size, "row_ids": np.array(streams, np.int32)}
 
         def respond(tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None) -> Rollout:
-            return sample_in_batches(self.model, self._params, tokens, mask, jax.random.key(seed), **how, used=used)
+            return self._policy.sample(tokens, mask, jax.random.key(seed), **how, used=used)
 
         encoded = encoding.EncodedPrompts(*padded, rows, {}, {})
         rollout: Any = converse(self._environment, respond, encoded, numbers)[0]
@@ -210,39 +235,6 @@ class Generator:
             token_log_probs=[row[mask] for row, mask in zip(rollout.log_probs, said, strict=True)],
             finished=ended(rollout, self.config.eos_ids),
         )
-
-
-_sample = jax.jit(sampling.generate, static_argnames=("model", "config"))
-
-
-def sample_in_batches(
-    model: models.Model,
-    params: Params,
-    tokens: Any,
-    mask: Any,
-    key: jax.Array,
-    *,
-    config: sampling.SamplingConfig,
-    batch_size: int = 64,
-    **by_row: Any,
-) -> Rollout:
-    """Samples a response to each of N left-padded prompts [N, P], ``batch_size`` at a time; a NumPy Rollout of N rows.
-
-    Prompts of like length form a batch, without the columns that are padding in all of them (`batches.prompt_width`).
-
-    by_row: ``row_ids`` and ``used`` [N], as ``sampling.generate`` has them. Row i is sampled as row ``row_ids[i]``
-        (none given: i) whatever the batch size.
-    """
-    by_row = {"row_ids": np.arange(len(tokens), dtype=np.int32)} | by_row
-
-    columns = np.shape(tokens)[1]
-
-    def sample(tokens: np.ndarray, mask: np.ndarray, by_row: dict[str, np.ndarray]) -> Rollout:
-        sampled = _sample(model, params, tokens, mask, key, config=config, **by_row)
-        return replace(sampled, prompt_length=columns)
-
-    sampled = _by_length(sample, batch_size, tokens, mask, by_row)
-    return replace(sampled, tokens=np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1))
 
 
 def _by_length(fn: Callable[..., Any], batch_size: int, tokens: Any, mask: Any, *trees: Any) -> Any:
@@ -273,7 +265,7 @@ def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any) -> Any:
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:num_rows], *parts)
 
 
-def responses(rollout: Rollout, tokenizer: Tokenizer, with_replies: bool = False) -> list[str]:
+def responses(rollout: Rollout, tokenizer: tokenizers.Tokenizer, with_replies: bool = False) -> list[str]:
     """The text of each row's responses, special tokens left out; ``with_replies`` of an environment between them."""
     said = np.asarray(rollout.response_mask) != 0
     shown = np.maximum.accumulate(said, axis=1) & (np.asarray(rollout.attention_mask) != 0) if with_replies else said

@@ -112,7 +112,7 @@ def reliability(margin: Array, weights: Array | None = None) -> tuple[Array, Arr
     p = sigmoid(margin), and a prediction is right if the margin is positive (half right at 0).
     weights: [N] of the pairs; None: all the same.
     """
-    confidence, right = _sigmoid(np.abs(margin)), (margin > 0) + 0.5 * (margin == 0)
+    confidence, right = _sigmoid(np.abs(margin)), np.heaviside(margin, 0.5)
     weights = np.ones(len(margin)) if weights is None else weights
     bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
     counts, *sums = (np.bincount(bins, weights * values) for values in (1.0, confidence, right))

@@ -23,7 +23,7 @@ from rlhf_jax.training import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("sft", "reward-model", "ppo", "vpg", "rloo", "grpo", "dpo", "kto", "pipeline")
-NAMES = (*STAGES, "quickstart", "plan", "configs", "doctor", "bench", "evaluate", "report", "export")
+NAMES = (*STAGES, "quickstart", "plan", "bench", "configs", "doctor", "evaluate", "report", "export")
 NAMES += ("data check", "data preview", "data demo")
 
 

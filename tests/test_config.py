@@ -276,6 +276,7 @@ TRUNCATED = "top_k and top_p: the update uses log-probabilities of the whole dis
         (RLStage, {"top_k": 5}, TRUNCATED),
         (RLStage, {"top_p": 0.5}, TRUNCATED),
         (RLStage, {"missing_eos_penalty": 1.0, "missing_eos_score": 0.0}, "missing_eos_penalty and missing_eos_score"),
+        (RLStage, {"max_turns": 2}, "max_turns: conversations have an environment"),
         (Safety, {"patterns": ("(",)}, "patterns: '(' is no regular expression"),
         (Safety, {"above": 1.0}, "classifier needs below or above"),
         (Safety, {"classifier": "length"}, "classifier needs below or above"),

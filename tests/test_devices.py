@@ -27,6 +27,9 @@ def test_an_idle_accelerator_is_refused_with_its_install_line(file, message, mon
         devices.choose(None)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the user's choice
     devices.choose(None)
+    assert not os.environ["XLA_FLAGS"]  # JAX has started: too late
+    monkeypatch.setattr(devices.xla_bridge, "backends_are_initialized", lambda: False)
+    devices.choose(None)
     assert "--xla_backend_optimization_level=1" in os.environ["XLA_FLAGS"].split()
 
 

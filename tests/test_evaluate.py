@@ -205,7 +205,7 @@ def test_win_rate_compares_all_samples_of_a_prompt():
 
 
 READ = {
-    "safety": lambda path: data.check_safety(formats.read("prompts", path)),
+    "safety": lambda path: data.check_safety(formats.read("prompts", path).rows),
     "categories": data.read_categories,
 }
 

@@ -134,7 +134,7 @@ def test_recipes(write, name, record, expected):
     ("columns", "message"),
     [
         (["prompt"], "--columns prompt: expected OURS=THEIRS, such as prompt=question"),
-        (["prompt=qestion"], "--columns prompt=qestion: no row has 'qestion'; did you mean 'question'"),
+        (["prompt=qestion"], "--columns prompt=qestion: no row has 'qestion'; did you mean question?"),
         (["responses=of.text"], "--columns responses=of.text: no row has 'of.text'; the keys are question, level, of"),
         (["prompt=question+level"], r"line 1: --columns joins texts with \+, found the number 3 in question\+level"),
     ],

@@ -8,6 +8,7 @@ import signal
 from contextlib import nullcontext
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -124,6 +125,30 @@ def test_a_run_that_fails_keeps_the_row_of_its_last_step(config, losses):
     with pytest.raises((Killed, TrainingFault)):
         run_loop(config, losses=losses, die_at=5)
     assert [row["step"] for row in rows(config.output_dir)] == [*range(6)]
+
+
+def test_a_resumed_run_tries_its_largest_step_before_its_checkpoint_is_read(config, monkeypatch):
+    """One that fits no more ends there; one that is finished has nothing to try."""
+    with pytest.raises(Killed):
+        run_loop(config, die_at=5)
+    events, restore = [], checkpoint.Checkpoints.restore
+    noted = lambda *args: events.append("read") or restore(*args)  # noqa: E731
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore", noted)
+
+    def attempt(fits):
+        def tried(state):
+            events.append("tried")
+            if not fits:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+            return state
+
+        return run_loop(dataclasses.replace(config, resume=True), attempt=tried)
+
+    with pytest.raises(TrainingFault, match="sft: out of memory"):
+        attempt(fits=False)
+    assert events == ["tried"]
+    assert attempt(fits=True)[0] == attempt(fits=False)[0] == 6
+    assert events == ["tried", "tried", "read", "read"]
 
 
 def test_a_checkpoint_says_where_it_comes_from(config):

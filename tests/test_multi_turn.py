@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from jax.sharding import Mesh
 from tabular import assert_close, assert_identical, numbers
-from test_processes import finish, launch
+from test_processes import launch
 from test_training import Killed, interrupt, outputs
 
 from rlhf_jax import models, ops, sampling, sharding, training
@@ -416,18 +416,38 @@ def more(conversation, row):
 def broken(conversation, row):
     import jax
     return None, 1 / (1 - jax.process_index())
+
+def nan(prompts, responses, wanted):
+    import jax
+    return [0.0] * (len(prompts) - 1) + [float("nan") if jax.process_index() else 1.0]
+
+def raising(prompts, responses, wanted):
+    import jax
+    return [score / (1 - jax.process_index()) for score in nan(prompts, responses, wanted)]
 """
-# Each of two processes: a run, the same again, and one whose environment fails in the second process.
+# Each of two processes: a run, the same again, and four that fail in the second process, the last before it begins.
 IN_PROCESSES = """
 import sys
-from rlhf_jax import cli, config, training
+from rlhf_jax import cli, config, errors, training
 from rlhf_jax.algorithms import grpo
 file, env, place = sys.argv[1:]
 
 def main():
-    for name, fn in (("two", "more"), ("two again", "more"), ("broken", "broken")):
-        flags = ["--output-dir", f"{file}s/{name}", "--rl.environment", f"{env}:{fn}", "--processes", place]
-        training.rl.run(config.parse(config.RunConfig, ["--config", file, *flags]), grpo)
+    for name, *flags in (
+        ("two", "--rl.environment", f"{env}:more"),
+        ("two again", "--rl.environment", f"{env}:more"),
+        ("nan", "--reward", f"{env}:nan"),
+        ("raising", "--reward", f"{env}:raising"),
+        ("broken", "--rl.environment", f"{env}:broken"),
+        ("alone", *["--data", "missing"] * int(place[-1])),
+    ):
+        flags = ["--config", file, "--output-dir", f"{file}s/{name}", "--processes", place, *flags]
+        try:
+            training.rl.run(config.parse(config.RunConfig, flags), grpo)
+        except (errors.TrainingFault, errors.UserError, ArithmeticError) as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            if name == "alone":
+                raise
 
 cli.run_script(main)
 """
@@ -482,9 +502,20 @@ def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(tmp_path, 
 
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-c", IN_PROCESSES, tmp_path / "run.yaml", tmp_path / "env.py"]
-    said = finish(launch(command, 2, devices=1, flag=[]), code=2)
-    assert all(re.search("error: .*environment: .*turn 1: ZeroDivisionError", text) for text in said), said
-    assert "error: process 1: environment" in said[0]
+    running = launch(command, 2, devices=1, flag=[])
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [1, 2], said
+    assert "error: process 1: it has ended; its last lines say why" in said[0]
+    assert "error: missing: " in said[1]
+    sentences = {
+        "nan": r"the reward function is not finite \(row .*: nan\).*",
+        "raising": ".*by zero",
+        "broken": ".*environment: .*turn 1: ZeroDivisionError.*",
+    }
+    for name, sentence in sentences.items():
+        ended = [re.search(f"^{name}: (process 1: )?({sentence})$", text, re.MULTILINE) for text in said]
+        assert all(ended), said
+        assert (ended[0][1], ended[1][1], ended[0][2]) == ("process 1: ", None, ended[1][2])
     two, twice = (tmp_path / "run.yamls" / name for name in ("two", "two again"))
     assert outputs(two) == outputs(twice)
     for row, of_one in zip(read(two), metrics, strict=True):

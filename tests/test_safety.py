@@ -43,7 +43,7 @@ def test_a_word_list_has_a_word_a_line(tmp_path):
     file = tmp_path / "words.txt"
     file.write_bytes("\ufeffbad\r\n\n two words \n".encode())
     assert Filter.create(read_words(file)).found("(Two   words)") == {"words": "two   words"}
-    for content, message in [(b"", "has no words"), (b"ok\n\xff", "0xff is not UTF-8"), (b"a\n\xc2\xad\n", "line 2")]:
+    for content, message in [(b"", "has no words"), (b"ok\n\xff", "decode byte 0xff"), (b"a\n\xc2\xad\n", "line 2")]:
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"words\.txt.*{message}"):
             read_words(file)

@@ -53,7 +53,7 @@ def track(folder, names, steps, resume_step=None):
     """A run that records ``x = step`` in each of the steps, samples before those that 4 divides, an alert at 2."""
     with open_run(folder, resume=resume_step is not None) as run:
         services = trackers.start(run, names, {"seed": 1}, resume_step)
-        with Tracker(run, total=9, resume_step=resume_step, services=services) as tracker:
+        with Tracker(run, total=9, resume_step=resume_step, label="", show=(), services=services) as tracker:
             for step in steps:
                 if step % 4 == 0:
                     tracker.samples(step, SAMPLES)

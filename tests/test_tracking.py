@@ -14,6 +14,11 @@ import rich.progress
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.log import RowWriter, Tracker
+from rlhf_jax.runs.trackers import Services
+
+
+def tracking(run, total, show=(), resume_step=None) -> Tracker:
+    return Tracker(run, total=total, resume_step=resume_step, label="ppo", show=show, services=Services({}, {}))
 
 
 def rows(path) -> list[dict]:
@@ -82,7 +87,7 @@ def test_tracker_writes_the_three_files(tmp_path, place, request):
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     spread = jax.device_put(jnp.int32(2), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     metrics = {"spread": spread, "loss": jnp.float32(0.1), "half": jnp.bfloat16(0.5), "flag": np.bool_(True), "x": 0.25}
-    with open_run(tmp_path) as run, Tracker(run, total=2) as tracker:
+    with open_run(tmp_path) as run, tracking(run, total=2) as tracker:
         returned = tracker.log(1, metrics | {"bad": jnp.float32(jnp.nan)})
         tracker.timing(1, {"rollout": 0.5})
         tracker.samples(1, [{"prompt": "a", "score": 1.5}, {"prompt": "b", "score": -math.inf, "deep": [math.inf]}])
@@ -102,21 +107,18 @@ def test_tracker_writes_the_three_files(tmp_path, place, request):
 
 
 def test_lines_where_there_is_no_terminal(tmp_path, capsys):
-    with open_run(tmp_path) as run, Tracker(run, total=25, label="ppo", show=["kl", "score"]) as tracker:
+    with open_run(tmp_path) as run, tracking(run, total=25, show=["kl", "score"]) as tracker:
         for step in range(1, 26):
             tracker.log(step, {"loss": 0.0, "score": step / 7, "kl": 2.0})
         tracker.alert(25, "[bold]done[/bold] :smile: " + "x" * 200)
-    assert capsys.readouterr().out.splitlines() == [
-        "ppo 1/25  kl 2  score 0.1429",
-        "ppo 10/25  kl 2  score 1.429",
-        "ppo 20/25  kl 2  score 2.857",
-        "ppo 25/25  kl 2  score 3.571",
-        "alert at step 25: [bold]done[/bold] :smile: " + "x" * 200,
-    ]
+    scores = {1: 0.1429, 10: 1.429, 20: 2.857, 25: 3.571}
+    lines = [f"ppo {step}/25  kl 2  score {score}" for step, score in scores.items()]
+    expected = [*lines, "alert at step 25: [bold]done[/bold] :smile: " + "x" * 200]
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_progress_on_a_terminal(tmp_path, terminal):
-    with open_run(tmp_path) as run, Tracker(run, total=4, label="ppo", resume_step=2) as tracker:
+    with open_run(tmp_path) as run, tracking(run, total=4, show=["objective/score", "[x]"], resume_step=2) as tracker:
         tracker.log(3, {"objective/score": 1.25, "[x]": 2.0})
         tracker.alert(3, "a message")
     assert all(text in terminal.getvalue() for text in ("ppo", "3/4", "objective/score 1.25  [x] 2", "a message"))

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import ops
 from rlhf_jax.data.encoding import EncodedPrompts, EncodedTexts
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback
@@ -24,19 +23,15 @@ ABSENT = -1  # in place of a row number: completes the last batch of an epoch an
 Place = tuple[int, int, int, int, int]  # row, answer, place, start, number
 
 
-def split(
-    n: int, fraction: float, key: jax.Array, groups: Sequence[Any] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def split(n: int, fraction: float, key: jax.Array, groups: Sequence | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers for training and for validation, each ascending; round(n * fraction) of them, at least 1, validate.
 
-    A fraction of 0 gives an empty validation part. Raises ValueError for a fraction outside [0, 1), UserError if no row
-    would be left to train on.
+    A fraction of 0 gives an empty validation part. Raises UserError if no row would be left to train on.
 
     Args:
       groups: of each row; rows of one group, such as the pairs of one ranking, stay together, so that a few more may
         validate. None: each row is a group of its own.
     """
-    ops.check_number("validation_fraction", fraction, at_least=0, below=1)
     held_out = max(1, round(n * fraction)) if fraction else 0
     names = list(range(n) if groups is None else groups)
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}

@@ -20,9 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
@@ -81,10 +78,13 @@ class ChatTemplate:
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = _refuse
         environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's own is for HTML
-        return environment.from_string(self.source)
+        # Hugging Face marks what an assistant says by {% generation %}: its body is rendered as it stands.
+        marks = re.compile(r"({%[-+]?\s*)(end)?generation(?=\s*[-+]?%})")
+        source = marks.sub(lambda mark: f"{mark[1]}{'endif' if mark[2] else 'if true'}", self.source)
+        return environment.from_string(source)
 
     @functools.cached_property
     def _encoder(self) -> tokenizers.Tokenizer:
@@ -164,17 +164,14 @@ def exchange(record: Record, key: str) -> tuple[list[Message], str]:
     if start not in (messages[: len(start)], messages[1 : len(start) + 1]):
         messages = start + messages
     response = messages[-1]["content"]
-    if messages[-1].get("tool_calls"):
-        what = f"message {len(messages)} of {key!r} has tool_calls, which are no text to learn"
-        raise BadRow(record.source, what)
-    if not is_answered(messages) or not response.strip():
-        raise BadRow(record.source, NO_RESPONSE)
+    what = f"message {len(messages)} of {key!r} has tool_calls, which are no text to learn"
+    expect(not messages[-1].get("tool_calls"), record, what)
+    expect(is_answered(messages) and response.strip(), record, NO_RESPONSE)
     return _before_last(record, key, messages), response
 
 
 def _before_last(record: Record, key: str, messages: list[Message]) -> list[Message]:
-    if len(messages) < 2:
-        raise BadRow(record.source, f"{key!r} has no message before the assistant's")
+    expect(len(messages) > 1, record, f"{key!r} has no message before the assistant's")
     return messages[:-1]
 
 
@@ -204,13 +201,3 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``, with which Hugging Face marks what an assistant said: its body, as it stands."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -86,22 +86,15 @@ def check(
     return Report("\n\n".join([*texts, counted + ": a run would stop" * bool(num_problems)]), num_problems)
 
 
-def preview(
-    path: str,
-    tokenizer: Tokenizer | None = None,
-    count: int = 3,
-    *,
-    kind: Kind | None = None,
-    columns: Sequence[str] = (),
-) -> str:
+def preview(path: str, tokenizer: Tokenizer | None = None, count: int = 3, **how: Any) -> str:
     """The first ``count`` rows in full, as a run would read them, messages rendered, and what is wrong with others.
 
-    kind, columns: as `check`.
+    how: ``kind`` and ``columns``, as of `check`.
 
     Raises:
       UserError: for a file that cannot be read.
     """
-    file = _read(path, tokenizer, kind, columns)
+    file = _read(path, tokenizer, **how)
     shown = [_render_row(row, tokenizer) for row in file.found.rows[:count]]
     findings = "\n".join([*_problems(file.found.errors), *_dropped(file.found.places)])
     return "\n\n".join(filter(None, [f"{file.head}, {file.kind}", *shown, findings]))

@@ -5,7 +5,6 @@ THEIRS is a key of the record; or ``OUTER.INNER``, the value inside an object (o
 or ``A+B``, two texts with an empty line between them, of which either may be empty.
 """
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any, TypeGuard
 
 from rlhf_jax.data.chat import Message
 from rlhf_jax.data.rows import BadRow, Drop, Record, kind
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, did_you_mean
 
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
@@ -35,9 +34,8 @@ def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Reco
     renamed = [_renamed(record, names, seen) for record in records]
     keys = dict.fromkeys(key for record in records if isinstance(record.value, dict) for key in record.value)
     for ours in [ours for ours in names if keys and ours not in seen | set(keys)]:
-        near = difflib.get_close_matches(names[ours], keys, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(keys)}"
-        raise UserError(f"--columns {ours}={names[ours]}: no row has {names[ours]!r}; {hint}")
+        hint = did_you_mean(names[ours], keys) or f"; the keys are {', '.join(keys)}"
+        raise UserError(f"--columns {ours}={names[ours]}: no row has {names[ours]!r}{hint}")
     return [record for tree in renamed for record in _rankings(tree)]
 
 
@@ -113,7 +111,8 @@ def _rankings(record: Record) -> list[Record]:
     except (KeyError, TypeError, AttributeError) as error:
         return [Record(BadRow(record.source, f"not a message tree: {type(error).__name__}: {error}"), record.source)]
     rankings = [Record(row, f"{record.source}, prompt {number}") for number, row in enumerate(rows, 1)]
-    return rankings or [Record(Drop("message tree without two ranked replies to one prompt"), record.source)]
+    no_rank = Drop(record.source, "message tree without two ranked replies to one prompt")
+    return rankings or [Record(no_rank, record.source)]
 
 
 def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:

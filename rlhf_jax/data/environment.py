@@ -32,8 +32,10 @@ from rlhf_jax.runs import processes
 from rlhf_jax.types import Rollout
 
 Message = dict[str, str]
-Source = Callable[[list[Message], dict[str, Any]], Any] | str | None
-"""An environment's function, or FILE.py:FUNCTION; None: there is none."""
+Reply = Callable[[list[Message], dict[str, Any]], Any] | None
+"""An environment's function; None: there is none."""
+Source = Reply | str
+"""The same, or FILE.py:FUNCTION."""
 
 _OPEN, _DONE, _CUT = range(3)  # what has become of a row; _CUT: a limit ended it
 _RESPONSE = "{response}"  # stands for the policy's response in a chat template
@@ -49,7 +51,7 @@ class Environment(NamedTuple):
     max_turns: int | None = None  # responses of a row at most
 
 
-def function_of(source: Source, setting: str) -> Callable[..., Any] | None:
+def function_of(source: Source, setting: str) -> Reply:
     """The function of a source; None for None.
 
     Raises:
@@ -61,15 +63,10 @@ def function_of(source: Source, setting: str) -> Callable[..., Any] | None:
     return spec.load_function(f"{setting} {source}", Path(file), function, ())
 
 
-def load_environment(source: Source, tokenizer: Tokenizer, slots: int, max_turns: int | None) -> Environment | None:
-    """The environment of a source; None for None.
-
-    Raises:
-        UserError: as `function_of`; ``max_turns`` below 1 or without an environment.
-    """
-    if max_turns is not None and (source is None or max_turns < 1):
+def load_environment(fn: Reply, tokenizer: Tokenizer, slots: int, max_turns: int | None) -> Environment | None:
+    """The environment of a function; None for None. UserError for ``max_turns`` below 1 or without an environment."""
+    if max_turns is not None and (fn is None or max_turns < 1):
         raise UserError(f"max_turns {max_turns}: conversations have an environment and at least 1 turn; give both")
-    fn = function_of(source, "environment")
     return None if fn is None else Environment(fn, tokenizer, chat.template_of(tokenizer), slots, max_turns)
 
 

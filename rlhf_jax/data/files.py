@@ -16,12 +16,11 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_jax.data.rows import BadRow, Record
-from rlhf_jax.errors import UserError, did_you_mean
+from rlhf_jax.errors import UserError, did_you_mean, file_errors
 
 _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
 _PACKED_AT_MOST, _MAY_UNPACK = 100, 1 << 26  # times its size, and bytes that any file may unpack to
@@ -42,7 +41,7 @@ class Source(NamedTuple):
     format: str
 
 
-def read_source(name: str | PathLike[str]) -> Source:
+def read_source(name: str | os.PathLike[str]) -> Source:
     """The content of a file, or of a dataset named ``org/name`` or ``org/name:split``.
 
     ``.csv``, ``.tsv``, ``.parquet`` and ``.txt`` (each also with ``.gz`` after it) are read as that, anything else as a
@@ -100,10 +99,8 @@ def parse_text(text: str, name: str, suffix: str = ".json") -> tuple[Iterator[Re
 
 
 def _bytes(path: Path) -> bytes:
-    try:
+    with file_errors(path):
         data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if not data.startswith(b"\x1f\x8b"):
         return data
     most = max(_MAY_UNPACK, _PACKED_AT_MOST * len(data))
@@ -119,7 +116,7 @@ def _bytes(path: Path) -> bytes:
     return unpacked
 
 
-def read_text(path: str | PathLike[str]) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file, unpacked if gzip packed it, without a byte order mark.
 
     Raises:

@@ -25,8 +25,6 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,7 @@ from rlhf_jax.data.files import Source, parse_text, read_source
 from rlhf_jax.data.rows import BadRow, Drop, Kind, Record, Row, Text
 from rlhf_jax.errors import UserError
 
-Names = str | PathLike[str] | Sequence[str | PathLike[str]]
+Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 PAIR = ("chosen", "rejected")
 ANNOTATED = ("instruction", "response1", "response2", "annotator1")
@@ -68,16 +66,16 @@ ALL_EQUAL = "all responses are identical"
 _ANNOTATOR = re.compile(r"annotator[0-9]+")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ReadResult:
     """The rows in file order, the places of the rows that were left out by reason, the sha256 of each source, and what
     is wrong with other rows.
     """
 
     rows: list[Row]
-    places: dict[str, list[str]] = field(default_factory=dict)
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    errors: list[UserError] = field(default_factory=list)
+    places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    errors: list[UserError] = dataclasses.field(default_factory=list)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -143,13 +141,11 @@ def parse_all(kind: Kind, records: Sequence[Record], template: ChatTemplate, on_
             parsed = parse(kind, record, template)
             if kind == "prompts":
                 if parsed[0].prompt in seen and (form_of(record.value) or ("prompts",))[0] != "prompts":
-                    raise Drop("repeated prompt")
+                    raise Drop(record.source, "repeated prompt")
                 seen.add(parsed[0].prompt)
             found.rows.extend(parsed)
-        except Drop as drop:
-            found.places.setdefault(str(drop), []).append(record.source)
         except UserError as error:
-            if on_bad_row == "drop" and isinstance(error, BadRow):
+            if isinstance(error, BadRow if on_bad_row == "drop" else Drop):
                 found.places.setdefault(error.what, []).append(error.source)
             else:
                 found.errors.append(error)
@@ -157,7 +153,7 @@ def parse_all(kind: Kind, records: Sequence[Record], template: ChatTemplate, on_
 
 
 def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
-    given = [str(name) for name in ([names] if isinstance(names, str | PathLike) else names)]
+    given = [str(name) for name in ([names] if isinstance(names, str | os.PathLike) else names)]
     if not given:
         folder = f"a folder that holds {FILES[kind]}"
         raise UserError(f"no data: give --data FILE with {kind}, {folder}, or `--data demo` for the generated corpus")
@@ -282,13 +278,10 @@ def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
         return chat.exchange(record, key)
     if "prompt" not in row and key in PAIR and isinstance(row.get(key), str):
         before, opening, response = row[key].rpartition(ASSISTANT)
-        if not opening:
-            hint = rows.meant("prompt", [other for other in row if other not in PAIR])
-            raise BadRow(record.source, _NO_DIALOGUE.format(key) + hint)
-        if HUMAN in response:
-            raise BadRow(record.source, f"{key!r} ends with a human turn, not with an answer")
-        if not response.strip():
-            raise BadRow(record.source, chat.NO_RESPONSE)
+        hint = rows.meant("prompt", [other for other in row if other not in PAIR])
+        rows.expect(opening, record, _NO_DIALOGUE.format(key) + hint)
+        rows.expect(HUMAN not in response, record, f"{key!r} ends with a human turn, not with an answer")
+        rows.expect(response.strip(), record, chat.NO_RESPONSE)
         return rows.checked(record, key, before + opening), rows.checked(record, key, response)
     rows.require(record, ("prompt", *keys))
     return rows.text(record, "prompt"), rows.text(record, key)
@@ -304,28 +297,26 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, 
     category = str(row.get("category") or row.get("subset") or "")
     if "responses" not in row:
         (before, chosen), (other, rejected) = (_exchange(record, key) for key in PAIR)
-        if other != before:
-            raise BadRow(record.source, "dialogues differ before the last response")
+        rows.expect(other == before, record, "dialogues differ before the last response")
         if chosen == rejected:
-            raise Drop(EQUAL)
-        if any(0 not in _best(_ranks(record, label, 2)) for label in LABELS[:-1] if row.get(label) is not None):
-            raise BadRow(record.source, _CONTRADICTED)
+            raise Drop(record.source, EQUAL)
+        given = [_ranks(record, label, 2) for label in LABELS[:-1] if row.get(label) is not None]
+        rows.expect(all(0 in _best(ranks) for ranks in given), record, _CONTRADICTED)
         return Row(_rendered(before, template, record), (chosen, rejected), record.source, category=category), (0, 1)
     rows.expect(isinstance(row["responses"], list), record, "'responses' must be a list", row["responses"])
     responses = tuple(_text_or_ids(record, f"response {i}", value) for i, value in enumerate(row["responses"]))
     labels = [key for key in LABELS if row.get(key) is not None]
     targets = _numbers(record, "targets", len(responses)) if "targets" in labels else None
-    if len(responses) < (1 if targets else 2):
-        raise BadRow(record.source, f"a comparison needs at least 2 responses, found {len(responses)}")
-    if not labels or (targets is None and len(labels) > 1):
-        found = ", ".join(labels or row)
-        raise BadRow(record.source, f"expected one of the keys {', '.join(LABELS)}, found {found}")
+    is_several = len(responses) >= (1 if targets else 2)
+    rows.expect(is_several, record, f"a comparison needs at least 2 responses, found {len(responses)}")
+    found = f"expected one of the keys {', '.join(LABELS)}, found {', '.join(labels or row)}"
+    rows.expect(targets or len(labels) == 1, record, found)
     if targets is None and len(set(responses)) == 1:
-        raise Drop(EQUAL if len(responses) == 2 else ALL_EQUAL)
+        raise Drop(record.source, EQUAL if len(responses) == 2 else ALL_EQUAL)
     ranks = None if labels[0] == "targets" else _ranks(record, labels[0], len(responses))
     best = ranks.index(0) if ranks and labels == ["best"] else None
-    if ranks and "chosen" in row and row["chosen"] not in [responses[i] for i in _best(ranks)]:
-        raise BadRow(record.source, _CONTRADICTED)
+    if ranks and "chosen" in row:
+        rows.expect(row["chosen"] in [responses[i] for i in _best(ranks)], record, _CONTRADICTED)
     prompt = _prompt_of_answers(record, template)
     return Row(prompt, responses, record.source, best, targets, category=category), ranks
 
@@ -345,8 +336,7 @@ def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = Fal
     wrong = [i for i in value if type(i) is not int or i < 0]
     rows.expect(not wrong, record, f"{what} must hold token ids", wrong and wrong[0])
     ids = tuple(i for i in value if i != PAD_ID)
-    if not ids:
-        raise BadRow(record.source, f"{what} is empty")
+    rows.expect(ids, record, f"{what} is empty")
     return ids
 
 
@@ -391,6 +381,6 @@ def _pairs(row: Row, ranks: tuple[float, ...]) -> list[Row]:
     apart = [(better, worse) for (better, rank), (worse, other) in ranked if rank < other]
     ordered = [pair for pair in apart if pair[0] != pair[1]]
     if not ordered:
-        raise Drop(ALL_EQUAL if apart else "all responses are ranked equal")
+        raise Drop(row.source, ALL_EQUAL if apart else "all responses are ranked equal")
     weight = 1 / len(ordered) if len(ordered) > 1 else None
     return [dataclasses.replace(row, responses=pair, best=None, weight=weight) for pair in ordered]

@@ -18,7 +18,7 @@ Text = str | TokenIds  # token ids are used as they are: neither tokenised again
 class Record(NamedTuple):
     """One value of a data file and its place: ``FILE, line N`` or ``FILE, row N``, both counted from 1."""
 
-    value: Any  # UserError or Drop if the line or row could not be read
+    value: Any  # UserError if the line or row could not be read
     source: str
 
 
@@ -61,7 +61,7 @@ class BadRow(UserError):
         self.source, self.what = source, what
 
 
-class Drop(Exception):
+class Drop(BadRow):
     """A row without a fault that teaches nothing: it is always left out, and counted under this reason."""
 
 
@@ -104,16 +104,16 @@ def texts(rows: Sequence[Row]) -> Iterator[str]:
 
 def fields(record: Record, expected: str) -> dict[str, Any]:
     """The record as an object; ``expected`` are its keys, for the error."""
-    if isinstance(record.value, UserError | Drop):
+    if isinstance(record.value, UserError):
         raise record.value
     expect(isinstance(record.value, dict), record, f"expected an object with keys {expected}", record.value)
     return record.value
 
 
-def expect(holds: Any, record: Record, what: str, value: Any) -> None:
-    """Raises `BadRow`, saying where, ``what`` must be and what kind of value stands there, unless it holds."""
+def expect(holds: Any, record: Record, what: str, *found: Any) -> None:
+    """Raises `BadRow`, saying where, ``what`` must be or is wrong and, if given, the kind of value, unless it holds."""
     if not holds:
-        raise BadRow(record.source, f"{what}, found {kind(value)}")
+        raise BadRow(record.source, what + "".join(f", found {kind(value)}" for value in found))
 
 
 def require(record: Record, keys: Sequence[str]) -> None:
@@ -139,8 +139,7 @@ def text(record: Record, key: str) -> str:
 
 def checked(record: Record, what: str, value: str, may_be_space: bool = True) -> str:
     """The value itself, if it is not empty and can be written as UTF-8."""
-    if not (value if may_be_space else value.strip()):
-        raise BadRow(record.source, f"{what} is empty")
+    expect(value if may_be_space else value.strip(), record, f"{what} is empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, yet no text

@@ -119,8 +119,7 @@ def characters(texts: str | Iterable[str]) -> Tokenizer:
     alphabet = sorted(set(texts) if isinstance(texts, str) else set().union(*map(set, texts)))
     if not alphabet:
         raise UserError("no text to take the characters from")
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *alphabet])}
-    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+    backend = tokenizers.Tokenizer(models.WordLevel({token: i for i, token in enumerate([PAD, EOS, *alphabet])}))
     # Oniguruma's syntax: "(?s)." is refused.
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()

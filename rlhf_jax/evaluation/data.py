@@ -15,13 +15,14 @@ Errors name the row's file and line.
 import dataclasses
 import keyword
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from rlhf_jax import config
-from rlhf_jax.data import formats, rows
-from rlhf_jax.errors import UserError
+from rlhf_jax.data import rows
+from rlhf_jax.errors import UserError, check_pattern
 
 TIE = 0
 ANSWERABLE = {"true": True, "false": False, "none": None, "": None}
@@ -51,13 +52,12 @@ class CustomCategory:
         return re.compile("|".join(either), re.IGNORECASE)
 
 
-def check_safety(result: formats.ReadResult) -> formats.ReadResult:
-    """The same prompts, each of which has a column ``label``, safe or unsafe."""
-    for row in result.rows:
+def check_safety(prompts: Sequence[rows.Row]) -> None:
+    """Raises UserError for a prompt without a column ``label``, safe or unsafe."""
+    for row in prompts:
         label = row.columns.get("label")
         if label not in ("safe", "unsafe"):
             raise UserError(f"{row.source}: a prompt for --safety needs a key 'label', safe or unsafe, found {label!r}")
-    return result
 
 
 def answerable(row: rows.Row) -> bool | None:
@@ -101,4 +101,4 @@ def _check_category(category: CustomCategory, where: str) -> None:
     if "" in (*category.patterns, *category.keywords, *category.texts):
         raise UserError(f"{where}.{judges[0]} holds an empty text")
     for pattern in category.patterns:
-        config.check_pattern(f"{where}.patterns holds {pattern!r}, which", pattern)
+        check_pattern(f"{where}.patterns holds {pattern!r}, which", pattern)

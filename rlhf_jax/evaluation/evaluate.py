@@ -24,14 +24,11 @@ import yaml
 from rlhf_jax import generator, models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, formats, rows
-from rlhf_jax.data.encoding import EncodedTexts
-from rlhf_jax.data.environment import Environment, converse, load_environment
+from rlhf_jax.data.environment import Environment, converse, function_of, load_environment
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.evaluation import data, measures, texts
-from rlhf_jax.evaluation.measures import Figure, Responses
 from rlhf_jax.models import hf
-from rlhf_jax.models.hf import model_folder
 from rlhf_jax.report import records
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices, manifest
@@ -42,10 +39,12 @@ from rlhf_jax.types import Comparisons, Params, Rollout
 Categories = Mapping[str, data.CustomCategory]
 Sets = Mapping[str, formats.ReadResult]
 """The data of prompts, safety, preferences, annotated and custom NAME."""
+Encoded = Mapping[str, encoding.EncodedTexts]
+"""The pairs of preferences and annotated."""
 
 SAMPLES = "evaluation_samples.jsonl"
 ORDER = ("helpfulness", "harmlessness", "honesty", "preferences", "agreement", "diversity", "win rate")  # then others
-GIVEN = ("preferences", "annotated")  # data with answers; the other sets are prompts
+KINDS: dict[str, rows.Kind] = {"preferences": "pairs", "annotated": "annotated"}  # of sets that are not prompts
 BUCKET = 64  # tokens: texts to score are padded to a multiple, so that few shapes are compiled
 
 
@@ -109,7 +108,7 @@ class Config:
 class Result(NamedTuple):
     """The figures, and the file that holds them."""
 
-    rows: list[Figure]
+    rows: list[measures.Figure]
     path: Path
 
     def value(self, category: str, metric: str) -> float | None:
@@ -136,10 +135,10 @@ def run(folder: str | Path, config: Config) -> Result:
     _check_flags(policy, config)
     sets, categories = _read(config, chat.template_of(policy.tokenizer))
     bench = open_bench(policy, config)
-    answers = {name: sample(bench, policy, name, read.rows) for name, read in sets.items() if name not in GIVEN}
+    answers = {name: sample(bench, policy, name, read.rows) for name, read in sets.items() if name not in KINDS}
     limits: Any = {"template": policy.template, "max_length": bench.positions, "too_long": config.too_long}
-    given = {name: read.rows for name, read in sets.items() if name in GIVEN}
-    pairs = {name: encoding.encode_texts(rows, policy.tokenizer, **limits) for name, rows in given.items()}
+    given = [name for name in KINDS if name in sets]
+    pairs = {name: encoding.encode_texts(sets[name].rows, policy.tokenizer, **limits) for name in given}
     left_out = {}
     for name, read in sets.items():
         if reasons := read.dropped | (answers | pairs)[name].counts:
@@ -191,7 +190,7 @@ def load(folder: str, config: Config) -> Policy:
     """The policy in a run's or model's folder, or of a Hugging Face name."""
     settings = _settings(folder)
     compute = Compute(dtype=settings.get("compute", {}).get("dtype", "float32"))
-    source = model_folder(folder)
+    source = hf.model_folder(folder)
     member = str(next(iter(spec.members(source)), source))
     model, params, tokenizer = initial.load_language_model(member, compute)
     template = config.template or settings.get("text", {}).get("template", "{prompt}")
@@ -224,7 +223,7 @@ def open_bench(policy: Policy, config: Config) -> Bench:
     positions, reward = policy.model.config.max_length, None
     given = policy.folder if policy.is_judge else config.reward_model
     if given is not None:
-        entry = model_folder(given)
+        entry = hf.model_folder(given)
         if policy.is_judge and spec.members(entry):
             entry = f"mean:{entry}"
         check_template(policy, given, config)
@@ -238,7 +237,8 @@ def open_bench(policy: Policy, config: Config) -> Bench:
     turns = trained.get("max_turns") if config.max_turns is None and config.environment else config.max_turns
     if trained.get("environment") and not config.environment:
         logger.info(f"{policy.folder} was trained with replies by {trained['environment']}; here is no --environment")
-    environment = load_environment(config.environment, policy.tokenizer, policy.max_new_tokens, turns)
+    fn = function_of(config.environment, "--environment")
+    environment = load_environment(fn, policy.tokenizer, policy.max_new_tokens, turns)
     return Bench(policy, config, stage.stream(config.seed, "evaluate", "eval"), reward, positions, environment)
 
 
@@ -262,7 +262,7 @@ _apply = jax.jit(lambda fn, rollout: fn(rollout)[0])
 def score(reward: spec.Reward, rollout: Rollout, columns: Mapping[str, Sequence[Any]], batch_size: int) -> np.ndarray:
     """[N] float64 of N responses, NaN where a function gave None. A Python function sees all rows at once."""
     if reward.host is not None:
-        result = rewards.on_host(reward.host, rollout, columns).rollout
+        result, _ = rewards.on_host(reward.host, rollout, columns)
         return np.where(np.any(result.response_mask, axis=1), np.asarray(result.scores, np.float64), np.nan)
     return generator.in_batches(functools.partial(_apply, reward.fn), batch_size, rollout).astype(np.float64)
 
@@ -274,7 +274,7 @@ class Answers(NamedTuple):
     counts: dict[str, int]  # prompts that were too long, by what was done to them
     columns: dict[str, list[Any]]  # of the N * S rows of the rollout
     rollout: Rollout
-    responses: Responses
+    responses: measures.Responses
     talks: dict[str, np.ndarray]  # of each of the N * S conversations, as ``converse`` gives them
 
 
@@ -290,18 +290,18 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     how: Any = {"config": settings, "batch_size": config.batch_size}
 
     def respond(tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None) -> Rollout:
-        return generator.sample_in_batches(model, policy.params, tokens, mask, key, **how, used=used)
+        return generator.LanguageModel(model, policy.params, tokenizer).sample(tokens, mask, key, **how, used=used)
 
     rollout, talks = converse(bench.environment, respond, encoded, numbers)
     read = [p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows]
     said = np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist()
     scores = None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape)
     lengths, ended = np.count_nonzero(rollout.response_mask, axis=1), generator.ended(rollout, settings.eos_ids)
-    responses = Responses(read, said, lengths.reshape(shape), ended.reshape(shape), scores)
+    responses = measures.Responses(read, said, lengths.reshape(shape), ended.reshape(shape), scores)
     return Answers(encoded.rows, encoded.counts, batches.columns_at(encoded, numbers), rollout, responses, talks)
 
 
-def margins(bench: Bench, encoded: EncodedTexts) -> measures.Margins:
+def margins(bench: Bench, encoded: encoding.EncodedTexts) -> measures.Margins:
     """``{judge: [N]}`` score of answer 0 minus that of answer 1, by each judge there is, lengths among them."""
     log_probs = jax.jit(functools.partial(ops.response_log_probs, models.policy_fn(bench.policy.model)))
     judges: dict[str, Callable[[Comparisons], Any]] = {}
@@ -335,8 +335,9 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
     """All data, read before anything is computed, and the categories of the user's own."""
     categories = data.read_categories(config.categories) if config.categories else {}
     read = functools.partial(formats.read, template=template, columns=config.columns, on_bad_row=config.on_bad_row)
-    prompts = {"prompts": config.prompts} | {f"custom {name}": own.prompts for name, own in categories.items()}
-    results = {name: read("prompts", paths) for name, paths in prompts.items() if paths}
+    given: dict[str, Any] = {"prompts": config.prompts, "safety": config.safety, "preferences": config.preferences}
+    given |= {"annotated": config.annotated} | {f"custom {name}": own.prompts for name, own in categories.items()}
+    results = {name: read(KINDS.get(name, "prompts"), paths) for name, paths in given.items() if paths}
     for name, category in categories.items():
         if category.texts:
             place = f"{config.categories}: {name}, prompt "
@@ -344,12 +345,7 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
             results[f"custom {name}"] = formats.ReadResult(own)
         elif not (category.prompts or config.prompts):
             raise UserError(f"{config.categories}: {name} has no prompts of its own; add them or give --prompts")
-    if config.safety:
-        results["safety"] = data.check_safety(read("prompts", config.safety))
-    if config.preferences:
-        results["preferences"] = read("pairs", config.preferences)
-    if config.annotated:
-        results["annotated"] = read("annotated", config.annotated)
+    data.check_safety(results["safety"].rows if config.safety else ())
     for name, result in results.items():
         logger.info(f"{name}: {result.describe()}")
     return results, categories
@@ -357,8 +353,8 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
 
 def _fingerprints(folder: str, config: Config, sets: Sets, categories: Categories) -> dict[str, str]:
     """sha256 of every file and model that is read, by the name that the user gave it."""
-    paths = {name: Path(model_folder(name)) for name in filter(None, (folder, config.against, config.categories))}
-    judges = [config.environment, config.reward_model and model_folder(config.reward_model)]
+    paths = {name: Path(hf.model_folder(name)) for name in filter(None, (folder, config.against, config.categories))}
+    judges = [config.environment, config.reward_model and hf.model_folder(config.reward_model)]
     for entry in filter(None, [*judges, *(own.score for own in categories.values())]):
         paths |= spec.sources(entry)
     of_data = {path: digest for result in sets.values() for path, digest in result.fingerprints.items()}
@@ -377,8 +373,8 @@ def _against(bench: Bench, folder: str, prompts: Sequence[rows.Row]) -> Answers:
 
 
 def _figures(
-    bench: Bench, sets: Sets, categories: Categories, answers: Mapping[str, Answers], pairs: Mapping[str, EncodedTexts]
-) -> Iterable[Figure]:
+    bench: Bench, sets: Sets, categories: Categories, answers: Mapping[str, Answers], pairs: Encoded
+) -> Iterable[measures.Figure]:
     key = bench.key
     if own := answers.get("prompts"):
         yield from measures.helpfulness(own.responses, key)
@@ -413,14 +409,14 @@ def _figures(
         yield measures.custom(name, category, responses, key)
 
 
-def _not_run(policy: Policy, config: Config) -> list[Figure]:
+def _not_run(policy: Policy, config: Config) -> list[measures.Figure]:
     """A row without a value for what nothing was given for."""
     given = dataclasses.asdict(config)
     given["judge"] = config.reward_model or policy.is_judge or not config.preferences
     wanted = yaml.safe_load(Path(__file__).with_name("not_run.yaml").read_text("utf-8"))
     wanted = [row for row in wanted if not given[row[0]]]
     asked = [row for row in wanted if not policy.is_judge or row[1] in ("preferences", "agreement")]
-    return [Figure(place, metric, note=f"not run: give {flag}") for _, place, metric, flag in asked]
+    return [measures.Figure(place, metric, note=f"not run: give {flag}") for _, place, metric, flag in asked]
 
 
 def _samples(name: str, answers: Answers, tokenizer: Tokenizer) -> Iterable[dict[str, Any]]:

@@ -114,7 +114,7 @@ def preferences(margins: Margins, pairs: metrics.Pairs, parts: Sequence[str], ke
         num_pairs, unit = len(own.groups), "rows" if own.is_single else "pairs"
         category = f"preferences: {part}" if part else "preferences"
         for judge, margin in margins.items():
-            right = ((margin > 0) + 0.5 * (margin == 0))[chosen]
+            right = np.heaviside(margin[chosen], 0.5)
             best = metrics.top_1(right, own)
             ends = metrics.mean_interval(best, _stream(key, category, f"accuracy_{judge}"))
             yield _figure(category, f"accuracy_{judge}", best.mean(), ends, len(best), "rows")
@@ -181,8 +181,7 @@ def win_rate(scores: np.ndarray, against: np.ndarray, key: jax.Array, name: str)
 
     scores, against: [N, S] of the same prompts; ties count half. ``name``: the other run.
     """
-    higher, lower = scores[:, :, None], against[:, None, :]
-    wins = np.where(np.isnan(higher) | np.isnan(lower), np.nan, (higher > lower) + 0.5 * (higher == lower))
+    wins = np.heaviside(scores[:, :, None] - against[:, None, :], 0.5)  # NaN where one of the two is
     values = {"win_rate": wins.reshape(len(wins), -1), "score_difference": scores - against}
     return [mean("win rate", metric, value, key, note=f"against {name}") for metric, value in values.items()]
 
@@ -195,9 +194,7 @@ def custom(name: str, category: CustomCategory, responses: Responses, key: jax.A
     return mean(name, "patterns" if category.patterns else "keywords", found, key)
 
 
-def mean(
-    category: str, metric: str, values: Sequence | np.ndarray, key: jax.Array, unit: str = "prompts", note: str = ""
-) -> Figure:
+def mean(category: str, metric: str, values: Any, key: jax.Array, unit: str = "prompts", note: str = "") -> Figure:
     """The mean of values [N] or [N, S], whose rows are the units of the interval; a NaN is no value and not counted.
     Bools are a share, for which `metrics.mean_interval` may be Wilson's.
     """
@@ -227,9 +224,7 @@ def _kappa(metric: str, judges: Sequence[tuple[np.ndarray, np.ndarray]], key: ja
     return _figure("agreement", metric, value, ends, count, "rows", note)
 
 
-def _figure(
-    category: str, metric: str, value: float, ends: Sequence[float], n: int, unit: str, note: str = ""
-) -> Figure:
+def _figure(category: str, metric: str, value: float, ends: Sequence, n: int, unit: str, note: str = "") -> Figure:
     low, high = (None if np.isnan(end) else float(end) for end in ends)
     return Figure(category, metric, float(value), low, high, n, unit, note)
 

@@ -50,13 +50,8 @@ def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
 
     BLEU is that of Papineni et al. 2002 with equal weights of the orders 1 to n, the reference of the closest length
     (the shorter of two), and a count of 0.1 in place of 0 matches (method 1 of Chen and Cherry 2014). An order of
-    which a text has no n-gram is left out; an empty text scores 0.
-
-    Raises:
-      ValueError: fewer than two texts, or n below 1.
+    which a text has no n-gram is left out; an empty text scores 0. There are at least two texts.
     """
-    if len(texts) < 2 or n < 1:
-        raise ValueError(f"self-BLEU needs at least two texts and n of at least 1, got {len(texts)} texts and n {n}")
     lengths = Counter(map(len, texts))
     log_precisions: list[list[float]] = [[] for _ in texts]
     for order in range(1, n + 1):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import file_errors
 from rlhf_jax.report import figures, plots, records
 from rlhf_jax.report.records import KINDS, Group, Row, RunRecord
 from rlhf_jax.runs.folder import write_atomically
@@ -98,10 +98,8 @@ def write(runs: Sequence[str | Path], path: str | Path) -> None:
     title = f"{_stages(run_records)}: {', '.join(names) if len(names) <= 4 else f'{len(names)} runs'}"
     level = 3 if len(chapters) > 1 else 2
     text = fill("runs.html", title=title, summary="", level=level, chapters=chapters)
-    try:
+    with file_errors(path, "written"):
         write_atomically(Path(path), text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
@@ -123,12 +121,10 @@ def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
             if image := figures.png(figure):
                 same = sum(path.stem.partition("--")[0] == name for path in images)
                 images[Path(folder) / (f"{name}--{same + 1}.png" if same else f"{name}.png")] = image
-    try:
+    with file_errors(folder, "written"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         for path, image in images.items():
             path.write_bytes(image)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written: {error.strerror or error}") from None
     return list(images)
 
 

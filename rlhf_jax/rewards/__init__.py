@@ -7,13 +7,13 @@ run from ``--reward``, ``rewards.filter`` is the safety filter after it.
 """
 
 from rlhf_jax.rewards.functions import EnsembleMethod, ensemble, from_model, length, token_count, weighted
-from rlhf_jax.rewards.host import Decoder, HostResult, HostReward, from_text, on_host
+from rlhf_jax.rewards.host import Decoder, HostReward, from_text, on_host
 from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.rewards.shaping import adaptive_kl, kl_shaped, length_penalty, missing_eos, overlong_penalty
 
 # Traced: scores from counts, models and n-grams, and sums of them
 __all__ = ["EnsembleMethod", "diversity", "ensemble", "from_model", "length", "repetition", "token_count", "weighted"]
 # In Python, between two jits
-__all__ += ["Decoder", "HostResult", "HostReward", "from_text", "on_host"]
+__all__ += ["Decoder", "HostReward", "from_text", "on_host"]
 # From scores to what an update reads
 __all__ += ["adaptive_kl", "kl_shaped", "length_penalty", "missing_eos", "overlong_penalty"]

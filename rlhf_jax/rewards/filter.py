@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.rewards import spec
 from rlhf_jax.rewards.host import Columns, Decoder, HostReward, on_host
 from rlhf_jax.types import Metrics, Rollout
@@ -62,8 +62,6 @@ def normalized(text: str) -> str:
 
 def _word_pattern(word: str) -> str:
     parts = normalized(word).split()
-    if not parts:
-        raise UserError(f"the word {word!r} has no visible characters")
     # Only letters and digits have a boundary: a listed emoji is found between letters too, and a word between the
     # underscores of Markdown.
     before = f"(?<!{_LETTER})" if re.match(_LETTER, parts[0]) else ""
@@ -73,12 +71,8 @@ def _word_pattern(word: str) -> str:
 
 def read_words(path: str | Path) -> list[str]:
     """The words and phrases of a UTF-8 file with one on each line; empty lines are skipped."""
-    try:
+    with file_errors(path):
         lines = Path(path).read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8, which is expected") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
         if line.strip() and not normalized(line).strip():
             raise UserError(f"{path}, line {number}: has only invisible characters; remove the line")
@@ -109,12 +103,11 @@ class Guard:
 
     def for_responses(self, *, tokenizer: spec.PolicyTokenizer, load: spec.Load, columns: Collection[str]) -> "Guard":
         """The guard with the classifier of its settings, if there is one; arguments as of ``spec.build_reward``."""
-        guard = dataclasses.replace(self, tokenizer=tokenizer)
-        if self.settings.classifier is None:
-            return guard
-        entries = (self.settings.classifier,)
-        reward = spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=columns, flag="safety.classifier")
-        return dataclasses.replace(guard, classifier=spec.as_host(reward))
+        classifier = None
+        if self.settings.classifier is not None:
+            how: Any = {"tokenizer": tokenizer, "load": load, "columns": columns, "flag": "safety.classifier"}
+            classifier = spec.as_host(spec.build_reward((self.settings.classifier,), **how))
+        return dataclasses.replace(self, tokenizer=tokenizer, classifier=classifier)
 
     def prompts(self, rows: Sequence[Any], tokenizer: Decoder) -> list[Any]:
         """The rows, with ``prompt`` (text or token ids) and ``source``, after the action ``settings.prompts``.
@@ -176,7 +169,7 @@ class Guard:
         if self.classifier is None:
             return
         try:
-            judged: Any = on_host(self.classifier, sampled, columns, "the score").rollout
+            judged, _ = on_host(self.classifier, sampled, columns, "the score")
         except FloatingPointError as error:
             raise FloatingPointError(f"safety.classifier: {error}") from error
         below, above = self.settings.below, self.settings.above

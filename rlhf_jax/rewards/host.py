@@ -1,7 +1,7 @@
 """Rewards in ordinary Python: a HostReward runs between two jits, on NumPy arrays; ``on_host`` calls it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -28,19 +28,12 @@ HostReward = Callable[[Rollout, Columns], tuple[HostScores, Mapping[str, HostSco
 """A reward in ordinary Python: (scores [B], {name of a part: [B]}) of a rollout of NumPy arrays and the columns."""
 
 
-class HostResult(NamedTuple):
-    """A rollout with its scores, and the named parts of the reward [B], as NumPy arrays."""
-
-    rollout: Rollout
-    parts: dict[str, np.ndarray]
-
-
-def on_host(reward: HostReward, rollout: Rollout, columns: Columns, name: str = "the reward") -> HostResult:
+def on_host(reward: HostReward, rollout: Rollout, columns: Columns, name: str = "the reward") -> tuple[Any, Any]:
     """Scores a rollout of NumPy or JAX arrays outside jit; errors call it by the ``name``.
 
     Returns:
-      The rollout with ``scores`` [B] float32, and the parts [B] float32, as NumPy arrays. A row whose score is None
-      gets an empty ``response_mask``, so that nothing reads it; its score is 0, and so is a part that is None.
+      The Rollout with ``scores`` [B] float32, and {part: [B] float32}, as NumPy arrays. A row whose score is None gets
+      an empty ``response_mask``, so that nothing reads it; its score is 0, and so is a part that is None.
 
     Raises:
       FloatingPointError: the score or a part of a present row is not finite; it names the rows.
@@ -54,7 +47,7 @@ def on_host(reward: HostReward, rollout: Rollout, columns: Columns, name: str = 
     scores, parts = _numbers(name, reward(host, columns), labels, (mask != 0).any(axis=1))
     kept = np.array([score is not None for score in scores], mask.dtype)
     host = host.replace(scores=_filled(scores), response_mask=mask * kept[:, None])
-    return HostResult(host, {name: _filled(part) for name, part in parts.items()})
+    return host, {name: _filled(part) for name, part in parts.items()}
 
 
 def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:

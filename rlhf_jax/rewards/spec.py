@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
 
-from rlhf_jax.errors import UserError, did_you_mean, logger
+from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards import verifiable
 from rlhf_jax.rewards.functions import EnsembleMethod, ensemble, from_model, length, token_count, weighted
@@ -91,10 +91,9 @@ def build_reward(
       UserError: no entry, one that does not exist or does not fit, two of one name.
     """
     if not entries:
-        raise UserError(
-            f"no reward: give {flag} a reward model's folder, several as mean:A,B, min:A,B or uncertainty:A,B, "
-            f"FILE.py:FUNCTION, regex:PATTERN, math, count:TEXT, length, repetition or diversity, as in {flag} count:e"
-        )
+        kinds = "a reward model's folder, several as mean:A,B, min:A,B or uncertainty:A,B, or "
+        kinds += f"FILE.py:FUNCTION, regex:PATTERN, math, count:TEXT, {', '.join(_TERMS)}"
+        raise UserError(f"no reward: give {flag} {kinds}, as in {flag} count:e")
     parts: dict[str, tuple[Reward, float]] = {}
     for entry in entries:
         spec, weight = _split_weight(entry)
@@ -183,10 +182,8 @@ def _read(
             raise UserError(f"{where}: after `{term}:` comes a whole number, at least {least}, of tokens; got {rest!r}")
         return spec, Reward(fn=make(int(rest)) if colon else make())
     if term == "regex" and colon:
-        try:
-            return spec, Reward(host=from_text(verifiable.regex(rest), tokenizer))
-        except re.error as error:
-            raise UserError(f"{where}: {rest!r} is no regular expression: {error}") from error
+        check_pattern(f"{where}: {rest!r}", rest)
+        return spec, Reward(host=from_text(verifiable.regex(rest), tokenizer))
     if term == "math" and not rest:
         if importlib.util.find_spec("math_verify") is None:
             raise UserError(f"{where}: the package math-verify is not installed; pip install -e '.[math]'")

@@ -5,11 +5,11 @@
 
 A rule of the user is a line:
 
-    RULE      = ["mean" ROWS "of"] METRIC, "<" or ">", THRESHOLD ["for" ROWS] [":" ACTION]
+    RULE      = ["mean" ROWS "of"] METRIC [" / " METRIC], "<" or ">", THRESHOLD ["for" ROWS] [":" ACTION]
     THRESHOLD = NUMBER or NUMBER"x first"                 ACTION = log (the default) or stop
 
-``first`` is the first value of the metric (or of its mean) in the run. The name of a default rule stands for that rule:
-``"reward hacking: stop"``. The default rules are the functions below.
+``first`` is the first value of the metric or ratio (or of its mean) in the run. The name of a default rule stands for
+that rule: ``"reward hacking: stop"``. The default rules are below: such lines, and functions.
 
 A rule is asked in each row that records all its metrics, and is true when its condition has held in ROWS such rows in a
 row. It raises one alert each time it becomes true. Everything is a function of the rows, so a run that is resumed, or a
@@ -17,6 +17,7 @@ file that is read again, gives the same alerts.
 """
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ Action = Literal["log", "stop"]
 _KINDS = ["sft", "reward_model", "dpo", "kto", "validation"]
 _KINDS += ["objective", "policy", "value", "response", "reward", "kl", "safety"]
 _RULE = re.compile(
-    r"(?:mean\s+(?P<window>[1-9]\d*)\s+of\s+)?(?P<metric>[^\s<>]+)\s*(?P<sign>[<>])\s*"
+    r"(?:mean\s+(?P<window>[1-9]\d*)\s+of\s+)?(?P<metric>[^\s<>]+(?: / [^\s<>]+)?)\s*(?P<sign>[<>])\s*"
     r"(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?P<first>x\s+first)?(?:\s+for\s+(?P<rows>[1-9]\d*))?"
 )
 
@@ -99,7 +100,8 @@ def parse(entries: Sequence[str], dtype: str = "float32") -> tuple[Rule, ...]:
     Raises:
         UserError: an entry is no rule; it is quoted, with what was expected.
     """
-    known = DEFAULTS | {"sampler gap": _sampler_gap(dtype)}
+    gap = _rule(f"policy/sampler_gap > {0.02 if dtype == 'float32' else 0.5} for 3", {})  # nats that rounding explains
+    known = DEFAULTS | {"sampler gap": gap._replace(name="sampler gap")}
     own = [_rule(entry, known) for entry in entries if entry != "none"]
     defaults = {} if "none" in entries else known
     return (*(rule for name, rule in defaults.items() if name not in [other.name for other in own]), *own)
@@ -142,17 +144,18 @@ def _rule(entry: str, known: Mapping[str, Rule]) -> Rule:
     match = _RULE.fullmatch(name)
     if match is None:
         form = "METRIC < NUMBER or METRIC > NUMBER, then, as you like, `for ROWS` and `: log` or `: stop`; METRIC may "
-        form += "be `mean ROWS of METRIC`, NUMBER such as `0.5x first`. Or the name of a default rule: "
+        form += "be `mean ROWS of METRIC` or `METRIC / METRIC`, NUMBER `0.5x first`. Or the name of a default rule: "
         raise UserError(f"alerts: {entry!r} is no rule: expected {form}{', '.join(DEFAULTS)}")
     window, number, label = int(match["window"] or 1), float(match["number"]), name[: match.start("sign")].strip()
 
-    def holds(values: np.ndarray) -> tuple[bool, str]:
+    def holds(*columns: np.ndarray) -> tuple[bool, str]:
+        values = functools.reduce(np.divide, columns)
         if len(values) < window + bool(match["first"]):  # the first mean has nothing to be compared with
             return False, ""
         first = values[:window].mean() if match["first"] else 1.0
         return _is(label, values[-window:].mean(), match["sign"], number * first if first else math.nan)
 
-    return Rule(name, (match["metric"],), holds, int(match["rows"] or 1), action)  # type: ignore[arg-type]
+    return Rule(name, tuple(match["metric"].split(" / ")), holds, int(match["rows"] or 1), action)  # type: ignore[arg-type]
 
 
 # --- The default rules: docs/alerts.md says which failure each one is for, and how often it was wrong. ----------------
@@ -163,15 +166,6 @@ def _is(label: str, value: float, sign: str, limit: float) -> tuple[bool, str]:
     return bool(value > limit if sign == ">" else value < limit), f"{label} is {value:.4g} {sign} {limit:.4g}"
 
 
-def _kl_explosion(kl: np.ndarray, length: np.ndarray) -> tuple[bool, str]:
-    return _is("objective/kl / response/length", kl[-1] / length[-1], ">", 2)
-
-
-def _entropy_collapse(entropy: np.ndarray, length: np.ndarray) -> tuple[bool, str]:
-    per_token = entropy / length
-    return _is("objective/entropy / response/length", per_token[-1], "<", 0.05 * per_token[0])
-
-
 def _degenerate_text(share: np.ndarray) -> tuple[bool, str]:
     return _is("response/repetition", share[-1], ">", share[0] + 0.3)
 
@@ -179,16 +173,9 @@ def _degenerate_text(share: np.ndarray) -> tuple[bool, str]:
 def _reward_collapse(score: np.ndarray) -> tuple[bool, str]:
     if len(score) < 6:
         return False, ""
-    means = _means_of_5(score)
+    means = np.lib.stride_tricks.sliding_window_view(score, 5).mean(axis=1)
     gain, noise = means[:-1].max() - means[0], _noise(score[:-1])
     return _is("mean 5 of objective/score", means[-1], "<", means[:-1].max() - max(0.5 * gain, 4 * noise))
-
-
-def _value_loss_explosion(loss: np.ndarray) -> tuple[bool, str]:
-    if len(loss) < 5:
-        return False, ""
-    means = _means_of_5(loss)
-    return _is("mean 5 of value/loss", means[-1], ">", 20 * means[0] or math.nan)
 
 
 def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> tuple[bool, str]:
@@ -201,33 +188,23 @@ def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> tuple[bool, str]:
     return is_low and is_high, f"{lost}, {gained}"
 
 
-def _means_of_5(values: np.ndarray) -> np.ndarray:
-    """[N - 4] means of five neighbouring rows."""
-    return np.lib.stride_tricks.sliding_window_view(values, 5).mean(axis=1)
-
-
 def _noise(values: np.ndarray) -> float:
     """Standard deviation from row to row, from how far each row lies from the line through its neighbours (Gasser,
     Sroka and Jennen-Steinmetz 1986): a trend does not count."""
     return float(np.sqrt(np.mean(np.diff(values, 2) ** 2) / 6))
 
 
-# Nats that rounding explains, by dtype. float16 is run as bfloat16.
-_SAMPLER_GAP = {"float32": 0.02, "bfloat16": 0.5, "float16": 0.5}
-
-
-def _sampler_gap(dtype: str) -> Rule:
-    return _rule(f"policy/sampler_gap > {_SAMPLER_GAP[dtype]} for 3", {})._replace(name="sampler gap")
-
-
+_TEXTS = {
+    "non-finite update": "nonfinite > 0",
+    "KL explosion": "objective/kl / response/length > 2 for 3",
+    "entropy collapse": "objective/entropy / response/length < 0.05x first for 5",
+    "value-loss explosion": "mean 5 of value/loss > 20x first",
+    "sampler gap": "policy/sampler_gap > 0.02 for 3",
+}
 _RULES = (
-    _rule("nonfinite > 0", {})._replace(name="non-finite update"),
-    Rule("KL explosion", ("objective/kl", "response/length"), _kl_explosion, rows=3),
-    Rule("entropy collapse", ("objective/entropy", "response/length"), _entropy_collapse, rows=5),
+    *(_rule(text, {})._replace(name=name) for name, text in _TEXTS.items()),
     Rule("reward collapse", ("objective/score",), _reward_collapse),
-    Rule("value-loss explosion", ("value/loss",), _value_loss_explosion),
     Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
     Rule("reward hacking", ("validation/judge", "validation/score"), _reward_hacking),
-    _sampler_gap("float32"),
 )
 DEFAULTS = {rule.name: rule for rule in _RULES}

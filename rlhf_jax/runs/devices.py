@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jaxlib
+from jax._src import xla_bridge  # whether a backend has started has no public name
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import processes
@@ -37,7 +38,8 @@ def choose(device: str | None, place: str | None = None) -> None:
     """
     if device == "mps":
         raise UserError("--device mps: JAX has no maintained backend for Apple's GPUs; --device cpu runs all on a Mac")
-    os.environ["XLA_FLAGS"] = xla_flags(flags_for(device), os.environ.get("XLA_FLAGS", ""))
+    if not xla_bridge.backends_are_initialized():  # else nobody reads them, and a manifest must not list them
+        os.environ["XLA_FLAGS"] = xla_flags(flags_for(device), os.environ.get("XLA_FLAGS", ""))
     if device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     if place is not None:

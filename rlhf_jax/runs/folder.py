@@ -3,9 +3,11 @@
     with open_run("runs/ppo", resume=False, overwrite=False) as run:
         write_atomically(run.config, to_yaml(config))
 
-``config.yaml`` is the resolved configuration, ``manifest.json`` what reproduces the run, ``metrics.jsonl``,
-``timing.jsonl`` and ``samples.jsonl`` hold a JSON object per line, ``checkpoints/`` the loop's state, ``model/`` the
-result as a Hugging Face folder, ``report.html`` the figures.
+``config.yaml`` is the resolved configuration, ``manifest.json`` what reproduces the run (seed, versions, devices, data
+fingerprints, command). ``metrics.jsonl`` (equal for equal seeds) and ``timing.jsonl`` hold a row of numbers or seconds
+per step, ``samples.jsonl`` texts, each row a JSON object on a line. ``checkpoints/`` is the loop's state, ``model/``
+the result as a Hugging Face folder, ``adapter/`` the LoRA adapters, which ``model/`` holds merged, and ``report.html``
+the page.
 """
 
 import contextlib
@@ -17,39 +19,23 @@ from typing import Any
 
 import filelock
 
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.runs import processes
 
 _LOCK_FILES = (".lock", ".pid")
 
 
 class Run(contextlib.AbstractContextManager["Run"]):
-    """An open run folder; closing it, or the end of the process in any way, lets the next writer in."""
+    """An open run folder; closing it, or the end of the process in any way, lets the next writer in.
+
+    Its files and folders are attributes; ``resumed`` says whether there is a checkpoint to go on from.
+    """
 
     def __init__(self, path: Path, resumed: bool, was_empty: bool, lock: filelock.BaseFileLock):
-        self.path = path
-        self.resumed = resumed
-        """Whether there is a checkpoint to go on from; if not, the run starts from the beginning."""
-        self._was_empty = was_empty
-        self._lock = lock
-        self.config = path / "config.yaml"
-        """The resolved configuration."""
-        self.manifest = path / "manifest.json"
-        """Seed, versions, devices, data fingerprints, command."""
-        self.metrics = path / "metrics.jsonl"
-        """A row of numbers per step; equal for equal seeds."""
-        self.timing = path / "timing.jsonl"
-        """A row of seconds per step."""
-        self.samples = path / "samples.jsonl"
-        """Texts, one row each."""
-        self.checkpoints = path / "checkpoints"
-        """Folder for :class:`rlhf_jax.runs.checkpoint.Checkpoints`."""
-        self.model = path / "model"
-        """Folder of the trained model."""
-        self.adapter = path / "adapter"
-        """Folder of the LoRA adapters, which ``model`` holds merged."""
-        self.report = path / "report.html"
-        """The run as a page."""
+        self.path, self.resumed, self._was_empty, self._lock = path, resumed, was_empty, lock
+        self.config, self.manifest, self.report = path / "config.yaml", path / "manifest.json", path / "report.html"
+        self.metrics, self.timing, self.samples = (path / f"{name}.jsonl" for name in ("metrics", "timing", "samples"))
+        self.checkpoints, self.model, self.adapter = path / "checkpoints", path / "model", path / "adapter"
 
     def close(self) -> None:
         """Releases the folder."""
@@ -133,10 +119,8 @@ def steps(directory: str | Path) -> list[int]:
 
 def is_unused(path: Path) -> bool:
     """Whether a folder holds nothing, or only the lock of a run that ended before it wrote anything."""
-    try:
+    with file_errors(path):
         return set(os.listdir(path)) <= set(_LOCK_FILES)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _clear(path: Path) -> None:

@@ -37,14 +37,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
     """
 
     def __init__(
-        self,
-        run: Run,
-        *,
-        total: int,
-        resume_step: int | None = None,
-        label: str = "",
-        show: Sequence[str] = (),
-        services: Services | None = None,
+        self, run: Run, *, total: int, resume_step: int | None, label: str, show: Sequence[str], services: Services
     ):
         """Opens the files.
 
@@ -53,17 +46,15 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
           total: the last step.
           resume_step: step of the checkpoint that the run goes on from; None starts the files anew.
           label: what is going on, such as ``ppo``.
-          show: the metrics of the console's line; by default the first four.
+          show: the metrics of the console's line.
           services: also get rows, samples and alerts; closed with the tracker.
         """
-        self._services = services or Services({}, {})
-        self._total, self._label, self._show = total, label, tuple(show)
+        self._services, self._total, self._label, self._show = services, total, label, show
         self._files = [RowWriter(path, resume_step) for path in (run.metrics, run.timing, run.samples)]
         self._metrics, self._timing, self._samples = self._files
         self._printed = False
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        name = TextColumn("{task.description}", markup=False)
-        self._progress = Progress(name, *columns)
+        self._progress = Progress(TextColumn("{task.description}", markup=False), *columns)
         self._task = self._progress.add_task(label, total=total, completed=resume_step or 0)
         if self._progress.console.is_terminal and logger.isEnabledFor(logging.INFO):
             self._progress.start()
@@ -77,8 +68,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         numbers = {name: _number(name, host[name]) for name in metrics}  # device_get sorts the keys
         self._metrics.write(step, numbers)
         self._services.send("log", step, numbers)
-        shown = [name for name in self._show if name in numbers] if self._show else list(numbers)[:4]
-        line = "  ".join(f"{name} {numbers[name]:.4g}" for name in shown)
+        line = "  ".join(f"{name} {numbers[name]:.4g}" for name in self._show if name in numbers)
         self._progress.update(self._task, completed=step, description=f"{self._label}  {line}")
         due = not self._printed or step % _PRINT_EVERY == 0 or step >= self._total
         if due and not self._progress.console.is_terminal:

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import yaml
 
-from rlhf_jax.errors import UserError, did_you_mean, logger
+from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger
 from rlhf_jax.runs.folder import Run, write_atomically
 
 Keys = Sequence[str]
@@ -37,11 +37,8 @@ def fingerprint(path: str | Path) -> str:
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         lines = [f"{file.relative_to(path).as_posix()}\0{fingerprint(file)}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
-    try:
-        with path.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    with file_errors(path), path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_manifest(
@@ -67,8 +64,7 @@ def write_manifest(
     if run.resumed:
         manifest = _read(run.manifest, json.loads) | (dict(facts) if changed else {})
         starts = manifest.setdefault("resumed", [])
-        last = (starts or [manifest])[-1]
-        before = {key: last.get(key) for key in machine}
+        before = {key: (starts or [manifest])[-1].get(key) for key in machine}
         if differences := _differences(dotted(before), dotted(machine)).values():
             goes_on = "The run goes on, but is no longer bit for bit what it would have been without the stop"
             logger.info(f"--resume: {'; '.join(differences)}. {goes_on}")

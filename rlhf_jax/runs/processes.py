@@ -8,6 +8,7 @@ wait for it for ever; so does the loss of one, within ``HEARTBEAT_SECONDS`` and 
 function here does its work without communication.
 """
 
+import atexit
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import signal
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20  # without a sign of life, after which a process counts as lost and the others end
 _calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)  # of ``gather``, by the thread
+_ENDED = {"error": "it has ended; its last lines say why", "users": False}  # for those that still wait for a process
 _steps = itertools.count(1)  # of all loops of this process, for the preemption service
 
 
@@ -53,6 +55,7 @@ def join(place: str) -> None:
         jax.distributed.initialize(address, count, number, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--processes {place}: the processes did not meet: {error}") from error
+    atexit.register(_exchange, _ENDED, seconds=300)  # before JAX's own end, at which one would wait for the others
     if not is_first():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
@@ -78,8 +81,7 @@ def fetch(tree: T) -> T:
 
 def own_rows(batch: T) -> T:
     """This process's part of a batch [B, ...] of which each has all rows: equal parts in the processes' order."""
-    parts, number = jax.process_count(), jax.process_index()
-    return jax.tree.map(lambda x: np.split(x, parts)[number], batch) if parts > 1 else batch
+    return jax.tree.map(lambda x: np.split(x, jax.process_count())[jax.process_index()], batch)
 
 
 def gather_rows(tree: T) -> T:
@@ -108,15 +110,23 @@ def gather(work: Callable[[], T]) -> list[T]:
         report = {"result": work()}
     except Exception as error:
         failure, report = error, {"error": str(error) or type(error).__name__, "users": isinstance(error, UserError)}
-    client, thread = cast(Any, distributed.global_state.client), threading.current_thread().name
-    place = f"rlhf_jax {thread} {next(_calls[thread]):09}"
-    client.key_value_set(f"{place}/{jax.process_index():09}", json.dumps(report))
-    client.wait_at_barrier(place, 24 * 3600 * 1000)  # milliseconds; a process that is lost ends the wait
-    reports = [json.loads(text) for _, text in sorted(client.key_value_dir_get(place))]
+    reports = _exchange(report)
     for number, report in enumerate(reports):
         if "error" in report:
             raise failure or (UserError if report["users"] else TrainingFault)(f"process {number}: {report['error']}")
     return [report["result"] for report in reports]
+
+
+def _exchange(report: Mapping[str, Any], seconds: int = 24 * 3600) -> list[dict[str, Any]]:
+    """The reports of all processes, JSON values; a process that is lost ends the wait."""
+    client, thread = cast(Any, distributed.global_state.client), threading.current_thread().name
+    place = f"rlhf_jax {thread} {next(_calls[thread]):09}"
+    client.key_value_set(f"{place}/{jax.process_index():09}", json.dumps(report))
+    client.wait_at_barrier(place, seconds * 1000)
+    reports = [json.loads(text) for _, text in sorted(client.key_value_dir_get(place))]
+    if _ENDED in reports:
+        atexit.unregister(_exchange)  # that process comes to no other
+    return reports
 
 
 def in_first(work: Callable[[], T]) -> T:

@@ -87,8 +87,7 @@ class Services:
         columns = list(dict.fromkeys(name for row in rows for name in row))
 
         def cell(value: Any) -> Any:
-            is_plain = value is None or isinstance(value, (int, float, str))
-            return value if is_plain else json.dumps(value, ensure_ascii=False)
+            return value if isinstance(value, int | float | str | None) else json.dumps(value, ensure_ascii=False)
 
         if rows:
             self.send("samples", step, columns, [[cell(row.get(name)) for name in columns] for row in rows])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import generator, models, sharding
+from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import encoding
@@ -95,16 +95,15 @@ def _weighted(setting: supervised.Setting) -> encoding.EncodedTexts:
 def _base_samples(setting: supervised.Setting) -> Rollout:
     """``normalize_samples`` responses of the base policy to prompts of the data."""
     config = setting.stage.config  # the weights that were loaded first have been freed
-    model, params, tokenizer = initial.language_model(config, (), setting.stage.key("init"), is_policy=False)
+    language_model = initial.language_model(config, (), setting.stage.key("init"), is_policy=False)
     prompts = sorted({row.prompt for row in setting.rows}, key=lambda prompt: (isinstance(prompt, tuple), prompt))
     key = setting.stage.key("rollout")
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(prompts)))
     chosen = [prompts[order[i % len(prompts)]] for i in range(config.reward_model.normalize_samples)]
     rows = [Row(prompt, (), f"the prompt {prompt[:40]!r}") for prompt in chosen]
     encoded = initial.prompts_for(config, setting.initial, rows, " (to normalise scores)")
-    how = initial.sampling_config(config.rl, tokenizer)
-    inputs = (encoded.tokens, encoded.attention_mask, jax.random.fold_in(key, 1))
-    return generator.sample_in_batches(model, params, *inputs, config=how)
+    how = initial.sampling_config(config.rl, language_model.tokenizer)
+    return language_model.sample(encoded.tokens, encoded.attention_mask, jax.random.fold_in(key, 1), config=how)
 
 
 def _normalized(score: Callable[[Params, Comparisons], jax.Array], params: Params, rollout: Rollout) -> Params:

@@ -19,7 +19,7 @@ from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
 from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
-from rlhf_jax.data.environment import Environment, Source, converse, function_of, load_environment
+from rlhf_jax.data.environment import Environment, Reply, converse, function_of, load_environment
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.rows import texts as texts_of
 from rlhf_jax.errors import TrainingFault, UserError, logger
@@ -90,7 +90,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(
-    stage: Stage, rows: Sequence[Sequence[Row]], run_reward: spec.Reward | None, score_rows: int | None, talk: Source
+    stage: Stage, rows: Sequence[Sequence[Row]], run_reward: spec.Reward | None, score_rows: int | None, talk: Reply
 ) -> _Parts:
     """rows: the prompts to train on, and those to validate on if they have files of their own; talk: an environment."""
     config, settings, guard = stage.config, stage.config.rl, filters.Guard.create(stage.config.safety)

@@ -4,8 +4,8 @@ import contextlib
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Iterator
+from threading import current_thread, main_thread
 from types import FrameType
 
 import jax
@@ -23,23 +23,21 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
     is_alone = jax.process_count() == 1
     received: list[signal.Signals] = []
     caught = (signal.SIGINT, signal.SIGTERM) if is_alone else (signal.SIGINT,)
-    before = {number: signal.getsignal(number) for number in caught}
+    before = {number: signal.getsignal(number) for number in caught if current_thread() is main_thread()}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
+    def note(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
         signal.signal(number, before[received[-1]])
         print(f"{received[-1].name}: stopping after this step", file=sys.stderr, flush=True)
         if not is_alone:
             signal.raise_signal(signal.SIGTERM)
 
-    numbers = before if threading.current_thread() is threading.main_thread() else ()
-    for number in numbers:
+    for number in before:
         signal.signal(number, note)
     try:
         yield received
     finally:
-        for number in numbers:
+        for number in before:
             signal.signal(number, before[number])
 
 
