@@ -122,7 +122,7 @@ def load(kind, config, arrays):
     names = {"attn/c_attn": "c_attn", "attn/c_proj": "attn_proj", "mlp/c_fc": "c_fc", "mlp/c_proj": "c_proj"}
     state = {}
     for path, array in arrays.items():
-        tensor = torch.from_numpy(array)
+        tensor = torch.from_numpy(array.reshape(*array.shape[:-2], -1) if "c_attn" in path else array)
         where, _, leaf = path.rpartition("/")
         if leaf == "kernel" and kind == "hand" and tensor.ndim == 2:
             tensor = tensor.T

@@ -79,17 +79,23 @@ def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
     return jax.tree.map(lambda x: place(x, rows(mesh)), batch)
 
 
-def cut(x: jax.Array, *axes: str) -> jax.Array:
-    """x inside a program, its leading axis cut over ``axes`` of the mesh of ``jax.set_mesh``, the others whole.
+def parts(axis: str) -> int:
+    """Into how many parts an axis of the mesh of ``jax.set_mesh`` cuts an array; 1 without it."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def cut(x: jax.Array, *axes: str, width: str | None = None) -> jax.Array:
+    """x inside a program, its leading axis cut over ``axes`` of the mesh of ``jax.set_mesh``, the others whole; of a
+    matrix the second one over ``width``.
 
     For hidden states over ``data`` and ``fsdp``, which makes XLA gather the weights that are cut over ``fsdp``; it may
     otherwise send the states. x itself without a mesh, under ``shard_map`` over the axes, or where they do not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    is_ours = {*axes} <= {*mesh.auto_axes}
+    is_ours = {*axes, width or axes[0]} <= {*mesh.auto_axes}
     if not is_ours or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, width))
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
@@ -104,7 +110,7 @@ def by_path(params: Any, rules: Sequence[tuple[str, PartitionSpec | tuple[str | 
       params: nested dicts of arrays, or of ``jax.ShapeDtypeStruct``. A path is the keys joined by ``/``.
       rules: (regular expression, PartitionSpec) pairs, tried in order with ``re.search``; end with ``(".*", spec)`` for
         the rest. A tuple in place of the PartitionSpec speaks of an array's last axes, whatever layers or members are
-        stacked before them, and leaves an axis whole that the devices do not divide.
+        stacked before them. An axis that its devices do not divide stays whole; they help to cut the last if they can.
 
     Returns:
       A tree of NamedSharding like ``params``. UserError if no rule matches a path, or a spec does not fit a shape.
@@ -117,7 +123,10 @@ def by_path(params: Any, rules: Sequence[tuple[str, PartitionSpec | tuple[str | 
             raise UserError(f'no sharding rule matches parameter {name}; add one, or end with (".*", PartitionSpec())')
         if not isinstance(spec, PartitionSpec):
             sizes = zip(spec, leaf.shape[leaf.ndim - len(spec) :], strict=True)
-            cut = [None if axis is None or size % mesh.shape[axis] else axis for axis, size in sizes]
+            cut: list[Any] = [None if axis is None or size % mesh.shape[axis] else axis for axis, size in sizes]
+            joined = tuple(axis for axis in spec[::-1] if axis is not None and axis not in cut[:-1])
+            if spec and spec[-1] and leaf.shape[-1] % math.prod(mesh.shape[axis] for axis in joined) == 0:
+                cut[-1] = joined
             spec = PartitionSpec(*[None] * (leaf.ndim - len(spec)), *cut)
         result = NamedSharding(mesh, spec)
         try:

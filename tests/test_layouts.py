@@ -204,8 +204,8 @@ def finished(tmp_path_factory):
 MOST = {
     "data 8": (9, 14, 0),
     "fsdp 8": (60, 40, 0),
-    "tensor 2 x data 4": (12, 30, 4),  # GPT-2's fused kernel is cut, but not by heads
-    "fsdp 2 x tensor 2 x data 2": (42, 32, 4),
+    "tensor 2 x data 4": (12, 30, 0),
+    "fsdp 2 x tensor 2 x data 2": (42, 32, 0),
 }
 
 
@@ -327,12 +327,54 @@ def test_hidden_states_are_never_sent_under_fsdp():
     ("config", "sent"),
     [
         (models.LlamaConfig(40, 16, 16, 1, 4, intermediate_size=32), {"all-reduce": 3}),
-        (models.GPT2Config(40, 16, 16, 1, 4), {"all-reduce": 3, "collective-permute": 2}),
+        (models.GPT2Config(40, 16, 16, 1, 4), {"all-reduce": 3}),
     ],
 )
 def test_what_a_block_sends_under_tensor(config, sent):
-    """A sum over the table's parts and two of the block (Shoeybi et al. 2019); GPT-2's fused kernel cuts no heads."""
+    """A sum over the table's parts and two of the block (Shoeybi et al. 2019)."""
     assert sent_by(lambda model, *args: model.hidden(*args), config, 2, 1, 2) == sent
+
+
+def test_tensor_cuts_gpt2_s_fused_kernel_by_heads():
+    """A device holds queries, keys and values of the same heads; forward and back, no states are sent but sums."""
+    model, mesh = models.build(models.GPT2Config(40, 16, 16, 1, 4, initializer_range=0.3)), sharding.make_mesh(2, 1, 2)
+    params = model.init(jax.random.key(0))
+    tokens = jax.device_put(np.arange(128).reshape(8, 16) % 40, sharding.rows(mesh))
+    placed = jax.device_put(params, places := initial.shardings(mesh, params))
+    whole, kernel = (tree["h_0"]["attn"]["c_attn"]["kernel"] for tree in (params, placed))
+    for shard in kernel.addressable_shards:
+        heads = slice(0, 2) if shard.index[2].start in (None, 0) else slice(2, 4)
+        np.testing.assert_array_equal(shard.data, whole.reshape(16, 3, 4, 4)[:, :, heads].reshape(16, 3, 8))
+    function = jax.value_and_grad(lambda *args: (model.hidden(*args) ** 2).mean())
+    with jax.set_mesh(mesh):
+        program = jax.jit(function, out_shardings=(None, places)).lower(placed, tokens).compile()
+    assert set(count_collectives(program.as_text())) == {"all-reduce", "all-gather"}
+    gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather", program.as_text())
+    assert sorted(gathered) == ["3,16", "64"]  # the gradients of biases, of which each device has a copy
+    for found, expected in zip(*map(jax.tree.leaves, (program(placed, tokens), function(params, tokens))), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_vocabulary_that_does_not_divide_is_padded():
+    """41 rows on 2 devices: halves of the width are held, 21 rows multiplied; nothing else differs from one device."""
+    model = models.build(models.LlamaConfig(41, 16, 16, 1, 4, intermediate_size=32, initializer_range=0.3))
+    mesh, params = sharding.make_mesh(1, 2, 2), model.init(jax.random.key(0))
+    placed = jax.device_put(params, places := initial.shardings(mesh, params))
+    tokens = jax.device_put(np.arange(128).reshape(8, 16) % 41, sharding.rows(mesh))
+    assert {x["embedding"].addressable_shards[0].data.shape for x in (placed["wte"], placed["lm_head"])} == {(41, 4)}
+
+    def loss(params, tokens):
+        found = models.policy_fn(model)(params, tokens, np.ones((8, 16), np.int32))
+        return found.entropy.sum() - found.log_probs.sum(), model.apply(params, tokens)
+
+    function = jax.value_and_grad(loss, has_aux=True)
+    with jax.set_mesh(mesh):
+        program = jax.jit(function, out_shardings=(None, places)).lower(placed, tokens).compile()
+    assert re.search(r"f32\[\d+,21\]\S* (dot|custom-call|fusion)", program.as_text())  # logits of half of 42 rows
+    expected, found = function(params, tokens), program(placed, tokens)
+    assert found[0][1].shape == (8, 16, 41)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_an_updated_state_lies_where_it_was():

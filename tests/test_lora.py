@@ -63,11 +63,12 @@ def test_adapters_start_at_zero_with_peft_s_range_and_scale(adapted):
     leaves, kernels = flatten_dict(adapters), [path for path in flatten_dict(params) if path[-1] == "kernel"]
     assert len(leaves) == 3 * len(kernels)
     for *module, _ in kernels:
-        *layers, size_in, size_out = flatten_dict(params)[(*module, "kernel")].shape
+        shape, first = flatten_dict(params)[(*module, "kernel")].shape, 1 + (module[0] == "h")
+        *layers, size_in = shape[:first]
         a, b, scale = (leaves[(*module, name)] for name in ("lora_a", "lora_b", "lora_scale"))
         assert a.shape == (*layers, size_in, 3)
         assert 0.5 / size_in**0.5 < jnp.abs(a).max() <= 1 / size_in**0.5
-        np.testing.assert_array_equal(b, np.zeros((*layers, 3, size_out)))
+        np.testing.assert_array_equal(b, np.zeros((*layers, 3, *shape[first:])))
         np.testing.assert_array_equal(scale, np.full(layers, 2.0))
 
 

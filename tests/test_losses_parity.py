@@ -80,7 +80,8 @@ def assert_gradients_equal(model, ours, reference):
         found[names.SCORE] = score["kernel"][None, :]
     for path, leaf in flatten_dict(ours).items():
         (name,) = family.tensors(path, leaf.shape)
-        found[name] = leaf.T if family.transposed and path[-1] == "kernel" else leaf
+        stored = leaf.T if family.transposed and path[-1] == "kernel" else leaf
+        found[name] = stored.reshape(family.stored(path, leaf.shape))
     assert len(found) == len(jax.tree.leaves(ours)) + (names.SCORE in found)
     expected = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
     assert found.keys() == expected.keys()

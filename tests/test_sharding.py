@@ -92,6 +92,8 @@ def test_a_tuple_speaks_of_the_last_axes_and_cuts_what_divides():
     assert shardings["mu"]["h_0"]["attn"]["kernel"].spec == P(None, "data", "fsdp")
     assert shardings["mu"]["wte"]["embedding"].spec == P(None, None, None)
     assert shardings["count"].is_fully_replicated
+    shardings = sharding.by_path(stacked, [("embedding$", ("data", "fsdp")), ("", ())], sharding.make_mesh(4))
+    assert shardings["mu"]["wte"]["embedding"].spec == P(None, None, ("fsdp", "data"))
 
 
 LLAMA = models.LlamaConfig(8, 8, 8, 2, 2, intermediate_size=16)
@@ -112,10 +114,11 @@ SPECS = [
     (LLAMA, "ln_f/scale", P(None)),
     (dataclasses.replace(LLAMA, scan_layers=True), "h/attn/q_proj/kernel", P(None, *READS)),
     (dataclasses.replace(LLAMA, scan_layers=True), "h/attn/o_proj/lora_a", P(None, "tensor", None)),
-    (GPT2, "h_0/attn/c_attn/kernel", READS),
+    (GPT2, "h_0/attn/c_attn/kernel", P("fsdp", None, "tensor")),
+    (GPT2, "h_0/attn/c_attn/lora_b", P(None, None, "tensor")),
     (GPT2, "h_0/attn/c_proj/kernel", WRITES),
     (GPT2, "h_0/mlp/c_fc/kernel", READS),
-    (GPT2, "h_0/attn/c_attn/bias", P(None)),
+    (GPT2, "h_0/attn/c_attn/bias", P(None, None)),
     (GPT2, "wpe/embedding", P(None, None)),
     (GPT2, "value/kernel", P(None)),
 ]

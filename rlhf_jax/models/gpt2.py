@@ -13,9 +13,10 @@ from rlhf_jax.models import stack
 from rlhf_jax.models.config import GPT2Config
 from rlhf_jax.models.norms import Norm
 from rlhf_jax.models.stack import ACTIVATIONS, Dense
+from rlhf_jax.sharding import parts
 
 
-def _dense(config: GPT2Config, features: int, *, residual: bool = False) -> Dense:
+def _dense(config: GPT2Config, features: int | tuple[int, int], *, residual: bool = False) -> Dense:
     # GPT-2 scales the 2 L layers that write to the residual stream by 1 / sqrt(2 L).
     std = config.initializer_range / math.sqrt(2 * config.num_layers) if residual else config.initializer_range
     return Dense(features, dtype=config.compute_dtype, kernel_init=nn.initializers.normal(std))
@@ -27,13 +28,15 @@ class _Attention(stack.Attention):
     config: GPT2Config
 
     def setup(self) -> None:
-        self.c_attn = _dense(self.config, 3 * self.config.hidden_size)
+        self.c_attn = _dense(self.config, (3, self.config.hidden_size))
         self.c_proj = _dense(self.config, self.config.hidden_size, residual=True)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # [B, T, 3 D] -> three of [B, H, T, Dh]
-        shape = (*x.shape[:2], self.config.num_heads, self.config.head_size)
-        query, key, value = (part.reshape(shape).swapaxes(1, 2) for part in jnp.split(self.c_attn(x), 3, axis=-1))
+        # [B, T, 3, D] -> three of [B, H, T, Dh]
+        fused, shape = self.c_attn(x), (*x.shape[:2], self.config.num_heads, self.config.head_size)
+        if parts("tensor") == 1:  # as one axis, XLA's CPU compiler puts the three gradients together once, not thrice
+            fused = fused.reshape(*x.shape[:2], -1)
+        query, key, value = (part.reshape(shape).swapaxes(1, 2) for part in jnp.split(fused, 3, axis=2))
         return query, key, value
 
     def output(self, mixed: jax.Array) -> jax.Array:

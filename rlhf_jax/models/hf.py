@@ -110,7 +110,7 @@ def save(path: str | os.PathLike[str], model: Model, params: Params, *, file_byt
     keys["architectures"] = [family.causal_lm]
     if "score" in params:
         kernel, shift = folded_score(params["score"])
-        tensors[names.SCORE] = _Tensor(kernel)
+        tensors[names.SCORE] = _Tensor(kernel, kernel.shape)
         labels = keys.get("id2label")
         if not (isinstance(labels, dict) and len(labels) == 1):
             keys |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -315,10 +315,8 @@ def _read_body(
     places = {} if shardings is None else flatten_dict(shardings(unflatten_dict(structs)))
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for path, shape in shapes.items():
-        is_transposed, is_stacked = family.transposed and path[-1] == "kernel", path[0] == "h"
-        inner = shape[1:] if is_stacked else shape
-        stored = [reader.slices(n, inner[::-1] if is_transposed else inner) for n in family.tensors(path, shape)]
-        part = functools.partial(_part, stored, is_stacked, is_transposed, dtype)
+        stored = [reader.slices(name, family.stored(path, shape)) for name in family.tensors(path, shape)]
+        part = functools.partial(_part, stored, path, family.transposed and path[-1] == "kernel", dtype)
         if shardings is None:
             leaves[path] = jnp.asarray(part((slice(None),) * len(shape)))
         else:
@@ -326,11 +324,14 @@ def _read_body(
     return unflatten_dict(leaves)
 
 
-def _part(stored: list[Any], is_stacked: bool, is_transposed: bool, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
+def _part(stored: list[Any], path: Any, is_transposed: bool, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
     """A part of a leaf, whose layers, if stacked, lie in several tensors and whose axes may lie in the other order."""
+    is_stacked, is_fused = path[0] == "h", names.FUSED in path  # [..., 3, D] is a view of whole rows [..., 3 D]
     inner = index[1:] if is_stacked else index
-    parts = [tensor[inner[::-1] if is_transposed else inner] for tensor in stored[index[0] if is_stacked else slice(1)]]
+    inner = (*inner[:-2], slice(None)) if is_fused else inner[::-1] if is_transposed else inner
+    parts = [tensor[inner] for tensor in stored[index[0] if is_stacked else slice(1)]]
     part = np.stack(parts) if is_stacked else parts[0]
+    part = part.reshape(*part.shape[:-1], 3, -1)[..., index[-1]] if is_fused else part
     kept = jax.dtypes.canonicalize_dtype(dtype or part.dtype)
     return np.asarray(np.swapaxes(part, -1, -2) if is_transposed else part, kept)
 
@@ -356,6 +357,7 @@ class _Tensor(NamedTuple):
     """A tensor that is to be written: a leaf of params, or one of its layers."""
 
     leaf: Any
+    shape: tuple[int, ...]  # in the file
     layer: int | None = None
     is_transposed: bool = False
 
@@ -366,7 +368,7 @@ class _Tensor(NamedTuple):
     def array(self) -> np.ndarray:
         """The tensor on the host."""
         part = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
-        return np.ascontiguousarray(part.T if self.is_transposed else part)
+        return np.ascontiguousarray(part.T if self.is_transposed else part).reshape(self.shape)
 
 
 def _files(tensors: dict[str, _Tensor], file_bytes: int) -> dict[str, list[str]]:
@@ -398,7 +400,8 @@ def _body_tensors(model: Model, params: Params) -> dict[str, _Tensor]:
     for path, leaf in leaves.items():
         for layer, name in enumerate(family.tensors(path, leaf.shape)):
             is_transposed = family.transposed and path[-1] == "kernel"
-            tensors[name] = _Tensor(leaf, layer if path[0] == "h" else None, is_transposed)
+            stored = family.stored(path, leaf.shape)
+            tensors[name] = _Tensor(leaf, stored, layer if path[0] == "h" else None, is_transposed)
     return tensors
 
 

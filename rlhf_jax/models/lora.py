@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2021): a low-rank term ``scale * (x @ A) @ B`` beside frozen kernels, in pure functions.
 
 Adapters are a part of a parameter tree: ``{"h_0": {"attn": {"c_attn": {"lora_a" [in, r], "lora_b" [r, out],
-"lora_scale" []}}}, ...}``, with a leading [L] axis under ``scan_layers``, and whatever heads are trained with them.
+"lora_scale" []}}}, ...}``, with a leading [L] axis under ``scan_layers``, and whatever heads are trained with them;
+"out" of GPT-2's c_attn is [3, D], as in its kernel.
 The scale, alpha / r, gets no gradient. Train the adapters, never the base: ``bind`` makes a function of them alone.
 """
 
@@ -45,11 +46,12 @@ def init(key: jax.Array, params: Params, rank: int, match: str = "attn|mlp", *, 
         raise ValueError(f"no kernel's path matches {match!r}; the layers hold {places}")
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for number, path in enumerate(chosen):
-        *layers, size_in, size_out = kernels[path].shape  # layers: [L] under scan_layers
+        whole, first = kernels[path].shape, 1 + (path[0] == "h")  # [L] stands before the rest under scan_layers
+        *layers, size_in = whole[:first]
         bound = 1.0 / math.sqrt(size_in)
         shape, drawn_from = (*layers, size_in, rank), jax.random.fold_in(key, number)
         leaves[(*path[:-1], "lora_a")] = jax.random.uniform(drawn_from, shape, minval=-bound, maxval=bound)
-        leaves[(*path[:-1], "lora_b")] = jnp.zeros((*layers, rank, size_out))
+        leaves[(*path[:-1], "lora_b")] = jnp.zeros((*layers, rank, *whole[first:]))
         leaves[(*path[:-1], "lora_scale")] = jnp.full(layers, 1.0 if alpha is None else alpha / rank, jnp.float32)
     return unflatten_dict(leaves)
 
@@ -83,8 +85,9 @@ def merge(params: Params, adapters: Params) -> Params:
         if path[-1] == "lora_a":
             kernel = (*path[:-1], "kernel")
             a, b, scale = (leaves[(*path[:-1], name)] for name in ("lora_a", "lora_b", "lora_scale"))
-            product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-            merged[kernel] = merged[kernel].astype(jnp.float32) + scale[..., None, None] * product
+            b = b.reshape(*b.shape[: a.ndim - 1], -1)  # c_attn's [r, 3, D] too
+            change = scale[..., None, None] * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+            merged[kernel] = merged[kernel].astype(jnp.float32) + change.reshape(merged[kernel].shape)
     return unflatten_dict(merged)
 
 

@@ -25,6 +25,7 @@ from rlhf_jax.models.config import (
 
 OUTPUT_TABLE = "lm_head.weight"  # the token table again, where the two are tied
 SCORE = "score.weight"
+FUSED = "c_attn"  # GPT-2's layer of queries, keys and values
 
 
 class Family(NamedTuple):
@@ -53,6 +54,12 @@ class Family(NamedTuple):
             tops = [f"{self.modules.get('h', 'h')}.{layer}" for layer in layers]
         prefix, kind = "" if top == "lm_head" else self.prefix, "bias" if path[-1] == "bias" else "weight"
         return [prefix + ".".join([top, *inner, kind]) for top in tops]
+
+    def stored(self, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of each of these tensors, given the leaf's: c_attn's last axes [3, D] are one of 3 D there."""
+        shape = shape[1:] if path[0] == "h" else shape
+        shape = (*shape[:-2], math.prod(shape[-2:])) if FUSED in path else shape
+        return shape[::-1] if self.transposed and path[-1] == "kernel" else shape
 
 
 # Fields that config.json does not have, or not as a key of their own.
@@ -128,7 +135,8 @@ LLAMA = Family(
 # axes of an array are cut (``sharding.by_path``). What writes to the residual stream is cut the other way round than
 # what reads from it, so that a block sends over ``tensor`` twice (Shoeybi et al. 2019).
 SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(q_proj|k_proj|v_proj|c_attn|gate_proj|up_proj|c_fc)/kernel$", ("fsdp", "tensor")),
+    (r"c_attn/kernel$", ("fsdp", None, "tensor")),
+    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|c_fc)/kernel$", ("fsdp", "tensor")),
     (r"(o_proj|down_proj|c_proj)/kernel$", ("tensor", "fsdp")),
     (r"(wte|lm_head)/embedding$", ("tensor", "fsdp")),
     (r"(o_proj|down_proj|c_proj)/lora_a$", ("tensor", None)),  # an adapter is cut as its kernel is

@@ -48,13 +48,15 @@ def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
         modules = _modules(params, kernel, leaf.shape)
         if not any(f"{module}.lora_A.weight" in reader for module in modules):
             continue
-        *layers, size_in, size_out = leaf.shape  # layers: [L] under scan_layers
+        first = 1 + (kernel[0] == "h")  # [L] stands before the rest under scan_layers
+        *layers, size_in = leaf.shape[:first]
         stored = reader.shape(f"{modules[0]}.lora_A.weight")
         if not (rank := (*stored, 0)[0]):
             raise UserError(f"{reader.source}: {modules[0]}.lora_A.weight has shape {list(stored)}, so no rank")
-        for letter, shape in (("A", (rank, size_in)), ("B", (size_out, rank))):
-            parts = [reader.read(f"{module}.lora_{letter}.weight", shape, jnp.float32).T for module in modules]
-            leaves[(*kernel[:-1], f"lora_{letter.lower()}")] = jnp.stack(parts) if layers else parts[0]
+        for letter, shape in (("A", (size_in, rank)), ("B", (rank, *leaf.shape[first:]))):
+            stored = (math.prod(shape[1:]), shape[0])
+            parts = [reader.read(f"{module}.lora_{letter}.weight", stored, jnp.float32).T for module in modules]
+            leaves[(*kernel[:-1], f"lora_{letter.lower()}")] = jnp.stack(parts).reshape(*layers, *shape)
         scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
         leaves[(*kernel[:-1], "lora_scale")] = jnp.full(layers, scale, jnp.float32)
     adapters = unflatten_dict(leaves)
@@ -111,7 +113,8 @@ def write_adapter(
             continue
         modules = _modules(params, (*place, "kernel"), leaf.shape)
         for module, matrix in zip(modules, leaf if place[0] == "h" else [leaf], strict=True):
-            tensors[f"{PREFIX}{module}.lora_{name[-1].upper()}.weight"] = np.ascontiguousarray(matrix.T)
+            stored = matrix.reshape(len(matrix), -1).T
+            tensors[f"{PREFIX}{module}.lora_{name[-1].upper()}.weight"] = np.ascontiguousarray(stored)
         if name == "lora_a":
             full += modules
             ranks_and_scales |= {(leaf.shape[-1], float(x)) for x in leaves[(*place, "lora_scale")].reshape(-1)}

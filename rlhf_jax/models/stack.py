@@ -20,7 +20,7 @@ from rlhf_jax.models import attention
 from rlhf_jax.models.attention import Number, Seen
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.norms import Norm
-from rlhf_jax.sharding import cut
+from rlhf_jax.sharding import cut, parts
 from rlhf_jax.types import Params
 
 Rotation = Array  # cosines, then sines, of the positions' angles, [2, B, 1, T, Dh / 2] float32
@@ -69,10 +69,17 @@ def _product_backward(saved: tuple[Array | None, Array | None], grad: Array) -> 
 product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
-class Dense(nn.Dense):
-    """``nn.Dense``, plus ``lora_scale * (x @ lora_a) @ lora_b`` where these lie beside the kernel (``lora.attach``)."""
+def _dot(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """x [..., D] times kernel [D, ...], whose last axes become one where no device holds a part of them."""
+    if parts("tensor") > 1:
+        return jnp.tensordot(x, kernel, 1)
+    return product(x, kernel.reshape(len(kernel), -1)).reshape(*x.shape[:-1], *kernel.shape[1:])
 
-    dot_general: Any = lambda x, kernel, *_, **__: product(x, kernel)
+
+class Dense(nn.DenseGeneral):
+    """``nn.DenseGeneral``, plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``)."""
+
+    dot_general: Any = _dot
 
     def __call__(self, inputs: Array) -> Array:
         out = super().__call__(inputs)
@@ -80,7 +87,7 @@ class Dense(nn.Dense):
             return out
         adapter: list[Any] = [self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_scale")]
         x, a, b = promote_dtype(inputs, *adapter[:2], dtype=self.dtype)
-        return out + jax.lax.stop_gradient(adapter[2]).astype(out.dtype) * (cut(x @ a, "data", "fsdp") @ b)
+        return out + jax.lax.stop_gradient(adapter[2]).astype(out.dtype) * _dot(cut(x @ a, "data", "fsdp"), b)
 
 
 def rotate(x: Array, rotation: Rotation) -> Array:
@@ -210,7 +217,8 @@ class Transformer(nn.Module):
     def token_rows(self, tokens: Array, real: Array) -> Array:
         """[B, T] tokens -> [B, T, D] rows of the token table."""
         # A pad may carry any id, also one outside the table; a real token outside it gives NaN rather than a wrong row.
-        rows = jnp.take(cut(self.wte.embedding, "tensor"), jnp.where(real, tokens, 0), axis=0)
+        table, ids = _padded(self.wte.embedding), jnp.where(real, tokens, 0)
+        rows = jnp.take(table, jnp.where(ids < self.config.vocab_size, ids, len(table)), axis=0)
         return cut(rows, "data", "fsdp")
 
     def hidden(self, tokens: Array, attention_mask: Array, columns: Columns = None) -> Array:
@@ -235,9 +243,9 @@ class Transformer(nn.Module):
         """[..., D] -> [..., V] float32, inputs in the compute dtype."""
         dtype, is_given = self.config.compute_dtype, self.has_variable("params", "unembedding")
         tied = self.wte if getattr(self.config, "tie_embeddings", True) else self.lm_head
-        table = self.get_variable("params", "unembedding") if is_given else tied.embedding
-        table = cut(table.astype(dtype), "tensor")
-        return jnp.einsum("...d,vd->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32)
+        table = _padded(self.get_variable("params", "unembedding") if is_given else tied.embedding).astype(dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32)
+        return logits[..., : self.config.vocab_size]
 
     def decode(
         self, tokens: Array, positions: Array, key_mask: Array, cache: Cache, index: Array | int
@@ -259,6 +267,12 @@ class Transformer(nn.Module):
 def table(config: ModelConfig, rows: int) -> nn.Embed:
     """A table of tokens or positions, [rows, D]."""
     return nn.Embed(rows, config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range))
+
+
+def _padded(rows: Array) -> Array:
+    """A token table cut over ``tensor``; where that does not divide V, zeros follow, whose logits nobody sees."""
+    rows = jnp.pad(rows, ((0, -len(rows) % parts("tensor")), (0, 0)))
+    return cut(cut(rows, "tensor", width="fsdp"), "tensor")  # XLA sends a table in two steps, or else all of it
 
 
 def layers(block: Any, config: ModelConfig) -> Any:

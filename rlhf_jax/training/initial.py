@@ -53,11 +53,6 @@ def check_layout(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
             if size % mesh.shape[axis]:
                 sentence = f"mesh.{axis} {mesh.shape[axis]} does not divide the {what} of {where}, {size}"
                 raise UserError(f"{sentence}; use {' or '.join(fitting)}")
-    vocabulary, parts = getattr(model, "vocab_size", 0), mesh.shape["tensor"]
-    if vocabulary % parts:
-        logger.info(
-            f"mesh.tensor {parts} does not divide the {vocabulary} tokens of {where}: their table is not cut by it"
-        )
 
 
 def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
@@ -199,14 +194,8 @@ def prompts_for(
 
 def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:
     """How RL samples, by its settings and the tokenizer's special tokens."""
-    return sampling.SamplingConfig(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        eos_id=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-    )
+    how = (settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
+    return sampling.SamplingConfig(*how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
 
 
 def load_language_model(source: str, compute: Compute) -> LanguageModel:
