@@ -148,16 +148,20 @@ def attention(
         earlier = attention(first_half, key[:, :, :end], value[:, :, :end], early, scale)
         later = attention(second_half, key, value, seen._replace(mask=mask[:, :, half:]), scale)
         return jnp.concatenate([earlier, later], axis=3)
-    # The mask is added and the sum divided by at the end: XLA then touches the scores half as often as by softmax.
-    scores = jnp.einsum("bhgtd,bhsd->bhgts", query, key, preferred_element_type=jnp.float32) * scale
-    scores += jnp.where(mask[:, :, None], 0.0, MASKED)
+    # The mask is added and the sum divided by at the end: XLA then touches the scores half as often as by softmax. It
+    # copies them for an axis of one group, and to scale them: in float32 the queries are scaled.
+    shape, is_exact = query.shape, query.dtype == jnp.float32
+    rows = (query * scale if is_exact else query).reshape(*shape[:2], -1, shape[4])  # [B, H, G t, Dh]
+    scores = jnp.einsum("bhtd,bhsd->bhts", rows, key, preferred_element_type=jnp.float32)
+    scores = scores if is_exact else scores * scale
+    scores += jnp.tile(jnp.where(mask, 0.0, MASKED), (1, 1, shape[2], 1))
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
     if drop is not None:
         keep = jax.random.bernoulli(drop[0], 1.0 - drop[1], weights.shape)
         weights = jnp.where(keep, weights / (1.0 - drop[1]), 0.0)
-    mixed = jnp.einsum("bhgts,bhsd->bhgtd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return (mixed / total).astype(value.dtype)
+    mixed = jnp.einsum("bhts,bhsd->bhtd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (mixed / total).astype(value.dtype).reshape(shape)
 
 
 def blockwise(query: Array, key: Array, value: Array, seen: Seen, scale: Number, drop: Drop = None) -> Array:

@@ -32,8 +32,8 @@ Columns = slice | Array | None  # which columns of [B, T] are read: the same of 
 Layer = tuple[Number, Array | bool]  # factor of a layer's attention scores, and whether it takes the second view
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    # The backward pass computes it again: its tanh would take longer to write and read.
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), jax.checkpoint(jax.nn.gelu)),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
@@ -44,25 +44,40 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def product(x: Array, kernel: Array) -> Array:
     """x [..., D] @ kernel [D, F]; on a CPU the kernel's gradient is computed of two halves of the rows.
 
-    XLA's faster CPU kernel takes them as they lie, where it would transpose the whole for its slower one.
+    XLA's faster CPU kernel takes them as they lie, where it would transpose the whole for its slower one. All products
+    of a training step are then of halves, for XLA would compute what two shapes share twice, once for each.
     """
     return x @ kernel
+
+
+def _halves(x: Array) -> Array:
+    """The rows of x [..., D]: [2, N / 2, D] on a CPU, else [1, N, D]."""
+    is_apart = jax.default_backend() == "cpu" and (x.size // x.shape[-1]) % 2 == 0
+    return x.reshape(1 + (is_apart and not jax.sharding.get_abstract_mesh().auto_axes), -1, x.shape[-1])
+
+
+def _times(x: Array, kernel: Array, axis: int, is_trained: bool) -> Array:
+    """x [..., D] times a kernel, whose given axis is D; of halves, with a copy of the kernel each, if it is trained."""
+    halves = _halves(x)
+    if not is_trained or len(halves) == 1 or halves.shape[1] < 2 * max(kernel.shape):
+        return jnp.tensordot(x, kernel, ((-1,), (axis,)))
+    twice, numbers = jnp.broadcast_to(kernel, (2, *kernel.shape)), (((2,), (1 + axis,)), ((0,), (0,)))
+    return jax.lax.dot_general(halves, twice, numbers).reshape(*x.shape[:-1], -1)
 
 
 def _product_forward(x: Any, kernel: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
     # What a gradient needs is kept where one is asked for: not a frozen kernel's under adapters.
     kept = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
-    return x.value @ kernel.value, kept
+    return _times(x.value, kernel.value, 0, kernel.perturbed), kept
 
 
 def _product_backward(saved: tuple[Array | None, Array | None], grad: Array) -> tuple[Array | None, Array | None]:
     x, kernel = saved
-    x_grad, kernel_grad = None if kernel is None else jnp.einsum("...f,df->...d", grad, kernel), None
+    x_grad, kernel_grad = None if kernel is None else _times(grad, kernel, 1, x is not None), None
     if x is not None:
-        rows = x.size // x.shape[-1]
-        is_apart = jax.default_backend() == "cpu" and rows % 2 == 0 and not jax.sharding.get_abstract_mesh().auto_axes
-        left, right = (a.reshape(1 + is_apart, -1, a.shape[-1]) for a in (x, grad))
-        kernel_grad = jnp.einsum("gnd,gnf->gdf", left, right).sum(0)
+        narrow, wide = sorted((x, grad), key=lambda rows: rows.shape[-1])  # faster than the other way round
+        parts = jnp.einsum("gna,gnb->gab", _halves(narrow), _halves(wide))
+        kernel_grad = functools.reduce(jnp.add, parts if narrow is x else parts.mT)
     return x_grad, kernel_grad
 
 
