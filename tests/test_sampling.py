@@ -176,6 +176,16 @@ def test_greedy_follows_the_largest_logit():
     # Log-probs of temperature 1, and the key is not used.
     np.testing.assert_allclose(rollout.log_probs, lookup_log_probs(rollout), atol=1e-5)
     assert_same(run(key=jax.random.key(9), temperature=0.0, eos_id=None), rollout)
+    equal = run(params=jax.tree.map(jnp.zeros_like, PARAMS), temperature=0.0, eos_id=None)
+    assert not equal.tokens[:, 3:].any()  # of equals the lowest id
+
+
+def test_a_token_is_jax_random_categorical_s_of_its_row_and_slot():
+    tokens = run(eos_id=None).tokens
+    for slot in range(6):
+        logits = PARAMS["token"][tokens[:, slot + 2]] + PARAMS["position"][PROMPTS[1].sum(1) - 1 + slot]
+        keys = [jax.random.fold_in(jax.random.fold_in(KEY, row), slot) for row in range(24)]
+        np.testing.assert_array_equal(tokens[:, slot + 3], jax.vmap(jax.random.categorical)(jnp.stack(keys), logits))
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 2, "top_p": 0.9}], ids=str)

@@ -29,10 +29,8 @@ def frequencies(config: DecoderConfig, is_local: bool = False) -> np.ndarray:
         config = dataclasses.replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
     inverse = 1.0 / config.rope_theta ** (np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size)
     scaling = config.rope_scaling
-    if scaling is None:
-        return inverse.astype(np.float32)
-    if scaling.kind == "linear":
-        return (inverse / scaling.factor).astype(np.float32)
+    if scaling is None or scaling.kind == "linear":
+        return (inverse if scaling is None else inverse / scaling.factor).astype(np.float32)
     waves = scaling.original_max_length * inverse / (2 * math.pi)  # waves in a text of the original length
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
@@ -101,7 +99,7 @@ class Decoder(stack.Transformer):
         return [getattr(self.config, "query_scalar", self.config.head_size) ** -0.5] * self.config.num_layers
 
     def rotation(self, positions: jax.Array, is_local: bool) -> Rotation:
-        by_position = frequencies(self.config, is_local)[None, None, None, :]
-        angles = positions.astype(jnp.float32)[:, None, :, None] * by_position
+        by_half = np.array([[-1.0], [1.0]], np.float32) * frequencies(self.config, is_local)
+        angles = positions.astype(jnp.float32)[:, None, :, None, None] * by_half[None, None, None]
         # Looked up, they are computed once: XLA's CPU compiler would merge them into the kernels of every layer.
         return jnp.take(jnp.stack([jnp.cos(angles), jnp.sin(angles)]), jnp.arange(2), axis=0)

@@ -40,10 +40,10 @@ def _normed(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple
 def _backward(epsilon: float, saved: tuple[Any, ...], grad: Array) -> tuple[Array, Array, Array | None]:
     x, mean, inverse, scale = saved
     grad, wide, rows = grad.astype(jnp.float32), x.astype(jnp.float32), tuple(range(x.ndim - 1))
-    normed, weights = (wide if mean is None else wide - mean) * inverse, scale[:, None] / scale.size
-    across = normed * ((grad * normed) @ weights)  # what the mean square passes back, then the mean
-    across = across if mean is None else across + grad @ weights
-    x_grad = inverse * (grad * jnp.expand_dims(scale, rows) - across)
+    normed, scaled = (wide if mean is None else wide - mean) * inverse, grad * jnp.expand_dims(scale, rows)
+    across = normed * (scaled * normed).mean(-1, keepdims=True)  # what the mean square passes back, then the mean
+    across = across if mean is None else across + scaled.mean(-1, keepdims=True)
+    x_grad = inverse * (scaled - across)
     return x_grad.astype(x.dtype), (grad * normed).sum(rows), None if mean is None else grad.sum(rows)
 
 

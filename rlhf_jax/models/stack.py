@@ -23,7 +23,7 @@ from rlhf_jax.models.norms import Norm
 from rlhf_jax.sharding import cut, parts
 from rlhf_jax.types import Params
 
-Rotation = Array  # cosines, then sines, of the positions' angles, [2, B, 1, T, Dh / 2] float32
+Rotation = Array  # the angles' cosines, then sines, negative for a head's first half: [2, B, 1, T, 2, Dh / 2] float32
 View = tuple[Seen, Rotation | None]  # who sees whom, and how queries and keys are turned
 Views = tuple[View, ...]  # of all layers, or of those that see all and those with a window
 LayerCache = tuple[Array, Array]  # keys and values of one layer, [B, H, S, Dh] each
@@ -107,10 +107,8 @@ class Dense(nn.DenseGeneral):
 
 def rotate(x: Array, rotation: Rotation) -> Array:
     """[B, H, T, Dh] turned by its positions (Su et al. 2021), in float32; the dtype is kept."""
-    cosine, sine = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = first * cosine - second * sine, second * cosine + first * sine
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    return (halves * rotation[0] + halves[..., ::-1, :] * rotation[1]).reshape(x.shape).astype(x.dtype)
 
 
 def pick(x: Array, columns: Columns, axis: int) -> Array:
@@ -240,7 +238,8 @@ class Transformer(nn.Module):
         """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype; of the given columns alone.
 
         The last block computes keys and values of all columns and the rest where it is read, but under
-        ``scan_layers``, where all blocks are one program.
+        ``scan_layers``, where all blocks are one program, and where less than an eighth is left out: one kernel then
+        serves all layers.
         """
         places = attention.positions(attention_mask)
         x = self.embed(tokens, places, attention_mask != 0)
@@ -249,10 +248,12 @@ class Transformer(nn.Module):
         if self.config.scan_layers:
             x, _ = self.h(x, views, (jnp.array(scales, jnp.float32), jnp.array(local)), None, 0, None)
             return self.ln_f(pick(x, columns, axis=1))
+        length = tokens.shape[1]
+        early = None if isinstance(columns, slice) and 8 * (columns.stop - columns.start) > 7 * length else columns
         for i, block in enumerate(self.h):
-            read = columns if i + 1 == len(self.h) else None
+            read = early if i + 1 == len(self.h) else None
             x, _ = block(x, (views[local[i]],), (scales[i], local[i]), None, 0, read)
-        return self.ln_f(x)
+        return self.ln_f(x) if early is columns else pick(self.ln_f(x), columns, axis=1)
 
     def unembed(self, hidden: Array) -> Array:
         """[..., D] -> [..., V] float32, inputs in the compute dtype."""
