@@ -34,6 +34,7 @@ from rlhf_jax.runs import devices
 MAX_OTHERS = 0.02  # share of the machine that other programs may use before a figure means little
 OPPONENTS = {"hand": "torch_steps.py", "transformers": "torch_steps.py", "trl": "trl_steps.py"}
 FIRST_ITERATION = "ppo --config tiny --rl.num-iterations 1 --rl.validation-fraction 0"
+AS_TINY = Preset(models.GPT2Config(800, 80, 32, 2, 2), batch=32, prompt=26, response=12)  # the shapes of that command
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,7 +71,7 @@ def run(
     if calls < 5:
         raise UserError(f"--calls {calls}: a median needs at least 5")
     if name == "startup":
-        return {"bench": name} | startup(calls) | machine()
+        return {"bench": name} | startup(calls, against) | machine()
     devices.choose(None)  # programs as a run's are compiled
     sizes, opponent = PRESETS[preset], None
     if against is not None:
@@ -227,15 +228,25 @@ def machine() -> dict[str, Any]:
 # --- From the start of a process --------------------------------------------------------------------------------------
 
 
-def startup(calls: int) -> dict[str, Any]:
+def startup(calls: int, against: str | None = None) -> dict[str, Any]:
     """Wall and CPU seconds from a process's start to its first iteration, without and with JAX's cache on disk.
 
-    One process without a cache, then ``calls`` with the cache that it left.
+    One process without a cache, then ``calls`` with the cache that it left. ``against`` trl: as many processes of its
+    PPOTrainer, with models of the same shapes, a value model of its own, and weights from a file.
     """
     with tempfile.TemporaryDirectory() as folder:
         cold, *rows = [first_iteration(Path(folder), str(number)) for number in range(1 + calls)]
     line = spread([row["seconds"] for row in rows]) | {"cpu_s": middle(rows, "cpu")}
     line |= {"cold_s": cold["seconds"], "cold_cpu_s": cold["cpu"]}
+    if against is not None:
+        seconds = []
+        for _ in range(calls):
+            opponent = Opponent(against, "iteration", AS_TINY, "separate")
+            opponent.ask("step")
+            seconds.append(time.perf_counter() - opponent.started)
+            opponent.close()
+        line |= spread(seconds, "against_") | {"ratio": statistics.median(seconds) / line["median_s"]}
+        line |= {"against": against, "cold_ratio": statistics.median(seconds) / line["cold_s"]}
     return line | {"others_cpu": middle([cold, *rows], "others")}
 
 
@@ -290,6 +301,7 @@ class Opponent:
         config = json.dumps(dataclasses.asdict(preset.model), default=str)
         np.savez(shared, config=config, prompt=preset.prompt, tokens=tokens, **arrays)  # type: ignore[arg-type]
         command = [sys.executable, str(script), str(shared), "--bench", name, "--kind", kind, "--value", value]
+        self.started = time.perf_counter()
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, what: Literal["check", "step"]) -> dict[str, Any]:

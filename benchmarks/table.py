@@ -26,7 +26,7 @@ ROWS = [
     ("sft --preset char-wide --against hand", 1.2, 1.0),
     ("reward --preset char-wide --against hand", 1.2, 1.0),
     ("vpg --against hand", 1.3, 1.0),
-    ("startup", None, None),
+    ("startup --against trl", None, None),
 ]
 
 
@@ -40,7 +40,9 @@ def row(command: str, wanted: float | None, least: float | None) -> str:
     line = json.loads(lines[-1])
     refused = "refused, " if (line["others_cpu"] or 0.0) > 0.02 else ""
     if line["bench"] == "startup":
-        cells = f"{line['median_s']:.1f} s ({line['cpu_s']:.1f} CPU-s; cold {line['cold_cpu_s']:.1f} CPU-s) | | |"
+        cpu = f"{line['cpu_s']:.1f} CPU-s; cold {line['cold_s']:.1f} s, {line['cold_cpu_s']:.1f} CPU-s"
+        ratios = f"**{line['ratio']:.2f}**, cold **{line['cold_ratio']:.2f}**"
+        cells = f"{line['median_s']:.1f} s ({cpu}) | {line['against_median_s']:.1f} s | {ratios} |"
     else:
         cells = f"{line['median_s']:.3f} s | {line['against_median_s']:.3f} s | **{line['ratio']:.2f}** |"
     goals = "| 5 CPU-s; cold 12 |" if wanted is None else f"{wanted} | {least} |"

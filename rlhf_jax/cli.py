@@ -4,6 +4,7 @@ A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits
 """
 
 import dataclasses
+import gc
 import importlib
 import logging
 import os
@@ -51,6 +52,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """
     attach_console()
     allocator.keep_memory()
+    gc.set_threshold(100_000)  # modules and traces are many objects that stay: half a second of each start by default
     try:
         code = main() or 0
         sys.stdout.flush()

@@ -1,11 +1,14 @@
 """How many copies of the weights lie on a device while a stage trains: counted in the arrays that live there."""
 
 import dataclasses
+import functools
 import gc
 import json
+import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import plan
 import pytest
 
@@ -17,6 +20,7 @@ from rlhf_jax.generator import LanguageModel
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import initial, loop, memory
 from rlhf_jax.training.stage import open_stage
+from rlhf_jax.types import TrainState
 
 RL = RLStage(num_iterations=2, batch_size=8, max_new_tokens=4, validation_fraction=0.0)
 SHORT = {"batch_size": 4, "validation_fraction": 0.0}
@@ -131,7 +135,7 @@ def test_a_stage_keeps_no_second_copy_of_the_weights(case, world, tmp_path, afte
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_is_trained_has_arrays_of_its_own_and_the_reference_those_that_were_loaded(rank, tmp_path):
+def test_what_is_trained_has_arrays_of_its_own_and_the_reference_those_that_were_loaded(rank, tmp_path, caplog):
     config = RunConfig(output_dir=str(tmp_path / "run"), model=str(tmp_path), lora=LoRA(rank=rank))
     body = {"h_0": {"attn": {"kernel": jnp.ones((2, 2), jnp.bfloat16)}}, "ln_f": {"scale": jnp.ones(2)}}
     params = models.add_head(jax.random.key(0), body, "value")
@@ -139,7 +143,10 @@ def test_what_is_trained_has_arrays_of_its_own_and_the_reference_those_that_were
         start = stage.place(initial.trainable(config.lora, params, jax.random.key(1)))
         reference = stage.reference(start, lambda params: params["h_0"]["attn"]["kernel"].dtype)
         assert reference() == jnp.bfloat16
-        state = stage.take({"params": start.params})
+        with jax.log_compiles():
+            state = stage.take(functools.partial(TrainState.create, optimizer=optax.adam(0.1)), start.params).params
+        assert re.findall(r"XLA compilation of (\S+)", caplog.text) == ["jit(create)"]  # not one for each operation
+        assert {"trained parameters", "optimizer state", "gradients"} <= stage.held.keys()
         moved = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
         assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype("float32")}
         assert all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 4 for leaf in jax.tree.leaves(moved))

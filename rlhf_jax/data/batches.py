@@ -264,4 +264,4 @@ def _round_up(lengths: Any, multiple: int) -> Any:
 
 
 def _permutation(key: jax.Array, n: int) -> np.ndarray:
-    return np.asarray(jax.random.permutation(key, n)).astype(np.int64)
+    return np.asarray(jax.jit(jax.random.permutation, static_argnums=1)(key, n)).astype(np.int64)

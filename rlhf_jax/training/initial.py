@@ -97,7 +97,8 @@ def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
             adapters = lora.init(key, base, settings.rank, settings.match, alpha=settings.alpha)
         except ValueError as error:
             raise UserError(f"lora: {error}") from error
-    trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+    copy = functools.partial(jnp.array, dtype=jnp.float32, copy=True)
+    trained = jax.jit(functools.partial(jax.tree.map, copy))(params)
     return Trainable({**adapters, **trained}, base, None if settings.rank else loaded)
 
 

@@ -1,6 +1,7 @@
 """The three stages of RLHF from one config: SFT, a reward model on its body, PPO on its policy."""
 
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -49,6 +50,7 @@ def run_stages(config: RunConfig, path: Path) -> PipelineResult:
     ensemble = "mean:" if config.reward_model.ensemble_size > 1 else ""
     rewarded = dataclasses.replace(config, reward=(f"{ensemble}{second.model_folder}",))
     logger.info("stage 3 of 3: PPO")
+    gc.collect()  # what the reward model's run leaves holds weights
     return PipelineResult(first, second, rl.run(stage_config(rewarded, path / "ppo", base)))
 
 

@@ -37,9 +37,9 @@ def run(config: RunConfig) -> RunResult:
 
 def _task(setting: supervised.Setting) -> supervised.Task:
     stage, encoded, held_out = setting.stage, setting.encoded, setting.held_out
-    config, settings, (model, params, tokenizer) = stage.config, stage.config.reward_model, setting.initial
+    config, settings, (model, loaded, tokenizer) = stage.config, stage.config.reward_model, setting.initial
     is_ensemble = settings.ensemble_size > 1
-    starts = ensembles.starts(config, model, params, stage.key("init"))
+    starts = ensembles.starts(config, model, loaded, stage.key("init"))
     start = stage.place(starts[0])
     for member in starts:
         memory.free(member.loaded)
@@ -67,19 +67,15 @@ def _task(setting: supervised.Setting) -> supervised.Task:
             members = {name: _normalized(score, params, samples) for name, params in members.items()}
         return members
 
-    def create() -> TrainState:
-        if not is_ensemble:
-            return TrainState.create(start.params, setting.optimizer)
-        members = [member.params for member in starts]
-        state = ensembles.create(members, setting.optimizer)
-        memory.free(members)
-        return state
-
+    params = [member.params for member in starts] if is_ensemble else start.params
+    create = functools.partial(ensembles.create if is_ensemble else TrainState.create, optimizer=setting.optimizer)
     single = functools.partial(reward_model.update, minibatch_sharding=sharding.rows(stage.mesh))
     update = ensembles.update_members if is_ensemble else single
     jitted = stage.jit_update(functools.partial(update, optimizer=setting.optimizer, config=settings))
     bound, own_weights = functools.partial(jitted, score_fn=score_fn), _weighted(setting) if is_ensemble else None
-    return supervised.Task(start, create, bound, validate, trained=trained, train_on=own_weights)
+    return supervised.Task(
+        start._replace(params=params), create, bound, validate, trained=trained, train_on=own_weights
+    )
 
 
 def _weighted(setting: supervised.Setting) -> encoding.EncodedTexts:

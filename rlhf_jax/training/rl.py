@@ -30,7 +30,7 @@ from rlhf_jax.runs import processes
 from rlhf_jax.training import critic, initial, loop, memory, phases
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
-from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Params, Rollout
+from rlhf_jax.types import Algorithm, AlgorithmConfig, Metrics, Params, PolicyOutput, Rollout
 
 
 def run(
@@ -153,11 +153,6 @@ def _sizes(name: str, settings: RLStage, config: AlgorithmConfig, num_devices: i
     return {f"{name}.num_microbatches": config.num_microbatches, "rl.batch_size": settings.batch_size}
 
 
-def _last(params: Params, *args: Any) -> Any:
-    """Calls a PolicyFn that is given last."""
-    return args[-1](params, *args[:-1])
-
-
 class _Trainer:
     """The steps and validations of an open run."""
 
@@ -185,11 +180,17 @@ class _Trainer:
         self._narrowed = functools.partial(batches.narrowed, multiple=stage.config.text.bucket_multiple)
         self.widest = self._narrowed(parts.prompts, self.train_rows)
         self.start, self.kl_coef, self.refreshes = start, kl_coef or 0.0, settings.reference_refresh is not None
-        self.reference: Any = start.bind(_last) if self.refreshes else None
+        score_rows = memory.score_rows(stage.config.compute, settings.batch_size, algorithm_config)
+
+        def policy(params: Params, tokens: jax.Array, *more: Any) -> PolicyOutput:  # of whole rollouts, however wide
+            prompt_length = tokens.shape[1] - settings.max_new_tokens
+            return models.policy_fn(model, settings.temperature, prompt_length)(params, tokens, *more)
+
+        scored = ops.by_rows(policy, score_rows)
         if self.refreshes or kl_coef is None:
             memory.free(start.loaded)
-        else:
-            self.reference = stage.reference(start, _last)
+        bind = start.bind if self.refreshes else functools.partial(stage.reference, start)
+        self.reference: Any = None if kl_coef is None else bind(scored)
         if parts.reward.fn is not None:
             on_devices = stage.frozen("reward", jax.tree.map(jnp.asarray, parts.reward.fn))
             self.parts = parts = parts._replace(reward=spec.Reward(on_devices))
@@ -199,7 +200,6 @@ class _Trainer:
         frozen = {"frozen weights": start.base, "reference": None if start.base else self.reference}
         cache = jax.eval_shape(lambda: model.init_cache(rows, length))
         stage.hold(frozen | {"rewards": parts.reward.fn, "cache while it samples": cache})
-        score_rows = memory.score_rows(stage.config.compute, settings.batch_size, algorithm_config)
         self.recipe = phases.Recipe(
             model, samples, algorithm, algorithm_config, optimizer, settings, stage.mesh, score_rows
         )
@@ -215,23 +215,18 @@ class _Trainer:
 
     def _functions_of(self, columns: int) -> phases.Functions:
         """What re-scores rollouts of that many columns, and learns from them."""
-        how = self.recipe.model, self.settings.temperature, columns - self.settings.max_new_tokens
-        scored = ops.by_rows(models.policy_fn(*how), self.recipe.score_rows)
-        ref_fn = self.reference and jax.tree_util.Partial(lambda held, *args: held(*args, scored), self.reference)
-        policy_fn = models.policy_fn(*how, None if self.whole is self.start else self.recipe.model)
-        return phases.Functions(self.whole.bind(policy_fn), ref_fn=ref_fn)
+        value_model = None if self.whole is self.start else self.recipe.model
+        how = self.settings.temperature, columns - self.settings.max_new_tokens
+        policy_fn = models.policy_fn(self.recipe.model, *how, value_model)
+        return phases.Functions(self.whole.bind(policy_fn), ref_fn=self.reference)
 
     def first_state(self) -> phases.LoopState:
         """The state at step 0: called once, so that nobody keeps it beside the loop's."""
-        train = self.recipe.algorithm.State.create(self.whole.params, self.recipe.optimizer)
-        reference = self.stage.copy(self.start.params) if self.refreshes else None
-        state = self.stage.take(phases.LoopState.create(train, self.kl_coef, reference))
-        params = state.train.params
-        models_trained = params if "policy" in params else {"parameters": params}
-        trained = {f"trained {part}": tree for part, tree in models_trained.items()}
-        trained |= {"optimizer state": state.train.opt_state, "refreshed reference": state.reference}
-        self.stage.hold(trained | {"gradients": params})
-        return state
+        create = functools.partial(self.recipe.algorithm.State.create, optimizer=self.recipe.optimizer)
+        train = self.stage.take(create, self.whole.params)
+        reference = self.stage.copy(models.policy_params(train.params)) if self.refreshes else None
+        self.stage.hold({"refreshed reference": reference})
+        return self.stage.lay_out(phases.LoopState.create(train, self.kl_coef, reference))
 
     @property
     def job(self) -> loop.Job:

@@ -23,9 +23,10 @@ from rlhf_jax.report import page
 from rlhf_jax.runs import devices, folder, manifest, processes, trackers
 from rlhf_jax.training import initial, memory
 from rlhf_jax.training.initial import Trainable, sampling_config
-from rlhf_jax.types import Params, PolicyFn
+from rlhf_jax.types import Params, PolicyFn, TrainState
 
 Tree = TypeVar("Tree")
+State = TypeVar("State", bound=TrainState)
 Stream = Literal["init", "data", "rollout", "update", "eval"]
 
 # What may differ between a run and its resumption without making it another run.
@@ -77,13 +78,19 @@ class Stage:
         """Parameters, or a state with them, on the devices as the mesh says."""
         return jax.tree.map(sharding.place, tree, initial.shardings(self.mesh, tree))
 
-    def take(self, tree: Tree) -> Tree:
-        """On the devices as the mesh says, and nowhere else: the arrays of ``tree`` are given up."""
-        if jax.process_count() == 1:
-            return jax.device_put(tree, initial.shardings(self.mesh, tree), donate=True)
-        placed = self.lay_out(tree)
-        memory.free([leaf for leaf in jax.tree.leaves(tree) if leaf.is_fully_addressable])
-        return placed
+    def take(self, create: Callable[[Params], State], params: Params) -> State:
+        """``create(params)`` in arrays of its own, on the devices as the mesh says; ``params`` are given up.
+
+        One program, which compiles faster than one for each of its operations.
+        """
+        placed = self.lay_out(params)
+        layout = initial.shardings(self.mesh, jax.eval_shape(create, placed))
+        state = jax.jit(create, out_shardings=layout)(placed)
+        memory.free((params, placed))
+        parts = state.params if "policy" in state.params else {"parameters": state.params}
+        trained = {f"trained {part}": tree for part, tree in parts.items()}
+        self.hold(trained | {"optimizer state": state.opt_state, "gradients": state.params})
+        return state
 
     def hold(self, trees: Mapping[str, Any]) -> None:
         """Notes the shapes of what lies on the devices, by name."""
@@ -154,7 +161,7 @@ class Stage:
 
 def stream(seed: int, stage: str, name: Stream) -> jax.Array:
     """The key of one named stream: the run's root key, folded with the stage and the stream's name."""
-    root = jax.random.key(seed)
+    root = jax.jit(jax.random.key, static_argnums=0)(seed)
     return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode()))
 
 

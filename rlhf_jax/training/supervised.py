@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from rlhf_jax import models, ops, sharding
-from rlhf_jax.config import DPOStage, KTOStage, RewardModelStage, RunConfig, SFTStage
+from rlhf_jax.config import RunConfig
 from rlhf_jax.data import batches, encoding, rows
 from rlhf_jax.data.formats import ReadResult
 from rlhf_jax.errors import UserError, logger
@@ -26,14 +26,13 @@ from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_u
 from rlhf_jax.types import Metrics, Params, Parts, TrainState
 
 KINDS: dict[str, rows.Kind] = {"sft": "demonstrations", "dpo": "pairs", "kto": "feedback"}  # others: comparisons
-Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
 
 
 class Task(NamedTuple):
     """What is trained on the batches of a stage, and how."""
 
     start: Trainable
-    create: Callable[[], TrainState]  # the state at step 0: called once, so that nobody keeps it beside the loop's
+    create: Callable[[Params], TrainState]  # of start.params, the state at step 0
     update: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]  # (state, batch on the devices, key)
     validate: Callable[[TrainState], Validation]
     reference: Any = None  # a pytree with the parameters of the reference
@@ -94,7 +93,7 @@ def policy_task(setting: Setting, algorithm: Any, config: Any, validation_config
         pooled = {name: functools.reduce(operator.add, (part[name] for part in parts)) for name in parts[0]}
         return Validation({f"validation/{name.partition('/')[2]}": float(x.value) for name, x in pooled.items()})
 
-    create = functools.partial(TrainState.create, start.params, setting.optimizer)
+    create = functools.partial(TrainState.create, optimizer=setting.optimizer)
     return Task(start, create, functools.partial(stage.jit_update(update), **functions), validate, reference)
 
 
@@ -116,9 +115,7 @@ def run(
     config = set_up(config)
     settings, text = getattr(config, name), config.text
     initial.warn_of_rate(config, name, settings.optimizer)
-    sizes = _sizes(name, settings, sharding.num_parts(initial.mesh_of(config)))
-    if text.pack:
-        _check_packing(name, settings)
+    sizes = _sizes(name, settings, text.pack, sharding.num_parts(initial.mesh_of(config)))
     kind = KINDS.get(name, "comparisons")
     data = initial.stage_rows(config, kind, settings.data)
     with open_stage(config, name, data.fingerprints, sizes) as stage:
@@ -172,15 +169,8 @@ def run(
             attempt=attempt,
         )
         stage.hold({"frozen weights": task.start.base, "reference": None if task.start.base else task.reference})
-        state, row = loop.train(stage, _first_state(stage, task), job)
+        state, row = loop.train(stage, stage.take(task.create, task.start.params), job)
         return stage.finish(language_model, task.start, task.trained(state), row)
-
-
-def _check_packing(name: str, settings: Any) -> None:
-    if name == "kto":
-        raise UserError("text.pack: kto joins each prompt with the next row's answer and cannot pack; leave it out")
-    if name == "sft" and settings.aggregate != "token":
-        raise UserError(f"text.pack: sft.aggregate must be token, got {settings.aggregate}, which speaks of whole rows")
 
 
 def _batching(
@@ -199,13 +189,6 @@ def _batching(
     return plan, functools.partial(packed, width=width, multiple=multiple)
 
 
-def _first_state(stage: Stage, task: Task) -> TrainState:
-    """The state at step 0, on the devices; nobody but the loop keeps it."""
-    state = stage.take(task.create())
-    stage.hold({"trained parameters": state.params, "optimizer state": state.opt_state})
-    return state
-
-
 def _account(
     data: ReadResult, kind: str, encoded: encoding.EncodedTexts, num_train: int, num_held_out: int
 ) -> list[str]:
@@ -217,8 +200,13 @@ def _account(
     return [*lines, f"{total}, {num_train} train, {num_held_out} held out"]
 
 
-def _sizes(name: str, settings: Settings, num_devices: int) -> dict[str, int]:
-    """The settings that help when memory runs out; UserError if a batch does not divide by devices or microbatches."""
+def _sizes(name: str, settings: Any, pack: bool, num_devices: int) -> dict[str, int]:
+    """The settings that help when memory runs out; UserError if a batch does not divide by devices or microbatches, or
+    the stage cannot ``pack`` rows."""
+    if pack and name == "kto":
+        raise UserError("text.pack: kto joins each prompt with the next row's answer and cannot pack; leave it out")
+    if pack and name == "sft" and settings.aggregate != "token":
+        raise UserError(f"text.pack: sft.aggregate must be token, got {settings.aggregate}, which speaks of whole rows")
     size, parts = settings.batch_size, {f"{name}.num_microbatches": settings.num_microbatches}
     divides(f"{name}.batch_size", size, {"devices": num_devices}, parts)
     return parts | {f"{name}.batch_size": size}
