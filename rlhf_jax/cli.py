@@ -256,9 +256,15 @@ def preview_data(file: Positional, reading: tyro.conf.OmitArgPrefixes[Reading], 
 
 
 SCRIPTS = {
-    "quickstart": "Generate a small corpus and train on it: SFT, a reward model and PPO in minutes, with a report.",
-    "plan": "Say what a stage would take on each device: `rlhf-jax plan ppo --config FILE --devices 8 --memory 80GB`.",
-    "bench": "Time a kind of step on random tokens and print one line of JSON.",
+    "quickstart": (
+        "Generate a small corpus and train on it: SFT, a reward model and PPO in minutes, with a report.",
+        "experiments/quickstart",
+    ),
+    "plan": (
+        "Say what a stage would take on each device: `rlhf-jax plan ppo --config FILE --devices 8 --memory 80GB`.",
+        "experiments/plan",
+    ),
+    "bench": ("Time a kind of step on random tokens and print one line of JSON.", "benchmarks/measure"),
 }
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "configs": list_configs,
@@ -287,15 +293,14 @@ def run(argv: list[str]) -> int | None:
         print(rlhf_jax.__version__)
         return 0
     if name in SCRIPTS:
-        module = script("benchmarks", "measure") if name == "bench" else script("experiments", name)
-        return module.main(argv[1:])
+        return script(*SCRIPTS[name][1].split("/")).main(argv[1:])
     if name in STAGES:
         train(name, argv[1:], prog)
         return 0
     if name in COMMANDS:
         style: Any = {"config": (tyro.conf.PositionalMetavarFromFieldName,)}
         return tyro.cli(COMMANDS[name], prog=prog, args=argv[words:], **style)
-    descriptions = {name: description for name, (description, _) in STAGES.items()} | SCRIPTS
+    descriptions = {name: texts[0] for name, texts in [*STAGES.items(), *SCRIPTS.items()]}
     descriptions |= {name: (function.__doc__ or "").partition("\n")[0] for name, function in COMMANDS.items()}
     if argv[words - 1 :] and argv[words - 1] not in ("-h", "--help"):
         hint = did_you_mean(name, descriptions)

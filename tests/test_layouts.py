@@ -256,7 +256,7 @@ def test_a_run_cuts_its_weights(folder, monkeypatch, capsys):
     settings = {"model": str(folder / "policy"), "tokenizer": Tokenizer(), "mesh": mesh, "rl": steps}
     done = run_ppo(config(folder, **settings, output_dir=str(folder / "run"), reward=("length",)))
     assert probe.whole == []
-    assert probe.laid_out == 2  # the reference, and the reward, which has no arrays; the state is moved by `take`
+    assert probe.laid_out == 4  # the reference, the reward, which has no arrays, the trained parameters, the state
     assert set(probe.collectives) == {"all-gather", "all-reduce", "collective-permute"}
     assert "4 x cpu, data 1 x fsdp 2 x tensor 2, float32" in capsys.readouterr().out
     assert models.load(done.model_folder)[1]["h_0"]["mlp"]["up_proj"]["kernel"].shape == (16, 32)
@@ -285,10 +285,10 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_is_read(mesh, bat
 
 @pytest.mark.parametrize(
     ("sizes", "in_loop", "before"),
-    [((1, 4, 1), {}, {"all-gather": 9}), ((1, 2, 2), {"all-reduce": 5, "all-gather": 2}, {"all-gather": 9})],
+    [((1, 4, 1), {}, {"all-gather": 9}), ((1, 2, 2), {"all-reduce": 6}, {"all-gather": 9})],
 )
 def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before):
-    """Nine are cut. Under ``tensor`` each token needs two sums a block, and of the embedding, and the whole logits."""
+    """Nine are cut. Under ``tensor`` each token needs two sums a block, one of the embedding, three of the logits."""
     network = {"hidden_size": 16, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
     model, mesh = models.build(models.LlamaConfig(vocab_size=40, max_length=16, **network)), sharding.make_mesh(*sizes)
     params = jax.eval_shape(model.init, jax.random.key(0))

@@ -140,7 +140,7 @@ def test_the_reference_of_kto_is_counted(folder):
 def test_the_wheel_has_the_scripts_of_the_commands():
     """And a script imports no other one, which would not be there."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    scripts = {name: f"experiments/{name}.py" for name in cli.SCRIPTS}
+    scripts = {name: f"{path}.py" for name, (_, path) in cli.SCRIPTS.items()}
     assert {path: f"rlhf_jax/{path}" for path in scripts.values()}.items() <= wheel["force-include"].items()
     imported = re.findall(r"^(?:from|import) (\w+)", (ROOT / scripts["plan"]).read_text(), re.MULTILINE)
     assert set(imported) <= {*sys.stdlib_module_names, "jax", "rlhf_jax"}

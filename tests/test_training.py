@@ -291,8 +291,8 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(data, tmp_path):
 @pytest.mark.parametrize("file", sorted(TINY.parent.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
     config = parse_config(file)
-    supervised._sizes("sft", config.sft, 1)
-    supervised._sizes("reward_model", config.reward_model, 1)
+    supervised._sizes("sft", config.sft, config.text.pack, 1)
+    supervised._sizes("reward_model", config.reward_model, config.text.pack, 1)
     for name in ("vpg", "ppo", "rloo", "grpo"):
         rl._sizes(name, config.rl, getattr(config, name), 1)
 

@@ -41,8 +41,8 @@ def _backward(epsilon: float, saved: tuple[Any, ...], grad: Array) -> tuple[Arra
     x, mean, inverse, scale = saved
     grad, wide, rows = grad.astype(jnp.float32), x.astype(jnp.float32), tuple(range(x.ndim - 1))
     normed, scaled = (wide if mean is None else wide - mean) * inverse, grad * jnp.expand_dims(scale, rows)
-    across = normed * (scaled * normed).mean(-1, keepdims=True)  # what the mean square passes back, then the mean
-    across = across if mean is None else across + scaled.mean(-1, keepdims=True)
+    across = normed * _mean(scaled * normed)  # what the mean square passes back, then the mean
+    across = across if mean is None else across + _mean(scaled)
     x_grad = inverse * (scaled - across)
     return x_grad.astype(x.dtype), (grad * normed).sum(rows), None if mean is None else grad.sum(rows)
 
