@@ -169,7 +169,7 @@ class Guard:
         if self.classifier is None:
             return
         try:
-            judged, _ = on_host(self.classifier, sampled, columns, "the score")
+            judged: Any = on_host(self.classifier, sampled, columns, "the score")[0]
         except FloatingPointError as error:
             raise FloatingPointError(f"safety.classifier: {error}") from error
         below, above = self.settings.below, self.settings.above

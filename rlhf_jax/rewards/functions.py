@@ -7,7 +7,7 @@ with an empty ``response_mask``, means nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import chex
 import jax
@@ -18,6 +18,12 @@ from rlhf_jax import ops
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn, Scores
 
 EnsembleMethod = Literal["mean", "min", "uncertainty"]
+
+_ENSEMBLES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
+    "mean": lambda scores, coef: jnp.mean(scores, axis=0),
+    "min": lambda scores, coef: jnp.min(scores, axis=0),
+    "uncertainty": lambda scores, coef: jnp.mean(scores, axis=0) - coef * jnp.var(scores, axis=0),
+}
 
 
 def token_count(token_id: int, cap: float = 100, include_prompt: bool = True) -> Partial:
@@ -69,16 +75,15 @@ def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float 
     Returns:
       RewardFn with the part ``uncertainty``, the standard deviation over members [B].
     """
-    ops.check_choice("how", how, get_args(EnsembleMethod))
+    ops.check_choice("how", how, tuple(_ENSEMBLES))
     if not fns:
         raise ValueError("fns: an ensemble needs at least one reward function")
-    return Partial(_ensemble, how == "min", coef if how == "uncertainty" else 0.0, [_as_pytree(fn) for fn in fns])
+    return Partial(_ensemble, Partial(_ENSEMBLES[how]), coef, [_as_pytree(fn) for fn in fns])
 
 
-def _ensemble(is_worst: bool, coef: float, fns: Sequence[RewardFn], rollout: Rollout) -> Scores:
+def _ensemble(combine: Callable[..., jax.Array], coef: float, fns: Sequence[RewardFn], rollout: Rollout) -> Scores:
     scores = jnp.stack([_row_scores(fn, rollout)[0] for fn in fns])  # [members, B]
-    combined = jnp.mean(scores, axis=0) - coef * jnp.var(scores, axis=0)
-    return jnp.where(is_worst, jnp.min(scores, axis=0), combined), {"uncertainty": jnp.std(scores, axis=0)}
+    return combine(scores, coef), {"uncertainty": jnp.std(scores, axis=0)}
 
 
 def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:

@@ -28,7 +28,9 @@ HostReward = Callable[[Rollout, Columns], tuple[HostScores, Mapping[str, HostSco
 """A reward in ordinary Python: (scores [B], {name of a part: [B]}) of a rollout of NumPy arrays and the columns."""
 
 
-def on_host(reward: HostReward, rollout: Rollout, columns: Columns, name: str = "the reward") -> tuple[Any, Any]:
+def on_host(
+    reward: HostReward, rollout: Rollout, columns: Columns, name: str = "the reward"
+) -> tuple[Rollout, dict[str, np.ndarray]]:
     """Scores a rollout of NumPy or JAX arrays outside jit; errors call it by the ``name``.
 
     Returns:
