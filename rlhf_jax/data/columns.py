@@ -34,7 +34,7 @@ def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Reco
     renamed = [_renamed(record, names, seen) for record in records]
     keys = dict.fromkeys(key for record in records if isinstance(record.value, dict) for key in record.value)
     for ours in [ours for ours in names if keys and ours not in seen | set(keys)]:
-        hint = did_you_mean(repr(names[ours]), map(repr, keys)) or f"; the keys are {', '.join(keys)}"
+        hint = did_you_mean(names[ours], keys) or f"; the keys are {', '.join(keys)}"
         raise UserError(f"--columns {ours}={names[ours]}: no row has {names[ours]!r}{hint}")
     return [record for tree in renamed for record in _rankings(tree)]
 
