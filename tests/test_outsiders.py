@@ -81,7 +81,9 @@ TABLE = [
         f"sft {SMALL} --data prompts.json", "8 rows: expected keys prompt, response, found prompt (prompts.json, row 1"
     ),
     Mistake(
-        f"sft {SMALL} --columns response=ansr --data a.json", "no row has 'ansr'; did you mean answer?", {"a.json": rows(answer="b")}
+        f"sft {SMALL} --columns response=ansr --data a.json",
+        "no row has 'ansr'; did you mean answer?",
+        {"a.json": rows(answer="b")},
     ),
     Mistake(f"dpo {SMALL} --data a.json", "'rejected' is empty", {"a.json": rows(prompt="a", chosen="b", rejected="")}),
     Mistake(f"sft {SMALL} --data a.json", "or give --text.too-long", {"a.json": rows(prompt="a" * 90, response="b")}),
