@@ -60,8 +60,11 @@ def drawn(*plots) -> str:
 
 
 def full_page(text: str = "text") -> str:
-    series = {f"a {text}": Series(*CURVE, low=[0, 0, 0], high=[1, 1, 1], labels=[text] * 3), "_b": CURVE}
-    more = {"lines": {f"line {text}": 0.3}, "diagonal": f"diagonal {text}"}
+    series = {
+        f"a {text}": Series(*CURVE, low=[0, 0, 0], high=[1, 1, 1], labels=[text] * 3),
+        "_b": CURVE,
+    }
+    more = {"band": (0.2, 0.4, f"band {text}"), "lines": {f"line {text}": 0.3}, "diagonal": f"diagonal {text}"}
     curves = [
         Plot(f"plot {text}", f"x {text}", f"y {text}", series, **more, note=f"note {text}"),
         histogram("same", f"bins {text}", "y", {f"before {text}": [0, 1, 1], "after": [1, 2]}, EDGES),
@@ -84,7 +87,7 @@ def test_texts_are_escaped_wherever_they_stand():
     assert page.all("script") == page.all("b") == page.all("td", data_label="") == []
     expected = {"title": ["title"], "h1": ["title"], "h2": ["facts", "table", "figures"], "h3": ["plot"]}
     expected |= {"dt": ["label"], "th": ["column"], "td": ["gate", "detail"], "p": ["summary", "rows", "note"]}
-    expected["text"] = ["a", "x", "y", "line", "diagonal", "bins", "before"]  # no mathematics either
+    expected["text"] = ["a", "x", "y", "band", "line", "diagonal", "bins", "before"]  # no mathematics either
     for tag, labels in expected.items():
         assert {f"{label} {HOSTILE}" for label in labels} <= set(page.texts(tag)), tag
     assert all(HOSTILE in page.texts(tag) for tag in ("dd", "td", "text"))
@@ -173,7 +176,7 @@ def test_values_that_are_not_finite_leave_a_gap_and_are_counted(bad):
 
 def test_series_without_values_are_left_out_with_a_note():
     series = {"validation": ([], []), "train": CURVE, "broken": ([0, 1], [math.nan, math.inf])}
-    page = Page(drawn(Plot("p", "x", "y", series), Plot("empty", "x", "y", {"c": ([], [])})))
+    page = Page(drawn(Plot("p", "x", "y", series), Plot("empty", "x", "y", {"c": ([], [])}, band=(0.0, 1.0, "band"))))
     notes = ["validation: left out, as it has no values.", "broken: left out, as it has no finite values."]
     assert page.texts("p", class_="note") == [*notes, "c: left out, as it has no values."]
     assert not {"validation", "train", "broken"} & set(page.texts("text"))  # one series: no legend

@@ -12,6 +12,7 @@ from test_scripts import run
 
 from rlhf_jax import cli
 from rlhf_jax.config import RLStage, RunConfig
+from rlhf_jax.report import figures
 from rlhf_jax.training import pipeline, stage
 
 SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
@@ -52,6 +53,18 @@ def test_stages_are_announced_and_the_device_once(monkeypatch, capsys):
     assert "x cpu, float32" in device
     names = ("supervised fine-tuning", "reward model", "PPO")
     assert said == [f"stage {i} of 3: {name}" for i, name in enumerate(names, 1)]
+
+
+def test_the_page_has_the_curves_of_all_stages(tmp_path, monkeypatch):
+    for name in pipeline.STAGES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "objective/kl": 2.5}\n')
+    monkeypatch.setattr(quickstart.records, "find", lambda folders: [])
+    monkeypatch.setattr(quickstart, "reward_against_kl", lambda groups: figures.Plot("frontier", "x", "y", {}))
+    drawn = {plot.title: plot for plot in quickstart.plots(tmp_path, kl_target=2.0)}
+    assert len(drawn) == 9
+    kl = drawn["PPO: KL from the SFT policy"]
+    assert (list(kl.series["objective/kl"][1]), kl.band) == ([2.5], (2 / 1.5, 3.0, "target band"))
 
 
 @SOAK

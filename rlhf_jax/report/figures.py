@@ -10,7 +10,6 @@ imported when the first plot is drawn.
 
 import dataclasses
 import io
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +54,8 @@ class Plot:
     y_label: str
     series: Mapping[str, Series | tuple[npt.ArrayLike, npt.ArrayLike]]
     """``{name: series}``; values that are not finite leave gaps and are counted below the plot."""
+    band: tuple[float, float, str] | None = None
+    """A horizontal band: low, high, label."""
     lines: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Horizontal lines: ``{label: y}``."""
     diagonal: str = ""
@@ -149,12 +150,7 @@ def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> bytes:
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title if kind == "png" else "")
-        handles = _draw_series(axes, shown)
-        for (label, y), style in zip(plot.lines.items(), itertools.cycle(LINE_STYLES[1:]), strict=False):
-            handles[label] = axes.axhline(y, color="#333333", linewidth=1, linestyle=style)
-        if plot.diagonal:
-            start = axes.get_xlim()[0]
-            handles[plot.diagonal] = axes.axline((start, start), slope=1, color="#777777", linewidth=1, linestyle=":")
+        handles = _draw_series(axes, shown) | _draw_marks(axes, plot)
         if len(handles) > 1:
             columns = min(4, max(1, 50 // (max(map(len, handles)) + 6)))  # the plot is about 50 letters wide
             rows = -(-len(handles) // columns)
@@ -190,4 +186,18 @@ def _draw_series(axes: Any, shown: Mapping[str, Series]) -> dict[str, Any]:
     are_integers = np.all(x[np.isfinite(x)] % 1 == (0.5 if bins else 0))  # or bins that hold integers
     integers = {"nbins": 8, "integer": True, "steps": [1, 2, 5, 10], "min_n_ticks": 1}
     axes.locator_params(axis="x", **(integers if are_integers else {"nbins": 6}))  # more labels like -0.025 would touch
+    return handles
+
+
+def _draw_marks(axes: Any, plot: Plot) -> dict[str, Any]:
+    """The band, the lines and the diagonal of the plot."""
+    handles: dict[str, Any] = {}
+    if plot.band:
+        low, high, label = plot.band
+        handles[label] = axes.axhspan(low, high, color="#009e73", alpha=0.13, linewidth=0)
+    for i, (label, y) in enumerate(plot.lines.items()):
+        handles[label] = axes.axhline(y, color="#333333", linewidth=1, linestyle=("--", ":", "-.")[i % 3])
+    if plot.diagonal:
+        start = axes.get_xlim()[0]
+        handles[plot.diagonal] = axes.axline((start, start), slope=1, color="#777777", linewidth=1, linestyle=":")
     return handles
