@@ -45,24 +45,32 @@ class _File(NamedTuple):
     found: formats.ReadResult
 
 
-def check(paths: Sequence[str], tokenizer: Tokenizer | None = None, **how: Any) -> Report:
+def check(
+    paths: Sequence[str],
+    tokenizer: Tokenizer | None = None,
+    *,
+    kind: Kind | None = None,
+    columns: Sequence[str] = (),
+    on_bad_row: OnBadRow = "error",
+) -> Report:
     """Reads every file to its end: problems, dropped rows, duplicates, lengths, examples, and what files share.
 
     Args:
       tokenizer: counts lengths in its tokens, renders messages by its chat template and decodes examples that are token
         ids; None: words and `chat.PLAIN`.
-      how: ``kind``, what the rows should be: None takes what the pipeline's name of the file says, or else what most
-        rows are, so that the others are problems; ``columns`` and ``on_bad_row``, as of `formats.read`.
+      kind: what the rows should be; None takes what the pipeline's name of the file says, or else what most rows are,
+        so that the others are problems.
+      columns, on_bad_row: as `formats.read`.
     """
     if not paths:
         raise UserError("no data file given")
     texts, num_problems, num_warnings, rows_of = [], 0, 0, dict[str, list[Row]]()
     for path in paths:
         try:
-            file = _read(path, tokenizer, **how)
+            file = _read(path, tokenizer, kind, columns, on_bad_row)
         except UserError as error:
             nothing = formats.ReadResult([], errors=[error])
-            file = _File(f"{path}: unreadable, 0 rows", how.get("kind") or "demonstrations", [], nothing)
+            file = _File(f"{path}: unreadable, 0 rows", kind or "demonstrations", [], nothing)
         text, warnings = _describe(path, file, tokenizer)
         texts.append(text)
         rows_of[path] = file.found.rows
@@ -78,15 +86,22 @@ def check(paths: Sequence[str], tokenizer: Tokenizer | None = None, **how: Any) 
     return Report("\n\n".join([*texts, counted + ": a run would stop" * bool(num_problems)]), num_problems)
 
 
-def preview(path: str, tokenizer: Tokenizer | None = None, count: int = 3, **how: Any) -> str:
+def preview(
+    path: str,
+    tokenizer: Tokenizer | None = None,
+    count: int = 3,
+    *,
+    kind: Kind | None = None,
+    columns: Sequence[str] = (),
+) -> str:
     """The first ``count`` rows in full, as a run would read them, messages rendered, and what is wrong with others.
 
-    how: ``kind`` and ``columns``, as of `check`.
+    kind, columns: as `check`.
 
     Raises:
       UserError: for a file that cannot be read.
     """
-    file = _read(path, tokenizer, **how)
+    file = _read(path, tokenizer, kind, columns)
     shown = [_render_row(row, tokenizer) for row in file.found.rows[:count]]
     findings = "\n".join([*_problems(file.found.errors), *_dropped(file.found.places)])
     return "\n\n".join(filter(None, [f"{file.head}, {file.kind}", *shown, findings]))

@@ -195,8 +195,14 @@ def prompts_for(
 
 def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:
     """How RL samples, by its settings and the tokenizer's special tokens."""
-    how = (settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
-    return sampling.SamplingConfig(*how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+    return sampling.SamplingConfig(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        eos_id=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+    )
 
 
 def load_language_model(source: str, compute: Compute) -> LanguageModel:
