@@ -72,13 +72,13 @@ def test_a_family_computes_what_llama_does_and_its_own_norms_and_biases():
     # part, a second mask and a second rotation.
     for family, norms, others in (("Qwen2", 0, 6), ("Qwen3", 2, 24), ("Mistral", 0, 0), ("Gemma 3", 4, 57)):
         own_flops, own = program(families.CONFIGS[family])
-        assert own_flops == pytest.approx(flops, rel=3e-3), family  # a norm's mean is a product with one column
+        assert own_flops == pytest.approx(flops, rel=6e-3), family  # a norm's mean is a product with two columns
         assert own["rsqrt"] - llama["rsqrt"] == norms * layers, family
         assert own["dot_general"] - llama["dot_general"] == norms * layers, family
         assert own.total() - llama.total() <= others * layers, family
     # GPT-2: each head has keys and values of its own, 2 * 2 * 32 columns more for 64 tokens of width 128.
     wider = layers * 2 * 64 * 128 * 128
-    assert program(families.CONFIGS["GPT-2"])[0] - flops == pytest.approx(wider, abs=3e-3 * flops)
+    assert program(families.CONFIGS["GPT-2"])[0] - flops == pytest.approx(wider, abs=6e-3 * flops)
 
 
 # Lines that no other family has a use for: those that match, and the functions, classes and tables whose names do.
