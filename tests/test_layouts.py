@@ -377,6 +377,8 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
     assert found[0][1].shape == (8, 16, 41)
     for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    outside, _ = program(placed, jax.device_put(np.full((8, 16), 41), sharding.rows(mesh)))
+    assert np.isnan(outside[1]).all()  # not the zeros that the table is padded with
 
 
 def test_an_updated_state_lies_where_it_was():
@@ -405,8 +407,10 @@ def collectives_by_loop(text):
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "tolerance"), [(Mesh(-1, 2, 2), 0), (Mesh(), 1e-6), (Mesh(1, 4, 1), 1e-6)])
 def test_a_run_goes_on_in_another_layout(mesh, tolerance, folder, monkeypatch, capsys):
-    """Bit for bit in its own; the run says which layout it had."""
-    first = config(folder, mesh=Mesh(-1, 2, 2), checkpoint_interval=1, output_dir=str(folder / "whole"))
+    """Bit for bit in its own; the run says which layout it had. ``tensor`` does not divide the vocabulary."""
+    tokenizer = Tokenizer(vocab_size=301)
+    first = config(folder, mesh=Mesh(-1, 2, 2), checkpoint_interval=1, tokenizer=tokenizer)
+    first = dataclasses.replace(first, output_dir=str(folder / "whole"))
     first = dataclasses.replace(first, sft=dataclasses.replace(first.sft, num_epochs=2))
     whole = training.sft.run(first)
     settings = dataclasses.replace(first, output_dir=str(folder / "stopped"))
@@ -416,6 +420,7 @@ def test_a_run_goes_on_in_another_layout(mesh, tolerance, folder, monkeypatch, c
             training.sft.run(settings)
     stopped = training.sft.run(dataclasses.replace(settings, mesh=mesh, resume=True))
     expected, weights = (load_file(done.model_folder / "model.safetensors") for done in (whole, stopped))
+    assert expected["transformer.wte.weight"].shape == (301, 16)
     for name, value in expected.items():
         np.testing.assert_allclose(weights[name], value, rtol=0, atol=tolerance, err_msg=name)
     assert ("no longer bit for bit" in capsys.readouterr().out) == bool(tolerance)
