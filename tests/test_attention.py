@@ -108,6 +108,17 @@ def test_splash_gives_the_same_values_and_gradients(name, monkeypatch):
     assert_close(found, gradients(lambda *arrays: attention.attention(*arrays, seen, 0.5), mask, 140))
 
 
+def test_attention_from_its_definition():
+    """Softmax of the scaled scores of what is seen, in both dtypes of a model."""
+    query, key, value = inputs()
+    scores = np.where(np.tri(7, dtype=bool), 0.25 * np.einsum("bhgtd,bhsd->bhgts", query, key), -np.inf)
+    weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    expected, seen = np.einsum("bhgts,bhsd->bhgtd", weights, value), attention.seen_in_text(np.ones((2, 7), np.int32))
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):
+        mixed = attention.attention(*(jnp.asarray(x, dtype) for x in (query, key, value)), seen, 0.25)
+        np.testing.assert_allclose(mixed.astype(np.float32), expected, atol=tolerance)
+
+
 def test_blocks_drop_as_many_weights():
     """Values of ones: the mean of what arrives is 1 whatever is dropped, and each block draws for itself."""
     (query, key, _), draws = inputs(64), jax.random.key(0)
