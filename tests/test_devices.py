@@ -21,7 +21,7 @@ from rlhf_jax.runs import devices
     ],
 )
 def test_an_idle_accelerator_is_refused_with_its_install_line(file, message, monkeypatch):
-    jax.devices()  # starts it
+    jax.devices()  # starts JAX
     monkeypatch.setattr(devices.glob, "glob", lambda pattern: fnmatch.filter([file], pattern))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("XLA_FLAGS", "")
