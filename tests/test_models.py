@@ -324,15 +324,45 @@ def test_each_rate_drops_with_a_key_and_never_without(rate):
     assert min(np.max(np.abs(first - other)), np.max(np.abs(first - expected))) > 1e-3
 
 
-def test_scanned_layers_draw_different_dropout():
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_layers_draw_different_dropout(scan_layers):
     """Two equal layers whose MLPs write ones and whose attention writes nothing: x is the sum of the two drops."""
-    model, params = tiny(residual_dropout=0.5, scan_layers=True)
+    model, params = tiny(residual_dropout=0.5, scan_layers=scan_layers)
     params = jax.tree.map(jnp.zeros_like, params)
-    params["h"]["mlp"]["c_proj"]["bias"] += 1.0
+    for layer in {"h", "h_0", "h_1"} & {*params}:
+        params[layer]["mlp"]["c_proj"]["bias"] += 1.0
     params["ln_f"]["scale"] += 1.0
     states = np.asarray(model.hidden(params, some_tokens(2, 5), None, jax.random.key(3)))
     # With the same draw in both layers a row would hold two levels (0 and 4), with different ones three (0, 2 and 4).
     assert max(len(np.unique(row.round(4))) for row in states.reshape(-1, 8)) == 3
+
+
+def test_a_seed_draws_the_numbers_that_it_always_drew():
+    """Initial weights, and what dropout leaves, written down on 2026-11-22."""
+    model = models.build(dataclasses.replace(CONFIG, num_layers=3, residual_dropout=0.5))
+    params = model.init(jax.random.key(0))
+    drawn = [params[f"h_{layer}"]["attn"]["c_proj"]["kernel"][0, 0] for layer in range(3)]
+    np.testing.assert_allclose(drawn, [0.0138717, 0.0026196, 0.0008438], atol=1e-6)
+    states = model.hidden(perturbed(params), some_tokens(1, 3), None, jax.random.key(3))
+    np.testing.assert_allclose(states[0, :, 0], [-0.382069, -0.921606, -0.930254], atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(GEMMA, global_every=3)], ids=["gpt2", "gemma"])
+def test_layers_of_one_kind_are_traced_once(config):
+    """Of six layers the last is traced by itself; Gemma's layers are of two kinds."""
+    model = models.build(dataclasses.replace(config, num_layers=6))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    tokens, cache = some_tokens(2, 4), model.init_cache(2, 8)
+    decoded = (tokens[:, :1], tokens[:, :1], np.ones((2, 8)), cache, jnp.int32(3))
+
+    def loss(params):
+        return model.hidden(params, tokens).sum()
+
+    kinds = len({*model.config.local_layers[:5]})
+    learning, decoding = jax.make_jaxpr(jax.grad(loss))(params), jax.make_jaxpr(model.decode)(params, *decoded)
+    for program, passes in ((learning, 2), (decoding, 1)):
+        calls = [step.params["jaxpr"] for step in program.eqns if step.params.get("name") == "core_fn"]  # Flax's name
+        assert (len(calls), len({id(call) for call in calls})) == (5 * passes, kinds * passes)
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_logits():

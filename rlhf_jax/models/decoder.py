@@ -86,7 +86,7 @@ class Decoder(stack.Transformer):
     def setup(self) -> None:
         config = self.config
         self.wte = stack.table(config, config.vocab_size)
-        self.h, self.ln_f = stack.layers(_Block, config), Norm(config)
+        self.h, self.ln_f = stack.layers(self, _Block), Norm(config)
         if not config.tie_embeddings:
             self.lm_head = stack.table(config, config.vocab_size)
 
@@ -102,4 +102,4 @@ class Decoder(stack.Transformer):
         by_half = np.array([[-1.0], [1.0]], np.float32) * frequencies(self.config, is_local)
         angles = positions.astype(jnp.float32)[:, None, :, None, None] * by_half[None, None, None]
         # Looked up, they are computed once: XLA's CPU compiler would merge them into the kernels of every layer.
-        return jnp.take(jnp.stack([jnp.cos(angles), jnp.sin(angles)]), jnp.arange(2), axis=0)
+        return jnp.take(jnp.stack([jnp.cos(angles), jnp.sin(angles)]), jnp.arange(2), axis=0, mode="clip")

@@ -68,7 +68,7 @@ class GPT2(stack.Transformer):
     def setup(self) -> None:
         config = self.config
         self.wte, self.wpe = stack.table(config, config.vocab_size), stack.table(config, config.max_length)
-        self.h = stack.layers(_Block, config)
+        self.h = stack.layers(self, _Block)
         self.ln_f = Norm(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
 

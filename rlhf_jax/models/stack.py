@@ -131,14 +131,15 @@ def seen_at(seen: Seen, columns: Columns) -> Seen:
 class Attention(nn.Module):
     """Self-attention over the tokens given, or over a cache that they are first written to at slots index, ...
 
-    H / H_kv neighbouring query heads share a key head. A family's subclass defines ``project``, [B, T, D] -> queries
-    [B, H, T, Dh], keys and values [B, H_kv, T, Dh], and ``output``, [B, T, H Dh] -> [B, T, D].
+    Without an index the cache is empty. H / H_kv neighbouring query heads share a key head. A family's subclass defines
+    ``project``, [B, T, D] -> queries [B, H, T, Dh], keys and values [B, H_kv, T, Dh], and ``output``, [B, T, H Dh] ->
+    [B, T, D].
     """
 
     config: Any
 
     def __call__(
-        self, x: Array, view: View, layer: Layer, cache: LayerCache | None, index: Array | int, columns: Columns
+        self, x: Array, view: View, layer: Layer, cache: LayerCache | None, index: Array | None, columns: Columns
     ) -> tuple[Array, LayerCache | None]:
         (seen, rotation), (scale, is_local), config = view, layer, self.config
         query, key, value = self.project(x)
@@ -146,7 +147,8 @@ class Attention(nn.Module):
             query, key = rotate(query, rotation), rotate(key, rotation)
         batch, heads, length, width = query.shape
         if cache is not None:
-            held, cache = cache, (attention.written(cache[0], key, index), attention.written(cache[1], value, index))
+            start = 0 if index is None else index
+            held, cache = cache, (attention.written(cache[0], key, start), attention.written(cache[1], value, start))
             if len(seen.key_slots) == held[0].shape[2]:
                 key, value = cache
             elif len(seen.key_slots) > length:  # a window's cache, which would lose what the first of these queries see
@@ -188,7 +190,7 @@ class Block(nn.Module):
             self.ln_1_post, self.ln_2_post = Norm(self.config), Norm(self.config)
 
     def __call__(
-        self, x: Array, views: Views, layer: Layer, cache: LayerCache | None, index: Array | int, columns: Columns
+        self, x: Array, views: Views, layer: Layer, cache: LayerCache | None, index: Array | None, columns: Columns
     ) -> tuple[Array, LayerCache | None]:
         deterministic, view = not self.has_rng("dropout"), views[0]
         if len(views) > 1:
@@ -246,13 +248,13 @@ class Transformer(nn.Module):
         views = self.views(places, functools.partial(attention.seen_in_text, attention_mask))
         scales, local = self.scales(), self.config.local_layers
         if self.config.scan_layers:
-            x, _ = self.h(x, views, (jnp.array(scales, jnp.float32), jnp.array(local)), None, 0, None)
+            x, _ = self.h(x, views, (jnp.array(scales, jnp.float32), jnp.array(local)), None, None, None)
             return self.ln_f(pick(x, columns, axis=1))
         length = tokens.shape[1]
         early = None if isinstance(columns, slice) and 8 * (columns.stop - columns.start) > 7 * length else columns
         for i, block in enumerate(self.h):
             read = early if i + 1 == len(self.h) else None
-            x, _ = block(x, (views[local[i]],), (scales[i], local[i]), None, 0, read)
+            x, _ = block(x, (views[local[i]],), (scales[i], local[i]), None, None, read)
         return self.ln_f(x) if early is columns else pick(self.ln_f(x), columns, axis=1)
 
     def unembed(self, hidden: Array) -> Array:
@@ -270,9 +272,10 @@ class Transformer(nn.Module):
         views = self.views(positions, functools.partial(attention.seen_in_cache, key_mask, index, tokens.shape[1]))
         real = jax.lax.dynamic_slice_in_dim(key_mask, index, tokens.shape[1], axis=1) != 0
         x = self.embed(tokens, positions, real)
+        start = None if isinstance(index, int) and index == 0 else jnp.asarray(index)
         written = []
         for block, scale, local, held in zip(self.h, self.scales(), self.config.local_layers, cache, strict=True):
-            x, held = block(x, (views[local],), (scale, local), held, index, None)
+            x, held = block(x, (views[local],), (scale, local), held, start, None)
             written.append(held)
         return self.unembed(self.ln_f(x)), tuple(written)
 
@@ -291,11 +294,16 @@ def _padded(rows: Array) -> Array:
     return cut(cut(rows, "tensor", width="fsdp"), "tensor")  # XLA sends a table in two steps, or else all of it
 
 
-def layers(block: Any, config: ModelConfig) -> Any:
-    """The layers of ``config``: a list of ``block``, or under ``scan_layers`` one module with parameters [L, ...]."""
+def layers(model: Transformer, block: Any) -> Any:
+    """The layers of a model: a list of ``block``, or under ``scan_layers`` one module with parameters [L, ...]."""
+    config = model.config
     # Inside a scan nothing can be merged with the forward pass, so the barrier against that is not needed.
     again = nn.remat(block, prevent_cse=not config.scan_layers) if config.remat else block
-    if not config.scan_layers:  # the backward pass begins with the last block: it would be recomputed at once
+    if not config.scan_layers:
+        # Traced once for all layers of one scale and view; where numbers are drawn, nn.jit would draw others.
+        is_drawn = model.is_initializing() or model.has_rng("dropout")
+        again = again if is_drawn else nn.jit(again, static_argnums=3)
+        # The backward pass begins with the last block: it would be recomputed at once.
         return [*(again(config) for _ in range(config.num_layers - 1)), block(config)]
     return nn.scan(
         again,
