@@ -127,8 +127,8 @@ def _rl_work(
     functions = phases.Functions(policy_fn, scorer, ref_fn)
 
     def sample(row_ids: jax.Array, data: Any) -> tuple[Any, Any]:
-        loop, functions, prompts = data
-        sampled = phases.respond(loop, prompts._replace(row_ids=row_ids), keys[2], functions, recipe=recipe)
+        policy, prompts = data
+        sampled = phases.respond(policy, prompts._replace(row_ids=row_ids), keys[2], recipe=recipe)
         return row_ids + sampled.tokens[:, -1], {"tokens": sampled.tokens}
 
     def iterate(loop: phases.LoopState, data: Any) -> tuple[Any, Any]:
@@ -142,7 +142,7 @@ def _rl_work(
 
     sampled_tokens = preset.batch * preset.response
     if name == "rollout":
-        return Work(sample, prompts.row_ids, (loop, functions, prompts), sampled_tokens)
+        return Work(sample, prompts.row_ids, (phases.sampler(loop, functions, recipe=recipe), prompts), sampled_tokens)
     if name == "iteration":
         return Work(iterate, loop, (functions, prompts), sampled_tokens)
     log_probs = jnp.zeros(batch.tokens.shape)

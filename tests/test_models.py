@@ -273,6 +273,7 @@ def loop_over_tokens(config, **changes):
 def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight():
     for config in (LLAMA, CONFIG):
         params, body = loop_over_tokens(config, scan_layers=True, compute_dtype="bfloat16")
+        assert models.build(dataclasses.replace(config, scan_layers=True)).for_decoding(params) is params
         assert str(body) == str(loop_over_tokens(config, compute_dtype="bfloat16")[1])
         leaves = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim > 1}
 
@@ -359,6 +360,8 @@ def test_layers_of_one_kind_are_traced_once(config):
         return model.hidden(params, tokens).sum()
 
     kinds = len({*model.config.local_layers[:5]})
+    prompt = (tokens[:, :2], tokens[:, :2], *decoded[2:4], 0)  # whose keys are copied into the empty cache as a whole
+    assert "scatter" not in str(jax.make_jaxpr(model.decode, static_argnums=5)(params, *prompt))
     learning, decoding = jax.make_jaxpr(jax.grad(loss))(params), jax.make_jaxpr(model.decode)(params, *decoded)
     for program, passes in ((learning, 2), (decoding, 1)):
         calls = [step.params["jaxpr"] for step in program.eqns if step.params.get("name") == "core_fn"]  # Flax's name

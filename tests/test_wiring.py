@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models, ppo, training, vpg
-from rlhf_jax.config import DPOStage, Network, RewardModelStage, RLStage, RunConfig, SFTStage, Text, Tokenizer
+from rlhf_jax.config import (
+    DPOStage,
+    LoRA,
+    Network,
+    Optimizer,
+    PPOStage,
+    RewardModelStage,
+    RLStage,
+    RunConfig,
+    SFTStage,
+    Text,
+    Tokenizer,
+)
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
 from rlhf_jax.training import reward_model, rl, stage
@@ -100,9 +112,9 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
     drawn, create = [], rl._Trainer.__init__
 
     def recording(name, phase):
-        def call(state, inputs, key, functions):
+        def call(state, inputs, key, *functions):
             drawn.append((name, tuple(sorted(inputs.row_ids.tolist())), bits(key)))
-            return phase(state, inputs, key, functions)
+            return phase(state, inputs, key, *functions)
 
         return call
 
@@ -150,7 +162,7 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(config, tmp_path, monkeyp
     seen, made, create, slots, policy_fn = [], set(), rl._Trainer.__init__, 2 * several_turns, models.policy_fn
     (tmp_path / "world.py").write_text("def silent(conversation, row): return None")
 
-    def respond(state, inputs, key, functions):
+    def respond(policy, inputs, key):
         tokens, mask = (np.pad(x, ((0, 0), (0, 2))) for x in inputs[:2])
         lengths = inputs.attention_mask.sum(axis=1).tolist()
         assert lengths == [len(TEXTS[row]) for row in inputs.row_ids]  # nothing is cut
@@ -215,8 +227,8 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
         create(trainer, *args)
         respond, greedily, learn = trainer._respond, trainer._respond_greedily, trainer._learn
 
-        def likeliest(state, inputs, key, functions):
-            greedy, same = (greedily(state, inputs, k, functions) for k in (key, jax.random.key(77)))
+        def likeliest(policy, inputs, key):
+            greedy, same = (greedily(policy, inputs, k) for k in (key, jax.random.key(77)))
             np.testing.assert_array_equal(greedy.tokens, same.tokens)  # needs no key
             asked.append(inputs)
             return greedy
@@ -243,6 +255,43 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
     assert [key for key, _ in itertools.groupby(keys)] == [bits(jax.random.fold_in(stream, step)) for step in (0, 1)]
     assert len(keys) > 3 if turns else len(keys) == 3  # the first to try the memory; then one for each turn
     assert len(asked) >= 3
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_sampler_gets_arrays_of_the_state_or_layers_taken_apart_once(scan_layers, config, tmp_path, monkeypatch):
+    calls, create = [], rl._Trainer.__init__
+
+    def init(trainer, *args):
+        create(trainer, *args)
+        for name in ("_sampler", "_respond"):
+            phase = getattr(trainer, name)
+            recorded = lambda *inputs, name=name, phase=phase: (calls.append((name, inputs[0])), phase(*inputs))[1]  # noqa: E731
+            setattr(trainer, name, recorded)
+
+    monkeypatch.setattr(rl._Trainer, "__init__", init)
+    (tmp_path / "talk.py").write_text(TALK)
+    talks = {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": 3, "max_new_tokens": 8}
+    settings = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, **talks)
+    compute = dataclasses.replace(config.compute, scan_layers=scan_layers)
+    training.rl.run(dataclasses.replace(config, rl=settings, compute=compute), vpg)
+    weights = [policy for name, policy in calls if name == "_respond"]
+    assert all("h_0" in policy and "h" not in policy for policy in weights)
+    held = {id(leaf) for name, state in calls if name == "_sampler" for leaf in jax.tree.leaves(state)}
+    assert ({id(leaf) for leaf in jax.tree.leaves(weights)} <= held) == (not scan_layers)  # no copy
+    assert len(weights) > 3 == len(calls) - len(weights)  # the trial of memory, then two iterations
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["whole", "lora"])
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_what_samples_is_the_policy_that_learns(value, lora, config, tmp_path):
+    """The log-probs of its samples are those of the update's own forward pass, also after updates that moved it far."""
+    settings = dataclasses.replace(config.rl, validation_fraction=0.0, optimizer=Optimizer(learning_rate=0.2))
+    if lora is not None:
+        training.sft.run(config)
+        config = dataclasses.replace(again(config, tmp_path), model=str(tmp_path / "first" / "model"), lora=lora)
+    metrics = training.rl.run(dataclasses.replace(config, rl=settings), ppo, PPOStage(value=value)).metrics
+    assert metrics["grad_norm"] > 0
+    assert abs(metrics["policy/sampler_gap"]) < 1e-5
 
 
 def test_a_run_loads_reward_models_that_read_whole_texts(config, monkeypatch):

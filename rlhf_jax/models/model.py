@@ -86,8 +86,8 @@ def build(config: ModelConfig) -> Model:
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, positions])
         chex.assert_trees_all_equal_shapes(cache, jax.eval_shape(lambda: stack.init_cache(config, *key_mask.shape)))
-        params = params if "unembedding" in params else stack.for_decoding(config, params)
-        result: Any = unrolled.apply({"params": params}, tokens, positions, key_mask, cache, index, method="decode")
+        weights = {"params": stack.for_decoding(config, params)}
+        result: Any = unrolled.apply(weights, tokens, positions, key_mask, cache, index, method="decode")
         return result
 
     init_cache, for_decoding = partial(stack.init_cache, config), partial(stack.for_decoding, config)

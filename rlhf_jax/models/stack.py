@@ -314,14 +314,23 @@ def layers(model: Transformer, block: Any) -> Any:
     )(config)
 
 
+@jax.jit
+def _layer(stacked: Params, number: Array | int) -> Params:
+    """One program for all layers where it is not part of a larger one."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), stacked)
+
+
 def for_decoding(config: ModelConfig, params: Params) -> Params:
     """Parameters as ``decode`` reads them, so that it neither slices nor casts a weight for each token.
 
     The layers of ``scan_layers``, "h" [L, ...], become "h_0", "h_1", ...; kernels, their biases and adapters, and the
-    output table (a second time, under "unembedding") get the compute dtype where it is smaller than their own.
+    output table (a second time, under "unembedding") get the compute dtype where it is smaller than their own. Such
+    parameters are returned as they are.
     """
+    if "unembedding" in params:
+        return params
     if "h" in params:
-        layers = {f"h_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["h"]) for i in range(config.num_layers)}
+        layers = {f"h_{i}": _layer(params["h"], i) for i in range(config.num_layers)}
         params = {name: leaf for name, leaf in params.items() if name != "h"} | layers
     leaves = flatten_dict({**params, "unembedding": params.get("lm_head", params["wte"])["embedding"]})
     for path, leaf in leaves.items():

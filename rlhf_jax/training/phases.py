@@ -65,17 +65,19 @@ class Recipe:
     score_rows: int | None = None  # that policy and reference score at once, see ``ops.by_rows``
 
 
-def respond(
-    loop: LoopState, prompts: Prompts, key: jax.Array, functions: Functions, *, recipe: Recipe, greedy: bool = False
-) -> Rollout:
-    """A response to each prompt, with the sampler's log-probs.
+def sampler(loop: LoopState, functions: Functions, *, recipe: Recipe) -> Params:
+    """The policy's parameters as it samples. Not to be jitted, for what stays as it is would be copied; nor part of the
+    sampler's program, which XLA compiles three times as fast where it does not take 24 layers apart too."""
+    policy = models.policy_params(loop.train.params)
+    return recipe.model.for_decoding(policy if functions.base is None else models.lora.attach(functions.base, policy))
+
+
+def respond(policy: Params, prompts: Prompts, key: jax.Array, *, recipe: Recipe, greedy: bool = False) -> Rollout:
+    """A response of the ``sampler`` to each prompt, with its log-probs.
 
     Randomness is that of the row's place in the batch, so a prompt that occurs twice gets two samples. ``greedy``: the
     likeliest token each time, and no randomness.
     """
-    policy = models.policy_params(loop.train.params)
-    if functions.base is not None:
-        policy = models.lora.attach(functions.base, policy)
     config = replace(recipe.sampling, temperature=0.0) if greedy else recipe.sampling
     how: Any = {"config": config, "mesh": recipe.mesh, "used": prompts.used}
     sampled = sampling.generate(recipe.model, policy, prompts.tokens, prompts.attention_mask, key, **how)
@@ -86,7 +88,8 @@ def collect(
     loop: LoopState, prompts: Prompts, key: jax.Array, functions: Functions, *, recipe: Recipe
 ) -> tuple[Rollout, Metrics]:
     """``respond``, then ``rescored``."""
-    return rescored(loop, respond(loop, prompts, key, functions, recipe=recipe), functions, recipe=recipe)
+    sampled = respond(sampler(loop, functions, recipe=recipe), prompts, key, recipe=recipe)
+    return rescored(loop, sampled, functions, recipe=recipe)
 
 
 def rescored(loop: LoopState, sampled: Rollout, functions: Functions, *, recipe: Recipe) -> tuple[Rollout, Metrics]:
@@ -206,7 +209,7 @@ def iteration(
     rollout, metrics = collect(loop, prompts, rollout_key, functions, recipe=recipe)
     rollout, reward_metrics = reward(rollout, functions)
     if recipe.algorithm_config.baseline == "greedy":
-        greedy = respond(loop, prompts, rollout_key, functions, recipe=recipe, greedy=True)
+        greedy = respond(sampler(loop, functions, recipe=recipe), prompts, rollout_key, recipe=recipe, greedy=True)
         greedy, of_greedy = reward(greedy, functions)
         rollout = with_greedy(rollout, greedy, recipe=recipe)
         metrics["objective/greedy_score"] = of_greedy["objective/score"]

@@ -207,6 +207,7 @@ class _Trainer:
             functools.partial(phase, recipe=self.recipe)
             for phase in (phases.respond, phases.rescored, phases.learn, phases.num_equal, phases.refill)
         )
+        self._sampler = functools.partial(phases.sampler, recipe=self.recipe)
         self._respond, self._rescored, self._reward = map(jax.jit, (respond, rescored, phases.reward))
         self._respond_greedily = jax.jit(functools.partial(respond, greedy=True))
         self._with_greedy = jax.jit(functools.partial(phases.with_greedy, recipe=self.recipe))
@@ -340,10 +341,10 @@ class _Trainer:
     ) -> tuple[Rollout, Metrics]:
         """Responses of the jitted ``phases.respond`` with the sampler's log-probs; under an environment in turns, and
         with its metrics."""
+        policy = self._sampler(state, phases.Functions(None, base=self.start.base))
 
         def respond(*prompts: Any) -> Rollout:
-            functions = phases.Functions(None, base=self.start.base)
-            return sample(state, phases.Prompts(*self.stage.shard(prompts)), key, functions)
+            return sample(policy, phases.Prompts(*self.stage.shard(prompts)), key)
 
         sampled, values = converse(self.parts.environment, respond, encoded, rows)
         means = {f"environment/{name}": jnp.float32(np.mean(x[rows >= 0])) for name, x in values.items()}
