@@ -261,12 +261,13 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
 def test_the_sampler_gets_arrays_of_the_state_or_layers_taken_apart_once(scan_layers, config, tmp_path, monkeypatch):
     calls, create = [], rl._Trainer.__init__
 
+    def recording(name, phase):
+        return lambda *inputs: (calls.append((name, inputs[0])), phase(*inputs))[1]
+
     def init(trainer, *args):
         create(trainer, *args)
         for name in ("_sampler", "_respond"):
-            phase = getattr(trainer, name)
-            recorded = lambda *inputs, name=name, phase=phase: (calls.append((name, inputs[0])), phase(*inputs))[1]  # noqa: E731
-            setattr(trainer, name, recorded)
+            setattr(trainer, name, recording(name, getattr(trainer, name)))
 
     monkeypatch.setattr(rl._Trainer, "__init__", init)
     (tmp_path / "talk.py").write_text(TALK)
