@@ -67,11 +67,12 @@ class LanguageModel(NamedTuple):
         Args:
             folder: made if missing, its files replaced.
             template: the run's ``text.template``, for the tokenizer's chat template (``chat.with_text_template``).
-            config: for generation_config.json: how transformers samples by default. A reward model has no such file.
+            config: for generation_config.json: how transformers samples by default. Not how long: lm-eval and vLLM
+                would end their responses there, whatever a task allows. A reward model has no such file.
         """
         models.save(folder, self.model, self.params)
         chat.with_text_template(self.tokenizer, template).save(folder)
-        keys: dict[str, Any] = {"do_sample": config.temperature > 0, "max_new_tokens": config.max_new_tokens}
+        keys: dict[str, Any] = {"do_sample": config.temperature > 0}
         ends = config.eos_ids if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None)
         keys |= {"eos_token_id": ends, "pad_token_id": config.pad_id}
         if config.temperature > 0:  # without top_k transformers takes the likeliest 50

@@ -261,12 +261,13 @@ def test_a_broken_folder_is_a_sentence(file, text, message, tmp_path):
 
 @pytest.mark.parametrize(("member", "shift", "kind"), CARDS)
 def test_model_cards(member, shift, kind, tmp_path):
-    run = write_run(tmp_path / "run", finished=False)
+    run = write_run(tmp_path / "run", finished=False, settings={"rl": {"max_new_tokens": 7}})
     (run / "model" / member).mkdir(exist_ok=True)
     (run / "model" / member / "config.json").write_text('{"reward_shift": 0.5}' if shift else "{}")
     card = (export(run, tmp_path / "card") / "README.md").read_text("utf-8")
     assert all(part in card for part in (kind, "# card\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n"))
     assert ("reward_shift" in card) == shift != ("apply_chat_template" in card)
+    assert ("model.generate(**inputs, max_new_tokens=7)" in card) != shift
 
 
 def test_a_run_twice_and_no_place_for_the_page(tmp_path):
