@@ -187,6 +187,43 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(config, tmp_path, monkeyp
     assert all(width == (12 if longest == 12 else 3) for width, longest in (*steps, last))
 
 
+@pytest.mark.parametrize("turns", [None, 3])
+def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkeypatch):
+    """Six prompts of their own: in two batches, the last with two absent rows, or in one. Each response is drawn from
+    the place of its row among all, and the reward, which compares responses, sees all."""
+    shapes, create = [], rl._Trainer.__init__
+
+    def init(trainer, *args):
+        create(trainer, *args)
+        respond = trainer._respond
+        trainer._respond = lambda *inputs: (shapes.append(inputs[1].tokens.shape), respond(*inputs))[1]
+
+    def validated(batch_size):
+        shapes.clear()
+        own = {"validation_data": (str(tmp_path / "others.json"),), "validation_interval": 1}
+        own |= {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": turns} if turns else {}
+        how = dataclasses.replace(config.rl, batch_size=batch_size, num_iterations=1, max_new_tokens=6, **own)
+        run = dataclasses.replace(again(config, tmp_path), rl=how, overwrite=True, reward=("diversity",))
+        folder = training.rl.run(run, vpg).folder
+        assert len(set(shapes)) == 1
+        row = json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[0])
+        samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
+        found = {name: x for name, x in row.items() if name.startswith("validation/")}
+        return [sample for sample in samples if sample["step"] == 0], found, len(shapes)
+
+    monkeypatch.setattr(rl._Trainer, "__init__", init)
+    (tmp_path / "others.json").write_text(json.dumps([{"prompt": "say a", "letter": "a"}] * 6))
+    (tmp_path / "talk.py").write_text(TALK)
+    samples, metrics, num_sampled = validated(4)
+    assert turns or num_sampled == 2 + 2 * 2  # the trial of memory and a step, then two validations
+    assert len({sample["response"] for sample in samples}) == len(samples) == 6
+    same, in_one, num_sampled = validated(8)
+    assert same == samples
+    assert in_one == pytest.approx(metrics)
+    assert turns or num_sampled == 2 + 2
+    assert ("validation/environment/turns" in metrics) == bool(turns)
+
+
 @pytest.mark.soak
 def test_widths_change_nothing_but_rounding_and_survive_a_resume(config, tmp_path, monkeypatch):
     def metrics(multiple, name, **options):

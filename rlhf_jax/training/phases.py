@@ -39,6 +39,7 @@ class Prompts(NamedTuple):
     attention_mask: jax.Array  # [B, P]
     row_ids: jax.Array  # [B] data row of each prompt
     used: jax.Array | None = None  # [B] of conversations, see ``sampling.generate``
+    places: jax.Array | None = None  # [B] int32, which decide the rows' randomness; None: 0 .. B - 1
 
 
 @flax.struct.dataclass
@@ -75,11 +76,11 @@ def sampler(loop: LoopState, functions: Functions, *, recipe: Recipe) -> Params:
 def respond(policy: Params, prompts: Prompts, key: jax.Array, *, recipe: Recipe, greedy: bool = False) -> Rollout:
     """A response of the ``sampler`` to each prompt, with its log-probs.
 
-    Randomness is that of the row's place in the batch, so a prompt that occurs twice gets two samples. ``greedy``: the
-    likeliest token each time, and no randomness.
+    Randomness is that of the row's place, not of its data row, so a prompt that occurs twice gets two samples.
+    ``greedy``: the likeliest token each time, and no randomness.
     """
     config = replace(recipe.sampling, temperature=0.0) if greedy else recipe.sampling
-    how: Any = {"config": config, "mesh": recipe.mesh, "used": prompts.used}
+    how: Any = {"config": config, "row_ids": prompts.places, "mesh": recipe.mesh, "used": prompts.used}
     sampled = sampling.generate(recipe.model, policy, prompts.tokens, prompts.attention_mask, key, **how)
     return replace(sampled, row_ids=prompts.row_ids)
 

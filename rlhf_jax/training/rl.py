@@ -311,10 +311,13 @@ class _Trainer:
         return rollout, metrics | talked | reward_metrics
 
     def validate(self, state: phases.LoopState) -> Validation:
-        """Samples a response to each held-out prompt, always with the same key; the reward and the judge score it."""
+        """Samples a response to each held-out prompt, always with the same key; the reward and the judge score it.
+
+        It samples in batches of ``rl.batch_size``, which take the memory of a step's and, if as wide, its program.
+        """
         rows, tokenizer = self.held_out[: self.settings.validation_prompts], self.parts.initial.tokenizer
         encoded = self._narrowed(self.parts.to_validate, rows)
-        rows = loop.pad_rows(rows, self.stage.num_devices)
+        rows = loop.pad_rows(rows, self.settings.batch_size)
         sampled, talked = self._responses(self._respond, state, encoded, rows, self.stage.key("eval"))
         judged: Metrics = {}
         if self.parts.judge is not None:
@@ -339,14 +342,18 @@ class _Trainer:
     def _responses(
         self, sample: Any, state: phases.LoopState, encoded: EncodedPrompts, rows: np.ndarray, key: jax.Array
     ) -> tuple[Rollout, Metrics]:
-        """Responses of the jitted ``phases.respond`` with the sampler's log-probs; under an environment in turns, and
-        with its metrics."""
+        """Responses of the jitted ``phases.respond`` with the sampler's log-probs, ``rl.batch_size`` at a time; under
+        an environment in turns, and with its metrics."""
         policy = self._sampler(state, phases.Functions(None, base=self.start.base))
 
-        def respond(*prompts: Any) -> Rollout:
-            return sample(policy, phases.Prompts(*self.stage.shard(prompts)), key)
+        def respond(places: Any, *prompts: Any) -> Rollout:
+            return sample(policy, self.stage.shard(phases.Prompts(*prompts)._replace(places=places)), key)
 
-        sampled, values = converse(self.parts.environment, respond, encoded, rows)
+        parts: list[Any] = []
+        for places in np.arange(len(rows), dtype=np.int32).reshape(-1, self.settings.batch_size):
+            own = functools.partial(respond, places)
+            parts.append(converse(self.parts.environment, own, encoded, rows[places]))
+        sampled, values = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         means = {f"environment/{name}": jnp.float32(np.mean(x[rows >= 0])) for name, x in values.items()}
         return self.stage.shard(sampled), means
 
