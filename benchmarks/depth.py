@@ -1,36 +1,40 @@
 """What ``compute.scan_layers`` costs and saves at 2, 12 and 24 layers, as a markdown table.
 
     python benchmarks/depth.py
+    python benchmarks/depth.py --family Qwen2    # of families.py, whose heads share keys
 
-The preset ``char-small`` with 4 rows. Programs are compiled without a cache. All times are CPU seconds of this process,
-which other programs disturb little; a step is the least of three. "each token" slices the weights inside the loop over
-tokens, which a loop over layers there would do too.
+The preset ``char-small``, a GPT-2, with 4 rows. Programs are compiled without a cache. All times are CPU seconds of
+this process, which other programs disturb little; a step is the least of three. "each token" slices the weights inside
+the loop over tokens, which a loop over layers there would do too.
 """
 
+import argparse
 import dataclasses
 import time
 from typing import Any
 
 import jax
+from families import CONFIGS
 from steps import PRESETS, work
 
 from rlhf_jax import models
+from rlhf_jax.models.config import ModelConfig
 
 LAYERS = (2, 12, 24)
 KINDS = ("unrolled", "scanned", "scanned, sliced for each token")
 
 
-def row(name: Any, layers: int, kind: str) -> list[str]:
+def row(name: Any, config: ModelConfig, layers: int, kind: str) -> list[str]:
     """Instructions, CPU seconds of tracing and compiling, and of a call."""
     preset = PRESETS["char-small"]
-    model = dataclasses.replace(preset.model, num_layers=layers, scan_layers=kind != KINDS[0])
+    model = dataclasses.replace(config, num_layers=layers, scan_layers=kind != KINDS[0])
     timed = work(name, preset._replace(model=model, batch=4))
     built, params = models.build(model), models.build(model).init(jax.random.key(0))
     jax.clear_caches()
     started = time.process_time()
     if name == "rollout":  # in a run the layers are taken apart by a program of its own
         jax.block_until_ready(built.for_decoding(params))
-    compiled = jax.jit(timed.step, donate_argnums=0).lower(timed.carry, timed.data).compile()
+    compiled = timed.compile()
     seconds, carry = [time.process_time() - started], timed.carry
     for _ in range(4):
         started = time.process_time()
@@ -41,6 +45,10 @@ def row(name: Any, layers: int, kind: str) -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=CONFIGS)
+    family = parser.parse_args().family
+    config = CONFIGS[family] if family else PRESETS["char-small"].model
     jax.config.update("jax_enable_compilation_cache", False)
     build = models.build
     print("| program | layers | kind | instructions | CPU s to compile | CPU s of a call |\n|---|---|---|---|---|---|")
@@ -49,7 +57,7 @@ def main() -> None:
             **({"for_decoding": lambda params: params} if kind == KINDS[2] else {})
         )
         for layers in LAYERS:
-            print("|", " | ".join([name, str(layers), kind, *row(name, layers, kind)]), "|", flush=True)
+            print("|", " | ".join([name, str(layers), kind, *row(name, config, layers, kind)]), "|", flush=True)
 
 
 if __name__ == "__main__":

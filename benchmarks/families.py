@@ -39,7 +39,7 @@ def figures(name: Any, rounds: int) -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {family: [[] for _ in HEADS] for family in CONFIGS}
     programs: dict[str, Any] = {}
     for family, one in timed.items():
-        programs[family] = jax.jit(one.step, donate_argnums=0).lower(one.carry, one.data).compile()
+        programs[family] = one.compile()
         found[family][1].append(programs[family].as_text().count(" = "))
         found[family][2].append(matmul_flops(jax.make_jaxpr(one.step)(one.carry, one.data).jaxpr, trips=48) / 1e9)
     for _ in range(rounds):

@@ -12,7 +12,6 @@ import dataclasses
 import statistics
 from typing import Any
 
-import jax
 import numpy as np
 from measure import measured
 from steps import PRESETS, Preset, work
@@ -45,7 +44,7 @@ def exponent(sizes: Any, values: Any) -> float:
 def step(name: str, preset: Preset, calls: int) -> tuple[float, float]:
     """Bytes of temporary memory, and the median of the seconds of so many calls (NaN for none)."""
     timed = work(name, preset)
-    compiled = jax.jit(timed.step, donate_argnums=0).lower(timed.carry, timed.data).compile()
+    compiled = timed.compile()
     seconds, carry = [], timed.carry
     for _ in range(calls + 1 if calls else 0):
         carry, row = measured(compiled, carry, timed.data)

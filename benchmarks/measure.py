@@ -96,7 +96,7 @@ def run(
     line |= {"peak_memory_mb": peak_memory / 2**20, "flops_share": flops / median / peak_flops}
     line |= {"page_faults": statistics.median(row["faults"] for row in rows), "others_cpu": middle(rows, "others")}
     if name == "rollout":
-        read = sizes.response * (_bytes(timed.data[0].train.params) + _cache_bytes(sizes))
+        read = sizes.response * (_bytes(timed.data[0]) + _cache_bytes(sizes))
         line["bandwidth_share"] = read / median / peak_bytes
     if opponent is not None:
         other = statistics.median(opponent.seconds)
@@ -165,7 +165,7 @@ def compile_seconds(work: Work) -> tuple[Any, float, float]:
         for _ in range(2):
             jax.clear_caches()
             started = time.perf_counter()
-            compiled = jax.jit(work.step, donate_argnums=0).lower(work.carry, work.data).compile()
+            compiled = work.compile()
             seconds.append(time.perf_counter() - started)
     compilation_cache.reset_cache()
     for name, setting in before.items():

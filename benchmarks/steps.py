@@ -15,6 +15,7 @@ from rlhf_jax.algorithms import dpo, grpo, ppo, reward_model, sft, vpg
 from rlhf_jax.config import RLStage
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rollout import rescore
+from rlhf_jax.runs import devices
 from rlhf_jax.training import critic, phases
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.types import Algorithm, Comparisons, Demonstrations, Params, Rollout, TrainState
@@ -53,6 +54,12 @@ class Work(NamedTuple):
     carry: Any
     data: Any
     tokens: int  # that a call trains on, or samples
+    options: dict[str, bool] | None = None  # of its compiler
+
+    def compile(self) -> Any:
+        """The step as a program."""
+        jitted = jax.jit(self.step, donate_argnums=0, compiler_options=self.options)
+        return jitted.lower(self.carry, self.data).compile()
 
 
 def work(name: Name, preset: Preset, value: Value = "shared", temperature: float = 1.0) -> Work:
@@ -75,7 +82,8 @@ def work(name: Name, preset: Preset, value: Value = "shared", temperature: float
         def step(state: TrainState, data: Any) -> tuple[Any, Any]:
             return update(state, data, keys[2], optimizer=optimizer, **options)
 
-        return Work(step, TrainState.create(jax.tree.map(jnp.copy, start), optimizer), data, tokens.size)
+        state = TrainState.create(jax.tree.map(jnp.copy, start), optimizer)
+        return Work(step, state, data, tokens.size, devices.compiler_options(preset.model.num_blocks))
 
     if name == "sft":
         return stepping(sft.update, params, batch, policy_fn=models.policy_fn(model), config=sft.Config())
@@ -142,7 +150,8 @@ def _rl_work(
 
     sampled_tokens = preset.batch * preset.response
     if name == "rollout":
-        return Work(sample, prompts.row_ids, (phases.sampler(loop, functions, recipe=recipe), prompts), sampled_tokens)
+        data = phases.sampler(loop, functions, recipe=recipe), prompts
+        return Work(sample, prompts.row_ids, data, sampled_tokens, devices.compiler_options(preset.model.num_layers))
     if name == "iteration":
         return Work(iterate, loop, (functions, prompts), sampled_tokens)
     log_probs = jnp.zeros(batch.tokens.shape)

@@ -306,7 +306,7 @@ class RLStage:
     validation_interval: int = 20
     """Iterations between validations."""
     validation_prompts: int = 64
-    """At most this many prompts are sampled at a validation."""
+    """At most this many prompts are sampled at a validation, batch_size at a time."""
     reference_refresh: int | None = None
     """Every so many iterations the policy becomes the reference of the KL; null: the reference stays --model."""
     dynamic_sampling: int = 0

@@ -20,13 +20,18 @@ from rlhf_jax.data.environment import Source, converse, function_of, load_enviro
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
+from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.types import Params, Rollout
 
 _BUCKET = 16  # tokens: what widths of prompts are multiples of, so that few shapes are compiled
 
 
-_sample = jax.jit(sampling.generate, static_argnames=("model", "config"))
+@functools.cache
+def _sampler(num_layers: int) -> Any:
+    """``sampling.generate``, compiled once for each model, config and shape."""
+    options = devices.compiler_options(num_layers)
+    return jax.jit(sampling.generate, static_argnames=("model", "config"), compiler_options=options)
 
 
 class LanguageModel(NamedTuple):
@@ -94,7 +99,8 @@ class LanguageModel(NamedTuple):
         columns = np.shape(tokens)[1]
 
         def sample(tokens: np.ndarray, mask: np.ndarray, by_row: dict[str, np.ndarray]) -> Rollout:
-            sampled = _sample(self.model, self.params, tokens, mask, key, config=config, **by_row)
+            sample = _sampler(self.model.config.num_layers)
+            sampled = sample(self.model, self.params, tokens, mask, key, config=config, **by_row)
             return replace(sampled, prompt_length=columns)
 
         sampled = _by_length(sample, batch_size, tokens, mask, by_row)

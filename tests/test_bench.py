@@ -31,12 +31,16 @@ def test_operations_of_products_are_counted_through_loops_and_derivatives():
 
 
 @pytest.mark.slow
-def test_one_line_of_json_has_what_was_measured(capsys):
-    cli.run(["bench", "reward", "--preset", "char-nano"])
+@pytest.mark.parametrize(
+    ("name", "tokens", "share"), [("reward", 32, "flops_share"), ("rollout", 16, "bandwidth_share")]
+)
+def test_one_line_of_json_has_what_was_measured(name, tokens, share, capsys):
+    cli.run(["bench", name, "--preset", "char-nano"])
     line = json.loads(capsys.readouterr().out)
     assert all(line[key] >= 0 for key in KEYS)
     assert line["min_s"] <= line["median_s"] <= line["max_s"]
-    assert line["tokens_per_s"] == pytest.approx(32 * 32 / line["median_s"])
+    assert line["tokens_per_s"] == pytest.approx(32 * tokens / line["median_s"])
+    assert line[share] > 0
 
 
 @pytest.mark.parametrize(("argv", "message"), [(["--preset", "no"], "char-nano"), (["--calls", "4"], "at least 5")])
@@ -93,6 +97,16 @@ def test_torch_does_the_same_work(kind, name, value):
     opponent.turn()
     assert opponent.seconds[0] > 0
     opponent.close()
+
+
+@pytest.mark.parametrize(("name", "is_so"), [("rollout", True), ("sft", True), ("iteration", False)])
+def test_a_step_is_compiled_as_in_a_run(name, is_so, monkeypatch):
+    monkeypatch.setattr(bench.devices, "compiler_options", lambda num_blocks: {f"xla_of_{num_blocks}_blocks": True})
+    work = bench.work(name, bench.PRESETS["char-nano"])
+    assert bool(work.options) == is_so
+    if is_so:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of_2_blocks'"):
+            work.compile()
 
 
 def test_exponents_are_slopes_and_one_size_is_changed():

@@ -110,13 +110,25 @@ def test_neighbours_order_and_batches_change_nothing(folders, generator, generat
 
 
 def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeypatch):
-    widths, sample, score = [], module._sample, generator._score
-    monkeypatch.setattr(module, "_sample", lambda *args, **how: (widths.append(args[2].shape), sample(*args, **how))[1])
+    widths, sampler, score = [], module._sampler, generator._score
+
+    def watched(num_layers):
+        return lambda *args, **how: (widths.append(args[2].shape), sampler(num_layers)(*args, **how))[1]
+
+    monkeypatch.setattr(module, "_sampler", watched)
     monkeypatch.setattr(generator, "_score", lambda *args: (widths.append(args[0].shape), score(*args))[1])
     monkeypatch.setattr(generator, "batch_size", 4)
     assert_alike(generator(PROMPTS, seed=3, num_samples=2), generations, range(10))
     # Tokens: 2, 2, 3, 3 | 4, 4, 10, 10 | 21, 21 of at most 32; then with their responses, of 38.
     assert widths == [(4, 16), (4, 16), (4, 32), (4, 16), (4, 16), (4, 38)]
+
+
+def test_its_sampler_is_compiled_as_a_runs_is(generator, monkeypatch):
+    monkeypatch.setattr(module.devices, "compiler_options", lambda num_blocks: {f"xla_of_{num_blocks}_block": True})
+    module._sampler.cache_clear()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of_1_block'"):
+        generator(PROMPTS)
+    module._sampler.cache_clear()
 
 
 def test_another_seed_gives_other_samples_and_a_repeated_prompt_its_next_ones(generator, generations):

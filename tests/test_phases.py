@@ -73,6 +73,17 @@ def test_one_jit_and_three_jits_give_identical_parameters():
     assert jnp.any(before != after)
 
 
+def test_a_prompt_that_occurs_twice_gets_two_samples_and_its_place_says_which():
+    """As in a group of answers, whose prompts have one data row."""
+    same = jax.tree.map(lambda x: jnp.repeat(x[:1], ROWS, axis=0), prompts())
+    sample = functools.partial(phases.respond, start(vpg).train.params, key=jax.random.key(3), recipe=recipe(RLStage()))
+    sampled = sample(same)
+    assert len({row.tobytes() for row in np.asarray(sampled.tokens)}) == ROWS
+    turned = sample(same._replace(places=jnp.arange(ROWS)[::-1]))
+    np.testing.assert_array_equal(turned.tokens, sampled.tokens[::-1])
+    assert turned.row_ids.tolist() == [100] * ROWS
+
+
 def test_the_greedy_response_is_the_baseline():
     """The score counts token 5: that of the greedy responses, after the rule for missing EOS, and without KL."""
     step = jitted(phases.iteration, vpg, RLStage(missing_eos_penalty=0.5), vpg.Config(baseline="greedy"))

@@ -27,6 +27,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
+from rlhf_jax.runs import devices
 from rlhf_jax.training import reward_model, rl, stage
 from rlhf_jax.types import Rollout
 
@@ -90,7 +91,7 @@ def test_streams_are_apart():
 def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, config, tmp_path, monkeypatch):
     drawn = []
 
-    def jit_update(self, update):
+    def jit_update(self, update, num_blocks):
         def record(state, batch, key, **functions):
             tokens = batch.tokens if hasattr(batch, "tokens") else batch.chosen.tokens
             if not untouched(state)[1]["nonfinite"]:
@@ -189,8 +190,8 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(config, tmp_path, monkeyp
 
 @pytest.mark.parametrize("turns", [None, 3])
 def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkeypatch):
-    """Six prompts of their own: in two batches, the last with two absent rows, or in one. Each response is drawn from
-    the place of its row among all, and the reward, which compares responses, sees all."""
+    """Nine prompts of their own: three batches of four, the last with three absent rows, or two of eight. Each response
+    is drawn from the place of its row among all, and the reward, which compares responses, sees all."""
     shapes, create = [], rl._Trainer.__init__
 
     def init(trainer, *args):
@@ -212,16 +213,44 @@ def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkey
         return [sample for sample in samples if sample["step"] == 0], found, len(shapes)
 
     monkeypatch.setattr(rl._Trainer, "__init__", init)
-    (tmp_path / "others.json").write_text(json.dumps([{"prompt": "say a", "letter": "a"}] * 6))
+    (tmp_path / "others.json").write_text(json.dumps([{"prompt": "say a", "letter": "a"}] * 9))
     (tmp_path / "talk.py").write_text(TALK)
     samples, metrics, num_sampled = validated(4)
-    assert turns or num_sampled == 2 + 2 * 2  # the trial of memory and a step, then two validations
-    assert len({sample["response"] for sample in samples}) == len(samples) == 6
-    same, in_one, num_sampled = validated(8)
+    assert turns or num_sampled == 2 + 2 * 3  # the trial of memory and a step, then two validations
+    assert len({sample["response"] for sample in samples}) == len(samples) == 9
+    same, in_two, num_sampled = validated(8)
     assert same == samples
-    assert in_one == pytest.approx(metrics)
-    assert turns or num_sampled == 2 + 2
+    assert in_two == pytest.approx(metrics)
+    assert turns or num_sampled == 2 + 2 * 2
     assert ("validation/environment/turns" in metrics) == bool(turns)
+
+
+def four_layers(config, tmp_path, monkeypatch):
+    """The run with four layers, and options for programs of four blocks that no compiler knows."""
+    monkeypatch.setattr(devices, "compiler_options", lambda num_blocks: {"xla_of": 4} if num_blocks == 4 else {})
+    return dataclasses.replace(again(config, tmp_path), network=dataclasses.replace(config.network, num_layers=4))
+
+
+def test_what_samples_is_compiled_for_its_number_of_layers(config, tmp_path, monkeypatch):
+    """Both samplers, the greedy one of ReMax's baseline too; and nothing else."""
+    compiled, jit = {}, jax.jit
+
+    def spy(fn, **options):
+        phase = getattr(fn, "func", fn)  # of a functools.partial
+        compiled.setdefault(phase, []).append(options.get("compiler_options"))
+        return jit(fn, **options)
+
+    monkeypatch.setattr(rl.jax, "jit", spy)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of'"):
+        training.rl.run(four_layers(config, tmp_path, monkeypatch), vpg)
+    assert compiled.pop(rl.phases.respond) == [{"xla_of": 4}] * 2
+    assert not any(options for found in compiled.values() for options in found)
+
+
+@pytest.mark.parametrize("run", [training.sft.run, training.reward_model.run, training.dpo.run])
+def test_a_supervised_update_is_compiled_for_its_number_of_blocks(run, config, tmp_path, monkeypatch):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of'"):
+        run(four_layers(config, tmp_path, monkeypatch))
 
 
 @pytest.mark.soak

@@ -26,7 +26,7 @@ from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.rewards import filter as filters
 from rlhf_jax.rewards import spec
-from rlhf_jax.runs import processes
+from rlhf_jax.runs import devices, processes
 from rlhf_jax.training import critic, initial, loop, memory, phases
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
@@ -208,8 +208,11 @@ class _Trainer:
             for phase in (phases.respond, phases.rescored, phases.learn, phases.num_equal, phases.refill)
         )
         self._sampler = functools.partial(phases.sampler, recipe=self.recipe)
-        self._respond, self._rescored, self._reward = map(jax.jit, (respond, rescored, phases.reward))
-        self._respond_greedily = jax.jit(functools.partial(respond, greedy=True))
+        options = devices.compiler_options(model.config.num_layers)
+        self._respond, self._respond_greedily = (
+            jax.jit(functools.partial(respond, greedy=greedy), compiler_options=options) for greedy in (False, True)
+        )
+        self._rescored, self._reward = jax.jit(rescored), jax.jit(phases.reward)
         self._with_greedy = jax.jit(functools.partial(phases.with_greedy, recipe=self.recipe))
         self._num_equal, self._refill, self._learn = jax.jit(num_equal), jax.jit(refill), stage.jit_update(learn)
         self._functions = functools.cache(self._functions_of)
