@@ -62,10 +62,9 @@ def flags_for(device: str | None) -> dict[str, str]:
 def compiler_options(num_blocks: int) -> dict[str, bool]:
     """Options of ``jax.jit`` for a program that samples or takes a supervised step.
 
-    They are XLA's newer CPU kernels, where FLAGS chose the older ones; elsewhere none.
-
-    They sample faster, and what several blocks of a model need is compiled once. With three blocks or fewer that does
-    not make up for what they take longer to compile; nor does it in the loops of an RL update.
+    They choose XLA's newer CPU kernels, where FLAGS chose the older ones; elsewhere there are none. With the newer ones
+    a model samples faster, and what several of its blocks need is compiled once. With three blocks or fewer that does
+    not make up for what each takes longer to compile; nor does it in the loops of an RL update.
     """
     name = "xla_cpu_use_fusion_emitters"
     return {name: True} if num_blocks >= 4 and f"--{name}=false" in os.environ.get("XLA_FLAGS", "").split() else {}
