@@ -82,8 +82,7 @@ def work(name: Name, preset: Preset, value: Value = "shared", temperature: float
         def step(state: TrainState, data: Any) -> tuple[Any, Any]:
             return update(state, data, keys[2], optimizer=optimizer, **options)
 
-        state = TrainState.create(jax.tree.map(jnp.copy, start), optimizer)
-        return Work(step, state, data, tokens.size, devices.compiler_options(preset.model.num_blocks))
+        return Work(step, TrainState.create(jax.tree.map(jnp.copy, start), optimizer), data, tokens.size)
 
     if name == "sft":
         return stepping(sft.update, params, batch, policy_fn=models.policy_fn(model), config=sft.Config())

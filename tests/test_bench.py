@@ -99,7 +99,7 @@ def test_torch_does_the_same_work(kind, name, value):
     opponent.close()
 
 
-@pytest.mark.parametrize(("name", "is_so"), [("rollout", True), ("sft", True), ("iteration", False)])
+@pytest.mark.parametrize(("name", "is_so"), [("rollout", True), ("sft", False), ("iteration", False)])
 def test_a_step_is_compiled_as_in_a_run(name, is_so, monkeypatch):
     monkeypatch.setattr(bench.devices, "compiler_options", lambda num_blocks: {f"xla_of_{num_blocks}_blocks": True})
     work = bench.work(name, bench.PRESETS["char-nano"])

@@ -136,8 +136,8 @@ class Probe:
         patch.setattr(loop, "train", trained)
         jit_update = stage.Stage.jit_update
 
-        def jitted(run_stage, *how):
-            lazy, compiled = jit_update(run_stage, *how), {}
+        def jitted(run_stage, update):
+            lazy, compiled = jit_update(run_stage, update), {}
 
             def call(*args, **options):
                 if not compiled:

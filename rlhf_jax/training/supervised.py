@@ -94,8 +94,7 @@ def policy_task(setting: Setting, algorithm: Any, config: Any, validation_config
         return Validation({f"validation/{name.partition('/')[2]}": float(x.value) for name, x in pooled.items()})
 
     create = functools.partial(TrainState.create, optimizer=setting.optimizer)
-    jitted = stage.jit_update(update, setting.initial.model.config.num_blocks)
-    return Task(start, create, functools.partial(jitted, **functions), validate, reference)
+    return Task(start, create, functools.partial(stage.jit_update(update), **functions), validate, reference)
 
 
 def run(
