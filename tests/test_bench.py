@@ -101,11 +101,11 @@ def test_torch_does_the_same_work(kind, name, value):
 
 @pytest.mark.parametrize(("name", "is_so"), [("rollout", True), ("sft", False), ("iteration", False)])
 def test_a_step_is_compiled_as_in_a_run(name, is_so, monkeypatch):
-    monkeypatch.setattr(bench.devices, "compiler_options", lambda num_blocks: {f"xla_of_{num_blocks}_blocks": True})
+    monkeypatch.setattr(bench.devices, "compiler_options", lambda num_layers: {f"xla_of_{num_layers}_layers": True})
     work = bench.work(name, bench.PRESETS["char-nano"])
     assert bool(work.options) == is_so
     if is_so:
-        with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of_2_blocks'"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of_2_layers'"):
             work.compile()
 
 

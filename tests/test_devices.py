@@ -73,7 +73,7 @@ def test_flags_keep_the_users_and_are_those_that_this_jaxlib_knows(tmp_path, mon
 def test_a_sampler_of_four_layers_and_more_has_the_newer_kernels_where_a_run_chose_the_older(monkeypatch):
     newer = {"xla_cpu_use_fusion_emitters": True}
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_cpu_use_fusion_emitters=false")
-    assert [devices.compiler_options(blocks) for blocks in (3, 4, 24)] == [{}, newer, newer]
+    assert [devices.compiler_options(layers) for layers in (3, 4, 24)] == [{}, newer, newer]
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_cpu_use_fusion_emitters=true")  # nor where jaxlib has lost it
     assert not devices.compiler_options(24)
 

@@ -124,9 +124,9 @@ def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeyp
 
 
 def test_its_sampler_is_compiled_as_a_runs_is(generator, monkeypatch):
-    monkeypatch.setattr(module.devices, "compiler_options", lambda num_blocks: {f"xla_of_{num_blocks}_block": True})
+    monkeypatch.setattr(module.devices, "compiler_options", lambda num_layers: {f"xla_of_{num_layers}_layer": True})
     module._sampler.cache_clear()
-    with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of_1_block'"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of_1_layer'"):
         generator(PROMPTS)
     module._sampler.cache_clear()
 
