@@ -47,7 +47,7 @@ def config_of(preset_name: str, folder: Path, num_microbatches: int = 1, stage: 
 def compiled(fn: Callable[..., Any], arguments: Any, config: RunConfig, *, updates: bool) -> list[float]:
     """MiB of temporary memory and at the peak of a program of shapes, and processor seconds of its compilation."""
     mesh = plan.initial.mesh_of(config)
-    jitted: Any = Stage(config, "ppo", None, mesh).jit_update(fn) if updates else jax.jit(fn)  # type: ignore[arg-type]
+    jitted: Any = Stage(config, "ppo", None, mesh).jit_update(fn, 1) if updates else jax.jit(fn)  # type: ignore[arg-type]
     lowered, started = jitted.lower(*arguments), time.process_time()
     used: Any = lowered.compile(compiler_options=OPTIONS).memory_analysis()
     seconds = time.process_time() - started

@@ -54,12 +54,12 @@ class Work(NamedTuple):
     carry: Any
     data: Any
     tokens: int  # that a call trains on, or samples
-    options: dict[str, bool] | None = None  # of its compiler
+    num_blocks: int = 1  # of a model in its program
 
     def compile(self) -> Any:
-        """The step as a program."""
-        jitted = jax.jit(self.step, donate_argnums=0, compiler_options=self.options)
-        return jitted.lower(self.carry, self.data).compile()
+        """The step as a program, as a run compiles it."""
+        options = devices.compiler_options(self.num_blocks)
+        return jax.jit(self.step, donate_argnums=0, compiler_options=options).lower(self.carry, self.data).compile()
 
 
 def work(name: Name, preset: Preset, value: Value = "shared", temperature: float = 1.0) -> Work:
@@ -72,7 +72,7 @@ def work(name: Name, preset: Preset, value: Value = "shared", temperature: float
     """
     model, keys = models.build(preset.model), jax.random.split(jax.random.key(0), 4)
     params, optimizer = jax.jit(model.init)(keys[0]), optax.adamw(1e-5)
-    shape = (preset.batch, preset.prompt + preset.response)
+    shape, num_blocks = (preset.batch, preset.prompt + preset.response), preset.model.num_blocks
     tokens = jax.random.randint(keys[1], shape, 2, preset.model.vocab_size, jnp.int32)
     mask = jnp.ones(shape, jnp.int32)
     batch = Demonstrations(tokens, mask, mask.at[:, : preset.prompt].set(0))
@@ -82,7 +82,7 @@ def work(name: Name, preset: Preset, value: Value = "shared", temperature: float
         def step(state: TrainState, data: Any) -> tuple[Any, Any]:
             return update(state, data, keys[2], optimizer=optimizer, **options)
 
-        return Work(step, TrainState.create(jax.tree.map(jnp.copy, start), optimizer), data, tokens.size)
+        return Work(step, TrainState.create(jax.tree.map(jnp.copy, start), optimizer), data, tokens.size, num_blocks)
 
     if name == "sft":
         return stepping(sft.update, params, batch, policy_fn=models.policy_fn(model), config=sft.Config())
@@ -150,12 +150,12 @@ def _rl_work(
     sampled_tokens = preset.batch * preset.response
     if name == "rollout":
         data = phases.sampler(loop, functions, recipe=recipe), prompts
-        return Work(sample, prompts.row_ids, data, sampled_tokens, devices.compiler_options(preset.model.num_layers))
+        return Work(sample, prompts.row_ids, data, sampled_tokens, preset.model.num_layers)
     if name == "iteration":
-        return Work(iterate, loop, (functions, prompts), sampled_tokens)
+        return Work(iterate, loop, (functions, prompts), sampled_tokens, preset.model.num_blocks)
     log_probs = jnp.zeros(batch.tokens.shape)
     given = Rollout(batch.tokens, batch.attention_mask, batch.response_mask, log_probs, prompts.row_ids)
     score = jax.jit(lambda params, ref_fn: rescore(given, params, policy_fn=policy_fn, ref_fn=ref_fn))
     collected = score(loop.train.params, functions.ref_fn)
     collected, _ = phases.scored(collected, jnp.linspace(-1.0, 1.0, preset.batch), {})
-    return Work(update, loop, (functions, collected), batch.tokens.size)
+    return Work(update, loop, (functions, collected), batch.tokens.size, preset.model.num_blocks)

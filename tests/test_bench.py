@@ -99,14 +99,14 @@ def test_torch_does_the_same_work(kind, name, value):
     opponent.close()
 
 
-@pytest.mark.parametrize(("name", "is_so"), [("rollout", True), ("sft", False), ("iteration", False)])
-def test_a_step_is_compiled_as_in_a_run(name, is_so, monkeypatch):
-    monkeypatch.setattr(bench.devices, "compiler_options", lambda num_layers: {f"xla_of_{num_layers}_layers": True})
-    work = bench.work(name, bench.PRESETS["char-nano"])
-    assert bool(work.options) == is_so
-    if is_so:
-        with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of_2_layers'"):
-            work.compile()
+@pytest.mark.parametrize(("name", "num_blocks"), [("rollout", 2), ("sft", 1), ("grpo", 1), ("iteration", 1)])
+def test_a_step_is_compiled_as_in_a_run(name, num_blocks, monkeypatch):
+    """Under ``scan_layers``, where all but sampling has one block."""
+    monkeypatch.setattr(bench.devices, "compiler_options", lambda num_blocks: {f"xla_of_{num_blocks}_blocks": True})
+    preset = bench.PRESETS["char-nano"]
+    work = bench.work(name, preset._replace(model=dataclasses.replace(preset.model, scan_layers=True)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"'xla_of_{num_blocks}_blocks'"):
+        work.compile()
 
 
 def test_exponents_are_slopes_and_one_size_is_changed():

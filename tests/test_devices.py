@@ -1,5 +1,6 @@
 """A GPU that JAX does not use is named with the line that installs its plugin; nobody falls back to the CPU unaware."""
 
+import dataclasses
 import fnmatch
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import jax
 import pytest
 
+from rlhf_jax import models
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
 
@@ -70,12 +72,14 @@ def test_flags_keep_the_users_and_are_those_that_this_jaxlib_knows(tmp_path, mon
     assert devices.xla_flags(ours, "--xla_b= --xla_dump_to=x") == "--xla_a=1 --xla_b= --xla_dump_to=x"
 
 
-def test_a_sampler_of_four_layers_and_more_has_the_newer_kernels_where_a_run_chose_the_older(monkeypatch):
+def test_programs_of_four_blocks_and_more_have_the_newer_kernels_where_a_run_chose_the_older(monkeypatch):
     newer = {"xla_cpu_use_fusion_emitters": True}
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_cpu_use_fusion_emitters=false")
     assert [devices.compiler_options(layers) for layers in (3, 4, 24)] == [{}, newer, newer]
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_cpu_use_fusion_emitters=true")  # nor where jaxlib has lost it
     assert not devices.compiler_options(24)
+    config = models.GPT2Config(11, 16, 16, 5, 2)
+    assert (config.num_blocks, dataclasses.replace(config, scan_layers=True).num_blocks) == (5, 1)
 
 
 def test_this_jaxlib_knows_the_flags_that_every_version_has():

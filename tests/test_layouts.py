@@ -136,8 +136,8 @@ class Probe:
         patch.setattr(loop, "train", trained)
         jit_update = stage.Stage.jit_update
 
-        def jitted(run_stage, update):
-            lazy, compiled = jit_update(run_stage, update), {}
+        def jitted(run_stage, *how):
+            lazy, compiled = jit_update(run_stage, *how), {}
 
             def call(*args, **options):
                 if not compiled:
@@ -386,7 +386,7 @@ def test_an_updated_state_lies_where_it_was():
     mesh = sharding.make_mesh(1, 2, 2)
     own = stage.Stage(RunConfig(), "sft", None, mesh)
     whole = functools.partial(jax.lax.with_sharding_constraint, shardings=sharding.replicated(mesh))
-    update = own.jit_update(lambda state: (whole(jax.tree.map(lambda x: x + 1, state)), {"x": 0.0}))
+    update = own.jit_update(lambda state: (whole(jax.tree.map(lambda x: x + 1, state)), {"x": 0.0}), 1)
     state, _ = update(own.copy({"mlp": {"up_proj": {"kernel": np.ones((4, 4))}}}))
     assert whole_on_a_device(state) == []
 

@@ -91,7 +91,7 @@ def test_streams_are_apart():
 def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, config, tmp_path, monkeypatch):
     drawn = []
 
-    def jit_update(self, update):
+    def jit_update(self, update, num_blocks):
         def record(state, batch, key, **functions):
             tokens = batch.tokens if hasattr(batch, "tokens") else batch.chosen.tokens
             if not untouched(state)[1]["nonfinite"]:
@@ -226,13 +226,14 @@ def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkey
 
 
 def four_layers(config, tmp_path, monkeypatch):
-    """The run with four layers, and options for that many that no compiler knows."""
-    monkeypatch.setattr(devices, "compiler_options", lambda layers: {"xla_of": 4} if layers == 4 else {})
+    """The run with four layers, and options for programs of four blocks that no compiler knows."""
+    monkeypatch.setattr(devices, "compiler_options", lambda num_blocks: {"xla_of": 4} if num_blocks == 4 else {})
     return dataclasses.replace(again(config, tmp_path), network=dataclasses.replace(config.network, num_layers=4))
 
 
-def test_what_samples_is_compiled_for_its_number_of_layers(config, tmp_path, monkeypatch):
-    """Both samplers, the greedy one of ReMax's baseline too; and nothing else."""
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_an_rl_program_is_compiled_for_its_number_of_blocks(is_scanned, config, tmp_path, monkeypatch):
+    """Both samplers, the greedy one of ReMax's baseline too, for all layers; what is scanned for one; nothing else."""
     compiled, jit = {}, jax.jit
 
     def spy(fn, **options):
@@ -240,11 +241,20 @@ def test_what_samples_is_compiled_for_its_number_of_layers(config, tmp_path, mon
         compiled.setdefault(phase, []).append(options.get("compiler_options"))
         return jit(fn, **options)
 
+    run = four_layers(config, tmp_path, monkeypatch)
+    compute = dataclasses.replace(run.compute, scan_layers=is_scanned)
     monkeypatch.setattr(rl.jax, "jit", spy)
     with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of'"):
-        training.rl.run(four_layers(config, tmp_path, monkeypatch), vpg)
-    assert compiled.pop(rl.phases.respond) == [{"xla_of": 4}] * 2
-    assert not any(options for found in compiled.values() for options in found)
+        training.rl.run(dataclasses.replace(run, compute=compute), vpg)
+    compiled = {phase.__name__: options for phase, options in compiled.items() if any(options)}
+    updates = {} if is_scanned else {"rescored": [{"xla_of": 4}], "update_in_place": [{"xla_of": 4}]}
+    assert compiled == {"respond": [{"xla_of": 4}] * 2} | updates
+
+
+@pytest.mark.parametrize("run", [training.sft.run, training.reward_model.run, training.dpo.run])
+def test_a_supervised_update_is_compiled_for_its_number_of_blocks(run, config, tmp_path, monkeypatch):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of'"):
+        run(four_layers(config, tmp_path, monkeypatch))
 
 
 @pytest.mark.soak

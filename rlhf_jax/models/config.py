@@ -80,6 +80,11 @@ class TransformerConfig:
         return [self.global_every is not None and (i + 1) % self.global_every != 0 for i in range(self.num_layers)]
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks in a program of the whole model: under ``scan_layers`` one stands for all layers."""
+        return 1 if self.scan_layers else self.num_layers
+
+    @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""
         return getattr(self, "num_kv_heads", None) or self.num_heads

@@ -59,15 +59,15 @@ def flags_for(device: str | None) -> dict[str, str]:
     return FLAGS.get({"cuda": "gpu"}.get(named, named) or [*here, "cpu"][0], {})
 
 
-def compiler_options(num_layers: int) -> dict[str, bool]:
-    """Options of ``jax.jit`` for a program that samples.
+def compiler_options(num_blocks: int) -> dict[str, bool]:
+    """Options of ``jax.jit`` for a program with so many blocks of a model.
 
-    They choose XLA's newer CPU kernels, where FLAGS chose the older ones; elsewhere there are none. With the newer ones
-    a model samples faster, and what several of its layers need is compiled once. With three layers or fewer that does
-    not make up for what each takes longer to compile.
+    They choose XLA's newer CPU kernels, where FLAGS chose the older ones; elsewhere there are none. The newer ones are
+    faster, and what several blocks need is compiled once. With three blocks or fewer that does not make up for what
+    each takes longer to compile.
     """
     name = "xla_cpu_use_fusion_emitters"
-    return {name: True} if num_layers >= 4 and f"--{name}=false" in os.environ.get("XLA_FLAGS", "").split() else {}
+    return {name: True} if num_blocks >= 4 and f"--{name}=false" in os.environ.get("XLA_FLAGS", "").split() else {}
 
 
 def xla_flags(ours: Mapping[str, str], given: str) -> str:

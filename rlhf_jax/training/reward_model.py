@@ -71,7 +71,8 @@ def _task(setting: supervised.Setting) -> supervised.Task:
     create = functools.partial(ensembles.create if is_ensemble else TrainState.create, optimizer=setting.optimizer)
     single = functools.partial(reward_model.update, minibatch_sharding=sharding.rows(stage.mesh))
     update = ensembles.update_members if is_ensemble else single
-    jitted = stage.jit_update(functools.partial(update, optimizer=setting.optimizer, config=settings))
+    configured = functools.partial(update, optimizer=setting.optimizer, config=settings)
+    jitted = stage.jit_update(configured, setting.initial.model.config.num_blocks)
     bound, own_weights = functools.partial(jitted, score_fn=score_fn), _weighted(setting) if is_ensemble else None
     return supervised.Task(
         start._replace(params=params), create, bound, validate, trained=trained, train_on=own_weights

@@ -208,13 +208,15 @@ class _Trainer:
             for phase in (phases.respond, phases.rescored, phases.learn, phases.num_equal, phases.refill)
         )
         self._sampler = functools.partial(phases.sampler, recipe=self.recipe)
-        options = devices.compiler_options(model.config.num_layers)
+        options = devices.compiler_options(model.config.num_layers)  # sampling is never scanned
         self._respond, self._respond_greedily = (
             jax.jit(functools.partial(respond, greedy=greedy), compiler_options=options) for greedy in (False, True)
         )
-        self._rescored, self._reward = jax.jit(rescored), jax.jit(phases.reward)
+        num_blocks, self._reward = model.config.num_blocks, jax.jit(phases.reward)
+        self._rescored = jax.jit(rescored, compiler_options=devices.compiler_options(num_blocks))
         self._with_greedy = jax.jit(functools.partial(phases.with_greedy, recipe=self.recipe))
-        self._num_equal, self._refill, self._learn = jax.jit(num_equal), jax.jit(refill), stage.jit_update(learn)
+        self._num_equal, self._refill = jax.jit(num_equal), jax.jit(refill)
+        self._learn = stage.jit_update(learn, num_blocks)
         self._functions = functools.cache(self._functions_of)
 
     def _functions_of(self, columns: int) -> phases.Functions:

@@ -96,15 +96,18 @@ class Stage:
         """Notes the shapes of what lies on the devices, by name."""
         self.held.update({name: memory.shapes(tree) for name, tree in trees.items()})
 
-    def jit_update(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        """Jits ``update(state, ...) -> (state, metrics)``: the state is donated and comes back where it was."""
+    def jit_update(self, update: Callable[..., Any], num_blocks: int) -> Callable[..., Any]:
+        """Jits ``update(state, ...) -> (state, metrics)``: the state is donated and comes back where it was.
+
+        num_blocks: as in ``devices.compiler_options``.
+        """
 
         def update_in_place(state: Any, *args: Any, **options: Any) -> Any:
             state, metrics = update(state, *args, **options)
             state = jax.lax.with_sharding_constraint(state, initial.shardings(self.mesh, state))
             return state, jax.lax.with_sharding_constraint(metrics, sharding.replicated(self.mesh))
 
-        return jax.jit(update_in_place, donate_argnums=0)
+        return jax.jit(update_in_place, donate_argnums=0, compiler_options=devices.compiler_options(num_blocks))
 
     def place(self, start: Trainable) -> Trainable:
         """The frozen part on the devices; no update donates it, so that it needs no copy."""

@@ -94,7 +94,8 @@ def policy_task(setting: Setting, algorithm: Any, config: Any, validation_config
         return Validation({f"validation/{name.partition('/')[2]}": float(x.value) for name, x in pooled.items()})
 
     create = functools.partial(TrainState.create, optimizer=setting.optimizer)
-    return Task(start, create, functools.partial(stage.jit_update(update), **functions), validate, reference)
+    jitted = stage.jit_update(update, setting.initial.model.config.num_blocks)
+    return Task(start, create, functools.partial(jitted, **functions), validate, reference)
 
 
 def run(
