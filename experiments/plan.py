@@ -216,7 +216,8 @@ def _reinforcement(
     ref_fn = jax.tree_util.Partial(ops.by_rows(model_fn, rows), frozen)
     refreshed = start.bind(ops.by_rows(model_fn, rows)) if refreshes else None
     functions = phases.Functions(trained.bind(trained_fn), reward_fn, ref_fn if frozen else refreshed, start.base)
-    samples = SamplingConfig(settings.max_new_tokens, settings.temperature, eos_id=0, pad_id=1)
+    how: dict[str, Any] = {"compact": settings.compact, "eos_id": 0, "pad_id": 1}
+    samples = SamplingConfig(settings.max_new_tokens, settings.temperature, **how)
     recipe = phases.Recipe(model, samples, algorithm, own, optimizer, settings, mesh, rows)
     tokens, numbers = jnp.zeros((size, prompt), jnp.int32), jnp.zeros(size, jnp.int32)
     prompts, key = _spread(phases.Prompts(tokens, tokens, numbers), mesh), jax.eval_shape(jax.random.key, 0)

@@ -33,6 +33,9 @@ class SamplingConfig:
         top_k: keep the k most likely tokens, and those that tie with the k-th; None keeps all.
         top_p: of those, keep the smallest set of most likely tokens whose probability reaches p (nucleus sampling,
             Holtzman et al. 2020). The token that reaches p is kept, so at least one is; None or 1 keeps all.
+        compact: once half of the rows have ended, the others go on in a batch of half the size. That is faster where
+            most responses are short, and compiles a second loop over tokens. The tokens are the same (up to ties within
+            the rounding of the logits). All arrays of the model's cache must have the rows first.
         eos_id: the token that ends a response, or several any of which ends it; None lets every response run to
             ``max_new_tokens``.
         pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from ``eos_id``. It may be
@@ -43,6 +46,7 @@ class SamplingConfig:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    compact: bool = field(default=False, kw_only=True)
     eos_id: EosId | None = field(kw_only=True)
     pad_id: int = field(kw_only=True)
 
@@ -102,6 +106,15 @@ class _Uncached:
         written = jnp.arange(cache.shape[1]) < index + num_new
         logits = self.apply_fn(params, cache, jnp.where(written, key_mask, 0), None)
         return jax.lax.dynamic_slice_in_dim(logits, index, num_new, axis=1), cache
+
+
+class _Rows(NamedTuple):
+    """What no token changes."""
+
+    key_mask: jax.Array  # [B, T]
+    num_real: jax.Array  # [B] tokens of the prompt
+    keys: jax.Array  # [B]
+    used: jax.Array  # [B]
 
 
 class _Loop(NamedTuple):
@@ -193,7 +206,7 @@ def _sample_rows(
     num_real = jnp.sum(prompt_mask, axis=1)
     # Slots after the end of a row may count as keys: only columns past the end see them, and those are not used.
     key_mask = jnp.pad(prompt_mask, response_columns, constant_values=1)
-    row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
 
     cache = model.init_cache(num_rows, prompt_length + config.max_new_tokens)
     if prompt_length > 1:
@@ -202,14 +215,14 @@ def _sample_rows(
         positions = jnp.cumsum(prompt_mask, axis=1) - prompt_mask
         _, cache = model.decode(params, tokens[:, :-1], positions[:, :-1], key_mask, cache, 0)
 
-    def step(loop: _Loop) -> _Loop:
+    def step(rows: _Rows, loop: _Loop) -> _Loop:
         index = prompt_length - 1 + loop.step
         last = jax.lax.dynamic_slice_in_dim(loop.tokens, index, 1, axis=1)  # [B, 1]
         # An absent row has no real token; its position is kept inside the table.
-        positions = jnp.maximum(num_real - 1 + loop.step, 0)[:, None]
-        logits, cache = model.decode(params, last, positions, key_mask, loop.cache, index)
-        slot = used + loop.step
-        sampled, log_probs = _sample(logits[:, 0], row_keys, slot, config)
+        positions = jnp.maximum(rows.num_real - 1 + loop.step, 0)[:, None]
+        logits, cache = model.decode(params, last, positions, rows.key_mask, loop.cache, index)
+        slot = rows.used + loop.step
+        sampled, log_probs = _sample(logits[:, 0], rows.keys, slot, config)
         sampled = jnp.where(loop.ended, config.pad_id, sampled)
         log_probs = jnp.where(loop.ended, 0.0, log_probs)
         ended = jnp.isin(sampled, jnp.asarray(config.eos_ids)) | (slot + 1 == config.max_new_tokens)
@@ -230,7 +243,7 @@ def _sample_rows(
         ended=(num_real == 0) | (used >= config.max_new_tokens),
         cache=cache,
     )
-    end = jax.lax.while_loop(lambda loop: ~jnp.all(loop.ended), step, start)
+    end = _until_ended(step, _Rows(key_mask, num_real, keys, used), start, config.compact)
     response = jnp.arange(config.max_new_tokens)[None, :] < end.lengths[:, None]
     response_mask = jnp.pad(response.astype(jnp.int32), ((0, 0), (prompt_length, 0)))
     return Rollout(
@@ -241,6 +254,19 @@ def _sample_rows(
         row_ids=row_ids,
         prompt_length=prompt_length,
     )
+
+
+def _until_ended(step: Callable[[_Rows, _Loop], _Loop], rows: _Rows, loop: _Loop, compact: bool) -> _Loop:
+    """Steps until all rows have ended; with ``compact`` the last half of them by itself. Its cache is dropped."""
+    half = len(loop.ended) // 2 if compact else 0
+    loop = jax.lax.while_loop(lambda loop: jnp.sum(~loop.ended) > half, functools.partial(step, rows), loop)
+    if half == 0:
+        return loop
+    left = jnp.argsort(loop.ended, stable=True)[:half]  # those that have not ended, and then others
+    rows, few = jax.tree.map(lambda x: x[left] if x.ndim else x, (rows, loop))
+    few = jax.lax.while_loop(lambda few: ~jnp.all(few.ended), functools.partial(step, rows), few)
+    names = ("tokens", "log_probs", "lengths")
+    return loop._replace(**{name: getattr(loop, name).at[left].set(getattr(few, name)) for name in names})
 
 
 def _sample(

@@ -1,6 +1,7 @@
 """What each family has beside its parity with transformers: heads, weights cut over a mesh, and no more to compute."""
 
 import ast
+import functools
 import re
 from collections import Counter
 
@@ -13,7 +14,7 @@ from test_layouts import whole_on_a_device
 from test_models import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, some_params, some_tokens
 from test_size import ROOT, code_lines
 
-from rlhf_jax import cli, models, sharding
+from rlhf_jax import cli, models, sampling, sharding
 
 families, measure = (cli.script("benchmarks", name) for name in ("families", "measure"))
 TINY = {"GPT-2": CONFIG, "Llama": LLAMA, "Qwen2": QWEN2, "Qwen3": QWEN3, "Mistral": MISTRAL, "Gemma 3": GEMMA}
@@ -46,6 +47,24 @@ def test_heads_and_weights_cut_over_a_mesh(family):
     for one, other in zip(whole, parts, strict=True):
         real = mask.astype(bool) if one.ndim > 1 else slice(None)
         np.testing.assert_allclose(np.asarray(one)[real], np.asarray(other)[real], atol=2e-5)
+
+
+def test_compaction_moves_the_cache_with_its_rows():
+    """Of layers that see all, and of those with a window."""
+    model, params = models.build(GEMMA), some_params(GEMMA)
+    mask = np.ones((6, 3), np.int32)
+    mask[1, :2] = mask[4, 0] = 0
+
+    def sampled(compact):
+        settings = sampling.SamplingConfig(10, eos_id=(2, 3, 4), pad_id=0, compact=compact)
+        generate = jax.jit(functools.partial(sampling.generate, model, config=settings))
+        return generate(params, some_tokens(6, 3), mask, jax.random.key(3))
+
+    whole, compacted = sampled(False), sampled(True)
+    lengths = sorted(np.asarray(whole.response_mask).sum(1))
+    assert lengths[2] < lengths[3] - 1  # the last half goes on for some tokens
+    np.testing.assert_array_equal(compacted.tokens, whole.tokens)
+    np.testing.assert_allclose(compacted.log_probs, whole.log_probs, atol=1e-5)
 
 
 def equations(jaxpr):

@@ -72,6 +72,15 @@ def test_ppo_prints_what_it_holds_and_its_peak(folder, capsys):
 
 
 @pytest.mark.usefixtures("no_phases")
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_plan_samples_as_the_run_does(compact, folder, capsys, monkeypatch):
+    found, sampled = [], plan.SamplingConfig
+    monkeypatch.setattr(plan, "SamplingConfig", lambda *args, **how: found.append(sampled(*args, **how)) or found[-1])
+    printed(capsys, "ppo", "--model", folder, *SHORT, *["--rl.compact"] * compact)
+    assert {(how.max_new_tokens, how.compact) for how in found} == {(2, compact)}
+
+
+@pytest.mark.usefixtures("no_phases")
 def test_a_stage_that_does_not_fit_is_told_a_flag_that_helps(folder, capsys, monkeypatch):
     options = plan.options
     monkeypatch.setattr(plan, "options", lambda *args: {"--lora.rank 8": options(*args)["--lora.rank 8"]})

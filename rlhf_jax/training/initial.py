@@ -200,6 +200,7 @@ def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampl
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
+        compact=settings.compact,
         eos_id=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
     )
