@@ -66,7 +66,7 @@ def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
     parts = {"gradients": held["parameters"]} | {part: int(scale * memory.on_device(x)) for part, x in parts.items()}
     used, mesh = {}, initial.mesh_of(config)
     for phase, (fn, *arguments) in programs.items():
-        jitted: Any = Stage(config, name, None, mesh).jit_update(fn) if phase == "learn" else jax.jit(fn)  # type: ignore[arg-type]
+        jitted: Any = Stage(config, name, None, mesh).jit_update(fn, 1) if phase == "learn" else jax.jit(fn)  # type: ignore[arg-type]
         with jax.set_mesh(mesh) if sharding.is_cut(mesh) else contextlib.nullcontext():
             compiled = jitted.lower(*_widened(arguments)).compile(compiler_options=OPTIONS)
             analysis: Any = compiled.memory_analysis()
