@@ -252,7 +252,8 @@ def test_decoding_equals_the_full_forward(config, scan_layers):
     decoded = np.concatenate(pieces, axis=1)
     np.testing.assert_allclose(decoded[mask == 1], expected[mask == 1], atol=ATOL)
     slots = {tuple(leaf.shape) for leaf in jax.tree.leaves(cache)}  # Llama: the two heads of keys alone
-    assert slots == {(3, 2, size, config.head_size) for size in ([9] if config.windows == (None,) else [9, 3])}
+    sizes = [9] if config.windows == (None,) else [9, 3]
+    assert slots == {(3, 2, *last) for size in sizes for last in ((config.head_size, size), (size, config.head_size))}
     unrolled, its_params = tiny(config)
     np.testing.assert_allclose(unrolled.apply(its_params, tokens, mask)[mask == 1], expected[mask == 1], atol=ATOL)
 

@@ -81,7 +81,7 @@ def seen_in_cache(key_mask: Array, index: Array | int, queries: int, window: int
     newest = index if queries == 1 else index - 1  # slot in the cache when it is read
     key_slots, real = jnp.arange(length), key_mask != 0
     if size < length:
-        key_slots = newest - (newest - jnp.arange(size)) % size
+        key_slots = newest - jax.lax.rem(newest + size - jnp.arange(size), size)
         key_slots = key_slots if queries == 1 else jnp.concatenate([key_slots, slots])
         real = jnp.take(real, key_slots, axis=1, mode="clip") & (key_slots >= 0)[None, :]
     rows = jnp.broadcast_to(slots, (batch, queries))
@@ -95,14 +95,14 @@ def visible(seen: Seen) -> Array:
     return ((distance >= 0) & (distance < seen.window) & same)[:, None]
 
 
-def written(cache: Array, new: Array, index: Array | int) -> Array:
-    """A cache [B, H, S, Dh] with new keys or values [B, H, t, Dh] at slots index, index + 1, ..., each modulo S."""
-    size, count = cache.shape[2], new.shape[2]
-    new, index = new[:, :, max(count - size, 0) :].astype(cache.dtype), index + max(count - size, 0)
-    start, count = index % size, new.shape[2]
+def written(cache: Array, new: Array, index: Array | int, axis: int) -> Array:
+    """A cache with new keys or values at slots index, index + 1, ..., each modulo S; slots lie along ``axis``."""
+    size, first = cache.shape[axis], max(new.shape[axis] - cache.shape[axis], 0)
+    new, index = jax.lax.slice_in_dim(new, first, None, axis=axis).astype(cache.dtype), index + first
+    start, count = index % size if isinstance(index, int) else jax.lax.rem(index, size), new.shape[axis]
     if count == 1 or (isinstance(start, int) and start + count <= size):
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)
-    return cache.at[:, :, (start + jnp.arange(count)) % size].set(new)
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=axis)
+    return cache.at[(slice(None),) * axis + ((start + jnp.arange(count)) % size,)].set(new)
 
 
 def implementation(config: Any, queries: int, keys: int, drops: bool) -> str:
@@ -160,8 +160,11 @@ def attention(
     if drop is not None:
         keep = jax.random.bernoulli(drop[0], 1.0 - drop[1], weights.shape)
         weights = jnp.where(keep, weights / (1.0 - drop[1]), 0.0)
+    if rows.shape[2] == 1 and jax.default_backend() == "cpu":
+        # As two equal rows: of one, XLA would compile a kernel for each layer, and a slower one.
+        weights = jnp.repeat(weights, 2, axis=2)
     mixed = jnp.einsum("bhts,bhsd->bhtd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return (mixed / total).astype(value.dtype).reshape(shape)
+    return (mixed[:, :, : rows.shape[2]] / total).astype(value.dtype).reshape(shape)
 
 
 def blockwise(query: Array, key: Array, value: Array, seen: Seen, scale: Number, drop: Drop = None) -> Array:

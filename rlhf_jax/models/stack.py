@@ -26,7 +26,7 @@ from rlhf_jax.types import Params
 Rotation = Array  # the angles' cosines, then sines, negative for a head's first half: [2, B, 1, T, 2, Dh / 2] float32
 View = tuple[Seen, Rotation | None]  # who sees whom, and how queries and keys are turned
 Views = tuple[View, ...]  # of all layers, or of those that see all and those with a window
-LayerCache = tuple[Array, Array]  # keys and values of one layer, [B, H, S, Dh] each
+LayerCache = tuple[Array, Array]  # keys [B, H, Dh, S], as one query's product reads them, and values [B, H, S, Dh]
 Cache = tuple[LayerCache, ...]
 Columns = slice | Array | None  # which columns of [B, T] are read: the same of each row, [B, n] numbers, or None: all
 Layer = tuple[Number, Array | bool]  # factor of a layer's attention scores, and whether it takes the second view
@@ -148,11 +148,12 @@ class Attention(nn.Module):
         batch, heads, length, width = query.shape
         if cache is not None:
             start = 0 if index is None else index
-            held, cache = cache, (attention.written(cache[0], key, start), attention.written(cache[1], value, start))
-            if len(seen.key_slots) == held[0].shape[2]:
-                key, value = cache
+            held, new = (cache[0].mT, cache[1]), (key, value)
+            cache = attention.written(cache[0], key.mT, start, 3), attention.written(cache[1], value, start, 2)
+            if len(seen.key_slots) == cache[1].shape[2]:
+                key, value = cache[0].mT, cache[1]
             elif len(seen.key_slots) > length:  # a window's cache, which would lose what the first of these queries see
-                key, value = (jnp.concatenate(parts, axis=2) for parts in zip(held, (key, value), strict=True))
+                key, value = (jnp.concatenate(parts, axis=2) for parts in zip(held, new, strict=True))
         query = query.reshape(batch, key.shape[1], -1, length, width)
         drops = self.has_rng("dropout") and config.attention_dropout > 0
         drop = (self.make_rng("dropout"), config.attention_dropout) if drops else None
@@ -341,10 +342,10 @@ def for_decoding(config: ModelConfig, params: Params) -> Params:
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """An empty cache: keys and values of each layer, [B, H_kv, S, Dh] in the compute dtype; of its window alone."""
+    """An empty cache: keys and values of each layer, as ``LayerCache``, in the compute dtype; of its window alone."""
 
-    def zeros(is_local: bool) -> Array:
-        slots = min(config.windows[is_local] or length, length)
-        return jnp.zeros((batch, config.kv_heads, slots, config.head_size), config.compute_dtype)
+    def layer(is_local: bool) -> LayerCache:
+        shape = (batch, config.kv_heads, min(config.windows[is_local] or length, length), config.head_size)
+        return jnp.zeros(shape, config.compute_dtype).mT, jnp.zeros(shape, config.compute_dtype)
 
-    return tuple((zeros(is_local), zeros(is_local)) for is_local in config.local_layers)
+    return tuple(layer(is_local) for is_local in config.local_layers)
