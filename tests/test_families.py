@@ -87,8 +87,8 @@ def test_a_family_computes_what_llama_does_and_its_own_norms_and_biases():
 
     layers, (flops, llama) = families.SIZES["num_layers"], program(families.CONFIGS["Llama"])
     assert llama["rsqrt"] == 2 * layers + 1
-    # What Llama's layer has not: norms, and other operations: biases of q, k, v; norms of q and k; norms after a part, a
-    # second mask and a second rotation.
+    # What Llama's layer has not: norms, and other operations: biases of q, k, v; norms of q and k; norms after a
+    # part, a mask and a rotation more.
     for family, norms, others in (("Qwen2", 0, 6), ("Qwen3", 2, 24), ("Mistral", 0, 0), ("Gemma 3", 4, 57)):
         own_flops, own = program(families.CONFIGS[family])
         assert own_flops == flops, family
