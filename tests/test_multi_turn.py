@@ -480,7 +480,7 @@ def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(Stage, "hold", lambda stage, trees: held.update(trees))
         straight = training.rl.run(config, grpo)
-    slots = {leaf.shape[2] for leaf in jax.tree.leaves(held["cache while it samples"])}
+    slots = {size for keys, values in held["cache while it samples"] for size in (keys.shape[3], values.shape[2])}
     assert slots == {max(map(len, WORDS)) + 2 * 40}  # the conversation so far, and as much again
     metrics = read(straight.folder)
     for row in metrics[1:]:
