@@ -143,8 +143,8 @@ def generate(
     """Samples a response to each prompt; stops when every row has ended.
 
     Args:
-        tokens, attention_mask: [B, P], prompts padded on the left, so that column P - 1 of every row is a real token. A
-            row whose mask is all zero is absent: it gets an empty response, and no other row waits for it.
+        tokens, attention_mask: [B, P], prompts padded on the left alone, so that column P - 1 of every row is a real
+            token. A row whose mask is all zero is absent: it gets an empty response, and no other row waits for it.
         row_ids: [B] int32, the data row of each prompt, which decides its randomness; None means 0..B-1.
         mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``: parameters that are cut over them are
             gathered once, before the first token); each part stops when its own rows have ended. What is cut over
@@ -212,7 +212,7 @@ def _sample_rows(
     if prompt_length > 1:
         # The last prompt column is left to the loop, whose first step needs its logits. These are never read, so the
         # compiler drops the projection to the vocabulary.
-        positions = jnp.cumsum(prompt_mask, axis=1) - prompt_mask
+        positions = jnp.maximum(jnp.arange(prompt_length)[None] - (prompt_length - num_real)[:, None], 0)
         _, cache = model.decode(params, tokens[:, :-1], positions[:, :-1], key_mask, cache, 0)
 
     def step(rows: _Rows, loop: _Loop) -> _Loop:

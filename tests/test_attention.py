@@ -49,7 +49,7 @@ def of(compute, **settings):
     @jax.jit
     def run(mask, window):  # the window is an argument, so that all masks share a program
         seen = attention.seen_in_text(mask)._replace(window=window)
-        return gradients(lambda *arrays: compute(*arrays, seen, 0.5, **settings), mask)
+        return gradients(lambda *arrays: compute(*arrays, seen, **settings), mask)
 
     return run
 
@@ -90,7 +90,7 @@ def test_what_cudnn_is_asked_for_gives_the_same_values_and_gradients(name, monke
 
     @jax.jit
     def run(mask):
-        return gradients(lambda query, key, value: compute(0.5 * query, key, value, mask), mask)
+        return gradients(lambda *arrays: compute(*arrays, mask), mask)
 
     assert_close(run(mask), plain()(mask, window or 7))
 
@@ -103,19 +103,19 @@ def test_splash_gives_the_same_values_and_gradients(name, monkeypatch):
     monkeypatch.setattr(kernel, "make_splash_mha", functools.partial(kernel.make_splash_mha, interpret=True))
     mask, window = rows(np.repeat(MASKS[name][0], 20)), MASKS[name][1] and 20 * MASKS[name][1]
     compute = functools.partial(attention.fused, name="splash", window=window)
-    found = gradients(lambda query, key, value: compute(0.5 * query, key, value, mask), mask, 140)
+    found = gradients(lambda *arrays: compute(*arrays, mask), mask, 140)
     seen = attention.seen_in_text(mask, window)
-    assert_close(found, gradients(lambda *arrays: attention.attention(*arrays, seen, 0.5), mask, 140))
+    assert_close(found, gradients(lambda *arrays: attention.attention(*arrays, seen), mask, 140))
 
 
 def test_attention_from_its_definition():
-    """Softmax of the scaled scores of what is seen, in both dtypes of a model."""
+    """Softmax of the scores of what is seen, in both dtypes of a model."""
     query, key, value = inputs()
-    scores = np.where(np.tri(7, dtype=bool), 0.25 * np.einsum("bhgtd,bhsd->bhgts", query, key), -np.inf)
+    scores = np.where(np.tri(7, dtype=bool), np.einsum("bhgtd,bhsd->bhgts", query, key), -np.inf)
     weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     expected, seen = np.einsum("bhgts,bhsd->bhgtd", weights, value), attention.seen_in_text(np.ones((2, 7), np.int32))
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):
-        mixed = attention.attention(*(jnp.asarray(x, dtype) for x in (query, key, value)), seen, 0.25)
+        mixed = attention.attention(*(jnp.asarray(x, dtype) for x in (query, key, value)), seen)
         np.testing.assert_allclose(mixed.astype(np.float32), expected, atol=tolerance)
 
 
@@ -125,7 +125,7 @@ def test_blocks_drop_as_many_weights():
     seen = attention.seen_in_text(jnp.ones((2, 64), int))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK_SCORES", 64 * 16)
-        drop = jax.jit(lambda key: attention.blockwise(query * 0, key, jnp.ones_like(key), seen, 1.0, (draws, 0.5)))
+        drop = jax.jit(lambda key: attention.blockwise(query * 0, key, jnp.ones_like(key), seen, (draws, 0.5)))
         mixed = np.asarray(drop(key))[..., 0]
     assert abs(np.mean(mixed) - 1) < 0.05
     assert np.std(mixed[..., 16:]) > 0.1
@@ -250,7 +250,7 @@ def test_the_first_half_of_the_queries_leaves_out_later_keys(first):
 
     def compute(told):
         def weighted(query, key, value):
-            mixed = attention.attention(query, key, value, seen, 0.5, first=told)
+            mixed = attention.attention(query, key, value, seen, first=told)
             return jnp.sum(jnp.sin(mixed) * (seen.documents != 0)[:, None, None, :, None])
 
         program = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)))

@@ -151,7 +151,7 @@ def test_frequencies_by_hand():
 
 def test_rotation_by_hand():
     """(x, y) turned by an angle a is (x cos a - y sin a, y cos a + x sin a)."""
-    angle = jnp.array([-0.3, 0.3]).reshape(1, 1, 1, 2, 1)
+    angle = jnp.array([0.3]).reshape(1, 1, 1, 1)
     turned = stack.rotate(jnp.array([[[[1.0, 2.0]]]]), (jnp.cos(angle), jnp.sin(angle)))
     expected = [math.cos(0.3) - 2 * math.sin(0.3), 2 * math.cos(0.3) + math.sin(0.3)]
     np.testing.assert_allclose(turned[0, 0, 0], expected, rtol=1e-6)
@@ -337,6 +337,13 @@ def test_layers_draw_different_dropout(scan_layers):
     states = np.asarray(model.hidden(params, some_tokens(2, 5), None, jax.random.key(3)))
     # With the same draw in both layers a row would hold two levels (0 and 4), with different ones three (0, 2 and 4).
     assert max(len(np.unique(row.round(4))) for row in states.reshape(-1, 8)) == 3
+
+
+def test_a_key_from_which_no_layer_draws_changes_no_program():
+    model, (_, params) = models.build(CONFIG), tiny()
+    program = jax.make_jaxpr(lambda key: model.hidden(params, some_tokens(1, 3), None, key))
+    with_key, without = ([eqn.primitive for eqn in program(key).eqns] for key in (jax.random.key(0), None))
+    assert with_key == without
 
 
 def test_a_seed_draws_the_numbers_that_it_always_drew():

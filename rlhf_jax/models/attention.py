@@ -122,16 +122,14 @@ def implementation(config: Any, queries: int, keys: int, drops: bool) -> str:
     return "blockwise" if drops or queries != keys else name
 
 
-def attention(
-    query: Array, key: Array, value: Array, seen: Seen, scale: Number, drop: Drop = None, first: int | None = None
-) -> Array:
+def attention(query: Array, key: Array, value: Array, seen: Seen, drop: Drop = None, first: int | None = None) -> Array:
     """Scaled dot-product attention; scores and softmax in float32 whatever the inputs' dtype.
 
     Args:
-        query: [B, H, G, t, Dh]: G queries share a head of keys (Ainslie et al. 2023), which is never repeated.
+        query: [B, H, G, t, Dh], times the scale: G queries share a head of keys (Ainslie et al. 2023), which is never
+            repeated.
         key, value: [B, H, S, Dh].
         seen: who sees whom.
-        scale: [] factor of the scores.
         drop: PRNG key and rate at which attention weights are dropped, or None.
         first: place among the keys of the first query's own, if the others' follow it: the first half of the queries
             then leaves out the keys that come later. None: not known.
@@ -145,15 +143,14 @@ def attention(
         end = first + half
         early = seen._replace(mask=mask[:, :, :half, :end])
         first_half, second_half = jnp.split(query, [half], axis=3)  # whose gradient is one copy: slices' are padded
-        earlier = attention(first_half, key[:, :, :end], value[:, :, :end], early, scale)
-        later = attention(second_half, key, value, seen._replace(mask=mask[:, :, half:]), scale)
+        earlier = attention(first_half, key[:, :, :end], value[:, :, :end], early)
+        later = attention(second_half, key, value, seen._replace(mask=mask[:, :, half:]))
         return jnp.concatenate([earlier, later], axis=3)
     # The mask is added and the sum divided by at the end: XLA then touches the scores half as often as by softmax. It
-    # copies them for an axis of one group, and to scale them: in float32 the queries are scaled.
-    shape, is_exact = query.shape, query.dtype == jnp.float32
-    rows = (query * scale if is_exact else query).reshape(*shape[:2], -1, shape[4])  # [B, H, G t, Dh]
+    # copies them for an axis of one group.
+    shape = query.shape
+    rows = query.reshape(*shape[:2], -1, shape[4])  # [B, H, G t, Dh]
     scores = jnp.einsum("bhtd,bhsd->bhts", rows, key, preferred_element_type=jnp.float32)
-    scores = scores if is_exact else scores * scale
     scores += jnp.tile(jnp.where(mask, 0.0, MASKED), (1, 1, shape[2], 1))
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
@@ -167,7 +164,7 @@ def attention(
     return (mixed[:, :, : rows.shape[2]] / total).astype(value.dtype).reshape(shape)
 
 
-def blockwise(query: Array, key: Array, value: Array, seen: Seen, scale: Number, drop: Drop = None) -> Array:
+def blockwise(query: Array, key: Array, value: Array, seen: Seen, drop: Drop = None) -> Array:
     """``attention``, one block of queries after another: the scores of one block lie in memory, in the backward too.
 
     Each block is computed again in the backward pass (Rabe and Staats 2021). Other weights are dropped than by
@@ -184,7 +181,7 @@ def blockwise(query: Array, key: Array, value: Array, seen: Seen, scale: Number,
     def block(part: tuple[Array, Array, Array, Array]) -> Array:
         number, query, slots, documents = part
         ours = None if drop is None else (jax.random.fold_in(drop[0], number), drop[1])
-        return attention(query, key, value, seen._replace(slots=slots, documents=documents), scale, ours)
+        return attention(query, key, value, seen._replace(slots=slots, documents=documents), ours)
 
     parts = (jnp.arange(count), cut(query, 3), cut(seen.slots, 1), cut(seen.documents, 1))
     mixed = jnp.moveaxis(jax.lax.map(jax.checkpoint(block, prevent_cse=False), parts), 0, 3)

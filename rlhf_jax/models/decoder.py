@@ -99,7 +99,6 @@ class Decoder(stack.Transformer):
         return [getattr(self.config, "query_scalar", self.config.head_size) ** -0.5] * self.config.num_layers
 
     def rotation(self, positions: jax.Array, is_local: bool) -> Rotation:
-        by_half = np.array([[-1.0], [1.0]], np.float32) * frequencies(self.config, is_local)
-        angles = positions.astype(jnp.float32)[:, None, :, None, None] * by_half[None, None, None]
+        angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies(self.config, is_local)[None, None, None]
         # Looked up, they are computed once: XLA's CPU compiler would merge them into the kernels of every layer.
         return jnp.take(jnp.stack([jnp.cos(angles), jnp.sin(angles)]), jnp.arange(2), axis=0, mode="clip")

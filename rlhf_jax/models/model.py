@@ -56,6 +56,9 @@ def build(config: ModelConfig) -> Model:
     network: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
     module, unrolled = network(config), network(dataclasses.replace(config, scan_layers=False, remat=False))
 
+    # A key that no layer draws from is left out: with one, each layer would be traced for itself.
+    drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))
+
     # Compiled as a whole: operation by operation, a small model takes twice as long to start.
     @jax.jit
     def init(key: Array) -> Params:
@@ -69,7 +72,7 @@ def build(config: ModelConfig) -> Model:
         mask = jnp.ones(tokens.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, mask])
-        rngs = None if key is None else {"dropout": key}
+        rngs = {"dropout": key} if key is not None and drops else None
         states: Any = module.apply({"params": params}, tokens, mask, columns, rngs=rngs, method="hidden")
         return states
 

@@ -23,7 +23,7 @@ from rlhf_jax.models.norms import Norm
 from rlhf_jax.sharding import cut, parts
 from rlhf_jax.types import Params
 
-Rotation = Array  # the angles' cosines, then sines, negative for a head's first half: [2, B, 1, T, 2, Dh / 2] float32
+Rotation = Array  # cosines, then sines, of the angles: [2, B, 1, T, Dh / 2] float32
 View = tuple[Seen, Rotation | None]  # who sees whom, and how queries and keys are turned
 Views = tuple[View, ...]  # of all layers, or of those that see all and those with a window
 LayerCache = tuple[Array, Array]  # keys [B, H, Dh, S], as one query's product reads them, and values [B, H, S, Dh]
@@ -107,8 +107,8 @@ class Dense(nn.DenseGeneral):
 
 def rotate(x: Array, rotation: Rotation) -> Array:
     """[B, H, T, Dh] turned by its positions (Su et al. 2021), in float32; the dtype is kept."""
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
-    return (halves * rotation[0] + halves[..., ::-1, :] * rotation[1]).reshape(x.shape).astype(x.dtype)
+    (first, second), (cosine, sine) = jnp.split(x.astype(jnp.float32), 2, axis=-1), rotation
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1).astype(x.dtype)
 
 
 def pick(x: Array, columns: Columns, axis: int) -> Array:
@@ -143,8 +143,10 @@ class Attention(nn.Module):
     ) -> tuple[Array, LayerCache | None]:
         (seen, rotation), (scale, is_local), config = view, layer, self.config
         query, key, value = self.project(x)
+        dtype, query = query.dtype, query.astype(jnp.float32) * scale
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
+        query = query.astype(dtype)
         batch, heads, length, width = query.shape
         if cache is not None:
             start = 0 if index is None else index
@@ -165,10 +167,9 @@ class Attention(nn.Module):
                 first = None if isinstance(columns, Array) else first
                 compute = functools.partial(attention.attention, first=first)
             query, seen = pick(query, columns, axis=3), seen_at(seen, columns)
-            mixed = compute(query, key, value, seen, scale, drop)
+            mixed = compute(query, key, value, seen, drop)
         else:
             kernels = [functools.partial(attention.fused, name=name, window=window) for window in config.windows]
-            query = (query * scale).astype(query.dtype)
             whole = jax.lax.switch(jnp.int32(is_local), kernels, query, key, value, seen.key_documents)
             mixed = pick(whole, columns, axis=3)
         mixed = mixed.reshape(batch, heads, -1, width).transpose(0, 2, 1, 3)
