@@ -509,7 +509,7 @@ def test_the_gradients_written_out_are_the_derived_ones(rows, is_centred):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gemma_s_norm_by_hand_is_computed_in_float32_and_keeps_the_dtype(dtype):
     params, expected = {"params": {"scale": jnp.array([1.0, 0.0])}}, jnp.array([[2 * 3 / 12.5**0.5, 4 / 12.5**0.5]])
-    normed = norms.Norm(GEMMA).apply(params, jnp.array([[3.0, 4.0]], dtype))
+    normed = stack.Norm(GEMMA).apply(params, jnp.array([[3.0, 4.0]], dtype))
     np.testing.assert_allclose(normed, expected.astype(dtype), rtol=1e-6)
 
 

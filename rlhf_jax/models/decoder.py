@@ -14,8 +14,7 @@ import numpy as np
 
 from rlhf_jax.models import stack
 from rlhf_jax.models.config import DecoderConfig, Gemma3TextConfig
-from rlhf_jax.models.norms import Norm
-from rlhf_jax.models.stack import ACTIVATIONS, Dense, Rotation
+from rlhf_jax.models.stack import ACTIVATIONS, Dense, Norm, Rotation
 
 
 def _dense(config: DecoderConfig, features: int, use_bias: bool) -> Dense:

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.models import stack
 from rlhf_jax.models.config import GPT2Config
-from rlhf_jax.models.norms import Norm
-from rlhf_jax.models.stack import ACTIVATIONS, Dense
+from rlhf_jax.models.stack import ACTIVATIONS, Dense, Norm
 from rlhf_jax.sharding import parts
 
 

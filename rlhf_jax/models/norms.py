@@ -3,12 +3,9 @@
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-
-from rlhf_jax.models.config import GPT2Config, ModelConfig
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -52,18 +49,3 @@ def _backward(epsilon: float, saved: tuple[Any, ...], grad: Array) -> tuple[Arra
 
 
 norm.defvjp(_normed, _backward)
-
-
-class Norm(nn.Module):
-    """GPT-2's layer norm, with parameters "scale" and "bias", or the decoders' RMSNorm, with "scale" alone."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        config, initial, shape = self.config, nn.initializers.constant, x.shape[-1:]
-        if isinstance(config, GPT2Config):
-            bias = self.param("bias", initial(0.0), shape)
-            return norm(x, self.param("scale", initial(1.0), shape), bias, config.layer_norm_epsilon)
-        scale = self.param("scale", initial(1.0 - config.norm_offset), shape).astype(jnp.float32)
-        return norm(x, config.norm_offset + scale if config.norm_offset else scale, None, config.rms_norm_epsilon)

@@ -1,4 +1,4 @@
-"""What the families share: linear layers, attention with a cache, residual blocks, and the model around them.
+"""What the families share: linear layers, norms, attention with a cache, residual blocks, and the model around them.
 
 A family gives a ``Transformer`` its embedding, blocks and final norm; see gpt2.py, decoder.py. Parameters are {"wte",
 "h_0", ..., "ln_f", ...}, or one "h" with a leading [L] axis under ``scan_layers``. Dropout acts where a "dropout" key
@@ -18,8 +18,8 @@ from jax import Array
 
 from rlhf_jax.models import attention
 from rlhf_jax.models.attention import Number, Seen
-from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.norms import Norm
+from rlhf_jax.models.config import GPT2Config, ModelConfig
+from rlhf_jax.models.norms import norm
 from rlhf_jax.sharding import cut, parts
 from rlhf_jax.types import Params
 
@@ -91,7 +91,19 @@ def _dot(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
     return product(x, kernel.reshape(len(kernel), -1)).reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
-class Dense(nn.DenseGeneral):
+class Given(nn.Module):
+    """A module that takes the parameters it is given as they are.
+
+    Flax would compare their shapes with its initializers', which it traces for that: a quarter of all tracing.
+    """
+
+    @nn.nowrap
+    def param(self, name: str, *initial: Any, **how: Any) -> Any:
+        is_given = self.has_variable("params", name)
+        return self.get_variable("params", name) if is_given else super().param(name, *initial, **how)
+
+
+class Dense(Given, nn.DenseGeneral):
     """``nn.DenseGeneral``, plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``)."""
 
     dot_general: Any = _dot
@@ -103,6 +115,21 @@ class Dense(nn.DenseGeneral):
         adapter: list[Any] = [self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_scale")]
         x, a, b = promote_dtype(inputs, *adapter[:2], dtype=self.dtype)
         return out + jax.lax.stop_gradient(adapter[2]).astype(out.dtype) * _dot(cut(x @ a, "data", "fsdp"), b)
+
+
+class Norm(Given):
+    """GPT-2's layer norm, with parameters "scale" and "bias", or the decoders' RMSNorm, with "scale" alone."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, initial, shape = self.config, nn.initializers.constant, x.shape[-1:]
+        if isinstance(config, GPT2Config):
+            bias = self.param("bias", initial(0.0), shape)
+            return norm(x, self.param("scale", initial(1.0), shape), bias, config.layer_norm_epsilon)
+        scale = self.param("scale", initial(1.0 - config.norm_offset), shape).astype(jnp.float32)
+        return norm(x, config.norm_offset + scale if config.norm_offset else scale, None, config.rms_norm_epsilon)
 
 
 def rotate(x: Array, rotation: Rotation) -> Array:
