@@ -157,6 +157,34 @@ def test_rotation_by_hand():
     np.testing.assert_allclose(turned[0, 0, 0], expected, rtol=1e-6)
 
 
+def test_llama_from_its_definition():
+    """Touvron et al. 2023, in complex numbers: a head's halves are the parts of numbers that a position turns."""
+    model, params = tiny(dataclasses.replace(LLAMA, head_dim=4))
+    params, tokens = jax.tree.map(np.asarray, params), some_tokens(1, 6)
+    turns = np.exp(1j * np.arange(6)[:, None] * 10000.0 ** -np.array([0, 0.5]))[:, None]  # [T, 1, Dh / 2]
+
+    def normed(x, weights):
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * weights["scale"]
+
+    def turned(x):  # [T, H Dh] -> [T, H, Dh / 2]
+        first, second = np.split(x.reshape(6, -1, 4), 2, axis=-1)
+        return (first + 1j * second) * turns
+
+    x = params["wte"]["embedding"][tokens[0]]
+    for layer in (params["h_0"], params["h_1"]):
+        kernels = {name: part["kernel"] for name, part in (layer["attn"] | layer["mlp"]).items()}
+        query, key, value = (normed(x, layer["ln_1"]) @ kernels[f"{name}_proj"] for name in "qkv")
+        key, value = (np.repeat(part, 2, axis=1) for part in (turned(key), value.reshape(6, 2, 4)))
+        scores = np.einsum("thd,shd->hts", turned(query), key.conj()).real / 2
+        weights = np.exp(scores) * np.tri(6)
+        mixed = np.einsum("hts,shd->thd", weights / weights.sum(axis=-1, keepdims=True), value)
+        x = x + mixed.reshape(6, 16) @ kernels["o_proj"]
+        gate, up = (normed(x, layer["ln_2"]) @ kernels[f"{name}_proj"] for name in ("gate", "up"))
+        x = x + gate / (1 + np.exp(-gate)) * up @ kernels["down_proj"]
+    logits = normed(x, params["ln_f"]) @ params["lm_head"]["embedding"].T
+    np.testing.assert_allclose(model.apply(params, tokens)[0], logits, atol=1e-4)
+
+
 def test_grouped_heads_are_heads_whose_keys_are_shared():
     model, params = tiny(LLAMA)
     whole, _ = tiny(LLAMA, num_kv_heads=4)
@@ -230,6 +258,18 @@ def test_a_real_token_outside_the_vocabulary_gives_nan():
     tokens[0, 2] = CONFIG.vocab_size
     logits = model.apply(params, tokens)
     np.testing.assert_array_equal(np.isnan(logits[:, 2]).all(axis=-1), [True, False])
+
+
+@FAMILIES
+def test_samples_have_the_log_probs_of_the_full_forward(config):
+    """Also behind prompts that are padded on the left."""
+    (model, params), tokens = tiny(config), some_tokens(3, 5)
+    mask = (np.arange(5) >= np.array([[0], [2], [4]])).astype(np.int32)
+    how = sampling.SamplingConfig(4, eos_id=None, pad_id=0)
+    sampled = jax.jit(functools.partial(sampling.generate, model, config=how))(params, tokens, mask, jax.random.key(1))
+    scores = jax.nn.log_softmax(model.apply(params, sampled.tokens, sampled.attention_mask)[:, 4:-1])
+    expected = jnp.take_along_axis(scores, sampled.tokens[:, 5:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(sampled.log_probs[:, 5:], expected, atol=ATOL)
 
 
 @FAMILIES
