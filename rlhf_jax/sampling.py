@@ -143,8 +143,8 @@ def generate(
     """Samples a response to each prompt; stops when every row has ended.
 
     Args:
-        tokens, attention_mask: [B, P], prompts padded on the left alone, so that column P - 1 of every row is a real
-            token. A row whose mask is all zero is absent: it gets an empty response, and no other row waits for it.
+        tokens, attention_mask: [B, P], prompts padded on the left, so that column P - 1 of every row is a real token. A
+            row whose mask is all zero is absent: it gets an empty response, and no other row waits for it.
         row_ids: [B] int32, the data row of each prompt, which decides its randomness; None means 0..B-1.
         mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``: parameters that are cut over them are
             gathered once, before the first token); each part stops when its own rows have ended. What is cut over
@@ -203,7 +203,8 @@ def _sample_rows(
     num_rows, prompt_length = tokens.shape
     response_columns = ((0, 0), (0, config.max_new_tokens))
     prompt_mask = (attention_mask != 0).astype(jnp.int32)
-    num_real = jnp.sum(prompt_mask, axis=1)
+    counts = jnp.cumsum(prompt_mask, axis=1)
+    num_real = counts[:, -1]
     # Slots after the end of a row may count as keys: only columns past the end see them, and those are not used.
     key_mask = jnp.pad(prompt_mask, response_columns, constant_values=1)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
@@ -212,8 +213,7 @@ def _sample_rows(
     if prompt_length > 1:
         # The last prompt column is left to the loop, whose first step needs its logits. These are never read, so the
         # compiler drops the projection to the vocabulary.
-        positions = jnp.maximum(jnp.arange(prompt_length)[None] - (prompt_length - num_real)[:, None], 0)
-        _, cache = model.decode(params, tokens[:, :-1], positions[:, :-1], key_mask, cache, 0)
+        _, cache = model.decode(params, tokens[:, :-1], (counts - prompt_mask)[:, :-1], key_mask, cache, 0)
 
     def step(rows: _Rows, loop: _Loop) -> _Loop:
         index = prompt_length - 1 + loop.step

@@ -262,9 +262,9 @@ def test_a_real_token_outside_the_vocabulary_gives_nan():
 
 @FAMILIES
 def test_samples_have_the_log_probs_of_the_full_forward(config):
-    """Also behind prompts that are padded on the left."""
+    """Also behind prompts that are padded on the left, or have a hole."""
     (model, params), tokens = tiny(config), some_tokens(3, 5)
-    mask = (np.arange(5) >= np.array([[0], [2], [4]])).astype(np.int32)
+    mask = np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 1, 0, 1, 1]])
     how = sampling.SamplingConfig(4, eos_id=None, pad_id=0)
     sampled = jax.jit(functools.partial(sampling.generate, model, config=how))(params, tokens, mask, jax.random.key(1))
     scores = jax.nn.log_softmax(model.apply(params, sampled.tokens, sampled.attention_mask)[:, 4:-1])
