@@ -379,6 +379,12 @@ def test_layers_draw_different_dropout(scan_layers):
     assert max(len(np.unique(row.round(4))) for row in states.reshape(-1, 8)) == 3
 
 
+def test_a_parameter_of_another_shape_is_named():
+    (_, params), model = tiny(), models.build(dataclasses.replace(CONFIG, intermediate_size=6))
+    with pytest.raises(ValueError, match=r"parameter h_0/mlp/c_fc/kernel is \(8, 32\), this model's is \(8, 6\)"):
+        model.apply(params, some_tokens(1, 3))
+
+
 def test_a_key_from_which_no_layer_draws_changes_no_program():
     model, (_, params) = models.build(CONFIG), tiny()
     program = jax.make_jaxpr(lambda key: model.hidden(params, some_tokens(1, 3), None, key))

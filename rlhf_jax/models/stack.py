@@ -92,15 +92,19 @@ def _dot(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
 
 
 class Given(nn.Module):
-    """A module that takes the parameters it is given as they are.
+    """A module that compares the shapes of the parameters it is given with numbers.
 
-    Flax would compare their shapes with its initializers', which it traces for that: a quarter of all tracing.
+    Flax would compare them with its initializers', which it traces for that: a quarter of all tracing.
     """
 
     @nn.nowrap
     def param(self, name: str, *initial: Any, **how: Any) -> Any:
-        is_given = self.has_variable("params", name)
-        return self.get_variable("params", name) if is_given else super().param(name, *initial, **how)
+        if not self.has_variable("params", name):
+            return super().param(name, *initial, **how)
+        given: Any = self.get_variable("params", name)
+        if given.shape != (shape := tuple(initial[1])):
+            raise ValueError(f"parameter {'/'.join((*self.path, name))} is {given.shape}, this model's is {shape}")
+        return given
 
 
 class Dense(Given, nn.DenseGeneral):
