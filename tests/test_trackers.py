@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import time
 import types
 from unittest import mock
 
@@ -62,9 +63,10 @@ def track(folder, names, steps, resume_step=None):
                     tracker.alert(step, "KL explosion")
 
 
-def track_killed_run(folder, name):
+def track_killed_run(folder, name, seconds_between=0):
     """Killed in step 7; its checkpoint is step 4."""
     track(folder, [name], range(7))
+    time.sleep(seconds_between)
     track(folder, [name], range(5, 10), resume_step=4)
 
 
@@ -170,7 +172,8 @@ def test_w_and_b_itself_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    track_killed_run(tmp_path / "run", "wandb")
+    # W&B names an offline folder by the second of its start; two starts within one second share a folder.
+    track_killed_run(tmp_path / "run", "wandb", seconds_between=1)
     run_id = json.loads((tmp_path / "run" / "tracker.json").read_text())["id"]
     written = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(written) == 2
