@@ -120,7 +120,7 @@ class _Rows(NamedTuple):
 class _Loop(NamedTuple):
     """What one token changes."""
 
-    step: jax.Array  # [] int32, how many tokens each row has been given
+    column: jax.Array  # [] int32, of the last token
     tokens: jax.Array  # [B, T]
     log_probs: jax.Array  # [B, T]
     lengths: jax.Array  # [B] response tokens so far
@@ -215,28 +215,31 @@ def _sample_rows(
         # compiler drops the projection to the vocabulary.
         _, cache = model.decode(params, tokens[:, :-1], (counts - prompt_mask)[:, :-1], key_mask, cache, 0)
 
+    # Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in fewer rounds.
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1, allow_negative_indices=False)
+
     def step(rows: _Rows, loop: _Loop) -> _Loop:
-        index = prompt_length - 1 + loop.step
-        last = jax.lax.dynamic_slice_in_dim(loop.tokens, index, 1, axis=1)  # [B, 1]
+        column = loop.column
+        last = jax.lax.dynamic_slice_in_dim(loop.tokens, column, 1, axis=1, allow_negative_indices=False)  # [B, 1]
         # An absent row has no real token; its position is kept inside the table.
-        positions = jnp.maximum(rows.num_real - 1 + loop.step, 0)[:, None]
-        logits, cache = model.decode(params, last, positions, rows.key_mask, loop.cache, index)
-        slot = rows.used + loop.step
+        positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
+        logits, cache = model.decode(params, last, positions, rows.key_mask, loop.cache, column)
+        slot = rows.used + (column + (1 - prompt_length))
         sampled, log_probs = _sample(logits[:, 0], rows.keys, slot, config)
         sampled = jnp.where(loop.ended, config.pad_id, sampled)
         log_probs = jnp.where(loop.ended, 0.0, log_probs)
-        ended = jnp.isin(sampled, jnp.asarray(config.eos_ids)) | (slot + 1 == config.max_new_tokens)
+        ended = jnp.isin(sampled, jnp.asarray(config.eos_ids)) | (slot == config.max_new_tokens - 1)
         return _Loop(
-            step=loop.step + 1,
-            tokens=jax.lax.dynamic_update_slice_in_dim(loop.tokens, sampled[:, None], index + 1, axis=1),
-            log_probs=jax.lax.dynamic_update_slice_in_dim(loop.log_probs, log_probs[:, None], index + 1, axis=1),
+            column=column + 1,
+            tokens=write(loop.tokens, sampled[:, None], column + 1),
+            log_probs=write(loop.log_probs, log_probs[:, None], column + 1),
             lengths=loop.lengths + jnp.where(loop.ended, 0, 1),
             ended=loop.ended | ended,
             cache=cache,
         )
 
     start = _Loop(
-        step=jnp.zeros((), jnp.int32),
+        column=jnp.asarray(prompt_length - 1, jnp.int32),
         tokens=jnp.pad(tokens, response_columns, constant_values=config.pad_id),
         log_probs=jnp.zeros(key_mask.shape, jnp.float32),
         lengths=jnp.zeros((num_rows,), jnp.int32),

@@ -239,6 +239,32 @@ def test_cudnn_is_lowered_for_cuda(monkeypatch):
     assert not SCORES.search(text)
 
 
+def dots(function, *arrays):
+    return str(jax.make_jaxpr(function)(*arrays)).count("dot_general[")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_scores_of_one_query_as_a_sum(groups):
+    """They are those of the product, and only the values' product is left; queries that share keys have theirs."""
+    query, key, value = inputs(groups=groups)
+    seen = attention.seen_in_cache(jnp.ones((2, 7), jnp.int32).at[0, :3].set(0), 5, 1)
+    product, summed = (functools.partial(attention.attention, seen=seen, summed=is_sum) for is_sum in (False, True))
+    arrays = (query[..., 5:6, :], key, value)
+    np.testing.assert_allclose(summed(*arrays), product(*arrays), atol=1e-6)
+    assert (dots(product, *arrays), dots(summed, *arrays)) == (2, 1 if groups == 1 else 2)
+
+
+def test_scores_of_one_query_are_summed_in_float32():
+    query = jnp.ones((1, 1, 1, 1, 2), jnp.bfloat16)
+    key = jnp.array(
+        [[[[100, 0.25], [100, 0]]]], jnp.bfloat16
+    )  # scores 100.25, which bfloat16 has no number for, and 100
+    value = jnp.array([[[[1.0, 0.0], [0.0, 0.0]]]])
+    seen = attention.seen_in_cache(jnp.ones((1, 2)), 1, 1)
+    mixed = attention.attention(query, key, value, seen, summed=True)
+    np.testing.assert_allclose(mixed[0, 0, 0, 0, 0], 1 / (1 + np.exp(-0.25)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("first", [0, 3])
 def test_the_first_half_of_the_queries_leaves_out_later_keys(first):
     """The same values and gradients as with all keys, for fewer scores; of all queries, or of the last ones."""

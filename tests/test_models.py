@@ -311,7 +311,16 @@ def loop_over_tokens(config, **changes):
     return jax.eval_shape(model.for_decoding, params), loop.params["body_jaxpr"].jaxpr
 
 
-def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight():
+def test_scanned_layers_decode_with_sums_in_place_of_one_query_s_products():
+    scanned, unrolled = (str(loop_over_tokens(CONFIG, scan_layers=scan)[1]) for scan in (True, False))
+    score = "f32[1,2,1,7] = dot_general["  # of the one row's two heads, its one query and seven slots
+    assert (unrolled.count(score), scanned.count(score)) == (2, 0)
+    assert unrolled.count("dot_general[") - scanned.count("dot_general[") == 2
+
+
+def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a CPU's loop has sums, as above
+    jax.clear_caches()
     for config in (LLAMA, CONFIG):
         params, body = loop_over_tokens(config, scan_layers=True, compute_dtype="bfloat16")
         assert models.build(dataclasses.replace(config, scan_layers=True)).for_decoding(params) is params

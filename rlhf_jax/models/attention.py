@@ -101,7 +101,7 @@ def written(cache: Array, new: Array, index: Array | int, axis: int) -> Array:
     new, index = jax.lax.slice_in_dim(new, first, None, axis=axis).astype(cache.dtype), index + first
     start, count = index % size if isinstance(index, int) else jax.lax.rem(index, size), new.shape[axis]
     if count == 1 or (isinstance(start, int) and start + count <= size):
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=axis)
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=axis, allow_negative_indices=False)
     return cache.at[(slice(None),) * axis + ((start + jnp.arange(count)) % size,)].set(new)
 
 
@@ -122,7 +122,15 @@ def implementation(config: Any, queries: int, keys: int, drops: bool) -> str:
     return "blockwise" if drops or queries != keys else name
 
 
-def attention(query: Array, key: Array, value: Array, seen: Seen, drop: Drop = None, first: int | None = None) -> Array:
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    seen: Seen,
+    drop: Drop = None,
+    first: int | None = None,
+    summed: bool = False,
+) -> Array:
     """Scaled dot-product attention; scores and softmax in float32 whatever the inputs' dtype.
 
     Args:
@@ -133,6 +141,8 @@ def attention(query: Array, key: Array, value: Array, seen: Seen, drop: Drop = N
         drop: PRNG key and rate at which attention weights are dropped, or None.
         first: place among the keys of the first query's own, if the others' follow it: the first half of the queries
             then leaves out the keys that come later. None: not known.
+        summed: whether a CPU computes the scores of one query by a product and a sum: XLA then compiles no kernel for
+            each layer, but what it runs is slower.
 
     Returns:
         [B, H, G, t, Dh] in the dtype of ``value``; finite also for a query that sees nothing.
@@ -150,14 +160,18 @@ def attention(query: Array, key: Array, value: Array, seen: Seen, drop: Drop = N
     # copies them for an axis of one group.
     shape = query.shape
     rows = query.reshape(*shape[:2], -1, shape[4])  # [B, H, G t, Dh]
-    scores = jnp.einsum("bhtd,bhsd->bhts", rows, key, preferred_element_type=jnp.float32)
+    is_one = rows.shape[2] == 1 and jax.default_backend() == "cpu"
+    if is_one and summed:
+        scores = jnp.sum(rows.mT.astype(jnp.float32) * key.mT, axis=2, keepdims=True)
+    else:
+        scores = jnp.einsum("bhtd,bhsd->bhts", rows, key, preferred_element_type=jnp.float32)
     scores += jnp.tile(jnp.where(mask, 0.0, MASKED), (1, 1, shape[2], 1))
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
     if drop is not None:
         keep = jax.random.bernoulli(drop[0], 1.0 - drop[1], weights.shape)
         weights = jnp.where(keep, weights / (1.0 - drop[1]), 0.0)
-    if rows.shape[2] == 1 and jax.default_backend() == "cpu":
+    if is_one:
         # As two equal rows: of one, XLA would compile a kernel for each layer, and a slower one.
         weights = jnp.repeat(weights, 2, axis=2)
     mixed = jnp.einsum("bhts,bhsd->bhtd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)

@@ -54,7 +54,7 @@ class Model(NamedTuple):
 def build(config: ModelConfig) -> Model:
     """Builds the functions of a model."""
     network: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
-    module, unrolled = network(config), network(dataclasses.replace(config, scan_layers=False, remat=False))
+    module, unrolled = network(config), network(config, unrolled=True)
 
     # A key that no layer draws from is left out: with one, each layer would be traced for itself.
     drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))

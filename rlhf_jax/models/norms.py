@@ -25,7 +25,7 @@ def _mean(x: Array) -> Array:
 
 
 def _normed(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple[Array, tuple[Any, ...]]:
-    wide, rows = x.astype(jnp.float32), range(x.ndim - 1)
+    wide = x.astype(jnp.float32)
     mean = None if bias is None else _mean(wide)
     # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
     centred = wide if mean is None else wide - mean
@@ -33,15 +33,15 @@ def _normed(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple
     # RMSNorm's one mean is as fast as a sum, which XLA's CPU compiler puts into one kernel with the square.
     variance = jnp.mean(square, axis=-1, keepdims=True) if bias is None else _mean(square)
     inverse = jax.lax.rsqrt(variance + epsilon)
-    out = centred * inverse * jnp.expand_dims(scale, rows)
-    out = out if bias is None else out + jnp.expand_dims(bias, rows)
+    out = centred * inverse * jnp.broadcast_to(scale, x.shape)
+    out = out if bias is None else out + jnp.broadcast_to(bias, x.shape)
     return out.astype(x.dtype), (x, mean, inverse, scale)
 
 
 def _backward(epsilon: float, saved: tuple[Any, ...], grad: Array) -> tuple[Array, Array, Array | None]:
     x, mean, inverse, scale = saved
     grad, wide, rows = grad.astype(jnp.float32), x.astype(jnp.float32), tuple(range(x.ndim - 1))
-    normed, scaled = (wide if mean is None else wide - mean) * inverse, grad * jnp.expand_dims(scale, rows)
+    normed, scaled = (wide if mean is None else wide - mean) * inverse, grad * jnp.broadcast_to(scale, x.shape)
     across = normed * _mean(scaled * normed)  # what the mean square passes back, then the mean
     across = across if mean is None else across + _mean(scaled)
     x_grad = inverse * (scaled - across)

@@ -84,7 +84,7 @@ def _product_backward(saved: tuple[Array | None, Array | None], grad: Array) -> 
 product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
-def _dot(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+def _dot(x: Array, kernel: Array) -> Array:
     """x [..., D] times kernel [D, ...], whose last axes become one where no device holds a part of them."""
     if parts("tensor") > 1:
         return jnp.tensordot(x, kernel, 1)
@@ -107,17 +107,29 @@ class Given(nn.Module):
         return given
 
 
-class Dense(Given, nn.DenseGeneral):
-    """``nn.DenseGeneral``, plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``)."""
+class Dense(Given):
+    """x [..., D] times "kernel" [D, *features], plus "bias" [*features], in ``dtype``.
 
-    dot_general: Any = _dot
+    Plus ``lora_scale * (x @ lora_a) @ lora_b`` if these are given (``lora.attach``).
+    """
 
+    features: int | tuple[int, ...]
+    dtype: Any
+    kernel_init: Any
+    use_bias: bool = True
+
+    @nn.compact
     def __call__(self, inputs: Array) -> Array:
-        out = super().__call__(inputs)
+        features = self.features if isinstance(self.features, tuple) else (self.features,)
+        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], *features))
+        bias = self.param("bias", nn.initializers.zeros, features) if self.use_bias else None
+        x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        out = _dot(x, kernel)
+        out = out if bias is None else out + jnp.broadcast_to(bias, out.shape)  # one operation, by numpy's rules four
         if not self.has_variable("params", "lora_a"):
             return out
         adapter: list[Any] = [self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_scale")]
-        x, a, b = promote_dtype(inputs, *adapter[:2], dtype=self.dtype)
+        a, b = promote_dtype(*adapter[:2], dtype=self.dtype)
         return out + jax.lax.stop_gradient(adapter[2]).astype(out.dtype) * _dot(cut(x @ a, "data", "fsdp"), b)
 
 
@@ -196,7 +208,7 @@ class Attention(nn.Module):
             if name == "xla":
                 first = (columns.start if isinstance(columns, slice) else 0) if key.shape[2] == length else None
                 first = None if isinstance(columns, Array) else first
-                compute = functools.partial(attention.attention, first=first)
+                compute = functools.partial(attention.attention, first=first, summed=config.scan_layers)
             query, seen = pick(query, columns, axis=3), seen_at(seen, columns)
             mixed = compute(query, key, value, seen, drop)
         else:
@@ -246,6 +258,7 @@ class Transformer(nn.Module):
     """
 
     config: Any
+    unrolled: bool = False  # layer after layer, none computed again, whatever the config says: for ``decode``
 
     def rotation(self, positions: Array, is_local: bool) -> Rotation | None:
         """How queries and keys are turned at [B, T] positions; None without rotary positions."""
@@ -303,7 +316,7 @@ class Transformer(nn.Module):
     ) -> tuple[Array, Cache]:
         """Writes [B, t] tokens to slots index, ..., index + t - 1 and returns their logits [B, t, V]."""
         views = self.views(positions, functools.partial(attention.seen_in_cache, key_mask, index, tokens.shape[1]))
-        real = jax.lax.dynamic_slice_in_dim(key_mask, index, tokens.shape[1], axis=1) != 0
+        real = jax.lax.dynamic_slice_in_dim(key_mask, index, tokens.shape[1], axis=1, allow_negative_indices=False) != 0
         x = self.embed(tokens, positions, real)
         start = None if isinstance(index, int) and index == 0 else jnp.asarray(index)
         written = []
@@ -329,10 +342,10 @@ def _padded(rows: Array) -> Array:
 
 def layers(model: Transformer, block: Any) -> Any:
     """The layers of a model: a list of ``block``, or under ``scan_layers`` one module with parameters [L, ...]."""
-    config = model.config
+    config, is_scanned = model.config, model.config.scan_layers and not model.unrolled
     # Inside a scan nothing can be merged with the forward pass, so the barrier against that is not needed.
-    again = nn.remat(block, prevent_cse=not config.scan_layers) if config.remat else block
-    if not config.scan_layers:
+    again = nn.remat(block, prevent_cse=not is_scanned) if config.remat and not model.unrolled else block
+    if not is_scanned:
         # Traced once for all layers of one scale and view; where numbers are drawn, nn.jit would draw others.
         is_drawn = model.is_initializing() or model.has_rng("dropout")
         again = again if is_drawn else nn.jit(again, static_argnums=3)
