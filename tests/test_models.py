@@ -314,7 +314,10 @@ def loop_over_tokens(config, **changes):
 def test_scanned_layers_decode_with_sums_in_place_of_one_query_s_products():
     scanned, unrolled = (str(loop_over_tokens(CONFIG, scan_layers=scan)[1]) for scan in (True, False))
     score = "f32[1,2,1,7] = dot_general["  # of the one row's two heads, its one query and seven slots
+    mixed = "f32[1,2,2,4] = dot_general["  # of the weights, twice, and the values
     assert (unrolled.count(score), scanned.count(score)) == (2, 0)
+    assert unrolled.count(mixed) == scanned.count(mixed) == 2
+    assert scanned == str(loop_over_tokens(CONFIG, scan_layers=True, remat=True)[1])
     assert unrolled.count("dot_general[") - scanned.count("dot_general[") == 2
 
 
