@@ -685,6 +685,8 @@ def _hint(key: str, root: type, flags: bool = False) -> str:
     close = difflib.get_close_matches(name.replace("-", "_"), inside, n=1) or [k for k in inside if k[:4] == name[:4]]
     meant = [f"{section}.{other}".lstrip(".") for other in close]
     meant = meant or [other for other in _keys(root) if other.rpartition(".")[2] == name][:3]
+    if not meant and not inside:  # of a setting that has no keys, or of nothing: what stands before the dot is meant
+        return _hint(section, root, flags)
     if not meant:
         return f"the keys {f'of {section} ' if section else ''}are {', '.join(inside)}"
     return f"did you mean {' or '.join('--' + other.replace('_', '-') if flags else other for other in meant)}?"

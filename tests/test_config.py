@@ -157,6 +157,8 @@ SECTIONS = ("ppo", "sft.optimizer", "rl.top_k")
         (["--top-k", "3"], "unknown flag --top-k; did you mean --rl.top-k?"),
         (["--sft.opt.b1", "3"], "unknown flag --sft.opt.b1; did you mean --sft.optimizer.b1 or "),
         (["--lora.zzz"], "unknown flag --lora.zzz; the keys of lora are rank, alpha, match"),
+        (["--data.train"], "unknown flag --data.train; did you mean --data?"),
+        (["--zzz.yyy"], "unknown flag --zzz.yyy; the keys are data, columns"),
         (["tiny"], "unexpected 'tiny'; flags begin with --"),
         (
             ["--checkpoint-async", "True"],
