@@ -22,7 +22,7 @@ PROMPTS = PRESETS["char-small"]._replace(response=0)
 def row(preset: Preset, slots: int, ids: int, calls: int = 11) -> list[Any]:
     """Share of the slots that is filled, then milliseconds of a call and CPU seconds to compile, each twice."""
     model = models.build(preset.model)
-    weights = model.for_decoding(model.init(jax.random.key(0)))
+    weights = model.init(jax.random.key(0))
     prompts = jax.random.randint(jax.random.key(1), (preset.batch, preset.prompt), 2, preset.model.vocab_size)
     programs: list[Any] = []
     compile_s: list[float] = []

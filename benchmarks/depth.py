@@ -4,12 +4,12 @@
     python benchmarks/depth.py --family Qwen2    # of families.py, whose heads share keys
 
 The preset ``char-small``, a GPT-2, with 4 rows. Programs are compiled without a cache. All times are CPU seconds of
-this process, which other programs disturb little; a step is the least of three. "each token" slices the weights inside
-the loop over tokens, which a loop over layers there would do too.
+this process, which other programs disturb little; a step is the least of three.
 """
 
 import argparse
 import dataclasses
+import itertools
 import time
 from typing import Any
 
@@ -17,11 +17,10 @@ import jax
 from families import CONFIGS
 from steps import PRESETS, work
 
-from rlhf_jax import models
 from rlhf_jax.models.config import ModelConfig
 
 LAYERS = (2, 12, 24)
-KINDS = ("unrolled", "scanned", "scanned, sliced for each token")
+KINDS = ("unrolled", "scanned")
 
 
 def row(name: Any, config: ModelConfig, layers: int, kind: str) -> list[str]:
@@ -29,11 +28,8 @@ def row(name: Any, config: ModelConfig, layers: int, kind: str) -> list[str]:
     preset = PRESETS["char-small"]
     model = dataclasses.replace(config, num_layers=layers, scan_layers=kind != KINDS[0])
     timed = work(name, preset._replace(model=model, batch=4))
-    built, params = models.build(model), models.build(model).init(jax.random.key(0))
     jax.clear_caches()
     started = time.process_time()
-    if name == "rollout":  # in a run the layers are taken apart by a program of its own
-        jax.block_until_ready(built.for_decoding(params))
     compiled = timed.compile()
     seconds, carry = [time.process_time() - started], timed.carry
     for _ in range(4):
@@ -50,12 +46,8 @@ def main() -> None:
     family = parser.parse_args().family
     config = CONFIGS[family] if family else PRESETS["char-small"].model
     jax.config.update("jax_enable_compilation_cache", False)
-    build = models.build
     print("| program | layers | kind | instructions | CPU s to compile | CPU s of a call |\n|---|---|---|---|---|---|")
-    for name, kind in [("sft", KINDS[0]), ("sft", KINDS[1]), *(("rollout", kind) for kind in KINDS)]:
-        models.build = lambda config, kind=kind: build(config)._replace(
-            **({"for_decoding": lambda params: params} if kind == KINDS[2] else {})
-        )
+    for name, kind in itertools.product(("sft", "rollout"), KINDS):
         for layers in LAYERS:
             print("|", " | ".join([name, str(layers), kind, *row(name, config, layers, kind)]), "|", flush=True)
 

@@ -149,7 +149,7 @@ def _rl_work(
 
     sampled_tokens = preset.batch * preset.response
     if name == "rollout":
-        data = phases.sampler(loop, functions, recipe=recipe), prompts
+        data = phases.sampler(loop, functions.base), prompts
         return Work(sample, prompts.row_ids, data, sampled_tokens, preset.model.num_layers)
     if name == "iteration":
         return Work(iterate, loop, (functions, prompts), sampled_tokens, preset.model.num_blocks)

@@ -174,7 +174,9 @@ def generate(
         slots = f"prompt length {prompt_length} + max_new_tokens {config.max_new_tokens} = {length}"
         raise ValueError(f"{slots} is more than the model's max_length {max_length}")
     used = jnp.zeros(num_rows, jnp.int32) if used is None else used
-    params = getattr(model, "for_decoding", lambda params: params)(params)  # once, not for each token
+    decoding = getattr(model, "for_decoding", lambda params: params)(params)  # once, not for each token
+    # The prompt's pass reads them as they were: that compiles faster. A mesh that cuts them gathers each of them once.
+    weights = (decoding,) if mesh is not None and sharding.is_cut(mesh) else (params, decoding)
     sample_rows = functools.partial(_sample_rows, model, config)
     if mesh is not None:
         rows, replicated = sharding.rows(mesh).spec, PartitionSpec()
@@ -187,13 +189,13 @@ def generate(
             axis_names={"data", "fsdp"} & {"data", *mesh.axis_names},
             check_vma=False,
         )
-    return sample_rows(params, tokens, attention_mask, key, row_ids, used)
+    return sample_rows(weights, tokens, attention_mask, key, row_ids, used)
 
 
 def _sample_rows(
     model: CachedModel,
     config: SamplingConfig,
-    params: Params,
+    weights: tuple[Params, ...],
     tokens: jax.Array,
     attention_mask: jax.Array,
     key: jax.Array,
@@ -213,7 +215,7 @@ def _sample_rows(
     if prompt_length > 1:
         # The last prompt column is left to the loop, whose first step needs its logits. These are never read, so the
         # compiler drops the projection to the vocabulary.
-        _, cache = model.decode(params, tokens[:, :-1], (counts - prompt_mask)[:, :-1], key_mask, cache, 0)
+        _, cache = model.decode(weights[0], tokens[:, :-1], (counts - prompt_mask)[:, :-1], key_mask, cache, 0)
 
     # Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in fewer rounds.
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1, allow_negative_indices=False)
@@ -223,7 +225,7 @@ def _sample_rows(
         last = jax.lax.dynamic_slice_in_dim(loop.tokens, column, 1, axis=1, allow_negative_indices=False)  # [B, 1]
         # An absent row has no real token; its position is kept inside the table.
         positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
-        logits, cache = model.decode(params, last, positions, rows.key_mask, loop.cache, column)
+        logits, cache = model.decode(weights[-1], last, positions, rows.key_mask, loop.cache, column)
         slot = rows.used + (column + (1 - prompt_length))
         sampled, log_probs = _sample(logits[:, 0], rows.keys, slot, config)
         sampled = jnp.where(loop.ended, config.pad_id, sampled)

@@ -59,7 +59,7 @@ def num_parts(mesh: Mesh) -> int:
 
 def is_cut(mesh: Mesh) -> bool:
     """Whether parameters are cut, so that no device need hold all of them."""
-    return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+    return mesh.shape.get("fsdp", 1) * mesh.shape.get("tensor", 1) > 1
 
 
 def shard_rows(mesh: Mesh, batch: Tree) -> Tree:

@@ -69,8 +69,9 @@ def test_a_folder_may_name_several_eos_ids(folders, generations, tmp_path):
         path = tmp_path / "policy" / f"{file}.json"
         path.write_text(json.dumps((json.loads(path.read_text()) if file == "config" else {}) | content))
         policy = LanguageModel.load(tmp_path / "policy")
-        sampled = initial.sampling_config(RLStage(compact=True), policy.tokenizer)
-        assert sampled.compact
+        drawn = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.25, "compact": True}
+        sampled = initial.sampling_config(RLStage(**drawn, allow_truncated_sampling=True), policy.tokenizer)
+        assert sampled == sampling.SamplingConfig(**drawn, eos_id=policy.tokenizer.eos_ids, pad_id=0)
         assert (policy.tokenizer.eos_ids, sampled.eos_ids) == ((1, *others), (1, *others))
         policy.save(tmp_path / "again", template="{prompt}", config=sampled)
         written = json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from rlhf_jax import models, sampling
+from rlhf_jax import models, sampling, sharding
 from rlhf_jax.models import attention, decoder, norms, stack
 
 CONFIG = models.GPT2Config(vocab_size=13, max_length=10, hidden_size=8, num_layers=2, num_heads=2)
@@ -282,12 +282,13 @@ def test_decoding_equals_the_full_forward(config, scan_layers):
     expected = np.asarray(model.apply(params, tokens, mask))
     positions = np.asarray(attention.positions(jnp.asarray(mask)))
     cache, pieces = model.init_cache(3, 9), []
-    decode, first_decode = jax.jit(model.decode), jax.jit(functools.partial(model.decode, index=0))
+    decode, decode_at = jax.jit(model.decode), lambda **index: jax.jit(functools.partial(model.decode, **index))
     # Slots not written yet are marked as real: only what lies at or before the query may be seen.
     key_mask = np.concatenate([mask, np.ones((3, 1), int)], axis=1)
     for first, last in ((0, 4), (4, 6), (6, 7), (7, 8)):
         arguments = (params, tokens[:, first:last], positions[:, first:last], key_mask, cache)
-        logits, cache = decode(*arguments, first) if first else first_decode(*arguments)
+        is_array = first in (4, 7)
+        logits, cache = decode(*arguments, first) if is_array else decode_at(index=first)(*arguments)
         pieces.append(logits)
     decoded = np.concatenate(pieces, axis=1)
     np.testing.assert_allclose(decoded[mask == 1], expected[mask == 1], atol=ATOL)
@@ -298,36 +299,60 @@ def test_decoding_equals_the_full_forward(config, scan_layers):
     np.testing.assert_allclose(unrolled.apply(its_params, tokens, mask)[mask == 1], expected[mask == 1], atol=ATOL)
 
 
+def sampler_of(model, mesh=None):
+    """The program that samples from a model."""
+    settings = sampling.SamplingConfig(max_new_tokens=3, eos_id=1, pad_id=0)
+    prompts, key = jax.ShapeDtypeStruct((2, 4), jnp.int32), jax.random.key(0)
+    sample = functools.partial(sampling.generate, model, key=key, config=settings, mesh=mesh)
+    return jax.make_jaxpr(sample)(jax.eval_shape(model.init, key), prompts, prompts)
+
+
 def loop_over_tokens(config, **changes):
     """The parameters given to the sampler's loop, and the program of one token."""
     model = models.build(dataclasses.replace(config, **changes))
-    settings = sampling.SamplingConfig(max_new_tokens=3, eos_id=1, pad_id=0)
-    prompts, key = jax.ShapeDtypeStruct((1, 4), jnp.int32), jax.random.key(0)
-    params = jax.eval_shape(model.init, key)
-    program = jax.make_jaxpr(lambda *args: sampling.generate(model, *args, key, config=settings))(
-        params, prompts, prompts
-    )
-    (loop,) = (step for step in program.eqns if step.primitive.name == "while")
+    (loop,) = (step for step in sampler_of(model).eqns if step.primitive.name == "while")
+    params = jax.eval_shape(model.init, jax.random.key(0))
     return jax.eval_shape(model.for_decoding, params), loop.params["body_jaxpr"].jaxpr
 
 
-def test_scanned_layers_decode_with_sums_in_place_of_one_query_s_products():
-    scanned, unrolled = (str(loop_over_tokens(CONFIG, scan_layers=scan)[1]) for scan in (True, False))
-    score = "f32[1,2,1,7] = dot_general["  # of the one row's two heads, its one query and seven slots
-    mixed = "f32[1,2,2,4] = dot_general["  # of the weights, twice, and the values
-    assert (unrolled.count(score), scanned.count(score)) == (2, 0)
-    assert unrolled.count(mixed) == scanned.count(mixed) == 2
-    assert scanned == str(loop_over_tokens(CONFIG, scan_layers=True, remat=True)[1])
-    assert unrolled.count("dot_general[") - scanned.count("dot_general[") == 2
+@pytest.mark.parametrize("num_layers", [11, 12])
+def test_deep_models_decode_with_sums_in_place_of_one_query_s_products(num_layers):
+    loop = str(loop_over_tokens(CONFIG, num_layers=num_layers)[1])
+    score = "f32[2,2,1,7] = dot_general["  # of two rows' two heads, their one query and seven slots
+    mixed = "f32[2,2,2,4] = dot_general["  # of the weights, twice, and the values
+    # Two layers are written out: the last, and what the others share.
+    assert (loop.count(score), loop.count(mixed)) == ({11: 2, 12: 0}[num_layers], 2)
+    # A layer's others: four of the means, four of the kernels; then the last norm's means and the table.
+    assert loop.count("dot_general[") == loop.count(score) + 2 * 9 + 3
 
 
-def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a CPU's loop has sums, as above
-    jax.clear_caches()
+@pytest.mark.parametrize("config", [CONFIG, LLAMA, GEMMA], ids=lambda config: type(config).__name__)
+def test_a_prompt_goes_through_scanned_layers_as_one_program(config):
+    """Not on a mesh that cuts weights: it would gather stacked ones beside those that decode."""
+    model = models.build(dataclasses.replace(config, scan_layers=True))
+    meshes = None, sharding.make_mesh(1), sharding.make_mesh(1, 2)
+    assert [str(sampler_of(model, mesh)).count("= scan[") for mesh in meshes] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("number", [-3.0, jnp.nan, jnp.inf])
+@pytest.mark.parametrize("num_layers", [1, 2, 5])
+def test_layers_are_taken_apart_by_one_kernel_for_all(num_layers, number):
+    stacked = {"a": jnp.arange(num_layers * 6.0).reshape(num_layers, 2, 3) - 5, "b": jnp.full(num_layers, number)}
+    program = jax.jit(stack.apart).lower(stacked).compile()
+    layers = program(stacked)
+    assert len(layers) == num_layers
+    for i, layer in enumerate(layers):
+        jax.tree.map(np.testing.assert_array_equal, layer, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+    # XLA knows none of the numbers: it would make a slice of a place that it knows.
+    assert program.as_text().count(" dynamic-slice(") == (2 * num_layers if num_layers > 1 else 0)
+
+
+def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight():
     for config in (LLAMA, CONFIG):
         params, body = loop_over_tokens(config, scan_layers=True, compute_dtype="bfloat16")
         assert models.build(dataclasses.replace(config, scan_layers=True)).for_decoding(params) is params
         assert str(body) == str(loop_over_tokens(config, compute_dtype="bfloat16")[1])
+        assert str(body) == str(loop_over_tokens(config, scan_layers=True, remat=True, compute_dtype="bfloat16")[1])
         leaves = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim > 1}
 
         def steps(jaxpr):

@@ -328,7 +328,7 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_the_sampler_gets_arrays_of_the_state_or_layers_taken_apart_once(scan_layers, config, tmp_path, monkeypatch):
+def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path, monkeypatch):
     calls, create = [], rl._Trainer.__init__
 
     def recording(name, phase):
@@ -336,19 +336,19 @@ def test_the_sampler_gets_arrays_of_the_state_or_layers_taken_apart_once(scan_la
 
     def init(trainer, *args):
         create(trainer, *args)
-        for name in ("_sampler", "_respond"):
-            setattr(trainer, name, recording(name, getattr(trainer, name)))
+        trainer._respond = recording("respond", trainer._respond)
 
     monkeypatch.setattr(rl._Trainer, "__init__", init)
+    monkeypatch.setattr(rl.phases, "sampler", recording("sampler", rl.phases.sampler))
     (tmp_path / "talk.py").write_text(TALK)
     talks = {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": 3, "max_new_tokens": 8}
     settings = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, **talks)
     compute = dataclasses.replace(config.compute, scan_layers=scan_layers)
     training.rl.run(dataclasses.replace(config, rl=settings, compute=compute), vpg)
-    weights = [policy for name, policy in calls if name == "_respond"]
-    assert all("h_0" in policy and "h" not in policy for policy in weights)
-    held = {id(leaf) for name, state in calls if name == "_sampler" for leaf in jax.tree.leaves(state)}
-    assert ({id(leaf) for leaf in jax.tree.leaves(weights)} <= held) == (not scan_layers)  # no copy
+    weights = [policy for name, policy in calls if name == "respond"]
+    assert all(("h" in policy) == scan_layers for policy in weights)
+    held = {id(leaf) for name, state in calls if name == "sampler" for leaf in jax.tree.leaves(state)}
+    assert {id(leaf) for leaf in jax.tree.leaves(weights)} <= held  # no copy
     assert len(weights) > 3 == len(calls) - len(weights)  # the trial of memory, then two iterations
 
 

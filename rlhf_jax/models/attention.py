@@ -17,6 +17,8 @@ MASKED = -1e30
 LONG = 512
 # Queries of a text from which the first half of them leaves out the keys of the second.
 HALF = 32
+# Layers from which the scores of one query are a product and a sum on a CPU.
+DEEP = 12
 # Scores of one head that "blockwise" holds at once: queries of a block x keys.
 BLOCK_SCORES = 2**16
 
@@ -95,7 +97,7 @@ def visible(seen: Seen) -> Array:
     return ((distance >= 0) & (distance < seen.window) & same)[:, None]
 
 
-def written(cache: Array, new: Array, index: Array | int, axis: int) -> Array:
+def written(cache: Array, new: Array, axis: int, index: Array | int) -> Array:
     """A cache with new keys or values at slots index, index + 1, ..., each modulo S; slots lie along ``axis``."""
     size, first = cache.shape[axis], max(new.shape[axis] - cache.shape[axis], 0)
     new, index = jax.lax.slice_in_dim(new, first, None, axis=axis).astype(cache.dtype), index + first

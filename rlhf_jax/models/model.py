@@ -54,7 +54,7 @@ class Model(NamedTuple):
 def build(config: ModelConfig) -> Model:
     """Builds the functions of a model."""
     network: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
-    module, unrolled = network(config), network(config, unrolled=True)
+    module, unrolled = network(config), network(dataclasses.replace(config, scan_layers=False, remat=False))
 
     # A key that no layer draws from is left out: with one, each layer would be traced for itself.
     drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))
@@ -83,15 +83,14 @@ def build(config: ModelConfig) -> Model:
     def apply(params: Params, tokens: Array, attention_mask: Array | None = None, key: Array | None = None) -> Array:
         return unembed(params, hidden(params, tokens, attention_mask, key))
 
-    def decode(
-        params: Params, tokens: Array, positions: Array, key_mask: Array, cache: Any, index: Any
-    ) -> tuple[Array, Any]:
+    def decode(params: Params, tokens: Array, positions: Array, key_mask: Array, cache: Any, index: Any) -> Any:
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, positions])
         chex.assert_trees_all_equal_shapes(cache, jax.eval_shape(lambda: stack.init_cache(config, *key_mask.shape)))
-        weights = {"params": stack.for_decoding(config, params)}
-        result: Any = unrolled.apply(weights, tokens, positions, key_mask, cache, index, method="decode")
-        return result
+        # A prompt goes through stacked layers as they are.
+        is_scanned = "h" in params and isinstance(index, int) and index == 0
+        network, weights = (module, params) if is_scanned else (unrolled, for_decoding(params))
+        return network.apply({"params": weights}, tokens, positions, key_mask, cache, index, method="decode")
 
     init_cache, for_decoding = partial(stack.init_cache, config), partial(stack.for_decoding, config)
     return Model(config, init, apply, hidden, unembed, init_cache, decode, for_decoding)

@@ -194,7 +194,7 @@ class Attention(nn.Module):
         if cache is not None:
             start = 0 if index is None else index
             held, new = (cache[0].mT, cache[1]), (key, value)
-            cache = attention.written(cache[0], key.mT, start, 3), attention.written(cache[1], value, start, 2)
+            cache = attention.written(cache[0], key.mT, 3, start), attention.written(cache[1], value, 2, start)
             if len(seen.key_slots) == cache[1].shape[2]:
                 key, value = cache[0].mT, cache[1]
             elif len(seen.key_slots) > length:  # a window's cache, which would lose what the first of these queries see
@@ -208,7 +208,9 @@ class Attention(nn.Module):
             if name == "xla":
                 first = (columns.start if isinstance(columns, slice) else 0) if key.shape[2] == length else None
                 first = None if isinstance(columns, Array) else first
-                compute = functools.partial(attention.attention, first=first, summed=config.scan_layers)
+                compute = functools.partial(
+                    attention.attention, first=first, summed=config.num_layers >= attention.DEEP
+                )
             query, seen = pick(query, columns, axis=3), seen_at(seen, columns)
             mixed = compute(query, key, value, seen, drop)
         else:
@@ -258,7 +260,6 @@ class Transformer(nn.Module):
     """
 
     config: Any
-    unrolled: bool = False  # layer after layer, none computed again, whatever the config says: for ``decode``
 
     def rotation(self, positions: Array, is_local: bool) -> Rotation | None:
         """How queries and keys are turned at [B, T] positions; None without rotary positions."""
@@ -292,16 +293,28 @@ class Transformer(nn.Module):
         places = attention.positions(attention_mask)
         x = self.embed(tokens, places, attention_mask != 0)
         views = self.views(places, functools.partial(attention.seen_in_text, attention_mask))
+        early = None if isinstance(columns, slice) and 8 * (columns.stop - columns.start) > 7 * x.shape[1] else columns
+        x, _ = self.through_layers(x, views, None, None, early)
+        return self.ln_f(x) if early is columns else pick(self.ln_f(x), columns, axis=1)
+
+    def through_layers(
+        self, x: Array, views: Views, cache: Cache | None, index: Array | None, columns: Columns
+    ) -> tuple[Array, Any]:
+        """[B, T, D] after the last layer, of the given columns alone, and the cache with keys and values of all."""
         scales, local = self.scales(), self.config.local_layers
         if self.config.scan_layers:
-            x, _ = self.h(x, views, (jnp.array(scales, jnp.float32), jnp.array(local)), None, None, None)
-            return self.ln_f(pick(x, columns, axis=1))
-        length = tokens.shape[1]
-        early = None if isinstance(columns, slice) and 8 * (columns.stop - columns.start) > 7 * length else columns
+            shape = len(scales), x.shape[0], self.config.kv_heads, x.shape[1], self.config.head_size
+            empty = cache and (jnp.zeros(shape, x.dtype).mT, jnp.zeros(shape, x.dtype))
+            x, new = self.h(x, views, (jnp.array(scales, jnp.float32), jnp.array(local)), empty, index, None)
+            axes = ((3, 2),) * len(scales)  # of the slots of keys and of values
+            filled = cache and jax.tree.map(functools.partial(attention.written, index=0), cache, apart(new), axes)
+            return pick(x, columns, axis=1), filled
+        written = []
         for i, block in enumerate(self.h):
-            read = early if i + 1 == len(self.h) else None
-            x, _ = block(x, (views[local[i]],), (scales[i], local[i]), None, None, read)
-        return self.ln_f(x) if early is columns else pick(self.ln_f(x), columns, axis=1)
+            held, read = cache and cache[i], columns if i + 1 == len(self.h) else None
+            x, held = block(x, (views[local[i]],), (scales[i], local[i]), held, index, read)
+            written.append(held)
+        return x, tuple(written)
 
     def unembed(self, hidden: Array) -> Array:
         """[..., D] -> [..., V] float32, inputs in the compute dtype."""
@@ -319,11 +332,8 @@ class Transformer(nn.Module):
         real = jax.lax.dynamic_slice_in_dim(key_mask, index, tokens.shape[1], axis=1, allow_negative_indices=False) != 0
         x = self.embed(tokens, positions, real)
         start = None if isinstance(index, int) and index == 0 else jnp.asarray(index)
-        written = []
-        for block, scale, local, held in zip(self.h, self.scales(), self.config.local_layers, cache, strict=True):
-            x, held = block(x, (views[local],), (scale, local), held, start, None)
-            written.append(held)
-        return self.unembed(self.ln_f(x)), tuple(written)
+        x, written = self.through_layers(x, views, cache, start, None)
+        return self.unembed(self.ln_f(x)), written
 
     def __call__(self, tokens: Array, attention_mask: Array) -> Array:
         return self.unembed(self.hidden(tokens, attention_mask))
@@ -342,10 +352,10 @@ def _padded(rows: Array) -> Array:
 
 def layers(model: Transformer, block: Any) -> Any:
     """The layers of a model: a list of ``block``, or under ``scan_layers`` one module with parameters [L, ...]."""
-    config, is_scanned = model.config, model.config.scan_layers and not model.unrolled
+    config = model.config
     # Inside a scan nothing can be merged with the forward pass, so the barrier against that is not needed.
-    again = nn.remat(block, prevent_cse=not is_scanned) if config.remat and not model.unrolled else block
-    if not is_scanned:
+    again = nn.remat(block, prevent_cse=not config.scan_layers) if config.remat else block
+    if not config.scan_layers:
         # Traced once for all layers of one scale and view; where numbers are drawn, nn.jit would draw others.
         is_drawn = model.is_initializing() or model.has_rng("dropout")
         again = again if is_drawn else nn.jit(again, static_argnums=3)
@@ -355,15 +365,23 @@ def layers(model: Transformer, block: Any) -> Any:
         again,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, 0, *[nn.broadcast] * 3),  # each layer has its own scale and view
+        in_axes=(nn.broadcast, 0, 0, *[nn.broadcast] * 2),  # each layer has its own scale, view and cache
         length=config.num_layers,
     )(config)
 
 
-@jax.jit
-def _layer(stacked: Params, number: Array | int) -> Params:
-    """One program for all layers where it is not part of a larger one."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), stacked)
+def apart(stacked: Any) -> tuple[Any, ...]:
+    """The layers of a tree of arrays [L, ...].
+
+    Their numbers are data: for constants XLA would compile a slice of each array of each layer by itself, for 24 layers
+    nine tenths of the time of a sampler.
+    """
+    smallest = min(jax.tree.leaves(stacked), key=jnp.size)
+    zeros = jnp.minimum(jnp.abs(smallest[(slice(2), *[0] * (smallest.ndim - 1))]), 0).astype(jnp.int32)
+    rows = tuple(zeros + i for i in range(len(smallest)))
+    numbers = jax.lax.reduce(rows, (jnp.int32(0),) * len(rows), functools.partial(jax.tree.map, jnp.maximum), (0,))
+    slice_at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+    return tuple(jax.tree.map(lambda leaf, i=i: slice_at(leaf, i), stacked) for i in numbers)
 
 
 def for_decoding(config: ModelConfig, params: Params) -> Params:
@@ -376,7 +394,7 @@ def for_decoding(config: ModelConfig, params: Params) -> Params:
     if "unembedding" in params:
         return params
     if "h" in params:
-        layers = {f"h_{i}": _layer(params["h"], i) for i in range(config.num_layers)}
+        layers = {f"h_{i}": layer for i, layer in enumerate(apart(params["h"]))}
         params = {name: leaf for name, leaf in params.items() if name != "h"} | layers
     leaves = flatten_dict({**params, "unembedding": params.get("lm_head", params["wte"])["embedding"]})
     for path, leaf in leaves.items():

@@ -195,15 +195,9 @@ def prompts_for(
 
 def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:
     """How RL samples, by its settings and the tokenizer's special tokens."""
-    return sampling.SamplingConfig(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        compact=settings.compact,
-        eos_id=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-    )
+    names = "max_new_tokens", "temperature", "top_k", "top_p", "compact"
+    how: Any = {name: getattr(settings, name) for name in names}
+    return sampling.SamplingConfig(**how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
 
 
 def load_language_model(source: str, compute: Compute) -> LanguageModel:

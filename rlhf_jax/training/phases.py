@@ -66,11 +66,10 @@ class Recipe:
     score_rows: int | None = None  # that policy and reference score at once, see ``ops.by_rows``
 
 
-def sampler(loop: LoopState, functions: Functions, *, recipe: Recipe) -> Params:
-    """The policy's parameters as it samples. Not to be jitted, for what stays as it is would be copied; nor part of the
-    sampler's program, which XLA compiles three times as fast where it does not take 24 layers apart too."""
+def sampler(loop: LoopState, base: Params | None) -> Params:
+    """The policy's parameters as it samples: under LoRA the ``base`` with its adapters attached. Nothing is copied."""
     policy = models.policy_params(loop.train.params)
-    return recipe.model.for_decoding(policy if functions.base is None else models.lora.attach(functions.base, policy))
+    return policy if base is None else models.lora.attach(base, policy)
 
 
 def respond(policy: Params, prompts: Prompts, key: jax.Array, *, recipe: Recipe, greedy: bool = False) -> Rollout:
@@ -89,7 +88,7 @@ def collect(
     loop: LoopState, prompts: Prompts, key: jax.Array, functions: Functions, *, recipe: Recipe
 ) -> tuple[Rollout, Metrics]:
     """``respond``, then ``rescored``."""
-    sampled = respond(sampler(loop, functions, recipe=recipe), prompts, key, recipe=recipe)
+    sampled = respond(sampler(loop, functions.base), prompts, key, recipe=recipe)
     return rescored(loop, sampled, functions, recipe=recipe)
 
 
@@ -210,7 +209,7 @@ def iteration(
     rollout, metrics = collect(loop, prompts, rollout_key, functions, recipe=recipe)
     rollout, reward_metrics = reward(rollout, functions)
     if recipe.algorithm_config.baseline == "greedy":
-        greedy = respond(sampler(loop, functions, recipe=recipe), prompts, rollout_key, recipe=recipe, greedy=True)
+        greedy = respond(sampler(loop, functions.base), prompts, rollout_key, recipe=recipe, greedy=True)
         greedy, of_greedy = reward(greedy, functions)
         rollout = with_greedy(rollout, greedy, recipe=recipe)
         metrics["objective/greedy_score"] = of_greedy["objective/score"]

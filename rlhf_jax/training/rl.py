@@ -203,20 +203,18 @@ class _Trainer:
         self.recipe = phases.Recipe(
             model, samples, algorithm, algorithm_config, optimizer, settings, stage.mesh, score_rows
         )
-        respond, rescored, learn, num_equal, refill = (
-            functools.partial(phase, recipe=self.recipe)
-            for phase in (phases.respond, phases.rescored, phases.learn, phases.num_equal, phases.refill)
-        )
-        self._sampler = functools.partial(phases.sampler, recipe=self.recipe)
-        options = devices.compiler_options(model.config.num_layers)  # sampling is never scanned
-        self._respond, self._respond_greedily = (
-            jax.jit(functools.partial(respond, greedy=greedy), compiler_options=options) for greedy in (False, True)
-        )
+
+        def jitted(phase: Any, num_blocks: int = 0, **how: Any) -> Any:
+            options = devices.compiler_options(num_blocks)
+            return jax.jit(functools.partial(phase, recipe=self.recipe, **how), compiler_options=options)
+
+        # A token goes through layer after layer, also where they are scanned.
+        self._respond = jitted(phases.respond, model.config.num_layers)
+        self._respond_greedily = jitted(phases.respond, model.config.num_layers, greedy=True)
         num_blocks, self._reward = model.config.num_blocks, jax.jit(phases.reward)
-        self._rescored = jax.jit(rescored, compiler_options=devices.compiler_options(num_blocks))
-        self._with_greedy = jax.jit(functools.partial(phases.with_greedy, recipe=self.recipe))
-        self._num_equal, self._refill = jax.jit(num_equal), jax.jit(refill)
-        self._learn = stage.jit_update(learn, num_blocks)
+        self._rescored, self._with_greedy = jitted(phases.rescored, num_blocks), jitted(phases.with_greedy)
+        self._num_equal, self._refill = jitted(phases.num_equal), jitted(phases.refill)
+        self._learn = stage.jit_update(functools.partial(phases.learn, recipe=self.recipe), num_blocks)
         self._functions = functools.cache(self._functions_of)
 
     def _functions_of(self, columns: int) -> phases.Functions:
@@ -349,7 +347,7 @@ class _Trainer:
     ) -> tuple[Rollout, Metrics]:
         """Responses of the jitted ``phases.respond`` with the sampler's log-probs, ``rl.batch_size`` at a time; under
         an environment in turns, and with its metrics."""
-        policy = self._sampler(state, phases.Functions(None, base=self.start.base))
+        policy = phases.sampler(state, self.start.base)
 
         def respond(places: Any, *prompts: Any) -> Rollout:
             return sample(policy, self.stage.shard(phases.Prompts(*prompts)._replace(places=places)), key)

@@ -78,9 +78,7 @@ def policy_task(setting: Setting, algorithm: Any, config: Any, validation_config
 
     prepared = with_reference or (lambda batch, ref_fn: batch)
 
-    def update(
-        state: TrainState, batch: Any, key: jax.Array, *, policy_fn: Any, ref_fn: Any
-    ) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Any, key: jax.Array, *, policy_fn: Any, ref_fn: Any) -> Any:
         return step(state, prepared(batch, ref_fn), key, policy_fn=policy_fn)
 
     @jax.jit
