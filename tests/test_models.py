@@ -292,6 +292,8 @@ def test_decoding_equals_the_full_forward(config, scan_layers):
         pieces.append(logits)
     decoded = np.concatenate(pieces, axis=1)
     np.testing.assert_allclose(decoded[mask == 1], expected[mask == 1], atol=ATOL)
+    alone = tokens[:, 7:], positions[:, :1] * 0, np.ones((3, 9), int), model.init_cache(3, 9)
+    np.testing.assert_allclose(decode_at(index=0)(params, *alone)[0], model.apply(params, alone[0]), atol=ATOL)
     slots = {tuple(leaf.shape) for leaf in jax.tree.leaves(cache)}  # Llama: the two heads of keys alone
     sizes = [9] if config.windows == (None,) else [9, 3]
     assert slots == {(3, 2, *last) for size in sizes for last in ((config.head_size, size), (size, config.head_size))}

@@ -66,8 +66,7 @@ def prepare(
         _, advantage = _moved(rollout, baseline, config, axis_name)
     elif config.baseline == "greedy":
         advantage = advantage - policy.field(rollout, "greedy_rewards", "training.phases.with_greedy makes them", 1)
-    in_response = jnp.where(rollout.response_mask != 0, advantage[:, None], 0.0)
-    return dataclasses.replace(rollout, advantages=in_response)
+    return dataclasses.replace(rollout, advantages=jnp.where(rollout.response_mask != 0, advantage[:, None], 0.0))
 
 
 def _moved(

@@ -349,8 +349,7 @@ def _read_tied_tables(reader: Reader, token_table: str, shape: tuple[int, ...]) 
 
 def _shapes(model: Model) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Shapes of the body's leaves by path."""
-    leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in leaves.items()}
+    return {path: leaf.shape for path, leaf in flatten_dict(jax.eval_shape(model.init, jax.random.key(0))).items()}
 
 
 class _Tensor(NamedTuple):

@@ -87,8 +87,8 @@ def build(config: ModelConfig) -> Model:
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, positions])
         chex.assert_trees_all_equal_shapes(cache, jax.eval_shape(lambda: stack.init_cache(config, *key_mask.shape)))
-        # A prompt goes through stacked layers as they are.
-        is_scanned = "h" in params and isinstance(index, int) and index == 0
+        # A prompt goes through stacked layers as they are; one token reads its cache, as any later one.
+        is_scanned = "h" in params and isinstance(index, int) and index == 0 and tokens.shape[1] > 1
         network, weights = (module, params) if is_scanned else (unrolled, for_decoding(params))
         return network.apply({"params": weights}, tokens, positions, key_mask, cache, index, method="decode")
 

@@ -244,8 +244,7 @@ class Block(nn.Module):
             view = jax.tree.map(lambda whole, local: jnp.where(layer[1], local, whole), *views)
         attended, cache = self.attn(self.ln_1(x), view, layer, cache, index, columns)
         attended = self.ln_1_post(attended) if self.config.post_norms else attended
-        x = pick(x, columns, axis=1) + self.dropout(attended, deterministic=deterministic)
-        x = cut(x, "data", "fsdp")
+        x = cut(pick(x, columns, axis=1) + self.dropout(attended, deterministic=deterministic), "data", "fsdp")
         written = self.mlp(self.ln_2(x))
         written = self.ln_2_post(written) if self.config.post_norms else written
         return cut(x + self.dropout(written, deterministic=deterministic), "data", "fsdp"), cache

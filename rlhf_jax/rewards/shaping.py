@@ -38,8 +38,7 @@ def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k
             raise ValueError("rollout.ref_log_probs is None: give rollout.collect a ref_fn, or use kl_coef=0.0")
         return rewards
     log_probs = jnp.where(present, rollout.log_probs, 0.0)
-    ref_log_probs = jnp.where(present, rollout.ref_log_probs, 0.0)
-    return rewards - kl_coef * ops.kl(log_probs, ref_log_probs, estimator)
+    return rewards - kl_coef * ops.kl(log_probs, jnp.where(present, rollout.ref_log_probs, 0.0), estimator)
 
 
 def _is_last(present: jax.Array) -> jax.Array:

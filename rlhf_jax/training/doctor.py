@@ -53,8 +53,7 @@ def self_test(work: Callable[[str], Any]) -> list[Check]:
             restored, _ = checkpoints.restore(saved)
         return {"identical": jnp.where(jnp.array_equal(saved["x"], restored["x"]), 1.0, jnp.nan)}
 
-    checks = [timed(name, functools.partial(step, name)) for name in STEPS]
-    return [*checks, timed("checkpoint", checkpoint)]
+    return [*(timed(name, functools.partial(step, name)) for name in STEPS), timed("checkpoint", checkpoint)]
 
 
 def timed(name: str, step: Callable[[], Metrics]) -> Check:

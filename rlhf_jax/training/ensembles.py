@@ -51,8 +51,7 @@ def create(members: Sequence[Params], optimizer: optax.GradientTransformation) -
 
 def unstack(params: Params) -> list[Params]:
     """The members' own parameters."""
-    size = jax.tree.leaves(params)[0].shape[0]
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(size)]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(len(jax.tree.leaves(params)[0]))]
 
 
 def update_members(
