@@ -376,6 +376,7 @@ def apart(stacked: Any) -> tuple[Any, ...]:
     nine tenths of the time of a sampler.
     """
     smallest = min(jax.tree.leaves(stacked), key=jnp.size)
+    # Zeros made of numbers that XLA does not know, so that it cannot compute the maximum of them plus i.
     zeros = jnp.minimum(jnp.abs(smallest[(slice(2), *[0] * (smallest.ndim - 1))]), 0).astype(jnp.int32)
     rows = tuple(zeros + i for i in range(len(smallest)))
     numbers = jax.lax.reduce(rows, (jnp.int32(0),) * len(rows), functools.partial(jax.tree.map, jnp.maximum), (0,))
