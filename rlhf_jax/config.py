@@ -537,8 +537,8 @@ def parse(
 def _unknown_flag(flag: str, root: type) -> str:
     key = flag.lstrip("-").replace("-", "_")
     if not flag.startswith("--"):
-        switch = "; a switch stands alone: --text.pack, or --text.no-pack to turn it off"
-        return f"unexpected {flag!r}; flags begin with --{switch if flag.lower() in ('true', 'false') else ''}"
+        switch = "a switch stands alone: --text.pack, or --text.no-pack to turn it off"
+        return f"unexpected {flag!r}; flags begin with --; {switch}"
     if key in _keys(root):
         return f"{flag} is a setting that this command does not read"
     return f"unknown flag {flag}; {_hint(key, root, flags=True)}"

@@ -159,7 +159,7 @@ SECTIONS = ("ppo", "sft.optimizer", "rl.top_k")
         (["--lora.zzz"], "unknown flag --lora.zzz; the keys of lora are rank, alpha, match"),
         (["--data.train"], "unknown flag --data.train; did you mean --data?"),
         (["--zzz.yyy"], "unknown flag --zzz.yyy; the keys are data, columns"),
-        (["tiny"], "unexpected 'tiny'; flags begin with --"),
+        (["tiny"], "unexpected 'tiny'; flags begin with --; a switch stands alone: --text.pack, or "),
         (
             ["--checkpoint-async", "True"],
             "unexpected 'True'; flags begin with --; a switch stands alone: --text.pack, or ",
