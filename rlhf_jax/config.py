@@ -74,7 +74,7 @@ class Compute:
     remat: bool = False
     """Gradient checkpointing: recompute each block in the backward pass instead of storing it."""
     scan_layers: bool = False
-    """Compile one block and loop over depth: faster to compile for deep models."""
+    """Compile one block for all layers but the last, and loop over depth: faster to compile for deep models."""
     score_rows: int | None = None
     """Rows that policy, reference and reward models score at once, over all devices; null: where num_microbatches is
     above 1 those of a microbatch, else the whole batch."""

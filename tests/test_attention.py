@@ -23,7 +23,7 @@ MASKS = {
     "window": ([1] * 7, 3),
     "window in documents": ([0, 1, 1, 1, 1, 2, 2], 2),
 }
-GPT2 = models.GPT2Config(64, 2048, 32, 2, 4, remat=True, scan_layers=True)
+GPT2 = models.GPT2Config(64, 2048, 32, 3, 4, remat=True, scan_layers=True)
 
 
 def inputs(length=7, heads=2, groups=2, width=4):

@@ -99,12 +99,12 @@ def test_torch_does_the_same_work(kind, name, value):
     opponent.close()
 
 
-@pytest.mark.parametrize(("name", "num_blocks"), [("rollout", 2), ("sft", 1), ("grpo", 1), ("iteration", 1)])
+@pytest.mark.parametrize(("name", "num_blocks"), [("rollout", 5), ("sft", 2), ("grpo", 2), ("iteration", 2)])
 def test_a_step_is_compiled_as_in_a_run(name, num_blocks, monkeypatch):
-    """Under ``scan_layers``, where all but sampling has one block."""
+    """Under ``scan_layers``, where all but sampling has two blocks."""
     monkeypatch.setattr(bench.devices, "compiler_options", lambda num_blocks: {f"xla_of_{num_blocks}_blocks": True})
     preset = bench.PRESETS["char-nano"]
-    work = bench.work(name, preset._replace(model=dataclasses.replace(preset.model, scan_layers=True)))
+    work = bench.work(name, preset._replace(model=dataclasses.replace(preset.model, num_layers=5, scan_layers=True)))
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"'xla_of_{num_blocks}_blocks'"):
         work.compile()
 

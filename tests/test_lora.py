@@ -18,7 +18,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.models.stack import Dense
 
-CONFIGS = {"gpt2 scanned": dataclasses.replace(CONFIG, scan_layers=True, remat=True), "llama": LLAMA}
+CONFIGS = {"gpt2 scanned": dataclasses.replace(CONFIG, num_layers=3, scan_layers=True, remat=True), "llama": LLAMA}
 TOKENS = some_tokens(2, 8)
 
 

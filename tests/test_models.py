@@ -63,10 +63,11 @@ def some_tokens(batch, length, seed=0):
     return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (batch, length))
 
 
-def stack_layers(params, num_layers=2):
-    layers = [params[f"h_{layer}"] for layer in range(num_layers)]
-    rest = {name: leaf for name, leaf in params.items() if not name.startswith("h_")}
-    return rest | {"h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+def stack_layers(params):
+    """All but the last layer, as under ``scan_layers``."""
+    *layers, _ = sorted(name for name in params if name.startswith("h_"))
+    rest = {name: leaf for name, leaf in params.items() if name not in layers}
+    return rest | {"h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in layers))}
 
 
 @pytest.mark.parametrize(
@@ -276,6 +277,7 @@ def test_samples_have_the_log_probs_of_the_full_forward(config):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_decoding_equals_the_full_forward(config, scan_layers):
     """Not a token later than the query is seen: its logits are there before that token is written."""
+    config = dataclasses.replace(config, num_layers=3)
     model, params = tiny(config, scan_layers=scan_layers, remat=scan_layers)
     tokens = some_tokens(3, 8)
     mask = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
@@ -372,7 +374,8 @@ def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight()
 
 @functools.cache
 def loss_and_gradient(**changes):
-    model, params = tiny(scale_attn_by_inverse_layer_idx=True, **changes)
+    config = dataclasses.replace(CONFIG, num_layers=3)
+    model, params = tiny(config, scale_attn_by_inverse_layer_idx=True, **changes)
     tokens, mask = some_tokens(2, 6), np.array([[0, 0, 1, 1, 1, 1], [1] * 6])
     return jax.jit(jax.value_and_grad(lambda params: jnp.mean(model.apply(params, tokens, mask) ** 2)))(params)
 
@@ -407,8 +410,11 @@ def test_each_rate_drops_with_a_key_and_never_without(rate):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_layers_draw_different_dropout(scan_layers):
-    """Two equal layers whose MLPs write ones and whose attention writes nothing: x is the sum of the two drops."""
-    model, params = tiny(residual_dropout=0.5, scan_layers=scan_layers)
+    """Two equal layers whose MLPs write ones and whose attention writes nothing: x is the sum of the two drops.
+
+    A third, which is never stacked, writes nothing.
+    """
+    model, params = tiny(dataclasses.replace(CONFIG, num_layers=3), residual_dropout=0.5, scan_layers=scan_layers)
     params = jax.tree.map(jnp.zeros_like, params)
     for layer in {"h", "h_0", "h_1"} & {*params}:
         params[layer]["mlp"]["c_proj"]["bias"] += 1.0
@@ -432,11 +438,14 @@ def test_a_key_from_which_no_layer_draws_changes_no_program():
 
 
 def test_a_seed_draws_the_numbers_that_it_always_drew():
-    """Initial weights, and what dropout leaves, written down on 2026-11-22."""
+    """Initial weights, and what dropout leaves, written down on 2026-11-22; those of stacked layers a day later."""
     model = models.build(dataclasses.replace(CONFIG, num_layers=3, residual_dropout=0.5))
     params = model.init(jax.random.key(0))
-    drawn = [params[f"h_{layer}"]["attn"]["c_proj"]["kernel"][0, 0] for layer in range(3)]
+    stacked = models.build(dataclasses.replace(model.config, scan_layers=True)).init(jax.random.key(0))
+    drawn = [tree["attn"]["c_proj"]["kernel"][..., 0, 0] for tree in (params["h_0"], params["h_1"], params["h_2"])]
     np.testing.assert_allclose(drawn, [0.0138717, 0.0026196, 0.0008438], atol=1e-6)
+    drawn = [*stacked["h"]["attn"]["c_proj"]["kernel"][:, 0, 0], stacked["h_2"]["attn"]["c_proj"]["kernel"][0, 0]]
+    np.testing.assert_allclose(drawn, [0.0067511, 0.0111894, 0.0008438], atol=1e-6)
     states = model.hidden(perturbed(params), some_tokens(1, 3), None, jax.random.key(3))
     np.testing.assert_allclose(states[0, :, 0], [-0.382069, -0.921606, -0.930254], atol=1e-5)
 
@@ -517,8 +526,9 @@ def test_wrong_shapes_are_refused():
     ("config", "changes"),
     [
         (CONFIG, {}),
+        (dataclasses.replace(CONFIG, num_layers=3), {"scan_layers": True}),
         *(
-            pytest.param(config, changes, marks=pytest.mark.slow)
+            pytest.param(dataclasses.replace(config, num_layers=3), changes, marks=pytest.mark.slow)
             for config in (CONFIG, LLAMA, dataclasses.replace(GEMMA, global_every=3))
             for changes in ({}, {"remat": True}, {"scan_layers": True})
         ),
@@ -562,7 +572,7 @@ def test_columns_that_are_read_are_those_of_all(config, changes):
         )
     program = str(jax.make_jaxpr(lambda params: hidden(params, tokens, mask, None, slice(2, 5)))(params))
     width = config.intermediate_size or 4 * config.hidden_size
-    assert (f"f32[3,3,{width}]" in program) == ("scan_layers" not in changes)  # the last MLP runs where it is read
+    assert f"f32[3,3,{width}]" in program  # the last MLP runs where it is read
     # But where less than an eighth is left out, one kernel serves all blocks.
     long = jax.ShapeDtypeStruct((3, 9), jnp.int32)
     program = jax.make_jaxpr(lambda tokens: hidden(params, tokens, None, None, slice(0, 8)))(long)

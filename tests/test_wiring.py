@@ -344,7 +344,8 @@ def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path,
     talks = {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": 3, "max_new_tokens": 8}
     settings = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, **talks)
     compute = dataclasses.replace(config.compute, scan_layers=scan_layers)
-    training.rl.run(dataclasses.replace(config, rl=settings, compute=compute), vpg)
+    network = dataclasses.replace(config.network, num_layers=3)
+    training.rl.run(dataclasses.replace(config, rl=settings, compute=compute, network=network), vpg)
     weights = [policy for name, policy in calls if name == "respond"]
     assert all(("h" in policy) == scan_layers for policy in weights)
     held = {id(leaf) for name, state in calls if name == "sampler" for leaf in jax.tree.leaves(state)}

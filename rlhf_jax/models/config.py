@@ -24,7 +24,8 @@ class TransformerConfig:
         pad_token_id, eos_token_id, bos_token_id: written to config.json for other programs; not read by the model.
         compute_dtype: "float32" or "bfloat16"; parameters keep their own dtype, softmax and logits are float32.
         remat: recompute each block in the backward pass instead of storing its activations.
-        scan_layers: one compiled block for all layers, parameters stacked to [L, ...] under "h"; decoding is unrolled.
+        scan_layers: one compiled block for all layers but the last, their parameters stacked to [L - 1, ...] under "h";
+            decoding is unrolled.
         attention: which implementation computes it (``attention.implementation``); "cudnn" needs "bfloat16".
         sliding_window: a token sees itself and the ``sliding_window`` - 1 before it; None: all. Most families fix None.
         global_every: every such layer sees all, the others the window; None: all layers are of one kind.
@@ -80,9 +81,14 @@ class TransformerConfig:
         return [self.global_every is not None and (i + 1) % self.global_every != 0 for i in range(self.num_layers)]
 
     @property
+    def num_stacked(self) -> int:
+        """Layers of ``scan_layers``: all but the last, which computes only what is read."""
+        return self.num_layers - 1 if self.scan_layers else 0
+
+    @property
     def num_blocks(self) -> int:
-        """Blocks in a program of the whole model: under ``scan_layers`` one stands for all layers."""
-        return 1 if self.scan_layers else self.num_layers
+        """Blocks in a program of the whole model: one stands for all stacked layers."""
+        return self.num_layers - max(self.num_stacked - 1, 0)
 
     @property
     def kv_heads(self) -> int:

@@ -85,7 +85,8 @@ class Decoder(stack.Transformer):
     def setup(self) -> None:
         config = self.config
         self.wte = stack.table(config, config.vocab_size)
-        self.h, self.ln_f = stack.layers(self, _Block), Norm(config)
+        self.ln_f = Norm(config)
+        self.add_layers(_Block)
         if not config.tie_embeddings:
             self.lm_head = stack.table(config, config.vocab_size)
 

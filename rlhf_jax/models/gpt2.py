@@ -67,8 +67,8 @@ class GPT2(stack.Transformer):
     def setup(self) -> None:
         config = self.config
         self.wte, self.wpe = stack.table(config, config.vocab_size), stack.table(config, config.max_length)
-        self.h = stack.layers(self, _Block)
         self.ln_f = Norm(config)
+        self.add_layers(_Block)
         self.dropout = nn.Dropout(config.embedding_dropout)
 
     def embed(self, tokens: jax.Array, positions: jax.Array, real: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """LoRA (Hu et al. 2021): a low-rank term ``scale * (x @ A) @ B`` beside frozen kernels, in pure functions.
 
 Adapters are a part of a parameter tree: ``{"h_0": {"attn": {"c_attn": {"lora_a" [in, r], "lora_b" [r, out],
-"lora_scale" []}}}, ...}``, with a leading [L] axis under ``scan_layers``, and whatever heads are trained with them;
-"out" of GPT-2's c_attn is [3, D], as in its kernel.
-The scale, alpha / r, gets no gradient. Train the adapters, never the base: ``bind`` makes a function of them alone.
+"lora_scale" []}}}, ...}``, with a leading [L - 1] axis for stacked layers, and whatever heads are trained with them;
+"out" of GPT-2's c_attn is [3, D], as in its kernel. The scale, alpha / r, gets no gradient. Train the adapters, never
+the base: ``bind`` makes a function of them alone.
 """
 
 import math
@@ -46,7 +46,7 @@ def init(key: jax.Array, params: Params, rank: int, match: str = "attn|mlp", *, 
         raise ValueError(f"no kernel's path matches {match!r}; the layers hold {places}")
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for number, path in enumerate(chosen):
-        whole, first = kernels[path].shape, 1 + (path[0] == "h")  # [L] stands before the rest under scan_layers
+        whole, first = kernels[path].shape, 1 + (path[0] == "h")  # stacked layers: [L - 1] stands before the rest
         *layers, size_in = whole[:first]
         bound = 1.0 / math.sqrt(size_in)
         shape, drawn_from = (*layers, size_in, rank), jax.random.fold_in(key, number)

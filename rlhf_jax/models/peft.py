@@ -48,7 +48,7 @@ def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
         modules = _modules(params, kernel, leaf.shape)
         if not any(f"{module}.lora_A.weight" in reader for module in modules):
             continue
-        first = 1 + (kernel[0] == "h")  # [L] stands before the rest under scan_layers
+        first = 1 + (kernel[0] == "h")  # stacked layers: [L - 1] stands before the rest
         *layers, size_in = leaf.shape[:first]
         stored = reader.shape(f"{modules[0]}.lora_A.weight")
         if not (rank := (*stored, 0)[0]):

@@ -1,8 +1,8 @@
 """What the families share: linear layers, norms, attention with a cache, residual blocks, and the model around them.
 
 A family gives a ``Transformer`` its embedding, blocks and final norm; see gpt2.py, decoder.py. Parameters are {"wte",
-"h_0", ..., "ln_f", ...}, or one "h" with a leading [L] axis under ``scan_layers``. Dropout acts where a "dropout" key
-is given. The cache is an argument and a result: no mutable collections.
+"h_0", ..., "ln_f", ...}; under ``scan_layers`` one "h" with a leading [L - 1] axis stands for all layers but the last.
+Dropout acts where a "dropout" key is given. The cache is an argument and a result: no mutable collections.
 """
 
 import functools
@@ -253,12 +253,32 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks, final norm and output table.
 
-    A family's subclass makes "ln_f" and its tables in ``setup``, and defines ``scales``, [L] factors of the layers'
-    attention scores, and ``embed``: [B, T] tokens, positions and whether a token is no pad -> [B, T, D] in the compute
-    dtype.
+    A family's subclass makes "ln_f" and its tables in ``setup``, calls ``add_layers`` there, and defines ``scales``,
+    [L] factors of the layers' attention scores, and ``embed``: [B, T] tokens, positions and whether a token is no pad
+    -> [B, T, D] in the compute dtype.
     """
 
     config: Any
+
+    def add_layers(self, block: Any) -> None:
+        """Makes the layers, of the family's class: "h" for the stacked ones, and "h_i" for each of the others."""
+        config, stacked = self.config, self.config.num_stacked
+        # Inside a scan nothing can be merged with the forward pass, so the barrier against that is not needed.
+        again = nn.remat(block, prevent_cse=not stacked) if config.remat else block
+        if stacked:
+            self.h = nn.scan(
+                again,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, 0, 0, *[nn.broadcast] * 2),  # each layer has its own scale, view and cache
+                length=stacked,
+            )(config)
+        elif not (self.is_initializing() or self.has_rng("dropout")):
+            # Traced once for all layers of one scale and view; where numbers are drawn, nn.jit would draw others.
+            again = nn.jit(again, static_argnums=3)
+        for i in range(stacked, config.num_layers):
+            # The backward pass begins with the last block: it would be recomputed at once.
+            setattr(self, f"h_{i}", (again if i + 1 < config.num_layers else block)(config))
 
     def rotation(self, positions: Array, is_local: bool) -> Rotation | None:
         """How queries and keys are turned at [B, T] positions; None without rotary positions."""
@@ -285,9 +305,8 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Array, attention_mask: Array, columns: Columns = None) -> Array:
         """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype; of the given columns alone.
 
-        The last block computes keys and values of all columns and the rest where it is read, but under
-        ``scan_layers``, where all blocks are one program, and where less than an eighth is left out: one kernel then
-        serves all layers.
+        The last block computes keys and values of all columns, and the rest where it is read; all of it where less than
+        an eighth would be left out: one kernel then serves all layers.
         """
         places = attention.positions(attention_mask)
         x = self.embed(tokens, places, attention_mask != 0)
@@ -300,17 +319,18 @@ class Transformer(nn.Module):
         self, x: Array, views: Views, cache: Cache | None, index: Array | None, columns: Columns
     ) -> tuple[Array, Any]:
         """[B, T, D] after the last layer, of the given columns alone, and the cache with keys and values of all."""
-        scales, local = self.scales(), self.config.local_layers
-        if self.config.scan_layers:
-            shape = len(scales), x.shape[0], self.config.kv_heads, x.shape[1], self.config.head_size
+        scales, local, stacked = self.scales(), self.config.local_layers, self.config.num_stacked
+        written: list[Any] = []
+        if stacked:
+            shape = stacked, x.shape[0], self.config.kv_heads, x.shape[1], self.config.head_size
             empty = cache and (jnp.zeros(shape, x.dtype).mT, jnp.zeros(shape, x.dtype))
-            x, new = self.h(x, views, (jnp.array(scales, jnp.float32), jnp.array(local)), empty, index, None)
-            axes = ((3, 2),) * len(scales)  # of the slots of keys and of values
-            filled = cache and jax.tree.map(functools.partial(attention.written, index=0), cache, apart(new), axes)
-            return pick(x, columns, axis=1), filled
-        written = []
-        for i, block in enumerate(self.h):
-            held, read = cache and cache[i], columns if i + 1 == len(self.h) else None
+            layers = jnp.array(scales[:stacked], jnp.float32), jnp.array(local[:stacked])
+            x, new = self.h(x, views, layers, empty, index, None)
+            axes = ((3, 2),) * stacked  # of the slots of keys and of values
+            write = functools.partial(attention.written, index=0)
+            written += jax.tree.map(write, cache[:stacked], apart(new), axes) if cache else ()
+        for i in range(stacked, len(scales)):
+            block, held, read = getattr(self, f"h_{i}"), cache and cache[i], columns if i + 1 == len(scales) else None
             x, held = block(x, (views[local[i]],), (scales[i], local[i]), held, index, read)
             written.append(held)
         return x, tuple(written)
@@ -349,26 +369,6 @@ def _padded(rows: Array) -> Array:
     return cut(cut(rows, "tensor", width="fsdp"), "tensor")  # XLA sends a table in two steps, or else all of it
 
 
-def layers(model: Transformer, block: Any) -> Any:
-    """The layers of a model: a list of ``block``, or under ``scan_layers`` one module with parameters [L, ...]."""
-    config = model.config
-    # Inside a scan nothing can be merged with the forward pass, so the barrier against that is not needed.
-    again = nn.remat(block, prevent_cse=not config.scan_layers) if config.remat else block
-    if not config.scan_layers:
-        # Traced once for all layers of one scale and view; where numbers are drawn, nn.jit would draw others.
-        is_drawn = model.is_initializing() or model.has_rng("dropout")
-        again = again if is_drawn else nn.jit(again, static_argnums=3)
-        # The backward pass begins with the last block: it would be recomputed at once.
-        return [*(again(config) for _ in range(config.num_layers - 1)), block(config)]
-    return nn.scan(
-        again,
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, 0, 0, *[nn.broadcast] * 2),  # each layer has its own scale, view and cache
-        length=config.num_layers,
-    )(config)
-
-
 def apart(stacked: Any) -> tuple[Any, ...]:
     """The layers of a tree of arrays [L, ...].
 
@@ -387,9 +387,9 @@ def apart(stacked: Any) -> tuple[Any, ...]:
 def for_decoding(config: ModelConfig, params: Params) -> Params:
     """Parameters as ``decode`` reads them, so that it neither slices nor casts a weight for each token.
 
-    The layers of ``scan_layers``, "h" [L, ...], become "h_0", "h_1", ...; kernels, their biases and adapters, and the
-    output table (a second time, under "unembedding") get the compute dtype where it is smaller than their own. Such
-    parameters are returned as they are.
+    The stacked layers of ``scan_layers``, "h" [L - 1, ...], become "h_0", "h_1", ...; kernels, their biases and
+    adapters, and the output table (a second time, under "unembedding") get the compute dtype where it is smaller than
+    their own. Such parameters are returned as they are.
     """
     if "unembedding" in params:
         return params
