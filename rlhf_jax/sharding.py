@@ -95,7 +95,7 @@ def cut(x: jax.Array, *axes: str, width: str | None = None) -> jax.Array:
     is_ours = {*axes, width or axes[0]} <= {*mesh.auto_axes}
     if not is_ours or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, width))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes, width)[: x.ndim]))
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:

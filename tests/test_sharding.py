@@ -143,7 +143,7 @@ def test_cut_where_there_is_a_mesh_that_divides():
 
     assert sharding.cut(x, "data") is x  # no mesh
     with jax.set_mesh(mesh):
-        assert cut(x, "data", "fsdp") == P(("data", "fsdp"))
+        assert cut(x, "data", "fsdp") == cut(x[:, 0], "data", "fsdp") == P(("data", "fsdp"))
         assert cut(x, "fsdp") == P("fsdp")
         assert cut(x[:3], "fsdp") == cut(x, "expert") == P()
         rows = P(("data", "fsdp"))
