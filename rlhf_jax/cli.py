@@ -43,7 +43,8 @@ def attach_console() -> None:
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a script's ``main`` and exits with its code (None: 0).
+    """Runs a script's ``main`` and exits with its code (None: 0). On Linux the script may start anew first, with other
+    settings of the allocator: see ``runs.allocator.keep_memory``.
 
     Errors that are printed without a traceback: a :class:`UserError`, which exits with 2; a :class:`TrainingFault`,
     with 1; a :class:`Stopped`, with 130 (Ctrl-C), 143 (SIGTERM) or 3 (an alert whose action is stop). Ctrl-C outside a

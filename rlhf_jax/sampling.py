@@ -302,8 +302,7 @@ def truncate(logits: jax.Array, top_k: int | None = None, top_p: float | None = 
     that of transformers' ``generate``.
     """
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
+        logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][:, -1:], -jnp.inf, logits)
     if top_p is not None and top_p < 1:
         ranked = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ranked, axis=-1)

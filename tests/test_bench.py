@@ -1,11 +1,8 @@
-"""``rlhf-jax bench``: what it counts, that both programs compute the same, and the allocator of the entry points."""
+"""``rlhf-jax bench``: what it counts, and that both programs compute the same."""
 
 import dataclasses
 import json
-import os
-import resource
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -47,37 +44,6 @@ def test_one_line_of_json_has_what_was_measured(name, tokens, share, capsys):
 def test_wrong_flags_are_named(argv, message):
     with pytest.raises(UserError, match=message):
         cli.run(["bench", "sft", *argv])
-
-
-FAULTS = """
-import resource, sys
-from rlhf_jax.runs import allocator
-allocator.keep_memory()
-import jax, jax.numpy as jnp
-f = jax.jit(lambda x: jnp.sum(jnp.sort(jnp.outer(x, x), axis=0)))
-x = jnp.ones(3000)
-counts = []
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    f(x).block_until_ready()
-    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(counts[1:]))
-"""
-
-
-@pytest.mark.soak
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_entry_points_keep_memory_so_that_a_call_faults_no_page_twice():
-    """In two of three processes, for a reason that is not known; so the best of eight."""
-
-    def faults(keep):
-        env = {"RLHF_JAX_KEEP_MEMORY": keep, "JAX_PLATFORMS": "cpu"}
-        code = [sys.executable, "-c", FAULTS]
-        return int(subprocess.run(code, capture_output=True, text=True, check=True, env=os.environ | env).stdout)
-
-    pages = 3000 * 3000 * 4 // resource.getpagesize()
-    assert faults("0") > pages / 2
-    assert any(faults("1") < pages / 20 for _ in range(8))
 
 
 WORK = [("hand", name, "shared") for name in ("sft", "reward", "dpo", "grpo", "vpg", "rollout")]

@@ -14,7 +14,8 @@ from rlhf_jax.training import stage
 PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_jax"
 # Read as a whole, the environment's secrets could reach a file. Pickles, eval and yaml.load run what they read.
 KNOWN = "JAX_COMPILATION_CACHE_DIR|XDG_CACHE_HOME|JAX_PLATFORMS|TRANSFORMERS_NO_ADVISORY_WARNINGS|WANDB_PROJECT"
-KNOWN += "|WANDB_NAME|WANDB_INIT_TIMEOUT|WANDB_FINISH_TIMEOUT|WANDB_X_GRAPHQL_RETRY_MAX|RLHF_JAX_KEEP_MEMORY|XLA_FLAGS"
+KNOWN += "|WANDB_NAME|WANDB_INIT_TIMEOUT|WANDB_FINISH_TIMEOUT|WANDB_X_GRAPHQL_RETRY_MAX|XLA_FLAGS"
+KNOWN += "|RLHF_JAX_KEEP_MEMORY|GLIBC_TUNABLES"
 BANNED = {
     "the environment": rf"^(?!.*'({KNOWN})').*os\.(environ|getenv)|import (environ|getenv)",
     "what runs data": r"(?<![\w.])(eval|exec|compile|__import__)\(|\b(yaml\.(unsafe_)?load|np\.load|numpy\.load)\(",

@@ -147,7 +147,6 @@ def _log_probs_and_entropy(
     extra = chunks * size - columns
     hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0))).reshape(batch, chunks, size, width).swapaxes(0, 1)
     targets = jnp.pad(targets, ((0, 0), (0, extra))).reshape(batch, chunks, size).swapaxes(0, 1)
-    checkpointed = jax.checkpoint(chunk)
-    outputs = jax.lax.map(lambda part: checkpointed(params, *part), (hidden, targets))
+    outputs = jax.lax.map(lambda part: jax.checkpoint(chunk)(params, *part), (hidden, targets))
     log_probs, entropy = (x.swapaxes(0, 1).reshape(batch, chunks * size)[:, :columns] for x in outputs)
     return log_probs, entropy

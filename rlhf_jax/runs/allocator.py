@@ -5,23 +5,31 @@ unmaps a block of that size each time, so the kernel clears every page again: 81
 layers of width 128, a quarter of its time.
 """
 
-import ctypes
 import os
-import platform
+import sys
+from pathlib import Path
 
-_M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1  # malloc.h
+# A heap holds blocks of at most 64 MiB, and larger ones are mapped, unless glibc is to use pages of 1 GiB: then of 4
+# GiB, whether or not there are such pages. With one heap for all of them, XLA's threads would wait for each other.
+TUNABLES = "glibc.malloc.hugetlb=0x40000000:glibc.malloc.trim_threshold=0x100000000:glibc.malloc.mmap_max=0"
+TUNABLES += ":glibc.malloc.arena_max=4"
 
 
-def keep_memory() -> bool:
-    """Makes this process keep freed memory for its own next allocation; for entry points, before JAX starts a backend.
+def keep_memory() -> None:
+    """Starts this process anew, with glibc told to keep freed memory for its own next allocation.
 
-    One arena, no block of its own for a large allocation, nothing given back at the top of the heap: the process holds
-    its peak until it ends. In about one of three processes each call faults its pages all the same; the reason is not
-    known (see ``tests/test_bench.py``). Does nothing where the C library is not glibc, or where the environment
-    variable ``RLHF_JAX_KEEP_MEMORY`` is 0. Returns whether it was set.
+    For entry points, before they do anything, since all is done again. glibc reads its settings once, from the
+    environment variable ``GLIBC_TUNABLES`` of a new process, where they are then taken away: programs that are started
+    from here do not inherit them. Each of four heaps keeps room for the largest block that it ever gave.
+
+    Does nothing where ``RLHF_JAX_KEEP_MEMORY`` is 0 or ``GLIBC_TUNABLES`` is set, on a kernel that knows no pages of 1
+    GiB, under a debugger (``sys.gettrace``), and where no file is run. With a glibc before 2.35 calls fault their pages
+    all the same.
     """
-    if os.environ.get("RLHF_JAX_KEEP_MEMORY") == "0" or platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
-    return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+    given, off = os.environ.get("GLIBC_TUNABLES"), os.environ.get("RLHF_JAX_KEEP_MEMORY") == "0"
+    if given == TUNABLES:
+        del os.environ["GLIBC_TUNABLES"]
+    known = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB").is_dir()
+    if given is None and not off and known and hasattr(sys.modules["__main__"], "__file__") and not sys.gettrace():
+        os.environ["GLIBC_TUNABLES"] = TUNABLES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -21,6 +21,7 @@ FLAGS = {
         "xla_cpu_use_fusion_emitters": "false",
         "xla_backend_optimization_level": "1",
         "xla_backend_extra_options": "xla_cpu_disable_loop_unrolling=true",
+        "xla_cpu_parallel_codegen_split_count": "8",
     },
 }
 FILES = {"gpu": ("/dev/nvidia[0-9]*", "/usr/lib/wsl/lib/libcuda.so.1"), "tpu": ("/dev/accel[0-9]*",)}

@@ -241,8 +241,7 @@ def _counted(rollout: Rollout, recipe: Recipe) -> jax.Array:
         return present
     if eos_id is None:
         raise ValueError("mask_truncated needs an eos_id")
-    cut = rewards.missing_eos(rollout, jnp.zeros(present.shape), eos_id, score=1.0)
-    return present & (cut == 0)
+    return present & (rewards.missing_eos(rollout, jnp.zeros(present.shape), eos_id, score=1.0) == 0)
 
 
 def _equal(rollout: Rollout, recipe: Recipe) -> jax.Array:

@@ -84,8 +84,7 @@ class Stage:
         One program, which compiles faster than one for each of its operations.
         """
         placed = self.lay_out(params)
-        layout = initial.shardings(self.mesh, jax.eval_shape(create, placed))
-        state = jax.jit(create, out_shardings=layout)(placed)
+        state = jax.jit(create, out_shardings=initial.shardings(self.mesh, jax.eval_shape(create, placed)))(placed)
         memory.free((params, placed))
         parts = state.params if "policy" in state.params else {"parameters": state.params}
         trained = {f"trained {part}": tree for part, tree in parts.items()}

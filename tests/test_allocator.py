@@ -1,0 +1,92 @@
+"""The allocator of entry points: which processes start anew, and that their calls fault no page twice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.runs import allocator
+
+NAME = "GLIBC_TUNABLES"
+PAGES = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB")
+SCRIPT = """
+import json, os, resource, sys
+print("begun")
+from rlhf_jax import cli
+
+def faults():
+    import jax, jax.numpy as jnp
+    f = jax.jit(lambda x: jnp.sum(jnp.sort(jnp.outer(x, x), axis=0)))
+    x, counts = jnp.ones(3000), []
+    for _ in range(12):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        f(x).block_until_ready()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return counts
+
+def main():
+    with open("/proc/self/environ") as file:  # as the process was started; glibc cuts the string at its colons
+        inside = "GLIBC_TUNABLES=" + cli.allocator.TUNABLES.partition(":")[0] in file.read()
+    counts = faults() if sys.argv[1:2] == ["faults"] else []
+    print(json.dumps([inside, os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.utf8_mode, counts]))
+    return 7
+
+cli.run_script(main)
+"""
+needs_pages = pytest.mark.skipif(not PAGES.is_dir(), reason="a kernel that knows pages of 1 GiB")
+
+
+def started(tmp_path, *argv, how=(), **environment):
+    """(how often the script began, whether with our settings, what GLIBC_TUNABLES is, flags, UTF-8 mode, faults)."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, *(how or ["-X", "utf8=0", str(tmp_path / "script.py")]), *argv]
+    env = {key: value for key, value in os.environ.items() if key not in (NAME, "RLHF_JAX_KEEP_MEMORY")} | environment
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=120)
+    assert done.returncode == 7, done.stderr
+    *begun, line = done.stdout.splitlines()
+    return len(begun), *json.loads(line)
+
+
+@needs_pages
+def test_a_script_starts_anew_once_with_its_flags_and_leaves_the_environment_as_it_was(tmp_path):
+    assert started(tmp_path, "--a", "b c") == (2, True, None, ["--a", "b c"], 0, [])
+
+
+@needs_pages
+def test_what_a_user_set_is_left_alone(tmp_path):
+    assert started(tmp_path, RLHF_JAX_KEEP_MEMORY="0") == (1, False, None, [], 0, [])
+    assert started(tmp_path, **{NAME: "glibc.malloc.check=0"}) == (1, False, "glibc.malloc.check=0", [], 0, [])
+
+
+def test_a_program_that_is_no_file_goes_on_since_it_may_have_been_read_from_a_pipe(tmp_path):
+    assert started(tmp_path, "--a", how=["-X", "utf8=0", "-c", SCRIPT]) == (1, False, None, ["--a"], 0, [])
+
+
+def test_a_debugger_keeps_its_process(monkeypatch):
+    begun = []
+    monkeypatch.delenv("RLHF_JAX_KEEP_MEMORY")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)
+    monkeypatch.setattr(allocator.Path, "is_dir", lambda path: True)
+    monkeypatch.setattr(allocator.os, "execv", lambda *command: begun.append(command))
+    for tracing, known in ((print, True), (None, False), (None, True)):  # known: on some kernels and systems not
+        assert not begun
+        monkeypatch.delenv(NAME, raising=False)
+        monkeypatch.setattr(allocator.sys, "gettrace", lambda tracing=tracing: tracing)
+        monkeypatch.setattr(allocator.Path, "is_dir", lambda path, known=known: known)
+        allocator.keep_memory()
+    assert begun == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
+    allocator.keep_memory()  # in the new process
+    assert NAME not in os.environ
+    assert len(begun) == 1
+
+
+@needs_pages
+@pytest.mark.slow
+def test_entry_points_keep_memory_so_that_a_call_faults_no_page_twice(tmp_path):
+    """Each of four heaps may fault once, whichever of XLA's threads takes a call."""
+    pages = 3000 * 3000 * 4 // os.sysconf("SC_PAGE_SIZE")
+    assert min(started(tmp_path, "faults", RLHF_JAX_KEEP_MEMORY="0")[-1]) > pages / 2
+    assert sorted(started(tmp_path, "faults")[-1])[:6][-1] < pages / 20
