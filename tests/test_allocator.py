@@ -19,9 +19,9 @@ from rlhf_jax import cli
 
 def faults():
     import jax, jax.numpy as jnp
-    f = jax.jit(lambda x: jnp.sum(jnp.sort(jnp.outer(x, x), axis=0)))
-    x, counts = jnp.ones(3000), []
-    for _ in range(12):
+    f = jax.jit(lambda x: jnp.sin(jnp.outer(x, x)) @ x)
+    x, counts = jnp.ones(5000), []  # 100 MB in between
+    for _ in range(40):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         f(x).block_until_ready()
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -86,7 +86,7 @@ def test_a_debugger_keeps_its_process(monkeypatch):
 @needs_pages
 @pytest.mark.slow
 def test_entry_points_keep_memory_so_that_a_call_faults_no_page_twice(tmp_path):
-    """Each of four heaps may fault once, whichever of XLA's threads takes a call."""
-    pages = 3000 * 3000 * 4 // os.sysconf("SC_PAGE_SIZE")
+    """But for the first calls of each of four heaps, whichever of XLA's threads takes a call."""
+    pages = 5000 * 5000 * 4 // os.sysconf("SC_PAGE_SIZE")
     assert min(started(tmp_path, "faults", RLHF_JAX_KEEP_MEMORY="0")[-1]) > pages / 2
-    assert sorted(started(tmp_path, "faults")[-1])[:6][-1] < pages / 20
+    assert sum(count > pages / 20 for count in started(tmp_path, "faults")[-1]) <= 10

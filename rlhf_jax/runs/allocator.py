@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 # A heap holds blocks of at most 64 MiB, and larger ones are mapped, unless glibc is to use pages of 1 GiB: then of 4
-# GiB, whether or not there are such pages. With one heap for all of them, XLA's threads would wait for each other.
-TUNABLES = "glibc.malloc.hugetlb=0x40000000:glibc.malloc.trim_threshold=0x100000000:glibc.malloc.mmap_max=0"
+# GiB, whether or not there are such pages. Each of four heaps keeps less than 1 GiB. With one heap for all of them,
+# XLA's threads would wait for each other.
+TUNABLES = "glibc.malloc.hugetlb=0x40000000:glibc.malloc.trim_threshold=0x40000000:glibc.malloc.mmap_max=0"
 TUNABLES += ":glibc.malloc.arena_max=4"
 
 
@@ -20,7 +21,8 @@ def keep_memory() -> None:
 
     For entry points, before they do anything, since all is done again. glibc reads its settings once, from the
     environment variable ``GLIBC_TUNABLES`` of a new process, where they are then taken away: programs that are started
-    from here do not inherit them. Each of four heaps keeps room for the largest block that it ever gave.
+    from here do not inherit them. The process keeps up to 4 GiB more than it would; a program whose temporary values
+    take more than 1 GiB faults its pages at each call, as it would.
 
     Does nothing where ``RLHF_JAX_KEEP_MEMORY`` is 0 or ``GLIBC_TUNABLES`` is set, on a kernel that knows no pages of 1
     GiB, under a debugger (``sys.gettrace``), and where no file is run. With a glibc before 2.35 calls fault their pages
