@@ -51,8 +51,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     training loop exits with 130 too, and a closed pipe, as of ``| head``, with 141 and no message. Any other exception
     passes through: Python prints its traceback and exits with 1.
     """
+    allocator.keep_memory()  # first: it may start the process anew
     attach_console()
-    allocator.keep_memory()
     gc.set_threshold(100_000)  # modules and traces are many objects that stay: half a second of each start by default
     try:
         code = main() or 0
