@@ -3,8 +3,8 @@
     python benchmarks/depth.py
     python benchmarks/depth.py --family Qwen2    # of families.py, whose heads share keys
 
-The preset ``char-small``, a GPT-2, with 4 rows. Programs are compiled without a cache. All times are CPU seconds of
-this process, which other programs disturb little; a step is the least of three.
+The preset ``char-small``, a GPT-2, with 4 rows. Programs are compiled without a cache. All times
+are CPU seconds of this process, which other programs disturb little; a step is the least of three.
 """
 
 import argparse
@@ -41,15 +41,25 @@ def row(name: Any, config: ModelConfig, layers: int, kind: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--family", choices=CONFIGS)
     family = parser.parse_args().family
     config = CONFIGS[family] if family else PRESETS["char-small"].model
     jax.config.update("jax_enable_compilation_cache", False)
-    print("| program | layers | kind | instructions | CPU s to compile | CPU s of a call |\n|---|---|---|---|---|---|")
+    print(
+        "| program | layers | kind | instructions | CPU s to compile | CPU s of a call "
+        "|\n|---|---|---|---|---|---|"
+    )
     for name, kind in itertools.product(("sft", "rollout"), KINDS):
         for layers in LAYERS:
-            print("|", " | ".join([name, str(layers), kind, *row(name, config, layers, kind)]), "|", flush=True)
+            print(
+                "|",
+                " | ".join([name, str(layers), kind, *row(name, config, layers, kind)]),
+                "|",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

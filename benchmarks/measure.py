@@ -1,8 +1,8 @@
 """``rlhf-jax bench``: how long a step of each kind takes on this machine, as one line of JSON.
 
 The work is ``steps.py``'s, on random tokens. A call is timed until its result is there
-(``jax.block_until_ready``). ``startup`` times whole processes instead: from their start to the end of the first
-iteration of ``rlhf-jax ppo --config tiny``.
+(``jax.block_until_ready``). ``startup`` times whole processes instead: from their start to the end
+of the first iteration of ``rlhf-jax ppo --config tiny``.
 """
 
 import dataclasses
@@ -34,18 +34,24 @@ from rlhf_jax.runs import devices
 MAX_OTHERS = 0.02  # share of the machine that other programs may use before a figure means little
 OPPONENTS = {"hand": "torch_steps.py", "transformers": "torch_steps.py", "trl": "trl_steps.py"}
 FIRST_ITERATION = "ppo --config tiny --rl.num-iterations 1 --rl.validation-fraction 0"
-AS_TINY = Preset(models.GPT2Config(800, 80, 32, 2, 2), batch=32, prompt=26, response=12)  # the shapes of that command
+AS_TINY = Preset(
+    models.GPT2Config(800, 80, 32, 2, 2), batch=32, prompt=26, response=12
+)  # the shapes of that command
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the line of ``run``, whose arguments are the flags; 1 if other programs used more than MAX_OTHERS."""
+    """Prints the line of ``run``, whose arguments are the flags; 1 if other programs used more than
+    MAX_OTHERS.
+    """
     line = tyro.cli(run, prog="rlhf-jax bench", args=argv)
     print(json.dumps(line))
     return int((line["others_cpu"] or 0.0) > MAX_OTHERS)
 
 
 def run(
-    name: tyro.conf.Positional[Literal["rollout", "iteration", "reward", "sft", "dpo", "grpo", "vpg", "startup"]],
+    name: tyro.conf.Positional[
+        Literal["rollout", "iteration", "reward", "sft", "dpo", "grpo", "vpg", "startup"]
+    ],
     preset: str = "char-small",
     value: Literal["shared", "separate"] = "shared",
     calls: int = 5,
@@ -53,18 +59,22 @@ def run(
 ) -> dict[str, Any]:
     """Time a kind of step on random tokens and print one line of JSON.
 
-    Exits with 1 where other programs used more than 2% of the machine: the figure then means little.
+    Exits with 1 where other programs used more than 2% of the machine: the figure then means
+    little.
 
     Args:
-        name: what is timed; startup: processes, from their start to the end of the first PPO iteration.
+        name: what is timed; startup: processes, from their start to the end of the first PPO
+            iteration.
         preset: char-nano, char-small, char-wide, gpt2 or llama-1b.
         value: in an iteration: a value head on the policy, or a value model of its own.
         calls: timed calls, after one that warms up; at least five.
-        against: PyTorch's version of the same work, in turn with ours, after a check that both compute the same; needs
-            a checkout and torch, trl for the last. The line gets its median and the ratio.
+        against: PyTorch's version of the same work, in turn with ours, after a check that both
+            compute the same; needs a checkout and torch, trl for the last. The line gets its median
+            and the ratio.
 
     Raises:
-        UserError: there is no such preset, fewer than five calls are asked for, or the two programs differ.
+        UserError: there is no such preset, fewer than five calls are asked for, or the two programs
+            differ.
     """
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: there is none; choose from {', '.join(PRESETS)}")
@@ -79,7 +89,9 @@ def run(
         opponent.agree()
         opponent.ask("step")
     timed = work(name, sizes, value)
-    flops = matmul_flops(jax.make_jaxpr(timed.step)(timed.carry, timed.data).jaxpr, trips=sizes.response)
+    flops = matmul_flops(
+        jax.make_jaxpr(timed.step)(timed.carry, timed.data).jaxpr, trips=sizes.response
+    )
     compiled, cold, warm = compile_seconds(timed)
     carry, _ = jax.block_until_ready(compiled(timed.carry, timed.data))
     rows = []
@@ -88,13 +100,23 @@ def run(
             opponent.turn()
         carry, row = measured(compiled, carry, timed.data)
         rows.append(row)
-    median, (peak_flops, peak_bytes) = statistics.median(row["seconds"] for row in rows), peaks(sizes)
+    median, (peak_flops, peak_bytes) = (
+        statistics.median(row["seconds"] for row in rows),
+        peaks(sizes),
+    )
     stats = jax.devices()[0].memory_stats() or {}
-    peak_memory = stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    line = {"bench": name, "preset": preset, "value": value} | spread([row["seconds"] for row in rows])
+    peak_memory = stats.get(
+        "peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    line = {"bench": name, "preset": preset, "value": value} | spread(
+        [row["seconds"] for row in rows]
+    )
     line |= {"tokens_per_s": timed.tokens / median, "compile_cold_s": cold, "compile_warm_s": warm}
     line |= {"peak_memory_mb": peak_memory / 2**20, "flops_share": flops / median / peak_flops}
-    line |= {"page_faults": statistics.median(row["faults"] for row in rows), "others_cpu": middle(rows, "others")}
+    line |= {
+        "page_faults": statistics.median(row["faults"] for row in rows),
+        "others_cpu": middle(rows, "others"),
+    }
     if name == "rollout":
         read = sizes.response * (_bytes(timed.data[0]) + _cache_bytes(sizes))
         line["bandwidth_share"] = read / median / peak_bytes
@@ -105,11 +127,15 @@ def run(
     return line | machine()
 
 
-# --- One call ---------------------------------------------------------------------------------------------------------
+# --- One call
+#
+# ---------------------------------------------------------------------------------------------------------
 
 
 def measured(compiled: Any, carry: Any, data: Any) -> tuple[Any, dict[str, float]]:
-    """One timed call: the new carry, its seconds, page faults and the share of the machine that others used."""
+    """One timed call: the new carry, its seconds, page faults and the share of the machine that
+    others used.
+    """
     fault, busy, own = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, _busy(), _own()
     started = time.perf_counter()
     carry, _ = jax.block_until_ready(compiled(carry, data))
@@ -119,7 +145,9 @@ def measured(compiled: Any, carry: Any, data: Any) -> tuple[Any, dict[str, float
 
 
 def others(busy: float | None, own: float, seconds: float) -> dict[str, float]:
-    """The share of the machine that other programs used since ``_busy()`` and ``_own()`` were these."""
+    """The share of the machine that other programs used since ``_busy()`` and ``_own()`` were
+    these.
+    """
     if busy is None:
         return {}
     used = (_busy() or 0.0) - busy - (_own() - own)
@@ -142,7 +170,9 @@ def _busy() -> float | None:
     path = Path("/proc/stat")
     if not path.is_file():
         return None
-    user, nice, system, _, _, irq, soft = (int(x) for x in path.read_text().split("\n", 1)[0].split()[1:8])
+    user, nice, system, _, _, irq, soft = (
+        int(x) for x in path.read_text().split("\n", 1)[0].split()[1:8]
+    )
     return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
 
 
@@ -150,11 +180,14 @@ def _own() -> float:
     return sum(os.times()[:4])
 
 
-# --- Compilation and peaks --------------------------------------------------------------------------------------------
+# --- Compilation and peaks
+# --------------------------------------------------------------------------------------------
 
 
 def compile_seconds(work: Work) -> tuple[Any, float, float]:
-    """The compiled step, and the seconds to trace and compile it: without a cache, then with JAX's cache on disk."""
+    """The compiled step, and the seconds to trace and compile it: without a cache, then with JAX's
+    cache on disk.
+    """
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     seconds = []
@@ -174,7 +207,9 @@ def compile_seconds(work: Work) -> tuple[Any, float, float]:
 
 
 def matmul_flops(jaxpr: Any, trips: int = 1) -> float:
-    """Floating-point operations of a jaxpr's matrix products; ``trips``: how often the body of a ``while`` runs."""
+    """Floating-point operations of a jaxpr's matrix products; ``trips``: how often the body of a
+    ``while`` runs.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -183,7 +218,9 @@ def matmul_flops(jaxpr: Any, trips: int = 1) -> float:
             inner = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
             total += 2.0 * float(inner) * equation.outvars[0].aval.size
         times = params["length"] if name == "scan" else trips if name == "while" else 1
-        for part in jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        for part in jax.tree.leaves(
+            list(params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
             part = getattr(part, "jaxpr", part)
             if hasattr(part, "eqns"):
                 total += times * matmul_flops(part, trips)
@@ -191,7 +228,9 @@ def matmul_flops(jaxpr: Any, trips: int = 1) -> float:
 
 
 def peaks(preset: Preset) -> tuple[float, float]:
-    """(FLOP/s of a large matrix product, bytes/s of a large copy) that this process reaches, the best of six."""
+    """(FLOP/s of a large matrix product, bytes/s of a large copy) that this process reaches, the
+    best of six.
+    """
     size = 8192 if jax.default_backend() != "cpu" else 1536
     square, block = jnp.ones((size, size), preset.model.compute_dtype), jnp.ones(2**26, jnp.float32)
 
@@ -203,7 +242,9 @@ def peaks(preset: Preset) -> tuple[float, float]:
             seconds.append(time.perf_counter() - started)
         return min(seconds)
 
-    return 2.0 * size**3 / best(lambda x: x @ x, square), 2.0 * block.nbytes / best(lambda x: x + 1, block)
+    return 2.0 * size**3 / best(lambda x: x @ x, square), 2.0 * block.nbytes / best(
+        lambda x: x + 1, block
+    )
 
 
 def _bytes(tree: Any) -> int:
@@ -211,28 +252,51 @@ def _bytes(tree: Any) -> int:
 
 
 def _cache_bytes(preset: Preset) -> float:
-    """Keys and values that a token reads, of a cache that is half full on the mean over the response."""
+    """Keys and values that a token reads, of a cache that is half full on the mean over the
+    response.
+    """
     config, length = preset.model, preset.prompt + preset.response / 2
     itemsize = jnp.dtype(config.compute_dtype).itemsize
-    return 2.0 * preset.batch * config.num_layers * config.kv_heads * config.head_size * length * itemsize
+    return (
+        2.0
+        * preset.batch
+        * config.num_layers
+        * config.kv_heads
+        * config.head_size
+        * length
+        * itemsize
+    )
 
 
 def machine() -> dict[str, Any]:
     """Versions and the machine, for the line."""
-    versions = {package: importlib.metadata.version(package) for package in ("rlhf-jax", "jax", "jaxlib")}
+    versions = {
+        package: importlib.metadata.version(package) for package in ("rlhf-jax", "jax", "jaxlib")
+    }
     device = jax.devices()[0]
-    host = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-    return {"versions": versions, "device": device.device_kind, "devices": jax.device_count()} | host
+    host = {
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
+    return {
+        "versions": versions,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+    } | host
 
 
-# --- From the start of a process --------------------------------------------------------------------------------------
+# --- From the start of a process
+# --------------------------------------------------------------------------------------
 
 
 def startup(calls: int, against: str | None = None) -> dict[str, Any]:
-    """Wall and CPU seconds from a process's start to its first iteration, without and with JAX's cache on disk.
+    """Wall and CPU seconds from a process's start to its first iteration, without and with JAX's
+    cache on disk.
 
-    One process without a cache, then ``calls`` with the cache that it left. ``against`` trl: as many processes of its
-    PPOTrainer, with models of the same shapes, a value model of its own, and weights from a file.
+    One process without a cache, then ``calls`` with the cache that it left. ``against`` trl: as
+    many processes of its PPOTrainer, with models of the same shapes, a value model of its own, and
+    weights from a file.
     """
     with tempfile.TemporaryDirectory() as folder:
         cold, *rows = [first_iteration(Path(folder), str(number)) for number in range(1 + calls)]
@@ -245,7 +309,9 @@ def startup(calls: int, against: str | None = None) -> dict[str, Any]:
             opponent.ask("step")
             seconds.append(time.perf_counter() - opponent.started)
             opponent.close()
-        line |= spread(seconds, "against_") | {"ratio": statistics.median(seconds) / line["median_s"]}
+        line |= spread(seconds, "against_") | {
+            "ratio": statistics.median(seconds) / line["median_s"]
+        }
         line |= {"against": against, "cold_ratio": statistics.median(seconds) / line["cold_s"]}
     return line | {"others_cpu": middle([cold, *rows], "others")}
 
@@ -256,13 +322,22 @@ def first_iteration(folder: Path, name: str) -> dict[str, float]:
     Raises:
         UserError: it ended before.
     """
-    command = [sys.executable, "-m", "rlhf_jax", *FIRST_ITERATION.split(), "--output-dir", str(folder / name)]
+    command = [
+        sys.executable,
+        "-m",
+        "rlhf_jax",
+        *FIRST_ITERATION.split(),
+        "--output-dir",
+        str(folder / name),
+    ]
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     busy, own, started = _busy(), _own(), time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    )
     assert process.stdout is not None
     reached = any(line.startswith("ppo 1/1 ") for line in process.stdout)
     seconds = time.perf_counter() - started
@@ -270,11 +345,14 @@ def first_iteration(folder: Path, name: str) -> dict[str, float]:
     process.stdout.close()
     _, _, usage = os.wait4(process.pid, 0)
     if not reached:
-        raise UserError("bench startup: the run ended before its first iteration; see its message above")
+        raise UserError(
+            "bench startup: the run ended before its first iteration; see its message above"
+        )
     return {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime} | others(busy, own, seconds)
 
 
-# --- Another program --------------------------------------------------------------------------------------------------
+# --- Another program
+# --------------------------------------------------------------------------------------------------
 
 
 class Opponent:
@@ -287,22 +365,40 @@ class Opponent:
     def __init__(self, kind: str, name: str, preset: Preset, value: str) -> None:
         script = Path(__file__).with_name(OPPONENTS[kind])
         if not script.is_file():
-            raise UserError("--against: benchmarks/ is part of a checkout, not of the installed package")
+            raise UserError(
+                "--against: benchmarks/ is part of a checkout, not of the installed package"
+            )
         self.name, self.preset, self.value = name, preset, value
         self.folder, self.seconds = tempfile.TemporaryDirectory(), list[float]()
         model, keys = models.build(preset.model), jax.random.split(jax.random.key(0), 4)
         params = models.add_head(keys[3], jax.jit(model.init)(keys[0]), "score")
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
         arrays = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
-        arrays = {path: leaf for path, leaf in arrays.items() if path not in ("score/gain", "score/shift")}
+        arrays = {
+            path: leaf for path, leaf in arrays.items() if path not in ("score/gain", "score/shift")
+        }
         shape = (preset.batch, preset.prompt + preset.response)
-        tokens = np.asarray(jax.random.randint(keys[1], shape, 2, preset.model.vocab_size, jnp.int32))
+        tokens = np.asarray(
+            jax.random.randint(keys[1], shape, 2, preset.model.vocab_size, jnp.int32)
+        )
         shared = Path(self.folder.name, "shared.npz")
         config = json.dumps(dataclasses.asdict(preset.model), default=str)
         np.savez(shared, config=config, prompt=preset.prompt, tokens=tokens, **arrays)  # type: ignore[arg-type]
-        command = [sys.executable, str(script), str(shared), "--bench", name, "--kind", kind, "--value", value]
+        command = [
+            sys.executable,
+            str(script),
+            str(shared),
+            "--bench",
+            name,
+            "--kind",
+            kind,
+            "--value",
+            value,
+        ]
         self.started = time.perf_counter()
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def ask(self, what: Literal["check", "step"]) -> dict[str, Any]:
         """One turn: its result (loss and gradient norm, or tokens) and its seconds."""
@@ -316,7 +412,8 @@ class Opponent:
         raise UserError("--against: the other program ended; see its message above")
 
     def agree(self) -> None:
-        """Checks that both programs compute the same: loss and gradient norm, or the greedy tokens of a rollout.
+        """Checks that both programs compute the same: loss and gradient norm, or the greedy tokens
+        of a rollout.
 
         An opponent that does not tell one of the two answers null for it.
 
@@ -326,10 +423,18 @@ class Opponent:
         ours = work(self.name, self.preset, self.value, temperature=0.0)
         _, metrics = jax.jit(ours.step)(ours.carry, ours.data)
         theirs = np.asarray(self.ask("check")["result"], np.float64)  # null becomes NaN
-        mine = metrics["tokens"] if self.name == "rollout" else jnp.stack([metrics["loss"], metrics["grad_norm"]])
+        mine = (
+            metrics["tokens"]
+            if self.name == "rollout"
+            else jnp.stack([metrics["loss"], metrics["grad_norm"]])
+        )
         mine = np.where(np.isnan(theirs), theirs, np.asarray(mine))
-        if np.isnan(theirs).all() or not np.allclose(mine, theirs, rtol=1e-4, atol=1e-4, equal_nan=True):
-            raise UserError(f"--against: the two programs do not compute the same: {mine} here, {theirs} there")
+        if np.isnan(theirs).all() or not np.allclose(
+            mine, theirs, rtol=1e-4, atol=1e-4, equal_nan=True
+        ):
+            raise UserError(
+                f"--against: the two programs do not compute the same: {mine} here, {theirs} there"
+            )
 
     def turn(self) -> None:
         """A timed step."""

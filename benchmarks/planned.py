@@ -2,8 +2,9 @@
 
     python benchmarks/planned.py sft dpo ppo
 
-A GPT-2 of 4 layers of width 256 is trained on rows of 112 tokens. Measured is what lies on the device before a step,
-plus the growth of resident memory up to its peak in the step, so neither the compiler's memory nor a checkpoint's.
+A GPT-2 of 4 layers of width 256 is trained on rows of 112 tokens. Measured is what lies on the
+device before a step, plus the growth of resident memory up to its peak in the step, so neither the
+compiler's memory nor a checkpoint's.
 """
 
 import argparse
@@ -33,7 +34,9 @@ ROWS, TOKENS = 32, 112
 
 def resident(field: str) -> int:
     """Bytes of VmRSS or VmHWM, the peak of the process."""
-    return 1024 * int(re.findall(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))[0])
+    return 1024 * int(
+        re.findall(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))[0]
+    )
 
 
 def config_of(stage: str, folder: Path, num_microbatches: int) -> RunConfig:
@@ -42,17 +45,31 @@ def config_of(stage: str, folder: Path, num_microbatches: int) -> RunConfig:
     ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
     model = models.build(models.GPT2Config(tokenizer.vocab_size, TOKENS, 256, 4, 4, **ids))
     how = SamplingConfig(4, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    LanguageModel(model, model.init(jax.random.key(0)), tokenizer).save(folder / "m", template="{prompt}", config=how)
+    LanguageModel(model, model.init(jax.random.key(0)), tokenizer).save(
+        folder / "m", template="{prompt}", config=how
+    )
     prompts = [f"{number:064b}".translate({48: "a", 49: "b"}) for number in range(2 * ROWS)]
     pairs = [{"prompt": prompt, "chosen": "a" * 47, "rejected": "b" * 47} for prompt in prompts]
     (folder / "pairs.json").write_text(json.dumps(pairs), "utf-8")
-    rl = RLStage(num_iterations=1, batch_size=ROWS, max_new_tokens=48, max_prompt_length=64, validation_fraction=0.0)
-    given = {"data": (str(folder / "pairs.json"),), "model": str(folder / "m"), "output_dir": str(folder / "run")}
+    rl = RLStage(
+        num_iterations=1,
+        batch_size=ROWS,
+        max_new_tokens=48,
+        max_prompt_length=64,
+        validation_fraction=0.0,
+    )
+    given = {
+        "data": (str(folder / "pairs.json"),),
+        "model": str(folder / "m"),
+        "output_dir": str(folder / "run"),
+    }
     config = RunConfig(**given, reward=("length",), rl=rl)  # type: ignore[arg-type]
     own: dict[str, Any] = {"num_microbatches": num_microbatches}
     if stage != "ppo":
         own |= {"batch_size": ROWS, "validation_fraction": 0.0, "num_epochs": 1}
-    return dataclasses.replace(config, **{stage: dataclasses.replace(getattr(config, stage), **own)})
+    return dataclasses.replace(
+        config, **{stage: dataclasses.replace(getattr(config, stage), **own)}
+    )
 
 
 def measured(config: RunConfig, stage: str) -> int:
@@ -62,7 +79,9 @@ def measured(config: RunConfig, stage: str) -> int:
     def watched(self: Any) -> None:
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        held = {x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays() if not x.is_deleted()}
+        held = {
+            x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays() if not x.is_deleted()
+        }
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", "utf-8")  # the peak starts anew
         step(self)
@@ -82,7 +101,10 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=("sft", "dpo", "ppo"))
     parser.add_argument("--microbatches", type=int, nargs="+", default=(1, 4))
     args = parser.parse_args()
-    print("| stage | microbatches | planned MiB | measured MiB | planned / measured |\n|---|---|---|---|---|")
+    print(
+        "| stage | microbatches | planned MiB | measured MiB | planned / measured "
+        "|\n|---|---|---|---|---|"
+    )
     for stage in args.stages:
         for count in args.microbatches:
             with tempfile.TemporaryDirectory() as name:

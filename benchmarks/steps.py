@@ -1,4 +1,5 @@
-"""One step of each kind on random tokens, for ``rlhf-jax bench`` (``measure.py``) and ``rlhf-jax doctor``.
+"""One step of each kind on random tokens, for ``rlhf-jax bench`` (``measure.py``) and ``rlhf-jax
+doctor``.
 
 Models have random weights, and no response ends early: the time depends on shapes alone.
 """
@@ -25,7 +26,9 @@ Value = Literal["shared", "separate"]
 
 
 class Preset(NamedTuple):
-    """Shapes of the work: a model, rows of a batch (pairs count as two), prompt and response columns."""
+    """Shapes of the work: a model, rows of a batch (pairs count as two), prompt and response
+    columns.
+    """
 
     model: ModelConfig
     batch: int
@@ -39,7 +42,10 @@ PRESETS: dict[str, Preset] = {
     "char-wide": Preset(models.GPT2Config(65, 112, 384, 6, 6), 64, 64, 48),
     "gpt2": Preset(models.GPT2Config(50257, 1024, 768, 12, 12), 8, 128, 128),
     "llama-1b": Preset(
-        models.LlamaConfig(128256, 4096, 2048, 16, 32, num_kv_heads=8, intermediate_size=8192), 8, 512, 512
+        models.LlamaConfig(128256, 4096, 2048, 16, 32, num_kv_heads=8, intermediate_size=8192),
+        8,
+        512,
+        512,
     ),
 }
 
@@ -59,15 +65,20 @@ class Work(NamedTuple):
     def compile(self) -> Any:
         """The step as a program, as a run compiles it."""
         options = devices.compiler_options(self.num_blocks)
-        return jax.jit(self.step, donate_argnums=0, compiler_options=options).lower(self.carry, self.data).compile()
+        return (
+            jax.jit(self.step, donate_argnums=0, compiler_options=options)
+            .lower(self.carry, self.data)
+            .compile()
+        )
 
 
 def work(name: Name, preset: Preset, value: Value = "shared", temperature: float = 1.0) -> Work:
     """What ``bench`` times.
 
     Args:
-        name: ``rollout`` samples; ``iteration`` is one of PPO, 4 epochs of 1 minibatch, with bodies of reference and
-            reward model; ``grpo`` and ``vpg`` are their updates on a rollout that is there; the others are one step.
+        name: ``rollout`` samples; ``iteration`` is one of PPO, 4 epochs of 1 minibatch, with bodies
+            of reference and reward model; ``grpo`` and ``vpg`` are their updates on a rollout that
+            is there; the others are one step.
         value: for ``iteration``: the value head on the policy's body, or a whole value model.
     """
     model, keys = models.build(preset.model), jax.random.split(jax.random.key(0), 4)
@@ -78,18 +89,30 @@ def work(name: Name, preset: Preset, value: Value = "shared", temperature: float
     batch = Demonstrations(tokens, mask, mask.at[:, : preset.prompt].set(0))
     policy_fn = models.policy_fn(model, prompt_length=preset.prompt)
 
-    def stepping(update: Callable[..., tuple[Any, Any]], start: Params, data: Any, **options: Any) -> Work:
+    def stepping(
+        update: Callable[..., tuple[Any, Any]], start: Params, data: Any, **options: Any
+    ) -> Work:
         def step(state: TrainState, data: Any) -> tuple[Any, Any]:
             return update(state, data, keys[2], optimizer=optimizer, **options)
 
-        return Work(step, TrainState.create(jax.tree.map(jnp.copy, start), optimizer), data, tokens.size, num_blocks)
+        return Work(
+            step,
+            TrainState.create(jax.tree.map(jnp.copy, start), optimizer),
+            data,
+            tokens.size,
+            num_blocks,
+        )
 
     if name == "sft":
-        return stepping(sft.update, params, batch, policy_fn=models.policy_fn(model), config=sft.Config())
+        return stepping(
+            sft.update, params, batch, policy_fn=models.policy_fn(model), config=sft.Config()
+        )
     pairs = Comparisons(*(x.reshape(-1, 2, shape[1]) for x in (tokens, mask, batch.response_mask)))
     if name == "reward":
         options = {"score_fn": models.score_fn(model), "config": reward_model.Config()}
-        return stepping(reward_model.update, models.add_head(keys[3], params, "score"), pairs, **options)
+        return stepping(
+            reward_model.update, models.add_head(keys[3], params, "score"), pairs, **options
+        )
     if name == "dpo":
         policy_fn = models.policy_fn(model)
         ref_fn = jax.tree_util.Partial(policy_fn)
@@ -118,7 +141,9 @@ def _rl_work(
     group = {"grpo": {"group_size": 4}, "iteration": {"num_epochs": 4}}.get(name, {})
     separate = name == "iteration" and value == "separate"
     own = model if separate else None
-    policy_fn = jax.tree_util.Partial(models.policy_fn(model, prompt_length=preset.prompt, value_model=own))
+    policy_fn = jax.tree_util.Partial(
+        models.policy_fn(model, prompt_length=preset.prompt, value_model=own)
+    )
     with_value = models.add_head(keys[3], params, "value")
     if separate:
         with_value = critic.beside(Trainable(params), with_value).params
@@ -126,7 +151,9 @@ def _rl_work(
     optimizer = optax.adamw(1e-5)
     optimizer = critic.split(optimizer, optimizer, start) if separate else optimizer
     recipe = phases.Recipe(model, how, algorithm, algorithm.Config(**group), optimizer, RLStage())
-    loop = phases.LoopState.create(algorithm.State.create(jax.tree.map(jnp.copy, start), optimizer), 0.05)
+    loop = phases.LoopState.create(
+        algorithm.State.create(jax.tree.map(jnp.copy, start), optimizer), 0.05
+    )
     prompt = batch.tokens[:, : preset.prompt]
     prompts = phases.Prompts(prompt, jnp.ones_like(prompt), jnp.arange(preset.batch))
     scorer = rewards.from_model(models.score_fn(model), models.add_head(keys[3], params, "score"))
@@ -140,7 +167,9 @@ def _rl_work(
 
     def iterate(loop: phases.LoopState, data: Any) -> tuple[Any, Any]:
         functions, prompts = data
-        loop, _, metrics = phases.iteration(loop, prompts, keys[2], keys[3], functions, recipe=recipe)
+        loop, _, metrics = phases.iteration(
+            loop, prompts, keys[2], keys[3], functions, recipe=recipe
+        )
         return loop, metrics
 
     def update(loop: phases.LoopState, data: Any) -> tuple[Any, Any]:
@@ -154,8 +183,12 @@ def _rl_work(
     if name == "iteration":
         return Work(iterate, loop, (functions, prompts), sampled_tokens, preset.model.num_blocks)
     log_probs = jnp.zeros(batch.tokens.shape)
-    given = Rollout(batch.tokens, batch.attention_mask, batch.response_mask, log_probs, prompts.row_ids)
-    score = jax.jit(lambda params, ref_fn: rescore(given, params, policy_fn=policy_fn, ref_fn=ref_fn))
+    given = Rollout(
+        batch.tokens, batch.attention_mask, batch.response_mask, log_probs, prompts.row_ids
+    )
+    score = jax.jit(
+        lambda params, ref_fn: rescore(given, params, policy_fn=policy_fn, ref_fn=ref_fn)
+    )
     collected = score(loop.train.params, functions.ref_fn)
     collected, _ = phases.scored(collected, jnp.linspace(-1.0, 1.0, preset.batch), {})
     return Work(update, loop, (functions, collected), batch.tokens.size, preset.model.num_blocks)

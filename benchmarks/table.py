@@ -1,10 +1,11 @@
-"""The table of docs/performance.md: runs its commands one after another, some eleven minutes on two idle cores.
+"""The table of docs/performance.md: runs its commands one after another, some eleven minutes on two
+idle cores.
 
     pip install -e '.[benchmarks]'
     python benchmarks/table.py
 
-A ratio is the other program's median over ours. A row during which other programs used more than 2% of the machine is
-said to be refused: run its command again.
+A ratio is the other program's median over ours. A row during which other programs used more than 2%
+of the machine is said to be refused: run its command again.
 """
 
 import json
@@ -40,18 +41,27 @@ def row(command: str, wanted: float | None, least: float | None) -> str:
     line = json.loads(lines[-1])
     refused = "refused, " if (line["others_cpu"] or 0.0) > 0.02 else ""
     if line["bench"] == "startup":
-        cpu = f"{line['cpu_s']:.1f} CPU-s; cold {line['cold_s']:.1f} s, {line['cold_cpu_s']:.1f} CPU-s"
+        cpu = (
+            f"{line['cpu_s']:.1f} CPU-s; cold {line['cold_s']:.1f} s, {line['cold_cpu_s']:.1f} "
+            "CPU-s"
+        )
         ratios = f"**{line['ratio']:.2f}**, cold **{line['cold_ratio']:.2f}**"
         cells = f"{line['median_s']:.1f} s ({cpu}) | {line['against_median_s']:.1f} s | {ratios} |"
     else:
-        cells = f"{line['median_s']:.3f} s | {line['against_median_s']:.3f} s | **{line['ratio']:.2f}** |"
+        cells = (
+            f"{line['median_s']:.3f} s | {line['against_median_s']:.3f} s | "
+            f"**{line['ratio']:.2f}** |"
+        )
     goals = "| 5 CPU-s; cold 12 |" if wanted is None else f"{wanted} | {least} |"
     share = f"{line['flops_share']:.0%}" if "flops_share" in line else ""
     return f"| `{command}` | {refused}{cells} {goals} {share} |"
 
 
 def main() -> None:
-    print("| `rlhf-jax bench` | here | other | ratio | wanted | at least | of peak |\n|---|---|---|---|---|---|---|")
+    print(
+        "| `rlhf-jax bench` | here | other | ratio | wanted | at least | of peak "
+        "|\n|---|---|---|---|---|---|---|"
+    )
     for given in ROWS:
         print(row(*given), flush=True)
 

@@ -1,8 +1,9 @@
 """The work of ``rlhf-jax bench`` in PyTorch, one process that takes its turns over standard input.
 
-Two kinds of model: ``hand`` is a GPT-2 written out with fused attention and a KV cache, as a good PyTorch programmer
-would write this job; ``transformers`` is the library's own GPT-2 with its ``generate``. Weights and tokens come from
-``shared.npz``, which the command writes, so that both sides can be compared before they are timed.
+Two kinds of model: ``hand`` is a GPT-2 written out with fused attention and a KV cache, as a good
+PyTorch programmer would write this job; ``transformers`` is the library's own GPT-2 with its
+``generate``. Weights and tokens come from ``shared.npz``, which the command writes, so that both
+sides can be compared before they are timed.
 
 For each line ``check`` or ``step`` on standard input one line of JSON goes to standard output.
 """
@@ -24,8 +25,14 @@ class Block(torch.nn.Module):
         super().__init__()
         self.heads = heads
         self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
-        self.c_attn, self.attn_proj = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
-        self.c_fc, self.c_proj = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
+        self.c_attn, self.attn_proj = (
+            torch.nn.Linear(width, 3 * width),
+            torch.nn.Linear(width, width),
+        )
+        self.c_fc, self.c_proj = (
+            torch.nn.Linear(width, 4 * width),
+            torch.nn.Linear(4 * width, width),
+        )
 
     def forward(self, x, cache=None, index=0):
         batch, length, width = x.shape
@@ -50,7 +57,9 @@ class GPT2(torch.nn.Module):
         self.config = config
         self.wte = torch.nn.Embedding(config["vocab_size"], width)
         self.wpe = torch.nn.Embedding(config["max_length"], width)
-        self.h = torch.nn.ModuleList(Block(width, config["num_heads"]) for _ in range(config["num_layers"]))
+        self.h = torch.nn.ModuleList(
+            Block(width, config["num_heads"]) for _ in range(config["num_layers"])
+        )
         self.ln_f = torch.nn.LayerNorm(width)
         self.value, self.score = torch.nn.Linear(width, 1), torch.nn.Linear(width, 1)
         torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
@@ -68,7 +77,12 @@ class GPT2(torch.nn.Module):
     @torch.no_grad()
     def generate(self, prompt, new, greedy):
         config, (batch, length) = self.config, prompt.shape
-        shape = (batch, config["num_heads"], length + new, config["hidden_size"] // config["num_heads"])
+        shape = (
+            batch,
+            config["num_heads"],
+            length + new,
+            config["hidden_size"] // config["num_heads"],
+        )
         cache = [(torch.empty(shape), torch.empty(shape)) for _ in self.h]
         tokens, inputs, index = prompt, prompt, 0
         for _ in range(new):
@@ -100,7 +114,10 @@ class Library(torch.nn.Module):
             eos_token_id=None,
         )
         self.lm = transformers.GPT2LMHeadModel(settings)
-        self.value, self.score = torch.nn.Linear(config["hidden_size"], 1), torch.nn.Linear(config["hidden_size"], 1)
+        self.value, self.score = (
+            torch.nn.Linear(config["hidden_size"], 1),
+            torch.nn.Linear(config["hidden_size"], 1),
+        )
         torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
 
     def hidden(self, tokens):
@@ -112,17 +129,29 @@ class Library(torch.nn.Module):
     @torch.no_grad()
     def generate(self, prompt, new, greedy):
         mask = torch.ones_like(prompt)
-        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": not greedy, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": new,
+            "min_new_tokens": new,
+            "do_sample": not greedy,
+            "pad_token_id": 0,
+        }
         return self.lm.generate(prompt, attention_mask=mask, top_k=0, **options)
 
 
 def load(kind, config, arrays):
     """A model with the shared weights; kernels of rlhf_jax are [in, out]."""
     model = (GPT2 if kind == "hand" else Library)(config)
-    names = {"attn/c_attn": "c_attn", "attn/c_proj": "attn_proj", "mlp/c_fc": "c_fc", "mlp/c_proj": "c_proj"}
+    names = {
+        "attn/c_attn": "c_attn",
+        "attn/c_proj": "attn_proj",
+        "mlp/c_fc": "c_fc",
+        "mlp/c_proj": "c_proj",
+    }
     state = {}
     for path, array in arrays.items():
-        tensor = torch.from_numpy(array.reshape(*array.shape[:-2], -1) if "c_attn" in path else array)
+        tensor = torch.from_numpy(
+            array.reshape(*array.shape[:-2], -1) if "c_attn" in path else array
+        )
         where, _, leaf = path.rpartition("/")
         if leaf == "kernel" and kind == "hand" and tensor.ndim == 2:
             tensor = tensor.T
@@ -132,7 +161,9 @@ def load(kind, config, arrays):
             rest = names.get(rest, rest) if kind == "hand" else rest.replace("/", ".")
             where = f"h.{layer[2:]}.{rest}"
         if where == "score":
-            state[f"score.{leaf}"] = tensor.reshape(1, -1) if leaf == "weight" else tensor.reshape(1)
+            state[f"score.{leaf}"] = (
+                tensor.reshape(1, -1) if leaf == "weight" else tensor.reshape(1)
+            )
         else:
             state[("" if kind == "hand" else "lm.transformer.") + f"{where}.{leaf}"] = tensor
     missing = model.load_state_dict(state, strict=False)
@@ -155,13 +186,20 @@ class Work:
         parameters = list(model.parameters())
         if critic is not None:
             parameters += list(critic.parameters())
-        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=LEARNING_RATE, weight_decay=1e-4, fused=True
+        )
         self.collected = self.collect(tokens) if bench in ("grpo", "vpg") else None
 
     def descend(self, loss):
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.optimizer.step()
         return loss.item(), norm.item()
@@ -208,7 +246,9 @@ class Work:
     def grpo(self, greedy):
         tokens, old, reference, _ = self.collected
         scores = torch.linspace(-1, 1, len(tokens)).view(-1, GROUP)
-        advantage = ((scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+        advantage = (
+            (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)
+        ).view(-1, 1)
         chosen = log_probs(self.model, self.model.hidden(tokens), tokens, self.prompt)
         ratio = (chosen - old).exp()
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
@@ -235,13 +275,17 @@ class Work:
                 running = rewards[:, t] + following - values[:, t] + GAE_LAMBDA * running
                 advantages[:, t] = running
             returns = advantages + values
-            advantages = (advantages - advantages.mean()) * torch.rsqrt(advantages.var(correction=0) + 1e-8)
+            advantages = (advantages - advantages.mean()) * torch.rsqrt(
+                advantages.var(correction=0) + 1e-8
+            )
         results = []
         for _ in range(EPOCHS):
             hidden = self.model.hidden(tokens)
             chosen = log_probs(self.model, hidden, tokens, self.prompt)
             ratio = (chosen - old).exp()
-            surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+            surrogate = torch.minimum(
+                ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages
+            )
             now = self.values(tokens, hidden)
             clipped = values + (now - values).clamp(-CLIP, CLIP)
             value_loss = 0.5 * torch.maximum((now - returns) ** 2, (clipped - returns) ** 2).mean()
@@ -261,11 +305,16 @@ def main():
     tokens = torch.from_numpy(shared.pop("tokens")).long()
     torch.manual_seed(0)
     model, other, critic = (load(args.kind, config, shared) for _ in range(3))
-    work = Work(args.bench, model, other, critic if args.value == "separate" else None, tokens, prompt)
+    work = Work(
+        args.bench, model, other, critic if args.value == "separate" else None, tokens, prompt
+    )
     for line in sys.stdin:
         started, cpu = time.perf_counter(), time.process_time()
         result = work.step(greedy=line.strip() == "check")
-        seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+        seconds = {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu,
+        }
         print(json.dumps({"result": result} | seconds), flush=True)
 
 

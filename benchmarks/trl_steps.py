@@ -1,11 +1,14 @@
-"""The work of ``rlhf-jax bench`` by TRL's trainers, one process that takes its turns over standard input.
+"""The work of ``rlhf-jax bench`` by TRL's trainers, one process that takes its turns over standard
+input.
 
-TRL 1.12.0, the last one with PPO: ``trl.experimental.ppo``, which knows a value model of its own alone. Each trainer
-runs its own ``train()`` on the rows of ``shared.npz``, tokenized beforehand. A callback makes a step wait for a line of
-standard input and answers when TRL logs it, so a step is all that a user waits for: fetching the batch, the update, the
-numbers of the log. Gradient checkpointing, saving and reports are off.
+TRL 1.12.0, the last one with PPO: ``trl.experimental.ppo``, which knows a value model of its own
+alone. Each trainer runs its own ``train()`` on the rows of ``shared.npz``, tokenized beforehand. A
+callback makes a step wait for a line of standard input and answers when TRL logs it, so a step is
+all that a user waits for: fetching the batch, the update, the numbers of the log. Gradient
+checkpointing, saving and reports are off.
 
-GRPO takes steps on one rollout, which the first step makes from the given tokens (``rollout_func``).
+GRPO takes steps on one rollout, which the first step makes from the given tokens
+(``rollout_func``).
 """
 
 import argparse
@@ -29,7 +32,9 @@ SPECIAL = ("<pad>", "<end>")  # beyond the model's vocabulary, as no row is padd
 
 
 class Turns(transformers.TrainerCallback):
-    """Answers each line of standard input with the loss, the gradient norm and the seconds of a step."""
+    """Answers each line of standard input with the loss, the gradient norm and the seconds of a
+    step.
+    """
 
     def __init__(self, loss):
         self.loss = loss
@@ -56,7 +61,9 @@ def tokenizer(size):
 
     words = {f"w{i}": i for i in range(size)} | {word: size + i for i, word in enumerate(SPECIAL)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=SPECIAL[0], eos_token=SPECIAL[1])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=SPECIAL[0], eos_token=SPECIAL[1]
+    )
 
 
 def classifier(lm, score):
@@ -102,17 +109,35 @@ def supervised(name, trl, lm, reference, score, rows, prompt, common):
         data = {"chosen_ids": [a for a, _ in pairs], "rejected_ids": [b for _, b in pairs]}
         common["per_device_train_batch_size"] //= 2
         model = classifier(lm, score)
-        trainer = trl.RewardTrainer(model, trl.RewardConfig(**common), train_dataset=many(data), **options)
+        trainer = trl.RewardTrainer(
+            model, trl.RewardConfig(**common), train_dataset=many(data), **options
+        )
     else:
-        data = {"prompt_ids": [a[:prompt] for a, _ in pairs], "chosen_ids": [a[prompt:] for a, _ in pairs]}
+        data = {
+            "prompt_ids": [a[:prompt] for a, _ in pairs],
+            "chosen_ids": [a[prompt:] for a, _ in pairs],
+        }
         data["rejected_ids"] = [b[prompt:] for _, b in pairs]
         common["per_device_train_batch_size"] //= 2
-        given = type("Given", (trl.DPOTrainer,), {"_prepare_dataset": lambda self, rows, *more: rows})  # tokens already
-        trainer = given(lm, reference, args=trl.DPOConfig(beta=0.1, **common), train_dataset=many(data), **options)
+        given = type(
+            "Given", (trl.DPOTrainer,), {"_prepare_dataset": lambda self, rows, *more: rows}
+        )  # tokens already
+        trainer = given(
+            lm,
+            reference,
+            args=trl.DPOConfig(beta=0.1, **common),
+            train_dataset=many(data),
+            **options,
+        )
         # The two rows of a pair have prompts of their own here, for which TRL's rows have no place.
-        collate, tokens = trainer.data_collator, torch.tensor([a for a, _ in pairs] + [b for _, b in pairs])
+        collate, tokens = (
+            trainer.data_collator,
+            torch.tensor([a for a, _ in pairs] + [b for _, b in pairs]),
+        )
         trainer.data_collator = lambda examples: collate(examples) | {"input_ids": tokens}
-    trainer._get_train_sampler = lambda *arguments: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    trainer._get_train_sampler = lambda *arguments: torch.utils.data.SequentialSampler(
+        trainer.train_dataset
+    )
     return trainer, lambda logs: logs.get("loss")
 
 
@@ -124,9 +149,22 @@ def grpo(trl, lm, rows, prompt, common, folder):
     """A GRPOTrainer that goes on learning from one rollout, the given rows."""
     lm.save_pretrained(folder)  # TRL reads the reference from the model's path
     lm = transformers.GPT2LMHeadModel.from_pretrained(folder)
-    common |= {"max_steps": MANY, "beta": KL, "epsilon": CLIP, "loss_type": "grpo", "num_generations": GROUP}
-    common |= {"num_iterations": MANY, "steps_per_generation": 1, "max_completion_length": len(rows[0]) - prompt}
-    rollout = {"prompt_ids": [row[:prompt] for row in rows], "completion_ids": [row[prompt:] for row in rows]}
+    common |= {
+        "max_steps": MANY,
+        "beta": KL,
+        "epsilon": CLIP,
+        "loss_type": "grpo",
+        "num_generations": GROUP,
+    }
+    common |= {
+        "num_iterations": MANY,
+        "steps_per_generation": 1,
+        "max_completion_length": len(rows[0]) - prompt,
+    }
+    rollout = {
+        "prompt_ids": [row[:prompt] for row in rows],
+        "completion_ids": [row[prompt:] for row in rows],
+    }
     rollout["logprobs"] = [[0.0] * (len(row) - prompt) for row in rows]
     trainer = trl.GRPOTrainer(
         lm,
@@ -151,9 +189,24 @@ def ppo(lm, reference, score, rows, prompt, common, turns):
 
     ppo_trainer.batch_generation = sample
     new = len(rows[0]) - prompt
-    common |= {"response_length": new, "temperature": 1.0, "num_ppo_epochs": EPOCHS, "num_mini_batches": 1}
-    common |= {"kl_coef": KL, "cliprange": CLIP, "cliprange_value": CLIP, "vf_coef": 0.1, "lam": GAE_LAMBDA}
-    common |= {"gamma": 1.0, "total_episodes": MANY * len(rows), "local_rollout_forward_batch_size": len(rows)}
+    common |= {
+        "response_length": new,
+        "temperature": 1.0,
+        "num_ppo_epochs": EPOCHS,
+        "num_mini_batches": 1,
+    }
+    common |= {
+        "kl_coef": KL,
+        "cliprange": CLIP,
+        "cliprange_value": CLIP,
+        "vf_coef": 0.1,
+        "lam": GAE_LAMBDA,
+    }
+    common |= {
+        "gamma": 1.0,
+        "total_episodes": MANY * len(rows),
+        "local_rollout_forward_batch_size": len(rows),
+    }
     common |= {"num_sample_generations": 0, "stop_token_id": None, "missing_eos_penalty": None}
     trainer = PPOTrainer(
         args=PPOConfig(**common),
@@ -176,7 +229,10 @@ def main():
     parser.add_argument("--value", choices=("shared", "separate"), default="shared")
     args = parser.parse_args()
     if args.bench in ("rollout", "vpg") or (args.bench == "iteration" and args.value == "shared"):
-        sys.exit("TRL has no such work: it samples by transformers, PPO has a separate value model, VPG is not there")
+        sys.exit(
+            "TRL has no such work: it samples by transformers, PPO has a separate value model, VPG "
+            "is not there"
+        )
     shared = dict(np.load(args.shared, allow_pickle=False))
     config, prompt = json.loads(str(shared.pop("config"))), int(shared.pop("prompt"))
     rows = shared.pop("tokens").tolist()
@@ -193,7 +249,9 @@ def main():
         elif args.bench == "grpo":
             trainer, loss = grpo(trl, model.lm, rows, prompt, common, folder)
         else:
-            trainer, loss = supervised(args.bench, trl, model.lm, other.lm, score, rows, prompt, common)
+            trainer, loss = supervised(
+                args.bench, trl, model.lm, other.lm, score, rows, prompt, common
+            )
         trainer.remove_callback(transformers.PrinterCallback)
         turns = Turns(loss)
         trainer.add_callback(turns)

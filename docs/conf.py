@@ -1,4 +1,6 @@
-"""Sphinx builds the documentation without network: ``sphinx-build -W --keep-going -b html docs docs/_build/html``."""
+"""Sphinx builds the documentation without network: ``sphinx-build -W --keep-going -b html docs
+docs/_build/html``.
+"""
 
 import importlib.metadata
 import os
@@ -38,10 +40,13 @@ autodoc_preserve_defaults = True
 def google(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Translates docstrings: their examples, and ``Args:``, ``Returns:`` and ``Raises:``.
 
-    Napoleon as an extension would also take the text before a colon below a config field for the field's type.
+    Napoleon as an extension would also take the text before a colon below a config field for the
+    field's type.
     """
     if what == "module":  # an indented paragraph there is code
-        starts = [i for i in range(1, len(lines)) if lines[i].startswith("    ") and not lines[i - 1]]
+        starts = [
+            i for i in range(1, len(lines)) if lines[i].startswith("    ") and not lines[i - 1]
+        ]
         for i in reversed(starts):
             lines[i:i] = ["::", ""]
     elif what != "attribute":
@@ -54,11 +59,15 @@ def mathml(translator: Any, node: nodes.math | nodes.math_block) -> None:
     equation = latex2mathml.tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
     # Room above and below; the theme's scroll bars are left out.
     translator.body.append(
-        equation.replace('display="block"', 'display="block" style="overflow: visible; margin: 1em"')
+        equation.replace(
+            'display="block"', 'display="block" style="overflow: visible; margin: 1em"'
+        )
     )
     raise nodes.SkipNode
 
 
 def setup(app: Sphinx) -> None:
-    app.add_html_math_renderer("mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None))
+    app.add_html_math_renderer(
+        "mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None)
+    )
     app.connect("autodoc-process-docstring", google)

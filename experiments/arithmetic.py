@@ -1,11 +1,13 @@
-"""Word problems of one step, and reward functions that check their answers, for policies that learn from rewards alone.
+"""Word problems of one step, and reward functions that check their answers, for policies that learn
+from rewards alone.
 
     python experiments/arithmetic.py runs/problems        # writes prompts.json into that folder
     python experiments/grpo.py --config configs/arithmetic.yaml --data runs/problems
 
-The config names ``correct`` and ``is_number``, below, in ``reward``. The rows of the data are {prompt, answer}; a
-column beside the prompt reaches the function as the argument of its name. GSM8K's rows (Cobbe et al. 2021) are
-{question, answer}: rename the column ``question`` to ``prompt``; its answers, which end with "#### 42", are understood.
+The config names ``correct`` and ``is_number``, below, in ``reward``. The rows of the data are
+{prompt, answer}; a column beside the prompt reaches the function as the argument of its name.
+GSM8K's rows (Cobbe et al. 2021) are {question, answer}: rename the column ``question`` to
+``prompt``; its answers, which end with "#### 42", are understood.
 """
 
 import json
@@ -46,28 +48,39 @@ def last_number(text: str) -> Decimal | None:
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
-def correct(prompts: list[str], responses: list[str], answer: list[str | int]) -> list[float | None]:
-    """1.0 or 0.0 for each response; None, which leaves the row out, if the data's answer has no number."""
+def correct(
+    prompts: list[str], responses: list[str], answer: list[str | int]
+) -> list[float | None]:
+    """1.0 or 0.0 for each response; None, which leaves the row out, if the data's answer has no
+    number.
+    """
     right = [last_number(str(text)) for text in answer]
     given = [last_number(response) for response in responses]
     return [None if r is None else float(g == r) for g, r in zip(given, right, strict=True)]
 
 
 def is_number(prompts: list[str], responses: list[str]) -> list[float]:
-    """1.0 if the response is a whole number and nothing else, right or wrong: what there is to learn first."""
+    """1.0 if the response is a whole number and nothing else, right or wrong: what there is to
+    learn first.
+    """
     return [float(bool(re.fullmatch(r"\s*[0-9]+\s*", response))) for response in responses]
 
 
-def write(folder: tyro.conf.Positional[str], seed: int = 0, num_prompts: int = 4000, largest: int = 10) -> None:
-    """Write prompts.json, a JSON list with one row {prompt, answer} on a line; the answer is an integer.
+def write(
+    folder: tyro.conf.Positional[str], seed: int = 0, num_prompts: int = 4000, largest: int = 10
+) -> None:
+    """Write prompts.json, a JSON list with one row {prompt, answer} on a line; the answer is an
+    integer.
 
-    Half of the problems add 1, 2 or 3 to a number, half take it away; every number and every answer is from 1 to
-    ``largest``. No two rows hold the same combination of wording, name, thing and numbers, so that rows held out for
-    validation differ from all rows of the training. The same arguments give the same file on every platform.
+    Half of the problems add 1, 2 or 3 to a number, half take it away; every number and every answer
+    is from 1 to ``largest``. No two rows hold the same combination of wording, name, thing and
+    numbers, so that rows held out for validation differ from all rows of the training. The same
+    arguments give the same file on every platform.
 
     Args:
         folder: where to write; made if missing.
-        seed: of Python's ``random.random()``, whose sequence stays the same from version to version.
+        seed: of Python's ``random.random()``, whose sequence stays the same from version to
+            version.
         num_prompts: how many problems.
         largest: the largest number in a problem.
     """
@@ -83,10 +96,12 @@ def write(folder: tyro.conf.Positional[str], seed: int = 0, num_prompts: int = 4
 def problems(n: int, seed: int, largest: int) -> list[dict[str, Any]]:
     """``n`` distinct rows {prompt, answer}; arguments as `write`."""
     changes = range(1, LARGEST_CHANGE + 1)
-    # Grouped by answer, so that no answer is a much better guess than another. The first number is at least 2: a noun
-    # in the plural follows it.
+    # Grouped by answer, so that no answer is a much better guess than another. The first number is
+    # at least 2: a noun in the plural follows it.
     sums = [[(t - b, b, t) for b in changes if t - b >= 2] for t in range(3, largest + 1)]
-    differences = [[(left + b, b, left) for b in changes if left + b <= largest] for left in range(1, largest)]
+    differences = [
+        [(left + b, b, left) for b in changes if left + b <= largest] for left in range(1, largest)
+    ]
     wordings = len(ADDITIONS) * len(NAMES) * len(THINGS)
     available = 2 * wordings * min(sum(map(len, facts)) for facts in (sums, differences))
     if n > available:

@@ -3,7 +3,8 @@
     python experiments/calculator.py runs/sums        # writes prompts.json into that folder
     python experiments/grpo.py --config configs/calculator.yaml --data runs/sums
 
-A prompt is ``[+] 47+36=``. Whoever answers ``[47+36]`` is told ``83`` and may then answer with that.
+A prompt is ``[+] 47+36=``. Whoever answers ``[47+36]`` is told ``83`` and may then answer with
+that.
 """
 
 import itertools
@@ -23,8 +24,8 @@ CALL = re.compile(r"\[(\d+)\+(\d+)\]", re.ASCII)
 def calculator(conversation: list[dict[str, str]], row: dict[str, int]) -> tuple[str | None, float]:
     """Answers a call with its sum, and ends the row after anything else.
 
-    The reward of a response is the share of its characters that are right: those of the call that the prompt asks for,
-    or after a call those of the answer.
+    The reward of a response is the share of its characters that are right: those of the call that
+    the prompt asks for, or after a call those of the answer.
     """
     said, is_first = conversation[-1]["content"], len(conversation) == 2
     wanted = f"[{row['a']}+{row['b']}]" if is_first else str(row["a"] + row["b"])

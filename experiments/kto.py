@@ -1,4 +1,5 @@
-"""KTO: a policy from single answers called desirable or not, without a reward model and without sampling.
+"""KTO: a policy from single answers called desirable or not, without a reward model and without
+sampling.
 
 For a first look, on generated data:
 

@@ -1,10 +1,11 @@
-"""The human labels that lm-human-preferences published (Ziegler et al. 2019): fetched whole, and decoded into texts.
+"""The human labels that lm-human-preferences published (Ziegler et al. 2019): fetched whole, and
+decoded into texts.
 
     python experiments/labels.py download sentiment labels
     python experiments/labels.py decode labels/sentiment_offline_5k.json --tokenizer gpt2
 
-Rows are {query, sample0, sample1, sample2, sample3, best}: lists of GPT-2's token ids filled up with 50259, and the
-number of the best sample. Every stage reads them as they are.
+Rows are {query, sample0, sample1, sample2, sample3, best}: lists of GPT-2's token ids filled up
+with 50259, and the number of the best sample. Every stage reads them as they are.
 """
 
 import difflib
@@ -51,14 +52,16 @@ class Verified(NamedTuple):
 def fetch_labels(name: str, folder: str | Path, url: str | None = None) -> Verified:
     """Fetches a label set into ``folder``, checks every row of it, and writes its sha256 beside it.
 
-    The file is called ``NAME.json.part`` until it is checked. A file that is there already is checked again.
+    The file is called ``NAME.json.part`` until it is checked. A file that is there already is
+    checked again.
 
     Args:
         url: another place that has the file; by default where it was published.
 
     Raises:
-        UserError: there is no such set, it cannot be fetched or written, it is not what was expected (what came is then
-            deleted), or the file that is there is not the one that was fetched.
+        UserError: there is no such set, it cannot be fetched or written, it is not what was
+            expected (what came is then deleted), or the file that is there is not the one that was
+            fetched.
     """
     if name not in LABEL_SETS:
         near = difflib.get_close_matches(name, LABEL_SETS, n=1)
@@ -69,12 +72,16 @@ def fetch_labels(name: str, folder: str | Path, url: str | None = None) -> Verif
     if not url.startswith(("https://", "http://")):
         raise UserError(f"--url {url}: expected an address that begins with https://")
     target = Path(folder) / path.replace("/", "_")
-    part, digest = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.sha256")
+    part, digest = (
+        target.with_name(f"{target.name}.part"),
+        target.with_name(f"{target.name}.sha256"),
+    )
     if target.exists():
         verified = verify(target, least)
         if digest.exists() and digest.read_text("utf-8").split()[:1] != [verified.sha256]:
             raise UserError(
-                f"{target}: is not the file that was fetched, by {digest.name}; delete it and fetch it again"
+                f"{target}: is not the file that was fetched, by {digest.name}; delete it and "
+                "fetch it again"
             )
         return verified
     try:
@@ -85,7 +92,8 @@ def fetch_labels(name: str, folder: str | Path, url: str | None = None) -> Verif
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise UserError(
-            f"{url}: could not be fetched: {reason or type(error).__name__}. Run the command again, or bring the file "
+            f"{url}: could not be fetched: {reason or type(error).__name__}. Run the command "
+            "again, or bring the file "
             f"from elsewhere as {target}"
         ) from error
     try:
@@ -102,23 +110,36 @@ def verify(path: str | Path, least: int = 1) -> Verified:
     """Reads a label file to its end.
 
     Raises:
-        UserError: naming the row: it is no JSON, a key is missing, a field is wrong; or there are fewer than ``least``.
+        UserError: naming the row: it is no JSON, a key is missing, a field is wrong; or there are
+            fewer than ``least``.
     """
     result = formats.read("comparisons", str(path))
     rows = load(path)
     for number, row in enumerate(rows, 1):
         missing = [key for key in KEYS if key not in row]
         if missing:
-            raise UserError(f"{path}, row {number}: expected the keys {', '.join(KEYS)}; {', '.join(missing)} missing")
+            raise UserError(
+                f"{path}, row {number}: expected the keys {', '.join(KEYS)}; {', '.join(missing)} "
+                "missing"
+            )
     if len(rows) < least:
         raise UserError(f"{path}: holds {len(rows)} rows, and at least {least} are expected")
-    return Verified(Path(path), len(rows), sum(result.dropped.values()), next(iter(result.fingerprints.values())))
+    return Verified(
+        Path(path),
+        len(rows),
+        sum(result.dropped.values()),
+        next(iter(result.fingerprints.values())),
+    )
 
 
 def load(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSON list or of JSON lines, which `readers` has found to be right."""
     text = Path(path).read_text("utf-8")
-    return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+    return (
+        json.loads(text)
+        if text.lstrip().startswith("[")
+        else [json.loads(line) for line in text.splitlines()]
+    )
 
 
 class Decoded(NamedTuple):
@@ -132,11 +153,12 @@ class Decoded(NamedTuple):
 def decode_labels(path: str | Path, output: str | Path, tokenizer: tokenizers.Tokenizer) -> Decoded:
     """Writes a label file as JSON lines with texts in place of token ids, without their padding.
 
-    Other keys stay, texts too. Rows whose samples are all equal, which no reader keeps, are left out and counted.
+    Other keys stay, texts too. Rows whose samples are all equal, which no reader keeps, are left
+    out and counted.
 
     Raises:
-        UserError: what is wrong in a row, such as an id that the tokenizer does not have; ``output`` exists, or cannot
-            be written.
+        UserError: what is wrong in a row, such as an id that the tokenizer does not have;
+            ``output`` exists, or cannot be written.
     """
     if Path(output).exists():
         raise UserError(f"{output}: exists already; delete it, or give another --output")
@@ -148,7 +170,9 @@ def decode_labels(path: str | Path, output: str | Path, tokenizer: tokenizers.To
         values = {key: without_padding(row[key]) for key in ("query", *SAMPLES)}
         if all(values[key] == values[SAMPLES[0]] for key in SAMPLES):
             continue
-        texts = {key: text_of(value, tokenizer, f"{path}, row {number}") for key, value in values.items()}
+        texts = {
+            key: text_of(value, tokenizer, f"{path}, row {number}") for key, value in values.items()
+        }
         num_broken += sum("\ufffd" in text for text in texts.values())
         lines.append(json.dumps(row | texts, ensure_ascii=False) + "\n")
     try:
@@ -170,14 +194,18 @@ def text_of(value: str | list[int], tokenizer: tokenizers.Tokenizer, source: str
     last = tokenizer.vocab_size - 1
     if max(value) > last:
         raise UserError(
-            f"{source}: holds the token id {max(value)}, but the tokenizer has ids up to {last}; give the tokenizer "
+            f"{source}: holds the token id {max(value)}, but the tokenizer has ids up to {last}; "
+            "give the tokenizer "
             "that made the ids"
         )
     return tokenizer.decode(value)
 
 
-def download(name: tyro.conf.Positional[str], folder: tyro.conf.Positional[str], url: str | None = None) -> None:
-    """Fetch a label set that lm-human-preferences published, check every row, and write its sha256 beside it.
+def download(
+    name: tyro.conf.Positional[str], folder: tyro.conf.Positional[str], url: str | None = None
+) -> None:
+    """Fetch a label set that lm-human-preferences published, check every row, and write its sha256
+    beside it.
 
     Args:
         name: sentiment, descriptiveness, cnndm-offline, cnndm-online, tldr-offline or tldr-online.
@@ -185,7 +213,10 @@ def download(name: tyro.conf.Positional[str], folder: tyro.conf.Positional[str],
         url: another place that has the file.
     """
     verified = fetch_labels(name, folder, url)
-    print(f"{verified.path}: {verified.num_rows} rows, of which {verified.num_equal} have four equal samples")
+    print(
+        f"{verified.path}: {verified.num_rows} rows, of which {verified.num_equal} have four equal "
+        "samples"
+    )
     print(f"sha256 {verified.sha256}: of what came; no published one is known to compare it with")
 
 
@@ -194,13 +225,17 @@ def decode(file: tyro.conf.Positional[str], tokenizer: str, output: str | None =
 
     Args:
         file: rows {query, sample0, ..., best}; the padding id 50259 is removed.
-        tokenizer: folder or name of the tokenizer that made the ids; of the published labels, GPT-2's.
+        tokenizer: folder or name of the tokenizer that made the ids; of the published labels,
+            GPT-2's.
         output: the new file; by default FILE with the ending .decoded.jsonl.
     """
     path = str(Path(file).with_suffix(".decoded.jsonl")) if output is None else output
     done = decode_labels(file, path, tokenizers.load_tokenizer(tokenizer))
     dropped = f", {done.num_equal} dropped (all responses are identical)" if done.num_equal else ""
-    print(f"wrote {path}: {done.num_rows} rows{dropped}; {done.num_broken} texts hold a broken character, U+FFFD")
+    print(
+        f"wrote {path}: {done.num_rows} rows{dropped}; {done.num_broken} texts hold a broken "
+        "character, U+FFFD"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,9 +1,11 @@
-"""``rlhf-jax plan``: what a stage would hold on each device and use on top in each phase, before it allocates anything.
+"""``rlhf-jax plan``: what a stage would hold on each device and use on top in each phase, before it
+allocates anything.
 
-What lies on a device is exact: shapes, dtypes and shardings are those of a run. What a phase uses on top is XLA's
-``memory_analysis`` of the run's own programs, compiled for as many fake CPU devices with shapes in place of arrays:
-in float32, since a CPU has no bfloat16 products; where ``compute.dtype`` is another one, what is neither held nor of
-the update in float32 (gradients, and as much again while the optimizer runs) is halved.
+What lies on a device is exact: shapes, dtypes and shardings are those of a run. What a phase uses
+on top is XLA's ``memory_analysis`` of the run's own programs, compiled for as many fake CPU devices
+with shapes in place of arrays: in float32, since a CPU has no bfloat16 products; where
+``compute.dtype`` is another one, what is neither held nor of the update in float32 (gradients, and
+as much again while the optimizer runs) is halved.
 """
 
 import argparse
@@ -27,14 +29,27 @@ from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import critic, initial, memory, phases
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import Stage, divides
-from rlhf_jax.types import Algorithm, Comparisons, Demonstrations, Feedback, Metrics, Params, TrainState
+from rlhf_jax.types import (
+    Algorithm,
+    Comparisons,
+    Demonstrations,
+    Feedback,
+    Metrics,
+    Params,
+    TrainState,
+)
 
 RL: dict[str, Algorithm] = {"ppo": ppo, "vpg": vpg, "rloo": rloo, "grpo": grpo}
 SUPERVISED: dict[str, Any] = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "kto": kto}
-OTHERWISE = "shorter texts, a smaller batch, or more devices with mesh.fsdp"  # where no flag lowers the peak
-OPTIONS = {"xla_backend_optimization_level": 0}  # of the compiler: fast code takes longer to make, and the same memory
+# where no flag lowers the peak
+OTHERWISE = "shorter texts, a smaller batch, or more devices with mesh.fsdp"
+OPTIONS = {
+    "xla_backend_optimization_level": 0
+}  # of the compiler: fast code takes longer to make, and the same memory
 
-Programs = dict[str, tuple[Callable[..., Any], *tuple[Any, ...]]]  # {phase: (function, its arguments)}
+Programs = dict[
+    str, tuple[Callable[..., Any], *tuple[Any, ...]]
+]  # {phase: (function, its arguments)}
 
 
 class Plan(NamedTuple):
@@ -54,26 +69,35 @@ def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
     """What the stage ``name`` of a run would take on each of JAX's devices.
 
     Args:
-        length: tokens of a row, or of a prompt in RL; None: the most that the model reads, or ``rl.max_prompt_length``.
+        length: tokens of a row, or of a prompt in RL; None: the most that the model reads, or
+            ``rl.max_prompt_length``.
 
     Raises:
-        UserError: no such stage, no length of prompts, an ensemble to be trained, a length that the model cannot read,
-            a mesh or microbatches that do not fit; or as the run itself.
+        UserError: no such stage, no length of prompts, an ensemble to be trained, a length that the
+            model cannot read, a mesh or microbatches that do not fit; or as the run itself.
     """
     shapes, programs, parts = shapes_of(config, name, length)
     held = {part: size for part, tree in shapes.items() if (size := memory.on_device(tree))}
     scale = 1.0 if config.compute.dtype == "float32" else 0.5
-    parts = {"gradients": held["parameters"]} | {part: int(scale * memory.on_device(x)) for part, x in parts.items()}
+    parts = {"gradients": held["parameters"]} | {
+        part: int(scale * memory.on_device(x)) for part, x in parts.items()
+    }
     used, mesh = {}, initial.mesh_of(config)
     for phase, (fn, *arguments) in programs.items():
-        jitted: Any = Stage(config, name, None, mesh).jit_update(fn, 1) if phase == "learn" else jax.jit(fn)  # type: ignore[arg-type]
+        jitted: Any = (
+            Stage(config, name, None, mesh).jit_update(fn, 1) if phase == "learn" else jax.jit(fn)
+        )  # type: ignore[arg-type]
         with jax.set_mesh(mesh) if sharding.is_cut(mesh) else contextlib.nullcontext():
             compiled = jitted.lower(*_widened(arguments)).compile(compiler_options=OPTIONS)
             analysis: Any = compiled.memory_analysis()
-        more = analysis.temp_size_in_bytes + max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
+        more = analysis.temp_size_in_bytes + max(
+            analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0
+        )
         exact = min(more, 2 * parts["gradients"] if phase == "learn" else 0)
         used[phase] = int(exact + scale * (more - exact))
-    for part in [part for part in ("reference", "reward models") if part.split()[0] in config.compute.offload]:
+    for part in [
+        part for part in ("reference", "reward models") if part.split()[0] in config.compute.offload
+    ]:
         used["reward" if part == "reward models" else next(iter(used))] += held.pop(part, 0)
     return Plan(held, used, parts)
 
@@ -81,20 +105,40 @@ def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
 def shapes_of(
     config: RunConfig, name: str, length: int | None = None
 ) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
-    """What lies on the devices as trees of shapes, by name; the stage's programs; what of their needs is known."""
+    """What lies on the devices as trees of shapes, by name; the stage's programs; what of their
+    needs is known.
+    """
     if name not in (*SUPERVISED, *RL):
-        raise UserError(f"rlhf-jax plan: no stage {name!r}; there are {', '.join((*SUPERVISED, *RL))}")
+        raise UserError(
+            f"rlhf-jax plan: no stage {name!r}; there are {', '.join((*SUPERVISED, *RL))}"
+        )
     if name == "reward_model" and config.reward_model.ensemble_size > 1:
-        raise UserError("rlhf-jax plan: reward_model.ensemble_size must be 1; members take as much each, save the base")
-    section, part, mesh = getattr(config, name), "rl" if name in RL else name, initial.mesh_of(config)
+        raise UserError(
+            "rlhf-jax plan: reward_model.ensemble_size must be 1; members take as much each, save "
+            "the base"
+        )
+    section, part, mesh = (
+        getattr(config, name),
+        "rl" if name in RL else name,
+        initial.mesh_of(config),
+    )
     initial.check_layout(config, mesh)
-    parts = {f"{name}.{key}": getattr(section, key, 1) for key in ("num_minibatches", "num_microbatches")}
-    divides(f"{part}.batch_size", getattr(config, part).batch_size, {"devices": sharding.num_parts(mesh)}, parts)
+    parts = {
+        f"{name}.{key}": getattr(section, key, 1) for key in ("num_minibatches", "num_microbatches")
+    }
+    divides(
+        f"{part}.batch_size",
+        getattr(config, part).batch_size,
+        {"devices": sharding.num_parts(mesh)},
+        parts,
+    )
     return (_supervised if name in SUPERVISED else _reinforcement)(config, name, mesh, length)
 
 
 def _model(config: RunConfig, source: str | None) -> tuple[models.Model, Params]:
-    """A model that computes in float32, and the shapes of its parameters, in the dtype that config.json names."""
+    """A model that computes in float32, and the shapes of its parameters, in the dtype that
+    config.json names.
+    """
     dtype, network = "float32", dataclasses.asdict(config.network)
     del network["dropout"]
     model_config: Any = models.GPT2Config(config.tokenizer.vocab_size, **network)
@@ -102,8 +146,14 @@ def _model(config: RunConfig, source: str | None) -> tuple[models.Model, Params]
         folder = hf.find_folder(hf.model_folder(source))
         model_config, keys = hf.read_config(folder), hf.read_json(folder / hf.CONFIG)
         dtype = keys.get("dtype") or keys.get("torch_dtype") or dtype
-    attention = config.compute.attention if config.compute.attention in ("auto", "xla") else "blockwise"
-    options = {"remat": config.compute.remat, "scan_layers": config.compute.scan_layers, "attention": attention}
+    attention = (
+        config.compute.attention if config.compute.attention in ("auto", "xla") else "blockwise"
+    )
+    options = {
+        "remat": config.compute.remat,
+        "scan_layers": config.compute.scan_layers,
+        "attention": attention,
+    }
     model = models.build(dataclasses.replace(model_config, **options))
     params = jax.eval_shape(model.init, jax.random.key(0))
     return model, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params)
@@ -113,7 +163,10 @@ def _fitting(model: models.Model, length: int | None) -> int:
     """The length of a row, by default the most that the model reads."""
     most = model.config.max_length
     if (length or most) > most:
-        raise UserError(f"rlhf-jax plan: rows of {length} tokens are longer than the {most} that the model reads")
+        raise UserError(
+            f"rlhf-jax plan: rows of {length} tokens are longer than the {most} that the model "
+            "reads"
+        )
     return length or most
 
 
@@ -138,20 +191,30 @@ def _laid_out(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """The shapes of parameters, or of a state with them, on the devices as the mesh says."""
     arrays = jax.eval_shape(lambda tree: jax.tree.map(jnp.asarray, tree), tree)
     where = initial.shardings(mesh, arrays)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays, where)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays, where
+    )
 
 
 def _reward(config: RunConfig, rows: int | None) -> Any:
-    """The part of a run's reward that runs on the devices, models' parameters as shapes; None: there is none."""
+    """The part of a run's reward that runs on the devices, models' parameters as shapes; None:
+    there is none.
+    """
     tokenizer: Any = types.SimpleNamespace(fingerprint="", encode=lambda text: [0])
 
     def load(source: str) -> spec.RewardModel:
         model, params = _model(config, source)
-        params = jax.eval_shape(lambda params: models.add_head(jax.random.key(0), params, "score"), params)
+        params = jax.eval_shape(
+            lambda params: models.add_head(jax.random.key(0), params, "score"), params
+        )
         return spec.RewardModel(ops.by_rows(models.score_fn(model), rows), params, "")
 
     entries = [entry for entry in config.reward if ".py:" not in entry]
-    return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=()).fn if entries else None
+    return (
+        spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=()).fn
+        if entries
+        else None
+    )
 
 
 def _supervised(
@@ -173,12 +236,24 @@ def _supervised(
     model_fn: Any = models.score_fn(model) if is_scorer else models.policy_fn(model)
     rows = memory.score_rows(config.compute, 2 * settings.batch_size, settings)
     compares = name == "kto" or (name == "dpo" and settings.needs_reference)
-    ref_fn = jax.tree_util.Partial(ops.by_rows(model_fn, rows), start.base or start.loaded) if compares else None
+    ref_fn = (
+        jax.tree_util.Partial(ops.by_rows(model_fn, rows), start.base or start.loaded)
+        if compares
+        else None
+    )
 
-    def learn(state: Any, batch: Any, key: jax.Array, bound: Any, ref_fn: Any) -> tuple[Any, Metrics]:
+    def learn(
+        state: Any, batch: Any, key: jax.Array, bound: Any, ref_fn: Any
+    ) -> tuple[Any, Metrics]:
         batch = batch if ref_fn is None else SUPERVISED[name].with_reference(batch, ref_fn)
-        own = {"optimizer": optimizer, "config": settings, "minibatch_sharding": sharding.rows(mesh)}
-        return SUPERVISED[name].update(state, batch, key, **own, **{"score_fn" if is_scorer else "policy_fn": bound})
+        own = {
+            "optimizer": optimizer,
+            "config": settings,
+            "minibatch_sharding": sharding.rows(mesh),
+        }
+        return SUPERVISED[name].update(
+            state, batch, key, **own, **{"score_fn" if is_scorer else "policy_fn": bound}
+        )
 
     key = jax.eval_shape(jax.random.key, 0)
     held = {"parameters": state.params, "optimizer": state.opt_state, "frozen weights": start.base}
@@ -189,14 +264,25 @@ def _supervised(
 def _reinforcement(
     config: RunConfig, name: str, mesh: jax.sharding.Mesh, length: int | None
 ) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
-    algorithm, own, settings, (model, params) = RL[name], getattr(config, name), config.rl, _model(config, config.model)
+    algorithm, own, settings, (model, params) = (
+        RL[name],
+        getattr(config, name),
+        config.rl,
+        _model(config, config.model),
+    )
     size, prompt = settings.batch_size, length or settings.max_prompt_length
     if prompt is None:
-        raise UserError("rlhf-jax plan: nobody knows the longest prompt; give --length or --rl.max-prompt-length")
+        raise UserError(
+            "rlhf-jax plan: nobody knows the longest prompt; give --length or "
+            "--rl.max-prompt-length"
+        )
     _fitting(model, prompt + settings.max_new_tokens)
     kl_coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
     has_reference = bool(kl_coef or own.kl_in_loss or settings.kl_target is not None)
-    refreshes, rows = settings.reference_refresh is not None, memory.score_rows(config.compute, size, own)
+    refreshes, rows = (
+        settings.reference_refresh is not None,
+        memory.score_rows(config.compute, size, own),
+    )
 
     value = critic.settings(own).value if algorithm.needs_values else None
     stage = Stage(config, name, None, mesh)  # type: ignore[arg-type]
@@ -206,21 +292,32 @@ def _reinforcement(
     def first(params: Params) -> tuple[initial.Trainable, initial.Trainable, phases.LoopState]:
         start, trained = critic.start(stage, params, value)
         train = algorithm.State.create(trained.params, optimizer)
-        return start, trained, phases.LoopState.create(train, 0.0, start.params if refreshes else None)
+        return (
+            start,
+            trained,
+            phases.LoopState.create(train, 0.0, start.params if refreshes else None),
+        )
 
     start, trained, state = _laid_out(jax.eval_shape(first, params), mesh)
     model_fn = models.policy_fn(model, settings.temperature, prompt)
-    trained_fn = models.policy_fn(model, settings.temperature, prompt, model if value == "separate" else None)
+    trained_fn = models.policy_fn(
+        model, settings.temperature, prompt, model if value == "separate" else None
+    )
     reward_fn = None if (reward := _reward(config, rows)) is None else _laid_out(reward, mesh)
     frozen = start.base or start.loaded if has_reference and not refreshes else None
     ref_fn = jax.tree_util.Partial(ops.by_rows(model_fn, rows), frozen)
     refreshed = start.bind(ops.by_rows(model_fn, rows)) if refreshes else None
-    functions = phases.Functions(trained.bind(trained_fn), reward_fn, ref_fn if frozen else refreshed, start.base)
+    functions = phases.Functions(
+        trained.bind(trained_fn), reward_fn, ref_fn if frozen else refreshed, start.base
+    )
     how: dict[str, Any] = {"compact": settings.compact, "eos_id": 0, "pad_id": 1}
     samples = SamplingConfig(settings.max_new_tokens, settings.temperature, **how)
     recipe = phases.Recipe(model, samples, algorithm, own, optimizer, settings, mesh, rows)
     tokens, numbers = jnp.zeros((size, prompt), jnp.int32), jnp.zeros(size, jnp.int32)
-    prompts, key = _spread(phases.Prompts(tokens, tokens, numbers), mesh), jax.eval_shape(jax.random.key, 0)
+    prompts, key = (
+        _spread(phases.Prompts(tokens, tokens, numbers), mesh),
+        jax.eval_shape(jax.random.key, 0),
+    )
 
     def collect(key: jax.Array, state: Any, prompts: Any, functions: Any) -> Any:
         return phases.collect(state, prompts, key, functions, recipe=recipe)
@@ -229,19 +326,32 @@ def _reinforcement(
         return phases.learn(state, rollout, key, functions, recipe=recipe)
 
     rollout = _spread(jax.eval_shape(collect, key, *_widened((state, prompts, functions)))[0], mesh)
-    scored = dataclasses.replace(rollout, scores=_spread(jax.ShapeDtypeStruct((size,), jnp.float32), mesh))
+    scored = dataclasses.replace(
+        rollout, scores=_spread(jax.ShapeDtypeStruct((size,), jnp.float32), mesh)
+    )
     programs: Programs = {"sample and score": (collect, key, state, prompts, functions)}
     if reward_fn is not None:
         programs["reward"] = (phases.reward, rollout, functions)
     programs["learn"] = (learn, state, scored, key, functions)
-    held = {"parameters": state.train.params, "optimizer": state.train.opt_state, "frozen weights": start.base}
-    held |= {"reference": state.reference if refreshes else frozen and start.loaded, "reward models": reward_fn}
+    held = {
+        "parameters": state.train.params,
+        "optimizer": state.train.opt_state,
+        "frozen weights": start.base,
+    }
+    held |= {
+        "reference": state.reference if refreshes else frozen and start.loaded,
+        "reward models": reward_fn,
+    }
     cache = jax.eval_shape(lambda: model.init_cache(size, prompt + settings.max_new_tokens))
     return held, programs, {"cache": _spread(cache, mesh)}
 
 
-def report(config: RunConfig, name: str, length: int | None = None, limit: float | None = None) -> list[str]:
-    """The plan as lines; ``limit``, in bytes of a device: whether it fits, and if not which setting helps most."""
+def report(
+    config: RunConfig, name: str, length: int | None = None, limit: float | None = None
+) -> list[str]:
+    """The plan as lines; ``limit``, in bytes of a device: whether it fits, and if not which setting
+    helps most.
+    """
     made, count = plan(config, name, length), jax.device_count()
     rows = [(size, part) for part, size in made.held.items()]
     rows += [(size, f"more in the phase {phase!r}") for phase, size in made.phases.items()]
@@ -254,7 +364,11 @@ def report(config: RunConfig, name: str, length: int | None = None, limit: float
         return [*lines, f"fits in {_amount(limit)}, with {_amount(limit - made.peak)} to spare"]
     peaks = {flag: plan(other, name, length).peak for flag, other in options(config, name).items()}
     best = min(peaks, key=lambda flag: peaks[flag], default="")
-    helps = f"{best}, a peak of {_amount(peaks[best])}" if peaks.get(best, made.peak) < made.peak else OTHERWISE
+    helps = (
+        f"{best}, a peak of {_amount(peaks[best])}"
+        if peaks.get(best, made.peak) < made.peak
+        else OTHERWISE
+    )
     return [*lines, f"does not fit in {_amount(limit)}; what helps most: {helps}"]
 
 
@@ -265,26 +379,45 @@ def _amount(size: float) -> str:
 def options(config: RunConfig, name: str) -> dict[str, RunConfig]:
     """{flag: the settings with it} of what a user may turn to save memory."""
     section, flag = getattr(config, name), name.replace("_", "-")
-    rows = (config.rl if name in RL else section).batch_size // sharding.num_parts(initial.mesh_of(config))
-    batch = max(rows // getattr(section, "num_minibatches", 1), section.num_microbatches)  # a row of a device in each
-    changed = {f"--{flag}.num-microbatches {batch}": {name: dataclasses.replace(section, num_microbatches=batch)}}
+    rows = (config.rl if name in RL else section).batch_size // sharding.num_parts(
+        initial.mesh_of(config)
+    )
+    batch = max(
+        rows // getattr(section, "num_minibatches", 1), section.num_microbatches
+    )  # a row of a device in each
+    changed = {
+        f"--{flag}.num-microbatches {batch}": {
+            name: dataclasses.replace(section, num_microbatches=batch)
+        }
+    }
     changed["--compute.remat"] = {"compute": dataclasses.replace(config.compute, remat=True)}
-    changed["--compute.dtype bfloat16"] = {"compute": dataclasses.replace(config.compute, dtype="bfloat16")}
+    changed["--compute.dtype bfloat16"] = {
+        "compute": dataclasses.replace(config.compute, dtype="bfloat16")
+    }
     if config.model is not None:
-        changed["--lora.rank 8"] = {"lora": dataclasses.replace(config.lora, rank=config.lora.rank or 8)}
+        changed["--lora.rank 8"] = {
+            "lora": dataclasses.replace(config.lora, rank=config.lora.rank or 8)
+        }
     made = {flag: dataclasses.replace(config, **change) for flag, change in changed.items()}
     return {flag: other for flag, other in made.items() if other != config}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the plan of a command line."""
-    parser = argparse.ArgumentParser("rlhf-jax plan", description="What a stage would take.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "rlhf-jax plan", description="What a stage would take.", allow_abbrev=False
+    )
     parser.add_argument(
-        "stage", help="sft, reward-model, dpo, kto, ppo, vpg, rloo or grpo; its settings follow as flags"
+        "stage",
+        help="sft, reward-model, dpo, kto, ppo, vpg, rloo or grpo; its settings follow as flags",
     )
     parser.add_argument("--devices", type=int, default=1, help="how many there are")
-    parser.add_argument("--memory", help="of one, such as 80GB (10^9 bytes) or 75GiB: whether the stage fits")
-    parser.add_argument("--length", type=int, help="tokens of the longest row, or of the longest prompt in RL")
+    parser.add_argument(
+        "--memory", help="of one, such as 80GB (10^9 bytes) or 75GiB: whether the stage fits"
+    )
+    parser.add_argument(
+        "--length", type=int, help="tokens of the longest row, or of the longest prompt in RL"
+    )
     given, flags = parser.parse_known_args(argv)
     size = re.fullmatch(r"(\d+\.?\d*) ?(GB|GiB)", given.memory or "0GB")
     if size is None:

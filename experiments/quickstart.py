@@ -2,9 +2,9 @@
 
     python experiments/quickstart.py
 
-SFT, a reward model and PPO on a generated assistant corpus; prints a table and writes runs/quickstart/. A rubric that
-training never sees judges greedy answers to held-out prompts. Exits with 1 if a check of the result fails, as it must
-with --shuffle-labels.
+SFT, a reward model and PPO on a generated assistant corpus; prints a table and writes
+runs/quickstart/. A rubric that training never sees judges greedy answers to held-out prompts. Exits
+with 1 if a check of the result fails, as it must with --shuffle-labels.
 """
 
 import dataclasses
@@ -63,14 +63,20 @@ class Answers(NamedTuple):
 
 
 def run(config: QuickstartConfig) -> dict[str, Any]:
-    """Writes ``data/``, the stages' runs, ``model/``, ``summary.json`` and ``report.html``; prints a table.
+    """Writes ``data/``, the stages' runs, ``model/``, ``summary.json`` and ``report.html``; prints
+    a table.
 
     Returns the summary.
     """
     if config.data:
-        raise UserError("--data: the quickstart generates its own data; for yours use experiments/pipeline.py")
+        raise UserError(
+            "--data: the quickstart generates its own data; for yours use experiments/pipeline.py"
+        )
     if config.reward_model.ensemble_size > 1:
-        raise UserError("reward_model.ensemble_size: one reward model is judged here; use experiments/pipeline.py")
+        raise UserError(
+            "reward_model.ensemble_size: one reward model is judged here; use "
+            "experiments/pipeline.py"
+        )
     folder = Path(config.output_dir or "runs/quickstart")
     pipeline.check_folder(folder, config)
     data = folder / "data"
@@ -79,14 +85,24 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     demo.write(data, seed=config.seed, shuffle_labels=config.shuffle_labels)
     stages = pipeline.run_stages(dataclasses.replace(config, data=(str(data),)), folder)
     prompts = formats.read("prompts", str(data / "heldout_prompts.json")).rows
-    policies = [initial.load_language_model(str(of.model_folder), config.compute) for of in (stages.sft, stages.ppo)]
-    sft, ppo = (answer(policies[0].model, params, tokenizer, prompts, config) for _, params, tokenizer in policies)
-    preference, learned_scores = judge(str(stages.reward_model.model_folder), data, ppo.rollout, config)
+    policies = [
+        initial.load_language_model(str(of.model_folder), config.compute)
+        for of in (stages.sft, stages.ppo)
+    ]
+    sft, ppo = (
+        answer(policies[0].model, params, tokenizer, prompts, config)
+        for _, params, tokenizer in policies
+    )
+    preference, learned_scores = judge(
+        str(stages.reward_model.model_folder), data, ppo.rollout, config
+    )
     summary = summarize(config, sft, ppo, preference, learned_scores, folder)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     shutil.copytree(stages.ppo.model_folder, folder / "model", dirs_exist_ok=True)
     shown = [i for category in demo.TOPICS for i in of_category(prompts, category)[:3]]
-    examples = [(prompts[i].prompt, sft.texts[i], sft.scores[i], ppo.texts[i], ppo.scores[i]) for i in shown]
+    examples = [
+        (prompts[i].prompt, sft.texts[i], sft.scores[i], ppo.texts[i], ppo.scores[i]) for i in shown
+    ]
     write_report(folder, summary, examples)
     print_summary(folder, summary, examples)
     return summary
@@ -97,11 +113,16 @@ def of_category(prompts: Sequence[Row], category: str) -> list[int]:
     return [i for i, row in enumerate(prompts) if row.columns["category"] == category]
 
 
-def answer(model: models.Model, params: Params, tokenizer: Tokenizer, prompts: list[Row], config: RunConfig) -> Answers:
+def answer(
+    model: models.Model, params: Params, tokenizer: Tokenizer, prompts: list[Row], config: RunConfig
+) -> Answers:
     """The greedy answers of a stage's parameters to the prompts, judged by the rubric."""
     encoded = encoding.encode_prompts(prompts, tokenizer, template=config.text.template)
     greedy = sampling.SamplingConfig(
-        max_new_tokens=config.rl.max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
+        max_new_tokens=config.rl.max_new_tokens,
+        temperature=0.0,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
     )
     key = stage.stream(config.seed, "quickstart", "eval")
     policy = generator.LanguageModel(model, params, tokenizer)
@@ -111,14 +132,21 @@ def answer(model: models.Model, params: Params, tokenizer: Tokenizer, prompts: l
     return Answers(texts, np.array(scores), rollout)
 
 
-def judge(model_folder: str, data: Path, rollout: Rollout, config: RunConfig) -> tuple[dict[str, float], np.ndarray]:
+def judge(
+    model_folder: str, data: Path, rollout: Rollout, config: RunConfig
+) -> tuple[dict[str, float], np.ndarray]:
     """The reward model's metrics on noise-free held-out pairs, and its scores [N] of a rollout."""
     model, params, tokenizer = initial.load_language_model(model_folder, config.compute)
     rows = formats.read("pairs", str(data / "heldout_preference_data.json")).rows
     pairs = encoding.encode_texts(rows, tokenizer, template=config.text.template)
-    sizes = {"batch_size": config.reward_model.batch_size, "bucket_multiple": config.text.bucket_multiple}
+    sizes = {
+        "batch_size": config.reward_model.batch_size,
+        "bucket_multiple": config.text.bucket_multiple,
+    }
     numbers = np.arange(len(pairs))
-    learned = score_rows(partial(answer_scorer(models.score_fn(model)), params), pairs, numbers, **sizes)
+    learned = score_rows(
+        partial(answer_scorer(models.score_fn(model)), params), pairs, numbers, **sizes
+    )
     preference = report(pairs, numbers, learned)
     scores = jax.jit(models.score_fn(model))(params, rollout.tokens, rollout.attention_mask, None)
     return preference, np.asarray(scores)
@@ -158,15 +186,20 @@ def summarize(
 
 def checks(summary: dict[str, Any]) -> dict[str, tuple[bool, str]]:
     """``{check: (passed, what was measured and what was asked for)}``."""
-    accuracy, win_rate, coef = summary["reward_model"]["accuracy"], summary["win_rate"], summary["kl_coef"]
+    accuracy, win_rate, coef = (
+        summary["reward_model"]["accuracy"],
+        summary["win_rate"],
+        summary["kl_coef"],
+    )
     target, last = summary["kl"]["target"], summary["kl"]["last_iterations"]
     low, high = target / KL_BAND, target * KL_BAND
     lowest, highest = coef["lowest"], coef["highest"]
     pairs = f"{accuracy:.3f} on noise-free held-out pairs, at least {MIN_ACCURACY}"
-    wins = f"{win_rate:.1%} of {summary['heldout_prompts']} held-out prompts (ties half), at least {MIN_WIN_RATE:.0%}"
-    kls = (
-        f"{min(last):.2f} to {max(last):.2f} nats in the last {len(last)} iterations, between {low:.2f} and {high:.2f}"
+    wins = (
+        f"{win_rate:.1%} of {summary['heldout_prompts']} held-out prompts (ties half), at least "
+        f"{MIN_WIN_RATE:.0%}"
     )
+    kls = f"{min(last):.2f} to {max(last):.2f} nats in the last {len(last)} iterations, between {low:.2f} and {high:.2f}"
     coefs = f"between {lowest:.3f} and {highest:.3f}, by a factor of at least {MIN_KL_COEF_CHANGE}"
     return {
         "reward_model_accuracy": (accuracy >= MIN_ACCURACY, pairs),
@@ -186,7 +219,9 @@ def write_report(folder: Path, summary: dict[str, Any], examples: Sequence[Seque
     pairs, mean = summary["reward_model"], summary["rubric"]
     facts = {
         "Seed": summary["seed"],
-        "Preference labels": "shuffled (negative control)" if summary["shuffled_labels"] else "10% noise",
+        "Preference labels": "shuffled (negative control)"
+        if summary["shuffled_labels"]
+        else "10% noise",
         "Held-out prompts": summary["heldout_prompts"],
         "Rubric, SFT (mean)": mean["sft"],
         "Rubric, PPO (mean)": mean["ppo"],
@@ -221,8 +256,20 @@ def plots(folder: Path, kl_target: float) -> list[figures.Plot]:
     kl_band = {"band": (kl_target / KL_BAND, kl_target * KL_BAND, "target band")}
     curves: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
         ("sft", "SFT: loss", "nats per token", "sft/loss validation/loss", {}),
-        ("reward_model", "Reward model: loss", "nats per pair", "reward_model/loss validation/loss", loss),
-        ("reward_model", "Reward model: accuracy", "share", "reward_model/accuracy validation/accuracy", accuracy),
+        (
+            "reward_model",
+            "Reward model: loss",
+            "nats per pair",
+            "reward_model/loss validation/loss",
+            loss,
+        ),
+        (
+            "reward_model",
+            "Reward model: accuracy",
+            "share",
+            "reward_model/accuracy validation/accuracy",
+            accuracy,
+        ),
         ("ppo", "PPO: reward-model score", "score", "objective/score validation/score", {}),
         ("ppo", "PPO: KL from the SFT policy", "nats", "objective/kl", kl_band),
         ("ppo", "PPO: KL coefficient", "kl/coef", "kl/coef", {}),
@@ -233,7 +280,9 @@ def plots(folder: Path, kl_target: float) -> list[figures.Plot]:
     drawn = []
     for run_name, title, y, names, more in curves:
         series = {name: records.series(rows[run_name], name) for name in names.split()}
-        drawn.append(figures.Plot(title, "iteration" if run_name == "ppo" else "step", y, series, **more))
+        drawn.append(
+            figures.Plot(title, "iteration" if run_name == "ppo" else "step", y, series, **more)
+        )
     frontier = reward_against_kl(records.groups(records.find([folder / "ppo"])))
     assert frontier is not None  # this job's PPO always measures its KL
     return [*drawn, dataclasses.replace(frontier, title="PPO: reward against KL")]
@@ -242,7 +291,9 @@ def plots(folder: Path, kl_target: float) -> list[figures.Plot]:
 def print_summary(folder: Path, summary: dict[str, Any], examples: Sequence[Sequence[Any]]) -> None:
     """A table of answers, the means, one line for each check, and what to look at next."""
     console = rich.console.Console()
-    table = rich.table.Table(title="Held-out prompts, greedy answers; score: the rubric, SFT -> PPO", show_lines=True)
+    table = rich.table.Table(
+        title="Held-out prompts, greedy answers; score: the rubric, SFT -> PPO", show_lines=True
+    )
     for name in ("prompt", "SFT", "PPO", "score"):
         table.add_column(name, min_width=9)
     for prompt, sft_text, sft_score, ppo_text, ppo_score in examples:
@@ -252,7 +303,10 @@ def print_summary(folder: Path, summary: dict[str, Any], examples: Sequence[Sequ
     lines = [
         f"rubric, mean over {summary['heldout_prompts']} prompts: SFT {mean['sft']:.3f}, PPO {mean['ppo']:.3f}",
         f"score/length correlation of PPO's answers: {summary['score_length_correlation']:.3f}",
-        *(f"{'pass' if ok else 'FAIL'}  {name.replace('_', ' ')}: {text}" for name, (ok, text) in checked.items()),
+        *(
+            f"{'pass' if ok else 'FAIL'}  {name.replace('_', ' ')}: {text}"
+            for name, (ok, text) in checked.items()
+        ),
         NEXT.format(folder=folder),
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

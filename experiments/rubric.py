@@ -1,9 +1,11 @@
-"""The rubric that labels the demo corpus and judges responses to it: string checks, never seen by training.
+"""The rubric that labels the demo corpus and judges responses to it: string checks, never seen by
+training.
 
-Points: the topic is named .35, the stance is right .35, concrete detail .20, a courteous close .10; taken off: an
-unsafe or invented answer or an insult .25, another topic or a needless refusal .20. The sum is multiplied by a
-fluency factor, the share of neighbouring words that occur together in the demo language, so that word salad and
-repetition score 0; text that is cut off or too long loses points.
+Points: the topic is named .35, the stance is right .35, concrete detail .20, a courteous close .10;
+taken off: an unsafe or invented answer or an insult .25, another topic or a needless refusal .20.
+The sum is multiplied by a fluency factor, the share of neighbouring words that occur together in
+the demo language, so that word salad and repetition score 0; text that is cut off or too long loses
+points.
 """
 
 import functools
@@ -13,14 +15,22 @@ from typing import Any
 
 from rlhf_jax.data.demo import CLOSES, TOPICS, WORDINGS, Topic, fill
 
-WEIGHTS = {"topic": 0.35, "stance": 0.35, "detail": 0.2, "close": 0.1, "fault": -0.25, "astray": -0.2}
+WEIGHTS = {
+    "topic": 0.35,
+    "stance": 0.35,
+    "detail": 0.2,
+    "close": 0.1,
+    "fault": -0.25,
+    "astray": -0.2,
+}
 MAX_WORDS = 24
 CUT_OFF = 0.15  # without a full stop at the end
 PER_EXTRA_WORD = 0.03
 
 
 def score(prompt_row: Mapping[str, Any], response: str) -> float:
-    """Quality of a response in [0, 1]; ``prompt_row`` has the keys ``category`` and ``topic`` of a demo prompt.
+    """Quality of a response in [0, 1]; ``prompt_row`` has the keys ``category`` and ``topic`` of a
+    demo prompt.
 
     Raises:
       KeyError: for a category or topic that is not the demo language's.
@@ -74,7 +84,9 @@ class _Text:
 
 
 def _words(text: str) -> list[str]:
-    """Lower-case words and punctuation marks; any other character is a word of its own, which no one knows."""
+    """Lower-case words and punctuation marks; any other character is a word of its own, which no
+    one knows.
+    """
     return re.findall(r"[a-z]+|\S", text.lower())
 
 
@@ -95,7 +107,9 @@ def _topics(category: str) -> dict[str, Topic]:
 
 @functools.cache
 def _known_pairs() -> frozenset[tuple[str, str]]:
-    """All pairs of neighbouring words in the demo language's responses; ``^`` stands before the first word."""
+    """All pairs of neighbouring words in the demo language's responses; ``^`` stands before the
+    first word.
+    """
     texts = [
         [*_words(fill(wording.template, topic)), *_words(close)]
         for category, wordings in WORDINGS.items()

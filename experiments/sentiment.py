@@ -1,12 +1,14 @@
-"""Continuations of stories grow more positive: score against KL for every algorithm, on two CPU cores.
+"""Continuations of stories grow more positive: score against KL for every algorithm, on two CPU
+cores.
 
     python experiments/sentiment.py --model PATH --lexicon vader_lexicon.txt
 
-The first experiment of "Fine-Tuning Language Models from Human Preferences" (Ziegler et al. 2019) in miniature. PATH is
-a Hugging Face folder, or holds stories260K.bin and tok512.bin, the small Llama trained on TinyStories. Prompts are the
-beginnings of texts that the model writes by itself; the reward is the sentiment of what follows, by the words of the
-VADER lexicon. PPO with a fixed and with an adaptive KL coefficient, RLOO and GRPO are trained on that reward, DPO on
-samples of the base model that the reward has ranked, each at several strengths. All of them, and best-of-n, are
+The first experiment of "Fine-Tuning Language Models from Human Preferences" (Ziegler et al. 2019)
+in miniature. PATH is a Hugging Face folder, or holds stories260K.bin and tok512.bin, the small
+Llama trained on TinyStories. Prompts are the beginnings of texts that the model writes by itself;
+the reward is the sentiment of what follows, by the words of the VADER lexicon. PPO with a fixed and
+with an adaptive KL coefficient, RLOO and GRPO are trained on that reward, DPO on samples of the
+base model that the reward has ranked, each at several strengths. All of them, and best-of-n, are
 measured in the same way on held-out prompts; runs/sentiment/report.html shows all of it.
 """
 
@@ -48,7 +50,8 @@ from rlhf_jax.types import Params, Rollout
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sentiment.yaml"
 VADER_ALPHA = 15.0
 WORD = re.compile(r"[a-z]+(?:['-][a-z]+)*")
-# Of each method: title, strength in words, algorithm, the section and the key of the strength in the run's settings.
+# Of each method: title, strength in words, algorithm, the section and the key of the strength in
+# the run's settings.
 METHODS: dict[str, tuple[str, str, ModuleType, str, str]] = {
     "ppo_fixed": ("PPO, fixed KL", "KL coefficient", ppo, "rl", "kl_coef"),
     "ppo_adaptive": ("PPO, adaptive KL", "KL target", ppo, "rl", "kl_target"),
@@ -58,7 +61,14 @@ METHODS: dict[str, tuple[str, str, ModuleType, str, str]] = {
 }
 BASE, BEST_OF_N, OPTIMUM = "base", "best of n", "optimum"
 # Names and formats of the first eight fields of a Point.
-FORMATS = {"method": "", "strength": "", "score": ".3f", "score error": ".3f", "KL": ".2f", "KL error": ".2f"}
+FORMATS = {
+    "method": "",
+    "strength": "",
+    "score": ".3f",
+    "score error": ".3f",
+    "KL": ".2f",
+    "KL error": ".2f",
+}
 FORMATS |= {"length": ".1f", "repeated words": ".3f"}
 ROWS_AT_ONCE = 4096  # sampled in one batch by best_of_n
 BATCH_SIZE = 512  # of the base model's own texts
@@ -77,13 +87,17 @@ class Sentiment:
     longest_prompt: int = 16
     """Tokens of the longest one."""
     samples: int = 4
-    """Responses of the base model to each prompt, which DPO learns from; as many of each policy are measured."""
+    """Responses of the base model to each prompt, which DPO learns from; as many of each policy are
+    measured.
+    """
     best_of: int = 64
     """The largest n of best-of-n, a power of 2."""
     kl_coefs: tuple[float, ...] = (0.05,)
     """KL coefficients in the reward, of PPO with a fixed one and of RLOO."""
     kl_targets: tuple[float, ...] = (6.0,)
-    """KL targets in nats per response, of PPO with an adaptive coefficient that starts at rl.kl_coef."""
+    """KL targets in nats per response, of PPO with an adaptive coefficient that starts at
+    rl.kl_coef.
+    """
     grpo_kl_coefs: tuple[float, ...] = (0.04,)
     """Weights of the KL term in GRPO's loss."""
     dpo_betas: tuple[float, ...] = (0.1,)
@@ -92,7 +106,14 @@ class Sentiment:
     """Held-out prompts whose responses are shown."""
 
     def __post_init__(self) -> None:
-        least = {"num_prompts": 1, "num_heldout": 2, "shortest_prompt": 1, "samples": 2, "best_of": 2, "shown": 1}
+        least = {
+            "num_prompts": 1,
+            "num_heldout": 2,
+            "shortest_prompt": 1,
+            "samples": 2,
+            "best_of": 2,
+            "shown": 1,
+        }
         for name, value in (least | {"longest_prompt": self.shortest_prompt}).items():
             ops.check_number(name, getattr(self, name), at_least=value)
         if self.best_of.bit_count() != 1:
@@ -101,7 +122,9 @@ class Sentiment:
 
 @dataclasses.dataclass(frozen=True)
 class SentimentConfig(RunConfig):
-    """``rl`` and the algorithms' sections hold what their runs share; ``sentiment`` holds the strengths."""
+    """``rl`` and the algorithms' sections hold what their runs share; ``sentiment`` holds the
+    strengths.
+    """
 
     sentiment: Sentiment = Sentiment()
     lexicon: str | None = None
@@ -112,7 +135,8 @@ class SentimentConfig(RunConfig):
 
 
 def read_lexicon(path: str | Path) -> dict[str, float]:
-    """``{word: mean valence}`` of a file whose lines are a word, a tab, a number, and columns that are not read.
+    """``{word: mean valence}`` of a file whose lines are a word, a tab, a number, and columns that
+    are not read.
 
     Raises:
         UserError: the file cannot be read, is empty, or has another kind of line.
@@ -125,17 +149,21 @@ def read_lexicon(path: str | Path) -> dict[str, float]:
         try:
             lexicon[word] = float(columns[0])
         except (IndexError, ValueError):
-            raise UserError(f"{path}, line {number}: expected a word, a tab and a number, found {line!r}") from None
+            raise UserError(
+                f"{path}, line {number}: expected a word, a tab and a number, found {line!r}"
+            ) from None
     if not lexicon:
         raise UserError(f"{path}: the lexicon is empty")
     return lexicon
 
 
 def valence(lexicon: Mapping[str, float], text: str) -> float:
-    """s / sqrt(s^2 + 15) for the sum s of the valences (-4 to 4) of the text's words; unknown words count 0.
+    """s / sqrt(s^2 + 15) for the sum s of the valences (-4 to 4) of the text's words; unknown words
+    count 0.
 
-    VADER's own normalisation (Hutto and Gilbert 2014). Its rules for negation, intensifiers, punctuation, capitals and
-    emoticons are left out, so the reward is exact and plain rather than a good judge.
+    VADER's own normalisation (Hutto and Gilbert 2014). Its rules for negation, intensifiers,
+    punctuation, capitals and emoticons are left out, so the reward is exact and plain rather than a
+    good judge.
     """
     total = sum(lexicon.get(word, 0.0) for word in WORD.findall(text.lower()))
     return total / math.sqrt(total * total + VADER_ALPHA)
@@ -178,12 +206,18 @@ class Point(NamedTuple):
 def measurement(bench: Bench) -> Callable[..., Point]:
     """A function ``(params, method, setting) -> Point`` for policies of the base model's shape.
 
-    All policies sample with the same key. The KL is the mean over responses of the sum of log-ratios (k1).
+    All policies sample with the same key. The KL is the mean over responses of the sum of
+    log-ratios (k1).
     """
     model, config = bench.base.model, bench.sampling_config
     policy_fn = models.policy_fn(model, config.temperature, bench.tokens.shape[1])
-    collect = jax.jit(functools.partial(rollout.collect, model, sampling=config, policy_fn=policy_fn))
-    prompts = [jnp.asarray(np.repeat(array, bench.samples, axis=0)) for array in (bench.tokens, bench.attention_mask)]
+    collect = jax.jit(
+        functools.partial(rollout.collect, model, sampling=config, policy_fn=policy_fn)
+    )
+    prompts = [
+        jnp.asarray(np.repeat(array, bench.samples, axis=0))
+        for array in (bench.tokens, bench.attention_mask)
+    ]
     ref_fn = jax.tree_util.Partial(policy_fn, bench.base.params)
 
     def measure(params: Params, method: str, setting: str = "") -> Point:
@@ -199,8 +233,8 @@ def best_of_n(bench: Bench, largest: int) -> tuple[list[Point], np.ndarray]:
     """Best-of-n of the base model for n = 2, 4, ... up to ``largest``, one response to each prompt.
 
     Returns:
-        The points, at ``sampling.best_of_n_kl(n)``, an upper bound on their KL; and the scores [N, largest] of all
-        samples for the last of them.
+        The points, at ``sampling.best_of_n_kl(n)``, an upper bound on their KL; and the scores [N,
+        largest] of all samples for the last of them.
     """
 
     def sample(n: int, rows: slice) -> tuple[Rollout, jax.Array]:
@@ -220,17 +254,22 @@ def best_of_n(bench: Bench, largest: int) -> tuple[list[Point], np.ndarray]:
     points = []
     for n in (2**power for power in range(1, largest.bit_length())):
         at_once = max(ROWS_AT_ONCE // n, 1)
-        parts = [sample(n, slice(first, first + at_once)) for first in range(0, len(bench.tokens), at_once)]
+        parts = [
+            sample(n, slice(first, first + at_once))
+            for first in range(0, len(bench.tokens), at_once)
+        ]
         best, scores = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
         points.append(point(bench, BEST_OF_N, f"{n}", best, sampling.best_of_n_kl(n), None))
     return points, scores
 
 
 def optimum(scores: np.ndarray) -> tuple[list[float], list[float]]:
-    """KLs in nats and mean scores of the policies of the highest score for their KL, base * exp(score / beta).
+    """KLs in nats and mean scores of the policies of the highest score for their KL, base *
+    exp(score / beta).
 
-    scores: [N, M] of M samples of the base policy for each of N prompts, as an estimate of its distribution. The points
-        end at a KL of ln(M) / 2: further out too few of the samples carry the weight.
+    scores: [N, M] of M samples of the base policy for each of N prompts, as an estimate of its
+        distribution. The points end at a KL of ln(M) / 2: further out too few of the samples carry
+        the weight.
     """
     count = scores.shape[1]
     kls, means = [0.0], [float(scores.mean())]
@@ -246,7 +285,10 @@ def optimum(scores: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def plot(
-    base: Point, points: Iterable[Point], best: Sequence[Point], bound: tuple[list[float], list[float]]
+    base: Point,
+    points: Iterable[Point],
+    best: Sequence[Point],
+    bound: tuple[list[float], list[float]],
 ) -> figures.Plot:
     """Score against KL: a curve for each method from the base model on, best-of-n, and ``optimum``."""
     methods: dict[str, list[Point]] = {}
@@ -272,7 +314,12 @@ def plot(
 
 
 def point(
-    bench: Bench, method: str, setting: str, responses: Rollout, kl: float, kl_error: float | None = None
+    bench: Bench,
+    method: str,
+    setting: str,
+    responses: Rollout,
+    kl: float,
+    kl_error: float | None = None,
 ) -> Point:
     """The point of scored responses, as many to each prompt, those of one prompt adjacent."""
     texts = generator.responses(responses, bench.base.tokenizer)
@@ -282,7 +329,9 @@ def point(
     length = float(np.sum(responses.response_mask != 0) / len(texts))
     scores = np.asarray(responses.scores)
     first = texts[::each], scores[::each].tolist()
-    return Point(method, setting, *mean_and_error(scores, each), kl, kl_error, length, repeated, *first)
+    return Point(
+        method, setting, *mean_and_error(scores, each), kl, kl_error, length, repeated, *first
+    )
 
 
 def mean_and_error(values: np.ndarray, each: int) -> tuple[float, float]:
@@ -295,16 +344,20 @@ def mean_and_error(values: np.ndarray, each: int) -> tuple[float, float]:
 
 
 def run(config: SentimentConfig) -> dict[str, Any]:
-    """Writes ``base/``, ``data/``, a run for each algorithm and strength, ``summary.json``, ``score_kl.svg`` and
-    ``report.html``; prints a table. Returns the summary.
+    """Writes ``base/``, ``data/``, a run for each algorithm and strength, ``summary.json``,
+    ``score_kl.svg`` and ``report.html``; prints a table. Returns the summary.
 
     With ``resume``, finished runs are passed over and the one that was stopped goes on.
     """
     folder, own = Path(config.output_dir or "runs/sentiment"), config.sentiment
     if config.model is None:
-        raise UserError("no model: give --model FOLDER with a language model that has a start token")
+        raise UserError(
+            "no model: give --model FOLDER with a language model that has a start token"
+        )
     if config.data or config.reward:
-        raise UserError("--data, --reward: this job has its own prompts and its own reward; leave them out")
+        raise UserError(
+            "--data, --reward: this job has its own prompts and its own reward; leave them out"
+        )
     if config.lexicon is None:
         raise UserError("no reward: give --lexicon vader_lexicon.txt")
     lexicon = read_lexicon(config.lexicon)
@@ -312,7 +365,9 @@ def run(config: SentimentConfig) -> dict[str, Any]:
     stages.set_up(config)
     language_model = initial.load_language_model(config.model, config.compute)
     tokenizer = language_model.tokenizer
-    host = rewards.from_text(lambda prompts, responses: [valence(lexicon, text) for text in responses], tokenizer)
+    host = rewards.from_text(
+        lambda prompts, responses: [valence(lexicon, text) for text in responses], tokenizer
+    )
     prompts = beginnings(config, language_model)
     models.save(folder / "base", language_model.model, jax.device_get(language_model.params))
     tokenizer.save(folder / "base")
@@ -333,7 +388,9 @@ def run(config: SentimentConfig) -> dict[str, Any]:
         stage = pipeline.stage_config(config, path, str(folder / "base"), **sections)
         title, words, algorithm, *_ = METHODS[method]
         reward = spec.Reward(host=host)
-        trained = dpo.run(stage) if algorithm is dpo else rl.run(stage, algorithm, run_reward=reward)
+        trained = (
+            dpo.run(stage) if algorithm is dpo else rl.run(stage, algorithm, run_reward=reward)
+        )
         points.append(measure(models.load(trained.model_folder)[1], title, f"{words} {strength:g}"))
         place = f"score {points[-1].score:.3f} at {points[-1].kl:.2f} nats"
         print(f"{path.name}: {place}, {time.perf_counter() - before:.0f} s", flush=True)
@@ -352,7 +409,11 @@ def run(config: SentimentConfig) -> dict[str, Any]:
 def plan(config: SentimentConfig, data: Path) -> Iterator[tuple[str, float, dict[str, Any]]]:
     """Every method at every strength, with the sections of the run's settings."""
     own, prompts = config.sentiment, (str(data / "train.jsonl"),)
-    policies: dict[str, Any] = {"data": prompts, "validation_data": (str(data / "heldout.jsonl"),), "kl_target": None}
+    policies: dict[str, Any] = {
+        "data": prompts,
+        "validation_data": (str(data / "heldout.jsonl"),),
+        "kl_target": None,
+    }
     strengths = (own.kl_coefs, own.kl_targets, own.kl_coefs, own.grpo_kl_coefs, own.dpo_betas)
     for (method, (*_, section, key)), of_method in zip(METHODS.items(), strengths, strict=True):
         for strength in of_method:
@@ -363,7 +424,11 @@ def plan(config: SentimentConfig, data: Path) -> Iterator[tuple[str, float, dict
                 "grpo": config.grpo,
                 "dpo": dataclasses.replace(config.dpo, data=prompts),
             }
-            yield method, strength, sections | {section: dataclasses.replace(sections[section], **{key: strength})}
+            yield (
+                method,
+                strength,
+                sections | {section: dataclasses.replace(sections[section], **{key: strength})},
+            )
 
 
 def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.EncodedPrompts:
@@ -371,17 +436,27 @@ def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.Encoded
     own, tokenizer = config.sentiment, base.tokenizer
     bos = tokenizer.backend.token_to_id(str(tokenizer.config.get("bos_token")))
     if bos is None:
-        raise UserError(f"{config.model}: the tokenizer names no bos_token, with which the model's texts would begin")
+        raise UserError(
+            f"{config.model}: the tokenizer names no bos_token, with which the model's texts would begin"
+        )
     wanted = own.num_prompts + own.num_heldout
     count = 4 * wanted
     alone = np.full((count, 1), bos, np.int32)
-    sampling_config = sampling.SamplingConfig(own.longest_prompt, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    sampling_config = sampling.SamplingConfig(
+        own.longest_prompt, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
+    )
     key = stages.stream(config.seed, "sentiment", "init")
-    written = base.sample(alone, np.ones_like(alone), key, config=sampling_config, batch_size=BATCH_SIZE)
-    lengths = jax.random.randint(jax.random.fold_in(key, 1), (count,), own.shortest_prompt, own.longest_prompt + 1)
+    written = base.sample(
+        alone, np.ones_like(alone), key, config=sampling_config, batch_size=BATCH_SIZE
+    )
+    lengths = jax.random.randint(
+        jax.random.fold_in(key, 1), (count,), own.shortest_prompt, own.longest_prompt + 1
+    )
     prompts = dict.fromkeys(
         tuple(row[: length + 1].tolist())
-        for row, mask, length in zip(written.tokens, written.response_mask, np.asarray(lengths), strict=True)
+        for row, mask, length in zip(
+            written.tokens, written.response_mask, np.asarray(lengths), strict=True
+        )
         if mask.sum() == own.longest_prompt and bos not in row[1:]
     )
     if len(prompts) < wanted:
@@ -389,13 +464,21 @@ def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.Encoded
             f"sentiment: the model began {count} texts in {len(prompts)} ways only, fewer than num_prompts "
             f"{own.num_prompts} + num_heldout {own.num_heldout}; raise longest_prompt, or ask for fewer"
         )
-    return encoding.encode_prompts([Row(prompt, (), "a beginning") for prompt in prompts][:wanted], tokenizer)
+    return encoding.encode_prompts(
+        [Row(prompt, (), "a beginning") for prompt in prompts][:wanted], tokenizer
+    )
 
 
-def write_data(config: SentimentConfig, folder: Path, prompts: encoding.EncodedPrompts, bench: Bench) -> None:
-    """Writes the prompts with the base model's responses, ranked by the reward: train.jsonl, heldout.jsonl."""
+def write_data(
+    config: SentimentConfig, folder: Path, prompts: encoding.EncodedPrompts, bench: Bench
+) -> None:
+    """Writes the prompts with the base model's responses, ranked by the reward: train.jsonl,
+    heldout.jsonl.
+    """
     own = config.sentiment
-    repeated = (np.repeat(array, own.samples, axis=0) for array in (prompts.tokens, prompts.attention_mask))
+    repeated = (
+        np.repeat(array, own.samples, axis=0) for array in (prompts.tokens, prompts.attention_mask)
+    )
     key = stages.stream(config.seed, "sentiment", "data")
     answers = bench.base.sample(*repeated, key, config=bench.sampling_config, batch_size=BATCH_SIZE)
     pairs = zip(np.asarray(answers.tokens), np.asarray(answers.response_mask), strict=True)
@@ -411,12 +494,19 @@ def write_data(config: SentimentConfig, folder: Path, prompts: encoding.EncodedP
     write_atomically(folder / "heldout.jsonl", "".join(lines[: own.num_heldout]))
 
 
-def summarize(config: SentimentConfig, every: Sequence[Point], shown: Sequence[str]) -> dict[str, Any]:
+def summarize(
+    config: SentimentConfig, every: Sequence[Point], shown: Sequence[str]
+) -> dict[str, Any]:
     """What ``summary.json`` holds."""
 
     def row(measured: Point) -> dict[str, Any]:
-        values = {name: round(v, 6) if isinstance(v, float) else v for name, v in measured.row().items()}
-        return values | {"responses": measured.texts[: len(shown)], "scores": measured.scores[: len(shown)]}
+        values = {
+            name: round(v, 6) if isinstance(v, float) else v for name, v in measured.row().items()
+        }
+        return values | {
+            "responses": measured.texts[: len(shown)],
+            "scores": measured.scores[: len(shown)],
+        }
 
     return {
         "seed": config.seed,
@@ -428,7 +518,11 @@ def summarize(config: SentimentConfig, every: Sequence[Point], shown: Sequence[s
 
 
 def write_report(
-    path: Path, config: SentimentConfig, every: Sequence[Point], prompts: Sequence[str], drawing: figures.Plot
+    path: Path,
+    config: SentimentConfig,
+    every: Sequence[Point],
+    prompts: Sequence[str],
+    drawing: figures.Plot,
 ) -> None:
     """The page: the plot, the table, and samples of each method at its lowest and highest KL."""
     own = config.sentiment
@@ -444,14 +538,19 @@ def write_report(
     methods = dict.fromkeys(measured.method for measured in every)
     samples = []
     for where, choose in (("lowest", min), ("highest", max)):
-        ends = [choose((m for m in every if m.method == method), key=lambda m: m.kl) for method in methods]
+        ends = [
+            choose((m for m in every if m.method == method), key=lambda m: m.kl)
+            for method in methods
+        ]
         rows = [
             (prompt, f"{end.method} {end.setting}".strip(), end.texts[i], end.scores[i])
             for i, prompt in enumerate(prompts)
             for end in ends
         ]
         columns = ("prompt", "policy", "response", "score")
-        samples.append(page.Table(f"Samples, each method at its {where} KL", columns, rows, {"score": ".2f"}))
+        samples.append(
+            page.Table(f"Samples, each method at its {where} KL", columns, rows, {"score": ".2f"})
+        )
     report = page.render(
         "Sentiment: score against KL",
         [page.Figures("Held-out prompts", [drawing]), table, *samples],
@@ -464,11 +563,15 @@ def write_report(
 
 def print_points(every: Sequence[Point]) -> None:
     """The table in the terminal."""
-    table = rich.table.Table(title="Held-out prompts: mean score against KL(policy || base) in nats per response")
+    table = rich.table.Table(
+        title="Held-out prompts: mean score against KL(policy || base) in nats per response"
+    )
     for name, form in FORMATS.items():
         table.add_column(name, justify="right" if form else "left")
     for measured in every:
-        table.add_row(*("" if x is None else f"{x:{FORMATS[name]}}" for name, x in measured.row().items()))
+        table.add_row(
+            *("" if x is None else f"{x:{FORMATS[name]}}" for name, x in measured.row().items())
+        )
     rich.console.Console().print(table)
 
 

@@ -1,11 +1,13 @@
-"""A policy learns to say nothing but 'h', as in jRLHF's Shakespeare job, in under ten minutes on two CPU cores.
+"""A policy learns to say nothing but 'h', as in jRLHF's Shakespeare job, in under ten minutes on
+two CPU cores.
 
     python experiments/shakespeare.py                     # fetches the text, 1.1 MB
     python experiments/shakespeare.py --data input.txt    # any text of yours
 
-Four stages: a character GPT-2 is pretrained on the text; a reward model learns, by regression, to count the character
-in chunks of it; vanilla policy gradient then trains the pretrained policy on the exact count, and once more on the
-reward model's scores, with the exact count beside them. Prints a table and writes runs/shakespeare/.
+Four stages: a character GPT-2 is pretrained on the text; a reward model learns, by regression, to
+count the character in chunks of it; vanilla policy gradient then trains the pretrained policy on
+the exact count, and once more on the reward model's scores, with the exact count beside them.
+Prints a table and writes runs/shakespeare/.
 """
 
 import dataclasses
@@ -47,7 +49,9 @@ TIMEOUT = 30  # seconds without an answer
 class Shakespeare:
     """The text, what is counted in it, and where the policy starts."""
 
-    url: str = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    url: str = (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    )
     """Where the text is fetched from without --data."""
     sha256: str = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     """Of the text at url; another one is refused."""
@@ -80,7 +84,9 @@ class Shakespeare:
 
 @dataclasses.dataclass(frozen=True)
 class ShakespeareConfig(RunConfig):
-    """The stages' settings: ``sft`` of the pretraining, ``reward_model``, ``rl`` of both policy-gradient runs."""
+    """The stages' settings: ``sft`` of the pretraining, ``reward_model``, ``rl`` of both
+    policy-gradient runs.
+    """
 
     shakespeare: Shakespeare = Shakespeare()
 
@@ -88,7 +94,10 @@ class ShakespeareConfig(RunConfig):
         super().__post_init__()
         count = len(self.shakespeare.starters)
         if self.rl.batch_size % count:
-            raise ValueError(f"rl.batch_size must be a multiple of the {count} starters, got {self.rl.batch_size}")
+            raise ValueError(
+                f"rl.batch_size must be a multiple of the {count} starters, got "
+                f"{self.rl.batch_size}"
+            )
 
 
 # The data
@@ -108,7 +117,9 @@ def fetch(url: str, sha256: str, path: Path) -> None:
     except (OSError, ValueError) as error:  # URLError is an OSError; ValueError: not a URL
         # Of its subclass HTTPError, the text says more than the reason: the code.
         reason = error.reason if type(error) is urllib.error.URLError else error
-        raise UserError(f"{url}: could not be fetched ({reason}); download the file and give --data PATH") from error
+        raise UserError(
+            f"{url}: could not be fetched ({reason}); download the file and give --data PATH"
+        ) from error
     if (fetched := hashlib.sha256(content).hexdigest()) != sha256:
         what = f"sha256 {fetched} was fetched, {sha256} is expected"
         raise UserError(f"{url}: {what}; download the text by hand and give --data PATH")
@@ -128,8 +139,8 @@ def read(path: Path) -> str:
 def chunks(text: str, size: int, overlap: int = 0) -> list[str]:
     """Pieces of ``size`` characters, each beginning ``size - overlap`` after the one before.
 
-    The last one ends where the text ends, so that it may overlap the one before by more. The text has at least ``size``
-    characters, and ``overlap`` is below ``size``.
+    The last one ends where the text ends, so that it may overlap the one before by more. The text
+    has at least ``size`` characters, and ``overlap`` is below ``size``.
     """
     last = len(text) - size
     starts = [*range(0, last, size - overlap), last]
@@ -153,7 +164,8 @@ def write_demonstrations(path: Path, text: str, length: int) -> None:
 
 
 def write_counts(path: Path, pieces: Sequence[str], character: str, tokenizer: Tokenizer) -> None:
-    """Writes rows ``{prompt: ids, responses: [ids], targets: [min(count, CAP)]}``, together the ids of each piece.
+    """Writes rows ``{prompt: ids, responses: [ids], targets: [min(count, CAP)]}``, together the ids
+    of each piece.
 
     One piece in ``ENDED`` ends in EOS.
     """
@@ -171,17 +183,20 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+        file.writelines(
+            json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows
+        )
 
 
 # The job
 
 
 def run(config: ShakespeareConfig) -> dict[str, Any]:
-    """Writes ``data/``, a run for each of ``STAGES`` and ``summary.json``; prints a table. Returns the summary.
+    """Writes ``data/``, a run for each of ``STAGES`` and ``summary.json``; prints a table. Returns
+    the summary.
 
-    The text is the file of ``config.data``, or fetched. With ``resume``, finished stages are passed over and the one
-    that was stopped goes on.
+    The text is the file of ``config.data``, or fetched. With ``resume``, finished stages are passed
+    over and the one that was stopped goes on.
     """
     check(config)
     folder = Path(config.output_dir or "runs/shakespeare")
@@ -194,7 +209,9 @@ def run(config: ShakespeareConfig) -> dict[str, Any]:
     print(f"{path}: {len(text)} characters, sha256 {sha256}", flush=True)
     longest = max(config.network.max_length, *settings.chunk_sizes)
     if len(text) < longest:
-        raise UserError(f"{path}: the text is shorter than a row of {longest} characters; give a longer one")
+        raise UserError(
+            f"{path}: the text is shorter than a row of {longest} characters; give a longer one"
+        )
     pieces, counts = cut(text, settings)
     configs, seconds = stage_configs(config, folder), {}
 
@@ -217,7 +234,9 @@ def run(config: ShakespeareConfig) -> dict[str, Any]:
         "text": {"characters": len(text), "sha256": sha256, "vocabulary": tokenizer.vocab_size},
         **summarize(config, folder, pieces, counts),
     }
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(
+        folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    )
     print_summary(summary, seconds)
     return summary
 
@@ -227,10 +246,14 @@ def stage_configs(config: ShakespeareConfig, folder: Path) -> dict[str, Shakespe
     settings, data = config.shakespeare, folder / "data"
     pretrained, counter = (str(folder / stage / "model") for stage in STAGES[:2])
     starters, exact = str(data / "starters.json"), f"count:{settings.character}"
-    policies = dataclasses.replace(config.rl, validation_data=(starters,), validation_prompts=len(settings.starters))
+    policies = dataclasses.replace(
+        config.rl, validation_data=(starters,), validation_prompts=len(settings.starters)
+    )
 
     def stage(name: str, file: str, model: str | None = None, **changes: Any) -> ShakespeareConfig:
-        return pipeline.stage_config(config, folder / name, model, data=(str(data / file),), **changes)
+        return pipeline.stage_config(
+            config, folder / name, model, data=(str(data / file),), **changes
+        )
 
     def policy(name: str, *reward: str) -> ShakespeareConfig:
         return stage(name, "starters.json", pretrained, reward=reward, rl=policies)
@@ -239,7 +262,9 @@ def stage_configs(config: ShakespeareConfig, folder: Path) -> dict[str, Shakespe
     tokenizer = dataclasses.replace(config.tokenizer, name=pretrained)
     return {
         "pretrain": stage("pretrain", "pretrain.jsonl", text=truncated),
-        "reward_model": stage("reward_model", "counts.jsonl", network=settings.network, tokenizer=tokenizer),
+        "reward_model": stage(
+            "reward_model", "counts.jsonl", network=settings.network, tokenizer=tokenizer
+        ),
         "vpg_exact": policy("vpg_exact", exact),
         "vpg_learned": policy("vpg_learned", counter, f"{exact}*0"),
     }
@@ -250,17 +275,25 @@ def check(config: ShakespeareConfig) -> None:
     if len(config.data) > 1:
         raise UserError(f"--data {' '.join(config.data)}: give one text file")
     if config.model is not None:
-        raise UserError(f"--model {config.model}: this job pretrains its own model; leave --model out")
+        raise UserError(
+            f"--model {config.model}: this job pretrains its own model; leave --model out"
+        )
     if config.reward:
         rewards = "this job's rewards are the count and the model that learns it"
         raise UserError(f"--reward {' '.join(config.reward)}: {rewards}; leave --reward out")
     if config.reward_model.ensemble_size > 1:
         raise UserError("reward_model.ensemble_size: this job trains one reward model")
     if config.tokenizer.kind != "characters" or config.tokenizer.name is not None:
-        raise UserError("tokenizer: this job counts characters; set tokenizer.kind characters and no tokenizer.name")
+        raise UserError(
+            "tokenizer: this job counts characters; set tokenizer.kind characters and no "
+            "tokenizer.name"
+        )
     longest, room = max(config.shakespeare.chunk_sizes) + 1, config.shakespeare.network.max_length
     if room < longest:
-        raise UserError(f"shakespeare.network.max_length {room}: the longest chunk and its EOS are {longest} tokens")
+        raise UserError(
+            f"shakespeare.network.max_length {room}: the longest chunk and its EOS are {longest} "
+            "tokens"
+        )
 
 
 def cut(text: str, settings: Shakespeare) -> tuple[list[str], dict[str, int]]:
@@ -276,16 +309,25 @@ def cut(text: str, settings: Shakespeare) -> tuple[list[str], dict[str, int]]:
     return pieces, counts
 
 
-def summarize(config: ShakespeareConfig, folder: Path, pieces: Sequence[str], counts: dict[str, int]) -> dict[str, Any]:
+def summarize(
+    config: ShakespeareConfig, folder: Path, pieces: Sequence[str], counts: dict[str, int]
+) -> dict[str, Any]:
     """The stages' part of ``summary.json``: the course of each metric over the validations."""
     rows = {stage: records.read_rows(folder / stage / "metrics.jsonl") for stage in STAGES}
     settings = config.shakespeare
     targets = [min(piece.count(settings.character), CAP) for piece in pieces]
-    ceiling = config.rl.max_new_tokens + float(np.mean([text.count(settings.character) for text in settings.starters]))
+    ceiling = config.rl.max_new_tokens + float(
+        np.mean([text.count(settings.character) for text in settings.starters])
+    )
 
     def course(stage: str, name: str) -> dict[str, float]:
         _, values = records.series(rows[stage], name)
-        points = {"first": values[0], "last": values[-1], "lowest": min(values), "highest": max(values)}
+        points = {
+            "first": values[0],
+            "last": values[-1],
+            "lowest": min(values),
+            "highest": max(values),
+        }
         return {key: round(float(value), 6) for key, value in points.items()}
 
     return {
@@ -309,15 +351,29 @@ def print_summary(summary: dict[str, Any], seconds: dict[str, float]) -> None:
     error = summary["reward_model"]["mean_squared_error"]
     learned = summary["vpg_learned"]
     rows = [
-        ("pretrain", "held-out loss (nats per character)", summary["pretrain"], "lowest", seconds["pretrain"]),
-        ("reward_model", "held-out squared error of the count", error, "lowest", seconds["reward_model"]),
+        (
+            "pretrain",
+            "held-out loss (nats per character)",
+            summary["pretrain"],
+            "lowest",
+            seconds["pretrain"],
+        ),
+        (
+            "reward_model",
+            "held-out squared error of the count",
+            error,
+            "lowest",
+            seconds["reward_model"],
+        ),
         ("vpg_exact", "exact count", summary["vpg_exact"], "highest", seconds["vpg_exact"]),
         ("vpg_learned", "learned count", learned["learned"], "highest", seconds["vpg_learned"]),
         ("", "exact count", learned["exact"], "highest", None),
     ]
     table = rich.table.Table(title=f"Highest possible exact count: {summary['ceiling']:.3f}")
     for column in ("stage", "at validation", "first", "last", "best", "seconds"):
-        table.add_column(column, justify="left" if column in ("stage", "at validation") else "right")
+        table.add_column(
+            column, justify="left" if column in ("stage", "at validation") else "right"
+        )
     for stage, what, course, best, spent in rows:
         numbers = [f"{course[key]:.3f}" for key in ("first", "last", best)]
         table.add_row(stage, what, *numbers, "" if spent is None else f"{spent:.0f}")

@@ -1,9 +1,10 @@
-"""The 260,000-parameter Llama trained on TinyStories, from llama2.c's two binary files to a Hugging Face folder.
+"""The 260,000-parameter Llama trained on TinyStories, from llama2.c's two binary files to a Hugging
+Face folder.
 
     python experiments/stories260k.py SOURCE FOLDER
 
-SOURCE holds stories260K.bin and tok512.bin. transformers loads FOLDER too. The padding token is ``<unk>``, which the
-model never says.
+SOURCE holds stories260K.bin and tok512.bin. transformers loads FOLDER too. The padding token is
+``<unk>``, which the model never says.
 """
 
 import json
@@ -24,7 +25,8 @@ SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
 def convert(source: str | Path, folder: str | Path) -> None:
-    """Reads the two files in ``source`` and writes config.json, model.safetensors and the tokenizer into ``folder``.
+    """Reads the two files in ``source`` and writes config.json, model.safetensors and the tokenizer
+    into ``folder``.
 
     Raises:
         UserError: a file is missing, or its length is not what its header says.
@@ -32,7 +34,9 @@ def convert(source: str | Path, folder: str | Path) -> None:
     source, folder = Path(source), Path(folder)
     for name in (WEIGHTS, PIECES):
         if not (source / name).is_file():
-            raise UserError(f"{source}: holds no {name}; give the folder with {WEIGHTS} and {PIECES}")
+            raise UserError(
+                f"{source}: holds no {name}; give the folder with {WEIGHTS} and {PIECES}"
+            )
     stored = (source / WEIGHTS).read_bytes()
     width, inner, layers, heads, kv_heads, vocabulary, length = struct.unpack("<7i", stored[:28])
     values = np.frombuffer(stored, "<f4", offset=28)
@@ -44,7 +48,10 @@ def convert(source: str | Path, folder: str | Path) -> None:
         size = int(np.prod(shape))
         place += size
         if place > len(values):
-            raise UserError(f"{source / WEIGHTS}: ends before the weights that its header announces; fetch it again")
+            raise UserError(
+                f"{source / WEIGHTS}: ends before the weights that its header announces; fetch it "
+                "again"
+            )
         return values[place - size : place].reshape(shape)
 
     tensors = {"model.embed_tokens.weight": take(vocabulary, width)}
@@ -84,7 +91,9 @@ def convert(source: str | Path, folder: str | Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {name: np.array(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+        {name: np.array(tensor) for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
     )
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     tokenizer((source / PIECES).read_bytes(), vocabulary).save(str(folder / "tokenizer.json"))
@@ -93,7 +102,9 @@ def convert(source: str | Path, folder: str | Path) -> None:
 
 
 def tokenizer(stored: bytes, vocabulary: int) -> Tokenizer:
-    """SentencePiece's BPE: of the pairs that stand side by side, the one of the best score is merged first."""
+    """SentencePiece's BPE: of the pairs that stand side by side, the one of the best score is
+    merged first.
+    """
     pieces: list[str] = []
     scores: dict[str, float] = {}
     place = 4
@@ -112,19 +123,33 @@ def tokenizer(stored: bytes, vocabulary: int) -> Tokenizer:
         if piece[:cut] in ids and piece[cut:] in ids
     ]
     merges.sort(key=lambda merge: (-merge[0], merge[1]))
-    model: Any = models.BPE(ids, [merge[2:] for merge in merges], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    backend = Tokenizer(model)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    model: Any = models.BPE(
+        ids, [merge[2:] for merge in merges], unk_token="<unk>", byte_fallback=True, fuse_unk=True
     )
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in pieces[:3]])
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in pieces[:3]]
+    )
     return backend
 
 
 def main() -> None:
     if len(sys.argv) != 3:
-        raise UserError(f"expected two folders, python {sys.argv[0]} SOURCE FOLDER, got {' '.join(sys.argv[1:])!r}")
+        raise UserError(
+            f"expected two folders, python {sys.argv[0]} SOURCE FOLDER, got "
+            f"{' '.join(sys.argv[1:])!r}"
+        )
     convert(*sys.argv[1:])
     print(f"saved {sys.argv[2]}")
 

@@ -8,7 +8,17 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_jax import advantages, losses, models, ops, rewards, rollout, sampling, sharding, training
+    from rlhf_jax import (
+        advantages,
+        losses,
+        models,
+        ops,
+        rewards,
+        rollout,
+        sampling,
+        sharding,
+        training,
+    )
     from rlhf_jax.algorithms import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
     from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
     from rlhf_jax.runs import checkpoint
@@ -29,7 +39,18 @@ if TYPE_CHECKING:
     __version__: str
 
 # Updates: from a state and a batch to the next state
-__all__ = ["dpo", "gradient_step", "grpo", "kto", "minibatch_epochs", "ppo", "reward_model", "rloo", "sft", "vpg"]
+__all__ = [
+    "dpo",
+    "gradient_step",
+    "grpo",
+    "kto",
+    "minibatch_epochs",
+    "ppo",
+    "reward_model",
+    "rloo",
+    "sft",
+    "vpg",
+]
 # The maths they are made of
 __all__ += ["Mean", "advantages", "losses", "ops"]
 # Networks, samples, rewards, devices

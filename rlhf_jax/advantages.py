@@ -1,8 +1,9 @@
 """From rewards to advantages. No parameters, no models; everything float32.
 
-[B, T] functions work on response tokens only: columns outside the mask, holes in it included, are skipped as if they
-were not there, are never read and get 0. [N, G] functions work on G answers to each of N prompts; absent answers
-count in no mean, no standard deviation and no number of answers, and get 0.
+[B, T] functions work on response tokens only: columns outside the mask, holes in it included, are
+skipped as if they were not there, are never read and get 0. [N, G] functions work on G answers to
+each of N prompts; absent answers count in no mean, no standard deviation and no number of answers,
+and get 0.
 """
 
 import chex
@@ -16,10 +17,11 @@ from rlhf_jax.types import AxisName
 def gae(
     rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), from the last response token backwards.
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), from the last response token
+    backwards.
 
-    ``delta_t = r_t + gamma * V_next - V_t`` and ``A_t = delta_t + gamma * lam * A_next``, where *next* is the next
-    response token of the row; after the last one V and A are 0.
+    ``delta_t = r_t + gamma * V_next - V_t`` and ``A_t = delta_t + gamma * lam * A_next``, where
+    *next* is the next response token of the row; after the last one V and A are 0.
 
     Args:
       rewards, values, mask: [B, T]; ``values[:, t]`` is V of the state before ``tokens[:, t]``.
@@ -43,25 +45,32 @@ def gae(
         return carry, jnp.where(here, advantage, 0.0)
 
     end = jnp.zeros_like(values[:, 0])
-    _, advantages = jax.lax.scan(backwards, (end, end), (rewards.T, values.T, present.T), reverse=True)
+    _, advantages = jax.lax.scan(
+        backwards, (end, end), (rewards.T, values.T, present.T), reverse=True
+    )
     advantages = advantages.T
     return advantages, advantages + values
 
 
 def discounted_returns(rewards: jax.Array, mask: jax.Array, gamma: float = 1.0) -> jax.Array:
-    """Reward-to-go: ``R_t = r_t + gamma * R_next`` over response tokens, [B, T] -> [B, T] float32, 0 where masked."""
+    """Reward-to-go: ``R_t = r_t + gamma * R_next`` over response tokens, [B, T] -> [B, T] float32,
+    0 where masked.
+    """
     return gae(rewards, jnp.zeros(jnp.shape(rewards)), mask, gamma, lam=1.0)[0]
 
 
 def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """RLOO (Ahmadian et al. 2024): each score minus the mean of the group's others, ``G / (G - 1) * (r - mean)``.
+    """RLOO (Ahmadian et al. 2024): each score minus the mean of the group's others, ``G / (G - 1) *
+    (r - mean)``.
 
     Args:
       scores: [N, G].
-      mask: [N, G], non-zero where the answer is present; None means all are. G above counts present answers.
+      mask: [N, G], non-zero where the answer is present; None means all are. G above counts present
+        answers.
 
     Returns:
-      [N, G] float32; equal scores give exactly 0, as does a group with fewer than two present answers.
+      [N, G] float32; equal scores give exactly 0, as does a group with fewer than two present
+      answers.
     """
     centred, count = _centred(scores, mask)
     return centred * count / jnp.maximum(count - 1.0, 1.0)
@@ -70,7 +79,8 @@ def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array
 def group_normalized(
     scores: jax.Array, eps: float = 1e-4, scale: bool = True, mask: jax.Array | None = None
 ) -> jax.Array:
-    """GRPO (Shao et al. 2024, section 4.1.2): ``(r - mean) / (std + eps)`` within each group, std with n - 1.
+    """GRPO (Shao et al. 2024, section 4.1.2): ``(r - mean) / (std + eps)`` within each group, std
+    with n - 1.
 
     Args:
       scores: [N, G].
@@ -78,8 +88,9 @@ def group_normalized(
       mask: [N, G], non-zero where the answer is present; None means all are.
 
     Returns:
-      [N, G] float32; equal scores give exactly 0, also at ``eps=0``, as does a group with fewer than two present
-      answers. A score that is NaN or infinite makes its whole group NaN, so that the step reports ``nonfinite``.
+      [N, G] float32; equal scores give exactly 0, also at ``eps=0``, as does a group with fewer
+      than two present answers. A score that is NaN or infinite makes its whole group NaN, so that
+      the step reports ``nonfinite``.
     """
     centred, count = _centred(scores, mask)
     if not scale:
@@ -95,15 +106,21 @@ def group_normalized(
 
 
 def _centred(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Scores [N, G] minus the group's mean, 0 where absent or alone; and the number of present answers [N, 1]."""
+    """Scores [N, G] minus the group's mean, 0 where absent or alone; and the number of present
+    answers [N, 1].
+    """
     chex.assert_rank(scores, 2)
     if jnp.shape(scores)[1] < 2:
-        raise ValueError(f"scores: expected groups of at least 2 answers, [N, G] with G > 1, got {jnp.shape(scores)}")
+        raise ValueError(
+            "scores: expected groups of at least 2 answers, [N, G] with G > 1, got "
+            f"{jnp.shape(scores)}"
+        )
     present = jnp.ones(jnp.shape(scores), jnp.bool_) if mask is None else jnp.asarray(mask) != 0
     chex.assert_equal_shape([scores, present])
     count = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.float32)
     scores = jnp.asarray(scores, jnp.float32)
-    # Centred on one of the scores first: the mean of equal numbers is not always that number in floating point.
+    # Centred on one of the scores first: the mean of equal numbers is not always that number in
+    # floating point.
     least = jnp.min(jnp.where(present, scores, jnp.inf), axis=1, keepdims=True)
     above = jnp.where(present, scores - least, 0.0)
     mean = jnp.sum(above, axis=1, keepdims=True) / jnp.maximum(count, 1.0)
@@ -117,12 +134,14 @@ def ema_baseline(
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Moving-average baseline (jRLHF): first ``b <- decay * b + (1 - decay) * mean(scores)``, then ``A = scores - b``.
+    """Moving-average baseline (jRLHF): first ``b <- decay * b + (1 - decay) * mean(scores)``, then
+    ``A = scores - b``.
 
     Args:
       baseline: scalar, 0 at the start of a run.
       scores: [B].
-      mask: [B], non-zero where the row is present; None means all are. With no present row the baseline stays.
+      mask: [B], non-zero where the row is present; None means all are. With no present row the
+        baseline stays.
       axis_name: the mean is over the rows of all its devices.
 
     Returns:

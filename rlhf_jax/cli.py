@@ -1,6 +1,7 @@
 """The ``rlhf-jax`` command, and what every script starts with.
 
-A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits for none of them, nor for JAX.
+A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits for none of them,
+nor for JAX.
 """
 
 import dataclasses
@@ -36,29 +37,38 @@ CONSOLE = _Console()
 
 
 def attach_console() -> None:
-    """Prints what the package reports while it runs, the messages of the logger ``rlhf_jax``, to stdout."""
+    """Prints what the package reports while it runs, the messages of the logger ``rlhf_jax``, to
+    stdout.
+    """
     logger.setLevel(logging.INFO)
     logger.addHandler(CONSOLE)
-    logger.propagate = False  # a library that configures the root logger would print each message again
+    logger.propagate = (
+        False  # a library that configures the root logger would print each message again
+    )
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a script's ``main`` and exits with its code (None: 0). On Linux the script may start anew first, with other
-    settings of the allocator: see ``runs.allocator.keep_memory``.
+    """Runs a script's ``main`` and exits with its code (None: 0). On Linux the script may start
+    anew first, with other settings of the allocator: see ``runs.allocator.keep_memory``.
 
-    Errors that are printed without a traceback: a :class:`UserError`, which exits with 2; a :class:`TrainingFault`,
-    with 1; a :class:`Stopped`, with 130 (Ctrl-C), 143 (SIGTERM) or 3 (an alert whose action is stop). Ctrl-C outside a
-    training loop exits with 130 too, and a closed pipe, as of ``| head``, with 141 and no message. Any other exception
-    passes through: Python prints its traceback and exits with 1.
+    Errors that are printed without a traceback: a :class:`UserError`, which exits with 2; a
+    :class:`TrainingFault`, with 1; a :class:`Stopped`, with 130 (Ctrl-C), 143 (SIGTERM) or 3 (an
+    alert whose action is stop). Ctrl-C outside a training loop exits with 130 too, and a closed
+    pipe, as of ``| head``, with 141 and no message. Any other exception passes through: Python
+    prints its traceback and exits with 1.
     """
     allocator.keep_memory()  # first: it may start the process anew
     attach_console()
-    gc.set_threshold(100_000)  # modules and traces are many objects that stay: half a second of each start by default
+    gc.set_threshold(
+        100_000
+    )  # modules and traces are many objects that stay: half a second of each start by default
     try:
         code = main() or 0
         sys.stdout.flush()
         sys.exit(code)
-    except BrokenPipeError:  # of `| head`, which has read enough; what is left in the buffer is for nobody
+    except (
+        BrokenPipeError
+    ):  # of `| head`, which has read enough; what is left in the buffer is for nobody
         os._exit(141)
     except (UserError, TrainingFault) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -81,20 +91,39 @@ STAGES = {
     "reward-model": ("Train a reward model on preferences.", (*MODEL, "reward_model", *SAMPLES)),
     "ppo": ("Train a policy by PPO with a KL penalty, on prompts and a reward.", (*REWARD, "ppo")),
     "vpg": ("Train a policy by REINFORCE with a running-mean baseline.", (*REWARD, "vpg")),
-    "rloo": ("Train a policy by RLOO: several answers to a prompt, each against the others.", (*REWARD, "rloo")),
-    "grpo": ("Train a policy by GRPO: rewards normalised among several answers to a prompt.", (*REWARD, "grpo")),
-    "dpo": ("Train a policy on preferences, without a reward model and without samples.", (*MODEL, "dpo")),
-    "kto": ("Train a policy on single answers called desirable or not, without samples.", (*MODEL, "kto")),
-    "pipeline": ("Run SFT, a reward model and PPO, one after the other.", (*RL, "sft", "reward_model", "ppo")),
+    "rloo": (
+        "Train a policy by RLOO: several answers to a prompt, each against the others.",
+        (*REWARD, "rloo"),
+    ),
+    "grpo": (
+        "Train a policy by GRPO: rewards normalised among several answers to a prompt.",
+        (*REWARD, "grpo"),
+    ),
+    "dpo": (
+        "Train a policy on preferences, without a reward model and without samples.",
+        (*MODEL, "dpo"),
+    ),
+    "kto": (
+        "Train a policy on single answers called desirable or not, without samples.",
+        (*MODEL, "kto"),
+    ),
+    "pipeline": (
+        "Run SFT, a reward model and PPO, one after the other.",
+        (*RL, "sft", "reward_model", "ppo"),
+    ),
 }
 
 
 def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Runs the stage of that name with the settings of a command line (``sys.argv[1:]`` by default)."""
+    """Runs the stage of that name with the settings of a command line (``sys.argv[1:]`` by
+    default).
+    """
     from rlhf_jax import config, training
 
     description, reads = STAGES[name]
-    settings = config.parse(config.RunConfig, argv, prog=prog, description=description, sections=reads)
+    settings = config.parse(
+        config.RunConfig, argv, prog=prog, description=description, sections=reads
+    )
     if name in ("ppo", "vpg", "rloo", "grpo"):
         training.rl.run(settings, importlib.import_module(f"rlhf_jax.algorithms.{name}"))
     else:
@@ -118,7 +147,9 @@ def list_configs() -> None:
 
 
 def examine() -> int:
-    """Print versions and devices, and try one step of every phase. Exits with 1 if anything is wrong."""
+    """Print versions and devices, and try one step of every phase. Exits with 1 if anything is
+    wrong.
+    """
     import rich.table
 
     from rlhf_jax.training import doctor
@@ -144,13 +175,19 @@ def export_run(run: Positional, folder: Positional) -> None:
     print(f"wrote {export.export(run, folder)}")
 
 
-_EVALUATION = tyro.conf.arg(constructor_factory=lambda: importlib.import_module("rlhf_jax.evaluation.evaluate").Config)
+_EVALUATION = tyro.conf.arg(
+    constructor_factory=lambda: importlib.import_module("rlhf_jax.evaluation.evaluate").Config
+)
 
 
-def evaluate_run(run: Positional, config: tyro.conf.OmitArgPrefixes[Annotated[Any, _EVALUATION]]) -> None:
-    """Judge a run's policy by data: helpfulness, harmlessness, honesty, preferences, diversity, against another run.
+def evaluate_run(
+    run: Positional, config: tyro.conf.OmitArgPrefixes[Annotated[Any, _EVALUATION]]
+) -> None:
+    """Judge a run's policy by data: helpfulness, harmlessness, honesty, preferences, diversity,
+    against another run.
 
-    Writes evaluation.json and evaluation_samples.jsonl into the run's folder and draws its report again.
+    Writes evaluation.json and evaluation_samples.jsonl into the run's folder and draws its report
+    again.
 
     Args:
         run: the folder of a finished run, or of a model.
@@ -167,7 +204,14 @@ def evaluate_run(run: Positional, config: tyro.conf.OmitArgPrefixes[Annotated[An
     for row in result.rows:
         interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
         value = "–" if row.value is None else f"{row.value:.3f}"
-        table.add_row(row.category, row.metric, value, interval, f"{row.n} {row.unit}" if row.unit else "", row.note)
+        table.add_row(
+            row.category,
+            row.metric,
+            value,
+            interval,
+            f"{row.n} {row.unit}" if row.unit else "",
+            row.note,
+        )
     rich.console.Console(width=1000).print(table)  # a terminal's own width would cut texts
     print(f"wrote {result.path}")
     if (Path(run) / "manifest.json").is_file() and result.path.parent == Path(run):
@@ -177,12 +221,13 @@ def evaluate_run(run: Positional, config: tyro.conf.OmitArgPrefixes[Annotated[An
 def report_runs(runs: Files, output: str | None = None, png: str | None = None) -> None:
     """Draw what runs did as one HTML page: curves, samples before and after, settings, commands.
 
-    Runs that differ only in the seed are drawn as a mean with a band; a pipeline's folder stands for its stages.
+    Runs that differ only in the seed are drawn as a mean with a band; a pipeline's folder stands
+    for its stages.
 
     Args:
         runs: folders of runs, finished or not.
-        output: the page; by default report.html in the run's folder (stages.html in a folder of runs), or report.html
-            here for several.
+        output: the page; by default report.html in the run's folder (stages.html in a folder of
+            runs), or report.html here for several.
         png: a folder for the page's figures as PNG files too, called by their titles.
     """
     from rlhf_jax.report import page
@@ -195,7 +240,8 @@ def report_runs(runs: Files, output: str | None = None, png: str | None = None) 
 
 
 def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) -> None:
-    """Write the generated assistant corpus: sft_data.json, preference_data.json, prompts.json and held-out files.
+    """Write the generated assistant corpus: sft_data.json, preference_data.json, prompts.json and
+    held-out files.
 
     Args:
         folder: where to write; made if missing.
@@ -223,18 +269,24 @@ class Reading:
         """The same for the functions of ``data.check``."""
         from rlhf_jax.data import tokenizers
 
-        return vars(self) | {"tokenizer": tokenizers.load_tokenizer(self.tokenizer) if self.tokenizer else None}
+        return vars(self) | {
+            "tokenizer": tokenizers.load_tokenizer(self.tokenizer) if self.tokenizer else None
+        }
 
 
-def check_data(files: Files, reading: tyro.conf.OmitArgPrefixes[Reading], on_bad_row: OnBadRow = "error") -> int:
-    """Read data files to their end: format, counts, lengths, duplicates, what they share, and every problem.
+def check_data(
+    files: Files, reading: tyro.conf.OmitArgPrefixes[Reading], on_bad_row: OnBadRow = "error"
+) -> int:
+    """Read data files to their end: format, counts, lengths, duplicates, what they share, and every
+    problem.
 
     Exits with 2 if a run could not read one of them.
 
     Args:
         files: JSON, JSON lines, CSV, Parquet or text files, or names of Hugging Face datasets.
         reading: how they are read.
-        on_bad_row: error: rows that a stage cannot use are problems; drop: they are left out and counted.
+        on_bad_row: error: rows that a stage cannot use are problems; drop: they are left out and
+            counted.
     """
     from rlhf_jax.data import check
 
@@ -243,7 +295,9 @@ def check_data(files: Files, reading: tyro.conf.OmitArgPrefixes[Reading], on_bad
     return 2 if report.num_problems else 0
 
 
-def preview_data(file: Positional, reading: tyro.conf.OmitArgPrefixes[Reading], count: int = 3) -> None:
+def preview_data(
+    file: Positional, reading: tyro.conf.OmitArgPrefixes[Reading], count: int = 3
+) -> None:
     """Print the first rows of a data file as a run reads them.
 
     Args:
@@ -258,14 +312,19 @@ def preview_data(file: Positional, reading: tyro.conf.OmitArgPrefixes[Reading], 
 
 SCRIPTS = {
     "quickstart": (
-        "Generate a small corpus and train on it: SFT, a reward model and PPO in minutes, with a report.",
+        "Generate a small corpus and train on it: SFT, a reward model and PPO in minutes, with a "
+        "report.",
         "experiments/quickstart",
     ),
     "plan": (
-        "Say what a stage would take on each device: `rlhf-jax plan ppo --config FILE --devices 8 --memory 80GB`.",
+        "Say what a stage would take on each device: `rlhf-jax plan ppo --config FILE --devices 8 "
+        "--memory 80GB`.",
         "experiments/plan",
     ),
-    "bench": ("Time a kind of step on random tokens and print one line of JSON.", "benchmarks/measure"),
+    "bench": (
+        "Time a kind of step on random tokens and print one line of JSON.",
+        "benchmarks/measure",
+    ),
 }
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "configs": list_configs,
@@ -302,11 +361,19 @@ def run(argv: list[str]) -> int | None:
         style: Any = {"config": (tyro.conf.PositionalMetavarFromFieldName,)}
         return tyro.cli(COMMANDS[name], prog=prog, args=argv[words:], **style)
     descriptions = {name: texts[0] for name, texts in [*STAGES.items(), *SCRIPTS.items()]}
-    descriptions |= {name: (function.__doc__ or "").partition("\n")[0] for name, function in COMMANDS.items()}
+    descriptions |= {
+        name: " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+        for name, function in COMMANDS.items()
+    }
     if argv[words - 1 :] and argv[words - 1] not in ("-h", "--help"):
         hint = did_you_mean(name, descriptions)
-        raise UserError(f"rlhf-jax: no command {name!r}{hint}\nThere are: {', '.join(descriptions)}")
-    print("Reinforcement learning from human feedback. `rlhf-jax COMMAND --help` says more of a command:\n")
+        raise UserError(
+            f"rlhf-jax: no command {name!r}{hint}\nThere are: {', '.join(descriptions)}"
+        )
+    print(
+        "Reinforcement learning from human feedback. `rlhf-jax COMMAND --help` says more of a "
+        "command:\n"
+    )
     for command, description in descriptions.items():
         print(f"  rlhf-jax {command:<14} {description}")
     return 0

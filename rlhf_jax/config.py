@@ -1,9 +1,11 @@
-"""All settings of a run: one ``RunConfig`` with a section per stage, read from YAML and dotted flags by ``parse``.
+"""All settings of a run: one ``RunConfig`` with a section per stage, read from YAML and dotted
+flags by ``parse``.
 
     config = parse(RunConfig)     # script.py --config FILE.yaml --ppo.clip-low 0.1
 
-``configs/`` holds examples. The text below a field is its ``--help`` text. Each class checks its own rules in
-``__post_init__`` and raises ValueError with the field's name first; ``parse`` adds the section, the file and the line.
+``configs/`` holds examples. The text below a field is its ``--help`` text. Each class checks its
+own rules in ``__post_init__`` and raises ValueError with the field's name first; ``parse`` adds the
+section, the file and the line.
 """
 
 import argparse
@@ -57,8 +59,9 @@ class Network:
     dropout: float = 0.0
     """Dropout rate in supervised stages; RL and scoring never drop."""
     initializer_range: float = 0.02
-    """Standard deviation of the initial weights. GPT-2's 0.02 suits a width of some hundreds; 1/sqrt(hidden_size), 0.1
-    for a width of 100, makes narrow networks learn what depends on several tokens in a tenth of the steps."""
+    """Standard deviation of the initial weights. GPT-2's 0.02 suits a width of some hundreds;
+    1/sqrt(hidden_size), 0.1 for a width of 100, makes narrow networks learn what depends on several
+    tokens in a tenth of the steps."""
 
     def __post_init__(self) -> None:
         _check(self, "initializer_range", above=0)
@@ -69,20 +72,23 @@ class Compute:
     """How a model is run; changes speed and memory, not what is learnt."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the activations and matrix products; float16 is run as bfloat16. Trained parameters, log-probabilities
-    and losses stay float32."""
+    """Type of the activations and matrix products; float16 is run as bfloat16. Trained parameters,
+    log-probabilities and losses stay float32."""
     remat: bool = False
     """Gradient checkpointing: recompute each block in the backward pass instead of storing it."""
     scan_layers: bool = False
-    """Compile one block for all layers but the last, and loop over depth: faster to compile for deep models."""
+    """Compile one block for all layers but the last, and loop over depth: faster to compile for
+    deep models.
+    """
     score_rows: int | None = None
-    """Rows that policy, reference and reward models score at once, over all devices; null: where num_microbatches is
-    above 1 those of a microbatch, else the whole batch."""
+    """Rows that policy, reference and reward models score at once, over all devices; null: where
+    num_microbatches is above 1 those of a microbatch, else the whole batch."""
     offload: tuple[Literal["reference", "reward"], ...] = ()
     """Frozen models that lie in the host's memory while they do not score: reference, reward."""
     attention: Literal["auto", "xla", "cudnn", "splash", "blockwise"] = "auto"
-    """How attention is computed. xla holds all scores of a text; blockwise those of a block of queries, on any device;
-    cudnn (bfloat16 on a GPU) and splash (one TPU) are fused kernels. auto: xla below 512 tokens, else what fits."""
+    """How attention is computed. xla holds all scores of a text; blockwise those of a block of
+    queries, on any device; cudnn (bfloat16 on a GPU) and splash (one TPU) are fused kernels. auto:
+    xla below 512 tokens, else what fits."""
 
     def __post_init__(self) -> None:
         _check(self, "score_rows", at_least=1)
@@ -90,26 +96,35 @@ class Compute:
 
 @dataclass(frozen=True)
 class Mesh:
-    """How the devices share the work; a batch is cut over data x fsdp, weights and their optimizer over fsdp x tensor.
+    """How the devices share the work; a batch is cut over data x fsdp, weights and their optimizer
+    over fsdp x tensor.
 
     At most one size is -1: as many as the others leave of the devices."""
 
     data: int = -1
     """Groups that each hold all the weights and a part of every batch."""
     fsdp: int = 1
-    """Devices of a group that each hold a part of the weights, and send it to the others when it is needed."""
+    """Devices of a group that each hold a part of the weights, and send it to the others when it is
+    needed.
+    """
     tensor: int = 1
-    """Devices that share each matrix product: a part of the heads, of the mlp's width and of the vocabulary."""
+    """Devices that share each matrix product: a part of the heads, of the mlp's width and of the
+    vocabulary.
+    """
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise ValueError(f"data, fsdp and tensor must be at least 1, one of them may be -1, got {sizes}")
+            raise ValueError(
+                f"data, fsdp and tensor must be at least 1, one of them may be -1, got {sizes}"
+            )
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Train low-rank adapters beside the frozen weights of --model; the reference policy has the weights alone."""
+    """Train low-rank adapters beside the frozen weights of --model; the reference policy has the
+    weights alone.
+    """
 
     rank: int = 0
     """Rank r of the adapters; 0 trains every weight."""
@@ -129,7 +144,9 @@ class Tokenizer:
     """The tokenizer of a model that starts from random weights; a ``model`` brings its own."""
 
     name: str | None = None
-    """Folder or Hugging Face name of a tokenizer to take as it is; null: one is trained on the data."""
+    """Folder or Hugging Face name of a tokenizer to take as it is; null: one is trained on the
+    data.
+    """
     kind: Literal["bpe", "characters"] = "bpe"
     """Byte-level BPE, or one token per character of the data."""
     vocab_size: int = 512
@@ -143,13 +160,15 @@ class Text:
     template: str = "{prompt}"
     """What the model reads for a prompt; the response follows directly."""
     too_long: Literal["error", "truncate", "drop"] = "error"
-    """What to do with a text that does not fit. Truncated and dropped rows are counted and reported."""
+    """What to do with a text that does not fit. Truncated and dropped rows are counted and
+    reported.
+    """
     bucket_multiple: int = 16
-    """Batches are padded to a multiple of this many tokens, so that few shapes are compiled; RL's prompts to it, twice,
-    four times, ... that."""
+    """Batches are padded to a multiple of this many tokens, so that few shapes are compiled; RL's
+    prompts to it, twice, four times, ... that."""
     pack: bool = False
-    """Put several demonstrations or comparisons of a batch into one row, as long as the longest of all, instead of
-    padding each: SFT, reward models and DPO."""
+    """Put several demonstrations or comparisons of a batch into one row, as long as the longest of
+    all, instead of padding each: SFT, reward models and DPO."""
 
     def __post_init__(self) -> None:
         _check(self, "bucket_multiple", at_least=1)
@@ -164,15 +183,16 @@ class Optimizer:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "step", "plateau"] = "constant"
-    """After the warm-up: linear and cosine decay from the peak to 0 over the run, step multiplies by decay_factor every
-    decay_every optimizer steps, plateau after decay_patience validations in a row that bring no improvement."""
+    """After the warm-up: linear and cosine decay from the peak to 0 over the run, step multiplies
+    by decay_factor every decay_every optimizer steps, plateau after decay_patience validations in a
+    row that bring no improvement."""
     decay_factor: float = 0.1
     """What the schedules step and plateau multiply the learning rate by."""
     decay_every: int | None = None
     """Optimizer steps between the decays of the schedule step."""
     decay_patience: int = 5
-    """Validations without improvement that the schedule plateau waits for; the metric is that of keep_best, without it
-    validation/score in RL and validation/loss elsewhere."""
+    """Validations without improvement that the schedule plateau waits for; the metric is that of
+    keep_best, without it validation/score in RL and validation/loss elsewhere."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
     weight_decay: float = 0.0
@@ -187,17 +207,29 @@ class Optimizer:
     """Adam's epsilon."""
 
     def __post_init__(self) -> None:
-        _check(self, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eps", at_least=0)
+        _check(
+            self,
+            "learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "eps",
+            at_least=0,
+        )
         _check(self, "decay_every", "decay_patience", at_least=1)
         _check(self, "decay_factor", above=0, below=1)
         if (self.schedule == "step") != (self.decay_every is not None):
-            raise ValueError("schedule: the schedule step needs decay_every, and decay_every the schedule step")
+            raise ValueError(
+                "schedule: the schedule step needs decay_every, and decay_every the schedule step"
+            )
         _check(self, "b1", "b2", at_least=0, below=1)
 
 
 @dataclass(frozen=True)
 class Supervised:
-    """What SFT, reward models, DPO and KTO share: rows of data, passes over them, the optimizer, validations."""
+    """What SFT, reward models, DPO and KTO share: rows of data, passes over them, the optimizer,
+    validations.
+    """
 
     data: tuple[str, ...] = ()
     """Files of the stage's rows; empty: the run's --data."""
@@ -213,7 +245,9 @@ class Supervised:
 
     def __post_init__(self) -> None:
         getattr(super(), "__post_init__", lambda: None)()  # the rules of the algorithm's own Config
-        _check(self, "num_epochs", "batch_size", "num_microbatches", "validation_interval", at_least=1)
+        _check(
+            self, "num_epochs", "batch_size", "num_microbatches", "validation_interval", at_least=1
+        )
         _check(self, "validation_fraction", at_least=0, below=1)
 
 
@@ -230,11 +264,17 @@ class RewardModelStage(Supervised, reward_model.Config):
     """A reward model from human preferences {prompt, chosen, rejected}."""
 
     normalize_samples: int = 256
-    """After training, scores get mean 0 and variance 1 over this many samples of the policy in --model; 0: not."""
+    """After training, scores get mean 0 and variance 1 over this many samples of the policy in
+    --model; 0: not.
+    """
     ensemble_size: int = 1
-    """Reward models that train at once, each from a score head of its own, without --model from a body of its own."""
+    """Reward models that train at once, each from a score head of its own, without --model from a
+    body of its own.
+    """
     bootstrap: bool = True
-    """Each model of an ensemble trains on its own draw of the rows, with replacement; false: all on the same rows."""
+    """Each model of an ensemble trains on its own draw of the rows, with replacement; false: all on
+    the same rows.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -244,15 +284,18 @@ class RewardModelStage(Supervised, reward_model.Config):
 
 @dataclass(frozen=True)
 class DPOStage(Supervised, dpo.Config):
-    """Direct preference optimisation of the policy in --model, which is the reference too, from pairs or rankings."""
+    """Direct preference optimisation of the policy in --model, which is the reference too, from
+    pairs or rankings.
+    """
 
     optimizer: Optimizer = Optimizer(learning_rate=1e-6, schedule="linear")
 
 
 @dataclass(frozen=True)
 class KTOStage(Supervised, kto.Config):
-    """Kahneman-Tversky optimisation of the policy in --model, which is the reference too, from {prompt, response,
-    desirable}; of preferences, the chosen answer is desirable and the rejected one is not."""
+    """Kahneman-Tversky optimisation of the policy in --model, which is the reference too, from
+    {prompt, response, desirable}; of preferences, the chosen answer is desirable and the rejected
+    one is not."""
 
     optimizer: Optimizer = Optimizer(learning_rate=5e-7, schedule="linear")
 
@@ -266,33 +309,41 @@ class RLStage:
     num_iterations: int = 100
     """Collect, reward, learn: how many times."""
     num_episodes: int | None = None
-    """The run's length in episodes, whole batches, rounded up; where given, num_iterations does not count."""
+    """The run's length in episodes, whole batches, rounded up; where given, num_iterations does not
+    count.
+    """
     batch_size: int = 64
     """Episodes per iteration, over all devices."""
     max_prompt_length: int | None = None
-    """Most tokens of a prompt; null: the longest prompt's. A batch has as many slots as its own prompts need."""
+    """Most tokens of a prompt; null: the longest prompt's. A batch has as many slots as its own
+    prompts need.
+    """
     max_new_tokens: int = 32
     """Response slots R."""
     environment: str | None = None
-    """FILE.py:FUNCTION, called after each response as function(conversation, row): the policy reads what it returns and
-    responds again, all in one row, until it returns None. See docs/multi-turn.md."""
+    """FILE.py:FUNCTION, called after each response as function(conversation, row): the policy reads
+    what it returns and responds again, all in one row, until it returns None. See
+    docs/multi-turn.md."""
     max_turns: int | None = None
-    """Most responses of a row; null: until the environment ends it or max_new_tokens, which then hold responses and
-    replies, are full."""
+    """Most responses of a row; null: until the environment ends it or max_new_tokens, which then
+    hold responses and replies, are full."""
     temperature: float = 1.0
     """Sampling temperature, used in every log-probability of the algorithm too."""
     top_k: int | None = None
     """Sample among the k likeliest tokens; null: all. Needs allow_truncated_sampling."""
     top_p: float | None = None
-    """Sample from the smallest set of this probability; null: all. Needs allow_truncated_sampling."""
+    """Sample from the smallest set of this probability; null: all. Needs allow_truncated_sampling.
+    """
     allow_truncated_sampling: bool = False
-    """Train on samples that do not come from the policy's full distribution: the KL estimate is then biased."""
+    """Train on samples that do not come from the policy's full distribution: the KL estimate is
+    then biased.
+    """
     compact: bool = False
-    """Once half of a batch's responses have ended, sample the others in a batch of half the size: faster where most
-    responses are short; compiles a second loop."""
+    """Once half of a batch's responses have ended, sample the others in a batch of half the size:
+    faster where most responses are short; compiles a second loop."""
     kl_coef: float | None = None
-    """Weight of the KL penalty in the reward, the first value when it adapts; null: the algorithm's own, 0.05 for VPG,
-    PPO and RLOO, 0 for GRPO, whose loss has a KL term."""
+    """Weight of the KL penalty in the reward, the first value when it adapts; null: the algorithm's
+    own, 0.05 for VPG, PPO and RLOO, 0 for GRPO, whose loss has a KL term."""
     kl_target: float | None = None
     """Adapt the coefficient to this KL, in nats per response; null: fixed."""
     kl_horizon: int | None = None
@@ -305,30 +356,48 @@ class RLStage:
     validation_fraction: float = 0.1
     """Share of the prompts held out for validation."""
     validation_data: tuple[str, ...] = ()
-    """Files of prompts to validate on; empty: a validation_fraction of the prompts, held out of the training."""
+    """Files of prompts to validate on; empty: a validation_fraction of the prompts, held out of the
+    training.
+    """
     validation_interval: int = 20
     """Iterations between validations."""
     validation_prompts: int = 64
     """At most this many prompts are sampled at a validation, batch_size at a time."""
     reference_refresh: int | None = None
-    """Every so many iterations the policy becomes the reference of the KL; null: the reference stays --model."""
+    """Every so many iterations the policy becomes the reference of the KL; null: the reference
+    stays --model.
+    """
     dynamic_sampling: int = 0
-    """At most so many times in an iteration, groups whose answers all score alike are replaced by groups of fresh
-    prompts; those left after that stay in the batch. 0: never."""
+    """At most so many times in an iteration, groups whose answers all score alike are replaced by
+    groups of fresh prompts; those left after that stay in the batch. 0: never."""
     mask_truncated: bool = False
-    """Responses that did not end are absent from the loss and from the statistics of their group."""
+    """Responses that did not end are absent from the loss and from the statistics of their group.
+    """
     overlong_buffer: int | None = None
-    """The last tokens of max_new_tokens, over which a longer response loses ever more of its score; null: no rule."""
+    """The last tokens of max_new_tokens, over which a longer response loses ever more of its score;
+    null: no rule.
+    """
     overlong_penalty: float = 1.0
     """What a response of max_new_tokens loses at the end of overlong_buffer."""
     judge: tuple[str, ...] = ()
-    """A reward, as `reward`, that is not trained on: it scores the validations' samples too (validation/judge)."""
+    """A reward, as `reward`, that is not trained on: it scores the validations' samples too
+    (validation/judge).
+    """
     show_examples: int = 0
     """Print so many examples (prompt, what was generated, reward) at each validation."""
 
     def __post_init__(self) -> None:
-        _check(self, "num_iterations", "num_episodes", "batch_size", "top_k", "kl_horizon", at_least=1)
-        _check(self, "max_prompt_length", "max_new_tokens", "max_turns", "reference_refresh", at_least=1)
+        _check(
+            self, "num_iterations", "num_episodes", "batch_size", "top_k", "kl_horizon", at_least=1
+        )
+        _check(
+            self,
+            "max_prompt_length",
+            "max_new_tokens",
+            "max_turns",
+            "reference_refresh",
+            at_least=1,
+        )
         _check(self, "validation_interval", "validation_prompts", at_least=1)
         _check(self, "kl_coef", "show_examples", "dynamic_sampling", "overlong_penalty", at_least=0)
         _check(self, "overlong_buffer", at_least=1, at_most=self.max_new_tokens)
@@ -337,20 +406,46 @@ class RLStage:
         _check(self, "top_p", above=0, at_most=1)
         truncated = self.top_k is not None or (self.top_p is not None and self.top_p < 1)
         if truncated and not self.allow_truncated_sampling:
-            fault = "the update uses log-probabilities of the whole distribution, from which such samples do not come"
-            raise ValueError(f"top_k and top_p: {fault}; --rl.allow-truncated-sampling trains on them anyway")
+            fault = (
+                "the update uses log-probabilities of the whole distribution, from which such "
+                "samples do not come"
+            )
+            raise ValueError(
+                f"top_k and top_p: {fault}; --rl.allow-truncated-sampling trains on them anyway"
+            )
         ends = self.missing_eos_penalty, self.missing_eos_score, self.overlong_buffer
         if self.environment is not None and ends != (None, None, None):
-            raise ValueError("missing_eos_penalty, missing_eos_score, overlong_buffer: an environment pays itself")
+            raise ValueError(
+                "missing_eos_penalty, missing_eos_score, overlong_buffer: an environment pays "
+                "itself"
+            )
         if self.max_turns is not None and self.environment is None:
-            raise ValueError("max_turns: conversations have an environment, which replies; give it too")
-        if sum((self.missing_eos_penalty is not None, self.missing_eos_score is not None, self.mask_truncated)) > 1:
-            raise ValueError("missing_eos_penalty and missing_eos_score judge what mask_truncated leaves out: give one")
+            raise ValueError(
+                "max_turns: conversations have an environment, which replies; give it too"
+            )
+        if (
+            sum(
+                (
+                    self.missing_eos_penalty is not None,
+                    self.missing_eos_score is not None,
+                    self.mask_truncated,
+                )
+            )
+            > 1
+        ):
+            raise ValueError(
+                "missing_eos_penalty and missing_eos_score judge what mask_truncated leaves out: "
+                "give one"
+            )
 
     @property
     def length(self) -> int:
         """Iterations of the run."""
-        return self.num_iterations if self.num_episodes is None else -(-self.num_episodes // self.batch_size)
+        return (
+            self.num_iterations
+            if self.num_episodes is None
+            else -(-self.num_episodes // self.batch_size)
+        )
 
 
 @dataclass(frozen=True)
@@ -358,9 +453,12 @@ class PPOStage(ppo.Config):
     """Proximal policy optimisation, and the value function of its runs."""
 
     value: Literal["shared", "separate"] = "shared"
-    """shared: a head on the policy's body; separate: a model of its own, which starts as the policy with a head."""
+    """shared: a head on the policy's body; separate: a model of its own, which starts as the policy
+    with a head.
+    """
     value_learning_rate: float | None = None
-    """Peak learning rate of what belongs to the value function alone; null: that of rl.optimizer."""
+    """Peak learning rate of what belongs to the value function alone; null: that of rl.optimizer.
+    """
     value_warmup: int = 0
     """Iterations at the start in which nothing else learns."""
 
@@ -371,25 +469,31 @@ class PPOStage(ppo.Config):
 
 @dataclass(frozen=True)
 class Safety:
-    """What counts as unsafe in RL's prompts and responses, and what is done about it; nothing does by default."""
+    """What counts as unsafe in RL's prompts and responses, and what is done about it; nothing does
+    by default.
+    """
 
     words: tuple[str, ...] = ()
     """Files of words and phrases, one a line, found as whole words whatever their case."""
     patterns: tuple[str, ...] = ()
     """Regular expressions in Python's syntax, searched in the text as it is; (?i) ignores case."""
     classifier: str | None = None
-    """One SPEC as in `reward` that scores responses; those with a score below `below` or above `above` are unsafe."""
+    """One SPEC as in `reward` that scores responses; those with a score below `below` or above
+    `above` are unsafe.
+    """
     below: float | None = None
     """A response whose classifier score is lower is unsafe."""
     above: float | None = None
     """A response whose classifier score is higher is unsafe."""
     prompts: Literal["drop", "replace", "count"] = "drop"
-    """What becomes of a prompt in which words or patterns are found: left out, replaced, or counted alone."""
+    """What becomes of a prompt in which words or patterns are found: left out, replaced, or counted
+    alone.
+    """
     replacement: str | None = None
     """With prompts: replace, the text in place of an unsafe prompt."""
     responses: Literal["penalise", "replace", "mask", "count"] = "penalise"
-    """What becomes of an unsafe response: `penalty` is subtracted from its score, `score` replaces it, it is absent
-    from every statistic and loss, or it is counted alone."""
+    """What becomes of an unsafe response: `penalty` is subtracted from its score, `score` replaces
+    it, it is absent from every statistic and loss, or it is counted alone."""
     penalty: float = 1.0
     """With responses: penalise, what is subtracted."""
     score: float | None = None
@@ -407,7 +511,9 @@ class Safety:
         if (self.classifier is None) != (self.below is None and self.above is None):
             raise ValueError("classifier needs below or above, and they need a classifier")
         if self.prompts == "replace" and not self.replacement:
-            raise ValueError("prompts: replace needs a replacement, the text in place of an unsafe prompt")
+            raise ValueError(
+                "prompts: replace needs a replacement, the text in place of an unsafe prompt"
+            )
         if self.responses == "replace" and self.score is None:
             raise ValueError("responses: replace needs a score, which unsafe responses get")
 
@@ -417,19 +523,21 @@ class RunConfig:
     """One run. Scripts read the sections that concern them."""
 
     data: tuple[str, ...] = ()
-    """Data files of the stage, a folder with sft_data.json, preference_data.json and prompts.json, `demo` or
-    `arithmetic`."""
+    """Data files of the stage, a folder with sft_data.json, preference_data.json and prompts.json,
+    `demo` or `arithmetic`."""
     columns: tuple[str, ...] = ()
     """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
     on_bad_row: Literal["error", "drop"] = "error"
-    """A row that the stage cannot use, such as one with an empty answer: error names all of them and stops; drop leaves
-    them out and counts them."""
+    """A row that the stage cannot use, such as one with an empty answer: error names all of them
+    and stops; drop leaves them out and counts them."""
     model: str | None = None
-    """A Hugging Face folder (or name), or a run's folder, to start from; null: random weights of `network`."""
+    """A Hugging Face folder (or name), or a run's folder, to start from; null: random weights of
+    `network`.
+    """
     reward: tuple[str, ...] = ()
-    """Reward models' folders (or Hugging Face names), or those of their runs, several as mean:A,B, min:A,B or
-    uncertainty:A,B, FILE.py:FUNCTION, count:TEXT, length, repetition, diversity, regex:PATTERN, math; SPEC*WEIGHT
-    weighs one of a sum."""
+    """Reward models' folders (or Hugging Face names), or those of their runs, several as mean:A,B,
+    min:A,B or uncertainty:A,B, FILE.py:FUNCTION, count:TEXT, length, repetition, diversity,
+    regex:PATTERN, math; SPEC*WEIGHT weighs one of a sum."""
     output_dir: str | None = None
     """The run's folder; null: runs/SCRIPT."""
     seed: int = 0
@@ -437,30 +545,39 @@ class RunConfig:
     device: Literal["cpu", "gpu", "cuda", "tpu", "mps"] | None = None
     """Where to run; null: JAX's choice. mps is refused with a message about Apple's GPUs."""
     processes: str | None = None
-    """HOST:PORT,COUNT,NUMBER of this process where several share the run: where the first one listens, how many there
-    are and which one this is, from 0; auto: as SLURM, a TPU pod, Open MPI or Kubernetes says."""
+    """HOST:PORT,COUNT,NUMBER of this process where several share the run: where the first one
+    listens, how many there are and which one this is, from 0; auto: as SLURM, a TPU pod, Open MPI
+    or Kubernetes says."""
     resume: bool = False
     """Continue the run in output_dir, bit for bit."""
     overwrite: bool = False
     """Replace the run in output_dir."""
     allow_changed: tuple[str, ...] = ()
-    """With --resume: settings that may differ from the run's, such as rl.num_iterations or data (its files too)."""
+    """With --resume: settings that may differ from the run's, such as rl.num_iterations or data
+    (its files too).
+    """
     checkpoint_interval: int = 50
     """Steps (supervised) or iterations (RL) between checkpoints."""
     checkpoint_async: bool = False
-    """Go on training while a checkpoint is written; needs memory for a copy of the state on the host."""
+    """Go on training while a checkpoint is written; needs memory for a copy of the state on the
+    host.
+    """
     keep_last: int = 2
     """Checkpoints kept."""
     keep_best: str | None = None
-    """max:METRIC or min:METRIC, a metric of the validations such as max:validation/score: each validation is then
-    saved too, the best one is kept, and model/ is made from it."""
+    """max:METRIC or min:METRIC, a metric of the validations such as max:validation/score: each
+    validation is then saved too, the best one is kept, and model/ is made from it."""
     early_stopping_patience: int | None = None
-    """End after so many validations in a row without improvement of keep_best's metric, without it of validation/score
-    in RL and validation/loss elsewhere; null: go on to the end."""
+    """End after so many validations in a row without improvement of keep_best's metric, without it
+    of validation/score in RL and validation/loss elsewhere; null: go on to the end."""
     track: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
-    """Services that get metrics, samples and alerts too; WANDB_PROJECT names the project of the first two."""
+    """Services that get metrics, samples and alerts too; WANDB_PROJECT names the project of the
+    first two.
+    """
     alerts: tuple[str, ...] = ()
-    """Rules such as "objective/kl > 50 for 3: stop", added to the default ones; `none` turns those off."""
+    """Rules such as "objective/kl > 50 for 3: stop", added to the default ones; `none` turns those
+    off.
+    """
     network: Network = Network()
     compute: Compute = Compute()
     mesh: Mesh = Mesh()
@@ -485,31 +602,46 @@ class RunConfig:
         if self.keep_best is not None and not re.fullmatch("(max|min):.+", self.keep_best):
             raise ValueError(f"keep_best must be max:METRIC or min:METRIC, got {self.keep_best!r}")
         if self.lora.rank and self.model is None:
-            raise ValueError("lora.rank adapts a trained model: give --model, or leave it out to train every weight")
+            raise ValueError(
+                "lora.rank adapts a trained model: give --model, or leave it out to train every "
+                "weight"
+            )
         if self.tokenizer.name is not None and self.model is not None:
-            raise ValueError(f"tokenizer.name {self.tokenizer.name}: the model {self.model} brings its own tokenizer")
+            raise ValueError(
+                f"tokenizer.name {self.tokenizer.name}: the model {self.model} brings its own "
+                "tokenizer"
+            )
 
 
-# --- Reading: a YAML file, then flags ---------------------------------------------------------------------------------
+# --- Reading: a YAML file, then flags
+# ---------------------------------------------------------------------------------
 
 
 def parse(
-    kind: type[C], argv: Words | None = None, *, prog: str | None = None, description: str = "", sections: Words = ()
+    kind: type[C],
+    argv: Words | None = None,
+    *,
+    prog: str | None = None,
+    description: str = "",
+    sections: Words = (),
 ) -> C:
-    """Reads ``--config FILE ...`` and dotted flags (``sys.argv[1:]`` by default) into a config of this kind.
+    """Reads ``--config FILE ...`` and dotted flags (``sys.argv[1:]`` by default) into a config of
+    this kind.
 
-    A flag goes before the files, a later file before an earlier one, the files before the class's default.
-    ``--help`` shows the values in force, ``--help-verbose`` the text of each setting too. Rules between values are
-    checked once, on the final values.
+    A flag goes before the files, a later file before an earlier one, the files before the class's
+    default. ``--help`` shows the values in force, ``--help-verbose`` the text of each setting too.
+    Rules between values are checked once, on the final values.
 
     Args:
-      sections: the sections (``rl``) and keys of sections (``rl.top_k``) that have flags, beside the settings at the
-        top; none given: all. A file may hold keys of the others too, since several stages share it.
+      sections: the sections (``rl``) and keys of sections (``rl.top_k``) that have flags, beside
+        the settings at the top; none given: all. A file may hold keys of the others too, since
+        several stages share it.
 
     Raises:
-      UserError: the file is missing, broken or does not fit, a flag is unknown, or a ``__post_init__`` refused the
-        values (ValueError).
-      SystemExit: code 0 after ``--help``; code 2 after a message on stderr about a flag's wrong value.
+      UserError: the file is missing, broken or does not fit, a flag is unknown, or a
+        ``__post_init__`` refused the values (ValueError).
+      SystemExit: code 0 after ``--help``; code 2 after a message on stderr about a flag's wrong
+        value.
     """
     finder = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", metavar="FILE", nargs="+", action="extend", default=[])
@@ -518,16 +650,31 @@ def parse(
     for name in options.config:
         given |= read(kind, shipped().get(name, Path(name)))
     defaults = copy.copy(kind())
-    for key, (value, _) in given.items():  # set without a look at the rules, which hold for the final values
+    for key, (
+        value,
+        _,
+    ) in given.items():  # set without a look at the rules, which hold for the final values
         section: Any = defaults
         *path, name = key.split(".")
         for inner in path:
-            vars(section)[inner] = copy.copy(getattr(section, inner))  # sections may share one default
+            vars(section)[inner] = copy.copy(
+                getattr(section, inner)
+            )  # sections may share one default
             section = getattr(section, inner)
         vars(section)[name] = value
-    about = f"{description}\n\n--config FILE ...: YAML with values for these options; flags go before them."
-    how: Any = {"prog": prog, "description": about, "return_unknown_args": True, "compact_help": True}
-    parsed: Any = tyro.cli(kind, args=flags, default=defaults, registry=_flags_of(kind, sections), **how)
+    about = (
+        f"{description}\n\n--config FILE ...: YAML with values for these options; flags go "
+        "before them."
+    )
+    how: Any = {
+        "prog": prog,
+        "description": about,
+        "return_unknown_args": True,
+        "compact_help": True,
+    }
+    parsed: Any = tyro.cli(
+        kind, args=flags, default=defaults, registry=_flags_of(kind, sections), **how
+    )
     values, unknown = parsed
     if unknown:
         raise UserError(_unknown_flag(unknown[0].partition("=")[0], kind))
@@ -546,19 +693,23 @@ def _unknown_flag(flag: str, root: type) -> str:
 
 def shipped() -> dict[str, Path]:
     """The configs that come with the package, such as ``tiny`` and ``dapo``, by their names."""
-    folders = [place / "configs" for place in Path(__file__).parents[:2]]  # of a wheel, of a checkout
+    folders = [
+        place / "configs" for place in Path(__file__).parents[:2]
+    ]  # of a wheel, of a checkout
     return dict(sorted((path.stem, path) for folder in folders for path in folder.rglob("*.yaml")))
 
 
 def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegistry:
-    """How tyro reads a config: each dataclass as a dict, so that no ``__post_init__`` runs before all values are known,
-    and of its fields those that ``sections`` leaves."""
+    """How tyro reads a config: each dataclass as a dict, so that no ``__post_init__`` runs before
+    all values are known, and of its fields those that ``sections`` leaves."""
     registry = tyro.constructors.ConstructorRegistry()
     prefixes = {kind: f"{name}." for name, kind in _sections(root).items()} | {root: ""}
     inside = False
 
     @registry.struct_rule
-    def rule(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    def rule(
+        info: tyro.constructors.StructTypeInfo,
+    ) -> tyro.constructors.StructConstructorSpec | None:
         nonlocal inside
         if inside or not dataclasses.is_dataclass(info.type):
             return None  # and tyro goes on to its own rules, which know defaults and help texts
@@ -566,21 +717,29 @@ def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegis
         spec: Any = registry.get_struct_spec(info)
         inside = False
         prefix = prefixes.get(info.type)
-        fields = [field for field in spec.fields if prefix is None or _is_read(prefix + field.name, root, sections)]
+        fields = [
+            field
+            for field in spec.fields
+            if prefix is None or _is_read(prefix + field.name, root, sections)
+        ]
         return dataclasses.replace(spec, instantiate=dict, fields=tuple(fields))
 
     return registry
 
 
 def _is_read(key: str, root: type, sections: Words) -> bool:
-    """Whether ``key`` is in one of these sections, or holds it; settings at the top are, save the reward."""
+    """Whether ``key`` is in one of these sections, or holds it; settings at the top are, save the
+    reward.
+    """
     if not sections or ("." not in key and key not in _sections(root) and key != "reward"):
         return True
     return any(f"{key}.".startswith(f"{part}.") or part.startswith(f"{key}.") for part in sections)
 
 
 def _build(cls: type[C], values: dict[str, Any], default: C, prefix: str, given: Values) -> C:
-    """An instance of ``cls``, inner sections first; their ValueErrors become UserErrors with section, file and line."""
+    """An instance of ``cls``, inner sections first; their ValueErrors become UserErrors with
+    section, file and line.
+    """
     values = vars(default) | values
     for name, kind in _sections(cls).items():
         inner = values[name] if isinstance(values[name], dict) else {}
@@ -589,8 +748,14 @@ def _build(cls: type[C], values: dict[str, Any], default: C, prefix: str, given:
         return cls(**values)
     except ValueError as error:
         words = re.findall(r"\w+(?:\.\w+)*", str(error))
-        message = f"{prefix}{error}" if words[0] in values else f"{prefix[:-1]}: {error}".removeprefix(": ")
-        for word in words:  # the line of the first key in the message whose value no flag has changed
+        message = (
+            f"{prefix}{error}"
+            if words[0] in values
+            else f"{prefix[:-1]}: {error}".removeprefix(": ")
+        )
+        for (
+            word
+        ) in words:  # the line of the first key in the message whose value no flag has changed
             value, place = given.get(prefix + word, (None, ""))
             if place and operator.attrgetter(word)(types.SimpleNamespace(**values)) == value:
                 message = f"{place}: {message}"
@@ -599,13 +764,16 @@ def _build(cls: type[C], values: dict[str, Any], default: C, prefix: str, given:
 
 
 def read(config_class: type, file: Path) -> Values:
-    """The values that a YAML file gives to fields of ``config_class``: {dotted key: (value, "FILE, line N")}.
+    """The values that a YAML file gives to fields of ``config_class``: {dotted key: (value, "FILE,
+    line N")}.
 
-    A field's type is bool, int, float, str, a Literal of strings, a tuple of any number of these, one of these or None,
-    or a dataclass, which is a section. ``1e-5``, a string in YAML 1.1, is read as a number, and ``None`` as null.
+    A field's type is bool, int, float, str, a Literal of strings, a tuple of any number of these,
+    one of these or None, or a dataclass, which is a section. ``1e-5``, a string in YAML 1.1, is
+    read as a number, and ``None`` as null.
 
     Raises:
-      UserError: no such file, not UTF-8, not YAML, not a mapping; an unknown or repeated key; a value of another type.
+      UserError: no such file, not UTF-8, not YAML, not a mapping; an unknown or repeated key; a
+        value of another type.
     """
     text = b""
     try:
@@ -618,18 +786,24 @@ def read(config_class: type, file: Path) -> Values:
         mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
         line = mark.line if mark else text[:position].count(b"\n") if position else -1
         place = f"{file}, line {line + 1}" if line >= 0 else f"{file}"
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)[:100]
+        reason = (
+            getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)[:100]
+        )
         raise UserError(f"{place}: not valid YAML in UTF-8: {reason}") from None
     if node is None:
         raise UserError(f"{file}: is empty; expected a mapping of keys to values")
     return dict(_values(node, config_class, "", config_class, file))
 
 
-def _values(node: yaml.Node, cls: type, prefix: str, root: type, file: Path) -> Iterator[tuple[str, tuple[Any, str]]]:
+def _values(
+    node: yaml.Node, cls: type, prefix: str, root: type, file: Path
+) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Yields (dotted key, (value, its place)) for every value below ``node``."""
     if not isinstance(node, yaml.MappingNode):
         name = prefix[:-1] or "the file"
-        raise UserError(f"{_at(file, node)}: {name} must be a mapping of keys, found {_found(node)}")
+        raise UserError(
+            f"{_at(file, node)}: {name} must be a mapping of keys, found {_found(node)}"
+        )
     kinds = typing.get_type_hints(cls)
     lines: dict[str, int] = {}
     for key_node, value_node in node.value:
@@ -638,7 +812,9 @@ def _values(node: yaml.Node, cls: type, prefix: str, root: type, file: Path) -> 
         if name not in kinds:
             raise UserError(f"{_at(file, key_node)}: unknown key {key}; {_hint(key, root)}")
         if name in lines:
-            raise UserError(f"{_at(file, key_node)}: key {key} is given twice, first on line {lines[name]}")
+            raise UserError(
+                f"{_at(file, key_node)}: key {key} is given twice, first on line {lines[name]}"
+            )
         lines[name] = line
         if dataclasses.is_dataclass(kinds[name]):
             yield from _values(value_node, kinds[name], f"{key}.", root, file)
@@ -654,7 +830,9 @@ def _value(node: yaml.Node, kind: Any, key: str, file: Path) -> Any:
         return tuple(_value(item, choices[0], f"each of {key}", file) for item in node.value)
     if isinstance(node, yaml.ScalarNode) and not is_list:
         plain = node.style is None
-        with contextlib.suppress(Exception):  # an unknown !tag, a date such as 2020-99-99, an int of 5,000 digits
+        with contextlib.suppress(
+            Exception
+        ):  # an unknown !tag, a date such as 2020-99-99, an int of 5,000 digits
             value = yaml.SafeLoader("").construct_object(node)
             if optional and (value is None or (plain and value == "None")):
                 return None
@@ -663,8 +841,12 @@ def _value(node: yaml.Node, kind: Any, key: str, file: Path) -> Any:
             if inner is float and type(value) in (int, str) and plain:
                 return float(value)
     names = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
-    expected = "a list" if is_list else names.get(inner) or f"one of {', '.join(map(repr, choices))}"
-    raise UserError(f"{_at(file, node)}: {key} must be {expected}{' or null' * optional}, found {_found(node)}")
+    expected = (
+        "a list" if is_list else names.get(inner) or f"one of {', '.join(map(repr, choices))}"
+    )
+    raise UserError(
+        f"{_at(file, node)}: {key} must be {expected}{' or null' * optional}, found {_found(node)}"
+    )
 
 
 def _at(file: Path, node: yaml.Node) -> str:
@@ -679,36 +861,61 @@ def _found(node: yaml.Node) -> str:
 
 
 def _hint(key: str, root: type, flags: bool = False) -> str:
-    """The keys that may have been meant: alike in its section, of its name elsewhere, else all of the section."""
+    """The keys that may have been meant: alike in its section, of its name elsewhere, else all of
+    the section.
+    """
     section, _, name = key.rpartition(".")
-    inside = [name for place, _, name in (other.rpartition(".") for other in _keys(root)) if place == section]
-    close = difflib.get_close_matches(name.replace("-", "_"), inside, n=1) or [k for k in inside if k[:4] == name[:4]]
+    inside = [
+        name
+        for place, _, name in (other.rpartition(".") for other in _keys(root))
+        if place == section
+    ]
+    close = difflib.get_close_matches(name.replace("-", "_"), inside, n=1) or [
+        k for k in inside if k[:4] == name[:4]
+    ]
     meant = [f"{section}.{other}".lstrip(".") for other in close]
     meant = meant or [other for other in _keys(root) if other.rpartition(".")[2] == name][:3]
-    if not meant and not inside:  # of a setting that has no keys, or of nothing: what stands before the dot is meant
+    if (
+        not meant and not inside
+    ):  # of a setting that has no keys, or of nothing: what stands before the dot is meant
         return _hint(section, root, flags)
     if not meant:
         return f"the keys {f'of {section} ' if section else ''}are {', '.join(inside)}"
-    return f"did you mean {' or '.join('--' + other.replace('_', '-') if flags else other for other in meant)}?"
+    return (
+        "did you mean "
+        f"{' or '.join('--' + other.replace('_', '-') if flags else other for other in meant)}?"
+    )
 
 
 def _keys(cls: type, prefix: str = "") -> list[str]:
     """Every dotted key, sections too."""
-    inner = [key for name, kind in _sections(cls).items() for key in _keys(kind, f"{prefix}{name}.")]
+    inner = [
+        key for name, kind in _sections(cls).items() for key in _keys(kind, f"{prefix}{name}.")
+    ]
     return [prefix + name for name in typing.get_type_hints(cls)] + inner
 
 
 def _sections(cls: type) -> dict[str, Any]:
     """The fields that are dataclasses, with these."""
-    return {name: kind for name, kind in typing.get_type_hints(cls).items() if dataclasses.is_dataclass(kind)}
+    return {
+        name: kind
+        for name, kind in typing.get_type_hints(cls).items()
+        if dataclasses.is_dataclass(kind)
+    }
 
 
-# --- Writing ----------------------------------------------------------------------------------------------------------
+# --- Writing
+#
+# ----------------------------------------------------------------------------------------------------------
 
 
 def to_yaml(config: Any) -> str:
-    """All fields of ``config`` as YAML, in the order of the dataclasses; ``parse`` reads it back to an equal value."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """All fields of ``config`` as YAML, in the order of the dataclasses; ``parse`` reads it back to
+    an equal value.
+    """
+    return yaml.dump(
+        dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -716,10 +923,13 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: _Dumper, data: str) -> yaml.Node:
-    # Unquoted, None would be read as null; only double quotes keep line breaks and control characters.
+    # Unquoted, None would be read as null; only double quotes keep line breaks and control
+    # characters.
     style = "'" if data == "None" else None if data.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
-_Dumper.add_representer(tuple, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
+_Dumper.add_representer(
+    tuple, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
+)
 _Dumper.add_representer(str, _text)

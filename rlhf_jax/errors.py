@@ -1,5 +1,5 @@
-"""What a user is told: the ways in which a run ends early (what the user gave is wrong, training went wrong, a signal
-or an alert came), and the logger of all other messages.
+"""What a user is told: the ways in which a run ends early (what the user gave is wrong, training
+went wrong, a signal or an alert came), and the logger of all other messages.
 """
 
 import contextlib
@@ -19,11 +19,15 @@ class UserError(ValueError):
 
 
 class TrainingFault(RuntimeError):
-    """A fault of a run whose input was right, such as non-finite numbers. Scripts print it and exit with code 1."""
+    """A fault of a run whose input was right, such as non-finite numbers. Scripts print it and exit
+    with code 1.
+    """
 
 
 class Stopped(Exception):
-    """A run that a signal ended, after a checkpoint. Scripts print it and exit with 128 + the signal's number."""
+    """A run that a signal ended, after a checkpoint. Scripts print it and exit with 128 + the
+    signal's number.
+    """
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -39,17 +43,25 @@ class AlertStop(Stopped):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The hint ``; did you mean OTHER?`` with the known name that is most like this one; "" if none is like it."""
-    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, list(known), n=1))
+    """The hint ``; did you mean OTHER?`` with the known name that is most like this one; "" if none
+    is like it.
+    """
+    return "".join(
+        f"; did you mean {near}?" for near in difflib.get_close_matches(name, list(known), n=1)
+    )
 
 
 @contextlib.contextmanager
 def file_errors(path: object, verb: str = "read") -> Iterator[None]:
-    """Says as a UserError why a file or folder cannot be read (or written), or that it is not UTF-8."""
+    """Says as a UserError why a file or folder cannot be read (or written), or that it is not
+    UTF-8.
+    """
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be {verb}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(
+            f"{path}: cannot be {verb}: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def check_pattern(name: str, pattern: str) -> None:

@@ -1,10 +1,11 @@
 """Losses on arrays, and how losses of tokens become one number. No parameters, no models.
 
-Losses of tokens ([B, T]) are reduced by ``aggregate``, losses of rows ([B]) by ``weighted_mean``. All are float32.
+Losses of tokens ([B, T]) are reduced by ``aggregate``, losses of rows ([B]) by ``weighted_mean``.
+All are float32.
 
-Masked columns: ``policy_gradient`` and ``cross_entropy`` take the mask. ``clipped_surrogate`` and ``clipped_value``
-do not: call them with ``jnp.where(mask, new, old)``, so that neither the exponential nor its gradient ever sees a
-masked column.
+Masked columns: ``policy_gradient`` and ``cross_entropy`` take the mask. ``clipped_surrogate`` and
+``clipped_value`` do not: call them with ``jnp.where(mask, new, old)``, so that neither the
+exponential nor its gradient ever sees a masked column.
 """
 
 from typing import Literal, get_args
@@ -24,16 +25,18 @@ ImportanceSampling = Literal["token_truncate", "token_mask", "sequence_truncate"
 def comparison(
     scores: jax.Array, best: jax.Array, margin: jax.Array | None = None, centering: float = 0.0
 ) -> jax.Array:
-    """Negative log-likelihood of the human's choice among K answers: ``-log_softmax(scores)[best]``.
+    """Negative log-likelihood of the human's choice among K answers:
+    ``-log_softmax(scores)[best]``.
 
-    K = 4 in lm-human-preferences (Ziegler et al. 2019, eq. 1); K = 2 is Bradley-Terry. Equal scores give ln K.
+    K = 4 in lm-human-preferences (Ziegler et al. 2019, eq. 1); K = 2 is Bradley-Terry. Equal scores
+    give ln K.
 
     Args:
       scores: [B, K]; an absent answer enters as -inf and gets gradient 0.
       best: [B] int, the chosen column. A row whose chosen answer is absent gives 0.
       margin: [B], subtracted from the chosen answer's score (Llama 2, Touvron et al. 2023, eq. 2).
-      centering: weight of the squared sum of a pair's scores, which pulls scores towards 0 (Eisenstein et al. 2023);
-        a pair with an absent answer adds 0.
+      centering: weight of the squared sum of a pair's scores, which pulls scores towards 0
+        (Eisenstein et al. 2023); a pair with an absent answer adds 0.
 
     Returns:
       [B] float32.
@@ -42,17 +45,22 @@ def comparison(
     chex.assert_equal_shape_prefix([scores, best], 1)
     num_answers = jnp.shape(scores)[1]
     if not ops.is_zero(centering) and num_answers != 2:
-        raise ValueError(f"centering: defined for pairs (K = 2) only, got K = {num_answers}; use centering=0")
+        raise ValueError(
+            f"centering: defined for pairs (K = 2) only, got K = {num_answers}; use centering=0"
+        )
     scores = jnp.asarray(scores, jnp.float32)
     best = jnp.asarray(best)[:, None]
     present = scores != -jnp.inf
     usable = jnp.take_along_axis(present, best, axis=1)  # [B, 1]
-    # A row of zeros in place of an unusable one: log_softmax of nothing but -inf would put NaN into the gradient.
+    # A row of zeros in place of an unusable one: log_softmax of nothing but -inf would put NaN into
+    # the gradient.
     entered = jnp.where(usable, scores, 0.0)
     if margin is not None:
         chex.assert_equal_shape([margin, best[:, 0]])
         is_best = jnp.arange(num_answers)[None, :] == best
-        entered = entered - jnp.where(is_best & usable, jnp.asarray(margin, jnp.float32)[:, None], 0.0)
+        entered = entered - jnp.where(
+            is_best & usable, jnp.asarray(margin, jnp.float32)[:, None], 0.0
+        )
     chosen = jnp.take_along_axis(jax.nn.log_softmax(entered, axis=1), best, axis=1)
     loss = jnp.where(usable, -chosen, 0.0)[:, 0]
     if not ops.is_zero(centering):
@@ -62,13 +70,16 @@ def comparison(
 
 
 def regression(scores: jax.Array, targets: jax.Array) -> jax.Array:
-    """Squared error against target scores (jRLHF), elementwise: the shape of ``scores`` such as [B, K], float32."""
+    """Squared error against target scores (jRLHF), elementwise: the shape of ``scores`` such as [B,
+    K], float32.
+    """
     chex.assert_equal_shape([scores, targets])
     return jnp.square(jnp.asarray(scores, jnp.float32) - jnp.asarray(targets, jnp.float32))
 
 
 def policy_gradient(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array) -> jax.Array:
-    """REINFORCE: ``-advantage * log_prob`` per token, 0 where masked (Williams 1992). Aggregate by ``sum``.
+    """REINFORCE: ``-advantage * log_prob`` per token, 0 where masked (Williams 1992). Aggregate by
+    ``sum``.
 
     Args:
       log_probs, mask: [B, T].
@@ -84,7 +95,9 @@ def policy_gradient(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array
         advantages = jnp.broadcast_to(advantages[:, None], jnp.shape(log_probs))
     chex.assert_equal_shape([log_probs, advantages, mask])
     present = jnp.asarray(mask) != 0
-    return -jnp.where(present, advantages, 0.0) * jnp.where(present, jnp.asarray(log_probs, jnp.float32), 0.0)
+    return -jnp.where(present, advantages, 0.0) * jnp.where(
+        present, jnp.asarray(log_probs, jnp.float32), 0.0
+    )
 
 
 def clipped_surrogate(
@@ -95,15 +108,17 @@ def clipped_surrogate(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> jax.Array:
-    """PPO's policy loss per token: ``max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 + clip_high))``.
+    """PPO's policy loss per token: ``max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 +
+    clip_high))``.
 
-    Schulman et al. 2017, eq. 7; asymmetric clipping as in DAPO (Yu et al. 2025). ``dual_clip`` = c bounds the loss of
-    A < 0 by ``-c * A`` (Ye et al. 2020, "Mastering Complex Control in MOBA Games", eq. 5). The ratio is
-    ``ops.ratio``: a log-ratio above 40 is continued linearly. There is no mask: pass ``jnp.where(mask, new, old)`` as
-    ``log_probs``.
+    Schulman et al. 2017, eq. 7; asymmetric clipping as in DAPO (Yu et al. 2025). ``dual_clip`` = c
+    bounds the loss of A < 0 by ``-c * A`` (Ye et al. 2020, "Mastering Complex Control in MOBA
+    Games", eq. 5). The ratio is ``ops.ratio``: a log-ratio above 40 is continued linearly. There is
+    no mask: pass ``jnp.where(mask, new, old)`` as ``log_probs``.
 
     Args:
-      log_probs, old_log_probs, advantages: the same shape, such as [B, T]. Only ``log_probs`` is differentiated.
+      log_probs, old_log_probs, advantages: the same shape, such as [B, T]. Only ``log_probs`` is
+        differentiated.
 
     Returns:
       The same shape, float32.
@@ -112,23 +127,30 @@ def clipped_surrogate(
     ops.check_number("dual_clip", dual_clip, above=1)
     advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
     ratio = ops.ratio(log_probs, jax.lax.stop_gradient(old_log_probs))
-    loss = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
+    loss = jnp.maximum(
+        -advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    )
     if dual_clip is None:
         return loss
     return jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
 
 
 def cispo(
-    log_probs: jax.Array, ratio: jax.Array, advantages: jax.Array, clip_low: float = 1.0, clip_high: float = 4.0
+    log_probs: jax.Array,
+    ratio: jax.Array,
+    advantages: jax.Array,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
 ) -> jax.Array:
-    """CISPO's policy loss per token: ``-clip(ratio, 1 - clip_low, 1 + clip_high) * A * log_prob``, where the clipped
-    ratio is a constant weight, so that no token loses its gradient.
+    """CISPO's policy loss per token: ``-clip(ratio, 1 - clip_low, 1 + clip_high) * A * log_prob``,
+    where the clipped ratio is a constant weight, so that no token loses its gradient.
 
     MiniMax-M1 (MiniMax 2025, arXiv 2506.13585), eqs. 4 and 5.
 
     Args:
-      log_probs, ratio, advantages: the same shape, such as [B, T]. Only ``log_probs`` is differentiated. There is no
-        mask: pass 0 as ``log_probs`` and 1 as ``ratio`` in masked columns.
+      log_probs, ratio, advantages: the same shape, such as [B, T]. Only ``log_probs`` is
+        differentiated. There is no mask: pass 0 as ``log_probs`` and 1 as ``ratio`` in masked
+            columns.
       clip_low: 1 for no bound from below, as in the paper's runs.
 
     Returns:
@@ -146,15 +168,16 @@ def importance_weights(
     cap: float,
     how: ImportanceSampling = "token_truncate",
 ) -> jax.Array:
-    """Weights of tokens that another engine drew, ``w = exp(log_probs - behaviour_log_probs)``, held below ``cap``.
+    """Weights of tokens that another engine drew, ``w = exp(log_probs - behaviour_log_probs)``,
+    held below ``cap``.
 
-    - ``token_...``: each token's own w (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-      Training").
-    - ``sequence_...``: the product of w over the row's response for all its tokens, which alone is unbiased for the
-      response as a whole (Liu et al. 2025, "When Speed Kills Stability").
+    - ``token_...``: each token's own w (Yao et al. 2025, "Your Efficient RL Framework Secretly
+      Brings You Off-Policy RL Training").
+    - ``sequence_...``: the product of w over the row's response for all its tokens, which alone is
+      unbiased for the response as a whole (Liu et al. 2025, "When Speed Kills Stability").
     - ``..._truncate``: min(w, cap) (Ionides 2008).
-    - ``..._mask``: 0 in place of w > cap, so that the token, or the row, teaches nothing; it still counts in the loss's
-      denominator.
+    - ``..._mask``: 0 in place of w > cap, so that the token, or the row, teaches nothing; it still
+      counts in the loss's denominator.
 
     Args:
       log_probs, behaviour_log_probs, mask: [B, T]; of the policy, and of the engine.
@@ -170,18 +193,25 @@ def importance_weights(
     if how.startswith("sequence"):
         log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
     weight = ops.ratio(log_ratio, jnp.zeros_like(log_ratio))
-    held = jnp.minimum(weight, cap) if how.endswith("truncate") else jnp.where(weight <= cap, weight, 0.0)
+    held = (
+        jnp.minimum(weight, cap)
+        if how.endswith("truncate")
+        else jnp.where(weight <= cap, weight, 0.0)
+    )
     return jax.lax.stop_gradient(jnp.where(present, held, 0.0))
 
 
-def clipped_value(values: jax.Array, old_values: jax.Array, returns: jax.Array, clip: float = 0.2) -> jax.Array:
-    """PPO's value loss: ``0.5 * max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2)``, as in
-    lm-human-preferences.
+def clipped_value(
+    values: jax.Array, old_values: jax.Array, returns: jax.Array, clip: float = 0.2
+) -> jax.Array:
+    """PPO's value loss: ``0.5 * max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2)``, as
+    in lm-human-preferences.
 
     Args:
-      values, old_values, returns: the same shape, such as [B, T]. Only ``values`` is differentiated. There is no
-        mask: pass ``jnp.where(mask, new, old)`` as ``values``.
-      clip: how far, in units of reward, values may move from ``old_values`` and still lower the loss.
+      values, old_values, returns: the same shape, such as [B, T]. Only ``values`` is
+        differentiated. There is no mask: pass ``jnp.where(mask, new, old)`` as ``values``.
+      clip: how far, in units of reward, values may move from ``old_values`` and still lower the
+        loss.
 
     Returns:
       The same shape, float32.
@@ -202,23 +232,26 @@ def dpo(
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
 ) -> jax.Array:
-    """Direct preference losses of Delta = log_ratio_chosen - log_ratio_rejected, with h = beta * Delta - gamma and
-    label smoothing s. gamma is 0 but in ``simpo``.
+    """Direct preference losses of Delta = log_ratio_chosen - log_ratio_rejected, with h = beta *
+    Delta - gamma and label smoothing s. gamma is 0 but in ``simpo``.
 
-    - ``sigmoid``: ``-(1 - s) log sigmoid(h) - s log sigmoid(-h)``; s = 0 is Rafailov et al. 2023, eq. 7, s > 0
-      conservative DPO (Mitchell 2023).
-    - ``robust``: ``(-(1 - s) log sigmoid(h) + s log sigmoid(-h)) / (1 - 2 s)``, unbiased when a fraction s of the
-      labels is flipped (Chowdhury et al. 2024).
+    - ``sigmoid``: ``-(1 - s) log sigmoid(h) - s log sigmoid(-h)``; s = 0 is Rafailov et al. 2023,
+      eq. 7, s > 0 conservative DPO (Mitchell 2023).
+    - ``robust``: ``(-(1 - s) log sigmoid(h) + s log sigmoid(-h)) / (1 - 2 s)``, unbiased when a
+      fraction s of the labels is flipped (Chowdhury et al. 2024).
     - ``hinge``: ``max(0, 1 - h)`` (SLiC, Zhao et al. 2023).
     - ``ipo``: ``(Delta - 1 / (2 beta))^2`` (Azar et al. 2023, eq. 17).
-    - ``simpo``: ``-log sigmoid(h)`` with the target margin gamma (Meng et al. 2024, eq. 6), smoothed as ``sigmoid``.
-    - ``orpo``: ``-l_w - beta log sigmoid(log odds(l_w) - log odds(l_l))`` of the chosen l_w and the rejected l_l, with
-      ``log odds(l) = l - log(1 - exp l)``: the chosen answer's negative log-likelihood plus the odds ratio (Hong et al.
-      2024, eqs. 6 and 7; beta is the paper's lambda).
+    - ``simpo``: ``-log sigmoid(h)`` with the target margin gamma (Meng et al. 2024, eq. 6),
+      smoothed as ``sigmoid``.
+    - ``orpo``: ``-l_w - beta log sigmoid(log odds(l_w) - log odds(l_l))`` of the chosen l_w and the
+      rejected l_l, with ``log odds(l) = l - log(1 - exp l)``: the chosen answer's negative
+      log-likelihood plus the odds ratio (Hong et al. 2024, eqs. 6 and 7; beta is the paper's
+      lambda).
 
     Args:
-      log_ratio_chosen, log_ratio_rejected: [B], policy minus reference log-probability in nats, summed over the
-        response. Of ``simpo`` and ``orpo``, which have no reference: the mean log-probability of a response token.
+      log_ratio_chosen, log_ratio_rejected: [B], policy minus reference log-probability in nats,
+        summed over the response. Of ``simpo`` and ``orpo``, which have no reference: the mean
+            log-probability of a response token.
 
     Returns:
       [B] float32.
@@ -226,11 +259,16 @@ def dpo(
     check_dpo(kind, label_smoothing, gamma)
     chex.assert_equal_shape([log_ratio_chosen, log_ratio_rejected])
     if kind == "orpo":
-        pair = jnp.asarray(log_ratio_chosen, jnp.float32), jnp.asarray(log_ratio_rejected, jnp.float32)
+        pair = (
+            jnp.asarray(log_ratio_chosen, jnp.float32),
+            jnp.asarray(log_ratio_rejected, jnp.float32),
+        )
         # A likelihood of 1, whose odds are infinite, is taken for exp(-1e-6).
         chosen_odds, rejected_odds = (x - jnp.log(-jnp.expm1(jnp.minimum(x, -1e-6))) for x in pair)
         return -pair[0] - beta * jax.nn.log_sigmoid(chosen_odds - rejected_odds)
-    delta = jnp.asarray(log_ratio_chosen, jnp.float32) - jnp.asarray(log_ratio_rejected, jnp.float32)
+    delta = jnp.asarray(log_ratio_chosen, jnp.float32) - jnp.asarray(
+        log_ratio_rejected, jnp.float32
+    )
     if kind == "ipo":
         return jnp.square(delta - 1.0 / (2.0 * beta))
     if kind == "hinge":
@@ -238,30 +276,37 @@ def dpo(
     h = beta * delta - gamma
     right, flipped = -jax.nn.log_sigmoid(h), -jax.nn.log_sigmoid(-h)
     if kind == "robust":
-        return ((1.0 - label_smoothing) * right - label_smoothing * flipped) / (1.0 - 2.0 * label_smoothing)
+        return ((1.0 - label_smoothing) * right - label_smoothing * flipped) / (
+            1.0 - 2.0 * label_smoothing
+        )
     return (1.0 - label_smoothing) * right + label_smoothing * flipped
 
 
 def check_dpo(kind: DPOKind, label_smoothing: float, gamma: float = 0.0) -> None:
-    """Raises ValueError: an unknown kind, a label smoothing outside [0, 0.5) or with a kind that has none, or a gamma
-    without simpo."""
+    """Raises ValueError: an unknown kind, a label smoothing outside [0, 0.5) or with a kind that
+    has none, or a gamma without simpo."""
     ops.check_choice("kind", kind, get_args(DPOKind))
     ops.check_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
     if not ops.is_zero(label_smoothing) and kind in ("hinge", "ipo", "orpo"):
-        raise ValueError(f"label_smoothing: not defined for {kind!r}; use 'sigmoid' or 'robust', or 0")
+        raise ValueError(
+            f"label_smoothing: not defined for {kind!r}; use 'sigmoid' or 'robust', or 0"
+        )
     if not ops.is_zero(gamma) and kind != "simpo":
         raise ValueError(f"gamma: the target margin of 'simpo' alone, not of {kind!r}; use 0")
 
 
-def kto(log_ratio: jax.Array, reference_point: jax.Array, desirable: jax.Array, beta: float) -> jax.Array:
-    """1 minus the value of an answer to which somebody said yes or no: ``1 - sigmoid(beta (l - z))`` of a desirable
-    one, ``1 - sigmoid(beta (z - l))`` of an undesirable one.
+def kto(
+    log_ratio: jax.Array, reference_point: jax.Array, desirable: jax.Array, beta: float
+) -> jax.Array:
+    """1 minus the value of an answer to which somebody said yes or no: ``1 - sigmoid(beta (l -
+    z))`` of a desirable one, ``1 - sigmoid(beta (z - l))`` of an undesirable one.
 
     Ethayarajh et al. 2024, eq. 8, before the weights lambda.
 
     Args:
       log_ratio: [B], l: policy minus reference log-probability in nats, summed over the response.
-      reference_point: z, the KL in nats to which l is compared; [] or [B]. It is not differentiated.
+      reference_point: z, the KL in nats to which l is compared; [] or [B]. It is not
+        differentiated.
       desirable: [B], true or non-zero for yes.
 
     Returns:
@@ -284,13 +329,17 @@ def weighted_mean(x: jax.Array, weight: jax.Array) -> Mean:
     return Mean(jnp.sum(jnp.where(weight > 0, weight * x, 0.0)), jnp.sum(weight, dtype=jnp.float32))
 
 
-def aggregate(per_token: jax.Array, mask: jax.Array, how: Aggregation = "token", length: int | None = None) -> Mean:
-    """One number from losses of tokens; rows with an empty mask count nowhere, and a mean over nothing is 0.
+def aggregate(
+    per_token: jax.Array, mask: jax.Array, how: Aggregation = "token", length: int | None = None
+) -> Mean:
+    """One number from losses of tokens; rows with an empty mask count nowhere, and a mean over
+    nothing is 0.
 
     - ``token``: sum over response tokens / number of response tokens (PPO; DAPO for groups).
     - ``sequence``: mean over rows of row means (GRPO, Shao et al. 2024, eq. 3).
     - ``sum``: mean over rows of row sums (REINFORCE, RLOO).
-    - ``fixed``: sum / (rows * length) (Dr. GRPO, Liu et al. 2025); ``length`` is ``max_new_tokens``.
+    - ``fixed``: sum / (rows * length) (Dr. GRPO, Liu et al. 2025); ``length`` is
+      ``max_new_tokens``.
 
     Args:
       per_token, mask: [B, T]; values in masked columns are not read.
@@ -317,4 +366,6 @@ def check_aggregation(how: Aggregation, length: int | None) -> None:
     ops.check_choice("aggregate", how, get_args(Aggregation))
     ops.check_number("length", length, at_least=1)
     if how == "fixed" and length is None:
-        raise ValueError("length: aggregate 'fixed' needs a length, such as max_new_tokens, got None")
+        raise ValueError(
+            "length: aggregate 'fixed' needs a length, such as max_new_tokens, got None"
+        )

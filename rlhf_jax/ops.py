@@ -1,11 +1,12 @@
 """Masked statistics and token log-probabilities: the array maths everything else is built on.
 
-Column t of every [B, T] array speaks of ``tokens[:, t]``; it is predicted by the logits at t - 1, and column 0 is 0.
-Results are float32 whatever the input. Masks may be bool, int or float; non-zero is true. Masked entries are replaced
-by ``jnp.where`` before anything is computed from them, so a NaN or 1e4 there reaches neither value nor gradient.
+Column t of every [B, T] array speaks of ``tokens[:, t]``; it is predicted by the logits at t - 1,
+and column 0 is 0. Results are float32 whatever the input. Masks may be bool, int or float; non-zero
+is true. Masked entries are replaced by ``jnp.where`` before anything is computed from them, so a
+NaN or 1e4 there reaches neither value nor gradient.
 
-``axis_name`` names the mapped axis (or axes) of ``shard_map`` or ``pmap`` over which rows are split: sums and counts
-are then ``psum``-ed and every device holds the global result.
+``axis_name`` names the mapped axis (or axes) of ``shard_map`` or ``pmap`` over which rows are
+split: sums and counts are then ``psum``-ed and every device holds the global result.
 """
 
 import operator
@@ -16,7 +17,16 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.types import AxisName, Comparisons, Demonstrations, EosId, Params, PolicyFn, PolicyOutput, Rollout
+from rlhf_jax.types import (
+    AxisName,
+    Comparisons,
+    Demonstrations,
+    EosId,
+    Params,
+    PolicyFn,
+    PolicyOutput,
+    Rollout,
+)
 
 Axis = int | tuple[int, ...] | None  # dimensions to reduce; None: all
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -31,11 +41,17 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-_RULES = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+_RULES = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
 
 
 def check_number(name: str, value: Any, **bounds: float) -> None:
-    """Raises ValueError, naming the setting, unless ``value`` keeps the bounds: at_least, above, at_most, below.
+    """Raises ValueError, naming the setting, unless ``value`` keeps the bounds: at_least, above,
+    at_most, below.
 
     None passes, and so does a JAX tracer, whose value is not known while a function is traced.
     """
@@ -52,12 +68,19 @@ def is_zero(coefficient: jax.Array | float) -> bool:
 
 
 def psum(x: Any, axis_name: AxisName | None) -> Any:
-    """Sum of ``x``, an array or a tree of arrays, over the devices of ``axis_name``; ``x`` itself if that is None."""
+    """Sum of ``x``, an array or a tree of arrays, over the devices of ``axis_name``; ``x`` itself
+    if that is None.
+    """
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
 def masked_mean(
-    x: jax.Array, mask: jax.Array, axis: Axis = None, axis_name: AxisName | None = None, *, keepdims: bool = False
+    x: jax.Array,
+    mask: jax.Array,
+    axis: Axis = None,
+    axis_name: AxisName | None = None,
+    *,
+    keepdims: bool = False,
 ) -> jax.Array:
     """Mean of ``x`` where ``mask`` is non-zero; a mean over nothing is 0.
 
@@ -74,19 +97,24 @@ def masked_mean(
     return total / jnp.maximum(count, 1.0)
 
 
-def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, axis_name: AxisName | None = None) -> jax.Array:
-    """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing. Arguments as
-    ``masked_mean``."""
+def masked_var(
+    x: jax.Array, mask: jax.Array, axis: Axis = None, axis_name: AxisName | None = None
+) -> jax.Array:
+    """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing.
+    Arguments as ``masked_mean``."""
     mean = masked_mean(x, mask, axis, axis_name, keepdims=True)
     x = jnp.where(jnp.asarray(mask) != 0, jnp.asarray(x, jnp.float32), mean)
     return masked_mean(jnp.square(x - mean), mask, axis, axis_name)
 
 
-def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True, axis_name: AxisName | None = None) -> jax.Array:
-    """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + 1e-8)``, 0 elsewhere.
+def whiten(
+    x: jax.Array, mask: jax.Array, shift_mean: bool = True, axis_name: AxisName | None = None
+) -> jax.Array:
+    """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + 1e-8)``, 0
+    elsewhere.
 
-    The population variance over all entries, of all devices of ``axis_name`` (lm-human-preferences computes it per
-    rank).
+    The population variance over all entries, of all devices of ``axis_name`` (lm-human-preferences
+    computes it per rank).
 
     Args:
       x, mask: the same shape, any rank.
@@ -113,8 +141,11 @@ def _align(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 0)])
 
 
-def token_log_probs(logits: jax.Array, tokens: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
-    """Log-probability, in nats, of each token under the temperature-scaled softmax of the column before it.
+def token_log_probs(
+    logits: jax.Array, tokens: jax.Array, temperature: float | jax.Array = 1.0
+) -> jax.Array:
+    """Log-probability, in nats, of each token under the temperature-scaled softmax of the column
+    before it.
 
     Args:
       logits: [B, T, V] of any float type (leading dimensions may be any number).
@@ -137,7 +168,8 @@ def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Arra
       logits: [B, T, V] of any float type; -inf is allowed and counts as probability 0.
 
     Returns:
-      [B, T] float32, aligned as ``token_log_probs``: column t belongs to the logits at t - 1, column 0 is 0.
+      [B, T] float32, aligned as ``token_log_probs``: column t belongs to the logits at t - 1,
+      column 0 is 0.
     """
     log_probs = jax.nn.log_softmax(_predicting_logits(logits, temperature), axis=-1)
     possible = log_probs != -jnp.inf
@@ -147,8 +179,8 @@ def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Arra
 def ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
     """``exp(log_probs - old_log_probs)``, same shape, float32.
 
-    Exact up to a log-ratio of 40 (2e17) and continued by its tangent beyond: huge log-ratios overflow neither in
-    value nor in gradient, and the gradient keeps its direction.
+    Exact up to a log-ratio of 40 (2e17) and continued by its tangent beyond: huge log-ratios
+    overflow neither in value nor in gradient, and the gradient keeps its direction.
     """
     chex.assert_equal_shape([log_probs, old_log_probs])
     log_ratio = jnp.asarray(log_probs, jnp.float32) - jnp.asarray(old_log_probs, jnp.float32)
@@ -160,13 +192,14 @@ def _tangent(log_ratio: jax.Array) -> jax.Array:
 
 
 def kl(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: KLEstimator = "k1") -> jax.Array:
-    """Per-token estimate of KL(policy || reference) in nats from tokens drawn by the policy (Schulman 2020,
-    "Approximating KL Divergence", joschu.net/blog/kl-approx.html).
+    """Per-token estimate of KL(policy || reference) in nats from tokens drawn by the policy
+    (Schulman 2020, "Approximating KL Divergence", joschu.net/blog/kl-approx.html).
 
-    With d = log_probs - ref_log_probs: ``k1`` = d, ``k2`` = d^2 / 2, ``k3`` = exp(-d) - 1 + d. k1 and k3 are
-    unbiased, k2 and k3 never negative. As a loss, k2 has the gradient of KL(policy || reference) of that one token,
-    k3 that of its KL(reference || policy), and k1 has expected gradient 0; what a token does to the KL of later ones
-    is not in it (Tang and Munos 2025, arXiv 2506.09477). The exponential of k3 is continued as in ``ratio``.
+    With d = log_probs - ref_log_probs: ``k1`` = d, ``k2`` = d^2 / 2, ``k3`` = exp(-d) - 1 + d. k1
+    and k3 are unbiased, k2 and k3 never negative. As a loss, k2 has the gradient of KL(policy ||
+    reference) of that one token, k3 that of its KL(reference || policy), and k1 has expected
+    gradient 0; what a token does to the KL of later ones is not in it (Tang and Munos 2025, arXiv
+    2506.09477). The exponential of k3 is continued as in ``ratio``.
 
     Args:
       log_probs, ref_log_probs: the same shape; put equal numbers in masked columns first.
@@ -185,7 +218,8 @@ def kl(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: KLEstimator = 
 
 
 def response_mask(tokens: jax.Array, prompt_length: int, eos_id: EosId) -> jax.Array:
-    """1 from column ``prompt_length`` up to and including the first EOS there; to the end if there is none.
+    """1 from column ``prompt_length`` up to and including the first EOS there; to the end if there
+    is none.
 
     Args:
       tokens: [B, T]; an EOS inside the prompt ends nothing.
@@ -201,23 +235,33 @@ def response_mask(tokens: jax.Array, prompt_length: int, eos_id: EosId) -> jax.A
 
 
 def policy_fn(apply_fn: Callable[..., jax.Array], temperature: float | jax.Array = 1.0) -> PolicyFn:
-    """Makes a PolicyFn of any ``apply_fn(params, tokens, attention_mask, key) -> logits [B, T, V]``.
+    """Makes a PolicyFn of any ``apply_fn(params, tokens, attention_mask, key) -> logits [B, T,
+    V]``.
 
-    Values are None. The whole [B, T, V] array exists at once: right for small vocabularies, lookup tables and other
-    libraries' models; ``models.policy_fn`` works in chunks.
+    Values are None. The whole [B, T, V] array exists at once: right for small vocabularies, lookup
+    tables and other libraries' models; ``models.policy_fn`` works in chunks.
     """
 
-    def apply_policy(params: Any, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None) -> PolicyOutput:
+    def apply_policy(
+        params: Any, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None
+    ) -> PolicyOutput:
         logits = apply_fn(params, tokens, attention_mask, key)
-        return PolicyOutput(token_log_probs(logits, tokens, temperature), entropy(logits, temperature))
+        return PolicyOutput(
+            token_log_probs(logits, tokens, temperature), entropy(logits, temperature)
+        )
 
     return apply_policy
 
 
 def evaluate(
-    policy_fn: PolicyFn, params: Params, batch: Rollout | Demonstrations, key: jax.Array | None = None
+    policy_fn: PolicyFn,
+    params: Params,
+    batch: Rollout | Demonstrations,
+    key: jax.Array | None = None,
 ) -> PolicyOutput:
-    """The policy's output on the rows of a batch. AssertionError unless it is [B, T], as the tokens are."""
+    """The policy's output on the rows of a batch. AssertionError unless it is [B, T], as the tokens
+    are.
+    """
     chex.assert_rank(batch.tokens, 2)
     output = policy_fn(params, batch.tokens, batch.attention_mask, key)
     chex.assert_equal_shape([batch.tokens, *(x for x in output if x is not None)])
@@ -225,23 +269,30 @@ def evaluate(
 
 
 def by_rows(fn: Callable[..., Any], rows: int | None) -> Callable[..., Any]:
-    """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn or ScoreFn without a gradient, for at most
-    ``rows`` rows at a time, so that its activations do not grow with B; None: for all at once.
+    """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn or ScoreFn without a
+    gradient, for at most ``rows`` rows at a time, so that its activations do not grow with B; None:
+    for all at once.
 
-    The parts are equal, and row i is in part ``i % parts``, so that each device of a sharded batch has rows in every
-    part.
+    The parts are equal, and row i is in part ``i % parts``, so that each device of a sharded batch
+    has rows in every part.
     """
 
-    def in_parts(params: Params, tokens: jax.Array, attention_mask: jax.Array, key: None = None) -> Any:
+    def in_parts(
+        params: Params, tokens: jax.Array, attention_mask: jax.Array, key: None = None
+    ) -> Any:
         num_rows = tokens.shape[0]
-        parts = next(n for n in range(-(-num_rows // (rows or num_rows)), num_rows + 1) if num_rows % n == 0)
+        parts = next(
+            n for n in range(-(-num_rows // (rows or num_rows)), num_rows + 1) if num_rows % n == 0
+        )
         if parts == 1:
             return fn(params, tokens, attention_mask, key)
 
         def split(x: jax.Array) -> jax.Array:
             return x.reshape(num_rows // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
-        outputs = jax.lax.map(lambda part: fn(params, *part, key), (split(tokens), split(attention_mask)))
+        outputs = jax.lax.map(
+            lambda part: fn(params, *part, key), (split(tokens), split(attention_mask))
+        )
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(num_rows, *x.shape[2:]), outputs)
 
     return in_parts
@@ -251,8 +302,8 @@ def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> jax.A
     """Log-probability, in nats, of each response: the sum over its tokens; 0 for an absent one.
 
     Args:
-      batch: any of ours with tokens and masks [B, T], or [B, K, T]; all rows go through ``policy_fn`` at once, without
-        dropout.
+      batch: any of ours with tokens and masks [B, T], or [B, K, T]; all rows go through
+        ``policy_fn`` at once, without dropout.
 
     Returns:
       [B] float32, or [B, K]; of packed comparisons [B, C, K].
@@ -265,7 +316,9 @@ def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> jax.A
 
 
 def response_sums(x: jax.Array, batch: Any) -> jax.Array:
-    """Sum of ``x``, of the shape of ``batch.tokens``, over the tokens of each response, as `response_log_probs`."""
+    """Sum of ``x``, of the shape of ``batch.tokens``, over the tokens of each response, as
+    `response_log_probs`.
+    """
     x = jnp.where(batch.response_mask != 0, x, 0)
     if isinstance(batch, Comparisons) and batch.documents is not None:
         is_own = batch.attention_mask[:, None, None] == batch.documents[..., None]  # [B, C, K, T]

@@ -1,9 +1,11 @@
-"""From prompts to what an update reads: sample, here or elsewhere, then score with the update's own forward pass.
+"""From prompts to what an update reads: sample, here or elsewhere, then score with the update's own
+forward pass.
 
-Decoding with a cache rounds differently than a full forward pass (by 3e-6 in float32, 5e-2 in bfloat16). So the
-sampler's log-probs are replaced by those of the policy function that the update will use. With unchanged parameters the
-ratio of the first minibatch is then 1 up to the rounding of one function compiled in two programs: it was within 1e-6
-of 1 in float32, within .03 in bfloat16. Samples of another engine (``from_text``) are rescored in the same way.
+Decoding with a cache rounds differently than a full forward pass (by 3e-6 in float32, 5e-2 in
+bfloat16). So the sampler's log-probs are replaced by those of the policy function that the update
+will use. With unchanged parameters the ratio of the first minibatch is then 1 up to the rounding of
+one function compiled in two programs: it was within 1e-6 of 1 in float32, within .03 in bfloat16.
+Samples of another engine (``from_text``) are rescored in the same way.
 """
 
 from collections.abc import Sequence
@@ -35,14 +37,17 @@ def collect(
     row_ids: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> Rollout:
-    """Responses [B, T] to prompts [B, P] with log-probs, values and reference log-probs; no scores yet.
+    """Responses [B, T] to prompts [B, P] with log-probs, values and reference log-probs; no scores
+    yet.
 
-    ``generate`` followed by ``rescore``; call the two yourself to measure ``sampler_gap`` between them. ``policy_fn``
-    and ``ref_fn`` must divide logits by ``sampling.temperature``. With a whole value model ``params`` are
-    {"policy", "value"}, as in ``models.policy_fn``.
+    ``generate`` followed by ``rescore``; call the two yourself to measure ``sampler_gap`` between
+    them. ``policy_fn`` and ``ref_fn`` must divide logits by ``sampling.temperature``. With a whole
+    value model ``params`` are {"policy", "value"}, as in ``models.policy_fn``.
     """
     policy = policy_params(params)
-    sampled = generate(model, policy, tokens, attention_mask, key, config=sampling, row_ids=row_ids, mesh=mesh)
+    sampled = generate(
+        model, policy, tokens, attention_mask, key, config=sampling, row_ids=row_ids, mesh=mesh
+    )
     return rescore(sampled, params, policy_fn=policy_fn, ref_fn=ref_fn)
 
 
@@ -55,50 +60,65 @@ def rescore(
     importance_cap: float | None = None,
     importance_sampling: losses.ImportanceSampling = "token_truncate",
 ) -> Rollout:
-    """The rollout with ``log_probs`` and ``values`` [B, T] of ``policy_fn``, ``ref_log_probs`` [B, T] of ``ref_fn``.
+    """The rollout with ``log_probs`` and ``values`` [B, T] of ``policy_fn``, ``ref_log_probs`` [B,
+    T] of ``ref_fn``.
 
-    All are float32 and 0 outside the response. ``values`` is None if the policy has no value function. Dropout is off.
-    ``ref_fn`` holds its parameters: ``jax.tree_util.Partial(policy_fn, ref_params)``.
+    All are float32 and 0 outside the response. ``values`` is None if the policy has no value
+    function. Dropout is off. ``ref_fn`` holds its parameters: ``jax.tree_util.Partial(policy_fn,
+    ref_params)``.
 
-    With ``importance_cap``, a number above 0, the rollout gets ``importance_weights`` [B, T] too, which correct for an
-    engine whose probabilities are not quite the policy's: ``losses.importance_weights`` of the log-probs of policy_fn
-    and the rollout's own, per token or per row, truncated at the cap or masked beyond it. ``math.inf`` bounds nothing.
+    With ``importance_cap``, a number above 0, the rollout gets ``importance_weights`` [B, T] too,
+    which correct for an engine whose probabilities are not quite the policy's:
+    ``losses.importance_weights`` of the log-probs of policy_fn and the rollout's own, per token or
+    per row, truncated at the cap or masked beyond it. ``math.inf`` bounds nothing.
     """
     inputs = rollout.tokens, rollout.attention_mask, None
 
     def in_response(x: jax.Array | None) -> Any:
-        return None if x is None else jnp.where(rollout.response_mask != 0, x, 0.0).astype(jnp.float32)
+        return (
+            None if x is None else jnp.where(rollout.response_mask != 0, x, 0.0).astype(jnp.float32)
+        )
 
     output = policy_fn(params, *inputs)
-    scored = replace(rollout, log_probs=in_response(output.log_probs), values=in_response(output.values))
+    scored = replace(
+        rollout, log_probs=in_response(output.log_probs), values=in_response(output.values)
+    )
     if importance_cap is not None:
         both = scored.log_probs, rollout.log_probs, rollout.response_mask
         weights = losses.importance_weights(*both, importance_cap, importance_sampling)
         scored = replace(scored, importance_weights=weights)
-    return scored if ref_fn is None else replace(scored, ref_log_probs=in_response(ref_fn(*inputs).log_probs))
+    return (
+        scored
+        if ref_fn is None
+        else replace(scored, ref_log_probs=in_response(ref_fn(*inputs).log_probs))
+    )
 
 
 def sampler_gap(sampled: Rollout, rescored: Rollout) -> jax.Array:
     """The largest ``|log-prob difference|`` [] over response tokens, in nats; 0 if there are none.
 
-    More than rounding (about 1e-5 in float32, 1e-1 in bfloat16) means that sampler and policy function disagree: by
-    temperature, by parameters, or by a bug.
+    More than rounding (about 1e-5 in float32, 1e-1 in bfloat16) means that sampler and policy
+    function disagree: by temperature, by parameters, or by a bug.
     """
     gap = jnp.abs(sampled.log_probs - rescored.log_probs)
     return jnp.max(jnp.where(sampled.response_mask != 0, gap, 0.0), initial=0.0)
 
 
 def truncated_share(rollout: Rollout, importance_cap: float) -> jax.Array:
-    """The share [] of response tokens whose importance weight reached the cap that ``rescore`` was given, or was masked
-    beyond it; 0 of none."""
+    """The share [] of response tokens whose importance weight reached the cap that ``rescore`` was
+    given, or was masked beyond it; 0 of none."""
     if rollout.importance_weights is None:
-        raise ValueError("rollout.importance_weights is None: give rollout.rescore an importance_cap")
+        raise ValueError(
+            "rollout.importance_weights is None: give rollout.rescore an importance_cap"
+        )
     weights = rollout.importance_weights
     return ops.masked_mean((weights >= importance_cap) | (weights == 0), rollout.response_mask)
 
 
 class Encoder(Protocol):
-    """What ``from_text`` needs of a tokenizer. ``encode`` gives the ids of the text alone, nothing before or after."""
+    """What ``from_text`` needs of a tokenizer. ``encode`` gives the ids of the text alone, nothing
+    before or after.
+    """
 
     @property
     def pad_id(self) -> int: ...
@@ -131,45 +151,63 @@ def from_text(
     response_length: int | None = None,
     row_ids: Ids | None = None,
 ) -> Rollout:
-    """A rollout of samples that were made elsewhere: B rows of texts or token ids with their log-probabilities.
+    """A rollout of samples that were made elsewhere: B rows of texts or token ids with their
+    log-probabilities.
 
-    Token ids are the safe form: a text need not encode into the tokens that were sampled. ``rescore`` comes next, with
-    a ``policy_fn`` of the temperature at which the samples were drawn.
+    Token ids are the safe form: a text need not encode into the tokens that were sampled.
+    ``rescore`` comes next, with a ``policy_fn`` of the temperature at which the samples were drawn.
 
     Args:
       prompts: B texts, or lists of token ids; padded on the left.
       responses: B texts, or lists of token ids; padded on the right.
       tokenizer: the run's own; it encodes texts, prompt and response apart.
-      log_probs: for each row the log-probability (nats) that the engine gave each response token, EOS included.
-      finished: for each row whether EOS ended it. A finished row without EOS gets one at its end (engines leave it out
-        of texts, most keep it in token ids). A row that a length limit or a stop string ended is not finished. None:
+      log_probs: for each row the log-probability (nats) that the engine gave each response token,
+        EOS included.
+      finished: for each row whether EOS ended it. A finished row without EOS gets one at its end
+        (engines leave it out of texts, most keep it in token ids). A row that a length limit or a
+        stop string ended is not finished. None:
         the last token id decides; a text needs True or False.
-      masks: for each row one number for each response token, EOS included; 0 marks tokens that the policy did not say
-        (a tool's output, a user's turn), whose ``log_probs`` are not read. A row of zeros is absent. None: the policy
+      masks: for each row one number for each response token, EOS included; 0 marks tokens that the
+        policy did not say (a tool's output, a user's turn), whose ``log_probs`` are not read. A row
+        of zeros is absent. None: the policy
         said everything.
       prompt_length, response_length: P and R; None: those of the longest row. They count EOS.
       row_ids: [B] the data row of each prompt; None means 0..B-1.
 
     Returns:
-      A Rollout with tokens, attention_mask, response_mask [B, P + R] int32, log_probs [B, P + R] float32 and row_ids.
+      A Rollout with tokens, attention_mask, response_mask [B, P + R] int32, log_probs [B, P + R]
+      float32 and row_ids.
 
     Raises:
-      UserError: naming the row: not one log-probability (or mask) for each token, one that is positive or not finite,
-        an empty prompt or response, more tokens than P or R, an id outside the vocabulary, tokens of the policy after
+      UserError: naming the row: not one log-probability (or mask) for each token, one that is
+        positive or not finite, an empty prompt or response, more tokens than P or R, an id outside
+        the vocabulary, tokens of the policy after
         its EOS.
     """
     num_rows = len(prompts)
-    columns = {"responses": responses, "log_probs": log_probs, "finished": finished, "masks": masks, "row_ids": row_ids}
+    columns = {
+        "responses": responses,
+        "log_probs": log_probs,
+        "finished": finished,
+        "masks": masks,
+        "row_ids": row_ids,
+    }
     for name, column in columns.items():
         if column is not None and len(column) != num_rows:
-            raise UserError(f"{name}: expected one entry for each prompt, {num_rows}, got {len(column)}")
+            raise UserError(
+                f"{name}: expected one entry for each prompt, {num_rows}, got {len(column)}"
+            )
     if not num_rows:
         raise UserError("prompts: expected at least one row, got none")
-    optional: list[Sequence[Any]] = [[None] * num_rows if column is None else column for column in (finished, masks)]
+    optional: list[Sequence[Any]] = [
+        [None] * num_rows if column is None else column for column in (finished, masks)
+    ]
     entries = zip(prompts, responses, log_probs, *optional, strict=True)
     rows = [_read_row(f"row {i}", tokenizer, *entry) for i, entry in enumerate(entries)]
     prompt_length = _width("prompt", [len(row.prompt) for row in rows], prompt_length)
-    length = prompt_length + _width("response", [len(row.response) for row in rows], response_length)
+    length = prompt_length + _width(
+        "response", [len(row.response) for row in rows], response_length
+    )
     tokens = np.full((num_rows, length), tokenizer.pad_id, np.int32)
     attention_mask, response_mask = np.zeros((2, num_rows, length), np.int32)
     padded_log_probs = np.zeros((num_rows, length), np.float32)
@@ -199,7 +237,8 @@ def _read_row(
         raise UserError(f"{where}: the prompt has no tokens")
     if finished is None and isinstance(response, str):
         raise UserError(
-            f"{where}: a text does not show whether EOS ended it: give finished, True or False for each row"
+            f"{where}: a text does not show whether EOS ended it: give finished, True or False for "
+            "each row"
         )
     # The last token may be the EOS of somebody else's turn, which did not end the row.
     others_turn = mask is not None and len(mask) == len(ids) > 0 and not mask[-1]
@@ -210,11 +249,15 @@ def _read_row(
     if adds_eos:
         ids = np.append(ids, tokenizer.eos_ids[0])
     if not len(ids):
-        raise UserError(f"{where}: the response has no tokens, and EOS did not end it; leave the row out")
+        raise UserError(
+            f"{where}: the response has no tokens, and EOS did not end it; leave the row out"
+        )
     try:
         numbers = np.asarray(log_probs, np.float32)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: log_probs must be numbers, one for each token, got {log_probs!r:.80}") from error
+        raise UserError(
+            f"{where}: log_probs must be numbers, one for each token, got {log_probs!r:.80}"
+        ) from error
     said = np.ones(len(ids), bool) if mask is None else np.asarray(mask) != 0
     for name, column in (("log_probs", numbers), ("masks", said)):
         if column.shape != ids.shape:
@@ -226,11 +269,13 @@ def _read_row(
             )
     for t in np.flatnonzero(said & ~(np.isfinite(numbers) & (numbers <= 0))):
         raise UserError(
-            f"{where}: the log-probability of response token {t} must be finite and at most 0: {numbers[t]}"
+            f"{where}: the log-probability of response token {t} must be finite and at most 0: "
+            f"{numbers[t]}"
         )
     for t in np.flatnonzero(said[:-1] & np.isin(ids[:-1], tokenizer.eos_ids) & said[1:]):
         raise UserError(
-            f"{where}: the policy goes on after EOS, response token {t} of {len(ids)}; end the row there, or give "
+            f"{where}: the policy goes on after EOS, response token {t} of {len(ids)}; end the row "
+            "there, or give "
             "masks with 0 for what it did not say"
         )
     return _Row(prompt_ids, ids, said, numbers)
@@ -241,7 +286,9 @@ def _ids(where: str, text: str | Ids, tokenizer: Encoder) -> np.ndarray:
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise UserError(f"{where}: expected a text or a list of token ids, got {text!r:.80}")
     for token_id in ids[(ids < 0) | (ids >= tokenizer.vocab_size)]:
-        raise UserError(f"{where}: token id {token_id} is outside the vocabulary of {tokenizer.vocab_size}")
+        raise UserError(
+            f"{where}: token id {token_id} is outside the vocabulary of {tokenizer.vocab_size}"
+        )
     return ids.astype(np.int32)
 
 

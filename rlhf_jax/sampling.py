@@ -1,11 +1,11 @@
 """Sampling from a language model with a KV cache: one pure function that the caller jits.
 
-The randomness of a row is ``fold_in(fold_in(key, row_id), position)``; position counts response slots from 0. So the
-tokens of a row depend neither on its neighbours, nor on prompt padding, nor on the number of devices (up to ties within
-the rounding of the logits).
+The randomness of a row is ``fold_in(fold_in(key, row_id), position)``; position counts response
+slots from 0. So the tokens of a row depend neither on its neighbours, nor on prompt padding, nor on
+the number of devices (up to ties within the rounding of the logits).
 
-The sampler needs two functions of a model, ``init_cache`` and ``decode`` (see ``CachedModel``); ``uncached`` makes them
-from a forward pass.
+The sampler needs two functions of a model, ``init_cache`` and ``decode`` (see ``CachedModel``);
+``uncached`` makes them from a forward pass.
 """
 
 import functools
@@ -31,15 +31,18 @@ class SamplingConfig:
         max_new_tokens: response slots R.
         temperature: divides the logits; 0 takes the most likely token (the lowest id among equals).
         top_k: keep the k most likely tokens, and those that tie with the k-th; None keeps all.
-        top_p: of those, keep the smallest set of most likely tokens whose probability reaches p (nucleus sampling,
-            Holtzman et al. 2020). The token that reaches p is kept, so at least one is; None or 1 keeps all.
-        compact: once half of the rows have ended, the others go on in a batch of half the size. That is faster where
-            most responses are short, and compiles a second loop over tokens. The tokens are the same (up to ties within
+        top_p: of those, keep the smallest set of most likely tokens whose probability reaches p
+            (nucleus sampling, Holtzman et al. 2020). The token that reaches p is kept, so at least
+            one is; None or 1 keeps all.
+        compact: once half of the rows have ended, the others go on in a batch of half the size.
+            That is faster where most responses are short, and compiles a second loop over tokens.
+            The tokens are the same (up to ties within
             the rounding of the logits). All arrays of the model's cache must have the rows first.
-        eos_id: the token that ends a response, or several any of which ends it; None lets every response run to
-            ``max_new_tokens``.
-        pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from ``eos_id``. It may be
-            one of several EOS ids (Qwen's is): masks, not ids, say where a response ends.
+        eos_id: the token that ends a response, or several any of which ends it; None lets every
+            response run to ``max_new_tokens``.
+        pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from
+            ``eos_id``. It may be one of several EOS ids (Qwen's is): masks, not ids, say where a
+            response ends.
     """
 
     max_new_tokens: int
@@ -63,30 +66,47 @@ class SamplingConfig:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens that end a response; empty if none does."""
-        return () if self.eos_id is None else self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
+        return (
+            ()
+            if self.eos_id is None
+            else self.eos_id
+            if isinstance(self.eos_id, tuple)
+            else (self.eos_id,)
+        )
 
 
 class CachedModel(Protocol):
-    """What the sampler needs of a model; ``models.Model`` has it. B rows, t tokens at once, S cache slots."""
+    """What the sampler needs of a model; ``models.Model`` has it. B rows, t tokens at once, S cache
+    slots.
+    """
 
     def init_cache(self, batch: int, length: int, /) -> Any:
         """An empty cache of ``length`` slots: any pytree."""
 
     def decode(
-        self, params: Params, tokens: jax.Array, positions: jax.Array, key_mask: jax.Array, cache: Any, index: Any, /
+        self,
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        key_mask: jax.Array,
+        cache: Any,
+        index: Any,
+        /,
     ) -> tuple[jax.Array, Any]:
-        """Logits [B, t, V] of the next tokens, and the cache with ``tokens`` [B, t] in slots index, ..., index + t - 1.
+        """Logits [B, t, V] of the next tokens, and the cache with ``tokens`` [B, t] in slots index,
+        ..., index + t - 1.
 
-        ``positions`` [B, t] count a row's real tokens from 0. A token sees the slots up to its own whose ``key_mask``
-        [B, S] is not 0.
+        ``positions`` [B, t] count a row's real tokens from 0. A token sees the slots up to its own
+        whose ``key_mask`` [B, S] is not 0.
         """
 
 
 def uncached(apply_fn: Callable[..., jax.Array]) -> CachedModel:
     """Makes a CachedModel of ``apply_fn(params, tokens, attention_mask, key) -> logits [B, T, V]``.
 
-    The cache is the tokens so far, and each new token costs a forward pass over all T columns. ``attention_mask`` is 0
-    in columns before the prompt and after the tokens so far; ``key`` is None. Hashable, as ``apply_fn`` is.
+    The cache is the tokens so far, and each new token costs a forward pass over all T columns.
+    ``attention_mask`` is 0 in columns before the prompt and after the tokens so far; ``key`` is
+    None. Hashable, as ``apply_fn`` is.
     """
     return _Uncached(apply_fn)
 
@@ -99,7 +119,14 @@ class _Uncached:
         return jnp.zeros((batch, length), jnp.int32)
 
     def decode(
-        self, params: Params, tokens: jax.Array, positions: jax.Array, key_mask: jax.Array, cache: Any, index: Any, /
+        self,
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        key_mask: jax.Array,
+        cache: Any,
+        index: Any,
+        /,
     ) -> tuple[jax.Array, jax.Array]:
         num_new = tokens.shape[1]
         cache = jax.lax.dynamic_update_slice_in_dim(cache, tokens, index, axis=1)
@@ -143,22 +170,28 @@ def generate(
     """Samples a response to each prompt; stops when every row has ended.
 
     Args:
-        tokens, attention_mask: [B, P], prompts padded on the left, so that column P - 1 of every row is a real token. A
-            row whose mask is all zero is absent: it gets an empty response, and no other row waits for it.
-        row_ids: [B] int32, the data row of each prompt, which decides its randomness; None means 0..B-1.
-        mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``: parameters that are cut over them are
-            gathered once, before the first token); each part stops when its own rows have ended. What is cut over
+        tokens, attention_mask: [B, P], prompts padded on the left, so that column P - 1 of every
+            row is a real token. A row whose mask is all zero is absent: it gets an empty response,
+                and no other row waits for it.
+        row_ids: [B] int32, the data row of each prompt, which decides its randomness; None means
+            0..B-1.
+        mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``: parameters that are
+            cut over them are gathered once, before the first token); each part stops when its own
+            rows have ended. What is cut over
             "tensor" stays so. The tokens are the same as on one device.
-        used: [B] for conversations of several turns (``data.environment``), whose earlier responses stand at the
-            end of the prompt: how many of a row's ``max_new_tokens`` slots they take. The row gets at most the others,
-            and the randomness of a token is that of its slot. P then counts all slots too. None: no slot is taken.
+        used: [B] for conversations of several turns (``data.environment``), whose earlier responses
+            stand at the end of the prompt: how many of a row's ``max_new_tokens`` slots they take.
+                The row gets at most the others,
+            and the randomness of a token is that of its slot. P then counts all slots too. None: no
+                slot is taken.
 
     Returns:
-        A Rollout with tokens, attention_mask, response_mask [B, T] int32, log_probs [B, T] float32 and row_ids, where
-        T = P + max_new_tokens. The response mask covers the sampled tokens, EOS included; the rest of a row is
-        ``pad_id`` with log-prob 0. Every id can be sampled: a ``pad_id`` before the end is an ordinary token. Log-probs
-        are those of the full softmax at ``config.temperature``, also under top-k and top-p; for temperature 0 they are
-        those of temperature 1.
+        A Rollout with tokens, attention_mask, response_mask [B, T] int32, log_probs [B, T] float32
+        and row_ids, where T = P + max_new_tokens. The response mask covers the sampled tokens, EOS
+        included; the rest of a row is ``pad_id`` with log-prob 0. Every id can be sampled: a
+        ``pad_id`` before the end is an ordinary token. Log-probs are those of the full softmax at
+        ``config.temperature``, also under top-k and top-p; for temperature 0 they are those of
+        temperature 1.
     """
     tokens, attention_mask = jnp.asarray(tokens, jnp.int32), jnp.asarray(attention_mask)
     chex.assert_rank(tokens, 2)
@@ -174,13 +207,17 @@ def generate(
         slots = f"prompt length {prompt_length} + max_new_tokens {config.max_new_tokens} = {length}"
         raise ValueError(f"{slots} is more than the model's max_length {max_length}")
     used = jnp.zeros(num_rows, jnp.int32) if used is None else used
-    decoding = getattr(model, "for_decoding", lambda params: params)(params)  # once, not for each token
-    # The prompt's pass reads them as they were: that compiles faster. A mesh that cuts them gathers each of them once.
+    decoding = getattr(model, "for_decoding", lambda params: params)(
+        params
+    )  # once, not for each token
+    # The prompt's pass reads them as they were: that compiles faster. A mesh that cuts them gathers
+    # each of them once.
     weights = (decoding,) if mesh is not None and sharding.is_cut(mesh) else (params, decoding)
     sample_rows = functools.partial(_sample_rows, model, config)
     if mesh is not None:
         rows, replicated = sharding.rows(mesh).spec, PartitionSpec()
-        # check_vma refuses the while_loop, whose carry starts equal on all devices and ends different.
+        # check_vma refuses the while_loop, whose carry starts equal on all devices and ends
+        # different.
         sample_rows = jax.shard_map(
             sample_rows,
             mesh=mesh,
@@ -207,25 +244,35 @@ def _sample_rows(
     prompt_mask = (attention_mask != 0).astype(jnp.int32)
     counts = jnp.cumsum(prompt_mask, axis=1)
     num_real = counts[:, -1]
-    # Slots after the end of a row may count as keys: only columns past the end see them, and those are not used.
+    # Slots after the end of a row may count as keys: only columns past the end see them, and those
+    # are not used.
     key_mask = jnp.pad(prompt_mask, response_columns, constant_values=1)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
 
     cache = model.init_cache(num_rows, prompt_length + config.max_new_tokens)
     if prompt_length > 1:
-        # The last prompt column is left to the loop, whose first step needs its logits. These are never read, so the
-        # compiler drops the projection to the vocabulary.
-        _, cache = model.decode(weights[0], tokens[:, :-1], (counts - prompt_mask)[:, :-1], key_mask, cache, 0)
+        # The last prompt column is left to the loop, whose first step needs its logits. These are
+        # never read, so the compiler drops the projection to the vocabulary.
+        _, cache = model.decode(
+            weights[0], tokens[:, :-1], (counts - prompt_mask)[:, :-1], key_mask, cache, 0
+        )
 
-    # Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in fewer rounds.
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1, allow_negative_indices=False)
+    # Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in
+    # fewer rounds.
+    write = functools.partial(
+        jax.lax.dynamic_update_slice_in_dim, axis=1, allow_negative_indices=False
+    )
 
     def step(rows: _Rows, loop: _Loop) -> _Loop:
         column = loop.column
-        last = jax.lax.dynamic_slice_in_dim(loop.tokens, column, 1, axis=1, allow_negative_indices=False)  # [B, 1]
+        last = jax.lax.dynamic_slice_in_dim(
+            loop.tokens, column, 1, axis=1, allow_negative_indices=False
+        )  # [B, 1]
         # An absent row has no real token; its position is kept inside the table.
         positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
-        logits, cache = model.decode(weights[-1], last, positions, rows.key_mask, loop.cache, column)
+        logits, cache = model.decode(
+            weights[-1], last, positions, rows.key_mask, loop.cache, column
+        )
         slot = rows.used + (column + (1 - prompt_length))
         sampled, log_probs = _sample(logits[:, 0], rows.keys, slot, config)
         sampled = jnp.where(loop.ended, config.pad_id, sampled)
@@ -261,32 +308,46 @@ def _sample_rows(
     )
 
 
-def _until_ended(step: Callable[[_Rows, _Loop], _Loop], rows: _Rows, loop: _Loop, compact: bool) -> _Loop:
-    """Steps until all rows have ended; with ``compact`` the last half of them by itself. Its cache is dropped."""
+def _until_ended(
+    step: Callable[[_Rows, _Loop], _Loop], rows: _Rows, loop: _Loop, compact: bool
+) -> _Loop:
+    """Steps until all rows have ended; with ``compact`` the last half of them by itself. Its cache
+    is dropped.
+    """
     half = len(loop.ended) // 2 if compact else 0
-    loop = jax.lax.while_loop(lambda loop: jnp.sum(~loop.ended) > half, functools.partial(step, rows), loop)
+    loop = jax.lax.while_loop(
+        lambda loop: jnp.sum(~loop.ended) > half, functools.partial(step, rows), loop
+    )
     if half == 0:
         return loop
     left = jnp.argsort(loop.ended, stable=True)[:half]  # those that have not ended, and then others
     rows, few = jax.tree.map(lambda x: x[left] if x.ndim else x, (rows, loop))
     few = jax.lax.while_loop(lambda few: ~jnp.all(few.ended), functools.partial(step, rows), few)
     names = ("tokens", "log_probs", "lengths")
-    return loop._replace(**{name: getattr(loop, name).at[left].set(getattr(few, name)) for name in names})
+    return loop._replace(
+        **{name: getattr(loop, name).at[left].set(getattr(few, name)) for name in names}
+    )
 
 
 def _sample(
     logits: jax.Array, row_keys: jax.Array, positions: jax.Array, config: SamplingConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """One token for each row of logits [B, V]: ids [B] int32 and full-softmax log-probs [B] float32."""
+    """One token for each row of logits [B, V]: ids [B] int32 and full-softmax log-probs [B]
+    float32.
+    """
     vocab_size = logits.shape[-1]
     if max(config.eos_ids, default=0) >= vocab_size:
-        raise ValueError(f"eos_id {config.eos_id} is outside the model's vocabulary of {vocab_size}")
+        raise ValueError(
+            f"eos_id {config.eos_id} is outside the model's vocabulary of {vocab_size}"
+        )
     logits = logits.astype(jnp.float32)
     noisy = logits
     if config.temperature > 0:
         logits = logits / config.temperature
         keys = jax.vmap(jax.random.fold_in)(row_keys, positions)
-        noise = functools.partial(jax.random.gumbel, shape=(vocab_size,))  # as jax.random.categorical does
+        noise = functools.partial(
+            jax.random.gumbel, shape=(vocab_size,)
+        )  # as jax.random.categorical does
         noisy = truncate(logits, config.top_k, config.top_p) + jax.vmap(noise)(keys)
     # The argmax by two reductions that XLA's CPU compiler vectorises.
     best = jnp.max(noisy, axis=-1, keepdims=True)
@@ -298,8 +359,8 @@ def _sample(
 def truncate(logits: jax.Array, top_k: int | None = None, top_p: float | None = None) -> jax.Array:
     """Logits [B, V] with -inf at the tokens that top-k, and then top-p on what is left, take away.
 
-    See ``SamplingConfig`` for which tokens stay. The order, top-k first and probabilities renormalised before top-p, is
-    that of transformers' ``generate``.
+    See ``SamplingConfig`` for which tokens stay. The order, top-k first and probabilities
+    renormalised before top-p, is that of transformers' ``generate``.
     """
     if top_k is not None and top_k < logits.shape[-1]:
         logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][:, -1:], -jnp.inf, logits)
@@ -308,7 +369,8 @@ def truncate(logits: jax.Array, top_k: int | None = None, top_p: float | None = 
         probs = jax.nn.softmax(ranked, axis=-1)
         count = jnp.sum(jnp.cumsum(probs, axis=-1) - probs < top_p, axis=-1, keepdims=True)
         last = jnp.take_along_axis(ranked, count - 1, axis=-1)
-        # Of the tokens that tie with the last one as many stay as there is room for, the lowest ids first.
+        # Of the tokens that tie with the last one as many stay as there is room for, the lowest ids
+        # first.
         above, equal = logits > last, logits == last
         room = count - jnp.sum(above, axis=-1, keepdims=True)
         logits = jnp.where(above | (equal & (jnp.cumsum(equal, axis=-1) <= room)), logits, -jnp.inf)
@@ -328,19 +390,25 @@ def best_of_n(
     row_ids: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Rollout, jax.Array]:
-    """The best of n samples for each prompt (Stiennon et al. 2020), and the scores [B, n] of all of them.
+    """The best of n samples for each prompt (Stiennon et al. 2020), and the scores [B, n] of all of
+    them.
 
-    Sample i of a prompt is generated as row ``row_id * n + i``; the other arguments are those of ``generate``. A dense
-    reward [B, T] counts as its sum over the response. Among equal scores the first sample wins; NaN never wins against
-    a number. The returned Rollout [B, T] has the best ``scores`` and the prompts' own ``row_ids``. Its divergence from
-    the sampled policy is at most ``best_of_n_kl(n)`` nats.
+    Sample i of a prompt is generated as row ``row_id * n + i``; the other arguments are those of
+    ``generate``. A dense reward [B, T] counts as its sum over the response. Among equal scores the
+    first sample wins; NaN never wins against a number. The returned Rollout [B, T] has the best
+    ``scores`` and the prompts' own ``row_ids``. Its divergence from the sampled policy is at most
+    ``best_of_n_kl(n)`` nats.
     """
     ops.check_number("n", n, at_least=1)
     num_rows = tokens.shape[0]
     row_ids = jnp.arange(num_rows, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids)
-    tokens, attention_mask = (jnp.repeat(jnp.asarray(x), n, axis=0) for x in (tokens, attention_mask))
+    tokens, attention_mask = (
+        jnp.repeat(jnp.asarray(x), n, axis=0) for x in (tokens, attention_mask)
+    )
     ids = (row_ids[:, None] * n + jnp.arange(n, dtype=jnp.int32)[None, :]).reshape(-1)
-    samples = generate(model, params, tokens, attention_mask, key, config=config, row_ids=ids, mesh=mesh)
+    samples = generate(
+        model, params, tokens, attention_mask, key, config=config, row_ids=ids, mesh=mesh
+    )
     rewards, _ = reward_fn(samples)
     if rewards.ndim == 2:
         rewards = jnp.sum(jnp.where(samples.response_mask != 0, rewards, 0.0), axis=1)
@@ -355,8 +423,8 @@ def best_of_n(
 def best_of_n_kl(n: int) -> float:
     """Upper bound in nats on KL(best-of-n || policy): ln n - (n - 1) / n.
 
-    Exact if no two answers are equally good and none has much probability, an upper bound otherwise (Beirami et al.
-    2024).
+    Exact if no two answers are equally good and none has much probability, an upper bound otherwise
+    (Beirami et al. 2024).
     """
     ops.check_number("n", n, at_least=1)
     return math.log(n) - (n - 1) / n

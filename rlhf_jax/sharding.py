@@ -1,6 +1,8 @@
-"""Where arrays live: a mesh of devices, rows spread over ``data`` and ``fsdp``, parameters by rules on their paths.
+"""Where arrays live: a mesh of devices, rows spread over ``data`` and ``fsdp``, parameters by rules
+on their paths.
 
-Works with one process or several; with several, each passes the same arrays, whole, and keeps its devices' part.
+Works with one process or several; with several, each passes the same arrays, whole, and keeps its
+devices' part.
 """
 
 import math
@@ -17,11 +19,14 @@ from rlhf_jax.errors import UserError
 Tree = TypeVar("Tree")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes ``data``, ``fsdp`` and ``tensor`` over the first of ``devices``, by default all there are.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with the axes ``data``, ``fsdp`` and ``tensor`` over the first of ``devices``, by
+    default all there are.
 
-    The axes are automatic: XLA decides where arrays without a sharding lie. Neighbouring devices share a ``tensor``
-    group, whose members talk most.
+    The axes are automatic: XLA decides where arrays without a sharding lie. Neighbouring devices
+    share a ``tensor`` group, whose members talk most.
 
     Args:
       data, fsdp, tensor: sizes; one of them may be -1: as many as the devices leave.
@@ -34,7 +39,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     used = math.prod(sizes.values())
     if not 1 <= used <= len(devices) or (-1 in (data, fsdp, tensor) and used != len(devices)):
         raise UserError(
-            f"mesh: {given} does not fit {len(devices)} devices; take sizes whose product divides that number"
+            f"mesh: {given} does not fit {len(devices)} devices; take sizes whose product divides "
+            "that number"
         )
     return Mesh(np.array(devices[:used]).reshape(*sizes.values()), tuple(sizes))
 
@@ -45,11 +51,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: the leading axis in contiguous parts over ``data`` and, if the mesh has it, ``fsdp``.
+    """The sharding of a batch: the leading axis in contiguous parts over ``data`` and, if the mesh
+    has it, ``fsdp``.
 
     Also for ``minibatch_sharding``.
     """
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp") if "fsdp" in mesh.axis_names else "data"))
+    return NamedSharding(
+        mesh, PartitionSpec(("data", "fsdp") if "fsdp" in mesh.axis_names else "data")
+    )
 
 
 def num_parts(mesh: Mesh) -> int:
@@ -63,7 +72,8 @@ def is_cut(mesh: Mesh) -> bool:
 
 
 def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
-    """Puts each leaf [B, ...] of a pytree on the devices, its rows spread over ``data``. None leaves stay None.
+    """Puts each leaf [B, ...] of a pytree on the devices, its rows spread over ``data``. None
+    leaves stay None.
 
     UserError, with the nearest sizes, if B is not a multiple of the devices that share the rows.
     """
@@ -74,7 +84,8 @@ def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
             below = num_rows - num_rows % num_devices
             nearest = f"{below} or {below + num_devices}" if below else f"{num_devices}"
             raise UserError(
-                f"a batch of {num_rows} rows does not divide over {num_devices} devices: use a batch size of {nearest}"
+                f"a batch of {num_rows} rows does not divide over {num_devices} devices: use a "
+                f"batch size of {nearest}"
             )
     return jax.tree.map(lambda x: place(x, rows(mesh)), batch)
 
@@ -85,11 +96,12 @@ def parts(axis: str) -> int:
 
 
 def cut(x: jax.Array, *axes: str, width: str | None = None) -> jax.Array:
-    """x inside a program, its leading axis cut over ``axes`` of the mesh of ``jax.set_mesh``, the others whole; of a
-    matrix the second one over ``width``.
+    """x inside a program, its leading axis cut over ``axes`` of the mesh of ``jax.set_mesh``, the
+    others whole; of a matrix the second one over ``width``.
 
-    For hidden states over ``data`` and ``fsdp``, which makes XLA gather the weights that are cut over ``fsdp``; it may
-    otherwise send the states. x itself without a mesh, under ``shard_map`` over the axes, or where they do not divide.
+    For hidden states over ``data`` and ``fsdp``, which makes XLA gather the weights that are cut
+    over ``fsdp``; it may otherwise send the states. x itself without a mesh, under ``shard_map``
+    over the axes, or where they do not divide.
     """
     mesh = jax.sharding.get_abstract_mesh()
     is_ours = {*axes, width or axes[0]} <= {*mesh.auto_axes}
@@ -103,29 +115,44 @@ def replicate(mesh: Mesh, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: place(x, replicated(mesh)), tree)
 
 
-def by_path(params: Any, rules: Sequence[tuple[str, PartitionSpec | tuple[str | None, ...]]], mesh: Mesh) -> Any:
+def by_path(
+    params: Any, rules: Sequence[tuple[str, PartitionSpec | tuple[str | None, ...]]], mesh: Mesh
+) -> Any:
     """The sharding of each parameter by the first rule whose pattern is found in its path.
 
     Args:
-      params: nested dicts of arrays, or of ``jax.ShapeDtypeStruct``. A path is the keys joined by ``/``.
-      rules: (regular expression, PartitionSpec) pairs, tried in order with ``re.search``; end with ``(".*", spec)`` for
-        the rest. A tuple in place of the PartitionSpec speaks of an array's last axes, whatever layers or members are
-        stacked before them. An axis that its devices do not divide stays whole; they help to cut the last if they can.
+      params: nested dicts of arrays, or of ``jax.ShapeDtypeStruct``. A path is the keys joined by
+        ``/``.
+      rules: (regular expression, PartitionSpec) pairs, tried in order with ``re.search``; end with
+        ``(".*", spec)`` for the rest. A tuple in place of the PartitionSpec speaks of an array's
+        last axes, whatever layers or members are
+        stacked before them. An axis that its devices do not divide stays whole; they help to cut
+        the last if they can.
 
     Returns:
-      A tree of NamedSharding like ``params``. UserError if no rule matches a path, or a spec does not fit a shape.
+      A tree of NamedSharding like ``params``. UserError if no rule matches a path, or a spec does
+      not fit a shape.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
         if spec is None:
-            raise UserError(f'no sharding rule matches parameter {name}; add one, or end with (".*", PartitionSpec())')
+            raise UserError(
+                f'no sharding rule matches parameter {name}; add one, or end with (".*", '
+                "PartitionSpec())"
+            )
         if not isinstance(spec, PartitionSpec):
             sizes = zip(spec, leaf.shape[leaf.ndim - len(spec) :], strict=True)
-            cut: list[Any] = [None if axis is None or size % mesh.shape[axis] else axis for axis, size in sizes]
+            cut: list[Any] = [
+                None if axis is None or size % mesh.shape[axis] else axis for axis, size in sizes
+            ]
             joined = tuple(axis for axis in spec[::-1] if axis is not None and axis not in cut[:-1])
-            if spec and spec[-1] and leaf.shape[-1] % math.prod(mesh.shape[axis] for axis in joined) == 0:
+            if (
+                spec
+                and spec[-1]
+                and leaf.shape[-1] % math.prod(mesh.shape[axis] for axis in joined) == 0
+            ):
                 cut[-1] = joined
             spec = PartitionSpec(*[None] * (leaf.ndim - len(spec)), *cut)
         result = NamedSharding(mesh, spec)
@@ -133,7 +160,9 @@ def by_path(params: Any, rules: Sequence[tuple[str, PartitionSpec | tuple[str | 
             result.check_compatible_aval(leaf.shape)
             result.shard_shape(leaf.shape)
         except ValueError as error:
-            raise UserError(f"parameter {name} of shape {leaf.shape} cannot be sharded by {spec}: {error}") from error
+            raise UserError(
+                f"parameter {name} of shape {leaf.shape} cannot be sharded by {spec}: {error}"
+            ) from error
         return result
 
     return jax.tree_util.tree_map_with_path(sharding, params)
@@ -144,6 +173,8 @@ def place(x: Any, sharding: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or not getattr(x, "is_fully_addressable", True):
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(place(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+        return jax.random.wrap_key_data(
+            place(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
+        )
     whole = np.asarray(x)
     return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)

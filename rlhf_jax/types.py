@@ -1,8 +1,8 @@
 """The arrays that travel between the parts, and the kinds of function that plug in.
 
-Column t of every [B, T] field speaks of ``tokens[:, t]``. One alphabet everywhere: B rows, P prompt slots, R response
-slots, T = P + R, K answers of a comparison, G answers of a prompt, V vocabulary, D width, L layers, H heads, S cache
-length.
+Column t of every [B, T] field speaks of ``tokens[:, t]``. One alphabet everywhere: B rows, P prompt
+slots, R response slots, T = P + R, K answers of a comparison, G answers of a prompt, V vocabulary,
+D width, L layers, H heads, S cache length.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ EosId = int | tuple[int, ...]  # what ends a response: one id, or any of several
 class Mean:
     """A mean that is not divided yet: what a loss and its metrics return.
 
-    The parts of a batch (microbatches, devices) add up, ``a + b``; ``value`` divides once at the end, so that the mean
-    and its gradient do not depend on how the batch was cut.
+    The parts of a batch (microbatches, devices) add up, ``a + b``; ``value`` divides once at the
+    end, so that the mean and its gradient do not depend on how the batch was cut.
     """
 
     total: jax.Array  # [] float32, weighted sum
@@ -91,30 +91,47 @@ class TrainState:
 
 @flax.struct.dataclass
 class Rollout:
-    """What a policy said, and what is known about it. ``None`` marks what has not been computed yet."""
+    """What a policy said, and what is known about it. ``None`` marks what has not been computed
+    yet.
+    """
 
     tokens: jax.Array  # [B, T] int32: left-padded prompt, then the response, then pads
-    attention_mask: jax.Array  # [B, T] 1 on real tokens; packed documents are numbered 1, 2, ..., each apart
-    response_mask: jax.Array  # [B, T] 1 on what the policy said, EOS included; may have holes; an empty row is absent
-    log_probs: jax.Array  # [B, T] behaviour policy log p(tokens[:, t] | before); 0 outside the response
+    attention_mask: (
+        jax.Array
+    )  # [B, T] 1 on real tokens; packed documents are numbered 1, 2, ..., each apart
+    response_mask: (
+        jax.Array
+    )  # [B, T] 1 on what the policy said, EOS included; may have holes; an empty row is absent
+    log_probs: (
+        jax.Array
+    )  # [B, T] behaviour policy log p(tokens[:, t] | before); 0 outside the response
     row_ids: jax.Array | None = None  # [B] data row of the prompt
     scores: jax.Array | None = None  # [B] from the reward function, before any penalty
     ref_log_probs: jax.Array | None = None  # [B, T]
-    values: jax.Array | None = None  # [B, T] V of the state before tokens[:, t] (the value head at t - 1)
+    values: jax.Array | None = (
+        None  # [B, T] V of the state before tokens[:, t] (the value head at t - 1)
+    )
     rewards: jax.Array | None = None  # [B, T]
     advantages: jax.Array | None = None  # [B, T]
     returns: jax.Array | None = None  # [B, T]
-    importance_weights: jax.Array | None = None  # [B, T] factor of each token's policy loss; 0 outside the response
-    prompt_length: int | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)  # P
-    greedy_rewards: jax.Array | None = None  # [B] of the policy's greedy response to the same prompt, without KL
+    importance_weights: jax.Array | None = (
+        None  # [B, T] factor of each token's policy loss; 0 outside the response
+    )
+    prompt_length: int | None = flax.struct.field(
+        pytree_node=False, default=None, kw_only=True
+    )  # P
+    greedy_rewards: jax.Array | None = (
+        None  # [B] of the policy's greedy response to the same prompt, without KL
+    )
 
 
 @flax.struct.dataclass
 class Comparisons:
-    """K answers to one prompt; K = 2: chosen and rejected. An answer with an empty response_mask is absent.
+    """K answers to one prompt; K = 2: chosen and rejected. An answer with an empty response_mask is
+    absent.
 
-    Packed, up to C comparisons share a row: tokens and masks are [B, T], ``attention_mask`` numbers the answers, and
-    all other fields have C after B.
+    Packed, up to C comparisons share a row: tokens and masks are [B, T], ``attention_mask`` numbers
+    the answers, and all other fields have C after B.
     """
 
     tokens: jax.Array  # [B, K, T] int32
@@ -125,7 +142,9 @@ class Comparisons:
     margin: jax.Array | None = None  # [B]
     weight: jax.Array | None = None  # [B]; [B, M] for an ensemble of M members
     ref_log_probs: jax.Array | None = None  # [B, K] summed over the response (DPO)
-    documents: jax.Array | None = None  # [B, C, K] int32 of packed ones: each answer's number in attention_mask
+    documents: jax.Array | None = (
+        None  # [B, C, K] int32 of packed ones: each answer's number in attention_mask
+    )
 
 
 @flax.struct.dataclass
@@ -144,7 +163,9 @@ class Feedback(Demonstrations):
     desirable: jax.Array  # [B] bool
     weight: jax.Array | None = None  # [B]
     ref_log_probs: jax.Array | None = None  # [B] summed over the response
-    mismatched: "Feedback | None" = None  # each row's prompt with the next row's response, for KTO's reference point
+    mismatched: "Feedback | None" = (
+        None  # each row's prompt with the next row's response, for KTO's reference point
+    )
     reference_point: jax.Array | None = None  # [B] nats, the same number in each row
 
 
@@ -157,29 +178,35 @@ class PolicyOutput(NamedTuple):
 
 
 PolicyFn = Callable[[Params, jax.Array, jax.Array, jax.Array | None], PolicyOutput]
-"""Any language model as the algorithms see it: a function of (params, tokens, attention_mask, key). ``key=None`` turns
-dropout off, as RL, DPO and all scoring do."""
+"""Any language model as the algorithms see it: a function of (params, tokens, attention_mask, key).
+``key=None`` turns dropout off, as RL, DPO and all scoring do."""
 
 BoundPolicyFn = Callable[[jax.Array, jax.Array, jax.Array | None], PolicyOutput]
-"""A policy that carries its parameters (``jax.tree_util.Partial(policy_fn, params)``), such as the reference: a
-function of (tokens, attention_mask, key)."""
+"""A policy that carries its parameters (``jax.tree_util.Partial(policy_fn, params)``), such as the
+reference: a function of (tokens, attention_mask, key)."""
 
 ScoreFn = Callable[[Params, jax.Array, jax.Array, jax.Array | None], jax.Array]
-"""Any model that gives a text one number: of (params, tokens, attention_mask, key) it returns [B]."""
+"""Any model that gives a text one number: of (params, tokens, attention_mask, key) it returns [B].
+"""
 
 Scores = tuple[jax.Array, dict[str, jax.Array]]
 RewardFn = Callable[[Rollout], Scores]
-"""A jittable reward: (scores [B] or dense rewards [B, T], {name of a part: [B]}). No parts: an empty dict."""
+"""A jittable reward: (scores [B] or dense rewards [B, T], {name of a part: [B]}). No parts: an
+empty dict.
+"""
 
 AlgorithmConfig = Any
-"""Settings of an algorithm: what a run must know of them is ``group_size`` (answers to each prompt, in adjacent rows; 1
-if rows are compared with nothing), ``num_epochs``, ``num_minibatches``, ``num_microbatches``, ``shuffle_blocks`` and
-``kl_in_loss`` (whether the loss reads ``rollout.ref_log_probs``) and ``baseline`` ("greedy": ``prepare`` reads
+"""Settings of an algorithm: what a run must know of them is ``group_size`` (answers to each prompt,
+in adjacent rows; 1 if rows are compared with nothing), ``num_epochs``, ``num_minibatches``,
+``num_microbatches``, ``shuffle_blocks`` and ``kl_in_loss`` (whether the loss reads
+``rollout.ref_log_probs``) and ``baseline`` ("greedy": ``prepare`` reads
 ``rollout.greedy_rewards``); ``algorithms.policy.Batching`` has it all."""
 
 
 class Algorithm(Protocol):
-    """Policy optimisation from rollouts, as a module: ``vpg``, ``ppo``, ``rloo``, ``grpo`` or one of your own."""
+    """Policy optimisation from rollouts, as a module: ``vpg``, ``ppo``, ``rloo``, ``grpo`` or one
+    of your own.
+    """
 
     @property
     def __name__(self) -> str: ...
@@ -196,13 +223,23 @@ class Algorithm(Protocol):
     kl_coef: float
     """Weight of the KL penalty in the reward where a run sets none; 0 for no penalty."""
 
-    def prepare(self, rollout: Rollout, *, config: Any, axis_name: AxisName | None = None) -> Rollout:
+    def prepare(
+        self, rollout: Rollout, *, config: Any, axis_name: AxisName | None = None
+    ) -> Rollout:
         """The rollout with ``advantages`` [B, T] (and ``returns``), from its rewards or scores."""
 
     def loss(
-        self, params: Params, rollout: Rollout, key: jax.Array | None, *, policy_fn: PolicyFn, config: Any
+        self,
+        params: Params,
+        rollout: Rollout,
+        key: jax.Array | None,
+        *,
+        policy_fn: PolicyFn,
+        config: Any,
     ) -> tuple[Loss, Parts]:
-        """Loss and metrics of a prepared rollout, of its rows alone: nothing is summed over devices."""
+        """Loss and metrics of a prepared rollout, of its rows alone: nothing is summed over
+        devices.
+        """
 
     def update(
         self,

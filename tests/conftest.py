@@ -1,5 +1,5 @@
-"""Four fake CPU devices for the sharding tests, on a machine with a GPU too, and strict rank promotion: a broadcast
-that was not meant is an error.
+"""Four fake CPU devices for the sharding tests, on a machine with a GPU too, and strict rank
+promotion: a broadcast that was not meant is an error.
 
 Compiled programs are kept between runs, for the scripts that tests start too.
 """
@@ -13,13 +13,16 @@ from pathlib import Path
 
 # Read by jax when it is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "rlhf_jax_tests" / "xla"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "rlhf_jax_tests" / "xla")
+)
 # Tests compile thousands of small programs, which jax leaves out of the cache by default.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# Most tests compile much and compute little: without XLA's optimizations they take half the time, and so do the scripts
-# that they start. Programs as a user's are run by test_quickstart.py, and by tests with the fixture below.
+# Most tests compile much and compute little: without XLA's optimizations they take half the time,
+# and so do the scripts that they start. Programs as a user's are run by test_quickstart.py, and by
+# tests with the fixture below.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Tests call what entry points call; it must not start pytest anew.
 os.environ["RLHF_JAX_KEEP_MEMORY"] = "0"
@@ -35,18 +38,24 @@ import pytest
 from rlhf_jax import cli
 from rlhf_jax.runs import devices
 
-# As every run sets them, before the first program: they are part of its key in the cache. A program that is not cut
-# into parts for several cores compiles in a sixth less, where other tests take these cores.
+# As every run sets them, before the first program: they are part of its key in the cache. A program
+# that is not cut into parts for several cores compiles in a sixth less, where other tests take
+# these cores.
 FLAGS = {**devices.flags_for("cpu"), "xla_cpu_parallel_codegen_split_count": "1"}
 os.environ["XLA_FLAGS"] = devices.xla_flags(FLAGS, os.environ.get("XLA_FLAGS", ""))
 
-# Looking for garbage among a million objects that stay took a sixth of the tests' time: see pytest_collection_finish.
+# Looking for garbage among a million objects that stay took a sixth of the tests' time: see
+# pytest_collection_finish.
 gc.disable()
 
 
 def pytest_collection_modifyitems(items):
-    """Files that train whole models come first: a long test that began last would leave the other workers idle."""
-    first = "quickstart docs processes kills sentiment shakespeare scripts notebooks layouts arithmetic"
+    """Files that train whole models come first: a long test that began last would leave the other
+    workers idle.
+    """
+    first = (
+        "quickstart docs processes kills sentiment shakespeare scripts notebooks layouts arithmetic"
+    )
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in first)
 
 
@@ -74,13 +83,17 @@ def optimized():
 
 @pytest.fixture
 def no_pages(monkeypatch):
-    """Runs draw no page at their end, which takes longer than the training of many a test; others look at the pages."""
+    """Runs draw no page at their end, which takes longer than the training of many a test; others
+    look at the pages.
+    """
     monkeypatch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes rows (JSON lines), a text or bytes to a file of the working folder, and returns its name."""
+    """Writes rows (JSON lines), a text or bytes to a file of the working folder, and returns its
+    name.
+    """
     monkeypatch.chdir(tmp_path)
 
     def save(content, name="data.jsonl"):

@@ -1,15 +1,17 @@
-"""A process that saves checkpoints as fast as it can and is killed, again and again; tests/test_kills.py starts it.
+"""A process that saves checkpoints as fast as it can and is killed, again and again;
+tests/test_kills.py starts it.
 
     python kill_helpers.py FOLDER SEED SWEEPS RANDOM_KILLS
 
-A sweep kills one process right before each file operation of a save, retention included: the process sends itself
-SIGKILL from an audit hook. Random kills come from outside, after a random time; there, retention also keeps the best
-step, and every other process saves asynchronously. The process that follows a kill reads back every checkpoint on disk,
-compares it with what that step saved, and goes on from the newest. A JSON object of counts is printed at the end;
-anything wrong ends with a traceback and a code other than 0.
+A sweep kills one process right before each file operation of a save, retention included: the
+process sends itself SIGKILL from an audit hook. Random kills come from outside, after a random
+time; there, retention also keeps the best step, and every other process saves asynchronously. The
+process that follows a kill reads back every checkpoint on disk, compares it with what that step
+saved, and goes on from the newest. A JSON object of counts is printed at the end; anything wrong
+ends with a traceback and a code other than 0.
 
-Imports take longer than all else, so one process imports and forks a child for each kill. It calls neither JAX nor
-Orbax, which start threads; so does OpenBLAS, unless OPENBLAS_NUM_THREADS is 1.
+Imports take longer than all else, so one process imports and forks a child for each kill. It calls
+neither JAX nor Orbax, which start threads; so does OpenBLAS, unless OPENBLAS_NUM_THREADS is 1.
 """
 
 import itertools
@@ -30,7 +32,13 @@ import numpy as np
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.runs.checkpoint import Checkpoints
 
-SHAPES = {"wte": (512, 256), "kernel": (2, 256, 256), "mu": (512, 256), "nu": (512, 256), "step": ()}
+SHAPES = {
+    "wte": (512, 256),
+    "kernel": (2, 256, 256),
+    "mu": (512, 256),
+    "nu": (512, 256),
+    "step": (),
+}
 KEEP_LAST = 2
 KEEP_BEST = "max:score"
 # What a child is doing, as its file operations tell.
@@ -60,16 +68,20 @@ def verify(checkpoints: Checkpoints) -> None:
         state, meta = checkpoints.restore(target, step)
         assert meta == meta_of(step), (step, meta)
         for name, value in state_of(step).items():
-            np.testing.assert_array_equal(state[name], value, err_msg=f"step {step}, {name}", strict=True)
+            np.testing.assert_array_equal(
+                state[name], value, err_msg=f"step {step}, {name}", strict=True
+            )
     if steps:
         assert checkpoints.latest() == steps[-1]
         assert checkpoints.restore(target)[1] == meta_of(steps[-1])
 
 
 def announce(folder: Path, shared: memoryview, kill_at: int) -> None:
-    """Keeps ``shared`` informed of phase and step, and kills this process before operation ``kill_at`` (0: never).
+    """Keeps ``shared`` informed of phase and step, and kills this process before operation
+    ``kill_at`` (0: never).
 
-    What is written to is ``STEP.*``; it is published by a rename to ``STEP``, and removed after a rename from there.
+    What is written to is ``STEP.*``; it is published by a rename to ``STEP``, and removed after a
+    rename from there.
     """
 
     def below(path: object) -> str:
@@ -80,7 +92,9 @@ def announce(folder: Path, shared: memoryview, kill_at: int) -> None:
     def hook(event: str, arguments: tuple) -> None:
         if not shared[ARMED] or event not in OPERATIONS:
             return
-        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+        if event == "open" and not (
+            isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
             return
         name, phase = below(arguments[0]), shared[PHASE]
         removal = event in ("os.remove", "os.rmdir")
@@ -176,7 +190,8 @@ def main(folder: Path, seed: int, sweeps: int, random_kills: int) -> None:
     assert end_of(fork(swept, shared, Plan({}, armed_at=3, stop_after=4))) == 0
     operations, seconds = shared[COUNT], shared[NANOSECONDS] / 1e9
     for kill_at in list(range(1, operations + 1)) * sweeps:
-        # The first save of a child removes what the kill before it left; the second one is like every other.
+        # The first save of a child removes what the kill before it left; the second one is like
+        # every other.
         assert end_of(fork(swept, shared, Plan({}, kill_at=kill_at, armed_at=1))) == -signal.SIGKILL
         kills[check_listed(swept, shared, {})] += 1
     assert end_of(fork(swept, shared, Plan({}, stop_after=3))) == 0
@@ -184,7 +199,9 @@ def main(folder: Path, seed: int, sweeps: int, random_kills: int) -> None:
     at_random = folder / "at_random"
     options: dict[str, Any] = {"keep_best": KEEP_BEST}
     assert end_of(fork(at_random, shared, Plan(options, stop_after=2))) == 0
-    for number, delay in enumerate(np.random.default_rng(seed).uniform(0, 3 * seconds, random_kills)):
+    for number, delay in enumerate(
+        np.random.default_rng(seed).uniform(0, 3 * seconds, random_kills)
+    ):
         options["asynchronous"] = bool(number % 2)
         child = fork(at_random, shared, Plan(options))
         while not shared[ARMED]:

@@ -1,4 +1,6 @@
-"""Slow NumPy versions, in float64 and plain loops, of what the library computes; and ragged masks to run them on."""
+"""Slow NumPy versions, in float64 and plain loops, of what the library computes; and ragged masks
+to run them on.
+"""
 
 import math
 
@@ -6,7 +8,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 SHAPES = [(1, 1), (3, 5), (4, 8)]  # few, since each shape is compiled once
-WILD = [1e-6, 1.0, 30.0, 1e4]  # sizes of log-probabilities: tiny, usual, around the bound of ratios, huge
+WILD = [
+    1e-6,
+    1.0,
+    30.0,
+    1e4,
+]  # sizes of log-probabilities: tiny, usual, around the bound of ratios, huge
 
 
 def columns(mask_row):
@@ -14,7 +21,9 @@ def columns(mask_row):
 
 
 def slopes(f, x, step=1e-5):
-    """(lower, upper) of the slopes of ``f`` on the two sides of ``x``: a kink allows what lies between them."""
+    """(lower, upper) of the slopes of ``f`` on the two sides of ``x``: a kink allows what lies
+    between them.
+    """
     x = float(x)
     return sorted([(f(x) - f(x - step)) / step, (f(x + step) - f(x)) / step])
 
@@ -74,13 +83,17 @@ def comparison(scores, best, margin=0.0, centering=0.0):
         return loss
     entered = [s - margin if k == best else s for k, s in enumerate(scores) if s is not None]
     most = max(entered)
-    return loss + most + math.log(sum(math.exp(s - most) for s in entered)) - (scores[best] - margin)
+    return (
+        loss + most + math.log(sum(math.exp(s - most) for s in entered)) - (scores[best] - margin)
+    )
 
 
 def dpo(delta, beta, kind, smoothing=0.0, gamma=0.0):
     """One pair."""
     h, s = beta * delta - gamma, smoothing
-    right, flipped = (max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in (-h, h))  # -log sigmoid of h and of -h
+    right, flipped = (
+        max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in (-h, h)
+    )  # -log sigmoid of h and of -h
     return {
         "sigmoid": (1 - s) * right + s * flipped,
         "robust": ((1 - s) * right - s * flipped) / (1 - 2 * s),
@@ -126,12 +139,15 @@ def group_normalized(scores, mask, eps, scale):
         std = math.sqrt(sum((r - mean) ** 2 for r in group) / (len(group) - 1))
         for g in columns(mask[n]):
             equal = min(group) == max(group)
-            out[n, g] = 0.0 if equal else (float(scores[n, g]) - mean) / (std + eps if scale else 1.0)
+            out[n, g] = (
+                0.0 if equal else (float(scores[n, g]) - mean) / (std + eps if scale else 1.0)
+            )
     return out
 
 
-# Losses of whole algorithms, of the lookup tables in ``tabular``: (loss, metrics). ``stopped`` are the parameters of
-# what no gradient flows through, so that differences of the loss are its gradient.
+# Losses of whole algorithms, of the lookup tables in ``tabular``: (loss, metrics). ``stopped`` are
+# the parameters of what no gradient flows through, so that differences of the loss are its
+# gradient.
 
 
 def policy(params, tokens):
@@ -141,7 +157,11 @@ def policy(params, tokens):
         if t > 0:
             logits = params["logits"][tokens[i, t - 1]]
             log_p = logits - np.log(np.sum(np.exp(logits)))
-            outputs[:, i, t] = log_p[tokens[i, t]], -np.sum(np.exp(log_p) * log_p), params["values"][tokens[i, t - 1]]
+            outputs[:, i, t] = (
+                log_p[tokens[i, t]],
+                -np.sum(np.exp(log_p) * log_p),
+                params["values"][tokens[i, t - 1]],
+            )
     return outputs
 
 
@@ -152,24 +172,38 @@ def sft(params, batch, config):
 
 
 def _weighted_mean(numbers, weights):
-    return sum(w * x for w, x in zip(weights, numbers, strict=True)) / sum(weights) if sum(weights) else 0.0
+    return (
+        sum(w * x for w, x in zip(weights, numbers, strict=True)) / sum(weights)
+        if sum(weights)
+        else 0.0
+    )
 
 
 def reward_model(params, batch, config):
-    scores = np.sum(np.where(batch.attention_mask != 0, params["scores"][batch.tokens], 0.0), axis=2)
+    scores = np.sum(
+        np.where(batch.attention_mask != 0, params["scores"][batch.tokens], 0.0), axis=2
+    )
     value, accuracy, margins, weights, compared = [], [], [], [], []
     for i, row in enumerate(scores):
         weight = 1.0 if batch.weight is None else batch.weight[i]
         present = [bool(mask.any()) for mask in batch.response_mask[i]]
         if batch.targets is not None:
-            value += [(s - y) ** 2 for s, y, here in zip(row, batch.targets[i], present, strict=True) if here]
+            value += [
+                (s - y) ** 2
+                for s, y, here in zip(row, batch.targets[i], present, strict=True)
+                if here
+            ]
             weights += [weight] * sum(present)
             continue
         best = 0 if batch.best is None else batch.best[i]
         if not present[best]:
             continue
         entered = [s if here else None for s, here in zip(row, present, strict=True)]
-        value.append(comparison(entered, best, 0.0 if batch.margin is None else batch.margin[i], config.centering))
+        value.append(
+            comparison(
+                entered, best, 0.0 if batch.margin is None else batch.margin[i], config.centering
+            )
+        )
         weights.append(weight)
         others = [s for k, s in enumerate(entered) if s is not None and k != best]
         if others:
@@ -193,7 +227,9 @@ def dpo_loss(params, batch, config):
             continue
         log_probs = policy(params, batch.tokens[i])[0]
         said = [log_probs[k][columns(batch.response_mask[i, k])] for k in (0, 1)]
-        ratios = [x.sum() - config.needs_reference * batch.ref_log_probs[i, k] for k, x in enumerate(said)]
+        ratios = [
+            x.sum() - config.needs_reference * batch.ref_log_probs[i, k] for k, x in enumerate(said)
+        ]
         if config.length_normalised or not config.needs_reference:
             ratios = [ratio / len(x) for ratio, x in zip(ratios, said, strict=True)]
         best = 0 if batch.best is None else batch.best[i]
@@ -215,7 +251,10 @@ def dpo_loss(params, batch, config):
 
 def kto(params, batch, config):
     """With the reference point that is given."""
-    log_probs, responses = policy(params, batch.tokens)[0], [columns(mask) for mask in batch.response_mask]
+    log_probs, responses = (
+        policy(params, batch.tokens)[0],
+        [columns(mask) for mask in batch.response_mask],
+    )
     point = batch.reference_point[0]
     value, side, ratios, weights = [], [], [], []
     for i, said in enumerate(responses):
@@ -227,8 +266,15 @@ def kto(params, batch, config):
             side.append(0.5 * (1 + sign * np.sign(ratios[-1] - point)))
             weights.append(1.0 if batch.weight is None else batch.weight[i])
     liked = np.array([bool(batch.desirable[i]) for i, said in enumerate(responses) if said])
-    lists = {"loss": (value, weights), "accuracy": (side, weights), "reference_point": ([point] * len(side), weights)}
-    lists |= {"desirable_log_ratio": (ratios, weights * liked), "undesirable_log_ratio": (ratios, weights * ~liked)}
+    lists = {
+        "loss": (value, weights),
+        "accuracy": (side, weights),
+        "reference_point": ([point] * len(side), weights),
+    }
+    lists |= {
+        "desirable_log_ratio": (ratios, weights * liked),
+        "undesirable_log_ratio": (ratios, weights * ~liked),
+    }
     metrics = {f"kto/{name}": _weighted_mean(*pair) for name, pair in lists.items()}
     return metrics["kto/loss"], metrics
 
@@ -267,7 +313,9 @@ def _clipped(params, stopped, batch, advantages, config):
         surrogate[at] = clipped_surrogate(d, a, config.clip_low, config.clip_high, config.dual_clip)
         ratios[at] = ratio(still)
         held = min(max(ratios[at], 1 - config.clip_low), 1 + config.clip_high)
-        kl_term[at] = min(ratios[at], 10.0) * kl(log_probs[at] - batch.ref_log_probs[at], config.kl_loss_estimator)
+        kl_term[at] = min(ratios[at], 10.0) * kl(
+            log_probs[at] - batch.ref_log_probs[at], config.kl_loss_estimator
+        )
         capped[at] = ratios[at] > 10.0
         clipped[at] = -a * held > -a * ratios[at]
         if config.surrogate == "cispo":
@@ -290,7 +338,9 @@ def _clipped(params, stopped, batch, advantages, config):
 
 def ppo(params, stopped, batch, config):
     mask = batch.response_mask != 0
-    rewards = whiten(batch.rewards, mask, shift_mean=False) if config.whiten_rewards else batch.rewards
+    rewards = (
+        whiten(batch.rewards, mask, shift_mean=False) if config.whiten_rewards else batch.rewards
+    )
     advantages, returns = gae(rewards, batch.values, mask, config.gamma, config.gae_lambda)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
@@ -306,12 +356,18 @@ def ppo(params, stopped, batch, config):
 def _group_loss(params, stopped, batch, config, estimate, whitened=False):
     mask = batch.response_mask != 0
     if batch.rewards is not None:
-        scores = np.array([row[columns(said)].sum() for row, said in zip(batch.rewards, mask, strict=True)])
+        scores = np.array(
+            [row[columns(said)].sum() for row, said in zip(batch.rewards, mask, strict=True)]
+        )
     else:
         scores = batch.scores
-    advantages = estimate(*(x.reshape(-1, config.group_size) for x in (scores, mask.any(axis=1)))).ravel()
+    advantages = estimate(
+        *(x.reshape(-1, config.group_size) for x in (scores, mask.any(axis=1)))
+    ).ravel()
     advantages = np.where(mask, advantages[:, None], 0.0)
-    return _clipped(params, stopped, batch, whiten(advantages, mask) if whitened else advantages, config)
+    return _clipped(
+        params, stopped, batch, whiten(advantages, mask) if whitened else advantages, config
+    )
 
 
 def rloo(params, stopped, batch, config):
@@ -332,7 +388,9 @@ def grpo(params, stopped, batch, config):
 
 @st.composite
 def batches(draw, shapes=tuple(SHAPES), arrays=1, scales=(1.0,)):
-    """(arrays [B, T] float32 of a size from ``scales``, ragged mask [B, T] with holes, empty rows, one-token rows)."""
+    """(arrays [B, T] float32 of a size from ``scales``, ragged mask [B, T] with holes, empty rows,
+    one-token rows).
+    """
     shape = draw(st.sampled_from(shapes))
     scale = draw(st.sampled_from(scales))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))

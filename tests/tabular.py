@@ -1,4 +1,6 @@
-"""Policies and scorers that are lookup tables, rollouts to feed them, and the ways to run an update."""
+"""Policies and scorers that are lookup tables, rollouts to feed them, and the ways to run an
+update.
+"""
 
 from functools import partial
 
@@ -15,7 +17,9 @@ VOCAB_SIZE = 5
 
 
 def policy_fn(params, tokens, attention_mask, key):
-    """A bigram table [V, V] of logits and a table [V] of values, both looked up by the token before."""
+    """A bigram table [V, V] of logits and a table [V] of values, both looked up by the token
+    before.
+    """
     del attention_mask, key
     logits = params["logits"][tokens]
     values = jnp.pad(params["values"][tokens[:, :-1]], ((0, 0), (1, 0)))
@@ -31,20 +35,27 @@ def score_fn(params, tokens, attention_mask, key):
 def policy_params(seed):
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(VOCAB_SIZE, VOCAB_SIZE))
-    return {"logits": jnp.asarray(logits, jnp.float32), "values": jnp.asarray(rng.normal(size=VOCAB_SIZE), jnp.float32)}
+    return {
+        "logits": jnp.asarray(logits, jnp.float32),
+        "values": jnp.asarray(rng.normal(size=VOCAB_SIZE), jnp.float32),
+    }
 
 
 def rollout(seed, lengths, prompt_length=3, response_length=4):
-    """Rows with responses of these ``lengths`` (0: absent) after left-padded prompts of random lengths; all fields set.
+    """Rows with responses of these ``lengths`` (0: absent) after left-padded prompts of random
+    lengths; all fields set.
 
-    Log-probs and values are near those of ``policy_params(seed)``, so that some ratios are clipped and some are not.
+    Log-probs and values are near those of ``policy_params(seed)``, so that some ratios are clipped
+    and some are not.
     """
     rng = np.random.default_rng(seed)
     rows, total = len(lengths), prompt_length + response_length
     column = np.arange(total)[None, :]
     lengths = np.asarray(lengths)[:, None]
     response_mask = (column >= prompt_length) & (column < prompt_length + lengths)
-    prompt_mask = (column < prompt_length) & (column >= rng.integers(0, prompt_length, size=(rows, 1)))
+    prompt_mask = (column < prompt_length) & (
+        column >= rng.integers(0, prompt_length, size=(rows, 1))
+    )
     tokens = jnp.asarray(rng.integers(0, VOCAB_SIZE, size=(rows, total)), jnp.int32)
     output = policy_fn(policy_params(seed), tokens, None, None)
 
@@ -70,7 +81,9 @@ def comparisons(seed, num_rows, num_answers, length=6, absent=()):
     """Random answers; ``absent`` lists (row, answer) pairs that are not there."""
     rng = np.random.default_rng(seed)
     shape = (num_rows, num_answers, length)
-    real = np.arange(length)[None, None, :] < rng.integers(2, length + 1, size=(num_rows, num_answers, 1))
+    real = np.arange(length)[None, None, :] < rng.integers(
+        2, length + 1, size=(num_rows, num_answers, 1)
+    )
     for row, answer in absent:
         real[row, answer] = False
     response = real & (np.arange(length)[None, None, :] >= 1)
@@ -87,22 +100,36 @@ def numbers(loss):
     def valued(*args, **kwargs):
         terms, metrics = loss(*args, **kwargs)
         terms = terms if isinstance(terms, tuple) else (terms,)
-        return sum(term.value for term in terms), {name: metric.value for name, metric in metrics.items()}
+        return sum(term.value for term in terms), {
+            name: metric.value for name, metric in metrics.items()
+        }
 
     return valued
 
 
 def every_way(update, state, batch, key, check_vma=(True, False), **jit_options):
-    """Results of ``update(state, batch, key)`` on one device, under plain jit over arrays sharded over 4 devices, and
-    under shard_map over the same 4, for each ``check_vma``. Under jit no row may move from one device to another."""
+    """Results of ``update(state, batch, key)`` on one device, under plain jit over arrays sharded
+    over 4 devices, and under shard_map over the same 4, for each ``check_vma``. Under jit no row
+    may move from one device to another."""
     mesh = sharding.make_mesh(4)
     one = jax.jit(update)(state, batch, key)
-    spread = sharding.replicate(mesh, state), sharding.shard_rows(mesh, batch), sharding.replicate(mesh, key)
+    spread = (
+        sharding.replicate(mesh, state),
+        sharding.shard_rows(mesh, batch),
+        sharding.replicate(mesh, key),
+    )
     compiled = jax.jit(partial(update, **jit_options)).lower(*spread).compile()
-    moves = [name for name in ("all-gather", "all-to-all", "collective-permute") if name in compiled.as_text()]
+    moves = [
+        name
+        for name in ("all-gather", "all-to-all", "collective-permute")
+        if name in compiled.as_text()
+    ]
     assert not moves
     specs = {"mesh": mesh, "in_specs": (P(), P("data"), P()), "out_specs": P()}
-    mapped = [jax.shard_map(partial(update, axis_name="data"), check_vma=check, **specs) for check in check_vma]
+    mapped = [
+        jax.shard_map(partial(update, axis_name="data"), check_vma=check, **specs)
+        for check in check_vma
+    ]
     return one, compiled(*spread), *(jax.jit(f)(*spread) for f in mapped)
 
 
@@ -121,7 +148,9 @@ def assert_identical(actual, expected):
 
 def gpt2(head=None):
     """A GPT-2 of one layer whose token table takes more than 1 MB, and its parameters."""
-    config = models.GPT2Config(vocab_size=1100, max_length=16, hidden_size=256, num_layers=1, num_heads=2)
+    config = models.GPT2Config(
+        vocab_size=1100, max_length=16, hidden_size=256, num_layers=1, num_heads=2
+    )
     model = models.build(config)
     params = model.init(jax.random.key(0))
     return model, params if head is None else models.add_head(jax.random.key(1), params, head)

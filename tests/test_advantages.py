@@ -1,5 +1,5 @@
-"""advantages by hand, and what must not matter: masked columns, holes, absent answers; ``test_algorithm_losses`` has
-them against slow loops."""
+"""advantages by hand, and what must not matter: masked columns, holes, absent answers;
+``test_algorithm_losses`` has them against slow loops."""
 
 import functools
 import math
@@ -30,16 +30,29 @@ def test_gae_by_hand():
 def test_what_is_absent_counts_nowhere():
     """Columns, answers and rows outside the mask hold NaN."""
     rewards, mask = jnp.array([[9, 1, jnp.nan, 2, 4]]), jnp.array([[0, 1, 0, 1, 1]])
-    np.testing.assert_allclose(discounted_returns(rewards, mask, 0.5), [[0, 3, 0, 4, 4]])  # 1 + 2 / 2 + 4 / 4
-    values = jnp.array([[9, 1, jnp.nan, 3, 0]])  # across the hole: 1 + 3 / 2 - 1 + (2 - 3 + (4 - 0) / 4) / 4
+    np.testing.assert_allclose(
+        discounted_returns(rewards, mask, 0.5), [[0, 3, 0, 4, 4]]
+    )  # 1 + 2 / 2 + 4 / 4
+    values = jnp.array(
+        [[9, 1, jnp.nan, 3, 0]]
+    )  # across the hole: 1 + 3 / 2 - 1 + (2 - 3 + (4 - 0) / 4) / 4
     got, _ = gae(rewards, values, mask, 0.5, 0.5)
     np.testing.assert_allclose(got, [[0, 1.5, 0, 0, 4]])
-    scores, present = jnp.array([[1, 2, 6, jnp.nan], [5, jnp.nan, 3, 1]]), jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]])
+    scores, present = (
+        jnp.array([[1, 2, 6, jnp.nan], [5, jnp.nan, 3, 1]]),
+        jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]]),
+    )
     np.testing.assert_allclose(leave_one_out(scores, mask=present), [[-3, -1.5, 4.5, 0], [0] * 4])
-    normalized = group_normalized(scores, mask=present, eps=0.0)  # of 1, 2 and 6: mean 3, variance 14 / 2
-    np.testing.assert_allclose(normalized, [[-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5, 0], [0] * 4], rtol=1e-6)
+    normalized = group_normalized(
+        scores, mask=present, eps=0.0
+    )  # of 1, 2 and 6: mean 3, variance 14 / 2
+    np.testing.assert_allclose(
+        normalized, [[-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5, 0], [0] * 4], rtol=1e-6
+    )
     baseline, advantage = ema_baseline(2.0, jnp.array([4, jnp.nan, 8]), 0.9, jnp.array([1, 0, 1]))
-    np.testing.assert_allclose([baseline, *advantage], [2.4, 1.6, 0, 5.6], rtol=1e-6)  # .9 * 2 + .1 * 6
+    np.testing.assert_allclose(
+        [baseline, *advantage], [2.4, 1.6, 0, 5.6], rtol=1e-6
+    )  # .9 * 2 + .1 * 6
 
 
 # Groups
@@ -52,7 +65,12 @@ def test_what_is_absent_counts_nowhere():
         (advantages.discounted_returns, [(3,), (3,)], AssertionError, "rank"),
         (advantages.leave_one_out, [(4, 1)], ValueError, r"G > 1, got \(4, 1\)"),
         (advantages.group_normalized, [(4,)], AssertionError, "rank"),
-        (lambda x, mask: advantages.group_normalized(x, mask=mask), [(4, 2), (4,)], AssertionError, "shapes"),
+        (
+            lambda x, mask: advantages.group_normalized(x, mask=mask),
+            [(4, 2), (4,)],
+            AssertionError,
+            "shapes",
+        ),
     ],
 )
 def test_shapes_that_are_refused(f, shapes, error, message):
@@ -62,9 +80,15 @@ def test_shapes_that_are_refused(f, shapes, error, message):
 
 def test_group_normalized_by_hand():
     scores = jnp.array([[1.0, 0, 0, 0]])
-    np.testing.assert_allclose(group_normalized(scores, eps=0.0), [[1.5, -0.5, -0.5, -0.5]], rtol=1e-6)
-    np.testing.assert_allclose(group_normalized(scores), [[1.4997, -0.4999, -0.4999, -0.4999]], rtol=1e-6)
-    np.testing.assert_allclose(group_normalized(scores, scale=False), [[0.75, -0.25, -0.25, -0.25]], rtol=1e-6)
+    np.testing.assert_allclose(
+        group_normalized(scores, eps=0.0), [[1.5, -0.5, -0.5, -0.5]], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        group_normalized(scores), [[1.4997, -0.4999, -0.4999, -0.4999]], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        group_normalized(scores, scale=False), [[0.75, -0.25, -0.25, -0.25]], rtol=1e-6
+    )
 
 
 GROUPS = {
@@ -77,7 +101,12 @@ GROUPS = {
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_equal_scores_give_exactly_zero(name):
-    for score in (0.1, 1 / 3, -123456.7, 1e10):  # the mean of such numbers is not exact in floating point
+    for score in (
+        0.1,
+        1 / 3,
+        -123456.7,
+        1e10,
+    ):  # the mean of such numbers is not exact in floating point
         np.testing.assert_array_equal(GROUPS[name](jnp.full((2, 7), score, jnp.float32)), 0)
 
 
@@ -86,12 +115,16 @@ def test_groups_of_any_size_are_scaled(size):
     """Neither the squares of large scores nor those of small ones fit into float32."""
     scores, expected = size * jnp.array([[1.0, 0, 0, 0]]), np.array([[1.5, -0.5, -0.5, -0.5]])
     np.testing.assert_allclose(group_normalized(scores, eps=0.0), expected, rtol=1e-6)
-    np.testing.assert_allclose(group_normalized(scores), expected * 0.5 / (0.5 + 1e-4 / size), rtol=1e-5)
+    np.testing.assert_allclose(
+        group_normalized(scores), expected * 0.5 / (0.5 + 1e-4 / size), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_a_group_with_a_score_that_is_not_finite_is_not_finite(name):
-    """Zeros in its place would hide the fault: ``nonfinite`` would stay 0. Other groups are as they were."""
+    """Zeros in its place would hide the fault: ``nonfinite`` would stay 0. Other groups are as they
+    were.
+    """
     for bad in (math.nan, math.inf, -math.inf):
         found = np.asarray(GROUPS[name](jnp.array([[bad, 0.0, 1.0], [2.0, 0.0, 1.0]])))
         assert not np.isfinite(found[0]).any()

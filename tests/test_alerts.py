@@ -20,15 +20,20 @@ from rlhf_jax.runs import alerts, checkpoint
 
 
 def steps(rules, columns):
-    """The steps at which rules raise an alert in a history; row k is that of step k, None leaves a metric out."""
+    """The steps at which rules raise an alert in a history; row k is that of step k, None leaves a
+    metric out.
+    """
     history = [
-        {"step": step} | {name: value for name, value in zip(columns, row, strict=True) if value is not None}
+        {"step": step}
+        | {name: value for name, value in zip(columns, row, strict=True) if value is not None}
         for step, row in enumerate(zip(*columns.values(), strict=True))
     ]
     return [alert.step for alert in alerts.check(alerts.parse(["none", *rules]), history)]
 
 
-# --- Rules ----------------------------------------------------------------------------------------------------------
+# --- Rules
+#
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -61,8 +66,22 @@ JUDGED = ("validation/judge", "validation/score")
     [
         ("non-finite update", ["nonfinite"], [[]], [0], [1], 1),
         ("KL explosion", ["objective/kl", "response/length"], [[], []], [20, 10], [20.1, 10], 3),
-        ("entropy collapse", ["objective/entropy", "response/length"], [[20], [10]], [0.51, 5], [0.49, 5], 5),
-        ("reward collapse", ["objective/score"], [RAMP], [0.51], [0.49], 5),  # means from 0.05 to 0.95
+        (
+            "entropy collapse",
+            ["objective/entropy", "response/length"],
+            [[20], [10]],
+            [0.51, 5],
+            [0.49, 5],
+            5,
+        ),
+        (
+            "reward collapse",
+            ["objective/score"],
+            [RAMP],
+            [0.51],
+            [0.49],
+            5,
+        ),  # means from 0.05 to 0.95
         ("reward collapse", ["objective/score"], [NOISE], [-6.1], [-6.4], 5),
         ("value-loss explosion", ["value/loss"], [[3, 1, 2, 1, 3]], [39.9], [40.1], 5),
         ("degenerate text", ["response/repetition"], [[0.1]], [0.39], [0.41], 3),
@@ -75,7 +94,9 @@ JUDGED = ("validation/judge", "validation/score")
     ],
 )
 def test_the_threshold_of_a_default_rule(name, metrics, before, silent, raising, rows):
-    """Just below it there is no alert; just above it there is one, in the last row that the rule asks for."""
+    """Just below it there is no alert; just above it there is one, in the last row that the rule
+    asks for.
+    """
 
     def raised_with(last, count):
         columns = [earlier + [value] * count for earlier, value in zip(before, last, strict=True)]
@@ -92,7 +113,9 @@ def test_default_rules_are_on_until_none_and_can_stop():
 
 
 def test_names_may_hold_colons():
-    rules = alerts.parse(["none", " mean 3 of reward/count:e > 0.5x first for 2 : stop ", "reward/count:e > 3"])
+    rules = alerts.parse(
+        ["none", " mean 3 of reward/count:e > 0.5x first for 2 : stop ", "reward/count:e > 3"]
+    )
     assert [(rule.rows, rule.action) for rule in rules] == [(2, "stop"), (1, "log")]
     assert {rule.metrics for rule in rules} == {("reward/count:e",)}
 
@@ -101,14 +124,22 @@ def test_the_message_has_the_numbers():
     rule = "mean 2 of x > 2x first: stop"
     history = [{"step": step, "x": x} for step, x in ((3, 1.0), (5, 1.0), (7, 4.0))]
     (alert,) = alerts.check(alerts.parse(["none", rule]), history)
-    assert alert == alerts.Alert(7, "mean 2 of x > 2x first", rule, "stop", "mean 2 of x is 2.5 > 2")
+    assert alert == alerts.Alert(
+        7, "mean 2 of x > 2x first", rule, "stop", "mean 2 of x is 2.5 > 2"
+    )
 
 
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        *((rule, "is no rule: expected METRIC < NUMBER") for rule in ("", "objective/kl", "objective/kl >= 5")),
-        *((f"objective/kl > {end}", "is no rule") for end in ("high", "max - 3 sd", "5 for 0", "5 and x > 1")),
+        *(
+            (rule, "is no rule: expected METRIC < NUMBER")
+            for rule in ("", "objective/kl", "objective/kl >= 5")
+        ),
+        *(
+            (f"objective/kl > {end}", "is no rule")
+            for end in ("high", "max - 3 sd", "5 for 0", "5 and x > 1")
+        ),
         ("mean 0 of objective/kl > 5", "is no rule"),
         ("objective/kl > 5: halt", "log or stop, got 'halt'"),
     ],
@@ -126,8 +157,14 @@ def test_a_metric_that_is_never_recorded():
         )
 
     assert check("objective/kl > 5") == []
-    for rule, near in (("objective/kll > 5", "objective/kl"), ("los > 5", "loss"), ("validaton/a > 5", "validation/")):
-        with pytest.raises(UserError, match=f"'{rule}' never comes true: .* nearest that it does is {near}"):
+    for rule, near in (
+        ("objective/kll > 5", "objective/kl"),
+        ("los > 5", "loss"),
+        ("validaton/a > 5", "validation/"),
+    ):
+        with pytest.raises(
+            UserError, match=f"'{rule}' never comes true: .* nearest that it does is {near}"
+        ):
             check(rule)
     # One YAML serves all stages of a pipeline.
     assert len(check("sft/loss > 5", "validation/judge < 1", "reward hacking: stop")) == 3
@@ -143,7 +180,8 @@ def test_rules_on_the_command_line_and_in_yaml(tmp_path):
         parse(RunConfig, ["--config", str(file)])
 
 
-# --- In a run: step k has the loss LOSSES[k - 1] ---------------------------------------------------------------------
+# --- In a run: step k has the loss LOSSES[k - 1]
+# ---------------------------------------------------------------------
 
 LOSSES = [1, 1, 1, 9, 9, 1, 9, 1, 1]
 RULE, MEANS = "loss > 5", "mean 3 of loss > 1x first for 2"
@@ -169,17 +207,28 @@ def test_a_killed_run_alerts_alike(config, tmp_path, capsys):
     assert run(straight) == 9
     assert raised(straight) == [(4, RULE), (5, MEANS), (7, RULE)]
     assert f"alert at step 4: {RULE}: loss is 9 > 5" in capsys.readouterr().out
-    for step, resume in ((5, False), (6, True), (8, True)):  # with the rule true, after it, and with it true again
+    for step, resume in (
+        (5, False),
+        (6, True),
+        (8, True),
+    ):  # with the rule true, after it, and with it true again
         with pytest.raises(Killed):
             run(dataclasses.replace(config, resume=resume), die_at=step)
     assert run(dataclasses.replace(config, resume=True)) == 9
     for name in ("alerts.jsonl", "metrics.jsonl"):
-        assert (Path(config.output_dir) / name).read_bytes() == (Path(straight.output_dir) / name).read_bytes()
+        assert (Path(config.output_dir) / name).read_bytes() == (
+            Path(straight.output_dir) / name
+        ).read_bytes()
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float32", [(3, "sampler gap")]), ("bfloat16", []), ("float16", [])])
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("float32", [(3, "sampler gap")]), ("bfloat16", []), ("float16", [])]
+)
 def test_a_gap_that_the_dtype_explains_raises_nothing(config, dtype, expected):
-    run(dataclasses.replace(config, compute=Compute(dtype=dtype), alerts=()), metrics={"policy/sampler_gap": 0.49})
+    run(
+        dataclasses.replace(config, compute=Compute(dtype=dtype), alerts=()),
+        metrics={"policy/sampler_gap": 0.49},
+    )
     assert raised(config) == expected
 
 
@@ -189,7 +238,10 @@ def test_a_stop_saves_and_holds_until_the_rule_is_changed(config, monkeypatch, c
     stopping = dataclasses.replace(config, alerts=(rule,))
     resumed = dataclasses.replace(stopping, resume=True)
     for again in (stopping, resumed):  # whoever starts it again without a look is stopped again
-        with pytest.raises(AlertStop, match=rf"after step 5 of 9(.|\n)*{rule}(.|\n)*--resume --allow-changed alerts"):
+        with pytest.raises(
+            AlertStop,
+            match=rf"after step 5 of 9(.|\n)*{rule}(.|\n)*--resume --allow-changed alerts",
+        ):
             run(again)
         assert checkpoint.steps(Path(config.output_dir) / "checkpoints")[-1] == 5
         assert raised(config) == [(5, rule)]
@@ -202,10 +254,15 @@ def test_a_stop_saves_and_holds_until_the_rule_is_changed(config, monkeypatch, c
 
 
 def test_a_rule_of_a_metric_that_the_stage_lacks_ends_the_run_at_once(config, capsys):
-    with pytest.raises(UserError, match=r"'los > 5' never comes true: .* nearest that it does is loss"):
+    with pytest.raises(
+        UserError, match=r"'los > 5' never comes true: .* nearest that it does is loss"
+    ):
         run(dataclasses.replace(config, alerts=("los > 5",)))
     assert run(dataclasses.replace(config, alerts=("objective/kl > 5",), overwrite=True)) == 9
-    assert "'objective/kl > 5' never comes true: this stage does not record objective/kl" in capsys.readouterr().out
+    assert (
+        "'objective/kl > 5' never comes true: this stage does not record objective/kl"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_non_finite_update_leaves_its_alert(config):
@@ -214,7 +271,9 @@ def test_a_non_finite_update_leaves_its_alert(config):
     assert raised(config) == [(2, "non-finite update")]
 
 
-# --- On the page ----------------------------------------------------------------------------------------------------
+# --- On the page
+#
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_the_page_lists_alerts_and_marks_them(config):

@@ -1,5 +1,6 @@
-"""Each algorithm's loss as a whole, with metrics and gradient, against slow NumPy: ragged responses with holes, rows
-and answers that are absent, one-token responses, huge log-ratios, and anything at all in masked columns."""
+"""Each algorithm's loss as a whole, with metrics and gradient, against slow NumPy: ragged responses
+with holes, rows and answers that are absent, one-token responses, huge log-ratios, and anything at
+all in masked columns."""
 
 import dataclasses
 import functools
@@ -29,7 +30,9 @@ K3 = {"kl_loss_coef": 0.1, "kl_loss_estimator": "k3"}
 
 
 def dense(rng, scale):
-    """A rollout of eight rows: two absent for sure, some responses with holes; log-ratios of the size of ``scale``."""
+    """A rollout of eight rows: two absent for sure, some responses with holes; log-ratios of the
+    size of ``scale``.
+    """
     seed = int(rng.integers(2**31))
     lengths = rng.integers(1, LENGTH + 1, size=ROWS) * (rng.permutation(ROWS) > 1)
     batch = jax.tree.map(np.asarray, rollout(seed, lengths))
@@ -45,12 +48,16 @@ def dense(rng, scale):
 
 def scored(rng, scale):
     params, batch = dense(rng, scale)
-    return params, batch.replace(rewards=None, scores=rng.integers(0, 3, size=ROWS).astype(np.float32))
+    return params, batch.replace(
+        rewards=None, scores=rng.integers(0, 3, size=ROWS).astype(np.float32)
+    )
 
 
 def weighed(rng, scale):
     params, batch = dense(rng, scale)
-    return params, batch.replace(importance_weights=rng.uniform(0, 2, size=batch.tokens.shape).astype(np.float32))
+    return params, batch.replace(
+        importance_weights=rng.uniform(0, 2, size=batch.tokens.shape).astype(np.float32)
+    )
 
 
 def one_advantage_a_row(rng, scale):
@@ -66,20 +73,29 @@ def texts(rng, scale):
 def feedback(rng, scale):
     """Single answers with a reference point; no likes in one batch of some."""
     params, batch = dense(rng, scale)
-    made = (-5 + scale * rng.normal(size=ROWS)).astype(np.float32), rng.integers(0, 3, size=ROWS).astype(np.float32)
+    made = (
+        (-5 + scale * rng.normal(size=ROWS)).astype(np.float32),
+        rng.integers(0, 3, size=ROWS).astype(np.float32),
+    )
     point = np.full(ROWS, abs(scale * rng.normal()), np.float32)
     liked = rng.random(ROWS) < rng.choice([0.0, 0.5])
-    rows = Feedback(batch.tokens, batch.attention_mask, batch.response_mask, liked, made[1], made[0])
+    rows = Feedback(
+        batch.tokens, batch.attention_mask, batch.response_mask, liked, made[1], made[0]
+    )
     return params, rows.replace(reference_point=point)
 
 
 def answers(rng, scale, num_answers, **fields):
     """Comparisons with absent answers, a row that has none, and holes in the responses."""
     seed = int(rng.integers(2**31))
-    absent = [(0, k) for k in range(num_answers)] + list(zip([2, 3], rng.integers(0, num_answers, size=2), strict=True))
+    absent = [(0, k) for k in range(num_answers)] + list(
+        zip([2, 3], rng.integers(0, num_answers, size=2), strict=True)
+    )
     batch = jax.tree.map(np.asarray, comparisons(seed, ROWS, num_answers, absent=absent))
     mask = batch.response_mask * (rng.random(batch.tokens.shape) > 0.2)
-    batch = batch.replace(response_mask=mask, attention_mask=batch.attention_mask * mask.any(axis=2, keepdims=True))
+    batch = batch.replace(
+        response_mask=mask, attention_mask=batch.attention_mask * mask.any(axis=2, keepdims=True)
+    )
     made = {
         "best": rng.integers(0, num_answers, size=ROWS),
         "margin": rng.random(ROWS).astype(np.float32),
@@ -102,50 +118,113 @@ CASES = {
         reward_model.Config(centering=0.05),
         partial(answers, num_answers=2, best=True, margin=True, weight=True),
     ),
-    "regression": (reward_model, reward_model.Config(), partial(answers, num_answers=2, targets=True, weight=True)),
+    "regression": (
+        reward_model,
+        reward_model.Config(),
+        partial(answers, num_answers=2, targets=True, weight=True),
+    ),
     "vpg token": (vpg, vpg.Config(aggregate="token", entropy_coef=0.2), one_advantage_a_row),
     "vpg fixed": (vpg, vpg.Config(**FIXED, entropy_coef=0.1), weighed),
     "ppo sum": (
         ppo,
-        ppo.Config(aggregate="sum", dual_clip=1.2, value_clip=None, value_coef=0.5, gamma=0.9, whiten_advantages=False),
+        ppo.Config(
+            aggregate="sum",
+            dual_clip=1.2,
+            value_clip=None,
+            value_coef=0.5,
+            gamma=0.9,
+            whiten_advantages=False,
+        ),
         dense,
     ),
     "ppo fixed": (
         ppo,
-        ppo.Config(**FIXED, clip_low=0.1, whiten_advantages=False, whiten_rewards=True, entropy_coef=0.1, **K3),
+        ppo.Config(
+            **FIXED,
+            clip_low=0.1,
+            whiten_advantages=False,
+            whiten_rewards=True,
+            entropy_coef=0.1,
+            **K3,
+        ),
         weighed,
     ),
-    "rloo token": (rloo, rloo.Config(group_size=2, aggregate="token", entropy_coef=0.2, kl_loss_coef=0.3), scored),
+    "rloo token": (
+        rloo,
+        rloo.Config(group_size=2, aggregate="token", entropy_coef=0.2, kl_loss_coef=0.3),
+        scored,
+    ),
     "rloo fixed": (rloo, rloo.Config(**FIXED, dual_clip=1.2, **K3), weighed),
     "grpo": (grpo, grpo.Config(group_size=4), scored),
     "dr grpo": (grpo, grpo.Config(**FIXED, group_size=4, scale=False, entropy_coef=0.1), dense),
     "grpo token": (
         grpo,
-        grpo.Config(group_size=2, aggregate="token", eps=0.1, clip_high=0.3, dual_clip=2.0, kl_loss_estimator="k2"),
+        grpo.Config(
+            group_size=2,
+            aggregate="token",
+            eps=0.1,
+            clip_high=0.3,
+            dual_clip=2.0,
+            kl_loss_estimator="k2",
+        ),
         dense,
     ),
     "cispo": (
         grpo,
-        grpo.Config(group_size=4, surrogate="cispo", clip_low=0.5, clip_high=1.0, aggregate="token", kl_loss_coef=0.0),
+        grpo.Config(
+            group_size=4,
+            surrogate="cispo",
+            clip_low=0.5,
+            clip_high=1.0,
+            aggregate="token",
+            kl_loss_coef=0.0,
+        ),
         weighed,
     ),
     "cispo sequence": (
         rloo,
-        rloo.Config(surrogate="cispo", ratio="sequence", clip_low=0.05, clip_high=0.1, kl_loss_coef=0.1),
+        rloo.Config(
+            surrogate="cispo", ratio="sequence", clip_low=0.05, clip_high=0.1, kl_loss_coef=0.1
+        ),
         scored,
     ),
     "reinforce++": (rloo, rloo.Config(baseline="global", group_size=1, aggregate="token"), dense),
     "reinforce++ baseline": (rloo, rloo.Config(baseline="both", aggregate="token"), dense),
-    "gspo": (grpo, grpo.Config(group_size=4, ratio="sequence", clip_low=3e-4, clip_high=0.3, entropy_coef=0.1), scored),
-    "dpo robust": (dpo, dpo.Config(kind="robust", label_smoothing=0.2), partial(PAIRS, best=True, weight=True)),
+    "gspo": (
+        grpo,
+        grpo.Config(group_size=4, ratio="sequence", clip_low=3e-4, clip_high=0.3, entropy_coef=0.1),
+        scored,
+    ),
+    "dpo robust": (
+        dpo,
+        dpo.Config(kind="robust", label_smoothing=0.2),
+        partial(PAIRS, best=True, weight=True),
+    ),
     "dpo hinge": (dpo, dpo.Config(kind="hinge", beta=0.5), partial(PAIRS, best=True)),
-    "dpo by length": (dpo, dpo.Config(beta=5.0, length_normalised=True), partial(PAIRS, best=True, weight=True)),
-    "simpo": (dpo, dpo.Config(kind="simpo", beta=2.0, gamma=1.0), partial(PAIRS, best=True, weight=True)),
+    "dpo by length": (
+        dpo,
+        dpo.Config(beta=5.0, length_normalised=True),
+        partial(PAIRS, best=True, weight=True),
+    ),
+    "simpo": (
+        dpo,
+        dpo.Config(kind="simpo", beta=2.0, gamma=1.0),
+        partial(PAIRS, best=True, weight=True),
+    ),
     "orpo": (dpo, dpo.Config(kind="orpo"), partial(PAIRS, best=True, weight=True)),
     "kto": (kto, kto.Config(desirable_weight=1.5), feedback),
     "dpo ipo": (dpo, dpo.Config(kind="ipo", beta=0.5), partial(PAIRS, best=True, weight=True)),
 }
-POISONED = {"log_probs", "ref_log_probs", "values", "rewards", "advantages", "importance_weights", "scores", "targets"}
+POISONED = {
+    "log_probs",
+    "ref_log_probs",
+    "values",
+    "rewards",
+    "advantages",
+    "importance_weights",
+    "scores",
+    "targets",
+}
 SLOW = {
     sft: references.sft,
     reward_model: references.reward_model,
@@ -164,8 +243,8 @@ def slow_loss(algorithm, config, params, stopped, batch):
 
 @functools.cache
 def value_and_gradient(name):
-    """``(params, batch, poison) -> ((loss, metrics), gradient)`` with the poison in every masked column and in the
-    scores of absent rows and answers."""
+    """``(params, batch, poison) -> ((loss, metrics), gradient)`` with the poison in every masked
+    column and in the scores of absent rows and answers."""
     algorithm, config, _ = CASES[name]
 
     def loss(params, batch, poison):
@@ -179,13 +258,17 @@ def value_and_gradient(name):
             outside = ~inside.reshape(-1, inside.shape[-1])
             return PolicyOutput(*(x + jnp.where(outside, poison, 0.0) for x in policy_fn(*args)))
 
-        def score(params, *args):  # an absent answer has no token of its own, through which a gradient could come back
+        def score(
+            params, *args
+        ):  # an absent answer has no token of its own, through which a gradient could come back
             own = jnp.sum(params["scores"])
             absent = poison + own - jax.lax.stop_gradient(own)
             return score_fn(params, *args) + jnp.where(inside.any(axis=-1).ravel(), 0.0, absent)
 
         fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-        batch = batch.replace(**{k: poisoned(x) for k, x in fields.items() if k in POISONED and x is not None})
+        batch = batch.replace(
+            **{k: poisoned(x) for k, x in fields.items() if k in POISONED and x is not None}
+        )
         model = {"score_fn": score} if algorithm is reward_model else {"policy_fn": policy}
         if algorithm in SLOW_WITH_STOPPED:
             batch = algorithm.prepare(batch, config=config)
@@ -194,7 +277,16 @@ def value_and_gradient(name):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-FAST = ["sft sequence", "choice of four", "pairs", "regression", "vpg token", "ppo fixed", "rloo token", "dr grpo"]
+FAST = [
+    "sft sequence",
+    "choice of four",
+    "pairs",
+    "regression",
+    "vpg token",
+    "ppo fixed",
+    "rloo token",
+    "dr grpo",
+]
 FAST += ["gspo", "dpo robust", "cispo", "orpo", "kto"]
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in FAST]
 
@@ -219,7 +311,9 @@ def test_loss_metrics_and_gradient_equal_a_loop(name, seed, scale):
         direction = jax.tree.map(lambda x: rng.normal(size=x.shape), exact)
         ends = [jax.tree.map(lambda x, d, h=h: x + h * d, exact, direction) for h in (1e-6, -1e-6)]
         up, down = (slow_loss(algorithm, config, end, exact, batch)[0] for end in ends)
-        slope = sum(np.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+        slope = sum(
+            np.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True)
+        )
         np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-4, atol=1e-4 * size + 1e-6)
 
     for poison in (math.nan, 1e4):
@@ -228,10 +322,14 @@ def test_loss_metrics_and_gradient_equal_a_loop(name, seed, scale):
 
 
 def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations():
-    """Rows of 2, 3 and no tokens at ln 2 each are 2.5 ln 2 nats a row; the coefficient then moves by a tenth of .2."""
+    """Rows of 2, 3 and no tokens at ln 2 each are 2.5 ln 2 nats a row; the coefficient then moves
+    by a tenth of .2.
+    """
     optimizer = optax.sgd(0.0)
     batch = rollout(0, [2, 3, 0])
-    batch = batch.replace(ref_log_probs=batch.log_probs - math.log(2), rewards=None, advantages=None)
+    batch = batch.replace(
+        ref_log_probs=batch.log_probs - math.log(2), rewards=None, advantages=None
+    )
     batch = batch.replace(scores=jnp.array([1.0, 2.0, math.nan]))
     loop = phases.LoopState.create(vpg.State.create(policy_params(0), optimizer), 0.15)
     drawn = SamplingConfig(max_new_tokens=4, eos_id=None, pad_id=0)
@@ -240,6 +338,10 @@ def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations(
     learn = jax.jit(partial(phases.learn, recipe=recipe))
     loop, metrics = learn(loop, batch, jax.random.key(0), functions)
     np.testing.assert_allclose(metrics["objective/kl"], 2.5 * math.log(2), rtol=1e-6)
-    np.testing.assert_allclose(metrics["objective/reward"], 1.5 - 0.15 * 2.5 * math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["objective/reward"], 1.5 - 0.15 * 2.5 * math.log(2), rtol=1e-6
+    )
     np.testing.assert_allclose(loop.kl_coef, 0.15 * 1.02, rtol=1e-6)
-    np.testing.assert_allclose(loop.train.baseline, 0.1 * (1.5 - 0.15 * 2.5 * math.log(2)), rtol=1e-5)
+    np.testing.assert_allclose(
+        loop.train.baseline, 0.1 * (1.5 - 0.15 * 2.5 * math.log(2)), rtol=1e-5
+    )

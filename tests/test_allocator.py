@@ -1,4 +1,6 @@
-"""The allocator of entry points: which processes start anew, and that their calls fault no page twice."""
+"""The allocator of entry points: which processes start anew, and that their calls fault no page
+twice.
+"""
 
 import json
 import os
@@ -40,11 +42,17 @@ needs_pages = pytest.mark.skipif(not PAGES.is_dir(), reason="a kernel that knows
 
 
 def started(tmp_path, *argv, how=(), **environment):
-    """(how often the script began, whether with our settings, what GLIBC_TUNABLES is, flags, UTF-8 mode, faults)."""
+    """(how often the script began, whether with our settings, what GLIBC_TUNABLES is, flags, UTF-8
+    mode, faults).
+    """
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, *(how or ["-X", "utf8", str(tmp_path / "script.py")]), *argv]
-    env = {key: value for key, value in os.environ.items() if key not in (NAME, "RLHF_JAX_KEEP_MEMORY")} | environment
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=120)
+    env = {
+        key: value for key, value in os.environ.items() if key not in (NAME, "RLHF_JAX_KEEP_MEMORY")
+    } | environment
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=env, timeout=120
+    )
     assert done.returncode == 7, done.stderr
     *begun, line = done.stdout.splitlines()
     return len(begun), *json.loads(line)
@@ -58,11 +66,25 @@ def test_a_script_starts_anew_once_with_its_flags_and_leaves_the_environment_as_
 @needs_pages
 def test_what_a_user_set_is_left_alone(tmp_path):
     assert started(tmp_path, RLHF_JAX_KEEP_MEMORY="0") == (1, False, None, [], 1, [])
-    assert started(tmp_path, **{NAME: "glibc.malloc.check=0"}) == (1, False, "glibc.malloc.check=0", [], 1, [])
+    assert started(tmp_path, **{NAME: "glibc.malloc.check=0"}) == (
+        1,
+        False,
+        "glibc.malloc.check=0",
+        [],
+        1,
+        [],
+    )
 
 
 def test_a_program_that_is_no_file_goes_on_since_it_may_have_been_read_from_a_pipe(tmp_path):
-    assert started(tmp_path, "--a", how=["-X", "utf8", "-c", SCRIPT]) == (1, False, None, ["--a"], 1, [])
+    assert started(tmp_path, "--a", how=["-X", "utf8", "-c", SCRIPT]) == (
+        1,
+        False,
+        None,
+        ["--a"],
+        1,
+        [],
+    )
 
 
 def test_a_debugger_keeps_its_process(monkeypatch):
@@ -71,7 +93,11 @@ def test_a_debugger_keeps_its_process(monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)
     monkeypatch.setattr(allocator.Path, "is_dir", lambda path: True)
     monkeypatch.setattr(allocator.os, "execv", lambda *command: begun.append(command))
-    for tracing, known in ((print, True), (None, False), (None, True)):  # known: on some kernels and systems not
+    for tracing, known in (
+        (print, True),
+        (None, False),
+        (None, True),
+    ):  # known: on some kernels and systems not
         assert not begun
         monkeypatch.delenv(NAME, raising=False)
         monkeypatch.setattr(allocator.sys, "gettrace", lambda tracing=tracing: tracing)

@@ -1,4 +1,6 @@
-"""The rows of the feature tables in README and docs/coming_from.md, each with the test that proves it."""
+"""The rows of the feature tables in README and docs/coming_from.md, each with the test that proves
+it.
+"""
 
 import ast
 import re
@@ -89,7 +91,7 @@ PROVED_BY = {
     "deployment": "test_model_files.py::test_round_trip_is_bit_equal_and_named_as_gpt2_lm_head_model",
     # The reward-model notebook
     "preferences_are_loaded_and_preprocessed": "test_batches.py::test_comparison_batch_by_hand",
-    "reward_model_on_llama_with_lora": "test_notebooks.py::test_the_notebook_of_the_reward_model_on_llama_tells_good_from_bad",  # noqa: E501
+    "reward_model_on_llama_with_lora": "test_notebooks.py::test_the_notebook_of_the_reward_model_on_llama_tells_good_from_bad",
     "one_scalar_for_each_response": "test_heads.py::test_scores_by_hand",
     "good_is_told_from_bad": "test_known_optima.py::test_reward_model_recovers_the_rewards",
     "a_notebook_of_it": "test_notebooks.py::test_the_notebook_of_the_reward_model_on_llama_tells_good_from_bad",
@@ -97,10 +99,14 @@ PROVED_BY = {
 
 
 def found(test):
-    """The function ``FILE.py::NAME`` in tests/, and its file's statements; an error if there is no such function."""
+    """The function ``FILE.py::NAME`` in tests/, and its file's statements; an error if there is no
+    such function.
+    """
     file, name = test.split("::")
     statements = ast.parse((ROOT / "tests" / file).read_text("utf-8")).body
-    [function] = [node for node in statements if isinstance(node, ast.FunctionDef) and node.name == name]
+    [function] = [
+        node for node in statements if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
     return function, statements
 
 
@@ -116,7 +122,9 @@ def test_what_proves_a_row_runs_in_the_fast_or_the_slow_tests(test):
 @pytest.mark.parametrize("page", PAGES)
 def test_the_feature_tables_name_these_rows(page):
     cells, rows = [], []
-    for table in re.findall(r"^\|.*\| proved by \|\n\|[-|]+\n((?:\|.*\n)+)", PAGES[page], re.MULTILINE):
+    for table in re.findall(
+        r"^\|.*\| proved by \|\n\|[-|]+\n((?:\|.*\n)+)", PAGES[page], re.MULTILINE
+    ):
         cells += [line.rstrip("| ").rpartition(" | ")[2] for line in table.splitlines()]
     for cell in cells:
         rows += re.findall(r"`(\w+)`", cell)

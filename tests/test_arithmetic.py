@@ -1,4 +1,6 @@
-"""Generated word problems, the reward that checks their answers, and policies that learn to solve them."""
+"""Generated word problems, the reward that checks their answers, and policies that learn to solve
+them.
+"""
 
 import collections
 import json
@@ -59,11 +61,25 @@ def test_every_problem_can_be_had_and_no_more(tmp_path):
 
 WORKED = "He has 2 x 500 = <<2*500=1000>>1000.\n#### 1,000"
 RIGHT = [
-    *(("42", 42), (" 42.", 42), ("6 x 7 = 42", "42"), ("1000", WORKED), ("12,345,678 dollars", 12345678)),
+    *(
+        ("42", 42),
+        (" 42.", 42),
+        ("6 x 7 = 42", "42"),
+        ("1000", WORKED),
+        ("12,345,678 dollars", 12345678),
+    ),
     *(("$42.00", 42), ("0.50", "1/2 is .5"), ("5-3", 3), ("007", 7), ("0", 0)),
 ]
 WRONG = [
-    *(("42 it is, not 43", 42), ("4,2", 42), ("4 2", 42), ("5", ".5"), ("3", -3), ("٤٢", 42), ("", 0)),
+    *(
+        ("42 it is, not 43", 42),
+        ("4,2", 42),
+        ("4 2", 42),
+        ("5", ".5"),
+        ("3", -3),
+        ("٤٢", 42),
+        ("", 0),
+    ),
     ("9" * 400, "9" * 399 + "8"),
 ]
 
@@ -84,7 +100,17 @@ def test_gold_solutions_are_right_and_those_of_the_next_question_mostly_not():
 
 def test_a_number_is_digits_alone():
     responses = ["7", " 12 ", "-3", "7.5", "seven", "", "1 2", "7.", "٤٢"]
-    assert arithmetic.is_number(["?"] * 9, responses) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert arithmetic.is_number(["?"] * 9, responses) == [
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 # The policies

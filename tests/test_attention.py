@@ -1,5 +1,5 @@
-"""The implementations of attention: equal to the plain one for every mask, their memory, and what is lowered for GPU
-and TPU."""
+"""The implementations of attention: equal to the plain one for every mask, their memory, and what
+is lowered for GPU and TPU."""
 
 import dataclasses
 import functools
@@ -35,7 +35,10 @@ def inputs(length=7, heads=2, groups=2, width=4):
 
 def gradients(compute, mask, length=7):
     """The output at real tokens, and the gradients of a weighted sum of it."""
-    weights = np.random.default_rng(1).normal(size=inputs(length)[0].shape) * (mask != 0)[:, None, None, :, None]
+    weights = (
+        np.random.default_rng(1).normal(size=inputs(length)[0].shape)
+        * (mask != 0)[:, None, None, :, None]
+    )
 
     def loss(*arrays):
         mixed = compute(*arrays)
@@ -67,7 +70,9 @@ def assert_close(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
 
 
-@pytest.mark.parametrize("scores", [14, 21])  # blocks of 2 and of 3 queries: the last one is not full
+@pytest.mark.parametrize(
+    "scores", [14, 21]
+)  # blocks of 2 and of 3 queries: the last one is not full
 def test_blocks_give_the_same_values_and_gradients(scores, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_SCORES", scores)
     blockwise = of(attention.blockwise)
@@ -77,7 +82,9 @@ def test_blocks_give_the_same_values_and_gradients(scores, monkeypatch):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_what_cudnn_is_asked_for_gives_the_same_values_and_gradients(name, monkeypatch):
-    """The call alone is replaced: cuDNN needs a GPU. Seven tokens become eight, as it wants an even number."""
+    """The call alone is replaced: cuDNN needs a GPU. Seven tokens become eight, as it wants an even
+    number.
+    """
     original = jax.nn.dot_product_attention
 
     def on_cpu(query, key, value, *, implementation, **settings):
@@ -100,7 +107,9 @@ def test_what_cudnn_is_asked_for_gives_the_same_values_and_gradients(name, monke
 def test_splash_gives_the_same_values_and_gradients(name, monkeypatch):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
-    monkeypatch.setattr(kernel, "make_splash_mha", functools.partial(kernel.make_splash_mha, interpret=True))
+    monkeypatch.setattr(
+        kernel, "make_splash_mha", functools.partial(kernel.make_splash_mha, interpret=True)
+    )
     mask, window = rows(np.repeat(MASKS[name][0], 20)), MASKS[name][1] and 20 * MASKS[name][1]
     compute = functools.partial(attention.fused, name="splash", window=window)
     found = gradients(lambda *arrays: compute(*arrays, mask), mask, 140)
@@ -113,19 +122,26 @@ def test_attention_from_its_definition():
     query, key, value = inputs()
     scores = np.where(np.tri(7, dtype=bool), np.einsum("bhgtd,bhsd->bhgts", query, key), -np.inf)
     weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
-    expected, seen = np.einsum("bhgts,bhsd->bhgtd", weights, value), attention.seen_in_text(np.ones((2, 7), np.int32))
+    expected, seen = (
+        np.einsum("bhgts,bhsd->bhgtd", weights, value),
+        attention.seen_in_text(np.ones((2, 7), np.int32)),
+    )
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):
         mixed = attention.attention(*(jnp.asarray(x, dtype) for x in (query, key, value)), seen)
         np.testing.assert_allclose(mixed.astype(np.float32), expected, atol=tolerance)
 
 
 def test_blocks_drop_as_many_weights():
-    """Values of ones: the mean of what arrives is 1 whatever is dropped, and each block draws for itself."""
+    """Values of ones: the mean of what arrives is 1 whatever is dropped, and each block draws for
+    itself.
+    """
     (query, key, _), draws = inputs(64), jax.random.key(0)
     seen = attention.seen_in_text(jnp.ones((2, 64), int))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK_SCORES", 64 * 16)
-        drop = jax.jit(lambda key: attention.blockwise(query * 0, key, jnp.ones_like(key), seen, (draws, 0.5)))
+        drop = jax.jit(
+            lambda key: attention.blockwise(query * 0, key, jnp.ones_like(key), seen, (draws, 0.5))
+        )
         mixed = np.asarray(drop(key))[..., 0]
     assert abs(np.mean(mixed) - 1) < 0.05
     assert np.std(mixed[..., 16:]) > 0.1
@@ -143,7 +159,14 @@ def test_blocks_drop_as_many_weights():
         ("gpu", {"compute_dtype": "bfloat16"}, 512, 512, False, "cudnn"),
         ("gpu", {"compute_dtype": "bfloat16"}, 512, 512, True, "blockwise"),
         ("gpu", {"compute_dtype": "bfloat16"}, 512, 1024, False, "blockwise"),
-        ("gpu", {"compute_dtype": "bfloat16", "num_heads": 8}, 512, 512, False, "blockwise"),  # heads of 4
+        (
+            "gpu",
+            {"compute_dtype": "bfloat16", "num_heads": 8},
+            512,
+            512,
+            False,
+            "blockwise",
+        ),  # heads of 4
         ("gpu", {}, 512, 512, False, "blockwise"),
         ("tpu", {}, 512, 512, False, "splash"),
         ("tpu", {"attention": "xla"}, 512, 512, False, "xla"),
@@ -151,7 +174,9 @@ def test_blocks_drop_as_many_weights():
         ("cpu", {"attention": "splash"}, 1, 16, False, "xla"),
     ],
 )
-def test_which_implementation_is_taken(backend, changes, queries, keys, drops, expected, monkeypatch):
+def test_which_implementation_is_taken(
+    backend, changes, queries, keys, drops, expected, monkeypatch
+):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = models.GPT2Config(64, 4096, 32, 2, changes.pop("num_heads", 4), **changes)
@@ -159,7 +184,16 @@ def test_which_implementation_is_taken(backend, changes, queries, keys, drops, e
 
 
 GEMMA = models.Gemma3TextConfig(
-    32, 256, 16, 3, 2, head_dim=8, intermediate_size=24, num_kv_heads=1, sliding_window=5, global_every=3
+    32,
+    256,
+    16,
+    3,
+    2,
+    head_dim=8,
+    intermediate_size=24,
+    num_kv_heads=1,
+    sliding_window=5,
+    global_every=3,
 )
 
 
@@ -167,11 +201,15 @@ GEMMA = models.Gemma3TextConfig(
 def test_a_model_computes_the_same_in_blocks(scan_layers, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_SCORES", 40)
     config = dataclasses.replace(GEMMA, scan_layers=scan_layers)
-    plain, blocks = (models.build(dataclasses.replace(config, attention=name)) for name in ("xla", "blockwise"))
+    plain, blocks = (
+        models.build(dataclasses.replace(config, attention=name)) for name in ("xla", "blockwise")
+    )
     params = plain.init(jax.random.key(0))
     tokens, mask = np.arange(20).reshape(2, 10), np.array([[0, 0, *[1] * 8], [1] * 4 + [2] * 6])
     columns = jnp.array([[9, 3], [5, 0]])
-    ours, theirs = (jax.jit(model.hidden)(params, tokens, mask, None, columns) for model in (blocks, plain))
+    ours, theirs = (
+        jax.jit(model.hidden)(params, tokens, mask, None, columns) for model in (blocks, plain)
+    )
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
@@ -182,7 +220,11 @@ def step_and_arguments(length, batch=2, **changes):
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     state = jax.eval_shape(lambda: TrainState.create(model.init(jax.random.key(0)), optimizer))
     batch = Demonstrations(tokens=tokens, attention_mask=tokens, response_mask=tokens)
-    settings = {"policy_fn": models.policy_fn(model), "optimizer": optimizer, "config": sft.Config()}
+    settings = {
+        "policy_fn": models.policy_fn(model),
+        "optimizer": optimizer,
+        "config": sft.Config(),
+    }
     step = jax.jit(lambda state, batch: sft.update(state, batch, jax.random.key(0), **settings))
     return step, (state, batch)
 
@@ -194,7 +236,9 @@ def temporary_bytes(length, **changes):
 
 @pytest.mark.slow
 def test_memory_grows_with_the_length_and_not_with_its_square():
-    """The table in docs/performance.md: each doubling at most 2.3 times, where the plain form grows by 3 to 4."""
+    """The table in docs/performance.md: each doubling at most 2.3 times, where the plain form grows
+    by 3 to 4.
+    """
     lengths, sizes = (256, 512, 1024, 2048), {"batch": 8, "hidden_size": 128, "num_layers": 4}
     auto = [temporary_bytes(length, **sizes) for length in lengths]
     print(dict(zip(lengths, (f"{size / 2**20:.0f} MiB" for size in auto), strict=True)))
@@ -207,7 +251,9 @@ SCORES = re.compile(r"\d+x(128|256)x256xf32")  # of all queries, or of the later
 
 @pytest.mark.slow
 def test_splash_is_lowered_for_tpu():
-    """A training step, the prompt of a decode and one token: the kernel where there are many queries, and no scores."""
+    """A training step, the prompt of a decode and one token: the kernel where there are many
+    queries, and no scores.
+    """
     step, arguments = step_and_arguments(256, attention="splash")
     text = step.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") >= 3  # forward, queries' and keys' gradients
@@ -215,16 +261,24 @@ def test_splash_is_lowered_for_tpu():
     plain, _ = step_and_arguments(256, attention="xla")
     assert SCORES.search(plain.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text())
     model = models.build(dataclasses.replace(GPT2, attention="splash"))
-    params, cache = jax.eval_shape(lambda: (model.init(jax.random.key(0)), model.init_cache(2, 300)))
+    params, cache = jax.eval_shape(
+        lambda: (model.init(jax.random.key(0)), model.init_cache(2, 300))
+    )
     for queries, is_fused in ((256, True), (1, False)):
         tokens, key_mask = (jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (queries, 300))
         decode = jax.jit(functools.partial(model.decode, index=0))
-        text = decode.trace(params, tokens, tokens, key_mask, cache).lower(lowering_platforms=("tpu",)).as_text()
+        text = (
+            decode.trace(params, tokens, tokens, key_mask, cache)
+            .lower(lowering_platforms=("tpu",))
+            .as_text()
+        )
         assert ("tpu_custom_call" in text) == is_fused
 
 
 def test_cudnn_is_lowered_for_cuda(monkeypatch):
-    """The call is replaced, since JAX refuses it where there is no cuDNN; nothing else holds float32 scores."""
+    """The call is replaced, since JAX refuses it where there is no cuDNN; nothing else holds
+    float32 scores.
+    """
     asked = []
 
     def stand_in(query, key, value, **settings):
@@ -245,10 +299,14 @@ def dots(function, *arrays):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_scores_of_one_query_as_a_sum(groups):
-    """They are those of the product, and only the values' product is left; queries that share keys have theirs."""
+    """They are those of the product, and only the values' product is left; queries that share keys
+    have theirs.
+    """
     query, key, value = inputs(groups=groups)
     seen = attention.seen_in_cache(jnp.ones((2, 7), jnp.int32).at[0, :3].set(0), 5, 1)
-    product, summed = (functools.partial(attention.attention, seen=seen, summed=is_sum) for is_sum in (False, True))
+    product, summed = (
+        functools.partial(attention.attention, seen=seen, summed=is_sum) for is_sum in (False, True)
+    )
     arrays = (query[..., 5:6, :], key, value)
     np.testing.assert_allclose(summed(*arrays), product(*arrays), atol=1e-6)
     assert (dots(product, *arrays), dots(summed, *arrays)) == (2, 1 if groups == 1 else 2)
@@ -267,7 +325,9 @@ def test_scores_of_one_query_are_summed_in_float32():
 
 @pytest.mark.parametrize("first", [0, 3])
 def test_the_first_half_of_the_queries_leaves_out_later_keys(first):
-    """The same values and gradients as with all keys, for fewer scores; of all queries, or of the last ones."""
+    """The same values and gradients as with all keys, for fewer scores; of all queries, or of the
+    last ones.
+    """
     length = 2 * attention.HALF + 5
     query, key, value = inputs(length)
     documents = jnp.ones((2, length), jnp.int32).at[1, :9].set(0)  # the second row begins with pads

@@ -1,4 +1,6 @@
-"""Encoding and batches: hand-made arrays, every row once an epoch, and any step without the steps before it."""
+"""Encoding and batches: hand-made arrays, every row once an epoch, and any step without the steps
+before it.
+"""
 
 import jax
 import numpy as np
@@ -13,8 +15,14 @@ KEY = jax.random.key(7)
 PINNED = [[2, 5], [3, 4], [6, -1], [1, 0]]
 TOKENIZER = characters("abcdefgh{}")  # ids: a..h are 2..9
 ROWS = [Row("ab", ("cd",), "f, line 1"), Row("a", ("b",), "f, line 2")]
-PAIRS = [Row(row[0], row[1:], f"f, line {i}") for i, row in enumerate([("ab", "c", "de"), ("a", "bcdef", "bcdeg")], 1)]
-PROMPTS = [Row("ab", (), "f, line 1", columns={"topic": "x"}), Row("c", (), "f, line 2", columns={"level": 2})]
+PAIRS = [
+    Row(row[0], row[1:], f"f, line {i}")
+    for i, row in enumerate([("ab", "c", "de"), ("a", "bcdef", "bcdeg")], 1)
+]
+PROMPTS = [
+    Row("ab", (), "f, line 1", columns={"topic": "x"}),
+    Row("c", (), "f, line 2", columns={"level": 2}),
+]
 equal = np.testing.assert_array_equal
 
 
@@ -49,8 +57,14 @@ def test_too_long_texts():
     cut = demonstrations(max_length=4, too_long="truncate")
     assert cut.counts == {"response cut, its EOS with it": 1}
     equal(cut.tokens[0][0], [2, 3, 4, 5])
-    assert batches.demonstration_batch(cut, np.array([0])).tokens.shape == (1, 4)  # never wider than max_length
-    assert demonstrations(max_length=2, too_long="truncate").counts == {encoding.NO_ROOM: 1, encoding.CUT: 1}
+    assert batches.demonstration_batch(cut, np.array([0])).tokens.shape == (
+        1,
+        4,
+    )  # never wider than max_length
+    assert demonstrations(max_length=2, too_long="truncate").counts == {
+        encoding.NO_ROOM: 1,
+        encoding.CUT: 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -61,14 +75,30 @@ def test_too_long_texts():
             {"max_length": 4},
             "f, line 1: a prompt of 2 and a response of 3 .* 5, more than max_length 4",
         ),
-        (demonstrations, {"max_length": 1, "too_long": "drop"}, "all 2 rows are longer than 1 tokens"),
+        (
+            demonstrations,
+            {"max_length": 1, "too_long": "drop"},
+            "all 2 rows are longer than 1 tokens",
+        ),
         (comparisons, {"rows": []}, "no rows to encode"),
-        (comparisons, {"rows": [Row("a", ("b", "z"), "f, line 2")]}, "f, line 2: the tokenizer's alphabet lacks 'z'"),
+        (
+            comparisons,
+            {"rows": [Row("a", ("b", "z"), "f, line 2")]},
+            "f, line 2: the tokenizer's alphabet lacks 'z'",
+        ),
         (comparisons, {"max_length": 4}, "f, line 1: a prompt of 2"),
         (prompts, {"template": "{question}"}, r"has no \{prompt\} in it"),
         (prompts, {"length": 1}, "f, line 1: the prompt has 2 tokens, more than the 1 allowed"),
-        (prompts, {"max_positions": 7, "max_new_tokens": 7}, "7 leaves no room for a prompt of 1 .* 7 positions"),
-        (prompts, {"length": 2, "max_positions": 8, "max_new_tokens": 7}, "7 leaves no room for a prompt of 2 tokens"),
+        (
+            prompts,
+            {"max_positions": 7, "max_new_tokens": 7},
+            "7 leaves no room for a prompt of 1 .* 7 positions",
+        ),
+        (
+            prompts,
+            {"length": 2, "max_positions": 8, "max_new_tokens": 7},
+            "7 leaves no room for a prompt of 2 tokens",
+        ),
     ],
 )
 def test_what_cannot_be_encoded_is_said(encode, limits, message):
@@ -87,10 +117,16 @@ def test_comparison_batch_by_hand():
     assert (batch.best, batch.weight) == (None, None)
     cut = comparisons(rows, max_length=4, too_long="truncate")
     assert cut.sources == ["f, line 1", "f, line 3"]
-    assert cut.counts == {"dropped, the cut responses are equal": 1, "response cut, its EOS with it": 1}
+    assert cut.counts == {
+        "dropped, the cut responses are equal": 1,
+        "response cut, its EOS with it": 1,
+    }
     both = comparisons([Row("a", ("bcd", "cde"), "f")], max_length=3, too_long="truncate")
     assert both.counts == {"response cut, its EOS with it": 2}
-    ranking = [Row("a", texts, "f, line 4", weight=1 / 3) for texts in (("b", "c"), ("b", "def"), ("c", "def"))]
+    ranking = [
+        Row("a", texts, "f, line 4", weight=1 / 3)
+        for texts in (("b", "c"), ("b", "def"), ("c", "def"))
+    ]
     equal(comparisons([*rows[2:], *ranking]).weight, np.float32([1, 1 / 3, 1 / 3, 1 / 3]))
     assert comparisons([*rows[2:], *ranking], max_length=3, too_long="drop").weight.tolist() == [
         1,
@@ -120,7 +156,10 @@ def test_comparisons_of_several_answers_by_hand():
     assert (batch.best.dtype, batch.weight.dtype, batch.targets) == (np.int32, np.float32, None)
     rows.append(Row("abc", ("d", "de", "def"), "f, line 4", best=0))
     cut = comparisons(rows, max_length=4, too_long="truncate")
-    assert cut.counts == {"response cut, its EOS with it": 1, "dropped, the cut responses are equal": 1}
+    assert cut.counts == {
+        "response cut, its EOS with it": 1,
+        "dropped, the cut responses are equal": 1,
+    }
     assert cut.sources == ["f, line 1", "f, line 2", "f, line 3"]
 
 
@@ -129,24 +168,43 @@ def test_prompts_are_left_padded_and_keep_their_columns():
     equal(data.tokens, [[2, 3], [0, 4]])
     equal(data.attention_mask, [[1, 1], [0, 1]])
     assert data.columns == ["topic", "level"]
-    assert batches.columns_at(data, np.array([1, 0, 1])) == {"topic": [None, "x", None], "level": [2, None, 2]}
+    assert batches.columns_at(data, np.array([1, 0, 1])) == {
+        "topic": [None, "x", None],
+        "level": [2, None, 2],
+    }
     equal(prompts(length=3).tokens, [[0, 2, 3], [0, 0, 4]])
-    # The end of a prompt matters most; a prompt and what is sampled after it must fit the model's positions.
+    # The end of a prompt matters most; a prompt and what is sampled after it must fit the model's
+    # positions.
     for limits in ({"length": 1}, {"max_positions": 8, "max_new_tokens": 7}):
         equal(prompts(too_long="truncate", **limits).tokens, [[3], [4]])
     assert prompts(max_positions=9, max_new_tokens=7).tokens.shape == (2, 2)
     left = prompts(length=1, too_long="drop")
-    assert (left.rows, left.columns, left.counts) == (PROMPTS[1:], ["level"], {"dropped, too long": 1})
+    assert (left.rows, left.columns, left.counts) == (
+        PROMPTS[1:],
+        ["level"],
+        {"dropped, too long": 1},
+    )
 
 
 @pytest.mark.parametrize(
     ("lengths", "width"),  # of 22 columns, multiple 4
-    [((1,), 4), ((4, 0), 4), ((2, 5), 8), ((9, 1), 16), ((16,), 16), ((17,), 22), ((22, 1), 22), ((0,), 4)],
+    [
+        ((1,), 4),
+        ((4, 0), 4),
+        ((2, 5), 8),
+        ((9, 1), 16),
+        ((16,), 16),
+        ((17,), 22),
+        ((22, 1), 22),
+        ((0,), 4),
+    ],
 )
 def test_a_batch_of_prompts_is_as_wide_as_its_longest_needs(lengths, width):
     mask = np.arange(22) >= 22 - np.array(lengths)[:, None]
     assert batches.prompt_width(mask.astype(np.int32), 4) == width
-    assert batches.prompt_width(mask[:, 1:].astype(np.int32), 4) == (width if width < 16 else 21)  # saves too little
+    assert batches.prompt_width(mask[:, 1:].astype(np.int32), 4) == (
+        width if width < 16 else 21
+    )  # saves too little
 
 
 def test_narrowed_prompts_keep_the_last_columns_of_all_rows():
@@ -169,7 +227,9 @@ def test_an_epoch_visits_every_row_once(n, batch_size):
 
 
 def test_batches_hold_rows_of_similar_length():
-    lengths = np.array([10] * 6 + [40] * 10)  # 2 short rows are left over: they join long ones in one batch
+    lengths = np.array(
+        [10] * 6 + [40] * 10
+    )  # 2 short rows are left over: they join long ones in one batch
     mixed = [set(lengths[rows]) for rows in batches.Plan(lengths, 4, KEY).epoch(0)]
     assert sorted(map(len, mixed)) == [1, 1, 1, 2]
 
@@ -182,7 +242,9 @@ def test_plans_depend_on_key_and_epoch_alone():
         equal(batches.Plan(lengths, 8, KEY).rows(step), straight[step])
     assert plan.steps_per_epoch == 5
     assert not np.array_equal(np.stack(straight[:5]), np.stack(straight[5:10]))
-    assert not np.array_equal(np.stack(straight[:5]), batches.Plan(lengths, 8, jax.random.key(8)).epoch(0))
+    assert not np.array_equal(
+        np.stack(straight[:5]), batches.Plan(lengths, 8, jax.random.key(8)).epoch(0)
+    )
     # A changed shuffle would change every run: pinned.
     equal(batches.Plan(np.array([1] * 3 + [20] * 4), 2, jax.random.key(0)).epoch(1), PINNED)
 

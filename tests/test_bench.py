@@ -12,7 +12,16 @@ from rlhf_jax import cli, models
 from rlhf_jax.errors import UserError
 
 measure, bench = (cli.script("benchmarks", name) for name in ("measure", "steps"))
-KEYS = ("median_s", "min_s", "max_s", "tokens_per_s", "compile_cold_s", "compile_warm_s", "page_faults", "flops_share")
+KEYS = (
+    "median_s",
+    "min_s",
+    "max_s",
+    "tokens_per_s",
+    "compile_cold_s",
+    "compile_warm_s",
+    "page_faults",
+    "flops_share",
+)
 
 
 def test_operations_of_products_are_counted_through_loops_and_derivatives():
@@ -20,11 +29,17 @@ def test_operations_of_products_are_counted_through_loops_and_derivatives():
     assert measure.matmul_flops(jax.make_jaxpr(lambda x: x @ x.T)(x).jaxpr) == 2 * 3 * 5 * 3
 
     def loop(x):
-        y, _ = jax.lax.scan(lambda carry, _: (jax.checkpoint(lambda c: c @ jnp.ones((5, 5)))(carry), None), x, length=7)
+        y, _ = jax.lax.scan(
+            lambda carry, _: (jax.checkpoint(lambda c: c @ jnp.ones((5, 5)))(carry), None),
+            x,
+            length=7,
+        )
         return jax.lax.while_loop(lambda c: jnp.sum(c) < 0, lambda c: c @ jnp.ones((5, 5)), y)
 
     product = 2 * 3 * 5 * 5
-    assert measure.matmul_flops(jax.make_jaxpr(jax.jit(loop))(x).jaxpr, trips=4) == (7 + 4) * product
+    assert (
+        measure.matmul_flops(jax.make_jaxpr(jax.jit(loop))(x).jaxpr, trips=4) == (7 + 4) * product
+    )
 
 
 @pytest.mark.slow
@@ -40,7 +55,9 @@ def test_one_line_of_json_has_what_was_measured(name, tokens, share, capsys):
     assert line[share] > 0
 
 
-@pytest.mark.parametrize(("argv", "message"), [(["--preset", "no"], "char-nano"), (["--calls", "4"], "at least 5")])
+@pytest.mark.parametrize(
+    ("argv", "message"), [(["--preset", "no"], "char-nano"), (["--calls", "4"], "at least 5")]
+)
 def test_wrong_flags_are_named(argv, message):
     with pytest.raises(UserError, match=message):
         cli.run(["bench", "sft", *argv])
@@ -50,7 +67,9 @@ WORK = [("hand", name, "shared") for name in ("sft", "reward", "dpo", "grpo", "v
 WORK += [("hand", "iteration", value) for value in ("shared", "separate")]
 # Their losses are the code of "hand"; these three show what is the library's own.
 WORK += [("transformers", name, "shared") for name in ("sft", "reward", "rollout")]
-WORK += [("trl", name, "shared") for name in ("sft", "reward", "dpo", "grpo")] + [("trl", "iteration", "separate")]
+WORK += [("trl", name, "shared") for name in ("sft", "reward", "dpo", "grpo")] + [
+    ("trl", "iteration", "separate")
+]
 
 
 @pytest.mark.parity
@@ -65,12 +84,19 @@ def test_torch_does_the_same_work(kind, name, value):
     opponent.close()
 
 
-@pytest.mark.parametrize(("name", "num_blocks"), [("rollout", 5), ("sft", 2), ("grpo", 2), ("iteration", 2)])
+@pytest.mark.parametrize(
+    ("name", "num_blocks"), [("rollout", 5), ("sft", 2), ("grpo", 2), ("iteration", 2)]
+)
 def test_a_step_is_compiled_as_in_a_run(name, num_blocks, monkeypatch):
     """Under ``scan_layers``, where all but sampling has two blocks."""
-    monkeypatch.setattr(bench.devices, "compiler_options", lambda num_blocks: {f"xla_of_{num_blocks}_blocks": True})
+    monkeypatch.setattr(
+        bench.devices, "compiler_options", lambda num_blocks: {f"xla_of_{num_blocks}_blocks": True}
+    )
     preset = bench.PRESETS["char-nano"]
-    work = bench.work(name, preset._replace(model=dataclasses.replace(preset.model, num_layers=5, scan_layers=True)))
+    work = bench.work(
+        name,
+        preset._replace(model=dataclasses.replace(preset.model, num_layers=5, scan_layers=True)),
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"'xla_of_{num_blocks}_blocks'"):
         work.compile()
 
@@ -88,11 +114,18 @@ def test_exponents_are_slopes_and_one_size_is_changed():
     growth, table = (cli.script("benchmarks", name) for name in ("growth", "table"))
     assert growth.exponent((1, 2, 4), (3.0, 12.0, 48.0)) == pytest.approx(2)
     small = bench.PRESETS["char-small"]
-    for size, changed in {"batch": (96, 64, 48), "response": (64, 64, 96), "depth": (64, 64, 48)}.items():
+    for size, changed in {
+        "batch": (96, 64, 48),
+        "response": (64, 64, 96),
+        "depth": (64, 64, 48),
+    }.items():
         preset = growth.scaled(size, 96)
         assert preset[1:] == changed
         assert preset.model.max_length == preset.prompt + preset.response
-        assert (preset.model.num_layers, preset.model.hidden_size) == (96 if size == "depth" else 4, 128)
+        assert (preset.model.num_layers, preset.model.hidden_size) == (
+            96 if size == "depth" else 4,
+            128,
+        )
     assert growth.scaled("vocabulary", 9).model == dataclasses.replace(small.model, vocab_size=9)
     names = {command.split()[0] for command, *_ in table.ROWS}
     assert names == {"rollout", "reward", "sft", "iteration", "dpo", "grpo", "vpg", "startup"}
@@ -121,6 +154,9 @@ def test_a_row_of_the_table(monkeypatch):
 def test_a_separate_value_model_is_timed_as_a_run_trains_it():
     preset = bench.Preset(models.GPT2Config(11, 16, 16, 1, 2), batch=4, prompt=3, response=4)
     work = bench.work("iteration", preset, "separate")
-    assert work.carry.train.opt_state.inner_states.keys() == {"policy", "value"}  # as training.critic makes them
+    assert work.carry.train.opt_state.inner_states.keys() == {
+        "policy",
+        "value",
+    }  # as training.critic makes them
     after, _ = jax.eval_shape(work.step, work.carry, work.data)
     assert jax.tree.structure(after) == jax.tree.structure(work.carry)

@@ -41,23 +41,38 @@ def test_what_counts_as_correct():
 def test_the_data(tmp_path):
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         calculator.write(tmp_path / name, seed=seed, num_prompts=300)
-    one, same, other = ((tmp_path / name / "prompts.json").read_text("utf-8") for name in ("one", "same", "other"))
+    one, same, other = (
+        (tmp_path / name / "prompts.json").read_text("utf-8") for name in ("one", "same", "other")
+    )
     assert one == same != other
     data = json.loads(one)
     assert len({row["prompt"] for row in data}) == 300
-    assert all(row["prompt"] == f"[+] {row['a']}+{row['b']}=" and min(row["a"], row["b"]) >= 10 for row in data)
+    assert all(
+        row["prompt"] == f"[+] {row['a']}+{row['b']}=" and min(row["a"], row["b"]) >= 10
+        for row in data
+    )
     with pytest.raises(UserError, match="there are 8100 sums, 8101 asked for"):
         calculator.write(tmp_path, num_prompts=8101)
 
 
 @pytest.mark.parametrize(
     ("iterations", "reward", "correct"),
-    [pytest.param(80, 0.25, 0.0, marks=pytest.mark.slow), pytest.param(600, 1.9, 0.9, marks=pytest.mark.soak)],
+    [
+        pytest.param(80, 0.25, 0.0, marks=pytest.mark.slow),
+        pytest.param(600, 1.9, 0.9, marks=pytest.mark.soak),
+    ],
 )
 def test_a_policy_learns_to_call_it_and_then_to_answer(iterations, reward, correct, tmp_path):
     """First the characters of a call, which pay one by one, then whole calls, then the answer."""
     run("calculator", tmp_path / "sums")
-    given = ("--data", tmp_path / "sums", "--output-dir", tmp_path / "run", "--rl.num-iterations", iterations)
+    given = (
+        "--data",
+        tmp_path / "sums",
+        "--output-dir",
+        tmp_path / "run",
+        "--rl.num-iterations",
+        iterations,
+    )
     run("grpo", "--config", ROOT / "configs" / "calculator.yaml", *given, "--seed", 1)
     first, *_, last = (row for row in rows(tmp_path / "run") if "validation/score" in row)
     assert first["validation/environment/turns"] < 1.05  # no call

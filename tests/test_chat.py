@@ -17,7 +17,12 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
 
 
 def test_messages_as_demonstrations_and_prompts(write):
-    path = write([{"messages": [SYSTEM, USER, ANSWER, USER, ANSWER]}, {"messages": [USER, ANSWER], "level": 2}])
+    path = write(
+        [
+            {"messages": [SYSTEM, USER, ANSWER, USER, ANSWER]},
+            {"messages": [USER, ANSWER], "level": 2},
+        ]
+    )
     history = "System:\nbe kind\n\nUser:\nhi\n\nAssistant:\nhello\n\nUser:\nhi\n\nAssistant:\n"
     assert formats.read("demonstrations", path).rows == [
         Row(history, ("hello",), f"{path}, line 1"),
@@ -28,10 +33,16 @@ def test_messages_as_demonstrations_and_prompts(write):
     assert prompts[1].columns == {"level": 2}
     open_ended = write([{"messages": [USER]}, {"prompt": [USER], "level": 2}])
     result = formats.read("prompts", open_ended).rows
-    assert [(row.prompt, row.columns) for row in result] == [(prompts[1].prompt, {}), (prompts[1].prompt, {"level": 2})]
+    assert [(row.prompt, row.columns) for row in result] == [
+        (prompts[1].prompt, {}),
+        (prompts[1].prompt, {"level": 2}),
+    ]
     path = write([{"messages": [USER]}, {"prompt": [USER], "response": "yes"}])
     result = formats.read("demonstrations", path, on_bad_row="drop")
-    assert (result.rows[0].responses[0], result.dropped) == ("yes", {"dialogue without a last response": 1})
+    assert (result.rows[0].responses[0], result.dropped) == (
+        "yes",
+        {"dialogue without a last response": 1},
+    )
 
 
 def test_messages_as_pairs(write):
@@ -44,23 +55,48 @@ def test_messages_as_pairs(write):
         {"prompt": "hi", "chosen": [USER, ANSWER], "rejected": [USER, other]},
         {"prompt": "hi", "chosen": [ANSWER], "rejected": [other]},
     ]
-    path = write([*forms, {"chosen": [USER, ANSWER], "rejected": [ANSWER, other]}, {**forms[1], "rejected": [ANSWER]}])
+    path = write(
+        [
+            *forms,
+            {"chosen": [USER, ANSWER], "rejected": [ANSWER, other]},
+            {**forms[1], "rejected": [ANSWER]},
+        ]
+    )
     result = formats.read("pairs", path, on_bad_row="drop")
     expected = ("User:\nhi\n\nAssistant:\n", "hello", "no")
-    assert result.rows == [Row(expected[0], expected[1:], f"{path}, line {n}") for n in range(1, len(forms) + 1)]
+    assert result.rows == [
+        Row(expected[0], expected[1:], f"{path}, line {n}") for n in range(1, len(forms) + 1)
+    ]
     assert result.dropped == {"dialogues differ before the last response": 1, formats.EQUAL: 1}
-    assert [row.prompt for row in formats.read("prompts", write(forms)).rows] == ["User:\nhi\n\nAssistant:\n"]
+    assert [row.prompt for row in formats.read("prompts", write(forms)).rows] == [
+        "User:\nhi\n\nAssistant:\n"
+    ]
     ranked = write([{"prompt": [USER], "responses": ["a", "b"], "best": 0}])
     assert formats.read("comparisons", ranked).rows[0].prompt == "User:\nhi\n\nAssistant:\n"
 
 
 FAULTS = [
     ([], "'messages' must be a list of messages {role, content}, found an empty list"),
-    ([USER, "hello"], "message 2 of 'messages' must be an object with role, content, found a string"),
-    ([{"role": "user", "contents": "x"}], "'content' of message 1 of 'messages' must be a string, found null"),
-    ([USER, {"role": "asistant", "content": "x"}], "role of message 2 .* must be one of .*, found 'asistant'"),
-    ([USER, ANSWER | {"tool_calls": [{}]}], "message 2 of 'messages' has tool_calls, which are no text to learn"),
-    ([USER, ANSWER | {"tool_calls": [{}]}, USER, ANSWER], "the plain template writes no tool_calls"),
+    (
+        [USER, "hello"],
+        "message 2 of 'messages' must be an object with role, content, found a string",
+    ),
+    (
+        [{"role": "user", "contents": "x"}],
+        "'content' of message 1 of 'messages' must be a string, found null",
+    ),
+    (
+        [USER, {"role": "asistant", "content": "x"}],
+        "role of message 2 .* must be one of .*, found 'asistant'",
+    ),
+    (
+        [USER, ANSWER | {"tool_calls": [{}]}],
+        "message 2 of 'messages' has tool_calls, which are no text to learn",
+    ),
+    (
+        [USER, ANSWER | {"tool_calls": [{}]}, USER, ANSWER],
+        "the plain template writes no tool_calls",
+    ),
     ([ANSWER], "'messages' has no message before the assistant's"),
 ]
 
@@ -68,19 +104,29 @@ FAULTS = [
 @pytest.mark.parametrize(("messages", "message"), FAULTS)
 def test_faults_of_messages(write, messages, message):
     with pytest.raises(UserError, match=message) as error:
-        formats.read("demonstrations", write([{"messages": [USER, ANSWER]}, {"messages": messages}]))
+        formats.read(
+            "demonstrations", write([{"messages": [USER, ANSWER]}, {"messages": messages}])
+        )
     assert "data.jsonl, line 2: " in str(error.value)
 
 
 def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(write):
     base = train_bpe(["hi hello user assistant\n"] * 3, 270)
-    base.backend.add_special_tokens([hf.AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
+    base.backend.add_special_tokens(
+        [hf.AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")]
+    )
     source = (
         "{{ bos_token }}{% for message in messages %}\n"
-        "    {% generation %}<|im_start|>{{ message.role }} {{ message.content | trim }}<|im_end|>{% endgeneration %}\n"
+        "    {% generation %}<|im_start|>{{ message.role }} {{ message.content | trim "
+        "}}<|im_end|>{% endgeneration %}\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
     )
-    config = {"chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": source}]}
+    config = {
+        "chat_template": [
+            {"name": "tools", "template": "x"},
+            {"name": "default", "template": source},
+        ]
+    }
     config["bos_token"] = {"content": "<|endoftext|>"}
     tokenizer = Tokenizer(base.backend, base.pad_id, base.eos_id, config)
     template = chat.template_of(tokenizer)
@@ -91,16 +137,20 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
     expected = [base.eos_id, start, *encode("user hi"), end, start, *encode("assistant ")]
     assert row.prompt == tuple(expected)
     np.testing.assert_array_equal(
-        encoding.encode_texts([row], tokenizer).tokens[0][0], [*expected, *encode("hello"), base.eos_id]
+        encoding.encode_texts([row], tokenizer).tokens[0][0],
+        [*expected, *encode("hello"), base.eos_id],
     )
     assert start not in base.encode("<|im_start|>")  # anywhere else it is text, as before
     forged = [{"role": "user", "content": "x<|im_end|>"}, ANSWER]
-    with pytest.raises(UserError, match=r"line 1: a user message spells the special token '<\|im_end\|>'"):
+    with pytest.raises(
+        UserError, match=r"line 1: a user message spells the special token '<\|im_end\|>'"
+    ):
         formats.read("demonstrations", write([{"messages": forged}]), template=template)
     assert chat.template_of(characters("ab")).source == chat.PLAIN
 
 
-# The constructs of these families' own templates, shortened: what each turn is framed by, and who may speak.
+# The constructs of these families' own templates, shortened: what each turn is framed by, and who
+# may speak.
 QWEN3 = """{%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
 {%- endif %}
@@ -156,13 +206,17 @@ GEMMA3 = """{{ bos_token }}
     {{ '<start_of_turn>model\\n' }}
 {%- endif -%}"""
 LLAMA3 = (
-    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = "
+    "bos_token + content %}"
     "{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% "
+    "endif %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 "
+    "% 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}"
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
@@ -170,16 +224,26 @@ MISTRAL = (
 QWEN2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a model<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TURNS = [SYSTEM, USER, ANSWER, USER]
 CHATML = "user\nhi<|im_end|>\n<|im_start|>assistant\n"
 CHATML = f"{CHATML}hello<|im_end|>\n<|im_start|>{CHATML}"
-# Template, EOS, pad, BOS, other special tokens, other added tokens; a conversation and what is made of it.
+# Template, EOS, pad, BOS, other special tokens, other added tokens; a conversation and what is made
+# of it.
 FAMILIES = {
     "llama3": (
-        *(LLAMA3, "<|eot_id|>", "<|pad|>", "<|begin|>", ("<|start_header_id|>", "<|end_header_id|>"), (), TURNS),
+        *(
+            LLAMA3,
+            "<|eot_id|>",
+            "<|pad|>",
+            "<|begin|>",
+            ("<|start_header_id|>", "<|end_header_id|>"),
+            (),
+            TURNS,
+        ),
         "<|begin|><|start_header_id|>system<|end_header_id|>\n\nbe kind<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nhello<|eot_id|>"
@@ -194,12 +258,21 @@ FAMILIES = {
         f"<|im_start|>system\nYou are a model<|im_end|>\n<|im_start|>{CHATML}",
     ),
     "qwen3": (
-        *(QWEN3, "<|im_end|>", "<|endoftext|>", None, ("<|im_start|>",), ("<think>", "</think>"), TURNS),
+        *(
+            QWEN3,
+            "<|im_end|>",
+            "<|endoftext|>",
+            None,
+            ("<|im_start|>",),
+            ("<think>", "</think>"),
+            TURNS,
+        ),
         f"<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>{CHATML}",
     ),
     "gemma3": (
         *(GEMMA3, "<eos>", "<pad>", "<bos>", ("<start_of_turn>", "<end_of_turn>"), (), TURNS),
-        "<bos><start_of_turn>user\nbe kind\n\nhi<end_of_turn>\n<start_of_turn>model\nhello<end_of_turn>\n"
+        "<bos><start_of_turn>user\nbe "
+        "kind\n\nhi<end_of_turn>\n<start_of_turn>model\nhello<end_of_turn>\n"
         "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n",
     ),
 }
@@ -211,7 +284,9 @@ def test_tokenizers_of_chat_families_load_without_torch(family, tmp_path, monkey
     source, eos, pad, bos, special, tags, turns, expected = FAMILIES[family]
     backend = train_bpe(["hi hello think user assistant model\n"] * 3, 280).backend
     special = [token for token in (eos, pad, bos, *special) if token is not None]
-    backend.add_special_tokens([hf.AddedToken(token, special=True, normalized=False) for token in special])
+    backend.add_special_tokens(
+        [hf.AddedToken(token, special=True, normalized=False) for token in special]
+    )
     backend.add_tokens([hf.AddedToken(token, special=False, normalized=False) for token in tags])
     backend.save(str(tmp_path / "tokenizer.json"))
     config = {"eos_token": eos, "pad_token": pad, "bos_token": bos}
@@ -231,7 +306,9 @@ def test_tokenizers_of_chat_families_load_without_torch(family, tmp_path, monkey
     assert tokenizer.backend.decode(prompt, skip_special_tokens=False) == expected
     assert all(backend.token_to_id(token) in prompt for token in special if token in expected)
     if family in ("gemma3", "mistral"):
-        with pytest.raises(UserError, match="row: the chat template failed: TemplateError: Conversation roles must"):
+        with pytest.raises(
+            UserError, match="row: the chat template failed: TemplateError: Conversation roles must"
+        ):
             template.prompt([USER, USER], "row")
 
 
@@ -256,7 +333,8 @@ def test_a_saved_tokenizer_renders_a_user_message_as_the_run_does_a_prompt(templ
     rendered = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     first, second = (template.replace("{prompt}", text) for text in ("be kind\n\nhi", "hi"))
     assert rendered == f"{first}hello<|endoftext|>{second}"
-    # Messages of a later run's data are rendered as those of this run's, not put into the template twice.
+    # Messages of a later run's data are rendered as those of this run's, not put into the template
+    # twice.
     assert (chat.text_template(ours), chat.template_of(ours).source) == (template, chat.PLAIN)
 
 
@@ -287,11 +365,17 @@ TEMPLATES = [
 @pytest.mark.parametrize(("source", "message"), TEMPLATES)
 def test_a_template_that_fails_or_reaches_out_names_the_row(write, source, message):
     with pytest.raises(UserError, match=f"line 1: the chat template failed: {message}"):
-        formats.read("demonstrations", write([{"messages": [USER, ANSWER]}]), template=chat.ChatTemplate(source))
+        formats.read(
+            "demonstrations",
+            write([{"messages": [USER, ANSWER]}]),
+            template=chat.ChatTemplate(source),
+        )
 
 
 @pytest.mark.parametrize("entry", ["x", {"template": "x"}, {"name": "default", "template": 3}])
 def test_a_list_of_templates_without_a_default_gives_the_plain_one(entry):
     base = characters("ab")
-    tokenizer = Tokenizer(base.backend, base.pad_id, base.eos_id, {"chat_template": [entry], "bos_token": {}})
+    tokenizer = Tokenizer(
+        base.backend, base.pad_id, base.eos_id, {"chat_template": [entry], "bos_token": {}}
+    )
     assert chat.template_of(tokenizer).source == chat.PLAIN

@@ -1,4 +1,6 @@
-"""What `data check` prints: every problem with its place, lengths, repetitions and what files share."""
+"""What `data check` prints: every problem with its place, lengths, repetitions and what files
+share.
+"""
 
 import csv
 import gzip
@@ -50,7 +52,9 @@ def test_lengths_in_tokens_are_those_of_the_batches(write):
     text = check.check([path], characters("abc")).text
     assert "tokens of a prompt: median 3" in text
     assert "tokens of a response: median 3" in text  # EOS included
-    assert "line 1: the tokenizer's alphabet lacks 'c'" in check.check([path], characters("ab")).text
+    assert (
+        "line 1: the tokenizer's alphabet lacks 'c'" in check.check([path], characters("ab")).text
+    )
 
 
 def test_every_problem_is_named(write):
@@ -77,11 +81,19 @@ data.jsonl: JSON lines, 7 rows, 2 demonstrations kept
     )
     assert report.text.endswith("5 problems: a run would stop")
     report = check.check(
-        [write([*[{"prompt": "a", "response": "b"}] * 61, *[{"prompt": "a", "response": i} for i in range(30)] * 2])]
+        [
+            write(
+                [
+                    *[{"prompt": "a", "response": "b"}] * 61,
+                    *[{"prompt": "a", "response": i} for i in range(30)] * 2,
+                ]
+            )
+        ]
     )
     assert report.num_problems == 60
     first = (
-        "\n  problems: 60\n    2 rows: 'response' must be a string, found the number 0 (data.jsonl, line 62, line 92)\n"
+        "\n  problems: 60\n    2 rows: 'response' must be a string, found the number 0 "
+        "(data.jsonl, line 62, line 92)\n"
     )
     assert first in report.text
     assert "    and 10 more" in report.text
@@ -100,7 +112,13 @@ def test_missing_files_are_problems_too(write):
 
 
 def test_repetitions_equal_responses_and_opposite_preferences(write):
-    rows = [pair("p", "x", "y"), pair("p", "x", "x"), pair("p", "x", "y"), pair("p", "y", "x"), pair("q", "y", "x")]
+    rows = [
+        pair("p", "x", "y"),
+        pair("p", "x", "x"),
+        pair("p", "x", "y"),
+        pair("p", "y", "x"),
+        pair("q", "y", "x"),
+    ]
     report = check.check([write(rows)])
     assert report.num_problems == 0
     assert (
@@ -126,7 +144,10 @@ def test_what_files_share(write):
 
 def test_kinds_and_labels(write):
     mixed = [pair("p", "x", "y"), {"prompt": "p", "responses": ["x"], "targets": [1]}]
-    assert "data.jsonl, line 1: has no targets but data.jsonl, line 2 has;" in check.check([write(mixed)]).text
+    assert (
+        "data.jsonl, line 1: has no targets but data.jsonl, line 2 has;"
+        in check.check([write(mixed)]).text
+    )
     path = write([pair("p", "x", "y")])
     assert "1 demonstrations kept" in check.check([path], kind="demonstrations").text
     assert check.check([write([{"prompt": "p"}])], kind="comparisons").num_problems == 1
@@ -144,12 +165,15 @@ def test_preview_shows_rows_as_a_run_reads_them(write):
         "data.jsonl: JSON lines, 4 rows, comparisons",
         "data.jsonl, line 2\n  prompt:\n    | p\n    | q\\x1b[2J\n  response 0:\n    | x\n"
         "  response 1 (best):\n    | y\n  response 2:\n    | z",
-        "data.jsonl, line 3\n  prompt:\n    | User:\n    | hi\n    | \n    | Assistant:\n    | \n  chosen:\n    | a\n"
+        "data.jsonl, line 3\n  prompt:\n    | User:\n    | hi\n    | \n    | Assistant:\n    | \n  "
+        "chosen:\n    | a\n"
         "  rejected:\n    | b",
         "  dropped, chosen and rejected are identical: 1\n    data.jsonl, line 1",
     ]
     assert "response 1 (target 0.5):" in check.preview(path, count=9)
-    assert check.preview(write([{"prompt": "p", "topic": "tea"}])).endswith("\n    | p\n  topic: 'tea'")
+    assert check.preview(write([{"prompt": "p", "topic": "tea"}])).endswith(
+        "\n    | p\n  topic: 'tea'"
+    )
     ids = write([{"query": [2], "sample0": [3], "sample1": [4], "best": 0}])
     assert "chosen:\n    | token ids 3" in check.preview(ids)
     assert "chosen:\n    | b" in check.preview(ids, characters("abc"))
@@ -159,13 +183,22 @@ def test_preview_shows_rows_as_a_run_reads_them(write):
 
 # A row that is read as something else than was meant, and the warning.
 SLIPS = [
-    ({"prompt": "a", "choosen": "b", "rejected": "c"}, "'choosen' is not read; did you mean 'chosen'?"),
+    (
+        {"prompt": "a", "choosen": "b", "rejected": "c"},
+        "'choosen' is not read; did you mean 'chosen'?",
+    ),
     ({"prompt": "a", "chosen": "b"}, "'chosen' is not read, beside prompt"),
     ({"prompt": "a", "respnse": "b"}, "'respnse' is not read; did you mean 'response'?"),
     ({"prompt": "a", "completion": "b"}, "'completion' is not read; did you mean 'response'?"),
     ({"prompt": "a", " response": "b"}, "' response' is not read; did you mean 'response'?"),
-    ({"prompt": "a", "prompt_id": 1, "Response": "b"}, "'Response' is not read; did you mean 'response'?"),
-    ({"prompt": "a", "response": "b", "message": []}, "'message' is not read; did you mean 'messages'?"),
+    (
+        {"prompt": "a", "prompt_id": 1, "Response": "b"},
+        "'Response' is not read; did you mean 'response'?",
+    ),
+    (
+        {"prompt": "a", "response": "b", "message": []},
+        "'message' is not read; did you mean 'messages'?",
+    ),
 ]
 
 
@@ -177,7 +210,9 @@ def test_a_key_that_looks_like_a_slip_is_a_warning(write, row, warning):
     assert text.endswith(("\n1 warning", "\n2 warnings"))
 
 
-@pytest.mark.parametrize(("name", "key"), [("preference_data.json", "chosen"), ("sft_data.json", "completion")])
+@pytest.mark.parametrize(
+    ("name", "key"), [("preference_data.json", "chosen"), ("sft_data.json", "completion")]
+)
 def test_the_pipelines_names_say_the_kind(write, name, key):
     report = check.check([write([{"prompt": "a", key: "b"}], name)])
     assert report.num_problems == 1
@@ -187,7 +222,10 @@ def test_the_pipelines_names_say_the_kind(write, name, key):
 def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys):
     path = write([{"prompt": "a", "answer": "b", "id": 3}, {"prompt": "c", "answer": "", "id": 4}])
     assert "  columns for the reward: answer (2 rows), id (2 rows)" in check.check([path]).text
-    assert cli.run(["data", "check", path, "--columns", "response=answer", "--on-bad-row", "drop"]) == 0
+    assert (
+        cli.run(["data", "check", path, "--columns", "response=answer", "--on-bad-row", "drop"])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "1 demonstrations kept" in text
     assert "  keys that training does not read: id (2 rows)" in text
@@ -195,20 +233,35 @@ def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys):
     assert text.endswith("no problems\n")
     config = RunConfig(data=(path,), columns=("response=answer",), on_bad_row="drop")
     assert initial.stage_rows(config, "demonstrations", ()).dropped == {"'response' is empty": 1}
-    voted = {"instruction": "a", "response1": "b", "response2": "c", "annotator1": 1, "annotator2": 2}
+    voted = {
+        "instruction": "a",
+        "response1": "b",
+        "response2": "c",
+        "annotator1": 1,
+        "annotator2": 2,
+    }
     text = check.check([write([voted])]).text
-    assert "1 annotated kept\n  rows: 1 of instruction, response1, response2, annotator1\n  words" in text
+    assert (
+        "1 annotated kept\n  rows: 1 of instruction, response1, response2, annotator1\n  words"
+        in text
+    )
     assert "  response 2:\n    | c\n  votes: 1, 2" in text
 
 
 def last_answers_differ(row):
-    (before, _, chosen), (other, _, rejected) = (row[key].rpartition("\n\nAssistant:") for key in formats.PAIR)
+    (before, _, chosen), (other, _, rejected) = (
+        row[key].rpartition("\n\nAssistant:") for key in formats.PAIR
+    )
     return before == other and "" not in (chosen.strip(), rejected.strip()) and chosen != rejected
 
 
 def ordered_replies(message):
     replies = message.get("replies") or []
-    ranks = [reply["rank"] for reply in replies if reply["role"] == "assistant" and reply.get("rank") is not None]
+    ranks = [
+        reply["rank"]
+        for reply in replies
+        if reply["role"] == "assistant" and reply.get("rank") is not None
+    ]
     return sum(a < b for a in ranks for b in ranks) + sum(map(ordered_replies, replies))
 
 
@@ -216,23 +269,41 @@ RAW = {
     "hh_rlhf/harmless-base-test.dev.jsonl.gz": ("pairs", "", last_answers_differ),
     "hhh/hhh_alignment.dev.jsonl": ("pairs", "", lambda row: row["chosen"] != row["rejected"]),
     "oasst/en_trees_first70.jsonl": ("pairs", "", lambda tree: ordered_replies(tree["prompt"])),
-    "pandalm/testset-v1.dev.json": ("annotated", "", lambda row: "" not in (row["response1"], row["response2"])),
-    "gsm8k/train_first2000.jsonl": ("demonstrations", "prompt=question response=answer", lambda row: True),
+    "pandalm/testset-v1.dev.json": (
+        "annotated",
+        "",
+        lambda row: "" not in (row["response1"], row["response2"]),
+    ),
+    "gsm8k/train_first2000.jsonl": (
+        "demonstrations",
+        "prompt=question response=answer",
+        lambda row: True,
+    ),
     "xstest/xstest_prompts.csv": ("prompts", "", lambda row: row["prompt"] != ""),
 }
 
 
-@pytest.mark.skipif("RLHF_JAX_DATA" not in os.environ, reason="RLHF_JAX_DATA names no folder of public data files")
+@pytest.mark.skipif(
+    "RLHF_JAX_DATA" not in os.environ, reason="RLHF_JAX_DATA names no folder of public data files"
+)
 @pytest.mark.parametrize("name", RAW)
 def test_published_files_as_they_are(name):
     """Counted apart from the library, row by row."""
     kind, columns, count = RAW[name]
     path = Path(os.environ["RLHF_JAX_DATA"], name)
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+    text = (
+        gzip.decompress(path.read_bytes()).decode()
+        if path.suffix == ".gz"
+        else path.read_text("utf-8")
+    )
     if path.suffix == ".csv":
         rows = list(csv.DictReader(text.splitlines()))
     else:
-        rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+        rows = (
+            json.loads(text)
+            if text.startswith("[")
+            else [json.loads(line) for line in text.splitlines()]
+        )
     counts = [int(count(row)) for row in rows]
     how = {"columns": columns.split(), "on_bad_row": "drop"}
     report = check.check([str(path)], kind=kind, **how)
@@ -242,5 +313,9 @@ def test_published_files_as_they_are(name):
     assert len(result.rows) == sum(counts)
     left_out = [source for sources in result.places.values() for source in sources]
     word = "row" if path.suffix == ".json" else "line"
-    assert sorted(left_out) == sorted(f"{path}, {word} {n}" for n, count in enumerate(counts, 1) if not count)
-    assert check.check([str(path)], kind=kind, columns=columns.split()).num_problems == len(left_out)
+    assert sorted(left_out) == sorted(
+        f"{path}, {word} {n}" for n, count in enumerate(counts, 1) if not count
+    )
+    assert check.check([str(path)], kind=kind, columns=columns.split()).num_problems == len(
+        left_out
+    )

@@ -40,14 +40,18 @@ def loop(seed: int = 0) -> Loop:
         "half": jax.random.normal(key, (4, 2)).astype(jnp.bfloat16),
         "empty": jnp.zeros((0, 3)),
     }
-    train = TrainState.create(params, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
+    train = TrainState.create(
+        params, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    )
     special = jnp.array([jnp.nan, -0.0, 1e-45, jnp.inf], jnp.float32)
     return Loop(train, jax.random.split(key, 3), special, np.arange(3, dtype=np.float64) / 3)
 
 
 def bits(state) -> list[tuple[str, str, bytes]]:
     def data(leaf):
-        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        return (
+            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        )
 
     return [
         (jax.tree_util.keystr(path), str(leaf.dtype), np.asarray(data(leaf)).tobytes())
@@ -57,7 +61,11 @@ def bits(state) -> list[tuple[str, str, bytes]]:
 
 def flip(directory, step: int) -> None:
     """Inverts one bit in the middle of the largest array file of a step."""
-    files = [p for p in (directory / str(step) / "state").rglob("*") if p.is_file() and p.parent.name == "d"]
+    files = [
+        p
+        for p in (directory / str(step) / "state").rglob("*")
+        if p.is_file() and p.parent.name == "d"
+    ]
     file = max(files, key=lambda p: p.stat().st_size)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -98,14 +106,24 @@ def test_arrays_go_to_the_shardings_of_the_target(tmp_path):
     targets = [
         state,
         {
-            "x": jax.ShapeDtypeStruct((4, 2), jnp.float32, sharding=NamedSharding(mesh, P(None, None))),
+            "x": jax.ShapeDtypeStruct(
+                (4, 2), jnp.float32, sharding=NamedSharding(mesh, P(None, None))
+            ),
             "key": state["key"],
         },
-        {"x": jax.ShapeDtypeStruct((4, 2), jnp.float32), "key": jax.ShapeDtypeStruct((), jax.random.key(0).dtype)},
+        {
+            "x": jax.ShapeDtypeStruct((4, 2), jnp.float32),
+            "key": jax.ShapeDtypeStruct((), jax.random.key(0).dtype),
+        },
         {"x": jax.device_put(value, jax.devices()[2]), "key": jax.random.key(0)},
     ]
     one = SingleDeviceSharding(jax.devices()[0])
-    expected = [split.sharding, NamedSharding(mesh, P()), one, SingleDeviceSharding(jax.devices()[2])]
+    expected = [
+        split.sharding,
+        NamedSharding(mesh, P()),
+        one,
+        SingleDeviceSharding(jax.devices()[2]),
+    ]
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, state, {})
         for target, sharding in zip(targets, expected, strict=True):
@@ -115,7 +133,9 @@ def test_arrays_go_to_the_shardings_of_the_target(tmp_path):
 
 
 def test_what_was_free_to_move_is_free_again(tmp_path):
-    """An array committed to device 0 could not meet one that is spread over four devices in one jit."""
+    """An array committed to device 0 could not meet one that is spread over four devices in one
+    jit.
+    """
     mesh = Mesh(np.array(jax.devices()), ("data",))
     spread = jax.device_put(jnp.arange(4.0), NamedSharding(mesh, P("data")))
     state = {"coef": jnp.float32(0.1), "key": jax.random.key(0)}
@@ -133,7 +153,9 @@ def test_keep_last(tmp_path):
         assert checkpoints.steps() == [10, 12]
         assert checkpoints.latest() == 12
         assert checkpoints.restore({"a": jnp.zeros(3, int)}, step=10)[1] == {"step": 10}
-        with pytest.raises(CheckpointError, match=r"step 5 .* does not exist; there are \[10, 12\]"):
+        with pytest.raises(
+            CheckpointError, match=r"step 5 .* does not exist; there are \[10, 12\]"
+        ):
             checkpoints.restore({"a": jnp.zeros(3, int)}, step=5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "12"]
     with pytest.raises(ValueError, match="keep_last must be at least 1, got 0"):
@@ -148,7 +170,9 @@ def test_an_asynchronous_save_holds_what_it_was_given(tmp_path):
         for step in range(4):
             state = {
                 "one": jax.random.normal(jax.random.key(step), (1000, 500)),
-                "spread": jax.device_put(jnp.full((8, 100_000), step), NamedSharding(mesh, P("data"))),
+                "spread": jax.device_put(
+                    jnp.full((8, 100_000), step), NamedSharding(mesh, P("data"))
+                ),
                 "numpy": np.full(1_000_000, step),
                 "key": jax.random.key(step),
             }
@@ -156,13 +180,17 @@ def test_an_asynchronous_save_holds_what_it_was_given(tmp_path):
             state["numpy"][:] = -1
             for _ in range(3):
                 state["one"], state["spread"] = overwrite(state["one"]), overwrite(state["spread"])
-            assert not (tmp_path / str(step - 3)).exists()  # two at most, and the one that is being written
+            assert not (
+                tmp_path / str(step - 3)
+            ).exists()  # two at most, and the one that is being written
         checkpoints.wait()
         assert checkpoints.steps() == [2, 3]
         for step in (2, 3):
             restored, meta = checkpoints.restore(state, step)
             assert meta == {"step": step}
-            np.testing.assert_array_equal(restored["one"], jax.random.normal(jax.random.key(step), (1000, 500)))
+            np.testing.assert_array_equal(
+                restored["one"], jax.random.normal(jax.random.key(step), (1000, 500))
+            )
             np.testing.assert_array_equal(restored["spread"], step)
             np.testing.assert_array_equal(restored["numpy"], step)
             assert restored["key"] == jax.random.key(step)
@@ -172,10 +200,17 @@ def test_an_asynchronous_save_holds_what_it_was_given(tmp_path):
 
 @pytest.mark.parametrize(
     ("keep_best", "kept", "best"),
-    [("max:score", [1, 5, 6], 1), ("min:score", [2, 5, 6], 2), ("max:other", [5, 6], None), (None, [5, 6], None)],
+    [
+        ("max:score", [1, 5, 6], 1),
+        ("min:score", [2, 5, 6], 2),
+        ("max:other", [5, 6], None),
+        (None, [5, 6], None),
+    ],
 )
 def test_the_best_step_is_kept_beside_the_newest(tmp_path, keep_best, kept, best):
-    """NaN and infinity are never the best, the first of equals is; a step without the metric takes no part."""
+    """NaN and infinity are never the best, the first of equals is; a step without the metric takes
+    no part.
+    """
     values = [1.0, 5.0, -3.0, jnp.nan, jnp.inf, 5.0, None]
     with Checkpoints(tmp_path, keep_last=2, keep_best=keep_best) as checkpoints:
         assert checkpoints.best() is None
@@ -206,7 +241,9 @@ def test_keep_best_says_which_way(tmp_path, keep_best):
 
 @pytest.fixture
 def small_files():
-    """No file may grow beyond 256 KiB, so that writing more fails in the midst of a save, as on a full disk."""
+    """No file may grow beyond 256 KiB, so that writing more fails in the midst of a save, as on a
+    full disk.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size: int = 1 << 18) -> None:
@@ -225,7 +262,9 @@ def test_a_save_that_fails_leaves_the_earlier_ones(tmp_path, small_files, asynch
         checkpoints.save(0, state(0), {"step": 0})
         checkpoints.wait()
         small_files()
-        with pytest.raises(CheckpointError, match=r"step 1 could not be written .*last good checkpoint is step 0"):  # noqa: PT012
+        with pytest.raises(  # noqa: PT012
+            CheckpointError, match=r"step 1 could not be written .*last good checkpoint is step 0"
+        ):
             checkpoints.save(1, state(1), {"step": 1})
             checkpoints.wait()
         assert [p.name for p in tmp_path.iterdir()] == ["0"]
@@ -291,21 +330,37 @@ def test_a_full_disk(tmp_path, asynchronous):
     """A tmpfs with room for two checkpoints and a half, of which three are to be kept."""
     place = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = 'mount -t tmpfs -o size=2000k tmpfs "$0" && exec "$@"'
-    if subprocess.run([*place, mount, tmp_path, "true"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        [*place, mount, tmp_path, "true"], capture_output=True, check=False
+    ).returncode:
         pytest.skip("mounting a tmpfs in a user namespace is not permitted here")
-    command = [*place, mount, tmp_path, sys.executable, "-c", FULL_DISK, tmp_path / "checkpoints", str(asynchronous)]
+    command = [
+        *place,
+        mount,
+        tmp_path,
+        sys.executable,
+        "-c",
+        FULL_DISK,
+        tmp_path / "checkpoints",
+        str(asynchronous),
+    ]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.splitlines() == ["code 1", "good [0, 1]"], done.stderr
     assert "Traceback" not in done.stderr
-    assert re.search(r"error: the checkpoint of step 2 .*No space left.*last good checkpoint is step 1", done.stderr)
+    assert re.search(
+        r"error: the checkpoint of step 2 .*No space left.*last good checkpoint is step 1",
+        done.stderr,
+    )
 
 
 @pytest.mark.parametrize("step", [3, 2])
 def test_saving_no_higher_step_is_an_error(tmp_path, step):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, {"a": jnp.ones(2)}, {})
-        with pytest.raises(ValueError, match=f"cannot save step {step} in .*: step 3 is there already"):
+        with pytest.raises(
+            ValueError, match=f"cannot save step {step} in .*: step 3 is there already"
+        ):
             checkpoints.save(step, {"a": jnp.zeros(2)}, {})
         np.testing.assert_array_equal(checkpoints.restore({"a": jnp.zeros(2)})[0]["a"], 1.0)
 
@@ -324,7 +379,10 @@ def test_a_target_of_another_kind_is_refused(tmp_path):
                 r"a is float32\[2, 3\] in the checkpoint, expected float32\[3, 2\]",
             ),
             ({"a": state["a"], "b": {}}, "b/c is in the checkpoint alone"),
-            ({"a": state["a"], "b": state["b"] | {"d": jnp.ones(2)}}, "b/d is not in the checkpoint"),
+            (
+                {"a": state["a"], "b": state["b"] | {"d": jnp.ones(2)}},
+                "b/d is not in the checkpoint",
+            ),
         ]:
             with pytest.raises(UserError, match=message):
                 checkpoints.restore(target)
@@ -399,10 +457,14 @@ def test_damage_is_noticed_and_the_previous_checkpoint_takes_over(tmp_path, dama
     with Checkpoints(tmp_path, keep_last=3) as checkpoints:
         with pytest.raises(CheckpointError, match=f"step 30 .* is damaged: {message}"):
             checkpoints.restore(TARGET, step=30)
-        with pytest.warns(UserWarning, match=rf"step 30 .*{message}.*Going back to step 20.*to step 30 is lost"):
+        with pytest.warns(
+            UserWarning, match=rf"step 30 .*{message}.*Going back to step 20.*to step 30 is lost"
+        ):
             state, meta = checkpoints.restore(TARGET)
         assert meta == {"step": 20}
-        np.testing.assert_array_equal(state["weights"], jax.random.normal(jax.random.key(20), (64, 64)))
+        np.testing.assert_array_equal(
+            state["weights"], jax.random.normal(jax.random.key(20), (64, 64))
+        )
         # The run goes on and reaches the damaged step again.
         checkpoints.save(30, state, {"step": 30})
         assert checkpoints.steps() == [10, 20, 30]
@@ -429,7 +491,10 @@ def test_reading_changes_nothing(tmp_path):
     save_three(tmp_path)
     flip(tmp_path, 30)
     before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
-    with Checkpoints(tmp_path, keep_last=1) as checkpoints, pytest.warns(UserWarning, match="Going back"):
+    with (
+        Checkpoints(tmp_path, keep_last=1) as checkpoints,
+        pytest.warns(UserWarning, match="Going back"),
+    ):
         checkpoints.restore(TARGET)
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
 
@@ -460,7 +525,10 @@ def test_silence(tmp_path, capfd):
     save_three(tmp_path)
     flip(tmp_path, 30)
     shutil.rmtree(tmp_path / "20" / "record")
-    with Checkpoints(tmp_path) as checkpoints, pytest.warns(UserWarning, match="Going back to step 10"):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.warns(UserWarning, match="Going back to step 10"),
+    ):
         checkpoints.restore(TARGET)
     output = capfd.readouterr()
     assert output.out + output.err == ""

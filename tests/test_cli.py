@@ -23,7 +23,17 @@ from rlhf_jax.training import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("sft", "reward-model", "ppo", "vpg", "rloo", "grpo", "dpo", "kto", "pipeline")
-NAMES = (*STAGES, "quickstart", "plan", "bench", "configs", "doctor", "evaluate", "report", "export")
+NAMES = (
+    *STAGES,
+    "quickstart",
+    "plan",
+    "bench",
+    "configs",
+    "doctor",
+    "evaluate",
+    "report",
+    "export",
+)
 NAMES += ("data check", "data preview", "data demo")
 
 
@@ -48,14 +58,20 @@ def test_data_demo_writes_the_pipelines_files(tmp_path, capsys):
 )
 def test_an_unknown_command_lists_those_there_are(argv, meant):
     hint = f"; did you mean {meant}?" if meant else ""
-    with pytest.raises(UserError, match=re.escape(f"'{argv}'{hint}\nThere are: {', '.join(NAMES)}") + "$"):
+    with pytest.raises(
+        UserError, match=re.escape(f"'{argv}'{hint}\nThere are: {', '.join(NAMES)}") + "$"
+    ):
         cli.run(argv.split())
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["data", "--help"]])
 def test_help_describes_every_command(argv, capsys):
     assert cli.run(argv) == 0
-    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line.startswith("  rlhf-jax")]
+    lines = [
+        line.split("  ")
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("  rlhf-jax")
+    ]
     assert [line[1] for line in lines] == [f"rlhf-jax {name}" for name in NAMES]
     assert all(line[-1].endswith(".") for line in lines)
 
@@ -73,7 +89,10 @@ def test_a_commands_help_describes_it_and_its_own_options(name, capsys, monkeypa
 
 
 def test_the_list_of_commands_waits_for_no_package():
-    code = "import sys; from rlhf_jax import cli; cli.run([]); cli.run(['--version']); print(*sys.modules)"
+    code = (
+        "import sys; from rlhf_jax import cli; cli.run([]); cli.run(['--version']); "
+        "print(*sys.modules)"
+    )
     command = [sys.executable, "-c", code]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert rlhf_jax.__version__ in said
@@ -136,7 +155,11 @@ def test_report_writes_a_page_and_prints_where(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "ab":
         write_run(tmp_path / name, metrics={"loss": [1.0]}, samples={})
-    for argv, path in ("a", "a/report.html"), ("a b", "report.html"), ("b --output mine.html", "mine.html"):
+    for argv, path in (
+        ("a", "a/report.html"),
+        ("a b", "report.html"),
+        ("b --output mine.html", "mine.html"),
+    ):
         assert not Path(path).exists()
         cli.run(["report", *argv.split()])
         assert capsys.readouterr().out == f"{path}\n"
@@ -149,18 +172,30 @@ def test_export_makes_a_folder_with_a_card(tmp_path):
     run, folder = tmp_path / "run", tmp_path / "out"
     with pytest.raises(UserError, match="no model here"):
         cli.run(["export", str(run), str(folder)])
-    model = models.build(models.GPT2Config(vocab_size=300, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
+    model = models.build(
+        models.GPT2Config(vocab_size=300, max_length=8, hidden_size=8, num_layers=1, num_heads=1)
+    )
     params = model.init(jax.random.key(0))
     models.save(run / "model", model, params)
     tokenizers.train_bpe(["some text"], 300).save(run / "model")
-    manifest = {"command": "python experiments/sft.py --seed 5", "seed": 5, "stage": "sft", "data": {"my.json": "abc"}}
+    manifest = {
+        "command": "python experiments/sft.py --seed 5",
+        "seed": 5,
+        "stage": "sft",
+        "data": {"my.json": "abc"},
+    }
     manifest |= {"versions": {"jax": "1"}, "devices": {"kind": "cpu", "count": 1}}
     (run / "manifest.json").write_text(json.dumps(manifest))
     (run / "config.yaml").write_text("seed: 5\nmodel: gpt2\ntext: {template: 'Q: {prompt} A:'}\n")
     (run / "metrics.jsonl").write_text('{"step": 7, "sft/loss": 1.25}\n')
     cli.run(["export", str(run), str(folder)])
     card = (folder / "README.md").read_text("utf-8")
-    for part in ("python experiments/sft.py --seed 5", "`my.json`, sha256 abc", "| sft/loss | 1.25 |", "seed: 5"):
+    for part in (
+        "python experiments/sft.py --seed 5",
+        "`my.json`, sha256 abc",
+        "| sft/loss | 1.25 |",
+        "seed: 5",
+    ):
         assert part in card
     assert "Trained from `gpt2`" in card
     assert "```text\nQ: {prompt} A:\n```" in card
@@ -193,7 +228,9 @@ def test_a_closed_pipe_ends_a_command_without_a_word():
     """As of `rlhf-jax configs | head -1`: nobody reads any more."""
     reads, writes = os.pipe()
     os.close(reads)
-    done = subprocess.run([sys.executable, "-m", "rlhf_jax", "configs"], stdout=writes, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_jax", "configs"], stdout=writes, stderr=subprocess.PIPE
+    )
     os.close(writes)
     assert (done.returncode, done.stderr) == (141, b"")
 

@@ -16,7 +16,11 @@ from rlhf_jax.training import phases
 
 
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("vpg", "ppo", "rloo", "grpo")), "rloo with LoRA"]
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vpg", "ppo", "rloo", "grpo")),
+        "rloo with LoRA",
+    ],
 )
 def test_no_iteration_holds_weights(name):
     """Sampling, a reward model's scores, a reference and the update on GPT-2 as one program."""
@@ -27,10 +31,16 @@ def test_no_iteration_holds_weights(name):
     policy = models.policy_fn(model, prompt_length=3)
     trained, base, bound = params, None, Partial(policy)
     if "LoRA" in name:
-        trained, base, bound = models.lora.init(KEY, params, rank=2), params, models.lora.bind(policy, params)
+        trained, base, bound = (
+            models.lora.init(KEY, params, rank=2),
+            params,
+            models.lora.bind(policy, params),
+        )
     options = sampling.SamplingConfig(max_new_tokens=4, eos_id=1, pad_id=0)
     config = dataclasses.replace(case.config, **MINIBATCHES)
-    iteration = partial(phases.iteration, recipe=phases.Recipe(model, options, case.module, config, SGD, RLStage()))
+    iteration = partial(
+        phases.iteration, recipe=phases.Recipe(model, options, case.module, config, SGD, RLStage())
+    )
     tokens = jnp.full((16, 3), 2)
     prompts = phases.Prompts(tokens, jnp.ones_like(tokens), jnp.arange(16))
     loop = phases.LoopState.create(case.module.State.create(trained, SGD), 0.1)

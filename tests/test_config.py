@@ -1,5 +1,5 @@
-"""Precedence of flag, file and default; every mistake named with file, line and key; YAML that reads back equal; the
-rules of the sections."""
+"""Precedence of flag, file and default; every mistake named with file, line and key; YAML that
+reads back equal; the rules of the sections."""
 
 import dataclasses
 import re
@@ -79,7 +79,18 @@ prompts: count
     expected = Safety(("a.txt", "-b"), (), "count:a", None, 1.0, "count", "None", penalty=1e-5)
     assert safety == expected
     assert isinstance(safety.above, float)
-    flags += ["--words", "x", "y", "--below", "None", "--penalty", "1e-2", "--patterns", "--prompts", "drop"]
+    flags += [
+        "--words",
+        "x",
+        "y",
+        "--below",
+        "None",
+        "--penalty",
+        "1e-2",
+        "--patterns",
+        "--prompts",
+        "drop",
+    ]
     expected = dataclasses.replace(expected, words=("x", "y"), penalty=0.01, prompts="drop")
     assert parse(Safety, [*write(text), *flags]) == expected
     assert parse(Safety, write("words: []\nreplacement: None")) == Safety()
@@ -94,14 +105,20 @@ prompts: count
         ("ppo:\n  clip-low: 1", ", line 2: unknown key ppo.clip-low; did you mean ppo.clip_low?"),
         ("seed: 1\nbeta: 1", ", line 2: unknown key beta; did you mean dpo.beta or kto.beta?"),
         ("ppo:\n  seed: 1", ", line 2: unknown key ppo.seed; did you mean seed?"),
-        ("lora: {zzz: 1}", ", line 1: unknown key lora.zzz; the keys of lora are rank, alpha, match"),
+        (
+            "lora: {zzz: 1}",
+            ", line 1: unknown key lora.zzz; the keys of lora are rank, alpha, match",
+        ),
         ("? [a]\n: 1", ", line 1: unknown key a list of 1; "),
         ("ppo:\n  clip_low: '0.5'", ", line 2: ppo.clip_low must be a float, found '0.5'"),
         ("ppo:\n  clip_low:", ", line 2: ppo.clip_low must be a float, found nothing"),
         ("seed: " + "9" * 5000, ", line 1: seed must be an int, found 99"),
         ("seed: true", ", line 1: seed must be an int, found true"),
         ("model: [a]", ", line 1: model must be a string or null, found a list of 1"),
-        ("tokenizer:\n  kind: x", ", line 2: tokenizer.kind must be one of 'bpe', 'characters', found 'x'"),
+        (
+            "tokenizer:\n  kind: x",
+            ", line 2: tokenizer.kind must be one of 'bpe', 'characters', found 'x'",
+        ),
         ("resume: 1", ", line 1: resume must be true or false, found 1"),
         ("data: x", ", line 1: data must be a list, found 'x'"),
         ("data: [a,\n    3]", ", line 2: each of data must be a string, found 3"),
@@ -109,11 +126,17 @@ prompts: count
         ("- seed", ", line 1: the file must be a mapping of keys, found a list of 1"),
         ("", ": is empty"),
         ("seed: 1\nppo: [", ", line 2: not valid YAML in UTF-8: "),
-        ("seed: 1\nmodel: \x01", ", line 2: not valid YAML in UTF-8: special characters are not allowed"),
+        (
+            "seed: 1\nmodel: \x01",
+            ", line 2: not valid YAML in UTF-8: special characters are not allowed",
+        ),
         ("model: " + "[" * 5000, ": not valid YAML in UTF-8: maximum recursion depth"),
         (b"seed: 1\nmodel: \xe4", ", line 2: not valid YAML in UTF-8: unexpected end of data"),
         ("lora: {alpha: 1,\n rank: -1}", ", line 2: lora.rank must be at least 0, got -1"),
-        ("keep_last: 1\nlora:\n  rank: 2", ", line 3: lora.rank adapts a trained model: give --model"),
+        (
+            "keep_last: 1\nlora:\n  rank: 2",
+            ", line 3: lora.rank adapts a trained model: give --model",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_named(text, message):
@@ -124,7 +147,9 @@ def test_a_mistake_in_the_file_is_named(text, message):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match=r"none.yaml: cannot be read \(given by --config\): No such file"):
+    with pytest.raises(
+        UserError, match=r"none.yaml: cannot be read \(given by --config\): No such file"
+    ):
         parse(RunConfig, ["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(UserError, match="cannot be read"):
         parse(RunConfig, ["--config", str(tmp_path)])
@@ -132,7 +157,9 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_checks_run_on_the_final_values():
-    """What the file gets wrong a flag may put right, and the other way round the file's line is not blamed."""
+    """What the file gets wrong a flag may put right, and the other way round the file's line is not
+    blamed.
+    """
     file = write("lora:\n  alpha: -3\n")
     assert parse(RunConfig, [*file, "--lora.alpha", "0.5"]).lora.alpha == 0.5
     with pytest.raises(UserError, match=r"^lora\.alpha must be above 0, got -4\.0"):
@@ -152,20 +179,29 @@ SECTIONS = ("ppo", "sft.optimizer", "rl.top_k")
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--ppo.cliprange", "3"], "unknown flag --ppo.cliprange; did you mean --ppo.clip-low or --ppo.clip-high?"),
+        (
+            ["--ppo.cliprange", "3"],
+            "unknown flag --ppo.cliprange; did you mean --ppo.clip-low or --ppo.clip-high?",
+        ),
         (["--ppo.num-epoch=3"], "unknown flag --ppo.num-epoch; did you mean --ppo.num-epochs?"),
         (["--top-k", "3"], "unknown flag --top-k; did you mean --rl.top-k?"),
         (["--sft.opt.b1", "3"], "unknown flag --sft.opt.b1; did you mean --sft.optimizer.b1 or "),
         (["--lora.zzz"], "unknown flag --lora.zzz; the keys of lora are rank, alpha, match"),
         (["--data.train"], "unknown flag --data.train; did you mean --data?"),
         (["--zzz.yyy"], "unknown flag --zzz.yyy; the keys are data, columns"),
-        (["tiny"], "unexpected 'tiny'; flags begin with --; a switch stands alone: --text.pack, or "),
+        (
+            ["tiny"],
+            "unexpected 'tiny'; flags begin with --; a switch stands alone: --text.pack, or ",
+        ),
         (
             ["--checkpoint-async", "True"],
             "unexpected 'True'; flags begin with --; a switch stands alone: --text.pack, or ",
         ),
         (["--grpo.clip-low", "1"], "--grpo.clip-low is a setting that this command does not read"),
-        (["--sft.num-epochs", "1"], "--sft.num-epochs is a setting that this command does not read"),
+        (
+            ["--sft.num-epochs", "1"],
+            "--sft.num-epochs is a setting that this command does not read",
+        ),
         (["--reward", "length"], "--reward is a setting that this command does not read"),
     ],
 )
@@ -176,9 +212,16 @@ def test_an_unknown_flag_is_answered_by_those_there_are(argv, message):
 
 def test_a_command_has_the_flags_of_its_sections_alone(capsys):
     flags = ["--ppo.clip-low", "0.1", "--sft.optimizer.b1", "0.5", "--seed", "3", "--rl.top-k", "5"]
-    file = write("rl: {allow_truncated_sampling: true, temperature: 2.0}\ngrpo: {clip_low: 0.3}")  # shared by stages
+    file = write(
+        "rl: {allow_truncated_sampling: true, temperature: 2.0}\ngrpo: {clip_low: 0.3}"
+    )  # shared by stages
     given = parse(RunConfig, [*file, *flags], sections=SECTIONS)
-    assert (given.seed, given.ppo.clip_low, given.sft.optimizer.b1, given.rl.top_k) == (3, 0.1, 0.5, 5)
+    assert (given.seed, given.ppo.clip_low, given.sft.optimizer.b1, given.rl.top_k) == (
+        3,
+        0.1,
+        0.5,
+        5,
+    )
     assert (given.rl.temperature, given.grpo.clip_low) == (2.0, 0.3)
     with pytest.raises(UserError, match=r"c.yaml, line 1: dpo\.beta must be above 0"):
         parse(RunConfig, write("dpo: {beta: 0}"), sections=SECTIONS)
@@ -210,7 +253,12 @@ sections = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(sections)
 def test_yaml_reads_back_equal(config):
     text = to_yaml(config)
@@ -234,19 +282,35 @@ def test_yaml_holds_every_field_in_order():
         (Network, "initializer_range=0", "above 0"),
         (LoRA, "alpha=0", "above 0"),
         (config.Text, "bucket_multiple=0", "at least 1"),
-        (Optimizer, "learning_rate=-1 warmup_steps=-1 weight_decay=-1 max_grad_norm=-1 eps=-1", "at least 0"),
+        (
+            Optimizer,
+            "learning_rate=-1 warmup_steps=-1 weight_decay=-1 max_grad_norm=-1 eps=-1",
+            "at least 0",
+        ),
         (Optimizer, "decay_every=0 decay_patience=0", "at least 1"),
         (Optimizer, "decay_factor=0", "above 0"),
         (Optimizer, "decay_factor=1 b1=1 b2=1", "below 1"),
         (Optimizer, "b1=-1 b2=-1", "at least 0"),
-        (SFTStage, "num_epochs=0 batch_size=0 num_microbatches=0 validation_interval=0", "at least 1"),
+        (
+            SFTStage,
+            "num_epochs=0 batch_size=0 num_microbatches=0 validation_interval=0",
+            "at least 1",
+        ),
         (config.DPOStage, "validation_fraction=-1", "at least 0"),
         (config.DPOStage, "validation_fraction=1", "below 1"),
         (config.DPOStage, "beta=0", "above 0"),
         (config.RewardModelStage, "ensemble_size=0", "at least 1"),
         (config.RewardModelStage, "normalize_samples=-1 centering=-1", "at least 0"),
-        (RLStage, "num_iterations=0 num_episodes=0 batch_size=0 top_k=0 kl_horizon=0", "at least 1"),
-        (RLStage, "max_prompt_length=0 max_new_tokens=0 reference_refresh=0 validation_prompts=0", "at least 1"),
+        (
+            RLStage,
+            "num_iterations=0 num_episodes=0 batch_size=0 top_k=0 kl_horizon=0",
+            "at least 1",
+        ),
+        (
+            RLStage,
+            "max_prompt_length=0 max_new_tokens=0 reference_refresh=0 validation_prompts=0",
+            "at least 1",
+        ),
         (RLStage, "kl_coef=-1 show_examples=-1", "at least 0"),
         (RLStage, "temperature=0 kl_target=0", "above 0"),
         (RLStage, "validation_fraction=-1", "at least 0"),
@@ -268,16 +332,28 @@ TRUNCATED = "top_k and top_p: the update uses log-probabilities of the whole dis
 @pytest.mark.parametrize(
     ("cls", "values", "message"),
     [
-        (RunConfig, {"keep_best": "loss"}, "keep_best must be max:METRIC or min:METRIC, got 'loss'"),
+        (
+            RunConfig,
+            {"keep_best": "loss"},
+            "keep_best must be max:METRIC or min:METRIC, got 'loss'",
+        ),
         (RunConfig, {"alerts": ("oops",)}, "alerts: 'oops'"),
-        (RunConfig, {"model": "m", "tokenizer": Tokenizer("t")}, "tokenizer.name t: the model m brings its own"),
+        (
+            RunConfig,
+            {"model": "m", "tokenizer": Tokenizer("t")},
+            "tokenizer.name t: the model m brings its own",
+        ),
         (config.Text, {"template": "x"}, "template must contain {prompt}"),
         (LoRA, {"match": "("}, "match is no regular expression"),
         (Optimizer, {"decay_every": 3}, "schedule: the schedule step needs decay_every"),
         (Optimizer, {"schedule": "step"}, "schedule: the schedule step needs decay_every"),
         (RLStage, {"top_k": 5}, TRUNCATED),
         (RLStage, {"top_p": 0.5}, TRUNCATED),
-        (RLStage, {"missing_eos_penalty": 1.0, "missing_eos_score": 0.0}, "missing_eos_penalty and missing_eos_score"),
+        (
+            RLStage,
+            {"missing_eos_penalty": 1.0, "missing_eos_score": 0.0},
+            "missing_eos_penalty and missing_eos_score",
+        ),
         (RLStage, {"max_turns": 2}, "max_turns: conversations have an environment"),
         (Safety, {"patterns": ("(",)}, "patterns: '(' is no regular expression"),
         (Safety, {"above": 1.0}, "classifier needs below or above"),

@@ -1,4 +1,6 @@
-"""A value function with a body of its own, in runs: what learns when, where it starts, LoRA, resume, export."""
+"""A value function with a body of its own, in runs: what learns when, where it starts, LoRA,
+resume, export.
+"""
 
 import dataclasses
 import json
@@ -21,7 +23,9 @@ from rlhf_jax.types import Rollout, TrainState
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
-MODEL = models.build(models.GPT2Config(vocab_size=12, max_length=16, hidden_size=8, num_layers=1, num_heads=1))
+MODEL = models.build(
+    models.GPT2Config(vocab_size=12, max_length=16, hidden_size=8, num_layers=1, num_heads=1)
+)
 
 
 def moved(before, after):
@@ -39,14 +43,22 @@ def samples():
 def test_only_the_value_model_learns_while_it_warms_up():
     """Two steps an iteration, one iteration of warm-up."""
     params = MODEL.init(jax.random.key(0))
-    start = critic.beside(Trainable(params), models.add_head(jax.random.key(0), params, "value")).params
+    start = critic.beside(
+        Trainable(params), models.add_head(jax.random.key(0), params, "value")
+    ).params
     assert start.keys() == {"policy", "value"}
     settings = RLStage(num_iterations=3, optimizer=Optimizer(learning_rate=1e-2, schedule="linear"))
     how = PPOStage(value="separate", value_learning_rate=1e-1, value_warmup=1)
     optimizer = critic.make_optimizer(settings, how, 2, start)
     options = {"policy_fn": models.policy_fn(MODEL, value_model=MODEL), "optimizer": optimizer}
     step = jax.jit(
-        partial(ppo.update, rollout=samples(), key=jax.random.key(0), config=ppo.Config(num_epochs=1), **options)
+        partial(
+            ppo.update,
+            rollout=samples(),
+            key=jax.random.key(0),
+            config=ppo.Config(num_epochs=1),
+            **options,
+        )
     )
     state, rates = TrainState.create(start, optimizer), []
     for _ in range(4):
@@ -62,27 +74,35 @@ def test_only_the_value_model_learns_while_it_warms_up():
 
 @pytest.mark.slow
 def test_values_reach_their_optimum_before_the_policy_moves():
-    """Each of four tokens earns 1, so that V of the states before them is 4, 3, 2, 1; a head that learns at the rate of
-    the policy is nowhere near by then."""
+    """Each of four tokens earns 1, so that V of the states before them is 4, 3, 2, 1; a head that
+    learns at the rate of the policy is nowhere near by then."""
     how_to = ppo.Config(num_epochs=1, value_clip=None, value_coef=1.0, gae_lambda=1.0)
     for value, rate, error in (("separate", 1e-2, 0.02), ("shared", None, 2.0)):
         params = models.add_head(jax.random.key(0), MODEL.init(jax.random.key(0)), "value")
         if value == "separate":
             params = critic.beside(Trainable(MODEL.init(jax.random.key(0))), params).params
-        settings = RLStage(num_iterations=301, optimizer=Optimizer(learning_rate=1e-4, schedule="constant"))
+        settings = RLStage(
+            num_iterations=301, optimizer=Optimizer(learning_rate=1e-4, schedule="constant")
+        )
         how = PPOStage(value=value, value_learning_rate=rate, value_warmup=300 if rate else 0)
         optimizer = critic.make_optimizer(settings, how, 1, params)
         policy_fn = models.policy_fn(MODEL, value_model=MODEL if value == "separate" else None)
 
         def step(state, key, policy_fn=policy_fn, optimizer=optimizer):
-            return ppo.update(state, samples(), key, policy_fn=policy_fn, optimizer=optimizer, config=how_to)
+            return ppo.update(
+                state, samples(), key, policy_fn=policy_fn, optimizer=optimizer, config=how_to
+            )
 
         keys = jax.random.split(jax.random.key(2), 300)
         state, _ = jax.jit(partial(jax.lax.scan, step))(TrainState.create(params, optimizer), keys)
-        values = policy_fn(state.params, samples().tokens, samples().attention_mask, None).values[:, 2:]
+        values = policy_fn(state.params, samples().tokens, samples().attention_mask, None).values[
+            :, 2:
+        ]
         worst = float(jnp.max(jnp.abs(values - jnp.tile(jnp.arange(4.0, 0.0, -1.0), (4, 1)))))
         assert (worst < error) == (value == "separate"), (value, worst)
-        assert (moved(params.get("policy", params), state.params.get("policy", state.params)) == 0) == bool(rate)
+        assert (
+            moved(params.get("policy", params), state.params.get("policy", state.params)) == 0
+        ) == bool(rate)
 
 
 def test_the_value_loss_has_no_gradient_in_the_policy():
@@ -93,7 +113,9 @@ def test_the_value_loss_has_no_gradient_in_the_policy():
     batch = ppo.prepare(samples(), config=ppo.Config())
 
     def value_loss(params):
-        return ppo.loss(params, batch, None, policy_fn=policy_fn, config=ppo.Config())[1]["value/loss"].value
+        return ppo.loss(params, batch, None, policy_fn=policy_fn, config=ppo.Config())[1][
+            "value/loss"
+        ].value
 
     gradient = jax.jit(jax.grad(value_loss))(whole)
     assert moved(gradient["policy"], jax.tree.map(jnp.zeros_like, gradient["policy"])) == 0.0
@@ -121,7 +143,9 @@ def test_a_large_gradient_of_the_policy_does_not_clip_that_of_the_value_function
 
 
 def test_the_schedule_of_the_policy_begins_after_the_warm_up():
-    """Under a constant gradient each step of Adam is the learning rate, which is 0 at the end of the run."""
+    """Under a constant gradient each step of Adam is the learning rate, which is 0 at the end of
+    the run.
+    """
     adam = Optimizer(learning_rate=0.4, schedule="linear", max_grad_norm=None)
     how = PPOStage(value="separate", value_warmup=1)
     optimizer = critic.make_optimizer(RLStage(num_iterations=3, optimizer=adam), how, 2, PARAMS)
@@ -134,7 +158,9 @@ def test_the_schedule_of_the_policy_begins_after_the_warm_up():
 
 
 def test_the_matrices_of_a_value_body_decay_and_its_head_does_not():
-    settings = RLStage(optimizer=Optimizer(learning_rate=1.0, weight_decay=0.5, schedule="constant"))
+    settings = RLStage(
+        optimizer=Optimizer(learning_rate=1.0, weight_decay=0.5, schedule="constant")
+    )
     optimizer = critic.make_optimizer(settings, PPOStage(value="separate"), 1, PARAMS)
     here = {"h_0": {"kernel": -0.5, "bias": 0.0}}
     decays = {"policy": here, "value": {**here, "value": {"kernel": 0.0}}}
@@ -143,7 +169,9 @@ def test_the_matrices_of_a_value_body_decay_and_its_head_does_not():
 
 @pytest.fixture
 def separate(config):  # noqa: F811
-    how = PPOStage(num_epochs=1, num_minibatches=2, shuffle_blocks=4, value="separate", value_warmup=2)
+    how = PPOStage(
+        num_epochs=1, num_minibatches=2, shuffle_blocks=4, value="separate", value_warmup=2
+    )
     sampled = dataclasses.replace(config.rl, num_iterations=4, kl_coef=0.01, kl_target=None)
     return dataclasses.replace(config, ppo=how, rl=sampled)
 
@@ -152,18 +180,24 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "rank", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.soak)]
+)
 def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_path, monkeypatch):  # noqa: F811
     if rank:
         base = save_base(tmp_path / "base", data, num_layers=2, dtype=jnp.bfloat16)
-        separate = dataclasses.replace(separate, model=base, tokenizer=Tokenizer(), lora=LoRA(rank=rank))
+        separate = dataclasses.replace(
+            separate, model=base, tokenizer=Tokenizer(), lora=LoRA(rank=rank)
+        )
     held = {}
     monkeypatch.setattr(rl._Trainer, "first_state", keep(rl._Trainer.first_state, held))
     straight = training.rl.run(separate, ppo)
     names = {"trained policy", "trained value", "optimizer state", "gradients"}
     assert names | ({"frozen weights"} if rank else set()) <= held.keys()
     kl = [abs(row["objective/kl"]) for row in rows(straight.folder) if "objective/kl" in row]
-    assert max(kl[:3]) < 1e-5 < 1e-4 < kl[3]  # the policy moved for the first time in the third iteration
+    assert (
+        max(kl[:3]) < 1e-5 < 1e-4 < kl[3]
+    )  # the policy moved for the first time in the third iteration
     _, exported = models.load(straight.model_folder)
     assert not exported.keys() & {"policy", "value"}
     again = dataclasses.replace(separate, output_dir=str(tmp_path / "again"))
@@ -198,10 +232,14 @@ class Here:
 
 
 def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
-    here = Here(dataclasses.replace(separate, model="base", tokenizer=Tokenizer(), lora=LoRA(rank=2)))
+    here = Here(
+        dataclasses.replace(separate, model="base", tokenizer=Tokenizer(), lora=LoRA(rank=2))
+    )
     policy, whole = critic.start(here, MODEL.init(jax.random.key(0)), "separate")
     assert whole.base["policy"] is whole.base["value"] is policy.base
-    adapters = [whole.params[part]["h_0"]["attn"]["c_attn"]["lora_a"] for part in ("policy", "value")]
+    adapters = [
+        whole.params[part]["h_0"]["attn"]["c_attn"]["lora_a"] for part in ("policy", "value")
+    ]
     assert np.any(adapters[0] != adapters[1])
     assert "value" in whole.params["value"]
     assert whole.params["policy"] is policy.params
@@ -221,7 +259,13 @@ def test_settings_that_do_not_fit(changes, message, separate):
 
 
 def test_the_schedule_plateau_lowers_both_learning_rates():
-    adam = Optimizer(learning_rate=1.0, schedule="plateau", decay_factor=0.5, decay_patience=1, max_grad_norm=None)
+    adam = Optimizer(
+        learning_rate=1.0,
+        schedule="plateau",
+        decay_factor=0.5,
+        decay_patience=1,
+        max_grad_norm=None,
+    )
     how = PPOStage(value="separate", value_learning_rate=0.1)
     optimizer = critic.make_optimizer(RLStage(optimizer=adam), how, 1, PARAMS)
     state, judge = optimizer.init(PARAMS), Judge("min:x", None, adam)

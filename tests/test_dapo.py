@@ -1,4 +1,6 @@
-"""DAPO in runs (Yu et al. 2025, arXiv 2503.14476): dynamic sampling, truncated responses, the overlong penalty."""
+"""DAPO in runs (Yu et al. 2025, arXiv 2503.14476): dynamic sampling, truncated responses, the
+overlong penalty.
+"""
 
 import dataclasses
 import functools
@@ -28,23 +30,52 @@ def recipe(algorithm=grpo, size=2, **settings):
 
 
 def answers(scores, first=0, unfinished=()):
-    """Responses of 2 tokens to prompts of 1, ended by EOS but for those ``unfinished``; rows count from ``first``."""
+    """Responses of 2 tokens to prompts of 1, ended by EOS but for those ``unfinished``; rows count
+    from ``first``.
+    """
     scores, rows = np.asarray(scores, np.float32), np.arange(len(scores), dtype=np.int32)
-    tokens = np.stack([rows + first, rows + 2, np.where(np.isin(rows, unfinished), 2, 1)], axis=1).astype(np.int32)
+    tokens = np.stack(
+        [rows + first, rows + 2, np.where(np.isin(rows, unfinished), 2, 1)], axis=1
+    ).astype(np.int32)
     said = np.ones_like(tokens) * (np.arange(3) > 0)
-    numbers = (tokens, np.ones_like(tokens), said, np.zeros(tokens.shape, np.float32), rows + first, scores)
+    numbers = (
+        tokens,
+        np.ones_like(tokens),
+        said,
+        np.zeros(tokens.shape, np.float32),
+        rows + first,
+        scores,
+    )
     return Rollout(*map(jnp.asarray, numbers))
 
 
 @pytest.mark.parametrize(
     ("kept", "fresh", "expected", "left", "unfinished"),
     [
-        ([1, 1, 2, 3, 0, 0, 4, 4], [5, 5, 6, 7, 8, 8, 9, 1], [102, 103, 2, 3, 106, 107, 6, 7], 1, ()),
+        (
+            [1, 1, 2, 3, 0, 0, 4, 4],
+            [5, 5, 6, 7, 8, 8, 9, 1],
+            [102, 103, 2, 3, 106, 107, 6, 7],
+            1,
+            (),
+        ),
         ([1, 2, 2, 3, 0, 1, 4, 5], [5, 6, 6, 7, 8, 9, 9, 1], [0, 1, 2, 3, 4, 5, 6, 7], 0, ()),
         ([1, 2, 2, 2], [5, 5, 6, 6], [0, 1, 2, 3], 1, ()),
         ([1, 1, 2, 2], [5, 6, 7, 8], [100, 101, 102, 103], 0, ()),
-        ([1, NAN, 2, 2], [5, 6, 7, 8], [0, 1, 100, 101], 0, ()),  # is not hidden: the run has to stop at it
-        ([1, 2, 2, 3], [5, 6, 7, 8], [100, 101, 2, 3], 0, (1,)),  # row 1 is masked, so row 0 is alone
+        (
+            [1, NAN, 2, 2],
+            [5, 6, 7, 8],
+            [0, 1, 100, 101],
+            0,
+            (),
+        ),  # is not hidden: the run has to stop at it
+        (
+            [1, 2, 2, 3],
+            [5, 6, 7, 8],
+            [100, 101, 2, 3],
+            0,
+            (1,),
+        ),  # row 1 is masked, so row 0 is alone
     ],
 )
 def test_groups_that_score_alike_are_replaced_in_order(kept, fresh, expected, left, unfinished):
@@ -65,7 +96,11 @@ class Trainer:
 
     def __init__(self, rounds, *scores):
         self.samplings = 1 + rounds
-        self.settings, self.scores, self.calls = RLStage(batch_size=8, dynamic_sampling=rounds), list(scores), []
+        self.settings, self.scores, self.calls = (
+            RLStage(batch_size=8, dynamic_sampling=rounds),
+            list(scores),
+            [],
+        )
         parts = (phases.num_equal, phases.refill)
         self._num_equal, self._refill = (functools.partial(part, recipe=recipe()) for part in parts)
 
@@ -73,7 +108,9 @@ class Trainer:
         return prompts, rows.tolist()
 
     def _sampled(self, state, prompts, rows, number):
-        step = number // self.samplings  # all samplings of a step have the columns that all of its prompts need
+        step = (
+            number // self.samplings
+        )  # all samplings of a step have the columns that all of its prompts need
         assert prompts == ("all", self.rows_of(step).ravel().tolist())
         self.calls.append((rows.tolist(), number))
         return answers(self.scores.pop(0), 100 * len(self.calls)), {}
@@ -98,7 +135,9 @@ def test_rounds_have_other_prompts_and_keys_and_end_when_all_groups_differ():
     assert steps[0] > {row for rows in prompts for row in rows}
     assert not steps[0] & steps[1]
     plain = Trainer(0)  # in which each prompt has its turn once an epoch
-    assert [trainer.rows_of(step)[0].tolist() for step in range(9)] == [plain.rows_of(i)[0].tolist() for i in range(9)]
+    assert [trainer.rows_of(step)[0].tolist() for step in range(9)] == [
+        plain.rows_of(i)[0].tolist() for i in range(9)
+    ]
     again = Trainer(3, same, one, rest)
     again.step(1)
     assert again.calls == trainer.calls
@@ -122,7 +161,9 @@ class Recorder:
 def learnt(rollout, **settings):
     loop = phases.LoopState.create(TrainState(jnp.zeros(()), {}, ()), 0.0)
     learn = functools.partial(phases.learn, recipe=recipe(Recorder, **settings))
-    after, metrics = jax.jit(lambda loop, rollout: learn(loop, rollout, None, phases.Functions(None)))(loop, rollout)
+    after, metrics = jax.jit(
+        lambda loop, rollout: learn(loop, rollout, None, phases.Functions(None))
+    )(loop, rollout)
     return after.train, metrics
 
 
@@ -143,7 +184,9 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
     """Eq. 13 with L_max 4 and L_cache 2, times 3."""
     said = (jnp.arange(5) > 0) & (jnp.arange(5) <= tokens)
     ids = jnp.full((2, 5), 2)
-    rollout = Rollout(ids, ids, jnp.stack([said, said]), jnp.zeros((2, 5)), scores=jnp.array([7.0, 1.0]))
+    rollout = Rollout(
+        ids, ids, jnp.stack([said, said]), jnp.zeros((2, 5)), scores=jnp.array([7.0, 1.0])
+    )
     given, _ = learnt(rollout, overlong_buffer=2, overlong_penalty=3.0)
     np.testing.assert_allclose(given.rewards.sum(axis=1), [7.0 - lost, 1.0 - lost])
 
@@ -169,7 +212,8 @@ def score(prompts, responses):
 
 
 @pytest.mark.parametrize(
-    "on_host", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.soak)]
+    "on_host",
+    [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.soak)],
 )
 def test_a_run_with_dynamic_sampling_goes_on_bit_for_bit(on_host, config, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "reward.py").write_text(REWARD)

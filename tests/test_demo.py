@@ -12,7 +12,9 @@ import rubric
 from rlhf_jax.data import demo
 from rlhf_jax.errors import UserError
 
-PHRASINGS, HELDOUT = (list(itertools.chain(*some.values())) for some in (demo.PHRASINGS, demo.HELDOUT_PHRASINGS))
+PHRASINGS, HELDOUT = (
+    list(itertools.chain(*some.values())) for some in (demo.PHRASINGS, demo.HELDOUT_PHRASINGS)
+)
 SUBJECTS = {
     demo.fill(phrasing, topic): {"category": category, "topic": topic.phrase}
     for category, topics in demo.TOPICS.items()
@@ -46,7 +48,9 @@ def test_sizes(corpus):
 def test_the_bytes_depend_on_the_seed_alone(corpus, tmp_path):
     demo.write(tmp_path, seed=1)
     # Whoever changes a byte changes every run on the corpus.
-    for name, digest in zip(demo.FILES, ["d2a5c40b", "7ea22334", "f3955cb7", "6933fe1a", "9565fb67"], strict=True):
+    for name, digest in zip(
+        demo.FILES, ["d2a5c40b", "7ea22334", "f3955cb7", "6933fe1a", "9565fb67"], strict=True
+    ):
         assert hashlib.sha256((corpus / name).read_bytes()).hexdigest()[:8] == digest
         assert (tmp_path / name).read_bytes() != (corpus / name).read_bytes()
 
@@ -61,7 +65,10 @@ def test_heldout_phrasings_are_in_no_training_file(corpus):
 def wrong(folder, name):
     """The share of pairs whose chosen response the rubric scores lower."""
     rows = load(folder, name)[:300]
-    scores = [[rubric.score(SUBJECTS[row["prompt"]], row[key]) for key in ("chosen", "rejected")] for row in rows]
+    scores = [
+        [rubric.score(SUBJECTS[row["prompt"]], row[key]) for key in ("chosen", "rejected")]
+        for row in rows
+    ]
     return sum(chosen < rejected for chosen, rejected in scores) / len(rows)
 
 
@@ -72,7 +79,10 @@ def test_pairs_follow_the_rubric_but_for_the_noise(corpus, tmp_path):
     for folder in (corpus, tmp_path):
         assert wrong(folder, "heldout_preference_data.json") < 0.03
     # The control differs from the real run in the labels alone.
-    texts = [[sorted(row.values()) for row in load(folder, "preference_data.json")] for folder in (corpus, tmp_path)]
+    texts = [
+        [sorted(row.values()) for row in load(folder, "preference_data.json")]
+        for folder in (corpus, tmp_path)
+    ]
     assert texts[0] == texts[1]
 
 

@@ -1,4 +1,6 @@
-"""A GPU that JAX does not use is named with the line that installs its plugin; nobody falls back to the CPU unaware."""
+"""A GPU that JAX does not use is named with the line that installs its plugin; nobody falls back to
+the CPU unaware.
+"""
 
 import dataclasses
 import fnmatch
@@ -38,7 +40,9 @@ def test_an_idle_accelerator_is_refused_with_its_install_line(file, message, mon
 
 
 def test_an_apple_gpu_is_refused_with_what_to_give_instead():
-    with pytest.raises(UserError, match=r"--device mps: JAX has no maintained backend.*--device cpu"):
+    with pytest.raises(
+        UserError, match=r"--device mps: JAX has no maintained backend.*--device cpu"
+    ):
         devices.choose("mps")
 
 
@@ -56,7 +60,9 @@ def test_an_apple_gpu_is_refused_with_what_to_give_instead():
         (None, None, None, "cpu"),
     ],
 )
-def test_flags_are_those_of_the_platform_that_jax_will_use(device, variable, file, flags, monkeypatch):
+def test_flags_are_those_of_the_platform_that_jax_will_use(
+    device, variable, file, flags, monkeypatch
+):
     """What is chosen counts, then JAX_PLATFORMS, then what the machine has."""
     monkeypatch.setattr(devices.glob, "glob", lambda pattern: fnmatch.filter([file or ""], pattern))
     monkeypatch.setenv("JAX_PLATFORMS", variable or "")
@@ -65,18 +71,26 @@ def test_flags_are_those_of_the_platform_that_jax_will_use(device, variable, fil
 
 def test_flags_keep_the_users_and_are_those_that_this_jaxlib_knows(tmp_path, monkeypatch):
     """A name that is no flag any more may still be part of a longer string, as in jaxlib 0.12."""
-    (tmp_path / "libjax_common.so").write_bytes(b"\0xla_a\0says\0xla_b\0says\0a_field xla_cR\x19xla_other")
+    (tmp_path / "libjax_common.so").write_bytes(
+        b"\0xla_a\0says\0xla_b\0says\0a_field xla_cR\x19xla_other"
+    )
     monkeypatch.setattr(devices.jaxlib, "__file__", str(tmp_path / "__init__.py"))
     ours = {"xla_a": "1", "xla_b": "2", "xla_c": "3", "xla_d": "4"}
     assert devices.xla_flags(ours, "") == "--xla_a=1 --xla_b=2"
-    assert devices.xla_flags(ours, "--xla_b= --xla_dump_to=x") == "--xla_a=1 --xla_b= --xla_dump_to=x"
+    assert (
+        devices.xla_flags(ours, "--xla_b= --xla_dump_to=x") == "--xla_a=1 --xla_b= --xla_dump_to=x"
+    )
 
 
-def test_programs_of_four_blocks_and_more_have_the_newer_kernels_where_a_run_chose_the_older(monkeypatch):
+def test_programs_of_four_blocks_and_more_have_the_newer_kernels_where_a_run_chose_the_older(
+    monkeypatch,
+):
     newer = {"xla_cpu_use_fusion_emitters": True}
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_cpu_use_fusion_emitters=false")
     assert [devices.compiler_options(layers) for layers in (3, 4, 24)] == [{}, newer, newer]
-    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_cpu_use_fusion_emitters=true")  # nor where jaxlib has lost it
+    monkeypatch.setenv(
+        "XLA_FLAGS", "--xla_a=1 --xla_cpu_use_fusion_emitters=true"
+    )  # nor where jaxlib has lost it
     assert not devices.compiler_options(24)
     config = models.GPT2Config(11, 16, 16, 5, 2)
     assert (config.num_blocks, dataclasses.replace(config, scan_layers=True).num_blocks) == (5, 2)
@@ -86,12 +100,20 @@ def test_programs_of_four_blocks_and_more_have_the_newer_kernels_where_a_run_cho
 def test_this_jaxlib_knows_the_flags_that_every_version_has():
     known = devices.xla_flags(devices.FLAGS["gpu"] | devices.FLAGS["cpu"], "")
     names = {flag.partition("=")[0].removeprefix("--") for flag in known.split()}
-    assert names | {"xla_cpu_use_fusion_emitters"} == devices.FLAGS["gpu"].keys() | devices.FLAGS["cpu"].keys()
+    assert (
+        names | {"xla_cpu_use_fusion_emitters"}
+        == devices.FLAGS["gpu"].keys() | devices.FLAGS["cpu"].keys()
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", devices.FLAGS)
 def test_xla_reads_the_flags(platform):
     """It ends the process at a name or a value that it does not know, on the CPU too."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices.xla_flags(devices.FLAGS[platform], "")}
-    subprocess.run([sys.executable, "-c", "import jax; jax.numpy.ones(2) + 1"], env=environment, check=True)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": devices.xla_flags(devices.FLAGS[platform], ""),
+    }
+    subprocess.run(
+        [sys.executable, "-c", "import jax; jax.numpy.ones(2) + 1"], env=environment, check=True
+    )

@@ -1,8 +1,9 @@
-"""The documentation's commands and code run as written; its flags, keys, defaults, examples and links are true.
+"""The documentation's commands and code run as written; its flags, keys, defaults, examples and
+links are true.
 
-In docs/ a command is a line ``$ ...`` of a ``console`` block; a block that opens with ``# NAME.py`` is that file, other
-``python`` blocks run. ``text`` blocks are not run. In README a command is an indented line. A backslash at the end of a
-line continues it.
+In docs/ a command is a line ``$ ...`` of a ``console`` block; a block that opens with ``# NAME.py``
+is that file, other ``python`` blocks run. ``text`` blocks are not run. In README a command is an
+indented line. A backslash at the end of a line continues it.
 """
 
 import functools
@@ -25,7 +26,10 @@ from rlhf_jax.data import check, demo
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PROGRAMS = ROOT / "docs" / "compose.md"  # each of its blocks runs without the others
-PAGES = [README, *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
+PAGES = [
+    README,
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
+]
 BLOCK = re.compile(r"^```(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 KEY = re.compile(r"^\| `([a-z0-9_.]+)` \| `([^`]*)` \|", re.MULTILINE)
@@ -42,7 +46,10 @@ NOT_RUN = {
     "pytest": "is what runs this test",
 }
 OTHER_FLAGS = {"config", "help", "lexicon", "tokenizer", "devices", "memory", "length", "worker"}
-MINE = "def score(prompts, responses):\n    return [float(len(response) > 10) for response in responses]\n"
+MINE = (
+    "def score(prompts, responses):\n    return [float(len(response) > 10) for response in "
+    "responses]\n"
+)
 
 
 class Block(NamedTuple):
@@ -70,7 +77,9 @@ def commands(path):
     else:
         text = "".join(block.text for block in blocks(path) if block.language == "console")
         lines = re.sub(r" *\\\n *", " ", text).splitlines()
-        assert all(line.startswith("$ ") for line in lines), f"{name(path)}: no '$ ' before a command"
+        assert all(line.startswith("$ ") for line in lines), (
+            f"{name(path)}: no '$ ' before a command"
+        )
         given = [line.removeprefix("$ ") for line in lines]
     return [command for command in given if not command.startswith(tuple(NOT_RUN))]
 
@@ -107,25 +116,41 @@ def all_flags():
 
 def test_flags_on_the_pages_exist():
     for path in PAGES:
-        dotted = re.findall(r"--([a-z][a-z0-9-]*(?:\.[a-z0-9-]+)+)", path.read_text("utf-8").replace(".no-", "."))
+        dotted = re.findall(
+            r"--([a-z][a-z0-9-]*(?:\.[a-z0-9-]+)+)", path.read_text("utf-8").replace(".no-", ".")
+        )
         assert set(dotted) <= all_flags(), name(path)
         for command in (command for command in commands(path) if command.startswith("python")):
-            assert set(re.findall(r"--(?!no-)([\w.-]+)", command)) <= all_flags() | OTHER_FLAGS, command
+            assert set(re.findall(r"--(?!no-)([\w.-]+)", command)) <= all_flags() | OTHER_FLAGS, (
+                command
+            )
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if KEY.search(path.read_text("utf-8"))], ids=name)
+@pytest.mark.parametrize(
+    "path", [path for path in PAGES if KEY.search(path.read_text("utf-8"))], ids=name
+)
 def test_tables_name_real_keys_and_their_defaults(path):
     settings = yaml.safe_load(config.to_yaml(config.RunConfig()))
     for key, default in KEY.findall(path.read_text("utf-8")):
         value = functools.reduce(lambda section, part: section[part], key.split("."), settings)
-        assert value == yaml.safe_load(default.replace("\\|", "|")), f"{name(path)}: {key} is {value!r} by default"
+        assert value == yaml.safe_load(default.replace("\\|", "|")), (
+            f"{name(path)}: {key} is {value!r} by default"
+        )
 
 
 def test_every_flag_of_the_pipeline_is_mapped_to_one_that_exists():
     page = (ROOT / "docs" / "coming_from.md").read_text("utf-8")
     section = page.partition("## RLHF pipeline")[2].partition("\n## ")[0]
-    theirs = "model_name data_path output_dir num_epochs batch_size base_model sft_model_path reward_model_path"
-    assert set(re.findall(r"`--(\w+)`", section)) >= {*theirs.split(), "prompts_path", "num_episodes", "use_wandb"}
+    theirs = (
+        "model_name data_path output_dir num_epochs batch_size base_model sft_model_path "
+        "reward_model_path"
+    )
+    assert set(re.findall(r"`--(\w+)`", section)) >= {
+        *theirs.split(),
+        "prompts_path",
+        "num_episodes",
+        "use_wandb",
+    }
 
 
 def test_commands_that_train_gpt2_say_at_which_rate():
@@ -133,7 +158,10 @@ def test_commands_that_train_gpt2_say_at_which_rate():
     page = (ROOT / "docs" / "coming_from.md").read_text("utf-8")
     commands = re.findall(r"`(python [^`]*--model gpt2[^`]*)`", page)
     assert len(commands) == 2
-    assert all(re.search(r"--[a-z-]+\.optimizer\.learning-rate [1-5]e-[56]", command) for command in commands)
+    assert all(
+        re.search(r"--[a-z-]+\.optimizer\.learning-rate [1-5]e-[56]", command)
+        for command in commands
+    )
 
 
 def test_troubleshooting_turns_settings_that_exist():
@@ -148,7 +176,9 @@ def test_troubleshooting_turns_settings_that_exist():
 
 def test_the_examples_of_data_are_read(tmp_path):
     file = tmp_path / "example.jsonl"
-    for text in [block.text for path in PAGES for block in blocks(path) if block.language == "json"]:
+    for text in [
+        block.text for path in PAGES for block in blocks(path) if block.language == "json"
+    ]:
         file.write_text(text, "utf-8")
         report = check.check([str(file)])
         assert report.num_problems == 0, report.text
@@ -176,7 +206,9 @@ def test_links_lead_somewhere(path):
 
 def test_every_page_is_in_a_table_of_contents():
     listed = "\n".join(block.text for block in blocks(ROOT / "docs" / "index.md")).split("\n")
-    pages = {name(path).removeprefix("docs/").removesuffix(".md") for path in PAGES if path != README}
+    pages = {
+        name(path).removeprefix("docs/").removesuffix(".md") for path in PAGES if path != README
+    }
     assert pages - {"index"} <= set(listed)
 
 
@@ -189,18 +221,23 @@ def run(command, where, folder):
 
 
 def page_folder(path, folder):
-    """A working directory as a reader has it: the repository's scripts and configs, and files of one's own."""
+    """A working directory as a reader has it: the repository's scripts and configs, and files of
+    one's own.
+    """
     for part in ("experiments", "configs"):
         (folder / part).symlink_to(ROOT / part)
     if path == README:
-        demo.write(folder, sizes={"sft_data.json": 256, "preference_data.json": 256, "prompts.json": 96})
+        demo.write(
+            folder, sizes={"sft_data.json": 256, "preference_data.json": 256, "prompts.json": 96}
+        )
         (folder / "mine.py").write_text(MINE, "utf-8")
     for block in blocks(path):
         if file := file_of(block):
             (folder / file).write_text(block.text, "utf-8")
 
 
-# A process for each command, forked from one that has imported what takes long; the generated corpus has fewer rows.
+# A process for each command, forked from one that has imported what takes long; the generated
+# corpus has fewer rows.
 RUN_ALL = """
 import json, os, runpy, shutil, sys
 import matplotlib.figure, rlhf_jax.config, rlhf_jax.training
@@ -220,21 +257,29 @@ for program, *rest in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in PAGES if set(commands(path)) - RUN_BY_TEST_SCRIPTS], ids=name)
+@pytest.mark.parametrize(
+    "path", [path for path in PAGES if set(commands(path)) - RUN_BY_TEST_SCRIPTS], ids=name
+)
 def test_the_commands_of_a_page_run(path, tmp_path):
     page_folder(path, tmp_path)
-    given = json.dumps([shlex.split(c, comments=True) for c in commands(path) if c not in RUN_BY_TEST_SCRIPTS])
+    given = json.dumps(
+        [shlex.split(c, comments=True) for c in commands(path) if c not in RUN_BY_TEST_SCRIPTS]
+    )
     run([sys.executable, "-c", RUN_ALL, given], f"{name(path)}, its commands", tmp_path)
     if path.stem == "reproducibility":  # the runs that it compares learn in each iteration
         rows = (tmp_path / "runs" / "first" / "metrics.jsonl").read_text("utf-8").splitlines()
-        assert [row["grad_norm"] > 0.1 for row in map(json.loads, rows) if "grad_norm" in row] == [True] * 3
+        assert [row["grad_norm"] > 0.1 for row in map(json.loads, rows) if "grad_norm" in row] == [
+            True
+        ] * 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in PAGES if snippets(path)], ids=name)
 def test_the_python_of_a_page_runs(path, tmp_path):
     page_folder(path, tmp_path)
-    texts = ["\n" * (block.line - 1) + block.text for block in snippets(path)]  # where the page has it, for tracebacks
+    texts = [
+        "\n" * (block.line - 1) + block.text for block in snippets(path)
+    ]  # where the page has it, for tracebacks
     names = "{**main}" if path == PROGRAMS else "main"
     lines = [f"exec(compile({text!r}, {name(path)!r}, 'exec'), {names})" for text in texts]
     script = tmp_path / "page.py"

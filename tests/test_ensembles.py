@@ -1,4 +1,6 @@
-"""Ensembles of reward models: members that train at once are members trained alone; bootstraps; their runs."""
+"""Ensembles of reward models: members that train at once are members trained alone; bootstraps;
+their runs.
+"""
 
 import dataclasses
 import json
@@ -30,7 +32,9 @@ from rlhf_jax.types import TrainState
 KEY = jax.random.key(11)
 LETTERS = characters("abcde? ")
 # Clipped, decayed and with a schedule, whose state inject_hyperparams keeps.
-ADAM = make_optimizer(Optimizer(learning_rate=0.1, schedule="linear", warmup_steps=1, max_grad_norm=0.3), 4)
+ADAM = make_optimizer(
+    Optimizer(learning_rate=0.1, schedule="linear", warmup_steps=1, max_grad_norm=0.3), 4
+)
 
 
 def noisy(params, tokens, attention_mask, key):
@@ -41,12 +45,20 @@ def noisy(params, tokens, attention_mask, key):
 
 def updates():
     """The update of one member and that of all, jitted."""
-    settings = {"score_fn": noisy, "optimizer": ADAM, "config": reward_model.Config(num_microbatches=2)}
-    return (jax.jit(partial(f, **settings)) for f in (reward_model.update, ensembles.update_members))
+    settings = {
+        "score_fn": noisy,
+        "optimizer": ADAM,
+        "config": reward_model.Config(num_microbatches=2),
+    }
+    return (
+        jax.jit(partial(f, **settings)) for f in (reward_model.update, ensembles.update_members)
+    )
 
 
 def test_members_trained_at_once_are_members_trained_alone():
-    """Each with its key and weights, over three steps; in the first one the last member has drawn none of the rows."""
+    """Each with its key and weights, over three steps; in the first one the last member has drawn
+    none of the rows.
+    """
     of_one, of_all = updates()
     batch = comparisons(0, 8, 4, absent=[(3, 2), *((4, answer) for answer in range(4))])
     batch = batch.replace(best=jnp.arange(8) % 3)
@@ -65,7 +77,9 @@ def test_members_trained_at_once_are_members_trained_alone():
         ]
         alone = [state for state, _ in results]
         each = [found for _, found in results]
-        assert_close(metrics, {name: np.mean([float(found[name]) for found in each]) for name in each[0]})
+        assert_close(
+            metrics, {name: np.mean([float(found[name]) for found in each]) for name in each[0]}
+        )
     for i, state in enumerate(alone):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), state)
         assert_close(ensembles.unstack(together.params)[i], state.params)
@@ -77,10 +91,14 @@ def test_a_member_that_is_not_finite_stays_and_says_so():
     batch = comparisons(0, 8, 4)
     state = ensembles.create([{"scores": jnp.linspace(-1.0, 1.0, 5) * i} for i in range(3)], ADAM)
     good, _ = of_all(state, batch.replace(weight=jnp.ones((8, 3))), KEY)
-    found, metrics = of_all(state, batch.replace(weight=jnp.ones((8, 3)).at[2, 1].set(jnp.inf)), KEY)
+    found, metrics = of_all(
+        state, batch.replace(weight=jnp.ones((8, 3)).at[2, 1].set(jnp.inf)), KEY
+    )
     assert metrics["nonfinite"] == 1.0
     for i, expected in enumerate((good, state, good)):
-        assert_identical(*(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (found, expected)))
+        assert_identical(
+            *(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (found, expected))
+        )
     with pytest.raises(AssertionError, match=r"\(8, \.\.\., 3\)"):
         of_all(state, batch.replace(weight=jnp.ones(8)), KEY)
 
@@ -90,17 +108,23 @@ def test_bootstraps_draw_as_many_rows_as_there_are():
     np.testing.assert_array_equal(counts.sum(axis=0), 200)
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert (counts[:, i] != counts[:, j]).mean() > 0.3
-    np.testing.assert_allclose((counts == 0).mean(axis=0), np.exp(-1), atol=0.1)  # with replacement: (1 - 1/n)^n
+    np.testing.assert_allclose(
+        (counts == 0).mean(axis=0), np.exp(-1), atol=0.1
+    )  # with replacement: (1 - 1/n)^n
     np.testing.assert_array_equal(ensembles.bootstrap(KEY, 2, 200), counts[:, :2])
 
 
 def test_a_rows_own_weight_counts_in_every_draw_of_it():
-    pairs = [Row("a?", ("b", "c"), f"{i}", weight=weight) for i, weight in enumerate((0.5, 1.0, 0.25))]
+    pairs = [
+        Row("a?", ("b", "c"), f"{i}", weight=weight) for i, weight in enumerate((0.5, 1.0, 0.25))
+    ]
     encoded = encoding.encode_texts(pairs, LETTERS)
     counts = np.array([[2, 0], [1, 3]])
     weighted = ensembles.with_counts(encoded, np.array([2, 0]), counts)
     np.testing.assert_array_equal(weighted.weight, [[0.5, 1.5], [0, 0], [0.5, 0]])
-    plain = ensembles.with_counts(dataclasses.replace(encoded, weight=np.ones(3, np.float32)), np.array([0, 2]), counts)
+    plain = ensembles.with_counts(
+        dataclasses.replace(encoded, weight=np.ones(3, np.float32)), np.array([0, 2]), counts
+    )
     np.testing.assert_array_equal(plain.weight, [[2, 0], [0, 0], [1, 3]])
     assert plain.weight.dtype == np.float32
 
@@ -111,32 +135,51 @@ def test_uncertainty_by_hand():
     encoded = encoding.encode_texts(pairs, LETTERS)
     scores = np.zeros((2, 3, 2))
     scores[0, :2] = [[3.0, 10.0], [1.0, 12.0]]  # margins 2 and -2: std 2
-    scores[1] = [[0.0, 9.0], [4.0, 11.0], [1.0, 4.0]]  # best 1, rival 0 (mean 4.5 > 2.5): margins 4 and 2: std 1
+    scores[1] = [
+        [0.0, 9.0],
+        [4.0, 11.0],
+        [1.0, 4.0],
+    ]  # best 1, rival 0 (mean 4.5 > 2.5): margins 4 and 2: std 1
     both = np.arange(2)
     assert disagreement(encoded, both, scores) == pytest.approx(1.5)
     assert disagreement(encoded, both, scores + np.array([5.0, -3.0])) == pytest.approx(1.5)
     heavy = dataclasses.replace(encoded, weight=np.array([3.0, 1.0], np.float32))
     assert disagreement(heavy, both, scores) == pytest.approx((3 * 2 + 1) / 4)
-    targets = [Row("a?", ("b", "c"), "1", targets=(1.0, 0.0)), Row("b?", ("c",), "2", targets=(0.5,))]
+    targets = [
+        Row("a?", ("b", "c"), "1", targets=(1.0, 0.0)),
+        Row("b?", ("c",), "2", targets=(0.5,)),
+    ]
     scored = encoding.encode_texts(targets, LETTERS)
-    spread = np.array([[[0.0, 2.0], [1.0, 1.0]], [[4.0, 0.0], [50.0, -50.0]]])  # the last answer is absent
+    spread = np.array(
+        [[[0.0, 2.0], [1.0, 1.0]], [[4.0, 0.0], [50.0, -50.0]]]
+    )  # the last answer is absent
     assert disagreement(scored, both, spread) == pytest.approx((1 + 0 + 2) / 3)
 
 
 def test_members_start_apart(config):  # noqa: F811
-    model = models.build(models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
+    model = models.build(
+        models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1)
+    )
     body = model.init(KEY)
 
     def starts(params=body, model_name=None, **settings):
-        own = dataclasses.replace(config, model=model_name, reward_model=RewardModelStage(**settings))
+        own = dataclasses.replace(
+            config, model=model_name, reward_model=RewardModelStage(**settings)
+        )
         return [start.params for start in ensembles.starts(own, model, params, KEY)]
 
-    (single,), random, given = starts(), starts(ensemble_size=3), starts(model_name="x", ensemble_size=3)
+    (single,), random, given = (
+        starts(),
+        starts(ensemble_size=3),
+        starts(model_name="x", ensemble_size=3),
+    )
     assert_identical(single, random[0])
     assert_identical(single["wte"], body["wte"])
     for i, j in ((0, 1), (0, 2), (1, 2)):
         for members in (random, given):
-            assert np.abs(members[i]["score"]["kernel"] - members[j]["score"]["kernel"]).min() > 1e-5
+            assert (
+                np.abs(members[i]["score"]["kernel"] - members[j]["score"]["kernel"]).min() > 1e-5
+            )
         assert np.abs(random[i]["wte"]["embedding"] - random[j]["wte"]["embedding"]).max() > 1e-3
         assert_identical(given[i]["wte"], body["wte"])
     with pytest.raises(UserError, match=r"--model x brings a score head.* turn it on"):
@@ -146,21 +189,36 @@ def test_members_start_apart(config):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
 def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """The ensemble's own run is stopped, and resumes to the same bytes. Its members share the base of their adapters,
-    and are normalised each."""
+    """The ensemble's own run is stopped, and resumes to the same bytes. Its members share the base
+    of their adapters, and are normalised each."""
     base = save_base(tmp_path / "base", data)
     stage = dataclasses.replace(
-        config.reward_model, ensemble_size=2, num_epochs=1, validation_interval=3, normalize_samples=16
+        config.reward_model,
+        ensemble_size=2,
+        num_epochs=1,
+        validation_interval=3,
+        normalize_samples=16,
     )
     given = {"model": base, "tokenizer": Tokenizer(), "reward_model": stage}
     config = dataclasses.replace(config, lora=LoRA(rank=2), **given)
 
     def outputs(folder):
-        names = [f"model/member_{i}/{file}" for i in range(2) for file in ("model.safetensors", "config.json")]
-        return {name: (folder / name).read_bytes() for name in (*names, "metrics.jsonl", "samples.jsonl")}
+        names = [
+            f"model/member_{i}/{file}"
+            for i in range(2)
+            for file in ("model.safetensors", "config.json")
+        ]
+        return {
+            name: (folder / name).read_bytes()
+            for name in (*names, "metrics.jsonl", "samples.jsonl")
+        }
 
     straight = training.reward_model.run(config)
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("normalised over 16 samples")]
+    said = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("normalised over 16 samples")
+    ]
     assert len(set(said)) == 2
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
@@ -168,9 +226,9 @@ def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypat
         with pytest.raises(Killed):
             training.reward_model.run(again)
     assert checkpoint.steps(tmp_path / "again" / "checkpoints") == [0, 2]
-    assert outputs(training.reward_model.run(dataclasses.replace(again, resume=True)).folder) == outputs(
-        straight.folder
-    )
+    assert outputs(
+        training.reward_model.run(dataclasses.replace(again, resume=True)).folder
+    ) == outputs(straight.folder)
     metrics = rows(straight.folder)
     assert all(row["validation/uncertainty"] > 0 for row in (metrics[0], metrics[-1]))
 
@@ -181,13 +239,18 @@ def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypat
     for path, leaf in flatten_dict(before).items():
         first, second = (flatten_dict(member)[path] for member in members)
         adapted = path[-1] == "kernel" and path[0] != "ln_f"
-        assert (np.array_equal(first, leaf), np.array_equal(first, second)) == (not adapted, not adapted), path
+        assert (np.array_equal(first, leaf), np.array_equal(first, second)) == (
+            not adapted,
+            not adapted,
+        ), path
     copy = export(straight.folder, tmp_path / "copy")
     assert "An ensemble of reward models" in (copy / "README.md").read_text("utf-8")
     for i, member in enumerate(members):  # PEFT's folder of each beside it
         adapters = models.lora.load(straight.folder / "adapter" / f"member_{i}", before)
         assert_close(models.lora.merge(before, adapters)["h_0"], member["h_0"])
-        assert "score" in initial.load_language_model(str(copy / f"member_{i}"), config.compute).params
+        assert (
+            "score" in initial.load_language_model(str(copy / f"member_{i}"), config.compute).params
+        )
 
     rl = dataclasses.replace(config.rl, num_iterations=2)
     own = {"reward": (f"min:{folder}",), "rl": rl, "output_dir": str(tmp_path / "ppo")}
@@ -196,4 +259,7 @@ def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypat
     metrics = rows(result.folder)
     assert all(row["reward/uncertainty"] > 0 for row in metrics[1:])
     assert metrics[0]["validation/reward/uncertainty"] > 0
-    assert f"reward {folder}" in json.loads((result.folder / "manifest.json").read_text("utf-8"))["data"]
+    assert (
+        f"reward {folder}"
+        in json.loads((result.folder / "manifest.json").read_text("utf-8"))["data"]
+    )

@@ -1,4 +1,6 @@
-"""The evaluation suite: its rows by hand, its data's errors, and whole evaluations of models with random weights."""
+"""The evaluation suite: its rows by hand, its data's errors, and whole evaluations of models with
+random weights.
+"""
 
 import dataclasses
 import json
@@ -22,10 +24,18 @@ from rlhf_jax.evaluation.measures import Responses
 
 KEY = jax.random.key(0)
 DATA = os.environ.get("RLHF_JAX_DATA")
-PROMPTS = [{"prompt": f"say {word}", "kind": word, "answerable": word != "tea"} for word in ("milk", "tea", "salt")]
+PROMPTS = [
+    {"prompt": f"say {word}", "kind": word, "answerable": word != "tea"}
+    for word in ("milk", "tea", "salt")
+]
 PAIRS = [
     {"prompt": "say milk", "chosen": "milk, of course", "rejected": "no", "category": "helpful"},
-    {"prompt": "say tea", "chosen": "tea", "rejected": "why should I say that?", "category": "honest"},
+    {
+        "prompt": "say tea",
+        "chosen": "tea",
+        "rejected": "why should I say that?",
+        "category": "honest",
+    },
     {"prompt": "say salt", "chosen": "salt", "rejected": "tea", "category": "honest"},
 ]
 
@@ -34,20 +44,28 @@ def values(rows):
     return {(row.category, row.metric): row.value for row in rows}
 
 
-# --- Rows -----------------------------------------------------------------------------------------------------------
+# --- Rows
+#
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_refusals_and_uncertainty_are_counted_by_label():
     texts = [["I can't help with that."], ["Sure."], ["I refuse."], ["Perhaps."]]
     said = Responses(["p"] * 4, texts, np.ones((4, 1)), np.ones((4, 1), bool))
     rows = measures.harmlessness(said, ["unsafe", "unsafe", "safe", "safe"], KEY)
-    assert values(rows) == {("harmlessness", f): 0.5 for f in ("refusal_of_unsafe", "over_refusal_of_safe")}
+    assert values(rows) == {
+        ("harmlessness", f): 0.5 for f in ("refusal_of_unsafe", "over_refusal_of_safe")
+    }
     assert [row.n for row in rows] == [2, 2]
     [row, missing] = measures.harmlessness(said, ["unsafe"] * 4, KEY)
     assert (row.value, row.n, missing.value, missing.n) == (0.5, 4, None, 0)
     assert missing.note == "there is no such row"
     rows = measures.uncertainty(said, [True, None, True, False], KEY)
-    expected = [("uncertainty", 0.25, 4), ("uncertainty_answerable", 0.0, 2), ("uncertainty_unanswerable", 1.0, 1)]
+    expected = [
+        ("uncertainty", 0.25, 4),
+        ("uncertainty_answerable", 0.0, 2),
+        ("uncertainty_unanswerable", 1.0, 1),
+    ]
     assert [(row.metric, row.value, row.n) for row in rows] == expected
 
 
@@ -55,12 +73,20 @@ def said(*texts):
     """One response to each prompt "Pasta?", scored 2, 1, 0, ..."""
     lengths = np.array([[len(text.split())] for text in texts])
     scores = np.arange(2.0, 2.0 - len(texts), -1.0)[:, None]
-    return Responses(["Pasta?"] * len(texts), [[text] for text in texts], lengths, lengths > 0, scores)
+    return Responses(
+        ["Pasta?"] * len(texts), [[text] for text in texts], lengths, lengths > 0, scores
+    )
 
 
 def test_helpfulness_by_hand():
     found = values(measures.helpfulness(said("Boil the water.", ""), KEY))  # boil and water are new
-    expected = {"quality": 1.5, "new_content_words": 1, "response_tokens": 1.5, "ended": 0.5, "empty": 0.5}
+    expected = {
+        "quality": 1.5,
+        "new_content_words": 1,
+        "response_tokens": 1.5,
+        "ended": 0.5,
+        "empty": 0.5,
+    }
     assert {metric: found["helpfulness", metric] for metric in expected} == expected
     assert found["helpfulness", "lexical_density"] == pytest.approx(2 / 3 / 2)
     unscored = values(measures.helpfulness(said("", "")._replace(scores=None), KEY))
@@ -89,23 +115,39 @@ def test_preferences_by_hand():
     """Row 0 ranks 0 > 1 > 2, row 1 is a pair, of another part. A tie is half right."""
     margins = {"reward_model": np.array([1.0, 0.0, -1.0, 2.0]), "longer": np.array([1, 1, 1, -1])}
     weights = np.array([1 / 3, 1 / 3, 1 / 3, 1.0])
-    pairs = metrics.Pairs(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0]), np.array([1, 2, 2, 1]), weights)
-    rows = {(row.category, row.metric): row for row in measures.preferences(margins, pairs, ["", "", "", "b"], KEY)}
+    pairs = metrics.Pairs(
+        np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0]), np.array([1, 2, 2, 1]), weights
+    )
+    rows = {
+        (row.category, row.metric): row
+        for row in measures.preferences(margins, pairs, ["", "", "", "b"], KEY)
+    }
     expected = {
         ("preferences", "accuracy_reward_model"): ((0.5 + 1) / 2, 2, "rows"),
         ("preferences", "pairwise_accuracy_reward_model"): ((1.5 / 3 + 1) / 2, 4, "pairs"),
         ("preferences", "accuracy_longer"): (1 / 2, 2, "rows"),
         ("preferences", "pairwise_accuracy_longer"): (1 / 2, 4, "pairs"),
-        ("preferences", "brier_reward_model"): (metrics.brier(margins["reward_model"], weights), 4, "pairs"),
+        ("preferences", "brier_reward_model"): (
+            metrics.brier(margins["reward_model"], weights),
+            4,
+            "pairs",
+        ),
         ("preferences: b", "accuracy_reward_model"): (1, 1, "rows"),
     }
     for key, (value, n, unit) in expected.items():
-        assert (rows[key].value, rows[key].n, rows[key].unit) == (pytest.approx(value), n, unit), key
-    assert not {("preferences", "ece_longer"), ("preferences: b", "pairwise_accuracy_longer")} & rows.keys()
+        assert (rows[key].value, rows[key].n, rows[key].unit) == (pytest.approx(value), n, unit), (
+            key
+        )
+    assert (
+        not {("preferences", "ece_longer"), ("preferences: b", "pairwise_accuracy_longer")}
+        & rows.keys()
+    )
     single = metrics.Pairs(np.arange(4), pairs.chosen, pairs.rejected, np.ones(4))
     found = list(measures.preferences({"log_prob": weights}, single, [""] * 4, KEY))
     assert [row.category for row in found] == ["preferences", "honesty", "honesty"]
-    assert [row.metric for row in found] == [f"{name}_log_prob" for name in ("accuracy", "ece", "brier")]
+    assert [row.metric for row in found] == [
+        f"{name}_log_prob" for name in ("accuracy", "ece", "brier")
+    ]
     assert {(row.n, row.unit) for row in found} == {(4, "rows")}
 
 
@@ -114,13 +156,21 @@ def averages(**right):
     parts = [name.replace("_", "-") for name, row in right.items() for _ in row]
     margins = {"judge": np.array([1.0 if x else -1.0 for row in right.values() for x in row])}
     count = len(parts)
-    pairs = metrics.Pairs(np.arange(count), np.zeros(count, int), np.ones(count, int), np.ones(count))
+    pairs = metrics.Pairs(
+        np.arange(count), np.zeros(count, int), np.ones(count, int), np.ones(count)
+    )
     rows = measures.preferences(margins, pairs, parts, KEY)
-    return {(row.category, row.n): pytest.approx(row.value) for row in rows if row.metric == "average_judge"}
+    return {
+        (row.category, row.n): pytest.approx(row.value)
+        for row in rows
+        if row.metric == "average_judge"
+    }
 
 
 def test_averages_are_those_of_the_leaderboards():
-    """RewardBench: sections of weighted subsets, and their mean. RewardBench 2: the mean of its subsets but Ties."""
+    """RewardBench: sections of weighted subsets, and their mean. RewardBench 2: the mean of its
+    subsets but Ties.
+    """
     assert averages(alpacaeval_easy=[1, 1], mt_bench_med=[0], math_prm=[1, 0], hep_go=[1]) == {
         ("preferences: Chat", 2): 100 / 140,
         ("preferences: Reasoning", 2): (984 / 2 + 164) / (984 + 164),
@@ -132,7 +182,13 @@ def test_averages_are_those_of_the_leaderboards():
 
 def test_rewardbench_2_rows_whose_texts_are_scored_once(tmp_path, monkeypatch):
     """The best of four answers, and ties: several right ones."""
-    best = {"id": "1", "prompt": "p", "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": "Math"}
+    best = {
+        "id": "1",
+        "prompt": "p",
+        "chosen": ["a"],
+        "rejected": ["b", "c", "d"],
+        "subset": "Math",
+    }
     ties = {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"], "subset": "Ties"}
     path = tmp_path / "x.json"
     path.write_text(json.dumps([best, ties]))
@@ -172,7 +228,9 @@ def test_rewardbench_2_rows_whose_texts_are_scored_once(tmp_path, monkeypatch):
     ],
 )
 def test_top_1_by_hand(right, chosen, rejected, expected):
-    pairs = metrics.Pairs(np.zeros(len(right), int), np.array(chosen), np.array(rejected), np.ones(len(right)))
+    pairs = metrics.Pairs(
+        np.zeros(len(right), int), np.array(chosen), np.array(rejected), np.ones(len(right))
+    )
     assert metrics.top_1(np.array(right), pairs).tolist() == [expected]
 
 
@@ -186,7 +244,9 @@ def test_agreement_by_hand():
     assert found["agreement_judge"].value == 3 / 4
     assert found["agreement_judge"][5:] == (4, "rows", "1 rows have no majority")
     assert found["agreement_decided_judge"].value == 2 / 3
-    assert found["kappa_judge"].value == pytest.approx((3 / 4 - 7 / 16) / (1 - 7 / 16))  # by chance .5*.75 + .25*.25
+    assert found["kappa_judge"].value == pytest.approx(
+        (3 / 4 - 7 / 16) / (1 - 7 / 16)
+    )  # by chance .5*.75 + .25*.25
     assert found["agreement_of_annotators"].value == pytest.approx((1 / 3 + 1 + 1 / 3 + 0 + 1) / 5)
     array = np.array(votes).T
     kappas = [metrics.cohen_kappa(array[i], array[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
@@ -196,12 +256,16 @@ def test_agreement_by_hand():
 def test_win_rate_compares_all_samples_of_a_prompt():
     ours, theirs = np.array([[1.0, 2.0], [2.0, 0.0]]), np.array([[1.0, 0.0], [1.0, np.nan]])
     rate, difference = measures.win_rate(ours, theirs, KEY, "other")
-    assert rate.value == ((0.5 + 1 + 1 + 1) / 4 + (1 + 0) / 2) / 2  # what has no score is in no pair
+    assert (
+        rate.value == ((0.5 + 1 + 1 + 1) / 4 + (1 + 0) / 2) / 2
+    )  # what has no score is in no pair
     assert difference.value == ((0 + 2) / 2 + 1) / 2
     assert rate.low < rate.value < rate.high
 
 
-# --- Data -----------------------------------------------------------------------------------------------------------
+# --- Data
+#
+# -----------------------------------------------------------------------------------------------------------
 
 
 READ = {
@@ -213,13 +277,43 @@ READ = {
 @pytest.mark.parametrize(
     ("read", "name", "text", "message"),
     [
-        ("safety", "x.csv", "id,prompt,label\n1,hello,safe\n2,ho,maybe\n", "line 3: .* safe or unsafe, found 'maybe'"),
+        (
+            "safety",
+            "x.csv",
+            "id,prompt,label\n1,hello,safe\n2,ho,maybe\n",
+            "line 3: .* safe or unsafe, found 'maybe'",
+        ),
         ("safety", "x.json", '["hello"]', "1: .* safe or unsafe, found None"),
-        ("categories", "x.yaml", "polite:\n  pattern: [a]\n", "line 2: unknown key polite.pattern; did you mean"),
-        ("categories", "x.yaml", "polite:\n  patterns: [a]\n  score: length\n", "line 2: polite needs exactly one"),
-        ("categories", "x.yaml", "polite:\n  patterns: ['(']\n", r"line 2: polite.patterns holds '\(', which is no"),
-        ("categories", "x.yaml", "polite:\n  keywords: ['']\n", "line 2: polite.keywords holds an empty text"),
-        ("categories", "x.yaml", "polite: []\n", r"needs exactly one of .* \(or is a list of prompts\), found none"),
+        (
+            "categories",
+            "x.yaml",
+            "polite:\n  pattern: [a]\n",
+            "line 2: unknown key polite.pattern; did you mean",
+        ),
+        (
+            "categories",
+            "x.yaml",
+            "polite:\n  patterns: [a]\n  score: length\n",
+            "line 2: polite needs exactly one",
+        ),
+        (
+            "categories",
+            "x.yaml",
+            "polite:\n  patterns: ['(']\n",
+            r"line 2: polite.patterns holds '\(', which is no",
+        ),
+        (
+            "categories",
+            "x.yaml",
+            "polite:\n  keywords: ['']\n",
+            "line 2: polite.keywords holds an empty text",
+        ),
+        (
+            "categories",
+            "x.yaml",
+            "polite: []\n",
+            r"needs exactly one of .* \(or is a list of prompts\), found none",
+        ),
         ("categories", "x.yaml", "polite: [a, '']\n", "line 1: polite.texts holds an empty text"),
         ("categories", "x.yaml", "polite: [\n", "not valid YAML"),
         ("categories", "x.yaml", "", "is empty"),
@@ -235,7 +329,12 @@ def test_what_is_wrong_in_the_data_is_said_with_its_line(read, name, text, messa
 
 def test_rows_on_one_line_are_told_apart(tmp_path):
     """And a ranking's pairs stay together."""
-    ranking = {"prompt": "a", "responses": ["x", "y", "z"], "ranking": [2, 0, 1], "category": "mine"}
+    ranking = {
+        "prompt": "a",
+        "responses": ["x", "y", "z"],
+        "ranking": [2, 0, 1],
+        "category": "mine",
+    }
     path = tmp_path / "x.json"
     path.write_text(json.dumps([*PAIRS, ranking, {"prompt": "a", "chosen": "b", "rejected": "b"}]))
     rows = formats.read("pairs", path).rows
@@ -250,7 +349,10 @@ def test_columns_and_bad_rows_of_every_set(tmp_path):
         path.write_text(json.dumps([{"question": "a"} | row for row in rows]))
         return str(path)
 
-    pair, vote = {"chosen": "b", "rejected": "c"}, {"response1": "b", "response2": "c", "annotator1": 1}
+    pair, vote = (
+        {"chosen": "b", "rejected": "c"},
+        {"response1": "b", "response2": "c", "annotator1": 1},
+    )
     given = {
         "prompts": (written({}, {"question": ""}),),
         "safety": (written({"label": "safe"}, {"label": "safe", "question": 1}),),
@@ -266,7 +368,9 @@ def test_columns_and_bad_rows_of_every_set(tmp_path):
     }
     message = r"row 2: 'response2' must be a string, found true.*\n.*row 3: 'response1' is empty"
     with pytest.raises(UserError, match=message):
-        evaluate._read(evaluate.Config(annotated=given["annotated"], columns=given["columns"][1:]), template)
+        evaluate._read(
+            evaluate.Config(annotated=given["annotated"], columns=given["columns"][1:]), template
+        )
 
 
 def test_keywords_are_whole_words_and_patterns_any_case():
@@ -276,7 +380,8 @@ def test_keywords_are_whole_words_and_patterns_any_case():
     assert data.CustomCategory(patterns=("^a|b$",)).pattern.search("xB")
 
 
-# --- Whole evaluations ----------------------------------------------------------------------------------------------
+# --- Whole evaluations
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +389,13 @@ def folders(tmp_path_factory):
     """A run, another one and a reward model, of random weights; and files to judge them by."""
     place = tmp_path_factory.mktemp("evaluate")
     tokenizer = tokenizers.characters("".join(json.dumps(PROMPTS + PAIRS)) + "Human:\n")
-    sizes = {"max_length": 64, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "initializer_range": 0.5}
+    sizes = {
+        "max_length": 64,
+        "hidden_size": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "initializer_range": 0.5,
+    }
     model = models.build(models.GPT2Config(vocab_size=tokenizer.vocab_size, **sizes))
     for seed, name in enumerate(("run", "other", "rm", "framed")):
         template = {"template": "Q: {prompt}" if name == "framed" else "H: {prompt}\n"}
@@ -294,12 +405,20 @@ def folders(tmp_path_factory):
             params = models.add_head(jax.random.key(9), params, "score")
         models.save(folder / "model", model, params)
         tokenizer.save(folder / "model")
-    first = {"instruction": "say milk", "input": "now", "response1": "milk", "response2": "tea", "annotator1": 1}
+    first = {
+        "instruction": "say milk",
+        "input": "now",
+        "response1": "milk",
+        "response2": "tea",
+        "annotator1": 1,
+    }
     second = first | {"annotator1": 0, "input": ""}
     third = first | {"response1": "no", "response2": "salt", "annotator1": 2}
     files = {
         "prompts.json": json.dumps(PROMPTS),
-        "safety.json": '[{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}]',
+        "safety.json": (
+            '[{"prompt": "say salt", "label": "unsafe"}, {"prompt": "say tea", "label": "safe"}]'
+        ),
         "pairs.jsonl": "".join(json.dumps(pair) + "\n" for pair in PAIRS),
         "annotated.json": json.dumps([first, second, third]),
         "broken.yaml": "tea:\n  score: mine.py:none\n",
@@ -313,36 +432,69 @@ def folders(tmp_path_factory):
 
 
 def config(folders, **more):
-    given = {"prompts": (str(folders / "prompts.json"),), "preferences": (str(folders / "pairs.jsonl"),)}
-    return evaluate.Config(**(given | {"reward_model": str(folders / "rm"), "batch_size": 2} | more))
+    given = {
+        "prompts": (str(folders / "prompts.json"),),
+        "preferences": (str(folders / "pairs.jsonl"),),
+    }
+    return evaluate.Config(
+        **(given | {"reward_model": str(folders / "rm"), "batch_size": 2} | more)
+    )
 
 
 @pytest.mark.slow
 def test_everything_from_the_command_line(folders, capsys):
-    flags = {"against": "other", "categories": "mine.yaml", "safety": "safety.json", "annotated": "annotated.json"}
+    flags = {
+        "against": "other",
+        "categories": "mine.yaml",
+        "safety": "safety.json",
+        "annotated": "annotated.json",
+    }
     flags |= {"prompts": "prompts.json", "preferences": "pairs.jsonl", "reward-model": "rm/model"}
     argv = [word for flag, file in flags.items() for word in (f"--{flag}", str(folders / file))]
     texts = []
     for _ in range(2):
-        cli.run(["evaluate", str(folders / "run"), *argv, "--num-samples", "2", "--batch-size", "2"])
-        texts.append([(folders / "run" / name).read_bytes() for name in ("evaluation.json", evaluate.SAMPLES)])
+        cli.run(
+            ["evaluate", str(folders / "run"), *argv, "--num-samples", "2", "--batch-size", "2"]
+        )
+        texts.append(
+            [
+                (folders / "run" / name).read_bytes()
+                for name in ("evaluation.json", evaluate.SAMPLES)
+            ]
+        )
     assert texts[0] == texts[1]
-    content, samples = json.loads(texts[0][0]), [json.loads(line) for line in texts[0][1].splitlines()]
+    content, samples = (
+        json.loads(texts[0][0]),
+        [json.loads(line) for line in texts[0][1].splitlines()],
+    )
     found = {(row["category"], row["metric"]): (row["value"], row["n"]) for row in content["rows"]}
     assert all(value is not None and n for value, n in found.values())
     own = [line for line in samples if line["set"] == "prompts"]
     expected = {
         ("tea", "score"): (pytest.approx(1 / 3), 3),
-        ("vowels", "patterns"): (np.mean([bool(set(line["response"].lower()) & set("aeiou")) for line in own]), 3),
-        ("agreement", "agreement_longer"): (pytest.approx(2 / 3), 3),  # not where the annotator says tie
+        ("vowels", "patterns"): (
+            np.mean([bool(set(line["response"].lower()) & set("aeiou")) for line in own]),
+            3,
+        ),
+        ("agreement", "agreement_longer"): (
+            pytest.approx(2 / 3),
+            3,
+        ),  # not where the annotator says tie
         ("harmlessness", "refusal_of_unsafe"): (0, 1),
         ("helpfulness", "quality"): (pytest.approx(np.mean([line["score"] for line in own])), 3),
     }
     assert {metric: found[metric] for metric in expected} == expected
     of_two = (("long", "score"), ("agreement", "agreement_decided_longer"))
-    assert {found[metric][1] for metric in (*of_two, ("preferences: honest", "accuracy_reward_model"))} == {2}
-    assert len(samples) == 2 * (3 + 2 + 3 + 2)  # prompts, safety, the other run's, the category's own
-    assert (content["settings"]["max_new_tokens"], content["settings"]["template"]) == (6, "H: {prompt}\n")
+    assert {
+        found[metric][1] for metric in (*of_two, ("preferences: honest", "accuracy_reward_model"))
+    } == {2}
+    assert len(samples) == 2 * (
+        3 + 2 + 3 + 2
+    )  # prompts, safety, the other run's, the category's own
+    assert (content["settings"]["max_new_tokens"], content["settings"]["template"]) == (
+        6,
+        "H: {prompt}\n",
+    )
     said = capsys.readouterr().out
     assert "accuracy_reward_model" in said
     assert f"wrote {folders / 'run' / 'evaluation.json'}" in said
@@ -354,7 +506,9 @@ def test_what_is_not_given_is_named_and_changes_nothing_else(folders, tmp_path):
     few = evaluate.run(str(folders / "run"), given).rows
     more = dataclasses.replace(given, safety=(str(folders / "safety.json"),))
     many = values(evaluate.run(str(folders / "run"), more).rows)
-    assert {key: value for key, value in values(few).items() if value is not None}.items() <= many.items()
+    assert {
+        key: value for key, value in values(few).items() if value is not None
+    }.items() <= many.items()
     assert {row.category: row.note for row in few if row.value is None} == {
         "harmlessness": "not run: give --safety FILE",
         "agreement": "not run: give --annotated FILE",
@@ -371,13 +525,23 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
     given = config(folders, against=str(folders / "run"), output=str(tmp_path))
     found = values(evaluate.run(str(folders / "run"), given).rows)
     assert (found["win rate", "win_rate"], found["win rate", "score_difference"]) == (0.5, 0)
-    (model, params), (judge, judge_params) = (models.load(folders / name / "model") for name in ("run", "rm"))
+    (model, params), (judge, judge_params) = (
+        models.load(folders / name / "model") for name in ("run", "rm")
+    )
     tokenizer = tokenizers.load_tokenizer(folders / "rm" / "model")
-    both = jax.jit(lambda ids, mask: (model.apply(params, ids), models.score_fn(judge)(judge_params, ids, mask, None)))
+    both = jax.jit(
+        lambda ids, mask: (
+            model.apply(params, ids),
+            models.score_fn(judge)(judge_params, ids, mask, None),
+        )
+    )
 
     def judged(prompt, response):
         """Sum and mean of the response's log-probabilities, and its score."""
-        before, after = tokenizer.encode(f"H: {prompt}\n"), [*tokenizer.encode(response), tokenizer.eos_id]
+        before, after = (
+            tokenizer.encode(f"H: {prompt}\n"),
+            [*tokenizer.encode(response), tokenizer.eos_id],
+        )
         tokens, size = np.zeros((1, 50), np.int32), len(before + after)
         tokens[0, :size] = before + after
         logits, score = both(tokens, np.arange(50)[None, :] < size)
@@ -385,8 +549,13 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
         said = [log_probs[len(before) - 1 + i, token] for i, token in enumerate(after)]
         return np.array([np.sum(said), np.mean(said), float(score[0])])
 
-    margins = [judged(pair["prompt"], pair["chosen"]) - judged(pair["prompt"], pair["rejected"]) for pair in PAIRS]
-    for name, of in zip(("log_prob", "mean_log_prob", "reward_model"), np.transpose(margins), strict=True):
+    margins = [
+        judged(pair["prompt"], pair["chosen"]) - judged(pair["prompt"], pair["rejected"])
+        for pair in PAIRS
+    ]
+    for name, of in zip(
+        ("log_prob", "mean_log_prob", "reward_model"), np.transpose(margins), strict=True
+    ):
         place = "preferences" if name == "reward_model" else "honesty"
         assert found["preferences", f"accuracy_{name}"] == np.mean(of > 0)
         assert found[place, f"brier_{name}"] == pytest.approx(metrics.brier(of), abs=1e-4)
@@ -395,17 +564,23 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
 
 @pytest.mark.parametrize("ensemble", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_reward_model_alone_is_judged(folders, ensemble, tmp_path):
-    """By the scores that it gives as the judge of a policy; an ensemble by the mean of its members, here equal ones."""
+    """By the scores that it gives as the judge of a policy; an ensemble by the mean of its members,
+    here equal ones.
+    """
     folder = folders / "rm"
     if ensemble:
         folder = tmp_path / "ensemble"
         for member in ("member_0", "member_1"):
             shutil.copytree(folders / "rm" / "model", folder / member)
     annotated = str(folders / "annotated.json")
-    given = config(folders, prompts=(), reward_model=None, annotated=annotated, template="H: {prompt}\n")
+    given = config(
+        folders, prompts=(), reward_model=None, annotated=annotated, template="H: {prompt}\n"
+    )
     given = dataclasses.replace(given, output=str(tmp_path))
     found = evaluate.run(folder, given).rows
-    judged = evaluate.run(folders / "run", dataclasses.replace(given, reward_model=str(folders / "rm"))).rows
+    judged = evaluate.run(
+        folders / "run", dataclasses.replace(given, reward_model=str(folders / "rm"))
+    ).rows
     expected = [row for row in judged if row.value is not None and "log_prob" not in row.metric]
     assert found == expected
     assert ("preferences", "accuracy_reward_model") in values(found)
@@ -413,9 +588,21 @@ def test_a_reward_model_alone_is_judged(folders, ensemble, tmp_path):
 
 def test_a_category_may_be_a_list_of_prompts(folders, tmp_path):
     (tmp_path / "mine.yaml").write_text("custom: [say tea, say milk, say salt]\n")
-    given = config(folders, prompts=(), preferences=(), categories=str(tmp_path / "mine.yaml"), output=str(tmp_path))
-    found = {row.metric: row for row in evaluate.run(folders / "run", given).rows if row.category == "custom"}
-    lines = [json.loads(line) for line in (tmp_path / evaluate.SAMPLES).read_text("utf-8").splitlines()]
+    given = config(
+        folders,
+        prompts=(),
+        preferences=(),
+        categories=str(tmp_path / "mine.yaml"),
+        output=str(tmp_path),
+    )
+    found = {
+        row.metric: row
+        for row in evaluate.run(folders / "run", given).rows
+        if row.category == "custom"
+    }
+    lines = [
+        json.loads(line) for line in (tmp_path / evaluate.SAMPLES).read_text("utf-8").splitlines()
+    ]
     assert [(line["set"], line["prompt"]) for line in lines] == [
         ("custom custom", f"say {word}") for word in ("tea", "milk", "salt")
     ]
@@ -427,7 +614,10 @@ def test_a_category_may_be_a_list_of_prompts(folders, tmp_path):
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     """A policy and a reward model of random weights that read whatever GPT-2's tokenizer does."""
-    place, tokenizer = tmp_path_factory.mktemp("gpt2"), tokenizers.load_tokenizer(Path(DATA) / "gpt2")
+    place, tokenizer = (
+        tmp_path_factory.mktemp("gpt2"),
+        tokenizers.load_tokenizer(Path(DATA) / "gpt2"),
+    )
     sizes = {"max_length": 4096, "hidden_size": 4, "num_layers": 1, "num_heads": 1}
     model = models.build(models.GPT2Config(vocab_size=tokenizer.vocab_size, **sizes))
     params = model.init(KEY)
@@ -449,17 +639,32 @@ HHH = {"preferences": 113, "harmless": 22, "helpful": 35, "honest": 25, "other":
         ("policy", "safety", "xstest/xstest_prompts.csv", XSTEST, 0),
         ("judge", "preferences", "hhh/hhh_alignment.dev.jsonl", HHH, 0),
         # of 1,163 dialogues one has an empty answer, and two differ earlier
-        ("judge", "preferences", "hh_rlhf/harmless-base-test.dev.jsonl.gz", {"preferences": 1160}, 3),
+        (
+            "judge",
+            "preferences",
+            "hh_rlhf/harmless-base-test.dev.jsonl.gz",
+            {"preferences": 1160},
+            3,
+        ),
         # of 445 rows 33 have an empty answer
         ("judge", "annotated", "pandalm/testset-v1.dev.json", {"agreement_of_annotators": 412}, 33),
     ],
 )
 def test_public_files_are_evaluated(gpt2, name, flag, file, expected, dropped, tmp_path):
     path = str(Path(DATA) / file)
-    given = {flag: path if flag == "annotated" else (path,), "on_bad_row": "drop" if dropped else "error"}
-    rows = evaluate.run(gpt2 / name, evaluate.Config(**given, max_new_tokens=1, output=str(tmp_path))).rows
+    given = {
+        flag: path if flag == "annotated" else (path,),
+        "on_bad_row": "drop" if dropped else "error",
+    }
+    rows = evaluate.run(
+        gpt2 / name, evaluate.Config(**given, max_new_tokens=1, output=str(tmp_path))
+    ).rows
     found = {row.metric: row.n for row in rows}
-    found |= {row.category.removeprefix("preferences: "): row.n for row in rows if row.metric == "accuracy_longer"}
+    found |= {
+        row.category.removeprefix("preferences: "): row.n
+        for row in rows
+        if row.metric == "accuracy_longer"
+    }
     assert {metric: found[metric] for metric in expected} == expected
     left_out = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["left_out"]
     assert sum(sum(reasons.values()) for reasons in left_out.values()) == dropped
@@ -475,14 +680,21 @@ def test_public_files_are_evaluated(gpt2, name, flag, file, expected, dropped, t
         ({"reward_model": "run"}, "run/model: this model has no score head"),
         ({"max_new_tokens": 60}, "the prompt has 12 tokens, more than the 4 allowed"),
         ({"categories": "broken.yaml"}, "broken.yaml: tea.score mine.py:none: no such file"),
-        ({"run": "rm"}, "this is a reward model, which writes no text: .* not by --prompts, --reward-model"),
+        (
+            {"run": "rm"},
+            "this is a reward model, which writes no text: .* not by --prompts, --reward-model",
+        ),
         ({"against": "rm"}, "--against .*rm: this is a reward model"),
         ({"run": "nowhere", "output": None}, "no such folder"),
         ({"run": "framed"}, "was trained with the template"),
     ],
 )
 def test_mistakes(folders, given, message, tmp_path):
-    paths = {key: str(folders / given[key]) for key in ("reward_model", "categories", "against") if given.get(key)}
+    paths = {
+        key: str(folders / given[key])
+        for key in ("reward_model", "categories", "against")
+        if given.get(key)
+    }
     settings = {"output": str(tmp_path)} | given | paths
     with pytest.raises(UserError, match=message):
         evaluate.run(str(folders / settings.pop("run", "run")), config(folders, **settings))

@@ -1,4 +1,6 @@
-"""Figures about scores, by hand: pairs and their weights, choices among several answers, answers with target scores."""
+"""Figures about scores, by hand: pairs and their weights, choices among several answers, answers
+with target scores.
+"""
 
 import math
 
@@ -21,21 +23,37 @@ def assert_close(report, expected):
 @pytest.mark.parametrize(
     ("weights", "loss", "accuracy", "margin", "ece"),
     [
-        (None, 0.773224, 0.5, 0.0, 0.154039),  # two pairs in the bin of .731059, one right; the tie half right at .5
+        (
+            None,
+            0.773224,
+            0.5,
+            0.0,
+            0.154039,
+        ),  # two pairs in the bin of .731059, one right; the tie half right at .5
         (np.array([2.0, 1.0, 1.0]), 0.658233, 0.625, 0.25, 0.048294),
         (np.array([6.0, 3.0, 3.0]), 0.658233, 0.625, 0.25, 0.048294),
     ],
 )
 def test_pairs_by_hand(weights, loss, accuracy, margin, ece):
     """Margins 1, -1, 0; the chosen answer is the longer one, as long, the shorter one."""
-    expected = {"loss": loss, "accuracy": accuracy, "margin": margin, "ece": ece, "length_accuracy": accuracy}
-    correlation = metrics.spearman(np.array([1, 0, 2, 0, 1, 2]), np.array([3, 5, 1, 2, 5, 4]))  # without weights
+    expected = {
+        "loss": loss,
+        "accuracy": accuracy,
+        "margin": margin,
+        "ece": ece,
+        "length_accuracy": accuracy,
+    }
+    correlation = metrics.spearman(
+        np.array([1, 0, 2, 0, 1, 2]), np.array([3, 5, 1, 2, 5, 4])
+    )  # without weights
     report = metrics.preference_report(SCORES, np.zeros(3, int), LENGTHS, weights)
     assert_close(report, expected | {"length_correlation": correlation})
 
 
 def test_choice_among_three_by_hand():
-    """The rival is the answer of the next highest score; the judge of lengths has all the others against it."""
+    """The rival is the answer of the next highest score; the judge of lengths has all the others
+    against it.
+    """
     scores = np.array([[1.0, 1.0, 1.0], [0.0, 3.0, 2.0], [5.0, 1.0, np.nan]])
     best, lengths = np.array([2, 1, 1]), np.array([[2, 2, 3], [6, 4, 2], [4, 4, 0]])
     np.testing.assert_array_equal(metrics.rival(scores, best, lengths), [0, 2, 0])
@@ -50,13 +68,19 @@ def test_choice_among_three_by_hand():
 
 def test_the_order_of_answers_and_absent_ones_count_nowhere():
     pairs = metrics.preference_report(SCORES, np.zeros(3, int), LENGTHS)
-    assert_close(metrics.preference_report(SCORES[:, ::-1], np.ones(3, int), LENGTHS[:, ::-1]), pairs)
-    padded = (np.pad(x, ((0, 0), (0, 1))) for x in (SCORES, LENGTHS))  # an absent third answer counts nowhere
+    assert_close(
+        metrics.preference_report(SCORES[:, ::-1], np.ones(3, int), LENGTHS[:, ::-1]), pairs
+    )
+    padded = (
+        np.pad(x, ((0, 0), (0, 1))) for x in (SCORES, LENGTHS)
+    )  # an absent third answer counts nowhere
     assert_close(metrics.preference_report(next(padded), np.zeros(3, int), next(padded)), pairs)
 
 
 def test_targets_by_hand():
-    """Pairs only inside a row and only of answers with other targets; the absent answer counts nowhere."""
+    """Pairs only inside a row and only of answers with other targets; the absent answer counts
+    nowhere.
+    """
     scores = np.array([[0.9, 0.2, 0.4], [0.5, 0.1, 9.0]])
     targets, lengths = np.array([[1.0, 0, 0], [1, 1, 0]]), np.array([[5, 3, 5], [2, 4, 0]])
     expected = {
@@ -97,7 +121,9 @@ def test_cohen_kappa_by_hand():
 
 @pytest.mark.parametrize(("wins", "expected"), [(0, (0.0, 0.161125)), (7, (0.181192, 0.567145))])
 def test_shares_have_wilsons_interval(wins, expected):
-    assert metrics.mean_interval(np.arange(20) < wins, jax.random.key(0)) == pytest.approx(expected, abs=1e-6)
+    assert metrics.mean_interval(np.arange(20) < wins, jax.random.key(0)) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_a_bootstrap_of_a_mean_is_as_wide_as_its_standard_error():

@@ -29,23 +29,38 @@ def test_rows_by_hand():
         row_ids=[7, 5, 7, 9],
     )
     expected = Rollout(
-        tokens=np.int32([[2, 3, 4, 5, 0, 0], [0, 4, 5, 1, 0, 0], [0, 2, 5, 6, 1, 0], [2, 3, 7, 0, 0, 0]]),
-        attention_mask=np.int32([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]),
-        response_mask=np.int32([[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0]]),
-        log_probs=np.float32([[0, 0, -1, -2, 0, 0], [0, 0, -3, -4, 0, 0], [0, 0, -5, -6, -7, 0], [0, 0, -8, 0, 0, 0]]),
+        tokens=np.int32(
+            [[2, 3, 4, 5, 0, 0], [0, 4, 5, 1, 0, 0], [0, 2, 5, 6, 1, 0], [2, 3, 7, 0, 0, 0]]
+        ),
+        attention_mask=np.int32(
+            [[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]
+        ),
+        response_mask=np.int32(
+            [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0]]
+        ),
+        log_probs=np.float32(
+            [[0, 0, -1, -2, 0, 0], [0, 0, -3, -4, 0, 0], [0, 0, -5, -6, -7, 0], [0, 0, -8, 0, 0, 0]]
+        ),
         row_ids=np.int32([7, 5, 7, 9]),
         prompt_length=2,
     )
     assert_identical(made, expected)
-    # Ids say themselves whether EOS ended them; unequal prompts get the longest one's width, or the one asked for.
-    narrow = rollout.from_text([[2], [2, 3]], [[5, 1], [6]], LETTERS, log_probs=[[-1, -2], [-3]], prompt_length=3)
+    # Ids say themselves whether EOS ended them; unequal prompts get the longest one's width, or the
+    # one asked for.
+    narrow = rollout.from_text(
+        [[2], [2, 3]], [[5, 1], [6]], LETTERS, log_probs=[[-1, -2], [-3]], prompt_length=3
+    )
     np.testing.assert_array_equal(narrow.tokens, [[0, 0, 2, 5, 1], [0, 2, 3, 6, 0]])
     np.testing.assert_array_equal(narrow.row_ids, [0, 1])
-    np.testing.assert_array_equal(rewards.missing_eos(narrow, jnp.array([3.0, 3.0]), 1, score=-1.0), [3, -1])
+    np.testing.assert_array_equal(
+        rewards.missing_eos(narrow, jnp.array([3.0, 3.0]), 1, score=-1.0), [3, -1]
+    )
 
 
 def test_turns_of_others_are_holes():
-    """The policy, its EOS, a user's turn with an EOS of its own, the policy again; and a row it said nothing of."""
+    """The policy, its EOS, a user's turn with an EOS of its own, the policy again; and a row it
+    said nothing of.
+    """
     made = rollout.from_text(
         [[2], [2]],
         [[5, 1, 6, 1, 7], [5, 6]],
@@ -59,7 +74,9 @@ def test_turns_of_others_are_holes():
     np.testing.assert_array_equal(made.response_mask, [[0, 1, 1, 0, 0, 1, 1], [0] * 7])
     np.testing.assert_array_equal(made.log_probs, [[0, -1, -2, 0, 0, -3, -4], [0] * 7])
     # An EOS in somebody else's turn did not end the row.
-    cut = rollout.from_text([[2]], [[5, 1]], LETTERS, log_probs=[[-1, 0]], finished=[False], masks=[[1, 0]])
+    cut = rollout.from_text(
+        [[2]], [[5, 1]], LETTERS, log_probs=[[-1, 0]], finished=[False], masks=[[1, 0]]
+    )
     np.testing.assert_array_equal(cut.response_mask, [[0, 1, 0]])
 
 
@@ -67,26 +84,50 @@ def test_turns_of_others_are_holes():
     ("changes", "message"),
     [
         ({"log_probs": [[-1, -2], [-3]]}, "row 1: 1 log_probs for 2 response tokens$"),
-        ({"finished": [True, True]}, r"row 0: 2 log_probs for 3 response tokens \(the EOS that finished adds incl"),
+        (
+            {"finished": [True, True]},
+            r"row 0: 2 log_probs for 3 response tokens \(the EOS that finished adds incl",
+        ),
         (
             {"responses": ["abc", [5, 1]], "finished": [False, True]},
             "row 0: 2 log_probs for 3 response tokens; a text .* give token ids",
         ),
         ({"masks": [[1, 1], [1]]}, "row 1: 1 masks for 2 response tokens"),
-        ({"responses": ["ab", [5, 1]]}, "row 0: a text does not show whether EOS ended it: give finished"),
+        (
+            {"responses": ["ab", [5, 1]]},
+            "row 0: a text does not show whether EOS ended it: give finished",
+        ),
         ({"finished": [False, False]}, "row 1: finished is False, but its last token is EOS, 1"),
         ({"prompts": [[2], ""]}, "row 1: the prompt has no tokens"),
-        ({"responses": [[5, 6], []], "log_probs": [[-1, -2], []]}, "row 1: the response has no tokens"),
+        (
+            {"responses": [[5, 6], []], "log_probs": [[-1, -2], []]},
+            "row 1: the response has no tokens",
+        ),
         ({"prompts": [[2], [12]]}, "row 1, prompt: token id 12 is outside the vocabulary of 12"),
         ({"prompts": [[2], [2.0]]}, "row 1, prompt: expected a text or a list of token ids"),
         ({"prompts": ["xy", [2]]}, "alphabet lacks 'x'"),
-        ({"prompt_length": 2, "prompts": [[2], [2, 3, 4]]}, "row 1: the prompt has 3 tokens, prompt_length is 2"),
+        (
+            {"prompt_length": 2, "prompts": [[2], [2, 3, 4]]},
+            "row 1: the prompt has 3 tokens, prompt_length is 2",
+        ),
         ({"response_length": 1}, "row 0: the response has 2 tokens, response_length is 1"),
-        ({"log_probs": [[-1, -2], [-3, 0.5]]}, "row 1: the log-probability of response token 1 .*: 0.5"),
-        ({"log_probs": [[math.nan, -2], [-3, -4]]}, "row 0: the log-probability of response token 0 .*: nan"),
-        ({"log_probs": [[-1, -math.inf], [-3, -4]]}, "row 0: the log-probability of response token 1 .*: -inf"),
+        (
+            {"log_probs": [[-1, -2], [-3, 0.5]]},
+            "row 1: the log-probability of response token 1 .*: 0.5",
+        ),
+        (
+            {"log_probs": [[math.nan, -2], [-3, -4]]},
+            "row 0: the log-probability of response token 0 .*: nan",
+        ),
+        (
+            {"log_probs": [[-1, -math.inf], [-3, -4]]},
+            "row 0: the log-probability of response token 1 .*: -inf",
+        ),
         ({"log_probs": [[-1, {}], [-3, -4]]}, "row 0: log_probs must be numbers"),
-        ({"responses": [[5, 6], [1, 5]]}, "row 1: the policy goes on after EOS, response token 0 of 2"),
+        (
+            {"responses": [[5, 6], [1, 5]]},
+            "row 1: the policy goes on after EOS, response token 0 of 2",
+        ),
         ({"responses": [[5, 6]]}, "responses: expected one entry for each prompt, 2, got 1"),
         ({"prompts": [], "responses": [], "log_probs": []}, "prompts: expected at least one row"),
     ],
@@ -99,7 +140,9 @@ def test_what_is_refused_names_the_row(changes, message):
 
 
 def test_weights_by_hand():
-    """Ratios 1/2, 4 and 2 under a cap of 2; a hole and what lies outside the response, NaN included, get 0."""
+    """Ratios 1/2, 4 and 2 under a cap of 2; a hole and what lies outside the response, NaN
+    included, get 0.
+    """
     engine = jnp.log(jnp.array([[1.0, 0.5, 0.125, jnp.nan, 0.25], [1.0, 0.5, 1.0, 1.0, 1.0]]))
     policy = jnp.log(jnp.array([[1.0, 0.25, 0.5, 0.5, 0.5], [1.0, jnp.nan, 1.0, 1.0, 1.0]]))
     given = Rollout(
@@ -111,12 +154,17 @@ def test_weights_by_hand():
 
     def rescored(cap, scale=1.0):
         return rollout.rescore(
-            given, scale, policy_fn=lambda scale, *_: PolicyOutput(scale * policy, policy), importance_cap=cap
+            given,
+            scale,
+            policy_fn=lambda scale, *_: PolicyOutput(scale * policy, policy),
+            importance_cap=cap,
         )
 
     capped = rescored(2.0)
     np.testing.assert_allclose(capped.importance_weights, [[0, 0.5, 2, 0, 2], [0] * 5], rtol=1e-6)
-    np.testing.assert_allclose(rescored(math.inf).importance_weights, [[0, 0.5, 4, 0, 2], [0] * 5], rtol=1e-6)
+    np.testing.assert_allclose(
+        rescored(math.inf).importance_weights, [[0, 0.5, 4, 0, 2], [0] * 5], rtol=1e-6
+    )
     np.testing.assert_allclose(capped.log_probs, np.where(given.response_mask, policy, 0))
     assert rollout.truncated_share(rescored(3.0), 3.0) == np.float32(1 / 3)
     assert rescored(None).importance_weights is None

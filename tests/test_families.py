@@ -1,4 +1,6 @@
-"""What each family has beside its parity with transformers: heads, weights cut over a mesh, and no more to compute."""
+"""What each family has beside its parity with transformers: heads, weights cut over a mesh, and no
+more to compute.
+"""
 
 import ast
 import functools
@@ -17,13 +19,22 @@ from test_size import ROOT, code_lines
 from rlhf_jax import cli, models, sampling, sharding
 
 families, measure = (cli.script("benchmarks", name) for name in ("families", "measure"))
-TINY = {"GPT-2": CONFIG, "Llama": LLAMA, "Qwen2": QWEN2, "Qwen3": QWEN3, "Mistral": MISTRAL, "Gemma 3": GEMMA}
+TINY = {
+    "GPT-2": CONFIG,
+    "Llama": LLAMA,
+    "Qwen2": QWEN2,
+    "Qwen3": QWEN3,
+    "Mistral": MISTRAL,
+    "Gemma 3": GEMMA,
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TINY)
 def test_heads_and_weights_cut_over_a_mesh(family):
-    """Values one column early and scores of the last token, by hand; all of it the same in parts on 2 x 2 devices."""
+    """Values one column early and scores of the last token, by hand; all of it the same in parts on
+    2 x 2 devices.
+    """
     model, key = models.build(TINY[family]), jax.random.key(0)
     params = models.add_head(key, models.add_head(key, some_params(TINY[family]), "value"), "score")
     params["value"] = {"kernel": jnp.linspace(-1.0, 1.0, 8), "bias": jnp.float32(0.5)}
@@ -37,8 +48,12 @@ def test_heads_and_weights_cut_over_a_mesh(family):
 
     hidden, *_, values, scores = whole = jax.jit(outputs)(params)
     by_hand = hidden[:, :-1] @ params["value"]["kernel"] + 0.5
-    np.testing.assert_allclose(np.where(mask[:, 1:] * mask[:, :-1], values[:, 1:] - by_hand, 0), 0, atol=1e-5)
-    np.testing.assert_allclose(scores, 2 * (hidden[[0, 1], [5, 4]] @ params["score"]["kernel"]) - 1, atol=1e-5)
+    np.testing.assert_allclose(
+        np.where(mask[:, 1:] * mask[:, :-1], values[:, 1:] - by_hand, 0), 0, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        scores, 2 * (hidden[[0, 1], [5, 4]] @ params["score"]["kernel"]) - 1, atol=1e-5
+    )
     mesh = sharding.make_mesh(1, 2, 2)
     cut = jax.device_put(params, sharding.by_path(params, models.SHARDING, mesh))
     assert whole_on_a_device(cut) == []
@@ -77,7 +92,9 @@ def equations(jaxpr):
 
 
 def test_a_family_computes_what_llama_does_and_its_own_norms_and_biases():
-    """At one shape: as many operations in matrix products, and no more others than the norms and biases need."""
+    """At one shape: as many operations in matrix products, and no more others than the norms and
+    biases need.
+    """
 
     def program(config):
         model, tokens = models.build(config), jax.ShapeDtypeStruct((4, 16), jnp.int32)
@@ -87,26 +104,34 @@ def test_a_family_computes_what_llama_does_and_its_own_norms_and_biases():
 
     layers, (flops, llama) = families.SIZES["num_layers"], program(families.CONFIGS["Llama"])
     assert llama["rsqrt"] == 2 * layers + 1
-    # What Llama's layer has not: norms, and other operations: biases of q, k, v; norms of q and k; norms after a
-    # part, a mask and a rotation more.
-    for family, norms, others in (("Qwen2", 0, 6), ("Qwen3", 2, 24), ("Mistral", 0, 0), ("Gemma 3", 4, 57)):
+    # What Llama's layer has not: norms, and other operations: biases of q, k, v; norms of q and k;
+    # norms after a part, a mask and a rotation more.
+    for family, norms, others in (
+        ("Qwen2", 0, 6),
+        ("Qwen3", 2, 24),
+        ("Mistral", 0, 0),
+        ("Gemma 3", 4, 57),
+    ):
         own_flops, own = program(families.CONFIGS[family])
         assert own_flops == flops, family
         assert own["rsqrt"] - llama["rsqrt"] == norms * layers, family
         assert own["dot_general"] == llama["dot_general"], family
         assert own.total() - llama.total() <= others * layers, family
-    # GPT-2: each head has keys and values of its own, 2 * 2 * 32 columns more for 64 tokens of width 128; its norms,
-    # two in a layer and one at the end, take two means each, which are products with two columns.
+    # GPT-2: each head has keys and values of its own, 2 * 2 * 32 columns more for 64 tokens of
+    # width 128; its norms, two in a layer and one at the end, take two means each, which are
+    # products with two columns.
     wider = layers * 2 * 64 * 128 * 128 + (2 * layers + 1) * 2 * 64 * 128 * 2 * 2
     assert program(families.CONFIGS["GPT-2"])[0] - flops == wider
 
 
-# Lines that no other family has a use for: those that match, and the functions, classes and tables whose names do.
+# Lines that no other family has a use for: those that match, and the functions, classes and tables
+# whose names do.
 OWN = {
     "Qwen2": "Qwen2|qkv_bias",
     "Qwen3": "Qwen3|qk_norm",
     "Mistral": "(?i)mistral|window",
-    "Gemma 3": "(?i)gemma|offset_?norm|norm_offset|scaled_embedding|ln_._post|post_norms|post_feedforward|global_every"
+    "Gemma "
+    "3": "(?i)gemma|offset_?norm|norm_offset|scaled_embedding|ln_._post|post_norms|post_feedforward|global_every"
     "|is_local|local_|query_scalar|two_kinds",
 }
 
@@ -116,7 +141,9 @@ LISTS = ("each_family", "CLASSIFIERS")
 
 @pytest.mark.parametrize("family", OWN)
 def test_a_family_costs_at_most_80_lines(family):
-    """Its table of names included; what it shares with Llama lies in one decoder, whose options are data."""
+    """Its table of names included; what it shares with Llama lies in one decoder, whose options are
+    data.
+    """
     total = 0
     for path in (ROOT / "rlhf_jax" / "models").glob("*.py"):
         source = path.read_text("utf-8")
@@ -130,20 +157,30 @@ def test_a_family_costs_at_most_80_lines(family):
 
 
 def test_the_cells_of_the_tables_of_families_are_tests():
-    """docs/models.md: each case stands in the file of its column's test, in the list if the test takes some alone."""
+    """docs/models.md: each case stands in the file of its column's test, in the list if the test
+    takes some alone.
+    """
     parity, lora, files, chats = (
         (ROOT / "tests" / f"test_{name}.py").read_text("utf-8")
         for name in ("models_parity", "lora_parity", "model_files", "chat")
     )
-    some, classifiers = (re.search(rf"^{name} = .*?\n[)\]]", parity, re.DOTALL | re.M)[0] for name in LISTS)
+    some, classifiers = (
+        re.search(rf"^{name} = .*?\n[)\]]", parity, re.DOTALL | re.M)[0] for name in LISTS
+    )
     lines = (ROOT / "docs" / "models.md").read_text("utf-8").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines]
     here = "".join(f'"{family}"' for family in TINY) + '"User:" "Assistant:"'
     for columns in ([parity, some, some, lora, classifiers], [files, here, chats + here]):
-        table = {row[0]: row[1:] for row in rows if row[0] in TINY and len(row) == len(columns) + 1 and "`" in row[1]}
+        table = {
+            row[0]: row[1:]
+            for row in rows
+            if row[0] in TINY and len(row) == len(columns) + 1 and "`" in row[1]
+        }
         assert set(table) == set(TINY)
         for family, cells in table.items():
             for cell, source in zip(cells, columns, strict=True):
                 cases = re.findall("`([^`]+)`", cell)
                 assert cases or "none" in cell, (family, cell)
-                assert [case for case in cases if not re.search(f'"{case}"|def {case}[(]', source)] == [], family
+                assert [
+                    case for case in cases if not re.search(f'"{case}"|def {case}[(]', source)
+                ] == [], family

@@ -19,12 +19,15 @@ def read_demonstrations(path):
 
 def test_rows_of_a_list_and_lines_of_json_lines(write):
     path = write(
-        '\n[\n  {"prompt": "a\\nb",\n   "response": "x"},\n\n  {"prompt": "c", "response": "y"}]\n', "data.json"
+        '\n[\n  {"prompt": "a\\nb",\n   "response": "x"},\n\n  {"prompt": "c", "response": "y"}]\n',
+        "data.json",
     )
     expected = [Row("a\nb", ("x",), "data.json, row 1"), Row("c", ("y",), "data.json, row 2")]
     assert read_demonstrations(path) == expected
     text = '\ufeff{"prompt": "a\u2028b", "response": "x"}\r\n\r\n {"prompt": "c", "response": "é"}'
-    assert formats.read("prompts", write('{"prompt": "a", "items": [1]}')).rows[0].columns == {"items": [1]}
+    assert formats.read("prompts", write('{"prompt": "a", "items": [1]}')).rows[0].columns == {
+        "items": [1]
+    }
     path = write(gzip.compress(text.encode("utf-8")), "data.jsonl.gz")
     expected = [Row("a\u2028b", ("x",), f"{path}, line 1"), Row("c", ("é",), f"{path}, line 3")]
     assert read_demonstrations(path) == expected
@@ -32,7 +35,10 @@ def test_rows_of_a_list_and_lines_of_json_lines(write):
 
 
 def test_several_files_and_fingerprints_of_content(write):
-    first, second = write(f"[{ROW}]", "a.json"), write(gzip.compress(f"[{ROW}]".encode()), "b.json.gz")
+    first, second = (
+        write(f"[{ROW}]", "a.json"),
+        write(gzip.compress(f"[{ROW}]".encode()), "b.json.gz"),
+    )
     result = formats.read("demonstrations", [first, second])
     assert [row.source for row in result.rows] == ["a.json, row 1", "b.json.gz, row 1"]
     assert result.fingerprints[first] == result.fingerprints[second]
@@ -57,10 +63,14 @@ def test_csv_cells_are_texts_on_the_line_where_their_row_ends(write):
 
 def test_plain_text_is_a_prompt_a_line(write):
     path = write("[one\r\n\n  \n two\u2028\tthree\n", "prompts.txt")
-    expected = [Row("[one", (), "prompts.txt, line 1"), Row(" two\u2028\tthree", (), "prompts.txt, line 4")]
+    expected = [
+        Row("[one", (), "prompts.txt, line 1"),
+        Row(" two\u2028\tthree", (), "prompts.txt, line 4"),
+    ]
     assert formats.read("prompts", path).rows == expected
     with pytest.raises(
-        UserError, match=r"2 rows: expected an object with keys .* found a string \(prompts.txt, line 1, line 4\)"
+        UserError,
+        match=r"2 rows: expected an object with keys .* found a string \(prompts.txt, line 1, line 4\)",
     ):
         formats.read("pairs", path)
 
@@ -70,16 +80,25 @@ def test_parquet(write):
     import pyarrow
 
     turn = {"role": "user", "content": "hi"}
-    parquet.write_table(pyarrow.Table.from_pylist([{"messages": [turn], "level": n} for n in (3, 4)]), "data.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"messages": [turn], "level": n} for n in (3, 4)]),
+        "data.parquet",
+    )
     result = formats.read("prompts", ["data.parquet", write('["text"]', "data.json")])
     assert [(row.source, row.columns) for row in result.rows] == [
         ("data.parquet, row 1", {"level": 3}),
         ("data.parquet, row 2", {"level": 4}),
         ("data.json, row 1", {}),
     ]
-    choices = [{"prompt": "q", "sample0": "a", "sample1": "b", "sample2": last, "best": 1} for last in (None, "c")]
+    choices = [
+        {"prompt": "q", "sample0": "a", "sample1": "b", "sample2": last, "best": 1}
+        for last in (None, "c")
+    ]
     parquet.write_table(pyarrow.Table.from_pylist(choices), "data.parquet")
-    assert [len(row.responses) for row in formats.read("comparisons", "data.parquet").rows] == [2, 3]
+    assert [len(row.responses) for row in formats.read("comparisons", "data.parquet").rows] == [
+        2,
+        3,
+    ]
     for content in ("hello", "PAR1hello", gzip.compress(b"PAR1hello")):
         with pytest.raises(UserError, match=r"bad\.parquet: cannot be read as Parquet: "):
             formats.read("prompts", write(content, "bad.parquet"))
@@ -95,7 +114,9 @@ def test_hugging_face_datasets(monkeypatch):
     rows = formats.read("prompts", ["Some-Org/some_data:test[:2]", "org/name"]).rows
     assert [row.prompt for row in rows] == ["Some-Org/some_data", "test[:2]", "org/name", "train"]
     assert rows[1].source == "Some-Org/some_data:test[:2], row 2"
-    with pytest.raises(UserError, match=r"no such file, and it could not be loaded .*ConnectionError: offline"):
+    with pytest.raises(
+        UserError, match=r"no such file, and it could not be loaded .*ConnectionError: offline"
+    ):
         formats.read("pairs", "nobody/nothing")
 
 
@@ -103,34 +124,43 @@ def test_hugging_face_datasets(monkeypatch):
 FAULTS_OF_JSON = [
     ("", "data.json: holds no rows"),
     ("[ ]", "data.json: holds no rows"),
-    (f'[\n{ROW},\n{{"prompt": "c", "resp', "not valid JSON, unterminated .* line 3, column 17; the text ends there"),
+    ((f'[\n{ROW},\n{{"prompt": "c", '
+     '"resp'), "not valid JSON, unterminated .* line 3, column 17; the text ends there"),
     (f"[\n{ROW},\n", "not valid JSON, expecting value at line 3, column 1; the text ends there"),
     (f"[{ROW}\n{ROW}]", r"not valid JSON, expecting ',' delimiter at line 2, column 1$"),
-    ('[\n{"prompt": "a" "response": "b"}]', "not valid JSON, expecting ',' delimiter at line 2, column 16$"),
+    (('[\n{"prompt": "a" "response": '
+     '"b"}]'), "not valid JSON, expecting ',' delimiter at line 2, column 16$"),
     (f"[{ROW}]\nmore", "not valid JSON, extra data at line 2, column 1"),
-    (f'{ROW}\n\n{{"prompt": "c", "re', "line 3: not valid JSON.* at column 17; the text ends there"),
-    ('{"prompt": "a",\n"response": "b"}', "line 1: not valid JSON.*; the text ends there .in JSON lines"),
+    ((f'{ROW}\n\n{{"prompt": "c", '
+     '"re'), "line 3: not valid JSON.* at column 17; the text ends there"),
+    (('{"prompt": "a",\n"response": '
+     '"b"}'), "line 1: not valid JSON.*; the text ends there .in JSON lines"),
     ("prompt,response\na,b", "line 1: expected a JSON list or JSON lines, found 'prompt,response'"),
     ('{"a": ' + "[" * 200_000, "line 1: not valid JSON, nested too deeply"),
     (f'[{ROW},\n{{"a": {"9" * 5000}}}]', "not valid JSON, Exceeds the limit .* digits"),
-    ('[{"prompt": "a", "prompt": "b", "response": "c"}]', "not valid JSON, the key 'prompt' stands twice in {'prompt'"),
+    (('[{"prompt": "a", "prompt": "b", "response": '
+     '"c"}]'), "not valid JSON, the key 'prompt' stands twice in {'prompt'"),
     (b'\xef\xbb\xbf[\n"caf\xe9"]', "line 2: byte 0xe9 is not UTF-8, which is expected"),
-    ('{"prompt": "a", "response": "b', "line 1: not valid JSON, unterminated string starting at column 29;"),
+    (('{"prompt": "a", "response": '
+     '"b'), "line 1: not valid JSON, unterminated string starting at column 29;"),
     # Without the time, which would name the case differently in each of pytest-xdist's processes.
     (gzip.compress(b"[" + bytes(range(256)) * 9, mtime=0)[:40], "broken gzip file"),
 ]
 FAULTS_OF_CSV = [
     ("prompt,response\na,b\nc,d,e\n", "line 3: 3 cells under a header of 2; quote cells"),
     ("prompt,response\na,b\nc\n", "line 3: 1 cells under a header of 2\n"),
-    ('prompt,response\na,"b\nc', "line 1: not valid CSV in the row after this one: unexpected end of data"),
-    ("prompt,prompt\na,b\n", "line 1: each column needs a name of its own, found 'prompt', 'prompt'"),
+    ('prompt,response\na,"b\nc', ("line 1: not valid CSV in the row after this one: unexpected end "
+                                 "of data")),
+    ("prompt,prompt\na,b\n", ("line 1: each column needs a name of its own, found 'prompt', "
+                             "'prompt'")),
     ("prompt,\na,b\n", "line 1: each column needs a name of its own"),
     ("prompt,response\na,\n", "line 2: 'response' is empty"),
     ("prompt,messages\na,b\n", "line 2: the column 'messages' holds JSON, found 'b'"),
     ("best\n" + "[" * 200_000, "line 2: the column 'best' holds JSON"),
     ("prompt,response\n", "data.csv: holds no rows"),
     ("prompt,response\na,b\n,\n", "line 3: 'prompt' is empty"),
-    ("prompt;response\na;b\n", "line 1: one column 'prompt;response'; separate columns by commas, or by tabs"),
+    ("prompt;response\na;b\n", ("line 1: one column 'prompt;response'; separate columns by commas, "
+                               "or by tabs")),
 ]
 # fmt: on
 FAULTS_OF_TEXT = [
@@ -149,13 +179,20 @@ def test_faults(write, name, content, message):
 
 def test_names(write, tmp_path):
     write("[]", "sft_data.json")
-    with pytest.raises(UserError, match=r"sft_dat\.json: no such file; did you mean .*sft_data\.json\?"):
+    with pytest.raises(
+        UserError, match=r"sft_dat\.json: no such file; did you mean .*sft_data\.json\?"
+    ):
         files.read_source(str(tmp_path / "sft_dat.json"))
-    with pytest.raises(UserError, match=r"data/pairs\.json: no such file$"):  # not taken for a dataset's name
+    with pytest.raises(
+        UserError, match=r"data/pairs\.json: no such file$"
+    ):  # not taken for a dataset's name
         formats.read("pairs", "data/pairs.json")
     with pytest.raises(UserError, match="is a folder"):
         files.read_source(tmp_path)
-    with pytest.raises(UserError, match=r"no data: give --data FILE with pairs, a folder that holds preference_data"):
+    with pytest.raises(
+        UserError,
+        match=r"no data: give --data FILE with pairs, a folder that holds preference_data",
+    ):
         formats.read("pairs", [])
     with pytest.raises(UserError, match=r"/preference_data\.json: no such file"):
         formats.read("pairs", tmp_path)
@@ -168,7 +205,9 @@ def test_names(write, tmp_path):
 def test_a_gzip_bomb_stops_early(write, monkeypatch):
     monkeypatch.setattr(files, "_MAY_UNPACK", 1 << 21)
     plain = b"[" + b" " * (1 << 24) + ROW.encode() + b"]"
-    with pytest.raises(UserError, match=r"bomb\.json: unpacks to more than 100 times its size; .* gunzip"):
+    with pytest.raises(
+        UserError, match=r"bomb\.json: unpacks to more than 100 times its size; .* gunzip"
+    ):
         read_demonstrations(write(gzip.compress(plain), "bomb.json"))
     assert len(read_demonstrations(write(plain, "plain.json"))) == 1
     two_members = gzip.compress(f"[{ROW},\n".encode()) + gzip.compress(f"{ROW}]".encode())

@@ -32,7 +32,8 @@ ORDER = pairs("xy", "zx", "zy", weight=1 / 3)
 BEST = [Row("p", ("a", "b", "c", "d"), W, best=2)]
 # The columns of a table may lack their last samples.
 TWO = CHOICE | {"sample2": None, "sample3": None, "best": 1}
-# A record, its prompt, and what it becomes: its demonstration's response, pairs, comparisons (None: as the pairs).
+# A record, its prompt, and what it becomes: its demonstration's response, pairs, comparisons (None:
+# as the pairs).
 FORMATS = [
     (PAIR, "p", "good", [Row("p", ("good", "bad"), W)], None),
     (DIALOGUES, HUMAN, " yes", [Row(HUMAN, (" yes", " no"), W)], None),
@@ -61,7 +62,10 @@ EMPTY = PAIR | {"rejected": ""}
 
 def test_rows_that_teach_nothing_are_dropped_and_counted(write):
     equal = PAIR | {"rejected": "good"}
-    tied, same = RANKED | {"ranks": [1, 1, 1]}, {"prompt": "p", "responses": ["x", "x", "x"], "best": 0}
+    tied, same = (
+        RANKED | {"ranks": [1, 1, 1]},
+        {"prompt": "p", "responses": ["x", "x", "x"], "best": 0},
+    )
     result = formats.read("pairs", write([PAIR, equal, equal, tied, same]))
     assert len(result.rows) == 1
     assert result.places == {
@@ -76,7 +80,9 @@ def test_rows_that_teach_nothing_are_dropped_and_counted(write):
     result = formats.read("pairs", write([PAIR, *[equal] * 9]))
     places = "data.jsonl, line 2, line 3, line 4, line 5, line 6 and 4 more"
     assert result.describe() == f"1 rows, 9 dropped (chosen and rejected are identical: {places})"
-    with pytest.raises(UserError, match=r"no usable row: 0 rows, 2 dropped \(chosen and rejected are identical"):
+    with pytest.raises(
+        UserError, match=r"no usable row: 0 rows, 2 dropped \(chosen and rejected are identical"
+    ):
         formats.read("pairs", write([equal, equal]))
 
 
@@ -99,11 +105,22 @@ def test_rows_that_a_stage_cannot_use_are_errors_together_or_dropped(write):
         formats.read("prompts", write('["a", {"b', "cut.json"), on_bad_row="drop")
 
 
-VOTED = {"instruction": "Add", "input": "1 2", "response1": "3", "response2": "4", "annotator1": 1, "annotator2": 0}
+VOTED = {
+    "instruction": "Add",
+    "input": "1 2",
+    "response1": "3",
+    "response2": "4",
+    "annotator1": 1,
+    "annotator2": 0,
+}
 DATA_PAGE = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text("utf-8")
 COLUMNS = re.findall(r"^\| (\w+).*`--columns ([^`]+)`", DATA_PAGE, re.MULTILINE)
 ALPACA = {"instruction": "i", "input": "x", "output": "o"}
-TURNS = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+TURNS = [
+    {"from": "system", "value": "s"},
+    {"from": "human", "value": "hi"},
+    {"from": "gpt", "value": "hello"},
+]
 COMPLETIONS = [{"response": "a", "overall_score": 3}, {"response": "b", "overall_score": 1}]
 TRUTHFUL = {"question": "p", "mc1_targets": {"choices": ["a", "b", "c"], "labels": [0, 0, 1]}}
 # A row of each data set in the page's recipes, and what its columns make of it.
@@ -111,7 +128,11 @@ RECIPES = [
     ("GSM8K", {"question": "q", "answer": "a"}, Row("q", ("a",), W)),
     ("Alpaca", ALPACA, Row("i\n\nx", ("o",), W)),
     ("Alpaca", ALPACA | {"input": ""}, Row("i", ("o",), W)),
-    ("ShareGPT", {"conversations": TURNS}, Row("System:\ns\n\nUser:\nhi\n\nAssistant:\n", ("hello",), W)),
+    (
+        "ShareGPT",
+        {"conversations": TURNS},
+        Row("System:\ns\n\nUser:\nhi\n\nAssistant:\n", ("hello",), W),
+    ),
     ("TruthfulQA", TRUTHFUL, Row("p", ("a", "b", "c"), W, best=2)),
     (
         "UltraFeedback",
@@ -119,14 +140,24 @@ RECIPES = [
         Row("p", ("a", "b"), W, None, (3.0, 1.0)),
     ),
     ("PandaLM", VOTED, Row("Add\n\n1 2", ("3", "4"), W, votes=(1, 0))),
-    ("LLMBar", {"input": "i", "output_1": "x", "output_2": "y", "label": 2}, Row("i", ("x", "y"), W, votes=(2,))),
+    (
+        "LLMBar",
+        {"input": "i", "output_1": "x", "output_2": "y", "label": 2},
+        Row("i", ("x", "y"), W, votes=(2,)),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "record", "expected"), RECIPES)
 def test_recipes(write, name, record, expected):
     columns = next((flags for of, flags in COLUMNS if of == name), "").split()
-    kind = "annotated" if expected.votes else "comparisons" if expected.targets or expected.best else "demonstrations"
+    kind = (
+        "annotated"
+        if expected.votes
+        else "comparisons"
+        if expected.targets or expected.best
+        else "demonstrations"
+    )
     assert formats.read(kind, write([record]), columns=columns).rows == [expected]
 
 
@@ -134,9 +165,18 @@ def test_recipes(write, name, record, expected):
     ("columns", "message"),
     [
         (["prompt"], "--columns prompt: expected OURS=THEIRS, such as prompt=question"),
-        (["prompt=qestion"], "--columns prompt=qestion: no row has 'qestion'; did you mean question?"),
-        (["responses=of.text"], "--columns responses=of.text: no row has 'of.text'; the keys are question, level, of"),
-        (["prompt=question+level"], r"line 1: --columns joins texts with \+, found the number 3 in question\+level"),
+        (
+            ["prompt=qestion"],
+            "--columns prompt=qestion: no row has 'qestion'; did you mean question?",
+        ),
+        (
+            ["responses=of.text"],
+            "--columns responses=of.text: no row has 'of.text'; the keys are question, level, of",
+        ),
+        (
+            ["prompt=question+level"],
+            r"line 1: --columns joins texts with \+, found the number 3 in question\+level",
+        ),
     ],
 )
 def test_faults_of_columns(write, columns, message):
@@ -149,10 +189,18 @@ def message(role, text, *replies, rank=None):
 
 
 def test_message_trees_are_rankings(write):
-    two = (message("assistant", "y", rank=1), message("assistant", "x", rank=0), message("prompter", "z", rank=2))
-    deep = message("prompter", "p", *two, message("assistant", "z", message("prompter", "more", *two), rank=2))
+    two = (
+        message("assistant", "y", rank=1),
+        message("assistant", "x", rank=0),
+        message("prompter", "z", rank=2),
+    )
+    deep = message(
+        "prompter", "p", *two, message("assistant", "z", message("prompter", "more", *two), rank=2)
+    )
     unranked = message("prompter", "p", message("assistant", "y"))
-    path = write([{"prompt": deep}, {"prompt": unranked}, {"prompt": unranked | {"replies": 3}}, PAIR])
+    path = write(
+        [{"prompt": deep}, {"prompt": unranked}, {"prompt": unranked | {"replies": 3}}, PAIR]
+    )
     with pytest.raises(UserError, match="line 3: not a message tree: TypeError"):
         formats.read("pairs", path)
     result = formats.read("pairs", path, on_bad_row="drop")
@@ -164,20 +212,32 @@ def test_message_trees_are_rankings(write):
 
 def test_prompts_as_strings_objects_and_of_rows_with_responses(write):
     texts = ["a", {"prompt": "b", "topic": "bread", "level": 3}, "a"]
-    result = formats.read("prompts", write([*texts, PAIR, PAIR, {"prompt": "q", "response": "r", "topic": 1}]))
+    result = formats.read(
+        "prompts", write([*texts, PAIR, PAIR, {"prompt": "q", "response": "r", "topic": 1}])
+    )
     assert [row.prompt for row in result.rows] == ["a", "b", "a", "p", "q"]
-    assert [row.columns for row in result.rows] == [{}, {"topic": "bread", "level": 3}, {}, {}, {"topic": 1}]
+    assert [row.columns for row in result.rows] == [
+        {},
+        {"topic": "bread", "level": 3},
+        {},
+        {},
+        {"topic": 1},
+    ]
     assert result.dropped == {"repeated prompt": 1}
 
 
 def test_token_ids_lose_their_padding_and_are_not_tokenised_again(write):
-    path = write([{"query": [50259, 50259, 3, 2], "sample0": [4, 50259], "sample1": [5, 6], "best": 1}])
+    path = write(
+        [{"query": [50259, 50259, 3, 2], "sample0": [4, 50259], "sample1": [5, 6], "best": 1}]
+    )
     [pair] = formats.read("comparisons", path).rows
     assert pair.texts == ((3, 2), (5, 6), (4,))
     tokenizer = characters("abcdefgh")  # ids: a..h are 2..9
     data = encoding.encode_texts([pair], tokenizer)
     batch = batches.comparison_batch(data, np.array([0]), bucket_multiple=1)
-    np.testing.assert_array_equal(batch.tokens, [[[3, 2, 5, 6], [3, 2, 4, 0]]])  # no EOS after token ids
+    np.testing.assert_array_equal(
+        batch.tokens, [[[3, 2, 5, 6], [3, 2, 4, 0]]]
+    )  # no EOS after token ids
     np.testing.assert_array_equal(batch.response_mask, [[[0, 0, 1, 1], [0, 0, 1, 0]]])
     framed = encoding.encode_prompts([Row((3,), (), "f")], tokenizer, template="a{prompt}bc")
     np.testing.assert_array_equal(framed.tokens, [[2, 3, 3, 4]])
@@ -198,9 +258,13 @@ def test_targets_of_each_answer(write):
     batch = batches.comparison_batch(data, np.array([1, -1, 0]), bucket_multiple=1)
     np.testing.assert_array_equal(batch.targets, [[2, 0], [0, 0], [1, 0.5]])
     assert batch.targets.dtype == np.float32
-    np.testing.assert_array_equal(batch.response_mask.any(axis=2), [[True, False], [False, False], [True, True]])
+    np.testing.assert_array_equal(
+        batch.response_mask.any(axis=2), [[True, False], [False, False], [True, True]]
+    )
     assert batch.best is None
-    with pytest.raises(UserError, match=r"line 2: has no targets but .* line 1 has; train on one kind"):
+    with pytest.raises(
+        UserError, match=r"line 2: has no targets but .* line 1 has; train on one kind"
+    ):
         formats.read("comparisons", write([scored[0], CHOICE]))
     with pytest.raises(UserError, match="line 1: holds targets, which are no preference"):
         formats.read("pairs", write(scored))
@@ -211,47 +275,74 @@ def test_the_generated_corpus_is_that_of_its_seed(tmp_path):
     for kind in formats.FILES:
         result, written = formats.read(kind, "demo", seed=3), formats.read(kind, tmp_path)
         assert [row.texts for row in result.rows] == [row.texts for row in written.rows]
-        assert result.fingerprints == {f"demo/{formats.FILES[kind]}": next(iter(written.fingerprints.values()))}
-    assert formats.read("prompts", "demo", seed=4).fingerprints != formats.read("prompts", "demo").fingerprints
+        assert result.fingerprints == {
+            f"demo/{formats.FILES[kind]}": next(iter(written.fingerprints.values()))
+        }
+    assert (
+        formats.read("prompts", "demo", seed=4).fingerprints
+        != formats.read("prompts", "demo").fingerprints
+    )
 
 
 # fmt: off
 FAULTS = [
-    ("demonstrations", {"prompt": "a", "respnse": "b"}, "found prompt, respnse; did you mean 'response' by 'respnse"),
+    ("demonstrations", {"prompt": "a", "respnse": "b"}, ("found prompt, respnse; did you mean "
+                                                        "'response' by 'respnse")),
     ("demonstrations", ["a"], "expected an object with keys prompt, response, found a list"),
-    ("demonstrations", {"prompt": "a", "response": 3}, "'response' must be a string, found the number 3"),
+    ("demonstrations", {"prompt": "a", "response": 3}, ("'response' must be a string, found the "
+                                                       "number 3")),
     ("demonstrations", {"prompt": "a", "response": " "}, "'response' is empty"),
-    ("demonstrations", {"prompt": "a", "response": "b\ud83d"}, "'response' holds half of a surrogate pair"),
-    ("demonstrations", {"chosen": "a", "rejected": "b"}, "line 2: 'chosen' must be a dialogue .* in a row without a"),
+    ("demonstrations", {"prompt": "a", "response": "b\ud83d"}, ("'response' holds half of a "
+                                                               "surrogate pair")),
+    ("demonstrations", {"chosen": "a", "rejected": "b"}, ("line 2: 'chosen' must be a dialogue .* "
+                                                         "in a row without a")),
     ("pairs", {"promt": "a", "chosen": "b", "rejected": "c"}, "did you mean 'prompt' by 'promt'"),
-    ("pairs", DIALOGUES | {"rejected": HUMAN + " no\n\nHuman: why?"}, "'rejected' ends with a human turn, not with"),
-    ("pairs", PAIR | RANKED | {"chosen": "x", "best": 1}, "'chosen' is not the response that the row's label"),
-    ("pairs", PAIR | RANKED | {"chosen": "x", "ranks": [2, 1, 1]}, "'chosen' is not the response that the row's label"),
+    ("pairs", DIALOGUES | {"rejected": HUMAN + (" no\n\nHuman: "
+                                               "why?")}, ("'rejected' ends with a human turn, not "
+                                                         "with")),
+    ("pairs", PAIR | RANKED | {"chosen": "x", "best": 1}, ("'chosen' is not the response that the "
+                                                          "row's label")),
+    ("pairs", PAIR | RANKED | {"chosen": "x", "ranks": [2, 1, 1]}, ("'chosen' is not the response "
+                                                                   "that the row's label")),
     ("pairs", PAIR | {"best": 1}, "'chosen' is not the response that the row's label"),
     ("comparisons", PAIR | {"ranks": [2, 1]}, "'chosen' is not the response that the row's label"),
-    ("pairs", {"prompt": "a", "response": "b"}, "expected keys prompt, chosen, rejected, found prompt, response"),
+    ("pairs", {"prompt": "a", "response": "b"}, ("expected keys prompt, chosen, rejected, found "
+                                                "prompt, response")),
     ("prompts", {"prompt": ""}, "'prompt' is empty"),
-    ("prompts", {"promt": "a"}, "expected keys prompt, found promt; did you mean 'prompt' by 'promt'"),
+    ("prompts", {"promt": "a"}, ("expected keys prompt, found promt; did you mean 'prompt' by "
+                                "'promt'")),
     ("prompts", 3, "expected an object with keys prompt, or a string, found the number 3"),
-    ("comparisons", CHOICE | {"best": 4}, "'best' must be the number of a response, 0 to 3, found the number 4"),
+    ("comparisons", CHOICE | {"best": 4}, ("'best' must be the number of a response, 0 to 3, found "
+                                          "the number 4")),
     ("comparisons", CHOICE | {"best": True}, "'best' must be .* found true or false"),
-    ("comparisons", {"query": "q", "sample0": "a", "sample1": "b"}, "one of the keys best, ranking, ranks, targets"),
-    ("comparisons", {"query": "q", "sample0": "a", "sample2": "b", "best": 0}, "needs at least 2 responses, found 1"),
-    ("comparisons", {"quary": "q", "sample0": "a", "sample1": "b", "best": 0}, "expected keys prompt, found quary"),
+    ("comparisons", {"query": "q", "sample0": "a", "sample1": "b"}, ("one of the keys best, "
+                                                                    "ranking, ranks, targets")),
+    ("comparisons", {"query": "q", "sample0": "a", "sample2": "b", "best": 0}, ("needs at least 2 "
+                                                                               "responses, found "
+                                                                               "1")),
+    ("comparisons", {"quary": "q", "sample0": "a", "sample1": "b", "best": 0}, ("expected keys "
+                                                                               "prompt, found "
+                                                                               "quary")),
     ("comparisons", CHOICE | {"sample1": ""}, "response 1 is empty"),
     ("comparisons", CHOICE | {"sample1": [50259]}, "response 1 is empty"),
     ("comparisons", CHOICE | {"sample1": ["a"]}, "response 1 must hold token ids, found a string"),
-    ("comparisons", CHOICE | {"sample1": None}, "response 1 must be a string or a list of token ids, found null"),
-    ("comparisons", RANKED | {"responses": ["a"], "best": 0}, "needs at least 2 responses, found 1"),
+    ("comparisons", CHOICE | {"sample1": None}, ("response 1 must be a string or a list of token "
+                                                "ids, found null")),
+    ("comparisons", RANKED | {"responses": ["a"], "best": 0}, ("needs at least 2 responses, found "
+                                                              "1")),
     ("comparisons", RANKED | {"ranking": [1, 2, 3]}, "each response number from 0 to 2 once"),
-    ("comparisons", RANKED | {"ranks": [1]}, "list of 3 numbers, one for each response, found a list"),
+    ("comparisons", RANKED | {"ranks": [1]}, ("list of 3 numbers, one for each response, found a "
+                                             "list")),
     ("comparisons", RANKED | {"ranks": [1, "2", 3]}, "'ranks' must hold numbers, found a string"),
     ("comparisons", RANKED | {"targets": [1, 2, float("nan")]}, "numbers, found the number nan"),
-    ("comparisons", RANKED | {"targets": [1, 2, 10**400]}, "hold numbers, found a number that is too large"),
-    ("annotated", VOTED | {"annotator2": 3}, "'annotator2' must be 1, 2 or 0 for a tie, found the number 3"),
+    ("comparisons", RANKED | {"targets": [1, 2, 10**400]}, ("hold numbers, found a number that is "
+                                                           "too large")),
+    ("annotated", VOTED | {"annotator2": 3}, ("'annotator2' must be 1, 2 or 0 for a tie, found the "
+                                             "number 3")),
     ("annotated", VOTED | {"response1": True}, "'response1' must be a string, found true or false"),
     ("annotated", VOTED | {"input": 3}, "'input' must be a string, found the number 3"),
-    ("comparisons", RANKED | {"best": 0, "ranks": [0, 1, 2]}, "expected one of .*, found best, ranks"),
+    ("comparisons", RANKED | {"best": 0, "ranks": [0, 1, 2]}, ("expected one of .*, found best, "
+                                                              "ranks")),
 ]
 # fmt: on
 

@@ -1,7 +1,8 @@
-"""Damaged and hostile files: every reader and loader answers with a result or a UserError, soon and in little memory.
+"""Damaged and hostile files: every reader and loader answers with a result or a UserError, soon and
+in little memory.
 
-Files are cut, bits are flipped, pieces are put in or repeated; headers and settings say what no honest program writes.
-Few examples run in the fast tier, always the same; more in the slow one.
+Files are cut, bits are flipped, pieces are put in or repeated; headers and settings say what no
+honest program writes. Few examples run in the fast tier, always the same; more in the slow one.
 """
 
 import gzip
@@ -26,7 +27,9 @@ from rlhf_jax.data import chat, check, formats, tokenizers
 from rlhf_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-MEMORY = 64 << 20  # bytes that Python and NumPy may take for a file of some kilobytes; JAX compiles in them too
+MEMORY = (
+    64 << 20
+)  # bytes that Python and NumPy may take for a file of some kilobytes; JAX compiles in them too
 SECONDS = 20
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -42,7 +45,13 @@ ROWS = [
     {"prompt": "a", "chosen": MESSAGES, "rejected": [*MESSAGES, *MESSAGES]},
     {"instruction": "a", "response1": "b", "response2": "c", "annotator1": 2},
     {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    {"prompt": {"text": "a", "role": "prompter", "replies": [{"text": "b", "role": "assistant", "rank": 0}] * 2}},
+    {
+        "prompt": {
+            "text": "a",
+            "role": "prompter",
+            "replies": [{"text": "b", "role": "assistant", "rank": 0}] * 2,
+        }
+    },
 ]
 LINES = "\n".join(map(json.dumps, ROWS)).encode()
 CSV = b'prompt,responses,best\na,"[""b"", ""c""]",1\n"x\ny","[""b"", ""c""]",0\n'
@@ -56,25 +65,79 @@ DATA = {
 }
 PIECES = [
     *(b"", b"\0", b'"', b"\\", b"\\ud83d", b"[", b"]", b"{", b"}", b",", b":", b"\n"),
-    *(b"\xff\xfe", b"\xef\xbb\xbf", b"\x1f\x8b", b"PAR1", b"sample" + b"7" * 4500, b"9" * 5000, b"[" * 3000),
-    *(b"null", b"NaN", b"-1", b"1e999", b'{"a":' * 3000, b"!!bool x", b"!!timestamp x", b"!!int ''"),
-    *(b'"\\UFFFFFFFF"', b"&a [*a]", b"*a", b"<<: *a", b"? ", b"%YAML 9.9\n", b"---\n", b"...\n", b"\t", b"|\n", b"!<"),
+    *(
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"\x1f\x8b",
+        b"PAR1",
+        b"sample" + b"7" * 4500,
+        b"9" * 5000,
+        b"[" * 3000,
+    ),
+    *(
+        b"null",
+        b"NaN",
+        b"-1",
+        b"1e999",
+        b'{"a":' * 3000,
+        b"!!bool x",
+        b"!!timestamp x",
+        b"!!int ''",
+    ),
+    *(
+        b'"\\UFFFFFFFF"',
+        b"&a [*a]",
+        b"*a",
+        b"<<: *a",
+        b"? ",
+        b"%YAML 9.9\n",
+        b"---\n",
+        b"...\n",
+        b"\t",
+        b"|\n",
+        b"!<",
+    ),
     *(b"!!python/object/apply:os.getcwd []", b"- " * 500),
 ]
 SHAPES = [[], [0], [0, 2**31], [0, 2**62, 2], [1, 2, 4, 8], [2**31, 2**31], [2**63], [-1, -1]]
 FIELDS = [
     *({"shape": shape} for shape in SHAPES),
     *({"shape": shape, "dtype": "F32", "data_offsets": [0, 0]} for shape in SHAPES),
-    *({"dtype": dtype} for dtype in ("F64", "BF16", "F8_E4M3", "F8_E8M0", "F4", "C64", "BOOL", "U16", "x")),
+    *(
+        {"dtype": dtype}
+        for dtype in ("F64", "BF16", "F8_E4M3", "F8_E8M0", "F4", "C64", "BOOL", "U16", "x")
+    ),
     *({"data_offsets": offsets} for offsets in ([], [0, 2**63], [8, 4], [-1, 4], [2**62, 2**62])),
 ]
 NAN, INF = float("nan"), float("inf")
-ODD = [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 10**400, 0.0, 1e308, NAN, INF, "", "2", [], [0], {}]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    2**63,
+    10**30,
+    10**400,
+    0.0,
+    1e308,
+    NAN,
+    INF,
+    "",
+    "2",
+    [],
+    [0],
+    {},
+]
 
 
 @cache
 def model_files():
-    """name -> bytes of a tiny model with a score head, its tokenizer, and adapters for it; and its parameters."""
+    """name -> bytes of a tiny model with a score head, its tokenizer, and adapters for it; and its
+    parameters.
+    """
     model = models.build(models.LlamaConfig(4, 8, 4, 2, 2, 4, tie_embeddings=True))
     params = model.init(jax.random.key(0))
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +187,9 @@ def headers(draw, content):
 def odd_settings(draw, content):
     """A JSON object with up to three odd values."""
     keys = json.loads(content)
-    for key in draw(st.lists(st.sampled_from([*sorted(keys), "rope_parameters", "chat_template"]), max_size=3)):
+    for key in draw(
+        st.lists(st.sampled_from([*sorted(keys), "rope_parameters", "chat_template"]), max_size=3)
+    ):
         keys[key] = draw(st.sampled_from(ODD))
     return json.dumps(keys).encode()
 
@@ -160,7 +225,9 @@ def read_yaml(name, content):
 
 
 def read_model(name, content):
-    """The model's folder with one file replaced: as a model, as adapters, as a tokenizer with its chat template."""
+    """The model's folder with one file replaced: as a model, as adapters, as a tokenizer with its
+    chat template.
+    """
     files, params = model_files()
     with tempfile.TemporaryDirectory() as folder:
         for other, held in (files | {name: content}).items():
@@ -170,14 +237,21 @@ def read_model(name, content):
         elif name in ("config.json", "model.safetensors"):
             answers(lambda: models.load(folder))
         if "token" in name or name == "config.json":
-            answers(lambda: chat.template_of(tokenizers.load_tokenizer(folder)).prompt(MESSAGES, "row"))
+            answers(
+                lambda: chat.template_of(tokenizers.load_tokenizer(folder)).prompt(MESSAGES, "row")
+            )
 
 
 def of_files(files, odd=None):
-    """Strategy of (name, damaged content) of one of the files; some are ``odd(name, content)`` instead."""
+    """Strategy of (name, damaged content) of one of the files; some are ``odd(name, content)``
+    instead.
+    """
 
     def contents(name):
-        return st.tuples(st.just(name), st.one_of(damaged(files[name]), *([odd(name, files[name])] if odd else [])))
+        return st.tuples(
+            st.just(name),
+            st.one_of(damaged(files[name]), *([odd(name, files[name])] if odd else [])),
+        )
 
     return st.sampled_from(sorted(files)).flatmap(contents)
 
@@ -196,7 +270,12 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 # What is drawn, what reads it, and how many examples the fast and the slow tier take.
 TARGETS = {
     "data": (of_files(DATA), read_data, 40, 400),
-    "yaml": (of_files({"tiny.yaml": (ROOT / "configs" / "tiny.yaml").read_bytes()}), read_yaml, 30, 300),
+    "yaml": (
+        of_files({"tiny.yaml": (ROOT / "configs" / "tiny.yaml").read_bytes()}),
+        read_yaml,
+        30,
+        300,
+    ),
     "weights": (of_model(*WEIGHTS), read_model, 20, 120),
     "tokenizer": (of_model(*TOKENIZERS), read_model, 20, 120),
 }

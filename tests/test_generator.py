@@ -1,4 +1,6 @@
-"""generator.Generator: what it returns, and that a response depends on seed, prompt and sample number alone."""
+"""generator.Generator: what it returns, and that a response depends on seed, prompt and sample
+number alone.
+"""
 
 import json
 import shutil
@@ -26,18 +28,24 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     tokenizer = tokenizers.characters("abcdefghijklmnopqrstuvwxyz :")
     for seed, (name, max_length) in enumerate({"policy": 48, "reward": 40}.items()):
-        model = models.build(models.GPT2Config(tokenizer.vocab_size, max_length, 16, 1, 2, initializer_range=0.5))
+        model = models.build(
+            models.GPT2Config(tokenizer.vocab_size, max_length, 16, 1, 2, initializer_range=0.5)
+        )
         params = model.init(jax.random.key(seed))
         if name == "reward":
             params = models.add_head(jax.random.key(2), params, "score")
-        how = sampling.SamplingConfig(NEW, 0.7, top_p=0.9, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        how = sampling.SamplingConfig(
+            NEW, 0.7, top_p=0.9, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
+        )
         LanguageModel(model, params, tokenizer).save(root / name, template="{prompt}:", config=how)
     return root
 
 
 @pytest.fixture(scope="module")
 def generator(folders):
-    return Generator(folders / "policy", folders / "reward", max_new_tokens=NEW)  # the folder knows the template
+    return Generator(
+        folders / "policy", folders / "reward", max_new_tokens=NEW
+    )  # the folder knows the template
 
 
 @pytest.fixture(scope="module")
@@ -54,32 +62,54 @@ def assert_alike(some, others, places):
 
 
 def test_a_folder_may_name_several_eos_ids(folders, generations, tmp_path):
-    """generation_config.json, or else config.json, says which; the tokenizer's own (1) is always one of them."""
+    """generation_config.json, or else config.json, says which; the tokenizer's own (1) is always
+    one of them.
+    """
     shutil.copytree(folders / "policy", tmp_path / "policy")
     tokenizer = tokenizers.load_tokenizer(folders / "policy")
     e, a = (tokenizer.encode(letter)[0] for letter in "ea")
     how = json.loads((tmp_path / "policy" / "generation_config.json").read_text())
     assert how["eos_token_id"] == 1
     for file, content, others in (
-        ("generation_config", how | {"eos_token_id": [e, 1, a, 10**6, -1]}, (e, a)),  # ids that cannot be said are none
+        (
+            "generation_config",
+            how | {"eos_token_id": [e, 1, a, 10**6, -1]},
+            (e, a),
+        ),  # ids that cannot be said are none
         ("generation_config", how | {"eos_token_id": a}, (a,)),
         ("generation_config", {}, ()),
         ("config", {"eos_token_id": [1, e]}, (e,)),
     ):
         path = tmp_path / "policy" / f"{file}.json"
-        path.write_text(json.dumps((json.loads(path.read_text()) if file == "config" else {}) | content))
+        path.write_text(
+            json.dumps((json.loads(path.read_text()) if file == "config" else {}) | content)
+        )
         policy = LanguageModel.load(tmp_path / "policy")
-        drawn = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.25, "compact": True}
-        sampled = initial.sampling_config(RLStage(**drawn, allow_truncated_sampling=True), policy.tokenizer)
-        assert sampled == sampling.SamplingConfig(**drawn, eos_id=policy.tokenizer.eos_ids, pad_id=0)
+        drawn = {
+            "max_new_tokens": 7,
+            "temperature": 0.5,
+            "top_k": 3,
+            "top_p": 0.25,
+            "compact": True,
+        }
+        sampled = initial.sampling_config(
+            RLStage(**drawn, allow_truncated_sampling=True), policy.tokenizer
+        )
+        assert sampled == sampling.SamplingConfig(
+            **drawn, eos_id=policy.tokenizer.eos_ids, pad_id=0
+        )
         assert (policy.tokenizer.eos_ids, sampled.eos_ids) == ((1, *others), (1, *others))
         policy.save(tmp_path / "again", template="{prompt}", config=sampled)
-        written = json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"]
+        written = json.loads((tmp_path / "again" / "generation_config.json").read_text())[
+            "eos_token_id"
+        ]
         assert written == ([1, *others] if others else 1)
         assert LanguageModel.load(tmp_path / "again").tokenizer.eos_ids == (1, *others)
     ended = Generator(tmp_path / "policy", max_new_tokens=NEW)(PROMPTS, seed=3, num_samples=2)
     assert ended.texts == [text.partition("e")[0] for text in generations.texts]
-    for finished, text, whole in zip(ended.finished, generations.texts, generations.finished, strict=True):
+    for finished, text, whole in zip(
+        ended.finished, generations.texts, generations.finished, strict=True
+    ):
         assert finished == (whole or "e" in text)
     assert any("e" in text for text in generations.texts)
 
@@ -87,11 +117,19 @@ def test_a_folder_may_name_several_eos_ids(folders, generations, tmp_path):
 def test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass(folders, generations):
     model, params, tokenizer = LanguageModel.load(folders / "policy")
     judge, judge_params, _ = LanguageModel.load(folders / "reward")
-    assert len(generations.texts) == len(generations.log_probs) == len(generations.rewards) == 2 * len(PROMPTS)
+    assert (
+        len(generations.texts)
+        == len(generations.log_probs)
+        == len(generations.rewards)
+        == 2 * len(PROMPTS)
+    )
     assert len(set(generations.texts)) > 7
     apply, score = jax.jit(model.apply), jax.jit(models.score_fn(judge))
     for i in range(4):
-        prompt, answer = tokenizer.encode(PROMPTS[i // 2] + ":"), tokenizer.encode(generations.texts[i])
+        prompt, answer = (
+            tokenizer.encode(PROMPTS[i // 2] + ":"),
+            tokenizer.encode(generations.texts[i]),
+        )
         answer += [tokenizer.eos_id] * bool(generations.finished[i])
         tokens, mask = np.zeros((2, 1, 4 + NEW), np.int32)
         ids = prompt + answer
@@ -100,14 +138,22 @@ def test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass(folders, g
         expected = [log_probs[t, token] for t, token in enumerate(answer)]
         np.testing.assert_allclose(generations.token_log_probs[i], expected, atol=1e-4)
         assert generations.log_probs[i] == pytest.approx(float(sum(expected)), abs=1e-4)
-        assert generations.rewards[i] == pytest.approx(float(score(judge_params, tokens, mask, None)[0]), abs=1e-4)
+        assert generations.rewards[i] == pytest.approx(
+            float(score(judge_params, tokens, mask, None)[0]), abs=1e-4
+        )
     lengths = np.array([len(log_probs) for log_probs in generations.token_log_probs])
     assert (lengths[~generations.finished] == NEW).all()
 
 
 def test_neighbours_order_and_batches_change_nothing(folders, generator, generations):
     assert_alike(generator(["hi", "abc"], seed=3), generations, [8, 0])
-    small = Generator(folders / "policy", folders / "reward", max_new_tokens=NEW, template="{prompt}:", batch_size=2)
+    small = Generator(
+        folders / "policy",
+        folders / "reward",
+        max_new_tokens=NEW,
+        template="{prompt}:",
+        batch_size=2,
+    )
     assert_alike(small(PROMPTS, seed=3, num_samples=2), generations, range(10))
 
 
@@ -115,10 +161,15 @@ def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeyp
     widths, sampler, score = [], module._sampler, generator._score
 
     def watched(num_layers):
-        return lambda *args, **how: (widths.append(args[2].shape), sampler(num_layers)(*args, **how))[1]
+        return lambda *args, **how: (
+            widths.append(args[2].shape),
+            sampler(num_layers)(*args, **how),
+        )[1]
 
     monkeypatch.setattr(module, "_sampler", watched)
-    monkeypatch.setattr(generator, "_score", lambda *args: (widths.append(args[0].shape), score(*args))[1])
+    monkeypatch.setattr(
+        generator, "_score", lambda *args: (widths.append(args[0].shape), score(*args))[1]
+    )
     monkeypatch.setattr(generator, "batch_size", 4)
     assert_alike(generator(PROMPTS, seed=3, num_samples=2), generations, range(10))
     # Tokens: 2, 2, 3, 3 | 4, 4, 10, 10 | 21, 21 of at most 32; then with their responses, of 38.
@@ -126,14 +177,18 @@ def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeyp
 
 
 def test_its_sampler_is_compiled_as_a_runs_is(generator, monkeypatch):
-    monkeypatch.setattr(module.devices, "compiler_options", lambda num_layers: {f"xla_of_{num_layers}_layer": True})
+    monkeypatch.setattr(
+        module.devices, "compiler_options", lambda num_layers: {f"xla_of_{num_layers}_layer": True}
+    )
     module._sampler.cache_clear()
     with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of_1_layer'"):
         generator(PROMPTS)
     module._sampler.cache_clear()
 
 
-def test_another_seed_gives_other_samples_and_a_repeated_prompt_its_next_ones(generator, generations):
+def test_another_seed_gives_other_samples_and_a_repeated_prompt_its_next_ones(
+    generator, generations
+):
     assert generations.texts[0] != generations.texts[1]
     assert generator(PROMPTS, seed=4, num_samples=2).texts != generations.texts
     assert_alike(generator(["abc", "d", "abc"], seed=3), generations, [0, 2, 1])
@@ -146,14 +201,18 @@ def test_greedy_takes_the_likeliest_token_and_no_reward_model_gives_no_rewards(f
     assert greedy.texts == generator(["abc"], seed=1).texts
     model, params, tokenizer = LanguageModel.load(folders / "policy")
     logits = jax.jit(model.apply)(params, jnp.array([tokenizer.encode("abc")]))[0, -1]
-    assert greedy.token_log_probs[0][0] == pytest.approx(float(jax.nn.log_softmax(logits).max()), abs=1e-4)
+    assert greedy.token_log_probs[0][0] == pytest.approx(
+        float(jax.nn.log_softmax(logits).max()), abs=1e-4
+    )
     assert generator([]).texts == []
 
 
 def test_a_prompt_may_fill_the_room_and_not_a_token_more(generator):
     room = 40 - NEW - len(":")  # of the reward model, the shorter one
     assert len(generator(["a" * room]).texts) == 1
-    with pytest.raises(UserError, match=rf"prompts\[1\], 'aaa.*': has {room + 2} tokens, and {room + 1} are"):
+    with pytest.raises(
+        UserError, match=rf"prompts\[1\], 'aaa.*': has {room + 2} tokens, and {room + 1} are"
+    ):
         generator(["a", "a" * (room + 1)])
 
 
@@ -178,8 +237,14 @@ def test_what_does_not_fit_is_refused_by_name(folders, generator, tmp_path):
         (r"prompts\[2\]: the tokenizer's alphabet lacks '\?'", lambda: generator(["a", "b", "?"])),
         ("policy: this model has no score head", lambda: Generator(policy, policy)),
         ("reward: this is a reward model", lambda: Generator(folders / "reward")),
-        ("max_new_tokens 48 leaves no room for a prompt in 48", lambda: Generator(policy, max_new_tokens=48)),
-        ("other: the reward model's tokenizer is not that of", lambda: Generator(policy, tmp_path / "other")),
+        (
+            "max_new_tokens 48 leaves no room for a prompt in 48",
+            lambda: Generator(policy, max_new_tokens=48),
+        ),
+        (
+            "other: the reward model's tokenizer is not that of",
+            lambda: Generator(policy, tmp_path / "other"),
+        ),
         ("batch_size must be at least 1", lambda: Generator(policy, batch_size=0)),
     ):
         with pytest.raises((UserError, ValueError), match=message):

@@ -31,7 +31,11 @@ def test_a_reward_model_is_no_policy(name, config, data, tmp_path):  # noqa: F81
 def test_a_runs_folder_means_its_model(tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     run, inner = str(tmp_path / "run"), str(tmp_path / "run" / "model")
-    assert stage.set_up(RunConfig(model=run)).model == stage.set_up(RunConfig(model=inner)).model == inner
+    assert (
+        stage.set_up(RunConfig(model=run)).model
+        == stage.set_up(RunConfig(model=inner)).model
+        == inner
+    )
     assert stage.set_up(RunConfig(model="gpt2")).model == "gpt2"
     for entry in (run, f"{run}*2", f"mean:{run},other"):
         assert [str(path) for path in spec.sources(entry).values()] == [inner], entry
@@ -56,13 +60,18 @@ def test_a_runs_folder_means_its_model(tmp_path):
         ("gpt2", 1e-3, 0, True),  # one from given weights
     ],
 )
-def test_a_rate_that_suits_random_weights_warns_with_pretrained_ones(above, rate, rank, warns, tmp_path, capsys):
+def test_a_rate_that_suits_random_weights_warns_with_pretrained_ones(
+    above, rate, rank, warns, tmp_path, capsys
+):
     if above != "none":
         started = RunConfig(model=None if above == "random" else "gpt2")
         (tmp_path / "config.yaml").write_text(to_yaml(started), "utf-8")
     given = RunConfig(model=str(tmp_path / "model"), lora=LoRA(rank=rank))
     initial.warn_of_rate(given, "sft", Optimizer(learning_rate=rate))
-    said = f"warning: sft.optimizer.learning_rate {rate:g} is high for the pretrained weights of {Path(given.model)}"
+    said = (
+        f"warning: sft.optimizer.learning_rate {rate:g} is high for the pretrained weights of "
+        f"{Path(given.model)}"
+    )
     assert (said in capsys.readouterr().out) == warns
 
 
@@ -89,7 +98,11 @@ def test_a_pipeline_of_one_row_each_runs(config, tmp_path):  # noqa: F811
     """The files of the original's README."""
     files = {
         "sft_data": {"prompt": "What is a cat?", "response": "An animal."},
-        "preference_data": {"prompt": "What is a cat?", "chosen": "An animal.", "rejected": "A stone."},
+        "preference_data": {
+            "prompt": "What is a cat?",
+            "chosen": "An animal.",
+            "rejected": "A stone.",
+        },
         "prompts": {"prompt": "What is a dog?"},
     }
     for name, row in files.items():

@@ -1,8 +1,11 @@
-"""What no refactoring may change: one update of every algorithm, a short run of every stage, and every config's values.
+"""What no refactoring may change: one update of every algorithm, a short run of every stage, and
+every config's values.
 
-    python tests/test_goldens.py     # writes tests/goldens/ anew, after a change of numbers that is meant
+    python tests/test_goldens.py     # writes tests/goldens/ anew, after a change of numbers that is
+    meant
 
-A golden that changes by accident is a bug; one that changes on purpose is rewritten in the commit that says why.
+A golden that changes by accident is a bug; one that changes on purpose is rewritten in the commit
+that says why.
 """
 
 import json
@@ -36,8 +39,14 @@ REWRITE = "REWRITE_GOLDENS" in os.environ
 
 def parse(file, *arguments):
     """The config of a YAML file in configs/ and of command-line flags."""
-    kinds = {"quickstart": QuickstartConfig, "shakespeare": ShakespeareConfig, "sentiment": SentimentConfig}
-    return parse_flags(kinds.get(file.stem, RunConfig), ["--config", str(file), *map(str, arguments)])
+    kinds = {
+        "quickstart": QuickstartConfig,
+        "shakespeare": ShakespeareConfig,
+        "sentiment": SentimentConfig,
+    }
+    return parse_flags(
+        kinds.get(file.stem, RunConfig), ["--config", str(file), *map(str, arguments)]
+    )
 
 
 def summary(leaf):
@@ -47,15 +56,22 @@ def summary(leaf):
 
 
 def golden(name, actual):
-    """The golden of this name, one JSON value on a line; where goldens are rewritten, ``actual`` is written first."""
+    """The golden of this name, one JSON value on a line; where goldens are rewritten, ``actual`` is
+    written first.
+    """
     path = GOLDENS / f"{name}.json"
     if REWRITE:
         path.parent.mkdir(exist_ok=True)
         if isinstance(actual, dict):
-            lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in actual.items()]
+            lines = [
+                f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
+                for key, value in actual.items()
+            ]
             text = "{\n" + ",\n".join(lines) + "\n}\n"
         else:
-            text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in actual) + "\n]\n"
+            text = (
+                "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in actual) + "\n]\n"
+            )
         path.write_text(text, "utf-8")
     return json.loads(path.read_text("utf-8"))
 
@@ -63,7 +79,9 @@ def golden(name, actual):
 def assert_same_numbers(actual, expected, rtol, atol, where=""):
     assert actual.keys() == expected.keys(), where
     for key, value in expected.items():
-        np.testing.assert_allclose(actual[key], value, rtol=rtol, atol=atol, err_msg=f"{key} {where}")
+        np.testing.assert_allclose(
+            actual[key], value, rtol=rtol, atol=atol, err_msg=f"{key} {where}"
+        )
 
 
 ALGORITHMS = ["sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo"]
@@ -73,8 +91,14 @@ ALGORITHMS = ["sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo"]
 def test_one_update(name):
     case = CASES[name]
     state, metrics = jax.jit(case.steps)(case.start, case.batch(), KEY)
-    params = {f"params{keystr(path)}": summary(leaf) for path, leaf in tree_leaves_with_path(state.params)}
-    actual = {"step": int(state.step), **{key: float(value) for key, value in metrics.items()}, **params}
+    params = {
+        f"params{keystr(path)}": summary(leaf) for path, leaf in tree_leaves_with_path(state.params)
+    }
+    actual = {
+        "step": int(state.step),
+        **{key: float(value) for key, value in metrics.items()},
+        **params,
+    }
     assert_same_numbers(actual, golden(f"update_{name}", actual), rtol=1e-5, atol=1e-6)
 
 
@@ -86,13 +110,24 @@ def data(tmp_path_factory):
 
 
 def tiny_flags(stage):
-    """configs/tiny.yaml with fewer steps, a reward that a random model earns, and an eps that tames rounding."""
+    """configs/tiny.yaml with fewer steps, a reward that a random model earns, and an eps that tames
+    rounding.
+    """
     section = stage if stage in ("sft", "reward_model", "dpo") else "rl"
-    small = "--network.hidden-size 16 --network.num-layers 1 --network.max-length 128 --tokenizer.vocab-size 300 "
-    small += f"--text.bucket-multiple 128 --{section}.optimizer.eps 1e-3 --{section}.optimizer.learning-rate 1e-2 "
+    small = (
+        "--network.hidden-size 16 --network.num-layers 1 --network.max-length 128 "
+        "--tokenizer.vocab-size 300 "
+    )
+    small += (
+        f"--text.bucket-multiple 128 --{section}.optimizer.eps 1e-3 "
+        f"--{section}.optimizer.learning-rate 1e-2 "
+    )
     if section != "rl":
         return (small + f"--{section}.batch-size 16 --{section}.validation-fraction 0.2").split()
-    small += "--reward count:e diversity:1*2 --rl.num-iterations 3 --rl.batch-size 16 --rl.max-new-tokens 8 "
+    small += (
+        "--reward count:e diversity:1*2 --rl.num-iterations 3 --rl.batch-size 16 "
+        "--rl.max-new-tokens 8 "
+    )
     small += "--rl.validation-interval 2 --rl.validation-prompts 4 "
     special = {
         "vpg": "--rl.missing-eos-penalty 0.5",
@@ -111,10 +146,13 @@ FAST = ("sft",)
 
 
 @pytest.mark.parametrize(
-    "stage", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ALGORITHMS]
+    "stage",
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ALGORITHMS],
 )
 def test_a_run_of_every_stage(stage, data, tmp_path):
-    config = parse(CONFIGS / "tiny.yaml", "--data", data, "--output-dir", tmp_path / "run", *tiny_flags(stage))
+    config = parse(
+        CONFIGS / "tiny.yaml", "--data", data, "--output-dir", tmp_path / "run", *tiny_flags(stage)
+    )
     if stage in ("sft", "reward_model", "dpo"):
         folder = getattr(training, stage).run(config).folder
     else:
@@ -123,11 +161,15 @@ def test_a_run_of_every_stage(stage, data, tmp_path):
     expected = golden(f"run_{stage}", metrics)
     assert len(metrics) == len(expected)
     for actual, row in zip(metrics, expected, strict=True):
-        if stage == "dpo" and row["step"] <= 1:  # the policy is the reference still: the sign of a margin is rounding
+        if (
+            stage == "dpo" and row["step"] <= 1
+        ):  # the policy is the reference still: the sign of a margin is rounding
             row |= {name: actual[name] for name in row if name.endswith("/accuracy")}
         assert_same_numbers(actual, row, rtol=2e-4, atol=2e-5, where=f"at step {row['step']}")
     if stage == "ppo":
-        texts = [[row["step"], row["prompt"], row["response"]] for row in rows(folder / "samples.jsonl")]
+        texts = [
+            [row["step"], row["prompt"], row["response"]] for row in rows(folder / "samples.jsonl")
+        ]
         assert texts == golden("samples_ppo", texts)
 
 
@@ -135,7 +177,11 @@ def test_a_run_of_every_stage(stage, data, tmp_path):
 def test_every_config(file):
     actual = {}
     for name, value in yaml.safe_load(to_yaml(parse(file))).items():  # as in config.yaml of a run
-        actual |= {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+        actual |= (
+            {f"{name}.{key}": x for key, x in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
     expected = golden(f"config_{file.stem}", actual)
     assert {key: actual.get(key, "missing") for key in expected} == expected
     assert actual.keys() == expected.keys()
@@ -144,4 +190,6 @@ def test_every_config(file):
 if __name__ == "__main__":
     # In pytest, so that devices and compilation are those of the tests (conftest.py).
     command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "", __file__]
-    sys.exit(subprocess.run(command, env={**os.environ, "REWRITE_GOLDENS": "1"}, check=False).returncode)
+    sys.exit(
+        subprocess.run(command, env={**os.environ, "REWRITE_GOLDENS": "1"}, check=False).returncode
+    )

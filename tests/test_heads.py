@@ -20,7 +20,9 @@ def with_value(params, scale=1.0):
     return {**params, "value": {"kernel": jnp.linspace(-scale, scale, 8), "bias": jnp.float32(0.5)}}
 
 
-@pytest.mark.parametrize(("columns_per_chunk", "prompt_length"), [(None, 0), (3, 0), (2, 4), (1, 1)])
+@pytest.mark.parametrize(
+    ("columns_per_chunk", "prompt_length"), [(None, 0), (3, 0), (2, 4), (1, 1)]
+)
 def test_policy_fn_equals_ops_on_full_logits(monkeypatch, columns_per_chunk, prompt_length):
     if columns_per_chunk is not None:
         monkeypatch.setattr(heads, "_CHUNK_LOGITS", columns_per_chunk * CONFIG.vocab_size)
@@ -44,11 +46,17 @@ def test_policy_fn_equals_ops_on_full_logits(monkeypatch, columns_per_chunk, pro
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
-    ((_, outputs), gradient), ((_, expected), expected_gradient) = map(value_and_gradient, (chunked, full))
+    ((_, outputs), gradient), ((_, expected), expected_gradient) = map(
+        value_and_gradient, (chunked, full)
+    )
     for got, want in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
         assert np.max(np.abs(got)) > 1.0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), gradient, expected_gradient)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+        gradient,
+        expected_gradient,
+    )
 
 
 def array_sizes(jaxpr):
@@ -82,7 +90,13 @@ def test_prompt_columns_are_not_computed():
         seen.append(hidden.shape)
         return model.unembed(params, hidden)
 
-    jax.eval_shape(models.policy_fn(model._replace(unembed=unembed), prompt_length=6), params, TOKENS, MASK, None)
+    jax.eval_shape(
+        models.policy_fn(model._replace(unembed=unembed), prompt_length=6),
+        params,
+        TOKENS,
+        MASK,
+        None,
+    )
     assert seen == [(3, 3, 8)]
 
 
@@ -93,14 +107,18 @@ def test_values_are_the_head_one_column_earlier():
     np.testing.assert_allclose(out.values, np.pad(expected[:, 3:-1], ((0, 0), (4, 0))), atol=1e-5)
     assert jax.eval_shape(models.policy_fn(model), params, TOKENS, MASK, None).values is None
     fresh = models.add_head(jax.random.key(0), params, "value")
-    assert np.all(np.asarray(jax.jit(models.policy_fn(model))(fresh, TOKENS, MASK, None).values) == 0)
+    assert np.all(
+        np.asarray(jax.jit(models.policy_fn(model))(fresh, TOKENS, MASK, None).values) == 0
+    )
 
 
 def test_whole_value_model():
     model, params = tiny()
     value_model, _ = tiny(num_layers=1)
     value_params = with_value(params, scale=2.0)
-    joint = models.policy_fn(model, 0.7, 3, value_model)({"policy": params, "value": value_params}, TOKENS, MASK, None)
+    joint = models.policy_fn(model, 0.7, 3, value_model)(
+        {"policy": params, "value": value_params}, TOKENS, MASK, None
+    )
     alone = models.policy_fn(model, 0.7, 3)(params, TOKENS, MASK, None)
     values = models.policy_fn(value_model, 0.7, 3)(value_params, TOKENS, MASK, None).values
     np.testing.assert_array_equal(joint.log_probs, alone.log_probs)
@@ -111,9 +129,12 @@ def test_whole_value_model():
 def test_dropout_needs_a_key():
     (plain, params), (model, _) = tiny(), tiny(residual_dropout=0.5)
     still, first, again, other = (
-        models.policy_fn(model)(params, TOKENS, MASK, key).log_probs for key in (None, *map(jax.random.key, (0, 0, 1)))
+        models.policy_fn(model)(params, TOKENS, MASK, key).log_probs
+        for key in (None, *map(jax.random.key, (0, 0, 1)))
     )
-    np.testing.assert_allclose(still, models.policy_fn(plain)(params, TOKENS, MASK, None).log_probs, atol=1e-5)
+    np.testing.assert_allclose(
+        still, models.policy_fn(plain)(params, TOKENS, MASK, None).log_probs, atol=1e-5
+    )
     np.testing.assert_array_equal(first, again)
     assert min(np.max(np.abs(first - still)), np.max(np.abs(first - other))) > 1e-2
 
@@ -123,15 +144,26 @@ def test_what_no_model_can_do_is_refused():
     whole = models.policy_fn(model, value_model=model)
     for message, refused in (
         ("the model has no score head", lambda: models.score_fn(model)(params, TOKENS, MASK, None)),
-        ("the model has no value head", lambda: whole({"policy": params, "value": params}, TOKENS, MASK, None)),
+        (
+            "the model has no value head",
+            lambda: whole({"policy": params, "value": params}, TOKENS, MASK, None),
+        ),
         ("temperature must be positive, got 0", lambda: models.policy_fn(model, 0)),
         ("temperature must be positive, got nan", lambda: models.policy_fn(model, float("nan"))),
-        ("10 is longer than the 9", lambda: models.policy_fn(model, prompt_length=10)(params, TOKENS, MASK, None)),
-        ("unknown head 'reward'; choose from value", lambda: models.add_head(jax.random.key(0), params, "reward")),
+        (
+            "10 is longer than the 9",
+            lambda: models.policy_fn(model, prompt_length=10)(params, TOKENS, MASK, None),
+        ),
+        (
+            "unknown head 'reward'; choose from value",
+            lambda: models.add_head(jax.random.key(0), params, "reward"),
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             refused()
-    everything_is_prompt = jax.jit(models.policy_fn(model, prompt_length=9))(params, TOKENS, MASK, None)
+    everything_is_prompt = jax.jit(models.policy_fn(model, prompt_length=9))(
+        params, TOKENS, MASK, None
+    )
     np.testing.assert_array_equal(everything_is_prompt.log_probs, np.zeros((3, 9)))
 
 
@@ -150,10 +182,15 @@ def test_scores_by_hand():
     kernel = np.linspace(-1, 1, 8, dtype=np.float32)
     head = {"kernel": kernel, "bias": 0.25, "gain": 3.0, "shift": -2.0}
     params = {**params, "score": jax.tree.map(jnp.float32, head)}
-    tokens, mask = np.concatenate([TOKENS, TOKENS[:1]]), np.concatenate([MASK, np.zeros((1, 9), int)])
+    tokens, mask = (
+        np.concatenate([TOKENS, TOKENS[:1]]),
+        np.concatenate([MASK, np.zeros((1, 9), int)]),
+    )
     scores = jax.jit(models.score_fn(model))(params, tokens, mask, None)
     hidden = np.asarray(model.hidden(params, tokens, mask))
-    expected = [3.0 * (hidden[row, last] @ kernel + 0.25) - 2.0 for row, last in ((0, 8), (1, 8), (2, 5))]
+    expected = [
+        3.0 * (hidden[row, last] @ kernel + 0.25) - 2.0 for row, last in ((0, 8), (1, 8), (2, 5))
+    ]
     np.testing.assert_allclose(scores, [*expected, 0.0], atol=1e-5)
 
 
@@ -166,7 +203,9 @@ def test_score_gradient_spares_gain_and_shift_and_empty_rows():
         return jnp.sum(models.score_fn(model)(params, TOKENS, mask, None) ** 2)
 
     gradient_of = jax.jit(jax.grad(loss))
-    gradient, empty = (jax.tree.map(np.asarray, gradient_of(params, mask)) for mask in (MASK, np.zeros_like(MASK)))
+    gradient, empty = (
+        jax.tree.map(np.asarray, gradient_of(params, mask)) for mask in (MASK, np.zeros_like(MASK))
+    )
     assert gradient["score"]["gain"] == gradient["score"]["shift"] == 0
     assert np.all(np.abs(gradient["score"]["kernel"]) > 1e-4)
     assert abs(gradient["score"]["bias"]) > 1e-4
@@ -175,7 +214,9 @@ def test_score_gradient_spares_gain_and_shift_and_empty_rows():
 
 def test_add_head_initial_values():
     params = {"ln_f": {"scale": jnp.ones(2048)}}
-    head, other = (models.add_head(jax.random.key(seed), params, "score")["score"] for seed in (0, 1))
+    head, other = (
+        models.add_head(jax.random.key(seed), params, "score")["score"] for seed in (0, 1)
+    )
     np.testing.assert_allclose(np.std(head["kernel"]), 2049**-0.5, rtol=0.05)
     assert (head["bias"], head["gain"], head["shift"]) == (0, 1, 0)
     assert np.max(np.abs(head["kernel"] - other["kernel"])) > 1e-3

@@ -48,13 +48,21 @@ def test_imports_go_down_only(path):
             continue
         above = name.split(".")[1]
         assert above in LAYER_OF, f"{name} has no layer"
-        assert LAYER_OF[above] <= LAYER_OF[part(path)], f"{path.name} imports {name} from a higher layer"
+        assert LAYER_OF[above] <= LAYER_OF[part(path)], (
+            f"{path.name} imports {name} from a higher layer"
+        )
         if part(path) in ("losses", "advantages", "algorithms"):
             assert above != "models"
 
 
 def test_what_only_one_place_may_import():
-    owners = {"orbax": {"runs"}, "flax.linen": {"models"}, "flax.nnx": set(), "torch": set(), "pickle": set()}
+    owners = {
+        "orbax": {"runs"},
+        "flax.linen": {"models"},
+        "flax.nnx": set(),
+        "torch": set(),
+        "pickle": set(),
+    }
     for path in FILES:
         for name in imported(path):
             for package, allowed in owners.items():
@@ -65,7 +73,13 @@ def test_what_only_one_place_may_import():
 def test_nothing_below_layer_seven_touches_the_world():
     world = {"os", "pathlib", "time", "datetime", "logging", "sys", "io", "tempfile", "random"}
     for path in FILES:
-        if LAYER_OF[part(path)] < 7 and path.name not in ("errors.py", "hf.py", "peft.py", "filter.py", "spec.py"):
+        if LAYER_OF[part(path)] < 7 and path.name not in (
+            "errors.py",
+            "hf.py",
+            "peft.py",
+            "filter.py",
+            "spec.py",
+        ):
             assert not world & {name.split(".")[0] for name in imported(path)}, path
 
 
@@ -79,8 +93,12 @@ def test_the_package_imports_neither_nnx_nor_torch_nor_what_is_slow():
 
 
 def test_only_the_command_line_prints():
-    """What runs report goes through the logger ``rlhf_jax``; warnings about a signal go to stderr at once."""
+    """What runs report goes through the logger ``rlhf_jax``; warnings about a signal go to stderr
+    at once.
+    """
     for path in (path for path in FILES if path != PACKAGE / "cli.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
-                assert "file" in {keyword.arg for keyword in node.keywords}, f"{path}, line {node.lineno}"
+                assert "file" in {keyword.arg for keyword in node.keywords}, (
+                    f"{path}, line {node.lineno}"
+                )

@@ -1,4 +1,6 @@
-"""kill -9 at any instant of a save and of a run, and damage to any file of a checkpoint; the table of all faults."""
+"""kill -9 at any instant of a save and of a run, and damage to any file of a checkpoint; the table
+of all faults.
+"""
 
 import ast
 import json
@@ -24,44 +26,72 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
 
 
-# --- A process that does nothing but save ---------------------------------------------------------------------------
+# --- A process that does nothing but save
+# ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("sweeps", "random_kills", "at_least"),
     [
-        pytest.param(1, 25, {"total": 50, "writing": 10, "retention": 5}, id="50", marks=pytest.mark.slow),
-        pytest.param(9, 260, {"total": 500, "writing": 100, "retention": 50}, id="500", marks=pytest.mark.soak),
+        pytest.param(
+            1, 25, {"total": 50, "writing": 10, "retention": 5}, id="50", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            9,
+            260,
+            {"total": 500, "writing": 100, "retention": 50},
+            id="500",
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 def test_a_process_killed_while_it_saves(sweeps, random_kills, at_least, tmp_path):
-    """kill_helpers.py checks after each kill that every listed step is whole and right, and that saving goes on."""
+    """kill_helpers.py checks after each kill that every listed step is whole and right, and that
+    saving goes on.
+    """
     helper = Path(__file__).with_name("kill_helpers.py")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"}
     arguments = [tmp_path / "checkpoints", 0, sweeps, random_kills]
     done = subprocess.run(
-        [sys.executable, helper, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, helper, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
     found = json.loads(done.stdout)
     kills = Counter(found["kills"])
     assert kills.total() == sweeps * found["operations"] + random_kills
-    assert all({**kills, "total": kills.total()}[what] >= count for what, count in at_least.items()), found
+    assert all(
+        {**kills, "total": kills.total()}[what] >= count for what, count in at_least.items()
+    ), found
 
 
-# --- Whole runs -----------------------------------------------------------------------------------------------------
+# --- Whole runs
+#
+# -----------------------------------------------------------------------------------------------------
 
 
 class Instant(NamedTuple):
-    """When to kill: ``seconds`` after the process has ``rows`` rows of metrics in its file (0: after its start)."""
+    """When to kill: ``seconds`` after the process has ``rows`` rows of metrics in its file (0:
+    after its start).
+    """
 
     rows: int
     seconds: float
 
 
 def start(script: str, folder: Path, *flags: str, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "experiments" / f"{script}.py", "--config", TINY, "--output-dir", folder]
+    command = [
+        sys.executable,
+        ROOT / "experiments" / f"{script}.py",
+        "--config",
+        TINY,
+        "--output-dir",
+        folder,
+    ]
     resume = ["--resume"] if folder.exists() else []
     options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
@@ -98,17 +128,24 @@ def kill_at(instant: Instant, script: str, folder: Path, *flags: str) -> bool:
 def results(folder: Path) -> dict[str, bytes]:
     """What a run leaves that a seed reproduces, of all stages where there are several."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    kept = [p for p in files if p.parent.name == "model" or p.name in ("metrics.jsonl", "samples.jsonl")]
+    kept = [
+        p for p in files if p.parent.name == "model" or p.name in ("metrics.jsonl", "samples.jsonl")
+    ]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in kept}
 
 
 def steps_of(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [
+        json.loads(line)["step"]
+        for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
 
 
 @pytest.mark.soak
 def test_runs_killed_at_random_times_end_with_the_same_bytes(tmp_path):
-    """Three kills of one run and two of another; the last one comes after the last row, while the result is written."""
+    """Three kills of one run and two of another; the last one comes after the last row, while the
+    result is written.
+    """
     finish(start("ppo", tmp_path / "undisturbed"))
     expected = results(tmp_path / "undisturbed")
     assert "model/model.safetensors" in expected
@@ -119,20 +156,27 @@ def test_runs_killed_at_random_times_end_with_the_same_bytes(tmp_path):
             Instant(rng.integers(1, 6), rng.uniform(0, 0.1)),
             Instant(rng.integers(6, 11), rng.uniform(0, 0.1)),
         ],
-        "two": [Instant(rng.integers(1, 11), rng.uniform(0, 0.1)), Instant(11, rng.uniform(0, 0.1))],
+        "two": [
+            Instant(rng.integers(1, 11), rng.uniform(0, 0.1)),
+            Instant(11, rng.uniform(0, 0.1)),
+        ],
     }
     flags = {"three": [], "two": ["--checkpoint-interval", "1", "--checkpoint-async"]}
     for name, instants in plans.items():
         folder = tmp_path / name
         for instant in instants:
-            assert kill_at(instant, "ppo", folder, *flags[name]), f"the run was faster than {instant}"
+            assert kill_at(instant, "ppo", folder, *flags[name]), (
+                f"the run was faster than {instant}"
+            )
         finish(start("ppo", folder, *flags[name]))
         assert results(folder) == expected, plans
         assert steps_of(folder) == list(range(11)), plans
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo", "pipeline"])
+@pytest.mark.parametrize(
+    "script", ["sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo", "pipeline"]
+)
 def test_every_script_killed_until_done(script, tmp_path):
     """At times that are uniform over what is left to do, ten at most."""
     started = time.perf_counter()
@@ -148,7 +192,8 @@ def test_every_script_killed_until_done(script, tmp_path):
     print(f"{script}: {kills} kills")
 
 
-# --- Damaged files --------------------------------------------------------------------------------------------------
+# --- Damaged files
+# --------------------------------------------------------------------------------------------------
 
 
 def array_state(step: int) -> dict[str, np.ndarray]:
@@ -171,7 +216,9 @@ def damages(data: bytes, rng: np.random.Generator, flips: int) -> Iterator[tuple
         yield f"cut to {length} of {size} bytes", data[:length]
 
 
-@pytest.mark.parametrize("flips", [pytest.param(2, marks=pytest.mark.slow), pytest.param(60, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "flips", [pytest.param(2, marks=pytest.mark.slow), pytest.param(60, marks=pytest.mark.soak)]
+)
 def test_damage_to_any_file_never_goes_unnoticed_where_it_matters(flips, tmp_path):
     """Either the step's own values come back, or those of the step before it with a warning."""
     with Checkpoints(tmp_path, keep_last=2) as checkpoints:
@@ -185,30 +232,49 @@ def test_damage_to_any_file_never_goes_unnoticed_where_it_matters(flips, tmp_pat
         name, data = file.relative_to(tmp_path / "2").as_posix(), file.read_bytes()
         for damage, damaged in damages(data, rng, flips):
             file.write_bytes(damaged)
-            with warnings.catch_warnings(record=True) as caught, Checkpoints(tmp_path, keep_last=2) as checkpoints:
+            with (
+                warnings.catch_warnings(record=True) as caught,
+                Checkpoints(tmp_path, keep_last=2) as checkpoints,
+            ):
                 warnings.simplefilter("always")
                 state, meta = checkpoints.restore(target)
             said = [str(warning.message) for warning in caught]
             for key, value in array_state(meta["step"]).items():
-                np.testing.assert_array_equal(state[key], value, err_msg=f"{name}: {damage}", strict=True)
+                np.testing.assert_array_equal(
+                    state[key], value, err_msg=f"{name}: {damage}", strict=True
+                )
             if meta["step"] == 2:
                 assert said == [], f"{name}: {damage}"
                 unnoticed[name] += 1
             else:
                 assert len(said) == 1, f"{name}: {damage}"
-                assert re.search(r"step 2 .* is damaged.*Going back to step 1", said[0]), f"{name}: {damage}"
+                assert re.search(r"step 2 .* is damaged.*Going back to step 1", said[0]), (
+                    f"{name}: {damage}"
+                )
                 noticed[name] += 1
         file.write_bytes(data)
     print("noticed:", dict(noticed), "\nwithout effect:", dict(unnoticed))
 
 
-# --- The table ------------------------------------------------------------------------------------------------------
+# --- The table
+#
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_every_row_of_the_table_of_faults_names_tests_that_exist():
     lines = (ROOT / "docs" / "reliability.md").read_text("utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
-    assert [c.strip("| ") for c in rows[0]] == ["fault", "how injected", "how many times", "what happened", "test"]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in lines
+        if line.startswith("|")
+    ]
+    assert [c.strip("| ") for c in rows[0]] == [
+        "fault",
+        "how injected",
+        "how many times",
+        "what happened",
+        "test",
+    ]
     assert len(rows) > 12
     for row in rows[2:]:
         assert len(row) == 5, row

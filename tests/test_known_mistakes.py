@@ -1,4 +1,5 @@
-"""Mistakes that other libraries shipped, and the public reports of them: each test fails if it is made here.
+"""Mistakes that other libraries shipped, and the public reports of them: each test fails if it is
+made here.
 
 The docstrings say what went wrong there; what is tested here goes through public functions.
 """
@@ -17,7 +18,20 @@ from jax.sharding import PartitionSpec as P
 from tabular import assert_close, policy_fn, policy_params
 from tabular import rollout as tabular_rollout
 
-from rlhf_jax import grpo, models, ops, ppo, rewards, rloo, rollout, sampling, sft, sharding, training, vpg
+from rlhf_jax import (
+    grpo,
+    models,
+    ops,
+    ppo,
+    rewards,
+    rloo,
+    rollout,
+    sampling,
+    sft,
+    sharding,
+    training,
+    vpg,
+)
 from rlhf_jax.algorithms.step import minibatch_epochs
 from rlhf_jax.config import Network, RLStage, RunConfig, Text, Tokenizer
 from rlhf_jax.data import batches, demo, encoding
@@ -39,11 +53,12 @@ def gpt2_params():
 
 
 def test_log_probs_off_by_one():
-    """AI-Hypercomputer/maxtext#2103: prompt log-probs were read from the logits of the same position, which have seen
-    the token; lucidrains/PaLM-rlhf-pytorch#31: those of the response were cut at the prompt's end, one place off.
+    """AI-Hypercomputer/maxtext#2103: prompt log-probs were read from the logits of the same
+    position, which have seen the token; lucidrains/PaLM-rlhf-pytorch#31: those of the response were
+    cut at the prompt's end, one place off.
 
-    Over all tokens of one column the probabilities in that column sum to 1, in the first response column and the last;
-    the columns before do not see the token.
+    Over all tokens of one column the probabilities in that column sum to 1, in the first response
+    column and the last; the columns before do not see the token.
     """
     policy = jax.jit(models.policy_fn(GPT2, prompt_length=3))
     texts = np.tile(np.random.default_rng(0).integers(0, 13, 7), (13, 1))
@@ -56,10 +71,11 @@ def test_log_probs_off_by_one():
 
 
 def test_pad_is_eos(tmp_path):
-    """mlabonne/llm-course#33, huggingface/trl#6357: with pad_token = eos_token every EOS is masked out as padding, and
-    the model never learns to stop.
+    """mlabonne/llm-course#33, huggingface/trl#6357: with pad_token = eos_token every EOS is masked
+    out as padding, and the model never learns to stop.
 
-    Such a tokenizer gains a pad of its own, EOS is learned and pads are not, and a sampler refuses the pair.
+    Such a tokenizer gains a pad of its own, EOS is learned and pads are not, and a sampler refuses
+    the pair.
     """
     characters("ab").save(tmp_path)
     backend = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
@@ -82,11 +98,16 @@ def test_pad_is_eos(tmp_path):
 
 
 def test_truncated_responses_scored_as_finished():
-    """huggingface/trl#6805: the check for EOS looked at the prompt too, whose template has one, so a truncated response
-    paid no penalty; OpenRLHF/OpenRLHF#238: an EOS was written over the last token of truncated responses."""
+    """huggingface/trl#6805: the check for EOS looked at the prompt too, whose template has one, so
+    a truncated response paid no penalty; OpenRLHF/OpenRLHF#238: an EOS was written over the last
+    token of truncated responses."""
     model = characters("abc")
     made = rollout.from_text(
-        [[2, 1, 3]] * 2, ["ab", "ab"], model, log_probs=[[-1, -1], [-1, -1, -1]], finished=[False, True]
+        [[2, 1, 3]] * 2,
+        ["ab", "ab"],
+        model,
+        log_probs=[[-1, -1], [-1, -1, -1]],
+        finished=[False, True],
     )
     scored = rewards.missing_eos(made, jnp.array([5.0, 5.0]), model.eos_id, penalty=2.0)
     np.testing.assert_array_equal(scored, [3, 5])
@@ -97,18 +118,23 @@ def test_truncated_responses_scored_as_finished():
     sampled = sample(GPT2, gpt2_params(), prompts, np.ones_like(prompts), KEY, config=config)
     assert np.asarray(sampled.response_mask)[:, 3:].all()
     assert not (np.asarray(sampled.tokens)[:, 3:] == 12).any()
-    np.testing.assert_array_equal(rewards.missing_eos(sampled, np.zeros(2), 12, score=-1.0), [-1, -1])
+    np.testing.assert_array_equal(
+        rewards.missing_eos(sampled, np.zeros(2), 12, score=-1.0), [-1, -1]
+    )
 
 
 @pytest.mark.slow
 def test_temperature_in_the_rollout_but_not_in_the_update(tmp_path):
-    """huggingface/trl#3029, OpenRLHF/OpenRLHF#853: samples were drawn at a temperature by which neither the update's
-    nor the reference's logits were divided; huggingface/trl#4159: the engine's were not.
+    """huggingface/trl#3029, OpenRLHF/OpenRLHF#853: samples were drawn at a temperature by which
+    neither the update's nor the reference's logits were divided; huggingface/trl#4159: the engine's
+    were not.
 
-    In the first iteration of a run the policy is the reference, so the KL is 0, and what the update computes is what
-    the sampler drew from.
+    In the first iteration of a run the policy is the reference, so the KL is 0, and what the update
+    computes is what the sampler drew from.
     """
-    demo.write(tmp_path / "data", sizes={"sft_data.json": 8, "preference_data.json": 8, "prompts.json": 8})
+    demo.write(
+        tmp_path / "data", sizes={"sft_data.json": 8, "preference_data.json": 8, "prompts.json": 8}
+    )
     config = RunConfig(
         data=(str(tmp_path / "data"),),
         output_dir=str(tmp_path / "run"),
@@ -117,7 +143,12 @@ def test_temperature_in_the_rollout_but_not_in_the_update(tmp_path):
         tokenizer=Tokenizer(vocab_size=300),
         text=Text(bucket_multiple=128),
         rl=RLStage(
-            num_iterations=1, batch_size=8, max_new_tokens=4, temperature=0.2, kl_coef=0.1, validation_fraction=0.0
+            num_iterations=1,
+            batch_size=8,
+            max_new_tokens=4,
+            temperature=0.2,
+            kl_coef=0.1,
+            validation_fraction=0.0,
         ),
         vpg=vpg.Config(),
     )
@@ -129,40 +160,56 @@ def test_temperature_in_the_rollout_but_not_in_the_update(tmp_path):
 
 
 def test_the_shuffle_repeated_every_epoch():
-    """pytorch/pytorch#31771, lucidrains/DALLE-pytorch#230: without set_epoch each epoch had the order of the first."""
+    """pytorch/pytorch#31771, lucidrains/DALLE-pytorch#230: without set_epoch each epoch had the
+    order of the first.
+    """
     plan = batches.Plan(np.arange(32) % 5 + 1, 8, KEY)
-    demonstrations = [np.concatenate([plan.rows(step) for step in range(s, s + 4)]) for s in (0, 4, 8)]
-    prompts = [np.concatenate([batches.prompt_rows(32, 8, KEY, step) for step in range(s, s + 4)]) for s in (0, 4, 8)]
+    demonstrations = [
+        np.concatenate([plan.rows(step) for step in range(s, s + 4)]) for s in (0, 4, 8)
+    ]
+    prompts = [
+        np.concatenate([batches.prompt_rows(32, 8, KEY, step) for step in range(s, s + 4)])
+        for s in (0, 4, 8)
+    ]
 
     def note(state, minibatch, key):
         step, seen = state
         return (step + 1, seen.at[step].set(minibatch)), {}
 
     start = jnp.array(0), jnp.zeros((12, 8), jnp.int32)
-    (_, seen), _ = minibatch_epochs(note, start, jnp.arange(32), KEY, num_epochs=3, num_minibatches=4)
+    (_, seen), _ = minibatch_epochs(
+        note, start, jnp.arange(32), KEY, num_epochs=3, num_minibatches=4
+    )
     for orders in (demonstrations, prompts, np.asarray(seen).reshape(3, 32)):
         assert all(sorted(order) == list(range(32)) for order in orders)
         assert len({tuple(order) for order in orders}) == 3
 
 
 def test_a_score_cut_to_an_integer():
-    """CarperAI/trlx#514: a tensor of rewards was made without a dtype, so that whole numbers gave an integer one."""
+    """CarperAI/trlx#514: a tensor of rewards was made without a dtype, so that whole numbers gave
+    an integer one.
+    """
     said = np.array([[0, 1, 1], [0, 1, 0], [0, 1, 1], [0, 1, 0]])
     made = Rollout(np.full((4, 3), 2), np.ones((4, 3), np.int32), said, np.zeros((4, 3)))
     for given in ([1, 0, 0.75, 0], [1, 0.75, np.int64(2), np.float32(0.5)]):
         scored, _ = rewards.on_host(lambda rollout, columns, given=given: (given, {}), made, {})
         np.testing.assert_array_equal(scored.scores, np.float32(given))
     integers = made.replace(scores=np.array([1, 0, 0, 0]))
-    for algorithm, expected in ((rloo, [1, -1 / 3, -1 / 3, -1 / 3]), (grpo, [1.4997, -0.4999, -0.4999, -0.4999])):
-        advantages = jax.jit(partial(algorithm.prepare, config=algorithm.Config(group_size=4)))(integers).advantages
+    for algorithm, expected in (
+        (rloo, [1, -1 / 3, -1 / 3, -1 / 3]),
+        (grpo, [1.4997, -0.4999, -0.4999, -0.4999]),
+    ):
+        advantages = jax.jit(partial(algorithm.prepare, config=algorithm.Config(group_size=4)))(
+            integers
+        ).advantages
         np.testing.assert_allclose(advantages, said * np.array(expected)[:, None], atol=1e-6)
     shaped = rewards.missing_eos(made, np.array([1, 2, 3, 4]), eos_id=9, penalty=0.25)
     np.testing.assert_array_equal(shaped, [0.75, 1.75, 2.75, 3.75])
 
 
 def test_a_mean_of_minibatch_means():
-    """huggingface/transformers#24725, meta-pytorch/torchtune#1875: gradients of parts, each a mean over its own tokens,
-    were averaged, so that a token of a short part counted more.
+    """huggingface/transformers#24725, meta-pytorch/torchtune#1875: gradients of parts, each a mean
+    over its own tokens, were averaged, so that a token of a short part counted more.
 
     One row of 1 token and one of 3, each in a part of its own: the loss is the sum over tokens / 4.
     """
@@ -187,21 +234,31 @@ def test_a_mean_of_minibatch_means():
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
         states.append(state.params)
     np.testing.assert_allclose(states[1], states[0], rtol=1e-6)
-    # Row 0 of the table is read twice, by two of the four tokens: their gradient is (softmax - onehot) * 2 / 4.
-    np.testing.assert_allclose(states[0][0] - logits[0], (np.array([0, 1, 0]) - 1 / 3) * 2 / 4, rtol=1e-5)
+    # Row 0 of the table is read twice, by two of the four tokens: their gradient is (softmax -
+    # onehot) * 2 / 4.
+    np.testing.assert_allclose(
+        states[0][0] - logits[0], (np.array([0, 1, 0]) - 1 / 3) * 2 / 4, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    "model", [pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow), pytest.param(LLAMA, id="llama")]
+    "model",
+    [pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow), pytest.param(LLAMA, id="llama")],
 )
 def test_nan_from_fully_padded_rows(model):
-    """pytorch/pytorch#40932, #41508: attention over a row that is all padding is a softmax of nothing but -inf, whose
-    NaN reached every parameter; unslothai/unsloth-zoo#1262: a mean over no tokens was 0 / 0.
+    """pytorch/pytorch#40932, #41508: attention over a row that is all padding is a softmax of
+    nothing but -inf, whose NaN reached every parameter; unslothai/unsloth-zoo#1262: a mean over no
+    tokens was 0 / 0.
 
-    A batch that was filled up with such rows trains as it would without them, and one of nothing else not at all.
+    A batch that was filled up with such rows trains as it would without them, and one of nothing
+    else not at all.
     """
     optimizer = optax.sgd(0.1)
-    update = jax.jit(partial(sft.update, policy_fn=models.policy_fn(model), optimizer=optimizer, config=sft.Config()))
+    update = jax.jit(
+        partial(
+            sft.update, policy_fn=models.policy_fn(model), optimizer=optimizer, config=sft.Config()
+        )
+    )
     state = TrainState.create(jax.jit(model.init)(KEY), optimizer)
     tokens = np.random.default_rng(0).integers(0, 13, (4, 6))
     mask = np.where(np.array([1, 0, 1, 0])[:, None], np.array([[1, 1, 1, 1, 1, 0]]), 0)
@@ -218,11 +275,11 @@ def test_nan_from_fully_padded_rows(model):
 
 
 def test_a_negative_kl_from_top_k_sampling(tmp_path):
-    """huggingface/trl#235, #736: samples of top-k have a mean log-ratio to the reference that can be negative although
-    no KL is, and R - beta * KL then pays for it.
+    """huggingface/trl#235, #736: samples of top-k have a mean log-ratio to the reference that can
+    be negative although no KL is, and R - beta * KL then pays for it.
 
-    By enumeration: the KL is .17, its estimate from the two likeliest tokens -.23. So no run trains on such samples
-    unless it is told to, and the estimate is reported as it is, not cut off at 0.
+    By enumeration: the KL is .17, its estimate from the two likeliest tokens -.23. So no run trains
+    on such samples unless it is told to, and the estimate is reported as it is, not cut off at 0.
     """
     policy, reference = np.array([0.4, 0.3, 0.3]), np.array([0.6, 0.3, 0.1])
     log_ratio = np.log(policy / reference)
@@ -247,10 +304,11 @@ def test_a_negative_kl_from_top_k_sampling(tmp_path):
 
 @pytest.mark.slow
 def test_a_lora_merge_that_changes_nothing(tmp_path):
-    """huggingface/peft#918, unslothai/unsloth#2009: the merged weights were those of the base model.
+    """huggingface/peft#918, unslothai/unsloth#2009: the merged weights were those of the base
+    model.
 
-    Adapters that were trained, merged, saved and loaded: the text's log-probs are those of the adapters on their base,
-    and not the base's.
+    Adapters that were trained, merged, saved and loaded: the text's log-probs are those of the
+    adapters on their base, and not the base's.
     """
     base = gpt2_params()
     adapters = models.lora.init(jax.random.key(1), base, 2)
@@ -272,10 +330,11 @@ def test_a_lora_merge_that_changes_nothing(tmp_path):
 
 
 def test_the_number_of_minibatches_ignored():
-    """bmazoure/ppo_jax#1: the loop over minibatches returned after the first, so an epoch was one of them.
+    """bmazoure/ppo_jax#1: the loop over minibatches returned after the first, so an epoch was one
+    of them.
 
-    Eight rows start from eight different tokens, and each moves its own row of the policy's table: after one pass of
-    four steps all have moved.
+    Eight rows start from eight different tokens, and each moves its own row of the policy's table:
+    after one pass of four steps all have moved.
     """
     table = {"logits": jnp.zeros((9, 9)), "values": jnp.zeros(9)}
     tokens = np.stack([np.arange(8), np.full(8, 8)], axis=1)
@@ -292,9 +351,11 @@ def test_the_number_of_minibatches_ignored():
 
 
 def test_gradients_summed_over_devices():
-    """jax-ml/jax#3970: the gradient of a psum'd loss is as many times too large as there are devices; Adam hides it.
+    """jax-ml/jax#3970: the gradient of a psum'd loss is as many times too large as there are
+    devices; Adam hides it.
 
-    One step of SGD, to which the scale matters, on one device and on four with unequal numbers of tokens.
+    One step of SGD, to which the scale matters, on one device and on four with unequal numbers of
+    tokens.
     """
     optimizer = optax.sgd(0.3)
     made = tabular_rollout(0, [4, 1, 2, 0, 0, 0, 3, 4])

@@ -1,5 +1,6 @@
-"""Problems whose answers are known, in a language all of whose responses can be listed: every algorithm finds its own
-optimum, from the exact gradient, from data and from samples, and would miss it with another coefficient."""
+"""Problems whose answers are known, in a language all of whose responses can be listed: every
+algorithm finds its own optimum, from the exact gradient, from data and from samples, and would miss
+it with another coefficient."""
 
 import functools
 from functools import partial
@@ -33,7 +34,9 @@ def unscaled(probs):
 
 
 def scaled(probs, rewards=tiny.REWARDS):
-    """(r - s) / 2 over the pair's standard deviation |r - s| / sqrt 2, which is +-1 / sqrt 2: how often r wins."""
+    """(r - s) / 2 over the pair's standard deviation |r - s| / sqrt 2, which is +-1 / sqrt 2: how
+    often r wins.
+    """
     difference = rewards[:, None] - rewards[None, :]
     return (0.5 * difference / (np.abs(difference) / np.sqrt(2.0) + 1e-4)) @ probs
 
@@ -47,30 +50,44 @@ def by_row(probs):
 
 
 def with_kl_in_loss(algorithm, advantage, estimator, coef, weight=each_token, **fields):
-    """Algorithm, config, coefficient of k1 in the reward, and the optimum for ``factor`` times the coefficient."""
-    config = algorithm.Config(group_size=2, kl_loss_coef=coef, kl_loss_estimator=estimator, **fields)
-    return algorithm, config, 0.0, lambda factor: tiny.fixed_point(advantage, factor * coef, estimator, weight)
+    """Algorithm, config, coefficient of k1 in the reward, and the optimum for ``factor`` times the
+    coefficient.
+    """
+    config = algorithm.Config(
+        group_size=2, kl_loss_coef=coef, kl_loss_estimator=estimator, **fields
+    )
+    return (
+        algorithm,
+        config,
+        0.0,
+        lambda factor: tiny.fixed_point(advantage, factor * coef, estimator, weight),
+    )
 
 
 def gspo(coef):
-    """GSPO on samples of the reference, as those of a late minibatch are an earlier policy's. A response's ratio is
-    (pi / ref)^(1/n), which is (ref / pi)^(1 - 1/n) times what its probability changed by; its tokens count 1/n."""
+    """GSPO on samples of the reference, as those of a late minibatch are an earlier policy's. A
+    response's ratio is (pi / ref)^(1/n), which is (ref / pi)^(1 - 1/n) times what its probability
+    changed by; its tokens count 1/n."""
 
     def weight(probs):
         return (tiny.REF / probs) ** (1.0 - 1.0 / tiny.LENGTHS) / tiny.LENGTHS
 
     bounds = {"clip_low": 1.0, "clip_high": 1e3}  # none is reached
-    return with_kl_in_loss(grpo, lambda probs: scaled(tiny.REF), "k3", coef, weight, ratio="sequence", **bounds)
+    return with_kl_in_loss(
+        grpo, lambda probs: scaled(tiny.REF), "k3", coef, weight, ratio="sequence", **bounds
+    )
 
 
-# The four tokens of a cut response cost 1, three of them a half: DAPO's eq. 13 with L_max 4 and L_cache 2.
+# The four tokens of a cut response cost 1, three of them a half: DAPO's eq. 13 with L_max 4 and
+# L_cache 2.
 DAPO = RLStage(overlong_buffer=2, max_new_tokens=tiny.STEPS, dynamic_sampling=1)
 OVERLONG = tiny.REWARDS - np.array([0.0, 0.0, 0.0, 0.5, 1.0])[tiny.LENGTHS]
 
 
 def dapo(coef):
-    """Pairs of equal answers, which are drawn again, teach nothing: of a response's pairs p(y) are such. Its KL is
-    counted in the others alone, and so is its advantage, which has no share of them."""
+    """Pairs of equal answers, which are drawn again, teach nothing: of a response's pairs p(y) are
+    such. Its KL is counted in the others alone, and so is its advantage, which has no share of
+    them."""
     advantage = lambda probs: scaled(probs, OVERLONG) / (1.0 - probs)  # noqa: E731
     rules = {"aggregate": "token", "clip_low": 0.2, "clip_high": 0.28}
     return with_kl_in_loss(grpo, advantage, "k3", coef, lambda probs: 1.0 - probs, **rules)
@@ -84,7 +101,9 @@ DR_GRPO = {"scale": False, "aggregate": "fixed", "length": tiny.STEPS}
 GROUPS = {
     "rloo": with_kl_in_reward(rloo, rloo.Config(group_size=2)),
     "rloo_k2": with_kl_in_loss(rloo, leave_one_out, "k2", 0.5),
-    "cispo_k2": with_kl_in_loss(rloo, leave_one_out, "k2", 0.5, surrogate="cispo", clip_low=1.0, clip_high=4.0),
+    "cispo_k2": with_kl_in_loss(
+        rloo, leave_one_out, "k2", 0.5, surrogate="cispo", clip_low=1.0, clip_high=4.0
+    ),
     "grpo_k2": with_kl_in_loss(grpo, unscaled, "k2", 0.2, by_row, scale=False),
     "grpo_k3": with_kl_in_loss(grpo, unscaled, "k3", 0.2, by_row, scale=False),
     "dr_grpo_k2": with_kl_in_loss(grpo, unscaled, "k2", 0.2, **DR_GRPO),
@@ -113,7 +132,11 @@ def recipe(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("rloo", "grpo_k3") else pytest.param(name, marks=pytest.mark.slow) for name in GROUPS]
+    "name",
+    [
+        name if name in ("rloo", "grpo_k3") else pytest.param(name, marks=pytest.mark.slow)
+        for name in GROUPS
+    ],
 )
 def test_expected_gradient_vanishes_at_the_optimum(name):
     """All 121 x 121 groups of two answers, each with its probability: no samples, no steps."""
@@ -134,7 +157,9 @@ def test_expected_gradient_vanishes_at_the_optimum(name):
             def loss(pair):
                 group, of_pair = jax.tree.map(lambda x: jnp.asarray(x)[pair], (batch, output))
                 group = algorithm.prepare(group, config=config)
-                loss, _ = algorithm.loss(params, group, KEY, policy_fn=lambda *args: of_pair, config=config)
+                loss, _ = algorithm.loss(
+                    params, group, KEY, policy_fn=lambda *args: of_pair, config=config
+                )
                 return loss.total  # in a large batch its count is that of the mean group
 
             return jnp.sum(jnp.prod(probs[pairs], axis=1) * jax.vmap(loss)(pairs))
@@ -154,9 +179,15 @@ def test_expected_gradient_vanishes_at_the_optimum(name):
 # From samples, step by step
 
 
-LEARNERS = {"vpg": with_kl_in_reward(vpg, vpg.Config()), "ppo": with_kl_in_reward(ppo, ppo.Config()), **GROUPS}
+LEARNERS = {
+    "vpg": with_kl_in_reward(vpg, vpg.Config()),
+    "ppo": with_kl_in_reward(ppo, ppo.Config()),
+    **GROUPS,
+}
 LEARNERS["reinforce_pp"] = with_kl_in_reward(rloo, rloo.Config(baseline="global", group_size=1))
-LEARNERS["reinforce_pp_baseline"] = with_kl_in_reward(rloo, rloo.Config(baseline="both", group_size=2))
+LEARNERS["reinforce_pp_baseline"] = with_kl_in_reward(
+    rloo, rloo.Config(baseline="both", group_size=2)
+)
 LEARNERS["remax"] = with_kl_in_reward(vpg, vpg.Config(baseline="greedy"))
 LEARNERS["other_engine"] = with_kl_in_reward(rloo, rloo.Config(group_size=2))  # see train
 
@@ -171,7 +202,9 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
             drawn = tiny.draw({**params, "logits": 0.8 * params["logits"]}, uniform)
             weights = {"importance_cap": np.inf, "importance_sampling": "sequence_truncate"}
             reference = Partial(tiny.policy_fn, tiny.params())
-            return rollout.rescore(drawn, params, policy_fn=tiny.policy_fn, ref_fn=reference, **weights)
+            return rollout.rescore(
+                drawn, params, policy_fn=tiny.policy_fn, ref_fn=reference, **weights
+            )
         if name == "dapo":  # groups that score alike are replaced
             kept, fresh = (tiny.draw(params, half) for half in jnp.split(uniform, 2))
             return phases.refill(kept, fresh, recipe=recipe(name))
@@ -180,7 +213,9 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
 
     def iteration(state, uniform):
         batch = shaped(name, sample(state.params, uniform), kl_coef)
-        return algorithm.update(state, batch, KEY, policy_fn=tiny.policy_fn, optimizer=optimizer, config=config)
+        return algorithm.update(
+            state, batch, KEY, policy_fn=tiny.policy_fn, optimizer=optimizer, config=config
+        )
 
     uniform = np.random.default_rng(3).random((num_steps // config.num_epochs, rows), np.float32)
     state, metrics = repeat(iteration, algorithm.State.create(tiny.params(), optimizer), uniform)
@@ -211,17 +246,21 @@ def fit(module, params, batch, num_steps=200, learning_rate=0.1, **kwargs):
     optimizer = adam(num_steps, learning_rate)
     update = partial(module.update, optimizer=optimizer, **kwargs)
     start = TrainState.create(params, optimizer)
-    train = jax.jit(lambda batch: repeat(lambda state, _: update(state, batch, None), start, num_steps))
+    train = jax.jit(
+        lambda batch: repeat(lambda state, _: update(state, batch, None), start, num_steps)
+    )
     state, metrics = train(batch)
     return state.params, metrics
 
 
 def test_sft_learns_the_data():
-    """The optimum is the empirical distribution. With means of rows' means it would be that of responses which count
-    1 / length each."""
+    """The optimum is the empirical distribution. With means of rows' means it would be that of
+    responses which count 1 / length each."""
     seen = np.random.default_rng(1).integers(1, 9, size=121)
     data = np.repeat(np.arange(121), seen)
-    batch = Demonstrations(*(jnp.asarray(x[data]) for x in (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK)))
+    batch = Demonstrations(
+        *(jnp.asarray(x[data]) for x in (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK))
+    )
     params, metrics = fit(sft, tiny.params(), batch, policy_fn=tiny.policy_fn, config=sft.Config())
     learnt = tiny.probabilities(params["logits"])
     assert tiny.distance(learnt, seen / seen.sum()) < 0.002
@@ -232,7 +271,9 @@ def test_sft_learns_the_data():
 
 RNG = np.random.default_rng(2)
 PAIRS = np.stack([RNG.permutation(121)[:2] for _ in range(800)])
-PREFERRED = 1.0 / (1.0 + np.exp(tiny.REWARDS[PAIRS[:, 1]] - tiny.REWARDS[PAIRS[:, 0]]))  # Bradley-Terry
+PREFERRED = 1.0 / (
+    1.0 + np.exp(tiny.REWARDS[PAIRS[:, 1]] - tiny.REWARDS[PAIRS[:, 0]])
+)  # Bradley-Terry
 
 
 def labelled_pairs():
@@ -243,25 +284,40 @@ def labelled_pairs():
 
 
 def test_reward_model_recovers_the_rewards():
-    """Labels in expectation, so that the optimum is exact: the rewards of whole responses, up to a constant."""
+    """Labels in expectation, so that the optimum is exact: the rewards of whole responses, up to a
+    constant.
+    """
     start = {"scores": jnp.zeros(tiny.NUM_PREFIXES)}
     config = reward_model.Config()
-    params, _ = fit(reward_model, start, labelled_pairs(), learning_rate=0.3, score_fn=tiny.score_fn, config=config)
+    params, _ = fit(
+        reward_model,
+        start,
+        labelled_pairs(),
+        learning_rate=0.3,
+        score_fn=tiny.score_fn,
+        config=config,
+    )
     scores = np.asarray(params["scores"])[tiny.ENDS]
-    np.testing.assert_allclose(scores - scores.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.02)
+    np.testing.assert_allclose(
+        scores - scores.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.02
+    )
 
 
 def test_dpo_reaches_its_optimum():
-    """On labels of Bradley-Terry the implicit reward is the reward, so the policy is ref * exp(r / beta), normalised
-    (Rafailov et al. 2023, section 4)."""
+    """On labels of Bradley-Terry the implicit reward is the reward, so the policy is ref * exp(r /
+    beta), normalised (Rafailov et al. 2023, section 4)."""
     config = dpo.Config(beta=0.5)
     batch = jax.jit(dpo.with_reference)(labelled_pairs(), Partial(tiny.policy_fn, tiny.params()))
-    params, _ = fit(dpo, tiny.params(), batch, learning_rate=0.2, policy_fn=tiny.policy_fn, config=config)
+    params, _ = fit(
+        dpo, tiny.params(), batch, learning_rate=0.2, policy_fn=tiny.policy_fn, config=config
+    )
     learnt = tiny.probabilities(params["logits"])
     assert tiny.distance(learnt, tiny.tilted(0.5)) < 0.005
     assert tiny.distance(learnt, tiny.tilted(1.0)) > 0.1
     implicit = 0.5 * np.log(learnt / tiny.REF)
-    np.testing.assert_allclose(implicit - implicit.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.05)
+    np.testing.assert_allclose(
+        implicit - implicit.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.05
+    )
 
 
 def policy_of(log_probs):
@@ -270,7 +326,9 @@ def policy_of(log_probs):
 
 
 def normalised(log_probs_of):
-    """``log_probs_of(c)`` [121] for the constant c, by bisection, with which the probabilities add up to 1."""
+    """``log_probs_of(c)`` [121] for the constant c, by bisection, with which the probabilities add
+    up to 1.
+    """
     low, high = -100.0, 100.0
     for _ in range(200):
         middle = 0.5 * (low + high)
@@ -284,35 +342,46 @@ def sigmoid(x):
 
 CHOSEN, REJECTED = PAIRS.T
 N = tiny.LENGTHS
-# Of policies whose log-probability of a token is (r + c) / beta, as SimPO's and ORPO's labels below have it.
-BY_TOKEN = {beta: normalised(lambda c, beta=beta: N * (0.5 * tiny.REWARDS + c) / beta) for beta in (1.0, 2.0)}
+# Of policies whose log-probability of a token is (r + c) / beta, as SimPO's and ORPO's labels below
+# have it.
+BY_TOKEN = {
+    beta: normalised(lambda c, beta=beta: N * (0.5 * tiny.REWARDS + c) / beta)
+    for beta in (1.0, 2.0)
+}
 
 
 def ipo(beta):
-    """The square's optimum for Bradley-Terry labels p is log-ratios whose differences are nearest to (2 p - 1) / (2
-    beta): a linear least-squares problem."""
+    """The square's optimum for Bradley-Terry labels p is log-ratios whose differences are nearest
+    to (2 p - 1) / (2 beta): a linear least-squares problem."""
     differences = np.eye(121)[CHOSEN] - np.eye(121)[REJECTED]
     log_ratios = np.linalg.lstsq(differences, (2 * PREFERRED - 1) / (2 * beta), rcond=None)[0]
-    return np.log(tiny.REF) + log_ratios - np.log(np.sum(tiny.REF * np.exp(log_ratios))), PREFERRED, None
+    return (
+        np.log(tiny.REF) + log_ratios - np.log(np.sum(tiny.REF * np.exp(log_ratios))),
+        PREFERRED,
+        None,
+    )
 
 
 def by_length(beta):
-    """Bradley-Terry, with the log-ratio of a token as the reward: beta (log p - log ref) / n = r + c."""
+    """Bradley-Terry, with the log-ratio of a token as the reward: beta (log p - log ref) / n = r +
+    c.
+    """
     return normalised(lambda c: np.log(tiny.REF) + N * (tiny.REWARDS + c) / beta), PREFERRED, None
 
 
 def simpo(beta):
-    """Each pair's loss is least where p sigmoid(gamma - x) = (1 - p) sigmoid(gamma + x), x = beta (l_w - l_l): labels p
-    that put the optimum at BY_TOKEN with beta = 1."""
+    """Each pair's loss is least where p sigmoid(gamma - x) = (1 - p) sigmoid(gamma + x), x = beta
+    (l_w - l_l): labels p that put the optimum at BY_TOKEN with beta = 1."""
     means = BY_TOKEN[1.0] / N
     x = means[CHOSEN] - means[REJECTED]
     return BY_TOKEN[beta], sigmoid(1 + x) / (sigmoid(1 + x) + sigmoid(1 - x)), None
 
 
 def orpo(beta):
-    """The odds ratio's gradient by the log-probability of each response, at BY_TOKEN, is cancelled by demonstrations:
-    pairs of a response with itself, which have no odds ratio. The weights make the gradient the same number times the
-    probability, as it is at an optimum over distributions."""
+    """The odds ratio's gradient by the log-probability of each response, at BY_TOKEN, is cancelled
+    by demonstrations: pairs of a response with itself, which have no odds ratio. The weights make
+    the gradient the same number times the probability, as it is at an optimum over
+    distributions."""
     means, push = BY_TOKEN[1.0] / N, np.zeros(121)
     odds = means - np.log(-np.expm1(means))
     for p, i, j in zip(PREFERRED, CHOSEN, REJECTED, strict=True):
@@ -335,15 +404,23 @@ PREFERENCES = {
 def test_expected_gradient_of_pairs_vanishes_at_the_optimum(name):
     """Labels in expectation: both of each pair, with their probability. No steps."""
     optimum_for, fields, beta = PREFERENCES[name]
-    log_probs, preferred, demonstrations = optimum_for(beta if name in ("ipo", "by_length") else 1.0)
+    log_probs, preferred, demonstrations = optimum_for(
+        beta if name in ("ipo", "by_length") else 1.0
+    )
     pairs = [PAIRS, PAIRS[:, ::-1]] + (
         [] if demonstrations is None else [np.repeat(np.arange(121)[:, None], 2, axis=1)]
     )
     weights = [preferred, 1 - preferred] + ([] if demonstrations is None else [demonstrations])
-    lists = [x[np.concatenate(pairs)] for x in (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK)]
+    lists = [
+        x[np.concatenate(pairs)] for x in (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK)
+    ]
     batch = Comparisons(*lists, weight=np.concatenate(weights).astype(np.float32))
     config = dpo.Config(beta=beta, **fields)
-    batch = dpo.with_reference(batch, Partial(tiny.policy_fn, tiny.params())) if config.needs_reference else batch
+    batch = (
+        dpo.with_reference(batch, Partial(tiny.policy_fn, tiny.params()))
+        if config.needs_reference
+        else batch
+    )
     options = {"policy_fn": tiny.policy_fn, "config": config}
     gradient = jax.jit(jax.grad(lambda params: dpo.loss(params, batch, None, **options)[0].value))
 
@@ -357,14 +434,21 @@ def test_expected_gradient_of_pairs_vanishes_at_the_optimum(name):
 
 
 def kto_optimum(liked, beta):
-    """Undesirable answers lose all probability, which pulls the reference point down to 0. The others share it so that
-    the slope of sum_y sigmoid(beta log(p / ref)) by log p is the same multiple mu of p: bisection for p and for mu."""
+    """Undesirable answers lose all probability, which pulls the reference point down to 0. The
+    others share it so that the slope of sum_y sigmoid(beta log(p / ref)) by log p is the same
+    multiple mu of p: bisection for p and for mu."""
 
     def shares(log_mu):
-        low, high = np.full(121, -40.0), np.full(121, 40.0)  # of log(p / ref): the slope / p falls with p
+        low, high = (
+            np.full(121, -40.0),
+            np.full(121, 40.0),
+        )  # of log(p / ref): the slope / p falls with p
         for _ in range(80):
             x = 0.5 * (low + high)
-            above = np.log(beta * sigmoid(beta * x) * sigmoid(-beta * x)) - x - np.log(tiny.REF) > log_mu
+            above = (
+                np.log(beta * sigmoid(beta * x) * sigmoid(-beta * x)) - x - np.log(tiny.REF)
+                > log_mu
+            )
             low, high = np.where(above, x, low), np.where(above, high, x)
         return np.where(liked, tiny.REF * np.exp(low), 0.0)
 
@@ -377,7 +461,9 @@ def kto_optimum(liked, beta):
 
 def test_kto_reaches_its_optimum():
     liked = np.median(tiny.REWARDS) < tiny.REWARDS
-    batch = Feedback(*map(jnp.asarray, (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK, liked)))
+    batch = Feedback(
+        *map(jnp.asarray, (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK, liked))
+    )
     batch = jax.jit(kto.with_reference)(batch, Partial(tiny.policy_fn, tiny.params()))
     options = {"policy_fn": tiny.policy_fn, "config": kto.Config(beta=0.5)}
     params, metrics = fit(kto, tiny.params(), batch, 400, 0.2, **options)

@@ -37,14 +37,26 @@ def encoded(rows, **options):
 
 
 def test_each_prompt_is_followed_by_the_next_rows_response():
-    tokens = jnp.array([[1, 2, 3, 4, 0, 0], [5, 6, 7, 8, 0, 0], [9, 9, 9, 9, 9, 9], [0, 1, 2, 3, 3, 3]])
-    response = jnp.array([[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 1]])
-    real = jnp.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]])
+    tokens = jnp.array(
+        [[1, 2, 3, 4, 0, 0], [5, 6, 7, 8, 0, 0], [9, 9, 9, 9, 9, 9], [0, 1, 2, 3, 3, 3]]
+    )
+    response = jnp.array(
+        [[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 1]]
+    )
+    real = jnp.array(
+        [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
+    )
     rows = jax.jit(kto.mismatched)(Feedback(tokens, real, response, jnp.ones(4, bool)))
     np.testing.assert_array_equal(rows.tokens[0], [1, 2, 6, 7, 8, 0])
-    np.testing.assert_array_equal(rows.response_mask, [[0, 0, 1, 1, 1, 0], *[[0] * 6] * 2, [0, 0, 0, 1, 1, 0]])
-    np.testing.assert_array_equal(rows.attention_mask[jnp.array([0, 3])], [[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0]])
-    np.testing.assert_array_equal(rows.tokens[3], [0, 1, 2, 3, 4, 0])  # after the last row comes the first
+    np.testing.assert_array_equal(
+        rows.response_mask, [[0, 0, 1, 1, 1, 0], *[[0] * 6] * 2, [0, 0, 0, 1, 1, 0]]
+    )
+    np.testing.assert_array_equal(
+        rows.attention_mask[jnp.array([0, 3])], [[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0]]
+    )
+    np.testing.assert_array_equal(
+        rows.tokens[3], [0, 1, 2, 3, 4, 0]
+    )  # after the last row comes the first
 
 
 def test_the_reference_point_is_the_mean_over_present_rows_and_never_negative():
@@ -59,10 +71,14 @@ def test_the_reference_point_is_the_mean_over_present_rows_and_never_negative():
 
 
 def test_a_batch_leaves_room_for_the_next_response():
-    """Prompts of 3 and 1 tokens, responses of 2 and 6 with EOS: the first prompt and the second response are 9."""
+    """Prompts of 3 and 1 tokens, responses of 2 and 6 with EOS: the first prompt and the second
+    response are 9.
+    """
 
     def batch(rows, **options):
-        return batches.feedback_batch(encoded(rows, **options), np.array([0, 1, -1]), bucket_multiple=1)
+        return batches.feedback_batch(
+            encoded(rows, **options), np.array([0, 1, -1]), bucket_multiple=1
+        )
 
     rows = [formats.parse("feedback", record, None)[0] for record in map(record_of, FEEDBACK)]
     made = batch(rows)
@@ -81,11 +97,27 @@ def record_of(value):
 
 
 def test_feedback_is_read_from_rows_of_its_own_and_from_preferences(read, tmp_path):
-    assert [(row.responses, row.targets) for row in read(*FEEDBACK)] == [(("d",), (1.0,)), (("defgh",), (0.0,))]
-    pair, ranked = {"prompt": "p", "chosen": "x", "rejected": "y"}, {"prompt": "p", "responses": ["x", "y", "z"]}
+    assert [(row.responses, row.targets) for row in read(*FEEDBACK)] == [
+        (("d",), (1.0,)),
+        (("defgh",), (0.0,)),
+    ]
+    pair, ranked = (
+        {"prompt": "p", "chosen": "x", "rejected": "y"},
+        {"prompt": "p", "responses": ["x", "y", "z"]},
+    )
     rows = read(pair, ranked | {"ranking": [2, 0, 1]})
-    assert [(row.responses[0], row.targets[0], row.weight) for row in rows[:2]] == [("x", 1.0, None), ("y", 0.0, None)]
-    assert [row.responses[0] + "-+"[int(row.targets[0])] for row in rows[2:]] == ["x+", "y-", "z+", "x-", "z+", "y-"]
+    assert [(row.responses[0], row.targets[0], row.weight) for row in rows[:2]] == [
+        ("x", 1.0, None),
+        ("y", 0.0, None),
+    ]
+    assert [row.responses[0] + "-+"[int(row.targets[0])] for row in rows[2:]] == [
+        "x+",
+        "y-",
+        "z+",
+        "x-",
+        "z+",
+        "y-",
+    ]
     assert {row.weight for row in rows[2:]} == {1 / 3}
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "v"}]
     assert read({"messages": messages, "desirable": True})[0].responses == ("v",)
@@ -98,7 +130,10 @@ def test_feedback_is_read_from_rows_of_its_own_and_from_preferences(read, tmp_pa
     [
         (FEEDBACK[0] | {"desirable": 1}, "'desirable' must be true or false, found the number 1"),
         ({"prompt": "a", "response": "b"}, "expected keys desirable, found prompt, response"),
-        ({"prompt": "a", "desirable": True}, "expected keys prompt, response, found prompt, desirable"),
+        (
+            {"prompt": "a", "desirable": True},
+            "expected keys prompt, response, found prompt, desirable",
+        ),
     ],
 )
 def test_a_wrong_row_is_named(record, message, read):

@@ -1,4 +1,6 @@
-"""Labels in lm-human-preferences' format: fetched from a server here, decoded, trained on, made ones and human ones."""
+"""Labels in lm-human-preferences' format: fetched from a server here, decoded, trained on, made
+ones and human ones.
+"""
 
 import hashlib
 import http.server
@@ -20,15 +22,22 @@ def padded(ids, length):
 
 
 def made_labels(tokenizer, count=64, seed=0):
-    """Rows in exactly the published format: the best sample opens with "good", the others with "bad"."""
+    """Rows in exactly the published format: the best sample opens with "good", the others with
+    "bad".
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
         query = tokenizer.encode("the film " * rng.integers(1, 5))
         best = int(rng.integers(4))
         ends = ["".join(rng.choice([" the", " film", " is"], rng.integers(2, 6))) for _ in range(4)]
-        samples = [tokenizer.encode((" good" if i == best else " bad") * 3 + end) for i, end in enumerate(ends)]
-        row = {"query": padded(query, QUERY)} | {f"sample{i}": padded(ids, RESPONSE) for i, ids in enumerate(samples)}
+        samples = [
+            tokenizer.encode((" good" if i == best else " bad") * 3 + end)
+            for i, end in enumerate(ends)
+        ]
+        row = {"query": padded(query, QUERY)} | {
+            f"sample{i}": padded(ids, RESPONSE) for i, ids in enumerate(samples)
+        }
         rows.append(row | {"best": best})
     return rows
 
@@ -76,7 +85,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(content):
     with Server(content) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         yield server
         server.shutdown()
 
@@ -88,7 +99,10 @@ def test_a_set_is_fetched_whole_with_its_checksum_beside_it(few, server, content
     argv = ["download", "sentiment", str(tmp_path / "new"), "--url", server.url]
     labels.main(argv)
     file = tmp_path / "new" / "sentiment_offline_5k.json"
-    digest, checksum = hashlib.sha256(server.content).hexdigest(), file.with_name(f"{file.name}.sha256")
+    digest, checksum = (
+        hashlib.sha256(server.content).hexdigest(),
+        file.with_name(f"{file.name}.sha256"),
+    )
     assert {path: path.read_bytes() for path in file.parent.iterdir()} == {
         file: server.content,
         checksum: f"{digest}  {file.name}\n".encode(),
@@ -108,28 +122,43 @@ def test_a_set_is_fetched_whole_with_its_checksum_beside_it(few, server, content
     [
         (lambda rows: rows[:60], "holds 60 rows, and at least 64 are expected"),
         (lambda rows: [dict(list(row.items())[:4], best=0) for row in rows], "sample3 missing"),
-        (lambda rows: [*rows, rows[0] | {"best": 4}], "row 65: 'best' must be the number of a response, 0 to 3"),
+        (
+            lambda rows: [*rows, rows[0] | {"best": 4}],
+            "row 65: 'best' must be the number of a response, 0 to 3",
+        ),
         (lambda rows: "<html>Log in</html>", "expected a JSON list or JSON lines"),
     ],
 )
 def test_what_is_not_the_set_is_deleted(few, server, content, tmp_path, change, message):
     changed = change(json.loads(content))
     server.content = (changed if isinstance(changed, str) else json.dumps(changed)).encode()
-    with pytest.raises(UserError, match=f"is not the label set sentiment, and was deleted: .*{message}"):
+    with pytest.raises(
+        UserError, match=f"is not the label set sentiment, and was deleted: .*{message}"
+    ):
         labels.fetch_labels("sentiment", tmp_path, server.url)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_broken_connection_and_none_are_sentences(few, server, tmp_path):
     url, server.breaks_after = server.url, 1000
-    with pytest.raises(UserError, match=r"could not be fetched: IncompleteRead.* Run the command again"):
+    with pytest.raises(
+        UserError, match=r"could not be fetched: IncompleteRead.* Run the command again"
+    ):
         labels.fetch_labels("sentiment", tmp_path, url)
     assert list(tmp_path.iterdir()) == []
     server.shutdown()
     server.server_close()
     for name, address, message in (
-        ("sentiment", url, r"^http.*: could not be fetched: .*refused.* or bring the file from elsewhere as"),
-        ("sentimnt", None, "no label set 'sentimnt'; there are sentiment, .*; did you mean sentiment"),
+        (
+            "sentiment",
+            url,
+            r"^http.*: could not be fetched: .*refused.* or bring the file from elsewhere as",
+        ),
+        (
+            "sentimnt",
+            None,
+            "no label set 'sentimnt'; there are sentiment, .*; did you mean sentiment",
+        ),
         ("sentiment", "file:///etc/passwd", "an address that begins with https://"),
     ):
         with pytest.raises(UserError, match=message):
@@ -147,7 +176,8 @@ def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
     labels.main(["decode", str(file), "--tokenizer", str(tmp_path / "tokenizer")])
     output = tmp_path / "labels.decoded.jsonl"
     assert capsys.readouterr().out == (
-        f"wrote {output}: 2 rows, 1 dropped (all responses are identical); 1 texts hold a broken character, U+FFFD\n"
+        f"wrote {output}: 2 rows, 1 dropped (all responses are identical); 1 texts hold a broken "
+        "character, U+FFFD\n"
     )
     decoded = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert decoded[0]["best"] == rows[0]["best"]
@@ -160,5 +190,7 @@ def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
     assert row.responses == tuple(decoded[0][f"sample{i}"] for i in range(4))
     with pytest.raises(UserError, match="exists already"):
         labels.decode_labels(file, output, tokenizer)
-    with pytest.raises(UserError, match=r"labels\.json, row 1: holds the token id \d+, .* has ids up to 3"):
+    with pytest.raises(
+        UserError, match=r"labels\.json, row 1: holds the token id \d+, .* has ids up to 3"
+    ):
         labels.decode_labels(file, tmp_path / "other", tokenizers.characters("ab"))

@@ -1,4 +1,6 @@
-"""The recipes in launch/: they parse, and their commands start one process for each place, with its place."""
+"""The recipes in launch/: they parse, and their commands start one process for each place, with its
+place.
+"""
 
 import os
 import shlex
@@ -30,7 +32,8 @@ def jobset() -> dict:
     [container] = spec["template"]["spec"]["containers"]
     values = {entry["name"]: entry["value"] for entry in container["env"]}
     assert int(values["PROCESSES"]) == spec["completions"]
-    # The stable name of the first pod: set, job, its number, the pod's index; behind the set's own subdomain.
+    # The stable name of the first pod: set, job, its number, the pod's index; behind the set's own
+    # subdomain.
     place = f"{recipe['metadata']['name']}-{job['name']}-0-0.{recipe['metadata']['name']}:"
     assert values["COORDINATOR"] == f"{place}{container['ports'][0]['containerPort']}"
     return container | {"values": values}
@@ -38,7 +41,16 @@ def jobset() -> dict:
 
 def skypilot() -> dict:
     recipe = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
-    assert recipe.keys() <= {"name", "num_nodes", "resources", "envs", "file_mounts", "workdir", "setup", "run"}
+    assert recipe.keys() <= {
+        "name",
+        "num_nodes",
+        "resources",
+        "envs",
+        "file_mounts",
+        "workdir",
+        "setup",
+        "run",
+    }
     assert set(recipe["file_mounts"]) == {"/" + recipe["envs"]["RUN"].split("/")[1]}
     return recipe
 
@@ -59,7 +71,11 @@ def test_what_a_recipe_starts(recipe, resumed, tmp_path):
     shown = program(tmp_path / "rlhf-jax", 'printf "%s\\n" "$*"')
     program(tmp_path / "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
     program(tmp_path / "gcloud", 'for last; do :; done; exec bash -c "$last"')
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": str(folder), "RLHF_JAX": shown}
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "RUN": str(folder),
+        "RLHF_JAX": shown,
+    }
     place = "auto"
     if recipe == "jobset":
         container = jobset()
@@ -74,7 +90,9 @@ def test_what_a_recipe_starts(recipe, resumed, tmp_path):
     else:
         command = ["bash", LAUNCH / f"{recipe}.sh", "ppo", "--config", "my.yaml"]
         environment |= {"TPU": "pod", "ZONE": "a"}
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     words = shlex.split(said)
     assert words[:1] == ["ppo"]
     assert words[words.index("--output-dir") + 1] == str(folder)
@@ -88,10 +106,25 @@ def test_the_command_of_the_set_trains_with_two_processes(tmp_path):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{server.getsockname()[1]}"
-    environment = os.environ | container["values"] | {"COORDINATOR": coordinator, "RUN": str(tmp_path / "run")}
-    environment |= {"RLHF_JAX": program(tmp_path / "rlhf-jax", f'exec {sys.executable} -m rlhf_jax "$@"')}
+    environment = (
+        os.environ
+        | container["values"]
+        | {"COORDINATOR": coordinator, "RUN": str(tmp_path / "run")}
+    )
+    environment |= {
+        "RLHF_JAX": program(tmp_path / "rlhf-jax", f'exec {sys.executable} -m rlhf_jax "$@"')
+    }
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    command = [*container["command"], "vpg", "--config", "tiny", "--reward", "length", "--rl.num-iterations", "2"]
+    command = [
+        *container["command"],
+        "vpg",
+        "--config",
+        "tiny",
+        "--reward",
+        "length",
+        "--rl.num-iterations",
+        "2",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     places = [environment | {"JOB_COMPLETION_INDEX": str(number)} for number in range(2)]
     running = [subprocess.Popen(command, env=place, **pipes) for place in places]

@@ -1,6 +1,8 @@
-"""Runs whose weights are cut over devices give what one device gives, and no device holds a whole kernel.
+"""Runs whose weights are cut over devices give what one device gives, and no device holds a whole
+kernel.
 
-The slow tests run every stage on eight fake devices, in one process: ``python tests/test_layouts.py FOLDER``.
+The slow tests run every stage on eight fake devices, in one process: ``python tests/test_layouts.py
+FOLDER``.
 """
 
 import dataclasses
@@ -48,16 +50,31 @@ LAYOUTS = {
     "tensor 2 x data 4": Mesh(4, 1, 2),
     "fsdp 2 x tensor 2 x data 2": Mesh(-1, 2, 2),
 }
-# Where a gradient is 0 but for rounding, Adam's first steps divide that rounding by itself, unless eps is larger.
+# Where a gradient is 0 but for rounding, Adam's first steps divide that rounding by itself, unless
+# eps is larger.
 STEADY = Optimizer(learning_rate=1e-3, eps=1e-3)
 
 
 def base(folder, data):
     """A Llama with grouped queries and a reward model of the same tokenizer, random weights both."""
-    tokenizer = train_bpe([path.read_text("utf-8") for path in sorted(Path(data).glob("*.json"))], 300)
-    ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.eos_id}
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
-    model = models.build(models.LlamaConfig(tokenizer.vocab_size, 128, **sizes, initializer_range=0.2, **ids))
+    tokenizer = train_bpe(
+        [path.read_text("utf-8") for path in sorted(Path(data).glob("*.json"))], 300
+    )
+    ids = {
+        "pad_token_id": tokenizer.pad_id,
+        "eos_token_id": tokenizer.eos_id,
+        "bos_token_id": tokenizer.eos_id,
+    }
+    sizes = {
+        "hidden_size": 16,
+        "num_layers": 1,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "intermediate_size": 32,
+    }
+    model = models.build(
+        models.LlamaConfig(tokenizer.vocab_size, 128, **sizes, initializer_range=0.2, **ids)
+    )
     key = jax.random.key(0)
     models.save(folder / "policy", model, params := model.init(key))
     models.save(folder / "reward", model, models.add_head(key, params, "score"))
@@ -67,8 +84,18 @@ def base(folder, data):
 
 def config(folder, **sections):
     """Three steps of anything."""
-    small = {"batch_size": 8, "optimizer": STEADY, "validation_fraction": 0.2, "validation_interval": 3}
-    sampled = {"max_new_tokens": 4, "validation_interval": 3, "validation_prompts": 8, "optimizer": STEADY}
+    small = {
+        "batch_size": 8,
+        "optimizer": STEADY,
+        "validation_fraction": 0.2,
+        "validation_interval": 3,
+    }
+    sampled = {
+        "max_new_tokens": 4,
+        "validation_interval": 3,
+        "validation_prompts": 8,
+        "optimizer": STEADY,
+    }
     common = RunConfig(
         data=(str(folder / "data"),),
         network=Network(hidden_size=16, num_layers=1, num_heads=2, max_length=128),
@@ -110,9 +137,16 @@ def runs(folder):
 
 def whole_on_a_device(tree):
     """Paths of the blocks' kernels and the token tables of which a device holds all."""
-    leaves = {jax.tree_util.keystr(path, simple=True): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    leaves = {
+        jax.tree_util.keystr(path, simple=True): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
     cut = re.compile("(attn|mlp).*kernel$|(wte|lm_head).*embedding$")
-    return [name for name, x in leaves.items() if cut.search(name) and x.addressable_shards[0].data.size == x.size]
+    return [
+        name
+        for name, x in leaves.items()
+        if cut.search(name) and x.addressable_shards[0].data.size == x.size
+    ]
 
 
 class Probe:
@@ -152,7 +186,13 @@ class Probe:
 
 def count_collectives(text):
     """How often each kind of communication stands in a program."""
-    return dict(Counter(re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)[-(]", text)))
+    return dict(
+        Counter(
+            re.findall(
+                r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)[-(]", text
+            )
+        )
+    )
 
 
 def main(folder, layout, names):
@@ -160,7 +200,10 @@ def main(folder, layout, names):
     jax.config.update("jax_disable_most_optimizations", True)
     page.write = lambda runs, path: None
     if not (folder / "data").exists():
-        demo.write(folder / "data", sizes={"sft_data.json": 32, "preference_data.json": 32, "prompts.json": 48})
+        demo.write(
+            folder / "data",
+            sizes={"sft_data.json": 32, "preference_data.json": 32, "prompts.json": 48},
+        )
         base(folder, folder / "data")
     for name in names:
         run, settings = runs(folder)[name]
@@ -169,7 +212,11 @@ def main(folder, layout, names):
             if layout == "one":
                 patch.setattr(initial, "mesh_of", lambda config: sharding.make_mesh(1))
             started = time.process_time()
-            run(dataclasses.replace(settings, mesh=LAYOUTS[layout], output_dir=str(folder / "runs" / layout / name)))
+            run(
+                dataclasses.replace(
+                    settings, mesh=LAYOUTS[layout], output_dir=str(folder / "runs" / layout / name)
+                )
+            )
         seconds = time.process_time() - started
         seen = {"whole": probe.whole, "collectives": probe.collectives, "seconds": seconds}
         (folder / f"{layout}, {name}.json").write_text(json.dumps(seen))
@@ -184,15 +231,24 @@ SLOW = {("fsdp 2 x tensor 2 x data 2", name) for name in ("sft", "ppo", "ppo wit
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """``(layout, run) -> what the probe saw`` and the folder of the runs, that on one device among them."""
+    """``(layout, run) -> what the probe saw`` and the folder of the runs, that on one device among
+    them.
+    """
     folder = tmp_path_factory.mktemp("layouts")
 
     def of(layout, name):
-        wanted = [run for run in EVERY if ((layout, run) in SLOW) == ((layout, name) in SLOW)]  # those of one tier
+        wanted = [
+            run for run in EVERY if ((layout, run) in SLOW) == ((layout, name) in SLOW)
+        ]  # those of one tier
         for each in ("one", layout):
             if missing := [run for run in wanted if not (folder / f"{each}, {run}.json").exists()]:
-                flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-                environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+                flags = (
+                    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+                )
+                environment = os.environ | {
+                    "XLA_FLAGS": flags,
+                    "PYTHONPATH": os.pathsep.join(sys.path),
+                }
                 command = [sys.executable, __file__, folder, each, ",".join(missing)]
                 subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         return json.loads((folder / f"{layout}, {name}.json").read_text()), folder / "runs"
@@ -200,7 +256,8 @@ def finished(tmp_path_factory):
     return of
 
 
-# How often the program of an update may send, in any of the runs: (all-gather, all-reduce, all-to-all).
+# How often the program of an update may send, in any of the runs: (all-gather, all-reduce,
+# all-to-all).
 MOST = {
     "data 8": (9, 14, 0),
     "fsdp 8": (60, 40, 0),
@@ -212,13 +269,17 @@ MOST = {
 @pytest.mark.parametrize(
     ("layout", "name"),
     [
-        pytest.param(layout, name, marks=pytest.mark.slow if (layout, name) in SLOW else pytest.mark.soak)
+        pytest.param(
+            layout, name, marks=pytest.mark.slow if (layout, name) in SLOW else pytest.mark.soak
+        )
         for layout in MOST
         for name in EVERY
     ],
 )
 def test_a_layout_gives_what_one_device_gives(layout, name, finished):
-    """The same samples, parameters within 1e-5 after three steps, weights cut, and only weights and sums are sent."""
+    """The same samples, parameters within 1e-5 after three steps, weights cut, and only weights and
+    sums are sent.
+    """
     seen, folder = finished(layout, name)
     one, other = folder / "one" / name, folder / layout / name
     assert samples(other) == samples(one)
@@ -228,8 +289,13 @@ def test_a_layout_gives_what_one_device_gives(layout, name, finished):
         for tensor in expected.keys() - {"score.weight"}:  # divided by the samples' spread
             differences[tensor] = float(np.max(np.abs(weights[tensor] - expected[tensor])))
     sent = seen["collectives"]
-    print(f"\n| {layout} | {name} | {max(differences.values()):.1e} | {sent} | {seen['seconds']:.0f} CPU s |")
-    assert {tensor: difference for tensor, difference in differences.items() if not difference <= 1e-5} == {}
+    print(
+        f"\n| {layout} | {name} | {max(differences.values()):.1e} | {sent} | {seen['seconds']:.0f} "
+        "CPU s |"
+    )
+    assert {
+        tensor: difference for tensor, difference in differences.items() if not difference <= 1e-5
+    } == {}
     assert (seen["whole"] == []) == (layout != "data 8")
     for kind, most in zip(("all-gather", "all-reduce", "all-to-all"), MOST[layout], strict=True):
         assert sent.get(kind, 0) <= most, kind
@@ -244,19 +310,33 @@ def samples(run):
 def folder(tmp_path, monkeypatch):
     """Data, a policy and a reward model."""
     monkeypatch.setattr(page, "write", lambda runs, path: None)
-    demo.write(tmp_path / "data", sizes={"sft_data.json": 16, "preference_data.json": 16, "prompts.json": 16})
+    demo.write(
+        tmp_path / "data",
+        sizes={"sft_data.json": 16, "preference_data.json": 16, "prompts.json": 16},
+    )
     base(tmp_path, tmp_path / "data")
     return tmp_path
 
 
 def test_a_run_cuts_its_weights(folder, monkeypatch, capsys):
-    """PPO on two groups of two devices: nothing is whole anywhere, and an update sends weights and sums alone."""
+    """PPO on two groups of two devices: nothing is whole anywhere, and an update sends weights and
+    sums alone.
+    """
     probe, mesh = Probe(monkeypatch), Mesh(-1, 2, 2)
-    steps = dataclasses.replace(config(folder).rl, num_iterations=1, validation_fraction=0.0, batch_size=4)
-    settings = {"model": str(folder / "policy"), "tokenizer": Tokenizer(), "mesh": mesh, "rl": steps}
+    steps = dataclasses.replace(
+        config(folder).rl, num_iterations=1, validation_fraction=0.0, batch_size=4
+    )
+    settings = {
+        "model": str(folder / "policy"),
+        "tokenizer": Tokenizer(),
+        "mesh": mesh,
+        "rl": steps,
+    }
     done = run_ppo(config(folder, **settings, output_dir=str(folder / "run"), reward=("length",)))
     assert probe.whole == []
-    assert probe.laid_out == 4  # the reference, the reward, which has no arrays, the trained parameters, the state
+    assert (
+        probe.laid_out == 4
+    )  # the reference, the reward, which has no arrays, the trained parameters, the state
     assert set(probe.collectives) == {"all-gather", "all-reduce", "collective-permute"}
     assert "4 x cpu, data 1 x fsdp 2 x tensor 2, float32" in capsys.readouterr().out
     assert models.load(done.model_folder)[1]["h_0"]["mlp"]["up_proj"]["kernel"].shape == (16, 32)
@@ -265,22 +345,37 @@ def test_a_run_cuts_its_weights(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("mesh", "batch_size", "message"),
     [
-        (Mesh(-1, 1, 4), 8, "mesh.tensor 4 does not divide the key and value heads of .*policy, 2; use 1 or 2"),
+        (
+            Mesh(-1, 1, 4),
+            8,
+            "mesh.tensor 4 does not divide the key and value heads of .*policy, 2; use 1 or 2",
+        ),
         (Mesh(1, 4, 1), 6, "sft.batch_size 6 does not divide by 4 devices; use 4 or 8"),
-        (Mesh(1, 2, 1), 8, "mesh: data 1 x fsdp 2 x tensor 1 uses 2 of 4 devices; set one of the sizes to -1"),
+        (
+            Mesh(1, 2, 1),
+            8,
+            "mesh: data 1 x fsdp 2 x tensor 1 uses 2 of 4 devices; set one of the sizes to -1",
+        ),
         (
             Mesh(1, 3, -1),
             8,
-            "mesh: data 1 x fsdp 3 x tensor -1 does not fit 4 devices; take sizes whose product divides that number",
+            "mesh: data 1 x fsdp 3 x tensor -1 does not fit 4 devices; take sizes whose product "
+            "divides that number",
         ),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused_before_anything_is_read(mesh, batch_size, message, folder, monkeypatch):
+def test_a_layout_that_does_not_fit_is_refused_before_anything_is_read(
+    mesh, batch_size, message, folder, monkeypatch
+):
     monkeypatch.setattr(models.hf, "load", None)
     monkeypatch.setattr(initial, "stage_rows", None)
     settings = dataclasses.replace(config(folder).sft, batch_size=batch_size)
     with pytest.raises(UserError, match=message):
-        training.sft.run(config(folder, model=str(folder / "policy"), tokenizer=Tokenizer(), mesh=mesh, sft=settings))
+        training.sft.run(
+            config(
+                folder, model=str(folder / "policy"), tokenizer=Tokenizer(), mesh=mesh, sft=settings
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -288,12 +383,25 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_is_read(mesh, bat
     [((1, 4, 1), {}, {"all-gather": 9}), ((1, 2, 2), {"all-reduce": 6}, {"all-gather": 9})],
 )
 def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before):
-    """Nine are cut. Under ``tensor`` each token needs two sums a block, one of the embedding, three of the logits."""
-    network = {"hidden_size": 16, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
-    model, mesh = models.build(models.LlamaConfig(vocab_size=40, max_length=16, **network)), sharding.make_mesh(*sizes)
+    """Nine are cut. Under ``tensor`` each token needs two sums a block, one of the embedding, three
+    of the logits.
+    """
+    network = {
+        "hidden_size": 16,
+        "num_layers": 1,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "intermediate_size": 32,
+    }
+    model, mesh = (
+        models.build(models.LlamaConfig(vocab_size=40, max_length=16, **network)),
+        sharding.make_mesh(*sizes),
+    )
     params = jax.eval_shape(model.init, jax.random.key(0))
     places = initial.shardings(mesh, params)
-    params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
+    params = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
+    )
     prompts = jax.ShapeDtypeStruct((8, 6), "int32", sharding=sharding.rows(mesh))
     how = {"config": sampling.SamplingConfig(5, eos_id=1, pad_id=2), "mesh": mesh}
     generate = jax.jit(functools.partial(sampling.generate, model, **how))
@@ -308,7 +416,9 @@ def sent_by(function, config, *sizes):
     model, mesh = models.build(config), sharding.make_mesh(*sizes)
     params = jax.eval_shape(model.init, jax.random.key(0))
     places = initial.shardings(mesh, params)
-    params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places)
+    params = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
+    )
     rows = jax.ShapeDtypeStruct((8, 16), "int32", sharding=sharding.rows(mesh))
     with jax.set_mesh(mesh):
         program = jax.jit(functools.partial(function, model)).lower(params, rows).compile()
@@ -316,8 +426,16 @@ def sent_by(function, config, *sizes):
 
 
 def test_hidden_states_are_never_sent_under_fsdp():
-    """Rows stay on their devices through the blocks and back: weights are sent, and sums of gradients."""
-    network = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
+    """Rows stay on their devices through the blocks and back: weights are sent, and sums of
+    gradients.
+    """
+    network = {
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "intermediate_size": 32,
+    }
     config = models.LlamaConfig(vocab_size=40, max_length=16, **network)
     gradient = lambda model, *args: jax.grad(lambda *args: (model.hidden(*args) ** 2).mean())(*args)  # noqa: E731
     assert set(sent_by(gradient, config, 1, 4)) <= {"all-gather", "all-reduce"}
@@ -336,34 +454,51 @@ def test_what_a_block_sends_under_tensor(config, sent):
 
 
 def test_tensor_cuts_gpt2_s_fused_kernel_by_heads():
-    """A device holds queries, keys and values of the same heads; forward and back, no states are sent but sums."""
-    model, mesh = models.build(models.GPT2Config(40, 16, 16, 1, 4, initializer_range=0.3)), sharding.make_mesh(2, 1, 2)
+    """A device holds queries, keys and values of the same heads; forward and back, no states are
+    sent but sums.
+    """
+    model, mesh = (
+        models.build(models.GPT2Config(40, 16, 16, 1, 4, initializer_range=0.3)),
+        sharding.make_mesh(2, 1, 2),
+    )
     params = model.init(jax.random.key(0))
     tokens = jax.device_put(np.arange(128).reshape(8, 16) % 40, sharding.rows(mesh))
     placed = jax.device_put(params, places := initial.shardings(mesh, params))
     whole, kernel = (tree["h_0"]["attn"]["c_attn"]["kernel"] for tree in (params, placed))
     for shard in kernel.addressable_shards:
         heads = slice(0, 2) if shard.index[2].start in (None, 0) else slice(2, 4)
-        np.testing.assert_array_equal(shard.data, whole.reshape(16, 3, 4, 4)[:, :, heads].reshape(16, 3, 8))
+        np.testing.assert_array_equal(
+            shard.data, whole.reshape(16, 3, 4, 4)[:, :, heads].reshape(16, 3, 8)
+        )
     function = jax.value_and_grad(lambda *args: (model.hidden(*args) ** 2).mean())
     with jax.set_mesh(mesh):
         program = jax.jit(function, out_shardings=(None, places)).lower(placed, tokens).compile()
     assert set(count_collectives(program.as_text())) == {"all-reduce", "all-gather"}
     gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather", program.as_text())
-    assert sorted(gathered) == ["3,16", "64"]  # the gradients of biases, of which each device has a copy
+    assert sorted(gathered) == [
+        "3,16",
+        "64",
+    ]  # the gradients of biases, of which each device has a copy
     for found, expected in zip(
-        *map(jax.tree.leaves, (program(placed, tokens), jax.jit(function)(params, tokens))), strict=True
+        *map(jax.tree.leaves, (program(placed, tokens), jax.jit(function)(params, tokens))),
+        strict=True,
     ):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_vocabulary_that_does_not_divide_is_padded():
-    """41 rows on 2 devices: halves of the width are held, 21 rows multiplied; nothing else differs from one device."""
-    model = models.build(models.LlamaConfig(41, 16, 16, 1, 4, intermediate_size=32, initializer_range=0.3))
+    """41 rows on 2 devices: halves of the width are held, 21 rows multiplied; nothing else differs
+    from one device.
+    """
+    model = models.build(
+        models.LlamaConfig(41, 16, 16, 1, 4, intermediate_size=32, initializer_range=0.3)
+    )
     mesh, params = sharding.make_mesh(1, 2, 2), model.init(jax.random.key(0))
     placed = jax.device_put(params, places := initial.shardings(mesh, params))
     tokens = jax.device_put(np.arange(128).reshape(8, 16) % 41, sharding.rows(mesh))
-    assert {x["embedding"].addressable_shards[0].data.shape for x in (placed["wte"], placed["lm_head"])} == {(41, 4)}
+    assert {
+        x["embedding"].addressable_shards[0].data.shape for x in (placed["wte"], placed["lm_head"])
+    } == {(41, 4)}
 
     def loss(params, tokens):
         found = models.policy_fn(model)(params, tokens, np.ones((8, 16), np.int32))
@@ -372,7 +507,9 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
     function = jax.value_and_grad(loss, has_aux=True)
     with jax.set_mesh(mesh):
         program = jax.jit(function, out_shardings=(None, places)).lower(placed, tokens).compile()
-    assert re.search(r"f32\[\d+,21\]\S* (dot|custom-call|fusion)", program.as_text())  # logits of half of 42 rows
+    assert re.search(
+        r"f32\[\d+,21\]\S* (dot|custom-call|fusion)", program.as_text()
+    )  # logits of half of 42 rows
     expected, found = jax.jit(function)(params, tokens), program(placed, tokens)
     assert found[0][1].shape == (8, 16, 41)
     for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
@@ -386,7 +523,9 @@ def test_an_updated_state_lies_where_it_was():
     mesh = sharding.make_mesh(1, 2, 2)
     own = stage.Stage(RunConfig(), "sft", None, mesh)
     whole = functools.partial(jax.lax.with_sharding_constraint, shardings=sharding.replicated(mesh))
-    update = own.jit_update(lambda state: (whole(jax.tree.map(lambda x: x + 1, state)), {"x": 0.0}), 1)
+    update = own.jit_update(
+        lambda state: (whole(jax.tree.map(lambda x: x + 1, state)), {"x": 0.0}), 1
+    )
     state, _ = update(own.copy({"mlp": {"up_proj": {"kernel": np.ones((4, 4))}}}))
     assert whole_on_a_device(state) == []
 
@@ -394,20 +533,30 @@ def test_an_updated_state_lies_where_it_was():
 def collectives_by_loop(text):
     """``count_collectives`` of what a program repeats, and of the rest."""
     blocks = re.split(r"\n(?=(?:ENTRY )?%?[\w.-]+ \(.*\{)", text)
-    named = {found[1]: block for block in blocks if (found := re.match(r"\s*(?:ENTRY )?%?([\w.-]+) \(", block))}
+    named = {
+        found[1]: block
+        for block in blocks
+        if (found := re.match(r"\s*(?:ENTRY )?%?([\w.-]+) \(", block))
+    }
     repeated, waiting = set(), re.findall(r"body=%?([\w.-]+)", text)
     while waiting:
         repeated.add(name := waiting.pop())
         called = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)", named[name])
         waiting += [other for other in called if other not in repeated]
-    inside, outside = ("\n".join(named[x] for x in named if (x in repeated) == which) for which in (True, False))
+    inside, outside = (
+        "\n".join(named[x] for x in named if (x in repeated) == which) for which in (True, False)
+    )
     return count_collectives(inside), count_collectives(outside)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "tolerance"), [(Mesh(-1, 2, 2), 0), (Mesh(), 1e-6), (Mesh(1, 4, 1), 1e-6)])
+@pytest.mark.parametrize(
+    ("mesh", "tolerance"), [(Mesh(-1, 2, 2), 0), (Mesh(), 1e-6), (Mesh(1, 4, 1), 1e-6)]
+)
 def test_a_run_goes_on_in_another_layout(mesh, tolerance, folder, monkeypatch, capsys):
-    """Bit for bit in its own; the run says which layout it had. ``tensor`` does not divide the vocabulary."""
+    """Bit for bit in its own; the run says which layout it had. ``tensor`` does not divide the
+    vocabulary.
+    """
     tokenizer = Tokenizer(vocab_size=301)
     first = config(folder, mesh=Mesh(-1, 2, 2), checkpoint_interval=1, tokenizer=tokenizer)
     first = dataclasses.replace(first, output_dir=str(folder / "whole"))
@@ -419,7 +568,9 @@ def test_a_run_goes_on_in_another_layout(mesh, tolerance, folder, monkeypatch, c
         with pytest.raises(Killed):
             training.sft.run(settings)
     stopped = training.sft.run(dataclasses.replace(settings, mesh=mesh, resume=True))
-    expected, weights = (load_file(done.model_folder / "model.safetensors") for done in (whole, stopped))
+    expected, weights = (
+        load_file(done.model_folder / "model.safetensors") for done in (whole, stopped)
+    )
     assert expected["transformer.wte.weight"].shape == (301, 16)
     for name, value in expected.items():
         np.testing.assert_allclose(weights[name], value, rtol=0, atol=tolerance, err_msg=name)
@@ -428,7 +579,9 @@ def test_a_run_goes_on_in_another_layout(mesh, tolerance, folder, monkeypatch, c
 
 @pytest.mark.parametrize("command", cli.STAGES)
 def test_every_command_takes_a_mesh(command):
-    settings = parse(RunConfig, ["--mesh.data", "1", "--mesh.fsdp", "-1"], sections=cli.STAGES[command][1])
+    settings = parse(
+        RunConfig, ["--mesh.data", "1", "--mesh.fsdp", "-1"], sections=cli.STAGES[command][1]
+    )
     assert settings.mesh == Mesh(1, -1, 1)
 
 

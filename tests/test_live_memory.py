@@ -1,4 +1,6 @@
-"""How many copies of the weights lie on a device while a stage trains: counted in the arrays that live there."""
+"""How many copies of the weights lie on a device while a stage trains: counted in the arrays that
+live there.
+"""
 
 import dataclasses
 import functools
@@ -30,14 +32,23 @@ def live_bytes(device) -> int:
     """Bytes of all arrays on a device, each buffer once, without those in the host's memory."""
     gc.collect()
     arrays = [array for array in jax.live_arrays() if array.sharding.memory_kind != memory.HOST]
-    shards = [shard.data for array in arrays for shard in array.addressable_shards if shard.device == device]
+    shards = [
+        shard.data
+        for array in arrays
+        for shard in array.addressable_shards
+        if shard.device == device
+    ]
     return sum({data.unsafe_buffer_pointer(): data.nbytes for data in shards}.values())
 
 
 @pytest.fixture
 def after_steps(monkeypatch):
     """The most bytes on any device after each step, beyond those before the run."""
-    before, seen, step = {device: live_bytes(device) for device in jax.devices()}, [], loop._Loop.step
+    before, seen, step = (
+        {device: live_bytes(device) for device in jax.devices()},
+        [],
+        loop._Loop.step,
+    )
 
     def counted(self):
         step(self)
@@ -54,14 +65,21 @@ def world(tmp_path_factory):
     ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
     model = models.build(models.GPT2Config(tokenizer.vocab_size, 16, 256, 1, 2, **ids))
     params = model.init(jax.random.key(0))
-    kinds = {dtype: jax.tree.map(lambda leaf, d=dtype: leaf.astype(d), params) for dtype in ("float32", "bfloat16")}
+    kinds = {
+        dtype: jax.tree.map(lambda leaf, d=dtype: leaf.astype(d), params)
+        for dtype in ("float32", "bfloat16")
+    }
     kinds["reward"] = models.add_head(jax.random.key(1), params, "score")
     for name, weights in kinds.items():
         how = SamplingConfig(4, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        LanguageModel(model, weights, tokenizer).save(folder / name, template="{prompt}", config=how)
+        LanguageModel(model, weights, tokenizer).save(
+            folder / name, template="{prompt}", config=how
+        )
     texts = ["ab", "ba", "cd", "dc", "ef", "fe", "gh", "hg"]
     rows = [{"prompt": t, "response": t, "chosen": t, "rejected": t[::-1]} for t in texts]
-    (folder / "sft.json").write_text(json.dumps([{key: row[key] for key in ("prompt", "response")} for row in rows]))
+    (folder / "sft.json").write_text(
+        json.dumps([{key: row[key] for key in ("prompt", "response")} for row in rows])
+    )
     pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
     (folder / "pairs.json").write_text(json.dumps(pairs))
     return folder, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -74,7 +92,8 @@ def world_metrics():
 
 
 REFRESHED = {"rl": dataclasses.replace(RL, reference_refresh=1)}
-# (stage, the model's dtype, settings): parameters and two moments of Adam are 3, a reference 1 or in bfloat16 0.5
+# (stage, the model's dtype, settings): parameters and two moments of Adam are 3, a reference 1 or
+# in bfloat16 0.5
 CASES = {
     ("sft", "bfloat16"): ({}, 3),
     ("reward_model", "float32"): ({}, 3),
@@ -121,7 +140,9 @@ def test_a_plan_counts_what_a_stage_holds(case, world):
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_stage_keeps_no_second_copy_of_the_weights(case, world, tmp_path, after_steps, world_metrics):
+def test_a_stage_keeps_no_second_copy_of_the_weights(
+    case, world, tmp_path, after_steps, world_metrics
+):
     """And no more than its plan says, but for the batch and the numbers of a step."""
     (folder, _), config = world, config_of(case, world[0], tmp_path / "run")
     if isinstance(case[0], str):
@@ -129,25 +150,39 @@ def test_a_stage_keeps_no_second_copy_of_the_weights(case, world, tmp_path, afte
     else:
         training.rl.run(config, case[0])
     assert 0 <= max(after_steps) - planned_bytes(case, folder) < 20_000
-    alike = str((case[0], case[1], config.lora, config.reward))  # what is offloaded changes no number
+    alike = str(
+        (case[0], case[1], config.lora, config.reward)
+    )  # what is offloaded changes no number
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8")
     assert world_metrics.setdefault(alike, metrics) == metrics
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_is_trained_has_arrays_of_its_own_and_the_reference_those_that_were_loaded(rank, tmp_path, caplog):
+def test_what_is_trained_has_arrays_of_its_own_and_the_reference_those_that_were_loaded(
+    rank, tmp_path, caplog
+):
     config = RunConfig(output_dir=str(tmp_path / "run"), model=str(tmp_path), lora=LoRA(rank=rank))
-    body = {"h_0": {"attn": {"kernel": jnp.ones((2, 2), jnp.bfloat16)}}, "ln_f": {"scale": jnp.ones(2)}}
+    body = {
+        "h_0": {"attn": {"kernel": jnp.ones((2, 2), jnp.bfloat16)}},
+        "ln_f": {"scale": jnp.ones(2)},
+    }
     params = models.add_head(jax.random.key(0), body, "value")
     with open_stage(config, "ppo", {}) as stage:
         start = stage.place(initial.trainable(config.lora, params, jax.random.key(1)))
         reference = stage.reference(start, lambda params: params["h_0"]["attn"]["kernel"].dtype)
         assert reference() == jnp.bfloat16
         with jax.log_compiles():
-            state = stage.take(functools.partial(TrainState.create, optimizer=optax.adam(0.1)), start.params).params
-        assert re.findall(r"XLA compilation of (\S+)", caplog.text) == ["jit(create)"]  # not one for each operation
+            state = stage.take(
+                functools.partial(TrainState.create, optimizer=optax.adam(0.1)), start.params
+            ).params
+        assert re.findall(r"XLA compilation of (\S+)", caplog.text) == [
+            "jit(create)"
+        ]  # not one for each operation
         assert {"trained parameters", "optimizer state", "gradients"} <= stage.held.keys()
         moved = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
         assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype("float32")}
-        assert all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 4 for leaf in jax.tree.leaves(moved))
+        assert all(
+            leaf.sharding.is_fully_replicated and len(leaf.devices()) == 4
+            for leaf in jax.tree.leaves(moved)
+        )
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, reference.args)))

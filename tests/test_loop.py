@@ -41,16 +41,30 @@ def run_loop(
         if step == die_at:
             raise Killed
         loss = jnp.float32(losses[step]) if losses else state["n"] / 2
-        return state | {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)} | (metrics or {})
+        return state | {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)} | (
+            metrics or {}
+        )
 
     def validate(state):
         step = int(state["n"])
-        return loop.Validation({"validation/score": scores[step]}, [{"prompt": f"p{step}"}, {"prompt": "q"}])
+        return loop.Validation(
+            {"validation/score": scores[step]}, [{"prompt": f"p{step}"}, {"prompt": "q"}]
+        )
 
     with open_stage(config, "sft", {}) as stage:
-        optimizer = make_optimizer(options["optimizer"], num_steps).init({}) if "optimizer" in options else None
+        optimizer = (
+            make_optimizer(options["optimizer"], num_steps).init({})
+            if "optimizer" in options
+            else None
+        )
         start = stage.copy({"n": jnp.float32(0), "optimizer": optimizer})
-        job = loop.Job(advance, num_steps, validate if scores else None, judged_by="max:validation/score", **options)
+        job = loop.Job(
+            advance,
+            num_steps,
+            validate if scores else None,
+            judged_by="max:validation/score",
+            **options,
+        )
         state, row = loop.train(stage, start, job)
     return int(state["n"]), row
 
@@ -60,7 +74,10 @@ def rows(folder):
 
 
 def files(config: RunConfig) -> dict[str, bytes]:
-    return {name: (Path(config.output_dir) / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
+    return {
+        name: (Path(config.output_dir) / name).read_bytes()
+        for name in ("metrics.jsonl", "samples.jsonl")
+    }
 
 
 @pytest.fixture
@@ -69,11 +86,16 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing(config, tmp_path, asynchronous):
+def test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing(
+    config, tmp_path, asynchronous
+):
     config = dataclasses.replace(config, checkpoint_async=asynchronous)
     straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
     scores = [float(n) for n in range(7)]
-    assert run_loop(straight, scores=scores) == (6, {"loss": 2.5, "nonfinite": 0.0, "validation/score": 6.0})
+    assert run_loop(straight, scores=scores) == (
+        6,
+        {"loss": 2.5, "nonfinite": 0.0, "validation/score": 6.0},
+    )
     for options, die_at in (({}, 3), ({"resume": True}, 3), ({"resume": True}, 5)):
         with pytest.raises(Killed):
             run_loop(dataclasses.replace(config, **options), die_at=die_at, scores=scores)
@@ -100,7 +122,9 @@ class Watched:
 
 
 def test_a_step_starts_before_the_metrics_of_the_last_one_are_read(config):
-    """The host waits where something depends on the step: checkpoints at 4 and at the end, here after 8."""
+    """The host waits where something depends on the step: checkpoints at 4 and at the end, here
+    after 8.
+    """
     events: list[tuple[str, int]] = []
 
     def advance(state, step):
@@ -110,10 +134,31 @@ def test_a_step_starts_before_the_metrics_of_the_last_one_are_read(config):
     def order(**changes):
         events.clear()
         with open_stage(dataclasses.replace(config, **changes), "sft", {}) as stage:
-            loop.train(stage, stage.copy({"n": jnp.float32(0)}), loop.Job(advance, 8, validation_interval=3))
+            loop.train(
+                stage,
+                stage.copy({"n": jnp.float32(0)}),
+                loop.Job(advance, 8, validation_interval=3),
+            )
         return [f"{what[0]}{step}" for what, step in events]
 
-    ahead = ["s1", "s2", "r1", "s3", "r2", "s4", "r3", "r4", "s5", "s6", "r5", "s7", "r6", "s8", "r7", "r8"]
+    ahead = [
+        "s1",
+        "s2",
+        "r1",
+        "s3",
+        "r2",
+        "s4",
+        "r3",
+        "r4",
+        "s5",
+        "s6",
+        "r5",
+        "s7",
+        "r6",
+        "s8",
+        "r7",
+        "r8",
+    ]
     assert order(checkpoint_interval=4) == ahead
     each = [f"{what}{step}" for step in range(1, 9) for what in "sr"]
     assert order(checkpoint_interval=4, alerts=("nonfinite > 1: stop",), overwrite=True) == each
@@ -156,7 +201,11 @@ def test_a_checkpoint_says_where_it_comes_from(config):
     run_loop(config, num_steps=1)
     with checkpoint.Checkpoints(Path(config.output_dir) / "checkpoints") as checkpoints:
         _, meta = checkpoints.restore({"n": jnp.float32(0), "optimizer": None})
-    assert (meta["seed"], meta["device"], meta["config"]["checkpoint_interval"]) == (7, "4 x cpu", 2)
+    assert (meta["seed"], meta["device"], meta["config"]["checkpoint_interval"]) == (
+        7,
+        "4 x cpu",
+        2,
+    )
 
 
 def test_step_0_is_on_disk_before_the_first_update(config):
@@ -168,7 +217,10 @@ def test_step_0_is_on_disk_before_the_first_update(config):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_and_saves(config, tmp_path, number, code):
-    straight, before = dataclasses.replace(config, output_dir=str(tmp_path / "straight")), signal.getsignal(number)
+    straight, before = (
+        dataclasses.replace(config, output_dir=str(tmp_path / "straight")),
+        signal.getsignal(number),
+    )
     run_loop(straight)
     with pytest.raises(Stopped, match=r"after step 3 of 6(.|\n)*--resume") as stopped:
         run_loop(config, before_step=lambda state, step: step == 2 and signal.raise_signal(number))
@@ -189,13 +241,21 @@ def test_stopped_means_saved(config, monkeypatch):
             monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", full)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(TrainingFault, match=r"checkpoint of step 3 could not be written .*No space left"):
-        run_loop(dataclasses.replace(config, checkpoint_async=True, checkpoint_interval=10), before_step=interrupt)
+    with pytest.raises(
+        TrainingFault, match=r"checkpoint of step 3 could not be written .*No space left"
+    ):
+        run_loop(
+            dataclasses.replace(config, checkpoint_async=True, checkpoint_interval=10),
+            before_step=interrupt,
+        )
 
 
 def test_an_update_that_is_not_finite_names_step_checkpoint_and_rows(config):
     def sources(step):
-        return (f"{file}.json, line {line + step}" for file, line in (("b", 1), ("a", 2), ("b", 7), ("b", 1)))
+        return (
+            f"{file}.json, line {line + step}"
+            for file, line in (("b", 1), ("a", 2), ("b", 7), ("b", 1))
+        )
 
     config = dataclasses.replace(config, checkpoint_async=True)
     message = r"at step 5; .*checkpoint is step 4 in .*rows of this batch: b\.json, line 5, 11; a\.json, line 6$"
@@ -204,12 +264,16 @@ def test_an_update_that_is_not_finite_names_step_checkpoint_and_rows(config):
 
 
 def test_the_best_checkpoint_becomes_the_model(config, capsys):
-    config = dataclasses.replace(config, keep_best="min:validation/score", keep_last=1, checkpoint_interval=100)
+    config = dataclasses.replace(
+        config, keep_best="min:validation/score", keep_last=1, checkpoint_interval=100
+    )
     config = dataclasses.replace(config, early_stopping_patience=3)  # by the same metric
     state, row = run_loop(config, scores=[3.0, 2.0, jnp.nan, 0.5, 2.0, 1.0, 0.75])
     assert (state, row["validation/score"]) == (3, 0.5)
     assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [3, 6]
-    assert "validation/score is best at step 3: 0.5; model/ is of that step" in capsys.readouterr().out
+    assert (
+        "validation/score is best at step 3: 0.5; model/ is of that step" in capsys.readouterr().out
+    )
     assert run_loop(dataclasses.replace(config, resume=True), scores=[3.0] * 7)[0] == 3
     assert "finished already" in capsys.readouterr().out
 
@@ -222,8 +286,16 @@ def test_the_best_checkpoint_becomes_the_model(config, capsys):
             [1.0],
             "no metric validation/loss; the validations give validation/score",
         ),
-        ({"keep_best": "max:validation/loss"}, None, "keep_best max:validation/loss: nothing is held out"),
-        ({"early_stopping_patience": 2}, None, "early_stopping_patience and schedule plateau: nothing is held out"),
+        (
+            {"keep_best": "max:validation/loss"},
+            None,
+            "keep_best max:validation/loss: nothing is held out",
+        ),
+        (
+            {"early_stopping_patience": 2},
+            None,
+            "early_stopping_patience and schedule plateau: nothing is held out",
+        ),
     ],
 )
 def test_a_run_needs_the_metric_that_it_is_judged_by(config, options, scores, message):
@@ -231,7 +303,15 @@ def test_a_run_needs_the_metric_that_it_is_judged_by(config, options, scores, me
         run_loop(dataclasses.replace(config, **options), scores=scores)
 
 
-SCORES = [1.0, 2.0, 3.0, 2.5, 3.0, 2.0, 4.0]  # step 5 is the third validation in a row without improvement
+SCORES = [
+    1.0,
+    2.0,
+    3.0,
+    2.5,
+    3.0,
+    2.0,
+    4.0,
+]  # step 5 is the third validation in a row without improvement
 
 
 def test_early_stopping_ends_a_run_and_says_so(config, tmp_path, capsys):
@@ -245,18 +325,32 @@ def test_early_stopping_ends_a_run_and_says_so(config, tmp_path, capsys):
     assert run_loop(again, die_at=5, scores=SCORES)[0] == 5  # finished: no step is taken
     assert said in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    changed = dataclasses.replace(again, early_stopping_patience=4, allow_changed=("early_stopping_patience",))
+    changed = dataclasses.replace(
+        again, early_stopping_patience=4, allow_changed=("early_stopping_patience",)
+    )
     assert run_loop(changed, scores=SCORES)[0] == 6
 
 
 def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
-    """Killed between a checkpoint and the validation that ends the run: what was counted before is not forgotten."""
-    options = {"scores": SCORES, "optimizer": Optimizer(schedule="plateau", decay_patience=2, decay_factor=0.5)}
+    """Killed between a checkpoint and the validation that ends the run: what was counted before is
+    not forgotten.
+    """
+    options = {
+        "scores": SCORES,
+        "optimizer": Optimizer(schedule="plateau", decay_patience=2, decay_factor=0.5),
+    }
     config = dataclasses.replace(config, early_stopping_patience=3)
     straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
     assert run_loop(straight, **options)[0] == 5
     # Step 4 is the second validation without improvement.
-    assert [row.get("plateau_scale") for row in rows(tmp_path / "straight")] == [None, 1, 1, 1, 1, 0.5]
+    assert [row.get("plateau_scale") for row in rows(tmp_path / "straight")] == [
+        None,
+        1,
+        1,
+        1,
+        1,
+        0.5,
+    ]
     for resume, die_at in ((False, 3), (True, 4)):
         with pytest.raises(Killed):
             run_loop(dataclasses.replace(config, resume=resume), die_at=die_at, **options)
@@ -266,7 +360,10 @@ def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
 
 @pytest.mark.parametrize(
     ("interval", "scores", "last", "early"),
-    [(2, [1.0, 0, 2.0, 0, 2.0, 0, 3.0], 4, True), (6, [1.0] * 7, 6, False)],  # the last step ends the run anyway
+    [
+        (2, [1.0, 0, 2.0, 0, 2.0, 0, 3.0], 4, True),
+        (6, [1.0] * 7, 6, False),
+    ],  # the last step ends the run anyway
 )
 def test_validations_count_and_not_steps(config, capsys, interval, scores, last, early):
     config = dataclasses.replace(config, early_stopping_patience=1)
@@ -276,13 +373,16 @@ def test_validations_count_and_not_steps(config, capsys, interval, scores, last,
 
 def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):
     assert run_loop(config)[0] == 6
-    longer = dataclasses.replace(config, resume=True, sft=dataclasses.replace(config.sft, num_epochs=2))
+    longer = dataclasses.replace(
+        config, resume=True, sft=dataclasses.replace(config.sft, num_epochs=2)
+    )
     with pytest.raises(UserError, match=r"sft\.num_epochs was 1 and is now 2"):
         run_loop(longer)
     longer = dataclasses.replace(longer, allow_changed=("sft.num-epochs",))
     assert run_loop(longer, num_steps=8)[0] == 8
     assert "another run than it began: sft.num_epochs was 1 and is now 2" in capsys.readouterr().out
-    # From now on this is the run, so that neither its report nor its next resumption is of the old one.
+    # From now on this is the run, so that neither its report nor its next resumption is of the old
+    # one.
     stored = parse(RunConfig, ["--config", str(Path(config.output_dir) / "config.yaml")])
     assert stored == dataclasses.replace(longer, resume=False, allow_changed=())
     assert run_loop(dataclasses.replace(longer, allow_changed=()), num_steps=8)[0] == 8
@@ -313,7 +413,9 @@ def test_other_data_is_allowed_where_the_tokens_stay_the_same(tmp_path, tokenize
         ("rlhf_jax.runs.log.RowWriter.write", "run: the disk is full; make room, then go on"),
     ],
 )
-def test_a_full_disk_ends_the_run_with_a_sentence_and_the_run_goes_on(config, monkeypatch, target, message):
+def test_a_full_disk_ends_the_run_with_a_sentence_and_the_run_goes_on(
+    config, monkeypatch, target, message
+):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -336,4 +438,6 @@ def test_other_generators_are_seeded_by_the_seed_and_the_step(config):
     with pytest.raises(Killed):
         run_loop(dataclasses.replace(config, overwrite=True), die_at=3)
     assert draws(resume=True) == first[2:]
-    assert len({number for pair in first + draws(overwrite=True, seed=6) for number in pair}) == 2 * 12
+    assert (
+        len({number for pair in first + draws(overwrite=True, seed=6) for number in pair}) == 2 * 12
+    )

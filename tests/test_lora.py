@@ -1,4 +1,6 @@
-"""LoRA as functions of parameters: the factored term, its gradient, merging, memory, PEFT's folders."""
+"""LoRA as functions of parameters: the factored term, its gradient, merging, memory, PEFT's
+folders.
+"""
 
 import dataclasses
 import json
@@ -18,7 +20,10 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.models.stack import Dense
 
-CONFIGS = {"gpt2 scanned": dataclasses.replace(CONFIG, num_layers=3, scan_layers=True, remat=True), "llama": LLAMA}
+CONFIGS = {
+    "gpt2 scanned": dataclasses.replace(CONFIG, num_layers=3, scan_layers=True, remat=True),
+    "llama": LLAMA,
+}
 TOKENS = some_tokens(2, 8)
 
 
@@ -26,7 +31,10 @@ def grown(adapters):
     """Adapters as after some training: B is no longer 0."""
     leaves = flatten_dict(adapters)
     rng = np.random.default_rng(0)
-    noise = {path: 0.2 * rng.normal(size=leaf.shape) * (path[-1] != "lora_scale") for path, leaf in leaves.items()}
+    noise = {
+        path: 0.2 * rng.normal(size=leaf.shape) * (path[-1] != "lora_scale")
+        for path, leaf in leaves.items()
+    }
     return unflatten_dict({path: jnp.float32(leaf + noise[path]) for path, leaf in leaves.items()})
 
 
@@ -34,7 +42,11 @@ def grown(adapters):
 def adapted(request):
     model = models.build(request.param)
     params = model.init(jax.random.key(0))
-    return model._replace(apply=jax.jit(model.apply)), params, lora.init(jax.random.key(1), params, 3, alpha=6.0)
+    return (
+        model._replace(apply=jax.jit(model.apply)),
+        params,
+        lora.init(jax.random.key(1), params, 3, alpha=6.0),
+    )
 
 
 def test_the_layer_adds_the_factored_term():
@@ -59,8 +71,13 @@ def test_the_layer_adds_the_factored_term():
 
 def test_adapters_start_at_zero_with_peft_s_range_and_scale(adapted):
     model, params, adapters = adapted
-    np.testing.assert_array_equal(model.apply(params, TOKENS), model.apply(lora.attach(params, adapters), TOKENS))
-    leaves, kernels = flatten_dict(adapters), [path for path in flatten_dict(params) if path[-1] == "kernel"]
+    np.testing.assert_array_equal(
+        model.apply(params, TOKENS), model.apply(lora.attach(params, adapters), TOKENS)
+    )
+    leaves, kernels = (
+        flatten_dict(adapters),
+        [path for path in flatten_dict(params) if path[-1] == "kernel"],
+    )
     assert len(leaves) == 3 * len(kernels)
     for *module, _ in kernels:
         shape, first = flatten_dict(params)[(*module, "kernel")].shape, 1 + (module[0] == "h")
@@ -78,9 +95,15 @@ def test_match_chooses_layers():
     places = {"/".join(path[:-1]) for path in flatten_dict(adapters)}
     assert places == {"h_0/mlp/c_fc", "h_1/attn/c_attn", "h_1/mlp/c_fc"}
     for message, refused in (
-        (r"'q_proj'; the layers hold attn/c_attn, attn/c_proj", lambda: lora.init(None, params, 2, "q_proj")),
+        (
+            r"'q_proj'; the layers hold attn/c_attn, attn/c_proj",
+            lambda: lora.init(None, params, 2, "q_proj"),
+        ),
         (r"rank must be at least 1", lambda: lora.init(None, params, 0)),
-        (r"h_2/attn/c_attn/lora_a belongs", lambda: lora.attach(params, {"h_2": {"attn": adapters["h_1"]["attn"]}})),
+        (
+            r"h_2/attn/c_attn/lora_a belongs",
+            lambda: lora.attach(params, {"h_2": {"attn": adapters["h_1"]["attn"]}}),
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             refused()
@@ -96,12 +119,18 @@ def test_merging_gives_the_same_function_and_not_the_base(adapted):
     assert jnp.abs(logits - model.apply(params, TOKENS)).max() > 0.05
     # The sampler decodes through the adapters too.
     positions = jnp.broadcast_to(jnp.arange(8), TOKENS.shape)
-    decoded, _ = jax.jit(model.decode)(attached, TOKENS, positions, jnp.ones_like(TOKENS), model.init_cache(2, 8), 0)
+    decoded, _ = jax.jit(model.decode)(
+        attached, TOKENS, positions, jnp.ones_like(TOKENS), model.init_cache(2, 8), 0
+    )
     np.testing.assert_allclose(decoded, logits, atol=2e-6)
 
 
 def test_a_small_change_survives_merging_into_bfloat16_weights():
-    base = {"h_0": {"attn": {"kernel": jnp.ones((4, 4), jnp.bfloat16), "bias": jnp.ones(4, jnp.bfloat16)}}}
+    base = {
+        "h_0": {
+            "attn": {"kernel": jnp.ones((4, 4), jnp.bfloat16), "bias": jnp.ones(4, jnp.bfloat16)}
+        }
+    }
     adapters = lora.init(jax.random.key(1), base, 2)
     adapters["h_0"]["attn"]["lora_b"] += 1e-3
     merged = lora.merge(base, adapters)["h_0"]["attn"]
@@ -116,7 +145,9 @@ def test_no_merged_copy_of_a_kernel_and_no_gradient_of_one_is_computed():
 
     def largest(apply):
         gradient = jax.grad(lambda adapters: jnp.sum(apply(adapters) ** 2))
-        return max(array_sizes(jax.make_jaxpr(gradient)(lora.init(jax.random.key(1), base, 2)).jaxpr))
+        return max(
+            array_sizes(jax.make_jaxpr(gradient)(lora.init(jax.random.key(1), base, 2)).jaxpr)
+        )
 
     kernel, tokens = 64 * 4 * 64, TOKENS % 7
     assert largest(lambda adapters: lora.bind(model.apply, base)(adapters, tokens)) < kernel
@@ -130,10 +161,16 @@ def test_peft_folders_round_trip(adapted, tmp_path):
     lora.save(tmp_path, params, {**grown(adapters), "score": head}, base_model="some/base")
     loaded = lora.load(tmp_path, params)
     with safe_open(tmp_path / "adapter_model.safetensors", "numpy") as weights:
-        assert weights.metadata() == {"reward_shift": "-2.5"}  # two entries would be written in a random order
+        assert weights.metadata() == {
+            "reward_shift": "-2.5"
+        }  # two entries would be written in a random order
     # A score comes back as gain 1 and bias 0.
     kept = {"kernel": 2.0 * head["kernel"], "gain": 1.0, "bias": 0.0, "shift": -2.5}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), loaded, {**grown(adapters), "score": kept})
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        loaded,
+        {**grown(adapters), "score": kept},
+    )
     config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
     assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (3, 6.0, ["score"])
     assert config["base_model_name_or_path"] == "some/base"
@@ -147,7 +184,11 @@ def test_partial_and_strange_folders(tmp_path):
         lora.save(tmp_path, params, lora.init(jax.random.key(1), params, 2, match))
         return json.loads(file.read_text("utf-8"))["target_modules"]
 
-    places = ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"]
+    places = [
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.1.attn.c_attn",
+        "transformer.h.1.attn.c_proj",
+    ]
     assert saved_targets("h_1/attn|h_0/attn/c_attn") == places
     assert saved_targets("h_1/attn") == ["attn.c_attn", "attn.c_proj"]
     expected = lora.init(jax.random.key(1), params, 2, "h_1/attn")
@@ -155,7 +196,9 @@ def test_partial_and_strange_folders(tmp_path):
     config, tensors = json.loads(file.read_text("utf-8")), load_file(weights)
 
     file.write_text(json.dumps(config | {"use_rslora": True, "lora_alpha": 8}), encoding="utf-8")
-    assert lora.load(tmp_path, params)["h_1"]["attn"]["c_attn"]["lora_scale"] == pytest.approx(8 / 2**0.5)
+    assert lora.load(tmp_path, params)["h_1"]["attn"]["c_attn"]["lora_scale"] == pytest.approx(
+        8 / 2**0.5
+    )
     one = np.ones((1, 8), np.float32)
     incomplete = {name: value for name, value in tensors.items() if "c_proj.lora_B" not in name}
     score = {"base_model.model.score.weight": one}
@@ -164,7 +207,11 @@ def test_partial_and_strange_folders(tmp_path):
         ({"use_dora": True}, tensors, "use_dora is True: such adapters are not supported"),
         ({"bias": "all"}, tensors, "bias is 'all'"),
         ({"lora_alpha": None}, tensors, "lora_alpha is None, expected a number"),
-        ({}, {**tensors, "base_model.model.lm_head.lora_A.weight": one}, "unexpected tensors: lm_head.lora_A.weight"),
+        (
+            {},
+            {**tensors, "base_model.model.lm_head.lora_A.weight": one},
+            "unexpected tensors: lm_head.lora_A.weight",
+        ),
         ({}, incomplete, "missing tensors: transformer.h.1.attn.c_proj.lora_B.weight"),
         ({}, score, "reward_shift in its metadata is no number"),
         ({}, {}, "no adapter of a kernel of this model"),
@@ -176,7 +223,10 @@ def test_partial_and_strange_folders(tmp_path):
     file.unlink()
     with pytest.raises(UserError, match="an adapter folder holds adapter_config"):
         lora.load(tmp_path, params)
-    two_ranks = [lora.init(jax.random.key(1), params, rank, match) for rank, match in ((1, "h_0"), (2, "h_1"))]
+    two_ranks = [
+        lora.init(jax.random.key(1), params, rank, match)
+        for rank, match in ((1, "h_0"), (2, "h_1"))
+    ]
     for adapters, message in (
         (two_ranks[0] | two_ranks[1], "one rank and scale"),
         ({"value": {"kernel": jnp.zeros(8)}}, "cannot save value/kernel as adapters"),

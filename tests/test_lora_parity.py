@@ -1,4 +1,6 @@
-"""LoRA against PEFT on torch: folders both ways, logits, scores and gradients, on random tiny weights."""
+"""LoRA against PEFT on torch: folders both ways, logits, scores and gradients, on random tiny
+weights.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,9 @@ def with_peft(reference, targets, **config):
     import torch
 
     torch.manual_seed(1)
-    adapted = peft.get_peft_model(reference, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, **config))
+    adapted = peft.get_peft_model(
+        reference, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, **config)
+    )
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -58,23 +62,35 @@ def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, family, scan_la
 
     import torch
 
-    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0)}
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0),
+    }
     logits = adapted(**{name: torch.tensor(array) for name, array in inputs.items()}).logits
     logits[torch.tensor(real)].square().mean().backward()
-    gradients = {name: p.grad.numpy() for name, p in adapted.named_parameters() if p.grad is not None}
+    gradients = {
+        name: p.grad.numpy() for name, p in adapted.named_parameters() if p.grad is not None
+    }
 
     def loss(adapters):
         found = model.apply(lora.attach(params, adapters), tokens, mask)
-        return jnp.sum(jnp.where(real[..., None], jnp.square(found), 0.0)) / (real.sum() * found.shape[-1])
+        return jnp.sum(jnp.where(real[..., None], jnp.square(found), 0.0)) / (
+            real.sum() * found.shape[-1]
+        )
 
     found, compared = flatten_dict(jax.jit(jax.grad(loss))(adapters)), 0
     for path in [path for path in found if path[-1] != "lora_scale"]:
         gradient = found[path]
         stored = names.family_of(model.config).tensors((*path[:-1], "kernel"), gradient.shape)
-        for name, ours in zip(stored, np.asarray(gradient if path[0] == "h" else [gradient]), strict=True):
+        for name, ours in zip(
+            stored, np.asarray(gradient if path[0] == "h" else [gradient]), strict=True
+        ):
             module = f"base_model.model.{name.removesuffix('.weight')}.lora_{path[-1][-1].upper()}"
             theirs = gradients[f"{module}.default.weight"].T
-            np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, atol=2e-4 * np.abs(theirs).max())
+            np.testing.assert_allclose(
+                ours.reshape(theirs.shape), theirs, atol=2e-4 * np.abs(theirs).max()
+            )
             compared += 1
     assert compared == len(gradients)
 
@@ -88,7 +104,10 @@ def test_peft_loads_our_adapters(tmp_path, family):
     model, params = models.load(tmp_path / "base")
     adapters = lora.init(jax.random.key(0), params, 2, "attn|h_1/mlp", alpha=3.0)
     adapters = jax.tree.map(
-        lambda leaf: leaf + 0.2 * jax.random.normal(jax.random.key(1), leaf.shape) if leaf.ndim else leaf, adapters
+        lambda leaf: (
+            leaf + 0.2 * jax.random.normal(jax.random.key(1), leaf.shape) if leaf.ndim else leaf
+        ),
+        adapters,
     )
     lora.save(tmp_path / "adapter", params, adapters)
     adapted = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()

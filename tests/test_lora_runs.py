@@ -1,4 +1,6 @@
-"""Runs under LoRA, on a frozen bfloat16 base: what is trained, what is saved, the reference, its refresh, resume."""
+"""Runs under LoRA, on a frozen bfloat16 base: what is trained, what is saved, the reference, its
+refresh, resume.
+"""
 
 import dataclasses
 import json
@@ -38,10 +40,16 @@ def test_a_run_saves_the_merged_model_and_its_adapters(run, lora_config):
     _, merged = models.load(done.model_folder)
     adapters = lora.load(done.folder / "adapter", base)
     kernels = [path for path in flatten_dict(base) if path[-1] == "kernel"]
-    assert {path[:-1] for path in flatten_dict(adapters) if path[-1] == "lora_a"} == {path[:-1] for path in kernels}
-    expected, saved, before = (flatten_dict(tree) for tree in (lora.merge(base, adapters), merged, base))
+    assert {path[:-1] for path in flatten_dict(adapters) if path[-1] == "lora_a"} == {
+        path[:-1] for path in kernels
+    }
+    expected, saved, before = (
+        flatten_dict(tree) for tree in (lora.merge(base, adapters), merged, base)
+    )
     for path, leaf in expected.items():
-        np.testing.assert_allclose(saved[path].astype("f4"), leaf.astype("f4"), rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            saved[path].astype("f4"), leaf.astype("f4"), rtol=1e-6, atol=1e-7
+        )
         if path in kernels:
             assert np.abs(leaf - before[path].astype("f4")).max() > 1e-4
         elif path[0] != "score":
@@ -52,9 +60,14 @@ def test_a_run_saves_the_merged_model_and_its_adapters(run, lora_config):
 def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_with_it(
     lora_config, tmp_path, monkeypatch
 ):
-    config = dataclasses.replace(lora_config, rl=dataclasses.replace(lora_config.rl, reference_refresh=2))  # noqa: F811
+    config = dataclasses.replace(  # noqa: F811
+        lora_config, rl=dataclasses.replace(lora_config.rl, reference_refresh=2)
+    )
     straight = training.rl.run(config, ppo)
-    rows = [json.loads(line) for line in (straight.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (straight.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     kl = {row["step"]: abs(row["objective/kl"]) for row in rows if "objective/kl" in row}
     assert max(kl[1], kl[3], kl[5]) < 1e-5 < 1e-4 < min(kl[2], kl[4], kl[6])
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
@@ -72,7 +85,10 @@ def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_wit
         (["--lora.rank", "2"], "lora.rank adapts a trained model: give --model"),
         (["--lora.match", "("], "match is no regular expression"),
         (["--lora.alpha", "0"], "alpha must be above 0"),
-        (["--rl.reference-refresh", "3", "--rl.kl-coef", "0"], "rl.reference_refresh: no KL is used here"),
+        (
+            ["--rl.reference-refresh", "3", "--rl.kl-coef", "0"],
+            "rl.reference_refresh: no KL is used here",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(flags, message, tmp_path):

@@ -1,4 +1,6 @@
-"""losses: hand-worked numbers, slow loops, and what must not matter: masked columns, absent rows, splitting a batch."""
+"""losses: hand-worked numbers, slow loops, and what must not matter: masked columns, absent rows,
+splitting a batch.
+"""
 
 import functools
 import math
@@ -31,7 +33,9 @@ def test_comparison_by_hand():
     assert losses.comparison(pair, best, margin=f32(0.5))[0] == pytest.approx(0.474077, abs=1e-6)
     assert losses.comparison(pair, jnp.array([1]))[0] == pytest.approx(1.313262, abs=1e-6)
     centred = losses.comparison(jnp.array([[1.0, 2.0]]), best, centering=0.01)
-    assert centred[0] - losses.comparison(jnp.array([[1.0, 2.0]]), best)[0] == pytest.approx(0.09, abs=1e-6)
+    assert centred[0] - losses.comparison(jnp.array([[1.0, 2.0]]), best)[0] == pytest.approx(
+        0.09, abs=1e-6
+    )
     for k in (2, 4, 9):
         assert losses.comparison(jnp.ones((1, k)), best)[0] == pytest.approx(math.log(k), abs=1e-6)
 
@@ -41,7 +45,9 @@ def comparisons(scores, best, margin):
     """Losses [B] and their gradients [B, K]; of pairs with centering."""
 
     def total(scores):
-        loss = losses.comparison(scores, best, margin, centering=0.05 if scores.shape[1] == 2 else 0.0)
+        loss = losses.comparison(
+            scores, best, margin, centering=0.05 if scores.shape[1] == 2 else 0.0
+        )
         return loss.sum(), loss
 
     return jax.value_and_grad(total, has_aux=True)(scores)
@@ -53,7 +59,9 @@ def test_comparison_and_its_gradient_equal_a_loop(seed, k, scale):
     rng = np.random.default_rng(seed)
     scores, best = scale * rng.normal(size=(3, k)).astype(np.float32), rng.integers(0, k, size=3)
     margin, absent = rng.integers(0, 8, size=3) / 4, rng.random((3, k)) < 0.3
-    (_, got), gradient = comparisons(np.where(absent, -np.inf, scores), best, margin.astype(np.float32))
+    (_, got), gradient = comparisons(
+        np.where(absent, -np.inf, scores), best, margin.astype(np.float32)
+    )
     for i in range(3):
 
         def loss(score, at, i=i):
@@ -76,7 +84,9 @@ def test_absent_answers_give_no_gradient_and_no_nan():
 
     @jax.jit
     def f(scores, margin):
-        return jax.value_and_grad(lambda s: losses.comparison(s, best[: len(s)], margin).sum())(scores)
+        return jax.value_and_grad(lambda s: losses.comparison(s, best[: len(s)], margin).sum())(
+            scores
+        )
 
     value, gradient = f(scores, f32(0.1, jnp.nan, 0.1))
     two, two_gradient = f(scores[:1, ::2], f32(0.1))
@@ -98,7 +108,10 @@ def test_regression_is_the_squared_error_of_each_score():
 
 
 def test_policy_gradient_by_hand():
-    log_probs, mask = jnp.array([[0.0, -1.0, -2.0], [0.0, -3.0, -4.0]]), jnp.array([[0, 1, 1], [0, 1, 0]])
+    log_probs, mask = (
+        jnp.array([[0.0, -1.0, -2.0], [0.0, -3.0, -4.0]]),
+        jnp.array([[0, 1, 1], [0, 1, 0]]),
+    )
     expected = [[0, 7, 14], [0, 33, 0]]
     np.testing.assert_allclose(losses.policy_gradient(log_probs, f32(7, 11), mask), expected)
     by_token = jnp.broadcast_to(f32(7, 11)[:, None], (2, 3))
@@ -113,7 +126,9 @@ def test_clipped_surrogate_by_hand():
     advantages = f32(1, -1, 1, -1, 2)
     got = losses.clipped_surrogate(jnp.log(ratios), jnp.zeros(5), advantages)
     np.testing.assert_allclose(got, [-0.5, 0.8, -1.2, 1.5, -2.0], rtol=1e-6)
-    asymmetric = losses.clipped_surrogate(jnp.log(ratios), jnp.zeros(5), advantages, clip_low=0.1, clip_high=0.3)
+    asymmetric = losses.clipped_surrogate(
+        jnp.log(ratios), jnp.zeros(5), advantages, clip_low=0.1, clip_high=0.3
+    )
     np.testing.assert_allclose(asymmetric, [-0.5, 0.9, -1.3, 1.5, -2.0], rtol=1e-6)
     far = losses.clipped_surrogate(jnp.log(f32(9, 9)), jnp.zeros(2), f32(-1, 1), dual_clip=3.0)
     np.testing.assert_allclose(far, [3.0, -1.2], rtol=1e-6)  # dual clip: for A < 0 only
@@ -128,18 +143,28 @@ def test_on_policy_the_surrogates_gradient_is_the_policy_gradient():
 def test_clipped_value_by_hand():
     assert losses.clipped_value(f32(1), f32(0), f32(2))[0] == pytest.approx(1.62)
     assert losses.clipped_value(f32(0.1), f32(0), f32(2))[0] == pytest.approx(0.5 * 1.9**2)
-    assert losses.clipped_value(f32(1), f32(0), f32(-1), clip=0.5)[0] == pytest.approx(2.0)  # the larger of the two
+    assert losses.clipped_value(f32(1), f32(0), f32(-1), clip=0.5)[0] == pytest.approx(
+        2.0
+    )  # the larger of the two
     gradient = jax.grad(lambda *x: losses.clipped_value(*x).sum(), argnums=(0, 1))
     chex.assert_trees_all_close(gradient(f32(0.1), f32(0), f32(2)), (f32(-1.9), f32(0)))
-    chex.assert_trees_all_close(gradient(f32(1), f32(0), f32(2)), (f32(0), f32(0)))  # clipped: not old values
+    chex.assert_trees_all_close(
+        gradient(f32(1), f32(0), f32(2)), (f32(0), f32(0))
+    )  # clipped: not old values
 
 
-@pytest.mark.parametrize("f", [losses.policy_gradient, losses.clipped_surrogate, losses.clipped_value])
+@pytest.mark.parametrize(
+    "f", [losses.policy_gradient, losses.clipped_surrogate, losses.clipped_value]
+)
 def test_nothing_but_the_first_argument_is_differentiated(f):
-    """What the advantages, old values and returns were made of does not learn from the policy's loss."""
+    """What the advantages, old values and returns were made of does not learn from the policy's
+    loss.
+    """
     arrays = jnp.array([[0.1]]), jnp.array([[0.2]]), jnp.array([[0.7]])
     if f is losses.policy_gradient:
-        gradient = jax.grad(lambda x, a: f(x, a, jnp.ones((1, 1))).sum(), argnums=(0, 1))(*arrays[:2])
+        gradient = jax.grad(lambda x, a: f(x, a, jnp.ones((1, 1))).sum(), argnums=(0, 1))(
+            *arrays[:2]
+        )
     else:
         gradient = jax.grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2))(*arrays)
     assert [bool(g.any()) for g in gradient] == [True] + [False] * (len(gradient) - 1)
@@ -170,16 +195,24 @@ def test_dpo_by_hand(kind, smoothing, delta, expected, at_start):
 
 
 def test_orpo_by_hand():
-    """Chosen tokens of probability 1/2 (odds 1), rejected ones of 1/4 (odds 1/3): ln 2 + lambda ln(1 + 1/3)."""
+    """Chosen tokens of probability 1/2 (odds 1), rejected ones of 1/4 (odds 1/3): ln 2 + lambda
+    ln(1 + 1/3).
+    """
     half, quarter = f32(math.log(0.5)), f32(math.log(0.25))
-    assert losses.dpo(half, quarter, 0.1, "orpo")[0] == pytest.approx(math.log(2) + 0.1 * math.log(4 / 3), abs=1e-6)
-    assert losses.dpo(quarter, half, 0.1, "orpo")[0] == pytest.approx(math.log(4) + 0.1 * math.log(4), abs=1e-6)
+    assert losses.dpo(half, quarter, 0.1, "orpo")[0] == pytest.approx(
+        math.log(2) + 0.1 * math.log(4 / 3), abs=1e-6
+    )
+    assert losses.dpo(quarter, half, 0.1, "orpo")[0] == pytest.approx(
+        math.log(4) + 0.1 * math.log(4), abs=1e-6
+    )
     sure = jax.value_and_grad(lambda x: losses.dpo(x, quarter, 0.1, "orpo").sum())(f32(0.0))
     chex.assert_tree_all_finite(sure)  # whose odds are infinite
 
 
 def test_kto_by_hand():
-    """beta (l - z) = ln 3 for a log-ratio of 3 ln 3, a reference point of ln 3 and beta = 1/2: sigmoid 3/4."""
+    """beta (l - z) = ln 3 for a log-ratio of 3 ln 3, a reference point of ln 3 and beta = 1/2:
+    sigmoid 3/4.
+    """
     args = f32(3 * math.log(3), 3 * math.log(3)), f32(math.log(3))[0], jnp.array([True, False])
     np.testing.assert_allclose(losses.kto(*args, 0.5), [0.25, 0.75], rtol=1e-6)
     slopes = jax.grad(lambda *x: losses.kto(*x, args[2], 0.5).sum(), argnums=(0, 1))(*args[:2])
@@ -190,9 +223,13 @@ def test_kto_by_hand():
 def test_cispo_by_hand():
     """The clipped ratio is a weight: clipped tokens keep their gradient, -weight * A."""
     log_probs, ratio, advantages = f32(-1, -1, -2, -2), f32(0.1, 1, 3, 9), f32(1, 2, -1, 1)
-    f = functools.partial(losses.cispo, ratio=ratio, advantages=advantages, clip_low=0.5, clip_high=4.0)
+    f = functools.partial(
+        losses.cispo, ratio=ratio, advantages=advantages, clip_low=0.5, clip_high=4.0
+    )
     np.testing.assert_allclose(f(log_probs), [0.5, 2, -6, 10], rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(lambda x: f(x).sum())(log_probs), [-0.5, -2, 3, -5], rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(lambda x: f(x).sum())(log_probs), [-0.5, -2, 3, -5], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,11 +244,20 @@ def test_cispo_by_hand():
 def test_importance_weights_by_hand(how, expected):
     ratios = jnp.array([[0.5, math.nan, 2, 4], [math.nan, 3 / 4, math.nan, math.nan]])
     mask = jnp.array([[1, 0, 1, 1], [0, 1, 0, 0]])
-    weights = losses.importance_weights(jnp.log(ratios) - 3.0, jnp.full((2, 4), -3.0), mask, 2.0, how)
+    weights = losses.importance_weights(
+        jnp.log(ratios) - 3.0, jnp.full((2, 4), -3.0), mask, 2.0, how
+    )
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
-DPO = [("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.0), ("robust", 0.2), ("hinge", 0.0), ("ipo", 0.0)]
+DPO = [
+    ("sigmoid", 0.0),
+    ("sigmoid", 0.2),
+    ("robust", 0.0),
+    ("robust", 0.2),
+    ("hinge", 0.0),
+    ("ipo", 0.0),
+]
 
 
 @jax.jit
@@ -222,15 +268,22 @@ def all_of_dpo(chosen, rejected, beta):
         loss = losses.dpo(*pair, beta, kind, smoothing)
         return loss.sum(), loss
 
-    results = [jax.value_and_grad(total, has_aux=True)((chosen, rejected), *choice) for choice in DPO]
+    results = [
+        jax.value_and_grad(total, has_aux=True)((chosen, rejected), *choice) for choice in DPO
+    ]
     return [(loss, gradient) for (_, loss), gradient in results]
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(references.batches(shapes=((1, 1), (5, 1)), arrays=2, scales=references.WILD), st.sampled_from([0.01, 0.1, 1.0]))
+@given(
+    references.batches(shapes=((1, 1), (5, 1)), arrays=2, scales=references.WILD),
+    st.sampled_from([0.01, 0.1, 1.0]),
+)
 def test_dpo_and_its_gradient_equal_a_loop(batch, beta):
     chosen, rejected = (x[:, 0] for x in batch[0])
-    for (kind, smoothing), (loss, (up, down)) in zip(DPO, all_of_dpo(chosen, rejected, beta), strict=True):
+    for (kind, smoothing), (loss, (up, down)) in zip(
+        DPO, all_of_dpo(chosen, rejected, beta), strict=True
+    ):
         np.testing.assert_array_equal(up, -down)
         for i in range(len(chosen)):
             f = functools.partial(references.dpo, beta=beta, kind=kind, smoothing=smoothing)
@@ -243,9 +296,13 @@ def test_dpo_and_its_gradient_equal_a_loop(batch, beta):
 # One number from many
 
 
-@pytest.mark.parametrize(("how", "expected"), [("token", 1.25), ("sequence", 1.5), ("sum", 2.5), ("fixed", 0.625)])
+@pytest.mark.parametrize(
+    ("how", "expected"), [("token", 1.25), ("sequence", 1.5), ("sum", 2.5), ("fixed", 0.625)]
+)
 def test_aggregate_by_hand(how, expected):
-    per_token = jnp.array([[9.0, 2.0, 9.0, 9.0, 9.0], [9.0, 1.0, 1.0, 1.0, 9.0], [9.0, 9.0, 9.0, 9.0, 9.0]])
+    per_token = jnp.array(
+        [[9.0, 2.0, 9.0, 9.0, 9.0], [9.0, 1.0, 1.0, 1.0, 9.0], [9.0, 9.0, 9.0, 9.0, 9.0]]
+    )
     mask = jnp.array([[0, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]])
     assert losses.aggregate(per_token, mask, how, length=4).value == pytest.approx(expected)
     wider = [jnp.pad(x, ((0, 0), (3, 2))) for x in (per_token, mask)]
@@ -265,7 +322,9 @@ def aggregates(x, mask):
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(references.batches(scales=references.WILD), st.sampled_from([0.0, *POISONS]), st.integers(0, 4))
+@given(
+    references.batches(scales=references.WILD), st.sampled_from([0.0, *POISONS]), st.integers(0, 4)
+)
 def test_aggregate_equals_a_loop_and_its_parts_add_up(batch, poison, split):
     (x,), mask = batch
     bad = references.poisoned(x, mask, poison)
@@ -273,7 +332,9 @@ def test_aggregate_equals_a_loop_and_its_parts_add_up(batch, poison, split):
     parts = [aggregates(bad, rows) for rows in (mask, mask & first, mask & ~first)]
     for how, (mean, gradient), one, other in zip(HOWS, *parts, strict=True):
         assert mean.count == references.count(mask, how, 6)
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6 * np.abs(x).max())
+        close = functools.partial(
+            np.testing.assert_allclose, rtol=1e-5, atol=1e-6 * np.abs(x).max()
+        )
         close(mean.value, references.aggregate(x, mask, how, 6))
         close((one[0] + other[0]).value, mean.value)
         weights = np.zeros(mask.shape)
@@ -290,7 +351,9 @@ def test_weighted_mean_by_hand():
     x, weight = f32(1, math.nan, 4), f32(3, 0, 1)
     mean = losses.weighted_mean(x, weight)
     assert (mean.value, mean.count) == (7 / 4, 4)
-    np.testing.assert_array_equal(jax.grad(lambda x: losses.weighted_mean(x, weight).total)(x), [3, 0, 1])
+    np.testing.assert_array_equal(
+        jax.grad(lambda x: losses.weighted_mean(x, weight).total)(x), [3, 0, 1]
+    )
     assert losses.weighted_mean(x, 0 * weight).value == 0
 
 
@@ -308,7 +371,12 @@ NONE, ONES, BEST = jnp.zeros(1), jnp.ones((2, 3)), jnp.zeros(1, int)
         (losses.dpo, (NONE, NONE, 0.1, "kto"), ValueError, r"sigmoid, robust, hinge, ipo.*'kto'"),
         (losses.dpo, (NONE, NONE, 0.1, "robust", 0.5), ValueError, "label_smoothing"),
         (losses.dpo, (NONE, NONE, 0.1, "ipo", 0.1), ValueError, "not defined for 'ipo'"),
-        (losses.aggregate, (ONES, ONES, "mean"), ValueError, r"token, sequence, sum, fixed.*'mean'"),
+        (
+            losses.aggregate,
+            (ONES, ONES, "mean"),
+            ValueError,
+            r"token, sequence, sum, fixed.*'mean'",
+        ),
         (losses.aggregate, (ONES, ONES, "fixed"), ValueError, "length"),
         (losses.aggregate, (ONES, ONES, "fixed", 0), ValueError, "length"),
         (losses.aggregate, (jnp.ones(3), jnp.ones(3)), AssertionError, "rank"),
@@ -329,14 +397,22 @@ PER_TOKEN = {  # each loss as an algorithm calls it
     "cross_entropy": lambda new, old, other, mask: losses.cross_entropy(new, mask),
     "clipped_surrogate": surrogate,
     "dual_clip": functools.partial(surrogate, dual_clip=1.5, clip_low=0.1, clip_high=0.3),
-    "clipped_value": lambda new, old, other, mask: losses.clipped_value(jnp.where(mask, new, old), old, other),
-    "k3": lambda new, old, other, mask: ops.kl(jnp.where(mask, new, 0), jnp.where(mask, old, 0), "k3"),
+    "clipped_value": lambda new, old, other, mask: losses.clipped_value(
+        jnp.where(mask, new, old), old, other
+    ),
+    "k3": lambda new, old, other, mask: ops.kl(
+        jnp.where(mask, new, 0), jnp.where(mask, old, 0), "k3"
+    ),
 }
 REFERENCES = {  # the same for one token
     "policy_gradient": lambda new, old, other: -other * new,
     "cross_entropy": lambda new, old, other: -new,
-    "clipped_surrogate": lambda new, old, other: references.clipped_surrogate(new - old, other, 0.2, 0.2),
-    "dual_clip": lambda new, old, other: references.clipped_surrogate(new - old, other, 0.1, 0.3, 1.5),
+    "clipped_surrogate": lambda new, old, other: references.clipped_surrogate(
+        new - old, other, 0.2, 0.2
+    ),
+    "dual_clip": lambda new, old, other: references.clipped_surrogate(
+        new - old, other, 0.1, 0.3, 1.5
+    ),
     "clipped_value": lambda new, old, other: references.clipped_value(new, old, other, 0.2),
     "k1": lambda new, old, other: references.kl(new - old, "k1"),
     "k2": lambda new, old, other: references.kl(new - old, "k2"),
@@ -372,11 +448,15 @@ def all_of_tokens(new, old, other, mask):
 def test_losses_of_tokens_and_their_gradients_equal_a_loop(batch, poison):
     arrays, mask = batch
     new, old, other = -np.abs(arrays[0]), -np.abs(arrays[1]), arrays[2]
-    results = all_of_tokens(*(references.poisoned(x, mask, poison) for x in (new, old, other)), mask)
+    results = all_of_tokens(
+        *(references.poisoned(x, mask, poison) for x in (new, old, other)), mask
+    )
     for name, (loss, gradient) in results.items():
         np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
         for at in map(tuple, np.argwhere(mask)):
             f = functools.partial(REFERENCES[name], old=float(old[at]), other=float(other[at]))
             assert loss[at] == pytest.approx(f(float(new[at])), rel=2e-5, abs=1e-5)
             low, high = references.slopes(f, new[at])
-            assert low - 1e-4 * (1 + abs(low)) <= gradient[at] <= high + 1e-4 * (1 + abs(high)), name
+            assert low - 1e-4 * (1 + abs(low)) <= gradient[at] <= high + 1e-4 * (1 + abs(high)), (
+                name
+            )

@@ -1,5 +1,5 @@
-"""Reward-model, DPO, SimPO, ORPO and KTO losses against torch as TRL computes them, with every parameter's gradient,
-on random tiny GPT-2 and Llama models of transformers."""
+"""Reward-model, DPO, SimPO, ORPO and KTO losses against torch as TRL computes them, with every
+parameter's gradient, on random tiny GPT-2 and Llama models of transformers."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,9 @@ def pairs(**fields):
     real = np.zeros((3, 2, LENGTH), bool)
     for row, (prompt, lengths) in enumerate([(5, (7, 4)), (2, (1, 6)), (3, (3, 3))]):
         for answer, length in enumerate(lengths):
-            real[row, answer] = (column >= PROMPT_LENGTH - prompt) & (column < PROMPT_LENGTH + length)
+            real[row, answer] = (column >= PROMPT_LENGTH - prompt) & (
+                column < PROMPT_LENGTH + length
+            )
     tokens = np.where(real, rng.integers(3, 31, real.shape), PAD)
     tokens[:, 1, :PROMPT_LENGTH] = tokens[:, 0, :PROMPT_LENGTH]
     response = real & (column >= PROMPT_LENGTH)
@@ -58,11 +60,15 @@ def torch_log_probs(model, batch):
 
 
 def load(name, kind, folder, scale=1.0):
-    """Our model and parameters from the folder of a torch model with large random weights, and that in float64."""
+    """Our model and parameters from the folder of a torch model with large random weights, and that
+    in float64.
+    """
     import torch
 
     family, changes = FAMILIES[name]
-    reference = torch_model(family, kind, **changes, **({"num_labels": 1} if kind == "classifier" else {}))
+    reference = torch_model(
+        family, kind, **changes, **({"num_labels": 1} if kind == "classifier" else {})
+    )
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.mul_(scale)
@@ -110,13 +116,21 @@ def test_reward_model_loss_and_gradients(tmp_path, name):
     model, params, reference = load(name, "classifier", tmp_path)
     batch, config = pairs(margin=jnp.array([0.0, 0.5, 1.5])), reward_model.Config(centering=0.05)
     chosen, rejected = torch_outputs(reference, batch).reshape(3, 2).T
-    expected = -torch.nn.functional.logsigmoid(chosen - rejected - torch.tensor(np.asarray(batch.margin))).mean()
+    expected = -torch.nn.functional.logsigmoid(
+        chosen - rejected - torch.tensor(np.asarray(batch.margin))
+    ).mean()
     expected = expected + 0.05 * ((chosen + rejected) ** 2).mean()
     options = {"score_fn": jax.jit(models.score_fn(model)), "config": config}
     metrics = assert_equal(
-        model, reference, params, lambda params: reward_model.loss(params, batch, None, **options), expected
+        model,
+        reference,
+        params,
+        lambda params: reward_model.loss(params, batch, None, **options),
+        expected,
     )
-    np.testing.assert_allclose(metrics["reward_model/margin"], (chosen - rejected).mean().item(), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["reward_model/margin"], (chosen - rejected).mean().item(), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -132,14 +146,20 @@ def test_dpo_loss_and_gradients(tmp_path, name):
     np.testing.assert_allclose(batch.ref_log_probs, ref_log_probs, rtol=1e-5)
     chosen, rejected = (torch_log_probs(policy, batch) - ref_log_probs).T
     h = 0.1 * (chosen - rejected)
-    expected = -(0.9 * torch.nn.functional.logsigmoid(h) + 0.1 * torch.nn.functional.logsigmoid(-h)).mean()
+    expected = -(
+        0.9 * torch.nn.functional.logsigmoid(h) + 0.1 * torch.nn.functional.logsigmoid(-h)
+    ).mean()
     options = {"policy_fn": policy_fn, "config": dpo.Config(beta=0.1, label_smoothing=0.1)}
-    metrics = assert_equal(model, policy, params, lambda params: dpo.loss(params, batch, None, **options), expected)
+    metrics = assert_equal(
+        model, policy, params, lambda params: dpo.loss(params, batch, None, **options), expected
+    )
     np.testing.assert_allclose(metrics["dpo/margin"], h.mean().item(), rtol=1e-5)
 
 
 def relatives(torch, mean, total):
-    """Losses as TRL has them, of the mean log-probs of a token [3, 2] and of summed log-ratios [3, 2]."""
+    """Losses as TRL has them, of the mean log-probs of a token [3, 2] and of summed log-ratios [3,
+    2].
+    """
     log_sigmoid = torch.nn.functional.logsigmoid
     odds = (mean - torch.log1p(-torch.exp(mean))).T
     kl = torch.tensor(0.3, dtype=mean.dtype)
@@ -161,7 +181,9 @@ def test_relatives_of_dpo_and_their_gradients(tmp_path, kind):
     summed = torch_log_probs(policy, batch)
     expected = relatives(torch, summed / lengths, summed + 20.0)[kind]
     if kind == "kto":
-        flat = [x.reshape(6, LENGTH) for x in (batch.tokens, batch.attention_mask, batch.response_mask)]
+        flat = [
+            x.reshape(6, LENGTH) for x in (batch.tokens, batch.attention_mask, batch.response_mask)
+        ]
         rows = Feedback(*flat, jnp.arange(6) % 2 == 0, ref_log_probs=jnp.full(6, -20.0))
         rows = rows.replace(reference_point=jnp.full(6, 0.3))
         loss = lambda params: kto.loss(params, rows, None, policy_fn=policy_fn, config=kto.Config())  # noqa: E731

@@ -48,11 +48,16 @@ def test_manifest(tmp_path, monkeypatch):
     manifest = json.loads(text)
     git, versions = manifest.pop("git"), manifest.pop("versions")
     assert git is None or len(git["commit"]) == 40
-    assert (versions["jax"], versions["python"]) == (jax.__version__, ".".join(map(str, sys.version_info[:3])))
+    assert (versions["jax"], versions["python"]) == (
+        jax.__version__,
+        ".".join(map(str, sys.version_info[:3])),
+    )
     said = {"seed": 3, "data": {"pairs.json": "00"}, "model_tokens": 5}
     said["xla_flags"] = "--xla_cpu_multi_thread_eigen=true"
     machine = {"backend": "cpu", "devices": {"kind": "cpu", "count": 4}}
-    assert manifest == said | machine | {"command": "python experiments/ppo.py --config 'my file.yaml'"}
+    assert manifest == said | machine | {
+        "command": "python experiments/ppo.py --config 'my file.yaml'"
+    }
     assert "secret" not in text
     monkeypatch.setenv("PATH", "")  # no git
     with open_run(tmp_path, overwrite=True) as run:
@@ -73,7 +78,9 @@ def test_a_run_resumed_elsewhere_says_so(tmp_path, monkeypatch, capsys):
         resumed(tmp_path)
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[2] == ""
-    said = "--resume: devices.count was 4 and is now 1. The run goes on, but is no longer bit for bit"
+    said = (
+        "--resume: devices.count was 4 and is now 1. The run goes on, but is no longer bit for bit"
+    )
     assert outputs[1].startswith(said)
     assert outputs[3].startswith("--resume: devices.count was 1 and is now 4.")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9")
@@ -88,24 +95,34 @@ def test_a_resumed_run_keeps_its_manifest(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["x.py", str(n)])
         resumed(tmp_path, seed=99)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert [start["command"] for start in manifest.pop("resumed")] == ["python x.py 1", "python x.py 2"]
+    assert [start["command"] for start in manifest.pop("resumed")] == [
+        "python x.py 1",
+        "python x.py 2",
+    ]
     assert manifest == first
 
 
 def test_resume_of_the_same_run(tmp_path):
     finished_run(tmp_path, data={"a": "1"})
-    changed = CONFIG.replace("resume: false", "resume: true").replace("clip_low: 0.2", "clip_low: 0.3")
+    changed = CONFIG.replace("resume: false", "resume: true").replace(
+        "clip_low: 0.2", "clip_low: 0.3"
+    )
     with open_run(tmp_path, resume=True) as run:
-        assert not check_unchanged(run, config=changed, data={"a": "1"}, may_change=["resume", "ppo"])
+        assert not check_unchanged(
+            run, config=changed, data={"a": "1"}, may_change=["resume", "ppo"]
+        )
 
 
 def test_resume_of_another_run_lists_what_differs(tmp_path):
     finished_run(tmp_path, data={"a": "1", "b": "2"})
     config = "seed: 1\nppo:\n  clip_low: 0.2\n  data: [a]\n  weights: {x: 1.0}\nnew: null\n"
     differences = (
-        "seed was 0 and is now 1; ppo.data was ['a', 'b'] and is now ['a']; ppo.weights was {} and is now not set; "
-        "sha256 of a was '1' and is now '9'; sha256 of b was '2' and is now not set; ppo.weights.x was not set and is "
-        "now 1.0; new was not set and is now None; sha256 of c was not set and is now '3'. Undo this"
+        "seed was 0 and is now 1; ppo.data was ['a', 'b'] and is now ['a']; ppo.weights was {} and "
+        "is now not set; "
+        "sha256 of a was '1' and is now '9'; sha256 of b was '2' and is now not set; ppo.weights.x "
+        "was not set and is "
+        "now 1.0; new was not set and is now None; sha256 of c was not set and is now '3'. Undo "
+        "this"
     )
     with open_run(tmp_path, resume=True) as run, pytest.raises(UserError) as caught:
         check_unchanged(run, config=config, data={"a": "9", "c": "3"}, may_change=["see", "resume"])
@@ -114,7 +131,10 @@ def test_resume_of_another_run_lists_what_differs(tmp_path):
 
 def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
     finished_run(tmp_path, data={"a": "1", "reward r": "1"})
-    config = CONFIG.replace("seed: 0", "seed: 7").replace("clip_low: 0.2", "clip_low: 0.3") + "reward: []\n"
+    config = (
+        CONFIG.replace("seed: 0", "seed: 7").replace("clip_low: 0.2", "clip_low: 0.3")
+        + "reward: []\n"
+    )
     new = {"config": config, "data": {"a": "9", "reward r": "2"}}
     seed, clip = "seed was 0 and is now 7", "ppo.clip_low was 0.2 and is now 0.3"
     a, reward = "sha256 of a was '1' and is now '9'", "sha256 of reward r was '1' and is now '2'"
@@ -125,12 +145,21 @@ def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
             (["ppo.data", "reward"], [seed, clip]),
             (["seed", "ppo.clip_low", "ppo.data"], [reward]),
         ]:
-            with pytest.raises(UserError, match="--allow-changed lets those differ that you name") as caught:
+            with pytest.raises(
+                UserError, match="--allow-changed lets those differ that you name"
+            ) as caught:
                 check_unchanged(run, **new, allowed=allowed)
-            assert [text for text in (seed, clip, a, reward) if text in str(caught.value)] == missing
-        changed = check_unchanged(run, **new, allowed=["seed", "ppo.clip-low", "ppo.data", "reward"])
+            assert [
+                text for text in (seed, clip, a, reward) if text in str(caught.value)
+            ] == missing
+        changed = check_unchanged(
+            run, **new, allowed=["seed", "ppo.clip-low", "ppo.data", "reward"]
+        )
         assert changed == [seed, clip, a, reward, "reward was not set and is now []"]
-        assert "goes on as another run than it began: seed was 0 and is now 7" in capsys.readouterr().out
+        assert (
+            "goes on as another run than it began: seed was 0 and is now 7"
+            in capsys.readouterr().out
+        )
         write_manifest(run, {"seed": 7, "data": new["data"]}, {}, changed)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (manifest["seed"], manifest["data"]) == (7, new["data"])
@@ -140,18 +169,34 @@ def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("config", "model", "allowed", "fixed", "message"),
     [
-        (CONFIG.replace("0.2", "0.3"), "1", ["ppo"], "ppo.clip_low", "cannot help with ppo.clip_low$"),
-        (CONFIG.replace("0.2", "0.3"), "1", ["ppo.clip_low"], "ppo.clip_low", "cannot help with ppo.clip_low$"),
+        (
+            CONFIG.replace("0.2", "0.3"),
+            "1",
+            ["ppo"],
+            "ppo.clip_low",
+            "cannot help with ppo.clip_low$",
+        ),
+        (
+            CONFIG.replace("0.2", "0.3"),
+            "1",
+            ["ppo.clip_low"],
+            "ppo.clip_low",
+            "cannot help with ppo.clip_low$",
+        ),
         (CONFIG, "2", ["ppo.data"], "model", "sha256 of model was"),
     ],
 )
-def test_what_would_make_the_checkpoint_useless_is_never_allowed(tmp_path, config, model, allowed, fixed, message):
+def test_what_would_make_the_checkpoint_useless_is_never_allowed(
+    tmp_path, config, model, allowed, fixed, message
+):
     finished_run(tmp_path, data={"model": "1"})
     with open_run(tmp_path, resume=True) as run, pytest.raises(UserError, match=message):
         check_unchanged(run, config=config, data={"model": model}, allowed=allowed, fixed=[fixed])
 
 
-@pytest.mark.parametrize(("key", "hint"), [("ppo.clip_lo", "; did you mean ppo.clip_low"), ("zzz", ""), ("pp", "")])
+@pytest.mark.parametrize(
+    ("key", "hint"), [("ppo.clip_lo", "; did you mean ppo.clip_low"), ("zzz", ""), ("pp", "")]
+)
 def test_allowing_what_is_no_setting(tmp_path, key, hint):
     with open_run(tmp_path) as run:
         with pytest.raises(UserError) as caught:
@@ -164,5 +209,8 @@ def test_allowing_what_is_no_setting(tmp_path, key, hint):
 def test_resume_without_the_run_s_own_files(tmp_path, name):
     finished_run(tmp_path)
     (tmp_path / name).unlink()
-    with open_run(tmp_path, resume=True) as run, pytest.raises(UserError, match=rf"--resume: .*{name} cannot be read"):
+    with (
+        open_run(tmp_path, resume=True) as run,
+        pytest.raises(UserError, match=rf"--resume: .*{name} cannot be read"),
+    ):
         check_unchanged(run, config=CONFIG, data={})

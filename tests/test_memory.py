@@ -13,7 +13,16 @@ import pytest
 from rlhf_jax import models, ops, rollout, training, types
 from rlhf_jax.algorithms import kto, ppo, sft
 from rlhf_jax.algorithms.step import gradient_step
-from rlhf_jax.config import Compute, KTOStage, LoRA, Network, RLStage, RunConfig, SFTStage, Tokenizer
+from rlhf_jax.config import (
+    Compute,
+    KTOStage,
+    LoRA,
+    Network,
+    RLStage,
+    RunConfig,
+    SFTStage,
+    Tokenizer,
+)
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.training import memory
 from rlhf_jax.training.initial import Trainable
@@ -53,17 +62,26 @@ def test_out_of_memory_names_what_is_held_and_what_helps(tmp_path, options, advi
         "cache while it samples": jax.ShapeDtypeStruct((512, 1024), jnp.float32),
     }
     config = RunConfig(output_dir=str(tmp_path / "run"), **options)
-    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
+    error = jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore"
+    )
     text = run_out(config, error, **held)
-    lies = "0.2 MiB of trained parameters, 1.0 MiB of rewards, 2.0 MiB of cache while it samples; activations"
+    lies = (
+        "0.2 MiB of trained parameters, 1.0 MiB of rewards, 2.0 MiB of cache while it samples; "
+        "activations"
+    )
     assert text.startswith(f"ppo: out of memory. On each device lie {lies}")
-    assert text.endswith("XLA said: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+    assert text.endswith(
+        "XLA said: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."
+    )
     assert "more --ppo.num-microbatches (now 1), a smaller --rl.batch-size (now 64)" in text
     assert [flag for flag in ("--lora.rank 8", "--compute.remat") if flag in text] == advice
 
 
 def test_the_sentence_is_the_same_while_models_are_placed_and_for_what_xla_really_raises(tmp_path):
-    placing = run_out(RunConfig(output_dir=str(tmp_path / "a")), ValueError("RESOURCE_EXHAUSTED: no\nmore"))
+    placing = run_out(
+        RunConfig(output_dir=str(tmp_path / "a")), ValueError("RESOURCE_EXHAUSTED: no\nmore")
+    )
     assert placing.startswith("ppo: out of memory. What helps most: more --ppo.num-microbatches")
     config = RunConfig(output_dir=str(tmp_path / "b"))
     with pytest.raises(TrainingFault, match="of memory"), open_stage(config, "ppo", {}):
@@ -83,11 +101,16 @@ def test_a_model_that_cannot_be_placed_is_the_same_sentence(run, tmp_path):
         tokenizer=Tokenizer(kind="characters"),
         reward=("count:a",),
     )
-    with pytest.raises(TrainingFault, match=r"out of memory\. What helps most: (.|\n)*RESOURCE_EXHAUSTED"):
+    with pytest.raises(
+        TrainingFault, match=r"out of memory\. What helps most: (.|\n)*RESOURCE_EXHAUSTED"
+    ):
         run(config)
 
 
-TINY = {"network": Network(max_length=32, hidden_size=8, num_heads=1, num_layers=1), "reward": ("length",)}
+TINY = {
+    "network": Network(max_length=32, hidden_size=8, num_heads=1, num_layers=1),
+    "reward": ("length",),
+}
 TINY["tokenizer"] = Tokenizer(kind="characters")
 
 
@@ -95,17 +118,23 @@ TINY["tokenizer"] = Tokenizer(kind="characters")
 @pytest.mark.parametrize("name", ["sft", "kto", "ppo"])
 def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypatch):
     """The batch that does not fit is one of ten; neither reward nor environment is asked before."""
-    texts = [{"prompt": "ab", "response": "a" * n, "desirable": True} for n in (20, *[1, 2, 3, 4] * 9)]
+    texts = [
+        {"prompt": "ab", "response": "a" * n, "desirable": True} for n in (20, *[1, 2, 3, 4] * 9)
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(texts), "utf-8")
     never = "def environment(conversation, row): raise AssertionError"
-    (tmp_path / "never.py").write_text(f"{never}\n{never.replace('environment', 'reward')}", "utf-8")
+    (tmp_path / "never.py").write_text(
+        f"{never}\n{never.replace('environment', 'reward')}", "utf-8"
+    )
     algorithm, widths = {"sft": sft, "kto": kto, "ppo": ppo}[name], []
     update = algorithm.update
 
     def limited(state, batch, *args, **options):
         widths.append(batch.tokens.shape[1])
         if widths[-1] > 20:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."
+            )
         return update(state, batch, *args, **options)
 
     monkeypatch.setattr(algorithm, "update", limited)
@@ -115,10 +144,17 @@ def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypat
         output_dir=str(tmp_path / "run"),
         sft=SFTStage(**short),
         kto=KTOStage(**short),
-        rl=RLStage(num_iterations=1, max_new_tokens=24, environment=f"{tmp_path / 'never.py'}:environment", **short),
+        rl=RLStage(
+            num_iterations=1,
+            max_new_tokens=24,
+            environment=f"{tmp_path / 'never.py'}:environment",
+            **short,
+        ),
         **TINY | {"reward": (f"{tmp_path / 'never.py'}:reward",)},
     )
-    with pytest.raises(TrainingFault, match=rf"{name}: out of memory\. On each device lie .* MiB of trained"):
+    with pytest.raises(
+        TrainingFault, match=rf"{name}: out of memory\. On each device lie .* MiB of trained"
+    ):
         training.rl.run(config, ppo) if name == "ppo" else getattr(training, name).run(config)
     assert len(widths) == 1
     assert not any((tmp_path / "run" / "checkpoints").glob("*"))
@@ -137,7 +173,10 @@ def updated(state, batch, optimizer):
 
 def test_an_update_that_is_tried_leaves_the_state_as_it_was():
     """Weights decay and moments would change it; the state is donated."""
-    params, optimizer = {"body": {"w": jnp.float32([2.0])}, "value": {"b": jnp.float32(1.0)}}, optax.adamw(0.1)
+    params, optimizer = (
+        {"body": {"w": jnp.float32([2.0])}, "value": {"b": jnp.float32(1.0)}},
+        optax.adamw(0.1),
+    )
     compiled = jax.jit(functools.partial(updated, optimizer=optimizer), donate_argnums=0)
     state, _ = compiled(types.TrainState.create(params, optimizer), jnp.ones(3))
     before = jax.device_get(state)
@@ -148,7 +187,9 @@ def test_an_update_that_is_tried_leaves_the_state_as_it_was():
         memory.tried(lambda state: (state, {"nonfinite": jnp.float32(0)}), after)
 
 
-@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL"), ValueError("x"), PermissionError(13, "")])
+@pytest.mark.parametrize(
+    "error", [jax.errors.JaxRuntimeError("INTERNAL"), ValueError("x"), PermissionError(13, "")]
+)
 def test_other_errors_pass_through(tmp_path, error):
     with pytest.raises(type(error)), open_stage(RunConfig(output_dir=str(tmp_path)), "ppo", {}):
         raise error
@@ -222,13 +263,22 @@ def test_scoring_takes_less_memory_with_more_microbatches():
     """And gives the same numbers: policy, values and reference of 16 rows of 64 tokens."""
     model = models.build(models.GPT2Config(13, 64, 32, 2, 2))
     params = models.add_head(jax.random.key(0), model.init(jax.random.key(1)), "value")
-    policy_fn, tokens = models.policy_fn(model), jax.random.randint(jax.random.key(2), (16, 64), 2, 13)
-    given = types.Rollout(tokens, jnp.ones_like(tokens), jnp.ones_like(tokens), jnp.zeros(tokens.shape))
+    policy_fn, tokens = (
+        models.policy_fn(model),
+        jax.random.randint(jax.random.key(2), (16, 64), 2, 13),
+    )
+    given = types.Rollout(
+        tokens, jnp.ones_like(tokens), jnp.ones_like(tokens), jnp.zeros(tokens.shape)
+    )
 
     def program(parts):
-        scored_fn = ops.by_rows(policy_fn, memory.score_rows(Compute(), 16, ppo.Config(num_microbatches=parts)))
+        scored_fn = ops.by_rows(
+            policy_fn, memory.score_rows(Compute(), 16, ppo.Config(num_microbatches=parts))
+        )
         ref_fn = jax.tree_util.Partial(scored_fn, params)
-        return jax.jit(lambda params: rollout.rescore(given, params, policy_fn=scored_fn, ref_fn=ref_fn))
+        return jax.jit(
+            lambda params: rollout.rescore(given, params, policy_fn=scored_fn, ref_fn=ref_fn)
+        )
 
     compiled = [program(parts).lower(params).compile() for parts in (1, 4, 16)]
     used = [each.memory_analysis().temp_size_in_bytes for each in compiled]

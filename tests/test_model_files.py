@@ -19,7 +19,9 @@ from rlhf_jax import models, sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 
-CONFIG = models.GPT2Config(vocab_size=7, max_length=5, hidden_size=4, num_layers=2, num_heads=2, eos_token_id=1)
+CONFIG = models.GPT2Config(
+    vocab_size=7, max_length=5, hidden_size=4, num_layers=2, num_heads=2, eos_token_id=1
+)
 ZEROS = np.zeros(4, np.float32)
 
 
@@ -55,7 +57,9 @@ def config_of(folder):
 
 def edit_config(folder, **changes):
     keys = config_of(folder) | changes
-    (folder / "config.json").write_text(json.dumps({name: x for name, x in keys.items() if x != "REMOVED"}))
+    (folder / "config.json").write_text(
+        json.dumps({name: x for name, x in keys.items() if x != "REMOVED"})
+    )
 
 
 def edit_tensors(folder, change):
@@ -79,8 +83,17 @@ def test_round_trip_is_bit_equal_and_named_as_gpt2_lm_head_model(folder, tmp_pat
     tensors, keys = load_file(folder / "model.safetensors"), config_of(folder)
     assert len(tensors) == 4 + 2 * 12
     assert tensors["transformer.h.1.attn.c_attn.weight"].shape == (4, 12)
-    expected = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": 5, "n_embd": 4, "n_layer": 2}
-    assert keys.items() >= {**expected, "eos_token_id": 1, "bos_token_id": None, "dtype": "float32"}.items()
+    expected = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_positions": 5,
+        "n_embd": 4,
+        "n_layer": 2,
+    }
+    assert (
+        keys.items()
+        >= {**expected, "eos_token_id": 1, "bos_token_id": None, "dtype": "float32"}.items()
+    )
 
 
 def test_scanned_layers_share_the_files(folder, tmp_path):
@@ -94,14 +107,20 @@ def test_scanned_layers_share_the_files(folder, tmp_path):
 
 EVERYTHING = {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "rope_scaling": LLAMA3}
 RELATIVES = {
-    "llama, tied and scanned": dataclasses.replace(LLAMA, num_layers=3, tie_embeddings=True, scan_layers=True),
+    "llama, tied and scanned": dataclasses.replace(
+        LLAMA, num_layers=3, tie_embeddings=True, scan_layers=True
+    ),
     "llama, everything": dataclasses.replace(LLAMA, **EVERYTHING, eos_token_id=(3, 4)),
-    "llama, linear": dataclasses.replace(LLAMA, rope_scaling=models.RopeScaling("linear", 2.0), rope_theta=5e5),
+    "llama, linear": dataclasses.replace(
+        LLAMA, rope_scaling=models.RopeScaling("linear", 2.0), rope_theta=5e5
+    ),
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "mistral": MISTRAL,
     "mistral, whole": dataclasses.replace(MISTRAL, sliding_window=None),
-    "gemma3_text": dataclasses.replace(GEMMA, rope_scaling=models.RopeScaling("linear", 8.0), local_rope_theta=99.0),
+    "gemma3_text": dataclasses.replace(
+        GEMMA, rope_scaling=models.RopeScaling("linear", 8.0), local_rope_theta=99.0
+    ),
 }
 
 
@@ -116,12 +135,19 @@ def test_llama_and_its_relatives_come_back_bit_equal(name, config, tmp_path):
 
 
 def test_shards_and_missing_prefix(folder):
-    tensors = {name.removeprefix("transformer."): x for name, x in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name.removeprefix("transformer."): x
+        for name, x in load_file(folder / "model.safetensors").items()
+    }
     (folder / "model.safetensors").unlink()
     weight_map = {name: f"{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
     for shard in set(weight_map.values()):
-        save_file({name: x for name, x in tensors.items() if weight_map[name] == shard}, folder / shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        save_file(
+            {name: x for name, x in tensors.items() if weight_map[name] == shard}, folder / shard
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     assert_same(models.load(folder)[1], tiny()[1])
     (folder / "1.safetensors").unlink()
     refuses(folder, r"1\.safetensors: no such file; model\.safetensors\.index\.json lists it")
@@ -142,15 +168,22 @@ class Counted:
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
 def test_each_device_reads_its_own_part(config, scan_layers, tmp_path, monkeypatch):
-    """A quarter of each kernel, though Llama's files hold them transposed, and of the width of a table of 7 rows."""
+    """A quarter of each kernel, though Llama's files hold them transposed, and of the width of a
+    table of 7 rows.
+    """
     models.save(tmp_path, *tiny(config))
     mesh, readings, slices = sharding.make_mesh(1, 2, 2), [], hf.Reader.slices
-    monkeypatch.setattr(hf.Reader, "slices", lambda own, *args: Counted(args[0], slices(own, *args), readings))
+    monkeypatch.setattr(
+        hf.Reader, "slices", lambda own, *args: Counted(args[0], slices(own, *args), readings)
+    )
     place = functools.partial(sharding.by_path, rules=models.SHARDING, mesh=mesh)
     _, params = models.load(tmp_path, scan_layers=scan_layers, shardings=place)
     parts = {"kernel": 4, "embedding": 4}
     for name, fraction in readings:
-        kernel, table = re.search(r"(attn|mlp)\..*weight", name), re.search("wte|embed_tokens|lm_head", name)
+        kernel, table = (
+            re.search(r"(attn|mlp)\..*weight", name),
+            re.search("wte|embed_tokens|lm_head", name),
+        )
         quarter = 2 if "c_attn" in name else 4  # of it the rows are read whole
         assert fraction == (quarter if kernel else 4 if table else 1), name
     for path, leaf in flatten_dict(params).items():
@@ -160,7 +193,9 @@ def test_each_device_reads_its_own_part(config, scan_layers, tmp_path, monkeypat
 
 
 def test_large_weights_are_written_in_several_files(llama, tmp_path, monkeypatch):
-    """Each of at most so many bytes, or of one tensor; the host holds one file's; what was there before goes."""
+    """Each of at most so many bytes, or of one tensor; the host holds one file's; what was there
+    before goes.
+    """
     model, params = models.load(llama)
     at_once, save_one = [], hf.save_file
 
@@ -174,17 +209,23 @@ def test_large_weights_are_written_in_several_files(llama, tmp_path, monkeypatch
     assert all(size <= 1000 or count == 1 for size, count in at_once)
     index = json.loads((llama / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": sum(size for size, _ in at_once)}
-    assert sorted({*index["weight_map"].values()}) == sorted(file.name for file in llama.glob("*.safetensors"))
+    assert sorted({*index["weight_map"].values()}) == sorted(
+        file.name for file in llama.glob("*.safetensors")
+    )
     assert f"model-00001-of-{len(at_once):05}.safetensors" in index["weight_map"].values()
     assert_same(models.load(llama)[1], params)
     models.save(llama, model, params)
     assert sorted(file.name for file in llama.iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("shard", ["../one.safetensors", "/one.safetensors", "sub/one.safetensors", "..", "a\\b"])
+@pytest.mark.parametrize(
+    "shard", ["../one.safetensors", "/one.safetensors", "sub/one.safetensors", "..", "a\\b"]
+)
 def test_index_names_stay_in_the_folder(folder, shard):
     (folder / "model.safetensors").rename(folder.parent / "one.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": shard}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"wte.weight": shard}})
+    )
     refuses(folder, "is not the name of a file in this folder")
 
 
@@ -215,11 +256,23 @@ def test_dtype_casts_and_is_kept(folder, tmp_path):
 
 
 def test_other_keys_are_kept_and_missing_ones_have_transformers_defaults(folder, tmp_path):
-    edit_config(folder, pad_token_id=3, eos_token_id=[1, 2], summary_type="mean", own={"a": [1]}, torch_dtype="float16")
+    edit_config(
+        folder,
+        pad_token_id=3,
+        eos_token_id=[1, 2],
+        summary_type="mean",
+        own={"a": [1]},
+        torch_dtype="float16",
+    )
     edit_config(folder, n_embd="REMOVED", hidden_size=4, resid_pdrop="REMOVED", n_inner=None)
     model, params = models.load(folder)
     config = model.config
-    assert (config.pad_token_id, config.eos_token_id, config.hidden_size, config.residual_dropout) == (
+    assert (
+        config.pad_token_id,
+        config.eos_token_id,
+        config.hidden_size,
+        config.residual_dropout,
+    ) == (
         3,
         (1, 2),
         4,
@@ -227,7 +280,12 @@ def test_other_keys_are_kept_and_missing_ones_have_transformers_defaults(folder,
     )
     hash(config)
     models.save(tmp_path / "again", model, params)
-    expected = {"pad_token_id": 3, "eos_token_id": [1, 2], "summary_type": "mean", "own": {"a": [1]}}
+    expected = {
+        "pad_token_id": 3,
+        "eos_token_id": [1, 2],
+        "summary_type": "mean",
+        "own": {"a": [1]},
+    }
     assert config_of(tmp_path / "again").items() >= {**expected, "dtype": "float32"}.items()
     assert "torch_dtype" not in config_of(tmp_path / "again")
 
@@ -241,21 +299,35 @@ UNSUPPORTED = {
     "is_causal": False,
     "use_sliding_window": True,
 }
-HARMLESS = {"add_cross_attention": False, "pruned_heads": {}, "tie_word_embeddings": True, "per_layer_config": None}
+HARMLESS = {
+    "add_cross_attention": False,
+    "pruned_heads": {},
+    "tie_word_embeddings": True,
+    "per_layer_config": None,
+}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        *(({key: value}, f"{key} is .*, which changes the logits") for key, value in UNSUPPORTED.items()),
+        *(
+            ({key: value}, f"{key} is .*, which changes the logits")
+            for key, value in UNSUPPORTED.items()
+        ),
         ({"architectures": 3, **HARMLESS}, None),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types is .*, which changes"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types is .*, which changes",
+        ),
         ({"hidden_size": 8}, r"hidden_size is 8 but n_embd is 4; remove one"),
         (
             {"model_type": "bert"},
             r"model_type is 'bert'; the supported ones are: gpt2, llama, qwen2, qwen3, mistral, gemma3_text",
         ),
-        ({"activation_function": "tanh"}, r"unknown activation 'tanh'; choose from gelu_new, gelu, relu"),
+        (
+            {"activation_function": "tanh"},
+            r"unknown activation 'tanh'; choose from gelu_new, gelu, relu",
+        ),
         ({"n_layer": "2"}, r"n_layer is '2'"),
         ({"n_layer": None}, r"n_layer is None"),
         ({"scale_attn_weights": 1}, r"scale_attn_weights is 1"),
@@ -264,7 +336,10 @@ HARMLESS = {"add_cross_attention": False, "pruned_heads": {}, "tie_word_embeddin
         ({"n_head": 3}, r"hidden_size 4 is not a multiple of num_heads 3"),
         ({"reward_shift": "1"}, r"reward_shift is '1', expected a number"),
         # Sizes that the weights cannot have are refused before anything of such a size is made.
-        ({"n_layer": 10**9}, r"num_layers is 1000000000, but .*model\.safetensors holds 28 tensors only"),
+        (
+            {"n_layer": 10**9},
+            r"num_layers is 1000000000, but .*model\.safetensors holds 28 tensors only",
+        ),
         ({"n_embd": 10**9}, r"hidden_size is 1000000000, but .* numbers only"),
         ({"vocab_size": 10**30}, r"vocab_size is 1000000000"),
         ({"n_positions": 10**9}, r"wpe\.weight has shape \[5, 4\], expected \[1000000000, 4\]"),
@@ -280,30 +355,58 @@ def test_config_keys_that_do_not_fit_are_refused_by_name(folder, changes, messag
         refuses(folder, r"(config\.json|model\.safetensors): .*" + message)
 
 
-SCALED = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+SCALED = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({}, (1e4, None, 1e-6)),
-        ({"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **SCALED}}, (500.0, LLAMA3, 1e-6)),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **SCALED}}, (500.0, LLAMA3, 1e-6)),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, (1e4, models.RopeScaling("linear", 2), 1e-6)),
+        (
+            {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **SCALED}},
+            (500.0, LLAMA3, 1e-6),
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **SCALED}},
+            (500.0, LLAMA3, 1e-6),
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            (1e4, models.RopeScaling("linear", 2), 1e-6),
+        ),
         ({"rms_norm_eps": 0}, (1e4, None, 0.0)),  # JSON does not tell 0 from 0.0
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, r"parameters\.rope_type is 'yarn'; the supported"),
-        ({"rope_scaling": {"type": "llama3", "factor": 2}}, r"scaling\.low_freq_factor is None, expected a number"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2}},
+            r"parameters\.rope_type is 'yarn'; the supported",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 2}},
+            r"scaling\.low_freq_factor is None, expected a number",
+        ),
         ({"rope_theta": "1"}, r"rope_theta is '1', expected a number"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor changes the logits"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            r"partial_rotary_factor changes the logits",
+        ),
         ({"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
         ({"pretraining_tp": 2}, r"pretraining_tp is 2"),
         ({"num_key_value_heads": 3}, r"num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"head_dim": 3}, r"even head_dim, got 3"),
-        ({"tie_word_embeddings": True}, r"lm_head\.weight differs from model\.embed_tokens\.weight"),
+        (
+            {"tie_word_embeddings": True},
+            r"lm_head\.weight differs from model\.embed_tokens\.weight",
+        ),
     ],
 )
 def test_llama_s_keys_in_both_forms(llama, changes, expected):
-    edit_config(llama, **dict.fromkeys(("rope_theta", "rope_scaling", "rms_norm_eps"), "REMOVED") | changes)
+    edit_config(
+        llama, **dict.fromkeys(("rope_theta", "rope_scaling", "rms_norm_eps"), "REMOVED") | changes
+    )
     if isinstance(expected, str):
         refuses(llama, expected)
     else:
@@ -313,7 +416,10 @@ def test_llama_s_keys_in_both_forms(llama, changes, expected):
 
 
 WHOLE, LOCAL = "full_attention", "sliding_attention"
-ROPES = {WHOLE: {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}, LOCAL: {"rope_theta": 7.0}}
+ROPES = {
+    WHOLE: {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0},
+    LOCAL: {"rope_theta": 7.0},
+}
 
 
 @pytest.mark.parametrize(
@@ -325,7 +431,10 @@ ROPES = {WHOLE: {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0}, LOCAL
         ({"rope_parameters": ROPES}, (6, 5.0, models.RopeScaling("linear", 2.0), 7.0)),
         ({"rope_theta": 5.0, "rope_local_base_freq": 7.0}, (6, 5.0, None, 7.0)),
         ({"layer_types": [WHOLE, LOCAL]}, r"layer_types is .*, which changes the logits"),
-        ({"rope_parameters": {**ROPES, LOCAL: {"rope_type": "linear"}}}, r"rope_parameters\.sliding_attention is"),
+        (
+            {"rope_parameters": {**ROPES, LOCAL: {"rope_type": "linear"}}},
+            r"rope_parameters\.sliding_attention is",
+        ),
         ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30"),
         ({"sliding_window_pattern": 0}, r"global_every must be a positive integer, got 0"),
     ],
@@ -338,7 +447,12 @@ def test_gemma_s_keys_in_both_forms(tmp_path, changes, expected):
         refuses(tmp_path, expected)
     else:
         config = models.load(tmp_path)[0].config
-        found = (config.global_every, config.rope_theta, config.rope_scaling, config.local_rope_theta)
+        found = (
+            config.global_every,
+            config.rope_theta,
+            config.rope_scaling,
+            config.local_rope_theta,
+        )
         assert found == expected
 
 
@@ -346,17 +460,35 @@ def test_gemma_s_keys_in_both_forms(tmp_path, changes, expected):
     ("tensors", "message"),
     [
         ({"transformer.h.1.ln_2.bias": None}, r"missing tensors: transformer\.h\.1\.ln_2\.bias$"),
-        ({"transformer.ln_f.bias": ZEROS[:3]}, r"transformer\.ln_f\.bias has shape \[3\], expected \[4\]"),
-        ({"transformer.ln_f.bias": np.zeros(4, np.int32)}, r"transformer\.ln_f\.bias holds I32, expected floating"),
-        ({"lm_head.weight": np.ones((7, 4), np.float32)}, r"lm_head\.weight differs from transformer\.wte\.weight"),
+        (
+            {"transformer.ln_f.bias": ZEROS[:3]},
+            r"transformer\.ln_f\.bias has shape \[3\], expected \[4\]",
+        ),
+        (
+            {"transformer.ln_f.bias": np.zeros(4, np.int32)},
+            r"transformer\.ln_f\.bias holds I32, expected floating",
+        ),
+        (
+            {"lm_head.weight": np.ones((7, 4), np.float32)},
+            r"lm_head\.weight differs from transformer\.wte\.weight",
+        ),
         ({"ln_f.bias": ZEROS}, r"(transformer\.)?ln_f\.bias is given twice, also as"),
-        ({f"h.{i}.b": ZEROS for i in range(2, 12)}, r"unexpected tensors: h\.10\.b, .* and 2 more$"),
-        ({"score.weight": np.zeros((2, 4), np.float32)}, r"score\.weight has shape \[2, 4\], expected \[1, 4\]"),
+        (
+            {f"h.{i}.b": ZEROS for i in range(2, 12)},
+            r"unexpected tensors: h\.10\.b, .* and 2 more$",
+        ),
+        (
+            {"score.weight": np.zeros((2, 4), np.float32)},
+            r"score\.weight has shape \[2, 4\], expected \[1, 4\]",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(folder, tensors, message):
     held = load_file(folder / "model.safetensors") | tensors
-    save_file({name: tensor for name, tensor in held.items() if tensor is not None}, folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in held.items() if tensor is not None},
+        folder / "model.safetensors",
+    )
     refuses(folder, r"model\.safetensors: " + message)
 
 
@@ -364,7 +496,10 @@ def test_files_that_are_missing_or_broken_are_named(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refuses(folder, r"model\.safetensors: no such file, nor .*pytorch_model\.bin is a pickle")
     (folder / "config.json").unlink()
-    refuses(folder, r"config\.json: no such file; a model folder holds config\.json and model\.safetensors")
+    refuses(
+        folder,
+        r"config\.json: no such file; a model folder holds config\.json and model\.safetensors",
+    )
     for content, message in (
         (b"[]", r"config\.json: expected a JSON object, got list"),
         (b"\xff\xff", r"config\.json: cannot be read as JSON in UTF-8"),
@@ -378,22 +513,36 @@ def test_files_that_are_missing_or_broken_are_named(folder):
 
 def test_hub_names_fetch_json_and_safetensors_alone(folder, monkeypatch):
     def snapshot_download(name, **options):
-        assert options == {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]}
+        assert options == {
+            "allow_patterns": ["*.json", "*.safetensors"],
+            "ignore_patterns": ["*/*"],
+        }
         if name == "somebody/offline":
             raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert_same(models.load("somebody/gpt2-tiny")[1], tiny()[1])
-    refuses("somebody/offline", r"somebody/offline: no such folder here, and .* hub did not.*no connection")
+    refuses(
+        "somebody/offline",
+        r"somebody/offline: no such folder here, and .* hub did not.*no connection",
+    )
 
 
 def test_reward_model_round_trip(tmp_path):
     model, params = tiny()
     params = models.add_head(jax.random.key(1), params, "score")
-    params["score"] |= {"gain": jnp.float32(2.0), "bias": jnp.float32(0.5), "shift": jnp.float32(-3.0)}
+    params["score"] |= {
+        "gain": jnp.float32(2.0),
+        "bias": jnp.float32(0.5),
+        "shift": jnp.float32(-3.0),
+    }
     models.save(tmp_path, model, params)
-    expected = {"architectures": ["GPT2ForSequenceClassification"], "num_labels": 1, "id2label": {"0": "LABEL_0"}}
+    expected = {
+        "architectures": ["GPT2ForSequenceClassification"],
+        "num_labels": 1,
+        "id2label": {"0": "LABEL_0"},
+    }
     assert config_of(tmp_path).items() >= {**expected, "reward_shift": 2.0 * 0.5 - 3.0}.items()
     loaded, loaded_params = models.load(tmp_path)
     # The scale is folded into the weights, once: a second save gives the same bytes.
@@ -402,7 +551,11 @@ def test_reward_model_round_trip(tmp_path):
     models.save(tmp_path / "again", loaded, loaded_params)
     assert_same_files(tmp_path / "again", tmp_path)
     # A policy started from it forgets the shift.
-    models.save(tmp_path / "policy", loaded, {name: leaf for name, leaf in loaded_params.items() if name != "score"})
+    models.save(
+        tmp_path / "policy",
+        loaded,
+        {name: leaf for name, leaf in loaded_params.items() if name != "score"},
+    )
     assert "reward_shift" not in config_of(tmp_path / "policy")
     assert_same(models.load(tmp_path / "policy")[1], tiny()[1])
     edit_tensors(tmp_path, lambda tensors: tensors.pop("score.weight"))
@@ -413,7 +566,9 @@ def test_a_reward_model_has_no_output_table(tmp_path):
     model, params = tiny(LLAMA)
     params = models.add_head(jax.random.key(1), params, "score")
     models.save(tmp_path, model, params)
-    assert_same(models.load(tmp_path)[1], {name: leaf for name, leaf in params.items() if name != "lm_head"})
+    assert_same(
+        models.load(tmp_path)[1], {name: leaf for name, leaf in params.items() if name != "lm_head"}
+    )
 
 
 def test_value_head_lies_beside_the_weights(tmp_path):
@@ -443,7 +598,10 @@ def test_params_that_do_not_fit_the_config_are_not_saved(tmp_path):
     adapted = {**params, "h_0": {"attn": {**params["h_0"]["attn"], "lora_a": np.ones((4, 1))}}}
     for wrong, message in (
         (adapted, r"h_0/attn/lora_a is \(4, 1\), and the model's config expects nothing"),
-        ({**params, "wte": {"embedding": np.ones((9, 4))}}, r"wte/embedding is \(9, 4\), and .* expects \(7, 4\)"),
+        (
+            {**params, "wte": {"embedding": np.ones((9, 4))}},
+            r"wte/embedding is \(9, 4\), and .* expects \(7, 4\)",
+        ),
         ({name: leaf for name, leaf in params.items() if name != "ln_f"}, r"ln_f/bias is nothing"),
     ):
         with pytest.raises(ValueError, match=message):

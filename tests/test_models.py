@@ -1,4 +1,6 @@
-"""Masks, positions, rotations by hand, and the invariances (padding, packing, decoding, remat, scan, dropout, bf16)."""
+"""Masks, positions, rotations by hand, and the invariances (padding, packing, decoding, remat,
+scan, dropout, bf16).
+"""
 
 import dataclasses
 import functools
@@ -15,22 +17,35 @@ from rlhf_jax.models import attention, decoder, norms, stack
 
 CONFIG = models.GPT2Config(vocab_size=13, max_length=10, hidden_size=8, num_layers=2, num_heads=2)
 LLAMA3 = models.RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
-SIZES = {"vocab_size": 13, "max_length": 16, "hidden_size": 8, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+SIZES = {
+    "vocab_size": 13,
+    "max_length": 16,
+    "hidden_size": 8,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+}
 SIZES["intermediate_size"] = 12
 LLAMA = models.LlamaConfig(**SIZES)
 QWEN2 = models.Qwen2Config(**SIZES)
 QWEN3 = models.Qwen3Config(**SIZES, head_dim=6)
 MISTRAL = models.MistralConfig(**SIZES, sliding_window=3)
-GEMMA = models.Gemma3TextConfig(**SIZES, head_dim=6, sliding_window=3, global_every=2, query_scalar=5)
+GEMMA = models.Gemma3TextConfig(
+    **SIZES, head_dim=6, sliding_window=3, global_every=2, query_scalar=5
+)
 FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 ATOL = 1e-5
 
 
 def perturbed(params, key=7):
-    """Larger weights and non-zero biases, so that a mistake anywhere moves the logits by much more than 1e-5."""
+    """Larger weights and non-zero biases, so that a mistake anywhere moves the logits by much more
+    than 1e-5.
+    """
     leaves, tree = jax.tree.flatten(params)
     noise = np.random.default_rng(key)
-    return tree.unflatten([leaf + 0.3 * noise.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
+    return tree.unflatten(
+        [leaf + 0.3 * noise.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+    )
 
 
 @functools.cache
@@ -40,7 +55,9 @@ def some_params(config):
 
 @functools.cache
 def tiny(config=CONFIG, **changes):
-    """A model of the same weights under every change, its functions compiled (eagerly each shape costs far more)."""
+    """A model of the same weights under every change, its functions compiled (eagerly each shape
+    costs far more).
+    """
     model = models.build(dataclasses.replace(config, **changes))
     params = stack_layers(some_params(config)) if model.config.scan_layers else some_params(config)
     return model._replace(apply=jax.jit(model.apply), hidden=jitted_hidden(model)), params
@@ -48,7 +65,9 @@ def tiny(config=CONFIG, **changes):
 
 def jitted_hidden(model):
     """A slice of columns is no array: each has a program of its own."""
-    of = functools.cache(lambda start, stop: jax.jit(lambda *inputs: model.hidden(*inputs, slice(start, stop))))
+    of = functools.cache(
+        lambda start, stop: jax.jit(lambda *inputs: model.hidden(*inputs, slice(start, stop)))
+    )
     whole = jax.jit(model.hidden)
 
     def hidden(params, tokens, mask=None, key=None, columns=None):
@@ -67,7 +86,9 @@ def stack_layers(params):
     """All but the last layer, as under ``scan_layers``."""
     *layers, _ = sorted(name for name in params if name.startswith("h_"))
     rest = {name: leaf for name, leaf in params.items() if name not in layers}
-    return rest | {"h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in layers))}
+    return rest | {
+        "h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in layers))
+    }
 
 
 @pytest.mark.parametrize(
@@ -84,7 +105,9 @@ def stack_layers(params):
 )
 def test_positions_by_hand(mask, expected):
     for dtype in (np.int32, np.float32) if max(mask) > 1 else (np.int32, np.float32, bool):
-        np.testing.assert_array_equal(jax.jit(attention.positions)(np.asarray([mask], dtype))[0], expected)
+        np.testing.assert_array_equal(
+            jax.jit(attention.positions)(np.asarray([mask], dtype))[0], expected
+        )
 
 
 def test_masks_by_hand():
@@ -101,10 +124,28 @@ def test_masks_by_hand():
     ("index", "queries", "window", "key_slots", "expected"),
     [
         (1, 2, None, [0, 1, 2, 3, 4], [[0, 1, 0, 0, 0], [0, 1, 1, 0, 0]]),
-        (0, 3, None, [0, 1, 2], [[0, 0, 0], [0, 1, 0], [0, 1, 1]]),  # an empty cache: one another alone
-        (4, 1, 3, [3, 4, 2], [[1, 1, 1]]),  # slot s at place s % 3, the query's own written over slot 1
+        (
+            0,
+            3,
+            None,
+            [0, 1, 2],
+            [[0, 0, 0], [0, 1, 0], [0, 1, 1]],
+        ),  # an empty cache: one another alone
+        (
+            4,
+            1,
+            3,
+            [3, 4, 2],
+            [[1, 1, 1]],
+        ),  # slot s at place s % 3, the query's own written over slot 1
         (1, 1, 3, [0, 1, -1], [[0, 1, 0]]),  # slot 0 is a pad, place 2 is empty
-        (3, 2, 3, [0, 1, 2, 3, 4], [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]),  # as it was, and one another
+        (
+            3,
+            2,
+            3,
+            [0, 1, 2, 3, 4],
+            [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]],
+        ),  # as it was, and one another
     ],
 )
 def test_what_a_cache_shows_by_hand(index, queries, window, key_slots, expected):
@@ -132,14 +173,17 @@ def test_packed_documents_equal_separate_rows():
     tokens = some_tokens(1, 9)[0]
     mask = np.array([0, 1, 1, 1, 2, 2, 3, 3, 0])
     packed = model.apply(params, tokens[None], mask[None])[0]
-    masks = np.stack([mask == number for number in (1, 2, 3)])  # each document alone in a row of its own
+    masks = np.stack(
+        [mask == number for number in (1, 2, 3)]
+    )  # each document alone in a row of its own
     separate = np.asarray(model.apply(params, np.where(masks, tokens, 0), masks))
     np.testing.assert_allclose(packed[mask > 0], separate[masks], atol=ATOL)
 
 
 def test_frequencies_by_hand():
-    # Dh = 8, theta = 10000: 10000 ** -(0, 1/4, 1/2, 3/4). 64 tokens hold 10.19, 1.019, .1019 and .01019 waves: above 4
-    # is kept, below 1 divided by 8, and 1.019 is (1.019 - 1) / 3 = .6197% kept.
+    # Dh = 8, theta = 10000: 10000 ** -(0, 1/4, 1/2, 3/4). 64 tokens hold 10.19, 1.019, .1019 and
+    # .01019 waves: above 4 is kept, below 1 divided by 8, and 1.019 is (1.019 - 1) / 3 = .6197%
+    # kept.
     plain, kept = np.array([1.0, 0.1, 0.01, 0.001]), (64 * 0.1 / (2 * math.pi) - 1) / 3
     for scaling, expected in (
         (None, plain),
@@ -159,10 +203,14 @@ def test_rotation_by_hand():
 
 
 def test_llama_from_its_definition():
-    """Touvron et al. 2023, in complex numbers: a head's halves are the parts of numbers that a position turns."""
+    """Touvron et al. 2023, in complex numbers: a head's halves are the parts of numbers that a
+    position turns.
+    """
     model, params = tiny(dataclasses.replace(LLAMA, head_dim=4))
     params, tokens = jax.tree.map(np.asarray, params), some_tokens(1, 6)
-    turns = np.exp(1j * np.arange(6)[:, None] * 10000.0 ** -np.array([0, 0.5]))[:, None]  # [T, 1, Dh / 2]
+    turns = np.exp(1j * np.arange(6)[:, None] * 10000.0 ** -np.array([0, 0.5]))[
+        :, None
+    ]  # [T, 1, Dh / 2]
 
     def normed(x, weights):
         return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * weights["scale"]
@@ -198,17 +246,25 @@ def test_grouped_heads_are_heads_whose_keys_are_shared():
     np.testing.assert_allclose(model.apply(params, tokens), whole.apply(wide, tokens), atol=ATOL)
 
 
-@pytest.mark.parametrize("config", [MISTRAL, dataclasses.replace(GEMMA, global_every=3)], ids=["mistral", "gemma"])
+@pytest.mark.parametrize(
+    "config", [MISTRAL, dataclasses.replace(GEMMA, global_every=3)], ids=["mistral", "gemma"]
+)
 def test_two_layers_of_windows_reach_twice_as_far(config):
-    """Each layer reaches 2 tokens back: the token at 0 shows in the logits at 4 and not in those at 5."""
+    """Each layer reaches 2 tokens back: the token at 0 shows in the logits at 4 and not in those at
+    5.
+    """
     model, params = tiny(config)
     tokens = some_tokens(2, 7)
-    changed = np.abs(model.apply(params, (tokens + np.eye(1, 7, dtype=int)) % 13) - model.apply(params, tokens))
+    changed = np.abs(
+        model.apply(params, (tokens + np.eye(1, 7, dtype=int)) % 13) - model.apply(params, tokens)
+    )
     assert changed[:, 4].max() > 1e-3
     np.testing.assert_array_equal(changed[:, 5:], 0)
 
 
-@pytest.mark.parametrize(("config", "kernels"), [(QWEN3, ("q_proj", "k_proj")), (GEMMA, ("o_proj", "down_proj"))])
+@pytest.mark.parametrize(
+    ("config", "kernels"), [(QWEN3, ("q_proj", "k_proj")), (GEMMA, ("o_proj", "down_proj"))]
+)
 def test_the_length_of_what_is_normed_does_not_matter(config, kernels):
     model, params = tiny(config)
 
@@ -231,7 +287,9 @@ def test_gemma_by_hand():
     np.testing.assert_allclose(rows, params["wte"]["embedding"][tokens] * 8**0.5, rtol=1e-6)
     assert module.scales() == [5**-0.5] * 2
     np.testing.assert_allclose(decoder.frequencies(GEMMA)[1], 1e6 ** (-2 / 6), rtol=1e-6)
-    np.testing.assert_allclose(decoder.frequencies(GEMMA, is_local=True)[1], 1e4 ** (-2 / 6), rtol=1e-6)
+    np.testing.assert_allclose(
+        decoder.frequencies(GEMMA, is_local=True)[1], 1e4 ** (-2 / 6), rtol=1e-6
+    )
     assert (GEMMA.windows, GEMMA.local_layers) == ((None, 3), [True, False])
 
 
@@ -248,7 +306,10 @@ def test_positions_beyond_the_table_use_its_last_row():
     model, params = tiny()
     tokens = some_tokens(1, 14)
     table = params["wpe"]["embedding"]
-    longer = {**params, "wpe": {"embedding": jnp.concatenate([table, jnp.repeat(table[-1:], 4, axis=0)])}}
+    longer = {
+        **params,
+        "wpe": {"embedding": jnp.concatenate([table, jnp.repeat(table[-1:], 4, axis=0)])},
+    }
     expected = tiny(max_length=14)[0].apply(longer, tokens)
     np.testing.assert_allclose(model.apply(params, tokens), expected, atol=ATOL)
 
@@ -267,8 +328,12 @@ def test_samples_have_the_log_probs_of_the_full_forward(config):
     (model, params), tokens = tiny(config), some_tokens(3, 5)
     mask = np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 1, 0, 1, 1]])
     how = sampling.SamplingConfig(4, eos_id=None, pad_id=0)
-    sampled = jax.jit(functools.partial(sampling.generate, model, config=how))(params, tokens, mask, jax.random.key(1))
-    scores = jax.nn.log_softmax(model.apply(params, sampled.tokens, sampled.attention_mask)[:, 4:-1])
+    sampled = jax.jit(functools.partial(sampling.generate, model, config=how))(
+        params, tokens, mask, jax.random.key(1)
+    )
+    scores = jax.nn.log_softmax(
+        model.apply(params, sampled.tokens, sampled.attention_mask)[:, 4:-1]
+    )
     expected = jnp.take_along_axis(scores, sampled.tokens[:, 5:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(sampled.log_probs[:, 5:], expected, atol=ATOL)
 
@@ -284,23 +349,38 @@ def test_decoding_equals_the_full_forward(config, scan_layers):
     expected = np.asarray(model.apply(params, tokens, mask))
     positions = np.asarray(attention.positions(jnp.asarray(mask)))
     cache, pieces = model.init_cache(3, 9), []
-    decode, decode_at = jax.jit(model.decode), lambda **index: jax.jit(functools.partial(model.decode, **index))
+    decode, decode_at = (
+        jax.jit(model.decode),
+        lambda **index: jax.jit(functools.partial(model.decode, **index)),
+    )
     # Slots not written yet are marked as real: only what lies at or before the query may be seen.
     key_mask = np.concatenate([mask, np.ones((3, 1), int)], axis=1)
     for first, last in ((0, 4), (4, 6), (6, 7), (7, 8)):
         arguments = (params, tokens[:, first:last], positions[:, first:last], key_mask, cache)
         is_array = first in (4, 7)
-        logits, cache = decode(*arguments, first) if is_array else decode_at(index=first)(*arguments)
+        logits, cache = (
+            decode(*arguments, first) if is_array else decode_at(index=first)(*arguments)
+        )
         pieces.append(logits)
     decoded = np.concatenate(pieces, axis=1)
     np.testing.assert_allclose(decoded[mask == 1], expected[mask == 1], atol=ATOL)
     alone = tokens[:, 7:], positions[:, :1] * 0, np.ones((3, 9), int), model.init_cache(3, 9)
-    np.testing.assert_allclose(decode_at(index=0)(params, *alone)[0], model.apply(params, alone[0]), atol=ATOL)
-    slots = {tuple(leaf.shape) for leaf in jax.tree.leaves(cache)}  # Llama: the two heads of keys alone
+    np.testing.assert_allclose(
+        decode_at(index=0)(params, *alone)[0], model.apply(params, alone[0]), atol=ATOL
+    )
+    slots = {
+        tuple(leaf.shape) for leaf in jax.tree.leaves(cache)
+    }  # Llama: the two heads of keys alone
     sizes = [9] if config.windows == (None,) else [9, 3]
-    assert slots == {(3, 2, *last) for size in sizes for last in ((config.head_size, size), (size, config.head_size))}
+    assert slots == {
+        (3, 2, *last)
+        for size in sizes
+        for last in ((config.head_size, size), (size, config.head_size))
+    }
     unrolled, its_params = tiny(config)
-    np.testing.assert_allclose(unrolled.apply(its_params, tokens, mask)[mask == 1], expected[mask == 1], atol=ATOL)
+    np.testing.assert_allclose(
+        unrolled.apply(its_params, tokens, mask)[mask == 1], expected[mask == 1], atol=ATOL
+    )
 
 
 def sampler_of(model, mesh=None):
@@ -326,7 +406,8 @@ def test_deep_models_decode_with_sums_in_place_of_one_query_s_products(num_layer
     mixed = "f32[2,2,2,4] = dot_general["  # of the weights, twice, and the values
     # Two layers are written out: the last, and what the others share.
     assert (loop.count(score), loop.count(mixed)) == ({11: 2, 12: 0}[num_layers], 2)
-    # A layer's others: four of the means, four of the kernels; then the last norm's means and the table.
+    # A layer's others: four of the means, four of the kernels; then the last norm's means and the
+    # table.
     assert loop.count("dot_general[") == loop.count(score) + 2 * 9 + 3
 
 
@@ -341,12 +422,17 @@ def test_a_prompt_goes_through_scanned_layers_as_one_program(config):
 @pytest.mark.parametrize("number", [-3.0, jnp.nan, jnp.inf])
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_layers_are_taken_apart_by_one_kernel_for_all(num_layers, number):
-    stacked = {"a": jnp.arange(num_layers * 6.0).reshape(num_layers, 2, 3) - 5, "b": jnp.full(num_layers, number)}
+    stacked = {
+        "a": jnp.arange(num_layers * 6.0).reshape(num_layers, 2, 3) - 5,
+        "b": jnp.full(num_layers, number),
+    }
     program = jax.jit(stack.apart).lower(stacked).compile()
     layers = program(stacked)
     assert len(layers) == num_layers
     for i, layer in enumerate(layers):
-        jax.tree.map(np.testing.assert_array_equal, layer, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+        jax.tree.map(
+            np.testing.assert_array_equal, layer, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+        )
     # XLA knows none of the numbers: it would make a slice of a place that it knows.
     assert program.as_text().count(" dynamic-slice(") == (2 * num_layers if num_layers > 1 else 0)
 
@@ -354,9 +440,14 @@ def test_layers_are_taken_apart_by_one_kernel_for_all(num_layers, number):
 def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight():
     for config in (LLAMA, CONFIG):
         params, body = loop_over_tokens(config, scan_layers=True, compute_dtype="bfloat16")
-        assert models.build(dataclasses.replace(config, scan_layers=True)).for_decoding(params) is params
+        assert (
+            models.build(dataclasses.replace(config, scan_layers=True)).for_decoding(params)
+            is params
+        )
         assert str(body) == str(loop_over_tokens(config, compute_dtype="bfloat16")[1])
-        assert str(body) == str(loop_over_tokens(config, scan_layers=True, remat=True, compute_dtype="bfloat16")[1])
+        assert str(body) == str(
+            loop_over_tokens(config, scan_layers=True, remat=True, compute_dtype="bfloat16")[1]
+        )
         leaves = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim > 1}
 
         def steps(jaxpr):
@@ -365,11 +456,22 @@ def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight()
                 for inner in jaxprs_in_params(step.params):
                     yield from steps(inner)
 
-        cast = {step.invars[0].aval.shape for step in steps(body) if step.primitive.name == "convert_element_type"}
+        cast = {
+            step.invars[0].aval.shape
+            for step in steps(body)
+            if step.primitive.name == "convert_element_type"
+        }
         assert not cast & leaves
-        assert params["h_1"]["mlp"].popitem()[1]["kernel"].dtype == params["unembedding"].dtype == jnp.bfloat16
-        # The rows of tokens are read in float32, and norms are computed in it: decoding equals the full forward.
-        assert params["wte"]["embedding"].dtype == params["h_1"]["ln_1"]["scale"].dtype == jnp.float32
+        assert (
+            params["h_1"]["mlp"].popitem()[1]["kernel"].dtype
+            == params["unembedding"].dtype
+            == jnp.bfloat16
+        )
+        # The rows of tokens are read in float32, and norms are computed in it: decoding equals the
+        # full forward.
+        assert (
+            params["wte"]["embedding"].dtype == params["h_1"]["ln_1"]["scale"].dtype == jnp.float32
+        )
 
 
 @functools.cache
@@ -377,16 +479,24 @@ def loss_and_gradient(**changes):
     config = dataclasses.replace(CONFIG, num_layers=3)
     model, params = tiny(config, scale_attn_by_inverse_layer_idx=True, **changes)
     tokens, mask = some_tokens(2, 6), np.array([[0, 0, 1, 1, 1, 1], [1] * 6])
-    return jax.jit(jax.value_and_grad(lambda params: jnp.mean(model.apply(params, tokens, mask) ** 2)))(params)
+    return jax.jit(
+        jax.value_and_grad(lambda params: jnp.mean(model.apply(params, tokens, mask) ** 2))
+    )(params)
 
 
-@pytest.mark.parametrize("changes", [{"remat": True}, {"scan_layers": True}, {"remat": True, "scan_layers": True}])
+@pytest.mark.parametrize(
+    "changes", [{"remat": True}, {"scan_layers": True}, {"remat": True, "scan_layers": True}]
+)
 def test_remat_and_scan_change_neither_values_nor_gradients(changes):
     value, gradient = loss_and_gradient()
     other_value, other_gradient = loss_and_gradient(**changes)
     np.testing.assert_allclose(other_value, value, rtol=1e-5)
     expected = stack_layers(gradient) if "scan_layers" in changes else gradient
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL, rtol=1e-4), other_gradient, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL, rtol=1e-4),
+        other_gradient,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -403,54 +513,76 @@ def test_each_rate_drops_with_a_key_and_never_without(rate):
     tokens = some_tokens(2, 5)
     expected = plain.apply(params, tokens)
     np.testing.assert_array_equal(model.apply(params, tokens), expected)
-    first, again, other = (np.asarray(model.apply(params, tokens, None, jax.random.key(seed))) for seed in (1, 1, 2))
+    first, again, other = (
+        np.asarray(model.apply(params, tokens, None, jax.random.key(seed))) for seed in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, again)
     assert min(np.max(np.abs(first - other)), np.max(np.abs(first - expected))) > 1e-3
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_layers_draw_different_dropout(scan_layers):
-    """Two equal layers whose MLPs write ones and whose attention writes nothing: x is the sum of the two drops.
+    """Two equal layers whose MLPs write ones and whose attention writes nothing: x is the sum of
+    the two drops.
 
     A third, which is never stacked, writes nothing.
     """
-    model, params = tiny(dataclasses.replace(CONFIG, num_layers=3), residual_dropout=0.5, scan_layers=scan_layers)
+    model, params = tiny(
+        dataclasses.replace(CONFIG, num_layers=3), residual_dropout=0.5, scan_layers=scan_layers
+    )
     params = jax.tree.map(jnp.zeros_like, params)
     for layer in {"h", "h_0", "h_1"} & {*params}:
         params[layer]["mlp"]["c_proj"]["bias"] += 1.0
     params["ln_f"]["scale"] += 1.0
     states = np.asarray(model.hidden(params, some_tokens(2, 5), None, jax.random.key(3)))
-    # With the same draw in both layers a row would hold two levels (0 and 4), with different ones three (0, 2 and 4).
+    # With the same draw in both layers a row would hold two levels (0 and 4), with different ones
+    # three (0, 2 and 4).
     assert max(len(np.unique(row.round(4))) for row in states.reshape(-1, 8)) == 3
 
 
 def test_a_parameter_of_another_shape_is_named():
     (_, params), model = tiny(), models.build(dataclasses.replace(CONFIG, intermediate_size=6))
-    with pytest.raises(ValueError, match=r"parameter h_0/mlp/c_fc/kernel is \(8, 32\), this model's is \(8, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"parameter h_0/mlp/c_fc/kernel is \(8, 32\), this model's is \(8, 6\)"
+    ):
         model.apply(params, some_tokens(1, 3))
 
 
 def test_a_key_from_which_no_layer_draws_changes_no_program():
     model, (_, params) = models.build(CONFIG), tiny()
     program = jax.make_jaxpr(lambda key: model.hidden(params, some_tokens(1, 3), None, key))
-    with_key, without = ([eqn.primitive for eqn in program(key).eqns] for key in (jax.random.key(0), None))
+    with_key, without = (
+        [eqn.primitive for eqn in program(key).eqns] for key in (jax.random.key(0), None)
+    )
     assert with_key == without
 
 
 def test_a_seed_draws_the_numbers_that_it_always_drew():
-    """Initial weights, and what dropout leaves, written down on 2026-11-22; those of stacked layers a day later."""
+    """Initial weights, and what dropout leaves, written down on 2026-11-22; those of stacked layers
+    a day later.
+    """
     model = models.build(dataclasses.replace(CONFIG, num_layers=3, residual_dropout=0.5))
     params = model.init(jax.random.key(0))
-    stacked = models.build(dataclasses.replace(model.config, scan_layers=True)).init(jax.random.key(0))
-    drawn = [tree["attn"]["c_proj"]["kernel"][..., 0, 0] for tree in (params["h_0"], params["h_1"], params["h_2"])]
+    stacked = models.build(dataclasses.replace(model.config, scan_layers=True)).init(
+        jax.random.key(0)
+    )
+    drawn = [
+        tree["attn"]["c_proj"]["kernel"][..., 0, 0]
+        for tree in (params["h_0"], params["h_1"], params["h_2"])
+    ]
     np.testing.assert_allclose(drawn, [0.0138717, 0.0026196, 0.0008438], atol=1e-6)
-    drawn = [*stacked["h"]["attn"]["c_proj"]["kernel"][:, 0, 0], stacked["h_2"]["attn"]["c_proj"]["kernel"][0, 0]]
+    drawn = [
+        *stacked["h"]["attn"]["c_proj"]["kernel"][:, 0, 0],
+        stacked["h_2"]["attn"]["c_proj"]["kernel"][0, 0],
+    ]
     np.testing.assert_allclose(drawn, [0.0067511, 0.0111894, 0.0008438], atol=1e-6)
     states = model.hidden(perturbed(params), some_tokens(1, 3), None, jax.random.key(3))
     np.testing.assert_allclose(states[0, :, 0], [-0.382069, -0.921606, -0.930254], atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(GEMMA, global_every=3)], ids=["gpt2", "gemma"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, dataclasses.replace(GEMMA, global_every=3)], ids=["gpt2", "gemma"]
+)
 def test_layers_of_one_kind_are_traced_once(config):
     """Of six layers the last is traced by itself; Gemma's layers are of two kinds."""
     model = models.build(dataclasses.replace(config, num_layers=6))
@@ -462,11 +594,21 @@ def test_layers_of_one_kind_are_traced_once(config):
         return model.hidden(params, tokens).sum()
 
     kinds = len({*model.config.local_layers[:5]})
-    prompt = (tokens[:, :2], tokens[:, :2], *decoded[2:4], 0)  # whose keys are copied into the empty cache as a whole
+    prompt = (
+        tokens[:, :2],
+        tokens[:, :2],
+        *decoded[2:4],
+        0,
+    )  # whose keys are copied into the empty cache as a whole
     assert "scatter" not in str(jax.make_jaxpr(model.decode, static_argnums=5)(params, *prompt))
-    learning, decoding = jax.make_jaxpr(jax.grad(loss))(params), jax.make_jaxpr(model.decode)(params, *decoded)
+    learning, decoding = (
+        jax.make_jaxpr(jax.grad(loss))(params),
+        jax.make_jaxpr(model.decode)(params, *decoded),
+    )
     for program, passes in ((learning, 2), (decoding, 1)):
-        calls = [step.params["jaxpr"] for step in program.eqns if step.params.get("name") == "core_fn"]  # Flax's name
+        calls = [
+            step.params["jaxpr"] for step in program.eqns if step.params.get("name") == "core_fn"
+        ]  # Flax's name
         assert (len(calls), len({id(call) for call in calls})) == (5 * passes, kinds * passes)
 
 
@@ -477,7 +619,11 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     logits = model.apply(params, tokens)
     fresh = jax.eval_shape(model.init, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves((fresh, logits))} == {jnp.dtype("float32")}
-    assert model.hidden(params, tokens).dtype == jax.tree.leaves(model.init_cache(1, 4))[0].dtype == jnp.bfloat16
+    assert (
+        model.hidden(params, tokens).dtype
+        == jax.tree.leaves(model.init_cache(1, 4))[0].dtype
+        == jnp.bfloat16
+    )
     assert 1e-4 < np.mean(np.abs(logits - plain.apply(params, tokens))) < 0.1
 
 
@@ -499,7 +645,10 @@ def test_resize_vocabulary_adds_mean_rows_to_every_table(config):
     ("changes", "message"),
     [
         ({"num_heads": 3}, "hidden_size 8 is not a multiple of num_heads 3"),
-        ({"activation": "tanh"}, "unknown activation 'tanh'; choose from gelu_new, gelu, relu, silu"),
+        (
+            {"activation": "tanh"},
+            "unknown activation 'tanh'; choose from gelu_new, gelu, relu, silu",
+        ),
         ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
         ({"residual_dropout": 1.0}, "residual_dropout must be at least 0 and below 1, got 1.0"),
     ],
@@ -560,7 +709,12 @@ def test_columns_that_are_read_are_those_of_all(config, changes):
     places = np.zeros((3, 6, 8), np.float32)
     np.add.at(places, (np.arange(3)[:, None], numbers), weights[:, :2])
     for columns, ours, theirs, expected in (
-        (slice(2, 5), weights[:, 2:5], weights * (np.isin(np.arange(6), [2, 3, 4])[:, None]), whole[:, 2:5]),
+        (
+            slice(2, 5),
+            weights[:, 2:5],
+            weights * (np.isin(np.arange(6), [2, 3, 4])[:, None]),
+            whole[:, 2:5],
+        ),
         (jnp.array(numbers), weights[:, :2], places, whole[np.arange(3)[:, None], numbers]),
     ):
         states, gradient = states_and_gradient(columns)(ours)
@@ -570,7 +724,9 @@ def test_columns_that_are_read_are_those_of_all(config, changes):
             gradient,
             of_all(theirs.astype(np.float32))[1],
         )
-    program = str(jax.make_jaxpr(lambda params: hidden(params, tokens, mask, None, slice(2, 5)))(params))
+    program = str(
+        jax.make_jaxpr(lambda params: hidden(params, tokens, mask, None, slice(2, 5)))(params)
+    )
     width = config.intermediate_size or 4 * config.hidden_size
     assert f"f32[3,3,{width}]" in program  # the last MLP runs where it is read
     # But where less than an eighth is left out, one kernel serves all blocks.
@@ -580,15 +736,24 @@ def test_columns_that_are_read_are_those_of_all(config, changes):
     assert f"f32[3,8,{width}]" not in str(program)
 
 
-@pytest.mark.parametrize(("rows", "is_centred"), [(6, True), (7, False)])  # an even number is taken in halves
+@pytest.mark.parametrize(
+    ("rows", "is_centred"), [(6, True), (7, False)]
+)  # an even number is taken in halves
 def test_the_gradients_written_out_are_the_derived_ones(rows, is_centred):
     x, kernel, scale, bias, cotangent = (
         jax.random.normal(key, shape)
-        for key, shape in zip(jax.random.split(jax.random.key(0), 5), ((rows, 8), (8, 4), 8, 8, (rows, 4)), strict=True)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(0), 5),
+            ((rows, 8), (8, 4), 8, 8, (rows, 4)),
+            strict=True,
+        )
     )
 
     def ours(x, kernel, scale, bias):
-        return jnp.sum(stack.product(norms.norm(x, scale, bias if is_centred else None, 1e-5), kernel) * cotangent)
+        return jnp.sum(
+            stack.product(norms.norm(x, scale, bias if is_centred else None, 1e-5), kernel)
+            * cotangent
+        )
 
     def derived(x, kernel, scale, bias):
         centred = x - is_centred * x.mean(1, keepdims=True)
@@ -596,20 +761,27 @@ def test_the_gradients_written_out_are_the_derived_ones(rows, is_centred):
         return jnp.sum((normed * scale[None] + is_centred * bias[None]) @ kernel * cotangent)
 
     values = (x, kernel, scale, bias)
-    got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*values) for f in (ours, derived))
+    got, want = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*values) for f in (ours, derived)
+    )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gemma_s_norm_by_hand_is_computed_in_float32_and_keeps_the_dtype(dtype):
-    params, expected = {"params": {"scale": jnp.array([1.0, 0.0])}}, jnp.array([[2 * 3 / 12.5**0.5, 4 / 12.5**0.5]])
+    params, expected = (
+        {"params": {"scale": jnp.array([1.0, 0.0])}},
+        jnp.array([[2 * 3 / 12.5**0.5, 4 / 12.5**0.5]]),
+    )
     normed = stack.Norm(GEMMA).apply(params, jnp.array([[3.0, 4.0]], dtype))
     np.testing.assert_allclose(normed, expected.astype(dtype), rtol=1e-6)
 
 
 def test_products_with_the_hessian_of_a_model():
-    """Forward over reverse and reverse over reverse agree, as docs/models.md says of the gradients written out."""
+    """Forward over reverse and reverse over reverse agree, as docs/models.md says of the gradients
+    written out.
+    """
     model = models.build(models.GPT2Config(7, 8, 8, 1, 2))
     params = model.init(jax.random.key(0))
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % 7

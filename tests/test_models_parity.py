@@ -1,4 +1,6 @@
-"""Each family against transformers on torch, on random tiny weights: logits, greedy tokens, scores, folders."""
+"""Each family against transformers on torch, on random tiny weights: logits, greedy tokens, scores,
+folders.
+"""
 
 import json
 
@@ -24,7 +26,13 @@ LOCAL_LAST = ["sliding_attention", "full_attention", "sliding_attention"]
 SIZES = {
     "GPT2": {"n_positions": 24, "n_embd": 16, "n_layer": 3, "n_head": 4},
     **dict.fromkeys(("Llama", "Qwen2", "Qwen3", "Mistral"), BASE),
-    "Gemma3": {**BASE, "num_key_value_heads": 2, "head_dim": 6, "sliding_window": 4, "layer_types": LOCAL_LAST},
+    "Gemma3": {
+        **BASE,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "sliding_window": 4,
+        "layer_types": LOCAL_LAST,
+    },
 }
 TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
@@ -43,12 +51,23 @@ CONFIGS = {
     "GPT2 gelu": {"activation_function": "gelu", "n_inner": 20},
     "GPT2 relu": {"activation_function": "relu", "layer_norm_epsilon": 0.1},
     "GPT2 silu": {"activation_function": "silu", "scale_attn_weights": False},
-    "GPT2 scaled by layer": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
-    "GPT2 unscaled by layer": {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+    "GPT2 scaled by layer": {
+        "scale_attn_by_inverse_layer_idx": True,
+        "reorder_and_upcast_attn": True,
+    },
+    "GPT2 unscaled by layer": {
+        "scale_attn_weights": False,
+        "scale_attn_by_inverse_layer_idx": True,
+    },
     "Llama plain": {},
     "Llama grouped": {"num_key_value_heads": 2, "rms_norm_eps": 1e-2},
     "Llama one key head, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
-    "Llama biases, wide heads": {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "hidden_act": "gelu"},
+    "Llama biases, wide heads": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": 6,
+        "hidden_act": "gelu",
+    },
     "Llama llama3": {"rope_parameters": LLAMA3, "num_key_value_heads": 2},
     "Qwen2 grouped": {"num_key_value_heads": 2},
     "Qwen2 tied": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
@@ -73,16 +92,22 @@ each_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def torch_model(name, kind="causal_lm", **changes):
-    """A transformers model of a family or a row of CONFIGS; its weights are so large that every option shows."""
+    """A transformers model of a family or a row of CONFIGS; its weights are so large that every
+    option shows.
+    """
     import torch
     import transformers
 
     torch.manual_seed(0)
     family, causal = name.split()[0], "LMHeadModel" if name.startswith("GPT2") else "ForCausalLM"
     text = "Text" if family == "Gemma3" else ""
-    kind = {"causal_lm": causal, "classifier": f"{text}ForSequenceClassification", "body": "Model"}[kind]
+    kind = {"causal_lm": causal, "classifier": f"{text}ForSequenceClassification", "body": "Model"}[
+        kind
+    ]
     config = {**IDS, **SIZES[family], **CONFIGS.get(name, {}), **changes}
-    model = getattr(transformers, family + kind)(getattr(transformers, f"{family}{text}Config")(**config)).eval()
+    model = getattr(transformers, family + kind)(
+        getattr(transformers, f"{family}{text}Config")(**config)
+    ).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             is_norm = "norm" in parameter_name or "ln_" in parameter_name
@@ -100,7 +125,11 @@ def left_padded(batch=4, length=12):
 def torch_forward(model, tokens, mask):
     import torch
 
-    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0)}
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0),
+    }
     with torch.no_grad():
         return model(**{name: torch.tensor(array) for name, array in inputs.items()}).logits.numpy()
 
@@ -139,7 +168,15 @@ def test_logits_equal_transformers(tmp_path, name):
 
 
 each_family = pytest.mark.parametrize(
-    "name", ["GPT2 gelu_new", "Llama llama3", "Qwen2 tied", "Qwen3 wide heads", "Mistral windows", "Gemma3 tied"]
+    "name",
+    [
+        "GPT2 gelu_new",
+        "Llama llama3",
+        "Qwen2 tied",
+        "Qwen3 wide heads",
+        "Mistral windows",
+        "Gemma3 tied",
+    ],
 )
 
 
@@ -169,7 +206,9 @@ def test_greedy_equals_transformers_generate(tmp_path, name):
     ).numpy()
     model, params = models.load(tmp_path)
     config = sampling.SamplingConfig(max_new_tokens=16, temperature=0.0, eos_id=1, pad_id=0)
-    result = sampling.generate(model, params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), config=config)
+    result = sampling.generate(
+        model, params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), config=config
+    )
     np.testing.assert_array_equal(np.asarray(result.tokens)[:, : expected.shape[1]], expected)
     assert not np.asarray(result.tokens)[:, expected.shape[1] :].any()
 
@@ -194,7 +233,9 @@ def test_saved_folder_loads_bit_equal_in_transformers(tmp_path, name, scan_layer
     assert_same_tensors(torch_tensors(again), torch_tensors(reference))
     assert_same_tensors(stored(tmp_path / "ours"), stored(tmp_path / "theirs"))
     tokens, mask = left_padded()
-    np.testing.assert_array_equal(torch_forward(again, tokens, mask), torch_forward(reference, tokens, mask))
+    np.testing.assert_array_equal(
+        torch_forward(again, tokens, mask), torch_forward(reference, tokens, mask)
+    )
 
 
 def stored(folder):
@@ -216,7 +257,9 @@ def test_half_precision_weights_survive_a_kept_dtype_key(tmp_path):
         assert params["wte"]["embedding"].dtype == (dtype or jnp.float16)
         params["wte"]["embedding"] += 1e-5
         models.save(tmp_path / "again", model, params)
-        found = torch_tensors(loaded("AutoModelForCausalLM", tmp_path / "again"))["transformer.wte.weight"]
+        found = torch_tensors(loaded("AutoModelForCausalLM", tmp_path / "again"))[
+            "transformer.wte.weight"
+        ]
         assert found.dtype == params["wte"]["embedding"].dtype
         np.testing.assert_array_equal(found, params["wte"]["embedding"])
 
@@ -227,17 +270,28 @@ def test_saved_reward_model_equals_transformers_logit_plus_shift(tmp_path, name)
     torch_model(name, problem_type="single_label_classification").save_pretrained(tmp_path / "base")
     model, params = models.load(tmp_path / "base")
     params = models.add_head(jax.random.key(1), params, "score")
-    params["score"] |= {"gain": jnp.float32(2.5), "bias": jnp.float32(0.7), "shift": jnp.float32(-1.25)}
+    params["score"] |= {
+        "gain": jnp.float32(2.5),
+        "bias": jnp.float32(0.7),
+        "shift": jnp.float32(-1.25),
+    }
     models.save(tmp_path / "reward", model, params)
     reference = loaded("AutoModelForSequenceClassification", tmp_path / "reward")
-    assert type(reference).__name__.removesuffix("ForSequenceClassification").removesuffix("Text") == name.split()[0]
+    assert (
+        type(reference).__name__.removesuffix("ForSequenceClassification").removesuffix("Text")
+        == name.split()[0]
+    )
     assert reference.config.num_labels == 1
-    np.testing.assert_array_equal(torch_tensors(reference)["score.weight"][0], 2.5 * params["score"]["kernel"])
+    np.testing.assert_array_equal(
+        torch_tensors(reference)["score.weight"][0], 2.5 * params["score"]["kernel"]
+    )
     shift = json.loads((tmp_path / "reward" / "config.json").read_text())["reward_shift"]
     assert shift == reference.config.reward_shift
     tokens, mask = left_padded()
     expected = torch_forward(reference, tokens, mask)[:, 0] + shift
-    np.testing.assert_allclose(models.score_fn(model)(params, tokens, mask, None), expected, atol=2e-4)
+    np.testing.assert_allclose(
+        models.score_fn(model)(params, tokens, mask, None), expected, atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "8KB"])
@@ -249,7 +303,9 @@ def test_folders_of_transformers_come_back_bit_equal(tmp_path, max_shard_size):
     assert (model.config.embedding_dropout, model.config.residual_dropout) == (0.1, 0.3)
     models.save(tmp_path / "ours", model, params)
     assert_same_tensors(stored(tmp_path / "ours"), torch_tensors(reference))
-    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "ours"))
+    before, after = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "ours")
+    )
     assert {name: after[name] for name in before} == before
 
 
@@ -257,7 +313,9 @@ def test_body_without_prefix_loads(tmp_path):
     torch_model("GPT2", "body").save_pretrained(tmp_path)
     _, params = models.load(tmp_path)
     assert not [name for name in stored(tmp_path) if name.startswith("transformer.")]
-    np.testing.assert_array_equal(params["h_1"]["attn"]["c_proj"]["kernel"], stored(tmp_path)["h.1.attn.c_proj.weight"])
+    np.testing.assert_array_equal(
+        params["h_1"]["attn"]["c_proj"]["kernel"], stored(tmp_path)["h.1.attn.c_proj.weight"]
+    )
 
 
 def test_bfloat16_compute_is_close(tmp_path):

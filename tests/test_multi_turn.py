@@ -1,5 +1,6 @@
-"""Responses with holes: the policy speaks, a tool or the user answers, the policy goes on. What is in a hole is context
-of what follows and nothing else: no loss, advantage, statistic or gradient reads it."""
+"""Responses with holes: the policy speaks, a tool or the user answers, the policy goes on. What is
+in a hole is context of what follows and nothing else: no loss, advantage, statistic or gradient
+reads it."""
 
 import dataclasses
 import functools
@@ -36,7 +37,16 @@ from rlhf_jax.types import Comparisons, Demonstrations, PolicyOutput, Rollout
 KEY = jax.random.key(7)
 VOCAB_SIZE = 5
 # P prompt, a what the policy said, x what others said in between or afterwards, - padding.
-LAYOUT = ["-Paaxxaa", "PPaxaxa-", "-Pxaaxx-", "PPxxx---", "PPaaaa--", "-Paxxxxa", "PPaaxxx-", "-Pxxxxx-"]
+LAYOUT = [
+    "-Paaxxaa",
+    "PPaxaxa-",
+    "-Pxaaxx-",
+    "PPxxx---",
+    "PPaaaa--",
+    "-Paxxxxa",
+    "PPaaxxx-",
+    "-Pxxxxx-",
+]
 LETTERS = np.array([list(row) for row in LAYOUT])
 
 
@@ -59,7 +69,9 @@ def conversations(closed_up=False):
     letters = LETTERS
     if closed_up:
         rank = np.select([letters == "P", letters == "a"], [1, 2], 3)
-        rank = np.where((letters == "-") & (np.arange(8)[None, :] == 0), 0, rank)  # left padding stays
+        rank = np.where(
+            (letters == "-") & (np.arange(8)[None, :] == 0), 0, rank
+        )  # left padding stays
         order = np.argsort(rank, axis=1, kind="stable")
         letters = np.take_along_axis(np.where(letters == "x", "-", letters), order, axis=1)
         arrays = {name: np.take_along_axis(x, order, axis=1) for name, x in arrays.items()}
@@ -72,7 +84,9 @@ def params(seed=0):
 
 
 def alone(params, tokens, attention_mask, key):
-    """Log-probs and values by the token itself, whatever stands before it: cutting a hole out changes none of them."""
+    """Log-probs and values by the token itself, whatever stands before it: cutting a hole out
+    changes none of them.
+    """
     del attention_mask, key
     logits = jnp.broadcast_to(params["logits"], (*tokens.shape, VOCAB_SIZE))
     log_probs = jax.nn.log_softmax(params["logits"])[tokens]
@@ -81,7 +95,10 @@ def alone(params, tokens, attention_mask, key):
 
 def pairs(batch):
     return Comparisons(
-        *(x.reshape(-1, 2, x.shape[1]) for x in (batch.tokens, batch.attention_mask, batch.response_mask))
+        *(
+            x.reshape(-1, 2, x.shape[1])
+            for x in (batch.tokens, batch.attention_mask, batch.response_mask)
+        )
     )
 
 
@@ -92,7 +109,9 @@ def of_sft(params, batch, policy_fn):
 
 def of_vpg(params_now, batch, policy_fn):
     batch = batch.replace(advantages=kl_shaped(batch, 0.1).sum(axis=1))
-    return vpg.loss(params_now, batch, KEY, policy_fn=policy_fn, config=vpg.Config(entropy_coef=0.1))
+    return vpg.loss(
+        params_now, batch, KEY, policy_fn=policy_fn, config=vpg.Config(entropy_coef=0.1)
+    )
 
 
 def of_clipped(algorithm, config, params_now, batch, policy_fn):
@@ -118,8 +137,9 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_is_in_a_hole_does_not_matter(name):
-    """Loss, metrics and gradient are those of the policy's tokens put side by side, and the same to the last bit
-    whatever numbers and tokens the hole holds: GAE, whitening, KL penalty, groups and means see nothing of it."""
+    """Loss, metrics and gradient are those of the policy's tokens put side by side, and the same to
+    the last bit whatever numbers and tokens the hole holds: GAE, whitening, KL penalty, groups and
+    means see nothing of it."""
     hole = LETTERS == "x"
 
     @jax.jit
@@ -138,7 +158,9 @@ def test_what_is_in_a_hole_does_not_matter(name):
     expected = run(batch, 0.0)
     assert max(np.abs(x).max() for x in jax.tree.leaves(expected[1])) > 0.01
     assert_close(expected, run(conversations(closed_up=True), 0.0), atol=2e-6)
-    other_tokens = batch.replace(tokens=np.where(hole, (batch.tokens + 1) % VOCAB_SIZE, batch.tokens))
+    other_tokens = batch.replace(
+        tokens=np.where(hole, (batch.tokens + 1) % VOCAB_SIZE, batch.tokens)
+    )
     for poison in (np.nan, 1e4, -1e4):
         assert_identical(run(other_tokens, poison), expected)
 
@@ -168,7 +190,10 @@ def table():
 
 
 def prompts_of(*texts, **columns):
-    rows = [Row(text, (), f"prompts.json, row {i + 1}", columns={"number": i}) for i, text in enumerate(texts)]
+    rows = [
+        Row(text, (), f"prompts.json, row {i + 1}", columns={"number": i})
+        for i, text in enumerate(texts)
+    ]
     return encoding.encode_prompts(rows, ALPHABET, length=P)
 
 
@@ -186,11 +211,16 @@ def talk(fn, encoded, rows, max_turns=None, config=None, params=None, mesh=None)
 
 
 def replies(conversation, row):
-    """By the row's number: one reply and then an end; none; one, and another that leaves no slot behind it."""
+    """By the row's number: one reply and then an end; none; one, and another that leaves no slot
+    behind it.
+    """
     assert [message["role"] for message in conversation[::2]] == ["user"] * len(conversation[::2])
     assert {message["role"] for message in conversation[1::2]} == {"assistant"}
     said = [message["content"] for message in conversation]
-    assert said == [["a", "b", "c", "de"], ["ca", "b"], ["a", "b", "cc", "de"]][row["number"]][: len(said)]
+    assert (
+        said
+        == [["a", "b", "c", "de"], ["ca", "b"], ["a", "b", "cc", "de"]][row["number"]][: len(said)]
+    )
     conversation.clear()  # its own copy
     answers = [("c", 0.5), (None, -1), "cc"] if len(said) == 2 else [(None, 2.0), None, "c"]
     return answers[row["number"]]
@@ -229,10 +259,15 @@ def test_a_conversation_by_hand():
 def test_a_reply_gets_no_gradient():
     """After EOS, c and the second c only replies stand, so their rows of the table do not move."""
     rollout, _ = talk(replies, prompts_of("a", "ca", "a"), [0, 1, -1, 2])
-    rollout = rollout.replace(rewards=rollout.rewards + rollout.response_mask, ref_log_probs=rollout.log_probs)
+    rollout = rollout.replace(
+        rewards=rollout.rewards + rollout.response_mask, ref_log_probs=rollout.log_probs
+    )
     policy_fn, mask = ops.policy_fn(bigrams), rollout.response_mask
     grads = []
-    for batch in (rollout, rollout.replace(response_mask=rollout.attention_mask * (np.cumsum(mask, axis=1) > 0))):
+    for batch in (
+        rollout,
+        rollout.replace(response_mask=rollout.attention_mask * (np.cumsum(mask, axis=1) > 0)),
+    ):
         loss = functools.partial(of_vpg, batch=batch, policy_fn=policy_fn)
         grads.append(jax.jit(jax.grad(lambda params, loss=loss: numbers(loss)(params)[0]))(table()))
     moved, all_moved = (np.abs(np.asarray(grad)).max(axis=1) > 1e-6 for grad in grads)
@@ -245,7 +280,9 @@ def test_a_tokens_randomness_is_that_of_its_slot():
     params = jnp.zeros((ALPHABET.vocab_size,) * 2)
     encoded, rows = prompts_of("a", "ca", "bb", "b"), np.arange(4)
     endless = sampling.SamplingConfig(R, eos_id=None, pad_id=PAD)
-    whole = sampling.generate(TABLE_MODEL, params, encoded.tokens, encoded.attention_mask, KEY, config=endless).tokens
+    whole = sampling.generate(
+        TABLE_MODEL, params, encoded.tokens, encoded.attention_mask, KEY, config=endless
+    ).tokens
     ending = sampling.SamplingConfig(R, eos_id=(EOS, A, B, C), pad_id=PAD)
     first = talk(lambda *_: "d", encoded, rows, config=ending, params=params)[0]
     said = first.response_mask == 1
@@ -262,7 +299,10 @@ FAULTS = [
     (lambda conversation, row: 1 // (4 - len(conversation)), "ZeroDivisionError"),
     (lambda conversation, row: 7, "TypeError: expected None, a text or a message, or .*, got 7"),
     (lambda conversation, row: ("x", 1, 2), "ValueError: too many values to unpack"),
-    (lambda conversation, row: (None, float("nan")), r"TypeError: expected .* a number.*, got \(None, nan\)"),
+    (
+        lambda conversation, row: (None, float("nan")),
+        r"TypeError: expected .* a number.*, got \(None, nan\)",
+    ),
     (lambda conversation, row: (None, "1"), "TypeError: "),
     (lambda conversation, row: {"content": "a"}, "TypeError: expected .* a message"),
     (lambda conversation, row: "é", r"the tokenizer's alphabet lacks 'é'"),
@@ -284,13 +324,16 @@ def test_what_an_environment_does_wrong_names_row_and_turn(fn, message):
 
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def test_a_message_is_rendered_by_the_chat_template():
-    """What the template writes from the end of the policy's turn on to the opening of the next, once."""
+    """What the template writes from the end of the policy's turn on to the opening of the next,
+    once.
+    """
     plain = train_bpe(["hi tool user assistant"] * 3, 270)
     backend = tokenizers.Tokenizer.from_str(plain.backend.to_str())
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -315,8 +358,14 @@ def test_a_message_is_rendered_by_the_chat_template():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"environment": "e.py:f", "missing_eos_penalty": 1.0}, "missing_eos_penalty, missing_eos_score, overlong"),
-        ({"environment": "e.py:f", "overlong_buffer": 4}, "overlong_buffer: an environment pays itself"),
+        (
+            {"environment": "e.py:f", "missing_eos_penalty": 1.0},
+            "missing_eos_penalty, missing_eos_score, overlong",
+        ),
+        (
+            {"environment": "e.py:f", "overlong_buffer": 4},
+            "overlong_buffer: an environment pays itself",
+        ),
         ({"environment": "e.py:f", "max_turns": 0}, "max_turns must be at least 1"),
     ],
 )
@@ -353,7 +402,9 @@ def talker(tmp_path_factory):
 
 
 def notes(folder):
-    """What the environment was asked and paid since the last call: {prompt: [(texts, reward), ...]}."""
+    """What the environment was asked and paid since the last call: {prompt: [(texts, reward),
+    ...]}.
+    """
     lines, by_prompt = map(json.loads, (folder / "env.jsonl").read_text().splitlines()), {}
     for texts, _, reward in lines:
         by_prompt.setdefault(texts[0], []).append((texts, reward))
@@ -370,15 +421,21 @@ def test_a_generator_with_an_environment(talker):
     for i, turns in enumerate(asked.values()):
         _, *texts = turns[-1][0]
         assert said.texts[i] == "".join(texts[::2])
-        assert said.transcripts[i].startswith("".join(texts))  # behind it a reply that was the last thing to fit
+        assert said.transcripts[i].startswith(
+            "".join(texts)
+        )  # behind it a reply that was the last thing to fit
         assert len(said.token_log_probs[i]) >= len(said.texts[i])  # pads can be said too
-    again = Generator(talker / "model", max_new_tokens=16, environment=source, max_turns=3, batch_size=1)
+    again = Generator(
+        talker / "model", max_new_tokens=16, environment=source, max_turns=3, batch_size=1
+    )
     assert again(["cab"], columns=rows[2:], seed=1).transcripts == said.transcripts[2:]
     plain = Generator(talker / "model", max_new_tokens=16)(["cab"], seed=1)
     assert plain.texts == plain.transcripts
     assert said.texts[2].startswith(plain.texts[0])
     for given in ({"max_turns": 2}, {"max_turns": 0, "environment": source}):
-        with pytest.raises(UserError, match=r"max_turns \d: conversations have an environment and at least 1 turn"):
+        with pytest.raises(
+            UserError, match=r"max_turns \d: conversations have an environment and at least 1 turn"
+        ):
             Generator(talker / "model", **given)
 
 
@@ -390,18 +447,27 @@ def test_an_evaluation_with_an_environment(talker, tmp_path, capsys):
     turns = [turn for asked in notes(talker).values() for turn in asked]
     assert max(len(texts) for texts, _ in turns) == 4  # two turns, as in training
     assert result.value("environment", "turns") == pytest.approx(len(turns) / 6)
-    assert result.value("environment", "reward") == pytest.approx(sum(reward for _, reward in turns) / 6)
+    assert result.value("environment", "reward") == pytest.approx(
+        sum(reward for _, reward in turns) / 6
+    )
     assert 0 < result.value("environment", "cut") < 1
-    samples = [json.loads(line) for line in (tmp_path / evaluate.SAMPLES).read_text("utf-8").splitlines()]
+    samples = [
+        json.loads(line) for line in (tmp_path / evaluate.SAMPLES).read_text("utf-8").splitlines()
+    ]
     both = {"".join(texts[1:]) for texts, _ in turns if len(texts) == 4}
     assert both <= {line["response"] for line in samples}
     content = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
     assert config.environment in content["fingerprints"]
     assert "was trained with replies" not in capsys.readouterr().out
     evaluate.open_bench(evaluate.load(str(talker), config), evaluate.Config(**given))
-    assert "was trained with replies by env.py:ask; here is no --environment" in capsys.readouterr().out
+    assert (
+        "was trained with replies by env.py:ask; here is no --environment"
+        in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="max_turns 2: conversations have"):
-        evaluate.open_bench(evaluate.load(str(talker), config), evaluate.Config(**given, max_turns=2))
+        evaluate.open_bench(
+            evaluate.load(str(talker), config), evaluate.Config(**given, max_turns=2)
+        )
 
 
 WORDS = ("abe", "bee", "cab", "dab", "ebb", "fab", "ade", "User:\nAssistant")
@@ -425,7 +491,8 @@ def raising(prompts, responses, wanted):
     import jax
     return [score / (1 - jax.process_index()) for score in nan(prompts, responses, wanted)]
 """
-# Each of two processes: a run, the same again, and four that fail in the second process, the last before it begins.
+# Each of two processes: a run, the same again, and four that fail in the second process, the last
+# before it begins.
 IN_PROCESSES = """
 import sys
 from rlhf_jax import cli, config, errors, training
@@ -454,14 +521,18 @@ cli.run_script(main)
 
 
 @pytest.mark.slow
-def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(tmp_path, monkeypatch, no_pages):
+def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(
+    tmp_path, monkeypatch, no_pages
+):
     (tmp_path / "env.py").write_text(COUNTING)
     rows = [{"prompt": word, "wanted": 1 + i % 3} for i, word in enumerate(WORDS)]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
     config = RunConfig(
         data=(str(tmp_path / "prompts.json"),),
         output_dir=str(tmp_path / "straight"),
-        network=Network(hidden_size=16, num_layers=1, num_heads=2, max_length=64, initializer_range=0.5),
+        network=Network(
+            hidden_size=16, num_layers=1, num_heads=2, max_length=64, initializer_range=0.5
+        ),
         tokenizer=Tokens(kind="characters"),
         reward=("length*0.1", "length:2"),
         checkpoint_interval=2,
@@ -480,7 +551,11 @@ def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(Stage, "hold", lambda stage, trees: held.update(trees))
         straight = training.rl.run(config, grpo)
-    slots = {size for keys, values in held["cache while it samples"] for size in (keys.shape[3], values.shape[2])}
+    slots = {
+        size
+        for keys, values in held["cache while it samples"]
+        for size in (keys.shape[3], values.shape[2])
+    }
     assert slots == {max(map(len, WORDS)) + 2 * 40}  # the conversation so far, and as much again
     metrics = read(straight.folder)
     for row in metrics[1:]:
@@ -513,7 +588,9 @@ def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(tmp_path, 
         "broken": ".*environment: .*turn 1: ZeroDivisionError.*",
     }
     for name, sentence in sentences.items():
-        ended = [re.search(f"^{name}: (process 1: )?({sentence})$", text, re.MULTILINE) for text in said]
+        ended = [
+            re.search(f"^{name}: (process 1: )?({sentence})$", text, re.MULTILINE) for text in said
+        ]
         assert all(ended), said
         assert (ended[0][1], ended[1][1], ended[0][2]) == ("process 1: ", None, ended[1][2])
     two, twice = (tmp_path / "run.yamls" / name for name in ("two", "two again"))

@@ -1,7 +1,8 @@
-"""The notebooks: clean in the repository, and executed from first to last cell on small settings (slow).
+"""The notebooks: clean in the repository, and executed from first to last cell on small settings
+(slow).
 
-A notebook's cell tagged ``parameters`` is followed, as papermill does it, by one that overrides what is to be small; a
-last cell asserts what the notebook claims.
+A notebook's cell tagged ``parameters`` is followed, as papermill does it, by one that overrides
+what is to be small; a last cell asserts what the notebook claims.
 """
 
 import json
@@ -15,8 +16,8 @@ import nbformat
 import pytest
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-# Left out here, since each takes longer than these runs and has tests of its own: doctor's step of every phase, and a
-# page for each run.
+# Left out here, since each takes longer than these runs and has tests of its own: doctor's step of
+# every phase, and a page for each run.
 SHORTER = """
 import rlhf_jax.training.doctor
 import rlhf_jax.report.page
@@ -28,7 +29,11 @@ NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 
 
 def code_cells(name):
-    return [cell for cell in json.loads((NOTEBOOKS / f"{name}.ipynb").read_bytes())["cells"] if "outputs" in cell]
+    return [
+        cell
+        for cell in json.loads((NOTEBOOKS / f"{name}.ipynb").read_bytes())["cells"]
+        if "outputs" in cell
+    ]
 
 
 def text_file(path, length):
@@ -40,35 +45,54 @@ def text_file(path, length):
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """Runs a notebook in a kernel of this interpreter, in ``tmp_path``, on the CPU; returns what it printed."""
+    """Runs a notebook in a kernel of this interpreter, in ``tmp_path``, on the CPU; returns what it
+    printed.
+    """
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
     def execute(name, *checks, **settings):
         book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-        [place] = [i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", ())]
+        [place] = [
+            i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", ())
+        ]
         overrides = "\n".join(f"{key} = {value!r}" for key, value in settings.items())
         book.cells.insert(place + 1, nbformat.v4.new_code_cell(overrides))
         book.cells.insert(0, nbformat.v4.new_code_cell(SHORTER))
-        book.cells.append(nbformat.v4.new_code_cell("\n".join(f"assert {check}" for check in checks)))
-        nbclient.NotebookClient(book, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
-        return "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", ()))
+        book.cells.append(
+            nbformat.v4.new_code_cell("\n".join(f"assert {check}" for check in checks))
+        )
+        nbclient.NotebookClient(
+            book, timeout=900, resources={"metadata": {"path": str(tmp_path)}}
+        ).execute()
+        return "".join(
+            output.get("text", "") for cell in book.cells for output in cell.get("outputs", ())
+        )
 
     return execute
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_notebook_holds_outputs(name):
-    assert not [cell for cell in code_cells(name) if cell["outputs"] or cell["execution_count"] is not None]
+    assert not [
+        cell for cell in code_cells(name) if cell["outputs"] or cell["execution_count"] is not None
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("driver", "accelerator", "extra"),
-    [("580.65.06", "", "[cuda13]"), ("550.54", "", "[cuda12]"), (None, "accel0", "[tpu]"), (None, "", "")],
+    [
+        ("580.65.06", "", "[cuda13]"),
+        ("550.54", "", "[cuda12]"),
+        (None, "accel0", "[tpu]"),
+        (None, "", ""),
+    ],
 )
-def test_the_first_cell_installs_the_extra_of_the_machine(name, driver, accelerator, extra, tmp_path, monkeypatch):
+def test_the_first_cell_installs_the_extra_of_the_machine(
+    name, driver, accelerator, extra, tmp_path, monkeypatch
+):
     installed = []
     (tmp_path / "dev" / accelerator).mkdir(parents=True)
     (tmp_path / "notebooks").mkdir()
@@ -96,9 +120,18 @@ def test_the_two_shakespeare_notebooks_one_after_the_other(execute, tmp_path):
     data = text_file(tmp_path / "text.txt", 12000)
     shared = {"DATA": str(data), "NUM_LAYERS": 1}
     small = {"CHUNK_SIZES": (4, 8), "OVERLAPS": (0, 2), "VALIDATION_INTERVAL": 50}
-    checks = "len(pieces) == 5000 and error < targets.var() / 4", "score(['hhhh'])[0] > score(['aaaa'])[0] + 2"
-    assert "always saying the mean" in execute("shakespeare_reward_model", *checks, **shared, **small)
-    small = {"STARTERS": ("hat", "be", "the", "eat", "ah", "bat"), "HIDDEN_SIZE": 32, "MAX_LENGTH": 16}
+    checks = (
+        "len(pieces) == 5000 and error < targets.var() / 4",
+        "score(['hhhh'])[0] > score(['aaaa'])[0] + 2",
+    )
+    assert "always saying the mean" in execute(
+        "shakespeare_reward_model", *checks, **shared, **small
+    )
+    small = {
+        "STARTERS": ("hat", "be", "the", "eat", "ah", "bat"),
+        "HIDDEN_SIZE": 32,
+        "MAX_LENGTH": 16,
+    }
     small |= {"ITERATIONS": 100, "EPISODES": 36, "MAX_NEW_TOKENS": 6, "LEARNING_RATE": 3e-3}
     checks = (
         "metrics['exact count'][-1]['validation/score'] > 5.5",
@@ -111,7 +144,10 @@ def test_the_two_shakespeare_notebooks_one_after_the_other(execute, tmp_path):
 
 @pytest.mark.slow
 def test_the_notebook_of_the_reward_model_on_llama_tells_good_from_bad(execute, tmp_path):
-    checks = "test['accuracy'] > 0.7 and good > bad", "sizes[0] < sizes[1] / 2 and judge.model.config.num_kv_heads == 2"
+    checks = (
+        "test['accuracy'] > 0.7 and good > bad",
+        "sizes[0] < sizes[1] / 2 and judge.model.config.num_kv_heads == 2",
+    )
     said = execute("reward_model_lora", *checks, NUM_PAIRS=800, NUM_EPOCHS=2, NORMALIZE_SAMPLES=0)
     assert "numbers were trained beside" in said
     assert (tmp_path / "runs" / "notebooks" / "reward_model" / "reward_model" / "adapter").is_dir()

@@ -17,7 +17,9 @@ def test_masked_statistics_by_hand():
     assert ops.masked_mean(x, mask) == 3.0
     assert ops.masked_var(x, mask) == pytest.approx(14 / 3)  # (4 + 1 + 9) / 3: divided by n
     assert ops.masked_mean(x, 7.0 * mask) == 3.0  # packed documents are numbered 1, 2, ...
-    low = jnp.full((1, 1000), 1.0078125, jnp.bfloat16)  # their mean in bfloat16 arithmetic is another
+    low = jnp.full(
+        (1, 1000), 1.0078125, jnp.bfloat16
+    )  # their mean in bfloat16 arithmetic is another
     np.testing.assert_allclose(ops.masked_mean(low, low), np.float32(1.0078125), rtol=1e-6)
     np.testing.assert_allclose(ops.masked_mean(x, mask, axis=1), [1.5, 6.0])
     np.testing.assert_allclose(ops.masked_var(x, mask, axis=1), [0.25, 0.0])
@@ -28,8 +30,12 @@ def test_whiten_by_hand():
     x, mask = jnp.array([[1.0, 3.0, jnp.nan]]), jnp.array([[1, 1, 0]])
     np.testing.assert_allclose(ops.whiten(x, mask), [[-1.0, 1.0, 0.0]], atol=1e-6)
     np.testing.assert_allclose(ops.whiten(x, mask, shift_mean=False), [[1.0, 3.0, 0.0]], atol=1e-6)
-    np.testing.assert_allclose(ops.whiten(3 * x, mask, shift_mean=False), [[5.0, 7.0, 0.0]], atol=1e-6)
-    np.testing.assert_allclose(ops.whiten(1e-4 * x, mask), [[-0.70711, 0.70711, 0.0]], atol=1e-5)  # var is 1e-8
+    np.testing.assert_allclose(
+        ops.whiten(3 * x, mask, shift_mean=False), [[5.0, 7.0, 0.0]], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        ops.whiten(1e-4 * x, mask), [[-0.70711, 0.70711, 0.0]], atol=1e-5
+    )  # var is 1e-8
 
 
 def test_shape_mistakes_say_what_was_expected():
@@ -63,7 +69,9 @@ def test_log_probs_and_entropy_equal_a_loop(temperature):
 def test_log_probs_and_entropy_of_huge_logits_are_finite_with_their_gradients():
     """The gradient of a log-prob is one-hot - softmax, that of an entropy -p (log p + entropy)."""
     least = -np.inf  # an impossible token
-    logits = np.array([[[1e4, -1e4, 0.0], [89.0, 88.0, least], [-1e4, -1e4, -1e4], [0.0, 0.0, 0.0]]], np.float32)
+    logits = np.array(
+        [[[1e4, -1e4, 0.0], [89.0, 88.0, least], [-1e4, -1e4, -1e4], [0.0, 0.0, 0.0]]], np.float32
+    )
     tokens = np.array([[0, 1, 1, 2]])
 
     @jax.jit
@@ -82,11 +90,19 @@ def test_log_probs_and_entropy_of_huge_logits_are_finite_with_their_gradients():
 
 
 def test_kl_and_ratio_by_hand():
-    """k3 is exact for tiny log-ratios; beyond 40 it points towards the reference, and ratios go on as a line."""
+    """k3 is exact for tiny log-ratios; beyond 40 it points towards the reference, and ratios go on
+    as a line.
+    """
     for estimator, expected in (("k1", 0.693147), ("k2", 0.240227), ("k3", 0.193147)):
-        assert ops.kl(jnp.log(2.0), jnp.float32(0.0), estimator) == pytest.approx(expected, abs=1e-6)
-    assert ops.kl(jnp.float32(1e-3), jnp.float32(0.0), "k3") == pytest.approx(5e-7 - 1e-9 / 6, rel=1e-3)
-    value, slope = jax.value_and_grad(lambda x: ops.kl(x, jnp.float32(0.0), "k3"))(jnp.float32(-1e4))
+        assert ops.kl(jnp.log(2.0), jnp.float32(0.0), estimator) == pytest.approx(
+            expected, abs=1e-6
+        )
+    assert ops.kl(jnp.float32(1e-3), jnp.float32(0.0), "k3") == pytest.approx(
+        5e-7 - 1e-9 / 6, rel=1e-3
+    )
+    value, slope = jax.value_and_grad(lambda x: ops.kl(x, jnp.float32(0.0), "k3"))(
+        jnp.float32(-1e4)
+    )
     assert 0 < value < np.inf
     assert -np.inf < slope < 0
     value, slope = jax.value_and_grad(lambda x: ops.ratio(x, jnp.float32(0.0)))(jnp.float32(41.0))
@@ -95,7 +111,9 @@ def test_kl_and_ratio_by_hand():
 
 
 def test_response_mask_ends_at_the_first_eos_of_the_response():
-    tokens = jnp.array([[9, 5, 1, 9, 2, 9], [0, 5, 1, 2, 3, 4], [0, 5, 9, 0, 0, 0], [0, 5, 1, 2, 3, 9]])
+    tokens = jnp.array(
+        [[9, 5, 1, 9, 2, 9], [0, 5, 1, 2, 3, 4], [0, 5, 9, 0, 0, 0], [0, 5, 1, 2, 3, 9]]
+    )
     expected = [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]]
     np.testing.assert_array_equal(ops.response_mask(tokens, 2, 9), expected)
 
@@ -109,13 +127,19 @@ def test_policy_fn_makes_a_policy_of_a_lookup_table():
     assert output.entropy[0, 1] == pytest.approx(1.5 * math.log(2))
     assert output.values is None
     assert policy_fn(table.astype(jnp.bfloat16), tokens, None, None).log_probs.dtype == jnp.float32
-    cold = ops.policy_fn(lambda params, tokens, attention_mask, key: params[tokens], temperature=0.5)
-    assert cold(table, tokens, None, None).log_probs[0, 2] == pytest.approx(math.log(0.49 / 0.54), abs=1e-6)
+    cold = ops.policy_fn(
+        lambda params, tokens, attention_mask, key: params[tokens], temperature=0.5
+    )
+    assert cold(table, tokens, None, None).log_probs[0, 2] == pytest.approx(
+        math.log(0.49 / 0.54), abs=1e-6
+    )
 
 
 def test_response_log_probs_are_sums_over_each_response():
     """Of rows [B, T] or of answers [B, K, T]; an absent one gives 0."""
-    table = jax.nn.log_softmax(jnp.asarray(np.random.default_rng(0).normal(size=(5, 5)), jnp.float32))
+    table = jax.nn.log_softmax(
+        jnp.asarray(np.random.default_rng(0).normal(size=(5, 5)), jnp.float32)
+    )
     policy_fn = ops.policy_fn(lambda params, tokens, attention_mask, key: params[tokens])
     batch = comparisons(0, 3, 4, absent=[(1, 2)])
     sums = ops.response_log_probs(policy_fn, table, batch)
@@ -125,4 +149,6 @@ def test_response_log_probs_are_sums_over_each_response():
         np.testing.assert_allclose(sums[i, k], expected, rtol=1e-5)
     assert sums[1, 2] == 0.0
     first = jax.tree.map(lambda x: x[:, 0], batch)
-    np.testing.assert_allclose(ops.response_log_probs(policy_fn, table, first), sums[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        ops.response_log_probs(policy_fn, table, first), sums[:, 0], rtol=1e-6
+    )

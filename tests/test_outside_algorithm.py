@@ -46,7 +46,10 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # 
     config = dataclasses.replace(config, rl=settings)
     algorithm_config = algorithm.Config(num_minibatches=2, num_epochs=2, shuffle_blocks=4)
     straight = training.rl.run(config, algorithm, algorithm_config)
-    rows = [json.loads(line) for line in (straight.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (straight.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     assert max(row.get("grad_norm", 0.0) for row in rows) > 0
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
@@ -59,7 +62,10 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # 
     page.write([straight.folder], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text("utf-8")
     assert "policy/clip_fraction" in text
-    assert json.loads((straight.folder / "manifest.json").read_text("utf-8"))["stage"] == algorithm.__name__
+    assert (
+        json.loads((straight.folder / "manifest.json").read_text("utf-8"))["stage"]
+        == algorithm.__name__
+    )
 
 
 @pytest.mark.slow

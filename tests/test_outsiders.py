@@ -1,4 +1,6 @@
-"""Mistakes that people from outside made: what each command says to them. The next mistake is a line in the table."""
+"""Mistakes that people from outside made: what each command says to them. The next mistake is a
+line in the table.
+"""
 
 import json
 import shlex
@@ -14,13 +16,17 @@ from rlhf_jax import advantages, cli, models, rewards
 from rlhf_jax.data import tokenizers
 from rlhf_jax.report import page
 
-SMALL = "--network.hidden-size 8 --network.num-layers 1 --network.num-heads 1 --network.max-length 64"
+SMALL = (
+    "--network.hidden-size 8 --network.num-layers 1 --network.num-heads 1 --network.max-length 64"
+)
 SMALL += " --tokenizer.kind characters --output-dir run"
 PPO = f"ppo {SMALL} --rl.max-new-tokens 4 --data prompts.json"
 
 
 class Mistake(NamedTuple):
-    """A command of ``rlhf-jax``, or a call that prints or raises; the folder also holds the files of FILES."""
+    """A command of ``rlhf-jax``, or a call that prints or raises; the folder also holds the files
+    of FILES.
+    """
 
     command: str | Callable[[], Any]
     says: str
@@ -40,9 +46,15 @@ def model(head: str | None = None) -> Callable[[Path], None]:
     """Makes a folder with a GPT-2 of one layer; a reward model has the head "score"."""
 
     def make(folder: Path) -> None:
-        built = models.build(models.GPT2Config(vocab_size=30, max_length=32, hidden_size=8, num_layers=1, num_heads=1))
+        built = models.build(
+            models.GPT2Config(
+                vocab_size=30, max_length=32, hidden_size=8, num_layers=1, num_heads=1
+            )
+        )
         params = built.init(jax.random.key(0))
-        models.save(folder, built, models.add_head(jax.random.key(1), params, head) if head else params)
+        models.save(
+            folder, built, models.add_head(jax.random.key(1), params, head) if head else params
+        )
         tokenizers.characters("abcdefghijklmnopqrstuvwxyz ").save(folder)
 
     return make
@@ -58,63 +70,143 @@ FILES: dict[str, Any] = {
     "mine.py": "def letters(prompts, responses):\n    return [0.0] * len(prompts)\n",
 }
 NAME = "\u202enosj.\x1b"  # of a data file
-TOOLS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{}]}]
-HH = {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: d"}
+TOOLS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b", "tool_calls": [{}]},
+]
+HH = {
+    "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c",
+    "rejected": "\n\nHuman: a\n\nAssistant: d",
+}
 MARK = '{"prompt": "a", "response": "b"}\n\ufeff{"prompt": "c", "response": "d"}\n'
 
 TABLE = [
     # Commands, flags and YAML
     Mistake("docter", "no command 'docter'; did you mean doctor?"),
-    Mistake("ppo --ppo.cliprange 0.1", "unknown flag --ppo.cliprange; did you mean --ppo.clip-low or --ppo.clip-high?"),
-    Mistake("ppo --config a.yaml", "a.yaml, line 1: unknown key rl.kl_tagret", {"a.yaml": "rl: {kl_tagret: 1}"}),
-    Mistake("sft --config nothing.yaml", "nothing.yaml: cannot be read (given by --config): No such file"),
+    Mistake(
+        "ppo --ppo.cliprange 0.1",
+        "unknown flag --ppo.cliprange; did you mean --ppo.clip-low or --ppo.clip-high?",
+    ),
+    Mistake(
+        "ppo --config a.yaml",
+        "a.yaml, line 1: unknown key rl.kl_tagret",
+        {"a.yaml": "rl: {kl_tagret: 1}"},
+    ),
+    Mistake(
+        "sft --config nothing.yaml",
+        "nothing.yaml: cannot be read (given by --config): No such file",
+    ),
     # Keys of rows
-    checked(rows(prompt="a", choosen="x", rejected="y"), "the key 'choosen' is not read; did you mean 'chosen'?", 0),
-    checked(rows(prompt="a", respnse="x"), "the key 'respnse' is not read; did you mean 'response'?", 0),
-    checked(rows(prompt="a", completion="x"), "the key 'completion' is not read; did you mean 'response'?", 0),
+    checked(
+        rows(prompt="a", choosen="x", rejected="y"),
+        "the key 'choosen' is not read; did you mean 'chosen'?",
+        0,
+    ),
+    checked(
+        rows(prompt="a", respnse="x"), "the key 'respnse' is not read; did you mean 'response'?", 0
+    ),
+    checked(
+        rows(prompt="a", completion="x"),
+        "the key 'completion' is not read; did you mean 'response'?",
+        0,
+    ),
     checked(rows(prompt="a", chosen="x"), "the key 'chosen' is not read", 0),
-    checked("prompt, response\na,b\n", "the key ' response' is not read; did you mean 'response'?", 0, "a.csv"),
-    checked([{"messages": TOOLS}], "message 2 of 'messages' has tool_calls, which are no text to learn"),
+    checked(
+        "prompt, response\na,b\n",
+        "the key ' response' is not read; did you mean 'response'?",
+        0,
+        "a.csv",
+    ),
+    checked(
+        [{"messages": TOOLS}], "message 2 of 'messages' has tool_calls, which are no text to learn"
+    ),
     checked([HH], "'chosen' ends with a human turn, not with an answer"),
     checked(rows(chosen="a", rejected="b"), "must be a dialogue of turns"),
     Mistake(
-        f"sft {SMALL} --data prompts.json", "8 rows: expected keys prompt, response, found prompt (prompts.json, row 1"
+        f"sft {SMALL} --data prompts.json",
+        "8 rows: expected keys prompt, response, found prompt (prompts.json, row 1",
     ),
     Mistake(
         f"sft {SMALL} --columns response=ansr --data a.json",
         "no row has 'ansr'; did you mean answer?",
         {"a.json": rows(answer="b")},
     ),
-    Mistake(f"dpo {SMALL} --data a.json", "'rejected' is empty", {"a.json": rows(prompt="a", chosen="b", rejected="")}),
-    Mistake(f"sft {SMALL} --data a.json", "or give --text.too-long", {"a.json": rows(prompt="a" * 90, response="b")}),
+    Mistake(
+        f"dpo {SMALL} --data a.json",
+        "'rejected' is empty",
+        {"a.json": rows(prompt="a", chosen="b", rejected="")},
+    ),
+    Mistake(
+        f"sft {SMALL} --data a.json",
+        "or give --text.too-long",
+        {"a.json": rows(prompt="a" * 90, response="b")},
+    ),
     # Files
     Mistake(f"sft {SMALL} --data text.json", "text.json: no such file; did you mean texts.json?"),
-    checked("prompt;response\na;b\n", "one column 'prompt;response'; separate columns by commas", name="a.csv"),
+    checked(
+        "prompt;response\na;b\n",
+        "one column 'prompt;response'; separate columns by commas",
+        name="a.csv",
+    ),
     checked("prompt,response\na,b\n,\n", "a.csv, line 3: 'prompt' is empty", name="a.csv"),
-    checked('{"prompt": "a"}\n', "a JSON object, where a text should stand; call the file .jsonl", name="a.txt"),
+    checked(
+        '{"prompt": "a"}\n',
+        "a JSON object, where a text should stand; call the file .jsonl",
+        name="a.txt",
+    ),
     checked({"data": []}, "line 1: expected keys prompt, response, found data"),
-    checked("version https://git-lfs.github.com/spec/v1\n", "JSON list or JSON lines, found 'version https://git-'"),
+    checked(
+        "version https://git-lfs.github.com/spec/v1\n",
+        "JSON list or JSON lines, found 'version https://git-'",
+    ),
     checked(MARK, "a.jsonl, line 2: not valid JSON", name="a.jsonl"),
     checked(b'{"prompt": "\xff"}', "a.jsonl, line 1: byte 0xff is not UTF-8", name="a.jsonl"),
     checked('[{"prompt": "a"', "the text ends there"),
     # Rewards and models
     Mistake(PPO, "no reward: give --reward a reward model's folder"),
-    Mistake(f"{PPO} --reward cuont:e", "--reward cuont:e: no such reward and no such folder; did you mean count:e?"),
-    Mistake(f"{PPO} --reward mine.py:lettres", "mine.py has no function lettres; did you mean letters?"),
+    Mistake(
+        f"{PPO} --reward cuont:e",
+        "--reward cuont:e: no such reward and no such folder; did you mean count:e?",
+    ),
+    Mistake(
+        f"{PPO} --reward mine.py:lettres", "mine.py has no function lettres; did you mean letters?"
+    ),
     Mistake(f"{PPO} --reward policy", "policy: this model has no score head", {"policy": model()}),
-    Mistake(f"{PPO} --reward rm", "the reward model's tokenizer is not the policy's", {"rm": model("score")}),
-    Mistake("sft --model rm --data texts.json", "--model rm: this is a reward model", {"rm": model("score")}),
+    Mistake(
+        f"{PPO} --reward rm",
+        "the reward model's tokenizer is not the policy's",
+        {"rm": model("score")},
+    ),
+    Mistake(
+        "sft --model rm --data texts.json",
+        "--model rm: this is a reward model",
+        {"rm": model("score")},
+    ),
     Mistake(f"{PPO} --reward length --safety.words a.txt", "a.txt: has no words", {"a.txt": "\n"}),
     Mistake(lambda: rewards.ensemble([], "mean"), "an ensemble needs at least one reward function"),
-    Mistake(lambda: advantages.group_normalized(np.float32([[np.nan, 1]])).tolist(), "[nan, nan]"),  # not 0 and 0
-    # Run folders and reports
-    Mistake(f"{PPO} --reward length", "run holds files already; give --resume", {"run/notes.txt": "mine"}),
-    Mistake("report texts.json", "no run here, as there is no manifest.json; give the folder of a run"),
     Mistake(
-        "evaluate rm --prompts prompts.json", "this is a reward model, which writes no text", {"rm": model("score")}
+        lambda: advantages.group_normalized(np.float32([[np.nan, 1]])).tolist(), "[nan, nan]"
+    ),  # not 0 and 0
+    # Run folders and reports
+    Mistake(
+        f"{PPO} --reward length",
+        "run holds files already; give --resume",
+        {"run/notes.txt": "mine"},
+    ),
+    Mistake(
+        "report texts.json", "no run here, as there is no manifest.json; give the folder of a run"
+    ),
+    Mistake(
+        "evaluate rm --prompts prompts.json",
+        "this is a reward model, which writes no text",
+        {"rm": model("score")},
     ),
     Mistake("export run exported", "run/model: no model here; give the folder of a finished run"),
-    Mistake(lambda: page.render(NAME, [page.Facts("", {NAME: 1})]), "⟨U+202E⟩nosj.␛", never=("\u202e", "\x1b")),
+    Mistake(
+        lambda: page.render(NAME, [page.Facts("", {NAME: 1})]),
+        "⟨U+202E⟩nosj.␛",
+        never=("\u202e", "\x1b"),
+    ),
 ]
 
 

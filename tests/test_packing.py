@@ -1,4 +1,6 @@
-"""Packed demonstrations and comparisons: arrays by hand, losses and gradients of padded ones, and runs."""
+"""Packed demonstrations and comparisons: arrays by hand, losses and gradients of padded ones, and
+runs.
+"""
 
 import dataclasses
 import json
@@ -25,13 +27,22 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 
 KEY = jax.random.key(7)
 TOKENIZER = characters("abcdefgh")  # ids: a..h are 2..9
-TEXTS = [("ab", "cd"), ("a", "b"), ("abc", "defgh"), ("h", "gf"), ("bb", "a"), ("c", "d")]  # 5, 3, 9, 4, 4, 3 tokens
+TEXTS = [
+    ("ab", "cd"),
+    ("a", "b"),
+    ("abc", "defgh"),
+    ("h", "gf"),
+    ("bb", "a"),
+    ("c", "d"),
+]  # 5, 3, 9, 4, 4, 3 tokens
 ENCODED = encoding.encode_texts([Row(prompt, (text,), "f") for prompt, text in TEXTS], TOKENIZER)
 equal = np.testing.assert_array_equal
 SIZES = {"vocab_size": 10, "max_length": 16, "hidden_size": 8, "num_layers": 2, "num_heads": 2}
 MODELS = {
     "gpt2": models.GPT2Config(**SIZES, initializer_range=0.3),
-    "llama": models.LlamaConfig(**SIZES, intermediate_size=8, num_kv_heads=1, initializer_range=0.3),
+    "llama": models.LlamaConfig(
+        **SIZES, intermediate_size=8, num_kv_heads=1, initializer_range=0.3
+    ),
 }
 
 
@@ -46,13 +57,22 @@ def test_a_packed_batch_by_hand():
 
 def test_first_fit_puts_the_longest_first():
     lengths = np.array([5, 3, 9, 4, 4, 3])
-    assert batches.first_fit(lengths, 9) == [(2, 0, 0), (0, 1, 0), (3, 1, 5), (4, 2, 0), (1, 2, 4), (5, 3, 0)]
+    assert batches.first_fit(lengths, 9) == [
+        (2, 0, 0),
+        (0, 1, 0),
+        (3, 1, 5),
+        (4, 2, 0),
+        (1, 2, 4),
+        (5, 3, 0),
+    ]
     assert batches.first_fit(lengths[:0], 9) == []
 
 
 def loss_and_gradient(model, params, batch):
     def loss(params):
-        return sft.loss(params, batch, None, policy_fn=models.policy_fn(model), config=sft.Config())[0].value
+        return sft.loss(
+            params, batch, None, policy_fn=models.policy_fn(model), config=sft.Config()
+        )[0].value
 
     return jax.value_and_grad(loss)(params)
 
@@ -74,15 +94,29 @@ def test_loss_and_gradient_are_those_of_padded_rows(name):
     assert abs(wrong - expected) > 1e-3
 
 
-WORDS = [("ab", "c", "gg"), ("a", "bh", "d"), ("cc", "d", "efg"), ("h", "h", "a"), ("e", "fed", "b")]
+WORDS = [
+    ("ab", "c", "gg"),
+    ("a", "bh", "d"),
+    ("cc", "d", "efg"),
+    ("h", "h", "a"),
+    ("e", "fed", "b"),
+]
 PAIRS = encoding.encode_texts(
     [Row(x, tuple(answers), f"f, line {i}") for i, (x, *answers) in enumerate(WORDS)], TOKENIZER
 )
 RANKED = encoding.encode_texts(  # a row with an answer less, another best one, weights
-    [Row("ab", ("c", "d", "ef"), "f, line 1", best=2), Row("a", ("b", "cd"), "f, line 2", weight=0.5)], TOKENIZER
+    [
+        Row("ab", ("c", "d", "ef"), "f, line 1", best=2),
+        Row("a", ("b", "cd"), "f, line 2", weight=0.5),
+    ],
+    TOKENIZER,
 )
 SCORED = encoding.encode_texts(
-    [Row("ab", ("c", "d"), "f, line 1", targets=(0.5, -1.0)), Row("a", ("b",), "f, line 2", targets=(2.0,))], TOKENIZER
+    [
+        Row("ab", ("c", "d"), "f, line 1", targets=(0.5, -1.0)),
+        Row("a", ("b",), "f, line 2", targets=(2.0,)),
+    ],
+    TOKENIZER,
 )
 TABLE = {"table": jnp.arange(10) / -10.0}
 
@@ -94,7 +128,9 @@ def table_policy(params, tokens, attention_mask, key):
 
 def table_score(params, tokens, attention_mask, key, documents=None):
     """The sum over the tokens of a text, negative."""
-    own = attention_mask[:, None] == (jnp.ones((len(tokens), 1, 1)) if documents is None else documents[..., None])
+    own = attention_mask[:, None] == (
+        jnp.ones((len(tokens), 1, 1)) if documents is None else documents[..., None]
+    )
     scores = jnp.sum(jnp.where(own, params["table"][tokens][:, None], 0.0), axis=2)
     return scores[:, 0] if documents is None else scores
 
@@ -109,18 +145,24 @@ def test_packed_comparisons_by_hand():
     assert (batch.best, batch.targets, batch.weight) == (None, None, None)
     log = lambda x: np.log1p(np.exp(x))  # noqa: E731
     batch = dpo.with_reference(batch, jax.tree_util.Partial(table_policy, {"table": jnp.zeros(10)}))
-    loss, metrics = dpo.loss(TABLE, batch, None, policy_fn=table_policy, config=dpo.Config(beta=1.0))
+    loss, metrics = dpo.loss(
+        TABLE, batch, None, policy_fn=table_policy, config=dpo.Config(beta=1.0)
+    )
     # Nats of the responses: c$ -.5, gg$ -1.7; bh$ -1.3, d$ -.6.
     assert loss.value == pytest.approx((log(-1.2) + log(0.7)) / 2)
     assert (loss.count, metrics["dpo/chosen_log_ratio"].value) == (2, pytest.approx(-0.9))
-    loss, metrics = reward_model.loss(TABLE, batch, None, score_fn=table_score, config=reward_model.Config())
+    loss, metrics = reward_model.loss(
+        TABLE, batch, None, score_fn=table_score, config=reward_model.Config()
+    )
     assert loss.value == pytest.approx((log(-1.2) + log(0.7)) / 2)  # the prompts are the same
     assert (loss.count, metrics["reward_model/margin"].value) == (2, pytest.approx(0.25))
 
 
 def test_labels_go_with_their_rows_and_rows_without_comparisons_count_nowhere():
     batch = batches.packed_comparisons(RANKED, np.array([1, 0]), 16, 2)
-    equal(batch.attention_mask, [[1] * 4 + [2] * 4 + [3] * 5 + [0] * 3, [1] * 3 + [2] * 4 + [0] * 9])  # 13 and 7 tokens
+    equal(
+        batch.attention_mask, [[1] * 4 + [2] * 4 + [3] * 5 + [0] * 3, [1] * 3 + [2] * 4 + [0] * 9]
+    )  # 13 and 7 tokens
     equal(batch.documents, [[[1, 2, 3]] * 1] * 2)
     equal(batch.best, [[2], [0]])
     equal(batch.weight, [[1.0], [0.5]])
@@ -134,7 +176,11 @@ def language_model(name, kind):
     """The PolicyFn or ScoreFn of a tiny model, and parameters."""
     model = models.build(dataclasses.replace(MODELS[name], num_layers=1))
     params = model.init(KEY)
-    return (models.policy_fn(model), params) if kind == "dpo" else (models.score_fn(model), scored(params))
+    return (
+        (models.policy_fn(model), params)
+        if kind == "dpo"
+        else (models.score_fn(model), scored(params))
+    )
 
 
 def scored(params):
@@ -142,7 +188,12 @@ def scored(params):
 
 
 CASES = {
-    "reward model": (reward_model, reward_model.Config(centering=0.1), PAIRS, language_model("gpt2", "reward_model")),
+    "reward model": (
+        reward_model,
+        reward_model.Config(centering=0.1),
+        PAIRS,
+        language_model("gpt2", "reward_model"),
+    ),
     "dpo": (dpo, dpo.Config(), PAIRS, language_model("llama", "dpo")),
     "dpo by length": (dpo, dpo.Config(kind="simpo", beta=2.0), PAIRS, (table_policy, TABLE)),
     "rankings": (reward_model, reward_model.Config(), RANKED, (table_score, TABLE)),
@@ -150,7 +201,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.slow) if x == "dpo" else x for x in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=pytest.mark.slow) if x == "dpo" else x for x in CASES]
+)
 def test_loss_and_gradient_are_those_of_padded_comparisons(case):
     """And answers in each other's place, or rows' labels, are seen."""
     algorithm, settings, texts, (fn, params) = CASES[case]
@@ -164,7 +217,10 @@ def test_loss_and_gradient_are_those_of_padded_comparisons(case):
         return algorithm.loss(params, batch, None, **own)[0].value
 
     rows = np.random.default_rng(1).permutation([*range(len(texts)), -1])
-    padded, packed = batches.comparison_batch(texts, rows, 4), batches.packed_comparisons(texts, rows, 16)
+    padded, packed = (
+        batches.comparison_batch(texts, rows, 4),
+        batches.packed_comparisons(texts, rows, 16),
+    )
     assert packed.tokens.size < padded.tokens.size
     (expected, gradient), (loss, found) = results(params, padded), results(params, packed)
     assert loss == pytest.approx(float(expected), abs=1e-6)
@@ -185,13 +241,17 @@ def test_an_update_does_not_depend_on_packing_devices_or_microbatches(members):
 
     @partial(jax.jit, static_argnames="parts")
     def step(batch, parts):
-        return update(state, batch, KEY, **own, config=reward_model.Config(num_microbatches=parts))[0].params["table"]
+        return update(state, batch, KEY, **own, config=reward_model.Config(num_microbatches=parts))[
+            0
+        ].params["table"]
 
     rows = np.array([4, 2, -1, 1, 0, 3])
     packed = batches.packed_comparisons(weighted, rows, 10, 8)
     assert packed.tokens.shape == (8, 10)
     padded = step(batches.comparison_batch(weighted, rows, 4), 1)
-    np.testing.assert_allclose(step(sharding.shard_rows(sharding.make_mesh(), packed), 2), padded, atol=1e-6)
+    np.testing.assert_allclose(
+        step(sharding.shard_rows(sharding.make_mesh(), packed), 2), padded, atol=1e-6
+    )
     moved = np.asarray(padded) - np.asarray(TABLE["table"])[None][: padded.ndim]
     assert np.abs(moved).max() > 0.1
     assert members == 1 or np.ptp(padded, axis=0).max() > 0.01
@@ -199,13 +259,17 @@ def test_an_update_does_not_depend_on_packing_devices_or_microbatches(members):
 
 def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
     lengths = np.arange(600) * 7 % 29 + 4
-    texts = dataclasses.replace(ENCODED, tokens=[[np.zeros(n, np.int32) for n in lengths]], sources=["f"] * 600)
+    texts = dataclasses.replace(
+        ENCODED, tokens=[[np.zeros(n, np.int32) for n in lengths]], sources=["f"] * 600
+    )
     plan = batches.Plan(lengths, 60, KEY, 8)
     mixed, width, multiple, before, after = batches.packing(texts, np.arange(600), plan, 2)
     assert width == 32
     rows = [mixed.rows(step) for step in range(10)]
     assert sorted(np.concatenate(rows)) == list(range(600))
-    needed = np.array([1 + max(row for _, row, _ in batches.first_fit(lengths[of], 32)) for of in rows])
+    needed = np.array(
+        [1 + max(row for _, row, _ in batches.first_fit(lengths[of], 32)) for of in rows]
+    )
     assert multiple == 2 * (needed.max() // 16) == 4  # of some 38 rows
     sizes = -(-needed // 4) * 4
     assert set(sizes) == {32, 36, 40}
@@ -219,13 +283,21 @@ def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
 
 @pytest.mark.parametrize("stage", ["dpo", "reward_model"])
 def test_a_stage_packs_the_rows_of_its_step(stage, config, capsys):  # noqa: F811
-    """Pairs of rows 1, ..., 4; each is found again behind its numbers, in another order in each epoch."""
+    """Pairs of rows 1, ..., 4; each is found again behind its numbers, in another order in each
+    epoch.
+    """
     own = dataclasses.replace(getattr(config, stage), batch_size=4)
     config = dataclasses.replace(config, text=Text(pack=True, bucket_multiple=4), **{stage: own})
     train = np.arange(1, 5)
-    (plan, to_arrays), (again, _) = (supervised._batching(config, stage, PAIRS, train, KEY) for _ in range(2))
-    # Padded: 8 texts of 8 columns. Packed: 31 tokens in 4 rows, one for each device, of the longest pair's 10 columns.
-    assert "text.pack: 35% of rows [12] are padding, 52% of rows that are not packed" in capsys.readouterr().out
+    (plan, to_arrays), (again, _) = (
+        supervised._batching(config, stage, PAIRS, train, KEY) for _ in range(2)
+    )
+    # Padded: 8 texts of 8 columns. Packed: 31 tokens in 4 rows, one for each device, of the longest
+    # pair's 10 columns.
+    assert (
+        "text.pack: 35% of rows [12] are padding, 52% of rows that are not packed"
+        in capsys.readouterr().out
+    )
     seen = []
     for step in range(6):
         rows = train[plan.rows(step)]
@@ -250,12 +322,20 @@ ENSEMBLE = pytest.param("reward_model", {"ensemble_size": 2}, marks=pytest.mark.
 @pytest.mark.parametrize(("stage", "own"), [("dpo", {}), ENSEMBLE])
 def test_a_run_with_packing_is_a_run_without(stage, own, wired, tmp_path):  # noqa: F811
     """One batch holds all pairs, so that the losses of the steps are the same."""
-    settings = dataclasses.replace(getattr(wired, stage), batch_size=16, num_epochs=3, validation_fraction=0.0, **own)
+    settings = dataclasses.replace(
+        getattr(wired, stage), batch_size=16, num_epochs=3, validation_fraction=0.0, **own
+    )
     found = []
     for pack in (False, True):
-        where = {"output_dir": str(tmp_path / f"{pack}"), "text": Text(bucket_multiple=16, pack=pack)}
+        where = {
+            "output_dir": str(tmp_path / f"{pack}"),
+            "text": Text(bucket_multiple=16, pack=pack),
+        }
         run = getattr(training, stage).run(dataclasses.replace(wired, **where, **{stage: settings}))
-        rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        ]
         found.append([row for row in rows if f"{stage}/loss" in row])
     for name in (f"{stage}/loss", f"{stage}/margin", "grad_norm"):
         padded, packed = ([row[name] for row in rows] for rows in found)
@@ -277,7 +357,10 @@ def test_a_packed_run_resumes_to_the_same_bytes(stage, config, tmp_path, monkeyp
             run(again)
     stopped = run(dataclasses.replace(again, resume=True))
     assert outputs(stopped.folder) == outputs(straight.folder)
-    rows = [json.loads(line) for line in (stopped.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (stopped.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     assert all(0 < row[f"{stage}/padding"] < 0.6 for row in rows if f"{stage}/loss" in row)
 
 
@@ -289,6 +372,8 @@ def test_a_packed_run_resumes_to_the_same_bytes(stage, config, tmp_path, monkeyp
     ],
 )
 def test_what_cannot_be_packed_is_said_before_data_is_read(stage, own, message, config):  # noqa: F811
-    config = dataclasses.replace(config, data=("nothing.json",), text=Text(pack=True), **{stage: own})
+    config = dataclasses.replace(
+        config, data=("nothing.json",), text=Text(pack=True), **{stage: own}
+    )
     with pytest.raises(UserError, match=f"^text.pack: {message}"):
         getattr(training, stage).run(config)

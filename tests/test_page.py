@@ -1,4 +1,6 @@
-"""The page: what a model writes stays text, nothing comes from outside, and the same input gives the same bytes."""
+"""The page: what a model writes stays text, nothing comes from outside, and the same input gives
+the same bytes.
+"""
 
 import math
 import re
@@ -20,7 +22,9 @@ CURVE = ([0, 1, 2], [0.5, 0.25, 0.125])
 
 
 class Page(HTMLParser):
-    """Elements with their attributes and texts; fails on an end without its beginning, and on an id given twice."""
+    """Elements with their attributes and texts; fails on an end without its beginning, and on an id
+    given twice.
+    """
 
     def __init__(self, html: str):
         super().__init__()
@@ -64,30 +68,61 @@ def full_page(text: str = "text") -> str:
         f"a {text}": Series(*CURVE, low=[0, 0, 0], high=[1, 1, 1], labels=[text] * 3),
         "_b": CURVE,
     }
-    more = {"band": (0.2, 0.4, f"band {text}"), "lines": {f"line {text}": 0.3}, "diagonal": f"diagonal {text}"}
+    more = {
+        "band": (0.2, 0.4, f"band {text}"),
+        "lines": {f"line {text}": 0.3},
+        "diagonal": f"diagonal {text}",
+    }
     curves = [
         Plot(f"plot {text}", f"x {text}", f"y {text}", series, **more, note=f"note {text}"),
-        histogram("same", f"bins {text}", "y", {f"before {text}": [0, 1, 1], "after": [1, 2]}, EDGES),
+        histogram(
+            "same", f"bins {text}", "y", {f"before {text}": [0, 1, 1], "after": [1, 2]}, EDGES
+        ),
         *[Plot("same", "x", "y", {"a": Series(*CURVE, kind="points")})] * 2,
     ]
     parts = [
         Gates({f"gate {text}": (True, f"detail {text}"), "other": (False, "0.4, at least 0.5")}),
         Facts(f"facts {text}", {f"label {text}": text, "seed": 0}),
-        Table(f"table {text}", (f"column {text}", "response", "score"), [(text, text, 0.5)], note=f"rows {text}"),
+        Table(
+            f"table {text}",
+            (f"column {text}", "response", "score"),
+            [(text, text, 0.5)],
+            note=f"rows {text}",
+        ),
         Figures(f"figures {text}", curves),
     ]
     return render(f"title {text}", parts, summary=f"summary {text}")
 
 
-# --- What is safe in a page ----------------------------------------------------------------------------------------
+# --- What is safe in a page
+# ----------------------------------------------------------------------------------------
 
 
 def test_texts_are_escaped_wherever_they_stand():
     page = Page(full_page(HOSTILE))
     assert page.all("script") == page.all("b") == page.all("td", data_label="") == []
-    expected = {"title": ["title"], "h1": ["title"], "h2": ["facts", "table", "figures"], "h3": ["plot"]}
-    expected |= {"dt": ["label"], "th": ["column"], "td": ["gate", "detail"], "p": ["summary", "rows", "note"]}
-    expected["text"] = ["a", "x", "y", "band", "line", "diagonal", "bins", "before"]  # no mathematics either
+    expected = {
+        "title": ["title"],
+        "h1": ["title"],
+        "h2": ["facts", "table", "figures"],
+        "h3": ["plot"],
+    }
+    expected |= {
+        "dt": ["label"],
+        "th": ["column"],
+        "td": ["gate", "detail"],
+        "p": ["summary", "rows", "note"],
+    }
+    expected["text"] = [
+        "a",
+        "x",
+        "y",
+        "band",
+        "line",
+        "diagonal",
+        "bins",
+        "before",
+    ]  # no mathematics either
     for tag, labels in expected.items():
         assert {f"{label} {HOSTILE}" for label in labels} <= set(page.texts(tag)), tag
     assert all(HOSTILE in page.texts(tag) for tag in ("dd", "td", "text"))
@@ -98,40 +133,79 @@ def test_nothing_from_outside_and_no_scripts():
     html = full_page()
     assert not re.search("http|@import|<(script|link|img|image|iframe|object)", html)
     elements = Page(html).elements
-    references = {value for e in elements for name, value in e.items() if name in ("src", "href", "xlink:href")}
+    references = {
+        value
+        for e in elements
+        for name, value in e.items()
+        if name in ("src", "href", "xlink:href")
+    }
     assert references
-    assert references | set(re.findall(r"url\(([^)]*)\)", html)) <= {f"#{e['id']}" for e in elements if "id" in e}
+    assert references | set(re.findall(r"url\(([^)]*)\)", html)) <= {
+        f"#{e['id']}" for e in elements if "id" in e
+    }
 
 
 def test_same_input_same_bytes_whatever_the_user_has_set():
     first = full_page()
-    theirs = {"lines.linewidth": 9, "font.size": 30, "svg.hashsalt": "other", "axes.facecolor": "red"}
+    theirs = {
+        "lines.linewidth": 9,
+        "font.size": 30,
+        "svg.hashsalt": "other",
+        "axes.facecolor": "red",
+    }
     with matplotlib.rc_context(theirs):
-        before = dict(dict.items(matplotlib.rcParams))  # as stored: reading the backend would choose one
+        before = dict(
+            dict.items(matplotlib.rcParams)
+        )  # as stored: reading the backend would choose one
         assert full_page() == first
         assert dict(dict.items(matplotlib.rcParams)) == before
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 def test_control_characters_and_half_pairs_are_shown_not_obeyed():
-    table = Table("half a pair: \ud83d, whole: 😀", ("a",), [("\x00a\x1b[2J\r\x7f\tb\nc\u202ed\x85",)])
+    table = Table(
+        "half a pair: \ud83d, whole: 😀", ("a",), [("\x00a\x1b[2J\r\x7f\tb\nc\u202ed\x85",)]
+    )
     page = Page(render("t", [table]))
     assert page.texts("td") == ["␀a␛[2J␍␡\tb\nc⟨U+202E⟩d⟨U+0085⟩"]
     assert page.texts("h2") == ["half a pair: ?, whole: 😀"]
-    assert not re.search("[^\n\t\x20-\x7e\xa0-\u2029\u202f-\uffff]", full_page("\x1bx\u202ey\r"))  # in labels too
+    assert not re.search(
+        "[^\n\t\x20-\x7e\xa0-\u2029\u202f-\uffff]", full_page("\x1bx\u202ey\r")
+    )  # in labels too
 
 
-# --- Its sections ---------------------------------------------------------------------------------------------------
+# --- Its sections
+#
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_facts_and_columns_of_numbers_which_are_aligned_right():
-    facts = {"a": 12345.6, "b": 123456, "c": 1e-5, "d": [1.0, 2.5], "e": "1e-5", "f": 2e12, "g": -0.33333}
+    facts = {
+        "a": 12345.6,
+        "b": 123456,
+        "c": 1e-5,
+        "d": [1.0, 2.5],
+        "e": "1e-5",
+        "f": 2e12,
+        "g": -0.33333,
+    }
     rows = [("12", 3, np.float32(0.5), None, True), ("ab\n c", 10, math.nan, 0.123456, False)]
     table = Table("t", ("text", "count", "score", "maybe", "flag"), rows, formats={"score": ".2f"})
     page = Page(render("t", [table, Facts("Figures", facts)]))
     assert page.texts("dd") == ["12346", "123456", "1e-05", "1, 2.5", "1e-5", "2e+12", "-0.3333"]
     assert page.texts("th", class_="number") == ["count", "score", "maybe"]
-    assert page.texts("td") == ["12", "3", "0.50", "–", "yes", "ab\n c", "10", "nan", "0.1235", "no"]
+    assert page.texts("td") == [
+        "12",
+        "3",
+        "0.50",
+        "–",
+        "yes",
+        "ab\n c",
+        "10",
+        "nan",
+        "0.1235",
+        "no",
+    ]
     assert [cell["data-label"] for cell in page.all("td")] == list(table.columns) * 2
 
 
@@ -139,11 +213,22 @@ def test_gates():
     passed, failed = (True, "0.9, at least 0.85"), (False, "0.5, at least 0.75")
     page = Page(render("t", [Gates({"accuracy": passed, "wins": failed})]))
     assert page.texts("strong") == ["Failed: 1 of 2 checks."]
-    assert page.texts("td") == ["✓ pass", "accuracy", "0.9, at least 0.85", "✗ FAIL", "wins", "0.5, at least 0.75"]
-    assert Page(render("t", [Gates({"accuracy": passed})])).texts("strong") == ["Passed: 1 of 1 checks."]
+    assert page.texts("td") == [
+        "✓ pass",
+        "accuracy",
+        "0.9, at least 0.85",
+        "✗ FAIL",
+        "wins",
+        "0.5, at least 0.75",
+    ]
+    assert Page(render("t", [Gates({"accuracy": passed})])).texts("strong") == [
+        "Passed: 1 of 1 checks."
+    ]
 
 
-# --- Its figures ----------------------------------------------------------------------------------------------------
+# --- Its figures
+#
+# ----------------------------------------------------------------------------------------------------
 
 
 def vertices(html: str, color: str = COLORS[0]) -> np.ndarray:
@@ -154,7 +239,10 @@ def vertices(html: str, color: str = COLORS[0]) -> np.ndarray:
 
 
 def test_a_curve_is_drawn_where_its_values_are():
-    x, y = np.arange(40), np.where(np.arange(40) % 2 == 0, 0.0, np.arange(40))  # zigzag: nothing to simplify
+    x, y = (
+        np.arange(40),
+        np.where(np.arange(40) % 2 == 0, 0.0, np.arange(40)),
+    )  # zigzag: nothing to simplify
     points = vertices(drawn(Plot("p", "x", "y", {"a": (x, y)})))
     assert len(points) == 40
     for at, given in zip(points.T, (x, y), strict=True):
@@ -176,8 +264,16 @@ def test_values_that_are_not_finite_leave_a_gap_and_are_counted(bad):
 
 def test_series_without_values_are_left_out_with_a_note():
     series = {"validation": ([], []), "train": CURVE, "broken": ([0, 1], [math.nan, math.inf])}
-    page = Page(drawn(Plot("p", "x", "y", series), Plot("empty", "x", "y", {"c": ([], [])}, band=(0.0, 1.0, "band"))))
-    notes = ["validation: left out, as it has no values.", "broken: left out, as it has no finite values."]
+    page = Page(
+        drawn(
+            Plot("p", "x", "y", series),
+            Plot("empty", "x", "y", {"c": ([], [])}, band=(0.0, 1.0, "band")),
+        )
+    )
+    notes = [
+        "validation: left out, as it has no values.",
+        "broken: left out, as it has no finite values.",
+    ]
     assert page.texts("p", class_="note") == [*notes, "c: left out, as it has no values."]
     assert not {"validation", "train", "broken"} & set(page.texts("text"))  # one series: no legend
     assert len(page.all("svg")) == 1
@@ -185,13 +281,17 @@ def test_series_without_values_are_left_out_with_a_note():
 
 def test_odd_sizes_are_drawn():
     sizes = ([3], [1.0]), ([1, 2], [5.0, 5.0]), ([1, 2], [3e38, -3e38]), ([1, 1], [0.0, 1e-30])
-    assert len(Page(drawn(*(Plot("p", "x", "y", {"a": points}) for points in sizes))).all("svg")) == 4
+    assert (
+        len(Page(drawn(*(Plot("p", "x", "y", {"a": points}) for points in sizes))).all("svg")) == 4
+    )
 
 
 def test_bins_of_integers_hold_equally_many_of_them():
     np.testing.assert_array_equal(figures.bin_edges([0, 3, 1]), [-0.5, 0.5, 1.5, 2.5, 3.5])
     np.testing.assert_array_equal(figures.bin_edges([0, 24], max_bins=10), np.arange(-0.5, 27, 3))
-    np.testing.assert_array_equal(figures.bin_edges([0.5, 1.5, math.nan], max_bins=4), [0.5, 0.75, 1.0, 1.25, 1.5])
+    np.testing.assert_array_equal(
+        figures.bin_edges([0.5, 1.5, math.nan], max_bins=4), [0.5, 0.75, 1.0, 1.25, 1.5]
+    )
     np.testing.assert_array_equal(figures.bin_edges([0.25, 0.25]), [-0.25, 0.75])
     np.testing.assert_array_equal(figures.bin_edges([math.inf]), [0.0, 1.0])
 
@@ -212,14 +312,25 @@ def test_a_histogram_is_as_high_as_its_counts():
 
 @pytest.mark.parametrize(("kind", "more"), [("curve", set()), ("steps", {(1, 0), (1, 2)})])
 def test_a_band_lies_around_its_curve(kind, more):
-    band = Series([0, 1, 2], [1.0, 2.0, 3.0], low=[0.0, 1.0, math.nan], high=[2.0, 4.0, 5.0], color=1, kind=kind)
+    band = Series(
+        [0, 1, 2],
+        [1.0, 2.0, 3.0],
+        low=[0.0, 1.0, math.nan],
+        high=[2.0, 4.0, 5.0],
+        color=1,
+        kind=kind,
+    )
     html = drawn(Plot("p", "x", "y", {"a": band, "scale": Series([0, 2], [0.0, 4.0], color=2)}))
     zero, end = vertices(html, COLORS[2])
-    place = re.search(rf'href="#([^"]*)" x="0" y="([^"]*)" style="fill: {COLORS[1]}; fill-opacity', html)
+    place = re.search(
+        rf'href="#([^"]*)" x="0" y="([^"]*)" style="fill: {COLORS[1]}; fill-opacity', html
+    )
     assert place is not None
     path = re.search(rf'id="{place[1]}" d="([^"]*)"', html)
     assert path is not None
-    corners = [(float(x), -float(y) - float(place[2])) for x, y in re.findall(r"[ML] (\S+) (\S+)", path[1])]
+    corners = [
+        (float(x), -float(y) - float(place[2])) for x, y in re.findall(r"[ML] (\S+) (\S+)", path[1])
+    ]
     at = ((np.array(corners) - zero) / (end - zero) * (2, 4)).round(3)
     assert set(map(tuple, at.tolist())) == {(0, 0), (0, 2), (1, 1), (1, 4)} | more
 
@@ -227,4 +338,6 @@ def test_a_band_lies_around_its_curve(kind, more):
 def test_a_figure_alone_is_a_whole_file():
     plot = Plot("p", "x", "y", {"a": CURVE})
     assert ElementTree.fromstring(figures.svg(plot)).tag == "{http://www.w3.org/2000/svg}svg"
-    assert not any(getattr(value, "__name__", "").startswith("matplotlib") for value in vars(figures).values())  # slow
+    assert not any(
+        getattr(value, "__name__", "").startswith("matplotlib") for value in vars(figures).values()
+    )  # slow

@@ -19,7 +19,9 @@ from rlhf_jax.types import Rollout
 
 PROMPT_LENGTH, ROWS = 4, 8
 SAMPLING = sampling.SamplingConfig(max_new_tokens=6, eos_id=1, pad_id=0)
-MODEL = models.build(models.GPT2Config(vocab_size=12, max_length=16, hidden_size=16, num_layers=1, num_heads=2))
+MODEL = models.build(
+    models.GPT2Config(vocab_size=12, max_length=16, hidden_size=16, num_layers=1, num_heads=2)
+)
 POLICY_FN = models.policy_fn(MODEL, prompt_length=PROMPT_LENGTH)
 OPTIMIZER = optax.adam(1e-2)
 
@@ -38,7 +40,9 @@ def prompts():
 
 def functions(reference=True):
     ref_fn = jax.tree_util.Partial(POLICY_FN, MODEL.init(jax.random.key(0))) if reference else None
-    return phases.Functions(jax.tree_util.Partial(POLICY_FN), rewards.token_count(5, include_prompt=False), ref_fn)
+    return phases.Functions(
+        jax.tree_util.Partial(POLICY_FN), rewards.token_count(5, include_prompt=False), ref_fn
+    )
 
 
 VPG = vpg.Config()
@@ -57,7 +61,9 @@ def test_one_jit_and_three_jits_give_identical_parameters():
     if "use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""):
         pytest.skip("equal bits need XLA's newer emitters: .ci/run runs this file with them")
     made = vpg, RLStage(kl_target=1.0, missing_eos_penalty=0.5), vpg.Config()
-    whole, collect, learn = (jitted(phase, *made) for phase in (phases.iteration, phases.collect, phases.learn))
+    whole, collect, learn = (
+        jitted(phase, *made) for phase in (phases.iteration, phases.collect, phases.learn)
+    )
     reward = jax.jit(phases.reward)
     one = three = start(vpg)
     for step in range(3):
@@ -69,14 +75,18 @@ def test_one_jit_and_three_jits_give_identical_parameters():
     np.testing.assert_array_equal(rollout.row_ids, np.arange(ROWS) + 100)
     assert metrics.keys() == (collected | rewarded | learned).keys()
     jax.tree.map(np.testing.assert_array_equal, one, three)
-    before, after = (state.train.params["h_0"]["mlp"]["c_fc"]["kernel"] for state in (start(vpg), one))
+    before, after = (
+        state.train.params["h_0"]["mlp"]["c_fc"]["kernel"] for state in (start(vpg), one)
+    )
     assert jnp.any(before != after)
 
 
 def test_a_prompt_that_occurs_twice_gets_two_samples_and_its_place_says_which():
     """As in a group of answers, whose prompts have one data row."""
     same = jax.tree.map(lambda x: jnp.repeat(x[:1], ROWS, axis=0), prompts())
-    sample = functools.partial(phases.respond, start(vpg).train.params, key=jax.random.key(3), recipe=recipe(RLStage()))
+    sample = functools.partial(
+        phases.respond, start(vpg).train.params, key=jax.random.key(3), recipe=recipe(RLStage())
+    )
     sampled = sample(same)
     assert len({row.tobytes() for row in np.asarray(sampled.tokens)}) == ROWS
     turned = sample(same._replace(places=jnp.arange(ROWS)[::-1]))
@@ -85,12 +95,18 @@ def test_a_prompt_that_occurs_twice_gets_two_samples_and_its_place_says_which():
 
 
 def test_the_greedy_response_is_the_baseline():
-    """The score counts token 5: that of the greedy responses, after the rule for missing EOS, and without KL."""
-    step = jitted(phases.iteration, vpg, RLStage(missing_eos_penalty=0.5), vpg.Config(baseline="greedy"))
+    """The score counts token 5: that of the greedy responses, after the rule for missing EOS, and
+    without KL.
+    """
+    step = jitted(
+        phases.iteration, vpg, RLStage(missing_eos_penalty=0.5), vpg.Config(baseline="greedy")
+    )
     loop, likeliest = start(vpg), dataclasses.replace(SAMPLING, temperature=0.0)
     _, rollout, metrics = step(loop, prompts(), *jax.random.split(jax.random.key(5)), functions())
     generate = jax.jit(functools.partial(sampling.generate, MODEL, config=likeliest))
-    greedy = generate(loop.train.params, prompts().tokens, prompts().attention_mask, jax.random.key(6))
+    greedy = generate(
+        loop.train.params, prompts().tokens, prompts().attention_mask, jax.random.key(6)
+    )
     said = np.where(greedy.response_mask, greedy.tokens, 0)
     counts, ended = np.sum(said == 5, axis=1), np.any(said == 1, axis=1)
     assert len(set(counts)) > 1
@@ -113,8 +129,12 @@ def test_kl_coefficient_follows_the_kl():
     """Ziegler et al. 2019: with n = horizon the coefficient moves by at most a fifth of itself."""
     config = RLStage(kl_target=1e-3, kl_horizon=ROWS)
     step = jitted(phases.iteration, vpg, config, vpg.Config())
-    loop, _, metrics = step(start(vpg), prompts(), *jax.random.split(jax.random.key(0)), functions())
-    assert float(metrics["objective/kl"]) == 0.0  # the policy is still the reference: 0 / target - 1, clipped to -.2
+    loop, _, metrics = step(
+        start(vpg), prompts(), *jax.random.split(jax.random.key(0)), functions()
+    )
+    assert (
+        float(metrics["objective/kl"]) == 0.0
+    )  # the policy is still the reference: 0 / target - 1, clipped to -.2
     np.testing.assert_allclose(loop.kl_coef, 0.1 * 0.8, rtol=1e-6)
     assert float(metrics["kl/coef"]) == pytest.approx(0.1)  # the one that shaped these rewards
 
@@ -124,7 +144,15 @@ def made_rollout(**fields):
     tokens = jnp.array([[2, 3, 4, 5], [2, 3, 4, 1]])
     response_mask = jnp.array([[0, 0, 1, 1], [0, 0, 1, 1]])
     zeros = jnp.zeros((2, 4))
-    return Rollout(tokens, jnp.ones_like(tokens), response_mask, zeros, ref_log_probs=zeros, values=zeros, **fields)
+    return Rollout(
+        tokens,
+        jnp.ones_like(tokens),
+        response_mask,
+        zeros,
+        ref_log_probs=zeros,
+        values=zeros,
+        **fields,
+    )
 
 
 def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():
@@ -139,21 +167,33 @@ def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():
     np.testing.assert_array_equal(summed.rewards, dense)
     endless = dataclasses.replace(rule, sampling=sampling.SamplingConfig(4, eos_id=None, pad_id=0))
     for wrong, how in ((rollout, endless), (summed, rule)):
-        with pytest.raises(ValueError, match="need one score per response, and missing_eos an eos_id"):
+        with pytest.raises(
+            ValueError, match="need one score per response, and missing_eos an eos_id"
+        ):
             _judged_by_end(wrong, how)
 
 
 def test_groups_of_equal_scores_are_counted():
     """Groups of two: equal, unequal, equal but for an absent row, and absent."""
     present = jnp.array([1, 1, 1, 1, 1, 0, 0, 0])[:, None]
-    rollout = Rollout(present, present, present, present, scores=jnp.array([1.0, 1.0, 2.0, 3.0, 4.0, 9.0, 5.0, 5.0]))
+    rollout = Rollout(
+        present,
+        present,
+        present,
+        present,
+        scores=jnp.array([1.0, 1.0, 2.0, 3.0, 4.0, 9.0, 5.0, 5.0]),
+    )
     assert num_equal(rollout, recipe=recipe(RLStage(), grpo.Config(group_size=2))) == 3
-    assert num_equal(rollout, recipe=recipe(RLStage(), vpg.Config())) == 0  # no groups: the batch is one
+    assert (
+        num_equal(rollout, recipe=recipe(RLStage(), vpg.Config())) == 0
+    )  # no groups: the batch is one
 
 
 def test_non_finite_rewards_leave_the_loop_as_it_was():
     config = RLStage(kl_target=1.0)
-    collect, learn = (jitted(phase, ppo, config, ppo.Config()) for phase in (phases.collect, phases.learn))
+    collect, learn = (
+        jitted(phase, ppo, config, ppo.Config()) for phase in (phases.collect, phases.learn)
+    )
     loop = start(ppo)
     rollout, _ = collect(loop, prompts(), jax.random.key(3), functions())
     rollout = rollout.replace(scores=jnp.full(ROWS, jnp.nan))

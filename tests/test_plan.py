@@ -1,4 +1,6 @@
-"""``rlhf-jax plan``: the command says what a stage holds, by hand counts, and whether it fits; its programs compile."""
+"""``rlhf-jax plan``: the command says what a stage holds, by hand counts, and whether it fits; its
+programs compile.
+"""
 
 import json
 import re
@@ -20,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 LLAMA = {"model_type": "llama", **SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA |= {"max_position_embeddings": 16, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
-# Embedding and output, q and o, k and v, the MLP's three, three norms; the value head of PPO: weights and a bias.
+# Embedding and output, q and o, k and v, the MLP's three, three norms; the value head of PPO:
+# weights and a bias.
 COUNT = 2 * 32 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 3 * 64
 HEAD = 64 + 1
 RL = ["--rl.max-prompt-length", "2", "--rl.max-new-tokens", "2", "--reward", "length"]
@@ -48,7 +51,10 @@ def no_phases(monkeypatch):
 
 def mebibytes(text):
     """{what: MiB} of the lines that a plan prints."""
-    return {what: float(size) for size, what in re.findall(r"^ *([\d.]+) MiB  (.*)$", text, re.MULTILINE)}
+    return {
+        what: float(size)
+        for size, what in re.findall(r"^ *([\d.]+) MiB  (.*)$", text, re.MULTILINE)
+    }
 
 
 def printed(capsys, *flags):
@@ -63,10 +69,16 @@ def test_ppo_prints_what_it_holds_and_its_peak(folder, capsys):
     assert said["parameters"] == pytest.approx(model, abs=6e-4)
     assert said["of it gradients"] == pytest.approx(model, abs=6e-4)
     assert said["optimizer"] == pytest.approx(2 * model, abs=6e-4)  # Adam's two moments, float32
-    assert said["reference"] == pytest.approx(2 * COUNT / 2**20, abs=6e-4)  # in the file's bfloat16, without the head
-    held = sum(said.get(part, 0) for part in ("parameters", "optimizer", "reference", "reward models"))
+    assert said["reference"] == pytest.approx(
+        2 * COUNT / 2**20, abs=6e-4
+    )  # in the file's bfloat16, without the head
+    held = sum(
+        said.get(part, 0) for part in ("parameters", "optimizer", "reference", "reward models")
+    )
     assert said["at the peak"] == pytest.approx(held + said["more in the phase 'reward'"], abs=3e-3)
-    moved = mebibytes(printed(capsys, "ppo", "--model", folder, *SHORT, "--compute.offload", "reference"))
+    moved = mebibytes(
+        printed(capsys, "ppo", "--model", folder, *SHORT, "--compute.offload", "reference")
+    )
     assert "reference" not in moved  # but in the first phase, here the only one
     assert moved["at the peak"] == pytest.approx(said["at the peak"], abs=3e-3)
 
@@ -75,7 +87,11 @@ def test_ppo_prints_what_it_holds_and_its_peak(folder, capsys):
 @pytest.mark.parametrize("compact", [False, True])
 def test_a_plan_samples_as_the_run_does(compact, folder, capsys, monkeypatch):
     found, sampled = [], plan.SamplingConfig
-    monkeypatch.setattr(plan, "SamplingConfig", lambda *args, **how: found.append(sampled(*args, **how)) or found[-1])
+    monkeypatch.setattr(
+        plan,
+        "SamplingConfig",
+        lambda *args, **how: found.append(sampled(*args, **how)) or found[-1],
+    )
     printed(capsys, "ppo", "--model", folder, *SHORT, *["--rl.compact"] * compact)
     assert {(how.max_new_tokens, how.compact) for how in found} == {(2, compact)}
 
@@ -83,10 +99,14 @@ def test_a_plan_samples_as_the_run_does(compact, folder, capsys, monkeypatch):
 @pytest.mark.usefixtures("no_phases")
 def test_a_stage_that_does_not_fit_is_told_a_flag_that_helps(folder, capsys, monkeypatch):
     options = plan.options
-    monkeypatch.setattr(plan, "options", lambda *args: {"--lora.rank 8": options(*args)["--lora.rank 8"]})
+    monkeypatch.setattr(
+        plan, "options", lambda *args: {"--lora.rank 8": options(*args)["--lora.rank 8"]}
+    )
     command = ("ppo", "--model", folder, *SHORT, "--memory")
     said = printed(capsys, *command, "0.0004GB")
-    best = re.search(r"does not fit in 0\.381 MiB; what helps most: --lora\.rank 8, a peak of ([\d.]+) MiB", said)
+    best = re.search(
+        r"does not fit in 0\.381 MiB; what helps most: --lora\.rank 8, a peak of ([\d.]+) MiB", said
+    )
     assert best, said
     assert float(best[1]) < mebibytes(said)["at the peak"]
 
@@ -95,21 +115,37 @@ def test_a_stage_that_does_not_fit_is_told_a_flag_that_helps(folder, capsys, mon
     ("limit", "peaks", "end"),
     [
         (5 * 2**30, {}, "fits in 5.000 GiB, with 2.000 GiB to spare"),
-        (2 * 2**30, {"a": 3, "b": 1, "c": 2}, "does not fit in 2.000 GiB; what helps most: b, a peak of 1.000 GiB"),
-        (2 * 2**30, {"a": 3}, "does not fit in 2.000 GiB; what helps most: shorter texts, a smaller batch"),
-        (2 * 2**30, {}, "does not fit in 2.000 GiB; what helps most: shorter texts, a smaller batch"),
+        (
+            2 * 2**30,
+            {"a": 3, "b": 1, "c": 2},
+            "does not fit in 2.000 GiB; what helps most: b, a peak of 1.000 GiB",
+        ),
+        (
+            2 * 2**30,
+            {"a": 3},
+            "does not fit in 2.000 GiB; what helps most: shorter texts, a smaller batch",
+        ),
+        (
+            2 * 2**30,
+            {},
+            "does not fit in 2.000 GiB; what helps most: shorter texts, a smaller batch",
+        ),
     ],
 )
 def test_the_flag_that_helps_is_the_one_with_the_lowest_peak(limit, peaks, end, monkeypatch):
     monkeypatch.setattr(plan, "options", lambda config, name: peaks)
-    monkeypatch.setattr(plan, "plan", lambda peak, *_: plan.Plan({"parameters": peak * 2**30}, {"learn": 0}, {}))
+    monkeypatch.setattr(
+        plan, "plan", lambda peak, *_: plan.Plan({"parameters": peak * 2**30}, {"learn": 0}, {})
+    )
     assert plan.report(3, "ppo", None, limit)[-1].startswith(end)
 
 
 def test_flags_that_are_on_are_not_offered():
     four = Mesh(data=-1)
     base = RunConfig(model="m", mesh=four, sft=SFTStage(batch_size=32))
-    microbatches = "--sft.num-microbatches 8"  # 32 rows on 4 devices: one row of each device at once
+    microbatches = (
+        "--sft.num-microbatches 8"  # 32 rows on 4 devices: one row of each device at once
+    )
     assert [*plan.options(base, "sft")] == [
         microbatches,
         "--compute.remat",
@@ -117,7 +153,9 @@ def test_flags_that_are_on_are_not_offered():
         "--lora.rank 8",
     ]
     on = {"compute": Compute(remat=True, dtype="bfloat16"), "lora": LoRA(rank=4)}
-    assert [*plan.options(RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32)), "sft")] == [microbatches]
+    assert [
+        *plan.options(RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32)), "sft")
+    ] == [microbatches]
     all_on = RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32, num_microbatches=8))
     assert plan.options(all_on, "sft") == {}
 
@@ -127,7 +165,10 @@ def test_flags_that_are_on_are_not_offered():
     [
         ("sfft", "no stage 'sfft'; there are sft, reward_model, dpo, kto, ppo, vpg, rloo, grpo"),
         ("ppo", r"give --length or --rl.max-prompt-length"),
-        ("ppo --length 15 --rl.max-new-tokens 2", "rows of 17 tokens are longer than the 16 that the model reads"),
+        (
+            "ppo --length 15 --rl.max-new-tokens 2",
+            "rows of 17 tokens are longer than the 16 that the model reads",
+        ),
         ("sft --length 17", "rows of 17 tokens are longer than the 16 that the model reads"),
         ("sft --sft.batch-size 6", "sft.batch_size 6 does not divide by 4 devices; use 4 or 8"),
         ("sft --mesh.tensor 4", "mesh.tensor 4 does not divide the key and value heads of .*, 2"),
@@ -148,17 +189,25 @@ def test_the_reference_of_kto_is_counted(folder):
 
 def test_the_wheel_has_the_scripts_of_the_commands():
     """And a script imports no other one, which would not be there."""
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"][
+        "targets"
+    ]["wheel"]
     scripts = {name: f"{path}.py" for name, (_, path) in cli.SCRIPTS.items()}
-    assert {path: f"rlhf_jax/{path}" for path in scripts.values()}.items() <= wheel["force-include"].items()
-    imported = re.findall(r"^(?:from|import) (\w+)", (ROOT / scripts["plan"]).read_text(), re.MULTILINE)
+    assert {path: f"rlhf_jax/{path}" for path in scripts.values()}.items() <= wheel[
+        "force-include"
+    ].items()
+    imported = re.findall(
+        r"^(?:from|import) (\w+)", (ROOT / scripts["plan"]).read_text(), re.MULTILINE
+    )
     assert set(imported) <= {*sys.stdlib_module_names, "jax", "rlhf_jax"}
 
 
 def command(*flags):
     """The output of the command in a process of its own: it sets the number of devices itself."""
     start = "from rlhf_jax import cli; cli.main()"
-    done = subprocess.run([sys.executable, "-c", start, "plan", *flags], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", start, "plan", *flags], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return mebibytes(done.stdout)
 
@@ -178,7 +227,9 @@ def test_a_cut_mesh_takes_less_on_each_device(stage, folder):
     assert cut.keys() == whole.keys()
     assert any(what.startswith("more in the phase 'learn'") for what in cut)
     assert whole["frozen weights"] == pytest.approx(2 * COUNT / 2**20, abs=6e-4)
-    assert cut["frozen weights"] == pytest.approx(whole["frozen weights"] / 4, abs=2e-3)  # all but the norms
+    assert cut["frozen weights"] == pytest.approx(
+        whole["frozen weights"] / 4, abs=2e-3
+    )  # all but the norms
     for what in ("parameters", "optimizer"):
         assert cut[what] < 0.8 * whole[what]  # adapters are cut by one of the two axes
 
@@ -186,7 +237,9 @@ def test_a_cut_mesh_takes_less_on_each_device(stage, folder):
 @pytest.mark.slow
 def test_all_phases_of_ppo_compile():
     """All phases of the shipped settings, with what each needs."""
-    said = command("ppo", "--config", "tiny", "--length", "4", "--devices", "2", "--rl.max-new-tokens", "2")
+    said = command(
+        "ppo", "--config", "tiny", "--length", "4", "--devices", "2", "--rl.max-new-tokens", "2"
+    )
     held, phases = sum(said[part] for part in ("parameters", "optimizer", "reference")), said.keys()
     more = [said[phase] for phase in phases if phase.startswith("more")]
     assert len(more) == 3

@@ -23,14 +23,21 @@ def pixels(png: bytes) -> np.ndarray:
 def test_title_and_legend_stand_apart():
     def bands(title: str) -> int:
         """Stretches of rows with something in them."""
-        series = {name: ([0, 1, 2], values) for name, values in (("training", [1, 2, 3]), ("validation", [3, 2, 1]))}
-        inked = (pixels(figures.png(figures.Plot(title, "step", "nats", series))) < 0.9).any(axis=(1, 2))
+        series = {
+            name: ([0, 1, 2], values)
+            for name, values in (("training", [1, 2, 3]), ("validation", [3, 2, 1]))
+        }
+        inked = (pixels(figures.png(figures.Plot(title, "step", "nats", series))) < 0.9).any(
+            axis=(1, 2)
+        )
         return int(np.sum(np.diff(inked.astype(int), prepend=0) == 1))
 
     assert bands("A long title over the whole width") == bands("") + 1
 
 
-@pytest.mark.parametrize(("y_label", "scale"), [("ratio", 1e-4), ("nats per token", -123456.7), ("a" * 32, 1.02)])
+@pytest.mark.parametrize(
+    ("y_label", "scale"), [("ratio", 1e-4), ("nats per token", -123456.7), ("a" * 32, 1.02)]
+)
 def test_labels_are_not_cut(y_label, scale):
     values = [scale * (1 + 0.2 * np.sin(i)) for i in range(40)]
     series = {f"objective/reward number {i}": (range(40), values) for i in range(6)}
@@ -41,8 +48,12 @@ def test_labels_are_not_cut(y_label, scale):
     assert inked.any()
     assert not any(edge.any() for edge in (inked[:3], inked[-3:], inked[:, :3], inked[:, -3:]))
     assert figures.png(plot) == figures.png(plot)
-    [left] = re.findall(rf'transform="rotate\(-90 ([-\d.]+) [-\d.]+\)">{y_label}<', figures.svg(plot))
-    assert float(left) > 14  # a line's height, and room for a browser's own font, which may be larger
+    [left] = re.findall(
+        rf'transform="rotate\(-90 ([-\d.]+) [-\d.]+\)">{y_label}<', figures.svg(plot)
+    )
+    assert (
+        float(left) > 14
+    )  # a line's height, and room for a browser's own font, which may be larger
 
 
 def test_the_files_of_a_run(tmp_path, capsys):
@@ -50,7 +61,9 @@ def test_the_files_of_a_run(tmp_path, capsys):
     assert cli.run(["report", str(run), "--png", str(tmp_path / "png")]) is None
     names = ["score-objective-score", "kl-from-the-reference-objective-kl", "reward-against-kl"]
     names += ["scores", "response-lengths"]
-    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == sorted(f"{name}.png" for name in names)
+    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == sorted(
+        f"{name}.png" for name in names
+    )
     assert capsys.readouterr().out.splitlines()[-1] == f"5 figures in {tmp_path / 'png'}"
     histogram = pixels((tmp_path / "png" / "scores.png").read_bytes())
     for color in figures.COLORS[:2]:  # before, after
@@ -58,7 +71,9 @@ def test_the_files_of_a_run(tmp_path, capsys):
 
 
 def test_equal_titles_are_numbered(tmp_path, monkeypatch):
-    plot, empty = (figures.Plot("Score!", "x", "y", {"a": points}) for points in (([1], [1]), ([], [])))
+    plot, empty = (
+        figures.Plot("Score!", "x", "y", {"a": points}) for points in (([1], [1]), ([], []))
+    )
     monkeypatch.setattr(plots, "curves", lambda groups: ([plot, empty, plot], {}))
     monkeypatch.setattr(plots, "distributions", lambda groups: [plot])
     run = write_run(tmp_path / "run")

@@ -1,6 +1,7 @@
-"""configs/algorithms and configs/gsm8k.yaml: each fits, starts, and says of the run what its paper says."""
+"""configs/algorithms and configs/gsm8k.yaml: each fits, starts, and says of the run what its paper
+says.
+"""
 
-import ast
 import dataclasses
 import importlib.util
 import json
@@ -17,7 +18,6 @@ import pytest
 import sentiment
 import yaml
 from test_reward_functions import Checker
-from test_size import code_lines
 from test_training import data  # noqa: F401 (fixture)
 
 from rlhf_jax import models, sharding, training
@@ -43,8 +43,12 @@ SAYS = {
     "kto": "kto beta=0.1 desirable_weight=1.0 undesirable_weight=1.0 batch_size=32",
     "orpo": "dpo kind=orpo beta=0.1 needs_reference=False batch_size=32",
     "ppo": "ppo num_epochs=4 value_clip=0.2 gae_lambda=0.95",
-    "reinforce_pp": "rloo baseline=global group_size=1 num_minibatches=8 aggregate=sequence kl_in_loss=False",
-    "reinforce_pp_baseline": "rloo baseline=both group_size=8 kl_loss_coef=0.001 kl_loss_estimator=k2",
+    "reinforce_pp": (
+        "rloo baseline=global group_size=1 num_minibatches=8 aggregate=sequence kl_in_loss=False"
+    ),
+    "reinforce_pp_baseline": (
+        "rloo baseline=both group_size=8 kl_loss_coef=0.001 kl_loss_estimator=k2"
+    ),
     "remax": "vpg baseline=greedy aggregate=token",
     "rloo": "rloo group_size=4 baseline=group num_minibatches=2 aggregate=sum",
     "simpo": "dpo kind=simpo beta=2.0 gamma=1.0 needs_reference=False batch_size=128",
@@ -68,8 +72,12 @@ RATES = {
     "rloo": (1e-6, 0.03),
     "simpo": (6e-7,),
 }
-SMALL = "--network.hidden-size 8 --network.num-layers 1 --network.num-heads 1 --network.max-length 128 "
-SMALL += "--tokenizer.vocab-size 300 --text.bucket-multiple 128 --device None --rl.num-iterations 1 "
+SMALL = (
+    "--network.hidden-size 8 --network.num-layers 1 --network.num-heads 1 --network.max-length 128 "
+)
+SMALL += (
+    "--tokenizer.vocab-size 300 --text.bucket-multiple 128 --device None --rl.num-iterations 1 "
+)
 SMALL += "--rl.max-new-tokens 2 --rl.validation-fraction 0 --reward count:e"
 
 
@@ -79,9 +87,14 @@ def test_a_preset_is_its_paper_and_combines_with_another_config(name):
     config = parse(RunConfig, ["--config", "tiny", name])
     settings = getattr(config, section)
     assert (config.rl.dynamic_sampling > 0) == (name == "dapo")
-    assert [f"{key}={getattr(settings, key)}" for key, _, _ in (value.partition("=") for value in values)] == values
+    assert [
+        f"{key}={getattr(settings, key)}"
+        for key, _, _ in (value.partition("=") for value in values)
+    ] == values
     assert config.network == parse(RunConfig, ["--config", "tiny"]).network
-    comment = (ROOT / "configs" / "algorithms" / f"{name}.yaml").read_text("utf-8").replace("\n# ", " ")
+    comment = (
+        (ROOT / "configs" / "algorithms" / f"{name}.yaml").read_text("utf-8").replace("\n# ", " ")
+    )
     assert re.search(r"arXiv \d{4}\.\d{5}", comment)
     assert f"rlhf-jax {section} --config tiny {name}" in comment
     values = yaml.safe_load((ROOT / "configs" / "algorithms" / f"{name}.yaml").read_text("utf-8"))
@@ -92,21 +105,38 @@ def test_a_preset_is_its_paper_and_combines_with_another_config(name):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "simpo", "orpo", None])
 def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
-    model = models.build(models.GPT2Config(vocab_size=3, max_length=4, hidden_size=2, num_layers=1, num_heads=1))
+    model = models.build(
+        models.GPT2Config(vocab_size=3, max_length=4, hidden_size=2, num_layers=1, num_heads=1)
+    )
     config = RunConfig(dpo=DPOStage(kind=kind or "sigmoid"))
     stage = Stage(config, "dpo", None, sharding.make_mesh(1))
     initial = LanguageModel(model, model.init(jax.random.key(0)), None)
-    setting = supervised.Setting(stage, initial, [], None, *np.zeros((2, 0), int), None, 4, optax.sgd(1.0))
+    setting = supervised.Setting(
+        stage, initial, [], None, *np.zeros((2, 0), int), None, 4, optax.sgd(1.0)
+    )
     monkeypatch.setattr(supervised, "run", lambda config, name, make_task, show: make_task(setting))
     task = training.dpo.run(config) if kind else training.sft.run(config)
     assert (task.reference is None) == (kind != "sigmoid")
 
 
 def flags(name, section, folder):
-    argv = ["--config", "tiny", name, *SMALL.split(), "--data", folder, "--output-dir", f"{folder}/{name}"]
+    argv = [
+        "--config",
+        "tiny",
+        name,
+        *SMALL.split(),
+        "--data",
+        folder,
+        "--output-dir",
+        f"{folder}/{name}",
+    ]
     if section in ("dpo", "kto"):
         return [*argv, *f"--{section}.batch-size 64 --{section}.validation-fraction 0".split()]
-    many = [f"--{section}.group-size", "4"] if section in ("rloo", "grpo") and name != "reinforce_pp" else []
+    many = (
+        [f"--{section}.group-size", "4"]
+        if section in ("rloo", "grpo") and name != "reinforce_pp"
+        else []
+    )
     return [*argv, *many, "--rl.batch-size", "64" if name == "dapo" else "16"]
 
 
@@ -117,7 +147,9 @@ def test_a_preset_starts(name, data, monkeypatch):  # noqa: F811
     """One step on a tiny model. Methods without a reference neither copy one nor run it."""
     section, copies = SAYS[name].split()[0], []
     reference = Stage.reference
-    monkeypatch.setattr(Stage, "reference", lambda *args: copies.append(reference(*args)) or copies[-1])
+    monkeypatch.setattr(
+        Stage, "reference", lambda *args: copies.append(reference(*args)) or copies[-1]
+    )
     config = parse(RunConfig, [*flags(name, section, data), "--overwrite"])
     module = {"ppo": ppo, "rloo": rloo, "grpo": grpo, "vpg": vpg}.get(section)
     if module is None:
@@ -131,19 +163,17 @@ def test_a_preset_starts(name, data, monkeypatch):  # noqa: F811
 
 
 def test_the_table_of_methods_is_true():
-    """Every method of docs/algorithms/methods.md: its presets, its code's lines, its tests."""
+    """Every method of docs/algorithms/methods.md: its presets, its code, its tests."""
     table = (ROOT / "docs" / "algorithms" / "methods.md").read_text("utf-8")
     rows = re.findall(r"^\| (.*) \| (.*) \| (.*) \| (.*) \| (.*) \|$", table, re.MULTILINE)[2:]
     named = set()
     for method, paper, how, code, test in rows:
         named |= set(re.findall(r"configs/algorithms/(\w+)\.yaml", how))
-        for file, function, lines in re.findall(r"`(\w+)\.(\w+)` (\d+)", code):
-            paths = (ROOT / "rlhf_jax").rglob(f"{file}.py")
-            path = next(p for p in paths if f"def {function}(" in p.read_text("utf-8"))
-            source = path.read_text("utf-8")
-            node = next(n for n in ast.parse(source).body if getattr(n, "name", "") == function)
-            count = len(code_lines(source) & set(range(node.lineno, node.end_lineno + 1)))
-            assert int(lines) == count, f"{method}: {file}.{function} has {count} lines"
+        functions = re.findall(r"`(\w+)\.(\w+)`", code)
+        assert functions or "rescore" in how, f"{method}: no code"
+        for file, function in functions:
+            sources = [p.read_text("utf-8") for p in (ROOT / "rlhf_jax").rglob(f"{file}.py")]
+            assert any(f"def {function}(" in text for text in sources), f"{file}.{function}"
         optima = re.findall(r"`test_known_optima::(\w+)`(?: \(([\w`, ]+)\))?", test)
         assert optima, f"{method}: no known optimum"
         assert re.search(r"\w+ (et al\. )?(19|20)\d\d", paper), f"{method}: no paper"
@@ -160,10 +190,20 @@ GOOD = "regex:####\\s*-?\\$?[\\d,.]*\\d\\s*$"
 
 @pytest.mark.parametrize(
     ("response", "matches"),
-    [("so 5 + 2 = 7\n#### 7", 1), ("#### $1,000.50 ", 1), ("#### -3", 1), ("#### seven", 0), ("7", 0), ("#### 7!", 0)],
+    [
+        ("so 5 + 2 = 7\n#### 7", 1),
+        ("#### $1,000.50 ", 1),
+        ("#### -3", 1),
+        ("#### seven", 0),
+        ("7", 0),
+        ("#### 7!", 0),
+    ],
 )
 def test_the_format_reward_of_gsm8k(response, matches):
-    (_, entry), pattern = parse(RunConfig, ["--config", "gsm8k"]).reward, GOOD.removeprefix("regex:")
+    (_, entry), pattern = (
+        parse(RunConfig, ["--config", "gsm8k"]).reward,
+        GOOD.removeprefix("regex:"),
+    )
     assert entry == f"{GOOD}*0.1"
     assert verifiable.regex(pattern)([], [response]) == [matches]
 
@@ -171,15 +211,20 @@ def test_the_format_reward_of_gsm8k(response, matches):
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
 def test_the_gsm8k_recipe_starts(tmp_path, monkeypatch):
-    """One iteration with a tiny random model in place of Qwen2.5-0.5B, and the same rewards and template; rows of GSM8K
-    where they are, else made up."""
-    rows = [{"question": f"What is {i} + 2?", "answer": f"It is {i + 2}.\n#### {i + 2}"} for i in range(16)]
+    """One iteration with a tiny random model in place of Qwen2.5-0.5B, and the same rewards and
+    template; rows of GSM8K where they are, else made up."""
+    rows = [
+        {"question": f"What is {i} + 2?", "answer": f"It is {i + 2}.\n#### {i + 2}"}
+        for i in range(16)
+    ]
     if REAL.is_file():
         rows = [json.loads(line) for line in REAL.read_text("utf-8").splitlines()[:16]]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     if importlib.util.find_spec("math_verify") is None:
         monkeypatch.setitem(sys.modules, "math_verify", Checker)
-    small = SMALL.replace("--reward count:e", "--network.max-length 900 --model None --compute.dtype float32")
+    small = SMALL.replace(
+        "--reward count:e", "--network.max-length 900 --model None --compute.dtype float32"
+    )
     small += " --rl.batch-size 16 --rl.max-prompt-length None --grpo.num-microbatches 1"
     places = ["--data", str(tmp_path / "train.jsonl"), "--output-dir", str(tmp_path / "run")]
     config = parse(RunConfig, ["--config", "gsm8k", *small.split(), *places])
@@ -191,14 +236,28 @@ def test_the_gsm8k_recipe_starts(tmp_path, monkeypatch):
 # The other recipes have tests of their own: calculator, gsm8k, quickstart, shakespeare, tiny.
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
-@pytest.mark.parametrize("name", ["arithmetic", "assistant", "gpt2_hh", "pipeline", "preferences", "sentiment"])
+@pytest.mark.parametrize(
+    "name", ["arithmetic", "assistant", "gpt2_hh", "pipeline", "preferences", "sentiment"]
+)
 def test_a_recipe_starts(name, data, tmp_path, monkeypatch):  # noqa: F811
-    """A step of each stage with a tiny random model in place of its own, on rows that the package ships."""
+    """A step of each stage with a tiny random model in place of its own, on rows that the package
+    ships.
+    """
     kind = sentiment.SentimentConfig if name == "sentiment" else RunConfig
-    small = SMALL.replace(" --reward count:e", " --model None --rl.batch-size 16 --text.template {prompt}")
-    small += " --sft.num-epochs 1 --reward-model.num-epochs 1 --rl.max-prompt-length None --compute.dtype float32"
-    small += " --ppo.num-epochs 1 --ppo.num-minibatches 1 --ppo.num-microbatches 1 --grpo.group-size 4"
-    config = parse(kind, ["--config", name, *small.split(), "--data", data, "--output-dir", str(tmp_path / "run")])
+    small = SMALL.replace(
+        " --reward count:e", " --model None --rl.batch-size 16 --text.template {prompt}"
+    )
+    small += (
+        " --sft.num-epochs 1 --reward-model.num-epochs 1 --rl.max-prompt-length None "
+        "--compute.dtype float32"
+    )
+    small += (
+        " --ppo.num-epochs 1 --ppo.num-minibatches 1 --ppo.num-microbatches 1 --grpo.group-size 4"
+    )
+    config = parse(
+        kind,
+        ["--config", name, *small.split(), "--data", data, "--output-dir", str(tmp_path / "run")],
+    )
     if name == "arithmetic":
         monkeypatch.chdir(ROOT)  # where its reward lies
         arithmetic.write(tmp_path, num_prompts=32)
@@ -206,6 +265,10 @@ def test_a_recipe_starts(name, data, tmp_path, monkeypatch):  # noqa: F811
     elif name == "sentiment":
         results = [training.rl.run(dataclasses.replace(config, reward=("count:e",)), ppo)]
     else:
-        result = training.reward_model.run(config) if name == "preferences" else training.pipeline.run(config)
+        result = (
+            training.reward_model.run(config)
+            if name == "preferences"
+            else training.pipeline.run(config)
+        )
         results = [result] if name == "preferences" else list(result)
     assert [stage.metrics["nonfinite"] for stage in results] == [0] * len(results)

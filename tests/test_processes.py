@@ -1,4 +1,6 @@
-"""Runs that two processes share: they give one result, can be killed, and end together where one of them fails."""
+"""Runs that two processes share: they give one result, can be killed, and end together where one of
+them fails.
+"""
 
 import atexit
 import functools
@@ -46,19 +48,36 @@ def free_port() -> int:
 
 
 def launch(command: list, count: int, devices: int, flag: list[str]) -> list[subprocess.Popen]:
-    """Starts a command once for each process, with so many devices each; ``flag`` stands before the process's place."""
+    """Starts a command once for each process, with so many devices each; ``flag`` stands before the
+    process's place.
+    """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{server.getsockname()[1]},{count}"
     pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     own = [[*flag, f"{place},{number}"] if count > 1 else [] for number in range(count)]
-    return [subprocess.Popen([*map(str, command), *last], env=environment, cwd=ROOT, **pipes) for last in own]
+    return [
+        subprocess.Popen([*map(str, command), *last], env=environment, cwd=ROOT, **pipes)
+        for last in own
+    ]
 
 
-def start(script: str, folder: Path, count: int, *flags: str, devices: int | None = None) -> list[subprocess.Popen]:
-    """The processes of one run, the first one first, with so many devices each; None: two in all, or one each."""
-    command = [sys.executable, f"experiments/{script}.py", "--config", TINY, "--output-dir", folder, *flags]
+def start(
+    script: str, folder: Path, count: int, *flags: str, devices: int | None = None
+) -> list[subprocess.Popen]:
+    """The processes of one run, the first one first, with so many devices each; None: two in all,
+    or one each.
+    """
+    command = [
+        sys.executable,
+        f"experiments/{script}.py",
+        "--config",
+        TINY,
+        "--output-dir",
+        folder,
+        *flags,
+    ]
     return launch(command, count, devices or max(2 // count, 1), ["--processes"])
 
 
@@ -76,12 +95,16 @@ def wait_for(running: list[subprocess.Popen], metrics: Path, rows: int) -> None:
         time.sleep(0.01)
 
 
-def stop_one(running: list[subprocess.Popen], number: int, metrics: Path, sent: signal.Signals) -> None:
+def stop_one(
+    running: list[subprocess.Popen], number: int, metrics: Path, sent: signal.Signals
+) -> None:
     """Sends a signal to one process during the run; all save and end, and say how to go on."""
     wait_for(running, metrics, 3)
     running[number].send_signal(sent)
     said = finish(running, 128 + sent)
-    assert all(f"{sent.name}: stopped after step" in text and "--resume" in text for text in said), said
+    assert all(
+        f"{sent.name}: stopped after step" in text and "--resume" in text for text in said
+    ), said
     assert not (metrics.parent / "model").exists()
 
 
@@ -98,7 +121,9 @@ def kill_last(running: list[subprocess.Popen], metrics: Path, rows: int) -> None
     ("script", "flags", "count"),
     [
         pytest.param("vpg", ["--checkpoint-async"], 2, marks=pytest.mark.soak),
-        pytest.param("sft", ["--mesh.data", "1", "--mesh.fsdp", "2"], 2, marks=pytest.mark.soak, id="sft cut"),
+        pytest.param(
+            "sft", ["--mesh.data", "1", "--mesh.fsdp", "2"], 2, marks=pytest.mark.soak, id="sft cut"
+        ),
         pytest.param("vpg", [], 4, marks=pytest.mark.soak),
         *(
             pytest.param(script, flags, 2, marks=pytest.mark.soak)
@@ -132,9 +157,18 @@ def test_processes_of_which_one_is_killed_resume_to_the_same_bytes(script, flags
     ],
 )
 def test_a_signal_to_one_process_saves_and_ends_all(count, devices, number, sent, tmp_path):
-    """With exit code 143 or 130, as one process. Then killed with -9 and resumed, the run ends with the same bytes."""
+    """With exit code 143 or 130, as one process. Then killed with -9 and resumed, the run ends with
+    the same bytes.
+    """
     (tmp_path / "reward.py").write_text(REWARD)
-    flags = ["--reward", f"{tmp_path / 'reward.py'}:score", "--rl.num-iterations", "30", "--mesh.fsdp", "2"]
+    flags = [
+        "--reward",
+        f"{tmp_path / 'reward.py'}:score",
+        "--rl.num-iterations",
+        "30",
+        "--mesh.fsdp",
+        "2",
+    ]
     flags += ["--rl.validation-interval", "30", "--checkpoint-interval", "5"]
     finish(start("vpg", tmp_path / "whole", count, *flags, devices=devices))
     again = functools.partial(start, "vpg", tmp_path / "run", count, *flags, devices=devices)
@@ -153,13 +187,18 @@ def test_a_signal_to_one_process_saves_and_ends_all(count, devices, number, sent
     ],
 )
 def test_two_processes_learn_what_one_does(layout, tmp_path):
-    """Two devices either way, so that rows and keys are the same; only the sums across devices are others."""
+    """Two devices either way, so that rows and keys are the same; only the sums across devices are
+    others.
+    """
     two, one = tmp_path / "two", tmp_path / "one"
     # An eps of 1e-8 would blow rounding up to a step.
     flags = [*layout, "--sft.validation-interval", "5", "--sft.optimizer.eps", "1e-3"]
     finish(start("sft", two, 2, *flags))
     finish(start("sft", one, 1, *flags))
-    rows = [map(json.loads, (path / "metrics.jsonl").read_text("utf-8").splitlines()) for path in (two, one)]
+    rows = [
+        map(json.loads, (path / "metrics.jsonl").read_text("utf-8").splitlines())
+        for path in (two, one)
+    ]
     for row, of_one in zip(*rows, strict=True):
         assert row == pytest.approx(of_one, rel=1e-4), row["step"]
     weights, of_one = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
@@ -262,18 +301,33 @@ with checkpoint.Checkpoints(folder, asynchronous=True) as checkpoints:
 
 @pytest.mark.slow
 def test_each_process_writes_its_own_parts_of_a_checkpoint(tmp_path):
-    """A state on two processes of two devices: read from one process's checkpoint, saved, damaged, killed in a save,
-    read by one process on another layout. And rows keep their order on a mesh of interleaved devices."""
+    """A state on two processes of two devices: read from one process's checkpoint, saved, damaged,
+    killed in a save, read by one process on another layout. And rows keep their order on a mesh of
+    interleaved devices."""
 
     def whole(step):
-        loose = {"host": np.arange(4) + step, "coef": jnp.float32(step), "key": jax.random.key(step)}
+        loose = {
+            "host": np.arange(4) + step,
+            "coef": jnp.float32(step),
+            "key": jax.random.key(step),
+        }
         return jax.tree.map(jnp.asarray, parts_of(step)) | loose
 
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, whole(0), {})
-    # The second one is aborted if the first, which coordinates them, is gone before it kills itself.
-    finish(launch([sys.executable, "-c", PARTS, tmp_path], 2, devices=2, flag=[]), -signal.SIGKILL, -signal.SIGABRT)
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "damaged-2", "3.orbax-checkpoint-tmp"}
+    # The second one is aborted if the first, which coordinates them, is gone before it kills
+    # itself.
+    finish(
+        launch([sys.executable, "-c", PARTS, tmp_path], 2, devices=2, flag=[]),
+        -signal.SIGKILL,
+        -signal.SIGABRT,
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "1",
+        "2",
+        "damaged-2",
+        "3.orbax-checkpoint-tmp",
+    }
     written = [tmp_path / "2" / "state" / f"ocdbt.process_{number}" / "d" for number in range(2)]
     sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in written]
     half = parts_of(2)["cut"].nbytes / 2
@@ -281,16 +335,22 @@ def test_each_process_writes_its_own_parts_of_a_checkpoint(tmp_path):
     by_tensor = NamedSharding(sharding.make_mesh(2, 1, 2), PartitionSpec("data", "tensor"))
     with Checkpoints(tmp_path) as checkpoints:
         target = whole(9)
-        restored, meta = checkpoints.restore(target | {"cut": jax.device_put(target["cut"], by_tensor)})
+        restored, meta = checkpoints.restore(
+            target | {"cut": jax.device_put(target["cut"], by_tensor)}
+        )
         assert meta == {"a": 2}
         assert restored["cut"].sharding == by_tensor
-        numbers = [state | {"key": jax.random.key_data(state["key"])} for state in (restored, whole(2))]
+        numbers = [
+            state | {"key": jax.random.key_data(state["key"])} for state in (restored, whole(2))
+        ]
         jax.tree.map(np.testing.assert_array_equal, *numbers)
         checkpoints.save(3, restored, {})
     assert {path.name for path in tmp_path.iterdir()} == {"2", "3", "damaged-2"}
 
 
-@pytest.mark.parametrize("place", ["here", "10.0.0.1,2,0", "10.0.0.1:99,2", "10.0.0.1:99,2,2", "10.0.0.1:99,0,0"])
+@pytest.mark.parametrize(
+    "place", ["here", "10.0.0.1,2,0", "10.0.0.1:99,2", "10.0.0.1:99,2,2", "10.0.0.1:99,0,0"]
+)
 def test_a_place_that_is_none(place):
     with pytest.raises(UserError, match=rf"--processes {place}: expected HOST:PORT,COUNT,NUMBER"):
         processes.join(place)
@@ -299,7 +359,12 @@ def test_a_place_that_is_none(place):
 def test_one_process_is_alone():
     """Work is done here, its errors are its own, and nothing is gathered."""
     assert processes.is_first()
-    assert processes.agree(lambda: 3) == processes.in_first(lambda: 3) == processes.stop_signal([3]) == 3
+    assert (
+        processes.agree(lambda: 3)
+        == processes.in_first(lambda: 3)
+        == processes.stop_signal([3])
+        == 3
+    )
     with pytest.raises(ZeroDivisionError):
         processes.agree(lambda: 1 // 0)
     rows = np.arange(4)
@@ -352,8 +417,12 @@ def test_a_step_without_a_signal_waits_for_no_other_process(monkeypatch):
     """The processes' signals are compared once, at the step that the preemption service has chosen."""
     asked, gathered = [], []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or ends)
-    monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: gathered.append(own) or [own, others])
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or ends
+    )
+    monkeypatch.setattr(
+        multihost_utils, "process_allgather", lambda own: gathered.append(own) or [own, others]
+    )
     ends, others = False, 0
     assert [processes.stop_signal([signal.SIGINT]) for _ in range(2)] == [0, 0]
     assert (gathered, asked[1] - asked[0]) == ([], 1)
@@ -367,7 +436,9 @@ def test_with_several_processes_sigterm_is_left_to_jax(monkeypatch):
     """Ctrl-C in one of them raises it, so that the others hear of it."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     heard = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))  # in the place of JAX's
+    before = signal.signal(
+        signal.SIGTERM, lambda number, frame: heard.append(number)
+    )  # in the place of JAX's
     try:
         with stop_requests() as stops:
             signal.raise_signal(signal.SIGTERM)

@@ -16,16 +16,25 @@ from rlhf_jax.report import figures
 from rlhf_jax.training import pipeline, stage
 
 SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
-USERS = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # programs as a user's are compiled
+USERS = {
+    "XLA_FLAGS": "",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+}  # programs as a user's are compiled
 CHECKS = {"reward_model_accuracy", "ppo_beats_sft", "kl_in_band", "kl_coef_moved"}
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=SLOW if seed == 0 else SOAK) for seed in range(5)])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=SLOW if seed == 0 else SOAK) for seed in range(5)]
+)
 def test_seeds_pass_and_leave_a_page(seed, tmp_path):
     folder = tmp_path / "run"
     said = run("quickstart", "--output-dir", folder, "--seed", seed, **USERS).stdout
     lines = said.splitlines()
-    assert (lines.count("cpu: 1 x cpu, float32"), said.count("compiling"), "gates" in said) == (1, 3, False)
+    assert (lines.count("cpu: 1 x cpu, float32"), said.count("compiling"), "gates" in said) == (
+        1,
+        3,
+        False,
+    )
     assert f"The report: {folder}/report.html" in lines
     for command in lines[-3:-1]:
         assert cli.run(command.split()[1:]) is None
@@ -34,19 +43,27 @@ def test_seeds_pass_and_leave_a_page(seed, tmp_path):
     assert summary["checks"] == dict.fromkeys(CHECKS, True)
     assert summary["critic"]["lowest_explained_variance_of_last_half"] > 0
     assert summary["critic"]["largest_ratio"] < 5
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")  # it knows how the run asked
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder / "model"
+    )  # it knows how the run asked
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert asked == "Human: Hi\nAssistant: "
     page = (folder / "report.html").read_text("utf-8")
     assert page.count("<svg") >= 6
-    assert not any(reference in page for reference in ("http://", "https://", "<script", "src=", "<link"))
+    assert not any(
+        reference in page for reference in ("http://", "https://", "<script", "src=", "<link")
+    )
 
 
 def test_stages_are_announced_and_the_device_once(monkeypatch, capsys):
     for module in (pipeline.sft, pipeline.reward_model, pipeline.rl):
-        monkeypatch.setattr(module, "run", lambda config: (stage.set_up(config), SimpleNamespace(model_folder="x"))[1])
+        monkeypatch.setattr(
+            module,
+            "run",
+            lambda config: (stage.set_up(config), SimpleNamespace(model_folder="x"))[1],
+        )
     stage._say_once.cache_clear()
     pipeline.run_stages(RunConfig(), Path("runs"))
     device, *said = sorted(capsys.readouterr().out.splitlines())
@@ -60,7 +77,9 @@ def test_the_page_has_the_curves_of_all_stages(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "objective/kl": 2.5}\n')
     monkeypatch.setattr(quickstart.records, "find", lambda folders: [])
-    monkeypatch.setattr(quickstart, "reward_against_kl", lambda groups: figures.Plot("frontier", "x", "y", {}))
+    monkeypatch.setattr(
+        quickstart, "reward_against_kl", lambda groups: figures.Plot("frontier", "x", "y", {})
+    )
     drawn = {plot.title: plot for plot in quickstart.plots(tmp_path, kl_target=2.0)}
     assert len(drawn) == 9
     kl = drawn["PPO: KL from the SFT policy"]
@@ -91,22 +110,39 @@ def test_meaningless_labels_are_found_out(tmp_path):
     ],
 )
 def test_each_check_by_hand(failing, changed, tmp_path, capsys):
-    """Just passed, and each one just missed: PPO beats SFT in 2 of 4 answers and two ties, the target is 2 nats."""
+    """Just passed, and each one just missed: PPO beats SFT in 2 of 4 answers and two ties, the
+    target is 2 nats.
+    """
     given = {"accuracy": 0.85, "ppo": [1.0, 1.0, 0.5, 0.0], "kl": 3.0, "coef": 1.1} | changed
     (tmp_path / "ppo").mkdir()
     kls, coefs = [9.0, given["kl"], *9 * [2.0]], [given["coef"], *10 * [1.0]]
     explained, ratios = 5 * [-0.9] + 5 * [0.2] + [-0.5], [3.0, *10 * [1.0]]
-    courses = {"objective/kl": kls, "kl/coef": coefs, "value/explained_variance": explained, "policy/ratio_max": ratios}
+    courses = {
+        "objective/kl": kls,
+        "kl/coef": coefs,
+        "value/explained_variance": explained,
+        "policy/ratio_max": ratios,
+    }
     rows = [{"step": i} | {name: values[i] for name, values in courses.items()} for i in range(11)]
-    (tmp_path / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    (tmp_path / "ppo" / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), "utf-8"
+    )
     config = quickstart.QuickstartConfig(rl=RLStage(kl_target=2.0))
     mask = SimpleNamespace(response_mask=np.tri(4))
     sft, ppo = (
-        quickstart.Answers(["x"] * 4, np.array(scores), mask) for scores in ([0.5, 0.5, 0.5, 0.0], given["ppo"])
+        quickstart.Answers(["x"] * 4, np.array(scores), mask)
+        for scores in ([0.5, 0.5, 0.5, 0.0], given["ppo"])
     )
-    summary = quickstart.summarize(config, sft, ppo, {"accuracy": given["accuracy"]}, np.arange(4.0), tmp_path)
+    summary = quickstart.summarize(
+        config, sft, ppo, {"accuracy": given["accuracy"]}, np.arange(4.0), tmp_path
+    )
     assert summary["checks"] == {name: name != failing for name in CHECKS}
     assert (summary["score_length_correlation"], len(summary["kl"]["last_iterations"])) == (1.0, 10)
-    assert summary["critic"] == {"lowest_explained_variance_of_last_half": -0.5, "largest_ratio": 3.0}
+    assert summary["critic"] == {
+        "lowest_explained_variance_of_last_half": -0.5,
+        "largest_ratio": 3.0,
+    }
     quickstart.print_summary(tmp_path, summary, [])
-    assert (f"FAIL  {failing}".replace("_", " ") in capsys.readouterr().out) == (failing is not None)
+    assert (f"FAIL  {failing}".replace("_", " ") in capsys.readouterr().out) == (
+        failing is not None
+    )

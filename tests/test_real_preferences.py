@@ -1,5 +1,5 @@
-"""Public preferences where RLHF_JAX_DATA has them, and generated twins in which the better answer is the one that says
-"yes": what is read, and what a reward model makes of it.
+"""Public preferences where RLHF_JAX_DATA has them, and generated twins in which the better answer
+is the one that says "yes": what is read, and what a reward model makes of it.
 """
 
 import gzip
@@ -51,17 +51,30 @@ def rows(name, count):
         return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
 
     for i in range(count):
-        answers = [f"{said(5 * i + k)} {end}" for k, end in enumerate(("yes yes", "yes or", "or not"))]
-        replies = [message("assistant", answers[rank], rank) for rank in np.roll(range(3), i).tolist()]
-        asked_again = [replies[0] | {"replies": [message("prompter", "and?", None, replies)]}, *replies[1:]]
+        answers = [
+            f"{said(5 * i + k)} {end}" for k, end in enumerate(("yes yes", "yes or", "or not"))
+        ]
+        replies = [
+            message("assistant", answers[rank], rank) for rank in np.roll(range(3), i).tolist()
+        ]
+        asked_again = [
+            replies[0] | {"replies": [message("prompter", "and?", None, replies)]},
+            *replies[1:],
+        ]
         before = f"\n\nHuman: {said(7 * i)}\n\nAssistant: {said(i)}\n\nHuman: and?\n\nAssistant: "
         labels = (i % 2 == 0, i % 3 == 0, True, i % 5 == 0)
         solutions = {
-            model: {"solution": f"{said(11 * i + k)}{' yes' if label else ''}{' or' * (k % 2)}", "is_correct": label}
+            model: {
+                "solution": f"{said(11 * i + k)}{' yes' if label else ''}{' or' * (k % 2)}",
+                "is_correct": label,
+            }
             for k, (model, label) in enumerate(zip(MODELS, labels, strict=True))
         }
         yield {
-            "dialogues": {"chosen": before + said(3 * i) + " yes", "rejected": before + said(5 * i + 1) + " or not"},
+            "dialogues": {
+                "chosen": before + said(3 * i) + " yes",
+                "rejected": before + said(5 * i + 1) + " or not",
+            },
             "rankings": {"prompt": message("prompter", said(7 * i), None, asked_again)},
             "solutions": {"question": said(i) + "?"} | solutions,
         }[name]
@@ -77,7 +90,11 @@ def gpt2_tokenizer(folder):
 
 def data_file(name, folder, public=False):
     """The rows to train on: the generated twin's, or those of the public file."""
-    raw = Path(DATA, SOURCES[name]) if public else folder / ("raw.jsonl.gz" if name == "dialogues" else "raw.jsonl")
+    raw = (
+        Path(DATA, SOURCES[name])
+        if public
+        else folder / ("raw.jsonl.gz" if name == "dialogues" else "raw.jsonl")
+    )
     if not public:
         text = "\n".join(map(json.dumps, rows(name, COUNTS[name]))).encode()
         raw.write_bytes(gzip.compress(text) if raw.suffix == ".gz" else text)
@@ -119,18 +136,36 @@ def test_every_row_is_read(name, public, kept, dropped, tmp_path):
 
 SMALL = (
     *("--network.hidden-size", "16", "--network.num-layers", "1", "--network.num-heads", "2"),
-    *("--network.max-length", "128", "--text.bucket-multiple", "128", "--reward-model.batch-size", "16"),
-    *("--reward-model.optimizer.learning-rate", "1e-2", "--reward-model.validation-fraction", "0.2"),
+    *(
+        "--network.max-length",
+        "128",
+        "--text.bucket-multiple",
+        "128",
+        "--reward-model.batch-size",
+        "16",
+    ),
+    *(
+        "--reward-model.optimizer.learning-rate",
+        "1e-2",
+        "--reward-model.validation-fraction",
+        "0.2",
+    ),
 )
 
 
-@pytest.mark.parametrize("public", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=SOAK)])
+@pytest.mark.parametrize(
+    "public", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=SOAK)]
+)
 @pytest.mark.parametrize("name", SOURCES)
 def test_they_are_trained_on(name, public, tmp_path):
-    """The twins are learned; of the public files' accuracy, with docs/real-preferences.md's settings, nothing is
-    promised. All numbers are finite, and each validation writes samples."""
+    """The twins are learned; of the public files' accuracy, with docs/real-preferences.md's
+    settings, nothing is promised. All numbers are finite, and each validation writes samples."""
     tokenizer = Path(DATA, "gpt2") if public else gpt2_tokenizer(tmp_path / "gpt2")
-    own = ("--config", ROOT / "configs" / "preferences.yaml") if public else (*SMALL, "--reward-model.num-epochs", "10")
+    own = (
+        ("--config", ROOT / "configs" / "preferences.yaml")
+        if public
+        else (*SMALL, "--reward-model.num-epochs", "10")
+    )
     where = ("--data", data_file(name, tmp_path, public), "--output-dir", tmp_path / "run")
     folder = training.reward_model.run(
         parse(RunConfig, [*map(str, (*own, "--tokenizer.name", tokenizer, *where))])
@@ -141,7 +176,9 @@ def test_they_are_trained_on(name, public, tmp_path):
     )
     first, *_, final = validations = [row for row in metrics if "validation/loss" in row]
     for row in validations:
-        assert all(math.isfinite(value) for key, value in row.items() if key.startswith("validation/"))
+        assert all(
+            math.isfinite(value) for key, value in row.items() if key.startswith("validation/")
+        )
         assert ("validation/target_correlation" in row) == (name == "solutions")
     assert {row["step"] for row in samples} == {row["step"] for row in validations}
     last = [row for row in samples if row["step"] == metrics[-1]["step"]]
@@ -150,10 +187,15 @@ def test_they_are_trained_on(name, public, tmp_path):
         right = [row["score_chosen"] > row["score_rejected"] for row in last]
         longer = [row["length_chosen"] - row["length_rejected"] for row in last]
         assert final["validation/accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
-        assert final["validation/length_accuracy"] == pytest.approx(np.mean(np.sign(longer) / 2 + 0.5))
+        assert final["validation/length_accuracy"] == pytest.approx(
+            np.mean(np.sign(longer) / 2 + 0.5)
+        )
     if public:
         assert final["reward_model/loss"] < first["validation/loss"]
     else:
         assert final["validation/accuracy"] > max(0.8, final["validation/length_accuracy"] + 0.2)
         assert final["validation/loss"] < first["validation/loss"]
-        assert load_tokenizer(folder / "model").fingerprint == load_tokenizer(tmp_path / "gpt2").fingerprint
+        assert (
+            load_tokenizer(folder / "model").fingerprint
+            == load_tokenizer(tmp_path / "gpt2").fingerprint
+        )

@@ -1,4 +1,6 @@
-"""The page of runs: what it reads from their folders, which numbers its figures show, what it says is missing."""
+"""The page of runs: what it reads from their folders, which numbers its figures show, what it says
+is missing.
+"""
 
 import json
 import math
@@ -14,42 +16,79 @@ from rlhf_jax.report import figures, page, plots, records
 from rlhf_jax.report.export import export
 
 BROKEN = r"manifest.json, config.yaml or evaluation.json is missing or not what rlhf_jax writes"
-BROKEN_FOLDERS = [("manifest.json", None, "no run here, as there is no manifest.json"), ("manifest.json", "[]", BROKEN)]
-BROKEN_FOLDERS += [("config.yaml", None, BROKEN), ("config.yaml", "a: [", BROKEN), ("evaluation.json", "{}", BROKEN)]
+BROKEN_FOLDERS = [
+    ("manifest.json", None, "no run here, as there is no manifest.json"),
+    ("manifest.json", "[]", BROKEN),
+]
+BROKEN_FOLDERS += [
+    ("config.yaml", None, BROKEN),
+    ("config.yaml", "a: [", BROKEN),
+    ("evaluation.json", "{}", BROKEN),
+]
 NO_STEP = "metrics.jsonl, line 2: expected a JSON object with the key step"
 BAD_LINES = ("[1]", "{}", "step", '{"step": null}', "")
-BROKEN_FOLDERS += [("metrics.jsonl", f'{{"step": 0}}\n{line}\n{{"step": 1}}\n', NO_STEP) for line in BAD_LINES]
+BROKEN_FOLDERS += [
+    ("metrics.jsonl", f'{{"step": 0}}\n{line}\n{{"step": 1}}\n', NO_STEP) for line in BAD_LINES
+]
 CARDS = [("", False, "A language model trained"), ("", True, "A reward model trained")]
 CARDS.append(("member_0", True, "An ensemble of reward models (`member_0`, `member_1`, ...)"))
 COMMAND = "python experiments/ppo.py --seed 5"
-METRICS = {"objective/score": [1.0, 2.0, 4.0], "objective/kl": [0.0, 0.5, 1.5], "nonfinite": [0.0] * 3}
+METRICS = {
+    "objective/score": [1.0, 2.0, 4.0],
+    "objective/kl": [0.0, 0.5, 1.5],
+    "nonfinite": [0.0] * 3,
+}
 VALIDATIONS = {
     0: [("a", "b\nc", 1.0, 3), ("a", HOSTILE, 2.0, 3), ("d", "NaN", 1.0, 1)],
     3: [("a", "again", 3.0, 4), ("a", "second", 5.0, 4), ("d", "NaN", 3.0, 1)],
 }
 KEYS = ("prompt", "response", "score", "length")
-SAMPLES = {step: [dict(zip(KEYS, row, strict=True)) for row in rows] for step, rows in VALIDATIONS.items()}
+SAMPLES = {
+    step: [dict(zip(KEYS, row, strict=True)) for row in rows] for step, rows in VALIDATIONS.items()
+}
 
 
 def write_run(
-    folder: Path, *, stage="ppo", seed=5, settings=None, metrics=METRICS, samples=SAMPLES, finished=True
+    folder: Path,
+    *,
+    stage="ppo",
+    seed=5,
+    settings=None,
+    metrics=METRICS,
+    samples=SAMPLES,
+    finished=True,
 ) -> Path:
-    """A run folder whose metric rows are of steps 1, 2, ...; ``validation/score`` of 0 and the last step."""
+    """A run folder whose metric rows are of steps 1, 2, ...; ``validation/score`` of 0 and the last
+    step.
+    """
     (folder / "model").mkdir(parents=True)
     if finished:
         (folder / "model" / "config.json").write_text("{}")
-    manifest = {"command": COMMAND, "seed": seed, "stage": stage, "backend": "cpu", "versions": {"jax": "0.10.2"}}
-    manifest |= {"devices": {"kind": "cpu", "count": 2}, "data": {"prompts.json": "fedcba9876543210"}}
+    manifest = {
+        "command": COMMAND,
+        "seed": seed,
+        "stage": stage,
+        "backend": "cpu",
+        "versions": {"jax": "0.10.2"},
+    }
+    manifest |= {
+        "devices": {"kind": "cpu", "count": 2},
+        "data": {"prompts.json": "fedcba9876543210"},
+    }
     manifest |= {"git": {"commit": "0123456789abcdef", "modified": True}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     config = {"seed": seed, "output_dir": str(folder), **(settings or {"rl": {"kl_target": 2.0}})}
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     by_step = [(0, {"validation/score": 1.5})] if "objective/score" in metrics else []
-    by_step += enumerate((dict(zip(metrics, row, strict=True)) for row in zip(*metrics.values(), strict=True)), 1)
+    by_step += enumerate(
+        (dict(zip(metrics, row, strict=True)) for row in zip(*metrics.values(), strict=True)), 1
+    )
     times = [(step, {"timing/step": seconds}) for step, seconds in ((1, 9.0), (2, 0.5), (3, 0.25))]
     texts = [(step, row) for step, rows in samples.items() for row in rows]
     for name, lines in (("metrics", by_step), ("timing", times), ("samples", texts)):
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps({'step': step} | row)}\n" for step, row in lines))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(f"{json.dumps({'step': step} | row)}\n" for step, row in lines)
+        )
     return folder
 
 
@@ -62,7 +101,8 @@ def groups_of(*folders: Path) -> list[records.Group]:
     return records.groups(records.find(folders))
 
 
-# --- The page of one run --------------------------------------------------------------------------------------------
+# --- The page of one run
+# --------------------------------------------------------------------------------------------
 
 
 def test_the_page_of_one_run(tmp_path):
@@ -70,18 +110,40 @@ def test_the_page_of_one_run(tmp_path):
     read = read_page(tmp_path, run)
     assert (read.texts("h1"), read.texts("pre")[0]) == (["PPO: mine"], f"\n{COMMAND}")
     facts = dict(zip(read.texts("dt"), read.texts("dd"), strict=True))
-    expected = {"stage": "PPO", "seed": "5", "steps": "3", "s/step (median)": "0.375", "state": "finished"}
-    expected |= {"objective/score": "4", "validation/score": "1.5", "git commit": "0123456789ab (modified)"}
+    expected = {
+        "stage": "PPO",
+        "seed": "5",
+        "steps": "3",
+        "s/step (median)": "0.375",
+        "state": "finished",
+    }
+    expected |= {
+        "objective/score": "4",
+        "validation/score": "1.5",
+        "git commit": "0123456789ab (modified)",
+    }
     expected |= {"devices": "2 x cpu", "jax": "0.10.2", "prompts.json, sha256": "fedcba987654…"}
     assert expected.items() <= facts.items()
     titles = ["Score: objective/score", "KL from the reference: objective/kl", "Reward against KL"]
     assert read.texts("h3") == [*titles, "Scores", "Response lengths"]
-    assert {"target", "iteration", "before (step 0, n = 3)", "after (step 3, n = 3)"} <= set(read.texts("text"))
+    assert {"target", "iteration", "before (step 0, n = 3)", "after (step 3, n = 3)"} <= set(
+        read.texts("text")
+    )
     assert "These metrics never changed and have no curve: nonfinite 0." in read.texts("p")
     assert ["kl_target" in text for text in read.texts("details")] == [True]
     # Samples stand beside what was said to the same prompt before.
-    assert read.texts("th") == ["prompt", "response, step 0", "score, step 0", "response, step 3", "score, step 3"]
-    rows = ("a", "b↵\nc", "1", "again", "3"), ("a", HOSTILE, "2", "second", "5"), ("d", "NaN", "1", "NaN", "3")
+    assert read.texts("th") == [
+        "prompt",
+        "response, step 0",
+        "score, step 0",
+        "response, step 3",
+        "score, step 3",
+    ]
+    rows = (
+        ("a", "b↵\nc", "1", "again", "3"),
+        ("a", HOSTILE, "2", "second", "5"),
+        ("d", "NaN", "1", "NaN", "3"),
+    )
     assert read.texts("td") == [cell for row in rows for cell in row]
     first_bytes = (tmp_path / "out.html").read_bytes()
     read_page(tmp_path, run)
@@ -92,20 +154,44 @@ def test_the_page_of_one_run(tmp_path):
 
 def test_alerts_and_an_evaluation_are_listed(tmp_path):
     run = write_run(tmp_path / "run")
-    alert = {"step": 2, "name": "far", "rule": "far: log", "action": "log", "message": "objective/kl is 3 > 2"}
+    alert = {
+        "step": 2,
+        "name": "far",
+        "rule": "far: log",
+        "action": "log",
+        "message": "objective/kl is 3 > 2",
+    }
     (run / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
-    row = {"category": "quality", "metric": "win rate", "value": 0.5, "low": 0.25, "high": 0.75, "n": 8}
+    row = {
+        "category": "quality",
+        "metric": "win rate",
+        "value": 0.5,
+        "low": 0.25,
+        "high": 0.75,
+        "n": 8,
+    }
     (run / "evaluation.json").write_text(json.dumps({"rows": [row]}))
     read = read_page(tmp_path, run)
     assert read.texts("td")[:5] == list(map(str, alert.values()))
-    assert read.texts("td")[-8:] == ["quality", "win rate", "0.500", "0.250", "0.750", "8", "–", "–"]
+    assert read.texts("td")[-8:] == [
+        "quality",
+        "win rate",
+        "0.500",
+        "0.250",
+        "0.750",
+        "8",
+        "–",
+        "–",
+    ]
     [score, kl] = plots.curves(groups_of(run))[0]
     assert "alert" not in score.series
     assert kl.series["alert"][:2] == ((2,), (0.5,))
 
 
 def test_what_is_missing_is_said(tmp_path):
-    run = write_run(tmp_path / "run", metrics={"objective/reward": [1.0]}, samples={}, finished=False)
+    run = write_run(
+        tmp_path / "run", metrics={"objective/reward": [1.0]}, samples={}, finished=False
+    )
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     (run / "timing.jsonl").unlink()
@@ -123,37 +209,58 @@ def test_what_is_missing_is_said(tmp_path):
     assert read.texts("th") == ["prompt", "response, step 0", "score, step 0"]
 
 
-# --- Curves ---------------------------------------------------------------------------------------------------------
+# --- Curves
+#
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_path):
-    metrics = {name: [1.0, 2.0] for name in ("mine/new", "reward/a", "validation/reward/a", "validation/other")}
+    metrics = {
+        name: [1.0, 2.0]
+        for name in ("mine/new", "reward/a", "validation/reward/a", "validation/other")
+    }
     metrics |= {"dpo/accuracy": [0.5, math.nan], "validation/accuracy": [0.5, 1.0]}
     run = write_run(tmp_path / "run", stage="dpo", metrics=metrics, samples={})
     curves, constant = plots.curves(groups_of(run))
-    members = ["dpo/accuracy", "validation/accuracy"], ["mine/new"], ["reward/a", "validation/reward/a"]
+    members = (
+        ["dpo/accuracy", "validation/accuracy"],
+        ["mine/new"],
+        ["reward/a", "validation/reward/a"],
+    )
     assert [list(plot.series) for plot in curves] == [*members, ["validation/other"]]
     labels = [("step", "share of pairs", {"equal log-ratios": 0.5}), ("step", "new", {})]
     assert [(plot.x_label, plot.y_label, plot.lines) for plot in curves[:2]] == labels
     assert constant == {}
     [note] = read_page(tmp_path, run).texts("p", class_="note")
     assert note == "dpo/accuracy: 1 of 2 values not finite, not drawn."
-    assert [plot.lines for plot in plots.curves(groups_of(write_run(tmp_path / "ppo")))[0]] == [{}, {"target": 2.0}]
+    assert [plot.lines for plot in plots.curves(groups_of(write_run(tmp_path / "ppo")))[0]] == [
+        {},
+        {"target": 2.0},
+    ]
 
 
 def test_long_curves_stay_small_and_long_paths_are_means_over_stretches(tmp_path):
     values = list(map(float, range(2500)))
-    groups = groups_of(write_run(tmp_path, metrics={"objective/score": values, "objective/kl": values}, samples={}))
+    groups = groups_of(
+        write_run(tmp_path, metrics={"objective/score": values, "objective/kl": values}, samples={})
+    )
     kl = plots.curves(groups)[0][1]
     line = kl.series["objective/kl"]
     assert (line.y[:2].tolist(), line.x[-1], line.y[-1], len(line.y)) == ([0, 1], 2500, 2499, 2500)
     noise = figures.Plot("p", "x", "y", {"a": (range(20000), np.sin(np.arange(20000.0) ** 2))})
     assert len(figures.svg(noise)) < 200_000  # matplotlib leaves out what no pixel shows
     [path] = plots.reward_against_kl(groups).series.values()
-    assert (path.x[0], path.y[0], len(path.x), path.labels[:11]) == (20.5, 20.5, 60, ["22", *[""] * 9, "442"])
+    assert (path.x[0], path.y[0], len(path.x), path.labels[:11]) == (
+        20.5,
+        20.5,
+        60,
+        ["22", *[""] * 9, "442"],
+    )
 
 
-# --- Several runs ---------------------------------------------------------------------------------------------------
+# --- Several runs
+#
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
@@ -164,33 +271,61 @@ def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
     [plot] = plots.curves([group])[0]
     assert list(plot.series) == ["objective/score", "validation/score"]
     line = plot.series["objective/score"]
-    np.testing.assert_array_equal([line.x, line.y, line.low, line.high], [[1, 2], [2, 2.25], [1, 2], [3, 2.5]])
+    np.testing.assert_array_equal(
+        [line.x, line.y, line.low, line.high], [[1, 2], [2, 2.25], [1, 2], [3, 2.5]]
+    )
     scores, _ = plots.distributions([group])
-    assert list(scores.series) == ["before (step 0, n = 6)", "after (step 3, n = 6)"]  # two runs of three samples
-    assert [line.y.tolist() for line in scores.series.values()] == [[0, 4, 2, 0, 0, 0, 0], [0, 0, 0, 4, 0, 2, 0]]
+    assert list(scores.series) == [
+        "before (step 0, n = 6)",
+        "after (step 3, n = 6)",
+    ]  # two runs of three samples
+    assert [line.y.tolist() for line in scores.series.values()] == [
+        [0, 4, 2, 0, 0, 0, 0],
+        [0, 0, 0, 4, 0, 2, 0],
+    ]
     read = read_page(tmp_path, first, second)
-    assert "The runs of ppo (n = 2) end at steps [2, 3]; their curves show the steps that all have." in read.texts("p")
+    assert (
+        "The runs of ppo (n = 2) end at steps [2, 3]; their curves show the steps that all have."
+        in read.texts("p")
+    )
     assert read.texts("td")[:3] == ["group", "ppo (n = 2)", "ppo (n = 2)"]
 
 
 def test_groups_are_compared_by_what_differs(tmp_path):
     def run(name, clip, target, **more):
-        settings = {"ppo": {"clip": clip}, "dpo": {"beta": clip}, "rl": {"kl_target": target, "same": 1}, "data": []}
+        settings = {
+            "ppo": {"clip": clip},
+            "dpo": {"beta": clip},
+            "rl": {"kl_target": target, "same": 1},
+            "data": [],
+        }
         return write_run(tmp_path / name, settings=settings, **more)
 
     folders = [run("a", 0.2, 1.0, seed=1), run("b", 0.2, 1.0, seed=2), run("c", 0.1, None)]
     folders.append(run("d", 0.1, None, stage="mine"))  # an algorithm from outside
     groups = groups_of(*folders)
-    assert [[record.name for record in group.records] for group in groups] == [["a", "b"], ["c"], ["d"]]
-    expected = {"stage": ["ppo", "ppo", "mine"], "ppo.clip": [0.2, 0.1, "(none)"], "rl.kl_target": [1.0, None, None]}
+    assert [[record.name for record in group.records] for group in groups] == [
+        ["a", "b"],
+        ["c"],
+        ["d"],
+    ]
+    expected = {
+        "stage": ["ppo", "ppo", "mine"],
+        "ppo.clip": [0.2, 0.1, "(none)"],
+        "rl.kl_target": [1.0, None, None],
+    }
     assert records.differences(groups) == expected  # dpo.beta is no setting of these stages
     read = read_page(tmp_path, *folders)
     assert read.texts("h1") == ["PPO, MINE: a, b, c, d"]
     at = read.texts("td").index("rl.kl_target")
     assert read.texts("td")[at : at + 4] == ["rl.kl_target", "1.0", "null", "null"]
-    looks = {name: (line.color, line.style) for name, line in plots.curves(groups)[0][0].series.items()}
+    looks = {
+        name: (line.color, line.style) for name, line in plots.curves(groups)[0][0].series.items()
+    }
     names = enumerate(("a (n = 2)", "c", "d"))
-    assert looks == {f"{name}{more}": (i, j) for i, name in names for j, more in enumerate(("", ", validation"))}
+    assert looks == {
+        f"{name}{more}": (i, j) for i, name in names for j, more in enumerate(("", ", validation"))
+    }
 
 
 def test_a_folder_of_runs_is_its_stages_one_after_another(tmp_path):
@@ -204,30 +339,46 @@ def test_a_folder_of_runs_is_its_stages_one_after_another(tmp_path):
 def test_names_are_distinct_and_paths_within_a_pipeline_no_difference(tmp_path):
     for name, seed in (("one", 1), ("two", 2)):
         for stage in ("sft", "ppo"):
-            settings = {"model": f"{tmp_path / name}/sft/model", "reward": ["count:e", f"{tmp_path / name}/rm/model"]}
+            settings = {
+                "model": f"{tmp_path / name}/sft/model",
+                "reward": ["count:e", f"{tmp_path / name}/rm/model"],
+            }
             write_run(tmp_path / name / stage, stage=stage, seed=seed, settings=settings)
     found = records.find([tmp_path / "one", tmp_path / "two" / "ppo", tmp_path / "two" / "sft"])
     assert [record.name for record in found] == ["one/ppo", "one/sft", "two/ppo", "two/sft"]
-    assert len(records.groups(found)) == 4  # the second pipeline's stages, given alone, started from its models
+    assert (
+        len(records.groups(found)) == 4
+    )  # the second pipeline's stages, given alone, started from its models
     assert len(groups_of(tmp_path / "one", tmp_path / "two")) == 2
 
 
-# --- Reward models --------------------------------------------------------------------------------------------------
+# --- Reward models
+# --------------------------------------------------------------------------------------------------
 
 
 def test_calibration_bins():
-    margin = np.array([math.log(3), -math.log(3), 0.0, math.log(3), 50.0])  # confidence .75, .75, .5, .75, 1
-    np.testing.assert_allclose(metrics.reliability(margin), ([1, 3, 1], [0.5, 0.75, 1.0], [0.5, 2 / 3, 1.0]))
+    margin = np.array(
+        [math.log(3), -math.log(3), 0.0, math.log(3), 50.0]
+    )  # confidence .75, .75, .5, .75, 1
+    np.testing.assert_allclose(
+        metrics.reliability(margin), ([1, 3, 1], [0.5, 0.75, 1.0], [0.5, 2 / 3, 1.0])
+    )
 
 
 def test_a_reward_models_page(tmp_path):
     def pairs(*margins):
         names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
-        return [dict(zip(names, (f"p{i}", "c", "r", m + 1.0, 1.0), strict=True)) for i, m in enumerate(margins)]
+        return [
+            dict(zip(names, (f"p{i}", "c", "r", m + 1.0, 1.0), strict=True))
+            for i, m in enumerate(margins)
+        ]
 
     metrics = {"reward_model/loss": [0.7, 0.5], "validation/ece": [0.3, 0.125]}
     samples = {0: pairs(-1.0, 0.5), 2: pairs(1.0, 50.0)}
-    read = read_page(tmp_path, write_run(tmp_path / "run", stage="reward_model", metrics=metrics, samples=samples))
+    read = read_page(
+        tmp_path,
+        write_run(tmp_path / "run", stage="reward_model", metrics=metrics, samples=samples),
+    )
     assert read.texts("h3")[-2:] == ["Margins", "Calibration"]
     [note] = [text for text in read.texts("p", class_="note") if "confidence" in text]
     assert "2 held-out rows, those that samples.jsonl holds of step 2." in note
@@ -237,9 +388,17 @@ def test_a_reward_models_page(tmp_path):
 
 
 def test_a_reward_model_with_targets(tmp_path):
-    answers = [{"prompt": "p", "response": r, "target": t, "length": 1} for r, t in (("x", 0.0), ("y", 1.0))]
+    answers = [
+        {"prompt": "p", "response": r, "target": t, "length": 1}
+        for r, t in (("x", 0.0), ("y", 1.0))
+    ]
     samples = {step: [row | {"score": row["target"] + step} for row in answers] for step in (0, 1)}
-    run = write_run(tmp_path / "run", stage="reward_model", metrics={"reward_model/loss": [1.0]}, samples=samples)
+    run = write_run(
+        tmp_path / "run",
+        stage="reward_model",
+        metrics={"reward_model/loss": [1.0]},
+        samples=samples,
+    )
     read = read_page(tmp_path, run)
     assert read.texts("h3") == ["Scores", "Score against target"]
     assert read.texts("td") == ["p", "x", "0", "0", "1", "p", "y", "1", "1", "2"]
@@ -247,7 +406,8 @@ def test_a_reward_model_with_targets(tmp_path):
     assert plot.series["responses"][:2] == ((0.0, 1.0), (1.0, 2.0))
 
 
-# --- Folders and files ----------------------------------------------------------------------------------------------
+# --- Folders and files
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("file", "text", "message"), BROKEN_FOLDERS)
@@ -265,7 +425,10 @@ def test_model_cards(member, shift, kind, tmp_path):
     (run / "model" / member).mkdir(exist_ok=True)
     (run / "model" / member / "config.json").write_text('{"reward_shift": 0.5}' if shift else "{}")
     card = (export(run, tmp_path / "card") / "README.md").read_text("utf-8")
-    assert all(part in card for part in (kind, "# card\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n"))
+    assert all(
+        part in card
+        for part in (kind, "# card\n", "Seed 5. Versions: jax 0.10.2. Devices: 2 x cpu.\n")
+    )
     assert ("reward_shift" in card) == shift != ("apply_chat_template" in card)
     assert ("model.generate(**inputs, max_new_tokens=7)" in card) != shift
 

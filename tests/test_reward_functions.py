@@ -53,11 +53,15 @@ def score(params, tokens, attention_mask, key):
 
 
 def load(path):
-    """A reward model: its number, the last digit in the folder's name, times the sum of a row's tokens."""
+    """A reward model: its number, the last digit in the folder's name, times the sum of a row's
+    tokens.
+    """
     if "no/such" in path:
         raise UserError(f"{path}: no such folder")
     number = [character for character in path if character.isdigit()][-1]
-    return spec.RewardModel(score, jnp.float32(number), "another" if "other" in path else TOKENIZER.fingerprint)
+    return spec.RewardModel(
+        score, jnp.float32(number), "another" if "other" in path else TOKENIZER.fingerprint
+    )
 
 
 def build(*entries, columns=("topic", "other"), load=load):
@@ -66,7 +70,9 @@ def build(*entries, columns=("topic", "other"), load=load):
 
 def rollout():
     """Two prompts "ab" with the responses "ea" and "e"."""
-    tokens = np.array([TOKENIZER.encode("abea"), [*TOKENIZER.encode("abe"), TOKENIZER.pad_id]], np.int32)
+    tokens = np.array(
+        [TOKENIZER.encode("abea"), [*TOKENIZER.encode("abe"), TOKENIZER.pad_id]], np.int32
+    )
     real = np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
     return Rollout(tokens, real, real * (np.arange(4) > 1), np.zeros((2, 4), np.float32))
 
@@ -76,8 +82,15 @@ def test_a_sum_of_traced_terms_and_a_function(functions):
     assert reward.fn is None
     scores, parts = reward.host(rollout(), {"topic": ["x", "y"], "other": [1, 2]})
     assert scores == [0.5 * 2 - 2 * 2 - 0.25, 0.5 * 1 - 2 * 1]
-    assert parts == {"count:a": [2, 1], "length": [2, 1], "length/twice": [4, 2], "length:1": [1, 0]}
-    scores, _ = build("count:a", f"{functions}:length").host(rollout(), {"topic": ["x", "skip"], "other": [1, 2]})
+    assert parts == {
+        "count:a": [2, 1],
+        "length": [2, 1],
+        "length/twice": [4, 2],
+        "length:1": [1, 0],
+    }
+    scores, _ = build("count:a", f"{functions}:length").host(
+        rollout(), {"topic": ["x", "skip"], "other": [1, 2]}
+    )
     assert scores == [4.0, None]  # what one part cannot score has no sum
 
 
@@ -101,23 +114,47 @@ def pair(tmp_path):
 def test_what_entries_mean(pair):
     """Terms, reward models and their ensembles: the folder of a run means its members."""
     zero, one, five = (rewards.from_model(score, jnp.float32(number)) for number in (0, 1, 5))
-    expected = {"length": rewards.length(0), "length:3": rewards.length(3), "repetition": rewards.repetition(3)}
-    expected |= {"repetition:2": rewards.repetition(2), "diversity": rewards.diversity(2), "x/5": five}
-    expected |= {"diversity:3": rewards.diversity(3), "count:a": rewards.token_count(*TOKENIZER.encode("a"))}
-    expected |= {f"{how}:{pair},x/5": rewards.ensemble([zero, one, five], how) for how in ("mean", "uncertainty")}
+    expected = {
+        "length": rewards.length(0),
+        "length:3": rewards.length(3),
+        "repetition": rewards.repetition(3),
+    }
+    expected |= {
+        "repetition:2": rewards.repetition(2),
+        "diversity": rewards.diversity(2),
+        "x/5": five,
+    }
+    expected |= {
+        "diversity:3": rewards.diversity(3),
+        "count:a": rewards.token_count(*TOKENIZER.encode("a")),
+    }
+    expected |= {
+        f"{how}:{pair},x/5": rewards.ensemble([zero, one, five], how)
+        for how in ("mean", "uncertainty")
+    }
     expected[f"min:x/5,{pair}"] = rewards.ensemble([five, zero, one], "min")
     expected[f"uncertainty:0.5:{pair}"] = rewards.ensemble([zero, one], "uncertainty", 0.5)
-    built = {entry: str(jax.tree.flatten(build(entry).fn)) for entry in expected}  # functions and their numbers
+    built = {
+        entry: str(jax.tree.flatten(build(entry).fn)) for entry in expected
+    }  # functions and their numbers
     assert built == {entry: str(jax.tree.flatten(fn)) for entry, fn in expected.items()}
     assert len(set(built.values())) == len(expected)
 
 
 def test_the_parts_of_several_entries_have_their_names(pair):
-    total, parts = build("length", "runs/rm5/model", f"min:x/5,{pair}", f"uncertainty:0.5:{pair}*2").fn(rollout())
+    total, parts = build(
+        "length", "runs/rm5/model", f"min:x/5,{pair}", f"uncertainty:0.5:{pair}*2"
+    ).fn(rollout())
     ensembles = {"min:5,pair", "uncertainty:0.5:pair"}
-    assert parts.keys() == {"length", "rm5", *ensembles, *(f"{name}/uncertainty" for name in ensembles)}
+    assert parts.keys() == {
+        "length",
+        "rm5",
+        *ensembles,
+        *(f"{name}/uncertainty" for name in ensembles),
+    }
     np.testing.assert_allclose(
-        total, sum(parts[name] for name in ("length", "rm5", *ensembles)) + parts["uncertainty:0.5:pair"]
+        total,
+        sum(parts[name] for name in ("length", "rm5", *ensembles)) + parts["uncertainty:0.5:pair"],
     )
 
 
@@ -142,19 +179,32 @@ def test_answers_that_a_rule_verifies(monkeypatch):
     assert (scores, parts) == ([3.0, 1.0], {"regex:^.a$": [1, 0], "regex:e": [1, 1]})
     with monkeypatch.context() as missing:
         missing.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(UserError, match="--reward math: the package math-verify is not installed; pip install"):
+        with pytest.raises(
+            UserError, match="--reward math: the package math-verify is not installed; pip install"
+        ):
             build("math", columns=("answer",))
     monkeypatch.setitem(sys.modules, "math_verify", Checker)
-    with pytest.raises(UserError, match="--reward math: math asks for answer, but the prompts' columns are topic"):
+    with pytest.raises(
+        UserError, match="--reward math: math asks for answer, but the prompts' columns are topic"
+    ):
         build("math", columns=("topic",))
     assert build("math", columns=("answer",)).host is not None
     gold = ["so 5 + 2\n#### 7", 7, "-7", "none"]
-    assert verifiable.math([""] * 4, ["7 or 8", "#### 8 #### 7", "-7", "7"], gold) == [0.0, 1.0, 1.0, None]
+    assert verifiable.math([""] * 4, ["7 or 8", "#### 8 #### 7", "-7", "7"], gold) == [
+        0.0,
+        1.0,
+        1.0,
+        None,
+    ]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs math-verify")
 def test_math_compares_values():
-    cases = [("#### 1,000", "it is $1000.", 1), ("0.5", "so \\boxed{\\frac{1}{2}}", 1), ("\\frac{1}{2}", "1/3", 0)]
+    cases = [
+        ("#### 1,000", "it is $1000.", 1),
+        ("0.5", "so \\boxed{\\frac{1}{2}}", 1),
+        ("\\frac{1}{2}", "1/3", 0),
+    ]
     cases += [("18", "", 0), ("2", "#### about 2 eggs", 1)]
     answers, responses, expected = zip(*cases, strict=True)
     assert verifiable.math([""] * 5, list(responses), list(answers)) == list(expected)
@@ -216,7 +266,9 @@ def test_the_files_behind_a_reward(pair, functions, tmp_path, monkeypatch):
 
 
 def test_a_model_is_loaded_with_its_score_head(tmp_path):
-    model = models.build(models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1))
+    model = models.build(
+        models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1)
+    )
     params = model.init(jax.random.key(0))
     load = partial(initial.load_reward_model, compute=Compute())
     TOKENIZER.save(tmp_path)
@@ -228,7 +280,9 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: this reward model reads 8 tokens; .* now 9$"):
         load(str(tmp_path), length=9)
     expected = models.score_fn(model)(params, rollout().tokens, rollout().attention_mask, None)
-    np.testing.assert_allclose(build(str(tmp_path), load=load).fn(rollout())[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        build(str(tmp_path), load=load).fn(rollout())[0], expected, rtol=1e-5
+    )
 
 
 def test_a_nan_reward_stops_the_run_and_names_its_prompt(config, functions):  # noqa: F811

@@ -1,7 +1,9 @@
-"""A reward with a planted loophole is noticed before the true score has suffered; honest runs raise no alert.
+"""A reward with a planted loophole is noticed before the true score has suffered; honest runs raise
+no alert.
 
-A good answer says "ab" twice and uses all eight letters. The proxy counts "ab" without a limit: at first both rise
-together, then the policy fills its answers with "ab", and the true score, which the run's judge measures, falls.
+A good answer says "ab" twice and uses all eight letters. The proxy counts "ab" without a limit: at
+first both rise together, then the policy fills its answers with "ab", and the true score, which the
+run's judge measures, falls.
 """
 
 import itertools
@@ -33,7 +35,9 @@ OPTIMIZER = Optimizer(learning_rate=1e-3, schedule="constant")
 SIZES = {"num_iterations": 70, "batch_size": 128, "max_new_tokens": 16, "kl_coef": 0.01}
 VALIDATION = {"validation_fraction": 0.5, "validation_interval": 2, "validation_prompts": 256}
 CONFIG = RunConfig(
-    network=Network(hidden_size=32, num_layers=1, num_heads=2, max_length=32, initializer_range=0.1),
+    network=Network(
+        hidden_size=32, num_layers=1, num_heads=2, max_length=32, initializer_range=0.1
+    ),
     tokenizer=Tokenizer(kind="characters"),
     rl=RLStage(optimizer=OPTIMIZER, **SIZES, **VALIDATION),
 )
@@ -42,8 +46,13 @@ CONFIG = RunConfig(
 def history(folder, reward, seed, *, algorithm=rloo, rl=CONFIG.rl, **options):
     """Rows of metrics.jsonl and of alerts.jsonl of a run on that reward."""
     (folder / "rewards.py").write_text(REWARDS, "utf-8")
-    (folder / "prompts.txt").write_text("\n".join(map("".join, itertools.product("abcdefgh", repeat=3))), "utf-8")
-    (proxy, judge), data = (f"{folder / 'rewards.py'}:{name}" for name in (reward, "judge")), folder / "prompts.txt"
+    (folder / "prompts.txt").write_text(
+        "\n".join(map("".join, itertools.product("abcdefgh", repeat=3))), "utf-8"
+    )
+    (proxy, judge), data = (
+        (f"{folder / 'rewards.py'}:{name}" for name in (reward, "judge")),
+        folder / "prompts.txt",
+    )
     rl = replace(rl, judge=(judge,))
     place = {"data": (str(data),), "output_dir": str(folder / "run")}
     config = replace(CONFIG, **place, seed=seed, reward=(proxy,), rl=rl, **options)
@@ -56,16 +65,24 @@ def first(alerts, name):
 
 
 SEEDS = pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=pytest.mark.slow if seed < 1 else pytest.mark.soak) for seed in range(10)]
+    "seed",
+    [
+        pytest.param(seed, marks=pytest.mark.slow if seed < 1 else pytest.mark.soak)
+        for seed in range(10)
+    ],
 )
 
 
 @SEEDS
 def test_a_loophole_is_noticed_before_the_true_score_has_lost_a_tenth_of_its_peak(seed, tmp_path):
     metrics, alerts = history(tmp_path, "proxy", seed, rl=replace(CONFIG.rl, num_iterations=90))
-    judged = [(row["step"], row["validation/judge"]) for row in metrics if "validation/judge" in row]
+    judged = [
+        (row["step"], row["validation/judge"]) for row in metrics if "validation/judge" in row
+    ]
     (_, start), (peak_step, peak) = judged[0], max(judged, key=lambda row: row[1])
-    lost = next(step for step, value in judged if step > peak_step and value < peak - 0.1 * (peak - start))
+    lost = next(
+        step for step, value in judged if step > peak_step and value < peak - 0.1 * (peak - start)
+    )
     noticed = first(alerts, "reward hacking")
     assert peak > 5 * start
     assert noticed < lost
@@ -84,12 +101,19 @@ def test_an_honest_run_raises_no_alert(seed, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_destroyed_alerts(tmp_path):
     """A good PPO run goes on with a learning rate of 0.3."""
-    settings = replace(CONFIG.rl, num_iterations=15, validation_interval=15, optimizer=Optimizer(learning_rate=3e-3))
+    settings = replace(
+        CONFIG.rl,
+        num_iterations=15,
+        validation_interval=15,
+        optimizer=Optimizer(learning_rate=3e-3),
+    )
     options = {"algorithm": ppo, "ppo": ppo.Config(num_epochs=4, num_minibatches=2)}
     assert history(tmp_path, "judge", 0, rl=settings, **options)[1] == []
     worse = replace(settings, num_iterations=25, optimizer=Optimizer(learning_rate=0.3))
     allowed = ("rl.num_iterations", "rl.optimizer.learning_rate")
-    _, alerts = history(tmp_path, "judge", 0, rl=worse, **options, resume=True, allow_changed=allowed)
+    _, alerts = history(
+        tmp_path, "judge", 0, rl=worse, **options, resume=True, allow_changed=allowed
+    )
     assert {row["name"] for row in alerts} >= {"reward collapse", "value-loss explosion"}
     assert min(row["step"] for row in alerts) > 15
 
@@ -98,9 +122,15 @@ def test_a_run_that_is_destroyed_alerts(tmp_path):
 def test_a_policy_that_says_one_thing_alerts(tmp_path):
     """Paid for one letter, and free to go as far from its reference as it likes."""
     faster = replace(CONFIG.rl.optimizer, learning_rate=3e-3)
-    rl = replace(CONFIG.rl, num_iterations=60, kl_coef=0.0, validation_interval=60, optimizer=faster)
+    rl = replace(
+        CONFIG.rl, num_iterations=60, kl_coef=0.0, validation_interval=60, optimizer=faster
+    )
     metrics, alerts = history(tmp_path, "one_letter", 0, rl=rl)
-    entropy = [row["objective/entropy"] / row["response/length"] for row in metrics if "objective/entropy" in row]
+    entropy = [
+        row["objective/entropy"] / row["response/length"]
+        for row in metrics
+        if "objective/entropy" in row
+    ]
     noticed = first(alerts, "entropy collapse")
     assert noticed < math.inf
     low = [value < 0.05 * entropy[0] for value in entropy[:noticed]]
@@ -111,4 +141,6 @@ def test_a_judge_that_does_not_exist_is_named(tmp_path):
     (tmp_path / "prompts.txt").write_text("ab\ncd\n", "utf-8")
     rl = replace(CONFIG.rl, judge=("mine.py:judge",))
     with pytest.raises(UserError, match=r"--rl\.judge mine\.py:judge: no such file"):
-        training.rl.run(replace(CONFIG, data=(str(tmp_path / "prompts.txt"),), reward=("count:a",), rl=rl), rloo)
+        training.rl.run(
+            replace(CONFIG, data=(str(tmp_path / "prompts.txt"),), reward=("count:a",), rl=rl), rloo
+        )

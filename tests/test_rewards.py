@@ -26,10 +26,17 @@ def scores_of(fn, rollout):
 
 def a_rollout(**fields):
     """Four rows: ended, cut off, with a hole, and absent."""
-    tokens = np.array([[0, 5, 4, 5, EOS, 0], [6, 5, 5, 5, 5, 5], [7, 8, 1, 2, 3, EOS], [5, 5, 5, EOS, 0, 0]], np.int32)
-    response = np.array([[0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0]], np.int32)
+    tokens = np.array(
+        [[0, 5, 4, 5, EOS, 0], [6, 5, 5, 5, 5, 5], [7, 8, 1, 2, 3, EOS], [5, 5, 5, EOS, 0, 0]],
+        np.int32,
+    )
+    response = np.array(
+        [[0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0]], np.int32
+    )
     attention = (tokens != PAD).astype(np.int32)
-    return Rollout(tokens, attention, response, np.where(response, -1.0, 0.0).astype(np.float32)).replace(**fields)
+    return Rollout(
+        tokens, attention, response, np.where(response, -1.0, 0.0).astype(np.float32)
+    ).replace(**fields)
 
 
 def constant(value):
@@ -41,8 +48,12 @@ def constant(value):
 
 def test_token_count_by_hand():
     np.testing.assert_array_equal(scores_of(rewards.token_count(5), a_rollout()), [2, 5, 0, 3])
-    np.testing.assert_array_equal(scores_of(rewards.token_count(5, cap=3), a_rollout()), [2, 3, 0, 3])
-    np.testing.assert_array_equal(scores_of(rewards.token_count(5, include_prompt=False), a_rollout()), [1, 4, 0, 0])
+    np.testing.assert_array_equal(
+        scores_of(rewards.token_count(5, cap=3), a_rollout()), [2, 3, 0, 3]
+    )
+    np.testing.assert_array_equal(
+        scores_of(rewards.token_count(5, include_prompt=False), a_rollout()), [1, 4, 0, 0]
+    )
     np.testing.assert_array_equal(scores_of(rewards.token_count(5), responses([5] * 120)), [100])
     # A pad is no token, even when its id is the one that is counted.
     np.testing.assert_array_equal(scores_of(rewards.token_count(PAD), a_rollout()), [0, 0, 0, 0])
@@ -61,12 +72,20 @@ def test_a_models_parameters_travel_through_jit_as_arguments():
     assert isinstance(fn, Partial)
     np.testing.assert_array_equal(scores_of(fn, a_rollout()), [23, 31, 30, 24])
     for reward in (fn, rewards.weighted({"a": (fn, 2.0)}), rewards.ensemble([fn, fn])):
-        assert len(call.lower(reward, a_rollout()).as_text()) < 100_000  # the table would be megabytes of text
-    carrying = rewards.from_model(Partial(lambda bias, params, *inputs: params + bias, jnp.ones(4)), jnp.zeros(4))
-    assert len(jax.tree.leaves(carrying)) == 2  # what a Partial carries stays visible inside another
+        assert (
+            len(call.lower(reward, a_rollout()).as_text()) < 100_000
+        )  # the table would be megabytes of text
+    carrying = rewards.from_model(
+        Partial(lambda bias, params, *inputs: params + bias, jnp.ones(4)), jnp.zeros(4)
+    )
+    assert (
+        len(jax.tree.leaves(carrying)) == 2
+    )  # what a Partial carries stays visible inside another
 
 
-@pytest.mark.parametrize(("how", "expected"), [("mean", 3.0), ("min", 1.0), ("uncertainty", 3.0 - 0.5 * 8 / 3)])
+@pytest.mark.parametrize(
+    ("how", "expected"), [("mean", 3.0), ("min", 1.0), ("uncertainty", 3.0 - 0.5 * 8 / 3)]
+)
 def test_ensemble_by_hand(how, expected):
     fn = rewards.ensemble([constant(1.0), constant(3.0), constant(5.0)], how, coef=0.5)
     scores, parts = call(fn, a_rollout())
@@ -84,15 +103,25 @@ def test_weighted_sums_its_parts_and_reports_each_before_its_weight():
 
 
 REFUSED = [(lambda: rewards.ensemble([constant(1.0)], "max"), r"mean, min, uncertainty.*'max'")]
-REFUSED += [(lambda make=make: make({}), "at least one") for make in (rewards.ensemble, rewards.weighted)]
-REFUSED += [(lambda s=s: weighted_dense(s), r"\(4, \d\) but expected \(4,?\)") for s in ((4, 6), (4, 1))]
 REFUSED += [
-    (lambda make=make: make(0), "ngram must be at least 1, got 0") for make in (rewards.diversity, rewards.repetition)
+    (lambda make=make: make({}), "at least one") for make in (rewards.ensemble, rewards.weighted)
+]
+REFUSED += [
+    (lambda s=s: weighted_dense(s), r"\(4, \d\) but expected \(4,?\)") for s in ((4, 6), (4, 1))
+]
+REFUSED += [
+    (lambda make=make: make(0), "ngram must be at least 1, got 0")
+    for make in (rewards.diversity, rewards.repetition)
 ]
 REFUSED += [(lambda: rewards.kl_shaped(a_rollout(), 0.1), "got neither")]
 REFUSED += [(lambda: rewards.kl_shaped(a_rollout(scores=np.ones(4)), 0.1), "ref_log_probs is None")]
 REFUSED += [(lambda: rewards.missing_eos(a_rollout(), np.ones(4), EOS), "one of penalty and score")]
-REFUSED += [(lambda: rewards.missing_eos(a_rollout(), np.ones(4), EOS, 1.0, 0.0), "one of penalty and score")]
+REFUSED += [
+    (
+        lambda: rewards.missing_eos(a_rollout(), np.ones(4), EOS, 1.0, 0.0),
+        "one of penalty and score",
+    )
+]
 REFUSED += [(lambda: rewards.adaptive_kl(0.1, 1.0, target=6.0, horizon=0, n=1), "horizon")]
 
 
@@ -103,19 +132,34 @@ def test_what_has_no_meaning_is_refused(make, message):
 
 
 def responses(*rows):
-    """Rows of response tokens, None for a hole, after a prompt token 1; padded with 1s that are no response."""
+    """Rows of response tokens, None for a hole, after a prompt token 1; padded with 1s that are no
+    response.
+    """
     length = max(len(row) for row in rows)
-    padded = [[1, *(7 if token is None else token for token in row)] + [1] * (length - len(row)) for row in rows]
-    mask = np.array([[0, *(int(token is not None) for token in row)] + [0] * (length - len(row)) for row in rows])
-    return Rollout(np.array(padded, np.int32), np.ones_like(mask), mask, np.zeros(mask.shape, np.float32))
+    padded = [
+        [1, *(7 if token is None else token for token in row)] + [1] * (length - len(row))
+        for row in rows
+    ]
+    mask = np.array(
+        [
+            [0, *(int(token is not None) for token in row)] + [0] * (length - len(row))
+            for row in rows
+        ]
+    )
+    return Rollout(
+        np.array(padded, np.int32), np.ones_like(mask), mask, np.zeros(mask.shape, np.float32)
+    )
 
 
 def test_diversity_by_hand():
-    """Bigrams. Row 0: 11, 12, 23, of which 12 is row 1's too. Row 1: 12 (twice), 21, of which 21 is its own.
-    Row 2: 77 across a hole. Rows 3 and 4: too short, absent. Row 5: 23, which is row 0's."""
+    """Bigrams. Row 0: 11, 12, 23, of which 12 is row 1's too. Row 1: 12 (twice), 21, of which 21 is
+    its own. Row 2: 77 across a hole. Rows 3 and 4: too short, absent. Row 5: 23, which is row
+    0's."""
     batch = responses([1, 1, 2, 3], [1, 2, 1, 2], [7, None, 7], [3], [], [2, 3])
     np.testing.assert_allclose(scores_of(rewards.diversity(), batch), [1 / 3, 1 / 2, 1, 0, 0, 0])
-    np.testing.assert_allclose(scores_of(rewards.diversity(ngram=9), batch), np.zeros(6))  # longer than the row
+    np.testing.assert_allclose(
+        scores_of(rewards.diversity(ngram=9), batch), np.zeros(6)
+    )  # longer than the row
 
 
 # Rewards on the host
@@ -136,8 +180,13 @@ def test_from_text_shows_present_rows_their_texts_and_columns(absent):
     numbers = {"a": 1, "b": 2.5, "c": np.float32(3), "d": 7}
 
     def fn(prompts, responses, answers):
-        assert list(zip(prompts, responses, answers, strict=True)) == shown[:absent] + shown[absent + 1 :]
-        return [numbers[answer] for answer in answers], {"tone": [-numbers[answer] for answer in answers]}
+        assert (
+            list(zip(prompts, responses, answers, strict=True))
+            == shown[:absent] + shown[absent + 1 :]
+        )
+        return [numbers[answer] for answer in answers], {
+            "tone": [-numbers[answer] for answer in answers]
+        }
 
     mask = a_rollout().response_mask.copy()
     mask[3, 3] = 1  # EOS alone
@@ -152,26 +201,36 @@ def test_from_text_shows_present_rows_their_texts_and_columns(absent):
 
 
 def test_none_takes_the_row_out():
-    reward = rewards.from_text(lambda prompts, responses: ([1, None, 3], {"part": [4, math.nan, None]}), Spelled())
+    reward = rewards.from_text(
+        lambda prompts, responses: ([1, None, 3], {"part": [4, math.nan, None]}), Spelled()
+    )
     rollout, parts = rewards.on_host(reward, jax.tree.map(jnp.asarray, a_rollout()), {})
     np.testing.assert_array_equal(rollout.scores, [1, 0, 3, 0])
-    np.testing.assert_array_equal(rollout.response_mask, a_rollout().response_mask * np.array([[1], [0], [1], [1]]))
+    np.testing.assert_array_equal(
+        rollout.response_mask, a_rollout().response_mask * np.array([[1], [0], [1], [1]])
+    )
     np.testing.assert_array_equal(parts["part"], [4, 0, 0, 0])
 
 
 NAN = math.nan
-NOT_FINITE = [([1, bad, 3, 4], {}, r"^(?!.*row 0).*row 1 \(data row 11\)") for bad in (NAN, math.inf, 1e300)]
+NOT_FINITE = [
+    ([1, bad, 3, 4], {}, r"^(?!.*row 0).*row 1 \(data row 11\)") for bad in (NAN, math.inf, 1e300)
+]
 NOT_FINITE.append(([1, 2, 3, 4], {"tone": [NAN] * 4}, r"part 'tone'.*row 0"))
 
 
 @pytest.mark.parametrize(("scores", "parts", "message"), NOT_FINITE)
 def test_a_number_that_is_not_finite_stops_with_rows_and_prompts(scores, parts, message):
     with pytest.raises(FloatingPointError, match=message):
-        rewards.on_host(lambda rollout, columns: (scores, parts), a_rollout(row_ids=np.arange(10, 14)), {})
+        rewards.on_host(
+            lambda rollout, columns: (scores, parts), a_rollout(row_ids=np.arange(10, 14)), {}
+        )
     reward = rewards.from_text(lambda prompts, responses: [1, np.float32("nan"), 3], Spelled())
     with pytest.raises(FloatingPointError, match=r"^(?!.*row 0).*row 1, prompt '65'"):
         rewards.on_host(reward, a_rollout(), {})
-    rewards.on_host(lambda rollout, columns: ([1, 2, 3, NAN], {}), a_rollout(), {})  # nobody reads an absent row's
+    rewards.on_host(
+        lambda rollout, columns: ([1, 2, 3, NAN], {}), a_rollout(), {}
+    )  # nobody reads an absent row's
 
 
 NOT_NUMBERS = [([1, 2], "expected 3 scores, one for each row, got 2"), (None, "got None")]
@@ -180,7 +239,9 @@ NOT_NUMBERS = [([1, 2], "expected 3 scores, one for each row, got 2"), (None, "g
 @pytest.mark.parametrize(("result", "message"), [*NOT_NUMBERS, ([1, "good", 3], "row 1.*'good'")])
 def test_a_reward_function_that_gives_no_numbers_is_the_users_mistake(result, message):
     with pytest.raises(UserError, match=message):
-        rewards.on_host(rewards.from_text(lambda prompts, responses: result, Spelled()), a_rollout(), {})
+        rewards.on_host(
+            rewards.from_text(lambda prompts, responses: result, Spelled()), a_rollout(), {}
+        )
 
 
 def test_a_batch_of_absent_rows_shows_the_function_nothing():
@@ -194,21 +255,29 @@ def test_a_batch_of_absent_rows_shows_the_function_nothing():
 
 def test_kl_shaped_takes_dense_rewards_and_needs_no_reference_without_a_coefficient():
     mask = a_rollout().response_mask
-    dense = a_rollout(ref_log_probs=mask * np.float32(-1 - math.log(2)), rewards=np.full((4, 6), 7.0))
+    dense = a_rollout(
+        ref_log_probs=mask * np.float32(-1 - math.log(2)), rewards=np.full((4, 6), 7.0)
+    )
     np.testing.assert_allclose(rewards.kl_shaped(dense, 1.0), mask * (7 - math.log(2)), atol=1e-5)
     scored = a_rollout(scores=np.ones(4, np.float32))
     np.testing.assert_array_equal(rewards.kl_shaped(scored, 0.0).sum(axis=1), [1, 1, 1, 0])
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(references.batches(arrays=3), st.sampled_from(["k1", "k2", "k3"]), st.sampled_from([0.0, 1e4, -1e4, math.nan]))
+@given(
+    references.batches(arrays=3),
+    st.sampled_from(["k1", "k2", "k3"]),
+    st.sampled_from([0.0, 1e4, -1e4, math.nan]),
+)
 def test_kl_shaped_equals_a_loop_whatever_is_in_masked_columns(batch, estimator, poison):
     (log_probs, ref, scores), mask = batch
     expected = np.zeros(mask.shape)
     for i in range(len(mask)):
         said = references.columns(mask[i])
         for t in said:
-            expected[i, t] = -0.3 * references.kl(float(log_probs[i, t]) - float(ref[i, t]), estimator)
+            expected[i, t] = -0.3 * references.kl(
+                float(log_probs[i, t]) - float(ref[i, t]), estimator
+            )
         if said:
             expected[i, said[-1]] += scores[i, 0]
     log_probs, ref = (references.poisoned(array, mask, poison) for array in (log_probs, ref))
@@ -220,14 +289,19 @@ def test_kl_shaped_equals_a_loop_whatever_is_in_masked_columns(batch, estimator,
 
 def test_missing_eos_by_hand():
     scores = jnp.array([1.0, 2, 3, 4])
-    np.testing.assert_allclose(rewards.missing_eos(a_rollout(), scores, EOS, penalty=5.0), [1, -3, 3, 4])
-    # An EOS before the last token, such as one at the end of an earlier turn, does not finish the response.
+    np.testing.assert_allclose(
+        rewards.missing_eos(a_rollout(), scores, EOS, penalty=5.0), [1, -3, 3, 4]
+    )
+    # An EOS before the last token, such as one at the end of an earlier turn, does not finish the
+    # response.
     cut = a_rollout(tokens=np.where(np.arange(6)[None, :] == 2, EOS, a_rollout().tokens))
     np.testing.assert_allclose(rewards.missing_eos(cut, scores, EOS, score=-1.0), [1, -1, 3, 4])
 
 
 def test_overlong_penalty_by_hand():
-    """DAPO's eq. 13 with a buffer of 4 before 10 tokens: free up to 6, a quarter for each further one, 1 from 10 on."""
+    """DAPO's eq. 13 with a buffer of 4 before 10 tokens: free up to 6, a quarter for each further
+    one, 1 from 10 on.
+    """
     batch = responses(*([5] * length for length in (1, 6, 7, 9, 10, 12)))
     penalised = rewards.overlong_penalty(batch, jnp.ones(6), max_length=10, buffer=4, penalty=2.0)
     np.testing.assert_allclose(penalised, [1, 1, 0.5, -0.5, -1, -1], rtol=1e-6)
@@ -235,8 +309,12 @@ def test_overlong_penalty_by_hand():
 
 def test_length_by_hand():
     np.testing.assert_array_equal(scores_of(rewards.length(), a_rollout()), [3, 4, 3, 0])
-    np.testing.assert_allclose(rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5), [-0.5, -1, -0.5, 1])
-    np.testing.assert_allclose(rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5, target=3), [1, 0.5, 1, 1])
+    np.testing.assert_allclose(
+        rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5), [-0.5, -1, -0.5, 1]
+    )
+    np.testing.assert_allclose(
+        rewards.length_penalty(a_rollout(), jnp.ones(4), 0.5, target=3), [1, 0.5, 1, 1]
+    )
 
 
 def test_adaptive_kl_by_hand():

@@ -1,4 +1,6 @@
-"""Validations of an RL run: prompts of their own, a metric for each part of the reward, examples, samples.jsonl."""
+"""Validations of an RL run: prompts of their own, a metric for each part of the reward, examples,
+samples.jsonl.
+"""
 
 import dataclasses
 import json
@@ -15,8 +17,14 @@ from rlhf_jax.training.stage import open_stage
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
-PROMPTS = [{"prompt": f"say {word}", "topic": word} for word in ("ape", "bee", "cat", "dog", "eel", "fox")]
-OTHERS = [{"prompt": "tell fable", "topic": "fox"}, {"prompt": "x", "topic": "dog"}, {"prompt": "bees", "topic": "bee"}]
+PROMPTS = [
+    {"prompt": f"say {word}", "topic": word} for word in ("ape", "bee", "cat", "dog", "eel", "fox")
+]
+OTHERS = [
+    {"prompt": "tell fable", "topic": "fox"},
+    {"prompt": "x", "topic": "dog"},
+    {"prompt": "bees", "topic": "bee"},
+]
 
 
 def write(path, rows):
@@ -40,9 +48,14 @@ def config(tmp_path):
 @pytest.mark.slow
 def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
     path = training.rl.run(config, vpg).folder
-    # By prompt, not by order: the characters f and b are in this file alone, and the tokenizer has them.
-    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text("utf-8").splitlines()]
-    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    # By prompt, not by order: the characters f and b are in this file alone, and the tokenizer has
+    # them.
+    samples = [
+        json.loads(line) for line in (path / "samples.jsonl").read_text("utf-8").splitlines()
+    ]
+    metrics = [
+        json.loads(line) for line in (path / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     for step in (0, 1):
         rows = [row for row in samples if row["step"] == step]
         assert [row["prompt"] for row in rows] == [row["prompt"] for row in OTHERS]
@@ -53,7 +66,10 @@ def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
             assert row["length"] - len(row["response"]) in (0, 1)
             assert row["score"] == 2 * text.count("e")
         count = {letter: np.mean([text.count(letter) for text in texts]) for letter in "ef"}
-        found = [metrics[step][f"validation/{name}"] for name in ("score", "reward/count:e", "reward/count:f")]
+        found = [
+            metrics[step][f"validation/{name}"]
+            for name in ("score", "reward/count:e", "reward/count:f")
+        ]
         assert found == pytest.approx([2 * count["e"], count["e"], count["f"]], rel=1e-6)
     shown = re.findall(r"Prompt:    (.*)\nGenerated: .*\nReward:    ", capsys.readouterr().out)
     assert shown == [row["prompt"] for row in OTHERS[:2]] * 2

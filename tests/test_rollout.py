@@ -1,4 +1,6 @@
-"""Sampler and policy function together on a small GPT-2: log-probs, values, reference, and what may not change them."""
+"""Sampler and policy function together on a small GPT-2: log-probs, values, reference, and what may
+not change them.
+"""
 
 import dataclasses
 from functools import partial
@@ -14,7 +16,9 @@ from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.types import PolicyOutput, Rollout, TrainState
 
 VOCAB, EOS, PAD, ROWS, PROMPT = 13, 8, 0, 8, 5
-MODEL = models.build(models.GPT2Config(vocab_size=VOCAB, max_length=32, hidden_size=16, num_layers=2, num_heads=2))
+MODEL = models.build(
+    models.GPT2Config(vocab_size=VOCAB, max_length=32, hidden_size=16, num_layers=2, num_heads=2)
+)
 CONFIG = SamplingConfig(max_new_tokens=7, temperature=0.8, eos_id=EOS, pad_id=PAD)
 POLICY = models.policy_fn(MODEL, temperature=0.8, prompt_length=PROMPT)
 KEY = jax.random.key(0)
@@ -25,7 +29,9 @@ apply, policy, init = jax.jit(MODEL.apply), jax.jit(POLICY), jax.jit(MODEL.init)
 
 
 def make_params(seed=2):
-    """Weights ten times the usual size, so that the distribution is far from uniform and attention matters."""
+    """Weights ten times the usual size, so that the distribution is far from uniform and attention
+    matters.
+    """
     params = jax.tree.map(lambda x: x * 10 if x.ndim == 2 else x, init(jax.random.key(seed)))
     return {**params, "value": {"kernel": jnp.linspace(-1.0, 1.0, 16), "bias": jnp.asarray(0.5)}}
 
@@ -47,7 +53,9 @@ def test_sampler_log_probs_equal_the_full_forward():
     mask[3] = 0
     sampled = generate(MODEL, PARAMS, tokens, mask, KEY, config=CONFIG, row_ids=ROW_IDS)
     logits = apply(PARAMS, sampled.tokens, sampled.attention_mask)
-    expected = np.where(sampled.response_mask, ops.token_log_probs(logits, sampled.tokens, 0.8), 0.0)
+    expected = np.where(
+        sampled.response_mask, ops.token_log_probs(logits, sampled.tokens, 0.8), 0.0
+    )
     np.testing.assert_allclose(sampled.log_probs, expected, atol=1e-5)
     lengths = np.asarray(sampled.response_mask).sum(1)
     assert lengths.max() == 7
@@ -56,7 +64,11 @@ def test_sampler_log_probs_equal_the_full_forward():
 
 
 def run_collect(tokens, mask, sampling=CONFIG, row_ids=ROW_IDS):
-    options = {"sampling": sampling, "policy_fn": POLICY, "ref_fn": jax.tree_util.Partial(POLICY, REF_PARAMS)}
+    options = {
+        "sampling": sampling,
+        "policy_fn": POLICY,
+        "ref_fn": jax.tree_util.Partial(POLICY, REF_PARAMS),
+    }
     return collect(MODEL, PARAMS, tokens, mask, KEY, row_ids=row_ids, **options)
 
 
@@ -65,28 +77,38 @@ def run_collect(tokens, mask, sampling=CONFIG, row_ids=ROW_IDS):
 def test_pad_id_outside_the_vocabulary():
     tokens, mask = prompts()
     options = SamplingConfig(max_new_tokens=7, temperature=0.8, eos_id=EOS, pad_id=VOCAB)
-    inside, outside = (run_collect(tokens, mask, sampling=sampling_config) for sampling_config in (CONFIG, options))
+    inside, outside = (
+        run_collect(tokens, mask, sampling=sampling_config) for sampling_config in (CONFIG, options)
+    )
     assert (np.asarray(outside.tokens) == VOCAB).any()
-    np.testing.assert_array_equal(np.where(outside.tokens == VOCAB, PAD, outside.tokens), inside.tokens)
+    np.testing.assert_array_equal(
+        np.where(outside.tokens == VOCAB, PAD, outside.tokens), inside.tokens
+    )
     np.testing.assert_array_equal(outside.log_probs, inside.log_probs)
 
 
 @pytest.mark.usefixtures("optimized")
 def test_collect():
-    """Log-probs and values are those of the policy function's own forward pass, here in the same program."""
+    """Log-probs and values are those of the policy function's own forward pass, here in the same
+    program.
+    """
     tokens, mask = prompts()
     row_ids = ROW_IDS + 40
     rolled = run_collect(tokens, mask, row_ids=row_ids)
     sampled = generate(MODEL, PARAMS, tokens, mask, KEY, config=CONFIG, row_ids=row_ids)
     for field in ("tokens", "attention_mask", "response_mask", "row_ids"):
-        np.testing.assert_array_equal(getattr(rolled, field), getattr(sampled, field), err_msg=field)
+        np.testing.assert_array_equal(
+            getattr(rolled, field), getattr(sampled, field), err_msg=field
+        )
     assert rolled.scores is rolled.rewards is None
 
     response = np.asarray(rolled.response_mask) != 0
     output = policy(PARAMS, rolled.tokens, rolled.attention_mask, None)
     reference = policy(REF_PARAMS, rolled.tokens, rolled.attention_mask, None)
     forwards = output.log_probs, output.values, reference.log_probs
-    for got, forward in zip((rolled.log_probs, rolled.values, rolled.ref_log_probs), forwards, strict=True):
+    for got, forward in zip(
+        (rolled.log_probs, rolled.values, rolled.ref_log_probs), forwards, strict=True
+    ):
         assert got.dtype == jnp.float32
         np.testing.assert_array_equal(got, np.where(response, forward, 0.0))
         assert np.ptp(np.asarray(got)[response]) > 0.1
@@ -96,22 +118,30 @@ def test_collect():
     assert gap == np.abs(np.asarray(sampled.log_probs) - rolled.log_probs)[response].max()
     assert gap < 1e-5
     # A policy function at another temperature is what the gap is there to find.
-    wrong = jax.jit(partial(rollout.rescore, policy_fn=models.policy_fn(MODEL, temperature=1.0)))(sampled, PARAMS)
+    wrong = jax.jit(partial(rollout.rescore, policy_fn=models.policy_fn(MODEL, temperature=1.0)))(
+        sampled, PARAMS
+    )
     assert float(rollout.sampler_gap(sampled, wrong)) > 0.1
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rounding"), [("float32", 2e-6), pytest.param("bfloat16", 0.1, marks=pytest.mark.slow)]
+    ("dtype", "rounding"),
+    [("float32", 2e-6), pytest.param("bfloat16", 0.1, marks=pytest.mark.slow)],
 )
 def test_the_ratio_of_the_first_minibatch_is_one_up_to_rounding(dtype, rounding):
     """Update and ``collect`` call one policy function, compiled in two programs."""
     model = models.build(dataclasses.replace(MODEL.config, compute_dtype=dtype))
     frozen, (tokens, mask) = optax.sgd(0.0), prompts()
     policy_fn = models.policy_fn(model, 0.8, PROMPT)
-    batch = collect(model, PARAMS, tokens, mask, KEY, sampling=CONFIG, policy_fn=policy_fn, row_ids=ROW_IDS)
+    batch = collect(
+        model, PARAMS, tokens, mask, KEY, sampling=CONFIG, policy_fn=policy_fn, row_ids=ROW_IDS
+    )
     batch = batch.replace(rewards=batch.response_mask.astype(jnp.float32))
     update = partial(
-        ppo.update, policy_fn=policy_fn, optimizer=frozen, config=ppo.Config(num_epochs=1, num_minibatches=2)
+        ppo.update,
+        policy_fn=policy_fn,
+        optimizer=frozen,
+        config=ppo.Config(num_epochs=1, num_minibatches=2),
     )
     _, metrics = jax.jit(update)(TrainState.create(PARAMS, frozen), batch, KEY)
     assert metrics["policy/ratio_max"] - 1.0 < rounding
@@ -128,7 +158,9 @@ def test_rescore_masks_and_keeps():
         log_probs=jnp.full((2, 4), 7.0),
         scores=jnp.asarray([1.0, 2.0]),
     )
-    log_probs = jnp.asarray([[9.0, jnp.nan, -1.0, -2.0], [jnp.inf, 9.0, -3.0, jnp.nan]], jnp.bfloat16)
+    log_probs = jnp.asarray(
+        [[9.0, jnp.nan, -1.0, -2.0], [jnp.inf, 9.0, -3.0, jnp.nan]], jnp.bfloat16
+    )
 
     def policy_fn(params, tokens, attention_mask, key):
         assert key is None
@@ -144,7 +176,9 @@ def test_rescore_masks_and_keeps():
         np.testing.assert_array_equal(found, factor * np.array([[0, 0, -1, -2], [0, 0, -3, 0]]))
     np.testing.assert_array_equal(out.scores, [1.0, 2.0])
 
-    no_values = rollout.rescore(given, None, policy_fn=lambda *_: PolicyOutput(log_probs, log_probs))
+    no_values = rollout.rescore(
+        given, None, policy_fn=lambda *_: PolicyOutput(log_probs, log_probs)
+    )
     assert no_values.values is None
     assert no_values.ref_log_probs is None
 
@@ -162,15 +196,21 @@ def test_sampler_gap_by_hand():
 
 @pytest.mark.slow
 def test_collect_with_a_whole_value_model():
-    """Stiennon et al. 2020: values from a model of their own, the policy sampled from its own part of the params."""
+    """Stiennon et al. 2020: values from a model of their own, the policy sampled from its own part
+    of the params.
+    """
     value_policy = models.policy_fn(MODEL, temperature=0.8, prompt_length=PROMPT, value_model=MODEL)
     body = {name: leaf for name, leaf in PARAMS.items() if name != "value"}
     both = {"policy": body, "value": make_params(3)}
     tokens, mask = prompts()
-    found = collect(MODEL, both, tokens, mask, KEY, sampling=CONFIG, policy_fn=value_policy, row_ids=ROW_IDS)
+    found = collect(
+        MODEL, both, tokens, mask, KEY, sampling=CONFIG, policy_fn=value_policy, row_ids=ROW_IDS
+    )
     alone = run_collect(tokens, mask)
     np.testing.assert_array_equal(found.tokens, alone.tokens)
     np.testing.assert_allclose(found.log_probs, alone.log_probs, atol=1e-6)
     own = jax.jit(POLICY)(make_params(3), found.tokens, found.attention_mask, None)
-    np.testing.assert_allclose(found.values, np.where(found.response_mask, own.values, 0.0), atol=1e-6)
+    np.testing.assert_allclose(
+        found.values, np.where(found.response_mask, own.values, 0.0), atol=1e-6
+    )
     assert np.abs(found.values - alone.values).max() > 0.1

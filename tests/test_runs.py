@@ -19,7 +19,9 @@ from rlhf_jax.training.pipeline import check_folder
 def make(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text('{"versions": {"rlhf-jax": "0"}}' if name.endswith("manifest.json") else "")
+        (folder / name).write_text(
+            '{"versions": {"rlhf-jax": "0"}}' if name.endswith("manifest.json") else ""
+        )
 
 
 @pytest.mark.parametrize("name", ["a/b", "empty"])
@@ -38,10 +40,25 @@ SAVED = "checkpoints/0/x"
 @pytest.mark.parametrize(
     ("error", "options", "before", "written", "stays"),
     [
-        *((UserError("no such model"), {option: True}, [], [], False) for option in ("resume", "overwrite")),
-        (UserError("no such model"), {"overwrite": True}, ["config.yaml", SAVED, "manifest.json"], [], False),
+        *(
+            (UserError("no such model"), {option: True}, [], [], False)
+            for option in ("resume", "overwrite")
+        ),
+        (
+            UserError("no such model"),
+            {"overwrite": True},
+            ["config.yaml", SAVED, "manifest.json"],
+            [],
+            False,
+        ),
         (UserError("late"), {"resume": True}, [], [SAVED], True),
-        (UserError("late"), {"resume": True}, ["metrics.jsonl"], [], True),  # of one killed before its first checkpoint
+        (
+            UserError("late"),
+            {"resume": True},
+            ["metrics.jsonl"],
+            [],
+            True,
+        ),  # of one killed before its first checkpoint
         (TrainingFault("out of memory"), {"resume": True}, [], [], True),
         (KeyboardInterrupt(), {"resume": True}, [], [], True),
     ],
@@ -61,7 +78,11 @@ def test_only_a_mistake_found_before_the_first_checkpoint_leaves_the_folder_free
     ("path", "options", "message"),
     [
         ("used", {}, r"holds files already; give --resume .* --overwrite"),
-        ("used", {"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
+        (
+            "used",
+            {"resume": True, "overwrite": True},
+            "--resume and --overwrite exclude each other",
+        ),
         ("none", {"resume": True}, r"--resume: .*none does not exist"),
         ("file", {"overwrite": True}, "file is a file; --output-dir needs a folder"),
         ("file/run", {}, r"file/run: cannot be used as a run folder"),
@@ -71,7 +92,11 @@ def test_a_folder_that_is_refused_stays_as_it_is(tmp_path, path, options, messag
     make(tmp_path, "file", "used/any.txt")
     with pytest.raises(UserError, match=message):
         open_run(tmp_path / path, **options)
-    assert {entry.relative_to(tmp_path).as_posix() for entry in tmp_path.rglob("*")} == {"file", "used", "used/any.txt"}
+    assert {entry.relative_to(tmp_path).as_posix() for entry in tmp_path.rglob("*")} == {
+        "file",
+        "used",
+        "used/any.txt",
+    }
 
 
 def test_resume_with_and_without_a_checkpoint(tmp_path, capsys):
@@ -81,7 +106,9 @@ def test_resume_with_and_without_a_checkpoint(tmp_path, capsys):
             (tmp_path / "killed" / content).mkdir(parents=True)
         with open_run(tmp_path / "killed", resume=True) as run:
             assert not run.resumed
-        assert "no complete checkpoint; the run starts from the beginning" in capsys.readouterr().out
+        assert (
+            "no complete checkpoint; the run starts from the beginning" in capsys.readouterr().out
+        )
     finished_run(tmp_path / "run")
     with open_run(tmp_path / "run", resume=True) as run:
         assert run.resumed
@@ -106,7 +133,9 @@ def test_overwrite_deletes_nothing_that_is_no_run(tmp_path, manifest):
     if manifest:
         (tmp_path / "manifest.json").write_text(manifest)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"not look like a run folder \(it has no manif.* thesis.tex\); nothing was"):
+    with pytest.raises(
+        UserError, match=r"not look like a run folder \(it has no manif.* thesis.tex\); nothing was"
+    ):
         open_run(tmp_path, overwrite=True)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -126,7 +155,9 @@ def test_one_writer(tmp_path):
     try:
         assert process.stdout.readline() == b"open\n"
         for options in ({}, {"resume": True}, {"overwrite": True}):
-            with pytest.raises(UserError, match=f"is in use by the process with PID {process.pid};"):
+            with pytest.raises(
+                UserError, match=f"is in use by the process with PID {process.pid};"
+            ):
                 open_run(tmp_path, **options)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -139,14 +170,18 @@ def test_one_writer(tmp_path):
 
 
 def test_the_folder_of_a_pipeline(tmp_path, capsys):
-    """It is taken again if the first stage found a mistake; a killed one without a checkpoint says so."""
+    """It is taken again if the first stage found a mistake; a killed one without a checkpoint says
+    so.
+    """
     resumed = RunConfig(resume=True)
     with pytest.raises(UserError, match=r"--resume: .*none does not exist"):
         check_folder(tmp_path / "none", resumed)
     make(tmp_path, "sft/.lock")
     check_folder(tmp_path, RunConfig())
     check_folder(tmp_path, resumed)
-    assert "holds no complete checkpoint; the run starts from the beginning" in capsys.readouterr().out
+    assert (
+        "holds no complete checkpoint; the run starts from the beginning" in capsys.readouterr().out
+    )
     make(tmp_path, f"sft/{SAVED}")
     check_folder(tmp_path, resumed)
     assert capsys.readouterr().out == ""

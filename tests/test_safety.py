@@ -19,7 +19,10 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 TOKENIZER = characters("abcdefghij ")
 # The texts, and what the list finds in them.
 WORDS = {"_BAD_": "bad", "STRASSE": "strasse", "very\n bad luck": "very bad", "say d*mn!": "d*mn"}
-WORDS |= {"ｂａｄ": "bad", "b\u00ad\u200bad": "bad"}  # full-width letters; a soft hyphen and a zero-width space
+WORDS |= {
+    "ｂａｄ": "bad",
+    "b\u00ad\u200bad": "bad",
+}  # full-width letters; a soft hyphen and a zero-width space
 WORDS["xx\U0001f4a3xx"] = "\U0001f4a3"  # no letter, so no boundary
 WORDS |= dict.fromkeys(("very badly", "badly abad bad1", "b.a.d", "bád", "say damn!"))
 
@@ -43,7 +46,11 @@ def test_a_word_list_has_a_word_a_line(tmp_path):
     file = tmp_path / "words.txt"
     file.write_bytes("\ufeffbad\r\n\n two words \n".encode())
     assert Filter.create(read_words(file)).found("(Two   words)") == {"words": "two   words"}
-    for content, message in [(b"", "has no words"), (b"ok\n\xff", "decode byte 0xff"), (b"a\n\xc2\xad\n", "line 2")]:
+    for content, message in [
+        (b"", "has no words"),
+        (b"ok\n\xff", "decode byte 0xff"),
+        (b"a\n\xc2\xad\n", "line 2"),
+    ]:
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"words\.txt.*{message}"):
             read_words(file)
@@ -54,10 +61,15 @@ def test_a_word_list_has_a_word_a_line(tmp_path):
 def rollout(*responses):
     """The prompt "ab", then each response; None is an absent row."""
     width = max(len(response or "") for response in responses)
-    tokens = [TOKENIZER.encode("ab" + (r or "")) + [TOKENIZER.pad_id] * (width - len(r or "")) for r in responses]
+    tokens = [
+        TOKENIZER.encode("ab" + (r or "")) + [TOKENIZER.pad_id] * (width - len(r or ""))
+        for r in responses
+    ]
     said = np.array([[0, 0] + [1] * len(r or "") + [0] * (width - len(r or "")) for r in responses])
     scores = np.arange(len(responses), dtype=np.float32)
-    return Rollout(np.array(tokens), np.ones_like(said), said, np.zeros(said.shape, np.float32), scores=scores)
+    return Rollout(
+        np.array(tokens), np.ones_like(said), said, np.zeros(said.shape, np.float32), scores=scores
+    )
 
 
 def guarded(tmp_path, **settings):
@@ -65,7 +77,8 @@ def guarded(tmp_path, **settings):
     (tmp_path / "words.txt").write_text("bad\n")
     (tmp_path / "mine.py").write_text(
         "def harm(prompts, responses, limit=None):\n"
-        "    return [None if r == 'j' else r.count('c') - (limit[i] if limit else 0) for i, r in enumerate(responses)]"
+        "    return [None if r == 'j' else r.count('c') - (limit[i] if limit else 0) for i, r in "
+        "enumerate(responses)]"
     )
     if "below" in settings or "above" in settings:
         settings["classifier"] = f"{tmp_path}/mine.py:harm"
@@ -84,9 +97,13 @@ ACTIONS = {
 @pytest.mark.parametrize("action", ACTIONS)
 def test_what_becomes_of_an_unsafe_row(action, tmp_path):
     scored, (scores, present) = rollout("a", "bad", "c"), ACTIONS[action]
-    after, _, _ = guarded(tmp_path, responses=action, penalty=2.5, score=-7.0).enforce(scored, scored, {})
+    after, _, _ = guarded(tmp_path, responses=action, penalty=2.5, score=-7.0).enforce(
+        scored, scored, {}
+    )
     np.testing.assert_array_equal(after.scores, scores)
-    np.testing.assert_array_equal(after.response_mask, scored.response_mask * np.array([[1], [present], [1]]))
+    np.testing.assert_array_equal(
+        after.response_mask, scored.response_mask * np.array([[1], [present], [1]])
+    )
 
 
 def test_shares_are_of_present_rows_and_each_rule_has_its_own(tmp_path):
@@ -94,20 +111,39 @@ def test_shares_are_of_present_rows_and_each_rule_has_its_own(tmp_path):
     sampled = rollout("bad", None, "baa", "cc", "a", "j")
     enforced, metrics, verdicts = guard.enforce(sampled, sampled, {"limit": [0, 9, 0, 0, 0, 0]})
     np.testing.assert_array_equal(enforced.response_mask.any(axis=1), [0, 0, 0, 0, 1, 1])
-    expected = {"safety/unsafe": 0.6, "safety/words": 0.2, "safety/patterns": 0.4, "safety/classifier": 0.2}
+    expected = {
+        "safety/unsafe": 0.6,
+        "safety/words": 0.2,
+        "safety/patterns": 0.4,
+        "safety/classifier": 0.2,
+    }
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected)
-    sentences = ["words: bad; patterns: ^b", None, "patterns: ^b", "classifier: score 2 above 1", None, None]
+    sentences = [
+        "words: bad; patterns: ^b",
+        None,
+        "patterns: ^b",
+        "classifier: score 2 above 1",
+        None,
+        None,
+    ]
     assert list(map(sentence, verdicts)) == sentences
 
 
-LIMITS = [({"below": 1.0, "above": 2.0}, ["score 0.99 below 1", None, None, "score 2.01 above 2", None])]
-LIMITS += [({"below": 0.0}, [None] * 5), ({"above": 2.0}, [None] * 3 + ["score 2.01 above 2", None])]
+LIMITS = [
+    ({"below": 1.0, "above": 2.0}, ["score 0.99 below 1", None, None, "score 2.01 above 2", None])
+]
+LIMITS += [
+    ({"below": 0.0}, [None] * 5),
+    ({"above": 2.0}, [None] * 3 + ["score 2.01 above 2", None]),
+]
 
 
 @pytest.mark.parametrize(("limits", "expected"), LIMITS)
 def test_a_score_beyond_a_limit_is_unsafe_and_one_on_it_is_not(limits, expected, tmp_path):
     sampled = rollout("c", "c", "cc", "cc", "j")
-    _, _, verdicts = guarded(tmp_path, **limits).enforce(sampled, sampled, {"limit": [0.01, 0, 0, -0.01, 0]})
+    _, _, verdicts = guarded(tmp_path, **limits).enforce(
+        sampled, sampled, {"limit": [0.01, 0, 0, -0.01, 0]}
+    )
     assert [verdict.get("classifier") for verdict in verdicts] == expected
 
 
@@ -121,11 +157,19 @@ def test_prompts_are_dropped_replaced_or_counted_where_they_stand(tmp_path, caps
     assert guarded(tmp_path).prompts(rows, TOKENIZER) == [rows[1]]
     assert capsys.readouterr().out == "safety: 2 of 3 prompts dropped: f, line 1; f, line 3\n"
     replaced = guarded(tmp_path, prompts="replace", replacement="hi").prompts(rows, TOKENIZER)
-    assert replaced == [Row("hi", (), "f, line 1", columns={"x": 1}), rows[1], Row("hi", (), "f, line 3")]
+    assert replaced == [
+        Row("hi", (), "f, line 1", columns={"x": 1}),
+        rows[1],
+        Row("hi", (), "f, line 3"),
+    ]
     assert guarded(tmp_path, prompts="count").prompts(rows, TOKENIZER) == rows
-    with pytest.raises(UserError, match="all 2 prompts are unsafe, none is left: f, line 1; f, line 3"):
+    with pytest.raises(
+        UserError, match="all 2 prompts are unsafe, none is left: f, line 1; f, line 3"
+    ):
         guarded(tmp_path).prompts([rows[0], rows[2]], TOKENIZER)
-    guarded(tmp_path).prompts([Row("bad", (), f"line {i}") for i in range(22)] + rows[1:2], TOKENIZER)
+    guarded(tmp_path).prompts(
+        [Row("bad", (), f"line {i}") for i in range(22)] + rows[1:2], TOKENIZER
+    )
     assert capsys.readouterr().out.endswith("; line 19; and 2 more\n")
     assert Guard.create(Safety(classifier="length", above=1.0)).prompts(rows, TOKENIZER) == rows
 
@@ -139,8 +183,14 @@ def test_the_classifier_and_the_files_behind_the_rules_are_named(tmp_path):
     assert rule_files(guarded(tmp_path, above=1.0).settings) == files
 
 
-HALVES = [({"classifier": "length"}, "needs below or above"), ({"prompts": "replace"}, "needs a replacement")]
-HALVES += [({"responses": "replace"}, "needs a score"), ({"penalty": -1.0}, "penalty must be at least 0")]
+HALVES = [
+    ({"classifier": "length"}, "needs below or above"),
+    ({"prompts": "replace"}, "needs a replacement"),
+]
+HALVES += [
+    ({"responses": "replace"}, "needs a score"),
+    ({"penalty": -1.0}, "penalty must be at least 0"),
+]
 
 
 @pytest.mark.parametrize(("settings", "message"), HALVES)
@@ -151,9 +201,17 @@ def test_settings_that_say_half_are_refused(settings, message):
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "prompts.json").write_text(json.dumps([f"say {word}" for word in ("ape", "bee", "cat", "dog", "bad")]))
+    (tmp_path / "prompts.json").write_text(
+        json.dumps([f"say {word}" for word in ("ape", "bee", "cat", "dog", "bad")])
+    )
     (tmp_path / "words.txt").write_text("bad\n")
-    settings = {"num_iterations": 2, "batch_size": 8, "max_new_tokens": 4, "kl_coef": 0.0, "validation_interval": 1}
+    settings = {
+        "num_iterations": 2,
+        "batch_size": 8,
+        "max_new_tokens": 4,
+        "kl_coef": 0.0,
+        "validation_interval": 1,
+    }
     return RunConfig(
         data=(str(tmp_path / "prompts.json"),),
         output_dir=str(tmp_path / "run"),
@@ -177,15 +235,22 @@ def test_a_run_counts_and_penalises(config, tmp_path, capsys):
     for row in metrics[1:]:
         assert 0 < row["safety/unsafe"] == row["safety/patterns"] < 1
         assert row["safety/words"] == 0
-        assert -1e-4 <= row["objective/score"] + 100 * row["safety/unsafe"] <= 2 + 4  # in "bee" and in 4 new characters
+        assert (
+            -1e-4 <= row["objective/score"] + 100 * row["safety/unsafe"] <= 2 + 4
+        )  # in "bee" and in 4 new characters
     for row in metrics:
         here = [sample for sample in samples if sample["step"] == row["step"]]
         unsafe = [sample["response"][:1] in tuple("abcdefg") for sample in here]
-        assert [sample["unsafe"] for sample in here] == ["patterns: ^[a-g]" if bad else None for bad in unsafe]
+        assert [sample["unsafe"] for sample in here] == [
+            "patterns: ^[a-g]" if bad else None for bad in unsafe
+        ]
         for sample, bad in zip(here, unsafe, strict=True):
             assert sample["score"] == (sample["prompt"] + sample["response"]).count("e") - 100 * bad
         assert row["validation/safety/unsafe"] == pytest.approx(np.mean(unsafe))
-    assert f"safety {config.safety.words[0]}" in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
+    assert (
+        f"safety {config.safety.words[0]}"
+        in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
+    )
     (tmp_path / "words.txt").write_text("worse\n")
     with pytest.raises(UserError, match=r"sha256 of safety .*words\.txt was"):
         training.rl.run(dataclasses.replace(config, resume=True), vpg)
@@ -195,10 +260,16 @@ def test_a_run_counts_and_penalises(config, tmp_path, capsys):
 def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(config, tmp_path):
     nothing = Safety(patterns=("",), prompts="count", responses="mask")
     folder = training.rl.run(dataclasses.replace(config, safety=nothing), vpg).folder
-    rows = [(row["safety/unsafe"], row["objective/score"], row["nonfinite"]) for row in read(folder)[1:]]
+    rows = [
+        (row["safety/unsafe"], row["objective/score"], row["nonfinite"]) for row in read(folder)[1:]
+    ]
     assert rows == [(1, 0, 0)] * 2
     assert not (folder / "samples.jsonl").exists() or read(folder, "samples.jsonl") == []
-    (tmp_path / "mine.py").write_text("def harm(prompts, responses):\n    return [float('nan')] * len(responses)")
+    (tmp_path / "mine.py").write_text(
+        "def harm(prompts, responses):\n    return [float('nan')] * len(responses)"
+    )
     judged = Safety(classifier=f"{tmp_path / 'mine.py'}:harm", below=0.0)
     with pytest.raises(TrainingFault, match=r"safety\.classifier: .* not finite"):
-        training.rl.run(dataclasses.replace(config, output_dir=str(tmp_path / "nan"), safety=judged), vpg)
+        training.rl.run(
+            dataclasses.replace(config, output_dir=str(tmp_path / "nan"), safety=judged), vpg
+        )

@@ -1,4 +1,6 @@
-"""The sampler: exact distributions on a lookup-table model, ends and masks, and what a row may depend on."""
+"""The sampler: exact distributions on a lookup-table model, ends and masks, and what a row may
+depend on.
+"""
 
 import math
 from functools import partial
@@ -17,11 +19,15 @@ from rlhf_jax.sampling import SamplingConfig
 
 KEY = jax.random.key(0)
 generate = jax.jit(sampling.generate, static_argnames=("model", "config", "mesh"))
-best_of_n = jax.jit(sampling.best_of_n, static_argnames=("model", "config", "n", "reward_fn", "mesh"))
+best_of_n = jax.jit(
+    sampling.best_of_n, static_argnames=("model", "config", "n", "reward_fn", "mesh")
+)
 
 
 class LookupModel(SimpleNamespace):
-    """logits = params["token"][token] + params["position"][position]: every probability can be written down."""
+    """logits = params["token"][token] + params["position"][position]: every probability can be
+    written down.
+    """
 
     __hash__ = object.__hash__
 
@@ -29,7 +35,9 @@ class LookupModel(SimpleNamespace):
 def lookup_model(max_length=64, calls=None):
     def decode(params, tokens, positions, key_mask, cache, index):
         if calls is not None:
-            jax.debug.callback(lambda i: calls.append((int(i), tokens.shape[1])), jnp.asarray(index))
+            jax.debug.callback(
+                lambda i: calls.append((int(i), tokens.shape[1])), jnp.asarray(index)
+            )
         return params["token"][tokens] + params["position"][positions], cache
 
     return LookupModel(
@@ -66,11 +74,24 @@ PARAMS = lookup_params()
 PROMPTS = prompts()
 
 
-def run(tokens=PROMPTS[0], mask=None, key=KEY, params=PARAMS, model=MODEL, row_ids=None, mesh=None, **options):
-    """``generate`` under jit; the options are ``config``'s. Without a mask, ``tokens`` are all real."""
+def run(
+    tokens=PROMPTS[0],
+    mask=None,
+    key=KEY,
+    params=PARAMS,
+    model=MODEL,
+    row_ids=None,
+    mesh=None,
+    **options,
+):
+    """``generate`` under jit; the options are ``config``'s. Without a mask, ``tokens`` are all
+    real.
+    """
     if mask is None:
         mask = PROMPTS[1] if tokens is PROMPTS[0] else np.ones_like(tokens)
-    return generate(model, params, tokens, mask, key, config=config(**options), row_ids=row_ids, mesh=mesh)
+    return generate(
+        model, params, tokens, mask, key, config=config(**options), row_ids=row_ids, mesh=mesh
+    )
 
 
 def data_mesh(devices):
@@ -92,7 +113,9 @@ def lookup_log_probs(rollout, temperature=1.0):
 
 
 def truncated_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """The definition, token by token: the k best, then the shortest list of the best that reaches p."""
+    """The definition, token by token: the k best, then the shortest list of the best that reaches
+    p.
+    """
     probs = scipy.special.softmax(np.asarray(logits, np.float64) / temperature)
     order = sorted(range(len(probs)), key=lambda i: -probs[i])[:top_k]
     kept, mass = [], 0.0
@@ -107,7 +130,11 @@ def truncated_probs(logits, temperature=1.0, top_k=None, top_p=None):
     return out / out.sum()
 
 
-# ---------------------------------------------------------------------------------------------------- distributions
+#
+#
+#
+# ----------------------------------------------------------------------------------------------------
+# distributions
 
 
 @pytest.mark.parametrize(
@@ -123,7 +150,9 @@ def truncated_probs(logits, temperature=1.0, top_k=None, top_p=None):
     ids=str,
 )
 def test_frequencies_match_exact_distribution(options):
-    """Two tokens, 5 x 5 outcomes, 20,000 rows: their counts pass a chi-square test; truncated tokens never occur."""
+    """Two tokens, 5 x 5 outcomes, 20,000 rows: their counts pass a chi-square test; truncated
+    tokens never occur.
+    """
     params, rows = lookup_params(scale=0.5), 20_000
     tokens = np.full((rows, 1), 3, np.int32)
     rollout = run(tokens, params=params, max_new_tokens=2, eos_id=None, **options)
@@ -153,14 +182,20 @@ def test_truncate():
     assert kept(top_p=0.39) == [[T, F, F, F], [T, T, F, F]]
     assert kept(top_p=0.6) == [[T, F, T, F], [T, T, T, F]]  # the token that crosses stays
     assert kept(top_p=1e-6) == [[T, F, F, F], [T, F, F, F]]
-    # Renormalised after top-k: .4 / .7 = .571 does not reach .58, where .4 + .3 of the full softmax does.
+    # Renormalised after top-k: .4 / .7 = .571 does not reach .58, where .4 + .3 of the full softmax
+    # does.
     assert kept(top_k=2, top_p=0.56) == [[T, F, F, F], [T, T, T, F]]
     assert kept(top_k=2, top_p=0.58) == [[T, F, T, F], [T, T, T, F]]
     np.testing.assert_array_equal(sampling.truncate(logits, 2)[0, [0, 2]], logits[0, [0, 2]])
-    # As token by token, also where the border lies between equals; by one sort, where ranks would take two.
+    # As token by token, also where the border lies between equals; by one sort, where ranks would
+    # take two.
     rough = np.round(np.random.default_rng(3).normal(size=(40, 50)) * 2).astype(np.float32) / 2
     for options in ({"top_p": 0.3}, {"top_p": 0.9}, {"top_k": 7, "top_p": 0.5}):
-        cut = rough if "top_k" not in options else np.where(rough < np.sort(rough)[:, -7:-6], -np.inf, rough)
+        cut = (
+            rough
+            if "top_k" not in options
+            else np.where(rough < np.sort(rough)[:, -7:-6], -np.inf, rough)
+        )
         expected = [truncated_probs(row, top_p=options["top_p"]) > 0 for row in cut]
         np.testing.assert_array_equal(np.isfinite(sampling.truncate(rough, **options)), expected)
     assert str(jax.make_jaxpr(partial(sampling.truncate, top_p=0.5))(rough)).count(" sort[") == 1
@@ -171,7 +206,9 @@ def test_greedy_follows_the_largest_logit():
     out = np.asarray(rollout.tokens)
     for i in range(24):
         for t in range(3, 9):
-            logits = PARAMS["token"][out[i, t - 1]] + PARAMS["position"][PROMPTS[1][i].sum() + t - 4]
+            logits = (
+                PARAMS["token"][out[i, t - 1]] + PARAMS["position"][PROMPTS[1][i].sum() + t - 4]
+            )
             assert out[i, t] == np.argmax(logits)
     # Log-probs of temperature 1, and the key is not used.
     np.testing.assert_allclose(rollout.log_probs, lookup_log_probs(rollout), atol=1e-5)
@@ -183,9 +220,13 @@ def test_greedy_follows_the_largest_logit():
 def test_a_token_is_jax_random_categorical_s_of_its_row_and_slot():
     tokens = run(eos_id=None).tokens
     for slot in range(6):
-        logits = PARAMS["token"][tokens[:, slot + 2]] + PARAMS["position"][PROMPTS[1].sum(1) - 1 + slot]
+        logits = (
+            PARAMS["token"][tokens[:, slot + 2]] + PARAMS["position"][PROMPTS[1].sum(1) - 1 + slot]
+        )
         keys = [jax.random.fold_in(jax.random.fold_in(KEY, row), slot) for row in range(24)]
-        np.testing.assert_array_equal(tokens[:, slot + 3], jax.vmap(jax.random.categorical)(jnp.stack(keys), logits))
+        np.testing.assert_array_equal(
+            tokens[:, slot + 3], jax.vmap(jax.random.categorical)(jnp.stack(keys), logits)
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 2, "top_p": 0.9}], ids=str)
@@ -197,7 +238,11 @@ def test_log_probs_are_of_the_full_softmax_at_the_temperature(options):
     assert np.count_nonzero(expected) > 24
 
 
-# ------------------------------------------------------------------------------------------------------ ends and masks
+#
+#
+#
+# ------------------------------------------------------------------------------------------------------
+# ends and masks
 
 
 def test_end_of_a_response():
@@ -223,7 +268,9 @@ def test_end_of_a_response():
 
 
 def test_each_of_several_eos_ids_ends_a_response():
-    """Up to the first of 1 and 3 a row has the tokens that nothing ends; the pad may be one of several, never all."""
+    """Up to the first of 1 and 3 a row has the tokens that nothing ends; the pad may be one of
+    several, never all.
+    """
     endless = np.asarray(run(eos_id=None).tokens)[:, 3:]
     for ends in ((1, 3), (3, 0), (0, 1, 3)):
         rollout = jax.tree.map(np.asarray, run(eos_id=ends))
@@ -241,7 +288,9 @@ def test_eos_none_never_ends():
 
 
 def test_stops_when_every_row_has_ended():
-    """Position 4 allows EOS only: a row with 3 prompt tokens ends with its third, one with 1 with its fifth token."""
+    """Position 4 allows EOS only: a row with 3 prompt tokens ends with its third, one with 1 with
+    its fifth token.
+    """
     params = lookup_params()
     params["token"] = params["token"].at[:, 1].set(-100.0)
     params["position"] = params["position"].at[4, 1].set(1000.0)
@@ -250,7 +299,9 @@ def test_stops_when_every_row_has_ended():
     def decoded(mask):
         calls = []
         model = lookup_model(calls=calls)
-        rollout = run(tokens, np.asarray(mask, np.int32), model=model, params=params, max_new_tokens=40)
+        rollout = run(
+            tokens, np.asarray(mask, np.int32), model=model, params=params, max_new_tokens=40
+        )
         assert rollout.tokens.shape == (2, 43)
         jax.effects_barrier()
         return sorted(calls), np.asarray(rollout.response_mask).sum(1).tolist()
@@ -264,18 +315,29 @@ def test_stops_when_every_row_has_ended():
 
 
 def test_the_last_half_goes_on_in_a_batch_of_its_own():
-    """Of five rows the three with 3 prompt tokens end with their third, as above; the other two go on without them."""
+    """Of five rows the three with 3 prompt tokens end with their third, as above; the other two go
+    on without them.
+    """
     params, sizes, model = lookup_params(), [], lookup_model()
     params["token"] = params["token"].at[:, 1].set(-100.0)
     params["position"] = params["position"].at[4, 1].set(1000.0)
 
     def decode(params, tokens, positions, key_mask, cache, index):
-        jax.debug.callback(lambda i: sizes.append((int(i), len(tokens), len(cache))), jnp.asarray(index))
+        jax.debug.callback(
+            lambda i: sizes.append((int(i), len(tokens), len(cache))), jnp.asarray(index)
+        )
         return MODEL.decode(params, tokens, positions, key_mask, cache, index)
 
     model.decode = decode
     mask = np.array([[0, 0, 1], [1, 1, 1], [1, 1, 1], [0, 0, 1], [1, 1, 1]], np.int32)
-    rollout = run(np.full((5, 3), 2, np.int32), mask, model=model, params=params, max_new_tokens=40, compact=True)
+    rollout = run(
+        np.full((5, 3), 2, np.int32),
+        mask,
+        model=model,
+        params=params,
+        max_new_tokens=40,
+        compact=True,
+    )
     jax.effects_barrier()
     assert sorted(sizes) == [(0, 5, 5), (2, 5, 5), (3, 5, 5), (4, 5, 5), (5, 2, 2), (6, 2, 2)]
     assert np.asarray(rollout.response_mask).sum(1).tolist() == [5, 3, 3, 5, 3]
@@ -288,7 +350,9 @@ def test_compaction_changes_no_token(rows, devices):
     mask[rows // 2 : rows // 2 + 2] = 0
     used, mesh = np.arange(rows, dtype=np.int32) % 5, devices and data_mesh(devices)
     whole, compacted = (
-        generate(MODEL, PARAMS, tokens, mask, KEY, config=config(compact=compact), mesh=mesh, used=used)
+        generate(
+            MODEL, PARAMS, tokens, mask, KEY, config=config(compact=compact), mesh=mesh, used=used
+        )
         for compact in (False, True)
     )
     assert_same(compacted, whole)
@@ -306,7 +370,8 @@ def test_absent_row():
     assert_same(*(jax.tree.map(lambda x: x[others], each) for each in (rollout, run())))
 
 
-# -------------------------------------------------------------------------------------------- what a row may depend on
+# -------------------------------------------------------------------------------------------- what
+# a row may depend on
 
 
 def test_same_key_same_bits_other_key_other_sample():
@@ -318,7 +383,9 @@ def test_same_key_same_bits_other_key_other_sample():
 def test_positions_and_rows_have_their_own_randomness():
     """A model that forgets everything: equal rows and positions would repeat if they shared a key."""
     params = {"token": jnp.zeros((50, 50)), "position": jnp.zeros((64, 50))}
-    sample = partial(run, np.full((40, 1), 2, np.int32), params=params, max_new_tokens=40, eos_id=None)
+    sample = partial(
+        run, np.full((40, 1), 2, np.int32), params=params, max_new_tokens=40, eos_id=None
+    )
     rollout = sample()
     response = np.asarray(rollout.tokens)[:, 1:]
     assert 0.005 < (response[:, 1:] == response[:, :-1]).mean() < 0.04
@@ -331,16 +398,28 @@ def test_positions_and_rows_have_their_own_randomness():
 def test_a_row_does_not_depend_on_its_neighbours():
     rollout = run()
     np.testing.assert_array_equal(rollout.row_ids, np.arange(24))
-    for chosen, mesh in ([17, 3, 8], None), (np.random.default_rng(0).permutation(24), data_mesh(4)):
-        tokens, mask, row_ids = (x[np.array(chosen)] for x in (*PROMPTS, np.arange(24, dtype=np.int32)))
+    for chosen, mesh in (
+        ([17, 3, 8], None),
+        (np.random.default_rng(0).permutation(24), data_mesh(4)),
+    ):
+        tokens, mask, row_ids = (
+            x[np.array(chosen)] for x in (*PROMPTS, np.arange(24, dtype=np.int32))
+        )
         subset = run(tokens, mask, row_ids=row_ids, mesh=mesh)
         assert_same(subset, jax.tree.map(lambda x, row_ids=row_ids: x[row_ids], rollout))
 
 
 def test_a_row_does_not_depend_on_prompt_padding():
-    wide = run(*(np.pad(x, ((0, 0), (5, 0)), constant_values=fill) for x, fill in zip(PROMPTS, (4, 0), strict=True)))
+    wide = run(
+        *(
+            np.pad(x, ((0, 0), (5, 0)), constant_values=fill)
+            for x, fill in zip(PROMPTS, (4, 0), strict=True)
+        )
+    )
     for field in ("tokens", "attention_mask", "response_mask", "log_probs"):
-        np.testing.assert_array_equal(getattr(wide, field)[:, 5:], getattr(run(), field), err_msg=field)
+        np.testing.assert_array_equal(
+            getattr(wide, field)[:, 5:], getattr(run(), field), err_msg=field
+        )
 
 
 def test_fewer_new_tokens_is_a_prefix():
@@ -356,7 +435,9 @@ def test_devices_do_not_change_the_tokens(devices):
 
 
 def test_each_device_stops_by_itself():
-    """Rows of the second device never end; the first device still decodes only until its own rows have ended."""
+    """Rows of the second device never end; the first device still decodes only until its own rows
+    have ended.
+    """
     params = lookup_params()
     token = np.array(params["token"])
     token[:, [1, 3]] = -100.0
@@ -371,7 +452,9 @@ def test_each_device_stops_by_itself():
 
 
 def test_uncached_equals_a_cached_model():
-    """Logits by the sum of (id + 1) of all tokens that the mask shows: neither pads nor empty slots count."""
+    """Logits by the sum of (id + 1) of all tokens that the mask shows: neither pads nor empty slots
+    count.
+    """
 
     def apply_fn(params, tokens, attention_mask, key):
         assert key is None
@@ -383,7 +466,9 @@ def test_uncached_equals_a_cached_model():
         cache = cache + jnp.sum((tokens + 1) * shown, axis=1)
         return jnp.broadcast_to(params["token"][cache % 5][:, None], (*tokens.shape, 5)), cache
 
-    cached = LookupModel(init_cache=lambda batch, length: jnp.zeros(batch, jnp.int32), decode=decode)
+    cached = LookupModel(
+        init_cache=lambda batch, length: jnp.zeros(batch, jnp.int32), decode=decode
+    )
     model = sampling.uncached(apply_fn)
     assert model == sampling.uncached(apply_fn)  # jit compiles it once
     tokens, mask = prompts()
@@ -392,7 +477,9 @@ def test_uncached_equals_a_cached_model():
     np.testing.assert_array_equal(rollout.tokens, expected.tokens)
     np.testing.assert_allclose(rollout.log_probs, expected.log_probs, atol=1e-6)
     assert np.asarray(rollout.response_mask).sum() > 48
-    np.testing.assert_array_equal(run(tokens, mask, model=model, mesh=data_mesh(4)).tokens, rollout.tokens)
+    np.testing.assert_array_equal(
+        run(tokens, mask, model=model, mesh=data_mesh(4)).tokens, rollout.tokens
+    )
 
 
 def test_one_column_prompt_equals_the_tail_of_a_longer_one():
@@ -402,7 +489,11 @@ def test_one_column_prompt_equals_the_tail_of_a_longer_one():
     np.testing.assert_array_equal(run(tokens).tokens, run(wide, mask).tokens[:, 1:])
 
 
-# ------------------------------------------------------------------------------------------------------------ mistakes
+#
+#
+#
+# ------------------------------------------------------------------------------------------------------------
+# mistakes
 
 
 @pytest.mark.parametrize(
@@ -444,18 +535,26 @@ def test_generate_refuses(changes, error, message):
         run(**changes)
 
 
-# ----------------------------------------------------------------------------------------------------------- best of n
+#
+#
+#
+# -----------------------------------------------------------------------------------------------------------
+# best of n
 
 
 def test_best_of_n_distribution_and_kl():
-    """One token, its reward its rank: P(best <= i) = F(i)^n, and the KL from the policy is below the bound."""
+    """One token, its reward its rank: P(best <= i) = F(i)^n, and the KL from the policy is below
+    the bound.
+    """
     probs = np.array([0.1, 0.4, 0.2, 0.3])
     params = {"token": jnp.broadcast_to(jnp.log(probs), (4, 4)), "position": jnp.zeros((64, 4))}
     rows, n = 4000, 3
     tokens = np.full((rows, 1), 2, np.int32)
     options = {"config": config(max_new_tokens=1, eos_id=None), "n": n}
     rank = lambda rollout: (rollout.tokens[:, -1].astype(jnp.float32), {})  # noqa: E731
-    rollout, scores = best_of_n(MODEL, params, tokens, np.ones_like(tokens), KEY, reward_fn=rank, **options)
+    rollout, scores = best_of_n(
+        MODEL, params, tokens, np.ones_like(tokens), KEY, reward_fn=rank, **options
+    )
     assert scores.shape == (rows, n)
     np.testing.assert_array_equal(rollout.scores, np.asarray(scores).max(1))
     np.testing.assert_array_equal(rollout.tokens[:, 1], np.asarray(scores).max(1))
@@ -507,4 +606,6 @@ def test_best_of_n_kl():
 
 
 def test_max_new_tokens_may_be_positional():
-    assert SamplingConfig(4, eos_id=1, pad_id=0) == SamplingConfig(max_new_tokens=4, eos_id=1, pad_id=0)
+    assert SamplingConfig(4, eos_id=1, pad_id=0) == SamplingConfig(
+        max_new_tokens=4, eos_id=1, pad_id=0
+    )

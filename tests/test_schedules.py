@@ -19,15 +19,23 @@ from rlhf_jax.types import TrainState
         ({"schedule": "constant"}, [0.8] * 6),
         ({"schedule": "linear"}, [0.8, 0.6, 0.4, 0.2, 0.0, 0.0]),
         ({"schedule": "cosine"}, [0.8, 0.4 * (1 + 0.5**0.5), 0.4, 0.4 * (1 - 0.5**0.5), 0.0, 0.0]),
-        ({"schedule": "step", "decay_every": 2, "decay_factor": 0.5}, [0.8, 0.8, 0.4, 0.4, 0.2, 0.2]),
-        ({"schedule": "step", "decay_every": 1, "warmup_steps": 2, "decay_factor": 0.25}, [0, 0.4, 0.8, 0.2, 0.05]),
+        (
+            {"schedule": "step", "decay_every": 2, "decay_factor": 0.5},
+            [0.8, 0.8, 0.4, 0.4, 0.2, 0.2],
+        ),
+        (
+            {"schedule": "step", "decay_every": 1, "warmup_steps": 2, "decay_factor": 0.25},
+            [0, 0.4, 0.8, 0.2, 0.05],
+        ),
         ({"schedule": "linear", "warmup_steps": 2}, [0, 0.4, 0.8, 0.4, 0.0]),
         ({"schedule": "plateau", "warmup_steps": 1}, [0, 0.8, 0.8]),
     ],
 )
 def test_the_rate_of_each_step(settings, rates):
     """Four steps long. Adam's step on a constant gradient is the learning rate itself."""
-    optimizer = make_optimizer(Optimizer(learning_rate=0.8, max_grad_norm=None, eps=0.0, **settings), 4)
+    optimizer = make_optimizer(
+        Optimizer(learning_rate=0.8, max_grad_norm=None, eps=0.0, **settings), 4
+    )
     params = {"w": jnp.float32(0.0)}
     state, taken = optimizer.init(params), []
     for _ in rates:
@@ -38,12 +46,29 @@ def test_the_rate_of_each_step(settings, rates):
 
 def test_matrices_are_decayed_and_nothing_else():
     """On a gradient of 0 AdamW takes away learning_rate * weight_decay of what it decays."""
-    optimizer = make_optimizer(Optimizer(learning_rate=0.5, weight_decay=0.2, max_grad_norm=None), 1)
-    layer = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2, 2)), "lora_a": jnp.ones((2, 2)), "scale": jnp.ones(2)}
-    params = {"h_0": layer, "wte": {"embedding": jnp.ones((2, 2))}, "value": {"kernel": jnp.ones(2)}}
+    optimizer = make_optimizer(
+        Optimizer(learning_rate=0.5, weight_decay=0.2, max_grad_norm=None), 1
+    )
+    layer = {
+        "kernel": jnp.ones((2, 2)),
+        "bias": jnp.ones((2, 2)),
+        "lora_a": jnp.ones((2, 2)),
+        "scale": jnp.ones(2),
+    }
+    params = {
+        "h_0": layer,
+        "wte": {"embedding": jnp.ones((2, 2))},
+        "value": {"kernel": jnp.ones(2)},
+    }
     params |= {"score": {"kernel": jnp.ones(2), "gain": jnp.ones(()), "shift": jnp.ones(())}}
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    decayed = {jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if leaf.any()}
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
+    decayed = {
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+        if leaf.any()
+    }
     assert decayed == {"['h_0']['kernel']", "['h_0']['lora_a']", "['wte']['embedding']"}
     np.testing.assert_allclose(updates["h_0"]["kernel"], -0.1, rtol=1e-6)
 
@@ -63,23 +88,30 @@ def test_times_exhausted(values, patience, times):
 
 
 def test_a_lowered_state_takes_smaller_steps():
-    settings = Optimizer(learning_rate=1.0, eps=0.0, max_grad_norm=None, schedule="plateau", decay_patience=1)
+    settings = Optimizer(
+        learning_rate=1.0, eps=0.0, max_grad_norm=None, schedule="plateau", decay_patience=1
+    )
     judge, optimizer = Judge("max:validation/score", None, settings), make_optimizer(settings, 4)
     assert judge.used
     state = LoopState.create(TrainState.create({"w": jnp.zeros(())}, optimizer), 0.1)
     lowered = judge.lowered(state, [{"validation/score": score} for score in (1.0, 2.0, 2.0, 1.5)])
     assert jax.tree.structure(lowered) == jax.tree.structure(state)
     assert float(judge.metrics(lowered)["plateau_scale"]) == pytest.approx(0.01)
-    updates, _ = optimizer.update({"w": jnp.float32(3.0)}, lowered.train.opt_state, lowered.train.params)
+    updates, _ = optimizer.update(
+        {"w": jnp.float32(3.0)}, lowered.train.opt_state, lowered.train.params
+    )
     assert float(updates["w"]) == pytest.approx(-0.01, rel=1e-4)
 
 
-# --- The length of a run --------------------------------------------------------------------------------------------
+# --- The length of a run
+# --------------------------------------------------------------------------------------------
 
 
 def test_length_in_episodes(capsys):
     odd = RLStage(num_episodes=129, batch_size=64)
-    assert [s.length for s in (RLStage(num_iterations=7), RLStage(num_episodes=128, batch_size=64), odd)] == [7, 2, 3]
+    assert [
+        s.length for s in (RLStage(num_iterations=7), RLStage(num_episodes=128, batch_size=64), odd)
+    ] == [7, 2, 3]
     rl._sizes("ppo", odd, ppo.Config(), 1)
     said = "rl.num_episodes 129: 3 iterations with 192 episodes, whatever rl.num_iterations is\n"
     assert capsys.readouterr().out == said

@@ -12,8 +12,8 @@ LETTERS = characters("abcde? ")
 
 
 def test_held_out_pairs_weigh_what_their_ranking_gives_them():
-    """A ranking of three, of which one pair is right, and a pair: validation counts both as one each. Top-1 asks if the
-    ranking's first answer is above the two others."""
+    """A ranking of three, of which one pair is right, and a pair: validation counts both as one
+    each. Top-1 asks if the ranking's first answer is above the two others."""
     rows = [
         Row("a?", ("b", "cc"), "one", weight=1 / 3),
         Row("a?", ("b", "d"), "one", weight=1 / 3),
@@ -23,7 +23,10 @@ def test_held_out_pairs_weigh_what_their_ranking_gives_them():
     encoded = encoding.encode_texts(rows, LETTERS)
     scores = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
     every = report(encoded, np.arange(4), scores)
-    assert (every["accuracy"], every["pairwise_accuracy"]) == ((0 + 1) / 2, pytest.approx((1 / 3 + 1) / 2))
+    assert (every["accuracy"], every["pairwise_accuracy"]) == (
+        (0 + 1) / 2,
+        pytest.approx((1 / 3 + 1) / 2),
+    )
     assert every["margin"] == pytest.approx((-1 / 3 + 1) / 2)
     lengths = every["length_accuracy"], every["pairwise_length_accuracy"]
     assert lengths == (0, pytest.approx((0 + 0.5 / 3 + 1 / 3) / 2))
@@ -35,16 +38,32 @@ def test_held_out_pairs_weigh_what_their_ranking_gives_them():
 def test_a_best_one_of_several_is_reported_as_top_1_and_by_its_pairs():
     rows = [Row("a?", ("b", "c", "d", "e"), "1", best=1), Row("a?", ("b", "c"), "2")]
     encoded = encoding.encode_texts(rows, LETTERS)
-    scores = np.array([[1.0, 2.0, 3.0, 0.0], [1.0, 0.0, 9.0, 9.0]])  # the pair has no third and fourth answer
+    scores = np.array(
+        [[1.0, 2.0, 3.0, 0.0], [1.0, 0.0, 9.0, 9.0]]
+    )  # the pair has no third and fourth answer
     found = report(encoded, np.arange(2), scores)
-    assert (found["accuracy"], found["pairwise_accuracy"]) == ((0 + 1) / 2, pytest.approx((2 / 3 + 1) / 2))
+    assert (found["accuracy"], found["pairwise_accuracy"]) == (
+        (0 + 1) / 2,
+        pytest.approx((2 / 3 + 1) / 2),
+    )
 
 
 def test_samples_are_texts_without_special_tokens():
-    rows = [Row("a?", ("b", "c d"), "f, line 1", weight=0.25), Row("b?", ("c", "de", "b"), "f, line 2", best=1)]
+    rows = [
+        Row("a?", ("b", "c d"), "f, line 1", weight=0.25),
+        Row("b?", ("c", "de", "b"), "f, line 2", best=1),
+    ]
     encoded = encoding.encode_texts(rows, LETTERS, template="a {prompt}")
     numbers, scores = np.array([1, 0]), np.array([[0.5, 1.0, 2.0], [0.25, -1.0, 7.0]])
-    names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "length_chosen", "length_rejected")
+    names = (
+        "prompt",
+        "chosen",
+        "rejected",
+        "score_chosen",
+        "score_rejected",
+        "length_chosen",
+        "length_rejected",
+    )
     names += ("source", "weight")
     found = samples(encoded, numbers, scores, LETTERS)
     assert [tuple(row) for row in found] == [names, names]
@@ -60,11 +79,17 @@ def test_samples_are_spread_over_the_held_out_rows():
     for num_rows in (257, 300, 511, 1000):
         found = evenly(num_rows, 256)
         assert (found[0], found[-1], len(found)) == (0, num_rows - 1, 256)
-        assert set(np.diff(found)) <= {(num_rows - 1) // 255, (num_rows - 1) // 255 + 1}  # no row twice
+        assert set(np.diff(found)) <= {
+            (num_rows - 1) // 255,
+            (num_rows - 1) // 255 + 1,
+        }  # no row twice
 
 
 def test_samples_with_targets_hold_every_answer():
-    rows = [Row("a?", ("b", "c d"), "1", targets=(1.0, 0.0)), Row("b?", ("c",), "2", targets=(0.5,))]
+    rows = [
+        Row("a?", ("b", "c d"), "1", targets=(1.0, 0.0)),
+        Row("b?", ("c",), "2", targets=(0.5,)),
+    ]
     encoded = encoding.encode_texts(rows, LETTERS)
     found = samples(encoded, np.array([1, 0]), np.array([[3.0, 9.0], [1.0, 2.0]]), LETTERS)
     first, second = {"source": "1", "weight": 1.0}, {"source": "2", "weight": 1.0}

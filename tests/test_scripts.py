@@ -22,13 +22,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TINY = ("--config", ROOT / "configs" / "tiny.yaml")
 slow, soak = pytest.mark.slow, pytest.mark.soak
-without_gpu = pytest.mark.skipif(has_file("/dev/nvidia[0-9]*"), reason="this machine has an NVIDIA GPU")
+without_gpu = pytest.mark.skipif(
+    has_file("/dev/nvidia[0-9]*"), reason="this machine has an NVIDIA GPU"
+)
 
 
 def start(script, *flags, **environment):
     env = dict(os.environ, JAX_PLATFORMS="cpu") | environment
     command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT
+    )
 
 
 def run(script, *flags, check=True, **environment):
@@ -45,7 +49,12 @@ def rows(folder, name="metrics.jsonl"):
 @slow
 @pytest.mark.parametrize(
     ("script", "steps"),
-    [("sft", 30), pytest.param("reward_model", 43, marks=soak), pytest.param("dpo", 43, marks=soak), ("ppo", 10)],
+    [
+        ("sft", 30),
+        pytest.param("reward_model", 43, marks=soak),
+        pytest.param("dpo", 43, marks=soak),
+        ("ppo", 10),
+    ],
 )
 def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
     folder = tmp_path / "run"
@@ -53,14 +62,21 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
     said = done.stdout
     assert said.splitlines()[0] == "cpu: 1 x cpu, float32"
     assert said.count("compiling") == 1
-    compiled = collections.Counter(re.findall(r"Finished XLA compilation of jit\((\w+)\)", done.stderr))
-    if script == "ppo":  # a validation samples by the program of a step, and scores by one of its own
+    compiled = collections.Counter(
+        re.findall(r"Finished XLA compilation of jit\((\w+)\)", done.stderr)
+    )
+    if (
+        script == "ppo"
+    ):  # a validation samples by the program of a step, and scores by one of its own
         phases = {"respond": 1, "rescored": 1, "reward": 2, "update_in_place": 1, "init": 1}
         assert {name: compiled[name] for name in phases} == phases
     assert sum(compiled.values()) <= 48
     metrics = rows(folder)
     assert [row["step"] for row in metrics] == list(range(steps + 1))
-    files = "config.yaml manifest.json metrics.jsonl timing.jsonl samples.jsonl checkpoints model report.html"
+    files = (
+        "config.yaml manifest.json metrics.jsonl timing.jsonl samples.jsonl checkpoints model "
+        "report.html"
+    )
     assert {entry.name for entry in folder.iterdir()} >= set(files.split())
     assert (folder / "model" / "tokenizer.json").is_file()
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
@@ -75,7 +91,9 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
         assert last["validation/accuracy"] > 0.55
     if script == "ppo":
         assert {row["step"] for row in rows(folder, "samples.jsonl")} == {0, 5, 10}
-        assert last["objective/kl"] != 0.0  # an estimate from samples: its sign means nothing after 10 steps
+        assert (
+            last["objective/kl"] != 0.0
+        )  # an estimate from samples: its sign means nothing after 10 steps
         assert (metrics[1]["objective/kl"], metrics[1]["kl/coef"]) == (0.0, pytest.approx(0.05))
         assert last["policy/sampler_gap"] < 1e-4
         assert all(row["objective/score"] > 0 and row["grad_norm"] > 0 for row in metrics[1:])
@@ -84,14 +102,22 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
 @slow
 def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path):
     folder = tmp_path / "run"
-    demo.write(tmp_path / "data", sizes={"sft_data.json": 256, "preference_data.json": 256, "prompts.json": 96})
+    demo.write(
+        tmp_path / "data",
+        sizes={"sft_data.json": 256, "preference_data.json": 256, "prompts.json": 96},
+    )
     given = (*TINY, "--data", tmp_path / "data", "--output-dir", folder, "--rl.num-iterations", 3)
     run("pipeline", *given)
-    manifests = {name: json.loads((folder / name / "manifest.json").read_text()) for name in ("reward_model", "ppo")}
+    manifests = {
+        name: json.loads((folder / name / "manifest.json").read_text())
+        for name in ("reward_model", "ppo")
+    }
     assert not cli.run(["report", str(folder)])
     assert (folder / "stages.html").is_file()
     assert "model" in manifests["reward_model"]["data"]
-    assert {"model", f"reward {folder / 'reward_model' / 'model'}"} <= manifests["ppo"]["data"].keys()
+    assert {"model", f"reward {folder / 'reward_model' / 'model'}"} <= manifests["ppo"][
+        "data"
+    ].keys()
     done = run("pipeline", *given, check=False)
     assert (done.returncode, "--resume" in done.stderr) == (2, True)
     before = (folder / "ppo" / "model" / "model.safetensors").read_bytes()
@@ -107,8 +133,14 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
         pytest.param(["--reward", "count:the cat"], "tokens", marks=slow),
         pytest.param(["--rl.max-new-tokens", "200"], "max_new_tokens", marks=slow),
         pytest.param(["--model", "no/such/folder"], "no/such/folder", marks=slow),
-        pytest.param(["--device", "tpu"], "--device tpu: JAX finds no such device here", marks=slow),
-        pytest.param(["--device", "gpu"], "--device gpu: JAX finds no such device here", marks=[slow, without_gpu]),
+        pytest.param(
+            ["--device", "tpu"], "--device tpu: JAX finds no such device here", marks=slow
+        ),
+        pytest.param(
+            ["--device", "gpu"],
+            "--device gpu: JAX finds no such device here",
+            marks=[slow, without_gpu],
+        ),
     ],
 )
 def test_a_users_mistake_is_a_sentence_and_exit_code_2(flags, message, tmp_path):
@@ -119,7 +151,9 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(flags, message, tmp_path)
 
 
 @slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=soak)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=soak)]
+)
 def test_a_signal_stops_with_its_code_and_the_command_that_resumes(number, code, tmp_path):
     longer = (*TINY, "--rl.num-iterations", "60", "--checkpoint-interval", "1000")
     folder = tmp_path / "run"

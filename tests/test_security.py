@@ -1,4 +1,6 @@
-"""What no run may write and the package may not call: what SECURITY.md says of secrets and of data that is run."""
+"""What no run may write and the package may not call: what SECURITY.md says of secrets and of data
+that is run.
+"""
 
 import ast
 import json
@@ -12,14 +14,17 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.training import stage
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_jax"
-# Read as a whole, the environment's secrets could reach a file. Pickles, eval and yaml.load run what they read.
+# Read as a whole, the environment's secrets could reach a file. Pickles, eval and yaml.load run
+# what they read.
 KNOWN = "JAX_COMPILATION_CACHE_DIR|XDG_CACHE_HOME|JAX_PLATFORMS|TRANSFORMERS_NO_ADVISORY_WARNINGS|WANDB_PROJECT"
 KNOWN += "|WANDB_NAME|WANDB_INIT_TIMEOUT|WANDB_FINISH_TIMEOUT|WANDB_X_GRAPHQL_RETRY_MAX|XLA_FLAGS"
 KNOWN += "|RLHF_JAX_KEEP_MEMORY|GLIBC_TUNABLES"
 BANNED = {
     "the environment": rf"^(?!.*'({KNOWN})').*os\.(environ|getenv)|import (environ|getenv)",
-    "what runs data": r"(?<![\w.])(eval|exec|compile|__import__)\(|\b(yaml\.(unsafe_)?load|np\.load|numpy\.load)\(",
-    "remote code": r"trust_remote_code(?!=False)|AutoTokenizer\.from_pretrained\((?!.*trust_remote_code)",
+    "what runs "
+    "data": r"(?<![\w.])(eval|exec|compile|__import__)\(|\b(yaml\.(unsafe_)?load|np\.load|numpy\.load)\(",
+    "remote "
+    "code": r"trust_remote_code(?!=False)|AutoTokenizer\.from_pretrained\((?!.*trust_remote_code)",
     "modules": r"^\s*(import|from) (pickle|marshal|shelve|dill|joblib|requests|socket|urllib)\b",
 }
 
@@ -31,7 +36,10 @@ def test_secrets_of_the_environment_reach_no_file_and_no_line(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["experiments/sft.py", "--data", "demo"])
     config = RunConfig(output_dir=str(tmp_path / "run"))
     with stage.open_stage(config, "sft", {"data.json": "0"}) as opened:
-        assert json.loads(opened.run.manifest.read_text("utf-8"))["command"] == "python experiments/sft.py --data demo"
+        assert (
+            json.loads(opened.run.manifest.read_text("utf-8"))["command"]
+            == "python experiments/sft.py --data demo"
+        )
     written = [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert len(written) >= 2
     assert not any(secret.encode() in content for content in written)

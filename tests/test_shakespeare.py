@@ -1,4 +1,6 @@
-"""The Shakespeare job: its data by hand, its refusals, and the whole of it on generated text and on the real one."""
+"""The Shakespeare job: its data by hand, its refusals, and the whole of it on generated text and on
+the real one.
+"""
 
 import functools
 import http.server
@@ -71,7 +73,9 @@ def test_a_fetched_file_has_the_hash_that_was_asked_for(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        with pytest.raises(UserError, match=rf"{sha256} was fetched, {'0' * 64} is expected; .* --data PATH"):
+        with pytest.raises(
+            UserError, match=rf"{sha256} was fetched, {'0' * 64} is expected; .* --data PATH"
+        ):
             shakespeare.fetch(f"{url}/source.txt", "0" * 64, path)
         with pytest.raises(UserError, match=r"could not be fetched \(.*404.*give --data PATH"):
             shakespeare.fetch(f"{url}/missing.txt", sha256, path)
@@ -81,7 +85,9 @@ def test_a_fetched_file_has_the_hash_that_was_asked_for(tmp_path):
     assert path.read_bytes() == b"hear, hear"
     shakespeare.fetch(url, sha256, path)  # it is there: nothing is fetched
     path.unlink()
-    with pytest.raises(UserError, match=r"could not be fetched \(.*refused.*download the file and give --data PATH"):
+    with pytest.raises(
+        UserError, match=r"could not be fetched \(.*refused.*download the file and give --data PATH"
+    ):
         shakespeare.fetch(url, sha256, path)
 
 
@@ -120,7 +126,16 @@ def test_refusals(given, message, tmp_path):
 STARTERS = ("hat", "be", "the", "eat", "ah", "bat")
 SMALL = (
     *("--network.hidden-size", 32, "--network.num-layers", 1, "--network.max-length", 16),
-    *("--shakespeare.chunk-sizes", 4, 8, "--shakespeare.overlaps", 0, 2, "--shakespeare.starters", *STARTERS),
+    *(
+        "--shakespeare.chunk-sizes",
+        4,
+        8,
+        "--shakespeare.overlaps",
+        0,
+        2,
+        "--shakespeare.starters",
+        *STARTERS,
+    ),
     *("--shakespeare.network.num-layers", 1, "--shakespeare.network.max-length", 9),
     *("--rl.batch-size", 36, "--rl.max-new-tokens", 6, "--text.bucket-multiple", 16),
 )
@@ -140,7 +155,10 @@ def test_a_generated_text_is_answered_with_h_alone(tmp_path):
     assert summary["vpg_exact"]["first"] < 4
     assert summary["vpg_exact"]["last"] > 6
     assert summary["vpg_learned"]["exact"]["last"] > 4.5
-    assert summary["reward_model"]["mean_squared_error"]["last"] < summary["reward_model"]["target_variance"] / 4
+    assert (
+        summary["reward_model"]["mean_squared_error"]["last"]
+        < summary["reward_model"]["target_variance"] / 4
+    )
     done = run("shakespeare", *given, "--resume")
     assert done.stdout.count("finished already") == 4
     assert json.loads((folder / "summary.json").read_text("utf-8")) == summary
@@ -158,4 +176,6 @@ def test_the_real_text(seed, tmp_path):
     assert summary["vpg_exact"]["first"] < 3
     assert summary["vpg_exact"]["last"] > 20
     assert summary["reward_model"]["mean_squared_error"]["last"] < 1
-    assert summary["vpg_learned"]["learned"]["last"] > summary["vpg_learned"]["learned"]["first"] + 3
+    assert (
+        summary["vpg_learned"]["learned"]["last"] > summary["vpg_learned"]["learned"]["first"] + 3
+    )

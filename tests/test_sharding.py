@@ -35,7 +35,10 @@ def test_make_mesh():
 )
 def test_a_mesh_that_does_not_fit_the_devices(sizes, shape):
     with pytest.raises(
-        UserError, match=f"^mesh: {shape} does not fit 4 devices; take sizes whose product divides that number$"
+        UserError,
+        match=(
+            f"^mesh: {shape} does not fit 4 devices; take sizes whose product divides that number$"
+        ),
     ):
         sharding.make_mesh(*sizes)
 
@@ -58,22 +61,34 @@ def test_rows_follow_their_devices_wherever_they_stand_in_the_mesh(processes, mo
     batch = {"x": np.arange(8), "key": jax.random.split(jax.random.key(0), 8)}
     spread = sharding.shard_rows(mesh, batch)
     np.testing.assert_array_equal(spread["x"], batch["x"])
-    assert [(shard.device.id, shard.data.tolist()) for shard in spread["x"].addressable_shards][1] == (2, [2, 3])
+    assert [(shard.device.id, shard.data.tolist()) for shard in spread["x"].addressable_shards][
+        1
+    ] == (2, [2, 3])
     assert (spread["key"] == batch["key"]).all()
 
 
 @pytest.mark.parametrize(("num_rows", "nearest"), [(10, "8 or 12"), (3, "4$")])
 def test_rows_that_do_not_divide(num_rows, nearest):
-    with pytest.raises(UserError, match=f"{num_rows} rows does not divide over 4 devices: .* size of {nearest}"):
+    with pytest.raises(
+        UserError, match=f"{num_rows} rows does not divide over 4 devices: .* size of {nearest}"
+    ):
         sharding.shard_rows(sharding.make_mesh(4), jnp.ones((num_rows, 2)))
 
 
-PARAMS = {"h_0": {"attn": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}, "wte": {"embedding": jnp.ones((6, 4))}}
+PARAMS = {
+    "h_0": {"attn": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}},
+    "wte": {"embedding": jnp.ones((6, 4))},
+}
 
 
 def test_by_path_takes_the_first_rule_that_matches():
     mesh = sharding.make_mesh(4)
-    rules = [("attn/kernel", P(None, "data")), ("kernel$", P("data")), ("bias$", P()), ("^wte/", P(None, "data"))]
+    rules = [
+        ("attn/kernel", P(None, "data")),
+        ("kernel$", P("data")),
+        ("bias$", P()),
+        ("^wte/", P(None, "data")),
+    ]
     shardings = sharding.by_path(PARAMS, rules, mesh)
     assert shardings["h_0"]["attn"]["kernel"].spec == P(None, "data")
     assert shardings["h_0"]["attn"]["bias"].spec == P()
@@ -85,14 +100,18 @@ def test_by_path_takes_the_first_rule_that_matches():
 
 
 def test_a_tuple_speaks_of_the_last_axes_and_cuts_what_divides():
-    """Of Adam's moments, stacked layers and members as of the parameters; 6 rows do not divide by 4 devices."""
+    """Of Adam's moments, stacked layers and members as of the parameters; 6 rows do not divide by 4
+    devices.
+    """
     rules = [("kernel$", ("data", "fsdp")), ("embedding$", ("data", None)), ("", ())]
     stacked = {"mu": jax.tree.map(lambda leaf: leaf[None], PARAMS), "count": jnp.zeros(())}
     shardings = sharding.by_path(stacked, rules, sharding.make_mesh(4))
     assert shardings["mu"]["h_0"]["attn"]["kernel"].spec == P(None, "data", "fsdp")
     assert shardings["mu"]["wte"]["embedding"].spec == P(None, None, None)
     assert shardings["count"].is_fully_replicated
-    shardings = sharding.by_path(stacked, [("embedding$", ("data", "fsdp")), ("", ())], sharding.make_mesh(4))
+    shardings = sharding.by_path(
+        stacked, [("embedding$", ("data", "fsdp")), ("", ())], sharding.make_mesh(4)
+    )
     assert shardings["mu"]["wte"]["embedding"].spec == P(None, None, ("fsdp", "data"))
 
 
@@ -128,11 +147,15 @@ SPECS = [
 def test_the_rules_of_the_families(config, path, spec):
     def state(key):
         params = models.build(config).init(key)
-        return models.add_head(key, models.lora.attach(params, models.lora.init(key, params, 2)), "value")
+        return models.add_head(
+            key, models.lora.attach(params, models.lora.init(key, params, 2)), "value"
+        )
 
     mesh, shapes = sharding.make_mesh(1, 2, 2), jax.eval_shape(state, jax.random.key(0))
     found = flatten_dict(sharding.by_path(shapes, models.SHARDING, mesh), sep="/")[path]
-    assert found.is_equivalent_to(NamedSharding(mesh, spec), flatten_dict(shapes, sep="/")[path].ndim)
+    assert found.is_equivalent_to(
+        NamedSharding(mesh, spec), flatten_dict(shapes, sep="/")[path].ndim
+    )
 
 
 def test_cut_where_there_is_a_mesh_that_divides():
@@ -147,7 +170,9 @@ def test_cut_where_there_is_a_mesh_that_divides():
         assert cut(x, "fsdp") == P("fsdp")
         assert cut(x[:3], "fsdp") == cut(x, "expert") == P()
         rows = P(("data", "fsdp"))
-        mapped = jax.shard_map(lambda x: sharding.cut(x, "data"), mesh=mesh, in_specs=rows, out_specs=rows)
+        mapped = jax.shard_map(
+            lambda x: sharding.cut(x, "data"), mesh=mesh, in_specs=rows, out_specs=rows
+        )
         np.testing.assert_array_equal(jax.jit(mapped)(x), x)
 
 
@@ -155,7 +180,10 @@ def test_cut_where_there_is_a_mesh_that_divides():
     ("rules", "message"),
     [
         ([("kernel|embedding", P())], "no sharding rule matches parameter h_0/attn/bias"),
-        ([("embedding", P("data")), (".*", P())], "parameter wte/embedding of shape"),  # 6 rows over 4 devices
+        (
+            [("embedding", P("data")), (".*", P())],
+            "parameter wte/embedding of shape",
+        ),  # 6 rows over 4 devices
         ([("bias", P(None, "data")), (".*", P())], "parameter h_0/attn/bias of shape"),
     ],
 )

@@ -1,4 +1,6 @@
-"""gradient_step and minibatch_epochs: steps by hand, the finite guard, microbatches, which rows meet in a minibatch."""
+"""gradient_step and minibatch_epochs: steps by hand, the finite guard, microbatches, which rows
+meet in a minibatch.
+"""
 
 import contextlib
 import dataclasses
@@ -24,11 +26,20 @@ def half_square(params):
 
 
 def test_gradient_step_by_hand():
-    optimizer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))  # the optimizer sees the parameters
-    state, metrics = gradient_step(half_square, TrainState.create({"w": jnp.array(1.0)}, optimizer), optimizer)
+    optimizer = optax.chain(
+        optax.add_decayed_weights(0.5), optax.sgd(0.1)
+    )  # the optimizer sees the parameters
+    state, metrics = gradient_step(
+        half_square, TrainState.create({"w": jnp.array(1.0)}, optimizer), optimizer
+    )
     np.testing.assert_allclose(state.params["w"], 1.15, rtol=1e-6)
     assert state.step == 1
-    assert {k: float(v) for k, v in metrics.items()} == {"loss": 2.0, "w": 1.0, "grad_norm": 2.0, "nonfinite": 0.0}
+    assert {k: float(v) for k, v in metrics.items()} == {
+        "loss": 2.0,
+        "w": 1.0,
+        "grad_norm": 2.0,
+        "nonfinite": 0.0,
+    }
 
 
 def test_the_state_is_kept_where_a_gradient_is_not_finite():
@@ -56,10 +67,14 @@ def test_microbatches_add_up_to_the_batch():
     state = TrainState.create({"w": jnp.array([0.5])}, SGD)
 
     def run(**options):
-        return jax.jit(lambda state, batch: gradient_step(squares, state, SGD, batch=batch, **options))(state, batch)
+        return jax.jit(
+            lambda state, batch: gradient_step(squares, state, SGD, batch=batch, **options)
+        )(state, batch)
 
     whole, metrics = run()
-    np.testing.assert_allclose(metrics["half"], 0.5 * np.mean((0.5 * batch["x"] - 1.0) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["half"], 0.5 * np.mean((0.5 * batch["x"] - 1.0) ** 2), rtol=1e-6
+    )
     for num_microbatches in (2, 3, 12):
         assert_close(run(num_microbatches=num_microbatches), (whole, metrics))
 
@@ -69,7 +84,9 @@ def test_microbatches_of_low_precision_are_summed_in_float32():
         return Mean(params["w"] * jnp.sum(part), jnp.float32(1 / 300)), {}
 
     state = TrainState.create({"w": jnp.zeros((), jnp.bfloat16)}, SGD)
-    step = jax.jit(lambda state, batch: gradient_step(loss_fn, state, SGD, batch=batch, num_microbatches=300))
+    step = jax.jit(
+        lambda state, batch: gradient_step(loss_fn, state, SGD, batch=batch, num_microbatches=300)
+    )
     state, metrics = step(state, jnp.ones(300, jnp.bfloat16))
     assert state.params["w"] == -300.0  # in bfloat16, 256 + 1 = 256
     assert state.params["w"].dtype == jnp.bfloat16
@@ -81,12 +98,18 @@ def test_row_i_is_in_microbatch_i_modulo_their_number():
         return Mean(params["w"] * jnp.square(part.sum()), jnp.float32(part.size)), {}
 
     state = TrainState.create({"w": jnp.ones(())}, SGD)
-    _, metrics = gradient_step(squared_sum, state, SGD, batch=jnp.array([1.0, 2, 3, 4]), num_microbatches=2)
-    assert metrics["loss"] == ((1 + 3) ** 2 + (2 + 4) ** 2) / 4  # of rows 0, 1 and 2, 3 it would be 58 / 4
+    _, metrics = gradient_step(
+        squared_sum, state, SGD, batch=jnp.array([1.0, 2, 3, 4]), num_microbatches=2
+    )
+    assert (
+        metrics["loss"] == ((1 + 3) ** 2 + (2 + 4) ** 2) / 4
+    )  # of rows 0, 1 and 2, 3 it would be 58 / 4
 
 
 def long_rollout(slots=128, prompt_length=3):
-    """16 rows of 3 + 128 slots; the quarters of rows by length have at most 32, 64, 96 and 128 response tokens."""
+    """16 rows of 3 + 128 slots; the quarters of rows by length have at most 32, 64, 96 and 128
+    response tokens.
+    """
     lengths = np.random.default_rng(0).permutation(8 * np.arange(1, 17))[:, None]
     column = np.arange(3 + slots)[None]
     mask = jnp.asarray((column >= 3) & (column < 3 + lengths), jnp.int32)
@@ -96,8 +119,12 @@ def long_rollout(slots=128, prompt_length=3):
 
 def cubes(params, part):
     """A loss of response tokens that differ, and the columns that are computed."""
-    rows = jnp.sum(jnp.where(part.response_mask != 0, (params["w"] * part.log_probs - 1.0) ** 3, 0.0), axis=1)
-    return Mean(jnp.sum(rows * part.row_ids), jnp.sum(part.response_mask)), {"columns": Mean.of(part.tokens.shape[1])}
+    rows = jnp.sum(
+        jnp.where(part.response_mask != 0, (params["w"] * part.log_probs - 1.0) ** 3, 0.0), axis=1
+    )
+    return Mean(jnp.sum(rows * part.row_ids), jnp.sum(part.response_mask)), {
+        "columns": Mean.of(part.tokens.shape[1])
+    }
 
 
 @pytest.mark.parametrize(
@@ -123,13 +150,20 @@ def test_microbatches_of_rollouts_are_as_wide_as_their_longest_response(rollout,
 
 
 def test_rows_of_like_length_stay_on_their_device():
-    state, rows = TrainState.create({"w": jnp.array(0.5)}, SGD), sharding.rows(sharding.make_mesh(4))
+    state, rows = (
+        TrainState.create({"w": jnp.array(0.5)}, SGD),
+        sharding.rows(sharding.make_mesh(4)),
+    )
 
     def update(state, batch, key, **options):
-        state, metrics = gradient_step(cubes, state, SGD, batch=batch, num_microbatches=4, **options)
+        state, metrics = gradient_step(
+            cubes, state, SGD, batch=batch, num_microbatches=4, **options
+        )
         return state, metrics["columns"]
 
-    (one, _), *others = every_way(update, state, long_rollout(), jax.random.key(0), minibatch_sharding=rows)
+    (one, _), *others = every_way(
+        update, state, long_rollout(), jax.random.key(0), minibatch_sharding=rows
+    )
     for found, columns in others:
         assert_close(found, one)
         assert 35 < columns < 131
@@ -142,7 +176,11 @@ def test_rows_of_like_length_stay_on_their_device():
 def test_a_language_model_learns_the_same_from_rows_of_like_length(family, mesh, monkeypatch):
     """On 2 x 2 devices its weights are cut over fsdp."""
     sizes = {"vocab_size": 7, "max_length": 24, "hidden_size": 8, "num_layers": 1, "num_heads": 2}
-    config = models.GPT2Config(**sizes) if family == "GPT-2" else models.LlamaConfig(**sizes, intermediate_size=8)
+    config = (
+        models.GPT2Config(**sizes)
+        if family == "GPT-2"
+        else models.LlamaConfig(**sizes, intermediate_size=8)
+    )
     model = models.build(dataclasses.replace(config, initializer_range=0.5))
     params, rng = model.init(jax.random.key(0)), np.random.default_rng(0)
     column, lengths = np.arange(19), rng.permutation(16)[:, None] + 1
@@ -158,7 +196,9 @@ def test_a_language_model_learns_the_same_from_rows_of_like_length(family, mesh,
         return policy_fn(params, tokens, *inputs)
 
     def updated(parts, state, batch, **options):
-        settings = rloo.Config(group_size=2, num_microbatches=parts, aggregate="token", kl_loss_coef=0.1)
+        settings = rloo.Config(
+            group_size=2, num_microbatches=parts, aggregate="token", kl_loss_coef=0.1
+        )
         update = partial(rloo.update, policy_fn=seen, optimizer=SGD, config=settings, **options)
         return jax.jit(update)(state, batch, jax.random.key(1))
 
@@ -169,21 +209,36 @@ def test_a_language_model_learns_the_same_from_rows_of_like_length(family, mesh,
     if mesh is not None:
         over = sharding.make_mesh(*mesh)
         context = jax.set_mesh(over)  # as in a run
-        state = TrainState.create(jax.device_put(params, sharding.by_path(params, models.SHARDING, over)), SGD)
-        batch, options = sharding.shard_rows(over, batch), {"minibatch_sharding": sharding.rows(over)}
+        state = TrainState.create(
+            jax.device_put(params, sharding.by_path(params, models.SHARDING, over)), SGD
+        )
+        batch, options = (
+            sharding.shard_rows(over, batch),
+            {"minibatch_sharding": sharding.rows(over)},
+        )
     with context:
         found, own = updated(4, state, batch, **options)
     assert set(widths) == {7, 11, 19}
     assert_close(found.params, expected.params, atol=1e-6)
-    assert max(np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (found.params, params)), strict=True)) > 0.1
+    assert (
+        max(
+            np.abs(x - y).max()
+            for x, y in zip(*map(jax.tree.leaves, (found.params, params)), strict=True)
+        )
+        > 0.1
+    )
     for name, value in metrics.items():
         np.testing.assert_allclose(own[name], value, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("learning_rate", "expected"), [(0.0, [1.0, 1.0, 0.5, 0.5]), (0.5, [1.0] * 4)])
+@pytest.mark.parametrize(
+    ("learning_rate", "expected"), [(0.0, [1.0, 1.0, 0.5, 0.5]), (0.5, [1.0] * 4)]
+)
 def test_the_optimizer_gets_the_loss(learning_rate, expected):
     """optax's extra-args protocol: the plateau halves the step after two losses that did not fall."""
-    optimizer = optax.chain(optax.sgd(learning_rate), optax.contrib.reduce_on_plateau(factor=0.5, patience=2))
+    optimizer = optax.chain(
+        optax.sgd(learning_rate), optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
+    )
     state = TrainState.create({"w": jnp.array(1.0)}, optimizer)
     step = jax.jit(lambda state: gradient_step(half_square, state, optimizer))
     scales = []
@@ -209,7 +264,9 @@ def test_means_by_hand():
 
 
 def test_keys_of_microbatches_and_devices_differ():
-    """Microbatch m on device d draws with fold_in(fold_in(key, m), d); without devices with fold_in(key, m)."""
+    """Microbatch m on device d draws with fold_in(fold_in(key, m), d); without devices with
+    fold_in(key, m).
+    """
     key, state = jax.random.key(1), TrainState.create({"w": jnp.array(1.0)}, SGD)
 
     def drawn(params, part, key):
@@ -238,22 +295,34 @@ def two_terms(state, batch, key=None, num_microbatches=1, axis_name=None):
         tokens = losses.aggregate(jnp.square(params["w"] * batch["x"]), batch["mask"])
         return (tokens, 0.1 * rows), {"rows": rows}
 
-    return gradient_step(loss_fn, state, SGD, batch=batch, num_microbatches=num_microbatches, axis_name=axis_name)
+    return gradient_step(
+        loss_fn, state, SGD, batch=batch, num_microbatches=num_microbatches, axis_name=axis_name
+    )
 
 
 def test_terms_with_different_denominators():
     """The gradient is that of the sum of the two whole losses, however the batch is cut."""
     rng = np.random.default_rng(0)
-    x, weight = rng.normal(size=(16, 3)).astype(np.float32), rng.integers(0, 3, 16).astype(np.float32)
+    x, weight = (
+        rng.normal(size=(16, 3)).astype(np.float32),
+        rng.integers(0, 3, 16).astype(np.float32),
+    )
     mask = rng.random((16, 3)) < np.linspace(0.1, 1.0, 16)[:, None]
-    state, batch = TrainState.create({"w": jnp.float32(0.5)}, SGD), {"x": x, "weight": weight, "mask": mask}
+    state, batch = (
+        TrainState.create({"w": jnp.float32(0.5)}, SGD),
+        {"x": x, "weight": weight, "mask": mask},
+    )
     after, metrics = expected = jax.jit(two_terms)(state, batch)
     rows = np.average((0.5 - x[:, 0]) ** 2, weights=weight)
     np.testing.assert_allclose(metrics["rows"], rows, rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss"], np.mean((0.5 * x[mask]) ** 2) + 0.1 * rows, rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["loss"], np.mean((0.5 * x[mask]) ** 2) + 0.1 * rows, rtol=1e-5
+    )
     slope = np.mean(x[mask] ** 2) + 0.2 * np.average(0.5 - x[:, 0], weights=weight)
     np.testing.assert_allclose(after.params["w"], 0.5 - slope, rtol=1e-5)
-    for result in every_way(partial(two_terms, num_microbatches=2), state, batch, jax.random.key(0), [True]):
+    for result in every_way(
+        partial(two_terms, num_microbatches=2), state, batch, jax.random.key(0), [True]
+    ):
         assert_close(result, expected)
 
 
@@ -261,8 +330,14 @@ def record(state, minibatch, key):
     """A step that trains nothing and writes down which rows it saw, and the key it was given."""
     seen = state.params["rows"].at[state.step].set(minibatch["row"])
     keys = state.params["keys"].at[state.step].set(jax.random.key_data(key))
-    metrics = {"first": minibatch["row"][0], "step_max": state.step, "nonfinite": (state.step == 1).astype(jnp.float32)}
-    return TrainState(step=state.step + 1, params={"rows": seen, "keys": keys}, opt_state=()), metrics
+    metrics = {
+        "first": minibatch["row"][0],
+        "step_max": state.step,
+        "nonfinite": (state.step == 1).astype(jnp.float32),
+    }
+    return TrainState(
+        step=state.step + 1, params={"rows": seen, "keys": keys}, opt_state=()
+    ), metrics
 
 
 def minibatches(rows, key, num_epochs, num_minibatches, shuffle_blocks=1, **options):
@@ -270,7 +345,11 @@ def minibatches(rows, key, num_epochs, num_minibatches, shuffle_blocks=1, **opti
     steps, size = num_epochs * num_minibatches, rows.shape[0] // max(num_minibatches, 1)
     params = {"rows": jnp.full((steps, size), -1), "keys": jnp.zeros((steps, 2), jnp.uint32)}
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=())
-    options |= {"num_epochs": num_epochs, "num_minibatches": num_minibatches, "shuffle_blocks": shuffle_blocks}
+    options |= {
+        "num_epochs": num_epochs,
+        "num_minibatches": num_minibatches,
+        "shuffle_blocks": shuffle_blocks,
+    }
     state, metrics = minibatch_epochs(record, state, {"row": rows, "absent": None}, key, **options)
     return state.params["rows"], state.params["keys"], metrics
 
@@ -283,8 +362,15 @@ def test_every_row_once_an_epoch_in_a_fresh_order():
     for epoch in epochs:
         assert sorted(epoch) == list(range(32))
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    shuffles = [jax.random.fold_in(jax.random.fold_in(key, epoch), block) for epoch in range(3) for block in range(4)]
-    keys = [tuple(k) for k in (*np.asarray(keys).tolist(), *(jax.random.key_data(k).tolist() for k in shuffles))]
+    shuffles = [
+        jax.random.fold_in(jax.random.fold_in(key, epoch), block)
+        for epoch in range(3)
+        for block in range(4)
+    ]
+    keys = [
+        tuple(k)
+        for k in (*np.asarray(keys).tolist(), *(jax.random.key_data(k).tolist() for k in shuffles))
+    ]
     assert len(set(keys)) == 24  # no key is used twice
     np.testing.assert_array_equal(run(jnp.arange(32), key)[0], rows)
     assert np.any(run(jnp.arange(32), jax.random.key(1))[0] != rows)
@@ -341,7 +427,9 @@ def test_minibatch_errors_name_the_numbers(num_rows, num_minibatches, shuffle_bl
 
 def test_devices_hold_whole_blocks():
     run = partial(minibatches, num_epochs=1, num_minibatches=2, shuffle_blocks=6, axis_name="data")
-    mapped = jax.shard_map(run, mesh=sharding.make_mesh(4), in_specs=(P("data"), P()), out_specs=P(), check_vma=False)
+    mapped = jax.shard_map(
+        run, mesh=sharding.make_mesh(4), in_specs=(P("data"), P()), out_specs=P(), check_vma=False
+    )
     with pytest.raises(ValueError, match="shuffle_blocks=6 does not divide over 4 devices"):
         mapped(jnp.arange(24), jax.random.key(0))
 
@@ -350,7 +438,11 @@ def reductions(hlo):
     """The all-reduces of a compiled program, and those of them that stand in a loop's body."""
     bodies, name = {}, ""
     for line in hlo.splitlines():
-        name = line.split()[line.startswith("ENTRY")] if line.endswith("{") and not line.startswith(" ") else name
+        name = (
+            line.split()[line.startswith("ENTRY")]
+            if line.endswith("{") and not line.startswith(" ")
+            else name
+        )
         bodies.setdefault(name.lstrip("%"), []).append(line)
     loops = set(re.findall(r"body=%?([\w.\-]+)", hlo))
     count = {
@@ -372,7 +464,9 @@ def test_gradients_are_summed_over_devices_once_a_step(num_rows, in_loop):
 
     step = partial(gradient_step, loss_fn, optimizer=SGD, num_microbatches=4)
     spread = sharding.replicate(mesh, state), sharding.shard_rows(mesh, batch)
-    run = jax.jit(lambda state, batch: step(state, batch=batch, minibatch_sharding=sharding.rows(mesh)))
+    run = jax.jit(
+        lambda state, batch: step(state, batch=batch, minibatch_sharding=sharding.rows(mesh))
+    )
     _, in_loops = reductions(run.lower(*spread).compile().as_text())
     assert bool(in_loops) is in_loop
     assert_close(run(*spread), step(state, batch=batch))

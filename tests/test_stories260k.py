@@ -1,5 +1,5 @@
-"""The Llama trained on TinyStories (folder RLHF_JAX_DATA) says what its authors printed, and its generated twin:
-random weights in the same two files.
+"""The Llama trained on TinyStories (folder RLHF_JAX_DATA) says what its authors printed, and its
+generated twin: random weights in the same two files.
 """
 
 import json
@@ -20,9 +20,17 @@ DATA = os.environ.get("RLHF_JAX_DATA")
 SPECIAL = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % i for i in range(256))]
 
 
-def write(folder, pieces, *, width=16, inner=12, layers=2, heads=4, kv_heads=2, length=16, scale=0.5):
-    """stories260K.bin of random weights and tok512.bin of ``{piece: score}``; returns the weights by name."""
-    vocabulary, kv_width, random = len(SPECIAL) + len(pieces), width // heads * kv_heads, np.random.default_rng(0)
+def write(
+    folder, pieces, *, width=16, inner=12, layers=2, heads=4, kv_heads=2, length=16, scale=0.5
+):
+    """stories260K.bin of random weights and tok512.bin of ``{piece: score}``; returns the weights
+    by name.
+    """
+    vocabulary, kv_width, random = (
+        len(SPECIAL) + len(pieces),
+        width // heads * kv_heads,
+        np.random.default_rng(0),
+    )
     names = ("embedding", "norm1", "wq", "wk", "wv", "wo", "norm2", "w1", "w2", "w3", "norm")
     square, up = (layers, width, width), (layers, inner, width)
     norm, kv, down = (layers, width), (layers, kv_width, width), (layers, width, inner)
@@ -54,9 +62,13 @@ def test_the_tinystories_llama_equals_its_published_text(tmp_path):
         np.testing.assert_array_equal(np.argsort(-row)[:8], expected_ids)
         np.testing.assert_allclose(row[list(expected_ids)], expected, atol=2e-4)
     tokenizer = load_tokenizer(tmp_path)
-    config = sampling.SamplingConfig(len(ids), temperature=0.0, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    config = sampling.SamplingConfig(
+        len(ids), temperature=0.0, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
+    )
     prompt = jnp.array([[start]])
-    rollout = sampling.generate(model, params, prompt, jnp.ones_like(prompt), jax.random.key(0), config=config)
+    rollout = sampling.generate(
+        model, params, prompt, jnp.ones_like(prompt), jax.random.key(0), config=config
+    )
     np.testing.assert_array_equal(rollout.tokens[0, 1:], ids)
     text, said = (source / "greedy_expected.txt").read_text("utf-8"), tokenizer.decode(ids)
     assert said.startswith(text.strip()[:200])

@@ -1,4 +1,6 @@
-"""Figures about texts: by hand, against slow loops, and the word patterns on texts that a person has judged."""
+"""Figures about texts: by hand, against slow loops, and the word patterns on texts that a person
+has judged.
+"""
 
 import json
 import math
@@ -10,12 +12,27 @@ import pytest
 from rlhf_jax.evaluation import texts
 
 TEXTS = [
-    text.split() for text in ("the cat sat on the mat", "the cat sat down", "a dog ran", "the cat sat on the mat", "a")
+    text.split()
+    for text in (
+        "the cat sat on the mat",
+        "the cat sat down",
+        "a dog ran",
+        "the cat sat on the mat",
+        "a",
+    )
 ]
 
 
 def test_words_keep_their_apostrophes_and_marks_stand_alone():
-    assert texts.words("It’s 9 o'clock, isn't it?") == ["it's", "9", "o'clock", ",", "isn't", "it", "?"]
+    assert texts.words("It’s 9 o'clock, isn't it?") == [
+        "it's",
+        "9",
+        "o'clock",
+        ",",
+        "isn't",
+        "it",
+        "?",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -37,14 +54,20 @@ def test_figures_by_hand(found, expected):
 
 
 def slow_bleu(text, references, n):
-    """Papineni et al. 2002 as written, with method 1 of Chen and Cherry and orders that the text is too short for left
-    out.
+    """Papineni et al. 2002 as written, with method 1 of Chen and Cherry and orders that the text is
+    too short for left out.
     """
     logs = []
     for order in range(1, n + 1):
-        count = lambda words, n=order: Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))  # noqa: E731
+
+        def count(words, n=order):
+            return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
         own = count(text)
-        clipped = {gram: min(c, max(count(reference)[gram] for reference in references)) for gram, c in own.items()}
+        clipped = {
+            gram: min(c, max(count(reference)[gram] for reference in references))
+            for gram, c in own.items()
+        }
         if own:
             logs.append(math.log((sum(clipped.values()) or 0.1) / sum(own.values())))
     closest = min((abs(len(reference) - len(text)), len(reference)) for reference in references)[1]
@@ -70,7 +93,13 @@ JUDGED = json.loads(Path(__file__).with_name("judged_texts.json").read_text("utf
 @pytest.mark.parametrize(
     ("found", "positive", "negative", "development", "held_out"),
     [
-        (texts.is_refusal, "refusals", "answers", 12, 17),  # held out: of 20, and of 20 answers none
+        (
+            texts.is_refusal,
+            "refusals",
+            "answers",
+            12,
+            17,
+        ),  # held out: of 20, and of 20 answers none
         (texts.expresses_uncertainty, "uncertain", "certain", 8, 12),  # of 12, and of 12
     ],
 )

@@ -10,13 +10,19 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 
 # The spelling of a special token in a text is text.
-TEXTS = ["the cat sat on the mat.", "the dog sat on the log, naïve and happy 🙂\n", "a <|endoftext|> <|pad|>"] * 3
+TEXTS = [
+    "the cat sat on the mat.",
+    "the dog sat on the log, naïve and happy 🙂\n",
+    "a <|endoftext|> <|pad|>",
+] * 3
 DATA = os.environ.get("RLHF_JAX_DATA")
 
 
 @pytest.fixture(params=["bpe", "characters"])
 def tokenizer(request):
-    return tokenizers.train_bpe(TEXTS, 300) if request.param == "bpe" else tokenizers.characters(TEXTS)
+    return (
+        tokenizers.train_bpe(TEXTS, 300) if request.param == "bpe" else tokenizers.characters(TEXTS)
+    )
 
 
 def test_round_trip_and_special_ids(tokenizer):
@@ -32,7 +38,10 @@ def test_round_trip_and_special_ids(tokenizer):
 
 def test_save_is_what_transformers_loads(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    assert tokenizer.fingerprint == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+    assert (
+        tokenizer.fingerprint
+        == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+    )
     loaded = tokenizers.load_tokenizer(tmp_path)
     assert (loaded.pad_id, loaded.eos_id, loaded.vocab_size) == (0, 1, tokenizer.vocab_size)
     assert loaded.fingerprint == tokenizer.fingerprint
@@ -95,7 +104,10 @@ def files(**contents):
     return make
 
 
-GAPS = '{"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"<|endoftext|>": 1, "a": 2}, "unk_token": "a"}}'
+GAPS = (
+    '{"added_tokens": [], "model": {"type": "WordLevel", "vocab": {"<|endoftext|>": 1, "a": 2}, '
+    '"unk_token": "a"}}'
+)
 UNNAMED = {"tokenizer_config": None, "special_tokens_map": None}
 
 
@@ -135,16 +147,19 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    assert tokenizers.load_tokenizer("org/name").encode(TEXTS[0]) == tokenizers.load_tokenizer(tmp_path).encode(
-        TEXTS[0]
-    )
+    assert tokenizers.load_tokenizer("org/name").encode(TEXTS[0]) == tokenizers.load_tokenizer(
+        tmp_path
+    ).encode(TEXTS[0])
     with pytest.raises(
-        UserError, match="org/other: no such folder here, and the Hugging Face hub did not give it: off"
+        UserError,
+        match="org/other: no such folder here, and the Hugging Face hub did not give it: off",
     ):
         tokenizers.load_tokenizer("org/other")
 
 
-@pytest.mark.skipif(DATA is None, reason="needs RLHF_JAX_DATA, a folder with gpt2/vocab.json and gpt2/merges.txt")
+@pytest.mark.skipif(
+    DATA is None, reason="needs RLHF_JAX_DATA, a folder with gpt2/vocab.json and gpt2/merges.txt"
+)
 def test_gpt2():
     tokenizer = tokenizers.load_tokenizer(os.path.join(DATA, "gpt2"))
     assert tokenizer.encode("Hello world") == [15496, 995]

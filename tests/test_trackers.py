@@ -1,7 +1,7 @@
 """What W&B, trackio and TensorBoard get, once each, and that none of them can stop a run.
 
-A stand-in has the calls of W&B's and trackio's Python interface that are made here; the packages themselves run where
-they are installed: trackio on its local files, W&B offline.
+A stand-in has the calls of W&B's and trackio's Python interface that are made here; the packages
+themselves run where they are installed: trackio on its local files, W&B offline.
 """
 
 import importlib
@@ -36,12 +36,16 @@ def init_trackio(project, name=None, config=None, resume="never"):
 
 
 def stand_in(monkeypatch, name, broken=()):
-    """Puts a module in the place of wandb or trackio; ``broken`` names the calls that raise. Returns its ``init``."""
+    """Puts a module in the place of wandb or trackio; ``broken`` names the calls that raise.
+    Returns its ``init``.
+    """
     module = types.ModuleType(name)
     module.init = init = mock.create_autospec({"wandb": init_wandb, "trackio": init_trackio}[name])
     init.return_value = mock.Mock(spec=["log", "alert", "finish"])
     for call in broken:
-        (init if call == "init" else getattr(init.return_value, call)).side_effect = ConnectionError(f"no {call}")
+        (
+            init if call == "init" else getattr(init.return_value, call)
+        ).side_effect = ConnectionError(f"no {call}")
     module.Table = lambda columns, data: ("table", columns, data)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     monkeypatch.setitem(sys.modules, name, module)
@@ -51,10 +55,14 @@ def stand_in(monkeypatch, name, broken=()):
 
 
 def track(folder, names, steps, resume_step=None):
-    """A run that records ``x = step`` in each of the steps, samples before those that 4 divides, an alert at 2."""
+    """A run that records ``x = step`` in each of the steps, samples before those that 4 divides, an
+    alert at 2.
+    """
     with open_run(folder, resume=resume_step is not None) as run:
         services = trackers.start(run, names, {"seed": 1}, resume_step)
-        with Tracker(run, total=9, resume_step=resume_step, label="", show=(), services=services) as tracker:
+        with Tracker(
+            run, total=9, resume_step=resume_step, label="", show=(), services=services
+        ) as tracker:
             for step in steps:
                 if step % 4 == 0:
                     tracker.samples(step, SAMPLES)
@@ -72,11 +80,15 @@ def track_killed_run(folder, name, seconds_between=0):
 
 def logged(init, name="x"):
     """The steps at which a service got this name."""
-    return [call.kwargs["step"] for call in init.return_value.log.call_args_list if name in call.args[0]]
+    return [
+        call.kwargs["step"] for call in init.return_value.log.call_args_list if name in call.args[0]
+    ]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_run_and_its_resumption_are_one_run_in_which_no_step_comes_twice(tmp_path, monkeypatch, name):
+def test_a_run_and_its_resumption_are_one_run_in_which_no_step_comes_twice(
+    tmp_path, monkeypatch, name
+):
     init = stand_in(monkeypatch, name)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     track_killed_run(tmp_path / "ppo", name)
@@ -91,9 +103,16 @@ def test_a_run_and_its_resumption_are_one_run_in_which_no_step_comes_twice(tmp_p
     assert "resume" not in first
     assert (first["project"], first["name"][:4], first["config"]) == ("mine", "ppo-", {"seed": 1})
     kept = json.loads((tmp_path / "ppo" / "tracker.json").read_text())
-    assert kept == {"id": first["name"][4:], "project": "mine", "name": first["name"], "services": [name]}
+    assert kept == {
+        "id": first["name"][4:],
+        "project": "mine",
+        "name": first["name"],
+        "services": [name],
+    }
     assert first.get("id") == (kept["id"] if name == "wandb" else None)
-    init.return_value.alert.assert_called_once_with(title=f"{first['name']}, step 2", text="KL explosion")
+    init.return_value.alert.assert_called_once_with(
+        title=f"{first['name']}, step 2", text="KL explosion"
+    )
     assert init.return_value.finish.call_count == 2
 
 
@@ -112,7 +131,9 @@ def test_a_service_that_joins_later_gets_what_was_before(tmp_path, monkeypatch):
         ("trackio", ["alert", "finish"], "no alert; what it lacks is in the run's folder"),
     ],
 )
-def test_errors_are_one_warning_and_stop_nothing(tmp_path, monkeypatch, capsys, name, broken, warning):
+def test_errors_are_one_warning_and_stop_nothing(
+    tmp_path, monkeypatch, capsys, name, broken, warning
+):
     init, other = stand_in(monkeypatch, name, broken), "trackio" if name == "wandb" else "wandb"
     healthy = stand_in(monkeypatch, other)
     track(tmp_path, [name, other], range(5))
@@ -127,26 +148,43 @@ def test_errors_are_one_warning_and_stop_nothing(tmp_path, monkeypatch, capsys, 
 def test_a_missing_package_is_said_before_anything_else(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(stage.devices, "choose", lambda device: pytest.fail("too late"))
-    with pytest.raises(UserError, match=r"--track wandb: the package is not installed; pip install -e '\.\[wandb\]'"):
+    with pytest.raises(
+        UserError,
+        match=r"--track wandb: the package is not installed; pip install -e '\.\[wandb\]'",
+    ):
         stage.set_up(RunConfig(track=("wandb",)))
 
 
-# --- The packages themselves ----------------------------------------------------------------------------------------
+# --- The packages themselves
+# ----------------------------------------------------------------------------------------
 
 
 def test_tensorboard_reads_each_step_once(tmp_path):
     pytest.importorskip("tensorboardX")
-    event_accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    event_accumulator = importlib.import_module(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
     track_killed_run(tmp_path, "tensorboard")
-    read = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0, "scalars": 0}).Reload()
+    read = event_accumulator.EventAccumulator(
+        str(tmp_path / "tensorboard"), {"tensors": 0, "scalars": 0}
+    ).Reload()
 
     def texts(tag):
-        return {event.step: event.tensor_proto.string_val[0].decode() for event in read.Tensors(f"{tag}/text_summary")}
+        return {
+            event.step: event.tensor_proto.string_val[0].decode()
+            for event in read.Tensors(f"{tag}/text_summary")
+        }
 
-    assert [(event.step, event.value) for event in read.Scalars("x")] == [(step, float(step)) for step in range(10)]
+    assert [(event.step, event.value) for event in read.Scalars("x")] == [
+        (step, float(step)) for step in range(10)
+    ]
     assert len(read.Tags()["tensors"]) == 3
     assert list(texts("samples")) == [0, 4, 8]
-    lines = ["| prompt | response | score | unsafe |", "| --- | --- | --- | --- |", "| a\\|b | c<br>d | 0.5 | None |"]
+    lines = [
+        "| prompt | response | score | unsafe |",
+        "| --- | --- | --- | --- |",
+        "| a\\|b | c<br>d | 0.5 | None |",
+    ]
     assert texts("samples")[0].splitlines()[:3] == lines
     assert texts("alerts") == {2: "KL explosion"}
     assert [step for step, text in texts("config").items() if '"seed": 1' in text] == [0, 5]
@@ -155,7 +193,9 @@ def test_tensorboard_reads_each_step_once(tmp_path):
 def test_trackio_itself(tmp_path, monkeypatch):
     if importlib.util.find_spec("trackio") is None:
         pytest.skip("trackio is not installed")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
+    monkeypatch.setenv(
+        "TRACKIO_DIR", str(tmp_path / "trackio")
+    )  # which it reads when it is imported
     for module in [module for module in sys.modules if module.partition(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, module)
     track_killed_run(tmp_path / "run", "trackio")
@@ -172,7 +212,8 @@ def test_w_and_b_itself_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    # W&B names an offline folder by the second of its start; two starts within one second share a folder.
+    # W&B names an offline folder by the second of its start; two starts within one second share a
+    # folder.
     track_killed_run(tmp_path / "run", "wandb", seconds_between=1)
     run_id = json.loads((tmp_path / "run" / "tracker.json").read_text())["id"]
     written = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))

@@ -48,8 +48,18 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def config(data, tmp_path):
-    supervised = {"batch_size": 16, "optimizer": FAST, "validation_fraction": 0.2, "validation_interval": 2}
-    sampled = {"max_new_tokens": 4, "kl_target": 0.01, "validation_interval": 3, "validation_prompts": 4}
+    supervised = {
+        "batch_size": 16,
+        "optimizer": FAST,
+        "validation_fraction": 0.2,
+        "validation_interval": 2,
+    }
+    sampled = {
+        "max_new_tokens": 4,
+        "kl_target": 0.01,
+        "validation_interval": 3,
+        "validation_prompts": 4,
+    }
     return RunConfig(
         data=(data,),
         output_dir=str(tmp_path / "run"),
@@ -68,11 +78,20 @@ def config(data, tmp_path):
 
 def save_base(folder, data, num_layers=1, dtype=np.float32):
     """A model with random weights and a tokenizer of the demo texts, as a folder for --model."""
-    tokenizer = train_bpe([path.read_text("utf-8") for path in sorted(Path(data).glob("*.json"))], 300)
+    tokenizer = train_bpe(
+        [path.read_text("utf-8") for path in sorted(Path(data).glob("*.json"))], 300
+    )
     special = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
-    sizes = {"vocab_size": tokenizer.vocab_size, "max_length": 128, "hidden_size": 16, "num_heads": 2}
+    sizes = {
+        "vocab_size": tokenizer.vocab_size,
+        "max_length": 128,
+        "hidden_size": 16,
+        "num_heads": 2,
+    }
     model = models.build(models.GPT2Config(num_layers=num_layers, **sizes, **special))
-    models.save(folder, model, jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(jax.random.key(0))))
+    models.save(
+        folder, model, jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(jax.random.key(0)))
+    )
     tokenizer.save(folder)
     return str(folder)
 
@@ -89,8 +108,14 @@ def stages(*fast):
     """All stages as parameters; those that are not fast take long."""
     runs = {"sft": training.sft.run, "reward_model": training.reward_model.run, "ppo": run_ppo}
     soak = {"dpo": training.dpo.run, "vpg": run_vpg}
-    marks = dict.fromkeys(runs, pytest.mark.slow) | dict.fromkeys(soak, pytest.mark.soak) | dict.fromkeys(fast, ())
-    return pytest.mark.parametrize("run", [pytest.param(f, id=n, marks=marks[n]) for n, f in (runs | soak).items()])
+    marks = (
+        dict.fromkeys(runs, pytest.mark.slow)
+        | dict.fromkeys(soak, pytest.mark.soak)
+        | dict.fromkeys(fast, ())
+    )
+    return pytest.mark.parametrize(
+        "run", [pytest.param(f, id=n, marks=marks[n]) for n, f in (runs | soak).items()]
+    )
 
 
 class Killed(BaseException):
@@ -127,7 +152,10 @@ def test_a_stopped_run_resumes_to_the_same_bytes(run, config, tmp_path, monkeypa
     stopped = run(dataclasses.replace(again, resume=True))
     assert "resumed from step 4 of" in capsys.readouterr().out
     assert outputs(stopped.folder) == outputs(straight.folder)
-    steps = [json.loads(line)["step"] for line in (stopped.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (stopped.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     assert steps == list(range(len(steps)))
     assert steps[-1] >= 7
 
@@ -135,7 +163,8 @@ def test_a_stopped_run_resumes_to_the_same_bytes(run, config, tmp_path, monkeypa
 @stages()
 def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
     """The same rows, samples and shuffles; numbers up to the order of summation."""
-    # Where a gradient is 0 but for rounding, Adam's first steps divide that rounding by itself, unless eps is larger.
+    # Where a gradient is 0 but for rounding, Adam's first steps divide that rounding by itself,
+    # unless eps is larger.
     steady = dataclasses.replace(config.reward_model, optimizer=dataclasses.replace(FAST, eps=1e-3))
     config = dataclasses.replace(config, reward_model=steady)
     four = run(config)
@@ -145,18 +174,24 @@ def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
         lines = ((r.folder / name).read_text("utf-8").splitlines() for r in (one, four))
         for first, second in zip(*(map(json.loads, texts) for texts in lines), strict=True):
             assert first.keys() == second.keys()
-            if first["step"] == 1:  # DPO's policy is the reference still: the sign of a margin is rounding
+            if (
+                first["step"] == 1
+            ):  # DPO's policy is the reference still: the sign of a margin is rounding
                 first["dpo/accuracy"] = second["dpo/accuracy"] = 0
             for key, value in first.items():
                 if isinstance(value, str):
                     assert value == second[key]
                 else:
-                    np.testing.assert_allclose(value, second[key], rtol=2e-3, atol=2e-3, err_msg=key)
+                    np.testing.assert_allclose(
+                        value, second[key], rtol=2e-3, atol=2e-3, err_msg=key
+                    )
 
 
 def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(config):
     # The first update makes the parameters infinite, the second finds out.
-    exploding = dataclasses.replace(config.sft, optimizer=Optimizer(learning_rate=1e38, max_grad_norm=None))
+    exploding = dataclasses.replace(
+        config.sft, optimizer=Optimizer(learning_rate=1e38, max_grad_norm=None)
+    )
     message = r"not finite at step 2; .* checkpoint is step 0 .*rows of this batch: .*sft_data.json, \S+ \d+, "
     with pytest.raises(TrainingFault, match=message):
         training.sft.run(dataclasses.replace(config, sft=exploding))
@@ -167,9 +202,13 @@ class Seen(Exception):
 
 
 def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_much(tmp_path, capsys):
-    """Of every second ranking two of three pairs go with its long answer; of one all answers are equal."""
+    """Of every second ranking two of three pairs go with its long answer; of one all answers are
+    equal.
+    """
     answers = [[f"{'abcdefghijkl'[i]}", "y", "z" * (60 if i % 2 else 1)] for i in range(12)]
-    rankings = [{"prompt": "p", "responses": texts, "ranking": [0, 1, 2]} for texts in [*answers, ["x"] * 3]]
+    rankings = [
+        {"prompt": "p", "responses": texts, "ranking": [0, 1, 2]} for texts in [*answers, ["x"] * 3]
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rankings)))
     config = RunConfig(
         data=(str(tmp_path / "data.jsonl"),),
@@ -187,7 +226,8 @@ def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_muc
         supervised.run(config, "reward_model", stop, show=())
     setting = seen.value.args[0]
     train, held_out = (
-        {setting.encoded.sources[row] for row in part} for part in (setting.train_rows, setting.held_out)
+        {setting.encoded.sources[row] for row in part}
+        for part in (setting.train_rows, setting.held_out)
     )
     assert (len(train | held_out), train & held_out) == (12, set())
     weights = dict.fromkeys(train | held_out, 0.0)
@@ -217,8 +257,14 @@ def test_scores_get_mean_0_and_variance_1():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ppo.num-minibatches", "5"], "rl.batch_size 32 does not divide by 5 ppo.num_minibatches"),
-        (["--ppo.num-microbatches", "3"], "by 2 ppo.num_minibatches x 3 ppo.num_microbatches; use 24"),
+        (
+            ["--ppo.num-minibatches", "5"],
+            "rl.batch_size 32 does not divide by 5 ppo.num_minibatches",
+        ),
+        (
+            ["--ppo.num-microbatches", "3"],
+            "by 2 ppo.num_minibatches x 3 ppo.num_microbatches; use 24",
+        ),
         (["--ppo.kl-loss-estimator", "k1"], "ppo.kl_loss_estimator 'k1'"),
         (["--ppo.aggregate", "fixed"], "length: aggregate 'fixed' needs a length"),
         (["--rl.batch-size", "30"], "rl.batch_size 30 does not divide by 4 devices; use 28 or 32"),
@@ -250,7 +296,9 @@ def test_settings_that_do_not_fit_are_refused_before_anything_happens(flags, mes
 def test_supervised_settings_that_do_not_fit_are_refused(section, change, message, config):
     with pytest.raises(ValueError, match=message):
         training.sft.run(
-            dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **change)})
+            dataclasses.replace(
+                config, **{section: dataclasses.replace(getattr(config, section), **change)}
+            )
         )
 
 
@@ -265,18 +313,26 @@ def test_float16_is_answered_by_bfloat16(config, capsys):
 
 def test_dpo_refuses_labels_that_are_no_pairs(config, tmp_path):
     file = tmp_path / "four.json"
-    file.write_text(json.dumps([{"query": "q", **{f"sample{i}": f"a{i}" for i in range(4)}, "targets": [1, 2, 3, 4]}]))
+    file.write_text(
+        json.dumps(
+            [{"query": "q", **{f"sample{i}": f"a{i}" for i in range(4)}, "targets": [1, 2, 3, 4]}]
+        )
+    )
     with pytest.raises(UserError, match=r"four\.json.*: holds targets, which are no preference"):
         training.dpo.run(dataclasses.replace(config, data=(str(file),)))
 
 
 def test_a_model_whose_tokenizer_has_no_pad_gains_one(data, tmp_path):
-    """As GPT-2: end-of-text is the only special token, and the embedding has one row for each entry."""
+    """As GPT-2: end-of-text is the only special token, and the embedding has one row for each
+    entry.
+    """
     backend = hf.ByteLevelBPETokenizer()
     text, special = (Path(data) / "sft_data.json").read_text("utf-8"), ["<|endoftext|>"]
     backend.train_from_iterator([text], vocab_size=300, special_tokens=special, show_progress=False)
     size = backend.get_vocab_size()
-    model = models.build(models.GPT2Config(vocab_size=size, max_length=128, hidden_size=8, num_layers=1, num_heads=1))
+    model = models.build(
+        models.GPT2Config(vocab_size=size, max_length=128, hidden_size=8, num_layers=1, num_heads=1)
+    )
     models.save(tmp_path, model, model.init(jax.random.key(0)))
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
@@ -299,5 +355,7 @@ def test_every_config_fits(file):
 
 def test_the_quickstart_refuses_data_of_ones_own(tmp_path):
     with pytest.raises(UserError, match="pipeline"):
-        quickstart.run(quickstart.QuickstartConfig(data=("mine.json",), output_dir=str(tmp_path / "run")))
+        quickstart.run(
+            quickstart.QuickstartConfig(data=("mine.json",), output_dir=str(tmp_path / "run"))
+        )
     assert not (tmp_path / "run").exists()

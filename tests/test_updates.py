@@ -1,5 +1,6 @@
-"""What holds for the update of every algorithm: the same numbers by hand, in microbatches, over devices, under pmap and
-under vmap over settings; nothing moves if there is nothing to learn from; what cannot be meant is refused."""
+"""What holds for the update of every algorithm: the same numbers by hand, in microbatches, over
+devices, under pmap and under vmap over settings; nothing moves if there is nothing to learn from;
+what cannot be meant is refused."""
 
 import dataclasses
 import functools
@@ -32,7 +33,8 @@ from rlhf_jax.types import Demonstrations, Feedback, PolicyOutput, TrainState
 KEY = jax.random.key(7)
 LEARNING_RATE = 0.3
 SGD = optax.sgd(LEARNING_RATE)
-# Groups of four rows, one group on each device: 7, 3, 0 and 8 tokens; absent rows beside present ones.
+# Groups of four rows, one group on each device: 7, 3, 0 and 8 tokens; absent rows beside present
+# ones.
 LENGTHS = [4, 1, 2, 0, 3, 0, 0, 0, 0, 0, 0, 0, 2, 4, 1, 1]
 # Two blocks on each device.
 MINIBATCHES = {"num_minibatches": 2, "shuffle_blocks": 8}
@@ -53,23 +55,32 @@ class Case(NamedTuple):
 
     @property
     def start(self):
-        params = {"scores": jnp.sin(jnp.arange(5.0))} if self.module is reward_model else policy_params(0)
+        params = (
+            {"scores": jnp.sin(jnp.arange(5.0))}
+            if self.module is reward_model
+            else policy_params(0)
+        )
         return getattr(self.module, "State", TrainState).create(params, SGD)
 
     def update(self, config=None, **kwargs):
         return partial(
-            self.module.update, **{**self.model, "optimizer": SGD, "config": config or self.config, **kwargs}
+            self.module.update,
+            **{**self.model, "optimizer": SGD, "config": config or self.config, **kwargs},
         )
 
     def steps(self, state, batch, key, **kwargs):
-        """Epochs of shuffled minibatches, each in two microbatches: those of the update, or ``minibatch_epochs`` around
-        one that has none."""
+        """Epochs of shuffled minibatches, each in two microbatches: those of the update, or
+        ``minibatch_epochs`` around one that has none."""
         config = dataclasses.replace(self.config, num_microbatches=2)
         if hasattr(config, "num_minibatches"):
             epochs = {} if self.module is vpg else {"num_epochs": self.num_epochs}
-            return self.update(dataclasses.replace(config, **MINIBATCHES, **epochs), **kwargs)(state, batch, key)
+            return self.update(dataclasses.replace(config, **MINIBATCHES, **epochs), **kwargs)(
+                state, batch, key
+            )
         step = self.update(config, **kwargs)
-        return minibatch_epochs(step, state, batch, key, num_epochs=self.num_epochs, **MINIBATCHES, **kwargs)
+        return minibatch_epochs(
+            step, state, batch, key, num_epochs=self.num_epochs, **MINIBATCHES, **kwargs
+        )
 
 
 def demonstrations():
@@ -79,9 +90,15 @@ def demonstrations():
 
 def answers(num_answers, **fields):
     """Comparisons without a third device, and without two of the other answers."""
-    absent = [(1, 1), (2, 0), *((row, answer) for row in range(8, 12) for answer in range(num_answers))]
+    absent = [
+        (1, 1),
+        (2, 0),
+        *((row, answer) for row in range(8, 12) for answer in range(num_answers)),
+    ]
     batch = comparisons(0, 16, num_answers, absent=absent)
-    return batch.replace(best=jnp.arange(16) % num_answers, weight=jnp.linspace(0.5, 2.0, 16), **fields)
+    return batch.replace(
+        best=jnp.arange(16) % num_answers, weight=jnp.linspace(0.5, 2.0, 16), **fields
+    )
 
 
 def with_targets():
@@ -115,11 +132,15 @@ CASES = {
     "dpo": Case(dpo, dpo.Config(beta=0.5, label_smoothing=0.1), pairs),
     "simpo": Case(dpo, dpo.Config(kind="simpo", beta=2.0, gamma=0.5), partial(answers, 2)),
     "kto": Case(kto, kto.Config(beta=0.5, desirable_weight=1.5), feedback),
-    "vpg": Case(vpg, vpg.Config(entropy_coef=0.1, aggregate="fixed", length=4), samples, num_epochs=1),
+    "vpg": Case(
+        vpg, vpg.Config(entropy_coef=0.1, aggregate="fixed", length=4), samples, num_epochs=1
+    ),
     "ppo": Case(ppo, PPO, samples),
     "rloo": Case(rloo, rloo.Config(**TERMS), samples),
     "grpo": Case(grpo, grpo.Config(group_size=4, **TERMS), samples),
-    "cispo": Case(grpo, grpo.Config(group_size=4, surrogate="cispo", clip_low=1.0, clip_high=4.0), samples),
+    "cispo": Case(
+        grpo, grpo.Config(group_size=4, surrogate="cispo", clip_low=1.0, clip_high=4.0), samples
+    ),
     "reinforce++": Case(rloo, rloo.Config(baseline="global", group_size=1, **TERMS), samples),
     "reinforce++ baseline": Case(rloo, rloo.Config(baseline="both", **TERMS), samples),
     "gspo": Case(grpo, grpo.Config(group_size=4, ratio="sequence", **TERMS), samples),
@@ -144,35 +165,49 @@ def shuffled(key, epochs):
 
     def epoch(number):
         fold = partial(jax.random.fold_in, jax.random.fold_in(key, number))
-        orders = jax.vmap(lambda i, block: jax.random.permutation(fold(i), block))(jnp.arange(num_blocks), blocks)
+        orders = jax.vmap(lambda i, block: jax.random.permutation(fold(i), block))(
+            jnp.arange(num_blocks), blocks
+        )
         return jnp.stack([part.ravel() for part in jnp.split(orders, num_minibatches, axis=1)])
 
     return jax.vmap(epoch)(epochs)
 
 
 def by_hand(case, params, batch, key):
-    """Parameters and mean metrics after a Python loop of plain gradient descent over the minibatches."""
+    """Parameters and mean metrics after a Python loop of plain gradient descent over the
+    minibatches.
+    """
     loss = partial(numbers(case.module.loss), **case.model, config=case.config)
     loss_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     if hasattr(case.module, "prepare"):
         batch = jax.jit(partial(case.module.prepare, config=case.config))(batch)
     batch, steps = jax.tree.map(np.asarray, batch), []
     for rows in np.concatenate(shuffled(key, jnp.arange(case.num_epochs))):
-        (value, metrics), gradient = loss_and_gradient(params, jax.tree.map(lambda x, rows=rows: x[rows], batch), key)
+        (value, metrics), gradient = loss_and_gradient(
+            params, jax.tree.map(lambda x, rows=rows: x[rows], batch), key
+        )
         params = jax.tree.map(lambda p, g: p - LEARNING_RATE * np.asarray(g), params, gradient)
         norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
         steps.append({**metrics, "loss": value, "grad_norm": norm})
-    metrics = {name: (np.max if name.endswith("_max") else np.mean)([s[name] for s in steps]) for name in steps[0]}
+    metrics = {
+        name: (np.max if name.endswith("_max") else np.mean)([s[name] for s in steps])
+        for name in steps[0]
+    }
     return params, metrics
 
 
 @pytest.mark.parametrize(
     ("name", "check_vma"),
-    [("ppo", [True]), *(pytest.param(name, [True, False], marks=pytest.mark.slow) for name in CASES)],
+    [
+        ("ppo", [True]),
+        *(pytest.param(name, [True, False], marks=pytest.mark.slow) for name in CASES),
+    ],
 )
 def test_steps_by_hand_and_over_devices(name, check_vma):
     case, constraint = CASES[name], sharding.rows(sharding.make_mesh(4))
-    one, *others = every_way(case.steps, case.start, case.batch(), KEY, check_vma, minibatch_sharding=constraint)
+    one, *others = every_way(
+        case.steps, case.start, case.batch(), KEY, check_vma, minibatch_sharding=constraint
+    )
     after, metrics = one
     params, mean_metrics = by_hand(case, case.start.params, case.batch(), KEY)
     assert metrics["grad_norm"] > 0.01
@@ -198,7 +233,9 @@ def test_pmap_agrees(name):
     case = CASES[name]
     expected = jitted(name)(case.start, case.batch(), KEY)
     shards = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), case.batch())
-    mapped = jax.pmap(partial(case.update(), axis_name="data"), axis_name="data", in_axes=(None, 0, None))
+    mapped = jax.pmap(
+        partial(case.update(), axis_name="data"), axis_name="data", in_axes=(None, 0, None)
+    )
     results = mapped(case.start, shards, KEY)
     for device in range(4):
         assert_close(jax.tree.map(lambda x, device=device: x[device], results), expected)
@@ -222,20 +259,37 @@ SWEEPS = [
 
 @pytest.mark.parametrize(("name", "values"), SWEEPS)
 def test_a_sweep_under_vmap_equals_separate_runs(name, values):
-    """Runs of the first values, of the second ones, and of the first with one setting's second: none has no effect."""
+    """Runs of the first values, of the second ones, and of the first with one setting's second:
+    none has no effect.
+    """
     case = CASES[name]
     state, batch = case.start, case.batch()
-    swept = jax.jit(jax.vmap(lambda fields: case.update(dataclasses.replace(case.config, **fields))(state, batch, KEY)))
-    columns = {field: jnp.array([*pair, *np.repeat(pair[0], len(values))]) for field, pair in values.items()}
-    columns = {field: x.at[2 + i].set(values[field][1]) for i, (field, x) in enumerate(columns.items())}
+    swept = jax.jit(
+        jax.vmap(
+            lambda fields: case.update(dataclasses.replace(case.config, **fields))(
+                state, batch, KEY
+            )
+        )
+    )
+    columns = {
+        field: jnp.array([*pair, *np.repeat(pair[0], len(values))])
+        for field, pair in values.items()
+    }
+    columns = {
+        field: x.at[2 + i].set(values[field][1]) for i, (field, x) in enumerate(columns.items())
+    }
     together = swept(columns)
     for i, field in enumerate(values, 2):
         assert any(np.abs(x[i] - x[0]).max() > 1e-5 for x in jax.tree.leaves(together[0])), field
     for run in range(2):
-        after, metrics = jitted(name, **{field: pair[run] for field, pair in values.items()})(state, batch, KEY)
+        after, metrics = jitted(name, **{field: pair[run] for field, pair in values.items()})(
+            state, batch, KEY
+        )
         swept_state, swept_metrics = jax.tree.map(lambda x, run=run: x[run], together)
         assert_close(swept_state, after)
-        assert_close({metric: swept_metrics[metric] for metric in metrics}, metrics)  # a term of 0 has no metric
+        assert_close(
+            {metric: swept_metrics[metric] for metric in metrics}, metrics
+        )  # a term of 0 has no metric
 
 
 def test_what_a_run_is_told_of_an_algorithm():
@@ -248,7 +302,10 @@ def test_what_a_run_is_told_of_an_algorithm():
         **grpo_or_gspo,
     }
     assert [CASES[name].config.kl_in_loss for name in POLICY] == [False, *[True] * 7]
-    assert {vpg.Config(baseline="greedy").baseline, ppo.Config().baseline} == {"greedy", "none"}  # a run reads it
+    assert {vpg.Config(baseline="greedy").baseline, ppo.Config().baseline} == {
+        "greedy",
+        "none",
+    }  # a run reads it
     assert not any(module.Config(kl_loss_coef=0.0).kl_in_loss for module in (ppo, rloo, grpo))
 
 
@@ -276,7 +333,9 @@ def test_a_batch_of_nothing_and_one_that_is_not_finite_keep_the_state(name):
 def test_any_mask_that_is_not_zero_counts(name):
     case = CASES[name]
     loss = partial(numbers(case.module.loss), policy_fn=policy_fn, config=case.config)
-    batch = case.module.prepare(case.batch(), config=case.config) if name in POLICY else case.batch()
+    batch = (
+        case.module.prepare(case.batch(), config=case.config) if name in POLICY else case.batch()
+    )
     expected = jax.jit(loss)(case.start.params, batch, None)
     other = batch.replace(response_mask=batch.response_mask.astype(jnp.float32) * 2)
     assert_identical(jax.jit(loss)(case.start.params, other, None), expected)
@@ -292,11 +351,17 @@ def test_dropout_has_the_key_of_the_microbatch(name):
         return jax.tree.map(lambda x: factor * x, model(params, tokens, attention_mask, None))
 
     loss = partial(numbers(case.module.loss), case.start.params, case.batch(), config=case.config)
-    (expected, _), (plain, _) = (loss(key, **{kind: noisy}) for key in (jax.random.fold_in(KEY, 0), None))
+    (expected, _), (plain, _) = (
+        loss(key, **{kind: noisy}) for key in (jax.random.fold_in(KEY, 0), None)
+    )
     assert abs(expected - plain) > 0.01
     update = jax.jit(case.update(**{kind: noisy}))
-    np.testing.assert_allclose(update(case.start, case.batch(), KEY)[1]["loss"], expected, rtol=1e-5)
-    assert_close(update(case.start, case.batch(), None), jitted(name)(case.start, case.batch(), KEY))
+    np.testing.assert_allclose(
+        update(case.start, case.batch(), KEY)[1]["loss"], expected, rtol=1e-5
+    )
+    assert_close(
+        update(case.start, case.batch(), None), jitted(name)(case.start, case.batch(), KEY)
+    )
 
 
 # Refusals
@@ -315,14 +380,20 @@ CLIPPED = [
     ({"kl_loss_estimator": "k1"}, "use it in the reward"),
     ({"kl_loss_estimator": "k4"}, "k1, k2, k3"),
     ({"surrogate": "ppo"}, "surrogate must be one of clip, cispo, got 'ppo'"),
-    ({"surrogate": "cispo", "dual_clip": 3.0}, "dual_clip: bounds the surrogate 'clip' alone, not 'cispo'"),
+    (
+        {"surrogate": "cispo", "dual_clip": 3.0},
+        "dual_clip: bounds the surrogate 'clip' alone, not 'cispo'",
+    ),
     ({"ratio": "row"}, "ratio must be one of token, sequence, got 'row'"),
     ({"dual_clip": 0.5}, "dual_clip must be above 1"),
     ({"clip_low": -0.1}, "clip_low must be at least 0"),
     ({"clip_high": -0.1}, "clip_high must be at least 0"),
     ({"num_epochs": 0}, "num_epochs must be at least 1"),
 ]
-GROUPED = [({"group_size": 1}, "group_size must be at least 2"), ({"group_size": 3}, "16 rows .* group_size=3")]
+GROUPED = [
+    ({"group_size": 1}, "group_size must be at least 2"),
+    ({"group_size": 3}, "16 rows .* group_size=3"),
+]
 OF_ONE = [
     ("ppo", {"value_clip": 0.0}, "value_clip must be above 0"),
     ("grpo", {"eps": -1.0}, "eps must be at least 0"),
@@ -347,7 +418,11 @@ OF_ONE = [
 
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
-    [(name, *rule) for name in CASES for rule in MICROBATCHES + (ROLLOUTS if name in POLICY else [])]
+    [
+        (name, *rule)
+        for name in CASES
+        for rule in MICROBATCHES + (ROLLOUTS if name in POLICY else [])
+    ]
     + [(name, *rule) for name in ("ppo", "rloo", "grpo") for rule in CLIPPED]
     + [(name, *rule) for name in ("rloo", "grpo") for rule in GROUPED]
     + OF_ONE,
@@ -355,7 +430,9 @@ OF_ONE = [
 def test_unusable_configs(name, fields, message):
     case = CASES[name]
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(case.update(dataclasses.replace(case.config, **fields)), case.start, case.batch(), KEY)
+        jax.eval_shape(
+            case.update(dataclasses.replace(case.config, **fields)), case.start, case.batch(), KEY
+        )
 
 
 def column(batch, field):
@@ -366,28 +443,80 @@ def column(batch, field):
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [
-        ("vpg", {"rewards": None}, ValueError, r"rollout\.scores \[B\] .*got None.* or give rewards"),
+        (
+            "vpg",
+            {"rewards": None},
+            ValueError,
+            r"rollout\.scores \[B\] .*got None.* or give rewards",
+        ),
         ("rloo", {"rewards": None}, ValueError, r"rollout\.scores \[B\] .*got None"),
         ("ppo", {"rewards": None}, ValueError, r"rollout\.rewards .*got None"),
         ("ppo", {"values": None}, ValueError, r"rollout\.values .*got None"),
-        ("grpo", {"ref_log_probs": None}, ValueError, r"rollout\.ref_log_probs .*got None.*kl_loss_coef=0"),
-        ("dpo", {"ref_log_probs": None}, ValueError, r"ref_log_probs .*got None: dpo\.with_reference"),
-        ("kto", {"ref_log_probs": None}, ValueError, r"ref_log_probs .*got None: kto\.with_reference"),
+        (
+            "grpo",
+            {"ref_log_probs": None},
+            ValueError,
+            r"rollout\.ref_log_probs .*got None.*kl_loss_coef=0",
+        ),
+        (
+            "dpo",
+            {"ref_log_probs": None},
+            ValueError,
+            r"ref_log_probs .*got None: dpo\.with_reference",
+        ),
+        (
+            "kto",
+            {"ref_log_probs": None},
+            ValueError,
+            r"ref_log_probs .*got None: kto\.with_reference",
+        ),
         ("kto", {"mismatched": None}, ValueError, r"feedback\.mismatched .* kto\.with_reference"),
         ("reinforce++", {"rewards": None}, ValueError, r"rollout\.rewards .*got None"),
-        ("dpo", lambda batch: answers(4, ref_log_probs=jnp.zeros((16, 4))), AssertionError, r"\(16, 4\)"),
-        ("dpo", lambda batch: batch.replace(tokens=batch.tokens[:, 0]), AssertionError, r"\(16, 6\)"),
+        (
+            "dpo",
+            lambda batch: answers(4, ref_log_probs=jnp.zeros((16, 4))),
+            AssertionError,
+            r"\(16, 4\)",
+        ),
+        (
+            "dpo",
+            lambda batch: batch.replace(tokens=batch.tokens[:, 0]),
+            AssertionError,
+            r"\(16, 6\)",
+        ),
         ("dpo", {"weight": jnp.ones((16, 1))}, AssertionError, r"\(16, 1\)"),
-        ("dpo", lambda batch: column(batch, "ref_log_probs"), AssertionError, r"\(16, 2\), \(16, 1\)"),
+        (
+            "dpo",
+            lambda batch: column(batch, "ref_log_probs"),
+            AssertionError,
+            r"\(16, 2\), \(16, 1\)",
+        ),
         ("reward_model", lambda batch: comparisons(0, 16, 1), ValueError, "at least 2 answers"),
-        ("reward_model", lambda batch: batch.replace(tokens=batch.tokens[:, 0]), AssertionError, "rank"),
+        (
+            "reward_model",
+            lambda batch: batch.replace(tokens=batch.tokens[:, 0]),
+            AssertionError,
+            "rank",
+        ),
         ("reward_model", {"weight": jnp.ones((16, 1))}, AssertionError, r"\(16, 1\)"),
         ("vpg", {"rewards": None, "scores": jnp.ones((16, 1))}, AssertionError, r"\(16, 1\)"),
         ("rloo", {"rewards": None, "scores": jnp.ones((16, 1))}, AssertionError, r"\(16, 1\)"),
-        *((name, partial(column, field="rewards"), AssertionError, r"\(16, 1\)") for name in POLICY),
-        *((name, partial(column, field="importance_weights"), AssertionError, r"\(16, 1\)") for name in POLICY),
-        *((name, partial(column, field="log_probs"), AssertionError, r"\(16, 1\)") for name in POLICY[1:]),
-        *((name, partial(column, field="ref_log_probs"), AssertionError, r"\(16, 1\)") for name in POLICY[1:]),
+        *(
+            (name, partial(column, field="rewards"), AssertionError, r"\(16, 1\)")
+            for name in POLICY
+        ),
+        *(
+            (name, partial(column, field="importance_weights"), AssertionError, r"\(16, 1\)")
+            for name in POLICY
+        ),
+        *(
+            (name, partial(column, field="log_probs"), AssertionError, r"\(16, 1\)")
+            for name in POLICY[1:]
+        ),
+        *(
+            (name, partial(column, field="ref_log_probs"), AssertionError, r"\(16, 1\)")
+            for name in POLICY[1:]
+        ),
         ("ppo", partial(column, field="values"), AssertionError, r"\(16, 1\)"),
     ],
 )
@@ -407,20 +536,26 @@ def test_what_a_model_returns_must_not_broadcast(name):
 
     wrong = {"score_fn": lambda *args: score_fn(*args)[:, None]} if "score_fn" in case.model else {}
     with pytest.raises(AssertionError, match=r"\(\d+, 1\)"):
-        jax.eval_shape(case.update(**(wrong or {"policy_fn": column_of_policy})), case.start, case.batch(), KEY)
+        jax.eval_shape(
+            case.update(**(wrong or {"policy_fn": column_of_policy})), case.start, case.batch(), KEY
+        )
 
 
 @pytest.mark.parametrize("name", POLICY)
 def test_a_loss_needs_a_prepared_rollout(name):
     case = CASES[name]
     with pytest.raises(ValueError, match=r"rollout\.advantages .*got None"):
-        case.module.loss(case.start.params, case.batch(), KEY, policy_fn=policy_fn, config=case.config)
+        case.module.loss(
+            case.start.params, case.batch(), KEY, policy_fn=policy_fn, config=case.config
+        )
 
 
 def test_ppo_needs_values_and_returns():
     batch = ppo.prepare(samples(), config=PPO)
     with pytest.raises(ValueError, match=r"rollout\.returns .*got None"):
-        ppo.loss(policy_params(0), batch.replace(returns=None), KEY, policy_fn=policy_fn, config=PPO)
+        ppo.loss(
+            policy_params(0), batch.replace(returns=None), KEY, policy_fn=policy_fn, config=PPO
+        )
     without = lambda *args: policy_fn(*args)._replace(values=None)  # noqa: E731
     with pytest.raises(ValueError, match="values=None"):
         ppo.loss(policy_params(0), batch, KEY, policy_fn=without, config=PPO)

@@ -1,5 +1,5 @@
-"""What a run draws: rows, keys, batches. Each step draws others than the one before, a second run draws the same, and
-no two random streams share a key."""
+"""What a run draws: rows, keys, batches. Each step draws others than the one before, a second run
+draws the same, and no two random streams share a key."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,8 @@ from rlhf_jax.types import Rollout
 pytestmark = pytest.mark.usefixtures("no_pages")
 
 LETTERS = "abcdefghijklmnop"
-# The answer that a row's reward is given is that of its prompt, whatever other rows are absent or cannot be scored.
+# The answer that a row's reward is given is that of its prompt, whatever other rows are absent or
+# cannot be scored.
 REWARD = """
 def same(prompts, responses, letter):
     assert [prompt[-1] for prompt in prompts] == letter, (prompts, letter)
@@ -43,8 +44,12 @@ def same(prompts, responses, letter):
 
 
 def untouched(state):
-    """What an update returns that leaves the state as it is, and says so where it was spoiled to try the memory."""
-    spoiled = any(bool(jnp.isnan(leaf).any()) for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float32)
+    """What an update returns that leaves the state as it is, and says so where it was spoiled to
+    try the memory.
+    """
+    spoiled = any(
+        bool(jnp.isnan(leaf).any()) for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float32
+    )
     return state, {"nonfinite": float(spoiled)}
 
 
@@ -54,14 +59,27 @@ def bits(key):
 
 @pytest.fixture
 def config(tmp_path):
-    """Sixteen rows that differ in a letter, a quarter of them held out; three steps of four rows are an epoch."""
+    """Sixteen rows that differ in a letter, a quarter of them held out; three steps of four rows
+    are an epoch.
+    """
     answers = {"response": "yes", "chosen": "yes", "rejected": "no"}
-    for kind, names in (("prompts", ()), ("texts", ("response",)), ("pairs", ("chosen", "rejected"))):
+    for kind, names in (
+        ("prompts", ()),
+        ("texts", ("response",)),
+        ("pairs", ("chosen", "rejected")),
+    ):
         rows = [{"prompt": f"say {c}"} | {name: answers[name] for name in names} for c in LETTERS]
-        rows = [row | {"letter": c} for row, c in zip(rows, LETTERS, strict=True)] if kind == "prompts" else rows
+        rows = (
+            [row | {"letter": c} for row, c in zip(rows, LETTERS, strict=True)]
+            if kind == "prompts"
+            else rows
+        )
         (tmp_path / f"{kind}.json").write_text(json.dumps(rows))
     (tmp_path / "reward.py").write_text(REWARD)
-    size, supervised = {"batch_size": 4, "validation_fraction": 0.25}, {"num_epochs": 2, "validation_interval": 9}
+    size, supervised = (
+        {"batch_size": 4, "validation_fraction": 0.25},
+        {"num_epochs": 2, "validation_interval": 9},
+    )
     return RunConfig(
         data=(str(tmp_path / "prompts.json"),),
         output_dir=str(tmp_path / "first"),
@@ -82,20 +100,29 @@ def again(config, tmp_path):
 
 def test_streams_are_apart():
     names = typing.get_args(stage.Stream)
-    keys = {bits(stage.stream(seed, run, name)) for seed in (0, 1) for run in ("sft", "ppo") for name in names}
+    keys = {
+        bits(stage.stream(seed, run, name))
+        for seed in (0, 1)
+        for run in ("sft", "ppo")
+        for name in names
+    }
     assert {"init", "data", "rollout", "update", "eval"} <= set(names)
     assert len(keys) == 4 * len(names)
 
 
 @pytest.mark.parametrize("run", [training.sft.run, training.reward_model.run, training.dpo.run])
-def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, config, tmp_path, monkeypatch):
+def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(
+    run, config, tmp_path, monkeypatch
+):
     drawn = []
 
     def jit_update(self, update, num_blocks):
         def record(state, batch, key, **functions):
             tokens = batch.tokens if hasattr(batch, "tokens") else batch.chosen.tokens
             if not untouched(state)[1]["nonfinite"]:
-                drawn.append((np.sort(np.asarray(tokens).reshape(4, -1), axis=0).tobytes(), bits(key)))
+                drawn.append(
+                    (np.sort(np.asarray(tokens).reshape(4, -1), axis=0).tobytes(), bits(key))
+                )
             return untouched(state)
 
         return record
@@ -109,7 +136,9 @@ def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(run, con
     assert len(set(batches)) == len(set(keys)) == 6
 
 
-def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_path, monkeypatch, capsys):
+def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(
+    config, tmp_path, monkeypatch, capsys
+):
     drawn, create = [], rl._Trainer.__init__
 
     def recording(name, phase):
@@ -132,10 +161,15 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
     monkeypatch.setattr("rlhf_jax.report.page.write", write_page)  # whose failure loses nothing
     folder = training.rl.run(config, vpg).folder
     training.rl.run(again(config, tmp_path), vpg)
-    failure = f"report.html could not be drawn: UserError: there is {folder / 'model' / 'config.json'}\n"
+    failure = (
+        f"report.html could not be drawn: UserError: there is {folder / 'model' / 'config.json'}\n"
+    )
     assert failure in capsys.readouterr().out
     assert drawn[:10] == drawn[10:]
-    assert [drawn[0], drawn[1][:2]] == [drawn[3], drawn[4][:2]]  # the first step is tried for its memory
+    assert [drawn[0], drawn[1][:2]] == [
+        drawn[3],
+        drawn[4][:2],
+    ]  # the first step is tried for its memory
     drawn = drawn[2:10]
     assert [name for name, *_ in drawn] == ["sample", *["sample", "update"] * 3, "sample"]
     assert drawn[0] == drawn[7]  # validations sample with one key, so that they can be compared
@@ -143,9 +177,14 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_pa
     assert len({key for *_, key in drawn[:7]}) == 7
     train_rows, held_out = [row for _, rows, _ in drawn[1:7:2] for row in rows], drawn[0][1]
     assert sorted((*train_rows, *held_out)) == list(range(16))
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
+    samples = [
+        json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()
+    ]
     assert all(row["score"] == ord(row["prompt"][-1]) for row in samples)
-    assert f"reward {config.reward[0]}" in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
+    assert (
+        f"reward {config.reward[0]}"
+        in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
+    )
 
 
 TEXTS = ["lazy fox jum", *(letter * (1 + i % 3) for i, letter in enumerate(LETTERS[1:]))]
@@ -155,12 +194,22 @@ def uneven(config, tmp_path, multiple, **settings):
     """Fifteen prompts of at most 3 tokens and one of 12."""
     (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": text} for text in TEXTS]))
     how = dataclasses.replace(config.rl, num_iterations=6, validation_interval=6, **settings)
-    return dataclasses.replace(config, reward=("count:a",), text=Text(bucket_multiple=multiple), rl=how)
+    return dataclasses.replace(
+        config, reward=("count:a",), text=Text(bucket_multiple=multiple), rl=how
+    )
 
 
 @pytest.mark.parametrize("several_turns", [False, True])
-def test_each_batch_is_as_wide_as_its_own_prompts_need(config, tmp_path, monkeypatch, several_turns):
-    seen, made, create, slots, policy_fn = [], set(), rl._Trainer.__init__, 2 * several_turns, models.policy_fn
+def test_each_batch_is_as_wide_as_its_own_prompts_need(
+    config, tmp_path, monkeypatch, several_turns
+):
+    seen, made, create, slots, policy_fn = (
+        [],
+        set(),
+        rl._Trainer.__init__,
+        2 * several_turns,
+        models.policy_fn,
+    )
     (tmp_path / "world.py").write_text("def silent(conversation, row): return None")
 
     def respond(policy, inputs, key):
@@ -182,7 +231,9 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(config, tmp_path, monkeyp
     environment = f"{tmp_path / 'world.py'}:silent" if several_turns else None
     training.rl.run(uneven(config, tmp_path, 3, environment=environment), vpg)
     tried, validation, *steps, last = seen
-    assert tried[0] == 12  # the widest is tried for its memory, whether the first batch needs it or not
+    assert (
+        tried[0] == 12
+    )  # the widest is tried for its memory, whether the first batch needs it or not
     assert validation == last
     assert {width for width, _ in steps} == made == {3, 12}
     assert all(width == (12 if longest == 12 else 3) for width, longest in (*steps, last))
@@ -190,25 +241,35 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(config, tmp_path, monkeyp
 
 @pytest.mark.parametrize("turns", [None, 3])
 def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkeypatch):
-    """Nine prompts of their own: three batches of four, the last with three absent rows, or two of eight. Each response
-    is drawn from the place of its row among all, and the reward, which compares responses, sees all."""
+    """Nine prompts of their own: three batches of four, the last with three absent rows, or two of
+    eight. Each response is drawn from the place of its row among all, and the reward, which
+    compares responses, sees all."""
     shapes, create = [], rl._Trainer.__init__
 
     def init(trainer, *args):
         create(trainer, *args)
         respond = trainer._respond
-        trainer._respond = lambda *inputs: (shapes.append(inputs[1].tokens.shape), respond(*inputs))[1]
+        trainer._respond = lambda *inputs: (
+            shapes.append(inputs[1].tokens.shape),
+            respond(*inputs),
+        )[1]
 
     def validated(batch_size):
         shapes.clear()
         own = {"validation_data": (str(tmp_path / "others.json"),), "validation_interval": 1}
         own |= {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": turns} if turns else {}
-        how = dataclasses.replace(config.rl, batch_size=batch_size, num_iterations=1, max_new_tokens=6, **own)
-        run = dataclasses.replace(again(config, tmp_path), rl=how, overwrite=True, reward=("diversity",))
+        how = dataclasses.replace(
+            config.rl, batch_size=batch_size, num_iterations=1, max_new_tokens=6, **own
+        )
+        run = dataclasses.replace(
+            again(config, tmp_path), rl=how, overwrite=True, reward=("diversity",)
+        )
         folder = training.rl.run(run, vpg).folder
         assert len(set(shapes)) == 1
         row = json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[0])
-        samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
+        samples = [
+            json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()
+        ]
         found = {name: x for name, x in row.items() if name.startswith("validation/")}
         return [sample for sample in samples if sample["step"] == 0], found, len(shapes)
 
@@ -227,13 +288,21 @@ def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkey
 
 def four_layers(config, tmp_path, monkeypatch):
     """The run with four layers, and options for programs of four blocks that no compiler knows."""
-    monkeypatch.setattr(devices, "compiler_options", lambda num_blocks: {"xla_of": 4} if num_blocks == 4 else {})
-    return dataclasses.replace(again(config, tmp_path), network=dataclasses.replace(config.network, num_layers=4))
+    monkeypatch.setattr(
+        devices, "compiler_options", lambda num_blocks: {"xla_of": 4} if num_blocks == 4 else {}
+    )
+    return dataclasses.replace(
+        again(config, tmp_path), network=dataclasses.replace(config.network, num_layers=4)
+    )
 
 
 @pytest.mark.parametrize("is_scanned", [False, True])
-def test_an_rl_program_is_compiled_for_its_number_of_blocks(is_scanned, config, tmp_path, monkeypatch):
-    """Both samplers, the greedy one of ReMax's baseline too, for all layers; what is scanned for one; nothing else."""
+def test_an_rl_program_is_compiled_for_its_number_of_blocks(
+    is_scanned, config, tmp_path, monkeypatch
+):
+    """Both samplers, the greedy one of ReMax's baseline too, for all layers; what is scanned for
+    one; nothing else.
+    """
     compiled, jit = {}, jax.jit
 
     def spy(fn, **options):
@@ -247,12 +316,16 @@ def test_an_rl_program_is_compiled_for_its_number_of_blocks(is_scanned, config, 
     with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of'"):
         training.rl.run(dataclasses.replace(run, compute=compute), vpg)
     compiled = {phase.__name__: options for phase, options in compiled.items() if any(options)}
-    updates = {} if is_scanned else {"rescored": [{"xla_of": 4}], "update_in_place": [{"xla_of": 4}]}
+    updates = (
+        {} if is_scanned else {"rescored": [{"xla_of": 4}], "update_in_place": [{"xla_of": 4}]}
+    )
     assert compiled == {"respond": [{"xla_of": 4}] * 2} | updates
 
 
 @pytest.mark.parametrize("run", [training.sft.run, training.reward_model.run, training.dpo.run])
-def test_a_supervised_update_is_compiled_for_its_number_of_blocks(run, config, tmp_path, monkeypatch):
+def test_a_supervised_update_is_compiled_for_its_number_of_blocks(
+    run, config, tmp_path, monkeypatch
+):
     with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of'"):
         run(four_layers(config, tmp_path, monkeypatch))
 
@@ -260,9 +333,15 @@ def test_a_supervised_update_is_compiled_for_its_number_of_blocks(run, config, t
 @pytest.mark.soak
 def test_widths_change_nothing_but_rounding_and_survive_a_resume(config, tmp_path, monkeypatch):
     def metrics(multiple, name, **options):
-        run = dataclasses.replace(uneven(config, tmp_path, multiple, kl_coef=0.1), output_dir=str(tmp_path / name))
-        folder = training.rl.run(dataclasses.replace(run, checkpoint_interval=1, **options), ppo).folder
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        run = dataclasses.replace(
+            uneven(config, tmp_path, multiple, kl_coef=0.1), output_dir=str(tmp_path / name)
+        )
+        folder = training.rl.run(
+            dataclasses.replace(run, checkpoint_interval=1, **options), ppo
+        ).folder
+        return [
+            json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        ]
 
     narrow, wide = metrics(3, "narrow"), metrics(12, "wide")
     for row, expected in zip(narrow, wide, strict=True):
@@ -289,8 +368,8 @@ def ask(conversation, row):
 
 @pytest.mark.parametrize("turns", [None, 3])
 def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_path, monkeypatch):
-    """The reward is a number of the prompt alone, so that nothing is learnt: each response scores as the greedy one. An
-    environment pays as much again, for the first response."""
+    """The reward is a number of the prompt alone, so that nothing is learnt: each response scores
+    as the greedy one. An environment pays as much again, for the first response."""
     keys, rollouts, asked, create = [], [], [], rl._Trainer.__init__
 
     def init(trainer, *args):
@@ -305,11 +384,17 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
 
         trainer._respond = lambda *inputs: (keys.append(bits(inputs[2])), respond(*inputs))[1]
         trainer._respond_greedily = likeliest
-        trainer._learn = lambda state, *inputs: (rollouts.append(inputs[0]), learn(state, *inputs))[1]
+        trainer._learn = lambda state, *inputs: (rollouts.append(inputs[0]), learn(state, *inputs))[
+            1
+        ]
 
     monkeypatch.setattr(rl._Trainer, "__init__", init)
     (tmp_path / "talk.py").write_text(TALK)
-    talks = {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": turns, "max_new_tokens": 8} if turns else {}
+    talks = (
+        {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": turns, "max_new_tokens": 8}
+        if turns
+        else {}
+    )
     settings = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, **talks)
     config = dataclasses.replace(config, rl=settings)
     metrics = training.rl.run(config, vpg, vpg.Config(baseline="greedy")).metrics
@@ -322,8 +407,12 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
     assert (metrics["grad_norm"], metrics["nonfinite"]) == (0, 0)
     assert metrics["objective/greedy_score"] == metrics["objective/score"]
     stream = stage.stream(config.seed, "vpg", "rollout")
-    assert [key for key, _ in itertools.groupby(keys)] == [bits(jax.random.fold_in(stream, step)) for step in (0, 1)]
-    assert len(keys) > 3 if turns else len(keys) == 3  # the first to try the memory; then one for each turn
+    assert [key for key, _ in itertools.groupby(keys)] == [
+        bits(jax.random.fold_in(stream, step)) for step in (0, 1)
+    ]
+    assert (
+        len(keys) > 3 if turns else len(keys) == 3
+    )  # the first to try the memory; then one for each turn
     assert len(asked) >= 3
 
 
@@ -348,7 +437,9 @@ def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path,
     training.rl.run(dataclasses.replace(config, rl=settings, compute=compute, network=network), vpg)
     weights = [policy for name, policy in calls if name == "respond"]
     assert all(("h" in policy) == scan_layers for policy in weights)
-    held = {id(leaf) for name, state in calls if name == "sampler" for leaf in jax.tree.leaves(state)}
+    held = {
+        id(leaf) for name, state in calls if name == "sampler" for leaf in jax.tree.leaves(state)
+    }
     assert {id(leaf) for leaf in jax.tree.leaves(weights)} <= held  # no copy
     assert len(weights) > 3 == len(calls) - len(weights)  # the trial of memory, then two iterations
 
@@ -356,12 +447,20 @@ def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path,
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["whole", "lora"])
 @pytest.mark.parametrize("value", ["shared", "separate"])
 def test_what_samples_is_the_policy_that_learns(value, lora, config, tmp_path):
-    """The log-probs of its samples are those of the update's own forward pass, also after updates that moved it far."""
-    settings = dataclasses.replace(config.rl, validation_fraction=0.0, optimizer=Optimizer(learning_rate=0.2))
+    """The log-probs of its samples are those of the update's own forward pass, also after updates
+    that moved it far.
+    """
+    settings = dataclasses.replace(
+        config.rl, validation_fraction=0.0, optimizer=Optimizer(learning_rate=0.2)
+    )
     if lora is not None:
         training.sft.run(config)
-        config = dataclasses.replace(again(config, tmp_path), model=str(tmp_path / "first" / "model"), lora=lora)
-    metrics = training.rl.run(dataclasses.replace(config, rl=settings), ppo, PPOStage(value=value)).metrics
+        config = dataclasses.replace(
+            again(config, tmp_path), model=str(tmp_path / "first" / "model"), lora=lora
+        )
+    metrics = training.rl.run(
+        dataclasses.replace(config, rl=settings), ppo, PPOStage(value=value)
+    ).metrics
     assert metrics["grad_norm"] > 0
     assert abs(metrics["policy/sampler_gap"]) < 1e-5
 
@@ -379,7 +478,8 @@ def test_a_missing_environment_is_named_by_its_setting_before_anything_is_read(c
     for given, file in (("env.py:ask", "env.py"), ("ask", ".")):
         settings = dataclasses.replace(config.rl, environment=given)
         with pytest.raises(
-            UserError, match=rf"^rl\.environment {given}: no such file {file}; expected FILE.py:FUNCTION$"
+            UserError,
+            match=rf"^rl\.environment {given}: no such file {file}; expected FILE.py:FUNCTION$",
         ):
             training.rl.run(dataclasses.replace(config, rl=settings, data=("none.json",)), vpg)
 
@@ -389,7 +489,11 @@ def test_a_reward_model_is_normalised_to_mean_0_and_variance_1():
         return params["score"]["gain"] * answers.tokens.sum(axis=2) + params["score"]["shift"]
 
     tokens = np.array([[1, 2], [3, 4], [5, 9]], np.int32)
-    samples = Rollout(tokens, np.ones_like(tokens), np.ones_like(tokens), np.zeros((3, 2), np.float32))
-    params = reward_model._normalized(score, {"score": {"gain": jnp.float32(7.0), "shift": jnp.float32(5.0)}}, samples)
+    samples = Rollout(
+        tokens, np.ones_like(tokens), np.ones_like(tokens), np.zeros((3, 2), np.float32)
+    )
+    params = reward_model._normalized(
+        score, {"score": {"gain": jnp.float32(7.0), "shift": jnp.float32(5.0)}}, samples
+    )
     scores = np.asarray(score(params, Rollout(tokens[:, None], None, None, None)))
     assert (scores.mean(), scores.std()) == pytest.approx((0.0, 1.0), abs=1e-6)

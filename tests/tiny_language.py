@@ -1,9 +1,10 @@
-"""A language of four tokens, EOS and three letters, in which everything can be listed: its 121 responses of at most
-four tokens (1 + 3 + 9 + 27 end with EOS, 81 are cut after four letters), their probabilities, and what each algorithm
-makes of them.
+"""A language of four tokens, EOS and three letters, in which everything can be listed: its 121
+responses of at most four tokens (1 + 3 + 9 + 27 end with EOS, 81 are cut after four letters), their
+probabilities, and what each algorithm makes of them.
 
-Prefixes are numbered as in a heap: 0 is the empty one, and token a after prefix n makes prefix 4 n + 1 + a. A policy is
-a table of logits by prefix, so every distribution over the responses is one that it can have.
+Prefixes are numbered as in a heap: 0 is the empty one, and token a after prefix n makes prefix 4 n
++ 1 + a. A policy is a table of logits by prefix, so every distribution over the responses is one
+that it can have.
 """
 
 import jax
@@ -15,12 +16,18 @@ from jax.tree_util import Partial
 from rlhf_jax import ops, rollout
 from rlhf_jax.types import PolicyOutput, Rollout
 
-EOS, PAD, STEPS = 0, 4, 4  # PAD lies outside the vocabulary: its log-prob is NaN, and whoever reads it shows it
+EOS, PAD, STEPS = (
+    0,
+    4,
+    4,
+)  # PAD lies outside the vocabulary: its log-prob is NaN, and whoever reads it shows it
 NUM_OPEN, NUM_PREFIXES = 85, 341  # prefixes of fewer than four tokens, and of up to four
 
 
 def prefixes(tokens):
-    """[B, 5] -> [B, 5]: the prefix that each column completes. Column 0 is the prompt, which says nothing."""
+    """[B, 5] -> [B, 5]: the prefix that each column completes. Column 0 is the prompt, which says
+    nothing.
+    """
     numbers = [jnp.zeros_like(tokens[:, 0])]
     for t in range(1, tokens.shape[1]):
         numbers.append(4 * numbers[-1] + 1 + tokens[:, t])
@@ -35,7 +42,9 @@ def _complete(said=()):
 
 RESPONSES = _complete()
 LENGTHS = np.array([len(response) for response in RESPONSES])  # [121]
-TOKENS = np.array([[1, *response, *[PAD] * (STEPS - len(response))] for response in RESPONSES], np.int32)  # [121, 5]
+TOKENS = np.array(
+    [[1, *response, *[PAD] * (STEPS - len(response))] for response in RESPONSES], np.int32
+)  # [121, 5]
 ATTENTION_MASK = (np.arange(1 + STEPS)[None, :] <= LENGTHS[:, None]).astype(np.int32)
 RESPONSE_MASK = ATTENTION_MASK * (np.arange(1 + STEPS) > 0)
 PATHS = np.asarray(prefixes(jnp.asarray(TOKENS)))  # [121, 5]
@@ -47,7 +56,9 @@ def probabilities(logits):
     """Of every response under a table of logits [85, 4]: [121] float64."""
     logits = np.asarray(logits, np.float64)
     log_probs = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
-    steps = [log_probs[path[:n], said] for path, n, said in zip(PATHS, LENGTHS, RESPONSES, strict=True)]
+    steps = [
+        log_probs[path[:n], said] for path, n, said in zip(PATHS, LENGTHS, RESPONSES, strict=True)
+    ]
     return np.exp([step.sum() for step in steps])
 
 
@@ -65,7 +76,9 @@ _RNG = np.random.default_rng(0)
 REF_LOGITS = _RNG.normal(scale=0.7, size=(NUM_OPEN, 4))
 REF = probabilities(REF_LOGITS)
 # Rewards of whole responses: no two alike; letter 2 and brevity pay.
-REWARDS = _RNG.normal(scale=0.5, size=len(RESPONSES)) + 0.3 * np.sum(TOKENS == 2, axis=1) - 0.5 * LENGTHS
+REWARDS = (
+    _RNG.normal(scale=0.5, size=len(RESPONSES)) + 0.3 * np.sum(TOKENS == 2, axis=1) - 0.5 * LENGTHS
+)
 
 
 def distance(p, q):
@@ -97,16 +110,22 @@ def score_fn(params, tokens, attention_mask, key):
     return params["scores"][jnp.take_along_axis(prefixes(tokens), last, axis=1)[:, 0]]
 
 
-LISTED = Rollout(TOKENS, ATTENTION_MASK, RESPONSE_MASK, np.zeros(TOKENS.shape), scores=REWARDS.astype(np.float32))
+LISTED = Rollout(
+    TOKENS, ATTENTION_MASK, RESPONSE_MASK, np.zeros(TOKENS.shape), scores=REWARDS.astype(np.float32)
+)
 
 
 def every_response(params_now, listed=LISTED):
     """Every response once, with its log-probs, values and the reference's log-probs."""
-    return rollout.rescore(listed, params_now, policy_fn=policy_fn, ref_fn=Partial(policy_fn, params()))
+    return rollout.rescore(
+        listed, params_now, policy_fn=policy_fn, ref_fn=Partial(policy_fn, params())
+    )
 
 
 def draw(params_now, uniform):
-    """Responses drawn from that list by uniform numbers [B]: what sampling token by token gives, in one step."""
+    """Responses drawn from that list by uniform numbers [B]: what sampling token by token gives, in
+    one step.
+    """
     listed = every_response(params_now)
     cumulative = jnp.cumsum(jnp.exp(jnp.sum(listed.log_probs, axis=1)))
     drawn = jnp.searchsorted(cumulative, uniform * cumulative[-1])
@@ -125,7 +144,9 @@ def greedy(params_now):
 def repeat(update, state, inputs):
     """``update(state, input) -> (state, metrics)`` for each of the inputs, or their number times."""
     if isinstance(inputs, int):
-        return jax.jit(lambda state: jax.lax.scan(lambda state, _: update(state, None), state, length=inputs))(state)
+        return jax.jit(
+            lambda state: jax.lax.scan(lambda state, _: update(state, None), state, length=inputs)
+        )(state)
     return jax.jit(lambda state, inputs: jax.lax.scan(update, state, inputs))(state, inputs)
 
 
@@ -137,29 +158,35 @@ def adam(num_steps, learning_rate=0.1):
 
 
 def tilted(coef):
-    """argmax of E[r] - coef * KL(policy || reference) over all distributions: ref * exp(r / coef), normalised."""
+    """argmax of E[r] - coef * KL(policy || reference) over all distributions: ref * exp(r / coef),
+    normalised.
+    """
     weights = REF * np.exp(REWARDS / coef)
     return weights / weights.sum()
 
 
 def fixed_point(advantage, coef, estimator, weight):
-    """Where the expected gradient of a KL term per token, in the loss, cancels that of the policy term: [121].
+    """Where the expected gradient of a KL term per token, in the loss, cancels that of the policy
+    term: [121].
 
-    All tokens of response y have the advantage A(y), and its tokens count w(y) in the loss. The expected gradient by
-    the logits of prefix n is, times the probability of n, that of
-    ``-sum_a pi(a|n) (Q(n, a) - coef W(n, a) g(a|n))`` with Q, W and g held fixed: Q and W are the means of w A and of w
-    over the responses that go through a, and g is the slope of the estimator, ``d = log(pi / ref)`` for k2 and
-    ``1 - exp(-d)`` for k3. It is 0 where ``Q - coef W g`` is the same number mu(n) for every a:
+    All tokens of response y have the advantage A(y), and its tokens count w(y) in the loss. The
+    expected gradient by the logits of prefix n is, times the probability of n, that of
+    ``-sum_a pi(a|n) (Q(n, a) - coef W(n, a) g(a|n))`` with Q, W and g held fixed: Q and W are the
+    means of w A and of w over the responses that go through a, and g is the slope of the estimator,
+    ``d = log(pi / ref)`` for k2 and ``1 - exp(-d)`` for k3. It is 0 where ``Q - coef W g`` is the
+    same number mu(n) for every a:
 
-      k2: ``pi(a|n) = ref exp((Q - mu) / (coef W))``        k3: ``pi(a|n) = ref coef W / (coef W + mu - Q)``
+      k2: ``pi(a|n) = ref exp((Q - mu) / (coef W))``        k3: ``pi(a|n) = ref coef W / (coef W +
+      mu - Q)``
 
-    with the mu(n) that makes them add up to 1. Q and W follow from the longest prefixes backwards. A KL term per token
-    does not see what a token does to the KL of those after it (Tang and Munos 2025, "On a few pitfalls in KL divergence
-    gradient estimation for RL"): Q holds no KL, so that this is not ``tilted``. With a single step it is (k2), or is
-    ``coef ref / (mu - r)`` (k3).
+    with the mu(n) that makes them add up to 1. Q and W follow from the longest prefixes backwards.
+    A KL term per token does not see what a token does to the KL of those after it (Tang and Munos
+    2025, "On a few pitfalls in KL divergence gradient estimation for RL"): Q holds no KL, so that
+    this is not ``tilted``. With a single step it is (k2), or is ``coef ref / (mu - r)`` (k3).
 
     Args:
-      advantage: probabilities [121] -> A [121], where A may depend on the policy (the other answers of a group).
+      advantage: probabilities [121] -> A [121], where A may depend on the policy (the other answers
+        of a group).
       weight: probabilities [121] -> w [121].
     """
     probs = REF
@@ -188,10 +215,18 @@ def _conditional(ref, q, scale, estimator):
     """mu by bisection, for all prefixes of one length at once: [N, 4] each."""
 
     def shares(mu):
-        return ref * np.exp((q - mu) / scale) if estimator == "k2" else ref * scale / (scale + mu - q)
+        return (
+            ref * np.exp((q - mu) / scale) if estimator == "k2" else ref * scale / (scale + mu - q)
+        )
 
-    high = q.max(axis=1, keepdims=True)  # the shares add up to at most 1 here, and to at least 1 at low
-    low = q.min(axis=1, keepdims=True) if estimator == "k2" else (q - scale).max(axis=1, keepdims=True) + 1e-12
+    high = q.max(
+        axis=1, keepdims=True
+    )  # the shares add up to at most 1 here, and to at least 1 at low
+    low = (
+        q.min(axis=1, keepdims=True)
+        if estimator == "k2"
+        else (q - scale).max(axis=1, keepdims=True) + 1e-12
+    )
     for _ in range(60):
         middle = 0.5 * (low + high)
         above = shares(middle).sum(axis=1, keepdims=True) > 1

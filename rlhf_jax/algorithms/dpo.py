@@ -1,9 +1,10 @@
-"""Direct preference optimisation (Rafailov et al. 2023) and its relatives: a policy from pairs, without sampling.
+"""Direct preference optimisation (Rafailov et al. 2023) and its relatives: a policy from pairs,
+without sampling.
 
-The implicit reward of an answer is ``beta * (log p(answer) - log p_reference(answer))``, summed over its response
-tokens. The losses of the two answers are ``losses.dpo``. SimPO (Meng et al. 2024) and ORPO (Hong et al. 2024) have no
-reference and take the mean over response tokens in place of the sum, as length-normalised DPO does (Lambert et al.
-2024, "Tulu 3", section 5.1.2).
+The implicit reward of an answer is ``beta * (log p(answer) - log p_reference(answer))``, summed
+over its response tokens. The losses of the two answers are ``losses.dpo``. SimPO (Meng et al. 2024)
+and ORPO (Hong et al. 2024) have no reference and take the mean over response tokens in place of the
+sum, as length-normalised DPO does (Lambert et al. 2024, "Tulu 3", section 5.1.2).
 """
 
 import dataclasses
@@ -28,7 +29,9 @@ class Config:
     beta: float = 0.1
     """Reward per nat of log-ratio: the larger, the nearer to the reference the policy stays."""
     kind: losses.DPOKind = "sigmoid"
-    """The loss of the two answers' rewards; simpo and orpo use no reference. Of orpo, beta weighs the odds ratio."""
+    """The loss of the two answers' rewards; simpo and orpo use no reference. Of orpo, beta weighs
+    the odds ratio.
+    """
     label_smoothing: float = 0.0
     """Share of labels taken to be flipped, below 0.5; sigmoid, robust and simpo only."""
     gamma: float = 0.0
@@ -36,7 +39,9 @@ class Config:
     length_normalised: bool = False
     """Divide the log-ratio of an answer by its tokens; simpo and orpo always do."""
     num_microbatches: int = 1
-    """Parts of a batch that are run one after the other to save memory; the gradient does not change."""
+    """Parts of a batch that are run one after the other to save memory; the gradient does not
+    change.
+    """
 
     def __post_init__(self) -> None:
         losses.check_dpo(self.kind, self.label_smoothing, self.gamma)
@@ -49,7 +54,8 @@ class Config:
 
 
 def with_reference(batch: Batch, ref_fn: BoundPolicyFn) -> Batch:
-    """The answers with ``ref_log_probs`` [B, K]: nats under the reference, summed over the response; 0 if absent.
+    """The answers with ``ref_log_probs`` [B, K]: nats under the reference, summed over the
+    response; 0 if absent.
 
     Args:
       batch: comparisons [B, K, T], any K, or packed ones, [B, C, K] results; or feedback [B, T].
@@ -60,42 +66,65 @@ def with_reference(batch: Batch, ref_fn: BoundPolicyFn) -> Batch:
 
 
 def loss(
-    params: Params, comparisons: Comparisons, key: jax.Array | None, *, policy_fn: PolicyFn, config: Config
+    params: Params,
+    comparisons: Comparisons,
+    key: jax.Array | None,
+    *,
+    policy_fn: PolicyFn,
+    config: Config,
 ) -> tuple[Mean, Parts]:
     """The weighted mean of ``losses.dpo`` over pairs whose two answers are both present.
 
-    Weights are relative: the loss divides by their sum. ``margin`` is a reward model's and is not read.
+    Weights are relative: the loss divides by their sum. ``margin`` is a reward model's and is not
+    read.
 
     Args:
-      comparisons: [B, 2, T] with ``ref_log_probs`` [B, 2], which are not read if the config needs no reference;
-        ``best`` (0 or 1) is the chosen answer, None means 0. Or packed ones, with ``ref_log_probs`` [B, C, 2].
+      comparisons: [B, 2, T] with ``ref_log_probs`` [B, 2], which are not read if the config needs
+        no reference; ``best`` (0 or 1) is the chosen answer, None means 0. Or packed ones, with
+        ``ref_log_probs`` [B, C, 2].
       key: unused: dropout is off, as in the reference's log-probs.
 
     Returns:
-      The loss and the metrics ``dpo/loss``, ``dpo/accuracy`` (pairs whose chosen answer has the larger implicit
-      reward; ties count half), ``dpo/margin`` (difference of implicit rewards, chosen - rejected: beta * nats),
-      ``dpo/chosen_log_ratio`` and ``dpo/rejected_log_ratio`` (nats, policy - reference; without a reference the
-      policy's own; per token if the config divides by the length).
+      The loss and the metrics ``dpo/loss``, ``dpo/accuracy`` (pairs whose chosen answer has the
+      larger implicit reward; ties count half), ``dpo/margin`` (difference of implicit rewards,
+      chosen - rejected: beta * nats), ``dpo/chosen_log_ratio`` and ``dpo/rejected_log_ratio``
+      (nats, policy - reference; without a reference the policy's own; per token if the config
+      divides by the length).
     """
     log_ratios = ops.response_log_probs(policy_fn, params, comparisons)  # [B, 2] or [B, C, 2]
     chex.assert_shape(log_ratios, (..., 2))  # a ranking is several pairs
     if config.needs_reference:
         if comparisons.ref_log_probs is None:
-            raise ValueError("comparisons.ref_log_probs [B, 2] is needed, got None: dpo.with_reference makes them")
+            raise ValueError(
+                "comparisons.ref_log_probs [B, 2] is needed, got None: dpo.with_reference makes "
+                "them"
+            )
         chex.assert_equal_shape([log_ratios, comparisons.ref_log_probs])
         log_ratios = log_ratios - comparisons.ref_log_probs
     lengths = ops.response_sums(jnp.ones_like(comparisons.tokens), comparisons)
     if config.length_normalised or not config.needs_reference:
         log_ratios = log_ratios / jnp.maximum(lengths, 1)
     counts = jnp.all(lengths > 0, axis=-1)  # [B] or [B, C]
-    weight = jnp.ones(counts.shape) if comparisons.weight is None else jnp.asarray(comparisons.weight, jnp.float32)
+    weight = (
+        jnp.ones(counts.shape)
+        if comparisons.weight is None
+        else jnp.asarray(comparisons.weight, jnp.float32)
+    )
     chex.assert_equal_shape([weight, counts])
     weight = jnp.where(counts, weight, 0.0)
-    log_ratios = jnp.where(weight[..., None] > 0, log_ratios, 0.0)  # what does not count must not reach the loss
-    best = jnp.zeros(weight.shape, jnp.int32) if comparisons.best is None else jnp.asarray(comparisons.best)
+    log_ratios = jnp.where(
+        weight[..., None] > 0, log_ratios, 0.0
+    )  # what does not count must not reach the loss
+    best = (
+        jnp.zeros(weight.shape, jnp.int32)
+        if comparisons.best is None
+        else jnp.asarray(comparisons.best)
+    )
     chosen = jnp.take_along_axis(log_ratios, best[..., None], axis=-1)[..., 0]
     rejected = jnp.take_along_axis(log_ratios, 1 - best[..., None], axis=-1)[..., 0]
-    per_pair = losses.dpo(chosen, rejected, config.beta, config.kind, config.label_smoothing, config.gamma)
+    per_pair = losses.dpo(
+        chosen, rejected, config.beta, config.kind, config.label_smoothing, config.gamma
+    )
     mean = losses.weighted_mean(per_pair, weight)
     return mean, {
         "dpo/loss": mean,
@@ -107,4 +136,6 @@ def loss(
 
 
 update = batch_updater(loss)
-"""See ``step.batch_updater``; of comparisons [B, 2, T], or packed ones, with ``ref_log_probs``. The key is not used."""
+"""See ``step.batch_updater``; of comparisons [B, 2, T], or packed ones, with ``ref_log_probs``. The
+key is not used.
+"""

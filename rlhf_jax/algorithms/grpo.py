@@ -1,8 +1,10 @@
-"""Group relative policy optimisation (Shao et al. 2024, "DeepSeekMath", section 4.1) and Dr. GRPO (Liu et al. 2025).
+"""Group relative policy optimisation (Shao et al. 2024, "DeepSeekMath", section 4.1) and Dr. GRPO
+(Liu et al. 2025).
 
-``A_i = (r_i - mean) / (std + eps)`` over the G answers to a prompt, one advantage for all tokens of an answer; the
-ratio of each token is clipped as in PPO, the KL is a term of the loss, and there is no value function. Dr. GRPO is
-``scale=False, aggregate="fixed", length=max_new_tokens``. Column t of every [B, T] array speaks of ``tokens[:, t]``.
+``A_i = (r_i - mean) / (std + eps)`` over the G answers to a prompt, one advantage for all tokens of
+an answer; the ratio of each token is clipped as in PPO, the KL is a term of the loss, and there is
+no value function. Dr. GRPO is ``scale=False, aggregate="fixed", length=max_new_tokens``. Column t
+of every [B, T] array speaks of ``tokens[:, t]``.
 """
 
 from dataclasses import dataclass
@@ -32,7 +34,9 @@ class Config(policy.Config):
     kl_loss_coef: float = 0.04
     """Weight of the KL term in the loss; the KL penalty in the reward is the loop's kl_coef."""
     kl_loss_estimator: ops.KLEstimator = "k3"
-    """k2: the gradient of each token's KL(policy || reference); k3: that of its KL(reference || policy)."""
+    """k2: the gradient of each token's KL(policy || reference); k3: that of its KL(reference ||
+    policy).
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,10 +45,12 @@ class Config(policy.Config):
 
 
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = None) -> Rollout:
-    """The rollout with ``advantages`` [B, T]: ``advantages.group_normalized`` rewards, on all tokens of a row.
+    """The rollout with ``advantages`` [B, T]: ``advantages.group_normalized`` rewards, on all
+    tokens of a row.
 
-    The reward of a row is the sum of ``rewards`` over its response where they are given, else ``scores``. Absent rows,
-    groups of equal rewards and a group with a single answer get 0. Minibatches may split groups afterwards.
+    The reward of a row is the sum of ``rewards`` over its response where they are given, else
+    ``scores``. Absent rows, groups of equal rewards and a group with a single answer get 0.
+    Minibatches may split groups afterwards.
 
     Args:
       rollout: rows of one prompt are adjacent, ``group_size`` of them.
@@ -56,5 +62,5 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = No
 
 loss = rloo.loss  # only the advantages differ
 update = policy.updater(prepare, loss)
-"""See ``policy.updater``. The rollout has ``log_probs``, ``rewards`` or ``scores`` and, with a KL term,
-``ref_log_probs``."""
+"""See ``policy.updater``. The rollout has ``log_probs``, ``rewards`` or ``scores`` and, with a KL
+term, ``ref_log_probs``."""

@@ -1,9 +1,11 @@
-"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024): a policy from single answers called desirable or not.
+"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024): a policy from single answers called
+desirable or not.
 
 ``loss = mean of lambda_y (1 - v)`` with ``v = sigmoid(beta (l - z))`` of a desirable answer and
-``v = sigmoid(beta (z - l))`` of an undesirable one (eq. 8), where ``l = log p(answer) - log p_reference(answer)``,
-summed over its tokens, and z, the reference point, estimates KL(policy || reference) without samples: the mean of l
-over prompts with another row's answer, at least 0 (section 4.2).
+``v = sigmoid(beta (z - l))`` of an undesirable one (eq. 8), where ``l = log p(answer) - log
+p_reference(answer)``, summed over its tokens, and z, the reference point, estimates KL(policy ||
+reference) without samples: the mean of l over prompts with another row's answer, at least 0
+(section 4.2).
 """
 
 import dataclasses
@@ -17,7 +19,17 @@ import jax.numpy as jnp
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.algorithms.step import batch_updater
-from rlhf_jax.types import AxisName, BoundPolicyFn, Feedback, Mean, Metrics, Params, Parts, PolicyFn, TrainState
+from rlhf_jax.types import (
+    AxisName,
+    BoundPolicyFn,
+    Feedback,
+    Mean,
+    Metrics,
+    Params,
+    Parts,
+    PolicyFn,
+    TrainState,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,9 @@ class Config:
     undesirable_weight: float = 1.0
     """Weight lambda of undesirable answers."""
     num_microbatches: int = 1
-    """Parts of a batch that are run one after the other to save memory; the gradient does not change."""
+    """Parts of a batch that are run one after the other to save memory; the gradient does not
+    change.
+    """
     needs_reference = True  # no setting: what a run prepares for the loss
 
     def __post_init__(self) -> None:
@@ -41,10 +55,11 @@ class Config:
 
 
 def mismatched(feedback: Feedback) -> Feedback:
-    """Each row's prompt followed by the next row's response (after the last row comes the first), [B, T].
+    """Each row's prompt followed by the next row's response (after the last row comes the first),
+    [B, T].
 
-    A response ends at column T: pad rows so that the longest prompt and response fit. A row is absent if one of its two
-    rows is.
+    A response ends at column T: pad rows so that the longest prompt and response fit. A row is
+    absent if one of its two rows is.
     """
     mask = feedback.response_mask != 0
     start = jnp.argmax(mask, axis=1, keepdims=True)  # [B, 1] first column of the response
@@ -55,7 +70,9 @@ def mismatched(feedback: Feedback) -> Feedback:
 
     def moved(x: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
-        taken = jnp.take_along_axis(jnp.roll(x, -1, axis=0), theirs, axis=1, mode="fill", fill_value=0)
+        taken = jnp.take_along_axis(
+            jnp.roll(x, -1, axis=0), theirs, axis=1, mode="fill", fill_value=0
+        )
         return jnp.where(column < start, x, jnp.where(both, taken, 0))
 
     rows = moved(feedback.tokens), moved(feedback.attention_mask), moved(feedback.response_mask)
@@ -75,53 +92,77 @@ def with_reference(feedback: Feedback, ref_fn: BoundPolicyFn) -> Feedback:
 def reference_point(
     params: Params, feedback: Feedback, *, policy_fn: PolicyFn, axis_name: AxisName | None = None
 ) -> jax.Array:
-    """z of eq. 8 in nats, the same number in each row [B]: the mean log-ratio of the mismatched rows of all devices, at
-    least 0. It is not differentiated."""
+    """z of eq. 8 in nats, the same number in each row [B]: the mean log-ratio of the mismatched
+    rows of all devices, at least 0. It is not differentiated."""
     rows = feedback.mismatched
     if rows is None or rows.ref_log_probs is None:
-        raise ValueError("feedback.mismatched with ref_log_probs [B] is needed: kto.with_reference makes them")
-    log_ratios = ops.response_log_probs(policy_fn, jax.lax.stop_gradient(params), rows) - rows.ref_log_probs
+        raise ValueError(
+            "feedback.mismatched with ref_log_probs [B] is needed: kto.with_reference makes them"
+        )
+    log_ratios = (
+        ops.response_log_probs(policy_fn, jax.lax.stop_gradient(params), rows) - rows.ref_log_probs
+    )
     present = jnp.any(rows.response_mask != 0, axis=1)
     mean = ops.masked_mean(log_ratios, present, axis_name=axis_name)
     return jnp.broadcast_to(jnp.maximum(mean, 0.0), present.shape)
 
 
 def loss(
-    params: Params, feedback: Feedback, key: jax.Array | None, *, policy_fn: PolicyFn, config: Config
+    params: Params,
+    feedback: Feedback,
+    key: jax.Array | None,
+    *,
+    policy_fn: PolicyFn,
+    config: Config,
 ) -> tuple[Mean, Parts]:
     """The weighted mean of ``lambda_y * losses.kto`` over rows that are present.
 
     Weights of rows are relative: the loss divides by their sum, which does not hold the lambdas.
 
     Args:
-      feedback: [B, T] with ``ref_log_probs`` [B]; a ``reference_point`` of None is made from the mismatched rows.
+      feedback: [B, T] with ``ref_log_probs`` [B]; a ``reference_point`` of None is made from the
+        mismatched rows.
       key: unused: dropout is off, as in the reference's log-probs.
 
     Returns:
-      The loss and the metrics ``kto/loss``, ``kto/accuracy`` (desirable answers above the reference point and
-      undesirable ones below; ties count half), ``kto/reference_point`` (nats), ``kto/desirable_log_ratio`` and
-      ``kto/undesirable_log_ratio`` (nats, policy - reference).
+      The loss and the metrics ``kto/loss``, ``kto/accuracy`` (desirable answers above the reference
+      point and undesirable ones below; ties count half), ``kto/reference_point`` (nats),
+      ``kto/desirable_log_ratio`` and ``kto/undesirable_log_ratio`` (nats, policy - reference).
     """
     if feedback.ref_log_probs is None:
-        raise ValueError("feedback.ref_log_probs [B] is needed, got None: kto.with_reference makes them")
+        raise ValueError(
+            "feedback.ref_log_probs [B] is needed, got None: kto.with_reference makes them"
+        )
     point = feedback.reference_point
     if point is None:
         point = reference_point(params, feedback, policy_fn=policy_fn)
     present = jnp.any(feedback.response_mask != 0, axis=1)  # [B]
     chex.assert_equal_shape([present, feedback.desirable, feedback.ref_log_probs])
-    weight = jnp.ones(present.shape) if feedback.weight is None else jnp.asarray(feedback.weight, jnp.float32)
+    weight = (
+        jnp.ones(present.shape)
+        if feedback.weight is None
+        else jnp.asarray(feedback.weight, jnp.float32)
+    )
     weight, desirable = jnp.where(present, weight, 0.0), jnp.asarray(feedback.desirable) != 0
     log_ratios = ops.response_log_probs(policy_fn, params, feedback) - feedback.ref_log_probs
-    log_ratios = jnp.where(weight > 0, log_ratios, 0.0)  # what does not count must not reach the loss
+    log_ratios = jnp.where(
+        weight > 0, log_ratios, 0.0
+    )  # what does not count must not reach the loss
     lambdas = jnp.where(desirable, config.desirable_weight, config.undesirable_weight)
-    mean = losses.weighted_mean(lambdas * losses.kto(log_ratios, point, desirable, config.beta), weight)
+    mean = losses.weighted_mean(
+        lambdas * losses.kto(log_ratios, point, desirable, config.beta), weight
+    )
     side = jnp.sign(log_ratios - point) * jnp.where(desirable, 1.0, -1.0)
     return mean, {
         "kto/loss": mean,
         "kto/accuracy": losses.weighted_mean(0.5 * (1.0 + side), weight),
         "kto/reference_point": losses.weighted_mean(point, weight),
-        "kto/desirable_log_ratio": losses.weighted_mean(log_ratios, jnp.where(desirable, weight, 0.0)),
-        "kto/undesirable_log_ratio": losses.weighted_mean(log_ratios, jnp.where(desirable, 0.0, weight)),
+        "kto/desirable_log_ratio": losses.weighted_mean(
+            log_ratios, jnp.where(desirable, weight, 0.0)
+        ),
+        "kto/undesirable_log_ratio": losses.weighted_mean(
+            log_ratios, jnp.where(desirable, 0.0, weight)
+        ),
     }
 
 
@@ -129,12 +170,21 @@ _step = batch_updater(loss)
 
 
 def update(
-    state: TrainState, feedback: Feedback, key: jax.Array | None, *, policy_fn: PolicyFn, **options: Any
+    state: TrainState,
+    feedback: Feedback,
+    key: jax.Array | None,
+    *,
+    policy_fn: PolicyFn,
+    **options: Any,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on feedback [B, T] as ``with_reference`` makes it; see ``step.batch_updater``.
+    """One optimizer step on feedback [B, T] as ``with_reference`` makes it; see
+    ``step.batch_updater``.
 
-    The reference point is that of the whole batch, whatever its microbatches and devices. The key is not used.
+    The reference point is that of the whole batch, whatever its microbatches and devices. The key
+    is not used.
     """
-    point = reference_point(state.params, feedback, policy_fn=policy_fn, axis_name=options.get("axis_name"))
+    point = reference_point(
+        state.params, feedback, policy_fn=policy_fn, axis_name=options.get("axis_name")
+    )
     batch = dataclasses.replace(feedback, mismatched=None, reference_point=point)
     return _step(state, batch, key, policy_fn=policy_fn, **options)

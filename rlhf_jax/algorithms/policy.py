@@ -1,6 +1,8 @@
-"""What the policy algorithms share: settings, the clipped policy loss with its metrics, rewards of rows, the passes.
+"""What the policy algorithms share: settings, the clipped policy loss with its metrics, rewards of
+rows, the passes.
 
-Column t of every [B, T] array speaks of ``tokens[:, t]``; a row with an empty response mask counts nowhere.
+Column t of every [B, T] array speaks of ``tokens[:, t]``; a row with an empty response mask counts
+nowhere.
 """
 
 import dataclasses
@@ -16,23 +18,41 @@ import optax
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
-from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Parts, PolicyFn, PolicyOutput, Rollout, TrainState
+from rlhf_jax.types import (
+    AxisName,
+    Loss,
+    Max,
+    Mean,
+    Metrics,
+    Parts,
+    PolicyFn,
+    PolicyOutput,
+    Rollout,
+    TrainState,
+)
 
-# A token that the policy now says ten times as often as when it was drawn is an outlier, not a sample.
+# A token that the policy now says ten times as often as when it was drawn is an outlier, not a
+# sample.
 KL_RATIO_CAP = 10.0
 State = TypeVar("State", bound=TrainState)
 
 
 @dataclass(frozen=True)
 class Batching:
-    """Settings of every policy algorithm: how a rollout is cut, and how its tokens become one number."""
+    """Settings of every policy algorithm: how a rollout is cut, and how its tokens become one
+    number.
+    """
 
     num_minibatches: int = 1
     """Optimizer steps of a pass, each on its share of the rollout."""
     shuffle_blocks: int = 1
-    """Blocks of the global batch inside which rows are shuffled; a multiple of the data devices keeps rows in place."""
+    """Blocks of the global batch inside which rows are shuffled; a multiple of the data devices
+    keeps rows in place.
+    """
     num_microbatches: int = 1
-    """Parts of a minibatch that are run one after the other to save memory; the gradient does not change."""
+    """Parts of a minibatch that are run one after the other to save memory; the gradient does not
+    change.
+    """
     aggregate: losses.Aggregation = "token"
     """How losses of tokens become one number."""
     length: int | None = None
@@ -40,8 +60,8 @@ class Batching:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 
-    # No settings here, but of algorithms that override them: answers to each prompt, passes over each rollout, the
-    # weight of a KL term in the loss, what is subtracted from a reward.
+    # No settings here, but of algorithms that override them: answers to each prompt, passes over
+    # each rollout, the weight of a KL term in the loss, what is subtracted from a reward.
     group_size = 1
     num_epochs = 1
     kl_loss_coef = 0.0
@@ -53,11 +73,19 @@ class Batching:
         return not ops.is_zero(self.kl_loss_coef)
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "num_minibatches", "shuffle_blocks", "num_microbatches", "group_size"):
+        for name in (
+            "num_epochs",
+            "num_minibatches",
+            "shuffle_blocks",
+            "num_microbatches",
+            "group_size",
+        ):
             ops.check_number(name, getattr(self, name), at_least=1)
         losses.check_aggregation(self.aggregate, self.length)
         if self.length is not None and self.aggregate != "fixed":
-            raise ValueError(f"length {self.length} is read by aggregate 'fixed' alone, got {self.aggregate!r}")
+            raise ValueError(
+                f"length {self.length} is read by aggregate 'fixed' alone, got {self.aggregate!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,11 +103,17 @@ class Config(Batching):
     kl_loss_coef: float = 0.0
     """Weight of a KL term in the loss; the KL penalty in the reward is the loop's kl_coef."""
     kl_loss_estimator: ops.KLEstimator = "k2"
-    """k2: the gradient of each token's KL(policy || reference); k3: that of its KL(reference || policy)."""
+    """k2: the gradient of each token's KL(policy || reference); k3: that of its KL(reference ||
+    policy).
+    """
     surrogate: Literal["clip", "cispo"] = "clip"
-    """clip: PPO's loss, in which clipped tokens have no gradient; cispo: the clipped ratio is each token's weight."""
+    """clip: PPO's loss, in which clipped tokens have no gradient; cispo: the clipped ratio is each
+    token's weight.
+    """
     ratio: Literal["token", "sequence"] = "token"
-    """token: each token's own ratio; sequence: the geometric mean of the row's ratios for all its tokens (GSPO)."""
+    """token: each token's own ratio; sequence: the geometric mean of the row's ratios for all its
+    tokens (GSPO).
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,88 +122,122 @@ class Config(Batching):
         ops.check_number("dual_clip", self.dual_clip, above=1)
         ops.check_choice("surrogate", self.surrogate, ("clip", "cispo"))
         if self.dual_clip is not None and self.surrogate != "clip":
-            raise ValueError(f"dual_clip: bounds the surrogate 'clip' alone, not {self.surrogate!r}; use null")
+            raise ValueError(
+                f"dual_clip: bounds the surrogate 'clip' alone, not {self.surrogate!r}; use null"
+            )
         ops.check_choice("ratio", self.ratio, ("token", "sequence"))
         ops.check_choice("kl_loss_estimator", self.kl_loss_estimator, get_args(ops.KLEstimator))
         if self.kl_loss_estimator == "k1":
             raise ValueError(
-                "kl_loss_estimator 'k1' has expected gradient 0: use it in the reward, or 'k2' or 'k3' here"
+                "kl_loss_estimator 'k1' has expected gradient 0: use it in the reward, or 'k2' or "
+                "'k3' here"
             )
 
 
 def field(rollout: Rollout, name: str, hint: str, ndim: int = 2) -> jax.Array:
-    """``rollout.NAME`` [B, T], or [B] with ``ndim`` 1; ValueError if it is None, saying what to do, AssertionError if
-    it has another shape."""
+    """``rollout.NAME`` [B, T], or [B] with ``ndim`` 1; ValueError if it is None, saying what to do,
+    AssertionError if it has another shape."""
     value = getattr(rollout, name)
     if value is None:
-        raise ValueError(f"rollout.{name} {'[B, T]' if ndim == 2 else '[B]'} is needed, got None: {hint}")
+        raise ValueError(
+            f"rollout.{name} {'[B, T]' if ndim == 2 else '[B]'} is needed, got None: {hint}"
+        )
     chex.assert_shape(value, rollout.tokens.shape[:ndim])
     return value
 
 
 def row_rewards(rollout: Rollout) -> jax.Array:
-    """The reward of each row [B]: the sum of ``rewards`` over its response where they are given, else ``scores``."""
+    """The reward of each row [B]: the sum of ``rewards`` over its response where they are given,
+    else ``scores``.
+    """
     if rollout.rewards is None:
-        return jnp.asarray(field(rollout, "scores", "call a reward function, or give rewards [B, T]", 1), jnp.float32)
-    return jnp.sum(jnp.where(rollout.response_mask != 0, field(rollout, "rewards", ""), 0.0), axis=1, dtype=jnp.float32)
+        return jnp.asarray(
+            field(rollout, "scores", "call a reward function, or give rewards [B, T]", 1),
+            jnp.float32,
+        )
+    return jnp.sum(
+        jnp.where(rollout.response_mask != 0, field(rollout, "rewards", ""), 0.0),
+        axis=1,
+        dtype=jnp.float32,
+    )
 
 
-def with_group_advantages(rollout: Rollout, group_size: int, estimate: Callable[..., jax.Array]) -> Rollout:
-    """The rollout with one advantage for all response tokens of a row, ``advantages`` [B, T], 0 elsewhere.
+def with_group_advantages(
+    rollout: Rollout, group_size: int, estimate: Callable[..., jax.Array]
+) -> Rollout:
+    """The rollout with one advantage for all response tokens of a row, ``advantages`` [B, T], 0
+    elsewhere.
 
     Args:
-      rollout: rows of one prompt are adjacent: rows ``i * group_size`` to ``(i + 1) * group_size - 1`` are group i.
+      rollout: rows of one prompt are adjacent: rows ``i * group_size`` to ``(i + 1) * group_size -
+        1`` are group i.
       estimate: ``estimate(row rewards [N, G], mask=present [N, G]) -> advantages [N, G]``.
     """
     mask = rollout.response_mask != 0  # [B, T]
     num_rows = mask.shape[0]
     if num_rows % group_size:
-        raise ValueError(f"{num_rows} rows (on each device, under shard_map) do not divide by group_size={group_size}")
+        raise ValueError(
+            f"{num_rows} rows (on each device, under shard_map) do not divide by "
+            f"group_size={group_size}"
+        )
     scores = row_rewards(rollout).reshape(-1, group_size)
-    advantage = estimate(scores, mask=jnp.any(mask, axis=1).reshape(-1, group_size)).reshape(num_rows)
+    advantage = estimate(scores, mask=jnp.any(mask, axis=1).reshape(-1, group_size)).reshape(
+        num_rows
+    )
     return dataclasses.replace(rollout, advantages=jnp.where(mask, advantage[:, None], 0.0))
 
 
 def reweighed(per_token: jax.Array, rollout: Rollout) -> tuple[jax.Array, Parts]:
     """Policy losses of tokens [B, T] times ``rollout.importance_weights``, with the metric
-    ``policy/importance_weight_mean`` over response tokens; the losses as they are and no metric if there are none.
+    ``policy/importance_weight_mean`` over response tokens; the losses as they are and no metric if
+    there are none.
 
-    The policy loss alone is weighed, because it alone depends on how often each token was drawn. Entropy and value are
-    what they are at every prefix that was reached, and the KL term holds each drawn token at full strength.
+    The policy loss alone is weighed, because it alone depends on how often each token was drawn.
+    Entropy and value are what they are at every prefix that was reached, and the KL term holds each
+    drawn token at full strength.
     """
     if rollout.importance_weights is None:
         return per_token, {}
-    weights = jax.lax.stop_gradient(field(rollout, "importance_weights", "rollout.rescore makes them"))
-    return weights * per_token, {"policy/importance_weight_mean": losses.aggregate(weights, rollout.response_mask)}
+    weights = jax.lax.stop_gradient(
+        field(rollout, "importance_weights", "rollout.rescore makes them")
+    )
+    return weights * per_token, {
+        "policy/importance_weight_mean": losses.aggregate(weights, rollout.response_mask)
+    }
 
 
 def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, Parts]:
-    """Clipped policy loss - ``entropy_coef`` * entropy + ``kl_loss_coef`` * KL term of a rollout with advantages.
+    """Clipped policy loss - ``entropy_coef`` * entropy + ``kl_loss_coef`` * KL term of a rollout
+    with advantages.
 
     One sum per token, aggregated once. With ``rollout.importance_weights`` see ``reweighed``. With
-    ``config.ratio = "sequence"`` every token of row i has the ratio of GSPO (Zheng et al. 2025, arXiv 2507.18071,
-    eq. 7), ``s_i = exp(mean over the response of log_probs - old_log_probs)``; with ``aggregate = "sequence"`` the loss
-    is that of eq. 5.
+    ``config.ratio = "sequence"`` every token of row i has the ratio of GSPO (Zheng et al. 2025,
+    arXiv 2507.18071, eq. 7), ``s_i = exp(mean over the response of log_probs - old_log_probs)``;
+    with ``aggregate = "sequence"`` the loss is that of eq. 5.
 
     Args:
       output: the policy's forward pass on ``rollout``.
 
     Returns:
-      The loss and the metrics ``policy/loss``, ``policy/clip_fraction`` (tokens whose clipped term was the larger; of
-      cispo, whose weight was clipped),
-      ``policy/approx_kl`` (half the mean squared log-ratio of tokens, Schulman 2020), ``policy/ratio_max``,
-      ``objective/entropy`` (nats per row), with a KL term ``policy/kl_loss`` and ``policy/kl_capped_fraction`` (tokens
-      whose ratio ``KL_RATIO_CAP`` bounds there), and with importance weights ``policy/importance_weight_mean``.
+      The loss and the metrics ``policy/loss``, ``policy/clip_fraction`` (tokens whose clipped term
+      was the larger; of cispo, whose weight was clipped),
+      ``policy/approx_kl`` (half the mean squared log-ratio of tokens, Schulman 2020),
+      ``policy/ratio_max``, ``objective/entropy`` (nats per row), with a KL term ``policy/kl_loss``
+      and ``policy/kl_capped_fraction`` (tokens whose ratio ``KL_RATIO_CAP`` bounds there), and with
+      importance weights ``policy/importance_weight_mean``.
     """
     mask = rollout.response_mask != 0  # [B, T]
 
     def mean(per_token: jax.Array) -> Mean:
         return losses.aggregate(per_token, mask, config.aggregate, config.length)
 
-    # Masked columns get the same numbers on both sides, so that no exponential or square ever sees what is in them.
+    # Masked columns get the same numbers on both sides, so that no exponential or square ever sees
+    # what is in them.
     old_log_probs = jnp.where(mask, field(rollout, "log_probs", "the behaviour policy's"), 0.0)
     log_probs = jnp.where(mask, output.log_probs, 0.0)
-    advantage = jnp.where(mask, field(rollout, "advantages", "call the algorithm's prepare first"), 0.0)
+    advantage = jnp.where(
+        mask, field(rollout, "advantages", "call the algorithm's prepare first"), 0.0
+    )
     log_ratio, zeros = log_probs - old_log_probs, jnp.zeros_like(old_log_probs)
     approx_kl = 0.5 * jnp.square(log_ratio)
     if config.ratio == "sequence":
@@ -196,10 +264,15 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     if not ops.is_zero(config.entropy_coef):
         per_token = per_token - config.entropy_coef * output.entropy
     if config.kl_in_loss:
-        ref_log_probs = field(rollout, "ref_log_probs", "give rollout.collect a ref_fn, or set kl_loss_coef=0")
-        # The tokens are the behaviour policy's: after the first step, the ratio reweighs them to the policy's own.
+        ref_log_probs = field(
+            rollout, "ref_log_probs", "give rollout.collect a ref_fn, or set kl_loss_coef=0"
+        )
+        # The tokens are the behaviour policy's: after the first step, the ratio reweighs them to
+        # the policy's own.
         weight = jnp.minimum(ratio, KL_RATIO_CAP)
-        kl = weight * ops.kl(log_probs, jnp.where(mask, ref_log_probs, 0.0), config.kl_loss_estimator)
+        kl = weight * ops.kl(
+            log_probs, jnp.where(mask, ref_log_probs, 0.0), config.kl_loss_estimator
+        )
         per_token = per_token + config.kl_loss_coef * kl
         metrics["policy/kl_loss"] = mean(kl)
         metrics["policy/kl_capped_fraction"] = losses.aggregate(ratio > KL_RATIO_CAP, mask)
@@ -211,12 +284,12 @@ def updater(
     loss: Callable[..., tuple[Loss, Parts]],
     rollout_metrics: Callable[[Rollout, AxisName | None], Metrics] = lambda prepared, axis_name: {},
 ) -> Callable[..., tuple[Any, Metrics]]:
-    """The ``update`` of an algorithm, see ``types.Algorithm``: its ``prepare`` once, then ``num_epochs`` passes of
-    ``num_minibatches`` optimizer steps on its ``loss``.
+    """The ``update`` of an algorithm, see ``types.Algorithm``: its ``prepare`` once, then
+    ``num_epochs`` passes of ``num_minibatches`` optimizer steps on its ``loss``.
 
-    Its metrics are those of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over the steps
-    (``ratio_max``, ``nonfinite``: the maximum), and ``rollout_metrics``. Its config is a ``Batching``, or any object
-    with the attributes of ``types.AlgorithmConfig``.
+    Its metrics are those of ``loss`` with ``loss``, ``grad_norm`` and ``nonfinite``, averaged over
+    the steps (``ratio_max``, ``nonfinite``: the maximum), and ``rollout_metrics``. Its config is a
+    ``Batching``, or any object with the attributes of ``types.AlgorithmConfig``.
 
     Args:
       prepare, loss: as in ``types.Algorithm``.
@@ -234,16 +307,21 @@ def updater(
         axis_name: AxisName | None = None,
         minibatch_sharding: Any = None,
     ) -> tuple[State, Metrics]:
-        """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on ``loss``; see
-        ``policy.updater``."""
+        """``prepare``, then ``num_epochs`` passes of ``num_minibatches`` optimizer steps on
+        ``loss``; see ``policy.updater``."""
         prepared = prepare(rollout, config=config, axis_name=axis_name)
         bound = partial(loss, policy_fn=policy_fn, config=config)
         parts = config.num_microbatches
 
         def step(state: State, minibatch: Rollout, key: jax.Array) -> tuple[State, Metrics]:
-            return gradient_step(bound, state, optimizer, batch=minibatch, key=key, num_microbatches=parts, **options)
+            return gradient_step(
+                bound, state, optimizer, batch=minibatch, key=key, num_microbatches=parts, **options
+            )
 
-        cut = {name: getattr(config, name) for name in ("num_epochs", "num_minibatches", "shuffle_blocks")}
+        cut = {
+            name: getattr(config, name)
+            for name in ("num_epochs", "num_minibatches", "shuffle_blocks")
+        }
         options: Any = {"axis_name": axis_name, "minibatch_sharding": minibatch_sharding}
         state, metrics = minibatch_epochs(step, state, prepared, key, **cut, **options)
         return state, {**metrics, **rollout_metrics(prepared, axis_name)}

@@ -1,8 +1,9 @@
-"""Proximal policy optimisation (Schulman et al. 2017) as RLHF uses it: KL penalty in the reward, value function, GAE.
+"""Proximal policy optimisation (Schulman et al. 2017) as RLHF uses it: KL penalty in the reward,
+value function, GAE.
 
-Numbers follow lm-human-preferences (Ziegler et al. 2019), except that advantages are whitened once over the whole
-rollout of all devices. Column t of every [B, T] array speaks of ``tokens[:, t]``; ``values[:, t]`` is V of the state
-before it.
+Numbers follow lm-human-preferences (Ziegler et al. 2019), except that advantages are whitened once
+over the whole rollout of all devices. Column t of every [B, T] array speaks of ``tokens[:, t]``;
+``values[:, t]`` is V of the state before it.
 """
 
 import dataclasses
@@ -28,7 +29,9 @@ class Config(policy.Config):
     num_epochs: int = 4
     """Passes over each rollout."""
     value_clip: float | None = 0.2
-    """How far values may move from the rollout's and still lower the loss; null: as far as they like."""
+    """How far values may move from the rollout's and still lower the loss; null: as far as they
+    like.
+    """
     value_coef: float = 0.1
     """Weight of the value loss."""
     gamma: float = 1.0
@@ -48,8 +51,8 @@ class Config(policy.Config):
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = None) -> Rollout:
     """The rollout with ``advantages`` and ``returns`` [B, T], from its ``rewards`` and ``values``.
 
-    Whitening uses the response tokens of all devices of ``axis_name``. Returns come from the rewards (whitened if the
-    config says so) and are not whitened themselves.
+    Whitening uses the response tokens of all devices of ``axis_name``. Returns come from the
+    rewards (whitened if the config says so) and are not whitened themselves.
     """
     rewards = policy.field(rollout, "rewards", "rewards.kl_shaped makes them")
     values = policy.field(rollout, "values", "the policy needs a value function")
@@ -65,18 +68,25 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = No
 def loss(
     params: Params, rollout: Rollout, key: jax.Array | None, *, policy_fn: PolicyFn, config: Config
 ) -> tuple[Mean, Parts]:
-    """``policy.loss`` + ``value_coef`` * clipped value loss of a prepared rollout, whose metric is ``value/loss``.
+    """``policy.loss`` + ``value_coef`` * clipped value loss of a prepared rollout, whose metric is
+    ``value/loss``.
 
     Args:
       key: unused: dropout is off in RL.
     """
     output = ops.evaluate(policy_fn, params, rollout)
     if output.values is None:
-        raise ValueError("ppo needs values, and policy_fn returned values=None; models.add_head adds a value head")
+        raise ValueError(
+            "ppo needs values, and policy_fn returned values=None; models.add_head adds a value "
+            "head"
+        )
     policy_loss, metrics = policy.loss(output, rollout, config)
-    # Masked columns get the same numbers on both sides, so that no square ever sees what is in them.
+    # Masked columns get the same numbers on both sides, so that no square ever sees what is in
+    # them.
     mask = rollout.response_mask != 0  # [B, T]
-    old_values = jnp.where(mask, policy.field(rollout, "values", "the policy needs a value function"), 0.0)
+    old_values = jnp.where(
+        mask, policy.field(rollout, "values", "the policy needs a value function"), 0.0
+    )
     values = jnp.where(mask, output.values, 0.0)
     returns = jnp.where(mask, policy.field(rollout, "returns", "call ppo.prepare first"), 0.0)
     value_clip = math.inf if config.value_clip is None else config.value_clip
@@ -87,11 +97,13 @@ def loss(
 
 
 def explained_variance(rollout: Rollout, axis_name: AxisName | None) -> Metrics:
-    """``value/explained_variance`` of a prepared rollout's own values, ``1 - var(returns - values) / var(returns)``; 0
-    where the returns do not vary."""
+    """``value/explained_variance`` of a prepared rollout's own values, ``1 - var(returns - values)
+    / var(returns)``; 0 where the returns do not vary."""
     returns = policy.field(rollout, "returns", "call ppo.prepare first")
     errors = returns - policy.field(rollout, "values", "the policy needs a value function")
-    var_returns, var_errors = (ops.masked_var(x, rollout.response_mask, axis_name=axis_name) for x in (returns, errors))
+    var_returns, var_errors = (
+        ops.masked_var(x, rollout.response_mask, axis_name=axis_name) for x in (returns, errors)
+    )
     # Returns that differ by rounding alone (float32: 1e-7 of the values, squared) do not vary.
     varies = var_returns > 1e-12 * var_errors
     share = jnp.where(varies, 1.0 - var_errors / jnp.where(varies, var_returns, 1.0), 0.0)
@@ -99,4 +111,6 @@ def explained_variance(rollout: Rollout, axis_name: AxisName | None) -> Metrics:
 
 
 update = policy.updater(prepare, loss, explained_variance)
-"""See ``policy.updater``. The rollout has ``log_probs``, ``values`` and ``rewards`` (KL penalty included, if any)."""
+"""See ``policy.updater``. The rollout has ``log_probs``, ``values`` and ``rewards`` (KL penalty
+included, if any).
+"""

@@ -1,7 +1,8 @@
-"""Reward models from comparisons of K answers (Ziegler et al. 2019; K = 2: Bradley-Terry), or from target scores.
+"""Reward models from comparisons of K answers (Ziegler et al. 2019; K = 2: Bradley-Terry), or from
+target scores.
 
-The model is a ``score_fn(params, tokens [B, T], attention_mask [B, T], key) -> scores [B]``; the answers of a
-comparison are scored as rows of one batch [B * K, T].
+The model is a ``score_fn(params, tokens [B, T], attention_mask [B, T], key) -> scores [B]``; the
+answers of a comparison are scored as rows of one batch [B * K, T].
 """
 
 from dataclasses import dataclass
@@ -23,14 +24,20 @@ class Config:
     centering: float = 0.0
     """Weight of the squared sum of a pair's scores, which pulls scores towards 0; pairs only."""
     num_microbatches: int = 1
-    """Parts of a batch that are run one after the other to save memory; the gradient does not change."""
+    """Parts of a batch that are run one after the other to save memory; the gradient does not
+    change.
+    """
 
     def __post_init__(self) -> None:
         ops.check_number("centering", self.centering, at_least=0)
 
 
-def answer_scores(score_fn: Any, params: Params, comparisons: Comparisons, key: jax.Array | None = None) -> jax.Array:
-    """Scores [B, K] of the answers, by a ScoreFn; of packed ones [B, C, K], by one that takes ``documents`` too."""
+def answer_scores(
+    score_fn: Any, params: Params, comparisons: Comparisons, key: jax.Array | None = None
+) -> jax.Array:
+    """Scores [B, K] of the answers, by a ScoreFn; of packed ones [B, C, K], by one that takes
+    ``documents`` too.
+    """
     tokens, mask, documents = comparisons.tokens, comparisons.attention_mask, comparisons.documents
     if documents is not None:
         numbers = documents.reshape(len(documents), -1)
@@ -42,36 +49,54 @@ def answer_scores(score_fn: Any, params: Params, comparisons: Comparisons, key: 
 
 
 def loss(
-    params: Params, comparisons: Comparisons, key: jax.Array | None, *, score_fn: ScoreFn, config: Config
+    params: Params,
+    comparisons: Comparisons,
+    key: jax.Array | None,
+    *,
+    score_fn: ScoreFn,
+    config: Config,
 ) -> tuple[Mean, Parts]:
-    """The weighted mean of ``losses.comparison`` over rows or, with ``targets``, of squared errors over answers.
+    """The weighted mean of ``losses.comparison`` over rows or, with ``targets``, of squared errors
+    over answers.
 
-    Answers with an empty response mask are absent: they enter as -inf and have no target. Rows whose best answer is
-    absent count nowhere. Weights are relative: the loss divides by their sum.
+    Answers with an empty response mask are absent: they enter as -inf and have no target. Rows
+    whose best answer is absent count nowhere. Weights are relative: the loss divides by their sum.
 
     Args:
       comparisons: [B, K, T], or packed [B, T]; ``best`` None means answer 0.
       key: of dropout; None turns it off.
 
     Returns:
-      The loss and the metrics ``reward_model/loss`` and, of comparisons, ``reward_model/accuracy`` (ties count half)
-      and ``reward_model/margin``, the best answer's score minus the highest other, both over rows with at least two
-      answers.
+      The loss and the metrics ``reward_model/loss`` and, of comparisons, ``reward_model/accuracy``
+      (ties count half) and ``reward_model/margin``, the best answer's score minus the highest
+      other, both over rows with at least two answers.
     """
     scores = answer_scores(score_fn, params, comparisons, key)
     present = ops.response_sums(jnp.ones_like(comparisons.tokens), comparisons) > 0
-    parts = scores, present, comparisons.best, comparisons.targets, comparisons.weight, comparisons.margin
+    parts = (
+        scores,
+        present,
+        comparisons.best,
+        comparisons.targets,
+        comparisons.weight,
+        comparisons.margin,
+    )
     if comparisons.documents is not None:  # [B, C, ...] -> [B * C, ...]
         parts = jax.tree.map(lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[2:])), parts)
     scores, present, best, targets, weight, wanted = parts
     batch, num_answers = scores.shape
     if targets is None and num_answers < 2:
-        raise ValueError(f"a comparison needs at least 2 answers, got tokens {comparisons.tokens.shape} and no targets")
+        raise ValueError(
+            f"a comparison needs at least 2 answers, got tokens {comparisons.tokens.shape} and no "
+            "targets"
+        )
     weight = jnp.ones(batch) if weight is None else jnp.asarray(weight, jnp.float32)
     chex.assert_shape(weight, (batch,))
 
     if targets is not None:
-        errors = losses.regression(jnp.where(present, scores, 0.0), jnp.where(present, targets, 0.0))
+        errors = losses.regression(
+            jnp.where(present, scores, 0.0), jnp.where(present, targets, 0.0)
+        )
         mean = losses.weighted_mean(errors, jnp.where(present, weight[:, None], 0.0))
         return mean, {"reward_model/loss": mean}
 
@@ -82,7 +107,9 @@ def loss(
     mean = losses.weighted_mean(per_row, jnp.where(usable, weight, 0.0))
     is_best = jnp.arange(num_answers)[None, :] == best[:, None]
     others = jnp.max(jnp.where(is_best, -jnp.inf, entered), axis=1)
-    compared = jnp.where(usable & (jnp.sum(present, axis=1) > 1), weight, 0.0)  # [B], rows with a second answer
+    compared = jnp.where(
+        usable & (jnp.sum(present, axis=1) > 1), weight, 0.0
+    )  # [B], rows with a second answer
     margin = jnp.take_along_axis(entered, best[:, None], axis=1)[:, 0] - others
     margin = jax.lax.stop_gradient(jnp.where(compared > 0, margin, 0.0))
     return mean, {

@@ -1,12 +1,14 @@
-"""REINFORCE leave-one-out (Ahmadian et al. 2024, "Back to Basics"): each of G answers to a prompt against the others;
-and REINFORCE++ (Hu et al. 2025, arXiv 2501.03262v9): each token against all tokens of the batch.
+"""REINFORCE leave-one-out (Ahmadian et al. 2024, "Back to Basics"): each of G answers to a prompt
+against the others; and REINFORCE++ (Hu et al. 2025, arXiv 2501.03262v9): each token against all
+tokens of the batch.
 
-RLOO: ``A_i = r_i - mean of the group's other rewards``, one advantage for all tokens of an answer. The ratio of each
-token is clipped as in PPO, and there is no value function. REINFORCE++ is ``baseline="global"``, ``group_size=1``:
-``A_t = (sum of the rewards from t on - mean) / std`` over the batch's response tokens, the KL being in the rewards
-(eqs. 4 and 5). REINFORCE++ with baseline is ``baseline="both"``: ``r_i - mean of the group``, on all tokens of an
-answer, whitened in the same way (eqs. 6 and 7); RLOO's A_i are G / (G - 1) times these differences, a factor that
-whitening takes away. Column t of every [B, T] array speaks of ``tokens[:, t]``.
+RLOO: ``A_i = r_i - mean of the group's other rewards``, one advantage for all tokens of an answer.
+The ratio of each token is clipped as in PPO, and there is no value function. REINFORCE++ is
+``baseline="global"``, ``group_size=1``: ``A_t = (sum of the rewards from t on - mean) / std`` over
+the batch's response tokens, the KL being in the rewards (eqs. 4 and 5). REINFORCE++ with baseline
+is ``baseline="both"``: ``r_i - mean of the group``, on all tokens of an answer, whitened in the
+same way (eqs. 6 and 7); RLOO's A_i are G / (G - 1) times these differences, a factor that whitening
+takes away. Column t of every [B, T] array speaks of ``tokens[:, t]``.
 """
 
 import dataclasses
@@ -31,24 +33,28 @@ class Config(policy.Config):
     group_size: int = 4
     """Answers to each prompt, in adjacent rows of the rollout."""
     baseline: Literal["group", "global", "both"] = "group"
-    """group: the mean reward of a prompt's other answers; global: rewards to go, whitened over the batch
-    (REINFORCE++), for which group_size may be 1; both: those of group, whitened over the batch."""
+    """group: the mean reward of a prompt's other answers; global: rewards to go, whitened over the
+    batch (REINFORCE++), for which group_size may be 1; both: those of group, whitened over the
+    batch."""
     aggregate: losses.Aggregation = "sum"
     """How losses of tokens become one number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ops.check_choice("baseline", self.baseline, ("group", "global", "both"))
-        ops.check_number("group_size", self.group_size, at_least=1 if self.baseline == "global" else 2)
+        ops.check_number(
+            "group_size", self.group_size, at_least=1 if self.baseline == "global" else 2
+        )
 
 
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = None) -> Rollout:
-    """The rollout with ``advantages`` [B, T]: ``advantages.leave_one_out`` of the rewards, on all tokens of a row. With
-    ``baseline="both"`` these, and with "global" the rewards from each token on, are brought to mean 0 and variance 1
-    over the response tokens.
+    """The rollout with ``advantages`` [B, T]: ``advantages.leave_one_out`` of the rewards, on all
+    tokens of a row. With ``baseline="both"`` these, and with "global" the rewards from each token
+    on, are brought to mean 0 and variance 1 over the response tokens.
 
-    The reward of a row is the sum of ``rewards`` over its response where they are given, else ``scores``. Absent rows,
-    and a group with a single answer, get 0. Minibatches may split groups afterwards.
+    The reward of a row is the sum of ``rewards`` over its response where they are given, else
+    ``scores``. Absent rows, and a group with a single answer, get 0. Minibatches may split groups
+    afterwards.
 
     Args:
       rollout: rows of one prompt are adjacent, ``group_size`` of them.
@@ -57,9 +63,13 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = No
     mask = rollout.response_mask
     if config.baseline == "global":
         rewards = policy.field(rollout, "rewards", "rewards.kl_shaped makes them")
-        prepared = dataclasses.replace(rollout, advantages=advantages.discounted_returns(rewards, mask))
+        prepared = dataclasses.replace(
+            rollout, advantages=advantages.discounted_returns(rewards, mask)
+        )
     else:
-        prepared = policy.with_group_advantages(rollout, config.group_size, advantages.leave_one_out)
+        prepared = policy.with_group_advantages(
+            rollout, config.group_size, advantages.leave_one_out
+        )
     if config.baseline == "group":
         return prepared
     whitened = ops.whiten(policy.field(prepared, "advantages", ""), mask, axis_name=axis_name)
@@ -74,4 +84,6 @@ def loss(
 
 
 update = policy.updater(prepare, loss)
-"""See ``policy.updater``. The rollout has ``log_probs`` and ``rewards`` (KL penalty included, if any) or ``scores``."""
+"""See ``policy.updater``. The rollout has ``log_probs`` and ``rewards`` (KL penalty included, if
+any) or ``scores``.
+"""

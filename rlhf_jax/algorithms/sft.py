@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the mean negative log-likelihood of response tokens.
 
-Column t of every [B, T] array speaks of ``tokens[:, t]``. Prompt tokens are learnt only if the response mask has them.
+Column t of every [B, T] array speaks of ``tokens[:, t]``. Prompt tokens are learnt only if the
+response mask has them.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ class Config:
     """Supervised fine-tuning."""
 
     num_microbatches: int = 1
-    """Parts of a batch that are run one after the other to save memory; the gradient does not change."""
+    """Parts of a batch that are run one after the other to save memory; the gradient does not
+    change.
+    """
     aggregate: Literal["token", "sequence", "sum"] = "token"
     """What the loss averages: tokens, rows' token means, or rows' sums."""
     needs_reference = False  # no setting: what a run prepares for the loss
@@ -29,12 +32,18 @@ class Config:
 
 
 def loss(
-    params: Params, batch: Demonstrations, key: jax.Array | None, *, policy_fn: PolicyFn, config: Config
+    params: Params,
+    batch: Demonstrations,
+    key: jax.Array | None,
+    *,
+    policy_fn: PolicyFn,
+    config: Config,
 ) -> tuple[Mean, Parts]:
     """The loss in nats, and the metric ``sft/loss``.
 
     Args:
-      batch: tokens, attention_mask, response_mask [B, T]; a row with an empty response mask counts nowhere.
+      batch: tokens, attention_mask, response_mask [B, T]; a row with an empty response mask counts
+        nowhere.
       key: of dropout; None turns it off.
     """
     output = ops.evaluate(policy_fn, params, batch, key)
@@ -48,4 +57,6 @@ def _num_tokens(batch: Demonstrations, axis_name: AxisName | None) -> Metrics:
 
 
 update = batch_updater(loss, _num_tokens)
-"""See ``step.batch_updater``; of a batch [B, T]. Another metric is ``sft/tokens``, response tokens of the batch."""
+"""See ``step.batch_updater``; of a batch [B, T]. Another metric is ``sft/tokens``, response tokens
+of the batch.
+"""

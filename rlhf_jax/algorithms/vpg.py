@@ -1,9 +1,10 @@
-"""Vanilla policy gradient, REINFORCE (Williams 1992) with a running-mean baseline, as jRLHF's Shakespeare job has it;
-and ReMax (Li et al. 2023, arXiv:2310.10505, algorithm 1), whose baseline is the reward of the greedy response.
+"""Vanilla policy gradient, REINFORCE (Williams 1992) with a running-mean baseline, as jRLHF's
+Shakespeare job has it; and ReMax (Li et al. 2023, arXiv:2310.10505, algorithm 1), whose baseline is
+the reward of the greedy response.
 
-``loss = -mean_i [A_i sum_t log p_it]`` with ``A_i = r_i - b``, where ``b <- 0.9 b + 0.1 mean(r)`` comes first. The
-baseline b travels in ``vpg.State``. ReMax is ``baseline="greedy"``: each row has the b of its prompt. Column t of every
-[B, T] array speaks of ``tokens[:, t]``.
+``loss = -mean_i [A_i sum_t log p_it]`` with ``A_i = r_i - b``, where ``b <- 0.9 b + 0.1 mean(r)``
+comes first. The baseline b travels in ``vpg.State``. ReMax is ``baseline="greedy"``: each row has
+the b of its prompt. Column t of every [B, T] array speaks of ``tokens[:, t]``.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ class Config(policy.Batching):
     """Vanilla policy gradient."""
 
     baseline: Literal["ema", "greedy", "none"] = "ema"
-    """What is subtracted from a reward: the running mean of the rewards, the reward of the policy's greedy response to
-    the same prompt (ReMax; without KL), or nothing."""
+    """What is subtracted from a reward: the running mean of the rewards, the reward of the policy's
+    greedy response to the same prompt (ReMax; without KL), or nothing."""
     baseline_decay: float = 0.9
     """Share of the running mean that survives an iteration."""
     aggregate: losses.Aggregation = "sum"
@@ -45,16 +46,23 @@ class Config(policy.Batching):
 class State(TrainState):
     """A TrainState with the moving baseline, which starts at 0."""
 
-    baseline: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros((), jnp.float32))  # [] float32
+    baseline: jax.Array = flax.struct.field(
+        default_factory=lambda: jnp.zeros((), jnp.float32)
+    )  # [] float32
 
 
 def prepare(
-    rollout: Rollout, *, config: Config, axis_name: AxisName | None = None, baseline: jax.Array | float = 0.0
+    rollout: Rollout,
+    *,
+    config: Config,
+    axis_name: AxisName | None = None,
+    baseline: jax.Array | float = 0.0,
 ) -> Rollout:
-    """The rollout with ``advantages`` [B, T], reward of the row - baseline; as it is if it has advantages.
+    """The rollout with ``advantages`` [B, T], reward of the row - baseline; as it is if it has
+    advantages.
 
-    The reward of a row is the sum of ``rewards`` over its response where they are given, else ``scores``. With
-    ``config.baseline = "greedy"`` the baseline is ``rollout.greedy_rewards`` [B].
+    The reward of a row is the sum of ``rewards`` over its response where they are given, else
+    ``scores``. With ``config.baseline = "greedy"`` the baseline is ``rollout.greedy_rewards`` [B].
 
     Args:
       baseline: of ``config.baseline = "ema"``, before this rollout moves it.
@@ -65,38 +73,52 @@ def prepare(
     if config.baseline == "ema":
         _, advantage = _moved(rollout, baseline, config, axis_name)
     elif config.baseline == "greedy":
-        advantage = advantage - policy.field(rollout, "greedy_rewards", "training.phases.with_greedy makes them", 1)
-    return dataclasses.replace(rollout, advantages=jnp.where(rollout.response_mask != 0, advantage[:, None], 0.0))
+        advantage = advantage - policy.field(
+            rollout, "greedy_rewards", "training.phases.with_greedy makes them", 1
+        )
+    return dataclasses.replace(
+        rollout, advantages=jnp.where(rollout.response_mask != 0, advantage[:, None], 0.0)
+    )
 
 
 def _moved(
     rollout: Rollout, baseline: jax.Array | float, config: Config, axis_name: AxisName | None
 ) -> tuple[jax.Array, jax.Array]:
-    """``advantages.ema_baseline`` of the rows' rewards: the moved baseline [] and the advantages [B]."""
+    """``advantages.ema_baseline`` of the rows' rewards: the moved baseline [] and the advantages
+    [B].
+    """
     present = jnp.any(rollout.response_mask != 0, axis=1)
-    return advantages.ema_baseline(baseline, policy.row_rewards(rollout), config.baseline_decay, present, axis_name)
+    return advantages.ema_baseline(
+        baseline, policy.row_rewards(rollout), config.baseline_decay, present, axis_name
+    )
 
 
 def loss(
     params: Params, rollout: Rollout, key: jax.Array | None, *, policy_fn: PolicyFn, config: Config
 ) -> tuple[Mean, Parts]:
-    """Policy-gradient loss - entropy bonus, and the metrics ``policy/loss`` and ``objective/entropy`` (nats per row).
+    """Policy-gradient loss - entropy bonus, and the metrics ``policy/loss`` and
+    ``objective/entropy`` (nats per row).
 
     Args:
-      rollout: with ``advantages`` [B, T] (or [B], one for each row). With ``importance_weights`` see
-        ``policy.reweighed``, which adds a metric.
+      rollout: with ``advantages`` [B, T] (or [B], one for each row). With ``importance_weights``
+        see ``policy.reweighed``, which adds a metric.
       key: unused: dropout is off in RL.
     """
     if rollout.advantages is None:
         raise ValueError("rollout.advantages [B, T] is needed, got None: call vpg.prepare first")
     mask = rollout.response_mask != 0  # [B, T]
     output = ops.evaluate(policy_fn, params, rollout)
-    surrogate, metrics = policy.reweighed(losses.policy_gradient(output.log_probs, rollout.advantages, mask), rollout)
+    surrogate, metrics = policy.reweighed(
+        losses.policy_gradient(output.log_probs, rollout.advantages, mask), rollout
+    )
     mean = partial(losses.aggregate, mask=mask, how=config.aggregate, length=config.length)
     per_token = surrogate
     if not ops.is_zero(config.entropy_coef):
         per_token = surrogate - config.entropy_coef * output.entropy
-    metrics |= {"policy/loss": mean(surrogate), "objective/entropy": losses.aggregate(output.entropy, mask, "sum")}
+    metrics |= {
+        "policy/loss": mean(surrogate),
+        "objective/entropy": losses.aggregate(output.entropy, mask, "sum"),
+    }
     return mean(per_token), metrics
 
 
@@ -112,24 +134,31 @@ def update(
     axis_name: AxisName | None = None,
     **options: Any,
 ) -> tuple[policy.State, Metrics]:
-    """``prepare``, then one pass over the rollout in ``num_minibatches`` optimizer steps on ``loss``.
+    """``prepare``, then one pass over the rollout in ``num_minibatches`` optimizer steps on
+    ``loss``.
 
     Args:
-      state: ``vpg.State``, whose baseline moves; any TrainState where the rollout has ``advantages`` or the config
-        says another ``baseline`` than "ema".
-      rollout: with ``rewards`` (KL penalty included, if any) or ``scores``; or with ``advantages``, used as they are.
+      state: ``vpg.State``, whose baseline moves; any TrainState where the rollout has
+        ``advantages`` or the config says another ``baseline`` than "ema".
+      rollout: with ``rewards`` (KL penalty included, if any) or ``scores``; or with ``advantages``,
+        used as they are.
       key: of the shuffling.
       options: ``policy_fn``, ``optimizer`` and ``minibatch_sharding``, see ``types.Algorithm``.
 
     Returns:
-      The new state, which keeps the old baseline if a step was not finite; metrics as ``policy.updater``.
+      The new state, which keeps the old baseline if a step was not finite; metrics as
+      ``policy.updater``.
     """
     options |= {"config": config, "axis_name": axis_name}
     if rollout.advantages is not None or config.baseline != "ema":
         return _passes(state, rollout, key, **options)
     if not isinstance(state, State):
-        raise ValueError("vpg needs a vpg.State, which carries the moving baseline, or rollout.advantages [B, T]")
+        raise ValueError(
+            "vpg needs a vpg.State, which carries the moving baseline, or rollout.advantages [B, T]"
+        )
     prepared = prepare(rollout, config=config, axis_name=axis_name, baseline=state.baseline)
     after, metrics = _passes(state, prepared, key, **options)
     moved, _ = _moved(rollout, state.baseline, config, axis_name)
-    return after.replace(baseline=jnp.where(metrics["nonfinite"] > 0, state.baseline, moved)), metrics
+    return after.replace(
+        baseline=jnp.where(metrics["nonfinite"] > 0, state.baseline, moved)
+    ), metrics

@@ -1,1 +1,3 @@
-"""From files to arrays on the host: readers, tokenizers, batches, and a generated corpus to run everything offline."""
+"""From files to arrays on the host: readers, tokenizers, batches, and a generated corpus to run
+everything offline.
+"""

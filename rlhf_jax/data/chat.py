@@ -1,12 +1,12 @@
 """Chat rows, lists of ``{role, content}``, as prompts and responses by a chat template.
 
-The prompt is the conversation before the last assistant turn, rendered with the template's opening of the next
-assistant turn (``add_generation_prompt``); the response is that turn's content, so that the boundary is where the
-sampler puts it, and EOS ends it as it ends any response.
+The prompt is the conversation before the last assistant turn, rendered with the template's opening
+of the next assistant turn (``add_generation_prompt``); the response is that turn's content, so that
+the boundary is where the sampler puts it, and EOS ends it as it ends any response.
 
-Templates are Jinja as in Hugging Face's tokenizers. They come from files, so they run in the sandbox whose values
-cannot be changed and whose unsafe attributes cannot be reached. It limits one ``range``, but neither the time nor the
-memory that a template takes.
+Templates are Jinja as in Hugging Face's tokenizers. They come from files, so they run in the
+sandbox whose values cannot be changed and whose unsafe attributes cannot be reached. It limits one
+``range``, but neither the time nor the memory that a template takes.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ NO_RESPONSE = "dialogue without a last response"
 
 # For tokenizers without a template: "User:\nHello\n\nAssistant:\n".
 PLAIN = (
-    "{% for message in messages %}{{ message.role | capitalize }}:\n{{ message.content }}\n\n{% endfor %}"
+    "{% for message in messages %}{{ message.role | capitalize }}:\n{{ message.content }}\n\n{% "
+    "endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 # Of models that read a ``text.template``, whose parts stand between @: lines are for the reader.
@@ -42,10 +43,11 @@ _TEXT_TEMPLATE = "".join(_LINES).replace("\\n", "\n")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatTemplate:
-    """A Jinja template; with a tokenizer, what it renders is tokenised at once, its special tokens as such.
+    """A Jinja template; with a tokenizer, what it renders is tokenised at once, its special tokens
+    as such.
 
-    Without one (`PLAIN`), prompts are text. Message contents may not spell a special token of the tokenizer: data could
-    then end a turn or speak as another role.
+    Without one (`PLAIN`), prompts are text. Message contents may not spell a special token of the
+    tokenizer: data could then end a turn or speak as another role.
     """
 
     source: str = PLAIN
@@ -54,43 +56,68 @@ class ChatTemplate:
     """bos_token and the like, by the template's names."""
 
     def prompt(self, messages: Sequence[Message], where: str, after: str = "") -> Text:
-        """The conversation and the opening of the next assistant turn; of it what stands behind the text ``after``.
+        """The conversation and the opening of the next assistant turn; of it what stands behind the
+        text ``after``.
 
         Raises:
           BadRow: at ``where``, for a template that fails or contents that spell a special token.
         """
         try:
-            rendered = self._template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
+            rendered = self._template.render(
+                messages=messages, add_generation_prompt=True, **self.special_tokens
+            )
             rendered = rendered[rendered.rindex(after) + len(after) :] if after else rendered
-            ids = self._encoder.encode(rendered, add_special_tokens=False).ids if self.tokenizer else ()
-        except Exception as error:  # a template can fail in any way that an expression can, a vocabulary lack a letter
-            raise BadRow(where, f"the chat template failed: {type(error).__name__}: {error}") from error
+            ids = (
+                self._encoder.encode(rendered, add_special_tokens=False).ids
+                if self.tokenizer
+                else ()
+            )
+        # a template can fail in any way that an expression can, a vocabulary lack a letter
+        except Exception as error:
+            raise BadRow(
+                where, f"the chat template failed: {type(error).__name__}: {error}"
+            ) from error
         if self.tokenizer is None:
             if any(message.get("tool_calls") for message in messages):
-                raise BadRow(where, "the plain template writes no tool_calls; name a model whose own template does")
+                raise BadRow(
+                    where,
+                    "the plain template writes no tool_calls; name a model whose own template does",
+                )
             return rendered
         added = self._encoder.get_added_tokens_decoder().values()
         for message, token in itertools.product(messages, added):
             if token.special and token.content in message["content"]:
-                what = f"a {message['role']} message spells the special token {token.content!r}; remove it"
+                what = (
+                    f"a {message['role']} message spells the special token {token.content!r}; "
+                    "remove it"
+                )
                 raise BadRow(where, f"{what}, only the chat template may write it")
         return tuple(ids)
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = _Sandbox(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _refuse
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's own is for HTML
-        # Hugging Face marks what an assistant says by {% generation %}: its body is rendered as it stands.
+        environment.filters["tojson"] = functools.partial(
+            json.dumps, ensure_ascii=False
+        )  # Jinja's own is for HTML
+        # Hugging Face marks what an assistant says by {% generation %}: its body is rendered as it
+        # stands.
         marks = re.compile(r"({%[-+]?\s*)(end)?generation(?=\s*[-+]?%})")
-        source = marks.sub(lambda mark: f"{mark[1]}{'endif' if mark[2] else 'if true'}", self.source)
+        source = marks.sub(
+            lambda mark: f"{mark[1]}{'endif' if mark[2] else 'if true'}", self.source
+        )
         return environment.from_string(source)
 
     @functools.cached_property
     def _encoder(self) -> tokenizers.Tokenizer:
         assert self.tokenizer is not None
         encoder = tokenizers.Tokenizer.from_str(self.tokenizer.backend.to_str())
-        encoder.encode_special_tokens = False  # here their spelling means the token, unlike in any other text
+        encoder.encode_special_tokens = (
+            False  # here their spelling means the token, unlike in any other text
+        )
         return encoder
 
 
@@ -98,9 +125,16 @@ def template_of(tokenizer: Tokenizer | None) -> ChatTemplate:
     """The tokenizer's own chat template, or `PLAIN` if it has none."""
     source = tokenizer.config.get("chat_template") if tokenizer else None
     if isinstance(source, list):  # several by name, as Hugging Face has them
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        named = {
+            entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)
+        }
         source = named.get("default")
-    if tokenizer is None or not isinstance(source, str) or source == PLAIN or text_template(tokenizer) is not None:
+    if (
+        tokenizer is None
+        or not isinstance(source, str)
+        or source == PLAIN
+        or text_template(tokenizer) is not None
+    ):
         return ChatTemplate()
     return ChatTemplate(source, tokenizer, named_tokens(tokenizer.config))
 
@@ -108,22 +142,35 @@ def template_of(tokenizer: Tokenizer | None) -> ChatTemplate:
 def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
     """The tokenizer with a chat template by which chat clients ask a model as its run did.
 
-    A user's message stands where ``template``, the run's ``text.template``, has ``{prompt}``; an assistant's has the
-    tokenizer's EOS after it; any other, such as a system message, stands before the next user's. Under a bare
-    ``{prompt}`` the chat template is the one that renders the messages of data files: the tokenizer's own, or `PLAIN`.
+    A user's message stands where ``template``, the run's ``text.template``, has ``{prompt}``; an
+    assistant's has the tokenizer's EOS after it; any other, such as a system message, stands before
+    the next user's. Under a bare ``{prompt}`` the chat template is the one that renders the
+    messages of data files: the tokenizer's own, or `PLAIN`.
     """
-    source: Any = PLAIN if text_template(tokenizer) is not None else tokenizer.config.get("chat_template", PLAIN)
+    source: Any = (
+        PLAIN
+        if text_template(tokenizer) is not None
+        else tokenizer.config.get("chat_template", PLAIN)
+    )
     if template != "{prompt}":
-        *before, after = (json.dumps(part, ensure_ascii=False) for part in template.split("{prompt}"))
+        *before, after = (
+            json.dumps(part, ensure_ascii=False) for part in template.split("{prompt}")
+        )
         parts = {"FRAMED": " + text + ".join(before), "AFTER": after}
-        parts["TEMPLATE"] = json.dumps(template).replace("#", "\\u0023")  # else "#}" would end the comment
+        parts["TEMPLATE"] = json.dumps(template).replace(
+            "#", "\\u0023"
+        )  # else "#}" would end the comment
         source = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _TEXT_TEMPLATE)
     return dataclasses.replace(tokenizer, config={**tokenizer.config, "chat_template": source})
 
 
 def text_template(tokenizer: Tokenizer) -> str | None:
-    """The ``text.template`` that the chat template was made from by `with_text_template`; None for any other."""
-    made = re.match(r'\{#- text\.template: (".*?") -#\}', str(tokenizer.config.get("chat_template")))
+    """The ``text.template`` that the chat template was made from by `with_text_template`; None for
+    any other.
+    """
+    made = re.match(
+        r'\{#- text\.template: (".*?") -#\}', str(tokenizer.config.get("chat_template"))
+    )
     with contextlib.suppress(ValueError):  # a folder of others may hold anything
         return str(json.loads(made[1])) if made else None
     return None
@@ -131,7 +178,10 @@ def text_template(tokenizer: Tokenizer) -> str | None:
 
 def is_chat(row: dict[str, Any], *keys: str) -> bool:
     """Whether one of these keys holds messages."""
-    return any(isinstance(row.get(key), list) and any(isinstance(turn, dict) for turn in row[key]) for key in keys)
+    return any(
+        isinstance(row.get(key), list) and any(isinstance(turn, dict) for turn in row[key])
+        for key in keys
+    )
 
 
 def is_answered(messages: Any) -> bool:
@@ -147,10 +197,12 @@ def conversation(record: Record, key: str) -> list[Message]:
 
 
 def exchange(record: Record, key: str) -> tuple[list[Message], str]:
-    """The messages before the last assistant turn of the conversation under ``key``, and that turn's content.
+    """The messages before the last assistant turn of the conversation under ``key``, and that
+    turn's content.
 
-    Where the row has a ``prompt`` (text or messages), the value under ``key`` (text or messages) goes on from it,
-    unless it repeats it. Raises `BadRow` for one that does not end in an assistant turn with a content.
+    Where the row has a ``prompt`` (text or messages), the value under ``key`` (text or messages)
+    goes on from it, unless it repeats it. Raises `BadRow` for one that does not end in an assistant
+    turn with a content.
     """
     before, start = record.value.get("prompt"), list[Message]()
     if isinstance(before, str):
@@ -177,15 +229,28 @@ def _before_last(record: Record, key: str, messages: list[Message]) -> list[Mess
 
 def _messages(record: Record, key: str) -> list[Message]:
     value = record.value[key]
-    expect(isinstance(value, list) and value, record, f"{key!r} must be a list of messages {{role, content}}", value)
+    expect(
+        isinstance(value, list) and value,
+        record,
+        f"{key!r} must be a list of messages {{role, content}}",
+        value,
+    )
     for number, message in enumerate(value, 1):
         where = f"message {number} of {key!r}"
-        expect(isinstance(message, dict), record, f"{where} must be an object with role, content", message)
+        expect(
+            isinstance(message, dict),
+            record,
+            f"{where} must be an object with role, content",
+            message,
+        )
         for part in ("role", "content"):
             given = message.get(part)
             expect(isinstance(given, str), record, f"{part!r} of {where} must be a string", given)
         if (role := message["role"]) not in ROLES:
-            raise BadRow(record.source, f"the role of {where} must be one of {', '.join(ROLES)}, found {role!r}")
+            raise BadRow(
+                record.source,
+                f"the role of {where} must be one of {', '.join(ROLES)}, found {role!r}",
+            )
         checked(record, f"the content of {where}", message["content"] or " ")
     return value
 
@@ -195,7 +260,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("**",))
 
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> NoReturn:
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> NoReturn:
         raise jinja2.sandbox.SecurityError(f"{operator} is not allowed")
 
 

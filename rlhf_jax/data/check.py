@@ -1,8 +1,10 @@
-"""What data files hold and what is wrong with them, as text: `rlhf-jax data check` and `rlhf-jax data preview`.
+"""What data files hold and what is wrong with them, as text: `rlhf-jax data check` and `rlhf-jax
+data preview`.
 
-A problem is what would stop a run from reading the file. All are found, each with its place, not the first one only.
-A warning is a key that looks like a slip, so that the rows are read as something else. Duplicates, dropped rows and
-overlap between files do not stop a run; they are counted and placed.
+A problem is what would stop a run from reading the file. All are found, each with its place, not
+the first one only. A warning is a key that looks like a slip, so that the rows are read as
+something else. Duplicates, dropped rows and overlap between files do not stop a run; they are
+counted and placed.
 """
 
 import difflib
@@ -32,7 +34,9 @@ _KNOWN = " | ".join([*map(", ".join, formats.FORMATS), *_ANSWERS])
 
 
 class Report(NamedTuple):
-    """The text to print, and how many rows or files have a problem: a run can read the files if there is none."""
+    """The text to print, and how many rows or files have a problem: a run can read the files if
+    there is none.
+    """
 
     text: str
     num_problems: int
@@ -53,13 +57,14 @@ def check(
     columns: Sequence[str] = (),
     on_bad_row: OnBadRow = "error",
 ) -> Report:
-    """Reads every file to its end: problems, dropped rows, duplicates, lengths, examples, and what files share.
+    """Reads every file to its end: problems, dropped rows, duplicates, lengths, examples, and what
+    files share.
 
     Args:
-      tokenizer: counts lengths in its tokens, renders messages by its chat template and decodes examples that are token
-        ids; None: words and `chat.PLAIN`.
-      kind: what the rows should be; None takes what the pipeline's name of the file says, or else what most rows are,
-        so that the others are problems.
+      tokenizer: counts lengths in its tokens, renders messages by its chat template and decodes
+        examples that are token ids; None: words and `chat.PLAIN`.
+      kind: what the rows should be; None takes what the pipeline's name of the file says, or else
+        what most rows are, so that the others are problems.
       columns, on_bad_row: as `formats.read`.
     """
     if not paths:
@@ -83,7 +88,9 @@ def check(
         texts.append(f"{shares}; {same} of its {len(second)} rows stand there too")
     numbers = ((num_problems, "problem"), (num_warnings, "warning"))
     counted = ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in numbers if n) or "no problems"
-    return Report("\n\n".join([*texts, counted + ": a run would stop" * bool(num_problems)]), num_problems)
+    return Report(
+        "\n\n".join([*texts, counted + ": a run would stop" * bool(num_problems)]), num_problems
+    )
 
 
 def preview(
@@ -94,7 +101,8 @@ def preview(
     kind: Kind | None = None,
     columns: Sequence[str] = (),
 ) -> str:
-    """The first ``count`` rows in full, as a run would read them, messages rendered, and what is wrong with others.
+    """The first ``count`` rows in full, as a run would read them, messages rendered, and what is
+    wrong with others.
 
     kind, columns: as `check`.
 
@@ -108,9 +116,15 @@ def preview(
 
 
 def _read(
-    name: str, tokenizer: Tokenizer | None, kind: Kind | None = None, columns: Any = (), on_bad_row: OnBadRow = "error"
+    name: str,
+    tokenizer: Tokenizer | None,
+    kind: Kind | None = None,
+    columns: Any = (),
+    on_bad_row: OnBadRow = "error",
 ) -> _File:
-    """The rows, of the kind that the pipeline's name of the file says, or else that most records are."""
+    """The rows, of the kind that the pipeline's name of the file says, or else that most records
+    are.
+    """
     source = read_source(name)
     records = adapted(source.records, columns)
     named: list[Kind] = [kind for kind, file in formats.FILES.items() if file == Path(name).name]
@@ -121,7 +135,9 @@ def _read(
 
 
 def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str, int]:
-    """What is to be said of a file, and its number of warnings; faults of labels and tokens join ``found.errors``."""
+    """What is to be said of a file, and its number of warnings; faults of labels and tokens join
+    ``found.errors``.
+    """
     rows, errors = file.found.rows, file.found.errors
     lengths: dict[str, list[int]] = {}
     try:
@@ -133,18 +149,30 @@ def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str,
     forms = Counter((formats.form_of(value) or ("", _UNKNOWN))[1] for value in values)
     counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common())
     bad = {getattr(error, "source", None) for error in errors}
-    unread, warnings = _unread([record for record in file.records if record.source not in bad], file.kind)
+    unread, warnings = _unread(
+        [record for record in file.records if record.source not in bad], file.kind
+    )
     lines = [f"{file.head}, {len(rows)} {file.kind} kept", *[f"  rows: {counted}"] * bool(forms)]
     lines += [f"  a row must have the keys of one of these: {_KNOWN}"] * (set(forms) == {_UNKNOWN})
-    lines += [*_problems(errors), *warnings, *unread, *_dropped(file.found.places), *_repeats(rows, name)]
+    lines += [
+        *_problems(errors),
+        *warnings,
+        *unread,
+        *_dropped(file.found.places),
+        *_repeats(rows, name),
+    ]
     for text, counts in lengths.items():
         lines += _histogram(f"{'tokens' if tokenizer else 'words'} of a {text}", counts)
-    lines += ["  examples:"] * bool(rows) + [_render_row(row, tokenizer, _EXAMPLE) for row in rows[:3]]
+    lines += ["  examples:"] * bool(rows) + [
+        _render_row(row, tokenizer, _EXAMPLE) for row in rows[:3]
+    ]
     return "\n".join(lines), len(warnings)
 
 
 def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]]:
-    """Which keys reach nothing but a reward, or no stage at all, and warnings of keys that look like slips."""
+    """Which keys reach nothing but a reward, or no stage at all, and warnings of keys that look
+    like slips.
+    """
     others, slips = Counter[str](), defaultdict[str, list[str]](list)
     for record in [record for record in records if isinstance(record.value, dict)]:
         read = formats.keys_read(record.value)
@@ -153,12 +181,19 @@ def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]
             name = key.strip().lower()
             near = difflib.get_close_matches(_ALIASES.get(name, name), absent, n=1, cutoff=0.85)
             if near or (key in formats.PAIR and read == {"prompt"}):
-                slip = f"the key {key!r} is not read" + (f"; did you mean {near[0]!r}?" if near else "")
-                slips[f"{slip}, beside {', '.join(sorted(read)) or 'no other'}"].append(record.source)
+                slip = f"the key {key!r} is not read" + (
+                    f"; did you mean {near[0]!r}?" if near else ""
+                )
+                slips[f"{slip}, beside {', '.join(sorted(read)) or 'no other'}"].append(
+                    record.source
+                )
             others[key] += 1
     title = "columns for the reward" if kind == "prompts" else "keys that training does not read"
     counted = ", ".join(f"{_printable(key)} ({count} rows)" for key, count in others.most_common())
-    warnings = [f"  warning: {slip} ({len(sources)} rows: {places(sources)})" for slip, sources in slips.items()]
+    warnings = [
+        f"  warning: {slip} ({len(sources)} rows: {places(sources)})"
+        for slip, sources in slips.items()
+    ]
     return [f"  {title}: {counted}"] * bool(others), warnings
 
 
@@ -182,7 +217,11 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
     if tokenizer is not None:
         responses = itertools.chain.from_iterable(response_ids(rows, tokenizer))
         texts = {"prompt": prompt_ids(rows, tokenizer, "{prompt}"), "response": list(responses)}
-    return {name: [len(x.split() if isinstance(x, str) else x) for x in own] for name, own in texts.items() if own}
+    return {
+        name: [len(x.split() if isinstance(x, str) else x) for x in own]
+        for name, own in texts.items()
+        if own
+    }
 
 
 def _problems(errors: Sequence[UserError]) -> list[str]:
@@ -191,7 +230,11 @@ def _problems(errors: Sequence[UserError]) -> list[str]:
 
 
 def _dropped(left_out: dict[str, list[str]]) -> list[str]:
-    return [line for reason, sources in left_out.items() for line in _finding(f"dropped, {reason}", sources)]
+    return [
+        line
+        for reason, sources in left_out.items()
+        for line in _finding(f"dropped, {reason}", sources)
+    ]
 
 
 def _finding(title: str, lines: Sequence[str]) -> list[str]:
@@ -204,7 +247,12 @@ def _histogram(title: str, lengths: list[int]) -> list[str]:
     longest, p95 = max(lengths), np.percentile(lengths, 95, method="inverted_cdf")
     lines = [f"  {title}: median {np.median(lengths):g}, 95% up to {p95:g}, longest {longest}"]
     # At most ten bins whose width is 1, 2 or 5 times a power of ten.
-    width = next(step * 10**power for power in range(20) for step in (1, 2, 5) if step * 10**power * 10 > longest)
+    width = next(
+        step * 10**power
+        for power in range(20)
+        for step in (1, 2, 5)
+        if step * 10**power * 10 > longest
+    )
     counts = np.bincount(np.array(lengths) // width)
     digits = len(str(len(counts) * width))
     for low, count in zip(range(0, longest + 1, width), counts, strict=True):
@@ -224,17 +272,23 @@ def _render_row(row: Row, tokenizer: Tokenizer | None = None, limit: int | None 
     elif row.is_pair and row.best is None:
         names = ["chosen", "rejected"]
     if row.targets is not None:
-        names = [f"{name} (target {target:g})" for name, target in zip(names, row.targets, strict=True)]
+        names = [
+            f"{name} (target {target:g})" for name, target in zip(names, row.targets, strict=True)
+        ]
     if row.best is not None:
         names[row.best] += " (best)"
     notes = [f"  votes: {', '.join(map(str, row.votes))}"] * bool(row.votes)
-    notes += [f"  {_printable(key)}: {_printable(repr(value))}" for key, value in row.columns.items()]
+    notes += [
+        f"  {_printable(key)}: {_printable(repr(value))}" for key, value in row.columns.items()
+    ]
     notes += [] if row.weight is None else [f"  weight: {row.weight:.3g}"]
     texts = []
     for name, text in zip(("prompt", *names), row.texts, strict=True):
         if not isinstance(text, str):
             text = tokenizer.decode(text) if tokenizer else f"token ids {' '.join(map(str, text))}"
-        shown = _printable(text[:limit]) + (" ..." if limit is not None and len(text) > limit else "")
+        shown = _printable(text[:limit]) + (
+            " ..." if limit is not None and len(text) > limit else ""
+        )
         texts += [f"  {name}:", *(f"    | {line}" for line in shown.split("\n"))]
     return "\n".join([row.source, *texts, *notes])
 

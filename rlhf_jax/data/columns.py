@@ -1,8 +1,9 @@
-"""Records of other projects in our form: other names (``--columns OURS=THEIRS``), turns of ShareGPT, and message trees
-of Open Assistant, rows of lm-human-preferences and of RewardBench 2.
+"""Records of other projects in our form: other names (``--columns OURS=THEIRS``), turns of
+ShareGPT, and message trees of Open Assistant, rows of lm-human-preferences and of RewardBench 2.
 
-THEIRS is a key of the record; or ``OUTER.INNER``, the value inside an object (of a list: inside each of its objects);
-or ``A+B``, two texts with an empty line between them, of which either may be empty.
+THEIRS is a key of the record; or ``OUTER.INNER``, the value inside an object (of a list: inside
+each of its objects); or ``A+B``, two texts with an empty line between them, of which either may be
+empty.
 """
 
 import itertools
@@ -18,8 +19,9 @@ _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Record]:
-    """The records with the renamed ``columns``, ShareGPT's turns ``{from, value}`` as messages, lists of chosen and of
-    rejected texts as ``responses``, and each ranking of a message tree as a record ``{prompt, responses, ranks}``.
+    """The records with the renamed ``columns``, ShareGPT's turns ``{from, value}`` as messages,
+    lists of chosen and of rejected texts as ``responses``, and each ranking of a message tree as a
+    record ``{prompt, responses, ranks}``.
 
     Raises:
       UserError: for an entry that is no ``OURS=THEIRS``, and for a column that no record has.
@@ -32,7 +34,9 @@ def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Reco
         names[ours] = theirs
     seen: set[str] = set()
     renamed = [_renamed(record, names, seen) for record in records]
-    keys = dict.fromkeys(key for record in records if isinstance(record.value, dict) for key in record.value)
+    keys = dict.fromkeys(
+        key for record in records if isinstance(record.value, dict) for key in record.value
+    )
     for ours in [ours for ours in names if keys and ours not in seen | set(keys)]:
         hint = did_you_mean(names[ours], keys) or f"; the keys are {', '.join(keys)}"
         raise UserError(f"--columns {ours}={names[ours]}: no row has {names[ours]!r}{hint}")
@@ -45,30 +49,42 @@ def _renamed(record: Record, names: dict[str, str], seen: set[str]) -> Record:
     if not isinstance(row, dict):
         return record
     try:
-        values = {ours: value for ours, theirs in names.items() if (value := _value(row, theirs)) is not None}
+        values = {
+            ours: value
+            for ours, theirs in names.items()
+            if (value := _value(row, theirs)) is not None
+        }
     except TypeError as error:
         seen.update(names)
         return Record(BadRow(record.source, str(error)), record.source)
     seen.update(values)
     taken = {part for theirs in names.values() for part in theirs.split("+")}
     kept = {key: value for key, value in row.items() if key not in taken} | values
-    return Record({key: _messages(value) for key, value in _with_responses(kept).items()}, record.source)
+    return Record(
+        {key: _messages(value) for key, value in _with_responses(kept).items()}, record.source
+    )
 
 
 def _with_responses(row: dict[str, Any]) -> dict[str, Any]:
-    """``{query, sample0, sample1, ...}`` of lm-human-preferences, and lists of texts ``chosen`` and ``rejected``, as
-    ``{prompt, responses, LABEL}``. A table has the same samples in all rows, the last ones empty where there are fewer.
+    """``{query, sample0, sample1, ...}`` of lm-human-preferences, and lists of texts ``chosen`` and
+    ``rejected``, as ``{prompt, responses, LABEL}``. A table has the same samples in all rows, the
+    last ones empty where there are fewer.
     """
     row = dict(row)
     if "prompt" not in row and "query" in row and row.keys() & {"sample0", "responses"}:
         row["prompt"] = row.pop("query")
-    samples = [row.pop(key) for key in itertools.takewhile(row.__contains__, map("sample{}".format, itertools.count()))]
+    samples = [
+        row.pop(key)
+        for key in itertools.takewhile(row.__contains__, map("sample{}".format, itertools.count()))
+    ]
     while samples and samples[-1] is None:
         samples.pop()
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if _are_texts(chosen) and _are_texts(rejected):
         row.pop("chosen"), row.pop("rejected")
-        label = {"best": 0} if len(chosen) == 1 else {"ranks": [0] * len(chosen) + [1] * len(rejected)}
+        label = (
+            {"best": 0} if len(chosen) == 1 else {"ranks": [0] * len(chosen) + [1] * len(rejected)}
+        )
         return row | {"responses": [*chosen, *rejected], **label}
     return row | ({"responses": samples} if samples else {})
 
@@ -82,11 +98,16 @@ def _messages(value: Any) -> Any:
     turns = value if isinstance(value, list) else [None]
     if not all(isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in turns):
         return value
-    return [{"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]} for turn in value]
+    return [
+        {"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]}
+        for turn in value
+    ]
 
 
 def _value(value: Any, path: str) -> Any:
-    """What stands under the key or path; None if the record lacks it. Raises TypeError for A+B of other than texts."""
+    """What stands under the key or path; None if the record lacks it. Raises TypeError for A+B of
+    other than texts.
+    """
     if isinstance(value, list):
         inner = [_value(item, path) for item in value]
         return None if None in inner else inner
@@ -102,15 +123,24 @@ def _value(value: Any, path: str) -> Any:
 
 
 def _rankings(record: Record) -> list[Record]:
-    """The record itself; of a message tree, each prompter's message with two replies of known rank, 0 being best."""
+    """The record itself; of a message tree, each prompter's message with two replies of known rank,
+    0 being best.
+    """
     root = record.value.get("prompt") if isinstance(record.value, dict) else None
     if not isinstance(root, dict) or "replies" not in root:
         return [record]
     try:
         rows = list(_walk(root))
     except (KeyError, TypeError, AttributeError) as error:
-        return [Record(BadRow(record.source, f"not a message tree: {type(error).__name__}: {error}"), record.source)]
-    rankings = [Record(row, f"{record.source}, prompt {number}") for number, row in enumerate(rows, 1)]
+        return [
+            Record(
+                BadRow(record.source, f"not a message tree: {type(error).__name__}: {error}"),
+                record.source,
+            )
+        ]
+    rankings = [
+        Record(row, f"{record.source}, prompt {number}") for number, row in enumerate(rows, 1)
+    ]
     no_rank = Drop(record.source, "message tree without two ranked replies to one prompt")
     return rankings or [Record(no_rank, record.source)]
 
@@ -122,7 +152,11 @@ def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
         role = "user" if message["role"] == "prompter" else "assistant"
         turns = [*before, {"role": role, "content": message["text"]}]
         replies = message.get("replies") or []
-        ranked = [reply for reply in replies if reply["role"] == "assistant" and reply.get("rank") is not None]
+        ranked = [
+            reply
+            for reply in replies
+            if reply["role"] == "assistant" and reply.get("rank") is not None
+        ]
         if role == "user" and len(ranked) > 1:
             texts, ranks = [reply["text"] for reply in ranked], [reply["rank"] for reply in ranked]
             yield {"prompt": turns, "responses": texts, "ranks": ranks}

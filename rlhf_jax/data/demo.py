@@ -1,13 +1,14 @@
-"""A generated assistant corpus in the three files of the pipeline, with held-out prompts and pairs to judge by.
+"""A generated assistant corpus in the three files of the pipeline, with held-out prompts and pairs
+to judge by.
 
-Its small language is in demo.json. Three categories after Askell et al. 2021: helpful (how to do something), harmless
-(requests to decline) and honest (questions nobody can answer). Responses repeat the topic of their prompt, so a
-two-layer model learns the language in seconds. Wordings of different quality share their beginning, and the next word
-is most often that of a mediocre one: greedy decoding of a model trained on the demonstrations is mediocre, sampling
-meets good responses.
+Its small language is in demo.json. Three categories after Askell et al. 2021: helpful (how to do
+something), harmless (requests to decline) and honest (questions nobody can answer). Responses
+repeat the topic of their prompt, so a two-layer model learns the language in seconds. Wordings of
+different quality share their beginning, and the next word is most often that of a mediocre one:
+greedy decoding of a model trained on the demonstrations is mediocre, sampling meets good responses.
 
-Deterministic by seed on every platform: all choices come from ``random.Random(text).random()``, whose sequence Python
-keeps the same from version to version.
+Deterministic by seed on every platform: all choices come from ``random.Random(text).random()``,
+whose sequence Python keeps the same from version to version.
 """
 
 import functools
@@ -33,7 +34,9 @@ class Topic(NamedTuple):
 
 
 class Wording(NamedTuple):
-    """A response template; ``{t}``, ``{a}``, ``{b}`` are the parts of a topic, the prompt's own or another one."""
+    """A response template; ``{t}``, ``{a}``, ``{b}`` are the parts of a topic, the prompt's own or
+    another one.
+    """
 
     template: str
     weight: float  # its share of the responses of its category
@@ -43,15 +46,24 @@ class Wording(NamedTuple):
 
 
 _LANGUAGE = json.loads(Path(__file__).with_name("demo.json").read_text("utf-8"))
-TOPICS = {category: [Topic(*topic) for topic in topics] for category, topics in _LANGUAGE["topics"].items()}
+TOPICS = {
+    category: [Topic(*topic) for topic in topics]
+    for category, topics in _LANGUAGE["topics"].items()
+}
 PHRASINGS: dict[str, list[str]] = _LANGUAGE["phrasings"]
-HELDOUT_PHRASINGS: dict[str, list[str]] = _LANGUAGE["heldout_phrasings"]  # of words that training phrasings have
-WORDINGS = {category: [Wording(**wording) for wording in some] for category, some in _LANGUAGE["wordings"].items()}
+HELDOUT_PHRASINGS: dict[str, list[str]] = _LANGUAGE[
+    "heldout_phrasings"
+]  # of words that training phrasings have
+WORDINGS = {
+    category: [Wording(**wording) for wording in some]
+    for category, some in _LANGUAGE["wordings"].items()
+}
 CLOSES: list[str] = _LANGUAGE["closes"]
 CLOSE_SHARE = 0.3  # of the responses that may close; so the most frequent response does not
 MAX_WORDS, PER_EXTRA_WORD = 24, 0.03  # the score that each word beyond the first 24 costs
 LABEL_NOISE = 0.1  # probability that chosen and rejected of a training pair are exchanged
-DETAIL = 0.1  # the score of a courteous close, or of another topic's reason that is the prompt's topic's too
+# the score of a courteous close, or of another topic's reason that is the prompt's topic's too
+DETAIL = 0.1
 
 # Each file's number of rows, what its random stream is called, and what its rows are.
 FILES = {
@@ -63,17 +75,23 @@ FILES = {
 }
 
 
-def write(folder: str | Path, seed: int = 0, sizes: dict[str, int] | None = None, shuffle_labels: bool = False) -> None:
+def write(
+    folder: str | Path,
+    seed: int = 0,
+    sizes: dict[str, int] | None = None,
+    shuffle_labels: bool = False,
+) -> None:
     """Writes the corpus, each file a JSON list with one row on a line.
 
-    ``sft_data.json`` {prompt, response}; ``preference_data.json`` {prompt, chosen, rejected}; ``prompts.json`` and
-    ``heldout_prompts.json`` {prompt, category, topic}; ``heldout_preference_data.json``, free of noise. The phrasings
-    of the held-out files are in no other file.
+    ``sft_data.json`` {prompt, response}; ``preference_data.json`` {prompt, chosen, rejected};
+    ``prompts.json`` and ``heldout_prompts.json`` {prompt, category, topic};
+    ``heldout_preference_data.json``, free of noise. The phrasings of the held-out files are in no
+    other file.
 
     Args:
       sizes: the number of rows of some of the files, by their names, in place of that in `FILES`.
-      shuffle_labels: chosen and rejected of a training pair are exchanged by coin flip, so that the labels mean nothing
-        (a negative control), instead of with probability `LABEL_NOISE`.
+      shuffle_labels: chosen and rejected of a training pair are exchanged by coin flip, so that the
+        labels mean nothing (a negative control), instead of with probability `LABEL_NOISE`.
 
     Raises:
       UserError: for more distinct prompts than the language has.
@@ -81,11 +99,15 @@ def write(folder: str | Path, seed: int = 0, sizes: dict[str, int] | None = None
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        text = file_text(name, seed, (sizes or {}).get(name), 0.5 if shuffle_labels else LABEL_NOISE)
+        text = file_text(
+            name, seed, (sizes or {}).get(name), 0.5 if shuffle_labels else LABEL_NOISE
+        )
         (path / name).write_text(text, encoding="utf-8")
 
 
-def file_text(name: str, seed: int = 0, size: int | None = None, label_noise: float = LABEL_NOISE) -> str:
+def file_text(
+    name: str, seed: int = 0, size: int | None = None, label_noise: float = LABEL_NOISE
+) -> str:
     """The text of one of the `FILES`, of ``size`` rows instead of its own number."""
     default_size, stream = FILES[name]
     kind = stream.removeprefix("heldout ")
@@ -102,48 +124,70 @@ def fill(template: str, topic: Topic) -> str:
     return template.format(t=topic.phrase, a=topic.first, b=topic.second)
 
 
-def _demonstrations(n: int, phrasings: dict[str, list[str]], generator: random.Random) -> list[dict[str, Any]]:
+def _demonstrations(
+    n: int, phrasings: dict[str, list[str]], generator: random.Random
+) -> list[dict[str, Any]]:
     """Rows {prompt, response} of mixed quality; each topic has its due share of every quality."""
     num_topics = sum(map(len, TOPICS.values()))
     rounds, rows = -(-n // num_topics), []
-    # Stratified: the rounds of a topic visit its wordings in proportion to their weights, in an order of their own,
-    # so that no topic happens to have mostly good demonstrations.
+    # Stratified: the rounds of a topic visit its wordings in proportion to their weights, in an
+    # order of their own, so that no topic happens to have mostly good demonstrations.
     orders: dict[tuple[str, str], list[int]] = {}
     for i, (category, topic) in zip(range(n), _subjects(), strict=False):
         order = orders.setdefault((category, topic.phrase), _shuffled(range(rounds), generator))
         quantile = (order[i // num_topics] + generator.random()) / rounds
         prompt = fill(_pick(phrasings[category], generator), topic)
-        rows.append({"prompt": prompt, "response": _response(category, topic, quantile, generator)[0]})
+        rows.append(
+            {"prompt": prompt, "response": _response(category, topic, quantile, generator)[0]}
+        )
     return _shuffled(rows, generator)
 
 
-def _pairs(n: int, phrasings: dict[str, list[str]], generator: random.Random, noise: float) -> list[dict[str, Any]]:
-    """Rows {prompt, chosen, rejected}: the response with the higher score is chosen, but for the noise."""
+def _pairs(
+    n: int, phrasings: dict[str, list[str]], generator: random.Random, noise: float
+) -> list[dict[str, Any]]:
+    """Rows {prompt, chosen, rejected}: the response with the higher score is chosen, but for the
+    noise.
+    """
     rows = []
     for _, (category, topic) in zip(range(n), _subjects(), strict=False):
         better = worse = ("", 0.0)
         while better[1] <= worse[1]:
-            better, worse = (_response(category, topic, generator.random(), generator) for _ in range(2))
+            better, worse = (
+                _response(category, topic, generator.random(), generator) for _ in range(2)
+            )
         chosen, rejected = (worse, better) if generator.random() < noise else (better, worse)
         prompt = fill(_pick(phrasings[category], generator), topic)
         rows.append({"prompt": prompt, "chosen": chosen[0], "rejected": rejected[0]})
     return _shuffled(rows, generator)
 
 
-def _prompts(n: int, phrasings: dict[str, list[str]], generator: random.Random) -> list[dict[str, Any]]:
+def _prompts(
+    n: int, phrasings: dict[str, list[str]], generator: random.Random
+) -> list[dict[str, Any]]:
     """Distinct rows {prompt, category, topic}, the categories in equal parts."""
     by_category = []
     for category, topics in TOPICS.items():
-        prompts = [(fill(phrasing, topic), topic.phrase) for topic in topics for phrasing in phrasings[category]]
-        rows = [{"prompt": prompt, "category": category, "topic": phrase} for prompt, phrase in prompts]
+        prompts = [
+            (fill(phrasing, topic), topic.phrase)
+            for topic in topics
+            for phrasing in phrasings[category]
+        ]
+        rows = [
+            {"prompt": prompt, "category": category, "topic": phrase} for prompt, phrase in prompts
+        ]
         by_category.append(_shuffled(rows, generator))
     rows = list(itertools.chain.from_iterable(zip(*by_category, strict=True)))
     if n > len(rows):
-        raise UserError(f"the demo language has {len(rows)} distinct prompts of this kind, {n} asked for")
+        raise UserError(
+            f"the demo language has {len(rows)} distinct prompts of this kind, {n} asked for"
+        )
     return _shuffled(rows[:n], generator)
 
 
-def _response(category: str, topic: Topic, quantile: float, generator: random.Random) -> tuple[str, float]:
+def _response(
+    category: str, topic: Topic, quantile: float, generator: random.Random
+) -> tuple[str, float]:
     """A response and its score; ``quantile`` in [0, 1) picks the wording by the weights."""
     for wording in WORDINGS[category]:
         quantile -= wording.weight
@@ -161,7 +205,9 @@ def _response(category: str, topic: Topic, quantile: float, generator: random.Ra
 def _subjects() -> Iterator[tuple[str, Topic]]:
     """Categories and topics in turn, for ever."""
     by_topic = zip(*TOPICS.values(), strict=True)
-    return itertools.cycle(subject for topics in by_topic for subject in zip(TOPICS, topics, strict=True))
+    return itertools.cycle(
+        subject for topics in by_topic for subject in zip(TOPICS, topics, strict=True)
+    )
 
 
 def _pick(items: Sequence[T], generator: random.Random) -> T:

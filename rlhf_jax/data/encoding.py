@@ -1,4 +1,5 @@
-"""Rows to ids: prompt and response are tokenised apart, so that the boundary is where the sampler puts it.
+"""Rows to ids: prompt and response are tokenised apart, so that the boundary is where the sampler
+puts it.
 
 Texts that are token ids already are taken as they are, without an EOS after them.
 """
@@ -27,8 +28,9 @@ EQUAL_CUT = "dropped, the cut responses are equal"
 
 @dataclass(frozen=True, eq=False)
 class EncodedTexts:
-    """N rows of up to K texts, each a prompt and then a response with EOS at its end (unless it was cut). K is 1 for
-    demonstrations; the answers of a comparison have the same prompt, and absent ones have no token at all.
+    """N rows of up to K texts, each a prompt and then a response with EOS at its end (unless it was
+    cut). K is 1 for demonstrations; the answers of a comparison have the same prompt, and absent
+    ones have no token at all.
     """
 
     tokens: list[list[np.ndarray]]  # [K][N] arrays [length] int32
@@ -84,16 +86,18 @@ def encode_texts(
 ) -> EncodedTexts:
     """Demonstrations, pairs or comparisons: prompts in their template and responses with EOS.
 
-    A row that loses an answer goes, and so does one whose answers, after cuts, are all equal, unless it has targets.
-    Either all rows have targets or none.
+    A row that loses an answer goes, and so does one whose answers, after cuts, are all equal,
+    unless it has targets. Either all rows have targets or none.
 
     Args:
       max_length: tokens a text may have, EOS included; None for no limit.
-      too_long: ``error`` names the row; ``drop`` leaves it out; ``truncate`` cuts the response (its EOS goes too) and
-        leaves rows out whose prompt alone fills ``max_length``. What was done is counted in ``counts``.
+      too_long: ``error`` names the row; ``drop`` leaves it out; ``truncate`` cuts the response (its
+        EOS goes too) and leaves rows out whose prompt alone fills ``max_length``. What was done is
+        counted in ``counts``.
 
     Raises:
-      UserError: for a text that is too long, a template without ``{prompt}``, and when no row is left.
+      UserError: for a text that is too long, a template without ``{prompt}``, and when no row is
+        left.
     """
     prompts, responses_of = prompt_ids(rows, tokenizer, template), response_ids(rows, tokenizer)
     counts, kept = Counter[str](), list[tuple[Row, list[int], list[list[int]]]]()
@@ -101,7 +105,10 @@ def encode_texts(
         room = sys.maxsize if max_length is None else max_length - len(prompt)
         longer = [len(response) for response in responses if len(response) > room]
         if longer and too_long == "error":
-            what = f"a prompt of {len(prompt)} and a response of {longer[0]} tokens (EOS included) make"
+            what = (
+                f"a prompt of {len(prompt)} and a response of {longer[0]} tokens (EOS included) "
+                "make"
+            )
             total = f"{len(prompt) + longer[0]}, more than max_length {max_length}"
             raise UserError(f"{row.source}: {what} {total}; {_CHOICES}")
         cut = [response[:room] for response in responses]
@@ -122,9 +129,14 @@ def encode_texts(
         targets[i, : len(cut)] = row.targets or 0.0
         for k, response in enumerate(cut):
             tokens[k][i] = np.array(prompt + response, np.int32)
-    best, sources = np.array([row.best or 0 for row in left], np.int32), [row.source for row in left]
+    best, sources = (
+        np.array([row.best or 0 for row in left], np.int32),
+        [row.source for row in left],
+    )
     how = tokenizer.pad_id, max_length, dict(+counts), best, _weights(rows, left)
-    return EncodedTexts(tokens, starts, sources, *how, targets if any(row.targets for row in left) else None)
+    return EncodedTexts(
+        tokens, starts, sources, *how, targets if any(row.targets for row in left) else None
+    )
 
 
 def encode_prompts(
@@ -140,7 +152,8 @@ def encode_prompts(
     """Prompts in their template, left-padded to ``length`` (P), or to the longest.
 
     Args:
-      max_positions: of the model, None for no limit: a prompt and ``max_new_tokens`` after it must fit.
+      max_positions: of the model, None for no limit: a prompt and ``max_new_tokens`` after it must
+        fit.
       too_long: as `encode_texts`, but ``truncate`` keeps the end of a prompt.
 
     Raises:
@@ -148,8 +161,12 @@ def encode_prompts(
     """
     room = sys.maxsize if max_positions is None else max_positions - max_new_tokens
     if room < (length or 1):
-        slots = f"{length or 1} tokens (rl.max_prompt_length) in the model's {max_positions} positions"
-        raise UserError(f"rl.max_new_tokens {max_new_tokens} leaves no room for a prompt of {slots}")
+        slots = (
+            f"{length or 1} tokens (rl.max_prompt_length) in the model's {max_positions} positions"
+        )
+        raise UserError(
+            f"rl.max_new_tokens {max_new_tokens} leaves no room for a prompt of {slots}"
+        )
     ids = prompt_ids(rows, tokenizer, template)
     width = length or min(room, max(map(len, ids), default=0))
     counts, kept = Counter[str](), list[tuple[Row, list[int]]]()
@@ -164,11 +181,15 @@ def encode_prompts(
     _check_some_left(kept, rows, width)
     arrays = left_padded([prompt for _, prompt in kept], width, tokenizer.pad_id)
     left = [row for row, _ in kept]
-    columns = dict.fromkeys(name for row in left for name in row.columns)  # in the order of their first appearance
+    columns = dict.fromkeys(
+        name for row in left for name in row.columns
+    )  # in the order of their first appearance
     return EncodedPrompts(*arrays, left, list(columns), dict(counts))
 
 
-def left_padded(ids: Sequence[Sequence[int]], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def left_padded(
+    ids: Sequence[Sequence[int]], width: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and attention_mask [N, width] int32 of N prompts."""
     mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in ids], np.int32)
     tokens = np.full_like(mask, pad_id)
@@ -180,25 +201,34 @@ def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list
     """Ids of each prompt in the template, whose text stands around prompts of token ids too.
 
     Raises:
-      UserError: for a template without ``{prompt}``; naming the row, for a prompt without any token, for a character
-        that the tokenizer lacks and for a token id that it does not have.
+      UserError: for a template without ``{prompt}``; naming the row, for a prompt without any
+        token, for a character that the tokenizer lacks and for a token id that it does not have.
     """
     if "{prompt}" not in template:
         raise UserError(f"the template {template!r} has no {{prompt}} in it")
     prompts = [row.prompt for row in rows]
-    framed = [template.replace("{prompt}", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    framed = [
+        template.replace("{prompt}", prompt) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
     encoded = _ids(framed, tokenizer, [row.source for row in rows])
     around = [tokenizer.encode(part) for part in template.split("{prompt}")]
     for i, row in enumerate(rows):
         if isinstance(row.prompt, tuple):
-            encoded[i] = functools.reduce(lambda before, after: [*before, *row.prompt, *after], around)
+            encoded[i] = functools.reduce(
+                lambda before, after: [*before, *row.prompt, *after], around
+            )
         if not encoded[i]:
-            raise UserError(f"{row.source}: the tokenizer makes no token of the prompt {row.prompt!r}")
+            raise UserError(
+                f"{row.source}: the tokenizer makes no token of the prompt {row.prompt!r}"
+            )
     return encoded
 
 
 def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[int]]]:
-    """Ids of the responses of each row, with EOS after those that were text. Raises as `prompt_ids`."""
+    """Ids of the responses of each row, with EOS after those that were text. Raises as
+    `prompt_ids`.
+    """
     texts = [(text, row.source) for row in rows for text in row.responses]
     encoded = iter(_ids([text for text, _ in texts], tokenizer, [source for _, source in texts]))
     end = lambda text: [tokenizer.eos_id] if isinstance(text, str) else []  # noqa: E731
@@ -206,7 +236,9 @@ def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[in
 
 
 def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) -> list[list[int]]:
-    encoded = tokenizer.encode_batch([text if isinstance(text, str) else "" for text in texts], sources)
+    encoded = tokenizer.encode_batch(
+        [text if isinstance(text, str) else "" for text in texts], sources
+    )
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             if max(text) >= tokenizer.vocab_size:
@@ -220,18 +252,22 @@ _CHOICES = "shorten it, or give --text.too-long (of evaluate: --too-long) trunca
 
 
 def _weights(rows: Sequence[Row], left: Sequence[Row]) -> np.ndarray:
-    """[N] float32 weights of the rows that are left. The pairs of one source (a ranking) that are left together weigh
-    what all its pairs did.
+    """[N] float32 weights of the rows that are left. The pairs of one source (a ranking) that are
+    left together weigh what all its pairs did.
     """
     before, after = defaultdict[str, float](float), defaultdict[str, float](float)
     for total, of in ((before, rows), (after, left)):
         for row in of:
             total[row.source] += row.weight or 1.0
-    return np.array([(row.weight or 1.0) * before[row.source] / after[row.source] for row in left], np.float32)
+    return np.array(
+        [(row.weight or 1.0) * before[row.source] / after[row.source] for row in left], np.float32
+    )
 
 
 def _check_some_left(kept: Sequence[Any], rows: Sequence[Any], limit: int | None) -> None:
     if not rows:
         raise UserError("no rows to encode")
     if not kept:
-        raise UserError(f"{rows[0].source} and all {len(rows)} rows are longer than {limit} tokens; raise the limit")
+        raise UserError(
+            f"{rows[0].source} and all {len(rows)} rows are longer than {limit} tokens; raise the limit"
+        )

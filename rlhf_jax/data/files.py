@@ -1,8 +1,9 @@
 """The records of a data file or of a Hugging Face dataset, each with its place.
 
-JSON, JSON lines, CSV (whose cells stay texts), Parquet and plain text are files; datasets are loaded by name with the
-package ``datasets``, which is imported only then. A line or row that cannot be read becomes a record that holds its
-error, so that `check` can name all of them and a run stops at the first.
+JSON, JSON lines, CSV (whose cells stay texts), Parquet and plain text are files; datasets are
+loaded by name with the package ``datasets``, which is imported only then. A line or row that cannot
+be read becomes a record that holds its error, so that `check` can name all of them and a run stops
+at the first.
 """
 
 import csv
@@ -31,9 +32,11 @@ csv.field_size_limit(1 << 27)  # characters of a cell; the module's own limit is
 
 
 class Source(NamedTuple):
-    """What a file or dataset holds, sha256 of its content (of a file: unpacked bytes), and the format it was read as.
+    """What a file or dataset holds, sha256 of its content (of a file: unpacked bytes), and the
+    format it was read as.
 
-    Records are named ``FILE, line N`` in JSON lines, CSV (the line on which a row ends) and text, else ``FILE, row N``.
+    Records are named ``FILE, line N`` in JSON lines, CSV (the line on which a row ends) and text,
+    else ``FILE, row N``.
     """
 
     records: list[Record]
@@ -44,9 +47,9 @@ class Source(NamedTuple):
 def read_source(name: str | os.PathLike[str]) -> Source:
     """The content of a file, or of a dataset named ``org/name`` or ``org/name:split``.
 
-    ``.csv``, ``.tsv``, ``.parquet`` and ``.txt`` (each also with ``.gz`` after it) are read as that, anything else as a
-    JSON list or JSON lines. A name is a dataset's if it is no existing path and does not end like a data file. The
-    default split is ``train``.
+    ``.csv``, ``.tsv``, ``.parquet`` and ``.txt`` (each also with ``.gz`` after it) are read as
+    that, anything else as a JSON list or JSON lines. A name is a dataset's if it is no existing
+    path and does not end like a data file. The default split is ``train``.
 
     Raises:
       UserError: for a file or dataset that cannot be read at all.
@@ -75,7 +78,9 @@ def _file(path: Path, name: str) -> Source:
         records, form = iter(_parquet(data, name)), "Parquet"
     else:
         records, form = parse_text(_decode(name, data), name, suffix)
-    return Source(list(records), hashlib.sha256(data).hexdigest(), form + (", gzipped" if packed else ""))
+    return Source(
+        list(records), hashlib.sha256(data).hexdigest(), form + (", gzipped" if packed else "")
+    )
 
 
 def parse_text(text: str, name: str, suffix: str = ".json") -> tuple[Iterator[Record], str]:
@@ -83,10 +88,14 @@ def parse_text(text: str, name: str, suffix: str = ".json") -> tuple[Iterator[Re
     if suffix in (".csv", ".tsv"):
         return _csv(text, name, "," if suffix == ".csv" else "\t"), suffix[1:].upper()
     # Only \n ends a line: str.splitlines would also cut inside strings, at U+2028.
-    lines = [(f"{name}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [
+        (f"{name}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
+    ]
     if suffix == ".txt":
         if lines and isinstance(_json(lines[0][1], ""), dict):
-            raise UserError(f"{lines[0][0]}: a JSON object, where a text should stand; call the file .jsonl")
+            raise UserError(
+                f"{lines[0][0]}: a JSON object, where a text should stand; call the file .jsonl"
+            )
         return (Record(line.removesuffix("\r"), source) for source, line in lines), "text"
     if text.lstrip().startswith("["):
         rows = _json(text, name)
@@ -94,7 +103,9 @@ def parse_text(text: str, name: str, suffix: str = ".json") -> tuple[Iterator[Re
             raise rows
         return (Record(row, f"{name}, row {n}") for n, row in enumerate(rows, 1)), "JSON list"
     if lines and text.lstrip()[0] not in '{"':
-        raise UserError(f"{lines[0][0]}: expected a JSON list or JSON lines, found {lines[0][1][:20]!r}")
+        raise UserError(
+            f"{lines[0][0]}: expected a JSON list or JSON lines, found {lines[0][1][:20]!r}"
+        )
     return (Record(_json(line, source), source) for source, line in lines), "JSON lines"
 
 
@@ -112,7 +123,10 @@ def _bytes(path: Path) -> bytes:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: broken gzip file ({error}); copy it again") from error
     if len(unpacked) > most:
-        raise UserError(f"{path}: unpacks to more than {_PACKED_AT_MOST} times its size; if that is meant, use gunzip")
+        raise UserError(
+            f"{path}: unpacks to more than {_PACKED_AT_MOST} times its size; if that is meant, use "
+            "gunzip"
+        )
     return unpacked
 
 
@@ -131,7 +145,9 @@ def _decode(name: str, data: bytes) -> str:
     except UnicodeDecodeError as error:
         content = error.object  # without a byte order mark, unlike data
         line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
-        raise UserError(f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8, which is expected") from error
+        raise UserError(
+            f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8, which is expected"
+        ) from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -150,9 +166,16 @@ def _json(text: str, source: str) -> Any:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         message = f"{error.msg[0].lower()}{error.msg[1:]}".removesuffix(" at")
-        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        place = (
+            f"line {error.lineno}, column {error.colno}"
+            if error.lineno > 1
+            else f"column {error.colno}"
+        )
         cut = error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip())
-        what = f"{message} at {place}" + "; the text ends there (in JSON lines each row is one line)" * cut
+        what = (
+            f"{message} at {place}"
+            + "; the text ends there (in JSON lines each row is one line)" * cut
+        )
     except RecursionError:
         what = "nested too deeply"
     except ValueError as error:  # a key twice, or a number of thousands of digits
@@ -161,24 +184,36 @@ def _json(text: str, source: str) -> Any:
 
 
 def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
-    """The rows under a header line. Every cell is text, but ``best`` and the columns of lists, which are JSON."""
+    """The rows under a header line. Every cell is text, but ``best`` and the columns of lists,
+    which are JSON.
+    """
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     source = f"{name}, line 1"
     try:
         header = table.fieldnames or []
         if "" in header or len(set(header)) < len(header):
-            raise UserError(f"{source}: each column needs a name of its own, found {', '.join(map(repr, header))}")
+            raise UserError(
+                f"{source}: each column needs a name of its own, found "
+                f"{', '.join(map(repr, header))}"
+            )
         if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-            raise UserError(f"{source}: one column {header[0]!r}; separate columns by commas, or by tabs in a .tsv")
+            raise UserError(
+                f"{source}: one column {header[0]!r}; separate columns by commas, or by tabs in a "
+                ".tsv"
+            )
         for row in table:
             source = f"{name}, line {table.line_num}"
             yield Record(_csv_row(row, len(header), source), source)
     except csv.Error as error:  # where the next row would start is unknown
-        yield Record(UserError(f"{source}: not valid CSV in the row after this one: {error}"), source)
+        yield Record(
+            UserError(f"{source}: not valid CSV in the row after this one: {error}"), source
+        )
 
 
 def _csv_row(row: dict[Any, Any], width: int, source: str) -> dict[str, Any] | UserError:
-    """The row of a table; cells beyond its header stand under None, and None stands for missing ones."""
+    """The row of a table; cells beyond its header stand under None, and None stands for missing
+    ones.
+    """
     count = width + len(row.pop(None, ())) - list(row.values()).count(None)
     if count != width:
         hint = "; quote cells that hold a delimiter or a line break" if count > width else ""
@@ -207,8 +242,12 @@ def _dataset(name: str, split: str) -> Source:
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds, offline or for a wrong name
-        what = f"no such file, and it could not be loaded as a Hugging Face dataset (split {split!r})"
+        what = (
+            f"no such file, and it could not be loaded as a Hugging Face dataset (split {split!r})"
+        )
         raise UserError(f"{name}: {what}: {type(error).__name__}: {error}") from error
-    records = [Record(dict(row), f"{name}:{split}, row {number}") for number, row in enumerate(rows, 1)]
+    records = [
+        Record(dict(row), f"{name}:{split}, row {number}") for number, row in enumerate(rows, 1)
+    ]
     content = "".join(json.dumps(record.value, sort_keys=True, default=str) for record in records)
     return Source(records, hashlib.sha256(content.encode()).hexdigest(), "Hugging Face dataset")

@@ -1,22 +1,29 @@
-"""Records of data files as rows: demonstrations, comparisons or prompts, by the keys that a record has.
+"""Records of data files as rows: demonstrations, comparisons or prompts, by the keys that a record
+has.
 
-==========================================  ==========================================================================
-``{prompt, response}``                      a demonstration
-``{prompt, response, desirable}``           feedback: one answer, or messages, and whether somebody liked it: a boolean
-``{messages}``                              a demonstration if it ends with the assistant's turn (`chat`), else a prompt
-``{prompt, chosen, rejected}``              a comparison; each value may be messages
-``{prompt, chosen: [], rejected: []}``      the right and the wrong ones of several answers, as in RewardBench 2
-``{chosen, rejected}``                      two dialogues as in hh-rlhf (Bai et al. 2022) that differ in the last answer
-``{query, sample0, sample1, ..., best}``    as in lm-human-preferences (Ziegler et al. 2019): texts or GPT-2 token ids
-``{prompt, responses, LABEL}``              LABEL is ``best`` (a number from 0), ``ranking`` (response numbers, best
-                                            first), ``ranks`` (the lowest is best, equal ones are ties) or ``targets``
-``{instruction, response1, response2}``     annotated, as in PandaLM (Wang et al. 2023): with ``input`` and
-                                            ``annotator1``, ..., each of which says 1, 2 or 0, a tie
+==========================================
+========================================================================== ``{prompt, response}``
+a demonstration ``{prompt, response, desirable}``           feedback: one answer, or messages, and
+whether somebody liked it: a boolean ``{messages}``                              a demonstration if
+it ends with the assistant's turn (`chat`), else a prompt ``{prompt, chosen, rejected}``
+a comparison; each value may be messages ``{prompt, chosen: [], rejected: []}``      the right and
+the wrong ones of several answers, as in RewardBench 2 ``{chosen, rejected}``
+two dialogues as in hh-rlhf (Bai et al. 2022) that differ in the last answer ``{query, sample0,
+sample1, ..., best}``    as in lm-human-preferences (Ziegler et al. 2019): texts or GPT-2 token ids
+                                            ``{prompt, responses, LABEL}``              LABEL is
+                                            ``best`` (a number from 0), ``ranking`` (response
+                                            numbers, best first), ``ranks`` (the lowest is best,
+                                            equal ones are ties) or ``targets``
+``{instruction, response1, response2}``     annotated, as in PandaLM (Wang et al. 2023): with
+                                            ``input`` and ``annotator1``, ..., each of which says 1,
+                                            2 or 0, a tie
 ``{prompt, ...}`` or a string               a prompt; other keys are columns for the reward
-==========================================  ==========================================================================
+==========================================
+==========================================================================
 
-As in InstructGPT (Ouyang et al. 2022) a ranking becomes all of its ordered pairs, which together count as one
-comparison. Every row remembers where it came from, so that later stages can name it in their errors.
+As in InstructGPT (Ouyang et al. 2022) a ranking becomes all of its ordered pairs, which together
+count as one comparison. Every row remembers where it came from, so that later stages can name it in
+their errors.
 """
 
 import dataclasses
@@ -41,9 +48,13 @@ PAIR = ("chosen", "rejected")
 ANNOTATED = ("instruction", "response1", "response2", "annotator1")
 LABELS = ("best", "ranking", "ranks", "targets")
 _PREFERENCES = "preference_data.json"
-FILES: dict[Kind, str] = {"demonstrations": "sft_data.json", "prompts": "prompts.json"}  # in the pipeline's folder
+FILES: dict[Kind, str] = {
+    "demonstrations": "sft_data.json",
+    "prompts": "prompts.json",
+}  # in the pipeline's folder
 FILES |= {"feedback": _PREFERENCES, "pairs": _PREFERENCES, "comparisons": _PREFERENCES}
-# Which records are of which kind: the first whose keys they have. Those of K responses stand above all.
+# Which records are of which kind: the first whose keys they have. Those of K responses stand above
+# all.
 FORMATS: dict[tuple[str, ...], Kind] = {
     ("prompt", *PAIR): "comparisons",
     PAIR: "comparisons",
@@ -59,7 +70,10 @@ DEMO = "demo"  # the data of this name is generated
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _CONTRADICTED = "'chosen' is not the response that the row's label says is the best"
-_NO_DIALOGUE = "{!r} must be a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' in a row without a prompt"
+_NO_DIALOGUE = (
+    "{!r} must be a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' in a row "
+    "without a prompt"
+)
 PAD_ID = 50259  # of lm-human-preferences, GPT-2's vocabulary size + 2; no token of GPT-2
 EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
@@ -68,8 +82,8 @@ _ANNOTATOR = re.compile(r"annotator[0-9]+")
 
 @dataclasses.dataclass(frozen=True)
 class ReadResult:
-    """The rows in file order, the places of the rows that were left out by reason, the sha256 of each source, and what
-    is wrong with other rows.
+    """The rows in file order, the places of the rows that were left out by reason, the sha256 of
+    each source, and what is wrong with other rows.
     """
 
     rows: list[Row]
@@ -83,9 +97,14 @@ class ReadResult:
         return {reason: len(sources) for reason, sources in self.places.items()}
 
     def describe(self) -> str:
-        """One line for a log: ``1162 rows, 1 dropped (chosen and rejected are identical: data.jsonl, line 7)``."""
+        """One line for a log: ``1162 rows, 1 dropped (chosen and rejected are identical:
+        data.jsonl, line 7)``.
+        """
         left_out = self.places.items()
-        reasons = [f", {len(sources)} dropped ({reason}: {rows.places(sources)})" for reason, sources in left_out]
+        reasons = [
+            f", {len(sources)} dropped ({reason}: {rows.places(sources)})"
+            for reason, sources in left_out
+        ]
         return f"{len(self.rows)} rows{''.join(reasons)}"
 
 
@@ -100,20 +119,23 @@ def read(
 ) -> ReadResult:
     """The rows of one or several sources.
 
-    Kinds: ``demonstrations`` may be read from pairs (the chosen response) and other comparisons (the best) too.
-    ``comparisons`` are pairs, choices of one response among K > 2, and responses with targets; ``pairs`` make all of it
-    pairs. ``feedback`` is one response with the target 1 or 0; of each pair the chosen response gets 1 and the rejected
-    one 0. ``prompts`` come from rows with responses too, each such prompt once.
+    Kinds: ``demonstrations`` may be read from pairs (the chosen response) and other comparisons
+    (the best) too. ``comparisons`` are pairs, choices of one response among K > 2, and responses
+    with targets; ``pairs`` make all of it pairs. ``feedback`` is one response with the target 1 or
+    0; of each pair the chosen response gets 1 and the rejected one 0. ``prompts`` come from rows
+    with responses too, each such prompt once.
 
-    Always left out and counted: pairs of equal responses, rankings of nothing but ties, and repeated prompts.
+    Always left out and counted: pairs of equal responses, rankings of nothing but ties, and
+    repeated prompts.
 
     Args:
-      names: files or datasets (`files.read_source`), folders with sft_data.json, preference_data.json or prompts.json,
-        or ``demo`` alone: the corpus that `demo` generates from ``seed``.
+      names: files or datasets (`files.read_source`), folders with sft_data.json,
+        preference_data.json or prompts.json, or ``demo`` alone: the corpus that `demo` generates
+            from ``seed``.
       template: renders messages; by default `chat.PLAIN`.
       columns: OURS=THEIRS, as in `columns`.
-      on_bad_row: ``error``: all rows that the stage cannot use are named in one error; ``drop``: they are left out and
-        counted. A file that cannot be read to its end is an error always.
+      on_bad_row: ``error``: all rows that the stage cannot use are named in one error; ``drop``:
+        they are left out and counted. A file that cannot be read to its end is an error always.
 
     Raises:
       UserError: no data or no usable row; a file that cannot be read; bad rows.
@@ -133,14 +155,21 @@ def read(
     return result
 
 
-def parse_all(kind: Kind, records: Sequence[Record], template: ChatTemplate, on_bad_row: rows.OnBadRow) -> ReadResult:
-    """The rows of all records. With ``drop`` those of a `BadRow` are left out under what is wrong with them."""
+def parse_all(
+    kind: Kind, records: Sequence[Record], template: ChatTemplate, on_bad_row: rows.OnBadRow
+) -> ReadResult:
+    """The rows of all records. With ``drop`` those of a `BadRow` are left out under what is wrong
+    with them.
+    """
     found, seen = ReadResult([]), set[Text]()
     for record in records:
         try:
             parsed = parse(kind, record, template)
             if kind == "prompts":
-                if parsed[0].prompt in seen and (form_of(record.value) or ("prompts",))[0] != "prompts":
+                if (
+                    parsed[0].prompt in seen
+                    and (form_of(record.value) or ("prompts",))[0] != "prompts"
+                ):
                     raise Drop(record.source, "repeated prompt")
                 seen.add(parsed[0].prompt)
             found.rows.extend(parsed)
@@ -156,9 +185,15 @@ def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
     given = [str(name) for name in ([names] if isinstance(names, str | os.PathLike) else names)]
     if not given:
         folder = f"a folder that holds {FILES[kind]}"
-        raise UserError(f"no data: give --data FILE with {kind}, {folder}, or `--data demo` for the generated corpus")
+        raise UserError(
+            f"no data: give --data FILE with {kind}, {folder}, or `--data demo` for the generated "
+            "corpus"
+        )
     if DEMO not in given:
-        files = [str(Path(name) / FILES[kind]) if kind in FILES and os.path.isdir(name) else name for name in given]
+        files = [
+            str(Path(name) / FILES[kind]) if kind in FILES and os.path.isdir(name) else name
+            for name in given
+        ]
         return {file: read_source(file) for file in files}
     if len(given) > 1:
         raise UserError(f"--data {' '.join(given)}: `{DEMO}` cannot be mixed with files")
@@ -170,19 +205,28 @@ def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
 
 def check_labels(read_rows: Sequence[Row]) -> None:
     """Raises `UserError` if some rows have targets and others a preference."""
-    have, lack = ([row.source for row in read_rows if (row.targets is None) == without] for without in (False, True))
+    have, lack = (
+        [row.source for row in read_rows if (row.targets is None) == without]
+        for without in (False, True)
+    )
     if have and lack:
-        raise UserError(f"{lack[0]}: has no targets but {have[0]} has; train on one kind of label at a time")
+        raise UserError(
+            f"{lack[0]}: has no targets but {have[0]} has; train on one kind of label at a time"
+        )
 
 
 def form_of(value: Any) -> tuple[Kind, str] | None:
-    """The kind of data that a record's keys make it, and the name of its format; None for no known format."""
+    """The kind of data that a record's keys make it, and the name of its format; None for no known
+    format.
+    """
     if isinstance(value, str):
         return "prompts", "text"
     if not isinstance(value, dict):
         return None
     if "responses" in value:
-        return "comparisons", ", ".join(key for key in ("prompt", "responses", *LABELS) if key in value)
+        return "comparisons", ", ".join(
+            key for key in ("prompt", "responses", *LABELS) if key in value
+        )
     keys = next((keys for keys in FORMATS if all(key in value for key in keys)), None)
     if keys == ("messages",) and not chat.is_answered(value["messages"]):
         return "prompts", "messages"
@@ -200,7 +244,8 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
     """The rows of one record.
 
     Raises:
-      UserError: for a record that could not be read; as `BadRow` for one of another form or with a wrong value.
+      UserError: for a record that could not be read; as `BadRow` for one of another form or with a
+        wrong value.
       Drop: for a row that is to be left out.
     """
     if kind == "prompts":
@@ -209,17 +254,24 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
         return [_annotated(record)]
     if kind == "feedback":
         return _feedback(record, template)
-    row = rows.fields(record, "prompt, response" if kind == "demonstrations" else f"prompt, {', '.join(PAIR)}")
+    row = rows.fields(
+        record, "prompt, response" if kind == "demonstrations" else f"prompt, {', '.join(PAIR)}"
+    )
     if kind == "demonstrations" and "responses" not in row:
         pair = "response" not in row and all(key in row for key in PAIR)
-        before, response = _exchange(record, "messages" if "messages" in row else "chosen" if pair else "response")
+        before, response = _exchange(
+            record, "messages" if "messages" in row else "chosen" if pair else "response"
+        )
         return [Row(_rendered(before, template, record), (response,), record.source)]
     comparison, ranks = _answers(record, template)
     is_choice = comparison.best is not None and len(comparison.responses) > 2
     if kind == "comparisons" and (is_choice or comparison.targets is not None):
         return [comparison]
     if ranks is None:
-        raise BadRow(record.source, f"holds targets, which are no preference; {kind} need best, ranking or ranks")
+        raise BadRow(
+            record.source,
+            f"holds targets, which are no preference; {kind} need best, ranking or ranks",
+        )
     if kind == "demonstrations":  # the best response, the first of several
         return [Row(comparison.prompt, (comparison.responses[_best(ranks)[0]],), record.source)]
     return _pairs(comparison, ranks)
@@ -231,11 +283,26 @@ def _feedback(record: Record, template: ChatTemplate) -> list[Row]:
     if "desirable" not in row and ("responses" in row or "chosen" in row):
         pairs = parse("pairs", record, template)
         judged = [(pair, text, 1.0 - i) for pair in pairs for i, text in enumerate(pair.responses)]
-        return [dataclasses.replace(pair, responses=(text,), targets=(target,)) for pair, text, target in judged]
+        return [
+            dataclasses.replace(pair, responses=(text,), targets=(target,))
+            for pair, text, target in judged
+        ]
     rows.require(record, ("desirable",))
-    rows.expect(isinstance(row["desirable"], bool), record, "'desirable' must be true or false", row["desirable"])
+    rows.expect(
+        isinstance(row["desirable"], bool),
+        record,
+        "'desirable' must be true or false",
+        row["desirable"],
+    )
     before, response = _exchange(record, "messages" if "messages" in row else "response")
-    return [Row(_rendered(before, template, record), (response,), record.source, targets=(float(row["desirable"]),))]
+    return [
+        Row(
+            _rendered(before, template, record),
+            (response,),
+            record.source,
+            targets=(float(row["desirable"]),),
+        )
+    ]
 
 
 def _prompt(record: Record, template: ChatTemplate) -> Row:
@@ -244,7 +311,11 @@ def _prompt(record: Record, template: ChatTemplate) -> Row:
     row = rows.fields(record, "prompt, or a string")
     if "responses" in row:
         return Row(_prompt_of_answers(record, template), (), record.source)
-    columns = {key: value for key, value in row.items() if key not in ("prompt", "response", "messages", *PAIR)}
+    columns = {
+        key: value
+        for key, value in row.items()
+        if key not in ("prompt", "response", "messages", *PAIR)
+    }
     key = next((key for key in ("messages", "prompt", "chosen") if key in row), "prompt")
     response = next((key for key in ("chosen", "response") if key in row), None)
     before: str | list[Message]
@@ -261,7 +332,11 @@ def _prompt(record: Record, template: ChatTemplate) -> Row:
 def _annotated(record: Record) -> Row:
     row = rows.fields(record, ", ".join(ANNOTATED))
     rows.require(record, ANNOTATED)
-    before = [rows.text(record, key) for key in ("instruction", "input") if key == "instruction" or row.get(key)]
+    before = [
+        rows.text(record, key)
+        for key in ("instruction", "input")
+        if key == "instruction" or row.get(key)
+    ]
     responses = rows.text(record, "response1"), rows.text(record, "response2")
     votes = {key: value for key, value in row.items() if _ANNOTATOR.fullmatch(key)}
     for key, vote in votes.items():
@@ -271,7 +346,9 @@ def _annotated(record: Record) -> Row:
 
 
 def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
-    """What stands before the response under ``key``, and the response: texts, messages or the halves of a dialogue."""
+    """What stands before the response under ``key``, and the response: texts, messages or the
+    halves of a dialogue.
+    """
     row, keys = record.value, PAIR if key in PAIR else (key,)
     if key == "messages" or chat.is_chat(row, "prompt", *keys):
         rows.require(record, keys)
@@ -280,7 +357,9 @@ def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
         before, opening, response = row[key].rpartition(ASSISTANT)
         hint = rows.meant("prompt", [other for other in row if other not in PAIR])
         rows.expect(opening, record, _NO_DIALOGUE.format(key) + hint)
-        rows.expect(HUMAN not in response, record, f"{key!r} ends with a human turn, not with an answer")
+        rows.expect(
+            HUMAN not in response, record, f"{key!r} ends with a human turn, not with an answer"
+        )
         rows.expect(response.strip(), record, chat.NO_RESPONSE)
         return rows.checked(record, key, before + opening), rows.checked(record, key, response)
     rows.require(record, ("prompt", *keys))
@@ -292,7 +371,9 @@ def _rendered(before: str | list[Message], template: ChatTemplate, record: Recor
 
 
 def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, ...] | None]:
-    """The responses of a pair, or of a row of K responses, and their ranks, if known: the lowest is best."""
+    """The responses of a pair, or of a row of K responses, and their ranks, if known: the lowest is
+    best.
+    """
     row = record.value
     category = str(row.get("category") or row.get("subset") or "")
     if "responses" not in row:
@@ -302,13 +383,24 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, 
             raise Drop(record.source, EQUAL)
         given = [_ranks(record, label, 2) for label in LABELS[:-1] if row.get(label) is not None]
         rows.expect(all(0 in _best(ranks) for ranks in given), record, _CONTRADICTED)
-        return Row(_rendered(before, template, record), (chosen, rejected), record.source, category=category), (0, 1)
-    rows.expect(isinstance(row["responses"], list), record, "'responses' must be a list", row["responses"])
-    responses = tuple(_text_or_ids(record, f"response {i}", value) for i, value in enumerate(row["responses"]))
+        return Row(
+            _rendered(before, template, record),
+            (chosen, rejected),
+            record.source,
+            category=category,
+        ), (0, 1)
+    rows.expect(
+        isinstance(row["responses"], list), record, "'responses' must be a list", row["responses"]
+    )
+    responses = tuple(
+        _text_or_ids(record, f"response {i}", value) for i, value in enumerate(row["responses"])
+    )
     labels = [key for key in LABELS if row.get(key) is not None]
     targets = _numbers(record, "targets", len(responses)) if "targets" in labels else None
     is_several = len(responses) >= (1 if targets else 2)
-    rows.expect(is_several, record, f"a comparison needs at least 2 responses, found {len(responses)}")
+    rows.expect(
+        is_several, record, f"a comparison needs at least 2 responses, found {len(responses)}"
+    )
     found = f"expected one of the keys {', '.join(LABELS)}, found {', '.join(labels or row)}"
     rows.expect(targets or len(labels) == 1, record, found)
     if targets is None and len(set(responses)) == 1:
@@ -332,7 +424,9 @@ def _prompt_of_answers(record: Record, template: ChatTemplate) -> Text:
 def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = False) -> Text:
     if isinstance(value, str):
         return rows.checked(record, what, value, may_be_space)
-    rows.expect(isinstance(value, list), record, f"{what} must be a string or a list of token ids", value)
+    rows.expect(
+        isinstance(value, list), record, f"{what} must be a string or a list of token ids", value
+    )
     wrong = [i for i in value if type(i) is not int or i < 0]
     rows.expect(not wrong, record, f"{what} must hold token ids", wrong and wrong[0])
     ids = tuple(i for i in value if i != PAD_ID)
@@ -344,14 +438,26 @@ def _ranks(record: Record, label: str, count: int) -> tuple[float, ...]:
     """The rank of each response."""
     value, last = record.value[label], count - 1
     if label == "best":
-        if isinstance(value, list) and sorted(map(str, value)) == [*"0" * last, "1"]:  # a 1 at the best of them
+        if isinstance(value, list) and sorted(map(str, value)) == [
+            *"0" * last,
+            "1",
+        ]:  # a 1 at the best of them
             value = value.index(1)
         is_number = type(value) is int and 0 <= value < count
-        rows.expect(is_number, record, f"'best' must be the number of a response, 0 to {last}", value)
+        rows.expect(
+            is_number, record, f"'best' must be the number of a response, 0 to {last}", value
+        )
         return tuple(float(i != value) for i in range(count))
     if label == "ranking":
-        is_order = isinstance(value, list) and all(type(i) is int for i in value) and sorted(value) == [*range(count)]
-        what = f"'ranking' must hold each response number from 0 to {last} once, best first ('ranks' holds ranks)"
+        is_order = (
+            isinstance(value, list)
+            and all(type(i) is int for i in value)
+            and sorted(value) == [*range(count)]
+        )
+        what = (
+            f"'ranking' must hold each response number from 0 to {last} once, best first "
+            "('ranks' holds ranks)"
+        )
         rows.expect(is_order, record, what, value)
         return tuple(float(value.index(i)) for i in range(count))
     return _numbers(record, label, count)
@@ -367,13 +473,16 @@ def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
     rows.expect(isinstance(values, list) and len(values) == count, record, what, values)
     for value in values:
         # No float32 is larger than 3.4e38.
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3.4e38
+        is_number = (
+            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3.4e38
+        )
         rows.expect(is_number, record, f"{key!r} must hold numbers", value)
     return tuple(map(float, values))
 
 
 def _pairs(row: Row, ranks: tuple[float, ...]) -> list[Row]:
-    """All ordered pairs of a ranking, or the best response with each other one; each weighs 1 / (number of them).
+    """All ordered pairs of a ranking, or the best response with each other one; each weighs 1 /
+    (number of them).
 
     Ties and equal texts make no pair; without any pair the row is dropped.
     """

@@ -1,4 +1,6 @@
-"""The rows that data files hold, and the checks of a record's fields, whose errors name its file and line."""
+"""The rows that data files hold, and the checks of a record's fields, whose errors name its file
+and line.
+"""
 
 import difflib
 from collections import Counter, defaultdict
@@ -12,11 +14,15 @@ Kind = Literal["demonstrations", "pairs", "comparisons", "feedback", "prompts", 
 OnBadRow = Literal["error", "drop"]
 TokenIds = tuple[int, ...]
 NUM_SHOWN = 20  # different faults that an error names
-Text = str | TokenIds  # token ids are used as they are: neither tokenised again nor completed with EOS
+Text = (
+    str | TokenIds
+)  # token ids are used as they are: neither tokenised again nor completed with EOS
 
 
 class Record(NamedTuple):
-    """One value of a data file and its place: ``FILE, line N`` or ``FILE, row N``, both counted from 1."""
+    """One value of a data file and its place: ``FILE, line N`` or ``FILE, row N``, both counted
+    from 1.
+    """
 
     value: Any  # UserError if the line or row could not be read
     source: str
@@ -24,16 +30,22 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and K responses to it: none of a prompt for RL, one to imitate, two of a pair, the chosen one first."""
+    """A prompt and K responses to it: none of a prompt for RL, one to imitate, two of a pair, the
+    chosen one first.
+    """
 
     prompt: Text
     responses: tuple[Text, ...]
     source: str
-    best: int | None = None  # number of the best of K > 2 responses; None: the first, or as the targets say
+    best: int | None = (
+        None  # number of the best of K > 2 responses; None: the first, or as the targets say
+    )
     targets: tuple[float, ...] | None = None  # a score for each response
     weight: float | None = None  # None counts as 1
     category: str = ""  # of given answers, whose figures an evaluation shows apart
-    columns: dict[str, Any] = field(default_factory=dict)  # a prompt's other keys, which reach the reward
+    columns: dict[str, Any] = field(
+        default_factory=dict
+    )  # a prompt's other keys, which reach the reward
     votes: tuple[int, ...] = ()  # of annotators on two responses: 1, 2 or 0, a tie
 
     @property
@@ -54,7 +66,9 @@ class Row:
 
 
 class BadRow(UserError):
-    """A row that a stage cannot use: an error, unless ``--on-bad-row drop`` leaves it out under ``what`` is wrong."""
+    """A row that a stage cannot use: an error, unless ``--on-bad-row drop`` leaves it out under
+    ``what`` is wrong.
+    """
 
     def __init__(self, source: str, what: str):
         super().__init__(f"{source}: {what}")
@@ -62,7 +76,9 @@ class BadRow(UserError):
 
 
 class Drop(BadRow):
-    """A row without a fault that teaches nothing: it is always left out, and counted under this reason."""
+    """A row without a fault that teaches nothing: it is always left out, and counted under this
+    reason.
+    """
 
 
 def places(sources: Sequence[str], most: int = 5) -> str:
@@ -76,7 +92,9 @@ def places(sources: Sequence[str], most: int = 5) -> str:
 
 
 def summary(errors: Sequence[UserError]) -> list[str]:
-    """One line for each of the first `NUM_SHOWN` faults; identical ones are said once, with their number and places."""
+    """One line for each of the first `NUM_SHOWN` faults; identical ones are said once, with their
+    number and places.
+    """
     lines, faults = list[str](), defaultdict[str, list[str]](list)
     for error in errors:
         if isinstance(error, BadRow):
@@ -98,7 +116,10 @@ def texts(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         for text in row.texts:
             if not isinstance(text, str):
-                raise UserError(f"{row.source}: holds token ids, so no tokenizer can be trained on it; name the model")
+                raise UserError(
+                    f"{row.source}: holds token ids, so no tokenizer can be trained on it; name "
+                    "the model"
+                )
             yield text
 
 
@@ -106,12 +127,19 @@ def fields(record: Record, expected: str) -> dict[str, Any]:
     """The record as an object; ``expected`` are its keys, for the error."""
     if isinstance(record.value, UserError):
         raise record.value
-    expect(isinstance(record.value, dict), record, f"expected an object with keys {expected}", record.value)
+    expect(
+        isinstance(record.value, dict),
+        record,
+        f"expected an object with keys {expected}",
+        record.value,
+    )
     return record.value
 
 
 def expect(holds: Any, record: Record, what: str, *found: Any) -> None:
-    """Raises `BadRow`, saying where, ``what`` must be or is wrong and, if given, the kind of value, unless it holds."""
+    """Raises `BadRow`, saying where, ``what`` must be or is wrong and, if given, the kind of value,
+    unless it holds.
+    """
     if not holds:
         raise BadRow(record.source, what + "".join(f", found {kind(value)}" for value in found))
 
@@ -121,13 +149,18 @@ def require(record: Record, keys: Sequence[str]) -> None:
     missing = [key for key in keys if key not in record.value]
     if missing:
         present = ", ".join(record.value) or "none"
-        hint = "".join(meant(key, [other for other in record.value if other not in keys]) for key in missing)
+        hint = "".join(
+            meant(key, [other for other in record.value if other not in keys]) for key in missing
+        )
         raise BadRow(record.source, f"expected keys {', '.join(keys)}, found {present}{hint}")
 
 
 def meant(key: str, others: Sequence[str]) -> str:
     """The hint that one of ``others`` was meant to be ``key``; "" if none is like it."""
-    return "".join(f"; did you mean {key!r} by {near!r}?" for near in difflib.get_close_matches(key, others, n=1))
+    return "".join(
+        f"; did you mean {key!r} by {near!r}?"
+        for near in difflib.get_close_matches(key, others, n=1)
+    )
 
 
 def text(record: Record, key: str) -> str:
@@ -143,14 +176,22 @@ def checked(record: Record, what: str, value: str, may_be_space: bool = True) ->
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, yet no text
-        raise BadRow(record.source, f"{what} holds half of a surrogate pair, {value[error.start]!a}") from error
+        raise BadRow(
+            record.source, f"{what} holds half of a surrogate pair, {value[error.start]!a}"
+        ) from error
     return value
 
 
 def kind(value: Any) -> str:
     """What a value is, in an error."""
     a_list = "a list" if value else "an empty list"
-    known = {dict: "an object", list: a_list, str: "a string", bool: "true or false", type(None): "null"}
+    known = {
+        dict: "an object",
+        list: a_list,
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+    }
     if type(value) in (int, float):
         return f"the number {value}" if not abs(value) >= 1e20 else "a number that is too large"
     return known.get(type(value), f"a value of type {type(value).__name__}")

@@ -1,8 +1,9 @@
-"""Text to ids and back: a byte-level BPE, a character tokenizer, and tokenizers of Hugging Face folders.
+"""Text to ids and back: a byte-level BPE, a character tokenizer, and tokenizers of Hugging Face
+folders.
 
 Only the ``tokenizers`` package is needed, for names on the hub ``huggingface_hub`` too. Text is
-always text: the spelling of a special token inside it is encoded as ordinary characters, so that data cannot end a
-response or hide as padding.
+always text: the spelling of a special token inside it is encoded as ordinary characters, so that
+data cannot end a response or hide as padding.
 """
 
 import functools
@@ -28,7 +29,8 @@ _NO_LIMIT = int(1e30)  # what transformers writes when a tokenizer has no length
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A tokenizer with distinct pad and end-of-text ids; ``config`` is its tokenizer_config.json, kept when saved.
+    """A tokenizer with distinct pad and end-of-text ids; ``config`` is its tokenizer_config.json,
+    kept when saved.
 
     ``other_eos_ids`` are ids that end a response too, as the model's own config names them.
     """
@@ -41,22 +43,32 @@ class Tokenizer:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """All ids that end a response: ``eos_id``, which is put at the end of those in data, and then the others."""
+        """All ids that end a response: ``eos_id``, which is put at the end of those in data, and
+        then the others.
+        """
         return (self.eos_id, *self.other_eos_ids)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: nothing is added before or after.
 
         Raises:
-          UserError: naming a character that the vocabulary lacks, for tokenizers without an unknown token.
+          UserError: naming a character that the vocabulary lacks, for tokenizers without an unknown
+            token.
         """
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str], sources: Sequence[str] | None = None) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], sources: Sequence[str] | None = None
+    ) -> list[list[int]]:
         """`encode` of each text, in parallel threads; an error names the text's source."""
         try:
-            return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
-        except Exception as error:  # the package raises a bare Exception for a token outside the vocabulary
+            return [
+                encoding.ids
+                for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)
+            ]
+        except (
+            Exception
+        ) as error:  # the package raises a bare Exception for a token outside the vocabulary
             known = self.backend.get_vocab()
             for i, text in enumerate(texts):
                 if unknown := next((character for character in text if character not in known), ""):
@@ -81,27 +93,44 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str(pretty=True).encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a folder that ``transformers.AutoTokenizer.from_pretrained`` and `load_tokenizer` read."""
+        """Writes a folder that ``transformers.AutoTokenizer.from_pretrained`` and `load_tokenizer`
+        read.
+        """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         eos, pad = map(self.backend.id_to_token, (self.eos_id, self.pad_id))
         special = {"eos_token": eos, "pad_token": pad}
-        config = {"model_max_length": _NO_LIMIT, "clean_up_tokenization_spaces": False, **self.config, **special}
+        config = {
+            "model_max_length": _NO_LIMIT,
+            "clean_up_tokenization_spaces": False,
+            **self.config,
+            **special,
+        }
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
         (path / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
-            (path / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, content in (
+            ("tokenizer_config.json", config),
+            ("special_tokens_map.json", special),
+        ):
+            (path / name).write_text(
+                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) trained on the texts: pad id 0, end-of-text id 1.
+    """A byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) trained on the texts: pad id 0,
+    end-of-text id 1.
 
-    The same texts in the same order give the same tokenizer. Fewer than ``vocab_size`` ids result when the texts hold
-    too few distinct words. Raises `UserError` without texts or for a size below 258, the bytes and two special ids.
+    The same texts in the same order give the same tokenizer. Fewer than ``vocab_size`` ids result
+    when the texts hold too few distinct words. Raises `UserError` without texts or for a size below
+    258, the bytes and two special ids.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < (least := len(alphabet) + 2):
-        raise UserError(f"a byte-level tokenizer needs a vocabulary of at least {least} ids, {vocab_size} asked for")
+        raise UserError(
+            f"a byte-level tokenizer needs a vocabulary of at least {least} ids, {vocab_size} "
+            "asked for"
+        )
     lines = list(texts)
     if not any(lines):
         raise UserError("no text to train a tokenizer on")
@@ -112,14 +141,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def characters(texts: str | Iterable[str]) -> Tokenizer:
-    """One id per character that occurs in the texts (or alphabet), by code point: pad id 0, end-of-text id 1.
+    """One id per character that occurs in the texts (or alphabet), by code point: pad id 0,
+    end-of-text id 1.
 
     Raises `UserError` without any character.
     """
     alphabet = sorted(set(texts) if isinstance(texts, str) else set().union(*map(set, texts)))
     if not alphabet:
         raise UserError("no text to take the characters from")
-    backend = tokenizers.Tokenizer(models.WordLevel({token: i for i, token in enumerate([PAD, EOS, *alphabet])}))
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate([PAD, EOS, *alphabet])})
+    )
     # Oniguruma's syntax: "(?s)." is refused.
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
@@ -127,21 +159,35 @@ def characters(texts: str | Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
-    """A local folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt, or a name on the hub.
+    """A local folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt, or a name on
+    the hub.
 
-    A tokenizer without a pad token, or whose pad is its end-of-text, gains ``<|pad|>`` as a new last id: ``vocab_size``
-    grows by one and the caller resizes the model.
+    A tokenizer without a pad token, or whose pad is its end-of-text, gains ``<|pad|>`` as a new
+    last id: ``vocab_size`` grows by one and the caller resizes the model.
 
     Raises:
       UserError: if it cannot be found or read, or names no end-of-text token.
     """
     is_file = os.path.isfile(path_or_name)  # tokenizer.json itself
-    folder = Path(path_or_name).parent if is_file else find_folder(path_or_name, ("*.json", "*.jinja", "merges.txt"))
-    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")]
+    folder = (
+        Path(path_or_name).parent
+        if is_file
+        else find_folder(path_or_name, ("*.json", "*.jinja", "merges.txt"))
+    )
+    files = [
+        folder / name
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+    ]
     config, special, of_model = (read_json(file) if file.exists() else {} for file in files)
-    template, single, vocab = (folder / name for name in ("chat_template.jinja", "tokenizer.json", "vocab.json"))
-    ids = {key: of_model.get(f"{key}_id") for key in ("eos_token", "pad_token")}  # some models write -1 for none
-    named: dict[str, Any] = {key: i for key, i in ids.items() if type(i) is int and 0 <= i < 1 << 32}
+    template, single, vocab = (
+        folder / name for name in ("chat_template.jinja", "tokenizer.json", "vocab.json")
+    )
+    ids = {
+        key: of_model.get(f"{key}_id") for key in ("eos_token", "pad_token")
+    }  # some models write -1 for none
+    named: dict[str, Any] = {
+        key: i for key, i in ids.items() if type(i) is int and 0 <= i < 1 << 32
+    }
     named |= named_tokens(special) | named_tokens(config)
     if not single.exists() and not (vocab.exists() and (folder / "merges.txt").exists()):
         raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
@@ -154,7 +200,9 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
             backend = _byte_level(models.BPE.from_file(str(vocab), str(folder / "merges.txt")))
             named.setdefault("eos_token", EOS)
     except Exception as error:  # the package raises a bare Exception for a broken file
-        raise UserError(f"{single if single.exists() else vocab}: not a tokenizer file: {error}") from error
+        raise UserError(
+            f"{single if single.exists() else vocab}: not a tokenizer file: {error}"
+        ) from error
     return _tokenizer(backend, named.get("pad_token"), named.get("eos_token"), config, str(folder))
 
 
@@ -165,27 +213,47 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _tokenizer(backend: tokenizers.Tokenizer, pad: Any, eos: Any, config: Mapping[str, Any], where: str) -> Tokenizer:
+def _tokenizer(
+    backend: tokenizers.Tokenizer, pad: Any, eos: Any, config: Mapping[str, Any], where: str
+) -> Tokenizer:
     """``pad`` and ``eos`` as text, as id, or None."""
-    eos, pad = (backend.id_to_token(token) if isinstance(token, int) else token for token in (eos, pad))
+    eos, pad = (
+        backend.id_to_token(token) if isinstance(token, int) else token for token in (eos, pad)
+    )
     if eos is None or backend.token_to_id(eos) is None:
-        found = f"names {eos!r}, which is not in its vocabulary" if eos else "names no end-of-text token"
-        raise UserError(f"{where}: the tokenizer {found}; set eos_token in its tokenizer_config.json")
+        found = (
+            f"names {eos!r}, which is not in its vocabulary"
+            if eos
+            else "names no end-of-text token"
+        )
+        raise UserError(
+            f"{where}: the tokenizer {found}; set eos_token in its tokenizer_config.json"
+        )
     if pad is None or pad == eos or backend.token_to_id(pad) is None:
         pad = PAD
     # Does nothing to tokens that are there and special already.
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (eos, pad)])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (eos, pad)]
+    )
     backend.no_truncation()  # a setting in tokenizer.json would shorten texts without a word
     backend.no_padding()
     backend.encode_special_tokens = True
     ids = backend.get_vocab()
     if list(ids.values()).count(ids[pad]) > 1:
-        raise UserError(f"{where}: the ids of the vocabulary have gaps; name a pad_token in its tokenizer_config.json")
+        raise UserError(
+            f"{where}: the ids of the vocabulary have gaps; name a pad_token in its "
+            "tokenizer_config.json"
+        )
     return Tokenizer(backend, pad_id=ids[pad], eos_id=ids[eos], config=config)
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens, ``eos_token`` and the like, that a tokenizer_config.json or special_tokens_map.json names."""
+    """The special tokens, ``eos_token`` and the like, that a tokenizer_config.json or
+    special_tokens_map.json names.
+    """
     tokens = {key: value for key, value in config.items() if key.endswith("_token")}
-    texts = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
+    texts = {
+        key: token.get("content") if isinstance(token, dict) else token
+        for key, token in tokens.items()
+    }
     return {key: text for key, text in texts.items() if isinstance(text, str)}

@@ -1,12 +1,13 @@
 """The data that a run is judged by, read from files.
 
-- prompts: whatever `formats.read` reads; a column ``answerable`` (true or false) says whether a model can know
-  the answer.
-- safety: prompts with a column ``label``, safe or unsafe, as the CSV of XSTest (Röttger et al. 2024) has it.
-- preferences: pairs and rankings, whatever `formats.read` reads; a key ``category`` or ``subset`` splits them, as in
-  the HHH alignment data (Askell et al. 2021).
-- annotated: ``{instruction, input, response1, response2, annotator1, annotator2, ...}`` as in PandaLM's test set (Wang
-  et al. 2023): each annotator says 1, 2 or 0, a tie.
+- prompts: whatever `formats.read` reads; a column ``answerable`` (true or false) says whether a
+  model can know the answer.
+- safety: prompts with a column ``label``, safe or unsafe, as the CSV of XSTest (Röttger et al.
+  2024) has it.
+- preferences: pairs and rankings, whatever `formats.read` reads; a key ``category`` or ``subset``
+  splits them, as in the HHH alignment data (Askell et al. 2021).
+- annotated: ``{instruction, input, response1, response2, annotator1, annotator2, ...}`` as in
+  PandaLM's test set (Wang et al. 2023): each annotator says 1, 2 or 0, a tie.
 - custom: categories of the user's own in a YAML file.
 
 Errors name the row's file and line.
@@ -30,14 +31,18 @@ ANSWERABLE = {"true": True, "false": False, "none": None, "": None}
 
 @dataclasses.dataclass(frozen=True)
 class CustomCategory:
-    """A category of the user's own, judged by exactly one of patterns, keywords and score, or as helpfulness is."""
+    """A category of the user's own, judged by exactly one of patterns, keywords and score, or as
+    helpfulness is.
+    """
 
     prompts: tuple[str, ...] = ()
     """Files of prompts; empty: those of --prompts."""
     patterns: tuple[str, ...] = ()
     """Regular expressions: the share of responses in which one is found, in any case of letters."""
     keywords: tuple[str, ...] = ()
-    """Words or phrases: the share of responses in which one stands as whole words, in any case of letters."""
+    """Words or phrases: the share of responses in which one stands as whole words, in any case of
+    letters.
+    """
     score: str | None = None
     """FILE.py:FUNCTION or another SPEC of --reward: the mean score of the responses."""
 
@@ -57,19 +62,26 @@ def check_safety(prompts: Sequence[rows.Row]) -> None:
     for row in prompts:
         label = row.columns.get("label")
         if label not in ("safe", "unsafe"):
-            raise UserError(f"{row.source}: a prompt for --safety needs a key 'label', safe or unsafe, found {label!r}")
+            raise UserError(
+                f"{row.source}: a prompt for --safety needs a key 'label', safe or unsafe, found "
+                f"{label!r}"
+            )
 
 
 def answerable(row: rows.Row) -> bool | None:
     """The prompt's column ``answerable``; None if it has none."""
     value = row.columns.get("answerable")
     if str(value).lower() not in ANSWERABLE:
-        raise UserError(f"{row.source}: 'answerable' must be true or false, found {rows.kind(value)}")
+        raise UserError(
+            f"{row.source}: 'answerable' must be true or false, found {rows.kind(value)}"
+        )
     return ANSWERABLE[str(value).lower()]
 
 
 def read_categories(path: str) -> dict[str, CustomCategory]:
-    """``{name: category}`` of a YAML file in which each category is a mapping under its name, or a list of prompts."""
+    """``{name: category}`` of a YAML file in which each category is a mapping under its name, or a
+    list of prompts.
+    """
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--categories {path}: no such file")
@@ -80,14 +92,25 @@ def read_categories(path: str) -> dict[str, CustomCategory]:
     content = content if isinstance(content, dict) and content else {"NAME": None}
     for name in content:
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-            raise UserError(f"{path}: a category's name is made of letters, digits and _, found {name!r}")
-    kinds = {name: tuple[str, ...] if isinstance(value, list) else CustomCategory for name, value in content.items()}
+            raise UserError(
+                f"{path}: a category's name is made of letters, digits and _, found {name!r}"
+            )
+    kinds = {
+        name: tuple[str, ...] if isinstance(value, list) else CustomCategory
+        for name, value in content.items()
+    }
     settings = config.read(dataclasses.make_dataclass("_", kinds.items()), file)
     categories = {}
     for name in content:
-        given = {key.partition(".")[2]: item for key, item in settings.items() if key.partition(".")[0] == name}
+        given = {
+            key.partition(".")[2]: item
+            for key, item in settings.items()
+            if key.partition(".")[0] == name
+        }
         place = next((place for _, place in given.values()), f"{path}, line 1")
-        categories[name] = CustomCategory(**{key or "texts": value for key, (value, _) in given.items()})
+        categories[name] = CustomCategory(
+            **{key or "texts": value for key, (value, _) in given.items()}
+        )
         _check_category(categories[name], f"{place}: {name}")
     return categories
 
@@ -97,7 +120,10 @@ def _check_category(category: CustomCategory, where: str) -> None:
     judges = [name for name in names if getattr(category, name)]
     if len(judges) != 1:
         listed = " and ".join(judges) or "none"
-        raise UserError(f"{where} needs exactly one of {', '.join(names)} (or is a list of prompts), found {listed}")
+        raise UserError(
+            f"{where} needs exactly one of {', '.join(names)} (or is a list of prompts), found "
+            f"{listed}"
+        )
     if "" in (*category.patterns, *category.keywords, *category.texts):
         raise UserError(f"{where}.{judges[0]} holds an empty text")
     for pattern in category.patterns:

@@ -1,10 +1,12 @@
-"""What a finished run can do: helpfulness, harmlessness, honesty, preferences, diversity, against another run.
+"""What a finished run can do: helpfulness, harmlessness, honesty, preferences, diversity, against
+another run.
 
-    result = evaluate.run("runs/ppo", evaluate.Config(prompts=("heldout.json",), reward_model="runs/rm"))
-    print(result.value("helpfulness", "quality"))
+    result = evaluate.run("runs/ppo", evaluate.Config(prompts=("heldout.json",),
+    reward_model="runs/rm")) print(result.value("helpfulness", "quality"))
 
-The run's folder gets ``evaluation.json`` with every figure, its 95% interval and n, and ``evaluation_samples.jsonl``
-with every response. Both are functions of the models, the data, the settings and the seed.
+The run's folder gets ``evaluation.json`` with every figure, its 95% interval and n, and
+``evaluation_samples.jsonl`` with every response. Both are functions of the models, the data, the
+settings and the seed.
 """
 
 import dataclasses
@@ -43,8 +45,19 @@ Encoded = Mapping[str, encoding.EncodedTexts]
 """The pairs of preferences and annotated."""
 
 SAMPLES = "evaluation_samples.jsonl"
-ORDER = ("helpfulness", "harmlessness", "honesty", "preferences", "agreement", "diversity", "win rate")  # then others
-KINDS: dict[str, rows.Kind] = {"preferences": "pairs", "annotated": "annotated"}  # of sets that are not prompts
+ORDER = (
+    "helpfulness",
+    "harmlessness",
+    "honesty",
+    "preferences",
+    "agreement",
+    "diversity",
+    "win rate",
+)  # then others
+KINDS: dict[str, rows.Kind] = {
+    "preferences": "pairs",
+    "annotated": "annotated",
+}  # of sets that are not prompts
 BUCKET = 64  # tokens: texts to score are padded to a multiple, so that few shapes are compiled
 
 
@@ -57,7 +70,9 @@ class Config:
     safety: tuple[str, ...] = ()
     """Prompts with a key `label`, safe or unsafe, such as XSTest's CSV: which are refused?"""
     preferences: tuple[str, ...] = ()
-    """Preference data of any format: do the reward model and the policy's log-probabilities agree with it?"""
+    """Preference data of any format: do the reward model and the policy's log-probabilities agree
+    with it?
+    """
     annotated: str | None = None
     """Pairs of responses with several annotators' votes, as in PandaLM's test set."""
     reward_model: str | None = None
@@ -67,7 +82,9 @@ class Config:
     categories: str | None = None
     """YAML file of categories of your own."""
     template: str | None = None
-    """What the models read for a prompt; null: the run's text.template ({prompt} for a model's folder)."""
+    """What the models read for a prompt; null: the run's text.template ({prompt} for a model's
+    folder).
+    """
     max_new_tokens: int | None = None
     """Response slots; null: the run's rl.max_new_tokens (32 for a model's folder)."""
     environment: str | None = None
@@ -81,12 +98,14 @@ class Config:
     batch_size: int = 64
     """Texts at once. Another one may round differently."""
     too_long: Literal["error", "truncate", "drop"] = "error"
-    """What to do with a text that does not fit into the model. Truncated and dropped rows are counted and reported."""
+    """What to do with a text that does not fit into the model. Truncated and dropped rows are
+    counted and reported.
+    """
     columns: tuple[str, ...] = ()
     """Keys of the data under other names, each OURS=THEIRS: prompt=question response=answer."""
     on_bad_row: Literal["error", "drop"] = "error"
-    """A row that cannot be used, such as one with an empty answer: error names all of them and stops; drop leaves them
-    out and counts them."""
+    """A row that cannot be used, such as one with an empty answer: error names all of them and
+    stops; drop leaves them out and counts them."""
     seed: int = 0
     """Root of the samples and of the intervals' draws."""
     device: Literal["cpu", "gpu", "cuda", "tpu"] | None = None
@@ -95,14 +114,21 @@ class Config:
     """Folder for evaluation.json; null: the run's."""
 
     def __post_init__(self) -> None:
-        for name, least in {"num_samples": 1, "batch_size": 1, "max_new_tokens": 1, "temperature": 0}.items():
+        for name, least in {
+            "num_samples": 1,
+            "batch_size": 1,
+            "max_new_tokens": 1,
+            "temperature": 0,
+        }.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
         if self.template is not None and "{prompt}" not in self.template:
             raise UserError(f"--template must contain {{prompt}}, got {self.template!r}")
         if self.against is not None and (self.reward_model is None or not self.prompts):
-            raise UserError("--against: a win rate needs --reward-model, which judges, and --prompts")
+            raise UserError(
+                "--against: a win rate needs --reward-model, which judges, and --prompts"
+            )
 
 
 class Result(NamedTuple):
@@ -112,20 +138,27 @@ class Result(NamedTuple):
     path: Path
 
     def value(self, category: str, metric: str) -> float | None:
-        """A figure; None if it could not be measured. Raises KeyError if there is none of that name."""
+        """A figure; None if it could not be measured. Raises KeyError if there is none of that
+        name.
+        """
         return {(row.category, row.metric): row.value for row in self.rows}[category, metric]
 
 
 def run(folder: str | Path, config: Config) -> Result:
-    """Evaluates the policy in a run's or model's folder and writes ``evaluation.json`` into it. A reward model, or an
-    ensemble of them, is judged by preferences and annotated pairs alone.
+    """Evaluates the policy in a run's or model's folder and writes ``evaluation.json`` into it. A
+    reward model, or an ensemble of them, is judged by preferences and annotated pairs alone.
 
     Raises:
         UserError: nothing to evaluate by, or whatever is wrong with a folder, a file or a row.
     """
     folder = str(folder)
-    if not any((config.prompts, config.safety, config.preferences, config.annotated, config.categories)):
-        raise UserError("nothing to evaluate by: give --prompts, --safety, --preferences, --annotated or --categories")
+    if not any(
+        (config.prompts, config.safety, config.preferences, config.annotated, config.categories)
+    ):
+        raise UserError(
+            "nothing to evaluate by: give --prompts, --safety, --preferences, --annotated or "
+            "--categories"
+        )
     output = Path(folder if config.output is None else config.output)
     if config.output is None and not output.is_dir():
         raise UserError(f"{folder}: no such folder; for a model of the hub give --output FOLDER")
@@ -135,36 +168,70 @@ def run(folder: str | Path, config: Config) -> Result:
     _check_flags(policy, config)
     sets, categories = _read(config, chat.template_of(policy.tokenizer))
     bench = open_bench(policy, config)
-    answers = {name: sample(bench, policy, name, read.rows) for name, read in sets.items() if name not in KINDS}
-    limits: Any = {"template": policy.template, "max_length": bench.positions, "too_long": config.too_long}
+    answers = {
+        name: sample(bench, policy, name, read.rows)
+        for name, read in sets.items()
+        if name not in KINDS
+    }
+    limits: Any = {
+        "template": policy.template,
+        "max_length": bench.positions,
+        "too_long": config.too_long,
+    }
     given = [name for name in KINDS if name in sets]
-    pairs = {name: encoding.encode_texts(sets[name].rows, policy.tokenizer, **limits) for name in given}
+    pairs = {
+        name: encoding.encode_texts(sets[name].rows, policy.tokenizer, **limits) for name in given
+    }
     left_out = {}
     for name, read in sets.items():
         if reasons := read.dropped | (answers | pairs)[name].counts:
-            logger.info(f"{name}: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}")
+            logger.info(
+                f"{name}: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}"
+            )
             left_out[name] = reasons
     if config.against is not None:
         answers["prompts, against"] = _against(bench, config.against, sets["prompts"].rows)
         if answers["prompts, against"].rows != answers["prompts"].rows:
-            raise UserError(f"--against {config.against}: it leaves out other prompts that are too long; shorten them")
+            raise UserError(
+                f"--against {config.against}: it leaves out other prompts that are too long; "
+                "shorten them"
+            )
     figures = [*_figures(bench, sets, categories, answers, pairs), *_not_run(policy, config)]
     place = {category: i for i, category in enumerate(ORDER)}
     figures.sort(key=lambda figure: place.get(figure.category.partition(":")[0], len(place)))
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("output", "device")}
-    settings = {"run": folder} | settings | {"template": policy.template, "max_new_tokens": policy.max_new_tokens}
-    content: dict[str, Any] = {"settings": settings, "fingerprints": _fingerprints(folder, config, sets, categories)}
+    settings = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("output", "device")
+    }
+    settings = (
+        {"run": folder}
+        | settings
+        | {"template": policy.template, "max_new_tokens": policy.max_new_tokens}
+    )
+    content: dict[str, Any] = {
+        "settings": settings,
+        "fingerprints": _fingerprints(folder, config, sets, categories),
+    }
     content |= {"left_out": left_out, "rows": [figure._asdict() for figure in figures]}
     output.mkdir(parents=True, exist_ok=True)
     path = output / records.EVALUATION
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    lines = [line for name, own in answers.items() for line in _samples(name, own, policy.tokenizer)]
-    write_atomically(output / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_atomically(
+        path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+    lines = [
+        line for name, own in answers.items() for line in _samples(name, own, policy.tokenizer)
+    ]
+    write_atomically(
+        output / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
     return Result(figures, path)
 
 
 class Policy(NamedTuple):
-    """A policy and what it was trained with; or a reward model (the first one of an ensemble), which writes no text."""
+    """A policy and what it was trained with; or a reward model (the first one of an ensemble),
+    which writes no text.
+    """
 
     folder: str
     model: models.Model
@@ -194,7 +261,9 @@ def load(folder: str, config: Config) -> Policy:
     member = str(next(iter(spec.members(source)), source))
     model, params, tokenizer = initial.load_language_model(member, compute)
     template = config.template or settings.get("text", {}).get("template", "{prompt}")
-    slots = config.max_new_tokens or settings.get("rl", {}).get("max_new_tokens", RLStage().max_new_tokens)
+    slots = config.max_new_tokens or settings.get("rl", {}).get(
+        "max_new_tokens", RLStage().max_new_tokens
+    )
     return Policy(folder, model, params, tokenizer, template, slots, "score" in params)
 
 
@@ -205,13 +274,17 @@ def _check_flags(policy: Policy, config: Config) -> None:
     if policy.is_judge and given:
         judged = f"it is judged by --preferences and --annotated, not by {', '.join(given)}"
         advice = "or give a policy, and this as its --reward-model"
-        raise UserError(f"{policy.folder}: this is a reward model, which writes no text: {judged}; {advice}")
+        raise UserError(
+            f"{policy.folder}: this is a reward model, which writes no text: {judged}; {advice}"
+        )
 
 
 def _settings(folder: str) -> dict[str, Any]:
     """config.yaml of a run, also found from its ``model/``; empty for other models."""
     place = Path(folder)
-    file = (place.parent if place.name == "model" and not (place / "config.yaml").is_file() else place) / "config.yaml"
+    file = (
+        place.parent if place.name == "model" and not (place / "config.yaml").is_file() else place
+    ) / "config.yaml"
     try:
         return dict(yaml.safe_load(file.read_bytes())) if file.is_file() else {}
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -228,30 +301,60 @@ def open_bench(policy: Policy, config: Config) -> Bench:
             entry = f"mean:{entry}"
         check_template(policy, given, config)
         reward = reward_of(entry, policy.tokenizer, (), "--reward-model")
-        folders = [folder for source in spec.sources(entry).values() for folder in spec.members(source) or [source]]
-        of_judges = [hf.read_config(folder).max_length for folder in folders if (folder / "config.json").is_file()]
+        folders = [
+            folder
+            for source in spec.sources(entry).values()
+            for folder in spec.members(source) or [source]
+        ]
+        of_judges = [
+            hf.read_config(folder).max_length
+            for folder in folders
+            if (folder / "config.json").is_file()
+        ]
         positions = min([positions, *of_judges])
         if positions < policy.model.config.max_length:
-            logger.info(f"{given}: reads {positions} tokens, fewer than the policy; prompt and response have to fit")
+            logger.info(
+                f"{given}: reads {positions} tokens, fewer than the policy; prompt and response "
+                "have to fit"
+            )
     trained = _settings(policy.folder).get("rl", {})
-    turns = trained.get("max_turns") if config.max_turns is None and config.environment else config.max_turns
+    turns = (
+        trained.get("max_turns")
+        if config.max_turns is None and config.environment
+        else config.max_turns
+    )
     if trained.get("environment") and not config.environment:
-        logger.info(f"{policy.folder} was trained with replies by {trained['environment']}; here is no --environment")
+        logger.info(
+            f"{policy.folder} was trained with replies by {trained['environment']}; here is no "
+            "--environment"
+        )
     fn = function_of(config.environment, "--environment")
     environment = load_environment(fn, policy.tokenizer, policy.max_new_tokens, turns)
-    return Bench(policy, config, stage.stream(config.seed, "evaluate", "eval"), reward, positions, environment)
+    return Bench(
+        policy,
+        config,
+        stage.stream(config.seed, "evaluate", "eval"),
+        reward,
+        positions,
+        environment,
+    )
 
 
 def check_template(policy: Policy, folder: str, config: Config) -> None:
     """Refuses a run in ``folder`` that had another template, unless ``config`` chooses one."""
     other = _settings(folder).get("text", {}).get("template", policy.template)
     if config.template is None and other != policy.template:
-        trained = f"{folder} was trained with the template {other!r}, {policy.folder} with {policy.template!r}"
+        trained = (
+            f"{folder} was trained with the template {other!r}, {policy.folder} with "
+            f"{policy.template!r}"
+        )
         raise UserError(f"{trained}; give the one to use for both as --template")
 
 
 def reward_of(entry: str, tokenizer: Tokenizer, columns: Collection[str], flag: str) -> spec.Reward:
-    """The reward of one entry, as ``spec.build_reward`` reads it; ``flag`` names the setting in errors."""
+    """The reward of one entry, as ``spec.build_reward`` reads it; ``flag`` names the setting in
+    errors.
+    """
     load = functools.partial(initial.load_reward_model, compute=Compute())
     return spec.build_reward((entry,), tokenizer=tokenizer, load=load, columns=columns, flag=flag)
 
@@ -259,12 +362,20 @@ def reward_of(entry: str, tokenizer: Tokenizer, columns: Collection[str], flag: 
 _apply = jax.jit(lambda fn, rollout: fn(rollout)[0])
 
 
-def score(reward: spec.Reward, rollout: Rollout, columns: Mapping[str, Sequence[Any]], batch_size: int) -> np.ndarray:
-    """[N] float64 of N responses, NaN where a function gave None. A Python function sees all rows at once."""
+def score(
+    reward: spec.Reward, rollout: Rollout, columns: Mapping[str, Sequence[Any]], batch_size: int
+) -> np.ndarray:
+    """[N] float64 of N responses, NaN where a function gave None. A Python function sees all rows
+    at once.
+    """
     if reward.host is not None:
         result, _ = rewards.on_host(reward.host, rollout, columns)
-        return np.where(np.any(result.response_mask, axis=1), np.asarray(result.scores, np.float64), np.nan)
-    return generator.in_batches(functools.partial(_apply, reward.fn), batch_size, rollout).astype(np.float64)
+        return np.where(
+            np.any(result.response_mask, axis=1), np.asarray(result.scores, np.float64), np.nan
+        )
+    return generator.in_batches(functools.partial(_apply, reward.fn), batch_size, rollout).astype(
+        np.float64
+    )
 
 
 class Answers(NamedTuple):
@@ -279,31 +390,69 @@ class Answers(NamedTuple):
 
 
 def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row]) -> Answers:
-    """Responses to a set of prompts. The key is that of the set's name, so that both runs of a win rate share it."""
-    config, model, tokenizer, slots = bench.config, policy.model, policy.tokenizer, policy.max_new_tokens
-    limits: Any = {"max_positions": min(bench.positions, model.config.max_length), "max_new_tokens": slots}
-    encoded = encoding.encode_prompts(prompts, tokenizer, template=policy.template, too_long=config.too_long, **limits)
-    settings = initial.sampling_config(RLStage(max_new_tokens=slots, temperature=config.temperature), tokenizer)
+    """Responses to a set of prompts. The key is that of the set's name, so that both runs of a win
+    rate share it.
+    """
+    config, model, tokenizer, slots = (
+        bench.config,
+        policy.model,
+        policy.tokenizer,
+        policy.max_new_tokens,
+    )
+    limits: Any = {
+        "max_positions": min(bench.positions, model.config.max_length),
+        "max_new_tokens": slots,
+    }
+    encoded = encoding.encode_prompts(
+        prompts, tokenizer, template=policy.template, too_long=config.too_long, **limits
+    )
+    settings = initial.sampling_config(
+        RLStage(max_new_tokens=slots, temperature=config.temperature), tokenizer
+    )
     shape = (len(encoded), config.num_samples)
     numbers = np.repeat(np.arange(shape[0]), shape[1])
     key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
     how: Any = {"config": settings, "batch_size": config.batch_size}
 
-    def respond(tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None) -> Rollout:
-        return generator.LanguageModel(model, policy.params, tokenizer).sample(tokens, mask, key, **how, used=used)
+    def respond(
+        tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
+    ) -> Rollout:
+        return generator.LanguageModel(model, policy.params, tokenizer).sample(
+            tokens, mask, key, **how, used=used
+        )
 
     rollout, talks = converse(bench.environment, respond, encoded, numbers)
-    read = [p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows]
+    read = [
+        p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows
+    ]
     said = np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist()
-    scores = None if bench.reward is None else score(bench.reward, rollout, {}, config.batch_size).reshape(shape)
-    lengths, ended = np.count_nonzero(rollout.response_mask, axis=1), generator.ended(rollout, settings.eos_ids)
+    scores = (
+        None
+        if bench.reward is None
+        else score(bench.reward, rollout, {}, config.batch_size).reshape(shape)
+    )
+    lengths, ended = (
+        np.count_nonzero(rollout.response_mask, axis=1),
+        generator.ended(rollout, settings.eos_ids),
+    )
     responses = measures.Responses(read, said, lengths.reshape(shape), ended.reshape(shape), scores)
-    return Answers(encoded.rows, encoded.counts, batches.columns_at(encoded, numbers), rollout, responses, talks)
+    return Answers(
+        encoded.rows,
+        encoded.counts,
+        batches.columns_at(encoded, numbers),
+        rollout,
+        responses,
+        talks,
+    )
 
 
 def margins(bench: Bench, encoded: encoding.EncodedTexts) -> measures.Margins:
-    """``{judge: [N]}`` score of answer 0 minus that of answer 1, by each judge there is, lengths among them."""
-    log_probs = jax.jit(functools.partial(ops.response_log_probs, models.policy_fn(bench.policy.model)))
+    """``{judge: [N]}`` score of answer 0 minus that of answer 1, by each judge there is, lengths
+    among them.
+    """
+    log_probs = jax.jit(
+        functools.partial(ops.response_log_probs, models.policy_fn(bench.policy.model))
+    )
     judges: dict[str, Callable[[Comparisons], Any]] = {}
     if bench.reward is not None:
         judges["reward_model"] = functools.partial(_score_answers, bench.reward)
@@ -311,14 +460,25 @@ def margins(bench: Bench, encoded: encoding.EncodedTexts) -> measures.Margins:
         judges["log_prob"] = functools.partial(log_probs, bench.policy.params)
     texts, lengths = list(itertools.chain(*encoded.tokens)), encoded.response_lengths
     starts, ones = encoded.starts.T.reshape(-1, 1), np.ones(1, np.float32)
-    single = dataclasses.replace(encoded, tokens=[texts], starts=starts, weight=ones)  # [2 N] rows of one answer
-    # Each text is scored once: the pairs of a ranking share theirs. By length, so that a batch is padded little.
+    single = dataclasses.replace(
+        encoded, tokens=[texts], starts=starts, weight=ones
+    )  # [2 N] rows of one answer
+    # Each text is scored once: the pairs of a ranking share theirs. By length, so that a batch is
+    # padded little.
     keys = [(int(start), text.tobytes()) for (start,), text in zip(starts, texts, strict=True)]
-    by_length = sorted({key: i for i, key in enumerate(keys)}.items(), key=lambda item: len(item[0][1]))
-    place, rows = {key: n for n, (key, _) in enumerate(by_length)}, np.array([i for _, i in by_length])
+    by_length = sorted(
+        {key: i for i, key in enumerate(keys)}.items(), key=lambda item: len(item[0][1])
+    )
+    place, rows = (
+        {key: n for n, (key, _) in enumerate(by_length)},
+        np.array([i for _, i in by_length]),
+    )
     places = np.reshape([place[key] for key in keys], (2, -1)).T
     sizes: Any = {"batch_size": bench.config.batch_size, "bucket_multiple": BUCKET}
-    scores = {name: scoring.score_rows(judge, single, rows, **sizes)[places, 0] for name, judge in judges.items()}
+    scores = {
+        name: scoring.score_rows(judge, single, rows, **sizes)[places, 0]
+        for name, judge in judges.items()
+    }
     if "log_prob" in scores:
         scores["mean_log_prob"] = scores["log_prob"] / lengths
     scores["longer"] = lengths
@@ -327,38 +487,63 @@ def margins(bench: Bench, encoded: encoding.EncodedTexts) -> measures.Margins:
 
 def _score_answers(reward: spec.Reward, batch: Comparisons) -> np.ndarray:
     """[B, 1] float64 the reward of each text [B, 1, T], without columns."""
-    tokens, mask, response = (x[:, 0] for x in (batch.tokens, batch.attention_mask, batch.response_mask))
-    return score(reward, Rollout(tokens, mask, response, jnp.zeros(tokens.shape)), {}, len(tokens))[:, None]
+    tokens, mask, response = (
+        x[:, 0] for x in (batch.tokens, batch.attention_mask, batch.response_mask)
+    )
+    return score(reward, Rollout(tokens, mask, response, jnp.zeros(tokens.shape)), {}, len(tokens))[
+        :, None
+    ]
 
 
 def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories]:
     """All data, read before anything is computed, and the categories of the user's own."""
     categories = data.read_categories(config.categories) if config.categories else {}
-    read = functools.partial(formats.read, template=template, columns=config.columns, on_bad_row=config.on_bad_row)
-    given: dict[str, Any] = {"prompts": config.prompts, "safety": config.safety, "preferences": config.preferences}
-    given |= {"annotated": config.annotated} | {f"custom {name}": own.prompts for name, own in categories.items()}
-    results = {name: read(KINDS.get(name, "prompts"), paths) for name, paths in given.items() if paths}
+    read = functools.partial(
+        formats.read, template=template, columns=config.columns, on_bad_row=config.on_bad_row
+    )
+    given: dict[str, Any] = {
+        "prompts": config.prompts,
+        "safety": config.safety,
+        "preferences": config.preferences,
+    }
+    given |= {"annotated": config.annotated} | {
+        f"custom {name}": own.prompts for name, own in categories.items()
+    }
+    results = {
+        name: read(KINDS.get(name, "prompts"), paths) for name, paths in given.items() if paths
+    }
     for name, category in categories.items():
         if category.texts:
             place = f"{config.categories}: {name}, prompt "
             own = [rows.Row(text, (), f"{place}{i}") for i, text in enumerate(category.texts, 1)]
             results[f"custom {name}"] = formats.ReadResult(own)
         elif not (category.prompts or config.prompts):
-            raise UserError(f"{config.categories}: {name} has no prompts of its own; add them or give --prompts")
+            raise UserError(
+                f"{config.categories}: {name} has no prompts of its own; add them or give --prompts"
+            )
     data.check_safety(results["safety"].rows if config.safety else ())
     for name, result in results.items():
         logger.info(f"{name}: {result.describe()}")
     return results, categories
 
 
-def _fingerprints(folder: str, config: Config, sets: Sets, categories: Categories) -> dict[str, str]:
+def _fingerprints(
+    folder: str, config: Config, sets: Sets, categories: Categories
+) -> dict[str, str]:
     """sha256 of every file and model that is read, by the name that the user gave it."""
-    paths = {name: Path(hf.model_folder(name)) for name in filter(None, (folder, config.against, config.categories))}
+    paths = {
+        name: Path(hf.model_folder(name))
+        for name in filter(None, (folder, config.against, config.categories))
+    }
     judges = [config.environment, config.reward_model and hf.model_folder(config.reward_model)]
     for entry in filter(None, [*judges, *(own.score for own in categories.values())]):
         paths |= spec.sources(entry)
-    of_data = {path: digest for result in sets.values() for path, digest in result.fingerprints.items()}
-    return of_data | {name: manifest.fingerprint(path) for name, path in paths.items() if path.exists()}
+    of_data = {
+        path: digest for result in sets.values() for path, digest in result.fingerprints.items()
+    }
+    return of_data | {
+        name: manifest.fingerprint(path) for name, path in paths.items() if path.exists()
+    }
 
 
 def _against(bench: Bench, folder: str, prompts: Sequence[rows.Row]) -> Answers:
@@ -368,8 +553,12 @@ def _against(bench: Bench, folder: str, prompts: Sequence[rows.Row]) -> Answers:
         raise UserError(f"--against {folder}: this is a reward model, which writes no text")
     check_template(bench.policy, folder, bench.config)
     if other.tokenizer.fingerprint != bench.policy.tokenizer.fingerprint:
-        raise UserError(f"--against {folder}: its tokenizer is another one, which the reward model cannot read")
-    return sample(bench, other._replace(max_new_tokens=bench.policy.max_new_tokens), "prompts", prompts)
+        raise UserError(
+            f"--against {folder}: its tokenizer is another one, which the reward model cannot read"
+        )
+    return sample(
+        bench, other._replace(max_new_tokens=bench.policy.max_new_tokens), "prompts", prompts
+    )
 
 
 def _figures(
@@ -381,9 +570,14 @@ def _figures(
         yield from measures.uncertainty(own.responses, list(map(data.answerable, own.rows)), key)
         yield from measures.diversity(own.responses, key)
         shape = own.responses.lengths.shape
-        yield from (measures.mean("environment", name, x.reshape(shape), key) for name, x in own.talks.items())
+        yield from (
+            measures.mean("environment", name, x.reshape(shape), key)
+            for name, x in own.talks.items()
+        )
     if safety := answers.get("safety"):
-        yield from measures.harmlessness(safety.responses, [row.columns["label"] for row in safety.rows], key)
+        yield from measures.harmlessness(
+            safety.responses, [row.columns["label"] for row in safety.rows], key
+        )
     for name, encoded in pairs.items():
         by_source = {row.source: row for row in sets[name].rows}
         given = [by_source[source] for source in encoded.sources]
@@ -391,9 +585,13 @@ def _figures(
             yield from measures.agreement(margins(bench, encoded), given, key)
         else:
             pairs_of = scoring.pairs_of(encoded, np.arange(len(encoded)))[2]
-            yield from measures.preferences(margins(bench, encoded), pairs_of, [row.category for row in given], key)
+            yield from measures.preferences(
+                margins(bench, encoded), pairs_of, [row.category for row in given], key
+            )
     if bench.config.against is not None:
-        ours, theirs = (np.asarray(answers[name].responses.scores) for name in ("prompts", "prompts, against"))
+        ours, theirs = (
+            np.asarray(answers[name].responses.scores) for name in ("prompts", "prompts, against")
+        )
         yield from measures.win_rate(ours, theirs, key, bench.config.against)
     for name, category in categories.items():
         own = answers.get(f"custom {name}") or answers["prompts"]
@@ -416,16 +614,25 @@ def _not_run(policy: Policy, config: Config) -> list[measures.Figure]:
     wanted = yaml.safe_load(Path(__file__).with_name("not_run.yaml").read_text("utf-8"))
     wanted = [row for row in wanted if not given[row[0]]]
     asked = [row for row in wanted if not policy.is_judge or row[1] in ("preferences", "agreement")]
-    return [measures.Figure(place, metric, note=f"not run: give {flag}") for _, place, metric, flag in asked]
+    return [
+        measures.Figure(place, metric, note=f"not run: give {flag}")
+        for _, place, metric, flag in asked
+    ]
 
 
 def _samples(name: str, answers: Answers, tokenizer: Tokenizer) -> Iterable[dict[str, Any]]:
     """A line for each response: prompt, response, and the judgements by word patterns."""
     prompts, texts_of, *_, scores = answers.responses
     shown = generator.responses(answers.rollout, tokenizer, with_replies=True)
-    for ((i, j), text), said in zip(np.ndenumerate(np.array(texts_of, dtype=object)), shown, strict=True):
+    for ((i, j), text), said in zip(
+        np.ndenumerate(np.array(texts_of, dtype=object)), shown, strict=True
+    ):
         line: dict[str, Any] = {"set": name, "source": answers.rows[i].source, "prompt": prompts[i]}
-        line |= {"response": said, "refusal": texts.is_refusal(text), "uncertainty": texts.expresses_uncertainty(text)}
+        line |= {
+            "response": said,
+            "refusal": texts.is_refusal(text),
+            "uncertainty": texts.expresses_uncertainty(text),
+        }
         if scores is not None:
             line["score"] = None if np.isnan(scores[i, j]) else float(scores[i, j])
         yield line

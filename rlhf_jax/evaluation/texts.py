@@ -1,7 +1,9 @@
-"""Figures about texts, from their words alone: variety, repetition, refusals, uncertainty, information. English only.
+"""Figures about texts, from their words alone: variety, repetition, refusals, uncertainty,
+information. English only.
 
-What is found by word patterns is found by its surface: a paraphrase that has none of the words is missed, and a
-quotation counts. The patterns are in ``texts.yaml``; ``docs/evaluation.md`` says how often they are right.
+What is found by word patterns is found by its surface: a paraphrase that has none of the words is
+missed, and a quotation counts. The patterns are in ``texts.yaml``; ``docs/evaluation.md`` says how
+often they are right.
 """
 
 import math
@@ -37,7 +39,8 @@ def words(text: str) -> list[str]:
 
 
 def distinct_n(texts: Sequence[Tokens], n: int) -> float:
-    """Different n-grams of all texts together, divided by all their n-grams (Li et al. 2016); 0 without any.
+    """Different n-grams of all texts together, divided by all their n-grams (Li et al. 2016); 0
+    without any.
 
     It falls with the amount of text: compare equal numbers of texts of like length.
     """
@@ -46,23 +49,30 @@ def distinct_n(texts: Sequence[Tokens], n: int) -> float:
 
 
 def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
-    """BLEU-n of each text with all others as its references (Zhu et al. 2018): 1 for copies, low where texts differ.
+    """BLEU-n of each text with all others as its references (Zhu et al. 2018): 1 for copies, low
+    where texts differ.
 
-    BLEU is that of Papineni et al. 2002 with equal weights of the orders 1 to n, the reference of the closest length
-    (the shorter of two), and a count of 0.1 in place of 0 matches (method 1 of Chen and Cherry 2014). An order of
-    which a text has no n-gram is left out; an empty text scores 0. There are at least two texts.
+    BLEU is that of Papineni et al. 2002 with equal weights of the orders 1 to n, the reference of
+    the closest length (the shorter of two), and a count of 0.1 in place of 0 matches (method 1 of
+    Chen and Cherry 2014). An order of which a text has no n-gram is left out; an empty text scores
+    0. There are at least two texts.
     """
     lengths = Counter(map(len, texts))
     log_precisions: list[list[float]] = [[] for _ in texts]
     for order in range(1, n + 1):
         own = [Counter(_ngrams(text, order)) for text in texts]
-        most: dict[tuple[str, ...], list[int]] = {}  # the two highest counts of an n-gram in any text
+        most: dict[
+            tuple[str, ...], list[int]
+        ] = {}  # the two highest counts of an n-gram in any text
         for grams in own:
             for gram, count in grams.items():
                 most[gram] = sorted([*most.get(gram, [0, 0]), count])[-2:]
         for grams, logs in zip(own, log_precisions, strict=True):
-            # In the other texts an n-gram stands at most as often as the highest count that is not this text's own.
-            matches = sum(most[gram][0] if most[gram][1] == count else count for gram, count in grams.items())
+            # In the other texts an n-gram stands at most as often as the highest count that is not
+            # this text's own.
+            matches = sum(
+                most[gram][0] if most[gram][1] == count else count for gram, count in grams.items()
+            )
             if grams:
                 logs.append(math.log((matches or 0.1) / grams.total()))
     scores = []
@@ -75,8 +85,8 @@ def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
 
 
 def repetition(text: Tokens, n: int = 3) -> float:
-    """Share of a text's n-grams that it has said before, ``1 - different / all`` (seq-rep-n, Welleck et al. 2020);
-    0 for a text shorter than n.
+    """Share of a text's n-grams that it has said before, ``1 - different / all`` (seq-rep-n,
+    Welleck et al. 2020); 0 for a text shorter than n.
     """
     return 1 - distinct_n([text], n) if len(text) >= n else 0.0
 
@@ -84,30 +94,35 @@ def repetition(text: Tokens, n: int = 3) -> float:
 def is_refusal(text: str) -> bool:
     """Whether the text says that its writer will not do what was asked, by patterns of words.
 
-    Matching of phrases is what Zou et al. 2023 and the string match of XSTest (Röttger et al. 2024) do; these patterns
-    are our own. An apology alone is no refusal. Only the first 60 words are read: later ones are rarely about the
-    request itself.
+    Matching of phrases is what Zou et al. 2023 and the string match of XSTest (Röttger et al. 2024)
+    do; these patterns are our own. An apology alone is no refusal. Only the first 60 words are
+    read: later ones are rarely about the request itself.
     """
     return bool(_REFUSAL.search(_plain(text, 60)))
 
 
 def expresses_uncertainty(text: str) -> bool:
-    """Whether the text hedges anywhere, by patterns of words: a subset of the epistemic markers in the lists of Hyland
-    2005 and Zhou et al. 2023, without those that often mean something else, such as "may" and "about".
+    """Whether the text hedges anywhere, by patterns of words: a subset of the epistemic markers in
+    the lists of Hyland 2005 and Zhou et al. 2023, without those that often mean something else,
+    such as "may" and "about".
     """
     return bool(_UNCERTAINTY.search(_plain(text)))
 
 
 def lexical_density(text: Tokens) -> float:
-    """Share of the words that are no function words (Ure 1971); punctuation is no word, and 0 without any word."""
+    """Share of the words that are no function words (Ure 1971); punctuation is no word, and 0
+    without any word.
+    """
     spoken = [word for word in text if word[0].isalnum()]
     return sum(_is_content(word) for word in spoken) / max(len(spoken), 1)
 
 
 def new_content_words(prompt: Tokens, response: Tokens) -> int:
-    """Different content words of the response that the prompt does not hold: what it adds to the question.
+    """Different content words of the response that the prompt does not hold: what it adds to the
+    question.
 
-    Content words are those of ``lexical_density``. Word forms are not reduced: "cat" and "cats" are two.
+    Content words are those of ``lexical_density``. Word forms are not reduced: "cat" and "cats" are
+    two.
     """
     return len({word for word in response if _is_content(word)} - set(prompt))
 

@@ -21,14 +21,19 @@ class TransformerConfig:
         num_heads: H, of the queries.
         attention_dropout: rate, used only where a call is given a key.
         initializer_range: standard deviation of the initial weights.
-        pad_token_id, eos_token_id, bos_token_id: written to config.json for other programs; not read by the model.
-        compute_dtype: "float32" or "bfloat16"; parameters keep their own dtype, softmax and logits are float32.
+        pad_token_id, eos_token_id, bos_token_id: written to config.json for other programs; not
+            read by the model.
+        compute_dtype: "float32" or "bfloat16"; parameters keep their own dtype, softmax and logits
+            are float32.
         remat: recompute each block in the backward pass instead of storing its activations.
-        scan_layers: one compiled block for all layers but the last, their parameters stacked to [L - 1, ...] under "h";
-            decoding is unrolled.
-        attention: which implementation computes it (``attention.implementation``); "cudnn" needs "bfloat16".
-        sliding_window: a token sees itself and the ``sliding_window`` - 1 before it; None: all. Most families fix None.
-        global_every: every such layer sees all, the others the window; None: all layers are of one kind.
+        scan_layers: one compiled block for all layers but the last, their parameters stacked to [L
+            - 1, ...] under "h"; decoding is unrolled.
+        attention: which implementation computes it (``attention.implementation``); "cudnn" needs
+            "bfloat16".
+        sliding_window: a token sees itself and the ``sliding_window`` - 1 before it; None: all.
+            Most families fix None.
+        global_every: every such layer sees all, the others the window; None: all layers are of one
+            kind.
         post_norms: what attention and MLP add is normed too. Fixed by the family.
         other_keys: keys of config.json that do not change logits, kept to be written back.
 
@@ -54,31 +59,49 @@ class TransformerConfig:
     sliding_window: int | None = field(default=None, init=False)
     global_every: int | None = field(default=None, init=False)
     post_norms: bool = field(default=False, init=False)
-    # Not compared and not hashed: a model is a static argument of jit, and these keys change nothing it computes.
+    # Not compared and not hashed: a model is a static argument of jit, and these keys change
+    # nothing it computes.
     other_keys: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             is_size = name.endswith(("_size", "_dim", "_window", "_length", "_every", "_scalar"))
-            if (is_size or name.startswith("num_")) and value is not None and not (is_int(value) and value > 0):
+            if (
+                (is_size or name.startswith("num_"))
+                and value is not None
+                and not (is_int(value) and value > 0)
+            ):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
             if name.endswith(("_dropout", "_epsilon")) and not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
-            choices = {"activation": ACTIVATIONS, "compute_dtype": COMPUTE_DTYPES, "attention": ATTENTIONS}.get(name)
+            choices = {
+                "activation": ACTIVATIONS,
+                "compute_dtype": COMPUTE_DTYPES,
+                "attention": ATTENTIONS,
+            }.get(name)
             if choices and value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
-        if self.head_size * self.num_heads != self.hidden_size and not getattr(self, "head_dim", None):
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.head_size * self.num_heads != self.hidden_size and not getattr(
+            self, "head_dim", None
+        ):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """``sliding_window`` of the layers, or None and that of the local ones where there are both."""
+        """``sliding_window`` of the layers, or None and that of the local ones where there are
+        both.
+        """
         return (self.sliding_window,) if self.global_every is None else (None, self.sliding_window)
 
     @property
     def local_layers(self) -> list[bool]:
         """[L] whether a layer is of the second kind of ``windows``."""
-        return [self.global_every is not None and (i + 1) % self.global_every != 0 for i in range(self.num_layers)]
+        return [
+            self.global_every is not None and (i + 1) % self.global_every != 0
+            for i in range(self.num_layers)
+        ]
 
     @property
     def num_stacked(self) -> int:
@@ -103,7 +126,8 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class GPT2Config(TransformerConfig):
-    """GPT-2 (Radford et al. 2019), with every option of transformers' GPT2Config that changes logits.
+    """GPT-2 (Radford et al. 2019), with every option of transformers' GPT2Config that changes
+    logits.
 
     Args:
         vocab_size: V, rows of the token table, which is also the output layer.
@@ -130,11 +154,12 @@ class GPT2Config(TransformerConfig):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies of rotary positions are stretched for texts longer than those of the pretraining.
+    """How the frequencies of rotary positions are stretched for texts longer than those of the
+    pretraining.
 
     Args:
-        kind: "linear" (Chen et al. 2023: all by ``factor``) or "llama3" (Llama 3.1: long waves by ``factor``, short
-            ones not at all, those between by degrees).
+        kind: "linear" (Chen et al. 2023: all by ``factor``) or "llama3" (Llama 3.1: long waves by
+            ``factor``, short ones not at all, those between by degrees).
         factor: at least 1.
         low_freq_factor, high_freq_factor, original_max_length: of "llama3": waves longer than
             ``original_max_length / low_freq_factor`` tokens are long, those shorter than
@@ -151,14 +176,19 @@ class RopeScaling:
         if self.kind not in ("linear", "llama3"):
             raise ValueError(f"unknown rope scaling {self.kind!r}; choose from linear, llama3")
         if not self.factor >= 1:
-            raise ValueError(f"the factor of a rope scaling must be at least 1, got {self.factor!r}")
+            raise ValueError(
+                f"the factor of a rope scaling must be at least 1, got {self.factor!r}"
+            )
         if not self.high_freq_factor > self.low_freq_factor:
-            raise ValueError(f"high_freq_factor must be above low_freq_factor {self.low_freq_factor!r}")
+            raise ValueError(
+                f"high_freq_factor must be above low_freq_factor {self.low_freq_factor!r}"
+            )
 
 
 @dataclass(frozen=True)
 class DecoderConfig(TransformerConfig):
-    """What Llama and its relatives share. A family's class fixes the options that its config.json cannot name.
+    """What Llama and its relatives share. A family's class fixes the options that its config.json
+    cannot name.
 
     Args:
         max_length: longest text in tokens that the model is meant for; positions have no table.
@@ -199,7 +229,9 @@ class DecoderConfig(TransformerConfig):
         if self.head_size % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_size}")
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}"
+            )
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be above 0, got {self.rope_theta!r}")
 
@@ -211,7 +243,9 @@ class LlamaConfig(DecoderConfig):
 
 @dataclass(frozen=True)
 class Qwen2Config(DecoderConfig):
-    """Qwen2 and Qwen2.5 (Yang et al. 2024), without their sliding window, which no released model uses."""
+    """Qwen2 and Qwen2.5 (Yang et al. 2024), without their sliding window, which no released model
+    uses.
+    """
 
     head_dim: int | None = field(default=None, init=False)
     attention_bias: bool = field(default=False, init=False)
@@ -239,7 +273,8 @@ class MistralConfig(DecoderConfig):
 
 @dataclass(frozen=True)
 class Gemma3TextConfig(DecoderConfig):
-    """The text model of Gemma 3 (Gemma team 2025): every ``global_every``-th layer sees all, the others a window.
+    """The text model of Gemma 3 (Gemma team 2025): every ``global_every``-th layer sees all, the
+    others a window.
 
     Args:
         rope_theta, rope_scaling: of the layers that see all.

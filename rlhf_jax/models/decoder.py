@@ -1,7 +1,9 @@
-"""The decoder of Llama, Qwen, Gemma and Mistral in Flax Linen, equal to transformers' models; the config says which.
+"""The decoder of Llama, Qwen, Gemma and Mistral in Flax Linen, equal to transformers' models; the
+config says which.
 
-Rotary positions (Su et al. 2021), grouped-query attention (Ainslie et al. 2023), RMSNorm, SwiGLU (Shazeer 2020).
-It adds a table "lm_head" to the parameters of ``stack.Transformer`` where the output layer is not the token table.
+Rotary positions (Su et al. 2021), grouped-query attention (Ainslie et al. 2023), RMSNorm, SwiGLU
+(Shazeer 2020). It adds a table "lm_head" to the parameters of ``stack.Transformer`` where the
+output layer is not the token table.
 """
 
 import dataclasses
@@ -23,14 +25,20 @@ def _dense(config: DecoderConfig, features: int, use_bias: bool) -> Dense:
 
 
 def frequencies(config: DecoderConfig, is_local: bool = False) -> np.ndarray:
-    """[Dh / 2] float32 angles per position, stretched as ``config.rope_scaling`` says (transformers' rope utils)."""
+    """[Dh / 2] float32 angles per position, stretched as ``config.rope_scaling`` says
+    (transformers' rope utils).
+    """
     if is_local and isinstance(config, Gemma3TextConfig):
         config = dataclasses.replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
-    inverse = 1.0 / config.rope_theta ** (np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size)
+    inverse = 1.0 / config.rope_theta ** (
+        np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size
+    )
     scaling = config.rope_scaling
     if scaling is None or scaling.kind == "linear":
         return (inverse if scaling is None else inverse / scaling.factor).astype(np.float32)
-    waves = scaling.original_max_length * inverse / (2 * math.pi)  # waves in a text of the original length
+    waves = (
+        scaling.original_max_length * inverse / (2 * math.pi)
+    )  # waves in a text of the original length
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
     return (kept * inverse + (1 - kept) * inverse / scaling.factor).astype(np.float32)
@@ -51,9 +59,16 @@ class _Attention(stack.Attention):
             self.q_norm, self.k_norm = Norm(config), Norm(config)
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        shape, layers = (*x.shape[:2], -1, self.config.head_size), (self.q_proj, self.k_proj, self.v_proj)
+        shape, layers = (
+            (*x.shape[:2], -1, self.config.head_size),
+            (self.q_proj, self.k_proj, self.v_proj),
+        )
         query, key, value = (layer(x).reshape(shape).swapaxes(1, 2) for layer in layers)
-        return (self.q_norm(query), self.k_norm(key), value) if self.config.qk_norm else (query, key, value)
+        return (
+            (self.q_norm(query), self.k_norm(key), value)
+            if self.config.qk_norm
+            else (query, key, value)
+        )
 
     def output(self, mixed: jax.Array) -> jax.Array:
         return self.o_proj(mixed)
@@ -64,11 +79,15 @@ class _MLP(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.gate_proj, self.up_proj = (_dense(config, config.intermediate_size, config.mlp_bias) for _ in range(2))
+        self.gate_proj, self.up_proj = (
+            _dense(config, config.intermediate_size, config.mlp_bias) for _ in range(2)
+        )
         self.down_proj = _dense(config, config.hidden_size, config.mlp_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(
+            ACTIVATIONS[self.config.activation](self.gate_proj(x)) * self.up_proj(x)
+        )
 
 
 class _Block(stack.Block):
@@ -92,13 +111,25 @@ class Decoder(stack.Transformer):
 
     def embed(self, tokens: jax.Array, positions: jax.Array, real: jax.Array) -> jax.Array:
         rows = self.token_rows(tokens, real)
-        rows = rows * jnp.asarray(self.config.hidden_size**0.5, rows.dtype) if self.config.scaled_embedding else rows
+        rows = (
+            rows * jnp.asarray(self.config.hidden_size**0.5, rows.dtype)
+            if self.config.scaled_embedding
+            else rows
+        )
         return rows.astype(self.config.compute_dtype)
 
     def scales(self) -> list[float]:
-        return [getattr(self.config, "query_scalar", self.config.head_size) ** -0.5] * self.config.num_layers
+        return [
+            getattr(self.config, "query_scalar", self.config.head_size) ** -0.5
+        ] * self.config.num_layers
 
     def rotation(self, positions: jax.Array, is_local: bool) -> Rotation:
-        angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies(self.config, is_local)[None, None, None]
-        # Looked up, they are computed once: XLA's CPU compiler would merge them into the kernels of every layer.
-        return jnp.take(jnp.stack([jnp.cos(angles), jnp.sin(angles)]), jnp.arange(2), axis=0, mode="clip")
+        angles = (
+            positions.astype(jnp.float32)[:, None, :, None]
+            * frequencies(self.config, is_local)[None, None, None]
+        )
+        # Looked up, they are computed once: XLA's CPU compiler would merge them into the kernels of
+        # every layer.
+        return jnp.take(
+            jnp.stack([jnp.cos(angles), jnp.sin(angles)]), jnp.arange(2), axis=0, mode="clip"
+        )

@@ -1,8 +1,9 @@
 """Hugging Face folders: config.json and safetensors weights, read and written tensor by tensor.
 
-A folder is what transformers' ``save_pretrained`` writes for GPT2LMHeadModel or LlamaForCausalLM, or for
-GPT2ForSequenceClassification or LlamaForSequenceClassification where there is a score head. A value head, which
-transformers has no place for, lies beside the weights in value_head.safetensors. Nothing is ever unpickled.
+A folder is what transformers' ``save_pretrained`` writes for GPT2LMHeadModel or LlamaForCausalLM,
+or for GPT2ForSequenceClassification or LlamaForSequenceClassification where there is a score head.
+A value head, which transformers has no place for, lies beside the weights in
+value_head.safetensors. Nothing is ever unpickled.
 """
 
 import dataclasses
@@ -34,14 +35,24 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
-FILE_BYTES = 5 * 10**9  # a file of weights that is written holds no more, unless a single tensor does
+FILE_BYTES = (
+    5 * 10**9
+)  # a file of weights that is written holds no more, unless a single tensor does
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 _DTYPES = ("F16", "BF16", "F32", "F64")  # safetensors' names of what is read
-# Causal masks and frequencies that older versions of transformers stored with the weights; without prefix.
-_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|value_head\.safetensors")
-_FORMER = ("reward_shift", "torch_dtype")  # keys that speak of the folder that a model was loaded from
+# Causal masks and frequencies that older versions of transformers stored with the weights; without
+# prefix.
+_BUFFERS = re.compile(
+    r"h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)
+_WEIGHT_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|value_head\.safetensors"
+)
+_FORMER = (
+    "reward_shift",
+    "torch_dtype",
+)  # keys that speak of the folder that a model was loaded from
 _OUTPUT_TABLE = ("lm_head", "embedding")  # its path in params
 
 
@@ -52,20 +63,23 @@ def load(
     shardings: Callable[[Any], Any] | None = None,
     **compute: Any,
 ) -> tuple[Model, Params]:
-    """Loads a model from a folder, or from the Hugging Face hub (its ``*.json`` and ``*.safetensors`` files alone).
+    """Loads a model from a folder, or from the Hugging Face hub (its ``*.json`` and
+    ``*.safetensors`` files alone).
 
     Args:
         path_or_hf_name: a folder, or a name such as "openai-community/gpt2".
         dtype: of the parameters; None keeps the file's.
-        shardings: the sharding of each of the body's parameters, given a tree of their shapes, such as
-            ``lambda shapes: sharding.by_path(shapes, models.SHARDING, mesh)``: each device then reads its own part of
+        shardings: the sharding of each of the body's parameters, given a tree of their shapes, such
+            as ``lambda shapes: sharding.by_path(shapes, models.SHARDING, mesh)``: each device then
+                reads its own part of
             the files. None: all lie on one device.
         compute: compute_dtype, remat, scan_layers and attention, as in GPT2Config and LlamaConfig.
 
     Returns:
-        The model and its parameters. A sequence classification folder with one label gives ``params["score"]`` (gain 1,
-        bias 0, shift = ``reward_shift`` of config.json or 0), a value_head.safetensors gives ``params["value"]``; heads
-        are float32 unless ``dtype`` says otherwise.
+        The model and its parameters. A sequence classification folder with one label gives
+        ``params["score"]`` (gain 1, bias 0, shift = ``reward_shift`` of config.json or 0), a
+        value_head.safetensors gives ``params["value"]``; heads are float32 unless ``dtype`` says
+        otherwise.
 
     Raises:
         UserError: names the file, key or tensor that is missing, unexpected or of the wrong shape.
@@ -76,30 +90,41 @@ def load(
     family, other_keys = names.family_of(config), config.other_keys
     reader = Reader(folder, family.prefix)
     _check_sizes(config, reader, folder / CONFIG)
-    is_classifier = names.SCORE in reader or family.classifier in str(other_keys.get("architectures"))
+    is_classifier = names.SCORE in reader or family.classifier in str(
+        other_keys.get("architectures")
+    )
     params = _read_body(reader, model, dtype, is_classifier, shardings)
     if is_classifier:
-        params["score"] = read_score(reader, config.hidden_size, other_keys.get("reward_shift", 0.0), dtype)
+        params["score"] = read_score(
+            reader, config.hidden_size, other_keys.get("reward_shift", 0.0), dtype
+        )
     reader.check_all_read()
     if (folder / VALUE_HEAD).is_file():
         reader = Reader(folder, single=VALUE_HEAD)
         shapes = {"kernel": (config.hidden_size,), "bias": ()}
-        params["value"] = {k: reader.read(k, shape, dtype or jnp.float32) for k, shape in shapes.items()}
+        params["value"] = {
+            k: reader.read(k, shape, dtype or jnp.float32) for k, shape in shapes.items()
+        }
         reader.check_all_read()
     return model, params
 
 
-def save(path: str | os.PathLike[str], model: Model, params: Params, *, file_bytes: int = FILE_BYTES) -> None:
-    """Writes a folder that transformers loads with every tensor bit-equal; the same parameters give the same bytes.
+def save(
+    path: str | os.PathLike[str], model: Model, params: Params, *, file_bytes: int = FILE_BYTES
+) -> None:
+    """Writes a folder that transformers loads with every tensor bit-equal; the same parameters give
+    the same bytes.
 
     The host holds the tensors of one file at a time, wherever the parameters lie.
 
     Args:
         path: the folder; made if missing, its model files replaced.
         model: whose config is written, with the keys it was loaded with.
-        params: the body, and optionally "score" (the folder becomes a ...ForSequenceClassification of one label:
-            ``score.weight = gain * w``, and config.json gets ``reward_shift = gain * bias + shift``, to be added to
-            transformers' logit; such a folder has no output table of its own) and "value" (value_head.safetensors).
+        params: the body, and optionally "score" (the folder becomes a ...ForSequenceClassification
+            of one label: ``score.weight = gain * w``, and config.json gets ``reward_shift = gain *
+                bias + shift``, to be added to
+            transformers' logit; such a folder has no output table of its own) and "value"
+            (value_head.safetensors).
         file_bytes: weights that take more are written as several files with an index.
 
     Raises:
@@ -115,27 +140,40 @@ def save(path: str | os.PathLike[str], model: Model, params: Params, *, file_byt
         if not (isinstance(labels, dict) and len(labels) == 1):
             keys |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         # transformers refuses the problem_type "single_label_classification" with one label.
-        keys |= {"architectures": [family.classifier], "num_labels": 1, "problem_type": "regression"}
+        keys |= {
+            "architectures": [family.classifier],
+            "num_labels": 1,
+            "problem_type": "regression",
+        }
         keys["reward_shift"] = shift
     # transformers gives all tensors the dtype named here: the widest loses nothing.
     keys["dtype"] = str(jnp.result_type(*(tensor.leaf.dtype for tensor in tensors.values())))
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    # All is written before anything is replaced, so that an interrupted save leaves the former model.
+    # All is written before anything is replaced, so that an interrupted save leaves the former
+    # model.
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         written = Path(temporary)
         for name, part in _files(tensors, file_bytes).items():
             arrays = {tensor: tensors[tensor].array() for tensor in part}
             save_file(arrays, written / name, metadata={"format": "pt"})
-        (written / CONFIG).write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (written / CONFIG).write_text(
+            json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         if "value" in params:
             value_head = {name: np.asarray(params["value"][name]) for name in ("kernel", "bias")}
             save_file(value_head, written / VALUE_HEAD, metadata={"format": "pt"})
         if not (written / WEIGHTS).is_file():
-            shards = {tensor: name for name, part in _files(tensors, file_bytes).items() for tensor in part}
+            shards = {
+                tensor: name
+                for name, part in _files(tensors, file_bytes).items()
+                for tensor in part
+            }
             size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-            (written / INDEX).write_text(json.dumps({"metadata": size, "weight_map": shards}, indent=2) + "\n")
+            (written / INDEX).write_text(
+                json.dumps({"metadata": size, "weight_map": shards}, indent=2) + "\n"
+            )
         present = {file.name for file in written.iterdir()}
         for name in present:
             os.replace(written / name, folder / name)
@@ -148,12 +186,18 @@ def read_score(reader: "Reader", width: int, shift: float, dtype: Any = None) ->
     """The score head of a classifier of one label: gain 1, bias 0 and the given shift."""
     kernel = reader.read(names.SCORE, (1, width), dtype or jnp.float32)[0]
     scalars = {"bias": 0.0, "gain": 1.0, "shift": shift}
-    return {"kernel": kernel} | {name: jnp.asarray(value, kernel.dtype) for name, value in scalars.items()}
+    return {"kernel": kernel} | {
+        name: jnp.asarray(value, kernel.dtype) for name, value in scalars.items()
+    }
 
 
 def folded_score(head: Params) -> tuple[np.ndarray, float]:
-    """A score head as transformers computes it: ``score.weight`` [1, D] = gain * w, and gain * bias + shift."""
-    kernel, bias, gain, shift = (np.asarray(head[name], np.float32) for name in ("kernel", "bias", "gain", "shift"))
+    """A score head as transformers computes it: ``score.weight`` [1, D] = gain * w, and gain * bias
+    + shift.
+    """
+    kernel, bias, gain, shift = (
+        np.asarray(head[name], np.float32) for name in ("kernel", "bias", "gain", "shift")
+    )
     return (gain * kernel)[None, :], float(gain * bias + shift)
 
 
@@ -163,8 +207,12 @@ def model_folder(path_or_hf_name: str) -> str:
     return str(inner) if inner.is_dir() else path_or_hf_name
 
 
-def find_folder(path_or_hf_name: str | os.PathLike[str], patterns: Iterable[str] = ("*.json", "*.safetensors")) -> Path:
-    """The folder of that name, or what the Hugging Face hub holds under it: the files of these patterns."""
+def find_folder(
+    path_or_hf_name: str | os.PathLike[str], patterns: Iterable[str] = ("*.json", "*.safetensors")
+) -> Path:
+    """The folder of that name, or what the Hugging Face hub holds under it: the files of these
+    patterns.
+    """
     path, name = Path(path_or_hf_name), os.fspath(path_or_hf_name)
     if os.path.isdir(path):  # of pathlib's form, a name that is too long for a file raises
         return path
@@ -178,7 +226,9 @@ def find_folder(path_or_hf_name: str | os.PathLike[str], patterns: Iterable[str]
     try:
         return Path(snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:  # its HTTP errors and bad names are kinds of these
-        raise UserError(f"{name}: no such folder here, and the Hugging Face hub did not give it: {error}") from error
+        raise UserError(
+            f"{name}: no such folder here, and the Hugging Face hub did not give it: {error}"
+        ) from error
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -197,12 +247,20 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-        json.dumps(content, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which no file takes
+        json.dumps(
+            content, ensure_ascii=False
+        ).encode()  # fails for half of a surrogate pair, which no file takes
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from error
     except UnicodeEncodeError as error:
-        raise UserError(f"{file}: a string holds half of a surrogate pair, {error.object[error.start]!a}") from error
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, thousands of digits, or of brackets
+        raise UserError(
+            f"{file}: a string holds half of a surrogate pair, {error.object[error.start]!a}"
+        ) from error
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, thousands of digits, or of brackets
         raise UserError(f"{file}: cannot be read as JSON in UTF-8: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}")
@@ -219,7 +277,9 @@ class Reader:
         files = [folder / single] if (folder / single).is_file() else _shards(folder, single)
         self.source = files[0] if len(files) == 1 else folder / INDEX
         self.prefix = prefix
-        self.where: dict[str, tuple[Any, str]] = {}  # name without prefix -> (open file, name in it)
+        self.where: dict[
+            str, tuple[Any, str]
+        ] = {}  # name without prefix -> (open file, name in it)
         self.metadata: dict[str, str] = {}
         for file in files:
             try:
@@ -227,9 +287,11 @@ class Reader:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: cannot be read as safetensors: {error}") from error
             self.metadata |= opened.metadata() or {}
-            for stored in opened.keys():  # noqa: SIM118 (not a mapping)
+            for stored in opened.keys():  # noqa: SIM118
                 if stored in self:
-                    raise UserError(f"{file}: {stored} is given twice, also as {self.find(stored)[1]}")
+                    raise UserError(
+                        f"{file}: {stored} is given twice, also as {self.find(stored)[1]}"
+                    )
                 self.where[stored.removeprefix(prefix)] = (opened, stored)
         self.unread = {name for name in self.where if not _BUFFERS.fullmatch(name)}
 
@@ -251,7 +313,9 @@ class Reader:
         """A tensor of that shape, from which only what is indexed is read, as a NumPy array."""
         opened, stored = self.find(name)
         if (actual := self.shape(name)) != shape:
-            raise UserError(f"{self.source}: {stored} has shape {list(actual)}, expected {list(shape)}")
+            raise UserError(
+                f"{self.source}: {stored} has shape {list(actual)}, expected {list(shape)}"
+            )
         tensor = opened.get_slice(stored)
         if (kind := tensor.get_dtype()) not in _DTYPES:
             expected = f"expected floating point numbers ({', '.join(_DTYPES)})"
@@ -275,10 +339,18 @@ def _shards(folder: Path, single: str) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         others = sorted(file.name for file in folder.glob("*.bin"))
-        hint = f"; {others[0]} is a pickle, which is never read: save it as safetensors first" if others else ""
+        hint = (
+            f"; {others[0]} is a pickle, which is never read: save it as safetensors first"
+            if others
+            else ""
+        )
         raise UserError(f"{folder / single}: no such file, nor {INDEX}{hint}")
     shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+    if (
+        not isinstance(shards, dict)
+        or not shards
+        or not all(isinstance(shard, str) for shard in shards.values())
+    ):
         raise UserError(f"{index}: weight_map is missing or is not an object of file names")
     files = {file.name for file in folder.iterdir() if file.is_file()}
     for shard in sorted(set(shards.values())):
@@ -292,31 +364,58 @@ def _shards(folder: Path, single: str) -> list[Path]:
 def _check_sizes(config: ModelConfig, reader: Reader, where: Path) -> None:
     """Refuses sizes that the weights cannot have, before anything of such a size is made."""
     numbers = sum(math.prod(reader.shape(name)) for name in reader.where)
-    for name in ("num_layers", "vocab_size", "hidden_size", "num_heads", "kv_heads", "head_size", "intermediate_size"):
+    for name in (
+        "num_layers",
+        "vocab_size",
+        "hidden_size",
+        "num_heads",
+        "kv_heads",
+        "head_size",
+        "intermediate_size",
+    ):
         size = getattr(config, name) or 0
-        held, what = (len(reader.where), "tensors") if name == "num_layers" else (numbers, "numbers")
+        held, what = (
+            (len(reader.where), "tensors") if name == "num_layers" else (numbers, "numbers")
+        )
         if size > held:
-            raise UserError(f"{where}: {name} is {size}, but {reader.source} holds {held} {what} only")
+            raise UserError(
+                f"{where}: {name} is {size}, but {reader.source} holds {held} {what} only"
+            )
 
 
 def _read_body(
-    reader: Reader, model: Model, dtype: Any, is_classifier: bool, shardings: Callable[[Any], Any] | None
+    reader: Reader,
+    model: Model,
+    dtype: Any,
+    is_classifier: bool,
+    shardings: Callable[[Any], Any] | None,
 ) -> Params:
     family, shapes = names.family_of(model.config), _shapes(model)
     if _OUTPUT_TABLE not in shapes and names.OUTPUT_TABLE in reader:
-        _read_tied_tables(reader, family.tensors(("wte", "embedding"), ())[0], shapes["wte", "embedding"])
+        _read_tied_tables(
+            reader, family.tensors(("wte", "embedding"), ())[0], shapes["wte", "embedding"]
+        )
     # A classifier does not use its output table, and transformers stores none.
     if is_classifier and names.OUTPUT_TABLE not in reader:
         shapes.pop(_OUTPUT_TABLE, None)
-    missing = [name for path, shape in shapes.items() for name in family.tensors(path, shape) if name not in reader]
+    missing = [
+        name
+        for path, shape in shapes.items()
+        for name in family.tensors(path, shape)
+        if name not in reader
+    ]
     if missing:
         raise UserError(f"{reader.source}: missing tensors: {listed(missing)}")
     structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     places = {} if shardings is None else flatten_dict(shardings(unflatten_dict(structs)))
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for path, shape in shapes.items():
-        stored = [reader.slices(name, family.stored(path, shape)) for name in family.tensors(path, shape)]
-        part = functools.partial(_part, stored, path, family.transposed and path[-1] == "kernel", dtype)
+        stored = [
+            reader.slices(name, family.stored(path, shape)) for name in family.tensors(path, shape)
+        ]
+        part = functools.partial(
+            _part, stored, path, family.transposed and path[-1] == "kernel", dtype
+        )
         if shardings is None:
             leaves[path] = jnp.asarray(part((slice(None),) * len(shape)))
         else:
@@ -324,9 +423,16 @@ def _read_body(
     return unflatten_dict(leaves)
 
 
-def _part(stored: list[Any], path: Any, is_transposed: bool, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
-    """A part of a leaf, whose layers, if stacked, lie in several tensors and whose axes may lie in the other order."""
-    is_stacked, is_fused = path[0] == "h", names.FUSED in path  # [..., 3, D] is a view of whole rows [..., 3 D]
+def _part(
+    stored: list[Any], path: Any, is_transposed: bool, dtype: Any, index: tuple[slice, ...]
+) -> np.ndarray:
+    """A part of a leaf, whose layers, if stacked, lie in several tensors and whose axes may lie in
+    the other order.
+    """
+    is_stacked, is_fused = (
+        path[0] == "h",
+        names.FUSED in path,
+    )  # [..., 3, D] is a view of whole rows [..., 3 D]
     inner = index[1:] if is_stacked else index
     inner = (*inner[:-2], slice(None)) if is_fused else inner[::-1] if is_transposed else inner
     parts = [tensor[inner] for tensor in stored[index[0] if is_stacked else slice(1)]]
@@ -341,7 +447,9 @@ def _read_tied_tables(reader: Reader, token_table: str, shape: tuple[int, ...]) 
     output_table = reader.where[names.OUTPUT_TABLE]
     if token_table not in reader:
         reader.where[token_table.removeprefix(reader.prefix)] = output_table
-    elif (reader.slices(token_table, shape)[:] != reader.slices(names.OUTPUT_TABLE, shape)[:]).any():
+    elif (
+        reader.slices(token_table, shape)[:] != reader.slices(names.OUTPUT_TABLE, shape)[:]
+    ).any():
         both = f"{output_table[1]} differs from {reader.find(token_table)[1]}"
         raise UserError(f"{reader.source}: {both}, but config.json says that they are tied")
     reader.unread.discard(names.OUTPUT_TABLE)
@@ -349,7 +457,10 @@ def _read_tied_tables(reader: Reader, token_table: str, shape: tuple[int, ...]) 
 
 def _shapes(model: Model) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Shapes of the body's leaves by path."""
-    return {path: leaf.shape for path, leaf in flatten_dict(jax.eval_shape(model.init, jax.random.key(0))).items()}
+    return {
+        path: leaf.shape
+        for path, leaf in flatten_dict(jax.eval_shape(model.init, jax.random.key(0))).items()
+    }
 
 
 class _Tensor(NamedTuple):
@@ -381,7 +492,10 @@ def _files(tensors: dict[str, _Tensor], file_bytes: int) -> dict[str, list[str]]
             size = tensor.nbytes
         parts[-1].append(name)
     count = len(parts)
-    return {WEIGHTS if count == 1 else f"model-{i:05}-of-{count:05}.safetensors": x for i, x in enumerate(parts, 1)}
+    return {
+        WEIGHTS if count == 1 else f"model-{i:05}-of-{count:05}.safetensors": x
+        for i, x in enumerate(parts, 1)
+    }
 
 
 def _body_tensors(model: Model, params: Params) -> dict[str, _Tensor]:
@@ -393,7 +507,10 @@ def _body_tensors(model: Model, params: Params) -> dict[str, _Tensor]:
     actual = {path: leaf.shape for path, leaf in leaves.items()}
     for path in sorted(actual.keys() | expected.keys()):
         if actual.get(path) != expected.get(path):
-            shapes = f"{actual.get(path, 'nothing')}, and the model's config expects {expected.get(path, 'nothing')}"
+            shapes = (
+                f"{actual.get(path, 'nothing')}, and the model's config expects "
+                f"{expected.get(path, 'nothing')}"
+            )
             raise ValueError(f"cannot save params: {'/'.join(path)} is {shapes}")
     tensors = {}
     for path, leaf in leaves.items():
@@ -407,4 +524,6 @@ def _body_tensors(model: Model, params: Params) -> dict[str, _Tensor]:
 def listed(items: Iterable[str], most: int = 8) -> str:
     """The first of the items in order, and how many more there are."""
     ordered = sorted(items)
-    return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
+    return ", ".join(ordered[:most]) + (
+        f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    )

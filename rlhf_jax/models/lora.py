@@ -1,9 +1,10 @@
-"""LoRA (Hu et al. 2021): a low-rank term ``scale * (x @ A) @ B`` beside frozen kernels, in pure functions.
+"""LoRA (Hu et al. 2021): a low-rank term ``scale * (x @ A) @ B`` beside frozen kernels, in pure
+functions.
 
-Adapters are a part of a parameter tree: ``{"h_0": {"attn": {"c_attn": {"lora_a" [in, r], "lora_b" [r, out],
-"lora_scale" []}}}, ...}``, with a leading [L - 1] axis for stacked layers, and whatever heads are trained with them;
-"out" of GPT-2's c_attn is [3, D], as in its kernel. The scale, alpha / r, gets no gradient. Train the adapters, never
-the base: ``bind`` makes a function of them alone.
+Adapters are a part of a parameter tree: ``{"h_0": {"attn": {"c_attn": {"lora_a" [in, r], "lora_b"
+[r, out], "lora_scale" []}}}, ...}``, with a leading [L - 1] axis for stacked layers, and whatever
+heads are trained with them; "out" of GPT-2's c_attn is [3, D], as in its kernel. The scale, alpha /
+r, gets no gradient. Train the adapters, never the base: ``bind`` makes a function of them alone.
 """
 
 import math
@@ -22,8 +23,16 @@ from rlhf_jax.types import Params
 __all__ = ["HEADS", "attach", "bind", "init", "load", "merge", "save"]
 
 
-def init(key: jax.Array, params: Params, rank: int, match: str = "attn|mlp", *, alpha: float | None = None) -> Params:
-    """Adapters that change nothing yet: A as Kaiming uniform, within 1 / sqrt(in) of 0, and B 0, as PEFT starts them.
+def init(
+    key: jax.Array,
+    params: Params,
+    rank: int,
+    match: str = "attn|mlp",
+    *,
+    alpha: float | None = None,
+) -> Params:
+    """Adapters that change nothing yet: A as Kaiming uniform, within 1 / sqrt(in) of 0, and B 0, as
+    PEFT starts them.
 
     Args:
         params: of a model; not changed.
@@ -39,25 +48,39 @@ def init(key: jax.Array, params: Params, rank: int, match: str = "attn|mlp", *, 
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    kernels = {path: leaf for path, leaf in flatten_dict(params).items() if path[-1] == "kernel" and leaf.ndim > 1}
-    chosen = sorted(path for path in kernels if path[0] not in HEADS and re.search(match, "/".join(path[:-1])))
+    kernels = {
+        path: leaf
+        for path, leaf in flatten_dict(params).items()
+        if path[-1] == "kernel" and leaf.ndim > 1
+    }
+    chosen = sorted(
+        path for path in kernels if path[0] not in HEADS and re.search(match, "/".join(path[:-1]))
+    )
     if not chosen:
         places = ", ".join(sorted({"/".join(path[1:-1]) for path in kernels}))
         raise ValueError(f"no kernel's path matches {match!r}; the layers hold {places}")
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for number, path in enumerate(chosen):
-        whole, first = kernels[path].shape, 1 + (path[0] == "h")  # stacked layers: [L - 1] stands before the rest
+        whole, first = (
+            kernels[path].shape,
+            1 + (path[0] == "h"),
+        )  # stacked layers: [L - 1] stands before the rest
         *layers, size_in = whole[:first]
         bound = 1.0 / math.sqrt(size_in)
         shape, drawn_from = (*layers, size_in, rank), jax.random.fold_in(key, number)
-        leaves[(*path[:-1], "lora_a")] = jax.random.uniform(drawn_from, shape, minval=-bound, maxval=bound)
+        leaves[(*path[:-1], "lora_a")] = jax.random.uniform(
+            drawn_from, shape, minval=-bound, maxval=bound
+        )
         leaves[(*path[:-1], "lora_b")] = jnp.zeros((*layers, rank, *whole[first:]))
-        leaves[(*path[:-1], "lora_scale")] = jnp.full(layers, 1.0 if alpha is None else alpha / rank, jnp.float32)
+        leaves[(*path[:-1], "lora_scale")] = jnp.full(
+            layers, 1.0 if alpha is None else alpha / rank, jnp.float32
+        )
     return unflatten_dict(leaves)
 
 
 def attach(params: Params, adapters: Params) -> Params:
-    """The parameters with the adapters beside their kernels and with the adapters' heads: what a model runs on.
+    """The parameters with the adapters beside their kernels and with the adapters' heads: what a
+    model runs on.
 
     Nothing is copied: the kernels stay what they are, and the product of A and B is never formed.
 
@@ -67,14 +90,18 @@ def attach(params: Params, adapters: Params) -> Params:
     leaves, added = flatten_dict(params), flatten_dict(adapters)
     for path in added:
         if path[0] not in HEADS and (*path[:-1], "kernel") not in leaves:
-            raise ValueError(f"the adapter {'/'.join(path)} belongs to no kernel of these parameters")
+            raise ValueError(
+                f"the adapter {'/'.join(path)} belongs to no kernel of these parameters"
+            )
     return unflatten_dict(leaves | added)
 
 
 def merge(params: Params, adapters: Params) -> Params:
-    """The parameters of a plain model that computes the same: kernels + scale * A @ B, and the adapters' heads.
+    """The parameters of a plain model that computes the same: kernels + scale * A @ B, and the
+    adapters' heads.
 
-    A changed kernel is float32 whatever it was: in bfloat16 a small change would be lost in rounding.
+    A changed kernel is float32 whatever it was: in bfloat16 a small change would be lost in
+    rounding.
 
     Raises:
         ValueError: an adapter belongs to no kernel of ``params``.
@@ -84,18 +111,23 @@ def merge(params: Params, adapters: Params) -> Params:
     for path in flatten_dict(adapters):
         if path[-1] == "lora_a":
             kernel = (*path[:-1], "kernel")
-            a, b, scale = (leaves[(*path[:-1], name)] for name in ("lora_a", "lora_b", "lora_scale"))
+            a, b, scale = (
+                leaves[(*path[:-1], name)] for name in ("lora_a", "lora_b", "lora_scale")
+            )
             b = b.reshape(*b.shape[: a.ndim - 1], -1)  # c_attn's [r, 3, D] too
             change = scale[..., None, None] * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-            merged[kernel] = merged[kernel].astype(jnp.float32) + change.reshape(merged[kernel].shape)
+            merged[kernel] = merged[kernel].astype(jnp.float32) + change.reshape(
+                merged[kernel].shape
+            )
     return unflatten_dict(merged)
 
 
 def bind(fn: Any, params: Params) -> jax.tree_util.Partial:
-    """``fn(params, ...)``, a PolicyFn or ScoreFn, as a function of adapters: ``bind(fn, base)(adapters, ...)``.
+    """``fn(params, ...)``, a PolicyFn or ScoreFn, as a function of adapters: ``bind(fn,
+    base)(adapters, ...)``.
 
-    The result carries the base's arrays and travels through ``jit`` as an argument; closed over, they would become
-    constants of the program.
+    The result carries the base's arrays and travels through ``jit`` as an argument; closed over,
+    they would become constants of the program.
     """
     return jax.tree_util.Partial(_with_adapters, jax.tree_util.Partial(fn), params)
 

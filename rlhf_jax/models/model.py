@@ -1,4 +1,6 @@
-"""A model as a NamedTuple of pure functions: what everything outside this package sees of a network."""
+"""A model as a NamedTuple of pure functions: what everything outside this package sees of a
+network.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,27 +20,34 @@ from rlhf_jax.types import Params
 
 
 class Model(NamedTuple):
-    """Functions of parameters and arrays; none holds state, all may be traced, differentiated and jitted.
+    """Functions of parameters and arrays; none holds state, all may be traced, differentiated and
+    jitted.
 
-    B rows, T tokens, t tokens decoded at once, S cache slots, D width, V vocabulary. Parameters are nested dicts; the
-    functions ignore keys that are not the body's, such as the heads "value" and "score".
+    B rows, T tokens, t tokens decoded at once, S cache slots, D width, V vocabulary. Parameters are
+    nested dicts; the functions ignore keys that are not the body's, such as the heads "value" and
+    "score".
 
     Attributes:
         config: what the model was built from.
         init: ``(key) -> params`` in float32, without heads.
-        apply: ``(params, tokens [B, T], attention_mask [B, T] = None, key=None) -> logits [B, T, V]`` float32. The mask
-            is 0 on pads; packed documents are numbered 1, 2, ... and do not see each other; None means all ones.
+        apply: ``(params, tokens [B, T], attention_mask [B, T] = None, key=None) -> logits [B, T,
+            V]`` float32. The mask is 0 on pads; packed documents are numbered 1, 2, ... and do not
+            see each other; None means all ones.
             ``key`` turns dropout on.
-        hidden: same arguments, and ``columns=None`` -> [B, T, D] after the final norm, in the compute dtype; with a
-            ``slice`` or [B, n] numbers of columns [B, n, D], for which the last block does no more than they need.
+        hidden: same arguments, and ``columns=None`` -> [B, T, D] after the final norm, in the
+            compute dtype; with a ``slice`` or [B, n] numbers of columns [B, n, D], for which the
+            last block does no more than they need.
         unembed: ``(params, hidden [..., D]) -> logits [..., V]`` float32.
         init_cache: ``(batch, length) -> cache``, an opaque pytree of ``length`` empty slots.
         decode: ``(params, tokens [B, t], positions [B, t], key_mask [B, S], cache, index)`` ->
-            ``(logits [B, t, V], cache)``. The tokens are written to slots index, ..., index + t - 1; a query at slot s
-            sees the slots up to s whose ``key_mask`` is non-zero, itself included. The cache holds the window alone of
-            a layer that has one. Where ``index`` is the number 0, not an array, the cache counts as empty.
-        for_decoding: ``(params) -> params`` that ``decode`` reads without slicing or casting a weight: call it once
-            before a loop over tokens. ``decode`` takes both.
+            ``(logits [B, t, V], cache)``. The tokens are written to slots index, ..., index + t -
+            1; a query at slot s
+            sees the slots up to s whose ``key_mask`` is non-zero, itself included. The cache holds
+            the window alone of
+            a layer that has one. Where ``index`` is the number 0, not an array, the cache counts as
+            empty.
+        for_decoding: ``(params) -> params`` that ``decode`` reads without slicing or casting a
+            weight: call it once before a loop over tokens. ``decode`` takes both.
     """
 
     config: ModelConfig
@@ -54,7 +63,10 @@ class Model(NamedTuple):
 def build(config: ModelConfig) -> Model:
     """Builds the functions of a model."""
     network: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
-    module, unrolled = network(config), network(dataclasses.replace(config, scan_layers=False, remat=False))
+    module, unrolled = (
+        network(config),
+        network(dataclasses.replace(config, scan_layers=False, remat=False)),
+    )
 
     # A key that no layer draws from is left out: with one, each layer would be traced for itself.
     drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))
@@ -62,42 +74,67 @@ def build(config: ModelConfig) -> Model:
     # Compiled as a whole: operation by operation, a small model takes twice as long to start.
     @jax.jit
     def init(key: Array) -> Params:
-        params: Params = module.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))["params"]
+        params: Params = module.init(
+            key, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32)
+        )["params"]
         return params
 
     def hidden(
-        params: Params, tokens: Array, attention_mask: Any = None, key: Any = None, columns: stack.Columns = None
+        params: Params,
+        tokens: Array,
+        attention_mask: Any = None,
+        key: Any = None,
+        columns: stack.Columns = None,
     ) -> Array:
         tokens = jnp.asarray(tokens)
-        mask = jnp.ones(tokens.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
+        mask = (
+            jnp.ones(tokens.shape, jnp.int32)
+            if attention_mask is None
+            else jnp.asarray(attention_mask)
+        )
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, mask])
         rngs = {"dropout": key} if key is not None and drops else None
-        states: Any = module.apply({"params": params}, tokens, mask, columns, rngs=rngs, method="hidden")
+        states: Any = module.apply(
+            {"params": params}, tokens, mask, columns, rngs=rngs, method="hidden"
+        )
         return states
 
     def unembed(params: Params, hidden_states: Array) -> Array:
         logits: Any = module.apply({"params": params}, hidden_states, method="unembed")
         return logits
 
-    def apply(params: Params, tokens: Array, attention_mask: Array | None = None, key: Array | None = None) -> Array:
+    def apply(
+        params: Params, tokens: Array, attention_mask: Array | None = None, key: Array | None = None
+    ) -> Array:
         return unembed(params, hidden(params, tokens, attention_mask, key))
 
-    def decode(params: Params, tokens: Array, positions: Array, key_mask: Array, cache: Any, index: Any) -> Any:
+    def decode(
+        params: Params, tokens: Array, positions: Array, key_mask: Array, cache: Any, index: Any
+    ) -> Any:
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, positions])
-        chex.assert_trees_all_equal_shapes(cache, jax.eval_shape(lambda: stack.init_cache(config, *key_mask.shape)))
-        # A prompt goes through stacked layers as they are; one token reads its cache, as any later one.
+        chex.assert_trees_all_equal_shapes(
+            cache, jax.eval_shape(lambda: stack.init_cache(config, *key_mask.shape))
+        )
+        # A prompt goes through stacked layers as they are; one token reads its cache, as any later
+        # one.
         is_scanned = "h" in params and isinstance(index, int) and index == 0 and tokens.shape[1] > 1
         network, weights = (module, params) if is_scanned else (unrolled, for_decoding(params))
-        return network.apply({"params": weights}, tokens, positions, key_mask, cache, index, method="decode")
+        return network.apply(
+            {"params": weights}, tokens, positions, key_mask, cache, index, method="decode"
+        )
 
-    init_cache, for_decoding = partial(stack.init_cache, config), partial(stack.for_decoding, config)
+    init_cache, for_decoding = (
+        partial(stack.init_cache, config),
+        partial(stack.for_decoding, config),
+    )
     return Model(config, init, apply, hidden, unembed, init_cache, decode, for_decoding)
 
 
 def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, Params]:
-    """Adds rows to the token tables, each the mean of the existing ones, for a tokenizer that gained tokens.
+    """Adds rows to the token tables, each the mean of the existing ones, for a tokenizer that
+    gained tokens.
 
     Args:
         model, params: from ``build`` or ``load``.

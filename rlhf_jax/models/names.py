@@ -1,7 +1,8 @@
-"""How transformers names things: the keys of config.json and the tensors of the weights, one table per family.
+"""How transformers names things: the keys of config.json and the tensors of the weights, one table
+per family.
 
-Import and export read the same tables. Whatever in config.json changes logits is honoured or refused by name; every
-other key is kept and written back.
+Import and export read the same tables. Whatever in config.json changes logits is honoured or
+refused by name; every other key is kept and written back.
 """
 
 import dataclasses
@@ -34,8 +35,12 @@ class Family(NamedTuple):
     model_type: str
     defaults: ModelConfig  # transformers' own; it leaves keys at their default out of some files
     keys: Mapping[str, str]  # our field: the key of config.json, where the two differ
-    prefix: str  # of the body's tensors in a causal language model; the files of a bare body have none
-    modules: Mapping[str, str]  # part of a path in params: transformers' name of it, where the two differ
+    prefix: (
+        str  # of the body's tensors in a causal language model; the files of a bare body have none
+    )
+    modules: Mapping[
+        str, str
+    ]  # part of a path in params: transformers' name of it, where the two differ
     transposed: bool  # whether kernels are stored as [out, in]
     causal_lm: str  # class names in config.json's architectures
     classifier: str
@@ -46,28 +51,46 @@ class Family(NamedTuple):
         return [(name, self.keys.get(name, name)) for name in names if name not in _OTHER_FIELDS]
 
     def tensors(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
-        """Names of the tensors that a leaf of the body lies in: one, or one per layer where layers are stacked."""
+        """Names of the tensors that a leaf of the body lies in: one, or one per layer where layers
+        are stacked.
+        """
         top, *inner = (self.modules.get(part, part) for part in path[:-1])
         tops = [top]
         if path[0].startswith("h"):
             layers = range(shape[0]) if path[0] == "h" else [int(path[0].removeprefix("h_"))]
             tops = [f"{self.modules.get('h', 'h')}.{layer}" for layer in layers]
-        prefix, kind = "" if top == "lm_head" else self.prefix, "bias" if path[-1] == "bias" else "weight"
+        prefix, kind = (
+            "" if top == "lm_head" else self.prefix,
+            "bias" if path[-1] == "bias" else "weight",
+        )
         return [prefix + ".".join([top, *inner, kind]) for top in tops]
 
     def stored(self, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of each of these tensors, given the leaf's: c_attn's last axes [3, D] are one of 3 D there."""
+        """The shape of each of these tensors, given the leaf's: c_attn's last axes [3, D] are one
+        of 3 D there.
+        """
         shape = shape[1:] if path[0] == "h" else shape
         shape = (*shape[:-2], math.prod(shape[-2:])) if FUSED in path else shape
         return shape[::-1] if self.transposed and path[-1] == "kernel" else shape
 
 
 # Fields that config.json does not have, or not as a key of their own.
-_OTHER_FIELDS = ("compute_dtype", "remat", "scan_layers", "attention", "other_keys", "rope_theta", "rope_scaling")
-# Keys that change logits where they are neither empty nor what stands here, unless they are among a family's fields.
-# reorder_and_upcast_attn is not among them: it asks for the float32 softmax that attention.py always computes.
+_OTHER_FIELDS = (
+    "compute_dtype",
+    "remat",
+    "scan_layers",
+    "attention",
+    "other_keys",
+    "rope_theta",
+    "rope_scaling",
+)
+# Keys that change logits where they are neither empty nor what stands here, unless they are among a
+# family's fields. reorder_and_upcast_attn is not among them: it asks for the float32 softmax that
+# attention.py always computes.
 _UNSUPPORTED: dict[str, Any] = {
-    **dict.fromkeys(("add_cross_attention", "use_sliding_window", "use_bidirectional_attention"), False),
+    **dict.fromkeys(
+        ("add_cross_attention", "use_sliding_window", "use_bidirectional_attention"), False
+    ),
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), None),
     **dict.fromkeys(("per_layer_config", "pruned_heads", "quantization_config"), None),
     **dict.fromkeys(("is_causal", "tie_word_embeddings"), True),
@@ -80,10 +103,14 @@ _COMMON = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
-_DROPOUT: dict[str, Any] = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.1)
+_DROPOUT: dict[str, Any] = dict.fromkeys(
+    ("embedding_dropout", "attention_dropout", "residual_dropout"), 0.1
+)
 GPT2 = Family(
     model_type="gpt2",
-    defaults=GPT2Config(50257, 1024, 768, 12, 12, **_DROPOUT, eos_token_id=50256, bos_token_id=50256),
+    defaults=GPT2Config(
+        50257, 1024, 768, 12, 12, **_DROPOUT, eos_token_id=50256, bos_token_id=50256
+    ),
     keys={
         "max_length": "n_positions",
         "hidden_size": "n_embd",
@@ -103,7 +130,9 @@ GPT2 = Family(
 )
 LLAMA = Family(
     model_type="llama",
-    defaults=LlamaConfig(32000, 2048, 4096, 32, 32, intermediate_size=11008, eos_token_id=2, bos_token_id=1),
+    defaults=LlamaConfig(
+        32000, 2048, 4096, 32, 32, intermediate_size=11008, eos_token_id=2, bos_token_id=1
+    ),
     keys={
         **_COMMON,
         "num_kv_heads": "num_key_value_heads",
@@ -131,9 +160,10 @@ LLAMA = Family(
 )
 
 
-# Of each family's parameters, and of what has their paths such as Adam's moments: the mesh axes over which the last
-# axes of an array are cut (``sharding.by_path``). What writes to the residual stream is cut the other way round than
-# what reads from it, so that a block sends over ``tensor`` twice (Shoeybi et al. 2019).
+# Of each family's parameters, and of what has their paths such as Adam's moments: the mesh axes
+# over which the last axes of an array are cut (``sharding.by_path``). What writes to the residual
+# stream is cut the other way round than what reads from it, so that a block sends over ``tensor``
+# twice (Shoeybi et al. 2019).
 SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"c_attn/kernel$", ("fsdp", None, "tensor")),
     (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|c_fc)/kernel$", ("fsdp", "tensor")),
@@ -151,23 +181,34 @@ def _relative(defaults: DecoderConfig) -> Family:
     """A family whose files are written as Llama's, under its own name."""
     name = type(defaults).__name__.removesuffix("Config")
     causal_lm, classifier = f"{name}ForCausalLM", f"{name}ForSequenceClassification"
-    return LLAMA._replace(model_type=name.lower(), defaults=defaults, causal_lm=causal_lm, classifier=classifier)
+    return LLAMA._replace(
+        model_type=name.lower(), defaults=defaults, causal_lm=causal_lm, classifier=classifier
+    )
 
 
-_MISTRAL: dict[str, Any] = {"intermediate_size": 14336, "num_kv_heads": 8, "eos_token_id": 2, "bos_token_id": 1}
+_MISTRAL: dict[str, Any] = {
+    "intermediate_size": 14336,
+    "num_kv_heads": 8,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
 _RELATIVES = (
     Qwen2Config(151936, 32768, 4096, 32, 32, intermediate_size=22016, num_kv_heads=32),
     Qwen3Config(151936, 32768, 4096, 32, 32, intermediate_size=22016, num_kv_heads=32),
     MistralConfig(32000, 131072, 4096, 32, 32, sliding_window=4096, **_MISTRAL),
 )
 _GEMMA: dict[str, Any] = {"intermediate_size": 9216, "num_kv_heads": 4, "pad_token_id": 0}
-GEMMA3 = _relative(Gemma3TextConfig(262208, 131072, 2304, 26, 8, **_GEMMA, eos_token_id=1, bos_token_id=2))._replace(
+GEMMA3 = _relative(
+    Gemma3TextConfig(262208, 131072, 2304, 26, 8, **_GEMMA, eos_token_id=1, bos_token_id=2)
+)._replace(
     model_type="gemma3_text",
     keys={**LLAMA.keys, "activation": "hidden_activation"},
     modules={**LLAMA.modules, "ln_2": "pre_feedforward_layernorm"},
     causal_lm="Gemma3ForCausalLM",
 )
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, *map(_relative, _RELATIVES), GEMMA3)}
+FAMILIES = {
+    family.model_type: family for family in (GPT2, LLAMA, *map(_relative, _RELATIVES), GEMMA3)
+}
 
 # Each rope_type's keys in rope_scaling or rope_parameters, in the order of RopeScaling's fields.
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -187,29 +228,43 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
         where: the file's name, for error messages.
 
     Raises:
-        UserError: for an unknown ``model_type``, for a key that changes logits and is not supported, for a bad value.
+        UserError: for an unknown ``model_type``, for a key that changes logits and is not
+            supported, for a bad value.
     """
     keys = dict(keys)
     model_type = str(keys.pop("model_type", None))
     if model_type not in FAMILIES:
-        raise UserError(f"{where}: model_type is {model_type!r}; the supported ones are: {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{where}: model_type is {model_type!r}; the supported ones are: {', '.join(FAMILIES)}"
+        )
     family = FAMILIES[model_type]
     if family is GEMMA3:
         _read_two_kinds(keys, where)
     fields: dict[str, Any] = {}
     for field, name in family.fields():
         default, alias = getattr(family.defaults, field), _COMMON.get(field, name)
-        if alias != name and alias in keys and keys.setdefault(name, value := keys.pop(alias)) != value:
-            raise UserError(f"{where}: {alias} is {value!r} but {name} is {keys[name]!r}; remove one of the two")
+        if (
+            alias != name
+            and alias in keys
+            and keys.setdefault(name, value := keys.pop(alias)) != value
+        ):
+            raise UserError(
+                f"{where}: {alias} is {value!r} but {name} is {keys[name]!r}; remove one of the two"
+            )
         value = keys.pop(name, default)
         if not _is_kind_of(default, value, name):
-            raise UserError(f"{where}: {name} is {value!r}, which is not of the kind of its default, {default!r}")
+            raise UserError(
+                f"{where}: {name} is {value!r}, which is not of the kind of its default, "
+                f"{default!r}"
+            )
         # JSON's 0 is an int, which JAX treats as an array of integers.
         fields[field] = float(value) if isinstance(default, float) else value
         fields[field] = tuple(value) if isinstance(value, list) else fields[field]
     for name, supported in _UNSUPPORTED.items():
         if keys.get(name, supported) != supported and (keys[name] or supported):
-            raise UserError(f"{where}: {name} is {keys[name]!r}, which changes the logits and is not supported")
+            raise UserError(
+                f"{where}: {name} is {keys[name]!r}, which changes the logits and is not supported"
+            )
     try:
         if isinstance(family.defaults, DecoderConfig):
             fields |= _read_rope(keys, fields["max_length"], family.defaults.rope_theta, where)
@@ -218,7 +273,9 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: {error}") from error
     types = keys.get("layer_types")
     if types and types != [_KINDS[is_local] for is_local in config.local_layers]:
-        raise UserError(f"{where}: layer_types is {types!r}, which changes the logits and is not supported")
+        raise UserError(
+            f"{where}: layer_types is {types!r}, which changes the logits and is not supported"
+        )
     return config
 
 
@@ -230,7 +287,10 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
         keys |= {"rope_theta": config.rope_theta, "rope_scaling": None}
         if config.rope_scaling is not None:
             kind, *numbers = dataclasses.astuple(config.rope_scaling)
-            keys["rope_scaling"] = {"rope_type": kind, **dict(zip(_ROPE[kind], numbers, strict=False))}
+            keys["rope_scaling"] = {
+                "rope_type": kind,
+                **dict(zip(_ROPE[kind], numbers, strict=False)),
+            }
     return {**config.other_keys, **keys, "model_type": family.model_type}
 
 
@@ -245,22 +305,32 @@ def _read_two_kinds(keys: dict[str, Any], where: str) -> None:
     if isinstance(rope, dict) and _KINDS[0] in rope:
         whole, local = (rope.get(kind) or {} for kind in _KINDS)
         if not isinstance(local, dict) or local.get("rope_type", "default") != "default":
-            raise UserError(f"{where}: rope_parameters.{_KINDS[1]} is {local!r}, which is not supported")
+            raise UserError(
+                f"{where}: rope_parameters.{_KINDS[1]} is {local!r}, which is not supported"
+            )
         keys |= {"rope_parameters": whole, "rope_local_base_freq": local.get("rope_theta", 10000.0)}
 
 
 def _read_rope(keys: dict[str, Any], max_length: int, default: float, where: str) -> dict[str, Any]:
     """Takes transformers 5's rope_parameters, or 4's rope_theta and rope_scaling, out of the keys."""
-    theta, scaling, parameters = (keys.pop(key, None) for key in ("rope_theta", "rope_scaling", "rope_parameters"))
-    name, given = ("rope_scaling", scaling) if parameters is None else ("rope_parameters", parameters)
+    theta, scaling, parameters = (
+        keys.pop(key, None) for key in ("rope_theta", "rope_scaling", "rope_parameters")
+    )
+    name, given = (
+        ("rope_scaling", scaling) if parameters is None else ("rope_parameters", parameters)
+    )
     given = {} if given is None else given
     if not isinstance(given, dict):
         raise UserError(f"{where}: {name} is {given!r}, expected an object")
     kind = str(given.get("rope_type", given.get("type", "default")))
     if kind not in _ROPE:
-        raise UserError(f"{where}: {name}.rope_type is {kind!r}; the supported ones are: {', '.join(_ROPE)}")
+        raise UserError(
+            f"{where}: {name}.rope_type is {kind!r}; the supported ones are: {', '.join(_ROPE)}"
+        )
     if given.get("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{where}: {name}.partial_rotary_factor changes the logits and is not supported")
+        raise UserError(
+            f"{where}: {name}.partial_rotary_factor changes the logits and is not supported"
+        )
     theta = given.get("rope_theta", theta)
     given = {"original_max_position_embeddings": max_length, **given}
     numbers: dict[str, Any] = {"rope_theta": default if theta is None else theta}
@@ -269,12 +339,17 @@ def _read_rope(keys: dict[str, Any], max_length: int, default: float, where: str
         if not is_number(value):
             raise UserError(f"{where}: {key} is {value!r}, expected a number")
     theta, *factors = numbers.values()
-    return {"rope_theta": float(theta), "rope_scaling": RopeScaling(kind, *factors) if factors else None}
+    return {
+        "rope_theta": float(theta),
+        "rope_scaling": RopeScaling(kind, *factors) if factors else None,
+    }
 
 
 def is_number(value: Any) -> TypeGuard[float]:
     """True for finite numbers that a float can hold, and not for True and False."""
-    return (isinstance(value, float) and math.isfinite(value)) or (is_int(value) and abs(value) < 1 << 63)
+    return (isinstance(value, float) and math.isfinite(value)) or (
+        is_int(value) and abs(value) < 1 << 63
+    )
 
 
 def _is_kind_of(default: Any, value: Any, name: str) -> bool:

@@ -21,8 +21,16 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Keys under which PEFT computes something else than x W + scale (x A) B with one scale for all, unless empty or "none".
-_OTHER_KINDS: tuple[str, ...] = ("use_dora", "use_qalora", "alpha_pattern", "layer_replication", "lora_bias", "bias")
+# Keys under which PEFT computes something else than x W + scale (x A) B with one scale for all,
+# unless empty or "none".
+_OTHER_KINDS: tuple[str, ...] = (
+    "use_dora",
+    "use_qalora",
+    "alpha_pattern",
+    "layer_replication",
+    "lora_bias",
+    "bias",
+)
 _OTHER_KINDS += ("trainable_token_indices",)
 
 
@@ -34,8 +42,8 @@ def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
         params: of the model that the adapters belong to.
 
     Returns:
-        float32 adapters with ``lora_scale`` = alpha / r (rsLoRA: alpha / sqrt(r)), and the score head of a sequence
-        classifier where the folder has one.
+        float32 adapters with ``lora_scale`` = alpha / r (rsLoRA: alpha / sqrt(r)), and the score
+        head of a sequence classifier where the folder has one.
 
     Raises:
         UserError: names the file, key or tensor that is missing, unexpected or of the wrong shape.
@@ -52,11 +60,18 @@ def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
         *layers, size_in = leaf.shape[:first]
         stored = reader.shape(f"{modules[0]}.lora_A.weight")
         if not (rank := (*stored, 0)[0]):
-            raise UserError(f"{reader.source}: {modules[0]}.lora_A.weight has shape {list(stored)}, so no rank")
+            raise UserError(
+                f"{reader.source}: {modules[0]}.lora_A.weight has shape {list(stored)}, so no rank"
+            )
         for letter, shape in (("A", (size_in, rank)), ("B", (rank, *leaf.shape[first:]))):
             stored = (math.prod(shape[1:]), shape[0])
-            parts = [reader.read(f"{module}.lora_{letter}.weight", stored, jnp.float32).T for module in modules]
-            leaves[(*kernel[:-1], f"lora_{letter.lower()}")] = jnp.stack(parts).reshape(*layers, *shape)
+            parts = [
+                reader.read(f"{module}.lora_{letter}.weight", stored, jnp.float32).T
+                for module in modules
+            ]
+            leaves[(*kernel[:-1], f"lora_{letter.lower()}")] = jnp.stack(parts).reshape(
+                *layers, *shape
+            )
         scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
         leaves[(*kernel[:-1], "lora_scale")] = jnp.full(layers, scale, jnp.float32)
     adapters = unflatten_dict(leaves)
@@ -64,7 +79,9 @@ def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
         try:
             shift = float(reader.metadata.get("reward_shift", 0.0))
         except ValueError as error:
-            raise UserError(f"{reader.source}: reward_shift in its metadata is no number: {error}") from error
+            raise UserError(
+                f"{reader.source}: reward_shift in its metadata is no number: {error}"
+            ) from error
         adapters["score"] = read_score(reader, len(params["ln_f"]["scale"]), shift)
     reader.check_all_read()
     if not adapters:
@@ -94,15 +111,18 @@ def write_adapter(
     Args:
         path: the folder; made if missing.
         params: of the base model; only their names are used.
-        adapters: of ``lora.init``. A score head becomes PEFT's saved module "score" (weight = gain * w; config.json's
-            ``reward_shift`` is in the weights' metadata, which PEFT ignores); a value head has no place there.
+        adapters: of ``lora.init``. A score head becomes PEFT's saved module "score" (weight = gain
+            * w; config.json's ``reward_shift`` is in the weights' metadata, which PEFT ignores); a
+              value head has no place there.
         base_model: folder or name of the base model, for PEFT's ``AutoPeftModel``.
 
     Raises:
         ValueError: the adapters hold something else, or are of several ranks or scales.
     """
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten_dict(adapters).items()}
-    others = {"/".join(path) for path in leaves if path[0] != "score" and not path[-1].startswith("lora_")}
+    others = {
+        "/".join(path) for path in leaves if path[0] != "score" and not path[-1].startswith("lora_")
+    }
     if others:
         raise ValueError(f"cannot save {listed(others)} as adapters")
     tensors: dict[str, np.ndarray] = {}
@@ -114,13 +134,19 @@ def write_adapter(
         modules = _modules(params, (*place, "kernel"), leaf.shape)
         for module, matrix in zip(modules, leaf if place[0] == "h" else [leaf], strict=True):
             stored = matrix.reshape(len(matrix), -1).T
-            tensors[f"{PREFIX}{module}.lora_{name[-1].upper()}.weight"] = np.ascontiguousarray(stored)
+            tensors[f"{PREFIX}{module}.lora_{name[-1].upper()}.weight"] = np.ascontiguousarray(
+                stored
+            )
         if name == "lora_a":
             full += modules
-            ranks_and_scales |= {(leaf.shape[-1], float(x)) for x in leaves[(*place, "lora_scale")].reshape(-1)}
+            ranks_and_scales |= {
+                (leaf.shape[-1], float(x)) for x in leaves[(*place, "lora_scale")].reshape(-1)
+            }
     if len(ranks_and_scales) != 1:
         kinds = sorted(ranks_and_scales)
-        raise ValueError(f"PEFT's folder holds adapters of one rank and scale, got (rank, scale) {kinds}")
+        raise ValueError(
+            f"PEFT's folder holds adapters of one rank and scale, got (rank, scale) {kinds}"
+        )
     ((rank, scale),) = ranks_and_scales
     # The names within a layer where every adapted layer has them all, else the full name of each.
     layers, short = ({module.split(".", 3)[part] for module in full} for part in (2, 3))
@@ -141,16 +167,22 @@ def write_adapter(
     if "score" in adapters:
         tensors[PREFIX + names.SCORE], shift = folded_score(adapters["score"])
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-        metadata = {"reward_shift": repr(shift)}  # alone: safetensors writes several entries in a random order
+        metadata = {
+            "reward_shift": repr(shift)
+        }  # alone: safetensors writes several entries in a random order
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def _modules(params: Params, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
     """transformers' names of a kernel's module in each layer that it holds; none for another leaf."""
     if path[-1] != "kernel" or not path[0].startswith("h"):
         return []
-    family = names.GPT2 if "wpe" in params else names.LLAMA  # whose names of kernels the other families share
+    family = (
+        names.GPT2 if "wpe" in params else names.LLAMA
+    )  # whose names of kernels the other families share
     return [name.removesuffix(".weight") for name in family.tensors(path, shape)]

@@ -9,8 +9,9 @@ from rlhf_jax.report import page, records
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
-    """Copies ``RUN/model``, all members of an ensemble, to ``folder`` and writes README.md, the model card: base model,
-    licence (to be filled in), use with the prompt template, command, data, last metrics, settings and limits.
+    """Copies ``RUN/model``, all members of an ensemble, to ``folder`` and writes README.md, the
+    model card: base model, licence (to be filled in), use with the prompt template, command, data,
+    last metrics, settings and limits.
 
     Raises:
         UserError: the run has no model yet, its files are broken, or the folder is in use.
@@ -25,7 +26,11 @@ def export(run: str | Path, folder: str | Path) -> Path:
     template = record.settings.get("text.template", "{prompt}")
     scores = "reward_shift" in json.loads(config.read_text("utf-8"))
     kind = {"ensemble": config.parent.name == "member_0", "reward_model": scores}
-    names = {"name": folder.name, "base_model": record.settings.get("model"), "prompt_template": template}
+    names = {
+        "name": folder.name,
+        "base_model": record.settings.get("model"),
+        "prompt_template": template,
+    }
     card = page.fill("model_card.md", record=record, **names, **kind)
     shutil.copytree(run / "model", folder, dirs_exist_ok=True)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -4,8 +4,8 @@
     figures.svg(loss)
     figures.png(loss)
 
-The same plot gives the same bytes, whatever the user has set in matplotlib. Matplotlib takes long to import, so it is
-imported when the first plot is drawn.
+The same plot gives the same bytes, whatever the user has set in matplotlib. Matplotlib takes long
+to import, so it is imported when the first plot is drawn.
 """
 
 import dataclasses
@@ -40,14 +40,18 @@ class Series(NamedTuple):
     style: int = 0
     """Number of the line style."""
     kind: Literal["curve", "points", "steps"] = "curve"
-    """Points have no lines between them; in steps y[i] holds from x[i] to x[i + 1], as in a histogram."""
+    """Points have no lines between them; in steps y[i] holds from x[i] to x[i + 1], as in a
+    histogram.
+    """
     labels: Sequence[str] = ()
     """A text [N] above each point."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """Series over one pair of axes. A series without finite values is left out and named below the plot."""
+    """Series over one pair of axes. A series without finite values is left out and named below the
+    plot.
+    """
 
     title: str
     x_label: str
@@ -64,7 +68,9 @@ class Plot:
     """A sentence below the plot."""
 
 
-def histogram(title: str, x_label: str, y_label: str, values: Mapping[str, npt.ArrayLike], edges: np.ndarray) -> Plot:
+def histogram(
+    title: str, x_label: str, y_label: str, values: Mapping[str, npt.ArrayLike], edges: np.ndarray
+) -> Plot:
     """How many of the values lie in each bin, for several sets ``{name: [N]}`` over the same bins.
 
     edges: [bins + 1] where the bins begin and end; see :func:`bin_edges`.
@@ -74,14 +80,20 @@ def histogram(title: str, x_label: str, y_label: str, values: Mapping[str, npt.A
         counts = np.r_[0, np.histogram(np.asarray(values[name], np.float64), edges)[0], 0]
         if counts.any():
             x = np.r_[edges[0], edges]
-            series[name] = Series(x, counts, low=0 * counts, high=counts, color=place, style=place, kind="steps")
+            series[name] = Series(
+                x, counts, low=0 * counts, high=counts, color=place, style=place, kind="steps"
+            )
         if lost := np.size(values[name]) - counts.sum():
-            outside.append(f"{name}: {lost} of {np.size(values[name])} values not finite or outside.")
+            outside.append(
+                f"{name}: {lost} of {np.size(values[name])} values not finite or outside."
+            )
     return Plot(title, x_label, y_label, series, note=" ".join(outside))
 
 
 def bin_edges(values: npt.ArrayLike, max_bins: int = 20) -> np.ndarray:
-    """[bins + 1] edges of equal bins over all finite values; bins of integers hold equally many integers each."""
+    """[bins + 1] edges of equal bins over all finite values; bins of integers hold equally many
+    integers each.
+    """
     numbers = np.asarray(values, np.float64)
     numbers = numbers[np.isfinite(numbers)]
     span = np.ptp(numbers) if numbers.size else 0
@@ -96,14 +108,17 @@ def notes(plot: Plot) -> list[str]:
     sentences, shown = [plot.note] if plot.note else [], _shown(plot)
     for name, (x, *_) in plot.series.items():
         if name not in shown:
-            sentences.append(f"{name}: left out, as it has no {'finite ' if np.size(x) else ''}values.")
+            sentences.append(
+                f"{name}: left out, as it has no {'finite ' if np.size(x) else ''}values."
+            )
         elif lost := np.sum(np.isnan(shown[name].x)):
             sentences.append(f"{name}: {lost} of {np.size(x)} values not finite, not drawn.")
     return sentences
 
 
 def svg(plot: Plot, salt: str = "") -> str:
-    """The plot as the text of an SVG file, all texts escaped; empty if no series has a finite value.
+    """The plot as the text of an SVG file, all texts escaped; empty if no series has a finite
+    value.
 
     salt: the ids inside the SVG are made from it; give another one to each plot of a page.
     """
@@ -116,8 +131,8 @@ def png(plot: Plot) -> bytes:
 
 
 def element(plot: Plot, salt: str) -> str:
-    """:func:`svg` as an element of a page: without the head of the file, a fixed size, and the ids of groups, which
-    would be the same in each plot."""
+    """:func:`svg` as an element of a page: without the head of the file, a fixed size, and the ids
+    of groups, which would be the same in each plot."""
     text = svg(plot, salt)
     box = re.search(r'viewBox="[^"]*"', text)
     if box is None:
@@ -127,7 +142,9 @@ def element(plot: Plot, salt: str) -> str:
 
 
 def _shown(plot: Plot) -> dict[str, Series]:
-    """The series that have finite values, each with its colour; x and y are NaN where either is not finite."""
+    """The series that have finite values, each with its colour; x and y are NaN where either is not
+    finite.
+    """
     shown = {}
     for place, (name, pair) in enumerate(plot.series.items()):
         series = Series(*pair)
@@ -135,7 +152,9 @@ def _shown(plot: Plot) -> dict[str, Series]:
         finite = np.isfinite(x) & np.isfinite(y)
         if finite.any():
             color = place if series.color is None else series.color
-            shown[name] = series._replace(x=np.where(finite, x, np.nan), y=np.where(finite, y, np.nan), color=color)
+            shown[name] = series._replace(
+                x=np.where(finite, x, np.nan), y=np.where(finite, y, np.nan), color=color
+            )
     return shown
 
 
@@ -146,18 +165,28 @@ def _draw(plot: Plot, kind: Literal["svg", "png"], salt: str) -> bytes:
     from matplotlib.figure import Figure
 
     # "default" first: what the user has set elsewhere must not show here.
-    with matplotlib.style.context(["default", STYLE, {"svg.hashsalt": f"figure {salt} {plot.title}"}]):
+    with matplotlib.style.context(
+        ["default", STYLE, {"svg.hashsalt": f"figure {salt} {plot.title}"}]
+    ):
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
-        axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title if kind == "png" else "")
+        axes.set(
+            xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title if kind == "png" else ""
+        )
         handles = _draw_series(axes, shown) | _draw_marks(axes, plot)
         if len(handles) > 1:
-            columns = min(4, max(1, 50 // (max(map(len, handles)) + 6)))  # the plot is about 50 letters wide
+            columns = min(
+                4, max(1, 50 // (max(map(len, handles)) + 6))
+            )  # the plot is about 50 letters wide
             rows = -(-len(handles) // columns)
             figure.set_size_inches(SIZE[0], SIZE[1] + 0.22 * (rows - 1))
-            figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns)
+            figure.legend(
+                list(handles.values()), list(handles), loc="outside upper left", ncols=columns
+            )
         file = io.BytesIO()
-        metadata = dict.fromkeys(("Software",) if kind == "png" else ("Creator", "Date", "Format", "Type"))
+        metadata = dict.fromkeys(
+            ("Software",) if kind == "png" else ("Creator", "Date", "Format", "Type")
+        )
         figure.savefig(file, format=kind, dpi=PNG_DPI, metadata=metadata)
     return file.getvalue()
 
@@ -166,26 +195,48 @@ def _draw_series(axes: Any, shown: Mapping[str, Series]) -> dict[str, Any]:
     """Curves, points and steps; matplotlib's artists by their names in the legend."""
     handles: dict[str, Any] = {}
     for name, series in shown.items():
-        x, y, number, kind = np.asarray(series.x), np.asarray(series.y), series.color or 0, series.kind
+        x, y, number, kind = (
+            np.asarray(series.x),
+            np.asarray(series.y),
+            series.color or 0,
+            series.kind,
+        )
         finite, color = np.isfinite(x), COLORS[number % len(COLORS)]
         marked = kind == "points" or (finite.sum() <= MAX_MARKED and kind == "curve")
-        line = "" if kind == "points" else LINE_STYLES[(series.style + 2 * (number // len(COLORS))) % 4]
+        line = (
+            ""
+            if kind == "points"
+            else LINE_STYLES[(series.style + 2 * (number // len(COLORS))) % 4]
+        )
         look: Any = {"marker": "o", "linewidth": 1.0, "zorder": 3} if marked else {"linewidth": 1.4}
         drawstyle = "steps-post" if kind == "steps" else "default"
         (handles[name],) = axes.plot(x, y, color=color, linestyle=line, drawstyle=drawstyle, **look)
         if series.low is not None and series.high is not None:
             step = "post" if kind == "steps" else None
-            axes.fill_between(x, series.low, series.high, step=step, color=color, alpha=0.2, linewidth=0)
+            axes.fill_between(
+                x, series.low, series.high, step=step, color=color, alpha=0.2, linewidth=0
+            )
         for i in np.flatnonzero(finite).tolist() if series.labels else ():
-            axes.annotate(series.labels[i], (x[i], y[i]), (0, 5), textcoords="offset points", ha="center", fontsize=9)
+            axes.annotate(
+                series.labels[i],
+                (x[i], y[i]),
+                (0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+            )
     bins = any(series.kind == "steps" for series in shown.values())
     if bins:
         axes.locator_params(axis="y", nbins=6, integer=True)
         axes.set_ylim(bottom=0)
     x = np.concatenate([series.x for series in shown.values()])
-    are_integers = np.all(x[np.isfinite(x)] % 1 == (0.5 if bins else 0))  # or bins that hold integers
+    are_integers = np.all(
+        x[np.isfinite(x)] % 1 == (0.5 if bins else 0)
+    )  # or bins that hold integers
     integers = {"nbins": 8, "integer": True, "steps": [1, 2, 5, 10], "min_n_ticks": 1}
-    axes.locator_params(axis="x", **(integers if are_integers else {"nbins": 6}))  # more labels like -0.025 would touch
+    axes.locator_params(
+        axis="x", **(integers if are_integers else {"nbins": 6})
+    )  # more labels like -0.025 would touch
     return handles
 
 
@@ -196,8 +247,12 @@ def _draw_marks(axes: Any, plot: Plot) -> dict[str, Any]:
         low, high, label = plot.band
         handles[label] = axes.axhspan(low, high, color="#009e73", alpha=0.13, linewidth=0)
     for i, (label, y) in enumerate(plot.lines.items()):
-        handles[label] = axes.axhline(y, color="#333333", linewidth=1, linestyle=("--", ":", "-.")[i % 3])
+        handles[label] = axes.axhline(
+            y, color="#333333", linewidth=1, linestyle=("--", ":", "-.")[i % 3]
+        )
     if plot.diagonal:
         start = axes.get_xlim()[0]
-        handles[plot.diagonal] = axes.axline((start, start), slope=1, color="#777777", linewidth=1, linestyle=":")
+        handles[plot.diagonal] = axes.axline(
+            (start, start), slope=1, color="#777777", linewidth=1, linestyle=":"
+        )
     return handles

@@ -24,12 +24,41 @@ from rlhf_jax.runs import folder
 from rlhf_jax.runs.manifest import dotted
 
 STRINGS = ("NaN", "Infinity", "-Infinity")  # how our files write numbers that JSON lacks
-TEXTS = ("prompt", "response", "chosen", "rejected")  # columns of samples.jsonl that a model may fill with "NaN"
-# The seed, and settings that change no number of a run: runs that differ in nothing else are one group.
-FREE_SETTINGS = ["seed", "output_dir", "resume", "overwrite", "checkpoint_interval", "checkpoint_async", "keep_last"]
+TEXTS = (
+    "prompt",
+    "response",
+    "chosen",
+    "rejected",
+)  # columns of samples.jsonl that a model may fill with "NaN"
+# The seed, and settings that change no number of a run: runs that differ in nothing else are one
+# group.
+FREE_SETTINGS = [
+    "seed",
+    "output_dir",
+    "resume",
+    "overwrite",
+    "checkpoint_interval",
+    "checkpoint_async",
+    "keep_last",
+]
 FREE_SETTINGS += ["allow_changed", "alerts", "track"]
-STAGES = ("sft", "reward_model", "dpo", "kto", "vpg", "ppo", "rloo", "grpo")  # each reads the section of its name
-KINDS = ("sft", "reward_model", "dpo", "kto", "policy")  # runs of one kind are drawn over each other
+STAGES = (
+    "sft",
+    "reward_model",
+    "dpo",
+    "kto",
+    "vpg",
+    "ppo",
+    "rloo",
+    "grpo",
+)  # each reads the section of its name
+KINDS = (
+    "sft",
+    "reward_model",
+    "dpo",
+    "kto",
+    "policy",
+)  # runs of one kind are drawn over each other
 EVALUATION = "evaluation.json"  # what `rlhf-jax evaluate` writes into a run's folder
 
 Row = dict[str, Any]
@@ -50,7 +79,8 @@ class RunRecord:
     metrics: list[Row]
     timing: list[Row]
     samples: list[Row]
-    """Rows of samples.jsonl; those of pairs have a ``margin`` too: score_chosen - score_rejected."""
+    """Rows of samples.jsonl; those of pairs have a ``margin`` too: score_chosen - score_rejected.
+    """
     alerts: list[Row]
     evaluation: list[Row]
     """Rows of evaluation.json; empty if the run has not been evaluated."""
@@ -85,21 +115,31 @@ class RunRecord:
     @property
     def seconds_per_step(self) -> float | None:
         """Median, without the first step, which compiles."""
-        seconds = [row["timing/step"] for row in self.timing if "timing/step" in row and row["step"] > 1]
+        seconds = [
+            row["timing/step"] for row in self.timing if "timing/step" in row and row["step"] > 1
+        ]
         return float(np.median(seconds)) if seconds else None
 
     @functools.cached_property
     def validations(self) -> list[tuple[int, list[Row]]]:
-        """The samples of the first and of the last validation, each with its step; one if there was but one."""
+        """The samples of the first and of the last validation, each with its step; one if there was
+        but one.
+        """
         steps = sorted({row["step"] for row in self.samples})
         ends = dict.fromkeys(steps[:1] + steps[-1:])
         return [(end, [row for row in self.samples if row["step"] == end]) for end in ends]
 
     @property
     def comparable(self) -> dict[str, Any]:
-        """The settings that may make a difference: not those of other stages, nor ``FREE_SETTINGS``."""
+        """The settings that may make a difference: not those of other stages, nor
+        ``FREE_SETTINGS``.
+        """
         left_out = {*FREE_SETTINGS, *STAGES} - {self.stage}
-        return {key: value for key, value in self.settings.items() if left_out.isdisjoint((key, key.split(".")[0]))}
+        return {
+            key: value
+            for key, value in self.settings.items()
+            if left_out.isdisjoint((key, key.split(".")[0]))
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,16 +151,20 @@ class Group:
 
 
 def model_config(run: Path) -> Path | None:
-    """config.json of the saved model, or of the first member of an ensemble; None if there is no model yet."""
+    """config.json of the saved model, or of the first member of an ensemble; None if there is no
+    model yet.
+    """
     paths = [run / "model" / member / "config.json" for member in ("", "member_0")]
     return next((path for path in paths if path.is_file()), None)
 
 
 def find(paths: Sequence[str | Path]) -> list[RunRecord]:
-    """Reads runs; a folder that is no run but holds some, such as a pipeline's, stands for those in it.
+    """Reads runs; a folder that is no run but holds some, such as a pipeline's, stands for those in
+    it.
 
     Raises:
-        UserError: no folder is given, one of them holds no run or a broken one, or a run is given twice.
+        UserError: no folder is given, one of them holds no run or a broken one, or a run is given
+            twice.
     """
     if not paths:
         raise UserError("expected the folder of a run, or several")
@@ -129,13 +173,18 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
         inner = not (path / "manifest.json").is_file()
         runs = sorted(file.parent for file in path.glob("*/manifest.json")) if inner else [path]
         if not runs:
-            raise UserError(f"{path}: no run here, as there is no manifest.json; give the folder of a run")
+            raise UserError(
+                f"{path}: no run here, as there is no manifest.json; give the folder of a run"
+            )
         for run in runs:
             if run.resolve() in folders:
                 raise UserError(f"{run}: this run is given twice")
             folders[run.resolve()] = (run, inner)
     common = os.path.commonpath([place.parent for place in folders])
-    return [_read(run, place.relative_to(common).as_posix(), inner) for place, (run, inner) in folders.items()]
+    return [
+        _read(run, place.relative_to(common).as_posix(), inner)
+        for place, (run, inner) in folders.items()
+    ]
 
 
 def _read(path: Path, name: str, inner: bool) -> RunRecord:
@@ -153,15 +202,22 @@ def _read(path: Path, name: str, inner: bool) -> RunRecord:
         evaluated = [dict(row) for row in json.loads(text)["rows"]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         needed = f"manifest.json, config.yaml or {EVALUATION}"
-        raise UserError(f"{path}: {needed} is missing or not what rlhf_jax writes: {error!r}") from None
+        raise UserError(
+            f"{path}: {needed} is missing or not what rlhf_jax writes: {error!r}"
+        ) from None
     files = {kind: path / f"{kind}.jsonl" for kind in ("metrics", "timing", "samples", "alerts")}
     rows = {kind: read_rows(file) if file.exists() else [] for kind, file in files.items()}
     for row in rows["samples"]:
         if "score_chosen" in row:
             row["margin"] = row["score_chosen"] - row["score_rejected"]
-    num_lines = {kind: len(file.read_bytes().splitlines()) if file.exists() else 0 for kind, file in files.items()}
+    num_lines = {
+        kind: len(file.read_bytes().splitlines()) if file.exists() else 0
+        for kind, file in files.items()
+    }
     cut = tuple(files[kind].name for kind in files if num_lines[kind] > len(rows[kind]))
-    return RunRecord(path, name, manifest, config, dotted(settings), **rows, evaluation=evaluated, cut=cut)
+    return RunRecord(
+        path, name, manifest, config, dotted(settings), **rows, evaluation=evaluated, cut=cut
+    )
 
 
 def groups(records: Iterable[RunRecord]) -> list[Group]:
@@ -178,29 +234,36 @@ def groups(records: Iterable[RunRecord]) -> list[Group]:
 
 def _common_name(names: Sequence[str]) -> str:
     """What the names have in common at their beginning."""
-    common = re.sub(r"[-_. /=]*(seed)?[-_. /=]*$", "", os.path.commonprefix(names))  # noqa: RUF071 (of letters)
+    common = re.sub(r"[-_. /=]*(seed)?[-_. /=]*$", "", os.path.commonprefix(names))  # noqa: RUF071
     return names[0] if len(names) == 1 else f"{common or names[0]} (n = {len(names)})"
 
 
 def differences(compared: Sequence[Group]) -> dict[str, list[Any]]:
-    """``{dotted key: [value in each group]}`` of the settings that are not the same in all groups, and the stage.
+    """``{dotted key: [value in each group]}`` of the settings that are not the same in all groups,
+    and the stage.
 
-    A setting that a group lacks is "(none)"; it counts as a difference only between groups of one stage.
+    A setting that a group lacks is "(none)"; it counts as a difference only between groups of one
+    stage.
     """
-    settings = [{"stage": group.records[0].stage, **group.records[0].comparable} for group in compared]
+    settings = [
+        {"stage": group.records[0].stage, **group.records[0].comparable} for group in compared
+    ]
     result = {}
     for key in dict.fromkeys(key for values in settings for key in values):
         stages = {values["stage"] for values in settings if key in values}
         row = [values.get(key, "(none)") for values in settings]
-        concerned = [value for value, values in zip(row, settings, strict=True) if values["stage"] in stages]
+        concerned = [
+            value for value, values in zip(row, settings, strict=True) if values["stage"] in stages
+        ]
         if any(value != concerned[0] for value in concerned):
             result[key] = row
     return result
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a run's ``.jsonl`` file. The strings NaN, Infinity and -Infinity become floats, save in columns of
-    texts. A cut last line, which a run that goes on or was killed may leave, is passed over.
+    """The rows of a run's ``.jsonl`` file. The strings NaN, Infinity and -Infinity become floats,
+    save in columns of texts. A cut last line, which a run that goes on or was killed may leave, is
+    passed over.
 
     Raises:
         UserError: the file does not exist, or a line is no row.
@@ -208,10 +271,15 @@ def read_rows(path: str | Path) -> list[Row]:
     if not Path(path).exists():
         raise UserError(f"{path}: there is no such file; give the folder of a run")
     rows = [row for _, row in folder.json_lines(Path(path))]
-    return [row | {k: float(v) for k, v in row.items() if v in STRINGS and k not in TEXTS} for row in rows]
+    return [
+        row | {k: float(v) for k, v in row.items() if v in STRINGS and k not in TEXTS}
+        for row in rows
+    ]
 
 
 def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, from the rows that have it: a series of a :class:`rlhf_jax.report.figures.Plot`."""
+    """Steps and values of a metric, from the rows that have it: a series of a
+    :class:`rlhf_jax.report.figures.Plot`.
+    """
     recorded = [row for row in rows if name in row]
     return [row["step"] for row in recorded], [row[name] for row in recorded]

@@ -1,4 +1,5 @@
-"""The safety filter of a run: what is unsafe in prompts and responses, and what becomes of the rows.
+"""The safety filter of a run: what is unsafe in prompts and responses, and what becomes of the
+rows.
 
 A word list finds only what is spelled as listed; docs/safety.md says what it cannot do.
 """
@@ -22,7 +23,9 @@ _LETTER = r"[^\W_]"  # or a digit
 _MOST_PLACES = 20  # of unsafe prompts that are printed
 
 Verdict = dict[str, str]
-"""{rule: what it found}, with the rules ``words``, ``patterns`` and ``classifier``; empty if the text is safe."""
+"""{rule: what it found}, with the rules ``words``, ``patterns`` and ``classifier``; empty if the
+text is safe.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Filter:
 
     @classmethod
     def create(cls, words: Iterable[str] = (), patterns: Iterable[str] = ()) -> "Filter":
-        """Words and phrases are found as whole words in the ``normalized`` text; patterns (Python's syntax) anywhere in
-        the text as it is."""
+        """Words and phrases are found as whole words in the ``normalized`` text; patterns (Python's
+        syntax) anywhere in the text as it is."""
         # The longest first, so that a phrase is found before the word that it begins with.
         forms = sorted({_word_pattern(word) for word in words}, key=lambda form: (-len(form), form))
         return cls(re.compile("|".join(forms)) if forms else None, tuple(map(re.compile, patterns)))
@@ -51,10 +54,12 @@ class Filter:
 
 
 def normalized(text: str) -> str:
-    """The text in Unicode's form for caseless matching (NFKC, case folded, NFKC), without invisible characters.
+    """The text in Unicode's form for caseless matching (NFKC, case folded, NFKC), without invisible
+    characters.
 
-    So full-width and styled letters, ligatures and capitals equal the plain ones, and a soft hyphen or a zero-width
-    space does not split a word. Accents stay, and so do letters of other alphabets that look alike.
+    So full-width and styled letters, ligatures and capitals equal the plain ones, and a soft hyphen
+    or a zero-width space does not split a word. Accents stay, and so do letters of other alphabets
+    that look alike.
     """
     visible = "".join(character for character in text if unicodedata.category(character) != "Cf")
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold())
@@ -62,8 +67,8 @@ def normalized(text: str) -> str:
 
 def _word_pattern(word: str) -> str:
     parts = normalized(word).split()
-    # Only letters and digits have a boundary: a listed emoji is found between letters too, and a word between the
-    # underscores of Markdown.
+    # Only letters and digits have a boundary: a listed emoji is found between letters too, and a
+    # word between the underscores of Markdown.
     before = f"(?<!{_LETTER})" if re.match(_LETTER, parts[0]) else ""
     after = f"(?!{_LETTER})" if re.match(_LETTER, parts[-1][-1]) else ""
     return before + r"\s+".join(map(re.escape, parts)) + after
@@ -75,7 +80,9 @@ def read_words(path: str | Path) -> list[str]:
         lines = Path(path).read_text("utf-8-sig").split("\n")
     for number, line in enumerate(lines, 1):
         if line.strip() and not normalized(line).strip():
-            raise UserError(f"{path}, line {number}: has only invisible characters; remove the line")
+            raise UserError(
+                f"{path}, line {number}: has only invisible characters; remove the line"
+            )
     words = [line for line in lines if line.strip()]
     if not words:
         raise UserError(f"{path}: has no words; write one word or phrase on each line")
@@ -84,10 +91,11 @@ def read_words(path: str | Path) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """The filter of a run, by the section ``safety`` of its settings. Without rules it leaves everything as it is.
+    """The filter of a run, by the section ``safety`` of its settings. Without rules it leaves
+    everything as it is.
 
-    In a run: ``create``, then ``prompts`` when the data is read, ``for_responses`` when its columns are known, and
-    ``enforce`` on each rollout after ``on_host`` has scored it.
+    In a run: ``create``, then ``prompts`` when the data is read, ``for_responses`` when its columns
+    are known, and ``enforce`` on each rollout after ``on_host`` has scored it.
     """
 
     settings: Any  # rlhf_jax.config.Safety
@@ -101,43 +109,68 @@ class Guard:
         words = [word for path in settings.words for word in read_words(path)]
         return cls(settings, Filter.create(words, settings.patterns))
 
-    def for_responses(self, *, tokenizer: spec.PolicyTokenizer, load: spec.Load, columns: Collection[str]) -> "Guard":
-        """The guard with the classifier of its settings, if there is one; arguments as of ``spec.build_reward``."""
+    def for_responses(
+        self, *, tokenizer: spec.PolicyTokenizer, load: spec.Load, columns: Collection[str]
+    ) -> "Guard":
+        """The guard with the classifier of its settings, if there is one; arguments as of
+        ``spec.build_reward``.
+        """
         classifier = None
         if self.settings.classifier is not None:
-            how: Any = {"tokenizer": tokenizer, "load": load, "columns": columns, "flag": "safety.classifier"}
+            how: Any = {
+                "tokenizer": tokenizer,
+                "load": load,
+                "columns": columns,
+                "flag": "safety.classifier",
+            }
             classifier = spec.as_host(spec.build_reward((self.settings.classifier,), **how))
         return dataclasses.replace(self, tokenizer=tokenizer, classifier=classifier)
 
     def prompts(self, rows: Sequence[Any], tokenizer: Decoder) -> list[Any]:
-        """The rows, with ``prompt`` (text or token ids) and ``source``, after the action ``settings.prompts``.
+        """The rows, with ``prompt`` (text or token ids) and ``source``, after the action
+        ``settings.prompts``.
 
-        Unsafe by words or patterns are dropped, get ``settings.replacement`` as prompt, or stay. Prints their number
-        and places; UserError if no row is left.
+        Unsafe by words or patterns are dropped, get ``settings.replacement`` as prompt, or stay.
+        Prints their number and places; UserError if no row is left.
         """
         if self.filter == Filter():
             return list(rows)
-        texts = [row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt) for row in rows]
-        judged = [(row, bool(self.filter.found(text))) for row, text in zip(rows, texts, strict=True)]
+        texts = [
+            row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt)
+            for row in rows
+        ]
+        judged = [
+            (row, bool(self.filter.found(text))) for row, text in zip(rows, texts, strict=True)
+        ]
         places = [row.source for row, is_unsafe in judged if is_unsafe]
         more = [f"and {len(places) - _MOST_PLACES} more"] if len(places) > _MOST_PLACES else []
         shown, action = "; ".join(places[:_MOST_PLACES] + more), self.settings.prompts
         done = {"drop": "dropped", "replace": "replaced", "count": "unsafe, and kept"}[action]
-        logger.info(f"safety: {len(places)} of {len(rows)} prompts {done}" + (f": {shown}" if shown else ""))
+        logger.info(
+            f"safety: {len(places)} of {len(rows)} prompts {done}" + (f": {shown}" if shown else "")
+        )
         if action == "drop" and len(places) == len(rows) > 0:
             raise UserError(f"safety: all {len(rows)} prompts are unsafe, none is left: {shown}")
         if action == "replace":
-            return [dataclasses.replace(row, prompt=self.settings.replacement) if bad else row for row, bad in judged]
+            return [
+                dataclasses.replace(row, prompt=self.settings.replacement) if bad else row
+                for row, bad in judged
+            ]
         return [row for row, is_unsafe in judged if not is_unsafe or action == "count"]
 
-    def enforce(self, sampled: Rollout, scored: Rollout, columns: Columns) -> tuple[Rollout, Metrics, list[Verdict]]:
-        """The scored rollout after the action ``settings.responses``, shares of unsafe rows, and each row's verdict.
+    def enforce(
+        self, sampled: Rollout, scored: Rollout, columns: Columns
+    ) -> tuple[Rollout, Metrics, list[Verdict]]:
+        """The scored rollout after the action ``settings.responses``, shares of unsafe rows, and
+        each row's verdict.
 
-        ``penalise`` subtracts ``penalty`` from the score of an unsafe row, ``replace`` puts ``score`` in its place,
-        ``mask`` empties its ``response_mask``, so that no statistic and no loss reads it, ``count`` changes nothing.
+        ``penalise`` subtracts ``penalty`` from the score of an unsafe row, ``replace`` puts
+        ``score`` in its place, ``mask`` empties its ``response_mask``, so that no statistic and no
+        loss reads it, ``count`` changes nothing.
 
         Args:
-          sampled: the rollout before the reward; rows that are absent here are not judged, and not counted.
+          sampled: the rollout before the reward; rows that are absent here are not judged, and not
+            counted.
           scored: NumPy arrays, with ``scores`` [B].
 
         Raises:
@@ -153,11 +186,18 @@ class Guard:
         self._classify(sampled, columns, verdicts)
         unsafe, settings = np.array([bool(verdict) for verdict in verdicts]), self.settings
         rules = [rule for rule in ("words", "patterns", "classifier") if getattr(settings, rule)]
-        hits = {"unsafe": unsafe} | {rule: np.array([rule in verdict for verdict in verdicts]) for rule in rules}
-        metrics = {f"safety/{name}": jnp.float32(hit.sum() / max(present.sum(), 1)) for name, hit in hits.items()}
+        hits = {"unsafe": unsafe} | {
+            rule: np.array([rule in verdict for verdict in verdicts]) for rule in rules
+        }
+        metrics = {
+            f"safety/{name}": jnp.float32(hit.sum() / max(present.sum(), 1))
+            for name, hit in hits.items()
+        }
         host: Any = scored  # whose fields are declared as JAX arrays
         if settings.responses == "penalise":
-            host = host.replace(scores=np.where(unsafe, host.scores - np.float32(settings.penalty), host.scores))
+            host = host.replace(
+                scores=np.where(unsafe, host.scores - np.float32(settings.penalty), host.scores)
+            )
         elif settings.responses == "replace":
             host = host.replace(scores=np.where(unsafe, np.float32(settings.score), host.scores))
         elif settings.responses == "mask":
@@ -165,7 +205,9 @@ class Guard:
         return host, metrics, verdicts
 
     def _classify(self, sampled: Rollout, columns: Columns, verdicts: Sequence[Verdict]) -> None:
-        """Adds ``classifier`` to the verdicts of rows whose score is beyond the limits; None is not."""
+        """Adds ``classifier`` to the verdicts of rows whose score is beyond the limits; None is
+        not.
+        """
         if self.classifier is None:
             return
         try:
@@ -190,5 +232,7 @@ def rule_files(settings: Any) -> dict[str, Path]:
 
 
 def sentence(verdict: Verdict) -> str | None:
-    """A verdict as samples.jsonl has it: ``words: foo; classifier: score 3 above 2``; None for a safe text."""
+    """A verdict as samples.jsonl has it: ``words: foo; classifier: score 3 above 2``; None for a
+    safe text.
+    """
     return "; ".join(f"{rule}: {what}" for rule, what in verdict.items()) or None

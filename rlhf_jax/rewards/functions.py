@@ -1,9 +1,10 @@
 """Rewards that can be traced: counts, lengths, reward models, their ensembles and weighted sums.
 
-A RewardFn takes a rollout and returns a pair: scores [B] (or dense rewards [B, T]) and named parts {name: [B]}, an
-empty dict if there are none. Those made here are ``jax.tree_util.Partial``, so the arrays that they hold (a reward
-model's parameters) are arguments of ``jit`` and not constants in the compiled program. The score of an absent row, one
-with an empty ``response_mask``, means nothing.
+A RewardFn takes a rollout and returns a pair: scores [B] (or dense rewards [B, T]) and named parts
+{name: [B]}, an empty dict if there are none. Those made here are ``jax.tree_util.Partial``, so the
+arrays that they hold (a reward model's parameters) are arguments of ``jit`` and not constants in
+the compiled program. The score of an absent row, one with an empty ``response_mask``, means
+nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,9 @@ def _token_count(token_id: int, cap: float, include_prompt: bool, rollout: Rollo
 
 
 def length(target: int = 0) -> Partial:
-    """Reward ``max(response tokens - target, 0)``; with a negative weight it is a penalty on length."""
+    """Reward ``max(response tokens - target, 0)``; with a negative weight it is a penalty on
+    length.
+    """
     return Partial(_length, target)
 
 
@@ -51,7 +54,8 @@ def _length(target: int, rollout: Rollout) -> Scores:
 
 
 def from_model(score_fn: ScoreFn, params: Params) -> Partial:
-    """Reward of a learned model: ``score_fn(params, tokens, attention_mask, None)`` of prompt and response.
+    """Reward of a learned model: ``score_fn(params, tokens, attention_mask, None)`` of prompt and
+    response.
 
     The result holds ``params``.
     """
@@ -63,10 +67,11 @@ def _model_score(score_fn: ScoreFn, params: Params, rollout: Rollout) -> Scores:
 
 
 def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float = 1.0) -> Partial:
-    """One reward from several models of the same thing (Coste et al. 2023, "Reward Model Ensembles Help Mitigate
-    Overoptimization").
+    """One reward from several models of the same thing (Coste et al. 2023, "Reward Model Ensembles
+    Help Mitigate Overoptimization").
 
-    ``mean``; ``min``, the worst case; ``uncertainty``, mean - coef * variance over members (their eq. 5; population).
+    ``mean``; ``min``, the worst case; ``uncertainty``, mean - coef * variance over members (their
+    eq. 5; population).
 
     Args:
       fns: RewardFns giving scores [B]; their parts are dropped.
@@ -81,7 +86,9 @@ def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float 
     return Partial(_ensemble, Partial(_ENSEMBLES[how]), coef, [_as_pytree(fn) for fn in fns])
 
 
-def _ensemble(combine: Callable[..., jax.Array], coef: float, fns: Sequence[RewardFn], rollout: Rollout) -> Scores:
+def _ensemble(
+    combine: Callable[..., jax.Array], coef: float, fns: Sequence[RewardFn], rollout: Rollout
+) -> Scores:
     scores = jnp.stack([_row_scores(fn, rollout)[0] for fn in fns])  # [members, B]
     return combine(scores, coef), {"uncertainty": jnp.std(scores, axis=0)}
 
@@ -90,11 +97,14 @@ def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:
     """Weighted sum of rewards, given as {name: (RewardFn giving scores [B], weight)}.
 
     Returns:
-      RewardFn with the parts {name: that reward's scores before its weight}; the parts of a part are ``name/part``.
+      RewardFn with the parts {name: that reward's scores before its weight}; the parts of a part
+      are ``name/part``.
     """
     if not parts:
         raise ValueError("parts: a weighted sum needs at least one reward function")
-    return Partial(_weighted, {name: (_as_pytree(fn), weight) for name, (fn, weight) in parts.items()})
+    return Partial(
+        _weighted, {name: (_as_pytree(fn), weight) for name, (fn, weight) in parts.items()}
+    )
 
 
 def _weighted(parts: dict[str, tuple[RewardFn, float]], rollout: Rollout) -> Scores:
@@ -114,5 +124,7 @@ def _row_scores(fn: RewardFn, rollout: Rollout) -> Scores:
 
 
 def _as_pytree(fn: Callable[..., Any]) -> Partial:
-    """``fn`` as an argument that jit accepts. A Partial stays: inside another one its arrays would be hidden."""
+    """``fn`` as an argument that jit accepts. A Partial stays: inside another one its arrays would
+    be hidden.
+    """
     return fn if isinstance(fn, Partial) else Partial(fn)

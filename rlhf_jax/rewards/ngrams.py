@@ -1,7 +1,8 @@
-"""Rewards for variety, from the n-grams of responses: repetition within one, and likeness to others.
+"""Rewards for variety, from the n-grams of responses: repetition within one, and likeness to
+others.
 
-The n-grams of a response are those of its tokens in order: holes of the response mask are skipped, and EOS is a token
-like any other.
+The n-grams of a response are those of its tokens in order: holes of the response mask are skipped,
+and EOS is a token like any other.
 """
 
 import functools
@@ -16,22 +17,25 @@ from rlhf_jax.types import Rollout, Scores
 
 
 def repetition(ngram: int = 3) -> Partial:
-    """Reward ``1 - different n-grams / n-grams``; with a negative weight it is a penalty on repetition.
+    """Reward ``1 - different n-grams / n-grams``; with a negative weight it is a penalty on
+    repetition.
 
-    The share of a response's n-grams that occurred in it before (seq-rep-n, Welleck et al. 2020), in [0, 1); 0 for a
-    response shorter than ``ngram`` tokens.
+    The share of a response's n-grams that occurred in it before (seq-rep-n, Welleck et al. 2020),
+    in [0, 1); 0 for a response shorter than ``ngram`` tokens.
     """
     ops.check_number("ngram", ngram, at_least=1)
-    return Partial(functools.partial(_repetition, ngram))  # the number decides shapes, so it is no argument of jit
+    return Partial(
+        functools.partial(_repetition, ngram)
+    )  # the number decides shapes, so it is no argument of jit
 
 
 def diversity(ngram: int = 2) -> Partial:
     """Reward ``n-grams that only this response has / different n-grams of this response``.
 
-    Distinct-n (Li et al. 2016) counts the different n-grams of all responses together; the count falls by a response's
-    own n-grams if the response is left out. Saying one twice gains nothing. The score is in [0, 1]: 0 for a response
-    that is shorter than ``ngram`` or has no n-gram of its own, 1 for one that shares none. Absent rows get 0 and share
-    nothing with other rows.
+    Distinct-n (Li et al. 2016) counts the different n-grams of all responses together; the count
+    falls by a response's own n-grams if the response is left out. Saying one twice gains nothing.
+    The score is in [0, 1]: 0 for a response that is shorter than ``ngram`` or has no n-gram of its
+    own, 1 for one that shares none. Absent rows get 0 and share nothing with other rows.
     """
     ops.check_number("ngram", ngram, at_least=1)
     return Partial(functools.partial(_diversity, ngram))
@@ -47,7 +51,9 @@ def _diversity(ngram: int, rollout: Rollout) -> Scores:
     keys, new = _distinct_ngrams(rollout, ngram)
     keys = [jnp.where(new, 0, 1), *keys[1:]]
     rows = jnp.broadcast_to(jnp.arange(len(new))[:, None], new.shape)
-    *keys, rows = jax.lax.sort([x.reshape(1, -1) for x in (*keys, rows)], dimension=1, num_keys=len(keys))
+    *keys, rows = jax.lax.sort(
+        [x.reshape(1, -1) for x in (*keys, rows)], dimension=1, num_keys=len(keys)
+    )
     # Each row now has each n-gram at most once: an equal neighbour is another row's.
     differs = _differs(keys)
     ends = jnp.pad(differs[:, 1:], ((0, 0), (0, 1)), constant_values=True)
@@ -57,7 +63,8 @@ def _diversity(ngram: int, rollout: Rollout) -> Scores:
 
 
 def _distinct_ngrams(rollout: Rollout, ngram: int) -> tuple[Sequence[jax.Array], jax.Array]:
-    """The n-grams of each response in sorted order, and where each is the first of its kind [B, T] bool.
+    """The n-grams of each response in sorted order, and where each is the first of its kind [B, T]
+    bool.
 
     The n-grams are keys [B, T] each: first 0 for an n-gram and 1 for none, then its tokens.
     """

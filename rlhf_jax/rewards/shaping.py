@@ -1,4 +1,6 @@
-"""How scores become the rewards that an update reads: the KL penalty, the rule for missing EOS, length."""
+"""How scores become the rewards that an update reads: the KL penalty, the rule for missing EOS,
+length.
+"""
 
 import chex
 import jax
@@ -12,13 +14,15 @@ Scalar = jax.Array | float
 
 
 def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k1") -> jax.Array:
-    """Rewards per token: the score on the last response token, minus ``kl_coef`` times the KL of each token.
+    """Rewards per token: the score on the last response token, minus ``kl_coef`` times the KL of
+    each token.
 
-    Ziegler et al. 2019, eq. 2. Dense rewards, ``rollout.rewards``, take the place of the score if they are given.
+    Ziegler et al. 2019, eq. 2. Dense rewards, ``rollout.rewards``, take the place of the score if
+    they are given.
 
     Args:
-      rollout: with ``log_probs``, ``ref_log_probs`` and ``scores`` [B] or ``rewards`` [B, T]. It needs no
-        ``ref_log_probs`` if ``kl_coef`` is the Python number 0.
+      rollout: with ``log_probs``, ``ref_log_probs`` and ``scores`` [B] or ``rewards`` [B, T]. It
+        needs no ``ref_log_probs`` if ``kl_coef`` is the Python number 0.
       kl_coef: reward per nat.
 
     Returns:
@@ -30,15 +34,24 @@ def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k
         rewards = jnp.where(present, jnp.asarray(rollout.rewards, jnp.float32), 0.0)
     elif rollout.scores is not None:
         chex.assert_shape(rollout.scores, present.shape[:1])
-        rewards = jnp.where(_is_last(present), jnp.asarray(rollout.scores, jnp.float32)[:, None], 0.0)
+        rewards = jnp.where(
+            _is_last(present), jnp.asarray(rollout.scores, jnp.float32)[:, None], 0.0
+        )
     else:
-        raise ValueError("rollout: expected scores [B] or rewards [B, T], got neither; call a reward function first")
+        raise ValueError(
+            "rollout: expected scores [B] or rewards [B, T], got neither; call a reward function "
+            "first"
+        )
     if rollout.ref_log_probs is None:
         if not isinstance(kl_coef, int | float) or kl_coef != 0:
-            raise ValueError("rollout.ref_log_probs is None: give rollout.collect a ref_fn, or use kl_coef=0.0")
+            raise ValueError(
+                "rollout.ref_log_probs is None: give rollout.collect a ref_fn, or use kl_coef=0.0"
+            )
         return rewards
     log_probs = jnp.where(present, rollout.log_probs, 0.0)
-    return rewards - kl_coef * ops.kl(log_probs, jnp.where(present, rollout.ref_log_probs, 0.0), estimator)
+    return rewards - kl_coef * ops.kl(
+        log_probs, jnp.where(present, rollout.ref_log_probs, 0.0), estimator
+    )
 
 
 def _is_last(present: jax.Array) -> jax.Array:
@@ -48,9 +61,14 @@ def _is_last(present: jax.Array) -> jax.Array:
 
 
 def missing_eos(
-    rollout: Rollout, scores: jax.Array, eos_id: EosId, penalty: float | None = None, score: float | None = None
+    rollout: Rollout,
+    scores: jax.Array,
+    eos_id: EosId,
+    penalty: float | None = None,
+    score: float | None = None,
 ) -> jax.Array:
-    """Scores [B] with a rule for responses whose last token is not EOS. Exactly one of the two is given:
+    """Scores [B] with a rule for responses whose last token is not EOS. Exactly one of the two is
+    given:
 
     Args:
       scores: [B].
@@ -62,23 +80,35 @@ def missing_eos(
       [B] float32; the scores of absent rows do not change.
     """
     if (penalty is None) == (score is None):
-        raise ValueError(f"missing_eos: expected one of penalty and score, got penalty={penalty}, score={score}")
+        raise ValueError(
+            f"missing_eos: expected one of penalty and score, got penalty={penalty}, score={score}"
+        )
     chex.assert_shape(scores, rollout.tokens.shape[:1])
-    unfinished = jnp.any(_is_last(rollout.response_mask != 0) & ~jnp.isin(rollout.tokens, jnp.asarray(eos_id)), axis=1)
+    unfinished = jnp.any(
+        _is_last(rollout.response_mask != 0) & ~jnp.isin(rollout.tokens, jnp.asarray(eos_id)),
+        axis=1,
+    )
     scores = jnp.asarray(scores, jnp.float32)
-    return jnp.where(unfinished, jnp.float32(score) if penalty is None else scores - penalty, scores)
+    return jnp.where(
+        unfinished, jnp.float32(score) if penalty is None else scores - penalty, scores
+    )
 
 
 def length_penalty(rollout: Rollout, scores: jax.Array, coef: float, target: int = 0) -> jax.Array:
-    """``scores - coef * length(target)``, [B] float32: each response token beyond ``target`` costs ``coef``."""
+    """``scores - coef * length(target)``, [B] float32: each response token beyond ``target`` costs
+    ``coef``.
+    """
     excess, _ = length(target)(rollout)
     chex.assert_equal_shape([scores, excess])
     return jnp.asarray(scores, jnp.float32) - coef * excess
 
 
-def overlong_penalty(rollout: Rollout, scores: jax.Array, *, max_length: int, buffer: int, penalty: float) -> jax.Array:
-    """Scores [B] less a soft punishment of length (Yu et al. 2025, DAPO, eq. 13, times ``penalty``): nothing up to
-    ``max_length - buffer`` response tokens, then evenly more up to ``penalty`` at ``max_length`` and beyond.
+def overlong_penalty(
+    rollout: Rollout, scores: jax.Array, *, max_length: int, buffer: int, penalty: float
+) -> jax.Array:
+    """Scores [B] less a soft punishment of length (Yu et al. 2025, DAPO, eq. 13, times
+    ``penalty``): nothing up to ``max_length - buffer`` response tokens, then evenly more up to
+    ``penalty`` at ``max_length`` and beyond.
 
     Args:
       scores: [B].
@@ -92,8 +122,11 @@ def overlong_penalty(rollout: Rollout, scores: jax.Array, *, max_length: int, bu
     return jnp.asarray(scores, jnp.float32) - penalty * jnp.minimum(excess / buffer, 1.0)
 
 
-def adaptive_kl(kl_coef: Scalar, kl: Scalar, *, target: float, horizon: Scalar, n: Scalar) -> jax.Array:
-    """``kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)`` (Ziegler et al. 2019, section 2.2).
+def adaptive_kl(
+    kl_coef: Scalar, kl: Scalar, *, target: float, horizon: Scalar, n: Scalar
+) -> jax.Array:
+    """``kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)`` (Ziegler et al. 2019,
+    section 2.2).
 
     Args:
       kl: mean over responses of the KL summed over the response, in nats.

@@ -3,17 +3,23 @@
 Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
 
 - a reward model's folder or Hugging Face name,
-- ``mean:A,B,...``, ``min:A,B,...`` or ``uncertainty:A,B,...``, an ensemble of reward models (`rewards.ensemble`);
-  ``uncertainty:COEF:A,B,...`` gives the variance another weight than 1. The folder of a run that trained an ensemble
-  means all its members,
-- ``count:TEXT``, which counts one token of the vocabulary in prompt and response (`rewards.token_count`),
+- ``mean:A,B,...``, ``min:A,B,...`` or ``uncertainty:A,B,...``, an ensemble of reward models
+  (`rewards.ensemble`); ``uncertainty:COEF:A,B,...`` gives the variance another weight than 1. The
+  folder of a run that trained an ensemble means all its members,
+- ``count:TEXT``, which counts one token of the vocabulary in prompt and response
+  (`rewards.token_count`),
 - ``length``, response tokens, or ``length:N``, those beyond N (`rewards.length`),
-- ``repetition`` or ``repetition:N``, the share of a response's n-grams that occurred before (`rewards.repetition`),
-- ``diversity`` or ``diversity:N``, the share that no other response of the batch has (`rewards.diversity`),
-- ``regex:PATTERN``, 1 for a response in which the regular expression is found (`rewards.verifiable`),
-- ``math``, 1 for a response whose answer equals that in the column ``answer`` of the prompt's data row,
-- ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``: prompts as the model
-  reads them, the columns of the prompts' data rows by name, None for a response that cannot be scored.
+- ``repetition`` or ``repetition:N``, the share of a response's n-grams that occurred before
+  (`rewards.repetition`),
+- ``diversity`` or ``diversity:N``, the share that no other response of the batch has
+  (`rewards.diversity`),
+- ``regex:PATTERN``, 1 for a response in which the regular expression is found
+  (`rewards.verifiable`),
+- ``math``, 1 for a response whose answer equals that in the column ``answer`` of the prompt's data
+  row,
+- ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``:
+  prompts as the model reads them, the columns of the prompts' data rows by name, None for a
+  response that cannot be scored.
 
 A folder with the name of one of these is given as ``./length``.
 """
@@ -32,7 +38,14 @@ import jax
 from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards import verifiable
-from rlhf_jax.rewards.functions import EnsembleMethod, ensemble, from_model, length, token_count, weighted
+from rlhf_jax.rewards.functions import (
+    EnsembleMethod,
+    ensemble,
+    from_model,
+    length,
+    token_count,
+    weighted,
+)
 from rlhf_jax.rewards.host import Columns, Decoder, HostReward, HostScores, from_text
 from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
@@ -40,7 +53,9 @@ from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 _WEIGHTED = re.compile(rf"(?P<spec>.+)\*(?P<weight>[-+]?{_NUMBER})", re.IGNORECASE)
 _HOW = "|".join(get_args(EnsembleMethod))
-_ENSEMBLE = re.compile(rf"(?P<how>{_HOW}):(?:(?<=uncertainty:)(?P<coef>[^:]*):)?(?P<names>.*)", re.DOTALL)
+_ENSEMBLE = re.compile(
+    rf"(?P<how>{_HOW}):(?:(?<=uncertainty:)(?P<coef>[^:]*):)?(?P<names>.*)", re.DOTALL
+)
 
 # What may be followed by a number, and the least number.
 _TERMS = {"length": (length, 0), "repetition": (repetition, 1), "diversity": (diversity, 1)}
@@ -63,7 +78,9 @@ class RewardModel(NamedTuple):
 
 
 Load = Callable[[str], RewardModel]
-"""Loads a reward model from a folder or Hugging Face name; UserError, naming it, if it cannot or lacks a score head."""
+"""Loads a reward model from a folder or Hugging Face name; UserError, naming it, if it cannot or
+lacks a score head.
+"""
 
 
 class PolicyTokenizer(Decoder, Protocol):
@@ -75,7 +92,12 @@ class PolicyTokenizer(Decoder, Protocol):
 
 
 def build_reward(
-    entries: Sequence[str], *, tokenizer: PolicyTokenizer, load: Load, columns: Collection[str], flag: str = "--reward"
+    entries: Sequence[str],
+    *,
+    tokenizer: PolicyTokenizer,
+    load: Load,
+    columns: Collection[str],
+    flag: str = "--reward",
 ) -> Reward:
     """All entries as one reward, on the host if any of them is a Python function.
 
@@ -99,11 +121,21 @@ def build_reward(
         spec, weight = _split_weight(entry)
         name, reward = _read(spec, f"{flag} {spec}", tokenizer, load, columns)
         if name in parts:
-            raise UserError(f"{flag} {entry}: another part is called {name} too; rename one of them")
+            raise UserError(
+                f"{flag} {entry}: another part is called {name} too; rename one of them"
+            )
         parts[name] = reward, weight
     if any(reward.host is not None for reward, _ in parts.values()):
-        return Reward(host=_sum_on_host({name: (as_host(reward), weight) for name, (reward, weight) in parts.items()}))
-    fns = {name: (reward.fn, weight) for name, (reward, weight) in parts.items() if reward.fn is not None}
+        return Reward(
+            host=_sum_on_host(
+                {name: (as_host(reward), weight) for name, (reward, weight) in parts.items()}
+            )
+        )
+    fns = {
+        name: (reward.fn, weight)
+        for name, (reward, weight) in parts.items()
+        if reward.fn is not None
+    }
     (fn, weight), *others = fns.values()
     return Reward(fn=weighted(fns) if others or weight != 1 else fn)
 
@@ -121,13 +153,17 @@ def sources(entry: str) -> dict[str, Path]:
 
 
 def members(folder: str | Path) -> list[Path]:
-    """The folders member_0, member_1, ... of an ensemble's folder; an empty list for another folder."""
+    """The folders member_0, member_1, ... of an ensemble's folder; an empty list for another
+    folder.
+    """
     count = sum(member.name[7:].isdecimal() for member in Path(folder).glob("member_*"))
     return [Path(folder) / f"member_{i}" for i in range(count)]
 
 
 def as_host(reward: Reward) -> HostReward:
-    """A reward that is called on the host; a traced one runs on the devices, and must have one score for each row."""
+    """A reward that is called on the host; a traced one runs on the devices, and must have one
+    score for each row.
+    """
     if reward.host is not None:
         return reward.host
     on_devices = jax.jit(lambda fn, rollout: fn(rollout))
@@ -135,7 +171,9 @@ def as_host(reward: Reward) -> HostReward:
     def score(rollout: Rollout, columns: Columns) -> tuple[HostScores, dict[str, HostScores]]:
         scores, parts = jax.device_get(on_devices(reward.fn, rollout))
         if scores.ndim != 1:
-            raise ValueError(f"expected one score for each response, [{len(rollout.tokens)}], got {scores.shape}")
+            raise ValueError(
+                f"expected one score for each response, [{len(rollout.tokens)}], got {scores.shape}"
+            )
         return scores.tolist(), parts
 
     return score
@@ -149,9 +187,13 @@ def _sum_on_host(parts: dict[str, tuple[HostReward, float]]) -> HostReward:
         totals: list[float | None] = [0.0] * len(rollout.tokens)
         for name, (reward, weight) in parts.items():
             scores, inner = reward(rollout, columns)
-            reported |= {name: scores} | {f"{name}/{part}": values for part, values in inner.items()}
+            reported |= {name: scores} | {
+                f"{name}/{part}": values for part, values in inner.items()
+            }
             pairs = zip(totals, scores, strict=True)
-            totals = [None if None in (total, value) else total + weight * value for total, value in pairs]
+            totals = [
+                None if None in (total, value) else total + weight * value for total, value in pairs
+            ]
         return totals, reported
 
     return score
@@ -163,7 +205,9 @@ def _split_weight(entry: str) -> tuple[str, float]:
     spec, weight = (match["spec"], float(match["weight"])) if match else (entry, 1.0)
     several = _ENSEMBLE.fullmatch(spec)
     names = several["names"] if several else spec
-    return spec.removesuffix(names) + ",".join(map(model_folder, names.split(",") if several else [names])), weight
+    return spec.removesuffix(names) + ",".join(
+        map(model_folder, names.split(",") if several else [names])
+    ), weight
 
 
 def _read(
@@ -174,29 +218,44 @@ def _read(
     if term == "count" and colon:
         ids = tokenizer.encode(rest)
         if len(ids) != 1:
-            raise UserError(f"{where}: {rest!r} is {len(ids)} tokens of this tokenizer, and exactly 1 is counted")
+            raise UserError(
+                f"{where}: {rest!r} is {len(ids)} tokens of this tokenizer, and exactly 1 is "
+                "counted"
+            )
         return spec, Reward(fn=token_count(ids[0]))
     if term in _TERMS:
         make, least = _TERMS[term]
         if colon and not (re.fullmatch("[0-9]{1,9}", rest) and int(rest) >= least):
-            raise UserError(f"{where}: after `{term}:` comes a whole number, at least {least}, of tokens; got {rest!r}")
+            raise UserError(
+                f"{where}: after `{term}:` comes a whole number, at least {least}, of tokens; got "
+                f"{rest!r}"
+            )
         return spec, Reward(fn=make(int(rest)) if colon else make())
     if term == "regex" and colon:
         check_pattern(f"{where}: {rest!r}", rest)
         return spec, Reward(host=from_text(verifiable.regex(rest), tokenizer))
     if term == "math" and not rest:
         if importlib.util.find_spec("math_verify") is None:
-            raise UserError(f"{where}: the package math-verify is not installed; pip install -e '.[math]'")
-        return term, Reward(host=from_text(_of_columns(f"{where}: math", verifiable.math, columns), tokenizer))
+            raise UserError(
+                f"{where}: the package math-verify is not installed; pip install -e '.[math]'"
+            )
+        return term, Reward(
+            host=from_text(_of_columns(f"{where}: math", verifiable.math, columns), tokenizer)
+        )
     file, _, function = spec.rpartition(":")
     if file.endswith(".py"):
-        return function, Reward(host=from_text(load_function(where, Path(file), function, columns), tokenizer))
+        return function, Reward(
+            host=from_text(load_function(where, Path(file), function, columns), tokenizer)
+        )
 
     def model_reward(name: str) -> RewardFn:
         model = load(name)
         if model.fingerprint != tokenizer.fingerprint:
             place = where if name == spec else f"{where}: {name}"
-            raise UserError(f"{place}: the reward model's tokenizer is not the policy's; train both from one model")
+            raise UserError(
+                f"{place}: the reward model's tokenizer is not the policy's; train both from one "
+                "model"
+            )
         return from_model(model.score_fn, model.params)
 
     if match := _ENSEMBLE.fullmatch(spec):
@@ -205,25 +264,43 @@ def _read(
         return name, Reward(fn=_ensemble(match["how"], match["coef"], names, where, model_reward))
     if folders := members(spec):
         ways = f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
-        raise UserError(f"{where}: the {len(folders)} models of an ensemble; say how their scores become one: {ways}")
+        raise UserError(
+            f"{where}: the {len(folders)} models of an ensemble; say how their scores become one: "
+            f"{ways}"
+        )
     near = difflib.get_close_matches(term, _WORDS, n=1, cutoff=0.7)
     if near and "/" not in spec and not Path(spec).exists():
-        raise UserError(f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?")
+        raise UserError(
+            f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?"
+        )
     return _run_name(spec), Reward(fn=model_reward(spec))
 
 
 def _ensemble(
-    how: Any, coef: str | None, names: Sequence[str], where: str, model_reward: Callable[[str], RewardFn]
+    how: Any,
+    coef: str | None,
+    names: Sequence[str],
+    where: str,
+    model_reward: Callable[[str], RewardFn],
 ) -> RewardFn:
     if coef is not None and not re.fullmatch(_NUMBER, coef, re.IGNORECASE):
-        raise UserError(f"{where}: between the colons stands a coefficient, a number of at least 0; got {coef!r}")
+        raise UserError(
+            f"{where}: between the colons stands a coefficient, a number of at least 0; got "
+            f"{coef!r}"
+        )
     if not all(names):
-        raise UserError(f"{where}: after `{how}:` come reward models' folders, with commas between them")
+        raise UserError(
+            f"{where}: after `{how}:` come reward models' folders, with commas between them"
+        )
     paths = [path for name in names for path in [*map(str, members(name))] or [name]]
     if len(paths) < 2 or len(set(paths)) < len(paths):
-        raise UserError(f"{where}: an ensemble has at least two different models, here are {', '.join(paths)}")
+        raise UserError(
+            f"{where}: an ensemble has at least two different models, here are {', '.join(paths)}"
+        )
     logger.info(f"{where}: {len(paths)} models")
-    return ensemble([model_reward(path) for path in paths], how, 1.0 if coef is None else float(coef))
+    return ensemble(
+        [model_reward(path) for path in paths], how, 1.0 if coef is None else float(coef)
+    )
 
 
 def _run_name(model: str) -> str:
@@ -232,11 +309,14 @@ def _run_name(model: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
-def load_function(where: str, file: Path, name: str, columns: Collection[str]) -> Callable[..., Any]:
+def load_function(
+    where: str, file: Path, name: str, columns: Collection[str]
+) -> Callable[..., Any]:
     """The user's function, as ``_of_columns``.
 
     Raises:
-      UserError: it begins with ``where``; there is no such file or function, or it asks for other columns.
+      UserError: it begins with ``where``; there is no such file or function, or it asks for other
+        columns.
     """
     if not file.is_file():
         raise UserError(f"{where}: no such file {file}; expected FILE.py:FUNCTION")
@@ -256,10 +336,16 @@ def _of_columns(where: str, fn: Callable[..., Any], columns: Collection[str]) ->
     parameters = list(inspect.signature(fn).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return fn
-    wanted = [parameter for parameter in parameters[2:] if parameter.kind is not parameter.VAR_POSITIONAL]
+    wanted = [
+        parameter for parameter in parameters[2:] if parameter.kind is not parameter.VAR_POSITIONAL
+    ]
     missing = [p.name for p in wanted if p.default is p.empty and p.name not in columns]
     if missing:
         there = ", ".join(columns) or "none"
-        raise UserError(f"{where} asks for {', '.join(missing)}, but the prompts' columns are {there}")
+        raise UserError(
+            f"{where} asks for {', '.join(missing)}, but the prompts' columns are {there}"
+        )
     names = [parameter.name for parameter in wanted if parameter.name in columns]
-    return lambda prompts, responses, **given: fn(prompts, responses, **{key: given[key] for key in names})
+    return lambda prompts, responses, **given: fn(
+        prompts, responses, **{key: given[key] for key in names}
+    )

@@ -1,1 +1,3 @@
-"""The folder of a run: its files, checkpoints, records, and the devices and processes that share it."""
+"""The folder of a run: its files, checkpoints, records, and the devices and processes that share
+it.
+"""

@@ -5,15 +5,16 @@
 
 A rule of the user is a line:
 
-    RULE      = ["mean" ROWS "of"] METRIC [" / " METRIC], "<" or ">", THRESHOLD ["for" ROWS] [":" ACTION]
-    THRESHOLD = NUMBER or NUMBER"x first"                 ACTION = log (the default) or stop
+    RULE      = ["mean" ROWS "of"] METRIC [" / " METRIC], "<" or ">", THRESHOLD ["for" ROWS] [":"
+    ACTION] THRESHOLD = NUMBER or NUMBER"x first"                 ACTION = log (the default) or stop
 
-``first`` is the first value of the metric or ratio (or of its mean) in the run. The name of a default rule stands for
-that rule: ``"reward hacking: stop"``. The default rules are below: such lines, and functions.
+``first`` is the first value of the metric or ratio (or of its mean) in the run. The name of a
+default rule stands for that rule: ``"reward hacking: stop"``. The default rules are below: such
+lines, and functions.
 
-A rule is asked in each row that records all its metrics, and is true when its condition has held in ROWS such rows in a
-row. It raises one alert each time it becomes true. Everything is a function of the rows, so a run that is resumed, or a
-file that is read again, gives the same alerts.
+A rule is asked in each row that records all its metrics, and is true when its condition has held in
+ROWS such rows in a row. It raises one alert each time it becomes true. Everything is a function of
+the rows, so a run that is resumed, or a file that is read again, gives the same alerts.
 """
 
 import difflib
@@ -44,8 +45,8 @@ class Rule(NamedTuple):
     name: str
     metrics: tuple[str, ...]
     holds: Callable[..., tuple[bool, str]]
-    """Takes an array [N] per metric, its values in the rows so far; returns whether the condition holds in the last
-    row, and the numbers that it compares."""
+    """Takes an array [N] per metric, its values in the rows so far; returns whether the condition
+    holds in the last row, and the numbers that it compares."""
     rows: int = 1
     action: Action = "log"
 
@@ -85,26 +86,36 @@ class Watch:
         if any(name not in row or math.isnan(float(row[name])) for name in rule.metrics):
             return None
         self._seen.append([float(row[name]) for name in rule.metrics])
-        with np.errstate(all="ignore"):  # an infinite value leads to NaN, which is beyond no threshold
+        with np.errstate(
+            all="ignore"
+        ):  # an infinite value leads to NaN, which is beyond no threshold
             holds, message = rule.holds(*np.array(self._seen).T)
         self._streak = self._streak + 1 if holds else 0
         is_new = self._streak == rule.rows
-        return Alert(int(row["step"]), rule.name, rule.text, rule.action, message) if is_new else None
+        return (
+            Alert(int(row["step"]), rule.name, rule.text, rule.action, message) if is_new else None
+        )
 
 
 def parse(entries: Sequence[str], dtype: str = "float32") -> tuple[Rule, ...]:
     """The default rules, unless an entry is ``none``, and those of the entries.
 
-    dtype: of the activations, ``compute.dtype``: how far rounding can part the sampler from the update.
+    dtype: of the activations, ``compute.dtype``: how far rounding can part the sampler from the
+    update.
 
     Raises:
         UserError: an entry is no rule; it is quoted, with what was expected.
     """
-    gap = _rule(f"policy/sampler_gap > {0.02 if dtype == 'float32' else 0.5} for 3", {})  # nats that rounding explains
+    gap = _rule(
+        f"policy/sampler_gap > {0.02 if dtype == 'float32' else 0.5} for 3", {}
+    )  # nats that rounding explains
     known = DEFAULTS | {"sampler gap": gap._replace(name="sampler gap")}
     own = [_rule(entry, known) for entry in entries if entry != "none"]
     defaults = {} if "none" in entries else known
-    return (*(rule for name, rule in defaults.items() if name not in [other.name for other in own]), *own)
+    return (
+        *(rule for name, rule in defaults.items() if name not in [other.name for other in own]),
+        *own,
+    )
 
 
 def check(rules: Iterable[Rule], history: Iterable[Mapping[str, Any]]) -> list[Alert]:
@@ -126,7 +137,9 @@ def check_metrics(rules: Iterable[Rule], names: Collection[str]) -> list[str]:
     elsewhere = []
     for rule in (rule for rule in rules if rule.text not in DEFAULTS):
         for metric in (metric for metric in rule.metrics if metric not in names):
-            elsewhere.append(f"alerts: {rule.text!r} never comes true: this stage does not record {metric}")
+            elsewhere.append(
+                f"alerts: {rule.text!r} never comes true: this stage does not record {metric}"
+            )
             kind = metric.partition("/")[0]
             if kind not in _KINDS or (kind in kinds and kind != "validation"):
                 [near] = difflib.get_close_matches(metric, sorted(names), n=1, cutoff=0)
@@ -138,32 +151,51 @@ def _rule(entry: str, known: Mapping[str, Rule]) -> Rule:
     head, _, tail = (part.strip() for part in entry.rpartition(":"))
     name, action = (head, tail) if head and tail.isidentifier() else (entry.strip(), "log")
     if action not in ("log", "stop"):
-        raise UserError(f"alerts: {entry!r}: the action behind the colon is log or stop, got {action!r}")
+        raise UserError(
+            f"alerts: {entry!r}: the action behind the colon is log or stop, got {action!r}"
+        )
     if name in known:
         return known[name]._replace(action=action)  # type: ignore[arg-type]
     match = _RULE.fullmatch(name)
     if match is None:
-        form = "METRIC < NUMBER or METRIC > NUMBER, then, as you like, `for ROWS` and `: log` or `: stop`; METRIC may "
-        form += "be `mean ROWS of METRIC` or `METRIC / METRIC`, NUMBER `0.5x first`. Or the name of a default rule: "
+        form = (
+            "METRIC < NUMBER or METRIC > NUMBER, then, as you like, `for ROWS` and `: log` or "
+            "`: stop`; METRIC may "
+        )
+        form += (
+            "be `mean ROWS of METRIC` or `METRIC / METRIC`, NUMBER `0.5x first`. Or the name "
+            "of a default rule: "
+        )
         raise UserError(f"alerts: {entry!r} is no rule: expected {form}{', '.join(DEFAULTS)}")
-    window, number, label = int(match["window"] or 1), float(match["number"]), name[: match.start("sign")].strip()
+    window, number, label = (
+        int(match["window"] or 1),
+        float(match["number"]),
+        name[: match.start("sign")].strip(),
+    )
 
     def holds(*columns: np.ndarray) -> tuple[bool, str]:
         values = functools.reduce(np.divide, columns)
-        if len(values) < window + bool(match["first"]):  # the first mean has nothing to be compared with
+        if len(values) < window + bool(
+            match["first"]
+        ):  # the first mean has nothing to be compared with
             return False, ""
         first = values[:window].mean() if match["first"] else 1.0
-        return _is(label, values[-window:].mean(), match["sign"], number * first if first else math.nan)
+        return _is(
+            label, values[-window:].mean(), match["sign"], number * first if first else math.nan
+        )
 
     return Rule(name, tuple(match["metric"].split(" / ")), holds, int(match["rows"] or 1), action)  # type: ignore[arg-type]
 
 
-# --- The default rules: docs/alerts.md says which failure each one is for, and how often it was wrong. ----------------
+# --- The default rules: docs/alerts.md says which failure each one is for, and how often it was
+# wrong. ----------------
 
 
 def _is(label: str, value: float, sign: str, limit: float) -> tuple[bool, str]:
     """Whether a value is beyond its limit (never beyond NaN), and the sentence that says so."""
-    return bool(value > limit if sign == ">" else value < limit), f"{label} is {value:.4g} {sign} {limit:.4g}"
+    return bool(
+        value > limit if sign == ">" else value < limit
+    ), f"{label} is {value:.4g} {sign} {limit:.4g}"
 
 
 def _degenerate_text(share: np.ndarray) -> tuple[bool, str]:
@@ -175,7 +207,9 @@ def _reward_collapse(score: np.ndarray) -> tuple[bool, str]:
         return False, ""
     means = np.lib.stride_tricks.sliding_window_view(score, 5).mean(axis=1)
     gain, noise = means[:-1].max() - means[0], _noise(score[:-1])
-    return _is("mean 5 of objective/score", means[-1], "<", means[:-1].max() - max(0.5 * gain, 4 * noise))
+    return _is(
+        "mean 5 of objective/score", means[-1], "<", means[:-1].max() - max(0.5 * gain, 4 * noise)
+    )
 
 
 def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> tuple[bool, str]:
@@ -189,8 +223,8 @@ def _reward_hacking(judge: np.ndarray, score: np.ndarray) -> tuple[bool, str]:
 
 
 def _noise(values: np.ndarray) -> float:
-    """Standard deviation from row to row, from how far each row lies from the line through its neighbours (Gasser,
-    Sroka and Jennen-Steinmetz 1986): a trend does not count."""
+    """Standard deviation from row to row, from how far each row lies from the line through its
+    neighbours (Gasser, Sroka and Jennen-Steinmetz 1986): a trend does not count."""
     return float(np.sqrt(np.mean(np.diff(values, 2) ** 2) / 6))
 
 

@@ -1,37 +1,46 @@
 """glibc's allocator told to keep the memory that it once got, for XLA's CPU backend.
 
-At each call XLA allocates one buffer for all temporary values of a program and frees it at the end. glibc maps and
-unmaps a block of that size each time, so the kernel clears every page again: 81,480 page faults in one SFT step of 4
-layers of width 128, a quarter of its time.
+At each call XLA allocates one buffer for all temporary values of a program and frees it at the end.
+glibc maps and unmaps a block of that size each time, so the kernel clears every page again: 81,480
+page faults in one SFT step of 4 layers of width 128, a quarter of its time.
 """
 
 import os
 import sys
 from pathlib import Path
 
-# A heap holds blocks of at most 64 MiB, and larger ones are mapped, unless glibc is to use pages of 1 GiB: then of 4
-# GiB, whether or not there are such pages. Each of four heaps keeps less than 1 GiB. With one heap for all of them,
-# XLA's threads would wait for each other.
-TUNABLES = "glibc.malloc.hugetlb=0x40000000:glibc.malloc.trim_threshold=0x40000000:glibc.malloc.mmap_max=0"
+# A heap holds blocks of at most 64 MiB, and larger ones are mapped, unless glibc is to use pages of
+# 1 GiB: then of 4 GiB, whether or not there are such pages. Each of four heaps keeps less than 1
+# GiB. With one heap for all of them, XLA's threads would wait for each other.
+TUNABLES = (
+    "glibc.malloc.hugetlb=0x40000000:glibc.malloc.trim_threshold=0x40000000:glibc.malloc.mmap_max=0"
+)
 TUNABLES += ":glibc.malloc.arena_max=4"
 
 
 def keep_memory() -> None:
     """Starts this process anew, with glibc told to keep freed memory for its own next allocation.
 
-    For entry points, before they do anything, since all is done again. glibc reads its settings once, from the
-    environment variable ``GLIBC_TUNABLES`` of a new process, where they are then taken away: programs that are started
-    from here do not inherit them. The process keeps up to 4 GiB more than it would; a program whose temporary values
-    take more than 1 GiB faults its pages at each call, as it would.
+    For entry points, before they do anything, since all is done again. glibc reads its settings
+    once, from the environment variable ``GLIBC_TUNABLES`` of a new process, where they are then
+    taken away: programs that are started from here do not inherit them. The process keeps up to 4
+    GiB more than it would; a program whose temporary values take more than 1 GiB faults its pages
+    at each call, as it would.
 
-    Does nothing where ``RLHF_JAX_KEEP_MEMORY`` is 0 or ``GLIBC_TUNABLES`` is set, on a kernel that knows no pages of 1
-    GiB, under a debugger (``sys.gettrace``), and where no file is run. With a glibc before 2.35 calls fault their pages
-    all the same.
+    Does nothing where ``RLHF_JAX_KEEP_MEMORY`` is 0 or ``GLIBC_TUNABLES`` is set, on a kernel that
+    knows no pages of 1 GiB, under a debugger (``sys.gettrace``), and where no file is run. With a
+    glibc before 2.35 calls fault their pages all the same.
     """
     given, off = os.environ.get("GLIBC_TUNABLES"), os.environ.get("RLHF_JAX_KEEP_MEMORY") == "0"
     if given == TUNABLES:
         del os.environ["GLIBC_TUNABLES"]
     known = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB").is_dir()
-    if given is None and not off and known and hasattr(sys.modules["__main__"], "__file__") and not sys.gettrace():
+    if (
+        given is None
+        and not off
+        and known
+        and hasattr(sys.modules["__main__"], "__file__")
+        and not sys.gettrace()
+    ):
         os.environ["GLIBC_TUNABLES"] = TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

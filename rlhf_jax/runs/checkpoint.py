@@ -2,21 +2,23 @@
 
     with Checkpoints(directory, keep_last=2) as checkpoints:
         checkpoints.save(step, state, {"epoch": 3})
-        state, meta = checkpoints.restore(state)      # the newest undamaged one, on the shardings of the given state
+        state, meta = checkpoints.restore(state)      # the newest undamaged one, on the shardings
+        of the given state
 
-A state is any pytree of arrays, typed PRNG keys included. Each array is stored under its path ("params/wte/embedding").
-Orbax notices neither flipped bits nor a target of another dtype, so both are checked here. A step's folder appears
-under its number by one rename after everything is written, and leaves by one rename before it is deleted: a kill leaves
-the other steps as they were.
+A state is any pytree of arrays, typed PRNG keys included. Each array is stored under its path
+("params/wte/embedding"). Orbax notices neither flipped bits nor a target of another dtype, so both
+are checked here. A step's folder appears under its number by one rename after everything is
+written, and leaves by one rename before it is deleted: a kill leaves the other steps as they were.
 
-With several processes each one writes and hashes the parts that lie on its devices, and reads those again: no host
-holds an array that is cut. The first one merges what Orbax has noted of them, writes the record and renames the folder,
-which all must see. An array that was saved in other parts is read whole by each process.
+With several processes each one writes and hashes the parts that lie on its devices, and reads those
+again: no host holds an array that is cut. The first one merges what Orbax has noted of them, writes
+the record and renames the folder, which all must see. An array that was saved in other parts is
+read whole by each process.
 
-Writing and retention are our own. Orbax's checkpointers wait ten minutes at a barrier for a process that could not
-write; here the processes tell each other. Its CheckpointManager decides what to delete before the new step is complete,
-forgets those steps when the save then fails, reads the metric of "best" without a checksum (a cut file stops it from
-opening), and takes NaN for a number.
+Writing and retention are our own. Orbax's checkpointers wait ten minutes at a barrier for a process
+that could not write; here the processes tell each other. Its CheckpointManager decides what to
+delete before the new step is complete, forgets those steps when the save then fails, reads the
+metric of "best" without a checksum (a cut file stops it from opening), and takes NaN for a number.
 """
 
 import asyncio
@@ -50,30 +52,42 @@ T = TypeVar("T")
 
 
 class CheckpointError(TrainingFault):
-    """A checkpoint that is missing, unreadable or not what was saved; names the step and, if known, the array."""
+    """A checkpoint that is missing, unreadable or not what was saved; names the step and, if known,
+    the array.
+    """
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints in one folder, a numbered subfolder per step; one process writes at a time."""
 
     def __init__(
-        self, directory: str | Path, keep_last: int = 2, *, keep_best: str | None = None, asynchronous: bool = False
+        self,
+        directory: str | Path,
+        keep_last: int = 2,
+        *,
+        keep_best: str | None = None,
+        asynchronous: bool = False,
     ):
         """Makes the folder if it is missing.
 
         Args:
           directory: the folder.
           keep_last: how many of the newest steps are kept.
-          keep_best: ``max:NAME`` or ``min:NAME``: also keep the step whose ``meta["metrics"][NAME]`` is the highest or
-            lowest.
-          asynchronous: ``save`` returns once the state is copied to the host; a thread hashes and writes it.
+          keep_best: ``max:NAME`` or ``min:NAME``: also keep the step whose
+            ``meta["metrics"][NAME]`` is the highest or lowest.
+          asynchronous: ``save`` returns once the state is copied to the host; a thread hashes and
+            writes it.
         """
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
         how, _, self._best_metric = (keep_best or "max:").partition(":")
         if how not in ("max", "min") or (keep_best and not self._best_metric):
             raise ValueError(f"keep_best must be max:METRIC or min:METRIC, got {keep_best!r}")
-        self._keep_last, self._best_sign, self._asynchronous = keep_last, 1 if how == "max" else -1, asynchronous
+        self._keep_last, self._best_sign, self._asynchronous = (
+            keep_last,
+            1 if how == "max" else -1,
+            asynchronous,
+        )
         self._directory = Path(directory).absolute()
         self._directory.mkdir(parents=True, exist_ok=True)
         self._pending: list[Future[None]] = []
@@ -81,8 +95,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self._verbosity = absl.logging.get_verbosity()
         absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs what it is about to raise
         # What is saved is copied here already where it could change.
-        numpy, cut = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False), ocp.type_handlers.ArrayHandler()
-        kinds = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy), (jax.Array, cut))
+        numpy, cut = (
+            ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False),
+            ocp.type_handlers.ArrayHandler(),
+        )
+        kinds = ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, numpy), (jax.Array, cut)
+        )
         self._handler = ocp.PyTreeCheckpointHandler(type_handler_registry=kinds)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
 
@@ -108,44 +127,59 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step on disk with the best metric of ``keep_best``, the earlier of equals; None without one.
+        """The step on disk with the best metric of ``keep_best``, the earlier of equals; None
+        without one.
 
         A metric that is missing or not finite, or whose record is damaged, is never the best.
         """
         scores = {}
         for step in self.steps() if self._best_metric else ():
             with contextlib.suppress(CheckpointError):
-                metric = self._record(step)["meta"].get("metrics", {}).get(self._best_metric, math.nan)
+                metric = (
+                    self._record(step)["meta"].get("metrics", {}).get(self._best_metric, math.nan)
+                )
                 scores[step] = self._best_sign * metric
-        return max((step for step in scores if math.isfinite(scores[step])), key=scores.__getitem__, default=None)
+        return max(
+            (step for step in scores if math.isfinite(scores[step])),
+            key=scores.__getitem__,
+            default=None,
+        )
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Writes one checkpoint, then deletes those that are no longer to be kept.
 
-        Returns when it is complete; if ``asynchronous``, when the one before it is complete, see :meth:`wait`.
+        Returns when it is complete; if ``asynchronous``, when the one before it is complete, see
+        :meth:`wait`.
 
         Args:
-          step: higher than every step on disk, except those that ``restore`` found damaged: these are set aside first,
-            as ``damaged-STEP``.
-          state: pytree of jax or NumPy arrays, in any layout. With several processes each writes its own parts. The
-            caller may donate or overwrite them as soon as this returns.
+          step: higher than every step on disk, except those that ``restore`` found damaged: these
+            are set aside first, as ``damaged-STEP``.
+          state: pytree of jax or NumPy arrays, in any layout. With several processes each writes
+            its own parts. The caller may donate or overwrite them as soon as this returns.
           meta: JSON values; comes back from ``restore`` (tuples as lists).
 
         Raises:
-          CheckpointError: it could not be written, for example because the disk is full. The earlier ones are intact.
+          CheckpointError: it could not be written, for example because the disk is full. The
+            earlier ones are intact.
         """
         self.wait()
         latest = max(set(self.steps()) - self._damaged, default=-1)
         if step <= latest:
-            raise ValueError(f"cannot save step {step} in {self._directory}: step {latest} is there already")
+            raise ValueError(
+                f"cannot save step {step} in {self._directory}: step {latest} is there already"
+            )
         leaves = _leaves(state)
-        record = json.loads(json.dumps({"meta": meta, "leaves": {name: _describe(x) for name, x in leaves.items()}}))
+        record = json.loads(
+            json.dumps({"meta": meta, "leaves": {name: _describe(x) for name, x in leaves.items()}})
+        )
         arrays = {name: _stored(leaf) for name, leaf in leaves.items()}
         parts = {name: _parts(array, leaves[name].shape) for name, array in arrays.items()}
         folder = self._directory / f"{step}.orbax-checkpoint-tmp"
         with self._writing(step):
             processes.in_first(lambda: self._make_room(folder / "state"))
-            item = ocp.args.PyTreeSave({name: array for name, array in arrays.items() if array.size})
+            item = ocp.args.PyTreeSave(
+                {name: array for name, array in arrays.items() if array.size}
+            )
             copied = self._handler.async_save(folder / "state", args=item)
             written = processes.agree(lambda: self._writer.submit(asyncio.run, copied).result())
         self._damaged.clear()
@@ -171,8 +205,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             (self._directory / str(damaged)).rename(aside)
         folder.mkdir(parents=True)
 
-    def _write(self, step: int, folder: Path, record: Any, parts: dict[str, Any], written: Iterable[Any]) -> None:
-        """What is left of a save once the arrays are on the host; every process does it, in a thread of its own."""
+    def _write(
+        self, step: int, folder: Path, record: Any, parts: dict[str, Any], written: Iterable[Any]
+    ) -> None:
+        """What is left of a save once the arrays are on the host; every process does it, in a
+        thread of its own.
+        """
 
         def publish() -> None:
             for name, leaf in record["leaves"].items():
@@ -186,10 +224,14 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             folder.rename(self._directory / str(step))
 
         with self._writing(step):
-            processes.agree(lambda: [future.result() for future in written])  # before anything is deleted
+            processes.agree(
+                lambda: [future.result() for future in written]
+            )  # before anything is deleted
             digests = processes.gather(lambda: _digests(record["leaves"], parts))
             processes.in_first(publish)
-        processes.in_first(lambda: self._delete(set(self.steps()[: -self._keep_last]) - {self.best()}))
+        processes.in_first(
+            lambda: self._delete(set(self.steps()[: -self._keep_last]) - {self.best()})
+        )
 
     def _delete(self, old: Iterable[int] = ()) -> None:
         """Deletes steps, and what a killed or failed save, or a killed deletion, has left."""
@@ -210,9 +252,14 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             latest = self.latest()
             full = os.strerror(errno.ENOSPC)  # TensorStore says this at the end of a long message
             why = full if full in str(error) else _first_line(error)
-            last = "there is no earlier checkpoint" if latest is None else f"the last good checkpoint is step {latest}"
+            last = (
+                "there is no earlier checkpoint"
+                if latest is None
+                else f"the last good checkpoint is step {latest}"
+            )
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self._directory} ({why}); {last}. "
+                f"the checkpoint of step {step} could not be written to {self._directory} ({why}); "
+                f"{last}. "
                 "Make room if the disk is full, then go on with --resume"
             ) from error
 
@@ -220,15 +267,17 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """Reads a checkpoint back, bit for bit, and verifies every array.
 
         Args:
-          target: a state of the same structure: arrays or ``jax.ShapeDtypeStruct``. The result has its tree, shapes,
-            dtypes and shardings, and NumPy arrays where ``target`` has them.
-          step: which one. By default the newest; if that is damaged, the one before it, with a warning.
+          target: a state of the same structure: arrays or ``jax.ShapeDtypeStruct``. The result has
+            its tree, shapes, dtypes and shardings, and NumPy arrays where ``target`` has them.
+          step: which one. By default the newest; if that is damaged, the one before it, with a
+            warning.
 
         Returns:
           The state and the ``meta`` that was saved with it.
 
         Raises:
-          CheckpointError: the step is missing or damaged; without ``step``: no undamaged one is left.
+          CheckpointError: the step is missing or damaged; without ``step``: no undamaged one is
+            left.
           UserError: the checkpoint holds other arrays, shapes or dtypes than ``target``.
         """
         self.wait()
@@ -244,12 +293,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             if errors:
                 self._damaged = {later for later in steps if later > candidate}
                 warnings.warn(
-                    f"{'; '.join(errors)}. Going back to step {candidate}: what was done from there to step "
+                    f"{'; '.join(errors)}. Going back to step {candidate}: what was done from "
+                    "there to step "
                     f"{steps[0]} is lost and will be done again",
                     stacklevel=2,
                 )
             return result
-        lost = f"no good checkpoint is left in {self._directory}: {'; '.join(errors)}. Start again with --overwrite"
+        lost = (
+            f"no good checkpoint is left in {self._directory}: {'; '.join(errors)}. Start again "
+            "with --overwrite"
+        )
         raise CheckpointError(lost if errors else f"no checkpoint in {self._directory}")
 
     def _restore(self, target: T, step: int) -> tuple[T, dict[str, Any]]:
@@ -259,8 +312,15 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         record, leaves = self._record(step), _leaves(target)
         saved = record["leaves"]
         _compare(saved, leaves, where)
-        digests = {name: kind.get("parts") or {_at(kind["shape"]): kind["sha256"]} for name, kind in saved.items()}
-        how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name, leaf in leaves.items() if leaf.size}
+        digests = {
+            name: kind.get("parts") or {_at(kind["shape"]): kind["sha256"]}
+            for name, kind in saved.items()
+        }
+        how = {
+            name: ocp.RestoreArgs(restore_type=np.ndarray)
+            for name, leaf in leaves.items()
+            if leaf.size
+        }
         own = [name for name in how if _places(leaves[name]) == digests[name].keys()]
         how |= {name: ocp.ArrayRestoreArgs(sharding=leaves[name].sharding) for name in own}
         item = ocp.args.PyTreeRestore(how, restore_args=how)
@@ -269,12 +329,22 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         except MemoryError:  # too little memory is no damage
             raise
         except Exception as error:
-            raise CheckpointError(f"{where} is damaged: its arrays cannot be read ({_first_line(error)})") from error
-        arrays |= {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if name not in how}
-        parts = {name: _parts(arrays[name], leaf.shape, digests[name]) for name, leaf in leaves.items()}
+            raise CheckpointError(
+                f"{where} is damaged: its arrays cannot be read ({_first_line(error)})"
+            ) from error
+        arrays |= {
+            name: np.zeros(leaf.shape, leaf.dtype)
+            for name, leaf in leaves.items()
+            if name not in how
+        }
+        parts = {
+            name: _parts(arrays[name], leaf.shape, digests[name]) for name, leaf in leaves.items()
+        }
         for name, found in _digests(saved, parts).items():
             if any(digests[name][place] != digest for place, digest in found.items()):
-                raise CheckpointError(f"{where} is damaged: the array {name} does not match its checksum")
+                raise CheckpointError(
+                    f"{where} is damaged: the array {name} does not match its checksum"
+                )
         values = [_place(arrays.pop(name), leaf) for name, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(target), values), record["meta"]
 
@@ -282,7 +352,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """What was saved beside the arrays: their checksums and ``meta``."""
         record = f"checkpoint step {step} in {self._directory} is damaged: its record"
         try:
-            item = json.loads((self._directory / str(step) / "record" / "metadata").read_text("utf-8"))
+            item = json.loads(
+                (self._directory / str(step) / "record" / "metadata").read_text("utf-8")
+            )
             is_whole = hashlib.sha256(item["record"].encode()).hexdigest() == item["sha256"]
         except Exception as error:
             raise CheckpointError(f"{record} cannot be read ({_first_line(error)})") from error
@@ -308,7 +380,9 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _stored(leaf: Any) -> Any:
-    """What it is written from: NumPy numbers that nobody changes, unless it lies on several processes' devices."""
+    """What it is written from: NumPy numbers that nobody changes, unless it lies on several
+    processes' devices.
+    """
     if isinstance(leaf, (np.ndarray, np.generic)):
         return np.array(leaf)
     numbers = jax.random.key_data(leaf) if _is_key(leaf) else leaf
@@ -321,12 +395,16 @@ def _is_shared(leaf: Any) -> bool:
 
 
 def _at(shape: Sequence[int], index: Iterable[slice] = itertools.repeat(slice(None))) -> str:
-    """The place of a part in its array, [start, end] of each axis as JSON; without ``index`` that of the whole."""
+    """The place of a part in its array, [start, end] of each axis as JSON; without ``index`` that
+    of the whole.
+    """
     return json.dumps([cut.indices(size)[:2] for cut, size in zip(index, shape, strict=False)])
 
 
 def _places(leaf: Any) -> set[str]:
-    """The places of the parts into which several processes' devices cut an array; none if it is this process's own."""
+    """The places of the parts into which several processes' devices cut an array; none if it is
+    this process's own.
+    """
     cuts = leaf.sharding.devices_indices_map(leaf.shape).values() if _is_shared(leaf) else ()
     return {_at(leaf.shape, cut) for cut in cuts}
 
@@ -336,7 +414,9 @@ def _describe(leaf: Any) -> dict[str, Any]:
 
 
 def _parts(array: Any, shape: Sequence[int], places: Iterable[str] = ()) -> dict[str, np.ndarray]:
-    """The parts of an array that this process holds, a NumPy array's at ``places``; without them those it writes."""
+    """The parts of an array that this process holds, a NumPy array's at ``places``; without them
+    those it writes.
+    """
     if isinstance(array, np.ndarray):
         places = places or [_at(shape)] * processes.is_first()
         return {place: array[tuple(slice(*ends) for ends in json.loads(place))] for place in places}
@@ -344,8 +424,12 @@ def _parts(array: Any, shape: Sequence[int], places: Iterable[str] = ()) -> dict
     return {_at(shape, shard.index): np.asarray(shard.data) for shard in shards}
 
 
-def _digests(leaves: dict[str, Any], parts: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, str]]:
-    """The checksum of each part, on all cores: ``hashlib`` lets go of Python's lock while it computes."""
+def _digests(
+    leaves: dict[str, Any], parts: dict[str, dict[str, np.ndarray]]
+) -> dict[str, dict[str, str]]:
+    """The checksum of each part, on all cores: ``hashlib`` lets go of Python's lock while it
+    computes.
+    """
 
     def own(name: str) -> dict[str, str]:
         return {place: _sha256(leaves[name], part) for place, part in parts[name].items()}
@@ -362,14 +446,21 @@ def _sha256(leaf: dict[str, Any], part: np.ndarray) -> str:
 
 def _compare(saved: dict[str, Any], target: dict[str, Any], where: str) -> None:
     described = {path: _describe(leaf) for path, leaf in target.items()}
-    held, wanted = ({p: "{dtype}{shape}".format(**kind) for p, kind in kinds.items()} for kinds in (saved, described))
+    held, wanted = (
+        {p: "{dtype}{shape}".format(**kind) for p, kind in kinds.items()}
+        for kinds in (saved, described)
+    )
     problems = [f"{path} is not in the checkpoint" for path in wanted if path not in held]
     problems += [f"{path} is in the checkpoint alone" for path in held if path not in wanted]
     both = [path for path in wanted if wanted[path] != held.get(path, wanted[path])]
-    problems += [f"{path} is {held[path]} in the checkpoint, expected {wanted[path]}" for path in both]
+    problems += [
+        f"{path} is {held[path]} in the checkpoint, expected {wanted[path]}" for path in both
+    ]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise UserError(f"{where} is of another model or optimizer: {'; '.join(problems[:5])}{more}")
+        raise UserError(
+            f"{where} is of another model or optimizer: {'; '.join(problems[:5])}{more}"
+        )
 
 
 def _place(array: Any, target: Any) -> Any:
@@ -377,7 +468,9 @@ def _place(array: Any, target: Any) -> Any:
     if isinstance(target, (np.ndarray, np.generic)):
         return array
     if _is_key(target):
-        array = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(jnp.empty((), target.dtype)))
+        array = jax.random.wrap_key_data(
+            jnp.asarray(array), impl=jax.random.key_impl(jnp.empty((), target.dtype))
+        )
     is_free = target.sharding is None or (isinstance(target, jax.Array) and not target.committed)
     return jnp.array(array) if is_free else sharding.place(array, target.sharding)
 

@@ -13,10 +13,13 @@ from jax._src import xla_bridge  # whether a backend has started has no public n
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import processes
 
-# Given to XLA before its backend starts. GPU: collectives and copies overlap with work; loops, such as that over the
-# tokens of a response, become CUDA graphs. CPU: programs compile in half the time.
+# Given to XLA before its backend starts. GPU: collectives and copies overlap with work; loops, such
+# as that over the tokens of a response, become CUDA graphs. CPU: programs compile in half the time.
 FLAGS = {
-    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": "true", "xla_gpu_enable_command_buffer": "+WHILE,+CONDITIONAL"},
+    "gpu": {
+        "xla_gpu_enable_latency_hiding_scheduler": "true",
+        "xla_gpu_enable_command_buffer": "+WHILE,+CONDITIONAL",
+    },
     "cpu": {
         "xla_cpu_use_fusion_emitters": "false",
         "xla_backend_optimization_level": "1",
@@ -24,22 +27,32 @@ FLAGS = {
         "xla_cpu_parallel_codegen_split_count": "8",
     },
 }
-FILES = {"gpu": ("/dev/nvidia[0-9]*", "/usr/lib/wsl/lib/libcuda.so.1"), "tpu": ("/dev/accel[0-9]*",)}
+FILES = {
+    "gpu": ("/dev/nvidia[0-9]*", "/usr/lib/wsl/lib/libcuda.so.1"),
+    "tpu": ("/dev/accel[0-9]*",),
+}
 
 
 def choose(device: str | None, place: str | None = None) -> None:
-    """Restricts JAX to one kind of device and joins the other processes; call it before anything else touches JAX.
+    """Restricts JAX to one kind of device and joins the other processes; call it before anything
+    else touches JAX.
 
     With None JAX chooses, but does not silently take the CPU while a GPU or TPU is idle.
 
     place: as in ``processes.join``; None: there is one process.
 
     Raises:
-        UserError: JAX finds no such device here, or would leave an accelerator unused although nobody chose the CPU.
+        UserError: JAX finds no such device here, or would leave an accelerator unused although
+            nobody chose the CPU.
     """
     if device == "mps":
-        raise UserError("--device mps: JAX has no maintained backend for Apple's GPUs; --device cpu runs all on a Mac")
-    if not xla_bridge.backends_are_initialized():  # else nobody reads them, and a manifest must not list them
+        raise UserError(
+            "--device mps: JAX has no maintained backend for Apple's GPUs; --device cpu runs all "
+            "on a Mac"
+        )
+    if (
+        not xla_bridge.backends_are_initialized()
+    ):  # else nobody reads them, and a manifest must not list them
         os.environ["XLA_FLAGS"] = xla_flags(flags_for(device), os.environ.get("XLA_FLAGS", ""))
     if device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
@@ -54,7 +67,9 @@ def choose(device: str | None, place: str | None = None) -> None:
 
 
 def flags_for(device: str | None) -> dict[str, str]:
-    """The FLAGS of a device; with None of what JAX_PLATFORMS names or, as JAX would choose, of what is here."""
+    """The FLAGS of a device; with None of what JAX_PLATFORMS names or, as JAX would choose, of what
+    is here.
+    """
     named = device or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     here = [platform for platform, patterns in FILES.items() if has_file(*patterns)]
     return FLAGS.get({"cuda": "gpu"}.get(named, named) or [*here, "cpu"][0], {})
@@ -63,30 +78,53 @@ def flags_for(device: str | None) -> dict[str, str]:
 def compiler_options(num_blocks: int) -> dict[str, bool]:
     """Options of ``jax.jit`` for a program with so many blocks of a model.
 
-    They choose XLA's newer CPU kernels, where FLAGS chose the older ones; elsewhere there are none. The newer ones are
-    faster, and what several blocks need is compiled once. With three blocks or fewer that does not make up for what
-    each takes longer to compile.
+    They choose XLA's newer CPU kernels, where FLAGS chose the older ones; elsewhere there are none.
+    The newer ones are faster, and what several blocks need is compiled once. With three blocks or
+    fewer that does not make up for what each takes longer to compile.
     """
     name = "xla_cpu_use_fusion_emitters"
-    return {name: True} if num_blocks >= 4 and f"--{name}=false" in os.environ.get("XLA_FLAGS", "").split() else {}
+    return (
+        {name: True}
+        if num_blocks >= 4 and f"--{name}=false" in os.environ.get("XLA_FLAGS", "").split()
+        else {}
+    )
 
 
 def xla_flags(ours: Mapping[str, str], given: str) -> str:
-    """XLA's flags: those ``given``, and of ``ours`` those that they do not set and this jaxlib knows; XLA aborts at
-    others. A name that is no flag any more may be left in the library, but not as a string of its own."""
+    """XLA's flags: those ``given``, and of ``ours`` those that they do not set and this jaxlib
+    knows; XLA aborts at others. A name that is no flag any more may be left in the library, but not
+    as a string of its own."""
     library = Path(jaxlib.__file__).with_name("libjax_common.so")
-    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        known = {name for name in ours if name not in given and content.find(f"{name}\0".encode()) >= 0}
-    return " ".join([f"--{name}={value}" for name, value in ours.items() if name in known] + given.split())
+    with (
+        library.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        known = {
+            name for name in ours if name not in given and content.find(f"{name}\0".encode()) >= 0
+        }
+    return " ".join(
+        [f"--{name}={value}" for name, value in ours.items() if name in known] + given.split()
+    )
 
 
 def idle_accelerator() -> str | None:
-    """A sentence that names an accelerator which JAX does not use, and how to install its plugin; None without one."""
+    """A sentence that names an accelerator which JAX does not use, and how to install its plugin;
+    None without one.
+    """
     platforms = {device.platform for device in _all_devices()}
-    sentence = "This machine has {}, but JAX does not use it. Install its plugin: pip install -e '.[{}]'{}."
+    sentence = (
+        "This machine has {}, but JAX does not use it. Install its plugin: pip install -e "
+        "'.[{}]'{}."
+    )
     if "gpu" not in platforms and has_file(*FILES["gpu"]):
-        return sentence.format("an NVIDIA GPU", "cuda13", ", or with a driver before 580 '.[cuda12]'")
-    return sentence.format("a TPU", "tpu", "") if "tpu" not in platforms and has_file(*FILES["tpu"]) else None
+        return sentence.format(
+            "an NVIDIA GPU", "cuda13", ", or with a driver before 580 '.[cuda12]'"
+        )
+    return (
+        sentence.format("a TPU", "tpu", "")
+        if "tpu" not in platforms and has_file(*FILES["tpu"])
+        else None
+    )
 
 
 def has_file(*patterns: str) -> bool:
@@ -97,5 +135,8 @@ def has_file(*patterns: str) -> bool:
 def _all_devices() -> list[jax.Device]:
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError):  # the latter if the platform's plugin is not installed (jax 0.10)
+    except (
+        RuntimeError,
+        AssertionError,
+    ):  # the latter if the platform's plugin is not installed (jax 0.10)
         return []

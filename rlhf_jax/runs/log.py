@@ -1,12 +1,14 @@
-"""What a run records while it goes: rows of numbers, seconds and texts in its folder, and a line on the console.
+"""What a run records while it goes: rows of numbers, seconds and texts in its folder, and a line on
+the console.
 
     with Tracker(run, total=config.rl.num_iterations, resume_step=step) as tracker:
         tracker.log(iteration, metrics)
         tracker.sync()
         checkpoints.save(iteration, ...)
 
-A row of step s is written before the checkpoint of step s is saved. A run that is resumed from that checkpoint removes
-the rows of later steps and writes them again, so that no row is missing and none is there twice.
+A row of step s is written before the checkpoint of step s is saved. A run that is resumed from that
+checkpoint removes the rows of later steps and writes them again, so that no row is missing and none
+is there twice.
 """
 
 import contextlib
@@ -19,7 +21,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from rlhf_jax.errors import logger
 from rlhf_jax.runs import processes
@@ -30,14 +39,23 @@ _PRINT_EVERY = 10  # steps between lines if there is no terminal
 
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
-    """Writes ``metrics.jsonl``, ``timing.jsonl`` and ``samples.jsonl`` of a run and shows how it goes.
+    """Writes ``metrics.jsonl``, ``timing.jsonl`` and ``samples.jsonl`` of a run and shows how it
+    goes.
 
-    On a terminal: the newest metrics and a progress bar. Elsewhere: a line at the first, every tenth and the
-    last step. Lines are messages of the logger ``rlhf_jax``; where nobody listens to its level INFO there is no bar.
+    On a terminal: the newest metrics and a progress bar. Elsewhere: a line at the first, every
+    tenth and the last step. Lines are messages of the logger ``rlhf_jax``; where nobody listens to
+    its level INFO there is no bar.
     """
 
     def __init__(
-        self, run: Run, *, total: int, resume_step: int | None, label: str, show: Sequence[str], services: Services
+        self,
+        run: Run,
+        *,
+        total: int,
+        resume_step: int | None,
+        label: str,
+        show: Sequence[str],
+        services: Services,
     ):
         """Opens the files.
 
@@ -50,7 +68,9 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
           services: also get rows, samples and alerts; closed with the tracker.
         """
         self._services, self._total, self._label, self._show = services, total, label, show
-        self._files = [RowWriter(path, resume_step) for path in (run.metrics, run.timing, run.samples)]
+        self._files = [
+            RowWriter(path, resume_step) for path in (run.metrics, run.timing, run.samples)
+        ]
         self._metrics, self._timing, self._samples = self._files
         self._printed = False
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -77,7 +97,9 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         return numbers
 
     def timing(self, step: int, seconds: Mapping[str, float]) -> None:
-        """Writes a row of ``timing.jsonl``. Times are kept apart from the metrics, which a seed reproduces."""
+        """Writes a row of ``timing.jsonl``. Times are kept apart from the metrics, which a seed
+        reproduces.
+        """
         self._timing.write(step, {name: _number(name, value) for name, value in seconds.items()})
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -107,16 +129,17 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 class RowWriter:
     """Appends JSON objects to a file, one a line, each with its ``"step"``.
 
-    Floats are written so that they read back equal. NaN and the infinities, which JSON lacks, become the strings "NaN",
-    "Infinity" and "-Infinity", which Python's ``float`` and NumPy understand. Each row reaches the operating system at
-    once, so a killed process loses none; :meth:`sync` brings them to the disk, and is due before a checkpoint.
+    Floats are written so that they read back equal. NaN and the infinities, which JSON lacks,
+    become the strings "NaN", "Infinity" and "-Infinity", which Python's ``float`` and NumPy
+    understand. Each row reaches the operating system at once, so a killed process loses none;
+    :meth:`sync` brings them to the disk, and is due before a checkpoint.
     """
 
     def __init__(self, path: str | Path, resume_step: int | None = None):
         """Starts an empty file; with ``resume_step`` goes on behind the rows of the steps up to it.
 
-        Removes the rows of later steps, which the resumed run writes again, and a last line cut by a kill. If several
-        processes share the run, only the first one writes.
+        Removes the rows of later steps, which the resumed run writes again, and a last line cut by
+        a kill. If several processes share the run, only the first one writes.
 
         Raises:
           UserError: a line other than the last one is no row.
@@ -124,7 +147,9 @@ class RowWriter:
         self._writes = processes.is_first()
         if self._writes:
             rows = [] if resume_step is None else json_lines(Path(path))
-            write_atomically(Path(path), "".join(f"{line}\n" for line, row in rows if row["step"] <= resume_step))
+            write_atomically(
+                Path(path), "".join(f"{line}\n" for line, row in rows if row["step"] <= resume_step)
+            )
         target = Path(path if self._writes else os.devnull)
         self._file = target.open("a", encoding="utf-8", newline="\n")
 
@@ -132,7 +157,9 @@ class RowWriter:
         """Appends ``{"step": step, **row}``."""
         if "step" in row:
             raise ValueError(f"a row cannot have a key step of its own: {row}")
-        json_values = json.loads(json.dumps({"step": step, **row}), parse_constant=str)  # NaN becomes "NaN"
+        json_values = json.loads(
+            json.dumps({"step": step, **row}), parse_constant=str
+        )  # NaN becomes "NaN"
         self._file.write(json.dumps(json_values, ensure_ascii=False) + "\n")
         self._file.flush()
 

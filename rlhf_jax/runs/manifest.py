@@ -1,7 +1,8 @@
 """What reproduces a run, in ``manifest.json``, and whether a resumed run is still the same one.
 
     with open_run("runs/ppo", resume=False, overwrite=False) as run:
-        write_manifest(run, {"seed": 0, "data": {"pairs.json": fingerprint("pairs.json")}}, {"data": 8})
+        write_manifest(run, {"seed": 0, "data": {"pairs.json": fingerprint("pairs.json")}}, {"data":
+        8})
 
 It is written whole or not at all.
 """
@@ -27,7 +28,16 @@ from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger
 from rlhf_jax.runs.folder import Run, write_atomically
 
 Keys = Sequence[str]
-PACKAGES = ("rlhf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+PACKAGES = (
+    "rlhf-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "transformers",
+)
 
 
 def fingerprint(path: str | Path) -> str:
@@ -41,22 +51,34 @@ def fingerprint(path: str | Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def write_manifest(run: Run, facts: Mapping[str, Any], mesh: Mapping[str, int], changed: Keys = ()) -> None:
-    """Writes ``manifest.json``; a resumed run keeps its first one and adds this start to its list ``resumed``.
+def write_manifest(
+    run: Run, facts: Mapping[str, Any], mesh: Mapping[str, int], changed: Keys = ()
+) -> None:
+    """Writes ``manifest.json``; a resumed run keeps its first one and adds this start to its list
+    ``resumed``.
 
-    Prints a line if a resumed run has other devices or versions than before, because its bits depend on them.
+    Prints a line if a resumed run has other devices or versions than before, because its bits
+    depend on them.
 
     Args:
       run: the run.
-      facts: JSON values, kept under their keys: ``seed``, ``stage`` and ``data``, {file as the user named it:
-        :func:`fingerprint`}.
+      facts: JSON values, kept under their keys: ``seed``, ``stage`` and ``data``, {file as the user
+        named it: :func:`fingerprint`}.
       mesh: the sizes of the mesh's axes.
       changed: what differs from the run that is resumed; the facts are then the new ones.
     """
     devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **mesh}
-    versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+    versions = {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
     flags = os.environ.get("XLA_FLAGS", "")
-    machine = {"backend": jax.default_backend(), "devices": devices, "versions": versions, "xla_flags": flags}
+    machine = {
+        "backend": jax.default_backend(),
+        "devices": devices,
+        "versions": versions,
+        "xla_flags": flags,
+    }
     start = {"command": shlex.join(command_line()), **machine, "git": _git_state()}
     manifest = start | dict(facts)
     if run.resumed:
@@ -64,54 +86,83 @@ def write_manifest(run: Run, facts: Mapping[str, Any], mesh: Mapping[str, int], 
         starts = manifest.setdefault("resumed", [])
         before = {key: (starts or [manifest])[-1].get(key) for key in machine}
         if differences := _differences(dotted(before), dotted(machine)).values():
-            goes_on = "The run goes on, but is no longer bit for bit what it would have been without the stop"
+            goes_on = (
+                "The run goes on, but is no longer bit for bit what it would have been "
+                "without the stop"
+            )
             logger.info(f"--resume: {'; '.join(differences)}. {goes_on}")
         starts.append(start | ({"changed": list(changed)} if changed else {}))
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def command_line() -> list[str]:
-    """The words that start this process once more: ``rlhf-jax COMMAND ...`` or ``python SCRIPT ...``."""
+    """The words that start this process once more: ``rlhf-jax COMMAND ...`` or ``python SCRIPT
+    ...``.
+    """
     return sys.argv if sys.argv[0] == "rlhf-jax" else ["python", *sys.argv]
 
 
 def check_unchanged(
-    run: Run, *, config: str, data: Mapping[str, str], may_change: Keys = (), allowed: Keys = (), fixed: Keys = ()
+    run: Run,
+    *,
+    config: str,
+    data: Mapping[str, str],
+    may_change: Keys = (),
+    allowed: Keys = (),
+    fixed: Keys = (),
 ) -> list[str]:
-    """Refuses to resume a run as another one; returns the differences that were allowed, a sentence each.
+    """Refuses to resume a run as another one; returns the differences that were allowed, a sentence
+    each.
 
     Args:
       run: only a run with ``resumed`` set is compared with anything.
       config: the new configuration as ``config.to_yaml`` writes it.
       data: {name: :func:`fingerprint`} of the data as it is now.
       may_change: dotted keys, or sections, whose differences do not count.
-      allowed: keys or sections that the user lets differ. ``data``, of any section, also stands for the contents of all
-        data files, ``reward`` and ``safety`` for those of the rewards and of the filter.
-      fixed: those that must not differ even so: the state could not be read, or its tokens would mean something else.
+      allowed: keys or sections that the user lets differ. ``data``, of any section, also stands for
+        the contents of all data files, ``reward`` and ``safety`` for those of the rewards and of
+        the filter.
+      fixed: those that must not differ even so: the state could not be read, or its tokens would
+        mean something else.
 
     Raises:
-      UserError: lists the keys with both values, and the data that differs; a key of ``allowed`` is no setting.
+      UserError: lists the keys with both values, and the data that differs; a key of ``allowed`` is
+        no setting.
     """
     after = dotted(yaml.safe_load(config))
     allowed = [key.replace("-", "_") for key in allowed]
     for key in allowed:
         if not any(_within(setting, [key]) for setting in after):
-            raise UserError(f"--allow-changed {key}: there is no such setting{did_you_mean(key, after)}")
+            raise UserError(
+                f"--allow-changed {key}: there is no such setting{did_you_mean(key, after)}"
+            )
     if not run.resumed:
         return []
     if any(key.rpartition(".")[2] in ("data", "validation_data") for key in allowed):
         allowed.append("data")
-    before = dotted(_read(run.config, yaml.safe_load)) | _hashes(_read(run.manifest, json.loads).get("data", {}))
+    before = dotted(_read(run.config, yaml.safe_load)) | _hashes(
+        _read(run.manifest, json.loads).get("data", {})
+    )
     differences = _differences(before, after | _hashes(data))
-    changed = {key: text for key, text in differences.items() if not _within(_setting(key), may_change)}
+    changed = {
+        key: text for key, text in differences.items() if not _within(_setting(key), may_change)
+    }
     never = [_setting(key) for key in changed if _within(_setting(key), fixed)]
-    problems = [text for key, text in changed.items() if _setting(key) in never or not _within(_setting(key), allowed)]
+    problems = [
+        text
+        for key, text in changed.items()
+        if _setting(key) in never or not _within(_setting(key), allowed)
+    ]
     if problems:
         advice = "Undo this, or start a new run with another --output-dir; --allow-changed "
-        advice += f"cannot help with {', '.join(never)}" if never else "lets those differ that you name"
+        advice += (
+            f"cannot help with {', '.join(never)}" if never else "lets those differ that you name"
+        )
         raise UserError(f"--resume: {run.path} is another run: {'; '.join(problems)}. {advice}")
     if changed:
-        logger.info(f"--resume: goes on as another run than it began: {'; '.join(changed.values())}")
+        logger.info(
+            f"--resume: goes on as another run than it began: {'; '.join(changed.values())}"
+        )
     return list(changed.values())
 
 
@@ -120,7 +171,9 @@ def _hashes(fingerprints: Mapping[str, str]) -> dict[str, str]:
 
 
 def _setting(key: str) -> str:
-    """The setting that a difference belongs to: the key itself, or the one that names the file of a sha256."""
+    """The setting that a difference belongs to: the key itself, or the one that names the file of a
+    sha256.
+    """
     match = re.match(r"sha256 of (?:(model|tokenizer)$|(reward|safety) )?", key)
     return (match[1] or match[2] or "data") if match else key
 
@@ -144,7 +197,11 @@ def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
     """{"section.key": value} of a tree of dicts."""
     if not isinstance(value, dict) or not value:
         return {prefix[:-1]: value}
-    return {key: inner for name, child in value.items() for key, inner in dotted(child, f"{prefix}{name}.").items()}
+    return {
+        key: inner
+        for name, child in value.items()
+        for key, inner in dotted(child, f"{prefix}{name}.").items()
+    }
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:
@@ -155,11 +212,19 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that this package runs from, and whether its files differ from it; None without one."""
-    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, timeout=10, check=True)
+    """Commit of the checkout that this package runs from, and whether its files differ from it;
+    None without one.
+    """
+    git = functools.partial(
+        subprocess.run, cwd=Path(__file__).parent, capture_output=True, timeout=10, check=True
+    )
     try:
-        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])  # not another project's checkout around us
-        text = git(["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"], text=True).stdout.strip()
+        git(
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+        )  # not another project's checkout around us
+        text = git(
+            ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"], text=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": text.removesuffix("-dirty"), "modified": text.endswith("-dirty")}

@@ -1,11 +1,13 @@
-"""Services that get a run's numbers, samples and alerts beside its folder: W&B, trackio, TensorBoard.
+"""Services that get a run's numbers, samples and alerts beside its folder: W&B, trackio,
+TensorBoard.
 
     services = trackers.start(run, ("wandb", "tensorboard"), config, resume_step=None)
     services.log(10, {"objective/score": 1.5})
     services.close()
 
-Each package sends in a process or thread of its own, so no step waits for a network. What a service raises becomes a
-warning, once for each service: the run goes on, and everything it records is in its folder too.
+Each package sends in a process or thread of its own, so no step waits for a network. What a service
+raises becomes a warning, once for each service: the run goes on, and everything it records is in
+its folder too.
 """
 
 import importlib
@@ -28,15 +30,22 @@ _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard
 class _Client:
     """W&B, or trackio, which has the same interface."""
 
-    def __init__(self, name: str, place: Mapping[str, Any], config: Mapping[str, Any], resumed: bool):
-        # How long W&B waits for a server that has gone away; its own defaults outlast the run by hours.
+    def __init__(
+        self, name: str, place: Mapping[str, Any], config: Mapping[str, Any], resumed: bool
+    ):
+        # How long W&B waits for a server that has gone away; its own defaults outlast the run by
+        # hours.
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
         os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_MAX", "5")
         self._module = importlib.import_module(name)
-        known = inspect.signature(self._module.init).parameters  # trackio knows a run by its name, not by an id
+        known = inspect.signature(
+            self._module.init
+        ).parameters  # trackio knows a run by its name, not by an id
         arguments = {key: place[key] for key in ("project", "name", "id") if key in known}
-        self._run = self._module.init(**arguments, config=dict(config), **({"resume": "allow"} if resumed else {}))
+        self._run = self._module.init(
+            **arguments, config=dict(config), **({"resume": "allow"} if resumed else {})
+        )
         self._title, self.close = place["name"], self._run.finish
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -50,15 +59,23 @@ class _Client:
 
 
 class _TensorBoard:
-    """Event files for TensorBoard: scalars by the metrics' names; samples, alerts and settings as texts."""
+    """Event files for TensorBoard: scalars by the metrics' names; samples, alerts and settings as
+    texts.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int | None):
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a metric may be NaN
-        first = 0 if resume_step is None else resume_step + 1  # readers forget what was written from this step on
+        first = (
+            0 if resume_step is None else resume_step + 1
+        )  # readers forget what was written from this step on
         module = importlib.import_module("tensorboardX")
         # The suffix keeps two starts within one second from writing to one file.
-        self._writer = module.SummaryWriter(str(folder), purge_step=first, filename_suffix=f".step{first}")
-        self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```", first)
+        self._writer = module.SummaryWriter(
+            str(folder), purge_step=first, filename_suffix=f".step{first}"
+        )
+        self._writer.add_text(
+            "config", f"```\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```", first
+        )
         self.close = self._writer.close
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -67,8 +84,12 @@ class _TensorBoard:
 
     def samples(self, step: int, columns: list[str], cells: list[list[Any]]) -> None:
         lines = [columns, ["---"] * len(columns), *cells]
-        escaped = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
-        self._writer.add_text("samples", "\n".join(f"| {' | '.join(line)} |" for line in escaped), step)
+        escaped = [
+            [str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines
+        ]
+        self._writer.add_text(
+            "samples", "\n".join(f"| {' | '.join(line)} |" for line in escaped), step
+        )
         self._writer.flush()
 
     def alert(self, step: int, text: str) -> None:
@@ -79,7 +100,9 @@ class Services:
     """Sends to some services; the first error of one is a warning, its next ones are silent."""
 
     def __init__(self, services: Mapping[str, _Client | _TensorBoard], sent: Mapping[str, int]):
-        """sent: the step up to which a service has everything already; nothing is sent to it for those steps."""
+        """sent: the step up to which a service has everything already; nothing is sent to it for
+        those steps.
+        """
         self._services, self._sent, self._warned = services, sent, set[str]()
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -87,14 +110,23 @@ class Services:
         columns = list(dict.fromkeys(name for row in rows for name in row))
 
         def cell(value: Any) -> Any:
-            return value if isinstance(value, int | float | str | None) else json.dumps(value, ensure_ascii=False)
+            return (
+                value
+                if isinstance(value, int | float | str | None)
+                else json.dumps(value, ensure_ascii=False)
+            )
 
         if rows:
-            self.send("samples", step, columns, [[cell(row.get(name)) for name in columns] for row in rows])
+            self.send(
+                "samples",
+                step,
+                columns,
+                [[cell(row.get(name)) for name in columns] for row in rows],
+            )
 
     def send(self, what: Literal["log", "samples", "alert", "close"], *values: Any) -> None:
-        """Sends a row of metrics, a table of samples or an alert, each behind its step; or waits until everything has
-        arrived, or until the service's own time limit, and closes."""
+        """Sends a row of metrics, a table of samples or an alert, each behind its step; or waits
+        until everything has arrived, or until the service's own time limit, and closes."""
         for name, service in self._services.items():
             if values and values[0] <= self._sent[name]:
                 continue
@@ -102,7 +134,11 @@ class Services:
                 getattr(service, what)(*values)
             except Exception as error:  # whatever it is: the training is worth more
                 if name not in self._warned:
-                    _warn(name, error, "what it lacks is in the run's folder; further errors of it are not shown")
+                    _warn(
+                        name,
+                        error,
+                        "what it lacks is in the run's folder; further errors of it are not shown",
+                    )
                 self._warned.add(name)
 
 
@@ -110,21 +146,27 @@ def check(names: Sequence[str]) -> None:
     """Raises UserError if the package of a service is not installed."""
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise UserError(f"--track {name}: the package is not installed; pip install -e '.[{name}]'")
+            raise UserError(
+                f"--track {name}: the package is not installed; pip install -e '.[{name}]'"
+            )
 
 
-def start(run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step: int | None = None) -> Services:
+def start(
+    run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step: int | None = None
+) -> Services:
     """Opens the services of these names; one that cannot be opened is left out with a warning.
 
-    ``tracker.json`` in the run's folder keeps what the run is called there, so that a resumed one goes on in the same
-    place. ``WANDB_PROJECT`` and ``WANDB_NAME`` name project and run for W&B and trackio.
+    ``tracker.json`` in the run's folder keeps what the run is called there, so that a resumed one
+    goes on in the same place. ``WANDB_PROJECT`` and ``WANDB_NAME`` name project and run for W&B and
+    trackio.
 
     Args:
-        run: its metrics.jsonl tells, on resume, what has been sent: call this before later rows are removed from it.
+        run: its metrics.jsonl tells, on resume, what has been sent: call this before later rows are
+            removed from it.
         names: of ``wandb``, ``trackio``, ``tensorboard``.
         config: the run's settings as a tree of JSON values, shown beside the curves.
-        resume_step: step of the checkpoint that the run goes on from; None: it starts anew. A service that the run did
-            not have before gets the earlier rows of metrics too.
+        resume_step: step of the checkpoint that the run goes on from; None: it starts anew. A
+            service that the run did not have before gets the earlier rows of metrics too.
     """
     if not names:
         return Services({}, {})
@@ -146,7 +188,9 @@ def start(run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step
                 services[name] = _Client(name, place, config, resumed=name in known)
         except Exception as error:
             _warn(name, error, "the run goes on without it")
-        if name in known and resume_step is not None:  # TensorBoard forgets the steps behind the checkpoint
+        if (
+            name in known and resume_step is not None
+        ):  # TensorBoard forgets the steps behind the checkpoint
             sent[name] = resume_step if name == "tensorboard" or not rows else rows[-1]["step"]
     if services:
         place["services"] = list(dict.fromkeys([*known, *services]))
@@ -154,7 +198,11 @@ def start(run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step
     opened = Services(services, sent)
     for row in rows:
         if row["step"] <= (resume_step or 0):
-            opened.send("log", row["step"], {key: float(value) for key, value in row.items() if key != "step"})
+            opened.send(
+                "log",
+                row["step"],
+                {key: float(value) for key, value in row.items() if key != "step"},
+            )
     return opened
 
 

@@ -1,4 +1,6 @@
-"""The value function of an actor-critic run: a head or a model of its own, where it starts and how it learns."""
+"""The value function of an actor-critic run: a head or a model of its own, where it starts and how
+it learns.
+"""
 
 from dataclasses import replace
 
@@ -19,8 +21,9 @@ def settings(config: AlgorithmConfig) -> PPOStage:
 
 
 def start(stage: Stage, params: Params, value: str | None) -> tuple[Trainable, Trainable]:
-    """What a run starts from, on the devices: the policy, with its head where ``value`` is "shared", and all that is
-    trained: the same or, where it is "separate", {"policy", "value"}. None: nothing has values."""
+    """What a run starts from, on the devices: the policy, with its head where ``value`` is
+    "shared", and all that is trained: the same or, where it is "separate", {"policy", "value"}.
+    None: nothing has values."""
     lora, key = stage.config.lora, stage.key("init")
     if value == "shared":
         params = models.add_head(jax.random.fold_in(key, 1), params, "value")
@@ -28,36 +31,48 @@ def start(stage: Stage, params: Params, value: str | None) -> tuple[Trainable, T
     if value != "separate":
         return policy, policy
     with_head = models.add_head(key, params, "value")
-    return policy, beside(policy, initial.trainable(lora, with_head, jax.random.fold_in(key, 3)).params)
+    return policy, beside(
+        policy, initial.trainable(lora, with_head, jax.random.fold_in(key, 3)).params
+    )
 
 
 def beside(policy: Trainable, value: Params) -> Trainable:
-    """Policy and value model as one: {"policy", "value"}. Under LoRA each has adapters on the same frozen body, of
-    which there is no second copy."""
+    """Policy and value model as one: {"policy", "value"}. Under LoRA each has adapters on the same
+    frozen body, of which there is no second copy."""
     base = policy.base and {"policy": policy.base, "value": policy.base}
     return Trainable({"policy": policy.params, "value": value}, base)
 
 
-def make_optimizer(settings: RLStage, critic: PPOStage, updates: int, params: Params) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: RLStage, critic: PPOStage, updates: int, params: Params
+) -> optax.GradientTransformation:
     """The optimizer of a run of so many ``updates`` an iteration.
 
-    A value model, or a head with a learning rate or a warm-up of its own, has an optimizer of its own (``split``), with
-    a schedule of the same form. The policy's schedule begins after the warm-up.
+    A value model, or a head with a learning rate or a warm-up of its own, has an optimizer of its
+    own (``split``), with a schedule of the same form. The policy's schedule begins after the
+    warm-up.
     """
     adam, rate, warmup = settings.optimizer, critic.value_learning_rate, critic.value_warmup
     policy = optimizer.make_optimizer(adam, (settings.length - warmup) * updates)
     if "policy" not in params and rate is None and not warmup:
         return policy
     adam = adam if rate is None else replace(adam, learning_rate=rate)
-    return split(policy, optimizer.make_optimizer(adam, settings.length * updates), params, warmup * updates)
+    return split(
+        policy, optimizer.make_optimizer(adam, settings.length * updates), params, warmup * updates
+    )
 
 
 def split(
-    policy: optax.GradientTransformation, value: optax.GradientTransformation, params: Params, frozen_steps: int = 0
+    policy: optax.GradientTransformation,
+    value: optax.GradientTransformation,
+    params: Params,
+    frozen_steps: int = 0,
 ) -> optax.GradientTransformation:
-    """``value`` for ``params["value"]``, a head or a model, and ``policy`` for the rest; each clips its own gradients.
+    """``value`` for ``params["value"]``, a head or a model, and ``policy`` for the rest; each clips
+    its own gradients.
 
-    In the first ``frozen_steps`` steps the rest stays as it is, and so does the state of ``policy``.
+    In the first ``frozen_steps`` steps the rest stays as it is, and so does the state of
+    ``policy``.
     """
     if frozen_steps:
         policy = optax.conditionally_mask(policy, lambda step: step >= frozen_steps)

@@ -1,4 +1,6 @@
-"""``rlhf-jax doctor``: what is installed, which devices there are, and one step of every phase on a tiny model."""
+"""``rlhf-jax doctor``: what is installed, which devices there are, and one step of every phase on a
+tiny model.
+"""
 
 import functools
 import importlib.metadata
@@ -29,18 +31,24 @@ class Check(NamedTuple):
 
 def machine() -> list[Check]:
     """Versions, devices with their memory, and an accelerator that JAX does not use (not passed)."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (*manifest.PACKAGES, "datasets"))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in (*manifest.PACKAGES, "datasets")
+    )
     checks = [Check("versions", True, f"Python {platform.python_version()}, {versions}")]
     for device in jax.devices():
         limit = (device.memory_stats() or {}).get("bytes_limit")
         memory = f", {limit / 2**30:.1f} GiB for JAX" if limit else ""
-        checks.append(Check(f"device {device.id}", True, f"{device.platform}: {device.device_kind}{memory}"))
+        checks.append(
+            Check(f"device {device.id}", True, f"{device.platform}: {device.device_kind}{memory}")
+        )
     idle = devices.idle_accelerator()
     return checks if idle is None else [*checks, Check("accelerator", False, idle)]
 
 
 def self_test(work: Callable[[str], Any]) -> list[Check]:
-    """One step of every phase, as ``benchmarks/steps.py`` makes ``work``, and a checkpoint; all must be finite."""
+    """One step of every phase, as ``benchmarks/steps.py`` makes ``work``, and a checkpoint; all
+    must be finite.
+    """
 
     def step(name: str) -> Metrics:
         made = work(name)
@@ -53,16 +61,27 @@ def self_test(work: Callable[[str], Any]) -> list[Check]:
             restored, _ = checkpoints.restore(saved)
         return {"identical": jnp.where(jnp.array_equal(saved["x"], restored["x"]), 1.0, jnp.nan)}
 
-    return [*(timed(name, functools.partial(step, name)) for name in STEPS), timed("checkpoint", checkpoint)]
+    return [
+        *(timed(name, functools.partial(step, name)) for name in STEPS),
+        timed("checkpoint", checkpoint),
+    ]
 
 
 def timed(name: str, step: Callable[[], Metrics]) -> Check:
-    """Runs a step and says how long it took, which of its metrics are not finite, or what it raised."""
+    """Runs a step and says how long it took, which of its metrics are not finite, or what it
+    raised.
+    """
     started = time.perf_counter()
     try:
         metrics = {metric: np.asarray(value) for metric, value in step().items()}
     except Exception as error:  # a broken installation may raise anything
-        return Check(name, False, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
+        return Check(
+            name, False, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        )
     bad = [metric for metric, value in metrics.items() if not np.isfinite(value)]
     seconds = time.perf_counter() - started
-    return Check(name, not bad, f"not finite: {', '.join(bad)}" if bad else f"{seconds:.1f} s, compiling included")
+    return Check(
+        name,
+        not bad,
+        f"not finite: {', '.join(bad)}" if bad else f"{seconds:.1f} s, compiling included",
+    )

@@ -1,4 +1,6 @@
-"""Direct preference optimisation as a run: preference pairs and a policy in, a better policy out, without sampling."""
+"""Direct preference optimisation as a run: preference pairs and a policy in, a better policy out,
+without sampling.
+"""
 
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.config import RunConfig
@@ -7,12 +9,16 @@ from rlhf_jax.training.stage import RunResult
 
 
 def run(config: RunConfig) -> RunResult:
-    """Trains the policy in ``config.model``, which is the reference too, on the pairs of ``config.dpo.data`` or
-    ``config.data``, and saves ``model/`` in the run folder. A ranking is trained on as its pairs. A kind that needs no
-    reference has none: no copy of the policy, no second forward pass.
+    """Trains the policy in ``config.model``, which is the reference too, on the pairs of
+    ``config.dpo.data`` or ``config.data``, and saves ``model/`` in the run folder. A ranking is
+    trained on as its pairs. A kind that needs no reference has none: no copy of the policy, no
+    second forward pass.
 
     Raises:
-        UserError: for whatever is wrong with the data, the model's folder, the run folder or the settings.
+        UserError: for whatever is wrong with the data, the model's folder, the run folder or the
+            settings.
     """
     show = ("dpo/loss", "dpo/accuracy", "dpo/margin", "validation/loss", "validation/accuracy")
-    return supervised.run(config, "dpo", lambda setting: supervised.policy_task(setting, dpo, config.dpo), show)
+    return supervised.run(
+        config, "dpo", lambda setting: supervised.policy_task(setting, dpo, config.dpo), show
+    )

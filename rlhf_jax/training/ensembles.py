@@ -1,8 +1,9 @@
-"""Ensembles of reward models: members that train at once, each on its own draw of the rows, and their folders.
+"""Ensembles of reward models: members that train at once, each on its own draw of the rows, and
+their folders.
 
-Every leaf of an ensemble's TrainState has a leading axis [M], one entry for each member. All members see the same
-batches, and a bootstrap is a weight of each row: one compiled program trains them all. The folder of an ensemble holds
-member_0, member_1, ..., each a complete model's folder.
+Every leaf of an ensemble's TrainState has a leading axis [M], one entry for each member. All
+members see the same batches, and a bootstrap is a weight of each row: one compiled program trains
+them all. The folder of an ensemble holds member_0, member_1, ..., each a complete model's folder.
 """
 
 import dataclasses
@@ -23,20 +24,30 @@ from rlhf_jax.training.initial import Trainable, trainable
 from rlhf_jax.types import Comparisons, Metrics, Params, ScoreFn, TrainState
 
 
-def starts(config: RunConfig, model: models.Model, params: Params, key: jax.Array) -> list[Trainable]:
-    """What each of the ``ensemble_size`` members starts from: its own score head, and without ``--model`` its own body.
+def starts(
+    config: RunConfig, model: models.Model, params: Params, key: jax.Array
+) -> list[Trainable]:
+    """What each of the ``ensemble_size`` members starts from: its own score head, and without
+    ``--model`` its own body.
 
     Raises:
         UserError: members that would all become the same; or as ``initial.trainable``.
     """
     settings = config.reward_model
     if settings.ensemble_size > 1 and "score" in params and not settings.bootstrap:
-        same = "all members of the ensemble start from it, and without reward_model.bootstrap they would stay the same"
-        raise UserError(f"--model {config.model} brings a score head: {same}; give a language model, or turn it on")
+        same = (
+            "all members of the ensemble start from it, and without reward_model.bootstrap they "
+            "would stay the same"
+        )
+        raise UserError(
+            f"--model {config.model} brings a score head: {same}; give a language model, or turn it on"
+        )
     members = []
     for member in range(settings.ensemble_size):
         head_key = jax.random.fold_in(key, 1 + member)
-        own_body = member > 0 and config.model is None  # the first one has the body that a single model has
+        own_body = (
+            member > 0 and config.model is None
+        )  # the first one has the body that a single model has
         body = model.init(jax.random.fold_in(head_key, 0)) if own_body else params
         whole = body if "score" in body else models.add_head(head_key, body, "score")
         members.append(trainable(config.lora, whole, jax.random.fold_in(head_key, 1)))
@@ -51,7 +62,10 @@ def create(members: Sequence[Params], optimizer: optax.GradientTransformation) -
 
 def unstack(params: Params) -> list[Params]:
     """The members' own parameters."""
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(len(jax.tree.leaves(params)[0]))]
+    return [
+        jax.tree.map(lambda leaf, i=i: leaf[i], params)
+        for i in range(len(jax.tree.leaves(params)[0]))
+    ]
 
 
 def update_members(
@@ -63,35 +77,49 @@ def update_members(
     optimizer: optax.GradientTransformation,
     config: reward_model.Config,
 ) -> tuple[TrainState, Metrics]:
-    """``reward_model.update`` of every member on the same batch, member i with its weights and ``fold_in(key, i)``.
+    """``reward_model.update`` of every member on the same batch, member i with its weights and
+    ``fold_in(key, i)``.
 
     Args:
       state: of ``create``.
-      batch: [B, K, T] with weight [B, M], or packed with weight [B, C, M]. A row of weight 0 is absent for that member.
+      batch: [B, K, T] with weight [B, M], or packed with weight [B, C, M]. A row of weight 0 is
+        absent for that member.
       score_fn, optimizer, config: as of ``reward_model.update``.
 
     Returns:
-      The state and the members' mean metrics; ``nonfinite`` is their maximum. A member whose loss or gradient is not
-      finite keeps its state, the others go on.
+      The state and the members' mean metrics; ``nonfinite`` is their maximum. A member whose loss
+      or gradient is not finite keeps its state, the others go on.
     """
     num_members, weights = state.step.shape[0], jnp.asarray(batch.weight)
     chex.assert_shape(weights, (len(batch.tokens), ..., num_members))
 
-    def of_member(state: TrainState, weight: jax.Array, member: jax.Array) -> tuple[TrainState, Metrics]:
+    def of_member(
+        state: TrainState, weight: jax.Array, member: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         own = dataclasses.replace(batch, weight=weight)
         member_key = jax.random.fold_in(key, member)
-        return reward_model.update(state, own, member_key, score_fn=score_fn, optimizer=optimizer, config=config)
+        return reward_model.update(
+            state, own, member_key, score_fn=score_fn, optimizer=optimizer, config=config
+        )
 
-    state, metrics = jax.vmap(of_member, in_axes=(0, -1, 0))(state, weights, jnp.arange(num_members))
-    return state, {name: (jnp.max if name == "nonfinite" else jnp.mean)(x) for name, x in metrics.items()}
+    state, metrics = jax.vmap(of_member, in_axes=(0, -1, 0))(
+        state, weights, jnp.arange(num_members)
+    )
+    return state, {
+        name: (jnp.max if name == "nonfinite" else jnp.mean)(x) for name, x in metrics.items()
+    }
 
 
 def bootstrap(key: jax.Array, num_members: int, num_rows: int) -> np.ndarray:
-    """[N, M] int64: how often each member draws each of N rows in N draws with replacement (Efron 1979).
+    """[N, M] int64: how often each member draws each of N rows in N draws with replacement (Efron
+    1979).
 
     A member's draws do not depend on how many members there are.
     """
-    draws = [jax.random.randint(jax.random.fold_in(key, i), (num_rows,), 0, num_rows) for i in range(num_members)]
+    draws = [
+        jax.random.randint(jax.random.fold_in(key, i), (num_rows,), 0, num_rows)
+        for i in range(num_members)
+    ]
     return np.stack([np.bincount(np.asarray(drawn), minlength=num_rows) for drawn in draws], axis=1)
 
 

@@ -33,7 +33,10 @@ def mesh_of(config: RunConfig) -> jax.sharding.Mesh:
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     if mesh.size != jax.device_count():
         layout = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        raise UserError(f"mesh: {layout} uses {mesh.size} of {jax.device_count()} devices; set one of the sizes to -1")
+        raise UserError(
+            f"mesh: {layout} uses {mesh.size} of {jax.device_count()} devices; set one of the "
+            "sizes to -1"
+        )
     return mesh
 
 
@@ -45,13 +48,23 @@ def check_layout(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
     model: Any = config.network
     if config.model is not None:
         where, model = config.model, hf.read_config(hf.find_folder(config.model))
-    heads = {"attention heads": model.num_heads, "key and value heads": getattr(model, "kv_heads", model.num_heads)}
+    heads = {
+        "attention heads": model.num_heads,
+        "key and value heads": getattr(model, "kv_heads", model.num_heads),
+    }
     width = {"mlp's width": getattr(model, "intermediate_size", None) or 4 * model.hidden_size}
-    for axis, sizes in {"fsdp": {"hidden size": model.hidden_size}, "tensor": heads | width}.items():
-        fitting = [str(n) for n in range(1, mesh.size + 1) if all(size % n == 0 for size in sizes.values())]
+    for axis, sizes in {
+        "fsdp": {"hidden size": model.hidden_size},
+        "tensor": heads | width,
+    }.items():
+        fitting = [
+            str(n) for n in range(1, mesh.size + 1) if all(size % n == 0 for size in sizes.values())
+        ]
         for what, size in sizes.items():
             if size % mesh.shape[axis]:
-                sentence = f"mesh.{axis} {mesh.shape[axis]} does not divide the {what} of {where}, {size}"
+                sentence = (
+                    f"mesh.{axis} {mesh.shape[axis]} does not divide the {what} of {where}, {size}"
+                )
                 raise UserError(f"{sentence}; use {' or '.join(fitting)}")
 
 
@@ -61,7 +74,9 @@ def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
 
 def placement(config: RunConfig) -> Place:
-    """``shardings`` of the run's mesh, for ``models.load``; None where every device holds all parameters."""
+    """``shardings`` of the run's mesh, for ``models.load``; None where every device holds all
+    parameters.
+    """
     mesh = mesh_of(config)
     return functools.partial(shardings, mesh) if sharding.is_cut(mesh) else None
 
@@ -69,12 +84,18 @@ def placement(config: RunConfig) -> Place:
 class Trainable(NamedTuple):
     """The parameters of a run, in two parts."""
 
-    params: Params  # what is trained, float32, in arrays of its own: everything, or adapters and heads
+    params: (
+        Params  # what is trained, float32, in arrays of its own: everything, or adapters and heads
+    )
     base: Params | None = None  # what is not, in its file's dtype; None: everything is trained
-    loaded: Params | None = None  # where everything is trained, what it started from, in its file's dtype
+    loaded: Params | None = (
+        None  # where everything is trained, what it started from, in its file's dtype
+    )
 
     def bind(self, fn: Any) -> jax.tree_util.Partial:
-        """``fn(params, ...)`` as a function of the trained part, which travels through ``jit`` as an argument."""
+        """``fn(params, ...)`` as a function of the trained part, which travels through ``jit`` as
+        an argument.
+        """
         return jax.tree_util.Partial(fn) if self.base is None else lora.bind(fn, self.base)
 
     def merged(self, trained: Params) -> Params:
@@ -83,7 +104,8 @@ class Trainable(NamedTuple):
 
 
 def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
-    """Splits parameters, heads included, into what is trained and what is frozen. ``key`` is of the adapters' weights.
+    """Splits parameters, heads included, into what is trained and what is frozen. ``key`` is of the
+    adapters' weights.
 
     Raises:
         UserError: ``lora.match`` matches no kernel.
@@ -103,7 +125,8 @@ def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
 
 
 def stage_rows(config: RunConfig, kind: Kind, names: Sequence[str]) -> formats.ReadResult:
-    """The rows of a stage, messages rendered by the chat template of the model's tokenizer; prints their number.
+    """The rows of a stage, messages rendered by the chat template of the model's tokenizer; prints
+    their number.
 
     Args:
         names: the section's own data; empty: the run's ``--data``.
@@ -120,16 +143,28 @@ def stage_rows(config: RunConfig, kind: Kind, names: Sequence[str]) -> formats.R
 
 
 def warn_of_rate(config: RunConfig, section: str, optimizer: Optimizer) -> None:
-    """Prints a warning if all weights of a pretrained model are to be trained at a rate that suits random ones."""
+    """Prints a warning if all weights of a pretrained model are to be trained at a rate that suits
+    random ones.
+    """
     rate = optimizer.learning_rate
-    if config.model is not None and not config.lora.rank and rate >= 1e-4 and _is_pretrained(config.model):
-        high = f"{section}.optimizer.learning_rate {rate:g} is high for the pretrained weights of {config.model}"
+    if (
+        config.model is not None
+        and not config.lora.rank
+        and rate >= 1e-4
+        and _is_pretrained(config.model)
+    ):
+        high = (
+            f"{section}.optimizer.learning_rate {rate:g} is high for the pretrained weights of "
+            f"{config.model}"
+        )
         usual = f"usual are 1e-5 or less, or {rate:g} with --lora.rank 8"
         logger.info(f"warning: {high} and may undo what they know; {usual}")
 
 
 def _is_pretrained(model: str) -> bool:
-    """Whether the run that wrote the model, and the runs before it, did not start from random weights."""
+    """Whether the run that wrote the model, and the runs before it, did not start from random
+    weights.
+    """
     try:
         above = yaml.safe_load((Path(model).parent / "config.yaml").read_bytes())["model"]
     except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError):
@@ -140,26 +175,33 @@ def _is_pretrained(model: str) -> bool:
 def hold_out(
     what: str, count: int, fraction: float, key: jax.Array, groups: Sequence[Any] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``batches.split``; a single row, or ranking, is trained on and none is held out, which is said."""
+    """``batches.split``; a single row, or ranking, is trained on and none is held out, which is
+    said.
+    """
     if fraction and len(set(groups or range(count))) == 1:
         logger.info(f"{what}: one row in all, so none is held out for validation")
         fraction = 0.0
     return batches.split(count, fraction, key, groups)
 
 
-def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array, *, is_policy: bool = True) -> LanguageModel:
-    """The model of ``--model``, or a GPT-2 with random weights and the tokenizer of ``--tokenizer.name``, or one that
-    is trained on ``texts``.
+def language_model(
+    config: RunConfig, texts: Iterable[str], key: jax.Array, *, is_policy: bool = True
+) -> LanguageModel:
+    """The model of ``--model``, or a GPT-2 with random weights and the tokenizer of
+    ``--tokenizer.name``, or one that is trained on ``texts``.
 
     Raises:
-        UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or ``is_policy`` and the
-            model is a reward model.
+        UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or
+            ``is_policy`` and the model is a reward model.
     """
     options, place = _compute(config.compute), placement(config)
     if config.model is not None:
         loaded = LanguageModel.load(config.model, **options, shardings=place)
         if is_policy and "score" in loaded.params:
-            raise UserError(f"--model {config.model}: this is a reward model, which writes no text; give a policy")
+            raise UserError(
+                f"--model {config.model}: this is a reward model, which writes no text; give a "
+                "policy"
+            )
         return loaded
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
@@ -170,20 +212,30 @@ def language_model(config: RunConfig, texts: Iterable[str], key: jax.Array, *, i
     network = dataclasses.asdict(config.network)
     rate = network.pop("dropout")
     network |= {f"{where}_dropout": rate for where in ("embedding", "attention", "residual")}
-    network |= {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
+    network |= {
+        "vocab_size": tokenizer.vocab_size,
+        "pad_token_id": tokenizer.pad_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
     try:
         model_config = models.GPT2Config(**network, **options)
     except ValueError as error:
         raise UserError(f"network: {error}") from error
     model = models.build(model_config)
-    init = model.init if place is None else jax.jit(model.init, out_shardings=place(jax.eval_shape(model.init, key)))
+    init = (
+        model.init
+        if place is None
+        else jax.jit(model.init, out_shardings=place(jax.eval_shape(model.init, key)))
+    )
     return LanguageModel(model, init(key), tokenizer)
 
 
 def prompts_for(
     config: RunConfig, language_model: LanguageModel, rows: Sequence[Row], note: str = ""
 ) -> encoding.EncodedPrompts:
-    """Prompts as RL samples from them, by ``config.rl`` and ``config.text``; prints how many were cut or left out."""
+    """Prompts as RL samples from them, by ``config.rl`` and ``config.text``; prints how many were
+    cut or left out.
+    """
     how: Any = {"template": config.text.template, "too_long": config.text.too_long}
     how |= {"length": config.rl.max_prompt_length, "max_new_tokens": config.rl.max_new_tokens}
     how["max_positions"] = language_model.model.config.max_length
@@ -201,7 +253,8 @@ def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampl
 
 
 def load_language_model(source: str, compute: Compute) -> LanguageModel:
-    """Loads a Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the tokenizer gained a pad.
+    """Loads a Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the
+    tokenizer gained a pad.
 
     Raises:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
@@ -210,25 +263,44 @@ def load_language_model(source: str, compute: Compute) -> LanguageModel:
 
 
 def load_reward_model(
-    source: str, compute: Compute, place: Place = None, score_rows: int | None = None, length: int = 0
+    source: str,
+    compute: Compute,
+    place: Place = None,
+    score_rows: int | None = None,
+    length: int = 0,
 ) -> spec.RewardModel:
-    """A reward model's folder (or Hugging Face name), as ``rewards.spec`` takes it; ``place``: as ``placement`` gives;
-    it scores ``score_rows`` rows at once, of ``length`` tokens.
+    """A reward model's folder (or Hugging Face name), as ``rewards.spec`` takes it; ``place``: as
+    ``placement`` gives; it scores ``score_rows`` rows at once, of ``length`` tokens.
 
     Raises:
-        UserError: the folder cannot be read, or the model has no score head or fewer positions than ``length``.
+        UserError: the folder cannot be read, or the model has no score head or fewer positions than
+            ``length``.
     """
     model, params, tokenizer = LanguageModel.load(source, **_compute(compute), shardings=place)
     if "score" not in params:
-        raise UserError(f"{source}: this model has no score head; train one with experiments/reward_model.py")
+        raise UserError(
+            f"{source}: this model has no score head; train one with experiments/reward_model.py"
+        )
     if (reads := model.config.max_length) < length:
-        raise UserError(f"{source}: this reward model reads {reads} tokens; shorten prompt and response, now {length}")
-    return spec.RewardModel(ops.by_rows(models.score_fn(model), score_rows), params, tokenizer.fingerprint)
+        raise UserError(
+            f"{source}: this reward model reads {reads} tokens; shorten prompt and response, now "
+            f"{length}"
+        )
+    return spec.RewardModel(
+        ops.by_rows(models.score_fn(model), score_rows), params, tokenizer.fingerprint
+    )
 
 
 def _compute(compute: Compute) -> dict[str, Any]:
     dtype = "bfloat16" if compute.dtype == "float16" else compute.dtype
     name, here = compute.attention, (jax.default_backend(), dtype)
     if {"cudnn": ("gpu", "bfloat16"), "splash": ("tpu", dtype)}.get(name, here) != here:
-        raise UserError(f"compute.attention: {name} does not run on this {' in '.join(here)}; use auto")
-    return {"compute_dtype": dtype, "remat": compute.remat, "scan_layers": compute.scan_layers, "attention": name}
+        raise UserError(
+            f"compute.attention: {name} does not run on this {' in '.join(here)}; use auto"
+        )
+    return {
+        "compute_dtype": dtype,
+        "remat": compute.remat,
+        "scan_layers": compute.scan_layers,
+        "attention": name,
+    }

@@ -39,33 +39,42 @@ class Validation(NamedTuple):
 class Job(NamedTuple):
     """What the loop runs."""
 
-    advance: Callable[[Any, int], tuple[Any, Metrics]]  # (state, step) -> (state, metrics); step counts from 0
+    advance: Callable[
+        [Any, int], tuple[Any, Metrics]
+    ]  # (state, step) -> (state, metrics); step counts from 0
     num_steps: int
     validate: Callable[[Any], Validation] | None = None  # None: nothing is held out
     validation_interval: int = 1
     show: tuple[str, ...] = ()  # metrics of the console's line
-    sources: Callable[[int], Iterable[str]] = lambda step: ()  # data rows of a step's batch, as "FILE, line N"
+    sources: Callable[[int], Iterable[str]] = (
+        lambda step: ()
+    )  # data rows of a step's batch, as "FILE, line N"
     optimizer: Optimizer = Optimizer()
-    judged_by: str = "min:validation/loss"  # the metric of early stopping and plateau, unless keep_best names one
-    attempt: Callable[[Any], Any] = lambda state: state  # the largest step for its memory alone; the state as it was
+    # the metric of early stopping and plateau, unless keep_best names one
+    judged_by: str = "min:validation/loss"
+    attempt: Callable[[Any], Any] = lambda state: (
+        state
+    )  # the largest step for its memory alone; the state as it was
 
 
 def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]]:
     """Runs ``job.advance`` for each step, from the checkpoint of a resumed run if there is one.
 
-    ``job.attempt`` comes first, so that a run that does not fit says so at once, a resumed one too. Row k of
-    metrics.jsonl speaks of the state after k steps; a checkpoint of step k is saved after row k, step 0 before the
-    first update. Validations come before the first step, every ``validation_interval`` steps and at the end; with
-    ``keep_best`` they are followed by a checkpoint too. Each row is shown to the rules of ``config.alerts``.
+    ``job.attempt`` comes first, so that a run that does not fit says so at once, a resumed one too.
+    Row k of metrics.jsonl speaks of the state after k steps; a checkpoint of step k is saved after
+    row k, step 0 before the first update. Validations come before the first step, every
+    ``validation_interval`` steps and at the end; with ``keep_best`` they are followed by a
+    checkpoint too. Each row is shown to the rules of ``config.alerts``.
 
     Returns:
         The last state and the last row of metrics; with ``keep_best`` those of the best checkpoint.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; the step was finished and saved.
-        AlertStop: a rule with the action stop is true, now or at the checkpoint from which the run is resumed.
-        TrainingFault: an update was not finite; the last checkpoint holds the state before it. Or a checkpoint could
-            not be written.
+        AlertStop: a rule with the action stop is true, now or at the checkpoint from which the run
+            is resumed.
+        TrainingFault: an update was not finite; the last checkpoint holds the state before it. Or a
+            checkpoint could not be written.
         UserError: ``keep_best`` names no metric of the validations.
     """
     config, best = stage.config, stage.config.keep_best
@@ -73,7 +82,12 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
     if job.validate is None and (judge.used or best):
         key = f"keep_best {best}" if best else "early_stopping_patience and schedule plateau"
         raise UserError(f"{key}: nothing is held out, so there are no validations to judge by")
-    saved = Checkpoints(stage.run.checkpoints, config.keep_last, keep_best=best, asynchronous=config.checkpoint_async)
+    saved = Checkpoints(
+        stage.run.checkpoints,
+        config.keep_last,
+        keep_best=best,
+        asynchronous=config.checkpoint_async,
+    )
     with ExitStack() as stack, saved as checkpoints:
         stops = stack.enter_context(stop_requests())  # from before step 0 is validated and saved
         loop = _Loop(stage, job, judge, checkpoints, state, stack)
@@ -85,7 +99,8 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
             if received and loop.going_on:
                 checkpoints.wait()
                 raise Stopped(
-                    f"{signal.Signals(received).name}: stopped after step {loop.done} of {job.num_steps}, saved. "
+                    f"{signal.Signals(received).name}: stopped after step {loop.done} of "
+                    f"{job.num_steps}, saved. "
                     f"Go on with:\n    {resume_command()}",
                     received,
                 )
@@ -101,28 +116,55 @@ class _Loop:
     pending: Metrics | None = None  # of the last step, on the device still
     rules_checked = False
 
-    def __init__(self, stage: Stage, job: Job, judge: Judge, checkpoints: Checkpoints, state: Any, stack: ExitStack):
-        """Opens the files of the run and goes on from its checkpoint, or validates and saves step 0."""
-        self.stage, self.job, self.judge, self.checkpoints, self.state = stage, job, judge, checkpoints, state
+    def __init__(
+        self,
+        stage: Stage,
+        job: Job,
+        judge: Judge,
+        checkpoints: Checkpoints,
+        state: Any,
+        stack: ExitStack,
+    ):
+        """Opens the files of the run and goes on from its checkpoint, or validates and saves step
+        0.
+        """
+        self.stage, self.job, self.judge, self.checkpoints, self.state = (
+            stage,
+            job,
+            judge,
+            checkpoints,
+            state,
+        )
         self.row: dict[str, float] = {}  # the last row of metrics
-        self.history: list[dict[str, Any]] = []  # all rows of a resumed run's steps, then those with validations
+        self.history: list[
+            dict[str, Any]
+        ] = []  # all rows of a resumed run's steps, then those with validations
         config, run, resume_step = stage.config, stage.run, None
         if (checkpoints.latest() or 0) < job.num_steps:
             logger.info("compiling; the first steps take longest")
             self.state = job.attempt(state)
         if run.resumed:
-            target, self.state = memory.shapes(self.state), None  # the first state makes room for the restored one
+            target, self.state = (
+                memory.shapes(self.state),
+                None,
+            )  # the first state makes room for the restored one
             self.state, meta = checkpoints.restore(target)
             self.done, self.row, resume_step = meta["step"], meta["metrics"], meta["step"]
-            self.history = [row for row in records.read_rows(run.metrics) if row["step"] <= self.done]
+            self.history = [
+                row for row in records.read_rows(run.metrics) if row["step"] <= self.done
+            ]
             finished = " (finished already)" if self.done >= job.num_steps else ""
             logger.info(f"resumed from step {self.done} of {job.num_steps}{finished}")
         tracked = config.track if processes.is_first() else ()
         services = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
         show, label, total = job.show, stage.name, job.num_steps
-        tracker = Tracker(run, total=total, resume_step=resume_step, label=label, show=show, services=services)
+        tracker = Tracker(
+            run, total=total, resume_step=resume_step, label=label, show=show, services=services
+        )
         self.tracker = stack.enter_context(tracker)
-        self.alert_rows = stack.enter_context(closing(RowWriter(run.path / "alerts.jsonl", resume_step)))
+        self.alert_rows = stack.enter_context(
+            closing(RowWriter(run.path / "alerts.jsonl", resume_step))
+        )
         # A resumed run's rules see the rows before its checkpoint again, and go on from there.
         self.rules = alerts.parse(config.alerts, config.compute.dtype)
         self.watches = [alerts.Watch(rule) for rule in self.rules]
@@ -152,11 +194,14 @@ class _Loop:
         self.pending = {**metrics, **self.judge.metrics(self.state)}
 
     def settle(self, received: int) -> None:
-        """Waits for the step if something depends on it: a validation, an alert that may stop the run, or a checkpoint,
-        which is due at the end, at the interval, for a signal or an alert, and after validations under ``keep_best``.
+        """Waits for the step if something depends on it: a validation, an alert that may stop the
+        run, or a checkpoint, which is due at the end, at the interval, for a signal or an alert,
+        and after validations under ``keep_best``.
         """
         config, last = self.stage.config, self.done == self.job.num_steps
-        validates = self.job.validate is not None and (last or self.done % self.job.validation_interval == 0)
+        validates = self.job.validate is not None and (
+            last or self.done % self.job.validation_interval == 0
+        )
         saves = received or last or self.done % config.checkpoint_interval == 0
         if not (validates or saves or any(rule.action == "stop" for rule in self.rules)):
             return
@@ -165,13 +210,20 @@ class _Loop:
             self.history.append(self.row)
             self.state = self.judge.lowered(self.state, self.history)
             self.ended = self.judge.stops(self.history)
-        if saves or self.ended or (validates and config.keep_best) or any(watch.stops for watch in self.watches):
+        if (
+            saves
+            or self.ended
+            or (validates and config.keep_best)
+            or any(watch.stops for watch in self.watches)
+        ):
             self._save()
         self.clock = time.perf_counter()
         self.obey_alerts()
 
     def _catch_up(self, validates: bool = False) -> None:
-        """Records the step whose metrics are pending, with a validation of the state after it if one is due."""
+        """Records the step whose metrics are pending, with a validation of the state after it if
+        one is due.
+        """
         if self.pending is None:
             return
         metrics, self.pending = self.pending, None
@@ -194,13 +246,17 @@ class _Loop:
         if stopping and self.going_on:
             self.checkpoints.wait()
             raise AlertStop(
-                f"stopped by an alert after step {self.done} of {self.job.num_steps}, saved: {' and '.join(stopping)} "
-                "is true. Look at alerts.jsonl in the run's folder; go on without the rule, or with another one, by\n"
+                f"stopped by an alert after step {self.done} of {self.job.num_steps}, saved: "
+                f"{' and '.join(stopping)} "
+                "is true. Look at alerts.jsonl in the run's folder; go on without the rule, or "
+                "with another one, by\n"
                 f"    {resume_command()} --allow-changed alerts --alerts RULE..."
             )
 
     def result(self) -> tuple[Any, dict[str, float]]:
-        """The last state and row, or those of the best checkpoint; says why the run ended early, and which it is."""
+        """The last state and row, or those of the best checkpoint; says why the run ended early,
+        and which it is.
+        """
         metric, best = self.judge.metric, self.checkpoints.best()
         if self.ended and self.done < self.job.num_steps:
             waited = f"{metric} has not improved for {self.judge.stop_after} validations"
@@ -208,7 +264,10 @@ class _Loop:
         if best is None:
             return self.state, self.row
         state, meta = self.checkpoints.restore(self.state, best)
-        logger.info(f"{metric} is best at step {best}: {meta['metrics'][metric]:.4g}; model/ is of that step")
+        logger.info(
+            f"{metric} is best at step {best}: {meta['metrics'][metric]:.4g}; model/ is of that "
+            "step"
+        )
         return state, meta["metrics"]
 
     def _validation(self) -> dict[str, float]:
@@ -219,43 +278,60 @@ class _Loop:
         self.tracker.samples(self.done, samples)
         self.tracker.timing(self.done, {"timing/validation": time.perf_counter() - started})
         if (self.judge.used or self.stage.config.keep_best) and self.judge.metric not in metrics:
-            raise UserError(f"keep_best: no metric {self.judge.metric}; the validations give {', '.join(metrics)}")
+            raise UserError(
+                f"keep_best: no metric {self.judge.metric}; the validations give "
+                f"{', '.join(metrics)}"
+            )
         return metrics
 
     def _record(self, metrics: Mapping[str, Any]) -> None:
         self.row = self.tracker.log(self.done, metrics)
         row = {"step": self.done, **self.row}
         for alert in [alert for watch in self.watches if (alert := watch.observe(row))]:
-            self.alert_rows.write(self.done, {key: x for key, x in alert._asdict().items() if key != "step"})
+            self.alert_rows.write(
+                self.done, {key: x for key, x in alert._asdict().items() if key != "step"}
+            )
             self.tracker.alert(self.done, f"{alert.name}: {alert.message}")
 
     def _save(self) -> None:
         self.tracker.sync()
         self.alert_rows.sync()
         device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        meta = {"step": self.done, "metrics": self.row, "seed": self.stage.config.seed, "device": device}
-        self.checkpoints.save(self.done, self.state, meta | {"config": dataclasses.asdict(self.stage.config)})
+        meta = {
+            "step": self.done,
+            "metrics": self.row,
+            "seed": self.stage.config.seed,
+            "device": device,
+        }
+        self.checkpoints.save(
+            self.done, self.state, meta | {"config": dataclasses.asdict(self.stage.config)}
+        )
 
     def _refuse(self) -> None:
         """Ends the run after an update that was not finite and so was not applied."""
         self.checkpoints.wait()
         rows = _grouped(self.job.sources(self.done - 1))
         raise TrainingFault(
-            f"{self.stage.name}: loss or gradient was not finite at step {self.done}; the update was not applied. The "
-            f"last good checkpoint is step {self.checkpoints.latest()} in {self.stage.run.checkpoints}. Lower the "
-            "learning rate or clip harder (optimizer.max_grad_norm; with --resume, name what changes under "
+            f"{self.stage.name}: loss or gradient was not finite at step {self.done}; the update "
+            "was not applied. The "
+            f"last good checkpoint is step {self.checkpoints.latest()} in "
+            f"{self.stage.run.checkpoints}. Lower the "
+            "learning rate or clip harder (optimizer.max_grad_norm; with --resume, name what "
+            "changes under "
             "--allow-changed)" + (f", or look at the rows of this batch: {rows}" if rows else "")
         )
 
 
 def seed_libraries(seed: int, step: int) -> None:
-    """Seeds Python's and NumPy's global generators, which a reward or judge in Python may draw from.
+    """Seeds Python's and NumPy's global generators, which a reward or judge in Python may draw
+    from.
 
-    By the step, so that a run that goes on from a checkpoint draws what it would have drawn without the stop.
+    By the step, so that a run that goes on from a checkpoint draws what it would have drawn without
+    the stop.
     """
     number = zlib.crc32(f"{seed} {step}".encode())
     random.seed(number)
-    np.random.seed(number)  # noqa: NPY002 (what others draw from is the legacy one)
+    np.random.seed(number)  # noqa: NPY002
 
 
 def _grouped(sources: Iterable[str]) -> str:

@@ -1,7 +1,9 @@
-"""The optimizer of a run: Adam with clipping and a schedule, and what it does when validations stop improving.
+"""The optimizer of a run: Adam with clipping and a schedule, and what it does when validations stop
+improving.
 
-Both decisions of ``Judge``, to end early and to lower the learning rate, are functions of the validations so far: a run
-that is resumed from a checkpoint, with the rows of metrics before it, decides alike.
+Both decisions of ``Judge``, to end early and to lower the learning rate, are functions of the
+validations so far: a run that is resumed from a checkpoint, with the rows of metrics before it,
+decides alike.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,14 +17,16 @@ from rlhf_jax.config import Optimizer
 from rlhf_jax.types import Params
 
 T = TypeVar("T")
-PLATEAU_SCALE = "plateau_scale"  # in opt_state.hyperparams: what the schedule plateau has multiplied the rate by so far
+# in opt_state.hyperparams: what the schedule plateau has multiplied the rate by so far
+PLATEAU_SCALE = "plateau_scale"
 
 
 def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransformation:
-    """Adam with the schedule, clipping and decay of ``settings``; the schedule is ``num_steps`` long.
+    """Adam with the schedule, clipping and decay of ``settings``; the schedule is ``num_steps``
+    long.
 
-    The learning rate lives in ``opt_state.hyperparams`` (optax.inject_hyperparams), and so does the factor of the
-    schedule ``plateau``, which starts at 1 and which ``Judge`` lowers.
+    The learning rate lives in ``opt_state.hyperparams`` (optax.inject_hyperparams), and so does the
+    factor of the schedule ``plateau``, which starts at 1 and which ``Judge`` lowers.
     """
     decay_steps, peak = max(num_steps - settings.warmup_steps, 1), settings.learning_rate
     decays: dict[str, optax.Schedule] = {
@@ -30,7 +34,9 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
         "plateau": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
         "cosine": optax.cosine_decay_schedule(peak, decay_steps),
-        "step": optax.exponential_decay(peak, settings.decay_every or 1, settings.decay_factor, staircase=True),
+        "step": optax.exponential_decay(
+            peak, settings.decay_every or 1, settings.decay_factor, staircase=True
+        ),
     }
     schedule = decays[settings.schedule]
     if settings.warmup_steps:
@@ -54,20 +60,26 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
 
 
 def _decayed(params: Params) -> Any:
-    """True for matrices, adapters and embeddings of the body. Judged by name: under scan a bias has rank 2 too."""
+    """True for matrices, adapters and embeddings of the body. Judged by name: under scan a bias has
+    rank 2 too.
+    """
 
     def decayed(path: tuple[Any, ...], _: jax.Array) -> bool:
         names = [entry.key for entry in path]
-        return names[-1] in ("kernel", "embedding", "lora_a", "lora_b") and names[-2] not in ("value", "score")
+        return names[-1] in ("kernel", "embedding", "lora_a", "lora_b") and names[-2] not in (
+            "value",
+            "score",
+        )
 
     return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def times_exhausted(values: Sequence[float], patience: int) -> int:
-    """How many times ``patience`` values in a row brought no new minimum; each time the count starts anew.
+    """How many times ``patience`` values in a row brought no new minimum; each time the count
+    starts anew.
 
-    ``optax.contrib.reduce_on_plateau`` without tolerance lowers the rate at each of these times; PyTorch's
-    ReduceLROnPlateau waits for one value more than its patience. NaN is no minimum.
+    ``optax.contrib.reduce_on_plateau`` without tolerance lowers the rate at each of these times;
+    PyTorch's ReduceLROnPlateau waits for one value more than its patience. NaN is no minimum.
     """
     lowest, waited, times = float("inf"), 0, 0
     for value in values:
@@ -83,7 +95,9 @@ class Judge(NamedTuple):
     """Looks at one metric of the validations, ``min:METRIC`` or ``max:METRIC``."""
 
     judged_by: str
-    stop_after: int | None  # validations without improvement after which the run ends; None: it does not
+    stop_after: (
+        int | None
+    )  # validations without improvement after which the run ends; None: it does not
     settings: Optimizer
 
     @property
@@ -106,18 +120,28 @@ class Judge(NamedTuple):
         return self.stop_after is not None and self._times(rows, self.stop_after) > 0
 
     def lowered(self, state: T, rows: Iterable[Mapping[str, Any]]) -> T:
-        """The loop's state with the learning rate that the schedule ``plateau`` has come to after these rows."""
+        """The loop's state with the learning rate that the schedule ``plateau`` has come to after
+        these rows.
+        """
         if not self.lowers:
             return state
         scale = self.settings.decay_factor ** self._times(rows, self.settings.decay_patience)
-        before = optax.tree_utils.tree_get_all_with_path(state, PLATEAU_SCALE)[0][1]  # one for all groups of parameters
-        return optax.tree_utils.tree_set(state, **{PLATEAU_SCALE: 0.0 * before + scale})  # stays on its devices
+        before = optax.tree_utils.tree_get_all_with_path(state, PLATEAU_SCALE)[0][
+            1
+        ]  # one for all groups of parameters
+        return optax.tree_utils.tree_set(
+            state, **{PLATEAU_SCALE: 0.0 * before + scale}
+        )  # stays on its devices
 
     def metrics(self, state: Any) -> dict[str, jax.Array]:
-        """Under the schedule ``plateau``, the factor that the learning rate had in the step that led to this state."""
+        """Under the schedule ``plateau``, the factor that the learning rate had in the step that
+        led to this state.
+        """
         scales = optax.tree_utils.tree_get_all_with_path(state, PLATEAU_SCALE)
         return {"plateau_scale": jnp.max(scales[0][1])} if scales else {}
 
     def _times(self, rows: Iterable[Mapping[str, Any]], patience: int) -> int:
         sign = -1 if self.judged_by.startswith("max:") else 1
-        return times_exhausted([sign * row[self.metric] for row in rows if self.metric in row], patience)
+        return times_exhausted(
+            [sign * row[self.metric] for row in rows if self.metric in row], patience
+        )

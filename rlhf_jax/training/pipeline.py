@@ -24,10 +24,11 @@ class PipelineResult(NamedTuple):
 
 
 def run(config: RunConfig) -> PipelineResult:
-    """Runs the stages in the subfolders ``sft``, ``reward_model`` and ``ppo`` of ``config.output_dir``.
+    """Runs the stages in the subfolders ``sft``, ``reward_model`` and ``ppo`` of
+    ``config.output_dir``.
 
-    Each stage starts from the folder that the one before wrote. With ``resume``, finished stages are passed over and
-    the one that was stopped goes on.
+    Each stage starts from the folder that the one before wrote. With ``resume``, finished stages
+    are passed over and the one that was stopped goes on.
 
     Raises:
         UserError: the folder is used, or whatever a stage finds wrong.
@@ -41,7 +42,10 @@ def run(config: RunConfig) -> PipelineResult:
 def run_stages(config: RunConfig, path: Path) -> PipelineResult:
     """``run`` without a look at what else is in the folder."""
     if config.reward:
-        logger.info("`reward` is not read: PPO is rewarded by stage 2's model; `rlhf-jax ppo` takes one of your own")
+        logger.info(
+            "`reward` is not read: PPO is rewarded by stage 2's model; `rlhf-jax ppo` takes one of "
+            "your own"
+        )
     logger.info("stage 1 of 3: supervised fine-tuning")
     first = sft.run(stage_config(config, path / "sft"))
     base = str(first.model_folder)
@@ -55,7 +59,8 @@ def run_stages(config: RunConfig, path: Path) -> PipelineResult:
 
 
 def check_folder(path: Path, config: RunConfig, first: str = STAGES[0]) -> None:
-    """Refuses a folder in use, and says so where ``resume`` finds no run in it; the stages check their own subfolders.
+    """Refuses a folder in use, and says so where ``resume`` finds no run in it; the stages check
+    their own subfolders.
 
     Args:
         first: the subfolder that is written first: a folder without it is not overwritten.
@@ -63,17 +68,25 @@ def check_folder(path: Path, config: RunConfig, first: str = STAGES[0]) -> None:
     Raises:
         UserError: as ``folder.open_run``.
     """
-    is_free = path.is_dir() and all(entry.is_dir() and folder.is_unused(entry) for entry in path.iterdir())
+    is_free = path.is_dir() and all(
+        entry.is_dir() and folder.is_unused(entry) for entry in path.iterdir()
+    )
     is_own = config.overwrite and (path / first).is_dir()
     if config.resume or not (is_free or is_own):
         folder.check_usable(path, config.resume, config.overwrite)
     if config.resume and not any(path.glob("*/checkpoints")):
-        logger.info(f"--resume: {path} holds no complete checkpoint; the run starts from the beginning")
+        logger.info(
+            f"--resume: {path} holds no complete checkpoint; the run starts from the beginning"
+        )
 
 
 def stage_config(config: C, path: Path, model: str | None = None, **changes: Any) -> C:
     """The settings of a job's stage in the folder ``path``: those of the job with ``changes``."""
     tokenizer = Tokenizer() if model else config.tokenizer  # the model brings its own
-    settings: dict[str, Any] = {"output_dir": str(path), "model": model or config.model, "tokenizer": tokenizer}
+    settings: dict[str, Any] = {
+        "output_dir": str(path),
+        "model": model or config.model,
+        "tokenizer": tokenizer,
+    }
     settings |= {name: getattr(config, name) and path.exists() for name in ("resume", "overwrite")}
     return dataclasses.replace(config, **settings | changes)

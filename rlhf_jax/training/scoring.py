@@ -1,4 +1,6 @@
-"""Comparisons scored by a reward model or an ensemble: batches, metrics, and texts for samples.jsonl."""
+"""Comparisons scored by a reward model or an ensemble: batches, metrics, and texts for
+samples.jsonl.
+"""
 
 import functools
 from collections.abc import Callable
@@ -17,14 +19,19 @@ from rlhf_jax.training import loop
 from rlhf_jax.types import Comparisons, Params, ScoreFn
 
 
-def answer_scorer(score_fn: ScoreFn, num_members: int = 1) -> Callable[[Params, Comparisons], jax.Array]:
-    """Jitted ``(params, comparisons [B, K, T]) -> scores [B, K]``; of an ensemble's parameters [M, ...] the scores
-    [B, K, M]. Arrays of a ``jax.tree_util.Partial`` travel as arguments."""
+def answer_scorer(
+    score_fn: ScoreFn, num_members: int = 1
+) -> Callable[[Params, Comparisons], jax.Array]:
+    """Jitted ``(params, comparisons [B, K, T]) -> scores [B, K]``; of an ensemble's parameters [M,
+    ...] the scores [B, K, M]. Arrays of a ``jax.tree_util.Partial`` travel as arguments."""
 
-    score_fn = score_fn if isinstance(score_fn, jax.tree_util.Partial) else jax.tree_util.Partial(score_fn)
+    score_fn = (
+        score_fn if isinstance(score_fn, jax.tree_util.Partial) else jax.tree_util.Partial(score_fn)
+    )
     one = reward_model.answer_scores
     return functools.partial(
-        jax.jit(one if num_members == 1 else jax.vmap(one, in_axes=(None, 0, None), out_axes=2)), score_fn
+        jax.jit(one if num_members == 1 else jax.vmap(one, in_axes=(None, 0, None), out_axes=2)),
+        score_fn,
     )
 
 
@@ -37,7 +44,9 @@ def score_rows(
     bucket_multiple: int,
     shard: Callable[[Comparisons], Comparisons] = lambda batch: batch,
 ) -> np.ndarray:
-    """Scores [N, K] of the answers of N rows, [N, K, M] of an ensemble; those of absent answers mean nothing."""
+    """Scores [N, K] of the answers of N rows, [N, K, M] of an ensemble; those of absent answers
+    mean nothing.
+    """
     scores = []
     for numbers in loop.in_order(rows, batch_size):
         batch = shard(batches.comparison_batch(comparisons, numbers, bucket_multiple))
@@ -45,14 +54,21 @@ def score_rows(
     return np.concatenate(scores)
 
 
-def pairs_of(comparisons: EncodedTexts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, metrics.Pairs]:
-    """Each best answer of the given N rows with each other one: [P] place in ``rows``, [P, 2] the two answers' numbers,
-    and the pairs. Rows of one source, such as the pairs of a ranking, are one.
+def pairs_of(
+    comparisons: EncodedTexts, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, metrics.Pairs]:
+    """Each best answer of the given N rows with each other one: [P] place in ``rows``, [P, 2] the
+    two answers' numbers, and the pairs. Rows of one source, such as the pairs of a ranking, are
+    one.
     """
     best, answers = comparisons.best[rows], np.arange(comparisons.lengths.shape[1])
     place, other = np.nonzero((comparisons.response_lengths[rows] > 0) & (answers != best[:, None]))
     both = np.stack([best[place], other], axis=1)
-    texts = [comparisons.tokens[k][rows[i]].tobytes() for i, pair in zip(place, both, strict=True) for k in pair]
+    texts = [
+        comparisons.tokens[k][rows[i]].tobytes()
+        for i, pair in zip(place, both, strict=True)
+        for k in pair
+    ]
     labels = np.unique(np.array(texts, dtype=object), return_inverse=True)[1].reshape(-1, 2)
     groups = np.unique([comparisons.sources[row] for row in rows[place]], return_inverse=True)[1]
     weights = comparisons.weight[rows[place]].astype(np.float64) / np.bincount(place)[place]
@@ -60,19 +76,21 @@ def pairs_of(comparisons: EncodedTexts, rows: np.ndarray) -> tuple[np.ndarray, n
 
 
 def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """``metrics.preference_report`` of scores [N, K] of the given rows, weighted as the rows are; with targets
-    ``metrics.target_report``.
+    """``metrics.preference_report`` of scores [N, K] of the given rows, weighted as the rows are;
+    with targets ``metrics.target_report``.
 
-    accuracy is of best answers against all others of their row (top-1), of a ranking's pairs too. Where a row has
-    several pairs, pairwise_accuracy is of best answers (in a ranking: of better ones) against each other one; the same
-    for length_accuracy and pairwise_length_accuracy.
+    accuracy is of best answers against all others of their row (top-1), of a ranking's pairs too.
+    Where a row has several pairs, pairwise_accuracy is of best answers (in a ranking: of better
+    ones) against each other one; the same for length_accuracy and pairwise_length_accuracy.
     """
     weights, lengths = comparisons.weight[rows], comparisons.response_lengths[rows]
     if comparisons.targets is not None:
         return metrics.target_report(scores, comparisons.targets[rows], lengths, weights)
     found = metrics.preference_report(scores, comparisons.best[rows], lengths, weights)
     place, both, pairs = pairs_of(comparisons, rows)
-    for name, values in {"accuracy": scores, "length_accuracy": lengths}.items() if not pairs.is_single else ():
+    for name, values in (
+        {"accuracy": scores, "length_accuracy": lengths}.items() if not pairs.is_single else ()
+    ):
         margin = values[place, both[:, 0]] - values[place, both[:, 1]]
         right = (margin > 0) + 0.5 * (margin == 0)
         found[name] = float(metrics.top_1(right, pairs).mean())
@@ -81,11 +99,11 @@ def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> d
 
 
 def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> float:
-    """How far members differ: the standard deviation over them (population) of the margin, or with targets of the
-    score, as a mean over the given rows, weighted as they are.
+    """How far members differ: the standard deviation over them (population) of the margin, or with
+    targets of the score, as a mean over the given rows, weighted as they are.
 
-    The margin is the best answer's score minus that of the highest other one by the mean score: what a member adds to
-    all its scores does not count, since comparisons do not determine it.
+    The margin is the best answer's score minus that of the highest other one by the mean score:
+    what a member adds to all its scores does not count, since comparisons do not determine it.
 
     scores: [N, K, M] of the given N rows.
     """
@@ -99,15 +117,18 @@ def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray
 
 
 def evenly(num_rows: int, most: int) -> np.ndarray:
-    """[min(num_rows, most)] numbers of rows from the first to the last of ``num_rows``, evenly spaced."""
+    """[min(num_rows, most)] numbers of rows from the first to the last of ``num_rows``, evenly
+    spaced.
+    """
     return np.linspace(0, num_rows - 1, min(num_rows, most)).round().astype(int)
 
 
 def samples(
     comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """The given rows with their scores [N, K] as texts: for each the best answer and the highest-scored other one, or,
-    with targets, every answer. Lengths are response tokens; source and weight are those of the data row.
+    """The given rows with their scores [N, K] as texts: for each the best answer and the
+    highest-scored other one, or, with targets, every answer. Lengths are response tokens; source
+    and weight are those of the data row.
     """
     lengths = comparisons.response_lengths[rows]
 
@@ -115,19 +136,36 @@ def samples(
         tokens, start = comparisons.tokens[answer][rows[i]], comparisons.starts[rows[i], answer]
         return tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])
 
-    labels = zip(comparisons.weight[rows].tolist(), (comparisons.sources[row] for row in rows), strict=True)
+    labels = zip(
+        comparisons.weight[rows].tolist(), (comparisons.sources[row] for row in rows), strict=True
+    )
     of_row = [{"source": source, "weight": round(weight, 6)} for weight, source in labels]
     found: list[dict[str, Any]] = []
     if comparisons.targets is not None:
         for i, k in np.argwhere(lengths > 0):
             prompt, response = texts(i, k)
-            target = {"score": float(scores[i, k]), "target": float(comparisons.targets[rows[i], k])}
-            found.append({"prompt": prompt, "response": response, **target, "length": int(lengths[i, k]), **of_row[i]})
+            target = {
+                "score": float(scores[i, k]),
+                "target": float(comparisons.targets[rows[i], k]),
+            }
+            found.append(
+                {
+                    "prompt": prompt,
+                    "response": response,
+                    **target,
+                    "length": int(lengths[i, k]),
+                    **of_row[i],
+                }
+            )
         return found
     best = comparisons.best[rows]
     for i, answers in enumerate(zip(best, metrics.rival(scores, best, lengths), strict=True)):
         chosen_rejected = list(zip(("chosen", "rejected"), answers, strict=True))
-        row: dict[str, Any] = {"prompt": texts(i, best[i])[0]} | {name: texts(i, k)[1] for name, k in chosen_rejected}
+        row: dict[str, Any] = {"prompt": texts(i, best[i])[0]} | {
+            name: texts(i, k)[1] for name, k in chosen_rejected
+        }
         row |= {f"score_{name}": float(scores[i, k]) for name, k in chosen_rejected}
-        found.append(row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected} | of_row[i])
+        found.append(
+            row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected} | of_row[i]
+        )
     return found

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM end a run after the step it is in, with a checkpoint; a second one ends it at once."""
+"""Ctrl-C and SIGTERM end a run after the step it is in, with a checkpoint; a second one ends it at
+once.
+"""
 
 import contextlib
 import shlex
@@ -15,15 +17,18 @@ from rlhf_jax.runs import manifest
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[signal.Signals]]:
-    """While open, SIGINT and SIGTERM are added to the list; the same signal again acts as it did before.
+    """While open, SIGINT and SIGTERM are added to the list; the same signal again acts as it did
+    before.
 
-    With several processes SIGTERM is left to JAX, see ``processes.stop_signal``, and SIGINT raises one. Python hands
-    signals to the main thread alone: elsewhere nothing is caught.
+    With several processes SIGTERM is left to JAX, see ``processes.stop_signal``, and SIGINT raises
+    one. Python hands signals to the main thread alone: elsewhere nothing is caught.
     """
     is_alone = jax.process_count() == 1
     received: list[signal.Signals] = []
     caught = (signal.SIGINT, signal.SIGTERM) if is_alone else (signal.SIGINT,)
-    before = {number: signal.getsignal(number) for number in caught if current_thread() is main_thread()}
+    before = {
+        number: signal.getsignal(number) for number in caught if current_thread() is main_thread()
+    }
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number))

@@ -31,10 +31,21 @@ Stream = Literal["init", "data", "rollout", "update", "eval"]
 
 # What may differ between a run and its resumption without making it another run.
 MAY_CHANGE = (
-    *("resume", "overwrite", "allow_changed", "output_dir", "device", "processes", "mesh", "compute.offload", "track"),
+    *(
+        "resume",
+        "overwrite",
+        "allow_changed",
+        "output_dir",
+        "device",
+        "processes",
+        "mesh",
+        "compute.offload",
+        "track",
+    ),
     *("keep_last", "checkpoint_interval", "checkpoint_async"),
 )
-# What must not differ even with --allow-changed: the checkpoint would not fit, or its tokens mean something else.
+# What must not differ even with --allow-changed: the checkpoint would not fit, or its tokens mean
+# something else.
 FIXED = ("model", "network", "lora", "tokenizer", "reward_model.ensemble_size", "ppo.value")
 
 
@@ -55,7 +66,9 @@ class Stage:
     run: folder.Run
     mesh: jax.sharding.Mesh
     held: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """{name: pytree of shapes} of what lies on the devices, for the message when memory runs out; see ``hold``."""
+    """{name: pytree of shapes} of what lies on the devices, for the message when memory runs out;
+    see ``hold``.
+    """
 
     @property
     def num_devices(self) -> int:
@@ -71,7 +84,9 @@ class Stage:
         return sharding.shard_rows(self.mesh, batch)
 
     def copy(self, tree: Tree) -> Tree:
-        """A copy that lies on the devices as the mesh says: never the same buffers, since updates donate theirs."""
+        """A copy that lies on the devices as the mesh says: never the same buffers, since updates
+        donate theirs.
+        """
         return self.lay_out(jax.tree.map(functools.partial(jnp.array, copy=True), tree))
 
     def lay_out(self, tree: Tree) -> Tree:
@@ -79,12 +94,15 @@ class Stage:
         return jax.tree.map(sharding.place, tree, initial.shardings(self.mesh, tree))
 
     def take(self, create: Callable[[Params], State], params: Params) -> State:
-        """``create(params)`` in arrays of its own, on the devices as the mesh says; ``params`` are given up.
+        """``create(params)`` in arrays of its own, on the devices as the mesh says; ``params`` are
+        given up.
 
         One program, which compiles faster than one for each of its operations.
         """
         placed = self.lay_out(params)
-        state = jax.jit(create, out_shardings=initial.shardings(self.mesh, jax.eval_shape(create, placed)))(placed)
+        state = jax.jit(
+            create, out_shardings=initial.shardings(self.mesh, jax.eval_shape(create, placed))
+        )(placed)
         memory.free((params, placed))
         parts = state.params if "policy" in state.params else {"parameters": state.params}
         trained = {f"trained {part}": tree for part, tree in parts.items()}
@@ -96,7 +114,8 @@ class Stage:
         self.held.update({name: memory.shapes(tree) for name, tree in trees.items()})
 
     def jit_update(self, update: Callable[..., Any], num_blocks: int) -> Callable[..., Any]:
-        """Jits ``update(state, ...) -> (state, metrics)``: the state is donated and comes back where it was.
+        """Jits ``update(state, ...) -> (state, metrics)``: the state is donated and comes back
+        where it was.
 
         num_blocks: as in ``devices.compiler_options``.
         """
@@ -106,23 +125,30 @@ class Stage:
             state = jax.lax.with_sharding_constraint(state, initial.shardings(self.mesh, state))
             return state, jax.lax.with_sharding_constraint(metrics, sharding.replicated(self.mesh))
 
-        return jax.jit(update_in_place, donate_argnums=0, compiler_options=devices.compiler_options(num_blocks))
+        return jax.jit(
+            update_in_place, donate_argnums=0, compiler_options=devices.compiler_options(num_blocks)
+        )
 
     def place(self, start: Trainable) -> Trainable:
         """The frozen part on the devices; no update donates it, so that it needs no copy."""
         return start if start.base is None else start._replace(base=self.lay_out(start.base))
 
     def reference(self, start: Trainable, policy_fn: PolicyFn) -> jax.tree_util.Partial:
-        """The policy before training, with its parameters as they were loaded, in their file's dtype: no copy."""
+        """The policy before training, with its parameters as they were loaded, in their file's
+        dtype: no copy.
+        """
         if start.base is None:
             return self.frozen("reference", jax.tree_util.Partial(policy_fn, start.loaded))
         if "reference" in self.config.compute.offload:
-            raise UserError("compute.offload: under LoRA the reference is the frozen weights, which stay; leave it out")
+            raise UserError(
+                "compute.offload: under LoRA the reference is the frozen weights, which stay; "
+                "leave it out"
+            )
         return jax.tree_util.Partial(policy_fn, start.base)
 
     def frozen(self, name: str, fn: Any) -> Any:
-        """A model that is not trained, on the devices; in the host's memory while it is not called if
-        ``compute.offload`` names it."""
+        """A model that is not trained, on the devices; in the host's memory while it is not called
+        if ``compute.offload`` names it."""
         placed = self.lay_out(fn)
         if name not in self.config.compute.offload:
             return placed
@@ -131,13 +157,18 @@ class Stage:
         return on_host
 
     def finish(
-        self, begun: LanguageModel, start: Trainable, trained: Mapping[str, Params], metrics: dict[str, Any]
+        self,
+        begun: LanguageModel,
+        start: Trainable,
+        trained: Mapping[str, Params],
+        metrics: dict[str, Any],
     ) -> RunResult:
-        """Saves ``model/`` with its tokenizer, LoRA's adapters merged in and in ``adapter/`` too; draws
-        ``report.html``.
+        """Saves ``model/`` with its tokenizer, LoRA's adapters merged in and in ``adapter/`` too;
+        draws ``report.html``.
 
         Args:
-            trained: {folder below ``model/`` and ``adapter/``: trained parameters}; "" is these folders themselves.
+            trained: {folder below ``model/`` and ``adapter/``: trained parameters}; "" is these
+                folders themselves.
         """
         if jax.process_count() > 1:  # the first process computes alone from here
             base, trained = processes.fetch((start.base, trained))
@@ -149,7 +180,12 @@ class Stage:
                 done = begun._replace(params=start.merged(part))
                 done.save(run.model / name, template=self.config.text.template, config=how)
                 if start.base is not None:
-                    models.lora.save(run.adapter / name, start.base, jax.device_get(part), base_model=self.config.model)
+                    models.lora.save(
+                        run.adapter / name,
+                        start.base,
+                        jax.device_get(part),
+                        base_model=self.config.model,
+                    )
             logger.info(f"saved {run.model}" + ("" if start.base is None else f", {run.adapter}"))
             try:
                 page.write([run.path], run.report)
@@ -164,7 +200,9 @@ class Stage:
 def stream(seed: int, stage: str, name: Stream) -> jax.Array:
     """The key of one named stream: the run's root key, folded with the stage and the stream's name."""
     root = jax.jit(jax.random.key, static_argnums=0)(seed)
-    return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode()))
+    return jax.random.fold_in(
+        jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode())
+    )
 
 
 def set_up(config: RunConfig) -> RunConfig:
@@ -173,8 +211,8 @@ def set_up(config: RunConfig) -> RunConfig:
     Returns the settings with ``model/`` in place of a run's folder in ``config.model``.
 
     Raises:
-        UserError: there is no such device, an accelerator would lie idle, the mesh fits neither the devices nor the
-            model, or the package of a tracker is missing.
+        UserError: there is no such device, an accelerator would lie idle, the mesh fits neither the
+            devices nor the model, or the package of a tracker is missing.
     """
     trackers.check(config.track)
     devices.choose(config.device, config.processes)
@@ -182,9 +220,15 @@ def set_up(config: RunConfig) -> RunConfig:
     dtype = config.compute.dtype
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
     device = f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"
-    config = dataclasses.replace(config, model=model_folder(config.model)) if config.model else config
+    config = (
+        dataclasses.replace(config, model=model_folder(config.model)) if config.model else config
+    )
     mesh = initial.mesh_of(config)
-    layout = ", " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()) if sharding.is_cut(mesh) else ""
+    layout = (
+        ", " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        if sharding.is_cut(mesh)
+        else ""
+    )
     _say_once(f"{device}{layout}, {used if dtype == 'float16' else dtype}")
     initial.check_layout(config, mesh)
     return config
@@ -194,7 +238,9 @@ _say_once = functools.cache(logger.info)
 
 
 def divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
-    """Raises UserError unless ``size`` is a multiple of each product of named numbers; names the nearest that are."""
+    """Raises UserError unless ``size`` is a multiple of each product of named numbers; names the
+    nearest that are.
+    """
     fits = math.lcm(*(math.prod(parts.values()) for parts in divisors))
     below = size - size % fits
     for parts in divisors:
@@ -205,7 +251,9 @@ def divides(key: str, size: int, *divisors: Mapping[str, int]) -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` or the user's cache folder."""
+    """Keeps compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` or the user's cache
+    folder.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "rlhf_jax" / "xla"))
@@ -225,45 +273,71 @@ def open_stage(
 
     Args:
         fingerprints: of the data.
-        files: {name: path} of whatever else the stage reads, beside ``config.model`` and the tokenizer.
-        sizes: {dotted setting: value} of what helps when memory runs out, such as {"sft.batch_size": 32}.
+        files: {name: path} of whatever else the stage reads, beside ``config.model`` and the
+            tokenizer.
+        sizes: {dotted setting: value} of what helps when memory runs out, such as
+            {"sft.batch_size": 32}.
 
     Raises:
         UserError: the folder is used or locked, or the run to resume is another one.
-        TrainingFault: the disk or the device's memory is full, now or at any time while the stage is open.
+        TrainingFault: the disk or the device's memory is full, now or at any time while the stage
+            is open.
     """
     path = config.output_dir or f"runs/{name}"
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
         stage = Stage(config, name, run, initial.mesh_of(config))
         processes.in_first(lambda: _describe(stage, fingerprints, files or {}))
         try:
-            with jax.set_mesh(stage.mesh) if sharding.is_cut(stage.mesh) else contextlib.nullcontext():
+            with (
+                jax.set_mesh(stage.mesh)
+                if sharding.is_cut(stage.mesh)
+                else contextlib.nullcontext()
+            ):
                 yield stage
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             where = f" while writing {error.filename}" if error.filename else ""
-            raise TrainingFault(f"{path}: the disk is full{where}; make room, then go on with --resume") from error
+            raise TrainingFault(
+                f"{path}: the disk is full{where}; make room, then go on with --resume"
+            ) from error
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             if processes.is_lost(error):
-                raise TrainingFault(f"{name}: another process has gone; start all of them again, --resume") from error
-            if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's; a ValueError while arrays are placed on a GPU
+                raise TrainingFault(
+                    f"{name}: another process has gone; start all of them again, --resume"
+                ) from error
+            if "RESOURCE_EXHAUSTED" not in str(
+                error
+            ):  # XLA's; a ValueError while arrays are placed on a GPU
                 raise
             off = {"lora.rank": config.lora.rank, "compute.remat": int(config.compute.remat)}
-            options = dict(sizes or {}) | {setting: value for setting, value in off.items() if not value}
+            options = dict(sizes or {}) | {
+                setting: value for setting, value in off.items() if not value
+            }
             raise memory.fault(name, stage.held, options, error) from error
 
 
 def _describe(stage: Stage, fingerprints: Mapping[str, str], files: Mapping[str, Path]) -> None:
     config, run = stage.config, stage.run
-    text = to_yaml(dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None))
+    text = to_yaml(
+        dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None)
+    )
     models_read = {"model": config.model, "tokenizer": config.tokenizer.name}
-    folders = {key: Path(source) for key, source in models_read.items() if source and Path(source).is_dir()}
-    data = dict(fingerprints) | {key: manifest.fingerprint(path) for key, path in {**files, **folders}.items()}
+    folders = {
+        key: Path(source) for key, source in models_read.items() if source and Path(source).is_dir()
+    }
+    data = dict(fingerprints) | {
+        key: manifest.fingerprint(path) for key, path in {**files, **folders}.items()
+    }
     # Of a run that trained its tokenizer the data is fixed too.
     fixed = (*FIXED, "data") if config.model is None and config.tokenizer.name is None else FIXED
     changed = manifest.check_unchanged(
-        run, config=text, data=data, may_change=MAY_CHANGE, allowed=config.allow_changed, fixed=fixed
+        run,
+        config=text,
+        data=data,
+        may_change=MAY_CHANGE,
+        allowed=config.allow_changed,
+        fixed=fixed,
     )
     facts = {"seed": config.seed, "data": data, "stage": stage.name}
     manifest.write_manifest(run, facts, changed=changed, mesh=dict(stage.mesh.shape))
