@@ -375,8 +375,13 @@ def rloo(params, stopped, batch, config):
         mask = batch.response_mask != 0
         to_go, _ = gae(batch.rewards, np.zeros(mask.shape), mask, 1.0, 1.0)
         return _clipped(params, stopped, batch, whiten(to_go, mask), config)
-    whitened = config.baseline == "both"
-    return _group_loss(params, stopped, batch, config, leave_one_out, whitened)
+    if config.baseline == "group":
+        return _group_loss(params, stopped, batch, config, leave_one_out)
+
+    def centred(scores, present):
+        return group_normalized(scores, present, 0.0, False)
+
+    return _group_loss(params, stopped, batch, config, centred, whitened=True)
 
 
 def grpo(params, stopped, batch, config):

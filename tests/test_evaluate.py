@@ -176,6 +176,8 @@ def test_averages_are_those_of_the_leaderboards():
         ("preferences: Reasoning", 2): (984 / 2 + 164) / (984 + 164),
         ("preferences", 2): (100 / 140 + 656 / 1148) / 2,
     }
+    safety = averages(xstest_should_refuse=[1], xstest_should_respond=[0], donotanswer=[1])
+    assert safety[("preferences: Safety", 3)] == (154 + 136) / (154 + 250 + 136)
     assert averages(Math=[1, 1, 0, 0], Focus=[1], Ties=[0]) == {("preferences", 2): 0.75}
     assert averages(Math=[1, 1, 0, 0], Ties=[0]) == {}
 

@@ -140,6 +140,20 @@ def test_reinforce_pp_with_a_group_baseline_by_hand():
     )
 
 
+def test_reinforce_pp_with_absent_answers_by_hand():
+    """Scores 0 and 1 with two absent answers, and 0, 1, 0, 1: each differs from its group's mean by
+    one half (eq. 6), so each whitened advantage is 1 or -1 (eq. 7), whatever number of answers a
+    group has.
+    """
+    mask = jnp.array([1, 1, 0, 0, 1, 1, 1, 1])[:, None]
+    scores = jnp.array([0.0, 1.0, jnp.nan, 9.0, 0.0, 1.0, 0.0, 1.0])
+    batch = Rollout(*[mask] * 4, scores=scores)
+    config = rloo.Config(baseline="both", group_size=4)
+    prepared = rloo.prepare(batch, config=config)
+    expected = [-1, 1, 0, 0, -1, 1, -1, 1]
+    np.testing.assert_allclose(prepared.advantages[:, 0], expected, rtol=1e-5)
+
+
 def test_groups_do_not_cross_devices():
     prepare = partial(rloo.prepare, config=rloo.Config(group_size=8))
     mapped = jax.shard_map(

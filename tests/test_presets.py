@@ -42,7 +42,7 @@ SAYS = {
     "ipo": "dpo kind=ipo beta=0.1",
     "kto": "kto beta=0.1 desirable_weight=1.0 undesirable_weight=1.0 batch_size=32",
     "orpo": "dpo kind=orpo beta=0.1 needs_reference=False batch_size=32",
-    "ppo": "ppo num_epochs=4 value_clip=0.2 gae_lambda=0.95",
+    "ppo": "ppo num_epochs=4 value_clip=0.2 gae_lambda=0.95 whiten_rewards=True",
     "reinforce_pp": (
         "rloo baseline=global group_size=1 num_minibatches=8 aggregate=sequence kl_in_loss=False"
     ),
@@ -101,6 +101,15 @@ def test_a_preset_is_its_paper_and_combines_with_another_config(name):
     trained = values.get("rl", {}) if section in ("grpo", "ppo", "rloo", "vpg") else values[section]
     rates = (trained.get("optimizer", {}).get("learning_rate"), trained.get("kl_coef"))
     assert rates[: len(RATES[name])] == RATES[name]
+
+
+def test_the_optimizers_of_the_authors():
+    """lm-human-preferences clips no gradient; HALOs clips at 5 and decays weights."""
+    settings = parse(RunConfig, ["--config", "tiny", "ppo", "kto"])
+    ppo_optimizer = settings.rl.optimizer
+    kto_optimizer = settings.kto.optimizer
+    assert (ppo_optimizer.max_grad_norm, ppo_optimizer.schedule) == (None, "linear")
+    assert (kto_optimizer.max_grad_norm, kto_optimizer.weight_decay) == (5.0, 0.01)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "simpo", "orpo", None])

@@ -7,12 +7,12 @@ The ratio of each token is clipped as in PPO, and there is no value function. RE
 ``baseline="global"``, ``group_size=1``: ``A_t = (sum of the rewards from t on - mean) / std`` over
 the batch's response tokens, the KL being in the rewards (eqs. 4 and 5). REINFORCE++ with baseline
 is ``baseline="both"``: ``r_i - mean of the group``, on all tokens of an answer, whitened in the
-same way (eqs. 6 and 7); RLOO's A_i are G / (G - 1) times these differences, a factor that whitening
-takes away. Column t of every [B, T] array speaks of ``tokens[:, t]``.
+same way (eqs. 6 and 7). Column t of every [B, T] array speaks of ``tokens[:, t]``.
 """
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -34,8 +34,8 @@ class Config(policy.Config):
     """Answers to each prompt, in adjacent rows of the rollout."""
     baseline: Literal["group", "global", "both"] = "group"
     """group: the mean reward of a prompt's other answers; global: rewards to go, whitened over the
-    batch (REINFORCE++), for which group_size may be 1; both: those of group, whitened over the
-    batch."""
+    batch (REINFORCE++), for which group_size may be 1; both: reward minus the mean of all answers
+    of its prompt, whitened over the batch."""
     aggregate: losses.Aggregation = "sum"
     """How losses of tokens become one number."""
 
@@ -49,8 +49,9 @@ class Config(policy.Config):
 
 def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = None) -> Rollout:
     """The rollout with ``advantages`` [B, T]: ``advantages.leave_one_out`` of the rewards, on all
-    tokens of a row. With ``baseline="both"`` these, and with "global" the rewards from each token
-    on, are brought to mean 0 and variance 1 over the response tokens.
+    tokens of a row. With ``baseline="both"`` the rewards minus the mean of their group, and with
+    "global" the rewards from each token on, are brought to mean 0 and variance 1 over the response
+    tokens.
 
     The reward of a row is the sum of ``rewards`` over its response where they are given, else
     ``scores``. Absent rows, and a group with a single answer, get 0. Minibatches may split groups
@@ -60,20 +61,20 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = No
       rollout: rows of one prompt are adjacent, ``group_size`` of them.
       axis_name: of whitening, whose tokens are those of all devices; groups do not cross devices.
     """
-    mask = rollout.response_mask
-    if config.baseline == "global":
-        rewards = policy.field(rollout, "rewards", "rewards.kl_shaped makes them")
-        prepared = dataclasses.replace(
-            rollout, advantages=advantages.discounted_returns(rewards, mask)
-        )
-    else:
-        prepared = policy.with_group_advantages(
-            rollout, config.group_size, advantages.leave_one_out
-        )
     if config.baseline == "group":
-        return prepared
-    whitened = ops.whiten(policy.field(prepared, "advantages", ""), mask, axis_name=axis_name)
-    return dataclasses.replace(prepared, advantages=whitened)
+        return policy.with_group_advantages(rollout, config.group_size, advantages.leave_one_out)
+    mask = rollout.response_mask
+    if config.baseline == "both":
+        # Not leave_one_out, which is G / (G - 1) times as large: where answers are absent, G differs
+        # from group to group, and whitening over the batch does not take the factor away.
+        centred = partial(advantages.group_normalized, scale=False)
+        prepared = policy.with_group_advantages(rollout, config.group_size, centred)
+        advantage = policy.field(prepared, "advantages", "")
+    else:
+        rewards = policy.field(rollout, "rewards", "rewards.kl_shaped makes them")
+        advantage = advantages.discounted_returns(rewards, mask)
+    whitened = ops.whiten(advantage, mask, axis_name=axis_name)
+    return dataclasses.replace(rollout, advantages=whitened)
 
 
 def loss(
