@@ -31,11 +31,13 @@ from rlhf_jax.algorithms.rloo import Config as RLOOConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
 from rlhf_jax.errors import UserError, check_pattern
 from rlhf_jax.ops import check_number
-from rlhf_jax.runs import alerts
+from rlhf_jax.runs import alerts, manifest, objects
+from rlhf_jax.types import Algorithm
 
 C = TypeVar("C")
 Words = Sequence[str]
 Values = dict[str, tuple[Any, str]]  # {dotted key: (value, "FILE, line N")}
+ALGORITHMS = ("vpg", "ppo", "rloo", "grpo")  # the sections of those of this package
 
 
 def _check(section: Any, *names: str, **bounds: float) -> None:
@@ -613,8 +615,81 @@ class RunConfig:
             )
 
 
-# --- Reading: a YAML file, then flags
-# ---------------------------------------------------------------------------------
+# --- An algorithm's section
+
+
+def with_section(kind: type[C], algorithm: Algorithm) -> type[C]:
+    """The settings ``kind``, with a section for an algorithm of one's own: the ``Config`` of its
+    module, under the module's name.
+
+    Raises:
+      UserError: the module has the name of another setting.
+    """
+    name = section_name(algorithm)
+    section = typing.get_type_hints(kind).get(name)
+    if section is None:
+        return _extended(kind, name, algorithm.Config)
+    if not (isinstance(section, type) and issubclass(section, algorithm.Config)):
+        raise UserError(
+            f"the algorithm {algorithm.__name__}: {name} is a setting of every run; give its "
+            "module another name"
+        )
+    return kind
+
+
+def section_name(algorithm: Algorithm) -> str:
+    """The name of an algorithm's section and run: that of its module."""
+    return algorithm.__name__.rpartition(".")[2]
+
+
+def _extended(kind: type[C], name: str, section: type) -> type[C]:
+    field = (name, section, dataclasses.field(default_factory=section))
+    return dataclasses.make_dataclass(kind.__name__, [field], bases=(kind,), frozen=True)
+
+
+def for_algorithm(
+    config: RunConfig, algorithm: Algorithm, section: Any = None
+) -> tuple[RunConfig, Any]:
+    """The settings of a run of this algorithm, and its own section among them.
+
+    Args:
+      section: takes the place of the section; None: that of ``config``, or the module's
+        ``Config()`` if it has none.
+
+    Raises:
+      UserError: ``config`` sets what another algorithm reads and this one, of one's own, does not.
+    """
+    name = section_name(algorithm)
+    kind = with_section(type(config), algorithm)
+    if name not in ALGORITHMS:
+        _check_others_unset(config, algorithm)
+    if section is None:
+        section = vars(config).get(name) or algorithm.Config()
+    usual = typing.get_type_hints(kind)[name]
+    if issubclass(usual, type(section)):
+        section = usual(**vars(section))
+    else:
+        kind = _extended(kind, name, type(section))
+    return kind(**vars(config) | {name: section}), section
+
+
+def _check_others_unset(config: RunConfig, algorithm: Algorithm) -> None:
+    before = manifest.dotted(dataclasses.asdict(type(config)()))
+    values = manifest.dotted(dataclasses.asdict(config))
+    unread = [
+        key
+        for key, value in values.items()
+        if key.partition(".")[0] in ALGORITHMS and value != before[key]
+    ]
+    if unread:
+        name = section_name(algorithm)
+        raise UserError(
+            f"{', '.join(unread)}: the algorithm {name} does not read them; leave them out. "
+            f"Its own settings are the section {name}, for which config.parse takes algorithm={name}"
+        )
+
+
+# --- Reading: YAML files, then flags
 
 
 def parse(
@@ -624,47 +699,45 @@ def parse(
     prog: str | None = None,
     description: str = "",
     sections: Words = (),
+    algorithm: Algorithm | None = None,
 ) -> C:
     """Reads ``--config FILE ...`` and dotted flags (``sys.argv[1:]`` by default) into a config of
     this kind.
 
     A flag goes before the files, a later file before an earlier one, the files before the class's
     default. ``--help`` shows the values in force, ``--help-verbose`` the text of each setting too.
-    Rules between values are checked once, on the final values.
+    Rules between values are checked once, on the final values. A file that names Python files of
+    somebody else needs ``--trust-config``, see ``check_trust``.
 
     Args:
       sections: the sections (``rl``) and keys of sections (``rl.top_k``) that have flags, beside
         the settings at the top; none given: all. A file may hold keys of the others too, since
         several stages share it.
+      algorithm: one of your own: its ``Config`` is a section under the module's name, and the
+        sections of the algorithms of this package have no flags and keep their defaults.
 
     Raises:
-      UserError: the file is missing, broken or does not fit, a flag is unknown, or a
-        ``__post_init__`` refused the values (ValueError).
+      UserError: a file is missing, broken or does not fit, a flag is unknown, or a
+        ``__post_init__`` refused the values (ValueError). All mistakes of the files, or all of the
+        values, are in one message, a line each.
       SystemExit: code 0 after ``--help``; code 2 after a message on stderr about a flag's wrong
         value.
     """
     finder = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", metavar="FILE", nargs="+", action="extend", default=[])
+    finder.add_argument("--trust-config", action="store_true")
     options, flags = finder.parse_known_args(argv)
-    given: Values = {}
-    for name in options.config:
-        given |= read(kind, shipped().get(name, Path(name)))
-    defaults = copy.copy(kind())
-    for key, (
-        value,
-        _,
-    ) in given.items():  # set without a look at the rules, which hold for the final values
-        section: Any = defaults
-        *path, name = key.split(".")
-        for inner in path:
-            vars(section)[inner] = copy.copy(
-                getattr(section, inner)
-            )  # sections may share one default
-            section = getattr(section, inner)
-        vars(section)[name] = value
+    unread: Words = ()
+    if algorithm is not None:
+        kind = with_section(kind, algorithm)
+        unread = [name for name in ALGORITHMS if name != section_name(algorithm)]
+        sections = sections or [name for name in typing.get_type_hints(kind) if name not in unread]
+    given = _given(kind, options.config, unread)
+    defaults = _with_values(kind(), given)
     about = (
         f"{description}\n\n--config FILE ...: YAML with values for these options; flags go "
-        "before them."
+        "before them. --trust-config: run the Python files that such a FILE names, though they are "
+        "not yours."
     )
     how: Any = {
         "prog": prog,
@@ -678,7 +751,72 @@ def parse(
     values, unknown = parsed
     if unknown:
         raise UserError(_unknown_flag(unknown[0].partition("=")[0], kind))
-    return _build(kind, values, defaults, "", given)
+    problems: list[str] = []
+    config = _build(kind, values, defaults, "", given, problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    if not options.trust_config:
+        typed = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
+        check_trusted({key: value for key, value in given.items() if key not in typed})
+    return config
+
+
+def check_trusted(given: Values) -> None:
+    """Raises UserError for values of a file that name a Python file which is not the user's own:
+    one outside the current folder or in the run's folder that the YAML file lies in, or any at all
+    where that run's folder is outside the current one. Configs of this package are trusted.
+    """
+    here = Path.cwd().resolve()
+    problems = []
+    for key, (value, place) in given.items():
+        config = Path(place.rpartition(", line ")[0]).resolve()
+        if config in [path.resolve() for path in shipped().values()]:
+            continue
+        run = config.parent if (config.parent / "manifest.json").is_file() else None
+        for text in value if isinstance(value, tuple) else (value,):
+            match = re.match(r"(.*\.py):", text, re.DOTALL) if isinstance(text, str) else None
+            if match is None:
+                continue
+            file = Path(match[1]).resolve()
+            is_own = file.is_relative_to(here)
+            if run is not None:
+                is_own = is_own and run.is_relative_to(here) and not file.is_relative_to(run)
+            if not is_own:
+                problems.append(f"{place}: {key} {text} runs the Python code of {file}")
+    if problems:
+        listed = "\n".join(problems)
+        raise UserError(
+            f"{listed}\nIt may be somebody else's, and runs with your rights: read it, then give "
+            "--trust-config"
+        )
+
+
+def _given(kind: type, names: Words, unread: Words) -> Values:
+    """The values of all files, a later one before an earlier one."""
+    given: Values = {}
+    problems = []
+    for name in names:
+        try:
+            given |= read(kind, shipped().get(name, Path(name)))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return {key: value for key, value in given.items() if key.partition(".")[0] not in unread}
+
+
+def _with_values(default: C, given: Values) -> C:
+    """A copy with these values, set without a look at the rules, which hold for the final ones."""
+    config = copy.copy(default)
+    for key, (value, _) in given.items():
+        section: Any = config
+        *path, name = key.split(".")
+        for inner in path:
+            own = copy.copy(vars(section)[inner])  # sections may share one default
+            vars(section)[inner] = own
+            section = own
+        vars(section)[name] = value
+    return config
 
 
 def _unknown_flag(flag: str, root: type) -> str:
@@ -736,31 +874,52 @@ def _is_read(key: str, root: type, sections: Words) -> bool:
     return any(f"{key}.".startswith(f"{part}.") or part.startswith(f"{key}.") for part in sections)
 
 
-def _build(cls: type[C], values: dict[str, Any], default: C, prefix: str, given: Values) -> C:
-    """An instance of ``cls``, inner sections first; their ValueErrors become UserErrors with
-    section, file and line.
+def _build(
+    cls: type[C],
+    values: dict[str, Any],
+    default: C,
+    prefix: str,
+    given: Values,
+    problems: list[str],
+) -> C:
+    """An instance of ``cls``, inner sections first; what their rules refuse is added to ``problems``
+    with section, file and line, and has its default in the instance.
     """
     values = vars(default) | values
     for name, kind in _sections(cls).items():
         inner = values[name] if isinstance(values[name], dict) else {}
-        values[name] = _build(kind, inner, getattr(default, name), f"{prefix}{name}.", given)
-    try:
-        return cls(**values)
-    except ValueError as error:
-        words = re.findall(r"\w+(?:\.\w+)*", str(error))
-        message = (
-            f"{prefix}{error}"
-            if words[0] in values
-            else f"{prefix[:-1]}: {error}".removeprefix(": ")
-        )
-        for (
-            word
-        ) in words:  # the line of the first key in the message whose value no flag has changed
-            value, place = given.get(prefix + word, (None, ""))
-            if place and operator.attrgetter(word)(types.SimpleNamespace(**values)) == value:
-                message = f"{place}: {message}"
-                break
-        raise UserError(message) from error
+        section = vars(default)[name]
+        values[name] = _build(kind, inner, section, f"{prefix}{name}.", given, problems)
+    refused: set[str] = set()
+    while True:
+        try:
+            return cls(**values)
+        except ValueError as error:
+            message = str(error)
+        name = re.findall(r"\w+", message)[0]
+        is_new = name in values and name not in refused
+        if is_new or not refused:
+            problems.append(_problem(message, values, prefix, given))
+        if not is_new:
+            return cls()
+        refused.add(name)
+        values[name] = vars(cls())[name]
+
+
+def _problem(message: str, values: dict[str, Any], prefix: str, given: Values) -> str:
+    """What a rule of a section says, after the place of the first setting that it names and whose
+    value no flag has changed.
+    """
+    words = re.findall(r"\w+(?:\.\w+)*", message)
+    section = types.SimpleNamespace(**values)
+    text = f"{prefix[:-1]}: {message}".removeprefix(": ")
+    if words[0] in values:
+        text = f"{prefix}{message}"
+    for word in words:
+        value, place = given.get(prefix + word, (None, ""))
+        if place and operator.attrgetter(word)(section) == value:
+            return f"{place}: {text}"
+    return text
 
 
 def read(config_class: type, file: Path) -> Values:
@@ -792,61 +951,73 @@ def read(config_class: type, file: Path) -> Values:
         raise UserError(f"{place}: not valid YAML in UTF-8: {reason}") from None
     if node is None:
         raise UserError(f"{file}: is empty; expected a mapping of keys to values")
-    return dict(_values(node, config_class, "", config_class, file))
+    problems: list[str] = []
+    values = dict(_values(node, config_class, "", config_class, file, problems))
+    if problems:
+        raise UserError("\n".join(problems))
+    return values
 
 
 def _values(
-    node: yaml.Node, cls: type, prefix: str, root: type, file: Path
+    node: yaml.Node, cls: type, prefix: str, root: type, file: Path, problems: list[str]
 ) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """Yields (dotted key, (value, its place)) for every value below ``node``."""
+    """Yields (dotted key, (value, its place)) for every value below ``node``; mistakes are added to
+    ``problems``.
+    """
     if not isinstance(node, yaml.MappingNode):
         name = prefix[:-1] or "the file"
-        raise UserError(
+        problems.append(
             f"{_at(file, node)}: {name} must be a mapping of keys, found {_found(node)}"
         )
+        return
     kinds = typing.get_type_hints(cls)
     lines: dict[str, int] = {}
     for key_node, value_node in node.value:
         name = key_node.value if isinstance(key_node, yaml.ScalarNode) else _found(key_node)
-        key, line = prefix + name, key_node.start_mark.line + 1
+        key = prefix + name
+        place = _at(file, key_node)
         if name not in kinds:
-            raise UserError(f"{_at(file, key_node)}: unknown key {key}; {_hint(key, root)}")
-        if name in lines:
-            raise UserError(
-                f"{_at(file, key_node)}: key {key} is given twice, first on line {lines[name]}"
-            )
-        lines[name] = line
-        if dataclasses.is_dataclass(kinds[name]):
-            yield from _values(value_node, kinds[name], f"{key}.", root, file)
+            problems.append(f"{place}: unknown key {key}; {_hint(key, root)}")
+        elif name in lines:
+            problems.append(f"{place}: key {key} is given twice, first on line {lines[name]}")
+        elif dataclasses.is_dataclass(kinds[name]):
+            yield from _values(value_node, kinds[name], f"{key}.", root, file, problems)
         else:
-            yield key, (_value(value_node, kinds[name], key, file), _at(file, key_node))
+            try:
+                yield key, (_value(value_node, kinds[name], key), place)
+            except ValueError as error:
+                problems.append(f"{file}, {error}")
+        lines.setdefault(name, key_node.start_mark.line + 1)
 
 
-def _value(node: yaml.Node, kind: Any, key: str, file: Path) -> Any:
+def _value(node: yaml.Node, kind: Any, key: str) -> Any:
+    """The value of a node as its type has it; ValueError, beginning with the line, if it is of
+    another one.
+    """
     optional = type(None) in typing.get_args(kind)
     inner = typing.get_args(kind)[0] if optional else kind
-    choices, is_list = typing.get_args(inner), typing.get_origin(inner) is tuple
+    choices = typing.get_args(inner)
+    is_list = typing.get_origin(inner) is tuple
     if is_list and isinstance(node, yaml.SequenceNode):
-        return tuple(_value(item, choices[0], f"each of {key}", file) for item in node.value)
+        return tuple(_value(item, choices[0], f"each of {key}") for item in node.value)
     if isinstance(node, yaml.ScalarNode) and not is_list:
-        plain = node.style is None
-        with contextlib.suppress(
-            Exception
-        ):  # an unknown !tag, a date such as 2020-99-99, an int of 5,000 digits
+        is_plain = node.style is None
+        # an unknown !tag, a date such as 2020-99-99, an int of 5,000 digits
+        with contextlib.suppress(Exception):
             value = yaml.SafeLoader("").construct_object(node)
-            if optional and (value is None or (plain and value == "None")):
+            if optional and (value is None or (is_plain and value == "None")):
                 return None
             if type(value) is inner or (type(value) is str and value in choices):
                 return value
-            if inner is float and type(value) in (int, str) and plain:
+            if inner is float and type(value) in (int, str) and is_plain:
                 return float(value)
     names = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
-    expected = (
-        "a list" if is_list else names.get(inner) or f"one of {', '.join(map(repr, choices))}"
-    )
-    raise UserError(
-        f"{_at(file, node)}: {key} must be {expected}{' or null' * optional}, found {_found(node)}"
-    )
+    expected = names.get(inner) or f"one of {', '.join(map(repr, choices))}"
+    if is_list:
+        expected = "a list"
+    or_null = " or null" if optional else ""
+    line = node.start_mark.line + 1
+    raise ValueError(f"line {line}: {key} must be {expected}{or_null}, found {_found(node)}")
 
 
 def _at(file: Path, node: yaml.Node) -> str:
@@ -905,8 +1076,6 @@ def _sections(cls: type) -> dict[str, Any]:
 
 
 # --- Writing
-#
-# ----------------------------------------------------------------------------------------------------------
 
 
 def to_yaml(config: Any) -> str:
@@ -933,3 +1102,7 @@ _Dumper.add_representer(
     tuple, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
 )
 _Dumper.add_representer(str, _text)
+# Functions and arrays in the Config of an algorithm of one's own.
+_Dumper.add_multi_representer(
+    object, lambda dumper, value: dumper.represent_data(objects.describe(value))
+)

@@ -12,6 +12,7 @@ import pytest
 from test_training import Killed, config, data, interrupt, outputs  # noqa: F401 (fixtures)
 
 from rlhf_jax import ppo, training
+from rlhf_jax.config import PPOStage
 from rlhf_jax.report import page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ def copy_of_ppo():
 def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # noqa: F811
     algorithm = make()
     settings = dataclasses.replace(config.rl, num_iterations=4, kl_target=None)
-    config = dataclasses.replace(config, rl=settings)
+    config = dataclasses.replace(config, rl=settings, ppo=PPOStage())
     algorithm_config = algorithm.Config(num_minibatches=2, num_epochs=2, shuffle_blocks=4)
     straight = training.rl.run(config, algorithm, algorithm_config)
     rows = [
@@ -72,7 +73,9 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # 
 def test_no_default_of_another_algorithm_leaks_in(config):  # noqa: F811
     """GSPO says that it wants no KL penalty in the reward: a run that sets none has none."""
     settings = dataclasses.replace(config.rl, num_iterations=1, kl_target=None, kl_coef=None)
-    folder = training.rl.run(dataclasses.replace(config, rl=settings), gspo()).folder
+    folder = training.rl.run(
+        dataclasses.replace(config, rl=settings, ppo=PPOStage()), gspo()
+    ).folder
     last = json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     assert "kl/coef" not in last
     assert jax.tree.leaves(last)

@@ -62,37 +62,38 @@ def write_manifest(
 
     Args:
       run: the run.
-      facts: JSON values, kept under their keys: ``seed``, ``stage`` and ``data``, {file as the user
-        named it: :func:`fingerprint`}.
+      facts: JSON values, kept under their keys: ``seed``, ``stage``, ``data``, {file as the user
+        named it: :func:`fingerprint`}, and ``given``, {name: ``objects.describe``}.
       mesh: the sizes of the mesh's axes.
       changed: what differs from the run that is resumed; the facts are then the new ones.
     """
-    devices = {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **mesh}
-    versions = {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PACKAGES},
-    }
-    flags = os.environ.get("XLA_FLAGS", "")
+    packages = {name: metadata.version(name) for name in PACKAGES}
     machine = {
         "backend": jax.default_backend(),
-        "devices": devices,
-        "versions": versions,
-        "xla_flags": flags,
+        "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **mesh},
+        "versions": {"python": platform.python_version(), **packages},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
     start = {"command": shlex.join(command_line()), **machine, "git": _git_state()}
     manifest = start | dict(facts)
     if run.resumed:
-        manifest = _read(run.manifest, json.loads) | (dict(facts) if changed else {})
+        manifest = _read(run.manifest, json.loads)
+        if changed:
+            manifest |= facts
         starts = manifest.setdefault("resumed", [])
-        before = {key: (starts or [manifest])[-1].get(key) for key in machine}
-        if differences := _differences(dotted(before), dotted(machine)).values():
-            goes_on = (
-                "The run goes on, but is no longer bit for bit what it would have been "
-                "without the stop"
-            )
-            logger.info(f"--resume: {'; '.join(differences)}. {goes_on}")
+        last = starts[-1] if starts else manifest
+        _report_other_machine({key: last.get(key) for key in machine}, machine)
         starts.append(start | ({"changed": list(changed)} if changed else {}))
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def _report_other_machine(before: dict[str, Any], now: dict[str, Any]) -> None:
+    differences = _differences(dotted(before), dotted(now)).values()
+    if differences:
+        logger.info(
+            f"--resume: {'; '.join(differences)}. The run goes on, but is no longer bit for bit "
+            "what it would have been without the stop"
+        )
 
 
 def command_line() -> list[str]:
@@ -107,6 +108,7 @@ def check_unchanged(
     *,
     config: str,
     data: Mapping[str, str],
+    given: Mapping[str, Any] = {},
     may_change: Keys = (),
     allowed: Keys = (),
     fixed: Keys = (),
@@ -118,6 +120,7 @@ def check_unchanged(
       run: only a run with ``resumed`` set is compared with anything.
       config: the new configuration as ``config.to_yaml`` writes it.
       data: {name: :func:`fingerprint`} of the data as it is now.
+      given: {name: ``objects.describe``} of what Python gives to the run.
       may_change: dotted keys, or sections, whose differences do not count.
       allowed: keys or sections that the user lets differ. ``data``, of any section, also stands for
         the contents of all data files, ``reward`` and ``safety`` for those of the rewards and of
@@ -129,7 +132,7 @@ def check_unchanged(
       UserError: lists the keys with both values, and the data that differs; a key of ``allowed`` is
         no setting.
     """
-    after = dotted(yaml.safe_load(config))
+    after = dotted(yaml.safe_load(config)) | _parts(given)
     allowed = [key.replace("-", "_") for key in allowed]
     for key in allowed:
         if not any(_within(setting, [key]) for setting in after):
@@ -140,9 +143,9 @@ def check_unchanged(
         return []
     if any(key.rpartition(".")[2] in ("data", "validation_data") for key in allowed):
         allowed.append("data")
-    before = dotted(_read(run.config, yaml.safe_load)) | _hashes(
-        _read(run.manifest, json.loads).get("data", {})
-    )
+    recorded = _read(run.manifest, json.loads)
+    before = dotted(_read(run.config, yaml.safe_load))
+    before |= _parts(recorded.get("given", {})) | _hashes(recorded.get("data", {}))
     differences = _differences(before, after | _hashes(data))
     changed = {
         key: text for key, text in differences.items() if not _within(_setting(key), may_change)
@@ -154,11 +157,13 @@ def check_unchanged(
         if _setting(key) in never or not _within(_setting(key), allowed)
     ]
     if problems:
-        advice = "Undo this, or start a new run with another --output-dir; --allow-changed "
-        advice += (
-            f"cannot help with {', '.join(never)}" if never else "lets those differ that you name"
+        help_of_flag = "lets those differ that you name"
+        if never:
+            help_of_flag = f"cannot help with {', '.join(never)}"
+        raise UserError(
+            f"--resume: {run.path} is another run: {'; '.join(problems)}. Undo this, or start a "
+            f"new run with another --output-dir; --allow-changed {help_of_flag}"
         )
-        raise UserError(f"--resume: {run.path} is another run: {'; '.join(problems)}. {advice}")
     if changed:
         logger.info(
             f"--resume: goes on as another run than it began: {'; '.join(changed.values())}"
@@ -202,6 +207,11 @@ def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
         for name, child in value.items()
         for key, inner in dotted(child, f"{prefix}{name}.").items()
     }
+
+
+def _parts(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``dotted``, with no key for no description."""
+    return dotted(dict(given)) if given else {}
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import generator, models, ops, rewards, sharding
-from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
-from rlhf_jax.config import RLStage, RunConfig
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.config import ALGORITHMS, RLStage, RunConfig, for_algorithm, section_name
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.environment import Environment, Reply, converse, function_of, load_environment
@@ -53,10 +53,11 @@ def run(
             settings.
         TrainingFault: a reward or an update that is not finite.
     """
-    settings, name = config.rl, algorithm.__name__.rpartition(".")[2]
-    if algorithm_config is None:
-        sections = {vpg: config.vpg, ppo: config.ppo, rloo: config.rloo, grpo: config.grpo}
-        algorithm_config = sections[algorithm] if algorithm in sections else algorithm.Config()
+    settings, name = config.rl, section_name(algorithm)
+    config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
+    given = {"algorithm": None if name in ALGORITHMS else algorithm, "reward": run_reward}
+    if run_reward is not None:
+        config = replace(config, reward=())
     config = set_up(config)
     initial.warn_of_rate(config, "rl", settings.optimizer)
     sizes = _sizes(name, settings, algorithm_config, sharding.num_parts(initial.mesh_of(config)))
@@ -76,7 +77,7 @@ def run(
     )
     read = [initial.stage_rows(config, "prompts", names) for names in sources]
     fingerprints = {source: digest for data in read for source, digest in data.fingerprints.items()}
-    with open_stage(config, name, fingerprints, sizes, _files(config)) as stage:
+    with open_stage(config, name, fingerprints, sizes, _files(config), given) as stage:
         score_rows = memory.score_rows(config.compute, settings.batch_size, algorithm_config)
         parts = _parts(stage, [data.rows for data in read], run_reward, score_rows, environment)
         trainer = _Trainer(

@@ -20,7 +20,7 @@ from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.report import page
-from rlhf_jax.runs import devices, folder, manifest, processes, trackers
+from rlhf_jax.runs import devices, folder, manifest, objects, processes, trackers
 from rlhf_jax.training import initial, memory
 from rlhf_jax.training.initial import Trainable, sampling_config
 from rlhf_jax.types import Params, PolicyFn, TrainState
@@ -31,18 +31,18 @@ Stream = Literal["init", "data", "rollout", "update", "eval"]
 
 # What may differ between a run and its resumption without making it another run.
 MAY_CHANGE = (
-    *(
-        "resume",
-        "overwrite",
-        "allow_changed",
-        "output_dir",
-        "device",
-        "processes",
-        "mesh",
-        "compute.offload",
-        "track",
-    ),
-    *("keep_last", "checkpoint_interval", "checkpoint_async"),
+    "resume",
+    "overwrite",
+    "allow_changed",
+    "output_dir",
+    "device",
+    "processes",
+    "mesh",
+    "compute.offload",
+    "track",
+    "keep_last",
+    "checkpoint_interval",
+    "checkpoint_async",
 )
 # What must not differ even with --allow-changed: the checkpoint would not fit, or its tokens mean
 # something else.
@@ -266,17 +266,20 @@ def open_stage(
     config: RunConfig,
     name: str,
     fingerprints: Mapping[str, str],
-    sizes: Mapping[str, int] | None = None,
-    files: Mapping[str, Path] | None = None,
+    sizes: Mapping[str, int] = {},
+    files: Mapping[str, Path] = {},
+    given: Mapping[str, Any] = {},
 ) -> Iterator[Stage]:
     """Takes the run folder and writes config and manifest into it (or compares them on resume).
 
     Args:
         fingerprints: of the data.
-        files: {name: path} of whatever else the stage reads, beside ``config.model`` and the
-            tokenizer.
         sizes: {dotted setting: value} of what helps when memory runs out, such as
             {"sft.batch_size": 32}.
+        files: {name: path} of whatever else the stage reads, beside ``config.model`` and the
+            tokenizer.
+        given: {name: function, object or module} of what Python gives to the stage, such as
+            "reward" and "optimizer"; None: nothing. See ``runs.objects``.
 
     Raises:
         UserError: the folder is used or locked, or the run to resume is another one.
@@ -286,13 +289,11 @@ def open_stage(
     path = config.output_dir or f"runs/{name}"
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
         stage = Stage(config, name, run, initial.mesh_of(config))
-        processes.in_first(lambda: _describe(stage, fingerprints, files or {}))
+        processes.in_first(lambda: _describe(stage, fingerprints, files, given))
+        is_cut = sharding.is_cut(stage.mesh)
+        mesh = jax.set_mesh(stage.mesh) if is_cut else contextlib.nullcontext()
         try:
-            with (
-                jax.set_mesh(stage.mesh)
-                if sharding.is_cut(stage.mesh)
-                else contextlib.nullcontext()
-            ):
+            with mesh:
                 yield stage
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -306,18 +307,21 @@ def open_stage(
                 raise TrainingFault(
                     f"{name}: another process has gone; start all of them again, --resume"
                 ) from error
-            if "RESOURCE_EXHAUSTED" not in str(
-                error
-            ):  # XLA's; a ValueError while arrays are placed on a GPU
+            # XLA's; a ValueError while arrays are placed on a GPU
+            if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            off = {"lora.rank": config.lora.rank, "compute.remat": int(config.compute.remat)}
-            options = dict(sizes or {}) | {
-                setting: value for setting, value in off.items() if not value
-            }
-            raise memory.fault(name, stage.held, options, error) from error
+            switches = {"lora.rank": config.lora.rank, "compute.remat": int(config.compute.remat)}
+            off = {setting: value for setting, value in switches.items() if not value}
+            raise memory.fault(name, stage.held, {**sizes, **off}, error) from error
 
 
-def _describe(stage: Stage, fingerprints: Mapping[str, str], files: Mapping[str, Path]) -> None:
+def _describe(
+    stage: Stage,
+    fingerprints: Mapping[str, str],
+    files: Mapping[str, Path],
+    given: Mapping[str, Any],
+) -> None:
+    """Writes or compares what the run is: settings, files and what Python gives to it."""
     config, run = stage.config, stage.run
     text = to_yaml(
         dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None)
@@ -326,20 +330,40 @@ def _describe(stage: Stage, fingerprints: Mapping[str, str], files: Mapping[str,
     folders = {
         key: Path(source) for key, source in models_read.items() if source and Path(source).is_dir()
     }
-    data = dict(fingerprints) | {
-        key: manifest.fingerprint(path) for key, path in {**files, **folders}.items()
-    }
+    sources = {**files, **folders}
+    data = {**fingerprints, **{key: manifest.fingerprint(path) for key, path in sources.items()}}
+    python = {key: objects.describe(value) for key, value in given.items() if value is not None}
+    _report_unknown(python)
     # Of a run that trained its tokenizer the data is fixed too.
     fixed = (*FIXED, "data") if config.model is None and config.tokenizer.name is None else FIXED
     changed = manifest.check_unchanged(
         run,
         config=text,
         data=data,
+        given=python,
         may_change=MAY_CHANGE,
         allowed=config.allow_changed,
         fixed=fixed,
     )
     facts = {"seed": config.seed, "data": data, "stage": stage.name}
+    if python:
+        facts["given"] = python
     manifest.write_manifest(run, facts, changed=changed, mesh=dict(stage.mesh.shape))
     if changed or not run.resumed:
         folder.write_atomically(run.config, text)
+
+
+def _report_unknown(python: dict[str, Any]) -> None:
+    """Names what Python gives and no fingerprint can be taken of."""
+    for name, description in python.items():
+        parts = manifest.dotted({name: description})
+        unknown = [
+            f"{key} ({value.removeprefix(objects.UNKNOWN).removeprefix(': ')})"
+            for key, value in parts.items()
+            if isinstance(value, str) and value.startswith(objects.UNKNOWN)
+        ]
+        if unknown:
+            logger.info(
+                f"manifest.json: {', '.join(unknown)} cannot be fingerprinted; --resume does not "
+                "notice if it changes"
+            )

@@ -1,0 +1,250 @@
+"""What Python gives to a run, as JSON values that can be written down and compared.
+
+    describe(functools.partial(letters, sign=-1))
+    # {"def": "rewards.letters", "source sha256": "1f3c09ab77d2", "sign": -1}
+
+A function is described by its name, the hash of its source, its arguments (defaults and those of
+``functools.partial``), the values in its closure, and the constants, functions and classes of its
+own module that it reads; an object by its class and fields; an array by the hash of its bytes. Of
+what belongs to Python or to a package whose version the manifest records (``PACKAGES``), the name
+stands for the source.
+"""
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import inspect
+import math
+import pathlib
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+UNKNOWN = "cannot be fingerprinted"
+PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax", "numpy", "transformers")
+MOST_PARTS = 5_000  # of one description
+
+
+def describe(value: Any) -> Any:
+    """A JSON value that differs where the values differ; a text that begins with ``UNKNOWN`` stands
+    for a part that cannot be compared.
+    """
+    return _Description().of(value)
+
+
+def qualified_name(value: Any) -> str:
+    """``module.function`` or ``module.Class`` of a function, class or other callable."""
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    return f"{_module_of(value)}.{name or type(value).__qualname__}"
+
+
+class _Description:
+    """One description while it is made."""
+
+    def __init__(self) -> None:
+        self.num_parts = 0
+        self.open: list[int] = []  # ids of the values that hold the present one
+
+    def of(self, value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else repr(value)
+        if id(value) in self.open:
+            return "itself"
+        self.num_parts += 1
+        if self.num_parts > MOST_PARTS:
+            return f"{UNKNOWN}: it has more than {MOST_PARTS} parts"
+        self.open.append(id(value))
+        description = self.of_object(value)
+        self.open.pop()
+        return description
+
+    def of_object(self, value: Any) -> Any:
+        own = getattr(value, "fingerprint", None)  # as tokenizers have
+        if isinstance(own, str):
+            return {"class": qualified_name(type(value)), "fingerprint": own}
+        if isinstance(value, bytes):
+            return _digest(value)
+        if isinstance(value, np.ndarray | np.generic | jax.Array):
+            return _of_array(value)
+        if isinstance(value, re.Pattern):
+            return f"{value.pattern!r}, flags {value.flags}"
+        if isinstance(value, pathlib.PurePath | enum.Enum | range | np.dtype):
+            return repr(value)
+        if isinstance(value, Mapping):
+            return self.of_parts({str(key): part for key, part in value.items()})
+        if isinstance(value, set | frozenset):
+            return sorted(str(self.of(part)) for part in value)
+        if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+            return self.of_list(value)
+        if isinstance(value, types.ModuleType):
+            return self.of_module(value)
+        if isinstance(value, type):
+            return {"class": qualified_name(value), **_source(value)}
+        if callable(value) and not dataclasses.is_dataclass(value):
+            return self.of_callable(value)
+        return self.of_instance(value)
+
+    def of_parts(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: self.of(part) for name, part in parts.items()}
+
+    def of_list(self, values: list[Any] | tuple[Any, ...]) -> Any:
+        described = [self.of(value) for value in values]
+        if any(isinstance(value, dict | list) for value in described):
+            return {str(i): value for i, value in enumerate(described)}
+        return described
+
+    def of_module(self, module: types.ModuleType) -> Any:
+        """A module by its file; one that has none, by its functions and classes."""
+        source = _source(module)
+        if source or _is_versioned(module.__name__):
+            return {"import": module.__name__, **source}
+        members = {
+            name: member
+            for name, member in vars(module).items()
+            if callable(member) and _module_of(member) == module.__name__
+        }
+        return {"import": module.__name__, **self.of_parts(members)}
+
+    def of_callable(self, value: Any) -> Any:
+        if isinstance(value, functools.partial):
+            description = self.named(self.of(value.func))
+            arguments = {str(i): argument for i, argument in enumerate(value.args)}
+            return description | self.of_parts(arguments | value.keywords)
+        if isinstance(value, types.MethodType):
+            return self.named(self.of(value.__func__)) | {"self": self.of(value.__self__)}
+        if isinstance(value, types.FunctionType):
+            parts = _arguments(value) | _closure(value) | _globals(value)
+            name = {"def": qualified_name(value)}
+            return name | _source(value) | self.of_parts(parts)
+        if hasattr(value, "__wrapped__"):  # such as jax.jit(function)
+            return self.of(value.__wrapped__)
+        if isinstance(value, types.BuiltinFunctionType | np.ufunc):
+            return {"def": qualified_name(value)}
+        return self.of_instance(value)
+
+    def named(self, description: Any) -> dict[str, Any]:
+        return description if isinstance(description, dict) else {"def": description}
+
+    def of_instance(self, value: Any) -> Any:
+        """An object by its class and fields, or attributes if the class is the user's own."""
+        kind = type(value)
+        name = {"class": qualified_name(kind), **_source(kind)}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return name | self.of_parts(dict(zip(value._fields, value, strict=True)))
+        if dataclasses.is_dataclass(value):
+            fields = dataclasses.fields(value)
+            return name | self.of_parts(
+                {field.name: getattr(value, field.name) for field in fields}
+            )
+        package = kind.__module__.partition(".")[0]
+        is_foreign = package in sys.stdlib_module_names or _is_installed(kind)
+        is_open = package in PACKAGES or kind is types.SimpleNamespace or not is_foreign
+        if is_open and hasattr(value, "__dict__"):
+            return name | self.of_parts(vars(value))
+        return f"{UNKNOWN}: {qualified_name(kind)}"
+
+
+def _arguments(function: types.FunctionType) -> dict[str, Any]:
+    """The defaults of a function's parameters."""
+    defaults = function.__defaults__ or ()
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    positional = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
+    return positional | (function.__kwdefaults__ or {})
+
+
+def _closure(function: types.FunctionType) -> dict[str, Any]:
+    """The values of the variables that a function reads from the functions around it."""
+    values: dict[str, Any] = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            values[name] = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    return values
+
+
+def _globals(function: types.FunctionType) -> dict[str, Any]:
+    """What a function of the user's own reads from its module: constants, and functions and classes
+    of the user's own.
+    """
+    if _is_versioned(function.__module__) or _is_installed(function):
+        return {}
+    read = {name for code in _codes(function.__code__) for name in code.co_names}
+    values = {name: function.__globals__[name] for name in read if name in function.__globals__}
+    return {
+        name: values[name]
+        for name in sorted(values)
+        if not isinstance(values[name], types.ModuleType)
+        and not (callable(values[name]) and _is_versioned(_module_of(values[name])))
+    }
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code, and that of the functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _source(value: Callable[..., Any] | types.ModuleType | type) -> dict[str, str]:
+    """{"source sha256": ...}, or the hash of the code where there is no source; empty for
+    what a recorded version stands for, and for a module or class without source.
+    """
+    name = value.__name__ if isinstance(value, types.ModuleType) else _module_of(value)
+    if _is_versioned(name):
+        return {}
+    try:
+        return {"source sha256": _digest(inspect.getsource(value).encode())}
+    except (OSError, TypeError):
+        if not isinstance(value, types.FunctionType):
+            return {}
+    parts = [_code_text(code) for code in _codes(value.__code__)]
+    return {"source sha256": _digest("\n".join(parts).encode())}
+
+
+def _code_text(code: types.CodeType) -> str:
+    constants = [
+        sorted(map(repr, value)) if isinstance(value, frozenset) else value
+        for value in code.co_consts
+        if not isinstance(value, types.CodeType)
+    ]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+def _of_array(array: Any) -> str:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return f"{UNKNOWN}: an array of several processes"
+    if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    values = np.asarray(array)
+    return f"{values.dtype}{list(values.shape)} {_digest(np.ascontiguousarray(values).tobytes())}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _module_of(value: Any) -> str:
+    return getattr(value, "__module__", None) or type(value).__module__
+
+
+def _is_versioned(module: str) -> bool:
+    """Whether a module belongs to Python, or to a package whose version the manifest records."""
+    package = module.partition(".")[0]
+    return package in PACKAGES or package in sys.stdlib_module_names
+
+
+def _is_installed(value: Any) -> bool:
+    """Whether a function or class belongs to an installed package."""
+    module = sys.modules.get(_module_of(value))
+    file = getattr(module, "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file
