@@ -241,7 +241,11 @@ class Supervised:
     """Rows (comparisons, pairs) per optimizer step, over all devices."""
     optimizer: Optimizer = Optimizer()
     validation_fraction: float = 0.1
-    """Share of the rows held out for validation."""
+    """Share of the rows held out for validation; rows with equal prompts stay together."""
+    validation_data: tuple[str, ...] = ()
+    """Files of rows to validate on; empty: a validation_fraction of the rows, held out of the
+    training.
+    """
     validation_interval: int = 100
     """Optimizer steps between validations."""
 

@@ -76,20 +76,24 @@ def test_a_rate_that_suits_random_weights_warns_with_pretrained_ones(
 
 
 @pytest.mark.parametrize(
-    ("count", "fraction", "groups", "sizes", "says"),
+    ("prompts", "fraction", "sizes", "says"),
     [
-        (1, 0.1, None, (1, 0), True),
-        (3, 0.1, ["a"] * 3, (3, 0), True),  # the pairs of one ranking
-        (1, 0.0, None, (1, 0), False),
-        (2, 0.1, None, (1, 1), False),
+        ("a", 0.1, (1, 0), "one prompt in all, so none is held out"),
+        ("aaa", 0.1, (3, 0), "one prompt in all, so none is held out"),
+        ("a", 0.0, (1, 0), ""),
+        ("ab", 0.1, (1, 1), "prompts: 1 rows of 1 prompts held out\n"),
+        ("aabbccccc", 0.2, (7, 2), "prompts: 2 rows of 1 prompts held out\n"),
     ],
 )
-def test_of_a_single_row_none_is_held_out(count, fraction, groups, sizes, says, capsys):
-    train, held_out = initial.hold_out("prompts", count, fraction, jax.random.key(0), groups)
+def test_what_is_held_out_and_what_is_said_of_it(prompts, fraction, sizes, says, capsys):
+    train, held_out = initial.hold_out("prompts", prompts, fraction, jax.random.key(0))
     assert (len(train), len(held_out)) == sizes
-    assert ("prompts: one row in all, so none is held out" in capsys.readouterr().out) == says
+    assert not {prompts[row] for row in train} & {prompts[row] for row in held_out}
+    said = capsys.readouterr().out
+    assert says in said
+    assert bool(said) == bool(says)
     with pytest.raises(UserError, match="give more data or a smaller validation_fraction"):
-        initial.hold_out("prompts", 2, 0.9, jax.random.key(0))
+        initial.hold_out("prompts", "ab", 0.9, jax.random.key(0))
 
 
 @pytest.mark.slow

@@ -290,7 +290,8 @@ def test_a_stage_packs_the_rows_of_its_step(stage, config, capsys):  # noqa: F81
     config = dataclasses.replace(config, text=Text(pack=True, bucket_multiple=4), **{stage: own})
     train = np.arange(1, 5)
     (plan, to_arrays), (again, _) = (
-        supervised._batching(config, stage, PAIRS, train, KEY) for _ in range(2)
+        supervised._batching(config, getattr(training, stage).SPEC, PAIRS, train, KEY)
+        for _ in range(2)
     )
     # Padded: 8 texts of 8 columns. Packed: 31 tokens in 4 rows, one for each device, of the longest
     # pair's 10 columns.

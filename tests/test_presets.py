@@ -123,7 +123,7 @@ def test_a_run_scores_a_reference_where_the_loss_reads_one(kind, monkeypatch):
     setting = supervised.Setting(
         stage, initial, [], None, *np.zeros((2, 0), int), None, 4, optax.sgd(1.0)
     )
-    monkeypatch.setattr(supervised, "run", lambda config, name, make_task, show: make_task(setting))
+    monkeypatch.setattr(supervised, "run", lambda config, spec: spec.make_task(setting))
     task = training.dpo.run(config) if kind else training.sft.run(config)
     assert (task.reference is None) == (kind != "sigmoid")
 

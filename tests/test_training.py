@@ -207,7 +207,8 @@ def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_muc
     """
     answers = [[f"{'abcdefghijkl'[i]}", "y", "z" * (60 if i % 2 else 1)] for i in range(12)]
     rankings = [
-        {"prompt": "p", "responses": texts, "ranking": [0, 1, 2]} for texts in [*answers, ["x"] * 3]
+        {"prompt": "pqrstuvwxyzab"[i], "responses": texts, "ranking": [0, 1, 2]}
+        for i, texts in enumerate([*answers, ["x"] * 3])
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rankings)))
     config = RunConfig(
@@ -223,7 +224,7 @@ def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_muc
         raise Seen(setting)
 
     with pytest.raises(Seen) as seen:
-        supervised.run(config, "reward_model", stop, show=())
+        supervised.run(config, dataclasses.replace(training.reward_model.SPEC, make_task=stop))
     setting = seen.value.args[0]
     train, held_out = (
         {setting.encoded.sources[row] for row in part}
@@ -347,8 +348,8 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(data, tmp_path):
 @pytest.mark.parametrize("file", sorted(TINY.parent.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_config_fits(file):
     config = parse_config(file)
-    supervised._sizes("sft", config.sft, config.text.pack, 1)
-    supervised._sizes("reward_model", config.reward_model, config.text.pack, 1)
+    supervised._sizes(config, training.sft.SPEC, 1)
+    supervised._sizes(config, training.reward_model.SPEC, 1)
     for name in ("vpg", "ppo", "rloo", "grpo"):
         rl._sizes(name, config.rl, getattr(config, name), 1)
 

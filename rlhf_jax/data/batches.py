@@ -37,23 +37,24 @@ def split(
     train on.
 
     Args:
-      groups: of each row; rows of one group, such as the pairs of one ranking, stay together, so
-        that a few more may validate. None: each row is a group of its own.
+      groups: of each row; rows of one group, such as the answers to one prompt, stay together, so
+        that a few more may validate. Groups larger than the part that validates are taken last.
+        None: each row is a group of its own.
     """
-    held_out = max(1, round(n * fraction)) if fraction else 0
+    num_held_out = max(1, round(n * fraction)) if fraction else 0
     names = list(range(n) if groups is None else groups)
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
     group_of = np.array([number[name] for name in names], np.int64)
+    sizes = np.bincount(group_of)
     order = _permutation(key, len(number))
-    num_groups = (
-        int(np.searchsorted(np.cumsum(np.bincount(group_of)[order]), held_out)) + 1
-        if held_out
-        else 0
-    )
+    order = order[np.argsort(sizes[order] > num_held_out, kind="stable")]
+    num_groups = 0
+    if num_held_out:
+        num_groups = int(np.searchsorted(np.cumsum(sizes[order]), num_held_out)) + 1
     if num_groups >= len(number):
         advice = "give more data or a smaller validation_fraction (0 holds none out)"
         raise UserError(
-            f"{n} rows leave none to train on after {held_out} for validation; {advice}"
+            f"{n} rows leave none to train on after {num_held_out} for validation; {advice}"
         )
     validates = np.isin(group_of, order[:num_groups])
     return np.flatnonzero(~validates), np.flatnonzero(validates)

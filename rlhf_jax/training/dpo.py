@@ -4,7 +4,8 @@ without sampling.
 
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.config import RunConfig
-from rlhf_jax.training import supervised
+from rlhf_jax.data import batches
+from rlhf_jax.training import scoring, supervised
 from rlhf_jax.training.stage import RunResult
 
 
@@ -18,7 +19,30 @@ def run(config: RunConfig) -> RunResult:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
-    show = ("dpo/loss", "dpo/accuracy", "dpo/margin", "validation/loss", "validation/accuracy")
-    return supervised.run(
-        config, "dpo", lambda setting: supervised.policy_task(setting, dpo, config.dpo), show
-    )
+    return supervised.run(config, SPEC)
+
+
+def _task(setting: supervised.Setting) -> supervised.Task:
+    config = setting.stage.config.dpo
+    return supervised.policy_task(setting, dpo, config, baselines=_baselines)
+
+
+def _baselines(setting: supervised.Setting) -> dict[str, float]:
+    return {"length_accuracy": scoring.length_accuracy(setting.encoded, setting.held_out)}
+
+
+SPEC = supervised.StageSpec(
+    section="dpo",
+    kind="pairs",
+    collate=batches.comparison_batch,
+    pack=batches.packed_comparisons,
+    make_task=_task,
+    show=(
+        "dpo/loss",
+        "dpo/accuracy",
+        "dpo/margin",
+        "validation/loss",
+        "validation/accuracy",
+        "validation/length_accuracy",
+    ),
+)

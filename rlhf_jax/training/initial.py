@@ -14,7 +14,7 @@ import yaml
 from rlhf_jax import models, ops, sampling, sharding
 from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
-from rlhf_jax.data.rows import Kind, Row
+from rlhf_jax.data.rows import Kind, Row, Text
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import hf, lora
@@ -124,12 +124,15 @@ def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
     return Trainable({**adapters, **trained}, base, None if settings.rank else loaded)
 
 
-def stage_rows(config: RunConfig, kind: Kind, names: Sequence[str]) -> formats.ReadResult:
+def stage_rows(
+    config: RunConfig, kind: Kind, names: Sequence[str], note: str = ""
+) -> formats.ReadResult:
     """The rows of a stage, messages rendered by the chat template of the model's tokenizer; prints
     their number.
 
     Args:
         names: the section's own data; empty: the run's ``--data``.
+        note: what the rows are for, in the line that is printed.
 
     Raises:
         UserError: there is no data, or a row is wrong.
@@ -138,7 +141,7 @@ def stage_rows(config: RunConfig, kind: Kind, names: Sequence[str]) -> formats.R
     template = chat.template_of(tokenizers.load_tokenizer(source) if source else None)
     how: Any = {"columns": config.columns, "on_bad_row": config.on_bad_row}
     data = formats.read(kind, names or config.data, seed=config.seed, template=template, **how)
-    logger.info(f"{kind}: {data.describe()}")
+    logger.info(f"{kind}{note}: {data.describe()}")
     return data
 
 
@@ -173,15 +176,36 @@ def _is_pretrained(model: str) -> bool:
 
 
 def hold_out(
-    what: str, count: int, fraction: float, key: jax.Array, groups: Sequence[Any] | None = None
+    what: str, prompts: Sequence[Text], fraction: float, key: jax.Array
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``batches.split``; a single row, or ranking, is trained on and none is held out, which is
-    said.
+    """Row numbers for training and for validation, by ``batches.split``; prints how many are held
+    out.
+
+    Rows with equal prompts stay together: what is learned from one answer to a prompt says
+    something of the others. Of a single prompt nothing is held out.
+
+    Args:
+        what: the rows' kind, for the console.
+        prompts: of each row.
     """
-    if fraction and len(set(groups or range(count))) == 1:
-        logger.info(f"{what}: one row in all, so none is held out for validation")
+    if fraction and len(set(prompts)) == 1:
+        logger.info(f"{what}: one prompt in all, so none is held out for validation")
         fraction = 0.0
-    return batches.split(count, fraction, key, groups)
+    train_rows, held_out = batches.split(len(prompts), fraction, key, prompts)
+    say_held_out(what, prompts, train_rows, held_out)
+    return train_rows, held_out
+
+
+def say_held_out(
+    what: str, prompts: Sequence[Text], train_rows: np.ndarray, held_out: np.ndarray
+) -> None:
+    """Prints how many rows and prompts validate, and how many of these prompts are trained on."""
+    if not len(held_out):
+        return
+    validated = {prompts[row] for row in held_out}
+    shared = validated & {prompts[row] for row in train_rows}
+    line = f"{what}: {len(held_out)} rows of {len(validated)} prompts held out"
+    logger.info(line + (f", {len(shared)} of which are trained on too" if shared else ""))
 
 
 def language_model(

@@ -4,7 +4,8 @@ better policy out.
 
 from rlhf_jax.algorithms import kto
 from rlhf_jax.config import RunConfig
-from rlhf_jax.training import supervised
+from rlhf_jax.data import batches
+from rlhf_jax.training import scoring, supervised
 from rlhf_jax.training.stage import RunResult
 
 
@@ -16,13 +17,32 @@ def run(config: RunConfig) -> RunResult:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
-    show = (
+    return supervised.run(config, SPEC)
+
+
+def _task(setting: supervised.Setting) -> supervised.Task:
+    config = setting.stage.config.kto
+    return supervised.policy_task(setting, kto, config, baselines=_baselines)
+
+
+def _baselines(setting: supervised.Setting) -> dict[str, float]:
+    accuracy = scoring.desirable_length_accuracy(
+        setting.encoded, setting.train_rows, setting.held_out
+    )
+    return {"length_accuracy": accuracy}
+
+
+SPEC = supervised.StageSpec(
+    section="kto",
+    kind="feedback",
+    collate=batches.feedback_batch,
+    make_task=_task,
+    show=(
         "kto/loss",
         "kto/accuracy",
         "kto/reference_point",
         "validation/loss",
         "validation/accuracy",
-    )
-    return supervised.run(
-        config, "kto", lambda setting: supervised.policy_task(setting, kto, config.kto), show
-    )
+        "validation/length_accuracy",
+    ),
+)

@@ -4,6 +4,7 @@ them out.
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,13 @@ import numpy as np
 from rlhf_jax import models, sharding
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import encoding
+from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import logger
 from rlhf_jax.training import ensembles, initial, memory, scoring, supervised
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.stage import RunResult
-from rlhf_jax.types import Comparisons, Params, Rollout, TrainState
+from rlhf_jax.types import Comparisons, Params, Rollout, ScoreFn, TrainState
 
 MAX_SAMPLES = 256  # held-out rows whose texts and scores each validation writes
 
@@ -35,104 +36,121 @@ def run(config: RunConfig) -> RunResult:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
-    show = ("reward_model/loss", "reward_model/accuracy", "validation/accuracy")
-    return supervised.run(config, "reward_model", _task, show)
+    return supervised.run(config, SPEC)
 
 
 def _task(setting: supervised.Setting) -> supervised.Task:
-    stage, encoded, held_out = setting.stage, setting.encoded, setting.held_out
-    config, settings, (model, loaded, tokenizer) = (
-        stage.config,
-        stage.config.reward_model,
-        setting.initial,
-    )
+    stage, settings = setting.stage, setting.stage.config.reward_model
+    model = setting.initial.model
     is_ensemble = settings.ensemble_size > 1
-    starts = ensembles.starts(config, model, loaded, stage.key("init"))
+    starts = ensembles.starts(stage.config, model, setting.initial.params, stage.key("init"))
     start = stage.place(starts[0])
     for member in starts:
         memory.free(member.loaded)
     score_fn = start.bind(models.score_fn(model))
-    score_answers = scoring.answer_scorer(score_fn, settings.ensemble_size)
-
-    def validate(state: TrainState) -> Validation:
-        sizes = {"batch_size": settings.batch_size, "bucket_multiple": config.text.bucket_multiple}
-        score = functools.partial(score_answers, state.params)
-        scores = scoring.score_rows(score, encoded, held_out, shard=stage.shard, **sizes)
-        values = (
-            {"uncertainty": scoring.disagreement(encoded, held_out, scores)} if is_ensemble else {}
-        )
-        scores = scores.mean(axis=2) if is_ensemble else scores
-        values |= scoring.report(encoded, held_out, scores)
-        shown = scoring.evenly(len(held_out), MAX_SAMPLES)
-        samples = scoring.samples(encoded, held_out[shown], scores[shown], tokenizer)
-        return Validation({f"validation/{name}": value for name, value in values.items()}, samples)
 
     def trained(state: TrainState) -> Mapping[str, Params]:
-        unstacked = enumerate(ensembles.unstack(state.params)) if is_ensemble else ()
-        members = {f"member_{i}": params for i, params in unstacked} or {"": state.params}
-        if settings.normalize_samples and config.model is None:
-            logger.info(
-                "scores are not normalised: no --model, so there is no base policy to sample from"
-            )
-        elif settings.normalize_samples:
-            samples, score = _base_samples(setting), scoring.answer_scorer(score_fn)
+        members = {"": state.params}
+        if is_ensemble:
             members = {
-                name: _normalized(score, params, samples) for name, params in members.items()
+                f"member_{i}": params for i, params in enumerate(ensembles.unstack(state.params))
             }
-        return members
+        return _all_normalized(setting, score_fn, members)
 
-    params = [member.params for member in starts] if is_ensemble else start.params
-    create = functools.partial(
-        ensembles.create if is_ensemble else TrainState.create, optimizer=setting.optimizer
-    )
-    single = functools.partial(reward_model.update, minibatch_sharding=sharding.rows(stage.mesh))
-    update = ensembles.update_members if is_ensemble else single
+    if is_ensemble:
+        start = start._replace(params=[member.params for member in starts])
+        create: Callable[..., TrainState] = ensembles.create
+        update: Callable[..., Any] = ensembles.update_members
+    else:
+        create = TrainState.create
+        rows = sharding.rows(stage.mesh)
+        update = functools.partial(reward_model.update, minibatch_sharding=rows)
     configured = functools.partial(update, optimizer=setting.optimizer, config=settings)
-    jitted = stage.jit_update(configured, setting.initial.model.config.num_blocks)
-    bound, own_weights = (
-        functools.partial(jitted, score_fn=score_fn),
-        _weighted(setting) if is_ensemble else None,
-    )
+    jitted = stage.jit_update(configured, model.config.num_blocks)
     return supervised.Task(
-        start._replace(params=params),
-        create,
-        bound,
-        validate,
+        start,
+        functools.partial(create, optimizer=setting.optimizer),
+        functools.partial(jitted, score_fn=score_fn),
+        _validation(setting, score_fn),
         trained=trained,
-        train_on=own_weights,
+        train_on=_weighted(setting) if is_ensemble else None,
     )
+
+
+def _validation(
+    setting: supervised.Setting, score_fn: ScoreFn
+) -> Callable[[TrainState], Validation]:
+    """What validates the state: figures over all rows that are held out, samples of some."""
+    stage, encoded, held_out = setting.stage, setting.encoded, setting.held_out
+    num_members = stage.config.reward_model.ensemble_size
+    score_answers = scoring.answer_scorer(score_fn, num_members)
+
+    def validate(state: TrainState) -> Validation:
+        values = {}
+        scores = scoring.score_rows(
+            functools.partial(score_answers, state.params),
+            encoded,
+            held_out,
+            batch_size=setting.batch_size,
+            bucket_multiple=stage.config.text.bucket_multiple,
+            shard=stage.shard,
+        )
+        if num_members > 1:
+            values["uncertainty"] = scoring.disagreement(encoded, held_out, scores)
+            scores = scores.mean(axis=2)
+        values |= scoring.report(encoded, held_out, scores)
+        shown = scoring.evenly(len(held_out), MAX_SAMPLES)
+        samples = scoring.samples(
+            encoded, held_out[shown], scores[shown], setting.initial.tokenizer
+        )
+        return Validation({f"validation/{name}": value for name, value in values.items()}, samples)
+
+    return validate
+
+
+def _all_normalized(
+    setting: supervised.Setting, score_fn: ScoreFn, members: Mapping[str, Params]
+) -> Mapping[str, Params]:
+    """The members with ``_normalized`` scores, where there is a base policy to sample from."""
+    if not setting.stage.config.reward_model.normalize_samples:
+        return members
+    if setting.stage.config.model is None:
+        logger.info(
+            "scores are not normalised: no --model, so there is no base policy to sample from"
+        )
+        return members
+    samples = _base_samples(setting)
+    score = scoring.answer_scorer(score_fn)
+    return {name: _normalized(score, params, samples) for name, params in members.items()}
 
 
 def _weighted(setting: supervised.Setting) -> encoding.EncodedTexts:
     """The comparisons with a weight of each row for each member of an ensemble."""
     settings, num_rows = setting.stage.config.reward_model, len(setting.train_rows)
-    key = jax.random.fold_in(
-        setting.stage.key("data"), 2
-    )  # 0 and 1 are the split's and the order's
-    drawn = ensembles.bootstrap(key, settings.ensemble_size, num_rows)
-    return ensembles.with_counts(
-        setting.encoded, setting.train_rows, drawn if settings.bootstrap else np.ones_like(drawn)
-    )
+    # 0 and 1 are the split's and the order's.
+    key = jax.random.fold_in(setting.stage.key("data"), 2)
+    counts = ensembles.bootstrap(key, settings.ensemble_size, num_rows)
+    if not settings.bootstrap:
+        counts = np.ones_like(counts)
+    return ensembles.with_counts(setting.encoded, setting.train_rows, counts)
 
 
 def _base_samples(setting: supervised.Setting) -> Rollout:
     """``normalize_samples`` responses of the base policy to prompts of the data."""
-    config = setting.stage.config  # the weights that were loaded first have been freed
-    language_model = initial.language_model(config, (), setting.stage.key("init"), is_policy=False)
-    prompts = sorted(
-        {row.prompt for row in setting.rows}, key=lambda prompt: (isinstance(prompt, tuple), prompt)
-    )
-    key = setting.stage.key("rollout")
+    config, stage = setting.stage.config, setting.stage
+    # The weights that were loaded first have been freed.
+    language_model = initial.language_model(config, (), stage.key("init"), is_policy=False)
+    distinct = {row.prompt for row in setting.rows}
+    prompts = sorted(distinct, key=lambda prompt: (isinstance(prompt, tuple), prompt))
+    key = stage.key("rollout")
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), len(prompts)))
-    chosen = [
-        prompts[order[i % len(prompts)]] for i in range(config.reward_model.normalize_samples)
-    ]
+    numbers = np.resize(order, config.reward_model.normalize_samples)
+    chosen = [prompts[number] for number in numbers]
     rows = [Row(prompt, (), f"the prompt {prompt[:40]!r}") for prompt in chosen]
     encoded = initial.prompts_for(config, setting.initial, rows, " (to normalise scores)")
     how = initial.sampling_config(config.rl, language_model.tokenizer)
-    return language_model.sample(
-        encoded.tokens, encoded.attention_mask, jax.random.fold_in(key, 1), config=how
-    )
+    sample_key = jax.random.fold_in(key, 1)
+    return language_model.sample(encoded.tokens, encoded.attention_mask, sample_key, config=how)
 
 
 def _normalized(
@@ -142,12 +160,10 @@ def _normalized(
     (lm-human-preferences).
     """
     unit = params["score"] | {"gain": jnp.float32(1.0), "shift": jnp.float32(0.0)}
-    tokens, mask, response = (
-        x[:, None] for x in (rollout.tokens, rollout.attention_mask, rollout.response_mask)
+    comparisons = Comparisons(
+        rollout.tokens[:, None], rollout.attention_mask[:, None], rollout.response_mask[:, None]
     )
-    scores = np.asarray(
-        score(params | {"score": unit}, Comparisons(tokens, mask, response)), np.float64
-    )  # [N, 1]
+    scores = np.asarray(score(params | {"score": unit}, comparisons), np.float64)  # [N, 1]
     mean, std = float(scores.mean()), float(scores.std())
     if std == 0.0:
         logger.info(
@@ -157,6 +173,21 @@ def _normalized(
     logger.info(
         f"normalised over {len(scores)} samples of the base policy: mean {mean:.4f}, std {std:.4f}"
     )
-    return params | {
-        "score": unit | {"gain": jnp.float32(1.0 / std), "shift": jnp.float32(-mean / std)}
-    }
+    head = unit | {"gain": jnp.float32(1.0 / std), "shift": jnp.float32(-mean / std)}
+    return params | {"score": head}
+
+
+SPEC = supervised.StageSpec(
+    section="reward_model",
+    kind="comparisons",
+    collate=batches.comparison_batch,
+    pack=batches.packed_comparisons,
+    make_task=_task,
+    show=(
+        "reward_model/loss",
+        "reward_model/accuracy",
+        "validation/accuracy",
+        "validation/length_accuracy",
+    ),
+    is_policy=False,
+)

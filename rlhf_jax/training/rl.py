@@ -244,9 +244,8 @@ class _Trainer:
         samples = initial.sampling_config(settings, tokenizer)
         split_key, self.order_key = jax.random.split(stage.key("data"))
         fraction = 0.0 if settings.validation_data else settings.validation_fraction
-        self.train_rows, held_out = initial.hold_out(
-            "prompts", len(parts.prompts), fraction, split_key
-        )
+        prompts = [row.prompt for row in parts.prompts.rows]
+        self.train_rows, held_out = initial.hold_out("prompts", prompts, fraction, split_key)
         self.held_out = np.arange(len(parts.to_validate)) if settings.validation_data else held_out
         self._narrowed = functools.partial(
             batches.narrowed, multiple=stage.config.text.bucket_multiple

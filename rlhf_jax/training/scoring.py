@@ -98,6 +98,30 @@ def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> d
     return found
 
 
+def length_accuracy(pairs: EncodedTexts, rows: np.ndarray) -> float:
+    """The accuracy, over the given rows, of a judge who takes the longer answer of a pair; ties
+    count half. Weighted as the rows are.
+    """
+    lengths = pairs.response_lengths[rows]
+    return metrics.win_rate(lengths[:, 0], lengths[:, 1], pairs.weight[rows])
+
+
+def desirable_length_accuracy(
+    feedback: EncodedTexts, train_rows: np.ndarray, rows: np.ndarray
+) -> float:
+    """The accuracy, over the given rows of single answers, of a judge who calls an answer desirable
+    if it is longer than the median of the ``train_rows``; ties count half. Weighted as the rows
+    are.
+    """
+    lengths = feedback.response_lengths[:, 0]
+    median = np.median(lengths[train_rows])
+    targets = feedback.targets
+    assert targets is not None  # feedback has them
+    sign = np.where(targets[rows, 0] > 0.5, 1.0, -1.0)
+    right = 0.5 * (1.0 + sign * np.sign(lengths[rows] - median))
+    return float(np.average(right, weights=feedback.weight[rows]))
+
+
 def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> float:
     """How far members differ: the standard deviation over them (population) of the margin, or with
     targets of the score, as a mean over the given rows, weighted as they are.

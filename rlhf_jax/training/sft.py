@@ -2,6 +2,7 @@
 
 from rlhf_jax.algorithms import sft
 from rlhf_jax.config import RunConfig
+from rlhf_jax.data import batches
 from rlhf_jax.training import supervised
 from rlhf_jax.training.stage import RunResult
 
@@ -14,10 +15,20 @@ def run(config: RunConfig) -> RunResult:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
+    return supervised.run(config, SPEC)
 
-    def task(
-        setting: supervised.Setting,
-    ) -> supervised.Task:  # whose validations are in nats per token
-        return supervised.policy_task(setting, sft, config.sft, sft.Config())
 
-    return supervised.run(config, "sft", task, show=("sft/loss", "validation/loss", "grad_norm"))
+def _task(setting: supervised.Setting) -> supervised.Task:
+    """Validations are in nats per token, whatever ``sft.aggregate`` is."""
+    config = setting.stage.config.sft
+    return supervised.policy_task(setting, sft, config, validation_config=sft.Config())
+
+
+SPEC = supervised.StageSpec(
+    section="sft",
+    kind="demonstrations",
+    collate=batches.demonstration_batch,
+    pack=batches.packed_batch,
+    make_task=_task,
+    show=("sft/loss", "validation/loss", "grad_norm"),
+)

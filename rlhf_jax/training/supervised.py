@@ -7,7 +7,7 @@ import functools
 import heapq
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ import optax
 
 from rlhf_jax import models, ops, sharding
 from rlhf_jax.config import RunConfig
-from rlhf_jax.data import batches, encoding, rows
-from rlhf_jax.data.formats import ReadResult
+from rlhf_jax.data import batches, encoding, formats, rows
+from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.training import initial, loop, memory
@@ -27,29 +27,22 @@ from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
 from rlhf_jax.types import Metrics, Params, Parts, TrainState
 
-KINDS: dict[str, rows.Kind] = {
-    "sft": "demonstrations",
-    "dpo": "pairs",
-    "kto": "feedback",
-}  # others: comparisons
-
 
 class Task(NamedTuple):
     """What is trained on the batches of a stage, and how."""
 
     start: Trainable
-    create: Callable[[Params], TrainState]  # of start.params, the state at step 0
-    update: Callable[
-        [TrainState, Any, jax.Array], tuple[TrainState, Metrics]
-    ]  # (state, batch on the devices, key)
+    create: Callable[[Params], TrainState]
+    """Makes the state at step 0 from ``start.params``."""
+    update: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
+    """(state, batch on the devices, key) -> (state, metrics)."""
     validate: Callable[[TrainState], Validation]
-    reference: Any = None  # a pytree with the parameters of the reference
-    trained: Callable[[TrainState], Mapping[str, Params]] = lambda state: {
-        "": state.params
-    }  # see Stage.finish
-    train_on: encoding.EncodedTexts | None = (
-        None  # in place of the setting's encoded rows, row by row
-    )
+    reference: Any = None
+    """A pytree with the parameters of the reference."""
+    trained: Callable[[TrainState], Mapping[str, Params]] = lambda state: {"": state.params}
+    """The parameters to save; see ``Stage.finish``."""
+    train_on: EncodedTexts | None = None
+    """Takes the place of the setting's encoded rows in training, row by row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,231 +52,314 @@ class Setting:
     stage: Stage
     initial: LanguageModel
     rows: list[Any]  # as they were read
-    encoded: encoding.EncodedTexts
+    encoded: EncodedTexts
     train_rows: np.ndarray
     held_out: np.ndarray
-    batch: Callable[
-        [np.ndarray], Any
-    ]  # row numbers (-1: absent) -> a batch, spread over the devices
+    batch: Callable[[np.ndarray], Any]  # row numbers (-1: missing) -> a batch on the devices
     batch_size: int
     optimizer: optax.GradientTransformation
 
 
-def policy_task(
-    setting: Setting, algorithm: Any, config: Any, validation_config: Any = None
-) -> Task:
-    """A policy trained by ``algorithm.update`` and validated by the metrics of ``algorithm.loss``.
+@dataclasses.dataclass(frozen=True)
+class StageSpec:
+    """What one stage does in its own way; ``run`` does the rest."""
 
-    Args:
-        algorithm: with ``with_reference(batch, ref_fn)`` if ``config.needs_reference``, the policy
-            before training.
-        validation_config: of the validations; None: ``config``.
-    """
-    stage, with_reference = (
-        setting.stage,
-        algorithm.with_reference if config.needs_reference else None,
-    )
-    initial_params, key = setting.initial.params, jax.random.fold_in(stage.key("init"), 1)
-    start = stage.place(initial.trainable(stage.config.lora, initial_params, key))
-    model_fn = models.policy_fn(setting.initial.model)
-    num_rows = setting.batch_size * (
-        1 if stage.config.text.pack else 2
-    )  # a packed row holds both answers of a pair
-    rows = memory.score_rows(stage.config.compute, num_rows, config)
-    reference = stage.reference(start, ops.by_rows(model_fn, rows)) if with_reference else None
-    if reference is None:
-        memory.free(start.loaded)
-    functions = {
-        "policy_fn": start.bind(model_fn),
-        "ref_fn": reference,
-    }  # they travel through jit as arguments
-    own = {"config": config, "minibatch_sharding": sharding.rows(stage.mesh)}
-    step = functools.partial(algorithm.update, optimizer=setting.optimizer, **own)
-    loss = functools.partial(algorithm.loss, config=validation_config or config)
-
-    prepared = with_reference or (lambda batch, ref_fn: batch)
-
-    def update(
-        state: TrainState, batch: Any, key: jax.Array, *, policy_fn: Any, ref_fn: Any
-    ) -> Any:
-        return step(state, prepared(batch, ref_fn), key, policy_fn=policy_fn)
-
-    @jax.jit
-    def metrics_of(state: TrainState, batch: Any, *, policy_fn: Any, ref_fn: Any) -> Parts:
-        return loss(state.params, prepared(batch, ref_fn), None, policy_fn=policy_fn)[1]
-
-    def validate(state: TrainState) -> Validation:
-        numbers = loop.in_order(setting.held_out, setting.batch_size)
-        parts = [metrics_of(state, setting.batch(rows), **functions) for rows in numbers]
-        pooled = {
-            name: functools.reduce(operator.add, (part[name] for part in parts))
-            for name in parts[0]
-        }
-        return Validation(
-            {f"validation/{name.partition('/')[2]}": float(x.value) for name, x in pooled.items()}
-        )
-
-    create = functools.partial(TrainState.create, optimizer=setting.optimizer)
-    jitted = stage.jit_update(update, setting.initial.model.config.num_blocks)
-    return Task(start, create, functools.partial(jitted, **functions), validate, reference)
+    section: str
+    """The section of the config; it names the folder and the random streams too."""
+    kind: rows.Kind
+    """What the rows of its data are."""
+    collate: Callable[..., Any]
+    """(encoded, row numbers, bucket_multiple=) -> a padded batch in arrays of NumPy."""
+    make_task: Callable[[Setting], Task]
+    show: tuple[str, ...] = ()
+    """Metrics of the console's line."""
+    pack: Callable[..., Any] | None = None
+    """(encoded, row numbers, width=, multiple=) -> a packed batch; None: the stage cannot pack."""
+    is_policy: bool = True
+    """Whether the model writes text; a reward model scores it."""
 
 
-def run(
-    config: RunConfig,
-    name: Literal["sft", "reward_model", "dpo", "kto"],
-    make_task: Callable[[Setting], Task],
-    show: tuple[str, ...],
-) -> RunResult:
-    """Trains a task on the rows of the stage's own data or ``config.data`` and saves ``model/`` in
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """The batches of a run's steps: a step's number is all that they depend on."""
+
+    plan: batches.Plan
+    collate: Callable[[EncodedTexts, np.ndarray], Any]  # (encoded, row numbers) -> a batch
+    train_rows: np.ndarray
+
+    def rows(self, step: int) -> np.ndarray:
+        """[batch_size] row numbers of a step, -1 for missing rows."""
+        places = self.plan.rows(step)
+        return np.where(places == batches.ABSENT, places, self.train_rows[places])
+
+    def batch(self, encoded: EncodedTexts, step: int) -> Any:
+        """The batch of a step, in arrays of NumPy."""
+        return self.collate(encoded, self.rows(step))
+
+    def largest(self, encoded: EncodedTexts) -> Any:
+        """The batch of the first epoch with the most tokens, padding included."""
+        steps = heapq.nlargest(8, range(self.plan.steps_per_epoch), self.plan.extent)
+        candidates = [self.batch(encoded, step) for step in steps]
+        return max(candidates, key=lambda batch: batch.tokens.size)
+
+
+def run(config: RunConfig, spec: StageSpec) -> RunResult:
+    """Trains a stage's task on the rows of its own data or ``config.data`` and saves ``model/`` in
     the run folder.
-
-    Args:
-        name: of the stage: its section, its random streams, its folder.
-        show: metrics of the console's line.
 
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
             settings.
     """
     config = set_up(config)
-    settings, text = getattr(config, name), config.text
-    initial.warn_of_rate(config, name, settings.optimizer)
-    sizes = _sizes(name, settings, text.pack, sharding.num_parts(initial.mesh_of(config)))
-    kind = KINDS.get(name, "comparisons")
-    data = initial.stage_rows(config, kind, settings.data)
-    with open_stage(config, name, data.fingerprints, sizes) as stage:
-        texts, is_policy = rows.texts(data.rows), name != "reward_model"
-        language_model = initial.language_model(
-            config, texts, stage.key("init"), is_policy=is_policy
+    settings = getattr(config, spec.section)
+    initial.warn_of_rate(config, spec.section, settings.optimizer)
+    sizes = _sizes(config, spec, sharding.num_parts(initial.mesh_of(config)))
+    data, to_validate = _read(config, spec)
+    fingerprints = data.fingerprints | to_validate.fingerprints
+    with open_stage(config, spec.section, fingerprints, sizes) as stage:
+        texts = rows.texts([*data.rows, *to_validate.rows])
+        init_key = stage.key("init")
+        language_model = initial.language_model(config, texts, init_key, is_policy=spec.is_policy)
+        split_key, order_key = jax.random.split(stage.key("data"))
+        encoded, train_rows, held_out = _encoded(
+            stage, spec, language_model, data, to_validate, split_key
         )
-        update_key, (split_key, order_key) = (
-            stage.key("update"),
-            jax.random.split(stage.key("data")),
-        )
-        longest = language_model.model.config.max_length
-        how: Any = {"template": text.template, "max_length": longest, "too_long": text.too_long}
-        encoded = encoding.encode_texts(data.rows, language_model.tokenizer, **how)
-        # Pairs of one ranking stay together.
-        share, sources = settings.validation_fraction, encoded.sources
-        train_rows, held_out = initial.hold_out(kind, len(encoded), share, split_key, sources)
-        for line in _account(data, kind, encoded, len(train_rows), len(held_out)):
-            logger.info(line)
-        plan, to_arrays = _batching(config, name, encoded, train_rows, order_key)
-
-        def batch_of(numbers: np.ndarray) -> Any:
-            return stage.shard(to_arrays(encoded, numbers))
-
-        def rows_of(step: int) -> np.ndarray:
-            numbers = plan.rows(step)
-            return np.where(numbers == batches.ABSENT, numbers, train_rows[numbers])
-
-        def batch_at(step: int) -> Any:
-            return to_arrays(task.train_on or encoded, rows_of(step))
-
-        def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-            batch = batch_at(step)
-            state, metrics = task.update(
-                state, stage.shard(batch), jax.random.fold_in(update_key, step)
-            )
-            share = (
-                {f"{name}/padding": jnp.float32(np.mean(batch.attention_mask == 0))}
-                if text.pack
-                else {}
-            )
-            return state, metrics | share
-
-        def attempt(state: TrainState) -> TrainState:
-            steps = heapq.nlargest(8, range(plan.steps_per_epoch), plan.extent)
-            largest = max((batch_at(step) for step in steps), key=lambda batch: batch.tokens.size)
-            return memory.tried(
-                lambda state: task.update(state, stage.shard(largest), update_key), state
-            )
-
+        plan, collate = _batching(config, spec, encoded, train_rows, order_key)
+        feed = Feed(plan, collate, train_rows)
         num_steps = settings.num_epochs * plan.steps_per_epoch
-        optimizer, size = make_optimizer(settings.optimizer, num_steps), settings.batch_size
-        task = make_task(
-            Setting(
-                stage,
-                language_model,
-                data.rows,
-                encoded,
-                train_rows,
-                held_out,
-                batch_of,
-                size,
-                optimizer,
-            )
+        setting = Setting(
+            stage,
+            language_model,
+            data.rows,
+            encoded,
+            train_rows,
+            held_out,
+            batch=lambda numbers: stage.shard(collate(encoded, numbers)),
+            batch_size=settings.batch_size,
+            optimizer=make_optimizer(settings.optimizer, num_steps),
         )
-        job = loop.Job(
-            advance,
-            num_steps,
-            validate=task.validate if len(held_out) else None,
-            validation_interval=settings.validation_interval,
-            show=show,
-            sources=lambda step: [encoded.sources[row] for row in rows_of(step) if row >= 0],
-            optimizer=settings.optimizer,
-            attempt=attempt,
-        )
-        stage.hold(
-            {
-                "frozen weights": task.start.base,
-                "reference": None if task.start.base else task.reference,
-            }
-        )
-        state, row = loop.train(stage, stage.take(task.create, task.start.params), job)
+        task = spec.make_task(setting)
+        reference = None if task.start.base else task.reference  # under LoRA it is the base
+        stage.hold({"frozen weights": task.start.base, "reference": reference})
+        state = stage.take(task.create, task.start.params)
+        state, row = loop.train(stage, state, _job(setting, spec, task, feed, num_steps))
         return stage.finish(language_model, task.start, task.trained(state), row)
 
 
-def _batching(
-    config: RunConfig, name: str, encoded: encoding.EncodedTexts, rows: np.ndarray, key: jax.Array
-) -> tuple[batches.Plan, Callable[[encoding.EncodedTexts, np.ndarray], Any]]:
-    """Which of the training ``rows`` form each step, and the function that makes arrays of them."""
-    settings, text = getattr(config, name), config.text
-    plan = batches.Plan(
-        encoded.lengths.max(axis=1)[rows], settings.batch_size, key, text.bucket_multiple
+def _job(setting: Setting, spec: StageSpec, task: Task, feed: Feed, num_steps: int) -> loop.Job:
+    """What the loop runs."""
+    stage, encoded = setting.stage, setting.encoded
+    settings = getattr(stage.config, spec.section)
+    train_on = task.train_on or encoded
+    update_key = stage.key("update")
+
+    def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        batch = feed.batch(train_on, step)
+        step_key = jax.random.fold_in(update_key, step)
+        state, metrics = task.update(state, stage.shard(batch), step_key)
+        if stage.config.text.pack:
+            padding = np.mean(batch.attention_mask == 0)
+            metrics = metrics | {f"{spec.section}/padding": jnp.float32(padding)}
+        return state, metrics
+
+    def attempt(state: TrainState) -> TrainState:
+        batch = stage.shard(feed.largest(train_on))
+        return memory.tried(lambda state: task.update(state, batch, update_key), state)
+
+    def sources(step: int) -> list[str]:
+        return [encoded.sources[row] for row in feed.rows(step) if row != batches.ABSENT]
+
+    return loop.Job(
+        advance,
+        num_steps,
+        validate=task.validate if len(setting.held_out) else None,
+        validation_interval=settings.validation_interval,
+        show=spec.show,
+        sources=sources,
+        optimizer=settings.optimizer,
+        attempt=attempt,
     )
-    if not text.pack:
-        padded = {"sft": batches.demonstration_batch, "kto": batches.feedback_batch}
-        return plan, functools.partial(
-            padded.get(name, batches.comparison_batch), bucket_multiple=text.bucket_multiple
+
+
+def policy_task(
+    setting: Setting,
+    algorithm: Any,
+    config: Any,
+    *,
+    validation_config: Any = None,
+    baselines: Callable[[Setting], dict[str, float]] = lambda setting: {},
+) -> Task:
+    """A policy trained by ``algorithm.update`` and validated by the metrics of ``algorithm.loss``.
+
+    Args:
+        algorithm: with ``with_reference(batch, ref_fn)`` if ``config.needs_reference``; the
+            reference is the policy before training.
+        validation_config: the config of the validations; None: ``config``.
+        baselines: {metric: value} of judges that need no model, on the rows that are held out.
+    """
+    stage = setting.stage
+    init_key = jax.random.fold_in(stage.key("init"), 1)
+    start = stage.place(initial.trainable(stage.config.lora, setting.initial.params, init_key))
+    model_fn = models.policy_fn(setting.initial.model)
+    # A packed row holds both answers of a pair.
+    num_rows = setting.batch_size * (1 if stage.config.text.pack else 2)
+    score_rows = memory.score_rows(stage.config.compute, num_rows, config)
+    if config.needs_reference:
+        reference = stage.reference(start, ops.by_rows(model_fn, score_rows))
+    else:
+        reference = None
+        memory.free(start.loaded)
+    # Both travel through jit as arguments.
+    functions = {"policy_fn": start.bind(model_fn), "ref_fn": reference}
+    loss_config = validation_config or config
+
+    def prepared(batch: Any, ref_fn: Any) -> Any:
+        return algorithm.with_reference(batch, ref_fn) if config.needs_reference else batch
+
+    def update(
+        state: TrainState, batch: Any, key: jax.Array, *, policy_fn: Any, ref_fn: Any
+    ) -> tuple[TrainState, Metrics]:
+        return algorithm.update(
+            state,
+            prepared(batch, ref_fn),
+            key,
+            policy_fn=policy_fn,
+            optimizer=setting.optimizer,
+            config=config,
+            minibatch_sharding=sharding.rows(stage.mesh),
         )
+
+    @jax.jit
+    def metrics_of(state: TrainState, batch: Any, *, policy_fn: Any, ref_fn: Any) -> Parts:
+        batch = prepared(batch, ref_fn)
+        _, parts = algorithm.loss(
+            state.params, batch, None, policy_fn=policy_fn, config=loss_config
+        )
+        return parts
+
+    def validate(state: TrainState) -> Validation:
+        numbers = loop.in_order(setting.held_out, setting.batch_size)
+        parts = [metrics_of(state, setting.batch(rows), **functions) for rows in numbers]
+        metrics = {}
+        for name in parts[0]:
+            pooled = functools.reduce(operator.add, (part[name] for part in parts))
+            metrics[name.partition("/")[2]] = float(pooled.value)
+        metrics |= baselines(setting)
+        return Validation({f"validation/{name}": value for name, value in metrics.items()})
+
+    create = functools.partial(TrainState.create, optimizer=setting.optimizer)
+    jitted = stage.jit_update(update, setting.initial.model.config.num_blocks)
+    return Task(start, create, functools.partial(jitted, **functions), validate, reference)
+
+
+def _read(config: RunConfig, spec: StageSpec) -> tuple[formats.ReadResult, formats.ReadResult]:
+    """The rows to train on, and those to validate on if they have files of their own.
+
+    Raises:
+        UserError: the data cannot be used, or a file is in both.
+    """
+    settings = getattr(config, spec.section)
+    data = initial.stage_rows(config, spec.kind, settings.data)
+    if not settings.validation_data:
+        return data, formats.ReadResult([])
+    key = f"{spec.section}.validation_data"
+    to_validate = initial.stage_rows(config, spec.kind, settings.validation_data, f" ({key})")
+    trained_on = {digest: name for name, digest in data.fingerprints.items()}
+    for name, digest in to_validate.fingerprints.items():
+        if digest in trained_on:
+            same = f"{name} is {trained_on[digest]}, which is trained on"
+            raise UserError(f"{key}: {same}; give other rows")
+    formats.check_labels([*data.rows, *to_validate.rows])
+    return data, to_validate
+
+
+def _encoded(
+    stage: Stage,
+    spec: StageSpec,
+    language_model: LanguageModel,
+    data: formats.ReadResult,
+    to_validate: formats.ReadResult,
+    key: jax.Array,
+) -> tuple[EncodedTexts, np.ndarray, np.ndarray]:
+    """All rows as token ids, and the numbers of those to train on and to validate on: equal prompts
+    are on one side. Prints what became of the rows."""
+    text, settings = stage.config.text, getattr(stage.config, spec.section)
+    every_row = [*data.rows, *to_validate.rows]
+    encoded = encoding.encode_texts(
+        every_row,
+        language_model.tokenizer,
+        template=text.template,
+        max_length=language_model.model.config.max_length,
+        too_long=text.too_long,
+    )
+    prompt_of = {row.source: row.prompt for row in every_row}
+    prompts = [prompt_of[source] for source in encoded.sources]
+    if to_validate.rows:
+        own = {row.source for row in to_validate.rows}
+        validates = np.array([source in own for source in encoded.sources])
+        train_rows, held_out = np.flatnonzero(~validates), np.flatnonzero(validates)
+        initial.say_held_out(spec.kind, prompts, train_rows, held_out)
+    else:
+        fraction = settings.validation_fraction
+        train_rows, held_out = initial.hold_out(spec.kind, prompts, fraction, key)
+    dropped = sum(data.dropped.values()) + sum(to_validate.dropped.values())
+    for line in _account(every_row, dropped, spec.kind, encoded, len(train_rows), len(held_out)):
+        logger.info(line)
+    return encoded, train_rows, held_out
+
+
+def _batching(
+    config: RunConfig, spec: StageSpec, encoded: EncodedTexts, rows: np.ndarray, key: jax.Array
+) -> tuple[batches.Plan, Callable[[EncodedTexts, np.ndarray], Any]]:
+    """Which of the training ``rows`` form each step, and the function that makes arrays of them."""
+    settings, text = getattr(config, spec.section), config.text
+    longest = encoded.lengths.max(axis=1)[rows]
+    plan = batches.Plan(longest, settings.batch_size, key, text.bucket_multiple)
+    if not text.pack or spec.pack is None:
+        return plan, functools.partial(spec.collate, bucket_multiple=text.bucket_multiple)
     multiple = sharding.num_parts(initial.mesh_of(config)) * settings.num_microbatches
     plan, width, multiple, before, after = batches.packing(encoded, rows, plan, multiple)
     logger.info(
         f"text.pack: {after:.0%} of rows [{width}] are padding, {before:.0%} of rows that are not "
         "packed"
     )
-    packed = batches.packed_batch if name == "sft" else batches.packed_comparisons
-    return plan, functools.partial(packed, width=width, multiple=multiple)
+    return plan, functools.partial(spec.pack, width=width, multiple=multiple)
 
 
 def _account(
-    data: ReadResult, kind: str, encoded: encoding.EncodedTexts, num_train: int, num_held_out: int
+    read: list[rows.Row],
+    num_bad: int,
+    kind: str,
+    encoded: EncodedTexts,
+    num_train: int,
+    num_held_out: int,
 ) -> list[str]:
-    """What became of the rows: a line for each thing that was done to long ones, and the sum of it
-    all.
-    """
-    unit = "pairs" if all(row.is_pair for row in data.rows) else kind
-    bad, too_long = sum(data.dropped.values()), len(data.rows) - len(encoded)
-    lines = [
-        f"{count} {'texts' if what == encoding.CUT else unit}: {what}"
-        for what, count in encoded.counts.items()
-    ]
-    total = f"{len(data.rows) + bad} {unit} in, {bad} bad, {too_long} too long"
+    """What became of the rows: a line for each thing that was done to long ones, and the sum."""
+    unit = "pairs" if all(row.is_pair for row in read) else kind
+    lines = []
+    for what, count in encoded.counts.items():
+        lines.append(f"{count} {'texts' if what == encoding.CUT else unit}: {what}")
+    num_too_long = len(read) - len(encoded)
+    total = f"{len(read) + num_bad} {unit} in, {num_bad} bad, {num_too_long} too long"
     return [*lines, f"{total}, {num_train} train, {num_held_out} held out"]
 
 
-def _sizes(name: str, settings: Any, pack: bool, num_devices: int) -> dict[str, int]:
-    """The settings that help when memory runs out; UserError if a batch does not divide by devices
-    or microbatches, or the stage cannot ``pack`` rows."""
-    if pack and name == "kto":
+def _sizes(config: RunConfig, spec: StageSpec, num_devices: int) -> dict[str, int]:
+    """The settings that help when memory runs out.
+
+    Raises:
+        UserError: a batch does not divide by devices or microbatches, or the stage cannot pack.
+    """
+    name, settings, pack = spec.section, getattr(config, spec.section), config.text.pack
+    if pack and spec.pack is None:
         raise UserError(
-            "text.pack: kto joins each prompt with the next row's answer and cannot pack; leave it "
-            "out"
+            f"text.pack: {name} joins each prompt with the next row's answer and cannot pack; "
+            "leave it out"
         )
-    if pack and name == "sft" and settings.aggregate != "token":
+    if pack and getattr(settings, "aggregate", "token") != "token":
         raise UserError(
-            f"text.pack: sft.aggregate must be token, got {settings.aggregate}, which speaks of "
+            f"text.pack: {name}.aggregate must be token, got {settings.aggregate}, which speaks of "
             "whole rows"
         )
     size, parts = settings.batch_size, {f"{name}.num_microbatches": settings.num_microbatches}

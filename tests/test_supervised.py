@@ -1,0 +1,189 @@
+"""What SFT, reward models, DPO and KTO share: which rows train and which validate, and beside what
+they are judged."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import training
+from rlhf_jax.config import (
+    DPOStage,
+    KTOStage,
+    Network,
+    Optimizer,
+    RewardModelStage,
+    RunConfig,
+    SFTStage,
+    Text,
+    Tokenizer,
+)
+from rlhf_jax.errors import UserError
+from rlhf_jax.training import supervised
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+
+STAGES = ("sft", "reward_model", "dpo", "kto")
+PREFERENCES = ("dpo", "kto", "reward_model")
+
+
+class Seen(Exception):
+    """Ends a run when its task is made, and has the task's setting."""
+
+
+def stop(setting):
+    raise Seen(setting)
+
+
+def rows(*pairs):
+    """Rows that every stage reads: (prompt, chosen, rejected)."""
+    return [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A network that fits in a moment; 16 prompts with two rows each."""
+    stage = {
+        "batch_size": 8,
+        "num_epochs": 4,
+        "optimizer": Optimizer(learning_rate=3e-2),
+        "validation_fraction": 0.25,
+        "validation_interval": 100,
+    }
+    answers = (("yes", "no"), ("yes yes", "no"))
+    pairs = [(letter, *answer) for letter in "abcdfghijklmpqrt" for answer in answers]
+    (tmp_path / "rows.json").write_text(json.dumps(rows(*pairs)))
+    return RunConfig(
+        data=(str(tmp_path / "rows.json"),),
+        output_dir=str(tmp_path / "run"),
+        checkpoint_interval=1000,
+        network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
+        tokenizer=Tokenizer(kind="characters"),
+        text=Text(bucket_multiple=16),
+        sft=SFTStage(**stage),
+        reward_model=RewardModelStage(**stage),
+        dpo=DPOStage(**stage),
+        kto=KTOStage(**stage),
+    )
+
+
+def changed(config, stage, **changes):
+    return dataclasses.replace(
+        config, **{stage: dataclasses.replace(getattr(config, stage), **changes)}
+    )
+
+
+def with_validation_data(config, stage, tmp_path, *pairs):
+    path = tmp_path / "validation.json"
+    path.write_text(json.dumps(rows(*pairs)))
+    return changed(config, stage, validation_data=(str(path),))
+
+
+def setting_of(config, stage):
+    """What a run of the stage would make its task from."""
+    spec = dataclasses.replace(getattr(training, stage).SPEC, make_task=stop)
+    with pytest.raises(Seen) as seen:
+        supervised.run(config, spec)
+    return seen.value.args[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_rows_with_equal_prompts_stay_together(stage, config, capsys):
+    setting = setting_of(config, stage)
+    prompt_of = {row.source: row.prompt for row in setting.rows}
+    prompts = [prompt_of[source] for source in setting.encoded.sources]
+    train = [prompts[row] for row in setting.train_rows]
+    held_out = [prompts[row] for row in setting.held_out]
+    assert not set(train) & set(held_out)
+    assert (len(set(train)), len(set(held_out))) == (12, 4)
+    kind = getattr(training, stage).SPEC.kind
+    assert f"{kind}: {len(held_out)} rows of 4 prompts held out\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_validation_data_validates_and_all_other_rows_train(stage, config, tmp_path, capsys):
+    config = with_validation_data(config, stage, tmp_path, ("a", "s", "o"), ("e", "s", "o"))
+    setting = setting_of(config, stage)
+    sources = [setting.encoded.sources[row] for row in setting.held_out]
+    assert {source.rpartition("/")[2] for source in sources} == {
+        "validation.json, row 1",
+        "validation.json, row 2",
+    }
+    assert len(setting.train_rows) + len(setting.held_out) == len(setting.encoded)
+    assert {row.source.rpartition("/")[2][:9] for row in setting.rows} == {"rows.json"}
+    said = capsys.readouterr().out
+    assert "rows of 2 prompts held out, 1 of which are trained on too\n" in said
+
+
+def test_a_file_cannot_both_train_and_validate(config):
+    config = changed(config, "dpo", validation_data=config.data)
+    with pytest.raises(UserError, match=r"dpo\.validation_data: .*, which is trained on; give"):
+        training.dpo.run(config)
+
+
+def test_validation_data_has_the_labels_of_the_training(config, tmp_path):
+    path = tmp_path / "targets.json"
+    path.write_text(json.dumps([{"prompt": "a", "responses": ["x", "y"], "targets": [1, 0]}]))
+    config = changed(config, "reward_model", validation_data=(str(path),))
+    with pytest.raises(UserError, match=r"has no targets but .* has; train on one kind"):
+        training.reward_model.run(config)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_epoch_trains_on_every_training_row_once(stage, config):
+    """What the update gets: neither one batch again and again, nor a row that validates."""
+    batches = []
+
+    def make_task(setting):
+        batches.append(setting)
+        task = getattr(training, stage).SPEC.make_task(setting)
+
+        def update(state, batch, key):
+            batches.append(batch)
+            return state, {"nonfinite": jnp.float32(0)}
+
+        return task._replace(update=update)
+
+    def texts_of(arrays, masks):
+        tokens = np.asarray(arrays).reshape(-1, arrays.shape[-1])
+        present = np.asarray(masks).reshape(tokens.shape) != 0
+        return [tuple(row[here]) for row, here in zip(tokens, present, strict=True) if here.any()]
+
+    config = changed(config, stage, num_epochs=2)
+    spec = dataclasses.replace(getattr(training, stage).SPEC, make_task=make_task)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf_jax.training.memory.tried", lambda update, state: state)
+        supervised.run(config, spec)
+    setting, *steps = batches
+    wanted = sorted(
+        tuple(answers[row]) for answers in setting.encoded.tokens for row in setting.train_rows
+    )
+    half = len(steps) // 2
+    for epoch in (steps[:half], steps[half:]):
+        seen = [text for batch in epoch for text in texts_of(batch.tokens, batch.attention_mask)]
+        assert sorted(seen) == wanted
+    first = [np.asarray(batch.tokens).tobytes() for batch in steps]
+    assert first[:half] != first[half:]
+
+
+@pytest.mark.parametrize("stage", PREFERENCES)
+def test_validations_are_of_the_rows_that_are_held_out(stage, config, tmp_path):
+    """Rows that prefer the other answer: what is right on the training rows is wrong on them."""
+    opposite = [(letter, "no", "yes") for letter in "abcdfghi"]
+    config = with_validation_data(config, stage, tmp_path, *opposite)
+    last = getattr(training, stage).run(config).metrics
+    assert last[f"{stage}/accuracy"] > 0.9
+    assert last["validation/accuracy"] < 0.1
+    assert last["validation/length_accuracy"] < 0.5  # "no" is shorter
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_the_reference_is_the_policy_before_training(stage, config):
+    """A policy measured against itself has log-ratios of 0 whatever it has learned."""
+    last = getattr(training, stage).run(config).metrics
+    names = {"dpo": ("chosen", "rejected"), "kto": ("desirable", "undesirable")}[stage]
+    for part in (stage, "validation"):
+        liked, disliked = (last[f"{part}/{name}_log_ratio"] for name in names)
+        assert liked - disliked > 1.0
