@@ -4,6 +4,7 @@ doctor``.
 Models have random weights, and no response ends early: the time depends on shapes alone.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,6 @@ import optax
 
 from rlhf_jax import models, rewards, sampling
 from rlhf_jax.algorithms import dpo, grpo, ppo, reward_model, sft, vpg
-from rlhf_jax.config import RLStage
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rollout import rescore
 from rlhf_jax.runs import devices
@@ -150,7 +150,14 @@ def _rl_work(
     start = with_value if algorithm.needs_values else params
     optimizer = optax.adamw(1e-5)
     optimizer = critic.split(optimizer, optimizer, start) if separate else optimizer
-    recipe = phases.Recipe(model, how, algorithm, algorithm.Config(**group), optimizer, RLStage())
+    learn = functools.partial(
+        phases.learn,
+        algorithm=algorithm,
+        config=algorithm.Config(**group),
+        optimizer=optimizer,
+        penalty=phases.kl_penalty(0.05),
+    )
+    collect = functools.partial(phases.collect, model=model, config=how)
     loop = phases.LoopState.create(
         algorithm.State.create(jax.tree.map(jnp.copy, start), optimizer), 0.05
     )
@@ -162,19 +169,20 @@ def _rl_work(
 
     def sample(row_ids: jax.Array, data: Any) -> tuple[Any, Any]:
         policy, prompts = data
-        sampled = phases.respond(policy, prompts._replace(row_ids=row_ids), keys[2], recipe=recipe)
+        moved = prompts._replace(row_ids=row_ids)
+        sampled = phases.respond(policy, moved, keys[2], model=model, config=how)
         return row_ids + sampled.tokens[:, -1], {"tokens": sampled.tokens}
 
     def iterate(loop: phases.LoopState, data: Any) -> tuple[Any, Any]:
         functions, prompts = data
         loop, _, metrics = phases.iteration(
-            loop, prompts, keys[2], keys[3], functions, recipe=recipe
+            loop, prompts, keys[2], keys[3], functions, collect=collect, learn=learn
         )
         return loop, metrics
 
     def update(loop: phases.LoopState, data: Any) -> tuple[Any, Any]:
         functions, collected = data
-        return phases.learn(loop, collected, keys[3], functions, recipe=recipe)
+        return learn(loop, collected, keys[3], functions)
 
     sampled_tokens = preset.batch * preset.response
     if name == "rollout":

@@ -26,7 +26,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import spec
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import critic, initial, memory, phases
+from rlhf_jax.training import critic, initial, memory, phases, rl
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import Stage, divides
 from rlhf_jax.types import (
@@ -277,8 +277,8 @@ def _reinforcement(
             "--rl.max-prompt-length"
         )
     _fitting(model, prompt + settings.max_new_tokens)
-    kl_coef = algorithm.kl_coef if settings.kl_coef is None else settings.kl_coef
-    has_reference = bool(kl_coef or own.kl_in_loss or settings.kl_target is not None)
+    penalty = rl.penalty_of(config, algorithm, own)
+    has_reference = penalty is not phases.NO_PENALTY
     refreshes, rows = (
         settings.reference_refresh is not None,
         memory.score_rows(config.compute, size, own),
@@ -312,7 +312,10 @@ def _reinforcement(
     )
     how: dict[str, Any] = {"compact": settings.compact, "eos_id": 0, "pad_id": 1}
     samples = SamplingConfig(settings.max_new_tokens, settings.temperature, **how)
-    recipe = phases.Recipe(model, samples, algorithm, own, optimizer, settings, mesh, rows)
+    shape, masked = rl.rules(settings, samples)
+    learning: dict[str, Any] = {"algorithm": algorithm, "config": own, "optimizer": optimizer}
+    learning |= {"shape": shape, "penalty": penalty, "masked": masked, "mesh": mesh}
+    sampled: dict[str, Any] = {"model": model, "config": samples, "mesh": mesh, "score_rows": rows}
     tokens, numbers = jnp.zeros((size, prompt), jnp.int32), jnp.zeros(size, jnp.int32)
     prompts, key = (
         _spread(phases.Prompts(tokens, tokens, numbers), mesh),
@@ -320,10 +323,10 @@ def _reinforcement(
     )
 
     def collect(key: jax.Array, state: Any, prompts: Any, functions: Any) -> Any:
-        return phases.collect(state, prompts, key, functions, recipe=recipe)
+        return phases.collect(state, prompts, key, functions, **sampled)
 
     def learn(state: Any, rollout: Any, key: jax.Array, functions: Any) -> Any:
-        return phases.learn(state, rollout, key, functions, recipe=recipe)
+        return phases.learn(state, rollout, key, functions, **learning)
 
     rollout = _spread(jax.eval_shape(collect, key, *_widened((state, prompts, functions)))[0], mesh)
     scored = dataclasses.replace(

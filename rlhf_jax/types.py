@@ -124,6 +124,16 @@ class Rollout:
         None  # [B] of the policy's greedy response to the same prompt, without KL
     )
 
+    @property
+    def mask(self) -> jax.Array:
+        """[B, T] bool: the tokens of the response."""
+        return self.response_mask != 0
+
+    @property
+    def present(self) -> jax.Array:
+        """[B] bool: the rows with a response; the others count nowhere."""
+        return self.mask.any(axis=1)
+
 
 @flax.struct.dataclass
 class Comparisons:

@@ -19,8 +19,6 @@ from jax.tree_util import Partial
 from tabular import VOCAB_SIZE, comparisons, numbers, policy_fn, policy_params, rollout, score_fn
 
 from rlhf_jax import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
-from rlhf_jax.config import RLStage
-from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import phases
 from rlhf_jax.types import Demonstrations, Feedback, PolicyOutput
 
@@ -332,10 +330,10 @@ def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations(
     )
     batch = batch.replace(scores=jnp.array([1.0, 2.0, math.nan]))
     loop = phases.LoopState.create(vpg.State.create(policy_params(0), optimizer), 0.15)
-    drawn = SamplingConfig(max_new_tokens=4, eos_id=None, pad_id=0)
-    recipe = phases.Recipe(None, drawn, vpg, vpg.Config(), optimizer, RLStage(kl_target=0.5))
     functions = phases.Functions(Partial(policy_fn))
-    learn = jax.jit(partial(phases.learn, recipe=recipe))
+    penalty = phases.kl_penalty(0.15, target=0.5)
+    how = {"config": vpg.Config(), "optimizer": optimizer, "penalty": penalty}
+    learn = jax.jit(partial(phases.learn, algorithm=vpg, **how))
     loop, metrics = learn(loop, batch, jax.random.key(0), functions)
     np.testing.assert_allclose(metrics["objective/kl"], 2.5 * math.log(2), rtol=1e-6)
     np.testing.assert_allclose(

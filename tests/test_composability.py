@@ -11,7 +11,6 @@ from tabular import gpt2, largest_constant
 from test_updates import CASES, KEY, MINIBATCHES, SGD
 
 from rlhf_jax import models, rewards, sampling
-from rlhf_jax.config import RLStage
 from rlhf_jax.training import phases
 
 
@@ -38,9 +37,15 @@ def test_no_iteration_holds_weights(name):
         )
     options = sampling.SamplingConfig(max_new_tokens=4, eos_id=1, pad_id=0)
     config = dataclasses.replace(case.config, **MINIBATCHES)
-    iteration = partial(
-        phases.iteration, recipe=phases.Recipe(model, options, case.module, config, SGD, RLStage())
+    learn = partial(
+        phases.learn,
+        algorithm=case.module,
+        config=config,
+        optimizer=SGD,
+        penalty=phases.kl_penalty(0.1),
     )
+    collect = partial(phases.collect, model=model, config=options)
+    iteration = partial(phases.iteration, collect=collect, learn=learn)
     tokens = jnp.full((16, 3), 2)
     prompts = phases.Prompts(tokens, jnp.ones_like(tokens), jnp.arange(16))
     loop = phases.LoopState.create(case.module.State.create(trained, SGD), 0.1)

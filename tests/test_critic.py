@@ -190,7 +190,7 @@ def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_
             separate, model=base, tokenizer=Tokenizer(), lora=LoRA(rank=rank)
         )
     held = {}
-    monkeypatch.setattr(rl._Trainer, "first_state", keep(rl._Trainer.first_state, held))
+    monkeypatch.setattr(rl, "first_state", keep(rl.first_state, held))
     straight = training.rl.run(separate, ppo)
     names = {"trained policy", "trained value", "optimizer state", "gradients"}
     assert names | ({"frozen weights"} if rank else set()) <= held.keys()
@@ -210,9 +210,9 @@ def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_
 
 
 def keep(first_state, held):
-    def wrapped(trainer):
-        state = first_state(trainer)
-        held.update(trainer.stage.held)
+    def wrapped(stage, *how):
+        state = first_state(stage, *how)
+        held.update(stage.held)
         return state
 
     return wrapped

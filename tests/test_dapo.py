@@ -4,7 +4,6 @@ overlong penalty.
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +11,17 @@ import numpy as np
 import pytest
 from test_training import Killed, config, data, interrupt, outputs  # noqa: F401 (fixtures)
 
-from rlhf_jax import grpo, ppo, sampling, training
+from rlhf_jax import grpo, ppo, training
 from rlhf_jax.config import RLStage
+from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import phases, rl
 from rlhf_jax.types import Rollout, TrainState
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
-SAMPLING = sampling.SamplingConfig(max_new_tokens=4, eos_id=1, pad_id=0)
+EOS, LENGTH = 1, 4
 NAN = float("nan")
-
-
-def recipe(algorithm=grpo, size=2, **settings):
-    how = RLStage(**{"batch_size": 8, "max_new_tokens": 4, **settings})
-    return phases.Recipe(None, SAMPLING, algorithm, grpo.Config(group_size=size), None, how)
 
 
 def answers(scores, first=0, unfinished=()):
@@ -79,72 +74,69 @@ def answers(scores, first=0, unfinished=()):
     ],
 )
 def test_groups_that_score_alike_are_replaced_in_order(kept, fresh, expected, left, unfinished):
-    how = recipe(mask_truncated=bool(unfinished))
-    refill = jax.jit(functools.partial(phases.refill, recipe=how))
+    masked = phases.mask_truncated(EOS) if unfinished else phases.unchanged
+    how = {"group_size": 2, "masked": masked}
+    refill = jax.jit(functools.partial(phases.refill, **how))
     refilled = refill(answers(kept, unfinished=unfinished), answers(fresh, 100))
     np.testing.assert_array_equal(refilled.row_ids, expected)
     np.testing.assert_array_equal(refilled.tokens[:, 0], expected)  # whole rows move
-    assert phases.num_equal(refilled, recipe=how) == left
+    assert phases.num_equal(refilled, **how) == left
 
 
-class Trainer:
-    """What ``_Trainer._rollout`` needs: the scores of each sampling are given."""
+def schedule(rounds):
+    """Steps of four pairs of answers to 60 prompts, each prompt a token."""
+    tokens = np.arange(160)[:, None]
+    prompts = EncodedPrompts(tokens, np.ones_like(tokens), tuple(range(160)), {}, {})
+    keys = {"order_key": jax.random.key(3), "rollout_key": jax.random.key(4)}
+    size = {"num_prompts": 4, "group_size": 2, "samplings": 1 + rounds, "multiple": 1}
+    return rl.Schedule(prompts, np.arange(100, 160), **size, **keys)
 
-    _rollout, rows_of = rl._Trainer._rollout, rl._Trainer.rows_of
-    train_rows, group_size, order_key = np.arange(100, 160), 2, jax.random.key(3)
-    parts = types.SimpleNamespace(prompts="all")
 
-    def __init__(self, rounds, *scores):
-        self.samplings = 1 + rounds
-        self.settings, self.scores, self.calls = (
-            RLStage(batch_size=8, dynamic_sampling=rounds),
-            list(scores),
-            [],
-        )
-        parts = (phases.num_equal, phases.refill)
-        self._num_equal, self._refill = (functools.partial(part, recipe=recipe()) for part in parts)
+def step(rounds, number, *scores):
+    """A step whose draws have these scores: rollout, metrics, and the batches that it drew."""
+    drawn = []
 
-    def _narrowed(self, prompts, rows):
-        return prompts, rows.tolist()
+    def draw(state, batch):
+        drawn.append(batch)
+        return answers(scores[len(drawn) - 1], 100 * len(drawn)), {}
 
-    def _sampled(self, state, prompts, rows, number):
-        step = (
-            number // self.samplings
-        )  # all samplings of a step have the columns that all of its prompts need
-        assert prompts == ("all", self.rows_of(step).ravel().tolist())
-        self.calls.append((rows.tolist(), number))
-        return answers(self.scores.pop(0), 100 * len(self.calls)), {}
+    num_equal = functools.partial(phases.num_equal, group_size=2)
+    refill = functools.partial(phases.refill, group_size=2)
+    draw_rounds = rl.replace_uninformative(draw, 4, num_equal, refill)
+    return *draw_rounds(None, schedule(rounds).batches(number)), drawn
 
-    def step(self, number):
-        return self._rollout(None, number)
+
+def bits(key):
+    return jax.random.key_data(key).tobytes()
 
 
 def test_rounds_have_other_prompts_and_keys_and_end_when_all_groups_differ():
     same, one, rest = [1] * 8, [1, 2, 3, 3, 4, 4, 5, 5], [1, 2, 3, 4, 5, 6, 7, 7]
-    trainer = Trainer(3, same, one, rest)
-    rollout, metrics = trainer.step(1)
+    rollout, metrics, drawn = step(3, 1, same, one, rest)
     np.testing.assert_array_equal(rollout.row_ids, [200, 201, 300, 301, 302, 303, 304, 305])
     assert {name: float(x) for name, x in metrics.items()} == {
         "sampling/rounds": 2.0,
         "sampling/uninformative": pytest.approx((4 + 3 + 1) / 12),
     }
-    prompts, numbers = zip(*trainer.calls, strict=True)
-    assert len({row for rows in prompts for row in rows}) == 12
-    assert numbers == (4, 5, 6)  # the first step has 0 to 3: no two samplings of a run share a key
-    steps = [set(trainer.rows_of(step).ravel()) for step in (1, 2)]
-    assert steps[0] > {row for rows in prompts for row in rows}
+    drawn_rows = [row for batch in drawn for row in batch.rows]
+    assert len(drawn) == 3
+    assert len(set(drawn_rows)) == 12
+    for batch in drawn:
+        np.testing.assert_array_equal(batch.rows[::2], batch.rows[1::2])  # groups are adjacent
+    made = [schedule(3).batches(number) for number in range(9)]
+    keys = [bits(batch.key) for step in made for batch in step]
+    assert len(set(keys)) == 4 * 9  # no two samplings of a run share a key
+    steps = [{row for batch in made[number] for row in batch.rows} for number in (1, 2)]
+    assert steps[0] > set(drawn_rows)
     assert not steps[0] & steps[1]
-    plain = Trainer(0)  # in which each prompt has its turn once an epoch
-    assert [trainer.rows_of(step)[0].tolist() for step in range(9)] == [
-        plain.rows_of(i)[0].tolist() for i in range(9)
-    ]
-    again = Trainer(3, same, one, rest)
-    again.step(1)
-    assert again.calls == trainer.calls
+    first = [step[0].rows.tolist() for step in made]  # each prompt has its turn once an epoch
+    assert first == [schedule(0).batches(number)[0].rows.tolist() for number in range(9)]
+    again = step(3, 1, same, one, rest)[2]
+    assert [bits(batch.key) for batch in again] == [bits(batch.key) for batch in drawn] == keys[4:7]
 
 
 def test_when_the_rounds_run_out_what_is_left_stays():
-    rollout, metrics = Trainer(1, [1] * 8, [1, 2, 3, 3, 4, 4, 5, 5]).step(0)
+    rollout, metrics, _ = step(1, 0, [1] * 8, [1, 2, 3, 3, 4, 4, 5, 5])
     np.testing.assert_array_equal(rollout.row_ids, [200, 201, *range(102, 108)])
     assert metrics["sampling/rounds"] == 1
     assert metrics["sampling/uninformative"] == 7 / 8
@@ -160,7 +152,8 @@ class Recorder:
 
 def learnt(rollout, **settings):
     loop = phases.LoopState.create(TrainState(jnp.zeros(()), {}, ()), 0.0)
-    learn = functools.partial(phases.learn, recipe=recipe(Recorder, **settings))
+    how = {"algorithm": Recorder, "config": grpo.Config(group_size=2), "optimizer": None}
+    learn = functools.partial(phases.learn, **how, **settings)
     after, metrics = jax.jit(
         lambda loop, rollout: learn(loop, rollout, None, phases.Functions(None))
     )(loop, rollout)
@@ -170,7 +163,7 @@ def learnt(rollout, **settings):
 def test_truncated_responses_are_absent_from_the_loss():
     rollout = answers([1, 2, 3, 4], unfinished=(1, 2))
     rollout = rollout.replace(response_mask=rollout.response_mask.at[3].set(0))  # absent already
-    given, metrics = learnt(rollout, mask_truncated=True)
+    given, metrics = learnt(rollout, masked=phases.mask_truncated(EOS))
     np.testing.assert_array_equal(given.response_mask, [[0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
     assert metrics["response/masked"] == 2
     assert metrics["objective/reward"] == 2  # of all three that are there
@@ -187,7 +180,7 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
     rollout = Rollout(
         ids, ids, jnp.stack([said, said]), jnp.zeros((2, 5)), scores=jnp.array([7.0, 1.0])
     )
-    given, _ = learnt(rollout, overlong_buffer=2, overlong_penalty=3.0)
+    given, _ = learnt(rollout, shape=phases.overlong(LENGTH, buffer=2, penalty=3.0))
     np.testing.assert_allclose(given.rewards.sum(axis=1), [7.0 - lost, 1.0 - lost])
 
 

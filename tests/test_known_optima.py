@@ -15,8 +15,6 @@ from tiny_language import adam, repeat
 
 from rlhf_jax import rewards, rollout
 from rlhf_jax.algorithms import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
-from rlhf_jax.config import RLStage
-from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import phases
 from rlhf_jax.types import Comparisons, Demonstrations, Feedback, TrainState
 
@@ -80,7 +78,7 @@ def gspo(coef):
 
 # The four tokens of a cut response cost 1, three of them a half: DAPO's eq. 13 with L_max 4 and
 # L_cache 2.
-DAPO = RLStage(overlong_buffer=2, max_new_tokens=tiny.STEPS, dynamic_sampling=1)
+DAPO = phases.overlong(tiny.STEPS, buffer=2, penalty=1.0)
 OVERLONG = tiny.REWARDS - np.array([0.0, 0.0, 0.0, 0.5, 1.0])[tiny.LENGTHS]
 
 
@@ -121,14 +119,8 @@ def optimum_of(name, factor=1):
 
 def shaped(name, batch, kl_coef):
     if name == "dapo":
-        batch = phases._judged_by_end(batch, recipe("dapo"))
+        batch = DAPO(batch)
     return batch.replace(rewards=rewards.kl_shaped(batch, kl_coef)) if kl_coef else batch
-
-
-def recipe(name):
-    """What the phases of a run of DAPO need to know."""
-    samples = SamplingConfig(max_new_tokens=tiny.STEPS, eos_id=tiny.EOS, pad_id=tiny.PAD)
-    return phases.Recipe(None, samples, *LEARNERS[name][:2], None, DAPO)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +199,7 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
             )
         if name == "dapo":  # groups that score alike are replaced
             kept, fresh = (tiny.draw(params, half) for half in jnp.split(uniform, 2))
-            return phases.refill(kept, fresh, recipe=recipe(name))
+            return phases.refill(kept, fresh, group_size=config.group_size)
         likeliest = jnp.asarray(tiny.REWARDS, jnp.float32)[tiny.greedy(params)]
         return tiny.draw(params, uniform).replace(greedy_rewards=jnp.full(rows, likeliest))
 

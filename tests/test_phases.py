@@ -11,10 +11,9 @@ import optax
 import pytest
 
 from rlhf_jax import models, rewards, sampling
-from rlhf_jax.algorithms import grpo, ppo, vpg
-from rlhf_jax.config import RLStage
-from rlhf_jax.training import phases
-from rlhf_jax.training.phases import _judged_by_end, num_equal, scored
+from rlhf_jax.algorithms import ppo, vpg
+from rlhf_jax.training import phases, rl
+from rlhf_jax.training.phases import num_equal, scored
 from rlhf_jax.types import Rollout
 
 PROMPT_LENGTH, ROWS = 4, 8
@@ -45,25 +44,31 @@ def functions(reference=True):
     )
 
 
-VPG = vpg.Config()
+COLLECT = functools.partial(phases.collect, model=MODEL, config=SAMPLING)
+KL = phases.kl_penalty(0.1)
 
 
-def recipe(settings, algorithm_config=VPG, algorithm=vpg):
-    return phases.Recipe(MODEL, SAMPLING, algorithm, algorithm_config, OPTIMIZER, settings)
+def learning(algorithm=vpg, **how):
+    """``phases.learn`` with its settings bound."""
+    how = {"config": algorithm.Config(), "optimizer": OPTIMIZER, "penalty": KL} | how
+    return functools.partial(phases.learn, algorithm=algorithm, **how)
 
 
-def jitted(phase, algorithm, settings, algorithm_config):
-    return jax.jit(functools.partial(phase, recipe=recipe(settings, algorithm_config, algorithm)))
+def iteration(algorithm=vpg, **how):
+    """An iteration as one program."""
+    whole = functools.partial(phases.iteration, collect=COLLECT, learn=learning(algorithm, **how))
+    return jax.jit(whole)
 
 
 @pytest.mark.slow
 def test_one_jit_and_three_jits_give_identical_parameters():
     if "use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""):
         pytest.skip("equal bits need XLA's newer emitters: .ci/run runs this file with them")
-    made = vpg, RLStage(kl_target=1.0, missing_eos_penalty=0.5), vpg.Config()
-    whole, collect, learn = (
-        jitted(phase, *made) for phase in (phases.iteration, phases.collect, phases.learn)
-    )
+    shape = phases.missing_eos(SAMPLING.eos_id, penalty=0.5, score=None)
+    made = {"shape": shape, "penalty": phases.kl_penalty(0.1, target=1.0)}
+    whole = iteration(**made)
+    collect = jax.jit(COLLECT)
+    learn = jax.jit(learning(**made))
     reward = jax.jit(phases.reward)
     one = three = start(vpg)
     for step in range(3):
@@ -84,8 +89,9 @@ def test_one_jit_and_three_jits_give_identical_parameters():
 def test_a_prompt_that_occurs_twice_gets_two_samples_and_its_place_says_which():
     """As in a group of answers, whose prompts have one data row."""
     same = jax.tree.map(lambda x: jnp.repeat(x[:1], ROWS, axis=0), prompts())
+    policy = start(vpg).train.params
     sample = functools.partial(
-        phases.respond, start(vpg).train.params, key=jax.random.key(3), recipe=recipe(RLStage())
+        phases.respond, policy, key=jax.random.key(3), model=MODEL, config=SAMPLING
     )
     sampled = sample(same)
     assert len({row.tobytes() for row in np.asarray(sampled.tokens)}) == ROWS
@@ -98,11 +104,21 @@ def test_the_greedy_response_is_the_baseline():
     """The score counts token 5: that of the greedy responses, after the rule for missing EOS, and
     without KL.
     """
-    step = jitted(
-        phases.iteration, vpg, RLStage(missing_eos_penalty=0.5), vpg.Config(baseline="greedy")
-    )
-    loop, likeliest = start(vpg), dataclasses.replace(SAMPLING, temperature=0.0)
-    _, rollout, metrics = step(loop, prompts(), *jax.random.split(jax.random.key(5)), functions())
+    likeliest = dataclasses.replace(SAMPLING, temperature=0.0)
+    rule = phases.missing_eos(SAMPLING.eos_id, penalty=0.5, score=None)
+
+    def sampling_by(config):
+        respond = jax.jit(functools.partial(phases.respond, model=MODEL, config=config))
+        return lambda loop, batch: (respond(loop.train.params, *batch), {})
+
+    def score(rollout, batch):
+        return rl.Scored(*phases.reward(rollout, functions()))
+
+    draw = rl.drawn(sampling_by(SAMPLING), lambda loop, sampled: (sampled, {}), score)
+    join = functools.partial(phases.with_greedy, shape=rule)
+    draw = rl.greedy_baseline(draw, sampling_by(likeliest), score, join)
+    loop = start(vpg)
+    rollout, metrics = draw(loop, (prompts(), jax.random.key(5)))
     generate = jax.jit(functools.partial(sampling.generate, MODEL, config=likeliest))
     greedy = generate(
         loop.train.params, prompts().tokens, prompts().attention_mask, jax.random.key(6)
@@ -119,7 +135,8 @@ def test_a_row_without_a_greedy_score_is_absent():
     scores = jnp.array([1.0, 2.0])
     rollout, greedy = made_rollout(scores=scores), made_rollout(scores=scores + 5)
     greedy = greedy.replace(response_mask=greedy.response_mask.at[0].set(0))
-    joined = phases.with_greedy(rollout, greedy, recipe=recipe(RLStage(missing_eos_score=-1.0)))
+    rule = phases.missing_eos(SAMPLING.eos_id, penalty=None, score=-1.0)
+    joined = phases.with_greedy(rollout, greedy, shape=rule)
     np.testing.assert_array_equal(joined.response_mask, [[0, 0, 0, 0], [0, 0, 1, 1]])
     assert joined.greedy_rewards[1] == 7
     np.testing.assert_array_equal(joined.scores, scores)
@@ -127,8 +144,7 @@ def test_a_row_without_a_greedy_score_is_absent():
 
 def test_kl_coefficient_follows_the_kl():
     """Ziegler et al. 2019: with n = horizon the coefficient moves by at most a fifth of itself."""
-    config = RLStage(kl_target=1e-3, kl_horizon=ROWS)
-    step = jitted(phases.iteration, vpg, config, vpg.Config())
+    step = iteration(penalty=phases.kl_penalty(0.1, target=1e-3, horizon=ROWS))
     loop, _, metrics = step(
         start(vpg), prompts(), *jax.random.split(jax.random.key(0)), functions()
     )
@@ -159,18 +175,17 @@ def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():
     rollout, metrics = scored(made_rollout(), jnp.array([1.0, 2.0]), {})
     np.testing.assert_array_equal(rollout.scores, [1.0, 2.0])
     assert float(metrics["objective/score"]) == 1.5
-    rule = recipe(RLStage(missing_eos_penalty=5.0))
-    np.testing.assert_array_equal(_judged_by_end(rollout, rule).scores, [-4.0, 2.0])
+    rule = phases.missing_eos(SAMPLING.eos_id, penalty=5.0, score=None)
+    np.testing.assert_array_equal(rule(rollout).scores, [-4.0, 2.0])
     dense = jnp.array([[9.0, 9.0, 1.0, 2.0], [9.0, 9.0, 3.0, 4.0]])
     summed, _ = scored(made_rollout(), dense, {"part": jnp.array([1.0, 5.0])})
     np.testing.assert_array_equal(summed.scores, [3.0, 7.0])
     np.testing.assert_array_equal(summed.rewards, dense)
-    endless = dataclasses.replace(rule, sampling=sampling.SamplingConfig(4, eos_id=None, pad_id=0))
-    for wrong, how in ((rollout, endless), (summed, rule)):
-        with pytest.raises(
-            ValueError, match="need one score per response, and missing_eos an eos_id"
-        ):
-            _judged_by_end(wrong, how)
+    needs = "need one score per response, and missing_eos an eos_id"
+    with pytest.raises(ValueError, match=needs):
+        rule(summed)
+    with pytest.raises(ValueError, match=needs):
+        phases.missing_eos(None, penalty=5.0, score=None)
 
 
 def test_groups_of_equal_scores_are_counted():
@@ -183,17 +198,13 @@ def test_groups_of_equal_scores_are_counted():
         present,
         scores=jnp.array([1.0, 1.0, 2.0, 3.0, 4.0, 9.0, 5.0, 5.0]),
     )
-    assert num_equal(rollout, recipe=recipe(RLStage(), grpo.Config(group_size=2))) == 3
-    assert (
-        num_equal(rollout, recipe=recipe(RLStage(), vpg.Config())) == 0
-    )  # no groups: the batch is one
+    assert num_equal(rollout, group_size=2) == 3
+    assert num_equal(rollout, group_size=1) == 0  # no groups: the batch is one
 
 
 def test_non_finite_rewards_leave_the_loop_as_it_was():
-    config = RLStage(kl_target=1.0)
-    collect, learn = (
-        jitted(phase, ppo, config, ppo.Config()) for phase in (phases.collect, phases.learn)
-    )
+    collect = jax.jit(COLLECT)
+    learn = jax.jit(learning(ppo, penalty=phases.kl_penalty(0.1, target=1.0)))
     loop = start(ppo)
     rollout, _ = collect(loop, prompts(), jax.random.key(3), functions())
     rollout = rollout.replace(scores=jnp.full(ROWS, jnp.nan))

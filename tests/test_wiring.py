@@ -53,6 +53,17 @@ def untouched(state):
     return state, {"nonfinite": float(spoiled)}
 
 
+def replacing(monkeypatch, replace):
+    """Puts ``replace(programs)``, a dict of programs, in place of the programs of RL runs."""
+    compiled = rl.compiled
+
+    def replaced(*how):
+        programs = compiled(*how)
+        return programs._replace(**replace(programs))
+
+    monkeypatch.setattr(rl, "compiled", replaced)
+
+
 def bits(key):
     return np.asarray(jax.random.key_data(key)).tobytes()
 
@@ -139,7 +150,7 @@ def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(
 def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(
     config, tmp_path, monkeypatch, capsys
 ):
-    drawn, create = [], rl._Trainer.__init__
+    drawn = []
 
     def recording(name, phase):
         def call(state, inputs, key, *functions):
@@ -148,16 +159,17 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(
 
         return call
 
-    def init(trainer, *args):
-        create(trainer, *args)
-        trainer._respond = recording("sample", trainer._respond)
-        trainer._rescored = lambda state, sampled, functions: (sampled, {})
-        trainer._learn = recording("update", lambda state, *inputs: untouched(state))
+    def programs(made):
+        return {
+            "respond": recording("sample", made.respond),
+            "rescored": lambda state, sampled, functions: (sampled, {}),
+            "learn": recording("update", lambda state, *inputs: untouched(state)),
+        }
 
     def write_page(runs, path):
         raise UserError(f"there is {records.model_config(runs[0])}")
 
-    monkeypatch.setattr(rl._Trainer, "__init__", init)
+    replacing(monkeypatch, programs)
     monkeypatch.setattr("rlhf_jax.report.page.write", write_page)  # whose failure loses nothing
     folder = training.rl.run(config, vpg).folder
     training.rl.run(again(config, tmp_path), vpg)
@@ -203,13 +215,8 @@ def uneven(config, tmp_path, multiple, **settings):
 def test_each_batch_is_as_wide_as_its_own_prompts_need(
     config, tmp_path, monkeypatch, several_turns
 ):
-    seen, made, create, slots, policy_fn = (
-        [],
-        set(),
-        rl._Trainer.__init__,
-        2 * several_turns,
-        models.policy_fn,
-    )
+    seen, made = [], set()
+    slots, policy_fn = 2 * several_turns, models.policy_fn
     (tmp_path / "world.py").write_text("def silent(conversation, row): return None")
 
     def respond(policy, inputs, key):
@@ -221,12 +228,12 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
         said[:, -2] = 1  # a token each
         return Rollout(tokens, mask | said, said, np.zeros(said.shape, np.float32), inputs.row_ids)
 
-    def init(trainer, *args):
-        create(trainer, *args)
-        trainer._respond, trainer._learn = respond, lambda state, *inputs: untouched(state)
-        trainer._rescored = lambda state, sampled, functions: (sampled, {})
-
-    monkeypatch.setattr(rl._Trainer, "__init__", init)
+    fakes = {
+        "respond": respond,
+        "rescored": lambda state, sampled, functions: (sampled, {}),
+        "learn": lambda state, *inputs: untouched(state),
+    }
+    replacing(monkeypatch, lambda programs: fakes)
     monkeypatch.setattr(rl.models, "policy_fn", lambda *how: (made.add(how[2]), policy_fn(*how))[1])
     environment = f"{tmp_path / 'world.py'}:silent" if several_turns else None
     training.rl.run(uneven(config, tmp_path, 3, environment=environment), vpg)
@@ -244,15 +251,14 @@ def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkey
     """Nine prompts of their own: three batches of four, the last with three absent rows, or two of
     eight. Each response is drawn from the place of its row among all, and the reward, which
     compares responses, sees all."""
-    shapes, create = [], rl._Trainer.__init__
+    shapes = []
 
-    def init(trainer, *args):
-        create(trainer, *args)
-        respond = trainer._respond
-        trainer._respond = lambda *inputs: (
-            shapes.append(inputs[1].tokens.shape),
-            respond(*inputs),
-        )[1]
+    def programs(made):
+        def respond(*inputs):
+            shapes.append(inputs[1].tokens.shape)
+            return made.respond(*inputs)
+
+        return {"respond": respond}
 
     def validated(batch_size):
         shapes.clear()
@@ -273,7 +279,7 @@ def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkey
         found = {name: x for name, x in row.items() if name.startswith("validation/")}
         return [sample for sample in samples if sample["step"] == 0], found, len(shapes)
 
-    monkeypatch.setattr(rl._Trainer, "__init__", init)
+    replacing(monkeypatch, programs)
     (tmp_path / "others.json").write_text(json.dumps([{"prompt": "say a", "letter": "a"}] * 9))
     (tmp_path / "talk.py").write_text(TALK)
     samples, metrics, num_sampled = validated(4)
@@ -346,17 +352,21 @@ def test_widths_change_nothing_but_rounding_and_survive_a_resume(config, tmp_pat
     narrow, wide = metrics(3, "narrow"), metrics(12, "wide")
     for row, expected in zip(narrow, wide, strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    advance = rl._Trainer.advance
 
-    def killed(trainer, state, step):
-        if step == 3:
-            raise KeyboardInterrupt
-        return advance(trainer, state, step)
+    def interrupting(programs):
+        steps = itertools.count()
 
-    monkeypatch.setattr(rl._Trainer, "advance", killed)
-    with pytest.raises(KeyboardInterrupt):
-        metrics(3, "again")
-    monkeypatch.setattr(rl._Trainer, "advance", advance)
+        def learn(*inputs):
+            if next(steps) == 4:  # of which the first is the trial of memory
+                raise KeyboardInterrupt
+            return programs.learn(*inputs)
+
+        return {"learn": learn}
+
+    with monkeypatch.context() as patch:
+        replacing(patch, interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            metrics(3, "again")
     assert metrics(3, "again", resume=True) == narrow
 
 
@@ -370,25 +380,27 @@ def ask(conversation, row):
 def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_path, monkeypatch):
     """The reward is a number of the prompt alone, so that nothing is learnt: each response scores
     as the greedy one. An environment pays as much again, for the first response."""
-    keys, rollouts, asked, create = [], [], [], rl._Trainer.__init__
+    keys, rollouts, asked = [], [], []
 
-    def init(trainer, *args):
-        create(trainer, *args)
-        respond, greedily, learn = trainer._respond, trainer._respond_greedily, trainer._learn
+    def programs(made):
+        def respond(*inputs):
+            keys.append(bits(inputs[2]))
+            return made.respond(*inputs)
 
         def likeliest(policy, inputs, key):
-            greedy, same = (greedily(policy, inputs, k) for k in (key, jax.random.key(77)))
+            keys_tried = (key, jax.random.key(77))
+            greedy, same = (made.respond_greedily(policy, inputs, k) for k in keys_tried)
             np.testing.assert_array_equal(greedy.tokens, same.tokens)  # needs no key
             asked.append(inputs)
             return greedy
 
-        trainer._respond = lambda *inputs: (keys.append(bits(inputs[2])), respond(*inputs))[1]
-        trainer._respond_greedily = likeliest
-        trainer._learn = lambda state, *inputs: (rollouts.append(inputs[0]), learn(state, *inputs))[
-            1
-        ]
+        def learn(state, rollout, *inputs):
+            rollouts.append(rollout)
+            return made.learn(state, rollout, *inputs)
 
-    monkeypatch.setattr(rl._Trainer, "__init__", init)
+        return {"respond": respond, "respond_greedily": likeliest, "learn": learn}
+
+    replacing(monkeypatch, programs)
     (tmp_path / "talk.py").write_text(TALK)
     talks = (
         {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": turns, "max_new_tokens": 8}
@@ -418,16 +430,12 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path, monkeypatch):
-    calls, create = [], rl._Trainer.__init__
+    calls = []
 
     def recording(name, phase):
         return lambda *inputs: (calls.append((name, inputs[0])), phase(*inputs))[1]
 
-    def init(trainer, *args):
-        create(trainer, *args)
-        trainer._respond = recording("respond", trainer._respond)
-
-    monkeypatch.setattr(rl._Trainer, "__init__", init)
+    replacing(monkeypatch, lambda made: {"respond": recording("respond", made.respond)})
     monkeypatch.setattr(rl.phases, "sampler", recording("sampler", rl.phases.sampler))
     (tmp_path / "talk.py").write_text(TALK)
     talks = {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": 3, "max_new_tokens": 8}

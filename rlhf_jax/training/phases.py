@@ -1,10 +1,14 @@
-"""The phases of one RL iteration, as pure functions: collect -> reward -> learn.
+"""The steps of one RL iteration, as pure functions of arrays: sample -> score -> shape -> learn.
 
-``iteration`` is the three in one call, for one jit. A reward that runs on the host goes between two
-jits instead; both ways give the same parameters, up to rounding.
+``collect`` samples, ``reward`` scores, a ``Rule`` and a ``Penalty`` shape the scores into the
+rewards of the update, and ``learn`` makes the update. ``training.rl`` compiles the steps apart, so
+that a reward or an environment in ordinary Python runs between them; ``iteration`` is all of them
+in one call, for one jit. Both ways give the same parameters, up to rounding.
 """
 
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -14,8 +18,7 @@ import optax
 
 from rlhf_jax import models, ops, rewards, rollout, sampling, sharding
 from rlhf_jax.algorithms.policy import row_rewards
-from rlhf_jax.config import RLStage
-from rlhf_jax.types import Algorithm, Metrics, Params, Rollout, TrainState
+from rlhf_jax.types import Algorithm, EosId, Metrics, Params, Rollout, TrainState
 
 
 @flax.struct.dataclass
@@ -24,9 +27,8 @@ class LoopState:
 
     train: TrainState  # of the algorithm's own class
     kl_coef: jax.Array  # [] float32
-    reference: Params | None = (
-        None  # the policy's parameters at the last refresh; None: the reference never changes
-    )
+    # The policy's parameters at the last refresh; None: the reference never changes.
+    reference: Params | None = None
 
     @classmethod
     def create(
@@ -43,14 +45,13 @@ class Prompts(NamedTuple):
     attention_mask: jax.Array  # [B, P]
     row_ids: jax.Array  # [B] data row of each prompt
     used: jax.Array | None = None  # [B] of conversations, see ``sampling.generate``
-    places: jax.Array | None = (
-        None  # [B] int32, which decide the rows' randomness; None: 0 .. B - 1
-    )
+    # [B] int32, the numbers that decide the rows' randomness; None: 0 .. B - 1
+    places: jax.Array | None = None
 
 
 @flax.struct.dataclass
 class Functions:
-    """What the phases call: ``jax.tree_util.Partial``, whose arrays travel through ``jit`` as
+    """What the steps call: ``jax.tree_util.Partial``, whose arrays travel through ``jit`` as
     arguments.
     """
 
@@ -61,18 +62,7 @@ class Functions:
     base: Params | None = None  # under LoRA, the frozen parameters
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What stays the same during a run and shapes its programs: static under ``jit``."""
-
-    model: models.Model
-    sampling: sampling.SamplingConfig
-    algorithm: Algorithm
-    algorithm_config: Any
-    optimizer: optax.GradientTransformation
-    settings: RLStage
-    mesh: jax.sharding.Mesh | None = None  # over whose "data" axis rows are spread
-    score_rows: int | None = None  # that policy and reference score at once, see ``ops.by_rows``
+# --- Sample
 
 
 def sampler(loop: LoopState, base: Params | None) -> Params:
@@ -84,58 +74,83 @@ def sampler(loop: LoopState, base: Params | None) -> Params:
 
 
 def respond(
-    policy: Params, prompts: Prompts, key: jax.Array, *, recipe: Recipe, greedy: bool = False
+    policy: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    *,
+    model: models.Model,
+    config: sampling.SamplingConfig,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Rollout:
     """A response of the ``sampler`` to each prompt, with its log-probs.
 
-    Randomness is that of the row's place, not of its data row, so a prompt that occurs twice gets
-    two samples. ``greedy``: the likeliest token each time, and no randomness.
+    The randomness of a row depends on its place, not on its data row, so a prompt that occurs
+    twice gets two samples.
     """
-    config = replace(recipe.sampling, temperature=0.0) if greedy else recipe.sampling
-    how: Any = {
-        "config": config,
-        "row_ids": prompts.places,
-        "mesh": recipe.mesh,
-        "used": prompts.used,
-    }
     sampled = sampling.generate(
-        recipe.model, policy, prompts.tokens, prompts.attention_mask, key, **how
+        model,
+        policy,
+        prompts.tokens,
+        prompts.attention_mask,
+        key,
+        config=config,
+        row_ids=prompts.places,
+        mesh=mesh,
+        used=prompts.used,
     )
     return replace(sampled, row_ids=prompts.row_ids)
 
 
-def collect(
-    loop: LoopState, prompts: Prompts, key: jax.Array, functions: Functions, *, recipe: Recipe
-) -> tuple[Rollout, Metrics]:
-    """``respond``, then ``rescored``."""
-    sampled = respond(sampler(loop, functions.base), prompts, key, recipe=recipe)
-    return rescored(loop, sampled, functions, recipe=recipe)
-
-
 def rescored(
-    loop: LoopState, sampled: Rollout, functions: Functions, *, recipe: Recipe
+    loop: LoopState,
+    sampled: Rollout,
+    functions: Functions,
+    *,
+    eos_ids: tuple[int, ...],
+    score_rows: int | None = None,
 ) -> tuple[Rollout, Metrics]:
-    """Samples with log-probs and values of the update's own forward pass, the reference's
-    log-probs, and metrics.
+    """The samples with log-probs and values of the update's own forward pass, the log-probs of the
+    reference, and metrics.
+
+    Args:
+        score_rows: rows that the policy scores at once, see ``ops.by_rows``.
     """
     ref_fn = functions.ref_fn
     if loop.reference is not None:
         ref_fn = jax.tree_util.Partial(ref_fn, loop.reference)
-    policy_fn = ops.by_rows(functions.policy_fn, recipe.score_rows)
+    policy_fn = ops.by_rows(functions.policy_fn, score_rows)
     scored = rollout.rescore(sampled, loop.train.params, policy_fn=policy_fn, ref_fn=ref_fn)
-    present = _present(scored)
-    ended = jnp.any(
-        jnp.isin(scored.tokens, jnp.asarray(recipe.sampling.eos_ids)) & (scored.response_mask != 0),
-        axis=1,
-    )
+    is_eos = jnp.isin(scored.tokens, jnp.asarray(eos_ids)) & scored.mask
+    ended = jnp.any(is_eos, axis=1).astype(jnp.float32)
+    lengths, _ = rewards.length()(scored)
     repeated, _ = rewards.repetition()(scored)
     metrics = {
         "policy/sampler_gap": rollout.sampler_gap(sampled, scored),
-        "response/length": ops.masked_mean(rewards.length()(scored)[0], present),
-        "response/eos_fraction": ops.masked_mean(ended.astype(jnp.float32), present),
-        "response/repetition": ops.masked_mean(repeated, present),
+        "response/length": ops.masked_mean(lengths, scored.present),
+        "response/eos_fraction": ops.masked_mean(ended, scored.present),
+        "response/repetition": ops.masked_mean(repeated, scored.present),
     }
     return scored, metrics
+
+
+def collect(
+    loop: LoopState,
+    prompts: Prompts,
+    key: jax.Array,
+    functions: Functions,
+    *,
+    model: models.Model,
+    config: sampling.SamplingConfig,
+    mesh: jax.sharding.Mesh | None = None,
+    score_rows: int | None = None,
+) -> tuple[Rollout, Metrics]:
+    """``respond``, then ``rescored``."""
+    policy = sampler(loop, functions.base)
+    sampled = respond(policy, prompts, key, model=model, config=config, mesh=mesh)
+    return rescored(loop, sampled, functions, eos_ids=config.eos_ids, score_rows=score_rows)
+
+
+# --- Score
 
 
 def reward(rollout: Rollout, functions: Functions) -> tuple[Rollout, Metrics]:
@@ -149,113 +164,238 @@ def scored(
     """Fills ``scores`` [B], and ``rewards`` [B, T] where the scores are dense; scores are then
     their row sums.
 
-    An environment's ``rewards`` stay, and the score is added to them, at the end of the response.
+    The ``rewards`` of an environment stay, and the score is added to them at the end of the
+    response.
     """
     if rollout.rewards is not None:
-        at_end = (
-            rewards.kl_shaped(replace(rollout, rewards=None, scores=scores), 0.0)
-            if scores.ndim == 1
-            else scores
-        )
-        scores = rollout.rewards + at_end
+        added = scores
+        if scores.ndim == 1:
+            added = rewards.kl_shaped(replace(rollout, rewards=None, scores=scores), 0.0)
+        scores = rollout.rewards + added
     if scores.ndim == 2:
         rollout = replace(rollout, rewards=scores)
         scores = _row_sums(scores, rollout)
-    present = _present(rollout)
+    present = rollout.present
+    lengths, _ = rewards.length()(rollout)
     metrics = {f"reward/{name}": ops.masked_mean(values, present) for name, values in parts.items()}
-    metrics["reward/length_correlation"] = _correlation(
-        scores, rewards.length()(rollout)[0], present
+    metrics["reward/length_correlation"] = _correlation(scores, lengths, present)
+    metrics["objective/score"] = ops.masked_mean(scores, present)
+    return replace(rollout, scores=scores), metrics
+
+
+# --- Shape: what becomes of scores before the update reads them
+
+Rule = Callable[[Rollout], Rollout]
+"""A pure function that changes scores or masks of a scored rollout."""
+
+_NEEDS = "missing_eos and overlong_buffer need one score per response, and missing_eos an eos_id"
+
+
+def unchanged(rollout: Rollout) -> Rollout:
+    """The rule that does nothing."""
+    return rollout
+
+
+def then(*rules: Rule) -> Rule:
+    """The rules, one after the other."""
+
+    def all_rules(rollout: Rollout) -> Rollout:
+        return functools.reduce(lambda changed, rule: rule(changed), rules, rollout)
+
+    return all_rules
+
+
+def _on_scores(change: Callable[[Rollout, jax.Array], jax.Array]) -> Rule:
+    """The rule that puts ``change(rollout, scores)`` in place of the scores."""
+
+    def rule(rollout: Rollout) -> Rollout:
+        if rollout.scores is None or rollout.rewards is not None:
+            raise ValueError(_NEEDS)
+        return replace(rollout, scores=change(rollout, rollout.scores))
+
+    return rule
+
+
+def missing_eos(eos_id: EosId | None, penalty: float | None, score: float | None) -> Rule:
+    """``rewards.missing_eos``: a penalty or another score for responses that did not end.
+
+    Raises:
+        ValueError: ``eos_id`` is None; the rule's rollout has no scores, or dense rewards.
+    """
+    if eos_id is None:
+        raise ValueError(_NEEDS)
+    return _on_scores(
+        functools.partial(rewards.missing_eos, eos_id=eos_id, penalty=penalty, score=score)
     )
-    return replace(rollout, scores=scores), metrics | {
-        "objective/score": ops.masked_mean(scores, present)
-    }
 
 
-def with_greedy(rollout: Rollout, greedy: Rollout, *, recipe: Recipe) -> Rollout:
-    """The rollout with the rewards of scored greedy responses to the same prompts, after the rules
-    for their end.
+def overlong(max_length: int, buffer: int, penalty: float) -> Rule:
+    """``rewards.overlong_penalty``: the last ``buffer`` tokens before ``max_length`` cost ever
+    more, up to ``penalty``.
+    """
+    how: Any = {"max_length": max_length, "buffer": buffer, "penalty": penalty}
+    return _on_scores(functools.partial(rewards.overlong_penalty, **how))
+
+
+def mask_truncated(eos_id: EosId | None) -> Rule:
+    """Responses that did not end become absent."""
+    if eos_id is None:
+        raise ValueError("mask_truncated needs an eos_id")
+
+    def rule(rollout: Rollout) -> Rollout:
+        zeros = jnp.zeros(rollout.tokens.shape[:1])
+        ended = rewards.missing_eos(rollout, zeros, eos_id, score=1.0) == 0
+        return replace(rollout, response_mask=jnp.where(ended[:, None], rollout.response_mask, 0))
+
+    return rule
+
+
+def with_greedy(rollout: Rollout, greedy: Rollout, *, shape: Rule) -> Rollout:
+    """The rollout with the rewards of scored greedy responses to the same prompts, after ``shape``.
 
     A row whose greedy response has no score is absent: without its baseline it would learn from its
     reward alone.
     """
-    mask = jnp.where(_present(greedy)[:, None], rollout.response_mask, 0)
-    return replace(
-        rollout, response_mask=mask, greedy_rewards=row_rewards(_judged_by_end(greedy, recipe))
-    )
+    mask = jnp.where(greedy.present[:, None], rollout.response_mask, 0)
+    return replace(rollout, response_mask=mask, greedy_rewards=row_rewards(shape(greedy)))
 
 
-def refill(kept: Rollout, fresh: Rollout, *, recipe: Recipe) -> Rollout:
+class Penalty(NamedTuple):
+    """What the rewards lose by the distance from a reference, as ``optax`` has transformations."""
+
+    init: float  # the first coefficient
+    # (coefficient [], scored rollout) -> (rewards [B, T], the next coefficient [], metrics)
+    apply: Callable[[jax.Array, Rollout], tuple[jax.Array, jax.Array, Metrics]]
+
+
+def _score_at_end(coef: jax.Array, rollout: Rollout) -> tuple[jax.Array, jax.Array, Metrics]:
+    return rewards.kl_shaped(replace(rollout, ref_log_probs=None), 0.0), coef, {}
+
+
+NO_PENALTY = Penalty(0.0, _score_at_end)
+
+
+def kl_penalty(coef: float, target: float | None = None, horizon: int | None = None) -> Penalty:
+    """The KL of each token from the reference, times a coefficient (``rewards.kl_shaped``).
+
+    Args:
+        target: the KL, in nats per response, to which the coefficient adapts
+            (``rewards.adaptive_kl``); None: it is fixed.
+        horizon: episodes over which it adapts; None: those of 10 iterations.
+    """
+
+    def apply(coef: jax.Array, rollout: Rollout) -> tuple[jax.Array, jax.Array, Metrics]:
+        shaped = rewards.kl_shaped(rollout, coef)
+        assert rollout.ref_log_probs is not None, "kl_shaped checks it"
+        per_token = ops.kl(rollout.log_probs, rollout.ref_log_probs)
+        kl = ops.masked_mean(_row_sums(per_token, rollout), rollout.present)
+        metrics = {"objective/kl": kl, "kl/coef": coef}
+        if target is None:
+            return shaped, coef, metrics
+        n = rollout.tokens.shape[0]
+        adapted = rewards.adaptive_kl(coef, kl, target=target, horizon=horizon or 10 * n, n=n)
+        return shaped, adapted, metrics
+
+    return Penalty(coef, apply)
+
+
+# --- Groups without a difference, from which nothing is learned
+
+
+def num_equal(rollout: Rollout, *, group_size: int, masked: Rule = unchanged) -> jax.Array:
+    """How many groups have nothing to learn from: the scores of their rows, after ``masked``, are
+    all alike. With a ``group_size`` of 1 the batch is one group.
+    """
+    return jnp.sum(_equal(masked(rollout), group_size)).astype(jnp.float32)
+
+
+def refill(
+    kept: Rollout,
+    fresh: Rollout,
+    *,
+    group_size: int,
+    masked: Rule = unchanged,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Rollout:
     """``kept`` with groups of ``fresh`` whose scores differ in place of its own whose scores do
     not, in order.
     """
-    size = recipe.algorithm_config.group_size
-    wanting, offered = _equal(kept, recipe), ~_equal(fresh, recipe)  # [groups] each
+    wanting = _equal(masked(kept), group_size)  # [groups]
+    offered = ~_equal(masked(fresh), group_size)  # [groups]
     number = jnp.cumsum(wanting) - 1  # of the replacement
     source = jnp.argsort(~offered, stable=True)[number]
-    rows = jnp.repeat(source * size, size) + jnp.tile(jnp.arange(size), len(source))
-    replaced = jnp.repeat(wanting & (number < jnp.sum(offered)), size)  # [B]
-    result: Rollout = jax.tree.map(
-        lambda old, new: jnp.where(replaced.reshape(-1, *[1] * (old.ndim - 1)), new[rows], old),
-        kept,
-        fresh,
-    )
-    return (
-        result
-        if recipe.mesh is None
-        else jax.lax.with_sharding_constraint(result, sharding.rows(recipe.mesh))
-    )
+    within = jnp.tile(jnp.arange(group_size), len(source))
+    rows = jnp.repeat(source * group_size, group_size) + within
+    replaced = jnp.repeat(wanting & (number < jnp.sum(offered)), group_size)  # [B]
+
+    def fill(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(replaced.reshape(-1, *[1] * (old.ndim - 1)), new[rows], old)
+
+    filled: Rollout = jax.tree.map(fill, kept, fresh)
+    if mesh is None:
+        return filled
+    return jax.lax.with_sharding_constraint(filled, sharding.rows(mesh))
 
 
-def num_equal(rollout: Rollout, *, recipe: Recipe) -> jax.Array:
-    """How many groups (without groups: batches) have nothing to learn from: what counts there
-    scores alike.
-    """
-    return jnp.sum(_equal(rollout, recipe)).astype(jnp.float32)
+def _equal(rollout: Rollout, group_size: int) -> jax.Array:
+    """Whether the rewards of a group's present rows are all alike, or no row is present: [groups].
+    NaN is unlike anything."""
+    size = group_size if group_size > 1 else len(rollout.tokens)
+    row_reward = row_rewards(rollout)
+    high = jnp.where(rollout.present, row_reward, -jnp.inf).reshape(-1, size)
+    low = jnp.where(rollout.present, row_reward, jnp.inf).reshape(-1, size)
+    return high.max(axis=1) <= low.min(axis=1)
+
+
+# --- Learn
 
 
 def learn(
-    loop: LoopState, rollout: Rollout, key: jax.Array, functions: Functions, *, recipe: Recipe
+    loop: LoopState,
+    rollout: Rollout,
+    key: jax.Array,
+    functions: Functions,
+    *,
+    algorithm: Algorithm,
+    config: Any,
+    optimizer: optax.GradientTransformation,
+    shape: Rule = unchanged,
+    penalty: Penalty = NO_PENALTY,
+    masked: Rule = unchanged,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[LoopState, Metrics]:
-    """Shapes the rewards with the rule for missing EOS and the KL penalty, updates the policy,
-    adapts the coefficient.
+    """Shapes the rewards of a scored rollout, updates the policy, and moves the coefficient of the
+    penalty.
 
-    Raises:
-        ValueError: a rule for missing EOS or overlong responses with a dense reward, or for missing
-            EOS without an ``eos_id``.
+    Args:
+        shape: changes the scores before the penalty; ``rollout.scores`` stay as they were scored.
+        masked: decides last which rows the update reads.
+        mesh: its "data" axis holds the rows of a minibatch.
     """
-    settings, present, ref_log_probs = recipe.settings, _present(rollout), rollout.ref_log_probs
-    judged, counted = _judged_by_end(rollout, recipe), _counted(rollout, recipe)
-    shaped = rewards.kl_shaped(judged, 0.0 if ref_log_probs is None else loop.kl_coef)
-    metrics = {"objective/reward": ops.masked_mean(_row_sums(shaped, rollout), present)}
+    shaped, kl_coef, metrics = penalty.apply(loop.kl_coef, shape(rollout))
+    row_reward = _row_sums(shaped, rollout)
+    metrics = metrics | {"objective/reward": ops.masked_mean(row_reward, rollout.present)}
+    counted = masked(rollout)
+    if masked is not unchanged:
+        dropped = rollout.present & ~counted.present
+        metrics["response/masked"] = jnp.sum(dropped).astype(jnp.float32)
     if rollout.scores is not None:
-        metrics["reward/equal_groups"] = num_equal(rollout, recipe=recipe)
-    to_learn = replace(rollout, rewards=shaped)
-    if settings.mask_truncated:
-        metrics["response/masked"] = jnp.sum(present & ~counted).astype(jnp.float32)
-        to_learn = replace(
-            to_learn, response_mask=jnp.where(counted[:, None], rollout.response_mask, 0)
-        )
-    how: Any = {
-        "policy_fn": functions.policy_fn,
-        "optimizer": recipe.optimizer,
-        "config": recipe.algorithm_config,
-    }
-    how["minibatch_sharding"] = None if recipe.mesh is None else sharding.rows(recipe.mesh)
-    train, update_metrics = recipe.algorithm.update(loop.train, to_learn, key, **how)
-    kl_coef = loop.kl_coef
-    if ref_log_probs is not None:
-        kl = ops.masked_mean(_row_sums(ops.kl(rollout.log_probs, ref_log_probs), rollout), present)
-        metrics |= {"objective/kl": kl, "kl/coef": kl_coef}
-        if settings.kl_target is not None:
-            n = rollout.tokens.shape[0]
-            horizon = settings.kl_horizon or 10 * n
-            adapted = rewards.adaptive_kl(
-                kl_coef, kl, target=settings.kl_target, horizon=horizon, n=n
-            )
-            # An update that is not finite keeps the policy; the coefficient must then not move
-            # either.
-            kl_coef = jnp.where(update_metrics["nonfinite"] == 0, adapted, kl_coef)
+        metrics["reward/equal_groups"] = num_equal(counted, group_size=config.group_size)
+    train, update_metrics = algorithm.update(
+        loop.train,
+        replace(counted, rewards=shaped),
+        key,
+        policy_fn=functions.policy_fn,
+        optimizer=optimizer,
+        config=config,
+        minibatch_sharding=None if mesh is None else sharding.rows(mesh),
+    )
+    # An update that is not finite keeps the policy; the coefficient must then not move either.
+    kl_coef = jnp.where(update_metrics["nonfinite"] == 0, kl_coef, loop.kl_coef)
     return LoopState(train, kl_coef, loop.reference), metrics | update_metrics
+
+
+# --- All of it, in one program
 
 
 def iteration(
@@ -265,85 +405,30 @@ def iteration(
     update_key: jax.Array,
     functions: Functions,
     *,
-    recipe: Recipe,
+    collect: Callable[..., tuple[Rollout, Metrics]],
+    learn: Callable[..., tuple[LoopState, Metrics]],
 ) -> tuple[LoopState, Rollout, Metrics]:
-    """collect, reward and learn, for a reward function that can be traced. Returns the scored
-    rollout too.
+    """``collect``, ``reward`` and ``learn``, the first and the last with their settings bound by
+    ``functools.partial``. Returns the scored rollout too.
     """
-    rollout, metrics = collect(loop, prompts, rollout_key, functions, recipe=recipe)
+    rollout, metrics = collect(loop, prompts, rollout_key, functions)
     rollout, reward_metrics = reward(rollout, functions)
-    if recipe.algorithm_config.baseline == "greedy":
-        greedy = respond(
-            sampler(loop, functions.base), prompts, rollout_key, recipe=recipe, greedy=True
-        )
-        greedy, of_greedy = reward(greedy, functions)
-        rollout = with_greedy(rollout, greedy, recipe=recipe)
-        metrics["objective/greedy_score"] = of_greedy["objective/score"]
-    loop, learn_metrics = learn(loop, rollout, update_key, functions, recipe=recipe)
+    loop, learn_metrics = learn(loop, rollout, update_key, functions)
     return loop, rollout, metrics | reward_metrics | learn_metrics
-
-
-def _judged_by_end(rollout: Rollout, recipe: Recipe) -> Rollout:
-    """The rollout with the scores that the rules for missing EOS and for overlong responses leave."""
-    settings, eos_id, scores = recipe.settings, recipe.sampling.eos_id, rollout.scores
-    penalty, score = settings.missing_eos_penalty, settings.missing_eos_score
-    by_eos, buffer = not (penalty is None and score is None), settings.overlong_buffer
-    if not by_eos and buffer is None:
-        return rollout
-    if scores is None or rollout.rewards is not None or (by_eos and eos_id is None):
-        raise ValueError(
-            "missing_eos and overlong_buffer need one score per response, and missing_eos an eos_id"
-        )
-    if by_eos and eos_id is not None:
-        scores = rewards.missing_eos(rollout, scores, eos_id, penalty=penalty, score=score)
-    if buffer is not None:
-        length, most = recipe.sampling.max_new_tokens, settings.overlong_penalty
-        scores = rewards.overlong_penalty(
-            rollout, scores, max_length=length, buffer=buffer, penalty=most
-        )
-    return replace(rollout, scores=scores)
-
-
-def _counted(rollout: Rollout, recipe: Recipe) -> jax.Array:
-    """The rows [B] that the update reads: those present and, with ``mask_truncated``, ended."""
-    present, eos_id = _present(rollout), recipe.sampling.eos_id
-    if not recipe.settings.mask_truncated:
-        return present
-    if eos_id is None:
-        raise ValueError("mask_truncated needs an eos_id")
-    return present & (
-        rewards.missing_eos(rollout, jnp.zeros(present.shape), eos_id, score=1.0) == 0
-    )
-
-
-def _equal(rollout: Rollout, recipe: Recipe) -> jax.Array:
-    """Whether all scores of a group that count are alike, or none counts: [groups]; one group if
-    there are none. NaN is unlike anything."""
-    size, counted = recipe.algorithm_config.group_size, _counted(rollout, recipe)
-    size = size if size > 1 else len(counted)
-    high, low = (
-        jnp.where(counted, row_rewards(rollout), filler).reshape(-1, size)
-        for filler in (-jnp.inf, jnp.inf)
-    )
-    return high.max(axis=1) <= low.min(axis=1)
 
 
 def _correlation(x: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
     """Pearson's over the rows of the mask, [B] each; 0 where one of the two is constant."""
-    lows, highs = (
-        jnp.stack([jnp.where(mask, v, filler) for v in (x, y)]) for filler in (jnp.inf, -jnp.inf)
-    )
-    varies = jnp.all(
-        highs.max(axis=1) > lows.min(axis=1)
-    )  # exactly: what rounding leaves of a constant correlates too
-    x, y = (values - ops.masked_mean(values, mask) for values in (x, y))
+    pair = jnp.stack([x, y])
+    lowest = jnp.where(mask, pair, jnp.inf).min(axis=1)
+    highest = jnp.where(mask, pair, -jnp.inf).max(axis=1)
+    # Exactly: the rounding errors that are left of a constant correlate too.
+    varies = jnp.all(highest > lowest)
+    x = x - ops.masked_mean(x, mask)
+    y = y - ops.masked_mean(y, mask)
     spread = jnp.sqrt(ops.masked_mean(x * x, mask) * ops.masked_mean(y * y, mask))
     return jnp.where(varies, ops.masked_mean(x * y, mask) / jnp.where(varies, spread, 1.0), 0.0)
 
 
-def _present(rollout: Rollout) -> jax.Array:
-    return jnp.any(rollout.response_mask != 0, axis=1)
-
-
 def _row_sums(values: jax.Array, rollout: Rollout) -> jax.Array:
-    return jnp.sum(jnp.where(rollout.response_mask != 0, values, 0.0), axis=1)
+    return jnp.sum(jnp.where(rollout.mask, values, 0.0), axis=1)
