@@ -375,6 +375,18 @@ def test_columns_and_bad_rows_of_every_set(tmp_path):
         )
 
 
+def test_a_column_that_no_set_has_is_an_error(tmp_path):
+    """One that the other set has is none: it renames nothing in this one."""
+    for name, key in (("prompts", "prompt"), ("safety", "question")):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{key: "a", "label": "safe"}]))
+    sets = {name: (str(tmp_path / f"{name}.json"),) for name in ("prompts", "safety")}
+    config = evaluate.Config(**sets, columns=("prompt=question",))
+    assert len(evaluate._read(config, chat.ChatTemplate())[0]) == 2
+    config = dataclasses.replace(config, safety=(), columns=("prompt=question",))
+    with pytest.raises(UserError, match="--columns prompt=question: no row has 'question'"):
+        evaluate._read(config, chat.ChatTemplate())
+
+
 def test_keywords_are_whole_words_and_patterns_any_case():
     category = data.CustomCategory(keywords=("thank you", "c++"))
     texts = ("Thank you!", "thank yous", "unthank you", "use C++.")

@@ -114,7 +114,7 @@ VOTED = {
     "annotator2": 0,
 }
 DATA_PAGE = (Path(__file__).resolve().parent.parent / "docs" / "data.md").read_text("utf-8")
-COLUMNS = re.findall(r"^\| (\w+).*`--columns ([^`]+)`", DATA_PAGE, re.MULTILINE)
+COLUMNS = re.findall(r"^\| ([\w ]*\w).*`--columns ([^`]+)`", DATA_PAGE, re.MULTILINE)
 ALPACA = {"instruction": "i", "input": "x", "output": "o"}
 TURNS = [
     {"from": "system", "value": "s"},
@@ -123,6 +123,7 @@ TURNS = [
 ]
 COMPLETIONS = [{"response": "a", "overall_score": 3}, {"response": "b", "overall_score": 1}]
 TRUTHFUL = {"question": "p", "mc1_targets": {"choices": ["a", "b", "c"], "labels": [0, 0, 1]}}
+TRUTHFUL_FILE = {"question": "p", "mc1_targets": {"a": 0, "b": 1}, "mc2_targets": {"a": 0, "b": 1}}
 # A row of each data set in the page's recipes, and what its columns make of it.
 RECIPES = [
     ("GSM8K", {"question": "q", "answer": "a"}, Row("q", ("a",), W)),
@@ -134,6 +135,7 @@ RECIPES = [
         Row("System:\ns\n\nUser:\nhi\n\nAssistant:\n", ("hello",), W),
     ),
     ("TruthfulQA", TRUTHFUL, Row("p", ("a", "b", "c"), W, best=2)),
+    ("TruthfulQA as published", TRUTHFUL_FILE, Row("p", ("b", "a"), W)),
     (
         "UltraFeedback",
         {"instruction": "p", "completions": COMPLETIONS},
@@ -155,7 +157,7 @@ def test_recipes(write, name, record, expected):
         "annotated"
         if expected.votes
         else "comparisons"
-        if expected.targets or expected.best
+        if len(expected.responses) > 1
         else "demonstrations"
     )
     assert formats.read(kind, write([record]), columns=columns).rows == [expected]
@@ -173,6 +175,12 @@ def test_recipes(write, name, record, expected):
             ["responses=of.text"],
             "--columns responses=of.text: no row has 'of.text'; the keys are question, level, of",
         ),
+        (["level=levle"], "--columns level=levle: no row has 'levle'; did you mean level?"),
+        (["a=of.keys"], r"no row has 'of\.keys'"),  # of is a list
+        (
+            ["prompt=qestion", "level=levle"],
+            r"has 'qestion'; did you mean question\?\n--columns level=levle: no row has 'levle'",
+        ),
         (
             ["prompt=question+level"],
             r"line 1: --columns joins texts with \+, found the number 3 in question\+level",
@@ -182,6 +190,73 @@ def test_recipes(write, name, record, expected):
 def test_faults_of_columns(write, columns, message):
     with pytest.raises(UserError, match=message):
         formats.read("prompts", write([{"question": "q", "level": 3, "of": [{}]}]), columns=columns)
+
+
+VOTES = [(1, 1, 2), (2, 2, 0), (1, 2, 0), (0, 0, 1), (2, 1, 1), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("kind", ["comparisons", "pairs", "demonstrations", "feedback"])
+def test_annotated_rows_train_by_majority(write, kind):
+    """The second row prefers 2, the third and fourth nothing; the last one's answers are equal."""
+    path = write(
+        [
+            {"instruction": "Add", "input": str(i), "response1": "3", "response2": "4"}
+            | {f"annotator{number}": vote for number, vote in enumerate(votes, 1)}
+            | ({"response2": "3"} if i == 5 else {})
+            for i, votes in enumerate(VOTES)
+        ]
+    )
+    result = formats.read(kind, path)
+    pairs = [("Add\n\n0", "3", "4"), ("Add\n\n1", "4", "3"), ("Add\n\n4", "3", "4")]
+    rows_of = {
+        "demonstrations": [(prompt, better) for prompt, better, _ in pairs],
+        "feedback": [(prompt, text) for prompt, *both in pairs for text in both],
+    }
+    assert [row.texts for row in result.rows] == rows_of.get(kind, pairs)
+    if kind == "feedback":
+        assert [row.targets for row in result.rows] == [(1.0,), (0.0,)] * 3
+    assert result.dropped == {
+        "no majority of the annotators prefers one response": 2,
+        "chosen and rejected are identical": 1,
+    }
+
+
+def test_columns_that_other_data_of_an_evaluation_has(write):
+    path = write([{"prompt": "p"}, {"prompt": "q"}])
+    with pytest.raises(UserError, match="--columns prompt=zzz: no row has 'zzz'"):
+        formats.read("prompts", path, columns=["prompt=zzz"])
+    result = formats.read("prompts", path, columns=["prompt=zzz"], shares_columns=True)
+    assert [row.prompt for row in result.rows] == ["p", "q"]
+    assert list(result.unused_columns) == ["prompt=zzz"]
+    first = write([{"zzz": "z"}], "first.jsonl")
+    both = formats.read("prompts", [first, path], columns=["prompt=zzz"])  # one row has it
+    assert [row.prompt for row in both.rows] == ["z", "p", "q"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("b.txt", "a\r\n\nb"), ("b.jsonl", None)])
+def test_a_text_for_a_language_model_is_one_row(write, name, content):
+    path = write(content or [{"text": "a\n\nb"}], name)
+    [row] = formats.read("demonstrations", path).rows
+    assert row.texts == ("", "a\n\nb")
+    assert row.is_plain_text
+    with pytest.raises(UserError, match=r"is plain text but .* has a prompt; train on one kind"):
+        formats.read("demonstrations", [path, write([{"prompt": "p", "response": "r"}], "r.jsonl")])
+
+
+def test_pieces_hold_every_token_once():
+    """Ids of a..h are 2..9, EOS is 1. Each piece begins with the last token of the one before."""
+    tokenizer = characters("abcdefgh")
+    texts = [Row("", ("abcdefgh",), "f"), Row("", ("a",), "g")]
+    cut = encoding.pieces(texts, tokenizer, 4)
+    assert [(row.texts, row.source) for row in cut] == [
+        (((2,), (3, 4, 5)), "f, piece 1"),
+        (((5,), (6, 7, 8)), "f, piece 2"),
+        (((8,), (9, 1)), "f, piece 3"),
+        (((2,), (1,)), "g, piece 1"),
+    ]
+    long = [Row("", ("abcdefgh" * 400,), "f")]
+    lengths = [1 + len(row.responses[0]) for row in encoding.pieces(long, tokenizer, 8192)]
+    assert lengths == [1024, 1024, 1024, 132]
 
 
 def message(role, text, *replies, rank=None):

@@ -179,6 +179,20 @@ def test_validations_are_of_the_rows_that_are_held_out(stage, config, tmp_path):
     assert last["validation/length_accuracy"] < 0.5  # "no" is shorter
 
 
+def test_a_text_file_is_cut_into_pieces_that_are_not_framed(config, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("a bc\n\nd e" * 40)
+    text = Text(template="Human: {prompt}", bucket_multiple=16)
+    config = dataclasses.replace(config, data=(str(tmp_path / "book.txt"),), text=text)
+    setting = setting_of(config, "sft")
+    lengths = setting.encoded.lengths[:, 0]
+    assert (len(lengths), set(lengths[:-1])) == (24, {16})  # 361 tokens by 15
+    assert set(setting.encoded.starts[:, 0]) == {1}
+    assert (len(setting.train_rows), len(setting.held_out)) == (18, 6)
+    said = capsys.readouterr().out
+    assert "plain text of 360 tokens: cut into 24 pieces of up to 16 tokens\n" in said
+    assert "24 pieces in, 0 bad, 0 too long, 18 train, 6 held out\n" in said
+
+
 @pytest.mark.parametrize("stage", ["dpo", "kto"])
 def test_the_reference_is_the_policy_before_training(stage, config):
     """A policy measured against itself has log-ratios of 0 whatever it has learned."""

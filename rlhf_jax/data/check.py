@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.data import chat, formats
-from rlhf_jax.data.columns import adapted
+from rlhf_jax.data.columns import adapted, unused
 from rlhf_jax.data.encoding import prompt_ids, response_ids
 from rlhf_jax.data.files import read_source
 from rlhf_jax.data.rows import Kind, OnBadRow, Record, Row, Text, places, summary
@@ -125,7 +125,9 @@ def _read(
     """The rows, of the kind that the pipeline's name of the file says, or else that most records
     are.
     """
-    source = read_source(name)
+    source = read_source(name, whole_text=kind == "demonstrations")
+    if unused_columns := unused(source.records, columns):
+        raise UserError("\n".join(unused_columns.values()))
     records = adapted(source.records, columns)
     named: list[Kind] = [kind for kind, file in formats.FILES.items() if file == Path(name).name]
     kinds = Counter(form[0] for record in records if (form := formats.form_of(record.value)))

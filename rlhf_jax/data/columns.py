@@ -2,8 +2,8 @@
 ShareGPT, and message trees of Open Assistant, rows of lm-human-preferences and of RewardBench 2.
 
 THEIRS is a key of the record; or ``OUTER.INNER``, the value inside an object (of a list: inside
-each of its objects); or ``A+B``, two texts with an empty line between them, of which either may be
-empty.
+each of its objects); or ``OUTER.keys`` and ``OUTER.values``, the lists of an object's keys and of
+its values; or ``A+B``, two texts with an empty line between them, of which either may be empty.
 """
 
 import itertools
@@ -23,46 +23,61 @@ def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Reco
     lists of chosen and of rejected texts as ``responses``, and each ranking of a message tree as a
     record ``{prompt, responses, ranks}``.
 
+    A column that a record lacks leaves it as it is; see ``unused``.
+
     Raises:
-      UserError: for an entry that is no ``OURS=THEIRS``, and for a column that no record has.
+      UserError: for an entry that is no ``OURS=THEIRS``.
     """
+    names = _names(columns)
+    renamed = [_renamed(record, names) for record in records]
+    return [record for tree in renamed for record in _rankings(tree)]
+
+
+def unused(records: Sequence[Record], columns: Sequence[str]) -> dict[str, str]:
+    """{column: sentence} of the columns that no record has, whatever other keys records have."""
+    values = [record.value for record in records if isinstance(record.value, dict)]
+    keys = dict.fromkeys(key for value in values for key in value)
+    sentences = {}
+    for ours, theirs in _names(columns).items():
+        if values and not any(_is_present(value, theirs) for value in values):
+            entry = f"{ours}={theirs}"
+            hint = did_you_mean(theirs, keys) or f"; the keys are {', '.join(keys)}"
+            sentences[entry] = f"--columns {entry}: no row has {theirs!r}{hint}"
+    return sentences
+
+
+def _names(columns: Sequence[str]) -> dict[str, str]:
+    """{our name: theirs}"""
     names = {}
     for entry in columns:
         ours, _, theirs = entry.partition("=")
         if not ours or not theirs:
             raise UserError(f"--columns {entry}: expected OURS=THEIRS, such as prompt=question")
         names[ours] = theirs
-    seen: set[str] = set()
-    renamed = [_renamed(record, names, seen) for record in records]
-    keys = dict.fromkeys(
-        key for record in records if isinstance(record.value, dict) for key in record.value
-    )
-    for ours in [ours for ours in names if keys and ours not in seen | set(keys)]:
-        hint = did_you_mean(names[ours], keys) or f"; the keys are {', '.join(keys)}"
-        raise UserError(f"--columns {ours}={names[ours]}: no row has {names[ours]!r}{hint}")
-    return [record for tree in renamed for record in _rankings(tree)]
+    return names
 
 
-def _renamed(record: Record, names: dict[str, str], seen: set[str]) -> Record:
-    """The record with our ``names``; those that it has are added to ``seen``."""
+def _is_present(value: dict[str, Any], path: str) -> bool:
+    try:
+        return _value(value, path) is not None
+    except TypeError:  # it is there, and `adapted` says what is wrong with it
+        return True
+
+
+def _renamed(record: Record, names: dict[str, str]) -> Record:
+    """The record with our ``names`` for its keys."""
     row = record.value
     if not isinstance(row, dict):
         return record
     try:
-        values = {
-            ours: value
-            for ours, theirs in names.items()
-            if (value := _value(row, theirs)) is not None
-        }
+        values = {ours: _value(row, theirs) for ours, theirs in names.items()}
     except TypeError as error:
-        seen.update(names)
         return Record(BadRow(record.source, str(error)), record.source)
-    seen.update(values)
     taken = {part for theirs in names.values() for part in theirs.split("+")}
-    kept = {key: value for key, value in row.items() if key not in taken} | values
-    return Record(
-        {key: _messages(value) for key, value in _with_responses(kept).items()}, record.source
-    )
+    kept = {key: value for key, value in row.items() if key not in taken}
+    kept |= {ours: value for ours, value in values.items() if value is not None}
+    adapted_row = {key: _messages(value) for key, value in _with_responses(kept).items()}
+    return Record(adapted_row, record.source)
 
 
 def _with_responses(row: dict[str, Any]) -> dict[str, Any]:
@@ -109,13 +124,16 @@ def _value(value: Any, path: str) -> Any:
     other than texts.
     """
     if isinstance(value, list):
-        inner = [_value(item, path) for item in value]
-        return None if None in inner else inner
+        values = [_value(item, path) for item in value]
+        return None if None in values else values
     if not isinstance(value, dict) or path in value or not re.search("[+.]", path):
         return value.get(path) if isinstance(value, dict) else None
     if "+" not in path:
         outer, _, rest = path.partition(".")
-        return _value(value.get(outer), rest)
+        inner = value.get(outer)
+        if isinstance(inner, dict) and rest not in inner and rest in ("keys", "values"):
+            return list(inner) if rest == "keys" else list(inner.values())
+        return _value(inner, rest)
     parts = [_value(value, part) for part in path.split("+")]
     if wrong := [part for part in parts if not isinstance(part, str | None)]:
         raise TypeError(f"--columns joins texts with +, found {kind(wrong[0])} in {path}")

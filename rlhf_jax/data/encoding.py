@@ -21,6 +21,7 @@ TooLong = Literal["error", "truncate", "drop"]
 
 CUT = "response cut, its EOS with it"
 PROMPT_CUT = "prompt cut at its start"
+LONGEST_PIECE = 1024  # tokens of a plain text; the default max_length of TRL's SFTConfig
 DROPPED = "dropped, too long"
 NO_ROOM = "dropped, the prompt leaves no room for a response"
 EQUAL_CUT = "dropped, the cut responses are equal"
@@ -137,6 +138,24 @@ def encode_texts(
     return EncodedTexts(
         tokens, starts, sources, *how, targets if any(row.targets for row in left) else None
     )
+
+
+def pieces(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[Row]:
+    """Plain texts, with EOS at their end, cut into rows of token ids that are as long as the model
+    reads, at most `LONGEST_PIECE`.
+
+    A piece's prompt is one token, the last one of the piece before it, so that each token of a text
+    but its first is predicted once.
+    """
+    length = min(max_length, LONGEST_PIECE)
+    texts = [row.responses[0] for row in rows]
+    cut = []
+    for row, ids in zip(rows, _ids(texts, tokenizer, [row.source for row in rows]), strict=True):
+        ids = [*ids, tokenizer.eos_id]
+        for number, start in enumerate(range(0, len(ids) - 1, length - 1), 1):
+            piece = tuple(ids[start : start + length])
+            cut.append(Row(piece[:1], (piece[1:],), f"{row.source}, piece {number}"))
+    return cut
 
 
 def encode_prompts(

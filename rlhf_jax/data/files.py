@@ -44,12 +44,15 @@ class Source(NamedTuple):
     format: str
 
 
-def read_source(name: str | os.PathLike[str]) -> Source:
+def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> Source:
     """The content of a file, or of a dataset named ``org/name`` or ``org/name:split``.
 
     ``.csv``, ``.tsv``, ``.parquet`` and ``.txt`` (each also with ``.gz`` after it) are read as
     that, anything else as a JSON list or JSON lines. A name is a dataset's if it is no existing
     path and does not end like a data file. The default split is ``train``.
+
+    Args:
+      whole_text: a ``.txt`` file is one record ``{text}``; by default each of its lines is one.
 
     Raises:
       UserError: for a file or dataset that cannot be read at all.
@@ -59,7 +62,7 @@ def read_source(name: str | os.PathLike[str]) -> Source:
         raise UserError(f"{name}: is a folder; name the file inside it")
     match = _DATASET.fullmatch(str(name))
     if os.path.exists(path):
-        source = _file(path, str(name))
+        source = _file(path, str(name), whole_text)
     elif match and not match["name"].endswith(_SUFFIXES):
         source = _dataset(match["name"], match["split"] or "train")
     else:
@@ -70,20 +73,22 @@ def read_source(name: str | os.PathLike[str]) -> Source:
     return source
 
 
-def _file(path: Path, name: str) -> Source:
+def _file(path: Path, name: str, whole_text: bool) -> Source:
     packed = path.suffix.lower() == ".gz"
     suffix = Path(path.stem if packed else path.name).suffix.lower()
     data = _bytes(path)
     if suffix == ".parquet" or data.startswith(b"PAR1"):
         records, form = iter(_parquet(data, name)), "Parquet"
     else:
-        records, form = parse_text(_decode(name, data), name, suffix)
+        records, form = parse_text(_decode(name, data), name, suffix, whole_text)
     return Source(
         list(records), hashlib.sha256(data).hexdigest(), form + (", gzipped" if packed else "")
     )
 
 
-def parse_text(text: str, name: str, suffix: str = ".json") -> tuple[Iterator[Record], str]:
+def parse_text(
+    text: str, name: str, suffix: str = ".json", whole_text: bool = False
+) -> tuple[Iterator[Record], str]:
     """The records of a file's text, and the name of its format."""
     if suffix in (".csv", ".tsv"):
         return _csv(text, name, "," if suffix == ".csv" else "\t"), suffix[1:].upper()
@@ -96,6 +101,8 @@ def parse_text(text: str, name: str, suffix: str = ".json") -> tuple[Iterator[Re
             raise UserError(
                 f"{lines[0][0]}: a JSON object, where a text should stand; call the file .jsonl"
             )
+        if whole_text and lines:
+            return iter([Record({"text": text.replace("\r\n", "\n")}, name)]), "text"
         return (Record(line.removesuffix("\r"), source) for source, line in lines), "text"
     if text.lstrip().startswith("["):
         rows = _json(text, name)

@@ -1,25 +1,24 @@
 """Records of data files as rows: demonstrations, comparisons or prompts, by the keys that a record
 has.
 
-==========================================
-========================================================================== ``{prompt, response}``
-a demonstration ``{prompt, response, desirable}``           feedback: one answer, or messages, and
-whether somebody liked it: a boolean ``{messages}``                              a demonstration if
-it ends with the assistant's turn (`chat`), else a prompt ``{prompt, chosen, rejected}``
-a comparison; each value may be messages ``{prompt, chosen: [], rejected: []}``      the right and
-the wrong ones of several answers, as in RewardBench 2 ``{chosen, rejected}``
-two dialogues as in hh-rlhf (Bai et al. 2022) that differ in the last answer ``{query, sample0,
-sample1, ..., best}``    as in lm-human-preferences (Ziegler et al. 2019): texts or GPT-2 token ids
-                                            ``{prompt, responses, LABEL}``              LABEL is
-                                            ``best`` (a number from 0), ``ranking`` (response
-                                            numbers, best first), ``ranks`` (the lowest is best,
-                                            equal ones are ties) or ``targets``
-``{instruction, response1, response2}``     annotated, as in PandaLM (Wang et al. 2023): with
-                                            ``input`` and ``annotator1``, ..., each of which says 1,
-                                            2 or 0, a tie
-``{prompt, ...}`` or a string               a prompt; other keys are columns for the reward
-==========================================
-==========================================================================
+- ``{prompt, response}``: a demonstration.
+- ``{messages}``: a demonstration if it ends with the assistant's turn (`chat`), else a prompt.
+- ``{text}``, or a whole text file: a text for a language model, without a prompt.
+- ``{prompt, response, desirable}``: feedback, one answer, or messages, and whether somebody liked
+  it, a boolean.
+- ``{prompt, chosen, rejected}``: a comparison; each value may be messages.
+- ``{prompt, chosen: [], rejected: []}``: the right and the wrong ones of several answers, as in
+  RewardBench 2.
+- ``{chosen, rejected}``: two dialogues as in hh-rlhf (Bai et al. 2022) that differ in the last
+  answer.
+- ``{query, sample0, sample1, ..., best}``: as in lm-human-preferences (Ziegler et al. 2019), texts
+  or GPT-2 token ids.
+- ``{prompt, responses, LABEL}``: LABEL is ``best`` (a number from 0), ``ranking`` (response numbers,
+  best first), ``ranks`` (the lowest is best, equal ones are ties) or ``targets``.
+- ``{instruction, response1, response2}``: annotated, as in PandaLM (Wang et al. 2023), with
+  ``input`` and ``annotator1``, ..., each of which says 1, 2 or 0, a tie; to a stage it is a
+  comparison by majority.
+- ``{prompt, ...}`` or a string: a prompt; other keys are columns for the reward.
 
 As in InstructGPT (Ouyang et al. 2022) a ranking becomes all of its ordered pairs, which together
 count as one comparison. Every row remembers where it came from, so that later stages can name it in
@@ -37,7 +36,7 @@ from typing import Any
 
 from rlhf_jax.data import chat, demo, rows
 from rlhf_jax.data.chat import ChatTemplate, Message
-from rlhf_jax.data.columns import adapted
+from rlhf_jax.data.columns import adapted, unused
 from rlhf_jax.data.files import Source, parse_text, read_source
 from rlhf_jax.data.rows import BadRow, Drop, Kind, Record, Row, Text
 from rlhf_jax.errors import UserError
@@ -64,6 +63,7 @@ FORMATS: dict[tuple[str, ...], Kind] = {
     ("prompt", "response"): "demonstrations",
     ANNOTATED: "annotated",
     ("prompt",): "prompts",
+    ("text",): "demonstrations",
 }
 KNOWN = tuple(dict.fromkeys(itertools.chain(*FORMATS, ("query", "responses"), LABELS)))
 DEMO = "demo"  # the data of this name is generated
@@ -77,19 +77,21 @@ _NO_DIALOGUE = (
 PAD_ID = 50259  # of lm-human-preferences, GPT-2's vocabulary size + 2; no token of GPT-2
 EQUAL = "chosen and rejected are identical"
 ALL_EQUAL = "all responses are identical"
+NO_MAJORITY = "no majority of the annotators prefers one response"
 _ANNOTATOR = re.compile(r"annotator[0-9]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadResult:
     """The rows in file order, the places of the rows that were left out by reason, the sha256 of
-    each source, and what is wrong with other rows.
+    each source, what is wrong with other rows, and {column: sentence} of columns that no row has.
     """
 
     rows: list[Row]
     places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
     errors: list[UserError] = dataclasses.field(default_factory=list)
+    unused_columns: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -115,34 +117,41 @@ def read(
     seed: int = 0,
     template: ChatTemplate | None = None,
     columns: Sequence[str] = (),
+    shares_columns: bool = False,
     on_bad_row: rows.OnBadRow = "error",
 ) -> ReadResult:
     """The rows of one or several sources.
 
     Kinds: ``demonstrations`` may be read from pairs (the chosen response) and other comparisons
-    (the best) too. ``comparisons`` are pairs, choices of one response among K > 2, and responses
+    (the best) too, and from plain texts. ``comparisons`` are pairs, choices of one response among K > 2, and responses
     with targets; ``pairs`` make all of it pairs. ``feedback`` is one response with the target 1 or
     0; of each pair the chosen response gets 1 and the rejected one 0. ``prompts`` come from rows
     with responses too, each such prompt once.
 
-    Always left out and counted: pairs of equal responses, rankings of nothing but ties, and
-    repeated prompts.
+    Always left out and counted: pairs of equal responses, rankings of nothing but ties, annotated
+    rows without a majority, and repeated prompts.
 
     Args:
       names: files or datasets (`files.read_source`), folders with sft_data.json,
         preference_data.json or prompts.json, or ``demo`` alone: the corpus that `demo` generates
             from ``seed``.
       template: renders messages; by default `chat.PLAIN`.
-      columns: OURS=THEIRS, as in `columns`.
+      columns: OURS=THEIRS, as in `columns`. One that no row has is an error; if ``shares_columns``,
+        since they are of other data too, it is noted in the result.
       on_bad_row: ``error``: all rows that the stage cannot use are named in one error; ``drop``:
         they are left out and counted. A file that cannot be read to its end is an error always.
 
     Raises:
-      UserError: no data or no usable row; a file that cannot be read; bad rows.
+      UserError: no data or no usable row; a file that cannot be read; bad rows; a column that no
+        row has.
     """
     sources = _sources(kind, names, seed)
     records = [record for source in sources.values() for record in source.records]
+    unused_columns = unused(records, columns)
+    if unused_columns and not shares_columns:
+        raise UserError("\n".join(unused_columns.values()))
     result = parse_all(kind, adapted(records, columns), template or ChatTemplate(), on_bad_row)
+    result.unused_columns.update(unused_columns)
     if result.errors:
         lines = rows.summary(result.errors)
         if result.rows and any(isinstance(error, BadRow) for error in result.errors):
@@ -194,7 +203,8 @@ def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
             str(Path(name) / FILES[kind]) if kind in FILES and os.path.isdir(name) else name
             for name in given
         ]
-        return {file: read_source(file) for file in files}
+        whole_text = kind == "demonstrations"
+        return {file: read_source(file, whole_text=whole_text) for file in files}
     if len(given) > 1:
         raise UserError(f"--data {' '.join(given)}: `{DEMO}` cannot be mixed with files")
     name = f"{DEMO}/{FILES[kind]}"
@@ -204,14 +214,20 @@ def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
 
 
 def check_labels(read_rows: Sequence[Row]) -> None:
-    """Raises `UserError` if some rows have targets and others a preference."""
-    have, lack = (
-        [row.source for row in read_rows if (row.targets is None) == without]
-        for without in (False, True)
-    )
+    """Raises `UserError` if some rows have targets and others a preference, or some are plain texts
+    and others have prompts.
+    """
+    have = [row.source for row in read_rows if row.targets is not None]
+    lack = [row.source for row in read_rows if row.targets is None]
     if have and lack:
         raise UserError(
             f"{lack[0]}: has no targets but {have[0]} has; train on one kind of label at a time"
+        )
+    plain = [row.source for row in read_rows if row.is_plain_text]
+    framed = [row.source for row in read_rows if not row.is_plain_text]
+    if plain and framed:
+        raise UserError(
+            f"{plain[0]}: is plain text but {framed[0]} has a prompt; train on one kind at a time"
         )
 
 
@@ -257,7 +273,9 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
     row = rows.fields(
         record, "prompt, response" if kind == "demonstrations" else f"prompt, {', '.join(PAIR)}"
     )
-    if kind == "demonstrations" and "responses" not in row:
+    if kind == "demonstrations" and form_of(row) == ("demonstrations", "text"):
+        return [Row("", (rows.text(record, "text"),), record.source)]
+    if kind == "demonstrations" and not ("responses" in row or _is_annotated(row)):
         pair = "response" not in row and all(key in row for key in PAIR)
         before, response = _exchange(
             record, "messages" if "messages" in row else "chosen" if pair else "response"
@@ -280,7 +298,7 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
 def _feedback(record: Record, template: ChatTemplate) -> list[Row]:
     """Responses with the target 1 for desirable ones, 0 for others."""
     row = rows.fields(record, "prompt, response, desirable")
-    if "desirable" not in row and ("responses" in row or "chosen" in row):
+    if "desirable" not in row and ("responses" in row or "chosen" in row or _is_annotated(row)):
         pairs = parse("pairs", record, template)
         judged = [(pair, text, 1.0 - i) for pair in pairs for i, text in enumerate(pair.responses)]
         return [
@@ -327,6 +345,11 @@ def _prompt(record: Record, template: ChatTemplate) -> Row:
         rows.require(record, ("prompt",))
         before = rows.text(record, "prompt")
     return Row(_rendered(before, template, record), (), record.source, columns=columns)
+
+
+def _is_annotated(row: dict[str, Any]) -> bool:
+    form = form_of(row)
+    return form is not None and form[0] == "annotated"
 
 
 def _annotated(record: Record) -> Row:
@@ -376,6 +399,8 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, 
     """
     row = record.value
     category = str(row.get("category") or row.get("subset") or "")
+    if _is_annotated(row):
+        return _by_majority(_annotated(record)), (0, 1)
     if "responses" not in row:
         (before, chosen), (other, rejected) = (_exchange(record, key) for key in PAIR)
         rows.expect(other == before, record, "dialogues differ before the last response")
@@ -411,6 +436,17 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, 
         rows.expect(row["chosen"] in [responses[i] for i in _best(ranks)], record, _CONTRADICTED)
     prompt = _prompt_of_answers(record, template)
     return Row(prompt, responses, record.source, best, targets, category=category), ranks
+
+
+def _by_majority(annotated: Row) -> Row:
+    """The pair whose chosen response most annotators prefer."""
+    if annotated.responses[0] == annotated.responses[1]:
+        raise Drop(annotated.source, EQUAL)
+    if annotated.majority not in (1, 2):
+        raise Drop(annotated.source, NO_MAJORITY)
+    first, second = annotated.responses
+    pair = (first, second) if annotated.majority == 1 else (second, first)
+    return Row(annotated.prompt, pair, annotated.source)
 
 
 def _prompt_of_answers(record: Record, template: ChatTemplate) -> Text:

@@ -49,6 +49,11 @@ class Row:
     votes: tuple[int, ...] = ()  # of annotators on two responses: 1, 2 or 0, a tie
 
     @property
+    def is_plain_text(self) -> bool:
+        """Whether it is a text for a language model: one response, no prompt."""
+        return self.prompt == ""
+
+    @property
     def texts(self) -> tuple[Text, ...]:
         """The prompt and then the responses."""
         return self.prompt, *self.responses

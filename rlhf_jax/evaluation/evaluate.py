@@ -499,7 +499,11 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
     """All data, read before anything is computed, and the categories of the user's own."""
     categories = data.read_categories(config.categories) if config.categories else {}
     read = functools.partial(
-        formats.read, template=template, columns=config.columns, on_bad_row=config.on_bad_row
+        formats.read,
+        template=template,
+        columns=config.columns,
+        shares_columns=True,
+        on_bad_row=config.on_bad_row,
     )
     given: dict[str, Any] = {
         "prompts": config.prompts,
@@ -512,6 +516,10 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
     results = {
         name: read(KINDS.get(name, "prompts"), paths) for name, paths in given.items() if paths
     }
+    for entry in config.columns:
+        sentences = [result.unused_columns.get(entry) for result in results.values()]
+        if sentences and all(sentences):
+            raise UserError(str(sentences[0]))
     for name, category in categories.items():
         if category.texts:
             place = f"{config.categories}: {name}, prompt "

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import heapq
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -282,31 +282,48 @@ def _encoded(
     to_validate: formats.ReadResult,
     key: jax.Array,
 ) -> tuple[EncodedTexts, np.ndarray, np.ndarray]:
-    """All rows as token ids, and the numbers of those to train on and to validate on: equal prompts
-    are on one side. Prints what became of the rows."""
-    text, settings = stage.config.text, getattr(stage.config, spec.section)
-    every_row = [*data.rows, *to_validate.rows]
+    """All rows as token ids, and the numbers of those to train on and to validate on. Prints what
+    became of the rows."""
+    text, kind = stage.config.text, str(spec.kind)
+    to_train, own = data.rows, to_validate.rows
+    template = text.template
+    if data.rows[0].is_plain_text:
+        kind, template = "pieces", "{prompt}"
+        to_train, own = _pieces(to_train, language_model), _pieces(own, language_model)
+    every_row = [*to_train, *own]
     encoded = encoding.encode_texts(
         every_row,
         language_model.tokenizer,
-        template=text.template,
+        template=template,
         max_length=language_model.model.config.max_length,
         too_long=text.too_long,
     )
-    prompt_of = {row.source: row.prompt for row in every_row}
-    prompts = [prompt_of[source] for source in encoded.sources]
-    if to_validate.rows:
-        own = {row.source for row in to_validate.rows}
-        validates = np.array([source in own for source in encoded.sources])
-        train_rows, held_out = np.flatnonzero(~validates), np.flatnonzero(validates)
-        initial.say_held_out(spec.kind, prompts, train_rows, held_out)
+    # A piece is a group of its own: its prompt is a token that many have.
+    group_of = {row.source: row.source if kind == "pieces" else row.prompt for row in every_row}
+    groups = [group_of[source] for source in encoded.sources]
+    if own:
+        of_own = {row.source for row in own}
+        is_own = np.array([source in of_own for source in encoded.sources])
+        train_rows, held_out = np.flatnonzero(~is_own), np.flatnonzero(is_own)
+        initial.say_held_out(kind, groups, train_rows, held_out)
     else:
-        fraction = settings.validation_fraction
-        train_rows, held_out = initial.hold_out(spec.kind, prompts, fraction, key)
-    dropped = sum(data.dropped.values()) + sum(to_validate.dropped.values())
-    for line in _account(every_row, dropped, spec.kind, encoded, len(train_rows), len(held_out)):
+        fraction = getattr(stage.config, spec.section).validation_fraction
+        train_rows, held_out = initial.hold_out(kind, groups, fraction, key)
+    num_bad = sum(data.dropped.values()) + sum(to_validate.dropped.values())
+    for line in _account(every_row, num_bad, kind, encoded, len(train_rows), len(held_out)):
         logger.info(line)
     return encoded, train_rows, held_out
+
+
+def _pieces(texts: Sequence[rows.Row], language_model: LanguageModel) -> list[rows.Row]:
+    """Plain texts as ``encoding.pieces``; prints how many."""
+    max_length = language_model.model.config.max_length
+    cut = encoding.pieces(texts, language_model.tokenizer, max_length)
+    lengths = [len(row.responses[0]) for row in cut]
+    if cut:
+        size = f"{len(cut):,} pieces of up to {1 + max(lengths):,} tokens"
+        logger.info(f"plain text of {sum(lengths):,} tokens: cut into {size}")
+    return cut
 
 
 def _batching(
