@@ -188,6 +188,30 @@ def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():
         phases.missing_eos(None, penalty=5.0, score=None)
 
 
+class Recorder:
+    """An algorithm whose state becomes the rollout that it is given."""
+
+    Config = vpg.Config
+
+    @staticmethod
+    def update(state, rollout, key, **options):
+        return rollout, {"nonfinite": 0.0}
+
+
+def test_the_update_reads_rewards_less_the_kl_and_the_scores_as_they_were():
+    rollout = made_rollout(scores=jnp.array([1.0, 2.0]))
+    rollout = rollout.replace(ref_log_probs=jnp.array([[9.0, 9.0, -0.5, 0.25], [9.0, 9.0, 1, 2]]))
+    rule = phases.missing_eos(SAMPLING.eos_id, penalty=5.0, score=None)
+    learn = learning(Recorder, shape=rule)
+    loop, metrics = learn(phases.LoopState.create(None, 0.2), rollout, None, phases.Functions(None))
+    # Of each token the coefficient of the state, 0.2, times log-prob 0 less the reference's.
+    expected = [[0, 0, -0.1, -4 + 0.05], [0, 0, 0.2, 2 + 0.4]]
+    np.testing.assert_allclose(loop.train.rewards, expected, rtol=1e-6)
+    np.testing.assert_array_equal(loop.train.scores, [1.0, 2.0])
+    assert metrics["objective/reward"] == pytest.approx((-4.05 + 2.6) / 2)
+    assert metrics["objective/kl"] == pytest.approx((0.25 - 3) / 2)
+
+
 def test_groups_of_equal_scores_are_counted():
     """Groups of two: equal, unequal, equal but for an absent row, and absent."""
     present = jnp.array([1, 1, 1, 1, 1, 0, 0, 0])[:, None]

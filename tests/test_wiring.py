@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import models, ppo, training, vpg
+from rlhf_jax import models, ppo, rloo, training, vpg
 from rlhf_jax.config import (
     DPOStage,
     LoRA,
@@ -426,6 +426,50 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
         len(keys) > 3 if turns else len(keys) == 3
     )  # the first to try the memory; then one for each turn
     assert len(asked) >= 3
+
+
+REWARDS = """
+def one(prompts, responses):
+    return [1.0 + 0.5 * (i % 2) for i in range(len(responses))]
+
+def two(prompts, responses):
+    return [2.0] * len(responses)
+"""
+
+
+@pytest.mark.parametrize("refresh", [None, 2])
+def test_reference_judge_and_groups_are_those_of_the_settings(
+    refresh, config, tmp_path, monkeypatch
+):
+    """The policy moves far at each of four steps; so does its KL from the reference, until the
+    policy becomes the reference, every two steps.
+    """
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    learned = []
+
+    def programs(made):
+        def learn(state, rollout, *inputs):
+            learned.append(np.asarray(rollout.row_ids))
+            return made.learn(state, rollout, *inputs)
+
+        return {"learn": learn}
+
+    replacing(monkeypatch, programs)
+    how = {"kl_coef": 0.5, "reference_refresh": refresh, "judge": (f"{tmp_path}/rewards.py:two",)}
+    optimizer = Optimizer(learning_rate=0.3, schedule="constant")
+    settings = dataclasses.replace(config.rl, num_iterations=4, optimizer=optimizer, **how)
+    config = dataclasses.replace(config, reward=(f"{tmp_path}/rewards.py:one",), rl=settings)
+    folder = training.rl.run(config, rloo, rloo.Config(group_size=2)).folder
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert {row.get("validation/judge", 2) for row in rows} == {2}
+    assert {row.get("validation/score", 1.25) for row in rows} == {1.25}
+    moved = [abs(row["objective/kl"]) > 1e-3 for row in rows[1:]]
+    assert moved == [False, True, refresh is None, True]
+    for row in rows[1:]:
+        shaped = row["objective/score"] - 0.5 * row["objective/kl"]
+        assert row["objective/reward"] == pytest.approx(shaped, rel=1e-5)
+    for row_ids in learned:  # adjacent answers to one prompt
+        assert row_ids[0] == row_ids[1] != row_ids[2] == row_ids[3]
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
