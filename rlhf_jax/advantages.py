@@ -15,7 +15,11 @@ from rlhf_jax.types import AxisName
 
 
 def gae(
-    rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float = 1.0, lam: float = 0.95
+    rewards: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    gamma: float = 1.0,
+    lam: float | jax.Array = 0.95,
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), from the last response token
     backwards.
@@ -25,12 +29,19 @@ def gae(
 
     Args:
       rewards, values, mask: [B, T]; ``values[:, t]`` is V of the state before ``tokens[:, t]``.
+      lam: a number, or one for each row, [B] or [B, 1], such as VAPO's, which grows with the
+        response (Yue et al. 2025, section 4.2).
 
     Returns:
       (advantages, returns), [B, T] float32 each; returns = advantages + values.
     """
     chex.assert_rank(rewards, 2)
     chex.assert_equal_shape([rewards, values, mask])
+    if jnp.ndim(lam) > 0:
+        lam = jnp.asarray(lam)
+        num_rows = len(rewards)
+        chex.assert_shape(lam, (num_rows, 1) if lam.ndim == 2 else (num_rows,))
+        lam = lam.reshape(num_rows)
     present = jnp.asarray(mask) != 0
     rewards = jnp.where(present, jnp.asarray(rewards, jnp.float32), 0.0)
     values = jnp.where(present, jnp.asarray(values, jnp.float32), 0.0)

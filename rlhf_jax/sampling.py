@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from rlhf_jax import ops, sharding
@@ -192,11 +193,15 @@ def generate(
         ``pad_id`` before the end is an ordinary token. Log-probs are those of the full softmax at
         ``config.temperature``, also under top-k and top-p; for temperature 0 they are those of
         temperature 1.
+
+    Raises:
+        ValueError: outside ``jit``, a prompt is padded on the right; the model has fewer positions.
     """
     tokens, attention_mask = jnp.asarray(tokens, jnp.int32), jnp.asarray(attention_mask)
     chex.assert_rank(tokens, 2)
     chex.assert_axis_dimension_gt(tokens, 1, 0)
     chex.assert_equal_shape([tokens, attention_mask])
+    _check_left_padded(attention_mask)
     num_rows = tokens.shape[0]
     row_ids = jnp.arange(num_rows, dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids)
     chex.assert_shape(row_ids, (num_rows,))
@@ -227,6 +232,21 @@ def generate(
             check_vma=False,
         )
     return sample_rows(weights, tokens, attention_mask, key, row_ids, used)
+
+
+def _check_left_padded(attention_mask: jax.Array) -> None:
+    """Raises ValueError for a prompt that does not end in the last column; under ``jit``, where no
+    values are known, nothing is checked.
+    """
+    if isinstance(attention_mask, jax.core.Tracer) or not attention_mask.is_fully_addressable:
+        return
+    mask = np.asarray(attention_mask) != 0
+    wrong = np.flatnonzero(mask.any(axis=1) & ~mask[:, -1])
+    if len(wrong):
+        raise ValueError(
+            f"prompts must be padded on the left: row {wrong[0]} of attention_mask is 0 in the last "
+            f"column, and so are {len(wrong) - 1} other rows"
+        )
 
 
 def _sample_rows(

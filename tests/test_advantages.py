@@ -27,6 +27,17 @@ def test_gae_by_hand():
     assert got.dtype == returns.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_each_row_may_have_a_lambda_of_its_own(shape):
+    rewards, values, mask = jnp.eye(2, 3), jnp.ones((2, 3)), jnp.ones((2, 3))
+    got, _ = gae(rewards, values, mask, 1.0, jnp.array([0.25, 0.75]).reshape(shape))
+    for row, lam in enumerate((0.25, 0.75)):
+        alone, _ = gae(rewards[row:][:1], values[:1], mask[:1], 1.0, lam)
+        np.testing.assert_array_equal(got[row], alone[0])
+    with pytest.raises(AssertionError, match="shape"):
+        gae(rewards, values, mask, 1.0, jnp.ones((1, 2)))
+
+
 def test_what_is_absent_counts_nowhere():
     """Columns, answers and rows outside the mask hold NaN."""
     rewards, mask = jnp.array([[9, 1, jnp.nan, 2, 4]]), jnp.array([[0, 1, 0, 1, 1]])

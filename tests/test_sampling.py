@@ -14,7 +14,7 @@ import scipy.special
 import scipy.stats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax import ops, sampling
+from rlhf_jax import ops, rollout, sampling
 from rlhf_jax.sampling import SamplingConfig
 
 KEY = jax.random.key(0)
@@ -533,6 +533,17 @@ def test_config_refuses(changes, message):
 def test_generate_refuses(changes, error, message):
     with pytest.raises(error, match=message):
         run(**changes)
+
+
+def test_prompts_padded_on_the_right_are_refused_where_their_values_are_known():
+    tokens, mask = PROMPTS[0][:3], np.array([[0, 1, 1], [0, 0, 0], [1, 1, 0]])
+    config = SamplingConfig(max_new_tokens=2, eos_id=None, pad_id=0)
+    arguments = MODEL, lookup_params(), tokens, mask, KEY
+    with pytest.raises(ValueError, match="padded on the left: row 2 of attention_mask"):
+        sampling.generate(*arguments, config=config)
+    with pytest.raises(ValueError, match="padded on the left: row 2 of attention_mask"):
+        rollout.collect(*arguments, sampling=config, policy_fn=None)
+    generate(*arguments, config=config)  # traced: nothing is known
 
 
 #
