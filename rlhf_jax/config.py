@@ -159,8 +159,10 @@ class Tokenizer:
 class Text:
     """How rows of data become tokens."""
 
-    template: str = "{prompt}"
-    """What the model reads for a prompt; the response follows directly."""
+    template: str = "auto"
+    """What the model reads for a prompt: a text with {prompt} in it, which the response follows
+    directly. auto: a user's message in the chat template of the model's folder, or the template of
+    the run that left the folder, or {prompt} if it has neither."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What to do with a text that does not fit. Truncated and dropped rows are counted and
     reported.
@@ -174,8 +176,8 @@ class Text:
 
     def __post_init__(self) -> None:
         _check(self, "bucket_multiple", at_least=1)
-        if "{prompt}" not in self.template:
-            raise ValueError(f"template must contain {{prompt}}, got {self.template!r}")
+        if self.template != "auto" and "{prompt}" not in self.template:
+            raise ValueError(f"template must be auto or contain {{prompt}}, got {self.template!r}")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import numpy as np
 from rlhf_jax import models, ops, sampling
 from rlhf_jax.data import batches, chat, encoding, tokenizers
 from rlhf_jax.data.environment import Source, converse, function_of, load_environment
-from rlhf_jax.data.rows import Row
-from rlhf_jax.errors import UserError
+from rlhf_jax.data.rows import Message, Record, Row
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.models import hf
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
@@ -44,7 +44,8 @@ class LanguageModel(NamedTuple):
     @classmethod
     def load(cls, source: str | Path, **compute: Any) -> "LanguageModel":
         """A Hugging Face folder (or name) with its tokenizer; the vocabulary grows if the tokenizer
-        gained a pad.
+        gained a pad. A pad id of the model's config that ends texts too is replaced: transformers
+        takes the score of a reward model from the last token that is no pad.
 
         The ``eos_token_id`` of generation_config.json, or else of config.json, may be a list: each
         of them ends a response, and so does the tokenizer's own.
@@ -73,9 +74,10 @@ class LanguageModel(NamedTuple):
         )
         ids = np.ravel(() if ends is None else ends).tolist()
         others = tuple(i for i in ids if i != tokenizer.eos_id and 0 <= i < size)
-        return cls(
-            model, jax.tree.map(jnp.asarray, params), replace(tokenizer, other_eos_ids=others)
-        )
+        tokenizer = replace(tokenizer, other_eos_ids=others)
+        if model.config.pad_token_id in tokenizer.eos_ids:
+            model = models.build(replace(model.config, pad_token_id=tokenizer.pad_id))
+        return cls(model, jax.tree.map(jnp.asarray, params), tokenizer)
 
     def save(self, folder: str | Path, *, template: str, config: SamplingConfig) -> None:
         """Writes a folder that ``load``, transformers and chat clients read; for them with the
@@ -172,8 +174,7 @@ class Generator:
         max_new_tokens: response slots R, of replies too.
         temperature: divides the logits; 0 takes the most likely token.
         top_k, top_p: as in ``sampling.SamplingConfig``.
-        template: what the model reads for a prompt; None: the ``text.template`` of the run that
-            left the folder.
+        template: what the model reads for a prompt, as ``text.template``; None is ``auto``.
         environment: ``fn(conversation, row)`` or FILE.py:FUNCTION, which replies to responses
             (``data.environment``).
         max_turns: responses of a row at most; None: as many as fit.
@@ -205,7 +206,8 @@ class Generator:
         self.batch_size = batch_size
         self._policy = LanguageModel.load(folder, **compute)
         self.model, params, self.tokenizer = self._policy
-        self.template = template or chat.text_template(self.tokenizer) or "{prompt}"
+        self.template = template or chat.AUTO
+        logger.info(chat.describe(self.template, self.tokenizer, str(folder)))
         if "score" in params:
             raise UserError(
                 f"{folder}: this is a reward model, which writes no text; give the policy first"
@@ -239,7 +241,7 @@ class Generator:
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[Message]],
         *,
         seed: int = 0,
         num_samples: int = 1,
@@ -247,6 +249,7 @@ class Generator:
     ) -> Generations:
         """Samples ``num_samples`` responses to each prompt.
 
+        prompts: texts, or lists of messages such as {"role": "user", "content": "Is ice warm?"}.
         columns: what the environment gets as ``row``, for each prompt; empty: nothing.
 
         A response is a function of seed, prompt, and which of the prompt's samples it is: the first
@@ -255,24 +258,20 @@ class Generator:
         time. Prompts of like length form a batch, padded to its longest.
 
         Raises:
-            UserError: naming the prompt, such as ``prompts[3]``: it is no text, too long, holds a
-                character that the tokenizer lacks, or makes no token; or the template has no
-                ``{prompt}``.
+            UserError: naming the prompt, such as ``prompts[3]``: it is neither a text nor messages,
+                its last message is the assistant's, it is too long, holds a character that the
+                tokenizer lacks, spells a special token in a message, or makes no token; or the
+                template has no ``{prompt}``.
         """
         if isinstance(prompts, str):
             raise UserError("expected a list of prompts, got one text; put it in a list")
         given = zip(prompts, columns or [{}] * len(prompts), strict=True)
-        rows = [
-            Row(prompt, (), f"prompts[{i}]", columns=own) for i, (prompt, own) in enumerate(given)
-        ]
-        for row in rows:
-            if not isinstance(row.prompt, str):
-                raise UserError(f"{row.source}: expected a text, got {type(row.prompt).__name__}")
+        rows = [self._row(prompt, f"prompts[{i}]", own) for i, (prompt, own) in enumerate(given)]
         ids = encoding.prompt_ids(rows, self.tokenizer, self.template)
         for row, own in zip(rows, ids, strict=True):
             if len(own) > self._room:
                 what = (
-                    f"{row.source}, {row.prompt[:40]!r}: has {len(own)} tokens, and "
+                    f"{row.source}, {chat.shown(row, self.tokenizer)[:40]!r}: has {len(own)} tokens, and "
                     f"{self._room} are left"
                 )
                 raise UserError(
@@ -319,6 +318,22 @@ class Generator:
             token_log_probs=[row[mask] for row, mask in zip(rollout.log_probs, said, strict=True)],
             finished=ended(rollout, self.config.eos_ids),
         )
+
+    def _row(self, prompt: str | Sequence[Message], source: str, columns: dict[str, Any]) -> Row:
+        """A prompt of a call."""
+        if isinstance(prompt, str):
+            return Row(prompt, (), source, columns=columns)
+        if not isinstance(prompt, Sequence):
+            what = f"expected a text or a list of messages, got {type(prompt).__name__}"
+            raise UserError(f"{source}: {what}")
+        given = list(prompt)
+        if chat.is_answered(given):
+            what = "the last message is the assistant's; leave it out, the model writes it"
+            raise UserError(f"{source}: {what}")
+        messages = chat.conversation(Record({"messages": given}, source), "messages")
+        template = chat.template_of(self.tokenizer, self.template)
+        text = template.prompt(messages, source)
+        return Row(text, (), source, columns=columns, messages=messages)
 
 
 def _by_length(fn: Callable[..., Any], batch_size: int, tokens: Any, mask: Any, *trees: Any) -> Any:

@@ -1,19 +1,17 @@
 """Messages as prompts and responses, by chat templates that may do nothing but write text."""
 
-import json
 import sys
 
+import chat_families
 import numpy as np
 import pytest
 import tokenizers as hf
+from chat_families import ANSWER, SYSTEM, USER
 
 from rlhf_jax.data import chat, encoding, formats
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import Tokenizer, characters, load_tokenizer, train_bpe
 from rlhf_jax.errors import UserError
-
-SYSTEM = {"role": "system", "content": "be kind"}
-USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
 
 def test_messages_as_demonstrations_and_prompts(write):
@@ -149,149 +147,11 @@ def test_a_tokenizers_own_template_writes_special_tokens_that_no_message_can(wri
     assert chat.template_of(characters("ab")).source == chat.PLAIN
 
 
-# The constructs of these families' own templates, shortened: what each turn is framed by, and who
-# may speak.
-QWEN3 = """{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
-{%- for message in messages[::-1] %}
-    {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.multi_step_tool and message.role == "user" and message.content is string %}
-        {%- set ns.multi_step_tool = false %}
-        {%- set ns.last_query_index = index %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- set content = message.content %}
-    {%- if message.role == "assistant" and '</think>' in content %}
-        {%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
-        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-        {%- if loop.index0 > ns.last_query_index %}
-            {%- set content = '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' + content %}
-        {%- endif %}
-    {%- endif %}
-    {%- if message.role != "system" %}
-        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
-GEMMA3 = """{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- set first_user_prefix = messages[0]['content'] + '\\n\\n' -%}
-    {%- set loop_messages = messages[1:] -%}
-{%- else -%}
-    {%- set first_user_prefix = "" -%}
-    {%- set loop_messages = messages -%}
-{%- endif -%}
-{%- for message in loop_messages -%}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
-    {%- endif -%}
-    {%- set role = "model" if message['role'] == 'assistant' else message['role'] -%}
-    {{ '<start_of_turn>' + role + '\\n' + (first_user_prefix if loop.first else "") }}
-    {%- if message['content'] is string -%}
-        {{ message['content'] | trim }}
-    {%- elif message['content'] is iterable -%}
-        {{ raise_exception("no images here") }}
-    {%- endif -%}
-    {{ '<end_of_turn>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{ '<start_of_turn>model\\n' }}
-{%- endif -%}"""
-LLAMA3 = (
-    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = "
-    "bos_token + content %}"
-    "{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% "
-    "endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 "
-    "% 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-)
-QWEN2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a model<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-TURNS = [SYSTEM, USER, ANSWER, USER]
-CHATML = "user\nhi<|im_end|>\n<|im_start|>assistant\n"
-CHATML = f"{CHATML}hello<|im_end|>\n<|im_start|>{CHATML}"
-# Template, EOS, pad, BOS, other special tokens, other added tokens; a conversation and what is made
-# of it.
-FAMILIES = {
-    "llama3": (
-        *(
-            LLAMA3,
-            "<|eot_id|>",
-            "<|pad|>",
-            "<|begin|>",
-            ("<|start_header_id|>", "<|end_header_id|>"),
-            (),
-            TURNS,
-        ),
-        "<|begin|><|start_header_id|>system<|end_header_id|>\n\nbe kind<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nhello<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    ),
-    "mistral": (
-        *(MISTRAL, "</s>", "<pad>", "<s>", ("[INST]", "[/INST]"), (), TURNS[1:]),
-        "<s>[INST] hi [/INST] hello</s>[INST] hi [/INST]",
-    ),
-    "qwen2": (
-        *(QWEN2, "<|im_end|>", "<|endoftext|>", None, ("<|im_start|>",), (), TURNS[1:]),
-        f"<|im_start|>system\nYou are a model<|im_end|>\n<|im_start|>{CHATML}",
-    ),
-    "qwen3": (
-        *(
-            QWEN3,
-            "<|im_end|>",
-            "<|endoftext|>",
-            None,
-            ("<|im_start|>",),
-            ("<think>", "</think>"),
-            TURNS,
-        ),
-        f"<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>{CHATML}",
-    ),
-    "gemma3": (
-        *(GEMMA3, "<eos>", "<pad>", "<bos>", ("<start_of_turn>", "<end_of_turn>"), (), TURNS),
-        "<bos><start_of_turn>user\nbe "
-        "kind\n\nhi<end_of_turn>\n<start_of_turn>model\nhello<end_of_turn>\n"
-        "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n",
-    ),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", chat_families.FAMILIES)
 def test_tokenizers_of_chat_families_load_without_torch(family, tmp_path, monkeypatch):
     """Added tokens, thinking tags and the chat template of a folder such as these families ship."""
-    source, eos, pad, bos, special, tags, turns, expected = FAMILIES[family]
-    backend = train_bpe(["hi hello think user assistant model\n"] * 3, 280).backend
-    special = [token for token in (eos, pad, bos, *special) if token is not None]
-    backend.add_special_tokens(
-        [hf.AddedToken(token, special=True, normalized=False) for token in special]
-    )
-    backend.add_tokens([hf.AddedToken(token, special=False, normalized=False) for token in tags])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    config = {"eos_token": eos, "pad_token": pad, "bos_token": bos}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "chat_template.jinja").write_text(source)
+    backend = chat_families.write(tmp_path, family)
+    _, eos, pad, _, special, tags, turns, expected = chat_families.FAMILIES[family]
     for package in ("torch", "transformers"):
         monkeypatch.setitem(sys.modules, package, None)  # importing it is an error
     tokenizer = load_tokenizer(tmp_path)
@@ -305,7 +165,7 @@ def test_tokenizers_of_chat_families_load_without_torch(family, tmp_path, monkey
     prompt = template.prompt(turns, "row")
     assert tokenizer.backend.decode(prompt, skip_special_tokens=False) == expected
     assert all(backend.token_to_id(token) in prompt for token in special if token in expected)
-    if family in ("gemma3", "mistral"):
+    if family in ("gemma2", "gemma3", "mistral"):
         with pytest.raises(
             UserError, match="row: the chat template failed: TemplateError: Conversation roles must"
         ):
@@ -342,11 +202,19 @@ def test_under_a_bare_template_the_own_chat_template_stays_or_is_the_plain_one(t
     base = train_bpe(["hi hello\n"], 270)
     framed = chat.with_text_template(base, "Q: {prompt}")
     own = Tokenizer(base.backend, base.pad_id, base.eos_id, {"chat_template": "{{ messages }}"})
-    for tokenizer, expected in ((base, chat.PLAIN), (framed, chat.PLAIN), (own, "{{ messages }}")):
+    for tokenizer in (base, framed):
         chat.with_text_template(tokenizer, "{prompt}").save(tmp_path)
         saved = load_tokenizer(tmp_path)
-        assert (saved.config["chat_template"], chat.text_template(saved)) == (expected, None)
-        assert (chat.template_of(saved).tokenizer is None) == (expected == chat.PLAIN)
+        assert (saved.config["chat_template"], chat.text_template(saved)) == (chat.PLAIN, None)
+        assert chat.template_of(saved).tokenizer is None
+    # A comment in the own template says that the run asked without it: whoever goes on does too.
+    chat.with_text_template(own, "{prompt}").save(tmp_path)
+    saved = load_tokenizer(tmp_path)
+    assert saved.config["chat_template"] == '{#- text.template: "{prompt}" -#}{{ messages }}'
+    assert (chat.text_template(saved), chat.frame("auto", saved)) == ("{prompt}", "{prompt}")
+    assert chat.template_of(saved).prompt([USER], "") == chat.template_of(own).prompt([USER], "")
+    assert chat.with_text_template(saved, "{prompt}").config == saved.config
+    assert chat.with_text_template(saved, "auto").config == saved.config
 
 
 TEMPLATES = [

@@ -343,7 +343,7 @@ TRUNCATED = "top_k and top_p: the update uses log-probabilities of the whole dis
             {"model": "m", "tokenizer": Tokenizer("t")},
             "tokenizer.name t: the model m brings its own",
         ),
-        (config.Text, {"template": "x"}, "template must contain {prompt}"),
+        (config.Text, {"template": "x"}, "template must be auto or contain {prompt}"),
         (LoRA, {"match": "("}, "match is no regular expression"),
         (Optimizer, {"decay_every": 3}, "schedule: the schedule step needs decay_every"),
         (Optimizer, {"schedule": "step"}, "schedule: the schedule step needs decay_every"),

@@ -689,7 +689,7 @@ def test_public_files_are_evaluated(gpt2, name, flag, file, expected, dropped, t
     [
         ({"prompts": (), "preferences": ()}, "nothing to evaluate by"),
         ({"num_samples": 0}, "--num-samples must be at least 1, got 0"),
-        ({"template": "x"}, "--template must contain {prompt}, got 'x'"),
+        ({"template": "x"}, "--template must be auto or contain {prompt}, got 'x'"),
         ({"against": "x", "reward_model": None}, "--against: a win rate needs --reward-model"),
         ({"reward_model": "run"}, "run/model: this model has no score head"),
         ({"max_new_tokens": 60}, "the prompt has 12 tokens, more than the 4 allowed"),

@@ -233,7 +233,10 @@ def test_what_does_not_fit_is_refused_by_name(folders, generator, tmp_path):
     policy = folders / "policy"
     for message, refused in (
         ("expected a list of prompts, got one text", lambda: generator("abc")),
-        (r"prompts\[1\]: expected a text, got int", lambda: generator(["a", 3])),
+        (
+            r"prompts\[1\]: expected a text or a list of messages, got int",
+            lambda: generator(["a", 3]),
+        ),
         (r"prompts\[2\]: the tokenizer's alphabet lacks '\?'", lambda: generator(["a", "b", "?"])),
         ("policy: this model has no score head", lambda: Generator(policy, policy)),
         ("reward: this is a reward model", lambda: Generator(folders / "reward")),

@@ -11,8 +11,8 @@ sandbox whose values cannot be changed and whose unsafe attributes cannot be rea
 
 import contextlib
 import dataclasses
+import datetime
 import functools
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,11 @@ import jinja2
 import jinja2.sandbox
 import tokenizers
 
-from rlhf_jax.data.rows import BadRow, Record, Text, checked, expect, text
+from rlhf_jax.data.rows import BadRow, Message, Record, Row, Text, checked, expect, text
 from rlhf_jax.data.tokenizers import Tokenizer, named_tokens
 
-Message = dict[str, Any]
+AUTO = "auto"
+"""The ``text.template`` that asks a model as its folder says (`frame`)."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NO_RESPONSE = "dialogue without a last response"
 
@@ -39,6 +40,7 @@ PLAIN = (
 # Of models that read a ``text.template``, whose parts stand between @: lines are for the reader.
 _LINES = Path(__file__).with_name("text_template.jinja").read_text("utf-8").splitlines()
 _TEXT_TEMPLATE = "".join(_LINES).replace("\\n", "\n")
+_MARK = "{{#- text.template: {} -#}}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,40 +61,51 @@ class ChatTemplate:
         """The conversation and the opening of the next assistant turn; of it what stands behind the
         text ``after``.
 
+        The token ids are those of transformers' ``apply_chat_template(add_generation_prompt=True)``
+        on the date that `_date` gives.
+
         Raises:
           BadRow: at ``where``, for a template that fails or contents that spell a special token.
         """
         try:
             rendered = self._template.render(
-                messages=messages, add_generation_prompt=True, **self.special_tokens
+                messages=messages,
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self.special_tokens,
             )
-            rendered = rendered[rendered.rindex(after) + len(after) :] if after else rendered
-            ids = (
-                self._encoder.encode(rendered, add_special_tokens=False).ids
-                if self.tokenizer
-                else ()
-            )
+            if after:
+                rendered = rendered[rendered.rindex(after) + len(after) :]
+            if self.tokenizer is not None:
+                ids = self._encoder.encode(rendered, add_special_tokens=False).ids
         # a template can fail in any way that an expression can, a vocabulary lack a letter
         except Exception as error:
-            raise BadRow(
-                where, f"the chat template failed: {type(error).__name__}: {error}"
-            ) from error
+            what = f"the chat template failed: {type(error).__name__}: {error}"
+            raise BadRow(where, what) from error
         if self.tokenizer is None:
-            if any(message.get("tool_calls") for message in messages):
-                raise BadRow(
-                    where,
-                    "the plain template writes no tool_calls; name a model whose own template does",
-                )
+            self._check_no_calls(messages, where)
             return rendered
-        added = self._encoder.get_added_tokens_decoder().values()
-        for message, token in itertools.product(messages, added):
-            if token.special and token.content in message["content"]:
-                what = (
-                    f"a {message['role']} message spells the special token {token.content!r}; "
-                    "remove it"
-                )
-                raise BadRow(where, f"{what}, only the chat template may write it")
+        self._check_contents(messages, where)
         return tuple(ids)
+
+    def user(self, content: str, where: str) -> Text:
+        """`prompt` of one message, the user's."""
+        return self.prompt([{"role": "user", "content": content}], where)
+
+    def _check_no_calls(self, messages: Sequence[Message], where: str) -> None:
+        if any(message.get("tool_calls") for message in messages):
+            what = "the plain template writes no tool_calls; name a model whose own template does"
+            raise BadRow(where, what)
+
+    def _check_contents(self, messages: Sequence[Message], where: str) -> None:
+        """Raises `BadRow` for a content that spells a special token of the tokenizer."""
+        for message in messages:
+            for token in self._special:
+                if token in message["content"]:
+                    what = f"a {message['role']} message spells the special token {token!r}"
+                    advice = "remove it, only the chat template may write it"
+                    raise BadRow(where, f"{what}; {advice}")
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:
@@ -100,9 +113,9 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _refuse
-        environment.filters["tojson"] = functools.partial(
-            json.dumps, ensure_ascii=False
-        )  # Jinja's own is for HTML
+        environment.globals["strftime_now"] = _date
+        # Jinja's own filter is for HTML.
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         # Hugging Face marks what an assistant says by {% generation %}: its body is rendered as it
         # stands.
         marks = re.compile(r"({%[-+]?\s*)(end)?generation(?=\s*[-+]?%})")
@@ -115,28 +128,72 @@ class ChatTemplate:
     def _encoder(self) -> tokenizers.Tokenizer:
         assert self.tokenizer is not None
         encoder = tokenizers.Tokenizer.from_str(self.tokenizer.backend.to_str())
-        encoder.encode_special_tokens = (
-            False  # here their spelling means the token, unlike in any other text
-        )
+        # Here their spelling means the token, unlike in any other text.
+        encoder.encode_special_tokens = False
         return encoder
 
+    @functools.cached_property
+    def _special(self) -> list[str]:
+        added = self._encoder.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
 
-def template_of(tokenizer: Tokenizer | None) -> ChatTemplate:
-    """The tokenizer's own chat template, or `PLAIN` if it has none."""
-    source = tokenizer.config.get("chat_template") if tokenizer else None
+
+@functools.lru_cache(maxsize=8)
+def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> ChatTemplate:
+    """What renders messages under a ``text.template``: the tokenizer's own chat template, or `PLAIN`
+    if it has none.
+
+    The chat template that `with_text_template` made from a text counts as none, but under `AUTO`.
+    """
+    if tokenizer is None:
+        return ChatTemplate()
+    source = tokenizer.config.get("chat_template")
     if isinstance(source, list):  # several by name, as Hugging Face has them
         named = {
             entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)
         }
         source = named.get("default")
-    if (
-        tokenizer is None
-        or not isinstance(source, str)
-        or source == PLAIN
-        or text_template(tokenizer) is not None
-    ):
+    if not isinstance(source, str) or source == PLAIN:
+        return ChatTemplate()
+    is_own = text_template(tokenizer) in (None, "{prompt}")
+    if not is_own and template != AUTO:
         return ChatTemplate()
     return ChatTemplate(source, tokenizer, named_tokens(tokenizer.config))
+
+
+def frame(template: str, tokenizer: Tokenizer) -> str | None:
+    """The text with ``{prompt}`` in it that stands around plain prompts under a ``text.template``;
+    None: a plain prompt is a user's message of the tokenizer's chat template.
+
+    `AUTO` is the text template of the run that left the tokenizer's folder (`text_template`), or
+    else its chat template, or else ``{prompt}``.
+    """
+    if template != AUTO:
+        return template
+    of_run = text_template(tokenizer)
+    if of_run is not None:
+        return of_run
+    has_own = template_of(tokenizer).tokenizer is not None
+    return None if has_own else "{prompt}"
+
+
+def in_force(template: str, tokenizer: Tokenizer) -> str:
+    """The `frame` of plain prompts, or the source of the chat template that renders them."""
+    return frame(template, tokenizer) or template_of(tokenizer).source
+
+
+def describe(template: str, tokenizer: Tokenizer, folder: str | None) -> str:
+    """A line that says how a model is asked whose tokenizer is that of the folder or is new."""
+    around = frame(template, tokenizer)
+    if template != AUTO:
+        return f"text.template: {template!r}"
+    if around is None:
+        which = f"the chat template of {folder}; a plain prompt is a user's message"
+    elif text_template(tokenizer) is None:
+        which = f"{around}; there is no chat template"
+    else:
+        which = f"{around!r}, with which {folder} was trained"
+    return f"text.template {AUTO}: {which}"
 
 
 def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
@@ -144,29 +201,29 @@ def with_text_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
 
     A user's message stands where ``template``, the run's ``text.template``, has ``{prompt}``; an
     assistant's has the tokenizer's EOS after it; any other, such as a system message, stands before
-    the next user's. Under a bare ``{prompt}`` the chat template is the one that renders the
-    messages of data files: the tokenizer's own, or `PLAIN`.
+    the next user's. Under `AUTO` the chat template stays. Under a bare ``{prompt}`` it is the one
+    that renders the messages of data files: the tokenizer's own, marked as not for plain prompts,
+    or `PLAIN`.
     """
-    source: Any = (
-        PLAIN
-        if text_template(tokenizer) is not None
-        else tokenizer.config.get("chat_template", PLAIN)
-    )
-    if template != "{prompt}":
+    mark = _MARK.format(json.dumps(template).replace("#", "\\u0023"))  # else "#}" would end it
+    own = template_of(tokenizer)
+    source: Any = tokenizer.config.get("chat_template", PLAIN)
+    if template == "{prompt}" and own.tokenizer is not None:
+        source = mark + own.source.removeprefix(mark)
+    elif template == "{prompt}" and text_template(tokenizer) is not None:
+        source = PLAIN
+    elif template not in (AUTO, "{prompt}"):
         *before, after = (
             json.dumps(part, ensure_ascii=False) for part in template.split("{prompt}")
         )
-        parts = {"FRAMED": " + text + ".join(before), "AFTER": after}
-        parts["TEMPLATE"] = json.dumps(template).replace(
-            "#", "\\u0023"
-        )  # else "#}" would end the comment
+        parts = {"MARK": mark, "FRAMED": " + text + ".join(before), "AFTER": after}
         source = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _TEXT_TEMPLATE)
     return dataclasses.replace(tokenizer, config={**tokenizer.config, "chat_template": source})
 
 
 def text_template(tokenizer: Tokenizer) -> str | None:
-    """The ``text.template`` that the chat template was made from by `with_text_template`; None for
-    any other.
+    """The ``text.template`` that `with_text_template` wrote into the chat template; None for any
+    other.
     """
     made = re.match(
         r'\{#- text\.template: (".*?") -#\}', str(tokenizer.config.get("chat_template"))
@@ -174,6 +231,20 @@ def text_template(tokenizer: Tokenizer) -> str | None:
     with contextlib.suppress(ValueError):  # a folder of others may hold anything
         return str(json.loads(made[1])) if made else None
     return None
+
+
+def shown(row: Row, tokenizer: Tokenizer) -> str:
+    """A row's prompt as text for people: messages as `PLAIN` writes them, other token ids decoded."""
+    if isinstance(row.prompt, str):
+        return row.prompt
+    if not row.messages:
+        return tokenizer.decode(row.prompt)
+    turns = []
+    for message in row.messages:
+        calls = message.get("tool_calls")
+        written = json.dumps(calls, ensure_ascii=False) if calls else ""
+        turns.append(f"{message['role'].capitalize()}:\n{message['content']}{written}\n\n")
+    return "".join([*turns, "Assistant:\n"])
 
 
 def is_chat(row: dict[str, Any], *keys: str) -> bool:
@@ -264,6 +335,13 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
     ) -> NoReturn:
         raise jinja2.sandbox.SecurityError(f"{operator} is not allowed")
+
+
+def _date(form: str) -> str:
+    """Always 26 July 2024, the date of Llama 3's template where it is told none: a prompt must not
+    depend on the day.
+    """
+    return datetime.datetime(2024, 7, 26).strftime(form)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -132,7 +132,8 @@ def _read(
     named: list[Kind] = [kind for kind, file in formats.FILES.items() if file == Path(name).name]
     kinds = Counter(form[0] for record in records if (form := formats.form_of(record.value)))
     kind = kind or [*named[-1:], *(kind for kind, _ in kinds.most_common(1)), "demonstrations"][0]
-    found = formats.parse_all(kind, records, chat.template_of(tokenizer), on_bad_row)
+    template = chat.template_of(tokenizer, chat.AUTO)
+    found = formats.parse_all(kind, records, template, on_bad_row)
     return _File(f"{name}: {source.format}, {len(source.records)} rows", kind, records, found)
 
 
@@ -218,7 +219,7 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
     texts["response"] = [text for row in rows for text in row.responses]
     if tokenizer is not None:
         responses = itertools.chain.from_iterable(response_ids(rows, tokenizer))
-        texts = {"prompt": prompt_ids(rows, tokenizer, "{prompt}"), "response": list(responses)}
+        texts = {"prompt": prompt_ids(rows, tokenizer, chat.AUTO), "response": list(responses)}
     return {
         name: [len(x.split() if isinstance(x, str) else x) for x in own]
         for name, own in texts.items()
@@ -285,7 +286,8 @@ def _render_row(row: Row, tokenizer: Tokenizer | None = None, limit: int | None 
     ]
     notes += [] if row.weight is None else [f"  weight: {row.weight:.3g}"]
     texts = []
-    for name, text in zip(("prompt", *names), row.texts, strict=True):
+    prompt = chat.shown(row, tokenizer) if tokenizer else row.prompt
+    for name, text in zip(("prompt", *names), (prompt, *row.responses), strict=True):
         if not isinstance(text, str):
             text = tokenizer.decode(text) if tokenizer else f"token ids {' '.join(map(str, text))}"
         shown = _printable(text[:limit]) + (

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf_jax.data import chat
 from rlhf_jax.data.rows import Row, Text
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
@@ -217,31 +218,46 @@ def left_padded(
 
 
 def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list[list[int]]:
-    """Ids of each prompt in the template, whose text stands around prompts of token ids too.
+    """Ids of each prompt as the model reads it under the template, a ``text.template``.
+
+    A text stands in `chat.frame`, or is a user's message of the tokenizer's chat template. Token
+    ids, of which messages were made too, are the whole prompt under ``auto``; any other template
+    stands around them.
 
     Raises:
       UserError: for a template without ``{prompt}``; naming the row, for a prompt without any
-        token, for a character that the tokenizer lacks and for a token id that it does not have.
+        token, for a character that the tokenizer lacks, for a token id that it does not have, and
+        for a user's message that spells a special token.
     """
-    if "{prompt}" not in template:
+    frame = chat.frame(template, tokenizer)
+    if frame is not None and "{prompt}" not in frame:
         raise UserError(f"the template {template!r} has no {{prompt}} in it")
-    prompts = [row.prompt for row in rows]
-    framed = [
-        template.replace("{prompt}", prompt) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
+    framed = list[Text]()
+    for row in rows:
+        prompt = row.prompt
+        if isinstance(prompt, str):
+            framed.append(_framed(prompt, frame, tokenizer, row.source))
+        else:
+            framed.append(prompt)
     encoded = _ids(framed, tokenizer, [row.source for row in rows])
-    around = [tokenizer.encode(part) for part in template.split("{prompt}")]
-    for i, row in enumerate(rows):
-        if isinstance(row.prompt, tuple):
-            encoded[i] = functools.reduce(
-                lambda before, after: [*before, *row.prompt, *after], around
-            )
-        if not encoded[i]:
-            raise UserError(
-                f"{row.source}: the tokenizer makes no token of the prompt {row.prompt!r}"
-            )
+    if template != chat.AUTO:
+        around = [tokenizer.encode(part) for part in template.split("{prompt}")]
+        for i, row in enumerate(rows):
+            if isinstance(row.prompt, tuple):
+                encoded[i] = functools.reduce(
+                    lambda before, after: [*before, *row.prompt, *after], around
+                )
+    for row, ids in zip(rows, encoded, strict=True):
+        if not ids:
+            what = f"the tokenizer makes no token of the prompt {row.prompt!r}"
+            raise UserError(f"{row.source}: {what}")
     return encoded
+
+
+def _framed(prompt: str, frame: str | None, tokenizer: Tokenizer, source: str) -> Text:
+    if frame is None:
+        return chat.template_of(tokenizer).user(prompt, source)
+    return frame.replace("{prompt}", prompt)
 
 
 def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[int]]]:

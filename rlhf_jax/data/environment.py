@@ -2,8 +2,8 @@
 one row.
 
 An environment is a Python function ``fn(conversation, row)``: a tool, a user, a game.
-``conversation`` is a list of messages {"role", "content"}: the prompt by the "user", the policy's
-responses by the "assistant", and the replies. ``row`` has the other columns of the prompt's data
+``conversation`` is a list of messages {"role", "content"}: those of the prompt, or a plain prompt by
+the "user", the policy's responses by the "assistant", and the replies. ``row`` has the other columns of the prompt's data
 row. It returns
 
 - None: the row is done;
@@ -28,13 +28,13 @@ import numpy as np
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.encoding import EncodedPrompts
+from rlhf_jax.data.rows import Message
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import processes
 from rlhf_jax.types import Rollout
 
-Message = dict[str, str]
 Reply = Callable[[list[Message], dict[str, Any]], Any] | None
 """An environment's function; None: there is none."""
 Source = Reply | str
@@ -132,11 +132,10 @@ def converse(
         arrays[0], arrays[1], np.zeros_like(arrays[1]), zeros[0], jnp.int32(rows), rewards=zeros[1]
     )
     own_rows = [encoded.rows[row] for row in processes.own_rows(rows)]
-    prompts = [
-        row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt)
-        for row in own_rows
-    ]
-    talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    talks: list[list[Message]] = []
+    for row in own_rows:
+        asked = {"role": "user", "content": chat.shown(row, tokenizer)}
+        talks.append(list(row.messages or [asked]))
     turns, status = np.zeros(len(rows), int), np.where(rows < 0, _DONE, _OPEN)
 
     def answer(batch: Any, sampled: Rollout, status: np.ndarray) -> tuple[Rollout, np.ndarray]:

@@ -35,10 +35,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data import chat, demo, rows
-from rlhf_jax.data.chat import ChatTemplate, Message
+from rlhf_jax.data.chat import ChatTemplate
 from rlhf_jax.data.columns import adapted, unused
 from rlhf_jax.data.files import Source, parse_text, read_source
-from rlhf_jax.data.rows import BadRow, Drop, Kind, Record, Row, Text
+from rlhf_jax.data.rows import BadRow, Drop, Kind, Message, Record, Row, Text
 from rlhf_jax.errors import UserError
 
 Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -280,7 +280,7 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
         before, response = _exchange(
             record, "messages" if "messages" in row else "chosen" if pair else "response"
         )
-        return [Row(_rendered(before, template, record), (response,), record.source)]
+        return [_row(record, before, template, (response,))]
     comparison, ranks = _answers(record, template)
     is_choice = comparison.best is not None and len(comparison.responses) > 2
     if kind == "comparisons" and (is_choice or comparison.targets is not None):
@@ -291,7 +291,8 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
             f"holds targets, which are no preference; {kind} need best, ranking or ranks",
         )
     if kind == "demonstrations":  # the best response, the first of several
-        return [Row(comparison.prompt, (comparison.responses[_best(ranks)[0]],), record.source)]
+        best = comparison.responses[_best(ranks)[0]]
+        return [dataclasses.replace(comparison, responses=(best,), best=None, category="")]
     return _pairs(comparison, ranks)
 
 
@@ -313,14 +314,8 @@ def _feedback(record: Record, template: ChatTemplate) -> list[Row]:
         row["desirable"],
     )
     before, response = _exchange(record, "messages" if "messages" in row else "response")
-    return [
-        Row(
-            _rendered(before, template, record),
-            (response,),
-            record.source,
-            targets=(float(row["desirable"]),),
-        )
-    ]
+    targets = (float(row["desirable"]),)
+    return [_row(record, before, template, (response,), targets=targets)]
 
 
 def _prompt(record: Record, template: ChatTemplate) -> Row:
@@ -328,7 +323,7 @@ def _prompt(record: Record, template: ChatTemplate) -> Row:
         return Row(rows.checked(record, "the prompt", record.value), (), record.source)
     row = rows.fields(record, "prompt, or a string")
     if "responses" in row:
-        return Row(_prompt_of_answers(record, template), (), record.source)
+        return _row(record, _before_answers(record), template)
     columns = {
         key: value
         for key, value in row.items()
@@ -344,7 +339,7 @@ def _prompt(record: Record, template: ChatTemplate) -> Row:
     else:
         rows.require(record, ("prompt",))
         before = rows.text(record, "prompt")
-    return Row(_rendered(before, template, record), (), record.source, columns=columns)
+    return _row(record, before, template, columns=columns)
 
 
 def _is_annotated(row: dict[str, Any]) -> bool:
@@ -389,8 +384,18 @@ def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
     return rows.text(record, "prompt"), rows.text(record, key)
 
 
-def _rendered(before: str | list[Message], template: ChatTemplate, record: Record) -> Text:
-    return before if isinstance(before, str) else template.prompt(before, record.source)
+def _row(
+    record: Record,
+    before: Text | list[Message],
+    template: ChatTemplate,
+    responses: tuple[Text, ...] = (),
+    **fields: Any,
+) -> Row:
+    """The row of a prompt, of which messages are rendered by the template, and its responses."""
+    if not isinstance(before, list):
+        return Row(before, responses, record.source, **fields)
+    prompt = template.prompt(before, record.source)
+    return Row(prompt, responses, record.source, messages=before, **fields)
 
 
 def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, ...] | None]:
@@ -408,12 +413,8 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, 
             raise Drop(record.source, EQUAL)
         given = [_ranks(record, label, 2) for label in LABELS[:-1] if row.get(label) is not None]
         rows.expect(all(0 in _best(ranks) for ranks in given), record, _CONTRADICTED)
-        return Row(
-            _rendered(before, template, record),
-            (chosen, rejected),
-            record.source,
-            category=category,
-        ), (0, 1)
+        pair = _row(record, before, template, (chosen, rejected), category=category)
+        return pair, (0, 1)
     rows.expect(
         isinstance(row["responses"], list), record, "'responses' must be a list", row["responses"]
     )
@@ -434,8 +435,8 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, 
     best = ranks.index(0) if ranks and labels == ["best"] else None
     if ranks and "chosen" in row:
         rows.expect(row["chosen"] in [responses[i] for i in _best(ranks)], record, _CONTRADICTED)
-    prompt = _prompt_of_answers(record, template)
-    return Row(prompt, responses, record.source, best, targets, category=category), ranks
+    fields: Any = {"best": best, "targets": targets, "category": category}
+    return _row(record, _before_answers(record), template, responses, **fields), ranks
 
 
 def _by_majority(annotated: Row) -> Row:
@@ -449,11 +450,11 @@ def _by_majority(annotated: Row) -> Row:
     return Row(annotated.prompt, pair, annotated.source)
 
 
-def _prompt_of_answers(record: Record, template: ChatTemplate) -> Text:
+def _before_answers(record: Record) -> Text | list[Message]:
     """The prompt of a row of K responses: text, token ids or messages."""
     rows.require(record, ("prompt",))
     if chat.is_chat(record.value, "prompt"):
-        return template.prompt(chat.conversation(record, "prompt"), record.source)
+        return chat.conversation(record, "prompt")
     return _text_or_ids(record, "'prompt'", record.value["prompt"], may_be_space=True)
 
 

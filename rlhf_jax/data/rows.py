@@ -12,6 +12,7 @@ from rlhf_jax.errors import UserError
 
 Kind = Literal["demonstrations", "pairs", "comparisons", "feedback", "prompts", "annotated"]
 OnBadRow = Literal["error", "drop"]
+Message = dict[str, Any]
 TokenIds = tuple[int, ...]
 NUM_SHOWN = 20  # different faults that an error names
 Text = (
@@ -47,6 +48,8 @@ class Row:
         default_factory=dict
     )  # a prompt's other keys, which reach the reward
     votes: tuple[int, ...] = ()  # of annotators on two responses: 1, 2 or 0, a tie
+    messages: Sequence[Message] = field(default=(), compare=False)
+    """What the prompt was rendered from; empty for a text or token ids of the data."""
 
     @property
     def is_plain_text(self) -> bool:

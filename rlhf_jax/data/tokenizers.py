@@ -162,8 +162,9 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     """A local folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt, or a name on
     the hub.
 
-    A tokenizer without a pad token, or whose pad is its end-of-text, gains ``<|pad|>`` as a new
-    last id: ``vocab_size`` grows by one and the caller resizes the model.
+    A tokenizer without a pad token, or whose pad is its end-of-text, pads with its unknown token,
+    ``unk_token``, as masks and not ids say what is a pad. Without one of these too it gains
+    ``<|pad|>`` as a new last id: ``vocab_size`` grows by one and the caller resizes the model.
 
     Raises:
       UserError: if it cannot be found or read, or names no end-of-text token.
@@ -191,8 +192,9 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
     named |= named_tokens(special) | named_tokens(config)
     if not single.exists() and not (vocab.exists() and (folder / "merges.txt").exists()):
         raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
+    config = named_tokens(special) | config  # a chat template may write each of them
     if template.exists():  # where newer folders keep it
-        config = {**config, "chat_template": read_text(template)}
+        config["chat_template"] = read_text(template)
     try:
         if single.exists():
             backend = tokenizers.Tokenizer.from_file(str(single))
@@ -203,7 +205,8 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Tokenizer:
         raise UserError(
             f"{single if single.exists() else vocab}: not a tokenizer file: {error}"
         ) from error
-    return _tokenizer(backend, named.get("pad_token"), named.get("eos_token"), config, str(folder))
+    eos, pad, unknown = (named.get(f"{name}_token") for name in ("eos", "pad", "unk"))
+    return _tokenizer(backend, pad, eos, config, str(folder), unknown)
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
@@ -214,9 +217,14 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def _tokenizer(
-    backend: tokenizers.Tokenizer, pad: Any, eos: Any, config: Mapping[str, Any], where: str
+    backend: tokenizers.Tokenizer,
+    pad: Any,
+    eos: Any,
+    config: Mapping[str, Any],
+    where: str,
+    unknown: str | None = None,
 ) -> Tokenizer:
-    """``pad`` and ``eos`` as text, as id, or None."""
+    """``pad`` and ``eos`` as text, as id, or None; the ``unknown`` token pads if ``pad`` cannot."""
     eos, pad = (
         backend.id_to_token(token) if isinstance(token, int) else token for token in (eos, pad)
     )
@@ -229,8 +237,12 @@ def _tokenizer(
         raise UserError(
             f"{where}: the tokenizer {found}; set eos_token in its tokenizer_config.json"
         )
-    if pad is None or pad == eos or backend.token_to_id(pad) is None:
-        pad = PAD
+    usable = [
+        token
+        for token in (pad, unknown)
+        if token not in (None, eos) and token in backend.get_vocab()
+    ]
+    pad = usable[0] if usable else PAD
     # Does nothing to tokens that are there and special already.
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in (eos, pad)]

@@ -27,7 +27,7 @@ from rlhf_jax import generator, models, ops, rewards
 from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, formats, rows
 from rlhf_jax.data.environment import Environment, converse, function_of, load_environment
-from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.evaluation import data, measures, texts
 from rlhf_jax.models import hf
@@ -82,8 +82,7 @@ class Config:
     categories: str | None = None
     """YAML file of categories of your own."""
     template: str | None = None
-    """What the models read for a prompt; null: the run's text.template ({prompt} for a model's
-    folder).
+    """What the models read for a prompt; null: the run's text.template (auto for a model's folder).
     """
     max_new_tokens: int | None = None
     """Response slots; null: the run's rl.max_new_tokens (32 for a model's folder)."""
@@ -123,8 +122,9 @@ class Config:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-        if self.template is not None and "{prompt}" not in self.template:
-            raise UserError(f"--template must contain {{prompt}}, got {self.template!r}")
+        if self.template not in (None, chat.AUTO) and "{prompt}" not in str(self.template):
+            what = f"--template must be auto or contain {{prompt}}, got {self.template!r}"
+            raise UserError(what)
         if self.against is not None and (self.reward_model is None or not self.prompts):
             raise UserError(
                 "--against: a win rate needs --reward-model, which judges, and --prompts"
@@ -166,7 +166,8 @@ def run(folder: str | Path, config: Config) -> Result:
     stage.enable_compilation_cache()
     policy = load(folder, config)
     _check_flags(policy, config)
-    sets, categories = _read(config, chat.template_of(policy.tokenizer))
+    logger.info(chat.describe(policy.template, policy.tokenizer, folder))
+    sets, categories = _read(config, chat.template_of(policy.tokenizer, policy.template))
     bench = open_bench(policy, config)
     answers = {
         name: sample(bench, policy, name, read.rows)
@@ -260,7 +261,7 @@ def load(folder: str, config: Config) -> Policy:
     source = hf.model_folder(folder)
     member = str(next(iter(spec.members(source)), source))
     model, params, tokenizer = initial.load_language_model(member, compute)
-    template = config.template or settings.get("text", {}).get("template", "{prompt}")
+    template = config.template or settings.get("text", {}).get("template", chat.AUTO)
     slots = config.max_new_tokens or settings.get("rl", {}).get(
         "max_new_tokens", RLStage().max_new_tokens
     )
@@ -342,12 +343,15 @@ def open_bench(policy: Policy, config: Config) -> Bench:
 
 def check_template(policy: Policy, folder: str, config: Config) -> None:
     """Refuses a run in ``folder`` that had another template, unless ``config`` chooses one."""
-    other = _settings(folder).get("text", {}).get("template", policy.template)
-    if config.template is None and other != policy.template:
-        trained = (
-            f"{folder} was trained with the template {other!r}, {policy.folder} with "
-            f"{policy.template!r}"
-        )
+    given = _settings(folder).get("text", {}).get("template")
+    if given is None or config.template is not None:
+        return
+    model = hf.model_folder(folder)
+    member = next(iter(spec.members(model)), model)
+    other = chat.in_force(given, load_tokenizer(member))
+    own = chat.in_force(policy.template, policy.tokenizer)
+    if other != own:
+        trained = f"{folder} was trained with the template {other!r:.80}, {policy.folder} with {own!r:.80}"
         raise UserError(f"{trained}; give the one to use for both as --template")
 
 
@@ -422,9 +426,7 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
         )
 
     rollout, talks = converse(bench.environment, respond, encoded, numbers)
-    read = [
-        p.prompt if isinstance(p.prompt, str) else tokenizer.decode(p.prompt) for p in encoded.rows
-    ]
+    read = [chat.shown(row, tokenizer) for row in encoded.rows]
     said = np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist()
     scores = (
         None

@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+from rlhf_jax.data import chat
+from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import page, records
 
@@ -23,7 +25,8 @@ def export(run: str | Path, folder: str | Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is in use; give a new folder")
     [record] = records.find([run])
-    template = record.settings.get("text.template", "{prompt}")
+    tokenizer = load_tokenizer(config.parent)
+    template = chat.frame(record.settings.get("text.template", chat.AUTO), tokenizer)
     scores = "reward_shift" in json.loads(config.read_text("utf-8"))
     kind = {"ensemble": config.parent.name == "member_0", "reward_model": scores}
     names = {

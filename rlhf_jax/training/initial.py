@@ -138,7 +138,8 @@ def stage_rows(
         UserError: there is no data, or a row is wrong.
     """
     source = config.model or config.tokenizer.name
-    template = chat.template_of(tokenizers.load_tokenizer(source) if source else None)
+    tokenizer = tokenizers.load_tokenizer(source) if source else None
+    template = chat.template_of(tokenizer, config.text.template)
     how: Any = {"columns": config.columns, "on_bad_row": config.on_bad_row}
     data = formats.read(kind, names or config.data, seed=config.seed, template=template, **how)
     logger.info(f"{kind}{note}: {data.describe()}")
@@ -212,7 +213,7 @@ def language_model(
     config: RunConfig, texts: Iterable[str], key: jax.Array, *, is_policy: bool = True
 ) -> LanguageModel:
     """The model of ``--model``, or a GPT-2 with random weights and the tokenizer of
-    ``--tokenizer.name``, or one that is trained on ``texts``.
+    ``--tokenizer.name``, or one that is trained on ``texts``; prints how it is asked.
 
     Raises:
         UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or
@@ -226,6 +227,7 @@ def language_model(
                 f"--model {config.model}: this is a reward model, which writes no text; give a "
                 "policy"
             )
+        logger.info(chat.describe(config.text.template, loaded.tokenizer, config.model))
         return loaded
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
@@ -233,6 +235,7 @@ def language_model(
         tokenizer = tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
     else:
         tokenizer = tokenizers.characters(texts)
+    logger.info(chat.describe(config.text.template, tokenizer, config.tokenizer.name))
     network = dataclasses.asdict(config.network)
     rate = network.pop("dropout")
     network |= {f"{where}_dropout": rate for where in ("embedding", "attention", "residual")}

@@ -20,7 +20,7 @@ import optax
 from rlhf_jax import generator, models, ops, rewards, sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import ALGORITHMS, RLStage, RunConfig, for_algorithm, section_name
-from rlhf_jax.data import batches
+from rlhf_jax.data import batches, chat
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.data.environment import Environment, Reply, converse, function_of, load_environment
 from rlhf_jax.data.rows import Row
@@ -679,7 +679,7 @@ def _samples(policy: LanguageModel, scored: Scored, batch: Batch) -> list[dict[s
     samples = []
     for i in np.flatnonzero(rollout.present):
         row: dict[str, Any] = {
-            "prompt": batch.prompts.rows[batch.rows[i]].prompt,
+            "prompt": chat.shown(batch.prompts.rows[batch.rows[i]], policy.tokenizer),
             "response": texts[i],
             "score": float(scores[i]),
             "length": int(np.sum(rollout.mask[i])),

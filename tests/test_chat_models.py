@@ -1,0 +1,304 @@
+"""A chat model is asked through its own chat template: the same ids in transformers, the Generator,
+every stage, evaluations and multi-turn conversations.
+"""
+
+import json
+
+import chat_families
+import jax
+import pytest
+import transformers
+from chat_families import ANSWER, SYSTEM, USER
+
+from rlhf_jax import models, sampling, training
+from rlhf_jax.algorithms import vpg
+from rlhf_jax.config import Network, RLStage, RunConfig
+from rlhf_jax.data import chat, check, encoding
+from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tokenizers import characters, load_tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import evaluate
+from rlhf_jax.generator import Generator, LanguageModel
+from rlhf_jax.report import export
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+
+TURNS = ([USER], [SYSTEM, USER], [USER, ANSWER, USER], [SYSTEM, USER, ANSWER, USER])
+DATE = {"date_string": "26 Jul 2024"}  # ours, whatever the day
+SHOWN = "System:\nbe kind\n\nUser:\nhi\n\nAssistant:\n"
+
+
+def theirs(folder, messages):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    how = {"add_generation_prompt": True, "return_dict": False}
+    return tokenizer.apply_chat_template(messages, **how, **DATE)
+
+
+@pytest.mark.parametrize("family", chat_families.FAMILIES)
+def test_ids_are_those_of_transformers(family, tmp_path):
+    chat_families.write(tmp_path, family)
+    tokenizer = load_tokenizer(tmp_path)
+    template = chat.template_of(tokenizer, "auto")
+    refused = 0
+    for messages in TURNS:
+        try:
+            expected = theirs(tmp_path, messages)
+        except Exception as error:
+            refused += 1
+            with pytest.raises(UserError, match=f"row: the chat template failed.*{error}"):
+                template.prompt(messages, "row")
+        else:
+            assert list(template.prompt(messages, "row")) == expected
+    assert refused == (2 if family in ("gemma2", "mistral") else 0)
+    rows = [Row("hi", (), "row")]
+    assert encoding.prompt_ids(rows, tokenizer, "auto") == [theirs(tmp_path, [USER])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A chat model with random weights: SmolLM2's template, pad is EOS."""
+    path = tmp_path_factory.mktemp("models") / "chat"
+    chat_families.write(path, "smollm2")
+    tokenizer = load_tokenizer(path)
+    size = tokenizer.vocab_size
+    config = models.GPT2Config(
+        size,
+        128,
+        16,
+        1,
+        2,
+        initializer_range=0.5,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.eos_id,
+    )
+    model = models.build(config)
+    models.save(path, model, model.init(jax.random.key(0)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def generator(folder):
+    return Generator(folder, max_new_tokens=5, temperature=0)
+
+
+def same(some, other):
+    assert some.texts == other.texts
+    assert some.log_probs.tolist() == other.log_probs.tolist()
+
+
+def test_a_plain_prompt_is_a_users_message_and_a_list_of_messages_a_prompt(folder, generator):
+    said = generator(["hi", [USER], [SYSTEM, USER]], num_samples=1)
+    # The same ids are the same prompt: its second sample, which at temperature 0 is the first.
+    assert said.texts[0] == said.texts[1] != said.texts[2]
+    bare = Generator(folder, max_new_tokens=5, temperature=0, template="{prompt}")
+    assert bare(["hi"]).texts != said.texts[:1]
+    same(bare([[USER]]), generator([[USER]]))
+    for message, prompt in (
+        (r"prompts\[1\]: the last message is the assistant's", [USER, ANSWER]),
+        (r"prompts\[1\]: a user message spells the special token '<\|im_end\|>'", "x<|im_end|>"),
+        (r"prompts\[1\]: message 1 of 'messages' must be an object", ["hi"]),
+        (r"prompts\[1\]: 'messages' must be a list of messages .* an empty list", []),
+        (
+            r"prompts\[1\], 'System:\\nbe kind.*: has \d+ tokens",
+            [SYSTEM, USER, ANSWER] * 9 + [USER],
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            generator(["hi", prompt])
+
+
+def test_pad_that_is_eos_becomes_the_unknown_token_and_the_vocabulary_stays(folder, tmp_path):
+    policy = LanguageModel.load(folder)
+    tokenizer, config = policy.tokenizer, policy.model.config
+    unknown, end = map(tokenizer.backend.token_to_id, ("<|endoftext|>", "<|im_end|>"))
+    assert (tokenizer.pad_id, tokenizer.eos_ids) == (unknown, (end,))
+    assert config.vocab_size == tokenizer.vocab_size == tokenizer.backend.get_vocab_size()
+    # transformers reads a reward model's score at the last token that is no pad: EOS, if it is none
+    assert (config.pad_token_id, config.eos_token_id) == (unknown, end)
+    how = sampling.SamplingConfig(5, eos_id=end, pad_id=unknown)
+    policy.save(tmp_path, template="auto", config=how)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (len(again), again.pad_token_id) == (config.vocab_size, unknown)
+    assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] == unknown
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"pad_token": None}))
+    assert load_tokenizer(tmp_path).pad_id == unknown
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"unk_token": "<|im_end|>"}))
+    assert load_tokenizer(tmp_path).pad_id == tokenizer.backend.token_to_id("<|pad|>")
+
+
+class Encoded(Exception):
+    """Stops a run when its rows are tokens."""
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Runs what is called until its rows are encoded; gives their ids without padding."""
+
+    def stopped(encode):
+        def wrapper(*args, **how):
+            raise Encoded(encode(*args, **how))
+
+        return wrapper
+
+    for name in ("encode_texts", "encode_prompts"):
+        monkeypatch.setattr(encoding, name, stopped(getattr(encoding, name)))
+
+    def call(run, *args):
+        with pytest.raises(Encoded) as stop:
+            run(*args)
+        [result] = stop.value.args
+        if isinstance(result, encoding.EncodedTexts):
+            return [texts[0].tolist() for texts in result.tokens]
+        return result.tokens[0][result.attention_mask[0] == 1].tolist()
+
+    return call
+
+
+def config_of(folder, data, output, **sections):
+    network = Network(hidden_size=8, num_layers=1, num_heads=1, max_length=64)
+    return RunConfig(
+        model=str(folder), data=(data,), output_dir=str(output), network=network, **sections
+    )
+
+
+NO = {"role": "assistant", "content": "no"}
+STAGES = {
+    "sft": ({"prompt": "hi", "response": "hello"}, {"messages": [USER, ANSWER]}),
+    "reward_model": (
+        {"prompt": "hi", "chosen": "hello", "rejected": "no"},
+        {"chosen": [USER, ANSWER], "rejected": [USER, NO]},
+    ),
+    "kto": (
+        {"prompt": "hi", "response": "hello", "desirable": True},
+        {"messages": [USER, ANSWER], "desirable": True},
+    ),
+    "rl": ({"prompt": "hi"}, {"prompt": [USER]}),
+}
+STAGES["dpo"] = STAGES["reward_model"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_read_a_prompt_as_transformers_does(stage, folder, tmp_path, write, encoded, capsys):
+    expected = theirs(folder, [USER])
+    tokenizer = load_tokenizer(folder)
+    response, other = ([*tokenizer.encode(text), tokenizer.eos_id] for text in ("hello", "no"))
+    texts = [expected + response, expected + other]
+    run = getattr(training, stage).run
+    for i, row in enumerate(STAGES[stage]):
+        ids = encoded(run, config_of(folder, write([row]), tmp_path / f"{stage}{i}"))
+        assert ids == {"rl": expected, "sft": texts[:1], "kto": texts[:1]}.get(stage, texts)
+    line = f"text.template auto: the chat template of {folder}; a plain prompt is a user's message"
+    assert capsys.readouterr().out.count(line) == 2
+
+
+def test_an_evaluation_reads_a_prompt_as_transformers_does(
+    folder, tmp_path, write, encoded, capsys
+):
+    expected = theirs(folder, [USER])
+    for row in STAGES["rl"]:
+        asked = evaluate.Config(prompts=(write([row]),), output=str(tmp_path / "out"))
+        assert encoded(evaluate.run, folder, asked) == expected
+    assert "a plain prompt is a user's message" in capsys.readouterr().out
+
+
+ENVIRONMENT = """import json
+
+def note(conversation, row):
+    with open("talks.jsonl", "a") as file:
+        print(json.dumps(conversation), file=file)
+"""
+
+
+def test_a_run_shows_messages_as_text_and_leaves_a_model_that_is_asked_the_same(
+    folder, generator, tmp_path, write, capsys
+):
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode("hello")
+    rows = [{"prompt": [SYSTEM, USER]}, {"prompt": "hi"}]
+    rows.append({"prompt": ids, "responses": ["a", "b"], "best": 0})
+    write(ENVIRONMENT, "env.py")
+    settings = RLStage(
+        num_iterations=1,
+        batch_size=4,
+        max_new_tokens=4,
+        validation_data=(write(rows, "others.jsonl"),),
+        show_examples=3,
+        environment="env.py:note",
+    )
+    config = config_of(folder, write(rows[:1]), tmp_path / "run", reward=("length",), rl=settings)
+    result = training.rl.run(config, vpg)
+    lines = (result.folder / "samples.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == [SHOWN, "hi", "hello"] * 2
+    assert capsys.readouterr().out.count(f"Prompt:    {SHOWN}\nGenerated: ") == 2
+    lines = (tmp_path / "talks.jsonl").read_text("utf-8").splitlines()
+    talks = [json.loads(line)[:-1] for line in lines]
+    as_text = {"role": "user", "content": "hello"}
+    assert talks[:3] == [[SYSTEM, USER], [USER], [as_text]]
+    assert talks[3:7] == [[SYSTEM, USER]] * 4
+    assert theirs(result.model_folder, [SYSTEM, USER]) == theirs(folder, [SYSTEM, USER])
+    left = load_tokenizer(result.model_folder)
+    assert left.config["chat_template"] == tokenizer.config["chat_template"]
+    card = (export.export(result.folder, tmp_path / "out") / "README.md").read_text("utf-8")
+    assert "It reads a prompt as a user's message of its chat template." in card
+    preview = check.preview("others.jsonl", tokenizer, kind="prompts")
+    shown = "".join(f"    | {line}\n" for line in SHOWN.split("\n"))
+    assert f"  prompt:\n{shown}" in preview
+    assert "  prompt:\n    | hello" in preview
+
+
+def test_a_text_template_of_a_run_is_used_again_and_never_twice(folder, tmp_path):
+    policy = LanguageModel.load(folder)
+    how = sampling.SamplingConfig(5, eos_id=policy.tokenizer.eos_id, pad_id=policy.tokenizer.pad_id)
+    policy.save(tmp_path / "framed", template="Q: {prompt} A:", config=how)
+    policy.save(tmp_path / "bare", template="{prompt}", config=how)
+    for name, frame in (("framed", "Q: {prompt} A:"), ("bare", "{prompt}")):
+        left = tmp_path / name
+        tokenizer = load_tokenizer(left)
+        hi, ids = Row("hi", (), ""), Row((3, 4), (), "")
+        expected = tokenizer.encode(frame.replace("{prompt}", "hi"))
+        assert encoding.prompt_ids([hi, ids], tokenizer, "auto") == [expected, [3, 4]]
+        template = chat.template_of(tokenizer, "auto")
+        for messages in TURNS:
+            assert list(template.prompt(messages, "")) == theirs(left, messages)
+        line = chat.describe("auto", tokenizer, "here")
+        assert line == f"text.template auto: {frame!r}, with which here was trained"
+        again = LanguageModel.load(left)
+        again.save(tmp_path / "again", template="auto", config=how)
+        assert load_tokenizer(tmp_path / "again").config == tokenizer.config
+    asked = Generator(tmp_path / "framed", max_new_tokens=5, temperature=0)
+    same(asked(["hi"]), asked([[USER]]))
+    same(asked(["be kind\n\nhi"]), asked([[SYSTEM, USER]]))
+    assert chat.describe("Q{prompt}", tokenizer, "here") == "text.template: 'Q{prompt}'"
+
+
+def test_a_model_without_a_chat_template_reads_prompts_as_they_are():
+    tokenizer = characters("hi Userbknd:Ayt\nSmao")
+    template = chat.template_of(tokenizer, "auto")
+    assert template.source == chat.PLAIN
+    rows = [Row("hi", (), ""), Row(template.prompt([SYSTEM, USER], ""), (), "")]
+    expected = [tokenizer.encode("hi"), tokenizer.encode(SHOWN)]
+    assert encoding.prompt_ids(rows, tokenizer, "auto") == expected
+    line = "text.template auto: {prompt}; there is no chat template"
+    assert chat.describe("auto", tokenizer, None) == line
+    assert chat.with_text_template(tokenizer, "auto").config["chat_template"] == chat.PLAIN
+    called = [USER, {**ANSWER, "tool_calls": [{"name": "é"}]}]
+    row = Row((3,), (), "", messages=called)
+    assert chat.shown(row, tokenizer) == (
+        'User:\nhi\n\nAssistant:\nhello[{"name": "é"}]\n\nAssistant:\n'
+    )
+
+
+def test_runs_of_unlike_templates_are_not_compared(folder, tmp_path):
+    policy = evaluate.load(str(folder), evaluate.Config())
+    assert policy.template == "auto"
+    run = tmp_path / "run"
+    LanguageModel.load(folder).save(
+        run / "model", template="auto", config=sampling.SamplingConfig(5, eos_id=1, pad_id=0)
+    )
+    (run / "config.yaml").write_text("text: {template: auto}")
+    evaluate.check_template(policy, str(run), evaluate.Config())
+    (run / "config.yaml").write_text("text: {template: '{prompt}'}")
+    with pytest.raises(UserError, match=r"was trained with the template '\{prompt\}'"):
+        evaluate.check_template(policy, str(run), evaluate.Config())
+    evaluate.check_template(policy, str(run), evaluate.Config(template="{prompt}"))
