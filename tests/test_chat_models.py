@@ -247,6 +247,16 @@ def test_a_run_shows_messages_as_text_and_leaves_a_model_that_is_asked_the_same(
     assert "  prompt:\n    | hello" in preview
 
 
+def test_the_prompts_of_encoded_texts_are_for_people(folder):
+    tokenizer = load_tokenizer(folder)
+    prompt = chat.template_of(tokenizer).prompt([SYSTEM, USER], "")
+    rows = [Row(prompt, ("a", "b"), "1", messages=[SYSTEM, USER]), Row("hi", ("a", "b"), "2")]
+    rows.append(Row(tuple(tokenizer.encode("hello")), ("a", "b"), "3"))
+    for template, plain in (("auto", "hi"), ("Q: {prompt}", "Q: hi")):
+        shown = encoding.encode_texts(rows, tokenizer, template=template).prompts
+        assert shown == [SHOWN, plain, "hello"]
+
+
 def test_a_text_template_of_a_run_is_used_again_and_never_twice(folder, tmp_path):
     policy = LanguageModel.load(folder)
     how = sampling.SamplingConfig(5, eos_id=policy.tokenizer.eos_id, pad_id=policy.tokenizer.pad_id)

@@ -37,6 +37,7 @@ class EncodedTexts:
 
     tokens: list[list[np.ndarray]]  # [K][N] arrays [length] int32
     starts: np.ndarray  # [N, K] int64 first columns of the responses
+    prompts: list[str]  # [N] for people to read
     sources: list[str]  # [N]
     pad_id: int
     max_length: int | None
@@ -101,8 +102,10 @@ def encode_texts(
       UserError: for a text that is too long, a template without ``{prompt}``, and when no row is
         left.
     """
-    prompts, responses_of = prompt_ids(rows, tokenizer, template), response_ids(rows, tokenizer)
-    counts, kept = Counter[str](), list[tuple[Row, list[int], list[list[int]]]]()
+    prompts = prompt_ids(rows, tokenizer, template)
+    responses_of = response_ids(rows, tokenizer)
+    counts = Counter[str]()
+    kept = list[tuple[Row, list[int], list[list[int]]]]()
     for row, prompt, responses in zip(rows, prompts, responses_of, strict=True):
         room = sys.maxsize if max_length is None else max_length - len(prompt)
         longer = [len(response) for response in responses if len(response) > room]
@@ -123,7 +126,8 @@ def encode_texts(
             kept.append((row, prompt, cut))
             counts[CUT] += len(longer)
     _check_some_left(kept, rows, max_length)
-    left, shape = [row for row, _, _ in kept], (len(kept), max(len(cut) for _, _, cut in kept))
+    left = [row for row, _, _ in kept]
+    shape = len(kept), max(len(cut) for _, _, cut in kept)
     tokens = [[np.zeros(0, np.int32)] * shape[0] for _ in range(shape[1])]
     starts, targets = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     for i, (row, prompt, cut) in enumerate(kept):
@@ -131,13 +135,18 @@ def encode_texts(
         targets[i, : len(cut)] = row.targets or 0.0
         for k, response in enumerate(cut):
             tokens[k][i] = np.array(prompt + response, np.int32)
-    best, sources = (
-        np.array([row.best or 0 for row in left], np.int32),
-        [row.source for row in left],
-    )
-    how = tokenizer.pad_id, max_length, dict(+counts), best, _weights(rows, left)
+    frame = chat.frame(template, tokenizer) or "{prompt}"
     return EncodedTexts(
-        tokens, starts, sources, *how, targets if any(row.targets for row in left) else None
+        tokens,
+        starts,
+        prompts=[_shown(row, frame, tokenizer) for row in left],
+        sources=[row.source for row in left],
+        pad_id=tokenizer.pad_id,
+        max_length=max_length,
+        counts=dict(+counts),
+        best=np.array([row.best or 0 for row in left], np.int32),
+        weight=_weights(rows, left),
+        targets=targets if any(row.targets for row in left) else None,
     )
 
 
@@ -258,6 +267,12 @@ def _framed(prompt: str, frame: str | None, tokenizer: Tokenizer, source: str) -
     if frame is None:
         return chat.template_of(tokenizer).user(prompt, source)
     return frame.replace("{prompt}", prompt)
+
+
+def _shown(row: Row, frame: str, tokenizer: Tokenizer) -> str:
+    """A row's prompt as text, in its frame if it was one."""
+    text = chat.shown(row, tokenizer)
+    return frame.replace("{prompt}", text) if isinstance(row.prompt, str) else text
 
 
 def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[int]]]:

@@ -213,7 +213,7 @@ def language_model(
     config: RunConfig, texts: Iterable[str], key: jax.Array, *, is_policy: bool = True
 ) -> LanguageModel:
     """The model of ``--model``, or a GPT-2 with random weights and the tokenizer of
-    ``--tokenizer.name``, or one that is trained on ``texts``; prints how it is asked.
+    ``--tokenizer.name``, or one that is trained on ``texts``.
 
     Raises:
         UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or
@@ -227,7 +227,6 @@ def language_model(
                 f"--model {config.model}: this is a reward model, which writes no text; give a "
                 "policy"
             )
-        logger.info(chat.describe(config.text.template, loaded.tokenizer, config.model))
         return loaded
     if config.tokenizer.name is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer.name)
@@ -235,7 +234,6 @@ def language_model(
         tokenizer = tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
     else:
         tokenizer = tokenizers.characters(texts)
-    logger.info(chat.describe(config.text.template, tokenizer, config.tokenizer.name))
     network = dataclasses.asdict(config.network)
     rate = network.pop("dropout")
     network |= {f"{where}_dropout": rate for where in ("embedding", "attention", "residual")}
@@ -255,6 +253,12 @@ def language_model(
         else jax.jit(model.init, out_shardings=place(jax.eval_shape(model.init, key)))
     )
     return LanguageModel(model, init(key), tokenizer)
+
+
+def say_template(config: RunConfig, tokenizer: tokenizers.Tokenizer) -> None:
+    """Prints what the model reads for a prompt."""
+    source = config.model or config.tokenizer.name
+    logger.info(chat.describe(config.text.template, tokenizer, source))
 
 
 def prompts_for(

@@ -180,6 +180,7 @@ def _parts(
     texts = texts_of([row for part in rows for row in part])
     language_model = initial.language_model(config, texts, stage.key("init"))
     tokenizer = language_model.tokenizer
+    initial.say_template(config, tokenizer)
     encoded = []
     for part, note in zip(rows, ("", " (for validation)"), strict=False):
         safe = guard.prompts(part, tokenizer)

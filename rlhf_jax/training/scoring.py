@@ -156,9 +156,9 @@ def samples(
     """
     lengths = comparisons.response_lengths[rows]
 
-    def texts(i: int, answer: int) -> tuple[str, str]:
+    def response(i: int, answer: int) -> str:
         tokens, start = comparisons.tokens[answer][rows[i]], comparisons.starts[rows[i], answer]
-        return tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])
+        return tokenizer.decode(tokens[start:])
 
     labels = zip(
         comparisons.weight[rows].tolist(), (comparisons.sources[row] for row in rows), strict=True
@@ -167,15 +167,14 @@ def samples(
     found: list[dict[str, Any]] = []
     if comparisons.targets is not None:
         for i, k in np.argwhere(lengths > 0):
-            prompt, response = texts(i, k)
             target = {
                 "score": float(scores[i, k]),
                 "target": float(comparisons.targets[rows[i], k]),
             }
             found.append(
                 {
-                    "prompt": prompt,
-                    "response": response,
+                    "prompt": comparisons.prompts[rows[i]],
+                    "response": response(i, k),
                     **target,
                     "length": int(lengths[i, k]),
                     **of_row[i],
@@ -185,9 +184,8 @@ def samples(
     best = comparisons.best[rows]
     for i, answers in enumerate(zip(best, metrics.rival(scores, best, lengths), strict=True)):
         chosen_rejected = list(zip(("chosen", "rejected"), answers, strict=True))
-        row: dict[str, Any] = {"prompt": texts(i, best[i])[0]} | {
-            name: texts(i, k)[1] for name, k in chosen_rejected
-        }
+        row: dict[str, Any] = {"prompt": comparisons.prompts[rows[i]]}
+        row |= {name: response(i, k) for name, k in chosen_rejected}
         row |= {f"score_{name}": float(scores[i, k]) for name, k in chosen_rejected}
         found.append(
             row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected} | of_row[i]

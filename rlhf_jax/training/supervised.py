@@ -290,6 +290,8 @@ def _encoded(
     if data.rows[0].is_plain_text:
         kind, template = "pieces", "{prompt}"
         to_train, own = _pieces(to_train, language_model), _pieces(own, language_model)
+    else:
+        initial.say_template(stage.config, language_model.tokenizer)
     every_row = [*to_train, *own]
     encoded = encoding.encode_texts(
         every_row,
