@@ -44,22 +44,39 @@ def beside(policy: Trainable, value: Params) -> Trainable:
 
 
 def make_optimizer(
-    settings: RLStage, critic: PPOStage, updates: int, params: Params
+    settings: RLStage,
+    critic: PPOStage,
+    updates: int,
+    params: Params,
+    given: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of a run of so many ``updates`` an iteration.
 
     A value model, or a head with a learning rate or a warm-up of its own, has an optimizer of its
     own (``split``), with a schedule of the same form. The policy's schedule begins after the
     warm-up.
+
+    Args:
+        given: takes the place of Adam for all that has no optimizer of its own.
     """
-    adam, rate, warmup = settings.optimizer, critic.value_learning_rate, critic.value_warmup
-    policy = optimizer.make_optimizer(adam, (settings.length - warmup) * updates)
-    if "policy" not in params and rate is None and not warmup:
+    adam = settings.optimizer
+    rate = critic.value_learning_rate
+    warmup = critic.value_warmup
+    policy = given
+    if policy is None:
+        policy = optimizer.make_optimizer(adam, (settings.length - warmup) * updates)
+    if not has_own_optimizer(critic, params):
         return policy
-    adam = adam if rate is None else replace(adam, learning_rate=rate)
-    return split(
-        policy, optimizer.make_optimizer(adam, settings.length * updates), params, warmup * updates
-    )
+    if rate is not None:
+        adam = replace(adam, learning_rate=rate)
+    value = optimizer.make_optimizer(adam, settings.length * updates)
+    return split(policy, value, params, warmup * updates)
+
+
+def has_own_optimizer(critic: PPOStage, params: Params) -> bool:
+    """Whether the value function of ``params`` is not trained by the policy's optimizer."""
+    has_own_schedule = critic.value_learning_rate is not None or critic.value_warmup > 0
+    return "policy" in params or has_own_schedule
 
 
 def split(

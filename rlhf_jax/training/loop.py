@@ -55,6 +55,8 @@ class Job(NamedTuple):
     attempt: Callable[[Any], Any] = lambda state: (
         state
     )  # the largest step for its memory alone; the state as it was
+    # (step, state after it, its row of metrics) -> whether the run ends here; None: nobody asks
+    on_step: Callable[[int, Any, Mapping[str, float]], bool] | None = None
 
 
 def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]]:
@@ -112,7 +114,7 @@ class _Loop:
     """A loop under way: its state, what was recorded, and up to which step."""
 
     done = 0  # steps, the one under way included
-    ended = False  # early, by the judge
+    ended = ""  # early: why
     pending: Metrics | None = None  # of the last step, on the device still
     rules_checked = False
 
@@ -177,7 +179,7 @@ class _Loop:
             self.history.append(self.row)
             self._save()
             checkpoints.wait()  # before the first update, also if saves are asynchronous
-        self.ended = judge.stops(self.history)
+        self._judge_history()
         self.clock = time.perf_counter()
 
     @property
@@ -194,8 +196,8 @@ class _Loop:
         self.pending = {**metrics, **self.judge.metrics(self.state)}
 
     def settle(self, received: int) -> None:
-        """Waits for the step if something depends on it: a validation, an alert that may stop the
-        run, or a checkpoint, which is due at the end, at the interval, for a signal or an alert,
+        """Waits for the step if something depends on it: a validation, an alert or a function of
+        the user's own that may stop the run, or a checkpoint, which is due at the end, at the interval, for a signal or an alert,
         and after validations under ``keep_best``.
         """
         config, last = self.stage.config, self.done == self.job.num_steps
@@ -203,13 +205,18 @@ class _Loop:
             last or self.done % self.job.validation_interval == 0
         )
         saves = received or last or self.done % config.checkpoint_interval == 0
-        if not (validates or saves or any(rule.action == "stop" for rule in self.rules)):
+        is_watched = self.job.on_step is not None or any(
+            rule.action == "stop" for rule in self.rules
+        )
+        if not (validates or saves or is_watched):
             return
         self._catch_up(validates)
         if validates:
             self.history.append(self.row)
             self.state = self.judge.lowered(self.state, self.history)
-            self.ended = self.judge.stops(self.history)
+            self._judge_history()
+        if self.job.on_step is not None and self.job.on_step(self.done, self.state, self.row):
+            self.ended = self.ended or "on_step asked for it"
         if (
             saves
             or self.ended
@@ -219,6 +226,12 @@ class _Loop:
             self._save()
         self.clock = time.perf_counter()
         self.obey_alerts()
+
+    def _judge_history(self) -> None:
+        """Ends the run early if the validations so far say so."""
+        if self.judge.stops(self.history):
+            count = self.judge.stop_after
+            self.ended = f"{self.judge.metric} has not improved for {count} validations"
 
     def _catch_up(self, validates: bool = False) -> None:
         """Records the step whose metrics are pending, with a validation of the state after it if
@@ -257,10 +270,11 @@ class _Loop:
         """The last state and row, or those of the best checkpoint; says why the run ended early,
         and which it is.
         """
-        metric, best = self.judge.metric, self.checkpoints.best()
+        metric = self.judge.metric
+        best = self.checkpoints.best()
         if self.ended and self.done < self.job.num_steps:
-            waited = f"{metric} has not improved for {self.judge.stop_after} validations"
-            logger.info(f"ended early, after step {self.done} of {self.job.num_steps}: {waited}")
+            where = f"after step {self.done} of {self.job.num_steps}"
+            logger.info(f"ended early, {where}: {self.ended}")
         if best is None:
             return self.state, self.row
         state, meta = self.checkpoints.restore(self.state, best)

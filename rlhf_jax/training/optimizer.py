@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from rlhf_jax.config import Optimizer
+from rlhf_jax.models import HEADS
 from rlhf_jax.types import Params
 
 T = TypeVar("T")
@@ -59,6 +61,25 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
     return optax.inject_hyperparams(chain)(learning_rate=schedule, **scales)
 
 
+def muon_dimensions(params: Params) -> Any:
+    """The matrices of a model or of LoRA's adapters, for ``optax.contrib.muon``:
+
+        optax.contrib.muon(rate, muon_weight_dimension_numbers=muon_dimensions)
+
+    Some kernels are several matrices in one array: of stacked layers (``compute.scan_layers``)
+    [L, in, out], the query, key and value of GPT-2 [in, 3, out]. Each is orthogonalized by itself.
+    Embeddings, heads, biases and scales are left to Adam (None).
+    """
+
+    def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = [entry.key for entry in path]
+        if names[-1] not in ("kernel", "lora_a", "lora_b") or names[-2] in HEADS:
+            return None
+        return MuonDimensionNumbers(int("h" in names), -1)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
 def _decayed(params: Params) -> Any:
     """True for matrices, adapters and embeddings of the body. Judged by name: under scan a bias has
     rank 2 too.
@@ -66,10 +87,8 @@ def _decayed(params: Params) -> Any:
 
     def decayed(path: tuple[Any, ...], _: jax.Array) -> bool:
         names = [entry.key for entry in path]
-        return names[-1] in ("kernel", "embedding", "lora_a", "lora_b") and names[-2] not in (
-            "value",
-            "score",
-        )
+        is_matrix = names[-1] in ("kernel", "embedding", "lora_a", "lora_b")
+        return is_matrix and names[-2] not in HEADS
 
     return jax.tree_util.tree_map_with_path(decayed, params)
 

@@ -7,7 +7,7 @@ they call are the pure functions of ``training.phases``.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,12 +47,17 @@ from rlhf_jax.types import (
     Rollout,
 )
 
+OnStep = Callable[[int, LoopState, Mapping[str, float], Rollout], bool | None]
+
 
 def run(
     config: RunConfig,
     algorithm: Algorithm = ppo,
     algorithm_config: AlgorithmConfig | None = None,
+    *,
     run_reward: spec.Reward | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    on_step: OnStep | None = None,
 ) -> RunResult:
     """Trains the policy in ``config.model`` and saves ``model/`` in the run folder.
 
@@ -62,6 +67,15 @@ def run(
         algorithm_config: None: the algorithm's section of ``config``, or for one of your own its
             ``Config()``.
         run_reward: takes the place of ``config.reward``: any RewardFn or HostReward.
+        optimizer: takes the place of ``rl.optimizer``, its schedule and clipping included; the
+            schedule counts optimizer steps, ``num_epochs * num_minibatches`` of an iteration. A
+            value model, or a value head with a rate or a warm-up of its own, keeps
+            ``rl.optimizer``.
+        on_step: ``on_step(step, state, metrics, rollout)`` after each step: the ``LoopState`` after
+            step number ``step`` (the first is 1), its row of metrics.jsonl as numbers, and the
+            scored rollout that it learned from. If it returns True the run ends there, as early
+            stopping ends it: saved, without an error. The next step gives the arrays of ``state``
+            up: copy what is kept. Several processes must return the same.
 
     Raises:
         UserError: for whatever is wrong with the data, the models' folders, the run folder or the
@@ -72,16 +86,16 @@ def run(
     name = section_name(algorithm)
     config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
     given = {"algorithm": None if name in ALGORITHMS else algorithm, "reward": run_reward}
+    given |= {"optimizer": optimizer}
     if run_reward is not None:
         config = replace(config, reward=())
     config = set_up(config)
-    initial.warn_of_rate(config, "rl", settings.optimizer)
+    _check_optimizer(config, optimizer)
     num_devices = sharding.num_parts(initial.mesh_of(config))
     sizes = _sizes(name, settings, algorithm_config, num_devices)
     score_rows = memory.score_rows(config.compute, settings.batch_size, algorithm_config)
-    method = Method(
-        algorithm, algorithm_config, penalty_of(config, algorithm, algorithm_config), score_rows
-    )
+    penalty = penalty_of(config, algorithm, algorithm_config)
+    method = Method(algorithm, algorithm_config, penalty, score_rows, optimizer)
     reply = function_of(settings.environment, "rl.environment")
     sources = [settings.data]
     if settings.validation_data:
@@ -92,7 +106,7 @@ def run(
         parts = _parts(stage, [data.rows for data in read], run_reward, reply, score_rows)
         networks = _networks(stage, parts.initial, method)
         programs = compiled(stage, parts.initial, method, networks.optimizer)
-        job = build(stage, parts, method, networks, programs)
+        job = build(stage, parts, method, networks, programs, on_step)
         state, row = loop.train(stage, first_state(stage, method, networks), job)
         policy = models.policy_params(state.train.params)
         trained = {part: leaves for part, leaves in policy.items() if part != "value"}
@@ -109,6 +123,7 @@ class Method(NamedTuple):
     config: AlgorithmConfig
     penalty: Penalty
     score_rows: int | None  # that policy, reference and reward model score at once
+    optimizer: optax.GradientTransformation | None = None  # None: that of ``rl.optimizer``
 
 
 class Parts(NamedTuple):
@@ -270,6 +285,18 @@ def _sizes(
     }
 
 
+def _check_optimizer(config: RunConfig, given: optax.GradientTransformation | None) -> None:
+    """Warns of a high rate; UserError for a schedule that an optimizer from Python does not have."""
+    settings = config.rl.optimizer
+    if given is None:
+        initial.warn_of_rate(config, "rl", settings)
+    elif settings.schedule == "plateau":
+        raise UserError(
+            "rl.optimizer.schedule: plateau cannot lower the rate of an optimizer that Python "
+            "gives; choose another schedule"
+        )
+
+
 def _networks(stage: Stage, begun: LanguageModel, method: Method) -> Networks:
     """Puts policy, value model and reference on the devices."""
     settings = stage.config.rl
@@ -278,7 +305,11 @@ def _networks(stage: Stage, begun: LanguageModel, method: Method) -> Networks:
     value = values.value if method.algorithm.needs_values else None
     start, trained = critic.start(stage, begun.params, value)
     updates = method.config.num_epochs * method.config.num_minibatches
-    optimizer = critic.make_optimizer(settings, values, updates, trained.params)
+    optimizer = critic.make_optimizer(settings, values, updates, trained.params, method.optimizer)
+    if method.optimizer is not None:
+        has_critic = critic.has_own_optimizer(values, trained.params)
+        use = "trains the value function alone" if has_critic else "is not used"
+        logger.info(f"the optimizer is the one that Python gives; rl.optimizer {use}")
 
     def policy_fn(columns: int, value_model: models.Model | None = None) -> PolicyFn:
         """Computes no logits of the prompt: of all columns but the last ``max_new_tokens``."""
@@ -568,6 +599,22 @@ def replace_uninformative(
     return draw_rounds
 
 
+def observed(draw_step: DrawStep, on_step: OnStep) -> tuple[DrawStep, Callable[..., bool]]:
+    """The draw, and ``on_step`` with the rollout that was drawn last."""
+    drawn: list[Rollout] = []
+
+    def draw(state: LoopState, spares: Sequence[Batch]) -> tuple[Rollout, Metrics]:
+        drawn.clear()
+        rollout, metrics = draw_step(state, spares)
+        drawn.append(rollout)
+        return rollout, metrics
+
+    def observe(step: int, state: LoopState, row: Mapping[str, float]) -> bool:
+        return bool(on_step(step, state, row, drawn[0]))
+
+    return draw, observe
+
+
 def refreshed(advance: Advance, every: int, copy: Callable[[Params], Params]) -> Advance:
     """The step, before which every so many steps the policy becomes the reference."""
 
@@ -697,7 +744,12 @@ SHOWN = ("objective/score", "objective/kl", "kl/coef", "response/length", "valid
 
 
 def build(
-    stage: Stage, parts: Parts, method: Method, networks: Networks, programs: Programs
+    stage: Stage,
+    parts: Parts,
+    method: Method,
+    networks: Networks,
+    programs: Programs,
+    on_step: OnStep | None,
 ) -> loop.Job:
     """What the loop runs: steps, validations, and first the widest step as a trial of memory."""
     settings = stage.config.rl
@@ -728,6 +780,9 @@ def build(
         draw_step = replace_uninformative(
             draw, schedule.num_prompts, programs.num_equal, programs.refill
         )
+    observe = None
+    if on_step is not None:
+        draw_step, observe = observed(draw_step, on_step)
 
     def advance(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
         rollout, metrics = draw_step(state, schedule.batches(step))
@@ -757,6 +812,7 @@ def build(
         optimizer=settings.optimizer,
         judged_by="max:validation/score",
         attempt=attempt,
+        on_step=observe,
     )
 
 

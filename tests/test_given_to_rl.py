@@ -1,0 +1,158 @@
+"""What Python gives to an RL run beside its settings: an optimizer, a callback."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+from optax.contrib import muon
+
+from rlhf_jax import models, ppo, rloo, training
+from rlhf_jax.config import Network, Optimizer, PPOStage, RLStage, RunConfig, Text, Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.training.optimizer import make_optimizer, muon_dimensions
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+
+ADAM = Optimizer(learning_rate=0.01, schedule="linear")
+
+
+@pytest.fixture
+def config(tmp_path):
+    rows = [{"prompt": f"say {letter}"} for letter in "abcdefgh"]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows), "utf-8")
+    return RunConfig(
+        data=(str(tmp_path / "prompts.json"),),
+        output_dir=str(tmp_path / "run"),
+        checkpoint_interval=1,
+        network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
+        tokenizer=Tokenizer(kind="characters"),
+        text=Text(bucket_multiple=16),
+        reward=("count:a",),
+        rl=RLStage(
+            num_iterations=3,
+            batch_size=4,
+            max_new_tokens=2,
+            validation_fraction=0.0,
+            optimizer=ADAM,
+        ),
+    )
+
+
+def elsewhere(config, name, **changes):
+    folder = config.output_dir.replace("run", name)
+    return dataclasses.replace(config, output_dir=folder, **changes)
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def weights(result):
+    return models.load(result.model_folder)[1]
+
+
+def test_a_given_optimizer_takes_the_place_of_the_settings(config, capsys):
+    """Of a policy and a value head, which has no optimizer of its own."""
+    once = PPOStage(num_epochs=1)
+    usual = training.rl.run(config, ppo, once)
+    own = make_optimizer(ADAM, num_steps=3)
+    unused = dataclasses.replace(config.rl, optimizer=Optimizer(learning_rate=7.0))
+    given = training.rl.run(elsewhere(config, "given", rl=unused), ppo, once, optimizer=own)
+    jax.tree.map(np.testing.assert_array_equal, weights(usual), weights(given))
+    said = "the optimizer is the one that Python gives; rl.optimizer is not used\n"
+    assert capsys.readouterr().out.count(said) == 1
+    manifest = json.loads((given.folder / "manifest.json").read_text("utf-8"))
+    assert manifest["given"].keys() == {"optimizer"}
+    assert rows_of(usual.folder)[-1]["value/loss"] == rows_of(given.folder)[-1]["value/loss"]
+
+
+def test_a_given_optimizer_trains_all_but_a_value_head_with_a_rate_of_its_own(config, capsys):
+    own = PPOStage(value_learning_rate=0.1)
+    start = training.rl.run(elsewhere(config, "start"), ppo, optimizer=optax.sgd(0.0))
+    still = training.rl.run(config, ppo, own, optimizer=optax.sgd(0.0))
+    jax.tree.map(np.testing.assert_array_equal, weights(start), weights(still))
+    assert "rl.optimizer trains the value function alone" in capsys.readouterr().out
+    losses = [rows_of(run.folder)[-1]["value/loss"] for run in (start, still)]
+    assert losses[0] != losses[1]
+
+
+def test_the_schedule_plateau_needs_the_optimizer_of_the_settings(config):
+    plateau = Optimizer(schedule="plateau", decay_patience=1)
+    wrong = dataclasses.replace(config, rl=dataclasses.replace(config.rl, optimizer=plateau))
+    with pytest.raises(UserError, match="plateau cannot lower the rate of an optimizer that Pyth"):
+        training.rl.run(wrong, rloo, optimizer=optax.sgd(0.1))
+
+
+SIZES = {"vocab_size": 13, "max_length": 16, "hidden_size": 16, "num_layers": 3, "num_heads": 2}
+KINDS = {
+    "gpt2": models.GPT2Config(**SIZES),
+    "gpt2 stacked": models.GPT2Config(**SIZES, scan_layers=True),
+    "llama": models.LlamaConfig(**SIZES, num_kv_heads=1, intermediate_size=24),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["whole", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_muon_orthogonalizes_each_matrix_by_itself(kind, rank):
+    params = models.build(KINDS[kind]).init(jax.random.key(0))
+    if rank:
+        params = models.lora.init(jax.random.key(1), params, rank)
+    params = models.add_head(jax.random.key(2), params, "value") if not rank else params
+    keys = jax.random.split(jax.random.key(3), len(jax.tree.leaves(params)))
+    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    gradients = jax.tree.map(lambda x, key: jax.random.normal(key, x.shape), params, keys)
+    optimizer = muon(1.0, ns_steps=8, muon_weight_dimension_numbers=muon_dimensions)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    matrices = 0
+    for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
+        names = [entry.key for entry in path]
+        if names[-1] not in ("kernel", "lora_a", "lora_b") or names[-2] == "value":
+            assert np.ptp(np.abs(update)) < 1e-3  # Adam's first step
+            continue
+        # [..., in, out], whatever stands between these in one array
+        single = np.moveaxis(np.asarray(update), 1 if names[0] == "h" else 0, -2)
+        shape = single.shape[-2:]
+        for matrix in single.reshape(-1, *shape):
+            sizes = np.linalg.svd(matrix, compute_uv=False) / max(1, shape[1] / shape[0]) ** 0.5
+            assert 0.5 < sizes.min() <= sizes.max() < 1.5, names
+            matrices += 1
+    per_layer = {"gpt2": (6, 10), "llama": (7, 14)}[kind.partition(" ")[0]]
+    assert matrices == 3 * per_layer[rank > 0]
+
+
+def test_a_run_with_muon_and_a_schedule_goes_on_bit_for_bit(config):
+    rate = optax.linear_schedule(0.02, 0.0, 3)
+    optimizer = muon(rate, muon_weight_dimension_numbers=muon_dimensions)
+    straight = training.rl.run(config, rloo, optimizer=optimizer)
+    again = elsewhere(config, "again")
+    stopped = training.rl.run(again, rloo, optimizer=optimizer, on_step=lambda step, *_: step == 2)
+    assert rows_of(stopped.folder) == rows_of(straight.folder)[:3]
+    resumed = training.rl.run(dataclasses.replace(again, resume=True), rloo, optimizer=optimizer)
+    assert rows_of(resumed.folder) == rows_of(straight.folder)
+    jax.tree.map(np.testing.assert_array_equal, weights(resumed), weights(straight))
+    other = muon(0.01, muon_weight_dimension_numbers=muon_dimensions)
+    with pytest.raises(UserError, match="optimizer"):
+        training.rl.run(dataclasses.replace(again, resume=True), rloo, optimizer=other)
+
+
+def test_on_step_sees_each_step_and_may_end_the_run(config, capsys):
+    seen = []
+
+    def on_step(step, state, metrics, rollout):
+        seen.append((step, int(state.train.step), dict(metrics), rollout))
+        return step == 2 or None
+
+    result = training.rl.run(config, rloo, on_step=on_step)
+    rows = rows_of(result.folder)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [step for step, *_ in seen] == [1, 2]
+    assert [count for _, count, *_ in seen] == [1, 2]
+    for (step, _, metrics, rollout), row in zip(seen, rows[1:], strict=True):
+        assert {"step": step, **metrics} == row
+        assert np.mean(rollout.scores) == pytest.approx(metrics["objective/score"])
+    assert (result.folder / "checkpoints" / "2").is_dir()
+    assert result.model_folder.is_dir()
+    assert "ended early, after step 2 of 3: on_step asked for it\n" in capsys.readouterr().out
