@@ -376,19 +376,16 @@ def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any) -> Any:
 def responses(
     rollout: Rollout, tokenizer: tokenizers.Tokenizer, with_replies: bool = False
 ) -> list[str]:
-    """The text of each row's responses, special tokens left out; ``with_replies`` of an environment
-    between them.
+    """The text of each row's responses without pad and EOS; ``with_replies`` of an environment
+    between them, without any special token.
     """
-    said = np.asarray(rollout.response_mask) != 0
-    shown = (
-        np.maximum.accumulate(said, axis=1) & (np.asarray(rollout.attention_mask) != 0)
-        if with_replies
-        else said
-    )
-    return [
-        tokenizer.decode(row[mask])
-        for row, mask in zip(np.asarray(rollout.tokens), shown, strict=True)
-    ]
+    tokens = np.asarray(rollout.tokens)
+    shown = said = np.asarray(rollout.response_mask) != 0
+    if with_replies:
+        behind_prompt = np.maximum.accumulate(said, axis=1)
+        of_replies = behind_prompt & (np.asarray(rollout.attention_mask) != 0) & ~said
+        shown = said | of_replies & ~np.isin(tokens, tokenizer.special_ids)
+    return [tokenizer.decode(row[mask]) for row, mask in zip(tokens, shown, strict=True)]
 
 
 def ended(rollout: Rollout, eos_ids: Sequence[int]) -> np.ndarray:

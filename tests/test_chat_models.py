@@ -6,6 +6,7 @@ import json
 
 import chat_families
 import jax
+import numpy as np
 import pytest
 import transformers
 from chat_families import ANSWER, SYSTEM, USER
@@ -13,13 +14,15 @@ from chat_families import ANSWER, SYSTEM, USER
 from rlhf_jax import models, sampling, training
 from rlhf_jax.algorithms import vpg
 from rlhf_jax.config import Network, RLStage, RunConfig
-from rlhf_jax.data import chat, check, encoding
+from rlhf_jax.data import chat, check, encoding, environment
+from rlhf_jax.data.environment import Environment
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters, load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import evaluate
-from rlhf_jax.generator import Generator, LanguageModel
+from rlhf_jax.generator import Generator, LanguageModel, responses
 from rlhf_jax.report import export
+from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -49,6 +52,11 @@ def test_ids_are_those_of_transformers(family, tmp_path):
                 template.prompt(messages, "row")
         else:
             assert list(template.prompt(messages, "row")) == expected
+    if family.startswith(("smol", "qwen", "llama")):  # where EOS ends each turn
+        setting = Environment(lambda *_: USER, tokenizer, chat.template_of(tokenizer), 9)
+        reply, _ = environment._ask(setting, [USER, ANSWER], {}, "")
+        said = [*theirs(tmp_path, [USER]), *tokenizer.encode("hello"), tokenizer.eos_id]
+        assert said + reply == theirs(tmp_path, [USER, ANSWER, USER])
     assert refused == (2 if family in ("gemma2", "mistral") else 0)
     rows = [Row("hi", (), "row")]
     assert encoding.prompt_ids(rows, tokenizer, "auto") == [theirs(tmp_path, [USER])]
@@ -245,6 +253,39 @@ def test_a_run_shows_messages_as_text_and_leaves_a_model_that_is_asked_the_same(
     shown = "".join(f"    | {line}\n" for line in SHOWN.split("\n"))
     assert f"  prompt:\n{shown}" in preview
     assert "  prompt:\n    | hello" in preview
+
+
+def test_an_evaluation_at_temperature_0_says_what_the_generator_says(
+    folder, generator, tmp_path, write
+):
+    prompts = (write([{"prompt": [SYSTEM, USER]}, {"prompt": "hi"}]),)
+    asked = evaluate.Config(
+        prompts=prompts, temperature=0, max_new_tokens=5, output=str(tmp_path / "out")
+    )
+    evaluate.run(folder, asked)
+    lines = (tmp_path / "out" / evaluate.SAMPLES).read_text("utf-8").splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [sample["prompt"] for sample in samples] == [SHOWN, "hi"]
+    expected = generator([[SYSTEM, USER], "hi"]).texts
+    assert [sample["response"] for sample in samples] == expected
+
+
+def test_transcripts_show_replies_without_special_tokens(folder):
+    tokenizer = load_tokenizer(folder)
+    prompt, whole = (theirs(folder, messages) for messages in ([USER], [USER, ANSWER, USER]))
+    tokens = np.array([[*whole, *tokenizer.encode("ok"), tokenizer.eos_id]])
+    mask = np.zeros_like(tokens)
+    spoken = len(tokenizer.encode("hello")) + 1
+    mask[0, len(prompt) : len(prompt) + spoken] = 1
+    mask[0, len(whole) :] = 1
+    rollout = Rollout(tokens, np.ones_like(tokens), mask, np.zeros(tokens.shape))
+    assert responses(rollout, tokenizer) == ["hellook"]
+    shown = "hello\nuser\nhi\nassistant\nok"
+    assert responses(rollout, tokenizer, with_replies=True) == [shown]
+    tokens[0, len(whole)] = tokenizer.backend.token_to_id(
+        "<|im_start|>"
+    )  # said by the policy itself
+    assert "assistant\n<|im_start|>" in responses(rollout, tokenizer, with_replies=True)[0]
 
 
 def test_the_prompts_of_encoded_texts_are_for_people(folder):

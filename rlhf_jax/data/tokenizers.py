@@ -88,6 +88,12 @@ class Tokenizer:
         return max(self.backend.get_vocab().values()) + 1
 
     @functools.cached_property
+    def special_ids(self) -> list[int]:
+        """Ids of the special tokens."""
+        added = self.backend.get_added_tokens_decoder()
+        return [i for i, token in added.items() if token.special]
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the tokenizer.json that `save` writes."""
         return hashlib.sha256(self.backend.to_str(pretty=True).encode()).hexdigest()

@@ -410,9 +410,8 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     encoded = encoding.encode_prompts(
         prompts, tokenizer, template=policy.template, too_long=config.too_long, **limits
     )
-    settings = initial.sampling_config(
-        RLStage(max_new_tokens=slots, temperature=config.temperature), tokenizer
-    )
+    settings = initial.sampling_config(RLStage(max_new_tokens=slots), tokenizer)
+    settings = dataclasses.replace(settings, temperature=config.temperature)  # which may be 0
     shape = (len(encoded), config.num_samples)
     numbers = np.repeat(np.arange(shape[0]), shape[1])
     key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
