@@ -17,7 +17,7 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,7 +29,7 @@ from rlhf_jax.algorithms import dpo, kto, ppo, reward_model, sft
 from rlhf_jax.algorithms.grpo import Config as GRPOConfig
 from rlhf_jax.algorithms.rloo import Config as RLOOConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
-from rlhf_jax.errors import UserError, check_pattern
+from rlhf_jax.errors import UserError, check_pattern, logger
 from rlhf_jax.ops import check_number
 from rlhf_jax.runs import alerts, manifest, objects
 from rlhf_jax.types import Algorithm
@@ -197,8 +197,8 @@ class Optimizer:
     decay_patience: int = 5
     """Validations without improvement that the schedule plateau waits for; the metric is that of
     keep_best, without it validation/score in RL and validation/loss elsewhere."""
-    warmup_steps: int = 0
-    """Optimizer steps of linear warm-up."""
+    warmup_steps: float = 0
+    """Optimizer steps of linear warm-up; below 1 a share of the run's steps, rounded up."""
     weight_decay: float = 0.0
     """Decoupled weight decay; biases, norms and the heads' gain and shift are never decayed."""
     max_grad_norm: float | None = 1.0
@@ -757,14 +757,75 @@ def parse(
     values, unknown = parsed
     if unknown:
         raise UserError(_unknown_flag(unknown[0].partition("=")[0], kind))
+    typed = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
+    if isinstance(defaults, RunConfig):
+        filled = _fill_pretrained(values, typed | given.keys())
+        read_here = [key for key in filled if _is_read(key, kind, sections)]
+        if read_here:
+            listed = ", ".join(f"{key} {filled[key]}" for key in read_here)
+            model = values["model"]
+            logger.info(f"defaults for the pretrained {model}: {listed}; see docs/runs.md")
     problems: list[str] = []
     config = _build(kind, values, defaults, "", given, problems)
     if problems:
         raise UserError("\n".join(problems))
     if not options.trust_config:
-        typed = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in flags}
         check_trusted({key: value for key, value in given.items() if key not in typed})
     return config
+
+
+# Defaults where --model names pretrained weights: {key: (all weights trained, LoRA)}. Those of the
+# classes suit small networks that start from random weights. docs/runs.md cites the sources.
+PRETRAINED: dict[str, tuple[Any, Any]] = {
+    "sft.optimizer.learning_rate": (2e-5, 2e-4),
+    "sft.optimizer.schedule": ("cosine", "cosine"),
+    "sft.optimizer.warmup_steps": (0.1, 0.1),
+    "reward_model.optimizer.learning_rate": (1e-5, 1e-4),
+    "reward_model.optimizer.schedule": ("cosine", "cosine"),
+    "reward_model.optimizer.warmup_steps": (0.1, 0.1),
+    "dpo.batch_size": (64, 32),
+    "dpo.optimizer.learning_rate": (1e-6, 1e-5),
+    "dpo.optimizer.warmup_steps": (0.1, 0.1),
+    "kto.optimizer.learning_rate": (1e-6, 1e-5),
+    "kto.optimizer.warmup_steps": (0.1, 0.1),
+    "rl.optimizer.learning_rate": (1e-6, 1e-5),
+}
+
+
+def _fill_pretrained(values: dict[str, Any], chosen: Collection[str]) -> dict[str, Any]:
+    """Puts the defaults for pretrained weights into the parsed ``values`` if the model has such;
+    returns them by key. What was ``chosen``, by a flag or a file, stays."""
+    if values["model"] is None or not is_pretrained(values["model"]):
+        return {}
+    column = 1 if values["lora"]["rank"] else 0
+    filled = {key: both[column] for key, both in PRETRAINED.items() if key not in chosen}
+    for key, value in filled.items():
+        section = values
+        *path, name = key.split(".")
+        for inner in path:
+            section = section.setdefault(inner, {})
+        section[name] = value
+    return filled
+
+
+def is_pretrained(model: str) -> bool:
+    """Whether the weights of ``--model`` are from elsewhere: False if a run wrote them, and it, or
+    a run before it, started from random weights.
+    """
+    seen: list[str] = []
+    above: Any = model
+    while isinstance(above, str) and above not in seen:
+        seen.append(above)
+        folder = Path(above)
+        if not folder.is_dir():  # a Hugging Face name, or a run that has gone
+            return True
+        own = folder / "config.yaml"  # of a run's folder; else the folder is the run's model/
+        try:
+            file = own if own.is_file() else folder.parent / "config.yaml"
+            above = yaml.safe_load(file.read_bytes())["model"]
+        except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError):
+            return True
+    return above is not None
 
 
 def check_trusted(given: Values) -> None:

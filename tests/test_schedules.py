@@ -29,6 +29,7 @@ from rlhf_jax.types import TrainState
         ),
         ({"schedule": "linear", "warmup_steps": 2}, [0, 0.4, 0.8, 0.4, 0.0]),
         ({"schedule": "plateau", "warmup_steps": 1}, [0, 0.8, 0.8]),
+        ({"schedule": "linear", "warmup_steps": 0.3}, [0, 0.4, 0.8, 0.4, 0.0]),
     ],
 )
 def test_the_rate_of_each_step(settings, rates):

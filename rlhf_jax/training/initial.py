@@ -3,16 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 
 from rlhf_jax import models, ops, sampling, sharding
-from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig
+from rlhf_jax.config import Compute, LoRA, Optimizer, RLStage, RunConfig, is_pretrained
 from rlhf_jax.data import batches, chat, encoding, formats, tokenizers
 from rlhf_jax.data.rows import Kind, Row, Text
 from rlhf_jax.errors import UserError, logger
@@ -155,7 +153,7 @@ def warn_of_rate(config: RunConfig, section: str, optimizer: Optimizer) -> None:
         config.model is not None
         and not config.lora.rank
         and rate >= 1e-4
-        and _is_pretrained(config.model)
+        and is_pretrained(config.model)
     ):
         high = (
             f"{section}.optimizer.learning_rate {rate:g} is high for the pretrained weights of "
@@ -163,17 +161,6 @@ def warn_of_rate(config: RunConfig, section: str, optimizer: Optimizer) -> None:
         )
         usual = f"usual are 1e-5 or less, or {rate:g} with --lora.rank 8"
         logger.info(f"warning: {high} and may undo what they know; {usual}")
-
-
-def _is_pretrained(model: str) -> bool:
-    """Whether the run that wrote the model, and the runs before it, did not start from random
-    weights.
-    """
-    try:
-        above = yaml.safe_load((Path(model).parent / "config.yaml").read_bytes())["model"]
-    except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError):
-        return True
-    return above is not None and _is_pretrained(above)
 
 
 def hold_out(

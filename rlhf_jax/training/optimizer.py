@@ -6,6 +6,7 @@ validations so far: a run that is resumed from a checkpoint, with the rows of me
 decides alike.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,7 +31,10 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
     The learning rate lives in ``opt_state.hyperparams`` (optax.inject_hyperparams), and so does the
     factor of the schedule ``plateau``, which starts at 1 and which ``Judge`` lowers.
     """
-    decay_steps, peak = max(num_steps - settings.warmup_steps, 1), settings.learning_rate
+    peak, warmup_steps = settings.learning_rate, int(settings.warmup_steps)
+    if settings.warmup_steps < 1:
+        warmup_steps = math.ceil(settings.warmup_steps * num_steps)
+    decay_steps = max(num_steps - warmup_steps, 1)
     decays: dict[str, optax.Schedule] = {
         "constant": optax.constant_schedule(peak),
         "plateau": optax.constant_schedule(peak),
@@ -41,9 +45,9 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
         ),
     }
     schedule = decays[settings.schedule]
-    if settings.warmup_steps:
-        warmup = optax.linear_schedule(0.0, peak, settings.warmup_steps)
-        schedule = optax.join_schedules([warmup, schedule], [settings.warmup_steps])
+    if warmup_steps:
+        warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+        schedule = optax.join_schedules([warmup, schedule], [warmup_steps])
 
     def chain(learning_rate: Any, plateau_scale: Any = None) -> optax.GradientTransformation:
         parts = []
