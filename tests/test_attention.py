@@ -105,10 +105,10 @@ def test_what_cudnn_is_asked_for_gives_the_same_values_and_gradients(name, monke
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["documents", "window in documents"])
 def test_splash_gives_the_same_values_and_gradients(name, monkeypatch):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     monkeypatch.setattr(
-        kernel, "make_splash_mha", functools.partial(kernel.make_splash_mha, interpret=True)
+        splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True)
     )
     mask, window = rows(np.repeat(MASKS[name][0], 20)), MASKS[name][1] and 20 * MASKS[name][1]
     compute = functools.partial(attention.fused, name="splash", window=window)

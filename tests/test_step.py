@@ -131,6 +131,8 @@ def cubes(params, part):
     ("rollout", "parts", "columns"),
     [
         (long_rollout(), 4, (35 + 67 + 131 + 131) / 4),
+        # A half has rows of 8 and of 64 tokens: it is as wide as the longer ones need.
+        (long_rollout(), 2, (67 + 131) / 2),
         (long_rollout(), 1, 131),
         (long_rollout(prompt_length=None), 4, 131),
         (long_rollout(slots=127), 4, 130),

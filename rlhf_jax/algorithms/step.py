@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import ops
@@ -22,9 +23,14 @@ from rlhf_jax.sharding import cut
 from rlhf_jax.types import AxisName, Loss, Max, Mean, Metrics, Params, Parts, Rollout, TrainState
 
 State = TypeVar("State", bound=TrainState)
+Totals = tuple[Array, ...]  # of the terms of a loss
+Counts = tuple[Array, ...]
+Number = Array | int
+Forward = Callable[[Params, Number, Any], tuple[Totals, tuple[Counts, Parts]]]
+Gradient = tuple[Params, Totals, Counts, Parts]
 
-# Microbatches of rollouts with so many response slots are of rows of like length, and as wide as
-# these need.
+# From this many response slots on, microbatches hold rows of similar length and end after the
+# columns that their rows need.
 LONG = 128
 
 
@@ -34,7 +40,7 @@ def gradient_step(
     optimizer: optax.GradientTransformation,
     *,
     batch: Any = None,
-    key: jax.Array | None = None,
+    key: Array | None = None,
     num_microbatches: int = 1,
     axis_name: AxisName | None = None,
     minibatch_sharding: Any = None,
@@ -48,24 +54,20 @@ def gradient_step(
     Args:
       loss_fn: ``loss_fn(params[, part][, key]) -> (loss, {name: Mean or Max})``; the part is given
         if there is a ``batch``, the key if there is a ``key``. The loss is a Mean, or a tuple of
-        Means, each of which is divided by
-        its own count before they are added, such as a policy loss per token and an SFT loss per
-        row.
+        Means, each of which is divided by its own count before they are added, such as a policy
+        loss per token and an SFT loss per row.
       batch: any pytree whose leaves [B, ...] share their leading axis. None leaves are allowed.
-      key: of dropout; each microbatch on each device gets another one derived from it.
+      key: of dropout; each microbatch on each device derives its own key from it.
       num_microbatches: parts that are run one after the other to save memory; divides B. Row i is
         in part ``i % num_microbatches``, so that each device of a sharded batch has rows in every
-        part. The rows of a Rollout
-        with `LONG` response slots and a ``prompt_length`` are put in the order of their length
-        first, and a part whose
-        responses fill at most a quarter or a half of the slots is computed without the others: that
-            costs a compiled
-        copy of the loss for each width, and rounding.
-      axis_name: the mapped axis (or axes) over whose devices the batch is spread.
-      minibatch_sharding: the NamedSharding of the batch's rows under plain ``jit``. With it the
-        gradients of the microbatches are added up on each device and summed over the devices once,
-        where its first axis is the whole
-        mesh and parameters are copies. Else XLA sums over the devices in each microbatch.
+        part. A Rollout with `LONG` response slots and a ``prompt_length`` is sorted by length
+        first, and the columns of a part end after a quarter or a half of the response slots if its
+        responses do: that compiles the loss once for each width, and changes its rounding.
+      axis_name: the mapped axis (or axes) over whose devices the batch is sharded.
+      minibatch_sharding: the NamedSharding of the batch's rows under plain ``jit``. If its first
+        axis is the whole mesh and parameters are replicated, each device adds up the gradients of
+        its microbatches, and they are summed over the devices once. Otherwise XLA sums over the
+        devices in each microbatch.
 
     Returns:
       The state, of the caller's class, and the metrics of ``loss_fn`` with ``loss``, ``grad_norm``
@@ -73,33 +75,30 @@ def gradient_step(
 
     Raises:
       ValueError: ``num_microbatches`` does not divide B, or there is no batch to divide.
-      TypeError: ``loss_fn`` returns something else than Means.
+      TypeError: ``loss_fn`` returns anything but Means.
     """
-    gradient: Callable[..., Any] = partial(
+    gradient: Callable[..., tuple[Array, Metrics, Params]] = partial(
         _global_gradient, loss_fn, num_microbatches=num_microbatches, axis_name=axis_name
     )
     if num_microbatches > 1 and isinstance(minibatch_sharding, NamedSharding):
         gradient = _reduced_once(gradient, minibatch_sharding, _num_rows(batch) // num_microbatches)
     loss, metrics, grads = gradient(state.params, batch, key)
-    squares = [jnp.sum(jnp.square(jnp.abs(g.astype(jnp.float32)))) for g in jax.tree.leaves(grads)]
-    grad_norm = jnp.sqrt(sum(squares, jnp.zeros(())))
+    grad_norm = _global_norm(grads)
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     finite = jnp.all(jnp.isfinite(jnp.stack([loss, grad_norm])))
-    state = jax.tree.map(
-        lambda new_leaf, old_leaf: jnp.where(finite, new_leaf, old_leaf), new, state
-    )
+    state = jax.tree.map(partial(jnp.where, finite), new, state)
     nonfinite = 1.0 - finite.astype(jnp.float32)
     return state, {**metrics, "loss": loss, "grad_norm": grad_norm, "nonfinite": nonfinite}
 
 
 def minibatch_epochs(
-    step: Callable[[State, Any, jax.Array], tuple[State, Metrics]],
+    step: Callable[[State, Any, Array], tuple[State, Metrics]],
     state: State,
     batch: Any,
-    key: jax.Array,
+    key: Array,
     *,
     num_epochs: int,
     num_minibatches: int,
@@ -123,8 +122,8 @@ def minibatch_epochs(
         None leaves are allowed.
       num_minibatches: minibatches of an epoch.
       shuffle_blocks: blocks of the global batch, whatever the number of devices.
-      axis_name: the mapped axis over whose devices the batch is spread; each holds ``shuffle_blocks
-        / axis size`` of the blocks.
+      axis_name: the mapped axis over whose devices the batch is sharded; each holds
+        ``shuffle_blocks / axis size`` of the blocks.
       minibatch_sharding: sharding (or a tree prefix of shardings) of the minibatches under plain
         ``jit``. XLA may otherwise replicate a shuffled batch on every device.
 
@@ -135,51 +134,34 @@ def minibatch_epochs(
     Raises:
       ValueError: the rows do not divide into blocks and minibatches, or the blocks into devices.
     """
-    for name, number in (
-        ("epochs", num_epochs),
-        ("minibatches", num_minibatches),
-        ("shuffle_blocks", shuffle_blocks),
-    ):
-        ops.check_number(name, number, at_least=1)
+    ops.check_number("epochs", num_epochs, at_least=1)
+    ops.check_number("minibatches", num_minibatches, at_least=1)
+    ops.check_number("shuffle_blocks", shuffle_blocks, at_least=1)
     num_rows = _num_rows(batch)
-    local = (
-        _local_blocks(num_rows, num_minibatches, shuffle_blocks, axis_name)
-        if num_minibatches > 1
-        else (0, 1)
-    )
-    first_block, num_blocks = local
-    block_size = num_rows // num_blocks
-    blocks = jax.tree.map(lambda x: x.reshape(num_blocks, block_size, *x.shape[1:]), batch)
+    first_block: Number = 0
+    num_blocks = 1
+    if num_minibatches > 1:
+        first_block, num_blocks = _local_blocks(
+            num_rows, num_minibatches, shuffle_blocks, axis_name
+        )
+    blocks = jax.tree.map(lambda x: x.reshape(num_blocks, -1, *x.shape[1:]), batch)
 
-    def run_epoch(state: State, epoch: jax.Array) -> tuple[State, Metrics]:
+    def run_epoch(state: State, epoch: Array) -> tuple[State, Metrics]:
         # The keys of the steps start where those of the shuffles end: no key is used twice.
         step_key = jax.random.fold_in(key, num_epochs + epoch)
         if num_minibatches == 1:
-            return step(
-                state, _constrained(batch, minibatch_sharding), jax.random.fold_in(step_key, 0)
-            )
+            whole = _constrained(batch, minibatch_sharding)
+            return step(state, whole, jax.random.fold_in(step_key, 0))
 
         epoch_key = jax.random.fold_in(key, epoch)
-        block_keys = jax.vmap(lambda block: jax.random.fold_in(epoch_key, block))(
-            first_block + jnp.arange(num_blocks)
-        )
-        orders = jax.vmap(lambda block_key: jax.random.permutation(block_key, block_size))(
-            block_keys
-        )
-        orders = orders.reshape(
-            num_blocks, num_minibatches, block_size // num_minibatches
-        ).swapaxes(0, 1)
+        numbers = first_block + jnp.arange(num_blocks)
+        orders = _shuffled(epoch_key, numbers, num_rows // num_blocks)
+        orders = orders.reshape(num_blocks, num_minibatches, -1).swapaxes(0, 1)
 
-        def run_minibatch(
-            state: State, inputs: tuple[jax.Array, jax.Array]
-        ) -> tuple[State, Metrics]:
+        def run_minibatch(state: State, inputs: tuple[Array, Array]) -> tuple[State, Metrics]:
             index, order = inputs  # order: [blocks, rows of the minibatch in each block]
-
-            def take(x: jax.Array) -> jax.Array:
-                rows = jax.vmap(lambda block, rows: block[rows])(x, order)
-                return rows.reshape(num_rows // num_minibatches, *x.shape[2:])
-
-            minibatch = _constrained(jax.tree.map(take, blocks), minibatch_sharding)
+            minibatch = jax.tree.map(partial(_take, order), blocks)
+            minibatch = _constrained(minibatch, minibatch_sharding)
             return step(state, minibatch, jax.random.fold_in(step_key, index))
 
         state, metrics = jax.lax.scan(run_minibatch, state, (jnp.arange(num_minibatches), orders))
@@ -209,7 +191,7 @@ def batch_updater(
     def update_on_batch(
         state: State,
         batch: Any,
-        key: jax.Array | None,
+        key: Array | None,
         *,
         optimizer: optax.GradientTransformation,
         config: Any,
@@ -219,162 +201,211 @@ def batch_updater(
     ) -> tuple[State, Metrics]:
         """One optimizer step on a batch; see ``step.batch_updater``."""
 
-        def loss_fn(
-            params: Params, part: Any, part_key: jax.Array | None = None
-        ) -> tuple[Loss, Parts]:
+        def loss_fn(params: Params, part: Any, part_key: Array | None = None) -> tuple[Loss, Parts]:
             return loss(params, part, part_key, config=config, **model)
 
         batch = _constrained(batch, minibatch_sharding)
-        options = {"num_microbatches": config.num_microbatches, "axis_name": axis_name}
-        options["minibatch_sharding"] = minibatch_sharding
-        state, metrics = gradient_step(loss_fn, state, optimizer, batch=batch, key=key, **options)
+        state, metrics = gradient_step(
+            loss_fn,
+            state,
+            optimizer,
+            batch=batch,
+            key=key,
+            num_microbatches=config.num_microbatches,
+            axis_name=axis_name,
+            minibatch_sharding=minibatch_sharding,
+        )
         return state, {**metrics, **batch_metrics(batch, axis_name)}
 
     return update_on_batch
 
 
 def _constrained(batch: Any, sharding: Any) -> Any:
-    """The batch with this sharding (or tree prefix of shardings) under plain ``jit``; as it is if
+    """The batch with this sharding (or tree prefix of shardings) under plain ``jit``; unchanged if
     that is None.
     """
     return batch if sharding is None else jax.lax.with_sharding_constraint(batch, sharding)
 
 
+def _global_norm(grads: Params) -> Array:
+    squares = [jnp.sum(jnp.square(jnp.abs(g.astype(jnp.float32)))) for g in jax.tree.leaves(grads)]
+    return jnp.sqrt(sum(squares, jnp.zeros(())))
+
+
 def _reduced_once(
     gradient: Callable[..., Any], sharding: NamedSharding, part_rows: int
 ) -> Callable[..., Any]:
-    """``gradient`` by ``shard_map``, which sums over the devices after the last microbatch; as it
-    is if the rows' first axis is not the whole mesh, or a microbatch of ``part_rows`` does not
-    divide over it."""
-    axes, mesh = sharding.spec[0], sharding.mesh
+    """``gradient`` under ``shard_map``, which sums over the devices after the last microbatch.
+
+    Unchanged if the rows' first axis is not the whole mesh, or if a microbatch of ``part_rows``
+    does not divide over it.
+    """
+    mesh = sharding.mesh
+    axes = sharding.spec[0]
     axis = axes[0] if isinstance(axes, tuple) else axes
     if axis is None or not 1 < mesh.shape[axis] == mesh.size or part_rows % mesh.size:
         return gradient
-    specs = PartitionSpec(), PartitionSpec(axis), PartitionSpec()
-    return jax.shard_map(
-        partial(gradient, axis_name=axis), mesh=mesh, in_specs=specs, out_specs=PartitionSpec()
-    )
+    replicated = PartitionSpec()
+    specs = (replicated, PartitionSpec(axis), replicated)
+    mapped = partial(gradient, axis_name=axis)
+    return jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=replicated)
 
 
 def _global_gradient(
     loss_fn: Callable[..., tuple[Loss, Parts]],
     params: Params,
     batch: Any,
-    key: jax.Array | None,
+    key: Array | None,
     *,
     num_microbatches: int,
     axis_name: AxisName | None,
-) -> tuple[jax.Array, Metrics, Params]:
+) -> tuple[Array, Metrics, Params]:
     """Loss, metrics and gradient over all microbatches and devices."""
-    # Each device differentiates its own copy of the parameters: its gradient is of its own rows
-    # until it is summed.
+    # Each device differentiates its own copy of the parameters: before the sum over devices its
+    # gradient is that of its own rows.
     local = params if axis_name is None else jax.lax.pcast(params, axis_name, to="varying")
-
-    def forward(
-        params: Params, number: jax.Array | int, part: Any
-    ) -> tuple[tuple[jax.Array, ...], Any]:
-        """The totals, which are differentiated, and (their counts, metrics)."""
-        loss, metrics = loss_fn(
-            params, *([] if batch is None else [part]), *_part_key(key, number, axis_name)
-        )
-        terms = loss if isinstance(loss, tuple) else (loss,)
-        for term in (*terms, *metrics.values()):
-            if not isinstance(term, Mean | Max):
-                raise TypeError(
-                    "a loss and its metrics are Means, such as losses.aggregate gives, got "
-                    f"{type(term)}"
-                )
-        counts = tuple(term.count for term in terms)
-        return tuple(jnp.asarray(term.total, jnp.float32) for term in terms), (counts, metrics)
-
-    def backward(
-        number: jax.Array | int, part: Any, counts: tuple[jax.Array, ...] | None
-    ) -> tuple[Params, tuple[jax.Array, ...], tuple[jax.Array, ...], Parts]:
-        totals, pull_back, (own_counts, metrics) = jax.vjp(
-            lambda p: forward(p, number, part), local, has_aux=True
-        )
-        counts = ops.psum(own_counts, axis_name) if counts is None else counts
-        scales = (
-            Mean(jnp.ones_like(total), count).value
-            for total, count in zip(totals, counts, strict=True)
-        )
-        (grads,) = pull_back(tuple(scales))
-        return grads, totals, counts, metrics
-
+    forward = partial(_forward, loss_fn, key, axis_name)
     if num_microbatches == 1:
-        grads, totals, counts, metrics = backward(0, batch, None)
+        grads, totals, counts, metrics = _backward(forward, local, axis_name, None, 0, batch)
     else:
-        batch, widths = _by_length(batch, num_microbatches)
-        parts = jnp.arange(num_microbatches), _split(batch, num_microbatches)
-        # The counts of the whole batch first. They do not depend on the parameters: XLA leaves the
-        # forward pass out.
-        _, own_counts = jax.lax.scan(
-            lambda _, part: (None, forward(local, *part)[1][0]), None, parts
+        grads, totals, counts, metrics = _over_microbatches(
+            forward, local, axis_name, batch, num_microbatches
         )
-        counts = ops.psum(tuple(jnp.sum(count) for count in own_counts), axis_name)
-
-        def narrowed(width: int | None, number: jax.Array, part: Any) -> Any:
-            return backward(
-                number, jax.tree.map(lambda x: x[:, :width] if x.ndim == 2 else x, part), counts
-            )
-
-        def add(total: Params, part: tuple[jax.Array, Any]) -> tuple[Params, Any]:
-            index = (
-                jnp.searchsorted(jnp.array(widths), jnp.max(_used(part[1])))
-                if len(widths) > 1
-                else 0
-            )
-            grads, totals, _, metrics = jax.lax.switch(
-                index, [partial(narrowed, width) for width in widths], *part
-            )
-            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (totals, metrics)
-
-        # Sums of low-precision gradients would lose the small ones.
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), local
-        )
-        grads, (totals, metrics) = jax.lax.scan(add, zeros, parts)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        totals = tuple(jnp.sum(total) for total in totals)
-        sums = {
-            name: jnp.sum if isinstance(part, Mean) else jnp.max for name, part in metrics.items()
-        }
-        metrics = {
-            name: jax.tree.map(partial(sums[name], axis=0), part) for name, part in metrics.items()
-        }
     grads, totals = ops.psum((grads, totals), axis_name)
     if axis_name is not None:
         metrics = {name: part.over(axis_name) for name, part in metrics.items()}
-    loss = sum((Mean(*term).value for term in zip(totals, counts, strict=True)), jnp.zeros(()))
+    terms = map(Mean, totals, counts)
+    loss = sum((term.value for term in terms), jnp.zeros(()))
     return loss, {name: part.value for name, part in metrics.items()}, grads
 
 
+def _forward(
+    loss_fn: Callable[..., tuple[Loss, Parts]],
+    key: Array | None,
+    axis_name: AxisName | None,
+    params: Params,
+    number: Number,
+    part: Any,
+) -> tuple[Totals, tuple[Counts, Parts]]:
+    """The totals of the loss of microbatch ``number``, which are differentiated, and (their counts,
+    metrics).
+    """
+    arguments = [] if part is None else [part]
+    if key is not None:
+        part_key = jax.random.fold_in(key, number)
+        if axis_name is not None:
+            part_key = jax.random.fold_in(part_key, jax.lax.axis_index(axis_name))
+        arguments.append(part_key)
+    loss, metrics = loss_fn(params, *arguments)
+    terms = loss if isinstance(loss, tuple) else (loss,)
+    for term in (*terms, *metrics.values()):
+        if not isinstance(term, Mean | Max):
+            raise TypeError(
+                "a loss and its metrics are Means, such as losses.aggregate gives, got "
+                f"{type(term)}"
+            )
+    totals = tuple(jnp.asarray(term.total, jnp.float32) for term in terms)
+    counts = tuple(term.count for term in terms)
+    return totals, (counts, metrics)
+
+
+def _backward(
+    forward: Forward,
+    params: Params,
+    axis_name: AxisName | None,
+    counts: Counts | None,
+    number: Number,
+    part: Any,
+) -> Gradient:
+    """The gradient of the totals divided by ``counts``, those of the whole batch on all devices;
+    None: the part is the whole batch of this device.
+    """
+    totals, pull_back, (own_counts, metrics) = jax.vjp(
+        lambda p: forward(p, number, part), params, has_aux=True
+    )
+    if counts is None:
+        counts = ops.psum(own_counts, axis_name)
+    terms = map(Mean, jax.tree.map(jnp.ones_like, totals), counts)
+    (grads,) = pull_back(tuple(term.value for term in terms))
+    return grads, totals, counts, metrics
+
+
+def _over_microbatches(
+    forward: Forward,
+    params: Params,
+    axis_name: AxisName | None,
+    batch: Any,
+    num_microbatches: int,
+) -> Gradient:
+    """The sum of the microbatches' gradients and totals, and their metrics as one."""
+    batch, widths = _by_length(batch, num_microbatches)
+    parts = (jnp.arange(num_microbatches), _split(batch, num_microbatches))
+
+    def count(carry: None, part: tuple[Array, Any]) -> tuple[None, Counts]:
+        _, (counts, _) = forward(params, *part)
+        return carry, counts
+
+    # The counts do not depend on the parameters: XLA leaves the forward pass out.
+    _, part_counts = jax.lax.scan(count, None, parts)
+    counts = ops.psum(tuple(map(jnp.sum, part_counts)), axis_name)
+    backward = partial(_backward, forward, params, axis_name, counts)
+    by_width = [partial(_narrowed, backward, width) for width in widths]
+
+    def add(total: Params, part: tuple[Array, Any]) -> tuple[Params, tuple[Totals, Parts]]:
+        number, rows = part
+        index = _width_index(rows, widths)
+        grads, totals, _, metrics = jax.lax.switch(index, by_width, number, rows)
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (totals, metrics)
+
+    # Sums of low-precision gradients would lose the small ones.
+    zeros = jax.tree.map(
+        lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params
+    )
+    grads, (totals, metrics) = jax.lax.scan(add, zeros, parts)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    totals = tuple(map(jnp.sum, totals))
+    return grads, totals, counts, {name: _merged(part) for name, part in metrics.items()}
+
+
+def _merged(stacked: Mean | Max) -> Mean | Max:
+    """One metric from those of all microbatches, stacked on axis 0."""
+    reduce = jnp.sum if isinstance(stacked, Mean) else jnp.max
+    return jax.tree.map(partial(reduce, axis=0), stacked)
+
+
 def _by_length(batch: Any, num_microbatches: int) -> tuple[Any, tuple[int | None, ...]]:
-    """The rows in such an order that `_split` makes parts of like length, and the widths that a
+    """The rows in an order from which `_split` makes parts of similar length, and the widths that a
     part may have.
     """
-    prompt = batch.prompt_length if isinstance(batch, Rollout) else None
-    if prompt is None or batch.tokens.shape[1] - prompt < LONG:
+    if not isinstance(batch, Rollout) or batch.prompt_length is None:
         return batch, (None,)
+    prompt = batch.prompt_length
     slots = batch.tokens.shape[1] - prompt
+    if slots < LONG:
+        return batch, (None,)
     order = jnp.argsort(_used(batch)).reshape(num_microbatches, -1).T.reshape(-1)
     batch = jax.tree.map(lambda x: cut(x[order], "data", "fsdp"), batch)
     return batch, (prompt + slots // 4, prompt + slots // 2, prompt + slots)
 
 
-def _used(rollout: Rollout) -> jax.Array:
+def _width_index(rows: Any, widths: tuple[int | None, ...]) -> Number:
+    """The number of the smallest width that holds all response tokens of the rows."""
+    if len(widths) == 1:
+        return 0
+    return jnp.searchsorted(jnp.array(widths), jnp.max(_used(rows)))
+
+
+def _narrowed(
+    backward: Callable[[Number, Any], Gradient], width: int | None, number: Number, part: Any
+) -> Gradient:
+    """``backward`` of the first ``width`` columns of a part; None: of all."""
+    return backward(number, jax.tree.map(lambda x: x[:, :width] if x.ndim == 2 else x, part))
+
+
+def _used(rollout: Rollout) -> Array:
     """[B] columns up to the last response token of each row."""
     columns = jnp.arange(1, 1 + rollout.tokens.shape[1])[None]
     return jnp.max(jnp.where(rollout.response_mask != 0, columns, 0), axis=1)
-
-
-def _part_key(
-    key: jax.Array | None, number: jax.Array | int, axis_name: AxisName | None
-) -> list[jax.Array]:
-    if key is None:
-        return []
-    key = jax.random.fold_in(key, number)
-    return [key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))]
 
 
 def _split(batch: Any, num_microbatches: int) -> Any:
@@ -388,21 +419,29 @@ def _split(batch: Any, num_microbatches: int) -> Any:
             f"num_microbatches={num_microbatches} does not divide the {num_rows} rows of the batch"
         )
     return jax.tree.map(
-        lambda x: x.reshape(num_rows // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(
-            0, 1
-        ),
-        batch,
+        lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
     )
 
 
 def _average(metrics: Metrics) -> Metrics:
-    """Metrics of several steps, stacked on axis 0, made one."""
-    return {
-        name: jnp.max(x, axis=0)
-        if name == "nonfinite" or name.endswith("_max")
-        else jnp.mean(x, axis=0)
-        for name, x in metrics.items()
-    }
+    """The metrics of several steps, stacked on axis 0, as one."""
+    averages = {}
+    for name, x in metrics.items():
+        is_max = name == "nonfinite" or name.endswith("_max")
+        averages[name] = jnp.max(x, axis=0) if is_max else jnp.mean(x, axis=0)
+    return averages
+
+
+def _shuffled(key: Array, blocks: Array, size: int) -> Array:
+    """[blocks, size] a permutation of each block's rows, given the blocks' numbers."""
+    keys = jax.vmap(partial(jax.random.fold_in, key))(blocks)
+    return jax.vmap(lambda block_key: jax.random.permutation(block_key, size))(keys)
+
+
+def _take(order: Array, blocks: Array) -> Array:
+    """The rows [blocks * n, ...] of a minibatch: those at ``order`` [blocks, n] in each block."""
+    rows = jax.vmap(lambda block, numbers: block[numbers])(blocks, order)
+    return rows.reshape(-1, *rows.shape[2:])
 
 
 def _num_rows(batch: Any) -> int:
@@ -414,7 +453,7 @@ def _num_rows(batch: Any) -> int:
 
 def _local_blocks(
     num_rows: int, num_minibatches: int, shuffle_blocks: int, axis_name: AxisName | None
-) -> tuple[jax.Array | int, int]:
+) -> tuple[Array | int, int]:
     """The number of this device's first block, and how many blocks it holds."""
     num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     if shuffle_blocks % num_devices:
@@ -430,4 +469,5 @@ def _local_blocks(
             f"times num_minibatches={num_minibatches}: it must be a multiple of "
             f"{shuffle_blocks * num_minibatches}"
         )
-    return 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_blocks, num_blocks
+    first_block = 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_blocks
+    return first_block, num_blocks

@@ -7,8 +7,8 @@ token table.
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax.models import stack
 from rlhf_jax.models.config import GPT2Config
@@ -17,12 +17,9 @@ from rlhf_jax.sharding import parts
 
 
 def _dense(config: GPT2Config, features: int | tuple[int, int], *, residual: bool = False) -> Dense:
-    # GPT-2 scales the 2 L layers that write to the residual stream by 1 / sqrt(2 L).
-    std = (
-        config.initializer_range / math.sqrt(2 * config.num_layers)
-        if residual
-        else config.initializer_range
-    )
+    std = config.initializer_range
+    if residual:  # GPT-2 scales the 2 L layers that write to the residual stream by 1 / sqrt(2 L)
+        std /= math.sqrt(2 * config.num_layers)
     return Dense(features, dtype=config.compute_dtype, kernel_init=nn.initializers.normal(std))
 
 
@@ -35,19 +32,18 @@ class _Attention(stack.Attention):
         self.c_attn = _dense(self.config, (3, self.config.hidden_size))
         self.c_proj = _dense(self.config, self.config.hidden_size, residual=True)
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
         # [B, T, 3, D] -> three of [B, H, T, Dh]
-        fused, shape = self.c_attn(x), (*x.shape[:2], self.config.num_heads, self.config.head_size)
-        if (
-            parts("tensor") == 1
-        ):  # as one axis, XLA's CPU compiler puts the three gradients together once, not thrice
+        fused = self.c_attn(x)
+        heads = (*x.shape[:2], self.config.num_heads, self.config.head_size)
+        if parts("tensor") == 1:
+            # As one axis, XLA's CPU compiler puts the three gradients together once, not thrice.
             fused = fused.reshape(*x.shape[:2], -1)
-        query, key, value = (
-            part.reshape(shape).swapaxes(1, 2) for part in jnp.split(fused, 3, axis=2)
-        )
+        thirds = jnp.split(fused, 3, axis=2)
+        query, key, value = (third.reshape(heads).swapaxes(1, 2) for third in thirds)
         return query, key, value
 
-    def output(self, mixed: jax.Array) -> jax.Array:
+    def output(self, mixed: Array) -> Array:
         return self.c_proj(mixed)
 
 
@@ -55,12 +51,11 @@ class _MLP(nn.Module):
     config: GPT2Config
 
     def setup(self) -> None:
-        self.c_fc = _dense(
-            self.config, self.config.intermediate_size or 4 * self.config.hidden_size
-        )
+        width = self.config.intermediate_size or 4 * self.config.hidden_size
+        self.c_fc = _dense(self.config, width)
         self.c_proj = _dense(self.config, self.config.hidden_size, residual=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         return self.c_proj(ACTIVATIONS[self.config.activation](self.c_fc(x)))
 
 
@@ -68,7 +63,8 @@ class _Block(stack.Block):
     config: GPT2Config
 
     def setup(self) -> None:
-        self.attn, self.mlp = _Attention(self.config), _MLP(self.config)
+        self.attn = _Attention(self.config)
+        self.mlp = _MLP(self.config)
         self.add_norms(self.config.residual_dropout)
 
 
@@ -77,25 +73,21 @@ class GPT2(stack.Transformer):
 
     def setup(self) -> None:
         config = self.config
-        self.wte, self.wpe = (
-            stack.table(config, config.vocab_size),
-            stack.table(config, config.max_length),
-        )
+        self.wte = stack.table(config, config.vocab_size)
+        self.wpe = stack.table(config, config.max_length)
         self.ln_f = Norm(config)
         self.add_layers(_Block)
         self.dropout = nn.Dropout(config.embedding_dropout)
 
-    def embed(self, tokens: jax.Array, positions: jax.Array, real: jax.Array) -> jax.Array:
-        position_rows = jnp.take(
-            self.wpe.embedding, jnp.clip(positions, 0, self.config.max_length - 1), axis=0
-        )
+    def embed(self, tokens: Array, positions: Array, real: Array) -> Array:
+        in_table = jnp.clip(positions, 0, self.config.max_length - 1)
+        position_rows = jnp.take(self.wpe.embedding, in_table, axis=0)
         x = (self.token_rows(tokens, real) + position_rows).astype(self.config.compute_dtype)
         return self.dropout(x, deterministic=not self.has_rng("dropout"))
 
     def scales(self) -> list[float]:
         config = self.config
         scale = config.head_size**-0.5 if config.scale_attn_weights else 1.0
-        return [
-            scale / (i + 1 if config.scale_attn_by_inverse_layer_idx else 1)
-            for i in range(config.num_layers)
-        ]
+        if config.scale_attn_by_inverse_layer_idx:
+            return [scale / (i + 1) for i in range(config.num_layers)]
+        return [scale] * config.num_layers

@@ -1,5 +1,5 @@
-"""Scalar heads, and models as the algorithms see them: a PolicyFn or a ScoreFn. Nothing here
-depends on the family.
+"""Scalar heads, and a model as the PolicyFn or ScoreFn of the algorithms. Nothing here depends on
+the family.
 
 Token log-probabilities are ``logit - logsumexp`` over chunks of columns under ``jax.checkpoint``: a
 [B, T, V] float32 array is never built for a large vocabulary, and nothing is computed for prompt
@@ -16,8 +16,8 @@ from jax import Array
 from rlhf_jax.models.model import Model
 from rlhf_jax.types import Params, PolicyFn, PolicyOutput, ScoreFn
 
-# Logits of one row held at once (columns x V). It does not count rows, so that a shard forms the
-# chunks of the whole.
+# Logits of one row in memory at once (columns x V). Rows do not count, so that a shard has the same
+# chunks as the whole batch.
 _CHUNK_LOGITS = 2**20
 HEADS = ("value", "score")  # their keys in a model's parameters
 
@@ -40,19 +40,19 @@ def add_head(key: Array, params: Params, kind: str) -> Params:
     """
     if kind not in HEADS:
         raise ValueError(f"unknown head {kind!r}; choose from {', '.join(HEADS)}")
-    width, zero = params["ln_f"]["scale"].shape[-1], jnp.zeros((), jnp.float32)
+    width = params["ln_f"]["scale"].shape[-1]
+    zero = jnp.zeros((), jnp.float32)
     if kind == "value":
-        return {**params, kind: {"kernel": jnp.zeros(width, jnp.float32), "bias": zero}}
-    kernel = jax.random.normal(key, (width,), jnp.float32) / math.sqrt(width + 1)
-    return {
-        **params,
-        kind: {"kernel": kernel, "bias": zero, "gain": jnp.ones_like(zero), "shift": zero},
-    }
+        head = {"kernel": jnp.zeros(width, jnp.float32), "bias": zero}
+    else:
+        kernel = jax.random.normal(key, (width,), jnp.float32) / math.sqrt(width + 1)
+        head = {"kernel": kernel, "bias": zero, "gain": jnp.ones_like(zero), "shift": zero}
+    return {**params, kind: head}
 
 
 def policy_params(params: Params) -> Params:
-    """The policy's own parameters: ``params``, or their "policy" part where a whole value model
-    goes with it.
+    """The policy's own parameters: ``params``, or their "policy" part if they hold a whole value
+    model too.
     """
     return params["policy"] if isinstance(params, Mapping) and "policy" in params else params
 
@@ -67,8 +67,8 @@ def policy_fn(
         temperature: logits are divided by it, as in sampling; above 0.
         prompt_length: columns before it are not computed and stay 0, as does column 0.
         value_model: a whole model for the values; params are then {"policy": ..., "value": ...},
-            the latter with its own "value" head. Without it values come from ``params["value"]``,
-            and are None where that is missing.
+            the latter with its own "value" head. Without it values come from ``params["value"]``;
+            they are None if that is missing.
 
     Returns:
         ``(params, tokens, attention_mask, key) -> PolicyOutput``. Log-probabilities and entropies
@@ -95,24 +95,20 @@ def policy_fn(
             )
         policy_key, value_key = (None, None) if key is None else jax.random.split(key)
         body = policy_params(params)
-        read = slice(
-            first - 1, tokens.shape[1] - 1
-        )  # the states that speak of columns first, ..., T - 1
-        before = model.hidden(body, tokens, attention_mask, policy_key, read)  # [B, T - first, D]
-        log_probs, entropy = _log_probs_and_entropy(
-            model, body, before, tokens[:, first:], temperature
-        )
+        # The states before columns first, ..., T - 1: [B, T - first, D].
+        before = slice(first - 1, tokens.shape[1] - 1)
+        hidden = model.hidden(body, tokens, attention_mask, policy_key, before)
+        targets = tokens[:, first:]
+        log_probs, entropy = _log_probs_and_entropy(model, body, hidden, targets, temperature)
+        values = None
         if value_model is not None:
-            value_hidden = value_model.hidden(
-                params["value"], tokens, attention_mask, value_key, read
-            )
-            values: Array | None = _scalar(params["value"], "value", value_hidden)
-        else:
-            values = _scalar(params, "value", before) if "value" in params else None
-        pad = ((0, 0), (first, 0))
-        return jax.tree.map(
-            lambda columns: jnp.pad(columns, pad), PolicyOutput(log_probs, entropy, values)
-        )
+            critic = params["value"]
+            critic_hidden = value_model.hidden(critic, tokens, attention_mask, value_key, before)
+            values = _scalar(critic, "value", critic_hidden)
+        elif "value" in params:
+            values = _scalar(params, "value", hidden)
+        output = PolicyOutput(log_probs, entropy, values)
+        return jax.tree.map(lambda columns: jnp.pad(columns, ((0, 0), (first, 0))), output)
 
     return policy
 
@@ -127,8 +123,8 @@ def score_fn(model: Model) -> ScoreFn:
         ``(params, tokens, attention_mask, key) -> [B]`` float32, ``gain * (w . h + bias) + shift``
         with h the hidden state at the row's last real token. ``gain`` and ``shift`` get no
         gradient. A row without a real token scores 0. A further argument ``documents`` [B, n],
-        numbers of packed texts in ``attention_mask``, asks for each text's score [B, n] in place of
-        the row's; 0 where there is no such text.
+        numbers of packed texts in ``attention_mask``, asks for each text's score [B, n] instead of
+        the row's; a missing text scores 0.
     """
 
     def score(
@@ -139,13 +135,12 @@ def score_fn(model: Model) -> ScoreFn:
         documents: Array | None = None,
     ) -> Array:
         mask = attention_mask[:, None]
-        real = (
-            mask != 0 if documents is None else mask == documents[..., None]
-        )  # [B, n, T]; n = 1 for whole rows
-        last = jnp.max(
-            jnp.where(real, jnp.arange(tokens.shape[1])[None, None], 0), axis=2
-        )  # [B, n]
-        scores = _scalar(params, "score", model.hidden(params, tokens, attention_mask, key, last))
+        # [B, n, T]; n = 1 for whole rows
+        real = mask != 0 if documents is None else mask == documents[..., None]
+        columns = jnp.arange(tokens.shape[1])[None, None]
+        last = jnp.max(jnp.where(real, columns, 0), axis=2)  # [B, n]
+        hidden = model.hidden(params, tokens, attention_mask, key, last)
+        scores = _scalar(params, "score", hidden)
         gain, shift = jax.lax.stop_gradient((params["score"]["gain"], params["score"]["shift"]))
         scores = jnp.where(jnp.any(real, axis=2), gain * scores + shift, 0.0)
         return scores[:, 0] if documents is None else scores
@@ -175,21 +170,20 @@ def _log_probs_and_entropy(
         probs = jnp.exp(logits - normalizer[..., None])
         return chosen - normalizer, normalizer - jnp.sum(probs * logits, axis=-1)
 
-    batch, columns, width = hidden.shape
+    batch, columns = targets.shape
     chunks = math.ceil(columns * model.config.vocab_size / _CHUNK_LOGITS)
     if chunks <= 1:
         return chunk(params, hidden, targets)
     size = math.ceil(columns / chunks)
     chunks = math.ceil(columns / size)
-    extra = chunks * size - columns
-    hidden = (
-        jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
-        .reshape(batch, chunks, size, width)
-        .swapaxes(0, 1)
-    )
-    targets = jnp.pad(targets, ((0, 0), (0, extra))).reshape(batch, chunks, size).swapaxes(0, 1)
-    outputs = jax.lax.map(lambda part: jax.checkpoint(chunk)(params, *part), (hidden, targets))
-    log_probs, entropy = (
-        x.swapaxes(0, 1).reshape(batch, chunks * size)[:, :columns] for x in outputs
-    )
+
+    def split(x: Array) -> Array:
+        """[B, N, ...] -> [chunks, B, size, ...], padded at the end."""
+        pads = [(0, 0), (0, chunks * size - columns), (0, 0)]
+        padded = jnp.pad(x, pads[: x.ndim])
+        return padded.reshape(batch, chunks, size, *x.shape[2:]).swapaxes(0, 1)
+
+    parts = (split(hidden), split(targets))
+    outputs = jax.lax.map(lambda part: jax.checkpoint(chunk)(params, *part), parts)
+    log_probs, entropy = (x.swapaxes(0, 1).reshape(batch, -1)[:, :columns] for x in outputs)
     return log_probs, entropy

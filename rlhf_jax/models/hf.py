@@ -443,7 +443,7 @@ def _part(
 
 
 def _read_tied_tables(reader: Reader, token_table: str, shape: tuple[int, ...]) -> None:
-    """Makes one table of one stored under two names. Two different tables would be another model."""
+    """Reads a table stored under two names once. Two different tables would be another model."""
     output_table = reader.where[names.OUTPUT_TABLE]
     if token_table not in reader:
         reader.where[token_table.removeprefix(reader.prefix)] = output_table

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rlhf_jax.models.heads import HEADS
 from rlhf_jax.models.peft import read_adapter as load
+from rlhf_jax.models.peft import split_shape
 from rlhf_jax.models.peft import write_adapter as save
 from rlhf_jax.types import Params
 
@@ -60,34 +61,31 @@ def init(
         places = ", ".join(sorted({"/".join(path[1:-1]) for path in kernels}))
         raise ValueError(f"no kernel's path matches {match!r}; the layers hold {places}")
     leaves: dict[tuple[str, ...], jax.Array] = {}
+    scale = 1.0 if alpha is None else alpha / rank
     for number, path in enumerate(chosen):
-        whole, first = (
-            kernels[path].shape,
-            1 + (path[0] == "h"),
-        )  # stacked layers: [L - 1] stands before the rest
-        *layers, size_in = whole[:first]
+        layers, size_in, out = split_shape(path, kernels[path].shape)
         bound = 1.0 / math.sqrt(size_in)
-        shape, drawn_from = (*layers, size_in, rank), jax.random.fold_in(key, number)
-        leaves[(*path[:-1], "lora_a")] = jax.random.uniform(
-            drawn_from, shape, minval=-bound, maxval=bound
+        a = jax.random.uniform(
+            jax.random.fold_in(key, number), (*layers, size_in, rank), minval=-bound, maxval=bound
         )
-        leaves[(*path[:-1], "lora_b")] = jnp.zeros((*layers, rank, *whole[first:]))
-        leaves[(*path[:-1], "lora_scale")] = jnp.full(
-            layers, 1.0 if alpha is None else alpha / rank, jnp.float32
-        )
+        *module, _ = path
+        leaves[(*module, "lora_a")] = a
+        leaves[(*module, "lora_b")] = jnp.zeros((*layers, rank, *out))
+        leaves[(*module, "lora_scale")] = jnp.full(layers, scale, jnp.float32)
     return unflatten_dict(leaves)
 
 
 def attach(params: Params, adapters: Params) -> Params:
-    """The parameters with the adapters beside their kernels and with the adapters' heads: what a
-    model runs on.
+    """The parameters with the adapters beside their kernels and with the adapters' heads, for a
+    model's functions.
 
-    Nothing is copied: the kernels stay what they are, and the product of A and B is never formed.
+    Nothing is copied: the kernels do not change, and the product of A and B is never computed.
 
     Raises:
         ValueError: an adapter belongs to no kernel of ``params``.
     """
-    leaves, added = flatten_dict(params), flatten_dict(adapters)
+    leaves = flatten_dict(params)
+    added = flatten_dict(adapters)
     for path in added:
         if path[0] not in HEADS and (*path[:-1], "kernel") not in leaves:
             raise ValueError(
@@ -97,11 +95,10 @@ def attach(params: Params, adapters: Params) -> Params:
 
 
 def merge(params: Params, adapters: Params) -> Params:
-    """The parameters of a plain model that computes the same: kernels + scale * A @ B, and the
-    adapters' heads.
+    """The parameters of an equal model without adapters: kernels + scale * A @ B, and the adapters'
+    heads.
 
-    A changed kernel is float32 whatever it was: in bfloat16 a small change would be lost in
-    rounding.
+    A changed kernel becomes float32: in bfloat16 a small change would be lost in rounding.
 
     Raises:
         ValueError: an adapter belongs to no kernel of ``params``.
@@ -111,14 +108,12 @@ def merge(params: Params, adapters: Params) -> Params:
     for path in flatten_dict(adapters):
         if path[-1] == "lora_a":
             kernel = (*path[:-1], "kernel")
-            a, b, scale = (
-                leaves[(*path[:-1], name)] for name in ("lora_a", "lora_b", "lora_scale")
-            )
+            names = ("lora_a", "lora_b", "lora_scale")
+            a, b, scale = (leaves[(*path[:-1], name)] for name in names)
             b = b.reshape(*b.shape[: a.ndim - 1], -1)  # c_attn's [r, 3, D] too
             change = scale[..., None, None] * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-            merged[kernel] = merged[kernel].astype(jnp.float32) + change.reshape(
-                merged[kernel].shape
-            )
+            before = merged[kernel]
+            merged[kernel] = before.astype(jnp.float32) + change.reshape(before.shape)
     return unflatten_dict(merged)
 
 

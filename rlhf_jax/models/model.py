@@ -1,6 +1,4 @@
-"""A model as a NamedTuple of pure functions: what everything outside this package sees of a
-network.
-"""
+"""A model as a NamedTuple of pure functions: the interface of a network for all other packages."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,22 +30,19 @@ class Model(NamedTuple):
         init: ``(key) -> params`` in float32, without heads.
         apply: ``(params, tokens [B, T], attention_mask [B, T] = None, key=None) -> logits [B, T,
             V]`` float32. The mask is 0 on pads; packed documents are numbered 1, 2, ... and do not
-            see each other; None means all ones.
-            ``key`` turns dropout on.
+            attend to each other; None means all ones. ``key`` turns dropout on.
         hidden: same arguments, and ``columns=None`` -> [B, T, D] after the final norm, in the
-            compute dtype; with a ``slice`` or [B, n] numbers of columns [B, n, D], for which the
-            last block does no more than they need.
+            compute dtype; given a ``slice`` or [B, n] indices of columns, [B, n, D]: the last block
+            then computes only those.
         unembed: ``(params, hidden [..., D]) -> logits [..., V]`` float32.
         init_cache: ``(batch, length) -> cache``, an opaque pytree of ``length`` empty slots.
         decode: ``(params, tokens [B, t], positions [B, t], key_mask [B, S], cache, index)`` ->
             ``(logits [B, t, V], cache)``. The tokens are written to slots index, ..., index + t -
-            1; a query at slot s
-            sees the slots up to s whose ``key_mask`` is non-zero, itself included. The cache holds
-            the window alone of
-            a layer that has one. Where ``index`` is the number 0, not an array, the cache counts as
-            empty.
-        for_decoding: ``(params) -> params`` that ``decode`` reads without slicing or casting a
-            weight: call it once before a loop over tokens. ``decode`` takes both.
+            1; a query at slot s attends to the slots up to s whose ``key_mask`` is not 0, its own
+            included. The cache of a layer with a window has slots for the window only. If ``index``
+            is the number 0, not an array, the cache counts as empty.
+        for_decoding: ``(params) -> params`` for ``decode``, which then slices and casts no weight:
+            call it once before a loop over tokens. ``decode`` takes both forms.
     """
 
     config: ModelConfig
@@ -63,10 +58,8 @@ class Model(NamedTuple):
 def build(config: ModelConfig) -> Model:
     """Builds the functions of a model."""
     network: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
-    module, unrolled = (
-        network(config),
-        network(dataclasses.replace(config, scan_layers=False, remat=False)),
-    )
+    module = network(config)
+    unrolled = network(dataclasses.replace(config, scan_layers=False, remat=False))
 
     # A key that no layer draws from is left out: with one, each layer would be traced for itself.
     drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))
@@ -74,24 +67,21 @@ def build(config: ModelConfig) -> Model:
     # Compiled as a whole: operation by operation, a small model takes twice as long to start.
     @jax.jit
     def init(key: Array) -> Params:
-        params: Params = module.init(
-            key, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32)
-        )["params"]
+        token = jnp.zeros((1, 1), jnp.int32)
+        params: Params = module.init(key, token, jnp.ones_like(token))["params"]
         return params
 
     def hidden(
         params: Params,
         tokens: Array,
-        attention_mask: Any = None,
-        key: Any = None,
+        attention_mask: Array | None = None,
+        key: Array | None = None,
         columns: stack.Columns = None,
     ) -> Array:
         tokens = jnp.asarray(tokens)
-        mask = (
-            jnp.ones(tokens.shape, jnp.int32)
-            if attention_mask is None
-            else jnp.asarray(attention_mask)
-        )
+        if attention_mask is None:
+            attention_mask = jnp.ones(tokens.shape, jnp.int32)
+        mask = jnp.asarray(attention_mask)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, mask])
         rngs = {"dropout": key} if key is not None and drops else None
@@ -114,27 +104,25 @@ def build(config: ModelConfig) -> Model:
     ) -> Any:
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, positions])
-        chex.assert_trees_all_equal_shapes(
-            cache, jax.eval_shape(lambda: stack.init_cache(config, *key_mask.shape))
-        )
-        # A prompt goes through stacked layers as they are; one token reads its cache, as any later
-        # one.
-        is_scanned = "h" in params and isinstance(index, int) and index == 0 and tokens.shape[1] > 1
-        network, weights = (module, params) if is_scanned else (unrolled, for_decoding(params))
-        return network.apply(
-            {"params": weights}, tokens, positions, key_mask, cache, index, method="decode"
-        )
+        expected = jax.eval_shape(lambda: stack.init_cache(config, *key_mask.shape))
+        chex.assert_trees_all_equal_shapes(cache, expected)
+        network = unrolled
+        is_empty = isinstance(index, int) and index == 0
+        if is_empty and tokens.shape[1] > 1 and "h" in params:
+            network = module  # a prompt goes through the stacked layers
+        else:
+            params = for_decoding(params)
+        inputs = (tokens, positions, key_mask, cache, index)
+        return network.apply({"params": params}, *inputs, method="decode")
 
-    init_cache, for_decoding = (
-        partial(stack.init_cache, config),
-        partial(stack.for_decoding, config),
-    )
+    init_cache = partial(stack.init_cache, config)
+    for_decoding = partial(stack.for_decoding, config)
     return Model(config, init, apply, hidden, unembed, init_cache, decode, for_decoding)
 
 
 def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, Params]:
-    """Adds rows to the token tables, each the mean of the existing ones, for a tokenizer that
-    gained tokens.
+    """Adds rows to the token tables, each the mean of the existing ones, for a tokenizer with new
+    tokens.
 
     Args:
         model, params: from ``build`` or ``load``.
@@ -146,8 +134,10 @@ def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, P
 
     def with_rows(table: Array) -> Array:
         mean = jnp.mean(table.astype(jnp.float32), axis=0, keepdims=True).astype(table.dtype)
-        return jnp.concatenate([table, jnp.repeat(mean, size - table.shape[0], axis=0)])
+        return jnp.concatenate([table, jnp.repeat(mean, size - len(table), axis=0)])
 
-    tables = [name for name in ("wte", "lm_head") if name in params]
-    wider = {name: {"embedding": with_rows(params[name]["embedding"])} for name in tables}
-    return build(dataclasses.replace(model.config, vocab_size=size)), {**params, **wider}
+    params = dict(params)
+    for name in ("wte", "lm_head"):
+        if name in params:
+            params[name] = {"embedding": with_rows(params[name]["embedding"])}
+    return build(dataclasses.replace(model.config, vocab_size=size)), params

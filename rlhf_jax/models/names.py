@@ -298,7 +298,7 @@ _KINDS = ("full_attention", "sliding_attention")  # of layers, by whether they a
 
 
 def _read_two_kinds(keys: dict[str, Any], where: str) -> None:
-    """Puts what transformers 5 says of Gemma's two kinds of layers into the form of transformers 4."""
+    """Converts transformers 5's keys of Gemma's two kinds of layers to those of transformers 4."""
     types, rope = keys.get("layer_types"), keys.get("rope_parameters")
     if isinstance(types, list):
         keys["sliding_window_pattern"] = [*types, _KINDS[0]].index(_KINDS[0]) + 1
@@ -312,7 +312,7 @@ def _read_two_kinds(keys: dict[str, Any], where: str) -> None:
 
 
 def _read_rope(keys: dict[str, Any], max_length: int, default: float, where: str) -> dict[str, Any]:
-    """Takes transformers 5's rope_parameters, or 4's rope_theta and rope_scaling, out of the keys."""
+    """Pops transformers 5's rope_parameters, or 4's rope_theta and rope_scaling, from the keys."""
     theta, scaling, parameters = (
         keys.pop(key, None) for key in ("rope_theta", "rope_scaling", "rope_parameters")
     )

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors."""
+"""LoRA adapters as PEFT stores them: adapter_config.json and adapter_model.safetensors."""
 
 import json
 import math
@@ -20,18 +20,20 @@ from rlhf_jax.types import Params
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+LeafPath = tuple[str, ...]  # of a leaf in nested dicts
+Shape = tuple[int, ...]
 
-# Keys under which PEFT computes something else than x W + scale (x A) B with one scale for all,
-# unless empty or "none".
-_OTHER_KINDS: tuple[str, ...] = (
+# PEFT computes something else than x W + scale (x A) B with one scale for all, unless these keys
+# are empty or "none".
+_OTHER_KINDS = (
     "use_dora",
     "use_qalora",
     "alpha_pattern",
     "layer_replication",
     "lora_bias",
     "bias",
+    "trainable_token_indices",
 )
-_OTHER_KINDS += ("trainable_token_indices",)
 
 
 def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
@@ -50,43 +52,63 @@ def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
     """
     folder = find_folder(path)
     config = _read_config(folder / CONFIG)
-    leaves: dict[tuple[str, ...], jax.Array] = {}
+    leaves: dict[LeafPath, jax.Array] = {}
     reader = Reader(folder, PREFIX, WEIGHTS)
     for kernel, leaf in flatten_dict(params).items():
         modules = _modules(params, kernel, leaf.shape)
-        if not any(f"{module}.lora_A.weight" in reader for module in modules):
-            continue
-        first = 1 + (kernel[0] == "h")  # stacked layers: [L - 1] stands before the rest
-        *layers, size_in = leaf.shape[:first]
-        stored = reader.shape(f"{modules[0]}.lora_A.weight")
-        if not (rank := (*stored, 0)[0]):
-            raise UserError(
-                f"{reader.source}: {modules[0]}.lora_A.weight has shape {list(stored)}, so no rank"
-            )
-        for letter, shape in (("A", (size_in, rank)), ("B", (rank, *leaf.shape[first:]))):
-            stored = (math.prod(shape[1:]), shape[0])
-            parts = [
-                reader.read(f"{module}.lora_{letter}.weight", stored, jnp.float32).T
-                for module in modules
-            ]
-            leaves[(*kernel[:-1], f"lora_{letter.lower()}")] = jnp.stack(parts).reshape(
-                *layers, *shape
-            )
-        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        leaves[(*kernel[:-1], "lora_scale")] = jnp.full(layers, scale, jnp.float32)
+        if any(f"{module}.lora_A.weight" in reader for module in modules):
+            leaves |= _read_pair(reader, config, modules, kernel, leaf.shape)
     adapters = unflatten_dict(leaves)
     if names.SCORE in reader:
-        try:
-            shift = float(reader.metadata.get("reward_shift", 0.0))
-        except ValueError as error:
-            raise UserError(
-                f"{reader.source}: reward_shift in its metadata is no number: {error}"
-            ) from error
-        adapters["score"] = read_score(reader, len(params["ln_f"]["scale"]), shift)
+        adapters["score"] = read_score(reader, len(params["ln_f"]["scale"]), _read_shift(reader))
     reader.check_all_read()
     if not adapters:
         raise UserError(f"{folder / WEIGHTS}: no adapter of a kernel of this model")
     return adapters
+
+
+def split_shape(path: LeafPath, shape: tuple[int, ...]) -> tuple[Shape, int, Shape]:
+    """A kernel's shape as (layers [L - 1] or [], size of the input, sizes of the output)."""
+    is_stacked = path[0] == "h"
+    layers = shape[:1] if is_stacked else ()
+    size_in, *out = shape[len(layers) :]
+    return layers, size_in, tuple(out)
+
+
+def _read_pair(
+    reader: Reader, config: dict[str, Any], modules: list[str], kernel: LeafPath, shape: Shape
+) -> dict[LeafPath, jax.Array]:
+    """The leaves of one kernel's adapter, which PEFT stores in one module for each layer."""
+    layers, size_in, out = split_shape(kernel, shape)
+    stored = reader.shape(f"{modules[0]}.lora_A.weight")
+    rank = stored[0] if stored else 0
+    if not rank:
+        raise UserError(
+            f"{reader.source}: {modules[0]}.lora_A.weight has shape {list(stored)}, so no rank"
+        )
+
+    def read(letter: str, shape: Shape) -> jax.Array:
+        transposed = (math.prod(shape[1:]), shape[0])
+        tensors = [f"{module}.lora_{letter}.weight" for module in modules]
+        parts = [reader.read(tensor, transposed, jnp.float32).T for tensor in tensors]
+        return jnp.stack(parts).reshape(*layers, *shape)
+
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    module = kernel[:-1]
+    return {
+        (*module, "lora_a"): read("A", (size_in, rank)),
+        (*module, "lora_b"): read("B", (rank, *out)),
+        (*module, "lora_scale"): jnp.full(layers, scale, jnp.float32),
+    }
+
+
+def _read_shift(reader: Reader) -> float:
+    try:
+        return float(reader.metadata.get("reward_shift", 0.0))
+    except ValueError as error:
+        raise UserError(
+            f"{reader.source}: reward_shift in its metadata is no number: {error}"
+        ) from error
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -96,7 +118,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}, and only LORA is read")
     for key in _OTHER_KINDS:
-        if (value := config.get(key)) and value != "none":
+        value = config.get(key)
+        if value and value != "none":
             raise UserError(f"{file}: {key} is {value!r}: such adapters are not supported")
     if not names.is_number(config.get("lora_alpha")):
         raise UserError(f"{file}: lora_alpha is {config.get('lora_alpha')!r}, expected a number")
@@ -125,31 +148,8 @@ def write_adapter(
     }
     if others:
         raise ValueError(f"cannot save {listed(others)} as adapters")
-    tensors: dict[str, np.ndarray] = {}
-    ranks_and_scales: set[tuple[int, float]] = set()
-    full: list[str] = []  # the modules' names, such as transformer.h.0.attn.c_attn
-    for (*place, name), leaf in leaves.items():
-        if name not in ("lora_a", "lora_b"):
-            continue
-        modules = _modules(params, (*place, "kernel"), leaf.shape)
-        for module, matrix in zip(modules, leaf if place[0] == "h" else [leaf], strict=True):
-            stored = matrix.reshape(len(matrix), -1).T
-            tensors[f"{PREFIX}{module}.lora_{name[-1].upper()}.weight"] = np.ascontiguousarray(
-                stored
-            )
-        if name == "lora_a":
-            full += modules
-            ranks_and_scales |= {
-                (leaf.shape[-1], float(x)) for x in leaves[(*place, "lora_scale")].reshape(-1)
-            }
-    if len(ranks_and_scales) != 1:
-        kinds = sorted(ranks_and_scales)
-        raise ValueError(
-            f"PEFT's folder holds adapters of one rank and scale, got (rank, scale) {kinds}"
-        )
-    ((rank, scale),) = ranks_and_scales
-    # The names within a layer where every adapted layer has them all, else the full name of each.
-    layers, short = ({module.split(".", 3)[part] for module in full} for part in (2, 3))
+    rank, scale = _rank_and_scale(leaves)
+    tensors, modules = _stored(params, leaves)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -158,31 +158,67 @@ def write_adapter(
         "lora_alpha": scale * rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": "wpe" in params,  # GPT-2's kernels alone are stored as [in, out]
+        "fan_in_fan_out": "wpe" in params,  # only GPT-2's kernels are stored as [in, out]
         "inference_mode": True,
         "modules_to_save": None,
-        "target_modules": sorted(short if len(full) == len(short) * len(layers) else full),
+        "target_modules": _target_modules(modules),
     }
     metadata = {"format": "pt"}
     if "score" in adapters:
         tensors[PREFIX + names.SCORE], shift = folded_score(adapters["score"])
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-        metadata = {
-            "reward_shift": repr(shift)
-        }  # alone: safetensors writes several entries in a random order
+        # The only entry: safetensors writes several in a random order.
+        metadata = {"reward_shift": repr(shift)}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
-    (folder / CONFIG).write_text(
-        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _rank_and_scale(leaves: dict[LeafPath, np.ndarray]) -> tuple[int, float]:
+    kinds = set()
+    for path, leaf in leaves.items():
+        if path[-1] == "lora_a":
+            scales = leaves[(*path[:-1], "lora_scale")].reshape(-1)
+            kinds |= {(leaf.shape[-1], float(scale)) for scale in scales}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"PEFT's folder holds adapters of one rank and scale, got (rank, scale) {sorted(kinds)}"
+        )
+    return kinds.pop()
+
+
+def _stored(
+    params: Params, leaves: dict[LeafPath, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """PEFT's tensors by name, and their modules' names such as transformer.h.0.attn.c_attn."""
+    tensors: dict[str, np.ndarray] = {}
+    adapted: list[str] = []
+    for (*place, name), leaf in leaves.items():
+        if name not in ("lora_a", "lora_b"):
+            continue
+        modules = _modules(params, (*place, "kernel"), leaf.shape)
+        matrices = leaf if place[0] == "h" else [leaf]
+        for module, matrix in zip(modules, matrices, strict=True):
+            transposed = matrix.reshape(len(matrix), -1).T
+            tensor = f"{PREFIX}{module}.lora_{name[-1].upper()}.weight"
+            tensors[tensor] = np.ascontiguousarray(transposed)
+        if name == "lora_a":
+            adapted += modules
+    return tensors, adapted
+
+
+def _target_modules(modules: list[str]) -> list[str]:
+    """The names within a layer if every adapted layer has them all, else the full names."""
+    layers, short = ({module.split(".", 3)[part] for module in modules} for part in (2, 3))
+    return sorted(short if len(modules) == len(short) * len(layers) else modules)
 
 
 def _modules(params: Params, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
-    """transformers' names of a kernel's module in each layer that it holds; none for another leaf."""
+    """transformers' name of a kernel's module in each layer; none for another leaf."""
     if path[-1] != "kernel" or not path[0].startswith("h"):
         return []
-    family = (
-        names.GPT2 if "wpe" in params else names.LLAMA
-    )  # whose names of kernels the other families share
+    # The other families share Llama's names of kernels.
+    family = names.GPT2 if "wpe" in params else names.LLAMA
     return [name.removesuffix(".weight") for name in family.tensors(path, shape)]

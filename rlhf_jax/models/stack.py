@@ -1,5 +1,5 @@
-"""What the families share: linear layers, norms, attention with a cache, residual blocks, and the
-model around them.
+"""Layers that the model families share: linear layers, norms, attention with a cache, residual
+blocks, and the model around them.
 
 A family gives a ``Transformer`` its embedding, blocks and final norm; see gpt2.py, decoder.py.
 Parameters are {"wte", "h_0", ..., "ln_f", ...}; under ``scan_layers`` one "h" with a leading [L -
@@ -25,19 +25,19 @@ from rlhf_jax.models.norms import norm
 from rlhf_jax.sharding import cut, parts
 from rlhf_jax.types import Params
 
-Rotation = Array  # cosines, then sines, of the angles: [2, B, 1, T, Dh / 2] float32
-View = tuple[Seen, Rotation | None]  # who sees whom, and how queries and keys are turned
-Views = tuple[View, ...]  # of all layers, or of those that see all and those with a window
-LayerCache = tuple[
-    Array, Array
-]  # keys [B, H, Dh, S], as one query's product reads them, and values [B, H, S, Dh]
+# Cosines, then sines, of the rotary angles: [2, B, 1, T, Dh / 2] float32.
+Rotation = Array
+# The attention mask, and the rotation of queries and keys.
+View = tuple[Seen, Rotation | None]
+# One view of all layers; or that of the layers without a window, and that of those with one.
+Views = tuple[View, ...]
+# Keys [B, H, Dh, S], in the layout of one query's product, and values [B, H, S, Dh].
+LayerCache = tuple[Array, Array]
 Cache = tuple[LayerCache, ...]
-Columns = (
-    slice | Array | None
-)  # which columns of [B, T] are read: the same of each row, [B, n] numbers, or None: all
-Layer = tuple[
-    Number, Array | bool
-]  # factor of a layer's attention scores, and whether it takes the second view
+# Columns of [B, T] to compute: the same slice of each row, [B, n] indices, or None for all.
+Columns = slice | Array | None
+# Factor of a layer's attention scores, and whether the layer takes the second view.
+Layer = tuple[Number, Array | bool]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # The backward pass computes it again: its tanh would take longer to write and read.
@@ -50,88 +50,98 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @jax.custom_vjp
 def product(x: Array, kernel: Array) -> Array:
-    """x [..., D] @ kernel [D, F]; on a CPU the kernel's gradient is computed of two halves of the
-    rows.
+    """x [..., D] @ kernel [D, F]; on a CPU the kernel's gradient is the sum of those of two halves
+    of the rows.
 
-    XLA's faster CPU kernel takes them as they lie, where it would transpose the whole for its
-    slower one. All products of a training step are then of halves, for XLA would compute what two
-    shapes share twice, once for each.
+    XLA's faster CPU kernel reads halves in place; it would transpose the whole for its slower one.
+    All products of a training step are then of halves: XLA would compute what two shapes share
+    twice, once for each.
     """
     return x @ kernel
 
 
 def _halves(x: Array) -> Array:
     """The rows of x [..., D]: [2, N / 2, D] on a CPU, else [1, N, D]."""
-    is_apart = jax.default_backend() == "cpu" and (x.size // x.shape[-1]) % 2 == 0
-    return x.reshape(
-        1 + (is_apart and not jax.sharding.get_abstract_mesh().auto_axes), -1, x.shape[-1]
-    )
+    width = x.shape[-1]
+    is_even = (x.size // width) % 2 == 0
+    is_sharded = bool(jax.sharding.get_abstract_mesh().auto_axes)
+    is_halved = jax.default_backend() == "cpu" and is_even and not is_sharded
+    return x.reshape(1 + is_halved, -1, width)
 
 
 def _times(x: Array, kernel: Array, axis: int, is_trained: bool) -> Array:
-    """x [..., D] times a kernel, whose given axis is D; of halves, with a copy of the kernel each,
-    if it is trained.
+    """x [..., D] times a kernel whose ``axis`` is D.
+
+    A trained kernel is multiplied by halves, each with a copy of the kernel, as its gradient is.
     """
     halves = _halves(x)
-    if not is_trained or len(halves) == 1 or halves.shape[1] < 2 * max(kernel.shape):
+    is_large = halves.shape[1] >= 2 * max(kernel.shape)
+    if not is_trained or len(halves) == 1 or not is_large:
         return jnp.tensordot(x, kernel, ((-1,), (axis,)))
-    twice, numbers = (
-        jnp.broadcast_to(kernel, (2, *kernel.shape)),
-        (((2,), (1 + axis,)), ((0,), (0,))),
-    )
-    return jax.lax.dot_general(halves, twice, numbers).reshape(*x.shape[:-1], -1)
+    copies = jnp.broadcast_to(kernel, (2, *kernel.shape))
+    contracted = ((2,), (1 + axis,))
+    batched = ((0,), (0,))
+    out = jax.lax.dot_general(halves, copies, (contracted, batched))
+    return out.reshape(*x.shape[:-1], -1)
 
 
-def _product_forward(x: Any, kernel: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
-    # What a gradient needs is kept where one is asked for: not a frozen kernel's under adapters.
-    kept = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
-    return _times(x.value, kernel.value, 0, kernel.perturbed), kept
+# x and the kernel; each is None where the other's gradient is not needed.
+Saved = tuple[Array | None, Array | None]
 
 
-def _product_backward(
-    saved: tuple[Array | None, Array | None], grad: Array
-) -> tuple[Array | None, Array | None]:
+def _product_forward(x: Any, kernel: Any) -> tuple[Array, Saved]:
+    # Under adapters a kernel is frozen: its gradient is not needed, so x is not saved.
+    saved_x = x.value if kernel.perturbed else None
+    saved_kernel = kernel.value if x.perturbed else None
+    return _times(x.value, kernel.value, 0, kernel.perturbed), (saved_x, saved_kernel)
+
+
+def _product_backward(saved: Saved, grad: Array) -> Saved:
     x, kernel = saved
-    x_grad, kernel_grad = None if kernel is None else _times(grad, kernel, 1, x is not None), None
-    if x is not None:
-        narrow, wide = sorted(
-            (x, grad), key=lambda rows: rows.shape[-1]
-        )  # faster than the other way round
-        parts = jnp.einsum("gna,gnb->gab", _halves(narrow), _halves(wide))
-        kernel_grad = functools.reduce(jnp.add, parts if narrow is x else parts.mT)
+    x_grad = None if kernel is None else _times(grad, kernel, 1, x is not None)
+    kernel_grad = None if x is None else _kernel_gradient(x, grad)
     return x_grad, kernel_grad
+
+
+def _kernel_gradient(x: Array, grad: Array) -> Array:
+    """x^T @ grad by halves of the rows; the product is faster with the narrower array first."""
+    if x.shape[-1] <= grad.shape[-1]:
+        of_halves = jnp.einsum("gna,gnb->gab", _halves(x), _halves(grad))
+    else:
+        of_halves = jnp.einsum("gna,gnb->gab", _halves(grad), _halves(x)).mT
+    return functools.reduce(jnp.add, of_halves)
 
 
 product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 def _dot(x: Array, kernel: Array) -> Array:
-    """x [..., D] times kernel [D, ...], whose last axes become one where no device holds a part of
+    """x [..., D] times kernel [D, ...]; the kernel's last axes become one unless ``tensor`` cuts
     them.
     """
     if parts("tensor") > 1:
         return jnp.tensordot(x, kernel, 1)
-    return product(x, kernel.reshape(len(kernel), -1)).reshape(*x.shape[:-1], *kernel.shape[1:])
+    out = product(x, kernel.reshape(len(kernel), -1))
+    return out.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 class Given(nn.Module):
-    """A module that compares the shapes of the parameters it is given with numbers.
+    """A module that compares the shapes of given parameters with tuples.
 
-    Flax would compare them with its initializers', which it traces for that: a quarter of all
+    Flax would compare them with the shapes of its initializers and trace these: a quarter of all
     tracing.
     """
 
     @nn.nowrap
-    def param(self, name: str, *initial: Any, **how: Any) -> Any:
+    def param(self, name: str, *initial: Any, **options: Any) -> Any:
         if not self.has_variable("params", name):
-            return super().param(name, *initial, **how)
-        given: Any = self.get_variable("params", name)
-        if given.shape != (shape := tuple(initial[1])):
-            raise ValueError(
-                f"parameter {'/'.join((*self.path, name))} is {given.shape}, this model's is "
-                f"{shape}"
-            )
-        return given
+            return super().param(name, *initial, **options)
+        value: Any = self.get_variable("params", name)
+        expected = tuple(initial[1])
+        if value.shape != expected:
+            path = "/".join((*self.path, name))
+            raise ValueError(f"parameter {path} is {value.shape}, this model's is {expected}")
+        return value
 
 
 class Dense(Given):
@@ -141,8 +151,8 @@ class Dense(Given):
     """
 
     features: int | tuple[int, ...]
-    dtype: Any
-    kernel_init: Any
+    dtype: str
+    kernel_init: nn.initializers.Initializer
     use_bias: bool = True
 
     @nn.compact
@@ -152,74 +162,82 @@ class Dense(Given):
         bias = self.param("bias", nn.initializers.zeros, features) if self.use_bias else None
         x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         out = _dot(x, kernel)
-        out = (
-            out if bias is None else out + jnp.broadcast_to(bias, out.shape)
-        )  # one operation, by numpy's rules four
-        if not self.has_variable("params", "lora_a"):
-            return out
-        adapter: list[Any] = [
-            self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_scale")
-        ]
+        if bias is not None:
+            out += jnp.broadcast_to(bias, out.shape)  # one operation, by numpy's rules four
+        if self.has_variable("params", "lora_a"):
+            out += self.adapted(x)
+        return out
+
+    @nn.nowrap
+    def adapted(self, x: Array) -> Array:
+        """The adapter's term."""
+        names = ("lora_a", "lora_b", "lora_scale")
+        adapter: list[Any] = [self.get_variable("params", name) for name in names]
         a, b = promote_dtype(*adapter[:2], dtype=self.dtype)
-        return out + jax.lax.stop_gradient(adapter[2]).astype(out.dtype) * _dot(
-            cut(x @ a, "data", "fsdp"), b
-        )
+        scale = jax.lax.stop_gradient(adapter[2]).astype(x.dtype)
+        return scale * _dot(cut(x @ a, "data", "fsdp"), b)
 
 
 class Norm(Given):
-    """GPT-2's layer norm, with parameters "scale" and "bias", or the decoders' RMSNorm, with
-    "scale" alone.
+    """GPT-2's layer norm with parameters "scale" and "bias", or the decoders' RMSNorm with "scale"
+    only.
     """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        config, initial, shape = self.config, nn.initializers.constant, x.shape[-1:]
+        config = self.config
+        shape = x.shape[-1:]
+        constant = nn.initializers.constant
         if isinstance(config, GPT2Config):
-            bias = self.param("bias", initial(0.0), shape)
-            return norm(
-                x, self.param("scale", initial(1.0), shape), bias, config.layer_norm_epsilon
-            )
-        scale = self.param("scale", initial(1.0 - config.norm_offset), shape).astype(jnp.float32)
-        return norm(
-            x,
-            config.norm_offset + scale if config.norm_offset else scale,
-            None,
-            config.rms_norm_epsilon,
-        )
+            bias = self.param("bias", constant(0.0), shape)
+            scale = self.param("scale", constant(1.0), shape)
+            return norm(x, scale, bias, config.layer_norm_epsilon)
+        offset = config.norm_offset
+        scale = self.param("scale", constant(1.0 - offset), shape).astype(jnp.float32)
+        if offset:
+            scale = offset + scale
+        return norm(x, scale, None, config.rms_norm_epsilon)
 
 
 def rotate(x: Array, rotation: Rotation) -> Array:
     """[B, H, T, Dh] turned by its positions (Su et al. 2021), in float32; the dtype is kept."""
-    (first, second), (cosine, sine) = jnp.split(x.astype(jnp.float32), 2, axis=-1), rotation
-    return jnp.concatenate(
-        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
-    ).astype(x.dtype)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cosine, sine = rotation
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def pick(x: Array, columns: Columns, axis: int) -> Array:
-    """The given columns of x [B, ...], which lie along ``axis``."""
+    """The given columns of x [B, ...]; ``axis`` is the axis of the columns."""
     if columns is None:
         return x
     if isinstance(columns, slice):
         return jax.lax.slice_in_dim(x, columns.start, columns.stop, axis=axis)
-    shape = [
-        columns.shape[1] if i == axis else columns.shape[0] if i == 0 else 1 for i in range(x.ndim)
-    ]
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = columns.shape
     return jnp.take_along_axis(x, columns.reshape(shape), axis=axis)
 
 
 def seen_at(seen: Seen, columns: Columns) -> Seen:
-    """Whom the queries in the given columns see."""
-    slots, documents = (pick(x, columns, axis=1) for x in (seen.slots, seen.documents))
+    """The attention mask of the queries in the given columns."""
+    slots = pick(seen.slots, columns, axis=1)
+    documents = pick(seen.documents, columns, axis=1)
     mask = None if seen.mask is None else pick(seen.mask, columns, axis=2)
     return seen._replace(slots=slots, documents=documents, mask=mask)
 
 
+def write(held: LayerCache, new: LayerCache, start: Array | int) -> LayerCache:
+    """A layer's cache with new keys and values from slot ``start`` on."""
+    keys = attention.written(held[0], new[0], 3, start)
+    values = attention.written(held[1], new[1], 2, start)
+    return keys, values
+
+
 class Attention(nn.Module):
-    """Self-attention over the tokens given, or over a cache that they are first written to at slots
-    index, ...
+    """Self-attention over the given tokens, or over a cache to which it first writes them at slots
+    index, index + 1, ...
 
     Without an index the cache is empty. H / H_kv neighbouring query heads share a key head. A
     family's subclass defines ``project``, [B, T, D] -> queries [B, H, T, Dh], keys and values [B,
@@ -237,77 +255,99 @@ class Attention(nn.Module):
         index: Array | None,
         columns: Columns,
     ) -> tuple[Array, LayerCache | None]:
-        (seen, rotation), (scale, is_local), config = view, layer, self.config
+        seen, rotation = view
+        scale, is_local = layer
         query, key, value = self.project(x)
-        dtype, query = query.dtype, query.astype(jnp.float32) * scale
+        scaled = query.astype(jnp.float32) * scale
         if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        query = query.astype(dtype)
-        batch, heads, length, width = query.shape
+            scaled = rotate(scaled, rotation)
+            key = rotate(key, rotation)
+        query = scaled.astype(query.dtype)
         if cache is not None:
-            start = 0 if index is None else index
-            held, new = (cache[0].mT, cache[1]), (key, value)
-            cache = (
-                attention.written(cache[0], key.mT, 3, start),
-                attention.written(cache[1], value, 2, start),
-            )
-            if len(seen.key_slots) == cache[1].shape[2]:
-                key, value = cache[0].mT, cache[1]
-            elif (
-                len(seen.key_slots) > length
-            ):  # a window's cache, which would lose what the first of these queries see
-                key, value = (
-                    jnp.concatenate(parts, axis=2) for parts in zip(held, new, strict=True)
-                )
-        query = query.reshape(batch, key.shape[1], -1, length, width)
+            key, value, cache = self.through_cache(key, value, cache, index, len(seen.key_slots))
+
+        batch, heads, length, width = query.shape
+        grouped = query.reshape(batch, key.shape[1], -1, length, width)
+        mixed = self.mix(grouped, key, value, seen, is_local, columns)
+        by_token = mixed.reshape(batch, heads, -1, width).transpose(0, 2, 1, 3)
+        return self.output(by_token.reshape(batch, -1, heads * width)), cache
+
+    @nn.nowrap
+    def through_cache(
+        self,
+        key: Array,
+        value: Array,
+        cache: LayerCache,
+        index: Array | None,
+        num_keys: int,
+    ) -> tuple[Array, Array, LayerCache]:
+        """The ``num_keys`` keys and values of these queries, and the cache with the new ones
+        written.
+        """
+        new = write(cache, (key.mT, value), 0 if index is None else index)
+        held_keys, held_values = cache
+        if num_keys == held_values.shape[2]:
+            return new[0].mT, new[1], new
+        if num_keys > key.shape[2]:
+            # A window's cache: writing drops keys that the first of these queries attend to.
+            key = jnp.concatenate([held_keys.mT, key], axis=2)
+            value = jnp.concatenate([held_values, value], axis=2)
+        return key, value, new
+
+    @nn.nowrap
+    def mix(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        seen: Seen,
+        is_local: Array | bool,
+        columns: Columns,
+    ) -> Array:
+        """The values mixed by attention, [B, H_kv, G, n, Dh] for n columns of queries."""
+        config = self.config
+        num_queries = query.shape[3]
+        num_keys = key.shape[2]
         drops = self.has_rng("dropout") and config.attention_dropout > 0
-        drop = (self.make_rng("dropout"), config.attention_dropout) if drops else None
-        name = attention.implementation(config, length, key.shape[2], drops)
-        if name in ("xla", "blockwise"):
-            compute = attention.blockwise
-            if name == "xla":
-                first = (
-                    (columns.start if isinstance(columns, slice) else 0)
-                    if key.shape[2] == length
-                    else None
-                )
-                first = None if isinstance(columns, Array) else first
-                compute = functools.partial(
-                    attention.attention, first=first, summed=config.num_layers >= attention.DEEP
-                )
-            query, seen = pick(query, columns, axis=3), seen_at(seen, columns)
-            mixed = compute(query, key, value, seen, drop)
-        else:
+        name = attention.implementation(config, num_queries, num_keys, drops)
+        if name in ("cudnn", "splash"):
             kernels = [
                 functools.partial(attention.fused, name=name, window=window)
                 for window in config.windows
             ]
-            whole = jax.lax.switch(
-                jnp.int32(is_local), kernels, query, key, value, seen.key_documents
-            )
-            mixed = pick(whole, columns, axis=3)
-        mixed = mixed.reshape(batch, heads, -1, width).transpose(0, 2, 1, 3)
-        return self.output(mixed.reshape(batch, -1, heads * width)), cache
+            number = jnp.int32(is_local)
+            whole = jax.lax.switch(number, kernels, query, key, value, seen.key_documents)
+            return pick(whole, columns, axis=3)
+
+        drop = (self.make_rng("dropout"), config.attention_dropout) if drops else None
+        query = pick(query, columns, axis=3)
+        seen = seen_at(seen, columns)
+        if name == "blockwise":
+            return attention.blockwise(query, key, value, seen, drop)
+        first = None
+        if num_keys == num_queries and not isinstance(columns, Array):
+            first = 0 if columns is None else columns.start
+        summed = config.num_layers >= attention.DEEP
+        return attention.attention(query, key, value, seen, drop, first, summed)
 
 
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    A family's subclass makes "attn" and "mlp" in ``setup``, then calls ``add_norms``; what is added
-    is normed too where its config has ``post_norms``.
+    A family's subclass makes "attn" and "mlp" in ``setup``, then calls ``add_norms``. A config with
+    ``post_norms`` norms what is added too.
     """
 
     config: Any
 
     def add_norms(self, dropout: float) -> None:
-        """Makes the other parts, of the family's rate."""
-        self.ln_1, self.ln_2, self.dropout = (
-            Norm(self.config),
-            Norm(self.config),
-            nn.Dropout(dropout),
-        )
+        """Makes the norms, and the dropout of the given rate."""
+        self.ln_1 = Norm(self.config)
+        self.ln_2 = Norm(self.config)
+        self.dropout = nn.Dropout(dropout)
         if self.config.post_norms:
-            self.ln_1_post, self.ln_2_post = Norm(self.config), Norm(self.config)
+            self.ln_1_post = Norm(self.config)
+            self.ln_2_post = Norm(self.config)
 
     def __call__(
         self,
@@ -318,19 +358,23 @@ class Block(nn.Module):
         index: Array | None,
         columns: Columns,
     ) -> tuple[Array, LayerCache | None]:
-        deterministic, view = not self.has_rng("dropout"), views[0]
+        has_post_norms = self.config.post_norms
+        deterministic = not self.has_rng("dropout")
+        view = views[0]
         if len(views) > 1:
-            view = jax.tree.map(lambda whole, local: jnp.where(layer[1], local, whole), *views)
+            _, is_local = layer
+            view = jax.tree.map(lambda whole, local: jnp.where(is_local, local, whole), *views)
         attended, cache = self.attn(self.ln_1(x), view, layer, cache, index, columns)
-        attended = self.ln_1_post(attended) if self.config.post_norms else attended
-        x = cut(
-            pick(x, columns, axis=1) + self.dropout(attended, deterministic=deterministic),
-            "data",
-            "fsdp",
-        )
-        written = self.mlp(self.ln_2(x))
-        written = self.ln_2_post(written) if self.config.post_norms else written
-        return cut(x + self.dropout(written, deterministic=deterministic), "data", "fsdp"), cache
+        if has_post_norms:
+            attended = self.ln_1_post(attended)
+        x = pick(x, columns, axis=1) + self.dropout(attended, deterministic=deterministic)
+        x = cut(x, "data", "fsdp")
+
+        added = self.mlp(self.ln_2(x))
+        if has_post_norms:
+            added = self.ln_2_post(added)
+        x = x + self.dropout(added, deterministic=deterministic)
+        return cut(x, "data", "fsdp"), cache
 
 
 class Transformer(nn.Module):
@@ -338,138 +382,163 @@ class Transformer(nn.Module):
 
     A family's subclass makes "ln_f" and its tables in ``setup``, calls ``add_layers`` there, and
     defines ``scales``, [L] factors of the layers' attention scores, and ``embed``: [B, T] tokens,
-    positions and whether a token is no pad -> [B, T, D] in the compute dtype.
+    positions and whether a token is real -> [B, T, D] in the compute dtype.
     """
 
     config: Any
 
-    def add_layers(self, block: Any) -> None:
+    def add_layers(self, block: Callable[..., nn.Module]) -> None:
         """Makes the layers, of the family's class: "h" for the stacked ones, and "h_i" for each of
         the others.
         """
-        config, stacked = self.config, self.config.num_stacked
-        # Inside a scan nothing can be merged with the forward pass, so the barrier against that is
-        # not needed.
-        again = nn.remat(block, prevent_cse=not stacked) if config.remat else block
+        config = self.config
+        stacked = config.num_stacked
+        inner = block
+        if config.remat:
+            # Inside a scan nothing can be merged with the forward pass: no barrier is needed.
+            inner = nn.remat(block, prevent_cse=not stacked)
         if stacked:
-            self.h = nn.scan(
-                again,
+            shared = nn.broadcast  # views, index and columns; each layer has its scale and cache
+            scanned = nn.scan(
+                inner,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(
-                    nn.broadcast,
-                    0,
-                    0,
-                    *[nn.broadcast] * 2,
-                ),  # each layer has its own scale, view and cache
+                in_axes=(shared, 0, 0, shared, shared),
                 length=stacked,
-            )(config)
+            )
+            self.h = scanned(config)
         elif not (self.is_initializing() or self.has_rng("dropout")):
-            # Traced once for all layers of one scale and view; where numbers are drawn, nn.jit
-            # would draw others.
-            again = nn.jit(again, static_argnums=3)
+            # Traced once for all layers of one scale and view. nn.jit would change random numbers.
+            inner = nn.jit(inner, static_argnums=3)
         for i in range(stacked, config.num_layers):
             # The backward pass begins with the last block: it would be recomputed at once.
-            setattr(self, f"h_{i}", (again if i + 1 < config.num_layers else block)(config))
+            is_last = i + 1 == config.num_layers
+            setattr(self, f"h_{i}", block(config) if is_last else inner(config))
 
     def rotation(self, positions: Array, is_local: bool) -> Rotation | None:
-        """How queries and keys are turned at [B, T] positions; None without rotary positions."""
+        """The rotation of queries and keys at [B, T] positions; None without rotary positions."""
         return None
 
     def views(self, positions: Array, seen: Callable[..., Seen]) -> Views:
-        """The layers' views: one, or one of the layers that see all and one of those with a window."""
-
-        def view(window: int | None, is_local: bool) -> View:
-            it = seen(window=window)
-            name = attention.implementation(
-                self.config, it.slots.shape[1], len(it.key_slots), False
-            )
-            it = it._replace(mask=attention.visible(it)) if name == "xla" else it
-            return it, self.rotation(positions, is_local)
-
-        return tuple(view(window, i > 0) for i, window in enumerate(self.config.windows))
+        """A view for each of ``config.windows``; ``seen(window=...)`` makes its attention mask."""
+        views = []
+        for number, window in enumerate(self.config.windows):
+            own = seen(window=window)
+            num_queries = own.slots.shape[1]
+            name = attention.implementation(self.config, num_queries, len(own.key_slots), False)
+            if name == "xla":
+                own = own._replace(mask=attention.visible(own))
+            views.append((own, self.rotation(positions, number > 0)))
+        return tuple(views)
 
     def token_rows(self, tokens: Array, real: Array) -> Array:
         """[B, T] tokens -> [B, T, D] rows of the token table."""
-        # A pad may carry any id, also one outside the table; a real token outside it gives NaN
+        table = _padded(self.wte.embedding)
+        # A pad may have any id, also one outside the table; a real token outside it gives NaN
         # rather than a wrong row.
-        table, ids = _padded(self.wte.embedding), jnp.where(real, tokens, 0)
-        rows = jnp.take(table, jnp.where(ids < self.config.vocab_size, ids, len(table)), axis=0)
-        return cut(rows, "data", "fsdp")
+        ids = jnp.where(real, tokens, 0)
+        ids = jnp.where(ids < self.config.vocab_size, ids, len(table))
+        return cut(jnp.take(table, ids, axis=0), "data", "fsdp")
 
     def hidden(self, tokens: Array, attention_mask: Array, columns: Columns = None) -> Array:
-        """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype; of the
-        given columns alone.
+        """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype; only the
+        given columns.
 
-        The last block computes keys and values of all columns, and the rest where it is read; all
-        of it where less than an eighth would be left out: one kernel then serves all layers.
+        The last block computes keys and values of all columns and the rest for the given ones. For
+        a slice of more than seven eighths it computes all: one kernel then serves all layers.
         """
         places = attention.positions(attention_mask)
         x = self.embed(tokens, places, attention_mask != 0)
         views = self.views(places, functools.partial(attention.seen_in_text, attention_mask))
-        early = (
-            None
-            if isinstance(columns, slice) and 8 * (columns.stop - columns.start) > 7 * x.shape[1]
-            else columns
-        )
-        x, _ = self.through_layers(x, views, None, None, early)
-        return self.ln_f(x) if early is columns else pick(self.ln_f(x), columns, axis=1)
+        if isinstance(columns, slice) and 8 * (columns.stop - columns.start) > 7 * x.shape[1]:
+            x, _ = self.through_layers(x, views, None, None, None)
+            return pick(self.ln_f(x), columns, axis=1)
+        x, _ = self.through_layers(x, views, None, None, columns)
+        return self.ln_f(x)
 
     def through_layers(
-        self, x: Array, views: Views, cache: Cache | None, index: Array | None, columns: Columns
+        self,
+        x: Array,
+        views: Views,
+        cache: Cache | None,
+        index: Array | None,
+        columns: Columns,
     ) -> tuple[Array, Any]:
-        """[B, T, D] after the last layer, of the given columns alone, and the cache with keys and
-        values of all.
+        """[B, T, D] -> the given columns after the last layer, and the cache with the keys and
+        values of all columns.
         """
-        scales, local, stacked = self.scales(), self.config.local_layers, self.config.num_stacked
+        scales = self.scales()
+        local = self.config.local_layers
+        stacked = self.config.num_stacked
         written: list[Any] = []
         if stacked:
-            shape = stacked, x.shape[0], self.config.kv_heads, x.shape[1], self.config.head_size
-            empty = cache and (jnp.zeros(shape, x.dtype).mT, jnp.zeros(shape, x.dtype))
-            layers = jnp.array(scales[:stacked], jnp.float32), jnp.array(local[:stacked])
-            x, new = self.h(x, views, layers, empty, index, None)
-            axes = ((3, 2),) * stacked  # of the slots of keys and of values
-            write = functools.partial(attention.written, index=0)
-            written += jax.tree.map(write, cache[:stacked], apart(new), axes) if cache else ()
+            layers = (jnp.array(scales[:stacked], jnp.float32), jnp.array(local[:stacked]))
+            x, written = self.through_stack(x, views, layers, cache, index)
         for i in range(stacked, len(scales)):
-            block, held, read = (
-                getattr(self, f"h_{i}"),
-                cache and cache[i],
-                columns if i + 1 == len(scales) else None,
-            )
-            x, held = block(x, (views[local[i]],), (scales[i], local[i]), held, index, read)
+            block = getattr(self, f"h_{i}")
+            layer = (scales[i], local[i])
+            held = None if cache is None else cache[i]
+            is_last = i + 1 == len(scales)
+            block_columns = columns if is_last else None
+            x, held = block(x, (views[local[i]],), layer, held, index, block_columns)
             written.append(held)
         return x, tuple(written)
 
+    def through_stack(
+        self,
+        x: Array,
+        views: Views,
+        layers: Layer,
+        cache: Cache | None,
+        index: Array | None,
+    ) -> tuple[Array, list[LayerCache]]:
+        """[B, T, D] after the stacked layers, and their caches with the keys and values of x."""
+        if cache is None:
+            x, _ = self.h(x, views, layers, None, index, None)
+            return x, []
+        config = self.config
+        shape = (config.num_stacked, len(x), config.kv_heads, x.shape[1], config.head_size)
+        empty = (jnp.zeros(shape, x.dtype).mT, jnp.zeros(shape, x.dtype))
+        x, new = self.h(x, views, layers, empty, index, None)
+        held = cache[: config.num_stacked]
+        return x, [write(*pair, 0) for pair in zip(held, apart(new), strict=True)]
+
     def unembed(self, hidden: Array) -> Array:
         """[..., D] -> [..., V] float32, inputs in the compute dtype."""
-        dtype, is_given = self.config.compute_dtype, self.has_variable("params", "unembedding")
-        tied = self.wte if getattr(self.config, "tie_embeddings", True) else self.lm_head
-        table = _padded(
-            self.get_variable("params", "unembedding") if is_given else tied.embedding
-        ).astype(dtype)
+        config = self.config
+        if self.has_variable("params", "unembedding"):
+            table: Any = self.get_variable("params", "unembedding")
+        else:
+            is_tied = getattr(config, "tie_embeddings", True)
+            table = (self.wte if is_tied else self.lm_head).embedding
         logits = jnp.einsum(
-            "...d,vd->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32
+            "...d,vd->...v",
+            hidden.astype(config.compute_dtype),
+            _padded(table).astype(config.compute_dtype),
+            preferred_element_type=jnp.float32,
         )
-        return logits[..., : self.config.vocab_size]
+        return logits[..., : config.vocab_size]
 
     def decode(
-        self, tokens: Array, positions: Array, key_mask: Array, cache: Cache, index: Array | int
+        self,
+        tokens: Array,
+        positions: Array,
+        key_mask: Array,
+        cache: Cache,
+        index: Array | int,
     ) -> tuple[Array, Cache]:
         """Writes [B, t] tokens to slots index, ..., index + t - 1 and returns their logits [B, t,
         V].
         """
-        views = self.views(
-            positions, functools.partial(attention.seen_in_cache, key_mask, index, tokens.shape[1])
+        length = tokens.shape[1]
+        seen = functools.partial(attention.seen_in_cache, key_mask, index, length)
+        views = self.views(positions, seen)
+        own_mask = jax.lax.dynamic_slice_in_dim(
+            key_mask, index, length, axis=1, allow_negative_indices=False
         )
-        real = (
-            jax.lax.dynamic_slice_in_dim(
-                key_mask, index, tokens.shape[1], axis=1, allow_negative_indices=False
-            )
-            != 0
-        )
-        x = self.embed(tokens, positions, real)
-        start = None if isinstance(index, int) and index == 0 else jnp.asarray(index)
+        x = self.embed(tokens, positions, own_mask != 0)
+        is_empty = isinstance(index, int) and index == 0
+        start = None if is_empty else jnp.asarray(index)
         x, written = self.through_layers(x, views, cache, start, None)
         return self.unembed(self.ln_f(x)), written
 
@@ -479,37 +548,33 @@ class Transformer(nn.Module):
 
 def table(config: ModelConfig, rows: int) -> nn.Embed:
     """A table of tokens or positions, [rows, D]."""
-    return nn.Embed(
-        rows, config.hidden_size, embedding_init=nn.initializers.normal(config.initializer_range)
-    )
+    init = nn.initializers.normal(config.initializer_range)
+    return nn.Embed(rows, config.hidden_size, embedding_init=init)
 
 
 def _padded(rows: Array) -> Array:
-    """A token table cut over ``tensor``; where that does not divide V, zeros follow, whose logits
-    nobody sees.
+    """A token table sharded over ``tensor``. If ``tensor`` does not divide V, zeros follow; their
+    logits are cut off.
     """
     rows = jnp.pad(rows, ((0, -len(rows) % parts("tensor")), (0, 0)))
-    return cut(
-        cut(rows, "tensor", width="fsdp"), "tensor"
-    )  # XLA sends a table in two steps, or else all of it
+    # In two steps, or else XLA sends the whole table.
+    return cut(cut(rows, "tensor", width="fsdp"), "tensor")
 
 
 def apart(stacked: Any) -> tuple[Any, ...]:
-    """The layers of a tree of arrays [L, ...].
+    """The layers of a tree of arrays [L, ...], each by an index that XLA does not know.
 
-    Their numbers are data: for constants XLA would compile a slice of each array of each layer by
-    itself, for 24 layers nine tenths of the time of a sampler.
+    With constant indices XLA would compile a slice of each array of each layer by itself: for 24
+    layers nine tenths of the time of a sampler.
     """
     smallest = min(jax.tree.leaves(stacked), key=jnp.size)
-    # Zeros made of numbers that XLA does not know, so that it cannot compute the maximum of them
-    # plus i.
-    zeros = jnp.minimum(jnp.abs(smallest[(slice(2), *[0] * (smallest.ndim - 1))]), 0).astype(
-        jnp.int32
-    )
+    first = smallest[(slice(2), *[0] * (smallest.ndim - 1))]
+    # Zeros made of data, so that XLA cannot compute the maximum of them plus i.
+    zeros = jnp.minimum(jnp.abs(first), 0).astype(jnp.int32)
     rows = tuple(zeros + i for i in range(len(smallest)))
-    numbers = jax.lax.reduce(
-        rows, (jnp.int32(0),) * len(rows), functools.partial(jax.tree.map, jnp.maximum), (0,)
-    )
+    start = (jnp.int32(0),) * len(rows)
+    maxima = functools.partial(jax.tree.map, jnp.maximum)
+    numbers = jax.lax.reduce(rows, start, maxima, (0,))
     slice_at = functools.partial(
         jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False
     )
@@ -517,8 +582,8 @@ def apart(stacked: Any) -> tuple[Any, ...]:
 
 
 def for_decoding(config: ModelConfig, params: Params) -> Params:
-    """Parameters as ``decode`` reads them, so that it neither slices nor casts a weight for each
-    token.
+    """Parameters in the form that ``decode`` needs, so that it neither slices nor casts a weight
+    for each token.
 
     The stacked layers of ``scan_layers``, "h" [L - 1, ...], become "h_0", "h_1", ...; kernels,
     their biases and adapters, and the output table (a second time, under "unembedding") get the
@@ -526,33 +591,29 @@ def for_decoding(config: ModelConfig, params: Params) -> Params:
     """
     if "unembedding" in params:
         return params
+    params = dict(params)
     if "h" in params:
-        layers = {f"h_{i}": layer for i, layer in enumerate(apart(params["h"]))}
-        params = {name: leaf for name, leaf in params.items() if name != "h"} | layers
-    leaves = flatten_dict(
-        {**params, "unembedding": params.get("lm_head", params["wte"])["embedding"]}
-    )
+        layers = apart(params.pop("h"))
+        params |= {f"h_{i}": layer for i, layer in enumerate(layers)}
+    params["unembedding"] = params.get("lm_head", params["wte"])["embedding"]
+    leaves = flatten_dict(params)
+    compute_dtype = jnp.dtype(config.compute_dtype)
     for path, leaf in leaves.items():
         is_linear = path[0].startswith("h_") and (*path[:-1], "kernel") in leaves
-        if (is_linear or path == ("unembedding",)) and leaf.dtype.itemsize > jnp.dtype(
-            config.compute_dtype
-        ).itemsize:
-            leaves[path] = leaf.astype(config.compute_dtype)
+        is_wider = leaf.dtype.itemsize > compute_dtype.itemsize
+        if is_wider and (is_linear or path == ("unembedding",)):
+            leaves[path] = leaf.astype(compute_dtype)
     return unflatten_dict(leaves)
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """An empty cache: keys and values of each layer, as ``LayerCache``, in the compute dtype; of
-    its window alone.
+    """An empty cache: keys and values of each layer, as ``LayerCache``, in the compute dtype; a
+    layer with a window has slots for the window only.
     """
-
-    def layer(is_local: bool) -> LayerCache:
-        shape = (
-            batch,
-            config.kv_heads,
-            min(config.windows[is_local] or length, length),
-            config.head_size,
-        )
-        return jnp.zeros(shape, config.compute_dtype).mT, jnp.zeros(shape, config.compute_dtype)
-
-    return tuple(layer(is_local) for is_local in config.local_layers)
+    cache = []
+    for is_local in config.local_layers:
+        window = config.windows[is_local]
+        slots = min(window or length, length)
+        values = jnp.zeros((batch, config.kv_heads, slots, config.head_size), config.compute_dtype)
+        cache.append((jnp.zeros_like(values).mT, values))
+    return tuple(cache)
