@@ -236,7 +236,7 @@ def temporary_bytes(length, **changes):
 
 @pytest.mark.slow
 def test_memory_grows_with_the_length_and_not_with_its_square():
-    """The table in docs/performance.md: each doubling at most 2.3 times, where the plain form grows
+    """The table in docs/notes/performance.md: each doubling at most 2.3 times, where the plain form grows
     by 3 to 4.
     """
     lengths, sizes = (256, 512, 1024, 2048), {"batch": 8, "hidden_size": 128, "num_layers": 4}

