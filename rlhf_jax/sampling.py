@@ -228,7 +228,7 @@ def generate(
             mesh=mesh,
             in_specs=(replicated, rows, rows, replicated, rows, rows),
             out_specs=rows,
-            axis_names={"data", "fsdp"} & {"data", *mesh.axis_names},
+            axis_names=_mapped_axes(mesh),
             check_vma=False,
         )
     return sample_rows(weights, tokens, attention_mask, key, row_ids, used)
@@ -247,6 +247,15 @@ def _check_left_padded(attention_mask: jax.Array) -> None:
             f"prompts must be padded on the left: row {wrong[0]} of attention_mask is 0 in the last "
             f"column, and so are {len(wrong) - 1} other rows"
         )
+
+
+def _mapped_axes(mesh: Mesh) -> set[str]:
+    """The axes that ``generate`` is mapped over by hand: "tensor" too, unless it cuts weights.
+
+    XLA:GPU cannot partition cuDNN's attention where one axis is mapped by hand and another is left
+    to the compiler, even if that has one device.
+    """
+    return {name for name in mesh.axis_names if name != "tensor" or mesh.shape[name] == 1}
 
 
 def _sample_rows(

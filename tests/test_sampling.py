@@ -434,6 +434,25 @@ def test_devices_do_not_change_the_tokens(devices):
     assert spread.tokens.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data")), 2)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "mapped"), [(1, {"data", "fsdp", "tensor"}), (2, {"data", "fsdp"})]
+)
+def test_an_axis_of_one_device_is_mapped_by_hand_too(tensor, mapped):
+    """XLA:GPU refuses cuDNN's attention where an axis is left to it beside others mapped by hand."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(-1, 1, tensor), ("data", "fsdp", "tensor"))
+    tokens, mask = prompts(rows=4)
+
+    def generate(params):
+        key = jax.random.key(0)
+        return sampling.generate(
+            lookup_model(), params, tokens, mask, key, config=config(), mesh=mesh
+        )
+
+    equations = jax.make_jaxpr(generate)(lookup_params()).eqns
+    axes = [e.params["newly_manual_axes"] for e in equations if "newly_manual_axes" in e.params]
+    assert axes == [mapped]
+
+
 def test_each_device_stops_by_itself():
     """Rows of the second device never end; the first device still decodes only until its own rows
     have ended.
