@@ -106,7 +106,8 @@ def write_data(folder: Path, sizes: Sizes) -> None:
     numbers = random.Random(0)
     sums = []
     for _ in range(256 + sizes.episodes):
-        a, b = numbers.randint(2, 60), numbers.randint(2, 39)
+        a = numbers.randint(2, 60)
+        b = numbers.randint(2, 39)
         question = f"What is {a} + {b}? Answer with the number alone."
         sums.append({"prompt": question, "answer": str(a + b)})
     files = {
@@ -229,7 +230,8 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", help="of reward-model, dpo, grpo, ppo; default all")
     parser.add_argument("--beside-trl", action="store_true", help="the same stages in TRL 1.16")
     args = parser.parse_args()
-    folder, sizes = args.folder, SHORT if args.short else FULL
+    folder = args.folder
+    sizes = SHORT if args.short else FULL
     folder.mkdir(parents=True, exist_ok=True)
     make_model(folder / "base")
     write_data(folder, sizes)

@@ -102,7 +102,9 @@ def trainer(stage, folder, sizes, clock):
 
 def main():
     """Trains, evaluates before and after, writes STAGE-trl.json."""
-    stage, folder, sizes = sys.argv[1], Path(sys.argv[2]), Sizes(*map(int, sys.argv[3:]))
+    stage = sys.argv[1]
+    folder = Path(sys.argv[2])
+    sizes = Sizes(*map(int, sys.argv[3:]))
     torch.set_num_threads(2)
     clock = Clock()
     train, metric = trainer(stage, folder, sizes, clock)
