@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
@@ -21,6 +21,9 @@ import rlhf_jax
 from rlhf_jax.data.rows import Kind, OnBadRow
 from rlhf_jax.errors import Stopped, TrainingFault, UserError, did_you_mean, logger
 from rlhf_jax.runs import allocator
+
+if TYPE_CHECKING:  # it needs JAX
+    from rlhf_jax.types import Algorithm
 
 Positional = tyro.conf.Positional[str]
 Files = tyro.conf.Positional[tuple[str, ...]]
@@ -128,6 +131,29 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
         training.rl.run(settings, importlib.import_module(f"rlhf_jax.algorithms.{name}"))
     else:
         importlib.import_module(f"rlhf_jax.training.{name.replace('-', '_')}").run(settings)
+
+
+def train_algorithm(
+    algorithm: "Algorithm", argv: Sequence[str] | None = None, **parts: Any
+) -> None:
+    """Runs an algorithm of one's own, a module, with the settings of a command line: those of any
+    RL stage, and its own ``Config`` as flags (``--vapo.alpha 0.1``) or section of a YAML file.
+
+    Args:
+        argv: ``sys.argv[1:]`` by default.
+        parts: what else ``training.rl.run`` takes, such as ``run_reward``.
+    """
+    from rlhf_jax import config, training
+
+    description = (algorithm.__doc__ or "").partition("\n\n")[0]
+    settings = config.parse(
+        config.RunConfig,
+        argv,
+        description=description,
+        sections=(*REWARD, config.section_name(algorithm)),
+        algorithm=algorithm,
+    )
+    training.rl.run(settings, algorithm, **parts)
 
 
 def script(folder: str, name: str) -> ModuleType:

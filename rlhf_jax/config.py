@@ -330,8 +330,7 @@ class RLStage:
     """Response slots R."""
     environment: str | None = None
     """FILE.py:FUNCTION, called after each response as function(conversation, row): the policy reads
-    what it returns and responds again, all in one row, until it returns None. See
-    docs/multi-turn.md."""
+    what it returns and responds again, all in one row, until it returns None."""
     max_turns: int | None = None
     """Most responses of a row; null: until the environment ends it or max_new_tokens, which then
     hold responses and replies, are full."""
@@ -764,7 +763,7 @@ def parse(
         if read_here:
             listed = ", ".join(f"{key} {filled[key]}" for key in read_here)
             model = values["model"]
-            logger.info(f"defaults for the pretrained {model}: {listed}; see docs/runs.md")
+            logger.info(f"defaults for the pretrained {model}: {listed}")
     problems: list[str] = []
     config = _build(kind, values, defaults, "", given, problems)
     if problems:
@@ -1079,9 +1078,9 @@ def _value(node: yaml.Node, kind: Any, key: str) -> Any:
             if inner is float and type(value) in (int, str) and is_plain:
                 return float(value)
     names = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
-    expected = names.get(inner) or f"one of {', '.join(map(repr, choices))}"
-    if is_list:
-        expected = "a list"
+    expected = names.get(inner, "given in Python")
+    if choices:
+        expected = "a list" if is_list else f"one of {', '.join(map(repr, choices))}"
     or_null = " or null" if optional else ""
     line = node.start_mark.line + 1
     raise ValueError(f"line {line}: {key} must be {expected}{or_null}, found {_found(node)}")

@@ -1,5 +1,6 @@
 """The rlhf-jax command: every command's effect, and what it says to a mistake."""
 
+import ast
 import importlib
 import json
 import logging
@@ -8,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -114,6 +116,24 @@ def test_a_stage_is_the_same_run_from_the_command_and_from_its_script(name, monk
     assert calls[0][1:] == ((getattr(rlhf_jax, name),) if module == "rl" else ())
 
 
+def test_an_algorithm_of_one_s_own_is_run_by_flags(monkeypatch, capsys):
+    module = types.ModuleType("vapo", "Does as VAPO.\n\nAt length.")
+    module.Config = rlhf_jax.ppo.Config
+    calls = []
+    run = importlib.import_module("rlhf_jax.training.rl")
+    monkeypatch.setattr(run, "run", lambda *args, **options: calls.append((args, options)))
+    cli.train_algorithm(module, ["--config", "tiny", "--vapo.clip-low", "0.1"], run_reward=len)
+    ((settings, algorithm), options) = calls[0]
+    assert (settings.vapo.clip_low, algorithm, options) == (0.1, module, {"run_reward": len})
+    with pytest.raises(SystemExit):
+        cli.train_algorithm(module, ["--help"])
+    shown = capsys.readouterr().out
+    assert "Does as VAPO." in shown
+    assert "At length." not in shown
+    assert "--rl.batch-size" in shown
+    assert "--sft" not in shown
+
+
 def test_the_quickstart_and_the_configs_come_with_the_package(capsys):
     with pytest.raises(SystemExit):
         cli.run(["quickstart", "--help"])
@@ -121,6 +141,31 @@ def test_the_quickstart_and_the_configs_come_with_the_package(capsys):
     cli.run(["configs"])
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names == sorted(path.stem for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+def messages():
+    """(file, text) of all strings of the package but its modules', classes' and functions' own."""
+    for path in sorted(Path(cli.__file__).parent.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef
+        docstrings = {
+            ast.get_docstring(node, clean=False)
+            for node in ast.walk(tree)
+            if isinstance(node, documented)
+        }
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(text, str) and text not in docstrings:
+                yield path.name, " ".join(text.split())
+
+
+def test_a_hint_names_no_file_and_no_command_that_an_installed_package_lacks():
+    scripts = {text for _, text in cli.SCRIPTS.values()} | {"benchmarks", "experiments"}
+    for file, text in messages():
+        if text not in scripts:
+            assert not re.search(r"\b(experiments|benchmarks|docs|configs)/|-e '\.", text), file
+        for command in re.findall(r"`rlhf-jax ((?:data )?[a-z-]+)", text):
+            assert command in NAMES, f"{file}: {text}"
 
 
 def test_what_the_package_reports_can_be_silenced(capsys):

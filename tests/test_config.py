@@ -2,13 +2,16 @@
 reads back equal; the rules of the sections."""
 
 import dataclasses
+import os
 import re
+import types
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import rlhf_jax
 from rlhf_jax import config
 from rlhf_jax.config import (
     Compute,
@@ -144,6 +147,147 @@ def test_a_mistake_in_the_file_is_named(text, message):
         parse(RunConfig, write(text))
     assert str(caught.value).startswith(f"c.yaml{message}")
     assert len(str(caught.value)) < 400
+
+
+def test_all_mistakes_of_the_files_are_named_at_once():
+    Path("d.yaml").write_text("zzz: 1")
+    file = write("seed: x\nrl:\n  temprature: 1\n  top_k: a\nlora: 3\nseed: 1")
+    with pytest.raises(UserError) as caught:
+        parse(RunConfig, [*file, "d.yaml"])
+    starts = [
+        "c.yaml, line 1: seed must be an int, found 'x'",
+        "c.yaml, line 3: unknown key rl.temprature; did you mean rl.temperature?",
+        "c.yaml, line 4: rl.top_k must be an int or null, found 'a'",
+        "c.yaml, line 5: lora must be a mapping of keys, found 3",
+        "c.yaml, line 6: key seed is given twice, first on line 1",
+        "d.yaml, line 1: unknown key zzz; the keys are data",
+    ]
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(starts)
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
+def test_all_values_that_break_a_rule_are_named_at_once():
+    file = write(
+        "rl:\n  temperature: 0\n  max_turns: 2\n  batch_size: 0\nlora: {rank: -1}\nseed: -1"
+    )
+    with pytest.raises(UserError) as caught:
+        parse(RunConfig, [*file, "--rl.top-p", "2"])
+    lines = str(caught.value).splitlines()
+    assert lines == [
+        "c.yaml, line 5: lora.rank must be at least 0, got -1",
+        "c.yaml, line 4: rl.batch_size must be at least 1, got 0",
+        "c.yaml, line 2: rl.temperature must be above 0, got 0.0",
+        "rl.top_p must be at most 1, got 2.0",
+        "c.yaml, line 3: rl.max_turns: conversations have an environment, which replies; give it too",
+        "c.yaml, line 6: seed must be at least 0, got -1",
+    ]
+    # A rule between two values that no default can satisfy is named once.
+    with pytest.raises(UserError) as caught:
+        parse(RunConfig, write("mesh: {data: 0, fsdp: 0}"))
+    assert str(caught.value).count("at least 1") == 1
+
+
+SCORE = "score = len"
+
+
+@pytest.fixture
+def project():
+    """The current folder within others: beside it a run of somebody else, in it one's own."""
+    for name in ("mine/runs/ppo", "mine/lib", "theirs/run"):
+        Path(name).mkdir(parents=True)
+    for name in ("mine/score.py", "mine/runs/ppo/score.py", "theirs/run/score.py"):
+        Path(name).write_text(SCORE)
+    for name in ("mine/runs/ppo", "theirs/run"):
+        Path(name, "manifest.json").write_text("{}")
+    os.chdir("mine")
+
+
+@pytest.mark.parametrize(
+    ("place", "text", "flags", "refused"),
+    [
+        ("c.yaml", "reward: ['score.py:score']", "", False),
+        ("c.yaml", "reward: [length, 'lib/../score.py:score*0.5']", "", False),
+        ("../c.yaml", "reward: ['score.py:score']", "", False),
+        ("runs/ppo/config.yaml", "reward: ['score.py:score']", "", False),
+        ("c.yaml", "reward: [length, '../theirs/run/score.py:score*2']", "", True),
+        ("c.yaml", "rl: {judge: ['../theirs/run/score.py:score']}", "", True),
+        ("c.yaml", "rl: {environment: '../theirs/run/score.py:score'}", "", True),
+        ("c.yaml", "safety: {classifier: '../theirs/run/score.py:score', above: 1.0}", "", True),
+        ("../theirs/run/config.yaml", "reward: ['score.py:score']", "", True),
+        ("runs/ppo/config.yaml", "reward: ['runs/ppo/score.py:score']", "", True),
+        ("c.yaml", "reward: ['../theirs/run/score.py:score']", "--trust-config", False),
+        ("c.yaml", "reward: ['../theirs/run/score.py:score']", "--reward length", False),
+        ("c.yaml", "seed: 1", "--reward ../theirs/run/score.py:score", False),
+        ("c.yaml", "reward: ['link.py:score']", "", True),
+    ],
+)
+def test_a_config_that_runs_the_python_of_others_needs_trust(project, place, text, flags, refused):
+    Path("link.py").symlink_to("../theirs/run/score.py")
+    Path(place).write_text(text)
+    argv = ["--config", place, *flags.split()]
+    if not refused:
+        assert parse(RunConfig, argv)
+        return
+    with pytest.raises(UserError) as caught:
+        parse(RunConfig, argv)
+    run, advice = str(caught.value).splitlines()
+    assert run.startswith(f"{place}, line 1: ")
+    assert re.search(r"score\S* runs the Python code of /.*/score\.py$", run)
+    assert advice.endswith("read it, then give --trust-config")
+
+
+def test_configs_of_the_package_are_trusted(tmp_path, monkeypatch):
+    """They name files of a checkout, wherever the user stands in it."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "own.yaml").write_text(f"reward: ['{tmp_path.parent}/score.py:score']")
+    with pytest.raises(UserError, match="--trust-config"):
+        parse(RunConfig, ["--config", "configs/own.yaml"])
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "config.py"))
+    assert parse(RunConfig, ["--config", "own"]).reward
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnConfig:
+    """Of an algorithm of one's own."""
+
+    alpha: float = 0.5
+    """Weight of the second term."""
+    rule: object = len
+
+    def __post_init__(self):
+        if self.alpha < 0:
+            raise ValueError(f"alpha must be at least 0, got {self.alpha}")
+
+
+OWN = types.SimpleNamespace(__name__="mine.vapo", Config=OwnConfig)
+
+
+def test_an_algorithm_of_one_s_own_has_a_section(capsys):
+    file = write("vapo: {alpha: 0.25}\nppo: {value: separate}\nrl: {top_k: null}")
+    assert parse(RunConfig, file, algorithm=OWN).vapo == OwnConfig(0.25)
+    own = parse(RunConfig, [*file, "--vapo.alpha", "0.1"], algorithm=OWN)
+    assert own.vapo == OwnConfig(0.1)
+    assert isinstance(own, RunConfig)
+    assert own.ppo == RunConfig().ppo  # of a file that stages share
+    assert parse(RunConfig, [], algorithm=rlhf_jax.ppo) == RunConfig()
+    for wrong, said in [
+        (["--ppo.value", "separate"], "--ppo.value is a setting that this command does not read"),
+        (["--vapo.alhpa", "1"], "unknown flag --vapo.alhpa; did you mean --vapo.alpha?"),
+        (["--vapo.alpha", "-1"], "vapo.alpha must be at least 0, got -1.0"),
+        ("vapo: {alpha: -1}", "c.yaml, line 1: vapo.alpha must be at least 0, got -1.0"),
+        ("vapo: {aplha: 1}", "c.yaml, line 1: unknown key vapo.aplha; did you mean vapo.a"),
+        ("vapo: {rule: 1}", "c.yaml, line 1: vapo.rule must be given in Python, found 1"),
+    ]:
+        with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+            parse(RunConfig, wrong if isinstance(wrong, list) else write(wrong), algorithm=OWN)
+    with pytest.raises(SystemExit, match="0"):
+        parse(RunConfig, ["--help-verbose"], algorithm=OWN)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Weight of the second term. (default: 0.5)" in shown
+    assert "--ppo" not in shown
+    with pytest.raises(UserError, match=r"the algorithm mine\.rl: rl is a setting of every run"):
+        parse(RunConfig, [], algorithm=types.SimpleNamespace(__name__="mine.rl", Config=OwnConfig))
 
 
 def test_files_that_cannot_be_read(tmp_path):

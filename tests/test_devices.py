@@ -19,9 +19,12 @@ from rlhf_jax.runs import devices
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("/dev/nvidia0", r"an NVIDIA GPU.*\.\[cuda13\].* before 580 '\.\[cuda12\]'.*--device cpu"),
+        (
+            "/dev/nvidia0",
+            r"an NVIDIA GPU.*'rlhf-jax\[cuda13\].* before 580 'rlhf-jax\[cuda12\]'.*--device cpu",
+        ),
         ("/usr/lib/wsl/lib/libcuda.so.1", r"an NVIDIA GPU.*--device cpu"),
-        ("/dev/accel0", r"a TPU.*\.\[tpu\].*--device cpu"),
+        ("/dev/accel0", r"a TPU.*'rlhf-jax\[tpu\].*--device cpu"),
     ],
 )
 def test_an_idle_accelerator_is_refused_with_its_install_line(file, message, monkeypatch):

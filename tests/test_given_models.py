@@ -92,7 +92,7 @@ def test_pretrained_weights_have_defaults_of_their_own(rank, column, capsys):
     )
     assert values_of(parsed, PRETRAINED) == {key: both[column] for key, both in PRETRAINED.items()}
     listed = ", ".join(f"{key} {PRETRAINED[key][column]}" for key in SFT)
-    said = f"defaults for the pretrained gpt2: {listed}; see docs/runs.md\n"
+    said = f"defaults for the pretrained gpt2: {listed}\n"
     assert capsys.readouterr().out == said
 
 

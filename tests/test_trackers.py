@@ -150,7 +150,7 @@ def test_a_missing_package_is_said_before_anything_else(monkeypatch):
     monkeypatch.setattr(stage.devices, "choose", lambda device: pytest.fail("too late"))
     with pytest.raises(
         UserError,
-        match=r"--track wandb: the package is not installed; pip install -e '\.\[wandb\]'",
+        match=r"--track wandb: the package is not installed; pip install 'rlhf-jax\[wandb\]'",
     ):
         stage.set_up(RunConfig(track=("wandb",)))
 

@@ -78,9 +78,10 @@ def answerable(row: rows.Row) -> bool | None:
     return ANSWERABLE[str(value).lower()]
 
 
-def read_categories(path: str) -> dict[str, CustomCategory]:
+def read_categories(path: str, trust: bool = False) -> dict[str, CustomCategory]:
     """``{name: category}`` of a YAML file in which each category is a mapping under its name, or a
-    list of prompts.
+    list of prompts. Without ``trust`` it may not name Python files of somebody else:
+    ``config.check_trusted``.
     """
     file = Path(path)
     if not file.is_file():
@@ -100,6 +101,8 @@ def read_categories(path: str) -> dict[str, CustomCategory]:
         for name, value in content.items()
     }
     settings = config.read(dataclasses.make_dataclass("_", kinds.items()), file)
+    if not trust:
+        config.check_trusted(settings)
     categories = {}
     for name in content:
         given = {

@@ -81,6 +81,8 @@ class Config:
     """Another run or model folder, for the win rate under the reward model."""
     categories: str | None = None
     """YAML file of categories of your own."""
+    trust_config: bool = False
+    """Run the Python files that this YAML file names, though they are not in the current folder."""
     template: str | None = None
     """What the models read for a prompt; null: the run's text.template (auto for a model's folder).
     """
@@ -498,7 +500,9 @@ def _score_answers(reward: spec.Reward, batch: Comparisons) -> np.ndarray:
 
 def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories]:
     """All data, read before anything is computed, and the categories of the user's own."""
-    categories = data.read_categories(config.categories) if config.categories else {}
+    categories = {}
+    if config.categories:
+        categories = data.read_categories(config.categories, config.trust_config)
     read = functools.partial(
         formats.read,
         template=template,

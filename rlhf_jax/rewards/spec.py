@@ -237,7 +237,7 @@ def _read(
     if term == "math" and not rest:
         if importlib.util.find_spec("math_verify") is None:
             raise UserError(
-                f"{where}: the package math-verify is not installed; pip install -e '.[math]'"
+                f"{where}: the package math-verify is not installed; pip install 'rlhf-jax[math]'"
             )
         return term, Reward(
             host=from_text(_of_columns(f"{where}: math", verifiable.math, columns), tokenizer)
@@ -318,7 +318,7 @@ def load_function(
       UserError: it begins with ``where``; there is no such file or function, or it asks for other
         columns.
     """
-    if not file.is_file():
+    if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{where}: no such file {file}; expected FILE.py:FUNCTION")
     try:
         module = runpy.run_path(str(file))

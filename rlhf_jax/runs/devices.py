@@ -113,12 +113,12 @@ def idle_accelerator() -> str | None:
     """
     platforms = {device.platform for device in _all_devices()}
     sentence = (
-        "This machine has {}, but JAX does not use it. Install its plugin: pip install -e "
-        "'.[{}]'{}."
+        "This machine has {}, but JAX does not use it. Install its plugin: pip install "
+        "'rlhf-jax[{}]'{}."
     )
     if "gpu" not in platforms and has_file(*FILES["gpu"]):
         return sentence.format(
-            "an NVIDIA GPU", "cuda13", ", or with a driver before 580 '.[cuda12]'"
+            "an NVIDIA GPU", "cuda13", ", or with a driver before 580 'rlhf-jax[cuda12]'"
         )
     return (
         sentence.format("a TPU", "tpu", "")

@@ -1,8 +1,8 @@
 """Several processes that share one run: each computes its part of every batch, the first one writes
 and prints.
 
-    python experiments/ppo.py ... --processes 10.0.0.1:9876,2,0      # the first of two
-    python experiments/ppo.py ... --processes 10.0.0.1:9876,2,1
+    rlhf-jax ppo ... --processes 10.0.0.1:9876,2,0      # the first of two
+    rlhf-jax ppo ... --processes 10.0.0.1:9876,2,1
 
 All read the same files and see the same run folder. An error in one of them ends all of them,
 because the others would wait for it for ever; so does the loss of one, within ``HEARTBEAT_SECONDS``

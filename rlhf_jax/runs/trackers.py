@@ -147,7 +147,7 @@ def check(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise UserError(
-                f"--track {name}: the package is not installed; pip install -e '.[{name}]'"
+                f"--track {name}: the package is not installed; pip install 'rlhf-jax[{name}]'"
             )
 
 

@@ -297,7 +297,7 @@ def load_reward_model(
     model, params, tokenizer = LanguageModel.load(source, **_compute(compute), shardings=place)
     if "score" not in params:
         raise UserError(
-            f"{source}: this model has no score head; train one with experiments/reward_model.py"
+            f"{source}: this model has no score head; train one with `rlhf-jax reward-model`"
         )
     if (reads := model.config.max_length) < length:
         raise UserError(

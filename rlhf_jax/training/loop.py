@@ -17,7 +17,7 @@ from rlhf_jax.config import Optimizer
 from rlhf_jax.data.batches import ABSENT
 from rlhf_jax.errors import AlertStop, Stopped, TrainingFault, UserError, logger
 from rlhf_jax.report import records
-from rlhf_jax.runs import alerts, processes, trackers
+from rlhf_jax.runs import alerts, objects, processes, trackers
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.log import RowWriter, Tracker
 from rlhf_jax.training import memory
@@ -158,7 +158,8 @@ class _Loop:
             finished = " (finished already)" if self.done >= job.num_steps else ""
             logger.info(f"resumed from step {self.done} of {job.num_steps}{finished}")
         tracked = config.track if processes.is_first() else ()
-        services = trackers.start(run, tracked, dataclasses.asdict(config), resume_step)
+        settings = objects.describe(dataclasses.asdict(config))
+        services = trackers.start(run, tracked, settings, resume_step)
         show, label, total = job.show, stage.name, job.num_steps
         tracker = Tracker(
             run, total=total, resume_step=resume_step, label=label, show=show, services=services
@@ -316,10 +317,9 @@ class _Loop:
             "metrics": self.row,
             "seed": self.stage.config.seed,
             "device": device,
+            "config": objects.describe(dataclasses.asdict(self.stage.config)),
         }
-        self.checkpoints.save(
-            self.done, self.state, meta | {"config": dataclasses.asdict(self.stage.config)}
-        )
+        self.checkpoints.save(self.done, self.state, meta)
 
     def _refuse(self) -> None:
         """Ends the run after an update that was not finite and so was not applied."""
