@@ -1,17 +1,32 @@
-"""What Python gives to an RL run beside its settings: an optimizer, a callback."""
+"""What Python gives to an RL run beside its settings: an optimizer, a policy, a callback."""
 
 import dataclasses
 import json
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from optax.contrib import muon
 
 from rlhf_jax import models, ppo, rloo, training
-from rlhf_jax.config import Network, Optimizer, PPOStage, RLStage, RunConfig, Text, Tokenizer
+from rlhf_jax.config import (
+    Compute,
+    LoRA,
+    Mesh,
+    Network,
+    Optimizer,
+    PPOStage,
+    RLStage,
+    RunConfig,
+    Text,
+    Tokenizer,
+)
 from rlhf_jax.errors import UserError
+from rlhf_jax.report import export, records
+from rlhf_jax.training import own
 from rlhf_jax.training.optimizer import make_optimizer, muon_dimensions
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -156,3 +171,130 @@ def test_on_step_sees_each_step_and_may_end_the_run(config, capsys):
     assert (result.folder / "checkpoints" / "2").is_dir()
     assert result.model_folder.is_dir()
     assert "ended early, after step 2 of 3: on_step asked for it\n" in capsys.readouterr().out
+
+
+class Counts(nn.Module):
+    """Logits of the last token and of the mean of all tokens so far: no layer of ours."""
+
+    size: int
+    as_states: bool = False
+
+    @nn.compact
+    def __call__(self, tokens, mask):
+        real = (mask != 0)[..., None]
+        embedded = jnp.where(real, nn.Embed(self.size, 6, name="table")(tokens), 0.0)
+        seen = jnp.maximum(jnp.cumsum(real, axis=1), 1)
+        states = nn.tanh(nn.Dense(6, name="mix")(embedded + jnp.cumsum(embedded, axis=1) / seen))
+        return states if self.as_states else nn.Dense(self.size, name="out")(states)
+
+
+def counts(size=32):
+    """Its logits."""
+    module = Counts(size)
+    one = jnp.ones((1, 1), jnp.int32)
+    return own.from_functions(
+        lambda key: module.init(key, one, one)["params"],
+        lambda params, tokens, mask, key: module.apply({"params": params}, tokens, mask),
+        vocab_size=size,
+        max_length=16,
+    )
+
+
+def counts_by_state(size=32):
+    """The same by its states, and with a cache: the sum of the tokens so far."""
+    whole, body = counts(size), Counts(size, as_states=True)
+
+    def affine(layer, x):
+        return x @ layer["kernel"] + layer["bias"].reshape([1] * (x.ndim - 1) + [-1])
+
+    def unembed(params, states):
+        return affine(params["out"], states)
+
+    def decode(params, tokens, positions, key_mask, cache, index):
+        columns = index + jnp.arange(tokens.shape[1])
+        here = (key_mask[:, columns] != 0)[..., None]
+        embedded = jnp.where(here, params["table"]["embedding"][tokens], 0.0)
+        sums = cache[:, None] + jnp.cumsum(embedded, axis=1)
+        mean = sums / jnp.maximum(positions + 1, 1)[..., None]
+        states = jnp.tanh(affine(params["mix"], embedded + mean))
+        return unembed(params, states), sums[:, -1]
+
+    return own.from_functions(
+        whole.init,
+        lambda params, tokens, mask, key: body.apply({"params": params}, tokens, mask),
+        vocab_size=size,
+        max_length=16,
+        unembed=unembed,
+        init_cache=lambda batch, length: jnp.zeros((batch, 6)),
+        decode=decode,
+    )
+
+
+@pytest.fixture
+def with_own_policy(config):
+    optimizer = Optimizer(learning_rate=0.1, schedule="constant")
+    settings = dataclasses.replace(config.rl, optimizer=optimizer, validation_fraction=0.25)
+    return dataclasses.replace(config, rl=settings, network=Network())
+
+
+@pytest.mark.parametrize("make", [counts, counts_by_state])
+def test_a_policy_of_ones_own_trains_and_is_saved_as_what_it_is(make, with_own_policy):
+    policy = make()
+    result = training.rl.run(with_own_policy, ppo, policy=policy)
+    for row in rows_of(result.folder)[1:]:
+        assert row["policy/sampler_gap"] < 1e-5  # it samples and learns with the same numbers
+        assert row["grad_norm"] > 0
+    files = {file.name for file in result.model_folder.iterdir()}
+    assert {"params.safetensors", "policy.json", "tokenizer.json"} <= files
+    assert not files & {"config.json", "model.safetensors"}
+    params = own.load(result.model_folder)
+    start = policy.init(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, start)
+    manifest = json.loads((result.folder / "manifest.json").read_text("utf-8"))
+    assert manifest["given"].keys() == {"policy"}
+    [record] = records.find([result.folder])
+    assert record.finished
+    with pytest.raises(UserError, match="one that Python gave, no Hugging Face model"):
+        export.export(result.folder, result.folder.parent / "exported")
+    with pytest.raises(UserError, match=r"read them by rlhf_jax\.training\.own\.load"):
+        models.load(result.model_folder)
+    # Who has the functions goes on from the parameters, which do not change at a rate of 0.
+    onward = elsewhere(with_own_policy, "onward")
+    loaded = policy._replace(init=lambda key: params)
+    after = training.rl.run(onward, ppo, policy=loaded, optimizer=optax.sgd(0.0))
+    jax.tree.map(np.testing.assert_array_equal, own.load(after.model_folder), params)
+
+
+def test_a_policy_with_a_cache_learns_what_the_one_without_learns(with_own_policy):
+    without = training.rl.run(with_own_policy, rloo, policy=counts())
+    by_state = training.rl.run(elsewhere(with_own_policy, "state"), rloo, policy=counts_by_state())
+    first, second = (own.load(run.model_folder) for run in (without, by_state))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), first, second)
+
+
+def test_a_run_with_a_policy_of_ones_own_goes_on_bit_for_bit(with_own_policy):
+    policy = counts()
+    straight = training.rl.run(with_own_policy, rloo, policy=policy)
+    again = elsewhere(with_own_policy, "again")
+    training.rl.run(again, rloo, policy=policy, on_step=lambda step, *_: step == 1)
+    again = dataclasses.replace(again, resume=True)
+    resumed = training.rl.run(again, rloo, policy=policy)
+    assert rows_of(resumed.folder) == rows_of(straight.folder)
+    with pytest.raises(UserError, match="policy"):
+        training.rl.run(again, rloo, policy=counts_by_state())
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "message"),
+    [
+        (counts(), {"lora": LoRA(rank=2), "model": "base"}, r"model, lora\.rank: a policy that"),
+        (counts(), {"network": Network(num_layers=7)}, "network: a policy that Python gives"),
+        (counts(), {"compute": Compute(remat=True)}, "compute .*: a policy that Python gives"),
+        (counts(), {"mesh": Mesh(fsdp=2)}, "mesh .*: a policy that Python gives does not read"),
+        (counts(size=5), {}, "the tokenizer has 13 entries but the policy only 5"),
+        (counts()._replace(init=lambda key: {"value": {}}), {}, "called policy or score or value"),
+    ],
+)
+def test_a_policy_that_does_not_fit(policy, changes, message, with_own_policy):
+    with pytest.raises(UserError, match=message):
+        training.rl.run(dataclasses.replace(with_own_policy, **changes), rloo, policy=policy)

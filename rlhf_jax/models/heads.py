@@ -22,7 +22,7 @@ _CHUNK_LOGITS = 2**20
 HEADS = ("value", "score")  # their keys in a model's parameters
 
 
-def add_head(key: Array, params: Params, kind: str) -> Params:
+def add_head(key: Array, params: Params, kind: str, width: int | None = None) -> Params:
     """Adds a scalar head on the final hidden states.
 
     Args:
@@ -31,6 +31,7 @@ def add_head(key: Array, params: Params, kind: str) -> Params:
         kind: "value", {"kernel" [D], "bias" []}: zeros; or "score", {"kernel" [D], "bias", "gain",
             "shift"}: weights normal with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020),
             bias 0, gain 1, shift 0.
+        width: D; None: that of the parameters' ``ln_f``.
 
     Returns:
         A new dict with the head under ``kind``.
@@ -40,8 +41,9 @@ def add_head(key: Array, params: Params, kind: str) -> Params:
     """
     if kind not in HEADS:
         raise ValueError(f"unknown head {kind!r}; choose from {', '.join(HEADS)}")
-    width = params["ln_f"]["scale"].shape[-1]
     zero = jnp.zeros((), jnp.float32)
+    if width is None:
+        width = params["ln_f"]["scale"].shape[-1]
     if kind == "value":
         head = {"kernel": jnp.zeros(width, jnp.float32), "bias": zero}
     else:

@@ -32,6 +32,8 @@ from rlhf_jax.models.model import Model, build
 from rlhf_jax.types import Params
 
 CONFIG = "config.json"
+# Beside the parameters of a policy that Python gave to a run (training.own), which have no CONFIG.
+OWN_NOTE = "policy.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
@@ -234,6 +236,11 @@ def find_folder(
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of the model in a folder."""
     file = folder / CONFIG
+    if (folder / OWN_NOTE).is_file():
+        raise UserError(
+            f"{folder}: these are the parameters of a policy that Python gave to a run, no Hugging "
+            "Face model; read them by rlhf_jax.training.own.load"
+        )
     if not file.is_file():
         raise UserError(f"{file}: no such file; a model folder holds {CONFIG} and {WEIGHTS}")
     config = names.from_json(read_json(file), str(file))

@@ -20,6 +20,11 @@ def export(run: str | Path, folder: str | Path) -> Path:
     """
     run, folder = Path(run), Path(folder)
     config = records.model_config(run)
+    if records.is_own(run):
+        raise UserError(
+            f"{run / 'model'}: the policy is one that Python gave, no Hugging Face model; copy the "
+            "folder as it is"
+        )
     if config is None:
         raise UserError(f"{run / 'model'}: no model here; give the folder of a finished run")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

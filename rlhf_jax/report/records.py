@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.hf import OWN_NOTE
 from rlhf_jax.runs import folder
 from rlhf_jax.runs.manifest import dotted
 
@@ -110,7 +111,7 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """Whether its model has been saved."""
-        return model_config(self.path) is not None
+        return model_config(self.path) is not None or is_own(self.path)
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -156,6 +157,11 @@ def model_config(run: Path) -> Path | None:
     """
     paths = [run / "model" / member / "config.json" for member in ("", "member_0")]
     return next((path for path in paths if path.is_file()), None)
+
+
+def is_own(run: Path) -> bool:
+    """Whether the saved policy is one that Python gave: no Hugging Face model."""
+    return (run / "model" / OWN_NOTE).is_file()
 
 
 def find(paths: Sequence[str | Path]) -> list[RunRecord]:

@@ -20,17 +20,23 @@ def settings(config: AlgorithmConfig) -> PPOStage:
     return config if isinstance(config, PPOStage) else PPOStage()
 
 
-def start(stage: Stage, params: Params, value: str | None) -> tuple[Trainable, Trainable]:
+def start(
+    stage: Stage, params: Params, value: str | None, width: int | None = None
+) -> tuple[Trainable, Trainable]:
     """What a run starts from, on the devices: the policy, with its head where ``value`` is
     "shared", and all that is trained: the same or, where it is "separate", {"policy", "value"}.
-    None: nothing has values."""
-    lora, key = stage.config.lora, stage.key("init")
+    None: nothing has values.
+
+    width: of the states that a head reads, as of ``models.add_head``.
+    """
+    lora = stage.config.lora
+    key = stage.key("init")
     if value == "shared":
-        params = models.add_head(jax.random.fold_in(key, 1), params, "value")
+        params = models.add_head(jax.random.fold_in(key, 1), params, "value", width)
     policy = stage.place(initial.trainable(lora, params, jax.random.fold_in(key, 2)))
     if value != "separate":
         return policy, policy
-    with_head = models.add_head(key, params, "value")
+    with_head = models.add_head(key, params, "value", width)
     return policy, beside(
         policy, initial.trainable(lora, with_head, jax.random.fold_in(key, 3)).params
     )

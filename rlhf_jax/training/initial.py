@@ -17,6 +17,7 @@ from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import hf, lora
 from rlhf_jax.rewards import spec
+from rlhf_jax.training import own
 from rlhf_jax.types import Params
 
 Place = Callable[[Any], Any] | None  # of parameters, on which devices; None: all on each
@@ -197,10 +198,16 @@ def say_held_out(
 
 
 def language_model(
-    config: RunConfig, texts: Iterable[str], key: jax.Array, *, is_policy: bool = True
+    config: RunConfig,
+    texts: Iterable[str],
+    key: jax.Array,
+    *,
+    is_policy: bool = True,
+    policy: models.Model | None = None,
 ) -> LanguageModel:
     """The model of ``--model``, or a GPT-2 with random weights and the tokenizer of
-    ``--tokenizer.name``, or one that is trained on ``texts``.
+    ``--tokenizer.name``, or one that is trained on ``texts``; or with such a tokenizer ``policy``,
+    if it is given.
 
     Raises:
         UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or
@@ -221,6 +228,8 @@ def language_model(
         tokenizer = tokenizers.train_bpe(texts, config.tokenizer.vocab_size)
     else:
         tokenizer = tokenizers.characters(texts)
+    if policy is not None:
+        return own.start(policy, tokenizer, key)
     network = dataclasses.asdict(config.network)
     rate = network.pop("dropout")
     network |= {f"{where}_dropout": rate for where in ("embedding", "attention", "residual")}

@@ -32,7 +32,7 @@ from rlhf_jax.rewards import spec
 from rlhf_jax.rewards.host import Columns, HostReward
 from rlhf_jax.runs import devices, processes
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import critic, initial, loop, memory, phases
+from rlhf_jax.training import critic, initial, loop, memory, own, phases
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.phases import Functions, LoopState, Penalty, Rule
@@ -57,6 +57,7 @@ def run(
     *,
     run_reward: spec.Reward | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    policy: models.Model | None = None,
     on_step: OnStep | None = None,
 ) -> RunResult:
     """Trains the policy in ``config.model`` and saves ``model/`` in the run folder.
@@ -71,6 +72,9 @@ def run(
             schedule counts optimizer steps, ``num_epochs * num_minibatches`` of an iteration. A
             value model, or a value head with a rate or a warm-up of its own, keeps
             ``rl.optimizer``.
+        policy: takes the place of ``config.model`` and ``config.network``: a network of your own
+            (``training.own.from_functions``). ``model/`` gets its parameters and tokenizer, which
+            are no Hugging Face folder.
         on_step: ``on_step(step, state, metrics, rollout)`` after each step: the ``LoopState`` after
             step number ``step`` (the first is 1), its row of metrics.jsonl as numbers, and the
             scored rollout that it learned from. If it returns True the run ends there, as early
@@ -85,10 +89,13 @@ def run(
     settings = config.rl
     name = section_name(algorithm)
     config, algorithm_config = for_algorithm(config, algorithm, algorithm_config)
-    given = {"algorithm": None if name in ALGORITHMS else algorithm, "reward": run_reward}
-    given |= {"optimizer": optimizer}
+    outside = None if name in ALGORITHMS else algorithm
+    given: dict[str, Any] = {"algorithm": outside, "reward": run_reward}
+    given |= {"optimizer": optimizer, "policy": policy}
     if run_reward is not None:
         config = replace(config, reward=())
+    if policy is not None:
+        own.check_settings(config)
     config = set_up(config)
     _check_optimizer(config, optimizer)
     num_devices = sharding.num_parts(initial.mesh_of(config))
@@ -103,14 +110,16 @@ def run(
     read = [initial.stage_rows(config, "prompts", names) for names in sources]
     fingerprints = {source: digest for data in read for source, digest in data.fingerprints.items()}
     with open_stage(config, name, fingerprints, sizes, _files(config), given) as stage:
-        parts = _parts(stage, [data.rows for data in read], run_reward, reply, score_rows)
+        rows = [data.rows for data in read]
+        parts = _parts(stage, rows, policy, run_reward, reply, score_rows)
         networks = _networks(stage, parts.initial, method)
         programs = compiled(stage, parts.initial, method, networks.optimizer)
         job = build(stage, parts, method, networks, programs, on_step)
         state, row = loop.train(stage, first_state(stage, method, networks), job)
-        policy = models.policy_params(state.train.params)
-        trained = {part: leaves for part, leaves in policy.items() if part != "value"}
-        return stage.finish(parts.initial, networks.start, {"": trained}, row)
+        params = models.policy_params(state.train.params)
+        trained = {part: leaves for part, leaves in params.items() if part != "value"}
+        save = LanguageModel.save if policy is None else own.save
+        return stage.finish(parts.initial, networks.start, {"": trained}, row, save)
 
 
 # --- What a run is made of
@@ -182,6 +191,7 @@ def penalty_of(
 def _parts(
     stage: Stage,
     rows: Sequence[Sequence[Row]],
+    policy: models.Model | None,
     run_reward: spec.Reward | None,
     reply: Reply,
     score_rows: int | None,
@@ -193,7 +203,7 @@ def _parts(
     settings = config.rl
     guard = filters.Guard.create(config.safety)
     texts = texts_of([row for part in rows for row in part])
-    language_model = initial.language_model(config, texts, stage.key("init"))
+    language_model = initial.language_model(config, texts, stage.key("init"), policy=policy)
     tokenizer = language_model.tokenizer
     initial.say_template(config, tokenizer)
     encoded = []
@@ -303,7 +313,7 @@ def _networks(stage: Stage, begun: LanguageModel, method: Method) -> Networks:
     model = begun.model
     values = critic.settings(method.config)
     value = values.value if method.algorithm.needs_values else None
-    start, trained = critic.start(stage, begun.params, value)
+    start, trained = critic.start(stage, begun.params, value, own.width(begun))
     updates = method.config.num_epochs * method.config.num_minibatches
     optimizer = critic.make_optimizer(settings, values, updates, trained.params, method.optimizer)
     if method.optimizer is not None:

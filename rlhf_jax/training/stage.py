@@ -162,6 +162,7 @@ class Stage:
         start: Trainable,
         trained: Mapping[str, Params],
         metrics: dict[str, Any],
+        save: Callable[..., None] = LanguageModel.save,
     ) -> RunResult:
         """Saves ``model/`` with its tokenizer, LoRA's adapters merged in and in ``adapter/`` too;
         draws ``report.html``.
@@ -169,6 +170,7 @@ class Stage:
         Args:
             trained: {folder below ``model/`` and ``adapter/``: trained parameters}; "" is these
                 folders themselves.
+            save: ``save(language_model, folder, template=, config=)``.
         """
         if jax.process_count() > 1:  # the first process computes alone from here
             base, trained = processes.fetch((start.base, trained))
@@ -178,7 +180,7 @@ class Stage:
         def write() -> None:
             for name, part in trained.items():
                 done = begun._replace(params=start.merged(part))
-                done.save(run.model / name, template=self.config.text.template, config=how)
+                save(done, run.model / name, template=self.config.text.template, config=how)
                 if start.base is not None:
                     models.lora.save(
                         run.adapter / name,
