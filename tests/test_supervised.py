@@ -8,20 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import training
+from rlhf_jax import training, vpg
 from rlhf_jax.config import (
     DPOStage,
     KTOStage,
     Network,
     Optimizer,
     RewardModelStage,
+    RLStage,
     RunConfig,
     SFTStage,
     Text,
     Tokenizer,
 )
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import supervised
+from rlhf_jax.training import loop, supervised
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -201,3 +202,18 @@ def test_the_reference_is_the_policy_before_training(stage, config):
     for part in (stage, "validation"):
         liked, disliked = (last[f"{part}/{name}_log_ratio"] for name in names)
         assert liked - disliked > 1.0
+
+
+def test_rl_holds_out_whole_prompts_too(config, tmp_path, capsys, monkeypatch):
+    prompts = [{"prompt": letter} for letter in "abcdfghi" for _ in range(2)]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    config = dataclasses.replace(
+        config,
+        data=(str(tmp_path / "prompts.json"),),
+        reward=("count:a",),
+        rl=RLStage(batch_size=8, max_new_tokens=2, validation_fraction=0.25),
+    )
+    monkeypatch.setattr(loop, "train", lambda *_: stop(None))
+    with pytest.raises(Seen):
+        training.rl.run(config, vpg)
+    assert "prompts: 4 rows of 2 prompts held out\n" in capsys.readouterr().out
