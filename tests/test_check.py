@@ -248,6 +248,16 @@ def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys):
     assert "  response 2:\n    | c\n  votes: 1, 2" in text
 
 
+def test_a_plain_text_has_no_prompt(write):
+    path = write("a bc\n\nab", "book.txt")
+    for tokenizer, count in ((None, "words of a response: median 3"), (characters("abc\n "), "8")):
+        text = check.check([path], tokenizer, kind="demonstrations").text
+        assert count in text
+        assert "prompt" not in text
+        assert "  response:\n    | a bc\n    | \n    | ab" in text
+        assert text.endswith("no problems")
+
+
 def last_answers_differ(row):
     (before, _, chosen), (other, _, rejected) = (
         row[key].rpartition("\n\nAssistant:") for key in formats.PAIR

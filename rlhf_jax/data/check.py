@@ -69,7 +69,10 @@ def check(
     """
     if not paths:
         raise UserError("no data file given")
-    texts, num_problems, num_warnings, rows_of = [], 0, 0, dict[str, list[Row]]()
+    texts = []
+    num_problems = 0
+    num_warnings = 0
+    rows_of: dict[str, list[Row]] = {}
     for path in paths:
         try:
             file = _read(path, tokenizer, kind, columns, on_bad_row)
@@ -79,18 +82,27 @@ def check(
         text, warnings = _describe(path, file, tokenizer)
         texts.append(text)
         rows_of[path] = file.found.rows
-        num_problems, num_warnings = num_problems + len(file.found.errors), num_warnings + warnings
+        num_problems += len(file.found.errors)
+        num_warnings += warnings
     for (name, first), (other, second) in itertools.combinations(rows_of.items(), 2):
-        prompts = {row.prompt for row in first} & {row.prompt for row in second}
-        wholes = {row.texts for row in first}
-        same = sum(row.texts in wholes for row in second)
-        shares = f"{other} shares {len(prompts)} prompts with {name}"
-        texts.append(f"{shares}; {same} of its {len(second)} rows stand there too")
-    numbers = ((num_problems, "problem"), (num_warnings, "warning"))
-    counted = ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in numbers if n) or "no problems"
-    return Report(
-        "\n\n".join([*texts, counted + ": a run would stop" * bool(num_problems)]), num_problems
-    )
+        texts.append(_overlap(name, first, other, second))
+    counts = [
+        f"{count} {what}{'s' if count > 1 else ''}"
+        for count, what in ((num_problems, "problem"), (num_warnings, "warning"))
+        if count
+    ]
+    total = ", ".join(counts) or "no problems"
+    texts.append(f"{total}: a run would stop" if num_problems else total)
+    return Report("\n\n".join(texts), num_problems)
+
+
+def _overlap(name: str, first: list[Row], other: str, second: list[Row]) -> str:
+    """How many prompts and rows two files share."""
+    prompts = {row.prompt for row in first} & {row.prompt for row in second}
+    wholes = {row.texts for row in first}
+    same = sum(row.texts in wholes for row in second)
+    shares = f"{other} shares {len(prompts)} prompts with {name}"
+    return f"{shares}; {same} of its {len(second)} rows stand there too"
 
 
 def preview(
@@ -111,15 +123,17 @@ def preview(
     """
     file = _read(path, tokenizer, kind, columns)
     shown = [_render_row(row, tokenizer) for row in file.found.rows[:count]]
-    findings = "\n".join([*_problems(file.found.errors), *_dropped(file.found.places)])
-    return "\n\n".join(filter(None, [f"{file.head}, {file.kind}", *shown, findings]))
+    findings = _problems(file.found.errors)
+    for reason, sources in file.found.places.items():
+        findings += _finding(f"dropped, {reason}", sources)
+    return "\n\n".join(filter(None, [f"{file.head}, {file.kind}", *shown, "\n".join(findings)]))
 
 
 def _read(
     name: str,
     tokenizer: Tokenizer | None,
     kind: Kind | None = None,
-    columns: Any = (),
+    columns: Sequence[str] = (),
     on_bad_row: OnBadRow = "error",
 ) -> _File:
     """The rows, of the kind that the pipeline's name of the file says, or else that most records
@@ -129,137 +143,164 @@ def _read(
     if unused_columns := unused(source.records, columns):
         raise UserError("\n".join(unused_columns.values()))
     records = adapted(source.records, columns)
-    named: list[Kind] = [kind for kind, file in formats.FILES.items() if file == Path(name).name]
-    kinds = Counter(form[0] for record in records if (form := formats.form_of(record.value)))
-    kind = kind or [*named[-1:], *(kind for kind, _ in kinds.most_common(1)), "demonstrations"][0]
+    kind = kind or _kind_of(name, records)
     template = chat.template_of(tokenizer, chat.AUTO)
     found = formats.parse_all(kind, records, template, on_bad_row)
     return _File(f"{name}: {source.format}, {len(source.records)} rows", kind, records, found)
+
+
+def _kind_of(name: str, records: Sequence[Record]) -> Kind:
+    named: list[Kind] = [kind for kind, file in formats.FILES.items() if file == Path(name).name]
+    if named:
+        return named[-1]
+    forms = [formats.form_of(record.value) for record in records]
+    kinds = Counter(form[0] for form in forms if form is not None)
+    return kinds.most_common(1)[0][0] if kinds else "demonstrations"
 
 
 def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str, int]:
     """What is to be said of a file, and its number of warnings; faults of labels and tokens join
     ``found.errors``.
     """
-    rows, errors = file.found.rows, file.found.errors
+    rows = file.found.rows
+    errors = file.found.errors
     lengths: dict[str, list[int]] = {}
     try:
         formats.check_labels(rows)
         lengths = _lengths(rows, tokenizer)
     except UserError as error:
         errors.append(error)
-    values = [record.value for record in file.records if not isinstance(record.value, Exception)]
-    forms = Counter((formats.form_of(value) or ("", _UNKNOWN))[1] for value in values)
-    counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common())
     bad = {getattr(error, "source", None) for error in errors}
-    unread, warnings = _unread(
-        [record for record in file.records if record.source not in bad], file.kind
-    )
-    lines = [f"{file.head}, {len(rows)} {file.kind} kept", *[f"  rows: {counted}"] * bool(forms)]
-    lines += [f"  a row must have the keys of one of these: {_KNOWN}"] * (set(forms) == {_UNKNOWN})
-    lines += [
-        *_problems(errors),
-        *warnings,
-        *unread,
-        *_dropped(file.found.places),
-        *_repeats(rows, name),
-    ]
+    good_records = [record for record in file.records if record.source not in bad]
+    unread, warnings = _unread(good_records, file.kind)
+    lines = [f"{file.head}, {len(rows)} {file.kind} kept", *_forms(file.records)]
+    lines += [*_problems(errors), *warnings, *unread]
+    for reason, sources in file.found.places.items():
+        lines += _finding(f"dropped, {reason}", sources)
+    lines += _repeats(rows, name)
+    unit = "tokens" if tokenizer else "words"
     for text, counts in lengths.items():
-        lines += _histogram(f"{'tokens' if tokenizer else 'words'} of a {text}", counts)
-    lines += ["  examples:"] * bool(rows) + [
-        _render_row(row, tokenizer, _EXAMPLE) for row in rows[:3]
-    ]
+        lines += _histogram(f"{unit} of a {text}", counts)
+    if rows:
+        lines.append("  examples:")
+    lines += [_render_row(row, tokenizer, _EXAMPLE) for row in rows[:3]]
     return "\n".join(lines), len(warnings)
+
+
+def _forms(records: Sequence[Record]) -> list[str]:
+    """How many records have which keys."""
+    values = [record.value for record in records if not isinstance(record.value, Exception)]
+    forms = Counter((formats.form_of(value) or ("", _UNKNOWN))[1] for value in values)
+    if not forms:
+        return []
+    counted = "; ".join(f"{count} of {form}" for form, count in forms.most_common())
+    lines = [f"  rows: {counted}"]
+    if set(forms) == {_UNKNOWN}:
+        lines.append(f"  a row must have the keys of one of these: {_KNOWN}")
+    return lines
 
 
 def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]]:
     """Which keys reach nothing but a reward, or no stage at all, and warnings of keys that look
     like slips.
     """
-    others, slips = Counter[str](), defaultdict[str, list[str]](list)
-    for record in [record for record in records if isinstance(record.value, dict)]:
+    others = Counter[str]()
+    slips = defaultdict[str, list[str]](list)
+    for record in records:
+        if not isinstance(record.value, dict):
+            continue
         read = formats.keys_read(record.value)
-        absent = [known for known in formats.KNOWN if known not in record.value]
-        for key in [key for key in record.value if key not in read]:
-            name = key.strip().lower()
-            near = difflib.get_close_matches(_ALIASES.get(name, name), absent, n=1, cutoff=0.85)
-            if near or (key in formats.PAIR and read == {"prompt"}):
-                slip = f"the key {key!r} is not read" + (
-                    f"; did you mean {near[0]!r}?" if near else ""
-                )
-                slips[f"{slip}, beside {', '.join(sorted(read)) or 'no other'}"].append(
-                    record.source
-                )
+        for key in record.value:
+            if key in read:
+                continue
             others[key] += 1
-    title = "columns for the reward" if kind == "prompts" else "keys that training does not read"
-    counted = ", ".join(f"{_printable(key)} ({count} rows)" for key, count in others.most_common())
+            slip = _slip(key, record.value, read)
+            if slip is not None:
+                slips[slip].append(record.source)
     warnings = [
         f"  warning: {slip} ({len(sources)} rows: {places(sources)})"
         for slip, sources in slips.items()
     ]
-    return [f"  {title}: {counted}"] * bool(others), warnings
+    if not others:
+        return [], warnings
+    title = "columns for the reward" if kind == "prompts" else "keys that training does not read"
+    counted = ", ".join(f"{_printable(key)} ({count} rows)" for key, count in others.most_common())
+    return [f"  {title}: {counted}"], warnings
+
+
+def _slip(key: str, row: dict[str, Any], read: set[str]) -> str | None:
+    """A sentence if the key looks like one of ours that the row lacks."""
+    absent = [known for known in formats.KNOWN if known not in row]
+    name = key.strip().lower()
+    near = difflib.get_close_matches(_ALIASES.get(name, name), absent, n=1, cutoff=0.85)
+    is_half_a_pair = key in formats.PAIR and read == {"prompt"}
+    if not near and not is_half_a_pair:
+        return None
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"the key {key!r} is not read{hint}, beside {', '.join(sorted(read)) or 'no other'}"
 
 
 def _repeats(rows: list[Row], name: str) -> list[str]:
     """Rows, and pairs with the opposite preference, that were there before."""
     seen: dict[tuple[Text, ...], str] = {}
-    duplicates, opposites = list[str](), list[str]()
+    duplicates: list[str] = []
+    opposites: list[str] = []
     for row in rows:
         if row.texts in seen:
             duplicates.append(f"{row.source} repeats {seen[row.texts]}")
-        if row.is_pair and (other := seen.get((row.prompt, *row.responses[::-1]))):
-            opposites.append(f"{row.source} prefers what {other} rejects")
+        opposite = seen.get((row.prompt, *row.responses[::-1]))
+        if row.is_pair and opposite:
+            opposites.append(f"{row.source} prefers what {opposite} rejects")
         seen.setdefault(row.texts, row.source.removeprefix(f"{name}, "))
     return [*_finding("duplicates", duplicates), *_finding("opposite preferences", opposites)]
 
 
 def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int]]:
     """Of prompts and responses: in tokens, EOS included, or in words (of token ids: tokens)."""
-    texts: dict[str, Sequence[Any]] = {"prompt": [row.prompt for row in rows]}
-    texts["response"] = [text for row in rows for text in row.responses]
+    prompts: Sequence[Any] = []
+    if not (rows and rows[0].is_plain_text):  # all rows are plain texts, or none is
+        prompts = [row.prompt for row in rows]
+    responses: Sequence[Any] = [text for row in rows for text in row.responses]
     if tokenizer is not None:
-        responses = itertools.chain.from_iterable(response_ids(rows, tokenizer))
-        texts = {"prompt": prompt_ids(rows, tokenizer, chat.AUTO), "response": list(responses)}
-    return {
-        name: [len(x.split() if isinstance(x, str) else x) for x in own]
-        for name, own in texts.items()
-        if own
-    }
+        prompts = prompt_ids(rows, tokenizer, chat.AUTO) if prompts else []
+        responses = [*itertools.chain.from_iterable(response_ids(rows, tokenizer))]
+
+    def length(text: Any) -> int:
+        return len(text.split() if isinstance(text, str) else text)
+
+    texts = {"prompt": prompts, "response": responses}
+    return {name: [*map(length, own)] for name, own in texts.items() if own}
 
 
 def _problems(errors: Sequence[UserError]) -> list[str]:
-    lines = [f"    {_printable(line)}" for line in summary(errors)]
-    return [f"  problems: {len(errors)}"] * bool(errors) + lines
-
-
-def _dropped(left_out: dict[str, list[str]]) -> list[str]:
-    return [
-        line
-        for reason, sources in left_out.items()
-        for line in _finding(f"dropped, {reason}", sources)
-    ]
+    if not errors:
+        return []
+    return [f"  problems: {len(errors)}", *(f"    {_printable(line)}" for line in summary(errors))]
 
 
 def _finding(title: str, lines: Sequence[str]) -> list[str]:
-    shown = [f"    {_printable(line)}" for line in lines[:NUM_PLACES]]
-    more = [f"    and {len(lines) - NUM_PLACES} more"] * (len(lines) > NUM_PLACES)
-    return [f"  {title}: {len(lines)}", *shown, *more] if lines else []
+    if not lines:
+        return []
+    shown = [f"  {title}: {len(lines)}"]
+    shown += [f"    {_printable(line)}" for line in lines[:NUM_PLACES]]
+    if len(lines) > NUM_PLACES:
+        shown.append(f"    and {len(lines) - NUM_PLACES} more")
+    return shown
 
 
 def _histogram(title: str, lengths: list[int]) -> list[str]:
-    longest, p95 = max(lengths), np.percentile(lengths, 95, method="inverted_cdf")
+    longest = max(lengths)
+    p95 = np.percentile(lengths, 95, method="inverted_cdf")
     lines = [f"  {title}: median {np.median(lengths):g}, 95% up to {p95:g}, longest {longest}"]
     # At most ten bins whose width is 1, 2 or 5 times a power of ten.
-    width = next(
-        step * 10**power
-        for power in range(20)
-        for step in (1, 2, 5)
-        if step * 10**power * 10 > longest
-    )
+    widths = (step * 10**power for power in range(20) for step in (1, 2, 5))
+    width = next(width for width in widths if width * 10 > longest)
     counts = np.bincount(np.array(lengths) // width)
     digits = len(str(len(counts) * width))
     for low, count in zip(range(0, longest + 1, width), counts, strict=True):
-        span = f"{low:{digits}}" + (f" to {low + width - 1:{digits}}" if width > 1 else "")
+        span = f"{low:{digits}}"
+        if width > 1:
+            span += f" to {low + width - 1:{digits}}"
         bar = "#" * max(round(_BAR * count / counts.max()), int(count > 0))
         lines.append(f"    {span} {count:8} {bar}".rstrip())
     return lines
@@ -267,34 +308,47 @@ def _histogram(title: str, lengths: list[int]) -> list[str]:
 
 def _render_row(row: Row, tokenizer: Tokenizer | None = None, limit: int | None = None) -> str:
     """One row with its place, each text under its name; ``limit`` characters of a text."""
-    names = [f"response {i}" for i in range(len(row.responses))]
+    lines = [row.source]
+    if not row.is_plain_text:
+        prompt = chat.shown(row, tokenizer) if tokenizer else row.prompt
+        lines += _render_text("prompt", prompt, tokenizer, limit)
+    for name, text in zip(_names(row), row.responses, strict=True):
+        lines += _render_text(name, text, tokenizer, limit)
     if row.votes:
-        names = ["response 1", "response 2"]
-    elif len(names) == 1 and row.targets is None:
+        lines.append(f"  votes: {', '.join(map(str, row.votes))}")
+    for key, value in row.columns.items():
+        lines.append(f"  {_printable(key)}: {_printable(repr(value))}")
+    if row.weight is not None:
+        lines.append(f"  weight: {row.weight:.3g}")
+    return "\n".join(lines)
+
+
+def _names(row: Row) -> list[str]:
+    """What its responses are called."""
+    if row.votes:
+        return ["response 1", "response 2"]
+    names = [f"response {i}" for i in range(len(row.responses))]
+    if row.targets is not None:
+        targets = zip(names, row.targets, strict=True)
+        names = [f"{name} (target {target:g})" for name, target in targets]
+    elif len(names) == 1:
         names = ["response"]
     elif row.is_pair and row.best is None:
         names = ["chosen", "rejected"]
-    if row.targets is not None:
-        names = [
-            f"{name} (target {target:g})" for name, target in zip(names, row.targets, strict=True)
-        ]
     if row.best is not None:
         names[row.best] += " (best)"
-    notes = [f"  votes: {', '.join(map(str, row.votes))}"] * bool(row.votes)
-    notes += [
-        f"  {_printable(key)}: {_printable(repr(value))}" for key, value in row.columns.items()
-    ]
-    notes += [] if row.weight is None else [f"  weight: {row.weight:.3g}"]
-    texts = []
-    prompt = chat.shown(row, tokenizer) if tokenizer else row.prompt
-    for name, text in zip(("prompt", *names), (prompt, *row.responses), strict=True):
-        if not isinstance(text, str):
-            text = tokenizer.decode(text) if tokenizer else f"token ids {' '.join(map(str, text))}"
-        shown = _printable(text[:limit]) + (
-            " ..." if limit is not None and len(text) > limit else ""
-        )
-        texts += [f"  {name}:", *(f"    | {line}" for line in shown.split("\n"))]
-    return "\n".join([row.source, *texts, *notes])
+    return names
+
+
+def _render_text(
+    name: str, text: Text, tokenizer: Tokenizer | None, limit: int | None
+) -> list[str]:
+    if not isinstance(text, str):
+        text = tokenizer.decode(text) if tokenizer else f"token ids {' '.join(map(str, text))}"
+    shown = _printable(text[:limit])
+    if limit is not None and len(text) > limit:
+        shown += " ..."
+    return [f"  {name}:", *(f"    | {line}" for line in shown.split("\n"))]
 
 
 def _printable(text: str) -> str:

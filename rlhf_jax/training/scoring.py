@@ -25,14 +25,12 @@ def answer_scorer(
     """Jitted ``(params, comparisons [B, K, T]) -> scores [B, K]``; of an ensemble's parameters [M,
     ...] the scores [B, K, M]. Arrays of a ``jax.tree_util.Partial`` travel as arguments."""
 
-    score_fn = (
-        score_fn if isinstance(score_fn, jax.tree_util.Partial) else jax.tree_util.Partial(score_fn)
-    )
-    one = reward_model.answer_scores
-    return functools.partial(
-        jax.jit(one if num_members == 1 else jax.vmap(one, in_axes=(None, 0, None), out_axes=2)),
-        score_fn,
-    )
+    if not isinstance(score_fn, jax.tree_util.Partial):
+        score_fn = jax.tree_util.Partial(score_fn)
+    scorer: Callable[..., jax.Array] = reward_model.answer_scores
+    if num_members > 1:
+        scorer = jax.vmap(scorer, in_axes=(None, 0, None), out_axes=2)
+    return functools.partial(jax.jit(scorer), score_fn)
 
 
 def score_rows(
@@ -61,18 +59,21 @@ def pairs_of(
     two answers' numbers, and the pairs. Rows of one source, such as the pairs of a ranking, are
     one.
     """
-    best, answers = comparisons.best[rows], np.arange(comparisons.lengths.shape[1])
-    place, other = np.nonzero((comparisons.response_lengths[rows] > 0) & (answers != best[:, None]))
+    best = comparisons.best[rows]
+    is_best = np.arange(comparisons.lengths.shape[1]) == best[:, None]
+    is_present = comparisons.response_lengths[rows] > 0
+    place, other = np.nonzero(is_present & ~is_best)
     both = np.stack([best[place], other], axis=1)
-    texts = [
-        comparisons.tokens[k][rows[i]].tobytes()
-        for i, pair in zip(place, both, strict=True)
-        for k in pair
-    ]
-    labels = np.unique(np.array(texts, dtype=object), return_inverse=True)[1].reshape(-1, 2)
-    groups = np.unique([comparisons.sources[row] for row in rows[place]], return_inverse=True)[1]
-    weights = comparisons.weight[rows[place]].astype(np.float64) / np.bincount(place)[place]
-    return place, both, metrics.Pairs(groups, labels[:, 0], labels[:, 1], weights)
+    texts = []
+    for i, pair in zip(place, both, strict=True):
+        texts += [comparisons.tokens[k][rows[i]].tobytes() for k in pair]
+    sources = [comparisons.sources[row] for row in rows[place]]
+    _, labels = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    _, groups = np.unique(sources, return_inverse=True)
+    pairs_of_row = np.bincount(place)[place]
+    weights = comparisons.weight[rows[place]].astype(np.float64) / pairs_of_row
+    chosen, rejected = labels.reshape(-1, 2).T
+    return place, both, metrics.Pairs(groups, chosen, rejected, weights)
 
 
 def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> dict[str, float]:
@@ -86,16 +87,16 @@ def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> d
     weights, lengths = comparisons.weight[rows], comparisons.response_lengths[rows]
     if comparisons.targets is not None:
         return metrics.target_report(scores, comparisons.targets[rows], lengths, weights)
-    found = metrics.preference_report(scores, comparisons.best[rows], lengths, weights)
+    figures = metrics.preference_report(scores, comparisons.best[rows], lengths, weights)
     place, both, pairs = pairs_of(comparisons, rows)
-    for name, values in (
-        {"accuracy": scores, "length_accuracy": lengths}.items() if not pairs.is_single else ()
-    ):
+    if pairs.is_single:
+        return figures
+    for name, values in {"accuracy": scores, "length_accuracy": lengths}.items():
         margin = values[place, both[:, 0]] - values[place, both[:, 1]]
         right = (margin > 0) + 0.5 * (margin == 0)
-        found[name] = float(metrics.top_1(right, pairs).mean())
-        found[f"pairwise_{name}"] = float(np.average(right, weights=pairs.weights))
-    return found
+        figures[name] = float(metrics.top_1(right, pairs).mean())
+        figures[f"pairwise_{name}"] = float(np.average(right, weights=pairs.weights))
+    return figures
 
 
 def length_accuracy(pairs: EncodedTexts, rows: np.ndarray) -> float:
@@ -135,8 +136,10 @@ def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray
     if comparisons.targets is not None:
         weights = np.where(lengths > 0, weights[:, None], 0.0)
         return float(np.average(scores.std(axis=2), weights=weights))
-    row, best = np.arange(len(rows)), comparisons.best[rows]
-    margins = scores[row, best] - scores[row, metrics.rival(scores.mean(axis=2), best, lengths)]
+    row = np.arange(len(rows))
+    best = comparisons.best[rows]
+    rival = metrics.rival(scores.mean(axis=2), best, lengths)
+    margins = scores[row, best] - scores[row, rival]
     return float(np.average(margins.std(axis=1), weights=weights))
 
 
@@ -157,37 +160,36 @@ def samples(
     lengths = comparisons.response_lengths[rows]
 
     def response(i: int, answer: int) -> str:
-        tokens, start = comparisons.tokens[answer][rows[i]], comparisons.starts[rows[i], answer]
-        return tokenizer.decode(tokens[start:])
+        start = comparisons.starts[rows[i], answer]
+        return tokenizer.decode(comparisons.tokens[answer][rows[i]][start:])
 
-    labels = zip(
-        comparisons.weight[rows].tolist(), (comparisons.sources[row] for row in rows), strict=True
-    )
-    of_row = [{"source": source, "weight": round(weight, 6)} for weight, source in labels]
-    found: list[dict[str, Any]] = []
+    def label(i: int) -> dict[str, Any]:
+        weight = float(comparisons.weight[rows[i]])
+        return {"source": comparisons.sources[rows[i]], "weight": round(weight, 6)}
+
+    shown: list[dict[str, Any]] = []
     if comparisons.targets is not None:
         for i, k in np.argwhere(lengths > 0):
-            target = {
+            row: dict[str, Any] = {
+                "prompt": comparisons.prompts[rows[i]],
+                "response": response(i, k),
                 "score": float(scores[i, k]),
                 "target": float(comparisons.targets[rows[i], k]),
+                "length": int(lengths[i, k]),
             }
-            found.append(
-                {
-                    "prompt": comparisons.prompts[rows[i]],
-                    "response": response(i, k),
-                    **target,
-                    "length": int(lengths[i, k]),
-                    **of_row[i],
-                }
-            )
-        return found
+            shown.append(row | label(i))
+        return shown
     best = comparisons.best[rows]
-    for i, answers in enumerate(zip(best, metrics.rival(scores, best, lengths), strict=True)):
-        chosen_rejected = list(zip(("chosen", "rejected"), answers, strict=True))
-        row: dict[str, Any] = {"prompt": comparisons.prompts[rows[i]]}
-        row |= {name: response(i, k) for name, k in chosen_rejected}
-        row |= {f"score_{name}": float(scores[i, k]) for name, k in chosen_rejected}
-        found.append(
-            row | {f"length_{name}": int(lengths[i, k]) for name, k in chosen_rejected} | of_row[i]
-        )
-    return found
+    rivals = metrics.rival(scores, best, lengths)
+    for i, (chosen, rejected) in enumerate(zip(best, rivals, strict=True)):
+        row = {
+            "prompt": comparisons.prompts[rows[i]],
+            "chosen": response(i, chosen),
+            "rejected": response(i, rejected),
+            "score_chosen": float(scores[i, chosen]),
+            "score_rejected": float(scores[i, rejected]),
+            "length_chosen": int(lengths[i, chosen]),
+            "length_rejected": int(lengths[i, rejected]),
+        }
+        shown.append(row | label(i))
+    return shown
