@@ -6,7 +6,6 @@ each of its objects); or ``OUTER.keys`` and ``OUTER.values``, the lists of an ob
 its values; or ``A+B``, two texts with an empty line between them, of which either may be empty.
 """
 
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
@@ -88,20 +87,23 @@ def _with_responses(row: dict[str, Any]) -> dict[str, Any]:
     row = dict(row)
     if "prompt" not in row and "query" in row and row.keys() & {"sample0", "responses"}:
         row["prompt"] = row.pop("query")
-    samples = [
-        row.pop(key)
-        for key in itertools.takewhile(row.__contains__, map("sample{}".format, itertools.count()))
-    ]
+    samples: list[Any] = []
+    while (key := f"sample{len(samples)}") in row:
+        samples.append(row.pop(key))
     while samples and samples[-1] is None:
         samples.pop()
-    chosen, rejected = row.get("chosen"), row.get("rejected")
+    chosen = row.get("chosen")
+    rejected = row.get("rejected")
     if _are_texts(chosen) and _are_texts(rejected):
-        row.pop("chosen"), row.pop("rejected")
-        label = (
-            {"best": 0} if len(chosen) == 1 else {"ranks": [0] * len(chosen) + [1] * len(rejected)}
-        )
-        return row | {"responses": [*chosen, *rejected], **label}
-    return row | ({"responses": samples} if samples else {})
+        del row["chosen"], row["rejected"]
+        row["responses"] = [*chosen, *rejected]
+        if len(chosen) == 1:
+            row["best"] = 0
+        else:
+            row["ranks"] = [0] * len(chosen) + [1] * len(rejected)
+    elif samples:
+        row["responses"] = samples
+    return row
 
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:
@@ -156,11 +158,11 @@ def _rankings(record: Record) -> list[Record]:
                 record.source,
             )
         ]
-    rankings = [
-        Record(row, f"{record.source}, prompt {number}") for number, row in enumerate(rows, 1)
-    ]
+    if rows:
+        source = record.source
+        return [Record(row, f"{source}, prompt {number}") for number, row in enumerate(rows, 1)]
     no_rank = Drop(record.source, "message tree without two ranked replies to one prompt")
-    return rankings or [Record(no_rank, record.source)]
+    return [Record(no_rank, record.source)]
 
 
 def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -170,12 +172,12 @@ def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
         role = "user" if message["role"] == "prompter" else "assistant"
         turns = [*before, {"role": role, "content": message["text"]}]
         replies = message.get("replies") or []
-        ranked = [
-            reply
-            for reply in replies
-            if reply["role"] == "assistant" and reply.get("rank") is not None
-        ]
+        answers = [reply for reply in replies if reply["role"] == "assistant"]
+        ranked = [reply for reply in answers if reply.get("rank") is not None]
         if role == "user" and len(ranked) > 1:
-            texts, ranks = [reply["text"] for reply in ranked], [reply["rank"] for reply in ranked]
-            yield {"prompt": turns, "responses": texts, "ranks": ranks}
+            yield {
+                "prompt": turns,
+                "responses": [reply["text"] for reply in ranked],
+                "ranks": [reply["rank"] for reply in ranked],
+            }
         waiting += [(reply, turns) for reply in replies]

@@ -170,28 +170,35 @@ def parse_all(
     """The rows of all records. With ``drop`` those of a `BadRow` are left out under what is wrong
     with them.
     """
-    found, seen = ReadResult([]), set[Text]()
+    result = ReadResult([])
+    seen: set[Text] = set()
+    left_out = BadRow if on_bad_row == "drop" else Drop
     for record in records:
         try:
             parsed = parse(kind, record, template)
             if kind == "prompts":
-                if (
-                    parsed[0].prompt in seen
-                    and (form_of(record.value) or ("prompts",))[0] != "prompts"
-                ):
+                prompt = parsed[0].prompt
+                if prompt in seen and not _is_prompt(record.value):
                     raise Drop(record.source, "repeated prompt")
-                seen.add(parsed[0].prompt)
-            found.rows.extend(parsed)
+                seen.add(prompt)
+            result.rows.extend(parsed)
         except UserError as error:
-            if isinstance(error, BadRow if on_bad_row == "drop" else Drop):
-                found.places.setdefault(error.what, []).append(error.source)
+            if isinstance(error, left_out):
+                result.places.setdefault(error.what, []).append(error.source)
             else:
-                found.errors.append(error)
-    return found
+                result.errors.append(error)
+    return result
+
+
+def _is_prompt(value: Any) -> bool:
+    """Whether a record is a prompt by its keys, rather than a row with answers."""
+    form = form_of(value)
+    return form is None or form[0] == "prompts"
 
 
 def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
-    given = [str(name) for name in ([names] if isinstance(names, str | os.PathLike) else names)]
+    several = [names] if isinstance(names, str | os.PathLike) else names
+    given = [str(name) for name in several]
     if not given:
         folder = f"a folder that holds {FILES[kind]}"
         raise UserError(
@@ -199,12 +206,12 @@ def _sources(kind: Kind, names: Names, seed: int) -> dict[str, Source]:
             "corpus"
         )
     if DEMO not in given:
-        files = [
-            str(Path(name) / FILES[kind]) if kind in FILES and os.path.isdir(name) else name
-            for name in given
-        ]
-        whole_text = kind == "demonstrations"
-        return {file: read_source(file, whole_text=whole_text) for file in files}
+        sources = {}
+        for name in given:
+            is_folder = kind in FILES and os.path.isdir(name)
+            file = str(Path(name) / FILES[kind]) if is_folder else name
+            sources[file] = read_source(file, whole_text=kind == "demonstrations")
+        return sources
     if len(given) > 1:
         raise UserError(f"--data {' '.join(given)}: `{DEMO}` cannot be mixed with files")
     name = f"{DEMO}/{FILES[kind]}"
@@ -240,9 +247,8 @@ def form_of(value: Any) -> tuple[Kind, str] | None:
     if not isinstance(value, dict):
         return None
     if "responses" in value:
-        return "comparisons", ", ".join(
-            key for key in ("prompt", "responses", *LABELS) if key in value
-        )
+        present = [key for key in ("prompt", "responses", *LABELS) if key in value]
+        return "comparisons", ", ".join(present)
     keys = next((keys for keys in FORMATS if all(key in value for key in keys)), None)
     if keys == ("messages",) and not chat.is_answered(value["messages"]):
         return "prompts", "messages"
@@ -270,16 +276,14 @@ def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
         return [_annotated(record)]
     if kind == "feedback":
         return _feedback(record, template)
-    row = rows.fields(
-        record, "prompt, response" if kind == "demonstrations" else f"prompt, {', '.join(PAIR)}"
-    )
+    expected = "prompt, response" if kind == "demonstrations" else f"prompt, {', '.join(PAIR)}"
+    row = rows.fields(record, expected)
     if kind == "demonstrations" and form_of(row) == ("demonstrations", "text"):
         return [Row("", (rows.text(record, "text"),), record.source)]
     if kind == "demonstrations" and not ("responses" in row or _is_annotated(row)):
-        pair = "response" not in row and all(key in row for key in PAIR)
-        before, response = _exchange(
-            record, "messages" if "messages" in row else "chosen" if pair else "response"
-        )
+        is_pair = "response" not in row and all(key in row for key in PAIR)
+        key = "chosen" if is_pair else "response"
+        before, response = _exchange(record, "messages" if "messages" in row else key)
         return [_row(record, before, template, (response,))]
     comparison, ranks = _answers(record, template)
     is_choice = comparison.best is not None and len(comparison.responses) > 2
@@ -300,19 +304,15 @@ def _feedback(record: Record, template: ChatTemplate) -> list[Row]:
     """Responses with the target 1 for desirable ones, 0 for others."""
     row = rows.fields(record, "prompt, response, desirable")
     if "desirable" not in row and ("responses" in row or "chosen" in row or _is_annotated(row)):
-        pairs = parse("pairs", record, template)
-        judged = [(pair, text, 1.0 - i) for pair in pairs for i, text in enumerate(pair.responses)]
-        return [
-            dataclasses.replace(pair, responses=(text,), targets=(target,))
-            for pair, text, target in judged
-        ]
+        judged = []
+        for pair in parse("pairs", record, template):
+            chosen, rejected = pair.responses
+            judged.append(dataclasses.replace(pair, responses=(chosen,), targets=(1.0,)))
+            judged.append(dataclasses.replace(pair, responses=(rejected,), targets=(0.0,)))
+        return judged
     rows.require(record, ("desirable",))
-    rows.expect(
-        isinstance(row["desirable"], bool),
-        record,
-        "'desirable' must be true or false",
-        row["desirable"],
-    )
+    is_bool = isinstance(row["desirable"], bool)
+    rows.expect(is_bool, record, "'desirable' must be true or false", row["desirable"])
     before, response = _exchange(record, "messages" if "messages" in row else "response")
     targets = (float(row["desirable"]),)
     return [_row(record, before, template, (response,), targets=targets)]
