@@ -1,9 +1,9 @@
 """From rewards to advantages. No parameters, no models; everything float32.
 
 [B, T] functions work on response tokens only: columns outside the mask, holes in it included, are
-skipped as if they were not there, are never read and get 0. [N, G] functions work on G answers to
-each of N prompts; absent answers count in no mean, no standard deviation and no number of answers,
-and get 0.
+skipped, their values are never used, and their result is 0. [N, G] functions work on G answers to
+each of N prompts; missing answers count in no mean, standard deviation or number of answers, and
+their result is 0.
 """
 
 import chex
@@ -38,28 +38,28 @@ def gae(
     chex.assert_rank(rewards, 2)
     chex.assert_equal_shape([rewards, values, mask])
     if jnp.ndim(lam) > 0:
-        lam = jnp.asarray(lam)
         num_rows = len(rewards)
-        chex.assert_shape(lam, (num_rows, 1) if lam.ndim == 2 else (num_rows,))
-        lam = lam.reshape(num_rows)
+        chex.assert_shape(lam, (num_rows, 1) if jnp.ndim(lam) == 2 else (num_rows,))
+        lam = jnp.asarray(lam).reshape(num_rows)
     present = jnp.asarray(mask) != 0
     rewards = jnp.where(present, jnp.asarray(rewards, jnp.float32), 0.0)
     values = jnp.where(present, jnp.asarray(values, jnp.float32), 0.0)
 
     def backwards(
-        carry: tuple[jax.Array, jax.Array], column: tuple[jax.Array, jax.Array, jax.Array]
+        carry: tuple[jax.Array, jax.Array],
+        column: tuple[jax.Array, jax.Array, jax.Array],
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         next_advantage, next_value = carry
         reward, value, here = column
         advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
-        carry = jnp.where(here, advantage, next_advantage), jnp.where(here, value, next_value)
-        return carry, jnp.where(here, advantage, 0.0)
+        next_advantage = jnp.where(here, advantage, next_advantage)
+        next_value = jnp.where(here, value, next_value)
+        return (next_advantage, next_value), jnp.where(here, advantage, 0.0)
 
     end = jnp.zeros_like(values[:, 0])
-    _, advantages = jax.lax.scan(
-        backwards, (end, end), (rewards.T, values.T, present.T), reverse=True
-    )
-    advantages = advantages.T
+    columns = (rewards.T, values.T, present.T)
+    _, by_column = jax.lax.scan(backwards, (end, end), columns, reverse=True)
+    advantages = by_column.T
     return advantages, advantages + values
 
 
@@ -88,7 +88,10 @@ def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array
 
 
 def group_normalized(
-    scores: jax.Array, eps: float = 1e-4, scale: bool = True, mask: jax.Array | None = None
+    scores: jax.Array,
+    eps: float = 1e-4,
+    scale: bool = True,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """GRPO (Shao et al. 2024, section 4.1.2): ``(r - mean) / (std + eps)`` within each group, std
     with n - 1.
@@ -111,31 +114,39 @@ def group_normalized(
     varied = largest != 0  # NaN too
     unit = jnp.where(varied, largest, 1.0)
     centred = centred / unit
-    var = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / jnp.maximum(count - 1.0, 1.0)
+    squares = jnp.sum(jnp.square(centred), axis=1, keepdims=True)
+    var = squares / jnp.maximum(count - 1.0, 1.0)
     std = jnp.sqrt(jnp.where(varied, var, 1.0))
     return jnp.where(varied, centred / (std + eps / unit), 0.0)
 
 
 def _centred(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Scores [N, G] minus the group's mean, 0 where absent or alone; and the number of present
-    answers [N, 1].
+    """Scores [N, G] minus the group's mean, 0 for missing answers and for an answer alone in its
+    group; and the number of present answers [N, 1].
     """
     chex.assert_rank(scores, 2)
-    if jnp.shape(scores)[1] < 2:
+    shape = jnp.shape(scores)
+    if shape[1] < 2:
         raise ValueError(
-            "scores: expected groups of at least 2 answers, [N, G] with G > 1, got "
-            f"{jnp.shape(scores)}"
+            f"scores: expected groups of at least 2 answers, [N, G] with G > 1, got {shape}"
         )
-    present = jnp.ones(jnp.shape(scores), jnp.bool_) if mask is None else jnp.asarray(mask) != 0
-    chex.assert_equal_shape([scores, present])
+    present = _present(scores, mask)
     count = jnp.sum(present, axis=1, keepdims=True, dtype=jnp.float32)
     scores = jnp.asarray(scores, jnp.float32)
-    # Centred on one of the scores first: the mean of equal numbers is not always that number in
+    # Subtract one of the scores first: the mean of equal numbers is not always that number in
     # floating point.
     least = jnp.min(jnp.where(present, scores, jnp.inf), axis=1, keepdims=True)
     above = jnp.where(present, scores - least, 0.0)
     mean = jnp.sum(above, axis=1, keepdims=True) / jnp.maximum(count, 1.0)
     return jnp.where(present, above - mean, 0.0), count
+
+
+def _present(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Whether each score is there: all of them if the mask is None."""
+    if mask is None:
+        return jnp.ones(jnp.shape(scores), jnp.bool_)
+    chex.assert_equal_shape([scores, mask])
+    return jnp.asarray(mask) != 0
 
 
 def ema_baseline(
@@ -159,8 +170,10 @@ def ema_baseline(
       (baseline, advantages): a scalar and [B], float32; absent rows get advantage 0.
     """
     chex.assert_rank(scores, 1)
-    present = jnp.ones(jnp.shape(scores), jnp.bool_) if mask is None else jnp.asarray(mask) != 0
+    present = _present(scores, mask)
     mean = ops.masked_mean(scores, present, axis_name=axis_name)
     moved = decay * jnp.asarray(baseline, jnp.float32) + (1.0 - decay) * mean
-    moved = jnp.where(ops.psum(jnp.sum(present), axis_name) > 0, moved, baseline)
-    return moved, jnp.where(present, jnp.asarray(scores, jnp.float32) - moved, 0.0)
+    num_present = ops.psum(jnp.sum(present), axis_name)
+    baseline = jnp.where(num_present > 0, moved, baseline)
+    advantages = jnp.asarray(scores, jnp.float32) - baseline
+    return baseline, jnp.where(present, advantages, 0.0)

@@ -23,7 +23,10 @@ ImportanceSampling = Literal["token_truncate", "token_mask", "sequence_truncate"
 
 
 def comparison(
-    scores: jax.Array, best: jax.Array, margin: jax.Array | None = None, centering: float = 0.0
+    scores: jax.Array,
+    best: jax.Array,
+    margin: jax.Array | None = None,
+    centering: float = 0.0,
 ) -> jax.Array:
     """Negative log-likelihood of the human's choice among K answers:
     ``-log_softmax(scores)[best]``.
@@ -52,21 +55,21 @@ def comparison(
     best = jnp.asarray(best)[:, None]
     present = scores != -jnp.inf
     usable = jnp.take_along_axis(present, best, axis=1)  # [B, 1]
-    # A row of zeros in place of an unusable one: log_softmax of nothing but -inf would put NaN into
-    # the gradient.
+    # An unusable row becomes zeros: log_softmax of a row of -inf would put NaN into the gradient.
     entered = jnp.where(usable, scores, 0.0)
     if margin is not None:
         chex.assert_equal_shape([margin, best[:, 0]])
         is_best = jnp.arange(num_answers)[None, :] == best
-        entered = entered - jnp.where(
-            is_best & usable, jnp.asarray(margin, jnp.float32)[:, None], 0.0
-        )
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(entered, axis=1), best, axis=1)
+        margin = jnp.asarray(margin, jnp.float32)[:, None]
+        entered = entered - jnp.where(is_best & usable, margin, 0.0)
+    log_probs = jax.nn.log_softmax(entered, axis=1)
+    chosen = jnp.take_along_axis(log_probs, best, axis=1)
     loss = jnp.where(usable, -chosen, 0.0)[:, 0]
-    if not ops.is_zero(centering):
-        pair = jnp.all(present, axis=1, keepdims=True)
-        loss = loss + centering * jnp.square(jnp.sum(jnp.where(pair, scores, 0.0), axis=1))
-    return loss
+    if ops.is_zero(centering):
+        return loss
+    is_pair = jnp.all(present, axis=1, keepdims=True)
+    sums = jnp.sum(jnp.where(is_pair, scores, 0.0), axis=1)
+    return loss + centering * jnp.square(sums)
 
 
 def regression(scores: jax.Array, targets: jax.Array) -> jax.Array:
@@ -95,9 +98,8 @@ def policy_gradient(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array
         advantages = jnp.broadcast_to(advantages[:, None], jnp.shape(log_probs))
     chex.assert_equal_shape([log_probs, advantages, mask])
     present = jnp.asarray(mask) != 0
-    return -jnp.where(present, advantages, 0.0) * jnp.where(
-        present, jnp.asarray(log_probs, jnp.float32), 0.0
-    )
+    log_probs = jnp.where(present, jnp.asarray(log_probs, jnp.float32), 0.0)
+    return -jnp.where(present, advantages, 0.0) * log_probs
 
 
 def clipped_surrogate(
@@ -127,9 +129,8 @@ def clipped_surrogate(
     ops.check_number("dual_clip", dual_clip, above=1)
     advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
     ratio = ops.ratio(log_probs, jax.lax.stop_gradient(old_log_probs))
-    loss = jnp.maximum(
-        -advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    )
+    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    loss = jnp.maximum(-advantages * ratio, -advantages * clipped)
     if dual_clip is None:
         return loss
     return jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
@@ -150,15 +151,16 @@ def cispo(
     Args:
       log_probs, ratio, advantages: the same shape, such as [B, T]. Only ``log_probs`` is
         differentiated. There is no mask: pass 0 as ``log_probs`` and 1 as ``ratio`` in masked
-            columns.
+        columns.
       clip_low: 1 for no bound from below, as in the paper's runs.
 
     Returns:
       The same shape, float32.
     """
     chex.assert_equal_shape([log_probs, ratio, advantages])
-    weight = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * jnp.asarray(advantages, jnp.float32)
-    return -jax.lax.stop_gradient(weight) * jnp.asarray(log_probs, jnp.float32)
+    clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    weight = jax.lax.stop_gradient(clipped * jnp.asarray(advantages, jnp.float32))
+    return -weight * jnp.asarray(log_probs, jnp.float32)
 
 
 def importance_weights(
@@ -169,18 +171,19 @@ def importance_weights(
     how: ImportanceSampling = "token_truncate",
 ) -> jax.Array:
     """Weights of tokens that another engine drew, ``w = exp(log_probs - behaviour_log_probs)``,
-    held below ``cap``.
+    limited by ``cap``.
 
     - ``token_...``: each token's own w (Yao et al. 2025, "Your Efficient RL Framework Secretly
       Brings You Off-Policy RL Training").
-    - ``sequence_...``: the product of w over the row's response for all its tokens, which alone is
-      unbiased for the response as a whole (Liu et al. 2025, "When Speed Kills Stability").
+    - ``sequence_...``: every token of a response gets the product of w over the response. Only this
+      product is unbiased for the whole response (Liu et al. 2025, "When Speed Kills Stability").
     - ``..._truncate``: min(w, cap) (Ionides 2008).
-    - ``..._mask``: 0 in place of w > cap, so that the token, or the row, teaches nothing; it still
+    - ``..._mask``: 0 in place of w > cap, so that the token, or the row, has no gradient; it still
       counts in the loss's denominator.
 
     Args:
-      log_probs, behaviour_log_probs, mask: [B, T]; of the policy, and of the engine.
+      log_probs: [B, T] of the policy.
+      behaviour_log_probs, mask: [B, T] of the engine.
 
     Returns:
       [B, T] float32, 0 outside the response; no gradient flows through it.
@@ -193,12 +196,11 @@ def importance_weights(
     if how.startswith("sequence"):
         log_ratio = jnp.sum(log_ratio, axis=1, keepdims=True)
     weight = ops.ratio(log_ratio, jnp.zeros_like(log_ratio))
-    held = (
-        jnp.minimum(weight, cap)
-        if how.endswith("truncate")
-        else jnp.where(weight <= cap, weight, 0.0)
-    )
-    return jax.lax.stop_gradient(jnp.where(present, held, 0.0))
+    if how.endswith("truncate"):
+        weight = jnp.minimum(weight, cap)
+    else:
+        weight = jnp.where(weight <= cap, weight, 0.0)
+    return jax.lax.stop_gradient(jnp.where(present, weight, 0.0))
 
 
 def clipped_value(
@@ -233,7 +235,7 @@ def dpo(
     gamma: float = 0.0,
 ) -> jax.Array:
     """Direct preference losses of Delta = log_ratio_chosen - log_ratio_rejected, with h = beta *
-    Delta - gamma and label smoothing s. gamma is 0 but in ``simpo``.
+    Delta - gamma and label smoothing s. Only ``simpo`` has a gamma other than 0.
 
     - ``sigmoid``: ``-(1 - s) log sigmoid(h) - s log sigmoid(-h)``; s = 0 is Rafailov et al. 2023,
       eq. 7, s > 0 conservative DPO (Mitchell 2023).
@@ -250,41 +252,41 @@ def dpo(
 
     Args:
       log_ratio_chosen, log_ratio_rejected: [B], policy minus reference log-probability in nats,
-        summed over the response. Of ``simpo`` and ``orpo``, which have no reference: the mean
-            log-probability of a response token.
+        summed over the response. For ``simpo`` and ``orpo``, which have no reference: the mean
+        log-probability of a response token.
 
     Returns:
       [B] float32.
     """
     check_dpo(kind, label_smoothing, gamma)
     chex.assert_equal_shape([log_ratio_chosen, log_ratio_rejected])
+    chosen = jnp.asarray(log_ratio_chosen, jnp.float32)
+    rejected = jnp.asarray(log_ratio_rejected, jnp.float32)
     if kind == "orpo":
-        pair = (
-            jnp.asarray(log_ratio_chosen, jnp.float32),
-            jnp.asarray(log_ratio_rejected, jnp.float32),
-        )
-        # A likelihood of 1, whose odds are infinite, is taken for exp(-1e-6).
-        chosen_odds, rejected_odds = (x - jnp.log(-jnp.expm1(jnp.minimum(x, -1e-6))) for x in pair)
-        return -pair[0] - beta * jax.nn.log_sigmoid(chosen_odds - rejected_odds)
-    delta = jnp.asarray(log_ratio_chosen, jnp.float32) - jnp.asarray(
-        log_ratio_rejected, jnp.float32
-    )
+        return -chosen - beta * jax.nn.log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
+    delta = chosen - rejected
     if kind == "ipo":
         return jnp.square(delta - 1.0 / (2.0 * beta))
     if kind == "hinge":
         return jax.nn.relu(1.0 - beta * delta)
     h = beta * delta - gamma
-    right, flipped = -jax.nn.log_sigmoid(h), -jax.nn.log_sigmoid(-h)
+    right = (1.0 - label_smoothing) * -jax.nn.log_sigmoid(h)
+    flipped = label_smoothing * -jax.nn.log_sigmoid(-h)
     if kind == "robust":
-        return ((1.0 - label_smoothing) * right - label_smoothing * flipped) / (
-            1.0 - 2.0 * label_smoothing
-        )
-    return (1.0 - label_smoothing) * right + label_smoothing * flipped
+        return (right - flipped) / (1.0 - 2.0 * label_smoothing)
+    return right + flipped
+
+
+def _log_odds(log_prob: jax.Array) -> jax.Array:
+    # A likelihood of 1, whose odds are infinite, is replaced by exp(-1e-6).
+    below_one = jnp.minimum(log_prob, -1e-6)
+    return log_prob - jnp.log(-jnp.expm1(below_one))
 
 
 def check_dpo(kind: DPOKind, label_smoothing: float, gamma: float = 0.0) -> None:
-    """Raises ValueError: an unknown kind, a label smoothing outside [0, 0.5) or with a kind that
-    has none, or a gamma without simpo."""
+    """Raises ValueError for an unknown kind, a label smoothing outside [0, 0.5) or with a kind that
+    has none, and a gamma without simpo.
+    """
     ops.check_choice("kind", kind, get_args(DPOKind))
     ops.check_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
     if not ops.is_zero(label_smoothing) and kind in ("hinge", "ipo", "orpo"):
@@ -298,8 +300,8 @@ def check_dpo(kind: DPOKind, label_smoothing: float, gamma: float = 0.0) -> None
 def kto(
     log_ratio: jax.Array, reference_point: jax.Array, desirable: jax.Array, beta: float
 ) -> jax.Array:
-    """1 minus the value of an answer to which somebody said yes or no: ``1 - sigmoid(beta (l -
-    z))`` of a desirable one, ``1 - sigmoid(beta (z - l))`` of an undesirable one.
+    """KTO's loss: ``1 - sigmoid(beta (l - z))`` for a desirable answer and ``1 - sigmoid(beta (z -
+    l))`` for an undesirable one.
 
     Ethayarajh et al. 2024, eq. 8, before the weights lambda.
 
@@ -324,13 +326,17 @@ def cross_entropy(log_probs: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def weighted_mean(x: jax.Array, weight: jax.Array) -> Mean:
-    """``sum(weight * x) / sum(weight)``, of any shape; entries of weight 0 are not read."""
+    """``sum(weight * x) / sum(weight)``, of any shape; ``x`` may be NaN where the weight is 0."""
     chex.assert_equal_shape([x, weight])
-    return Mean(jnp.sum(jnp.where(weight > 0, weight * x, 0.0)), jnp.sum(weight, dtype=jnp.float32))
+    total = jnp.sum(jnp.where(weight > 0, weight * x, 0.0))
+    return Mean(total, jnp.sum(weight, dtype=jnp.float32))
 
 
 def aggregate(
-    per_token: jax.Array, mask: jax.Array, how: Aggregation = "token", length: int | None = None
+    per_token: jax.Array,
+    mask: jax.Array,
+    how: Aggregation = "token",
+    length: int | None = None,
 ) -> Mean:
     """One number from losses of tokens; rows with an empty mask count nowhere, and a mean over
     nothing is 0.
@@ -351,18 +357,21 @@ def aggregate(
     chex.assert_rank(per_token, 2)
     chex.assert_equal_shape([per_token, mask])
     present = jnp.asarray(mask) != 0
-    per_row = jnp.sum(jnp.where(present, jnp.asarray(per_token, jnp.float32), 0.0), axis=1)
+    losses = jnp.where(present, jnp.asarray(per_token, jnp.float32), 0.0)
+    per_row = jnp.sum(losses, axis=1)
     num_tokens = jnp.sum(present, axis=1, dtype=jnp.float32)
+    if how == "token":
+        return Mean(jnp.sum(per_row), jnp.sum(num_tokens))
     if how == "sequence":
         per_row = per_row / jnp.maximum(num_tokens, 1.0)
-    count = jnp.sum(num_tokens) if how == "token" else jnp.sum(num_tokens > 0, dtype=jnp.float32)
+    count = jnp.sum(num_tokens > 0, dtype=jnp.float32)
     if length is not None and how == "fixed":
         count = count * length
     return Mean(jnp.sum(per_row), count)
 
 
 def check_aggregation(how: Aggregation, length: int | None) -> None:
-    """Raises ValueError: an unknown choice, or ``fixed`` without a positive length."""
+    """Raises ValueError for an unknown choice, and for ``fixed`` without a positive length."""
     ops.check_choice("aggregate", how, get_args(Aggregation))
     ops.check_number("length", length, at_least=1)
     if how == "fixed" and length is None:

@@ -1,5 +1,5 @@
-"""Figures about scores that a person reads: how well they agree with preferences, and what they may
-be exploited by; and the intervals of such figures.
+"""Measures of scores for people to read: how well the scores agree with preferences and which
+shortcuts they reward, with the intervals of these measures.
 """
 
 import functools
@@ -16,14 +16,14 @@ DRAWS = 1000  # of a bootstrap
 
 
 class Pairs(NamedTuple):
-    """P pairs of answers, the first one preferred. Those of a ranking, or of a best one of several,
-    are one row.
+    """P pairs of answers, the first one preferred. A ranking, or a best answer among several, is
+    one row with several pairs.
     """
 
-    groups: Array  # [P] number of the row, from 0
-    chosen: Array  # [P] a label of the preferred answer, which tells the answers of a row apart
-    rejected: Array  # [P]
-    weights: Array  # [P] float64; those of a row add up to 1
+    groups: Array  # [P] row number of each pair, from 0
+    chosen: Array  # [P] label of the preferred answer; each answer of a row has its own label
+    rejected: Array  # [P] label of the other answer
+    weights: Array  # [P] float64; the weights of a row's pairs add up to 1
 
     @property
     def is_single(self) -> bool:
@@ -36,15 +36,17 @@ def top_1(right: Array, pairs: Pairs) -> Array:
     2022).
 
     right: [P] 1 where the pair's chosen answer scores higher, 0.5 for a tie. A best answer is one
-    that its row rejects in no pair; of several the one that fares best counts.
+    that its row rejects in no pair; of several best answers the one with the best result counts.
     """
-    span = max(pairs.chosen.max(initial=0), pairs.rejected.max(initial=0)) + 1
-    answers, place = np.unique(pairs.groups * span + pairs.chosen, return_inverse=True)
-    least, values = np.ones(len(answers)), np.zeros(pairs.groups.max(initial=-1) + 1)
-    np.minimum.at(least, place, right)
-    best = ~np.isin(answers, pairs.groups * span + pairs.rejected)
-    np.maximum.at(values, answers[best] // span, least[best])
-    return values
+    num_labels = max(pairs.chosen.max(initial=0), pairs.rejected.max(initial=0)) + 1
+    first_label = pairs.groups * num_labels
+    answers, answer_of_pair = np.unique(first_label + pairs.chosen, return_inverse=True)
+    is_best = ~np.isin(answers, first_label + pairs.rejected)
+    worst_result = np.ones(len(answers))
+    np.minimum.at(worst_result, answer_of_pair, right)
+    result = np.zeros(pairs.groups.max(initial=-1) + 1)
+    np.maximum.at(result, answers[is_best] // num_labels, worst_result[is_best])
+    return result
 
 
 def preference_report(
@@ -52,35 +54,40 @@ def preference_report(
 ) -> dict[str, float]:
     """How the scores of K answers agree with the choice of the best one (ALGORITHMS 2).
 
-    scores, lengths: [N, K], length the response tokens, 0 where an answer is absent; best: [N] its
-    number. weights: [N] what each row counts for; None: all the same.
+    scores, lengths: [N, K]; length is the number of response tokens, 0 for a missing answer.
+    best: [N] index of the best answer. weights: [N] weight of each row; None weights all equally.
 
-    Returns loss (``-log_softmax(scores)[best]`` in nats; of two answers Bradley-Terry) and, of the
-    best answer against the highest-scored other one, accuracy (ties count half), margin (mean), ece
-    (expected calibration error over the confidence max(p, 1 - p), p = sigmoid(margin)) and
+    Returns loss (``-log_softmax(scores)[best]`` in nats; Bradley-Terry for two answers) and, for
+    the best answer against the highest-scored other one, accuracy (ties count half), margin (mean),
+    ece (expected calibration error over the confidence max(p, 1 - p), p = sigmoid(margin)) and
     length_correlation (Spearman, score against length over both, unweighted); length_accuracy is
-    that of a judge who takes the longest answer.
+    the accuracy of a judge who always takes the longest answer.
     """
-    row, rivals = np.arange(len(scores)), rival(scores, best, lengths)
+    row = np.arange(len(scores))
+    rivals = rival(scores, best, lengths)
     scores = np.asarray(scores, np.float64)
-    chosen, others = scores[row, best], scores[row, rivals]
-    losses = np.logaddexp.reduce(np.where(lengths > 0, scores - chosen[:, None], -np.inf), axis=1)
-    is_best = np.arange(scores.shape[1])[None, :] == best[:, None]
-    both = np.concatenate([lengths[row, best], lengths[row, rivals]])
+    chosen = scores[row, best]
+    others = scores[row, rivals]
+    margin = chosen - others
+    above_chosen = np.where(lengths > 0, scores - chosen[:, None], -np.inf)
+    losses = np.logaddexp.reduce(above_chosen, axis=1)
+    chosen_lengths = lengths[row, best]
+    other_lengths = np.array(lengths)
+    other_lengths[row, best] = 0
+    both_scores = np.concatenate([chosen, others])
+    both_lengths = np.concatenate([chosen_lengths, lengths[row, rivals]])
     return {
         "loss": float(np.average(losses, weights=weights)),
         "accuracy": win_rate(chosen, others, weights),
-        "margin": float(np.average(chosen - others, weights=weights)),
-        "ece": expected_calibration_error(chosen - others, weights=weights),
-        "length_accuracy": win_rate(
-            lengths[row, best], np.where(is_best, 0, lengths).max(axis=1), weights
-        ),
-        "length_correlation": spearman(np.concatenate([chosen, others]), both),
+        "margin": float(np.average(margin, weights=weights)),
+        "ece": expected_calibration_error(margin, weights),
+        "length_accuracy": win_rate(chosen_lengths, other_lengths.max(axis=1), weights),
+        "length_correlation": spearman(both_scores, both_lengths),
     }
 
 
 def rival(scores: Array, best: Array, lengths: Array) -> Array:
-    """[N] number of the highest-scored answer beside the best one; arguments as in
+    """[N] index of the highest-scored answer other than the best one; arguments as in
     ``preference_report``.
     """
     others = np.where(lengths > 0, scores, -np.inf)
@@ -93,8 +100,8 @@ def target_report(
 ) -> dict[str, float]:
     """How scores [N, K] of K answers to each of N prompts agree with target scores [N, K].
 
-    lengths: [N, K] response tokens, 0 where an answer is absent.
-    weights: [N] what each prompt's answers and pairs count for; None: all the same.
+    lengths: [N, K] response tokens, 0 for a missing answer.
+    weights: [N] weight of each prompt's answers and pairs; None weights all equally.
 
     Returns loss (mean squared error over the answers), length_correlation and target_correlation
     (Spearman, score against length and against target, unweighted). Where two answers to one prompt
@@ -102,26 +109,28 @@ def target_report(
     ``preference_report``, over all such pairs.
     """
     present = lengths > 0
-    weights = np.ones(len(scores)) if weights is None else weights
-    errors = (np.asarray(scores, np.float64) - targets)[present] ** 2
+    if weights is None:
+        weights = np.ones(len(scores))
+    errors = np.asarray(scores, np.float64) - targets
+    answer_weights = np.broadcast_to(weights[:, None], scores.shape)
+    loss = np.average(errors[present] ** 2, weights=answer_weights[present])
     report = {
-        "loss": float(
-            np.average(errors, weights=np.broadcast_to(weights[:, None], scores.shape)[present])
-        ),
+        "loss": float(loss),
         "length_correlation": spearman(scores[present], lengths[present]),
         "target_correlation": spearman(scores[present], targets[present]),
     }
-    differ = (targets[:, :, None] > targets[:, None, :]) & present[:, :, None] & present[:, None, :]
-    row, better, worse = np.nonzero(differ)
-    if not len(row):
+    both_present = present[:, :, None] & present[:, None, :]
+    is_better = targets[:, :, None] > targets[:, None, :]
+    row, better, worse = np.nonzero(is_better & both_present)
+    if len(row) == 0:
         return report
-    pairs = (
-        np.stack([values[row, better], values[row, worse]], axis=1) for values in (scores, lengths)
-    )
-    return (
-        preference_report(next(pairs), np.zeros(len(row), np.int64), next(pairs), weights[row])
-        | report
-    )
+
+    def in_pairs(values: Array) -> Array:
+        return np.stack([values[row, better], values[row, worse]], axis=1)
+
+    first = np.zeros(len(row), np.int64)
+    pairs = preference_report(in_pairs(scores), first, in_pairs(lengths), weights[row])
+    return pairs | report
 
 
 def reliability(margin: Array, weights: Array | None = None) -> tuple[Array, Array, Array]:
@@ -130,26 +139,29 @@ def reliability(margin: Array, weights: Array | None = None) -> tuple[Array, Arr
 
     margin: [N] score of the chosen answer minus that of the rejected one; the confidence is max(p,
     1 - p) with p = sigmoid(margin), and a prediction is right if the margin is positive (half right
-    at 0). weights: [N] of the pairs; None: all the same.
+    at 0). weights: [N] weight of each pair; None weights all equally.
     """
-    confidence, right = _sigmoid(np.abs(margin)), np.heaviside(margin, 0.5)
-    weights = np.ones(len(margin)) if weights is None else weights
+    confidence = _sigmoid(np.abs(margin))
+    right = np.heaviside(margin, 0.5)
+    if weights is None:
+        weights = np.ones(len(margin))
     bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
-    counts, *sums = (np.bincount(bins, weights * values) for values in (1.0, confidence, right))
-    used = counts > 0
-    return counts[used], sums[0][used] / counts[used], sums[1][used] / counts[used]
+    total = np.bincount(bins, weights)
+    used = total > 0
+    total = total[used]
+    mean_confidence = np.bincount(bins, weights * confidence)[used] / total
+    accuracy = np.bincount(bins, weights * right)[used] / total
+    return total, mean_confidence, accuracy
 
 
 def expected_calibration_error(margin: Array, weights: Array | None = None) -> float:
-    """Mean ``|accuracy - confidence|`` over the bins of ``reliability``, by their weight."""
+    """Mean ``|accuracy - confidence|`` over the bins of ``reliability``, weighted by bin weight."""
     counts, confidence, accuracy = reliability(margin, weights)
     return float(np.average(np.abs(accuracy - confidence), weights=counts))
 
 
 def spearman(x: Array, y: Array) -> float:
-    """Rank correlation of two [N] arrays; 0 if either is constant, since nothing then varies
-    together.
-    """
+    """Rank correlation of two [N] arrays; 0 if either is constant."""
     import scipy.stats  # a quarter of the import time of the command line
 
     if np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -161,13 +173,15 @@ def win_rate(scores: Array, against: Array, weights: Array | None = None) -> flo
     """Share of rows [N], weighted by ``weights`` [N] if given, where ``scores`` is higher; ties
     count half.
     """
-    scores, against = np.asarray(scores), np.asarray(against)
-    return float(np.average((scores > against) + 0.5 * (scores == against), weights=weights))
+    scores = np.asarray(scores)
+    against = np.asarray(against)
+    wins = (scores > against) + 0.5 * (scores == against)
+    return float(np.average(wins, weights=weights))
 
 
 def brier(margin: Array, weights: Array | None = None) -> float:
     """Mean ``(1 - p)^2`` of the probability p = sigmoid(margin) given to the chosen answer (Brier
-    1950, of one of two outcomes): 0 is perfect, 0.25 what p = 1/2 gets.
+    1950, for two outcomes): 0 is perfect, and p = 1/2 always gives 0.25.
 
     margin: [N] score of the chosen answer minus that of the rejected one; weights: [N] or None.
     """
@@ -178,38 +192,44 @@ def cohen_kappa(labels: Array, others: Array, weights: Array | None = None) -> f
     """Agreement of two judges' labels [N] beyond chance, ``(observed - expected) / (1 - expected)``
     (Cohen 1960).
 
-    1 is full agreement, 0 that of judges who draw from their own shares of the labels. NaN where
-    both give one and the same label to every row, so that chance alone agrees in all of them.
+    1 is full agreement; 0 is the agreement of judges who draw their labels at random, each with his
+    own frequencies. NaN if both judges give the same single label to every row: chance alone then
+    agrees everywhere.
     """
-    labels, others = np.asarray(labels), np.asarray(others)
+    labels = np.asarray(labels)
+    others = np.asarray(others)
     share = functools.partial(np.average, weights=weights)
     observed = share(labels == others)
     expected = sum(share(labels == label) * share(others == label) for label in np.unique(labels))
-    return float("nan") if expected == 1.0 else float((observed - expected) / (1 - expected))
+    if expected == 1.0:
+        return float("nan")
+    return float((observed - expected) / (1 - expected))
 
 
 def mean_interval(values: Array, key: jax.Array) -> Interval:
     """95% interval of the mean of values [N] in [0, 1]: Wilson's (1927) if all are 0 or 1, else
     ``bootstrap_mean``.
     """
-    if np.isin(values, (0, 1)).all():
-        import scipy.stats
+    if not np.isin(values, (0, 1)).all():
+        return bootstrap_mean(values, key)
+    import scipy.stats
 
-        ends = scipy.stats.binomtest(int(np.sum(values)), len(values)).proportion_ci(
-            method="wilson"
-        )
-        return float(ends.low), float(ends.high)
-    return bootstrap_mean(values, key)
+    result = scipy.stats.binomtest(int(np.sum(values)), len(values))
+    interval = result.proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def bootstrap_mean(
     values: Array, key: jax.Array, weights: Array | None = None, groups: Groups = None
 ) -> Interval:
-    """``bootstrap_interval`` of the mean of values [N]; weights None: all the same."""
-    weights = np.ones(len(values)) if weights is None else weights
-    return bootstrap_interval(
-        lambda drawn: float(np.average(values, weights=drawn)), weights, key, groups
-    )
+    """``bootstrap_interval`` of the mean of values [N]; weights None weights all equally."""
+
+    def mean(drawn: Array) -> float:
+        return float(np.average(values, weights=drawn))
+
+    if weights is None:
+        weights = np.ones(len(values))
+    return bootstrap_interval(mean, weights, key, groups)
 
 
 def bootstrap_interval(
@@ -223,28 +243,33 @@ def bootstrap_interval(
     with replacement.
 
     Args:
-      statistic: of weights [N] of the N rows, 0 for those that a draw leaves out. Draws for which
-        it is NaN are left out.
-      weights: [N] what each row counts for.
-      key: the same key draws the same.
-      groups: [N] numbers from 0; rows of one number, such as the pairs of one ranking, are drawn
-        together. None: each row for itself.
-      centered: moves the draws so that their mean is the statistic of the rows themselves, for one
-        that draws with replacement inflate, such as a calibration error.
+      statistic: a function of weights [N] of the N rows, where a row that was not drawn has weight
+        0. Draws that give NaN are left out.
+      weights: [N] weight of each row.
+      key: the same key gives the same draws.
+      groups: [N] group numbers from 0; the rows of a group, such as the pairs of one ranking, are
+        drawn together. None makes each row its own group.
+      centered: shifts the draws so that their mean is the statistic of the rows themselves. Use it
+        for a statistic that drawing with replacement inflates, such as a calibration error.
 
     Returns:
-      (NaN, NaN) for fewer than two groups, which say nothing of how they vary.
+      (NaN, NaN) for fewer than two groups, whose variation cannot be estimated.
     """
-    groups = np.arange(len(weights)) if groups is None else groups
+    if groups is None:
+        groups = np.arange(len(weights))
     num_groups = int(groups.max(initial=-1)) + 1
     if num_groups < 2:
         return float("nan"), float("nan")
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    rows = (generator.integers(num_groups, size=num_groups) for _ in range(DRAWS))
-    draws = [statistic(weights * np.bincount(row, minlength=num_groups)[groups]) for row in rows]
-    low, high = np.nanpercentile(draws, [2.5, 97.5]) - (
-        np.nanmean(draws) - statistic(weights) if centered else 0.0
-    )
+    draws = []
+    for _ in range(DRAWS):
+        drawn = generator.integers(num_groups, size=num_groups)
+        times = np.bincount(drawn, minlength=num_groups)
+        draws.append(statistic(weights * times[groups]))
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    if centered:
+        shift = np.nanmean(draws) - statistic(weights)
+        return float(low - shift), float(high - shift)
     return float(low), float(high)
 
 

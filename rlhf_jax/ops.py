@@ -1,7 +1,7 @@
 """Masked statistics and token log-probabilities: the array maths everything else is built on.
 
-Column t of every [B, T] array speaks of ``tokens[:, t]``; it is predicted by the logits at t - 1,
-and column 0 is 0. Results are float32 whatever the input. Masks may be bool, int or float; non-zero
+Column t of every [B, T] array belongs to ``tokens[:, t]``, which the logits at t - 1 predict;
+column 0 is 0. Results are float32 whatever the input. Masks may be bool, int or float; non-zero
 is true. Masked entries are replaced by ``jnp.where`` before anything is computed from them, so a
 NaN or 1e4 there reaches neither value nor gradient.
 
@@ -63,7 +63,7 @@ def check_number(name: str, value: Any, **bounds: float) -> None:
 
 
 def is_zero(coefficient: jax.Array | float) -> bool:
-    """True for Python's 0, whose term is left out; an array or a tracer may be anything."""
+    """True for Python's 0, whose term is left out; False for an array or tracer of any value."""
     return isinstance(coefficient, int | float) and coefficient == 0
 
 
@@ -92,23 +92,30 @@ def masked_mean(
     chex.assert_equal_shape([x, mask])
     present = jnp.asarray(mask) != 0
     x = jnp.where(present, jnp.asarray(x, jnp.float32), 0.0)
-    total = psum(jnp.sum(x, axis=axis, keepdims=keepdims), axis_name)
-    count = psum(jnp.sum(present, axis=axis, keepdims=keepdims, dtype=jnp.float32), axis_name)
-    return total / jnp.maximum(count, 1.0)
+    total = jnp.sum(x, axis=axis, keepdims=keepdims)
+    count = jnp.sum(present, axis=axis, keepdims=keepdims, dtype=jnp.float32)
+    return psum(total, axis_name) / jnp.maximum(psum(count, axis_name), 1.0)
 
 
 def masked_var(
-    x: jax.Array, mask: jax.Array, axis: Axis = None, axis_name: AxisName | None = None
+    x: jax.Array,
+    mask: jax.Array,
+    axis: Axis = None,
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing.
-    Arguments as ``masked_mean``."""
+    Arguments as ``masked_mean``.
+    """
     mean = masked_mean(x, mask, axis, axis_name, keepdims=True)
     x = jnp.where(jnp.asarray(mask) != 0, jnp.asarray(x, jnp.float32), mean)
     return masked_mean(jnp.square(x - mean), mask, axis, axis_name)
 
 
 def whiten(
-    x: jax.Array, mask: jax.Array, shift_mean: bool = True, axis_name: AxisName | None = None
+    x: jax.Array,
+    mask: jax.Array,
+    shift_mean: bool = True,
+    axis_name: AxisName | None = None,
 ) -> jax.Array:
     """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + 1e-8)``, 0
     elsewhere.
@@ -128,7 +135,9 @@ def whiten(
     present = jnp.asarray(mask) != 0
     x = jnp.where(present, jnp.asarray(x, jnp.float32), 0.0)
     white = (x - mean) * jax.lax.rsqrt(var + 1e-8)
-    return jnp.where(present, white if shift_mean else white + mean, 0.0)
+    if not shift_mean:
+        white = white + mean
+    return jnp.where(present, white, 0.0)
 
 
 def _predicting_logits(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
@@ -137,12 +146,16 @@ def _predicting_logits(logits: jax.Array, temperature: float | jax.Array) -> jax
 
 
 def _align(x: jax.Array) -> jax.Array:
-    """Puts a 0 in front of the last dimension: what position t - 1 says of t moves to column t."""
+    """Moves predictions from position t - 1 to column t by putting a 0 in front of the last
+    dimension.
+    """
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 0)])
 
 
 def token_log_probs(
-    logits: jax.Array, tokens: jax.Array, temperature: float | jax.Array = 1.0
+    logits: jax.Array,
+    tokens: jax.Array,
+    temperature: float | jax.Array = 1.0,
 ) -> jax.Array:
     """Log-probability, in nats, of each token under the temperature-scaled softmax of the column
     before it.
@@ -157,7 +170,8 @@ def token_log_probs(
     """
     chex.assert_shape(tokens, jnp.shape(logits)[:-1])
     scaled = _predicting_logits(logits, temperature)
-    chosen = jnp.take_along_axis(scaled, jnp.asarray(tokens)[..., 1:, None], axis=-1)[..., 0]
+    predicted = jnp.asarray(tokens)[..., 1:, None]
+    chosen = jnp.take_along_axis(scaled, predicted, axis=-1)[..., 0]
     return _align(chosen - jax.nn.logsumexp(scaled, axis=-1))
 
 
@@ -172,8 +186,9 @@ def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Arra
       column 0 is 0.
     """
     log_probs = jax.nn.log_softmax(_predicting_logits(logits, temperature), axis=-1)
-    possible = log_probs != -jnp.inf
-    return _align(-jnp.sum(jnp.exp(log_probs) * jnp.where(possible, log_probs, 0.0), axis=-1))
+    is_possible = log_probs != -jnp.inf
+    terms = jnp.exp(log_probs) * jnp.where(is_possible, log_probs, 0.0)
+    return _align(-jnp.sum(terms, axis=-1))
 
 
 def ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
@@ -229,9 +244,11 @@ def response_mask(tokens: jax.Array, prompt_length: int, eos_id: EosId) -> jax.A
       [B, T] int32.
     """
     chex.assert_rank(tokens, 2)
-    said = jnp.arange(jnp.shape(tokens)[1])[None, :] >= prompt_length
-    is_eos = (said & jnp.isin(tokens, jnp.asarray(eos_id))).astype(jnp.int32)
-    return (said & (jnp.cumsum(is_eos, axis=1) - is_eos == 0)).astype(jnp.int32)
+    columns = jnp.arange(jnp.shape(tokens)[1])
+    in_response = columns[None, :] >= prompt_length
+    is_eos = (in_response & jnp.isin(tokens, jnp.asarray(eos_id))).astype(jnp.int32)
+    eos_before = jnp.cumsum(is_eos, axis=1) - is_eos
+    return (in_response & (eos_before == 0)).astype(jnp.int32)
 
 
 def policy_fn(apply_fn: Callable[..., jax.Array], temperature: float | jax.Array = 1.0) -> PolicyFn:
@@ -246,9 +263,8 @@ def policy_fn(apply_fn: Callable[..., jax.Array], temperature: float | jax.Array
         params: Any, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None
     ) -> PolicyOutput:
         logits = apply_fn(params, tokens, attention_mask, key)
-        return PolicyOutput(
-            token_log_probs(logits, tokens, temperature), entropy(logits, temperature)
-        )
+        log_probs = token_log_probs(logits, tokens, temperature)
+        return PolicyOutput(log_probs, entropy(logits, temperature))
 
     return apply_policy
 
@@ -259,19 +275,20 @@ def evaluate(
     batch: Rollout | Demonstrations,
     key: jax.Array | None = None,
 ) -> PolicyOutput:
-    """The policy's output on the rows of a batch. AssertionError unless it is [B, T], as the tokens
-    are.
+    """The policy's output on the rows of a batch. Raises AssertionError unless its shape is that of
+    the tokens, [B, T].
     """
     chex.assert_rank(batch.tokens, 2)
     output = policy_fn(params, batch.tokens, batch.attention_mask, key)
-    chex.assert_equal_shape([batch.tokens, *(x for x in output if x is not None)])
+    given = [x for x in output if x is not None]
+    chex.assert_equal_shape([batch.tokens, *given])
     return output
 
 
 def by_rows(fn: Callable[..., Any], rows: int | None) -> Callable[..., Any]:
     """``fn(params, tokens [B, T], attention_mask [B, T], None)``, a PolicyFn or ScoreFn without a
-    gradient, for at most ``rows`` rows at a time, so that its activations do not grow with B; None:
-    for all at once.
+    gradient, applied to at most ``rows`` rows at a time, so that its activations do not grow with
+    B. With ``rows`` None it is applied to all rows at once.
 
     The parts are equal, and row i is in part ``i % parts``, so that each device of a sharded batch
     has rows in every part.
@@ -281,43 +298,48 @@ def by_rows(fn: Callable[..., Any], rows: int | None) -> Callable[..., Any]:
         params: Params, tokens: jax.Array, attention_mask: jax.Array, key: None = None
     ) -> Any:
         num_rows = tokens.shape[0]
-        parts = next(
-            n for n in range(-(-num_rows // (rows or num_rows)), num_rows + 1) if num_rows % n == 0
-        )
+        parts = -(-num_rows // (rows or num_rows))
+        while num_rows % parts:
+            parts += 1
         if parts == 1:
             return fn(params, tokens, attention_mask, key)
 
         def split(x: jax.Array) -> jax.Array:
             return x.reshape(num_rows // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
-        outputs = jax.lax.map(
-            lambda part: fn(params, *part, key), (split(tokens), split(attention_mask))
-        )
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(num_rows, *x.shape[2:]), outputs)
+        def join(x: jax.Array) -> jax.Array:
+            return x.swapaxes(0, 1).reshape(num_rows, *x.shape[2:])
+
+        def apply(part: tuple[jax.Array, jax.Array]) -> Any:
+            return fn(params, *part, key)
+
+        outputs = jax.lax.map(apply, (split(tokens), split(attention_mask)))
+        return jax.tree.map(join, outputs)
 
     return in_parts
 
 
 def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> jax.Array:
-    """Log-probability, in nats, of each response: the sum over its tokens; 0 for an absent one.
+    """Log-probability, in nats, of each response: the sum over its tokens; 0 for a missing one.
 
     Args:
-      batch: any of ours with tokens and masks [B, T], or [B, K, T]; all rows go through
-        ``policy_fn`` at once, without dropout.
+      batch: a batch with tokens and masks [B, T] or [B, K, T], such as Demonstrations or
+        Comparisons; all rows go through ``policy_fn`` at once, without dropout.
 
     Returns:
-      [B] float32, or [B, K]; of packed comparisons [B, C, K].
+      [B] float32, or [B, K]; [B, C, K] for packed comparisons.
     """
-    chex.assert_equal_shape([batch.tokens, batch.attention_mask, batch.response_mask])
-    masks = batch.attention_mask, batch.response_mask
-    rows = Demonstrations(*(x.reshape(-1, x.shape[-1]) for x in (batch.tokens, *masks)))
-    log_probs = jnp.asarray(evaluate(policy_fn, params, rows).log_probs, jnp.float32)
+    arrays = [batch.tokens, batch.attention_mask, batch.response_mask]
+    chex.assert_equal_shape(arrays)
+    rows = Demonstrations(*(x.reshape(-1, x.shape[-1]) for x in arrays))
+    output = evaluate(policy_fn, params, rows)
+    log_probs = jnp.asarray(output.log_probs, jnp.float32)
     return response_sums(log_probs.reshape(batch.tokens.shape), batch)
 
 
 def response_sums(x: jax.Array, batch: Any) -> jax.Array:
-    """Sum of ``x``, of the shape of ``batch.tokens``, over the tokens of each response, as
-    `response_log_probs`.
+    """Sum of ``x``, of the shape of ``batch.tokens``, over the tokens of each response. The result
+    has the shape of `response_log_probs`.
     """
     x = jnp.where(batch.response_mask != 0, x, 0)
     if isinstance(batch, Comparisons) and batch.documents is not None:
