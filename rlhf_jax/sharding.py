@@ -71,6 +71,14 @@ def is_cut(mesh: Mesh) -> bool:
     return mesh.shape.get("fsdp", 1) * mesh.shape.get("tensor", 1) > 1
 
 
+def is_set(mesh: Mesh) -> bool:
+    """Whether a run sets the mesh (``jax.set_mesh``): it cuts parameters, or has several
+    accelerators, whose kernels are mapped over the mesh by hand.
+    """
+    is_accelerated = mesh.devices.flat[0].platform != "cpu"
+    return is_cut(mesh) or (is_accelerated and mesh.size > 1)
+
+
 def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
     """Puts each leaf [B, ...] of a pytree on the devices, its rows spread over ``data``. None
     leaves stay None.

@@ -13,7 +13,7 @@ import optax
 import pytest
 from test_heads import array_sizes
 
-from rlhf_jax import Demonstrations, TrainState, models, sft
+from rlhf_jax import Demonstrations, TrainState, models, sft, sharding
 from rlhf_jax.models import attention
 
 MASKS = {
@@ -183,6 +183,13 @@ def test_which_implementation_is_taken(
     assert attention.implementation(config, queries, keys, drops) == expected
 
 
+def test_splash_is_taken_for_several_tpus_where_their_mesh_is_known(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert attention.implementation(GPT2, 512, 512, False) == "blockwise"
+    with jax.set_mesh(sharding.make_mesh(4)):
+        assert attention.implementation(GPT2, 512, 512, False) == "splash"
+
+
 GEMMA = models.Gemma3TextConfig(
     32,
     256,
@@ -347,3 +354,75 @@ def test_the_first_half_of_the_queries_leaves_out_later_keys(first):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert fewer < 0.6 * all_scores
+
+
+LAYOUTS = [  # mesh, rows and heads of keys in all, those of a device
+    ((2, 2, 1), (4, 2), (1, 2)),
+    ((1, 2, 2), (4, 2), (2, 1)),
+    ((2, 1, 2), (4, 3), (2, 3)),  # "tensor" does not divide the heads
+    ((4, 1, 1), (2, 2), (2, 2)),  # nor "data" the rows
+]
+
+
+def text(rows, heads, length=4, width=4):
+    """Queries [B, H, G, T, Dh] with G = 2, keys, values, and documents of which one begins with a
+    pad.
+    """
+    draw = np.random.default_rng(0)
+    shapes = [(rows, heads, 2, length, width), *[(rows, heads, length, width)] * 2]
+    arrays = [jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes]
+    return *arrays, jnp.ones((rows, length), jnp.int32).at[1, 0].set(0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "whole", "own", "mapped"),
+    [*[(*layout, set()) for layout in LAYOUTS], *[(*x, {"data", "fsdp"}) for x in LAYOUTS[:3]]],
+)
+def test_a_fused_kernel_sees_its_device_s_rows_and_heads(sizes, whole, own, mapped, monkeypatch):
+    """Values and gradients are those of one device; also inside a function that is mapped over the
+    rows already, as sampling is."""
+    original = jax.nn.dot_product_attention
+    shapes = set()
+
+    def on_cpu(query, key, value, *, implementation, **settings):
+        shapes.add((query.shape[0], query.shape[2], key.shape[2]))
+        return original(query, key, value, **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    *arrays, documents = text(*whole)
+    fused = functools.partial(attention.fused, name="cudnn", window=None)
+    real = (documents != 0)[:, None, None, :, None]
+
+    def gradient(compute):
+        def loss(*arrays):
+            return jnp.sum(jnp.sin(compute(*arrays, documents)) * real)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+    expected = gradient(fused)
+    shapes.clear()
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        compute = fused
+        if mapped:
+            spec = jax.P(("data", "fsdp"))
+            compute = jax.shard_map(
+                fused, in_specs=spec, out_specs=spec, axis_names=mapped, check_vma=False
+            )
+        found = gradient(compute)
+    assert shapes == {(own[0], 2 * own[1], own[1])}
+    assert_close(found, expected)
+
+
+def test_splash_is_lowered_for_tpus_of_a_mesh():
+    """XLA would refuse to partition it: NotImplementedError."""
+    shapes = jax.eval_shape(lambda: text(4, 2, length=128, width=64))
+    fused = functools.partial(attention.fused, name="splash", window=None)
+    gradient = jax.jit(jax.grad(lambda *arrays: fused(*arrays).sum(), argnums=(0, 1, 2)))
+    mesh = sharding.make_mesh(2, 1, 2)
+    over_rows = jax.NamedSharding(mesh, jax.P("data"))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_rows) for x in shapes]
+    with jax.set_mesh(mesh):
+        lowered = gradient.trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
+    # Forward, and the gradients of queries and of keys; two rows and half of the heads each.
+    assert lowered.count("tpu_custom_call") == 3
+    assert "tensor<2x2x128x64xf32>" in lowered

@@ -1,6 +1,7 @@
 """Meshes, rows spread over devices, shardings by parameter path."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,24 @@ def test_a_mesh_that_does_not_fit_the_devices(sizes, shape):
         ),
     ):
         sharding.make_mesh(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "platform", "expected"),
+    [
+        ((4,), "cpu", False),
+        ((2, 2), "cpu", True),
+        ((4,), "tpu", True),
+        ((4,), "gpu", True),
+        ((1,), "tpu", False),
+    ],
+)
+def test_when_a_run_sets_its_mesh(sizes, platform, expected):
+    """Where it cuts parameters, and for the kernels of several accelerators."""
+    real = sharding.make_mesh(*sizes)
+    devices = np.full(real.devices.shape, SimpleNamespace(platform=platform))
+    mesh = SimpleNamespace(shape=real.shape, size=real.size, devices=devices)
+    assert sharding.is_set(mesh) == expected
 
 
 def test_rows_and_copies():

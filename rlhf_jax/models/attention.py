@@ -5,11 +5,15 @@ Heads come before slots ([B, H, S, Dh]): a cache in that layout is read in order
 decoding.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from rlhf_jax.models.config import TransformerConfig
 
@@ -170,8 +174,9 @@ def implementation(config: TransformerConfig, queries: int, keys: int, drops: bo
 def _fastest(config: TransformerConfig) -> str:
     """The implementation for long texts on this device."""
     backend = jax.default_backend()
-    # A Pallas kernel is not divided among devices by the compiler, as cuDNN's is.
-    if backend == "tpu" and jax.device_count() == 1:
+    # Of several devices the kernel must know the mesh: see ``_on_each_device``.
+    has_mesh = not jax.sharding.get_abstract_mesh().empty
+    if backend == "tpu" and (has_mesh or jax.device_count() == 1):
         return "splash"
     fits_cudnn = config.head_size % 8 == 0 and config.head_size <= 128
     if backend == "gpu" and config.compute_dtype == "bfloat16" and fits_cudnn:
@@ -330,12 +335,44 @@ def fused(
 
     query = padded(query.reshape(shape[0], -1, *shape[3:]))
     documents = jnp.pad(documents.astype(jnp.int32), ((0, 0), columns))
-    compute = _splash if name == "splash" else _cudnn
-    mixed = compute(query, padded(key), padded(value), documents, window)
+    kernel = functools.partial(_splash if name == "splash" else _cudnn, window=window)
+    mixed = _on_each_device(kernel, query, padded(key), padded(value), documents)
     return mixed[:, :, :length].reshape(shape)
 
 
-def _splash(query: Array, key: Array, value: Array, documents: Array, window: int | None) -> Array:
+def _on_each_device(
+    kernel: Callable[..., Array], query: Array, key: Array, value: Array, documents: Array
+) -> Array:
+    """``kernel`` of each device's own rows and heads, on the mesh of ``jax.set_mesh``.
+
+    XLA cannot partition a Pallas kernel, nor cuDNN's under ``shard_map``. Axes that are mapped
+    already stay so. Rows or heads of keys that their axes do not divide are whole on each device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.auto_axes:
+        return kernel(query, key, value, documents)
+
+    def axes(size: int, *names: str) -> tuple[str, ...] | None:
+        """Those of the axes that are not mapped yet; None if they do not divide the size."""
+        left = tuple(name for name in names if name in mesh.auto_axes)
+        return None if size % math.prod(mesh.shape[name] for name in left) else left
+
+    rows = axes(len(query), "data", "fsdp")
+    heads = PartitionSpec(rows, axes(key.shape[1], "tensor"))
+    mapped = jax.shard_map(
+        kernel,
+        in_specs=(heads, heads, heads, PartitionSpec(rows)),
+        out_specs=heads,
+        axis_names={*mesh.auto_axes},
+        check_vma=False,  # Pallas kernels do not say over which axes their results vary
+    )
+    mixed: Array = mapped(query, key, value, documents)
+    return mixed
+
+
+def _splash(
+    query: Array, key: Array, value: Array, documents: Array, *, window: int | None
+) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     num_heads, length = query.shape[1:3]
@@ -351,7 +388,9 @@ def _splash(query: Array, key: Array, value: Array, documents: Array, window: in
     return mixed
 
 
-def _cudnn(query: Array, key: Array, value: Array, documents: Array, window: int | None) -> Array:
+def _cudnn(
+    query: Array, key: Array, value: Array, documents: Array, *, window: int | None
+) -> Array:
     mixed: Array = jax.nn.dot_product_attention(
         query.swapaxes(1, 2),
         key.swapaxes(1, 2),

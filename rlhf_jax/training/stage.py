@@ -292,8 +292,8 @@ def open_stage(
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
         stage = Stage(config, name, run, initial.mesh_of(config))
         processes.in_first(lambda: _describe(stage, fingerprints, files, given))
-        is_cut = sharding.is_cut(stage.mesh)
-        mesh = jax.set_mesh(stage.mesh) if is_cut else contextlib.nullcontext()
+        is_set = sharding.is_set(stage.mesh)
+        mesh = jax.set_mesh(stage.mesh) if is_set else contextlib.nullcontext()
         try:
             with mesh:
                 yield stage
