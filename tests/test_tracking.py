@@ -5,6 +5,7 @@ anywhere.
 import io
 import json
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,19 @@ import rich.progress
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.folder import open_run
-from rlhf_jax.runs.log import RowWriter, Tracker
+from rlhf_jax.runs.log import COMPILE_EVENT, Pulse, RowWriter, Tracker, duration
 from rlhf_jax.runs.trackers import Services
 
 
-def tracking(run, total, show=(), resume_step=None) -> Tracker:
+def tracking(run, total, show=(), resume_step=None, pulse=None) -> Tracker:
     return Tracker(
-        run, total=total, resume_step=resume_step, label="ppo", show=show, services=Services({}, {})
+        run,
+        total=total,
+        resume_step=resume_step,
+        label="ppo",
+        show=show,
+        services=Services({}, {}),
+        pulse=pulse,
     )
 
 
@@ -164,3 +171,139 @@ def test_progress_on_a_terminal(tmp_path, terminal):
         text in terminal.getvalue()
         for text in ("ppo", "3/4", "objective/score 1.25  [x] 2", "a message")
     )
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def lines_of(capsys) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def test_slow_steps_have_a_line_each_with_pace_and_remainder(tmp_path, capsys, clock):
+    with (
+        open_run(tmp_path) as run,
+        tracking(run, total=20, show=("x",), pulse=Pulse(clock)) as tracker,
+    ):
+        for step in range(4):
+            tracker.log(step, {"x": step})
+            clock.now += 25.0
+    assert lines_of(capsys) == [
+        "ppo 0/20  x 0",
+        "ppo 1/20  x 1  25 s a step, about 8 min left",
+        "ppo 2/20  x 2  25 s a step, about 8 min left",
+        "ppo 3/20  x 3  25 s a step, about 7 min left",
+    ]
+
+
+def test_fast_steps_keep_every_tenth_line_and_the_pace_follows_the_last_ten(
+    tmp_path, capsys, clock
+):
+    with open_run(tmp_path) as run, tracking(run, total=100, pulse=Pulse(clock)) as tracker:
+        for step in range(1, 41):
+            clock.now += 0.1 if step <= 20 else 1.2
+            tracker.log(step, {})
+    assert lines_of(capsys) == [
+        "ppo 1/100",
+        "ppo 10/100",
+        "ppo 20/100",
+        "ppo 30/100",
+        "ppo 40/100    1.2 s a step, about 72 s left",
+    ]
+
+
+def test_a_line_comes_after_fifteen_seconds_between_tenth_steps(tmp_path, capsys, clock):
+    with open_run(tmp_path) as run, tracking(run, total=100, pulse=Pulse(clock)) as tracker:
+        for step in range(1, 8):
+            tracker.log(step, {})
+            clock.now += 4.0
+    assert [line.split()[1] for line in lines_of(capsys)] == ["1/100", "5/100"]
+
+
+def test_a_step_that_takes_long_is_spoken_of_meanwhile(tmp_path, capsys, clock):
+    pulse = Pulse(clock)
+    with open_run(tmp_path) as run, tracking(run, total=3, pulse=pulse) as tracker:
+        tracker.log(0, {})
+        for seconds in (14.0, 1.0, 14.0, 1.0):
+            clock.now += seconds
+            pulse.tick()
+        tracker.log(1, {})
+        clock.now += 16.0
+        pulse.tick()
+    clock.now += 100.0
+    pulse.tick()  # the run is over
+    assert lines_of(capsys) == [
+        "ppo 0/3",
+        "ppo 0/3  at the next for 15 s",
+        "ppo 0/3  at the next for 30 s",
+        "ppo 1/3  at the next for 16 s  30 s a step, about 60 s left",
+    ]
+
+
+def test_a_terminal_has_no_lines_by_time(tmp_path, capsys, clock, terminal):
+    pulse = Pulse(clock)
+    with open_run(tmp_path) as run, tracking(run, total=3, pulse=pulse) as tracker:
+        tracker.log(0, {})
+        clock.now += 20.0
+        pulse.tick()
+    assert lines_of(capsys) == []
+
+
+def test_slow_compiles_are_named_while_they_run_and_at_their_end(capsys, clock):
+    pulse = Pulse(clock)
+    for name, seconds in (("jit(learn)", 17.0), ("jit(small)", 1.0)):
+        pulse.compile_began(COMPILE_EVENT, 0.0, fun_name=name)
+        pulse.compile_began("another", 0.0, fun_name="other")
+        for _ in range(2):
+            clock.now += seconds / 2
+            pulse.tick()
+        pulse.compile_ended("another", 99.0, fun_name="other")
+        pulse.compile_ended(COMPILE_EVENT, seconds, fun_name=name)
+    clock.now += 20.0
+    pulse.tick()
+    assert lines_of(capsys) == [
+        "compiling the program learn",
+        "compiled the program learn in 17 s",
+    ]
+
+
+def test_the_pulse_hears_what_jax_compiles_and_its_thread_ends(capsys, monkeypatch):
+    monkeypatch.setattr("rlhf_jax.runs.log.SLOW_COMPILE", 0.0)
+
+    def heard(x):
+        return x + time.time()  # no cache of compiled programs has it
+
+    def unheard(x):
+        return x - time.time()
+
+    with Pulse() as pulse:
+        pulse.status = lambda: "still here"
+        jax.jit(heard)(1.0)
+        pulse._last_line -= 100.0
+        until = time.monotonic() + 10.0
+        while time.monotonic() < until and pulse._last_line < time.monotonic() - 50.0:
+            time.sleep(0.05)
+    jax.jit(unheard)(1.0)
+    lines = lines_of(capsys)
+    assert sum(line.startswith("compiled the program heard in ") for line in lines) == 1
+    assert not any("unheard" in line for line in lines)
+    assert "still here" in lines
+    assert not pulse._thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12.4, "12 s"), (89, "89 s"), (200, "3 min"), (7500, "2 h 05 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

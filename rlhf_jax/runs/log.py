@@ -11,11 +11,14 @@ checkpoint removes the rows of later steps and writes them again, so that no row
 is there twice.
 """
 
+import collections
 import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,77 @@ from rlhf_jax.runs.folder import Run, json_lines, write_atomically
 from rlhf_jax.runs.trackers import Services
 
 _PRINT_EVERY = 10  # steps between lines if there is no terminal
+SILENCE = 15.0  # seconds without a line, at most, if there is no terminal
+SLOW_COMPILE = 5.0  # seconds after which a program that is compiled is named
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+PACE_STEPS = 10  # of which the pace is the mean
+
+
+class Pulse(contextlib.AbstractContextManager["Pulse"]):
+    """Speaks while a run is silent: names each program that takes long to compile, and prints
+    ``status()`` whenever no line came for ``SILENCE`` seconds.
+
+    A thread calls ``tick`` every second while the context is open.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        """clock: seconds from any origin."""
+        self.clock = clock
+        self.status: Callable[[], str] | None = None  # None: nothing to say but what compiles
+        self._last_line = clock()
+        self._compiling: dict[str, float] = {}  # {program: when it began}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "Pulse":
+        jax.monitoring.register_scalar_listener(self.compile_began)
+        jax.monitoring.register_event_duration_secs_listener(self.compile_ended)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        self._thread.join()
+        jax.monitoring.unregister_scalar_listener(self.compile_began)
+        jax.monitoring.unregister_event_duration_listener(self.compile_ended)
+
+    def spoken(self) -> None:
+        """Notes that a line was printed."""
+        self._last_line = self.clock()
+
+    def is_due(self) -> bool:
+        """Whether the last line is ``SILENCE`` seconds old."""
+        return self.clock() - self._last_line >= SILENCE
+
+    def tick(self) -> None:
+        """Says what there is to say now."""
+        for name, began in list(self._compiling.items()):
+            if self.clock() - began >= SLOW_COMPILE:
+                self._compiling.pop(name, None)  # it is named once
+                self._say(f"compiling the program {name}")
+        if self.status is not None and self.is_due():
+            self._say(self.status())
+
+    def compile_began(self, event: str, value: float, **about: Any) -> None:
+        """A listener of ``jax.monitoring``."""
+        if event == COMPILE_EVENT:
+            self._compiling[_program(about)] = self.clock()
+
+    def compile_ended(self, event: str, duration_secs: float, **about: Any) -> None:
+        """A listener of ``jax.monitoring``."""
+        if event != COMPILE_EVENT:
+            return
+        self._compiling.pop(_program(about), None)
+        if duration_secs >= SLOW_COMPILE:
+            self._say(f"compiled the program {_program(about)} in {duration_secs:.0f} s")
+
+    def _say(self, line: str) -> None:
+        logger.info(line)
+        self.spoken()
+
+    def _beat(self) -> None:
+        while not self._closed.wait(1.0):
+            self.tick()
 
 
 class Tracker(contextlib.AbstractContextManager["Tracker"]):
@@ -43,8 +117,9 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
     goes.
 
     On a terminal: the newest metrics and a progress bar. Elsewhere: a line at the first, every
-    tenth and the last step. Lines are messages of the logger ``rlhf_jax``; where nobody listens to
-    its level INFO there is no bar.
+    tenth and the last step, and whenever there was none for ``SILENCE`` seconds, with the seconds
+    of a step and the time that is left once the run is older than that. Lines are messages of the
+    logger ``rlhf_jax``; where nobody listens to its level INFO there is no bar.
     """
 
     def __init__(
@@ -56,6 +131,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         label: str,
         show: Sequence[str],
         services: Services,
+        pulse: Pulse | None = None,
     ):
         """Opens the files.
 
@@ -66,6 +142,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
           label: what is going on, such as ``ppo``.
           show: the metrics of the console's line.
           services: also get rows, samples and alerts; closed with the tracker.
+          pulse: what speaks while a step runs; None: nobody does, and its clock is real.
         """
         self._services, self._total, self._label, self._show = services, total, label, show
         self._files = [
@@ -73,11 +150,17 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         ]
         self._metrics, self._timing, self._samples = self._files
         self._printed = False
+        self._pulse = pulse or Pulse()
+        # (step, when it ended) of the last steps
+        self._ends = collections.deque[tuple[int, float]](maxlen=PACE_STEPS + 1)
+        self._started = self._pulse.clock()
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(TextColumn("{task.description}", markup=False), *columns)
         self._task = self._progress.add_task(label, total=total, completed=resume_step or 0)
         if self._progress.console.is_terminal and logger.isEnabledFor(logging.INFO):
             self._progress.start()
+        elif not self._progress.console.is_terminal:
+            self._pulse.status = self.status
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Writes a row of ``metrics.jsonl`` and shows it. Returns the metrics as Python numbers.
@@ -90,11 +173,33 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._services.send("log", step, numbers)
         line = "  ".join(f"{name} {numbers[name]:.4g}" for name in self._show if name in numbers)
         self._progress.update(self._task, completed=step, description=f"{self._label}  {line}")
-        due = not self._printed or step % _PRINT_EVERY == 0 or step >= self._total
+        now = self._pulse.clock()
+        self._ends.append((step, now))
+        is_last = step >= self._total
+        due = not self._printed or step % _PRINT_EVERY == 0 or is_last or self._pulse.is_due()
         if due and not self._progress.console.is_terminal:
-            logger.info(f"{self._label} {step}/{self._total}  {line}".strip())
+            is_old = now - self._started >= SILENCE
+            pace = f"  {self.pace()}" if is_old and not is_last else ""
+            logger.info(f"{self._label} {step}/{self._total}  {line}{pace}".strip())
+            self._pulse.spoken()
             self._printed = True
         return numbers
+
+    def pace(self) -> str:
+        """Seconds of a step, the mean of the last ten, and what remains; empty before the first."""
+        if len(self._ends) < 2 or self._ends[0][0] == self._ends[-1][0]:
+            return ""
+        (first, began), (last, ended) = self._ends[0], self._ends[-1]
+        seconds = (ended - began) / (last - first)
+        left = seconds * (self._total - last)
+        return f"{seconds:.3g} s a step, about {duration(left)} left"
+
+    def status(self) -> str:
+        """What the run is at, for a moment without a line."""
+        step, ended = self._ends[-1] if self._ends else (0, self._started)
+        waited = duration(self._pulse.clock() - ended)
+        parts = [f"{self._label} {step}/{self._total}", f"at the next for {waited}", self.pace()]
+        return "  ".join(part for part in parts if part)
 
     def timing(self, step: int, seconds: Mapping[str, float]) -> None:
         """Writes a row of ``timing.jsonl``. Times are kept apart from the metrics, which a seed
@@ -120,6 +225,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
     def __exit__(self, *error: object) -> None:
         """Ends the progress bar and closes the files."""
+        self._pulse.status = None
         self._progress.live.stop()
         for writer in self._files:
             writer.close()
@@ -171,6 +277,21 @@ class RowWriter:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 12 s, 3 min, 2 h 05 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _program(about: Mapping[str, Any]) -> str:
+    """The name of the function that is compiled."""
+    return str(about.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
 
 
 def _number(name: str, value: Any) -> float:

@@ -19,7 +19,7 @@ from rlhf_jax.errors import AlertStop, Stopped, TrainingFault, UserError, logger
 from rlhf_jax.report import records
 from rlhf_jax.runs import alerts, objects, processes, trackers
 from rlhf_jax.runs.checkpoint import Checkpoints
-from rlhf_jax.runs.log import RowWriter, Tracker
+from rlhf_jax.runs.log import Pulse, RowWriter, Tracker
 from rlhf_jax.training import memory
 from rlhf_jax.training.optimizer import Judge
 from rlhf_jax.training.signals import resume_command, stop_requests
@@ -92,7 +92,8 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
     )
     with ExitStack() as stack, saved as checkpoints:
         stops = stack.enter_context(stop_requests())  # from before step 0 is validated and saved
-        loop = _Loop(stage, job, judge, checkpoints, state, stack)
+        pulse = stack.enter_context(Pulse())
+        loop = _Loop(stage, job, judge, checkpoints, state, stack, pulse)
         loop.obey_alerts()
         while loop.going_on:
             loop.step()
@@ -126,6 +127,7 @@ class _Loop:
         checkpoints: Checkpoints,
         state: Any,
         stack: ExitStack,
+        pulse: Pulse,
     ):
         """Opens the files of the run and goes on from its checkpoint, or validates and saves step
         0.
@@ -162,7 +164,13 @@ class _Loop:
         services = trackers.start(run, tracked, settings, resume_step)
         show, label, total = job.show, stage.name, job.num_steps
         tracker = Tracker(
-            run, total=total, resume_step=resume_step, label=label, show=show, services=services
+            run,
+            total=total,
+            resume_step=resume_step,
+            label=label,
+            show=show,
+            services=services,
+            pulse=pulse,
         )
         self.tracker = stack.enter_context(tracker)
         self.alert_rows = stack.enter_context(
