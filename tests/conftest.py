@@ -32,10 +32,12 @@ os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 # The jobs in experiments/ are scripts, and modules here.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "experiments"))
 
+import builders
 import jax
 import pytest
 
 from rlhf_jax import cli
+from rlhf_jax.data import demo
 from rlhf_jax.runs import devices
 
 # As every run sets them, before the first program: they are part of its key in the cache. A program
@@ -79,6 +81,20 @@ def optimized():
     yield
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of demo data, which tests only read."""
+    folder = tmp_path_factory.mktemp("data")
+    demo.write(folder, sizes={"sft_data.json": 72, "preference_data.json": 72, "prompts.json": 48})
+    return str(folder)
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    """The settings of a short run on ``data``, of each stage."""
+    return builders.tiny_run(data, tmp_path / "run")
 
 
 @pytest.fixture

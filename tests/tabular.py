@@ -154,8 +154,3 @@ def gpt2(head=None):
     model = models.build(config)
     params = model.init(jax.random.key(0))
     return model, params if head is None else models.add_head(jax.random.key(1), params, head)
-
-
-def largest_constant(jitted, *args):
-    """An upper bound, in characters, on the constants in the program text of a jitted function."""
-    return max(len(line) for line in jitted.lower(*args).as_text().splitlines())

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_loop import run_loop
-from test_training import Killed
+from builders import Killed, run_loop
 
 from rlhf_jax import cli
 from rlhf_jax.config import Compute, RunConfig, parse, to_yaml

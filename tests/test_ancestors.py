@@ -4,11 +4,10 @@ it.
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from builders import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "docs/coming_from.md")}
 OUTSIDE = re.compile(r"pytest\.mark\.(soak|parity|skip)\b")
 PROVED_BY = {

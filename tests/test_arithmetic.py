@@ -10,7 +10,7 @@ from pathlib import Path
 
 import arithmetic
 import pytest
-from test_scripts import ROOT, rows, run
+from builders import ROOT, metric_rows, run_script
 
 from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
@@ -127,11 +127,11 @@ def test_a_number_is_digits_alone():
 def test_a_policy_learns_to_answer_with_numbers_and_then_with_the_right_ones(
     script, iterations, correct, seed, tmp_path
 ):
-    run("arithmetic", tmp_path / "problems")
+    run_script("arithmetic", tmp_path / "problems")
     given = ("--data", tmp_path / "problems", "--output-dir", tmp_path / "run", "--seed", seed)
     config = ROOT / "configs" / "arithmetic.yaml"
-    run(script, "--config", config, *given, "--rl.num-iterations", iterations)
-    first, *_, last = (row for row in rows(tmp_path / "run") if "validation/score" in row)
+    run_script(script, "--config", config, *given, "--rl.num-iterations", iterations)
+    first, *_, last = (row for row in metric_rows(tmp_path / "run") if "validation/score" in row)
     assert first["validation/reward/is_number"] < 0.1
     assert first["validation/reward/correct"] < 0.05
     assert last["step"] == iterations

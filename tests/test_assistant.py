@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_scripts import ROOT, rows, run
+from builders import ROOT, metric_rows, run_script
 
 from rlhf_jax.data import formats
 
@@ -94,7 +94,7 @@ def test_the_real_files(tmp_path):
     asked for.
     """
     write(Path(DATA), tmp_path / "data")
-    run("stories260k", Path(DATA, "stories260k"), tmp_path / "stories")
+    run_script("stories260k", Path(DATA, "stories260k"), tmp_path / "stories")
     given = (
         "--model",
         tmp_path / "stories",
@@ -103,7 +103,7 @@ def test_the_real_files(tmp_path):
         "--output-dir",
         tmp_path / "run",
     )
-    run("pipeline", "--config", CONFIG, *given)
-    first, *_, last = rows(tmp_path / "run" / "ppo")
+    run_script("pipeline", "--config", CONFIG, *given)
+    first, *_, last = metric_rows(tmp_path / "run" / "ppo")
     assert last["validation/score"] > first["validation/score"] + 0.5
     assert 4 < last["objective/kl"] < 9

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_heads import array_sizes
+from programs import array_sizes
 
 from rlhf_jax import Demonstrations, TrainState, models, sft, sharding
 from rlhf_jax.models import attention

@@ -14,13 +14,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from builders import ROOT
 from safetensors.numpy import save_file
 
 from rlhf_jax import cli, models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 ROW = '{"prompt": "ab", "response": "ba"}'
 PAIR = {"prompt": "ab", "chosen": "a", "rejected": "b"}
 EMPTY = '{"prompt": "ab", "response": ""}'

@@ -4,7 +4,7 @@ import json
 
 import calculator
 import pytest
-from test_scripts import ROOT, rows, run
+from builders import ROOT, metric_rows, run_script
 
 from rlhf_jax.errors import UserError
 
@@ -64,7 +64,7 @@ def test_the_data(tmp_path):
 )
 def test_a_policy_learns_to_call_it_and_then_to_answer(iterations, reward, correct, tmp_path):
     """First the characters of a call, which pay one by one, then whole calls, then the answer."""
-    run("calculator", tmp_path / "sums")
+    run_script("calculator", tmp_path / "sums")
     given = (
         "--data",
         tmp_path / "sums",
@@ -73,8 +73,8 @@ def test_a_policy_learns_to_call_it_and_then_to_answer(iterations, reward, corre
         "--rl.num-iterations",
         iterations,
     )
-    run("grpo", "--config", ROOT / "configs" / "calculator.yaml", *given, "--seed", 1)
-    first, *_, last = (row for row in rows(tmp_path / "run") if "validation/score" in row)
+    run_script("grpo", "--config", ROOT / "configs" / "calculator.yaml", *given, "--seed", 1)
+    first, *_, last = (row for row in metric_rows(tmp_path / "run") if "validation/score" in row)
     assert first["validation/environment/turns"] < 1.05  # no call
     assert first["validation/environment/reward"] < 0.1
     assert last["validation/environment/reward"] > reward

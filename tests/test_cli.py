@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 import yaml
-from test_report import write_run
+from builders import ROOT, write_run
 
 import rlhf_jax
 from rlhf_jax import cli, models
@@ -23,7 +23,6 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.training import doctor
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("sft", "reward-model", "ppo", "vpg", "rloo", "grpo", "dpo", "kto", "pipeline")
 NAMES = (
     *STAGES,

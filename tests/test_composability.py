@@ -6,9 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import CASES, KEY, MINIBATCHES, SGD
 from jax.tree_util import Partial
-from tabular import gpt2, largest_constant
-from test_updates import CASES, KEY, MINIBATCHES, SGD
+from programs import largest_constant
+from tabular import gpt2
 
 from rlhf_jax import models, rewards, sampling
 from rlhf_jax.training import phases

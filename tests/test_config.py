@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+from builders import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,8 +28,6 @@ from rlhf_jax.config import (
     to_yaml,
 )
 from rlhf_jax.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@ resume, export.
 """
 
 import dataclasses
-import json
 from functools import partial
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_training import Killed, config, data, interrupt, outputs, save_base  # noqa: F401 (fixtures)
+from builders import Killed, interrupt, metric_rows, outputs, save_base
 
 from rlhf_jax import models, ppo, training
 from rlhf_jax.config import LoRA, Optimizer, PPOStage, RLStage, Tokenizer
@@ -168,7 +167,7 @@ def test_the_matrices_of_a_value_body_decay_and_its_head_does_not():
 
 
 @pytest.fixture
-def separate(config):  # noqa: F811
+def separate(config):
     how = PPOStage(
         num_epochs=1, num_minibatches=2, shuffle_blocks=4, value="separate", value_warmup=2
     )
@@ -176,14 +175,10 @@ def separate(config):  # noqa: F811
     return dataclasses.replace(config, ppo=how, rl=sampled)
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-
-
 @pytest.mark.parametrize(
     "rank", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.soak)]
 )
-def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_path, monkeypatch):
     if rank:
         base = save_base(tmp_path / "base", data, num_layers=2, dtype=jnp.bfloat16)
         separate = dataclasses.replace(
@@ -194,7 +189,7 @@ def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_
     straight = training.rl.run(separate, ppo)
     names = {"trained policy", "trained value", "optimizer state", "gradients"}
     assert names | ({"frozen weights"} if rank else set()) <= held.keys()
-    kl = [abs(row["objective/kl"]) for row in rows(straight.folder) if "objective/kl" in row]
+    kl = [abs(row["objective/kl"]) for row in metric_rows(straight.folder) if "objective/kl" in row]
     assert (
         max(kl[:3]) < 1e-5 < 1e-4 < kl[3]
     )  # the policy moved for the first time in the third iteration
@@ -221,7 +216,7 @@ def keep(first_state, held):
 class Here:
     """What ``critic.start`` reads of a stage."""
 
-    def __init__(self, config):  # noqa: F811
+    def __init__(self, config):
         self.config = config
 
     def key(self, name):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training import Killed, config, data, interrupt, outputs  # noqa: F401 (fixtures)
+from builders import Killed, interrupt, outputs
 
 from rlhf_jax import grpo, ppo, training
 from rlhf_jax.config import RLStage
@@ -208,7 +208,7 @@ def score(prompts, responses):
     "on_host",
     [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.soak)],
 )
-def test_a_run_with_dynamic_sampling_goes_on_bit_for_bit(on_host, config, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_with_dynamic_sampling_goes_on_bit_for_bit(on_host, config, tmp_path, monkeypatch):
     (tmp_path / "reward.py").write_text(REWARD)
     rules = {"dynamic_sampling": 2, "mask_truncated": True, "overlong_buffer": 2}
     config = dataclasses.replace(

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from builders import ROOT
 from shakespeare import ShakespeareConfig
 
 from rlhf_jax import config
 from rlhf_jax.data import check, demo
 
-ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PROGRAMS = ROOT / "docs" / "compose.md"  # each of its blocks runs without the others
 PAGES = [

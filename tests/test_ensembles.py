@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import Killed, interrupt, metric_rows, save_base
 from flax.traverse_util import flatten_dict
 from tabular import assert_close, assert_identical, comparisons, score_fn
-from test_scripts import rows
-from test_training import Killed, config, data, interrupt, save_base  # noqa: F401 (fixtures)
 
 from rlhf_jax import models, ppo, training
 from rlhf_jax.algorithms import reward_model
@@ -156,7 +155,7 @@ def test_uncertainty_by_hand():
     assert disagreement(scored, both, spread) == pytest.approx((1 + 0 + 2) / 3)
 
 
-def test_members_start_apart(config):  # noqa: F811
+def test_members_start_apart(config):
     model = models.build(
         models.GPT2Config(vocab_size=20, max_length=8, hidden_size=8, num_layers=1, num_heads=1)
     )
@@ -188,7 +187,7 @@ def test_members_start_apart(config):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
-def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypatch, capsys):
     """The ensemble's own run is stopped, and resumes to the same bytes. Its members share the base
     of their adapters, and are normalised each."""
     base = save_base(tmp_path / "base", data)
@@ -229,7 +228,7 @@ def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypat
     assert outputs(
         training.reward_model.run(dataclasses.replace(again, resume=True)).folder
     ) == outputs(straight.folder)
-    metrics = rows(straight.folder)
+    metrics = metric_rows(straight.folder)
     assert all(row["validation/uncertainty"] > 0 for row in (metrics[0], metrics[-1]))
 
     folder, before = straight.model_folder, models.load(base)[1]
@@ -256,7 +255,7 @@ def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypat
     own = {"reward": (f"min:{folder}",), "rl": rl, "output_dir": str(tmp_path / "ppo")}
     result = training.rl.run(dataclasses.replace(config, **own), ppo)
     assert f"reward min:{folder}: 2 models" in capsys.readouterr().out
-    metrics = rows(result.folder)
+    metrics = metric_rows(result.folder)
     assert all(row["reward/uncertainty"] > 0 for row in metrics[1:])
     assert metrics[0]["validation/reward/uncertainty"] > 0
     assert (

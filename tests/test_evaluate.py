@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
-from test_report import write_run
+from builders import write_run
 
 from rlhf_jax import cli, metrics, models
 from rlhf_jax.data import chat, encoding, formats, tokenizers

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, ROOT, some_params, some_tokens
 from jax.extend.core import jaxprs_in_params
-from test_layouts import whole_on_a_device
-from test_models import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, some_params, some_tokens
-from test_size import ROOT, code_lines
+from programs import whole_on_a_device
+from source import code_lines
 
 from rlhf_jax import cli, models, sampling, sharding
 
@@ -161,12 +161,13 @@ def test_the_cells_of_the_tables_of_families_are_tests():
     takes some alone.
     """
     parity, lora, files, chats = (
-        (ROOT / "tests" / f"test_{name}.py").read_text("utf-8")
-        for name in ("models_parity", "lora_parity", "model_files", "chat")
+        (ROOT / "tests" / f"{name}.py").read_text("utf-8")
+        for name in ("test_models_parity", "test_lora_parity", "test_model_files", "chat_families")
     )
     some, classifiers = (
         re.search(rf"^{name} = .*?\n[)\]]", parity, re.DOTALL | re.M)[0] for name in LISTS
     )
+    parity += (ROOT / "tests" / "torch_models.py").read_text("utf-8")
     lines = (ROOT / "docs" / "models.md").read_text("utf-8").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines]
     here = "".join(f'"{family}"' for family in TINY) + '"User:" "Assistant:"'

@@ -18,6 +18,7 @@ from typing import get_args
 
 import jax
 import pytest
+from builders import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,6 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.data import chat, check, formats, tokenizers
 from rlhf_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 MEMORY = (
     64 << 20
 )  # bytes that Python and NumPy may take for a file of some kilobytes; JAX compiles in them too

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 import yaml
-from test_training import config, data, run_ppo, save_base  # noqa: F401 (fixtures)
+from builders import run_ppo, save_base
 
 from rlhf_jax import models, training
 from rlhf_jax.config import PRETRAINED, LoRA, Optimizer, RunConfig, parse, to_yaml
@@ -20,7 +20,7 @@ RUNS = {"sft": training.sft.run, "dpo": training.dpo.run, "ppo": run_ppo}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_reward_model_is_no_policy(name, config, data, tmp_path):  # noqa: F811
+def test_a_reward_model_is_no_policy(name, config, data, tmp_path):
     base = save_base(tmp_path / "base", data)
     model, params = models.load(base)
     models.save(tmp_path / "rm", model, models.add_head(jax.random.key(0), params, "score"))
@@ -131,7 +131,7 @@ def test_a_small_network_from_random_weights_keeps_the_defaults(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_preset_for_chat_models_trains_a_given_model(data, tmp_path):  # noqa: F811
+def test_the_preset_for_chat_models_trains_a_given_model(data, tmp_path):
     base = save_base(tmp_path / "base", data)
     places = ["--model", str(base), "--output-dir", str(tmp_path / "run"), "--data", data]
     parsed = parse(RunConfig, ["--config", "chat", *places, "--sft.num-epochs", "1"])
@@ -164,7 +164,7 @@ def test_what_is_held_out_and_what_is_said_of_it(prompts, fraction, sizes, says,
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
-def test_a_pipeline_of_one_row_each_runs(config, tmp_path):  # noqa: F811
+def test_a_pipeline_of_one_row_each_runs(config, tmp_path):
     """The files of the original's README."""
     files = {
         "sft_data": {"prompt": "What is a cat?", "response": "An animal."},

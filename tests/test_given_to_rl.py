@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from builders import metric_rows
 from optax.contrib import muon
 
 from rlhf_jax import models, ppo, rloo, training
@@ -61,10 +62,6 @@ def elsewhere(config, name, **changes):
     return dataclasses.replace(config, output_dir=folder, **changes)
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-
-
 def weights(result):
     return models.load(result.model_folder)[1]
 
@@ -81,7 +78,9 @@ def test_a_given_optimizer_takes_the_place_of_the_settings(config, capsys):
     assert capsys.readouterr().out.count(said) == 1
     manifest = json.loads((given.folder / "manifest.json").read_text("utf-8"))
     assert manifest["given"].keys() == {"optimizer"}
-    assert rows_of(usual.folder)[-1]["value/loss"] == rows_of(given.folder)[-1]["value/loss"]
+    assert (
+        metric_rows(usual.folder)[-1]["value/loss"] == metric_rows(given.folder)[-1]["value/loss"]
+    )
 
 
 def test_a_given_optimizer_trains_all_but_a_value_head_with_a_rate_of_its_own(config, capsys):
@@ -90,7 +89,7 @@ def test_a_given_optimizer_trains_all_but_a_value_head_with_a_rate_of_its_own(co
     still = training.rl.run(config, ppo, own, optimizer=optax.sgd(0.0))
     jax.tree.map(np.testing.assert_array_equal, weights(start), weights(still))
     assert "rl.optimizer trains the value function alone" in capsys.readouterr().out
-    losses = [rows_of(run.folder)[-1]["value/loss"] for run in (start, still)]
+    losses = [metric_rows(run.folder)[-1]["value/loss"] for run in (start, still)]
     assert losses[0] != losses[1]
 
 
@@ -144,9 +143,9 @@ def test_a_run_with_muon_and_a_schedule_goes_on_bit_for_bit(config):
     straight = training.rl.run(config, rloo, optimizer=optimizer)
     again = elsewhere(config, "again")
     stopped = training.rl.run(again, rloo, optimizer=optimizer, on_step=lambda step, *_: step == 2)
-    assert rows_of(stopped.folder) == rows_of(straight.folder)[:3]
+    assert metric_rows(stopped.folder) == metric_rows(straight.folder)[:3]
     resumed = training.rl.run(dataclasses.replace(again, resume=True), rloo, optimizer=optimizer)
-    assert rows_of(resumed.folder) == rows_of(straight.folder)
+    assert metric_rows(resumed.folder) == metric_rows(straight.folder)
     jax.tree.map(np.testing.assert_array_equal, weights(resumed), weights(straight))
     other = muon(0.01, muon_weight_dimension_numbers=muon_dimensions)
     with pytest.raises(UserError, match="optimizer"):
@@ -161,7 +160,7 @@ def test_on_step_sees_each_step_and_may_end_the_run(config, capsys):
         return step == 2 or None
 
     result = training.rl.run(config, rloo, on_step=on_step)
-    rows = rows_of(result.folder)
+    rows = metric_rows(result.folder)
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert [step for step, *_ in seen] == [1, 2]
     assert [count for _, count, *_ in seen] == [1, 2]
@@ -241,7 +240,7 @@ def with_own_policy(config):
 def test_a_policy_of_ones_own_trains_and_is_saved_as_what_it_is(make, with_own_policy):
     policy = make()
     result = training.rl.run(with_own_policy, ppo, policy=policy)
-    for row in rows_of(result.folder)[1:]:
+    for row in metric_rows(result.folder)[1:]:
         assert row["policy/sampler_gap"] < 1e-5  # it samples and learns with the same numbers
         assert row["grad_norm"] > 0
     files = {file.name for file in result.model_folder.iterdir()}
@@ -279,7 +278,7 @@ def test_a_run_with_a_policy_of_ones_own_goes_on_bit_for_bit(with_own_policy):
     training.rl.run(again, rloo, policy=policy, on_step=lambda step, *_: step == 1)
     again = dataclasses.replace(again, resume=True)
     resumed = training.rl.run(again, rloo, policy=policy)
-    assert rows_of(resumed.folder) == rows_of(straight.folder)
+    assert metric_rows(resumed.folder) == metric_rows(straight.folder)
     with pytest.raises(UserError, match="policy"):
         training.rl.run(again, rloo, policy=counts_by_state())
 

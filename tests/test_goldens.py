@@ -18,17 +18,18 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from cases import CASES, KEY
 from jax.tree_util import keystr, tree_leaves_with_path
 from quickstart import QuickstartConfig
 from sentiment import SentimentConfig
 from shakespeare import ShakespeareConfig
-from test_updates import CASES, KEY
 
 import rlhf_jax
 from rlhf_jax import training
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo
+from rlhf_jax.training import rl, supervised
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
@@ -185,6 +186,15 @@ def test_every_config(file):
     expected = golden(f"config_{file.stem}", actual)
     assert {key: actual.get(key, "missing") for key in expected} == expected
     assert actual.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_config_fits(file):
+    config = parse(file)
+    supervised._sizes(config, training.sft.SPEC, 1)
+    supervised._sizes(config, training.reward_model.SPEC, 1)
+    for name in ("vpg", "ppo", "rloo", "grpo"):
+        rl._sizes(name, config.rl, getattr(config, name), 1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models import CONFIG, tiny
+from builders import CONFIG, tiny
+from programs import array_sizes
 
 from rlhf_jax import models, ops
 from rlhf_jax.models import heads
@@ -57,14 +58,6 @@ def test_policy_fn_equals_ops_on_full_logits(monkeypatch, columns_per_chunk, pro
         gradient,
         expected_gradient,
     )
-
-
-def array_sizes(jaxpr):
-    """Sizes of all arrays computed, inner programs included."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.size for variable in equation.outvars)
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from array_sizes(inner)
 
 
 def test_no_array_of_all_logits_is_built():

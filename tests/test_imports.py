@@ -102,3 +102,10 @@ def test_only_the_command_line_prints():
                 assert "file" in {keyword.arg for keyword in node.keywords}, (
                     f"{path}, line {node.lineno}"
                 )
+
+
+def test_no_test_file_imports_another():
+    """What two of them need stands in a helper: builders, cases, programs, references, ..."""
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        for name in imported(path):
+            assert not name.removeprefix("tests.").startswith("test_"), f"{path.name}: {name}"

@@ -19,12 +19,9 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
+from builders import ROOT, TINY, results
 
 from rlhf_jax.runs.checkpoint import Checkpoints
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "configs" / "tiny.yaml"
-
 
 # --- A process that does nothing but save
 # ---------------------------------------------------------------------------
@@ -123,15 +120,6 @@ def kill_at(instant: Instant, script: str, folder: Path, *flags: str) -> bool:
     said, _ = process.communicate()
     assert process.returncode in (0, -signal.SIGKILL), said
     return process.returncode != 0
-
-
-def results(folder: Path) -> dict[str, bytes]:
-    """What a run leaves that a seed reproduces, of all stages where there are several."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    kept = [
-        p for p in files if p.parent.name == "model" or p.name in ("metrics.jsonl", "samples.jsonl")
-    ]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in kept}
 
 
 def steps_of(folder: Path) -> list[int]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from builders import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from builders import Killed, interrupt
+from programs import whole_on_a_device
 from safetensors.numpy import load_file
-from test_training import Killed, interrupt
 
 from rlhf_jax import cli, grpo, models, ppo, sampling, sharding, training
 from rlhf_jax.config import (
@@ -133,20 +134,6 @@ def runs(folder):
         "grpo": (run_grpo, config(folder, **policy)),
         "ppo with LoRA": (run_ppo, config(folder, **policy, lora=LoRA(rank=2))),
     }
-
-
-def whole_on_a_device(tree):
-    """Paths of the blocks' kernels and the token tables of which a device holds all."""
-    leaves = {
-        jax.tree_util.keystr(path, simple=True): leaf
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-    cut = re.compile("(attn|mlp).*kernel$|(wte|lm_head).*embedding$")
-    return [
-        name
-        for name, x in leaves.items()
-        if cut.search(name) and x.addressable_shards[0].data.size == x.size
-    ]
 
 
 class Probe:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import random
 import signal
 from contextlib import nullcontext
@@ -13,64 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from test_training import Killed
+from builders import Killed, metric_rows, run_loop
 
 from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, parse
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.training import loop
-from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import open_stage
-
-
-def run_loop(
-    config,
-    *,
-    num_steps=6,
-    die_at=None,
-    losses=None,
-    scores=None,
-    before_step=lambda state, step: None,
-    metrics=None,
-    **options,
-):
-    """A stage whose state counts its steps; ``validation/score`` after k steps is ``scores[k]``."""
-
-    def advance(state, step):
-        before_step(state, step)
-        if step == die_at:
-            raise Killed
-        loss = jnp.float32(losses[step]) if losses else state["n"] / 2
-        return state | {"n": state["n"] + 1}, {"loss": loss, "nonfinite": ~jnp.isfinite(loss)} | (
-            metrics or {}
-        )
-
-    def validate(state):
-        step = int(state["n"])
-        return loop.Validation(
-            {"validation/score": scores[step]}, [{"prompt": f"p{step}"}, {"prompt": "q"}]
-        )
-
-    with open_stage(config, "sft", {}) as stage:
-        optimizer = (
-            make_optimizer(options["optimizer"], num_steps).init({})
-            if "optimizer" in options
-            else None
-        )
-        start = stage.copy({"n": jnp.float32(0), "optimizer": optimizer})
-        job = loop.Job(
-            advance,
-            num_steps,
-            validate if scores else None,
-            judged_by="max:validation/score",
-            **options,
-        )
-        state, row = loop.train(stage, start, job)
-    return int(state["n"]), row
-
-
-def rows(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def files(config: RunConfig) -> dict[str, bytes]:
@@ -169,7 +117,7 @@ def test_a_run_that_fails_keeps_the_row_of_its_last_step(config, losses):
     config = dataclasses.replace(config, checkpoint_interval=100)
     with pytest.raises((Killed, TrainingFault)):
         run_loop(config, losses=losses, die_at=5)
-    assert [row["step"] for row in rows(config.output_dir)] == [*range(6)]
+    assert [row["step"] for row in metric_rows(config.output_dir)] == [*range(6)]
 
 
 def test_a_resumed_run_tries_its_largest_step_before_its_checkpoint_is_read(config, monkeypatch):
@@ -343,7 +291,7 @@ def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
     straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
     assert run_loop(straight, **options)[0] == 5
     # Step 4 is the second validation without improvement.
-    assert [row.get("plateau_scale") for row in rows(tmp_path / "straight")] == [
+    assert [row.get("plateau_scale") for row in metric_rows(tmp_path / "straight")] == [
         None,
         1,
         1,

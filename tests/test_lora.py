@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import CONFIG, LLAMA, some_tokens
 from flax.traverse_util import flatten_dict, unflatten_dict
+from programs import array_sizes
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_heads import array_sizes
-from test_models import CONFIG, LLAMA, some_tokens
 
 from rlhf_jax import models
 from rlhf_jax.errors import UserError

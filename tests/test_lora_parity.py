@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_models_parity import left_padded, torch_forward, torch_model
+from torch_models import left_padded, torch_forward, torch_model
 
 from rlhf_jax import models
 from rlhf_jax.models import lora, names

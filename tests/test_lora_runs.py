@@ -3,13 +3,12 @@ refresh, resume.
 """
 
 import dataclasses
-import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY, Killed, interrupt, metric_rows, outputs, save_base, stages
 from flax.traverse_util import flatten_dict
-from test_training import TINY, Killed, config, data, interrupt, outputs, save_base, stages  # noqa: F401 (fixtures)
 
 from rlhf_jax import models, ppo, training, vpg
 from rlhf_jax.config import LoRA, RunConfig, Tokenizer, parse
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 
 
 @pytest.fixture
-def lora_config(config, data, tmp_path):  # noqa: F811
+def lora_config(config, data, tmp_path):
     return dataclasses.replace(
         config,
         model=save_base(tmp_path / "base", data, num_layers=2, dtype=jnp.bfloat16),
@@ -60,14 +59,11 @@ def test_a_run_saves_the_merged_model_and_its_adapters(run, lora_config):
 def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_with_it(
     lora_config, tmp_path, monkeypatch
 ):
-    config = dataclasses.replace(  # noqa: F811
+    config = dataclasses.replace(
         lora_config, rl=dataclasses.replace(lora_config.rl, reference_refresh=2)
     )
     straight = training.rl.run(config, ppo)
-    rows = [
-        json.loads(line)
-        for line in (straight.folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
+    rows = metric_rows(straight.folder)
     kl = {row["step"]: abs(row["objective/kl"]) for row in rows if "objective/kl" in row}
     assert max(kl[1], kl[3], kl[5]) < 1e-5 < 1e-4 < min(kl[2], kl[4], kl[6])
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))

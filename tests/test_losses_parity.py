@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
 from tabular import numbers
-from test_models_parity import torch_model
+from torch_models import torch_model
 
 from rlhf_jax import dpo, kto, models, reward_model
 from rlhf_jax.models import names

@@ -7,23 +7,12 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
+from builders import RUN_YAML, finished_run
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs.checkpoint import Checkpoints
-from rlhf_jax.runs.folder import open_run, write_atomically
+from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.manifest import check_unchanged, fingerprint, write_manifest
-
-CONFIG = "seed: 0\nresume: false\nppo:\n  clip_low: 0.2\n  data: [a, b]\n  weights: {}\n"
-
-
-def finished_run(path: Path, data: dict[str, str] | None = None) -> None:
-    with open_run(path) as run:
-        write_atomically(run.config, CONFIG)
-        write_manifest(run, {"seed": 3, "data": data or {}}, {})
-        with Checkpoints(run.checkpoints) as checkpoints:
-            checkpoints.save(0, {"a": jnp.ones(2)}, {})
 
 
 def test_fingerprint(tmp_path):
@@ -104,7 +93,7 @@ def test_a_resumed_run_keeps_its_manifest(tmp_path, monkeypatch):
 
 def test_resume_of_the_same_run(tmp_path):
     finished_run(tmp_path, data={"a": "1"})
-    changed = CONFIG.replace("resume: false", "resume: true").replace(
+    changed = RUN_YAML.replace("resume: false", "resume: true").replace(
         "clip_low: 0.2", "clip_low: 0.3"
     )
     with open_run(tmp_path, resume=True) as run:
@@ -132,7 +121,7 @@ def test_resume_of_another_run_lists_what_differs(tmp_path):
 def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
     finished_run(tmp_path, data={"a": "1", "reward r": "1"})
     config = (
-        CONFIG.replace("seed: 0", "seed: 7").replace("clip_low: 0.2", "clip_low: 0.3")
+        RUN_YAML.replace("seed: 0", "seed: 7").replace("clip_low: 0.2", "clip_low: 0.3")
         + "reward: []\n"
     )
     new = {"config": config, "data": {"a": "9", "reward r": "2"}}
@@ -170,20 +159,20 @@ def test_what_is_allowed_may_differ_and_is_recorded(tmp_path, capsys):
     ("config", "model", "allowed", "fixed", "message"),
     [
         (
-            CONFIG.replace("0.2", "0.3"),
+            RUN_YAML.replace("0.2", "0.3"),
             "1",
             ["ppo"],
             "ppo.clip_low",
             "cannot help with ppo.clip_low$",
         ),
         (
-            CONFIG.replace("0.2", "0.3"),
+            RUN_YAML.replace("0.2", "0.3"),
             "1",
             ["ppo.clip_low"],
             "ppo.clip_low",
             "cannot help with ppo.clip_low$",
         ),
-        (CONFIG, "2", ["ppo.data"], "model", "sha256 of model was"),
+        (RUN_YAML, "2", ["ppo.data"], "model", "sha256 of model was"),
     ],
 )
 def test_what_would_make_the_checkpoint_useless_is_never_allowed(
@@ -200,8 +189,8 @@ def test_what_would_make_the_checkpoint_useless_is_never_allowed(
 def test_allowing_what_is_no_setting(tmp_path, key, hint):
     with open_run(tmp_path) as run:
         with pytest.raises(UserError) as caught:
-            check_unchanged(run, config=CONFIG, data={}, allowed=["seed", key])
-        check_unchanged(run, config=CONFIG, data={})  # a new run is compared with nothing
+            check_unchanged(run, config=RUN_YAML, data={}, allowed=["seed", key])
+        check_unchanged(run, config=RUN_YAML, data={})  # a new run is compared with nothing
     assert str(caught.value).startswith(f"--allow-changed {key}: there is no such setting{hint}")
 
 
@@ -213,4 +202,4 @@ def test_resume_without_the_run_s_own_files(tmp_path, name):
         open_run(tmp_path, resume=True) as run,
         pytest.raises(UserError, match=rf"--resume: .*{name} cannot be read"),
     ):
-        check_unchanged(run, config=CONFIG, data={})
+        check_unchanged(run, config=RUN_YAML, data={})

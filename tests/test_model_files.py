@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import GEMMA, LLAMA, LLAMA3, MISTRAL, QWEN2, QWEN3, some_params, stack_layers
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
-from test_models import GEMMA, LLAMA, LLAMA3, MISTRAL, QWEN2, QWEN3, some_params, stack_layers
 
 from rlhf_jax import models, sharding
 from rlhf_jax.errors import UserError

@@ -10,85 +10,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import (
+    CONFIG,
+    GEMMA,
+    LLAMA,
+    LLAMA3,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    perturbed,
+    some_params,
+    some_tokens,
+    stack_layers,
+    tiny,
+)
 from jax.extend.core import jaxprs_in_params
 
 from rlhf_jax import models, sampling, sharding
 from rlhf_jax.models import attention, decoder, norms, stack
 
-CONFIG = models.GPT2Config(vocab_size=13, max_length=10, hidden_size=8, num_layers=2, num_heads=2)
-LLAMA3 = models.RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
-SIZES = {
-    "vocab_size": 13,
-    "max_length": 16,
-    "hidden_size": 8,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-}
-SIZES["intermediate_size"] = 12
-LLAMA = models.LlamaConfig(**SIZES)
-QWEN2 = models.Qwen2Config(**SIZES)
-QWEN3 = models.Qwen3Config(**SIZES, head_dim=6)
-MISTRAL = models.MistralConfig(**SIZES, sliding_window=3)
-GEMMA = models.Gemma3TextConfig(
-    **SIZES, head_dim=6, sliding_window=3, global_every=2, query_scalar=5
-)
 FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 ATOL = 1e-5
-
-
-def perturbed(params, key=7):
-    """Larger weights and non-zero biases, so that a mistake anywhere moves the logits by much more
-    than 1e-5.
-    """
-    leaves, tree = jax.tree.flatten(params)
-    noise = np.random.default_rng(key)
-    return tree.unflatten(
-        [leaf + 0.3 * noise.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    )
-
-
-@functools.cache
-def some_params(config):
-    return perturbed(models.build(config).init(jax.random.key(0)))
-
-
-@functools.cache
-def tiny(config=CONFIG, **changes):
-    """A model of the same weights under every change, its functions compiled (eagerly each shape
-    costs far more).
-    """
-    model = models.build(dataclasses.replace(config, **changes))
-    params = stack_layers(some_params(config)) if model.config.scan_layers else some_params(config)
-    return model._replace(apply=jax.jit(model.apply), hidden=jitted_hidden(model)), params
-
-
-def jitted_hidden(model):
-    """A slice of columns is no array: each has a program of its own."""
-    of = functools.cache(
-        lambda start, stop: jax.jit(lambda *inputs: model.hidden(*inputs, slice(start, stop)))
-    )
-    whole = jax.jit(model.hidden)
-
-    def hidden(params, tokens, mask=None, key=None, columns=None):
-        if isinstance(columns, slice):
-            return of(columns.start, columns.stop)(params, tokens, mask, key)
-        return whole(params, tokens, mask, key, columns)
-
-    return hidden
-
-
-def some_tokens(batch, length, seed=0):
-    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (batch, length))
-
-
-def stack_layers(params):
-    """All but the last layer, as under ``scan_layers``."""
-    *layers, _ = sorted(name for name in params if name.startswith("h_"))
-    rest = {name: leaf for name, leaf in params.items() if name not in layers}
-    return rest | {
-        "h": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in layers))
-    }
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from builders import Killed, interrupt, launch, outputs
 from jax.sharding import Mesh
 from tabular import assert_close, assert_identical, numbers
-from test_processes import launch
-from test_training import Killed, interrupt, outputs
 
 from rlhf_jax import models, ops, sampling, sharding, training
 from rlhf_jax.algorithms import dpo, grpo, ppo, rloo, sft, vpg

@@ -7,13 +7,13 @@ what is to be small; a last cell asserts what the notebook claims.
 
 import json
 import os
-import random
 import sys
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
+from builders import text_file
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # Left out here, since each takes longer than these runs and has tests of its own: doctor's step of
@@ -34,13 +34,6 @@ def code_cells(name):
         for cell in json.loads((NOTEBOOKS / f"{name}.ipynb").read_bytes())["cells"]
         if "outputs" in cell
     ]
-
-
-def text_file(path, length):
-    """A file of random words; a quarter of its characters is h or so."""
-    words = random.Random(0).choices(["hat ", "the ", "be\n", "ah, ", "bat ", "eat "], k=length)
-    path.write_text("".join(words)[:length], encoding="utf-8")
-    return path
 
 
 @pytest.fixture

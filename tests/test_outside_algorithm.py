@@ -9,13 +9,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_training import Killed, config, data, interrupt, outputs  # noqa: F401 (fixtures)
+from builders import ROOT, Killed, interrupt, metric_rows, outputs
 
 from rlhf_jax import ppo, training
 from rlhf_jax.config import PPOStage
 from rlhf_jax.report import page
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def module(name, source):
@@ -41,16 +39,13 @@ def copy_of_ppo():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [copy_of_ppo, gspo], ids=["ppo", "gspo"])
-def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # noqa: F811
+def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):
     algorithm = make()
     settings = dataclasses.replace(config.rl, num_iterations=4, kl_target=None)
     config = dataclasses.replace(config, rl=settings, ppo=PPOStage())
     algorithm_config = algorithm.Config(num_minibatches=2, num_epochs=2, shuffle_blocks=4)
     straight = training.rl.run(config, algorithm, algorithm_config)
-    rows = [
-        json.loads(line)
-        for line in (straight.folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
+    rows = metric_rows(straight.folder)
     assert max(row.get("grad_norm", 0.0) for row in rows) > 0
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
@@ -70,7 +65,7 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):  # 
 
 
 @pytest.mark.slow
-def test_no_default_of_another_algorithm_leaks_in(config):  # noqa: F811
+def test_no_default_of_another_algorithm_leaks_in(config):
     """GSPO says that it wants no KL penalty in the reward: a run that sets none has none."""
     settings = dataclasses.replace(config.rl, num_iterations=1, kl_target=None, kl_coef=None)
     folder = training.rl.run(

@@ -3,7 +3,6 @@ runs.
 """
 
 import dataclasses
-import json
 from functools import partial
 
 import jax
@@ -11,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_training import Killed, config, data, interrupt, outputs  # noqa: F401 (fixtures)
-from test_wiring import config as wired  # noqa: F401 (a fixture)
+from builders import Killed, interrupt, letters_run, metric_rows, outputs
 
 from rlhf_jax import TrainState, dpo, models, reward_model, sft, sharding, training
 from rlhf_jax.config import KTOStage, SFTStage, Text
@@ -282,7 +280,7 @@ def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
 
 
 @pytest.mark.parametrize("stage", ["dpo", "reward_model"])
-def test_a_stage_packs_the_rows_of_its_step(stage, config, capsys):  # noqa: F811
+def test_a_stage_packs_the_rows_of_its_step(stage, config, capsys):
     """Pairs of rows 1, ..., 4; each is found again behind its numbers, in another order in each
     epoch.
     """
@@ -321,10 +319,11 @@ ENSEMBLE = pytest.param("reward_model", {"ensemble_size": 2}, marks=pytest.mark.
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "own"), [("dpo", {}), ENSEMBLE])
-def test_a_run_with_packing_is_a_run_without(stage, own, wired, tmp_path):  # noqa: F811
+def test_a_run_with_packing_is_a_run_without(stage, own, tmp_path):
     """One batch holds all pairs, so that the losses of the steps are the same."""
+    config = letters_run(tmp_path)
     settings = dataclasses.replace(
-        getattr(wired, stage), batch_size=16, num_epochs=3, validation_fraction=0.0, **own
+        getattr(config, stage), batch_size=16, num_epochs=3, validation_fraction=0.0, **own
     )
     found = []
     for pack in (False, True):
@@ -332,11 +331,10 @@ def test_a_run_with_packing_is_a_run_without(stage, own, wired, tmp_path):  # no
             "output_dir": str(tmp_path / f"{pack}"),
             "text": Text(bucket_multiple=16, pack=pack),
         }
-        run = getattr(training, stage).run(dataclasses.replace(wired, **where, **{stage: settings}))
-        rows = [
-            json.loads(line)
-            for line in (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()
-        ]
+        run = getattr(training, stage).run(
+            dataclasses.replace(config, **where, **{stage: settings})
+        )
+        rows = metric_rows(run.folder)
         found.append([row for row in rows if f"{stage}/loss" in row])
     for name in (f"{stage}/loss", f"{stage}/margin", "grad_norm"):
         padded, packed = ([row[name] for row in rows] for rows in found)
@@ -347,7 +345,7 @@ def test_a_run_with_packing_is_a_run_without(stage, own, wired, tmp_path):  # no
 
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
-def test_a_packed_run_resumes_to_the_same_bytes(stage, config, tmp_path, monkeypatch):  # noqa: F811
+def test_a_packed_run_resumes_to_the_same_bytes(stage, config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, text=Text(bucket_multiple=16, pack=True))
     run = getattr(training, stage).run
     straight = run(config)
@@ -358,10 +356,7 @@ def test_a_packed_run_resumes_to_the_same_bytes(stage, config, tmp_path, monkeyp
             run(again)
     stopped = run(dataclasses.replace(again, resume=True))
     assert outputs(stopped.folder) == outputs(straight.folder)
-    rows = [
-        json.loads(line)
-        for line in (stopped.folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
+    rows = metric_rows(stopped.folder)
     assert all(0 < row[f"{stage}/padding"] < 0.6 for row in rows if f"{stage}/loss" in row)
 
 
@@ -372,7 +367,7 @@ def test_a_packed_run_resumes_to_the_same_bytes(stage, config, tmp_path, monkeyp
         ("kto", KTOStage(), "kto joins each prompt with the next row's answer and cannot pack"),
     ],
 )
-def test_what_cannot_be_packed_is_said_before_data_is_read(stage, own, message, config):  # noqa: F811
+def test_what_cannot_be_packed_is_said_before_data_is_read(stage, own, message, config):
     config = dataclasses.replace(
         config, data=("nothing.json",), text=Text(pack=True), **{stage: own}
     )

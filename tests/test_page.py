@@ -4,59 +4,20 @@ the same bytes.
 
 import math
 import re
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
+from builders import HOSTILE, Page
 
 from rlhf_jax.report import figures
 from rlhf_jax.report.figures import Plot, Series, histogram
 from rlhf_jax.report.page import Facts, Figures, Gates, Table, render
 
-HOSTILE = '</td></svg><script src="http://x.org/a.js">alert("1")</script> & $x$ <b>'
 COLORS = figures.COLORS
 EDGES = np.array([-0.5, 0.5, 1.5, 2.5])
 CURVE = ([0, 1, 2], [0.5, 0.25, 0.125])
-
-
-class Page(HTMLParser):
-    """Elements with their attributes and texts; fails on an end without its beginning, and on an id
-    given twice.
-    """
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.open: list[dict] = []
-        self.elements: list[dict] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-        ids = [element["id"] for element in self.elements if "id" in element]
-        assert len(ids) == len(set(ids))
-
-    def handle_starttag(self, tag, attrs):
-        self.handle_startendtag(tag, attrs)
-        if tag != "meta":
-            self.open.append(self.elements[-1])
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append({"tag": tag, "text": "", **dict(attrs)})
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()["tag"] == tag
-
-    def handle_data(self, data):
-        for element in self.open:
-            element["text"] += data
-
-    def all(self, tag: str, **attributes) -> list[dict]:
-        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
-        return [e for e in self.elements if e["tag"] == tag and wanted.items() <= e.items()]
-
-    def texts(self, tag: str, **attributes) -> list[str]:
-        return [element["text"] for element in self.all(tag, **attributes)]
 
 
 def drawn(*plots) -> str:

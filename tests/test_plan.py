@@ -7,17 +7,16 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import jax
 import plan
 import pytest
+from builders import ROOT
 
 from rlhf_jax import cli
 from rlhf_jax.config import Compute, KTOStage, LoRA, Mesh, RunConfig, SFTStage
 from rlhf_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 # One layer of width 64, 32 tokens, 4 heads of which 2 are key and value heads, an MLP of 128.
 SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 LLAMA = {"model_type": "llama", **SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}

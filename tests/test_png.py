@@ -7,7 +7,7 @@ import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
-from test_report import write_run
+from builders import write_run
 
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError

@@ -17,8 +17,7 @@ import optax
 import pytest
 import sentiment
 import yaml
-from test_reward_functions import Checker
-from test_training import data  # noqa: F401 (fixture)
+from builders import ROOT, Checker
 
 from rlhf_jax import models, sharding, training
 from rlhf_jax.algorithms import grpo, ppo, rloo, vpg
@@ -28,7 +27,6 @@ from rlhf_jax.rewards import verifiable
 from rlhf_jax.training import supervised
 from rlhf_jax.training.stage import Stage
 
-ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*.yaml"))
 # What a preset says of its method; with the section that it sets.
 SAYS = {
@@ -152,7 +150,7 @@ def flags(name, section, folder):
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_starts(name, data, monkeypatch):  # noqa: F811
+def test_a_preset_starts(name, data, monkeypatch):
     """One step on a tiny model. Methods without a reference neither copy one nor run it."""
     section, copies = SAYS[name].split()[0], []
     reference = Stage.reference
@@ -248,7 +246,7 @@ def test_the_gsm8k_recipe_starts(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["arithmetic", "assistant", "gpt2_hh", "pipeline", "preferences", "sentiment"]
 )
-def test_a_recipe_starts(name, data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_recipe_starts(name, data, tmp_path, monkeypatch):
     """A step of each stage with a tiny random model in place of its own, on rows that the package
     ships.
     """

@@ -4,8 +4,8 @@ them fails.
 
 import atexit
 import functools
+import inspect
 import json
-import os
 import re
 import signal
 import socket
@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY, launch, results
 from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
-from test_kills import ROOT, TINY, results
 
 from rlhf_jax import sharding
 from rlhf_jax.errors import TrainingFault, UserError
@@ -45,22 +45,6 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
-
-
-def launch(command: list, count: int, devices: int, flag: list[str]) -> list[subprocess.Popen]:
-    """Starts a command once for each process, with so many devices each; ``flag`` stands before the
-    process's place.
-    """
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{server.getsockname()[1]},{count}"
-    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    own = [[*flag, f"{place},{number}"] if count > 1 else [] for number in range(count)]
-    return [
-        subprocess.Popen([*map(str, command), *last], env=environment, cwd=ROOT, **pipes)
-        for last in own
-    ]
 
 
 def start(
@@ -217,7 +201,6 @@ import errno, os, pathlib, signal, sys, warnings
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 sys.path.append("tests")
-from test_processes import parts_of
 from rlhf_jax import sharding
 from rlhf_jax.runs import checkpoint, processes
 folder, place = pathlib.Path(sys.argv[1]), sys.argv[2]
@@ -318,7 +301,12 @@ def test_each_process_writes_its_own_parts_of_a_checkpoint(tmp_path):
     # The second one is aborted if the first, which coordinates them, is gone before it kills
     # itself.
     finish(
-        launch([sys.executable, "-c", PARTS, tmp_path], 2, devices=2, flag=[]),
+        launch(
+            [sys.executable, "-c", inspect.getsource(parts_of) + PARTS, tmp_path],
+            2,
+            devices=2,
+            flag=[],
+        ),
         -signal.SIGKILL,
         -signal.SIGABRT,
     )

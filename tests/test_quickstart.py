@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import quickstart
 import transformers
-from test_scripts import run
+from builders import run_script
 
 from rlhf_jax import cli
 from rlhf_jax.config import RLStage, RunConfig
@@ -28,7 +28,7 @@ CHECKS = {"reward_model_accuracy", "ppo_beats_sft", "kl_in_band", "kl_coef_moved
 )
 def test_seeds_pass_and_leave_a_page(seed, tmp_path):
     folder = tmp_path / "run"
-    said = run("quickstart", "--output-dir", folder, "--seed", seed, **USERS).stdout
+    said = run_script("quickstart", "--output-dir", folder, "--seed", seed, **USERS).stdout
     lines = said.splitlines()
     assert (lines.count("cpu: 1 x cpu, float32"), said.count("compiling"), "gates" in said) == (
         1,
@@ -89,7 +89,7 @@ def test_the_page_has_the_curves_of_all_stages(tmp_path, monkeypatch):
 @SOAK
 def test_meaningless_labels_are_found_out(tmp_path):
     flags = ("--shuffle-labels", "--rl.num-iterations", 2)  # the reward model is judged
-    done = run("quickstart", "--output-dir", tmp_path / "run", *flags, check=False, **USERS)
+    done = run_script("quickstart", "--output-dir", tmp_path / "run", *flags, check=False, **USERS)
     assert done.returncode == 1, done.stdout + done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
     assert summary["shuffled_labels"] is True

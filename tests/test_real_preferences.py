@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import ROOT
 
 from rlhf_jax import training
 from rlhf_jax.config import RunConfig, parse
@@ -19,7 +20,6 @@ from rlhf_jax.data.tokenizers import load_tokenizer, train_bpe
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("RLHF_JAX_DATA")
 real = pytest.mark.skipif(DATA is None, reason="RLHF_JAX_DATA names no folder of public data files")
 SOAK = [real.mark, pytest.mark.soak]

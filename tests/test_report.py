@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_page import HOSTILE, Page
+from builders import COMMAND, HOSTILE, SAMPLES, Page, write_run
 
 from rlhf_jax import metrics
 from rlhf_jax.errors import UserError
@@ -32,64 +32,6 @@ BROKEN_FOLDERS += [
 ]
 CARDS = [("", False, "A language model trained"), ("", True, "A reward model trained")]
 CARDS.append(("member_0", True, "An ensemble of reward models (`member_0`, `member_1`, ...)"))
-COMMAND = "python experiments/ppo.py --seed 5"
-METRICS = {
-    "objective/score": [1.0, 2.0, 4.0],
-    "objective/kl": [0.0, 0.5, 1.5],
-    "nonfinite": [0.0] * 3,
-}
-VALIDATIONS = {
-    0: [("a", "b\nc", 1.0, 3), ("a", HOSTILE, 2.0, 3), ("d", "NaN", 1.0, 1)],
-    3: [("a", "again", 3.0, 4), ("a", "second", 5.0, 4), ("d", "NaN", 3.0, 1)],
-}
-KEYS = ("prompt", "response", "score", "length")
-SAMPLES = {
-    step: [dict(zip(KEYS, row, strict=True)) for row in rows] for step, rows in VALIDATIONS.items()
-}
-
-
-def write_run(
-    folder: Path,
-    *,
-    stage="ppo",
-    seed=5,
-    settings=None,
-    metrics=METRICS,
-    samples=SAMPLES,
-    finished=True,
-) -> Path:
-    """A run folder whose metric rows are of steps 1, 2, ...; ``validation/score`` of 0 and the last
-    step.
-    """
-    (folder / "model").mkdir(parents=True)
-    if finished:
-        (folder / "model" / "config.json").write_text("{}")
-    manifest = {
-        "command": COMMAND,
-        "seed": seed,
-        "stage": stage,
-        "backend": "cpu",
-        "versions": {"jax": "0.10.2"},
-    }
-    manifest |= {
-        "devices": {"kind": "cpu", "count": 2},
-        "data": {"prompts.json": "fedcba9876543210"},
-    }
-    manifest |= {"git": {"commit": "0123456789abcdef", "modified": True}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    config = {"seed": seed, "output_dir": str(folder), **(settings or {"rl": {"kl_target": 2.0}})}
-    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    by_step = [(0, {"validation/score": 1.5})] if "objective/score" in metrics else []
-    by_step += enumerate(
-        (dict(zip(metrics, row, strict=True)) for row in zip(*metrics.values(), strict=True)), 1
-    )
-    times = [(step, {"timing/step": seconds}) for step, seconds in ((1, 9.0), (2, 0.5), (3, 0.25))]
-    texts = [(step, row) for step, rows in samples.items() for row in rows]
-    for name, lines in (("metrics", by_step), ("timing", times), ("samples", texts)):
-        (folder / f"{name}.jsonl").write_text(
-            "".join(f"{json.dumps({'step': step} | row)}\n" for step, row in lines)
-        )
-    return folder
 
 
 def read_page(tmp_path: Path, *folders: Path) -> Page:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_training import config, data  # noqa: F401 (fixtures)
+from builders import Checker
 
 from rlhf_jax import models, rewards, training, vpg
 from rlhf_jax.config import Compute
@@ -158,20 +158,6 @@ def test_the_parts_of_several_entries_have_their_names(pair):
     )
 
 
-class Checker:
-    """Stands for math-verify, which is an optional package."""
-
-    __spec__ = importlib.machinery.ModuleSpec("math_verify", None)
-
-    @staticmethod
-    def parse(text):
-        return [float(text)] if text.strip("$").lstrip("-").isdigit() else []
-
-    @staticmethod
-    def verify(gold, answer):
-        return gold == answer
-
-
 def test_answers_that_a_rule_verifies(monkeypatch):
     """Responses "ea" and "e"; the answer after the last #### of both texts counts."""
     matched = build("regex:^.a$*2", "regex:e")
@@ -285,7 +271,7 @@ def test_a_model_is_loaded_with_its_score_head(tmp_path):
     )
 
 
-def test_a_nan_reward_stops_the_run_and_names_its_prompt(config, functions):  # noqa: F811
+def test_a_nan_reward_stops_the_run_and_names_its_prompt(config, functions):
     config = dataclasses.replace(config, reward=(f"{functions}:nan",))
     with pytest.raises(TrainingFault, match="row 0, prompt"):
         training.rl.run(config, vpg)

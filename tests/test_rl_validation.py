@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from builders import metric_rows
 
 from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
@@ -53,9 +54,7 @@ def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
     samples = [
         json.loads(line) for line in (path / "samples.jsonl").read_text("utf-8").splitlines()
     ]
-    metrics = [
-        json.loads(line) for line in (path / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
+    metrics = metric_rows(path)
     for step in (0, 1):
         rows = [row for row in samples if row["step"] == step]
         assert [row["prompt"] for row in rows] == [row["prompt"] for row in OTHERS]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_manifest import finished_run
+from builders import finished_run
 
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import TrainingFault, UserError

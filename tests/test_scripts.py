@@ -3,47 +3,22 @@
 import collections
 import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from builders import TINY, metric_rows, run_script, start_script
 
 from rlhf_jax import cli
 from rlhf_jax.data import demo
 from rlhf_jax.runs.devices import has_file
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-TINY = ("--config", ROOT / "configs" / "tiny.yaml")
+WITH_TINY = ("--config", TINY)
 slow, soak = pytest.mark.slow, pytest.mark.soak
 without_gpu = pytest.mark.skipif(
     has_file("/dev/nvidia[0-9]*"), reason="this machine has an NVIDIA GPU"
 )
-
-
-def start(script, *flags, **environment):
-    env = dict(os.environ, JAX_PLATFORMS="cpu") | environment
-    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *map(str, flags)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT
-    )
-
-
-def run(script, *flags, check=True, **environment):
-    process = start(script, *flags, **environment)
-    output, errors = process.communicate()
-    assert not (check and process.returncode), output + errors
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
-
-
-def rows(folder, name="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
 
 
 @slow
@@ -58,7 +33,7 @@ def rows(folder, name="metrics.jsonl"):
 )
 def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
     folder = tmp_path / "run"
-    done = run(script, *TINY, "--output-dir", folder, JAX_LOG_COMPILES="1")
+    done = run_script(script, *WITH_TINY, "--output-dir", folder, JAX_LOG_COMPILES="1")
     said = done.stdout
     assert said.splitlines()[0] == "cpu: 1 x cpu, float32"
     assert said.count("compiling") == 1
@@ -71,7 +46,7 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
         phases = {"respond": 1, "rescored": 1, "reward": 2, "update_in_place": 1, "init": 1}
         assert {name: compiled[name] for name in phases} == phases
     assert sum(compiled.values()) <= 48
-    metrics = rows(folder)
+    metrics = metric_rows(folder)
     assert [row["step"] for row in metrics] == list(range(steps + 1))
     files = (
         "config.yaml manifest.json metrics.jsonl timing.jsonl samples.jsonl checkpoints model "
@@ -90,7 +65,7 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
         assert first["validation/loss"] == pytest.approx(math.log(2), rel=1e-6)
         assert last["validation/accuracy"] > 0.55
     if script == "ppo":
-        assert {row["step"] for row in rows(folder, "samples.jsonl")} == {0, 5, 10}
+        assert {row["step"] for row in metric_rows(folder, "samples.jsonl")} == {0, 5, 10}
         assert (
             last["objective/kl"] != 0.0
         )  # an estimate from samples: its sign means nothing after 10 steps
@@ -106,8 +81,16 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
         tmp_path / "data",
         sizes={"sft_data.json": 256, "preference_data.json": 256, "prompts.json": 96},
     )
-    given = (*TINY, "--data", tmp_path / "data", "--output-dir", folder, "--rl.num-iterations", 3)
-    run("pipeline", *given)
+    given = (
+        *WITH_TINY,
+        "--data",
+        tmp_path / "data",
+        "--output-dir",
+        folder,
+        "--rl.num-iterations",
+        3,
+    )
+    run_script("pipeline", *given)
     manifests = {
         name: json.loads((folder / name / "manifest.json").read_text())
         for name in ("reward_model", "ppo")
@@ -118,10 +101,10 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
     assert {"model", f"reward {folder / 'reward_model' / 'model'}"} <= manifests["ppo"][
         "data"
     ].keys()
-    done = run("pipeline", *given, check=False)
+    done = run_script("pipeline", *given, check=False)
     assert (done.returncode, "--resume" in done.stderr) == (2, True)
     before = (folder / "ppo" / "model" / "model.safetensors").read_bytes()
-    assert run("pipeline", *given, "--resume").stdout.count("finished already") == 3
+    assert run_script("pipeline", *given, "--resume").stdout.count("finished already") == 3
     assert (folder / "ppo" / "model" / "model.safetensors").read_bytes() == before
 
 
@@ -144,7 +127,7 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
     ],
 )
 def test_a_users_mistake_is_a_sentence_and_exit_code_2(flags, message, tmp_path):
-    done = run("ppo", *TINY, "--output-dir", tmp_path / "run", *flags, check=False)
+    done = run_script("ppo", *WITH_TINY, "--output-dir", tmp_path / "run", *flags, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -155,16 +138,18 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(flags, message, tmp_path)
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=soak)]
 )
 def test_a_signal_stops_with_its_code_and_the_command_that_resumes(number, code, tmp_path):
-    longer = (*TINY, "--rl.num-iterations", "60", "--checkpoint-interval", "1000")
+    longer = (*WITH_TINY, "--rl.num-iterations", "60", "--checkpoint-interval", "1000")
     folder = tmp_path / "run"
-    process = start("vpg", *longer, "--output-dir", folder)
+    process = start_script("vpg", *longer, "--output-dir", folder)
     while not (folder / "checkpoints" / "0").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     process.send_signal(number)
     _, said = process.communicate()
     assert process.returncode == code, said
-    assert f"vpg.py --config {TINY[1]}" in said
+    assert f"vpg.py --config {TINY}" in said
     assert said.rstrip().endswith("--resume")
-    assert "resumed from step" in run("vpg", *longer, "--output-dir", folder, "--resume").stdout
-    assert len(rows(folder)) == 61
+    assert (
+        "resumed from step" in run_script("vpg", *longer, "--output-dir", folder, "--resume").stdout
+    )
+    assert len(metric_rows(folder)) == 61

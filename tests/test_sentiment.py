@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import scipy.special
 import sentiment
-from test_scripts import ROOT, rows, run
-from test_stories260k import write
+from builders import ROOT, metric_rows, run_script, write_stories
 
 from rlhf_jax import models, sampling
 from rlhf_jax.config import parse
@@ -215,13 +214,13 @@ def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tmp_path):
         "abcdefghijklmnopqrstuvwxyz"  # words are letters, which most of the Llama's tokens are
     )
     sizes = {"width": 16, "inner": 24, "layers": 1, "heads": 2, "kv_heads": 1, "length": 32}
-    write(tmp_path, {f" {letter}".encode(): 0.0 for letter in letters}, scale=0.3, **sizes)
+    write_stories(tmp_path, {f" {letter}".encode(): 0.0 for letter in letters}, scale=0.3, **sizes)
     lexicon, folder = tmp_path / "lexicon.txt", tmp_path / "run"
     lexicon.write_text(
         "".join(f"{letter}\t{3 if letter < 'n' else -3}\n" for letter in letters), "utf-8"
     )
     given = ("--model", tmp_path, "--lexicon", lexicon, "--output-dir", folder, *SMALL)
-    run("sentiment", *given)
+    run_script("sentiment", *given)
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     base, *points = summary["points"]
     titles = [
@@ -248,7 +247,7 @@ def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tmp_path):
     assert {prompt[0] for prompt in train | heldout} == {1}
     assert {len(prompt) for prompt in train | heldout} == {3, 4}
     fixed, adaptive = (
-        [row["kl/coef"] for row in rows(folder / name) if "kl/coef" in row]
+        [row["kl/coef"] for row in metric_rows(folder / name) if "kl/coef" in row]
         for name in ("ppo_fixed_0.01", "ppo_adaptive_1")
     )
     assert fixed == pytest.approx([0.01] * 12)
@@ -270,7 +269,7 @@ def test_the_real_model_and_lexicon(tmp_path):
         "--output-dir",
         folder,
     )
-    run("sentiment", *given)
+    run_script("sentiment", *given)
     text = (folder / "summary.json").read_text("utf-8")
     points = json.loads(text)["points"]
     base = points[0]
@@ -280,6 +279,6 @@ def test_the_real_model_and_lexicon(tmp_path):
         )
         assert ordered[0]["score"] > base["score"]
         assert ordered[-1]["score"] > ordered[0]["score"]
-    done = run("sentiment", *given, "--resume")
+    done = run_script("sentiment", *given, "--resume")
     assert done.stdout.count("finished already") == 15
     assert (folder / "summary.json").read_text("utf-8") == text

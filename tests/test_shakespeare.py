@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shakespeare
-from test_notebooks import text_file
-from test_scripts import ROOT, rows, run
+from builders import ROOT, metric_rows, run_script, text_file
 
 from rlhf_jax.config import parse
 from rlhf_jax.data import encoding, formats, tokenizers
@@ -145,11 +144,11 @@ SMALL = (
 def test_a_generated_text_is_answered_with_h_alone(tmp_path):
     text, folder = text_file(tmp_path / "text.txt", 12000), tmp_path / "run"
     given = ("--data", text, "--output-dir", folder, *SMALL, "--rl.optimizer.learning-rate", 0.003)
-    done = run("shakespeare", *given)
+    done = run_script("shakespeare", *given)
     assert "Highest possible exact count: 6.500" in done.stdout
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     assert summary["reward_model"]["chunks"] == {"4": 3000, "8": 2000}
-    last = rows(folder / "vpg_learned")[-1]
+    last = metric_rows(folder / "vpg_learned")[-1]
     assert last["validation/score"] == last["validation/reward/reward_model"]
     assert summary["vpg_learned"]["exact"]["last"] == round(last["validation/reward/count:h"], 6)
     assert summary["vpg_exact"]["first"] < 4
@@ -159,7 +158,7 @@ def test_a_generated_text_is_answered_with_h_alone(tmp_path):
         summary["reward_model"]["mean_squared_error"]["last"]
         < summary["reward_model"]["target_variance"] / 4
     )
-    done = run("shakespeare", *given, "--resume")
+    done = run_script("shakespeare", *given, "--resume")
     assert done.stdout.count("finished already") == 4
     assert json.loads((folder / "summary.json").read_text("utf-8")) == summary
 
@@ -169,7 +168,7 @@ def test_a_generated_text_is_answered_with_h_alone(tmp_path):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_real_text(seed, tmp_path):
     text = Path(str(DATA)) / "tinyshakespeare" / "input.txt"
-    run("shakespeare", "--data", text, "--output-dir", tmp_path / "run", "--seed", seed)
+    run_script("shakespeare", "--data", text, "--output-dir", tmp_path / "run", "--seed", seed)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
     assert summary["text"]["sha256"] == config_of().shakespeare.sha256
     assert summary["ceiling"] == pytest.approx(20 + 2 / 13, abs=1e-6)

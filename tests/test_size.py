@@ -5,11 +5,10 @@ is laid out; density is the nodes in a line of code.
 """
 
 import ast
-import io
-import tokenize
 from pathlib import Path
 
 import pytest
+from source import code_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 NODES = {"rlhf_jax": 161_500, "experiments": 19_500, "tests": 228_000, "benchmarks": 17_600}
@@ -19,36 +18,12 @@ PACKED = {"rlhf_jax": 271, "experiments": 48, "tests": 340, "benchmarks": 51}
 PACKAGE_ENTRIES = 22
 FUNCTION_LIMIT = 90
 
-LAYOUT = (
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENDMARKER,
-)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def sources(folder):
     """{path: text} of the Python files below a folder."""
     return {path: path.read_text("utf-8") for path in sorted((ROOT / folder).rglob("*.py"))}
-
-
-def code_lines(source):
-    """The numbers of the lines that hold code: no comment, blank line or string that stands alone."""
-    documentation = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | Function):
-            for item in node.body:
-                text = item.value if isinstance(item, ast.Expr) else None
-                if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                    documentation |= set(range(item.lineno, item.end_lineno + 1))
-    code = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in LAYOUT:
-            code |= set(range(token.start[0], token.end[0] + 1))
-    return code - documentation
 
 
 def num_nodes(source):

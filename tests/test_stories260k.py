@@ -4,7 +4,6 @@ generated twin: random weights in the same two files.
 
 import json
 import os
-import struct
 from pathlib import Path
 
 import jax
@@ -12,40 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import stories260k
+from builders import write_stories
 
 from rlhf_jax import models, sampling
 from rlhf_jax.data.tokenizers import load_tokenizer
 
 DATA = os.environ.get("RLHF_JAX_DATA")
-SPECIAL = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % i for i in range(256))]
-
-
-def write(
-    folder, pieces, *, width=16, inner=12, layers=2, heads=4, kv_heads=2, length=16, scale=0.5
-):
-    """stories260K.bin of random weights and tok512.bin of ``{piece: score}``; returns the weights
-    by name.
-    """
-    vocabulary, kv_width, random = (
-        len(SPECIAL) + len(pieces),
-        width // heads * kv_heads,
-        np.random.default_rng(0),
-    )
-    names = ("embedding", "norm1", "wq", "wk", "wv", "wo", "norm2", "w1", "w2", "w3", "norm")
-    square, up = (layers, width, width), (layers, inner, width)
-    norm, kv, down = (layers, width), (layers, kv_width, width), (layers, width, inner)
-    shapes = ((vocabulary, width), norm, square, kv, kv, square, norm, up, down, up, (width,))
-    drawn = (scale * random.standard_normal(shape).astype("<f4") for shape in shapes)
-    weights = dict(zip(names, drawn, strict=True))
-    weights["embedding"][len(SPECIAL) :] *= 8  # these pieces are most of what the model says
-    header = struct.pack("<7i", width, inner, layers, heads, kv_heads, vocabulary, length)
-    unused = bytes(4 * length * width // heads)  # the file ends with angles, which nothing reads
-    stored = b"".join(weight.tobytes() for weight in weights.values())
-    (folder / "stories260K.bin").write_bytes(header + stored + unused)
-    entries = [*((piece, 0.0) for piece in SPECIAL), *pieces.items()]
-    packed = b"".join(struct.pack("<fi", score, len(piece)) + piece for piece, score in entries)
-    (folder / "tok512.bin").write_bytes(struct.pack("<i", 7) + packed)
-    return weights
 
 
 @pytest.mark.slow
@@ -78,7 +49,7 @@ def test_the_tinystories_llama_equals_its_published_text(tmp_path):
 
 def test_generated_files_of_that_layout_have_their_weights_in_place(tmp_path):
     width, heads, kv_heads = 16, 4, 2
-    weights = write(tmp_path, {b" ": 0.0, b"a": 0.0, b"b": 0.0, b"ab": -1.0, b" ab": -2.0})
+    weights = write_stories(tmp_path, {b" ": 0.0, b"a": 0.0, b"b": 0.0, b"ab": -1.0, b" ab": -2.0})
     stories260k.convert(tmp_path, tmp_path / "folder")
     _, params = models.load(tmp_path / "folder")
     tokenizer = load_tokenizer(tmp_path / "folder")

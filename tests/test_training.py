@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import signal
 from pathlib import Path
 
 import jax
@@ -10,135 +9,24 @@ import numpy as np
 import pytest
 import quickstart
 import tokenizers as hf
-from test_goldens import parse as parse_config
+from builders import FAST, TINY, Killed, interrupt, outputs, run_ppo, stages
 
-from rlhf_jax import Rollout, models, ppo, sharding, training, vpg
+from rlhf_jax import Rollout, models, sharding, training
 from rlhf_jax.config import (
     Compute,
-    DPOStage,
     Network,
     Optimizer,
     RewardModelStage,
-    RLStage,
     RunConfig,
-    SFTStage,
     Text,
     Tokenizer,
     parse,
 )
-from rlhf_jax.data import demo
-from rlhf_jax.data.tokenizers import train_bpe
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.generator import LanguageModel
-from rlhf_jax.runs import log as tracking
-from rlhf_jax.training import initial, rl, stage, supervised
+from rlhf_jax.training import initial, stage, supervised
 
 pytestmark = pytest.mark.usefixtures("no_pages")
-
-TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
-FAST = Optimizer(learning_rate=1e-2)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    demo.write(folder, sizes={"sft_data.json": 72, "preference_data.json": 72, "prompts.json": 48})
-    return str(folder)
-
-
-@pytest.fixture
-def config(data, tmp_path):
-    supervised = {
-        "batch_size": 16,
-        "optimizer": FAST,
-        "validation_fraction": 0.2,
-        "validation_interval": 2,
-    }
-    sampled = {
-        "max_new_tokens": 4,
-        "kl_target": 0.01,
-        "validation_interval": 3,
-        "validation_prompts": 4,
-    }
-    return RunConfig(
-        data=(data,),
-        output_dir=str(tmp_path / "run"),
-        checkpoint_interval=2,
-        network=Network(hidden_size=16, num_layers=1, num_heads=2, max_length=128),
-        tokenizer=Tokenizer(vocab_size=300),
-        text=Text(bucket_multiple=128),
-        sft=SFTStage(**supervised, num_epochs=2),
-        reward_model=RewardModelStage(**supervised, num_epochs=2),
-        dpo=DPOStage(**supervised, num_epochs=2),
-        reward=("count:e",),
-        rl=RLStage(num_iterations=7, batch_size=16, optimizer=FAST, **sampled),
-        ppo=ppo.Config(num_epochs=1, num_minibatches=2, shuffle_blocks=4),
-    )
-
-
-def save_base(folder, data, num_layers=1, dtype=np.float32):
-    """A model with random weights and a tokenizer of the demo texts, as a folder for --model."""
-    tokenizer = train_bpe(
-        [path.read_text("utf-8") for path in sorted(Path(data).glob("*.json"))], 300
-    )
-    special = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
-    sizes = {
-        "vocab_size": tokenizer.vocab_size,
-        "max_length": 128,
-        "hidden_size": 16,
-        "num_heads": 2,
-    }
-    model = models.build(models.GPT2Config(num_layers=num_layers, **sizes, **special))
-    models.save(
-        folder, model, jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(jax.random.key(0)))
-    )
-    tokenizer.save(folder)
-    return str(folder)
-
-
-def run_ppo(config):
-    return training.rl.run(config, ppo)
-
-
-def run_vpg(config):
-    return training.rl.run(config, vpg)
-
-
-def stages(*fast):
-    """All stages as parameters; those that are not fast take long."""
-    runs = {"sft": training.sft.run, "reward_model": training.reward_model.run, "ppo": run_ppo}
-    soak = {"dpo": training.dpo.run, "vpg": run_vpg}
-    marks = (
-        dict.fromkeys(runs, pytest.mark.slow)
-        | dict.fromkeys(soak, pytest.mark.soak)
-        | dict.fromkeys(fast, ())
-    )
-    return pytest.mark.parametrize(
-        "run", [pytest.param(f, id=n, marks=marks[n]) for n, f in (runs | soak).items()]
-    )
-
-
-class Killed(BaseException):
-    """Stands for the process's end: nothing catches it."""
-
-
-def interrupt(monkeypatch, step, number=None):
-    """Kills the run, or sends it a signal, when it is about to log ``step``."""
-    log = tracking.Tracker.log
-
-    def dying(self, now, metrics):
-        if now == step:
-            if number is None:
-                raise Killed
-            signal.raise_signal(number)
-        return log(self, now, metrics)
-
-    monkeypatch.setattr(tracking.Tracker, "log", dying)
-
-
-def outputs(folder):
-    names = ["model/model.safetensors", "model/config.json", "metrics.jsonl", "samples.jsonl"]
-    return {name: (folder / name).read_bytes() for name in names}
 
 
 @stages("sft")
@@ -343,15 +231,6 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(data, tmp_path):
         assert model.config.vocab_size == params["wte"]["embedding"].shape[0] == size + 1
         models.save(tmp_path, model, params)
         tokenizer.save(tmp_path)
-
-
-@pytest.mark.parametrize("file", sorted(TINY.parent.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_config_fits(file):
-    config = parse_config(file)
-    supervised._sizes(config, training.sft.SPEC, 1)
-    supervised._sizes(config, training.reward_model.SPEC, 1)
-    for name in ("vpg", "ppo", "rloo", "grpo"):
-        rl._sizes(name, config.rl, getattr(config, name), 1)
 
 
 def test_the_quickstart_refuses_data_of_ones_own(tmp_path):

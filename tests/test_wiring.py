@@ -10,20 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import LETTERS, letters_run, metric_rows
 
 from rlhf_jax import models, ppo, rloo, training, vpg
 from rlhf_jax.config import (
-    DPOStage,
     LoRA,
-    Network,
     Optimizer,
     PPOStage,
-    RewardModelStage,
-    RLStage,
-    RunConfig,
-    SFTStage,
     Text,
-    Tokenizer,
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
@@ -32,15 +26,6 @@ from rlhf_jax.training import reward_model, rl, stage
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
-
-LETTERS = "abcdefghijklmnop"
-# The answer that a row's reward is given is that of its prompt, whatever other rows are absent or
-# cannot be scored.
-REWARD = """
-def same(prompts, responses, letter):
-    assert [prompt[-1] for prompt in prompts] == letter, (prompts, letter)
-    return [None if c == "a" else float(ord(c)) for c in letter]
-"""
 
 
 def untouched(state):
@@ -51,6 +36,11 @@ def untouched(state):
         bool(jnp.isnan(leaf).any()) for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float32
     )
     return state, {"nonfinite": float(spoiled)}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return letters_run(tmp_path)
 
 
 def replacing(monkeypatch, replace):
@@ -66,43 +56,6 @@ def replacing(monkeypatch, replace):
 
 def bits(key):
     return np.asarray(jax.random.key_data(key)).tobytes()
-
-
-@pytest.fixture
-def config(tmp_path):
-    """Sixteen rows that differ in a letter, a quarter of them held out; three steps of four rows
-    are an epoch.
-    """
-    answers = {"response": "yes", "chosen": "yes", "rejected": "no"}
-    for kind, names in (
-        ("prompts", ()),
-        ("texts", ("response",)),
-        ("pairs", ("chosen", "rejected")),
-    ):
-        rows = [{"prompt": f"say {c}"} | {name: answers[name] for name in names} for c in LETTERS]
-        rows = (
-            [row | {"letter": c} for row, c in zip(rows, LETTERS, strict=True)]
-            if kind == "prompts"
-            else rows
-        )
-        (tmp_path / f"{kind}.json").write_text(json.dumps(rows))
-    (tmp_path / "reward.py").write_text(REWARD)
-    size, supervised = (
-        {"batch_size": 4, "validation_fraction": 0.25},
-        {"num_epochs": 2, "validation_interval": 9},
-    )
-    return RunConfig(
-        data=(str(tmp_path / "prompts.json"),),
-        output_dir=str(tmp_path / "first"),
-        network=Network(hidden_size=8, num_layers=1, num_heads=1, max_length=16),
-        tokenizer=Tokenizer(kind="characters"),
-        text=Text(bucket_multiple=16),
-        sft=SFTStage(**size, **supervised, data=(str(tmp_path / "texts.json"),)),
-        reward_model=RewardModelStage(**size, **supervised, data=(str(tmp_path / "pairs.json"),)),
-        dpo=DPOStage(**size, **supervised, data=(str(tmp_path / "pairs.json"),)),
-        reward=(f"{tmp_path / 'reward.py'}:same",),
-        rl=RLStage(num_iterations=3, **size, max_new_tokens=2, kl_coef=0.0, validation_interval=3),
-    )
 
 
 def again(config, tmp_path):
@@ -345,9 +298,7 @@ def test_widths_change_nothing_but_rounding_and_survive_a_resume(config, tmp_pat
         folder = training.rl.run(
             dataclasses.replace(run, checkpoint_interval=1, **options), ppo
         ).folder
-        return [
-            json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-        ]
+        return metric_rows(folder)
 
     narrow, wide = metrics(3, "narrow"), metrics(12, "wide")
     for row, expected in zip(narrow, wide, strict=True):
@@ -460,7 +411,7 @@ def test_reference_judge_and_groups_are_those_of_the_settings(
     settings = dataclasses.replace(config.rl, num_iterations=4, optimizer=optimizer, **how)
     config = dataclasses.replace(config, reward=(f"{tmp_path}/rewards.py:one",), rl=settings)
     folder = training.rl.run(config, rloo, rloo.Config(group_size=2)).folder
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rows = metric_rows(folder)
     assert {row.get("validation/judge", 2) for row in rows} == {2}
     assert {row.get("validation/score", 1.25) for row in rows} == {1.25}
     moved = [abs(row["objective/kl"]) > 1e-3 for row in rows[1:]]

@@ -1,0 +1,112 @@
+"""Models of transformers with random weights, and their outputs, for the tests with torch."""
+
+import numpy as np
+
+IDS = {"vocab_size": 31, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+BASE = {
+    "max_position_embeddings": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 20,
+}
+LOCAL_LAST = ["sliding_attention", "full_attention", "sliding_attention"]
+SIZES = {
+    "GPT2": {"n_positions": 24, "n_embd": 16, "n_layer": 3, "n_head": 4},
+    **dict.fromkeys(("Llama", "Qwen2", "Qwen3", "Mistral"), BASE),
+    "Gemma3": {
+        **BASE,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "sliding_window": 4,
+        "layer_types": LOCAL_LAST,
+    },
+}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS = {
+    "GPT2 gelu_new": {},
+    "GPT2 gelu": {"activation_function": "gelu", "n_inner": 20},
+    "GPT2 relu": {"activation_function": "relu", "layer_norm_epsilon": 0.1},
+    "GPT2 silu": {"activation_function": "silu", "scale_attn_weights": False},
+    "GPT2 scaled by layer": {
+        "scale_attn_by_inverse_layer_idx": True,
+        "reorder_and_upcast_attn": True,
+    },
+    "GPT2 unscaled by layer": {
+        "scale_attn_weights": False,
+        "scale_attn_by_inverse_layer_idx": True,
+    },
+    "Llama plain": {},
+    "Llama grouped": {"num_key_value_heads": 2, "rms_norm_eps": 1e-2},
+    "Llama one key head, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "Llama biases, wide heads": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": 6,
+        "hidden_act": "gelu",
+    },
+    "Llama llama3": {"rope_parameters": LLAMA3, "num_key_value_heads": 2},
+    "Qwen2 grouped": {"num_key_value_heads": 2},
+    "Qwen2 tied": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
+    "Qwen3 wide heads": {"num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True},
+    "Qwen3 biases": {"num_key_value_heads": 4, "head_dim": 4, "attention_bias": True},
+    "Mistral windows": {"num_key_value_heads": 2, "sliding_window": 4},
+    "Mistral whole": {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 8},
+    "Gemma3 tied": {"query_pre_attn_scalar": 10},
+    "Gemma3 untied": {"tie_word_embeddings": False, "rope_parameters": TWO_ROPES},
+    "Llama linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+}
+
+
+def torch_model(name, kind="causal_lm", **changes):
+    """A transformers model of a family or a row of CONFIGS; its weights are so large that every
+    option shows.
+    """
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    family, causal = name.split()[0], "LMHeadModel" if name.startswith("GPT2") else "ForCausalLM"
+    text = "Text" if family == "Gemma3" else ""
+    kind = {"causal_lm": causal, "classifier": f"{text}ForSequenceClassification", "body": "Model"}[
+        kind
+    ]
+    config = {**IDS, **SIZES[family], **CONFIGS.get(name, {}), **changes}
+    model = getattr(transformers, family + kind)(
+        getattr(transformers, f"{family}{text}Config")(**config)
+    ).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            is_norm = "norm" in parameter_name or "ln_" in parameter_name
+            parameter.add_(torch.randn_like(parameter) * (0.1 if is_norm else 0.3))
+    return model
+
+
+def left_padded(batch=4, length=12):
+    """Tokens without the pad id, and a mask with 0, 3, 6, ... pads on the left."""
+    tokens = np.random.default_rng(0).integers(3, IDS["vocab_size"], (batch, length))
+    mask = (np.arange(length)[None, :] >= 3 * np.arange(batch)[:, None]).astype(np.int32)
+    return np.where(mask, tokens, IDS["pad_token_id"]), mask
+
+
+def torch_forward(model, tokens, mask):
+    import torch
+
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0),
+    }
+    with torch.no_grad():
+        return model(**{name: torch.tensor(array) for name, array in inputs.items()}).logits.numpy()
