@@ -16,6 +16,7 @@ from rlhf_jax import models, rewards, training, vpg
 from rlhf_jax.config import Compute
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.evaluation import evaluate
 from rlhf_jax.rewards import spec, verifiable
 from rlhf_jax.training import initial
 from rlhf_jax.types import Rollout
@@ -30,6 +31,9 @@ def letters(prompts, responses, **columns):
 def length(prompts, responses, topic, unit="x"):
     scores = [None if t == "skip" else len(r) + (unit != "x") for r, t in zip(responses, topic)]
     return scores, {"twice": [None if score is None else 2 * score for score in scores]}
+
+def leaves(prompts, responses):
+    raise SystemExit(0)
 
 def nan(prompts, responses):
     return [float("nan")] * len(prompts)
@@ -203,6 +207,7 @@ MISTAKES = {
     "count:ab": "--reward count:ab: 'ab' is 2 tokens",
     "{tmp}/other.py:f": "no such file",
     "{tmp}/broken.py:f": "broken.py, line 1: ",
+    "{tmp}/leaves.py:f": r"leaves.py calls sys.exit\(0\) when it is read; call it only under",
     "{mine}:lettres": "no function lettres; did you mean letters",
     "{mine}:constant": "no function constant",
     "{mine}:missing": "asks for subject, but the prompts' columns are topic, other",
@@ -224,6 +229,7 @@ MISTAKES = {
 @pytest.mark.parametrize("entries", MISTAKES)
 def test_mistakes_are_named(entries, functions, pair, tmp_path):
     (tmp_path / "broken.py").write_text("def f(:")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)")
     places = {"tmp": tmp_path, "mine": functions, "pair": pair}
     with pytest.raises(UserError, match=MISTAKES[entries].format(**places)):
         build(*entries.format(**places).split())
@@ -275,3 +281,21 @@ def test_a_nan_reward_stops_the_run_and_names_its_prompt(config, functions):
     config = dataclasses.replace(config, reward=(f"{functions}:nan",))
     with pytest.raises(TrainingFault, match="row 0, prompt"):
         training.rl.run(config, vpg)
+
+
+def test_a_reward_that_leaves_ends_the_run_with_an_error_that_names_it(config, functions):
+    config = dataclasses.replace(config, reward=(f"{functions}:leaves",))
+    with pytest.raises(UserError, match=r"the reward function leaves called sys\.exit"):
+        training.rl.run(config, vpg)
+
+
+def test_an_evaluation_reads_scores_by_the_same_rules(functions):
+    def scored(name):
+        columns = {"topic": ["x", "skip"]}
+        return evaluate.score(build(f"{functions}:{name}"), rollout(), columns, 2)
+
+    np.testing.assert_array_equal(scored("length"), [2, np.nan])
+    with pytest.raises(TrainingFault, match="row 0, prompt 'ab'"):
+        scored("nan")
+    with pytest.raises(UserError, match=r"the reward function leaves called sys\.exit\(0\)"):
+        scored("leaves")

@@ -214,7 +214,8 @@ def test_none_takes_the_row_out():
 
 NAN = math.nan
 NOT_FINITE = [
-    ([1, bad, 3, 4], {}, r"^(?!.*row 0).*row 1 \(data row 11\)") for bad in (NAN, math.inf, 1e300)
+    ([1, bad, 3, 4], {}, r"^(?!.*row 0).*row 1 \(data row 11\)")
+    for bad in (NAN, math.inf, 1e300, 10**400)
 ]
 NOT_FINITE.append(([1, 2, 3, 4], {"tone": [NAN] * 4}, r"part 'tone'.*row 0"))
 
@@ -233,15 +234,73 @@ def test_a_number_that_is_not_finite_stops_with_rows_and_prompts(scores, parts, 
     )  # nobody reads an absent row's
 
 
-NOT_NUMBERS = [([1, 2], "expected 3 scores, one for each row, got 2"), (None, "got None")]
+EXPECTED = r"expected a list, tuple or one-dimensional array of 3 scores, one for each row, got "
+ENTRY = r"expected a number or None for row 1, prompt '65', got "
+NO_SCORES = {
+    "nothing": (None, f"{EXPECTED}NoneType: None"),
+    "too few": ([1, 2], EXPECTED + r"list of 2: \[1, 2\]"),
+    "a pair of numbers": ((1, 2), f"{EXPECTED}tuple of 2"),
+    "a dict": ({1: 0, 2: 0, 3: 0}, f"{EXPECTED}dict of 3: "),
+    "a set": ({1, 2, 3}, f"{EXPECTED}set of 3: "),
+    "a text": ("123", f"{EXPECTED}str: '123'"),
+    "a generator": ((float(x) for x in range(3)), f"{EXPECTED}generator: <generator"),
+    "a column": (np.zeros((3, 1)), EXPECTED + r"ndarray of shape \(3, 1\)"),
+    "one number": (np.float32(1), f"{EXPECTED}float32"),
+    "a word": ([1, "good", 3], f"{ENTRY}str: 'good'"),
+    "a number in quotation marks": ([1, np.str_("2"), 3], f"{ENTRY}str_: "),
+    "a list in a list": ([1, [2], 3], ENTRY + r"list of 1: \[2\]"),
+    "an array in a list": ([1, np.ones(1), 3], ENTRY + r"ndarray of shape \(1,\)"),
+    "a complex number": ([1, 2j, 3], f"{ENTRY}complex: "),
+    "a part": (([1, 2, 3], {"tone": "abc"}), f"part 'tone': {EXPECTED}str"),
+}
 
 
-@pytest.mark.parametrize(("result", "message"), [*NOT_NUMBERS, ([1, "good", 3], "row 1.*'good'")])
-def test_a_reward_function_that_gives_no_numbers_is_the_users_mistake(result, message):
-    with pytest.raises(UserError, match=message):
-        rewards.on_host(
-            rewards.from_text(lambda prompts, responses: result, Spelled()), a_rollout(), {}
-        )
+@pytest.mark.parametrize("what", NO_SCORES)
+def test_a_reward_function_that_gives_no_numbers_is_the_users_mistake(what):
+    result, message = NO_SCORES[what]
+
+    def politeness(prompts, responses):
+        return result
+
+    with pytest.raises(UserError, match=f"^the reward function politeness[:,] {message}"):
+        rewards.on_host(rewards.from_text(politeness, Spelled()), a_rollout(), {})
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [1, True, None],
+        (1, np.True_, None),
+        np.array([1, 1, None]),
+        [jnp.float32(1), np.array(1), None],
+    ],
+)
+def test_what_a_reward_function_may_return(scores):
+    reward = rewards.from_text(lambda prompts, responses: scores, Spelled())
+    rollout, _ = rewards.on_host(reward, a_rollout(), {})
+    np.testing.assert_array_equal(rollout.scores, [1, 1, 0, 0])
+    np.testing.assert_array_equal(rollout.response_mask.any(axis=1), [True, True, False, False])
+
+
+def test_a_host_reward_returns_a_pair():
+    for result in ([1, 2, 3, 4], ([1, 2, 3, 4], None), {"scores": [1, 2, 3, 4]}):
+        with pytest.raises(UserError, match=r"^the judge: expected a pair, .* got (list|tuple|d)"):
+            rewards.on_host(lambda *_, result=result: result, a_rollout(), {}, "the judge")
+
+
+@pytest.mark.parametrize("code", [0, None, "done"])
+def test_a_reward_cannot_end_the_run_as_if_it_were_done(code):
+    def leaves(prompts, responses):
+        raise SystemExit(code)
+
+    with pytest.raises(UserError, match=rf"^the reward function leaves called sys.exit\({code!r}"):
+        rewards.on_host(rewards.from_text(leaves, Spelled()), a_rollout(), {})
+
+    def interrupted(prompts, responses):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rewards.on_host(rewards.from_text(interrupted, Spelled()), a_rollout(), {})
 
 
 def test_a_batch_of_absent_rows_shows_the_function_nothing():

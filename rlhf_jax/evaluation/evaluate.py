@@ -28,7 +28,7 @@ from rlhf_jax.config import Compute, RLStage
 from rlhf_jax.data import batches, chat, encoding, formats, rows
 from rlhf_jax.data.environment import Environment, converse, function_of, load_environment
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
-from rlhf_jax.errors import UserError, logger
+from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.evaluation import data, measures, texts
 from rlhf_jax.models import hf
 from rlhf_jax.report import records
@@ -373,15 +373,19 @@ def score(
 ) -> np.ndarray:
     """[N] float64 of N responses, NaN where a function gave None. A Python function sees all rows
     at once.
+
+    Raises:
+        TrainingFault: a function gave a number that is not finite.
     """
-    if reward.host is not None:
-        result, _ = rewards.on_host(reward.host, rollout, columns)
-        return np.where(
-            np.any(result.response_mask, axis=1), np.asarray(result.scores, np.float64), np.nan
-        )
-    return generator.in_batches(functools.partial(_apply, reward.fn), batch_size, rollout).astype(
-        np.float64
-    )
+    if reward.host is None:
+        score_batch = functools.partial(_apply, reward.fn)
+        return generator.in_batches(score_batch, batch_size, rollout).astype(np.float64)
+    try:
+        scored, _ = rewards.on_host(reward.host, rollout, columns)
+    except FloatingPointError as error:
+        raise TrainingFault(str(error)) from error
+    is_scored = np.any(scored.response_mask, axis=1)
+    return np.where(is_scored, np.asarray(scored.scores, np.float64), np.nan)
 
 
 class Answers(NamedTuple):

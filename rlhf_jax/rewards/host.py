@@ -2,7 +2,10 @@
 calls it.
 """
 
+import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
 from typing import Any, Protocol
 
 import jax
@@ -44,20 +47,25 @@ def on_host(
 
     Raises:
       FloatingPointError: the score or a part of a present row is not finite; it names the rows.
-      UserError: the reward returned something else than one number or None for each row.
+      UserError: the reward returned something else than one number or None for each row, or called
+        ``sys.exit``.
     """
     host: Any = jax.tree.map(np.asarray, rollout)  # Any: the fields are declared as JAX arrays
     mask = host.response_mask
+    present = (mask != 0).any(axis=1)
     labels = [f"row {i}" for i in range(len(mask))]
     if host.row_ids is not None:
-        labels = [
-            f"{label} (data row {row_id})"
-            for label, row_id in zip(labels, host.row_ids, strict=True)
-        ]
-    scores, parts = _numbers(name, reward(host, columns), labels, (mask != 0).any(axis=1))
-    kept = np.array([score is not None for score in scores], mask.dtype)
-    host = host.replace(scores=_filled(scores), response_mask=mask * kept[:, None])
-    return host, {name: _filled(part) for name, part in parts.items()}
+        pairs = zip(labels, host.row_ids, strict=True)
+        labels = [f"{label} (data row {row_id})" for label, row_id in pairs]
+    result = _called(name, reward, host, columns)
+    if not _has_parts(result):
+        raise UserError(
+            f"{name}: expected a pair, (scores, {{part: scores}}), got {_described(result)}"
+        )
+    scores, parts = _numbers(name, result, labels, present)
+    is_scored = np.array([score is not None for score in scores], mask.dtype)
+    host = host.replace(scores=_filled(scores), response_mask=mask * is_scored[:, None])
+    return host, {part: _filled(values) for part, values in parts.items()}
 
 
 def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:
@@ -69,37 +77,56 @@ def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:
     holes of ``response_mask``).
 
     Args:
-      fn: returns one number for each row, None for a row that cannot be scored; or a pair of such a
-        list and {name of a part: such a list}.
+      fn: returns a list, tuple or array of one number for each row, None for a row that cannot be
+        scored; or a pair of such scores and {name of a part: such scores}.
 
     Returns:
-      HostReward with the errors of ``on_host``, which name the prompts too.
+      HostReward with the errors of ``on_host``, which name the function and the prompts too.
     """
+    name = f"the reward function {getattr(fn, '__name__', type(fn).__name__)}"
 
     def score(rollout: Rollout, columns: Columns) -> tuple[HostScores, dict[str, HostScores]]:
-        tokens, in_response = np.asarray(rollout.tokens), np.asarray(rollout.response_mask) != 0
-        in_prompt = (np.cumsum(in_response, axis=1) == 0) & (
-            np.asarray(rollout.attention_mask) != 0
-        )
+        tokens = np.asarray(rollout.tokens)
+        in_response = np.asarray(rollout.response_mask) != 0
+        is_before = np.cumsum(in_response, axis=1) == 0
+        in_prompt = is_before & (np.asarray(rollout.attention_mask) != 0)
         present = in_response.any(axis=1)
         rows = np.flatnonzero(present).tolist()
         if not rows:
             return [None] * len(present), {}
-        decode, masks = tokenizer.decode, (in_prompt, in_response)
-        prompts, responses = ([decode(tokens[i, mask[i]].tolist()) for i in rows] for mask in masks)
-        result = fn(
-            prompts,
-            responses,
-            **{name: [column[i] for i in rows] for name, column in columns.items()},
-        )
-        pair = result if isinstance(result, tuple) else (result, {})
+
+        prompts = [tokenizer.decode(tokens[i, in_prompt[i]].tolist()) for i in rows]
+        responses = [tokenizer.decode(tokens[i, in_response[i]].tolist()) for i in rows]
+        own_columns = {key: [column[i] for i in rows] for key, column in columns.items()}
+        result = _called(name, fn, prompts, responses, **own_columns)
+        if not _has_parts(result):
+            result = (result, {})
         labels = [f"row {i}, prompt {prompt!r}" for i, prompt in zip(rows, prompts, strict=True)]
-        scores, parts = _numbers("the reward function", pair, labels, present[rows])
-        spread = [dict(zip(rows, numbers, strict=True)) for numbers in (scores, *parts.values())]
-        all_rows = [[by_row.get(i) for i in range(len(present))] for by_row in spread]
-        return all_rows[0], dict(zip(parts, all_rows[1:], strict=True))
+        scores, parts = _numbers(name, result, labels, present[rows])
+
+        def in_all_rows(values: Sequence[float | None]) -> HostScores:
+            by_row = dict(zip(rows, values, strict=True))
+            return [by_row.get(i) for i in range(len(present))]
+
+        return in_all_rows(scores), {part: in_all_rows(values) for part, values in parts.items()}
 
     return score
+
+
+def _called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> Any:
+    """What the function returns. A ``SystemExit`` in it would end the run as if it were done."""
+    try:
+        return fn(*args, **columns)
+    except SystemExit as error:
+        raise UserError(
+            f"{name} called sys.exit({error.code!r}); a reward may not end the run: return None "
+            "for a row that cannot be scored, or raise an exception"
+        ) from error
+
+
+def _has_parts(result: Any) -> bool:
+    """Whether it is a pair of scores and {name of a part: scores}."""
+    return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
 
 
 def _numbers(
@@ -113,29 +140,29 @@ def _numbers(
     """
     scores, parts = result
     numbers = _checked(name, scores, labels, present)
-    kept = np.array([number is not None for number in numbers], bool)
-    return numbers, {
-        part: _checked(f"reward part {part!r}", values, labels, kept)
+    is_scored = np.array([number is not None for number in numbers], bool)
+    checked = {
+        part: _checked(f"{name}, part {part!r}", values, labels, is_scored)
         for part, values in parts.items()
     }
+    return numbers, checked
 
 
 def _checked(
     name: str, scores: HostScores, labels: Sequence[str], present: np.ndarray
 ) -> list[float | None]:
-    entries = list(scores) if hasattr(scores, "__iter__") else []
-    if len(entries) != len(labels):
-        given = len(entries) if entries else repr(scores)
-        raise UserError(f"{name}: expected {len(labels)} scores, one for each row, got {given}")
+    is_sequence = isinstance(scores, list | tuple) or (
+        isinstance(scores, np.ndarray | jax.Array) and scores.ndim == 1
+    )
+    if not is_sequence or len(scores) != len(labels):
+        raise UserError(
+            f"{name}: expected a list, tuple or one-dimensional array of {len(labels)} scores, one "
+            f"for each row, got {_described(scores)}"
+        )
     numbers: list[float | None] = []
     not_finite = []
-    for entry, label, here in zip(entries, labels, present, strict=True):
-        try:
-            number = None if entry is None or not here else float(entry)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{name}: expected a number or None for {label}, got {entry!r}"
-            ) from error
+    for entry, label, here in zip(scores, labels, present, strict=True):
+        number = _number(entry, f"{name}: expected a number or None for {label}") if here else None
         if number is not None and not abs(number) <= _LARGEST:
             not_finite.append(f"{label}: {number}")
         numbers.append(number)
@@ -144,6 +171,30 @@ def _checked(
             f"{name} is not finite ({'; '.join(not_finite)}); return None to leave a row out"
         )
     return numbers
+
+
+def _number(entry: Any, expected: str) -> float | None:
+    """A score as a float, True and False as 1 and 0; ``expected`` begins the UserError of others."""
+    if entry is None:
+        return None
+    is_scalar = isinstance(entry, Number) or getattr(entry, "shape", None) == ()
+    try:
+        if is_scalar and not isinstance(entry, str | bytes) and not np.iscomplexobj(entry):
+            return float(entry)
+    except OverflowError:  # an integer beyond float64
+        return math.inf
+    except (TypeError, ValueError):  # an array [] of something that is no number
+        pass
+    raise UserError(f"{expected}, got {_described(entry)}")
+
+
+def _described(value: Any) -> str:
+    """A value in an error message, shortened."""
+    shape = getattr(value, "shape", None)
+    if shape:
+        return f"{type(value).__name__} of shape {tuple(shape)}"
+    length = f" of {len(value)}" if isinstance(value, list | tuple | dict | set) else ""
+    return f"{type(value).__name__}{length}: {reprlib.repr(value)}"
 
 
 def _filled(numbers: Sequence[float | None]) -> np.ndarray:

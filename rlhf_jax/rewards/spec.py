@@ -25,6 +25,7 @@ A folder with the name of one of these is given as ``./length``.
 """
 
 import difflib
+import functools
 import importlib.util
 import inspect
 import re
@@ -324,6 +325,11 @@ def load_function(
         module = runpy.run_path(str(file))
     except SyntaxError as error:
         raise UserError(f"{where}: {error.filename}, line {error.lineno}: {error.msg}") from None
+    except SystemExit as error:
+        raise UserError(
+            f"{where}: {file} calls sys.exit({error.code!r}) when it is read; call it only under "
+            "`if __name__ == '__main__':`"
+        ) from None
     fn = module.get(name)
     if not callable(fn):
         hint = did_you_mean(name, [key for key, value in module.items() if callable(value)])
@@ -346,6 +352,9 @@ def _of_columns(where: str, fn: Callable[..., Any], columns: Collection[str]) ->
             f"{where} asks for {', '.join(missing)}, but the prompts' columns are {there}"
         )
     names = [parameter.name for parameter in wanted if parameter.name in columns]
-    return lambda prompts, responses, **given: fn(
-        prompts, responses, **{key: given[key] for key in names}
-    )
+
+    @functools.wraps(fn)
+    def with_its_columns(prompts: list[str], responses: list[str], **given: Any) -> Any:
+        return fn(prompts, responses, **{name: given[name] for name in names})
+
+    return with_its_columns
