@@ -11,6 +11,7 @@ import pytest
 from builders import COMMAND, HOSTILE, SAMPLES, Page, write_run
 
 from rlhf_jax import metrics
+from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import figures, page, plots, records
 from rlhf_jax.report.export import export
@@ -364,7 +365,7 @@ def test_a_broken_folder_is_a_sentence(file, text, message, tmp_path):
 @pytest.mark.parametrize(("member", "shift", "kind"), CARDS)
 def test_model_cards(member, shift, kind, tmp_path):
     run = write_run(tmp_path / "run", finished=False, settings={"rl": {"max_new_tokens": 7}})
-    (run / "model" / member).mkdir(exist_ok=True)
+    tokenizers.characters("ab").save(run / "model" / member)
     (run / "model" / member / "config.json").write_text('{"reward_shift": 0.5}' if shift else "{}")
     card = (export(run, tmp_path / "card") / "README.md").read_text("utf-8")
     assert all(

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,13 +159,13 @@ def save(
         written = Path(temporary)
         for name, part in _files(tensors, file_bytes).items():
             arrays = {tensor: tensors[tensor].array() for tensor in part}
-            save_file(arrays, written / name, metadata={"format": "pt"})
+            write_tensors(written / name, arrays, {"format": "pt"})
         (written / CONFIG).write_text(
             json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
         if "value" in params:
             value_head = {name: np.asarray(params["value"][name]) for name in ("kernel", "bias")}
-            save_file(value_head, written / VALUE_HEAD, metadata={"format": "pt"})
+            write_tensors(written / VALUE_HEAD, value_head, {"format": "pt"})
         if not (written / WEIGHTS).is_file():
             shards = {
                 tensor: name
@@ -182,6 +182,18 @@ def save(
         for file in folder.iterdir():  # weights that were here before, under other names
             if _WEIGHT_FILES.fullmatch(file.name) and file.name not in present:
                 file.unlink()
+
+
+def write_tensors(
+    file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file with the mode that the umask gives; the package alone makes it
+    0600.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(dict(tensors), file, metadata=metadata)
+    file.chmod(mode)
 
 
 def read_score(reader: "Reader", width: int, shift: float, dtype: Any = None) -> Params:

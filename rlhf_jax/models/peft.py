@@ -10,11 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import names
-from rlhf_jax.models.hf import Reader, find_folder, folded_score, listed, read_json, read_score
+from rlhf_jax.models.hf import (
+    Reader,
+    find_folder,
+    folded_score,
+    listed,
+    read_json,
+    read_score,
+    write_tensors,
+)
 from rlhf_jax.types import Params
 
 CONFIG = "adapter_config.json"
@@ -171,7 +178,7 @@ def write_adapter(
         metadata = {"reward_shift": repr(shift)}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    write_tensors(folder / WEIGHTS, tensors, metadata)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
 

@@ -1,22 +1,40 @@
 """``rlhf-jax export``: a run's model as a Hugging Face folder with its tokenizer and a model card."""
 
-import json
+import re
 import shutil
 from pathlib import Path
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.tokenizers import load_tokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.models.hf import read_json
 from rlhf_jax.report import page, records
+from rlhf_jax.runs.folder import refuse_links, write_atomically
+
+# What a run writes into ``model/``, beside the folders of an ensemble's members.
+KNOWN = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "value_head.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_MEMBER = re.compile(r"member_\d+")
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
-    """Copies ``RUN/model``, all members of an ensemble, to ``folder`` and writes README.md, the
-    model card: base model, licence (to be filled in), use with the prompt template, command, data,
-    last metrics, settings and limits.
+    """Copies the files of ``RUN/model`` that a run writes, all members of an ensemble, to ``folder``
+    and writes README.md, the model card: base model, licence (to be filled in), use with the prompt
+    template, command, data, last metrics, settings and limits. Names what else lies there.
 
     Raises:
-        UserError: the run has no model yet, its files are broken, or the folder is in use.
+        UserError: the run has no model yet, its files are broken or symbolic links, or the folder is
+            in use.
     """
     run, folder = Path(run), Path(folder)
     config = records.model_config(run)
@@ -29,17 +47,44 @@ def export(run: str | Path, folder: str | Path) -> Path:
         raise UserError(f"{run / 'model'}: no model here; give the folder of a finished run")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is in use; give a new folder")
+    files, unknown = _files(run / "model")
     [record] = records.find([run])
     tokenizer = load_tokenizer(config.parent)
     template = chat.frame(record.settings.get("text.template", chat.AUTO), tokenizer)
-    scores = "reward_shift" in json.loads(config.read_text("utf-8"))
-    kind = {"ensemble": config.parent.name == "member_0", "reward_model": scores}
-    names = {
-        "name": folder.name,
-        "base_model": record.settings.get("model"),
-        "prompt_template": template,
-    }
-    card = page.fill("model_card.md", record=record, **names, **kind)
-    shutil.copytree(run / "model", folder, dirs_exist_ok=True)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    card = page.fill(
+        "model_card.md",
+        record=record,
+        name=folder.name,
+        base_model=record.settings.get("model"),
+        prompt_template=template,
+        ensemble=config.parent.name == "member_0",
+        reward_model="reward_shift" in read_json(config),
+    )
+    with file_errors(folder, "written"):
+        for file in files:
+            copy = folder / file.relative_to(run / "model")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        write_atomically(folder / "README.md", card)
+    if unknown:
+        names = ", ".join(str(file.relative_to(run / "model")) for file in unknown)
+        logger.info(f"left out, as no run of rlhf_jax writes it: {names}")
     return folder
+
+
+def _files(model: Path) -> tuple[list[Path], list[Path]]:
+    """The files that are copied, and the files and folders that are left out.
+
+    Raises:
+        UserError: one that would be copied, or a folder of it, is a symbolic link.
+    """
+    entries = sorted(model.iterdir())
+    members = [entry for entry in entries if _MEMBER.fullmatch(entry.name)]
+    refuse_links([model, *members])
+    folders = [entry for entry in members if entry.is_dir()]
+    entries = [entry for entry in entries if entry not in folders]
+    entries += [file for folder in folders for file in sorted(folder.iterdir())]
+    known = [entry for entry in entries if entry.name in KNOWN or _SHARD.fullmatch(entry.name)]
+    refuse_links(known)
+    copied = [entry for entry in known if entry.is_file()]
+    return copied, [entry for entry in entries if entry not in copied]

@@ -142,7 +142,7 @@ def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
     with file_errors(folder, "written"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         for path, image in images.items():
-            path.write_bytes(image)
+            write_atomically(path, image)
     return list(images)
 
 

@@ -8,14 +8,20 @@ versions, devices, data fingerprints, command). ``metrics.jsonl`` (equal for equ
 ``timing.jsonl`` hold a row of numbers or seconds per step, ``samples.jsonl`` texts, each row a JSON
 object on a line. ``checkpoints/`` is the loop's state, ``model/`` the result as a Hugging Face
 folder, ``adapter/`` the LoRA adapters, which ``model/`` holds merged, and ``report.html`` the page.
+
+Nothing is written through a symbolic link that lies in the folder; the folder itself, or one above
+it, may be a link.
 """
 
 import contextlib
 import json
 import os
+import re
+import secrets
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import filelock
 
@@ -23,6 +29,21 @@ from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.runs import processes
 
 _LOCK_FILES = (".lock", ".pid")
+# What a run, its report and its evaluation write.
+_FILES = (
+    "config.yaml",
+    "manifest.json",
+    "metrics.jsonl",
+    "timing.jsonl",
+    "samples.jsonl",
+    "alerts.jsonl",
+    "tracker.json",
+    "report.html",
+    "evaluation.json",
+    "evaluation_samples.jsonl",
+)
+_FOLDERS = ("checkpoints", "model", "adapter", "tensorboard")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.unfinished")
 
 
 class Run(contextlib.AbstractContextManager["Run"]):
@@ -34,20 +55,19 @@ class Run(contextlib.AbstractContextManager["Run"]):
     """
 
     def __init__(self, path: Path, resumed: bool, was_empty: bool, lock: filelock.BaseFileLock):
-        self.path, self.resumed, self._was_empty, self._lock = path, resumed, was_empty, lock
-        self.config, self.manifest, self.report = (
-            path / "config.yaml",
-            path / "manifest.json",
-            path / "report.html",
-        )
-        self.metrics, self.timing, self.samples = (
-            path / f"{name}.jsonl" for name in ("metrics", "timing", "samples")
-        )
-        self.checkpoints, self.model, self.adapter = (
-            path / "checkpoints",
-            path / "model",
-            path / "adapter",
-        )
+        self.path = path
+        self.resumed = resumed
+        self._was_empty = was_empty
+        self._lock = lock
+        self.config = path / "config.yaml"
+        self.manifest = path / "manifest.json"
+        self.report = path / "report.html"
+        self.metrics = path / "metrics.jsonl"
+        self.timing = path / "timing.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.adapter = path / "adapter"
 
     def close(self) -> None:
         """Releases the folder."""
@@ -78,7 +98,7 @@ def open_run(path: str | Path, *, resume: bool = False, overwrite: bool = False)
     Raises:
       UserError: the folder is used and neither ``resume`` nor ``overwrite`` is given; there is
         nothing to resume; the path is a file; another process (named by its PID) writes to the
-        folder.
+        folder; what would be written is a symbolic link.
     """
     path = Path(path)
     lock = filelock.FileLock(path / ".lock")
@@ -91,29 +111,57 @@ def _take(
 ) -> tuple[bool, bool]:
     """Whether there is a checkpoint to go on from, and whether the folder is empty."""
     check_usable(path, resume, overwrite)
+    refuse_links(path / name for name in _LOCK_FILES)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        pid = (path / ".pid").read_text().strip() if (path / ".pid").is_file() else ""
-        holder = f"the process with PID {pid}" if pid else "another process"
         raise UserError(
-            f"{path} is in use by {holder}; wait for it or choose another --output-dir"
+            f"{path} is in use by {_holder(path)}; wait for it or choose another --output-dir"
         ) from None
     except OSError as error:
         raise UserError(
             f"{path}: cannot be used as a run folder: {error.strerror or error}"
         ) from None
     check_usable(path, resume, overwrite)  # another process may have come and gone in between
-    (path / ".pid").write_text(f"{os.getpid()}\n")
     if overwrite:
         _clear(path)
+    _check_links(path)
+    for entry in path.iterdir():  # of a process that was killed while it wrote
+        if _UNFINISHED.fullmatch(entry.name):
+            _delete(entry)
+    write_atomically(path / ".pid", f"{os.getpid()}\n")
     resumed = resume and bool(steps(path / "checkpoints"))
     if resume and not resumed:
         logger.info(
             f"--resume: {path} holds no complete checkpoint; the run starts from the beginning"
         )
     return resumed, is_unused(path)
+
+
+def _holder(path: Path) -> str:
+    """Who has the folder open."""
+    with contextlib.suppress(OSError, ValueError):
+        return f"the process with PID {int((path / '.pid').read_text('utf-8'))}"
+    return "another process"
+
+
+def _check_links(path: Path) -> None:
+    """Raises UserError if a symbolic link in the folder would lead elsewhere what a run writes."""
+    refuse_links(path / name for name in (*_FILES, *_FOLDERS))
+    for folder in _FOLDERS:
+        for place, folders, files in os.walk(path / folder):
+            refuse_links(Path(place, name) for name in (*folders, *files))
+
+
+def refuse_links(paths: Iterable[Path]) -> None:
+    """Raises UserError if one of the paths is a symbolic link."""
+    for path in paths:
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a symbolic link to {os.readlink(path)}, and no link in a run's folder is "
+                "followed; delete it, or put a copy of what it names in its place"
+            )
 
 
 def check_usable(path: Path, resume: bool, overwrite: bool) -> None:
@@ -148,7 +196,8 @@ def steps(directory: str | Path) -> list[int]:
     folder.
     """
     entries = Path(directory).iterdir() if Path(directory).is_dir() else ()
-    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir())
+    names = [entry.name for entry in entries if entry.is_dir()]
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
 
 
 def is_unused(path: Path) -> bool:
@@ -156,27 +205,85 @@ def is_unused(path: Path) -> bool:
     anything.
     """
     with file_errors(path):
-        return set(os.listdir(path)) <= set(_LOCK_FILES)
+        names = os.listdir(path)
+    return all(name in _LOCK_FILES or _UNFINISHED.fullmatch(name) for name in names)
 
 
 def _clear(path: Path) -> None:
     entries = [entry for entry in path.iterdir() if entry.name not in _LOCK_FILES]
     # The manifest goes last: it is the proof that the rest may be deleted.
     for entry in sorted(entries, key=lambda entry: entry.name == "manifest.json"):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        _delete(entry)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, whatever happens meanwhile."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _delete(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
+def _unfinished(path: Path) -> Path:
+    """A name beside ``path`` that nobody can foresee, for what takes its place when it is whole."""
+    return path.with_name(f".{secrets.token_hex(8)}.unfinished")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all, whatever happens meanwhile. Its mode is that of the umask.
+
+    Raises:
+      UserError: the path is a symbolic link.
+    """
+    refuse_links([path])
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = _unfinished(path)
+    try:
+        with temporary.open("xb") as file:  # O_EXCL: neither a file nor a link has the name
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new folder to fill in the ``with`` block, which takes the place of ``path`` at its end.
+
+    After an error it is deleted, and what was there stays.
+
+    Raises:
+      UserError: the path is a symbolic link.
+    """
+    refuse_links([path])
+    new, former = _unfinished(path), _unfinished(path)
+    new.mkdir()
+    try:
+        yield new
+        if path.exists():
+            path.rename(former)
+        new.rename(path)
+    finally:
+        for left_over in (new, former):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Opens a text file to append lines to it.
+
+    Raises:
+      UserError: the path is a symbolic link.
+    """
+    refuse_links([path])
+    return open(path, "a", encoding="utf-8", newline="\n", opener=_without_following)
+
+
+def _without_following(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -35,7 +35,7 @@ from rich.progress import (
 
 from rlhf_jax.errors import logger
 from rlhf_jax.runs import processes
-from rlhf_jax.runs.folder import Run, json_lines, write_atomically
+from rlhf_jax.runs.folder import Run, json_lines, open_to_append, write_atomically
 from rlhf_jax.runs.trackers import Services
 
 _PRINT_EVERY = 10  # steps between lines if there is no terminal
@@ -256,8 +256,7 @@ class RowWriter:
             write_atomically(
                 Path(path), "".join(f"{line}\n" for line, row in rows if row["step"] <= resume_step)
             )
-        target = Path(path if self._writes else os.devnull)
-        self._file = target.open("a", encoding="utf-8", newline="\n")
+        self._file = open_to_append(Path(path if self._writes else os.devnull))
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, **row}``."""

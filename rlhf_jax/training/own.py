@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from rlhf_jax import models, sampling
 from rlhf_jax.config import Compute, Network, RunConfig
@@ -23,7 +23,7 @@ from rlhf_jax.data import chat
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import LanguageModel
-from rlhf_jax.models.hf import OWN_NOTE
+from rlhf_jax.models.hf import OWN_NOTE, write_tensors
 from rlhf_jax.types import Params
 
 PARAMETERS = "params.safetensors"
@@ -160,7 +160,8 @@ def save(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     leaves = flatten_dict(policy.params, sep="/")
-    save_file({name: np.asarray(leaf) for name, leaf in leaves.items()}, path / PARAMETERS)
+    arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    write_tensors(path / PARAMETERS, arrays)
     chat.with_text_template(policy.tokenizer, template).save(path)
     note = {
         "what": "parameters of a policy that Python gave to a run; this is no Hugging Face model",

@@ -68,6 +68,7 @@ def check_folder(path: Path, config: RunConfig, first: str = STAGES[0]) -> None:
     Raises:
         UserError: as ``folder.open_run``.
     """
+    folder.refuse_links(path / stage for stage in STAGES)
     is_free = path.is_dir() and all(
         entry.is_dir() and folder.is_unused(entry) for entry in path.iterdir()
     )

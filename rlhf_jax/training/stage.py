@@ -178,16 +178,16 @@ class Stage:
         run, how = self.run, sampling_config(self.config.rl, begun.tokenizer)
 
         def write() -> None:
-            for name, part in trained.items():
-                done = begun._replace(params=start.merged(part))
-                save(done, run.model / name, template=self.config.text.template, config=how)
-                if start.base is not None:
-                    models.lora.save(
-                        run.adapter / name,
-                        start.base,
-                        jax.device_get(part),
-                        base_model=self.config.model,
-                    )
+            with folder.replacing(run.model) as new:
+                for name, part in trained.items():
+                    done = begun._replace(params=start.merged(part))
+                    save(done, new / name, template=self.config.text.template, config=how)
+            if start.base is not None:
+                with folder.replacing(run.adapter) as new:
+                    for name, part in trained.items():
+                        adapters = jax.device_get(part)
+                        base_model = self.config.model
+                        models.lora.save(new / name, start.base, adapters, base_model=base_model)
             logger.info(f"saved {run.model}" + ("" if start.base is None else f", {run.adapter}"))
             try:
                 page.write([run.path], run.report)

@@ -1,0 +1,192 @@
+"""Folders that somebody else has prepared: what is written stays in them, and what is copied comes from
+them.
+"""
+
+import os
+import shutil
+import stat
+
+import jax
+import pytest
+from builders import finished_run, write_run
+
+from rlhf_jax import models
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import UserError
+from rlhf_jax.report import page
+from rlhf_jax.report.export import export
+from rlhf_jax.runs import folder
+from rlhf_jax.runs.folder import open_run, open_to_append, replacing, write_atomically
+from rlhf_jax.training.pipeline import check_folder
+
+SECRET = "the user's own"
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A file that no run may touch."""
+    (tmp_path / "home").mkdir()
+    file = tmp_path / "home" / "authorized_keys"
+    file.write_text(SECRET)
+    yield file
+    assert file.read_text() == SECRET
+    assert list(file.parent.iterdir()) == [file]
+
+
+def link(path, target):
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(target)
+
+
+LINKS = [*folder._FILES, ".lock", ".pid"]
+FOLDERS = ["checkpoints", "model", "adapter", "checkpoints/7.orbax-checkpoint-tmp", "tensorboard/x"]
+
+
+@pytest.mark.parametrize("name", [*LINKS, *FOLDERS])
+def test_a_link_in_a_run_folder_is_refused_by_name_and_where_it_points(name, tmp_path, outside):
+    finished_run(tmp_path / "run")
+    target = outside if name in LINKS else outside.parent
+    link(tmp_path / "run" / name, target)
+    message = f"run/{name} is a symbolic link to {target}, .* delete it"
+    for _ in range(2):  # the first refusal lets go of the folder
+        with pytest.raises(UserError, match=message):
+            open_run(tmp_path / "run", resume=True)
+    (tmp_path / "run" / name).unlink()
+    open_run(tmp_path / "run", resume=True).close()
+
+
+@pytest.mark.parametrize("name", [".lock", ".pid", "metrics.jsonl", "model"])
+def test_overwrite_deletes_links_and_not_what_they_name(name, tmp_path, outside):
+    finished_run(tmp_path / "run")
+    link(tmp_path / "run" / name, outside)
+    if name in (".lock", ".pid"):
+        with pytest.raises(UserError, match="symbolic link"):
+            open_run(tmp_path / "run", overwrite=True)
+    else:
+        with open_run(tmp_path / "run", overwrite=True) as run:
+            assert not (run.path / name).is_symlink()
+
+
+def test_a_run_folder_may_lie_behind_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    finished_run(tmp_path / "disk" / "mine")
+    (tmp_path / "same").symlink_to(tmp_path / "disk" / "mine")
+    for path in (tmp_path / "runs" / "mine", tmp_path / "same"):
+        with open_run(path, resume=True) as run:
+            write_atomically(run.report, "page")
+
+
+def test_a_stage_of_a_pipeline_may_not_be_a_link(tmp_path, outside):
+    link(tmp_path / "pipeline" / "reward_model", outside.parent)
+    with pytest.raises(UserError, match="reward_model is a symbolic link"):
+        check_folder(tmp_path / "pipeline", RunConfig(resume=True))
+
+
+def test_the_report_is_not_written_through_links(tmp_path, outside):
+    run = write_run(tmp_path / "run")
+    (run / "report.html.tmp").symlink_to(outside)
+    page.write([run], run / "report.html")
+    assert "<html" in (run / "report.html").read_text("utf-8")
+    link(run / "report.html", outside)
+    with pytest.raises(UserError, match=r"report\.html is a symbolic link"):
+        page.write([run], run / "report.html")
+    [first, *_] = page.write_png([run], run / "png")
+    link(first, outside)
+    with pytest.raises(UserError, match=f"{first.name} is a symbolic link"):
+        page.write_png([run], run / "png")
+    assert {entry.name for entry in run.iterdir() if entry.name.startswith(".")} == set()
+
+
+def test_appending_follows_no_link(tmp_path, outside, monkeypatch):
+    link(tmp_path / "metrics.jsonl", outside)
+    with pytest.raises(UserError, match="symbolic link"):
+        open_to_append(tmp_path / "metrics.jsonl")
+    # Put there after the look at it:
+    monkeypatch.setattr(folder, "refuse_links", lambda paths: None)
+    with pytest.raises(OSError, match="symbolic link"):
+        open_to_append(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_modes_are_those_of_the_umask(tmp_path, umask, mode):
+    model = models.build(models.LlamaConfig(4, 8, 4, 2, 2, 4, tie_embeddings=True))
+    params = model.init(jax.random.key(0))
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "report.html", "page")
+        with replacing(tmp_path / "model") as new:
+            models.save(new, model, params)
+            models.lora.save(new, params, models.lora.init(jax.random.key(2), params, 2))
+    finally:
+        os.umask(before)
+    files = [tmp_path / "report.html", *(tmp_path / "model").iterdir()]
+    assert len(files) == 5
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {mode}
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    model = tmp_path / "model"
+    for text in ("first", "second"):
+        with replacing(model) as new:
+            (new / f"{text}.txt").write_text(text)
+        assert [file.name for file in model.iterdir()] == [f"{text}.txt"]
+    with pytest.raises(IsADirectoryError), replacing(model) as new:
+        new.write_text("a third one")
+    assert [file.name for file in model.iterdir()] == ["second.txt"]
+    with pytest.raises(OSError, match="not-there"):
+        write_atomically(tmp_path / "not-there" / "file", "text")
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_what_a_killed_process_left_unfinished_goes_when_the_folder_is_taken(tmp_path):
+    (tmp_path / ".0123456789abcdef.unfinished").mkdir()
+    (tmp_path / ".fedcba9876543210.unfinished").write_text("half a file")
+    with open_run(tmp_path) as run:
+        assert {entry.name for entry in run.path.iterdir()} == {".lock", ".pid"}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    run = write_run(tmp_path / "run")
+    for name in ("", "member_1"):
+        tokenizers.characters("ab").save(run / "model" / name)
+        (run / "model" / name / "model.safetensors").write_bytes(b"weights")
+    (run / "model" / "model-00001-of-00002.safetensors").write_bytes(b"weights")
+    return run
+
+
+def test_export_copies_what_a_run_writes_and_names_the_rest(finished, tmp_path, caplog):
+    for name in ("install.sh", "member_1/.env", "model.bin", "sub/config.json"):
+        (finished / "model" / name).parent.mkdir(exist_ok=True)
+        (finished / "model" / name).write_text("x")
+    (finished / "model" / "keys").symlink_to(tmp_path)
+    (finished / "model" / "generation_config.json").mkdir()
+    with caplog.at_level("INFO", "rlhf_jax"):
+        copy = export(finished, tmp_path / "copy")
+    found = {file.relative_to(copy).as_posix() for file in copy.rglob("*") if file.is_file()}
+    texts = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    own = texts | {"model.safetensors"}
+    assert found == own | {f"member_1/{name}" for name in own} | {
+        "README.md",
+        "config.json",
+        "model-00001-of-00002.safetensors",
+    }
+    left_out = "generation_config.json, install.sh, keys, model.bin, sub, member_1/.env"
+    assert caplog.messages == [f"left out, as no run of rlhf_jax writes it: {left_out}"]
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "member_1", "member_1/tokenizer.json", ""]
+)
+def test_export_follows_no_link(name, finished, tmp_path):
+    place = finished / "model" / name
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{place} is a symbolic link to {tmp_path / 'elsewhere'}"):
+        export(finished, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
