@@ -1,6 +1,7 @@
-"""The arrays that travel between the parts, and the kinds of function that plug in.
+"""The arrays that the parts of the package exchange, and the types of the functions that users
+supply.
 
-Column t of every [B, T] field speaks of ``tokens[:, t]``. One alphabet everywhere: B rows, P prompt
+Column t of every [B, T] field belongs to ``tokens[:, t]``. Letters everywhere: B rows, P prompt
 slots, R response slots, T = P + R, K answers of a comparison, G answers of a prompt, V vocabulary,
 D width, L layers, H heads, S cache length.
 """
@@ -91,38 +92,31 @@ class TrainState:
 
 @flax.struct.dataclass
 class Rollout:
-    """What a policy said, and what is known about it. ``None`` marks what has not been computed
-    yet.
+    """Responses of a policy and the quantities computed from them. A field that has not been
+    computed yet is None.
     """
 
     tokens: jax.Array  # [B, T] int32: left-padded prompt, then the response, then pads
-    attention_mask: (
-        jax.Array
-    )  # [B, T] 1 on real tokens; packed documents are numbered 1, 2, ..., each apart
-    response_mask: (
-        jax.Array
-    )  # [B, T] 1 on what the policy said, EOS included; may have holes; an empty row is absent
-    log_probs: (
-        jax.Array
-    )  # [B, T] behaviour policy log p(tokens[:, t] | before); 0 outside the response
+    attention_mask: jax.Array
+    """[B, T]: 1 on real tokens. Packed documents are numbered 1, 2, ...; each reads only itself."""
+    response_mask: jax.Array
+    """[B, T]: 1 on the policy's tokens, EOS included. It may have holes; an empty row is missing."""
+    log_probs: jax.Array
+    """[B, T]: log p(tokens[:, t] | before) of the policy that sampled; 0 outside the response."""
     row_ids: jax.Array | None = None  # [B] data row of the prompt
     scores: jax.Array | None = None  # [B] from the reward function, before any penalty
     ref_log_probs: jax.Array | None = None  # [B, T]
-    values: jax.Array | None = (
-        None  # [B, T] V of the state before tokens[:, t] (the value head at t - 1)
-    )
+    values: jax.Array | None = None
+    """[B, T]: V of the state before tokens[:, t] (the value head at t - 1)."""
     rewards: jax.Array | None = None  # [B, T]
     advantages: jax.Array | None = None  # [B, T]
     returns: jax.Array | None = None  # [B, T]
-    importance_weights: jax.Array | None = (
-        None  # [B, T] factor of each token's policy loss; 0 outside the response
-    )
-    prompt_length: int | None = flax.struct.field(
-        pytree_node=False, default=None, kw_only=True
-    )  # P
-    greedy_rewards: jax.Array | None = (
-        None  # [B] of the policy's greedy response to the same prompt, without KL
-    )
+    importance_weights: jax.Array | None = None
+    """[B, T]: factor of each token's policy loss; 0 outside the response."""
+    prompt_length: int | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)
+    """P."""
+    greedy_rewards: jax.Array | None = None
+    """[B]: reward of the policy's greedy response to the same prompt, without KL."""
 
     @property
     def mask(self) -> jax.Array:
@@ -131,17 +125,17 @@ class Rollout:
 
     @property
     def present(self) -> jax.Array:
-        """[B] bool: the rows with a response; the others count nowhere."""
+        """[B] bool: the rows with a response; the other rows count in no loss and no metric."""
         return self.mask.any(axis=1)
 
 
 @flax.struct.dataclass
 class Comparisons:
     """K answers to one prompt; K = 2: chosen and rejected. An answer with an empty response_mask is
-    absent.
+    missing.
 
-    Packed, up to C comparisons share a row: tokens and masks are [B, T], ``attention_mask`` numbers
-    the answers, and all other fields have C after B.
+    When packed, up to C comparisons share a row: tokens and masks are [B, T], ``attention_mask``
+    numbers the answers, and all other fields have an axis C after B.
     """
 
     tokens: jax.Array  # [B, K, T] int32
@@ -152,18 +146,17 @@ class Comparisons:
     margin: jax.Array | None = None  # [B]
     weight: jax.Array | None = None  # [B]; [B, M] for an ensemble of M members
     ref_log_probs: jax.Array | None = None  # [B, K] summed over the response (DPO)
-    documents: jax.Array | None = (
-        None  # [B, C, K] int32 of packed ones: each answer's number in attention_mask
-    )
+    documents: jax.Array | None = None
+    """[B, C, K] int32, only when packed: the number of each answer in attention_mask."""
 
 
 @flax.struct.dataclass
 class Demonstrations:
-    """Texts to imitate: prompt and response of each row, the loss on the response alone."""
+    """Texts to imitate: a prompt and a response in each row. The loss covers only the response."""
 
     tokens: jax.Array  # [B, T] int32
     attention_mask: jax.Array  # [B, T]; packed documents are numbered 1, 2, ...
-    response_mask: jax.Array  # [B, T]; an empty row is absent
+    response_mask: jax.Array  # [B, T]; an empty row is missing
 
 
 @flax.struct.dataclass
@@ -173,9 +166,8 @@ class Feedback(Demonstrations):
     desirable: jax.Array  # [B] bool
     weight: jax.Array | None = None  # [B]
     ref_log_probs: jax.Array | None = None  # [B] summed over the response
-    mismatched: "Feedback | None" = (
-        None  # each row's prompt with the next row's response, for KTO's reference point
-    )
+    mismatched: "Feedback | None" = None
+    """Each row's prompt with the next row's response, for KTO's reference point."""
     reference_point: jax.Array | None = None  # [B] nats, the same number in each row
 
 

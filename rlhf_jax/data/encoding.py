@@ -1,7 +1,7 @@
-"""Rows to ids: prompt and response are tokenised apart, so that the boundary is where the sampler
-puts it.
+"""Rows to ids: prompt and response are tokenised separately, so that the boundary between them is
+where the sampler puts it.
 
-Texts that are token ids already are taken as they are, without an EOS after them.
+Token ids in the data are used as they are, without an EOS after them.
 """
 
 import functools
@@ -9,7 +9,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -31,8 +31,8 @@ EQUAL_CUT = "dropped, the cut responses are equal"
 @dataclass(frozen=True, eq=False)
 class EncodedTexts:
     """N rows of up to K texts, each a prompt and then a response with EOS at its end (unless it was
-    cut). K is 1 for demonstrations; the answers of a comparison have the same prompt, and absent
-    ones have no token at all.
+    cut). K is 1 for demonstrations; the answers of a comparison have the same prompt, and missing
+    answers have no tokens.
     """
 
     tokens: list[list[np.ndarray]]  # [K][N] arrays [length] int32
@@ -41,15 +41,16 @@ class EncodedTexts:
     sources: list[str]  # [N]
     pad_id: int
     max_length: int | None
-    counts: dict[str, int]  # texts that were too long, by what was done to them
-    best: np.ndarray  # [N] int32 number of the best answer
+    counts: dict[str, int]  # number of texts that were too long, by how they were treated
+    best: np.ndarray  # [N] int32 index of the best answer
     weight: np.ndarray  # [N] float32; [N, M] for an ensemble of M members
-    targets: np.ndarray | None = None  # [N, K] float32, 0 for absent answers
+    targets: np.ndarray | None = None  # [N, K] float32, 0 for missing answers
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """[N, K] int64 tokens of each text."""
-        return np.array([list(map(len, texts)) for texts in self.tokens], np.int64).T
+        lengths = [[len(text) for text in texts] for texts in self.tokens]
+        return np.array(lengths, np.int64).T
 
     @property
     def response_lengths(self) -> np.ndarray:
@@ -58,7 +59,7 @@ class EncodedTexts:
 
     @functools.cached_property
     def shortest(self) -> np.ndarray:
-        """[N] int64 tokens of the 1, 2, ..., N shortest rows together, all texts of a row counted."""
+        """[N] int64 total tokens of the 1, 2, ..., N shortest rows, with all texts of each row."""
         return np.cumsum(np.sort(self.lengths.sum(axis=1)))
 
     def __len__(self) -> int:
@@ -72,7 +73,7 @@ class EncodedPrompts:
     tokens: np.ndarray  # [N, P] int32
     attention_mask: np.ndarray  # [N, P] int32
     rows: list[Row]
-    columns: Sequence[str]  # names of all that rows have, beside prompts
+    columns: Sequence[str]  # names of all columns that rows have, besides prompts
     counts: dict[str, int]
 
     def __len__(self) -> int:
@@ -89,14 +90,14 @@ def encode_texts(
 ) -> EncodedTexts:
     """Demonstrations, pairs or comparisons: prompts in their template and responses with EOS.
 
-    A row that loses an answer goes, and so does one whose answers, after cuts, are all equal,
-    unless it has targets. Either all rows have targets or none.
+    A row that loses an answer is dropped. So is a row without targets whose answers are all equal
+    after cuts. Either all rows have targets or none.
 
     Args:
       max_length: tokens a text may have, EOS included; None for no limit.
       too_long: ``error`` names the row; ``drop`` leaves it out; ``truncate`` cuts the response (its
-        EOS goes too) and leaves rows out whose prompt alone fills ``max_length``. What was done is
-        counted in ``counts``.
+        EOS goes too) and leaves out rows whose prompt alone fills ``max_length``. ``counts`` says
+        how many texts were cut or dropped.
 
     Raises:
       UserError: for a text that is too long, a template without ``{prompt}``, and when no row is
@@ -105,66 +106,86 @@ def encode_texts(
     prompts = prompt_ids(rows, tokenizer, template)
     responses_of = response_ids(rows, tokenizer)
     counts = Counter[str]()
-    kept = list[tuple[Row, list[int], list[list[int]]]]()
+    kept: list[Row] = []
+    texts: list[tuple[list[int], list[list[int]]]] = []
     for row, prompt, responses in zip(rows, prompts, responses_of, strict=True):
-        room = sys.maxsize if max_length is None else max_length - len(prompt)
-        longer = [len(response) for response in responses if len(response) > room]
-        if longer and too_long == "error":
-            what = (
-                f"a prompt of {len(prompt)} and a response of {longer[0]} tokens (EOS included) "
-                "make"
-            )
-            total = f"{len(prompt) + longer[0]}, more than max_length {max_length}"
-            raise UserError(f"{row.source}: {what} {total}; {_CHOICES}")
-        cut = [response[:room] for response in responses]
-        is_choice = len(cut) > 1 and row.targets is None
-        if longer and (too_long == "drop" or room < 1):
-            counts[DROPPED if too_long == "drop" else NO_ROOM] += 1
-        elif is_choice and all(response == cut[0] for response in cut):
-            counts[EQUAL_CUT] += 1
-        else:
-            kept.append((row, prompt, cut))
-            counts[CUT] += len(longer)
+        cut = _cut(row, prompt, responses, max_length, too_long, counts)
+        if cut is not None:
+            kept.append(row)
+            texts.append((prompt, cut))
     _check_some_left(kept, rows, max_length)
-    left = [row for row, _, _ in kept]
-    shape = len(kept), max(len(cut) for _, _, cut in kept)
-    tokens = [[np.zeros(0, np.int32)] * shape[0] for _ in range(shape[1])]
-    starts, targets = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-    for i, (row, prompt, cut) in enumerate(kept):
+    num_answers = max(len(cut) for _, cut in texts)
+    shape = (len(kept), num_answers)
+    nothing = np.zeros(0, np.int32)
+    tokens = [[nothing] * len(kept) for _ in range(num_answers)]
+    starts = np.zeros(shape, np.int64)
+    targets = np.zeros(shape, np.float32)
+    for i, (prompt, cut) in enumerate(texts):
         starts[i, : len(cut)] = len(prompt)
-        targets[i, : len(cut)] = row.targets or 0.0
+        targets[i, : len(cut)] = kept[i].targets or 0.0
         for k, response in enumerate(cut):
             tokens[k][i] = np.array(prompt + response, np.int32)
     frame = chat.frame(template, tokenizer) or "{prompt}"
     return EncodedTexts(
         tokens,
         starts,
-        prompts=[_shown(row, frame, tokenizer) for row in left],
-        sources=[row.source for row in left],
+        prompts=[_shown(row, frame, tokenizer) for row in kept],
+        sources=[row.source for row in kept],
         pad_id=tokenizer.pad_id,
         max_length=max_length,
         counts=dict(+counts),
-        best=np.array([row.best or 0 for row in left], np.int32),
-        weight=_weights(rows, left),
-        targets=targets if any(row.targets for row in left) else None,
+        best=np.array([row.best or 0 for row in kept], np.int32),
+        weight=_weights(rows, kept),
+        targets=targets if any(row.targets for row in kept) else None,
     )
 
 
-def pieces(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[Row]:
-    """Plain texts, with EOS at their end, cut into rows of token ids that are as long as the model
-    reads, at most `LONGEST_PIECE`.
+def _cut(
+    row: Row,
+    prompt: list[int],
+    responses: list[list[int]],
+    max_length: int | None,
+    too_long: TooLong,
+    counts: Counter[str],
+) -> list[list[int]] | None:
+    """The responses cut to ``max_length``, or None if the row is dropped; counted in ``counts``."""
+    room = sys.maxsize if max_length is None else max_length - len(prompt)
+    longer = [len(response) for response in responses if len(response) > room]
+    if longer and too_long == "error":
+        parts = f"a prompt of {len(prompt)} and a response of {longer[0]} tokens (EOS included)"
+        total = f"{len(prompt) + longer[0]}, more than max_length {max_length}"
+        raise UserError(f"{row.source}: {parts} make {total}; {_CHOICES}")
+    if longer and too_long == "drop":
+        counts[DROPPED] += 1
+        return None
+    if longer and room < 1:
+        counts[NO_ROOM] += 1
+        return None
+    cut = [response[:room] for response in responses]
+    is_choice = len(cut) > 1 and row.targets is None
+    if is_choice and all(response == cut[0] for response in cut):
+        counts[EQUAL_CUT] += 1
+        return None
+    counts[CUT] += len(longer)
+    return cut
 
-    A piece's prompt is one token, the last one of the piece before it, so that each token of a text
-    but its first is predicted once.
+
+def pieces(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[Row]:
+    """Plain texts, with EOS at their end, cut into rows of token ids. A piece has as many tokens as
+    the model can read, and at most `LONGEST_PIECE`.
+
+    The prompt of a piece is one token, the last one of the previous piece, so that each token of a
+    text except the first is predicted once.
     """
     length = min(max_length, LONGEST_PIECE)
     texts = [row.responses[0] for row in rows]
+    sources = [row.source for row in rows]
     cut = []
-    for row, ids in zip(rows, _ids(texts, tokenizer, [row.source for row in rows]), strict=True):
+    for source, ids in zip(sources, _ids(texts, tokenizer, sources), strict=True):
         ids = [*ids, tokenizer.eos_id]
         for number, start in enumerate(range(0, len(ids) - 1, length - 1), 1):
             piece = tuple(ids[start : start + length])
-            cut.append(Row(piece[:1], (piece[1:],), f"{row.source}, piece {number}"))
+            cut.append(Row(piece[:1], (piece[1:],), f"{source}, piece {number}"))
     return cut
 
 
@@ -181,39 +202,41 @@ def encode_prompts(
     """Prompts in their template, left-padded to ``length`` (P), or to the longest.
 
     Args:
-      max_positions: of the model, None for no limit: a prompt and ``max_new_tokens`` after it must
-        fit.
+      max_positions: positions of the model, None for no limit: a prompt and ``max_new_tokens``
+        after it must fit.
       too_long: as `encode_texts`, but ``truncate`` keeps the end of a prompt.
 
     Raises:
       UserError: as `encode_texts`, and if the settings leave no room for a prompt.
     """
     room = sys.maxsize if max_positions is None else max_positions - max_new_tokens
-    if room < (length or 1):
-        slots = (
-            f"{length or 1} tokens (rl.max_prompt_length) in the model's {max_positions} positions"
-        )
+    least = length or 1
+    if room < least:
+        slots = f"{least} tokens (rl.max_prompt_length) in the model's {max_positions} positions"
         raise UserError(
             f"rl.max_new_tokens {max_new_tokens} leaves no room for a prompt of {slots}"
         )
     ids = prompt_ids(rows, tokenizer, template)
     width = length or min(room, max(map(len, ids), default=0))
-    counts, kept = Counter[str](), list[tuple[Row, list[int]]]()
+    counts = Counter[str]()
+    kept: list[Row] = []
+    prompts: list[list[int]] = []
     for row, prompt in zip(rows, ids, strict=True):
-        if len(prompt) > width and too_long == "error":
-            what = f"the prompt has {len(prompt)} tokens, more than the {width} allowed"
-            raise UserError(f"{row.source}: {what}; {_CHOICES}")
         if len(prompt) > width:
-            counts[DROPPED if too_long == "drop" else PROMPT_CUT] += 1
-        if len(prompt) <= width or too_long == "truncate":
-            kept.append((row, prompt[-width:]))
+            if too_long == "error":
+                what = f"the prompt has {len(prompt)} tokens, more than the {width} allowed"
+                raise UserError(f"{row.source}: {what}; {_CHOICES}")
+            if too_long == "drop":
+                counts[DROPPED] += 1
+                continue
+            counts[PROMPT_CUT] += 1
+        kept.append(row)
+        prompts.append(prompt[-width:])
     _check_some_left(kept, rows, width)
-    arrays = left_padded([prompt for _, prompt in kept], width, tokenizer.pad_id)
-    left = [row for row, _ in kept]
-    columns = dict.fromkeys(
-        name for row in left for name in row.columns
-    )  # in the order of their first appearance
-    return EncodedPrompts(*arrays, left, list(columns), dict(counts))
+    tokens, attention_mask = left_padded(prompts, width, tokenizer.pad_id)
+    names = [name for row in kept for name in row.columns]
+    columns = list(dict.fromkeys(names))  # in the order of their first appearance
+    return EncodedPrompts(tokens, attention_mask, kept, columns, dict(counts))
 
 
 def left_padded(
@@ -230,8 +253,8 @@ def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list
     """Ids of each prompt as the model reads it under the template, a ``text.template``.
 
     A text stands in `chat.frame`, or is a user's message of the tokenizer's chat template. Token
-    ids, of which messages were made too, are the whole prompt under ``auto``; any other template
-    stands around them.
+    ids, which messages are turned into as well, are the whole prompt under ``auto``; any other
+    template is put around them.
 
     Raises:
       UserError: for a template without ``{prompt}``; naming the row, for a prompt without any
@@ -241,21 +264,13 @@ def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list
     frame = chat.frame(template, tokenizer)
     if frame is not None and "{prompt}" not in frame:
         raise UserError(f"the template {template!r} has no {{prompt}} in it")
-    framed = list[Text]()
-    for row in rows:
-        prompt = row.prompt
-        if isinstance(prompt, str):
-            framed.append(_framed(prompt, frame, tokenizer, row.source))
-        else:
-            framed.append(prompt)
-    encoded = _ids(framed, tokenizer, [row.source for row in rows])
+    texts = [_framed(row, frame, tokenizer) for row in rows]
+    encoded = _ids(texts, tokenizer, [row.source for row in rows])
     if template != chat.AUTO:
         around = [tokenizer.encode(part) for part in template.split("{prompt}")]
         for i, row in enumerate(rows):
             if isinstance(row.prompt, tuple):
-                encoded[i] = functools.reduce(
-                    lambda before, after: [*before, *row.prompt, *after], around
-                )
+                encoded[i] = _joined(around, row.prompt)
     for row, ids in zip(rows, encoded, strict=True):
         if not ids:
             what = f"the tokenizer makes no token of the prompt {row.prompt!r}"
@@ -263,38 +278,55 @@ def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list
     return encoded
 
 
-def _framed(prompt: str, frame: str | None, tokenizer: Tokenizer, source: str) -> Text:
+def _joined(parts: Sequence[list[int]], prompt: Sequence[int]) -> list[int]:
+    """The parts with the prompt between them, as ``str.join``."""
+    ids = [*parts[0]]
+    for part in parts[1:]:
+        ids += [*prompt, *part]
+    return ids
+
+
+def _framed(row: Row, frame: str | None, tokenizer: Tokenizer) -> Text:
+    """A text in its frame or as a user's message; token ids as they are."""
+    if not isinstance(row.prompt, str):
+        return row.prompt
     if frame is None:
-        return chat.template_of(tokenizer).user(prompt, source)
-    return frame.replace("{prompt}", prompt)
+        return chat.template_of(tokenizer).user(row.prompt, row.source)
+    return frame.replace("{prompt}", row.prompt)
 
 
 def _shown(row: Row, frame: str, tokenizer: Tokenizer) -> str:
-    """A row's prompt as text, in its frame if it was one."""
+    """A row's prompt for people to read, in its frame if the prompt is a text."""
     text = chat.shown(row, tokenizer)
     return frame.replace("{prompt}", text) if isinstance(row.prompt, str) else text
 
 
 def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[int]]]:
-    """Ids of the responses of each row, with EOS after those that were text. Raises as
+    """Ids of the responses of each row, with EOS after those that are texts. Raises as
     `prompt_ids`.
     """
-    texts = [(text, row.source) for row in rows for text in row.responses]
-    encoded = iter(_ids([text for text, _ in texts], tokenizer, [source for _, source in texts]))
-    end = lambda text: [tokenizer.eos_id] if isinstance(text, str) else []  # noqa: E731
-    return [[next(encoded) + end(text) for text in row.responses] for row in rows]
+    texts = [text for row in rows for text in row.responses]
+    sources = [row.source for row in rows for _ in row.responses]
+    encoded = _ids(texts, tokenizer, sources)
+    for text, ids in zip(texts, encoded, strict=True):
+        if isinstance(text, str):
+            ids.append(tokenizer.eos_id)
+    rest = iter(encoded)
+    return [[next(rest) for _ in row.responses] for row in rows]
 
 
 def _ids(texts: Sequence[Text], tokenizer: Tokenizer, sources: Sequence[str]) -> list[list[int]]:
-    encoded = tokenizer.encode_batch(
-        [text if isinstance(text, str) else "" for text in texts], sources
-    )
+    strings = [text if isinstance(text, str) else "" for text in texts]
+    encoded = tokenizer.encode_batch(strings, sources)
     for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            if max(text) >= tokenizer.vocab_size:
-                what = f"the tokenizer has ids up to {tokenizer.vocab_size - 1} only; use the one that made the ids"
-                raise UserError(f"{sources[i]}: holds the token id {max(text)}, but {what}")
-            encoded[i] = list(text)
+        if isinstance(text, str):
+            continue
+        largest = max(text)
+        if largest >= tokenizer.vocab_size:
+            last = tokenizer.vocab_size - 1
+            what = f"the tokenizer has ids up to {last} only; use the one that made the ids"
+            raise UserError(f"{sources[i]}: holds the token id {largest}, but {what}")
+        encoded[i] = list(text)
     return encoded
 
 
@@ -302,22 +334,25 @@ _CHOICES = "shorten it, or give --text.too-long (of evaluate: --too-long) trunca
 
 
 def _weights(rows: Sequence[Row], left: Sequence[Row]) -> np.ndarray:
-    """[N] float32 weights of the rows that are left. The pairs of one source (a ranking) that are
-    left together weigh what all its pairs did.
+    """[N] float32 weights of the rows that are left. If some pairs of a source (a ranking) are
+    dropped, the others get their weight, so that the source's total stays.
     """
-    before, after = defaultdict[str, float](float), defaultdict[str, float](float)
-    for total, of in ((before, rows), (after, left)):
-        for row in of:
+
+    def total_by_source(rows: Sequence[Row]) -> dict[str, float]:
+        total = defaultdict[str, float](float)
+        for row in rows:
             total[row.source] += row.weight or 1.0
-    return np.array(
-        [(row.weight or 1.0) * before[row.source] / after[row.source] for row in left], np.float32
-    )
+        return total
+
+    before = total_by_source(rows)
+    after = total_by_source(left)
+    weights = [(row.weight or 1.0) * before[row.source] / after[row.source] for row in left]
+    return np.array(weights, np.float32)
 
 
-def _check_some_left(kept: Sequence[Any], rows: Sequence[Any], limit: int | None) -> None:
+def _check_some_left(kept: Sequence[Row], rows: Sequence[Row], limit: int | None) -> None:
     if not rows:
         raise UserError("no rows to encode")
     if not kept:
-        raise UserError(
-            f"{rows[0].source} and all {len(rows)} rows are longer than {limit} tokens; raise the limit"
-        )
+        what = f"all {len(rows)} rows are longer than {limit} tokens; raise the limit"
+        raise UserError(f"{rows[0].source} and {what}")

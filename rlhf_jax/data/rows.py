@@ -15,9 +15,8 @@ OnBadRow = Literal["error", "drop"]
 Message = dict[str, Any]
 TokenIds = tuple[int, ...]
 NUM_SHOWN = 20  # different faults that an error names
-Text = (
-    str | TokenIds
-)  # token ids are used as they are: neither tokenised again nor completed with EOS
+# Token ids are used as they are: they are not tokenised again and get no EOS.
+Text = str | TokenIds
 
 
 class Record(NamedTuple):
@@ -31,29 +30,26 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and K responses to it: none of a prompt for RL, one to imitate, two of a pair, the
-    chosen one first.
+    """A prompt and K responses to it: none for RL, one to imitate, two for a pair, the chosen one
+    first.
     """
 
     prompt: Text
     responses: tuple[Text, ...]
     source: str
-    best: int | None = (
-        None  # number of the best of K > 2 responses; None: the first, or as the targets say
-    )
+    best: int | None = None
+    """Index of the best of K > 2 responses; None: the first one, or the one with the best target."""
     targets: tuple[float, ...] | None = None  # a score for each response
     weight: float | None = None  # None counts as 1
-    category: str = ""  # of given answers, whose figures an evaluation shows apart
-    columns: dict[str, Any] = field(
-        default_factory=dict
-    )  # a prompt's other keys, which reach the reward
-    votes: tuple[int, ...] = ()  # of annotators on two responses: 1, 2 or 0, a tie
+    category: str = ""  # of given answers; an evaluation reports each category separately
+    columns: dict[str, Any] = field(default_factory=dict)  # a prompt's other keys, for the reward
+    votes: tuple[int, ...] = ()  # of annotators on two responses: 1, 2, or 0 for a tie
     messages: Sequence[Message] = field(default=(), compare=False)
-    """What the prompt was rendered from; empty for a text or token ids of the data."""
+    """The messages of which the prompt was rendered; empty for a text or token ids of the data."""
 
     @property
     def is_plain_text(self) -> bool:
-        """Whether it is a text for a language model: one response, no prompt."""
+        """Whether the row is a text for a language model: one response, no prompt."""
         return self.prompt == ""
 
     @property
@@ -68,51 +64,63 @@ class Row:
 
     @property
     def majority(self) -> int | None:
-        """What more annotators said than anything else; None if there is no such thing."""
+        """The answer of most annotators; None if two answers have equally many votes."""
         (first, most), *others = Counter(self.votes).most_common()
-        return None if others and others[0][1] == most else first
+        if others and others[0][1] == most:
+            return None
+        return first
 
 
 class BadRow(UserError):
-    """A row that a stage cannot use: an error, unless ``--on-bad-row drop`` leaves it out under
-    ``what`` is wrong.
+    """A row that a stage cannot use: an error, unless ``--on-bad-row drop`` leaves it out and
+    counts it under the reason ``what``.
     """
 
     def __init__(self, source: str, what: str):
         super().__init__(f"{source}: {what}")
-        self.source, self.what = source, what
+        self.source = source
+        self.what = what
 
 
 class Drop(BadRow):
-    """A row without a fault that teaches nothing: it is always left out, and counted under this
+    """A correct row that training has no use for: it is always left out, and counted under its
     reason.
     """
 
 
 def places(sources: Sequence[str], most: int = 5) -> str:
-    """The first of these places, each file named once: ``FILE, line 3, line 8 and 2 more``."""
-    shown, before = list[str](), None
+    """The first of these places; a file is named once: ``FILE, line 3, line 8 and 2 more``."""
+    shown: list[str] = []
+    file_before = None
     for source in sources[:most]:
         file, _, place = source.rpartition(", ")
-        shown.append(place if file == before else source)
-        before = file
-    return ", ".join(shown) + (f" and {len(sources) - most} more" if len(sources) > most else "")
+        shown.append(place if file == file_before else source)
+        file_before = file
+    text = ", ".join(shown)
+    if len(sources) > most:
+        text += f" and {len(sources) - most} more"
+    return text
 
 
 def summary(errors: Sequence[UserError]) -> list[str]:
-    """One line for each of the first `NUM_SHOWN` faults; identical ones are said once, with their
+    """One line for each of the first `NUM_SHOWN` faults. Identical faults are one line with their
     number and places.
     """
-    lines, faults = list[str](), defaultdict[str, list[str]](list)
+    lines: list[str] = []
+    sources_of = defaultdict[str, list[str]](list)
     for error in errors:
         if isinstance(error, BadRow):
-            faults[error.what].append(error.source)
+            sources_of[error.what].append(error.source)
         else:
             lines.append(str(error))
-    for what, sources in faults.items():
-        several = f"{len(sources)} rows: {what} ({places(sources)})"
-        lines.append(several if len(sources) > 1 else f"{sources[0]}: {what}")
-    return [*lines[:NUM_SHOWN], *[f"and {len(lines) - NUM_SHOWN} more"] * (len(lines) > NUM_SHOWN)]
+    for what, sources in sources_of.items():
+        if len(sources) == 1:
+            lines.append(f"{sources[0]}: {what}")
+        else:
+            lines.append(f"{len(sources)} rows: {what} ({places(sources)})")
+    if len(lines) > NUM_SHOWN:
+        return [*lines[:NUM_SHOWN], f"and {len(lines) - NUM_SHOWN} more"]
+    return lines
 
 
 def texts(rows: Sequence[Row]) -> Iterator[str]:
@@ -133,42 +141,38 @@ def texts(rows: Sequence[Row]) -> Iterator[str]:
 
 def fields(record: Record, expected: str) -> dict[str, Any]:
     """The record as an object; ``expected`` are its keys, for the error."""
-    if isinstance(record.value, UserError):
-        raise record.value
-    expect(
-        isinstance(record.value, dict),
-        record,
-        f"expected an object with keys {expected}",
-        record.value,
-    )
-    return record.value
+    value = record.value
+    if isinstance(value, UserError):
+        raise value
+    what = f"expected an object with keys {expected}"
+    expect(isinstance(value, dict), record, what, value)
+    return value
 
 
 def expect(holds: Any, record: Record, what: str, *found: Any) -> None:
-    """Raises `BadRow`, saying where, ``what`` must be or is wrong and, if given, the kind of value,
-    unless it holds.
+    """Raises `BadRow` unless ``holds``. The message is the place, ``what`` must be or is wrong and,
+    if a value is given, its kind.
     """
     if not holds:
-        raise BadRow(record.source, what + "".join(f", found {kind(value)}" for value in found))
+        kinds = [f", found {kind(value)}" for value in found]
+        raise BadRow(record.source, what + "".join(kinds))
 
 
 def require(record: Record, keys: Sequence[str]) -> None:
-    """Raises `BadRow` with the keys found, and the nearest ones, if any of ``keys`` is missing."""
+    """Raises `BadRow` if any of ``keys`` is missing; it names the keys found and similar ones."""
     missing = [key for key in keys if key not in record.value]
-    if missing:
-        present = ", ".join(record.value) or "none"
-        hint = "".join(
-            meant(key, [other for other in record.value if other not in keys]) for key in missing
-        )
-        raise BadRow(record.source, f"expected keys {', '.join(keys)}, found {present}{hint}")
+    if not missing:
+        return
+    present = ", ".join(record.value) or "none"
+    others = [key for key in record.value if key not in keys]
+    hint = "".join(meant(key, others) for key in missing)
+    raise BadRow(record.source, f"expected keys {', '.join(keys)}, found {present}{hint}")
 
 
 def meant(key: str, others: Sequence[str]) -> str:
-    """The hint that one of ``others`` was meant to be ``key``; "" if none is like it."""
-    return "".join(
-        f"; did you mean {key!r} by {near!r}?"
-        for near in difflib.get_close_matches(key, others, n=1)
-    )
+    """The hint that one of ``others`` was meant to be ``key``; "" if none is similar."""
+    near = difflib.get_close_matches(key, others, n=1)
+    return f"; did you mean {key!r} by {near[0]!r}?" if near else ""
 
 
 def text(record: Record, key: str) -> str:
@@ -184,22 +188,21 @@ def checked(record: Record, what: str, value: str, may_be_space: bool = True) ->
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, yet no text
-        raise BadRow(
-            record.source, f"{what} holds half of a surrogate pair, {value[error.start]!a}"
-        ) from error
+        half = value[error.start]
+        fault = f"{what} holds half of a surrogate pair, {half!a}"
+        raise BadRow(record.source, fault) from error
     return value
 
 
 def kind(value: Any) -> str:
-    """What a value is, in an error."""
-    a_list = "a list" if value else "an empty list"
+    """Names the kind of a value for an error message."""
+    if type(value) in (int, float):
+        return f"the number {value}" if not abs(value) >= 1e20 else "a number that is too large"
     known = {
         dict: "an object",
-        list: a_list,
+        list: "a list" if value else "an empty list",
         str: "a string",
         bool: "true or false",
         type(None): "null",
     }
-    if type(value) in (int, float):
-        return f"the number {value}" if not abs(value) >= 1e20 else "a number that is too large"
     return known.get(type(value), f"a value of type {type(value).__name__}")
