@@ -24,7 +24,7 @@ from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.types import Params, Rollout
 
-_BUCKET = 16  # tokens: what widths of prompts are multiples of, so that few shapes are compiled
+_BUCKET = 16  # tokens: widths of prompts are multiples of it, so that few shapes are compiled
 
 
 @functools.cache
@@ -56,7 +56,8 @@ class LanguageModel(NamedTuple):
             UserError: the folder lacks a file, or the tokenizer has more entries than the model.
         """
         model, params = models.load(source, **compute)
-        tokenizer, size = tokenizers.load_tokenizer(source), model.config.vocab_size
+        tokenizer = tokenizers.load_tokenizer(source)
+        size = model.config.vocab_size
         if tokenizer.vocab_size == size + 1 and tokenizer.pad_id == size:
             model, params = models.resize_vocabulary(model, params, tokenizer.vocab_size)
         elif tokenizer.vocab_size > size:
@@ -80,32 +81,33 @@ class LanguageModel(NamedTuple):
         return cls(model, jax.tree.map(jnp.asarray, params), tokenizer)
 
     def save(self, folder: str | Path, *, template: str, config: SamplingConfig) -> None:
-        """Writes a folder that ``load``, transformers and chat clients read; for them with the
-        run's prompts, sampling.
+        """Writes a folder that ``load``, transformers and chat clients read. It tells them how the
+        run formatted prompts and sampled.
 
         Args:
             folder: made if missing, its files replaced.
             template: the run's ``text.template``, for the tokenizer's chat template
                 (``chat.with_text_template``).
-            config: for generation_config.json: how transformers samples by default. Not how long:
-                lm-eval and vLLM would end their responses there, whatever a task allows. A reward
-                model has no such file.
+            config: for generation_config.json: how transformers samples by default. The maximum
+                length is left out: lm-eval and vLLM would end all responses there, whatever their
+                task allows. A reward model has no such file.
         """
         models.save(folder, self.model, self.params)
         chat.with_text_template(self.tokenizer, template).save(folder)
-        keys: dict[str, Any] = {"do_sample": config.temperature > 0}
+        if "score" in self.params:
+            return
         ends = config.eos_ids if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None)
-        keys |= {"eos_token_id": ends, "pad_token_id": config.pad_id}
-        if config.temperature > 0:  # without top_k transformers takes the likeliest 50
-            keys |= {
-                "temperature": config.temperature,
-                "top_k": config.top_k or 0,
-                "top_p": config.top_p or 1.0,
-            }
-        if "score" not in self.params:
-            (Path(folder) / "generation_config.json").write_text(
-                json.dumps(keys, indent=2) + "\n", encoding="utf-8"
-            )
+        keys: dict[str, Any] = {
+            "do_sample": config.temperature > 0,
+            "eos_token_id": ends,
+            "pad_token_id": config.pad_id,
+        }
+        if config.temperature > 0:
+            keys["temperature"] = config.temperature
+            keys["top_k"] = config.top_k or 0  # without it transformers takes the likeliest 50
+            keys["top_p"] = config.top_p or 1.0
+        text = json.dumps(keys, indent=2) + "\n"
+        Path(folder, "generation_config.json").write_text(text, encoding="utf-8")
 
     def sample(
         self,
@@ -120,49 +122,47 @@ class LanguageModel(NamedTuple):
         """Samples a response to each of N left-padded prompts [N, P], ``batch_size`` at a time; a
         NumPy Rollout.
 
-        Prompts of like length form a batch, without the columns that are padding in all
-        (`batches.prompt_width`).
+        Prompts of similar length form a batch, without the columns that are padding in all of its
+        rows (`batches.prompt_width`).
 
-        by_row: ``row_ids`` and ``used`` [N], as ``sampling.generate`` has them. Row i is sampled as
-            row ``row_ids[i]`` (none given: i) whatever the batch size.
+        by_row: ``row_ids`` and ``used`` [N], as in ``sampling.generate``. Row i is sampled as row
+            ``row_ids[i]`` (by default i) whatever the batch size.
         """
-        by_row = {"row_ids": np.arange(len(tokens), dtype=np.int32)} | by_row
+        by_row.setdefault("row_ids", np.arange(len(tokens), dtype=np.int32))
         columns = np.shape(tokens)[1]
+        generate = _sampler(self.model.config.num_layers)
 
         def sample(tokens: np.ndarray, mask: np.ndarray, by_row: dict[str, np.ndarray]) -> Rollout:
-            sample = _sampler(self.model.config.num_layers)
-            sampled = sample(self.model, self.params, tokens, mask, key, config=config, **by_row)
+            sampled = generate(self.model, self.params, tokens, mask, key, config=config, **by_row)
             return replace(sampled, prompt_length=columns)
 
         sampled = _by_length(sample, batch_size, tokens, mask, by_row)
-        return replace(
-            sampled, tokens=np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1)
-        )
+        # The prompts as they were given: a batch leaves columns out.
+        whole = np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1)
+        return replace(sampled, tokens=whole)
 
 
 class Generations(NamedTuple):
     """Responses to prompts: N = prompts * samples rows, those of one prompt adjacent."""
 
     texts: list[str]
-    """[N] without special tokens; of several turns the policy's words alone, one response after the
-    other.
-    """
+    """[N] without special tokens; a conversation is the policy's responses, one after the other."""
     transcripts: list[str]
-    """[N] the same with an environment's replies in their places."""
+    """[N] the same with an environment's replies between the responses."""
     log_probs: np.ndarray
     """[N] float32, of the whole response: the sum of ``token_log_probs``, in nats."""
     rewards: np.ndarray | None
     """[N] float32, the reward model's scores; None without one."""
     token_log_probs: list[np.ndarray]
-    """[N] arrays [response tokens], EOS included: of the full softmax at the temperature (at
-    temperature 0: of 1).
+    """[N] arrays [response tokens], EOS included: log-probs of the full softmax at the temperature
+    (at temperature 0: of the softmax at temperature 1).
     """
     finished: np.ndarray
-    """[N] bool, whether EOS ended the (last) response, rather than ``max_new_tokens``."""
+    """[N] bool, whether EOS ended the last response. False if ``max_new_tokens`` cut it."""
 
 
 class Generator:
-    """A policy, and a reward model beside it if wanted, from the folders that a run leaves.
+    """A policy, and optionally a reward model, from the folders that a run writes.
 
         generator = Generator("runs/ppo/model", reward_model="runs/rm/model", max_new_tokens=64)
         generations = generator(["Name a prime.", "Is ice warm?"], seed=0)
@@ -170,20 +170,20 @@ class Generator:
 
     Args:
         folder: a Hugging Face folder (or name) with its tokenizer.
-        reward_model: that of a reward model with the same tokenizer.
-        max_new_tokens: response slots R, of replies too.
+        reward_model: the folder of a reward model with the same tokenizer.
+        max_new_tokens: response slots R; replies use them too.
         temperature: divides the logits; 0 takes the most likely token.
         top_k, top_p: as in ``sampling.SamplingConfig``.
-        template: what the model reads for a prompt, as ``text.template``; None is ``auto``.
+        template: how a prompt is formatted, as ``text.template``; None is ``auto``.
         environment: ``fn(conversation, row)`` or FILE.py:FUNCTION, which replies to responses
             (``data.environment``).
-        max_turns: responses of a row at most; None: as many as fit.
-        batch_size: at most this many rows at once.
+        max_turns: the largest number of responses in a row; None: as many as fit.
+        batch_size: the largest number of rows at once.
         compute: as in ``models.load``, such as ``compute_dtype="bfloat16"``.
 
     Raises:
-        UserError: a folder cannot be read, the policy is a reward model or the reward model none,
-            their tokenizers differ, or ``max_new_tokens`` leaves no room for a prompt.
+        UserError: a folder cannot be read, the policy is a reward model, the reward model has no
+            score head, their tokenizers differ, or ``max_new_tokens`` leaves no room for a prompt.
         ValueError: a setting is out of range.
     """
 
@@ -212,25 +212,20 @@ class Generator:
             raise UserError(
                 f"{folder}: this is a reward model, which writes no text; give the policy first"
             )
-        end, pad = self.tokenizer.eos_ids, self.tokenizer.pad_id
         self.config = SamplingConfig(
-            max_new_tokens, temperature, top_k, top_p, eos_id=end, pad_id=pad
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            eos_id=self.tokenizer.eos_ids,
+            pad_id=self.tokenizer.pad_id,
         )
         fn = function_of(environment, "environment")
         self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
         self._score: Callable[..., jax.Array] | None = None
         positions = self.model.config.max_length
         if reward_model is not None:
-            judge, params, tokenizer = LanguageModel.load(reward_model, **compute)
-            if "score" not in params:
-                raise UserError(
-                    f"{reward_model}: this model has no score head; give a reward model's folder"
-                )
-            if tokenizer.fingerprint != self.tokenizer.fingerprint:
-                raise UserError(
-                    f"{reward_model}: the reward model's tokenizer is not that of {folder}"
-                )
-            self._score = functools.partial(jax.jit(models.score_fn(judge)), params)
+            judge = self._load_judge(reward_model, str(folder), compute)
             positions = min(positions, judge.config.max_length)
         self._room = positions - max_new_tokens
         if self._room < 1:
@@ -238,6 +233,20 @@ class Generator:
                 f"{folder}: max_new_tokens {max_new_tokens} leaves no room for a prompt in "
                 f"{positions}"
             )
+
+    def _load_judge(
+        self, reward_model: str | Path, policy: str, compute: dict[str, Any]
+    ) -> models.Model:
+        """Sets the function that scores responses to that of a reward model; returns the model."""
+        judge, params, tokenizer = LanguageModel.load(reward_model, **compute)
+        if "score" not in params:
+            raise UserError(
+                f"{reward_model}: this model has no score head; give a reward model's folder"
+            )
+        if tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise UserError(f"{reward_model}: the reward model's tokenizer is not that of {policy}")
+        self._score = functools.partial(jax.jit(models.score_fn(judge)), params)
+        return judge
 
     def __call__(
         self,
@@ -250,12 +259,12 @@ class Generator:
         """Samples ``num_samples`` responses to each prompt.
 
         prompts: texts, or lists of messages such as {"role": "user", "content": "Is ice warm?"}.
-        columns: what the environment gets as ``row``, for each prompt; empty: nothing.
+        columns: for each prompt, the ``row`` that the environment gets; by default empty.
 
-        A response is a function of seed, prompt, and which of the prompt's samples it is: the first
-        one to a prompt is the same whatever else is asked, in whatever batches (up to ties within
-        the rounding of the logits). A prompt that is given twice gets its next samples the second
-        time. Prompts of like length form a batch, padded to its longest.
+        A response depends on the seed, the prompt, and the number of the sample: the first sample
+        of a prompt is the same whatever the other prompts and batches are (up to ties within the
+        rounding of the logits). If a prompt is given twice, the second one gets the next samples.
+        Prompts of similar length form a batch, padded to its longest.
 
         Raises:
             UserError: naming the prompt, such as ``prompts[3]``: it is neither a text nor messages,
@@ -268,56 +277,54 @@ class Generator:
         given = zip(prompts, columns or [{}] * len(prompts), strict=True)
         rows = [self._row(prompt, f"prompts[{i}]", own) for i, (prompt, own) in enumerate(given)]
         ids = encoding.prompt_ids(rows, self.tokenizer, self.template)
-        for row, own in zip(rows, ids, strict=True):
-            if len(own) > self._room:
-                what = (
-                    f"{row.source}, {chat.shown(row, self.tokenizer)[:40]!r}: has {len(own)} tokens, and "
-                    f"{self._room} are left"
-                )
-                raise UserError(
-                    f"{what} beside max_new_tokens {self.config.max_new_tokens}; shorten one of "
-                    "the two"
-                )
+        self._check_lengths(rows, ids)
         if not rows:
             return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
-        width = min(-(-max(map(len, ids)) // _BUCKET) * _BUCKET, self._room)
+        longest = max(map(len, ids))
+        width = min(-(-longest // _BUCKET) * _BUCKET, self._room)
         padded = encoding.left_padded(ids, width, self.tokenizer.pad_id)
-        numbers, drawn = (
-            np.repeat(np.arange(len(rows)), num_samples),
-            collections.Counter[tuple[int, ...]](),
-        )
-        # a row's randomness is of its prompt and the number of its sample, not of its place
-        streams = []
-        for prompt in (tuple(ids[number]) for number in numbers):
-            streams.append(
-                zlib.crc32(np.array([drawn[prompt], *prompt], "<i4").tobytes()) & 0x7FFFFFFF
-            )
-            drawn[prompt] += 1
-        how: Any = {
-            "config": self.config,
-            "batch_size": self.batch_size,
-            "row_ids": np.array(streams, np.int32),
-        }
+        encoded = encoding.EncodedPrompts(*padded, rows, (), {})
+        numbers = np.repeat(np.arange(len(rows)), num_samples)
+        streams = _streams([tuple(ids[number]) for number in numbers])
+        key = jax.random.key(seed)
 
         def respond(
             tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
         ) -> Rollout:
-            return self._policy.sample(tokens, mask, jax.random.key(seed), **how, used=used)
+            return self._policy.sample(
+                tokens,
+                mask,
+                key,
+                config=self.config,
+                batch_size=self.batch_size,
+                row_ids=streams,
+                used=used,
+            )
 
-        encoded = encoding.EncodedPrompts(*padded, rows, (), {})
-        rollout: Any = converse(self._environment, respond, encoded, numbers)[0]
-        inputs, said = (
-            (self.batch_size, rollout.tokens, rollout.attention_mask),
-            rollout.response_mask != 0,
-        )
+        sampled, _ = converse(self._environment, respond, encoded, numbers)
+        rollout: Any = sampled
+        rewards = None
+        if self._score is not None:
+            inputs = (rollout.tokens, rollout.attention_mask)
+            rewards = _by_length(self._score, self.batch_size, *inputs)
+        in_responses = zip(rollout.log_probs, rollout.mask, strict=True)
         return Generations(
             texts=responses(rollout, self.tokenizer),
             transcripts=responses(rollout, self.tokenizer, with_replies=True),
             log_probs=rollout.log_probs.sum(axis=1),
-            rewards=None if self._score is None else _by_length(self._score, *inputs),
-            token_log_probs=[row[mask] for row, mask in zip(rollout.log_probs, said, strict=True)],
+            rewards=rewards,
+            token_log_probs=[log_probs[mask] for log_probs, mask in in_responses],
             finished=ended(rollout, self.config.eos_ids),
         )
+
+    def _check_lengths(self, rows: Sequence[Row], ids: Sequence[list[int]]) -> None:
+        for row, own in zip(rows, ids, strict=True):
+            if len(own) > self._room:
+                prompt = chat.shown(row, self.tokenizer)[:40]
+                raise UserError(
+                    f"{row.source}, {prompt!r}: has {len(own)} tokens, and {self._room} are left "
+                    f"beside max_new_tokens {self.config.max_new_tokens}; shorten one of the two"
+                )
 
     def _row(self, prompt: str | Sequence[Message], source: str, columns: dict[str, Any]) -> Row:
         """A prompt of a call."""
@@ -336,59 +343,79 @@ class Generator:
         return Row(text, (), source, columns=columns, messages=messages)
 
 
+def _streams(prompts: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """[N] int32 numbers that decide the randomness of each row: functions of its prompt and of how
+    often that prompt came before, not of its place.
+    """
+    times = collections.Counter[tuple[int, ...]]()
+    streams = []
+    for prompt in prompts:
+        identity = np.array([times[prompt], *prompt], "<i4").tobytes()
+        streams.append(zlib.crc32(identity) & 0x7FFFFFFF)
+        times[prompt] += 1
+    return np.array(streams, np.int32)
+
+
 def _by_length(fn: Callable[..., Any], batch_size: int, tokens: Any, mask: Any, *trees: Any) -> Any:
-    """`in_batches` of left-padded rows [N, T] of like length, each batch without columns that are
-    padding in all its rows; zeros stand for these columns in what ``fn`` returns."""
+    """`in_batches` for left-padded rows [N, T], sorted by length. Each batch omits the columns that
+    are padding in all its rows; the results of ``fn`` are zero there.
+    """
 
     def narrowed(tokens: np.ndarray, mask: np.ndarray, *trees: Any) -> Any:
         unused = mask.shape[1] - batches.prompt_width(mask, _BUCKET)
-        result = fn(tokens[:, unused:], mask[:, unused:], *trees)
-        return jax.tree.map(
-            lambda x: np.pad(x, ((0, 0), (unused, 0))) if x.ndim == 2 else x, result
-        )
+
+        def widened(x: Any) -> Any:
+            return np.pad(x, ((0, 0), (unused, 0))) if x.ndim == 2 else x
+
+        return jax.tree.map(widened, fn(tokens[:, unused:], mask[:, unused:], *trees))
 
     order = np.argsort(np.count_nonzero(mask, axis=1), kind="stable")
-    results = in_batches(
-        narrowed, batch_size, *jax.tree.map(lambda x: np.asarray(x)[order], (tokens, mask, *trees))
-    )
-    return jax.tree.map(lambda x: x[np.argsort(order)], results)
+    by_length = jax.tree.map(lambda x: np.asarray(x)[order], (tokens, mask, *trees))
+    results = in_batches(narrowed, batch_size, *by_length)
+    place = np.argsort(order)
+    return jax.tree.map(lambda x: x[place], results)
 
 
 def in_batches(fn: Callable[..., Any], batch_size: int, *trees: Any) -> Any:
-    """``fn`` of the rows of pytrees of [N, ...] arrays, at most ``batch_size`` at a time; a pytree
-    of NumPy arrays.
+    """Applies ``fn`` to the rows of pytrees of [N, ...] arrays, at most ``batch_size`` at a time;
+    returns a pytree of NumPy arrays.
 
-    Batches have as many rows as the power of two that holds all N, so that few shapes are compiled;
-    the last one is filled up with rows of zeros.
+    The number of rows of a batch is a power of two that holds all N, or ``batch_size`` if that is
+    less, so that few shapes are compiled; the last batch is completed with rows of zeros.
     """
     num_rows = len(jax.tree.leaves(trees)[0])
     size = min(batch_size, 1 << (num_rows - 1).bit_length())
-    padded = jax.tree.map(
-        lambda x: np.pad(x, [(0, -num_rows % size)] + [(0, 0)] * (x.ndim - 1)), trees
-    )
-    slices = [slice(start, start + size) for start in range(0, num_rows, size)]
-    parts = [
-        jax.device_get(fn(*jax.tree.map(operator.itemgetter(part), padded))) for part in slices
-    ]
+    num_missing = -num_rows % size
+
+    def pad(x: Any) -> Any:
+        return np.pad(x, [(0, num_missing)] + [(0, 0)] * (x.ndim - 1))
+
+    padded = jax.tree.map(pad, trees)
+    parts = []
+    for start in range(0, num_rows, size):
+        part = operator.itemgetter(slice(start, start + size))
+        parts.append(jax.device_get(fn(*jax.tree.map(part, padded))))
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:num_rows], *parts)
 
 
 def responses(
     rollout: Rollout, tokenizer: tokenizers.Tokenizer, with_replies: bool = False
 ) -> list[str]:
-    """The text of each row's responses without pad and EOS; ``with_replies`` of an environment
-    between them, without any special token.
+    """The text of each row's responses without pad and EOS. ``with_replies`` inserts an
+    environment's replies between the responses, without special tokens.
     """
     tokens = np.asarray(rollout.tokens)
-    shown = said = np.asarray(rollout.response_mask) != 0
+    shown = np.asarray(rollout.mask)
     if with_replies:
-        behind_prompt = np.maximum.accumulate(said, axis=1)
-        of_replies = behind_prompt & (np.asarray(rollout.attention_mask) != 0) & ~said
-        shown = said | of_replies & ~np.isin(tokens, tokenizer.special_ids)
+        after_prompt = np.maximum.accumulate(shown, axis=1)
+        is_reply = after_prompt & (np.asarray(rollout.attention_mask) != 0) & ~shown
+        shown = shown | is_reply & ~np.isin(tokens, tokenizer.special_ids)
     return [tokenizer.decode(row[mask]) for row, mask in zip(tokens, shown, strict=True)]
 
 
 def ended(rollout: Rollout, eos_ids: Sequence[int]) -> np.ndarray:
-    """[N] bool, whether EOS is the last that the policy has said in a row."""
-    last = np.max(np.where(rollout.response_mask, np.arange(rollout.tokens.shape[1]), 0), axis=1)
-    return np.isin(np.asarray(rollout.tokens)[np.arange(len(last)), last], eos_ids)
+    """[N] bool, whether the policy's last token in each row is EOS."""
+    tokens = np.asarray(rollout.tokens)
+    num_rows, num_columns = tokens.shape
+    last = np.max(np.where(rollout.mask, np.arange(num_columns), 0), axis=1)
+    return np.isin(tokens[np.arange(num_rows), last], eos_ids)
