@@ -1,5 +1,5 @@
-"""From prompts to what an update reads: sample, here or elsewhere, then score with the update's own
-forward pass.
+"""From prompts to the rollout of an update: sample, or take another engine's samples, then score
+with the update's own forward pass.
 
 Decoding with a cache rounds differently than a full forward pass (by 3e-6 in float32, 5e-2 in
 bfloat16). So the sampler's log-probs are replaced by those of the policy function that the update
@@ -68,30 +68,30 @@ def rescore(
     ref_params)``.
 
     With ``importance_cap``, a number above 0, the rollout gets ``importance_weights`` [B, T] too,
-    which correct for an engine whose probabilities are not quite the policy's:
+    which correct for an engine whose probabilities differ from the policy's:
     ``losses.importance_weights`` of the log-probs of policy_fn and the rollout's own, per token or
-    per row, truncated at the cap or masked beyond it. ``math.inf`` bounds nothing.
+    per row, truncated at the cap or masked beyond it. ``math.inf`` is no limit.
     """
-    inputs = rollout.tokens, rollout.attention_mask, None
+    inputs = (rollout.tokens, rollout.attention_mask, None)
 
-    def in_response(x: jax.Array | None) -> Any:
-        return (
-            None if x is None else jnp.where(rollout.response_mask != 0, x, 0.0).astype(jnp.float32)
-        )
+    def in_response(x: jax.Array) -> jax.Array:
+        return jnp.where(rollout.mask, x, 0.0).astype(jnp.float32)
 
     output = policy_fn(params, *inputs)
-    scored = replace(
-        rollout, log_probs=in_response(output.log_probs), values=in_response(output.values)
-    )
+    values = None if output.values is None else in_response(output.values)
+    scored = replace(rollout, log_probs=in_response(output.log_probs), values=values)
     if importance_cap is not None:
-        both = scored.log_probs, rollout.log_probs, rollout.response_mask
-        weights = losses.importance_weights(*both, importance_cap, importance_sampling)
+        weights = losses.importance_weights(
+            scored.log_probs,
+            rollout.log_probs,
+            rollout.response_mask,
+            importance_cap,
+            importance_sampling,
+        )
         scored = replace(scored, importance_weights=weights)
-    return (
-        scored
-        if ref_fn is None
-        else replace(scored, ref_log_probs=in_response(ref_fn(*inputs).log_probs))
-    )
+    if ref_fn is None:
+        return scored
+    return replace(scored, ref_log_probs=in_response(ref_fn(*inputs).log_probs))
 
 
 def sampler_gap(sampled: Rollout, rescored: Rollout) -> jax.Array:
@@ -101,23 +101,25 @@ def sampler_gap(sampled: Rollout, rescored: Rollout) -> jax.Array:
     function disagree: by temperature, by parameters, or by a bug.
     """
     gap = jnp.abs(sampled.log_probs - rescored.log_probs)
-    return jnp.max(jnp.where(sampled.response_mask != 0, gap, 0.0), initial=0.0)
+    return jnp.max(jnp.where(sampled.mask, gap, 0.0), initial=0.0)
 
 
 def truncated_share(rollout: Rollout, importance_cap: float) -> jax.Array:
-    """The share [] of response tokens whose importance weight reached the cap that ``rescore`` was
-    given, or was masked beyond it; 0 of none."""
-    if rollout.importance_weights is None:
+    """The share [] of response tokens whose importance weight reached the cap given to
+    ``rescore``, or was masked beyond it; 0 if there are no response tokens.
+    """
+    weights = rollout.importance_weights
+    if weights is None:
         raise ValueError(
             "rollout.importance_weights is None: give rollout.rescore an importance_cap"
         )
-    weights = rollout.importance_weights
-    return ops.masked_mean((weights >= importance_cap) | (weights == 0), rollout.response_mask)
+    is_limited = (weights >= importance_cap) | (weights == 0)
+    return ops.masked_mean(is_limited, rollout.response_mask)
 
 
 class Encoder(Protocol):
-    """What ``from_text`` needs of a tokenizer. ``encode`` gives the ids of the text alone, nothing
-    before or after.
+    """The part of a tokenizer that ``from_text`` uses. ``encode`` adds no ids before or after those
+    of the text.
     """
 
     @property
@@ -135,7 +137,7 @@ Ids = Sequence[int] | np.ndarray
 class _Row(NamedTuple):
     prompt: np.ndarray  # [prompt tokens]
     response: np.ndarray  # [response tokens], holes and EOS included
-    mask: np.ndarray  # [response tokens] bool, what the policy said
+    mask: np.ndarray  # [response tokens] bool, the policy's own tokens
     log_probs: np.ndarray  # [response tokens] float32
 
 
@@ -151,27 +153,26 @@ def from_text(
     response_length: int | None = None,
     row_ids: Ids | None = None,
 ) -> Rollout:
-    """A rollout of samples that were made elsewhere: B rows of texts or token ids with their
+    """A rollout of samples that another engine drew: B rows of texts or token ids with their
     log-probabilities.
 
     Token ids are the safe form: a text need not encode into the tokens that were sampled.
-    ``rescore`` comes next, with a ``policy_fn`` of the temperature at which the samples were drawn.
+    Call ``rescore`` next, with a ``policy_fn`` of the temperature at which the samples were drawn.
 
     Args:
       prompts: B texts, or lists of token ids; padded on the left.
       responses: B texts, or lists of token ids; padded on the right.
-      tokenizer: the run's own; it encodes texts, prompt and response apart.
+      tokenizer: the run's own; it encodes the texts of prompt and response separately.
       log_probs: for each row the log-probability (nats) that the engine gave each response token,
         EOS included.
       finished: for each row whether EOS ended it. A finished row without EOS gets one at its end
         (engines leave it out of texts, most keep it in token ids). A row that a length limit or a
-        stop string ended is not finished. None:
-        the last token id decides; a text needs True or False.
+        stop string ended is not finished. None: the last token id decides; a text needs True or
+        False.
       masks: for each row one number for each response token, EOS included; 0 marks tokens that the
-        policy did not say (a tool's output, a user's turn), whose ``log_probs`` are not read. A row
-        of zeros is absent. None: the policy
-        said everything.
-      prompt_length, response_length: P and R; None: those of the longest row. They count EOS.
+        policy did not sample (a tool's output, a user's turn), whose ``log_probs`` are ignored. A
+        row of zeros is missing. None: the policy sampled all tokens.
+      prompt_length, response_length: P and R, EOS included; None: those of the longest row.
       row_ids: [B] the data row of each prompt; None means 0..B-1.
 
     Returns:
@@ -181,11 +182,10 @@ def from_text(
     Raises:
       UserError: naming the row: not one log-probability (or mask) for each token, one that is
         positive or not finite, an empty prompt or response, more tokens than P or R, an id outside
-        the vocabulary, tokens of the policy after
-        its EOS.
+        the vocabulary, tokens of the policy after its EOS.
     """
     num_rows = len(prompts)
-    columns = {
+    columns: dict[str, Any] = {
         "responses": responses,
         "log_probs": log_probs,
         "finished": finished,
@@ -199,27 +199,29 @@ def from_text(
             )
     if not num_rows:
         raise UserError("prompts: expected at least one row, got none")
-    optional: list[Sequence[Any]] = [
-        [None] * num_rows if column is None else column for column in (finished, masks)
-    ]
-    entries = zip(prompts, responses, log_probs, *optional, strict=True)
-    rows = [_read_row(f"row {i}", tokenizer, *entry) for i, entry in enumerate(entries)]
-    prompt_length = _width("prompt", [len(row.prompt) for row in rows], prompt_length)
-    length = prompt_length + _width(
-        "response", [len(row.response) for row in rows], response_length
-    )
-    tokens = np.full((num_rows, length), tokenizer.pad_id, np.int32)
-    attention_mask, response_mask = np.zeros((2, num_rows, length), np.int32)
-    padded_log_probs = np.zeros((num_rows, length), np.float32)
+    rows = []
+    for i, prompt in enumerate(prompts):
+        is_finished = None if finished is None else finished[i]
+        mask = None if masks is None else masks[i]
+        entry = (prompt, responses[i], log_probs[i], is_finished, mask)
+        rows.append(_read_row(f"row {i}", tokenizer, *entry))
+    p = _width("prompt", [len(row.prompt) for row in rows], prompt_length)
+    r = _width("response", [len(row.response) for row in rows], response_length)
+    shape = (num_rows, p + r)
+    tokens = np.full(shape, tokenizer.pad_id, np.int32)
+    attention_mask = np.zeros(shape, np.int32)
+    response_mask = np.zeros(shape, np.int32)
+    padded_log_probs = np.zeros(shape, np.float32)
     for i, row in enumerate(rows):
-        start, end = prompt_length - len(row.prompt), prompt_length + len(row.response)
+        start = p - len(row.prompt)
+        end = p + len(row.response)
         tokens[i, start:end] = np.concatenate([row.prompt, row.response])
         attention_mask[i, start:end] = 1
-        response_mask[i, prompt_length:end] = row.mask
-        padded_log_probs[i, prompt_length:end] = np.where(row.mask, row.log_probs, 0.0)
+        response_mask[i, p:end] = row.mask
+        padded_log_probs[i, p:end] = np.where(row.mask, row.log_probs, 0.0)
     ids = np.asarray(np.arange(num_rows) if row_ids is None else row_ids, np.int32)
-    arrays = tokens, attention_mask, response_mask, padded_log_probs, ids
-    return Rollout(*map(jnp.asarray, arrays), prompt_length=prompt_length)
+    arrays = (tokens, attention_mask, response_mask, padded_log_probs, ids)
+    return Rollout(*map(jnp.asarray, arrays), prompt_length=p)
 
 
 def _read_row(
@@ -240,7 +242,7 @@ def _read_row(
             f"{where}: a text does not show whether EOS ended it: give finished, True or False for "
             "each row"
         )
-    # The last token may be the EOS of somebody else's turn, which did not end the row.
+    # The last token may be the EOS of another speaker's turn, which did not end the row.
     others_turn = mask is not None and len(mask) == len(ids) > 0 and not mask[-1]
     has_eos = len(ids) > 0 and int(ids[-1]) in tokenizer.eos_ids and not others_turn
     if has_eos and finished is not None and not finished:
@@ -258,27 +260,36 @@ def _read_row(
         raise UserError(
             f"{where}: log_probs must be numbers, one for each token, got {log_probs!r:.80}"
         ) from error
-    said = np.ones(len(ids), bool) if mask is None else np.asarray(mask) != 0
-    for name, column in (("log_probs", numbers), ("masks", said)):
-        if column.shape != ids.shape:
-            eos = " (the EOS that finished adds included)" if adds_eos else ""
+    sampled = np.ones(len(ids), bool) if mask is None else np.asarray(mask) != 0
+    for name, column in (("log_probs", numbers), ("masks", sampled)):
+        if column.shape == ids.shape:
+            continue
+        eos = " (the EOS that finished adds included)" if adds_eos else ""
+        advice = ""
+        if isinstance(response, str):
             advice = "; a text need not encode into the tokens that were sampled: give token ids"
-            raise UserError(
-                f"{where}: {column.size} {name} for {len(ids)} response tokens{eos}"
-                + (advice if isinstance(response, str) else "")
-            )
-    for t in np.flatnonzero(said & ~(np.isfinite(numbers) & (numbers <= 0))):
+        raise UserError(
+            f"{where}: {column.size} {name} for {len(ids)} response tokens{eos}{advice}"
+        )
+    row = _Row(prompt_ids, ids, sampled, numbers)
+    _check_tokens(where, row, tokenizer)
+    return row
+
+
+def _check_tokens(where: str, row: _Row, tokenizer: Encoder) -> None:
+    """The policy's log-probs are log-probabilities, and none of its tokens follows its own EOS."""
+    is_log_prob = np.isfinite(row.log_probs) & (row.log_probs <= 0)
+    for t in np.flatnonzero(row.mask & ~is_log_prob):
         raise UserError(
             f"{where}: the log-probability of response token {t} must be finite and at most 0: "
-            f"{numbers[t]}"
+            f"{row.log_probs[t]}"
         )
-    for t in np.flatnonzero(said[:-1] & np.isin(ids[:-1], tokenizer.eos_ids) & said[1:]):
+    is_eos = row.mask & np.isin(row.response, tokenizer.eos_ids)
+    for t in np.flatnonzero(is_eos[:-1] & row.mask[1:]):
         raise UserError(
-            f"{where}: the policy goes on after EOS, response token {t} of {len(ids)}; end the row "
-            "there, or give "
-            "masks with 0 for what it did not say"
+            f"{where}: the policy goes on after EOS, response token {t} of {len(row.response)}; "
+            "end the row there, or give masks with 0 for what it did not say"
         )
-    return _Row(prompt_ids, ids, said, numbers)
 
 
 def _ids(where: str, text: str | Ids, tokenizer: Encoder) -> np.ndarray:

@@ -5,8 +5,8 @@ and prints.
     rlhf-jax ppo ... --processes 10.0.0.1:9876,2,1
 
 All read the same files and see the same run folder. An error in one of them ends all of them,
-because the others would wait for it for ever; so does the loss of one, within ``HEARTBEAT_SECONDS``
-and some. With a single process every function here does its work without communication.
+because the others would wait for it for ever. The loss of one ends all a little later than
+``HEARTBEAT_SECONDS``. With a single process every function here works without communication.
 """
 
 import atexit
@@ -31,23 +31,21 @@ from rlhf_jax.errors import TrainingFault, UserError
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = (
-    20  # without a sign of life, after which a process counts as lost and the others end
-)
+HEARTBEAT_SECONDS = 20
+"""A process without a sign of life for so long counts as lost, and the others end."""
 _DAY = 24 * 3600 * 1000  # milliseconds
-_calls: defaultdict[str, Iterator[int]] = defaultdict(
-    itertools.count
-)  # of ``gather``, by the thread
+# Numbers of the calls of ``gather``, by thread.
+_calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 _steps = itertools.count(1)  # of all loops of this process, for the preemption service
 
 
 def join(place: str) -> None:
-    """Connects to the other processes; call it before anything else touches a device. All but the
-    first fall silent.
+    """Connects to the other processes; call it before anything else touches a device. Only the
+    first process prints from then on.
 
-    place: ``HOST:PORT,COUNT,NUMBER``, the address at which the first process listens, how many
-      there are, and which one this is, from 0; or ``auto`` under SLURM, Open MPI, Kubernetes or on
-      a TPU pod, which say so themselves.
+    place: ``HOST:PORT,COUNT,NUMBER``: the address at which the first process listens, the number of
+      processes, and the number of this one, from 0; or ``auto`` under SLURM, Open MPI, Kubernetes
+      or on a TPU pod, whose settings have these.
 
     Raises:
       UserError: ``place`` is none of these, or the processes did not meet.
@@ -60,16 +58,17 @@ def join(place: str) -> None:
             f"--processes {place}: expected HOST:PORT,COUNT,NUMBER, NUMBER from 0 to COUNT - 1; or "
             "auto"
         )
+    settings: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    if match is not None:
+        settings["coordinator_address"] = match[1]
+        settings["num_processes"] = int(match[2])
+        settings["process_id"] = int(match[3])
     try:
-        address, count, number = (
-            (match[1], int(match[2]), int(match[3])) if match else (None, None, None)
-        )
-        jax.distributed.initialize(
-            address, count, number, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
+        jax.distributed.initialize(**settings)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--processes {place}: the processes did not meet: {error}") from error
-    # For those that still wait for it: JAX's own end, which comes next, waits for them.
+    # For processes that still wait for this one: JAX's own shutdown, which comes next, waits for
+    # them.
     atexit.register(_tell, {"error": "it has ended; its last lines say why", "users": False})
     if not is_first():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
@@ -81,30 +80,29 @@ def is_first() -> bool:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether this is what a collective raises where another process has gone."""
-    return (
-        jax.process_count() > 1
-        and re.search("Gloo|NCCL|UNAVAILABLE|closed by peer", str(error)) is not None
-    )
+    """Whether a collective raised this error because another process has gone."""
+    if jax.process_count() == 1:
+        return False
+    return re.search("Gloo|NCCL|UNAVAILABLE|closed by peer", str(error)) is not None
 
 
 def fetch(tree: T) -> T:
-    """``jax.device_get`` of all rows, those on the other processes' devices too; every process
+    """``jax.device_get`` of all rows, also of those on the other processes' devices; every process
     calls it.
     """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
 
     def whole(leaf: jax.Array) -> np.ndarray:
-        return np.asarray(
-            leaf
-            if leaf.is_fully_replicated
-            else multihost_utils.process_allgather(leaf, tiled=True)
-        )
+        if not leaf.is_fully_replicated:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
 
-    return jax.device_get(tree) if jax.process_count() == 1 else jax.tree.map(whole, tree)
+    return jax.tree.map(whole, tree)
 
 
 def own_rows(batch: T) -> T:
-    """This process's part of a batch [B, ...] of which each has all rows: equal parts in the
+    """This process's part of a batch [B, ...] whose rows every process has: equal parts in the
     processes' order.
     """
     return jax.tree.map(lambda x: np.split(x, jax.process_count())[jax.process_index()], batch)
@@ -123,32 +121,35 @@ def agree(work: Callable[[], T]) -> T:
 
 
 def gather(work: Callable[[], T]) -> list[T]:
-    """``work()`` in every process; each gets the results of all, JSON values. Needs no device:
-    threads may call it too, those of one name in the same order in each process.
+    """``work()`` in every process; each gets the results of all, JSON values. No device is used:
+    threads may call it too, if the threads of one name do so in the same order in each process.
 
     Raises:
       UserError, TrainingFault: what another process has raised, with its number.
     """
     if jax.process_count() == 1:
         return [work()]
-    failure, report = None, dict[str, Any]()
+    failure = None
+    report: dict[str, Any] = {}
     try:
-        report = {"result": work()}
+        report["result"] = work()
     except Exception as error:
-        failure, report = (
-            error,
-            {"error": str(error) or type(error).__name__, "users": isinstance(error, UserError)},
-        )
-    place, client = _tell(report), cast(Any, distributed.global_state.client)
-    keys = [f"{place}/{number}" for number in range(jax.process_count())]
-    reports = [
-        json.loads(client.blocking_key_value_get(key, _DAY)) for key in keys
-    ]  # the loss of a process ends it
+        failure = error
+        report["error"] = str(error) or type(error).__name__
+        report["users"] = isinstance(error, UserError)
+    place = _tell(report)
+    client = cast(Any, distributed.global_state.client)
+    reports = []
+    for number in range(jax.process_count()):
+        # If a process is lost, JAX ends this one while it waits here.
+        reports.append(json.loads(client.blocking_key_value_get(f"{place}/{number}", _DAY)))
     for number, report in enumerate(reports):
-        if "error" in report:
-            raise failure or (UserError if report["users"] else TrainingFault)(
-                f"process {number}: {report['error']}"
-            )
+        if "error" not in report:
+            continue
+        if failure is not None:
+            raise failure
+        kind = UserError if report["users"] else TrainingFault
+        raise kind(f"process {number}: {report['error']}")
     return [report["result"] for report in reports]
 
 
@@ -156,9 +157,8 @@ def _tell(report: Mapping[str, Any]) -> str:
     """Leaves a report for all processes at the next place of this thread, and returns the place."""
     thread = threading.current_thread().name
     place = f"rlhf_jax {thread} {next(_calls[thread]):09}"
-    cast(Any, distributed.global_state.client).key_value_set(
-        f"{place}/{jax.process_index()}", json.dumps(report)
-    )
+    client = cast(Any, distributed.global_state.client)
+    client.key_value_set(f"{place}/{jax.process_index()}", json.dumps(report))
     return place
 
 
@@ -170,11 +170,11 @@ def in_first(work: Callable[[], T]) -> T:
 
 
 def stop_signal(received: Sequence[int]) -> int:
-    """The signal for which all processes stop after this step, 0: none; every process calls it
-    after every step.
+    """The signal for which all processes stop after this step, or 0; every process calls it after
+    every step.
 
-    With several processes JAX's preemption service, which SIGTERM to one of them wakes, spreads the
-    notice and chooses a step that none has reached yet. Before that step no process waits for
+    With several processes JAX's preemption service spreads the notice when one of them gets
+    SIGTERM, and chooses a step that none has reached yet. Before that step no process waits for
     another.
 
     Args:
@@ -185,4 +185,5 @@ def stop_signal(received: Sequence[int]) -> int:
         return own
     if not multihost_utils.reached_preemption_sync_point(next(_steps)):
         return 0
-    return int(np.max(multihost_utils.process_allgather(np.int32(own)))) or signal.SIGTERM
+    of_all = multihost_utils.process_allgather(np.int32(own))
+    return int(np.max(of_all)) or signal.SIGTERM
