@@ -173,7 +173,7 @@ def generate(
     Args:
         tokens, attention_mask: [B, P], prompts padded on the left, so that column P - 1 of every
             row is a real token. A row whose mask is all zero is absent: it gets an empty response,
-                and no other row waits for it.
+            and no other row waits for it.
         row_ids: [B] int32, the data row of each prompt, which decides its randomness; None means
             0..B-1.
         mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``: parameters that are
@@ -182,9 +182,8 @@ def generate(
             "tensor" stays so. The tokens are the same as on one device.
         used: [B] for conversations of several turns (``data.environment``), whose earlier responses
             stand at the end of the prompt: how many of a row's ``max_new_tokens`` slots they take.
-                The row gets at most the others,
-            and the randomness of a token is that of its slot. P then counts all slots too. None: no
-                slot is taken.
+            The row gets at most the others, and the randomness of a token is that of its slot. P
+            then counts all slots too. None: no slot is taken.
 
     Returns:
         A Rollout with tokens, attention_mask, response_mask [B, T] int32, log_probs [B, T] float32

@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ PAGES = [
 ]
 BLOCK = re.compile(r"^```(\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+SETTINGS = ShakespeareConfig()
 KEY = re.compile(r"^\| `([a-z0-9_.]+)` \| `([^`]*)` \|", re.MULTILINE)
 
 RUN_BY_TEST_SCRIPTS = {
@@ -103,7 +105,7 @@ def test_there_is_something_to_run():
     assert {block.language for path in PAGES for block in blocks(path)} <= set(languages.split())
 
 
-def all_flags():
+def all_flags(settings=SETTINGS):
     """All settings as the dotted flags that set them, without ``--``."""
 
     def walk(section, prefix):
@@ -111,19 +113,29 @@ def all_flags():
             flag = prefix + key.replace("_", "-")
             yield from walk(value, f"{flag}.") if isinstance(value, dict) else [flag]
 
-    return set(walk(yaml.safe_load(config.to_yaml(ShakespeareConfig())), ""))
+    return set(walk(yaml.safe_load(config.to_yaml(settings)), ""))
+
+
+def algorithms_on(path):
+    """The modules of a page that are algorithms: Python files with a ``Config``."""
+    for block in blocks(path):
+        if block.language == "python" and file_of(block) and "class Config(" in block.text:
+            module = types.ModuleType(file_of(block).removesuffix(".py"))
+            exec(block.text, vars(module))
+            yield module
 
 
 def test_flags_on_the_pages_exist():
     for path in PAGES:
+        flags = all_flags()
+        for module in algorithms_on(path):
+            flags |= all_flags(config.parse(config.RunConfig, [], algorithm=module))
         dotted = re.findall(
             r"--([a-z][a-z0-9-]*(?:\.[a-z0-9-]+)+)", path.read_text("utf-8").replace(".no-", ".")
         )
-        assert set(dotted) <= all_flags(), name(path)
+        assert set(dotted) <= flags, name(path)
         for command in (command for command in commands(path) if command.startswith("python")):
-            assert set(re.findall(r"--(?!no-)([\w.-]+)", command)) <= all_flags() | OTHER_FLAGS, (
-                command
-            )
+            assert set(re.findall(r"--(?!no-)([\w.-]+)", command)) <= flags | OTHER_FLAGS, command
 
 
 @pytest.mark.parametrize(

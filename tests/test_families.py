@@ -157,7 +157,7 @@ def test_a_family_costs_at_most_80_lines(family):
 
 
 def test_the_cells_of_the_tables_of_families_are_tests():
-    """docs/models.md: each case stands in the file of its column's test, in the list if the test
+    """docs/models.md: each case stands in the file of its column's cases, in the list if the test
     takes some alone.
     """
     parity, lora, files, chats = (

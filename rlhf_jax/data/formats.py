@@ -134,7 +134,7 @@ def read(
     Args:
       names: files or datasets (`files.read_source`), folders with sft_data.json,
         preference_data.json or prompts.json, or ``demo`` alone: the corpus that `demo` generates
-            from ``seed``.
+        from ``seed``.
       template: renders messages; by default `chat.PLAIN`.
       columns: OURS=THEIRS, as in `columns`. One that no row has is an error; if ``shares_columns``,
         since they are of other data too, it is noted in the result.

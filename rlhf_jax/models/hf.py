@@ -73,8 +73,7 @@ def load(
         dtype: of the parameters; None keeps the file's.
         shardings: the sharding of each of the body's parameters, given a tree of their shapes, such
             as ``lambda shapes: sharding.by_path(shapes, models.SHARDING, mesh)``: each device then
-                reads its own part of
-            the files. None: all lie on one device.
+            reads its own part of the files. None: all lie on one device.
         compute: compute_dtype, remat, scan_layers and attention, as in GPT2Config and LlamaConfig.
 
     Returns:
@@ -124,9 +123,8 @@ def save(
         model: whose config is written, with the keys it was loaded with.
         params: the body, and optionally "score" (the folder becomes a ...ForSequenceClassification
             of one label: ``score.weight = gain * w``, and config.json gets ``reward_shift = gain *
-                bias + shift``, to be added to
-            transformers' logit; such a folder has no output table of its own) and "value"
-            (value_head.safetensors).
+            bias + shift``, to be added to transformers' logit; such a folder has no output table of
+            its own) and "value" (value_head.safetensors).
         file_bytes: weights that take more are written as several files with an index.
 
     Raises:

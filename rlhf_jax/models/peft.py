@@ -143,7 +143,7 @@ def write_adapter(
         params: of the base model; only their names are used.
         adapters: of ``lora.init``. A score head becomes PEFT's saved module "score" (weight = gain
             * w; config.json's ``reward_shift`` is in the weights' metadata, which PEFT ignores); a
-              value head has no place there.
+            value head has no place there.
         base_model: folder or name of the base model, for PEFT's ``AutoPeftModel``.
 
     Raises:
