@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ import tyro
 
 import rlhf_jax
 from rlhf_jax.data.rows import Kind, OnBadRow
-from rlhf_jax.errors import Stopped, TrainingFault, UserError, did_you_mean, logger
+from rlhf_jax.errors import Stopped, TrainingFault, UserError, did_you_mean, escaped, logger
 from rlhf_jax.runs import allocator
 
 if TYPE_CHECKING:  # it needs JAX
@@ -33,7 +34,12 @@ class _Console(logging.Handler):
     """Prints messages as they are."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), flush=True)
+        _print(record.getMessage(), flush=True)
+
+
+def _print(text: object, **how: Any) -> None:
+    """Prints what may hold texts of data, files and settings, which are not to move the terminal."""
+    print(escaped(str(text)), **how)
 
 
 CONSOLE = _Console()
@@ -62,6 +68,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """
     allocator.keep_memory()  # first: it may start the process anew
     attach_console()
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **how: escaped(format_warning(*args, **how))
     gc.set_threshold(
         100_000
     )  # modules and traces are many objects that stay: half a second of each start by default
@@ -74,10 +82,10 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     ):  # of `| head`, which has read enough; what is left in the buffer is for nobody
         os._exit(141)
     except (UserError, TrainingFault) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        _print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -198,7 +206,7 @@ def export_run(run: Positional, folder: Positional) -> None:
     """
     from rlhf_jax.report import export
 
-    print(f"wrote {export.export(run, folder)}")
+    _print(f"wrote {export.export(run, folder)}")
 
 
 _EVALUATION = tyro.conf.arg(
@@ -221,6 +229,7 @@ def evaluate_run(
     """
     import rich.console
     import rich.table
+    import rich.text
 
     from rlhf_jax.evaluation import evaluate
     from rlhf_jax.report import page
@@ -230,16 +239,12 @@ def evaluate_run(
     for row in result.rows:
         interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
         value = "–" if row.value is None else f"{row.value:.3f}"
-        table.add_row(
-            row.category,
-            row.metric,
-            value,
-            interval,
-            f"{row.n} {row.unit}" if row.unit else "",
-            row.note,
-        )
+        count = f"{row.n} {row.unit}" if row.unit else ""
+        cells = (row.category, row.metric, value, interval, count, row.note)
+        # Text: brackets in the name of a category are no markup.
+        table.add_row(*(rich.text.Text(escaped(cell)) for cell in cells))
     rich.console.Console(width=1000).print(table)  # a terminal's own width would cut texts
-    print(f"wrote {result.path}")
+    _print(f"wrote {result.path}")
     if (Path(run) / "manifest.json").is_file() and result.path.parent == Path(run):
         page.write([run], page.default_path([run]))
 
@@ -260,9 +265,9 @@ def report_runs(runs: Files, output: str | None = None, png: str | None = None) 
 
     path = page.default_path(runs) if output is None else output
     page.write(runs, path)
-    print(path)
+    _print(path)
     if png is not None:
-        print(f"{len(page.write_png(runs, png))} figures in {png}")
+        _print(f"{len(page.write_png(runs, png))} figures in {png}")
 
 
 def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) -> None:
@@ -277,7 +282,7 @@ def write_demo(folder: Positional, seed: int = 0, shuffle_labels: bool = False) 
     from rlhf_jax.data import demo
 
     demo.write(folder, seed=seed, shuffle_labels=shuffle_labels)
-    print(f"wrote the demo corpus to {folder}")
+    _print(f"wrote the demo corpus to {folder}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +322,7 @@ def check_data(
     from rlhf_jax.data import check
 
     report = check.check(files, **reading.arguments(), on_bad_row=on_bad_row)
-    print(report.text)
+    _print(report.text)
     return 2 if report.num_problems else 0
 
 
@@ -333,7 +338,7 @@ def preview_data(
     """
     from rlhf_jax.data import check
 
-    print(check.preview(file, count=count, **reading.arguments()))
+    _print(check.preview(file, count=count, **reading.arguments()))
 
 
 SCRIPTS = {

@@ -9,6 +9,12 @@ import re
 from collections.abc import Iterable, Iterator
 
 logger = logging.getLogger("rlhf_jax")
+# What a terminal obeys instead of showing it: control characters (C0 but tab and newline, DEL, C1),
+# marks that turn the direction of a text, other ends of lines; and halves of surrogate pairs, which
+# no terminal can be sent.
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class UserError(ValueError):
@@ -40,6 +46,11 @@ class AlertStop(Stopped):
     def __init__(self, message: str):
         Exception.__init__(self, message)
         self.exit_code = 3
+
+
+def escaped(text: str) -> str:
+    """The text for a terminal: characters that it would obey become escapes such as ``\\x1b``."""
+    return _OBEYED.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

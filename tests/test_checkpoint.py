@@ -1,5 +1,6 @@
 """Round trips bit for bit, damage is noticed, and the previous good checkpoint takes over."""
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.hf import write_tensors
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.runs.checkpoint import CheckpointError, Checkpoints
 from rlhf_jax.types import TrainState
@@ -294,6 +296,41 @@ def test_what_is_being_raised_goes_before_a_save_that_fails(tmp_path, small_file
         save_and_fail()
     with pytest.raises(CheckpointError), Checkpoints(tmp_path, asynchronous=True) as checkpoints:
         checkpoints.save(0, state, {})
+
+
+LARGE_FILES_FAIL = """
+import resource, sys
+import numpy as np
+from rlhf_jax import cli
+from rlhf_jax.runs.checkpoint import Checkpoints
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+arrays = {str(i): np.random.default_rng(i).random(20_000) for i in range(12)}
+
+def main():
+    with Checkpoints(sys.argv[1]) as checkpoints:
+        checkpoints.save(0, arrays, {})
+
+cli.run_script(main)
+"""
+
+
+def test_the_last_thing_that_is_said_is_why_a_save_failed(tmp_path):
+    """TensorStore's other writes of the save fail too, and have nothing to add."""
+    command = [sys.executable, "-c", LARGE_FILES_FAIL, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    [message] = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert re.match(
+        r"error: the checkpoint of step 0 could not be written .*\(File too large\)", message
+    )
+
+
+def test_weights_that_a_full_disk_does_not_take_are_an_error_of_the_system(tmp_path, small_files):
+    small_files()
+    with pytest.raises(OSError, match=r"model\.safetensors") as caught:
+        write_tensors(tmp_path / "model.safetensors", {"a": np.zeros(100_000)})
+    assert caught.value.errno == errno.EFBIG
 
 
 FULL_DISK = """

@@ -2,18 +2,24 @@
 them.
 """
 
+import json
 import os
 import shutil
 import stat
+import sys
+import tempfile
+import warnings
+from pathlib import Path
 
 import jax
 import pytest
 from builders import finished_run, write_run
 
-from rlhf_jax import models
+from rlhf_jax import cli, models
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data import tokenizers
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import Stopped, UserError, escaped, logger
+from rlhf_jax.evaluation import evaluate, measures
 from rlhf_jax.report import page
 from rlhf_jax.report.export import export
 from rlhf_jax.runs import folder
@@ -190,3 +196,66 @@ def test_export_follows_no_link(name, finished, tmp_path):
     with pytest.raises(UserError, match=f"{place} is a symbolic link to {tmp_path / 'elsewhere'}"):
         export(finished, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+# --- What a terminal is sent
+# ---------------------------------------------------------------------------------------------
+
+
+HOSTILE_TEXT = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt.\r\x7f\u2066"
+SHOWN = r"\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt.\r\x7f\u2066"
+
+
+def test_what_a_terminal_would_obey_is_escaped():
+    assert escaped(HOSTILE_TEXT) == SHOWN
+    assert escaped("half \ud83d") == r"half \ud83d"
+    assert escaped("a\tb\nü 語 😀 é") == "a\tb\nü 語 😀 é"
+
+
+def fails(text):
+    raise UserError(text)
+
+
+def stops(text):
+    raise Stopped(text, 2)
+
+
+def warns(text):
+    warnings.warn(text, stacklevel=1)
+
+
+def evaluates(text):
+    figure = measures.Figure(text, "[bold]quality", 0.5, 0.25, 0.75, 3, "answers", text)
+    result = evaluate.Result([figure], Path(text))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "run", lambda run, config: result)
+        return cli.run(["evaluate", "run"])
+
+
+def checks(text):
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "data.json"
+        rows = [{"prompt": "a", "response": text, text: text}, {text: 1}]
+        file.write_text(json.dumps(rows))
+        cli.run(["data", "check", str(file)])
+        file.write_text(json.dumps(rows[:1]))
+        cli.run(["data", "preview", str(file)])
+
+
+@pytest.mark.parametrize("act", [fails, stops, warns, logger.info, evaluates, checks])
+@pytest.mark.filterwarnings("default")
+def test_nothing_that_a_terminal_would_obey_is_printed(act, capfd, monkeypatch):
+    monkeypatch.setattr(cli.allocator, "keep_memory", lambda: None)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(
+        warnings,
+        "showwarning",
+        lambda *given, **how: sys.stderr.write(warnings.formatwarning(*given[:4])),
+    )
+    with pytest.raises(SystemExit):
+        cli.run_script(lambda: act(HOSTILE_TEXT))
+    output = "".join(capfd.readouterr())
+    assert SHOWN in output
+    assert escaped(output) == output
+    if act is evaluates:
+        assert "[bold]quality" in output

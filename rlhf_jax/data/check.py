@@ -22,7 +22,7 @@ from rlhf_jax.data.encoding import prompt_ids, response_ids
 from rlhf_jax.data.files import read_source
 from rlhf_jax.data.rows import Kind, OnBadRow, Record, Row, Text, places, summary
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, escaped
 
 NUM_PLACES = 5  # that are named of each finding in a file
 _EXAMPLE = 200  # characters of a text that a report shows
@@ -224,7 +224,7 @@ def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]
     if not others:
         return [], warnings
     title = "columns for the reward" if kind == "prompts" else "keys that training does not read"
-    counted = ", ".join(f"{_printable(key)} ({count} rows)" for key, count in others.most_common())
+    counted = ", ".join(f"{escaped(key)} ({count} rows)" for key, count in others.most_common())
     return [f"  {title}: {counted}"], warnings
 
 
@@ -275,14 +275,14 @@ def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int
 def _problems(errors: Sequence[UserError]) -> list[str]:
     if not errors:
         return []
-    return [f"  problems: {len(errors)}", *(f"    {_printable(line)}" for line in summary(errors))]
+    return [f"  problems: {len(errors)}", *(f"    {escaped(line)}" for line in summary(errors))]
 
 
 def _finding(title: str, lines: Sequence[str]) -> list[str]:
     if not lines:
         return []
     shown = [f"  {title}: {len(lines)}"]
-    shown += [f"    {_printable(line)}" for line in lines[:NUM_PLACES]]
+    shown += [f"    {escaped(line)}" for line in lines[:NUM_PLACES]]
     if len(lines) > NUM_PLACES:
         shown.append(f"    and {len(lines) - NUM_PLACES} more")
     return shown
@@ -317,7 +317,7 @@ def _render_row(row: Row, tokenizer: Tokenizer | None = None, limit: int | None 
     if row.votes:
         lines.append(f"  votes: {', '.join(map(str, row.votes))}")
     for key, value in row.columns.items():
-        lines.append(f"  {_printable(key)}: {_printable(repr(value))}")
+        lines.append(f"  {escaped(key)}: {escaped(repr(value))}")
     if row.weight is not None:
         lines.append(f"  weight: {row.weight:.3g}")
     return "\n".join(lines)
@@ -345,12 +345,7 @@ def _render_text(
 ) -> list[str]:
     if not isinstance(text, str):
         text = tokenizer.decode(text) if tokenizer else f"token ids {' '.join(map(str, text))}"
-    shown = _printable(text[:limit])
+    shown = escaped(text[:limit])
     if limit is not None and len(text) > limit:
         shown += " ..."
     return [f"  {name}:", *(f"    | {line}" for line in shown.split("\n"))]
-
-
-def _printable(text: str) -> str:
-    """Control characters, which a terminal might obey, as escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -187,10 +187,19 @@ def write_tensors(
 ) -> None:
     """Writes a safetensors file with the mode that the umask gives; the package alone makes it
     0600.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
     """
     file.touch()
     mode = file.stat().st_mode
-    save_file(dict(tensors), file, metadata=metadata)
+    try:
+        save_file(dict(tensors), file, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), file.name) from error
     file.chmod(mode)
 
 

@@ -31,6 +31,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,6 +50,7 @@ from rlhf_jax.runs import processes
 from rlhf_jax.runs.folder import steps
 
 T = TypeVar("T")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(TrainingFault):
@@ -90,6 +92,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         )
         self._directory = Path(directory).absolute()
         self._directory.mkdir(parents=True, exist_ok=True)
+        _ignore_closed_loops()
         self._pending: list[Future[None]] = []
         self._damaged: set[int] = set()
         self._verbosity = absl.logging.get_verbosity()
@@ -250,8 +253,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             if processes.is_first():
                 self._delete()  # the unfinished step may be what fills the disk
             latest = self.latest()
-            full = os.strerror(errno.ENOSPC)  # TensorStore says this at the end of a long message
-            why = full if full in str(error) else _first_line(error)
+            # TensorStore says these at the end of a long message.
+            full = [text for text in map(os.strerror, _FULL) if text in str(error)]
+            why = full[0] if full else _first_line(error)
             last = (
                 "there is no earlier checkpoint"
                 if latest is None
@@ -361,6 +365,22 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         if not is_whole:
             raise CheckpointError(f"{record} does not match its checksum")
         return json.loads(item["record"])
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+    """Passes over what the threads of TensorStore cannot raise after a save has failed: the other
+    writes of it report to an event loop that Orbax has closed, and a traceback for each would stand
+    between the user and the error.
+    """
+    report = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            report(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _leaves(state: Any) -> dict[str, Any]:
