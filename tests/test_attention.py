@@ -15,6 +15,7 @@ from programs import array_sizes
 
 from rlhf_jax import Demonstrations, TrainState, models, sft, sharding
 from rlhf_jax.models import attention
+from rlhf_jax.models.kernels import fused
 
 MASKS = {
     "causal": ([1] * 7, None),
@@ -93,7 +94,7 @@ def test_what_cudnn_is_asked_for_gives_the_same_values_and_gradients(name, monke
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
     mask, window = rows(MASKS[name][0]), MASKS[name][1]
-    compute = functools.partial(attention.fused, name="cudnn", window=window)
+    compute = functools.partial(fused.attention, name="cudnn", window=window)
 
     @jax.jit
     def run(mask):
@@ -111,7 +112,7 @@ def test_splash_gives_the_same_values_and_gradients(name, monkeypatch):
         splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True)
     )
     mask, window = rows(np.repeat(MASKS[name][0], 20)), MASKS[name][1] and 20 * MASKS[name][1]
-    compute = functools.partial(attention.fused, name="splash", window=window)
+    compute = functools.partial(fused.attention, name="splash", window=window)
     found = gradients(lambda *arrays: compute(*arrays, mask), mask, 140)
     seen = attention.seen_in_text(mask, window)
     assert_close(found, gradients(lambda *arrays: attention.attention(*arrays, seen), mask, 140))
@@ -184,7 +185,7 @@ def test_which_implementation_is_taken(
 
 
 def test_splash_is_taken_for_several_tpus_where_their_mesh_is_known(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(fused, "platform", lambda: "tpu")
     assert attention.implementation(GPT2, 512, 512, False) == "blockwise"
     with jax.set_mesh(sharding.make_mesh(4)):
         assert attention.implementation(GPT2, 512, 512, False) == "splash"
@@ -300,36 +301,6 @@ def test_cudnn_is_lowered_for_cuda(monkeypatch):
     assert not SCORES.search(text)
 
 
-def dots(function, *arrays):
-    return str(jax.make_jaxpr(function)(*arrays)).count("dot_general[")
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_scores_of_one_query_as_a_sum(groups):
-    """They are those of the product, and only the values' product is left; queries that share keys
-    have theirs.
-    """
-    query, key, value = inputs(groups=groups)
-    seen = attention.seen_in_cache(jnp.ones((2, 7), jnp.int32).at[0, :3].set(0), 5, 1)
-    product, summed = (
-        functools.partial(attention.attention, seen=seen, summed=is_sum) for is_sum in (False, True)
-    )
-    arrays = (query[..., 5:6, :], key, value)
-    np.testing.assert_allclose(summed(*arrays), product(*arrays), atol=1e-6)
-    assert (dots(product, *arrays), dots(summed, *arrays)) == (2, 1 if groups == 1 else 2)
-
-
-def test_scores_of_one_query_are_summed_in_float32():
-    query = jnp.ones((1, 1, 1, 1, 2), jnp.bfloat16)
-    key = jnp.array(
-        [[[[100, 0.25], [100, 0]]]], jnp.bfloat16
-    )  # scores 100.25, which bfloat16 has no number for, and 100
-    value = jnp.array([[[[1.0, 0.0], [0.0, 0.0]]]])
-    seen = attention.seen_in_cache(jnp.ones((1, 2)), 1, 1)
-    mixed = attention.attention(query, key, value, seen, summed=True)
-    np.testing.assert_allclose(mixed[0, 0, 0, 0, 0], 1 / (1 + np.exp(-0.25)), rtol=1e-6)
-
-
 @pytest.mark.parametrize("first", [0, 3])
 def test_the_first_half_of_the_queries_leaves_out_later_keys(first):
     """The same values and gradients as with all keys, for fewer scores; of all queries, or of the
@@ -390,7 +361,7 @@ def test_a_fused_kernel_sees_its_device_s_rows_and_heads(sizes, whole, own, mapp
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
     *arrays, documents = text(*whole)
-    fused = functools.partial(attention.fused, name="cudnn", window=None)
+    compute = functools.partial(fused.attention, name="cudnn", window=None)
     real = (documents != 0)[:, None, None, :, None]
 
     def gradient(compute):
@@ -399,14 +370,13 @@ def test_a_fused_kernel_sees_its_device_s_rows_and_heads(sizes, whole, own, mapp
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
 
-    expected = gradient(fused)
+    expected = gradient(compute)
     shapes.clear()
     with jax.set_mesh(sharding.make_mesh(*sizes)):
-        compute = fused
         if mapped:
             spec = jax.P(("data", "fsdp"))
             compute = jax.shard_map(
-                fused, in_specs=spec, out_specs=spec, axis_names=mapped, check_vma=False
+                compute, in_specs=spec, out_specs=spec, axis_names=mapped, check_vma=False
             )
         found = gradient(compute)
     assert shapes == {(own[0], 2 * own[1], own[1])}
@@ -416,8 +386,8 @@ def test_a_fused_kernel_sees_its_device_s_rows_and_heads(sizes, whole, own, mapp
 def test_splash_is_lowered_for_tpus_of_a_mesh():
     """XLA would refuse to partition it: NotImplementedError."""
     shapes = jax.eval_shape(lambda: text(4, 2, length=128, width=64))
-    fused = functools.partial(attention.fused, name="splash", window=None)
-    gradient = jax.jit(jax.grad(lambda *arrays: fused(*arrays).sum(), argnums=(0, 1, 2)))
+    compute = functools.partial(fused.attention, name="splash", window=None)
+    gradient = jax.jit(jax.grad(lambda *arrays: compute(*arrays).sum(), argnums=(0, 1, 2)))
     mesh = sharding.make_mesh(2, 1, 2)
     over_rows = jax.NamedSharding(mesh, jax.P("data"))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_rows) for x in shapes]

@@ -5,17 +5,15 @@ Heads come before slots ([B, H, S, Dh]): a cache in that layout is read in order
 decoding.
 """
 
-import functools
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
 
+from rlhf_jax.models import kernels
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.kernels import fused
 
 Number = Array | float
 Drop = tuple[Array, float] | None  # PRNG key and rate at which attention weights are dropped
@@ -25,8 +23,6 @@ MASKED = -1e30
 LONG = 512
 # Half the queries of a text; with that many, the first half skips the keys of the second.
 HALF = 32
-# Layers from which the scores of one query are a product and a sum on a CPU.
-DEEP = 12
 # Scores of one head that "blockwise" holds at once: queries of a block x keys.
 BLOCK_SCORES = 2**16
 
@@ -168,20 +164,7 @@ def implementation(config: TransformerConfig, queries: int, keys: int, drops: bo
         return "xla"
     if drops or queries != keys:
         return "blockwise"
-    return _fastest(config) if name == "auto" else name
-
-
-def _fastest(config: TransformerConfig) -> str:
-    """The implementation for long texts on this device."""
-    backend = jax.default_backend()
-    # Of several devices the kernel must know the mesh: see ``_on_each_device``.
-    has_mesh = not jax.sharding.get_abstract_mesh().empty
-    if backend == "tpu" and (has_mesh or jax.device_count() == 1):
-        return "splash"
-    fits_cudnn = config.head_size % 8 == 0 and config.head_size <= 128
-    if backend == "gpu" and config.compute_dtype == "bfloat16" and fits_cudnn:
-        return "cudnn"
-    return "blockwise"
+    return fused.fastest(config) if name == "auto" else name
 
 
 def attention(
@@ -191,7 +174,6 @@ def attention(
     seen: Seen,
     drop: Drop = None,
     first: int | None = None,
-    summed: bool = False,
 ) -> Array:
     """Scaled dot-product attention; scores and softmax in float32 whatever the inputs' dtype.
 
@@ -204,7 +186,6 @@ def attention(
         first: index of the key at the first query's position, if the other queries' keys follow it
             in order: the first half of the queries then skips the keys after it. None if the
             queries are at other positions.
-        summed: whether a CPU computes the scores of one query by a product and a sum.
 
     Returns:
         [B, H, G, t, Dh] in the dtype of ``value``; finite also for a query without a key.
@@ -212,7 +193,7 @@ def attention(
     mask = visible(seen) if seen.mask is None else seen.mask
     half = query.shape[3] // 2
     if first is None or half < HALF or drop is not None:
-        return _attend(query, key, value, mask, drop, summed)
+        return _attend(query, key, value, mask, drop)
     end = first + half
     # The gradient of a split is one copy, that of slices is padded.
     early, late = jnp.split(query, [half], axis=3)
@@ -227,16 +208,11 @@ def _attend(
     value: Array,
     mask: Array,
     drop: Drop = None,
-    summed: bool = False,
 ) -> Array:
     """``attention`` under a mask [B, 1, t, S]."""
     shape = query.shape
     rows = query.reshape(*shape[:2], -1, shape[4])  # [B, H, G t, Dh]: XLA copies an axis of one
-    is_one = rows.shape[2] == 1 and jax.default_backend() == "cpu"
-    if is_one and summed:
-        scores = _scores_by_sum(rows, key)
-    else:
-        scores = jnp.einsum("bhtd,bhsd->bhts", rows, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bhtd,bhsd->bhts", rows, key, preferred_element_type=jnp.float32)
     # The mask is added, and the sum divided by at the end: XLA then touches the scores half as
     # often as by softmax.
     scores += jnp.tile(jnp.where(mask, 0.0, MASKED), (1, 1, shape[2], 1))
@@ -247,27 +223,8 @@ def _attend(
         drop_key, rate = drop
         keep = jax.random.bernoulli(drop_key, 1.0 - rate, weights.shape)
         weights = jnp.where(keep, weights / (1.0 - rate), 0.0)
-    if is_one:
-        weights = _as_two_rows(weights)
-    mixed = jnp.einsum(
-        "bhts,bhsd->bhtd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-    )
-    mixed = mixed[:, :, : rows.shape[2]] / total
+    mixed = kernels.weighted_sum(weights.astype(value.dtype), value) / total
     return mixed.astype(value.dtype).reshape(shape)
-
-
-def _scores_by_sum(rows: Array, key: Array) -> Array:
-    """Scores [B, H, 1, S] of one query on a CPU as a product and a sum: XLA then compiles no kernel
-    of its own for each layer, which pays in deep networks, though the sum itself is slower.
-    """
-    return jnp.sum(rows.mT.astype(jnp.float32) * key.mT, axis=2, keepdims=True)
-
-
-def _as_two_rows(weights: Array) -> Array:
-    """One query's weights twice, for a CPU: of one row XLA would compile a kernel for each layer,
-    and a slower one.
-    """
-    return jnp.repeat(weights, 2, axis=2)
 
 
 def blockwise(query: Array, key: Array, value: Array, seen: Seen, drop: Drop = None) -> Array:
@@ -303,102 +260,3 @@ def blockwise(query: Array, key: Array, value: Array, seen: Seen, drop: Drop = N
     mixed = jax.lax.map(jax.checkpoint(block, prevent_cse=False), parts)
     mixed = jnp.moveaxis(mixed, 0, 3).reshape(*query.shape[:3], count * size, -1)
     return mixed[:, :, :, :length]
-
-
-def fused(
-    query: Array,
-    key: Array,
-    value: Array,
-    documents: Array,
-    *,
-    name: str,
-    window: int | None,
-) -> Array:
-    """Attention of a whole text with itself by a kernel that holds no scores; its softmax is in
-    float32.
-
-    Args:
-        query: [B, H, G, T, Dh], times the scale; key, value: [B, H, T, Dh].
-        documents: [B, T] as ``attention_mask``. A pad attends to other pads; its result has no
-            meaning.
-        name: "splash" (Pallas, on TPU) or "cudnn" (bfloat16, on GPU; its mask is [B, 1, T, T] in
-            bfloat16).
-        window: as in ``seen_in_text``.
-    """
-    shape = query.shape
-    length = shape[3]
-    multiple = 128 if name == "splash" else 2
-    columns = (0, -length % multiple)
-
-    def padded(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, 0), columns, (0, 0)))
-
-    query = padded(query.reshape(shape[0], -1, *shape[3:]))
-    documents = jnp.pad(documents.astype(jnp.int32), ((0, 0), columns))
-    kernel = functools.partial(_splash if name == "splash" else _cudnn, window=window)
-    mixed = _on_each_device(kernel, query, padded(key), padded(value), documents)
-    return mixed[:, :, :length].reshape(shape)
-
-
-def _on_each_device(
-    kernel: Callable[..., Array], query: Array, key: Array, value: Array, documents: Array
-) -> Array:
-    """``kernel`` of each device's own rows and heads, on the mesh of ``jax.set_mesh``.
-
-    XLA cannot partition a Pallas kernel, nor cuDNN's under ``shard_map``. Axes that are mapped
-    already stay so. Rows or heads of keys that their axes do not divide are whole on each device.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.auto_axes:
-        return kernel(query, key, value, documents)
-
-    def axes(size: int, *names: str) -> tuple[str, ...] | None:
-        """Those of the axes that are not mapped yet; None if they do not divide the size."""
-        left = tuple(name for name in names if name in mesh.auto_axes)
-        return None if size % math.prod(mesh.shape[name] for name in left) else left
-
-    rows = axes(len(query), "data", "fsdp")
-    heads = PartitionSpec(rows, axes(key.shape[1], "tensor"))
-    mapped = jax.shard_map(
-        kernel,
-        in_specs=(heads, heads, heads, PartitionSpec(rows)),
-        out_specs=heads,
-        axis_names={*mesh.auto_axes},
-        check_vma=False,  # Pallas kernels do not say over which axes their results vary
-    )
-    mixed: Array = mapped(query, key, value, documents)
-    return mixed
-
-
-def _splash(
-    query: Array, key: Array, value: Array, documents: Array, *, window: int | None
-) -> Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    num_heads, length = query.shape[1:3]
-    square = (length, length)
-    if window is None:
-        mask: splash.Mask = splash.CausalMask(square)
-    else:
-        mask = splash.LocalMask(square, (window - 1, 0), 0)
-    heads = splash.MultiHeadMask([mask] * num_heads)
-    attend = splash.make_splash_mha(heads, head_shards=1, q_seq_shards=1)
-    segments = splash.SegmentIds(documents, documents)
-    mixed: Array = jax.vmap(attend)(query, key, value, segments)
-    return mixed
-
-
-def _cudnn(
-    query: Array, key: Array, value: Array, documents: Array, *, window: int | None
-) -> Array:
-    mixed: Array = jax.nn.dot_product_attention(
-        query.swapaxes(1, 2),
-        key.swapaxes(1, 2),
-        value.swapaxes(1, 2),
-        mask=visible(seen_in_text(documents, window)),
-        scale=1.0,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn",
-    )
-    return mixed.swapaxes(1, 2)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rlhf_jax.models import stack
+from rlhf_jax.models import kernels, stack
 from rlhf_jax.models.config import DecoderConfig, Gemma3TextConfig
 from rlhf_jax.models.stack import ACTIVATIONS, Dense, Norm, Rotation
 
@@ -122,11 +122,4 @@ class Decoder(stack.Transformer):
     def rotation(self, positions: Array, is_local: bool) -> Rotation:
         places = positions.astype(jnp.float32)[:, None, :, None]
         angles = places * frequencies(self.config, is_local)[None, None, None]
-        return _computed_once(jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
-
-
-def _computed_once(pair: Array) -> Array:
-    """The same [2, ...] by a lookup: XLA's CPU compiler would otherwise merge the computation into
-    the kernels of every layer.
-    """
-    return jnp.take(pair, jnp.arange(2), axis=0, mode="clip")
+        return kernels.computed_once(jnp.stack([jnp.cos(angles), jnp.sin(angles)]))

@@ -37,7 +37,7 @@ class _Attention(stack.Attention):
         fused = self.c_attn(x)
         heads = (*x.shape[:2], self.config.num_heads, self.config.head_size)
         if parts("tensor") == 1:
-            # As one axis, XLA's CPU compiler puts the three gradients together once, not thrice.
+            # As one axis, XLA puts the three gradients together once, not thrice.
             fused = fused.reshape(*x.shape[:2], -1)
         thirds = jnp.split(fused, 3, axis=2)
         query, key, value = (third.reshape(heads).swapaxes(1, 2) for third in thirds)

@@ -18,9 +18,10 @@ from flax.linen.dtypes import promote_dtype
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, kernels
 from rlhf_jax.models.attention import Number, Seen
 from rlhf_jax.models.config import GPT2Config, ModelConfig
+from rlhf_jax.models.kernels import fused
 from rlhf_jax.models.norms import norm
 from rlhf_jax.sharding import cut, parts
 from rlhf_jax.types import Params
@@ -48,80 +49,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-@jax.custom_vjp
-def product(x: Array, kernel: Array) -> Array:
-    """x [..., D] @ kernel [D, F]; on a CPU the kernel's gradient is the sum of those of two halves
-    of the rows.
-
-    XLA's faster CPU kernel reads halves in place; it would transpose the whole for its slower one.
-    All products of a training step are then of halves: XLA would compute what two shapes share
-    twice, once for each.
-    """
-    return x @ kernel
-
-
-def _halves(x: Array) -> Array:
-    """The rows of x [..., D]: [2, N / 2, D] on a CPU, else [1, N, D]."""
-    width = x.shape[-1]
-    is_even = (x.size // width) % 2 == 0
-    is_sharded = bool(jax.sharding.get_abstract_mesh().auto_axes)
-    is_halved = jax.default_backend() == "cpu" and is_even and not is_sharded
-    return x.reshape(1 + is_halved, -1, width)
-
-
-def _times(x: Array, kernel: Array, axis: int, is_trained: bool) -> Array:
-    """x [..., D] times a kernel whose ``axis`` is D.
-
-    A trained kernel is multiplied by halves, each with a copy of the kernel, as its gradient is.
-    """
-    halves = _halves(x)
-    is_large = halves.shape[1] >= 2 * max(kernel.shape)
-    if not is_trained or len(halves) == 1 or not is_large:
-        return jnp.tensordot(x, kernel, ((-1,), (axis,)))
-    copies = jnp.broadcast_to(kernel, (2, *kernel.shape))
-    contracted = ((2,), (1 + axis,))
-    batched = ((0,), (0,))
-    out = jax.lax.dot_general(halves, copies, (contracted, batched))
-    return out.reshape(*x.shape[:-1], -1)
-
-
-# x and the kernel; each is None where the other's gradient is not needed.
-Saved = tuple[Array | None, Array | None]
-
-
-def _product_forward(x: Any, kernel: Any) -> tuple[Array, Saved]:
-    # Under adapters a kernel is frozen: its gradient is not needed, so x is not saved.
-    saved_x = x.value if kernel.perturbed else None
-    saved_kernel = kernel.value if x.perturbed else None
-    return _times(x.value, kernel.value, 0, kernel.perturbed), (saved_x, saved_kernel)
-
-
-def _product_backward(saved: Saved, grad: Array) -> Saved:
-    x, kernel = saved
-    x_grad = None if kernel is None else _times(grad, kernel, 1, x is not None)
-    kernel_grad = None if x is None else _kernel_gradient(x, grad)
-    return x_grad, kernel_grad
-
-
-def _kernel_gradient(x: Array, grad: Array) -> Array:
-    """x^T @ grad by halves of the rows; the product is faster with the narrower array first."""
-    if x.shape[-1] <= grad.shape[-1]:
-        of_halves = jnp.einsum("gna,gnb->gab", _halves(x), _halves(grad))
-    else:
-        of_halves = jnp.einsum("gna,gnb->gab", _halves(grad), _halves(x)).mT
-    return functools.reduce(jnp.add, of_halves)
-
-
-product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
-
-
 def _dot(x: Array, kernel: Array) -> Array:
     """x [..., D] times kernel [D, ...]; the kernel's last axes become one unless ``tensor`` cuts
     them.
     """
     if parts("tensor") > 1:
         return jnp.tensordot(x, kernel, 1)
-    out = product(x, kernel.reshape(len(kernel), -1))
+    out = kernels.product(x, kernel.reshape(len(kernel), -1))
     return out.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
@@ -311,12 +245,12 @@ class Attention(nn.Module):
         drops = self.has_rng("dropout") and config.attention_dropout > 0
         name = attention.implementation(config, num_queries, num_keys, drops)
         if name in ("cudnn", "splash"):
-            kernels = [
-                functools.partial(attention.fused, name=name, window=window)
+            by_window = [
+                functools.partial(fused.attention, name=name, window=window)
                 for window in config.windows
             ]
             number = jnp.int32(is_local)
-            whole = jax.lax.switch(number, kernels, query, key, value, seen.key_documents)
+            whole = jax.lax.switch(number, by_window, query, key, value, seen.key_documents)
             return pick(whole, columns, axis=3)
 
         drop = (self.make_rng("dropout"), config.attention_dropout) if drops else None
@@ -327,8 +261,7 @@ class Attention(nn.Module):
         first = None
         if num_keys == num_queries and not isinstance(columns, Array):
             first = 0 if columns is None else columns.start
-        summed = config.num_layers >= attention.DEEP
-        return attention.attention(query, key, value, seen, drop, first, summed)
+        return attention.attention(query, key, value, seen, drop, first)
 
 
 class Block(nn.Module):

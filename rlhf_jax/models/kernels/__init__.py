@@ -1,0 +1,87 @@
+"""Operations of the networks in the form that a backend computes fastest.
+
+The choice is made when a program is lowered (``jax.lax.platform_dependent``): a program that is
+lowered for another machine is that machine's. Beside each other form, ``cpu`` and ``fused`` say
+what it gains and where that was measured; without one an operation is the plain formula.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import platform_dependent
+
+from rlhf_jax.models.kernels import cpu
+
+# x and the kernel; each is None where the other's gradient is not needed.
+Saved = tuple[Array | None, Array | None]
+
+
+def mean(x: Array) -> Array:
+    """[..., D] -> [..., 1] in float32."""
+    return platform_dependent(x, cpu=cpu.mean, default=_mean)
+
+
+def _mean(x: Array) -> Array:
+    return x.mean(axis=-1, keepdims=True)
+
+
+def computed_once(x: Array) -> Array:
+    """x [2, ...] itself, not merged into the kernels that read it."""
+    return platform_dependent(x, cpu=cpu.computed_once, default=jnp.asarray)
+
+
+def weighted_sum(weights: Array, value: Array) -> Array:
+    """weights [B, H, t, S] @ value [B, H, S, Dh], in float32."""
+    if weights.shape[2] > 1:
+        return cpu.weighted_sum(weights, value)
+    return platform_dependent(weights, value, cpu=cpu.weighted_sum_of_one, default=cpu.weighted_sum)
+
+
+@jax.custom_vjp
+def product(x: Array, kernel: Array) -> Array:
+    """x [..., D] @ kernel [D, F]."""
+    return x @ kernel
+
+
+def _times(x: Array, kernel: Array, axis: int, is_trained: bool) -> Array:
+    """x [..., D] times a kernel whose ``axis`` is D."""
+
+    def plain(x: Array, kernel: Array) -> Array:
+        return jnp.tensordot(x, kernel, ((-1,), (axis,)))
+
+    def by_halves(x: Array, kernel: Array) -> Array:
+        return cpu.product_of_halves(x, kernel, axis)
+
+    # A trained kernel is multiplied by halves, as its gradient is.
+    if is_trained and cpu.are_large(x, kernel):
+        return platform_dependent(x, kernel, cpu=by_halves, default=plain)
+    return plain(x, kernel)
+
+
+def _kernel_gradient(x: Array, grad: Array) -> Array:
+    """[..., D] and [..., F] -> [D, F], summed over the rows."""
+    leading = tuple(range(x.ndim - 1))
+
+    def plain(x: Array, grad: Array) -> Array:
+        return jnp.tensordot(x, grad, (leading, leading))
+
+    return platform_dependent(x, grad, cpu=cpu.kernel_gradient, default=plain)
+
+
+def _product_forward(x: Any, kernel: Any) -> tuple[Array, Saved]:
+    # Under adapters a kernel is frozen: its gradient is not needed, so x is not saved.
+    saved_x = x.value if kernel.perturbed else None
+    saved_kernel = kernel.value if x.perturbed else None
+    return _times(x.value, kernel.value, 0, kernel.perturbed), (saved_x, saved_kernel)
+
+
+def _product_backward(saved: Saved, grad: Array) -> Saved:
+    x, kernel = saved
+    x_grad = None if kernel is None else _times(grad, kernel, 1, x is not None)
+    kernel_grad = None if x is None else _kernel_gradient(x, grad)
+    return x_grad, kernel_grad
+
+
+product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)

@@ -1,0 +1,143 @@
+"""Fused attention for GPU and TPU: kernels that hold no scores."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from rlhf_jax.models.config import TransformerConfig
+
+
+def platform() -> str:
+    """Where the program that is traced will run: the platform of the mesh of ``jax.set_mesh``, or
+    without one JAX's default.
+
+    For what decides shapes or the gradient's memory, which cannot wait until a program is lowered.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
+
+
+def fastest(config: TransformerConfig) -> str:
+    """The implementation of attention for long texts.
+
+    A layer of GPT-2 then holds no [B, H, T, T] scores; XLA's compilers for H200 and TPU v5e show
+    three kernels in place of some thirty (docs/notes/accelerators.md).
+    """
+    # Of several devices the kernel must know the mesh: see ``_on_each_device``.
+    has_mesh = not jax.sharding.get_abstract_mesh().empty
+    if platform() == "tpu" and (has_mesh or jax.device_count() == 1):
+        return "splash"
+    fits_cudnn = config.head_size % 8 == 0 and config.head_size <= 128
+    if platform() == "gpu" and config.compute_dtype == "bfloat16" and fits_cudnn:
+        return "cudnn"
+    return "blockwise"
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    documents: Array,
+    *,
+    name: str,
+    window: int | None,
+) -> Array:
+    """Attention of a whole text with itself by a kernel that holds no scores; its softmax is in
+    float32.
+
+    Args:
+        query: [B, H, G, T, Dh], times the scale; key, value: [B, H, T, Dh].
+        documents: [B, T] as ``attention_mask``. A pad attends to other pads; its result has no
+            meaning.
+        name: "splash" (Pallas, on TPU) or "cudnn" (bfloat16, on GPU; its mask is [B, 1, T, T] in
+            bfloat16).
+        window: as in ``seen_in_text``.
+    """
+    shape = query.shape
+    length = shape[3]
+    multiple = 128 if name == "splash" else 2
+    columns = (0, -length % multiple)
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, 0), columns, (0, 0)))
+
+    query = padded(query.reshape(shape[0], -1, *shape[3:]))
+    documents = jnp.pad(documents.astype(jnp.int32), ((0, 0), columns))
+    kernel = functools.partial(_splash if name == "splash" else _cudnn, window=window)
+    mixed = _on_each_device(kernel, query, padded(key), padded(value), documents)
+    return mixed[:, :, :length].reshape(shape)
+
+
+def _on_each_device(
+    kernel: Callable[..., Array], query: Array, key: Array, value: Array, documents: Array
+) -> Array:
+    """``kernel`` of each device's own rows and heads, on the mesh of ``jax.set_mesh``.
+
+    XLA cannot partition a Pallas kernel, nor cuDNN's under ``shard_map``. Axes that are mapped
+    already stay so. Rows or heads of keys that their axes do not divide are whole on each device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.auto_axes:
+        return kernel(query, key, value, documents)
+
+    def axes(size: int, *names: str) -> tuple[str, ...] | None:
+        """Those of the axes that are not mapped yet; None if they do not divide the size."""
+        left = tuple(name for name in names if name in mesh.auto_axes)
+        return None if size % math.prod(mesh.shape[name] for name in left) else left
+
+    rows = axes(len(query), "data", "fsdp")
+    heads = PartitionSpec(rows, axes(key.shape[1], "tensor"))
+    mapped = jax.shard_map(
+        kernel,
+        in_specs=(heads, heads, heads, PartitionSpec(rows)),
+        out_specs=heads,
+        axis_names={*mesh.auto_axes},
+        check_vma=False,  # Pallas kernels do not say over which axes their results vary
+    )
+    mixed: Array = mapped(query, key, value, documents)
+    return mixed
+
+
+def _splash(
+    query: Array, key: Array, value: Array, documents: Array, *, window: int | None
+) -> Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    num_heads, length = query.shape[1:3]
+    square = (length, length)
+    if window is None:
+        mask: splash.Mask = splash.CausalMask(square)
+    else:
+        mask = splash.LocalMask(square, (window - 1, 0), 0)
+    heads = splash.MultiHeadMask([mask] * num_heads)
+    attend = splash.make_splash_mha(heads, head_shards=1, q_seq_shards=1)
+    segments = splash.SegmentIds(documents, documents)
+    mixed: Array = jax.vmap(attend)(query, key, value, segments)
+    return mixed
+
+
+def _cudnn(
+    query: Array, key: Array, value: Array, documents: Array, *, window: int | None
+) -> Array:
+    mixed: Array = jax.nn.dot_product_attention(
+        query.swapaxes(1, 2),
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        mask=_visible(documents),
+        scale=1.0,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+    return mixed.swapaxes(1, 2)
+
+
+def _visible(documents: Array) -> Array:
+    """[B, 1, T, T] bool: whether two tokens are of one document."""
+    is_own = documents[:, :, None] == documents[:, None, :]
+    return (is_own & (documents != 0)[:, None, :])[:, None]
