@@ -156,7 +156,7 @@ def row_rewards(rollout: Rollout) -> jax.Array:
             jnp.float32,
         )
     return jnp.sum(
-        jnp.where(rollout.response_mask != 0, field(rollout, "rewards", ""), 0.0),
+        jnp.where(rollout.mask, field(rollout, "rewards", ""), 0.0),
         axis=1,
         dtype=jnp.float32,
     )
@@ -173,7 +173,7 @@ def with_group_advantages(
         1`` are group i.
       estimate: ``estimate(row rewards [N, G], mask=present [N, G]) -> advantages [N, G]``.
     """
-    mask = rollout.response_mask != 0  # [B, T]
+    mask = rollout.mask  # [B, T]
     num_rows = mask.shape[0]
     if num_rows % group_size:
         raise ValueError(
@@ -226,7 +226,7 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
       and ``policy/kl_capped_fraction`` (tokens whose ratio ``KL_RATIO_CAP`` bounds there), and with
       importance weights ``policy/importance_weight_mean``.
     """
-    mask = rollout.response_mask != 0  # [B, T]
+    mask = rollout.mask  # [B, T]
 
     def mean(per_token: jax.Array) -> Mean:
         return losses.aggregate(per_token, mask, config.aggregate, config.length)

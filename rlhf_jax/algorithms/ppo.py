@@ -83,7 +83,7 @@ def loss(
     policy_loss, metrics = policy.loss(output, rollout, config)
     # Masked columns get the same numbers on both sides, so that no square ever sees what is in
     # them.
-    mask = rollout.response_mask != 0  # [B, T]
+    mask = rollout.mask  # [B, T]
     old_values = jnp.where(
         mask, policy.field(rollout, "values", "the policy needs a value function"), 0.0
     )

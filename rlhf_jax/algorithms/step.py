@@ -405,7 +405,7 @@ def _narrowed(
 def _used(rollout: Rollout) -> Array:
     """[B] columns up to the last response token of each row."""
     columns = jnp.arange(1, 1 + rollout.tokens.shape[1])[None]
-    return jnp.max(jnp.where(rollout.response_mask != 0, columns, 0), axis=1)
+    return jnp.max(jnp.where(rollout.mask, columns, 0), axis=1)
 
 
 def _split(batch: Any, num_microbatches: int) -> Any:

@@ -76,9 +76,7 @@ def prepare(
         advantage = advantage - policy.field(
             rollout, "greedy_rewards", "training.phases.with_greedy makes them", 1
         )
-    return dataclasses.replace(
-        rollout, advantages=jnp.where(rollout.response_mask != 0, advantage[:, None], 0.0)
-    )
+    return dataclasses.replace(rollout, advantages=jnp.where(rollout.mask, advantage[:, None], 0.0))
 
 
 def _moved(
@@ -87,7 +85,7 @@ def _moved(
     """``advantages.ema_baseline`` of the rows' rewards: the moved baseline [] and the advantages
     [B].
     """
-    present = jnp.any(rollout.response_mask != 0, axis=1)
+    present = rollout.present
     return advantages.ema_baseline(
         baseline, policy.row_rewards(rollout), config.baseline_decay, present, axis_name
     )
@@ -106,7 +104,7 @@ def loss(
     """
     if rollout.advantages is None:
         raise ValueError("rollout.advantages [B, T] is needed, got None: call vpg.prepare first")
-    mask = rollout.response_mask != 0  # [B, T]
+    mask = rollout.mask  # [B, T]
     output = ops.evaluate(policy_fn, params, rollout)
     surrogate, metrics = policy.reweighed(
         losses.policy_gradient(output.log_probs, rollout.advantages, mask), rollout
