@@ -47,13 +47,16 @@ PAIR = ("chosen", "rejected")
 ANNOTATED = ("instruction", "response1", "response2", "annotator1")
 LABELS = ("best", "ranking", "ranks", "targets")
 _PREFERENCES = "preference_data.json"
+# The file of each kind in the pipeline's folder.
 FILES: dict[Kind, str] = {
     "demonstrations": "sft_data.json",
     "prompts": "prompts.json",
-}  # in the pipeline's folder
-FILES |= {"feedback": _PREFERENCES, "pairs": _PREFERENCES, "comparisons": _PREFERENCES}
-# Which records are of which kind: the first whose keys they have. Those of K responses stand above
-# all.
+    "feedback": _PREFERENCES,
+    "pairs": _PREFERENCES,
+    "comparisons": _PREFERENCES,
+}
+# The kind of a record is that of the first format whose keys it has. A record with ``responses`` is
+# a comparison before any of them.
 FORMATS: dict[tuple[str, ...], Kind] = {
     ("prompt", *PAIR): "comparisons",
     PAIR: "comparisons",
@@ -84,7 +87,7 @@ _ANNOTATOR = re.compile(r"annotator[0-9]+")
 @dataclasses.dataclass(frozen=True)
 class ReadResult:
     """The rows in file order, the places of the rows that were left out by reason, the sha256 of
-    each source, what is wrong with other rows, and {column: sentence} of columns that no row has.
+    each source, the errors of other rows, and {column: sentence} for columns that no row has.
     """
 
     rows: list[Row]
@@ -102,12 +105,10 @@ class ReadResult:
         """One line for a log: ``1162 rows, 1 dropped (chosen and rejected are identical:
         data.jsonl, line 7)``.
         """
-        left_out = self.places.items()
-        reasons = [
-            f", {len(sources)} dropped ({reason}: {rows.places(sources)})"
-            for reason, sources in left_out
-        ]
-        return f"{len(self.rows)} rows{''.join(reasons)}"
+        line = f"{len(self.rows)} rows"
+        for reason, sources in self.places.items():
+            line += f", {len(sources)} dropped ({reason}: {rows.places(sources)})"
+        return line
 
 
 def read(
@@ -123,10 +124,10 @@ def read(
     """The rows of one or several sources.
 
     Kinds: ``demonstrations`` may be read from pairs (the chosen response) and other comparisons
-    (the best) too, and from plain texts. ``comparisons`` are pairs, choices of one response among K > 2, and responses
-    with targets; ``pairs`` make all of it pairs. ``feedback`` is one response with the target 1 or
-    0; of each pair the chosen response gets 1 and the rejected one 0. ``prompts`` come from rows
-    with responses too, each such prompt once.
+    (the best) too, and from plain texts. ``comparisons`` are pairs, choices of one response among
+    K > 2, and responses with targets; ``pairs`` turns all of these into pairs. ``feedback`` is one
+    response with the target 1 or 0; a pair becomes two of them, 1 for the chosen response and 0 for
+    the rejected one. ``prompts`` come from rows with responses too, each such prompt once.
 
     Always left out and counted: pairs of equal responses, rankings of nothing but ties, annotated
     rows without a majority, and repeated prompts.
@@ -136,10 +137,10 @@ def read(
         preference_data.json or prompts.json, or ``demo`` alone: the corpus that `demo` generates
         from ``seed``.
       template: renders messages; by default `chat.PLAIN`.
-      columns: OURS=THEIRS, as in `columns`. One that no row has is an error; if ``shares_columns``,
-        since they are of other data too, it is noted in the result.
-      on_bad_row: ``error``: all rows that the stage cannot use are named in one error; ``drop``:
-        they are left out and counted. A file that cannot be read to its end is an error always.
+      columns: OURS=THEIRS, as in `columns`. A column that no row has is an error. With
+        ``shares_columns`` the columns belong to other data too, and the result only notes it.
+      on_bad_row: ``error``: one error names all rows that the stage cannot use; ``drop``: they are
+        left out and counted. A file that cannot be read to its end is always an error.
 
     Raises:
       UserError: no data or no usable row; a file that cannot be read; bad rows; a column that no
@@ -167,9 +168,7 @@ def read(
 def parse_all(
     kind: Kind, records: Sequence[Record], template: ChatTemplate, on_bad_row: rows.OnBadRow
 ) -> ReadResult:
-    """The rows of all records. With ``drop`` those of a `BadRow` are left out under what is wrong
-    with them.
-    """
+    """The rows of all records. With ``drop`` the records of a `BadRow` are left out, by reason."""
     result = ReadResult([])
     seen: set[Text] = set()
     left_out = BadRow if on_bad_row == "drop" else Drop
@@ -191,7 +190,7 @@ def parse_all(
 
 
 def _is_prompt(value: Any) -> bool:
-    """Whether a record is a prompt by its keys, rather than a row with answers."""
+    """Whether the keys of a record are those of a prompt, not of a row with answers."""
     form = form_of(value)
     return form is None or form[0] == "prompts"
 
@@ -239,8 +238,8 @@ def check_labels(read_rows: Sequence[Row]) -> None:
 
 
 def form_of(value: Any) -> tuple[Kind, str] | None:
-    """The kind of data that a record's keys make it, and the name of its format; None for no known
-    format.
+    """The kind of data that a record's keys make it, and the name of its format; None if the format
+    is unknown.
     """
     if isinstance(value, str):
         return "prompts", "text"
@@ -249,17 +248,21 @@ def form_of(value: Any) -> tuple[Kind, str] | None:
     if "responses" in value:
         present = [key for key in ("prompt", "responses", *LABELS) if key in value]
         return "comparisons", ", ".join(present)
-    keys = next((keys for keys in FORMATS if all(key in value for key in keys)), None)
-    if keys == ("messages",) and not chat.is_answered(value["messages"]):
-        return "prompts", "messages"
-    return (FORMATS[keys], ", ".join(keys)) if keys else None
+    for keys, kind in FORMATS.items():
+        if all(key in value for key in keys):
+            if keys == ("messages",) and not chat.is_answered(value["messages"]):
+                kind = "prompts"
+            return kind, ", ".join(keys)
+    return None
 
 
 def keys_read(row: dict[str, Any]) -> set[str]:
     """The keys of a record that its format reads."""
     kind, name = form_of(row) or ("", "")
-    others = ["input", *filter(_ANNOTATOR.fullmatch, row)] if kind == "annotated" else []
-    return set(row) & {*name.split(", "), *others}
+    keys = set(name.split(", "))
+    if kind == "annotated":
+        keys |= {"input", *filter(_ANNOTATOR.fullmatch, row)}
+    return keys & set(row)
 
 
 def parse(kind: Kind, record: Record, template: ChatTemplate) -> Sequence[Row]:
@@ -324,22 +327,25 @@ def _prompt(record: Record, template: ChatTemplate) -> Row:
     row = rows.fields(record, "prompt, or a string")
     if "responses" in row:
         return _row(record, _before_answers(record), template)
-    columns = {
-        key: value
-        for key, value in row.items()
-        if key not in ("prompt", "response", "messages", *PAIR)
-    }
-    key = next((key for key in ("messages", "prompt", "chosen") if key in row), "prompt")
-    response = next((key for key in ("chosen", "response") if key in row), None)
-    before: str | list[Message]
-    if key == "messages" or chat.is_chat(row, key):
-        before = chat.conversation(record, key)
-    elif response and (key == "chosen" or chat.is_chat(row, response)):
+    others = ("prompt", "response", "messages", *PAIR)
+    columns = {key: value for key, value in row.items() if key not in others}
+    return _row(record, _asked(record), template, columns=columns)
+
+
+def _asked(record: Record) -> str | list[Message]:
+    """The prompt of a record of any form with at most two responses."""
+    row = record.value
+    if "messages" in row:
+        return chat.conversation(record, "messages")
+    key = "chosen" if "chosen" in row and "prompt" not in row else "prompt"
+    if chat.is_chat(row, key):
+        return chat.conversation(record, key)
+    response = "chosen" if "chosen" in row else "response"
+    if key == "chosen" or chat.is_chat(row, response):
         before, _ = _exchange(record, response)
-    else:
-        rows.require(record, ("prompt",))
-        before = rows.text(record, "prompt")
-    return _row(record, before, template, columns=columns)
+        return before
+    rows.require(record, ("prompt",))
+    return rows.text(record, "prompt")
 
 
 def _is_annotated(row: dict[str, Any]) -> bool:
@@ -350,38 +356,44 @@ def _is_annotated(row: dict[str, Any]) -> bool:
 def _annotated(record: Record) -> Row:
     row = rows.fields(record, ", ".join(ANNOTATED))
     rows.require(record, ANNOTATED)
-    before = [
-        rows.text(record, key)
-        for key in ("instruction", "input")
-        if key == "instruction" or row.get(key)
-    ]
-    responses = rows.text(record, "response1"), rows.text(record, "response2")
-    votes = {key: value for key, value in row.items() if _ANNOTATOR.fullmatch(key)}
-    for key, vote in votes.items():
+    prompt = rows.text(record, "instruction")
+    if row.get("input"):
+        prompt += "\n\n" + rows.text(record, "input")
+    responses = (rows.text(record, "response1"), rows.text(record, "response2"))
+    votes = []
+    for key in filter(_ANNOTATOR.fullmatch, row):
+        vote = row[key]
         is_vote = not isinstance(vote, bool) and str(vote) in ("0", "1", "2")
         rows.expect(is_vote, record, f"{key!r} must be 1, 2 or 0 for a tie", vote)
-    return Row("\n\n".join(before), responses, record.source, votes=tuple(map(int, votes.values())))
+        votes.append(int(vote))
+    return Row(prompt, responses, record.source, votes=tuple(votes))
 
 
 def _exchange(record: Record, key: str) -> tuple[str | list[Message], str]:
-    """What stands before the response under ``key``, and the response: texts, messages or the
-    halves of a dialogue.
+    """The text or messages before the response under ``key``, and the response. In a dialogue, the
+    text before its last response.
     """
-    row, keys = record.value, PAIR if key in PAIR else (key,)
+    row = record.value
+    keys = PAIR if key in PAIR else (key,)
     if key == "messages" or chat.is_chat(row, "prompt", *keys):
         rows.require(record, keys)
         return chat.exchange(record, key)
     if "prompt" not in row and key in PAIR and isinstance(row.get(key), str):
-        before, opening, response = row[key].rpartition(ASSISTANT)
-        hint = rows.meant("prompt", [other for other in row if other not in PAIR])
-        rows.expect(opening, record, _NO_DIALOGUE.format(key) + hint)
-        rows.expect(
-            HUMAN not in response, record, f"{key!r} ends with a human turn, not with an answer"
-        )
-        rows.expect(response.strip(), record, chat.NO_RESPONSE)
-        return rows.checked(record, key, before + opening), rows.checked(record, key, response)
+        return _dialogue(record, key)
     rows.require(record, ("prompt", *keys))
     return rows.text(record, "prompt"), rows.text(record, key)
+
+
+def _dialogue(record: Record, key: str) -> tuple[str, str]:
+    """The turns of a dialogue of hh-rlhf up to its last response, and that response."""
+    row = record.value
+    before, opening, response = row[key].rpartition(ASSISTANT)
+    hint = rows.meant("prompt", [other for other in row if other not in PAIR])
+    rows.expect(opening, record, _NO_DIALOGUE.format(key) + hint)
+    ends_with_answer = HUMAN not in response
+    rows.expect(ends_with_answer, record, f"{key!r} ends with a human turn, not with an answer")
+    rows.expect(response.strip(), record, chat.NO_RESPONSE)
+    return rows.checked(record, key, before + opening), rows.checked(record, key, response)
 
 
 def _row(
@@ -391,7 +403,7 @@ def _row(
     responses: tuple[Text, ...] = (),
     **fields: Any,
 ) -> Row:
-    """The row of a prompt, of which messages are rendered by the template, and its responses."""
+    """The row of a prompt and its responses; the template renders a prompt of messages."""
     if not isinstance(before, list):
         return Row(before, responses, record.source, **fields)
     prompt = template.prompt(before, record.source)
@@ -403,38 +415,50 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, 
     best.
     """
     row = record.value
-    category = str(row.get("category") or row.get("subset") or "")
     if _is_annotated(row):
         return _by_majority(_annotated(record)), (0, 1)
-    if "responses" not in row:
-        (before, chosen), (other, rejected) = (_exchange(record, key) for key in PAIR)
-        rows.expect(other == before, record, "dialogues differ before the last response")
-        if chosen == rejected:
-            raise Drop(record.source, EQUAL)
-        given = [_ranks(record, label, 2) for label in LABELS[:-1] if row.get(label) is not None]
-        rows.expect(all(0 in _best(ranks) for ranks in given), record, _CONTRADICTED)
-        pair = _row(record, before, template, (chosen, rejected), category=category)
-        return pair, (0, 1)
-    rows.expect(
-        isinstance(row["responses"], list), record, "'responses' must be a list", row["responses"]
-    )
-    responses = tuple(
-        _text_or_ids(record, f"response {i}", value) for i, value in enumerate(row["responses"])
-    )
+    category = str(row.get("category") or row.get("subset") or "")
+    if "responses" in row:
+        return _several(record, template, category)
+    before, chosen = _exchange(record, "chosen")
+    other, rejected = _exchange(record, "rejected")
+    rows.expect(other == before, record, "dialogues differ before the last response")
+    if chosen == rejected:
+        raise Drop(record.source, EQUAL)
+    for label in ("best", "ranking", "ranks"):
+        if row.get(label) is not None:
+            ranks = _ranks(record, label, 2)
+            rows.expect(0 in _best(ranks), record, _CONTRADICTED)
+    pair = _row(record, before, template, (chosen, rejected), category=category)
+    return pair, (0, 1)
+
+
+def _several(
+    record: Record, template: ChatTemplate, category: str
+) -> tuple[Row, tuple[float, ...] | None]:
+    """A row of K responses and their ranks, which are None if it has targets only."""
+    row = record.value
+    given = row["responses"]
+    rows.expect(isinstance(given, list), record, "'responses' must be a list", given)
+    count = len(given)
+    responses = tuple(_text_or_ids(record, f"response {i}", value) for i, value in enumerate(given))
     labels = [key for key in LABELS if row.get(key) is not None]
-    targets = _numbers(record, "targets", len(responses)) if "targets" in labels else None
-    is_several = len(responses) >= (1 if targets else 2)
-    rows.expect(
-        is_several, record, f"a comparison needs at least 2 responses, found {len(responses)}"
-    )
+    targets = _numbers(record, "targets", count) if "targets" in labels else None
+    is_several = count >= (1 if targets else 2)
+    rows.expect(is_several, record, f"a comparison needs at least 2 responses, found {count}")
     found = f"expected one of the keys {', '.join(LABELS)}, found {', '.join(labels or row)}"
     rows.expect(targets or len(labels) == 1, record, found)
     if targets is None and len(set(responses)) == 1:
-        raise Drop(record.source, EQUAL if len(responses) == 2 else ALL_EQUAL)
-    ranks = None if labels[0] == "targets" else _ranks(record, labels[0], len(responses))
-    best = ranks.index(0) if ranks and labels == ["best"] else None
-    if ranks and "chosen" in row:
-        rows.expect(row["chosen"] in [responses[i] for i in _best(ranks)], record, _CONTRADICTED)
+        raise Drop(record.source, EQUAL if count == 2 else ALL_EQUAL)
+    ranks = None
+    best = None
+    if labels[0] != "targets":
+        ranks = _ranks(record, labels[0], count)
+        if labels == ["best"]:
+            best = ranks.index(0)
+        if "chosen" in row:
+            is_best = row["chosen"] in [responses[i] for i in _best(ranks)]
+            rows.expect(is_best, record, _CONTRADICTED)
     fields: Any = {"best": best, "targets": targets, "category": category}
     return _row(record, _before_answers(record), template, responses, **fields), ranks
 
@@ -461,11 +485,11 @@ def _before_answers(record: Record) -> Text | list[Message]:
 def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = False) -> Text:
     if isinstance(value, str):
         return rows.checked(record, what, value, may_be_space)
-    rows.expect(
-        isinstance(value, list), record, f"{what} must be a string or a list of token ids", value
-    )
-    wrong = [i for i in value if type(i) is not int or i < 0]
-    rows.expect(not wrong, record, f"{what} must hold token ids", wrong and wrong[0])
+    expected = f"{what} must be a string or a list of token ids"
+    rows.expect(isinstance(value, list), record, expected, value)
+    for i in value:
+        is_id = type(i) is int and i >= 0
+        rows.expect(is_id, record, f"{what} must hold token ids", i)
     ids = tuple(i for i in value if i != PAD_ID)
     rows.expect(ids, record, f"{what} is empty")
     return ids
@@ -473,24 +497,19 @@ def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = Fal
 
 def _ranks(record: Record, label: str, count: int) -> tuple[float, ...]:
     """The rank of each response."""
-    value, last = record.value[label], count - 1
+    value = record.value[label]
+    last = count - 1
     if label == "best":
-        if isinstance(value, list) and sorted(map(str, value)) == [
-            *"0" * last,
-            "1",
-        ]:  # a 1 at the best of them
+        one_hot = ["0"] * last + ["1"]  # a list with a 1 at the place of the best response
+        if isinstance(value, list) and sorted(map(str, value)) == one_hot:
             value = value.index(1)
         is_number = type(value) is int and 0 <= value < count
-        rows.expect(
-            is_number, record, f"'best' must be the number of a response, 0 to {last}", value
-        )
+        what = f"'best' must be the number of a response, 0 to {last}"
+        rows.expect(is_number, record, what, value)
         return tuple(float(i != value) for i in range(count))
     if label == "ranking":
-        is_order = (
-            isinstance(value, list)
-            and all(type(i) is int for i in value)
-            and sorted(value) == [*range(count)]
-        )
+        are_ints = isinstance(value, list) and all(type(i) is int for i in value)
+        is_order = are_ints and sorted(value) == [*range(count)]
         what = (
             f"'ranking' must hold each response number from 0 to {last} once, best first "
             "('ranks' holds ranks)"
@@ -501,7 +520,8 @@ def _ranks(record: Record, label: str, count: int) -> tuple[float, ...]:
 
 
 def _best(ranks: Sequence[float]) -> list[int]:
-    return [i for i, rank in enumerate(ranks) if rank == min(ranks)]
+    least = min(ranks)
+    return [i for i, rank in enumerate(ranks) if rank == least]
 
 
 def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
@@ -509,11 +529,9 @@ def _numbers(record: Record, key: str, count: int) -> tuple[float, ...]:
     what = f"{key!r} must be a list of {count} numbers, one for each response"
     rows.expect(isinstance(values, list) and len(values) == count, record, what, values)
     for value in values:
-        # No float32 is larger than 3.4e38.
-        is_number = (
-            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3.4e38
-        )
-        rows.expect(is_number, record, f"{key!r} must hold numbers", value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = is_number and abs(value) < 3.4e38  # as float32
+        rows.expect(fits, record, f"{key!r} must hold numbers", value)
     return tuple(map(float, values))
 
 
@@ -523,10 +541,15 @@ def _pairs(row: Row, ranks: tuple[float, ...]) -> list[Row]:
 
     Ties and equal texts make no pair; without any pair the row is dropped.
     """
-    ranked = itertools.permutations(zip(row.responses, ranks, strict=True), 2)
-    apart = [(better, worse) for (better, rank), (worse, other) in ranked if rank < other]
-    ordered = [pair for pair in apart if pair[0] != pair[1]]
-    if not ordered:
-        raise Drop(row.source, ALL_EQUAL if apart else "all responses are ranked equal")
-    weight = 1 / len(ordered) if len(ordered) > 1 else None
-    return [dataclasses.replace(row, responses=pair, best=None, weight=weight) for pair in ordered]
+    ranked = zip(row.responses, ranks, strict=True)
+    pairs = []
+    have_ranks = False
+    for (better, rank), (worse, other) in itertools.permutations(ranked, 2):
+        if rank < other:
+            have_ranks = True
+            if better != worse:
+                pairs.append((better, worse))
+    if not pairs:
+        raise Drop(row.source, ALL_EQUAL if have_ranks else "all responses are ranked equal")
+    weight = 1 / len(pairs) if len(pairs) > 1 else None
+    return [dataclasses.replace(row, responses=pair, best=None, weight=weight) for pair in pairs]
