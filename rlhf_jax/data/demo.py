@@ -1,5 +1,5 @@
 """A generated assistant corpus in the three files of the pipeline, with held-out prompts and pairs
-to judge by.
+for evaluation.
 
 Its small language is in demo.json. Three categories after Askell et al. 2021: helpful (how to do
 something), harmless (requests to decline) and honest (questions nobody can answer). Responses
@@ -51,21 +51,22 @@ TOPICS = {
     for category, topics in _LANGUAGE["topics"].items()
 }
 PHRASINGS: dict[str, list[str]] = _LANGUAGE["phrasings"]
-HELDOUT_PHRASINGS: dict[str, list[str]] = _LANGUAGE[
-    "heldout_phrasings"
-]  # of words that training phrasings have
+# Of words that training phrasings have.
+HELDOUT_PHRASINGS: dict[str, list[str]] = _LANGUAGE["heldout_phrasings"]
 WORDINGS = {
     category: [Wording(**wording) for wording in some]
     for category, some in _LANGUAGE["wordings"].items()
 }
 CLOSES: list[str] = _LANGUAGE["closes"]
 CLOSE_SHARE = 0.3  # of the responses that may close; so the most frequent response does not
-MAX_WORDS, PER_EXTRA_WORD = 24, 0.03  # the score that each word beyond the first 24 costs
+MAX_WORDS = 24
+PER_EXTRA_WORD = 0.03  # the score that each word beyond the first 24 costs
 LABEL_NOISE = 0.1  # probability that chosen and rejected of a training pair are exchanged
-# the score of a courteous close, or of another topic's reason that is the prompt's topic's too
+# The score of a courteous close, or of a reason from another topic that the prompt's topic shares.
 DETAIL = 0.1
 
-# Each file's number of rows, what its random stream is called, and what its rows are.
+# Each file's number of rows, and the name of its random stream, which ends with the kind of its
+# rows.
 FILES = {
     "sft_data.json": (2000, "demonstrations"),
     "preference_data.json": (3000, "pairs"),
@@ -98,11 +99,10 @@ def write(
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
+    noise = 0.5 if shuffle_labels else LABEL_NOISE
     for name in FILES:
-        text = file_text(
-            name, seed, (sizes or {}).get(name), 0.5 if shuffle_labels else LABEL_NOISE
-        )
-        (path / name).write_text(text, encoding="utf-8")
+        size = (sizes or {}).get(name)
+        (path / name).write_text(file_text(name, seed, size, noise), encoding="utf-8")
 
 
 def file_text(
@@ -129,7 +129,8 @@ def _demonstrations(
 ) -> list[dict[str, Any]]:
     """Rows {prompt, response} of mixed quality; each topic has its due share of every quality."""
     num_topics = sum(map(len, TOPICS.values()))
-    rounds, rows = -(-n // num_topics), []
+    rounds = -(-n // num_topics)
+    rows = []
     # Stratified: the rounds of a topic visit its wordings in proportion to their weights, in an
     # order of their own, so that no topic happens to have mostly good demonstrations.
     orders: dict[tuple[str, str], list[int]] = {}
@@ -137,9 +138,8 @@ def _demonstrations(
         order = orders.setdefault((category, topic.phrase), _shuffled(range(rounds), generator))
         quantile = (order[i // num_topics] + generator.random()) / rounds
         prompt = fill(_pick(phrasings[category], generator), topic)
-        rows.append(
-            {"prompt": prompt, "response": _response(category, topic, quantile, generator)[0]}
-        )
+        response, _ = _response(category, topic, quantile, generator)
+        rows.append({"prompt": prompt, "response": response})
     return _shuffled(rows, generator)
 
 
@@ -151,14 +151,15 @@ def _pairs(
     """
     rows = []
     for _, (category, topic) in zip(range(n), _subjects(), strict=False):
-        better = worse = ("", 0.0)
-        while better[1] <= worse[1]:
-            better, worse = (
-                _response(category, topic, generator.random(), generator) for _ in range(2)
-            )
-        chosen, rejected = (worse, better) if generator.random() < noise else (better, worse)
+        score = worse_score = 0.0
+        while score <= worse_score:
+            better, score = _response(category, topic, generator.random(), generator)
+            worse, worse_score = _response(category, topic, generator.random(), generator)
+        pair = [better, worse]
+        if generator.random() < noise:
+            pair.reverse()
         prompt = fill(_pick(phrasings[category], generator), topic)
-        rows.append({"prompt": prompt, "chosen": chosen[0], "rejected": rejected[0]})
+        rows.append({"prompt": prompt, "chosen": pair[0], "rejected": pair[1]})
     return _shuffled(rows, generator)
 
 
@@ -168,14 +169,10 @@ def _prompts(
     """Distinct rows {prompt, category, topic}, the categories in equal parts."""
     by_category = []
     for category, topics in TOPICS.items():
-        prompts = [
-            (fill(phrasing, topic), topic.phrase)
-            for topic in topics
-            for phrasing in phrasings[category]
-        ]
-        rows = [
-            {"prompt": prompt, "category": category, "topic": phrase} for prompt, phrase in prompts
-        ]
+        rows = []
+        for topic, phrasing in itertools.product(topics, phrasings[category]):
+            prompt = fill(phrasing, topic)
+            rows.append({"prompt": prompt, "category": category, "topic": topic.phrase})
         by_category.append(_shuffled(rows, generator))
     rows = list(itertools.chain.from_iterable(zip(*by_category, strict=True)))
     if n > len(rows):
@@ -198,8 +195,10 @@ def _response(
     text = fill(wording.template, about)
     score = wording.score + DETAIL * (about != topic and about.first == topic.first)
     if wording.may_close and generator.random() < CLOSE_SHARE:
-        text, score = f"{text} {_pick(CLOSES, generator)}", score + DETAIL
-    return text, round(score - PER_EXTRA_WORD * max(0, len(text.split()) - MAX_WORDS), 4)
+        text += " " + _pick(CLOSES, generator)
+        score += DETAIL
+    num_extra = max(0, len(text.split()) - MAX_WORDS)
+    return text, round(score - PER_EXTRA_WORD * num_extra, 4)
 
 
 def _subjects() -> Iterator[tuple[str, Topic]]:

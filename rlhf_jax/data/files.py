@@ -24,7 +24,8 @@ from rlhf_jax.data.rows import BadRow, Record
 from rlhf_jax.errors import UserError, did_you_mean, file_errors
 
 _SUFFIXES = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".txt", ".yaml", ".yml")
-_PACKED_AT_MOST, _MAY_UNPACK = 100, 1 << 26  # times its size, and bytes that any file may unpack to
+_PACKED_AT_MOST = 100  # a gzip file may unpack to this many times its size
+_MAY_UNPACK = 1 << 26  # bytes that any gzip file may unpack to
 _DATASET = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII)
 # CSV columns whose cells are JSON: what they hold has no spelling of its own there.
 _JSON_COLUMNS = ("messages", "responses", "ranking", "ranks", "targets", "best", "desirable")
@@ -32,11 +33,11 @@ csv.field_size_limit(1 << 27)  # characters of a cell; the module's own limit is
 
 
 class Source(NamedTuple):
-    """What a file or dataset holds, sha256 of its content (of a file: unpacked bytes), and the
-    format it was read as.
+    """The records of a file or dataset, the sha256 of its content (for a file: of its unpacked
+    bytes), and its format.
 
     Records are named ``FILE, line N`` in JSON lines, CSV (the line on which a row ends) and text,
-    else ``FILE, row N``.
+    otherwise ``FILE, row N``.
     """
 
     records: list[Record]
@@ -47,9 +48,9 @@ class Source(NamedTuple):
 def read_source(name: str | os.PathLike[str], *, whole_text: bool = False) -> Source:
     """The content of a file, or of a dataset named ``org/name`` or ``org/name:split``.
 
-    ``.csv``, ``.tsv``, ``.parquet`` and ``.txt`` (each also with ``.gz`` after it) are read as
-    that, anything else as a JSON list or JSON lines. A name is a dataset's if it is no existing
-    path and does not end like a data file. The default split is ``train``.
+    ``.csv``, ``.tsv``, ``.parquet`` and ``.txt`` (each also with ``.gz`` after it) are read as such
+    files, anything else as a JSON list or JSON lines. A name is a dataset's if no such path exists
+    and it does not end like a data file. The default split is ``train``.
 
     Args:
       whole_text: a ``.txt`` file is one record ``{text}``; by default each of its lines is one.
@@ -78,41 +79,43 @@ def _file(path: Path, name: str, whole_text: bool) -> Source:
     suffix = Path(path.stem if packed else path.name).suffix.lower()
     data = _bytes(path)
     if suffix == ".parquet" or data.startswith(b"PAR1"):
-        records, form = iter(_parquet(data, name)), "Parquet"
+        records = _parquet(data, name)
+        form = "Parquet"
     else:
-        records, form = parse_text(_decode(name, data), name, suffix, whole_text)
-    return Source(
-        list(records), hashlib.sha256(data).hexdigest(), form + (", gzipped" if packed else "")
-    )
+        parsed, form = parse_text(_decode(name, data), name, suffix, whole_text)
+        records = list(parsed)
+    if packed:
+        form += ", gzipped"
+    return Source(records, hashlib.sha256(data).hexdigest(), form)
 
 
 def parse_text(
     text: str, name: str, suffix: str = ".json", whole_text: bool = False
 ) -> tuple[Iterator[Record], str]:
     """The records of a file's text, and the name of its format."""
-    if suffix in (".csv", ".tsv"):
-        return _csv(text, name, "," if suffix == ".csv" else "\t"), suffix[1:].upper()
-    # Only \n ends a line: str.splitlines would also cut inside strings, at U+2028.
-    lines = [
-        (f"{name}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
-    ]
-    if suffix == ".txt":
-        if lines and isinstance(_json(lines[0][1], ""), dict):
-            raise UserError(
-                f"{lines[0][0]}: a JSON object, where a text should stand; call the file .jsonl"
-            )
-        if whole_text and lines:
-            return iter([Record({"text": text.replace("\r\n", "\n")}, name)]), "text"
-        return (Record(line.removesuffix("\r"), source) for source, line in lines), "text"
-    if text.lstrip().startswith("["):
+    if suffix == ".csv":
+        return _csv(text, name, ","), "CSV"
+    if suffix == ".tsv":
+        return _csv(text, name, "\t"), "TSV"
+    if suffix != ".txt" and text.lstrip().startswith("["):
         rows = _json(text, name)
         if isinstance(rows, UserError):
             raise rows
         return (Record(row, f"{name}, row {n}") for n, row in enumerate(rows, 1)), "JSON list"
+    # Only \n ends a line: str.splitlines would also cut inside strings, at U+2028.
+    numbered = enumerate(text.split("\n"), 1)
+    lines = [(f"{name}, line {n}", line) for n, line in numbered if line.strip()]
+    first, start = lines[0] if lines else ("", "")
+    if suffix == ".txt":
+        if isinstance(_json(start, ""), dict):
+            raise UserError(
+                f"{first}: a JSON object, where a text should stand; call the file .jsonl"
+            )
+        if whole_text and lines:
+            return iter([Record({"text": text.replace("\r\n", "\n")}, name)]), "text"
+        return (Record(line.removesuffix("\r"), source) for source, line in lines), "text"
     if lines and text.lstrip()[0] not in '{"':
-        raise UserError(
-            f"{lines[0][0]}: expected a JSON list or JSON lines, found {lines[0][1][:20]!r}"
-        )
+        raise UserError(f"{first}: expected a JSON list or JSON lines, found {start[:20]!r}")
     return (Record(_json(line, source), source) for source, line in lines), "JSON lines"
 
 
@@ -151,7 +154,8 @@ def _decode(name: str, data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         content = error.object  # without a byte order mark, unlike data
-        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        line = content.count(b"\n", 0, error.start) + 1
+        byte = content[error.start]
         raise UserError(
             f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8, which is expected"
         ) from error
@@ -168,21 +172,11 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _json(text: str, source: str) -> Any:
-    """The JSON value that the text is; the error, if it is none."""
+    """The JSON value of the text, or the error if it has none."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        message = f"{error.msg[0].lower()}{error.msg[1:]}".removesuffix(" at")
-        place = (
-            f"line {error.lineno}, column {error.colno}"
-            if error.lineno > 1
-            else f"column {error.colno}"
-        )
-        cut = error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip())
-        what = (
-            f"{message} at {place}"
-            + "; the text ends there (in JSON lines each row is one line)" * cut
-        )
+        what = _describe(error)
     except RecursionError:
         what = "nested too deeply"
     except ValueError as error:  # a key twice, or a number of thousands of digits
@@ -190,8 +184,20 @@ def _json(text: str, source: str) -> Any:
     return BadRow(source, f"not valid JSON, {what}")
 
 
+def _describe(error: json.JSONDecodeError) -> str:
+    """What is wrong, the place, and whether the text ends too early."""
+    message = f"{error.msg[0].lower()}{error.msg[1:]}".removesuffix(" at")
+    place = f"column {error.colno}"
+    if error.lineno > 1:
+        place = f"line {error.lineno}, {place}"
+    what = f"{message} at {place}"
+    if error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip()):
+        what += "; the text ends there (in JSON lines each row is one line)"
+    return what
+
+
 def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
-    """The rows under a header line. Every cell is text, but ``best`` and the columns of lists,
+    """The rows under a header line. Every cell is text, except ``best`` and the columns of lists,
     which are JSON.
     """
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -199,10 +205,8 @@ def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
     try:
         header = table.fieldnames or []
         if "" in header or len(set(header)) < len(header):
-            raise UserError(
-                f"{source}: each column needs a name of its own, found "
-                f"{', '.join(map(repr, header))}"
-            )
+            names = ", ".join(map(repr, header))
+            raise UserError(f"{source}: each column needs a name of its own, found {names}")
         if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
             raise UserError(
                 f"{source}: one column {header[0]!r}; separate columns by commas, or by tabs in a "
@@ -212,16 +216,16 @@ def _csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
             source = f"{name}, line {table.line_num}"
             yield Record(_csv_row(row, len(header), source), source)
     except csv.Error as error:  # where the next row would start is unknown
-        yield Record(
-            UserError(f"{source}: not valid CSV in the row after this one: {error}"), source
-        )
+        what = f"{source}: not valid CSV in the row after this one: {error}"
+        yield Record(UserError(what), source)
 
 
 def _csv_row(row: dict[Any, Any], width: int, source: str) -> dict[str, Any] | UserError:
-    """The row of a table; cells beyond its header stand under None, and None stands for missing
-    ones.
+    """The row of a table. The csv module puts cells beyond the header under the key None, and None
+    in place of missing ones.
     """
-    count = width + len(row.pop(None, ())) - list(row.values()).count(None)
+    num_beyond = len(row.pop(None, ()))
+    count = width + num_beyond - list(row.values()).count(None)
     if count != width:
         hint = "; quote cells that hold a delimiter or a line break" if count > width else ""
         return BadRow(source, f"{count} cells under a header of {width}{hint}")
@@ -253,8 +257,10 @@ def _dataset(name: str, split: str) -> Source:
             f"no such file, and it could not be loaded as a Hugging Face dataset (split {split!r})"
         )
         raise UserError(f"{name}: {what}: {type(error).__name__}: {error}") from error
-    records = [
-        Record(dict(row), f"{name}:{split}, row {number}") for number, row in enumerate(rows, 1)
-    ]
-    content = "".join(json.dumps(record.value, sort_keys=True, default=str) for record in records)
-    return Source(records, hashlib.sha256(content.encode()).hexdigest(), "Hugging Face dataset")
+    records = []
+    content = hashlib.sha256()
+    for number, row in enumerate(rows, 1):
+        value = dict(row)
+        records.append(Record(value, f"{name}:{split}, row {number}"))
+        content.update(json.dumps(value, sort_keys=True, default=str).encode())
+    return Source(records, content.hexdigest(), "Hugging Face dataset")
