@@ -276,13 +276,8 @@ class RewardModelStage(Supervised, reward_model.Config):
     --model; 0: not.
     """
     ensemble_size: int = 1
-    """Reward models that train at once, each from a score head of its own, without --model from a
-    body of its own.
-    """
-    bootstrap: bool = True
-    """Each model of an ensemble trains on its own draw of the rows, with replacement; false: all on
-    the same rows.
-    """
+    """Reward models that train at once, each on its own draw of the rows with replacement and from
+    a score head of its own, without --model from a body of its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

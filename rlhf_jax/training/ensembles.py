@@ -7,6 +7,7 @@ them all. The folder of an ensemble holds member_0, member_1, ..., each a comple
 """
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import chex
@@ -19,7 +20,6 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import RunConfig
 from rlhf_jax.data.encoding import EncodedTexts
-from rlhf_jax.errors import UserError
 from rlhf_jax.training.initial import Trainable, trainable
 from rlhf_jax.types import Comparisons, Metrics, Params, ScoreFn, TrainState
 
@@ -31,25 +31,17 @@ def starts(
     ``--model`` its own body.
 
     Raises:
-        UserError: members that would all become the same; or as ``initial.trainable``.
+        UserError: as ``initial.trainable``.
     """
-    settings = config.reward_model
-    if settings.ensemble_size > 1 and "score" in params and not settings.bootstrap:
-        same = (
-            "all members of the ensemble start from it, and without reward_model.bootstrap they "
-            "would stay the same"
-        )
-        raise UserError(
-            f"--model {config.model} brings a score head: {same}; give a language model, or turn it on"
-        )
     members = []
-    for member in range(settings.ensemble_size):
+    for member in range(config.reward_model.ensemble_size):
         head_key = jax.random.fold_in(key, 1 + member)
-        own_body = (
-            member > 0 and config.model is None
-        )  # the first one has the body that a single model has
-        body = model.init(jax.random.fold_in(head_key, 0)) if own_body else params
-        whole = body if "score" in body else models.add_head(head_key, body, "score")
+        whole = params
+        # The first one has the body that a single model has.
+        if member > 0 and config.model is None:
+            whole = model.init(jax.random.fold_in(head_key, 0))
+        if "score" not in whole:
+            whole = models.add_head(head_key, whole, "score")
         members.append(trainable(config.lora, whole, jax.random.fold_in(head_key, 1)))
     return members
 
@@ -62,10 +54,8 @@ def create(members: Sequence[Params], optimizer: optax.GradientTransformation) -
 
 def unstack(params: Params) -> list[Params]:
     """The members' own parameters."""
-    return [
-        jax.tree.map(lambda leaf, i=i: leaf[i], params)
-        for i in range(len(jax.tree.leaves(params)[0]))
-    ]
+    num_members = len(jax.tree.leaves(params)[0])
+    return [jax.tree.map(operator.itemgetter(i), params) for i in range(num_members)]
 
 
 def update_members(
@@ -90,7 +80,8 @@ def update_members(
       The state and the members' mean metrics; ``nonfinite`` is their maximum. A member whose loss
       or gradient is not finite keeps its state, the others go on.
     """
-    num_members, weights = state.step.shape[0], jnp.asarray(batch.weight)
+    num_members = state.step.shape[0]
+    weights = jnp.asarray(batch.weight)
     chex.assert_shape(weights, (len(batch.tokens), ..., num_members))
 
     def of_member(
@@ -102,12 +93,10 @@ def update_members(
             state, own, member_key, score_fn=score_fn, optimizer=optimizer, config=config
         )
 
-    state, metrics = jax.vmap(of_member, in_axes=(0, -1, 0))(
-        state, weights, jnp.arange(num_members)
-    )
-    return state, {
-        name: (jnp.max if name == "nonfinite" else jnp.mean)(x) for name, x in metrics.items()
-    }
+    of_members = jax.vmap(of_member, in_axes=(0, -1, 0))
+    state, metrics = of_members(state, weights, jnp.arange(num_members))
+    means = {name: jnp.mean(values) for name, values in metrics.items()}
+    return state, means | {"nonfinite": jnp.max(metrics["nonfinite"])}
 
 
 def bootstrap(key: jax.Array, num_members: int, num_rows: int) -> np.ndarray:
@@ -116,11 +105,12 @@ def bootstrap(key: jax.Array, num_members: int, num_rows: int) -> np.ndarray:
 
     A member's draws do not depend on how many members there are.
     """
-    draws = [
-        jax.random.randint(jax.random.fold_in(key, i), (num_rows,), 0, num_rows)
-        for i in range(num_members)
-    ]
-    return np.stack([np.bincount(np.asarray(drawn), minlength=num_rows) for drawn in draws], axis=1)
+    counts = []
+    for member in range(num_members):
+        member_key = jax.random.fold_in(key, member)
+        drawn = jax.random.randint(member_key, (num_rows,), 0, num_rows)
+        counts.append(np.bincount(np.asarray(drawn), minlength=num_rows))
+    return np.stack(counts, axis=1)
 
 
 def with_counts(comparisons: EncodedTexts, rows: np.ndarray, counts: np.ndarray) -> EncodedTexts:

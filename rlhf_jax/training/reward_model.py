@@ -40,7 +40,8 @@ def run(config: RunConfig) -> RunResult:
 
 
 def _task(setting: supervised.Setting) -> supervised.Task:
-    stage, settings = setting.stage, setting.stage.config.reward_model
+    stage = setting.stage
+    settings = stage.config.reward_model
     model = setting.initial.model
     is_ensemble = settings.ensemble_size > 1
     starts = ensembles.starts(stage.config, model, setting.initial.params, stage.key("init"))
@@ -52,9 +53,8 @@ def _task(setting: supervised.Setting) -> supervised.Task:
     def trained(state: TrainState) -> Mapping[str, Params]:
         members = {"": state.params}
         if is_ensemble:
-            members = {
-                f"member_{i}": params for i, params in enumerate(ensembles.unstack(state.params))
-            }
+            unstacked = ensembles.unstack(state.params)
+            members = {f"member_{i}": params for i, params in enumerate(unstacked)}
         return _all_normalized(setting, score_fn, members)
 
     if is_ensemble:
@@ -81,7 +81,9 @@ def _validation(
     setting: supervised.Setting, score_fn: ScoreFn
 ) -> Callable[[TrainState], Validation]:
     """What validates the state: figures over all rows that are held out, samples of some."""
-    stage, encoded, held_out = setting.stage, setting.encoded, setting.held_out
+    stage = setting.stage
+    encoded = setting.encoded
+    held_out = setting.held_out
     num_members = stage.config.reward_model.ensemble_size
     score_answers = scoring.answer_scorer(score_fn, num_members)
 
@@ -126,18 +128,17 @@ def _all_normalized(
 
 def _weighted(setting: supervised.Setting) -> encoding.EncodedTexts:
     """The comparisons with a weight of each row for each member of an ensemble."""
-    settings, num_rows = setting.stage.config.reward_model, len(setting.train_rows)
+    num_members = setting.stage.config.reward_model.ensemble_size
     # 0 and 1 are the split's and the order's.
     key = jax.random.fold_in(setting.stage.key("data"), 2)
-    counts = ensembles.bootstrap(key, settings.ensemble_size, num_rows)
-    if not settings.bootstrap:
-        counts = np.ones_like(counts)
+    counts = ensembles.bootstrap(key, num_members, len(setting.train_rows))
     return ensembles.with_counts(setting.encoded, setting.train_rows, counts)
 
 
 def _base_samples(setting: supervised.Setting) -> Rollout:
     """``normalize_samples`` responses of the base policy to prompts of the data."""
-    config, stage = setting.stage.config, setting.stage
+    stage = setting.stage
+    config = stage.config
     # The weights that were loaded first have been freed.
     language_model = initial.language_model(config, (), stage.key("init"), is_policy=False)
     distinct = {row.prompt for row in setting.rows}
@@ -160,11 +161,11 @@ def _normalized(
     (lm-human-preferences).
     """
     unit = params["score"] | {"gain": jnp.float32(1.0), "shift": jnp.float32(0.0)}
-    comparisons = Comparisons(
-        rollout.tokens[:, None], rollout.attention_mask[:, None], rollout.response_mask[:, None]
-    )
+    of_texts = (rollout.tokens, rollout.attention_mask, rollout.response_mask)
+    comparisons = Comparisons(*(array[:, None] for array in of_texts))  # one answer a row
     scores = np.asarray(score(params | {"score": unit}, comparisons), np.float64)  # [N, 1]
-    mean, std = float(scores.mean()), float(scores.std())
+    mean = float(scores.mean())
+    std = float(scores.std())
     if std == 0.0:
         logger.info(
             f"scores are not normalised: all {len(scores)} samples of the base policy score {mean}"

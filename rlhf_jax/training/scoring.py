@@ -64,14 +64,15 @@ def pairs_of(
     is_present = comparisons.response_lengths[rows] > 0
     place, other = np.nonzero(is_present & ~is_best)
     both = np.stack([best[place], other], axis=1)
+    row_of_pair = rows[place]
     texts = []
-    for i, pair in zip(place, both, strict=True):
-        texts += [comparisons.tokens[k][rows[i]].tobytes() for k in pair]
-    sources = [comparisons.sources[row] for row in rows[place]]
+    for row, pair in zip(row_of_pair, both, strict=True):
+        texts += [comparisons.tokens[answer][row].tobytes() for answer in pair]
+    sources = [comparisons.sources[row] for row in row_of_pair]
     _, labels = np.unique(np.array(texts, dtype=object), return_inverse=True)
     _, groups = np.unique(sources, return_inverse=True)
     pairs_of_row = np.bincount(place)[place]
-    weights = comparisons.weight[rows[place]].astype(np.float64) / pairs_of_row
+    weights = comparisons.weight[row_of_pair].astype(np.float64) / pairs_of_row
     chosen, rejected = labels.reshape(-1, 2).T
     return place, both, metrics.Pairs(groups, chosen, rejected, weights)
 
@@ -84,16 +85,18 @@ def report(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray) -> d
     Where a row has several pairs, pairwise_accuracy is of best answers (in a ranking: of better
     ones) against each other one; the same for length_accuracy and pairwise_length_accuracy.
     """
-    weights, lengths = comparisons.weight[rows], comparisons.response_lengths[rows]
+    weights = comparisons.weight[rows]
+    lengths = comparisons.response_lengths[rows]
     if comparisons.targets is not None:
         return metrics.target_report(scores, comparisons.targets[rows], lengths, weights)
     figures = metrics.preference_report(scores, comparisons.best[rows], lengths, weights)
     place, both, pairs = pairs_of(comparisons, rows)
     if pairs.is_single:
         return figures
+    best, other = both.T
     for name, values in {"accuracy": scores, "length_accuracy": lengths}.items():
-        margin = values[place, both[:, 0]] - values[place, both[:, 1]]
-        right = (margin > 0) + 0.5 * (margin == 0)
+        margin = values[place, best] - values[place, other]
+        right = np.heaviside(margin, 0.5)
         figures[name] = float(metrics.top_1(right, pairs).mean())
         figures[f"pairwise_{name}"] = float(np.average(right, weights=pairs.weights))
     return figures
@@ -132,7 +135,8 @@ def disagreement(comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray
 
     scores: [N, K, M] of the given N rows.
     """
-    weights, lengths = comparisons.weight[rows], comparisons.response_lengths[rows]
+    weights = comparisons.weight[rows]
+    lengths = comparisons.response_lengths[rows]
     if comparisons.targets is not None:
         weights = np.where(lengths > 0, weights[:, None], 0.0)
         return float(np.average(scores.std(axis=2), weights=weights))
@@ -159,37 +163,43 @@ def samples(
     """
     lengths = comparisons.response_lengths[rows]
 
-    def response(i: int, answer: int) -> str:
-        start = comparisons.starts[rows[i], answer]
-        return tokenizer.decode(comparisons.tokens[answer][rows[i]][start:])
+    def common(place: int) -> dict[str, Any]:
+        row = rows[place]
+        weight = round(float(comparisons.weight[row]), 6)
+        return {"source": comparisons.sources[row], "weight": weight}
 
-    def label(i: int) -> dict[str, Any]:
-        weight = float(comparisons.weight[rows[i]])
-        return {"source": comparisons.sources[rows[i]], "weight": round(weight, 6)}
+    def answer_of(place: int, answer: int) -> tuple[str, float, int]:
+        row = rows[place]
+        ids = comparisons.tokens[answer][row][comparisons.starts[row, answer] :]
+        score = float(scores[place, answer])
+        return tokenizer.decode(ids), score, int(lengths[place, answer])
 
     shown: list[dict[str, Any]] = []
     if comparisons.targets is not None:
-        for i, k in np.argwhere(lengths > 0):
-            row: dict[str, Any] = {
-                "prompt": comparisons.prompts[rows[i]],
-                "response": response(i, k),
-                "score": float(scores[i, k]),
-                "target": float(comparisons.targets[rows[i], k]),
-                "length": int(lengths[i, k]),
+        for place, answer in np.argwhere(lengths > 0):
+            response, score, length = answer_of(place, answer)
+            sample: dict[str, Any] = {
+                "prompt": comparisons.prompts[rows[place]],
+                "response": response,
+                "score": score,
+                "target": float(comparisons.targets[rows[place], answer]),
+                "length": length,
             }
-            shown.append(row | label(i))
+            shown.append(sample | common(place))
         return shown
     best = comparisons.best[rows]
     rivals = metrics.rival(scores, best, lengths)
-    for i, (chosen, rejected) in enumerate(zip(best, rivals, strict=True)):
-        row = {
-            "prompt": comparisons.prompts[rows[i]],
-            "chosen": response(i, chosen),
-            "rejected": response(i, rejected),
-            "score_chosen": float(scores[i, chosen]),
-            "score_rejected": float(scores[i, rejected]),
-            "length_chosen": int(lengths[i, chosen]),
-            "length_rejected": int(lengths[i, rejected]),
+    for place, row in enumerate(rows):
+        chosen, score_chosen, length_chosen = answer_of(place, best[place])
+        rejected, score_rejected, length_rejected = answer_of(place, rivals[place])
+        sample = {
+            "prompt": comparisons.prompts[row],
+            "chosen": chosen,
+            "rejected": rejected,
+            "score_chosen": score_chosen,
+            "score_rejected": score_rejected,
+            "length_chosen": length_chosen,
+            "length_rejected": length_rejected,
         }
-        shown.append(row | label(i))
+        shown.append(sample | common(place))
     return shown
