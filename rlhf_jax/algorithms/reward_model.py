@@ -59,8 +59,9 @@ def loss(
     """The weighted mean of ``losses.comparison`` over rows or, with ``targets``, of squared errors
     over answers.
 
-    Answers with an empty response mask are absent: they enter as -inf and have no target. Rows
-    whose best answer is absent count nowhere. Weights are relative: the loss divides by their sum.
+    Answers with an empty response mask are missing: they enter as -inf and have no target. Rows
+    whose best answer is missing count neither in the loss nor in the metrics. Weights are relative:
+    the loss divides by their sum.
 
     Args:
       comparisons: [B, K, T], or packed [B, T]; ``best`` None means answer 0.
@@ -94,9 +95,8 @@ def loss(
     chex.assert_shape(weight, (batch,))
 
     if targets is not None:
-        errors = losses.regression(
-            jnp.where(present, scores, 0.0), jnp.where(present, targets, 0.0)
-        )
+        scores = jnp.where(present, scores, 0.0)
+        errors = losses.regression(scores, jnp.where(present, targets, 0.0))
         mean = losses.weighted_mean(errors, jnp.where(present, weight[:, None], 0.0))
         return mean, {"reward_model/loss": mean}
 
@@ -107,14 +107,14 @@ def loss(
     mean = losses.weighted_mean(per_row, jnp.where(usable, weight, 0.0))
     is_best = jnp.arange(num_answers)[None, :] == best[:, None]
     others = jnp.max(jnp.where(is_best, -jnp.inf, entered), axis=1)
-    compared = jnp.where(
-        usable & (jnp.sum(present, axis=1) > 1), weight, 0.0
-    )  # [B], rows with a second answer
+    has_two = jnp.sum(present, axis=1) > 1
+    compared = jnp.where(usable & has_two, weight, 0.0)  # [B]
     margin = jnp.take_along_axis(entered, best[:, None], axis=1)[:, 0] - others
     margin = jax.lax.stop_gradient(jnp.where(compared > 0, margin, 0.0))
+    right = 0.5 * (1.0 + jnp.sign(margin))
     return mean, {
         "reward_model/loss": mean,
-        "reward_model/accuracy": losses.weighted_mean(0.5 * (1.0 + jnp.sign(margin)), compared),
+        "reward_model/accuracy": losses.weighted_mean(right, compared),
         "reward_model/margin": losses.weighted_mean(margin, compared),
     }
 

@@ -37,12 +37,10 @@ OWN_NOTE = "policy.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
-FILE_BYTES = (
-    5 * 10**9
-)  # a file of weights that is written holds no more, unless a single tensor does
+FILE_BYTES = 5 * 10**9  # the largest file of weights that is written, except for a single tensor
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
-_DTYPES = ("F16", "BF16", "F32", "F64")  # safetensors' names of what is read
+_DTYPES = ("F16", "BF16", "F32", "F64")  # safetensors' names of the dtypes that can be read
 # Causal masks and frequencies that older versions of transformers stored with the weights; without
 # prefix.
 _BUFFERS = re.compile(
@@ -51,11 +49,18 @@ _BUFFERS = re.compile(
 _WEIGHT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|value_head\.safetensors"
 )
-_FORMER = (
-    "reward_shift",
-    "torch_dtype",
-)  # keys that speak of the folder that a model was loaded from
+# Keys that describe the folder from which a model was loaded.
+_FORMER = ("reward_shift", "torch_dtype")
 _OUTPUT_TABLE = ("lm_head", "embedding")  # its path in params
+_SIZES = (
+    "num_layers",
+    "vocab_size",
+    "hidden_size",
+    "num_heads",
+    "kv_heads",
+    "head_size",
+    "intermediate_size",
+)
 
 
 def load(
@@ -65,8 +70,8 @@ def load(
     shardings: Callable[[Any], Any] | None = None,
     **compute: Any,
 ) -> tuple[Model, Params]:
-    """Loads a model from a folder, or from the Hugging Face hub (its ``*.json`` and
-    ``*.safetensors`` files alone).
+    """Loads a model from a folder, or from the Hugging Face hub (only its ``*.json`` and
+    ``*.safetensors`` files).
 
     Args:
         path_or_hf_name: a folder, or a name such as "openai-community/gpt2".
@@ -88,23 +93,22 @@ def load(
     folder = find_folder(path_or_hf_name)
     config = read_config(folder)
     model = build(dataclasses.replace(config, **compute))
-    family, other_keys = names.family_of(config), config.other_keys
+    family = names.family_of(config)
     reader = Reader(folder, family.prefix)
     _check_sizes(config, reader, folder / CONFIG)
-    is_classifier = names.SCORE in reader or family.classifier in str(
-        other_keys.get("architectures")
-    )
+    architectures = str(config.other_keys.get("architectures"))
+    is_classifier = names.SCORE in reader or family.classifier in architectures
     params = _read_body(reader, model, dtype, is_classifier, shardings)
     if is_classifier:
-        params["score"] = read_score(
-            reader, config.hidden_size, other_keys.get("reward_shift", 0.0), dtype
-        )
+        shift = config.other_keys.get("reward_shift", 0.0)
+        params["score"] = read_score(reader, config.hidden_size, shift, dtype)
     reader.check_all_read()
     if (folder / VALUE_HEAD).is_file():
         reader = Reader(folder, single=VALUE_HEAD)
-        shapes = {"kernel": (config.hidden_size,), "bias": ()}
+        kept = dtype or jnp.float32
         params["value"] = {
-            k: reader.read(k, shape, dtype or jnp.float32) for k, shape in shapes.items()
+            "kernel": reader.read("kernel", (config.hidden_size,), kept),
+            "bias": reader.read("bias", (), kept),
         }
         reader.check_all_read()
     return model, params
@@ -130,7 +134,8 @@ def save(
     Raises:
         ValueError: if ``params`` holds anything else, or lacks something.
     """
-    family, tensors = names.family_of(model.config), _body_tensors(model, params)
+    family = names.family_of(model.config)
+    tensors = _body_tensors(model, params)
     keys = {key: value for key, value in names.to_json(model.config).items() if key not in _FORMER}
     keys["architectures"] = [family.causal_lm]
     if "score" in params:
@@ -207,9 +212,8 @@ def read_score(reader: "Reader", width: int, shift: float, dtype: Any = None) ->
     """The score head of a classifier of one label: gain 1, bias 0 and the given shift."""
     kernel = reader.read(names.SCORE, (1, width), dtype or jnp.float32)[0]
     scalars = {"bias": 0.0, "gain": 1.0, "shift": shift}
-    return {"kernel": kernel} | {
-        name: jnp.asarray(value, kernel.dtype) for name, value in scalars.items()
-    }
+    head = {name: jnp.asarray(value, kernel.dtype) for name, value in scalars.items()}
+    return {"kernel": kernel, **head}
 
 
 def folded_score(head: Params) -> tuple[np.ndarray, float]:
@@ -231,10 +235,9 @@ def model_folder(path_or_hf_name: str) -> str:
 def find_folder(
     path_or_hf_name: str | os.PathLike[str], patterns: Iterable[str] = ("*.json", "*.safetensors")
 ) -> Path:
-    """The folder of that name, or what the Hugging Face hub holds under it: the files of these
-    patterns.
-    """
-    path, name = Path(path_or_hf_name), os.fspath(path_or_hf_name)
+    """A local folder of that name, or else the files of these patterns from the Hugging Face hub."""
+    path = Path(path_or_hf_name)
+    name = os.fspath(path_or_hf_name)
     if os.path.isdir(path):  # of pathlib's form, a name that is too long for a file raises
         return path
     if os.path.exists(path):
@@ -273,20 +276,15 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; UserError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-        json.dumps(
-            content, ensure_ascii=False
-        ).encode()  # fails for half of a surrogate pair, which no file takes
+        # Fails for half of a surrogate pair, which no file can hold.
+        json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}") from error
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{file}: a string holds half of a surrogate pair, {error.object[error.start]!a}"
-        ) from error
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, thousands of digits, or of brackets
+        half = error.object[error.start]
+        raise UserError(f"{file}: a string holds half of a surrogate pair, {half!a}") from error
+    # ValueError: not UTF-8, or a number of thousands of digits. RecursionError: so many brackets.
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON in UTF-8: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, got {type(content).__name__}")
@@ -303,9 +301,8 @@ class Reader:
         files = [folder / single] if (folder / single).is_file() else _shards(folder, single)
         self.source = files[0] if len(files) == 1 else folder / INDEX
         self.prefix = prefix
-        self.where: dict[
-            str, tuple[Any, str]
-        ] = {}  # name without prefix -> (open file, name in it)
+        # {name without prefix: (open file, name in it)}
+        self.where: dict[str, tuple[Any, str]] = {}
         self.metadata: dict[str, str] = {}
         for file in files:
             try:
@@ -336,14 +333,16 @@ class Reader:
         return tuple(opened.get_slice(stored).get_shape())
 
     def slices(self, name: str, shape: tuple[int, ...]) -> Any:
-        """A tensor of that shape, from which only what is indexed is read, as a NumPy array."""
+        """A tensor of that shape. Indexing reads only the indexed part, as a NumPy array."""
         opened, stored = self.find(name)
-        if (actual := self.shape(name)) != shape:
+        actual = self.shape(name)
+        if actual != shape:
             raise UserError(
                 f"{self.source}: {stored} has shape {list(actual)}, expected {list(shape)}"
             )
         tensor = opened.get_slice(stored)
-        if (kind := tensor.get_dtype()) not in _DTYPES:
+        kind = tensor.get_dtype()
+        if kind not in _DTYPES:
             expected = f"expected floating point numbers ({', '.join(_DTYPES)})"
             raise UserError(f"{self.source}: {stored} holds {kind}, {expected}")
         self.unread.discard(name.removeprefix(self.prefix))
@@ -356,7 +355,7 @@ class Reader:
         return jnp.asarray(opened.get_tensor(stored), dtype)
 
     def check_all_read(self) -> None:
-        """Raises UserError if the files hold a tensor that nobody asked for."""
+        """Raises UserError if the files hold a tensor that has not been read."""
         if self.unread:
             raise UserError(f"{self.source}: unexpected tensors: {listed(self.unread)}")
 
@@ -364,45 +363,34 @@ class Reader:
 def _shards(folder: Path, single: str) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
-        others = sorted(file.name for file in folder.glob("*.bin"))
-        hint = (
-            f"; {others[0]} is a pickle, which is never read: save it as safetensors first"
-            if others
-            else ""
-        )
+        hint = ""
+        for pickle in sorted(file.name for file in folder.glob("*.bin"))[:1]:
+            hint = f"; {pickle} is a pickle, which is never read: save it as safetensors first"
         raise UserError(f"{folder / single}: no such file, nor {INDEX}{hint}")
-    shards = read_json(index).get("weight_map")
-    if (
-        not isinstance(shards, dict)
-        or not shards
-        or not all(isinstance(shard, str) for shard in shards.values())
-    ):
+    weight_map: Any = read_json(index).get("weight_map")
+    is_map = isinstance(weight_map, dict) and weight_map
+    if not is_map or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise UserError(f"{index}: weight_map is missing or is not an object of file names")
     files = {file.name for file in folder.iterdir() if file.is_file()}
-    for shard in sorted(set(shards.values())):
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
         if Path(shard).name != shard or "\\" in shard or shard == "..":
             raise UserError(f"{index}: {shard!r} is not the name of a file in this folder")
         if shard not in files:
             raise UserError(f"{folder / shard}: no such file; {INDEX} lists it")
-    return [folder / shard for shard in sorted(set(shards.values()))]
+    return [folder / shard for shard in shards]
 
 
 def _check_sizes(config: ModelConfig, reader: Reader, where: Path) -> None:
-    """Refuses sizes that the weights cannot have, before anything of such a size is made."""
+    """Refuses sizes that the weights cannot have, before anything of such a size is allocated."""
     numbers = sum(math.prod(reader.shape(name)) for name in reader.where)
-    for name in (
-        "num_layers",
-        "vocab_size",
-        "hidden_size",
-        "num_heads",
-        "kv_heads",
-        "head_size",
-        "intermediate_size",
-    ):
+    for name in _SIZES:
         size = getattr(config, name) or 0
-        held, what = (
-            (len(reader.where), "tensors") if name == "num_layers" else (numbers, "numbers")
-        )
+        held = numbers
+        what = "numbers"
+        if name == "num_layers":
+            held = len(reader.where)
+            what = "tensors"
         if size > held:
             raise UserError(
                 f"{where}: {name} is {size}, but {reader.source} holds {held} {what} only"
@@ -416,32 +404,26 @@ def _read_body(
     is_classifier: bool,
     shardings: Callable[[Any], Any] | None,
 ) -> Params:
-    family, shapes = names.family_of(model.config), _shapes(model)
+    family = names.family_of(model.config)
+    shapes = _shapes(model)
     if _OUTPUT_TABLE not in shapes and names.OUTPUT_TABLE in reader:
-        _read_tied_tables(
-            reader, family.tensors(("wte", "embedding"), ())[0], shapes["wte", "embedding"]
-        )
+        [token_table] = family.tensors(("wte", "embedding"), ())
+        _read_tied_tables(reader, token_table, shapes["wte", "embedding"])
     # A classifier does not use its output table, and transformers stores none.
     if is_classifier and names.OUTPUT_TABLE not in reader:
         shapes.pop(_OUTPUT_TABLE, None)
-    missing = [
-        name
-        for path, shape in shapes.items()
-        for name in family.tensors(path, shape)
-        if name not in reader
-    ]
+    tensors = {path: family.tensors(path, shape) for path, shape in shapes.items()}
+    missing = [name for of_leaf in tensors.values() for name in of_leaf if name not in reader]
     if missing:
         raise UserError(f"{reader.source}: missing tensors: {listed(missing)}")
     structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     places = {} if shardings is None else flatten_dict(shardings(unflatten_dict(structs)))
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for path, shape in shapes.items():
-        stored = [
-            reader.slices(name, family.stored(path, shape)) for name in family.tensors(path, shape)
-        ]
-        part = functools.partial(
-            _part, stored, path, family.transposed and path[-1] == "kernel", dtype
-        )
+        stored_shape = family.stored(path, shape)
+        stored = [reader.slices(name, stored_shape) for name in tensors[path]]
+        is_transposed = family.transposed and path[-1] == "kernel"
+        part = functools.partial(_part, stored, path, is_transposed, dtype)
         if shardings is None:
             leaves[path] = jnp.asarray(part((slice(None),) * len(shape)))
         else:
@@ -452,18 +434,24 @@ def _read_body(
 def _part(
     stored: list[Any], path: Any, is_transposed: bool, dtype: Any, index: tuple[slice, ...]
 ) -> np.ndarray:
-    """A part of a leaf, whose layers, if stacked, lie in several tensors and whose axes may lie in
-    the other order.
+    """A part of a leaf. The layers of a stacked leaf are in several tensors, and a kernel may be
+    stored transposed.
     """
-    is_stacked, is_fused = (
-        path[0] == "h",
-        names.FUSED in path,
-    )  # [..., 3, D] is a view of whole rows [..., 3 D]
-    inner = index[1:] if is_stacked else index
-    inner = (*inner[:-2], slice(None)) if is_fused else inner[::-1] if is_transposed else inner
-    parts = [tensor[inner] for tensor in stored[index[0] if is_stacked else slice(1)]]
+    is_stacked = path[0] == "h"
+    is_fused = names.FUSED in path  # [..., 3, D] is a view of whole rows [..., 3 D]
+    tensors = stored
+    inner = index
+    if is_stacked:
+        tensors = stored[index[0]]
+        inner = index[1:]
+    if is_fused:
+        inner = (*inner[:-2], slice(None))
+    elif is_transposed:
+        inner = inner[::-1]
+    parts = [tensor[inner] for tensor in tensors]
     part = np.stack(parts) if is_stacked else parts[0]
-    part = part.reshape(*part.shape[:-1], 3, -1)[..., index[-1]] if is_fused else part
+    if is_fused:
+        part = part.reshape(*part.shape[:-1], 3, -1)[..., index[-1]]
     kept = jax.dtypes.canonicalize_dtype(dtype or part.dtype)
     return np.asarray(np.swapaxes(part, -1, -2) if is_transposed else part, kept)
 
@@ -473,20 +461,19 @@ def _read_tied_tables(reader: Reader, token_table: str, shape: tuple[int, ...]) 
     output_table = reader.where[names.OUTPUT_TABLE]
     if token_table not in reader:
         reader.where[token_table.removeprefix(reader.prefix)] = output_table
-    elif (
-        reader.slices(token_table, shape)[:] != reader.slices(names.OUTPUT_TABLE, shape)[:]
-    ).any():
-        both = f"{output_table[1]} differs from {reader.find(token_table)[1]}"
-        raise UserError(f"{reader.source}: {both}, but config.json says that they are tied")
+    else:
+        tokens = reader.slices(token_table, shape)[:]
+        outputs = reader.slices(names.OUTPUT_TABLE, shape)[:]
+        if (tokens != outputs).any():
+            both = f"{output_table[1]} differs from {reader.find(token_table)[1]}"
+            raise UserError(f"{reader.source}: {both}, but config.json says that they are tied")
     reader.unread.discard(names.OUTPUT_TABLE)
 
 
 def _shapes(model: Model) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Shapes of the body's leaves by path."""
-    return {
-        path: leaf.shape
-        for path, leaf in flatten_dict(jax.eval_shape(model.init, jax.random.key(0))).items()
-    }
+    leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in leaves.items()}
 
 
 class _Tensor(NamedTuple):
@@ -508,7 +495,7 @@ class _Tensor(NamedTuple):
 
 
 def _files(tensors: dict[str, _Tensor], file_bytes: int) -> dict[str, list[str]]:
-    """{file: names of its tensors}, each of at most ``file_bytes`` or with one tensor alone."""
+    """{file: names of its tensors}. A file has at most ``file_bytes``, or a single tensor."""
     parts: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -518,38 +505,39 @@ def _files(tensors: dict[str, _Tensor], file_bytes: int) -> dict[str, list[str]]
             size = tensor.nbytes
         parts[-1].append(name)
     count = len(parts)
-    return {
-        WEIGHTS if count == 1 else f"model-{i:05}-of-{count:05}.safetensors": x
-        for i, x in enumerate(parts, 1)
-    }
+    if count == 1:
+        return {WEIGHTS: parts[0]}
+    return {f"model-{i:05}-of-{count:05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
 def _body_tensors(model: Model, params: Params) -> dict[str, _Tensor]:
-    family, expected = names.family_of(model.config), _shapes(model)
+    family = names.family_of(model.config)
+    expected = _shapes(model)
     leaves = flatten_dict({name: leaf for name, leaf in params.items() if name not in HEADS})
     if "score" in params:  # a classifier has no output table, see load
         leaves.pop(_OUTPUT_TABLE, None)
         expected.pop(_OUTPUT_TABLE, None)
     actual = {path: leaf.shape for path, leaf in leaves.items()}
     for path in sorted(actual.keys() | expected.keys()):
-        if actual.get(path) != expected.get(path):
-            shapes = (
-                f"{actual.get(path, 'nothing')}, and the model's config expects "
-                f"{expected.get(path, 'nothing')}"
-            )
+        shape = actual.get(path, "nothing")
+        wanted = expected.get(path, "nothing")
+        if shape != wanted:
+            shapes = f"{shape}, and the model's config expects {wanted}"
             raise ValueError(f"cannot save params: {'/'.join(path)} is {shapes}")
     tensors = {}
     for path, leaf in leaves.items():
-        for layer, name in enumerate(family.tensors(path, leaf.shape)):
-            is_transposed = family.transposed and path[-1] == "kernel"
-            stored = family.stored(path, leaf.shape)
-            tensors[name] = _Tensor(leaf, stored, layer if path[0] == "h" else None, is_transposed)
+        is_transposed = family.transposed and path[-1] == "kernel"
+        stored = family.stored(path, leaf.shape)
+        for number, name in enumerate(family.tensors(path, leaf.shape)):
+            layer = number if path[0] == "h" else None
+            tensors[name] = _Tensor(leaf, stored, layer, is_transposed)
     return tensors
 
 
 def listed(items: Iterable[str], most: int = 8) -> str:
     """The first of the items in order, and how many more there are."""
     ordered = sorted(items)
-    return ", ".join(ordered[:most]) + (
-        f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    )
+    text = ", ".join(ordered[:most])
+    if len(ordered) > most:
+        text += f" and {len(ordered) - most} more"
+    return text

@@ -35,12 +35,10 @@ class Family(NamedTuple):
     model_type: str
     defaults: ModelConfig  # transformers' own; it leaves keys at their default out of some files
     keys: Mapping[str, str]  # our field: the key of config.json, where the two differ
-    prefix: (
-        str  # of the body's tensors in a causal language model; the files of a bare body have none
-    )
-    modules: Mapping[
-        str, str
-    ]  # part of a path in params: transformers' name of it, where the two differ
+    # Of the body's tensors in a causal language model; the files of a bare body have none.
+    prefix: str
+    # Part of a path in params: transformers' name of it, where the two differ.
+    modules: Mapping[str, str]
     transposed: bool  # whether kernels are stored as [out, in]
     causal_lm: str  # class names in config.json's architectures
     classifier: str
@@ -51,26 +49,24 @@ class Family(NamedTuple):
         return [(name, self.keys.get(name, name)) for name in names if name not in _OTHER_FIELDS]
 
     def tensors(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
-        """Names of the tensors that a leaf of the body lies in: one, or one per layer where layers
-        are stacked.
-        """
+        """Names of the tensors of a leaf of the body: one, or one for each layer of stacked layers."""
         top, *inner = (self.modules.get(part, part) for part in path[:-1])
         tops = [top]
         if path[0].startswith("h"):
             layers = range(shape[0]) if path[0] == "h" else [int(path[0].removeprefix("h_"))]
             tops = [f"{self.modules.get('h', 'h')}.{layer}" for layer in layers]
-        prefix, kind = (
-            "" if top == "lm_head" else self.prefix,
-            "bias" if path[-1] == "bias" else "weight",
-        )
+        prefix = "" if top == "lm_head" else self.prefix
+        kind = "bias" if path[-1] == "bias" else "weight"
         return [prefix + ".".join([top, *inner, kind]) for top in tops]
 
     def stored(self, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of each of these tensors, given the leaf's: c_attn's last axes [3, D] are one
-        of 3 D there.
+        """The shape of each of these tensors, given the leaf's. The last axes [3, D] of c_attn are
+        one axis of 3 D in the file.
         """
-        shape = shape[1:] if path[0] == "h" else shape
-        shape = (*shape[:-2], math.prod(shape[-2:])) if FUSED in path else shape
+        if path[0] == "h":
+            shape = shape[1:]
+        if FUSED in path:
+            shape = (*shape[:-2], math.prod(shape[-2:]))
         return shape[::-1] if self.transposed and path[-1] == "kernel" else shape
 
 
@@ -84,9 +80,9 @@ _OTHER_FIELDS = (
     "rope_theta",
     "rope_scaling",
 )
-# Keys that change logits where they are neither empty nor what stands here, unless they are among a
-# family's fields. reorder_and_upcast_attn is not among them: it asks for the float32 softmax that
-# attention.py always computes.
+# Keys that change logits unless they are empty, have the value given here, or are a family's field.
+# reorder_and_upcast_attn is not among them: it asks for the float32 softmax that attention.py always
+# computes.
 _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(
         ("add_cross_attention", "use_sliding_window", "use_bidirectional_attention"), False
@@ -160,10 +156,10 @@ LLAMA = Family(
 )
 
 
-# Of each family's parameters, and of what has their paths such as Adam's moments: the mesh axes
-# over which the last axes of an array are cut (``sharding.by_path``). What writes to the residual
-# stream is cut the other way round than what reads from it, so that a block sends over ``tensor``
-# twice (Shoeybi et al. 2019).
+# The mesh axes over which the last axes of an array are cut (``sharding.by_path``), for each
+# family's parameters and for arrays with their paths, such as Adam's moments. Kernels that write to
+# the residual stream are cut along the other axis than those that read from it, so that a block
+# sends over ``tensor`` twice (Shoeybi et al. 2019).
 SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"c_attn/kernel$", ("fsdp", None, "tensor")),
     (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|c_fc)/kernel$", ("fsdp", "tensor")),
@@ -180,9 +176,11 @@ SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def _relative(defaults: DecoderConfig) -> Family:
     """A family whose files are written as Llama's, under its own name."""
     name = type(defaults).__name__.removesuffix("Config")
-    causal_lm, classifier = f"{name}ForCausalLM", f"{name}ForSequenceClassification"
     return LLAMA._replace(
-        model_type=name.lower(), defaults=defaults, causal_lm=causal_lm, classifier=classifier
+        model_type=name.lower(),
+        defaults=defaults,
+        causal_lm=f"{name}ForCausalLM",
+        classifier=f"{name}ForSequenceClassification",
     )
 
 
@@ -242,24 +240,24 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
         _read_two_kinds(keys, where)
     fields: dict[str, Any] = {}
     for field, name in family.fields():
-        default, alias = getattr(family.defaults, field), _COMMON.get(field, name)
-        if (
-            alias != name
-            and alias in keys
-            and keys.setdefault(name, value := keys.pop(alias)) != value
-        ):
-            raise UserError(
-                f"{where}: {alias} is {value!r} but {name} is {keys[name]!r}; remove one of the two"
-            )
+        default = getattr(family.defaults, field)
+        alias = _COMMON.get(field, name)
+        if alias != name and alias in keys:
+            value = keys.pop(alias)
+            own = keys.setdefault(name, value)
+            if own != value:
+                raise UserError(
+                    f"{where}: {alias} is {value!r} but {name} is {own!r}; remove one of the two"
+                )
         value = keys.pop(name, default)
         if not _is_kind_of(default, value, name):
             raise UserError(
                 f"{where}: {name} is {value!r}, which is not of the kind of its default, "
                 f"{default!r}"
             )
-        # JSON's 0 is an int, which JAX treats as an array of integers.
-        fields[field] = float(value) if isinstance(default, float) else value
-        fields[field] = tuple(value) if isinstance(value, list) else fields[field]
+        if isinstance(default, float):
+            value = float(value)  # JSON's 0 is an int, which JAX treats as an array of integers
+        fields[field] = tuple(value) if isinstance(value, list) else value
     for name, supported in _UNSUPPORTED.items():
         if keys.get(name, supported) != supported and (keys[name] or supported):
             raise UserError(
@@ -280,17 +278,15 @@ def from_json(keys: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """The keys of config.json: all that ``from_json`` reads, and those it kept."""
+    """The keys of config.json: those that ``from_json`` reads, and the others that it kept."""
     family = family_of(config)
     keys = {name: getattr(config, field) for field, name in family.fields()}
     if isinstance(config, DecoderConfig):  # in the form of transformers 4, which 5 reads too
         keys |= {"rope_theta": config.rope_theta, "rope_scaling": None}
         if config.rope_scaling is not None:
             kind, *numbers = dataclasses.astuple(config.rope_scaling)
-            keys["rope_scaling"] = {
-                "rope_type": kind,
-                **dict(zip(_ROPE[kind], numbers, strict=False)),
-            }
+            factors = dict(zip(_ROPE[kind], numbers, strict=False))
+            keys["rope_scaling"] = {"rope_type": kind, **factors}
     return {**config.other_keys, **keys, "model_type": family.model_type}
 
 
@@ -299,27 +295,30 @@ _KINDS = ("full_attention", "sliding_attention")  # of layers, by whether they a
 
 def _read_two_kinds(keys: dict[str, Any], where: str) -> None:
     """Converts transformers 5's keys of Gemma's two kinds of layers to those of transformers 4."""
-    types, rope = keys.get("layer_types"), keys.get("rope_parameters")
+    full, sliding = _KINDS
+    types = keys.get("layer_types")
     if isinstance(types, list):
-        keys["sliding_window_pattern"] = [*types, _KINDS[0]].index(_KINDS[0]) + 1
-    if isinstance(rope, dict) and _KINDS[0] in rope:
-        whole, local = (rope.get(kind) or {} for kind in _KINDS)
+        keys["sliding_window_pattern"] = [*types, full].index(full) + 1
+    rope = keys.get("rope_parameters")
+    if isinstance(rope, dict) and full in rope:
+        local = rope.get(sliding) or {}
         if not isinstance(local, dict) or local.get("rope_type", "default") != "default":
             raise UserError(
-                f"{where}: rope_parameters.{_KINDS[1]} is {local!r}, which is not supported"
+                f"{where}: rope_parameters.{sliding} is {local!r}, which is not supported"
             )
-        keys |= {"rope_parameters": whole, "rope_local_base_freq": local.get("rope_theta", 10000.0)}
+        keys["rope_parameters"] = rope[full] or {}
+        keys["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
 
 
 def _read_rope(keys: dict[str, Any], max_length: int, default: float, where: str) -> dict[str, Any]:
     """Pops transformers 5's rope_parameters, or 4's rope_theta and rope_scaling, from the keys."""
-    theta, scaling, parameters = (
-        keys.pop(key, None) for key in ("rope_theta", "rope_scaling", "rope_parameters")
-    )
-    name, given = (
-        ("rope_scaling", scaling) if parameters is None else ("rope_parameters", parameters)
-    )
-    given = {} if given is None else given
+    theta = keys.pop("rope_theta", None)
+    scaling = keys.pop("rope_scaling", None)
+    given = keys.pop("rope_parameters", None)
+    name = "rope_parameters"
+    if given is None:
+        name = "rope_scaling"
+        given = {} if scaling is None else scaling
     if not isinstance(given, dict):
         raise UserError(f"{where}: {name} is {given!r}, expected an object")
     kind = str(given.get("rope_type", given.get("type", "default")))
@@ -339,10 +338,8 @@ def _read_rope(keys: dict[str, Any], max_length: int, default: float, where: str
         if not is_number(value):
             raise UserError(f"{where}: {key} is {value!r}, expected a number")
     theta, *factors = numbers.values()
-    return {
-        "rope_theta": float(theta),
-        "rope_scaling": RopeScaling(kind, *factors) if factors else None,
-    }
+    rope_scaling = RopeScaling(kind, *factors) if factors else None
+    return {"rope_theta": float(theta), "rope_scaling": rope_scaling}
 
 
 def is_number(value: Any) -> TypeGuard[float]:
