@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.gpu import decode_attention
 
+from rlhf_jax import models
 from rlhf_jax.models import kernels, norms
+from rlhf_jax.models.kernels import cache, fused
 
 SHAPES = {"x": (64, 8), "kernel": (8, 4), "scale": (8,), "bias": (8,)}
 
@@ -51,3 +54,81 @@ def test_the_values_of_one_query(platform, rows):
     weights, value = (np.random.default_rng(0).normal(size=shape) for shape in shapes)
     found = kernels.weighted_sum(jnp.float32(weights), jnp.float32(value))
     np.testing.assert_allclose(found, weights @ value, rtol=1e-4, atol=1e-6)
+
+
+FAMILIES = {
+    "gpt2": models.GPT2Config(40, 64, 64, 2, 4, compute_dtype="bfloat16"),
+    "llama": models.LlamaConfig(
+        40, 64, 64, 3, 4, num_kv_heads=2, intermediate_size=32, scan_layers=True
+    ),
+    "gemma": models.Gemma3TextConfig(
+        40, 64, 16, 3, 2, head_dim=8, intermediate_size=24, sliding_window=5, global_every=3
+    ),
+}
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_of_an_accelerator_gives_the_same_logits(family, platform, monkeypatch):
+    """Of a prompt padded on the left, and of single tokens after it; also where Pallas' kernel reads
+    the cache, here in its interpreter: in bfloat16, without a window."""
+    asked = []
+    gqa = decode_attention.gqa
+
+    def interpreted(*args, **settings):
+        asked.append(settings["k_splits"])
+        return gqa(*args, interpret=True, **settings)
+
+    monkeypatch.setattr(decode_attention, "gqa", interpreted)
+    config = FAMILIES[family]
+    model = models.build(config)
+    params = model.init(jax.random.key(0))
+    params = jax.tree.map(lambda x: 3 * x, params)
+    tokens = jnp.arange(24).reshape(2, 12) % 40
+    key_mask = jnp.ones((2, 32), jnp.int32).at[1, :4].set(0)
+    positions = jnp.stack([jnp.arange(12), jnp.maximum(jnp.arange(12) - 4, 0)])
+
+    def decoded():
+        held = model.init_cache(2, 32)
+        _, held = model.decode(params, tokens[:, :9], positions[:, :9], key_mask, held, 0)
+        outputs = []
+        for i in range(9, 12):
+            token = tokens[:, i : i + 1], positions[:, i : i + 1]
+            logits, held = model.decode(params, *token, key_mask, held, jnp.int32(i))
+            outputs.append(logits)
+        return jnp.concatenate(outputs, axis=1), held
+
+    expected, _ = jax.jit(lambda: decoded())()
+    monkeypatch.setattr(fused, "platform", lambda: platform)
+    found, held = jax.jit(lambda: decoded())()
+    tolerance = 0.05 if config.compute_dtype == "bfloat16" else 1e-4
+    np.testing.assert_allclose(found, expected, atol=tolerance * float(jnp.abs(expected).max()))
+    assert {x.ndim for x in jax.tree.leaves(held)} == {3 if platform == "tpu" else 4}
+    assert bool(asked) == (family == "gpt2" and platform == "gpu")
+
+
+def test_pallas_reads_a_cache_in_parts_that_fill_the_device(monkeypatch):
+    """Few rows and heads are read by several programs each; each row's own slots alone count."""
+    asked = []
+    gqa = decode_attention.gqa
+
+    def interpreted(*args, **settings):
+        asked.append((settings["k_splits"], settings["block_k"]))
+        return gqa(*args, interpret=True, **settings)
+
+    monkeypatch.setattr(decode_attention, "gqa", interpreted)
+    monkeypatch.setattr(fused, "platform", lambda: "gpu")
+    draw = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(draw.normal(size=shape), jnp.bfloat16)
+        for shape in ((2, 2, 2, 1, 16), (2, 2, 96, 16), (2, 2, 96, 16))
+    )
+    slots = np.arange(96)
+    mask = np.array([slots < 70, (slots >= 5) & (slots < 33)])[:, None, None]
+    found = cache.attention(query, (key, value), jnp.asarray(mask), True)
+    scores = np.einsum("bhgtd,bhsd->bhgts", *(np.float32(x) for x in (query, key)))
+    weights = np.exp(np.where(mask[:, None], scores, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bhgts,bhsd->bhgtd", weights, np.float32(value))
+    np.testing.assert_allclose(np.float32(found), expected, atol=0.05)
+    assert asked == [(2, 16)]

@@ -120,6 +120,8 @@ def seen_in_cache(
 
 def visible(seen: Seen) -> Array:
     """[B, 1, t, S] bool: whether the query attends to the key."""
+    if seen.mask is not None:
+        return seen.mask
     distance = seen.slots[:, :, None] - seen.key_slots[None, None, :]
     is_near = (distance >= 0) & (distance < seen.window)
     is_own = seen.documents[:, :, None] == seen.key_documents[:, None, :]
@@ -190,7 +192,7 @@ def attention(
     Returns:
         [B, H, G, t, Dh] in the dtype of ``value``; finite also for a query without a key.
     """
-    mask = visible(seen) if seen.mask is None else seen.mask
+    mask = visible(seen)
     half = query.shape[3] // 2
     if first is None or half < HALF or drop is not None:
         return _attend(query, key, value, mask, drop)

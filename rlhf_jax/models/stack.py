@@ -21,7 +21,9 @@ from jax import Array
 from rlhf_jax.models import attention, kernels
 from rlhf_jax.models.attention import Number, Seen
 from rlhf_jax.models.config import GPT2Config, ModelConfig
+from rlhf_jax.models.kernels import cache as caches
 from rlhf_jax.models.kernels import fused
+from rlhf_jax.models.kernels.cache import LayerCache
 from rlhf_jax.models.norms import norm
 from rlhf_jax.sharding import cut, parts
 from rlhf_jax.types import Params
@@ -32,8 +34,6 @@ Rotation = Array
 View = tuple[Seen, Rotation | None]
 # One view of all layers; or that of the layers without a window, and that of those with one.
 Views = tuple[View, ...]
-# Keys [B, H, Dh, S], in the layout of one query's product, and values [B, H, S, Dh].
-LayerCache = tuple[Array, Array]
 Cache = tuple[LayerCache, ...]
 # Columns of [B, T] to compute: the same slice of each row, [B, n] indices, or None for all.
 Columns = slice | Array | None
@@ -164,8 +164,9 @@ def seen_at(seen: Seen, columns: Columns) -> Seen:
 
 def write(held: LayerCache, new: LayerCache, start: Array | int) -> LayerCache:
     """A layer's cache with new keys and values from slot ``start`` on."""
-    keys = attention.written(held[0], new[0], 3, start)
-    values = attention.written(held[1], new[1], 2, start)
+    of_keys, of_values = caches.slots()
+    keys = attention.written(held[0], new[0], of_keys, start)
+    values = attention.written(held[1], new[1], of_values, start)
     return keys, values
 
 
@@ -202,7 +203,12 @@ class Attention(nn.Module):
 
         batch, heads, length, width = query.shape
         grouped = query.reshape(batch, key.shape[1], -1, length, width)
-        mixed = self.mix(grouped, key, value, seen, is_local, columns)
+        mixed = None
+        if cache is not None and length == 1:
+            is_contiguous = self.config.sliding_window is None
+            mixed = caches.attention(grouped, cache, attention.visible(seen), is_contiguous)
+        if mixed is None:
+            mixed = self.mix(grouped, key, value, seen, is_local, columns)
         by_token = mixed.reshape(batch, heads, -1, width).transpose(0, 2, 1, 3)
         return self.output(by_token.reshape(batch, -1, heads * width)), cache
 
@@ -218,13 +224,14 @@ class Attention(nn.Module):
         """The ``num_keys`` keys and values of these queries, and the cache with the new ones
         written.
         """
-        new = write(cache, (key.mT, value), 0 if index is None else index)
-        held_keys, held_values = cache
+        new = write(cache, caches.held(key, value), 0 if index is None else index)
+        heads = key.shape[1]
+        held_keys, held_values = caches.read(cache, heads)
         if num_keys == held_values.shape[2]:
-            return new[0].mT, new[1], new
+            return *caches.read(new, heads), new
         if num_keys > key.shape[2]:
             # A window's cache: writing drops keys that the first of these queries attend to.
-            key = jnp.concatenate([held_keys.mT, key], axis=2)
+            key = jnp.concatenate([held_keys, key], axis=2)
             value = jnp.concatenate([held_values, value], axis=2)
         return key, value, new
 
@@ -431,10 +438,11 @@ class Transformer(nn.Module):
             return x, []
         config = self.config
         shape = (config.num_stacked, len(x), config.kv_heads, x.shape[1], config.head_size)
-        empty = (jnp.zeros(shape, x.dtype).mT, jnp.zeros(shape, x.dtype))
-        x, new = self.h(x, views, layers, empty, index, None)
+        new = jnp.zeros(shape, x.dtype)
+        empty = jax.vmap(caches.held)(new, new)
+        x, filled = self.h(x, views, layers, empty, index, None)
         held = cache[: config.num_stacked]
-        return x, [write(*pair, 0) for pair in zip(held, apart(new), strict=True)]
+        return x, [write(*pair, 0) for pair in zip(held, apart(filled), strict=True)]
 
     def unembed(self, hidden: Array) -> Array:
         """[..., D] -> [..., V] float32, inputs in the compute dtype."""
@@ -548,5 +556,5 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
         window = config.windows[is_local]
         slots = min(window or length, length)
         values = jnp.zeros((batch, config.kv_heads, slots, config.head_size), config.compute_dtype)
-        cache.append((jnp.zeros_like(values).mT, values))
+        cache.append(caches.held(jnp.zeros_like(values), values))
     return tuple(cache)

@@ -1,0 +1,132 @@
+"""The cache of a layer's keys and values in the layout that a platform reads fastest, and the
+attention of one query to it.
+
+[B, H, S, Dh] keys and values are held as
+    cpu: [B, H, Dh, S] and [B, H, S, Dh], as the two products of one query read them;
+    gpu: [B, H, S, Dh], as Pallas' kernel for decoding reads them;
+    tpu: [B, S, H Dh]: heads of 64 would fill half of a tile's 128 lanes, and the cache of a GPT-2
+        took 8.0 GiB in place of 2.4 (XLA:TPU for v5e, 64 rows, 1,024 slots).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rlhf_jax.models import kernels
+from rlhf_jax.models.attention import MASKED
+from rlhf_jax.models.kernels import fused
+
+LayerCache = tuple[Array, Array]
+# Axes of the slots in keys and values.
+SLOTS = {"cpu": (3, 2), "gpu": (2, 2), "tpu": (1, 1)}
+# Programs of one decoding step that fill a GPU; rows and heads of one cache are its first.
+PROGRAMS = 512
+
+
+def slots() -> tuple[int, int]:
+    """The axes of the slots in a layer's keys and values."""
+    return SLOTS[fused.platform()]
+
+
+def held(key: Array, value: Array) -> LayerCache:
+    """[B, H, S, Dh] keys and values as they are held."""
+    platform = fused.platform()
+    if platform == "cpu":
+        return key.mT, value
+    if platform == "tpu":
+        return _merged(key), _merged(value)
+    return key, value
+
+
+def read(cache: LayerCache, num_heads: int) -> tuple[Array, Array]:
+    """A cache as [B, H, S, Dh] keys and values."""
+    keys, values = cache
+    platform = fused.platform()
+    if platform == "cpu":
+        return keys.mT, values
+    if platform == "tpu":
+        return _apart(keys, num_heads), _apart(values, num_heads)
+    return keys, values
+
+
+def _merged(x: Array) -> Array:
+    """[B, H, S, Dh] -> [B, S, H Dh]."""
+    by_slot = x.swapaxes(1, 2)
+    return by_slot.reshape(*by_slot.shape[:2], -1)
+
+
+def _apart(x: Array, num_heads: int) -> Array:
+    """[B, S, H Dh] -> [B, H, S, Dh]."""
+    return x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
+
+
+def attention(query: Array, cache: LayerCache, mask: Array, is_contiguous: bool) -> Array | None:
+    """``attention.attention`` of one query to a cache, by a form for this platform; None if the
+    plain formula is to be taken.
+
+    Args:
+        query: [B, H, G, 1, Dh], times the scale.
+        mask: [B, 1, 1, S] bool: the slots that it attends to.
+        is_contiguous: whether these are neighbours, as they are unless the cache is a window's.
+    """
+    # XLA partitions neither form well.
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+        return None
+    if fused.platform() == "tpu":
+        return _all_heads(query, cache, mask)
+    if fused.platform() == "gpu" and is_contiguous and _fits_pallas(query, cache):
+        return _pallas(query, cache, mask)
+    return None
+
+
+def _all_heads(query: Array, cache: LayerCache, mask: Array) -> Array:
+    """Every head's query times all heads' keys, of which the other heads' are multiplied by zeros:
+    two products that read a merged cache as it lies. Reading it takes longer than they do.
+    """
+    keys, values = cache
+    batch, heads, groups, _, width = query.shape
+    own = jnp.eye(heads, dtype=query.dtype)
+    spread = jnp.einsum("bhgtd,hk->bhgtkd", query, own).reshape(batch, heads * groups, -1)
+    scores = jnp.einsum("bqe,bse->bqs", spread, keys, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(mask[:, 0], scores, MASKED), axis=-1)
+    mixed = kernels.weighted_sum(weights[:, None].astype(values.dtype), values[:, None])
+    by_head = mixed.reshape(batch, heads, groups, 1, heads, width)
+    own_mixed = jnp.einsum("bhgthd->bhgtd", by_head)
+    return own_mixed.astype(values.dtype)
+
+
+def _fits_pallas(query: Array, cache: LayerCache) -> bool:
+    width = query.shape[-1]
+    num_slots = cache[1].shape[2]
+    is_power = width >= 16 and width & (width - 1) == 0
+    return query.dtype == jnp.bfloat16 and is_power and num_slots % 16 == 0
+
+
+def _pallas(query: Array, cache: LayerCache, mask: Array) -> Array:
+    """Pallas' kernel for decoding, which skips the slots after a row's last."""
+    from jax.experimental.pallas.ops.gpu import decode_attention
+
+    keys, values = cache
+    batch, heads, _, _, width = query.shape
+    num_slots = keys.shape[2]
+    is_seen = mask[:, 0, 0]
+    start = jnp.argmax(is_seen, axis=1)
+    end = num_slots - jnp.argmax(is_seen[:, ::-1], axis=1)
+    splits = 1
+    while batch * heads * splits < PROGRAMS and num_slots % (32 * splits) == 0:
+        splits *= 2
+    block = 128
+    while num_slots // splits % block:
+        block //= 2
+    mixed = decode_attention.gqa(
+        query.reshape(batch, -1, width),
+        keys.swapaxes(1, 2),
+        values.swapaxes(1, 2),
+        start.astype(jnp.int32),
+        end.astype(jnp.int32),
+        sm_scale=1.0,
+        block_k=block,
+        k_splits=splits,
+    )
+    return mixed.reshape(query.shape)
