@@ -665,12 +665,26 @@ def for_algorithm(
         _check_others_unset(config, algorithm)
     if section is None:
         section = vars(config).get(name) or algorithm.Config()
+    elif name in ALGORITHMS:
+        _say_unused(name, vars(config)[name], section)
     usual = typing.get_type_hints(kind)[name]
     if issubclass(usual, type(section)):
         section = usual(**vars(section))
     else:
         kind = _extended(kind, name, type(section))
     return kind(**vars(config) | {name: section}), section
+
+
+def _say_unused(name: str, own: Any, given: Any) -> None:
+    """Names the values of a section that do not count, since Python gives its settings."""
+    default = vars(type(own)())
+    changed = {key: value for key, value in vars(own).items() if value != default[key]}
+    unused = [
+        f"{name}.{key} {changed[key]}" for key in changed if changed[key] != vars(given).get(key)
+    ]
+    if unused:
+        listed = ", ".join(unused)
+        logger.info(f"the settings of {name} are those that Python gives; not used: {listed}")
 
 
 def _check_others_unset(config: RunConfig, algorithm: Algorithm) -> None:

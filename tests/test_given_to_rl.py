@@ -100,6 +100,20 @@ def test_the_schedule_plateau_needs_the_optimizer_of_the_settings(config):
         training.rl.run(wrong, rloo, optimizer=optax.sgd(0.1))
 
 
+def test_settings_that_python_takes_the_place_of_are_named(config, capsys):
+    flags = dataclasses.replace(config, ppo=PPOStage(num_epochs=3, value="separate", gamma=0.9))
+    start = dataclasses.replace(flags, rl=dataclasses.replace(config.rl, batch_size=3))
+    with pytest.raises(UserError, match="batch_size"):  # which ends the run before it starts
+        training.rl.run(start, ppo, ppo.Config(num_epochs=3, num_minibatches=2))
+    unused = "not used: ppo.gamma 0.9, ppo.value separate\n"
+    assert f"those that Python gives; {unused}" in capsys.readouterr().out
+
+
+def test_a_reward_that_is_a_mere_function_is_refused(config):
+    with pytest.raises(UserError, match=r"run_reward must be .*spec.Reward.*, not function"):
+        training.rl.run(config, rloo, run_reward=lambda rollout: rollout)
+
+
 SIZES = {"vocab_size": 13, "max_length": 16, "hidden_size": 16, "num_layers": 3, "num_heads": 2}
 KINDS = {
     "gpt2": models.GPT2Config(**SIZES),

@@ -106,11 +106,10 @@ class _Description:
         source = _source(module)
         if source or _is_versioned(module.__name__):
             return {"import": module.__name__, **source}
-        members = {
-            name: member
-            for name, member in vars(module).items()
-            if callable(member) and _module_of(member) == module.__name__
-        }
+        members = {}
+        for name, member in vars(module).items():
+            if callable(member) and _module_of(member) == module.__name__:
+                members[name] = member
         return {"import": module.__name__, **self.of_parts(members)}
 
     def of_callable(self, value: Any) -> Any:
@@ -119,7 +118,8 @@ class _Description:
             arguments = {str(i): argument for i, argument in enumerate(value.args)}
             return description | self.of_parts(arguments | value.keywords)
         if isinstance(value, types.MethodType):
-            return self.named(self.of(value.__func__)) | {"self": self.of(value.__self__)}
+            function = self.named(self.of(value.__func__))
+            return function | {"self": self.of(value.__self__)}
         if isinstance(value, types.FunctionType):
             parts = _arguments(value) | _closure(value) | _globals(value)
             name = {"def": qualified_name(value)}
@@ -137,13 +137,11 @@ class _Description:
         """An object by its class and fields, or attributes if the class is the user's own."""
         kind = type(value)
         name = {"class": qualified_name(kind), **_source(kind)}
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return name | self.of_parts(dict(zip(value._fields, value, strict=True)))
+        if isinstance(value, tuple) and hasattr(value, "_asdict"):
+            return name | self.of_parts(value._asdict())
         if dataclasses.is_dataclass(value):
-            fields = dataclasses.fields(value)
-            return name | self.of_parts(
-                {field.name: getattr(value, field.name) for field in fields}
-            )
+            names = [field.name for field in dataclasses.fields(value)]
+            return name | self.of_parts({field: getattr(value, field) for field in names})
         package = kind.__module__.partition(".")[0]
         is_foreign = package in sys.stdlib_module_names or _is_installed(kind)
         is_open = package in PACKAGES or kind is types.SimpleNamespace or not is_foreign
@@ -177,14 +175,16 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
     """
     if _is_versioned(function.__module__) or _is_installed(function):
         return {}
-    read = {name for code in _codes(function.__code__) for name in code.co_names}
-    values = {name: function.__globals__[name] for name in read if name in function.__globals__}
-    return {
-        name: values[name]
-        for name in sorted(values)
-        if not isinstance(values[name], types.ModuleType)
-        and not (callable(values[name]) and _is_versioned(_module_of(values[name])))
-    }
+    read: set[str] = set()
+    for code in _codes(function.__code__):
+        read.update(code.co_names)
+    values: dict[str, Any] = {}
+    for name in sorted(read & function.__globals__.keys()):
+        value = function.__globals__[name]
+        is_recorded = callable(value) and _is_versioned(_module_of(value))
+        if not is_recorded and not isinstance(value, types.ModuleType):
+            values[name] = value
+    return values
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -212,21 +212,23 @@ def _source(value: Callable[..., Any] | types.ModuleType | type) -> dict[str, st
 
 
 def _code_text(code: types.CodeType) -> str:
-    constants = [
-        sorted(map(repr, value)) if isinstance(value, frozenset) else value
-        for value in code.co_consts
-        if not isinstance(value, types.CodeType)
-    ]
+    constants = []
+    for value in code.co_consts:
+        if isinstance(value, frozenset):  # whose order differs between processes
+            constants.append(sorted(map(repr, value)))
+        elif not isinstance(value, types.CodeType):
+            constants.append(value)
     return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 def _of_array(array: Any) -> str:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return f"{UNKNOWN}: an array of several processes"
-    if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
+    if isinstance(array, jax.Array):
+        if not array.is_fully_addressable:
+            return f"{UNKNOWN}: an array of several processes"
+        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            array = jax.random.key_data(array)
     values = np.asarray(array)
-    return f"{values.dtype}{list(values.shape)} {_digest(np.ascontiguousarray(values).tobytes())}"
+    return f"{values.dtype}{list(values.shape)} {_digest(values.tobytes())}"
 
 
 def _digest(content: bytes) -> str:

@@ -180,6 +180,7 @@ def _normalized(
 
 SPEC = supervised.StageSpec(
     section="reward_model",
+    settings=lambda config: config.reward_model,
     kind="comparisons",
     collate=batches.comparison_batch,
     pack=batches.packed_comparisons,

@@ -65,7 +65,8 @@ def run(
     Args:
         algorithm: the module ``vpg``, ``ppo``, ``rloo`` or ``grpo``, or one of your own
             (``types.Algorithm``); the run is named after it.
-        algorithm_config: None: the algorithm's section of ``config``, or for one of your own its
+        algorithm_config: takes the place of the section of ``config``, whose changed values are
+            named as not used. None: that section, or for an algorithm of your own its
             ``Config()``.
         run_reward: takes the place of ``config.reward``: any RewardFn or HostReward.
         optimizer: takes the place of ``rl.optimizer``, its schedule and clipping included; the
@@ -93,6 +94,12 @@ def run(
     given: dict[str, Any] = {"algorithm": outside, "reward": run_reward}
     given |= {"optimizer": optimizer, "policy": policy}
     if run_reward is not None:
+        if not isinstance(run_reward, spec.Reward):
+            raise UserError(
+                "run_reward must be a rewards.spec.Reward, such as "
+                "spec.Reward(fn=jax.tree_util.Partial(function)), not "
+                f"{type(run_reward).__name__}; a function of texts is --reward FILE.py:FUNCTION"
+            )
         config = replace(config, reward=())
     if policy is not None:
         own.check_settings(config)

@@ -26,6 +26,7 @@ def _task(setting: supervised.Setting) -> supervised.Task:
 
 SPEC = supervised.StageSpec(
     section="sft",
+    settings=lambda config: config.sft,
     kind="demonstrations",
     collate=batches.demonstration_batch,
     pack=batches.packed_batch,

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from rlhf_jax import models, ops, sharding
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import DPOStage, KTOStage, RewardModelStage, RunConfig, SFTStage
 from rlhf_jax.data import batches, encoding, formats, rows
 from rlhf_jax.data.encoding import EncodedTexts
 from rlhf_jax.errors import UserError, logger
@@ -26,6 +26,8 @@ from rlhf_jax.training.loop import Validation
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import RunResult, Stage, divides, open_stage, set_up
 from rlhf_jax.types import Metrics, Params, Parts, TrainState
+
+Settings = SFTStage | RewardModelStage | DPOStage | KTOStage
 
 
 class Task(NamedTuple):
@@ -65,7 +67,9 @@ class StageSpec:
     """What one stage does in its own way; ``run`` does the rest."""
 
     section: str
-    """The section of the config; it names the folder and the random streams too."""
+    """The name of the config's section; it names the folder and the random streams too."""
+    settings: Callable[[RunConfig], Settings]
+    """The section of that name."""
     kind: rows.Kind
     """What the rows of its data are."""
     collate: Callable[..., Any]
@@ -112,7 +116,7 @@ def run(config: RunConfig, spec: StageSpec) -> RunResult:
             settings.
     """
     config = set_up(config)
-    settings = getattr(config, spec.section)
+    settings = spec.settings(config)
     initial.warn_of_rate(config, spec.section, settings.optimizer)
     sizes = _sizes(config, spec, sharding.num_parts(initial.mesh_of(config)))
     data, to_validate = _read(config, spec)
@@ -149,8 +153,9 @@ def run(config: RunConfig, spec: StageSpec) -> RunResult:
 
 def _job(setting: Setting, spec: StageSpec, task: Task, feed: Feed, num_steps: int) -> loop.Job:
     """What the loop runs."""
-    stage, encoded = setting.stage, setting.encoded
-    settings = getattr(stage.config, spec.section)
+    stage = setting.stage
+    encoded = setting.encoded
+    settings = spec.settings(stage.config)
     train_on = task.train_on or encoded
     update_key = stage.key("update")
 
@@ -244,9 +249,11 @@ def policy_task(
         metrics = {}
         for name in parts[0]:
             pooled = functools.reduce(operator.add, (part[name] for part in parts))
-            metrics[name.partition("/")[2]] = float(pooled.value)
-        metrics |= baselines(setting)
-        return Validation({f"validation/{name}": value for name, value in metrics.items()})
+            _, _, metric = name.partition("/")
+            metrics[f"validation/{metric}"] = float(pooled.value)
+        for name, value in baselines(setting).items():
+            metrics[f"validation/{name}"] = value
+        return Validation(metrics)
 
     create = functools.partial(TrainState.create, optimizer=setting.optimizer)
     jitted = stage.jit_update(update, setting.initial.model.config.num_blocks)
@@ -259,7 +266,7 @@ def _read(config: RunConfig, spec: StageSpec) -> tuple[formats.ReadResult, forma
     Raises:
         UserError: the data cannot be used, or a file is in both.
     """
-    settings = getattr(config, spec.section)
+    settings = spec.settings(config)
     data = initial.stage_rows(config, spec.kind, settings.data)
     if not settings.validation_data:
         return data, formats.ReadResult([])
@@ -284,12 +291,16 @@ def _encoded(
 ) -> tuple[EncodedTexts, np.ndarray, np.ndarray]:
     """All rows as token ids, and the numbers of those to train on and to validate on. Prints what
     became of the rows."""
-    text, kind = stage.config.text, str(spec.kind)
-    to_train, own = data.rows, to_validate.rows
+    text = stage.config.text
+    kind: str = spec.kind
     template = text.template
+    to_train: Sequence[rows.Row] = data.rows
+    own: Sequence[rows.Row] = to_validate.rows
     if data.rows[0].is_plain_text:
-        kind, template = "pieces", "{prompt}"
-        to_train, own = _pieces(to_train, language_model), _pieces(own, language_model)
+        kind = "pieces"
+        template = "{prompt}"
+        to_train = _pieces(to_train, language_model)
+        own = _pieces(own, language_model)
     else:
         initial.say_template(stage.config, language_model.tokenizer)
     every_row = [*to_train, *own]
@@ -306,10 +317,11 @@ def _encoded(
     if own:
         of_own = {row.source for row in own}
         is_own = np.array([source in of_own for source in encoded.sources])
-        train_rows, held_out = np.flatnonzero(~is_own), np.flatnonzero(is_own)
+        train_rows = np.flatnonzero(~is_own)
+        held_out = np.flatnonzero(is_own)
         initial.say_held_out(kind, groups, train_rows, held_out)
     else:
-        fraction = getattr(stage.config, spec.section).validation_fraction
+        fraction = spec.settings(stage.config).validation_fraction
         train_rows, held_out = initial.hold_out(kind, groups, fraction, key)
     num_bad = sum(data.dropped.values()) + sum(to_validate.dropped.values())
     for line in _account(every_row, num_bad, kind, encoded, len(train_rows), len(held_out)):
@@ -332,7 +344,8 @@ def _batching(
     config: RunConfig, spec: StageSpec, encoded: EncodedTexts, rows: np.ndarray, key: jax.Array
 ) -> tuple[batches.Plan, Callable[[EncodedTexts, np.ndarray], Any]]:
     """Which of the training ``rows`` form each step, and the function that makes arrays of them."""
-    settings, text = getattr(config, spec.section), config.text
+    settings = spec.settings(config)
+    text = config.text
     longest = encoded.lengths.max(axis=1)[rows]
     plan = batches.Plan(longest, settings.batch_size, key, text.bucket_multiple)
     if not text.pack or spec.pack is None:
@@ -370,17 +383,19 @@ def _sizes(config: RunConfig, spec: StageSpec, num_devices: int) -> dict[str, in
     Raises:
         UserError: a batch does not divide by devices or microbatches, or the stage cannot pack.
     """
-    name, settings, pack = spec.section, getattr(config, spec.section), config.text.pack
+    name = spec.section
+    settings = spec.settings(config)
+    pack = config.text.pack
     if pack and spec.pack is None:
         raise UserError(
             f"text.pack: {name} joins each prompt with the next row's answer and cannot pack; "
             "leave it out"
         )
-    if pack and getattr(settings, "aggregate", "token") != "token":
+    if pack and isinstance(settings, SFTStage) and settings.aggregate != "token":
         raise UserError(
             f"text.pack: {name}.aggregate must be token, got {settings.aggregate}, which speaks of "
             "whole rows"
         )
-    size, parts = settings.batch_size, {f"{name}.num_microbatches": settings.num_microbatches}
-    divides(f"{name}.batch_size", size, {"devices": num_devices}, parts)
-    return parts | {f"{name}.batch_size": size}
+    parts = {f"{name}.num_microbatches": settings.num_microbatches}
+    divides(f"{name}.batch_size", settings.batch_size, {"devices": num_devices}, parts)
+    return parts | {f"{name}.batch_size": settings.batch_size}
