@@ -32,6 +32,7 @@ from rlhf_jax.algorithms.vpg import Config as VPGConfig
 from rlhf_jax.errors import UserError, check_pattern, logger
 from rlhf_jax.ops import check_number
 from rlhf_jax.runs import alerts, manifest, objects
+from rlhf_jax.runs.reading import SETTINGS, read_yaml
 from rlhf_jax.types import Algorithm
 
 C = TypeVar("C")
@@ -830,8 +831,8 @@ def is_pretrained(model: str) -> bool:
         own = folder / "config.yaml"  # of a run's folder; else the folder is the run's model/
         try:
             file = own if own.is_file() else folder.parent / "config.yaml"
-            above = yaml.safe_load(file.read_bytes())["model"]
-        except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError):
+            above = read_yaml(file, SETTINGS)["model"]
+        except (UserError, KeyError):
             return True
     return above is not None
 

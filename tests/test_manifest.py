@@ -200,6 +200,6 @@ def test_resume_without_the_run_s_own_files(tmp_path, name):
     (tmp_path / name).unlink()
     with (
         open_run(tmp_path, resume=True) as run,
-        pytest.raises(UserError, match=rf"--resume: .*{name} cannot be read"),
+        pytest.raises(UserError, match=rf"{name}: cannot be read: No such file"),
     ):
         check_unchanged(run, config=RUN_YAML, data={})

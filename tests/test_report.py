@@ -16,15 +16,15 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.report import figures, page, plots, records
 from rlhf_jax.report.export import export
 
-BROKEN = r"manifest.json, config.yaml or evaluation.json is missing or not what rlhf_jax writes"
 BROKEN_FOLDERS = [
     ("manifest.json", None, "no run here, as there is no manifest.json"),
-    ("manifest.json", "[]", BROKEN),
+    ("manifest.json", "[]", r"run/manifest.json: expected a mapping of keys, found \[\]"),
+    ("manifest.json", "{}", "run/manifest.json: lacks the key command"),
 ]
 BROKEN_FOLDERS += [
-    ("config.yaml", None, BROKEN),
-    ("config.yaml", "a: [", BROKEN),
-    ("evaluation.json", "{}", BROKEN),
+    ("config.yaml", None, "run/config.yaml: cannot be read: No such file"),
+    ("config.yaml", "a: [", "run/config.yaml: cannot be read as YAML: expected the node"),
+    ("evaluation.json", "{}", "run/evaluation.json: lacks the key rows"),
 ]
 NO_STEP = "metrics.jsonl, line 2: expected a JSON object with the key step"
 BAD_LINES = ("[1]", "{}", "step", '{"step": null}', "")
@@ -385,7 +385,7 @@ def test_a_run_twice_and_no_place_for_the_page(tmp_path):
 
 
 def test_rows_and_series_of_a_run(tmp_path):
-    path, strange = tmp_path / "metrics.jsonl", {"loss": "NaN", "prompt": "NaN", "note": "a\u2028b"}
+    path, strange = tmp_path / "samples.jsonl", {"loss": "NaN", "prompt": "NaN", "note": "a\u2028b"}
     rows = {"validation/score": 0.5}, strange, {"loss": "-Infinity", "validation/score": 0.75}
     lines = [json.dumps({"step": step} | row, ensure_ascii=False) for step, row in enumerate(rows)]
     path.write_text("\n".join([*lines, '{"step": 3, "lo']), encoding="utf-8")  # cut by a kill

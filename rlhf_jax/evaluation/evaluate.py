@@ -35,6 +35,7 @@ from rlhf_jax.report import records
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.folder import write_atomically
+from rlhf_jax.runs.reading import SETTINGS, read_yaml
 from rlhf_jax.training import initial, scoring, stage
 from rlhf_jax.types import Comparisons, Params, Rollout
 
@@ -288,10 +289,7 @@ def _settings(folder: str) -> dict[str, Any]:
     file = (
         place.parent if place.name == "model" and not (place / "config.yaml").is_file() else place
     ) / "config.yaml"
-    try:
-        return dict(yaml.safe_load(file.read_bytes())) if file.is_file() else {}
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
+    return read_yaml(file, SETTINGS) if file.is_file() else {}
 
 
 def open_bench(policy: Policy, config: Config) -> Bench:

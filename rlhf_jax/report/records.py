@@ -17,20 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.hf import OWN_NOTE
-from rlhf_jax.runs import folder
+from rlhf_jax.runs import reading
 from rlhf_jax.runs.manifest import dotted
 
-STRINGS = ("NaN", "Infinity", "-Infinity")  # how our files write numbers that JSON lacks
-TEXTS = (
-    "prompt",
-    "response",
-    "chosen",
-    "rejected",
-)  # columns of samples.jsonl that a model may fill with "NaN"
 # The seed, and settings that change no number of a run: runs that differ in nothing else are one
 # group.
 FREE_SETTINGS = [
@@ -195,29 +187,25 @@ def find(paths: Sequence[str | Path]) -> list[RunRecord]:
 
 def _read(path: Path, name: str, inner: bool) -> RunRecord:
     """inner: the run is a stage of a pipeline, whose folder is no difference between two runs."""
-    evaluation = path / EVALUATION
-    try:
-        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-        config = (path / "config.yaml").read_text("utf-8")
-        settings = yaml.safe_load(config)
-        outer = Path(str(settings.get("output_dir"))).parent
-        if inner and outer.name:
-            settings = yaml.safe_load(config.replace(f"{outer}/", "…/"))
-        manifest["command"]
-        text = evaluation.read_text("utf-8") if evaluation.exists() else '{"rows": []}'
-        evaluated = [dict(row) for row in json.loads(text)["rows"]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        needed = f"manifest.json, config.yaml or {EVALUATION}"
-        raise UserError(
-            f"{path}: {needed} is missing or not what rlhf_jax writes: {error!r}"
-        ) from None
+    manifest = reading.read_json(path / "manifest.json", reading.MANIFEST, ["command"])
+    place = path / "config.yaml"
+    settings = reading.read_yaml(place, reading.SETTINGS)
+    config = reading.read_bytes(place).decode("utf-8", "replace")
+    outer = Path(str(settings.get("output_dir"))).parent
+    if inner and outer.name:
+        renamed = config.replace(f"{outer}/", "…/")
+        settings = reading.parse_yaml(renamed, reading.SETTINGS, str(place))
+    evaluated: list[Row] = []
+    if (path / EVALUATION).exists():
+        content = reading.read_json(path / EVALUATION, reading.EVALUATION, ["rows"])
+        evaluated = content["rows"]
     files = {kind: path / f"{kind}.jsonl" for kind in ("metrics", "timing", "samples", "alerts")}
-    rows = {kind: read_rows(file) if file.exists() else [] for kind, file in files.items()}
+    rows = {kind: reading.read_rows(file) for kind, file in files.items()}
     for row in rows["samples"]:
-        if "score_chosen" in row:
+        if "score_chosen" in row and "score_rejected" in row:
             row["margin"] = row["score_chosen"] - row["score_rejected"]
     num_lines = {
-        kind: len(file.read_bytes().splitlines()) if file.exists() else 0
+        kind: len(reading.read_bytes(file).splitlines()) if file.exists() else 0
         for kind, file in files.items()
     }
     cut = tuple(files[kind].name for kind in files if num_lines[kind] > len(rows[kind]))
@@ -276,11 +264,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     if not Path(path).exists():
         raise UserError(f"{path}: there is no such file; give the folder of a run")
-    rows = [row for _, row in folder.json_lines(Path(path))]
-    return [
-        row | {k: float(v) for k, v in row.items() if v in STRINGS and k not in TEXTS}
-        for row in rows
-    ]
+    return reading.read_rows(Path(path))
 
 
 def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:

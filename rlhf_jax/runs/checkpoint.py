@@ -46,7 +46,7 @@ import orbax.checkpoint as ocp
 
 from rlhf_jax import sharding
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.runs import processes
+from rlhf_jax.runs import processes, reading
 from rlhf_jax.runs.folder import steps
 
 T = TypeVar("T")
@@ -359,12 +359,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             item = json.loads(
                 (self._directory / str(step) / "record" / "metadata").read_text("utf-8")
             )
+            content = json.loads(item["record"])
             is_whole = hashlib.sha256(item["record"].encode()).hexdigest() == item["sha256"]
         except Exception as error:
             raise CheckpointError(f"{record} cannot be read ({_first_line(error)})") from error
         if not is_whole:
             raise CheckpointError(f"{record} does not match its checksum")
-        return json.loads(item["record"])
+        wrong = reading.misfit(content, reading.CHECKPOINT)
+        if wrong or content.keys() != reading.CHECKPOINT.keys():
+            raise CheckpointError(f"{record} holds something else ({wrong or 'other keys'})")
+        return content
 
 
 @functools.cache

@@ -284,29 +284,3 @@ def open_to_append(path: Path) -> TextIO:
 
 def _without_following(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of a JSON lines file of this package, and the rows they hold, each with its
-    ``step``.
-
-    Nothing if the file is missing. A last line that was cut by a kill is left out.
-
-    Raises:
-      UserError: another line is no row.
-    """
-    rows: list[tuple[str, dict[str, Any]]] = []
-    for number, line in enumerate(
-        path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1
-    ):
-        try:
-            row = json.loads(line.decode("utf-8"))
-            int(row["step"])
-        except (ValueError, TypeError, KeyError):
-            if line.endswith(b"\n"):
-                raise UserError(
-                    f"{path}, line {number}: expected a JSON object with the key step"
-                ) from None
-            break
-        rows.append((line.decode("utf-8").rstrip("\n"), row))
-    return rows

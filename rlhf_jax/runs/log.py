@@ -35,7 +35,8 @@ from rich.progress import (
 
 from rlhf_jax.errors import logger
 from rlhf_jax.runs import processes
-from rlhf_jax.runs.folder import Run, json_lines, open_to_append, write_atomically
+from rlhf_jax.runs.folder import Run, open_to_append, write_atomically
+from rlhf_jax.runs.reading import json_lines
 from rlhf_jax.runs.trackers import Services
 
 _PRINT_EVERY = 10  # steps between lines if there is no terminal

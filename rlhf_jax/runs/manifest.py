@@ -16,7 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import yaml
 
 from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger
 from rlhf_jax.runs.folder import Run, write_atomically
+from rlhf_jax.runs.reading import MANIFEST, SETTINGS, read_json, read_yaml
 
 Keys = Sequence[str]
 PACKAGES = (
@@ -77,7 +78,7 @@ def write_manifest(
     start = {"command": shlex.join(command_line()), **machine, "git": _git_state()}
     manifest = start | dict(facts)
     if run.resumed:
-        manifest = _read(run.manifest, json.loads)
+        manifest = read_json(run.manifest, MANIFEST)
         if changed:
             manifest |= facts
         starts = manifest.setdefault("resumed", [])
@@ -143,8 +144,8 @@ def check_unchanged(
         return []
     if any(key.rpartition(".")[2] in ("data", "validation_data") for key in allowed):
         allowed.append("data")
-    recorded = _read(run.manifest, json.loads)
-    before = dotted(_read(run.config, yaml.safe_load))
+    recorded = read_json(run.manifest, MANIFEST)
+    before = dotted(read_yaml(run.config, SETTINGS))
     before |= _parts(recorded.get("given", {})) | _hashes(recorded.get("data", {}))
     differences = _differences(before, after | _hashes(data))
     changed = {
@@ -212,13 +213,6 @@ def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
 def _parts(given: Mapping[str, Any]) -> dict[str, Any]:
     """``dotted``, with no key for no description."""
     return dotted(dict(given)) if given else {}
-
-
-def _read(path: Path, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--resume: {path} cannot be read: {error}") from None
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.errors import UserError, logger
-from rlhf_jax.runs.folder import Run, json_lines, write_atomically
+from rlhf_jax.runs.folder import Run, write_atomically
+from rlhf_jax.runs.reading import TRACKER, read_json, read_rows
 
 _PACKAGES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboardX"}
 
@@ -176,8 +177,8 @@ def start(
     place: dict[str, Any] = {"id": run_id, "project": project, "name": name, "services": []}
     rows: list[dict[str, Any]] = []
     if resume_step is not None:
-        place |= json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        rows = [row for _, row in json_lines(run.metrics)]
+        place |= read_json(path, TRACKER) if path.is_file() else {}
+        rows = read_rows(run.metrics)
     known, sent = place["services"], dict.fromkeys(names, -1)
     services: dict[str, _Client | _TensorBoard] = {}
     for name in names:

@@ -1,0 +1,265 @@
+"""The files of a run, read back. Whoever wrote or damaged them, what they hold is checked here, so
+that nothing else needs to doubt it.
+
+    manifest = read_json(path / "manifest.json", MANIFEST, ["command"])
+    settings = read_yaml(path / "config.yaml", SETTINGS)
+    rows = read_rows(path / "metrics.jsonl")
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_jax.errors import UserError, file_errors
+
+STRINGS = ("NaN", "Infinity", "-Infinity")  # how our files write numbers that JSON lacks
+TEXTS = ("prompt", "response", "chosen", "rejected")  # which a model may fill with "NaN"
+MAX_YAML_BYTES = 1 << 17
+_MAX_DEPTH, _MAX_PARTS = 32, 1_000_000
+_Row = dict[str, Any]
+
+# Shapes of JSON values, see `misfit`.
+NUMBER = (int, float, bool)
+OPTIONAL_NUMBER = (*NUMBER, None)
+OPTIONAL_TEXT = (str, None)
+MANIFEST = {
+    "command": str,
+    "stage": str,
+    "seed": OPTIONAL_NUMBER,
+    "backend": OPTIONAL_TEXT,
+    "versions": {str: str},
+    "devices": {"kind": str, "count": int},
+    "xla_flags": str,
+    "git": ({"commit": str, "modified": bool}, None),
+    "data": {str: str},
+    "given": {str: object},
+    "resumed": [{"devices": {str: object}, "versions": {str: str}}],
+}
+SETTINGS = {
+    "model": OPTIONAL_TEXT,
+    "output_dir": OPTIONAL_TEXT,
+    "compute": {"dtype": str},
+    "rl": {"kl_target": OPTIONAL_NUMBER, "max_new_tokens": int},
+    "text": {"template": str},
+}
+EVALUATION = {
+    "rows": [
+        {
+            "category": str,
+            "metric": str,
+            "value": OPTIONAL_NUMBER,
+            "low": OPTIONAL_NUMBER,
+            "high": OPTIONAL_NUMBER,
+            "n": int,
+            "unit": str,
+            "note": str,
+        }
+    ]
+}
+TRACKER = {"id": str, "project": str, "name": str, "services": [str]}
+CHECKPOINT = {
+    "meta": {"step": int, "metrics": {str: object}},
+    "leaves": {str: {"dtype": str, "shape": [int], "sha256": str, "parts": {str: str}}},
+}
+_ROWS: dict[str, Any] = {
+    "metrics": {str: NUMBER},
+    "timing": {str: NUMBER},
+    "samples": {
+        "score": OPTIONAL_NUMBER,
+        "length": NUMBER,
+        "target": NUMBER,
+        "score_chosen": NUMBER,
+        "score_rejected": NUMBER,
+    },
+    "alerts": {"rule": str, "message": str},
+}
+
+
+def misfit(value: Any, shape: Any, key: str = "it") -> str:
+    """Where a JSON value differs from a shape, as a sentence that begins with the key; "" if it
+    fits.
+
+    Args:
+      shape: ``object`` (anything), a type, None (null), a tuple of shapes of which one must fit,
+        [the shape of each item], or {key: shape} of a mapping, each of whose keys may be missing;
+        the key ``str`` stands for all others.
+    """
+    if isinstance(shape, tuple):
+        misfits = [misfit(value, choice, key) for choice in shape]
+        return "" if "" in misfits else misfits[0]
+    if isinstance(shape, dict) and isinstance(value, dict):
+        others = shape.get(str, object)
+        inner = [
+            misfit(item, shape.get(name, others), f"{key}.{name}") for name, item in value.items()
+        ]
+        return next(filter(None, inner), "")
+    if isinstance(shape, list) and isinstance(value, list):
+        inner = [misfit(item, shape[0], f"{key}[{i}]") for i, item in enumerate(value)]
+        return next(filter(None, inner), "")
+    kind = shape if isinstance(shape, type) else type(shape)
+    if shape is object or type(value) is kind:
+        return ""
+    return f"{key.removeprefix('it.')} is {value!r:.60}, expected {_KINDS[kind]}"
+
+
+_KINDS = {
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    dict: "a mapping of keys",
+    list: "a list",
+    type(None): "null",
+}
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file. Raises UserError for whatever else has the name, such as a pipe."""
+    with file_errors(path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no file")
+        return path.read_bytes()
+
+
+def read_json(path: Path, shape: Any, required: Sequence[str] = ()) -> Any:
+    """The object in a JSON file.
+
+    Raises:
+      UserError: the file cannot be read, is no JSON, lacks a required key or has another shape.
+    """
+    data = read_bytes(path)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    return _checked(value, shape, required, str(path))
+
+
+def read_yaml(path: Path, shape: Any) -> _Row:
+    """The mapping in a YAML file of at most ``MAX_YAML_BYTES``.
+
+    Raises:
+      UserError: the file cannot be read, is no YAML or has another shape.
+    """
+    data = read_bytes(path)
+    if len(data) > MAX_YAML_BYTES:
+        raise UserError(f"{path}: {len(data)} bytes, more than the {MAX_YAML_BYTES} of any config")
+    return parse_yaml(data, shape, str(path))
+
+
+def parse_yaml(text: str | bytes, shape: Any, where: str) -> _Row:
+    """``read_yaml`` of a text that comes from ``where``."""
+    try:
+        value = yaml.safe_load(text)
+    except Exception as error:  # PyYAML raises a dozen kinds for values such as !!int ''
+        line = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{where}: cannot be read as YAML: {line!s:.200}") from None
+    return _checked(value, shape, (), where)
+
+
+def _checked(value: Any, shape: Any, required: Sequence[str], where: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a mapping of keys, found {value!r:.60}")
+    if not is_plain(value):
+        raise UserError(
+            f"{where}: is nested too deeply or too large, or holds something else than texts, "
+            "numbers of 64 bits, lists and mappings with texts as keys"
+        )
+    missing = [key for key in required if key not in value]
+    if missing:
+        raise UserError(f"{where}: lacks the key {missing[0]}")
+    wrong = misfit(value, shape)
+    if wrong:
+        raise UserError(f"{where}: {wrong}")
+    return value
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is what our files hold: mappings with texts as keys, lists, texts that UTF-8
+    can hold, numbers of 64 bits and null, at most 32 deep.
+
+    Each place counts: a YAML alias repeats what it names.
+    """
+    waiting = [(value, 0)]
+    num_parts = 0
+    while waiting:
+        item, depth = waiting.pop()
+        num_parts += 1
+        if depth > _MAX_DEPTH or num_parts + len(waiting) > _MAX_PARTS:
+            return False
+        if isinstance(item, dict):
+            if not all(isinstance(key, str) and _is_text(key) for key in item):
+                return False
+            item = list(item.values())
+        if isinstance(item, list):
+            waiting += [(inner, depth + 1) for inner in item]
+        elif isinstance(item, int):
+            if abs(item) >= 1 << 63:
+                return False
+        elif isinstance(item, str):
+            if not _is_text(item):
+                return False
+        elif not isinstance(item, float | None):
+            return False
+    return True
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: it has no half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def json_lines(path: Path) -> list[tuple[str, _Row]]:
+    """The lines of a JSON lines file of this package, and the rows they hold, each with its
+    ``step``.
+
+    Nothing if the file is missing. A last line that was cut by a kill is left out.
+
+    Raises:
+      UserError: another line is no row, or the file is none.
+    """
+    lines = read_bytes(path).splitlines(keepends=True) if path.exists() else []
+    rows: list[tuple[str, _Row]] = []
+    for number, line in enumerate(lines, 1):
+        row = _row(line)
+        if row is not None:
+            rows.append((line.decode("utf-8").rstrip("\n"), row))
+        elif line.endswith(b"\n"):
+            raise UserError(f"{path}, line {number}: expected a JSON object with the key step")
+    return rows
+
+
+def _row(line: bytes) -> _Row | None:
+    try:
+        row = json.loads(line.decode("utf-8"))
+        is_row = type(row["step"]) is int and row["step"] >= 0 and is_plain(row)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return row if is_row else None
+
+
+def read_rows(path: Path) -> list[_Row]:
+    """The rows of a run's ``.jsonl`` file, none if it is missing. The strings NaN, Infinity and
+    -Infinity become floats, save in columns of texts.
+
+    Raises:
+      UserError: a line is no row of the file's kind.
+    """
+    shape = _ROWS.get(path.stem, object)
+    rows = []
+    for number, (_, row) in enumerate(json_lines(path), 1):
+        numbers = {
+            key: float(value) for key, value in row.items() if value in STRINGS and key not in TEXTS
+        }
+        wrong = misfit(row | numbers, shape)
+        if wrong:
+            raise UserError(f"{path}, line {number}: {wrong}")
+        rows.append(row | numbers)
+    return rows
