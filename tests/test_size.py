@@ -11,7 +11,7 @@ import pytest
 from source import code_lines
 
 ROOT = Path(__file__).resolve().parent.parent
-NODES = {"rlhf_jax": 161_500, "experiments": 19_500, "tests": 231_000, "benchmarks": 17_600}
+NODES = {"rlhf_jax": 161_500, "experiments": 19_500, "tests": 234_000, "benchmarks": 17_600}
 NODES_A_LINE = {"rlhf_jax": 10.6, "experiments": 10.5, "tests": 10.1, "benchmarks": 10.5}
 NODES_A_LINE_OF_A_FILE = 16.5
 PACKED = {"rlhf_jax": 271, "experiments": 48, "tests": 340, "benchmarks": 51}
