@@ -2,6 +2,7 @@
 that is done on.
 """
 
+import contextlib
 import re
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.gpu import decode_attention
 
-from rlhf_jax import models
+from rlhf_jax import models, sharding
 from rlhf_jax.models import kernels, norms
 from rlhf_jax.models.kernels import cache, fused
 
@@ -80,6 +81,7 @@ def test_the_cache_of_an_accelerator_gives_the_same_logits(family, platform, mon
         return gqa(*args, interpret=True, **settings)
 
     monkeypatch.setattr(decode_attention, "gqa", interpreted)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = FAMILIES[family]
     model = models.build(config)
     params = model.init(jax.random.key(0))
@@ -107,13 +109,22 @@ def test_the_cache_of_an_accelerator_gives_the_same_logits(family, platform, mon
     assert bool(asked) == (family == "gpt2" and platform == "gpu")
 
 
-def test_pallas_reads_a_cache_in_parts_that_fill_the_device(monkeypatch):
-    """Few rows and heads are read by several programs each; each row's own slots alone count."""
+@pytest.mark.parametrize(
+    ("sizes", "own"),  # keys of a device
+    [
+        (None, (2, 96, 2, 16)),
+        ((1, 1, 2), (2, 96, 1, 16)),
+        ((2, 1, 1), (1, 96, 2, 16)),
+        ((1, 1, 4), (2, 96, 2, 16)),
+    ],
+)
+def test_pallas_reads_the_slots_of_each_row(sizes, own, monkeypatch):
+    """By several programs where there are few rows and heads, also those of a mesh's devices."""
     asked = []
     gqa = decode_attention.gqa
 
     def interpreted(*args, **settings):
-        asked.append((settings["k_splits"], settings["block_k"]))
+        asked.append((*args[1].shape, settings["k_splits"], settings["block_k"]))
         return gqa(*args, interpret=True, **settings)
 
     monkeypatch.setattr(decode_attention, "gqa", interpreted)
@@ -125,10 +136,24 @@ def test_pallas_reads_a_cache_in_parts_that_fill_the_device(monkeypatch):
     )
     slots = np.arange(96)
     mask = np.array([slots < 70, (slots >= 5) & (slots < 33)])[:, None, None]
-    found = cache.attention(query, (key, value), jnp.asarray(mask), True)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(*sizes))
+    with mesh:
+        attend = jax.jit(lambda *arrays: cache.attention(arrays[0], arrays[1:3], arrays[3], True))
+        found = attend(query, key, value, jnp.asarray(mask))
     scores = np.einsum("bhgtd,bhsd->bhgts", *(np.float32(x) for x in (query, key)))
     weights = np.exp(np.where(mask[:, None], scores, -np.inf))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhgts,bhsd->bhgtd", weights, np.float32(value))
     np.testing.assert_allclose(np.float32(found), expected, atol=0.05)
-    assert asked == [(2, 16)]
+    assert asked == [(*own, 2, 16)]
+
+
+@pytest.mark.parametrize(("platform", "sizes"), [("gpu", None), ("tpu", (1, 1, 2))])
+def test_where_the_plain_formula_reads_the_cache(platform, sizes, monkeypatch):
+    """Several GPUs whose mesh is not known, and heads that a mesh of TPUs cuts."""
+    monkeypatch.setattr(fused, "platform", lambda: platform)
+    query, key = (jnp.ones((2, 2, *shape, 16), jnp.bfloat16) for shape in ((1, 1), (32,)))
+    mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(*sizes))
+    with mesh:
+        assert cache.attention(query, (key, key), jnp.ones((2, 1, 1, 32), bool), True) is None

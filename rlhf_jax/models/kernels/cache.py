@@ -19,7 +19,7 @@ from rlhf_jax.models.kernels import fused
 LayerCache = tuple[Array, Array]
 # Axes of the slots in keys and values.
 SLOTS = {"cpu": (3, 2), "gpu": (2, 2), "tpu": (1, 1)}
-# Programs of one decoding step that fill a GPU; rows and heads of one cache are its first.
+# Programs of one kernel that fill a GPU. Few rows and heads are read by several programs each.
 PROGRAMS = 512
 
 
@@ -69,14 +69,12 @@ def attention(query: Array, cache: LayerCache, mask: Array, is_contiguous: bool)
         mask: [B, 1, 1, S] bool: the slots that it attends to.
         is_contiguous: whether these are neighbours, as they are unless the cache is a window's.
     """
-    # XLA partitions neither form well.
     mesh = jax.sharding.get_abstract_mesh()
-    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
-        return None
-    if fused.platform() == "tpu":
+    is_cut = any(mesh.shape[axis] > 1 for axis in mesh.auto_axes)
+    if fused.platform() == "tpu" and not is_cut:  # or else XLA would sum scores over "tensor"
         return _all_heads(query, cache, mask)
     if fused.platform() == "gpu" and is_contiguous and _fits_pallas(query, cache):
-        return _pallas(query, cache, mask)
+        return fused.on_each_device(_pallas, query.shape[1], (query, *cache), mask)
     return None
 
 
@@ -99,15 +97,15 @@ def _all_heads(query: Array, cache: LayerCache, mask: Array) -> Array:
 def _fits_pallas(query: Array, cache: LayerCache) -> bool:
     width = query.shape[-1]
     num_slots = cache[1].shape[2]
-    is_power = width >= 16 and width & (width - 1) == 0
-    return query.dtype == jnp.bfloat16 and is_power and num_slots % 16 == 0
+    is_power_of_two = width >= 16 and width.bit_count() == 1
+    fits = query.dtype == jnp.bfloat16 and is_power_of_two and num_slots % 16 == 0
+    return fits and fused.takes_pallas()
 
 
-def _pallas(query: Array, cache: LayerCache, mask: Array) -> Array:
+def _pallas(query: Array, keys: Array, values: Array, mask: Array) -> Array:
     """Pallas' kernel for decoding, which skips the slots after a row's last."""
     from jax.experimental.pallas.ops.gpu import decode_attention
 
-    keys, values = cache
     batch, heads, _, _, width = query.shape
     num_slots = keys.shape[2]
     is_seen = mask[:, 0, 0]

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,21 @@ def platform() -> str:
     return jax.default_backend() if device is None else str(device.platform)
 
 
+def takes_pallas() -> bool:
+    """Whether a Pallas kernel compiles: of several devices it must know the mesh
+    (``on_each_device``).
+    """
+    has_mesh = not jax.sharding.get_abstract_mesh().empty
+    return has_mesh or jax.device_count() == 1
+
+
 def fastest(config: TransformerConfig) -> str:
     """The implementation of attention for long texts.
 
     A layer of GPT-2 then holds no [B, H, T, T] scores; XLA's compilers for H200 and TPU v5e show
     three kernels in place of some thirty (docs/notes/accelerators.md).
     """
-    # Of several devices the kernel must know the mesh: see ``_on_each_device``.
-    has_mesh = not jax.sharding.get_abstract_mesh().empty
-    if platform() == "tpu" and (has_mesh or jax.device_count() == 1):
+    if platform() == "tpu" and takes_pallas():
         return "splash"
     fits_cudnn = config.head_size % 8 == 0 and config.head_size <= 128
     if platform() == "gpu" and config.compute_dtype == "bfloat16" and fits_cudnn:
@@ -69,37 +75,44 @@ def attention(
     query = padded(query.reshape(shape[0], -1, *shape[3:]))
     documents = jnp.pad(documents.astype(jnp.int32), ((0, 0), columns))
     kernel = functools.partial(_splash if name == "splash" else _cudnn, window=window)
-    mixed = _on_each_device(kernel, query, padded(key), padded(value), documents)
+    arrays = (query, padded(key), padded(value))
+    mixed = on_each_device(kernel, key.shape[1], arrays, documents)
     return mixed[:, :, :length].reshape(shape)
 
 
-def _on_each_device(
-    kernel: Callable[..., Array], query: Array, key: Array, value: Array, documents: Array
+def on_each_device(
+    kernel: Callable[..., Array], num_heads: int, of_heads: Sequence[Array], of_rows: Array
 ) -> Array:
-    """``kernel`` of each device's own rows and heads, on the mesh of ``jax.set_mesh``.
+    """``kernel(*of_heads, of_rows)`` of each device's own rows and heads, on the mesh of
+    ``jax.set_mesh``.
 
     XLA cannot partition a Pallas kernel, nor cuDNN's under ``shard_map``. Axes that are mapped
-    already stay so. Rows or heads of keys that their axes do not divide are whole on each device.
+    already stay so. Rows or heads that their axes do not divide are whole on each device.
+
+    Args:
+        num_heads: of the keys.
+        of_heads: arrays [B, heads, ...]; the result is one too.
+        of_rows: an array [B, ...].
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.auto_axes:
-        return kernel(query, key, value, documents)
+        return kernel(*of_heads, of_rows)
 
     def axes(size: int, *names: str) -> tuple[str, ...] | None:
         """Those of the axes that are not mapped yet; None if they do not divide the size."""
         left = tuple(name for name in names if name in mesh.auto_axes)
         return None if size % math.prod(mesh.shape[name] for name in left) else left
 
-    rows = axes(len(query), "data", "fsdp")
-    heads = PartitionSpec(rows, axes(key.shape[1], "tensor"))
+    rows = axes(len(of_rows), "data", "fsdp")
+    heads = PartitionSpec(rows, axes(num_heads, "tensor"))
     mapped = jax.shard_map(
         kernel,
-        in_specs=(heads, heads, heads, PartitionSpec(rows)),
+        in_specs=(*[heads] * len(of_heads), PartitionSpec(rows)),
         out_specs=heads,
         axis_names={*mesh.auto_axes},
         check_vma=False,  # Pallas kernels do not say over which axes their results vary
     )
-    mixed: Array = mapped(query, key, value, documents)
+    mixed: Array = mapped(*of_heads, of_rows)
     return mixed
 
 
