@@ -26,7 +26,8 @@ def main() -> None:
     print(f"| checksum, {os.cpu_count()} cores | CPU s | s |\n|---|---|---|")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, digest in KINDS.items():
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall = time.perf_counter()
+            cpu = time.process_time()
             list(pool.map(digest, arrays))
             print(
                 f"| {name} | {time.process_time() - cpu:.2f} | {time.perf_counter() - wall:.2f} |",

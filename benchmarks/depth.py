@@ -31,7 +31,8 @@ def row(name: Any, config: ModelConfig, layers: int, kind: str) -> list[str]:
     jax.clear_caches()
     started = time.process_time()
     compiled = timed.compile()
-    seconds, carry = [time.process_time() - started], timed.carry
+    seconds = [time.process_time() - started]
+    carry = timed.carry
     for _ in range(4):
         started = time.process_time()
         carry, _ = jax.block_until_ready(compiled(carry, timed.data))

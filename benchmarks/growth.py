@@ -49,7 +49,8 @@ def step(name: str, preset: Preset, calls: int) -> tuple[float, float]:
     """Bytes of temporary memory, and the median of the seconds of so many calls (NaN for none)."""
     timed = work(name, preset)
     compiled = timed.compile()
-    seconds, carry = [], timed.carry
+    seconds = []
+    carry = timed.carry
     for _ in range(calls + 1 if calls else 0):
         carry, row = measured(compiled, carry, timed.data)
         seconds.append(row["seconds"])

@@ -83,7 +83,8 @@ def run(
     if name == "startup":
         return {"bench": name} | startup(calls, against) | machine()
     devices.choose(None)  # programs as a run's are compiled
-    sizes, opponent = PRESETS[preset], None
+    sizes = PRESETS[preset]
+    opponent = None
     if against is not None:
         opponent = Opponent(against, name, sizes, value)
         opponent.agree()
@@ -100,10 +101,8 @@ def run(
             opponent.turn()
         carry, row = measured(compiled, carry, timed.data)
         rows.append(row)
-    median, (peak_flops, peak_bytes) = (
-        statistics.median(row["seconds"] for row in rows),
-        peaks(sizes),
-    )
+    median = statistics.median(row["seconds"] for row in rows)
+    peak_flops, peak_bytes = peaks(sizes)
     stats = jax.devices()[0].memory_stats() or {}
     peak_memory = stats.get(
         "peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -136,7 +135,9 @@ def measured(compiled: Any, carry: Any, data: Any) -> tuple[Any, dict[str, float
     """One timed call: the new carry, its seconds, page faults and the share of the machine that
     others used.
     """
-    fault, busy, own = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, _busy(), _own()
+    fault = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    busy = _busy()
+    own = _own()
     started = time.perf_counter()
     carry, _ = jax.block_until_ready(compiled(carry, data))
     seconds = time.perf_counter() - started
@@ -212,7 +213,8 @@ def matmul_flops(jaxpr: Any, trips: int = 1) -> float:
     """
     total = 0.0
     for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
+        name = equation.primitive.name
+        params = equation.params
         if name == "dot_general":
             contracted = params["dimension_numbers"][0][0]
             inner = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
@@ -232,10 +234,12 @@ def peaks(preset: Preset) -> tuple[float, float]:
     best of six.
     """
     size = 8192 if jax.default_backend() != "cpu" else 1536
-    square, block = jnp.ones((size, size), preset.model.compute_dtype), jnp.ones(2**26, jnp.float32)
+    square = jnp.ones((size, size), preset.model.compute_dtype)
+    block = jnp.ones(2**26, jnp.float32)
 
     def best(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-        call, seconds = jax.jit(function), []
+        call = jax.jit(function)
+        seconds = []
         for _ in range(6):
             started = time.perf_counter()
             jax.block_until_ready(call(x))
@@ -255,7 +259,8 @@ def _cache_bytes(preset: Preset) -> float:
     """Keys and values that a token reads, of a cache that is half full on the mean over the
     response.
     """
-    config, length = preset.model, preset.prompt + preset.response / 2
+    config = preset.model
+    length = preset.prompt + preset.response / 2
     itemsize = jnp.dtype(config.compute_dtype).itemsize
     return (
         2.0
@@ -334,7 +339,9 @@ def first_iteration(folder: Path, name: str) -> dict[str, float]:
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    busy, own, started = _busy(), _own(), time.perf_counter()
+    busy = _busy()
+    own = _own()
+    started = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | environment
     )
@@ -368,9 +375,13 @@ class Opponent:
             raise UserError(
                 "--against: benchmarks/ is part of a checkout, not of the installed package"
             )
-        self.name, self.preset, self.value = name, preset, value
-        self.folder, self.seconds = tempfile.TemporaryDirectory(), list[float]()
-        model, keys = models.build(preset.model), jax.random.split(jax.random.key(0), 4)
+        self.name = name
+        self.preset = preset
+        self.value = value
+        self.folder = tempfile.TemporaryDirectory()
+        self.seconds = list[float]()
+        model = models.build(preset.model)
+        keys = jax.random.split(jax.random.key(0), 4)
         params = models.add_head(keys[3], jax.jit(model.init)(keys[0]), "score")
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
         arrays = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}

@@ -29,7 +29,8 @@ from rlhf_jax.training import loop
 
 plan = cli.script("experiments", "plan")
 MIB = 2**20
-ROWS, TOKENS = 32, 112
+ROWS = 32
+TOKENS = 112
 
 
 def resident(field: str) -> int:
@@ -74,7 +75,8 @@ def config_of(stage: str, folder: Path, num_microbatches: int) -> RunConfig:
 
 def measured(config: RunConfig, stage: str) -> int:
     """The most bytes during a step of a run, after the one that is attempted before step 0."""
-    peaks, step = [], loop._Loop.step
+    peaks = []
+    step = loop._Loop.step
 
     def watched(self: Any) -> None:
         gc.collect()

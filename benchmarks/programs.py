@@ -35,7 +35,8 @@ def config_of(
     preset_name: str, folder: Path, num_microbatches: int = 1, stage: str = "ppo"
 ) -> RunConfig:
     """A run of a preset's shapes; ``folder`` gets the config.json of its models."""
-    preset, model = PRESETS[preset_name], PRESETS[preset_name].model
+    preset = PRESETS[preset_name]
+    model = PRESETS[preset_name].model
     assert isinstance(model, models.GPT2Config)
     sizes = {
         "n_positions": model.max_length,
@@ -67,7 +68,8 @@ def compiled(
     """
     mesh = plan.initial.mesh_of(config)
     jitted: Any = Stage(config, "ppo", None, mesh).jit_update(fn, 1) if updates else jax.jit(fn)  # type: ignore[arg-type]
-    lowered, started = jitted.lower(*arguments), time.process_time()
+    lowered = jitted.lower(*arguments)
+    started = time.process_time()
     used: Any = lowered.compile(compiler_options=OPTIONS).memory_analysis()
     seconds = time.process_time() - started
     peak = (

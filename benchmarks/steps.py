@@ -81,9 +81,12 @@ def work(name: Name, preset: Preset, value: Value = "shared", temperature: float
             is there; the others are one step.
         value: for ``iteration``: the value head on the policy's body, or a whole value model.
     """
-    model, keys = models.build(preset.model), jax.random.split(jax.random.key(0), 4)
-    params, optimizer = jax.jit(model.init)(keys[0]), optax.adamw(1e-5)
-    shape, num_blocks = (preset.batch, preset.prompt + preset.response), preset.model.num_blocks
+    model = models.build(preset.model)
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = jax.jit(model.init)(keys[0])
+    optimizer = optax.adamw(1e-5)
+    shape = (preset.batch, preset.prompt + preset.response)
+    num_blocks = preset.model.num_blocks
     tokens = jax.random.randint(keys[1], shape, 2, preset.model.vocab_size, jnp.int32)
     mask = jnp.ones(shape, jnp.int32)
     batch = Demonstrations(tokens, mask, mask.at[:, : preset.prompt].set(0))

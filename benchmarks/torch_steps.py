@@ -17,22 +17,25 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-LEARNING_RATE, GROUP, KL, GAE_LAMBDA, CLIP, EPOCHS, BASELINE_STEP = 1e-5, 4, 0.05, 0.95, 0.2, 4, 0.1
+LEARNING_RATE = 1e-5
+GROUP = 4
+KL = 0.05
+GAE_LAMBDA = 0.95
+CLIP = 0.2
+EPOCHS = 4
+BASELINE_STEP = 0.1
 
 
 class Block(torch.nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
-        self.c_attn, self.attn_proj = (
-            torch.nn.Linear(width, 3 * width),
-            torch.nn.Linear(width, width),
-        )
-        self.c_fc, self.c_proj = (
-            torch.nn.Linear(width, 4 * width),
-            torch.nn.Linear(4 * width, width),
-        )
+        self.ln_1 = torch.nn.LayerNorm(width)
+        self.ln_2 = torch.nn.LayerNorm(width)
+        self.c_attn = torch.nn.Linear(width, 3 * width)
+        self.attn_proj = torch.nn.Linear(width, width)
+        self.c_fc = torch.nn.Linear(width, 4 * width)
+        self.c_proj = torch.nn.Linear(4 * width, width)
 
     def forward(self, x, cache=None, index=0):
         batch, length, width = x.shape
@@ -41,8 +44,10 @@ class Block(torch.nn.Module):
             for part in self.c_attn(self.ln_1(x)).split(width, dim=2)
         )
         if cache is not None:
-            cache[0][:, :, index : index + length], cache[1][:, :, index : index + length] = k, v
-            k, v = cache[0][:, :, : index + length], cache[1][:, :, : index + length]
+            cache[0][:, :, index : index + length] = k
+            cache[1][:, :, index : index + length] = v
+            k = cache[0][:, :, : index + length]
+            v = cache[1][:, :, : index + length]
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
         x = x + self.attn_proj(mixed.transpose(1, 2).reshape(batch, length, width))
         return x + self.c_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
@@ -61,7 +66,8 @@ class GPT2(torch.nn.Module):
             Block(width, config["num_heads"]) for _ in range(config["num_layers"])
         )
         self.ln_f = torch.nn.LayerNorm(width)
-        self.value, self.score = torch.nn.Linear(width, 1), torch.nn.Linear(width, 1)
+        self.value = torch.nn.Linear(width, 1)
+        self.score = torch.nn.Linear(width, 1)
         torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
 
     def hidden(self, tokens, cache=None, index=0):
@@ -76,7 +82,8 @@ class GPT2(torch.nn.Module):
 
     @torch.no_grad()
     def generate(self, prompt, new, greedy):
-        config, (batch, length) = self.config, prompt.shape
+        config = self.config
+        batch, length = prompt.shape
         shape = (
             batch,
             config["num_heads"],
@@ -84,7 +91,9 @@ class GPT2(torch.nn.Module):
             config["hidden_size"] // config["num_heads"],
         )
         cache = [(torch.empty(shape), torch.empty(shape)) for _ in self.h]
-        tokens, inputs, index = prompt, prompt, 0
+        tokens = prompt
+        inputs = prompt
+        index = 0
         for _ in range(new):
             logits = self.logits(self.hidden(inputs, cache, index)[:, -1])
             chosen = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1)[:, 0]
@@ -114,10 +123,8 @@ class Library(torch.nn.Module):
             eos_token_id=None,
         )
         self.lm = transformers.GPT2LMHeadModel(settings)
-        self.value, self.score = (
-            torch.nn.Linear(config["hidden_size"], 1),
-            torch.nn.Linear(config["hidden_size"], 1),
-        )
+        self.value = torch.nn.Linear(config["hidden_size"], 1)
+        self.score = torch.nn.Linear(config["hidden_size"], 1)
         torch.nn.init.zeros_(self.value.weight), torch.nn.init.zeros_(self.value.bias)
 
     def hidden(self, tokens):
@@ -181,8 +188,12 @@ class Work:
     """One kind of work: ``step()`` returns (loss, gradient norm), or tokens for a rollout."""
 
     def __init__(self, bench, model, other, critic, tokens, prompt):
-        self.bench, self.model, self.other, self.critic = bench, model, other, critic
-        self.tokens, self.prompt = tokens, prompt
+        self.bench = bench
+        self.model = model
+        self.other = other
+        self.critic = critic
+        self.tokens = tokens
+        self.prompt = prompt
         parameters = list(model.parameters())
         if critic is not None:
             parameters += list(critic.parameters())
@@ -269,7 +280,8 @@ class Work:
         with torch.no_grad():
             rewards = -KL * (old - reference)
             rewards[:, -1] += self.other.score(self.other.hidden(tokens)[:, -1])[:, 0]
-            advantages, running = torch.zeros_like(values), torch.zeros(len(tokens))
+            advantages = torch.zeros_like(values)
+            running = torch.zeros(len(tokens))
             for t in reversed(range(new)):
                 following = values[:, t + 1] if t + 1 < new else torch.zeros(len(tokens))
                 running = rewards[:, t] + following - values[:, t] + GAE_LAMBDA * running
@@ -301,7 +313,8 @@ def main():
     parser.add_argument("--value", choices=("shared", "separate"), default="shared")
     args = parser.parse_args()
     shared = dict(np.load(args.shared, allow_pickle=False))
-    config, prompt = json.loads(str(shared.pop("config"))), int(shared.pop("prompt"))
+    config = json.loads(str(shared.pop("config")))
+    prompt = int(shared.pop("prompt"))
     tokens = torch.from_numpy(shared.pop("tokens")).long()
     torch.manual_seed(0)
     model, other, critic = (load(args.kind, config, shared) for _ in range(3))
@@ -309,7 +322,8 @@ def main():
         args.bench, model, other, critic if args.value == "separate" else None, tokens, prompt
     )
     for line in sys.stdin:
-        started, cpu = time.perf_counter(), time.process_time()
+        started = time.perf_counter()
+        cpu = time.process_time()
         result = work.step(greedy=line.strip() == "check")
         seconds = {
             "seconds": time.perf_counter() - started,

@@ -42,7 +42,8 @@ class Turns(transformers.TrainerCallback):
     def wait(self):
         if not (line := sys.stdin.readline()):
             sys.exit()
-        self.greedy, self.started = line.strip() == "check", time.perf_counter()
+        self.greedy = line.strip() == "check"
+        self.started = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **more):
         self.wait()
@@ -130,10 +131,8 @@ def supervised(name, trl, lm, reference, score, rows, prompt, common):
             **options,
         )
         # The two rows of a pair have prompts of their own here, for which TRL's rows have no place.
-        collate, tokens = (
-            trainer.data_collator,
-            torch.tensor([a for a, _ in pairs] + [b for _, b in pairs]),
-        )
+        collate = trainer.data_collator
+        tokens = torch.tensor([a for a, _ in pairs] + [b for _, b in pairs])
         trainer.data_collator = lambda examples: collate(examples) | {"input_ids": tokens}
     trainer._get_train_sampler = lambda *arguments: torch.utils.data.SequentialSampler(
         trainer.train_dataset
@@ -234,14 +233,16 @@ def main():
             "is not there"
         )
     shared = dict(np.load(args.shared, allow_pickle=False))
-    config, prompt = json.loads(str(shared.pop("config"))), int(shared.pop("prompt"))
+    config = json.loads(str(shared.pop("config")))
+    prompt = int(shared.pop("prompt"))
     rows = shared.pop("tokens").tolist()
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     import trl
 
     model, other = (load("transformers", config, dict(shared)) for _ in range(2))
-    score, turns = model.score.weight.detach(), None
+    score = model.score.weight.detach()
+    turns = None
     with tempfile.TemporaryDirectory() as folder:
         common = settings(len(rows), folder)
         if args.bench == "iteration":

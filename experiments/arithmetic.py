@@ -112,7 +112,8 @@ def problems(n: int, seed: int, largest: int) -> list[dict[str, Any]]:
         templates, facts = ((ADDITIONS, sums), (SUBTRACTIONS, differences))[i % 2]
         while len(rows) == i:  # until it is a new one
             a, b, answer = pick(pick(facts, generator), generator)
-            name, things = pick(NAMES, generator), pick(THINGS, generator)
+            name = pick(NAMES, generator)
+            things = pick(THINGS, generator)
             rows[pick(templates, generator).format(name=name, things=things, a=a, b=b)] = answer
     return [{"prompt": prompt, "answer": answer} for prompt, answer in rows.items()]
 

@@ -27,7 +27,8 @@ def calculator(conversation: list[dict[str, str]], row: dict[str, int]) -> tuple
     The reward of a response is the share of its characters that are right: those of the call that
     the prompt asks for, or after a call those of the answer.
     """
-    said, is_first = conversation[-1]["content"], len(conversation) == 2
+    said = conversation[-1]["content"]
+    is_first = len(conversation) == 2
     wanted = f"[{row['a']}+{row['b']}]" if is_first else str(row["a"] + row["b"])
     call = CALL.fullmatch(said)
     reward = sum(x == y for x, y in zip(said, wanted, strict=False)) / max(len(said), len(wanted))

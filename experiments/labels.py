@@ -72,10 +72,8 @@ def fetch_labels(name: str, folder: str | Path, url: str | None = None) -> Verif
     if not url.startswith(("https://", "http://")):
         raise UserError(f"--url {url}: expected an address that begins with https://")
     target = Path(folder) / path.replace("/", "_")
-    part, digest = (
-        target.with_name(f"{target.name}.part"),
-        target.with_name(f"{target.name}.sha256"),
-    )
+    part = target.with_name(f"{target.name}.part")
+    digest = target.with_name(f"{target.name}.sha256")
     if target.exists():
         verified = verify(target, least)
         if digest.exists() and digest.read_text("utf-8").split()[:1] != [verified.sha256]:

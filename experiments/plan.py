@@ -82,7 +82,8 @@ def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
     parts = {"gradients": held["parameters"]} | {
         part: int(scale * memory.on_device(x)) for part, x in parts.items()
     }
-    used, mesh = {}, initial.mesh_of(config)
+    used = {}
+    mesh = initial.mesh_of(config)
     for phase, (fn, *arguments) in programs.items():
         jitted: Any = (
             Stage(config, name, None, mesh).jit_update(fn, 1) if phase == "learn" else jax.jit(fn)
@@ -117,11 +118,9 @@ def shapes_of(
             "rlhf-jax plan: reward_model.ensemble_size must be 1; members take as much each, save "
             "the base"
         )
-    section, part, mesh = (
-        getattr(config, name),
-        "rl" if name in RL else name,
-        initial.mesh_of(config),
-    )
+    section = getattr(config, name)
+    part = "rl" if name in RL else name
+    mesh = initial.mesh_of(config)
     initial.check_layout(config, mesh)
     parts = {
         f"{name}.{key}": getattr(section, key, 1) for key in ("num_minibatches", "num_microbatches")
@@ -139,12 +138,14 @@ def _model(config: RunConfig, source: str | None) -> tuple[models.Model, Params]
     """A model that computes in float32, and the shapes of its parameters, in the dtype that
     config.json names.
     """
-    dtype, network = "float32", dataclasses.asdict(config.network)
+    dtype = "float32"
+    network = dataclasses.asdict(config.network)
     del network["dropout"]
     model_config: Any = models.GPT2Config(config.tokenizer.vocab_size, **network)
     if source is not None:
         folder = hf.find_folder(hf.model_folder(source))
-        model_config, keys = hf.read_config(folder), hf.read_json(folder / hf.CONFIG)
+        model_config = hf.read_config(folder)
+        keys = hf.read_json(folder / hf.CONFIG)
         dtype = keys.get("dtype") or keys.get("torch_dtype") or dtype
     attention = (
         config.compute.attention if config.compute.attention in ("auto", "xla") else "blockwise"
@@ -220,8 +221,10 @@ def _reward(config: RunConfig, rows: int | None) -> Any:
 def _supervised(
     config: RunConfig, name: str, mesh: jax.sharding.Mesh, length: int | None
 ) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
-    settings, (model, params) = getattr(config, name), _model(config, config.model)
-    optimizer, is_scorer = make_optimizer(settings.optimizer, 1), name == "reward_model"
+    settings = getattr(config, name)
+    model, params = _model(config, config.model)
+    optimizer = make_optimizer(settings.optimizer, 1)
+    is_scorer = name == "reward_model"
 
     def first(params: Params) -> tuple[initial.Trainable, TrainState]:
         params = models.add_head(jax.random.key(1), params, "score") if is_scorer else params
@@ -264,13 +267,12 @@ def _supervised(
 def _reinforcement(
     config: RunConfig, name: str, mesh: jax.sharding.Mesh, length: int | None
 ) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
-    algorithm, own, settings, (model, params) = (
-        RL[name],
-        getattr(config, name),
-        config.rl,
-        _model(config, config.model),
-    )
-    size, prompt = settings.batch_size, length or settings.max_prompt_length
+    algorithm = RL[name]
+    own = getattr(config, name)
+    settings = config.rl
+    model, params = _model(config, config.model)
+    size = settings.batch_size
+    prompt = length or settings.max_prompt_length
     if prompt is None:
         raise UserError(
             "rlhf-jax plan: nobody knows the longest prompt; give --length or "
@@ -279,10 +281,8 @@ def _reinforcement(
     _fitting(model, prompt + settings.max_new_tokens)
     penalty = rl.penalty_of(config, algorithm, own)
     has_reference = penalty is not phases.NO_PENALTY
-    refreshes, rows = (
-        settings.reference_refresh is not None,
-        memory.score_rows(config.compute, size, own),
-    )
+    refreshes = settings.reference_refresh is not None
+    rows = memory.score_rows(config.compute, size, own)
 
     value = critic.settings(own).value if algorithm.needs_values else None
     stage = Stage(config, name, None, mesh)  # type: ignore[arg-type]
@@ -316,11 +316,10 @@ def _reinforcement(
     learning: dict[str, Any] = {"algorithm": algorithm, "config": own, "optimizer": optimizer}
     learning |= {"shape": shape, "penalty": penalty, "masked": masked, "mesh": mesh}
     sampled: dict[str, Any] = {"model": model, "config": samples, "mesh": mesh, "score_rows": rows}
-    tokens, numbers = jnp.zeros((size, prompt), jnp.int32), jnp.zeros(size, jnp.int32)
-    prompts, key = (
-        _spread(phases.Prompts(tokens, tokens, numbers), mesh),
-        jax.eval_shape(jax.random.key, 0),
-    )
+    tokens = jnp.zeros((size, prompt), jnp.int32)
+    numbers = jnp.zeros(size, jnp.int32)
+    prompts = _spread(phases.Prompts(tokens, tokens, numbers), mesh)
+    key = jax.eval_shape(jax.random.key, 0)
 
     def collect(key: jax.Array, state: Any, prompts: Any, functions: Any) -> Any:
         return phases.collect(state, prompts, key, functions, **sampled)
@@ -355,7 +354,8 @@ def report(
     """The plan as lines; ``limit``, in bytes of a device: whether it fits, and if not which setting
     helps most.
     """
-    made, count = plan(config, name, length), jax.device_count()
+    made = plan(config, name, length)
+    count = jax.device_count()
     rows = [(size, part) for part, size in made.held.items()]
     rows += [(size, f"more in the phase {phase!r}") for phase, size in made.phases.items()]
     rows += [(size, f"of it {part}") for part, size in made.parts.items()]
@@ -381,7 +381,8 @@ def _amount(size: float) -> str:
 
 def options(config: RunConfig, name: str) -> dict[str, RunConfig]:
     """{flag: the settings with it} of what a user may turn to save memory."""
-    section, flag = getattr(config, name), name.replace("_", "-")
+    section = getattr(config, name)
+    flag = name.replace("_", "-")
     rows = (config.rl if name in RL else section).batch_size // sharding.num_parts(
         initial.mesh_of(config)
     )

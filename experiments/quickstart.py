@@ -37,7 +37,10 @@ from rlhf_jax.training.scoring import answer_scorer, report, score_rows
 from rlhf_jax.types import Params, Rollout
 
 LAST_ITERATIONS = 10
-MIN_ACCURACY, MIN_WIN_RATE, KL_BAND, MIN_KL_COEF_CHANGE = 0.85, 0.75, 1.5, 1.1
+MIN_ACCURACY = 0.85
+MIN_WIN_RATE = 0.75
+KL_BAND = 1.5
+MIN_KL_COEF_CHANGE = 1.1
 NEXT = """
 The report: {folder}/report.html
 Next: every curve of the three stages on one page, the policy on held-out pairs, and the same with files of yours:
@@ -186,14 +189,15 @@ def summarize(
 
 def checks(summary: dict[str, Any]) -> dict[str, tuple[bool, str]]:
     """``{check: (passed, what was measured and what was asked for)}``."""
-    accuracy, win_rate, coef = (
-        summary["reward_model"]["accuracy"],
-        summary["win_rate"],
-        summary["kl_coef"],
-    )
-    target, last = summary["kl"]["target"], summary["kl"]["last_iterations"]
-    low, high = target / KL_BAND, target * KL_BAND
-    lowest, highest = coef["lowest"], coef["highest"]
+    accuracy = summary["reward_model"]["accuracy"]
+    win_rate = summary["win_rate"]
+    coef = summary["kl_coef"]
+    target = summary["kl"]["target"]
+    last = summary["kl"]["last_iterations"]
+    low = target / KL_BAND
+    high = target * KL_BAND
+    lowest = coef["lowest"]
+    highest = coef["highest"]
     pairs = f"{accuracy:.3f} on noise-free held-out pairs, at least {MIN_ACCURACY}"
     wins = (
         f"{win_rate:.1%} of {summary['heldout_prompts']} held-out prompts (ties half), at least "
@@ -216,7 +220,8 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 
 def write_report(folder: Path, summary: dict[str, Any], examples: Sequence[Sequence[Any]]) -> None:
     """``report.html``: checks, numbers, answers before and after, curves of the three stages."""
-    pairs, mean = summary["reward_model"], summary["rubric"]
+    pairs = summary["reward_model"]
+    mean = summary["rubric"]
     facts = {
         "Seed": summary["seed"],
         "Preference labels": "shuffled (negative control)"
@@ -299,7 +304,8 @@ def print_summary(folder: Path, summary: dict[str, Any], examples: Sequence[Sequ
     for prompt, sft_text, sft_score, ppo_text, ppo_score in examples:
         table.add_row(str(prompt), sft_text, ppo_text, f"{sft_score:.2f} -> {ppo_score:.2f}")
     console.print(table)
-    mean, checked = summary["rubric"], checks(summary)
+    mean = summary["rubric"]
+    checked = checks(summary)
     lines = [
         f"rubric, mean over {summary['heldout_prompts']} prompts: SFT {mean['sft']:.3f}, PPO {mean['ppo']:.3f}",
         f"score/length correlation of PPO's answers: {summary['score_length_correlation']:.3f}",

@@ -59,7 +59,9 @@ METHODS: dict[str, tuple[str, str, ModuleType, str, str]] = {
     "grpo": ("GRPO", "KL in the loss", grpo, "grpo", "kl_loss_coef"),
     "dpo": ("DPO", "beta", dpo, "dpo", "beta"),
 }
-BASE, BEST_OF_N, OPTIMUM = "base", "best of n", "optimum"
+BASE = "base"
+BEST_OF_N = "best of n"
+OPTIMUM = "optimum"
 # Names and formats of the first eight fields of a Point.
 FORMATS = {
     "method": "",
@@ -209,7 +211,8 @@ def measurement(bench: Bench) -> Callable[..., Point]:
     All policies sample with the same key. The KL is the mean over responses of the sum of
     log-ratios (k1).
     """
-    model, config = bench.base.model, bench.sampling_config
+    model = bench.base.model
+    config = bench.sampling_config
     policy_fn = models.policy_fn(model, config.temperature, bench.tokens.shape[1])
     collect = jax.jit(
         functools.partial(rollout.collect, model, sampling=config, policy_fn=policy_fn)
@@ -272,7 +275,8 @@ def optimum(scores: np.ndarray) -> tuple[list[float], list[float]]:
         the weight.
     """
     count = scores.shape[1]
-    kls, means = [0.0], [float(scores.mean())]
+    kls = [0.0]
+    means = [float(scores.mean())]
     for beta in np.geomspace(10.0, 0.01, 100):
         logits = scores / beta
         mean = np.sum(scipy.special.softmax(logits, axis=1) * scores, axis=1)
@@ -349,7 +353,8 @@ def run(config: SentimentConfig) -> dict[str, Any]:
 
     With ``resume``, finished runs are passed over and the one that was stopped goes on.
     """
-    folder, own = Path(config.output_dir or "runs/sentiment"), config.sentiment
+    folder = Path(config.output_dir or "runs/sentiment")
+    own = config.sentiment
     if config.model is None:
         raise UserError(
             "no model: give --model FOLDER with a language model that has a start token"
@@ -382,9 +387,11 @@ def run(config: SentimentConfig) -> dict[str, Any]:
     )
     write_data(config, folder / "data", prompts, bench)
     measure = measurement(bench)
-    base, points = measure(language_model.params, BASE), []
+    base = measure(language_model.params, BASE)
+    points = []
     for method, strength, sections in plan(config, folder / "data"):
-        path, before = folder / f"{method}_{strength:g}", time.perf_counter()
+        path = folder / f"{method}_{strength:g}"
+        before = time.perf_counter()
         stage = pipeline.stage_config(config, path, str(folder / "base"), **sections)
         title, words, algorithm, *_ = METHODS[method]
         reward = spec.Reward(host=host)
@@ -408,7 +415,8 @@ def run(config: SentimentConfig) -> dict[str, Any]:
 
 def plan(config: SentimentConfig, data: Path) -> Iterator[tuple[str, float, dict[str, Any]]]:
     """Every method at every strength, with the sections of the run's settings."""
-    own, prompts = config.sentiment, (str(data / "train.jsonl"),)
+    own = config.sentiment
+    prompts = (str(data / "train.jsonl"),)
     policies: dict[str, Any] = {
         "data": prompts,
         "validation_data": (str(data / "heldout.jsonl"),),
@@ -433,7 +441,8 @@ def plan(config: SentimentConfig, data: Path) -> Iterator[tuple[str, float, dict
 
 def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.EncodedPrompts:
     """Distinct beginnings of texts, the start token first; those held out come first."""
-    own, tokenizer = config.sentiment, base.tokenizer
+    own = config.sentiment
+    tokenizer = base.tokenizer
     bos = tokenizer.backend.token_to_id(str(tokenizer.config.get("bos_token")))
     if bos is None:
         raise UserError(

@@ -39,7 +39,8 @@ from rlhf_jax.training import pipeline, reward_model, rl, sft
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "shakespeare.yaml"
 STAGES = ("pretrain", "reward_model", "vpg_exact", "vpg_learned")
-SCORE, EXACT = "validation/score", "validation/reward/count:{}"
+SCORE = "validation/score"
+EXACT = "validation/reward/count:{}"
 CAP = 100  # the highest target, as in rewards.token_count
 ENDED = 8  # one piece in so many ends in EOS; few, since a token more may need the next wider batch
 TIMEOUT = 30  # seconds without an answer
@@ -201,11 +202,13 @@ def run(config: ShakespeareConfig) -> dict[str, Any]:
     check(config)
     folder = Path(config.output_dir or "runs/shakespeare")
     pipeline.check_folder(folder, config, first=STAGES[0])
-    data, settings = folder / "data", config.shakespeare
+    data = folder / "data"
+    settings = config.shakespeare
     path = Path(config.data[0]) if config.data else data / "input.txt"
     if not config.data:
         fetch(settings.url, settings.sha256, path)
-    text, sha256 = read(path), fingerprint(path)
+    text = read(path)
+    sha256 = fingerprint(path)
     print(f"{path}: {len(text)} characters, sha256 {sha256}", flush=True)
     longest = max(config.network.max_length, *settings.chunk_sizes)
     if len(text) < longest:
@@ -213,7 +216,8 @@ def run(config: ShakespeareConfig) -> dict[str, Any]:
             f"{path}: the text is shorter than a row of {longest} characters; give a longer one"
         )
     pieces, counts = cut(text, settings)
-    configs, seconds = stage_configs(config, folder), {}
+    configs = stage_configs(config, folder)
+    seconds = {}
 
     def train(stage: str, run_stage: Callable[..., Any], *algorithm: ModuleType) -> None:
         before = time.perf_counter()
@@ -243,9 +247,11 @@ def run(config: ShakespeareConfig) -> dict[str, Any]:
 
 def stage_configs(config: ShakespeareConfig, folder: Path) -> dict[str, ShakespeareConfig]:
     """The settings of each stage, in the order in which they run."""
-    settings, data = config.shakespeare, folder / "data"
+    settings = config.shakespeare
+    data = folder / "data"
     pretrained, counter = (str(folder / stage / "model") for stage in STAGES[:2])
-    starters, exact = str(data / "starters.json"), f"count:{settings.character}"
+    starters = str(data / "starters.json")
+    exact = f"count:{settings.character}"
     policies = dataclasses.replace(
         config.rl, validation_data=(starters,), validation_prompts=len(settings.starters)
     )
@@ -288,7 +294,8 @@ def check(config: ShakespeareConfig) -> None:
             "tokenizer: this job counts characters; set tokenizer.kind characters and no "
             "tokenizer.name"
         )
-    longest, room = max(config.shakespeare.chunk_sizes) + 1, config.shakespeare.network.max_length
+    longest = max(config.shakespeare.chunk_sizes) + 1
+    room = config.shakespeare.network.max_length
     if room < longest:
         raise UserError(
             f"shakespeare.network.max_length {room}: the longest chunk and its EOS are {longest} "

@@ -20,7 +20,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from rlhf_jax import cli
 from rlhf_jax.errors import UserError
 
-WEIGHTS, PIECES = "stories260K.bin", "tok512.bin"
+WEIGHTS = "stories260K.bin"
+PIECES = "tok512.bin"
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -31,7 +32,8 @@ def convert(source: str | Path, folder: str | Path) -> None:
     Raises:
         UserError: a file is missing, or its length is not what its header says.
     """
-    source, folder = Path(source), Path(folder)
+    source = Path(source)
+    folder = Path(folder)
     for name in (WEIGHTS, PIECES):
         if not (source / name).is_file():
             raise UserError(

@@ -35,11 +35,11 @@ def comparison(
     give ln K.
 
     Args:
-      scores: [B, K]; an absent answer enters as -inf and gets gradient 0.
-      best: [B] int, the chosen column. A row whose chosen answer is absent gives 0.
+      scores: [B, K]; a missing answer enters as -inf and gets gradient 0.
+      best: [B] int, the chosen column. A row whose chosen answer is missing gives 0.
       margin: [B], subtracted from the chosen answer's score (Llama 2, Touvron et al. 2023, eq. 2).
       centering: weight of the squared sum of a pair's scores, which pulls scores towards 0
-        (Eisenstein et al. 2023); a pair with an absent answer adds 0.
+        (Eisenstein et al. 2023); a pair with a missing answer adds 0.
 
     Returns:
       [B] float32.
@@ -294,7 +294,7 @@ def check_dpo(kind: DPOKind, label_smoothing: float, gamma: float = 0.0) -> None
             f"label_smoothing: not defined for {kind!r}; use 'sigmoid' or 'robust', or 0"
         )
     if not ops.is_zero(gamma) and kind != "simpo":
-        raise ValueError(f"gamma: the target margin of 'simpo' alone, not of {kind!r}; use 0")
+        raise ValueError(f"gamma: the target margin of 'simpo', {kind!r} has none; use 0")
 
 
 def kto(

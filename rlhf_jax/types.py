@@ -78,7 +78,7 @@ Loss = Mean | tuple[Mean, ...]
 
 @flax.struct.dataclass
 class TrainState:
-    """What an update changes: arrays only, so that it can be checkpointed, donated and mapped over."""
+    """The state that an update changes: only arrays, so that it can be checkpointed and donated."""
 
     step: jax.Array  # [] int32, optimizer steps taken
     params: Params
@@ -100,7 +100,7 @@ class Rollout:
     attention_mask: jax.Array
     """[B, T]: 1 on real tokens. Packed documents are numbered 1, 2, ...; each reads only itself."""
     response_mask: jax.Array
-    """[B, T]: 1 on the policy's tokens, EOS included. It may have holes; an empty row is missing."""
+    """[B, T]: 1 on the policy's tokens, EOS included. It may have holes. Empty: a missing row."""
     log_probs: jax.Array
     """[B, T]: log p(tokens[:, t] | before) of the policy that sampled; 0 outside the response."""
     row_ids: jax.Array | None = None  # [B] data row of the prompt
@@ -161,7 +161,7 @@ class Demonstrations:
 
 @flax.struct.dataclass
 class Feedback(Demonstrations):
-    """Single answers, each of which somebody called desirable or not."""
+    """Single answers, each with a label: desirable or not."""
 
     desirable: jax.Array  # [B] bool
     weight: jax.Array | None = None  # [B]
@@ -218,7 +218,7 @@ class Algorithm(Protocol):
 
     @property
     def State(self) -> type[TrainState]:
-        """``TrainState``, or a subclass with what else the algorithm carries from update to update."""
+        """``TrainState``, or a subclass with further arrays that updates carry on."""
 
     needs_values: bool
     """Whether the update reads ``rollout.values``: the run then gives the policy a value head."""

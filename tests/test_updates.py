@@ -262,7 +262,7 @@ CLIPPED = [
     ({"surrogate": "ppo"}, "surrogate must be one of clip, cispo, got 'ppo'"),
     (
         {"surrogate": "cispo", "dual_clip": 3.0},
-        "dual_clip: bounds the surrogate 'clip' alone, not 'cispo'",
+        "dual_clip: only for the surrogate 'clip', not 'cispo'",
     ),
     ({"ratio": "row"}, "ratio must be one of token, sequence, got 'row'"),
     ({"dual_clip": 0.5}, "dual_clip must be above 1"),
@@ -277,12 +277,12 @@ GROUPED = [
 OF_ONE = [
     ("ppo", {"value_clip": 0.0}, "value_clip must be above 0"),
     ("grpo", {"eps": -1.0}, "eps must be at least 0"),
-    ("grpo", {"length": 12}, "length 12 is read by aggregate 'fixed' alone, got 'sequence'"),
+    ("grpo", {"length": 12}, "length 12 is only for aggregate 'fixed', got 'sequence'"),
     ("vpg", {"baseline": "mean"}, "ema, greedy, none"),
     ("vpg", {"baseline_decay": 1.5}, "baseline_decay must be at most 1"),
     ("sft", {"aggregate": "mean"}, "token, sequence, sum"),
     ("dpo", {"kind": "bradley"}, "sigmoid, robust, hinge, ipo, simpo, orpo"),
-    ("dpo", {"gamma": 0.5}, "gamma: the target margin of 'simpo' alone, not of 'sigmoid'"),
+    ("dpo", {"gamma": 0.5}, "gamma: the target margin of 'simpo', 'sigmoid' has none"),
     ("dpo", {"kind": "orpo", "label_smoothing": 0.1}, "label_smoothing: not defined for 'orpo'"),
     ("kto", {"beta": 0.0}, "beta must be above 0"),
     ("kto", {"undesirable_weight": -1.0}, "undesirable_weight must be at least 0"),

@@ -143,7 +143,8 @@ def loss(
         if feedback.weight is None
         else jnp.asarray(feedback.weight, jnp.float32)
     )
-    weight, desirable = jnp.where(present, weight, 0.0), jnp.asarray(feedback.desirable) != 0
+    weight = jnp.where(present, weight, 0.0)
+    desirable = jnp.asarray(feedback.desirable) != 0
     log_ratios = ops.response_log_probs(policy_fn, params, feedback) - feedback.ref_log_probs
     log_ratios = jnp.where(
         weight > 0, log_ratios, 0.0

@@ -84,7 +84,7 @@ class Batching:
         losses.check_aggregation(self.aggregate, self.length)
         if self.length is not None and self.aggregate != "fixed":
             raise ValueError(
-                f"length {self.length} is read by aggregate 'fixed' alone, got {self.aggregate!r}"
+                f"length {self.length} is only for aggregate 'fixed', got {self.aggregate!r}"
             )
 
 
@@ -123,7 +123,7 @@ class Config(Batching):
         ops.check_choice("surrogate", self.surrogate, ("clip", "cispo"))
         if self.dual_clip is not None and self.surrogate != "clip":
             raise ValueError(
-                f"dual_clip: bounds the surrogate 'clip' alone, not {self.surrogate!r}; use null"
+                f"dual_clip: only for the surrogate 'clip', not {self.surrogate!r}; use null"
             )
         ops.check_choice("ratio", self.ratio, ("token", "sequence"))
         ops.check_choice("kl_loss_estimator", self.kl_loss_estimator, get_args(ops.KLEstimator))
@@ -192,7 +192,7 @@ def reweighed(per_token: jax.Array, rollout: Rollout) -> tuple[jax.Array, Parts]
     ``policy/importance_weight_mean`` over response tokens; the losses as they are and no metric if
     there are none.
 
-    The policy loss alone is weighed, because it alone depends on how often each token was drawn.
+    Only the policy loss has these weights: only it depends on how often each token was drawn.
     Entropy and value are what they are at every prefix that was reached, and the KL term holds each
     drawn token at full strength.
     """
@@ -238,7 +238,8 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     advantage = jnp.where(
         mask, field(rollout, "advantages", "call the algorithm's prepare first"), 0.0
     )
-    log_ratio, zeros = log_probs - old_log_probs, jnp.zeros_like(old_log_probs)
+    log_ratio = log_probs - old_log_probs
+    zeros = jnp.zeros_like(old_log_probs)
     approx_kl = 0.5 * jnp.square(log_ratio)
     if config.ratio == "sequence":
         log_ratio = jnp.where(mask, ops.masked_mean(log_ratio, mask, axis=1)[:, None], 0.0)

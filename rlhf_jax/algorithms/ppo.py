@@ -104,7 +104,7 @@ def explained_variance(rollout: Rollout, axis_name: AxisName | None) -> Metrics:
     var_returns, var_errors = (
         ops.masked_var(x, rollout.response_mask, axis_name=axis_name) for x in (returns, errors)
     )
-    # Returns that differ by rounding alone (float32: 1e-7 of the values, squared) do not vary.
+    # Returns that differ only by rounding (float32: 1e-7 of the values, squared) do not vary.
     varies = var_returns > 1e-12 * var_errors
     share = jnp.where(varies, 1.0 - var_errors / jnp.where(varies, var_returns, 1.0), 0.0)
     return {"value/explained_variance": share}

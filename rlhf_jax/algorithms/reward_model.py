@@ -38,7 +38,9 @@ def answer_scores(
     """Scores [B, K] of the answers, by a ScoreFn; of packed ones [B, C, K], by one that takes
     ``documents`` too.
     """
-    tokens, mask, documents = comparisons.tokens, comparisons.attention_mask, comparisons.documents
+    tokens = comparisons.tokens
+    mask = comparisons.attention_mask
+    documents = comparisons.documents
     if documents is not None:
         numbers = documents.reshape(len(documents), -1)
         return jnp.reshape(score_fn(params, tokens, mask, key, numbers), documents.shape)

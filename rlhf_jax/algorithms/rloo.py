@@ -65,7 +65,7 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = No
         return policy.with_group_advantages(rollout, config.group_size, advantages.leave_one_out)
     mask = rollout.response_mask
     if config.baseline == "both":
-        # Not leave_one_out, which is G / (G - 1) times as large: where answers are absent, G differs
+        # Not leave_one_out, which is G / (G - 1) times as large: if answers are missing, G differs
         # from group to group, and whitening over the batch does not take the factor away.
         centred = partial(advantages.group_normalized, scale=False)
         prepared = policy.with_group_advantages(rollout, config.group_size, centred)

@@ -140,8 +140,8 @@ class ChatTemplate:
 
 @functools.lru_cache(maxsize=8)
 def template_of(tokenizer: Tokenizer | None, template: str = "{prompt}") -> ChatTemplate:
-    """What renders messages under a ``text.template``: the tokenizer's own chat template, or `PLAIN`
-    if it has none.
+    """The template that renders messages under a ``text.template``: the tokenizer's own chat
+    template, or `PLAIN` if it has none.
 
     The chat template that `with_text_template` made from a text counts as none, but under `AUTO`.
     """
@@ -234,7 +234,7 @@ def text_template(tokenizer: Tokenizer) -> str | None:
 
 
 def shown(row: Row, tokenizer: Tokenizer) -> str:
-    """A row's prompt as text for people: messages as `PLAIN` writes them, other token ids decoded."""
+    """A row's prompt as text for people: messages in the form of `PLAIN`, token ids decoded."""
     if isinstance(row.prompt, str):
         return row.prompt
     if not row.messages:
@@ -275,7 +275,8 @@ def exchange(record: Record, key: str) -> tuple[list[Message], str]:
     goes on from it, unless it repeats it. Raises `BadRow` for one that does not end in an assistant
     turn with a content.
     """
-    before, start = record.value.get("prompt"), list[Message]()
+    before = record.value.get("prompt")
+    start = list[Message]()
     if isinstance(before, str):
         start = [{"role": "user", "content": text(record, "prompt")}]
     elif before is not None:

@@ -54,7 +54,7 @@ class EncodedTexts:
 
     @property
     def response_lengths(self) -> np.ndarray:
-        """[N, K] int64 tokens of each response; 0 where there is none."""
+        """[N, K] int64 tokens of each response; 0 for a missing one."""
         return self.lengths - self.starts
 
     @functools.cached_property
@@ -96,7 +96,7 @@ def encode_texts(
     Args:
       max_length: tokens a text may have, EOS included; None for no limit.
       too_long: ``error`` names the row; ``drop`` leaves it out; ``truncate`` cuts the response (its
-        EOS goes too) and leaves out rows whose prompt alone fills ``max_length``. ``counts`` says
+        EOS goes too) and leaves out rows whose prompt already fills ``max_length``. ``counts`` says
         how many texts were cut or dropped.
 
     Raises:

@@ -4,8 +4,8 @@ has.
 - ``{prompt, response}``: a demonstration.
 - ``{messages}``: a demonstration if it ends with the assistant's turn (`chat`), else a prompt.
 - ``{text}``, or a whole text file: a text for a language model, without a prompt.
-- ``{prompt, response, desirable}``: feedback, one answer, or messages, and whether somebody liked
-  it, a boolean.
+- ``{prompt, response, desirable}``: feedback: one answer, or messages, and whether it is
+  desirable, a boolean.
 - ``{prompt, chosen, rejected}``: a comparison; each value may be messages.
 - ``{prompt, chosen: [], rejected: []}``: the right and the wrong ones of several answers, as in
   RewardBench 2.
@@ -13,8 +13,8 @@ has.
   answer.
 - ``{query, sample0, sample1, ..., best}``: as in lm-human-preferences (Ziegler et al. 2019), texts
   or GPT-2 token ids.
-- ``{prompt, responses, LABEL}``: LABEL is ``best`` (a number from 0), ``ranking`` (response numbers,
-  best first), ``ranks`` (the lowest is best, equal ones are ties) or ``targets``.
+- ``{prompt, responses, LABEL}``: LABEL is ``best`` (a number from 0), ``ranking`` (response
+  numbers, best first), ``ranks`` (the lowest is best, equal ones are ties) or ``targets``.
 - ``{instruction, response1, response2}``: annotated, as in PandaLM (Wang et al. 2023), with
   ``input`` and ``annotator1``, ..., each of which says 1, 2 or 0, a tie; to a stage it is a
   comparison by majority.
@@ -71,7 +71,8 @@ FORMATS: dict[tuple[str, ...], Kind] = {
 KNOWN = tuple(dict.fromkeys(itertools.chain(*FORMATS, ("query", "responses"), LABELS)))
 DEMO = "demo"  # the data of this name is generated
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
 _CONTRADICTED = "'chosen' is not the response that the row's label says is the best"
 _NO_DIALOGUE = (
     "{!r} must be a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' in a row "

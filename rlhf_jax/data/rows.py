@@ -38,7 +38,7 @@ class Row:
     responses: tuple[Text, ...]
     source: str
     best: int | None = None
-    """Index of the best of K > 2 responses; None: the first one, or the one with the best target."""
+    """Index of the best of K > 2 responses; None: the first one, or the one of the best target."""
     targets: tuple[float, ...] | None = None  # a score for each response
     weight: float | None = None  # None counts as 1
     category: str = ""  # of given answers; an evaluation reports each category separately

@@ -18,6 +18,6 @@ from rlhf_jax.models.names import SHARDING
 # The configurations of the families
 __all__ = ["GPT2Config", "Gemma3TextConfig", "LlamaConfig", "MistralConfig"]
 __all__ += ["Qwen2Config", "Qwen3Config", "RopeScaling"]
-# A model and its files, heads and adapters, and where its parameters lie on a mesh
+# A model and its files, heads and adapters, and the places of its parameters on a mesh
 __all__ += ["Model", "build", "load", "resize_vocabulary", "save"]
 __all__ += ["HEADS", "SHARDING", "add_head", "lora", "policy_fn", "policy_params", "score_fn"]

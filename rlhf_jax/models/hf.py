@@ -2,7 +2,7 @@
 
 A folder is what transformers' ``save_pretrained`` writes for GPT2LMHeadModel or LlamaForCausalLM,
 or for GPT2ForSequenceClassification or LlamaForSequenceClassification where there is a score head.
-A value head, which transformers has no place for, lies beside the weights in
+A value head, which transformers has no place for, is stored beside the weights in
 value_head.safetensors. Nothing is ever unpickled.
 """
 
@@ -78,7 +78,7 @@ def load(
         dtype: of the parameters; None keeps the file's.
         shardings: the sharding of each of the body's parameters, given a tree of their shapes, such
             as ``lambda shapes: sharding.by_path(shapes, models.SHARDING, mesh)``: each device then
-            reads its own part of the files. None: all lie on one device.
+            reads its own part of the files. None: all are on one device.
         compute: compute_dtype, remat, scan_layers and attention, as in GPT2Config and LlamaConfig.
 
     Returns:
@@ -190,8 +190,8 @@ def save(
 def write_tensors(
     file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file with the mode that the umask gives; the package alone makes it
-    0600.
+    """Writes a safetensors file with the mode that the umask gives; safetensors itself gives it
+    mode 0600.
 
     Raises:
         OSError: it cannot be written, for example because the disk is full.
@@ -235,7 +235,7 @@ def model_folder(path_or_hf_name: str) -> str:
 def find_folder(
     path_or_hf_name: str | os.PathLike[str], patterns: Iterable[str] = ("*.json", "*.safetensors")
 ) -> Path:
-    """A local folder of that name, or else the files of these patterns from the Hugging Face hub."""
+    """A local folder of that name, or the files of these patterns from the Hugging Face hub."""
     path = Path(path_or_hf_name)
     name = os.fspath(path_or_hf_name)
     if os.path.isdir(path):  # of pathlib's form, a name that is too long for a file raises

@@ -2,9 +2,10 @@
 functions.
 
 Adapters are a part of a parameter tree: ``{"h_0": {"attn": {"c_attn": {"lora_a" [in, r], "lora_b"
-[r, out], "lora_scale" []}}}, ...}``, with a leading [L - 1] axis for stacked layers, and whatever
-heads are trained with them; "out" of GPT-2's c_attn is [3, D], as in its kernel. The scale, alpha /
-r, gets no gradient. Train the adapters, never the base: ``bind`` makes a function of them alone.
+[r, out], "lora_scale" []}}}, ...}``, with a leading [L - 1] axis for stacked layers, and the heads
+that are trained with them; "out" of GPT-2's c_attn is [3, D], as in its kernel. The scale, alpha /
+r, gets no gradient. Train only the adapters, not the base: ``bind`` makes a function of the
+adapters.
 """
 
 import math
@@ -49,14 +50,13 @@ def init(
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    kernels = {
-        path: leaf
-        for path, leaf in flatten_dict(params).items()
-        if path[-1] == "kernel" and leaf.ndim > 1
-    }
-    chosen = sorted(
-        path for path in kernels if path[0] not in HEADS and re.search(match, "/".join(path[:-1]))
-    )
+    kernels = {}
+    chosen = []
+    for path, leaf in sorted(flatten_dict(params).items()):
+        if path[-1] == "kernel" and leaf.ndim > 1:
+            kernels[path] = leaf
+            if path[0] not in HEADS and re.search(match, "/".join(path[:-1])):
+                chosen.append(path)
     if not chosen:
         places = ", ".join(sorted({"/".join(path[1:-1]) for path in kernels}))
         raise ValueError(f"no kernel's path matches {match!r}; the layers hold {places}")
@@ -65,9 +65,9 @@ def init(
     for number, path in enumerate(chosen):
         layers, size_in, out = split_shape(path, kernels[path].shape)
         bound = 1.0 / math.sqrt(size_in)
-        a = jax.random.uniform(
-            jax.random.fold_in(key, number), (*layers, size_in, rank), minval=-bound, maxval=bound
-        )
+        shape = (*layers, size_in, rank)
+        own_key = jax.random.fold_in(key, number)
+        a = jax.random.uniform(own_key, shape, minval=-bound, maxval=bound)
         *module, _ = path
         leaves[(*module, "lora_a")] = a
         leaves[(*module, "lora_b")] = jnp.zeros((*layers, rank, *out))
@@ -105,15 +105,18 @@ def merge(params: Params, adapters: Params) -> Params:
     """
     leaves = flatten_dict(attach(params, adapters))
     merged = {path: leaf for path, leaf in leaves.items() if not path[-1].startswith("lora_")}
-    for path in flatten_dict(adapters):
-        if path[-1] == "lora_a":
-            kernel = (*path[:-1], "kernel")
-            names = ("lora_a", "lora_b", "lora_scale")
-            a, b, scale = (leaves[(*path[:-1], name)] for name in names)
-            b = b.reshape(*b.shape[: a.ndim - 1], -1)  # c_attn's [r, 3, D] too
-            change = scale[..., None, None] * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-            before = merged[kernel]
-            merged[kernel] = before.astype(jnp.float32) + change.reshape(before.shape)
+    for *module, name in flatten_dict(adapters):
+        if name != "lora_a":
+            continue
+        kernel = (*module, "kernel")
+        a = leaves[(*module, "lora_a")]
+        b = leaves[(*module, "lora_b")]
+        scale = leaves[(*module, "lora_scale")]
+        b = b.reshape(*b.shape[: a.ndim - 1], -1)  # c_attn's [r, 3, D] too
+        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        change = scale[..., None, None] * product
+        before = merged[kernel]
+        merged[kernel] = before.astype(jnp.float32) + change.reshape(before.shape)
     return unflatten_dict(merged)
 
 

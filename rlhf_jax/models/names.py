@@ -49,7 +49,7 @@ class Family(NamedTuple):
         return [(name, self.keys.get(name, name)) for name in names if name not in _OTHER_FIELDS]
 
     def tensors(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
-        """Names of the tensors of a leaf of the body: one, or one for each layer of stacked layers."""
+        """Names of the tensors of a leaf of the body: one, or one for each stacked layer."""
         top, *inner = (self.modules.get(part, part) for part in path[:-1])
         tops = [top]
         if path[0].startswith("h"):
@@ -81,8 +81,8 @@ _OTHER_FIELDS = (
     "rope_scaling",
 )
 # Keys that change logits unless they are empty, have the value given here, or are a family's field.
-# reorder_and_upcast_attn is not among them: it asks for the float32 softmax that attention.py always
-# computes.
+# reorder_and_upcast_attn is not among them: it asks for the float32 softmax that attention.py
+# always computes.
 _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(
         ("add_cross_attention", "use_sliding_window", "use_bidirectional_attention"), False

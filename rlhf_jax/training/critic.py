@@ -1,5 +1,5 @@
-"""The value function of an actor-critic run: a head or a model of its own, where it starts and how
-it learns.
+"""The value function of an actor-critic run, a head or a separate model: its first parameters and
+its optimizer.
 """
 
 from dataclasses import replace
@@ -16,18 +16,20 @@ from rlhf_jax.types import AlgorithmConfig, Params
 
 
 def settings(config: AlgorithmConfig) -> PPOStage:
-    """The settings of the value function among those of an algorithm; the defaults if it has none."""
+    """The value function's settings of an algorithm; the defaults if it has none."""
     return config if isinstance(config, PPOStage) else PPOStage()
 
 
 def start(
     stage: Stage, params: Params, value: str | None, width: int | None = None
 ) -> tuple[Trainable, Trainable]:
-    """What a run starts from, on the devices: the policy, with its head where ``value`` is
-    "shared", and all that is trained: the same or, where it is "separate", {"policy", "value"}.
-    None: nothing has values.
+    """The first parameters of a run, on the devices: the policy's, and those of everything that is
+    trained.
 
-    width: of the states that a head reads, as of ``models.add_head``.
+    Args:
+        value: "shared": the policy has a value head, and both results are the same. "separate": the
+            second result is {"policy", "value"}. None: there is no value function.
+        width: of the states that a head reads, as in ``models.add_head``.
     """
     lora = stage.config.lora
     key = stage.key("init")
@@ -37,14 +39,14 @@ def start(
     if value != "separate":
         return policy, policy
     with_head = models.add_head(key, params, "value", width)
-    return policy, beside(
-        policy, initial.trainable(lora, with_head, jax.random.fold_in(key, 3)).params
-    )
+    critic = initial.trainable(lora, with_head, jax.random.fold_in(key, 3))
+    return policy, beside(policy, critic.params)
 
 
 def beside(policy: Trainable, value: Params) -> Trainable:
-    """Policy and value model as one: {"policy", "value"}. Under LoRA each has adapters on the same
-    frozen body, of which there is no second copy."""
+    """Policy and value model as one: {"policy", "value"}. Under LoRA both have adapters on the same
+    frozen body, which is not copied.
+    """
     base = policy.base and {"policy": policy.base, "value": policy.base}
     return Trainable({"policy": policy.params, "value": value}, base)
 
@@ -56,14 +58,14 @@ def make_optimizer(
     params: Params,
     given: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer of a run of so many ``updates`` an iteration.
+    """The optimizer of a run.
 
-    A value model, or a head with a learning rate or a warm-up of its own, has an optimizer of its
-    own (``split``), with a schedule of the same form. The policy's schedule begins after the
-    warm-up.
+    A value model, or a value head with its own learning rate or warm-up, has its own optimizer
+    (``split``), with a schedule of the same form. The policy's schedule begins after the warm-up.
 
     Args:
-        given: takes the place of Adam for all that has no optimizer of its own.
+        updates: optimizer steps of an iteration.
+        given: replaces Adam for the parameters without an optimizer of their own.
     """
     adam = settings.optimizer
     rate = critic.value_learning_rate
@@ -94,8 +96,7 @@ def split(
     """``value`` for ``params["value"]``, a head or a model, and ``policy`` for the rest; each clips
     its own gradients.
 
-    In the first ``frozen_steps`` steps the rest stays as it is, and so does the state of
-    ``policy``.
+    In the first ``frozen_steps`` steps the rest and the state of ``policy`` do not change.
     """
     if frozen_steps:
         policy = optax.conditionally_mask(policy, lambda step: step >= frozen_steps)

@@ -1,9 +1,10 @@
 """The steps of one RL iteration, as pure functions of arrays: sample -> score -> shape -> learn.
 
 ``collect`` samples, ``reward`` scores, a ``Rule`` and a ``Penalty`` shape the scores into the
-rewards of the update, and ``learn`` makes the update. ``training.rl`` compiles the steps apart, so
-that a reward or an environment in ordinary Python runs between them; ``iteration`` is all of them
-in one call, for one jit. Both ways give the same parameters, up to rounding.
+rewards of the update, and ``learn`` makes the update. ``training.rl`` compiles each step
+separately, so that a reward or an environment in ordinary Python can run between them;
+``iteration`` is all of them in one call, for one jit. Both ways give the same parameters, up to
+rounding.
 """
 
 import functools
@@ -51,8 +52,8 @@ class Prompts(NamedTuple):
 
 @flax.struct.dataclass
 class Functions:
-    """What the steps call: ``jax.tree_util.Partial``, whose arrays travel through ``jit`` as
-    arguments.
+    """The functions that the steps call: ``jax.tree_util.Partial``, so that ``jit`` takes their
+    arrays as arguments.
     """
 
     policy_fn: Any  # PolicyFn of ``loop.train.params``; under LoRA ``models.lora.bind(fn, base)``
@@ -183,7 +184,7 @@ def scored(
     return replace(rollout, scores=scores), metrics
 
 
-# --- Shape: what becomes of scores before the update reads them
+# --- Shape: from scores to the rewards of the update
 
 Rule = Callable[[Rollout], Rollout]
 """A pure function that changes scores or masks of a scored rollout."""
@@ -230,15 +231,15 @@ def missing_eos(eos_id: EosId | None, penalty: float | None, score: float | None
 
 
 def overlong(max_length: int, buffer: int, penalty: float) -> Rule:
-    """``rewards.overlong_penalty``: the last ``buffer`` tokens before ``max_length`` cost ever
-    more, up to ``penalty``.
+    """``rewards.overlong_penalty``: each of the last ``buffer`` tokens before ``max_length``
+    costs more than the one before, up to ``penalty``.
     """
     how: Any = {"max_length": max_length, "buffer": buffer, "penalty": penalty}
     return _on_scores(functools.partial(rewards.overlong_penalty, **how))
 
 
 def mask_truncated(eos_id: EosId | None) -> Rule:
-    """Responses that did not end become absent."""
+    """Rows whose response did not end become missing rows."""
     if eos_id is None:
         raise ValueError("mask_truncated needs an eos_id")
 
@@ -253,15 +254,14 @@ def mask_truncated(eos_id: EosId | None) -> Rule:
 def with_greedy(rollout: Rollout, greedy: Rollout, *, shape: Rule) -> Rollout:
     """The rollout with the rewards of scored greedy responses to the same prompts, after ``shape``.
 
-    A row whose greedy response has no score is absent: without its baseline it would learn from its
-    reward alone.
+    A row whose greedy response has no score becomes a missing row: it would have no baseline.
     """
     mask = jnp.where(greedy.present[:, None], rollout.response_mask, 0)
     return replace(rollout, response_mask=mask, greedy_rewards=row_rewards(shape(greedy)))
 
 
 class Penalty(NamedTuple):
-    """What the rewards lose by the distance from a reference, as ``optax`` has transformations."""
+    """A penalty for the distance from a reference, in the form of ``optax``'s transformations."""
 
     init: float  # the first coefficient
     # (coefficient [], scored rollout) -> (rewards [B, T], the next coefficient [], metrics)
@@ -299,12 +299,12 @@ def kl_penalty(coef: float, target: float | None = None, horizon: int | None = N
     return Penalty(coef, apply)
 
 
-# --- Groups without a difference, from which nothing is learned
+# --- Groups of equal scores, which have no gradient
 
 
 def num_equal(rollout: Rollout, *, group_size: int, masked: Rule = unchanged) -> jax.Array:
-    """How many groups have nothing to learn from: the scores of their rows, after ``masked``, are
-    all alike. With a ``group_size`` of 1 the batch is one group.
+    """Number of groups without a gradient: after ``masked``, the scores of their rows are equal.
+    With a ``group_size`` of 1 the batch is one group.
     """
     return jnp.sum(_equal(masked(rollout), group_size)).astype(jnp.float32)
 
@@ -317,8 +317,8 @@ def refill(
     masked: Rule = unchanged,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Rollout:
-    """``kept`` with groups of ``fresh`` whose scores differ in place of its own whose scores do
-    not, in order.
+    """Replaces groups of ``kept`` with equal scores, in order, by groups of ``fresh`` whose scores
+    differ.
     """
     wanting = _equal(masked(kept), group_size)  # [groups]
     offered = ~_equal(masked(fresh), group_size)  # [groups]
@@ -338,8 +338,9 @@ def refill(
 
 
 def _equal(rollout: Rollout, group_size: int) -> jax.Array:
-    """Whether the rewards of a group's present rows are all alike, or no row is present: [groups].
-    NaN is unlike anything."""
+    """[groups] whether the rewards of a group's present rows are equal, or no row is present. NaN
+    equals no other reward.
+    """
     size = group_size if group_size > 1 else len(rollout.tokens)
     row_reward = row_rewards(rollout)
     high = jnp.where(rollout.present, row_reward, -jnp.inf).reshape(-1, size)
@@ -369,7 +370,7 @@ def learn(
 
     Args:
         shape: changes the scores before the penalty; ``rollout.scores`` stay as they were scored.
-        masked: decides last which rows the update reads.
+        masked: the last rule, which decides which rows the update reads.
         mesh: its "data" axis holds the rows of a minibatch.
     """
     shaped, kl_coef, metrics = penalty.apply(loop.kl_coef, shape(rollout))
@@ -422,7 +423,7 @@ def _correlation(x: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
     pair = jnp.stack([x, y])
     lowest = jnp.where(mask, pair, jnp.inf).min(axis=1)
     highest = jnp.where(mask, pair, -jnp.inf).max(axis=1)
-    # Exactly: the rounding errors that are left of a constant correlate too.
+    # An exact comparison: the rounding errors of constants would correlate too.
     varies = jnp.all(highest > lowest)
     x = x - ops.masked_mean(x, mask)
     y = y - ops.masked_mean(y, mask)

@@ -164,7 +164,7 @@ class Networks(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Functions of ``training.phases`` with their settings bound, each compiled at its first call."""
+    """Functions of ``training.phases`` with their settings bound; the first call compiles each."""
 
     respond: Callable[..., Rollout]
     respond_greedily: Callable[..., Rollout]
@@ -303,7 +303,7 @@ def _sizes(
 
 
 def _check_optimizer(config: RunConfig, given: optax.GradientTransformation | None) -> None:
-    """Warns of a high rate; UserError for a schedule that an optimizer from Python does not have."""
+    """Warns of a high rate; UserError for a schedule that an optimizer from Python would ignore."""
     settings = config.rl.optimizer
     if given is None:
         initial.warn_of_rate(config, "rl", settings)
@@ -412,7 +412,7 @@ def compiled(
 
 
 def rules(settings: RLStage, samples: SamplingConfig) -> tuple[Rule, Rule]:
-    """What changes the scores before the penalty, and what takes rows out of the update after it."""
+    """The rule that changes scores before the penalty, and the one that masks rows after it."""
     on_scores = []
     if settings.missing_eos_penalty is not None or settings.missing_eos_score is not None:
         on_scores.append(
@@ -513,7 +513,7 @@ def scorer(
 
 
 def on_host(stage: Stage, reward: HostReward, guard: Guarded) -> Scorer:
-    """Each process scores its own rows; all filter all rows, so that they agree on what is absent.
+    """Each process scores its own rows; all filter all rows, so that they agree on missing ones.
 
     Raises:
         TrainingFault: a score is not finite.
