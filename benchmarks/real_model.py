@@ -194,7 +194,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 def summary(run: Path, took: Measured) -> dict[str, Any]:
-    """A stage's validation before and after, the median seconds of its steps, its peak of memory."""
+    """A stage's validation before and after, the median seconds of its steps, its peak memory."""
     metrics = rows_of(run / "metrics.jsonl")
     timing = rows_of(run / "timing.jsonl")
     steps = sorted(row["timing/step"] for row in timing if "timing/step" in row)

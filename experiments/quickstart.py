@@ -43,7 +43,7 @@ KL_BAND = 1.5
 MIN_KL_COEF_CHANGE = 1.1
 NEXT = """
 The report: {folder}/report.html
-Next: every curve of the three stages on one page, the policy on held-out pairs, and the same with files of yours:
+Next: all curves of the three stages on one page, the policy on held-out pairs, and your own files:
     rlhf-jax report {folder}
     rlhf-jax evaluate {folder}/ppo --preferences {folder}/data/heldout_preference_data.json
     python experiments/pipeline.py --config configs/pipeline.yaml --data FOLDER"""
@@ -203,7 +203,8 @@ def checks(summary: dict[str, Any]) -> dict[str, tuple[bool, str]]:
         f"{win_rate:.1%} of {summary['heldout_prompts']} held-out prompts (ties half), at least "
         f"{MIN_WIN_RATE:.0%}"
     )
-    kls = f"{min(last):.2f} to {max(last):.2f} nats in the last {len(last)} iterations, between {low:.2f} and {high:.2f}"
+    kls = f"{min(last):.2f} to {max(last):.2f} nats in the last {len(last)} iterations"
+    kls += f", between {low:.2f} and {high:.2f}"
     coefs = f"between {lowest:.3f} and {highest:.3f}, by a factor of at least {MIN_KL_COEF_CHANGE}"
     return {
         "reward_model_accuracy": (accuracy >= MIN_ACCURACY, pairs),
@@ -248,9 +249,10 @@ def write_report(folder: Path, summary: dict[str, Any], examples: Sequence[Seque
             page.Table(title, columns, examples, formats={"SFT score": ".2f", "PPO score": ".2f"}),
             page.Figures("Curves", plots(folder, summary["kl"]["target"])),
         ],
-        summary="A small language model, trained from nothing on a generated assistant corpus: SFT on demonstrations "
-        "of mixed quality, a reward model on preference pairs, PPO against that reward model. A rubric that training "
-        "never sees judges greedy answers to held-out prompts.",
+        summary="A small language model, trained from random weights on a generated assistant "
+        "corpus: SFT on demonstrations of mixed quality, a reward model on preference pairs, PPO "
+        "against that reward model. A rubric that training never sees judges greedy answers to "
+        "held-out prompts.",
     )
     write_atomically(folder / "report.html", report)
 
@@ -307,7 +309,8 @@ def print_summary(folder: Path, summary: dict[str, Any], examples: Sequence[Sequ
     mean = summary["rubric"]
     checked = checks(summary)
     lines = [
-        f"rubric, mean over {summary['heldout_prompts']} prompts: SFT {mean['sft']:.3f}, PPO {mean['ppo']:.3f}",
+        f"rubric, mean over {summary['heldout_prompts']} prompts: "
+        f"SFT {mean['sft']:.3f}, PPO {mean['ppo']:.3f}",
         f"score/length correlation of PPO's answers: {summary['score_length_correlation']:.3f}",
         *(
             f"{'pass' if ok else 'FAIL'}  {name.replace('_', ' ')}: {text}"

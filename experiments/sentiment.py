@@ -294,7 +294,7 @@ def plot(
     best: Sequence[Point],
     bound: tuple[list[float], list[float]],
 ) -> figures.Plot:
-    """Score against KL: a curve for each method from the base model on, best-of-n, and ``optimum``."""
+    """Score against KL: a curve for each method, from the base model, best-of-n and ``optimum``."""
     methods: dict[str, list[Point]] = {}
     for measured in points:
         methods.setdefault(measured.method, [base]).append(measured)
@@ -311,9 +311,10 @@ def plot(
         "KL(policy || base), nats per response",
         "mean score",
         curves,
-        note=f"Every curve starts at the base model. {BEST_OF_N.capitalize()} stands at ln n - (n - 1)/n, the "
-        "most that its KL can be. The optimum is base * exp(score / beta), estimated from the base model's samples as "
-        "far as they reach.",
+        note="Every curve starts at the base model. "
+        f"{BEST_OF_N.capitalize()} is drawn at ln n - (n - 1)/n, the upper bound of its KL. The "
+        "optimum is base * exp(score / beta), estimated from the base model's samples as far as "
+        "they reach.",
     )
 
 
@@ -446,7 +447,8 @@ def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.Encoded
     bos = tokenizer.backend.token_to_id(str(tokenizer.config.get("bos_token")))
     if bos is None:
         raise UserError(
-            f"{config.model}: the tokenizer names no bos_token, with which the model's texts would begin"
+            f"{config.model}: the tokenizer names no bos_token, with which the model's texts would "
+            "begin"
         )
     wanted = own.num_prompts + own.num_heldout
     count = 4 * wanted
@@ -470,8 +472,9 @@ def beginnings(config: SentimentConfig, base: LanguageModel) -> encoding.Encoded
     )
     if len(prompts) < wanted:
         raise UserError(
-            f"sentiment: the model began {count} texts in {len(prompts)} ways only, fewer than num_prompts "
-            f"{own.num_prompts} + num_heldout {own.num_heldout}; raise longest_prompt, or ask for fewer"
+            f"sentiment: the model began {count} texts in {len(prompts)} ways only, fewer than "
+            f"num_prompts {own.num_prompts} + num_heldout {own.num_heldout}; raise longest_prompt, "
+            "or ask for fewer"
         )
     return encoding.encode_prompts(
         [Row(prompt, (), "a beginning") for prompt in prompts][:wanted], tokenizer
@@ -540,9 +543,9 @@ def write_report(
         tuple(FORMATS),
         [list(measured.row().values()) for measured in every],
         formats=FORMATS,
-        note=f"Means over {own.num_heldout} held-out prompts, of {own.samples} responses each (one for best of n), and "
-        "standard errors over prompts; KL in nats per response; length in tokens; repeated words: the share of a "
-        "response's words that occur earlier in it.",
+        note=f"Means over {own.num_heldout} held-out prompts, of {own.samples} responses each (one "
+        "for best of n), and standard errors over prompts; KL in nats per response; length in "
+        "tokens; repeated words: the share of a response's words that occur earlier in it.",
     )
     methods = dict.fromkeys(measured.method for measured in every)
     samples = []
@@ -563,9 +566,10 @@ def write_report(
     report = page.render(
         "Sentiment: score against KL",
         [page.Figures("Held-out prompts", [drawing]), table, *samples],
-        summary="A language model goes on with texts that it has begun itself, and a function scores what it writes. "
-        f"Each algorithm was run on {own.num_prompts} prompts, at several strengths. Where a high score comes from few "
-        "words repeated again and again, the reward has been exploited: the samples show it.",
+        summary="A language model continues texts that it has begun itself, and a function scores "
+        f"its responses. Each algorithm was run on {own.num_prompts} prompts, at several "
+        "strengths. If a high score comes from a few repeated words, the policy has exploited the "
+        "reward: the samples show it.",
     )
     write_atomically(path, report)
 
