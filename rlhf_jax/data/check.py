@@ -1,10 +1,10 @@
-"""What data files hold and what is wrong with them, as text: `rlhf-jax data check` and `rlhf-jax
-data preview`.
+"""Reports on data files and their mistakes, as text: `rlhf-jax data check` and `rlhf-jax data
+preview`.
 
-A problem is what would stop a run from reading the file. All are found, each with its place, not
-the first one only. A warning is a key that looks like a slip, so that the rows are read as
-something else. Duplicates, dropped rows and overlap between files do not stop a run; they are
-counted and placed.
+A problem would stop a run that reads the file. The report has all problems with their places, not
+only the first one. A warning is a key that looks like a misspelled one, so that the rows are read
+as another form. Duplicates, dropped rows and overlap between files do not stop a run; the report
+has their number and places.
 """
 
 import difflib
@@ -24,7 +24,7 @@ from rlhf_jax.data.rows import Kind, OnBadRow, Record, Row, Text, places, summar
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError, escaped
 
-NUM_PLACES = 5  # that are named of each finding in a file
+NUM_PLACES = 5  # places that the report names for each finding in a file
 _EXAMPLE = 200  # characters of a text that a report shows
 _BAR = 40  # characters of the highest bar
 _UNKNOWN = "no known form"
@@ -63,8 +63,8 @@ def check(
     Args:
       tokenizer: counts lengths in its tokens, renders messages by its chat template and decodes
         examples that are token ids; None: words and `chat.PLAIN`.
-      kind: what the rows should be; None takes what the pipeline's name of the file says, or else
-        what most rows are, so that the others are problems.
+      kind: the kind that the rows should have. None: the kind that the pipeline has for this file
+        name, or else the kind of most rows; rows of other kinds are problems.
       columns, on_bad_row: as `formats.read`.
     """
     if not paths:
@@ -136,8 +136,8 @@ def _read(
     columns: Sequence[str] = (),
     on_bad_row: OnBadRow = "error",
 ) -> _File:
-    """The rows, of the kind that the pipeline's name of the file says, or else that most records
-    are.
+    """The rows. Their kind is ``kind``, or the one that the pipeline has for this file name, or
+    that of most records.
     """
     source = read_source(name, whole_text=kind == "demonstrations")
     if unused_columns := unused(source.records, columns):
@@ -159,7 +159,7 @@ def _kind_of(name: str, records: Sequence[Record]) -> Kind:
 
 
 def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str, int]:
-    """What is to be said of a file, and its number of warnings; faults of labels and tokens join
+    """The report on a file, and its number of warnings. Errors of labels and tokens are added to
     ``found.errors``.
     """
     rows = file.found.rows
@@ -201,8 +201,8 @@ def _forms(records: Sequence[Record]) -> list[str]:
 
 
 def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]]:
-    """Which keys reach nothing but a reward, or no stage at all, and warnings of keys that look
-    like slips.
+    """A line of the keys that only a reward reads, or no stage at all, and warnings of keys that
+    look misspelled.
     """
     others = Counter[str]()
     slips = defaultdict[str, list[str]](list)
@@ -229,7 +229,7 @@ def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]
 
 
 def _slip(key: str, row: dict[str, Any], read: set[str]) -> str | None:
-    """A sentence if the key looks like one of ours that the row lacks."""
+    """A sentence if the key looks like a known key that the row lacks."""
     absent = [known for known in formats.KNOWN if known not in row]
     name = key.strip().lower()
     near = difflib.get_close_matches(_ALIASES.get(name, name), absent, n=1, cutoff=0.85)
@@ -256,7 +256,9 @@ def _repeats(rows: list[Row], name: str) -> list[str]:
 
 
 def _lengths(rows: list[Row], tokenizer: Tokenizer | None) -> dict[str, list[int]]:
-    """Of prompts and responses: in tokens, EOS included, or in words (of token ids: tokens)."""
+    """Lengths of prompts and responses in tokens, EOS included, or without a tokenizer in words (of
+    token ids: in tokens).
+    """
     prompts: Sequence[Any] = []
     if not (rows and rows[0].is_plain_text):  # all rows are plain texts, or none is
         prompts = [row.prompt for row in rows]
@@ -324,7 +326,7 @@ def _render_row(row: Row, tokenizer: Tokenizer | None = None, limit: int | None 
 
 
 def _names(row: Row) -> list[str]:
-    """What its responses are called."""
+    """The names of a row's responses."""
     if row.votes:
         return ["response 1", "response 2"]
     names = [f"response {i}" for i in range(len(row.responses))]

@@ -1,12 +1,11 @@
 """Records of other projects in our form: other names (``--columns OURS=THEIRS``), turns of
 ShareGPT, and message trees of Open Assistant, rows of lm-human-preferences and of RewardBench 2.
 
-THEIRS is a key of the record; or ``OUTER.INNER``, the value inside an object (of a list: inside
+THEIRS is a key of the record; or ``OUTER.INNER``, the value inside an object (in a list: inside
 each of its objects); or ``OUTER.keys`` and ``OUTER.values``, the lists of an object's keys and of
-its values; or ``A+B``, two texts with an empty line between them, of which either may be empty.
+its values; or ``A+B``, two texts with an empty line between them, where either may be empty.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
@@ -22,7 +21,7 @@ def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Reco
     lists of chosen and of rejected texts as ``responses``, and each ranking of a message tree as a
     record ``{prompt, responses, ranks}``.
 
-    A column that a record lacks leaves it as it is; see ``unused``.
+    A record that lacks a column is not changed by it; see ``unused``.
 
     Raises:
       UserError: for an entry that is no ``OURS=THEIRS``.
@@ -33,12 +32,16 @@ def adapted(records: Sequence[Record], columns: Sequence[str] = ()) -> list[Reco
 
 
 def unused(records: Sequence[Record], columns: Sequence[str]) -> dict[str, str]:
-    """{column: sentence} of the columns that no record has, whatever other keys records have."""
+    """{column: sentence} for the columns that no record has; the sentence names the keys that
+    records have.
+    """
     values = [record.value for record in records if isinstance(record.value, dict)]
+    if not values:
+        return {}
     keys = dict.fromkeys(key for value in values for key in value)
     sentences = {}
     for ours, theirs in _names(columns).items():
-        if values and not any(_is_present(value, theirs) for value in values):
+        if not any(_is_present(value, theirs) for value in values):
             entry = f"{ours}={theirs}"
             hint = did_you_mean(theirs, keys) or f"; the keys are {', '.join(keys)}"
             sentences[entry] = f"--columns {entry}: no row has {theirs!r}{hint}"
@@ -59,7 +62,7 @@ def _names(columns: Sequence[str]) -> dict[str, str]:
 def _is_present(value: dict[str, Any], path: str) -> bool:
     try:
         return _value(value, path) is not None
-    except TypeError:  # it is there, and `adapted` says what is wrong with it
+    except TypeError:  # it is present, and `adapted` reports its type
         return True
 
 
@@ -81,8 +84,8 @@ def _renamed(record: Record, names: dict[str, str]) -> Record:
 
 def _with_responses(row: dict[str, Any]) -> dict[str, Any]:
     """``{query, sample0, sample1, ...}`` of lm-human-preferences, and lists of texts ``chosen`` and
-    ``rejected``, as ``{prompt, responses, LABEL}``. A table has the same samples in all rows, the
-    last ones empty where there are fewer.
+    ``rejected``, as ``{prompt, responses, LABEL}``. A table has the same sample columns in all
+    rows; if a row has fewer samples, its last ones are empty.
     """
     row = dict(row)
     if "prompt" not in row and "query" in row and row.keys() & {"sample0", "responses"}:
@@ -111,58 +114,64 @@ def _are_texts(value: Any) -> TypeGuard[list[str]]:
 
 
 def _messages(value: Any) -> Any:
-    """Turns ``{from, value}`` as messages ``{role, content}``; any other value as it is."""
-    turns = value if isinstance(value, list) else [None]
-    if not all(isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in turns):
+    """Turns ``{from, value}`` become messages ``{role, content}``; any other value stays."""
+    if not isinstance(value, list):
         return value
-    return [
-        {"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]}
-        for turn in value
-    ]
+    messages = []
+    for turn in value:
+        if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
+            return value
+        role = _ROLES.get(str(turn["from"]), turn["from"])
+        messages.append({"role": role, "content": turn["value"]})
+    return messages
 
 
 def _value(value: Any, path: str) -> Any:
-    """What stands under the key or path; None if the record lacks it. Raises TypeError for A+B of
-    other than texts.
+    """The value under the key or path; None if the record lacks it. Raises TypeError if A+B joins
+    values that are not texts.
     """
     if isinstance(value, list):
         values = [_value(item, path) for item in value]
         return None if None in values else values
-    if not isinstance(value, dict) or path in value or not re.search("[+.]", path):
-        return value.get(path) if isinstance(value, dict) else None
-    if "+" not in path:
-        outer, _, rest = path.partition(".")
-        inner = value.get(outer)
-        if isinstance(inner, dict) and rest not in inner and rest in ("keys", "values"):
-            return list(inner) if rest == "keys" else list(inner.values())
-        return _value(inner, rest)
-    parts = [_value(value, part) for part in path.split("+")]
-    if wrong := [part for part in parts if not isinstance(part, str | None)]:
-        raise TypeError(f"--columns joins texts with +, found {kind(wrong[0])} in {path}")
-    return "\n\n".join(filter(None, parts)) or None
+    if not isinstance(value, dict):
+        return None
+    if path in value:
+        return value[path]
+    if "+" in path:
+        parts = [_value(value, part) for part in path.split("+")]
+        for part in parts:
+            if not isinstance(part, str | None):
+                raise TypeError(f"--columns joins texts with +, found {kind(part)} in {path}")
+        return "\n\n".join(filter(None, parts)) or None
+    outer, dot, rest = path.partition(".")
+    if not dot:
+        return None
+    inner = value.get(outer)
+    if isinstance(inner, dict) and rest not in inner:
+        if rest == "keys":
+            return list(inner)
+        if rest == "values":
+            return list(inner.values())
+    return _value(inner, rest)
 
 
 def _rankings(record: Record) -> list[Record]:
-    """The record itself; of a message tree, each prompter's message with two replies of known rank,
-    0 being best.
+    """The record itself. A message tree becomes one record for each prompter's message with two
+    replies of known rank, where 0 is the best rank.
     """
+    source = record.source
     root = record.value.get("prompt") if isinstance(record.value, dict) else None
     if not isinstance(root, dict) or "replies" not in root:
         return [record]
     try:
         rows = list(_walk(root))
     except (KeyError, TypeError, AttributeError) as error:
-        return [
-            Record(
-                BadRow(record.source, f"not a message tree: {type(error).__name__}: {error}"),
-                record.source,
-            )
-        ]
+        what = f"not a message tree: {type(error).__name__}: {error}"
+        return [Record(BadRow(source, what), source)]
     if rows:
-        source = record.source
         return [Record(row, f"{source}, prompt {number}") for number, row in enumerate(rows, 1)]
-    no_rank = Drop(record.source, "message tree without two ranked replies to one prompt")
-    return [Record(no_rank, record.source)]
+    no_rank = Drop(source, "message tree without two ranked replies to one prompt")
+    return [Record(no_rank, source)]
 
 
 def _walk(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
