@@ -170,6 +170,12 @@ def test_labels_go_with_their_rows_and_rows_without_comparisons_count_nowhere():
     equal(batch.targets, [[[0.5, -1.0], [2.0, 0.0]], [[0.0] * 2] * 2])
 
 
+def test_packed_answers_of_three_lengths_follow_each_other():
+    row = Row("a", ("b", "bb", "bbb"), "f", best=1)
+    batch = batches.packed_comparisons(encoding.encode_texts([row], TOKENIZER), np.array([0]), 16)
+    equal(batch.attention_mask, [[1] * 3 + [2] * 4 + [3] * 5 + [0] * 4])
+
+
 def language_model(name, kind):
     """The PolicyFn or ScoreFn of a tiny model, and parameters."""
     model = models.build(dataclasses.replace(MODELS[name], num_layers=1))
