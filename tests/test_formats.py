@@ -73,6 +73,8 @@ def test_rows_that_teach_nothing_are_dropped_and_counted(write):
         "all responses are ranked equal": ["data.jsonl, line 4"],
         "all responses are identical": ["data.jsonl, line 5"],
     }
+    alike = {"prompt": "p", "responses": ["x", "x"], "best": 0, "targets": [1, 0]}
+    assert formats.read("pairs", write([PAIR, alike])).dropped == {formats.ALL_EQUAL: 1}
     # Chosen responses and prompts are what they are.
     path = write([DIFFER, SILENT, SILENT])
     assert [row.responses[0] for row in formats.read("demonstrations", path).rows] == [" x"] * 3
