@@ -1,11 +1,11 @@
-"""``rlhf-jax plan``: what a stage would hold on each device and use on top in each phase, before it
-allocates anything.
+"""``rlhf-jax plan``: the memory that a stage would hold on each device, and need on top in each
+phase. It allocates nothing.
 
-What lies on a device is exact: shapes, dtypes and shardings are those of a run. What a phase uses
-on top is XLA's ``memory_analysis`` of the run's own programs, compiled for as many fake CPU devices
-with shapes in place of arrays: in float32, since a CPU has no bfloat16 products; where
-``compute.dtype`` is another one, what is neither held nor of the update in float32 (gradients, and
-as much again while the optimizer runs) is halved.
+The held memory is exact: shapes, dtypes and shardings are those of a run. The memory of a phase is
+XLA's ``memory_analysis`` of the run's own programs, compiled for as many fake CPU devices with
+shapes in place of arrays. They are compiled in float32, since a CPU has no bfloat16 products. For
+another ``compute.dtype`` the memory of a phase is halved, except for the update's float32 arrays:
+gradients, and as much again while the optimizer runs.
 """
 
 import argparse
@@ -41,15 +41,13 @@ from rlhf_jax.types import (
 
 RL: dict[str, Algorithm] = {"ppo": ppo, "vpg": vpg, "rloo": rloo, "grpo": grpo}
 SUPERVISED: dict[str, Any] = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "kto": kto}
-# where no flag lowers the peak
+# The advice if no flag lowers the peak.
 OTHERWISE = "shorter texts, a smaller batch, or more devices with mesh.fsdp"
-OPTIONS = {
-    "xla_backend_optimization_level": 0
-}  # of the compiler: fast code takes longer to make, and the same memory
+# Of the compiler: optimized code takes longer to compile and needs the same memory.
+OPTIONS = {"xla_backend_optimization_level": 0}
 
-Programs = dict[
-    str, tuple[Callable[..., Any], *tuple[Any, ...]]
-]  # {phase: (function, its arguments)}
+# {phase: (function, its arguments)}
+Programs = dict[str, tuple[Callable[..., Any], *tuple[Any, ...]]]
 
 
 class Plan(NamedTuple):
@@ -66,7 +64,7 @@ class Plan(NamedTuple):
 
 
 def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
-    """What the stage ``name`` of a run would take on each of JAX's devices.
+    """The memory that the stage ``name`` of a run needs on each of JAX's devices.
 
     Args:
         length: tokens of a row, or of a prompt in RL; None: the most that the model reads, or
@@ -76,62 +74,69 @@ def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
         UserError: no such stage, no length of prompts, an ensemble to be trained, a length that the
             model cannot read, a mesh or microbatches that do not fit; or as the run itself.
     """
-    shapes, programs, parts = shapes_of(config, name, length)
+    shapes, programs, known = shapes_of(config, name, length)
     held = {part: size for part, tree in shapes.items() if (size := memory.on_device(tree))}
     scale = 1.0 if config.compute.dtype == "float32" else 0.5
-    parts = {"gradients": held["parameters"]} | {
-        part: int(scale * memory.on_device(x)) for part, x in parts.items()
-    }
+    parts = {"gradients": held["parameters"]}
+    for part, tree in known.items():
+        parts[part] = int(scale * memory.on_device(tree))
     used = {}
-    mesh = initial.mesh_of(config)
-    for phase, (fn, *arguments) in programs.items():
-        jitted: Any = (
-            Stage(config, name, None, mesh).jit_update(fn, 1) if phase == "learn" else jax.jit(fn)
-        )  # type: ignore[arg-type]
-        with jax.set_mesh(mesh) if sharding.is_cut(mesh) else contextlib.nullcontext():
-            compiled = jitted.lower(*_widened(arguments)).compile(compiler_options=OPTIONS)
-            analysis: Any = compiled.memory_analysis()
-        more = analysis.temp_size_in_bytes + max(
-            analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0
-        )
-        exact = min(more, 2 * parts["gradients"] if phase == "learn" else 0)
-        used[phase] = int(exact + scale * (more - exact))
-    for part in [
-        part for part in ("reference", "reward models") if part.split()[0] in config.compute.offload
-    ]:
-        used["reward" if part == "reward models" else next(iter(used))] += held.pop(part, 0)
+    for phase, program in programs.items():
+        needed = _temporary(config, name, phase, program)
+        # Gradients, and as much again while the optimizer runs, are float32 in every run.
+        exact = min(needed, 2 * parts["gradients"]) if phase == "learn" else 0
+        used[phase] = int(exact + scale * (needed - exact))
+    first = next(iter(used))
+    if "reference" in config.compute.offload:
+        used[first] += held.pop("reference", 0)
+    if "reward" in config.compute.offload and "reward models" in held:
+        used["reward"] += held.pop("reward models")
     return Plan(held, used, parts)
+
+
+def _temporary(config: RunConfig, name: str, phase: str, program: tuple[Any, ...]) -> int:
+    """Bytes that a phase's program needs on top of its arguments, compiled in float32."""
+    fn, *arguments = program
+    mesh = initial.mesh_of(config)
+    jitted: Any = jax.jit(fn)
+    if phase == "learn":
+        jitted = Stage(config, name, None, mesh).jit_update(fn, 1)  # type: ignore[arg-type]
+    with jax.set_mesh(mesh) if sharding.is_cut(mesh) else contextlib.nullcontext():
+        compiled = jitted.lower(*_widened(arguments)).compile(compiler_options=OPTIONS)
+        analysis: Any = compiled.memory_analysis()
+    added = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.temp_size_in_bytes + max(added, 0)
 
 
 def shapes_of(
     config: RunConfig, name: str, length: int | None = None
 ) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
-    """What lies on the devices as trees of shapes, by name; the stage's programs; what of their
-    needs is known.
+    """The arrays on the devices as trees of shapes, by name; the stage's programs; and the arrays
+    of these whose size is known.
     """
-    if name not in (*SUPERVISED, *RL):
-        raise UserError(
-            f"rlhf-jax plan: no stage {name!r}; there are {', '.join((*SUPERVISED, *RL))}"
-        )
+    stages = (*SUPERVISED, *RL)
+    if name not in stages:
+        raise UserError(f"rlhf-jax plan: no stage {name!r}; there are {', '.join(stages)}")
     if name == "reward_model" and config.reward_model.ensemble_size > 1:
         raise UserError(
             "rlhf-jax plan: reward_model.ensemble_size must be 1; members take as much each, save "
             "the base"
         )
-    section = getattr(config, name)
-    part = "rl" if name in RL else name
     mesh = initial.mesh_of(config)
     initial.check_layout(config, mesh)
-    parts = {
-        f"{name}.{key}": getattr(section, key, 1) for key in ("num_minibatches", "num_microbatches")
-    }
+    section = getattr(config, name)
+    part = "rl" if name in RL else name
+    cuts = ("num_minibatches", "num_microbatches")
+    batch_size = getattr(config, part).batch_size
+    devices = {"devices": sharding.num_parts(mesh)}
     divides(
         f"{part}.batch_size",
-        getattr(config, part).batch_size,
-        {"devices": sharding.num_parts(mesh)},
-        parts,
+        batch_size,
+        devices,
+        {f"{name}.{key}": getattr(section, key, 1) for key in cuts},
     )
-    return (_supervised if name in SUPERVISED else _reinforcement)(config, name, mesh, length)
+    make = _supervised if name in SUPERVISED else _reinforcement
+    return make(config, name, mesh, length)
 
 
 def _model(config: RunConfig, source: str | None) -> tuple[models.Model, Params]:
@@ -139,23 +144,23 @@ def _model(config: RunConfig, source: str | None) -> tuple[models.Model, Params]
     config.json names.
     """
     dtype = "float32"
-    network = dataclasses.asdict(config.network)
-    del network["dropout"]
-    model_config: Any = models.GPT2Config(config.tokenizer.vocab_size, **network)
-    if source is not None:
+    if source is None:
+        network = dataclasses.asdict(config.network)
+        del network["dropout"]
+        model_config: Any = models.GPT2Config(config.tokenizer.vocab_size, **network)
+    else:
         folder = hf.find_folder(hf.model_folder(source))
         model_config = hf.read_config(folder)
         keys = hf.read_json(folder / hf.CONFIG)
         dtype = keys.get("dtype") or keys.get("torch_dtype") or dtype
-    attention = (
-        config.compute.attention if config.compute.attention in ("auto", "xla") else "blockwise"
+    compute = config.compute
+    model_config = dataclasses.replace(
+        model_config,
+        remat=compute.remat,
+        scan_layers=compute.scan_layers,
+        attention=compute.attention if compute.attention in ("auto", "xla") else "blockwise",
     )
-    options = {
-        "remat": config.compute.remat,
-        "scan_layers": config.compute.scan_layers,
-        "attention": attention,
-    }
-    model = models.build(dataclasses.replace(model_config, **options))
+    model = models.build(model_config)
     params = jax.eval_shape(model.init, jax.random.key(0))
     return model, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params)
 
@@ -198,24 +203,23 @@ def _laid_out(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _reward(config: RunConfig, rows: int | None) -> Any:
-    """The part of a run's reward that runs on the devices, models' parameters as shapes; None:
-    there is none.
+    """The part of a run's reward that runs on the devices, with the models' parameters as shapes;
+    None if there is no such part.
     """
-    tokenizer: Any = types.SimpleNamespace(fingerprint="", encode=lambda text: [0])
+    entries = [entry for entry in config.reward if ".py:" not in entry]
+    if not entries:
+        return None
+
+    def with_score(params: Params) -> Params:
+        return models.add_head(jax.random.key(0), params, "score")
 
     def load(source: str) -> spec.RewardModel:
         model, params = _model(config, source)
-        params = jax.eval_shape(
-            lambda params: models.add_head(jax.random.key(0), params, "score"), params
-        )
-        return spec.RewardModel(ops.by_rows(models.score_fn(model), rows), params, "")
+        score_fn = ops.by_rows(models.score_fn(model), rows)
+        return spec.RewardModel(score_fn, jax.eval_shape(with_score, params), "")
 
-    entries = [entry for entry in config.reward if ".py:" not in entry]
-    return (
-        spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=()).fn
-        if entries
-        else None
-    )
+    tokenizer: Any = types.SimpleNamespace(fingerprint="", encode=lambda text: [0])
+    return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=()).fn
 
 
 def _supervised(
@@ -351,27 +355,28 @@ def _reinforcement(
 def report(
     config: RunConfig, name: str, length: int | None = None, limit: float | None = None
 ) -> list[str]:
-    """The plan as lines; ``limit``, in bytes of a device: whether it fits, and if not which setting
-    helps most.
+    """The plan as lines. With a ``limit`` in bytes of a device: whether it fits, and if not which
+    setting helps most.
     """
     made = plan(config, name, length)
     count = jax.device_count()
     rows = [(size, part) for part, size in made.held.items()]
     rows += [(size, f"more in the phase {phase!r}") for phase, size in made.phases.items()]
     rows += [(size, f"of it {part}") for part, size in made.parts.items()]
+    rows.append((made.peak, "at the peak"))
     lines = [f"{name} on {count} device{'s' * (count > 1)}, on each: computed, not run"]
-    lines += [f"{_amount(size):>14}  {what}" for size, what in [*rows, (made.peak, "at the peak")]]
+    lines += [f"{_amount(size):>14}  {what}" for size, what in rows]
     if limit is None:
         return lines
     if made.peak <= limit:
         return [*lines, f"fits in {_amount(limit)}, with {_amount(limit - made.peak)} to spare"]
-    peaks = {flag: plan(other, name, length).peak for flag, other in options(config, name).items()}
-    best = min(peaks, key=lambda flag: peaks[flag], default="")
-    helps = (
-        f"{best}, a peak of {_amount(peaks[best])}"
-        if peaks.get(best, made.peak) < made.peak
-        else OTHERWISE
-    )
+    helps = OTHERWISE
+    least = made.peak
+    for flag, other in options(config, name).items():
+        peak = plan(other, name, length).peak
+        if peak < least:
+            least = peak
+            helps = f"{flag}, a peak of {_amount(peak)}"
     return [*lines, f"does not fit in {_amount(limit)}; what helps most: {helps}"]
 
 
@@ -380,28 +385,22 @@ def _amount(size: float) -> str:
 
 
 def options(config: RunConfig, name: str) -> dict[str, RunConfig]:
-    """{flag: the settings with it} of what a user may turn to save memory."""
+    """{flag: the settings with it} for the settings that save memory."""
     section = getattr(config, name)
-    flag = name.replace("_", "-")
-    rows = (config.rl if name in RL else section).batch_size // sharding.num_parts(
-        initial.mesh_of(config)
-    )
-    batch = max(
-        rows // getattr(section, "num_minibatches", 1), section.num_microbatches
-    )  # a row of a device in each
-    changed = {
-        f"--{flag}.num-microbatches {batch}": {
-            name: dataclasses.replace(section, num_microbatches=batch)
-        }
-    }
-    changed["--compute.remat"] = {"compute": dataclasses.replace(config.compute, remat=True)}
-    changed["--compute.dtype bfloat16"] = {
-        "compute": dataclasses.replace(config.compute, dtype="bfloat16")
+    batch_size = (config.rl if name in RL else section).batch_size
+    device_rows = batch_size // sharding.num_parts(initial.mesh_of(config))
+    # Each device has one row in each microbatch.
+    most = max(device_rows // getattr(section, "num_minibatches", 1), section.num_microbatches)
+    compute = config.compute
+    flag = f"--{name.replace('_', '-')}.num-microbatches {most}"
+    changed: dict[str, dict[str, Any]] = {
+        flag: {name: dataclasses.replace(section, num_microbatches=most)},
+        "--compute.remat": {"compute": dataclasses.replace(compute, remat=True)},
+        "--compute.dtype bfloat16": {"compute": dataclasses.replace(compute, dtype="bfloat16")},
     }
     if config.model is not None:
-        changed["--lora.rank 8"] = {
-            "lora": dataclasses.replace(config.lora, rank=config.lora.rank or 8)
-        }
+        lora = dataclasses.replace(config.lora, rank=config.lora.rank or 8)
+        changed["--lora.rank 8"] = {"lora": lora}
     made = {flag: dataclasses.replace(config, **change) for flag, change in changed.items()}
     return {flag: other for flag, other in made.items() if other != config}
 
