@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import math
 import operator
 import re
 import types
@@ -416,7 +417,7 @@ class RLStage:
             raise ValueError(
                 f"top_k and top_p: {fault}; --rl.allow-truncated-sampling trains on them anyway"
             )
-        ends = self.missing_eos_penalty, self.missing_eos_score, self.overlong_buffer
+        ends = (self.missing_eos_penalty, self.missing_eos_score, self.overlong_buffer)
         if self.environment is not None and ends != (None, None, None):
             raise ValueError(
                 "missing_eos_penalty, missing_eos_score, overlong_buffer: an environment pays "
@@ -426,16 +427,9 @@ class RLStage:
             raise ValueError(
                 "max_turns: conversations have an environment, which replies; give it too"
             )
-        if (
-            sum(
-                (
-                    self.missing_eos_penalty is not None,
-                    self.missing_eos_score is not None,
-                    self.mask_truncated,
-                )
-            )
-            > 1
-        ):
+        has_penalty = self.missing_eos_penalty is not None
+        has_score = self.missing_eos_score is not None
+        if has_penalty + has_score + self.mask_truncated > 1:
             raise ValueError(
                 "missing_eos_penalty and missing_eos_score judge what mask_truncated leaves out: "
                 "give one"
@@ -444,11 +438,9 @@ class RLStage:
     @property
     def length(self) -> int:
         """Iterations of the run."""
-        return (
-            self.num_iterations
-            if self.num_episodes is None
-            else -(-self.num_episodes // self.batch_size)
-        )
+        if self.num_episodes is None:
+            return self.num_iterations
+        return math.ceil(self.num_episodes / self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -907,10 +899,10 @@ def _unknown_flag(flag: str, root: type) -> str:
 
 def shipped() -> dict[str, Path]:
     """The configs that come with the package, such as ``tiny`` and ``dapo``, by their names."""
-    folders = [
-        place / "configs" for place in Path(__file__).parents[:2]
-    ]  # of a wheel, of a checkout
-    return dict(sorted((path.stem, path) for folder in folders for path in folder.rglob("*.yaml")))
+    paths: dict[str, Path] = {}
+    for place in Path(__file__).parents[:2]:  # of a wheel, of a checkout
+        paths |= {path.stem: path for path in (place / "configs").rglob("*.yaml")}
+    return dict(sorted(paths.items()))
 
 
 def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegistry:
@@ -1018,7 +1010,8 @@ def read(config_class: type, file: Path) -> Values:
         hint = f"{error.strerror}; `rlhf-jax configs` lists those that come with the package"
         raise UserError(f"{file}: cannot be read (given by --config): {hint}") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
+        mark = getattr(error, "problem_mark", None)
+        position = getattr(error, "position", None)
         line = mark.line if mark else text[:position].count(b"\n") if position else -1
         place = f"{file}, line {line + 1}" if line >= 0 else f"{file}"
         reason = (
@@ -1101,9 +1094,13 @@ def _at(file: Path, node: yaml.Node) -> str:
 
 
 def _found(node: yaml.Node) -> str:
-    if not isinstance(node, yaml.ScalarNode):
-        return "a mapping" if isinstance(node, yaml.MappingNode) else f"a list of {len(node.value)}"
-    text = repr(node.value) if node.tag == "tag:yaml.org,2002:str" else node.value or "nothing"
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return f"a list of {len(node.value)}"
+    text = node.value or "nothing"
+    if node.tag == "tag:yaml.org,2002:str":
+        text = repr(node.value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
@@ -1112,34 +1109,30 @@ def _hint(key: str, root: type, flags: bool = False) -> str:
     the section.
     """
     section, _, name = key.rpartition(".")
-    inside = [
-        name
-        for place, _, name in (other.rpartition(".") for other in _keys(root))
-        if place == section
-    ]
-    close = difflib.get_close_matches(name.replace("-", "_"), inside, n=1) or [
-        k for k in inside if k[:4] == name[:4]
-    ]
-    meant = [f"{section}.{other}".lstrip(".") for other in close]
-    meant = meant or [other for other in _keys(root) if other.rpartition(".")[2] == name][:3]
-    if (
-        not meant and not inside
-    ):  # of a setting that has no keys, or of nothing: what stands before the dot is meant
+    keys = _keys(root)
+    prefix = f"{section}." if section else ""
+    in_section = [k.removeprefix(prefix) for k in keys if k.startswith(prefix)]
+    inside = [k for k in in_section if "." not in k]
+    close = difflib.get_close_matches(name.replace("-", "_"), inside, n=1)
+    close = close or [k for k in inside if k[:4] == name[:4]]
+    meant = [prefix + k for k in close]
+    meant = meant or [k for k in keys if k.rpartition(".")[2] == name][:3]
+    if meant and flags:
+        meant = ["--" + k.replace("_", "-") for k in meant]
+    if meant:
+        return f"did you mean {' or '.join(meant)}?"
+    if not inside:  # the section has no keys, or there is none: what stands before the dot is meant
         return _hint(section, root, flags)
-    if not meant:
-        return f"the keys {f'of {section} ' if section else ''}are {', '.join(inside)}"
-    return (
-        "did you mean "
-        f"{' or '.join('--' + other.replace('_', '-') if flags else other for other in meant)}?"
-    )
+    place = f"of {section} " if section else ""
+    return f"the keys {place}are {', '.join(inside)}"
 
 
 def _keys(cls: type, prefix: str = "") -> list[str]:
     """Every dotted key, sections too."""
-    inner = [
-        key for name, kind in _sections(cls).items() for key in _keys(kind, f"{prefix}{name}.")
-    ]
-    return [prefix + name for name in typing.get_type_hints(cls)] + inner
+    keys = [prefix + name for name in typing.get_type_hints(cls)]
+    for name, kind in _sections(cls).items():
+        keys += _keys(kind, f"{prefix}{name}.")
+    return keys
 
 
 def _sections(cls: type) -> dict[str, Any]:
@@ -1168,9 +1161,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: _Dumper, data: str) -> yaml.Node:
-    # Unquoted, None would be read as null; only double quotes keep line breaks and control
-    # characters.
-    style = "'" if data == "None" else None if data.isprintable() else '"'
+    style = None
+    if data == "None":  # without quotes it would be read as null
+        style = "'"
+    elif not data.isprintable():  # only double quotes keep line breaks and control characters
+        style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 

@@ -40,14 +40,15 @@ class _Client:
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
         os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_MAX", "5")
         self._module = importlib.import_module(name)
-        known = inspect.signature(
-            self._module.init
-        ).parameters  # trackio knows a run by its name, not by an id
-        arguments = {key: place[key] for key in ("project", "name", "id") if key in known}
-        self._run = self._module.init(
-            **arguments, config=dict(config), **({"resume": "allow"} if resumed else {})
-        )
-        self._title, self.close = place["name"], self._run.finish
+        arguments = {"project": place["project"], "name": place["name"], "config": dict(config)}
+        # trackio knows a run by its name, not by an id.
+        if "id" in inspect.signature(self._module.init).parameters:
+            arguments["id"] = place["id"]
+        if resumed:
+            arguments["resume"] = "allow"
+        self._run = self._module.init(**arguments)
+        self._title = place["name"]
+        self.close = self._run.finish
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
@@ -66,17 +67,14 @@ class _TensorBoard:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int | None):
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a metric may be NaN
-        first = (
-            0 if resume_step is None else resume_step + 1
-        )  # readers forget what was written from this step on
         module = importlib.import_module("tensorboardX")
+        # Readers forget what was written from this step on.
+        first = 0 if resume_step is None else resume_step + 1
         # The suffix keeps two starts within one second from writing to one file.
-        self._writer = module.SummaryWriter(
-            str(folder), purge_step=first, filename_suffix=f".step{first}"
-        )
-        self._writer.add_text(
-            "config", f"```\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```", first
-        )
+        suffix = f".step{first}"
+        self._writer = module.SummaryWriter(str(folder), purge_step=first, filename_suffix=suffix)
+        settings = json.dumps(config, indent=2, ensure_ascii=False)
+        self._writer.add_text("config", f"```\n{settings}\n```", first)
         self.close = self._writer.close
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -84,13 +82,11 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def samples(self, step: int, columns: list[str], cells: list[list[Any]]) -> None:
-        lines = [columns, ["---"] * len(columns), *cells]
-        escaped = [
-            [str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines
-        ]
-        self._writer.add_text(
-            "samples", "\n".join(f"| {' | '.join(line)} |" for line in escaped), step
-        )
+        lines = []
+        for line in (columns, ["---"] * len(columns), *cells):
+            escaped = [str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line]
+            lines.append(f"| {' | '.join(escaped)} |")
+        self._writer.add_text("samples", "\n".join(lines), step)
         self._writer.flush()
 
     def alert(self, step: int, text: str) -> None:
@@ -104,26 +100,23 @@ class Services:
         """sent: the step up to which a service has everything already; nothing is sent to it for
         those steps.
         """
-        self._services, self._sent, self._warned = services, sent, set[str]()
+        self._services = services
+        self._sent = sent
+        self._warned: set[str] = set()
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Sends rows of ``samples.jsonl`` as a table: numbers, and texts for everything else."""
+        if not rows:
+            return
         columns = list(dict.fromkeys(name for row in rows for name in row))
 
         def cell(value: Any) -> Any:
-            return (
-                value
-                if isinstance(value, int | float | str | None)
-                else json.dumps(value, ensure_ascii=False)
-            )
+            if isinstance(value, int | float | str | None):
+                return value
+            return json.dumps(value, ensure_ascii=False)
 
-        if rows:
-            self.send(
-                "samples",
-                step,
-                columns,
-                [[cell(row.get(name)) for name in columns] for row in rows],
-            )
+        cells = [[cell(row.get(name)) for name in columns] for row in rows]
+        self.send("samples", step, columns, cells)
 
     def send(self, what: Literal["log", "samples", "alert", "close"], *values: Any) -> None:
         """Sends a row of metrics, a table of samples or an alert, each behind its step; or waits
@@ -135,11 +128,8 @@ class Services:
                 getattr(service, what)(*values)
             except Exception as error:  # whatever it is: the training is worth more
                 if name not in self._warned:
-                    _warn(
-                        name,
-                        error,
-                        "what it lacks is in the run's folder; further errors of it are not shown",
-                    )
+                    rest = "what it lacks is in the run's folder"
+                    _warn(name, error, f"{rest}; further errors of it are not shown")
                 self._warned.add(name)
 
 
@@ -171,15 +161,18 @@ def start(
     """
     if not names:
         return Services({}, {})
-    path, run_id = run.path / "tracker.json", secrets.token_hex(4)
+    path = run.path / "tracker.json"
+    run_id = secrets.token_hex(4)
     project = os.environ.get("WANDB_PROJECT") or "rlhf_jax"
     name = os.environ.get("WANDB_NAME") or f"{run.path.resolve().name}-{run_id}"
     place: dict[str, Any] = {"id": run_id, "project": project, "name": name, "services": []}
     rows: list[dict[str, Any]] = []
     if resume_step is not None:
-        place |= read_json(path, TRACKER) if path.is_file() else {}
+        if path.is_file():
+            place |= read_json(path, TRACKER)
         rows = read_rows(run.metrics)
-    known, sent = place["services"], dict.fromkeys(names, -1)
+    known = place["services"]
+    sent = dict.fromkeys(names, -1)
     services: dict[str, _Client | _TensorBoard] = {}
     for name in names:
         try:
@@ -189,21 +182,20 @@ def start(
                 services[name] = _Client(name, place, config, resumed=name in known)
         except Exception as error:
             _warn(name, error, "the run goes on without it")
-        if (
-            name in known and resume_step is not None
-        ):  # TensorBoard forgets the steps behind the checkpoint
-            sent[name] = resume_step if name == "tensorboard" or not rows else rows[-1]["step"]
+        if name in known and resume_step is not None:
+            sent[name] = resume_step
+            # TensorBoard forgets the steps behind the checkpoint, the others do not.
+            if rows and name != "tensorboard":
+                sent[name] = rows[-1]["step"]
     if services:
         place["services"] = list(dict.fromkeys([*known, *services]))
         write_atomically(path, json.dumps(place, indent=2) + "\n")
     opened = Services(services, sent)
     for row in rows:
-        if row["step"] <= (resume_step or 0):
-            opened.send(
-                "log",
-                row["step"],
-                {key: float(value) for key, value in row.items() if key != "step"},
-            )
+        step = row["step"]
+        if step <= (resume_step or 0):
+            numbers = {key: float(value) for key, value in row.items() if key != "step"}
+            opened.send("log", step, numbers)
     return opened
 
 

@@ -31,18 +31,19 @@ class Check(NamedTuple):
 
 def machine() -> list[Check]:
     """Versions, devices with their memory, and an accelerator that JAX does not use (not passed)."""
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in (*manifest.PACKAGES, "datasets")
-    )
-    checks = [Check("versions", True, f"Python {platform.python_version()}, {versions}")]
+    versions = [f"Python {platform.python_version()}"]
+    for name in (*manifest.PACKAGES, "datasets"):
+        versions.append(f"{name} {importlib.metadata.version(name)}")
+    checks = [Check("versions", True, ", ".join(versions))]
     for device in jax.devices():
         limit = (device.memory_stats() or {}).get("bytes_limit")
         memory = f", {limit / 2**30:.1f} GiB for JAX" if limit else ""
-        checks.append(
-            Check(f"device {device.id}", True, f"{device.platform}: {device.device_kind}{memory}")
-        )
+        kind = f"{device.platform}: {device.device_kind}{memory}"
+        checks.append(Check(f"device {device.id}", True, kind))
     idle = devices.idle_accelerator()
-    return checks if idle is None else [*checks, Check("accelerator", False, idle)]
+    if idle is not None:
+        checks.append(Check("accelerator", False, idle))
+    return checks
 
 
 def self_test(work: Callable[[str], Any]) -> list[Check]:
@@ -52,19 +53,19 @@ def self_test(work: Callable[[str], Any]) -> list[Check]:
 
     def step(name: str) -> Metrics:
         made = work(name)
-        return jax.jit(made.step)(made.carry, made.data)[1]
+        _, metrics = jax.jit(made.step)(made.carry, made.data)
+        return metrics
 
     def checkpoint() -> Metrics:
         saved = {"x": jnp.arange(3.0)}
         with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
             checkpoints.save(0, saved, {})
             restored, _ = checkpoints.restore(saved)
-        return {"identical": jnp.where(jnp.array_equal(saved["x"], restored["x"]), 1.0, jnp.nan)}
+        is_equal = jnp.array_equal(saved["x"], restored["x"])
+        return {"identical": jnp.where(is_equal, 1.0, jnp.nan)}
 
-    return [
-        *(timed(name, functools.partial(step, name)) for name in STEPS),
-        timed("checkpoint", checkpoint),
-    ]
+    checks = [timed(name, functools.partial(step, name)) for name in STEPS]
+    return [*checks, timed("checkpoint", checkpoint)]
 
 
 def timed(name: str, step: Callable[[], Metrics]) -> Check:
@@ -75,13 +76,10 @@ def timed(name: str, step: Callable[[], Metrics]) -> Check:
     try:
         metrics = {metric: np.asarray(value) for metric, value in step().items()}
     except Exception as error:  # a broken installation may raise anything
-        return Check(
-            name, False, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-        )
+        first_line, _, _ = str(error).strip().partition("\n")
+        return Check(name, False, f"{type(error).__name__}: {first_line[:200]}")
     bad = [metric for metric, value in metrics.items() if not np.isfinite(value)]
+    if bad:
+        return Check(name, False, f"not finite: {', '.join(bad)}")
     seconds = time.perf_counter() - started
-    return Check(
-        name,
-        not bad,
-        f"not finite: {', '.join(bad)}" if bad else f"{seconds:.1f} s, compiling included",
-    )
+    return Check(name, True, f"{seconds:.1f} s, compiling included")

@@ -31,7 +31,8 @@ def make_optimizer(settings: Optimizer, num_steps: int) -> optax.GradientTransfo
     The learning rate lives in ``opt_state.hyperparams`` (optax.inject_hyperparams), and so does the
     factor of the schedule ``plateau``, which starts at 1 and which ``Judge`` lowers.
     """
-    peak, warmup_steps = settings.learning_rate, int(settings.warmup_steps)
+    peak = settings.learning_rate
+    warmup_steps = int(settings.warmup_steps)
     if settings.warmup_steps < 1:
         warmup_steps = math.ceil(settings.warmup_steps * num_steps)
     decay_steps = max(num_steps - warmup_steps, 1)
@@ -104,13 +105,17 @@ def times_exhausted(values: Sequence[float], patience: int) -> int:
     ``optax.contrib.reduce_on_plateau`` without tolerance lowers the rate at each of these times;
     PyTorch's ReduceLROnPlateau waits for one value more than its patience. NaN is no minimum.
     """
-    lowest, waited, times = float("inf"), 0, 0
+    lowest = float("inf")
+    waited = 0
+    times = 0
     for value in values:
         waited += 1
         if value < lowest:
-            lowest, waited = value, 0
+            lowest = value
+            waited = 0
         if waited == patience:
-            waited, times = 0, times + 1
+            times += 1
+            waited = 0
     return times
 
 
@@ -118,9 +123,8 @@ class Judge(NamedTuple):
     """Looks at one metric of the validations, ``min:METRIC`` or ``max:METRIC``."""
 
     judged_by: str
-    stop_after: (
-        int | None
-    )  # validations without improvement after which the run ends; None: it does not
+    stop_after: int | None
+    """Validations without improvement after which the run ends; None: it does not."""
     settings: Optimizer
 
     @property
@@ -149,22 +153,22 @@ class Judge(NamedTuple):
         if not self.lowers:
             return state
         scale = self.settings.decay_factor ** self._times(rows, self.settings.decay_patience)
-        before = optax.tree_utils.tree_get_all_with_path(state, PLATEAU_SCALE)[0][
-            1
-        ]  # one for all groups of parameters
-        return optax.tree_utils.tree_set(
-            state, **{PLATEAU_SCALE: 0.0 * before + scale}
-        )  # stays on its devices
+        [(_, before), *_] = optax.tree_utils.tree_get_all_with_path(state, PLATEAU_SCALE)
+        # All groups of parameters have one scale, which stays on its devices.
+        changed = {PLATEAU_SCALE: 0.0 * before + scale}
+        return optax.tree_utils.tree_set(state, **changed)
 
     def metrics(self, state: Any) -> dict[str, jax.Array]:
         """Under the schedule ``plateau``, the factor that the learning rate had in the step that
         led to this state.
         """
         scales = optax.tree_utils.tree_get_all_with_path(state, PLATEAU_SCALE)
-        return {"plateau_scale": jnp.max(scales[0][1])} if scales else {}
+        if not scales:
+            return {}
+        [(_, scale), *_] = scales
+        return {"plateau_scale": jnp.max(scale)}
 
     def _times(self, rows: Iterable[Mapping[str, Any]], patience: int) -> int:
         sign = -1 if self.judged_by.startswith("max:") else 1
-        return times_exhausted(
-            [sign * row[self.metric] for row in rows if self.metric in row], patience
-        )
+        values = [sign * row[self.metric] for row in rows if self.metric in row]
+        return times_exhausted(values, patience)
