@@ -165,6 +165,19 @@ class Counted:
         return part
 
 
+def test_devices_may_hold_different_layers(tmp_path):
+    models.save(tmp_path, *tiny(dataclasses.replace(CONFIG, num_layers=3)))
+    by_layer = jax.NamedSharding(jax.make_mesh((2,), ("layer",)), jax.P("layer"))
+    whole = jax.NamedSharding(by_layer.mesh, jax.P())
+
+    def shardings(shapes):
+        places = jax.tree.map(lambda _: whole, shapes)
+        return places | {"h": jax.tree.map(lambda _: by_layer, shapes["h"])}
+
+    _, params = models.load(tmp_path, scan_layers=True, shardings=shardings)
+    assert_same(params, models.load(tmp_path, scan_layers=True)[1])
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
 def test_each_device_reads_its_own_part(config, scan_layers, tmp_path, monkeypatch):
