@@ -3,8 +3,8 @@
     python experiments/calculator.py runs/sums        # writes prompts.json into that folder
     python experiments/grpo.py --config configs/calculator.yaml --data runs/sums
 
-A prompt is ``[+] 47+36=``. Whoever answers ``[47+36]`` is told ``83`` and may then answer with
-that.
+A prompt is ``[+] 47+36=``. The calculator replies ``83`` to ``[47+36]``, and the policy may then
+answer with that.
 """
 
 import itertools
@@ -30,15 +30,21 @@ def calculator(conversation: list[dict[str, str]], row: dict[str, int]) -> tuple
     said = conversation[-1]["content"]
     is_first = len(conversation) == 2
     wanted = f"[{row['a']}+{row['b']}]" if is_first else str(row["a"] + row["b"])
+    num_right = sum(x == y for x, y in zip(said, wanted, strict=False))
+    reward = num_right / max(len(said), len(wanted))
     call = CALL.fullmatch(said)
-    reward = sum(x == y for x, y in zip(said, wanted, strict=False)) / max(len(said), len(wanted))
-    return (str(int(call[1]) + int(call[2])) if call and is_first else None), reward
+    if call is None or not is_first:
+        return None, reward
+    return str(int(call[1]) + int(call[2])), reward
 
 
 def correct(prompts: list[str], responses: list[str], a: list[int], b: list[int]) -> list[float]:
-    """1.0 for a response that ends with the sum and nothing but a call before it, else 0.0."""
-    answers = [CALL.sub("", response, count=1) for response in responses]
-    return [float(answer == str(x + y)) for answer, x, y in zip(answers, a, b, strict=True)]
+    """1.0 for a response that is the sum, with at most one call before it, else 0.0."""
+    scores = []
+    for response, x, y in zip(responses, a, b, strict=True):
+        answer = CALL.sub("", response, count=1)
+        scores.append(float(answer == str(x + y)))
+    return scores
 
 
 def write(folder: tyro.conf.Positional[str], seed: int = 0, num_prompts: int = 4000) -> None:
