@@ -2,7 +2,7 @@
 for evaluation.
 
 Its small language is in demo.json. Three categories after Askell et al. 2021: helpful (how to do
-something), harmless (requests to decline) and honest (questions nobody can answer). Responses
+something), harmless (requests to decline) and honest (questions without a known answer). Responses
 repeat the topic of their prompt, so a two-layer model learns the language in seconds. Wordings of
 different quality share their beginning, and the next word is most often that of a mediocre one:
 greedy decoding of a model trained on the demonstrations is mediocre, sampling meets good responses.

@@ -252,8 +252,8 @@ def left_padded(
 def prompt_ids(rows: Sequence[Row], tokenizer: Tokenizer, template: str) -> list[list[int]]:
     """Ids of each prompt as the model reads it under the template, a ``text.template``.
 
-    A text stands in `chat.frame`, or is a user's message of the tokenizer's chat template. Token
-    ids, which messages are turned into as well, are the whole prompt under ``auto``; any other
+    A text is put into `chat.frame`, or becomes a user's message of the tokenizer's chat template.
+    Messages are turned into token ids. Token ids are the whole prompt under ``auto``; any other
     template is put around them.
 
     Raises:

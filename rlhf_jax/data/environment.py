@@ -41,7 +41,7 @@ Source = Reply | str
 """The same, or FILE.py:FUNCTION."""
 
 _OPEN, _DONE, _CUT = range(3)  # the status of a row; _CUT: a limit ended it
-_RESPONSE = "{response}"  # stands for the policy's response in a chat template
+_RESPONSE = "{response}"  # the place of the policy's response in a chat template
 
 
 class Environment(NamedTuple):
@@ -130,8 +130,8 @@ def converse(
         # Copies, because the arrays of several processes are read-only.
         batch, status = jax.tree.map(np.array, (batch, status))
         for i in np.flatnonzero(status == _OPEN):
-            said, end = _append_response(batch, sampled, i, slots)
-            content = environment.tokenizer.decode(said)
+            response, end = _append_response(batch, sampled, i, slots)
+            content = environment.tokenizer.decode(response)
             talks[i].append({"role": "assistant", "content": content})
             where = f"environment: {own_data[i].source}, turn {turns.max()}"
             reply, reward = _ask(environment, talks[i], own_data[i].columns, where)

@@ -356,7 +356,7 @@ def _networks(stage: Stage, begun: LanguageModel, method: Method) -> Networks:
 
 
 def first_state(stage: Stage, method: Method, networks: Networks) -> LoopState:
-    """The state at step 0: called once, so that nobody keeps it beside the loop's."""
+    """The state at step 0. Made once and not kept, so that only the loop holds a state."""
     create = functools.partial(method.algorithm.State.create, optimizer=networks.optimizer)
     train = stage.take(create, networks.trained.params)
     reference = None
