@@ -90,8 +90,24 @@ class TrainState:
         return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 
+class _Rows:
+    """Rows of a prompt and a response."""
+
+    response_mask: jax.Array
+
+    @property
+    def mask(self) -> jax.Array:
+        """[B, T] bool: the tokens of the response."""
+        return self.response_mask != 0
+
+    @property
+    def present(self) -> jax.Array:
+        """[B] bool: the rows with a response; the other rows count in no loss and no metric."""
+        return self.mask.any(axis=1)
+
+
 @flax.struct.dataclass
-class Rollout:
+class Rollout(_Rows):
     """Responses of a policy and the quantities computed from them. A field that has not been
     computed yet is None.
     """
@@ -118,16 +134,6 @@ class Rollout:
     greedy_rewards: jax.Array | None = None
     """[B]: reward of the policy's greedy response to the same prompt, without KL."""
 
-    @property
-    def mask(self) -> jax.Array:
-        """[B, T] bool: the tokens of the response."""
-        return self.response_mask != 0
-
-    @property
-    def present(self) -> jax.Array:
-        """[B] bool: the rows with a response; the other rows count in no loss and no metric."""
-        return self.mask.any(axis=1)
-
 
 @flax.struct.dataclass
 class Comparisons:
@@ -151,7 +157,7 @@ class Comparisons:
 
 
 @flax.struct.dataclass
-class Demonstrations:
+class Demonstrations(_Rows):
     """Texts to imitate: a prompt and a response in each row. The loss covers only the response."""
 
     tokens: jax.Array  # [B, T] int32

@@ -59,9 +59,9 @@ def mismatched(feedback: Feedback) -> Feedback:
     [B, T].
 
     A response ends at column T: pad rows so that the longest prompt and response fit. A row is
-    absent if one of its two rows is.
+    missing if the row of its prompt or of its response is.
     """
-    mask = feedback.response_mask != 0
+    mask = feedback.mask
     start = jnp.argmax(mask, axis=1, keepdims=True)  # [B, 1] first column of the response
     column = jnp.arange(mask.shape[1])[None, :]
     theirs = column - start + jnp.roll(start, -1, axis=0)  # [B, T] column of the next row
@@ -93,16 +93,16 @@ def reference_point(
     params: Params, feedback: Feedback, *, policy_fn: PolicyFn, axis_name: AxisName | None = None
 ) -> jax.Array:
     """z of eq. 8 in nats, the same number in each row [B]: the mean log-ratio of the mismatched
-    rows of all devices, at least 0. It is not differentiated."""
+    rows of all devices, at least 0. It is not differentiated.
+    """
     rows = feedback.mismatched
     if rows is None or rows.ref_log_probs is None:
         raise ValueError(
             "feedback.mismatched with ref_log_probs [B] is needed: kto.with_reference makes them"
         )
-    log_ratios = (
-        ops.response_log_probs(policy_fn, jax.lax.stop_gradient(params), rows) - rows.ref_log_probs
-    )
-    present = jnp.any(rows.response_mask != 0, axis=1)
+    log_probs = ops.response_log_probs(policy_fn, jax.lax.stop_gradient(params), rows)
+    log_ratios = log_probs - rows.ref_log_probs
+    present = rows.present
     mean = ops.masked_mean(log_ratios, present, axis_name=axis_name)
     return jnp.broadcast_to(jnp.maximum(mean, 0.0), present.shape)
 
@@ -115,9 +115,9 @@ def loss(
     policy_fn: PolicyFn,
     config: Config,
 ) -> tuple[Mean, Parts]:
-    """The weighted mean of ``lambda_y * losses.kto`` over rows that are present.
+    """The weighted mean of ``lambda_y * losses.kto`` over the present rows.
 
-    Weights of rows are relative: the loss divides by their sum, which does not hold the lambdas.
+    Weights of rows are relative: the loss divides by their sum, without the lambdas.
 
     Args:
       feedback: [B, T] with ``ref_log_probs`` [B]; a ``reference_point`` of None is made from the
@@ -136,13 +136,11 @@ def loss(
     point = feedback.reference_point
     if point is None:
         point = reference_point(params, feedback, policy_fn=policy_fn)
-    present = jnp.any(feedback.response_mask != 0, axis=1)  # [B]
+    present = feedback.present
     chex.assert_equal_shape([present, feedback.desirable, feedback.ref_log_probs])
-    weight = (
-        jnp.ones(present.shape)
-        if feedback.weight is None
-        else jnp.asarray(feedback.weight, jnp.float32)
-    )
+    weight = jnp.ones(present.shape)
+    if feedback.weight is not None:
+        weight = jnp.asarray(feedback.weight, jnp.float32)
     weight = jnp.where(present, weight, 0.0)
     desirable = jnp.asarray(feedback.desirable) != 0
     log_ratios = ops.response_log_probs(policy_fn, params, feedback) - feedback.ref_log_probs

@@ -53,7 +53,8 @@ def loss(
 
 
 def _num_tokens(batch: Demonstrations, axis_name: AxisName | None) -> Metrics:
-    return {"sft/tokens": ops.psum(jnp.sum(batch.response_mask != 0, dtype=jnp.float32), axis_name)}
+    num_tokens = jnp.sum(batch.mask, dtype=jnp.float32)
+    return {"sft/tokens": ops.psum(num_tokens, axis_name)}
 
 
 update = batch_updater(loss, _num_tokens)
