@@ -161,14 +161,15 @@ def write_stories(
     """stories260K.bin of random weights and tok512.bin of ``{piece: score}``; returns the weights
     by name.
     """
-    vocabulary, kv_width, random = (
-        len(SPECIAL) + len(pieces),
-        width // heads * kv_heads,
-        np.random.default_rng(0),
-    )
+    vocabulary = len(SPECIAL) + len(pieces)
+    kv_width = width // heads * kv_heads
+    random = np.random.default_rng(0)
     names = ("embedding", "norm1", "wq", "wk", "wv", "wo", "norm2", "w1", "w2", "w3", "norm")
-    square, up = (layers, width, width), (layers, inner, width)
-    norm, kv, down = (layers, width), (layers, kv_width, width), (layers, width, inner)
+    square = (layers, width, width)
+    up = (layers, inner, width)
+    norm = (layers, width)
+    kv = (layers, kv_width, width)
+    down = (layers, width, inner)
     shapes = ((vocabulary, width), norm, square, kv, kv, square, norm, up, down, up, (width,))
     drawn = (scale * random.standard_normal(shape).astype("<f4") for shape in shapes)
     weights = dict(zip(names, drawn, strict=True))
@@ -246,10 +247,8 @@ def letters_run(folder):
         )
         (folder / f"{kind}.json").write_text(json.dumps(rows))
     (folder / "reward.py").write_text(REWARD)
-    size, supervised = (
-        {"batch_size": 4, "validation_fraction": 0.25},
-        {"num_epochs": 2, "validation_interval": 9},
-    )
+    size = {"batch_size": 4, "validation_fraction": 0.25}
+    supervised = {"num_epochs": 2, "validation_interval": 9}
     return RunConfig(
         data=(str(folder / "prompts.json"),),
         output_dir=str(folder / "first"),

@@ -96,7 +96,8 @@ def pairs():
 
 def feedback():
     batch = rollout(0, LENGTHS)
-    liked, weight = jnp.arange(16) % 3 == 0, jnp.linspace(0.5, 2.0, 16)
+    liked = jnp.arange(16) % 3 == 0
+    weight = jnp.linspace(0.5, 2.0, 16)
     rows = Feedback(batch.tokens, batch.attention_mask, batch.response_mask, liked, weight)
     return kto.with_reference(rows, Partial(policy_fn, policy_params(1)))
 

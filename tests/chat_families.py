@@ -7,7 +7,8 @@ import tokenizers as hf
 from rlhf_jax.data.tokenizers import train_bpe
 
 SYSTEM = {"role": "system", "content": "be kind"}
-USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+USER = {"role": "user", "content": "hi"}
+ANSWER = {"role": "assistant", "content": "hello"}
 
 # The constructs of these families' own templates, shortened: what each turn is framed by, and who
 # may speak.

@@ -96,7 +96,8 @@ def announce(folder: Path, shared: memoryview, kill_at: int) -> None:
             isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         ):
             return
-        name, phase = below(arguments[0]), shared[PHASE]
+        name = below(arguments[0])
+        phase = shared[PHASE]
         removal = event in ("os.remove", "os.rmdir")
         # Inside shutil.rmtree names are relative to an open folder.
         if not name and (not removal or os.path.isabs(arguments[0])):
@@ -104,7 +105,8 @@ def announce(folder: Path, shared: memoryview, kill_at: int) -> None:
         if event == "os.rename" and below(arguments[1]).isdecimal():
             shared[PHASE], shared[STEP] = PUBLISHING, int(below(arguments[1]))
         elif event == "os.rename" and name.isdecimal():
-            shared[PHASE], shared[COMPLETE] = RETENTION, shared[STEP]
+            shared[PHASE] = RETENTION
+            shared[COMPLETE] = shared[STEP]
         elif removal and phase in (WAITING, CLEANING):
             shared[PHASE] = CLEANING
         elif removal and phase == RETENTION and name and event == "os.rmdir":
@@ -139,11 +141,14 @@ def save_until_killed(folder: Path, shared: memoryview, plan: Plan) -> None:
                 return
             state = state_of(step)
             if step - first == plan.armed_at:
-                shared[STEP], shared[COMPLETE], shared[ARMED] = step, step - 1, True
+                shared[STEP] = step
+                shared[COMPLETE] = step - 1
+                shared[ARMED] = True
             started = time.perf_counter_ns()
             checkpoints.save(step, state, meta_of(step))
             if not plan.options.get("asynchronous"):
-                shared[COMPLETE], shared[PHASE] = step, WAITING
+                shared[COMPLETE] = step
+                shared[PHASE] = WAITING
             shared[NANOSECONDS] = time.perf_counter_ns() - started
 
 
@@ -169,7 +174,9 @@ def end_of(child: int) -> int:
 
 def check_listed(folder: Path, shared: memoryview, options: dict[str, Any]) -> str:
     """Whether the steps on disk are those that this phase of a save leaves; returns the phase."""
-    phase, step, present = shared[PHASE], shared[STEP], checkpoint.steps(folder)
+    phase = shared[PHASE]
+    step = shared[STEP]
+    present = checkpoint.steps(folder)
     newest = {WRITING: [step - 1], RETENTION: [step]}.get(phase, range(shared[COMPLETE], step + 2))
     context = (PHASES[phase], step, shared[COMPLETE], present)
     assert present[-1] in newest, context
@@ -188,7 +195,8 @@ def main(folder: Path, seed: int, sweeps: int, random_kills: int) -> None:
 
     swept = folder / "swept"
     assert end_of(fork(swept, shared, Plan({}, armed_at=3, stop_after=4))) == 0
-    operations, seconds = shared[COUNT], shared[NANOSECONDS] / 1e9
+    operations = shared[COUNT]
+    seconds = shared[NANOSECONDS] / 1e9
     for kill_at in list(range(1, operations + 1)) * sweeps:
         # The first save of a child removes what the kill before it left; the second one is like
         # every other.

@@ -20,14 +20,6 @@ def columns(mask_row):
     return [t for t, bit in enumerate(mask_row) if bit]
 
 
-def slopes(f, x, step=1e-5):
-    """(lower, upper) of the slopes of ``f`` on the two sides of ``x``: a kink allows what lies
-    between them.
-    """
-    x = float(x)
-    return sorted([(f(x) - f(x - step)) / step, (f(x + step) - f(x)) / step])
-
-
 def whiten(x, mask, shift_mean=True, eps=1e-8):
     said = [float(v) for v in x[mask]]
     mean = sum(said) / max(len(said), 1)
@@ -45,11 +37,6 @@ def kl(d, estimator):
     if estimator == "k3":
         return math.expm1(min(-d, 40.0)) + math.exp(40.0) * max(-d - 40.0, 0.0) + d
     return {"k1": d, "k2": d * d / 2}[estimator]
-
-
-def count(mask, how, length=None):
-    counted = mask.sum() if how == "token" else sum(bool(row.any()) for row in mask)
-    return counted * (length if how == "fixed" else 1)
 
 
 def aggregate(per_token, mask, how, length=None):
@@ -90,7 +77,8 @@ def comparison(scores, best, margin=0.0, centering=0.0):
 
 def dpo(delta, beta, kind, smoothing=0.0, gamma=0.0):
     """One pair."""
-    h, s = beta * delta - gamma, smoothing
+    h = beta * delta - gamma
+    s = smoothing
     right, flipped = (
         max(x, 0.0) + math.log1p(math.exp(-abs(x))) for x in (-h, h)
     )  # -log sigmoid of h and of -h
@@ -183,7 +171,11 @@ def reward_model(params, batch, config):
     scores = np.sum(
         np.where(batch.attention_mask != 0, params["scores"][batch.tokens], 0.0), axis=2
     )
-    value, accuracy, margins, weights, compared = [], [], [], [], []
+    value = []
+    accuracy = []
+    margins = []
+    weights = []
+    compared = []
     for i, row in enumerate(scores):
         weight = 1.0 if batch.weight is None else batch.weight[i]
         present = [bool(mask.any()) for mask in batch.response_mask[i]]
@@ -221,7 +213,12 @@ def reward_model(params, batch, config):
 
 
 def dpo_loss(params, batch, config):
-    value, accuracy, margins, chosen, rejected, weights = [], [], [], [], [], []
+    value = []
+    accuracy = []
+    margins = []
+    chosen = []
+    rejected = []
+    weights = []
     for i in range(len(batch.tokens)):
         if not all(mask.any() for mask in batch.response_mask[i]):
             continue
@@ -251,12 +248,13 @@ def dpo_loss(params, batch, config):
 
 def kto(params, batch, config):
     """With the reference point that is given."""
-    log_probs, responses = (
-        policy(params, batch.tokens)[0],
-        [columns(mask) for mask in batch.response_mask],
-    )
+    log_probs = policy(params, batch.tokens)[0]
+    responses = [columns(mask) for mask in batch.response_mask]
     point = batch.reference_point[0]
-    value, side, ratios, weights = [], [], [], []
+    value = []
+    side = []
+    ratios = []
+    weights = []
     for i, said in enumerate(responses):
         if said:
             ratios.append(log_probs[i, said].sum() - batch.ref_log_probs[i])
@@ -304,11 +302,13 @@ def _clipped(params, stopped, batch, advantages, config):
     frozen = policy(stopped, batch.tokens)[0]
     surrogate, kl_term, squares, clipped, ratios, capped = np.zeros((6, *mask.shape))
     for at in zip(*np.nonzero(mask), strict=True):
-        d, a = log_probs[at] - batch.log_probs[at], advantages[at]
+        d = log_probs[at] - batch.log_probs[at]
+        a = advantages[at]
         squares[at] = d * d / 2
         still = frozen[at] - batch.log_probs[at]
         if config.ratio == "sequence":
-            row, here = at[0], mask[at[0]]
+            row = at[0]
+            here = mask[at[0]]
             d, still = ((x[row] - batch.log_probs[row])[here].mean() for x in (log_probs, frozen))
         surrogate[at] = clipped_surrogate(d, a, config.clip_low, config.clip_high, config.dual_clip)
         ratios[at] = ratio(still)
@@ -319,7 +319,8 @@ def _clipped(params, stopped, batch, advantages, config):
         capped[at] = ratios[at] > 10.0
         clipped[at] = -a * held > -a * ratios[at]
         if config.surrogate == "cispo":
-            surrogate[at], clipped[at] = -held * a * log_probs[at], held != ratios[at]
+            surrogate[at] = -held * a * log_probs[at]
+            clipped[at] = held != ratios[at]
     how = config.aggregate, config.length
     weights, metrics = _importance(batch)
     metrics |= {
@@ -345,7 +346,8 @@ def ppo(params, stopped, batch, config):
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     value, metrics = _clipped(params, stopped, batch, advantages, config)
-    values, errors = policy(params, batch.tokens)[2], np.zeros(mask.shape)
+    values = policy(params, batch.tokens)[2]
+    errors = np.zeros(mask.shape)
     for at in zip(*np.nonzero(mask), strict=True):
         clip = math.inf if config.value_clip is None else config.value_clip
         errors[at] = clipped_value(values[at], batch.values[at], returns[at], clip)

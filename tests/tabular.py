@@ -49,7 +49,8 @@ def rollout(seed, lengths, prompt_length=3, response_length=4):
     and some are not.
     """
     rng = np.random.default_rng(seed)
-    rows, total = len(lengths), prompt_length + response_length
+    rows = len(lengths)
+    total = prompt_length + response_length
     column = np.arange(total)[None, :]
     lengths = np.asarray(lengths)[:, None]
     response_mask = (column >= prompt_length) & (column < prompt_length + lengths)

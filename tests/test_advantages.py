@@ -19,7 +19,8 @@ group_normalized = jax.jit(advantages.group_normalized, static_argnames=("eps", 
 
 
 def test_gae_by_hand():
-    rewards, values = jnp.array([[9, 0, 0, 1, 9.0]]), jnp.array([[9, 0.1, 0.2, 0.3, 9]])
+    rewards = jnp.array([[9, 0, 0, 1, 9.0]])
+    values = jnp.array([[9, 0.1, 0.2, 0.3, 9]])
     mask = jnp.array([[0, 1, 1, 1, 0]])
     got, returns = gae(rewards, values, mask)
     np.testing.assert_allclose(got, [[0, 0.82675, 0.765, 0.7, 0]], rtol=1e-6)
@@ -29,7 +30,9 @@ def test_gae_by_hand():
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
 def test_each_row_may_have_a_lambda_of_its_own(shape):
-    rewards, values, mask = jnp.eye(2, 3), jnp.ones((2, 3)), jnp.ones((2, 3))
+    rewards = jnp.eye(2, 3)
+    values = jnp.ones((2, 3))
+    mask = jnp.ones((2, 3))
     got, _ = gae(rewards, values, mask, 1.0, jnp.array([0.25, 0.75]).reshape(shape))
     for row, lam in enumerate((0.25, 0.75)):
         alone, _ = gae(rewards[row:][:1], values[:1], mask[:1], 1.0, lam)
@@ -40,7 +43,8 @@ def test_each_row_may_have_a_lambda_of_its_own(shape):
 
 def test_what_is_absent_counts_nowhere():
     """Columns, answers and rows outside the mask hold NaN."""
-    rewards, mask = jnp.array([[9, 1, jnp.nan, 2, 4]]), jnp.array([[0, 1, 0, 1, 1]])
+    rewards = jnp.array([[9, 1, jnp.nan, 2, 4]])
+    mask = jnp.array([[0, 1, 0, 1, 1]])
     np.testing.assert_allclose(
         discounted_returns(rewards, mask, 0.5), [[0, 3, 0, 4, 4]]
     )  # 1 + 2 / 2 + 4 / 4
@@ -49,10 +53,8 @@ def test_what_is_absent_counts_nowhere():
     )  # across the hole: 1 + 3 / 2 - 1 + (2 - 3 + (4 - 0) / 4) / 4
     got, _ = gae(rewards, values, mask, 0.5, 0.5)
     np.testing.assert_allclose(got, [[0, 1.5, 0, 0, 4]])
-    scores, present = (
-        jnp.array([[1, 2, 6, jnp.nan], [5, jnp.nan, 3, 1]]),
-        jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]]),
-    )
+    scores = jnp.array([[1, 2, 6, jnp.nan], [5, jnp.nan, 3, 1]])
+    present = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]])
     np.testing.assert_allclose(leave_one_out(scores, mask=present), [[-3, -1.5, 4.5, 0], [0] * 4])
     normalized = group_normalized(
         scores, mask=present, eps=0.0
@@ -124,7 +126,8 @@ def test_equal_scores_give_exactly_zero(name):
 @pytest.mark.parametrize("size", [1e-20, 1e20])
 def test_groups_of_any_size_are_scaled(size):
     """Neither the squares of large scores nor those of small ones fit into float32."""
-    scores, expected = size * jnp.array([[1.0, 0, 0, 0]]), np.array([[1.5, -0.5, -0.5, -0.5]])
+    scores = size * jnp.array([[1.0, 0, 0, 0]])
+    expected = np.array([[1.5, -0.5, -0.5, -0.5]])
     np.testing.assert_allclose(group_normalized(scores, eps=0.0), expected, rtol=1e-6)
     np.testing.assert_allclose(
         group_normalized(scores), expected * 0.5 / (0.5 + 1e-4 / size), rtol=1e-5

@@ -170,7 +170,8 @@ def test_a_metric_that_is_never_recorded():
 
 
 def test_rules_on_the_command_line_and_in_yaml(tmp_path):
-    file, rules = tmp_path / "run.yaml", ("objective/kl > 50 for 3: stop", "none")
+    file = tmp_path / "run.yaml"
+    rules = ("objective/kl > 50 for 3: stop", "none")
     assert parse(RunConfig, ["--alerts", *rules]).alerts == rules
     file.write_text(to_yaml(RunConfig(alerts=rules)), "utf-8")
     assert parse(RunConfig, ["--config", str(file)]).alerts == rules
@@ -183,7 +184,8 @@ def test_rules_on_the_command_line_and_in_yaml(tmp_path):
 # ---------------------------------------------------------------------
 
 LOSSES = [1, 1, 1, 9, 9, 1, 9, 1, 1]
-RULE, MEANS = "loss > 5", "mean 3 of loss > 1x first for 2"
+RULE = "loss > 5"
+MEANS = "mean 3 of loss > 1x first for 2"
 
 
 def run(config, **options):

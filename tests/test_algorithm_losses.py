@@ -22,7 +22,8 @@ from rlhf_jax import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.training import phases
 from rlhf_jax.types import Demonstrations, Feedback, PolicyOutput
 
-ROWS, LENGTH = 8, 4
+ROWS = 8
+LENGTH = 4
 FIXED = {"aggregate": "fixed", "length": LENGTH}
 K3 = {"kl_loss_coef": 0.1, "kl_loss_estimator": "k3"}
 

@@ -120,7 +120,8 @@ def test_what_proves_a_row_runs_in_the_fast_or_the_slow_tests(test):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_feature_tables_name_these_rows(page):
-    cells, rows = [], []
+    cells = []
+    rows = []
     for table in re.findall(
         r"^\|.*\| proved by \|\n\|[-|]+\n((?:\|.*\n)+)", PAGES[page], re.MULTILINE
     ):

@@ -24,7 +24,8 @@ DATA = os.environ.get("RLHF_JAX_DATA")
 def test_answers_are_right_by_the_words_of_the_problem(tmp_path):
     arithmetic.write(tmp_path, seed=1, num_prompts=600)
     problems = formats.read("prompts", tmp_path / "prompts.json").rows
-    kinds, answers = collections.Counter(), collections.Counter()
+    kinds = collections.Counter()
+    answers = collections.Counter()
     for row in problems:
         first, second = map(int, re.findall("[0-9]+", row.prompt))
         more, less = (bool(re.search(rf"\b{word}\b", row.prompt)) for word in ("more", "away"))

@@ -64,10 +64,8 @@ def test_the_published_files_become_the_pipelines(tmp_path):
     def read(kind, name):
         return [row.texts for row in formats.read(kind, str(tmp_path / "data" / name)).rows]
 
-    demonstrations, pairs = (
-        read("demonstrations", "sft_data.json"),
-        read("pairs", "preference_data.json"),
-    )
+    demonstrations = read("demonstrations", "sft_data.json")
+    pairs = read("pairs", "preference_data.json")
     assert [demonstrations[i] for i in (0, 1, 600)] == [
         ("a a", " b"),
         ("a a\nc", " d"),
@@ -78,13 +76,11 @@ def test_the_published_files_become_the_pipelines(tmp_path):
     train, heldout = (
         set(read("prompts", name)) for name in ("prompts.json", "heldout_prompts.json")
     )
-    assert (len(demonstrations), len(pairs), len(train), len(heldout), train & heldout) == (
-        900,
-        600,
-        44,
-        256,
-        set(),
-    )
+    assert len(demonstrations) == 900
+    assert len(pairs) == 600
+    assert len(train) == 44
+    assert len(heldout) == 256
+    assert train & heldout == set()
 
 
 @pytest.mark.soak

@@ -43,7 +43,8 @@ def test_demonstration_batch_by_hand():
     equal(batch.tokens, [[2, 3, 4, 5, 1, 0, 0, 0], [0] * 8, [2, 3, 1, 0, 0, 0, 0, 0]])
     equal(batch.attention_mask, [[1, 1, 1, 1, 1, 0, 0, 0], [0] * 8, [1, 1, 1, 0, 0, 0, 0, 0]])
     equal(batch.response_mask, [[0, 0, 1, 1, 1, 0, 0, 0], [0] * 8, [0, 1, 1, 0, 0, 0, 0, 0]])
-    assert (type(batch.tokens), batch.tokens.dtype) == (np.ndarray, np.int32)
+    assert type(batch.tokens) is np.ndarray
+    assert batch.tokens.dtype == np.int32
 
 
 def test_template_is_text_not_a_format():
@@ -53,7 +54,8 @@ def test_template_is_text_not_a_format():
 
 def test_too_long_texts():
     dropped = demonstrations(max_length=4, too_long="drop")
-    assert (dropped.sources, dropped.counts) == (["f, line 2"], {"dropped, too long": 1})
+    assert dropped.sources == ["f, line 2"]
+    assert dropped.counts == {"dropped, too long": 1}
     cut = demonstrations(max_length=4, too_long="truncate")
     assert cut.counts == {"response cut, its EOS with it": 1}
     equal(cut.tokens[0][0], [2, 3, 4, 5])
@@ -114,7 +116,8 @@ def test_comparison_batch_by_hand():
     equal(batch.tokens, [[[2, 3, 4, 1, 0], [2, 3, 5, 6, 1]], [[0] * 5, [0] * 5]])
     equal(batch.attention_mask[0], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     equal(batch.response_mask, [[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[0] * 5, [0] * 5]])
-    assert (batch.best, batch.weight) == (None, None)
+    assert batch.best is None
+    assert batch.weight is None
     cut = comparisons(rows, max_length=4, too_long="truncate")
     assert cut.sources == ["f, line 1", "f, line 3"]
     assert cut.counts == {
@@ -133,7 +136,8 @@ def test_comparison_batch_by_hand():
         1,
     ]  # what is left weighs 1
     dropped = comparisons(rows, max_length=4, too_long="drop")
-    assert (dropped.sources, dropped.counts) == (["f, line 3"], {"dropped, too long": 2})
+    assert dropped.sources == ["f, line 3"]
+    assert dropped.counts == {"dropped, too long": 2}
 
 
 def test_comparisons_of_several_answers_by_hand():
@@ -153,7 +157,9 @@ def test_comparisons_of_several_answers_by_hand():
     equal(batch.tokens[1], np.zeros((3, 5)))
     equal(batch.best, [0, 0, 2, 1])
     equal(batch.weight, np.float32([0.5, 0, 1, 1]))
-    assert (batch.best.dtype, batch.weight.dtype, batch.targets) == (np.int32, np.float32, None)
+    assert batch.best.dtype == np.int32
+    assert batch.weight.dtype == np.float32
+    assert batch.targets is None
     rows.append(Row("abc", ("d", "de", "def"), "f, line 4", best=0))
     cut = comparisons(rows, max_length=4, too_long="truncate")
     assert cut.counts == {
@@ -179,11 +185,9 @@ def test_prompts_are_left_padded_and_keep_their_columns():
         equal(prompts(too_long="truncate", **limits).tokens, [[3], [4]])
     assert prompts(max_positions=9, max_new_tokens=7).tokens.shape == (2, 2)
     left = prompts(length=1, too_long="drop")
-    assert (left.rows, left.columns, left.counts) == (
-        PROMPTS[1:],
-        ["level"],
-        {"dropped, too long": 1},
-    )
+    assert left.rows == PROMPTS[1:]
+    assert left.columns == ["level"]
+    assert left.counts == {"dropped, too long": 1}
 
 
 @pytest.mark.parametrize(

@@ -122,10 +122,8 @@ def test_exponents_are_slopes_and_one_size_is_changed():
         preset = growth.scaled(size, 96)
         assert preset[1:] == changed
         assert preset.model.max_length == preset.prompt + preset.response
-        assert (preset.model.num_layers, preset.model.hidden_size) == (
-            96 if size == "depth" else 4,
-            128,
-        )
+        assert preset.model.num_layers == (96 if size == "depth" else 4)
+        assert preset.model.hidden_size == 128
     assert growth.scaled("vocabulary", 9).model == dataclasses.replace(small.model, vocab_size=9)
     names = {command.split()[0] for command, *_ in table.ROWS}
     assert names == {"rollout", "reward", "sft", "iteration", "dpo", "grpo", "vpg", "startup"}

@@ -37,10 +37,8 @@ def test_messages_as_demonstrations_and_prompts(write):
     ]
     path = write([{"messages": [USER]}, {"prompt": [USER], "response": "yes"}])
     result = formats.read("demonstrations", path, on_bad_row="drop")
-    assert (result.rows[0].responses[0], result.dropped) == (
-        "yes",
-        {"dialogue without a last response": 1},
-    )
+    assert result.rows[0].responses[0] == "yes"
+    assert result.dropped == {"dialogue without a last response": 1}
 
 
 def test_messages_as_pairs(write):
@@ -186,7 +184,8 @@ def test_a_saved_tokenizer_renders_a_user_message_as_the_run_does_a_prompt(templ
 
     tokenizer = train_bpe(["hi hello user assistant\n"] * 3, 270)
     chat.with_text_template(tokenizer, template).save(tmp_path)
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path)
     ids = theirs.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
     assert [ids] == encoding.prompt_ids([Row("hi", (), "")], tokenizer, template)
     turns = [{"role": "system", "content": "be kind"}, USER, ANSWER, USER]
@@ -195,7 +194,8 @@ def test_a_saved_tokenizer_renders_a_user_message_as_the_run_does_a_prompt(templ
     assert rendered == f"{first}hello<|endoftext|>{second}"
     # Messages of a later run's data are rendered as those of this run's, not put into the template
     # twice.
-    assert (chat.text_template(ours), chat.template_of(ours).source) == (template, chat.PLAIN)
+    assert chat.text_template(ours) == template
+    assert chat.template_of(ours).source == chat.PLAIN
 
 
 def test_under_a_bare_template_the_own_chat_template_stays_or_is_the_plain_one(tmp_path):
@@ -205,13 +205,15 @@ def test_under_a_bare_template_the_own_chat_template_stays_or_is_the_plain_one(t
     for tokenizer in (base, framed):
         chat.with_text_template(tokenizer, "{prompt}").save(tmp_path)
         saved = load_tokenizer(tmp_path)
-        assert (saved.config["chat_template"], chat.text_template(saved)) == (chat.PLAIN, None)
+        assert saved.config["chat_template"] == chat.PLAIN
+        assert chat.text_template(saved) is None
         assert chat.template_of(saved).tokenizer is None
     # A comment in the own template says that the run asked without it: whoever goes on does too.
     chat.with_text_template(own, "{prompt}").save(tmp_path)
     saved = load_tokenizer(tmp_path)
     assert saved.config["chat_template"] == '{#- text.template: "{prompt}" -#}{{ messages }}'
-    assert (chat.text_template(saved), chat.frame("auto", saved)) == ("{prompt}", "{prompt}")
+    assert chat.text_template(saved) == "{prompt}"
+    assert chat.frame("auto", saved) == "{prompt}"
     assert chat.template_of(saved).prompt([USER], "") == chat.template_of(own).prompt([USER], "")
     assert chat.with_text_template(saved, "{prompt}").config == saved.config
     assert chat.with_text_template(saved, "auto").config == saved.config

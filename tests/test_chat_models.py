@@ -117,16 +117,20 @@ def test_a_plain_prompt_is_a_users_message_and_a_list_of_messages_a_prompt(folde
 
 def test_pad_that_is_eos_becomes_the_unknown_token_and_the_vocabulary_stays(folder, tmp_path):
     policy = LanguageModel.load(folder)
-    tokenizer, config = policy.tokenizer, policy.model.config
+    tokenizer = policy.tokenizer
+    config = policy.model.config
     unknown, end = map(tokenizer.backend.token_to_id, ("<|endoftext|>", "<|im_end|>"))
-    assert (tokenizer.pad_id, tokenizer.eos_ids) == (unknown, (end,))
+    assert tokenizer.pad_id == unknown
+    assert tokenizer.eos_ids == (end,)
     assert config.vocab_size == tokenizer.vocab_size == tokenizer.backend.get_vocab_size()
     # transformers reads a reward model's score at the last token that is no pad: EOS, if it is none
-    assert (config.pad_token_id, config.eos_token_id) == (unknown, end)
+    assert config.pad_token_id == unknown
+    assert config.eos_token_id == end
     how = sampling.SamplingConfig(5, eos_id=end, pad_id=unknown)
     policy.save(tmp_path, template="auto", config=how)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (len(again), again.pad_token_id) == (config.vocab_size, unknown)
+    assert len(again) == config.vocab_size
+    assert again.pad_token_id == unknown
     assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] == unknown
     named = json.loads((folder / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"pad_token": None}))
@@ -306,7 +310,8 @@ def test_a_text_template_of_a_run_is_used_again_and_never_twice(folder, tmp_path
     for name, frame in (("framed", "Q: {prompt} A:"), ("bare", "{prompt}")):
         left = tmp_path / name
         tokenizer = load_tokenizer(left)
-        hi, ids = Row("hi", (), ""), Row((3, 4), (), "")
+        hi = Row("hi", (), "")
+        ids = Row((3, 4), (), "")
         expected = tokenizer.encode(frame.replace("{prompt}", "hi"))
         assert encoding.prompt_ids([hi, ids], tokenizer, "auto") == [expected, [3, 4]]
         template = chat.template_of(tokenizer, "auto")

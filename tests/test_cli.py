@@ -123,7 +123,9 @@ def test_an_algorithm_of_one_s_own_is_run_by_flags(monkeypatch, capsys):
     monkeypatch.setattr(run, "run", lambda *args, **options: calls.append((args, options)))
     cli.train_algorithm(module, ["--config", "tiny", "--vapo.clip-low", "0.1"], run_reward=len)
     ((settings, algorithm), options) = calls[0]
-    assert (settings.vapo.clip_low, algorithm, options) == (0.1, module, {"run_reward": len})
+    assert settings.vapo.clip_low == 0.1
+    assert algorithm == module
+    assert options == {"run_reward": len}
     with pytest.raises(SystemExit):
         cli.train_algorithm(module, ["--help"])
     shown = capsys.readouterr().out
@@ -213,7 +215,8 @@ def test_report_writes_a_page_and_prints_where(tmp_path, capsys, monkeypatch):
 
 
 def test_export_makes_a_folder_with_a_card(tmp_path):
-    run, folder = tmp_path / "run", tmp_path / "out"
+    run = tmp_path / "run"
+    folder = tmp_path / "out"
     with pytest.raises(UserError, match="no model here"):
         cli.run(["export", str(run), str(folder)])
     model = models.build(
@@ -244,7 +247,9 @@ def test_export_makes_a_folder_with_a_card(tmp_path):
     assert "Trained from `gpt2`" in card
     assert "```text\nQ: {prompt} A:\n```" in card
     head = yaml.safe_load(card.split("---\n")[1])
-    assert (head["base_model"], head["license"], head["datasets"]) == ("gpt2", "other", [])
+    assert head["base_model"] == "gpt2"
+    assert head["license"] == "other"
+    assert head["datasets"] == []
     assert "FILL IN" in head["license_name"]
     _, loaded = models.load(folder)
     assert (loaded["wte"]["embedding"] == params["wte"]["embedding"]).all()
@@ -265,7 +270,8 @@ def test_export_makes_a_folder_with_a_card(tmp_path):
 def test_exit_codes(outcome, code, stderr, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.run_script(lambda: outcome if isinstance(outcome, int) else raising(outcome))
-    assert (caught.value.code, capsys.readouterr().err) == (code, stderr)
+    assert caught.value.code == code
+    assert capsys.readouterr().err == stderr
 
 
 def test_a_closed_pipe_ends_a_command_without_a_word():
@@ -276,7 +282,8 @@ def test_a_closed_pipe_ends_a_command_without_a_word():
         [sys.executable, "-m", "rlhf_jax", "configs"], stdout=writes, stderr=subprocess.PIPE
     )
     os.close(writes)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert done.returncode == 141
+    assert done.stderr == b""
 
 
 def test_other_errors_keep_their_traceback():

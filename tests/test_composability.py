@@ -29,13 +29,13 @@ def test_no_iteration_holds_weights(name):
     if name == "ppo":
         params = models.add_head(KEY, params, "value")
     policy = models.policy_fn(model, prompt_length=3)
-    trained, base, bound = params, None, Partial(policy)
+    trained = params
+    base = None
+    bound = Partial(policy)
     if "LoRA" in name:
-        trained, base, bound = (
-            models.lora.init(KEY, params, rank=2),
-            params,
-            models.lora.bind(policy, params),
-        )
+        trained = models.lora.init(KEY, params, rank=2)
+        base = params
+        bound = models.lora.bind(policy, params)
     options = sampling.SamplingConfig(max_new_tokens=4, eos_id=1, pad_id=0)
     config = dataclasses.replace(case.config, **MINIBATCHES)
     learn = partial(

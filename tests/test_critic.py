@@ -59,7 +59,8 @@ def test_only_the_value_model_learns_while_it_warms_up():
             **options,
         )
     )
-    state, rates = TrainState.create(start, optimizer), []
+    state = TrainState.create(start, optimizer)
+    rates = []
     for _ in range(4):
         before = state.params
         state, metrics = step(state)
@@ -148,7 +149,9 @@ def test_the_schedule_of_the_policy_begins_after_the_warm_up():
     adam = Optimizer(learning_rate=0.4, schedule="linear", max_grad_norm=None)
     how = PPOStage(value="separate", value_warmup=1)
     optimizer = critic.make_optimizer(RLStage(num_iterations=3, optimizer=adam), how, 2, PARAMS)
-    state, rates, update = optimizer.init(PARAMS), [], jax.jit(optimizer.update)
+    state = optimizer.init(PARAMS)
+    rates = []
+    update = jax.jit(optimizer.update)
     for _ in range(6):
         updates, state = update(PARAMS, state, PARAMS)
         rates.append([-float(updates[part]["h_0"]["bias"][0]) for part in ("policy", "value")])
@@ -263,7 +266,8 @@ def test_the_schedule_plateau_lowers_both_learning_rates():
     )
     how = PPOStage(value="separate", value_learning_rate=0.1)
     optimizer = critic.make_optimizer(RLStage(optimizer=adam), how, 1, PARAMS)
-    state, judge = optimizer.init(PARAMS), Judge("min:x", None, adam)
+    state = optimizer.init(PARAMS)
+    judge = Judge("min:x", None, adam)
     assert judge.metrics(state) == {"plateau_scale": 1}
     state = judge.lowered(state, [{"x": 1.0}, {"x": 1.0}])
     assert judge.metrics(state) == {"plateau_scale": 0.5}

@@ -20,7 +20,8 @@ from rlhf_jax.types import Rollout, TrainState
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
-EOS, LENGTH = 1, 4
+EOS = 1
+LENGTH = 4
 NAN = float("nan")
 
 
@@ -111,7 +112,9 @@ def bits(key):
 
 
 def test_rounds_have_other_prompts_and_keys_and_end_when_all_groups_differ():
-    same, one, rest = [1] * 8, [1, 2, 3, 3, 4, 4, 5, 5], [1, 2, 3, 4, 5, 6, 7, 7]
+    same = [1] * 8
+    one = [1, 2, 3, 3, 4, 4, 5, 5]
+    rest = [1, 2, 3, 4, 5, 6, 7, 7]
     rollout, metrics, drawn = step(3, 1, same, one, rest)
     np.testing.assert_array_equal(rollout.row_ids, [200, 201, 300, 301, 302, 303, 304, 305])
     assert {name: float(x) for name, x in metrics.items()} == {

@@ -166,11 +166,9 @@ def test_members_start_apart(config):
         )
         return [start.params for start in ensembles.starts(own, model, params, KEY)]
 
-    (single,), random, given = (
-        starts(),
-        starts(ensemble_size=3),
-        starts(model_name="x", ensemble_size=3),
-    )
+    (single,) = starts()
+    random = starts(ensemble_size=3)
+    given = starts(model_name="x", ensemble_size=3)
     assert_identical(single, random[0])
     assert_identical(single["wte"], body["wte"])
     for i, j in ((0, 1), (0, 2), (1, 2)):
@@ -228,7 +226,8 @@ def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypat
     metrics = metric_rows(straight.folder)
     assert all(row["validation/uncertainty"] > 0 for row in (metrics[0], metrics[-1]))
 
-    folder, before = straight.model_folder, models.load(base)[1]
+    folder = straight.model_folder
+    before = models.load(base)[1]
     members = [models.load(folder / f"member_{i}")[1] for i in range(2)]
     shifts = [float(member.pop("score")["shift"]) for member in members]
     assert shifts[0] != shifts[1]

@@ -58,7 +58,10 @@ def test_refusals_and_uncertainty_are_counted_by_label():
     }
     assert [row.n for row in rows] == [2, 2]
     [row, missing] = measures.harmlessness(said, ["unsafe"] * 4, KEY)
-    assert (row.value, row.n, missing.value, missing.n) == (0.5, 4, None, 0)
+    assert row.value == 0.5
+    assert row.n == 4
+    assert missing.value is None
+    assert missing.n == 0
     assert missing.note == "there is no such row"
     rows = measures.uncertainty(said, [True, None, True, False], KEY)
     expected = [
@@ -104,11 +107,16 @@ def test_diversity_by_hand():
 
 def test_means_have_bounds_where_they_are_shares_and_prompts_are_their_units():
     row = measures.mean("c", "m", [[1.0, 3.0], [5.0, np.nan], [np.nan, np.nan]], KEY)
-    assert (row.value, row.n) == (3.5, 2)
+    assert row.value == 3.5
+    assert row.n == 2
     row = measures.mean("c", "m", np.zeros((20, 2), bool), KEY)
-    assert (row.value, row.low, row.high) == (0, 0, pytest.approx(0.161, abs=1e-3))
+    assert row.value == 0
+    assert row.low == 0
+    assert row.high == pytest.approx(0.161, abs=1e-3)
     row = measures.mean("c", "m", np.ones((20, 2)), KEY)
-    assert (row.low, row.high) == (1, 1)  # a number, not a share: no bound is known
+    # a number, not a share: no bound is known
+    assert row.low == 1
+    assert row.high == 1
 
 
 def test_preferences_by_hand():
@@ -200,7 +208,8 @@ def test_rewardbench_2_rows_whose_texts_are_scored_once(tmp_path, monkeypatch):
         *(((right, "c"), 1 / 2, "Ties") for right in "ab"),
     ]
     choice = formats.read("comparisons", path).rows[0]
-    assert (choice.responses, choice.best) == (("a", "b", "c", "d"), 0)
+    assert choice.responses == ("a", "b", "c", "d")
+    assert choice.best == 0
     # The same tokens behind two prompts are two texts.
     found += [Row("p", ("ab", "cd"), "x"), Row("pa", ("b", "c"), "y")]
     encoded = encoding.encode_texts(found, tokenizers.characters("abcdpq"))
@@ -214,7 +223,9 @@ def test_rewardbench_2_rows_whose_texts_are_scored_once(tmp_path, monkeypatch):
     policy = evaluate.Policy("", types.SimpleNamespace(), {}, None, "", 1, is_judge=True)
     bench = evaluate.Bench(policy, evaluate.Config(batch_size=4), KEY, "a reward", 9, None)
     margins = evaluate.margins(bench, encoded)
-    assert (len(scored), len(set(scored))) == (11, 10)  # and not two in each of the seven pairs
+    # and not two in each of the seven pairs
+    assert len(scored) == 11
+    assert len(set(scored)) == 10
     assert margins["reward_model"].tolist() == [-1, -2, -3, -2, -1, -2, 0]
 
 
@@ -256,7 +267,8 @@ def test_agreement_by_hand():
 
 
 def test_win_rate_compares_all_samples_of_a_prompt():
-    ours, theirs = np.array([[1.0, 2.0], [2.0, 0.0]]), np.array([[1.0, 0.0], [1.0, np.nan]])
+    ours = np.array([[1.0, 2.0], [2.0, 0.0]])
+    theirs = np.array([[1.0, 0.0], [1.0, np.nan]])
     rate, difference = measures.win_rate(ours, theirs, KEY, "other")
     assert (
         rate.value == ((0.5 + 1 + 1 + 1) / 4 + (1 + 0) / 2) / 2
@@ -351,10 +363,8 @@ def test_columns_and_bad_rows_of_every_set(tmp_path):
         path.write_text(json.dumps([{"question": "a"} | row for row in rows]))
         return str(path)
 
-    pair, vote = (
-        {"chosen": "b", "rejected": "c"},
-        {"response1": "b", "response2": "c", "annotator1": 1},
-    )
+    pair = {"chosen": "b", "rejected": "c"}
+    vote = {"response1": "b", "response2": "c", "annotator1": 1}
     given = {
         "prompts": (written({}, {"question": ""}),),
         "safety": (written({"label": "safe"}, {"label": "safe", "question": 1}),),
@@ -477,10 +487,8 @@ def test_everything_from_the_command_line(folders, capsys):
             ]
         )
     assert texts[0] == texts[1]
-    content, samples = (
-        json.loads(texts[0][0]),
-        [json.loads(line) for line in texts[0][1].splitlines()],
-    )
+    content = json.loads(texts[0][0])
+    samples = [json.loads(line) for line in texts[0][1].splitlines()]
     found = {(row["category"], row["metric"]): (row["value"], row["n"]) for row in content["rows"]}
     assert all(value is not None and n for value, n in found.values())
     own = [line for line in samples if line["set"] == "prompts"]
@@ -505,10 +513,8 @@ def test_everything_from_the_command_line(folders, capsys):
     assert len(samples) == 2 * (
         3 + 2 + 3 + 2
     )  # prompts, safety, the other run's, the category's own
-    assert (content["settings"]["max_new_tokens"], content["settings"]["template"]) == (
-        6,
-        "H: {prompt}\n",
-    )
+    assert content["settings"]["max_new_tokens"] == 6
+    assert content["settings"]["template"] == "H: {prompt}\n"
     said = capsys.readouterr().out
     assert "accuracy_reward_model" in said
     assert f"wrote {folders / 'run' / 'evaluation.json'}" in said
@@ -538,7 +544,8 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
     """Against the whole softmax of each text by itself. Against itself a run wins half."""
     given = config(folders, against=str(folders / "run"), output=str(tmp_path))
     found = values(evaluate.run(str(folders / "run"), given).rows)
-    assert (found["win rate", "win_rate"], found["win rate", "score_difference"]) == (0.5, 0)
+    assert found["win rate", "win_rate"] == 0.5
+    assert found["win rate", "score_difference"] == 0
     (model, params), (judge, judge_params) = (
         models.load(folders / name / "model") for name in ("run", "rm")
     )
@@ -552,11 +559,10 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
 
     def judged(prompt, response):
         """Sum and mean of the response's log-probabilities, and its score."""
-        before, after = (
-            tokenizer.encode(f"H: {prompt}\n"),
-            [*tokenizer.encode(response), tokenizer.eos_id],
-        )
-        tokens, size = np.zeros((1, 50), np.int32), len(before + after)
+        before = tokenizer.encode(f"H: {prompt}\n")
+        after = [*tokenizer.encode(response), tokenizer.eos_id]
+        tokens = np.zeros((1, 50), np.int32)
+        size = len(before + after)
         tokens[0, :size] = before + after
         logits, score = both(tokens, np.arange(50)[None, :] < size)
         log_probs = scipy.special.log_softmax(logits[0], axis=1)
@@ -628,10 +634,8 @@ def test_a_category_may_be_a_list_of_prompts(folders, tmp_path):
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     """A policy and a reward model of random weights that read whatever GPT-2's tokenizer does."""
-    place, tokenizer = (
-        tmp_path_factory.mktemp("gpt2"),
-        tokenizers.load_tokenizer(Path(DATA) / "gpt2"),
-    )
+    place = tmp_path_factory.mktemp("gpt2")
+    tokenizer = tokenizers.load_tokenizer(Path(DATA) / "gpt2")
     sizes = {"max_length": 4096, "hidden_size": 4, "num_layers": 1, "num_heads": 1}
     model = models.build(models.GPT2Config(vocab_size=tokenizer.vocab_size, **sizes))
     params = model.init(KEY)

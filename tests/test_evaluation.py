@@ -55,7 +55,8 @@ def test_choice_among_three_by_hand():
     against it.
     """
     scores = np.array([[1.0, 1.0, 1.0], [0.0, 3.0, 2.0], [5.0, 1.0, np.nan]])
-    best, lengths = np.array([2, 1, 1]), np.array([[2, 2, 3], [6, 4, 2], [4, 4, 0]])
+    best = np.array([2, 1, 1])
+    lengths = np.array([[2, 2, 3], [6, 4, 2], [4, 4, 0]])
     np.testing.assert_array_equal(metrics.rival(scores, best, lengths), [0, 2, 0])
     report = metrics.preference_report(scores, best, lengths)
     second = -math.log(math.exp(3) / (1 + math.exp(2) + math.exp(3)))
@@ -82,7 +83,8 @@ def test_targets_by_hand():
     nowhere.
     """
     scores = np.array([[0.9, 0.2, 0.4], [0.5, 0.1, 9.0]])
-    targets, lengths = np.array([[1.0, 0, 0], [1, 1, 0]]), np.array([[5, 3, 5], [2, 4, 0]])
+    targets = np.array([[1.0, 0, 0], [1, 1, 0]])
+    lengths = np.array([[5, 3, 5], [2, 4, 0]])
     expected = {
         "loss": 0.254,
         "length_correlation": 2 / math.sqrt(95),
@@ -111,7 +113,8 @@ def test_win_rate_and_brier_by_hand():
 def test_cohen_kappa_by_hand():
     """20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: .7 agree, .5 would by chance."""
     table = {(1, 1): 20, (1, 0): 5, (0, 1): 10, (0, 0): 15}
-    cells, weights = np.array(list(table)), np.array(list(table.values()))
+    cells = np.array(list(table))
+    weights = np.array(list(table.values()))
     labels = np.repeat(cells, weights, axis=0)
     assert metrics.cohen_kappa(labels[:, 0], labels[:, 1]) == pytest.approx(0.4)
     assert metrics.cohen_kappa(cells[:, 0], cells[:, 1], weights) == pytest.approx(0.4)

@@ -35,14 +35,17 @@ def test_heads_and_weights_cut_over_a_mesh(family):
     """Values one column early and scores of the last token, by hand; all of it the same in parts on
     2 x 2 devices.
     """
-    model, key = models.build(TINY[family]), jax.random.key(0)
+    model = models.build(TINY[family])
+    key = jax.random.key(0)
     params = models.add_head(key, models.add_head(key, some_params(TINY[family]), "value"), "score")
     params["value"] = {"kernel": jnp.linspace(-1.0, 1.0, 8), "bias": jnp.float32(0.5)}
     params["score"] |= {"gain": jnp.float32(2.0), "shift": jnp.float32(-1.0)}
-    tokens, mask = some_tokens(2, 6), np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    tokens = some_tokens(2, 6)
+    mask = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
 
     def outputs(params):
-        policy, score = models.policy_fn(model), models.score_fn(model)
+        policy = models.policy_fn(model)
+        score = models.score_fn(model)
         hidden = model.hidden(params, tokens, mask)
         return hidden, *policy(params, tokens, mask, None), score(params, tokens, mask, None)
 
@@ -66,7 +69,8 @@ def test_heads_and_weights_cut_over_a_mesh(family):
 
 def test_compaction_moves_the_cache_with_its_rows():
     """Of layers that see all, and of those with a window."""
-    model, params = models.build(GEMMA), some_params(GEMMA)
+    model = models.build(GEMMA)
+    params = some_params(GEMMA)
     mask = np.ones((6, 3), np.int32)
     mask[1, :2] = mask[4, 0] = 0
 
@@ -75,7 +79,8 @@ def test_compaction_moves_the_cache_with_its_rows():
         generate = jax.jit(functools.partial(sampling.generate, model, config=settings))
         return generate(params, some_tokens(6, 3), mask, jax.random.key(3))
 
-    whole, compacted = sampled(False), sampled(True)
+    whole = sampled(False)
+    compacted = sampled(True)
     lengths = sorted(np.asarray(whole.response_mask).sum(1))
     assert lengths[2] < lengths[3] - 1  # the last half goes on for some tokens
     np.testing.assert_array_equal(compacted.tokens, whole.tokens)
@@ -97,12 +102,14 @@ def test_a_family_computes_what_llama_does_and_its_own_norms_and_biases():
     """
 
     def program(config):
-        model, tokens = models.build(config), jax.ShapeDtypeStruct((4, 16), jnp.int32)
+        model = models.build(config)
+        tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0))
         jaxpr = jax.make_jaxpr(model.apply)(params, tokens).jaxpr
         return measure.matmul_flops(jaxpr), Counter(equations(jaxpr))
 
-    layers, (flops, llama) = families.SIZES["num_layers"], program(families.CONFIGS["Llama"])
+    layers = families.SIZES["num_layers"]
+    flops, llama = program(families.CONFIGS["Llama"])
     assert llama["rsqrt"] == 2 * layers + 1
     # What Llama's layer has not: norms, and other operations: biases of q, k, v; norms of q and k;
     # norms after a part, a mask and a rotation more.
@@ -147,7 +154,8 @@ def test_a_family_costs_at_most_80_lines(family):
     total = 0
     for path in (ROOT / "rlhf_jax" / "models").glob("*.py"):
         source = path.read_text("utf-8")
-        code, lines = code_lines(source), source.splitlines()
+        code = code_lines(source)
+        lines = source.splitlines()
         own = {number for number in code if re.search(OWN[family], lines[number - 1])}
         for node in ast.parse(source).body:
             if re.search(OWN[family], getattr(node, "name", "")):

@@ -35,10 +35,8 @@ def test_rows_of_a_list_and_lines_of_json_lines(write):
 
 
 def test_several_files_and_fingerprints_of_content(write):
-    first, second = (
-        write(f"[{ROW}]", "a.json"),
-        write(gzip.compress(f"[{ROW}]".encode()), "b.json.gz"),
-    )
+    first = write(f"[{ROW}]", "a.json")
+    second = write(gzip.compress(f"[{ROW}]".encode()), "b.json.gz")
     result = formats.read("demonstrations", [first, second])
     assert [row.source for row in result.rows] == ["a.json, row 1", "b.json.gz, row 1"]
     assert result.fingerprints[first] == result.fingerprints[second]

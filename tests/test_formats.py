@@ -62,10 +62,8 @@ EMPTY = PAIR | {"rejected": ""}
 
 def test_rows_that_teach_nothing_are_dropped_and_counted(write):
     equal = PAIR | {"rejected": "good"}
-    tied, same = (
-        RANKED | {"ranks": [1, 1, 1]},
-        {"prompt": "p", "responses": ["x", "x", "x"], "best": 0},
-    )
+    tied = RANKED | {"ranks": [1, 1, 1]}
+    same = {"prompt": "p", "responses": ["x", "x", "x"], "best": 0}
     result = formats.read("pairs", write([PAIR, equal, equal, tied, same]))
     assert len(result.rows) == 1
     assert result.places == {
@@ -281,7 +279,8 @@ def test_message_trees_are_rankings(write):
     with pytest.raises(UserError, match="line 3: not a message tree: TypeError"):
         formats.read("pairs", path)
     result = formats.read("pairs", path, on_bad_row="drop")
-    p, more = "User:\np\n\nAssistant:\n", "User:\np\n\nAssistant:\nz\n\nUser:\nmore\n\nAssistant:\n"
+    p = "User:\np\n\nAssistant:\n"
+    more = "User:\np\n\nAssistant:\nz\n\nUser:\nmore\n\nAssistant:\n"
     ranked = [Row(p, tuple(texts), f"{W}, prompt 1", weight=1 / 3) for texts in ("yz", "xy", "xz")]
     assert result.rows[:-1] == [*ranked, Row(more, ("x", "y"), f"{W}, prompt 2")]
     assert [*result.places.values()] == [["data.jsonl, line 2"], ["data.jsonl, line 3"]]
@@ -350,7 +349,8 @@ def test_targets_of_each_answer(write):
 def test_the_generated_corpus_is_that_of_its_seed(tmp_path):
     demo.write(tmp_path, seed=3)
     for kind in formats.FILES:
-        result, written = formats.read(kind, "demo", seed=3), formats.read(kind, tmp_path)
+        result = formats.read(kind, "demo", seed=3)
+        written = formats.read(kind, tmp_path)
         assert [row.texts for row in result.rows] == [row.texts for row in written.rows]
         assert result.fingerprints == {
             f"demo/{formats.FILES[kind]}": next(iter(written.fingerprints.values()))

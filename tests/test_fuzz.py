@@ -109,7 +109,8 @@ FIELDS = [
     ),
     *({"data_offsets": offsets} for offsets in ([], [0, 2**63], [8, 4], [-1, 4], [2**62, 2**62])),
 ]
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
+INF = float("inf")
 ODD = [
     None,
     True,
@@ -174,7 +175,8 @@ def damaged(draw, content):
 def headers(draw, content):
     """A safetensors file whose header says something odd of one tensor, or of its own length."""
     size = int.from_bytes(content[:8], "little")
-    header, body = json.loads(content[8 : 8 + size]), content[8 + size :]
+    header = json.loads(content[8 : 8 + size])
+    body = content[8 + size :]
     name = draw(st.sampled_from(sorted(set(header) - {"__metadata__"})))
     header[name] |= draw(st.sampled_from(FIELDS))
     header["__metadata__"] = {"reward_shift": draw(st.sampled_from(["1", "x", "nan", "1e999", ""]))}

@@ -98,7 +98,8 @@ def test_a_folder_may_name_several_eos_ids(folders, generations, tmp_path):
         assert sampled == sampling.SamplingConfig(
             **drawn, eos_id=policy.tokenizer.eos_ids, pad_id=0
         )
-        assert (policy.tokenizer.eos_ids, sampled.eos_ids) == ((1, *others), (1, *others))
+        assert policy.tokenizer.eos_ids == (1, *others)
+        assert sampled.eos_ids == (1, *others)
         policy.save(tmp_path / "again", template="{prompt}", config=sampled)
         written = json.loads((tmp_path / "again" / "generation_config.json").read_text())[
             "eos_token_id"
@@ -124,16 +125,16 @@ def test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass(folders, g
         == 2 * len(PROMPTS)
     )
     assert len(set(generations.texts)) > 7
-    apply, score = jax.jit(model.apply), jax.jit(models.score_fn(judge))
+    apply = jax.jit(model.apply)
+    score = jax.jit(models.score_fn(judge))
     for i in range(4):
-        prompt, answer = (
-            tokenizer.encode(PROMPTS[i // 2] + ":"),
-            tokenizer.encode(generations.texts[i]),
-        )
+        prompt = tokenizer.encode(PROMPTS[i // 2] + ":")
+        answer = tokenizer.encode(generations.texts[i])
         answer += [tokenizer.eos_id] * bool(generations.finished[i])
         tokens, mask = np.zeros((2, 1, 4 + NEW), np.int32)
         ids = prompt + answer
-        tokens[0, : len(ids)], mask[0, : len(ids)] = ids, 1
+        tokens[0, : len(ids)] = ids
+        mask[0, : len(ids)] = 1
         log_probs = jax.nn.log_softmax(apply(params, tokens, mask))[0, len(prompt) - 1 :]
         expected = [log_probs[t, token] for t, token in enumerate(answer)]
         np.testing.assert_allclose(generations.token_log_probs[i], expected, atol=1e-4)
@@ -158,7 +159,9 @@ def test_neighbours_order_and_batches_change_nothing(folders, generator, generat
 
 
 def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeypatch):
-    widths, sampler, score = [], module._sampler, generator._score
+    widths = []
+    sampler = module._sampler
+    score = generator._score
 
     def watched(num_layers):
         return lambda *args, **how: (
@@ -220,9 +223,13 @@ def test_transformers_samples_as_the_run_did(folders):
     import transformers
 
     said = transformers.GenerationConfig.from_pretrained(folders / "policy")
-    assert (said.do_sample, said.temperature, said.top_k, said.top_p) == (True, 0.7, 0, 0.9)
+    assert said.do_sample
+    assert said.temperature == 0.7
+    assert said.top_k == 0
+    assert said.top_p == 0.9
     assert said.max_new_tokens is None  # lm-eval and vLLM would cut their responses there
-    assert (said.eos_token_id, said.pad_token_id) == (1, 0)
+    assert said.eos_token_id == 1
+    assert said.pad_token_id == 0
     assert not (folders / "reward" / "generation_config.json").exists()
 
 

@@ -47,10 +47,8 @@ def test_the_snippet_says_what_the_generator_says(folder):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     generations = generator.Generator(folder, max_new_tokens=NEW, temperature=0)(PROMPTS)
-    chats, how = (
-        [[{"role": "user", "content": prompt}] for prompt in PROMPTS],
-        {"add_generation_prompt": True},
-    )
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    how = {"add_generation_prompt": True}
     assert (
         tokenizer.apply_chat_template(chats[2], tokenize=False, **how) == "Human: Hi\nAssistant: "
     )

@@ -32,7 +32,8 @@ def test_a_reward_model_is_no_policy(name, config, data, tmp_path):
 
 def test_a_runs_folder_means_its_model(tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
-    run, inner = str(tmp_path / "run"), str(tmp_path / "run" / "model")
+    run = str(tmp_path / "run")
+    inner = str(tmp_path / "run" / "model")
     assert (
         stage.set_up(RunConfig(model=run)).model
         == stage.set_up(RunConfig(model=inner)).model

@@ -215,7 +215,8 @@ def counts(size=32):
 
 def counts_by_state(size=32):
     """The same by its states, and with a cache: the sum of the tokens so far."""
-    whole, body = counts(size), Counts(size, as_states=True)
+    whole = counts(size)
+    body = Counts(size, as_states=True)
 
     def affine(layer, x):
         return x @ layer["kernel"] + layer["bias"].reshape([1] * (x.ndim - 1) + [-1])

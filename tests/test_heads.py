@@ -28,7 +28,8 @@ def test_policy_fn_equals_ops_on_full_logits(monkeypatch, columns_per_chunk, pro
     if columns_per_chunk is not None:
         monkeypatch.setattr(heads, "_CHUNK_LOGITS", columns_per_chunk * CONFIG.vocab_size)
     model, params = tiny()
-    temperature, first = 0.7, max(prompt_length, 1)
+    temperature = 0.7
+    first = max(prompt_length, 1)
     policy = models.policy_fn(model, temperature, prompt_length)
     weights = np.random.default_rng(2).standard_normal((2, 3, 9)).astype(np.float32)
 
@@ -61,7 +62,9 @@ def test_policy_fn_equals_ops_on_full_logits(monkeypatch, columns_per_chunk, pro
 
 
 def test_no_array_of_all_logits_is_built():
-    vocab, length = 2**15, 128  # four chunks of 32 columns
+    # four chunks of 32 columns
+    vocab = 2**15
+    length = 128
     model = models.build(dataclasses.replace(CONFIG, vocab_size=vocab, max_length=length))
     policy = models.policy_fn(model)
 
@@ -120,7 +123,8 @@ def test_whole_value_model():
 
 
 def test_dropout_needs_a_key():
-    (plain, params), (model, _) = tiny(), tiny(residual_dropout=0.5)
+    plain, params = tiny()
+    model, _ = tiny(residual_dropout=0.5)
     still, first, again, other = (
         models.policy_fn(model)(params, TOKENS, MASK, key).log_probs
         for key in (None, *map(jax.random.key, (0, 0, 1)))
@@ -175,10 +179,8 @@ def test_scores_by_hand():
     kernel = np.linspace(-1, 1, 8, dtype=np.float32)
     head = {"kernel": kernel, "bias": 0.25, "gain": 3.0, "shift": -2.0}
     params = {**params, "score": jax.tree.map(jnp.float32, head)}
-    tokens, mask = (
-        np.concatenate([TOKENS, TOKENS[:1]]),
-        np.concatenate([MASK, np.zeros((1, 9), int)]),
-    )
+    tokens = np.concatenate([TOKENS, TOKENS[:1]])
+    mask = np.concatenate([MASK, np.zeros((1, 9), int)])
     scores = jax.jit(models.score_fn(model))(params, tokens, mask, None)
     hidden = np.asarray(model.hidden(params, tokens, mask))
     expected = [
@@ -211,7 +213,9 @@ def test_add_head_initial_values():
         models.add_head(jax.random.key(seed), params, "score")["score"] for seed in (0, 1)
     )
     np.testing.assert_allclose(np.std(head["kernel"]), 2049**-0.5, rtol=0.05)
-    assert (head["bias"], head["gain"], head["shift"]) == (0, 1, 0)
+    assert head["bias"] == 0
+    assert head["gain"] == 1
+    assert head["shift"] == 0
     assert np.max(np.abs(head["kernel"] - other["kernel"])) > 1e-3
     value = models.add_head(jax.random.key(0), params, "value")["value"]
     np.testing.assert_array_equal(value["kernel"], np.zeros(2048))

@@ -217,7 +217,8 @@ def test_damage_to_any_file_never_goes_unnoticed_where_it_matters(flips, tmp_pat
     unnoticed: Counter[str] = Counter()
     noticed: Counter[str] = Counter()
     for file in sorted(path for path in (tmp_path / "2").rglob("*") if path.is_file()):
-        name, data = file.relative_to(tmp_path / "2").as_posix(), file.read_bytes()
+        name = file.relative_to(tmp_path / "2").as_posix()
+        data = file.read_bytes()
         for damage, damaged in damages(data, rng, flips):
             file.write_bytes(damaged)
             with (

@@ -162,7 +162,8 @@ def test_expected_gradient_vanishes_at_the_optimum(name):
         params = tiny.params() | {"logits": jnp.asarray(tiny.table(probs), jnp.float32)}
         return np.linalg.norm(gradient(params, jnp.asarray(probs, jnp.float32), tiny.LISTED, pairs))
 
-    optimum, elsewhere = optimum_of(name), optimum_of(name, 2)
+    optimum = optimum_of(name)
+    elsewhere = optimum_of(name, 2)
     assert tiny.distance(optimum, elsewhere) > 0.1
     assert size(optimum) < 1e-3 * size(elsewhere)
     assert size(optimum) < 1e-3 * size(tiny.REF)
@@ -321,7 +322,8 @@ def normalised(log_probs_of):
     """``log_probs_of(c)`` [121] for the constant c, by bisection, with which the probabilities add
     up to 1.
     """
-    low, high = -100.0, 100.0
+    low = -100.0
+    high = 100.0
     for _ in range(200):
         middle = 0.5 * (low + high)
         low, high = (low, middle) if np.exp(log_probs_of(middle)).sum() > 1 else (middle, high)
@@ -374,13 +376,15 @@ def orpo(beta):
     by demonstrations: pairs of a response with itself, which have no odds ratio. The weights make
     the gradient the same number times the probability, as it is at an optimum over
     distributions."""
-    means, push = BY_TOKEN[1.0] / N, np.zeros(121)
+    means = BY_TOKEN[1.0] / N
+    push = np.zeros(121)
     odds = means - np.log(-np.expm1(means))
     for p, i, j in zip(PREFERRED, CHOSEN, REJECTED, strict=True):
         slope = 0.5 * (-p * sigmoid(odds[j] - odds[i]) + (1 - p) * sigmoid(odds[i] - odds[j]))
         for k, sign, chosen in ((i, 1, p), (j, -1, 1 - p)):
             push[k] += sign * slope / -np.expm1(means[k]) / N[k] - chosen / N[k]
-    wanted, pull = -N * push, N * np.exp(BY_TOKEN[1.0])
+    wanted = -N * push
+    pull = N * np.exp(BY_TOKEN[1.0])
     return BY_TOKEN[beta], PREFERRED, (np.max(wanted / pull) + 1e-3) * pull - wanted
 
 
@@ -431,20 +435,21 @@ def kto_optimum(liked, beta):
     multiple mu of p: bisection for p and for mu."""
 
     def shares(log_mu):
-        low, high = (
-            np.full(121, -40.0),
-            np.full(121, 40.0),
-        )  # of log(p / ref): the slope / p falls with p
+        # of log(p / ref): the slope / p falls with p
+        low = np.full(121, -40.0)
+        high = np.full(121, 40.0)
         for _ in range(80):
             x = 0.5 * (low + high)
             above = (
                 np.log(beta * sigmoid(beta * x) * sigmoid(-beta * x)) - x - np.log(tiny.REF)
                 > log_mu
             )
-            low, high = np.where(above, x, low), np.where(above, high, x)
+            low = np.where(above, x, low)
+            high = np.where(above, high, x)
         return np.where(liked, tiny.REF * np.exp(low), 0.0)
 
-    low, high = -40.0, 40.0
+    low = -40.0
+    high = 40.0
     for _ in range(80):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if shares(middle).sum() > 1 else (low, middle)

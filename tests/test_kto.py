@@ -101,10 +101,8 @@ def test_feedback_is_read_from_rows_of_its_own_and_from_preferences(read, tmp_pa
         (("d",), (1.0,)),
         (("defgh",), (0.0,)),
     ]
-    pair, ranked = (
-        {"prompt": "p", "chosen": "x", "rejected": "y"},
-        {"prompt": "p", "responses": ["x", "y", "z"]},
-    )
+    pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    ranked = {"prompt": "p", "responses": ["x", "y", "z"]}
     rows = read(pair, ranked | {"ranking": [2, 0, 1]})
     assert [(row.responses[0], row.targets[0], row.weight) for row in rows[:2]] == [
         ("x", 1.0, None),

@@ -14,7 +14,9 @@ import pytest
 from rlhf_jax.data import formats, tokenizers
 from rlhf_jax.errors import UserError
 
-QUERY, RESPONSE = 64, 24  # tokens of each in the published sentiment labels
+# tokens of each in the published sentiment labels
+QUERY = 64
+RESPONSE = 24
 
 
 def padded(ids, length):
@@ -63,7 +65,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, content):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.breaks_after, self.answers = content, None, 0
+        self.content = content
+        self.breaks_after = None
+        self.answers = 0
 
     @property
     def url(self):
@@ -99,10 +103,8 @@ def test_a_set_is_fetched_whole_with_its_checksum_beside_it(few, server, content
     argv = ["download", "sentiment", str(tmp_path / "new"), "--url", server.url]
     labels.main(argv)
     file = tmp_path / "new" / "sentiment_offline_5k.json"
-    digest, checksum = (
-        hashlib.sha256(server.content).hexdigest(),
-        file.with_name(f"{file.name}.sha256"),
-    )
+    digest = hashlib.sha256(server.content).hexdigest()
+    checksum = file.with_name(f"{file.name}.sha256")
     assert {path: path.read_bytes() for path in file.parent.iterdir()} == {
         file: server.content,
         checksum: f"{digest}  {file.name}\n".encode(),
@@ -140,7 +142,8 @@ def test_what_is_not_the_set_is_deleted(few, server, content, tmp_path, change, 
 
 
 def test_a_broken_connection_and_none_are_sentences(few, server, tmp_path):
-    url, server.breaks_after = server.url, 1000
+    url = server.url
+    server.breaks_after = 1000
     with pytest.raises(
         UserError, match=r"could not be fetched: IncompleteRead.* Run the command again"
     ):
@@ -183,7 +186,8 @@ def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
     assert decoded[0]["best"] == rows[0]["best"]
     assert decoded[0]["query"].startswith("the film ")
     assert decoded[0][f"sample{rows[0]['best']}"].startswith(" good good good ")
-    assert (decoded[1]["sample2"], decoded[1]["worker"]) == ("\ufffd", "x")
+    assert decoded[1]["sample2"] == "\ufffd"
+    assert decoded[1]["worker"] == "x"
     for row, ids in zip(decoded, rows, strict=False):
         assert tokenizer.encode(row["query"]) == [i for i in ids["query"] if i != labels.PAD_ID]
     [row] = formats.read("comparisons", str(output)).rows[:1]

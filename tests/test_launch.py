@@ -25,10 +25,13 @@ def program(path: Path, body: str) -> str:
 def jobset() -> dict:
     """The container of the set's one job."""
     recipe = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
-    assert (recipe["apiVersion"], recipe["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert recipe["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    assert recipe["kind"] == "JobSet"
     [job] = recipe["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
-    assert (spec["completionMode"], spec["parallelism"], spec["completions"]) == ("Indexed", 2, 2)
+    assert spec["completionMode"] == "Indexed"
+    assert spec["parallelism"] == 2
+    assert spec["completions"] == 2
     [container] = spec["template"]["spec"]["containers"]
     values = {entry["name"]: entry["value"] for entry in container["env"]}
     assert int(values["PROCESSES"]) == spec["completions"]
@@ -83,7 +86,8 @@ def test_what_a_recipe_starts(recipe, resumed, tmp_path):
         environment = container["values"] | environment | {"JOB_COMPLETION_INDEX": "1"}
         place = f"{container['values']['COORDINATOR']},2,1"
     elif recipe == "skypilot":
-        command, nodes = ["bash", "-c", skypilot()["run"]], "10.0.0.7\n10.0.0.8"
+        command = ["bash", "-c", skypilot()["run"]]
+        nodes = "10.0.0.7\n10.0.0.8"
         environment |= skypilot()["envs"] | {"RUN": str(folder), "SKYPILOT_NODE_IPS": nodes}
         environment |= {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
         place = "10.0.0.7:9876,2,1"

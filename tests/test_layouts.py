@@ -140,8 +140,11 @@ class Probe:
     """Watches a run: which arrays lie whole on a device, and what the update sends between devices."""
 
     def __init__(self, patch):
-        self.whole, self.collectives, self.laid_out = [], {}, 0
-        lay_out, train = stage.Stage.lay_out, loop.train
+        self.whole = []
+        self.collectives = {}
+        self.laid_out = 0
+        lay_out = stage.Stage.lay_out
+        train = loop.train
 
         def laid_out(run_stage, tree):
             self.whole += whole_on_a_device(done := lay_out(run_stage, tree))
@@ -158,7 +161,8 @@ class Probe:
         jit_update = stage.Stage.jit_update
 
         def jitted(run_stage, *how):
-            lazy, compiled = jit_update(run_stage, *how), {}
+            lazy = jit_update(run_stage, *how)
+            compiled = {}
 
             def call(*args, **options):
                 if not compiled:
@@ -268,11 +272,13 @@ def test_a_layout_gives_what_one_device_gives(layout, name, finished):
     sums are sent.
     """
     seen, folder = finished(layout, name)
-    one, other = folder / "one" / name, folder / layout / name
+    one = folder / "one" / name
+    other = folder / layout / name
     assert samples(other) == samples(one)
     differences = {}
     for file in sorted((one / "model").rglob("*.safetensors")):
-        expected, weights = load_file(file), load_file(other / file.relative_to(one))
+        expected = load_file(file)
+        weights = load_file(other / file.relative_to(one))
         for tensor in expected.keys() - {"score.weight"}:  # divided by the samples' spread
             differences[tensor] = float(np.max(np.abs(weights[tensor] - expected[tensor])))
     sent = seen["collectives"]
@@ -309,7 +315,8 @@ def test_a_run_cuts_its_weights(folder, monkeypatch, capsys):
     """PPO on two groups of two devices: nothing is whole anywhere, and an update sends weights and
     sums alone.
     """
-    probe, mesh = Probe(monkeypatch), Mesh(-1, 2, 2)
+    probe = Probe(monkeypatch)
+    mesh = Mesh(-1, 2, 2)
     steps = dataclasses.replace(
         config(folder).rl, num_iterations=1, validation_fraction=0.0, batch_size=4
     )
@@ -380,10 +387,8 @@ def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before
         "num_kv_heads": 2,
         "intermediate_size": 32,
     }
-    model, mesh = (
-        models.build(models.LlamaConfig(vocab_size=40, max_length=16, **network)),
-        sharding.make_mesh(*sizes),
-    )
+    model = models.build(models.LlamaConfig(vocab_size=40, max_length=16, **network))
+    mesh = sharding.make_mesh(*sizes)
     params = jax.eval_shape(model.init, jax.random.key(0))
     places = initial.shardings(mesh, params)
     params = jax.tree.map(
@@ -400,7 +405,8 @@ def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before
 
 def sent_by(function, config, *sizes):
     """The communication of a function of parameters and of 8 rows of 16 tokens, on four devices."""
-    model, mesh = models.build(config), sharding.make_mesh(*sizes)
+    model = models.build(config)
+    mesh = sharding.make_mesh(*sizes)
     params = jax.eval_shape(model.init, jax.random.key(0))
     places = initial.shardings(mesh, params)
     params = jax.tree.map(
@@ -444,10 +450,8 @@ def test_tensor_cuts_gpt2_s_fused_kernel_by_heads():
     """A device holds queries, keys and values of the same heads; forward and back, no states are
     sent but sums.
     """
-    model, mesh = (
-        models.build(models.GPT2Config(40, 16, 16, 1, 4, initializer_range=0.3)),
-        sharding.make_mesh(2, 1, 2),
-    )
+    model = models.build(models.GPT2Config(40, 16, 16, 1, 4, initializer_range=0.3))
+    mesh = sharding.make_mesh(2, 1, 2)
     params = model.init(jax.random.key(0))
     tokens = jax.device_put(np.arange(128).reshape(8, 16) % 40, sharding.rows(mesh))
     placed = jax.device_put(params, places := initial.shardings(mesh, params))
@@ -480,7 +484,8 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
     model = models.build(
         models.LlamaConfig(41, 16, 16, 1, 4, intermediate_size=32, initializer_range=0.3)
     )
-    mesh, params = sharding.make_mesh(1, 2, 2), model.init(jax.random.key(0))
+    mesh = sharding.make_mesh(1, 2, 2)
+    params = model.init(jax.random.key(0))
     placed = jax.device_put(params, places := initial.shardings(mesh, params))
     tokens = jax.device_put(np.arange(128).reshape(8, 16) % 41, sharding.rows(mesh))
     assert {
@@ -497,7 +502,8 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
     assert re.search(
         r"f32\[\d+,21\]\S* (dot|custom-call|fusion)", program.as_text()
     )  # logits of half of 42 rows
-    expected, found = jax.jit(function)(params, tokens), program(placed, tokens)
+    expected = jax.jit(function)(params, tokens)
+    found = program(placed, tokens)
     assert found[0][1].shape == (8, 16, 41)
     for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -525,7 +531,8 @@ def collectives_by_loop(text):
         for block in blocks
         if (found := re.match(r"\s*(?:ENTRY )?%?([\w.-]+) \(", block))
     }
-    repeated, waiting = set(), re.findall(r"body=%?([\w.-]+)", text)
+    repeated = set()
+    waiting = re.findall(r"body=%?([\w.-]+)", text)
     while waiting:
         repeated.add(name := waiting.pop())
         called = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)", named[name])

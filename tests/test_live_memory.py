@@ -44,11 +44,9 @@ def live_bytes(device) -> int:
 @pytest.fixture
 def after_steps(monkeypatch):
     """The most bytes on any device after each step, beyond those before the run."""
-    before, seen, step = (
-        {device: live_bytes(device) for device in jax.devices()},
-        [],
-        loop._Loop.step,
-    )
+    before = {device: live_bytes(device) for device in jax.devices()}
+    seen = []
+    step = loop._Loop.step
 
     def counted(self):
         step(self)
@@ -61,7 +59,8 @@ def after_steps(monkeypatch):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with models and data, and the bytes of the model in float32."""
-    folder, tokenizer = tmp_path_factory.mktemp("world"), tokenizers.characters(["abcdefgh"])
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = tokenizers.characters(["abcdefgh"])
     ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
     model = models.build(models.GPT2Config(tokenizer.vocab_size, 16, 256, 1, 2, **ids))
     params = model.init(jax.random.key(0))
@@ -110,7 +109,8 @@ CASES = {
 
 
 def config_of(case, folder, output_dir):
-    (stage, dtype), (options, _) = case[:2], CASES[case]
+    stage, dtype = case[:2]
+    options, _ = CASES[case]
     rewards = tuple(str(folder / name) for name in options.get("reward", ())) or ("length",)
     return RunConfig(
         data=(str(folder / ("pairs.json" if stage in ("dpo", "reward_model") else "sft.json")),),
@@ -144,7 +144,8 @@ def test_a_stage_keeps_no_second_copy_of_the_weights(
     case, world, tmp_path, after_steps, world_metrics
 ):
     """And no more than its plan says, but for the batch and the numbers of a step."""
-    (folder, _), config = world, config_of(case, world[0], tmp_path / "run")
+    folder, _ = world
+    config = config_of(case, world[0], tmp_path / "run")
     if isinstance(case[0], str):
         getattr(training, case[0]).run(config)
     else:

@@ -58,7 +58,8 @@ class Watched:
     """A scalar on a device: notes when it is read."""
 
     def __init__(self, events, step):
-        self.events, self.step = events, step
+        self.events = events
+        self.step = step
 
     def __array__(self, *args, **kwargs):
         if ("read", self.step) not in self.events:
@@ -124,7 +125,8 @@ def test_a_resumed_run_tries_its_largest_step_before_its_checkpoint_is_read(conf
     """One that fits no more ends there; one that is finished has nothing to try."""
     with pytest.raises(Killed):
         run_loop(config, die_at=5)
-    events, restore = [], checkpoint.Checkpoints.restore
+    events = []
+    restore = checkpoint.Checkpoints.restore
     noted = lambda *args: events.append("read") or restore(*args)  # noqa: E731
     monkeypatch.setattr(checkpoint.Checkpoints, "restore", noted)
 
@@ -149,11 +151,9 @@ def test_a_checkpoint_says_where_it_comes_from(config):
     run_loop(config, num_steps=1)
     with checkpoint.Checkpoints(Path(config.output_dir) / "checkpoints") as checkpoints:
         _, meta = checkpoints.restore({"n": jnp.float32(0), "optimizer": None})
-    assert (meta["seed"], meta["device"], meta["config"]["checkpoint_interval"]) == (
-        7,
-        "4 x cpu",
-        2,
-    )
+    assert meta["seed"] == 7
+    assert meta["device"] == "4 x cpu"
+    assert meta["config"]["checkpoint_interval"] == 2
 
 
 def test_step_0_is_on_disk_before_the_first_update(config):
@@ -165,14 +165,13 @@ def test_step_0_is_on_disk_before_the_first_update(config):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_and_saves(config, tmp_path, number, code):
-    straight, before = (
-        dataclasses.replace(config, output_dir=str(tmp_path / "straight")),
-        signal.getsignal(number),
-    )
+    straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
+    before = signal.getsignal(number)
     run_loop(straight)
     with pytest.raises(Stopped, match=r"after step 3 of 6(.|\n)*--resume") as stopped:
         run_loop(config, before_step=lambda state, step: step == 2 and signal.raise_signal(number))
-    assert (stopped.value.exit_code, signal.getsignal(number)) == (code, before)
+    assert stopped.value.exit_code == code
+    assert signal.getsignal(number) == before
     assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [2, 3]
     run_loop(dataclasses.replace(config, resume=True))
     assert files(config) == files(straight)
@@ -217,7 +216,8 @@ def test_the_best_checkpoint_becomes_the_model(config, capsys):
     )
     config = dataclasses.replace(config, early_stopping_patience=3)  # by the same metric
     state, row = run_loop(config, scores=[3.0, 2.0, jnp.nan, 0.5, 2.0, 1.0, 0.75])
-    assert (state, row["validation/score"]) == (3, 0.5)
+    assert state == 3
+    assert row["validation/score"] == 0.5
     assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [3, 6]
     assert (
         "validation/score is best at step 3: 0.5; model/ is of that step" in capsys.readouterr().out

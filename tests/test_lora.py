@@ -74,13 +74,12 @@ def test_adapters_start_at_zero_with_peft_s_range_and_scale(adapted):
     np.testing.assert_array_equal(
         model.apply(params, TOKENS), model.apply(lora.attach(params, adapters), TOKENS)
     )
-    leaves, kernels = (
-        flatten_dict(adapters),
-        [path for path in flatten_dict(params) if path[-1] == "kernel"],
-    )
+    leaves = flatten_dict(adapters)
+    kernels = [path for path in flatten_dict(params) if path[-1] == "kernel"]
     assert len(leaves) == 3 * len(kernels)
     for *module, _ in kernels:
-        shape, first = flatten_dict(params)[(*module, "kernel")].shape, 1 + (module[0] == "h")
+        shape = flatten_dict(params)[(*module, "kernel")].shape
+        first = 1 + (module[0] == "h")
         *layers, size_in = shape[:first]
         a, b, scale = (leaves[(*module, name)] for name in ("lora_a", "lora_b", "lora_scale"))
         assert a.shape == (*layers, size_in, 3)
@@ -112,7 +111,8 @@ def test_match_chooses_layers():
 def test_merging_gives_the_same_function_and_not_the_base(adapted):
     model, params, adapters = adapted
     adapters = grown(adapters)
-    attached, merged = lora.attach(params, adapters), lora.merge(params, adapters)
+    attached = lora.attach(params, adapters)
+    merged = lora.merge(params, adapters)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     logits = model.apply(attached, TOKENS)
     np.testing.assert_allclose(model.apply(merged, TOKENS), logits, atol=2e-6)
@@ -134,7 +134,8 @@ def test_a_small_change_survives_merging_into_bfloat16_weights():
     adapters = lora.init(jax.random.key(1), base, 2)
     adapters["h_0"]["attn"]["lora_b"] += 1e-3
     merged = lora.merge(base, adapters)["h_0"]["attn"]
-    assert (merged["kernel"].dtype, merged["bias"].dtype) == (jnp.float32, jnp.bfloat16)
+    assert merged["kernel"].dtype == jnp.float32
+    assert merged["bias"].dtype == jnp.bfloat16
     assert (merged["kernel"] != 1).all()
     assert (merged["kernel"].astype(jnp.bfloat16) == 1).all()  # what rounding would have lost
 
@@ -149,7 +150,8 @@ def test_no_merged_copy_of_a_kernel_and_no_gradient_of_one_is_computed():
             array_sizes(jax.make_jaxpr(gradient)(lora.init(jax.random.key(1), base, 2)).jaxpr)
         )
 
-    kernel, tokens = 64 * 4 * 64, TOKENS % 7
+    kernel = 64 * 4 * 64
+    tokens = TOKENS % 7
     assert largest(lambda adapters: lora.bind(model.apply, base)(adapters, tokens)) < kernel
     assert largest(lambda adapters: model.apply(lora.merge(base, adapters), tokens)) >= kernel
 
@@ -172,13 +174,16 @@ def test_peft_folders_round_trip(adapted, tmp_path):
         {**grown(adapters), "score": kept},
     )
     config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
-    assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (3, 6.0, ["score"])
+    assert config["r"] == 3
+    assert config["lora_alpha"] == 6.0
+    assert config["modules_to_save"] == ["score"]
     assert config["base_model_name_or_path"] == "some/base"
 
 
 def test_partial_and_strange_folders(tmp_path):
     params = models.build(CONFIG).init(jax.random.key(0))
-    file, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    file = tmp_path / "adapter_config.json"
+    weights = tmp_path / "adapter_model.safetensors"
 
     def saved_targets(match):
         lora.save(tmp_path, params, lora.init(jax.random.key(1), params, 2, match))
@@ -193,7 +198,8 @@ def test_partial_and_strange_folders(tmp_path):
     assert saved_targets("h_1/attn") == ["attn.c_attn", "attn.c_proj"]
     expected = lora.init(jax.random.key(1), params, 2, "h_1/attn")
     assert jax.tree.structure(lora.load(tmp_path, params)) == jax.tree.structure(expected)
-    config, tensors = json.loads(file.read_text("utf-8")), load_file(weights)
+    config = json.loads(file.read_text("utf-8"))
+    tensors = load_file(weights)
 
     file.write_text(json.dumps(config | {"use_rslora": True, "lora_alpha": 8}), encoding="utf-8")
     assert lora.load(tmp_path, params)["h_1"]["attn"]["c_attn"]["lora_scale"] == pytest.approx(

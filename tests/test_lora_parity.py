@@ -79,7 +79,8 @@ def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, family, scan_la
             real.sum() * found.shape[-1]
         )
 
-    found, compared = flatten_dict(jax.jit(jax.grad(loss))(adapters)), 0
+    found = flatten_dict(jax.jit(jax.grad(loss))(adapters))
+    compared = 0
     for path in [path for path in found if path[-1] != "lora_scale"]:
         gradient = found[path]
         stored = names.family_of(model.config).tensors((*path[:-1], "kernel"), gradient.shape)

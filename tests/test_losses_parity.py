@@ -20,7 +20,9 @@ FAMILIES = {
     "gpt2": ("GPT2", {}),
     "llama": ("Llama", {"num_key_value_heads": 2, "attention_bias": True}),
 }
-PROMPT_LENGTH, LENGTH, PAD = 5, 12, 0
+PROMPT_LENGTH = 5
+LENGTH = 12
+PAD = 0
 
 
 def pairs(**fields):
@@ -78,7 +80,8 @@ def load(name, kind, folder, scale=1.0):
 
 def assert_gradients_equal(model, ours, reference):
     """Every parameter of the torch model has our gradient, and no gradient of ours is left out."""
-    family, found = names.family_of(model.config), {}
+    family = names.family_of(model.config)
+    found = {}
     ours = dict(ours)
     if "score" in ours:  # a classifier's head has no bias, and gain and shift are not trained
         score = ours.pop("score")
@@ -114,7 +117,8 @@ def test_reward_model_loss_and_gradients(tmp_path, name):
     import torch
 
     model, params, reference = load(name, "classifier", tmp_path)
-    batch, config = pairs(margin=jnp.array([0.0, 0.5, 1.5])), reward_model.Config(centering=0.05)
+    batch = pairs(margin=jnp.array([0.0, 0.5, 1.5]))
+    config = reward_model.Config(centering=0.05)
     chosen, rejected = torch_outputs(reference, batch).reshape(3, 2).T
     expected = -torch.nn.functional.logsigmoid(
         chosen - rejected - torch.tensor(np.asarray(batch.margin))
@@ -163,7 +167,8 @@ def relatives(torch, mean, total):
     log_sigmoid = torch.nn.functional.logsigmoid
     odds = (mean - torch.log1p(-torch.exp(mean))).T
     kl = torch.tensor(0.3, dtype=mean.dtype)
-    liked, other = torch.sigmoid(0.1 * (total[:, 0] - kl)), torch.sigmoid(0.1 * (kl - total[:, 1]))
+    liked = torch.sigmoid(0.1 * (total[:, 0] - kl))
+    other = torch.sigmoid(0.1 * (kl - total[:, 1]))
     return {
         "simpo": -log_sigmoid(2.0 * (mean[:, 0] - mean[:, 1]) - 1.0).mean(),
         "orpo": (-mean[:, 0] - 0.1 * log_sigmoid(odds[0] - odds[1])).mean(),
@@ -177,7 +182,8 @@ def test_relatives_of_dpo_and_their_gradients(tmp_path, kind):
 
     model, params, policy = load("llama", "causal_lm", tmp_path)
     policy_fn = jax.jit(models.policy_fn(model, prompt_length=PROMPT_LENGTH))
-    batch, lengths = pairs(), torch.tensor([[7, 4], [1, 6], [3, 3]])
+    batch = pairs()
+    lengths = torch.tensor([[7, 4], [1, 6], [3, 3]])
     summed = torch_log_probs(policy, batch)
     expected = relatives(torch, summed / lengths, summed + 20.0)[kind]
     if kind == "kto":

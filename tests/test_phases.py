@@ -16,7 +16,8 @@ from rlhf_jax.training import phases, rl
 from rlhf_jax.training.phases import num_equal, scored
 from rlhf_jax.types import Rollout
 
-PROMPT_LENGTH, ROWS = 4, 8
+PROMPT_LENGTH = 4
+ROWS = 8
 SAMPLING = sampling.SamplingConfig(max_new_tokens=6, eos_id=1, pad_id=0)
 MODEL = models.build(
     models.GPT2Config(vocab_size=12, max_length=16, hidden_size=16, num_layers=1, num_heads=2)
@@ -124,7 +125,8 @@ def test_the_greedy_response_is_the_baseline():
         loop.train.params, prompts().tokens, prompts().attention_mask, jax.random.key(6)
     )
     said = np.where(greedy.response_mask, greedy.tokens, 0)
-    counts, ended = np.sum(said == 5, axis=1), np.any(said == 1, axis=1)
+    counts = np.sum(said == 5, axis=1)
+    ended = np.any(said == 1, axis=1)
     assert len(set(counts)) > 1
     np.testing.assert_allclose(rollout.greedy_rewards, counts - 0.5 * ~ended)
     assert metrics["objective/greedy_score"] == pytest.approx(counts.mean())
@@ -133,7 +135,8 @@ def test_the_greedy_response_is_the_baseline():
 
 def test_a_row_without_a_greedy_score_is_absent():
     scores = jnp.array([1.0, 2.0])
-    rollout, greedy = made_rollout(scores=scores), made_rollout(scores=scores + 5)
+    rollout = made_rollout(scores=scores)
+    greedy = made_rollout(scores=scores + 5)
     greedy = greedy.replace(response_mask=greedy.response_mask.at[0].set(0))
     rule = phases.missing_eos(SAMPLING.eos_id, penalty=None, score=-1.0)
     joined = phases.with_greedy(rollout, greedy, shape=rule)

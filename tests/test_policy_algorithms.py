@@ -57,10 +57,8 @@ def test_explained_variance():
     """gamma = lambda = 0: the return is the reward, so values equal to it explain everything, and
     twice it nothing.
     """
-    greedy, batch = (
-        jax.jit(updater(ppo, num_epochs=1, gamma=0.0, gae_lambda=0.0)),
-        rollout(0, [3, 4]),
-    )
+    greedy = jax.jit(updater(ppo, num_epochs=1, gamma=0.0, gae_lambda=0.0))
+    batch = rollout(0, [3, 4])
     constant = jnp.where(batch.response_mask != 0, 0.1, jnp.nan)
     _, metrics = greedy(
         start(), batch.replace(rewards=constant), KEY

@@ -145,17 +145,16 @@ def test_microbatches_of_rollouts_are_as_wide_as_their_longest_response(rollout,
     def step(state, batch, parts):
         return gradient_step(cubes, state, SGD, batch=batch, num_microbatches=parts)
 
-    (expected, metrics), (found, own) = step(state, rollout, 1), step(state, rollout, parts)
+    expected, metrics = step(state, rollout, 1)
+    found, own = step(state, rollout, parts)
     assert own["columns"] == columns
     assert_close(found, expected)
     np.testing.assert_allclose(own["loss"], metrics["loss"], rtol=1e-5)
 
 
 def test_rows_of_like_length_stay_on_their_device():
-    state, rows = (
-        TrainState.create({"w": jnp.array(0.5)}, SGD),
-        sharding.rows(sharding.make_mesh(4)),
-    )
+    state = TrainState.create({"w": jnp.array(0.5)}, SGD)
+    rows = sharding.rows(sharding.make_mesh(4))
 
     def update(state, batch, key, **options):
         state, metrics = gradient_step(
@@ -184,14 +183,17 @@ def test_a_language_model_learns_the_same_from_rows_of_like_length(family, mesh,
         else models.LlamaConfig(**sizes, intermediate_size=8)
     )
     model = models.build(dataclasses.replace(config, initializer_range=0.5))
-    params, rng = model.init(jax.random.key(0)), np.random.default_rng(0)
-    column, lengths = np.arange(19), rng.permutation(16)[:, None] + 1
+    params = model.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    column = np.arange(19)
+    lengths = rng.permutation(16)[:, None] + 1
     response = ((column >= 3) & (column < 3 + lengths)).astype(np.int32)
     both = response + ((column < 3) & (column >= lengths % 3))  # prompts are padded on the left
     log_probs, ref_log_probs, scores = rng.normal(size=(3, 16, 19)).astype(np.float32) - 2.0
     batch = Rollout(rng.integers(1, 7, both.shape), both, response, log_probs, prompt_length=3)
     batch = batch.replace(ref_log_probs=ref_log_probs, scores=scores[:, 0])
-    policy_fn, widths = models.policy_fn(model, prompt_length=3), []
+    policy_fn = models.policy_fn(model, prompt_length=3)
+    widths = []
 
     def seen(params, tokens, *inputs):
         widths.append(tokens.shape[1])
@@ -205,19 +207,19 @@ def test_a_language_model_learns_the_same_from_rows_of_like_length(family, mesh,
         return jax.jit(update)(state, batch, jax.random.key(1))
 
     state = TrainState.create(params, SGD)
-    (expected, metrics), _ = updated(1, state, batch), widths.clear()
+    expected, metrics = updated(1, state, batch)
+    _ = widths.clear()
     monkeypatch.setattr("rlhf_jax.algorithms.step.LONG", 16)
-    options, context = {}, contextlib.nullcontext()
+    options = {}
+    context = contextlib.nullcontext()
     if mesh is not None:
         over = sharding.make_mesh(*mesh)
         context = jax.set_mesh(over)  # as in a run
         state = TrainState.create(
             jax.device_put(params, sharding.by_path(params, models.SHARDING, over)), SGD
         )
-        batch, options = (
-            sharding.shard_rows(over, batch),
-            {"minibatch_sharding": sharding.rows(over)},
-        )
+        batch = sharding.shard_rows(over, batch)
+        options = {"minibatch_sharding": sharding.rows(over)}
     with context:
         found, own = updated(4, state, batch, **options)
     assert set(widths) == {7, 11, 19}
@@ -260,7 +262,9 @@ def test_a_loss_is_made_of_means(loss):
 
 def test_means_by_hand():
     both = Mean(jnp.float32(6.0), jnp.float32(4.0)) + 2.0 * Mean.of(jnp.array([1.0, 2.0]))
-    assert (both.total, both.count, both.value) == (12.0, 6.0, 2.0)
+    assert both.total == 12.0
+    assert both.count == 6.0
+    assert both.value == 2.0
     assert Mean(jnp.float32(0.0), jnp.float32(0.0)).value == 0
     assert (Max(jnp.float32(1.0)) + Max(jnp.float32(3.0))).value == 3.0
 
@@ -269,13 +273,15 @@ def test_keys_of_microbatches_and_devices_differ():
     """Microbatch m on device d draws with fold_in(fold_in(key, m), d); without devices with
     fold_in(key, m).
     """
-    key, state = jax.random.key(1), TrainState.create({"w": jnp.array(1.0)}, SGD)
+    key = jax.random.key(1)
+    state = TrainState.create({"w": jnp.array(1.0)}, SGD)
 
     def drawn(params, part, key):
         return Mean.of(params["w"] * jax.random.uniform(key)), {}
 
     step = partial(gradient_step, drawn, optimizer=SGD, key=key, num_microbatches=2)
-    fold, uniform = jax.random.fold_in, jax.random.uniform
+    fold = jax.random.fold_in
+    uniform = jax.random.uniform
     expected = np.mean([uniform(fold(key, m)) for m in range(2)])
     np.testing.assert_allclose(step(state, batch=jnp.ones(2))[1]["loss"], expected, rtol=1e-6)
     mapped = jax.shard_map(
@@ -305,15 +311,11 @@ def two_terms(state, batch, key=None, num_microbatches=1, axis_name=None):
 def test_terms_with_different_denominators():
     """The gradient is that of the sum of the two whole losses, however the batch is cut."""
     rng = np.random.default_rng(0)
-    x, weight = (
-        rng.normal(size=(16, 3)).astype(np.float32),
-        rng.integers(0, 3, 16).astype(np.float32),
-    )
+    x = rng.normal(size=(16, 3)).astype(np.float32)
+    weight = rng.integers(0, 3, 16).astype(np.float32)
     mask = rng.random((16, 3)) < np.linspace(0.1, 1.0, 16)[:, None]
-    state, batch = (
-        TrainState.create({"w": jnp.float32(0.5)}, SGD),
-        {"x": x, "weight": weight, "mask": mask},
-    )
+    state = TrainState.create({"w": jnp.float32(0.5)}, SGD)
+    batch = {"x": x, "weight": weight, "mask": mask}
     after, metrics = expected = jax.jit(two_terms)(state, batch)
     rows = np.average((0.5 - x[:, 0]) ** 2, weights=weight)
     np.testing.assert_allclose(metrics["rows"], rows, rtol=1e-5)
@@ -344,7 +346,8 @@ def record(state, minibatch, key):
 
 def minibatches(rows, key, num_epochs, num_minibatches, shuffle_blocks=1, **options):
     """Row numbers [epochs * minibatches, rows of a minibatch on this device], keys and metrics."""
-    steps, size = num_epochs * num_minibatches, rows.shape[0] // max(num_minibatches, 1)
+    steps = num_epochs * num_minibatches
+    size = rows.shape[0] // max(num_minibatches, 1)
     params = {"rows": jnp.full((steps, size), -1), "keys": jnp.zeros((steps, 2), jnp.uint32)}
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=())
     options |= {
@@ -386,7 +389,8 @@ def test_every_row_once_an_epoch_in_a_fresh_order():
 
 def test_minibatches_stay_sharded():
     """Shuffled over the whole batch, XLA would replicate them on all four devices."""
-    mesh, seen = sharding.make_mesh(4), []
+    mesh = sharding.make_mesh(4)
+    seen = []
 
     def step(state, minibatch, key):
         jax.debug.inspect_array_sharding(minibatch, callback=seen.append)
@@ -438,7 +442,8 @@ def test_devices_hold_whole_blocks():
 
 def reductions(hlo):
     """The all-reduces of a compiled program, and those of them that stand in a loop's body."""
-    bodies, name = {}, ""
+    bodies = {}
+    name = ""
     for line in hlo.splitlines():
         name = (
             line.split()[line.startswith("ENTRY")]
@@ -458,7 +463,8 @@ def reductions(hlo):
     ("num_rows", "in_loop"), [(16, False), (8, True)]
 )  # 8: two microbatches of less than a row a device
 def test_gradients_are_summed_over_devices_once_a_step(num_rows, in_loop):
-    mesh, state = sharding.make_mesh(4), TrainState.create({"w": jnp.ones(3)}, SGD)
+    mesh = sharding.make_mesh(4)
+    state = TrainState.create({"w": jnp.ones(3)}, SGD)
     batch = {"x": jnp.sin(jnp.arange(3.0 * num_rows)).reshape(num_rows, 3)}
 
     def loss_fn(params, part):

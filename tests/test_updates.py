@@ -40,7 +40,8 @@ def jitted(name, **changes):
 @jax.jit
 def shuffled(key, epochs):
     """Rows of each minibatch [epochs, minibatches, rows], as ``minibatch_epochs`` documents them."""
-    num_blocks, num_minibatches = MINIBATCHES["shuffle_blocks"], MINIBATCHES["num_minibatches"]
+    num_blocks = MINIBATCHES["shuffle_blocks"]
+    num_minibatches = MINIBATCHES["num_minibatches"]
     blocks = jnp.arange(len(LENGTHS)).reshape(num_blocks, -1)
 
     def epoch(number):
@@ -61,7 +62,8 @@ def by_hand(case, params, batch, key):
     loss_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     if hasattr(case.module, "prepare"):
         batch = jax.jit(partial(case.module.prepare, config=case.config))(batch)
-    batch, steps = jax.tree.map(np.asarray, batch), []
+    batch = jax.tree.map(np.asarray, batch)
+    steps = []
     for rows in np.concatenate(shuffled(key, jnp.arange(case.num_epochs))):
         (value, metrics), gradient = loss_and_gradient(
             params, jax.tree.map(lambda x, rows=rows: x[rows], batch), key
@@ -84,7 +86,8 @@ def by_hand(case, params, batch, key):
     ],
 )
 def test_steps_by_hand_and_over_devices(name, check_vma):
-    case, constraint = CASES[name], sharding.rows(sharding.make_mesh(4))
+    case = CASES[name]
+    constraint = sharding.rows(sharding.make_mesh(4))
     one, *others = every_way(
         case.steps, case.start, case.batch(), KEY, check_vma, minibatch_sharding=constraint
     )
@@ -100,7 +103,8 @@ def test_steps_by_hand_and_over_devices(name, check_vma):
 
 @each
 def test_microbatches_change_nothing(name):
-    state, batch = CASES[name].start, CASES[name].batch()
+    state = CASES[name].start
+    batch = CASES[name].batch()
     after, metrics = jitted(name)(state, batch, KEY)
     assert metrics["grad_norm"] > 0.01
     assert after.step == CASES[name].config.num_epochs if name in POLICY else 1
@@ -143,7 +147,8 @@ def test_a_sweep_under_vmap_equals_separate_runs(name, values):
     none has no effect.
     """
     case = CASES[name]
-    state, batch = case.start, case.batch()
+    state = case.start
+    batch = case.batch()
     swept = jax.jit(
         jax.vmap(
             lambda fields: case.update(dataclasses.replace(case.config, **fields))(
@@ -194,7 +199,8 @@ def test_what_a_run_is_told_of_an_algorithm():
 
 @each
 def test_a_batch_of_nothing_and_one_that_is_not_finite_keep_the_state(name):
-    start, batch = CASES[name].start, CASES[name].batch()
+    start = CASES[name].start
+    batch = CASES[name].batch()
     after, metrics = jitted(name)(start, batch.replace(response_mask=0 * batch.response_mask), KEY)
     assert_identical(after.replace(step=start.step), start)
     assert not any(np.asarray(x).any() for x in metrics.values())
@@ -224,7 +230,8 @@ def test_any_mask_that_is_not_zero_counts(name):
 @pytest.mark.parametrize("name", ["sft", "regression"])
 def test_dropout_has_the_key_of_the_microbatch(name):
     """What the model says is scaled by a number of that key; no key, no dropout."""
-    case, ((kind, model),) = CASES[name], CASES[name].model.items()
+    case = CASES[name]
+    ((kind, model),) = CASES[name].model.items()
 
     def noisy(params, tokens, attention_mask, key):
         factor = 1.0 if key is None else jax.random.uniform(key)

@@ -16,12 +16,13 @@ from jax.tree_util import Partial
 from rlhf_jax import ops, rollout
 from rlhf_jax.types import PolicyOutput, Rollout
 
-EOS, PAD, STEPS = (
-    0,
-    4,
-    4,
-)  # PAD lies outside the vocabulary: its log-prob is NaN, and whoever reads it shows it
-NUM_OPEN, NUM_PREFIXES = 85, 341  # prefixes of fewer than four tokens, and of up to four
+# PAD lies outside the vocabulary: its log-prob is NaN, and whoever reads it shows it
+EOS = 0
+PAD = 4
+STEPS = 4
+# prefixes of fewer than four tokens, and of up to four
+NUM_OPEN = 85
+NUM_PREFIXES = 341
 
 
 def prefixes(tokens):
@@ -201,8 +202,11 @@ def fixed_point(advantage, coef, estimator, weight):
 
 def _backwards(weighted_advantage, weight, coef, estimator):
     ref = np.exp(REF_LOGITS) / np.exp(REF_LOGITS).sum(axis=1, keepdims=True)
-    q, w, policy = np.zeros(NUM_PREFIXES), np.zeros(NUM_PREFIXES), np.full((NUM_OPEN, 4), 0.25)
-    q[ENDS], w[ENDS] = weighted_advantage, weight
+    q = np.zeros(NUM_PREFIXES)
+    w = np.zeros(NUM_PREFIXES)
+    policy = np.full((NUM_OPEN, 4), 0.25)
+    q[ENDS] = weighted_advantage
+    w[ENDS] = weight
     for numbers in reversed(OPEN_BY_LENGTH):
         children = 4 * numbers[:, None] + 1 + np.arange(4)
         policy[numbers] = _conditional(ref[numbers], q[children], coef * w[children], estimator)
@@ -230,6 +234,7 @@ def _conditional(ref, q, scale, estimator):
     for _ in range(60):
         middle = 0.5 * (low + high)
         above = shares(middle).sum(axis=1, keepdims=True) > 1
-        low, high = np.where(above, middle, low), np.where(above, high, middle)
+        low = np.where(above, middle, low)
+        high = np.where(above, high, middle)
     found = shares(high)
     return found / found.sum(axis=1, keepdims=True)

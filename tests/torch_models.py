@@ -77,7 +77,8 @@ def torch_model(name, kind="causal_lm", **changes):
     import transformers
 
     torch.manual_seed(0)
-    family, causal = name.split()[0], "LMHeadModel" if name.startswith("GPT2") else "ForCausalLM"
+    family = name.split()[0]
+    causal = "LMHeadModel" if name.startswith("GPT2") else "ForCausalLM"
     text = "Text" if family == "Gemma3" else ""
     kind = {"causal_lm": causal, "classifier": f"{text}ForSequenceClassification", "body": "Model"}[
         kind
