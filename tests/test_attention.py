@@ -89,11 +89,14 @@ def test_what_cudnn_is_asked_for_gives_the_same_values_and_gradients(name, monke
     original = jax.nn.dot_product_attention
 
     def on_cpu(query, key, value, *, implementation, **settings):
-        assert (implementation, query.shape, key.shape) == ("cudnn", (2, 8, 4, 4), (2, 8, 2, 4))
+        assert implementation == "cudnn"
+        assert query.shape == (2, 8, 4, 4)
+        assert key.shape == (2, 8, 2, 4)
         return original(query, key, value, **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
-    mask, window = rows(MASKS[name][0]), MASKS[name][1]
+    mask = rows(MASKS[name][0])
+    window = MASKS[name][1]
     compute = functools.partial(fused.attention, name="cudnn", window=window)
 
     @jax.jit
@@ -111,7 +114,8 @@ def test_splash_gives_the_same_values_and_gradients(name, monkeypatch):
     monkeypatch.setattr(
         splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True)
     )
-    mask, window = rows(np.repeat(MASKS[name][0], 20)), MASKS[name][1] and 20 * MASKS[name][1]
+    mask = rows(np.repeat(MASKS[name][0], 20))
+    window = MASKS[name][1] and 20 * MASKS[name][1]
     compute = functools.partial(fused.attention, name="splash", window=window)
     found = gradients(lambda *arrays: compute(*arrays, mask), mask, 140)
     seen = attention.seen_in_text(mask, window)
@@ -123,10 +127,8 @@ def test_attention_from_its_definition():
     query, key, value = inputs()
     scores = np.where(np.tri(7, dtype=bool), np.einsum("bhgtd,bhsd->bhgts", query, key), -np.inf)
     weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
-    expected, seen = (
-        np.einsum("bhgts,bhsd->bhgtd", weights, value),
-        attention.seen_in_text(np.ones((2, 7), np.int32)),
-    )
+    expected = np.einsum("bhgts,bhsd->bhgtd", weights, value)
+    seen = attention.seen_in_text(np.ones((2, 7), np.int32))
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):
         mixed = attention.attention(*(jnp.asarray(x, dtype) for x in (query, key, value)), seen)
         np.testing.assert_allclose(mixed.astype(np.float32), expected, atol=tolerance)
@@ -136,7 +138,8 @@ def test_blocks_drop_as_many_weights():
     """Values of ones: the mean of what arrives is 1 whatever is dropped, and each block draws for
     itself.
     """
-    (query, key, _), draws = inputs(64), jax.random.key(0)
+    (query, key, _) = inputs(64)
+    draws = jax.random.key(0)
     seen = attention.seen_in_text(jnp.ones((2, 64), int))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK_SCORES", 64 * 16)
@@ -213,7 +216,8 @@ def test_a_model_computes_the_same_in_blocks(scan_layers, monkeypatch):
         models.build(dataclasses.replace(config, attention=name)) for name in ("xla", "blockwise")
     )
     params = plain.init(jax.random.key(0))
-    tokens, mask = np.arange(20).reshape(2, 10), np.array([[0, 0, *[1] * 8], [1] * 4 + [2] * 6])
+    tokens = np.arange(20).reshape(2, 10)
+    mask = np.array([[0, 0, *[1] * 8], [1] * 4 + [2] * 6])
     columns = jnp.array([[9, 3], [5, 0]])
     ours, theirs = (
         jax.jit(model.hidden)(params, tokens, mask, None, columns) for model in (blocks, plain)
@@ -247,7 +251,8 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
     """The table in docs/notes/performance.md: each doubling at most 2.3 times, where the plain form grows
     by 3 to 4.
     """
-    lengths, sizes = (256, 512, 1024, 2048), {"batch": 8, "hidden_size": 128, "num_layers": 4}
+    lengths = (256, 512, 1024, 2048)
+    sizes = {"batch": 8, "hidden_size": 128, "num_layers": 4}
     auto = [temporary_bytes(length, **sizes) for length in lengths]
     print(dict(zip(lengths, (f"{size / 2**20:.0f} MiB" for size in auto), strict=True)))
     assert max(later / former for former, later in itertools.pairwise(auto)) < 2.3
@@ -321,7 +326,8 @@ def test_the_first_half_of_the_queries_leaves_out_later_keys(first):
         return program(*arrays), max(array_sizes(jax.make_jaxpr(program)(*arrays).jaxpr))
 
     arrays = (query[:, :, :, first:], key, value)
-    (got, fewer), (want, all_scores) = compute(first), compute(None)
+    (got, fewer) = compute(first)
+    (want, all_scores) = compute(None)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert fewer < 0.6 * all_scores
