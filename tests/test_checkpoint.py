@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import flax.struct
 import jax
@@ -324,6 +325,16 @@ def test_the_last_thing_that_is_said_is_why_a_save_failed(tmp_path):
     assert re.match(
         r"error: the checkpoint of step 0 could not be written .*\(File too large\)", message
     )
+
+
+def test_only_what_comes_after_a_failed_save_is_passed_over(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda given: seen.append(str(given.exc_value)))
+    checkpoint._ignore_closed_loops.cache_clear()
+    Checkpoints(tmp_path).__exit__(None, None, None)
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+    assert seen == ["another"]
 
 
 def test_weights_that_a_full_disk_does_not_take_are_an_error_of_the_system(tmp_path, small_files):

@@ -243,6 +243,16 @@ def test_a_pipe_is_no_file(tmp_path):
         reading.read_rows(tmp_path / "metrics.jsonl")
 
 
+@pytest.mark.parametrize("name", ["metrics", "timing", "samples", "alerts"])
+def test_rows_of_another_kind_are_named_by_line_and_key(name, tmp_path):
+    row = {"step": 1, "score": [], "message": 2}
+    (tmp_path / f"{name}.jsonl").write_text('{"step": 0}\n' + json.dumps(row) + "\n")
+    with pytest.raises(
+        UserError, match=rf"{name}\.jsonl, line 2: (score|message) is .*, expected a"
+    ):
+        reading.read_rows(tmp_path / f"{name}.jsonl")
+
+
 GIT = {"git": ({"commit": str}, None), "starts": [{str: int}], "rate": reading.NUMBER}
 
 

@@ -2,6 +2,7 @@
 them.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -147,6 +148,19 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="not-there"):
         write_atomically(tmp_path / "not-there" / "file", "text")
     assert list(tmp_path.iterdir()) == [model]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_atomically(tmp_path / "report.html", "page")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        write_atomically(tmp_path / "report.html", "another page")
+    assert caught.value.filename == str(tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == [tmp_path / "report.html"]
+    assert (tmp_path / "report.html").read_text() == "page"
 
 
 def test_what_a_killed_process_left_unfinished_goes_when_the_folder_is_taken(tmp_path):
