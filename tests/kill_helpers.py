@@ -57,7 +57,10 @@ def state_of(step: int) -> dict[str, np.ndarray]:
 
 def meta_of(step: int) -> dict[str, Any]:
     """Every fifth step is better than all before it."""
-    return {"step": step, "metrics": {"score": step if step % 5 == 0 else -1}}
+    return {
+        "step": step,
+        "metrics": {"score": step if step % 5 == 0 else -1},
+    }
 
 
 def verify(checkpoints: Checkpoints) -> None:
@@ -177,11 +180,23 @@ def check_listed(folder: Path, shared: memoryview, options: dict[str, Any]) -> s
     phase = shared[PHASE]
     step = shared[STEP]
     present = checkpoint.steps(folder)
-    newest = {WRITING: [step - 1], RETENTION: [step]}.get(phase, range(shared[COMPLETE], step + 2))
+    newest = {
+        WRITING: [step - 1],
+        RETENTION: [step],
+    }.get(
+        phase,
+        range(shared[COMPLETE], step + 2),
+    )
     context = (PHASES[phase], step, shared[COMPLETE], present)
     assert present[-1] in newest, context
     best = {present[-1] // 5 * 5} if "keep_best" in options else set()
-    kept = {*range(max(present[-1] - KEEP_LAST + 1, 0), present[-1] + 1), *best}
+    kept = {
+        *range(
+            max(present[-1] - KEEP_LAST + 1, 0),
+            present[-1] + 1,
+        ),
+        *best,
+    }
     assert kept <= set(present), context
     # One more before retention, or two where the best has just been beaten.
     assert len(present) <= len(kept) + 2, context
@@ -224,4 +239,7 @@ def main(folder: Path, seed: int, sweeps: int, random_kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute(), *map(int, sys.argv[2:]))
+    main(
+        Path(sys.argv[1]).absolute(),
+        *map(int, sys.argv[2:]),
+    )

@@ -25,7 +25,11 @@ def whiten(x, mask, shift_mean=True, eps=1e-8):
     mean = sum(said) / max(len(said), 1)
     var = sum((v - mean) ** 2 for v in said) / max(len(said), 1)
     white = (np.where(mask, x, 0.0) - mean) / math.sqrt(var + eps)
-    return np.where(mask, white if shift_mean else white + mean, 0.0)
+    return np.where(
+        mask,
+        white if shift_mean else white + mean,
+        0.0,
+    )
 
 
 def ratio(d):
@@ -53,12 +57,18 @@ def aggregate(per_token, mask, how, length=None):
 
 def clipped_surrogate(log_ratio, advantage, low, high, dual_clip=None):
     r = ratio(log_ratio)
-    loss = max(-advantage * r, -advantage * min(max(r, 1 - low), 1 + high))
+    loss = max(
+        -advantage * r,
+        -advantage * min(max(r, 1 - low), 1 + high),
+    )
     return min(loss, -dual_clip * advantage) if dual_clip is not None and advantage < 0 else loss
 
 
 def clipped_value(value, old, target, clip):
-    clipped = min(max(value, old - clip), old + clip)
+    clipped = min(
+        max(value, old - clip),
+        old + clip,
+    )
     return 0.5 * max((value - target) ** 2, (clipped - target) ** 2)
 
 
@@ -105,7 +115,11 @@ def gae(rewards, values, mask, gamma, lam):
             delta = float(rewards[i, t]) + gamma * after[1] - float(values[i, t])
             advantages[i, t] = delta + gamma * lam * after[0]
             after = advantages[i, t], float(values[i, t])
-    return advantages, np.where(mask, advantages + np.where(mask, values, 0.0), 0.0)
+    return advantages, np.where(
+        mask,
+        advantages + np.where(mask, values, 0.0),
+        0.0,
+    )
 
 
 def leave_one_out(scores, mask):
@@ -155,7 +169,11 @@ def policy(params, tokens):
 
 def sft(params, batch, config):
     mask = batch.response_mask != 0
-    value = aggregate(-policy(params, batch.tokens)[0], mask, config.aggregate)
+    value = aggregate(
+        -policy(params, batch.tokens)[0],
+        mask,
+        config.aggregate,
+    )
     return value, {"sft/loss": value}
 
 
@@ -169,7 +187,12 @@ def _weighted_mean(numbers, weights):
 
 def reward_model(params, batch, config):
     scores = np.sum(
-        np.where(batch.attention_mask != 0, params["scores"][batch.tokens], 0.0), axis=2
+        np.where(
+            batch.attention_mask != 0,
+            params["scores"][batch.tokens],
+            0.0,
+        ),
+        axis=2,
     )
     value = []
     accuracy = []
@@ -182,7 +205,12 @@ def reward_model(params, batch, config):
         if batch.targets is not None:
             value += [
                 (s - y) ** 2
-                for s, y, here in zip(row, batch.targets[i], present, strict=True)
+                for s, y, here in zip(
+                    row,
+                    batch.targets[i],
+                    present,
+                    strict=True,
+                )
                 if here
             ]
             weights += [weight] * sum(present)
@@ -234,9 +262,23 @@ def dpo_loss(params, batch, config):
         rejected.append(ratios[1 - best])
         delta = chosen[-1] - rejected[-1]
         if config.kind == "orpo":
-            value.append(orpo(chosen[-1], rejected[-1], config.beta))
+            value.append(
+                orpo(
+                    chosen[-1],
+                    rejected[-1],
+                    config.beta,
+                )
+            )
         else:
-            value.append(dpo(delta, config.beta, config.kind, config.label_smoothing, config.gamma))
+            value.append(
+                dpo(
+                    delta,
+                    config.beta,
+                    config.kind,
+                    config.label_smoothing,
+                    config.gamma,
+                )
+            )
         margins.append(config.beta * delta)
         accuracy.append(0.5 * (1 + np.sign(delta)))
         weights.append(1.0 if batch.weight is None else batch.weight[i])
@@ -282,7 +324,12 @@ def vpg(params, batch, config):
     log_probs, entropy, _ = policy(params, batch.tokens)
     advantages = batch.advantages[:, None] if batch.advantages.ndim == 1 else batch.advantages
     weights, metrics = _importance(batch)
-    value = aggregate(-weights * advantages * log_probs, mask, config.aggregate, config.length)
+    value = aggregate(
+        -weights * advantages * log_probs,
+        mask,
+        config.aggregate,
+        config.length,
+    )
     bonus = aggregate(entropy, mask, config.aggregate, config.length)
     metrics |= {"policy/loss": value, "objective/entropy": aggregate(entropy, mask, "sum")}
     return value - config.entropy_coef * bonus, metrics
@@ -310,9 +357,18 @@ def _clipped(params, stopped, batch, advantages, config):
             row = at[0]
             here = mask[at[0]]
             d, still = ((x[row] - batch.log_probs[row])[here].mean() for x in (log_probs, frozen))
-        surrogate[at] = clipped_surrogate(d, a, config.clip_low, config.clip_high, config.dual_clip)
+        surrogate[at] = clipped_surrogate(
+            d,
+            a,
+            config.clip_low,
+            config.clip_high,
+            config.dual_clip,
+        )
         ratios[at] = ratio(still)
-        held = min(max(ratios[at], 1 - config.clip_low), 1 + config.clip_high)
+        held = min(
+            max(ratios[at], 1 - config.clip_low),
+            1 + config.clip_high,
+        )
         kl_term[at] = min(ratios[at], 10.0) * kl(
             log_probs[at] - batch.ref_log_probs[at], config.kl_loss_estimator
         )
@@ -342,7 +398,13 @@ def ppo(params, stopped, batch, config):
     rewards = (
         whiten(batch.rewards, mask, shift_mean=False) if config.whiten_rewards else batch.rewards
     )
-    advantages, returns = gae(rewards, batch.values, mask, config.gamma, config.gae_lambda)
+    advantages, returns = gae(
+        rewards,
+        batch.values,
+        mask,
+        config.gamma,
+        config.gae_lambda,
+    )
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     value, metrics = _clipped(params, stopped, batch, advantages, config)
@@ -350,7 +412,12 @@ def ppo(params, stopped, batch, config):
     errors = np.zeros(mask.shape)
     for at in zip(*np.nonzero(mask), strict=True):
         clip = math.inf if config.value_clip is None else config.value_clip
-        errors[at] = clipped_value(values[at], batch.values[at], returns[at], clip)
+        errors[at] = clipped_value(
+            values[at],
+            batch.values[at],
+            returns[at],
+            clip,
+        )
     metrics["value/loss"] = aggregate(errors, mask, config.aggregate, config.length)
     return value + config.value_coef * metrics["value/loss"], metrics
 
@@ -366,7 +433,11 @@ def _group_loss(params, stopped, batch, config, estimate, whitened=False):
     advantages = estimate(
         *(x.reshape(-1, config.group_size) for x in (scores, mask.any(axis=1)))
     ).ravel()
-    advantages = np.where(mask, advantages[:, None], 0.0)
+    advantages = np.where(
+        mask,
+        advantages[:, None],
+        0.0,
+    )
     return _clipped(
         params, stopped, batch, whiten(advantages, mask) if whitened else advantages, config
     )
@@ -375,8 +446,20 @@ def _group_loss(params, stopped, batch, config, estimate, whitened=False):
 def rloo(params, stopped, batch, config):
     if config.baseline == "global":
         mask = batch.response_mask != 0
-        to_go, _ = gae(batch.rewards, np.zeros(mask.shape), mask, 1.0, 1.0)
-        return _clipped(params, stopped, batch, whiten(to_go, mask), config)
+        to_go, _ = gae(
+            batch.rewards,
+            np.zeros(mask.shape),
+            mask,
+            1.0,
+            1.0,
+        )
+        return _clipped(
+            params,
+            stopped,
+            batch,
+            whiten(to_go, mask),
+            config,
+        )
     if config.baseline == "group":
         return _group_loss(params, stopped, batch, config, leave_one_out)
 
@@ -408,4 +491,8 @@ def batches(draw, shapes=tuple(SHAPES), arrays=1, scales=(1.0,)):
 
 
 def poisoned(x, mask, poison):
-    return np.where(mask, x, np.float32(poison))
+    return np.where(
+        mask,
+        x,
+        np.float32(poison),
+    )

@@ -35,7 +35,13 @@ def test_each_row_may_have_a_lambda_of_its_own(shape):
     mask = jnp.ones((2, 3))
     got, _ = gae(rewards, values, mask, 1.0, jnp.array([0.25, 0.75]).reshape(shape))
     for row, lam in enumerate((0.25, 0.75)):
-        alone, _ = gae(rewards[row:][:1], values[:1], mask[:1], 1.0, lam)
+        alone, _ = gae(
+            rewards[row:][:1],
+            values[:1],
+            mask[:1],
+            1.0,
+            lam,
+        )
         np.testing.assert_array_equal(got[row], alone[0])
     with pytest.raises(AssertionError, match="shape"):
         gae(rewards, values, mask, 1.0, jnp.ones((1, 2)))
@@ -55,14 +61,22 @@ def test_what_is_absent_counts_nowhere():
     np.testing.assert_allclose(got, [[0, 1.5, 0, 0, 4]])
     scores = jnp.array([[1, 2, 6, jnp.nan], [5, jnp.nan, 3, 1]])
     present = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]])
-    np.testing.assert_allclose(leave_one_out(scores, mask=present), [[-3, -1.5, 4.5, 0], [0] * 4])
+    np.testing.assert_allclose(
+        leave_one_out(scores, mask=present),
+        [[-3, -1.5, 4.5, 0], [0] * 4],
+    )
     normalized = group_normalized(
         scores, mask=present, eps=0.0
     )  # of 1, 2 and 6: mean 3, variance 14 / 2
     np.testing.assert_allclose(
         normalized, [[-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5, 0], [0] * 4], rtol=1e-6
     )
-    baseline, advantage = ema_baseline(2.0, jnp.array([4, jnp.nan, 8]), 0.9, jnp.array([1, 0, 1]))
+    baseline, advantage = ema_baseline(
+        2.0,
+        jnp.array([4, jnp.nan, 8]),
+        0.9,
+        jnp.array([1, 0, 1]),
+    )
     np.testing.assert_allclose(
         [baseline, *advantage], [2.4, 1.6, 0, 5.6], rtol=1e-6
     )  # .9 * 2 + .1 * 6

@@ -125,12 +125,19 @@ def test_splash_gives_the_same_values_and_gradients(name, monkeypatch):
 def test_attention_from_its_definition():
     """Softmax of the scores of what is seen, in both dtypes of a model."""
     query, key, value = inputs()
-    scores = np.where(np.tri(7, dtype=bool), np.einsum("bhgtd,bhsd->bhgts", query, key), -np.inf)
+    scores = np.where(
+        np.tri(7, dtype=bool),
+        np.einsum("bhgtd,bhsd->bhgts", query, key),
+        -np.inf,
+    )
     weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     expected = np.einsum("bhgts,bhsd->bhgtd", weights, value)
     seen = attention.seen_in_text(np.ones((2, 7), np.int32))
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):
-        mixed = attention.attention(*(jnp.asarray(x, dtype) for x in (query, key, value)), seen)
+        mixed = attention.attention(
+            *(jnp.asarray(x, dtype) for x in (query, key, value)),
+            seen,
+        )
         np.testing.assert_allclose(mixed.astype(np.float32), expected, atol=tolerance)
 
 
@@ -149,7 +156,10 @@ def test_blocks_drop_as_many_weights():
         mixed = np.asarray(drop(key))[..., 0]
     assert abs(np.mean(mixed) - 1) < 0.05
     assert np.std(mixed[..., 16:]) > 0.1
-    assert not np.array_equal(mixed[..., 32:48].round(1), mixed[..., 48:].round(1))
+    assert not np.array_equal(
+        mixed[..., 32:48].round(1),
+        mixed[..., 48:].round(1),
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,7 +227,12 @@ def test_a_model_computes_the_same_in_blocks(scan_layers, monkeypatch):
     )
     params = plain.init(jax.random.key(0))
     tokens = np.arange(20).reshape(2, 10)
-    mask = np.array([[0, 0, *[1] * 8], [1] * 4 + [2] * 6])
+    mask = np.array(
+        [
+            [0, 0, *[1] * 8],
+            [1] * 4 + [2] * 6,
+        ]
+    )
     columns = jnp.array([[9, 3], [5, 0]])
     ours, theirs = (
         jax.jit(model.hidden)(params, tokens, mask, None, columns) for model in (blocks, plain)
@@ -254,7 +269,15 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
     lengths = (256, 512, 1024, 2048)
     sizes = {"batch": 8, "hidden_size": 128, "num_layers": 4}
     auto = [temporary_bytes(length, **sizes) for length in lengths]
-    print(dict(zip(lengths, (f"{size / 2**20:.0f} MiB" for size in auto), strict=True)))
+    print(
+        dict(
+            zip(
+                lengths,
+                (f"{size / 2**20:.0f} MiB" for size in auto),
+                strict=True,
+            )
+        )
+    )
     assert max(later / former for former, later in itertools.pairwise(auto)) < 2.3
     assert temporary_bytes(lengths[-1], **sizes, attention="xla") > 2.5 * auto[-1]
 
@@ -346,7 +369,10 @@ def text(rows, heads, length=4, width=4):
     pad.
     """
     draw = np.random.default_rng(0)
-    shapes = [(rows, heads, 2, length, width), *[(rows, heads, length, width)] * 2]
+    shapes = [
+        (rows, heads, 2, length, width),
+        *[(rows, heads, length, width)] * 2,
+    ]
     arrays = [jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes]
     return *arrays, jnp.ones((rows, length), jnp.int32).at[1, 0].set(0)
 

@@ -41,8 +41,14 @@ def prompts(rows=PROMPTS, **settings):
 def test_demonstration_batch_by_hand():
     batch = batches.demonstration_batch(demonstrations(), np.array([0, -1, 1]), bucket_multiple=4)
     equal(batch.tokens, [[2, 3, 4, 5, 1, 0, 0, 0], [0] * 8, [2, 3, 1, 0, 0, 0, 0, 0]])
-    equal(batch.attention_mask, [[1, 1, 1, 1, 1, 0, 0, 0], [0] * 8, [1, 1, 1, 0, 0, 0, 0, 0]])
-    equal(batch.response_mask, [[0, 0, 1, 1, 1, 0, 0, 0], [0] * 8, [0, 1, 1, 0, 0, 0, 0, 0]])
+    equal(
+        batch.attention_mask,
+        [[1, 1, 1, 1, 1, 0, 0, 0], [0] * 8, [1, 1, 1, 0, 0, 0, 0, 0]],
+    )
+    equal(
+        batch.response_mask,
+        [[0, 0, 1, 1, 1, 0, 0, 0], [0] * 8, [0, 1, 1, 0, 0, 0, 0, 0]],
+    )
     assert type(batch.tokens) is np.ndarray
     assert batch.tokens.dtype == np.int32
 
@@ -113,9 +119,15 @@ def test_comparison_batch_by_hand():
     data = comparisons(rows)
     equal(data.lengths, [[4, 5], [7, 7], [3, 3]])
     batch = batches.comparison_batch(data, np.array([0, -1]), bucket_multiple=1)
-    equal(batch.tokens, [[[2, 3, 4, 1, 0], [2, 3, 5, 6, 1]], [[0] * 5, [0] * 5]])
+    equal(
+        batch.tokens,
+        [[[2, 3, 4, 1, 0], [2, 3, 5, 6, 1]], [[0] * 5, [0] * 5]],
+    )
     equal(batch.attention_mask[0], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
-    equal(batch.response_mask, [[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[0] * 5, [0] * 5]])
+    equal(
+        batch.response_mask,
+        [[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], [[0] * 5, [0] * 5]],
+    )
     assert batch.best is None
     assert batch.weight is None
     cut = comparisons(rows, max_length=4, too_long="truncate")
@@ -130,7 +142,10 @@ def test_comparison_batch_by_hand():
         Row("a", texts, "f, line 4", weight=1 / 3)
         for texts in (("b", "c"), ("b", "def"), ("c", "def"))
     ]
-    equal(comparisons([*rows[2:], *ranking]).weight, np.float32([1, 1 / 3, 1 / 3, 1 / 3]))
+    equal(
+        comparisons([*rows[2:], *ranking]).weight,
+        np.float32([1, 1 / 3, 1 / 3, 1 / 3]),
+    )
     assert comparisons([*rows[2:], *ranking], max_length=3, too_long="drop").weight.tolist() == [
         1,
         1,
@@ -250,7 +265,10 @@ def test_plans_depend_on_key_and_epoch_alone():
         np.stack(straight[:5]), batches.Plan(lengths, 8, jax.random.key(8)).epoch(0)
     )
     # A changed shuffle would change every run: pinned.
-    equal(batches.Plan(np.array([1] * 3 + [20] * 4), 2, jax.random.key(0)).epoch(1), PINNED)
+    equal(
+        batches.Plan(np.array([1] * 3 + [20] * 4), 2, jax.random.key(0)).epoch(1),
+        PINNED,
+    )
 
 
 def test_prompt_rows_are_full_and_run_on_into_the_next_epoch():

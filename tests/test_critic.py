@@ -65,7 +65,13 @@ def test_only_the_value_model_learns_while_it_warms_up():
         before = state.params
         state, metrics = step(state)
         assert metrics["nonfinite"] == 0
-        policy, value = (moved(before[part], state.params[part]) for part in ("policy", "value"))
+        policy, value = (
+            moved(
+                before[part],
+                state.params[part],
+            )
+            for part in ("policy", "value")
+        )
         rates.append((round(policy, 6), round(value, 2)))
     # Adam's first step is the learning rate; the value model's is ten times the policy's.
     assert [policy for policy, _ in rates[:3]] == [0.0, 0.0, 0.01]
@@ -94,7 +100,10 @@ def test_values_reach_their_optimum_before_the_policy_moves():
             )
 
         keys = jax.random.split(jax.random.key(2), 300)
-        state, _ = jax.jit(partial(jax.lax.scan, step))(TrainState.create(params, optimizer), keys)
+        state, _ = jax.jit(partial(jax.lax.scan, step))(
+            TrainState.create(params, optimizer),
+            keys,
+        )
         values = policy_fn(state.params, samples().tokens, samples().attention_mask, None).values[
             :, 2:
         ]
@@ -155,7 +164,10 @@ def test_the_schedule_of_the_policy_begins_after_the_warm_up():
     for _ in range(6):
         updates, state = update(PARAMS, state, PARAMS)
         rates.append([-float(updates[part]["h_0"]["bias"][0]) for part in ("policy", "value")])
-    expected = [[0, 0, 0.4, 0.3, 0.2, 0.1], [0.4 * (1 - step / 6) for step in range(6)]]
+    expected = [
+        [0, 0, 0.4, 0.3, 0.2, 0.1],
+        [0.4 * (1 - step / 6) for step in range(6)],
+    ]
     np.testing.assert_allclose(np.transpose(rates), expected, atol=1e-5)
 
 

@@ -58,7 +58,12 @@ def test_members_trained_at_once_are_members_trained_alone():
     none of the rows.
     """
     of_one, of_all = updates()
-    batch = comparisons(0, 8, 4, absent=[(3, 2), *((4, answer) for answer in range(4))])
+    batch = comparisons(
+        0,
+        8,
+        4,
+        absent=[(3, 2), *((4, answer) for answer in range(4))],
+    )
     batch = batch.replace(best=jnp.arange(8) % 3)
     rng = np.random.default_rng(3)
     counts = rng.poisson(1.0, (3, 8, 3)).astype(np.float32)
@@ -87,8 +92,15 @@ def test_members_trained_at_once_are_members_trained_alone():
 def test_a_member_that_is_not_finite_stays_and_says_so():
     _, of_all = updates()
     batch = comparisons(0, 8, 4)
-    state = ensembles.create([{"scores": jnp.linspace(-1.0, 1.0, 5) * i} for i in range(3)], ADAM)
-    good, _ = of_all(state, batch.replace(weight=jnp.ones((8, 3))), KEY)
+    state = ensembles.create(
+        [{"scores": jnp.linspace(-1.0, 1.0, 5) * i} for i in range(3)],
+        ADAM,
+    )
+    good, _ = of_all(
+        state,
+        batch.replace(weight=jnp.ones((8, 3))),
+        KEY,
+    )
     found, metrics = of_all(
         state, batch.replace(weight=jnp.ones((8, 3)).at[2, 1].set(jnp.inf)), KEY
     )

@@ -54,7 +54,13 @@ def test_choice_among_three_by_hand():
     """The rival is the answer of the next highest score; the judge of lengths has all the others
     against it.
     """
-    scores = np.array([[1.0, 1.0, 1.0], [0.0, 3.0, 2.0], [5.0, 1.0, np.nan]])
+    scores = np.array(
+        [
+            [1.0, 1.0, 1.0],
+            [0.0, 3.0, 2.0],
+            [5.0, 1.0, np.nan],
+        ]
+    )
     best = np.array([2, 1, 1])
     lengths = np.array([[2, 2, 3], [6, 4, 2], [4, 4, 0]])
     np.testing.assert_array_equal(metrics.rival(scores, best, lengths), [0, 2, 0])
@@ -75,7 +81,10 @@ def test_the_order_of_answers_and_absent_ones_count_nowhere():
     padded = (
         np.pad(x, ((0, 0), (0, 1))) for x in (SCORES, LENGTHS)
     )  # an absent third answer counts nowhere
-    assert_close(metrics.preference_report(next(padded), np.zeros(3, int), next(padded)), pairs)
+    assert_close(
+        metrics.preference_report(next(padded), np.zeros(3, int), next(padded)),
+        pairs,
+    )
 
 
 def test_targets_by_hand():
@@ -98,7 +107,11 @@ def test_targets_by_hand():
     weighted = metrics.target_report(scores, targets, lengths, np.array([2.0, 1.0]))
     assert_close(weighted, expected | {"loss": 0.185})
     column = np.array([[0.5], [1.0], [2.0]])  # no pair: no accuracy
-    alone = metrics.target_report(column, column + 1, np.array([[3], [2], [1]]))
+    alone = metrics.target_report(
+        column,
+        column + 1,
+        np.array([[3], [2], [1]]),
+    )
     assert_close(alone, {"loss": 1.0, "length_correlation": -1.0, "target_correlation": 1.0})
 
 
@@ -136,7 +149,12 @@ def test_a_bootstrap_of_a_mean_is_as_wide_as_its_standard_error():
     assert low < values.mean() < high
     assert metrics.bootstrap_mean(values, jax.random.key(0)) == (low, high)
     assert metrics.bootstrap_mean(values, jax.random.key(1)) != (low, high)
-    assert all(map(math.isnan, metrics.bootstrap_mean(values[:1], jax.random.key(0))))
+    assert all(
+        map(
+            math.isnan,
+            metrics.bootstrap_mean(values[:1], jax.random.key(0)),
+        )
+    )
 
 
 def test_a_bootstrap_draws_groups_whole():
@@ -144,8 +162,20 @@ def test_a_bootstrap_draws_groups_whole():
     values = np.random.default_rng(0).normal(size=100)
     groups = np.repeat(np.arange(100), 4)
     once = np.ptp(metrics.bootstrap_mean(values, jax.random.key(0)))
-    grouped = np.ptp(metrics.bootstrap_mean(np.repeat(values, 4), jax.random.key(0), None, groups))
-    apart = np.ptp(metrics.bootstrap_mean(np.repeat(values, 4), jax.random.key(0)))
+    grouped = np.ptp(
+        metrics.bootstrap_mean(
+            np.repeat(values, 4),
+            jax.random.key(0),
+            None,
+            groups,
+        )
+    )
+    apart = np.ptp(
+        metrics.bootstrap_mean(
+            np.repeat(values, 4),
+            jax.random.key(0),
+        )
+    )
     assert grouped == pytest.approx(once)
     assert apart == pytest.approx(once / 2, rel=0.15)
 

@@ -37,7 +37,11 @@ def test_heads_and_weights_cut_over_a_mesh(family):
     """
     model = models.build(TINY[family])
     key = jax.random.key(0)
-    params = models.add_head(key, models.add_head(key, some_params(TINY[family]), "value"), "score")
+    params = models.add_head(
+        key,
+        models.add_head(key, some_params(TINY[family]), "value"),
+        "score",
+    )
     params["value"] = {"kernel": jnp.linspace(-1.0, 1.0, 8), "bias": jnp.float32(0.5)}
     params["score"] |= {"gain": jnp.float32(2.0), "shift": jnp.float32(-1.0)}
     tokens = some_tokens(2, 6)
@@ -64,7 +68,11 @@ def test_heads_and_weights_cut_over_a_mesh(family):
         parts = jax.jit(outputs)(cut)
     for one, other in zip(whole, parts, strict=True):
         real = mask.astype(bool) if one.ndim > 1 else slice(None)
-        np.testing.assert_allclose(np.asarray(one)[real], np.asarray(other)[real], atol=2e-5)
+        np.testing.assert_allclose(
+            np.asarray(one)[real],
+            np.asarray(other)[real],
+            atol=2e-5,
+        )
 
 
 def test_compaction_moves_the_cache_with_its_rows():
@@ -156,7 +164,14 @@ def test_a_family_costs_at_most_80_lines(family):
         source = path.read_text("utf-8")
         code = code_lines(source)
         lines = source.splitlines()
-        own = {number for number in code if re.search(OWN[family], lines[number - 1])}
+        own = {
+            number
+            for number in code
+            if re.search(
+                OWN[family],
+                lines[number - 1],
+            )
+        }
         for node in ast.parse(source).body:
             if re.search(OWN[family], getattr(node, "name", "")):
                 own |= code & set(range(node.lineno, node.end_lineno + 1))

@@ -129,9 +129,16 @@ def test_muon_orthogonalizes_each_matrix_by_itself(kind, rank):
     if rank:
         params = models.lora.init(jax.random.key(1), params, rank)
     params = models.add_head(jax.random.key(2), params, "value") if not rank else params
-    keys = jax.random.split(jax.random.key(3), len(jax.tree.leaves(params)))
+    keys = jax.random.split(
+        jax.random.key(3),
+        len(jax.tree.leaves(params)),
+    )
     keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
-    gradients = jax.tree.map(lambda x, key: jax.random.normal(key, x.shape), params, keys)
+    gradients = jax.tree.map(
+        lambda x, key: jax.random.normal(key, x.shape),
+        params,
+        keys,
+    )
     optimizer = muon(1.0, ns_steps=8, muon_weight_dimension_numbers=muon_dimensions)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     matrices = 0
@@ -141,7 +148,11 @@ def test_muon_orthogonalizes_each_matrix_by_itself(kind, rank):
             assert np.ptp(np.abs(update)) < 1e-3  # Adam's first step
             continue
         # [..., in, out], whatever stands between these in one array
-        single = np.moveaxis(np.asarray(update), 1 if names[0] == "h" else 0, -2)
+        single = np.moveaxis(
+            np.asarray(update),
+            1 if names[0] == "h" else 0,
+            -2,
+        )
         shape = single.shape[-2:]
         for matrix in single.reshape(-1, *shape):
             sizes = np.linalg.svd(matrix, compute_uv=False) / max(1, shape[1] / shape[0]) ** 0.5
@@ -156,7 +167,12 @@ def test_a_run_with_muon_and_a_schedule_goes_on_bit_for_bit(config):
     optimizer = muon(rate, muon_weight_dimension_numbers=muon_dimensions)
     straight = training.rl.run(config, rloo, optimizer=optimizer)
     again = elsewhere(config, "again")
-    stopped = training.rl.run(again, rloo, optimizer=optimizer, on_step=lambda step, *_: step == 2)
+    stopped = training.rl.run(
+        again,
+        rloo,
+        optimizer=optimizer,
+        on_step=lambda step, *_: step == 2,
+    )
     assert metric_rows(stopped.folder) == metric_rows(straight.folder)[:3]
     resumed = training.rl.run(dataclasses.replace(again, resume=True), rloo, optimizer=optimizer)
     assert metric_rows(resumed.folder) == metric_rows(straight.folder)
@@ -195,7 +211,11 @@ class Counts(nn.Module):
     @nn.compact
     def __call__(self, tokens, mask):
         real = (mask != 0)[..., None]
-        embedded = jnp.where(real, nn.Embed(self.size, 6, name="table")(tokens), 0.0)
+        embedded = jnp.where(
+            real,
+            nn.Embed(self.size, 6, name="table")(tokens),
+            0.0,
+        )
         seen = jnp.maximum(jnp.cumsum(real, axis=1), 1)
         states = nn.tanh(nn.Dense(6, name="mix")(embedded + jnp.cumsum(embedded, axis=1) / seen))
         return states if self.as_states else nn.Dense(self.size, name="out")(states)
@@ -283,7 +303,11 @@ def test_a_policy_with_a_cache_learns_what_the_one_without_learns(with_own_polic
     without = training.rl.run(with_own_policy, rloo, policy=counts())
     by_state = training.rl.run(elsewhere(with_own_policy, "state"), rloo, policy=counts_by_state())
     first, second = (own.load(run.model_folder) for run in (without, by_state))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), first, second)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4),
+        first,
+        second,
+    )
 
 
 def test_a_run_with_a_policy_of_ones_own_goes_on_bit_for_bit(with_own_policy):

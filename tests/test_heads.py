@@ -14,7 +14,13 @@ from rlhf_jax import models, ops
 from rlhf_jax.models import heads
 
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 9))
-MASK = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9, [0, 1, 1, 1, 1, 1, 0, 0, 0]])
+MASK = np.array(
+    [
+        [0, 0, 1, 1, 1, 1, 1, 1, 1],
+        [1] * 9,
+        [0, 1, 1, 1, 1, 1, 0, 0, 0],
+    ]
+)
 
 
 def with_value(params, scale=1.0):
@@ -74,7 +80,15 @@ def test_no_array_of_all_logits_is_built():
 
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
-    sizes = list(array_sizes(jax.make_jaxpr(jax.grad(loss))(params, tokens, tokens).jaxpr))
+    sizes = list(
+        array_sizes(
+            jax.make_jaxpr(jax.grad(loss))(
+                params,
+                tokens,
+                tokens,
+            ).jaxpr
+        )
+    )
     assert max(sizes) == 2 * 32 * vocab
 
 
@@ -100,7 +114,11 @@ def test_values_are_the_head_one_column_earlier():
     model, params = tiny()
     out = jax.jit(models.policy_fn(model, prompt_length=4))(with_value(params), TOKENS, MASK, None)
     expected = np.asarray(model.hidden(params, TOKENS, MASK)) @ np.linspace(-1, 1, 8) + 0.5
-    np.testing.assert_allclose(out.values, np.pad(expected[:, 3:-1], ((0, 0), (4, 0))), atol=1e-5)
+    np.testing.assert_allclose(
+        out.values,
+        np.pad(expected[:, 3:-1], ((0, 0), (4, 0))),
+        atol=1e-5,
+    )
     assert jax.eval_shape(models.policy_fn(model), params, TOKENS, MASK, None).values is None
     fresh = models.add_head(jax.random.key(0), params, "value")
     assert np.all(

@@ -49,7 +49,10 @@ LLAMA = models.build(models.LlamaConfig(**SIZES, num_kv_heads=1, intermediate_si
 @functools.cache
 def gpt2_params():
     """Ten times the usual weights: far from uniform, so that every mistake moves the numbers."""
-    return jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, jax.jit(GPT2.init)(KEY))
+    return jax.tree.map(
+        lambda x: x * 10 if x.ndim > 1 else x,
+        jax.jit(GPT2.init)(KEY),
+    )
 
 
 def test_log_probs_off_by_one():
@@ -63,7 +66,11 @@ def test_log_probs_off_by_one():
     policy = jax.jit(models.policy_fn(GPT2, prompt_length=3))
     texts = np.tile(np.random.default_rng(0).integers(0, 13, 7), (13, 1))
     for column in (3, 6):
-        every = np.where(np.arange(7)[None, :] == column, np.arange(13)[:, None], texts)
+        every = np.where(
+            np.arange(7)[None, :] == column,
+            np.arange(13)[:, None],
+            texts,
+        )
         log_probs = np.asarray(policy(gpt2_params(), every, np.ones_like(every), None).log_probs)
         np.testing.assert_allclose(np.exp(log_probs[:, column]).sum(), 1.0, rtol=1e-5)
         assert np.ptp(log_probs[:, column]) > 1
@@ -189,8 +196,20 @@ def test_a_score_cut_to_an_integer():
     """CarperAI/trlx#514: a tensor of rewards was made without a dtype, so that whole numbers gave
     an integer one.
     """
-    said = np.array([[0, 1, 1], [0, 1, 0], [0, 1, 1], [0, 1, 0]])
-    made = Rollout(np.full((4, 3), 2), np.ones((4, 3), np.int32), said, np.zeros((4, 3)))
+    said = np.array(
+        [
+            [0, 1, 1],
+            [0, 1, 0],
+            [0, 1, 1],
+            [0, 1, 0],
+        ]
+    )
+    made = Rollout(
+        np.full((4, 3), 2),
+        np.ones((4, 3), np.int32),
+        said,
+        np.zeros((4, 3)),
+    )
     for given in ([1, 0, 0.75, 0], [1, 0.75, np.int64(2), np.float32(0.5)]):
         scored, _ = rewards.on_host(lambda rollout, columns, given=given: (given, {}), made, {})
         np.testing.assert_array_equal(scored.scores, np.float32(given))
@@ -202,7 +221,11 @@ def test_a_score_cut_to_an_integer():
         advantages = jax.jit(partial(algorithm.prepare, config=algorithm.Config(group_size=4)))(
             integers
         ).advantages
-        np.testing.assert_allclose(advantages, said * np.array(expected)[:, None], atol=1e-6)
+        np.testing.assert_allclose(
+            advantages,
+            said * np.array(expected)[:, None],
+            atol=1e-6,
+        )
     shaped = rewards.missing_eos(made, np.array([1, 2, 3, 4]), eos_id=9, penalty=0.25)
     np.testing.assert_array_equal(shaped, [0.75, 1.75, 2.75, 3.75])
 
@@ -261,15 +284,27 @@ def test_nan_from_fully_padded_rows(model):
     )
     state = TrainState.create(jax.jit(model.init)(KEY), optimizer)
     tokens = np.random.default_rng(0).integers(0, 13, (4, 6))
-    mask = np.where(np.array([1, 0, 1, 0])[:, None], np.array([[1, 1, 1, 1, 1, 0]]), 0)
+    mask = np.where(
+        np.array([1, 0, 1, 0])[:, None],
+        np.array([[1, 1, 1, 1, 1, 0]]),
+        0,
+    )
     said = mask * (np.arange(6) >= 2)
     padded, metrics = update(state, Demonstrations(tokens, mask, said), KEY)
     assert metrics["nonfinite"] == 0
     twice = np.array([0, 0, 2, 2])
-    whole, expected = update(state, Demonstrations(tokens[twice], mask[twice], said[twice]), KEY)
+    whole, expected = update(
+        state,
+        Demonstrations(tokens[twice], mask[twice], said[twice]),
+        KEY,
+    )
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
     assert_close(padded.params, whole.params, atol=1e-5)
-    nothing, metrics = update(state, Demonstrations(tokens, 0 * mask, 0 * said), KEY)
+    nothing, metrics = update(
+        state,
+        Demonstrations(tokens, 0 * mask, 0 * said),
+        KEY,
+    )
     assert metrics["loss"] == 0
     assert metrics["nonfinite"] == 0
     assert_close(nothing.params, state.params, atol=0)
@@ -342,7 +377,12 @@ def test_the_number_of_minibatches_ignored():
     tokens = np.stack([np.arange(8), np.full(8, 8)], axis=1)
     said = np.array([[0, 1]] * 8)
     numbers = said * np.arange(1.0, 9.0)[:, None]
-    batch = Rollout(tokens, np.ones_like(tokens), said, -np.log(9.0) * said)
+    batch = Rollout(
+        tokens,
+        np.ones_like(tokens),
+        said,
+        -np.log(9.0) * said,
+    )
     batch = batch.replace(rewards=numbers, values=0 * numbers)
     optimizer = optax.sgd(0.1)
     config = ppo.Config(num_epochs=1, num_minibatches=4, whiten_advantages=False)

@@ -133,7 +133,10 @@ def shaped(name, batch, kl_coef):
 def test_expected_gradient_vanishes_at_the_optimum(name):
     """All 121 x 121 groups of two answers, each with its probability: no samples, no steps."""
     algorithm, config, kl_coef, _ = GROUPS[name]
-    pairs = np.stack(np.indices((121, 121)), axis=-1).reshape(-1, 2)
+    pairs = np.stack(np.indices((121, 121)), axis=-1).reshape(
+        -1,
+        2,
+    )
     if name == "dapo":
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
 
@@ -147,7 +150,10 @@ def test_expected_gradient_vanishes_at_the_optimum(name):
             output = tiny.policy_fn(params, listed.tokens, listed.attention_mask, None)
 
             def loss(pair):
-                group, of_pair = jax.tree.map(lambda x: jnp.asarray(x)[pair], (batch, output))
+                group, of_pair = jax.tree.map(
+                    lambda x: jnp.asarray(x)[pair],
+                    (batch, output),
+                )
                 group = algorithm.prepare(group, config=config)
                 loss, _ = algorithm.loss(
                     params, group, KEY, policy_fn=lambda *args: of_pair, config=config
@@ -160,7 +166,14 @@ def test_expected_gradient_vanishes_at_the_optimum(name):
 
     def size(probs):
         params = tiny.params() | {"logits": jnp.asarray(tiny.table(probs), jnp.float32)}
-        return np.linalg.norm(gradient(params, jnp.asarray(probs, jnp.float32), tiny.LISTED, pairs))
+        return np.linalg.norm(
+            gradient(
+                params,
+                jnp.asarray(probs, jnp.float32),
+                tiny.LISTED,
+                pairs,
+            )
+        )
 
     optimum = optimum_of(name)
     elsewhere = optimum_of(name, 2)
@@ -210,8 +223,15 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
             state, batch, KEY, policy_fn=tiny.policy_fn, optimizer=optimizer, config=config
         )
 
-    uniform = np.random.default_rng(3).random((num_steps // config.num_epochs, rows), np.float32)
-    state, metrics = repeat(iteration, algorithm.State.create(tiny.params(), optimizer), uniform)
+    uniform = np.random.default_rng(3).random(
+        (num_steps // config.num_epochs, rows),
+        np.float32,
+    )
+    state, metrics = repeat(
+        iteration,
+        algorithm.State.create(tiny.params(), optimizer),
+        uniform,
+    )
     assert not metrics["nonfinite"].any()
     return tiny.probabilities(state.params["logits"])
 
@@ -254,7 +274,13 @@ def test_sft_learns_the_data():
     batch = Demonstrations(
         *(jnp.asarray(x[data]) for x in (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK))
     )
-    params, metrics = fit(sft, tiny.params(), batch, policy_fn=tiny.policy_fn, config=sft.Config())
+    params, metrics = fit(
+        sft,
+        tiny.params(),
+        batch,
+        policy_fn=tiny.policy_fn,
+        config=sft.Config(),
+    )
     learnt = tiny.probabilities(params["logits"])
     assert tiny.distance(learnt, seen / seen.sum()) < 0.002
     assert tiny.distance(learnt, tiny.probabilities(tiny.table(seen / tiny.LENGTHS))) > 0.05
@@ -273,7 +299,10 @@ def labelled_pairs():
     """Both labels of each pair, weighted with their probability: no sampling noise."""
     weight = np.concatenate([PREFERRED, 1.0 - PREFERRED]).astype(np.float32)
     lists = (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK)
-    return Comparisons(*(x[np.concatenate([PAIRS, PAIRS[:, ::-1]])] for x in lists), weight=weight)
+    return Comparisons(
+        *(x[np.concatenate([PAIRS, PAIRS[:, ::-1]])] for x in lists),
+        weight=weight,
+    )
 
 
 def test_reward_model_recovers_the_rewards():
@@ -300,7 +329,10 @@ def test_dpo_reaches_its_optimum():
     """On labels of Bradley-Terry the implicit reward is the reward, so the policy is ref * exp(r /
     beta), normalised (Rafailov et al. 2023, section 4)."""
     config = dpo.Config(beta=0.5)
-    batch = jax.jit(dpo.with_reference)(labelled_pairs(), Partial(tiny.policy_fn, tiny.params()))
+    batch = jax.jit(dpo.with_reference)(
+        labelled_pairs(),
+        Partial(tiny.policy_fn, tiny.params()),
+    )
     params, _ = fit(
         dpo, tiny.params(), batch, learning_rate=0.2, policy_fn=tiny.policy_fn, config=config
     )
@@ -410,7 +442,10 @@ def test_expected_gradient_of_pairs_vanishes_at_the_optimum(name):
     lists = [
         x[np.concatenate(pairs)] for x in (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK)
     ]
-    batch = Comparisons(*lists, weight=np.concatenate(weights).astype(np.float32))
+    batch = Comparisons(
+        *lists,
+        weight=np.concatenate(weights).astype(np.float32),
+    )
     config = dpo.Config(beta=beta, **fields)
     batch = (
         dpo.with_reference(batch, Partial(tiny.policy_fn, tiny.params()))
@@ -446,7 +481,11 @@ def kto_optimum(liked, beta):
             )
             low = np.where(above, x, low)
             high = np.where(above, high, x)
-        return np.where(liked, tiny.REF * np.exp(low), 0.0)
+        return np.where(
+            liked,
+            tiny.REF * np.exp(low),
+            0.0,
+        )
 
     low = -40.0
     high = 40.0
@@ -461,9 +500,19 @@ def test_kto_reaches_its_optimum():
     batch = Feedback(
         *map(jnp.asarray, (tiny.TOKENS, tiny.ATTENTION_MASK, tiny.RESPONSE_MASK, liked))
     )
-    batch = jax.jit(kto.with_reference)(batch, Partial(tiny.policy_fn, tiny.params()))
+    batch = jax.jit(kto.with_reference)(
+        batch,
+        Partial(tiny.policy_fn, tiny.params()),
+    )
     options = {"policy_fn": tiny.policy_fn, "config": kto.Config(beta=0.5)}
-    params, metrics = fit(kto, tiny.params(), batch, 400, 0.2, **options)
+    params, metrics = fit(
+        kto,
+        tiny.params(),
+        batch,
+        400,
+        0.2,
+        **options,
+    )
     learnt = tiny.probabilities(params["logits"])
     assert metrics["kto/reference_point"][-1] == 0
     assert tiny.distance(learnt, kto_optimum(liked, 0.5)) < 0.02

@@ -83,7 +83,10 @@ def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, family, scan_la
     compared = 0
     for path in [path for path in found if path[-1] != "lora_scale"]:
         gradient = found[path]
-        stored = names.family_of(model.config).tensors((*path[:-1], "kernel"), gradient.shape)
+        stored = names.family_of(model.config).tensors(
+            (*path[:-1], "kernel"),
+            gradient.shape,
+        )
         for name, ours in zip(
             stored, np.asarray(gradient if path[0] == "h" else [gradient]), strict=True
         ):
@@ -114,13 +117,23 @@ def test_peft_loads_our_adapters(tmp_path, family):
     adapted = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
     tokens, mask = left_padded()
     expected = torch_forward(adapted, tokens, mask)
-    found = np.asarray(jax.jit(model.apply)(lora.attach(params, adapters), tokens, mask))
+    found = np.asarray(
+        jax.jit(model.apply)(
+            lora.attach(params, adapters),
+            tokens,
+            mask,
+        )
+    )
     real = mask.astype(bool)
     np.testing.assert_allclose(found[real], expected[real], atol=2e-4)
     # What export writes is the same model without PEFT.
     models.save(tmp_path / "merged", model, lora.merge(params, adapters))
     merged = type(reference).from_pretrained(tmp_path / "merged").eval()
-    np.testing.assert_allclose(torch_forward(merged, tokens, mask)[real], expected[real], atol=2e-4)
+    np.testing.assert_allclose(
+        torch_forward(merged, tokens, mask)[real],
+        expected[real],
+        atol=2e-4,
+    )
 
 
 @each_family

@@ -36,7 +36,13 @@ def test_comparison_by_hand():
 
 
 def test_absent_answers_give_no_gradient_and_no_nan():
-    scores = jnp.array([[1.0, -jnp.inf, 0.5], [-jnp.inf, 1.0, 2.0], [-jnp.inf, -jnp.inf, -jnp.inf]])
+    scores = jnp.array(
+        [
+            [1.0, -jnp.inf, 0.5],
+            [-jnp.inf, 1.0, 2.0],
+            [-jnp.inf, -jnp.inf, -jnp.inf],
+        ]
+    )
     best = jnp.array([0, 0, 0])
 
     @jax.jit
@@ -48,7 +54,11 @@ def test_absent_answers_give_no_gradient_and_no_nan():
     value, gradient = f(scores, f32(0.1, jnp.nan, 0.1))
     two, two_gradient = f(scores[:1, ::2], f32(0.1))
     assert value == pytest.approx(float(two))  # a row whose best answer is absent says nothing
-    np.testing.assert_allclose(gradient[0], [two_gradient[0, 0], 0, two_gradient[0, 1]], rtol=1e-6)
+    np.testing.assert_allclose(
+        gradient[0],
+        [two_gradient[0, 0], 0, two_gradient[0, 1]],
+        rtol=1e-6,
+    )
     np.testing.assert_array_equal(gradient[1:], np.zeros((2, 3)))
 
 
@@ -57,7 +67,10 @@ def test_a_score_that_is_not_a_number_is_not_taken_for_an_absent_answer():
 
 
 def test_regression_is_the_squared_error_of_each_score():
-    np.testing.assert_allclose(losses.regression(f32(1, 2), f32(4, 2)), [9, 0])
+    np.testing.assert_allclose(
+        losses.regression(f32(1, 2), f32(4, 2)),
+        [9, 0],
+    )
     assert losses.regression(jnp.zeros((2, 1), jnp.bfloat16), jnp.ones((2, 1))).dtype == jnp.float32
 
 
@@ -66,9 +79,17 @@ def test_regression_is_the_squared_error_of_each_score():
 
 def test_policy_gradient_by_hand():
     """Masked columns hold NaN."""
-    log_probs = jnp.array([[math.nan, -1.0, -2.0], [math.nan, -3.0, math.nan]])
+    log_probs = jnp.array(
+        [
+            [math.nan, -1.0, -2.0],
+            [math.nan, -3.0, math.nan],
+        ]
+    )
     mask = jnp.array([[0, 1, 1], [0, 1, 0]])
-    np.testing.assert_array_equal(losses.cross_entropy(log_probs, mask), [[0, 1, 2], [0, 3, 0]])
+    np.testing.assert_array_equal(
+        losses.cross_entropy(log_probs, mask),
+        [[0, 1, 2], [0, 3, 0]],
+    )
     expected = [[0, 7, 14], [0, 33, 0]]
     np.testing.assert_allclose(losses.policy_gradient(log_probs, f32(7, 11), mask), expected)
     by_token = jnp.where(mask, f32(7, 11)[:, None], math.nan)
@@ -82,12 +103,25 @@ def test_clipped_surrogate_by_hand():
     ratios = f32(0.5, 0.5, 1.5, 1.5, 1.0)
     advantages = f32(1, -1, 1, -1, 2)
     got = losses.clipped_surrogate(jnp.log(ratios), jnp.zeros(5), advantages)
-    np.testing.assert_allclose(got, [-0.5, 0.8, -1.2, 1.5, -2.0], rtol=1e-6)
+    np.testing.assert_allclose(
+        got,
+        [-0.5, 0.8, -1.2, 1.5, -2.0],
+        rtol=1e-6,
+    )
     asymmetric = losses.clipped_surrogate(
         jnp.log(ratios), jnp.zeros(5), advantages, clip_low=0.1, clip_high=0.3
     )
-    np.testing.assert_allclose(asymmetric, [-0.5, 0.9, -1.3, 1.5, -2.0], rtol=1e-6)
-    far = losses.clipped_surrogate(jnp.log(f32(9, 9)), jnp.zeros(2), f32(-1, 1), dual_clip=3.0)
+    np.testing.assert_allclose(
+        asymmetric,
+        [-0.5, 0.9, -1.3, 1.5, -2.0],
+        rtol=1e-6,
+    )
+    far = losses.clipped_surrogate(
+        jnp.log(f32(9, 9)),
+        jnp.zeros(2),
+        f32(-1, 1),
+        dual_clip=3.0,
+    )
     np.testing.assert_allclose(far, [3.0, -1.2], rtol=1e-6)  # dual clip: for A < 0 only
 
 
@@ -104,8 +138,14 @@ def test_clipped_value_by_hand():
     assert losses.clipped_value(f32(1), f32(0), f32(-1), clip=0.5)[0] == pytest.approx(
         2.0
     )  # the larger of the two
-    gradient = jax.grad(lambda *x: losses.clipped_value(*x).sum(), argnums=(0, 1))
-    chex.assert_trees_all_close(gradient(f32(0.1), f32(0), f32(2)), (f32(-1.9), f32(0)))
+    gradient = jax.grad(
+        lambda *x: losses.clipped_value(*x).sum(),
+        argnums=(0, 1),
+    )
+    chex.assert_trees_all_close(
+        gradient(f32(0.1), f32(0), f32(2)),
+        (f32(-1.9), f32(0)),
+    )
     chex.assert_trees_all_close(
         gradient(f32(1), f32(0), f32(2)), (f32(0), f32(0))
     )  # clipped: not old values
@@ -124,7 +164,10 @@ def test_nothing_but_the_first_argument_is_differentiated(f):
             *arrays[:2]
         )
     else:
-        gradient = jax.grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2))(*arrays)
+        gradient = jax.grad(
+            lambda *x: f(*x).sum(),
+            argnums=(0, 1, 2),
+        )(*arrays)
     assert [bool(g.any()) for g in gradient] == [True] + [False] * (len(gradient) - 1)
 
 
@@ -173,10 +216,24 @@ def test_kto_by_hand():
     """beta (l - z) = ln 3 for a log-ratio of 3 ln 3, a reference point of ln 3 and beta = 1/2:
     sigmoid 3/4.
     """
-    args = f32(3 * math.log(3), 3 * math.log(3)), f32(math.log(3))[0], jnp.array([True, False])
+    args = (
+        f32(
+            3 * math.log(3),
+            3 * math.log(3),
+        ),
+        f32(math.log(3))[0],
+        jnp.array([True, False]),
+    )
     np.testing.assert_allclose(losses.kto(*args, 0.5), [0.25, 0.75], rtol=1e-6)
-    slopes = jax.grad(lambda *x: losses.kto(*x, args[2], 0.5).sum(), argnums=(0, 1))(*args[:2])
-    np.testing.assert_allclose(slopes[0], [-0.5 * 3 / 16, 0.5 * 3 / 16], rtol=1e-6)
+    slopes = jax.grad(
+        lambda *x: losses.kto(*x, args[2], 0.5).sum(),
+        argnums=(0, 1),
+    )(*args[:2])
+    np.testing.assert_allclose(
+        slopes[0],
+        [-0.5 * 3 / 16, 0.5 * 3 / 16],
+        rtol=1e-6,
+    )
     assert slopes[1] == 0
 
 
@@ -204,7 +261,12 @@ def test_cispo_by_hand():
     ],
 )
 def test_importance_weights_by_hand(how, expected):
-    ratios = jnp.array([[0.5, math.nan, 2, 4], [math.nan, 3 / 4, math.nan, math.nan]])
+    ratios = jnp.array(
+        [
+            [0.5, math.nan, 2, 4],
+            [math.nan, 3 / 4, math.nan, math.nan],
+        ]
+    )
     mask = jnp.array([[1, 0, 1, 1], [0, 1, 0, 0]])
     weights = losses.importance_weights(
         jnp.log(ratios) - 3.0, jnp.full((2, 4), -3.0), mask, 2.0, how
@@ -221,10 +283,28 @@ def test_importance_weights_by_hand(how, expected):
 def test_aggregate_by_hand(how, expected):
     """Masked columns hold NaN."""
     nan = math.nan
-    per_token = jnp.array([[nan, 2, nan, nan, nan], [nan, 1, 1, 1, nan], [nan] * 5])
-    mask = jnp.array([[0, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]])
+    per_token = jnp.array(
+        [
+            [nan, 2, nan, nan, nan],
+            [nan, 1, 1, 1, nan],
+            [nan] * 5,
+        ]
+    )
+    mask = jnp.array(
+        [
+            [0, 1, 0, 0, 0],
+            [0, 1, 1, 1, 0],
+            [0, 0, 0, 0, 0],
+        ]
+    )
     assert losses.aggregate(per_token, mask, how, length=4).value == pytest.approx(expected)
-    wider = [jnp.pad(x, ((0, 0), (3, 2))) for x in (per_token, mask)]
+    wider = [
+        jnp.pad(
+            x,
+            ((0, 0), (3, 2)),
+        )
+        for x in (per_token, mask)
+    ]
     assert losses.aggregate(*wider, how, length=4).value == pytest.approx(expected)
 
 

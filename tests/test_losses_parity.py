@@ -38,13 +38,19 @@ def pairs(**fields):
     tokens = np.where(real, rng.integers(3, 31, real.shape), PAD)
     tokens[:, 1, :PROMPT_LENGTH] = tokens[:, 0, :PROMPT_LENGTH]
     response = real & (column >= PROMPT_LENGTH)
-    return Comparisons(*(jnp.asarray(x, jnp.int32) for x in (tokens, real, response)), **fields)
+    return Comparisons(
+        *(jnp.asarray(x, jnp.int32) for x in (tokens, real, response)),
+        **fields,
+    )
 
 
 def rows(x):
     import torch
 
-    return torch.tensor(np.asarray(x).reshape(6, LENGTH), dtype=torch.long)
+    return torch.tensor(
+        np.asarray(x).reshape(6, LENGTH),
+        dtype=torch.long,
+    )
 
 
 def torch_outputs(model, batch):
@@ -58,7 +64,14 @@ def torch_log_probs(model, batch):
     """Log-probs of the responses, summed: [3, 2]."""
     log_probs = torch_outputs(model, batch)[:, :-1].log_softmax(-1)
     chosen = log_probs.gather(2, rows(batch.tokens)[:, 1:, None])[..., 0]
-    return (chosen * rows(batch.response_mask)[:, 1:]).sum(1).reshape(3, 2)
+    return (
+        (chosen * rows(batch.response_mask)[:, 1:])
+        .sum(1)
+        .reshape(
+            3,
+            2,
+        )
+    )
 
 
 def load(name, kind, folder, scale=1.0):
@@ -98,7 +111,13 @@ def assert_gradients_equal(model, ours, reference):
     for name, gradient in found.items():
         # A difference of two scores leaves nothing to the bias of the last norm but rounding.
         atol = 1e-5 * np.abs(expected[name]).max() + 1e-7 * largest
-        np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=atol, err_msg=name)
+        np.testing.assert_allclose(
+            gradient,
+            expected[name],
+            rtol=1e-4,
+            atol=atol,
+            err_msg=name,
+        )
 
 
 def assert_equal(model, reference, params, loss_fn, expected):
@@ -190,10 +209,17 @@ def test_relatives_of_dpo_and_their_gradients(tmp_path, kind):
         flat = [
             x.reshape(6, LENGTH) for x in (batch.tokens, batch.attention_mask, batch.response_mask)
         ]
-        rows = Feedback(*flat, jnp.arange(6) % 2 == 0, ref_log_probs=jnp.full(6, -20.0))
+        rows = Feedback(
+            *flat,
+            jnp.arange(6) % 2 == 0,
+            ref_log_probs=jnp.full(6, -20.0),
+        )
         rows = rows.replace(reference_point=jnp.full(6, 0.3))
         loss = lambda params: kto.loss(params, rows, None, policy_fn=policy_fn, config=kto.Config())  # noqa: E731
     else:
-        config = dpo.Config(kind=kind, **({"beta": 2.0, "gamma": 1.0} if kind == "simpo" else {}))
+        config = dpo.Config(
+            kind=kind,
+            **({"beta": 2.0, "gamma": 1.0} if kind == "simpo" else {}),
+        )
         loss = lambda params: dpo.loss(params, batch, None, policy_fn=policy_fn, config=config)  # noqa: E731
     assert_equal(model, policy, params, loss, expected)

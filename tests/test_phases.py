@@ -39,7 +39,14 @@ def prompts():
 
 
 def functions(reference=True):
-    ref_fn = jax.tree_util.Partial(POLICY_FN, MODEL.init(jax.random.key(0))) if reference else None
+    ref_fn = (
+        jax.tree_util.Partial(
+            POLICY_FN,
+            MODEL.init(jax.random.key(0)),
+        )
+        if reference
+        else None
+    )
     return phases.Functions(
         jax.tree_util.Partial(POLICY_FN), rewards.token_count(5, include_prompt=False), ref_fn
     )
@@ -89,7 +96,10 @@ def test_one_jit_and_three_jits_give_identical_parameters():
 
 def test_a_prompt_that_occurs_twice_gets_two_samples_and_its_place_says_which():
     """As in a group of answers, whose prompts have one data row."""
-    same = jax.tree.map(lambda x: jnp.repeat(x[:1], ROWS, axis=0), prompts())
+    same = jax.tree.map(
+        lambda x: jnp.repeat(x[:1], ROWS, axis=0),
+        prompts(),
+    )
     policy = start(vpg).train.params
     sample = functools.partial(
         phases.respond, policy, key=jax.random.key(3), model=MODEL, config=SAMPLING
@@ -203,12 +213,27 @@ class Recorder:
 
 def test_the_update_reads_rewards_less_the_kl_and_the_scores_as_they_were():
     rollout = made_rollout(scores=jnp.array([1.0, 2.0]))
-    rollout = rollout.replace(ref_log_probs=jnp.array([[9.0, 9.0, -0.5, 0.25], [9.0, 9.0, 1, 2]]))
+    rollout = rollout.replace(
+        ref_log_probs=jnp.array(
+            [
+                [9.0, 9.0, -0.5, 0.25],
+                [9.0, 9.0, 1, 2],
+            ]
+        )
+    )
     rule = phases.missing_eos(SAMPLING.eos_id, penalty=5.0, score=None)
     learn = learning(Recorder, shape=rule)
-    loop, metrics = learn(phases.LoopState.create(None, 0.2), rollout, None, phases.Functions(None))
+    loop, metrics = learn(
+        phases.LoopState.create(None, 0.2),
+        rollout,
+        None,
+        phases.Functions(None),
+    )
     # Of each token the coefficient of the state, 0.2, times log-prob 0 less the reference's.
-    expected = [[0, 0, -0.1, -4 + 0.05], [0, 0, 0.2, 2 + 0.4]]
+    expected = [
+        [0, 0, -0.1, -4 + 0.05],
+        [0, 0, 0.2, 2 + 0.4],
+    ]
     np.testing.assert_allclose(loop.train.rewards, expected, rtol=1e-6)
     np.testing.assert_array_equal(loop.train.scores, [1.0, 2.0])
     assert metrics["objective/reward"] == pytest.approx((-4.05 + 2.6) / 2)
@@ -233,7 +258,12 @@ def test_non_finite_rewards_leave_the_loop_as_it_was():
     collect = jax.jit(COLLECT)
     learn = jax.jit(learning(ppo, penalty=phases.kl_penalty(0.1, target=1.0)))
     loop = start(ppo)
-    rollout, _ = collect(loop, prompts(), jax.random.key(3), functions())
+    rollout, _ = collect(
+        loop,
+        prompts(),
+        jax.random.key(3),
+        functions(),
+    )
     rollout = rollout.replace(scores=jnp.full(ROWS, jnp.nan))
     after, metrics = learn(loop, rollout, jax.random.key(4), functions())
     assert float(metrics["nonfinite"]) == 1.0

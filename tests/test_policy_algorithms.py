@@ -41,7 +41,10 @@ def test_the_weight_of_the_kl_term_is_capped_at_ten():
     batch = Rollout(
         jnp.zeros((1, 3), jnp.int32), mask, mask, mask * jnp.array([[0.0, -21.0, -1.0]])
     )
-    batch = batch.replace(advantages=0.0 * mask, ref_log_probs=-1.1 * mask)
+    batch = batch.replace(
+        advantages=0.0 * mask,
+        ref_log_probs=-1.1 * mask,
+    )
     said = PolicyOutput(-1.0 * mask, 0.0 * mask)
     loss, metrics = numbers(grpo.loss)(
         None, batch, KEY, policy_fn=lambda *_: said, config=grpo.Config()
@@ -65,7 +68,11 @@ def test_explained_variance():
     )  # returns that differ by rounding
     assert metrics["value/explained_variance"] == 0.0
     for factor, explained in [(1.0, 1.0), (2.0, 0.0), (0.5, 0.75)]:
-        _, metrics = greedy(start(), batch.replace(values=factor * batch.rewards), KEY)
+        _, metrics = greedy(
+            start(),
+            batch.replace(values=factor * batch.rewards),
+            KEY,
+        )
         np.testing.assert_allclose(metrics["value/explained_variance"], explained, atol=1e-6)
 
 
@@ -73,7 +80,13 @@ def test_vpg_by_hand():
     """b0 = 0 and r = (8, 12) give b = 1 and A = (7, 11) (ALGORITHMS 4); the loss is -mean_i [A_i
     sum_t log p_it], here with p = 1/2; the next update starts from b = 1, and one whose reward is
     not finite leaves it there."""
-    mask = jnp.array([[0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
+    mask = jnp.array(
+        [
+            [0, 0, 1, 1],
+            [0, 0, 1, 0],
+            [0, 0, 0, 0],
+        ]
+    )
     batch = Rollout(
         jnp.zeros((3, 4), jnp.int32), jnp.ones((3, 4), jnp.int32), mask, jnp.zeros((3, 4))
     )
@@ -95,12 +108,19 @@ def test_vpg_by_hand():
     with pytest.raises(ValueError, match=r"rollout\.greedy_rewards \[B\] is needed"):
         vpg.prepare(batch, config=vpg.Config(baseline="greedy"))
 
-    params = {"logits": jnp.zeros((2, 2)), "values": jnp.zeros(2)}
+    params = {
+        "logits": jnp.zeros((2, 2)),
+        "values": jnp.zeros(2),
+    }
     update = jax.jit(updater(vpg))
     state = vpg.State.create(params, SGD)
     assert state.baseline == 0
     state, metrics = update(state, batch, KEY)
-    np.testing.assert_allclose(metrics["loss"], (7 * 2 + 11) / 2 * np.log(2.0), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["loss"],
+        (7 * 2 + 11) / 2 * np.log(2.0),
+        rtol=1e-6,
+    )
     np.testing.assert_allclose(
         state.params["logits"][0], 0.3 * (7 * 2 + 11) / 2 * np.array([0.5, -0.5]), rtol=1e-6
     )
@@ -113,10 +133,22 @@ def test_vpg_by_hand():
     # Advantages that are given are used as they are, by a plain TrainState too.
     given, _ = update(state, prepared, KEY)
     assert given.baseline == 1.0
-    simple, _ = update(TrainState.create(state.params, SGD), prepared, KEY)
+    simple, _ = update(
+        TrainState.create(state.params, SGD),
+        prepared,
+        KEY,
+    )
     assert_close(simple.params, given.params)
-    after, metrics = updater(vpg, baseline="greedy")(vpg.State.create(params, SGD), remax, KEY)
-    np.testing.assert_allclose(metrics["loss"], (3 * 2 - 8) / 2 * np.log(2.0), rtol=1e-6)
+    after, metrics = updater(vpg, baseline="greedy")(
+        vpg.State.create(params, SGD),
+        remax,
+        KEY,
+    )
+    np.testing.assert_allclose(
+        metrics["loss"],
+        (3 * 2 - 8) / 2 * np.log(2.0),
+        rtol=1e-6,
+    )
     assert after.baseline == 0
     with pytest.raises(ValueError, match=r"vpg\.State"):
         updater(vpg)(TrainState.create(params, SGD), batch, KEY)
@@ -149,7 +181,11 @@ def test_reinforce_pp_with_absent_answers_by_hand():
     config = rloo.Config(baseline="both", group_size=4)
     prepared = rloo.prepare(batch, config=config)
     expected = [-1, 1, 0, 0, -1, 1, -1, 1]
-    np.testing.assert_allclose(prepared.advantages[:, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        prepared.advantages[:, 0],
+        expected,
+        rtol=1e-5,
+    )
 
 
 def test_groups_do_not_cross_devices():

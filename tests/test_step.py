@@ -81,7 +81,10 @@ def test_microbatches_add_up_to_the_batch():
 
 def test_microbatches_of_low_precision_are_summed_in_float32():
     def loss_fn(params, part):
-        return Mean(params["w"] * jnp.sum(part), jnp.float32(1 / 300)), {}
+        return Mean(
+            params["w"] * jnp.sum(part),
+            jnp.float32(1 / 300),
+        ), {}
 
     state = TrainState.create({"w": jnp.zeros((), jnp.bfloat16)}, SGD)
     step = jax.jit(
@@ -95,7 +98,10 @@ def test_microbatches_of_low_precision_are_summed_in_float32():
 
 def test_row_i_is_in_microbatch_i_modulo_their_number():
     def squared_sum(params, part):
-        return Mean(params["w"] * jnp.square(part.sum()), jnp.float32(part.size)), {}
+        return Mean(
+            params["w"] * jnp.square(part.sum()),
+            jnp.float32(part.size),
+        ), {}
 
     state = TrainState.create({"w": jnp.ones(())}, SGD)
     _, metrics = gradient_step(
@@ -112,8 +118,14 @@ def long_rollout(slots=128, prompt_length=3):
     """
     lengths = np.random.default_rng(0).permutation(8 * np.arange(1, 17))[:, None]
     column = np.arange(3 + slots)[None]
-    mask = jnp.asarray((column >= 3) & (column < 3 + lengths), jnp.int32)
-    log_probs = jnp.asarray(np.random.default_rng(1).normal(size=mask.shape), jnp.float32)
+    mask = jnp.asarray(
+        (column >= 3) & (column < 3 + lengths),
+        jnp.int32,
+    )
+    log_probs = jnp.asarray(
+        np.random.default_rng(1).normal(size=mask.shape),
+        jnp.float32,
+    )
     return Rollout(mask, mask, mask, log_probs, row_ids=jnp.arange(16), prompt_length=prompt_length)
 
 
@@ -283,7 +295,11 @@ def test_keys_of_microbatches_and_devices_differ():
     fold = jax.random.fold_in
     uniform = jax.random.uniform
     expected = np.mean([uniform(fold(key, m)) for m in range(2)])
-    np.testing.assert_allclose(step(state, batch=jnp.ones(2))[1]["loss"], expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        step(state, batch=jnp.ones(2))[1]["loss"],
+        expected,
+        rtol=1e-6,
+    )
     mapped = jax.shard_map(
         lambda batch: step(state, batch=batch, axis_name="data")[1]["loss"],
         mesh=sharding.make_mesh(4),
@@ -299,8 +315,14 @@ def two_terms(state, batch, key=None, num_microbatches=1, axis_name=None):
     del key
 
     def loss_fn(params, batch):
-        rows = losses.weighted_mean(jnp.square(params["w"] - batch["x"][:, 0]), batch["weight"])
-        tokens = losses.aggregate(jnp.square(params["w"] * batch["x"]), batch["mask"])
+        rows = losses.weighted_mean(
+            jnp.square(params["w"] - batch["x"][:, 0]),
+            batch["weight"],
+        )
+        tokens = losses.aggregate(
+            jnp.square(params["w"] * batch["x"]),
+            batch["mask"],
+        )
         return (tokens, 0.1 * rows), {"rows": rows}
 
     return gradient_step(
@@ -348,7 +370,10 @@ def minibatches(rows, key, num_epochs, num_minibatches, shuffle_blocks=1, **opti
     """Row numbers [epochs * minibatches, rows of a minibatch on this device], keys and metrics."""
     steps = num_epochs * num_minibatches
     size = rows.shape[0] // max(num_minibatches, 1)
-    params = {"rows": jnp.full((steps, size), -1), "keys": jnp.zeros((steps, 2), jnp.uint32)}
+    params = {
+        "rows": jnp.full((steps, size), -1),
+        "keys": jnp.zeros((steps, 2), jnp.uint32),
+    }
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=())
     options |= {
         "num_epochs": num_epochs,
@@ -379,7 +404,11 @@ def test_every_row_once_an_epoch_in_a_fresh_order():
     assert len(set(keys)) == 24  # no key is used twice
     np.testing.assert_array_equal(run(jnp.arange(32), key)[0], rows)
     assert np.any(run(jnp.arange(32), jax.random.key(1))[0] != rows)
-    np.testing.assert_allclose(metrics["first"], np.mean(np.asarray(rows)[:, 0]), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["first"],
+        np.mean(np.asarray(rows)[:, 0]),
+        rtol=1e-6,
+    )
     assert metrics["step_max"] == 11
     assert metrics["nonfinite"] == 1
     single, keys, _ = minibatches(jnp.arange(6), key, 2, 1)  # the batch as it is
@@ -397,9 +426,16 @@ def test_minibatches_stay_sharded():
         return state + jnp.sum(jnp.sin(minibatch)), {}
 
     options = {"num_epochs": 1, "num_minibatches": 2, "minibatch_sharding": sharding.rows(mesh)}
-    arguments = sharding.replicate(mesh, (jnp.zeros(()), jax.random.key(0)))
+    arguments = sharding.replicate(
+        mesh,
+        (jnp.zeros(()), jax.random.key(0)),
+    )
     run = jax.jit(lambda state, batch, key: minibatch_epochs(step, state, batch, key, **options))
-    run.lower(arguments[0], sharding.shard_rows(mesh, jnp.ones((32, 8))), arguments[1]).compile()
+    run.lower(
+        arguments[0],
+        sharding.shard_rows(mesh, jnp.ones((32, 8))),
+        arguments[1],
+    ).compile()
     assert seen[0].shard_shape((16, 8)) == (4, 8)
 
 
@@ -465,7 +501,12 @@ def reductions(hlo):
 def test_gradients_are_summed_over_devices_once_a_step(num_rows, in_loop):
     mesh = sharding.make_mesh(4)
     state = TrainState.create({"w": jnp.ones(3)}, SGD)
-    batch = {"x": jnp.sin(jnp.arange(3.0 * num_rows)).reshape(num_rows, 3)}
+    batch = {
+        "x": jnp.sin(jnp.arange(3.0 * num_rows)).reshape(
+            num_rows,
+            3,
+        )
+    }
 
     def loss_fn(params, part):
         return Mean.of(jnp.square(part["x"] @ params["w"])), {"x_max": Max(jnp.max(part["x"]))}

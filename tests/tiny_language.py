@@ -100,7 +100,10 @@ def policy_fn(params, tokens, attention_mask, key):
     assert key is None
     number = jnp.minimum(prefixes(tokens), NUM_OPEN - 1)
     logits, values = (jnp.asarray(params[name])[number] for name in ("logits", "values"))
-    values = jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+    values = jnp.pad(
+        values[:, :-1],
+        ((0, 0), (1, 0)),
+    )
     return PolicyOutput(ops.token_log_probs(logits, tokens), ops.entropy(logits), values)
 
 
@@ -136,7 +139,12 @@ def draw(params_now, uniform):
 def greedy(params_now):
     """The number of the response whose every token is the likeliest."""
     best = jnp.argmax(params_now["logits"], axis=1)[np.minimum(PATHS[:, :-1], NUM_OPEN - 1)]
-    return jnp.argmax(jnp.all((best == TOKENS[:, 1:]) | (RESPONSE_MASK[:, 1:] == 0), axis=1))
+    return jnp.argmax(
+        jnp.all(
+            (best == TOKENS[:, 1:]) | (RESPONSE_MASK[:, 1:] == 0),
+            axis=1,
+        )
+    )
 
 
 # Training.
@@ -148,7 +156,10 @@ def repeat(update, state, inputs):
         return jax.jit(
             lambda state: jax.lax.scan(lambda state, _: update(state, None), state, length=inputs)
         )(state)
-    return jax.jit(lambda state, inputs: jax.lax.scan(update, state, inputs))(state, inputs)
+    return jax.jit(lambda state, inputs: jax.lax.scan(update, state, inputs))(
+        state,
+        inputs,
+    )
 
 
 def adam(num_steps, learning_rate=0.1):
@@ -209,9 +220,20 @@ def _backwards(weighted_advantage, weight, coef, estimator):
     w[ENDS] = weight
     for numbers in reversed(OPEN_BY_LENGTH):
         children = 4 * numbers[:, None] + 1 + np.arange(4)
-        policy[numbers] = _conditional(ref[numbers], q[children], coef * w[children], estimator)
-        q[numbers] = np.sum(policy[numbers] * q[children], axis=1)
-        w[numbers] = np.sum(policy[numbers] * w[children], axis=1)
+        policy[numbers] = _conditional(
+            ref[numbers],
+            q[children],
+            coef * w[children],
+            estimator,
+        )
+        q[numbers] = np.sum(
+            policy[numbers] * q[children],
+            axis=1,
+        )
+        w[numbers] = np.sum(
+            policy[numbers] * w[children],
+            axis=1,
+        )
     return probabilities(np.log(policy))
 
 
