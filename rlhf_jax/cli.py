@@ -51,9 +51,8 @@ def attach_console() -> None:
     """
     logger.setLevel(logging.INFO)
     logger.addHandler(CONSOLE)
-    logger.propagate = (
-        False  # a library that configures the root logger would print each message again
-    )
+    # A library that configures the root logger would print each message again.
+    logger.propagate = False
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
@@ -300,9 +299,9 @@ class Reading:
         """The same for the functions of ``data.check``."""
         from rlhf_jax.data import tokenizers
 
-        return vars(self) | {
-            "tokenizer": tokenizers.load_tokenizer(self.tokenizer) if self.tokenizer else None
-        }
+        if self.tokenizer is None:
+            return dict(vars(self))
+        return vars(self) | {"tokenizer": tokenizers.load_tokenizer(self.tokenizer)}
 
 
 def check_data(
@@ -384,18 +383,19 @@ def run(argv: list[str]) -> int | None:
         print(rlhf_jax.__version__)
         return 0
     if name in SCRIPTS:
-        return script(*SCRIPTS[name][1].split("/")).main(argv[1:])
+        _, place = SCRIPTS[name]
+        folder, _, module = place.partition("/")
+        return script(folder, module).main(argv[1:])
     if name in STAGES:
         train(name, argv[1:], prog)
         return 0
     if name in COMMANDS:
         style: Any = {"config": (tyro.conf.PositionalMetavarFromFieldName,)}
         return tyro.cli(COMMANDS[name], prog=prog, args=argv[words:], **style)
-    descriptions = {name: texts[0] for name, texts in [*STAGES.items(), *SCRIPTS.items()]}
-    descriptions |= {
-        name: " ".join((function.__doc__ or "").partition("\n\n")[0].split())
-        for name, function in COMMANDS.items()
-    }
+    descriptions = {name: text for name, (text, _) in [*STAGES.items(), *SCRIPTS.items()]}
+    for command, function in COMMANDS.items():
+        summary, _, _ = (function.__doc__ or "").partition("\n\n")
+        descriptions[command] = " ".join(summary.split())
     if argv[words - 1 :] and argv[words - 1] not in ("-h", "--help"):
         hint = did_you_mean(name, descriptions)
         raise UserError(
