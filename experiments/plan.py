@@ -153,10 +153,10 @@ def _model(config: RunConfig, source: str | None) -> tuple[models.Model, Params]
         model_config = hf.read_config(folder)
         keys = hf.read_json(folder / hf.CONFIG)
         dtype = keys.get("dtype") or keys.get("torch_dtype") or dtype
-    compute = config.compute
+    compute = initial.by_depth(config.compute, model_config.num_layers)
     model_config = dataclasses.replace(
         model_config,
-        remat=compute.remat,
+        remat=compute.remat is True,
         scan_layers=compute.scan_layers,
         attention=compute.attention if compute.attention in ("auto", "xla") else "blockwise",
     )

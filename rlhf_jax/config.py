@@ -39,6 +39,7 @@ from rlhf_jax.types import Algorithm
 C = TypeVar("C")
 Words = Sequence[str]
 Values = dict[str, tuple[Any, str]]  # {dotted key: (value, "FILE, line N")}
+Switch = bool | Literal["auto"]
 ALGORITHMS = ("vpg", "ppo", "rloo", "grpo")  # the sections of those of this package
 
 
@@ -78,11 +79,13 @@ class Compute:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the activations and matrix products; float16 is run as bfloat16. Trained parameters,
     log-probabilities and losses stay float32."""
-    remat: bool = False
-    """Gradient checkpointing: recompute each block in the backward pass instead of storing it."""
-    scan_layers: bool = False
+    remat: Switch = "auto"
+    """Gradient checkpointing: recompute each block in the backward pass instead of storing it.
+    auto: in models of eight layers and more whose update would store more than a quarter of the
+    device's memory."""
+    scan_layers: Switch = "auto"
     """Compile one block for all layers but the last, and loop over depth: faster to compile for
-    deep models.
+    deep models. auto: from eight layers on.
     """
     score_rows: int | None = None
     """Rows that policy, reference and reward models score at once, over all devices; null: where
@@ -912,6 +915,20 @@ def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegis
     prefixes = {kind: f"{name}." for name, kind in _sections(root).items()} | {root: ""}
     inside = False
 
+    @registry.primitive_rule
+    def switch(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type != Switch:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[auto|true|false]",
+            instance_from_str=_switch,
+            is_instance=lambda value: value in (True, False, "auto"),
+            str_from_instance=lambda value: [str(value).lower()],
+        )
+
     @registry.struct_rule
     def rule(
         info: tyro.constructors.StructTypeInfo,
@@ -931,6 +948,15 @@ def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegis
         return dataclasses.replace(spec, instantiate=dict, fields=tuple(fields))
 
     return registry
+
+
+def _switch(words: list[str]) -> Switch:
+    """The value of a flag that may stand alone, which turns it on."""
+    values: dict[str, Switch] = {"auto": "auto", "true": True, "false": False}
+    word = " ".join(words).lower() or "true"
+    if word not in values:
+        raise ValueError(f"expected auto, true, false or nothing, got {word}")
+    return values[word]
 
 
 def _is_read(key: str, root: type, sections: Words) -> bool:
@@ -1063,6 +1089,9 @@ def _value(node: yaml.Node, kind: Any, key: str) -> Any:
     """The value of a node as its type has it; ValueError, beginning with the line, if it is of
     another one.
     """
+    is_switch = kind == Switch
+    if is_switch:
+        kind = Literal["auto"] if node.value == "auto" else bool
     optional = type(None) in typing.get_args(kind)
     inner = typing.get_args(kind)[0] if optional else kind
     choices = typing.get_args(inner)
@@ -1084,7 +1113,7 @@ def _value(node: yaml.Node, kind: Any, key: str) -> Any:
     expected = names.get(inner, "given in Python")
     if choices:
         expected = "a list" if is_list else f"one of {', '.join(map(repr, choices))}"
-    or_null = " or null" if optional else ""
+    or_null = " or null" if optional else " or auto" if is_switch else ""
     line = node.start_mark.line + 1
     raise ValueError(f"line {line}: {key} must be {expected}{or_null}, found {_found(node)}")
 

@@ -98,8 +98,11 @@ prompts: count
     expected = dataclasses.replace(expected, words=("x", "y"), penalty=0.01, prompts="drop")
     assert parse(Safety, [*write(text), *flags]) == expected
     assert parse(Safety, write("words: []\nreplacement: None")) == Safety()
-    compute = parse(Compute, [*write("remat: yes\nscan_layers: true"), "--no-scan-layers"])
-    assert compute == Compute(remat=True)
+    compute = parse(Compute, [*write("remat: yes\nscan_layers: true"), "--scan-layers", "false"])
+    assert compute == Compute(remat=True, scan_layers=False)
+    compute = parse(Compute, [*write("remat: auto\nscan_layers: no"), "--scan-layers"])
+    assert compute == Compute(remat="auto", scan_layers=True)
+    assert parse(Compute, []) == Compute(remat="auto", scan_layers="auto")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,7 @@ prompts: count
             ", line 2: tokenizer.kind must be one of 'bpe', 'characters', found 'x'",
         ),
         ("resume: 1", ", line 1: resume must be true or false, found 1"),
+        ("compute: {remat: 1}", ", line 1: compute.remat must be true or false or auto, found 1"),
         ("data: x", ", line 1: data must be a list, found 'x'"),
         ("data: [a,\n    3]", ", line 2: each of data must be a string, found 3"),
         ("seed: 1\nseed: 2", ", line 2: key seed is given twice, first on line 1"),

@@ -127,6 +127,43 @@ def idle_accelerator() -> str | None:
     )
 
 
+def memory_limit() -> int:
+    """Bytes of memory of one device: an accelerator's own; of a CPU the machine's, or what its
+    container may use, in equal parts for the devices. 0: nobody knows.
+    """
+    if jax.default_backend() != "cpu":
+        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    limits = [_meminfo("MemTotal"), _cgroup("memory.max")]
+    return min(filter(None, limits), default=0) // jax.local_device_count()
+
+
+def free_memory() -> int:
+    """Bytes of ``memory_limit`` that nothing holds now; 0: nobody knows."""
+    if jax.default_backend() != "cpu":
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    limits = [_meminfo("MemAvailable")]
+    allowed = _cgroup("memory.max")
+    if allowed:
+        limits.append(max(allowed - _cgroup("memory.current"), 1))
+    return min(filter(None, limits), default=0) // jax.local_device_count()
+
+
+def _meminfo(key: str) -> int:
+    """Bytes of a line of Linux's /proc/meminfo; 0 without one."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    kib = [int(line.split()[1]) for line in lines if line.startswith(f"{key}:")]
+    return 1024 * sum(kib)
+
+
+def _cgroup(name: str) -> int:
+    """Bytes that this container's cgroup (version 2) names; 0 without a number."""
+    file = Path("/sys/fs/cgroup") / name
+    text = file.read_text().strip() if file.exists() else ""
+    return int(text) if text.isdigit() else 0
+
+
 def has_file(*patterns: str) -> bool:
     """Whether a file of one of these patterns is here."""
     return any(glob.glob(pattern) for pattern in patterns)

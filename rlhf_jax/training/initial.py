@@ -20,6 +20,7 @@ from rlhf_jax.rewards import spec
 from rlhf_jax.training import own
 from rlhf_jax.types import Params
 
+DEEP = 8  # layers from which compiling them one by one is dear
 Place = Callable[[Any], Any] | None  # of parameters, on which devices; None: all on each
 
 
@@ -37,6 +38,20 @@ def mesh_of(config: RunConfig) -> jax.sharding.Mesh:
             "sizes to -1"
         )
     return mesh
+
+
+def num_layers(config: RunConfig) -> int:
+    """Layers of the run's model, of which only config.json is read."""
+    if config.model is None:
+        return config.network.num_layers
+    return hf.read_config(hf.find_folder(config.model)).num_layers
+
+
+def by_depth(compute: Compute, layers: int) -> Compute:
+    """The settings of a model of so many layers, its ``scan_layers`` no longer auto."""
+    if compute.scan_layers != "auto":
+        return compute
+    return dataclasses.replace(compute, scan_layers=layers >= DEEP)
 
 
 def check_layout(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
@@ -213,7 +228,7 @@ def language_model(
         UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or
             ``is_policy`` and the model is a reward model.
     """
-    options, place = _compute(config.compute), placement(config)
+    options, place = _compute(config.compute, num_layers(config)), placement(config)
     if config.model is not None:
         loaded = LanguageModel.load(config.model, **options, shardings=place)
         if is_policy and "score" in loaded.params:
@@ -286,7 +301,8 @@ def load_language_model(source: str, compute: Compute) -> LanguageModel:
     Raises:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
     """
-    return LanguageModel.load(source, **_compute(compute))
+    layers = hf.read_config(hf.find_folder(source)).num_layers
+    return LanguageModel.load(source, **_compute(compute, layers))
 
 
 def load_reward_model(
@@ -303,7 +319,9 @@ def load_reward_model(
         UserError: the folder cannot be read, or the model has no score head or fewer positions than
             ``length``.
     """
-    model, params, tokenizer = LanguageModel.load(source, **_compute(compute), shardings=place)
+    layers = hf.read_config(hf.find_folder(source)).num_layers
+    options = _compute(compute, layers)
+    model, params, tokenizer = LanguageModel.load(source, **options, shardings=place)
     if "score" not in params:
         raise UserError(
             f"{source}: this model has no score head; train one with `rlhf-jax reward-model`"
@@ -318,7 +336,8 @@ def load_reward_model(
     )
 
 
-def _compute(compute: Compute) -> dict[str, Any]:
+def _compute(compute: Compute, layers: int) -> dict[str, Any]:
+    """The options of ``models.load`` for a model of so many layers."""
     dtype = "bfloat16" if compute.dtype == "float16" else compute.dtype
     name, here = compute.attention, (jax.default_backend(), dtype)
     if {"cudnn": ("gpu", "bfloat16"), "splash": ("tpu", dtype)}.get(name, here) != here:
@@ -327,7 +346,7 @@ def _compute(compute: Compute) -> dict[str, Any]:
         )
     return {
         "compute_dtype": dtype,
-        "remat": compute.remat,
-        "scan_layers": compute.scan_layers,
+        "remat": compute.remat is True,  # auto: what is trained is known later
+        "scan_layers": by_depth(compute, layers).scan_layers,
         "attention": name,
     }

@@ -65,6 +65,24 @@ def score_rows(compute: Compute, num_rows: int, config: Any) -> int | None:
     return compute.score_rows or (num_rows // parts if config.num_microbatches > 1 else None)
 
 
+def stored(config: Any, rows: int, length: int) -> int:
+    """Bytes that the forward pass of an update keeps for the backward pass without remat, about.
+
+    Of each token and layer: ten values as wide as the residual stream, four of the mlp's width,
+    and two rows of scores of each head (Korthikanti et al. 2022, section 4.1, count the same
+    without dropout).
+
+    Args:
+        config: of the network.
+        rows: of a microbatch on one device.
+        length: columns of a row.
+    """
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    of_token = 10 * config.hidden_size + 4 * width + 2 * config.num_heads * length
+    itemsize = np.dtype(config.compute_dtype).itemsize
+    return config.num_layers * rows * length * of_token * itemsize
+
+
 def tried(update: Callable[[State], tuple[State, Metrics]], state: State) -> State:
     """Runs an update for the memory that it takes alone, and returns the state as it was, bit for
     bit.

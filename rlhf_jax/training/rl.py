@@ -119,6 +119,7 @@ def run(
     with open_stage(config, name, fingerprints, sizes, _files(config), given) as stage:
         rows = [data.rows for data in read]
         parts = _parts(stage, rows, policy, run_reward, reply, score_rows)
+        stage, parts = _with_remat(stage, parts, method)
         networks = _networks(stage, parts.initial, method)
         programs = compiled(stage, parts.initial, method, networks.optimizer)
         job = build(stage, parts, method, networks, programs, on_step)
@@ -248,6 +249,16 @@ def _parts(
         on_devices = jax.tree.map(jnp.asarray, run_reward.fn)
         run_reward = spec.Reward(fn=stage.frozen("reward", on_devices))
     return Parts(language_model, prompts, to_validate, run_reward, judge, guarded, environment)
+
+
+def _with_remat(stage: Stage, parts: Parts, method: Method) -> tuple[Stage, Parts]:
+    """With ``compute.remat`` chosen by the memory of an update."""
+    settings = stage.config.rl
+    updates = method.config.num_minibatches * method.config.num_microbatches
+    length = parts.prompts.tokens.shape[1] + settings.max_new_tokens
+    rows = settings.batch_size // updates
+    stage, begun = stage.choose_remat(parts.initial, rows, length)
+    return stage, parts._replace(initial=begun)
 
 
 def _files(config: RunConfig) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import yaml
 
 from rlhf_jax import models, sharding
 from rlhf_jax.config import RunConfig, to_yaml
@@ -108,6 +109,35 @@ class Stage:
         trained = {f"trained {part}": tree for part, tree in parts.items()}
         self.hold(trained | {"optimizer state": state.opt_state, "gradients": state.params})
         return state
+
+    def choose_remat(
+        self, language_model: LanguageModel, rows: int, length: int
+    ) -> tuple["Stage", LanguageModel]:
+        """The stage and the model with ``compute.remat`` true or false where it was auto; prints
+        and records what is chosen by depth and memory.
+
+        Args:
+            rows: of a microbatch, over all devices.
+            length: the most columns of a row.
+        """
+        compute, model = self.config.compute, language_model.model
+        if compute.remat != "auto":
+            return self, language_model
+        stored, limit, remat = 0, devices.memory_limit(), False
+        is_ours = hasattr(model.config, "remat")  # and no network that Python gives
+        if is_ours and model.config.num_layers >= initial.DEEP:
+            stored = memory.stored(model.config, -(-rows // self.num_devices), length)
+            remat = stored > limit / 4 > 0
+            line = f"compute: scan_layers {compute.scan_layers}, remat {remat}".lower()
+            sizes = f"an update stores about {stored / 2**30:.1f} GiB of activations"
+            logger.info(f"{line} ({sizes}, a device has {limit / 2**30:.1f})")
+        compute = dataclasses.replace(compute, remat=remat)
+        stage = dataclasses.replace(self, config=dataclasses.replace(self.config, compute=compute))
+        text = _settings(stage.config)
+        processes.in_first(lambda: folder.write_atomically(stage.run.config, text))
+        if remat:
+            model = models.build(dataclasses.replace(model.config, remat=True))
+        return stage, language_model._replace(model=model)
 
     def hold(self, trees: Mapping[str, Any]) -> None:
         """Notes the shapes of what lies on the devices, by name."""
@@ -290,6 +320,7 @@ def open_stage(
     """
     path = config.output_dir or f"runs/{name}"
     with folder.open_run(path, resume=config.resume, overwrite=config.overwrite) as run:
+        config = _decided(config, run)
         stage = Stage(config, name, run, initial.mesh_of(config))
         processes.in_first(lambda: _describe(stage, fingerprints, files, given))
         is_set = sharding.is_set(stage.mesh)
@@ -312,9 +343,40 @@ def open_stage(
             # XLA's; a ValueError while arrays are placed on a GPU
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            switches = {"lora.rank": config.lora.rank, "compute.remat": int(config.compute.remat)}
+            switches = {
+                "lora.rank": config.lora.rank,
+                "compute.remat": int(config.compute.remat is True),
+            }
             off = {setting: value for setting, value in switches.items() if not value}
             raise memory.fault(name, stage.held, {**sizes, **off}, error) from error
+
+
+def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
+    """The settings with what a resumed run has recorded where they say auto, so that it goes on as
+    it began on any machine; else with ``compute.scan_layers`` by depth.
+    """
+    compute = config.compute
+    if run.resumed:
+        try:
+            recorded = yaml.safe_load(run.config.read_bytes())["compute"]
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            recorded = {}  # what is wrong with the file is said where it is compared
+        for key in ("scan_layers", "remat"):
+            value = recorded.get(key) if isinstance(recorded, dict) else None
+            if getattr(compute, key) == "auto" and isinstance(value, bool):
+                changes: dict[str, Any] = {key: value}
+                compute = dataclasses.replace(compute, **changes)
+    if compute.scan_layers == "auto":
+        compute = initial.by_depth(compute, initial.num_layers(config))
+    return dataclasses.replace(config, compute=compute)
+
+
+def _settings(config: RunConfig) -> str:
+    """The text of config.yaml."""
+    own = dataclasses.replace(
+        config, resume=False, overwrite=False, allow_changed=(), processes=None
+    )
+    return to_yaml(own)
 
 
 def _describe(
@@ -325,9 +387,7 @@ def _describe(
 ) -> None:
     """Writes or compares what the run is: settings, files and what Python gives to it."""
     config, run = stage.config, stage.run
-    text = to_yaml(
-        dataclasses.replace(config, resume=False, overwrite=False, allow_changed=(), processes=None)
-    )
+    text = _settings(config)
     models_read = {"model": config.model, "tokenizer": config.tokenizer.name}
     folders = {
         key: Path(source) for key, source in models_read.items() if source and Path(source).is_dir()

@@ -122,6 +122,7 @@ def run(config: RunConfig, spec: StageSpec) -> RunResult:
     data, to_validate = _read(config, spec)
     fingerprints = data.fingerprints | to_validate.fingerprints
     with open_stage(config, spec.section, fingerprints, sizes) as stage:
+        config = stage.config
         texts = rows.texts([*data.rows, *to_validate.rows])
         init_key = stage.key("init")
         language_model = initial.language_model(config, texts, init_key, is_policy=spec.is_policy)
@@ -129,6 +130,10 @@ def run(config: RunConfig, spec: StageSpec) -> RunResult:
         encoded, train_rows, held_out = _encoded(
             stage, spec, language_model, data, to_validate, split_key
         )
+        answers = encoded.lengths.shape[1]
+        rows_at_once = answers * settings.batch_size // settings.num_microbatches
+        longest = int(encoded.lengths.max())
+        stage, language_model = stage.choose_remat(language_model, rows_at_once, longest)
         plan, collate = _batching(config, spec, encoded, train_rows, order_key)
         feed = Feed(plan, collate, train_rows)
         num_steps = settings.num_epochs * plan.steps_per_epoch

@@ -1,0 +1,88 @@
+"""``compute.scan_layers`` and ``compute.remat``: auto by depth and memory, recorded, kept by --resume."""
+
+import types
+
+import pytest
+
+from rlhf_jax import models
+from rlhf_jax.config import Compute, Network, RunConfig, to_yaml
+from rlhf_jax.generator import LanguageModel
+from rlhf_jax.runs import devices
+from rlhf_jax.training import initial, memory, stage
+
+
+def a_run(tmp_path, resumed=False, text=""):
+    (tmp_path / "config.yaml").write_text(text)
+    return types.SimpleNamespace(resumed=resumed, config=tmp_path / "config.yaml")
+
+
+def of_depth(layers, **compute):
+    return RunConfig(network=Network(num_layers=layers), compute=Compute(**compute))
+
+
+@pytest.mark.parametrize(
+    ("layers", "given", "chosen"),
+    [(7, "auto", False), (8, "auto", True), (8, False, False), (7, True, True)],
+)
+def test_layers_are_scanned_by_depth_unless_it_is_said(tmp_path, layers, given, chosen):
+    config = stage._decided(of_depth(layers, scan_layers=given), a_run(tmp_path))
+    assert config.compute == Compute(scan_layers=chosen)
+    assert initial._compute(config.compute, 2)["scan_layers"] is chosen
+    assert initial._compute(Compute(scan_layers=given), layers)["scan_layers"] is chosen
+
+
+def test_a_resumed_run_keeps_what_is_recorded_where_nothing_is_said(tmp_path):
+    text = to_yaml(of_depth(8, scan_layers=False, remat=True))
+    run = a_run(tmp_path, True, text)
+    assert stage._decided(of_depth(8), run).compute == Compute(scan_layers=False, remat=True)
+    said = of_depth(8, scan_layers=True, remat=False)
+    assert stage._decided(said, run).compute == said.compute
+    undecided = a_run(tmp_path, True, to_yaml(of_depth(8)))
+    assert stage._decided(of_depth(8), undecided).compute == Compute(scan_layers=True)
+
+
+@pytest.mark.parametrize("text", ["[]", "compute: 3", "compute: {remat: maybe}", ": ["])
+def test_a_damaged_record_is_left_to_who_compares_it(tmp_path, text):
+    decided = stage._decided(of_depth(8), a_run(tmp_path, True, text))
+    assert decided.compute == Compute(scan_layers=True)
+
+
+@pytest.mark.parametrize(
+    ("layers", "share", "given", "chosen"),
+    [
+        (8, 3.9, "auto", True),
+        (8, 4.1, "auto", False),
+        (7, 3.9, "auto", False),
+        (8, 4.1, True, True),
+        (8, 3.9, False, False),
+    ],
+)
+def test_remat_by_depth_and_memory_is_recorded(
+    tmp_path, monkeypatch, capsys, layers, share, given, chosen
+):
+    network = models.GPT2Config(64, 32, 8, layers, 2, remat=given is True)
+    begun = LanguageModel(models.build(network), {}, None)
+    limit = int(share * memory.stored(network, 4, 32))
+    monkeypatch.setattr(devices, "memory_limit", lambda: limit)
+    config = of_depth(layers, remat=given, scan_layers=True)
+    own = stage.Stage(config, "sft", a_run(tmp_path), initial.mesh_of(config))
+    own, begun = own.choose_remat(begun, 4 * own.num_devices, 32)
+    assert own.config.compute.remat is chosen
+    assert begun.model.config.remat is chosen
+    recorded = (tmp_path / "config.yaml").read_text()
+    assert recorded == (to_yaml(own.config) if given == "auto" else "")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "remat" in line]
+    is_said = given == "auto" and layers == 8
+    assert [line.partition(" (")[0] for line in lines] == is_said * [
+        f"compute: scan_layers true, remat {chosen}".lower()
+    ]
+
+
+def test_what_an_update_stores():
+    network = models.GPT2Config(64, 32, 8, 3, 2)
+    assert memory.stored(network, 5, 32) == 3 * 5 * 32 * (80 + 4 * 32 + 2 * 2 * 32) * 4
+
+
+def test_the_memory_of_this_machine():
+    total = devices.memory_limit()
+    assert 0 < devices.free_memory() <= total < 2**50
