@@ -25,9 +25,10 @@ from builders import (
     tiny,
 )
 from jax.extend.core import jaxprs_in_params
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import models, sampling, sharding
-from rlhf_jax.models import attention, decoder, kernels, norms, stack
+from rlhf_jax.models import attention, decoder, gpt2, kernels, norms, stack
 
 FAMILIES = pytest.mark.parametrize("config", [CONFIG, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 ATOL = 1e-5
@@ -47,9 +48,7 @@ ATOL = 1e-5
 )
 def test_positions_by_hand(mask, expected):
     for dtype in (np.int32, np.float32) if max(mask) > 1 else (np.int32, np.float32, bool):
-        np.testing.assert_array_equal(
-            jax.jit(attention.positions)(np.asarray([mask], dtype))[0], expected
-        )
+        assert_array_equal(jax.jit(attention.positions)(np.asarray([mask], dtype))[0], expected)
 
 
 def test_masks_by_hand():
@@ -57,9 +56,9 @@ def test_masks_by_hand():
         return attention.visible(attention.seen_in_text(*args))[0, 0].astype(int)
 
     expected = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
-    np.testing.assert_array_equal(in_text(jnp.asarray([[0, 1, 1, 2, 2]])), expected)
+    assert_array_equal(in_text(jnp.asarray([[0, 1, 1, 2, 2]])), expected)
     seen = in_text(jnp.asarray([[0, 1, 1, 1, 1]]), 2)
-    np.testing.assert_array_equal(seen[2:], [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]])
+    assert_array_equal(seen[2:], [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]])
 
 
 @pytest.mark.parametrize(
@@ -92,8 +91,8 @@ def test_masks_by_hand():
 )
 def test_what_a_cache_shows_by_hand(index, queries, window, key_slots, expected):
     seen = attention.seen_in_cache(jnp.asarray([[0, 1, 1, 1, 1]]), index, queries, window)
-    np.testing.assert_array_equal(seen.key_slots, key_slots)
-    np.testing.assert_array_equal(attention.visible(seen)[0, 0].astype(int), expected)
+    assert_array_equal(seen.key_slots, key_slots)
+    assert_array_equal(attention.visible(seen)[0, 0].astype(int), expected)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_padding_changes_no_logits(config, pad_id, dtype):
     mask = np.pad(np.ones((2, 5), dtype), ((0, 0), (3, 1)))
     logits = model.apply(params, padded, mask)
     assert np.all(np.isfinite(logits))
-    np.testing.assert_allclose(logits[:, 3:8], model.apply(params, tokens), atol=ATOL)
+    assert_allclose(logits[:, 3:8], model.apply(params, tokens), atol=ATOL)
 
 
 def test_packed_documents_equal_separate_rows():
@@ -119,7 +118,7 @@ def test_packed_documents_equal_separate_rows():
         [mask == number for number in (1, 2, 3)]
     )  # each document alone in a row of its own
     separate = np.asarray(model.apply(params, np.where(masks, tokens, 0), masks))
-    np.testing.assert_allclose(packed[mask > 0], separate[masks], atol=ATOL)
+    assert_allclose(packed[mask > 0], separate[masks], atol=ATOL)
 
 
 def test_frequencies_by_hand():
@@ -133,15 +132,7 @@ def test_frequencies_by_hand():
         (LLAMA3, [1.0, 0.1 * kept + 0.1 / 8 * (1 - kept), 0.01 / 8, 0.001 / 8]),
     ):
         config = dataclasses.replace(LLAMA, head_dim=8, rope_scaling=scaling)
-        np.testing.assert_allclose(decoder.frequencies(config), expected, rtol=1e-6)
-
-
-def test_rotation_by_hand():
-    """(x, y) turned by an angle a is (x cos a - y sin a, y cos a + x sin a)."""
-    angle = jnp.array([0.3]).reshape(1, 1, 1, 1)
-    turned = stack.rotate(jnp.array([[[[1.0, 2.0]]]]), (jnp.cos(angle), jnp.sin(angle)))
-    expected = [math.cos(0.3) - 2 * math.sin(0.3), 2 * math.cos(0.3) + math.sin(0.3)]
-    np.testing.assert_allclose(turned[0, 0, 0], expected, rtol=1e-6)
+        assert_allclose(decoder.frequencies(config), expected, rtol=1e-6)
 
 
 def test_llama_from_its_definition():
@@ -173,19 +164,7 @@ def test_llama_from_its_definition():
         gate, up = (normed(x, layer["ln_2"]) @ kernels[f"{name}_proj"] for name in ("gate", "up"))
         x = x + gate / (1 + np.exp(-gate)) * up @ kernels["down_proj"]
     logits = normed(x, params["ln_f"]) @ params["lm_head"]["embedding"].T
-    np.testing.assert_allclose(model.apply(params, tokens)[0], logits, atol=1e-4)
-
-
-def test_grouped_heads_are_heads_whose_keys_are_shared():
-    model, params = tiny(LLAMA)
-    whole, _ = tiny(LLAMA, num_kv_heads=4)
-
-    def repeated(path, leaf):  # [D, 2 Dh] -> [D, 4 Dh], each head twice
-        is_shared = any(part.key in ("k_proj", "v_proj") for part in path)
-        return jnp.repeat(leaf.reshape(8, 2, 2), 2, axis=1).reshape(8, 8) if is_shared else leaf
-
-    wide, tokens = jax.tree_util.tree_map_with_path(repeated, params), some_tokens(2, 6)
-    np.testing.assert_allclose(model.apply(params, tokens), whole.apply(wide, tokens), atol=ATOL)
+    assert_allclose(model.apply(params, tokens)[0], logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +180,7 @@ def test_two_layers_of_windows_reach_twice_as_far(config):
         model.apply(params, (tokens + np.eye(1, 7, dtype=int)) % 13) - model.apply(params, tokens)
     )
     assert changed[:, 4].max() > 1e-3
-    np.testing.assert_array_equal(changed[:, 5:], 0)
+    assert_array_equal(changed[:, 5:], 0)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +194,7 @@ def test_the_length_of_what_is_normed_does_not_matter(config, kernels):
 
     logits, tokens = model.apply(params, some_tokens(2, 5)), some_tokens(2, 5)
     found = model.apply(jax.tree_util.tree_map_with_path(longer, params), tokens)
-    np.testing.assert_allclose(found, logits, atol=2e-3)  # up to epsilon
+    assert_allclose(found, logits, atol=2e-3)  # up to epsilon
 
 
 def test_qwen2_has_biases_in_queries_keys_and_values_alone():
@@ -226,12 +205,10 @@ def test_qwen2_has_biases_in_queries_keys_and_values_alone():
 def test_gemma_by_hand():
     module, params, tokens = decoder.Decoder(GEMMA), some_params(GEMMA), some_tokens(1, 3)
     rows = module.apply({"params": params}, tokens, tokens, tokens >= 0, method="embed")
-    np.testing.assert_allclose(rows, params["wte"]["embedding"][tokens] * 8**0.5, rtol=1e-6)
+    assert_allclose(rows, params["wte"]["embedding"][tokens] * 8**0.5, rtol=1e-6)
     assert module.scales() == [5**-0.5] * 2
-    np.testing.assert_allclose(decoder.frequencies(GEMMA)[1], 1e6 ** (-2 / 6), rtol=1e-6)
-    np.testing.assert_allclose(
-        decoder.frequencies(GEMMA, is_local=True)[1], 1e4 ** (-2 / 6), rtol=1e-6
-    )
+    assert_allclose(decoder.frequencies(GEMMA)[1], 1e6 ** (-2 / 6), rtol=1e-6)
+    assert_allclose(decoder.frequencies(GEMMA, is_local=True)[1], 1e4 ** (-2 / 6), rtol=1e-6)
     assert (GEMMA.windows, GEMMA.local_layers) == ((None, 3), [True, False])
 
 
@@ -240,7 +217,7 @@ def test_gemma_s_local_layers_turn_by_their_own_base():
         tiny(GEMMA, global_every=3, **changes)[0].apply(some_params(GEMMA), some_tokens(2, 6))
         for changes in ({}, {"rope_theta": 5.0}, {"local_rope_theta": 5.0})
     )
-    np.testing.assert_array_equal(plain, base)
+    assert_array_equal(plain, base)
     assert np.abs(plain - local).max() > 1e-3
 
 
@@ -253,7 +230,7 @@ def test_positions_beyond_the_table_use_its_last_row():
         "wpe": {"embedding": jnp.concatenate([table, jnp.repeat(table[-1:], 4, axis=0)])},
     }
     expected = tiny(max_length=14)[0].apply(longer, tokens)
-    np.testing.assert_allclose(model.apply(params, tokens), expected, atol=ATOL)
+    assert_allclose(model.apply(params, tokens), expected, atol=ATOL)
 
 
 def test_a_real_token_outside_the_vocabulary_gives_nan():
@@ -261,7 +238,7 @@ def test_a_real_token_outside_the_vocabulary_gives_nan():
     tokens = some_tokens(2, 5)
     tokens[0, 2] = CONFIG.vocab_size
     logits = model.apply(params, tokens)
-    np.testing.assert_array_equal(np.isnan(logits[:, 2]).all(axis=-1), [True, False])
+    assert_array_equal(np.isnan(logits[:, 2]).all(axis=-1), [True, False])
 
 
 @FAMILIES
@@ -277,7 +254,7 @@ def test_samples_have_the_log_probs_of_the_full_forward(config):
         model.apply(params, sampled.tokens, sampled.attention_mask)[:, 4:-1]
     )
     expected = jnp.take_along_axis(scores, sampled.tokens[:, 5:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose(sampled.log_probs[:, 5:], expected, atol=ATOL)
+    assert_allclose(sampled.log_probs[:, 5:], expected, atol=ATOL)
 
 
 @FAMILIES
@@ -290,39 +267,50 @@ def test_decoding_equals_the_full_forward(config, scan_layers):
     mask = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
     expected = np.asarray(model.apply(params, tokens, mask))
     positions = np.asarray(attention.positions(jnp.asarray(mask)))
-    cache, pieces = model.init_cache(3, 9), []
-    decode, decode_at = (
-        jax.jit(model.decode),
-        lambda **index: jax.jit(functools.partial(model.decode, **index)),
-    )
+    cache = model.init_cache(3, 9)
+    pieces = []
+    decode = jax.jit(model.decode)
     # Slots not written yet are marked as real: only what lies at or before the query may be seen.
     key_mask = np.concatenate([mask, np.ones((3, 1), int)], axis=1)
     for first, last in ((0, 4), (4, 6), (6, 7), (7, 8)):
         arguments = (params, tokens[:, first:last], positions[:, first:last], key_mask, cache)
-        is_array = first in (4, 7)
-        logits, cache = (
-            decode(*arguments, first) if is_array else decode_at(index=first)(*arguments)
-        )
+        if first in (4, 7):
+            logits, cache = decode(*arguments, first)
+        else:
+            logits, cache = jax.jit(functools.partial(model.decode, index=first))(*arguments)
         pieces.append(logits)
     decoded = np.concatenate(pieces, axis=1)
-    np.testing.assert_allclose(decoded[mask == 1], expected[mask == 1], atol=ATOL)
-    alone = tokens[:, 7:], positions[:, :1] * 0, np.ones((3, 9), int), model.init_cache(3, 9)
-    np.testing.assert_allclose(
-        decode_at(index=0)(params, *alone)[0], model.apply(params, alone[0]), atol=ATOL
-    )
-    slots = {
-        tuple(leaf.shape) for leaf in jax.tree.leaves(cache)
-    }  # Llama: the two heads of keys alone
+    assert_allclose(decoded[mask == 1], expected[mask == 1], atol=ATOL)
+
+
+@FAMILIES
+def test_a_first_token_decodes_as_a_text_of_one_token(config):
+    model, params = tiny(config)
+    token = some_tokens(3, 1)
+    cache = model.init_cache(3, 9)
+    at_start = jax.jit(functools.partial(model.decode, index=0))
+    logits, _ = at_start(params, token, np.zeros_like(token), np.ones((3, 9), int), cache)
+    assert_allclose(logits, model.apply(params, token), atol=ATOL)
+
+
+@FAMILIES
+def test_a_cache_has_the_heads_of_the_keys_and_slots_for_the_window(config):
+    cache = tiny(config)[0].init_cache(3, 9)
     sizes = [9] if config.windows == (None,) else [9, 3]
-    assert slots == {
-        (3, 2, *last)
-        for size in sizes
-        for last in ((config.head_size, size), (size, config.head_size))
-    }
-    unrolled, its_params = tiny(config)
-    np.testing.assert_allclose(
-        unrolled.apply(its_params, tokens, mask)[mask == 1], expected[mask == 1], atol=ATOL
-    )
+    keys = {(3, 2, config.head_size, size) for size in sizes}
+    values = {(3, 2, size, config.head_size) for size in sizes}
+    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == keys | values
+
+
+@FAMILIES
+def test_stacked_layers_with_remat_have_the_logits_of_separate_layers(config):
+    config = dataclasses.replace(config, num_layers=3)
+    tokens = some_tokens(3, 8)
+    mask = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
+    model, params = tiny(config)
+    stacked, stacked_params = tiny(config, scan_layers=True, remat=True)
+    logits = stacked.apply(stacked_params, tokens, mask)[mask == 1]
+    assert_allclose(logits, model.apply(params, tokens, mask)[mask == 1], atol=ATOL)
 
 
 def sampler_of(model, mesh=None):
@@ -360,9 +348,7 @@ def test_layers_are_taken_apart_by_one_kernel_for_all(num_layers, number):
     layers = program(stacked)
     assert len(layers) == num_layers
     for i, layer in enumerate(layers):
-        jax.tree.map(
-            np.testing.assert_array_equal, layer, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-        )
+        jax.tree.map(assert_array_equal, layer, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
     # XLA knows none of the numbers: it would make a slice of a place that it knows.
     assert program.as_text().count(" dynamic-slice(") == (2 * num_layers if num_layers > 1 else 0)
 
@@ -420,10 +406,10 @@ def loss_and_gradient(**changes):
 def test_remat_and_scan_change_neither_values_nor_gradients(changes):
     value, gradient = loss_and_gradient()
     other_value, other_gradient = loss_and_gradient(**changes)
-    np.testing.assert_allclose(other_value, value, rtol=1e-5)
+    assert_allclose(other_value, value, rtol=1e-5)
     expected = stack_layers(gradient) if "scan_layers" in changes else gradient
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL, rtol=1e-4),
+        lambda a, b: assert_allclose(a, b, atol=ATOL, rtol=1e-4),
         other_gradient,
         expected,
     )
@@ -442,11 +428,11 @@ def test_each_rate_drops_with_a_key_and_never_without(rate):
     model, _ = tiny(**{rate: 0.5})
     tokens = some_tokens(2, 5)
     expected = plain.apply(params, tokens)
-    np.testing.assert_array_equal(model.apply(params, tokens), expected)
+    assert_array_equal(model.apply(params, tokens), expected)
     first, again, other = (
         np.asarray(model.apply(params, tokens, None, jax.random.key(seed))) for seed in (1, 1, 2)
     )
-    np.testing.assert_array_equal(first, again)
+    assert_array_equal(first, again)
     assert min(np.max(np.abs(first - other)), np.max(np.abs(first - expected))) > 1e-3
 
 
@@ -500,14 +486,14 @@ def test_a_seed_draws_the_numbers_that_it_always_drew():
         tree["attn"]["c_proj"]["kernel"][..., 0, 0]
         for tree in (params["h_0"], params["h_1"], params["h_2"])
     ]
-    np.testing.assert_allclose(drawn, [0.0138717, 0.0026196, 0.0008438], atol=1e-6)
+    assert_allclose(drawn, [0.0138717, 0.0026196, 0.0008438], atol=1e-6)
     drawn = [
         *stacked["h"]["attn"]["c_proj"]["kernel"][:, 0, 0],
         stacked["h_2"]["attn"]["c_proj"]["kernel"][0, 0],
     ]
-    np.testing.assert_allclose(drawn, [0.0067511, 0.0111894, 0.0008438], atol=1e-6)
+    assert_allclose(drawn, [0.0067511, 0.0111894, 0.0008438], atol=1e-6)
     states = model.hidden(perturbed(params), some_tokens(1, 3), None, jax.random.key(3))
-    np.testing.assert_allclose(states[0, :, 0], [-0.382069, -0.921606, -0.930254], atol=1e-5)
+    assert_allclose(states[0, :, 0], [-0.382069, -0.921606, -0.930254], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -565,9 +551,9 @@ def test_resize_vocabulary_adds_mean_rows_to_every_table(config):
     assert (wider.config.other_keys, wider.config.vocab_size) == ({"mine": 1}, 15)
     tokens = some_tokens(2, 5)
     logits = jax.jit(wider.apply)(wider_params, tokens)
-    np.testing.assert_allclose(logits[..., :13], model.apply(params, tokens), atol=ATOL)
+    assert_allclose(logits[..., :13], model.apply(params, tokens), atol=ATOL)
     expected = np.broadcast_to(np.mean(logits[..., :13], axis=-1, keepdims=True), (2, 5, 2))
-    np.testing.assert_allclose(logits[..., 13:], expected, atol=1e-4)
+    assert_allclose(logits[..., 13:], expected, atol=1e-4)
     assert wider_params["wte"]["embedding"].shape == (15, 8)
 
 
@@ -648,22 +634,33 @@ def test_columns_that_are_read_are_those_of_all(config, changes):
         (jnp.array(numbers), weights[:, :2], places, whole[np.arange(3)[:, None], numbers]),
     ):
         states, gradient = states_and_gradient(columns)(ours)
-        np.testing.assert_allclose(states, expected, atol=ATOL)
+        assert_allclose(states, expected, atol=ATOL)
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4),
+            lambda a, b: assert_allclose(a, b, atol=2e-4, rtol=1e-4),
             gradient,
             of_all(theirs.astype(np.float32))[1],
         )
-    program = str(
-        jax.make_jaxpr(lambda params: hidden(params, tokens, mask, None, slice(2, 5)))(params)
-    )
-    width = config.intermediate_size or 4 * config.hidden_size
-    assert f"f32[3,3,{width}]" in program  # the last MLP runs where it is read
-    # But where less than an eighth is left out, one kernel serves all blocks.
-    long = jax.ShapeDtypeStruct((3, 9), jnp.int32)
-    program = jax.make_jaxpr(lambda tokens: hidden(params, tokens, None, None, slice(0, 8)))(long)
-    assert program.out_avals[0].shape == (3, 8, 8)
-    assert f"f32[3,8,{width}]" not in str(program)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_last_mlp_runs_on_the_columns_that_are_read(scan_layers):
+    """If less than an eighth is left out, it runs on all: one kernel then serves all blocks."""
+    model, params = tiny(dataclasses.replace(CONFIG, num_layers=3), scan_layers=scan_layers)
+    hidden = models.build(model.config).hidden
+
+    def program(width, columns):
+        tokens = jax.ShapeDtypeStruct((3, width), jnp.int32)
+        return jax.make_jaxpr(lambda tokens: hidden(params, tokens, None, None, columns))(tokens)
+
+    assert "f32[3,3,32]" in str(program(6, slice(2, 5)))
+    wide = program(9, slice(0, 8))
+    assert wide.out_avals[0].shape == (3, 8, 8)
+    assert "f32[3,8,32]" not in str(wide)
+
+
+def test_gpt2_divides_the_scores_of_layer_i_by_i_plus_one():
+    config = dataclasses.replace(CONFIG, scale_attn_by_inverse_layer_idx=True)
+    assert gpt2.GPT2(config).scales() == [4**-0.5, 4**-0.5 / 2]
 
 
 @pytest.mark.parametrize(
@@ -695,7 +692,7 @@ def test_the_gradients_written_out_are_the_derived_ones(rows, is_centred):
         jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*values) for f in (ours, derived)
     )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -705,7 +702,7 @@ def test_gemma_s_norm_by_hand_is_computed_in_float32_and_keeps_the_dtype(dtype):
         jnp.array([[2 * 3 / 12.5**0.5, 4 / 12.5**0.5]]),
     )
     normed = stack.Norm(GEMMA).apply(params, jnp.array([[3.0, 4.0]], dtype))
-    np.testing.assert_allclose(normed, expected.astype(dtype), rtol=1e-6)
+    assert_allclose(normed, expected.astype(dtype), rtol=1e-6)
 
 
 def test_products_with_the_hessian_of_a_model():
@@ -724,4 +721,4 @@ def test_products_with_the_hessian_of_a_model():
 
     reverse = jax.jit(jax.grad(product))(params)
     for a, b in zip(jax.tree.leaves(forward), jax.tree.leaves(reverse), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        assert_allclose(a, b, rtol=1e-3, atol=1e-4)

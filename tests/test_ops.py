@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 from tabular import comparisons
 
 from rlhf_jax import ops
@@ -20,20 +21,18 @@ def test_masked_statistics_by_hand():
     low = jnp.full(
         (1, 1000), 1.0078125, jnp.bfloat16
     )  # their mean in bfloat16 arithmetic is another
-    np.testing.assert_allclose(ops.masked_mean(low, low), np.float32(1.0078125), rtol=1e-6)
-    np.testing.assert_allclose(ops.masked_mean(x, mask, axis=1), [1.5, 6.0])
-    np.testing.assert_allclose(ops.masked_var(x, mask, axis=1), [0.25, 0.0])
-    np.testing.assert_allclose(ops.masked_mean(x, mask, axis=0), [3.5, 2.0, 0.0])
+    assert_allclose(ops.masked_mean(low, low), np.float32(1.0078125), rtol=1e-6)
+    assert_allclose(ops.masked_mean(x, mask, axis=1), [1.5, 6.0])
+    assert_allclose(ops.masked_var(x, mask, axis=1), [0.25, 0.0])
+    assert_allclose(ops.masked_mean(x, mask, axis=0), [3.5, 2.0, 0.0])
 
 
 def test_whiten_by_hand():
     x, mask = jnp.array([[1.0, 3.0, jnp.nan]]), jnp.array([[1, 1, 0]])
-    np.testing.assert_allclose(ops.whiten(x, mask), [[-1.0, 1.0, 0.0]], atol=1e-6)
-    np.testing.assert_allclose(ops.whiten(x, mask, shift_mean=False), [[1.0, 3.0, 0.0]], atol=1e-6)
-    np.testing.assert_allclose(
-        ops.whiten(3 * x, mask, shift_mean=False), [[5.0, 7.0, 0.0]], atol=1e-6
-    )
-    np.testing.assert_allclose(
+    assert_allclose(ops.whiten(x, mask), [[-1.0, 1.0, 0.0]], atol=1e-6)
+    assert_allclose(ops.whiten(x, mask, shift_mean=False), [[1.0, 3.0, 0.0]], atol=1e-6)
+    assert_allclose(ops.whiten(3 * x, mask, shift_mean=False), [[5.0, 7.0, 0.0]], atol=1e-6)
+    assert_allclose(
         ops.whiten(1e-4 * x, mask), [[-0.70711, 0.70711, 0.0]], atol=1e-5
     )  # var is 1e-8
 
@@ -81,12 +80,12 @@ def test_log_probs_and_entropy_of_huge_logits_are_finite_with_their_gradients():
     (log_probs, pull), (entropies, pull_entropy) = both(logits)
     p = np.array([[1, 0, 0], [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1)), 0], [1 / 3] * 3])
     expected = np.array([0, 0.582203, math.log(3)])  # the second at p = sigmoid(1)
-    np.testing.assert_allclose(log_probs, [[0, -2e4, math.log(p[1, 1]), -math.log(3)]], atol=1e-3)
-    np.testing.assert_allclose(entropies[0, 1:], expected, atol=1e-3)
+    assert_allclose(log_probs, [[0, -2e4, math.log(p[1, 1]), -math.log(3)]], atol=1e-3)
+    assert_allclose(entropies[0, 1:], expected, atol=1e-3)
     one = np.ones((1, 4), np.float32)
-    np.testing.assert_allclose(pull(one)[0][0, :3], np.eye(3)[tokens[0, 1:]] - p, atol=1e-3)
+    assert_allclose(pull(one)[0][0, :3], np.eye(3)[tokens[0, 1:]] - p, atol=1e-3)
     slopes = -p * (np.log(np.maximum(p, 1e-30)) + expected[:, None])
-    np.testing.assert_allclose(pull_entropy(one)[0][0, :3], slopes, atol=1e-3)
+    assert_allclose(pull_entropy(one)[0][0, :3], slopes, atol=1e-3)
 
 
 def test_kl_and_ratio_by_hand():
@@ -106,7 +105,7 @@ def test_kl_and_ratio_by_hand():
     assert 0 < value < np.inf
     assert -np.inf < slope < 0
     value, slope = jax.value_and_grad(lambda x: ops.ratio(x, jnp.float32(0.0)))(jnp.float32(41.0))
-    np.testing.assert_allclose([value, slope], [2 * math.exp(40), math.exp(40)], rtol=1e-5)
+    assert_allclose([value, slope], [2 * math.exp(40), math.exp(40)], rtol=1e-5)
     assert np.isfinite(np.square(slope))
 
 
@@ -115,7 +114,7 @@ def test_response_mask_ends_at_the_first_eos_of_the_response():
         [[9, 5, 1, 9, 2, 9], [0, 5, 1, 2, 3, 4], [0, 5, 9, 0, 0, 0], [0, 5, 1, 2, 3, 9]]
     )
     expected = [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]]
-    np.testing.assert_array_equal(ops.response_mask(tokens, 2, 9), expected)
+    assert_array_equal(ops.response_mask(tokens, 2, 9), expected)
 
 
 def test_policy_fn_makes_a_policy_of_a_lookup_table():
@@ -123,7 +122,7 @@ def test_policy_fn_makes_a_policy_of_a_lookup_table():
     policy_fn = ops.policy_fn(lambda params, tokens, attention_mask, key: params[tokens])
     tokens = jnp.array([[0, 1, 2]])
     output = jax.jit(policy_fn)(table, tokens, jnp.ones_like(tokens), None)
-    np.testing.assert_allclose(output.log_probs, [[0, math.log(0.25), math.log(0.7)]], rtol=1e-6)
+    assert_allclose(output.log_probs, [[0, math.log(0.25), math.log(0.7)]], rtol=1e-6)
     assert output.entropy[0, 1] == pytest.approx(1.5 * math.log(2))
     assert output.values is None
     assert policy_fn(table.astype(jnp.bfloat16), tokens, None, None).log_probs.dtype == jnp.float32
@@ -146,9 +145,7 @@ def test_response_log_probs_are_sums_over_each_response():
     for i, k in np.ndindex(3, 4):
         tokens, response = batch.tokens[i, k], batch.response_mask[i, k]
         expected = sum(table[tokens[t - 1], tokens[t]] for t in np.flatnonzero(response))
-        np.testing.assert_allclose(sums[i, k], expected, rtol=1e-5)
+        assert_allclose(sums[i, k], expected, rtol=1e-5)
     assert sums[1, 2] == 0.0
     first = jax.tree.map(lambda x: x[:, 0], batch)
-    np.testing.assert_allclose(
-        ops.response_log_probs(policy_fn, table, first), sums[:, 0], rtol=1e-6
-    )
+    assert_allclose(ops.response_log_probs(policy_fn, table, first), sums[:, 0], rtol=1e-6)

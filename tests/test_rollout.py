@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import models, ops, ppo, rollout, sampling
 from rlhf_jax.sampling import SamplingConfig
@@ -56,7 +57,7 @@ def test_sampler_log_probs_equal_the_full_forward():
     expected = np.where(
         sampled.response_mask, ops.token_log_probs(logits, sampled.tokens, 0.8), 0.0
     )
-    np.testing.assert_allclose(sampled.log_probs, expected, atol=1e-5)
+    assert_allclose(sampled.log_probs, expected, atol=1e-5)
     lengths = np.asarray(sampled.response_mask).sum(1)
     assert lengths.max() == 7
     assert lengths[3] == 0 < lengths[lengths > 0].min() < 7
@@ -81,10 +82,8 @@ def test_pad_id_outside_the_vocabulary():
         run_collect(tokens, mask, sampling=sampling_config) for sampling_config in (CONFIG, options)
     )
     assert (np.asarray(outside.tokens) == VOCAB).any()
-    np.testing.assert_array_equal(
-        np.where(outside.tokens == VOCAB, PAD, outside.tokens), inside.tokens
-    )
-    np.testing.assert_array_equal(outside.log_probs, inside.log_probs)
+    assert_array_equal(np.where(outside.tokens == VOCAB, PAD, outside.tokens), inside.tokens)
+    assert_array_equal(outside.log_probs, inside.log_probs)
 
 
 @pytest.mark.usefixtures("optimized")
@@ -97,9 +96,7 @@ def test_collect():
     rolled = run_collect(tokens, mask, row_ids=row_ids)
     sampled = generate(MODEL, PARAMS, tokens, mask, KEY, config=CONFIG, row_ids=row_ids)
     for field in ("tokens", "attention_mask", "response_mask", "row_ids"):
-        np.testing.assert_array_equal(
-            getattr(rolled, field), getattr(sampled, field), err_msg=field
-        )
+        assert_array_equal(getattr(rolled, field), getattr(sampled, field), err_msg=field)
     assert rolled.scores is rolled.rewards is None
 
     response = np.asarray(rolled.response_mask) != 0
@@ -110,7 +107,7 @@ def test_collect():
         (rolled.log_probs, rolled.values, rolled.ref_log_probs), forwards, strict=True
     ):
         assert got.dtype == jnp.float32
-        np.testing.assert_array_equal(got, np.where(response, forward, 0.0))
+        assert_array_equal(got, np.where(response, forward, 0.0))
         assert np.ptp(np.asarray(got)[response]) > 0.1
     assert np.abs(np.asarray(rolled.log_probs - rolled.ref_log_probs)).max() > 0.1
 
@@ -173,8 +170,8 @@ def test_rescore_masks_and_keeps():
     out = rollout.rescore(given, jnp.asarray(1.0, jnp.bfloat16), policy_fn=policy_fn, ref_fn=ref_fn)
     for found, factor in ((out.log_probs, 1), (out.values, 10), (out.ref_log_probs, 2)):
         assert found.dtype == jnp.float32
-        np.testing.assert_array_equal(found, factor * np.array([[0, 0, -1, -2], [0, 0, -3, 0]]))
-    np.testing.assert_array_equal(out.scores, [1.0, 2.0])
+        assert_array_equal(found, factor * np.array([[0, 0, -1, -2], [0, 0, -3, 0]]))
+    assert_array_equal(out.scores, [1.0, 2.0])
 
     no_values = rollout.rescore(
         given, None, policy_fn=lambda *_: PolicyOutput(log_probs, log_probs)
@@ -207,10 +204,8 @@ def test_collect_with_a_whole_value_model():
         MODEL, both, tokens, mask, KEY, sampling=CONFIG, policy_fn=value_policy, row_ids=ROW_IDS
     )
     alone = run_collect(tokens, mask)
-    np.testing.assert_array_equal(found.tokens, alone.tokens)
-    np.testing.assert_allclose(found.log_probs, alone.log_probs, atol=1e-6)
+    assert_array_equal(found.tokens, alone.tokens)
+    assert_allclose(found.log_probs, alone.log_probs, atol=1e-6)
     own = jax.jit(POLICY)(make_params(3), found.tokens, found.attention_mask, None)
-    np.testing.assert_allclose(
-        found.values, np.where(found.response_mask, own.values, 0.0), atol=1e-6
-    )
+    assert_allclose(found.values, np.where(found.response_mask, own.values, 0.0), atol=1e-6)
     assert np.abs(found.values - alone.values).max() > 0.1

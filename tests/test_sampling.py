@@ -13,6 +13,7 @@ import pytest
 import scipy.special
 import scipy.stats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import ops, rollout, sampling
 from rlhf_jax.sampling import SamplingConfig
@@ -99,7 +100,7 @@ def data_mesh(devices):
 
 
 def assert_same(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    jax.tree.map(assert_array_equal, actual, expected)
 
 
 def lookup_log_probs(rollout, temperature=1.0):
@@ -186,7 +187,7 @@ def test_truncate():
     # does.
     assert kept(top_k=2, top_p=0.56) == [[T, F, F, F], [T, T, T, F]]
     assert kept(top_k=2, top_p=0.58) == [[T, F, T, F], [T, T, T, F]]
-    np.testing.assert_array_equal(sampling.truncate(logits, 2)[0, [0, 2]], logits[0, [0, 2]])
+    assert_array_equal(sampling.truncate(logits, 2)[0, [0, 2]], logits[0, [0, 2]])
     # As token by token, also where the border lies between equals; by one sort, where ranks would
     # take two.
     rough = np.round(np.random.default_rng(3).normal(size=(40, 50)) * 2).astype(np.float32) / 2
@@ -197,7 +198,7 @@ def test_truncate():
             else np.where(rough < np.sort(rough)[:, -7:-6], -np.inf, rough)
         )
         expected = [truncated_probs(row, top_p=options["top_p"]) > 0 for row in cut]
-        np.testing.assert_array_equal(np.isfinite(sampling.truncate(rough, **options)), expected)
+        assert_array_equal(np.isfinite(sampling.truncate(rough, **options)), expected)
     assert str(jax.make_jaxpr(partial(sampling.truncate, top_p=0.5))(rough)).count(" sort[") == 1
 
 
@@ -211,7 +212,7 @@ def test_greedy_follows_the_largest_logit():
             )
             assert out[i, t] == np.argmax(logits)
     # Log-probs of temperature 1, and the key is not used.
-    np.testing.assert_allclose(rollout.log_probs, lookup_log_probs(rollout), atol=1e-5)
+    assert_allclose(rollout.log_probs, lookup_log_probs(rollout), atol=1e-5)
     assert_same(run(key=jax.random.key(9), temperature=0.0, eos_id=None), rollout)
     equal = run(params=jax.tree.map(jnp.zeros_like, PARAMS), temperature=0.0, eos_id=None)
     assert not equal.tokens[:, 3:].any()  # of equals the lowest id
@@ -224,7 +225,7 @@ def test_a_token_is_jax_random_categorical_s_of_its_row_and_slot():
             PARAMS["token"][tokens[:, slot + 2]] + PARAMS["position"][PROMPTS[1].sum(1) - 1 + slot]
         )
         keys = [jax.random.fold_in(jax.random.fold_in(KEY, row), slot) for row in range(24)]
-        np.testing.assert_array_equal(
+        assert_array_equal(
             tokens[:, slot + 3], jax.vmap(jax.random.categorical)(jnp.stack(keys), logits)
         )
 
@@ -234,7 +235,7 @@ def test_log_probs_are_of_the_full_softmax_at_the_temperature(options):
     rollout = run(**options)
     expected = lookup_log_probs(rollout, options.get("temperature", 1.0))
     assert rollout.log_probs.dtype == jnp.float32
-    np.testing.assert_allclose(rollout.log_probs, expected, atol=1e-5)
+    assert_allclose(rollout.log_probs, expected, atol=1e-5)
     assert np.count_nonzero(expected) > 24
 
 
@@ -258,8 +259,8 @@ def test_end_of_a_response():
         ended += length < 6
         pads_inside += (response[:length] == 0).sum()
         wanted = (np.arange(6) < length).astype(np.int32)
-        np.testing.assert_array_equal(rollout.response_mask[i, 3:], wanted)
-        np.testing.assert_array_equal(rollout.attention_mask[i, 3:], wanted)
+        assert_array_equal(rollout.response_mask[i, 3:], wanted)
+        assert_array_equal(rollout.attention_mask[i, 3:], wanted)
         assert (response[length:] == 0).all()
         assert (rollout.log_probs[i, 3:][:length] < 0).all()
         assert (rollout.log_probs[i, 3:][length:] == 0).all()
@@ -276,9 +277,9 @@ def test_each_of_several_eos_ids_ends_a_response():
         rollout = jax.tree.map(np.asarray, run(eos_id=ends))
         is_end = np.isin(endless, ends)
         said = (np.cumsum(is_end, axis=1) - is_end == 0).astype(np.int32)
-        np.testing.assert_array_equal(rollout.response_mask[:, 3:], said)
-        np.testing.assert_array_equal(rollout.tokens[:, 3:], np.where(said, endless, 0))
-        np.testing.assert_array_equal(ops.response_mask(rollout.tokens, 3, ends)[:, 3:], said)
+        assert_array_equal(rollout.response_mask[:, 3:], said)
+        assert_array_equal(rollout.tokens[:, 3:], np.where(said, endless, 0))
+        assert_array_equal(ops.response_mask(rollout.tokens, 3, ends)[:, 3:], said)
 
 
 def test_eos_none_never_ends():
@@ -363,7 +364,7 @@ def test_absent_row():
     tokens, mask = prompts()
     mask[2] = 0
     rollout = run(tokens, mask)
-    np.testing.assert_array_equal(rollout.tokens[2], [*tokens[2], 0, 0, 0, 0, 0, 0])
+    assert_array_equal(rollout.tokens[2], [*tokens[2], 0, 0, 0, 0, 0, 0])
     for field in (rollout.attention_mask, rollout.response_mask, rollout.log_probs):
         assert not np.asarray(field)[2].any()
     others = np.arange(24) != 2
@@ -392,12 +393,12 @@ def test_positions_and_rows_have_their_own_randomness():
     assert 0.005 < (response[1:] == response[:-1]).mean() < 0.04
     twins = sample(row_ids=np.full((40,), 7, np.int32))
     assert (np.asarray(twins.tokens) == np.asarray(twins.tokens)[:1]).all()
-    np.testing.assert_array_equal(twins.tokens[0], rollout.tokens[7])
+    assert_array_equal(twins.tokens[0], rollout.tokens[7])
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
     rollout = run()
-    np.testing.assert_array_equal(rollout.row_ids, np.arange(24))
+    assert_array_equal(rollout.row_ids, np.arange(24))
     for chosen, mesh in (
         ([17, 3, 8], None),
         (np.random.default_rng(0).permutation(24), data_mesh(4)),
@@ -417,13 +418,11 @@ def test_a_row_does_not_depend_on_prompt_padding():
         )
     )
     for field in ("tokens", "attention_mask", "response_mask", "log_probs"):
-        np.testing.assert_array_equal(
-            getattr(wide, field)[:, 5:], getattr(run(), field), err_msg=field
-        )
+        assert_array_equal(getattr(wide, field)[:, 5:], getattr(run(), field), err_msg=field)
 
 
 def test_fewer_new_tokens_is_a_prefix():
-    np.testing.assert_array_equal(run().tokens[:, :5], run(max_new_tokens=2).tokens)
+    assert_array_equal(run().tokens[:, :5], run(max_new_tokens=2).tokens)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -493,19 +492,17 @@ def test_uncached_equals_a_cached_model():
     tokens, mask = prompts()
     mask[2] = 0
     expected, rollout = (run(tokens, mask, model=m) for m in (cached, model))
-    np.testing.assert_array_equal(rollout.tokens, expected.tokens)
-    np.testing.assert_allclose(rollout.log_probs, expected.log_probs, atol=1e-6)
+    assert_array_equal(rollout.tokens, expected.tokens)
+    assert_allclose(rollout.log_probs, expected.log_probs, atol=1e-6)
     assert np.asarray(rollout.response_mask).sum() > 48
-    np.testing.assert_array_equal(
-        run(tokens, mask, model=model, mesh=data_mesh(4)).tokens, rollout.tokens
-    )
+    assert_array_equal(run(tokens, mask, model=model, mesh=data_mesh(4)).tokens, rollout.tokens)
 
 
 def test_one_column_prompt_equals_the_tail_of_a_longer_one():
     """P = 1 has no prefill; with the same position its result is that of a prompt padded to 2."""
     tokens = np.array([[2], [3]], np.int32)
     wide, mask = (np.pad(x, ((0, 0), (1, 0))) for x in (tokens, np.ones_like(tokens)))
-    np.testing.assert_array_equal(run(tokens).tokens, run(wide, mask).tokens[:, 1:])
+    assert_array_equal(run(tokens).tokens, run(wide, mask).tokens[:, 1:])
 
 
 #
@@ -554,6 +551,10 @@ def test_generate_refuses(changes, error, message):
         run(**changes)
 
 
+def test_a_response_may_fill_the_models_last_position():
+    assert run(max_new_tokens=61).tokens.shape == (24, 64)
+
+
 def test_prompts_padded_on_the_right_are_refused_where_their_values_are_known():
     tokens, mask = PROMPTS[0][:3], np.array([[0, 1, 1], [0, 0, 0], [1, 1, 0]])
     config = SamplingConfig(max_new_tokens=2, eos_id=None, pad_id=0)
@@ -586,9 +587,9 @@ def test_best_of_n_distribution_and_kl():
         MODEL, params, tokens, np.ones_like(tokens), KEY, reward_fn=rank, **options
     )
     assert scores.shape == (rows, n)
-    np.testing.assert_array_equal(rollout.scores, np.asarray(scores).max(1))
-    np.testing.assert_array_equal(rollout.tokens[:, 1], np.asarray(scores).max(1))
-    np.testing.assert_array_equal(rollout.row_ids, np.arange(rows))
+    assert_array_equal(rollout.scores, np.asarray(scores).max(1))
+    assert_array_equal(rollout.tokens[:, 1], np.asarray(scores).max(1))
+    assert_array_equal(rollout.row_ids, np.arange(rows))
     expected = np.diff(np.cumsum(probs) ** n, prepend=0.0)
     counts = np.bincount(np.asarray(rollout.tokens)[:, 1], minlength=4)
     assert scipy.stats.chisquare(counts, expected * rows).pvalue > 1e-3
@@ -608,19 +609,19 @@ def test_best_of_n_rewards_ties_nan_and_rows():
     samples = run(np.repeat(tokens, 2, 0), np.repeat(mask, 2, 0), row_ids=sample_ids)
     lengths = np.asarray(samples.response_mask).sum(1).reshape(4, 2)
     dense, scores = best(lambda rollout: (jnp.where(rollout.response_mask != 0, 1.0, jnp.nan), {}))
-    np.testing.assert_array_equal(scores, lengths)
+    assert_array_equal(scores, lengths)
     longest = np.asarray(samples.tokens).reshape(4, 2, -1)[np.arange(4), lengths.argmax(1)]
-    np.testing.assert_array_equal(dense.tokens, longest)
-    np.testing.assert_array_equal(dense.row_ids, row_ids)
+    assert_array_equal(dense.tokens, longest)
+    assert_array_equal(dense.row_ids, row_ids)
 
     given = jnp.asarray([1.0, 1.0, jnp.nan, -3.0, 0.0, jnp.inf, jnp.nan, jnp.nan])
     with_parts, scores = best(lambda rollout: (given, {"part": given}))
-    np.testing.assert_array_equal(scores, np.asarray(given).reshape(4, 2))
-    np.testing.assert_array_equal(with_parts.scores, [1.0, -3.0, np.inf, np.nan])
-    np.testing.assert_array_equal(with_parts.tokens, np.asarray(samples.tokens)[[0, 3, 5, 6]])
+    assert_array_equal(scores, np.asarray(given).reshape(4, 2))
+    assert_array_equal(with_parts.scores, [1.0, -3.0, np.inf, np.nan])
+    assert_array_equal(with_parts.tokens, np.asarray(samples.tokens)[[0, 3, 5, 6]])
 
     spread, _ = best(lambda rollout: (given, {}), data_mesh(4))
-    np.testing.assert_array_equal(spread.tokens, with_parts.tokens)
+    assert_array_equal(spread.tokens, with_parts.tokens)
 
     with pytest.raises(AssertionError, match=r"shape \(3,\) but expected \(8,?\)"):
         best(lambda rollout: (jnp.zeros(3), {}))
