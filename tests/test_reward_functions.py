@@ -1,16 +1,14 @@
 """What --reward may say, and runs whose reward is the user's own Python function."""
 
 import dataclasses
-import importlib.machinery
 import importlib.util
-import sys
+import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import Checker
 
 from rlhf_jax import models, rewards, training, vpg
 from rlhf_jax.config import Compute
@@ -163,7 +161,7 @@ def test_the_parts_of_several_entries_have_their_names(pair):
 
 
 def test_answers_that_a_rule_verifies(monkeypatch):
-    """Responses "ea" and "e"; the answer after the last #### of both texts counts."""
+    """Responses "ea" and "e"."""
     matched = build("regex:^.a$*2", "regex:e")
     scores, parts = matched.host(rollout(), {})
     assert (scores, parts) == ([3.0, 1.0], {"regex:^.a$": [1, 0], "regex:e": [1, 1]})
@@ -173,31 +171,96 @@ def test_answers_that_a_rule_verifies(monkeypatch):
             UserError, match="--reward math: the package math-verify is not installed; pip install"
         ):
             build("math", columns=("answer",))
-    monkeypatch.setitem(sys.modules, "math_verify", Checker)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(
         UserError, match="--reward math: math asks for answer, but the prompts' columns are topic"
     ):
         build("math", columns=("topic",))
     assert build("math", columns=("answer",)).host is not None
-    gold = ["so 5 + 2\n#### 7", 7, "-7", "none"]
-    assert verifiable.math([""] * 4, ["7 or 8", "#### 8 #### 7", "-7", "7"], gold) == [
-        0.0,
-        1.0,
-        1.0,
-        None,
-    ]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs math-verify")
-def test_math_compares_values():
-    cases = [
+needs_math = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="needs math-verify"
+)
+
+
+@needs_math
+@pytest.mark.parametrize(
+    ("answer", "response", "expected"),
+    [
         ("#### 1,000", "it is $1000.", 1),
         ("0.5", "so \\boxed{\\frac{1}{2}}", 1),
         ("\\frac{1}{2}", "1/3", 0),
-    ]
-    cases += [("18", "", 0), ("2", "#### about 2 eggs", 1)]
-    answers, responses, expected = zip(*cases, strict=True)
-    assert verifiable.math([""] * 5, list(responses), list(answers)) == list(expected)
+        ("18", "", 0),
+        ("2", "#### about 2 eggs", 1),
+        ("so 5 + 2\n#### 7", "7 or 8", 0),
+        (7, "#### 8 #### 7", 1),
+        ("", "7", None),
+        ("2", "1\n" * 5_000 + "\\boxed{2}", 1),  # of a long text the end is read
+    ],
+)
+def test_math_compares_values(answer, response, expected):
+    assert verifiable.math([""], [response], [answer]) == [expected]
+
+
+ORDINARY = ["1/2", "0.5", "50%", "\\frac{1}{2}", "$\\sqrt{8}$", "$2\\sqrt{2}$", "$\\{1, 2\\}$"]
+ORDINARY += ["$\\{2, 1\\}$", "$[1, 2)$", "$(1, 2)$", "$x = 3$", "3", "$x^2 + 2x + 1$"]
+ORDINARY += ["$(x + 1)^2$", "$2^{10}$", "1024", "$10\\text{ cm}$", "10", "$5!$", "120", "$\\pi/4$"]
+ORDINARY += ["$\\frac{\\pi}{4}$", "$\\sin(\\pi/6)$", "$1 < x < 2$", "$i^2$", "-1", "$x^{2024}$"]
+
+
+@needs_math
+def test_ordinary_answers_get_math_verifys_verdict():
+    from math_verify import parse, verify
+
+    def own(text):
+        return parse(text) or parse(f"${text}$")
+
+    shifted = [ORDINARY[shift:] + ORDINARY[:shift] for shift in range(3)]
+    pairs = [pair for texts in shifted for pair in zip(ORDINARY, texts, strict=True)]
+    expected = [float(verify(own(gold), own(text))) for gold, text in pairs]
+    answers, responses = zip(*pairs, strict=True)
+    assert verifiable.math([""] * len(pairs), list(responses), list(answers)) == expected
+    assert len(pairs) > sum(expected) > len(ORDINARY)
+
+
+HUGE = {
+    "tower": "9^9^9^9",
+    "tower in LaTeX": "$9^{9^{9^9}}$",
+    "tower of decimals": "$1.5^{1.5^{10^9}}$",
+    "interval to a tower": "$[1, 9^{9^{9^9}}]$",
+    "factorial": "$(10^8)!$",
+    "binomial": "$\\binom{10^7}{10^6}$",
+    "sum": "$\\sum_{n=1}^{100000} \\frac1n$",
+    "product": "$\\prod_{n=1}^{10^9} n$",
+    "expansion": "$(x+1)^{1000}$",
+    "expansion that loops in one call": "$(x+1)^{10^9}$",
+    "nested roots": "$" + r"\sqrt{" * 50 + "2" + "}" * 50 + "$",
+    "nested brackets": "$" + "(" * 300 + "1" + ")" * 300 + "$",
+    "many terms": "$" + "+".join(map(str, range(3_000))) + "$",
+    "many numbers": "1 " * 50_000,
+    "digits of a sine": "$\\sin(10^{100000})$",
+}
+
+
+@needs_math
+@pytest.mark.parametrize("what", HUGE)
+def test_an_answer_that_would_take_long_is_not_equal_at_once(what):
+    verifiable.math([""], ["1"], ["1"])  # starts the process
+    started = time.perf_counter()
+    assert verifiable.math([""] * 2, [HUGE[what]] * 2, ["1/3"] * 2) == [0, 0]
+    assert time.perf_counter() - started < 6  # math-verify's own clock would need 10
+
+
+def test_a_comparison_that_hangs_is_an_error_and_no_verdict(tmp_path, monkeypatch):
+    program = tmp_path / "hangs.py"
+    program.write_text("import time\ntime.sleep(60)\n")
+    verifiable._worker.cache_clear()
+    monkeypatch.setattr(verifiable, "PROGRAM", program)
+    monkeypatch.setattr(verifiable, "SECONDS", 0.2)
+    with pytest.raises(TrainingFault, match=r"after 0.2 s, at the answer '1' and .* in '2\+2'"):
+        verifiable.math([""], ["2+2"], ["1"])
+    assert verifiable._worker.cache_info().currsize == 0
 
 
 MISTAKES = {

@@ -2,9 +2,22 @@
 data row.
 """
 
+import atexit
+import functools
+import json
+import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from rlhf_jax.errors import TrainingFault
+
+PROGRAM = Path(__file__).with_name("mathematics.py")
+SECONDS = 60.0  # that a comparison may take; its work is bounded, so it takes one or less
 
 
 def regex(pattern: str) -> Callable[..., list[float]]:
@@ -20,20 +33,54 @@ def regex(pattern: str) -> Callable[..., list[float]]:
 def math(prompts: list[str], responses: list[str], answer: list[Any]) -> list[float | None]:
     """1 for a response whose answer equals that of its data row, else 0.
 
-    The package math-verify reads both, as numbers, expressions or LaTeX, and compares their values.
-    Of a text with the mark ``####`` of GSM8K (Cobbe et al. 2021) only what follows the last one is
-    read. None, which leaves the response out, if nothing can be read in the row's answer.
+    The package math-verify reads both, as numbers, expressions or LaTeX, and compares their values,
+    within the bounds of `rewards.mathematics`: a verdict depends on no clock. Of a text with the
+    mark ``####`` of GSM8K (Cobbe et al. 2021) only what follows the last one is read. None, which
+    leaves the response out, if nothing can be read in the row's answer.
+
+    Raises:
+        TrainingFault: a comparison took a minute, or its process was ended.
     """
-    from math_verify import parse, verify  # an optional package
+    pairs = zip(answer, responses, strict=True)
+    return [_verdict(str(expected), response) for expected, response in pairs]
 
-    def read(text: Any) -> list[Any]:
-        last = str(text).rpartition("####")[2].strip()
-        return parse(last) or parse(f"${last}$")
 
-    pairs = [
-        (read(expected), response) for expected, response in zip(answer, responses, strict=True)
-    ]
-    return [
-        float(verify(expected, read(response))) if expected else None
-        for expected, response in pairs
-    ]
+def _verdict(expected: str, response: str) -> float | None:
+    worker = _worker()
+    assert worker.stdin is not None, "a pipe"
+    assert worker.stdout is not None, "a pipe"
+    alarm = threading.Timer(SECONDS, worker.kill)
+    alarm.start()
+    try:
+        worker.stdin.write(json.dumps([expected, response]) + "\n")
+        worker.stdin.flush()
+        line = worker.stdout.readline()
+    except BrokenPipeError:
+        line = ""
+    finally:
+        alarm.cancel()
+    if not line:
+        _worker.cache_clear()
+        raise TrainingFault(
+            f"math: the process that compares answers ended, or was ended after {SECONDS:g} s, at "
+            f"the answer {expected!r:.200} and a response that ends in {response[-200:]!r}"
+        )
+    verdict: float | None = json.loads(line)
+    return verdict
+
+
+@functools.cache
+def _worker() -> subprocess.Popen[str]:
+    """The program's process. It ends when its input does, so it survives no end of this one."""
+    worker = subprocess.Popen(
+        [sys.executable, "-P", str(PROGRAM)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        # The order of sets decides how many calls a comparison needs.
+        env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"},
+        start_new_session=True,  # Ctrl-C is for the run
+    )
+    atexit.register(worker.kill)
+    return worker
