@@ -237,6 +237,7 @@ def test_a_number_that_is_not_finite_stops_with_rows_and_prompts(scores, parts, 
 EXPECTED = r"expected a list, tuple or one-dimensional array of 3 scores, one for each row, got "
 ENTRY = r"expected a number or None for row 1, prompt '65', got "
 NO_SCORES = {
+    "three values": (([1, 2, 3], {}, "x"), ENTRY.replace("1, prompt '65'", "0, prompt '5'")),
     "nothing": (None, f"{EXPECTED}NoneType: None"),
     "too few": ([1, 2], EXPECTED + r"list of 2: \[1, 2\]"),
     "a pair of numbers": ((1, 2), f"{EXPECTED}tuple of 2"),
@@ -250,7 +251,7 @@ NO_SCORES = {
     "a number in quotation marks": ([1, np.str_("2"), 3], f"{ENTRY}str_: "),
     "a list in a list": ([1, [2], 3], ENTRY + r"list of 1: \[2\]"),
     "an array in a list": ([1, np.ones(1), 3], ENTRY + r"ndarray of shape \(1,\)"),
-    "a complex number": ([1, 2j, 3], f"{ENTRY}complex: "),
+    "a complex number": ([1, np.complex64(2j), 3], f"{ENTRY}complex64: "),
     "a part": (([1, 2, 3], {"tone": "abc"}), f"part 'tone': {EXPECTED}str"),
 }
 
