@@ -6,9 +6,13 @@ XLA's ``memory_analysis`` of the run's own programs, compiled for as many fake C
 shapes in place of arrays. They are compiled in float32, since a CPU has no bfloat16 products. For
 another ``compute.dtype`` the memory of a phase is halved, except for the update's float32 arrays:
 gradients, and as much again while the optimizer runs.
+
+With ``--target`` the programs are compiled by the compiler of that accelerator, as for a run on
+it, and nothing is estimated: see ``targets`` and ``hlo``.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import re
@@ -16,8 +20,10 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import hlo
 import jax
 import jax.numpy as jnp
+import targets
 
 from rlhf_jax import cli, models, ops, sharding
 from rlhf_jax.algorithms import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
@@ -50,12 +56,22 @@ OPTIONS = {"xla_backend_optimization_level": 0}
 Programs = dict[str, tuple[Callable[..., Any], *tuple[Any, ...]]]
 
 
+class Figures(NamedTuple):
+    """What one phase's program does, by the compiler of its target."""
+
+    work: hlo.Work  # on each device
+    flops: float  # on each device
+    seconds: float  # at least, by the target's products and bandwidth
+    custom_calls: dict[str, int]  # {name: how many are in the program}
+
+
 class Plan(NamedTuple):
     """Bytes on each device."""
 
     held: dict[str, int]  # all the time, by what it is
     phases: dict[str, int]  # on top while a phase runs: gradients, activations, the sampler's cache
     parts: dict[str, int]  # of the phases, what is known exactly: gradients, the cache
+    figures: dict[str, Figures]  # of the phases, where a target's compiler made their programs
 
     @property
     def peak(self) -> int:
@@ -63,8 +79,13 @@ class Plan(NamedTuple):
         return sum(self.held.values()) + max(self.phases.values())
 
 
-def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
-    """The memory that the stage ``name`` of a run needs on each of JAX's devices.
+def plan(
+    config: RunConfig,
+    name: str,
+    length: int | None = None,
+    target: targets.Target | None = None,
+) -> Plan:
+    """The memory that the stage ``name`` of a run needs on each of JAX's devices, or of a target's.
 
     Args:
         length: tokens of a row, or of a prompt in RL; None: the most that the model reads, or
@@ -72,17 +93,23 @@ def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
 
     Raises:
         UserError: no such stage, no length of prompts, an ensemble to be trained, a length that the
-            model cannot read, a mesh or microbatches that do not fit; or as the run itself.
+            model cannot read, a mesh or microbatches that do not fit; or as the run itself. With a
+            target: a program does not fit its memory.
     """
-    shapes, programs, known = shapes_of(config, name, length)
+    shapes, programs, known = shapes_of(config, name, length, target)
     held = {part: size for part, tree in shapes.items() if (size := memory.on_device(tree))}
-    scale = 1.0 if config.compute.dtype == "float32" else 0.5
+    is_halved = target is None and config.compute.dtype != "float32"
+    scale = 0.5 if is_halved else 1.0
     parts = {"gradients": held["parameters"]}
     for part, tree in known.items():
         parts[part] = int(scale * memory.on_device(tree))
     used = {}
+    figures = {}
     for phase, program in programs.items():
-        needed = _temporary(config, name, phase, program)
+        compiled = compile_phase(config, name, phase, program, target)
+        needed = _temporary(compiled)
+        if target is not None:
+            figures[phase] = _figures(config, compiled, program, target)
         # Gradients, and as much again while the optimizer runs, are float32 in every run.
         exact = min(needed, 2 * parts["gradients"]) if phase == "learn" else 0
         used[phase] = int(exact + scale * (needed - exact))
@@ -91,25 +118,88 @@ def plan(config: RunConfig, name: str, length: int | None = None) -> Plan:
         used[first] += held.pop("reference", 0)
     if "reward" in config.compute.offload and "reward models" in held:
         used["reward"] += held.pop("reward models")
-    return Plan(held, used, parts)
+    return Plan(held, used, parts, figures)
 
 
-def _temporary(config: RunConfig, name: str, phase: str, program: tuple[Any, ...]) -> int:
-    """Bytes that a phase's program needs on top of its arguments, compiled in float32."""
+def compile_phase(
+    config: RunConfig,
+    name: str,
+    phase: str,
+    program: tuple[Any, ...],
+    target: targets.Target | None = None,
+) -> jax.stages.Compiled:
+    """The program of a phase, compiled in float32 for this machine's CPU, or for a target.
+
+    Raises:
+        UserError: it does not fit the target's memory.
+    """
     fn, *arguments = program
-    mesh = initial.mesh_of(config)
+    mesh = _mesh(config, target)
     jitted: Any = jax.jit(fn)
     if phase == "learn":
         jitted = Stage(config, name, None, mesh).jit_update(fn, 1)  # type: ignore[arg-type]
-    with jax.set_mesh(mesh) if sharding.is_cut(mesh) else contextlib.nullcontext():
-        compiled = jitted.lower(*_widened(arguments)).compile(compiler_options=OPTIONS)
-        analysis: Any = compiled.memory_analysis()
+    if target is None:
+        with jax.set_mesh(mesh) if sharding.is_set(mesh) else contextlib.nullcontext():
+            compiled: jax.stages.Compiled = jitted.lower(*_widened(arguments)).compile(OPTIONS)
+        return compiled
+    try:
+        # The networks ask the mesh which platform they are for.
+        with jax.set_mesh(mesh):
+            compiled = jitted.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).partition("\n")[0]
+        raise UserError(
+            f"{name} does not fit {target.name}: its compiler says of the phase {phase!r}: "
+            f"{first}; what helps: more --{name.replace('_', '-')}.num-microbatches, "
+            f"--compute.remat, --lora.rank 8, or {OTHERWISE}"
+        ) from error
+    return compiled
+
+
+def _temporary(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program needs on top of its arguments."""
+    analysis: Any = compiled.memory_analysis()
     added = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return analysis.temp_size_in_bytes + max(added, 0)
+    return analysis.temp_size_in_bytes + max(int(added), 0)
+
+
+def _figures(
+    config: RunConfig,
+    compiled: jax.stages.Compiled,
+    program: tuple[Any, ...],
+    target: targets.Target,
+) -> Figures:
+    """What a compiled program does, and the time that the target needs for it at least."""
+    text = compiled.as_text() or ""
+    turns = config.rl.max_new_tokens
+    work = hlo.work(text, turns)
+    fn, *arguments = program
+    # Traced for no platform, so that attention is the plain formula's products.
+    traced = jax.make_jaxpr(fn)(*jax.tree.map(_unplaced, arguments))
+    operations = hlo.flops(traced.jaxpr, turns) / len(target.devices)
+    seconds = max(operations / target.flops, work.bytes / target.bandwidth)
+    names = re.findall(r'custom_call_target="([^"]+)"', text)
+    return Figures(work, operations, seconds, dict(collections.Counter(names)))
+
+
+def _unplaced(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
+
+
+def _mesh(config: RunConfig, target: targets.Target | None) -> jax.sharding.Mesh:
+    """The mesh of a run, on the target's devices if there is one."""
+    if target is None:
+        return initial.mesh_of(config)
+    return sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=target.devices)
 
 
 def shapes_of(
-    config: RunConfig, name: str, length: int | None = None
+    config: RunConfig,
+    name: str,
+    length: int | None = None,
+    target: targets.Target | None = None,
 ) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
     """The arrays on the devices as trees of shapes, by name; the stage's programs; and the arrays
     of these whose size is known.
@@ -122,7 +212,7 @@ def shapes_of(
             "rlhf-jax plan: reward_model.ensemble_size must be 1; members take as much each, save "
             "the base"
         )
-    mesh = initial.mesh_of(config)
+    mesh = _mesh(config, target)
     initial.check_layout(config, mesh)
     section = getattr(config, name)
     part = "rl" if name in RL else name
@@ -136,12 +226,13 @@ def shapes_of(
         {f"{name}.{key}": getattr(section, key, 1) for key in cuts},
     )
     make = _supervised if name in SUPERVISED else _reinforcement
-    return make(config, name, mesh, length)
+    return make(config, name, mesh, length, is_there=target is not None)
 
 
-def _model(config: RunConfig, source: str | None) -> tuple[models.Model, Params]:
-    """A model that computes in float32, and the shapes of its parameters, in the dtype that
-    config.json names.
+def _model(config: RunConfig, source: str | None, is_there: bool) -> tuple[models.Model, Params]:
+    """A model, and the shapes of its parameters in the dtype that config.json names.
+
+    It computes as a run on the target does (``is_there``), else in float32 as a CPU can.
     """
     dtype = "float32"
     if source is None:
@@ -158,8 +249,13 @@ def _model(config: RunConfig, source: str | None) -> tuple[models.Model, Params]
         model_config,
         remat=compute.remat is True,
         scan_layers=compute.scan_layers,
-        attention=compute.attention if compute.attention in ("auto", "xla") else "blockwise",
     )
+    if is_there:
+        own = {"attention": compute.attention, "compute_dtype": compute.dtype}
+    else:
+        runs_here = compute.attention in ("auto", "xla")
+        own = {"attention": compute.attention if runs_here else "blockwise"}
+    model_config = dataclasses.replace(model_config, **own)
     model = models.build(model_config)
     params = jax.eval_shape(model.init, jax.random.key(0))
     return model, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params)
@@ -202,7 +298,7 @@ def _laid_out(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
-def _reward(config: RunConfig, rows: int | None) -> Any:
+def _reward(config: RunConfig, rows: int | None, is_there: bool) -> Any:
     """The part of a run's reward that runs on the devices, with the models' parameters as shapes;
     None if there is no such part.
     """
@@ -214,7 +310,7 @@ def _reward(config: RunConfig, rows: int | None) -> Any:
         return models.add_head(jax.random.key(0), params, "score")
 
     def load(source: str) -> spec.RewardModel:
-        model, params = _model(config, source)
+        model, params = _model(config, source, is_there)
         score_fn = ops.by_rows(models.score_fn(model), rows)
         return spec.RewardModel(score_fn, jax.eval_shape(with_score, params), "")
 
@@ -223,10 +319,10 @@ def _reward(config: RunConfig, rows: int | None) -> Any:
 
 
 def _supervised(
-    config: RunConfig, name: str, mesh: jax.sharding.Mesh, length: int | None
+    config: RunConfig, name: str, mesh: jax.sharding.Mesh, length: int | None, is_there: bool
 ) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
     settings = getattr(config, name)
-    model, params = _model(config, config.model)
+    model, params = _model(config, config.model, is_there)
     optimizer = make_optimizer(settings.optimizer, 1)
     is_scorer = name == "reward_model"
 
@@ -269,12 +365,12 @@ def _supervised(
 
 
 def _reinforcement(
-    config: RunConfig, name: str, mesh: jax.sharding.Mesh, length: int | None
+    config: RunConfig, name: str, mesh: jax.sharding.Mesh, length: int | None, is_there: bool
 ) -> tuple[dict[str, Any], Programs, dict[str, Any]]:
     algorithm = RL[name]
     own = getattr(config, name)
     settings = config.rl
-    model, params = _model(config, config.model)
+    model, params = _model(config, config.model, is_there)
     size = settings.batch_size
     prompt = length or settings.max_prompt_length
     if prompt is None:
@@ -307,7 +403,8 @@ def _reinforcement(
     trained_fn = models.policy_fn(
         model, settings.temperature, prompt, model if value == "separate" else None
     )
-    reward_fn = None if (reward := _reward(config, rows)) is None else _laid_out(reward, mesh)
+    reward = _reward(config, rows, is_there)
+    reward_fn = None if reward is None else _laid_out(reward, mesh)
     frozen = start.base or start.loaded if has_reference and not refreshes else None
     ref_fn = jax.tree_util.Partial(ops.by_rows(model_fn, rows), frozen)
     refreshed = start.bind(ops.by_rows(model_fn, rows)) if refreshes else None
@@ -331,7 +428,10 @@ def _reinforcement(
     def learn(state: Any, rollout: Any, key: jax.Array, functions: Any) -> Any:
         return phases.learn(state, rollout, key, functions, **learning)
 
-    rollout = _spread(jax.eval_shape(collect, key, *_widened((state, prompts, functions)))[0], mesh)
+    inputs = (state, prompts, functions)
+    with jax.set_mesh(mesh) if is_there else contextlib.nullcontext():
+        collected, _ = jax.eval_shape(collect, key, *(inputs if is_there else _widened(inputs)))
+    rollout = _spread(collected, mesh)
     scored = dataclasses.replace(
         rollout, scores=_spread(jax.ShapeDtypeStruct((size,), jnp.float32), mesh)
     )
@@ -353,42 +453,71 @@ def _reinforcement(
 
 
 def report(
-    config: RunConfig, name: str, length: int | None = None, limit: float | None = None
+    config: RunConfig,
+    name: str,
+    length: int | None = None,
+    limit: float | None = None,
+    target: targets.Target | None = None,
 ) -> list[str]:
-    """The plan as lines. With a ``limit`` in bytes of a device: whether it fits, and if not which
-    setting helps most.
+    """The plan as lines. With a ``limit`` in bytes of a device, by default a target's memory:
+    whether it fits, and if not which setting helps most.
     """
-    made = plan(config, name, length)
-    count = jax.device_count()
+    made = plan(config, name, length, target)
     rows = [(size, part) for part, size in made.held.items()]
     rows += [(size, f"more in the phase {phase!r}") for phase, size in made.phases.items()]
     rows += [(size, f"of it {part}") for part, size in made.parts.items()]
     rows.append((made.peak, "at the peak"))
-    lines = [f"{name} on {count} device{'s' * (count > 1)}, on each: computed, not run"]
+    lines = [_title(name, target)]
     lines += [f"{_amount(size):>14}  {what}" for size, what in rows]
+    for phase, figures in made.figures.items():
+        lines += _figure_lines(phase, figures)
+    if limit is None and target is not None:
+        limit = target.memory
     if limit is None:
         return lines
     if made.peak <= limit:
         return [*lines, f"fits in {_amount(limit)}, with {_amount(limit - made.peak)} to spare"]
     helps = OTHERWISE
     least = made.peak
-    for flag, other in options(config, name).items():
-        peak = plan(other, name, length).peak
+    for flag, other in options(config, name, _mesh(config, target)).items():
+        peak = plan(other, name, length, target).peak
         if peak < least:
             least = peak
             helps = f"{flag}, a peak of {_amount(peak)}"
     return [*lines, f"does not fit in {_amount(limit)}; what helps most: {helps}"]
 
 
+def _title(name: str, target: targets.Target | None) -> str:
+    if target is not None:
+        return f"{name} on {target.name}, on each device: compiled by its compiler, not run"
+    count = jax.device_count()
+    return f"{name} on {count} device{'s' * (count > 1)}, on each: computed, not run"
+
+
+def _figure_lines(phase: str, figures: Figures) -> list[str]:
+    """What the program of a phase does, on each device."""
+    work = figures.work
+    per_token = f", {work.in_loop:.0f} of them for each token" if work.in_loop else ""
+    collectives = ", ".join(f"{n} {what}" for what, n in sorted(work.collectives.items()))
+    calls = ", ".join(f"{n} {what}" for what, n in sorted(figures.custom_calls.items()))
+    return [
+        f"phase {phase!r}: {work.kernels:,.0f} kernels{per_token}; "
+        f"{figures.flops / 1e12:.3f} TFLOP of products, {work.bytes / 1e9:.1f} GB read and "
+        f"written; at least {figures.seconds:.3g} s",
+        f"  collectives: {collectives or 'none'}",
+        f"  custom calls in the program: {calls or 'none'}",
+    ]
+
+
 def _amount(size: float) -> str:
     return f"{size / 2**30:.3f} GiB" if size >= 2**30 else f"{size / 2**20:.3f} MiB"
 
 
-def options(config: RunConfig, name: str) -> dict[str, RunConfig]:
+def options(config: RunConfig, name: str, mesh: jax.sharding.Mesh) -> dict[str, RunConfig]:
     """{flag: the settings with it} for the settings that save memory."""
     section = getattr(config, name)
     batch_size = (config.rl if name in RL else section).batch_size
-    device_rows = batch_size // sharding.num_parts(initial.mesh_of(config))
+    device_rows = batch_size // sharding.num_parts(mesh)
     # Each device has one row in each microbatch.
     most = max(device_rows // getattr(section, "num_minibatches", 1), section.num_microbatches)
     compute = config.compute
@@ -421,15 +550,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--length", type=int, help="tokens of the longest row, or of the longest prompt in RL"
     )
+    parser.add_argument(
+        "--target", help=f"compile for it, in place of --devices: {targets.EXAMPLES}"
+    )
     given, flags = parser.parse_known_args(argv)
     size = re.fullmatch(r"(\d+\.?\d*) ?(GB|GiB)", given.memory or "0GB")
     if size is None:
         raise UserError(f"--memory {given.memory}: expected a number with GB or GiB, such as 80GB")
     jax.config.update("jax_platforms", "cpu")  # nothing is run
-    jax.config.update("jax_num_cpu_devices", given.devices)
+    if given.target is None:
+        jax.config.update("jax_num_cpu_devices", given.devices)
     limit = float(size[1]) * (1e9 if size[2] == "GB" else 2**30)
     settings = parse(RunConfig, flags, prog="rlhf-jax plan")
-    print("\n".join(report(settings, given.stage.replace("-", "_"), given.length, limit or None)))
+    target = targets.find(given.target) if given.target else None
+    stage = given.stage.replace("-", "_")
+    print("\n".join(report(settings, stage, given.length, limit or None, target)))
     return 0
 
 

@@ -3,6 +3,7 @@ programs compile.
 """
 
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from builders import ROOT
 from rlhf_jax import cli
 from rlhf_jax.config import Compute, KTOStage, LoRA, Mesh, RunConfig, SFTStage
 from rlhf_jax.errors import UserError
+from rlhf_jax.training import initial
 
 # One layer of width 64, 32 tokens, 4 heads of which 2 are key and value heads, an MLP of 128.
 SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -132,9 +134,10 @@ def test_a_stage_that_does_not_fit_is_told_a_flag_that_helps(folder, capsys, mon
     ],
 )
 def test_the_flag_that_helps_is_the_one_with_the_lowest_peak(limit, peaks, end, monkeypatch):
-    monkeypatch.setattr(plan, "options", lambda config, name: peaks)
+    monkeypatch.setattr(plan, "options", lambda config, name, mesh: peaks)
+    monkeypatch.setattr(plan, "_mesh", lambda config, target: None)
     monkeypatch.setattr(
-        plan, "plan", lambda peak, *_: plan.Plan({"parameters": peak * 2**30}, {"learn": 0}, {})
+        plan, "plan", lambda peak, *_: plan.Plan({"parameters": peak * 2**30}, {"learn": 0}, {}, {})
     )
     assert plan.report(3, "ppo", None, limit)[-1].startswith(end)
 
@@ -145,18 +148,18 @@ def test_flags_that_are_on_are_not_offered():
     microbatches = (
         "--sft.num-microbatches 8"  # 32 rows on 4 devices: one row of each device at once
     )
-    assert [*plan.options(base, "sft")] == [
+    mesh = initial.mesh_of(base)
+    assert [*plan.options(base, "sft", mesh)] == [
         microbatches,
         "--compute.remat",
         "--compute.dtype bfloat16",
         "--lora.rank 8",
     ]
     on = {"compute": Compute(remat=True, dtype="bfloat16"), "lora": LoRA(rank=4)}
-    assert [
-        *plan.options(RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32)), "sft")
-    ] == [microbatches]
+    some_on = RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32))
+    assert [*plan.options(some_on, "sft", mesh)] == [microbatches]
     all_on = RunConfig(model="m", mesh=four, **on, sft=SFTStage(batch_size=32, num_microbatches=8))
-    assert plan.options(all_on, "sft") == {}
+    assert plan.options(all_on, "sft", mesh) == {}
 
 
 @pytest.mark.parametrize(
@@ -187,7 +190,7 @@ def test_the_reference_of_kto_is_counted(folder):
 
 
 def test_the_wheel_has_the_scripts_of_the_commands():
-    """And a script imports no other one, which would not be there."""
+    """And what a script imports beside itself."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"][
         "targets"
     ]["wheel"]
@@ -198,7 +201,8 @@ def test_the_wheel_has_the_scripts_of_the_commands():
     imported = re.findall(
         r"^(?:from|import) (\w+)", (ROOT / scripts["plan"]).read_text(), re.MULTILINE
     )
-    assert set(imported) <= {*sys.stdlib_module_names, "jax", "rlhf_jax"}
+    beside = {pathlib.Path(path).stem for path in wheel["force-include"]}
+    assert set(imported) <= {*sys.stdlib_module_names, "jax", "rlhf_jax", *beside}
 
 
 def command(*flags):
