@@ -200,7 +200,8 @@ def flops(jaxpr: Any, turns: int) -> float:
 
 def _repeated(equation: Any, turns: int) -> int:
     """How often the jaxprs inside an equation run, over all devices."""
-    name, parameters = equation.primitive.name, equation.params
+    name = equation.primitive.name
+    parameters = equation.params
     if name == "scan":
         return int(parameters["length"])
     if name == "shard_map":

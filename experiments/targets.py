@@ -67,7 +67,8 @@ def find(name: str) -> Target:
         backend = "tpu"
     else:
         raise UserError(f"--target {name}: not known; there are {EXAMPLES}")
-    memory, bandwidth = figures["device_memory_size"], figures["memory_bandwidth"]
+    memory = figures["device_memory_size"]
+    bandwidth = figures["memory_bandwidth"]
     return Target(name, backend, devices, memory, figures["flops"], bandwidth)
 
 
