@@ -163,6 +163,7 @@ def test_what_is_trained_has_arrays_of_its_own_and_the_reference_those_that_were
     rank, tmp_path, caplog
 ):
     config = RunConfig(output_dir=str(tmp_path / "run"), model=str(tmp_path), lora=LoRA(rank=rank))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 8, "n_layer": 1}')
     body = {
         "h_0": {"attn": {"kernel": jnp.ones((2, 2), jnp.bfloat16)}},
         "ln_f": {"scale": jnp.ones(2)},

@@ -332,7 +332,8 @@ def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):
     # From now on this is the run, so that neither its report nor its next resumption is of the old
     # one.
     stored = parse(RunConfig, ["--config", str(Path(config.output_dir) / "config.yaml")])
-    assert stored == dataclasses.replace(longer, resume=False, allow_changed=())
+    chosen = dataclasses.replace(longer.compute, scan_layers=False)
+    assert stored == dataclasses.replace(longer, resume=False, allow_changed=(), compute=chosen)
     assert run_loop(dataclasses.replace(longer, allow_changed=()), num_steps=8)[0] == 8
     wider = dataclasses.replace(config.network, hidden_size=256)
     with pytest.raises(UserError, match=r"--allow-changed cannot help with network\.hidden_size"):

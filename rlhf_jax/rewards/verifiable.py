@@ -71,7 +71,11 @@ def _verdict(expected: str, response: str) -> float | None:
 
 @functools.cache
 def _worker() -> subprocess.Popen[str]:
-    """The program's process. It ends when its input does, so it survives no end of this one."""
+    """The program's process. It ends when its input does, so it survives no end of this one.
+
+    It finds the packages of this one, and sees nothing else of its environment.
+    """
+    packages = os.pathsep.join(filter(None, sys.path))
     worker = subprocess.Popen(
         [sys.executable, "-P", str(PROGRAM)],
         stdin=subprocess.PIPE,
@@ -79,7 +83,7 @@ def _worker() -> subprocess.Popen[str]:
         text=True,
         encoding="utf-8",
         # The order of sets decides how many calls a comparison needs.
-        env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"},
+        env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONPATH": packages},
         start_new_session=True,  # Ctrl-C is for the run
     )
     atexit.register(worker.kill)
