@@ -11,10 +11,10 @@ import pytest
 from source import code_lines
 
 ROOT = Path(__file__).resolve().parent.parent
-NODES = {"rlhf_jax": 164_000, "experiments": 22_100, "tests": 237_000, "benchmarks": 17_600}
-NODES_A_LINE = {"rlhf_jax": 10.5, "experiments": 10.2, "tests": 9.9, "benchmarks": 9.9}
-NODES_A_LINE_OF_A_FILE = 16.5
-PACKED = {"rlhf_jax": 90, "experiments": 0, "tests": 128, "benchmarks": 0}
+NODES = {"rlhf_jax": 162_600, "experiments": 22_000, "tests": 232_600, "benchmarks": 17_400}
+NODES_A_LINE = {"rlhf_jax": 10.4, "experiments": 10.1, "tests": 9.7, "benchmarks": 9.8}
+NODES_A_LINE_OF_A_FILE = 16.3
+PACKED = {"rlhf_jax": 70, "experiments": 0, "tests": 125, "benchmarks": 0}
 PACKAGE_ENTRIES = 22
 FUNCTION_LIMIT = 80
 
