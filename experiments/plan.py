@@ -25,12 +25,16 @@ import jax
 import jax.numpy as jnp
 import targets
 
-from rlhf_jax import cli, models, ops, sharding
+from rlhf_jax import cli, models, ops, sharding, training
 from rlhf_jax.algorithms import dpo, grpo, kto, ppo, reward_model, rloo, sft, vpg
 from rlhf_jax.config import RunConfig, parse
+from rlhf_jax.data.encoding import encode_texts
+from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import spec
+from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.training import critic, initial, memory, phases, rl
 from rlhf_jax.training.optimizer import make_optimizer
@@ -52,6 +56,7 @@ OTHERWISE = "shorter texts, a smaller batch, or more devices with mesh.fsdp"
 # Of the compiler: optimized code takes longer to compile and needs the same memory.
 OPTIONS = {"xla_backend_optimization_level": 0}
 
+ANSWERS = ("answer",)  # the column that ``--reward math`` asks the data for
 # {phase: (function, its arguments)}
 Programs = dict[str, tuple[Callable[..., Any], *tuple[Any, ...]]]
 
@@ -218,11 +223,11 @@ def shapes_of(
     part = "rl" if name in RL else name
     cuts = ("num_minibatches", "num_microbatches")
     batch_size = getattr(config, part).batch_size
-    devices = {"devices": sharding.num_parts(mesh)}
+    num_devices = {"devices": sharding.num_parts(mesh)}
     divides(
         f"{part}.batch_size",
         batch_size,
-        devices,
+        num_devices,
         {f"{name}.{key}": getattr(section, key, 1) for key in cuts},
     )
     make = _supervised if name in SUPERVISED else _reinforcement
@@ -272,6 +277,74 @@ def _fitting(model: models.Model, length: int | None) -> int:
     return length or most
 
 
+def longest(config: RunConfig, name: str) -> int | None:
+    """Tokens of the longest row of a run's data, or in RL of its longest prompt.
+
+    None without data, without a tokenizer to read it by (of ``config.model`` or
+    ``config.tokenizer.name``), for a text that is cut into pieces as long as the model reads, and
+    where ``rl.max_prompt_length`` is given.
+    """
+    source = config.model or config.tokenizer.name
+    bounded = name in RL and config.rl.max_prompt_length is not None
+    if source is None or bounded or name not in (*SUPERVISED, *RL):
+        return None
+    if config.model is not None:
+        config = dataclasses.replace(config, model=hf.model_folder(config.model))
+    own = config.rl if name in RL else getattr(config, name)
+    if not (own.data or config.data):
+        return None
+    kind = "prompts" if name in RL else getattr(training, name).SPEC.kind
+    rows = initial.stage_rows(config, kind, own.data).rows
+    if rows[0].is_plain_text:
+        return None
+    model, _ = _model(config, config.model, is_there=False)
+    tokenizer = load_tokenizer(config.model or source)
+    if name in RL:
+        language_model = LanguageModel(model, {}, tokenizer)
+        return int(initial.prompts_for(config, language_model, rows).tokens.shape[1])
+    encoded = encode_texts(
+        rows,
+        tokenizer,
+        template=config.text.template,
+        max_length=model.config.max_length,
+        too_long=config.text.too_long,
+    )
+    return int(encoded.lengths.max())
+
+
+def with_remat(
+    config: RunConfig,
+    name: str,
+    length: int | None,
+    limit: float,
+    target: targets.Target | None = None,
+) -> RunConfig:
+    """The settings with ``compute.remat`` as a run chooses it where it is auto.
+
+    Args:
+        length: as in ``plan``.
+        limit: bytes of a device; 0: nobody knows.
+    """
+    if config.compute.remat != "auto" or name not in (*SUPERVISED, *RL):
+        return config
+    model, _ = _model(config, config.model, is_there=True)
+    columns = length or config.rl.max_prompt_length if name in RL else _fitting(model, length)
+    if columns is None:
+        return config
+    own = getattr(config, name)
+    if name in RL:
+        columns += config.rl.max_new_tokens
+        rows = config.rl.batch_size // (own.num_minibatches * own.num_microbatches)
+    else:
+        answers = 2 if name in ("reward_model", "dpo") else 1
+        rows = answers * own.batch_size // own.num_microbatches
+    parts = sharding.num_parts(_mesh(config, target))
+    stored = memory.stored(model.config, -(-rows // parts), columns)
+    is_deep = model.config.num_layers >= initial.DEEP
+    remat = is_deep and memory.wants_remat(stored, limit)
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
+
+
 def _widened(tree: Any) -> Any:
     """The shapes with float32 in place of shorter floats."""
 
@@ -315,7 +388,7 @@ def _reward(config: RunConfig, rows: int | None, is_there: bool) -> Any:
         return spec.RewardModel(score_fn, jax.eval_shape(with_score, params), "")
 
     tokenizer: Any = types.SimpleNamespace(fingerprint="", encode=lambda text: [0])
-    return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=()).fn
+    return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=ANSWERS).fn
 
 
 def _supervised(
@@ -548,7 +621,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--memory", help="of one, such as 80GB (10^9 bytes) or 75GiB: whether the stage fits"
     )
     parser.add_argument(
-        "--length", type=int, help="tokens of the longest row, or of the longest prompt in RL"
+        "--length",
+        type=int,
+        help="tokens of the longest row, or of the longest prompt in RL; default: of the --data",
     )
     parser.add_argument(
         "--target", help=f"compile for it, in place of --devices: {targets.EXAMPLES}"
@@ -564,7 +639,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(RunConfig, flags, prog="rlhf-jax plan")
     target = targets.find(given.target) if given.target else None
     stage = given.stage.replace("-", "_")
-    print("\n".join(report(settings, stage, given.length, limit or None, target)))
+    length = given.length or longest(settings, stage)
+    available = limit or (target.memory if target else devices.memory_limit())
+    settings = with_remat(settings, stage, length, available, target)
+    print("\n".join(report(settings, stage, length, limit or None, target)))
     return 0
 
 

@@ -2,6 +2,7 @@
 programs compile.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -14,10 +15,23 @@ import plan
 import pytest
 from builders import ROOT
 
-from rlhf_jax import cli
-from rlhf_jax.config import Compute, KTOStage, LoRA, Mesh, RunConfig, SFTStage
+from rlhf_jax import cli, models
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.config import (
+    Compute,
+    DPOStage,
+    KTOStage,
+    LoRA,
+    Mesh,
+    RLStage,
+    RunConfig,
+    SFTStage,
+)
+from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import initial
+from rlhf_jax.generator import LanguageModel
+from rlhf_jax.sampling import SamplingConfig
+from rlhf_jax.training import initial, memory
 
 # One layer of width 64, 32 tokens, 4 heads of which 2 are key and value heads, an MLP of 128.
 SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -248,3 +262,67 @@ def test_all_phases_of_ppo_compile():
     assert len(more) == 3
     assert said["at the peak"] == pytest.approx(held + max(more), abs=3e-3)
     assert jax.device_count() == 4  # the command's own are its process's
+
+
+@pytest.fixture
+def with_data(tmp_path):
+    """A model folder of characters, and pairs of which the longest has 2 + 5 characters."""
+    tokenizer = tokenizers.characters(["ab"])
+    ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
+    model = models.build(models.GPT2Config(tokenizer.vocab_size, 32, 8, 1, 2, **ids))
+    how = SamplingConfig(4, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    language_model = LanguageModel(model, model.init(jax.random.key(0)), tokenizer)
+    language_model.save(tmp_path / "m", template="{prompt}", config=how)
+    pairs = [{"prompt": "ab", "chosen": "aaaaa", "rejected": "b"}] * 2
+    pairs += [{"prompt": "aba", "chosen": "a", "rejected": "b"}]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    data = (str(tmp_path / "pairs.json"),)
+    return RunConfig(model=str(tmp_path / "m"), data=data, rl=RLStage(max_new_tokens=8))
+
+
+def test_the_length_of_a_plan_is_that_of_the_longest_row(with_data):
+    assert plan.longest(with_data, "dpo") == 2 + 5 + 1  # and the end of the text
+    assert plan.longest(with_data, "ppo") == 3
+    bounded = dataclasses.replace(
+        with_data, rl=dataclasses.replace(with_data.rl, max_prompt_length=2)
+    )
+    assert plan.longest(bounded, "ppo") is None
+    assert plan.longest(dataclasses.replace(with_data, data=()), "dpo") is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "limit", "given", "chosen"),
+    [
+        (8, 1e6, "auto", True),
+        (8, 1e12, "auto", False),
+        (8, 0, "auto", False),
+        (7, 1e6, "auto", False),
+        (8, 1e6, False, False),
+        (8, 1e12, True, True),
+    ],
+)
+def test_a_plan_chooses_remat_as_a_run_does(layers, limit, given, chosen, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": layers}))
+    config = RunConfig(model=str(tmp_path), compute=Compute(remat=given))
+    assert plan.with_remat(config, "sft", 16, limit).compute.remat is chosen
+
+
+def test_rows_of_an_update_decide_about_remat(tmp_path):
+    """A pair is two rows; minibatches and microbatches are as many parts of an iteration."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 8}))
+    config = RunConfig(model=str(tmp_path), dpo=DPOStage(batch_size=4))
+    model, _ = plan._model(config, config.model, is_there=True)
+    limit = 4 * memory.stored(model.config, 8 // jax.device_count(), 16)
+    assert plan.with_remat(config, "dpo", 16, limit - 4).compute.remat
+    assert not plan.with_remat(config, "dpo", 16, limit).compute.remat
+    rl = RLStage(batch_size=32, max_new_tokens=8)
+    config = dataclasses.replace(
+        config, rl=rl, ppo=ppo.Config(num_minibatches=2, num_microbatches=2)
+    )
+    assert plan.with_remat(config, "ppo", 8, limit - 4).compute.remat
+    assert not plan.with_remat(config, "ppo", 8, limit).compute.remat
+
+
+def test_a_checked_answer_is_no_part_of_a_plan(folder):
+    config = RunConfig(model=folder, reward=("math",))
+    assert plan._reward(config, None, is_there=False) is None

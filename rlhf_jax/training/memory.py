@@ -83,6 +83,12 @@ def stored(config: Any, rows: int, length: int) -> int:
     return config.num_layers * rows * length * of_token * itemsize
 
 
+def wants_remat(stored: int, limit: float) -> bool:
+    """Whether ``compute.remat: auto`` is on, for what an update stores and a device has; with a
+    limit of 0, which nobody knows, it is off."""
+    return stored > limit / 4 > 0
+
+
 def tried(update: Callable[[State], tuple[State, Metrics]], state: State) -> State:
     """Runs an update for the memory that it takes alone, and returns the state as it was, bit for
     bit.

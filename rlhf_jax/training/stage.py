@@ -127,7 +127,7 @@ class Stage:
         is_ours = hasattr(model.config, "remat")  # and no network that Python gives
         if is_ours and model.config.num_layers >= initial.DEEP:
             stored = memory.stored(model.config, -(-rows // self.num_devices), length)
-            remat = stored > limit / 4 > 0
+            remat = memory.wants_remat(stored, limit)
             line = f"compute: scan_layers {compute.scan_layers}, remat {remat}".lower()
             sizes = f"an update stores about {stored / 2**30:.1f} GiB of activations"
             logger.info(f"{line} ({sizes}, a device has {limit / 2**30:.1f})")
