@@ -478,7 +478,10 @@ def test_everything_from_the_command_line(folders, capsys):
     texts = []
     for _ in range(2):
         cli.run(
-            ["evaluate", str(folders / "run"), *argv, "--num-samples", "2", "--batch-size", "2"]
+            [
+                *("evaluate", str(folders / "run"), *argv, "--trust-config"),
+                *("--num-samples", "2", "--batch-size", "2"),
+            ]
         )
         texts.append(
             [

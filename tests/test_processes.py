@@ -298,11 +298,12 @@ def test_each_process_writes_its_own_parts_of_a_checkpoint(tmp_path):
 
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, whole(0), {})
+    program = "import numpy as np\n" + inspect.getsource(parts_of) + PARTS
     # The second one is aborted if the first, which coordinates them, is gone before it kills
     # itself.
     finish(
         launch(
-            [sys.executable, "-c", inspect.getsource(parts_of) + PARTS, tmp_path],
+            [sys.executable, "-c", program, tmp_path],
             2,
             devices=2,
             flag=[],
