@@ -1,6 +1,5 @@
 """What tests build: models with weights, data files, configs, run folders and the processes of runs."""
 
-import dataclasses
 import functools
 import importlib.machinery
 import json
@@ -11,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def tiny(config=CONFIG, **changes):
     """A model of the same weights under every change, its functions compiled (eagerly each shape
     costs far more).
     """
-    model = models.build(dataclasses.replace(config, **changes))
+    model = models.build(replace(config, **changes))
     params = stack_layers(some_params(config)) if model.config.scan_layers else some_params(config)
     return model._replace(apply=jax.jit(model.apply), hidden=jitted_hidden(model)), params
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.testing import assert_array_equal
 
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.runs.checkpoint import Checkpoints
@@ -71,9 +72,7 @@ def verify(checkpoints: Checkpoints) -> None:
         state, meta = checkpoints.restore(target, step)
         assert meta == meta_of(step), (step, meta)
         for name, value in state_of(step).items():
-            np.testing.assert_array_equal(
-                state[name], value, err_msg=f"step {step}, {name}", strict=True
-            )
+            assert_array_equal(state[name], value, err_msg=f"step {step}, {name}", strict=True)
     if steps:
         assert checkpoints.latest() == steps[-1]
         assert checkpoints.restore(target)[1] == meta_of(steps[-1])

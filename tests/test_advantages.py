@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import advantages
 
@@ -23,8 +24,8 @@ def test_gae_by_hand():
     values = jnp.array([[9, 0.1, 0.2, 0.3, 9]])
     mask = jnp.array([[0, 1, 1, 1, 0]])
     got, returns = gae(rewards, values, mask)
-    np.testing.assert_allclose(got, [[0, 0.82675, 0.765, 0.7, 0]], rtol=1e-6)
-    np.testing.assert_allclose(returns, [[0, 0.92675, 0.965, 1.0, 0]], rtol=1e-6)
+    assert_allclose(got, [[0, 0.82675, 0.765, 0.7, 0]], rtol=1e-6)
+    assert_allclose(returns, [[0, 0.92675, 0.965, 1.0, 0]], rtol=1e-6)
     assert got.dtype == returns.dtype == jnp.float32
 
 
@@ -42,7 +43,7 @@ def test_each_row_may_have_a_lambda_of_its_own(shape):
             1.0,
             lam,
         )
-        np.testing.assert_array_equal(got[row], alone[0])
+        assert_array_equal(got[row], alone[0])
     with pytest.raises(AssertionError, match="shape"):
         gae(rewards, values, mask, 1.0, jnp.ones((1, 2)))
 
@@ -51,35 +52,29 @@ def test_what_is_absent_counts_nowhere():
     """Columns, answers and rows outside the mask hold NaN."""
     rewards = jnp.array([[9, 1, jnp.nan, 2, 4]])
     mask = jnp.array([[0, 1, 0, 1, 1]])
-    np.testing.assert_allclose(
-        discounted_returns(rewards, mask, 0.5), [[0, 3, 0, 4, 4]]
-    )  # 1 + 2 / 2 + 4 / 4
+    assert_allclose(discounted_returns(rewards, mask, 0.5), [[0, 3, 0, 4, 4]])  # 1 + 2 / 2 + 4 / 4
     values = jnp.array(
         [[9, 1, jnp.nan, 3, 0]]
     )  # across the hole: 1 + 3 / 2 - 1 + (2 - 3 + (4 - 0) / 4) / 4
     got, _ = gae(rewards, values, mask, 0.5, 0.5)
-    np.testing.assert_allclose(got, [[0, 1.5, 0, 0, 4]])
+    assert_allclose(got, [[0, 1.5, 0, 0, 4]])
     scores = jnp.array([[1, 2, 6, jnp.nan], [5, jnp.nan, 3, 1]])
     present = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]])
-    np.testing.assert_allclose(
+    assert_allclose(
         leave_one_out(scores, mask=present),
         [[-3, -1.5, 4.5, 0], [0] * 4],
     )
     normalized = group_normalized(
         scores, mask=present, eps=0.0
     )  # of 1, 2 and 6: mean 3, variance 14 / 2
-    np.testing.assert_allclose(
-        normalized, [[-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5, 0], [0] * 4], rtol=1e-6
-    )
+    assert_allclose(normalized, [[-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5, 0], [0] * 4], rtol=1e-6)
     baseline, advantage = ema_baseline(
         2.0,
         jnp.array([4, jnp.nan, 8]),
         0.9,
         jnp.array([1, 0, 1]),
     )
-    np.testing.assert_allclose(
-        [baseline, *advantage], [2.4, 1.6, 0, 5.6], rtol=1e-6
-    )  # .9 * 2 + .1 * 6
+    assert_allclose([baseline, *advantage], [2.4, 1.6, 0, 5.6], rtol=1e-6)  # .9 * 2 + .1 * 6
 
 
 # Groups
@@ -107,15 +102,9 @@ def test_shapes_that_are_refused(f, shapes, error, message):
 
 def test_group_normalized_by_hand():
     scores = jnp.array([[1.0, 0, 0, 0]])
-    np.testing.assert_allclose(
-        group_normalized(scores, eps=0.0), [[1.5, -0.5, -0.5, -0.5]], rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        group_normalized(scores), [[1.4997, -0.4999, -0.4999, -0.4999]], rtol=1e-6
-    )
-    np.testing.assert_allclose(
-        group_normalized(scores, scale=False), [[0.75, -0.25, -0.25, -0.25]], rtol=1e-6
-    )
+    assert_allclose(group_normalized(scores, eps=0.0), [[1.5, -0.5, -0.5, -0.5]], rtol=1e-6)
+    assert_allclose(group_normalized(scores), [[1.4997, -0.4999, -0.4999, -0.4999]], rtol=1e-6)
+    assert_allclose(group_normalized(scores, scale=False), [[0.75, -0.25, -0.25, -0.25]], rtol=1e-6)
 
 
 GROUPS = {
@@ -134,7 +123,7 @@ def test_equal_scores_give_exactly_zero(name):
         -123456.7,
         1e10,
     ):  # the mean of such numbers is not exact in floating point
-        np.testing.assert_array_equal(GROUPS[name](jnp.full((2, 7), score, jnp.float32)), 0)
+        assert_array_equal(GROUPS[name](jnp.full((2, 7), score, jnp.float32)), 0)
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e20])
@@ -142,10 +131,8 @@ def test_groups_of_any_size_are_scaled(size):
     """Neither the squares of large scores nor those of small ones fit into float32."""
     scores = size * jnp.array([[1.0, 0, 0, 0]])
     expected = np.array([[1.5, -0.5, -0.5, -0.5]])
-    np.testing.assert_allclose(group_normalized(scores, eps=0.0), expected, rtol=1e-6)
-    np.testing.assert_allclose(
-        group_normalized(scores), expected * 0.5 / (0.5 + 1e-4 / size), rtol=1e-5
-    )
+    assert_allclose(group_normalized(scores, eps=0.0), expected, rtol=1e-6)
+    assert_allclose(group_normalized(scores), expected * 0.5 / (0.5 + 1e-4 / size), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -156,4 +143,4 @@ def test_a_group_with_a_score_that_is_not_finite_is_not_finite(name):
     for bad in (math.nan, math.inf, -math.inf):
         found = np.asarray(GROUPS[name](jnp.array([[bad, 0.0, 1.0], [2.0, 0.0, 1.0]])))
         assert not np.isfinite(found[0]).any()
-        np.testing.assert_array_equal(found[1:], GROUPS[name](jnp.array([[2.0, 0.0, 1.0]])))
+        assert_array_equal(found[1:], GROUPS[name](jnp.array([[2.0, 0.0, 1.0]])))

@@ -1,16 +1,17 @@
 """The implementations of attention: equal to the plain one for every mask, their memory, and what
 is lowered for GPU and TPU."""
 
-import dataclasses
 import functools
 import itertools
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose
 from programs import array_sizes
 
 from rlhf_jax import Demonstrations, TrainState, models, sft, sharding
@@ -68,7 +69,7 @@ def rows(mask):
 
 
 def assert_close(found, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=2e-5), found, expected)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_attention_from_its_definition():
             *(jnp.asarray(x, dtype) for x in (query, key, value)),
             seen,
         )
-        np.testing.assert_allclose(mixed.astype(np.float32), expected, atol=tolerance)
+        assert_allclose(mixed.astype(np.float32), expected, atol=tolerance)
 
 
 def test_blocks_drop_as_many_weights():
@@ -221,10 +222,8 @@ GEMMA = models.Gemma3TextConfig(
 @pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_computes_the_same_in_blocks(scan_layers, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_SCORES", 40)
-    config = dataclasses.replace(GEMMA, scan_layers=scan_layers)
-    plain, blocks = (
-        models.build(dataclasses.replace(config, attention=name)) for name in ("xla", "blockwise")
-    )
+    config = replace(GEMMA, scan_layers=scan_layers)
+    plain, blocks = (models.build(replace(config, attention=name)) for name in ("xla", "blockwise"))
     params = plain.init(jax.random.key(0))
     tokens = np.arange(20).reshape(2, 10)
     mask = np.array(
@@ -237,12 +236,12 @@ def test_a_model_computes_the_same_in_blocks(scan_layers, monkeypatch):
     ours, theirs = (
         jax.jit(model.hidden)(params, tokens, mask, None, columns) for model in (blocks, plain)
     )
-    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    assert_allclose(ours, theirs, atol=2e-5)
 
 
 def step_and_arguments(length, batch=2, **changes):
     """An SFT update and the shapes of its arguments."""
-    model = models.build(dataclasses.replace(GPT2, **changes))
+    model = models.build(replace(GPT2, **changes))
     optimizer = optax.adam(1e-3)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     state = jax.eval_shape(lambda: TrainState.create(model.init(jax.random.key(0)), optimizer))
@@ -296,7 +295,7 @@ def test_splash_is_lowered_for_tpu():
     assert not SCORES.search(text)
     plain, _ = step_and_arguments(256, attention="xla")
     assert SCORES.search(plain.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text())
-    model = models.build(dataclasses.replace(GPT2, attention="splash"))
+    model = models.build(replace(GPT2, attention="splash"))
     params, cache = jax.eval_shape(
         lambda: (model.init(jax.random.key(0)), model.init_cache(2, 300))
     )
@@ -352,7 +351,7 @@ def test_the_first_half_of_the_queries_leaves_out_later_keys(first):
     (got, fewer) = compute(first)
     (want, all_scores) = compute(None)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert fewer < 0.6 * all_scores
 
 

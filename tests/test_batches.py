@@ -5,6 +5,7 @@ before it.
 import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from rlhf_jax.data import batches, encoding
 from rlhf_jax.data.rows import Row
@@ -23,7 +24,7 @@ PROMPTS = [
     Row("ab", (), "f, line 1", columns={"topic": "x"}),
     Row("c", (), "f, line 2", columns={"level": 2}),
 ]
-equal = np.testing.assert_array_equal
+equal = assert_array_equal
 
 
 def demonstrations(**settings):

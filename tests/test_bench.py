@@ -1,8 +1,8 @@
 """``rlhf-jax bench``: what it counts, and that both programs compute the same."""
 
-import dataclasses
 import json
 import subprocess
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ def test_a_step_is_compiled_as_in_a_run(name, num_blocks, monkeypatch):
     preset = bench.PRESETS["char-nano"]
     work = bench.work(
         name,
-        preset._replace(model=dataclasses.replace(preset.model, num_layers=5, scan_layers=True)),
+        preset._replace(model=replace(preset.model, num_layers=5, scan_layers=True)),
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"'xla_of_{num_blocks}_blocks'"):
         work.compile()
@@ -124,7 +124,7 @@ def test_exponents_are_slopes_and_one_size_is_changed():
         assert preset.model.max_length == preset.prompt + preset.response
         assert preset.model.num_layers == (96 if size == "depth" else 4)
         assert preset.model.hidden_size == 128
-    assert growth.scaled("vocabulary", 9).model == dataclasses.replace(small.model, vocab_size=9)
+    assert growth.scaled("vocabulary", 9).model == replace(small.model, vocab_size=9)
     names = {command.split()[0] for command, *_ in table.ROWS}
     assert names == {"rollout", "reward", "sft", "iteration", "dpo", "grpo", "vpg", "startup"}
 

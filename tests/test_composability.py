@@ -1,6 +1,6 @@
 """Models of other libraries plug in; no program holds a model's weights."""
 
-import dataclasses
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -37,7 +37,7 @@ def test_no_iteration_holds_weights(name):
         base = params
         bound = models.lora.bind(policy, params)
     options = sampling.SamplingConfig(max_new_tokens=4, eos_id=1, pad_id=0)
-    config = dataclasses.replace(case.config, **MINIBATCHES)
+    config = replace(case.config, **MINIBATCHES)
     learn = partial(
         phases.learn,
         algorithm=case.module,

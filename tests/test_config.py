@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ prompts: count
         "--prompts",
         "drop",
     ]
-    expected = dataclasses.replace(expected, words=("x", "y"), penalty=0.01, prompts="drop")
+    expected = replace(expected, words=("x", "y"), penalty=0.01, prompts="drop")
     assert parse(Safety, [*write(text), *flags]) == expected
     assert parse(Safety, write("words: []\nreplacement: None")) == Safety()
     compute = parse(Compute, [*write("remat: yes\nscan_layers: true"), "--scan-layers", "false"])

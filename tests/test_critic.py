@@ -2,7 +2,7 @@
 resume, export.
 """
 
-import dataclasses
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from builders import Killed, interrupt, metric_rows, outputs, save_base
+from numpy.testing import assert_allclose
 
 from rlhf_jax import models, ppo, training
 from rlhf_jax.config import LoRA, Optimizer, PPOStage, RLStage, Tokenizer
@@ -168,7 +169,7 @@ def test_the_schedule_of_the_policy_begins_after_the_warm_up():
         [0, 0, 0.4, 0.3, 0.2, 0.1],
         [0.4 * (1 - step / 6) for step in range(6)],
     ]
-    np.testing.assert_allclose(np.transpose(rates), expected, atol=1e-5)
+    assert_allclose(np.transpose(rates), expected, atol=1e-5)
 
 
 def test_the_matrices_of_a_value_body_decay_and_its_head_does_not():
@@ -186,8 +187,8 @@ def separate(config):
     how = PPOStage(
         num_epochs=1, num_minibatches=2, shuffle_blocks=4, value="separate", value_warmup=2
     )
-    sampled = dataclasses.replace(config.rl, num_iterations=4, kl_coef=0.01, kl_target=None)
-    return dataclasses.replace(config, ppo=how, rl=sampled)
+    sampled = replace(config.rl, num_iterations=4, kl_coef=0.01, kl_target=None)
+    return replace(config, ppo=how, rl=sampled)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +197,7 @@ def separate(config):
 def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_path, monkeypatch):
     if rank:
         base = save_base(tmp_path / "base", data, num_layers=2, dtype=jnp.bfloat16)
-        separate = dataclasses.replace(
-            separate, model=base, tokenizer=Tokenizer(), lora=LoRA(rank=rank)
-        )
+        separate = replace(separate, model=base, tokenizer=Tokenizer(), lora=LoRA(rank=rank))
     held = {}
     monkeypatch.setattr(rl, "first_state", keep(rl.first_state, held))
     straight = training.rl.run(separate, ppo)
@@ -210,12 +209,12 @@ def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_
     )  # the policy moved for the first time in the third iteration
     _, exported = models.load(straight.model_folder)
     assert not exported.keys() & {"policy", "value"}
-    again = dataclasses.replace(separate, output_dir=str(tmp_path / "again"))
+    again = replace(separate, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         interrupt(patch, 3)
         with pytest.raises(Killed):
             training.rl.run(again, ppo)
-    resumed = training.rl.run(dataclasses.replace(again, resume=True), ppo)
+    resumed = training.rl.run(replace(again, resume=True), ppo)
     assert outputs(resumed.folder) == outputs(straight.folder)
 
 
@@ -242,9 +241,7 @@ class Here:
 
 
 def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
-    here = Here(
-        dataclasses.replace(separate, model="base", tokenizer=Tokenizer(), lora=LoRA(rank=2))
-    )
+    here = Here(replace(separate, model="base", tokenizer=Tokenizer(), lora=LoRA(rank=2)))
     policy, whole = critic.start(here, MODEL.init(jax.random.key(0)), "separate")
     assert whole.base["policy"] is whole.base["value"] is policy.base
     adapters = [
@@ -265,7 +262,7 @@ def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
 )
 def test_settings_that_do_not_fit(changes, message, separate):
     with pytest.raises((UserError, ValueError), match=message):
-        training.rl.run(separate, ppo, dataclasses.replace(separate.ppo, **changes))
+        training.rl.run(separate, ppo, replace(separate.ppo, **changes))
 
 
 def test_the_schedule_plateau_lowers_both_learning_rates():

@@ -2,14 +2,15 @@
 overlong penalty.
 """
 
-import dataclasses
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import Killed, interrupt, outputs
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import grpo, ppo, training
 from rlhf_jax.config import RLStage
@@ -79,8 +80,8 @@ def test_groups_that_score_alike_are_replaced_in_order(kept, fresh, expected, le
     how = {"group_size": 2, "masked": masked}
     refill = jax.jit(functools.partial(phases.refill, **how))
     refilled = refill(answers(kept, unfinished=unfinished), answers(fresh, 100))
-    np.testing.assert_array_equal(refilled.row_ids, expected)
-    np.testing.assert_array_equal(refilled.tokens[:, 0], expected)  # whole rows move
+    assert_array_equal(refilled.row_ids, expected)
+    assert_array_equal(refilled.tokens[:, 0], expected)  # whole rows move
     assert phases.num_equal(refilled, **how) == left
 
 
@@ -116,7 +117,7 @@ def test_rounds_have_other_prompts_and_keys_and_end_when_all_groups_differ():
     one = [1, 2, 3, 3, 4, 4, 5, 5]
     rest = [1, 2, 3, 4, 5, 6, 7, 7]
     rollout, metrics, drawn = step(3, 1, same, one, rest)
-    np.testing.assert_array_equal(rollout.row_ids, [200, 201, 300, 301, 302, 303, 304, 305])
+    assert_array_equal(rollout.row_ids, [200, 201, 300, 301, 302, 303, 304, 305])
     assert {name: float(x) for name, x in metrics.items()} == {
         "sampling/rounds": 2.0,
         "sampling/uninformative": pytest.approx((4 + 3 + 1) / 12),
@@ -125,7 +126,7 @@ def test_rounds_have_other_prompts_and_keys_and_end_when_all_groups_differ():
     assert len(drawn) == 3
     assert len(set(drawn_rows)) == 12
     for batch in drawn:
-        np.testing.assert_array_equal(batch.rows[::2], batch.rows[1::2])  # groups are adjacent
+        assert_array_equal(batch.rows[::2], batch.rows[1::2])  # groups are adjacent
     made = [schedule(3).batches(number) for number in range(9)]
     keys = [bits(batch.key) for step in made for batch in step]
     assert len(set(keys)) == 4 * 9  # no two samplings of a run share a key
@@ -140,7 +141,7 @@ def test_rounds_have_other_prompts_and_keys_and_end_when_all_groups_differ():
 
 def test_when_the_rounds_run_out_what_is_left_stays():
     rollout, metrics, _ = step(1, 0, [1] * 8, [1, 2, 3, 3, 4, 4, 5, 5])
-    np.testing.assert_array_equal(rollout.row_ids, [200, 201, *range(102, 108)])
+    assert_array_equal(rollout.row_ids, [200, 201, *range(102, 108)])
     assert metrics["sampling/rounds"] == 1
     assert metrics["sampling/uninformative"] == 7 / 8
 
@@ -167,11 +168,11 @@ def test_truncated_responses_are_absent_from_the_loss():
     rollout = answers([1, 2, 3, 4], unfinished=(1, 2))
     rollout = rollout.replace(response_mask=rollout.response_mask.at[3].set(0))  # absent already
     given, metrics = learnt(rollout, masked=phases.mask_truncated(EOS))
-    np.testing.assert_array_equal(given.response_mask, [[0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
+    assert_array_equal(given.response_mask, [[0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
     assert metrics["response/masked"] == 2
     assert metrics["objective/reward"] == 2  # of all three that are there
     given, metrics = learnt(rollout)
-    np.testing.assert_array_equal(given.response_mask, rollout.response_mask)
+    assert_array_equal(given.response_mask, rollout.response_mask)
     assert "response/masked" not in metrics
 
 
@@ -184,7 +185,7 @@ def test_the_last_tokens_of_a_response_cost_ever_more(tokens, lost):
         ids, ids, jnp.stack([said, said]), jnp.zeros((2, 5)), scores=jnp.array([7.0, 1.0])
     )
     given, _ = learnt(rollout, shape=phases.overlong(LENGTH, buffer=2, penalty=3.0))
-    np.testing.assert_allclose(given.rewards.sum(axis=1), [7.0 - lost, 1.0 - lost])
+    assert_allclose(given.rewards.sum(axis=1), [7.0 - lost, 1.0 - lost])
 
 
 @pytest.mark.parametrize(
@@ -214,18 +215,18 @@ def score(prompts, responses):
 def test_a_run_with_dynamic_sampling_goes_on_bit_for_bit(on_host, config, tmp_path, monkeypatch):
     (tmp_path / "reward.py").write_text(REWARD)
     rules = {"dynamic_sampling": 2, "mask_truncated": True, "overlong_buffer": 2}
-    config = dataclasses.replace(
+    config = replace(
         config,
         reward=(f"{tmp_path / 'reward.py'}:score",) if on_host else ("count:e",),
-        rl=dataclasses.replace(config.rl, num_iterations=4, kl_target=None, **rules),
+        rl=replace(config.rl, num_iterations=4, kl_target=None, **rules),
         grpo=grpo.Config(group_size=4, num_epochs=1),
     )
     straight = training.rl.run(config, grpo)
     assert straight.metrics["sampling/rounds"] >= 1
-    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
+    again = replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         interrupt(patch, 4)
         with pytest.raises(Killed):
             training.rl.run(again, grpo)
-    resumed = training.rl.run(dataclasses.replace(again, resume=True), grpo)
+    resumed = training.rl.run(replace(again, resume=True), grpo)
     assert outputs(resumed.folder) == outputs(straight.folder)

@@ -2,11 +2,11 @@
 the CPU unaware.
 """
 
-import dataclasses
 import fnmatch
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import pytest
@@ -97,8 +97,8 @@ def test_programs_of_four_blocks_and_more_have_the_newer_kernels_where_a_run_cho
     assert not devices.compiler_options(24)
     config = models.GPT2Config(11, 16, 16, 5, 2)
     assert config.num_blocks == 5
-    assert dataclasses.replace(config, scan_layers=True).num_blocks == 2
-    assert dataclasses.replace(config, num_layers=1, scan_layers=True).num_blocks == 1
+    assert replace(config, scan_layers=True).num_blocks == 2
+    assert replace(config, num_layers=1, scan_layers=True).num_blocks == 1
 
 
 def test_this_jaxlib_knows_the_flags_that_every_version_has():

@@ -2,8 +2,8 @@
 their runs.
 """
 
-import dataclasses
 import json
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from builders import Killed, interrupt, metric_rows, save_base
 from flax.traverse_util import flatten_dict
+from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close, assert_identical, comparisons, score_fn
 
 from rlhf_jax import models, ppo, training
@@ -115,13 +116,13 @@ def test_a_member_that_is_not_finite_stays_and_says_so():
 
 def test_bootstraps_draw_as_many_rows_as_there_are():
     counts = ensembles.bootstrap(KEY, 3, 200)
-    np.testing.assert_array_equal(counts.sum(axis=0), 200)
+    assert_array_equal(counts.sum(axis=0), 200)
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert (counts[:, i] != counts[:, j]).mean() > 0.3
-    np.testing.assert_allclose(
+    assert_allclose(
         (counts == 0).mean(axis=0), np.exp(-1), atol=0.1
     )  # with replacement: (1 - 1/n)^n
-    np.testing.assert_array_equal(ensembles.bootstrap(KEY, 2, 200), counts[:, :2])
+    assert_array_equal(ensembles.bootstrap(KEY, 2, 200), counts[:, :2])
 
 
 def test_a_rows_own_weight_counts_in_every_draw_of_it():
@@ -131,11 +132,11 @@ def test_a_rows_own_weight_counts_in_every_draw_of_it():
     encoded = encoding.encode_texts(pairs, LETTERS)
     counts = np.array([[2, 0], [1, 3]])
     weighted = ensembles.with_counts(encoded, np.array([2, 0]), counts)
-    np.testing.assert_array_equal(weighted.weight, [[0.5, 1.5], [0, 0], [0.5, 0]])
+    assert_array_equal(weighted.weight, [[0.5, 1.5], [0, 0], [0.5, 0]])
     plain = ensembles.with_counts(
-        dataclasses.replace(encoded, weight=np.ones(3, np.float32)), np.array([0, 2]), counts
+        replace(encoded, weight=np.ones(3, np.float32)), np.array([0, 2]), counts
     )
-    np.testing.assert_array_equal(plain.weight, [[2, 0], [0, 0], [1, 3]])
+    assert_array_equal(plain.weight, [[2, 0], [0, 0], [1, 3]])
     assert plain.weight.dtype == np.float32
 
 
@@ -153,7 +154,7 @@ def test_uncertainty_by_hand():
     both = np.arange(2)
     assert disagreement(encoded, both, scores) == pytest.approx(1.5)
     assert disagreement(encoded, both, scores + np.array([5.0, -3.0])) == pytest.approx(1.5)
-    heavy = dataclasses.replace(encoded, weight=np.array([3.0, 1.0], np.float32))
+    heavy = replace(encoded, weight=np.array([3.0, 1.0], np.float32))
     assert disagreement(heavy, both, scores) == pytest.approx((3 * 2 + 1) / 4)
     targets = [
         Row("a?", ("b", "c"), "1", targets=(1.0, 0.0)),
@@ -173,9 +174,7 @@ def test_members_start_apart(config):
     body = model.init(KEY)
 
     def starts(params=body, model_name=None, **settings):
-        own = dataclasses.replace(
-            config, model=model_name, reward_model=RewardModelStage(**settings)
-        )
+        own = replace(config, model=model_name, reward_model=RewardModelStage(**settings))
         return [start.params for start in ensembles.starts(own, model, params, KEY)]
 
     (single,) = starts()
@@ -198,7 +197,7 @@ def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypat
     """The ensemble's own run is stopped, and resumes to the same bytes. Its members share the base
     of their adapters, and are normalised each."""
     base = save_base(tmp_path / "base", data)
-    stage = dataclasses.replace(
+    stage = replace(
         config.reward_model,
         ensemble_size=2,
         num_epochs=1,
@@ -206,7 +205,7 @@ def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypat
         normalize_samples=16,
     )
     given = {"model": base, "tokenizer": Tokenizer(), "reward_model": stage}
-    config = dataclasses.replace(config, lora=LoRA(rank=2), **given)
+    config = replace(config, lora=LoRA(rank=2), **given)
 
     def outputs(folder):
         names = [
@@ -226,15 +225,15 @@ def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypat
         if line.startswith("normalised over 16 samples")
     ]
     assert len(set(said)) == 2
-    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
+    again = replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         interrupt(patch, 3)
         with pytest.raises(Killed):
             training.reward_model.run(again)
     assert checkpoint.steps(tmp_path / "again" / "checkpoints") == [0, 2]
-    assert outputs(
-        training.reward_model.run(dataclasses.replace(again, resume=True)).folder
-    ) == outputs(straight.folder)
+    assert outputs(training.reward_model.run(replace(again, resume=True)).folder) == outputs(
+        straight.folder
+    )
     metrics = metric_rows(straight.folder)
     assert all(row["validation/uncertainty"] > 0 for row in (metrics[0], metrics[-1]))
 
@@ -259,9 +258,9 @@ def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypat
             "score" in initial.load_language_model(str(copy / f"member_{i}"), config.compute).params
         )
 
-    rl = dataclasses.replace(config.rl, num_iterations=2)
+    rl = replace(config.rl, num_iterations=2)
     own = {"reward": (f"min:{folder}",), "rl": rl, "output_dir": str(tmp_path / "ppo")}
-    result = training.rl.run(dataclasses.replace(config, **own), ppo)
+    result = training.rl.run(replace(config, **own), ppo)
     assert f"reward min:{folder}: 2 models" in capsys.readouterr().out
     metrics = metric_rows(result.folder)
     assert all(row["reward/uncertainty"] > 0 for row in metrics[1:])

@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from rlhf_jax import metrics
 
@@ -63,7 +64,7 @@ def test_choice_among_three_by_hand():
     )
     best = np.array([2, 1, 1])
     lengths = np.array([[2, 2, 3], [6, 4, 2], [4, 4, 0]])
-    np.testing.assert_array_equal(metrics.rival(scores, best, lengths), [0, 2, 0])
+    assert_array_equal(metrics.rival(scores, best, lengths), [0, 2, 0])
     report = metrics.preference_report(scores, best, lengths)
     second = -math.log(math.exp(3) / (1 + math.exp(2) + math.exp(3)))
     third = math.log1p(math.exp(4))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_identical
 
 from rlhf_jax import rewards, rollout
@@ -50,11 +51,9 @@ def test_rows_by_hand():
     narrow = rollout.from_text(
         [[2], [2, 3]], [[5, 1], [6]], LETTERS, log_probs=[[-1, -2], [-3]], prompt_length=3
     )
-    np.testing.assert_array_equal(narrow.tokens, [[0, 0, 2, 5, 1], [0, 2, 3, 6, 0]])
-    np.testing.assert_array_equal(narrow.row_ids, [0, 1])
-    np.testing.assert_array_equal(
-        rewards.missing_eos(narrow, jnp.array([3.0, 3.0]), 1, score=-1.0), [3, -1]
-    )
+    assert_array_equal(narrow.tokens, [[0, 0, 2, 5, 1], [0, 2, 3, 6, 0]])
+    assert_array_equal(narrow.row_ids, [0, 1])
+    assert_array_equal(rewards.missing_eos(narrow, jnp.array([3.0, 3.0]), 1, score=-1.0), [3, -1])
 
 
 def test_turns_of_others_are_holes():
@@ -69,15 +68,15 @@ def test_turns_of_others_are_holes():
         finished=[True, False],
         masks=[[1, 1, 0, 0, 1, 1], [0, 0]],
     )
-    np.testing.assert_array_equal(made.tokens, [[2, 5, 1, 6, 1, 7, 1], [2, 5, 6, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(made.attention_mask, [[1] * 7, [1, 1, 1, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(made.response_mask, [[0, 1, 1, 0, 0, 1, 1], [0] * 7])
-    np.testing.assert_array_equal(made.log_probs, [[0, -1, -2, 0, 0, -3, -4], [0] * 7])
+    assert_array_equal(made.tokens, [[2, 5, 1, 6, 1, 7, 1], [2, 5, 6, 0, 0, 0, 0]])
+    assert_array_equal(made.attention_mask, [[1] * 7, [1, 1, 1, 0, 0, 0, 0]])
+    assert_array_equal(made.response_mask, [[0, 1, 1, 0, 0, 1, 1], [0] * 7])
+    assert_array_equal(made.log_probs, [[0, -1, -2, 0, 0, -3, -4], [0] * 7])
     # An EOS in somebody else's turn did not end the row.
     cut = rollout.from_text(
         [[2]], [[5, 1]], LETTERS, log_probs=[[-1, 0]], finished=[False], masks=[[1, 0]]
     )
-    np.testing.assert_array_equal(cut.response_mask, [[0, 1, 0]])
+    assert_array_equal(cut.response_mask, [[0, 1, 0]])
 
 
 @pytest.mark.parametrize(
@@ -161,11 +160,9 @@ def test_weights_by_hand():
         )
 
     capped = rescored(2.0)
-    np.testing.assert_allclose(capped.importance_weights, [[0, 0.5, 2, 0, 2], [0] * 5], rtol=1e-6)
-    np.testing.assert_allclose(
-        rescored(math.inf).importance_weights, [[0, 0.5, 4, 0, 2], [0] * 5], rtol=1e-6
-    )
-    np.testing.assert_allclose(capped.log_probs, np.where(given.response_mask, policy, 0))
+    assert_allclose(capped.importance_weights, [[0, 0.5, 2, 0, 2], [0] * 5], rtol=1e-6)
+    assert_allclose(rescored(math.inf).importance_weights, [[0, 0.5, 4, 0, 2], [0] * 5], rtol=1e-6)
+    assert_allclose(capped.log_probs, np.where(given.response_mask, policy, 0))
     assert rollout.truncated_share(rescored(3.0), 3.0) == np.float32(1 / 3)
     assert rescored(None).importance_weights is None
     assert jax.grad(lambda scale: rescored(2.0, scale).importance_weights.sum())(1.0) == 0

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from builders import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, ROOT, some_params, some_tokens
 from jax.extend.core import jaxprs_in_params
+from numpy.testing import assert_allclose, assert_array_equal
 from programs import whole_on_a_device
 from source import code_lines
 
@@ -55,12 +56,8 @@ def test_heads_and_weights_cut_over_a_mesh(family):
 
     hidden, *_, values, scores = whole = jax.jit(outputs)(params)
     by_hand = hidden[:, :-1] @ params["value"]["kernel"] + 0.5
-    np.testing.assert_allclose(
-        np.where(mask[:, 1:] * mask[:, :-1], values[:, 1:] - by_hand, 0), 0, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        scores, 2 * (hidden[[0, 1], [5, 4]] @ params["score"]["kernel"]) - 1, atol=1e-5
-    )
+    assert_allclose(np.where(mask[:, 1:] * mask[:, :-1], values[:, 1:] - by_hand, 0), 0, atol=1e-5)
+    assert_allclose(scores, 2 * (hidden[[0, 1], [5, 4]] @ params["score"]["kernel"]) - 1, atol=1e-5)
     mesh = sharding.make_mesh(1, 2, 2)
     cut = jax.device_put(params, sharding.by_path(params, models.SHARDING, mesh))
     assert whole_on_a_device(cut) == []
@@ -68,7 +65,7 @@ def test_heads_and_weights_cut_over_a_mesh(family):
         parts = jax.jit(outputs)(cut)
     for one, other in zip(whole, parts, strict=True):
         real = mask.astype(bool) if one.ndim > 1 else slice(None)
-        np.testing.assert_allclose(
+        assert_allclose(
             np.asarray(one)[real],
             np.asarray(other)[real],
             atol=2e-5,
@@ -91,8 +88,8 @@ def test_compaction_moves_the_cache_with_its_rows():
     compacted = sampled(True)
     lengths = sorted(np.asarray(whole.response_mask).sum(1))
     assert lengths[2] < lengths[3] - 1  # the last half goes on for some tokens
-    np.testing.assert_array_equal(compacted.tokens, whole.tokens)
-    np.testing.assert_allclose(compacted.log_probs, whole.log_probs, atol=1e-5)
+    assert_array_equal(compacted.tokens, whole.tokens)
+    assert_allclose(compacted.log_probs, whole.log_probs, atol=1e-5)
 
 
 def equations(jaxpr):

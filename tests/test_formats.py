@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from rlhf_jax.data import batches, demo, encoding, formats, rows
 from rlhf_jax.data.rows import Row
@@ -311,12 +312,10 @@ def test_token_ids_lose_their_padding_and_are_not_tokenised_again(write):
     tokenizer = characters("abcdefgh")  # ids: a..h are 2..9
     data = encoding.encode_texts([pair], tokenizer)
     batch = batches.comparison_batch(data, np.array([0]), bucket_multiple=1)
-    np.testing.assert_array_equal(
-        batch.tokens, [[[3, 2, 5, 6], [3, 2, 4, 0]]]
-    )  # no EOS after token ids
-    np.testing.assert_array_equal(batch.response_mask, [[[0, 0, 1, 1], [0, 0, 1, 0]]])
+    assert_array_equal(batch.tokens, [[[3, 2, 5, 6], [3, 2, 4, 0]]])  # no EOS after token ids
+    assert_array_equal(batch.response_mask, [[[0, 0, 1, 1], [0, 0, 1, 0]]])
     framed = encoding.encode_prompts([Row((3,), (), "f")], tokenizer, template="a{prompt}bc")
-    np.testing.assert_array_equal(framed.tokens, [[2, 3, 3, 4]])
+    assert_array_equal(framed.tokens, [[2, 3, 3, 4]])
     with pytest.raises(UserError, match=r"line 1: holds the token id 6, but .* ids up to 5 only"):
         encoding.encode_texts([pair], characters("abcd"))
     with pytest.raises(UserError, match=r"line 1: holds token ids, so no tokenizer can be trained"):
@@ -332,9 +331,9 @@ def test_targets_of_each_answer(write):
     assert [(row.targets, row.best) for row in result.rows] == [((1.0, 0.5), None), ((2.0,), None)]
     data = encoding.encode_texts(result.rows, characters("pxy"))
     batch = batches.comparison_batch(data, np.array([1, -1, 0]), bucket_multiple=1)
-    np.testing.assert_array_equal(batch.targets, [[2, 0], [0, 0], [1, 0.5]])
+    assert_array_equal(batch.targets, [[2, 0], [0, 0], [1, 0.5]])
     assert batch.targets.dtype == np.float32
-    np.testing.assert_array_equal(
+    assert_array_equal(
         batch.response_mask.any(axis=2), [[True, False], [False, False], [True, True]]
     )
     assert batch.best is None

@@ -1,7 +1,7 @@
 """What ``--model`` and ``--reward`` may name, and at which rate given weights are trained."""
 
-import dataclasses
 import operator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -25,7 +25,7 @@ def test_a_reward_model_is_no_policy(name, config, data, tmp_path):
     model, params = models.load(base)
     models.save(tmp_path / "rm", model, models.add_head(jax.random.key(0), params, "score"))
     load_tokenizer(base).save(tmp_path / "rm")
-    given = dataclasses.replace(config, model=str(tmp_path / "rm"))
+    given = replace(config, model=str(tmp_path / "rm"))
     with pytest.raises(UserError, match="rm: this is a reward model, which writes no text"):
         RUNS[name](given)
 
@@ -178,5 +178,5 @@ def test_a_pipeline_of_one_row_each_runs(config, tmp_path):
     }
     for name, row in files.items():
         (tmp_path / f"{name}.json").write_text(f"[{row}]".replace("'", '"'), "utf-8")
-    result = pipeline.run(dataclasses.replace(config, data=(str(tmp_path),)))
+    result = pipeline.run(replace(config, data=(str(tmp_path),)))
     assert models.load(result.ppo.model_folder)

@@ -1,7 +1,7 @@
 """What Python gives to an RL run beside its settings: an optimizer, a policy, a callback."""
 
-import dataclasses
 import json
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from builders import metric_rows
+from numpy.testing import assert_allclose, assert_array_equal
 from optax.contrib import muon
 
 from rlhf_jax import models, ppo, rloo, training
@@ -59,7 +60,7 @@ def config(tmp_path):
 
 def elsewhere(config, name, **changes):
     folder = config.output_dir.replace("run", name)
-    return dataclasses.replace(config, output_dir=folder, **changes)
+    return replace(config, output_dir=folder, **changes)
 
 
 def weights(result):
@@ -71,9 +72,9 @@ def test_a_given_optimizer_takes_the_place_of_the_settings(config, capsys):
     once = PPOStage(num_epochs=1)
     usual = training.rl.run(config, ppo, once)
     own = make_optimizer(ADAM, num_steps=3)
-    unused = dataclasses.replace(config.rl, optimizer=Optimizer(learning_rate=7.0))
+    unused = replace(config.rl, optimizer=Optimizer(learning_rate=7.0))
     given = training.rl.run(elsewhere(config, "given", rl=unused), ppo, once, optimizer=own)
-    jax.tree.map(np.testing.assert_array_equal, weights(usual), weights(given))
+    jax.tree.map(assert_array_equal, weights(usual), weights(given))
     said = "the optimizer is the one that Python gives; rl.optimizer is not used\n"
     assert capsys.readouterr().out.count(said) == 1
     manifest = json.loads((given.folder / "manifest.json").read_text("utf-8"))
@@ -87,7 +88,7 @@ def test_a_given_optimizer_trains_all_but_a_value_head_with_a_rate_of_its_own(co
     own = PPOStage(value_learning_rate=0.1)
     start = training.rl.run(elsewhere(config, "start"), ppo, optimizer=optax.sgd(0.0))
     still = training.rl.run(config, ppo, own, optimizer=optax.sgd(0.0))
-    jax.tree.map(np.testing.assert_array_equal, weights(start), weights(still))
+    jax.tree.map(assert_array_equal, weights(start), weights(still))
     assert "rl.optimizer trains the value function alone" in capsys.readouterr().out
     losses = [metric_rows(run.folder)[-1]["value/loss"] for run in (start, still)]
     assert losses[0] != losses[1]
@@ -95,14 +96,14 @@ def test_a_given_optimizer_trains_all_but_a_value_head_with_a_rate_of_its_own(co
 
 def test_the_schedule_plateau_needs_the_optimizer_of_the_settings(config):
     plateau = Optimizer(schedule="plateau", decay_patience=1)
-    wrong = dataclasses.replace(config, rl=dataclasses.replace(config.rl, optimizer=plateau))
+    wrong = replace(config, rl=replace(config.rl, optimizer=plateau))
     with pytest.raises(UserError, match="plateau cannot lower the rate of an optimizer that Pyth"):
         training.rl.run(wrong, rloo, optimizer=optax.sgd(0.1))
 
 
 def test_settings_that_python_takes_the_place_of_are_named(config, capsys):
-    flags = dataclasses.replace(config, ppo=PPOStage(num_epochs=3, value="separate", gamma=0.9))
-    start = dataclasses.replace(flags, rl=dataclasses.replace(config.rl, batch_size=3))
+    flags = replace(config, ppo=PPOStage(num_epochs=3, value="separate", gamma=0.9))
+    start = replace(flags, rl=replace(config.rl, batch_size=3))
     with pytest.raises(UserError, match="batch_size"):  # which ends the run before it starts
         training.rl.run(start, ppo, ppo.Config(num_epochs=3, num_minibatches=2))
     unused = "not used: ppo.gamma 0.9, ppo.value separate\n"
@@ -174,12 +175,12 @@ def test_a_run_with_muon_and_a_schedule_goes_on_bit_for_bit(config):
         on_step=lambda step, *_: step == 2,
     )
     assert metric_rows(stopped.folder) == metric_rows(straight.folder)[:3]
-    resumed = training.rl.run(dataclasses.replace(again, resume=True), rloo, optimizer=optimizer)
+    resumed = training.rl.run(replace(again, resume=True), rloo, optimizer=optimizer)
     assert metric_rows(resumed.folder) == metric_rows(straight.folder)
-    jax.tree.map(np.testing.assert_array_equal, weights(resumed), weights(straight))
+    jax.tree.map(assert_array_equal, weights(resumed), weights(straight))
     other = muon(0.01, muon_weight_dimension_numbers=muon_dimensions)
     with pytest.raises(UserError, match="optimizer"):
-        training.rl.run(dataclasses.replace(again, resume=True), rloo, optimizer=other)
+        training.rl.run(replace(again, resume=True), rloo, optimizer=other)
 
 
 def test_on_step_sees_each_step_and_may_end_the_run(config, capsys):
@@ -267,8 +268,8 @@ def counts_by_state(size=32):
 @pytest.fixture
 def with_own_policy(config):
     optimizer = Optimizer(learning_rate=0.1, schedule="constant")
-    settings = dataclasses.replace(config.rl, optimizer=optimizer, validation_fraction=0.25)
-    return dataclasses.replace(config, rl=settings, network=Network())
+    settings = replace(config.rl, optimizer=optimizer, validation_fraction=0.25)
+    return replace(config, rl=settings, network=Network())
 
 
 @pytest.mark.parametrize("make", [counts, counts_by_state])
@@ -296,7 +297,7 @@ def test_a_policy_of_ones_own_trains_and_is_saved_as_what_it_is(make, with_own_p
     onward = elsewhere(with_own_policy, "onward")
     loaded = policy._replace(init=lambda key: params)
     after = training.rl.run(onward, ppo, policy=loaded, optimizer=optax.sgd(0.0))
-    jax.tree.map(np.testing.assert_array_equal, own.load(after.model_folder), params)
+    jax.tree.map(assert_array_equal, own.load(after.model_folder), params)
 
 
 def test_a_policy_with_a_cache_learns_what_the_one_without_learns(with_own_policy):
@@ -304,7 +305,7 @@ def test_a_policy_with_a_cache_learns_what_the_one_without_learns(with_own_polic
     by_state = training.rl.run(elsewhere(with_own_policy, "state"), rloo, policy=counts_by_state())
     first, second = (own.load(run.model_folder) for run in (without, by_state))
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4),
+        lambda x, y: assert_allclose(x, y, atol=1e-4),
         first,
         second,
     )
@@ -315,7 +316,7 @@ def test_a_run_with_a_policy_of_ones_own_goes_on_bit_for_bit(with_own_policy):
     straight = training.rl.run(with_own_policy, rloo, policy=policy)
     again = elsewhere(with_own_policy, "again")
     training.rl.run(again, rloo, policy=policy, on_step=lambda step, *_: step == 1)
-    again = dataclasses.replace(again, resume=True)
+    again = replace(again, resume=True)
     resumed = training.rl.run(again, rloo, policy=policy)
     assert metric_rows(resumed.folder) == metric_rows(straight.folder)
     with pytest.raises(UserError, match="policy"):
@@ -335,4 +336,4 @@ def test_a_run_with_a_policy_of_ones_own_goes_on_bit_for_bit(with_own_policy):
 )
 def test_a_policy_that_does_not_fit(policy, changes, message, with_own_policy):
     with pytest.raises(UserError, match=message):
-        training.rl.run(dataclasses.replace(with_own_policy, **changes), rloo, policy=policy)
+        training.rl.run(replace(with_own_policy, **changes), rloo, policy=policy)

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from cases import CASES, KEY
 from jax.tree_util import keystr, tree_leaves_with_path
+from numpy.testing import assert_allclose
 from quickstart import QuickstartConfig
 from sentiment import SentimentConfig
 from shakespeare import ShakespeareConfig
@@ -80,9 +81,7 @@ def golden(name, actual):
 def assert_same_numbers(actual, expected, rtol, atol, where=""):
     assert actual.keys() == expected.keys(), where
     for key, value in expected.items():
-        np.testing.assert_allclose(
-            actual[key], value, rtol=rtol, atol=atol, err_msg=f"{key} {where}"
-        )
+        assert_allclose(actual[key], value, rtol=rtol, atol=atol, err_msg=f"{key} {where}")
 
 
 ALGORITHMS = ["sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo"]

@@ -1,6 +1,6 @@
 """Value and score heads, and the chunked log-probabilities against ops on full logits."""
 
-import dataclasses
+from dataclasses import replace
 
 import jax
 import jax.extend
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import CONFIG, tiny
+from numpy.testing import assert_allclose, assert_array_equal
 from programs import array_sizes
 
 from rlhf_jax import models, ops
@@ -58,10 +59,10 @@ def test_policy_fn_equals_ops_on_full_logits(monkeypatch, columns_per_chunk, pro
         value_and_gradient, (chunked, full)
     )
     for got, want in zip(outputs, expected, strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
+        assert_allclose(got, want, atol=1e-5)
         assert np.max(np.abs(got)) > 1.0
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+        lambda a, b: assert_allclose(a, b, atol=1e-5, rtol=1e-5),
         gradient,
         expected_gradient,
     )
@@ -71,7 +72,7 @@ def test_no_array_of_all_logits_is_built():
     # four chunks of 32 columns
     vocab = 2**15
     length = 128
-    model = models.build(dataclasses.replace(CONFIG, vocab_size=vocab, max_length=length))
+    model = models.build(replace(CONFIG, vocab_size=vocab, max_length=length))
     policy = models.policy_fn(model)
 
     def loss(params, tokens, mask):
@@ -114,7 +115,7 @@ def test_values_are_the_head_one_column_earlier():
     model, params = tiny()
     out = jax.jit(models.policy_fn(model, prompt_length=4))(with_value(params), TOKENS, MASK, None)
     expected = np.asarray(model.hidden(params, TOKENS, MASK)) @ np.linspace(-1, 1, 8) + 0.5
-    np.testing.assert_allclose(
+    assert_allclose(
         out.values,
         np.pad(expected[:, 3:-1], ((0, 0), (4, 0))),
         atol=1e-5,
@@ -135,8 +136,8 @@ def test_whole_value_model():
     )
     alone = models.policy_fn(model, 0.7, 3)(params, TOKENS, MASK, None)
     values = models.policy_fn(value_model, 0.7, 3)(value_params, TOKENS, MASK, None).values
-    np.testing.assert_array_equal(joint.log_probs, alone.log_probs)
-    np.testing.assert_array_equal(joint.values, values)
+    assert_array_equal(joint.log_probs, alone.log_probs)
+    assert_array_equal(joint.values, values)
     assert np.max(np.abs(values)) > 0.1
 
 
@@ -147,10 +148,8 @@ def test_dropout_needs_a_key():
         models.policy_fn(model)(params, TOKENS, MASK, key).log_probs
         for key in (None, *map(jax.random.key, (0, 0, 1)))
     )
-    np.testing.assert_allclose(
-        still, models.policy_fn(plain)(params, TOKENS, MASK, None).log_probs, atol=1e-5
-    )
-    np.testing.assert_array_equal(first, again)
+    assert_allclose(still, models.policy_fn(plain)(params, TOKENS, MASK, None).log_probs, atol=1e-5)
+    assert_array_equal(first, again)
     assert min(np.max(np.abs(first - still)), np.max(np.abs(first - other))) > 1e-2
 
 
@@ -179,7 +178,7 @@ def test_what_no_model_can_do_is_refused():
     everything_is_prompt = jax.jit(models.policy_fn(model, prompt_length=9))(
         params, TOKENS, MASK, None
     )
-    np.testing.assert_array_equal(everything_is_prompt.log_probs, np.zeros((3, 9)))
+    assert_array_equal(everything_is_prompt.log_probs, np.zeros((3, 9)))
 
 
 def test_masked_columns_stay_finite_for_pad_ids_outside_the_vocabulary():
@@ -189,7 +188,7 @@ def test_masked_columns_stay_finite_for_pad_ids_outside_the_vocabulary():
         for tokens in (np.where(MASK, TOKENS, 50256), TOKENS)
     )
     assert np.all(np.isfinite(out))
-    np.testing.assert_array_equal(out[MASK == 1], expected[MASK == 1])
+    assert_array_equal(out[MASK == 1], expected[MASK == 1])
 
 
 def test_scores_by_hand():
@@ -204,7 +203,7 @@ def test_scores_by_hand():
     expected = [
         3.0 * (hidden[row, last] @ kernel + 0.25) - 2.0 for row, last in ((0, 8), (1, 8), (2, 5))
     ]
-    np.testing.assert_allclose(scores, [*expected, 0.0], atol=1e-5)
+    assert_allclose(scores, [*expected, 0.0], atol=1e-5)
 
 
 def test_score_gradient_spares_gain_and_shift_and_empty_rows():
@@ -230,11 +229,11 @@ def test_add_head_initial_values():
     head, other = (
         models.add_head(jax.random.key(seed), params, "score")["score"] for seed in (0, 1)
     )
-    np.testing.assert_allclose(np.std(head["kernel"]), 2049**-0.5, rtol=0.05)
+    assert_allclose(np.std(head["kernel"]), 2049**-0.5, rtol=0.05)
     assert head["bias"] == 0
     assert head["gain"] == 1
     assert head["shift"] == 0
     assert np.max(np.abs(head["kernel"] - other["kernel"])) > 1e-3
     value = models.add_head(jax.random.key(0), params, "value")["value"]
-    np.testing.assert_array_equal(value["kernel"], np.zeros(2048))
+    assert_array_equal(value["kernel"], np.zeros(2048))
     assert value["bias"] == 0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.gpu import decode_attention
+from numpy.testing import assert_allclose
 
 from rlhf_jax import models, sharding
 from rlhf_jax.models import kernels, norms
@@ -54,7 +55,7 @@ def test_the_values_of_one_query(platform, rows):
     assert re.findall(r"dot_general.*-> tensor<([\dx]+)xf32>", text) == [f"3x2x{rows}x4"]
     weights, value = (np.random.default_rng(0).normal(size=shape) for shape in shapes)
     found = kernels.weighted_sum(jnp.float32(weights), jnp.float32(value))
-    np.testing.assert_allclose(found, weights @ value, rtol=1e-4, atol=1e-6)
+    assert_allclose(found, weights @ value, rtol=1e-4, atol=1e-6)
 
 
 FAMILIES = {
@@ -113,7 +114,7 @@ def test_the_cache_of_an_accelerator_gives_the_same_logits(family, platform, mon
     monkeypatch.setattr(fused, "platform", lambda: platform)
     found, held = jax.jit(lambda: decoded())()
     tolerance = 0.05 if config.compute_dtype == "bfloat16" else 1e-4
-    np.testing.assert_allclose(found, expected, atol=tolerance * float(jnp.abs(expected).max()))
+    assert_allclose(found, expected, atol=tolerance * float(jnp.abs(expected).max()))
     assert {x.ndim for x in jax.tree.leaves(held)} == {3 if platform == "tpu" else 4}
     assert set(asked) == ({32} if platform == "gpu" and family == "gpt2" else set())
 
@@ -154,7 +155,7 @@ def test_pallas_reads_the_slots_of_each_row(sizes, own, monkeypatch):
     weights = np.exp(np.where(mask[:, None], scores, -np.inf))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhgts,bhsd->bhgtd", weights, np.float32(value))
-    np.testing.assert_allclose(np.float32(found), expected, atol=0.05)
+    assert_allclose(np.float32(found), expected, atol=0.05)
     assert asked == [(*own, 2, 16)]
 
 

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from builders import ROOT, TINY, results
+from numpy.testing import assert_array_equal
 
 from rlhf_jax.runs.checkpoint import Checkpoints
 
@@ -229,9 +230,7 @@ def test_damage_to_any_file_never_goes_unnoticed_where_it_matters(flips, tmp_pat
                 state, meta = checkpoints.restore(target)
             said = [str(warning.message) for warning in caught]
             for key, value in array_state(meta["step"]).items():
-                np.testing.assert_array_equal(
-                    state[key], value, err_msg=f"{name}: {damage}", strict=True
-                )
+                assert_array_equal(state[key], value, err_msg=f"{name}: {damage}", strict=True)
             if meta["step"] == 2:
                 assert said == [], f"{name}: {damage}"
                 unnoticed[name] += 1

@@ -4,9 +4,9 @@ made here.
 The docstrings say what went wrong there; what is tested here goes through public functions.
 """
 
-import dataclasses
 import functools
 import json
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close, policy_fn, policy_params
 from tabular import rollout as tabular_rollout
 
@@ -72,9 +73,9 @@ def test_log_probs_off_by_one():
             texts,
         )
         log_probs = np.asarray(policy(gpt2_params(), every, np.ones_like(every), None).log_probs)
-        np.testing.assert_allclose(np.exp(log_probs[:, column]).sum(), 1.0, rtol=1e-5)
+        assert_allclose(np.exp(log_probs[:, column]).sum(), 1.0, rtol=1e-5)
         assert np.ptp(log_probs[:, column]) > 1
-        np.testing.assert_allclose(np.ptp(log_probs[:, 3:column], axis=0), 0.0, atol=1e-5)
+        assert_allclose(np.ptp(log_probs[:, 3:column], axis=0), 0.0, atol=1e-5)
 
 
 def test_pad_is_eos(tmp_path):
@@ -97,7 +98,7 @@ def test_pad_is_eos(tmp_path):
     rows = [Row("a", ("bb",), "1"), Row("a", ("b",), "2")]
     batch = batches.demonstration_batch(encoding.encode_texts(rows, tokenizer), np.arange(2), 4)
     eos = batch.tokens == tokenizer.eos_id
-    np.testing.assert_array_equal(eos.sum(axis=1), [1, 1])
+    assert_array_equal(eos.sum(axis=1), [1, 1])
     assert batch.response_mask[eos].all()
     assert not batch.response_mask[batch.tokens == tokenizer.pad_id].any()
     with pytest.raises(ValueError, match="pad_id must be different from eos_id"):
@@ -117,7 +118,7 @@ def test_truncated_responses_scored_as_finished():
         finished=[False, True],
     )
     scored = rewards.missing_eos(made, jnp.array([5.0, 5.0]), model.eos_id, penalty=2.0)
-    np.testing.assert_array_equal(scored, [3, 5])
+    assert_array_equal(scored, [3, 5])
     # The sampler leaves what runs out of room as it was sampled.
     prompts = np.array([[12, 2, 4], [12, 3, 5]])
     config = sampling.SamplingConfig(max_new_tokens=3, temperature=0.0, eos_id=12, pad_id=0)
@@ -125,9 +126,7 @@ def test_truncated_responses_scored_as_finished():
     sampled = sample(GPT2, gpt2_params(), prompts, np.ones_like(prompts), KEY, config=config)
     assert np.asarray(sampled.response_mask)[:, 3:].all()
     assert not (np.asarray(sampled.tokens)[:, 3:] == 12).any()
-    np.testing.assert_array_equal(
-        rewards.missing_eos(sampled, np.zeros(2), 12, score=-1.0), [-1, -1]
-    )
+    assert_array_equal(rewards.missing_eos(sampled, np.zeros(2), 12, score=-1.0), [-1, -1])
 
 
 @pytest.mark.slow
@@ -212,7 +211,7 @@ def test_a_score_cut_to_an_integer():
     )
     for given in ([1, 0, 0.75, 0], [1, 0.75, np.int64(2), np.float32(0.5)]):
         scored, _ = rewards.on_host(lambda rollout, columns, given=given: (given, {}), made, {})
-        np.testing.assert_array_equal(scored.scores, np.float32(given))
+        assert_array_equal(scored.scores, np.float32(given))
     integers = made.replace(scores=np.array([1, 0, 0, 0]))
     for algorithm, expected in (
         (rloo, [1, -1 / 3, -1 / 3, -1 / 3]),
@@ -221,13 +220,13 @@ def test_a_score_cut_to_an_integer():
         advantages = jax.jit(partial(algorithm.prepare, config=algorithm.Config(group_size=4)))(
             integers
         ).advantages
-        np.testing.assert_allclose(
+        assert_allclose(
             advantages,
             said * np.array(expected)[:, None],
             atol=1e-6,
         )
     shaped = rewards.missing_eos(made, np.array([1, 2, 3, 4]), eos_id=9, penalty=0.25)
-    np.testing.assert_array_equal(shaped, [0.75, 1.75, 2.75, 3.75])
+    assert_array_equal(shaped, [0.75, 1.75, 2.75, 3.75])
 
 
 def test_a_mean_of_minibatch_means():
@@ -254,14 +253,12 @@ def test_a_mean_of_minibatch_means():
             config=sft.Config(num_microbatches=parts),
         )
         state, metrics = jax.jit(update)(TrainState.create(logits, optimizer), batch, KEY)
-        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+        assert_allclose(metrics["loss"], expected, rtol=1e-6)
         states.append(state.params)
-    np.testing.assert_allclose(states[1], states[0], rtol=1e-6)
+    assert_allclose(states[1], states[0], rtol=1e-6)
     # Row 0 of the table is read twice, by two of the four tokens: their gradient is (softmax -
     # onehot) * 2 / 4.
-    np.testing.assert_allclose(
-        states[0][0] - logits[0], (np.array([0, 1, 0]) - 1 / 3) * 2 / 4, rtol=1e-5
-    )
+    assert_allclose(states[0][0] - logits[0], (np.array([0, 1, 0]) - 1 / 3) * 2 / 4, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +295,7 @@ def test_nan_from_fully_padded_rows(model):
         Demonstrations(tokens[twice], mask[twice], said[twice]),
         KEY,
     )
-    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
     assert_close(padded.params, whole.params, atol=1e-5)
     nothing, metrics = update(
         state,
@@ -321,20 +318,20 @@ def test_a_negative_kl_from_top_k_sampling(tmp_path):
     reference = np.array([0.6, 0.3, 0.1])
     log_ratio = np.log(policy / reference)
     kept = np.array([[True, True, False]])  # the lower id among equals stays
-    np.testing.assert_array_equal(
+    assert_array_equal(
         np.isfinite(sampling.truncate(jnp.log(jnp.array([[0.4, 0.31, 0.29]])), top_k=2)), kept
     )
     weights = np.where(kept[0], policy, 0) / policy[kept[0]].sum()
     assert policy @ log_ratio > 0.16
     assert weights @ log_ratio < -0.23
     estimate = ops.kl(jnp.log(policy), jnp.log(reference), "k1")
-    np.testing.assert_allclose(weights @ np.asarray(estimate), weights @ log_ratio, rtol=1e-5)
+    assert_allclose(weights @ np.asarray(estimate), weights @ log_ratio, rtol=1e-5)
 
     config = RunConfig(data=("nowhere",), output_dir=str(tmp_path / "run"), reward=("length",))
     for truncation in ({"top_k": 2}, {"top_p": 0.9}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(truncation))):
             RLStage(**truncation)
-    allowed = dataclasses.replace(config, rl=RLStage(top_k=2, allow_truncated_sampling=True))
+    allowed = replace(config, rl=RLStage(top_k=2, allow_truncated_sampling=True))
     with pytest.raises(UserError, match="nowhere"):  # the next thing that is wrong
         training.rl.run(allowed, ppo)
 
@@ -362,7 +359,7 @@ def test_a_lora_merge_that_changes_nothing(tmp_path):
     _, merged = models.load(tmp_path)
     apply = jax.jit(GPT2.apply)
     trained = apply(models.lora.attach(base, state.params), tokens, mask)
-    np.testing.assert_allclose(apply(merged, tokens, mask), trained, atol=1e-3)
+    assert_allclose(apply(merged, tokens, mask), trained, atol=1e-3)
     assert np.abs(trained - apply(base, tokens, mask)).max() > 0.1
 
 

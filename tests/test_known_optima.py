@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_language as tiny
 from jax.tree_util import Partial
+from numpy.testing import assert_allclose
 from tiny_language import adam, repeat
 
 from rlhf_jax import rewards, rollout
@@ -285,7 +286,7 @@ def test_sft_learns_the_data():
     assert tiny.distance(learnt, seen / seen.sum()) < 0.002
     assert tiny.distance(learnt, tiny.probabilities(tiny.table(seen / tiny.LENGTHS))) > 0.05
     entropy = -np.sum(seen * np.log(seen / seen.sum())) / np.sum(seen * tiny.LENGTHS)
-    np.testing.assert_allclose(metrics["sft/loss"][-1], entropy, rtol=1e-4)
+    assert_allclose(metrics["sft/loss"][-1], entropy, rtol=1e-4)
 
 
 RNG = np.random.default_rng(2)
@@ -320,9 +321,7 @@ def test_reward_model_recovers_the_rewards():
         config=config,
     )
     scores = np.asarray(params["scores"])[tiny.ENDS]
-    np.testing.assert_allclose(
-        scores - scores.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.02
-    )
+    assert_allclose(scores - scores.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.02)
 
 
 def test_dpo_reaches_its_optimum():
@@ -340,9 +339,7 @@ def test_dpo_reaches_its_optimum():
     assert tiny.distance(learnt, tiny.tilted(0.5)) < 0.005
     assert tiny.distance(learnt, tiny.tilted(1.0)) > 0.1
     implicit = 0.5 * np.log(learnt / tiny.REF)
-    np.testing.assert_allclose(
-        implicit - implicit.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.05
-    )
+    assert_allclose(implicit - implicit.mean(), tiny.REWARDS - tiny.REWARDS.mean(), atol=0.05)
 
 
 def policy_of(log_probs):

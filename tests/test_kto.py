@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 from tabular import policy_fn, policy_params
 
 from rlhf_jax import kto
@@ -47,16 +48,12 @@ def test_each_prompt_is_followed_by_the_next_rows_response():
         [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
     )
     rows = jax.jit(kto.mismatched)(Feedback(tokens, real, response, jnp.ones(4, bool)))
-    np.testing.assert_array_equal(rows.tokens[0], [1, 2, 6, 7, 8, 0])
-    np.testing.assert_array_equal(
-        rows.response_mask, [[0, 0, 1, 1, 1, 0], *[[0] * 6] * 2, [0, 0, 0, 1, 1, 0]]
-    )
-    np.testing.assert_array_equal(
+    assert_array_equal(rows.tokens[0], [1, 2, 6, 7, 8, 0])
+    assert_array_equal(rows.response_mask, [[0, 0, 1, 1, 1, 0], *[[0] * 6] * 2, [0, 0, 0, 1, 1, 0]])
+    assert_array_equal(
         rows.attention_mask[jnp.array([0, 3])], [[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0]]
     )
-    np.testing.assert_array_equal(
-        rows.tokens[3], [0, 1, 2, 3, 4, 0]
-    )  # after the last row comes the first
+    assert_array_equal(rows.tokens[3], [0, 1, 2, 3, 4, 0])  # after the last row comes the first
 
 
 def test_the_reference_point_is_the_mean_over_present_rows_and_never_negative():
@@ -67,7 +64,7 @@ def test_the_reference_point_is_the_mean_over_present_rows_and_never_negative():
         others = rows.replace(response_mask=mask, ref_log_probs=ref - jnp.array(gap))
         reference_point = jax.jit(functools.partial(kto.reference_point, policy_fn=policy_fn))
         found = reference_point(policy_params(0), rows.replace(mismatched=others))
-        np.testing.assert_allclose(found, [expected] * 4, rtol=1e-5)
+        assert_allclose(found, [expected] * 4, rtol=1e-5)
 
 
 def test_a_batch_leaves_room_for_the_next_response():
@@ -86,10 +83,10 @@ def test_a_batch_leaves_room_for_the_next_response():
     assert batch(rows, max_length=8).tokens.shape == (3, 8)
     assert made.desirable.tolist() == [True, False, False]
     assert made.weight.tolist() == [1, 1, 0]
-    np.testing.assert_array_equal(made.response_mask.sum(axis=1), [2, 6, 0])
+    assert_array_equal(made.response_mask.sum(axis=1), [2, 6, 0])
     others = kto.mismatched(made)
-    np.testing.assert_array_equal(others.tokens[0], [2, 3, 4, 5, 6, 7, 8, 9, 1])
-    np.testing.assert_array_equal(others.response_mask.sum(axis=1), [6, 0, 0])
+    assert_array_equal(others.tokens[0], [2, 3, 4, 5, 6, 7, 8, 9, 1])
+    assert_array_equal(others.response_mask.sum(axis=1), [6, 0, 0])
 
 
 def record_of(value):

@@ -5,7 +5,6 @@ The slow tests run every stage on eight fake devices, in one process: ``python t
 FOLDER``.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -14,12 +13,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from builders import Killed, interrupt
+from numpy.testing import assert_allclose, assert_array_equal
 from programs import whole_on_a_device
 from safetensors.numpy import load_file
 
@@ -110,7 +111,7 @@ def config(folder, **sections):
         ppo=ppo.Config(num_epochs=1, num_minibatches=2, shuffle_blocks=1),
         grpo=grpo.Config(group_size=4, num_epochs=1),
     )
-    return dataclasses.replace(common, **sections)
+    return replace(common, **sections)
 
 
 def run_ppo(settings):
@@ -124,7 +125,7 @@ def run_grpo(settings):
 def runs(folder):
     """{name: (stage, config)}."""
     policy = {"model": str(folder / "policy"), "tokenizer": Tokenizer()}
-    members = dataclasses.replace(config(folder).reward_model, ensemble_size=2)
+    members = replace(config(folder).reward_model, ensemble_size=2)
     return {
         "sft": (training.sft.run, config(folder)),
         "reward_model": (training.reward_model.run, config(folder, **policy)),
@@ -204,7 +205,7 @@ def main(folder, layout, names):
                 patch.setattr(initial, "mesh_of", lambda config: sharding.make_mesh(1))
             started = time.process_time()
             run(
-                dataclasses.replace(
+                replace(
                     settings, mesh=LAYOUTS[layout], output_dir=str(folder / "runs" / layout / name)
                 )
             )
@@ -317,9 +318,7 @@ def test_a_run_cuts_its_weights(folder, monkeypatch, capsys):
     """
     probe = Probe(monkeypatch)
     mesh = Mesh(-1, 2, 2)
-    steps = dataclasses.replace(
-        config(folder).rl, num_iterations=1, validation_fraction=0.0, batch_size=4
-    )
+    steps = replace(config(folder).rl, num_iterations=1, validation_fraction=0.0, batch_size=4)
     settings = {
         "model": str(folder / "policy"),
         "tokenizer": Tokenizer(),
@@ -363,7 +362,7 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_is_read(
 ):
     monkeypatch.setattr(models.hf, "load", None)
     monkeypatch.setattr(initial, "stage_rows", None)
-    settings = dataclasses.replace(config(folder).sft, batch_size=batch_size)
+    settings = replace(config(folder).sft, batch_size=batch_size)
     with pytest.raises(UserError, match=message):
         training.sft.run(
             config(
@@ -458,9 +457,7 @@ def test_tensor_cuts_gpt2_s_fused_kernel_by_heads():
     whole, kernel = (tree["h_0"]["attn"]["c_attn"]["kernel"] for tree in (params, placed))
     for shard in kernel.addressable_shards:
         heads = slice(0, 2) if shard.index[2].start in (None, 0) else slice(2, 4)
-        np.testing.assert_array_equal(
-            shard.data, whole.reshape(16, 3, 4, 4)[:, :, heads].reshape(16, 3, 8)
-        )
+        assert_array_equal(shard.data, whole.reshape(16, 3, 4, 4)[:, :, heads].reshape(16, 3, 8))
     function = jax.value_and_grad(lambda *args: (model.hidden(*args) ** 2).mean())
     with jax.set_mesh(mesh):
         program = jax.jit(function, out_shardings=(None, places)).lower(placed, tokens).compile()
@@ -474,7 +471,7 @@ def test_tensor_cuts_gpt2_s_fused_kernel_by_heads():
         *map(jax.tree.leaves, (program(placed, tokens), jax.jit(function)(params, tokens))),
         strict=True,
     ):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_vocabulary_that_does_not_divide_is_padded():
@@ -506,7 +503,7 @@ def test_a_vocabulary_that_does_not_divide_is_padded():
     found = program(placed, tokens)
     assert found[0][1].shape == (8, 16, 41)
     for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     outside, _ = program(placed, jax.device_put(np.full((8, 16), 41), sharding.rows(mesh)))
     assert np.isnan(outside[1]).all()  # not the zeros that the table is padded with
 
@@ -553,21 +550,21 @@ def test_a_run_goes_on_in_another_layout(mesh, tolerance, folder, monkeypatch, c
     """
     tokenizer = Tokenizer(vocab_size=301)
     first = config(folder, mesh=Mesh(-1, 2, 2), checkpoint_interval=1, tokenizer=tokenizer)
-    first = dataclasses.replace(first, output_dir=str(folder / "whole"))
-    first = dataclasses.replace(first, sft=dataclasses.replace(first.sft, num_epochs=2))
+    first = replace(first, output_dir=str(folder / "whole"))
+    first = replace(first, sft=replace(first.sft, num_epochs=2))
     whole = training.sft.run(first)
-    settings = dataclasses.replace(first, output_dir=str(folder / "stopped"))
+    settings = replace(first, output_dir=str(folder / "stopped"))
     with monkeypatch.context() as patch:
         interrupt(patch, 2)
         with pytest.raises(Killed):
             training.sft.run(settings)
-    stopped = training.sft.run(dataclasses.replace(settings, mesh=mesh, resume=True))
+    stopped = training.sft.run(replace(settings, mesh=mesh, resume=True))
     expected, weights = (
         load_file(done.model_folder / "model.safetensors") for done in (whole, stopped)
     )
     assert expected["transformer.wte.weight"].shape == (301, 16)
     for name, value in expected.items():
-        np.testing.assert_allclose(weights[name], value, rtol=0, atol=tolerance, err_msg=name)
+        assert_allclose(weights[name], value, rtol=0, atol=tolerance, err_msg=name)
     assert ("no longer bit for bit" in capsys.readouterr().out) == bool(tolerance)
 
 

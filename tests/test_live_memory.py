@@ -2,11 +2,11 @@
 live there.
 """
 
-import dataclasses
 import functools
 import gc
 import json
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def world_metrics():
     return {}
 
 
-REFRESHED = {"rl": dataclasses.replace(RL, reference_refresh=1)}
+REFRESHED = {"rl": replace(RL, reference_refresh=1)}
 # (stage, the model's dtype, settings): parameters and two moments of Adam are 3, a reference 1 or
 # in bfloat16 0.5
 CASES = {

@@ -1,10 +1,10 @@
 """How the loop of a stage saves, ends and goes on, on a state of one number."""
 
-import dataclasses
 import errno
 import random
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -37,8 +37,8 @@ def config(tmp_path):
 def test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing(
     config, tmp_path, asynchronous
 ):
-    config = dataclasses.replace(config, checkpoint_async=asynchronous)
-    straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
+    config = replace(config, checkpoint_async=asynchronous)
+    straight = replace(config, output_dir=str(tmp_path / "straight"))
     scores = [float(n) for n in range(7)]
     assert run_loop(straight, scores=scores) == (
         6,
@@ -46,8 +46,8 @@ def test_a_run_that_is_killed_goes_on_without_a_row_twice_or_missing(
     )
     for options, die_at in (({}, 3), ({"resume": True}, 3), ({"resume": True}, 5)):
         with pytest.raises(Killed):
-            run_loop(dataclasses.replace(config, **options), die_at=die_at, scores=scores)
-    resumed = dataclasses.replace(config, resume=True)
+            run_loop(replace(config, **options), die_at=die_at, scores=scores)
+    resumed = replace(config, resume=True)
     for _ in range(2):  # the second time it is finished
         assert run_loop(resumed, scores=scores)[0] == 6
         assert files(config) == files(straight)
@@ -82,7 +82,7 @@ def test_a_step_starts_before_the_metrics_of_the_last_one_are_read(config):
 
     def order(**changes):
         events.clear()
-        with open_stage(dataclasses.replace(config, **changes), "sft", {}) as stage:
+        with open_stage(replace(config, **changes), "sft", {}) as stage:
             loop.train(
                 stage,
                 stage.copy({"n": jnp.float32(0)}),
@@ -115,7 +115,7 @@ def test_a_step_starts_before_the_metrics_of_the_last_one_are_read(config):
 
 @pytest.mark.parametrize("losses", [[1.0] * 6, [1.0] * 4 + [jnp.nan, 1.0]])
 def test_a_run_that_fails_keeps_the_row_of_its_last_step(config, losses):
-    config = dataclasses.replace(config, checkpoint_interval=100)
+    config = replace(config, checkpoint_interval=100)
     with pytest.raises((Killed, TrainingFault)):
         run_loop(config, losses=losses, die_at=5)
     assert [row["step"] for row in metric_rows(config.output_dir)] == [*range(6)]
@@ -137,7 +137,7 @@ def test_a_resumed_run_tries_its_largest_step_before_its_checkpoint_is_read(conf
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
             return state
 
-        return run_loop(dataclasses.replace(config, resume=True), attempt=tried)
+        return run_loop(replace(config, resume=True), attempt=tried)
 
     with pytest.raises(TrainingFault, match="sft: out of memory"):
         attempt(fits=False)
@@ -147,7 +147,7 @@ def test_a_resumed_run_tries_its_largest_step_before_its_checkpoint_is_read(conf
 
 
 def test_a_checkpoint_says_where_it_comes_from(config):
-    config = dataclasses.replace(config, seed=7)
+    config = replace(config, seed=7)
     run_loop(config, num_steps=1)
     with checkpoint.Checkpoints(Path(config.output_dir) / "checkpoints") as checkpoints:
         _, meta = checkpoints.restore({"n": jnp.float32(0), "optimizer": None})
@@ -160,12 +160,12 @@ def test_step_0_is_on_disk_before_the_first_update(config):
     def look(state, step):
         assert (Path(config.output_dir) / "checkpoints" / "0" / "record" / "metadata").exists()
 
-    run_loop(dataclasses.replace(config, checkpoint_async=True), num_steps=1, before_step=look)
+    run_loop(replace(config, checkpoint_async=True), num_steps=1, before_step=look)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_and_saves(config, tmp_path, number, code):
-    straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
+    straight = replace(config, output_dir=str(tmp_path / "straight"))
     before = signal.getsignal(number)
     run_loop(straight)
     with pytest.raises(Stopped, match=r"after step 3 of 6(.|\n)*--resume") as stopped:
@@ -173,7 +173,7 @@ def test_a_signal_finishes_the_step_and_saves(config, tmp_path, number, code):
     assert stopped.value.exit_code == code
     assert signal.getsignal(number) == before
     assert checkpoint.steps(Path(config.output_dir) / "checkpoints") == [2, 3]
-    run_loop(dataclasses.replace(config, resume=True))
+    run_loop(replace(config, resume=True))
     assert files(config) == files(straight)
 
 
@@ -192,7 +192,7 @@ def test_stopped_means_saved(config, monkeypatch):
         TrainingFault, match=r"checkpoint of step 3 could not be written .*No space left"
     ):
         run_loop(
-            dataclasses.replace(config, checkpoint_async=True, checkpoint_interval=10),
+            replace(config, checkpoint_async=True, checkpoint_interval=10),
             before_step=interrupt,
         )
 
@@ -204,17 +204,15 @@ def test_an_update_that_is_not_finite_names_step_checkpoint_and_rows(config):
             for file, line in (("b", 1), ("a", 2), ("b", 7), ("b", 1))
         )
 
-    config = dataclasses.replace(config, checkpoint_async=True)
+    config = replace(config, checkpoint_async=True)
     message = r"at step 5; .*checkpoint is step 4 in .*rows of this batch: b\.json, line 5, 11; a\.json, line 6$"
     with pytest.raises(TrainingFault, match=message):
         run_loop(config, losses=[1.0] * 4 + [jnp.nan], sources=sources)
 
 
 def test_the_best_checkpoint_becomes_the_model(config, capsys):
-    config = dataclasses.replace(
-        config, keep_best="min:validation/score", keep_last=1, checkpoint_interval=100
-    )
-    config = dataclasses.replace(config, early_stopping_patience=3)  # by the same metric
+    config = replace(config, keep_best="min:validation/score", keep_last=1, checkpoint_interval=100)
+    config = replace(config, early_stopping_patience=3)  # by the same metric
     state, row = run_loop(config, scores=[3.0, 2.0, jnp.nan, 0.5, 2.0, 1.0, 0.75])
     assert state == 3
     assert row["validation/score"] == 0.5
@@ -222,7 +220,7 @@ def test_the_best_checkpoint_becomes_the_model(config, capsys):
     assert (
         "validation/score is best at step 3: 0.5; model/ is of that step" in capsys.readouterr().out
     )
-    assert run_loop(dataclasses.replace(config, resume=True), scores=[3.0] * 7)[0] == 3
+    assert run_loop(replace(config, resume=True), scores=[3.0] * 7)[0] == 3
     assert "finished already" in capsys.readouterr().out
 
 
@@ -248,7 +246,7 @@ def test_the_best_checkpoint_becomes_the_model(config, capsys):
 )
 def test_a_run_needs_the_metric_that_it_is_judged_by(config, options, scores, message):
     with pytest.raises(UserError, match=message):
-        run_loop(dataclasses.replace(config, **options), scores=scores)
+        run_loop(replace(config, **options), scores=scores)
 
 
 SCORES = [
@@ -263,19 +261,17 @@ SCORES = [
 
 
 def test_early_stopping_ends_a_run_and_says_so(config, tmp_path, capsys):
-    config = dataclasses.replace(config, early_stopping_patience=3)
+    config = replace(config, early_stopping_patience=3)
     assert run_loop(config, scores=SCORES)[0] == 5
     said = "ended early, after step 5 of 6: validation/score has not improved for 3 validations"
     assert said in capsys.readouterr().out
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 5
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    again = dataclasses.replace(config, resume=True)
+    again = replace(config, resume=True)
     assert run_loop(again, die_at=5, scores=SCORES)[0] == 5  # finished: no step is taken
     assert said in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    changed = dataclasses.replace(
-        again, early_stopping_patience=4, allow_changed=("early_stopping_patience",)
-    )
+    changed = replace(again, early_stopping_patience=4, allow_changed=("early_stopping_patience",))
     assert run_loop(changed, scores=SCORES)[0] == 6
 
 
@@ -287,8 +283,8 @@ def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
         "scores": SCORES,
         "optimizer": Optimizer(schedule="plateau", decay_patience=2, decay_factor=0.5),
     }
-    config = dataclasses.replace(config, early_stopping_patience=3)
-    straight = dataclasses.replace(config, output_dir=str(tmp_path / "straight"))
+    config = replace(config, early_stopping_patience=3)
+    straight = replace(config, output_dir=str(tmp_path / "straight"))
     assert run_loop(straight, **options)[0] == 5
     # Step 4 is the second validation without improvement.
     assert [row.get("plateau_scale") for row in metric_rows(tmp_path / "straight")] == [
@@ -301,8 +297,8 @@ def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
     ]
     for resume, die_at in ((False, 3), (True, 4)):
         with pytest.raises(Killed):
-            run_loop(dataclasses.replace(config, resume=resume), die_at=die_at, **options)
-    assert run_loop(dataclasses.replace(config, resume=True), **options)[0] == 5
+            run_loop(replace(config, resume=resume), die_at=die_at, **options)
+    assert run_loop(replace(config, resume=True), **options)[0] == 5
     assert files(config) == files(straight)
 
 
@@ -314,30 +310,28 @@ def test_a_killed_run_ends_at_the_same_step_and_lowers_alike(config, tmp_path):
     ],  # the last step ends the run anyway
 )
 def test_validations_count_and_not_steps(config, capsys, interval, scores, last, early):
-    config = dataclasses.replace(config, early_stopping_patience=1)
+    config = replace(config, early_stopping_patience=1)
     assert run_loop(config, scores=scores, validation_interval=interval)[0] == last
     assert ("ended early" in capsys.readouterr().out) == early
 
 
 def test_a_run_goes_on_with_what_is_allowed_to_differ(config, capsys):
     assert run_loop(config)[0] == 6
-    longer = dataclasses.replace(
-        config, resume=True, sft=dataclasses.replace(config.sft, num_epochs=2)
-    )
+    longer = replace(config, resume=True, sft=replace(config.sft, num_epochs=2))
     with pytest.raises(UserError, match=r"sft\.num_epochs was 1 and is now 2"):
         run_loop(longer)
-    longer = dataclasses.replace(longer, allow_changed=("sft.num-epochs",))
+    longer = replace(longer, allow_changed=("sft.num-epochs",))
     assert run_loop(longer, num_steps=8)[0] == 8
     assert "another run than it began: sft.num_epochs was 1 and is now 2" in capsys.readouterr().out
     # From now on this is the run, so that neither its report nor its next resumption is of the old
     # one.
     stored = parse(RunConfig, ["--config", str(Path(config.output_dir) / "config.yaml")])
-    chosen = dataclasses.replace(longer.compute, scan_layers=False)
-    assert stored == dataclasses.replace(longer, resume=False, allow_changed=(), compute=chosen)
-    assert run_loop(dataclasses.replace(longer, allow_changed=()), num_steps=8)[0] == 8
-    wider = dataclasses.replace(config.network, hidden_size=256)
+    chosen = replace(longer.compute, scan_layers=False)
+    assert stored == replace(longer, resume=False, allow_changed=(), compute=chosen)
+    assert run_loop(replace(longer, allow_changed=()), num_steps=8)[0] == 8
+    wider = replace(config.network, hidden_size=256)
     with pytest.raises(UserError, match=r"--allow-changed cannot help with network\.hidden_size"):
-        run_loop(dataclasses.replace(longer, network=wider, allow_changed=("network",)))
+        run_loop(replace(longer, network=wider, allow_changed=("network",)))
 
 
 @pytest.mark.parametrize("tokenizer", [None, "some/tokenizer"])
@@ -346,7 +340,7 @@ def test_other_data_is_allowed_where_the_tokens_stay_the_same(tmp_path, tokenize
     config = RunConfig(output_dir=str(tmp_path), tokenizer=Tokenizer(name=tokenizer))
     with open_stage(config, "sft", {"a.json": "1"}) as stage:
         (stage.run.checkpoints / "0").mkdir(parents=True)
-    again = dataclasses.replace(config, resume=True, allow_changed=("data",))
+    again = replace(config, resume=True, allow_changed=("data",))
     refused = pytest.raises(UserError, match="cannot help with data")
     with nullcontext() if tokenizer else refused, open_stage(again, "sft", {"a.json": "2"}):
         pass
@@ -370,7 +364,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_run_goes_on(
 
     with monkeypatch.context() as patch, pytest.raises(TrainingFault, match=message):
         run_loop(config, before_step=lambda state, step: step == 3 and patch.setattr(target, full))
-    assert run_loop(dataclasses.replace(config, resume=True))[0] == 6
+    assert run_loop(replace(config, resume=True))[0] == 6
 
 
 def test_other_generators_are_seeded_by_the_seed_and_the_step(config):
@@ -380,12 +374,12 @@ def test_other_generators_are_seeded_by_the_seed_and_the_step(config):
     def draws(**options):
         drawn.clear()
         step = lambda state, step: drawn.append((random.random(), np.random.random()))  # noqa: E731, NPY002
-        run_loop(dataclasses.replace(config, **options), before_step=step)
+        run_loop(replace(config, **options), before_step=step)
         return [*drawn]
 
     first = draws()
     with pytest.raises(Killed):
-        run_loop(dataclasses.replace(config, overwrite=True), die_at=3)
+        run_loop(replace(config, overwrite=True), die_at=3)
     assert draws(resume=True) == first[2:]
     assert (
         len({number for pair in first + draws(overwrite=True, seed=6) for number in pair}) == 2 * 12

@@ -2,8 +2,8 @@
 folders.
 """
 
-import dataclasses
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from builders import CONFIG, LLAMA, some_tokens
 from flax.traverse_util import flatten_dict, unflatten_dict
+from numpy.testing import assert_allclose, assert_array_equal
 from programs import array_sizes
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -21,7 +22,7 @@ from rlhf_jax.models import lora
 from rlhf_jax.models.stack import Dense
 
 CONFIGS = {
-    "gpt2 scanned": dataclasses.replace(CONFIG, num_layers=3, scan_layers=True, remat=True),
+    "gpt2 scanned": replace(CONFIG, num_layers=3, scan_layers=True, remat=True),
     "llama": LLAMA,
 }
 TOKENS = some_tokens(2, 8)
@@ -62,16 +63,16 @@ def test_the_layer_adds_the_factored_term():
         return Dense(2, jnp.float32, None).apply({"params": params}, jnp.array([[1.0, 2.0]]))
 
     # x W + b = (11, 22); x A = 7; 0.5 * 7 * (5, 7) = (17.5, 24.5)
-    np.testing.assert_array_equal(layer(params), [[28.5, 46.5]])
+    assert_array_equal(layer(params), [[28.5, 46.5]])
     gradient = jax.grad(lambda params: layer(params)[0, 0])(params)
-    np.testing.assert_array_equal(gradient["lora_a"], [[2.5], [5.0]])  # 0.5 * x * 5
-    np.testing.assert_array_equal(gradient["lora_b"], [[3.5, 0.0]])
+    assert_array_equal(gradient["lora_a"], [[2.5], [5.0]])  # 0.5 * x * 5
+    assert_array_equal(gradient["lora_b"], [[3.5, 0.0]])
     assert gradient["lora_scale"] == 0
 
 
 def test_adapters_start_at_zero_with_peft_s_range_and_scale(adapted):
     model, params, adapters = adapted
-    np.testing.assert_array_equal(
+    assert_array_equal(
         model.apply(params, TOKENS), model.apply(lora.attach(params, adapters), TOKENS)
     )
     leaves = flatten_dict(adapters)
@@ -84,8 +85,8 @@ def test_adapters_start_at_zero_with_peft_s_range_and_scale(adapted):
         a, b, scale = (leaves[(*module, name)] for name in ("lora_a", "lora_b", "lora_scale"))
         assert a.shape == (*layers, size_in, 3)
         assert 0.5 / size_in**0.5 < jnp.abs(a).max() <= 1 / size_in**0.5
-        np.testing.assert_array_equal(b, np.zeros((*layers, 3, *shape[first:])))
-        np.testing.assert_array_equal(scale, np.full(layers, 2.0))
+        assert_array_equal(b, np.zeros((*layers, 3, *shape[first:])))
+        assert_array_equal(scale, np.full(layers, 2.0))
 
 
 def test_match_chooses_layers():
@@ -115,14 +116,14 @@ def test_merging_gives_the_same_function_and_not_the_base(adapted):
     merged = lora.merge(params, adapters)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     logits = model.apply(attached, TOKENS)
-    np.testing.assert_allclose(model.apply(merged, TOKENS), logits, atol=2e-6)
+    assert_allclose(model.apply(merged, TOKENS), logits, atol=2e-6)
     assert jnp.abs(logits - model.apply(params, TOKENS)).max() > 0.05
     # The sampler decodes through the adapters too.
     positions = jnp.broadcast_to(jnp.arange(8), TOKENS.shape)
     decoded, _ = jax.jit(model.decode)(
         attached, TOKENS, positions, jnp.ones_like(TOKENS), model.init_cache(2, 8), 0
     )
-    np.testing.assert_allclose(decoded, logits, atol=2e-6)
+    assert_allclose(decoded, logits, atol=2e-6)
 
 
 def test_a_small_change_survives_merging_into_bfloat16_weights():
@@ -141,7 +142,7 @@ def test_a_small_change_survives_merging_into_bfloat16_weights():
 
 
 def test_no_merged_copy_of_a_kernel_and_no_gradient_of_one_is_computed():
-    model = models.build(dataclasses.replace(CONFIG, hidden_size=64, num_layers=1, vocab_size=7))
+    model = models.build(replace(CONFIG, hidden_size=64, num_layers=1, vocab_size=7))
     base = model.init(jax.random.key(0))
 
     def largest(apply):
@@ -169,7 +170,7 @@ def test_peft_folders_round_trip(adapted, tmp_path):
     # A score comes back as gain 1 and bias 0.
     kept = {"kernel": 2.0 * head["kernel"], "gain": 1.0, "bias": 0.0, "shift": -2.5}
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        lambda a, b: assert_allclose(a, b, rtol=1e-6),
         loaded,
         {**grown(adapters), "score": kept},
     )

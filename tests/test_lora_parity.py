@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from numpy.testing import assert_allclose
 from torch_models import left_padded, torch_forward, torch_model
 
 from rlhf_jax import models
@@ -57,7 +58,7 @@ def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, family, scan_la
     real = mask.astype(bool)
     for tree in (lora.attach(params, adapters), lora.merge(params, adapters)):
         found = np.asarray(forward(tree, tokens, mask))
-        np.testing.assert_allclose(found[real], expected[real], atol=2e-4)
+        assert_allclose(found[real], expected[real], atol=2e-4)
     assert np.abs(np.asarray(forward(params, tokens, mask)) - expected)[real].max() > 0.01
 
     import torch
@@ -92,9 +93,7 @@ def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, family, scan_la
         ):
             module = f"base_model.model.{name.removesuffix('.weight')}.lora_{path[-1][-1].upper()}"
             theirs = gradients[f"{module}.default.weight"].T
-            np.testing.assert_allclose(
-                ours.reshape(theirs.shape), theirs, atol=2e-4 * np.abs(theirs).max()
-            )
+            assert_allclose(ours.reshape(theirs.shape), theirs, atol=2e-4 * np.abs(theirs).max())
             compared += 1
     assert compared == len(gradients)
 
@@ -125,11 +124,11 @@ def test_peft_loads_our_adapters(tmp_path, family):
         )
     )
     real = mask.astype(bool)
-    np.testing.assert_allclose(found[real], expected[real], atol=2e-4)
+    assert_allclose(found[real], expected[real], atol=2e-4)
     # What export writes is the same model without PEFT.
     models.save(tmp_path / "merged", model, lora.merge(params, adapters))
     merged = type(reference).from_pretrained(tmp_path / "merged").eval()
-    np.testing.assert_allclose(
+    assert_allclose(
         torch_forward(merged, tokens, mask)[real],
         expected[real],
         atol=2e-4,
@@ -150,9 +149,9 @@ def test_reward_models_travel_both_ways(tmp_path, family):
     adapters = lora.load(tmp_path / "theirs", params)
     score = jax.jit(models.score_fn(model))
     found = score(lora.attach(params, adapters), tokens, mask, None)
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert_allclose(found, expected, atol=2e-4)
 
     lora.save(tmp_path / "ours", params, adapters)
     fresh = type(reference).from_pretrained(tmp_path / "base")
     ours = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
-    np.testing.assert_allclose(torch_forward(ours, tokens, mask)[:, 0], expected, atol=2e-4)
+    assert_allclose(torch_forward(ours, tokens, mask)[:, 0], expected, atol=2e-4)

@@ -2,13 +2,14 @@
 refresh, resume.
 """
 
-import dataclasses
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import TINY, Killed, interrupt, metric_rows, outputs, save_base, stages
 from flax.traverse_util import flatten_dict
+from numpy.testing import assert_allclose
 
 from rlhf_jax import models, ppo, training, vpg
 from rlhf_jax.config import LoRA, RunConfig, Tokenizer, parse
@@ -20,13 +21,13 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 
 @pytest.fixture
 def lora_config(config, data, tmp_path):
-    return dataclasses.replace(
+    return replace(
         config,
         model=save_base(tmp_path / "base", data, num_layers=2, dtype=jnp.bfloat16),
         tokenizer=Tokenizer(),
         lora=LoRA(rank=2, alpha=4.0),
-        reward_model=dataclasses.replace(config.reward_model, normalize_samples=16),
-        rl=dataclasses.replace(config.rl, num_iterations=6, kl_coef=0.01, kl_target=None),
+        reward_model=replace(config.reward_model, normalize_samples=16),
+        rl=replace(config.rl, num_iterations=6, kl_coef=0.01, kl_target=None),
         ppo=ppo.Config(num_epochs=2, num_minibatches=2, shuffle_blocks=4),
     )
 
@@ -46,9 +47,7 @@ def test_a_run_saves_the_merged_model_and_its_adapters(run, lora_config):
         flatten_dict(tree) for tree in (lora.merge(base, adapters), merged, base)
     )
     for path, leaf in expected.items():
-        np.testing.assert_allclose(
-            saved[path].astype("f4"), leaf.astype("f4"), rtol=1e-6, atol=1e-7
-        )
+        assert_allclose(saved[path].astype("f4"), leaf.astype("f4"), rtol=1e-6, atol=1e-7)
         if path in kernels:
             assert np.abs(leaf - before[path].astype("f4")).max() > 1e-4
         elif path[0] != "score":
@@ -59,19 +58,17 @@ def test_a_run_saves_the_merged_model_and_its_adapters(run, lora_config):
 def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_with_it(
     lora_config, tmp_path, monkeypatch
 ):
-    config = dataclasses.replace(
-        lora_config, rl=dataclasses.replace(lora_config.rl, reference_refresh=2)
-    )
+    config = replace(lora_config, rl=replace(lora_config.rl, reference_refresh=2))
     straight = training.rl.run(config, ppo)
     rows = metric_rows(straight.folder)
     kl = {row["step"]: abs(row["objective/kl"]) for row in rows if "objective/kl" in row}
     assert max(kl[1], kl[3], kl[5]) < 1e-5 < 1e-4 < min(kl[2], kl[4], kl[6])
-    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
+    again = replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         interrupt(patch, 6)
         with pytest.raises(Killed):
             training.rl.run(again, ppo)
-    resumed = training.rl.run(dataclasses.replace(again, resume=True), ppo)
+    resumed = training.rl.run(replace(again, resume=True), ppo)
     assert outputs(resumed.folder) == outputs(straight.folder)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import losses, ops
 
@@ -54,12 +55,12 @@ def test_absent_answers_give_no_gradient_and_no_nan():
     value, gradient = f(scores, f32(0.1, jnp.nan, 0.1))
     two, two_gradient = f(scores[:1, ::2], f32(0.1))
     assert value == pytest.approx(float(two))  # a row whose best answer is absent says nothing
-    np.testing.assert_allclose(
+    assert_allclose(
         gradient[0],
         [two_gradient[0, 0], 0, two_gradient[0, 1]],
         rtol=1e-6,
     )
-    np.testing.assert_array_equal(gradient[1:], np.zeros((2, 3)))
+    assert_array_equal(gradient[1:], np.zeros((2, 3)))
 
 
 def test_a_score_that_is_not_a_number_is_not_taken_for_an_absent_answer():
@@ -67,7 +68,7 @@ def test_a_score_that_is_not_a_number_is_not_taken_for_an_absent_answer():
 
 
 def test_regression_is_the_squared_error_of_each_score():
-    np.testing.assert_allclose(
+    assert_allclose(
         losses.regression(f32(1, 2), f32(4, 2)),
         [9, 0],
     )
@@ -86,14 +87,14 @@ def test_policy_gradient_by_hand():
         ]
     )
     mask = jnp.array([[0, 1, 1], [0, 1, 0]])
-    np.testing.assert_array_equal(
+    assert_array_equal(
         losses.cross_entropy(log_probs, mask),
         [[0, 1, 2], [0, 3, 0]],
     )
     expected = [[0, 7, 14], [0, 33, 0]]
-    np.testing.assert_allclose(losses.policy_gradient(log_probs, f32(7, 11), mask), expected)
+    assert_allclose(losses.policy_gradient(log_probs, f32(7, 11), mask), expected)
     by_token = jnp.where(mask, f32(7, 11)[:, None], math.nan)
-    np.testing.assert_allclose(losses.policy_gradient(log_probs, by_token, mask), expected)
+    assert_allclose(losses.policy_gradient(log_probs, by_token, mask), expected)
     # VPG's loss: -mean_i A_i sum_t log p_it
     total = losses.aggregate(losses.policy_gradient(log_probs, f32(7, 11), mask), mask, "sum")
     assert total.value == pytest.approx((21 + 33) / 2)
@@ -103,7 +104,7 @@ def test_clipped_surrogate_by_hand():
     ratios = f32(0.5, 0.5, 1.5, 1.5, 1.0)
     advantages = f32(1, -1, 1, -1, 2)
     got = losses.clipped_surrogate(jnp.log(ratios), jnp.zeros(5), advantages)
-    np.testing.assert_allclose(
+    assert_allclose(
         got,
         [-0.5, 0.8, -1.2, 1.5, -2.0],
         rtol=1e-6,
@@ -111,7 +112,7 @@ def test_clipped_surrogate_by_hand():
     asymmetric = losses.clipped_surrogate(
         jnp.log(ratios), jnp.zeros(5), advantages, clip_low=0.1, clip_high=0.3
     )
-    np.testing.assert_allclose(
+    assert_allclose(
         asymmetric,
         [-0.5, 0.9, -1.3, 1.5, -2.0],
         rtol=1e-6,
@@ -122,14 +123,14 @@ def test_clipped_surrogate_by_hand():
         f32(-1, 1),
         dual_clip=3.0,
     )
-    np.testing.assert_allclose(far, [3.0, -1.2], rtol=1e-6)  # dual clip: for A < 0 only
+    assert_allclose(far, [3.0, -1.2], rtol=1e-6)  # dual clip: for A < 0 only
 
 
 def test_on_policy_the_surrogates_gradient_is_the_policy_gradient():
     log_probs = jnp.array([[-1.0, -2.0]])
     advantages = jnp.array([[3.0, -4.0]])
     gradient = jax.grad(lambda x: losses.clipped_surrogate(x, x, advantages).sum())(log_probs)
-    np.testing.assert_allclose(gradient, -advantages)
+    assert_allclose(gradient, -advantages)
 
 
 def test_clipped_value_by_hand():
@@ -224,12 +225,12 @@ def test_kto_by_hand():
         f32(math.log(3))[0],
         jnp.array([True, False]),
     )
-    np.testing.assert_allclose(losses.kto(*args, 0.5), [0.25, 0.75], rtol=1e-6)
+    assert_allclose(losses.kto(*args, 0.5), [0.25, 0.75], rtol=1e-6)
     slopes = jax.grad(
         lambda *x: losses.kto(*x, args[2], 0.5).sum(),
         argnums=(0, 1),
     )(*args[:2])
-    np.testing.assert_allclose(
+    assert_allclose(
         slopes[0],
         [-0.5 * 3 / 16, 0.5 * 3 / 16],
         rtol=1e-6,
@@ -245,10 +246,8 @@ def test_cispo_by_hand():
     f = functools.partial(
         losses.cispo, ratio=ratio, advantages=advantages, clip_low=0.5, clip_high=4.0
     )
-    np.testing.assert_allclose(f(log_probs), [0.5, 2, -6, 10], rtol=1e-6)
-    np.testing.assert_allclose(
-        jax.grad(lambda x: f(x).sum())(log_probs), [-0.5, -2, 3, -5], rtol=1e-6
-    )
+    assert_allclose(f(log_probs), [0.5, 2, -6, 10], rtol=1e-6)
+    assert_allclose(jax.grad(lambda x: f(x).sum())(log_probs), [-0.5, -2, 3, -5], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +270,7 @@ def test_importance_weights_by_hand(how, expected):
     weights = losses.importance_weights(
         jnp.log(ratios) - 3.0, jnp.full((2, 4), -3.0), mask, 2.0, how
     )
-    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    assert_allclose(weights, expected, rtol=1e-6)
 
 
 # One number from many
@@ -315,9 +314,7 @@ def test_weighted_mean_by_hand():
     mean = losses.weighted_mean(x, weight)
     assert mean.value == 7 / 4
     assert mean.count == 4
-    np.testing.assert_array_equal(
-        jax.grad(lambda x: losses.weighted_mean(x, weight).total)(x), [3, 0, 1]
-    )
+    assert_array_equal(jax.grad(lambda x: losses.weighted_mean(x, weight).total)(x), [3, 0, 1])
     assert losses.weighted_mean(x, 0 * weight).value == 0
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
+from numpy.testing import assert_allclose
 from tabular import numbers
 from torch_models import torch_model
 
@@ -111,7 +112,7 @@ def assert_gradients_equal(model, ours, reference):
     for name, gradient in found.items():
         # A difference of two scores leaves nothing to the bias of the last norm but rounding.
         atol = 1e-5 * np.abs(expected[name]).max() + 1e-7 * largest
-        np.testing.assert_allclose(
+        assert_allclose(
             gradient,
             expected[name],
             rtol=1e-4,
@@ -125,7 +126,7 @@ def assert_equal(model, reference, params, loss_fn, expected):
     (loss, metrics), gradients = jax.value_and_grad(numbers(loss_fn), has_aux=True)(params)
     reference.zero_grad()
     expected.backward()
-    np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+    assert_allclose(loss, expected.item(), rtol=1e-5)
     assert_gradients_equal(model, gradients, reference)
     return metrics
 
@@ -151,9 +152,7 @@ def test_reward_model_loss_and_gradients(tmp_path, name):
         lambda params: reward_model.loss(params, batch, None, **options),
         expected,
     )
-    np.testing.assert_allclose(
-        metrics["reward_model/margin"], (chosen - rejected).mean().item(), rtol=1e-5
-    )
+    assert_allclose(metrics["reward_model/margin"], (chosen - rejected).mean().item(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -166,7 +165,7 @@ def test_dpo_loss_and_gradients(tmp_path, name):
         ref_log_probs = torch_log_probs(reference, pairs())
     policy_fn = jax.jit(models.policy_fn(model, prompt_length=PROMPT_LENGTH))
     batch = dpo.with_reference(pairs(), Partial(policy_fn, ref_params))
-    np.testing.assert_allclose(batch.ref_log_probs, ref_log_probs, rtol=1e-5)
+    assert_allclose(batch.ref_log_probs, ref_log_probs, rtol=1e-5)
     chosen, rejected = (torch_log_probs(policy, batch) - ref_log_probs).T
     h = 0.1 * (chosen - rejected)
     expected = -(
@@ -176,7 +175,7 @@ def test_dpo_loss_and_gradients(tmp_path, name):
     metrics = assert_equal(
         model, policy, params, lambda params: dpo.loss(params, batch, None, **options), expected
     )
-    np.testing.assert_allclose(metrics["dpo/margin"], h.mean().item(), rtol=1e-5)
+    assert_allclose(metrics["dpo/margin"], h.mean().item(), rtol=1e-5)
 
 
 def relatives(torch, mean, total):

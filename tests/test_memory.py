@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import models, ops, rollout, training, types
 from rlhf_jax.algorithms import kto, ppo, sft
@@ -185,7 +186,7 @@ def test_an_update_that_is_tried_leaves_the_state_as_it_was():
     before = jax.device_get(state)
     after = memory.tried(lambda state: compiled(state, jnp.ones(3)), state)
     assert jax.tree.structure(after) == jax.tree.structure(before)
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    jax.tree.map(assert_array_equal, after, before)
     with pytest.raises(UserError, match="an update whose loss was NaN was applied"):
         memory.tried(lambda state: (state, {"nonfinite": jnp.float32(0)}), after)
 
@@ -223,8 +224,8 @@ def test_rows_in_parts_score_as_all_at_once(rows, size):
         return types.PolicyOutput(params * tokens + attention_mask, tokens[:, 0], None)
 
     output = ops.by_rows(fn, rows)(2, tokens, tokens * 100, None)
-    np.testing.assert_array_equal(output.log_probs, 102 * tokens)
-    np.testing.assert_array_equal(output.entropy, tokens[:, 0])
+    assert_array_equal(output.log_probs, 102 * tokens)
+    assert_array_equal(output.entropy, tokens[:, 0])
     assert output.values is None
     assert set(sizes) == {size}
 
@@ -247,7 +248,7 @@ def test_what_is_offloaded_lies_with_the_host_and_computes_the_same(tmp_path, mo
     assert memory.on_device(reference) == 0
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(reference)} == {memory.HOST}
     program = jax.jit(lambda fn, tokens: fn(tokens))
-    np.testing.assert_array_equal(program(reference, tokens), expected)
+    assert_array_equal(program(reference, tokens), expected)
     for platform in ("tpu", "cuda"):  # tried on none, but lowers
         text = program.trace(reference, tokens).lower(lowering_platforms=(platform,)).as_text()
         assert 'memory_kind = "pinned_host"' in text
@@ -289,4 +290,4 @@ def test_scoring_takes_less_memory_with_more_microbatches():
     assert used[2] < 0.4 * used[1]
     whole, *others = (each(params) for each in compiled)
     for other, name in itertools.product(others, ("log_probs", "values", "ref_log_probs")):
-        np.testing.assert_allclose(getattr(other, name), getattr(whole, name), atol=2e-6)
+        assert_allclose(getattr(other, name), getattr(whole, name), atol=2e-6)

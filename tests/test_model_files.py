@@ -1,10 +1,10 @@
 """Model folders without torch: round trips, kept keys, and messages that name what is wrong."""
 
-import dataclasses
 import functools
 import json
 import math
 import re
+from dataclasses import replace
 
 import huggingface_hub
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from builders import GEMMA, LLAMA, LLAMA3, MISTRAL, QWEN2, QWEN3, some_params, stack_layers
 from flax.traverse_util import flatten_dict
+from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax import models, sharding
@@ -30,7 +31,7 @@ def tiny(config=CONFIG):
 
 
 def assert_same(left, right):
-    jax.tree.map(np.testing.assert_array_equal, left, right)
+    jax.tree.map(assert_array_equal, left, right)
     assert jax.tree.map(lambda x: x.dtype, left) == jax.tree.map(lambda x: x.dtype, right)
 
 
@@ -97,7 +98,7 @@ def test_round_trip_is_bit_equal_and_named_as_gpt2_lm_head_model(folder, tmp_pat
 
 
 def test_scanned_layers_share_the_files(folder, tmp_path):
-    whole = tiny(dataclasses.replace(CONFIG, num_layers=4))
+    whole = tiny(replace(CONFIG, num_layers=4))
     models.save(folder, *whole)
     model, params = models.load(folder, scan_layers=True)
     assert_same(params, stack_layers(whole[1]))
@@ -107,18 +108,14 @@ def test_scanned_layers_share_the_files(folder, tmp_path):
 
 EVERYTHING = {"attention_bias": True, "mlp_bias": True, "head_dim": 6, "rope_scaling": LLAMA3}
 RELATIVES = {
-    "llama, tied and scanned": dataclasses.replace(
-        LLAMA, num_layers=3, tie_embeddings=True, scan_layers=True
-    ),
-    "llama, everything": dataclasses.replace(LLAMA, **EVERYTHING, eos_token_id=(3, 4)),
-    "llama, linear": dataclasses.replace(
-        LLAMA, rope_scaling=models.RopeScaling("linear", 2.0), rope_theta=5e5
-    ),
+    "llama, tied and scanned": replace(LLAMA, num_layers=3, tie_embeddings=True, scan_layers=True),
+    "llama, everything": replace(LLAMA, **EVERYTHING, eos_token_id=(3, 4)),
+    "llama, linear": replace(LLAMA, rope_scaling=models.RopeScaling("linear", 2.0), rope_theta=5e5),
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "mistral": MISTRAL,
-    "mistral, whole": dataclasses.replace(MISTRAL, sliding_window=None),
-    "gemma3_text": dataclasses.replace(
+    "mistral, whole": replace(MISTRAL, sliding_window=None),
+    "gemma3_text": replace(
         GEMMA, rope_scaling=models.RopeScaling("linear", 8.0), local_rope_theta=99.0
     ),
 }
@@ -166,7 +163,7 @@ class Counted:
 
 
 def test_devices_may_hold_different_layers(tmp_path):
-    models.save(tmp_path, *tiny(dataclasses.replace(CONFIG, num_layers=3)))
+    models.save(tmp_path, *tiny(replace(CONFIG, num_layers=3)))
     by_layer = jax.NamedSharding(jax.make_mesh((2,), ("layer",)), jax.P("layer"))
     whole = jax.NamedSharding(by_layer.mesh, jax.P())
 
@@ -265,7 +262,7 @@ def test_dtype_casts_and_is_kept(folder, tmp_path):
     assert config_of(tmp_path / "half")["dtype"] == "bfloat16"
     assert_same(models.load(tmp_path / "half")[1], params)
     computed = models.load(folder, compute_dtype="bfloat16", remat=True)[0].config
-    assert computed == dataclasses.replace(CONFIG, compute_dtype="bfloat16", remat=True)
+    assert computed == replace(CONFIG, compute_dtype="bfloat16", remat=True)
 
 
 def test_other_keys_are_kept_and_missing_ones_have_transformers_defaults(folder, tmp_path):

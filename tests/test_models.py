@@ -2,9 +2,9 @@
 scan, dropout, bf16).
 """
 
-import dataclasses
 import functools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ def test_frequencies_by_hand():
         (models.RopeScaling("linear", 4.0), plain / 4),
         (LLAMA3, [1.0, 0.1 * kept + 0.1 / 8 * (1 - kept), 0.01 / 8, 0.001 / 8]),
     ):
-        config = dataclasses.replace(LLAMA, head_dim=8, rope_scaling=scaling)
+        config = replace(LLAMA, head_dim=8, rope_scaling=scaling)
         assert_allclose(decoder.frequencies(config), expected, rtol=1e-6)
 
 
@@ -139,7 +139,7 @@ def test_llama_from_its_definition():
     """Touvron et al. 2023, in complex numbers: a head's halves are the parts of numbers that a
     position turns.
     """
-    model, params = tiny(dataclasses.replace(LLAMA, head_dim=4))
+    model, params = tiny(replace(LLAMA, head_dim=4))
     params, tokens = jax.tree.map(np.asarray, params), some_tokens(1, 6)
     turns = np.exp(1j * np.arange(6)[:, None] * 10000.0 ** -np.array([0, 0.5]))[
         :, None
@@ -168,7 +168,7 @@ def test_llama_from_its_definition():
 
 
 @pytest.mark.parametrize(
-    "config", [MISTRAL, dataclasses.replace(GEMMA, global_every=3)], ids=["mistral", "gemma"]
+    "config", [MISTRAL, replace(GEMMA, global_every=3)], ids=["mistral", "gemma"]
 )
 def test_two_layers_of_windows_reach_twice_as_far(config):
     """Each layer reaches 2 tokens back: the token at 0 shows in the logits at 4 and not in those at
@@ -261,7 +261,7 @@ def test_samples_have_the_log_probs_of_the_full_forward(config):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_decoding_equals_the_full_forward(config, scan_layers):
     """Not a token later than the query is seen: its logits are there before that token is written."""
-    config = dataclasses.replace(config, num_layers=3)
+    config = replace(config, num_layers=3)
     model, params = tiny(config, scan_layers=scan_layers, remat=scan_layers)
     tokens = some_tokens(3, 8)
     mask = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
@@ -304,7 +304,7 @@ def test_a_cache_has_the_heads_of_the_keys_and_slots_for_the_window(config):
 
 @FAMILIES
 def test_stacked_layers_with_remat_have_the_logits_of_separate_layers(config):
-    config = dataclasses.replace(config, num_layers=3)
+    config = replace(config, num_layers=3)
     tokens = some_tokens(3, 8)
     mask = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
     model, params = tiny(config)
@@ -323,7 +323,7 @@ def sampler_of(model, mesh=None):
 
 def loop_over_tokens(config, **changes):
     """The parameters given to the sampler's loop, and the program of one token."""
-    model = models.build(dataclasses.replace(config, **changes))
+    model = models.build(replace(config, **changes))
     (loop,) = (step for step in sampler_of(model).eqns if step.primitive.name == "while")
     params = jax.eval_shape(model.init, jax.random.key(0))
     return jax.eval_shape(model.for_decoding, params), loop.params["body_jaxpr"].jaxpr
@@ -332,7 +332,7 @@ def loop_over_tokens(config, **changes):
 @pytest.mark.parametrize("config", [CONFIG, LLAMA, GEMMA], ids=lambda config: type(config).__name__)
 def test_a_prompt_goes_through_scanned_layers_as_one_program(config):
     """Not on a mesh that cuts weights: it would gather stacked ones beside those that decode."""
-    model = models.build(dataclasses.replace(config, scan_layers=True))
+    model = models.build(replace(config, scan_layers=True))
     meshes = None, sharding.make_mesh(1), sharding.make_mesh(1, 2)
     assert [str(sampler_of(model, mesh)).count("= scan[") for mesh in meshes] == [1, 1, 0]
 
@@ -356,10 +356,7 @@ def test_layers_are_taken_apart_by_one_kernel_for_all(num_layers, number):
 def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight():
     for config in (LLAMA, CONFIG):
         params, body = loop_over_tokens(config, scan_layers=True, compute_dtype="bfloat16")
-        assert (
-            models.build(dataclasses.replace(config, scan_layers=True)).for_decoding(params)
-            is params
-        )
+        assert models.build(replace(config, scan_layers=True)).for_decoding(params) is params
         assert str(body) == str(loop_over_tokens(config, compute_dtype="bfloat16")[1])
         assert str(body) == str(
             loop_over_tokens(config, scan_layers=True, remat=True, compute_dtype="bfloat16")[1]
@@ -392,7 +389,7 @@ def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight()
 
 @functools.cache
 def loss_and_gradient(**changes):
-    config = dataclasses.replace(CONFIG, num_layers=3)
+    config = replace(CONFIG, num_layers=3)
     model, params = tiny(config, scale_attn_by_inverse_layer_idx=True, **changes)
     tokens, mask = some_tokens(2, 6), np.array([[0, 0, 1, 1, 1, 1], [1] * 6])
     return jax.jit(
@@ -444,7 +441,7 @@ def test_layers_draw_different_dropout(scan_layers):
     A third, which is never stacked, writes nothing.
     """
     model, params = tiny(
-        dataclasses.replace(CONFIG, num_layers=3), residual_dropout=0.5, scan_layers=scan_layers
+        replace(CONFIG, num_layers=3), residual_dropout=0.5, scan_layers=scan_layers
     )
     params = jax.tree.map(jnp.zeros_like, params)
     for layer in {"h", "h_0", "h_1"} & {*params}:
@@ -457,7 +454,7 @@ def test_layers_draw_different_dropout(scan_layers):
 
 
 def test_a_parameter_of_another_shape_is_named():
-    (_, params), model = tiny(), models.build(dataclasses.replace(CONFIG, intermediate_size=6))
+    (_, params), model = tiny(), models.build(replace(CONFIG, intermediate_size=6))
     with pytest.raises(
         ValueError, match=r"parameter h_0/mlp/c_fc/kernel is \(8, 32\), this model's is \(8, 6\)"
     ):
@@ -477,11 +474,9 @@ def test_a_seed_draws_the_numbers_that_it_always_drew():
     """Initial weights, and what dropout leaves, written down on 2026-11-22; those of stacked layers
     a day later.
     """
-    model = models.build(dataclasses.replace(CONFIG, num_layers=3, residual_dropout=0.5))
+    model = models.build(replace(CONFIG, num_layers=3, residual_dropout=0.5))
     params = model.init(jax.random.key(0))
-    stacked = models.build(dataclasses.replace(model.config, scan_layers=True)).init(
-        jax.random.key(0)
-    )
+    stacked = models.build(replace(model.config, scan_layers=True)).init(jax.random.key(0))
     drawn = [
         tree["attn"]["c_proj"]["kernel"][..., 0, 0]
         for tree in (params["h_0"], params["h_1"], params["h_2"])
@@ -496,12 +491,10 @@ def test_a_seed_draws_the_numbers_that_it_always_drew():
     assert_allclose(states[0, :, 0], [-0.382069, -0.921606, -0.930254], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config", [CONFIG, dataclasses.replace(GEMMA, global_every=3)], ids=["gpt2", "gemma"]
-)
+@pytest.mark.parametrize("config", [CONFIG, replace(GEMMA, global_every=3)], ids=["gpt2", "gemma"])
 def test_layers_of_one_kind_are_traced_once(config):
     """Of six layers the last is traced by itself; Gemma's layers are of two kinds."""
-    model = models.build(dataclasses.replace(config, num_layers=6))
+    model = models.build(replace(config, num_layers=6))
     params = jax.eval_shape(model.init, jax.random.key(0))
     tokens, cache = some_tokens(2, 4), model.init_cache(2, 8)
     decoded = (tokens[:, :1], tokens[:, :1], np.ones((2, 8)), cache, jnp.int32(3))
@@ -546,7 +539,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
 @FAMILIES
 def test_resize_vocabulary_adds_mean_rows_to_every_table(config):
     model, params = tiny(config)
-    model = model._replace(config=dataclasses.replace(model.config, other_keys={"mine": 1}))
+    model = model._replace(config=replace(model.config, other_keys={"mine": 1}))
     wider, wider_params = models.resize_vocabulary(model, params, 15)
     assert (wider.config.other_keys, wider.config.vocab_size) == ({"mine": 1}, 15)
     tokens = some_tokens(2, 5)
@@ -571,7 +564,7 @@ def test_resize_vocabulary_adds_mean_rows_to_every_table(config):
 )
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **changes)
+        replace(CONFIG, **changes)
 
 
 def test_wrong_shapes_are_refused():
@@ -591,10 +584,10 @@ def test_wrong_shapes_are_refused():
     ("config", "changes"),
     [
         (CONFIG, {}),
-        (dataclasses.replace(CONFIG, num_layers=3), {"scan_layers": True}),
+        (replace(CONFIG, num_layers=3), {"scan_layers": True}),
         *(
-            pytest.param(dataclasses.replace(config, num_layers=3), changes, marks=pytest.mark.slow)
-            for config in (CONFIG, LLAMA, dataclasses.replace(GEMMA, global_every=3))
+            pytest.param(replace(config, num_layers=3), changes, marks=pytest.mark.slow)
+            for config in (CONFIG, LLAMA, replace(GEMMA, global_every=3))
             for changes in ({}, {"remat": True}, {"scan_layers": True})
         ),
     ],
@@ -645,7 +638,7 @@ def test_columns_that_are_read_are_those_of_all(config, changes):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_last_mlp_runs_on_the_columns_that_are_read(scan_layers):
     """If less than an eighth is left out, it runs on all: one kernel then serves all blocks."""
-    model, params = tiny(dataclasses.replace(CONFIG, num_layers=3), scan_layers=scan_layers)
+    model, params = tiny(replace(CONFIG, num_layers=3), scan_layers=scan_layers)
     hidden = models.build(model.config).hidden
 
     def program(width, columns):
@@ -659,7 +652,7 @@ def test_the_last_mlp_runs_on_the_columns_that_are_read(scan_layers):
 
 
 def test_gpt2_divides_the_scores_of_layer_i_by_i_plus_one():
-    config = dataclasses.replace(CONFIG, scale_attn_by_inverse_layer_idx=True)
+    config = replace(CONFIG, scale_attn_by_inverse_layer_idx=True)
     assert gpt2.GPT2(config).scales() == [4**-0.5, 4**-0.5 / 2]
 
 

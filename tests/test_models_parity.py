@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 from torch_models import CONFIGS, left_padded, torch_forward, torch_model
 
@@ -43,7 +44,7 @@ def loaded(kind, folder):
 def assert_same_tensors(left, right):
     assert left.keys() == right.keys()
     for name, tensor in left.items():
-        np.testing.assert_array_equal(tensor, right[name])
+        assert_array_equal(tensor, right[name])
 
 
 @each_config
@@ -57,7 +58,7 @@ def test_logits_equal_transformers(tmp_path, name):
         model, params = models.load(tmp_path, scan_layers=scan_layers)
         logits = jax.jit(model.apply)(params, tokens, mask)
         assert np.std(expected[mask == 1]) > 0.9
-        np.testing.assert_allclose(np.asarray(logits)[mask == 1], expected[mask == 1], atol=2e-4)
+        assert_allclose(np.asarray(logits)[mask == 1], expected[mask == 1], atol=2e-4)
 
 
 each_family = pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_packed_documents_equal_transformers_on_each_alone(tmp_path, name, compu
     for number in (1, 2, 3):
         alone = tokens[mask == number][None]
         expected = torch_forward(reference, alone, np.ones_like(alone))
-        np.testing.assert_allclose(logits[mask == number], expected[0], atol=2e-4)
+        assert_allclose(logits[mask == number], expected[0], atol=2e-4)
 
 
 @each_family
@@ -102,7 +103,7 @@ def test_greedy_equals_transformers_generate(tmp_path, name):
     result = sampling.generate(
         model, params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0), config=config
     )
-    np.testing.assert_array_equal(np.asarray(result.tokens)[:, : expected.shape[1]], expected)
+    assert_array_equal(np.asarray(result.tokens)[:, : expected.shape[1]], expected)
     assert not np.asarray(result.tokens)[:, expected.shape[1] :].any()
 
 
@@ -113,7 +114,7 @@ def test_scores_equal_transformers_classifier(tmp_path, name):
     model, params = models.load(tmp_path)
     tokens, mask = left_padded()
     scores = models.score_fn(model)(params, tokens, mask, None)
-    np.testing.assert_allclose(scores, torch_forward(reference, tokens, mask)[:, 0], atol=2e-4)
+    assert_allclose(scores, torch_forward(reference, tokens, mask)[:, 0], atol=2e-4)
 
 
 @each_config
@@ -126,9 +127,7 @@ def test_saved_folder_loads_bit_equal_in_transformers(tmp_path, name, scan_layer
     assert_same_tensors(torch_tensors(again), torch_tensors(reference))
     assert_same_tensors(stored(tmp_path / "ours"), stored(tmp_path / "theirs"))
     tokens, mask = left_padded()
-    np.testing.assert_array_equal(
-        torch_forward(again, tokens, mask), torch_forward(reference, tokens, mask)
-    )
+    assert_array_equal(torch_forward(again, tokens, mask), torch_forward(reference, tokens, mask))
 
 
 def stored(folder):
@@ -154,7 +153,7 @@ def test_half_precision_weights_survive_a_kept_dtype_key(tmp_path):
             "transformer.wte.weight"
         ]
         assert found.dtype == params["wte"]["embedding"].dtype
-        np.testing.assert_array_equal(found, params["wte"]["embedding"])
+        assert_array_equal(found, params["wte"]["embedding"])
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -175,16 +174,12 @@ def test_saved_reward_model_equals_transformers_logit_plus_shift(tmp_path, name)
         == name.split()[0]
     )
     assert reference.config.num_labels == 1
-    np.testing.assert_array_equal(
-        torch_tensors(reference)["score.weight"][0], 2.5 * params["score"]["kernel"]
-    )
+    assert_array_equal(torch_tensors(reference)["score.weight"][0], 2.5 * params["score"]["kernel"])
     shift = json.loads((tmp_path / "reward" / "config.json").read_text())["reward_shift"]
     assert shift == reference.config.reward_shift
     tokens, mask = left_padded()
     expected = torch_forward(reference, tokens, mask)[:, 0] + shift
-    np.testing.assert_allclose(
-        models.score_fn(model)(params, tokens, mask, None), expected, atol=2e-4
-    )
+    assert_allclose(models.score_fn(model)(params, tokens, mask, None), expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "8KB"])
@@ -206,7 +201,7 @@ def test_body_without_prefix_loads(tmp_path):
     torch_model("GPT2", "body").save_pretrained(tmp_path)
     _, params = models.load(tmp_path)
     assert not [name for name in stored(tmp_path) if name.startswith("transformer.")]
-    np.testing.assert_array_equal(
+    assert_array_equal(
         params["h_1"]["attn"]["c_proj"]["kernel"], stored(tmp_path)["h.1.attn.c_proj.weight"]
     )
 
@@ -242,4 +237,4 @@ def test_initial_weights_follow_transformers():
         (layer["mlp"]["c_proj"]["kernel"], theirs.mlp.c_proj.weight),
     ):
         assert ours.size == weight.numel()
-        np.testing.assert_allclose(np.std(ours), weight.std().item(), rtol=0.05)
+        assert_allclose(np.std(ours), weight.std().item(), rtol=0.05)

@@ -2,11 +2,11 @@
 in a hole is context of what follows and nothing else: no loss, advantage, statistic or gradient
 reads it."""
 
-import dataclasses
 import functools
 import json
 import re
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 from builders import Killed, interrupt, launch, outputs
 from jax.sharding import Mesh
+from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close, assert_identical, numbers
 
 from rlhf_jax import models, ops, sampling, sharding, training
@@ -234,24 +235,24 @@ def test_a_conversation_by_hand():
         [PAD] * 10,
         [PAD, A, B, EOS, C, C, D, E, EOS, PAD],
     ]
-    np.testing.assert_array_equal(rollout.tokens, expected)
+    assert_array_equal(rollout.tokens, expected)
     said = ["--aaxaaa--", "--aa------", "----------", "--aaxxaaa-"]
     letters = np.array([list(row) for row in said])
-    np.testing.assert_array_equal(rollout.response_mask, letters == "a")
+    assert_array_equal(rollout.response_mask, letters == "a")
     prompt = np.pad([[0, 1], [1, 1], [0, 0], [0, 1]], ((0, 0), (0, R)))
-    np.testing.assert_array_equal(rollout.attention_mask, prompt + (letters != "-"))
+    assert_array_equal(rollout.attention_mask, prompt + (letters != "-"))
     rewards = np.zeros((4, P + R))
     rewards[0, 3], rewards[0, 7], rewards[1, 3] = 0.5, 2.0, -1.0
-    np.testing.assert_array_equal(rollout.rewards, rewards)
+    assert_array_equal(rollout.rewards, rewards)
     rescored = rescore(rollout, table(), policy_fn=ops.policy_fn(bigrams))
     assert np.count_nonzero(rescored.log_probs) == (letters == "a").sum()
-    np.testing.assert_allclose(rollout.log_probs, rescored.log_probs, atol=1e-6)
+    assert_allclose(rollout.log_probs, rescored.log_probs, atol=1e-6)
     by_row = {"turns": [2, 1, 0, 2], "cut": [0, 0, 0, 1], "reward": [2.5, -1, 0, 0]}
     assert {name: x.tolist() for name, x in metrics.items()} == by_row
     # After one turn the environment is asked too, but nothing follows its reply.
     rollout, metrics = talk(replies, encoded, [0, 1, -1, 2], max_turns=1)
-    np.testing.assert_array_equal(rollout.tokens[[0, 1, 3], P:], [[B, EOS, *[PAD] * 6]] * 3)
-    np.testing.assert_array_equal(rollout.rewards.sum(axis=1), [0.5, -1.0, 0.0, 0.0])
+    assert_array_equal(rollout.tokens[[0, 1, 3], P:], [[B, EOS, *[PAD] * 6]] * 3)
+    assert_array_equal(rollout.rewards.sum(axis=1), [0.5, -1.0, 0.0, 0.0])
     assert metrics["cut"].tolist() == [1, 0, 0, 1]
 
 
@@ -287,7 +288,7 @@ def test_a_tokens_randomness_is_that_of_its_slot():
     said = first.response_mask == 1
     assert said.sum(axis=1).min() > 2  # several turns
     assert (~said & (first.attention_mask == 1))[:, P:].sum() > 3
-    np.testing.assert_array_equal(first.tokens[said], np.asarray(whole)[said])
+    assert_array_equal(first.tokens[said], np.asarray(whole)[said])
     again = talk(lambda *_: "d", encoded, rows, config=ending, params=params)[0]
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     spread = talk(lambda *_: "d", encoded, rows, config=ending, params=params, mesh=mesh)[0]
@@ -567,12 +568,12 @@ def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(
     assert "validation/environment/turns" in metrics[0]
     samples = (straight.folder / "samples.jsonl").read_text("utf-8")
     assert "User:" in samples  # a message as the policy read it
-    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
+    again = replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         interrupt(patch, 3)
         with pytest.raises(Killed):
             training.rl.run(again, grpo)
-    resumed = training.rl.run(dataclasses.replace(again, resume=True), grpo)
+    resumed = training.rl.run(replace(again, resume=True), grpo)
     assert outputs(resumed.folder) == outputs(straight.folder)
 
     (tmp_path / "run.yaml").write_text(to_yaml(config))
@@ -602,7 +603,7 @@ def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(
 
     (tmp_path / "env.py").write_text(COUNTING.replace("/ 2", "/ 3"))
     with pytest.raises(UserError, match="environment"):
-        training.rl.run(dataclasses.replace(again, resume=True), grpo)
+        training.rl.run(replace(again, resume=True), grpo)
 
 
 def read(folder, name="metrics"):

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -173,7 +174,7 @@ def begin(tmp_path, monkeypatch):
     monkeypatch.setattr(initial, "language_model", model)
 
     def start(*args, config=RunConfig(), resume=False, **options):  # noqa: B008
-        config = dataclasses.replace(
+        config = replace(
             config, data=("prompts.json",), output_dir="run", resume=resume, overwrite=not resume
         )
         with pytest.raises(Begun):
@@ -200,7 +201,7 @@ def test_the_algorithm_s_config_that_runs_is_in_config_yaml(begin):
     begin(ppo, ppo.Config(num_epochs=3, gae_lambda=0.5), config=config, resume=True)
     with pytest.raises(UserError, match=r"another run: ppo\.gae_lambda was 0\.5 and is now 0\.95"):
         begin(ppo, ppo.Config(num_epochs=3), config=config, resume=True)
-    allowed = dataclasses.replace(config, allow_changed=("ppo.gae-lambda",))
+    allowed = replace(config, allow_changed=("ppo.gae-lambda",))
     recorded, _ = begin(ppo, ppo.Config(num_epochs=3), config=allowed, resume=True)
     assert recorded["ppo"]["gae_lambda"] == 0.95
 
@@ -253,4 +254,4 @@ def test_settings_that_an_algorithm_from_outside_does_not_read_are_refused(begin
         begin(outside(), config=config)
     with pytest.raises(UserError, match="algorithm ppo: ppo is a setting of every run"):
         begin(outside("ppo"))
-    begin(vpg, config=dataclasses.replace(config, reward=("length",)))  # stages share a file
+    begin(vpg, config=replace(config, reward=("length",)))  # stages share a file

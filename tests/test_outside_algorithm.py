@@ -1,10 +1,10 @@
 """An algorithm from outside the package trains, resumes and reports as the built-in ones do."""
 
-import dataclasses
 import json
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -41,18 +41,18 @@ def copy_of_ppo():
 @pytest.mark.parametrize("make", [copy_of_ppo, gspo], ids=["ppo", "gspo"])
 def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):
     algorithm = make()
-    settings = dataclasses.replace(config.rl, num_iterations=4, kl_target=None)
-    config = dataclasses.replace(config, rl=settings, ppo=PPOStage())
+    settings = replace(config.rl, num_iterations=4, kl_target=None)
+    config = replace(config, rl=settings, ppo=PPOStage())
     algorithm_config = algorithm.Config(num_minibatches=2, num_epochs=2, shuffle_blocks=4)
     straight = training.rl.run(config, algorithm, algorithm_config)
     rows = metric_rows(straight.folder)
     assert max(row.get("grad_norm", 0.0) for row in rows) > 0
-    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
+    again = replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         interrupt(patch, 3)
         with pytest.raises(Killed):
             training.rl.run(again, algorithm, algorithm_config)
-    resumed = training.rl.run(dataclasses.replace(again, resume=True), algorithm, algorithm_config)
+    resumed = training.rl.run(replace(again, resume=True), algorithm, algorithm_config)
     assert outputs(resumed.folder) == outputs(straight.folder)
     monkeypatch.undo()
     page.write([straight.folder], tmp_path / "page.html")
@@ -67,10 +67,8 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_no_default_of_another_algorithm_leaks_in(config):
     """GSPO says that it wants no KL penalty in the reward: a run that sets none has none."""
-    settings = dataclasses.replace(config.rl, num_iterations=1, kl_target=None, kl_coef=None)
-    folder = training.rl.run(
-        dataclasses.replace(config, rl=settings, ppo=PPOStage()), gspo()
-    ).folder
+    settings = replace(config.rl, num_iterations=1, kl_target=None, kl_coef=None)
+    folder = training.rl.run(replace(config, rl=settings, ppo=PPOStage()), gspo()).folder
     last = json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     assert "kl/coef" not in last
     assert jax.tree.leaves(last)

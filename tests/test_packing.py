@@ -2,7 +2,7 @@
 runs.
 """
 
-import dataclasses
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from builders import Killed, interrupt, letters_run, metric_rows, outputs
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import TrainState, dpo, models, reward_model, sft, sharding, training
 from rlhf_jax.config import KTOStage, SFTStage, Text
@@ -34,7 +35,7 @@ TEXTS = [
     ("c", "d"),
 ]  # 5, 3, 9, 4, 4, 3 tokens
 ENCODED = encoding.encode_texts([Row(prompt, (text,), "f") for prompt, text in TEXTS], TOKENIZER)
-equal = np.testing.assert_array_equal
+equal = assert_array_equal
 SIZES = {"vocab_size": 10, "max_length": 16, "hidden_size": 8, "num_layers": 2, "num_heads": 2}
 MODELS = {
     "gpt2": models.GPT2Config(**SIZES, initializer_range=0.3),
@@ -84,11 +85,11 @@ def test_loss_and_gradient_are_those_of_padded_rows(name):
     packed = batches.packed_batch(ENCODED, rows, 12)
     assert packed.tokens.shape == (3, 12)
     of = jax.jit(lambda part: loss_and_gradient(model, params, part))
-    joined = dataclasses.replace(packed, attention_mask=np.minimum(packed.attention_mask, 1))
+    joined = replace(packed, attention_mask=np.minimum(packed.attention_mask, 1))
     padded = batches.demonstration_batch(ENCODED, rows, 4)
     (expected, gradient), (loss, found), (wrong, _) = map(of, (padded, packed, joined))
     assert loss == pytest.approx(float(expected), abs=1e-6)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, gradient)
+    jax.tree.map(lambda x, y: assert_allclose(x, y, atol=1e-6), found, gradient)
     assert abs(wrong - expected) > 1e-3
 
 
@@ -178,7 +179,7 @@ def test_packed_answers_of_three_lengths_follow_each_other():
 
 def language_model(name, kind):
     """The PolicyFn or ScoreFn of a tiny model, and parameters."""
-    model = models.build(dataclasses.replace(MODELS[name], num_layers=1))
+    model = models.build(replace(MODELS[name], num_layers=1))
     params = model.init(KEY)
     return (
         (models.policy_fn(model), params)
@@ -228,7 +229,7 @@ def test_loss_and_gradient_are_those_of_padded_comparisons(case):
     assert packed.tokens.size < padded.tokens.size
     (expected, gradient), (loss, found) = results(params, padded), results(params, packed)
     assert loss == pytest.approx(float(expected), abs=1e-6)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, gradient)
+    jax.tree.map(lambda x, y: assert_allclose(x, y, atol=1e-6), found, gradient)
     wrong, _ = results(params, packed.replace(documents=np.roll(packed.documents, 1, axis=2)))
     assert abs(wrong - expected) > 1e-3
 
@@ -237,7 +238,7 @@ def test_loss_and_gradient_are_those_of_padded_comparisons(case):
 def test_an_update_does_not_depend_on_packing_devices_or_microbatches(members):
     """Of an ensemble too, whose members weigh the rows."""
     weight = np.random.default_rng(2).poisson(1.0, (5, members)) + 0.5
-    weighted = dataclasses.replace(PAIRS, weight=np.squeeze(weight, 1) if members == 1 else weight)
+    weighted = replace(PAIRS, weight=np.squeeze(weight, 1) if members == 1 else weight)
     state = TrainState.create(TABLE, optax.sgd(1.0))
     state = state if members == 1 else ensembles.create([TABLE] * members, optax.sgd(1.0))
     own = {"score_fn": table_score, "optimizer": optax.sgd(1.0)}
@@ -253,9 +254,7 @@ def test_an_update_does_not_depend_on_packing_devices_or_microbatches(members):
     packed = batches.packed_comparisons(weighted, rows, 10, 8)
     assert packed.tokens.shape == (8, 10)
     padded = step(batches.comparison_batch(weighted, rows, 4), 1)
-    np.testing.assert_allclose(
-        step(sharding.shard_rows(sharding.make_mesh(), packed), 2), padded, atol=1e-6
-    )
+    assert_allclose(step(sharding.shard_rows(sharding.make_mesh(), packed), 2), padded, atol=1e-6)
     moved = np.asarray(padded) - np.asarray(TABLE["table"])[None][: padded.ndim]
     assert np.abs(moved).max() > 0.1
     assert members == 1 or np.ptp(padded, axis=0).max() > 0.01
@@ -263,9 +262,7 @@ def test_an_update_does_not_depend_on_packing_devices_or_microbatches(members):
 
 def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
     lengths = np.arange(600) * 7 % 29 + 4
-    texts = dataclasses.replace(
-        ENCODED, tokens=[[np.zeros(n, np.int32) for n in lengths]], sources=["f"] * 600
-    )
+    texts = replace(ENCODED, tokens=[[np.zeros(n, np.int32) for n in lengths]], sources=["f"] * 600)
     plan = batches.Plan(lengths, 60, KEY, 8)
     mixed, width, multiple, before, after = batches.packing(texts, np.arange(600), plan, 2)
     assert width == 32
@@ -280,7 +277,7 @@ def test_packing_keeps_the_rows_of_an_epoch_and_few_shapes():
     assert after == pytest.approx(1 - lengths.sum() / (32 * sizes.sum()))
     widths = [-(-lengths[plan.rows(step)].max() // 8) * 8 for step in range(10)]
     assert before == pytest.approx(1 - lengths.sum() / (60 * sum(widths)))
-    short = dataclasses.replace(ENCODED, max_length=10)
+    short = replace(ENCODED, max_length=10)
     plan = batches.Plan(short.lengths[:, 0], 6, KEY, 4)
     assert batches.packing(short, np.arange(6), plan, 1)[1] == 10  # no text is longer
 
@@ -290,8 +287,8 @@ def test_a_stage_packs_the_rows_of_its_step(stage, config, capsys):
     """Pairs of rows 1, ..., 4; each is found again behind its numbers, in another order in each
     epoch.
     """
-    own = dataclasses.replace(getattr(config, stage), batch_size=4)
-    config = dataclasses.replace(config, text=Text(pack=True, bucket_multiple=4), **{stage: own})
+    own = replace(getattr(config, stage), batch_size=4)
+    config = replace(config, text=Text(pack=True, bucket_multiple=4), **{stage: own})
     train = np.arange(1, 5)
     (plan, to_arrays), (again, _) = (
         supervised._batching(config, getattr(training, stage).SPEC, PAIRS, train, KEY)
@@ -328,7 +325,7 @@ ENSEMBLE = pytest.param("reward_model", {"ensemble_size": 2}, marks=pytest.mark.
 def test_a_run_with_packing_is_a_run_without(stage, own, tmp_path):
     """One batch holds all pairs, so that the losses of the steps are the same."""
     config = letters_run(tmp_path)
-    settings = dataclasses.replace(
+    settings = replace(
         getattr(config, stage), batch_size=16, num_epochs=3, validation_fraction=0.0, **own
     )
     found = []
@@ -337,9 +334,7 @@ def test_a_run_with_packing_is_a_run_without(stage, own, tmp_path):
             "output_dir": str(tmp_path / f"{pack}"),
             "text": Text(bucket_multiple=16, pack=pack),
         }
-        run = getattr(training, stage).run(
-            dataclasses.replace(config, **where, **{stage: settings})
-        )
+        run = getattr(training, stage).run(replace(config, **where, **{stage: settings}))
         rows = metric_rows(run.folder)
         found.append([row for row in rows if f"{stage}/loss" in row])
     for name in (f"{stage}/loss", f"{stage}/margin", "grad_norm"):
@@ -352,15 +347,15 @@ def test_a_run_with_packing_is_a_run_without(stage, own, tmp_path):
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
 def test_a_packed_run_resumes_to_the_same_bytes(stage, config, tmp_path, monkeypatch):
-    config = dataclasses.replace(config, text=Text(bucket_multiple=16, pack=True))
+    config = replace(config, text=Text(bucket_multiple=16, pack=True))
     run = getattr(training, stage).run
     straight = run(config)
-    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
+    again = replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         interrupt(patch, 6)
         with pytest.raises(Killed):
             run(again)
-    stopped = run(dataclasses.replace(again, resume=True))
+    stopped = run(replace(again, resume=True))
     assert outputs(stopped.folder) == outputs(straight.folder)
     rows = metric_rows(stopped.folder)
     assert all(0 < row[f"{stage}/padding"] < 0.6 for row in rows if f"{stage}/loss" in row)
@@ -374,8 +369,6 @@ def test_a_packed_run_resumes_to_the_same_bytes(stage, config, tmp_path, monkeyp
     ],
 )
 def test_what_cannot_be_packed_is_said_before_data_is_read(stage, own, message, config):
-    config = dataclasses.replace(
-        config, data=("nothing.json",), text=Text(pack=True), **{stage: own}
-    )
+    config = replace(config, data=("nothing.json",), text=Text(pack=True), **{stage: own})
     with pytest.raises(UserError, match=f"^text.pack: {message}"):
         getattr(training, stage).run(config)

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 from builders import HOSTILE, Page
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax.report import figures
 from rlhf_jax.report.figures import Plot, Series, histogram
@@ -207,10 +208,10 @@ def test_a_curve_is_drawn_where_its_values_are():
     points = vertices(drawn(Plot("p", "x", "y", {"a": (x, y)})))
     assert len(points) == 40
     for at, given in zip(points.T, (x, y), strict=True):
-        np.testing.assert_allclose((at - at.min()) / np.ptp(at), given / 39, atol=1e-4)
+        assert_allclose((at - at.min()) / np.ptp(at), given / 39, atol=1e-4)
     html = drawn(Plot("p", "x", "y", {"a": ([2, 5], [2, 5])}, diagonal="x = y"))
     line, diagonal = (np.polyfit(*vertices(html, color).T, 1) for color in (COLORS[0], "#777777"))
-    np.testing.assert_allclose(line, diagonal, rtol=1e-3)
+    assert_allclose(line, diagonal, rtol=1e-3)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
@@ -248,13 +249,13 @@ def test_odd_sizes_are_drawn():
 
 
 def test_bins_of_integers_hold_equally_many_of_them():
-    np.testing.assert_array_equal(figures.bin_edges([0, 3, 1]), [-0.5, 0.5, 1.5, 2.5, 3.5])
-    np.testing.assert_array_equal(figures.bin_edges([0, 24], max_bins=10), np.arange(-0.5, 27, 3))
-    np.testing.assert_array_equal(
+    assert_array_equal(figures.bin_edges([0, 3, 1]), [-0.5, 0.5, 1.5, 2.5, 3.5])
+    assert_array_equal(figures.bin_edges([0, 24], max_bins=10), np.arange(-0.5, 27, 3))
+    assert_array_equal(
         figures.bin_edges([0.5, 1.5, math.nan], max_bins=4), [0.5, 0.75, 1.0, 1.25, 1.5]
     )
-    np.testing.assert_array_equal(figures.bin_edges([0.25, 0.25]), [-0.25, 0.75])
-    np.testing.assert_array_equal(figures.bin_edges([math.inf]), [0.0, 1.0])
+    assert_array_equal(figures.bin_edges([0.25, 0.25]), [-0.25, 0.75])
+    assert_array_equal(figures.bin_edges([math.inf]), [0.0, 1.0])
 
 
 def test_a_histogram_is_as_high_as_its_counts():

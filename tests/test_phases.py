@@ -1,14 +1,17 @@
 """One RL iteration: three jits or one give the same bits; what the phases record."""
 
-import dataclasses
 import functools
+import math
 import os
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from tabular import rollout as tabular_rollout
 
 from rlhf_jax import models, rewards, sampling
 from rlhf_jax.algorithms import ppo, vpg
@@ -85,9 +88,9 @@ def test_one_jit_and_three_jits_give_identical_parameters():
         apart, collected = collect(three, prompts(), keys[0], functions())
         apart, rewarded = reward(apart, functions())
         three, learned = learn(three, apart, keys[1], functions())
-    np.testing.assert_array_equal(rollout.row_ids, np.arange(ROWS) + 100)
+    assert_array_equal(rollout.row_ids, np.arange(ROWS) + 100)
     assert metrics.keys() == (collected | rewarded | learned).keys()
-    jax.tree.map(np.testing.assert_array_equal, one, three)
+    jax.tree.map(assert_array_equal, one, three)
     before, after = (
         state.train.params["h_0"]["mlp"]["c_fc"]["kernel"] for state in (start(vpg), one)
     )
@@ -107,7 +110,7 @@ def test_a_prompt_that_occurs_twice_gets_two_samples_and_its_place_says_which():
     sampled = sample(same)
     assert len({row.tobytes() for row in np.asarray(sampled.tokens)}) == ROWS
     turned = sample(same._replace(places=jnp.arange(ROWS)[::-1]))
-    np.testing.assert_array_equal(turned.tokens, sampled.tokens[::-1])
+    assert_array_equal(turned.tokens, sampled.tokens[::-1])
     assert turned.row_ids.tolist() == [100] * ROWS
 
 
@@ -115,7 +118,7 @@ def test_the_greedy_response_is_the_baseline():
     """The score counts token 5: that of the greedy responses, after the rule for missing EOS, and
     without KL.
     """
-    likeliest = dataclasses.replace(SAMPLING, temperature=0.0)
+    likeliest = replace(SAMPLING, temperature=0.0)
     rule = phases.missing_eos(SAMPLING.eos_id, penalty=0.5, score=None)
 
     def sampling_by(config):
@@ -138,7 +141,7 @@ def test_the_greedy_response_is_the_baseline():
     counts = np.sum(said == 5, axis=1)
     ended = np.any(said == 1, axis=1)
     assert len(set(counts)) > 1
-    np.testing.assert_allclose(rollout.greedy_rewards, counts - 0.5 * ~ended)
+    assert_allclose(rollout.greedy_rewards, counts - 0.5 * ~ended)
     assert metrics["objective/greedy_score"] == pytest.approx(counts.mean())
     assert not np.array_equal(rollout.tokens, greedy.tokens)
 
@@ -150,9 +153,9 @@ def test_a_row_without_a_greedy_score_is_absent():
     greedy = greedy.replace(response_mask=greedy.response_mask.at[0].set(0))
     rule = phases.missing_eos(SAMPLING.eos_id, penalty=None, score=-1.0)
     joined = phases.with_greedy(rollout, greedy, shape=rule)
-    np.testing.assert_array_equal(joined.response_mask, [[0, 0, 0, 0], [0, 0, 1, 1]])
+    assert_array_equal(joined.response_mask, [[0, 0, 0, 0], [0, 0, 1, 1]])
     assert joined.greedy_rewards[1] == 7
-    np.testing.assert_array_equal(joined.scores, scores)
+    assert_array_equal(joined.scores, scores)
 
 
 def test_kl_coefficient_follows_the_kl():
@@ -164,7 +167,7 @@ def test_kl_coefficient_follows_the_kl():
     assert (
         float(metrics["objective/kl"]) == 0.0
     )  # the policy is still the reference: 0 / target - 1, clipped to -.2
-    np.testing.assert_allclose(loop.kl_coef, 0.1 * 0.8, rtol=1e-6)
+    assert_allclose(loop.kl_coef, 0.1 * 0.8, rtol=1e-6)
     assert float(metrics["kl/coef"]) == pytest.approx(0.1)  # the one that shaped these rewards
 
 
@@ -186,14 +189,14 @@ def made_rollout(**fields):
 
 def test_a_missing_eos_shapes_the_reward_and_leaves_the_scores():
     rollout, metrics = scored(made_rollout(), jnp.array([1.0, 2.0]), {})
-    np.testing.assert_array_equal(rollout.scores, [1.0, 2.0])
+    assert_array_equal(rollout.scores, [1.0, 2.0])
     assert float(metrics["objective/score"]) == 1.5
     rule = phases.missing_eos(SAMPLING.eos_id, penalty=5.0, score=None)
-    np.testing.assert_array_equal(rule(rollout).scores, [-4.0, 2.0])
+    assert_array_equal(rule(rollout).scores, [-4.0, 2.0])
     dense = jnp.array([[9.0, 9.0, 1.0, 2.0], [9.0, 9.0, 3.0, 4.0]])
     summed, _ = scored(made_rollout(), dense, {"part": jnp.array([1.0, 5.0])})
-    np.testing.assert_array_equal(summed.scores, [3.0, 7.0])
-    np.testing.assert_array_equal(summed.rewards, dense)
+    assert_array_equal(summed.scores, [3.0, 7.0])
+    assert_array_equal(summed.rewards, dense)
     needs = "need one score per response, and missing_eos an eos_id"
     with pytest.raises(ValueError, match=needs):
         rule(summed)
@@ -234,10 +237,25 @@ def test_the_update_reads_rewards_less_the_kl_and_the_scores_as_they_were():
         [0, 0, -0.1, -4 + 0.05],
         [0, 0, 0.2, 2 + 0.4],
     ]
-    np.testing.assert_allclose(loop.train.rewards, expected, rtol=1e-6)
-    np.testing.assert_array_equal(loop.train.scores, [1.0, 2.0])
+    assert_allclose(loop.train.rewards, expected, rtol=1e-6)
+    assert_array_equal(loop.train.scores, [1.0, 2.0])
     assert metrics["objective/reward"] == pytest.approx((-4.05 + 2.6) / 2)
     assert metrics["objective/kl"] == pytest.approx((0.25 - 3) / 2)
+
+
+def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations():
+    """Rows of 2, 3 and no tokens at ln 2 each are 2.5 ln 2 nats a row; the coefficient then moves
+    by a tenth of .2.
+    """
+    nats = math.log(2)
+    batch = tabular_rollout(0, [2, 3, 0])
+    batch = batch.replace(ref_log_probs=batch.log_probs - nats, rewards=None)
+    batch = batch.replace(scores=jnp.array([1.0, 2.0, math.nan]))
+    learn = learning(Recorder, penalty=phases.kl_penalty(0.15, target=0.5))
+    loop, metrics = learn(phases.LoopState.create(None, 0.15), batch, None, phases.Functions(None))
+    assert_allclose(metrics["objective/kl"], 2.5 * nats, rtol=1e-6)
+    assert_allclose(metrics["objective/reward"], 1.5 - 0.15 * 2.5 * nats, rtol=1e-6)
+    assert_allclose(loop.kl_coef, 0.15 * 1.02, rtol=1e-6)
 
 
 def test_groups_of_equal_scores_are_counted():
@@ -267,4 +285,4 @@ def test_non_finite_rewards_leave_the_loop_as_it_was():
     rollout = rollout.replace(scores=jnp.full(ROWS, jnp.nan))
     after, metrics = learn(loop, rollout, jax.random.key(4), functions())
     assert float(metrics["nonfinite"]) == 1.0
-    jax.tree.map(np.testing.assert_array_equal, after, loop)
+    jax.tree.map(assert_array_equal, after, loop)

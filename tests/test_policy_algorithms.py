@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from numpy.testing import assert_allclose
 from tabular import assert_close, numbers, policy_fn, policy_params, rollout
 
 from rlhf_jax import sharding
@@ -49,10 +50,8 @@ def test_the_weight_of_the_kl_term_is_capped_at_ten():
     loss, metrics = numbers(grpo.loss)(
         None, batch, KEY, policy_fn=lambda *_: said, config=grpo.Config()
     )
-    np.testing.assert_allclose(
-        metrics["policy/kl_loss"], (10 + 1) / 2 * (np.exp(-0.1) - 0.9), rtol=1e-4
-    )
-    np.testing.assert_allclose(loss, 0.04 * metrics["policy/kl_loss"], rtol=1e-6)
+    assert_allclose(metrics["policy/kl_loss"], (10 + 1) / 2 * (np.exp(-0.1) - 0.9), rtol=1e-4)
+    assert_allclose(loss, 0.04 * metrics["policy/kl_loss"], rtol=1e-6)
     assert metrics["policy/kl_capped_fraction"] == 0.5
 
 
@@ -73,7 +72,7 @@ def test_explained_variance():
             batch.replace(values=factor * batch.rewards),
             KEY,
         )
-        np.testing.assert_allclose(metrics["value/explained_variance"], explained, atol=1e-6)
+        assert_allclose(metrics["value/explained_variance"], explained, atol=1e-6)
 
 
 def test_vpg_by_hand():
@@ -92,19 +91,13 @@ def test_vpg_by_hand():
     )
     batch = batch.replace(scores=jnp.array([8.0, 12.0, jnp.nan]))
     prepared = vpg.prepare(batch, config=vpg.Config())
-    np.testing.assert_allclose(
-        prepared.advantages, mask * jnp.array([[7.0], [11.0], [0.0]]), rtol=1e-6
-    )
+    assert_allclose(prepared.advantages, mask * jnp.array([[7.0], [11.0], [0.0]]), rtol=1e-6)
     plain = vpg.prepare(batch, config=vpg.Config(baseline="none"))
-    np.testing.assert_allclose(
-        plain.advantages, mask * jnp.array([[8.0], [12.0], [0.0]]), rtol=1e-6
-    )
+    assert_allclose(plain.advantages, mask * jnp.array([[8.0], [12.0], [0.0]]), rtol=1e-6)
     assert vpg.prepare(prepared, config=vpg.Config()) is prepared
     remax = batch.replace(greedy_rewards=jnp.array([5.0, 20.0, 1.0]))
     greedy = vpg.prepare(remax, config=vpg.Config(baseline="greedy"))
-    np.testing.assert_allclose(
-        greedy.advantages, mask * jnp.array([[3.0], [-8.0], [0.0]]), rtol=1e-6
-    )
+    assert_allclose(greedy.advantages, mask * jnp.array([[3.0], [-8.0], [0.0]]), rtol=1e-6)
     with pytest.raises(ValueError, match=r"rollout\.greedy_rewards \[B\] is needed"):
         vpg.prepare(batch, config=vpg.Config(baseline="greedy"))
 
@@ -116,12 +109,12 @@ def test_vpg_by_hand():
     state = vpg.State.create(params, SGD)
     assert state.baseline == 0
     state, metrics = update(state, batch, KEY)
-    np.testing.assert_allclose(
+    assert_allclose(
         metrics["loss"],
         (7 * 2 + 11) / 2 * np.log(2.0),
         rtol=1e-6,
     )
-    np.testing.assert_allclose(
+    assert_allclose(
         state.params["logits"][0], 0.3 * (7 * 2 + 11) / 2 * np.array([0.5, -0.5]), rtol=1e-6
     )
     assert state.baseline == 1.0
@@ -144,7 +137,7 @@ def test_vpg_by_hand():
         remax,
         KEY,
     )
-    np.testing.assert_allclose(
+    assert_allclose(
         metrics["loss"],
         (3 * 2 - 8) / 2 * np.log(2.0),
         rtol=1e-6,
@@ -165,7 +158,7 @@ def test_reinforce_pp_with_a_group_baseline_by_hand():
     )
     prepared = rloo.prepare(batch, config=rloo.Config(baseline="both", group_size=2))
     expected = (np.array([-1.0, 1.0, -2.0, 2.0, 0.0, 0.0]) - 1 / 6) / np.sqrt(11 / 6 - 1 / 36)
-    np.testing.assert_allclose(
+    assert_allclose(
         prepared.advantages, np.where(mask, expected[:, None], 0.0), rtol=1e-5, atol=1e-6
     )
 
@@ -181,7 +174,7 @@ def test_reinforce_pp_with_absent_answers_by_hand():
     config = rloo.Config(baseline="both", group_size=4)
     prepared = rloo.prepare(batch, config=config)
     expected = [-1, 1, 0, 0, -1, 1, -1, 1]
-    np.testing.assert_allclose(
+    assert_allclose(
         prepared.advantages[:, 0],
         expected,
         rtol=1e-5,

@@ -2,12 +2,12 @@
 says.
 """
 
-import dataclasses
 import importlib.util
 import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import arithmetic
@@ -268,9 +268,9 @@ def test_a_recipe_starts(name, data, tmp_path, monkeypatch):
     if name == "arithmetic":
         monkeypatch.chdir(ROOT)  # where its reward lies
         arithmetic.write(tmp_path, num_prompts=32)
-        results = [training.rl.run(dataclasses.replace(config, data=(str(tmp_path),)), grpo)]
+        results = [training.rl.run(replace(config, data=(str(tmp_path),)), grpo)]
     elif name == "sentiment":
-        results = [training.rl.run(dataclasses.replace(config, reward=("count:e",)), ppo)]
+        results = [training.rl.run(replace(config, reward=("count:e",)), ppo)]
     else:
         result = (
             training.reward_model.run(config)

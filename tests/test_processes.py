@@ -23,6 +23,7 @@ from builders import TINY, launch, results
 from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
 from rlhf_jax import sharding
@@ -187,7 +188,7 @@ def test_two_processes_learn_what_one_does(layout, tmp_path):
         assert row == pytest.approx(of_one, rel=1e-4), row["step"]
     weights, of_one = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
     for name, value in of_one.items():
-        np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
+        assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
 
 
 def parts_of(step: int) -> dict[str, np.ndarray]:
@@ -332,7 +333,7 @@ def test_each_process_writes_its_own_parts_of_a_checkpoint(tmp_path):
         numbers = [
             state | {"key": jax.random.key_data(state["key"])} for state in (restored, whole(2))
         ]
-        jax.tree.map(np.testing.assert_array_equal, *numbers)
+        jax.tree.map(assert_array_equal, *numbers)
         checkpoints.save(3, restored, {})
     assert {path.name for path in tmp_path.iterdir()} == {"2", "3", "damaged-2"}
 

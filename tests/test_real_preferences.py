@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import ROOT
+from numpy.testing import assert_allclose
 
 from rlhf_jax import training
 from rlhf_jax.config import RunConfig, parse
@@ -128,7 +129,7 @@ def test_every_row_is_read(name, public, kept, dropped, tmp_path):
         for row in result.rows:
             totals[row.source] += 1 if row.weight is None else row.weight
         assert len(totals) == (146 if public else 120)
-        np.testing.assert_allclose(list(totals.values()), 1.0, rtol=1e-12)
+        assert_allclose(list(totals.values()), 1.0, rtol=1e-12)
     else:
         targets = np.array([row.targets for row in result.rows])
         assert (targets.shape, set(targets.flat)) == ((kept, 4), {0.0, 1.0})

@@ -2,9 +2,9 @@
 samples.jsonl.
 """
 
-import dataclasses
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,9 +84,9 @@ def test_a_column_that_validation_lacks_is_refused(config, tmp_path):
 def test_another_reward_file_is_another_run(config, tmp_path):
     file = tmp_path / "reward.py"
     file.write_text("score = len")
-    config = dataclasses.replace(config, reward=(f"{file}:score",))
+    config = replace(config, reward=(f"{file}:score",))
     with open_stage(config, "vpg", {}, files=training.rl._files(config)) as stage:
         (stage.run.checkpoints / "0").mkdir(parents=True)
     file.write_text("score = max")
     with pytest.raises(UserError, match=r"sha256 of reward \S+ was '\w{12}' and is now '\w{12}'"):
-        training.rl.run(dataclasses.replace(config, resume=True), vpg)
+        training.rl.run(replace(config, resume=True), vpg)

@@ -2,7 +2,7 @@
 not change them.
 """
 
-import dataclasses
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -127,7 +127,7 @@ def test_collect():
 )
 def test_the_ratio_of_the_first_minibatch_is_one_up_to_rounding(dtype, rounding):
     """Update and ``collect`` call one policy function, compiled in two programs."""
-    model = models.build(dataclasses.replace(MODEL.config, compute_dtype=dtype))
+    model = models.build(replace(MODEL.config, compute_dtype=dtype))
     frozen, (tokens, mask) = optax.sgd(0.0), prompts()
     policy_fn = models.policy_fn(model, 0.8, PROMPT)
     batch = collect(

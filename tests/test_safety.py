@@ -1,10 +1,11 @@
 """The safety filter: what it finds, what becomes of the rows, what a run counts."""
 
-import dataclasses
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, Optimizer, RLStage, RunConfig, Safety, Tokenizer
@@ -100,17 +101,15 @@ def test_what_becomes_of_an_unsafe_row(action, tmp_path):
     after, _, _ = guarded(tmp_path, responses=action, penalty=2.5, score=-7.0).enforce(
         scored, scored, {}
     )
-    np.testing.assert_array_equal(after.scores, scores)
-    np.testing.assert_array_equal(
-        after.response_mask, scored.response_mask * np.array([[1], [present], [1]])
-    )
+    assert_array_equal(after.scores, scores)
+    assert_array_equal(after.response_mask, scored.response_mask * np.array([[1], [present], [1]]))
 
 
 def test_shares_are_of_present_rows_and_each_rule_has_its_own(tmp_path):
     guard = guarded(tmp_path, patterns=("^b", "^$"), above=1.0, responses="mask")
     sampled = rollout("bad", None, "baa", "cc", "a", "j")
     enforced, metrics, verdicts = guard.enforce(sampled, sampled, {"limit": [0, 9, 0, 0, 0, 0]})
-    np.testing.assert_array_equal(enforced.response_mask.any(axis=1), [0, 0, 0, 0, 1, 1])
+    assert_array_equal(enforced.response_mask.any(axis=1), [0, 0, 0, 0, 1, 1])
     expected = {
         "safety/unsafe": 0.6,
         "safety/words": 0.2,
@@ -253,13 +252,13 @@ def test_a_run_counts_and_penalises(config, tmp_path, capsys):
     )
     (tmp_path / "words.txt").write_text("worse\n")
     with pytest.raises(UserError, match=r"sha256 of safety .*words\.txt was"):
-        training.rl.run(dataclasses.replace(config, resume=True), vpg)
+        training.rl.run(replace(config, resume=True), vpg)
 
 
 @pytest.mark.slow
 def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(config, tmp_path):
     nothing = Safety(patterns=("",), prompts="count", responses="mask")
-    folder = training.rl.run(dataclasses.replace(config, safety=nothing), vpg).folder
+    folder = training.rl.run(replace(config, safety=nothing), vpg).folder
     rows = [
         (row["safety/unsafe"], row["objective/score"], row["nonfinite"]) for row in read(folder)[1:]
     ]
@@ -270,6 +269,4 @@ def test_masked_rows_are_absent_and_a_score_that_is_no_number_stops_the_run(conf
     )
     judged = Safety(classifier=f"{tmp_path / 'mine.py'}:harm", below=0.0)
     with pytest.raises(TrainingFault, match=r"safety\.classifier: .* not finite"):
-        training.rl.run(
-            dataclasses.replace(config, output_dir=str(tmp_path / "nan"), safety=judged), vpg
-        )
+        training.rl.run(replace(config, output_dir=str(tmp_path / "nan"), safety=judged), vpg)

@@ -2,8 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.config import Optimizer, RLStage
@@ -42,7 +42,7 @@ def test_the_rate_of_each_step(settings, rates):
     for _ in rates:
         updates, state = jax.jit(optimizer.update)({"w": jnp.float32(3.0)}, state, params)
         taken.append(-float(updates["w"]))
-    np.testing.assert_allclose(taken, rates, atol=2e-5)
+    assert_allclose(taken, rates, atol=2e-5)
 
 
 def test_matrices_are_decayed_and_nothing_else():
@@ -71,7 +71,7 @@ def test_matrices_are_decayed_and_nothing_else():
         if leaf.any()
     }
     assert decayed == {"['h_0']['kernel']", "['h_0']['lora_a']", "['wte']['embedding']"}
-    np.testing.assert_allclose(updates["h_0"]["kernel"], -0.1, rtol=1e-6)
+    assert_allclose(updates["h_0"]["kernel"], -0.1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

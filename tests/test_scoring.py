@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Row
@@ -74,8 +75,8 @@ def test_samples_are_texts_without_special_tokens():
 
 
 def test_samples_are_spread_over_the_held_out_rows():
-    np.testing.assert_array_equal(evenly(5, 9), np.arange(5))
-    np.testing.assert_array_equal(evenly(7, 3), [0, 3, 6])
+    assert_array_equal(evenly(5, 9), np.arange(5))
+    assert_array_equal(evenly(7, 3), [0, 3, 6])
     for num_rows in (257, 300, 511, 1000):
         found = evenly(num_rows, 256)
         assert (found[0], found[-1], len(found)) == (0, num_rows - 1, 256)

@@ -1,6 +1,6 @@
 """Meshes, rows spread over devices, shardings by parameter path."""
 
-import dataclasses
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy.testing import assert_array_equal
 
 from rlhf_jax import models, sharding
 from rlhf_jax.errors import UserError
@@ -79,7 +80,7 @@ def test_rows_follow_their_devices_wherever_they_stand_in_the_mesh(processes, mo
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     batch = {"x": np.arange(8), "key": jax.random.split(jax.random.key(0), 8)}
     spread = sharding.shard_rows(mesh, batch)
-    np.testing.assert_array_equal(spread["x"], batch["x"])
+    assert_array_equal(spread["x"], batch["x"])
     assert [(shard.device.id, shard.data.tolist()) for shard in spread["x"].addressable_shards][
         1
     ] == (2, [2, 3])
@@ -150,8 +151,8 @@ SPECS = [
     (LLAMA, "wte/embedding", WRITES),
     (LLAMA, "lm_head/embedding", WRITES),
     (LLAMA, "ln_f/scale", P(None)),
-    (dataclasses.replace(LLAMA, scan_layers=True), "h/attn/q_proj/kernel", P(None, *READS)),
-    (dataclasses.replace(LLAMA, scan_layers=True), "h/attn/o_proj/lora_a", P(None, "tensor", None)),
+    (replace(LLAMA, scan_layers=True), "h/attn/q_proj/kernel", P(None, *READS)),
+    (replace(LLAMA, scan_layers=True), "h/attn/o_proj/lora_a", P(None, "tensor", None)),
     (GPT2, "h_0/attn/c_attn/kernel", P("fsdp", None, "tensor")),
     (GPT2, "h_0/attn/c_attn/lora_b", P(None, None, "tensor")),
     (GPT2, "h_0/attn/c_proj/kernel", WRITES),
@@ -192,7 +193,7 @@ def test_cut_where_there_is_a_mesh_that_divides():
         mapped = jax.shard_map(
             lambda x: sharding.cut(x, "data"), mesh=mesh, in_specs=rows, out_specs=rows
         )
-        np.testing.assert_array_equal(jax.jit(mapped)(x), x)
+        assert_array_equal(jax.jit(mapped)(x), x)
 
 
 @pytest.mark.parametrize(

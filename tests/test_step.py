@@ -3,8 +3,8 @@ meet in a minibatch.
 """
 
 import contextlib
-import dataclasses
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close, assert_identical, every_way
 
 from rlhf_jax import gradient_step, losses, minibatch_epochs, models, rloo, sharding
@@ -32,7 +33,7 @@ def test_gradient_step_by_hand():
     state, metrics = gradient_step(
         half_square, TrainState.create({"w": jnp.array(1.0)}, optimizer), optimizer
     )
-    np.testing.assert_allclose(state.params["w"], 1.15, rtol=1e-6)
+    assert_allclose(state.params["w"], 1.15, rtol=1e-6)
     assert state.step == 1
     assert {k: float(v) for k, v in metrics.items()} == {
         "loss": 2.0,
@@ -72,9 +73,7 @@ def test_microbatches_add_up_to_the_batch():
         )(state, batch)
 
     whole, metrics = run()
-    np.testing.assert_allclose(
-        metrics["half"], 0.5 * np.mean((0.5 * batch["x"] - 1.0) ** 2), rtol=1e-6
-    )
+    assert_allclose(metrics["half"], 0.5 * np.mean((0.5 * batch["x"] - 1.0) ** 2), rtol=1e-6)
     for num_microbatches in (2, 3, 12):
         assert_close(run(num_microbatches=num_microbatches), (whole, metrics))
 
@@ -161,7 +160,7 @@ def test_microbatches_of_rollouts_are_as_wide_as_their_longest_response(rollout,
     found, own = step(state, rollout, parts)
     assert own["columns"] == columns
     assert_close(found, expected)
-    np.testing.assert_allclose(own["loss"], metrics["loss"], rtol=1e-5)
+    assert_allclose(own["loss"], metrics["loss"], rtol=1e-5)
 
 
 def test_rows_of_like_length_stay_on_their_device():
@@ -194,7 +193,7 @@ def test_a_language_model_learns_the_same_from_rows_of_like_length(family, mesh,
         if family == "GPT-2"
         else models.LlamaConfig(**sizes, intermediate_size=8)
     )
-    model = models.build(dataclasses.replace(config, initializer_range=0.5))
+    model = models.build(replace(config, initializer_range=0.5))
     params = model.init(jax.random.key(0))
     rng = np.random.default_rng(0)
     column = np.arange(19)
@@ -244,7 +243,7 @@ def test_a_language_model_learns_the_same_from_rows_of_like_length(family, mesh,
         > 0.1
     )
     for name, value in metrics.items():
-        np.testing.assert_allclose(own[name], value, rtol=1e-5, err_msg=name)
+        assert_allclose(own[name], value, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +294,7 @@ def test_keys_of_microbatches_and_devices_differ():
     fold = jax.random.fold_in
     uniform = jax.random.uniform
     expected = np.mean([uniform(fold(key, m)) for m in range(2)])
-    np.testing.assert_allclose(
+    assert_allclose(
         step(state, batch=jnp.ones(2))[1]["loss"],
         expected,
         rtol=1e-6,
@@ -307,7 +306,7 @@ def test_keys_of_microbatches_and_devices_differ():
         out_specs=P(),
     )
     expected = np.mean([uniform(fold(fold(key, m), d)) for m in range(2) for d in range(4)])
-    np.testing.assert_allclose(jax.jit(mapped)(jnp.ones(8)), expected, rtol=1e-6)
+    assert_allclose(jax.jit(mapped)(jnp.ones(8)), expected, rtol=1e-6)
 
 
 def two_terms(state, batch, key=None, num_microbatches=1, axis_name=None):
@@ -340,12 +339,10 @@ def test_terms_with_different_denominators():
     batch = {"x": x, "weight": weight, "mask": mask}
     after, metrics = expected = jax.jit(two_terms)(state, batch)
     rows = np.average((0.5 - x[:, 0]) ** 2, weights=weight)
-    np.testing.assert_allclose(metrics["rows"], rows, rtol=1e-5)
-    np.testing.assert_allclose(
-        metrics["loss"], np.mean((0.5 * x[mask]) ** 2) + 0.1 * rows, rtol=1e-5
-    )
+    assert_allclose(metrics["rows"], rows, rtol=1e-5)
+    assert_allclose(metrics["loss"], np.mean((0.5 * x[mask]) ** 2) + 0.1 * rows, rtol=1e-5)
     slope = np.mean(x[mask] ** 2) + 0.2 * np.average(0.5 - x[:, 0], weights=weight)
-    np.testing.assert_allclose(after.params["w"], 0.5 - slope, rtol=1e-5)
+    assert_allclose(after.params["w"], 0.5 - slope, rtol=1e-5)
     for result in every_way(
         partial(two_terms, num_microbatches=2), state, batch, jax.random.key(0), [True]
     ):
@@ -402,9 +399,9 @@ def test_every_row_once_an_epoch_in_a_fresh_order():
         for k in (*np.asarray(keys).tolist(), *(jax.random.key_data(k).tolist() for k in shuffles))
     ]
     assert len(set(keys)) == 24  # no key is used twice
-    np.testing.assert_array_equal(run(jnp.arange(32), key)[0], rows)
+    assert_array_equal(run(jnp.arange(32), key)[0], rows)
     assert np.any(run(jnp.arange(32), jax.random.key(1))[0] != rows)
-    np.testing.assert_allclose(
+    assert_allclose(
         metrics["first"],
         np.mean(np.asarray(rows)[:, 0]),
         rtol=1e-6,
@@ -412,7 +409,7 @@ def test_every_row_once_an_epoch_in_a_fresh_order():
     assert metrics["step_max"] == 11
     assert metrics["nonfinite"] == 1
     single, keys, _ = minibatches(jnp.arange(6), key, 2, 1)  # the batch as it is
-    np.testing.assert_array_equal(single, np.tile(np.arange(6), (2, 1)))
+    assert_array_equal(single, np.tile(np.arange(6), (2, 1)))
     assert np.any(keys[0] != keys[1])
 
 

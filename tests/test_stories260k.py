@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import stories260k
 from builders import write_stories
+from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import models, sampling
 from rlhf_jax.data.tokenizers import load_tokenizer
@@ -30,8 +31,8 @@ def test_the_tinystories_llama_equals_its_published_text(tmp_path):
     logits = np.asarray(model.apply(params, jnp.array([[start, *ids[:2]]])))[0]
     for row, best in zip(logits, golden["logits_first3_positions_top8"], strict=True):
         expected_ids, expected = zip(*best, strict=True)
-        np.testing.assert_array_equal(np.argsort(-row)[:8], expected_ids)
-        np.testing.assert_allclose(row[list(expected_ids)], expected, atol=2e-4)
+        assert_array_equal(np.argsort(-row)[:8], expected_ids)
+        assert_allclose(row[list(expected_ids)], expected, atol=2e-4)
     tokenizer = load_tokenizer(tmp_path)
     config = sampling.SamplingConfig(
         len(ids), temperature=0.0, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
@@ -40,7 +41,7 @@ def test_the_tinystories_llama_equals_its_published_text(tmp_path):
     rollout = sampling.generate(
         model, params, prompt, jnp.ones_like(prompt), jax.random.key(0), config=config
     )
-    np.testing.assert_array_equal(rollout.tokens[0, 1:], ids)
+    assert_array_equal(rollout.tokens[0, 1:], ids)
     text, said = (source / "greedy_expected.txt").read_text("utf-8"), tokenizer.decode(ids)
     assert said.startswith(text.strip()[:200])
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -65,10 +66,10 @@ def test_generated_files_of_that_layout_have_their_weights_in_place(tmp_path):
         kernels = {"q_proj": halves(at["wq"], heads), "k_proj": halves(at["wk"], kv_heads)}
         kernels |= {"v_proj": at["wv"], "o_proj": at["wo"]}
         for name, weight in kernels.items():
-            np.testing.assert_array_equal(block["attn"][name]["kernel"], weight.T)
+            assert_array_equal(block["attn"][name]["kernel"], weight.T)
         for name, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
-            np.testing.assert_array_equal(block["mlp"][name]["kernel"], at[theirs].T)
+            assert_array_equal(block["mlp"][name]["kernel"], at[theirs].T)
         for name, theirs in (("ln_1", "norm1"), ("ln_2", "norm2")):
-            np.testing.assert_array_equal(block[name]["scale"], at[theirs])
-    np.testing.assert_array_equal(params["ln_f"]["scale"], weights["norm"])
-    np.testing.assert_array_equal(params["wte"]["embedding"], weights["embedding"])
+            assert_array_equal(block[name]["scale"], at[theirs])
+    assert_array_equal(params["ln_f"]["scale"], weights["norm"])
+    assert_array_equal(params["wte"]["embedding"], weights["embedding"])

@@ -1,8 +1,8 @@
 """What SFT, reward models, DPO and KTO share: which rows train and which validate, and beside what
 they are judged."""
 
-import dataclasses
 import json
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -71,9 +71,7 @@ def config(tmp_path):
 
 
 def changed(config, stage, **changes):
-    return dataclasses.replace(
-        config, **{stage: dataclasses.replace(getattr(config, stage), **changes)}
-    )
+    return replace(config, **{stage: replace(getattr(config, stage), **changes)})
 
 
 def with_validation_data(config, stage, tmp_path, *pairs):
@@ -84,7 +82,7 @@ def with_validation_data(config, stage, tmp_path, *pairs):
 
 def setting_of(config, stage):
     """What a run of the stage would make its task from."""
-    spec = dataclasses.replace(getattr(training, stage).SPEC, make_task=stop)
+    spec = replace(getattr(training, stage).SPEC, make_task=stop)
     with pytest.raises(Seen) as seen:
         supervised.run(config, spec)
     return seen.value.args[0]
@@ -153,7 +151,7 @@ def test_an_epoch_trains_on_every_training_row_once(stage, config):
         return [tuple(row[here]) for row, here in zip(tokens, present, strict=True) if here.any()]
 
     config = changed(config, stage, num_epochs=2)
-    spec = dataclasses.replace(getattr(training, stage).SPEC, make_task=make_task)
+    spec = replace(getattr(training, stage).SPEC, make_task=make_task)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf_jax.training.memory.tried", lambda update, state: state)
         supervised.run(config, spec)
@@ -183,7 +181,7 @@ def test_validations_are_of_the_rows_that_are_held_out(stage, config, tmp_path):
 def test_a_text_file_is_cut_into_pieces_that_are_not_framed(config, tmp_path, capsys):
     (tmp_path / "book.txt").write_text("a bc\n\nd e" * 40)
     text = Text(template="Human: {prompt}", bucket_multiple=16)
-    config = dataclasses.replace(config, data=(str(tmp_path / "book.txt"),), text=text)
+    config = replace(config, data=(str(tmp_path / "book.txt"),), text=text)
     setting = setting_of(config, "sft")
     lengths = setting.encoded.lengths[:, 0]
     assert (len(lengths), set(lengths[:-1])) == (24, {16})  # 361 tokens by 15
@@ -207,7 +205,7 @@ def test_the_reference_is_the_policy_before_training(stage, config):
 def test_rl_holds_out_whole_prompts_too(config, tmp_path, capsys, monkeypatch):
     prompts = [{"prompt": letter} for letter in "abcdfghi" for _ in range(2)]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    config = dataclasses.replace(
+    config = replace(
         config,
         data=(str(tmp_path / "prompts.json"),),
         reward=("count:a",),

@@ -1,7 +1,7 @@
 """Runs in this process, on four devices: exact resume, repetition, other device counts, faults."""
 
-import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -10,6 +10,7 @@ import pytest
 import quickstart
 import tokenizers as hf
 from builders import FAST, TINY, Killed, interrupt, outputs, run_ppo, stages
+from numpy.testing import assert_allclose
 
 from rlhf_jax import Rollout, models, sharding, training
 from rlhf_jax.config import (
@@ -32,12 +33,12 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 @stages("sft")
 def test_a_stopped_run_resumes_to_the_same_bytes(run, config, tmp_path, monkeypatch, capsys):
     straight = run(config)
-    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
+    again = replace(config, output_dir=str(tmp_path / "again"))
     with monkeypatch.context() as patch:
         interrupt(patch, 6)
         with pytest.raises(Killed):
             run(again)
-    stopped = run(dataclasses.replace(again, resume=True))
+    stopped = run(replace(again, resume=True))
     assert "resumed from step 4 of" in capsys.readouterr().out
     assert outputs(stopped.folder) == outputs(straight.folder)
     steps = [
@@ -53,11 +54,11 @@ def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
     """The same rows, samples and shuffles; numbers up to the order of summation."""
     # Where a gradient is 0 but for rounding, Adam's first steps divide that rounding by itself,
     # unless eps is larger.
-    steady = dataclasses.replace(config.reward_model, optimizer=dataclasses.replace(FAST, eps=1e-3))
-    config = dataclasses.replace(config, reward_model=steady)
+    steady = replace(config.reward_model, optimizer=replace(FAST, eps=1e-3))
+    config = replace(config, reward_model=steady)
     four = run(config)
     monkeypatch.setattr(initial, "mesh_of", lambda config: sharding.make_mesh(1))
-    one = run(dataclasses.replace(config, output_dir=str(tmp_path / "one")))
+    one = run(replace(config, output_dir=str(tmp_path / "one")))
     for name in ("metrics.jsonl", "samples.jsonl"):
         lines = ((r.folder / name).read_text("utf-8").splitlines() for r in (one, four))
         for first, second in zip(*(map(json.loads, texts) for texts in lines), strict=True):
@@ -70,19 +71,15 @@ def test_one_device_and_four_agree(run, config, tmp_path, monkeypatch):
                 if isinstance(value, str):
                     assert value == second[key]
                 else:
-                    np.testing.assert_allclose(
-                        value, second[key], rtol=2e-3, atol=2e-3, err_msg=key
-                    )
+                    assert_allclose(value, second[key], rtol=2e-3, atol=2e-3, err_msg=key)
 
 
 def test_non_finite_numbers_stop_the_run_and_name_the_last_good_checkpoint(config):
     # The first update makes the parameters infinite, the second finds out.
-    exploding = dataclasses.replace(
-        config.sft, optimizer=Optimizer(learning_rate=1e38, max_grad_norm=None)
-    )
+    exploding = replace(config.sft, optimizer=Optimizer(learning_rate=1e38, max_grad_norm=None))
     message = r"not finite at step 2; .* checkpoint is step 0 .*rows of this batch: .*sft_data.json, \S+ \d+, "
     with pytest.raises(TrainingFault, match=message):
-        training.sft.run(dataclasses.replace(config, sft=exploding))
+        training.sft.run(replace(config, sft=exploding))
 
 
 class Seen(Exception):
@@ -112,7 +109,7 @@ def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_muc
         raise Seen(setting)
 
     with pytest.raises(Seen) as seen:
-        supervised.run(config, dataclasses.replace(training.reward_model.SPEC, make_task=stop))
+        supervised.run(config, replace(training.reward_model.SPEC, make_task=stop))
     setting = seen.value.args[0]
     train, held_out = (
         {setting.encoded.sources[row] for row in part}
@@ -122,7 +119,7 @@ def test_pairs_of_a_ranking_stay_together_and_what_is_left_of_them_weighs_as_muc
     weights = dict.fromkeys(train | held_out, 0.0)
     for source, weight in zip(setting.encoded.sources, setting.encoded.weight, strict=True):
         weights[source] += weight
-    np.testing.assert_allclose(list(weights.values()), 1.0, rtol=1e-6)
+    assert_allclose(list(weights.values()), 1.0, rtol=1e-6)
     said = capsys.readouterr().out
     assert "12 pairs: dropped, too long\n" in said
     counts = f"{len(setting.train_rows)} train, {len(setting.held_out)} held out\n"
@@ -140,7 +137,7 @@ def test_scores_get_mean_0_and_variance_1():
     samples = Rollout(*[np.ones((3, 2))] * 4)
     normalised = training.reward_model._normalized(score, params, samples)
     expected = (np.array([[1.0], [3.0], [8.0]]) - 4.0) / np.sqrt(26 / 3)
-    np.testing.assert_allclose(score(normalised, None), expected, rtol=1e-6)
+    assert_allclose(score(normalised, None), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -184,15 +181,11 @@ def test_settings_that_do_not_fit_are_refused_before_anything_happens(flags, mes
 )
 def test_supervised_settings_that_do_not_fit_are_refused(section, change, message, config):
     with pytest.raises(ValueError, match=message):
-        training.sft.run(
-            dataclasses.replace(
-                config, **{section: dataclasses.replace(getattr(config, section), **change)}
-            )
-        )
+        training.sft.run(replace(config, **{section: replace(getattr(config, section), **change)}))
 
 
 def test_float16_is_answered_by_bfloat16(config, capsys):
-    config = dataclasses.replace(config, compute=Compute(dtype="float16"))
+    config = replace(config, compute=Compute(dtype="float16"))
     stage.set_up(config)
     assert "bfloat16 in place of float16" in capsys.readouterr().out
     made = initial.language_model(config, ["some text"], jax.random.key(0))
@@ -208,7 +201,7 @@ def test_dpo_refuses_labels_that_are_no_pairs(config, tmp_path):
         )
     )
     with pytest.raises(UserError, match=r"four\.json.*: holds targets, which are no preference"):
-        training.dpo.run(dataclasses.replace(config, data=(str(file),)))
+        training.dpo.run(replace(config, data=(str(file),)))
 
 
 def test_a_model_whose_tokenizer_has_no_pad_gains_one(data, tmp_path):

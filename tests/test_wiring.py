@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import LETTERS, letters_run, metric_rows
+from numpy.testing import assert_array_equal
 
 from rlhf_jax import models, ppo, rloo, training, vpg
 from rlhf_jax.config import (
@@ -341,7 +342,7 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
         def likeliest(policy, inputs, key):
             keys_tried = (key, jax.random.key(77))
             greedy, same = (made.respond_greedily(policy, inputs, k) for k in keys_tried)
-            np.testing.assert_array_equal(greedy.tokens, same.tokens)  # needs no key
+            assert_array_equal(greedy.tokens, same.tokens)  # needs no key
             asked.append(inputs)
             return greedy
 
@@ -363,10 +364,10 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
     metrics = training.rl.run(config, vpg, vpg.Config(baseline="greedy")).metrics
     for rollout in rollouts[1:]:  # the first is the trial of memory, without the reward
         present = np.any(rollout.response_mask, axis=1)
-        np.testing.assert_array_equal(present, [LETTERS[row] != "a" for row in rollout.row_ids])
+        assert_array_equal(present, [LETTERS[row] != "a" for row in rollout.row_ids])
         expected = [(2 if turns else 1) * ord(LETTERS[row]) for row in rollout.row_ids[present]]
-        np.testing.assert_array_equal(rollout.greedy_rewards[present], expected)
-        np.testing.assert_array_equal(rollout.scores[present], expected)
+        assert_array_equal(rollout.greedy_rewards[present], expected)
+        assert_array_equal(rollout.scores[present], expected)
     assert (metrics["grad_norm"], metrics["nonfinite"]) == (0, 0)
     assert metrics["objective/greedy_score"] == metrics["objective/score"]
     stream = stage.stream(config.seed, "vpg", "rollout")
