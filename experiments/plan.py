@@ -484,8 +484,7 @@ def _reinforcement(
     functions = phases.Functions(
         trained.bind(trained_fn), reward_fn, ref_fn if frozen else refreshed, start.base
     )
-    how: dict[str, Any] = {"compact": settings.compact, "eos_id": 0, "pad_id": 1}
-    samples = SamplingConfig(settings.max_new_tokens, settings.temperature, **how)
+    samples = SamplingConfig(settings.max_new_tokens, settings.temperature, eos_id=0, pad_id=1)
     shape, masked = rl.rules(settings, samples)
     learning: dict[str, Any] = {"algorithm": algorithm, "config": own, "optimizer": optimizer}
     learning |= {"shape": shape, "penalty": penalty, "masked": masked, "mesh": mesh}

@@ -345,9 +345,6 @@ class RLStage:
     """Train on samples that do not come from the policy's full distribution: the KL estimate is
     then biased.
     """
-    compact: bool = False
-    """Once half of a batch's responses have ended, sample the others in a batch of half the size:
-    faster where most responses are short; compiles a second loop."""
     kl_coef: float | None = None
     """Weight of the KL penalty in the reward, the first value when it adapts; null: the algorithm's
     own, 0.05 for VPG, PPO and RLOO, 0 for GRPO, whose loss has a KL term."""

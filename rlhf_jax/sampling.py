@@ -35,10 +35,6 @@ class SamplingConfig:
         top_p: of those, keep the smallest set of most likely tokens whose probability reaches p
             (nucleus sampling, Holtzman et al. 2020). The token that reaches p is kept, so at least
             one is; None or 1 keeps all.
-        compact: once half of the rows have ended, the others go on in a batch of half the size.
-            That is faster where most responses are short, and compiles a second loop over tokens.
-            The tokens are the same (up to ties within
-            the rounding of the logits). All arrays of the model's cache must have the rows first.
         eos_id: the token that ends a response, or several any of which ends it; None lets every
             response run to ``max_new_tokens``.
         pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from
@@ -50,7 +46,6 @@ class SamplingConfig:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    compact: bool = field(default=False, kw_only=True)
     eos_id: EosId | None = field(kw_only=True)
     pad_id: int = field(kw_only=True)
 
@@ -134,15 +129,6 @@ class _Uncached:
         written = jnp.arange(cache.shape[1]) < index + num_new
         logits = self.apply_fn(params, cache, jnp.where(written, key_mask, 0), None)
         return jax.lax.dynamic_slice_in_dim(logits, index, num_new, axis=1), cache
-
-
-class _Rows(NamedTuple):
-    """What no token changes."""
-
-    key_mask: jax.Array  # [B, T]
-    num_real: jax.Array  # [B] tokens of the prompt
-    keys: jax.Array  # [B]
-    used: jax.Array  # [B]
 
 
 class _Loop(NamedTuple):
@@ -291,18 +277,16 @@ def _sample_rows(
         jax.lax.dynamic_update_slice_in_dim, axis=1, allow_negative_indices=False
     )
 
-    def step(rows: _Rows, loop: _Loop) -> _Loop:
+    def step(loop: _Loop) -> _Loop:
         column = loop.column
         last = jax.lax.dynamic_slice_in_dim(
             loop.tokens, column, 1, axis=1, allow_negative_indices=False
         )  # [B, 1]
         # An absent row has no real token; its position is kept inside the table.
-        positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
-        logits, cache = model.decode(
-            weights[-1], last, positions, rows.key_mask, loop.cache, column
-        )
-        slot = rows.used + (column + (1 - prompt_length))
-        sampled, log_probs = _sample(logits[:, 0], rows.keys, slot, config)
+        positions = jnp.maximum(num_real + (column + -prompt_length), 0)[:, None]
+        logits, cache = model.decode(weights[-1], last, positions, key_mask, loop.cache, column)
+        slot = used + (column + (1 - prompt_length))
+        sampled, log_probs = _sample(logits[:, 0], keys, slot, config)
         sampled = jnp.where(loop.ended, config.pad_id, sampled)
         log_probs = jnp.where(loop.ended, 0.0, log_probs)
         ended = jnp.isin(sampled, jnp.asarray(config.eos_ids)) | (slot == config.max_new_tokens - 1)
@@ -323,7 +307,7 @@ def _sample_rows(
         ended=(num_real == 0) | (used >= config.max_new_tokens),
         cache=cache,
     )
-    end = _until_ended(step, _Rows(key_mask, num_real, keys, used), start, config.compact)
+    end = jax.lax.while_loop(lambda loop: ~jnp.all(loop.ended), step, start)
     response = jnp.arange(config.max_new_tokens)[None, :] < end.lengths[:, None]
     response_mask = jnp.pad(response.astype(jnp.int32), ((0, 0), (prompt_length, 0)))
     return Rollout(
@@ -333,27 +317,6 @@ def _sample_rows(
         log_probs=end.log_probs,
         row_ids=row_ids,
         prompt_length=prompt_length,
-    )
-
-
-def _until_ended(
-    step: Callable[[_Rows, _Loop], _Loop], rows: _Rows, loop: _Loop, compact: bool
-) -> _Loop:
-    """Steps until all rows have ended; with ``compact`` the last half of them by itself. Its cache
-    is dropped.
-    """
-    half = len(loop.ended) // 2 if compact else 0
-    loop = jax.lax.while_loop(
-        lambda loop: jnp.sum(~loop.ended) > half, functools.partial(step, rows), loop
-    )
-    if half == 0:
-        return loop
-    left = jnp.argsort(loop.ended, stable=True)[:half]  # those that have not ended, and then others
-    rows, few = jax.tree.map(lambda x: x[left] if x.ndim else x, (rows, loop))
-    few = jax.lax.while_loop(lambda few: ~jnp.all(few.ended), functools.partial(step, rows), few)
-    names = ("tokens", "log_probs", "lengths")
-    return loop._replace(
-        **{name: getattr(loop, name).at[left].set(getattr(few, name)) for name in names}
     )
 
 

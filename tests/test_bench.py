@@ -101,15 +101,6 @@ def test_a_step_is_compiled_as_in_a_run(name, num_blocks, monkeypatch):
         work.compile()
 
 
-@pytest.mark.parametrize(("ids", "least", "most"), [(0, 1, 1), (30, 0.2, 0.8)])
-def test_compaction_is_measured_with_responses_that_end(ids, least, most):
-    preset = bench.PRESETS["char-nano"]._replace(batch=16)
-    filled, *rest = cli.script("benchmarks", "compaction").row(preset, 4, ids, calls=2)
-    assert least <= filled <= most
-    assert len(rest) == 4
-    assert min(rest) > 0
-
-
 def test_exponents_are_slopes_and_one_size_is_changed():
     growth, table = (cli.script("benchmarks", name) for name in ("growth", "table"))
     assert growth.exponent((1, 2, 4), (3.0, 12.0, 48.0)) == pytest.approx(2)

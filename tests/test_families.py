@@ -3,7 +3,6 @@ more to compute.
 """
 
 import ast
-import functools
 import re
 from collections import Counter
 
@@ -17,7 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from programs import whole_on_a_device
 from source import code_lines
 
-from rlhf_jax import cli, models, sampling, sharding
+from rlhf_jax import cli, models, sharding
 
 families, measure = (cli.script("benchmarks", name) for name in ("families", "measure"))
 TINY = {
@@ -70,26 +69,6 @@ def test_heads_and_weights_cut_over_a_mesh(family):
             np.asarray(other)[real],
             atol=2e-5,
         )
-
-
-def test_compaction_moves_the_cache_with_its_rows():
-    """Of layers that see all, and of those with a window."""
-    model = models.build(GEMMA)
-    params = some_params(GEMMA)
-    mask = np.ones((6, 3), np.int32)
-    mask[1, :2] = mask[4, 0] = 0
-
-    def sampled(compact):
-        settings = sampling.SamplingConfig(10, eos_id=(2, 3, 4), pad_id=0, compact=compact)
-        generate = jax.jit(functools.partial(sampling.generate, model, config=settings))
-        return generate(params, some_tokens(6, 3), mask, jax.random.key(3))
-
-    whole = sampled(False)
-    compacted = sampled(True)
-    lengths = sorted(np.asarray(whole.response_mask).sum(1))
-    assert lengths[2] < lengths[3] - 1  # the last half goes on for some tokens
-    assert_array_equal(compacted.tokens, whole.tokens)
-    assert_allclose(compacted.log_probs, whole.log_probs, atol=1e-5)
 
 
 def equations(jaxpr):

@@ -90,7 +90,6 @@ def test_a_folder_may_name_several_eos_ids(folders, generations, tmp_path):
             "temperature": 0.5,
             "top_k": 3,
             "top_p": 0.25,
-            "compact": True,
         }
         sampled = initial.sampling_config(
             RLStage(**drawn, allow_truncated_sampling=True), policy.tokenizer

@@ -99,16 +99,15 @@ def test_ppo_prints_what_it_holds_and_its_peak(folder, capsys):
 
 
 @pytest.mark.usefixtures("no_phases")
-@pytest.mark.parametrize("compact", [False, True])
-def test_a_plan_samples_as_the_run_does(compact, folder, capsys, monkeypatch):
+def test_a_plan_samples_as_the_run_does(folder, capsys, monkeypatch):
     found, sampled = [], plan.SamplingConfig
     monkeypatch.setattr(
         plan,
         "SamplingConfig",
         lambda *args, **how: found.append(sampled(*args, **how)) or found[-1],
     )
-    printed(capsys, "ppo", "--model", folder, *SHORT, *["--rl.compact"] * compact)
-    assert {(how.max_new_tokens, how.compact) for how in found} == {(2, compact)}
+    printed(capsys, "ppo", "--model", folder, *SHORT)
+    assert {how.max_new_tokens for how in found} == {2}
 
 
 @pytest.mark.usefixtures("no_phases")

@@ -315,51 +315,6 @@ def test_stops_when_every_row_has_ended():
     assert decoded([[0, 0, 0], [0, 0, 0]]) == ([prefill], [0, 0])
 
 
-def test_the_last_half_goes_on_in_a_batch_of_its_own():
-    """Of five rows the three with 3 prompt tokens end with their third, as above; the other two go
-    on without them.
-    """
-    params, sizes, model = lookup_params(), [], lookup_model()
-    params["token"] = params["token"].at[:, 1].set(-100.0)
-    params["position"] = params["position"].at[4, 1].set(1000.0)
-
-    def decode(params, tokens, positions, key_mask, cache, index):
-        jax.debug.callback(
-            lambda i: sizes.append((int(i), len(tokens), len(cache))), jnp.asarray(index)
-        )
-        return MODEL.decode(params, tokens, positions, key_mask, cache, index)
-
-    model.decode = decode
-    mask = np.array([[0, 0, 1], [1, 1, 1], [1, 1, 1], [0, 0, 1], [1, 1, 1]], np.int32)
-    rollout = run(
-        np.full((5, 3), 2, np.int32),
-        mask,
-        model=model,
-        params=params,
-        max_new_tokens=40,
-        compact=True,
-    )
-    jax.effects_barrier()
-    assert sorted(sizes) == [(0, 5, 5), (2, 5, 5), (3, 5, 5), (4, 5, 5), (5, 2, 2), (6, 2, 2)]
-    assert np.asarray(rollout.response_mask).sum(1).tolist() == [5, 3, 3, 5, 3]
-
-
-@pytest.mark.parametrize(("rows", "devices"), [(1, None), (3, None), (24, None), (24, 2), (24, 4)])
-def test_compaction_changes_no_token(rows, devices):
-    """Nor the rest of a rollout, with rows that are absent and rows whose slots are partly used."""
-    tokens, mask = (np.pad(x[:rows], ((0, 0), (6, 0))) for x in PROMPTS)
-    mask[rows // 2 : rows // 2 + 2] = 0
-    used, mesh = np.arange(rows, dtype=np.int32) % 5, devices and data_mesh(devices)
-    whole, compacted = (
-        generate(
-            MODEL, PARAMS, tokens, mask, KEY, config=config(compact=compact), mesh=mesh, used=used
-        )
-        for compact in (False, True)
-    )
-    assert_same(compacted, whole)
-    assert rows == 1 or len(set(np.asarray(whole.response_mask).sum(1).tolist())) > 1
-
-
 def test_absent_row():
     tokens, mask = prompts()
     mask[2] = 0
