@@ -63,7 +63,9 @@ def test_flag_goes_before_file_before_default():
 def test_a_config_that_comes_with_the_package_is_called_by_its_name(tmp_path, monkeypatch):
     here = parse(RunConfig, ["--config", str(ROOT / "configs" / "tiny.yaml")])
     assert parse(RunConfig, ["--config", "tiny"]) == here
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "config.py"))  # as a wheel has it
+    monkeypatch.setattr(
+        config.flags, "__file__", str(tmp_path / "config" / "flags.py")
+    )  # as a wheel has it
     Path("configs").mkdir()
     Path("configs/tiny.yaml").write_text("b1: 0.5")
     assert parse(Optimizer, ["--config", "tiny"]).b1 == 0.5
@@ -249,7 +251,7 @@ def test_configs_of_the_package_are_trusted(tmp_path, monkeypatch):
     (tmp_path / "configs" / "own.yaml").write_text(f"reward: ['{tmp_path.parent}/score.py:score']")
     with pytest.raises(UserError, match="--trust-config"):
         parse(RunConfig, ["--config", "configs/own.yaml"])
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "config.py"))
+    monkeypatch.setattr(config.flags, "__file__", str(tmp_path / "config" / "flags.py"))
     assert parse(RunConfig, ["--config", "own"]).reward
 
 

@@ -1,0 +1,61 @@
+"""All settings of a run: one ``RunConfig`` with a section per stage, read from YAML and dotted
+flags by ``parse``.
+
+    config = parse(RunConfig)     # script.py --config FILE.yaml --ppo.clip-low 0.1
+
+``configs/`` holds examples.
+"""
+
+from rlhf_jax.config.flags import check_trusted, parse, shipped
+from rlhf_jax.config.pretrained import PRETRAINED, is_pretrained
+from rlhf_jax.config.settings import (
+    ALGORITHMS,
+    Compute,
+    DPOStage,
+    KTOStage,
+    LoRA,
+    Mesh,
+    Network,
+    Optimizer,
+    PPOStage,
+    RewardModelStage,
+    RLStage,
+    RunConfig,
+    Safety,
+    SFTStage,
+    Text,
+    Tokenizer,
+    for_algorithm,
+    section_name,
+    with_section,
+)
+from rlhf_jax.config.yaml_files import read, to_yaml
+
+__all__ = [
+    "ALGORITHMS",
+    "PRETRAINED",
+    "Compute",
+    "DPOStage",
+    "KTOStage",
+    "LoRA",
+    "Mesh",
+    "Network",
+    "Optimizer",
+    "PPOStage",
+    "RLStage",
+    "RewardModelStage",
+    "RunConfig",
+    "SFTStage",
+    "Safety",
+    "Text",
+    "Tokenizer",
+    "check_trusted",
+    "for_algorithm",
+    "is_pretrained",
+    "parse",
+    "read",
+    "section_name",
+    "shipped",
+    "to_yaml",
+    "with_section",
+]

@@ -1,0 +1,61 @@
+"""Defaults for runs that start from pretrained weights."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.runs.reading import SETTINGS, read_yaml
+
+# Defaults where --model names pretrained weights: {key: (all weights trained, LoRA)}. Those of the
+# classes suit small networks that start from random weights. docs/runs.md cites the sources.
+PRETRAINED: dict[str, tuple[Any, Any]] = {
+    "sft.optimizer.learning_rate": (2e-5, 2e-4),
+    "sft.optimizer.schedule": ("cosine", "cosine"),
+    "sft.optimizer.warmup_steps": (0.1, 0.1),
+    "reward_model.optimizer.learning_rate": (1e-5, 1e-4),
+    "reward_model.optimizer.schedule": ("cosine", "cosine"),
+    "reward_model.optimizer.warmup_steps": (0.1, 0.1),
+    "dpo.batch_size": (64, 32),
+    "dpo.optimizer.learning_rate": (1e-6, 1e-5),
+    "dpo.optimizer.warmup_steps": (0.1, 0.1),
+    "kto.optimizer.learning_rate": (1e-6, 1e-5),
+    "kto.optimizer.warmup_steps": (0.1, 0.1),
+    "rl.optimizer.learning_rate": (1e-6, 1e-5),
+}
+
+
+def fill_pretrained(values: dict[str, Any], chosen: Collection[str]) -> dict[str, Any]:
+    """Puts the defaults for pretrained weights into the parsed ``values`` if the model has such;
+    returns them by key. What was ``chosen``, by a flag or a file, stays."""
+    if values["model"] is None or not is_pretrained(values["model"]):
+        return {}
+    column = 1 if values["lora"]["rank"] else 0
+    filled = {key: both[column] for key, both in PRETRAINED.items() if key not in chosen}
+    for key, value in filled.items():
+        section = values
+        *path, name = key.split(".")
+        for inner in path:
+            section = section.setdefault(inner, {})
+        section[name] = value
+    return filled
+
+
+def is_pretrained(model: str) -> bool:
+    """Whether the weights of ``--model`` are from elsewhere: False if a run wrote them, and it, or
+    a run before it, started from random weights.
+    """
+    seen: list[str] = []
+    above: Any = model
+    while isinstance(above, str) and above not in seen:
+        seen.append(above)
+        folder = Path(above)
+        if not folder.is_dir():  # a Hugging Face name, or a run that has gone
+            return True
+        own = folder / "config.yaml"  # of a run's folder; else the folder is the run's model/
+        try:
+            file = own if own.is_file() else folder.parent / "config.yaml"
+            above = read_yaml(file, SETTINGS)["model"]
+        except (UserError, KeyError):
+            return True
+    return above is not None

@@ -1,0 +1,209 @@
+"""Settings as YAML: reading a file with the line of each value, and writing one."""
+
+import contextlib
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rlhf_jax.config.settings import Switch
+from rlhf_jax.errors import UserError
+from rlhf_jax.runs import objects
+
+Values = dict[str, tuple[Any, str]]  # {dotted key: (value, "FILE, line N")}
+
+
+def read(config_class: type, file: Path) -> Values:
+    """The values that a YAML file gives to fields of ``config_class``: {dotted key: (value, "FILE,
+    line N")}.
+
+    A field's type is bool, int, float, str, a Literal of strings, a tuple of any number of these,
+    one of these or None, or a dataclass, which is a section. ``1e-5``, a string in YAML 1.1, is
+    read as a number, and ``None`` as null.
+
+    Raises:
+      UserError: no such file, not UTF-8, not YAML, not a mapping; an unknown or repeated key; a
+        value of another type.
+    """
+    text = b""
+    try:
+        text = file.read_bytes()
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        hint = f"{error.strerror}; `rlhf-jax configs` lists those that come with the package"
+        raise UserError(f"{file}: cannot be read (given by --config): {hint}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        position = getattr(error, "position", None)
+        line = mark.line if mark else text[:position].count(b"\n") if position else -1
+        place = f"{file}, line {line + 1}" if line >= 0 else f"{file}"
+        reason = (
+            getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)[:100]
+        )
+        raise UserError(f"{place}: not valid YAML in UTF-8: {reason}") from None
+    if node is None:
+        raise UserError(f"{file}: is empty; expected a mapping of keys to values")
+    problems: list[str] = []
+    values = dict(_values(node, config_class, "", config_class, file, problems))
+    if problems:
+        raise UserError("\n".join(problems))
+    return values
+
+
+def _values(
+    node: yaml.Node, cls: type, prefix: str, root: type, file: Path, problems: list[str]
+) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """Yields (dotted key, (value, its place)) for every value below ``node``; mistakes are added to
+    ``problems``.
+    """
+    if not isinstance(node, yaml.MappingNode):
+        name = prefix[:-1] or "the file"
+        problems.append(
+            f"{_at(file, node)}: {name} must be a mapping of keys, found {_found(node)}"
+        )
+        return
+    kinds = typing.get_type_hints(cls)
+    lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        name = key_node.value if isinstance(key_node, yaml.ScalarNode) else _found(key_node)
+        key = prefix + name
+        place = _at(file, key_node)
+        if name not in kinds:
+            problems.append(f"{place}: unknown key {key}; {hint(key, root)}")
+        elif name in lines:
+            problems.append(f"{place}: key {key} is given twice, first on line {lines[name]}")
+        elif dataclasses.is_dataclass(kinds[name]):
+            yield from _values(value_node, kinds[name], f"{key}.", root, file, problems)
+        else:
+            try:
+                yield key, (_value(value_node, kinds[name], key), place)
+            except ValueError as error:
+                problems.append(f"{file}, {error}")
+        lines.setdefault(name, key_node.start_mark.line + 1)
+
+
+def _value(node: yaml.Node, kind: Any, key: str) -> Any:
+    """The value of a node as its type has it; ValueError, beginning with the line, if it is of
+    another one.
+    """
+    is_switch = kind == Switch
+    if is_switch:
+        kind = Literal["auto"] if node.value == "auto" else bool
+    optional = type(None) in typing.get_args(kind)
+    inner = typing.get_args(kind)[0] if optional else kind
+    choices = typing.get_args(inner)
+    is_list = typing.get_origin(inner) is tuple
+    if is_list and isinstance(node, yaml.SequenceNode):
+        return tuple(_value(item, choices[0], f"each of {key}") for item in node.value)
+    if isinstance(node, yaml.ScalarNode) and not is_list:
+        is_plain = node.style is None
+        # an unknown !tag, a date such as 2020-99-99, an int of 5,000 digits
+        with contextlib.suppress(Exception):
+            value = yaml.SafeLoader("").construct_object(node)
+            if optional and (value is None or (is_plain and value == "None")):
+                return None
+            if type(value) is inner or (type(value) is str and value in choices):
+                return value
+            if inner is float and type(value) in (int, str) and is_plain:
+                return float(value)
+    names = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
+    expected = names.get(inner, "given in Python")
+    if choices:
+        expected = "a list" if is_list else f"one of {', '.join(map(repr, choices))}"
+    or_null = " or null" if optional else " or auto" if is_switch else ""
+    line = node.start_mark.line + 1
+    raise ValueError(f"line {line}: {key} must be {expected}{or_null}, found {_found(node)}")
+
+
+def _at(file: Path, node: yaml.Node) -> str:
+    return f"{file}, line {node.start_mark.line + 1}"
+
+
+def _found(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return f"a list of {len(node.value)}"
+    text = node.value or "nothing"
+    if node.tag == "tag:yaml.org,2002:str":
+        text = repr(node.value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def hint(key: str, root: type, flags: bool = False) -> str:
+    """The keys that may have been meant: alike in its section, of its name elsewhere, else all of
+    the section.
+    """
+    section, _, name = key.rpartition(".")
+    keys = dotted_keys(root)
+    prefix = f"{section}." if section else ""
+    in_section = [k.removeprefix(prefix) for k in keys if k.startswith(prefix)]
+    inside = [k for k in in_section if "." not in k]
+    close = difflib.get_close_matches(name.replace("-", "_"), inside, n=1)
+    close = close or [k for k in inside if k[:4] == name[:4]]
+    meant = [prefix + k for k in close]
+    meant = meant or [k for k in keys if k.rpartition(".")[2] == name][:3]
+    if meant and flags:
+        meant = ["--" + k.replace("_", "-") for k in meant]
+    if meant:
+        return f"did you mean {' or '.join(meant)}?"
+    if not inside:  # the section has no keys, or there is none: what stands before the dot is meant
+        return hint(section, root, flags)
+    place = f"of {section} " if section else ""
+    return f"the keys {place}are {', '.join(inside)}"
+
+
+def dotted_keys(cls: type, prefix: str = "") -> list[str]:
+    """Every dotted key, sections too."""
+    keys = [prefix + name for name in typing.get_type_hints(cls)]
+    for name, kind in subsections(cls).items():
+        keys += dotted_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def subsections(cls: type) -> dict[str, Any]:
+    """The fields that are dataclasses, with these."""
+    return {
+        name: kind
+        for name, kind in typing.get_type_hints(cls).items()
+        if dataclasses.is_dataclass(kind)
+    }
+
+
+# --- Writing
+
+
+def to_yaml(config: Any) -> str:
+    """All fields of ``config`` as YAML, in the order of the dataclasses; ``parse`` reads it back to
+    an equal value.
+    """
+    return yaml.dump(
+        dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line, and texts in the quotes that keep them as they are."""
+
+
+def _text(dumper: _Dumper, data: str) -> yaml.Node:
+    style = None
+    if data == "None":  # without quotes it would be read as null
+        style = "'"
+    elif not data.isprintable():  # only double quotes keep line breaks and control characters
+        style = '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(
+    tuple, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True)
+)
+_Dumper.add_representer(str, _text)
+# Functions and arrays in the Config of an algorithm of one's own.
+_Dumper.add_multi_representer(
+    object, lambda dumper, value: dumper.represent_data(objects.describe(value))
+)
