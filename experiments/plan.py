@@ -36,8 +36,9 @@ from rlhf_jax.models import hf
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
-from rlhf_jax.training import critic, initial, memory, phases, rl
+from rlhf_jax.training import critic, initial, memory, phases
 from rlhf_jax.training.optimizer import make_optimizer
+from rlhf_jax.training.programs import penalty_of, rules
 from rlhf_jax.training.stage import Stage, divides
 from rlhf_jax.types import (
     Algorithm,
@@ -452,7 +453,7 @@ def _reinforcement(
             "--rl.max-prompt-length"
         )
     _fitting(model, prompt + settings.max_new_tokens)
-    penalty = rl.penalty_of(config, algorithm, own)
+    penalty = penalty_of(config, algorithm, own)
     has_reference = penalty is not phases.NO_PENALTY
     refreshes = settings.reference_refresh is not None
     rows = memory.score_rows(config.compute, size, own)
@@ -485,7 +486,7 @@ def _reinforcement(
         trained.bind(trained_fn), reward_fn, ref_fn if frozen else refreshed, start.base
     )
     samples = SamplingConfig(settings.max_new_tokens, settings.temperature, eos_id=0, pad_id=1)
-    shape, masked = rl.rules(settings, samples)
+    shape, masked = rules(settings, samples)
     learning: dict[str, Any] = {"algorithm": algorithm, "config": own, "optimizer": optimizer}
     learning |= {"shape": shape, "penalty": penalty, "masked": masked, "mesh": mesh}
     sampled: dict[str, Any] = {"model": model, "config": samples, "mesh": mesh, "score_rows": rows}

@@ -17,6 +17,8 @@ from rlhf_jax.config import RLStage
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import phases, rl
+from rlhf_jax.training.schedule import Schedule
+from rlhf_jax.training.steps import replace_uninformative
 from rlhf_jax.types import Rollout, TrainState
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -91,7 +93,7 @@ def schedule(rounds):
     prompts = EncodedPrompts(tokens, np.ones_like(tokens), tuple(range(160)), {}, {})
     keys = {"order_key": jax.random.key(3), "rollout_key": jax.random.key(4)}
     size = {"num_prompts": 4, "group_size": 2, "samplings": 1 + rounds, "multiple": 1}
-    return rl.Schedule(prompts, np.arange(100, 160), **size, **keys)
+    return Schedule(prompts, np.arange(100, 160), **size, **keys)
 
 
 def step(rounds, number, *scores):
@@ -104,7 +106,7 @@ def step(rounds, number, *scores):
 
     num_equal = functools.partial(phases.num_equal, group_size=2)
     refill = functools.partial(phases.refill, group_size=2)
-    draw_rounds = rl.replace_uninformative(draw, 4, num_equal, refill)
+    draw_rounds = replace_uninformative(draw, 4, num_equal, refill)
     return *draw_rounds(None, schedule(rounds).batches(number)), drawn
 
 

@@ -15,7 +15,7 @@ from tabular import rollout as tabular_rollout
 
 from rlhf_jax import models, rewards, sampling
 from rlhf_jax.algorithms import ppo, vpg
-from rlhf_jax.training import phases, rl
+from rlhf_jax.training import phases, steps
 from rlhf_jax.training.phases import num_equal, scored
 from rlhf_jax.types import Rollout
 
@@ -126,11 +126,11 @@ def test_the_greedy_response_is_the_baseline():
         return lambda loop, batch: (respond(loop.train.params, *batch), {})
 
     def score(rollout, batch):
-        return rl.Scored(*phases.reward(rollout, functions()))
+        return steps.Scored(*phases.reward(rollout, functions()))
 
-    draw = rl.drawn(sampling_by(SAMPLING), lambda loop, sampled: (sampled, {}), score)
+    draw = steps.drawn(sampling_by(SAMPLING), lambda loop, sampled: (sampled, {}), score)
     join = functools.partial(phases.with_greedy, shape=rule)
-    draw = rl.greedy_baseline(draw, sampling_by(likeliest), score, join)
+    draw = steps.greedy_baseline(draw, sampling_by(likeliest), score, join)
     loop = start(vpg)
     rollout, metrics = draw(loop, (prompts(), jax.random.key(5)))
     generate = jax.jit(functools.partial(sampling.generate, MODEL, config=likeliest))

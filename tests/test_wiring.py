@@ -23,7 +23,7 @@ from rlhf_jax.config import (
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices
-from rlhf_jax.training import reward_model, rl, stage
+from rlhf_jax.training import phases, reward_model, rl, stage
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -432,7 +432,7 @@ def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path,
         return lambda *inputs: (calls.append((name, inputs[0])), phase(*inputs))[1]
 
     replacing(monkeypatch, lambda made: {"respond": recording("respond", made.respond)})
-    monkeypatch.setattr(rl.phases, "sampler", recording("sampler", rl.phases.sampler))
+    monkeypatch.setattr(phases, "sampler", recording("sampler", phases.sampler))
     (tmp_path / "talk.py").write_text(TALK)
     talks = {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": 3, "max_new_tokens": 8}
     settings = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, **talks)

@@ -1,0 +1,67 @@
+"""Which prompts each step of an RL run reads, and with which key."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax.data import batches
+from rlhf_jax.data.encoding import EncodedPrompts
+
+
+class Batch(NamedTuple):
+    """What one sampling reads."""
+
+    prompts: EncodedPrompts
+    rows: np.ndarray  # [B] of the prompts; -1 is an absent row
+    key: jax.Array
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The prompts of each step, by keys and the number of the step alone, so that a resumed run
+    draws the same.
+    """
+
+    prompts: EncodedPrompts
+    train_rows: np.ndarray
+    num_prompts: int  # of one sampling
+    group_size: int  # responses to each prompt
+    samplings: int  # of a step at most; those after the first are for ``rl.dynamic_sampling``
+    order_key: jax.Array
+    rollout_key: jax.Array
+    multiple: int  # of which the width of a batch is
+
+    def rows(self, step: int) -> np.ndarray:
+        """The prompts' rows, [samplings, num_prompts].
+
+        Those after the first are the prompts of other steps, spread over the epoch.
+        """
+        n = len(self.train_rows)
+        apart = max(n // self.num_prompts // self.samplings, 1)
+        steps = step + apart * np.arange(self.samplings)
+        drawn = [batches.prompt_rows(n, self.num_prompts, self.order_key, int(i)) for i in steps]
+        return self.train_rows[np.stack(drawn)]
+
+    def batches(self, step: int) -> list[Batch]:
+        """A step's samplings, all as wide as its longest prompt needs, on whichever device or
+        process its row lies.
+        """
+        rows = self.rows(step)
+        prompts = batches.narrowed(self.prompts, rows.ravel(), self.multiple)
+        first = step * self.samplings
+        return [self._batch(prompts, own, first + i) for i, own in enumerate(rows)]
+
+    def widest(self) -> Batch:
+        """The first batch, in the columns that the longest prompt of all needs."""
+        prompts = batches.narrowed(self.prompts, self.train_rows, self.multiple)
+        return self._batch(prompts, self.rows(0)[0], 0)
+
+    def sources(self, step: int) -> list[str]:
+        """The places of a step's prompts, as "FILE, line N"."""
+        return [self.prompts.rows[row].source for row in self.rows(step).ravel()]
+
+    def _batch(self, prompts: EncodedPrompts, rows: np.ndarray, number: int) -> Batch:
+        key = jax.random.fold_in(self.rollout_key, number)
+        return Batch(prompts, np.repeat(rows, self.group_size), key)

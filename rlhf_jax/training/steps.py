@@ -1,0 +1,339 @@
+"""The steps of an RL iteration on the host, small functions that compose.
+
+A ``Sampler`` makes responses, a ``Scorer`` scores them, a ``Draw`` is both. Others take one of
+these and return one that does more (``greedy_baseline``, ``replace_uninformative``, ``refreshed``).
+The programs that they call are the pure functions of ``training.phases``.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import generator, models, rewards
+from rlhf_jax.data import batches, chat
+from rlhf_jax.errors import TrainingFault, logger
+from rlhf_jax.generator import LanguageModel
+from rlhf_jax.rewards import filter as filters
+from rlhf_jax.rewards import spec
+from rlhf_jax.rewards.host import Columns, HostReward
+from rlhf_jax.runs import processes
+from rlhf_jax.training import memory, phases
+from rlhf_jax.training.loop import Validation
+from rlhf_jax.training.phases import Functions, LoopState
+from rlhf_jax.training.programs import Networks
+from rlhf_jax.training.schedule import Batch, Schedule
+from rlhf_jax.training.stage import Stage
+from rlhf_jax.types import Metrics, Params, Rollout
+
+OnStep = Callable[[int, LoopState, Mapping[str, float], Rollout], bool | None]
+
+
+class Scored(NamedTuple):
+    """A rollout with ``scores``, the metrics of the reward, and what a filter found in each row."""
+
+    rollout: Rollout
+    metrics: Metrics
+    verdicts: list[filters.Verdict] | None = None
+
+
+Talk = Callable[..., tuple[Rollout, dict[str, np.ndarray]]]
+"""``data.environment.converse`` with an environment, or with None: one response to each prompt."""
+
+Sampler = Callable[[LoopState, Batch], tuple[Rollout, Metrics]]
+"""Responses with the log-probs of the sampler, not scored."""
+
+Scorer = Callable[[Rollout, Batch], Scored]
+
+Rescorer = Callable[[LoopState, Rollout], tuple[Rollout, Metrics]]
+
+Learner = Callable[[LoopState, Rollout, jax.Array], tuple[LoopState, Metrics]]
+
+Guarded = Callable[
+    [Rollout, Rollout, Columns], tuple[Rollout, Metrics, list[filters.Verdict] | None]
+]
+"""(rollout before the reward, after it, columns) -> the latter filtered, metrics, verdicts."""
+
+Draw = Callable[[LoopState, Batch], tuple[Rollout, Metrics]]
+"""Responses with scores and log-probs: what an update reads."""
+
+DrawStep = Callable[[LoopState, Sequence[Batch]], tuple[Rollout, Metrics]]
+"""The same, from a step's batches: the first, and those in reserve."""
+
+Advance = Callable[[LoopState, int], tuple[LoopState, Metrics]]
+"""The step of the loop: (state, number of the step) -> (state, metrics)."""
+
+
+def sampler(
+    stage: Stage, respond: Callable[..., Rollout], talk: Talk, networks: Networks
+) -> Sampler:
+    """Samples ``rl.batch_size`` rows at a time by the program ``respond``."""
+    size = stage.config.rl.batch_size
+
+    def sample(state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
+        policy = phases.sampler(state, networks.start.base)
+
+        def respond_at(places: Any, *prompts: Any) -> Rollout:
+            inputs = phases.Prompts(*prompts)._replace(places=places)
+            return respond(policy, stage.shard(inputs), batch.key)
+
+        sampled: list[Any] = []
+        for places in np.arange(len(batch.rows), dtype=np.int32).reshape(-1, size):
+            at_places = functools.partial(respond_at, places)
+            sampled.append(talk(at_places, batch.prompts, batch.rows[places]))
+        rollout, talks = sampled[0]
+        if len(sampled) > 1:
+            rollout, talks = jax.tree.map(lambda *parts: jnp.concatenate(parts), *sampled)
+        present = batch.rows >= 0
+        metrics = {
+            f"environment/{name}": jnp.float32(np.mean(values[present]))
+            for name, values in talks.items()
+        }
+        return stage.shard(rollout), metrics
+
+    return sample
+
+
+def scorer(
+    stage: Stage, program: Callable[..., Any], reward: spec.Reward, guard: Guarded | None = None
+) -> Scorer:
+    """The reward as a step, on the devices by the program or on the host, with a filter there."""
+    if reward.host is not None:
+        return on_host(stage, reward.host, guard or unguarded)
+    functions = Functions(None, reward.fn)
+    return lambda rollout, batch: Scored(*program(rollout, functions))
+
+
+def on_host(stage: Stage, reward: HostReward, guard: Guarded) -> Scorer:
+    """Each process scores its own rows; all filter all rows, so that they agree on missing ones.
+
+    Raises:
+        TrainingFault: a score is not finite.
+    """
+
+    def score(rollout: Rollout, batch: Batch) -> Scored:
+        before = processes.fetch(rollout)
+        own_columns = batches.columns_at(batch.prompts, processes.own_rows(batch.rows))
+        own_rows = processes.own_rows(before)
+        score_own = functools.partial(rewards.on_host, reward, own_rows, own_columns)
+        try:
+            after, parts = processes.gather_rows(processes.agree(score_own))
+            unscored = np.sum(before.present) - np.sum(after.present)
+            columns = batches.columns_at(batch.prompts, batch.rows)
+            after, unsafe, verdicts = guard(before, after, columns)
+        except FloatingPointError as error:
+            raise TrainingFault(str(error)) from error
+        named = {name: jnp.asarray(values) for name, values in parts.items()}
+        scored, metrics = phases.scored(after, jnp.asarray(after.scores), named)
+        metrics |= {"reward/unscored": jnp.float32(unscored)} | unsafe
+        return Scored(stage.shard(jax.device_get(scored)), metrics, verdicts)
+
+    return score
+
+
+def unguarded(before: Rollout, scored: Rollout, columns: Columns) -> tuple[Rollout, Metrics, None]:
+    """No filter."""
+    return scored, {}, None
+
+
+def rescorer(program: Callable[..., tuple[Rollout, Metrics]], networks: Networks) -> Rescorer:
+    """The log-probs of the update's own forward pass, and those of the reference."""
+    return lambda state, sampled: program(
+        state, sampled, networks.functions(sampled.tokens.shape[1])
+    )
+
+
+def learner(program: Callable[..., tuple[LoopState, Metrics]], networks: Networks) -> Learner:
+    """The update."""
+    return lambda state, rollout, key: program(
+        state, rollout, key, networks.functions(rollout.tokens.shape[1])
+    )
+
+
+def drawn(
+    sample: Sampler,
+    rescore: Rescorer,
+    score: Scorer,
+) -> Draw:
+    """Samples, puts the log-probs of the update's own forward pass in place of the sampler's, and
+    scores.
+    """
+
+    def draw(state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
+        sampled, talk_metrics = sample(state, batch)
+        rollout, metrics = rescore(state, sampled)
+        scored = score(rollout, batch)
+        return scored.rollout, metrics | talk_metrics | scored.metrics
+
+    return draw
+
+
+def greedy_baseline(
+    draw: Draw, sample_greedily: Sampler, score: Scorer, join: Callable[..., Rollout]
+) -> Draw:
+    """ReMax (Li et al. 2023): with the score of the greedy response to the same prompt, which
+    ``join(rollout, greedy rollout)`` puts into the rollout.
+    """
+
+    def draw_with_baseline(state: LoopState, batch: Batch) -> tuple[Rollout, Metrics]:
+        rollout, metrics = draw(state, batch)
+        sampled, _ = sample_greedily(state, batch)
+        greedy = score(sampled, batch)
+        greedy_metrics = {"objective/greedy_score": greedy.metrics["objective/score"]}
+        return join(rollout, greedy.rollout), metrics | greedy_metrics
+
+    return draw_with_baseline
+
+
+def first_of(draw: Draw) -> DrawStep:
+    """One draw, of the step's first batch."""
+    return lambda state, spares: draw(state, spares[0])
+
+
+def replace_uninformative(
+    draw: Draw,
+    num_groups: int,
+    num_equal: Callable[[Rollout], jax.Array],
+    refill: Callable[[Rollout, Rollout], Rollout],
+) -> DrawStep:
+    """Dynamic sampling (Yu et al. 2025, DAPO, section 3.2): while groups of the first batch are
+    equal in score, it draws the next batch and takes groups of it in their place.
+
+    Each round draws a whole batch, so that nothing is compiled anew. The metrics of scores and
+    responses are those of the first draw: of the policy, not of the groups that were chosen.
+    """
+
+    def draw_rounds(state: LoopState, spares: Sequence[Batch]) -> tuple[Rollout, Metrics]:
+        first, *others = spares
+        rollout, metrics = draw(state, first)
+        left = float(num_equal(rollout))
+        equal = [left]
+        for batch in others:
+            if not left:
+                break
+            fresh, _ = draw(state, batch)
+            equal.append(float(num_equal(fresh)))
+            rollout = refill(rollout, fresh)
+            left = float(num_equal(rollout))
+        metrics["sampling/rounds"] = jnp.float32(len(equal) - 1)
+        metrics["sampling/uninformative"] = jnp.float32(sum(equal) / (len(equal) * num_groups))
+        return rollout, metrics
+
+    return draw_rounds
+
+
+def observed(draw_step: DrawStep, on_step: OnStep) -> tuple[DrawStep, Callable[..., bool]]:
+    """The draw, and ``on_step`` with the rollout that was drawn last."""
+    drawn: list[Rollout] = []
+
+    def draw(state: LoopState, spares: Sequence[Batch]) -> tuple[Rollout, Metrics]:
+        drawn.clear()
+        rollout, metrics = draw_step(state, spares)
+        drawn.append(rollout)
+        return rollout, metrics
+
+    def observe(step: int, state: LoopState, row: Mapping[str, float]) -> bool:
+        return bool(on_step(step, state, row, drawn[0]))
+
+    return draw, observe
+
+
+def advancing(draw_step: DrawStep, learn: Learner, schedule: Schedule, key: jax.Array) -> Advance:
+    """The step: draws a rollout of the schedule's batches and learns from it."""
+
+    def advance(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
+        rollout, metrics = draw_step(state, schedule.batches(step))
+        state, learn_metrics = learn(state, rollout, jax.random.fold_in(key, step))
+        return state, metrics | learn_metrics
+
+    return advance
+
+
+def attempting(
+    draw: Draw, learn: Learner, schedule: Schedule, key: jax.Array
+) -> Callable[[LoopState], LoopState]:
+    """A step of the widest batch, for the memory that it takes alone; the state stays as it is."""
+
+    def attempt(state: LoopState) -> LoopState:
+        rollout, _ = draw(state, schedule.widest())
+        return memory.tried(lambda state: learn(state, rollout, key), state)
+
+    return attempt
+
+
+def refreshed(advance: Advance, every: int, copy: Callable[[Params], Params]) -> Advance:
+    """The step, before which every so many steps the policy becomes the reference."""
+
+    def advance_refreshed(state: LoopState, step: int) -> tuple[LoopState, Metrics]:
+        if step and step % every == 0:
+            memory.free(state.reference)
+            policy = models.policy_params(state.train.params)
+            state = replace(state, reference=copy(policy))
+        return advance(state, step)
+
+    return advance_refreshed
+
+
+# --- Validation
+
+
+def validator(
+    stage: Stage,
+    policy: LanguageModel,
+    batch: Batch,
+    sample: Sampler,
+    score: Scorer,
+    judge: Scorer | None,
+) -> Callable[[LoopState], Validation]:
+    """Samples a response to each held-out prompt, always with the key of ``batch``; the reward and
+    the judge score them.
+
+    It samples in batches of ``rl.batch_size``, which take the memory of a step's and, if as wide,
+    its program.
+    """
+
+    def validate(state: LoopState) -> Validation:
+        sampled, talk_metrics = sample(state, batch)
+        judged: Metrics = {}
+        if judge is not None:
+            verdict = judge(replace(sampled, rewards=None), batch)  # without the environment's
+            judged = {"validation/judge": verdict.metrics["objective/score"]}
+        scored = score(sampled, batch)
+        samples = _samples(policy, scored, batch)
+        for shown in samples[: stage.config.rl.show_examples]:
+            logger.info(
+                "Prompt:    {prompt}\nGenerated: {response}\nReward:    {score:.4g}\n".format(
+                    **shown
+                )
+            )
+        kinds = ("reward/", "safety/", "environment/")
+        metrics = {"validation/score": scored.metrics["objective/score"]} | judged
+        for name, value in (scored.metrics | talk_metrics).items():
+            if name.startswith(kinds):
+                metrics[f"validation/{name}"] = value
+        return Validation({name: float(value) for name, value in metrics.items()}, samples)
+
+    return validate
+
+
+def _samples(policy: LanguageModel, scored: Scored, batch: Batch) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl: those with a response."""
+    rollout = processes.fetch(scored.rollout)
+    texts = generator.responses(rollout, policy.tokenizer, with_replies=True)
+    scores = np.asarray(rollout.scores)
+    samples = []
+    for i in np.flatnonzero(rollout.present):
+        row: dict[str, Any] = {
+            "prompt": chat.shown(batch.prompts.rows[batch.rows[i]], policy.tokenizer),
+            "response": texts[i],
+            "score": float(scores[i]),
+            "length": int(np.sum(rollout.mask[i])),
+        }
+        if scored.verdicts is not None:
+            row["unsafe"] = filters.sentence(scored.verdicts[i])
+        samples.append(row)
+    return samples
