@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from builders import CONFIG, GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3, ROOT, some_params, some_tokens
 from jax.extend.core import jaxprs_in_params
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 from programs import whole_on_a_device
 from source import code_lines
 
