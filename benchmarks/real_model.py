@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
     new_tokens: int
 
 
-FULL = Sizes(320, 96, 700, 16, 15, 32, 32)
+FULL = Sizes(160, 64, 400, 16, 10, 32, 32)
 SHORT = Sizes(16, 8, 300, 8, 2, 8, 8)
 
 
