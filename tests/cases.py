@@ -256,6 +256,8 @@ CASES = {
         ppo,
         weighed,
         clip_low=0.1,
+        dual_clip=1.2,
+        gamma=0.9,
         whiten_advantages=False,
         whiten_rewards=True,
         entropy_coef=0.1,

@@ -84,7 +84,7 @@ def value_and_gradient(name):
 
 
 FAST = {"sft sequence", "reward_model", "centering", "regression", "vpg token", "ppo fixed", "kto"}
-FAST |= {"rloo token", "dr grpo", "gspo", "dpo robust", "cispo", "orpo"}
+FAST |= {"rloo token", "dr grpo", "gspo", "dpo robust", "cispo", "orpo", "reinforce++ baseline"}
 
 
 @pytest.mark.parametrize(

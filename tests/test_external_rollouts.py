@@ -15,7 +15,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.types import PolicyOutput, Rollout
 
 LETTERS = characters("abcdefghij")  # pad 0, EOS 1, a 2, b 3, ...
-KEY = jax.random.key(0)
 
 
 def test_rows_by_hand():

@@ -408,6 +408,7 @@ def test_reference_judge_and_groups_are_those_of_the_settings(
 
     replacing(monkeypatch, programs)
     how = {"kl_coef": 0.5, "reference_refresh": refresh, "judge": (f"{tmp_path}/rewards.py:two",)}
+    how["temperature"] = 0.5
     optimizer = Optimizer(learning_rate=0.3, schedule="constant")
     settings = dataclasses.replace(config.rl, num_iterations=4, optimizer=optimizer, **how)
     config = dataclasses.replace(config, reward=(f"{tmp_path}/rewards.py:one",), rl=settings)
@@ -420,6 +421,9 @@ def test_reference_judge_and_groups_are_those_of_the_settings(
     for row in rows[1:]:
         shaped = row["objective/score"] - 0.5 * row["objective/kl"]
         assert row["objective/reward"] == pytest.approx(shaped, rel=1e-5)
+        # Sampler, update and reference divide by one temperature.
+        assert row["policy/sampler_gap"] < 1e-4
+        assert row["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
     for row_ids in learned:  # adjacent answers to one prompt
         assert row_ids[0] == row_ids[1] != row_ids[2] == row_ids[3]
 
