@@ -113,7 +113,7 @@ def plan(
     figures = {}
     for phase, program in programs.items():
         compiled = compile_phase(config, name, phase, program, target)
-        needed = _temporary(compiled)
+        needed = memory.needed(compiled)
         if target is not None:
             figures[phase] = _figures(config, compiled, program, target)
         # Gradients, and as much again while the optimizer runs, are float32 in every run.
@@ -162,13 +162,6 @@ def compile_phase(
             f"--compute.remat, --lora.rank 8, or {OTHERWISE}"
         ) from error
     return compiled
-
-
-def _temporary(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a program needs on top of its arguments."""
-    analysis: Any = compiled.memory_analysis()
-    added = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return analysis.temp_size_in_bytes + max(int(added), 0)
 
 
 def _figures(
@@ -541,7 +534,7 @@ def report(
     rows += [(size, f"of it {part}") for part, size in made.parts.items()]
     rows.append((made.peak, "at the peak"))
     lines = [_title(name, target)]
-    lines += [f"{_amount(size):>14}  {what}" for size, what in rows]
+    lines += [f"{memory.amount(size):>14}  {what}" for size, what in rows]
     for phase, figures in made.figures.items():
         lines += _figure_lines(phase, figures)
     if limit is None and target is not None:
@@ -549,15 +542,18 @@ def report(
     if limit is None:
         return lines
     if made.peak <= limit:
-        return [*lines, f"fits in {_amount(limit)}, with {_amount(limit - made.peak)} to spare"]
+        return [
+            *lines,
+            f"fits in {memory.amount(limit)}, with {memory.amount(limit - made.peak)} to spare",
+        ]
     helps = OTHERWISE
     least = made.peak
     for flag, other in options(config, name, _mesh(config, target)).items():
         peak = plan(other, name, length, target).peak
         if peak < least:
             least = peak
-            helps = f"{flag}, a peak of {_amount(peak)}"
-    return [*lines, f"does not fit in {_amount(limit)}; what helps most: {helps}"]
+            helps = f"{flag}, a peak of {memory.amount(peak)}"
+    return [*lines, f"does not fit in {memory.amount(limit)}; what helps most: {helps}"]
 
 
 def _title(name: str, target: targets.Target | None) -> str:
@@ -580,10 +576,6 @@ def _figure_lines(phase: str, figures: Figures) -> list[str]:
         f"  collectives: {collectives or 'none'}",
         f"  custom calls in the program: {calls or 'none'}",
     ]
-
-
-def _amount(size: float) -> str:
-    return f"{size / 2**30:.3f} GiB" if size >= 2**30 else f"{size / 2**20:.3f} MiB"
 
 
 def options(config: RunConfig, name: str, mesh: jax.sharding.Mesh) -> dict[str, RunConfig]:

@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from rlhf_jax.runs import allocator
+from rlhf_jax.runs import allocator, devices
 
 NAME = "GLIBC_TUNABLES"
 PAGES = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB")
@@ -39,6 +40,16 @@ def main():
 cli.run_script(main)
 """
 needs_pages = pytest.mark.skipif(not PAGES.is_dir(), reason="a kernel that knows pages of 1 GiB")
+
+
+def test_what_glibc_keeps_is_given_back_where_there_is_glibc(monkeypatch):
+    given = []
+    library = types.SimpleNamespace(malloc_trim=given.append)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
+    devices.free_memory()
+    assert given == [0]
+    del library.malloc_trim
+    allocator.give_back()
 
 
 def started(tmp_path, *argv, how=(), **environment):

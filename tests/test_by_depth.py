@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import pytest
 
 from rlhf_jax import models
@@ -85,4 +86,23 @@ def test_what_an_update_stores():
 
 def test_the_memory_of_this_machine():
     total = devices.memory_limit()
-    assert 0 < devices.free_memory() <= total < 2**50
+    assert 0 < devices.free_memory() < total < 2**50
+
+
+@pytest.mark.parametrize(
+    ("available", "limit", "free"),
+    [(64, "max", 64), (64, "32768", 20), (8, "32768", 8), (64, "4096", 1 / 1024), (None, None, 0)],
+)
+def test_memory_is_free_as_system_and_container_say(tmp_path, monkeypatch, available, limit, free):
+    """In KiB. Of 16 that the container uses 4 are pages of files, and a 32nd of what is free stays."""
+    monkeypatch.setattr(devices, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    if available is not None:
+        lines = f"MemTotal: 128 kB\nMemFree: 1 kB\nMemAvailable:   {available} kB\n"
+        (tmp_path / "meminfo").write_text(lines)
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text(str(16 * 1024))
+        stat = "file 9999\nactive_file 1024\ninactive_file 3072\ninactive_file_x 5\n"
+        (tmp_path / "memory.stat").write_text(stat)
+    share = free * 1024 * 31 / 32
+    assert devices.free_memory() == int(share) // jax.local_device_count()

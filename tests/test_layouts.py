@@ -171,6 +171,7 @@ class Probe:
                     self.collectives = count_collectives(compiled["update"].as_text())
                 return compiled["update"](*args, **options)
 
+            call.lower = lazy.lower  # for the check of memory
             return call
 
         patch.setattr(stage.Stage, "jit_update", jitted)

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -17,7 +16,7 @@ from builders import Killed, metric_rows, run_loop
 from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, parse
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
 from rlhf_jax.runs import checkpoint
-from rlhf_jax.training import loop
+from rlhf_jax.training import loop, memory
 from rlhf_jax.training.stage import open_stage
 
 
@@ -121,7 +120,7 @@ def test_a_run_that_fails_keeps_the_row_of_its_last_step(config, losses):
     assert [row["step"] for row in metric_rows(config.output_dir)] == [*range(6)]
 
 
-def test_a_resumed_run_tries_its_largest_step_before_its_checkpoint_is_read(config, monkeypatch):
+def test_a_resumed_run_checks_its_largest_step_before_its_checkpoint_is_read(config, monkeypatch):
     """One that fits no more ends there; one that is finished has nothing to try."""
     with pytest.raises(Killed):
         run_loop(config, die_at=5)
@@ -131,19 +130,18 @@ def test_a_resumed_run_tries_its_largest_step_before_its_checkpoint_is_read(conf
     monkeypatch.setattr(checkpoint.Checkpoints, "restore", noted)
 
     def attempt(fits):
-        def tried(state):
-            events.append("tried")
+        def check_memory(state):
+            events.append("checked")
             if not fits:
-                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
-            return state
+                raise memory.TooLarge("too much")
 
-        return run_loop(replace(config, resume=True), attempt=tried)
+        return run_loop(replace(config, resume=True), check_memory=check_memory)
 
-    with pytest.raises(TrainingFault, match="sft: out of memory"):
+    with pytest.raises(TrainingFault, match="sft: out of memory before the first step: too much"):
         attempt(fits=False)
-    assert events == ["tried"]
+    assert events == ["checked"]
     assert attempt(fits=True)[0] == attempt(fits=False)[0] == 6
-    assert events == ["tried", "tried", "read", "read"]
+    assert events == ["checked", "checked", "read", "read"]
 
 
 def test_a_checkpoint_says_where_it_comes_from(config):

@@ -7,13 +7,11 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import models, ops, rollout, training, types
 from rlhf_jax.algorithms import kto, ppo, sft
-from rlhf_jax.algorithms.step import gradient_step
 from rlhf_jax.config import (
     Compute,
     KTOStage,
@@ -25,6 +23,7 @@ from rlhf_jax.config import (
     Tokenizer,
 )
 from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.runs import devices
 from rlhf_jax.training import memory
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.stage import open_stage
@@ -165,30 +164,96 @@ def test_a_run_that_does_not_fit_says_so_before_step_0(name, tmp_path, monkeypat
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def updated(state, batch, optimizer):
-    """An update of a line through 0 and a head, as the stages make theirs."""
+def test_a_program_is_refused_if_it_needs_more_than_is_free(monkeypatch):
+    """What it needs is what comes on top of its arguments; a donated one is used again."""
 
-    def loss(params, batch):
-        error = jnp.square(params["body"]["w"] * batch - params["value"]["b"])
-        return types.Mean(jnp.sum(error), batch.size), {}
+    def fn(state, batch, *, scale):
+        return state * scale, jnp.sort(batch * scale, axis=1).sum(axis=1)
 
-    return gradient_step(loss, state, optimizer, batch=batch)
+    program = functools.partial(jax.jit(fn, donate_argnums=0), scale=2.0)
+    arguments = (jnp.zeros((1024, 1024)), jnp.zeros((512, 1024)))
+    needed = memory.needed(memory.check("learn", program, *arguments))
+    assert 2 << 20 <= needed < 3 << 20
+    for free in (0, needed):  # of 0 nobody knows
+        monkeypatch.setattr(devices, "free_memory", lambda free=free: free)
+        memory.check("learn", program, *arguments)
+    monkeypatch.setattr(devices, "free_memory", lambda: needed - 1)
+    with pytest.raises(
+        memory.TooLarge,
+        match=r"the phase 'learn' needs 2\.\d+ MiB more .*, and 2\.\d+ MiB are free",
+    ):
+        memory.check("learn", program, *arguments)
+    assert not arguments[0].is_deleted()
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)
+    memory.check("learn", program, *arguments)
 
 
-def test_an_update_that_is_tried_leaves_the_state_as_it_was():
-    """Weights decay and moments would change it; the state is donated."""
-    params, optimizer = (
-        {"body": {"w": jnp.float32([2.0])}, "value": {"b": jnp.float32(1.0)}},
-        optax.adamw(0.1),
+RUNS = ["sft", "kto", "ppo", "environment"]
+
+
+def a_run(name, tmp_path, **options):
+    """Runs ``name``, all rows of which are of one width."""
+    rows = [{"prompt": "ab", "response": "a" * (1 + n % 4), "desirable": True} for n in range(9)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
+    settings = {"batch_size": 4, "validation_fraction": 0.0}
+    if name == "environment":
+        source = "def environment(conversation, row): return None"
+        (tmp_path / "own.py").write_text(source, "utf-8")
+        settings["environment"] = f"{tmp_path / 'own.py'}:environment"
+    config = RunConfig(
+        data=(str(tmp_path / "rows.json"),),
+        output_dir=str(tmp_path / "run"),
+        sft=SFTStage(batch_size=4, validation_fraction=0.0),
+        kto=KTOStage(batch_size=4, validation_fraction=0.0),
+        rl=RLStage(num_iterations=2, max_new_tokens=4, **settings),
+        **TINY,
+        **options,
     )
-    compiled = jax.jit(functools.partial(updated, optimizer=optimizer), donate_argnums=0)
-    state, _ = compiled(types.TrainState.create(params, optimizer), jnp.ones(3))
-    before = jax.device_get(state)
-    after = memory.tried(lambda state: compiled(state, jnp.ones(3)), state)
-    assert jax.tree.structure(after) == jax.tree.structure(before)
-    jax.tree.map(assert_array_equal, after, before)
-    with pytest.raises(UserError, match="an update whose loss was NaN was applied"):
-        memory.tried(lambda state: (state, {"nonfinite": jnp.float32(0)}), after)
+    if name in ("sft", "kto"):
+        return getattr(training, name).run(config)
+    return training.rl.run(config, ppo)
+
+
+@pytest.mark.usefixtures("no_pages")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_compiles_what_it_checks_once(name, tmp_path):
+    """Its first step finds the programs that were compiled for the check."""
+    compiled = []
+
+    def count(event, seconds, fun_name="", **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        a_run(name, tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    programs = ["jit(update_in_place)"]
+    if name in ("ppo", "environment"):
+        programs += ["jit(respond)", "jit(rescored)", "jit(reward)"]
+    assert {program: compiled.count(program) for program in programs} == dict.fromkeys(programs, 1)
+
+
+@pytest.mark.usefixtures("no_pages")
+@pytest.mark.parametrize(
+    ("name", "phase"), [("sft", "learn"), ("kto", "learn"), ("ppo", "respond")]
+)
+def test_a_run_that_needs_more_than_is_free_ends_before_its_first_step(
+    name, phase, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(devices, "free_memory", lambda: 1)
+    stage = "ppo" if name == "ppo" else name
+    with pytest.raises(TrainingFault) as fault:
+        a_run(name, tmp_path)
+    text = str(fault.value)
+    assert text.startswith(
+        f"{stage}: out of memory before the first step: the phase '{phase}' needs"
+    )
+    assert "and 0.000 MiB are free. On each device lie" in text
+    assert f"What helps most: more --{stage}.num-microbatches (now 1), a smaller" in text
+    assert text.endswith(f"rlhf-jax plan {stage} computes what other settings need.")
+    assert not any((tmp_path / "run" / "checkpoints").glob("*"))
 
 
 @pytest.mark.parametrize(

@@ -23,20 +23,23 @@ from rlhf_jax.config import (
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices
-from rlhf_jax.training import phases, reward_model, rl, stage
+from rlhf_jax.training import memory, phases, reward_model, rl, stage
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
 
 
 def untouched(state):
-    """What an update returns that leaves the state as it is, and says so where it was spoiled to
-    try the memory.
+    """What an update returns that leaves the state as it is."""
+    return state, {"nonfinite": 0.0}
+
+
+def unchecked(monkeypatch):
+    """Programs may be functions that cannot be compiled: their memory is not checked, and those
+    before the update are called in place of their check.
     """
-    spoiled = any(
-        bool(jnp.isnan(leaf).any()) for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float32
-    )
-    return state, {"nonfinite": float(spoiled)}
+    monkeypatch.setattr(memory, "check", lambda *args: None)
+    monkeypatch.setattr(memory, "rehearsed", lambda phase, program: program)
 
 
 @pytest.fixture
@@ -46,6 +49,7 @@ def config(tmp_path):
 
 def replacing(monkeypatch, replace):
     """Puts ``replace(programs)``, a dict of programs, in place of the programs of RL runs."""
+    unchecked(monkeypatch)
     compiled = rl.compiled
 
     def replaced(*how):
@@ -84,14 +88,13 @@ def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(
     def jit_update(self, update, num_blocks):
         def record(state, batch, key, **functions):
             tokens = batch.tokens if hasattr(batch, "tokens") else batch.chosen.tokens
-            if not untouched(state)[1]["nonfinite"]:
-                drawn.append(
-                    (np.sort(np.asarray(tokens).reshape(4, -1), axis=0).tobytes(), bits(key))
-                )
+            rows = np.sort(np.asarray(tokens).reshape(4, -1), axis=0)
+            drawn.append((rows.tobytes(), bits(key)))
             return untouched(state)
 
         return record
 
+    unchecked(monkeypatch)
     monkeypatch.setattr(stage.Stage, "jit_update", jit_update)
     run(config)
     run(again(config, tmp_path))
@@ -131,12 +134,9 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(
         f"report.html could not be drawn: UserError: there is {folder / 'model' / 'config.json'}\n"
     )
     assert failure in capsys.readouterr().out
-    assert drawn[:10] == drawn[10:]
-    assert [drawn[0], drawn[1][:2]] == [
-        drawn[3],
-        drawn[4][:2],
-    ]  # the first step is tried for its memory
-    drawn = drawn[2:10]
+    assert drawn[:9] == drawn[9:]
+    assert drawn[0] == drawn[2]  # the first step's memory is checked
+    drawn = drawn[1:9]
     assert [name for name, *_ in drawn] == ["sample", *["sample", "update"] * 3, "sample"]
     assert drawn[0] == drawn[7]  # validations sample with one key, so that they can be compared
     assert drawn[0][2] == bits(stage.stream(config.seed, "vpg", "eval"))
@@ -191,10 +191,8 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
     monkeypatch.setattr(rl.models, "policy_fn", lambda *how: (made.add(how[2]), policy_fn(*how))[1])
     environment = f"{tmp_path / 'world.py'}:silent" if several_turns else None
     training.rl.run(uneven(config, tmp_path, 3, environment=environment), vpg)
-    tried, validation, *steps, last = seen
-    assert (
-        tried[0] == 12
-    )  # the widest is tried for its memory, whether the first batch needs it or not
+    checked, validation, *steps, last = seen
+    assert checked[0] == 12  # the widest, whether the first batch needs it or not
     assert validation == last
     assert {width for width, _ in steps} == made == {3, 12}
     assert all(width == (12 if longest == 12 else 3) for width, longest in (*steps, last))
@@ -237,7 +235,7 @@ def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkey
     (tmp_path / "others.json").write_text(json.dumps([{"prompt": "say a", "letter": "a"}] * 9))
     (tmp_path / "talk.py").write_text(TALK)
     samples, metrics, num_sampled = validated(4)
-    assert turns or num_sampled == 2 + 2 * 3  # the trial of memory and a step, then two validations
+    assert turns or num_sampled == 2 + 2 * 3  # the check of memory and a step, then two validations
     assert len({sample["response"] for sample in samples}) == len(samples) == 9
     same, in_two, num_sampled = validated(8)
     assert same == samples
@@ -309,7 +307,7 @@ def test_widths_change_nothing_but_rounding_and_survive_a_resume(config, tmp_pat
         steps = itertools.count()
 
         def learn(*inputs):
-            if next(steps) == 4:  # of which the first is the trial of memory
+            if next(steps) == 3:
                 raise KeyboardInterrupt
             return programs.learn(*inputs)
 
@@ -362,7 +360,7 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
     settings = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, **talks)
     config = dataclasses.replace(config, rl=settings)
     metrics = training.rl.run(config, vpg, vpg.Config(baseline="greedy")).metrics
-    for rollout in rollouts[1:]:  # the first is the trial of memory, without the reward
+    for rollout in rollouts:
         present = np.any(rollout.response_mask, axis=1)
         assert_array_equal(present, [LETTERS[row] != "a" for row in rollout.row_ids])
         expected = [(2 if turns else 1) * ord(LETTERS[row]) for row in rollout.row_ids[present]]
@@ -376,7 +374,7 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
     ]
     assert (
         len(keys) > 3 if turns else len(keys) == 3
-    )  # the first to try the memory; then one for each turn
+    )  # the first to check the memory; then one for each turn
     assert len(asked) >= 3
 
 
@@ -449,7 +447,7 @@ def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path,
         id(leaf) for name, state in calls if name == "sampler" for leaf in jax.tree.leaves(state)
     }
     assert {id(leaf) for leaf in jax.tree.leaves(weights)} <= held  # no copy
-    assert len(weights) > 3 == len(calls) - len(weights)  # the trial of memory, then two iterations
+    assert len(weights) > 3 == len(calls) - len(weights)  # the check of memory, then two iterations
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["whole", "lora"])

@@ -3,6 +3,7 @@
 import glob
 import mmap
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import jaxlib
 from jax._src import xla_bridge  # whether a backend has started has no public name
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs import processes
+from rlhf_jax.runs import allocator, processes
 
 # Given to XLA before its backend starts. GPU: collectives and copies overlap with work; loops, such
 # as that over the tokens of a response, become CUDA graphs. CPU: programs compile in half the time.
@@ -27,6 +28,9 @@ FLAGS = {
         "xla_cpu_parallel_codegen_split_count": "8",
     },
 }
+MEMINFO = Path("/proc/meminfo")  # in KiB
+CGROUP = Path("/sys/fs/cgroup")  # of this container
+RESERVED = 1 / 32  # of what a CPU has available
 FILES = {
     "gpu": ("/dev/nvidia[0-9]*", "/usr/lib/wsl/lib/libcuda.so.1"),
     "tpu": ("/dev/accel[0-9]*",),
@@ -133,33 +137,38 @@ def memory_limit() -> int:
     """
     if jax.default_backend() != "cpu":
         return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    limits = [_meminfo("MemTotal"), _cgroup("memory.max")]
+    limits = [_line_of(MEMINFO, "MemTotal") * 1024, _cgroup("memory.max")]
     return min(filter(None, limits), default=0) // jax.local_device_count()
 
 
 def free_memory() -> int:
-    """Bytes of ``memory_limit`` that nothing holds now; 0: nobody knows."""
+    """Bytes of ``memory_limit`` that a program may take now; 0: nobody knows.
+
+    Of a CPU's a part stays for what a process needs beside its arrays, such as compiling.
+    """
     if jax.default_backend() != "cpu":
         stats = jax.local_devices()[0].memory_stats() or {}
         return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-    limits = [_meminfo("MemAvailable")]
+    allocator.give_back()
+    limits = [_line_of(MEMINFO, "MemAvailable") * 1024]
     allowed = _cgroup("memory.max")
     if allowed:
-        limits.append(max(allowed - _cgroup("memory.current"), 1))
-    return min(filter(None, limits), default=0) // jax.local_device_count()
+        # Pages of files count as used, and go as soon as somebody needs the memory.
+        kept = [_line_of(CGROUP / "memory.stat", f"{what}active_file") for what in ("", "in")]
+        limits.append(max(allowed - _cgroup("memory.current") + sum(kept), 1))
+    free = min(filter(None, limits), default=0)
+    return int(free * (1 - RESERVED)) // jax.local_device_count()
 
 
-def _meminfo(key: str) -> int:
-    """Bytes of a line of Linux's /proc/meminfo; 0 without one."""
-    file = Path("/proc/meminfo")
+def _line_of(file: Path, key: str) -> int:
+    """The number behind a key in a file of Linux's; 0 without one."""
     lines = file.read_text().splitlines() if file.exists() else []
-    kib = [int(line.split()[1]) for line in lines if line.startswith(f"{key}:")]
-    return 1024 * sum(kib)
+    return sum(int(line.split()[1]) for line in lines if re.match(f"{key}:? ", line))
 
 
 def _cgroup(name: str) -> int:
     """Bytes that this container's cgroup (version 2) names; 0 without a number."""
-    file = Path("/sys/fs/cgroup") / name
+    file = CGROUP / name
     text = file.read_text().strip() if file.exists() else ""
     return int(text) if text.isdigit() else 0
 

@@ -52,9 +52,8 @@ class Job(NamedTuple):
     optimizer: Optimizer = Optimizer()
     # the metric of early stopping and plateau, unless keep_best names one
     judged_by: str = "min:validation/loss"
-    attempt: Callable[[Any], Any] = lambda state: (
-        state
-    )  # the largest step for its memory alone; the state as it was
+    # compiles the largest step and raises ``memory.TooLarge`` if it does not fit
+    check_memory: Callable[[Any], object] = lambda state: None
     # (step, state after it, its row of metrics) -> whether the run ends here; None: nobody asks
     on_step: Callable[[int, Any, Mapping[str, float]], bool] | None = None
 
@@ -62,7 +61,8 @@ class Job(NamedTuple):
 def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]]:
     """Runs ``job.advance`` for each step, from the checkpoint of a resumed run if there is one.
 
-    ``job.attempt`` comes first, so that a run that does not fit says so at once, a resumed one too.
+    ``job.check_memory`` comes first, so that a run that does not fit says so at once, a resumed one
+    too.
     Row k of metrics.jsonl speaks of the state after k steps; a checkpoint of step k is saved after
     row k, step 0 before the first update. Validations come before the first step, every
     ``validation_interval`` steps and at the end; with ``keep_best`` they are followed by a
@@ -146,7 +146,7 @@ class _Loop:
         config, run, resume_step = stage.config, stage.run, None
         if (checkpoints.latest() or 0) < job.num_steps:
             logger.info("compiling; the first steps take longest")
-            self.state = job.attempt(state)
+            job.check_memory(state)
         if run.resumed:
             target, self.state = (
                 memory.shapes(self.state),

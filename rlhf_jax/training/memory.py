@@ -1,9 +1,11 @@
-"""Out of memory as a sentence: what lies on each device, and which settings help most."""
+"""Memory before the first step: what the largest programs need beside what is free; and out of
+memory as a sentence: what lies on each device, and which settings help most.
+"""
 
+import functools
 import math
-import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,16 +13,19 @@ import numpy as np
 from rlhf_jax import sharding
 from rlhf_jax.config import Compute
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.types import Metrics
+from rlhf_jax.runs import devices
 
-State = TypeVar("State")
 HOST = "pinned_host"  # JAX's name for memory of the host that devices read
+
+
+class TooLarge(Exception):
+    """A program needs more memory than is free: how much of both."""
 
 
 def fault(
     stage: str, held: Mapping[str, Any], sizes: Mapping[str, int], error: Exception
 ) -> TrainingFault:
-    """What to raise in place of XLA's error.
+    """What to raise in place of XLA's error, or of a program that is too large.
 
     Args:
         stage: such as "sft" or "ppo".
@@ -51,11 +56,65 @@ def fault(
         advice[name.rpartition(".")[2]].format(name.replace("_", "-"), value)
         for name, value in sizes.items()
     ]
+    said = str(error).splitlines()[0]
+    begins = "out of memory."
+    ends = f"XLA said: {said}"
+    if isinstance(error, TooLarge):
+        begins = f"out of memory before the first step: {said}."
+        ends = f"rlhf-jax plan {stage} computes what other settings need."
     return TrainingFault(
-        f"{stage}: out of memory. {lies}What helps most: "
-        f"{', '.join([*helps, 'shorter texts', 'more devices'])}. "
-        f"XLA said: {str(error).splitlines()[0]}"
+        f"{stage}: {begins} {lies}What helps most: "
+        f"{', '.join([*helps, 'shorter texts', 'more devices'])}. {ends}"
     )
+
+
+def amount(size: float) -> str:
+    """Bytes as GiB, or as MiB if they are fewer."""
+    return f"{size / 2**30:.3f} GiB" if size >= 2**30 else f"{size / 2**20:.3f} MiB"
+
+
+def needed(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program takes on a device beside its arguments; 0 if its compiler does not say."""
+    analysis: Any = compiled.memory_analysis()
+    if analysis is None:
+        return 0
+    added = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return int(analysis.temp_size_in_bytes + max(added, 0))
+
+
+def check(phase: str, program: Callable[..., Any], *args: Any) -> jax.stages.Compiled:
+    """Compiles a jitted function, or a partial of one, and does not run it; a call with such
+    arguments then finds it compiled.
+
+    Raises:
+        TooLarge: it needs more memory beside its arguments than is free.
+    """
+    jitted: Any = program
+    options: dict[str, Any] = {}
+    if isinstance(program, functools.partial):
+        jitted = program.func
+        options = program.keywords
+    compiled: jax.stages.Compiled = jitted.lower(*args, **options).compile()
+    size = needed(compiled)
+    free = devices.free_memory()
+    if size > free > 0:
+        raise TooLarge(
+            f"the phase {phase!r} needs {amount(size)} more than what lies on each device, and "
+            f"{amount(free)} are free"
+        )
+    return compiled
+
+
+def rehearsed(phase: str, program: Callable[..., Any]) -> Callable[..., Any]:
+    """``program`` as ``check`` calls it: it returns zeros of the shapes that it would return."""
+
+    def rehearse(*args: Any) -> Any:
+        compiled = check(phase, program, *args)
+        shapes = jax.eval_shape(program, *args)
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        return jax.tree.map(sharding.place, zeros, compiled.output_shardings)
+
+    return rehearse
 
 
 def score_rows(compute: Compute, num_rows: int, config: Any) -> int | None:
@@ -87,34 +146,6 @@ def wants_remat(stored: int, limit: float) -> bool:
     """Whether ``compute.remat: auto`` is on, for what an update stores and a device has; with a
     limit of 0, which nobody knows, it is off."""
     return stored > limit / 4 > 0
-
-
-def tried(update: Callable[[State], tuple[State, Metrics]], state: State) -> State:
-    """Runs an update for the memory that it takes alone, and returns the state as it was, bit for
-    bit.
-
-    One array of the parameters is NaN meanwhile, the smallest beside the heads, so that loss and
-    gradient are not finite and the update is not applied. The state may be donated; there is no
-    second copy of it.
-
-    Raises:
-        UserError: the update was applied.
-    """
-    flat, structure = jax.tree_util.tree_flatten_with_path(state)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-    chosen = min(
-        (x for x in leaves if re.match(r"(train/)?params/(?!value/|score/)", x)),
-        key=lambda x: leaves[x].size,
-    )
-    kept = leaves[chosen]
-    nan = sharding.place(np.full(kept.shape, np.nan, kept.dtype), kept.sharding)
-    after, metrics = update(jax.tree.unflatten(structure, (leaves | {chosen: nan}).values()))
-    if not float(metrics["nonfinite"]):
-        raise UserError(
-            "an update whose loss was NaN was applied; it must return the old state and nonfinite 1"
-        )
-    returned = dict(zip(leaves, jax.tree.leaves(after), strict=True))
-    return jax.tree.unflatten(structure, (returned | {chosen: kept}).values())
 
 
 def offloaded(fn: jax.tree_util.Partial) -> jax.tree_util.Partial:

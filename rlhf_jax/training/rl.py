@@ -280,16 +280,16 @@ def build(
     programs: Programs,
     on_step: steps.OnStep | None,
 ) -> loop.Job:
-    """What the loop runs: steps, validations, and first the widest step as a trial of memory."""
+    """What the loop runs: the widest step's memory is checked, then come steps and validations."""
     settings = stage.config.rl
     schedule, to_validate = _prompts(stage, parts, method)
     _hold_cache(stage, parts, schedule)
     learn = steps.learner(programs.learn, networks)
-    drawing = functools.partial(_drawing, stage, method, networks, programs)
+    drawing = functools.partial(_drawing, stage, method, networks)
 
     talk = functools.partial(converse, parts.environment)
     score = steps.scorer(stage, programs.reward, parts.reward, parts.guard)
-    draw = drawing(talk, score)
+    draw = drawing(programs, talk, score)
     draw_step = steps.first_of(draw)
     if settings.dynamic_sampling:
         draw_step = steps.replace_uninformative(
@@ -308,7 +308,11 @@ def build(
         judge = parts.judge and steps.scorer(stage, programs.reward, parts.judge)
         validate = steps.validator(stage, parts.initial, to_validate, sample, score, judge)
 
-    trial = drawing(*_without_python(stage, parts, programs))
+    named = zip(Programs._fields, programs, strict=True)
+    rehearsed = Programs(*(memory.rehearsed(phase, program) for phase, program in named))
+    rehearsal = drawing(rehearsed, *_without_python(stage, parts, rehearsed))
+    key = stage.key("update")
+    check_memory = steps.checking(rehearsal, programs.learn, networks, schedule, key)
     return loop.Job(
         advance,
         settings.length,
@@ -318,7 +322,7 @@ def build(
         sources=schedule.sources,
         optimizer=settings.optimizer,
         judged_by="max:validation/score",
-        attempt=steps.attempting(trial, learn, schedule, stage.key("update")),
+        check_memory=check_memory,
         on_step=observe,
     )
 
@@ -383,7 +387,7 @@ def _hold_cache(stage: Stage, parts: Parts, schedule: Schedule) -> None:
 
 
 def _without_python(stage: Stage, parts: Parts, programs: Programs) -> tuple[Talk, Scorer]:
-    """Environment and reward of the trial of memory, without what others wrote in Python."""
+    """Environment and reward of a check of memory, without what others wrote in Python."""
     silent = parts.environment and parts.environment._replace(fn=lambda conversation, row: None)
     reward = parts.reward
     if reward.host is not None:

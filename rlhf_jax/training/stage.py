@@ -335,13 +335,14 @@ def open_stage(
             raise TrainingFault(
                 f"{path}: the disk is full{where}; make room, then go on with --resume"
             ) from error
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
+        except (jax.errors.JaxRuntimeError, ValueError, memory.TooLarge) as error:
             if processes.is_lost(error):
                 raise TrainingFault(
                     f"{name}: another process has gone; start all of them again, --resume"
                 ) from error
             # XLA's; a ValueError while arrays are placed on a GPU
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            is_full = "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, memory.TooLarge)
+            if not is_full:
                 raise
             switches = {
                 "lora.rank": config.lora.rank,

@@ -253,16 +253,24 @@ def advancing(draw_step: DrawStep, learn: Learner, schedule: Schedule, key: jax.
     return advance
 
 
-def attempting(
-    draw: Draw, learn: Learner, schedule: Schedule, key: jax.Array
-) -> Callable[[LoopState], LoopState]:
-    """A step of the widest batch, for the memory that it takes alone; the state stays as it is."""
+def checking(
+    draw: Draw,
+    program: Callable[..., Any],
+    networks: Networks,
+    schedule: Schedule,
+    key: jax.Array,
+) -> Callable[[LoopState], None]:
+    """Checks the memory of a step of the widest batch.
 
-    def attempt(state: LoopState) -> LoopState:
+    draw: of ``memory.rehearsed`` programs; ``program`` is the update's.
+    """
+
+    def check_memory(state: LoopState) -> None:
         rollout, _ = draw(state, schedule.widest())
-        return memory.tried(lambda state: learn(state, rollout, key), state)
+        functions = networks.functions(rollout.tokens.shape[1])
+        memory.check("learn", program, state, rollout, key, functions)
 
-    return attempt
+    return check_memory
 
 
 def refreshed(advance: Advance, every: int, copy: Callable[[Params], Params]) -> Advance:

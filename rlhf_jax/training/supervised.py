@@ -173,9 +173,9 @@ def _job(setting: Setting, spec: StageSpec, task: Task, feed: Feed, num_steps: i
             metrics = metrics | {f"{spec.section}/padding": jnp.float32(padding)}
         return state, metrics
 
-    def attempt(state: TrainState) -> TrainState:
+    def check_memory(state: TrainState) -> None:
         batch = stage.shard(feed.largest(train_on))
-        return memory.tried(lambda state: task.update(state, batch, update_key), state)
+        memory.check("learn", task.update, state, batch, update_key)
 
     def sources(step: int) -> list[str]:
         return [encoded.sources[row] for row in feed.rows(step) if row != batches.ABSENT]
@@ -188,7 +188,7 @@ def _job(setting: Setting, spec: StageSpec, task: Task, feed: Feed, num_steps: i
         show=spec.show,
         sources=sources,
         optimizer=settings.optimizer,
-        attempt=attempt,
+        check_memory=check_memory,
     )
 
 
