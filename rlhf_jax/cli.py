@@ -208,13 +208,16 @@ def export_run(run: Positional, folder: Positional) -> None:
     _print(f"wrote {export.export(run, folder)}")
 
 
-_EVALUATION = tyro.conf.arg(
-    constructor_factory=lambda: importlib.import_module("rlhf_jax.evaluation.evaluate").Config
-)
+def _config_of(module: str) -> Any:
+    """For flags that are the ``Config`` of a module, which is imported when they are read."""
+    return tyro.conf.arg(
+        constructor_factory=lambda: importlib.import_module(f"rlhf_jax.{module}").Config
+    )
 
 
 def evaluate_run(
-    run: Positional, config: tyro.conf.OmitArgPrefixes[Annotated[Any, _EVALUATION]]
+    run: Positional,
+    config: tyro.conf.OmitArgPrefixes[Annotated[Any, _config_of("evaluation.evaluate")]],
 ) -> None:
     """Judge a run's policy by data: helpfulness, harmlessness, honesty, preferences, diversity,
     against another run.
@@ -246,6 +249,23 @@ def evaluate_run(
     _print(f"wrote {result.path}")
     if (Path(run) / "manifest.json").is_file() and result.path.parent == Path(run):
         page.write([run], page.default_path([run]))
+
+
+def generate_answers(
+    run: Positional,
+    config: tyro.conf.OmitArgPrefixes[Annotated[Any, _config_of("inference.generate")]],
+) -> None:
+    """Write a model's answers to prompts from files, as JSON lines {prompt, response}.
+
+    The same command completes a file that was interrupted.
+
+    Args:
+        run: the folder of a finished run, or of a model.
+        config: which prompts, and how they are asked.
+    """
+    from rlhf_jax.inference import generate
+
+    _print(f"wrote {generate.run(run, config)} responses to {config.out}")
 
 
 def report_runs(runs: Files, output: str | None = None, png: str | None = None) -> None:
@@ -360,6 +380,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "configs": list_configs,
     "doctor": examine,
     "evaluate": evaluate_run,
+    "generate": generate_answers,
     "report": report_runs,
     "export": export_run,
     "data check": check_data,

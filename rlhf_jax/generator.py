@@ -4,6 +4,7 @@ import collections
 import functools
 import json
 import operator
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -161,6 +162,20 @@ class Generations(NamedTuple):
     """[N] bool, whether EOS ended the last response. False if ``max_new_tokens`` cut it."""
 
 
+class Asked(NamedTuple):
+    """N prompts as a model reads them, S samples of each."""
+
+    rows: list[Row]
+    ids: list[list[int]]
+    streams: np.ndarray
+    """[N, S] int32, which decide the randomness of each sample."""
+
+    def part(self, start: int, stop: int) -> "Asked":
+        """The prompts from ``start`` to ``stop``; their samples are the same."""
+        which = slice(start, stop)
+        return Asked(self.rows[which], self.ids[which], self.streams[which])
+
+
 class Generator:
     """A policy, and optionally a reward model, from the folders that a run writes.
 
@@ -179,6 +194,7 @@ class Generator:
             (``data.environment``).
         max_turns: the largest number of responses in a row; None: as many as fit.
         batch_size: the largest number of rows at once.
+        max_length: positions for prompt and response, if fewer than the model has.
         compute: as in ``models.load``, such as ``compute_dtype="bfloat16"``.
 
     Raises:
@@ -200,6 +216,7 @@ class Generator:
         environment: Source = None,
         max_turns: int | None = None,
         batch_size: int = 64,
+        max_length: int | None = None,
         **compute: Any,
     ):
         ops.check_number("batch_size", batch_size, at_least=1)
@@ -223,7 +240,7 @@ class Generator:
         fn = function_of(environment, "environment")
         self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
         self._score: Callable[..., jax.Array] | None = None
-        positions = self.model.config.max_length
+        positions = min(self.model.config.max_length, max_length or sys.maxsize)
         if reward_model is not None:
             judge = self._load_judge(reward_model, str(folder), compute)
             positions = min(positions, judge.config.max_length)
@@ -276,33 +293,10 @@ class Generator:
             raise UserError("expected a list of prompts, got one text; put it in a list")
         given = zip(prompts, columns or [{}] * len(prompts), strict=True)
         rows = [self._row(prompt, f"prompts[{i}]", own) for i, (prompt, own) in enumerate(given)]
-        ids = encoding.prompt_ids(rows, self.tokenizer, self.template)
-        self._check_lengths(rows, ids)
+        asked = self.ask(rows, num_samples)
         if not rows:
             return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
-        longest = max(map(len, ids))
-        width = min(-(-longest // _BUCKET) * _BUCKET, self._room)
-        padded = encoding.left_padded(ids, width, self.tokenizer.pad_id)
-        encoded = encoding.EncodedPrompts(*padded, rows, (), {})
-        numbers = np.repeat(np.arange(len(rows)), num_samples)
-        streams = _streams([tuple(ids[number]) for number in numbers])
-        key = jax.random.key(seed)
-
-        def respond(
-            tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
-        ) -> Rollout:
-            return self._policy.sample(
-                tokens,
-                mask,
-                key,
-                config=self.config,
-                batch_size=self.batch_size,
-                row_ids=streams,
-                used=used,
-            )
-
-        sampled, _ = converse(self._environment, respond, encoded, numbers)
-        rollout: Any = sampled
+        rollout: Any = self.sample(asked, seed)
         rewards = None
         if self._score is not None:
             inputs = (rollout.tokens, rollout.attention_mask)
@@ -316,6 +310,39 @@ class Generator:
             token_log_probs=[log_probs[mask] for log_probs, mask in in_responses],
             finished=ended(rollout, self.config.eos_ids),
         )
+
+    def ask(self, rows: Sequence[Row], num_samples: int = 1) -> "Asked":
+        """The rows' prompts as the model reads them, for `sample`. Raises as a call does."""
+        ids = encoding.prompt_ids(rows, self.tokenizer, self.template)
+        self._check_lengths(rows, ids)
+        each = [tuple(prompt) for prompt in ids for _ in range(num_samples)]
+        return Asked(list(rows), ids, _streams(each).reshape(len(rows), num_samples))
+
+    def sample(self, asked: "Asked", seed: int) -> Rollout:
+        """A Rollout of NumPy arrays with the samples of each prompt, one after the other."""
+        longest = max(map(len, asked.ids))
+        width = min(-(-longest // _BUCKET) * _BUCKET, self._room)
+        padded = encoding.left_padded(asked.ids, width, self.tokenizer.pad_id)
+        encoded = encoding.EncodedPrompts(*padded, asked.rows, (), {})
+        key = jax.random.key(seed)
+
+        def respond(
+            tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
+        ) -> Rollout:
+            return self._policy.sample(
+                tokens,
+                mask,
+                key,
+                config=self.config,
+                batch_size=self.batch_size,
+                row_ids=asked.streams.ravel(),
+                used=used,
+            )
+
+        num_rows, num_samples = asked.streams.shape
+        numbers = np.repeat(np.arange(num_rows), num_samples)
+        rollout, _ = converse(self._environment, respond, encoded, numbers)
+        return rollout
 
     def _check_lengths(self, rows: Sequence[Row], ids: Sequence[list[int]]) -> None:
         for row, own in zip(rows, ids, strict=True):

@@ -28,8 +28,8 @@ def of_depth(layers, **compute):
 def test_layers_are_scanned_by_depth_unless_it_is_said(tmp_path, layers, given, chosen):
     config = stage._decided(of_depth(layers, scan_layers=given), a_run(tmp_path))
     assert config.compute == Compute(scan_layers=chosen)
-    assert initial._compute(config.compute, 2)["scan_layers"] is chosen
-    assert initial._compute(Compute(scan_layers=given), layers)["scan_layers"] is chosen
+    assert initial.compute_options(config.compute, 2)["scan_layers"] is chosen
+    assert initial.compute_options(Compute(scan_layers=given), layers)["scan_layers"] is chosen
 
 
 def test_a_resumed_run_keeps_what_is_recorded_where_nothing_is_said(tmp_path):

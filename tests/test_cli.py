@@ -32,6 +32,7 @@ NAMES = (
     "configs",
     "doctor",
     "evaluate",
+    "generate",
     "report",
     "export",
 )

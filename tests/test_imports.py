@@ -21,6 +21,7 @@ LAYERS = [
     {"report", "generator"},
     {"training"},
     {"evaluation"},
+    {"inference"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from rlhf_jax.report import records
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.folder import write_atomically
-from rlhf_jax.runs.reading import SETTINGS, read_yaml
+from rlhf_jax.runs.reading import settings_of
 from rlhf_jax.training import initial, scoring, stage
 from rlhf_jax.types import Comparisons, Params, Rollout
 
@@ -259,7 +260,7 @@ class Bench(NamedTuple):
 
 def load(folder: str, config: Config) -> Policy:
     """The policy in a run's or model's folder, or of a Hugging Face name."""
-    settings = _settings(folder)
+    settings = settings_of(folder)
     compute = Compute(dtype=settings.get("compute", {}).get("dtype", "float32"))
     source = hf.model_folder(folder)
     member = str(next(iter(spec.members(source)), source))
@@ -283,15 +284,6 @@ def _check_flags(policy: Policy, config: Config) -> None:
         )
 
 
-def _settings(folder: str) -> dict[str, Any]:
-    """config.yaml of a run, also found from its ``model/``; empty for other models."""
-    place = Path(folder)
-    file = (
-        place.parent if place.name == "model" and not (place / "config.yaml").is_file() else place
-    ) / "config.yaml"
-    return read_yaml(file, SETTINGS) if file.is_file() else {}
-
-
 def open_bench(policy: Policy, config: Config) -> Bench:
     """The policy with the reward model of ``config.reward_model``, if it names one."""
     positions, reward = policy.model.config.max_length, None
@@ -302,23 +294,13 @@ def open_bench(policy: Policy, config: Config) -> Bench:
             entry = f"mean:{entry}"
         check_template(policy, given, config)
         reward = reward_of(entry, policy.tokenizer, (), "--reward-model")
-        folders = [
-            folder
-            for source in spec.sources(entry).values()
-            for folder in spec.members(source) or [source]
-        ]
-        of_judges = [
-            hf.read_config(folder).max_length
-            for folder in folders
-            if (folder / "config.json").is_file()
-        ]
-        positions = min([positions, *of_judges])
+        positions = min(positions, judge_positions(entry))
         if positions < policy.model.config.max_length:
             logger.info(
                 f"{given}: reads {positions} tokens, fewer than the policy; prompt and response "
                 "have to fit"
             )
-    trained = _settings(policy.folder).get("rl", {})
+    trained = settings_of(policy.folder).get("rl", {})
     turns = (
         trained.get("max_turns")
         if config.max_turns is None and config.environment
@@ -341,9 +323,19 @@ def open_bench(policy: Policy, config: Config) -> Bench:
     )
 
 
+def judge_positions(entry: str) -> int:
+    """Positions that all reward models of a --reward entry have; no limit without any."""
+    positions = [sys.maxsize]
+    for source in spec.sources(entry).values():
+        for folder in spec.members(source) or [source]:
+            if (folder / "config.json").is_file():
+                positions.append(hf.read_config(folder).max_length)
+    return min(positions)
+
+
 def check_template(policy: Policy, folder: str, config: Config) -> None:
     """Refuses a run in ``folder`` that had another template, unless ``config`` chooses one."""
-    given = _settings(folder).get("text", {}).get("template")
+    given = settings_of(folder).get("text", {}).get("template")
     if given is None or config.template is not None:
         return
     model = hf.model_folder(folder)

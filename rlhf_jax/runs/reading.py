@@ -150,6 +150,15 @@ def read_yaml(path: Path, shape: Any) -> _Row:
     return parse_yaml(data, shape, str(path))
 
 
+def settings_of(folder: str) -> dict[str, Any]:
+    """config.yaml of a run, also found from its ``model/``; empty for other models."""
+    place = Path(folder)
+    if place.name == "model" and not (place / "config.yaml").is_file():
+        place = place.parent
+    file = place / "config.yaml"
+    return read_yaml(file, SETTINGS) if file.is_file() else {}
+
+
 def parse_yaml(text: str | bytes, shape: Any, where: str) -> _Row:
     """``read_yaml`` of a text that comes from ``where``."""
     try:

@@ -228,7 +228,7 @@ def language_model(
         UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or
             ``is_policy`` and the model is a reward model.
     """
-    options, place = _compute(config.compute, num_layers(config)), placement(config)
+    options, place = compute_options(config.compute, num_layers(config)), placement(config)
     if config.model is not None:
         loaded = LanguageModel.load(config.model, **options, shardings=place)
         if is_policy and "score" in loaded.params:
@@ -302,7 +302,7 @@ def load_language_model(source: str, compute: Compute) -> LanguageModel:
         UserError: the folder lacks a file, or the tokenizer has more entries than the model.
     """
     layers = hf.read_config(hf.find_folder(source)).num_layers
-    return LanguageModel.load(source, **_compute(compute, layers))
+    return LanguageModel.load(source, **compute_options(compute, layers))
 
 
 def load_reward_model(
@@ -320,7 +320,7 @@ def load_reward_model(
             ``length``.
     """
     layers = hf.read_config(hf.find_folder(source)).num_layers
-    options = _compute(compute, layers)
+    options = compute_options(compute, layers)
     model, params, tokenizer = LanguageModel.load(source, **options, shardings=place)
     if "score" not in params:
         raise UserError(
@@ -336,7 +336,7 @@ def load_reward_model(
     )
 
 
-def _compute(compute: Compute, layers: int) -> dict[str, Any]:
+def compute_options(compute: Compute, layers: int) -> dict[str, Any]:
     """The options of ``models.load`` for a model of so many layers."""
     dtype = "bfloat16" if compute.dtype == "float16" else compute.dtype
     name, here = compute.attention, (jax.default_backend(), dtype)

@@ -1,0 +1,113 @@
+"""A run, opened to be asked: with its own template and sampling settings, and a reward."""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+from rlhf_jax.config import Compute
+from rlhf_jax.data import chat, formats
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.evaluation import evaluate
+from rlhf_jax.generator import Generator
+from rlhf_jax.models import hf
+from rlhf_jax.rewards import spec
+from rlhf_jax.runs import devices
+from rlhf_jax.runs.reading import settings_of
+from rlhf_jax.training import initial, stage
+
+_SLOTS = 256  # response slots of a model that no run of ours trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a model is asked. What is null is as in the run's config.yaml."""
+
+    max_new_tokens: int | None = None
+    """Response slots; null: the run's rl.max_new_tokens. For a model's folder 256, or half of its
+    positions if they are fewer."""
+    temperature: float | None = None
+    """Sampling temperature, 0 takes the most likely token; null: the run's, 1 for a model's folder.
+    """
+    top_k: int | None = None
+    """Sample among the k likeliest tokens; null: as the run."""
+    top_p: float | None = None
+    """Sample from the smallest set of this probability; null: as the run."""
+    template: str | None = None
+    """What the model reads for a prompt; null: the run's text.template (auto for a model's folder).
+    """
+    seed: int = 0
+    """A response is a function of it, of the prompt, and of the sample's number."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of activations and cache; null: as the run, float32 for a model's folder."""
+    device: Literal["cpu", "gpu", "cuda", "tpu"] | None = None
+    """Where to run; null: JAX's choice."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts to ask, from files."""
+
+    prompts: tuple[str, ...]
+    """Files of prompts in any format of data/, or `demo`."""
+    columns: tuple[str, ...] = ()
+    """Keys of the data under other names, each OURS=THEIRS: prompt=question."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that cannot be used: error names all of them and stops; drop leaves them out and counts
+    them."""
+    batch_size: int = 64
+    """Responses at once. Another one may round differently."""
+
+
+def start(settings: Settings) -> None:
+    """Chooses the device; to be called before anything else touches JAX."""
+    devices.choose(settings.device)
+    stage.enable_compilation_cache()
+
+
+def open_policy(
+    folder: str, settings: Settings, *, reward: Sequence[str] = (), batch_size: int = 64
+) -> Generator:
+    """The policy of a run's or model's folder, or of a Hugging Face name.
+
+    Prompt and response fit into the reward models of the ``reward`` entries too.
+
+    Raises:
+        UserError: as ``Generator``.
+    """
+    of_run = settings_of(folder)
+    trained = of_run.get("rl", {})
+    source = hf.model_folder(folder)
+    network = hf.read_config(hf.find_folder(source))
+    others = min(_SLOTS, network.max_length // 2)
+    sampling: dict[str, Any] = {"max_new_tokens": others, "temperature": 1.0}
+    for name in ("max_new_tokens", "temperature", "top_k", "top_p"):
+        for given in (trained.get(name), getattr(settings, name)):
+            if given is not None:
+                sampling[name] = given
+    dtype = settings.dtype or of_run.get("compute", {}).get("dtype", "float32")
+    return Generator(
+        source,
+        **sampling,
+        template=settings.template or of_run.get("text", {}).get("template"),
+        batch_size=batch_size,
+        max_length=min([network.max_length, *map(evaluate.judge_positions, reward)]),
+        **initial.compute_options(Compute(dtype=dtype), network.num_layers),
+    )
+
+
+def read(generator: Generator, prompts: Prompts, seed: int) -> formats.ReadResult:
+    """The rows of the prompts, messages rendered as the model reads them."""
+    template = chat.template_of(generator.tokenizer, generator.template)
+    how: Any = {"columns": prompts.columns, "on_bad_row": prompts.on_bad_row}
+    return formats.read("prompts", prompts.prompts, seed=seed, template=template, **how)
+
+
+def reward_of(
+    entries: Sequence[str], tokenizer: Tokenizer, columns: Collection[str]
+) -> spec.Reward | None:
+    """The reward of ``--reward`` entries; None without any. ``columns``: those of the prompts."""
+    if not entries:
+        return None
+    load = functools.partial(initial.load_reward_model, compute=Compute())
+    return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=columns)

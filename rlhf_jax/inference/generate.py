@@ -1,0 +1,168 @@
+"""``rlhf-jax generate``: prompts from files in, a file of answers out.
+
+    {"prompt": "Is ice warm?", "response": "No.", "log_prob": -1.2031, "score": 0.75}
+
+The prompt is a text or a list of messages, as the data has it; the samples of a prompt follow each
+other. So the rows are demonstrations that ``sft`` reads. OUT.settings.json beside the file says
+how it was made; the same command goes on where it was interrupted, to the same bytes.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.data import chat, formats
+from rlhf_jax.data.rows import Row
+from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.evaluation import evaluate
+from rlhf_jax.generator import Generator, responses
+from rlhf_jax.inference import asking
+from rlhf_jax.models import hf
+from rlhf_jax.rewards import spec
+from rlhf_jax.runs import manifest, reading
+from rlhf_jax.runs.folder import write_atomically
+
+_BATCHES = 4  # that are sorted by length and written together
+_DIGITS = 3  # of log-probabilities and scores: further ones depend on the batch size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(asking.Settings, asking.Prompts):
+    """Which prompts, and what is written of the responses."""
+
+    out: str
+    """The file of JSON lines. If it was begun with these settings, it is completed."""
+    n: int = 1
+    """Responses to each prompt."""
+    log_probs: bool = False
+    """Write each response's log-probability too, in nats, EOS included."""
+    reward: tuple[str, ...] = ()
+    """Write a score too: SPECs as --reward of a training run has them, such as runs/rm."""
+
+    def __post_init__(self) -> None:
+        for name in ("n", "batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def run(folder: str, config: Config) -> int:
+    """Completes the file of answers of the policy in a run's or model's folder; returns how many it
+    holds.
+
+    Raises:
+        UserError: the file was made in another way, or whatever is wrong with a folder, a file or a
+            row.
+    """
+    asking.start(config)
+    policy = asking.open_policy(folder, config, reward=config.reward, batch_size=config.batch_size)
+    data = asking.read(policy, config, config.seed)
+    logger.info(f"prompts: {data.describe()}")
+    columns = {name for row in data.rows for name in row.columns}
+    reward = asking.reward_of(config.reward, policy.tokenizer, columns)
+    asked = policy.ask(data.rows, config.n)
+    out = Path(config.out)
+    total = asked.streams.size
+    num_done = _take(out, _described(folder, config, policy, data))
+    if num_done:
+        logger.info(f"{out}: holds {num_done} of {total} responses")
+    # Whole parts are sampled again, so that a row has the same neighbours as before.
+    size = max(1, _BATCHES * config.batch_size // config.n)
+    first = num_done // config.n // size * size
+    with file_errors(out, "written"), out.open("a", encoding="utf-8", newline="\n") as file:
+        for start in range(first, len(data.rows), size):
+            part = asked.part(start, start + size)
+            rollout = policy.sample(part, config.seed)
+            samples = [row for row in part.rows for _ in range(config.n)]
+            scores = None
+            if reward is not None:
+                of_samples = {name: [row.columns.get(name) for row in samples] for name in columns}
+                scores = evaluate.score(reward, rollout, of_samples, config.batch_size)
+            rows = _rows(policy, samples, rollout, scores, config.log_probs)
+            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+            num_before = start * config.n
+            file.writelines(lines[max(0, num_done - num_before) :])
+            file.flush()
+            logger.info(f"{num_before + len(lines)} of {total} responses")
+    return total
+
+
+def _rows(
+    policy: Generator,
+    samples: Sequence[Row],
+    rollout: Any,
+    scores: np.ndarray | None,
+    with_log_probs: bool,
+) -> Iterator[dict[str, Any]]:
+    """What is written of each sample: ``samples`` are the prompts' rows, one for each."""
+    log_probs = rollout.log_probs.sum(axis=1)
+    texts = responses(rollout, policy.tokenizer)
+    for i, (sample, text) in enumerate(zip(samples, texts, strict=True)):
+        prompt = list(sample.messages) or chat.shown(sample, policy.tokenizer)
+        row: dict[str, Any] = {"prompt": prompt, "response": text}
+        if with_log_probs:
+            row["log_prob"] = round(float(log_probs[i]), _DIGITS)
+        if scores is not None:
+            score = float(scores[i])
+            row["score"] = None if math.isnan(score) else round(score, _DIGITS)
+        yield row
+
+
+def _described(
+    folder: str, config: Config, policy: Generator, data: formats.ReadResult
+) -> dict[str, Any]:
+    """All that decides what the file holds: fingerprints of what is read, and the settings."""
+    sampling = policy.config
+    read = {entry: spec.sources(entry) for entry in config.reward}
+    return {
+        "model": manifest.fingerprint(hf.find_folder(hf.model_folder(folder))),
+        "prompts": data.fingerprints,
+        "reward": {
+            entry: [manifest.fingerprint(path) for path in sources.values()]
+            for entry, sources in read.items()
+        },
+        "n": config.n,
+        "seed": config.seed,
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "template": policy.template,
+        "dtype": policy.model.config.compute_dtype,
+        "columns": list(config.columns),
+        "on_bad_row": config.on_bad_row,
+        "log_probs": config.log_probs,
+    }
+
+
+def _take(out: Path, settings: dict[str, Any]) -> int:
+    """How many whole lines the file holds already; its last line is cut off if a kill left it half
+    written.
+
+    Raises:
+        UserError: the file was made with other settings, or nothing says how it was made.
+    """
+    beside = out.with_name(f"{out.name}.settings.json")
+    if not out.exists():
+        with file_errors(beside, "written"):
+            write_atomically(beside, json.dumps(settings, indent=1) + "\n")
+        return 0
+    if not beside.exists():
+        what = f"exists already, and no {beside.name} says how it was made"
+        raise UserError(f"{out}: {what}; choose another --out")
+    before = reading.read_json(beside, {str: object})
+    for key, value in settings.items():
+        if before.get(key) != value:
+            begun = f"was begun with {key} {before.get(key)!r}, and now it is {value!r}"
+            raise UserError(f"{out}: {begun}; choose another --out, or delete the file")
+    data = reading.read_bytes(out)
+    length = data.rfind(b"\n") + 1
+    with file_errors(out, "written"):
+        os.truncate(out, length)
+    return data.count(b"\n")

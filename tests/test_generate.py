@@ -1,0 +1,179 @@
+"""rlhf-jax generate: what it writes, and that the file depends on the seed, the model and the prompts
+alone.
+"""
+
+import json
+
+import jax
+import pytest
+import yaml
+
+from rlhf_jax import cli, models, sampling
+from rlhf_jax.data import formats, tokenizers
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import evaluate
+from rlhf_jax.generator import Generator, LanguageModel
+from rlhf_jax.inference import generate
+
+PROMPTS = ["abc", "d", "a much longer prompt", "abc", "hi", "abcd efgh", "d"]
+MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who"}]
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The run folder of a policy, and that of a reward model; random weights, large enough for texts
+    to differ."""
+    root = tmp_path_factory.mktemp("runs")
+    tokenizer = tokenizers.characters("abcdefghijklmnopqrstuvwxyzUAS :\n")
+    how = sampling.SamplingConfig(NEW, 0.7, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    for seed, (name, max_length) in enumerate({"policy": 90, "reward": 80}.items()):
+        sizes = models.GPT2Config(tokenizer.vocab_size, max_length, 16, 1, 2, initializer_range=0.5)
+        model = models.build(sizes)
+        params = model.init(jax.random.key(seed))
+        embedding = params["wte"]["embedding"]
+        params["wte"]["embedding"] = embedding.at[tokenizer.eos_id].multiply(0.3)  # seldom said
+        if name == "reward":
+            params = models.add_head(jax.random.key(2), params, "score")
+        folder = root / name / "model"
+        LanguageModel(model, params, tokenizer).save(folder, template="{prompt}:", config=how)
+    settings = {
+        "text": {"template": "{prompt}:"},
+        "rl": {"max_new_tokens": NEW, "temperature": 0.7, "top_k": 9, "top_p": None},
+        "reward": [str(root / "reward")],
+    }
+    (root / "policy" / "config.yaml").write_text(yaml.safe_dump(settings))
+    return root
+
+
+@pytest.fixture(scope="module")
+def prompts(runs):
+    file = runs / "prompts.jsonl"
+    lines = [{"prompt": text, "want": i} for i, text in enumerate(PROMPTS)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"messages": MESSAGES}]))
+    return str(file)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def write(runs, prompts, tmp_path):
+    """Calls the command; the rows that it wrote."""
+
+    def write(*flags, name="out.jsonl", policy="policy"):
+        out = tmp_path / name
+        argv = ["generate", str(runs / policy), "--prompts", prompts, "--out", str(out)]
+        cli.run([*argv, *flags])
+        return rows_of(out)
+
+    return write
+
+
+def test_the_rows_are_what_the_generator_says(runs, write, capsys):
+    rows = write("--n", "2", "--log-probs", "--reward", str(runs / "reward"), "--seed", "3")
+    assert "wrote 16 responses" in capsys.readouterr().out
+    policy, reward = runs / "policy" / "model", runs / "reward" / "model"
+    how = {"max_new_tokens": NEW, "temperature": 0.7, "top_k": 9, "template": "{prompt}:"}
+    expected = Generator(policy, reward, **how)([*PROMPTS, MESSAGES], seed=3, num_samples=2)
+    assert [row["response"] for row in rows] == expected.texts
+    assert [row["prompt"] for row in rows[::2]] == [*PROMPTS, MESSAGES]
+    assert [row["prompt"] for row in rows[1::2]] == [*PROMPTS, MESSAGES]
+    assert [row["log_prob"] for row in rows] == pytest.approx(expected.log_probs, abs=1e-3)
+    assert [row["score"] for row in rows] == pytest.approx(expected.rewards, abs=1e-3)
+    assert len({row["response"] for row in rows}) > 12
+    plain = write("--n", "2", "--seed", "3", name="plain.jsonl")
+    assert plain == [{key: row[key] for key in ("prompt", "response")} for row in rows]
+
+
+def test_its_settings_are_the_runs_unless_flags_say_otherwise(runs, write):
+    other = {"max_new_tokens": 4, "temperature": 0, "template": "a{prompt}"}
+    flags = ("--max-new-tokens", "4", "--temperature", "0", "--template", "a{prompt}")
+    expected = Generator(runs / "policy" / "model", **other)(PROMPTS, seed=0)
+    assert [row["response"] for row in write(*flags)][:7] == expected.texts
+    inner = write(name="inner.jsonl", policy="policy/model")
+    assert inner == write(name="outer.jsonl")
+
+
+def test_neither_the_batch_size_nor_an_interruption_changes_a_byte(
+    runs, write, tmp_path, monkeypatch
+):
+    flags = ("--n", "2", "--log-probs", "--reward", str(runs / "reward"), "--batch-size", "2")
+    write(*flags)
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    write(*flags[:-1], "16", name="large.jsonl")
+    assert (tmp_path / "large.jsonl").read_bytes() == whole
+    lines = whole.splitlines(keepends=True)
+    sampled = []
+    sample = Generator.sample
+    monkeypatch.setattr(
+        Generator,
+        "sample",
+        lambda self, asked, seed: sampled.append(len(asked.rows)) or sample(self, asked, seed),
+    )
+    for num_whole, parts in ((0, [4, 4]), (7, [4, 4]), (8, [4]), (11, [4]), (16, [])):
+        sampled.clear()
+        half = b"" if num_whole == 16 else lines[num_whole][:9]
+        (tmp_path / "out.jsonl").write_bytes(b"".join(lines[:num_whole]) + half)
+        write(*flags)
+        assert (tmp_path / "out.jsonl").read_bytes() == whole
+        assert sampled == parts
+
+
+def test_a_file_that_was_made_otherwise_is_refused(runs, write, tmp_path):
+    write("--n", "2")
+    before = (tmp_path / "out.jsonl").read_bytes()
+    for flags, said in {
+        ("--n", "3"): "was begun with n 2, and now it is 3; choose another --out",
+        ("--n", "2", "--seed", "1"): "begun with seed 0, and now it is 1",
+        ("--n", "2", "--temperature", "0.5"): "begun with temperature 0.7, and now it is 0.5",
+        ("--n", "2", "--log-probs"): "begun with log_probs False, and now it is True",
+        (
+            "--n",
+            "2",
+            "--reward",
+            "count:a",
+        ): r"begun with reward {}, and now it is {'count:a': \[\]}",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            write(*flags)
+    model, params, tokenizer = LanguageModel.load(runs / "policy" / "model")
+    params = jax.tree.map(lambda leaf: leaf * 2, params)
+    how = sampling.SamplingConfig(NEW, 0.7, eos_id=1, pad_id=0)
+    LanguageModel(model, params, tokenizer).save(runs / "other", template="{prompt}:", config=how)
+    with pytest.raises(UserError, match="begun with model '"):
+        write("--n", "2", policy="other")
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "mine"}\n')
+    with pytest.raises(UserError, match=r"mine.jsonl: exists already, and no mine.jsonl.settings"):
+        write(name="mine.jsonl")
+    with pytest.raises(UserError, match="--batch-size must be at least 1, got 0"):
+        generate.Config(prompts=("a",), out="b", batch_size=0)
+    with pytest.raises(UserError, match="--columns prompt=nothing: no row has 'nothing'"):
+        write("--columns", "prompt=nothing", name="none.jsonl")
+
+
+def test_a_reward_in_python_sees_the_columns_and_may_leave_a_row_out(runs, write, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def wanted(prompts, responses, want):\n"
+        "    return [None if number is None else number / 2 for number in want]\n"
+    )
+    rows = write("--reward", f"{file}:wanted", "--batch-size", "1")
+    assert [row["score"] for row in rows] == [0, 0.5, 1, 1.5, 2, 2.5, 3, None]
+
+
+def test_the_rows_are_demonstrations(write, tmp_path):
+    rows = write()
+    read = formats.read("demonstrations", tmp_path / "out.jsonl").rows
+    assert [row.responses[0] for row in read] == [row["response"] for row in rows]
+    assert [row.prompt for row in read][:7] == PROMPTS
+    assert read[7].messages == MESSAGES
+
+
+def test_prompt_and_response_fit_into_the_reward_model_too(runs, write, monkeypatch):
+    assert evaluate.judge_positions(str(runs / "reward" / "model")) == 80
+    monkeypatch.setattr(evaluate, "judge_positions", lambda entry: 20)
+    with pytest.raises(UserError, match=r"line 3, 'a much.*: has 21 tokens, and 14 are left"):
+        write("--reward", str(runs / "reward"))
