@@ -91,15 +91,17 @@ class GPT2(torch.nn.Module):
             config["hidden_size"] // config["num_heads"],
         )
         cache = [(torch.empty(shape), torch.empty(shape)) for _ in self.h]
-        tokens = prompt
-        inputs = prompt
-        index = 0
-        for _ in range(new):
-            logits = self.logits(self.hidden(inputs, cache, index)[:, -1])
-            chosen = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1)[:, 0]
-            index += inputs.shape[1]
-            inputs = chosen[:, None]
-            tokens = torch.cat([tokens, inputs], dim=1)
+        tokens = torch.empty((batch, length + new), dtype=prompt.dtype)
+        tokens[:, :length] = prompt
+        start = 0
+        for end in range(length, length + new):
+            hidden = self.hidden(tokens[:, start:end], cache, start)
+            logits = self.logits(hidden[:, -1])
+            if not greedy:
+                # Gumbel noise: the logarithm of an exponential, without softmax and multinomial.
+                logits -= torch.empty_like(logits).exponential_().log_()
+            tokens[:, end] = logits.argmax(-1)
+            start = end
         return tokens
 
 

@@ -174,6 +174,11 @@ def _size(text: str) -> int:
     return int(size)
 
 
+def custom_calls(text: str) -> dict[str, int]:
+    """{name: how many} of the calls of kernels that are not XLA's own."""
+    return dict(collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text)))
+
+
 def flops(jaxpr: Any, turns: int) -> float:
     """Floating-point operations of the matrix products of a traced program, on all devices.
 

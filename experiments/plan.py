@@ -12,10 +12,10 @@ it, and nothing is estimated: see ``targets`` and ``hlo``.
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import re
+import time
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from rlhf_jax.algorithms import dpo, grpo, kto, ppo, reward_model, rloo, sft, vp
 from rlhf_jax.config import RunConfig, parse
 from rlhf_jax.data.encoding import encode_texts
 from rlhf_jax.data.tokenizers import load_tokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import spec
@@ -148,6 +148,8 @@ def compile_phase(
         with jax.set_mesh(mesh) if sharding.is_set(mesh) else contextlib.nullcontext():
             compiled: jax.stages.Compiled = jitted.lower(*_widened(arguments)).compile(OPTIONS)
         return compiled
+    logger.info(f"compiling the phase {phase!r} for {target.name}")
+    started = time.monotonic()
     try:
         # The networks ask the mesh which platform they are for.
         with jax.set_mesh(mesh):
@@ -161,6 +163,7 @@ def compile_phase(
             f"{first}; what helps: more --{name.replace('_', '-')}.num-microbatches, "
             f"--compute.remat, --lora.rank 8, or {OTHERWISE}"
         ) from error
+    logger.info(f"compiled in {time.monotonic() - started:.0f} s")
     return compiled
 
 
@@ -179,8 +182,7 @@ def _figures(
     traced = jax.make_jaxpr(fn)(*jax.tree.map(_unplaced, arguments))
     operations = hlo.flops(traced.jaxpr, turns) / len(target.devices)
     seconds = max(operations / target.flops, work.bytes / target.bandwidth)
-    names = re.findall(r'custom_call_target="([^"]+)"', text)
-    return Figures(work, operations, seconds, dict(collections.Counter(names)))
+    return Figures(work, operations, seconds, hlo.custom_calls(text))
 
 
 def _unplaced(leaf: Any) -> Any:

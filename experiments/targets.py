@@ -82,12 +82,6 @@ def _gpus(figures: dict[str, Any], count: int) -> Sequence[jax.Device]:
     )
     shape = f"1x{count}x1"
     try:
-        from jax._src import xla_bridge  # the plugin registers its compiler
-
-        xla_bridge.discover_pjrt_plugins()
-    except jax.errors.JaxRuntimeError:
-        pass  # it is registered already
-    try:
         topology: Any = topologies.get_topology_desc(
             platform="cuda", topology_name="", topology=shape, target_config=card
         )

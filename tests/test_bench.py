@@ -84,6 +84,22 @@ def test_torch_does_the_same_work(kind, name, value):
     opponent.close()
 
 
+@pytest.mark.parity
+def test_hand_written_torch_samples_by_the_softmax():
+    import torch
+
+    torch_steps = cli.script("benchmarks", "torch_steps")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 5, "max_length": 3, "hidden_size": 8, "num_layers": 1, "num_heads": 2}
+    model = torch_steps.GPT2(sizes)
+    prompt = torch.ones((20_000, 2), dtype=torch.long)
+    tokens = model.generate(prompt, 1, greedy=False)
+    counts = torch.bincount(tokens[:, 2], minlength=5)
+    expected = model.logits(model.hidden(prompt[:1])[0, -1]).softmax(-1)
+    assert torch.equal(tokens[:, :2], prompt)
+    torch.testing.assert_close(counts / len(prompt), expected, atol=0.015, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "num_blocks"), [("rollout", 5), ("sft", 2), ("grpo", 2), ("iteration", 2)]
 )

@@ -1,0 +1,142 @@
+"""The run's own programs, compiled for accelerators that are not here: they compile, they give the
+state's memory back, attention is fused, and they do no more than goldens/accelerators.json says.
+
+    pytest -m accelerator                 # .ci/run says which packages it needs
+    python tests/test_accelerators.py     # writes the golden anew
+
+The golden's figures are those of the jax version that it names; other versions may do a tenth more.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import hlo
+import jax
+import plan
+import pytest
+import targets
+
+from rlhf_jax.algorithms import grpo, ppo
+from rlhf_jax.config import (
+    Compute,
+    DPOStage,
+    KTOStage,
+    Mesh,
+    Network,
+    RewardModelStage,
+    RLStage,
+    RunConfig,
+    SFTStage,
+    Tokenizer,
+)
+from rlhf_jax.errors import UserError
+from rlhf_jax.training import memory
+
+pytestmark = [pytest.mark.accelerator, pytest.mark.usefixtures("optimized")]
+
+GOLDEN = Path(__file__).resolve().parent / "goldens" / "accelerators.json"
+REWRITE = "REWRITE_GOLDENS" in os.environ
+SLACK = 1.1
+LAYERS = 2
+# Columns of a text. From 512 on attention is fused, and no other axis is as long.
+PROMPT, RESPONSE = 576, 64
+LENGTH = PROMPT + RESPONSE
+LAYOUTS = {1: Mesh(), 8: Mesh(data=2, fsdp=2, tensor=2)}
+SAMPLE, LEARN = "sample and score", "learn"
+STAGES = ("sft", "reward_model", "dpo", "kto", "ppo", "grpo")
+ON_GPU = [(name, stage, LEARN) for name in ("h200x1", "h200x8") for stage in STAGES]
+ON_GPU += [(name, "grpo", SAMPLE) for name in ("h200x1", "h200x8")]
+# What the compilers call fused attention: of whole texts, and of a token with the cache.
+OF_TEXTS = {"gpu": "__cudnn$fmha", "tpu": "tpu_custom_call"}
+OF_A_TOKEN = {"gpu": "__gpu$xla.gpu.triton"}
+
+
+def settings(devices):
+    """A GPT-2 of width 128 in bfloat16, with 16 rows in each batch."""
+    size = {"batch_size": 16}
+    return RunConfig(
+        reward=("length",),
+        mesh=LAYOUTS[devices],
+        tokenizer=Tokenizer(vocab_size=257),
+        network=Network(hidden_size=128, num_layers=LAYERS, num_heads=2, max_length=LENGTH),
+        compute=Compute(dtype="bfloat16", remat=False, scan_layers=False),
+        sft=SFTStage(**size),
+        reward_model=RewardModelStage(**size),
+        dpo=DPOStage(**size),
+        kto=KTOStage(**size),
+        rl=RLStage(**size, max_prompt_length=PROMPT, max_new_tokens=RESPONSE),
+        ppo=ppo.Config(num_epochs=1),
+        grpo=grpo.Config(group_size=4),
+    )
+
+
+def attention_calls(text, backend, names):
+    """How many custom calls of fused attention a program has."""
+    found = hlo.custom_calls(text)
+    return sum(count for name, count in found.items() if name.startswith(names[backend]))
+
+
+def square_scores(text):
+    """The float32 shapes that hold a score for each pair of tokens."""
+    shapes = {
+        tuple(int(size) for size in sizes.split(",") if size)
+        for dtype, sizes in hlo.SHAPE.findall(text)
+        if dtype == "f32"
+    }
+    return {shape for shape in shapes if min(shape[-2:], default=0) >= PROMPT - 1 and shape[1:]}
+
+
+def expected(case, measured):
+    """The golden's figures of a case; where goldens are rewritten, ``measured`` is written first."""
+    recorded = json.loads(GOLDEN.read_text("utf-8")) if GOLDEN.exists() else {}
+    if REWRITE:
+        recorded |= {"jax": jax.__version__, case: measured}
+        lines = [f"{json.dumps(key)}: {json.dumps(recorded[key])}" for key in sorted(recorded)]
+        GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+    return recorded[case]
+
+
+@pytest.mark.parametrize(("name", "stage", "phase"), ON_GPU)
+def test_a_program_for_an_accelerator(name, stage, phase):
+    try:
+        target = targets.find(name)
+    except UserError as error:
+        pytest.skip(str(error))
+    config = settings(len(target.devices))
+    _, programs, _ = plan.shapes_of(config, stage, target=target)
+    program = programs[phase]
+    compiled = plan.compile_phase(config, stage, phase, program, target)
+    text = compiled.as_text()
+    analysis = compiled.memory_analysis()
+
+    assert attention_calls(text, target.backend, OF_TEXTS) >= LAYERS
+    assert square_scores(text) == set()
+    if phase == LEARN:
+        _, state, *_ = program
+        assert analysis.alias_size_in_bytes >= memory.on_device(state)
+    elif target.backend in OF_A_TOKEN:
+        assert attention_calls(text, target.backend, OF_A_TOKEN) >= LAYERS
+
+    work = hlo.work(text, turns=RESPONSE)
+    bounded = {
+        "kernels": work.kernels,
+        "kernels of a token": work.in_loop,
+        "temporary MiB": round(analysis.temp_size_in_bytes / 2**20, 1),
+        **dict(sorted(work.collectives.items())),
+    }
+    limits = Counter(expected(f"{name} {stage}: {phase}", bounded))
+    over = {
+        what: (figure, limits[what])
+        for what, figure in bounded.items()
+        if figure > SLACK * limits[what]
+    }
+    assert over == {}, "(measured, recorded)"
+
+
+if __name__ == "__main__":
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "accelerator", __file__]
+    sys.exit(subprocess.run(command, env={**os.environ, "REWRITE_GOLDENS": "1"}).returncode)
