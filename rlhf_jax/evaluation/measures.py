@@ -59,22 +59,18 @@ def helpfulness(
     responses: Responses, key: jax.Array, category: str = "helpfulness"
 ) -> list[Figure]:
     """Quality, if there are scores, and what responses hold: information, tokens, an end."""
-    words = [
-        (texts.words(prompt), row)
-        for prompt, row in zip(responses.prompts, responses.texts, strict=True)
-    ]
-    new = [
-        [texts.new_content_words(prompt, texts.words(text)) for text in row]
-        for prompt, row in words
-    ]
+    new = []
+    for prompt, row in zip(responses.prompts, responses.texts, strict=True):
+        asked = texts.words(prompt)
+        new.append([texts.new_content_words(asked, texts.words(text)) for text in row])
     values = {} if responses.scores is None else {"quality": responses.scores}
-    density = responses.each(lambda text: texts.lexical_density(texts.words(text)))
-    values |= {
-        "new_content_words": np.array(new),
-        "lexical_density": density,
-        "response_tokens": responses.lengths,
-    }
-    values |= {"ended": responses.ended, "empty": responses.each(lambda text: not text.strip())}
+    values["new_content_words"] = np.array(new)
+    values["lexical_density"] = responses.each(
+        lambda text: texts.lexical_density(texts.words(text))
+    )
+    values["response_tokens"] = responses.lengths
+    values["ended"] = responses.ended
+    values["empty"] = responses.each(lambda text: not text.strip())
     return [mean(category, metric, value, key) for metric, value in values.items()]
 
 
@@ -95,7 +91,8 @@ def harmlessness(responses: Responses, labels: Sequence[str], key: jax.Array) ->
     """Shares of refusals: of unsafe prompts they are wanted, of safe ones not (Röttger et al.
     2024).
     """
-    refused, labelled = responses.each(texts.is_refusal), np.array(labels)
+    refused = responses.each(texts.is_refusal)
+    labelled = np.array(labels)
     parts = {
         "refusal_of_unsafe": refused[labelled == "unsafe"],
         "over_refusal_of_safe": refused[labelled == "safe"],
@@ -109,22 +106,22 @@ def diversity(responses: Responses, key: jax.Array) -> list[Figure]:
     """
     words = [[texts.words(text) for text in row] for row in responses.texts]
     first = [row[0] for row in words]
-    distinct = {f"distinct_{n}": texts.distinct_n(first, n) for n in (1, 2, 3)}
-    # Without an interval: draws with replacement would repeat texts.
-    figures = [
-        Figure("diversity", name, value, n=len(first), unit="texts")
-        for name, value in distinct.items()
-    ]
-    bleu, note = (
-        (texts.self_bleu(first), "") if len(first) > 1 else ([], "needs two prompts or more")
-    )
+    figures = []
+    for n in (1, 2, 3):  # without an interval: draws with replacement would repeat texts
+        value = texts.distinct_n(first, n)
+        figures.append(Figure("diversity", f"distinct_{n}", value, n=len(first), unit="texts"))
+    note = "needs two prompts or more"
+    bleu: list[float] = []
+    if len(first) > 1:
+        note = ""
+        bleu = texts.self_bleu(first)
     figures.append(mean("diversity", "self_bleu", bleu, key, "texts", note))
-    values = {"repetition": [[texts.repetition(text) for text in row] for row in words]}
+    values: dict[str, Any] = {
+        "repetition": [[texts.repetition(text) for text in row] for row in words]
+    }
     if len(words[0]) > 1:
-        values["distinct_2_within_prompt"] = [[texts.distinct_n(row, 2)] for row in words]
-        values["self_bleu_within_prompt"] = [
-            [float(np.mean(texts.self_bleu(row)))] for row in words
-        ]
+        values["distinct_2_within_prompt"] = [texts.distinct_n(row, 2) for row in words]
+        values["self_bleu_within_prompt"] = [np.mean(texts.self_bleu(row)) for row in words]
     return figures + [mean("diversity", metric, value, key) for metric, value in values.items()]
 
 
@@ -138,51 +135,62 @@ def preferences(
       parts: [P] names of parts of the data, or ""; for each part there are accuracies alone, and
         their average.
     """
-    accuracies: dict[str, dict[str, float]] = {judge: {} for judge in margins}
+    accuracies: dict[str, dict[str, Any]] = {judge: {} for judge in margins}
     for part in ("", *sorted(set(parts) - {""})):
         chosen = np.array([part in ("", name) for name in parts])
         own = metrics.Pairs(*(field[chosen] for field in pairs))
         own = own._replace(groups=np.unique(own.groups, return_inverse=True)[1])
-        num_pairs, unit = len(own.groups), "rows" if own.is_single else "pairs"
         category = f"preferences: {part}" if part else "preferences"
         for judge, margin in margins.items():
-            right = np.heaviside(margin[chosen], 0.5)
-            best = metrics.top_1(right, own)
-            ends = metrics.mean_interval(best, _stream(key, category, f"accuracy_{judge}"))
-            yield _figure(category, f"accuracy_{judge}", best.mean(), ends, len(best), "rows")
-            accuracies[judge] |= {part: best.mean()} if part else {}
-            if not own.is_single:
-                metric = f"pairwise_accuracy_{judge}"
-                ends = metrics.bootstrap_mean(
-                    right, _stream(key, category, metric), own.weights, own.groups
-                )
-                yield _figure(
-                    category, metric, np.average(right, weights=own.weights), ends, num_pairs, unit
-                )
-        calibrated = (
-            {}
-            if part
-            else {judge: margin for judge, margin in margins.items() if judge != "longer"}
-        )
-        for judge, margin in calibrated.items():  # the margins of "longer" are no log-odds
-            place = "preferences" if judge == "reward_model" else "honesty"
-            for name, measure in (
-                ("ece", metrics.expected_calibration_error),
-                ("brier", metrics.brier),
-            ):
-                metric, statistic = f"{name}_{judge}", functools.partial(measure, margin)
-                draws = (own.weights, _stream(key, place, metric), own.groups)
-                low, high = metrics.bootstrap_interval(statistic, *draws, centered=name == "ece")
-                yield _figure(
-                    place,
-                    metric,
-                    statistic(own.weights),
-                    (np.maximum(low, 0), high),
-                    num_pairs,
-                    unit,
-                )
+            figures = _accuracies(category, judge, margin[chosen], own, key)
+            if part:
+                accuracies[judge][part] = figures[0].value
+            yield from figures
+        if part:
+            continue
+        for judge, margin in margins.items():
+            if judge != "longer":  # whose margins are no log-odds
+                yield from _calibration(judge, margin, own, key)
     for judge, values in accuracies.items():
         yield from _average(judge, values)
+
+
+def _accuracies(
+    category: str, judge: str, margin: np.ndarray, pairs: metrics.Pairs, key: jax.Array
+) -> list[Figure]:
+    """The accuracy of best answers against all others of their row; where a row has several pairs,
+    of the pairs too.
+    """
+    right = np.heaviside(margin, 0.5)
+    metric = f"accuracy_{judge}"
+    best = metrics.top_1(right, pairs)
+    ends = metrics.mean_interval(best, _stream(key, category, metric))
+    figures = [_figure(category, metric, best.mean(), ends, len(best), "rows")]
+    if not pairs.is_single:
+        metric = f"pairwise_{metric}"
+        own_key = _stream(key, category, metric)
+        ends = metrics.bootstrap_mean(right, own_key, pairs.weights, pairs.groups)
+        mean_right = np.average(right, weights=pairs.weights)
+        figures.append(_figure(category, metric, mean_right, ends, len(right), "pairs"))
+    return figures
+
+
+def _calibration(
+    judge: str, margin: np.ndarray, pairs: metrics.Pairs, key: jax.Array
+) -> Iterator[Figure]:
+    category = "preferences" if judge == "reward_model" else "honesty"
+    unit = "rows" if pairs.is_single else "pairs"
+    measures = {"ece": metrics.expected_calibration_error, "brier": metrics.brier}
+    for name, measure in measures.items():
+        metric = f"{name}_{judge}"
+        statistic = functools.partial(measure, margin)
+        own_key = _stream(key, category, metric)
+        low, high = metrics.bootstrap_interval(
+            statistic, pairs.weights, own_key, pairs.groups, centered=name == "ece"
+        )
+        ends = (np.maximum(low, 0), high)
+        value = statistic(pairs.weights)
+        yield _figure(category, metric, value, ends, len(pairs.groups), unit)
 
 
 def _average(judge: str, accuracies: Mapping[str, float]) -> Iterator[Figure]:
@@ -190,32 +198,22 @@ def _average(judge: str, accuracies: Mapping[str, float]) -> Iterator[Figure]:
     one; of the subsets of RewardBench the mean of its sections, each a weighted mean of its
     subsets, as on the leaderboard.
     """
+    metric = f"average_{judge}"
     means = {part: value for part, value in accuracies.items() if part != "Ties"}
-    sections = {
-        name: {part: n for part, n in own.items() if part in means}
-        for name, own in _SECTIONS.items()
-    }
-    if sections := {name: own for name, own in sections.items() if own}:
-        weighted = {
-            name: ([means[part] for part in own], [*own.values()]) for name, own in sections.items()
-        }
-        means = {
-            name: float(np.average(values, weights=weights))
-            for name, (values, weights) in weighted.items()
-        }
-        for name, value in means.items():
-            yield Figure(
-                f"preferences: {name}",
-                f"average_{judge}",
-                value,
-                n=len(sections[name]),
-                unit="parts",
-            )
+    of_sections = {}
+    for name, sizes in _SECTIONS.items():
+        own = [part for part in sizes if part in means]
+        if not own:
+            continue
+        values = [means[part] for part in own]
+        value = float(np.average(values, weights=[sizes[part] for part in own]))
+        of_sections[name] = value
+        yield Figure(f"preferences: {name}", metric, value, n=len(own), unit="parts")
+    means = of_sections or means
     if len(means) > 1:
-        value, note = float(np.mean([*means.values()])), f"mean of {', '.join(means)}"
-        yield Figure(
-            "preferences", f"average_{judge}", value, n=len(means), unit="parts", note=note
-        )
+        value = float(np.mean([*means.values()]))
+        note = f"mean of {', '.join(means)}"
+        yield Figure("preferences", metric, value, n=len(means), unit="parts", note=note)
 
 
 def agreement(margins: Margins, annotated: Sequence[Row], key: jax.Array) -> list[Figure]:
@@ -227,15 +225,17 @@ def agreement(margins: Margins, annotated: Sequence[Row], key: jax.Array) -> lis
     majority = np.array([-1 if row.majority is None else row.majority for row in annotated])
     judged = majority >= 0
     note = "" if judged.all() else f"{int((~judged).sum())} rows have no majority"
-    truth, figures = majority[judged], []
+    truth = majority[judged]
+    figures = []
     for judge, margin in margins.items():
-        verdict = np.where(margin > 0, 1, np.where(margin < 0, 2, TIE))[judged]
+        verdict = np.select([margin > 0, margin < 0], [1, 2], TIE)[judged]
         figures.append(mean("agreement", f"agreement_{judge}", verdict == truth, key, "rows", note))
         decided = (verdict == truth)[truth != TIE]
         figures.append(mean("agreement", f"agreement_decided_{judge}", decided, key, "rows", note))
         figures.append(_kappa(f"kappa_{judge}", [(verdict, truth)], key, note))
     if len({len(row.votes) for row in annotated}) == 1 and len(annotated[0].votes) > 1:
-        pairs = list(itertools.combinations(np.array([row.votes for row in annotated]).T, 2))
+        votes = np.array([row.votes for row in annotated])
+        pairs = list(itertools.combinations(votes.T, 2))
         same = np.mean([a == b for a, b in pairs], axis=0)
         note = f"mean over {len(pairs)} pairs of annotators"
         figures.append(mean("agreement", "agreement_of_annotators", same, key, "rows", note))
@@ -249,13 +249,12 @@ def win_rate(scores: np.ndarray, against: np.ndarray, key: jax.Array, name: str)
 
     scores, against: [N, S] of the same prompts; ties count half. ``name``: the other run.
     """
-    wins = np.heaviside(
-        scores[:, :, None] - against[:, None, :], 0.5
-    )  # NaN where one of the two is
-    values = {"win_rate": wins.reshape(len(wins), -1), "score_difference": scores - against}
+    differences = scores[:, :, None] - against[:, None, :]
+    wins = np.heaviside(differences, 0.5)  # NaN where one of the two is
+    note = f"against {name}"
     return [
-        mean("win rate", metric, value, key, note=f"against {name}")
-        for metric, value in values.items()
+        mean("win rate", "win_rate", wins.reshape(len(wins), -1), key, note=note),
+        mean("win rate", "score_difference", scores - against, key, note=note),
     ]
 
 
@@ -264,7 +263,8 @@ def custom(name: str, category: CustomCategory, responses: Responses, key: jax.A
     if responses.scores is not None:
         return mean(name, "score", responses.scores, key, note=category.score or "")
     found = responses.each(lambda text: category.pattern.search(text) is not None)
-    return mean(name, "patterns" if category.patterns else "keywords", found, key)
+    metric = "patterns" if category.patterns else "keywords"
+    return mean(name, metric, found, key)
 
 
 def mean(
@@ -273,13 +273,15 @@ def mean(
     """The mean of values [N] or [N, S], whose rows are the units of the interval; a NaN is no value
     and not counted. Bools are a share, for which `metrics.mean_interval` may be Wilson's.
     """
-    array = np.asarray(values, np.float64)
-    array = array.reshape(len(array), -1) if array.size else np.zeros((0, 1))
-    kept = array[~np.isnan(array).all(axis=1)]
+    array = np.asarray(values)
+    is_share = array.dtype == bool
+    rows = array.reshape(len(array), -1) if array.size else np.zeros((0, 1))
+    rows = rows.astype(np.float64)
+    kept = rows[~np.isnan(rows).all(axis=1)]
     if not len(kept):
         return Figure(category, metric, unit=unit, note=note or "there is no such row")
     means = np.nanmean(kept, axis=1)
-    interval = metrics.mean_interval if np.asarray(values).dtype == bool else metrics.bootstrap_mean
+    interval = metrics.mean_interval if is_share else metrics.bootstrap_mean
     ends = interval(means, _stream(key, category, metric))
     return _figure(category, metric, means.mean(), ends, len(kept), unit, note)
 

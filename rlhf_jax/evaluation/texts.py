@@ -30,7 +30,8 @@ def _any_of(name: str) -> re.Pattern[str]:
     return re.compile(either)
 
 
-_REFUSAL, _UNCERTAINTY = _any_of("refusal"), _any_of("uncertainty")
+_REFUSAL = _any_of("refusal")
+_UNCERTAINTY = _any_of("uncertainty")
 
 
 def words(text: str) -> list[str]:
@@ -57,31 +58,41 @@ def self_bleu(texts: Sequence[Tokens], n: int = 4) -> list[float]:
     Chen and Cherry 2014). An order of which a text has no n-gram is left out; an empty text scores
     0. There are at least two texts.
     """
+    by_order = [_log_precisions(texts, order) for order in range(1, n + 1)]
     lengths = Counter(map(len, texts))
-    log_precisions: list[list[float]] = [[] for _ in texts]
-    for order in range(1, n + 1):
-        own = [Counter(_ngrams(text, order)) for text in texts]
-        most: dict[
-            tuple[str, ...], list[int]
-        ] = {}  # the two highest counts of an n-gram in any text
-        for grams in own:
-            for gram, count in grams.items():
-                most[gram] = sorted([*most.get(gram, [0, 0]), count])[-2:]
-        for grams, logs in zip(own, log_precisions, strict=True):
-            # In the other texts an n-gram stands at most as often as the highest count that is not
-            # this text's own.
-            matches = sum(
-                most[gram][0] if most[gram][1] == count else count for gram, count in grams.items()
-            )
-            if grams:
-                logs.append(math.log((matches or 0.1) / grams.total()))
     scores = []
-    for text, logs in zip(texts, log_precisions, strict=True):
-        others = [length for length, count in lengths.items() if count > (length == len(text))]
+    for text, *logs in zip(texts, *by_order, strict=True):
+        present = [log for log in logs if log is not None]
+        if not present:
+            scores.append(0.0)
+            continue
+        others = lengths - Counter([len(text)])
         closest = min(others, key=lambda length: (abs(length - len(text)), length))
-        brevity = 0.0 if not text else min(0.0, 1 - closest / len(text))
-        scores.append(math.exp(brevity + sum(logs) / len(logs)) if logs else 0.0)
+        brevity = min(0.0, 1 - closest / len(text))
+        scores.append(math.exp(brevity + sum(present) / len(present)))
     return scores
+
+
+def _log_precisions(texts: Sequence[Tokens], order: int) -> list[float | None]:
+    """Of each text, the log of the share of its n-grams that another text has; None: it has no
+    n-gram.
+    """
+    own = [Counter(_ngrams(text, order)) for text in texts]
+    highest: dict[tuple[str, ...], list[int]] = {}  # the two highest counts in any text
+    for grams in own:
+        for gram, count in grams.items():
+            counts = [*highest.get(gram, [0, 0]), count]
+            highest[gram] = sorted(counts)[-2:]
+    logs: list[float | None] = []
+    for grams in own:
+        matches = 0
+        for gram, count in grams.items():
+            second, first = highest[gram]
+            # Another text has the n-gram at most as often as the highest count that is not this
+            # text's own.
+            matches += second if first == count else count
+        logs.append(math.log((matches or 0.1) / grams.total()) if grams else None)
+    return logs
 
 
 def repetition(text: Tokens, n: int = 3) -> float:

@@ -24,9 +24,8 @@ def repetition(ngram: int = 3) -> Partial:
     in [0, 1); 0 for a response shorter than ``ngram`` tokens.
     """
     ops.check_number("ngram", ngram, at_least=1)
-    return Partial(
-        functools.partial(_repetition, ngram)
-    )  # the number decides shapes, so it is no argument of jit
+    # The number decides shapes, so it is no argument of jit.
+    return Partial(functools.partial(_repetition, ngram))
 
 
 def diversity(ngram: int = 2) -> Partial:
@@ -43,23 +42,25 @@ def diversity(ngram: int = 2) -> Partial:
 
 def _repetition(ngram: int, rollout: Rollout) -> Scores:
     keys, new = _distinct_ngrams(rollout, ngram)
-    total = jnp.sum(keys[0] == 0, axis=1, dtype=jnp.float32)
-    return (total - jnp.sum(new, axis=1, dtype=jnp.float32)) / jnp.maximum(total, 1.0), {}
+    total = _count(keys[0] == 0)
+    repeated = total - _count(new)
+    return repeated / jnp.maximum(total, 1.0), {}
 
 
 def _diversity(ngram: int, rollout: Rollout) -> Scores:
-    keys, new = _distinct_ngrams(rollout, ngram)
-    keys = [jnp.where(new, 0, 1), *keys[1:]]
-    rows = jnp.broadcast_to(jnp.arange(len(new))[:, None], new.shape)
-    *keys, rows = jax.lax.sort(
-        [x.reshape(1, -1) for x in (*keys, rows)], dimension=1, num_keys=len(keys)
-    )
+    (_, *tokens), new = _distinct_ngrams(rollout, ngram)
+    num_rows = len(new)
+    rows = jnp.broadcast_to(jnp.arange(num_rows)[:, None], new.shape)
+    keys = [jnp.where(new, 0, 1), *tokens]
+    of_all_rows = [x.reshape(1, -1) for x in (*keys, rows)]
+    *keys, rows = jax.lax.sort(of_all_rows, dimension=1, num_keys=len(keys))
+
     # Each row now has each n-gram at most once: an equal neighbour is another row's.
-    differs = _differs(keys)
-    ends = jnp.pad(differs[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-    alone = (keys[0] == 0) & differs & ends
-    counts = jnp.zeros(len(new)).at[rows].add(alone).reshape(-1)
-    return counts / jnp.maximum(jnp.sum(new, axis=1, dtype=jnp.float32), 1.0), {}
+    begins = _differs(keys)
+    ends = jnp.pad(begins[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+    is_alone = (keys[0] == 0) & begins & ends
+    alone = jnp.zeros(num_rows).at[rows].add(is_alone).reshape(-1)
+    return alone / jnp.maximum(_count(new), 1.0), {}
 
 
 def _distinct_ngrams(rollout: Rollout, ngram: int) -> tuple[Sequence[jax.Array], jax.Array]:
@@ -73,11 +74,17 @@ def _distinct_ngrams(rollout: Rollout, ngram: int) -> tuple[Sequence[jax.Array],
     tokens = jnp.take_along_axis(jnp.asarray(rollout.tokens), order, axis=1)
     length = tokens.shape[1]
     following = jnp.pad(tokens, ((0, 0), (0, ngram)))
+    shifted = [following[:, k : k + length] for k in range(ngram)]
     counts = jnp.sum(in_response, axis=1, keepdims=True, dtype=jnp.int32)
-    missing = jnp.arange(length)[None, :] + ngram > counts
-    operands = [missing.astype(jnp.int32), *(following[:, k : k + length] for k in range(ngram))]
+    is_missing = jnp.arange(length)[None, :] + ngram > counts
+    operands = [is_missing.astype(jnp.int32), *shifted]
     keys = jax.lax.sort(operands, dimension=1, num_keys=len(operands))
     return keys, (keys[0] == 0) & _differs(keys)
+
+
+def _count(where: jax.Array) -> jax.Array:
+    """[B, T] bool -> [B] float32."""
+    return jnp.sum(where, axis=1, dtype=jnp.float32)
 
 
 def _differs(keys: Sequence[jax.Array]) -> jax.Array:
