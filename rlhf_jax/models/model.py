@@ -60,6 +60,8 @@ def build(config: ModelConfig) -> Model:
     network: Any = GPT2 if isinstance(config, GPT2Config) else Decoder
     module = network(config)
     unrolled = network(dataclasses.replace(config, scan_layers=False, remat=False))
+    init_cache = partial(stack.init_cache, config)
+    for_decoding = partial(stack.for_decoding, config)
 
     # A key that no layer draws from is left out: with one, each layer would be traced for itself.
     drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))
@@ -99,25 +101,36 @@ def build(config: ModelConfig) -> Model:
     ) -> Array:
         return unembed(params, hidden(params, tokens, attention_mask, key))
 
-    def decode(
-        params: Params, tokens: Array, positions: Array, key_mask: Array, cache: Any, index: Any
-    ) -> Any:
-        chex.assert_rank(tokens, 2)
-        chex.assert_equal_shape([tokens, positions])
-        expected = jax.eval_shape(lambda: stack.init_cache(config, *key_mask.shape))
-        chex.assert_trees_all_equal_shapes(cache, expected)
-        network = unrolled
-        is_empty = isinstance(index, int) and index == 0
-        if is_empty and tokens.shape[1] > 1 and "h" in params:
-            network = module  # a prompt goes through the stacked layers
-        else:
-            params = for_decoding(params)
-        inputs = (tokens, positions, key_mask, cache, index)
-        return network.apply({"params": params}, *inputs, method="decode")
-
-    init_cache = partial(stack.init_cache, config)
-    for_decoding = partial(stack.for_decoding, config)
+    decode = partial(_decode, module, unrolled)
     return Model(config, init, apply, hidden, unembed, init_cache, decode, for_decoding)
+
+
+def _decode(
+    module: Any,
+    unrolled: Any,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    key_mask: Array,
+    cache: Any,
+    index: Any,
+) -> Any:
+    """``Model.decode``, by the ``module`` for a prompt in stacked layers, else by the ``unrolled``
+    one.
+    """
+    config = module.config
+    chex.assert_rank(tokens, 2)
+    chex.assert_equal_shape([tokens, positions])
+    expected = jax.eval_shape(lambda: stack.init_cache(config, *key_mask.shape))
+    chex.assert_trees_all_equal_shapes(cache, expected)
+    network = unrolled
+    is_empty = isinstance(index, int) and index == 0
+    if is_empty and tokens.shape[1] > 1 and "h" in params:
+        network = module
+    else:
+        params = stack.for_decoding(config, params)
+    inputs = (tokens, positions, key_mask, cache, index)
+    return network.apply({"params": params}, *inputs, method="decode")
 
 
 def resize_vocabulary(model: Model, params: Params, size: int) -> tuple[Model, Params]:

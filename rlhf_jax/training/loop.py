@@ -1,4 +1,4 @@
-"""The loop of every stage: restore, step, validate, log, save. What a step does is the stage's own."""
+"""The loop of every stage: restore, step, validate, log, save. A step is the stage's own."""
 
 import dataclasses
 import itertools
@@ -39,16 +39,14 @@ class Validation(NamedTuple):
 class Job(NamedTuple):
     """What the loop runs."""
 
-    advance: Callable[
-        [Any, int], tuple[Any, Metrics]
-    ]  # (state, step) -> (state, metrics); step counts from 0
+    # (state, step) -> (state, metrics); step counts from 0
+    advance: Callable[[Any, int], tuple[Any, Metrics]]
     num_steps: int
     validate: Callable[[Any], Validation] | None = None  # None: nothing is held out
     validation_interval: int = 1
     show: tuple[str, ...] = ()  # metrics of the console's line
-    sources: Callable[[int], Iterable[str]] = (
-        lambda step: ()
-    )  # data rows of a step's batch, as "FILE, line N"
+    # data rows of a step's batch, as "FILE, line N"
+    sources: Callable[[int], Iterable[str]] = lambda step: ()
     optimizer: Optimizer = Optimizer()
     # the metric of early stopping and plateau, unless keep_best names one
     judged_by: str = "min:validation/loss"
@@ -79,7 +77,8 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
             checkpoint could not be written.
         UserError: ``keep_best`` names no metric of the validations.
     """
-    config, best = stage.config, stage.config.keep_best
+    config = stage.config
+    best = config.keep_best
     judge = Judge(best or job.judged_by, config.early_stopping_patience, job.optimizer)
     if job.validate is None and (judge.used or best):
         key = f"keep_best {best}" if best else "early_stopping_patience and schedule plateau"
@@ -132,57 +131,28 @@ class _Loop:
         """Opens the files of the run and goes on from its checkpoint, or validates and saves step
         0.
         """
-        self.stage, self.job, self.judge, self.checkpoints, self.state = (
-            stage,
-            job,
-            judge,
-            checkpoints,
-            state,
-        )
+        self.stage = stage
+        self.job = job
+        self.judge = judge
+        self.checkpoints = checkpoints
+        self.state = state
         self.row: dict[str, float] = {}  # the last row of metrics
-        self.history: list[
-            dict[str, Any]
-        ] = []  # all rows of a resumed run's steps, then those with validations
-        config, run, resume_step = stage.config, stage.run, None
+        # All rows of a resumed run's steps, then those with validations.
+        self.history: list[dict[str, Any]] = []
         if (checkpoints.latest() or 0) < job.num_steps:
             logger.info("compiling; the first steps take longest")
             job.check_memory(state)
-        if run.resumed:
-            target, self.state = (
-                memory.shapes(self.state),
-                None,
-            )  # the first state makes room for the restored one
-            self.state, meta = checkpoints.restore(target)
-            self.done, self.row, resume_step = meta["step"], meta["metrics"], meta["step"]
-            self.history = [
-                row for row in records.read_rows(run.metrics) if row["step"] <= self.done
-            ]
-            finished = " (finished already)" if self.done >= job.num_steps else ""
-            logger.info(f"resumed from step {self.done} of {job.num_steps}{finished}")
-        tracked = config.track if processes.is_first() else ()
-        settings = objects.describe(dataclasses.asdict(config))
-        services = trackers.start(run, tracked, settings, resume_step)
-        show, label, total = job.show, stage.name, job.num_steps
-        tracker = Tracker(
-            run,
-            total=total,
-            resume_step=resume_step,
-            label=label,
-            show=show,
-            services=services,
-            pulse=pulse,
-        )
-        self.tracker = stack.enter_context(tracker)
-        self.alert_rows = stack.enter_context(
-            closing(RowWriter(run.path / "alerts.jsonl", resume_step))
-        )
-        # A resumed run's rules see the rows before its checkpoint again, and go on from there.
+        if stage.run.resumed:
+            self._restore()
+        self._open_files(stack, pulse)
+        config = stage.config
         self.rules = alerts.parse(config.alerts, config.compute.dtype)
         self.watches = [alerts.Watch(rule) for rule in self.rules]
+        # A resumed run's rules see the rows before its checkpoint again, and go on from there.
         for watch, row in itertools.product(self.watches, self.history):
             watch.observe(row)
         stack.callback(self._catch_up)  # a run that fails keeps the row of its last step
-        if not run.resumed:
+        if not stage.run.resumed:
             seed_libraries(config.seed, 0)
             self._record(self._validation())
             self.history.append(self.row)
@@ -190,6 +160,38 @@ class _Loop:
             checkpoints.wait()  # before the first update, also if saves are asynchronous
         self._judge_history()
         self.clock = time.perf_counter()
+
+    def _restore(self) -> None:
+        """Goes on from the newest checkpoint."""
+        target = memory.shapes(self.state)
+        self.state = None  # the first state makes room for the restored one
+        self.state, meta = self.checkpoints.restore(target)
+        self.done = meta["step"]
+        self.row = meta["metrics"]
+        rows = records.read_rows(self.stage.run.metrics)
+        self.history = [row for row in rows if row["step"] <= self.done]
+        finished = " (finished already)" if self.done >= self.job.num_steps else ""
+        logger.info(f"resumed from step {self.done} of {self.job.num_steps}{finished}")
+
+    def _open_files(self, stack: ExitStack, pulse: Pulse) -> None:
+        """Opens the files of rows, and the services that get the rows too."""
+        config = self.stage.config
+        run = self.stage.run
+        resume_step = self.done if run.resumed else None
+        tracked = config.track if processes.is_first() else ()
+        settings = objects.describe(dataclasses.asdict(config))
+        tracker = Tracker(
+            run,
+            total=self.job.num_steps,
+            resume_step=resume_step,
+            label=self.stage.name,
+            show=self.job.show,
+            services=trackers.start(run, tracked, settings, resume_step),
+            pulse=pulse,
+        )
+        self.tracker = stack.enter_context(tracker)
+        alert_rows = RowWriter(run.path / "alerts.jsonl", resume_step)
+        self.alert_rows = stack.enter_context(closing(alert_rows))
 
     @property
     def going_on(self) -> bool:
@@ -206,18 +208,16 @@ class _Loop:
 
     def settle(self, received: int) -> None:
         """Waits for the step if something depends on it: a validation, an alert or a function of
-        the user's own that may stop the run, or a checkpoint, which is due at the end, at the interval, for a signal or an alert,
-        and after validations under ``keep_best``.
+        the user's own that may stop the run, or a checkpoint. A checkpoint is due at the end, at
+        the interval, for a signal or an alert, and after validations under ``keep_best``.
         """
-        config, last = self.stage.config, self.done == self.job.num_steps
-        validates = self.job.validate is not None and (
-            last or self.done % self.job.validation_interval == 0
-        )
-        saves = received or last or self.done % config.checkpoint_interval == 0
-        is_watched = self.job.on_step is not None or any(
-            rule.action == "stop" for rule in self.rules
-        )
-        if not (validates or saves or is_watched):
+        config = self.stage.config
+        is_last = self.done == self.job.num_steps
+        is_interval = self.done % self.job.validation_interval == 0
+        validates = self.job.validate is not None and (is_last or is_interval)
+        saves = received or is_last or self.done % config.checkpoint_interval == 0
+        may_stop = self.job.on_step is not None or "stop" in {rule.action for rule in self.rules}
+        if not (validates or saves or may_stop):
             return
         self._catch_up(validates)
         if validates:
@@ -226,12 +226,8 @@ class _Loop:
             self._judge_history()
         if self.job.on_step is not None and self.job.on_step(self.done, self.state, self.row):
             self.ended = self.ended or "on_step asked for it"
-        if (
-            saves
-            or self.ended
-            or (validates and config.keep_best)
-            or any(watch.stops for watch in self.watches)
-        ):
+        is_alarmed = any(watch.stops for watch in self.watches)
+        if saves or self.ended or is_alarmed or (validates and config.keep_best):
             self._save()
         self.clock = time.perf_counter()
         self.obey_alerts()
@@ -248,10 +244,12 @@ class _Loop:
         """
         if self.pending is None:
             return
-        metrics, self.pending = self.pending, None
+        metrics = self.pending
+        self.pending = None
         finite = not float(metrics["nonfinite"]) > 0
-        before, self.clock = self.clock, time.perf_counter()
-        self.tracker.timing(self.done, {"timing/step": self.clock - before})
+        now = time.perf_counter()
+        self.tracker.timing(self.done, {"timing/step": now - self.clock})
+        self.clock = now
         validation = self._validation() if finite and validates else {}
         recorded = {"step"}.union(self.row, *self.history)
         self._record({**metrics, **validation})
@@ -310,10 +308,13 @@ class _Loop:
     def _record(self, metrics: Mapping[str, Any]) -> None:
         self.row = self.tracker.log(self.done, metrics)
         row = {"step": self.done, **self.row}
-        for alert in [alert for watch in self.watches if (alert := watch.observe(row))]:
-            self.alert_rows.write(
-                self.done, {key: x for key, x in alert._asdict().items() if key != "step"}
-            )
+        for watch in self.watches:
+            alert = watch.observe(row)
+            if alert is None:
+                continue
+            fields = alert._asdict()
+            del fields["step"]
+            self.alert_rows.write(self.done, fields)
             self.tracker.alert(self.done, f"{alert.name}: {alert.message}")
 
     def _save(self) -> None:
@@ -333,14 +334,13 @@ class _Loop:
         """Ends the run after an update that was not finite and so was not applied."""
         self.checkpoints.wait()
         rows = _grouped(self.job.sources(self.done - 1))
+        look = f", or look at the rows of this batch: {rows}" if rows else ""
         raise TrainingFault(
             f"{self.stage.name}: loss or gradient was not finite at step {self.done}; the update "
-            "was not applied. The "
-            f"last good checkpoint is step {self.checkpoints.latest()} in "
-            f"{self.stage.run.checkpoints}. Lower the "
-            "learning rate or clip harder (optimizer.max_grad_norm; with --resume, name what "
-            "changes under "
-            "--allow-changed)" + (f", or look at the rows of this batch: {rows}" if rows else "")
+            f"was not applied. The last good checkpoint is step {self.checkpoints.latest()} in "
+            f"{self.stage.run.checkpoints}. Lower the learning rate or clip harder "
+            "(optimizer.max_grad_norm; with --resume, name what changes under --allow-changed)"
+            f"{look}"
         )
 
 
