@@ -21,6 +21,7 @@ from rlhf_jax.data.environment import Source, converse, function_of, load_enviro
 from rlhf_jax.data.rows import Message, Record, Row
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.models import hf
+from rlhf_jax.rewards.host import SINGLE_TURN
 from rlhf_jax.runs import devices
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.types import Params, Rollout
@@ -33,6 +34,12 @@ def _sampler(num_layers: int) -> Any:
     """``sampling.generate``, compiled once for each model, config and shape."""
     options = devices.compiler_options(num_layers)
     return jax.jit(sampling.generate, static_argnames=("model", "config"), compiler_options=options)
+
+
+@functools.cache
+def _scorer(model: models.Model) -> Any:
+    """``models.score_fn``, compiled once for each model and shape."""
+    return jax.jit(models.score_fn(model))
 
 
 class LanguageModel(NamedTuple):
@@ -142,6 +149,36 @@ class LanguageModel(NamedTuple):
         whole = np.concatenate([tokens, sampled.tokens[:, columns:]], axis=1)
         return replace(sampled, tokens=whole)
 
+    def score_texts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        batch_size: int = 64,
+    ) -> np.ndarray:
+        """[N] float32 scores, by a reward model, of responses to conversations, both texts:
+        `encoding.answered_ids`, ``batch_size`` of similar length at a time.
+
+        Raises:
+            UserError: naming the text: it has more tokens than the model reads, or spells a special
+                token of it in a prompt.
+        """
+        limit = self.model.config.max_length
+        rows = []
+        for number, (messages, response) in enumerate(zip(conversations, responses, strict=True)):
+            where = f"text {number}, {messages[-1]['content'][:40]!r}"
+            ids = encoding.answered_ids(messages, response, self.tokenizer, where)
+            if len(ids) > limit:
+                raise UserError(
+                    f"{where}: prompt and response are {len(ids)} tokens of the reward model's "
+                    f"tokenizer, and it reads {limit}; shorten them, as by rl.max_new_tokens"
+                )
+            rows.append(ids)
+        longest = max(map(len, rows))
+        width = min(-(-longest // _BUCKET) * _BUCKET, limit)
+        padded = encoding.left_padded(rows, width, self.tokenizer.pad_id)
+        score = functools.partial(_scorer(self.model), self.params)
+        return _by_length(score, batch_size, *padded)
+
 
 class Generations(NamedTuple):
     """Responses to prompts: N = prompts * samples rows, those of one prompt adjacent."""
@@ -185,7 +222,8 @@ class Generator:
 
     Args:
         folder: a Hugging Face folder (or name) with its tokenizer.
-        reward_model: the folder of a reward model with the same tokenizer.
+        reward_model: the folder of a reward model. One of another tokenizer reads the texts, by
+            its own chat template.
         max_new_tokens: response slots R; replies use them too.
         temperature: divides the logits; 0 takes the most likely token.
         top_k, top_p: as in ``sampling.SamplingConfig``.
@@ -199,7 +237,7 @@ class Generator:
 
     Raises:
         UserError: a folder cannot be read, the policy is a reward model, the reward model has no
-            score head, their tokenizers differ, or ``max_new_tokens`` leaves no room for a prompt.
+            score head, or ``max_new_tokens`` leaves no room for a prompt.
         ValueError: a setting is out of range.
     """
 
@@ -239,31 +277,27 @@ class Generator:
         )
         fn = function_of(environment, "environment")
         self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
-        self._score: Callable[..., jax.Array] | None = None
+        self._judge: LanguageModel | None = None
+        self._reads_texts = False
         positions = min(self.model.config.max_length, max_length or sys.maxsize)
         if reward_model is not None:
-            judge = self._load_judge(reward_model, str(folder), compute)
-            positions = min(positions, judge.config.max_length)
+            self._judge = LanguageModel.load(reward_model, **compute)
+            if "score" not in self._judge.params:
+                raise UserError(
+                    f"{reward_model}: this model has no score head; give a reward model's folder"
+                )
+            same_tokens = self._judge.tokenizer.fingerprint == self.tokenizer.fingerprint
+            self._reads_texts = not same_tokens
+            if self._reads_texts and self._environment is not None:
+                raise UserError(f"{reward_model}: {SINGLE_TURN}")
+            if same_tokens:
+                positions = min(positions, self._judge.model.config.max_length)
         self._room = positions - max_new_tokens
         if self._room < 1:
             raise UserError(
                 f"{folder}: max_new_tokens {max_new_tokens} leaves no room for a prompt in "
                 f"{positions}"
             )
-
-    def _load_judge(
-        self, reward_model: str | Path, policy: str, compute: dict[str, Any]
-    ) -> models.Model:
-        """Sets the function that scores responses to that of a reward model; returns the model."""
-        judge, params, tokenizer = LanguageModel.load(reward_model, **compute)
-        if "score" not in params:
-            raise UserError(
-                f"{reward_model}: this model has no score head; give a reward model's folder"
-            )
-        if tokenizer.fingerprint != self.tokenizer.fingerprint:
-            raise UserError(f"{reward_model}: the reward model's tokenizer is not that of {policy}")
-        self._score = functools.partial(jax.jit(models.score_fn(judge)), params)
-        return judge
 
     def __call__(
         self,
@@ -297,16 +331,15 @@ class Generator:
         if not rows:
             return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
         rollout: Any = self.sample(asked, seed)
-        rewards = None
-        if self._score is not None:
-            inputs = (rollout.tokens, rollout.attention_mask)
-            rewards = _by_length(self._score, self.batch_size, *inputs)
+        texts = responses(rollout, self.tokenizer)
         in_responses = zip(rollout.log_probs, rollout.mask, strict=True)
         return Generations(
-            texts=responses(rollout, self.tokenizer),
+            texts=texts,
             transcripts=responses(rollout, self.tokenizer, with_replies=True),
             log_probs=rollout.log_probs.sum(axis=1),
-            rewards=rewards,
+            rewards=self._rewards(
+                rollout, [row for row in rows for _ in range(num_samples)], texts
+            ),
             token_log_probs=[log_probs[mask] for log_probs, mask in in_responses],
             finished=ended(rollout, self.config.eos_ids),
         )
@@ -343,6 +376,18 @@ class Generator:
         numbers = np.repeat(np.arange(num_rows), num_samples)
         rollout, _ = converse(self._environment, respond, encoded, numbers)
         return rollout
+
+    def _rewards(
+        self, rollout: Rollout, rows: Sequence[Row], texts: Sequence[str]
+    ) -> np.ndarray | None:
+        """[N] scores of the responses to these rows; None without a reward model."""
+        if self._judge is None:
+            return None
+        if self._reads_texts:
+            conversations = [row.conversation or () for row in rows]
+            return self._judge.score_texts(conversations, texts, self.batch_size)
+        score = functools.partial(_scorer(self._judge.model), self._judge.params)
+        return _by_length(score, self.batch_size, rollout.tokens, rollout.attention_mask)
 
     def _check_lengths(self, rows: Sequence[Row], ids: Sequence[list[int]]) -> None:
         for row, own in zip(rows, ids, strict=True):

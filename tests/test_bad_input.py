@@ -216,8 +216,8 @@ MISTAKES = [
      "template"), model(put("chat_template.jinja", b"caf\xe9")), MODEL, ("is not UTF-8, which is "
                                                                         "exp")),
     (("reward "
-     "model"), two_models, TWO_MODELS, ("--reward other: the reward model's tokenizer is not the "
-                                       "policy's; train")),
+     "model"), two_models, TWO_MODELS, ("--reward other: text 0, 'ab': the tokenizer's alphabet "
+                                       "lacks 'a'")),
 ]
 # fmt: on
 

@@ -160,7 +160,7 @@ def test_neighbours_order_and_batches_change_nothing(folders, generator, generat
 def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeypatch):
     widths = []
     sampler = module._sampler
-    score = generator._score
+    scorer = module._scorer
 
     def watched(num_layers):
         return lambda *args, **how: (
@@ -169,9 +169,11 @@ def test_short_prompts_do_not_wait_for_long_ones(generator, generations, monkeyp
         )[1]
 
     monkeypatch.setattr(module, "_sampler", watched)
-    monkeypatch.setattr(
-        generator, "_score", lambda *args: (widths.append(args[0].shape), score(*args))[1]
-    )
+
+    def watched_scorer(model):
+        return lambda *args: (widths.append(args[1].shape), scorer(model)(*args))[1]
+
+    monkeypatch.setattr(module, "_scorer", watched_scorer)
     monkeypatch.setattr(generator, "batch_size", 4)
     assert_alike(generator(PROMPTS, seed=3, num_samples=2), generations, range(10))
     # Tokens: 2, 2, 3, 3 | 4, 4, 10, 10 | 21, 21 of at most 32; then with their responses, of 38.
@@ -251,8 +253,8 @@ def test_what_does_not_fit_is_refused_by_name(folders, generator, tmp_path):
             lambda: Generator(policy, max_new_tokens=48),
         ),
         (
-            "other: the reward model's tokenizer is not that of",
-            lambda: Generator(policy, tmp_path / "other"),
+            "other: a reward model of another tokenizer reads a prompt and one response",
+            lambda: Generator(policy, tmp_path / "other", environment=lambda talk, row: None),
         ),
         ("batch_size must be at least 1", lambda: Generator(policy, batch_size=0)),
     ):

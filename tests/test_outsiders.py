@@ -173,11 +173,6 @@ TABLE = [
     ),
     Mistake(f"{PPO} --reward policy", "policy: this model has no score head", {"policy": model()}),
     Mistake(
-        f"{PPO} --reward rm",
-        "the reward model's tokenizer is not the policy's",
-        {"rm": model("score")},
-    ),
-    Mistake(
         "sft --model rm --data texts.json",
         "--model rm: this is a reward model",
         {"rm": model("score")},

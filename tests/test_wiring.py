@@ -472,7 +472,7 @@ def test_what_samples_is_the_policy_that_learns(value, lora, config, tmp_path):
 
 
 def test_a_run_loads_reward_models_that_read_whole_texts(config, monkeypatch):
-    def load(source, compute, place, score_rows, length):
+    def load(source, compute, place, score_rows, length, policy):
         raise UserError(f"{source} {length}")
 
     monkeypatch.setattr(rl.initial, "load_reward_model", load)

@@ -312,9 +312,11 @@ def _present(rows: np.ndarray) -> np.ndarray:
 
 def columns_at(data: EncodedPrompts, row_ids: np.ndarray) -> dict[str, list[Any]]:
     """The data columns of the given rows, for a reward that reads them; None for a column that a
-    row lacks.
+    row lacks. Beside them ``messages``, the rows' `Row.conversation`.
     """
-    return {name: [data.rows[row].columns.get(name) for row in row_ids] for name in data.columns}
+    rows = [data.rows[row] for row in row_ids]
+    columns = {name: [row.columns.get(name) for row in rows] for name in data.columns}
+    return columns | {"messages": [row.conversation for row in rows]}
 
 
 def _padded(

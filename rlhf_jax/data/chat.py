@@ -15,7 +15,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,27 +67,52 @@ class ChatTemplate:
         Raises:
           BadRow: at ``where``, for a template that fails or contents that spell a special token.
         """
-        try:
-            rendered = self._template.render(
-                messages=messages,
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self.special_tokens,
-            )
+        with _template_errors(where):
+            rendered = self._rendered(messages, opens=True)
             if after:
                 rendered = rendered[rendered.rindex(after) + len(after) :]
             if self.tokenizer is not None:
-                ids = self._encoder.encode(rendered, add_special_tokens=False).ids
-        # a template can fail in any way that an expression can, a vocabulary lack a letter
-        except Exception as error:
-            what = f"the chat template failed: {type(error).__name__}: {error}"
-            raise BadRow(where, what) from error
+                ids = self._encoded(rendered)
         if self.tokenizer is None:
             self._check_no_calls(messages, where)
             return rendered
         self._check_contents(messages, where)
         return tuple(ids)
+
+    def answered(self, messages: Sequence[Message], response: str, where: str) -> list[int]:
+        """Token ids of the conversation with the response as the assistant's next turn, which are
+        those of transformers' ``apply_chat_template``; this template has a tokenizer.
+
+        A special token that the response spells stays a text, as in any response.
+
+        Raises:
+          BadRow: as `prompt`.
+        """
+        assert self.tokenizer is not None
+        turn = {"role": "assistant", "content": response}
+        self._check_contents(messages, where)
+        with _template_errors(where):
+            rendered = self._rendered([*messages, turn], opens=False)
+            if not any(token in response for token in self._special):
+                return self._encoded(rendered)
+            content = response.strip()  # as some templates do
+            start = rendered.rindex(content)
+            before = self._encoded(rendered[:start])
+            after = self._encoded(rendered[start + len(content) :])
+            return [*before, *self.tokenizer.encode(content), *after]
+
+    def _rendered(self, messages: Sequence[Message], opens: bool) -> str:
+        """The text of the messages; ``opens``: and the opening of the next assistant turn."""
+        return self._template.render(
+            messages=messages,
+            add_generation_prompt=opens,
+            tools=None,
+            documents=None,
+            **self.special_tokens,
+        )
+
+    def _encoded(self, rendered: str) -> list[int]:
+        return self._encoder.encode(rendered, add_special_tokens=False).ids
 
     def user(self, content: str, where: str) -> Text:
         """`prompt` of one message, the user's."""
@@ -325,6 +350,17 @@ def _messages(record: Record, key: str) -> list[Message]:
             )
         checked(record, f"the content of {where}", message["content"] or " ")
     return value
+
+
+@contextlib.contextmanager
+def _template_errors(where: str) -> Iterator[None]:
+    """Says as a BadRow that the chat template failed."""
+    try:
+        yield
+    # a template can fail in any way that an expression can, a vocabulary lack a letter
+    except Exception as error:
+        what = f"the chat template failed: {type(error).__name__}: {error}"
+        raise BadRow(where, what) from error
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):

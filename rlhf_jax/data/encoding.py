@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from rlhf_jax.data import chat
-from rlhf_jax.data.rows import Row, Text
+from rlhf_jax.data.rows import Message, Row, Text
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -299,6 +299,32 @@ def _shown(row: Row, frame: str, tokenizer: Tokenizer) -> str:
     """A row's prompt for people to read, in its frame if the prompt is a text."""
     text = chat.shown(row, tokenizer)
     return frame.replace("{prompt}", text) if isinstance(row.prompt, str) else text
+
+
+def answered_ids(
+    messages: Sequence[Message], response: str, tokenizer: Tokenizer, where: str
+) -> list[int]:
+    """Ids of a conversation and its response, both texts, as a model reads them that knows nothing
+    of the run: by the chat template of its folder.
+
+    A model that a run of this package trained on plain prompts reads one in the frame of that run
+    (`chat.frame`). A folder without a chat template reads prompt, response and EOS, and nothing
+    else; a conversation is then one text, by `chat.PLAIN`.
+
+    Raises:
+      BadRow: at ``where``, as `chat.ChatTemplate.prompt`.
+    """
+    template = chat.template_of(tokenizer, chat.AUTO)
+    frame = chat.frame(chat.AUTO, tokenizer)
+    is_plain = [message["role"] for message in messages] == ["user"]
+    if frame is not None and is_plain:
+        prompt: Text = frame.replace("{prompt}", messages[0]["content"])
+    elif template.tokenizer is not None:
+        return template.answered(messages, response, where)
+    else:
+        prompt = template.prompt(messages, where)
+    before, after = _ids([prompt, response], tokenizer, [where, where])
+    return [*before, *after, tokenizer.eos_id]
 
 
 def response_ids(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[list[int]]]:

@@ -48,6 +48,15 @@ class Row:
     """The messages of which the prompt was rendered; empty for a text or token ids of the data."""
 
     @property
+    def conversation(self) -> Sequence[Message] | None:
+        """The prompt as messages, before any template: a text is a user's message. None if the data
+        holds token ids.
+        """
+        if self.messages or not isinstance(self.prompt, str):
+            return self.messages or None
+        return [{"role": "user", "content": self.prompt}]
+
+    @property
     def is_plain_text(self) -> bool:
         """Whether the row is a text for a language model: one response, no prompt."""
         return self.prompt == ""

@@ -340,7 +340,10 @@ def check_template(policy: Policy, folder: str, config: Config) -> None:
         return
     model = hf.model_folder(folder)
     member = next(iter(spec.members(model)), model)
-    other = chat.in_force(given, load_tokenizer(member))
+    tokenizer = load_tokenizer(member)
+    if tokenizer.fingerprint != policy.tokenizer.fingerprint:
+        return  # it reads texts, by its own template
+    other = chat.in_force(given, tokenizer)
     own = chat.in_force(policy.template, policy.tokenizer)
     if other != own:
         trained = f"{folder} was trained with the template {other!r:.80}, {policy.folder} with {own!r:.80}"
@@ -351,7 +354,9 @@ def reward_of(entry: str, tokenizer: Tokenizer, columns: Collection[str], flag: 
     """The reward of one entry, as ``spec.build_reward`` reads it; ``flag`` names the setting in
     errors.
     """
-    load = functools.partial(initial.load_reward_model, compute=Compute())
+    load = functools.partial(
+        initial.load_reward_model, compute=Compute(), policy=tokenizer.fingerprint
+    )
     return spec.build_reward((entry,), tokenizer=tokenizer, load=load, columns=columns, flag=flag)
 
 
@@ -423,11 +428,11 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     rollout, talks = converse(bench.environment, respond, encoded, numbers)
     read = [chat.shown(row, tokenizer) for row in encoded.rows]
     said = np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist()
-    scores = (
-        None
-        if bench.reward is None
-        else score(bench.reward, rollout, {}, config.batch_size).reshape(shape)
-    )
+    columns = batches.columns_at(encoded, numbers)
+    scores = None
+    if bench.reward is not None:
+        asked = {"messages": columns["messages"]}  # a policy's reward model reads no other column
+        scores = score(bench.reward, rollout, asked, config.batch_size).reshape(shape)
     lengths, ended = (
         np.count_nonzero(rollout.response_mask, axis=1),
         generator.ended(rollout, settings.eos_ids),
@@ -436,7 +441,7 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     return Answers(
         encoded.rows,
         encoded.counts,
-        batches.columns_at(encoded, numbers),
+        columns,
         rollout,
         responses,
         talks,

@@ -20,7 +20,7 @@ from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn, Scores
 
 EnsembleMethod = Literal["mean", "min", "uncertainty"]
 
-_ENSEMBLES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
+ENSEMBLES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
     "mean": lambda scores, coef: jnp.mean(scores, axis=0),
     "min": lambda scores, coef: jnp.min(scores, axis=0),
     "uncertainty": lambda scores, coef: jnp.mean(scores, axis=0) - coef * jnp.var(scores, axis=0),
@@ -80,10 +80,10 @@ def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float 
     Returns:
       RewardFn with the part ``uncertainty``, the standard deviation over members [B].
     """
-    ops.check_choice("how", how, tuple(_ENSEMBLES))
+    ops.check_choice("how", how, tuple(ENSEMBLES))
     if not fns:
         raise ValueError("fns: an ensemble needs at least one reward function")
-    return Partial(_ensemble, Partial(_ENSEMBLES[how]), coef, [_as_pytree(fn) for fn in fns])
+    return Partial(_ensemble, Partial(ENSEMBLES[how]), coef, [_as_pytree(fn) for fn in fns])
 
 
 def _ensemble(

@@ -35,6 +35,10 @@ the columns.
 """
 
 
+TextScorer = Callable[[Sequence[Any], Sequence[str]], np.ndarray]
+"""(conversations, responses) -> scores [N]; a conversation is a list of messages."""
+
+
 def on_host(
     reward: HostReward, rollout: Rollout, columns: Columns, name: str = "the reward"
 ) -> tuple[Rollout, dict[str, np.ndarray]]:
@@ -111,6 +115,48 @@ def from_text(fn: Callable[..., Any], tokenizer: Decoder) -> HostReward:
         return in_all_rows(scores), {part: in_all_rows(values) for part, values in parts.items()}
 
     return score
+
+
+SINGLE_TURN = (
+    "a reward model of another tokenizer reads a prompt and one response; with an environment give "
+    "one of the policy's tokenizer"
+)
+
+
+def from_conversations(score_texts: TextScorer, tokenizer: Decoder, name: str) -> HostReward:
+    """A HostReward from a model that reads texts: the prompts' messages, as the column ``messages``
+    holds them before any template, and the responses.
+
+    Raises:
+      UserError: when it is called, beginning with ``name``: a row has no messages or several
+        responses, or the model cannot read a text.
+    """
+
+    def score(
+        prompts: list[str], responses: list[str], messages: Any = (), **columns: Any
+    ) -> np.ndarray:
+        if not messages or None in messages:
+            raise UserError(
+                f"{name}: a reward model of another tokenizer reads prompts as texts or messages, "
+                "and here is one without; give a reward model of the policy's tokenizer"
+            )
+        try:
+            return score_texts(messages, responses)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+
+    from_texts = from_text(score, tokenizer)
+
+    def score_rollout(
+        rollout: Rollout, columns: Columns
+    ) -> tuple[HostScores, Mapping[str, HostScores]]:
+        in_response = np.asarray(rollout.response_mask) != 0
+        begins = in_response[:, 1:] & ~in_response[:, :-1]
+        if np.any(np.sum(begins, axis=1) > 1):
+            raise UserError(f"{name}: {SINGLE_TURN}")
+        return from_texts(rollout, columns)
+
+    return score_rollout
 
 
 def _called(name: str, fn: Callable[..., Any], *args: Any, **columns: Any) -> Any:

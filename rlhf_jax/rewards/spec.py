@@ -2,7 +2,8 @@
 
 Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
 
-- a reward model's folder or Hugging Face name,
+- a reward model's folder or Hugging Face name; where its tokenizer is not the policy's, it reads
+  the texts by its own chat template,
 - ``mean:A,B,...``, ``min:A,B,...`` or ``uncertainty:A,B,...``, an ensemble of reward models
   (`rewards.ensemble`); ``uncertainty:COEF:A,B,...`` gives the variance another weight than 1. The
   folder of a run that trained an ensemble means all its members,
@@ -28,6 +29,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import math
 import re
 import runpy
 from collections.abc import Callable, Collection, Sequence
@@ -35,11 +37,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_args
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.rewards import verifiable
 from rlhf_jax.rewards.functions import (
+    ENSEMBLES,
     EnsembleMethod,
     ensemble,
     from_model,
@@ -47,7 +52,15 @@ from rlhf_jax.rewards.functions import (
     token_count,
     weighted,
 )
-from rlhf_jax.rewards.host import Columns, Decoder, HostReward, HostScores, from_text
+from rlhf_jax.rewards.host import (
+    Columns,
+    Decoder,
+    HostReward,
+    HostScores,
+    TextScorer,
+    from_conversations,
+    from_text,
+)
 from rlhf_jax.rewards.ngrams import diversity, repetition
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
@@ -76,6 +89,7 @@ class RewardModel(NamedTuple):
     score_fn: ScoreFn
     params: Params
     fingerprint: str  # of its tokenizer
+    score_texts: TextScorer | None = None  # for a policy of another tokenizer
 
 
 Load = Callable[[str], RewardModel]
@@ -105,7 +119,7 @@ def build_reward(
     Several entries, or one with a weight or a Python function, have parts with the entries' names.
 
     Args:
-      tokenizer: the policy's. A reward model must have the same.
+      tokenizer: the policy's. A reward model of another one reads texts, on the host.
       load: loads the reward models, one call for each.
       columns: names of the prompts' columns, which a Python function may have parameters for.
       flag: where the entries come from, such as ``--rl.judge``; each error begins with it.
@@ -249,20 +263,20 @@ def _read(
             host=from_text(load_function(where, Path(file), function, columns), tokenizer)
         )
 
-    def model_reward(name: str) -> RewardFn:
+    def model_reward(name: str) -> Reward:
         model = load(name)
-        if model.fingerprint != tokenizer.fingerprint:
-            place = where if name == spec else f"{where}: {name}"
-            raise UserError(
-                f"{place}: the reward model's tokenizer is not the policy's; train both from one "
-                "model"
-            )
-        return from_model(model.score_fn, model.params)
+        if model.fingerprint == tokenizer.fingerprint:
+            return Reward(fn=from_model(model.score_fn, model.params))
+        place = where if name == spec else f"{where}: {name}"
+        if model.score_texts is None:
+            raise UserError(f"{place}: the reward model's tokenizer is not the policy's")
+        logger.info(f"{place}: another tokenizer than the policy's, so it reads texts on the host")
+        return Reward(host=from_conversations(model.score_texts, tokenizer, place))
 
     if match := _ENSEMBLE.fullmatch(spec):
         names = match["names"].split(",")
         name = spec.removesuffix(match["names"]) + ",".join(map(_run_name, names))
-        return name, Reward(fn=_ensemble(match["how"], match["coef"], names, where, model_reward))
+        return name, _ensemble(match["how"], match["coef"], names, where, model_reward)
     if folders := members(spec):
         ways = f"mean:{spec}, min:{spec} (the worst case) or uncertainty:{spec} (mean - variance)"
         raise UserError(
@@ -274,7 +288,7 @@ def _read(
         raise UserError(
             f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?"
         )
-    return _run_name(spec), Reward(fn=model_reward(spec))
+    return _run_name(spec), model_reward(spec)
 
 
 def _ensemble(
@@ -282,8 +296,8 @@ def _ensemble(
     coef: str | None,
     names: Sequence[str],
     where: str,
-    model_reward: Callable[[str], RewardFn],
-) -> RewardFn:
+    model_reward: Callable[[str], Reward],
+) -> Reward:
     if coef is not None and not re.fullmatch(_NUMBER, coef, re.IGNORECASE):
         raise UserError(
             f"{where}: between the colons stands a coefficient, a number of at least 0; got "
@@ -299,9 +313,31 @@ def _ensemble(
             f"{where}: an ensemble has at least two different models, here are {', '.join(paths)}"
         )
     logger.info(f"{where}: {len(paths)} models")
-    return ensemble(
-        [model_reward(path) for path in paths], how, 1.0 if coef is None else float(coef)
-    )
+    weight = 1.0 if coef is None else float(coef)
+    rewards = [model_reward(path) for path in paths]
+    fns = [reward.fn for reward in rewards if reward.fn is not None]
+    if len(fns) == len(rewards):
+        return Reward(fn=ensemble(fns, how, weight))
+    return Reward(host=_ensemble_on_host(list(map(as_host, rewards)), how, weight))
+
+
+def _ensemble_on_host(
+    rewards: Sequence[HostReward], how: EnsembleMethod, coef: float
+) -> HostReward:
+    """As ``ensemble``. A row that one member cannot score has no score."""
+
+    def score(rollout: Rollout, columns: Columns) -> tuple[HostScores, dict[str, HostScores]]:
+        given = [reward(rollout, columns)[0] for reward in rewards]
+        scores = np.array(given, np.float32)  # [members, B], NaN for None
+        combined = np.asarray(ENSEMBLES[how](jnp.asarray(scores), coef))
+        spread = np.std(scores, axis=0)
+
+        def numbers(values: np.ndarray) -> list[float | None]:
+            return [None if math.isnan(value) else value for value in values.tolist()]
+
+        return numbers(combined), {"uncertainty": numbers(spread)}
+
+    return score
 
 
 def _run_name(model: str) -> str:
@@ -345,13 +381,14 @@ def _of_columns(where: str, fn: Callable[..., Any], columns: Collection[str]) ->
     wanted = [
         parameter for parameter in parameters[2:] if parameter.kind is not parameter.VAR_POSITIONAL
     ]
-    missing = [p.name for p in wanted if p.default is p.empty and p.name not in columns]
+    offered = [*columns, "messages"]
+    missing = [p.name for p in wanted if p.default is p.empty and p.name not in offered]
     if missing:
         there = ", ".join(columns) or "none"
         raise UserError(
             f"{where} asks for {', '.join(missing)}, but the prompts' columns are {there}"
         )
-    names = [parameter.name for parameter in wanted if parameter.name in columns]
+    names = [parameter.name for parameter in wanted if parameter.name in offered]
 
     @functools.wraps(fn)
     def with_its_columns(prompts: list[str], responses: list[str], **given: Any) -> Any:

@@ -20,6 +20,7 @@ from rlhf_jax.rewards import spec
 from rlhf_jax.training import own
 from rlhf_jax.types import Params
 
+TEXTS_AT_ONCE = 64  # of a reward model that reads texts, where compute.score_rows says nothing
 DEEP = 8  # layers from which compiling them one by one is dear
 Place = Callable[[Any], Any] | None  # of parameters, on which devices; None: all on each
 
@@ -311,9 +312,13 @@ def load_reward_model(
     place: Place = None,
     score_rows: int | None = None,
     length: int = 0,
+    policy: str | None = None,
 ) -> spec.RewardModel:
     """A reward model's folder (or Hugging Face name), as ``rewards.spec`` takes it; ``place``: as
     ``placement`` gives; it scores ``score_rows`` rows at once, of ``length`` tokens.
+
+    ``policy`` is the fingerprint of the policy's tokenizer. A model of another one reads texts, on
+    the first device of each process; its own length is checked with each text.
 
     Raises:
         UserError: the folder cannot be read, or the model has no score head or fewer positions than
@@ -321,19 +326,23 @@ def load_reward_model(
     """
     layers = hf.read_config(hf.find_folder(source)).num_layers
     options = compute_options(compute, layers)
-    model, params, tokenizer = LanguageModel.load(source, **options, shardings=place)
+    own = tokenizers.load_tokenizer(source).fingerprint
+    reads_texts = policy is not None and own != policy
+    loaded = LanguageModel.load(source, **options, shardings=None if reads_texts else place)
+    model, params, _ = loaded
     if "score" not in params:
         raise UserError(
             f"{source}: this model has no score head; train one with `rlhf-jax reward-model`"
         )
-    if (reads := model.config.max_length) < length:
+    reads = model.config.max_length
+    if reads < length and not reads_texts:
         raise UserError(
             f"{source}: this reward model reads {reads} tokens; shorten prompt and response, now "
             f"{length}"
         )
-    return spec.RewardModel(
-        ops.by_rows(models.score_fn(model), score_rows), params, tokenizer.fingerprint
-    )
+    score_texts = functools.partial(loaded.score_texts, batch_size=score_rows or TEXTS_AT_ONCE)
+    score_fn = ops.by_rows(models.score_fn(model), score_rows)
+    return spec.RewardModel(score_fn, params, own, score_texts)
 
 
 def compute_options(compute: Compute, layers: int) -> dict[str, Any]:

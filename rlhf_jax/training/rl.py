@@ -174,6 +174,7 @@ def _parts(
         place=initial.placement(config),
         score_rows=score_rows,
         length=max(part.tokens.shape[1] for part in encoded) + settings.max_new_tokens,
+        policy=tokenizer.fingerprint,
     )
     build_reward = functools.partial(spec.build_reward, tokenizer=tokenizer, load=load)
     judge = None

@@ -1,0 +1,254 @@
+"""Reward models of another tokenizer than the policy's: they read texts, by their own template."""
+
+import dataclasses
+import json
+from functools import partial
+
+import chat_families
+import jax
+import numpy as np
+import pytest
+from chat_families import ANSWER, SYSTEM, USER
+
+from rlhf_jax import models, training, vpg
+from rlhf_jax.config import Compute
+from rlhf_jax.data import chat, encoding
+from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tokenizers import characters, load_tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import evaluate
+from rlhf_jax.generator import Generator, LanguageModel
+from rlhf_jax.rewards import spec
+from rlhf_jax.training import initial
+from rlhf_jax.types import Rollout
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+
+POLICY = characters("abcdefghijklmnopqrstuvwxyz <|_>")
+SAID = ["hello", "no", "a longer answer than the others"]
+ASKED = [[USER], [SYSTEM, USER], [USER, ANSWER, USER]]
+
+
+def save_judge(folder, family="qwen2.5", max_length=256, seed=0):
+    """A small reward model whose tokenizer is the family's; its folder as a text."""
+    chat_families.write(folder, family)
+    tokenizer = load_tokenizer(folder)
+    config = models.GPT2Config(
+        vocab_size=tokenizer.vocab_size,
+        max_length=max_length,
+        hidden_size=8,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=tokenizer.pad_id,
+    )
+    model = models.build(config)
+    params = models.add_head(jax.random.key(seed), model.init(jax.random.key(seed)), "score")
+    models.save(folder, model, jax.tree.map(lambda x: 4 * x if x.ndim == 2 else x, params))
+    return str(folder)
+
+
+def judge_alone(folder, messages, response):
+    """The score of one text, without padding."""
+    judge = LanguageModel.load(folder)
+    ids = encoding.answered_ids(messages, response, judge.tokenizer, "")
+    tokens = np.array([ids])
+    score = models.score_fn(judge.model)
+    return float(score(judge.params, tokens, np.ones_like(tokens), None)[0])
+
+
+def rollout(prompts, said):
+    """Right-padded responses of the policy's tokenizer behind left-padded prompts."""
+    before = [POLICY.encode(prompt) for prompt in prompts]
+    after = [[*POLICY.encode(text), POLICY.eos_id] for text in said]
+    left, right = max(map(len, before)), max(map(len, after))
+    tokens = np.full((len(said), left + right), POLICY.pad_id, np.int32)
+    real = np.zeros_like(tokens)
+    in_response = np.zeros_like(tokens)
+    for i, (prompt, response) in enumerate(zip(before, after, strict=True)):
+        end = left + len(response)
+        tokens[i, left - len(prompt) : end] = [*prompt, *response]
+        real[i, left - len(prompt) : end] = 1
+        in_response[i, left:end] = 1
+    return Rollout(tokens, real, in_response, np.zeros(tokens.shape, np.float32))
+
+
+load = partial(initial.load_reward_model, compute=Compute(), policy=POLICY.fingerprint)
+
+
+def build(*entries):
+    return spec.build_reward(entries, tokenizer=POLICY, load=load, columns=())
+
+
+def theirs(folder, messages):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer.apply_chat_template(messages, return_dict=False)
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "llama3", "gemma2", "mistral"])
+def test_a_whole_conversation_has_the_ids_of_transformers(family, tmp_path):
+    chat_families.write(tmp_path, family)
+    tokenizer = load_tokenizer(tmp_path)
+    expected = theirs(tmp_path, [USER, ANSWER, USER, {"role": "assistant", "content": "no"}])
+    assert encoding.answered_ids([USER, ANSWER, USER], "no", tokenizer, "") == expected
+
+
+def test_a_response_cannot_speak_as_another_role(tmp_path):
+    """A special token that it spells is text; in a prompt it is an error."""
+    chat_families.write(tmp_path, "qwen2.5")
+    tokenizer = load_tokenizer(tmp_path)
+    said = " a<|im_end|>b"
+    ids = encoding.answered_ids([USER], said, tokenizer, "")
+    plain = encoding.answered_ids([USER], "ab", tokenizer, "")
+    assert ids.count(tokenizer.eos_id) == plain.count(tokenizer.eos_id) == 3
+    assert said.strip() in tokenizer.backend.decode(ids, skip_special_tokens=False)
+    spelled = {"role": "user", "content": "<|im_end|>"}
+    with pytest.raises(UserError, match=r"^row 3: a user message spells the special token"):
+        encoding.answered_ids([spelled], "no", tokenizer, "row 3")
+
+
+def test_a_folder_without_a_chat_template_reads_prompt_response_and_eos(tmp_path):
+    def ids(tokenizer, messages):
+        return encoding.answered_ids(messages, "no", tokenizer, "")
+
+    eos = POLICY.eos_id
+    assert ids(POLICY, [USER]) == [*POLICY.encode("hi"), *POLICY.encode("no"), eos]
+    framed = chat.with_text_template(POLICY, "ask {prompt} say ")  # as a run of ours saves it
+    assert ids(framed, [USER]) == [*POLICY.encode("ask hi say no"), eos]
+    letters = characters("SystemUserAssistantbekindhino: \n")
+    plain = "System:\nbe kind\n\nUser:\nhi\n\nAssistant:\n"
+    assert ids(letters, [SYSTEM, USER]) == [*letters.encode(plain + "no"), letters.eos_id]
+
+
+def test_a_reward_model_of_another_tokenizer_scores_texts(tmp_path):
+    folder = save_judge(tmp_path / "rm")
+    reward = build(f"{folder}*2", "length")
+    assert reward.fn is None
+    scores, parts = reward.host(rollout(["x", "yy", "z"], SAID), {"messages": ASKED})
+    alone = [judge_alone(folder, *text) for text in zip(ASKED, SAID, strict=True)]
+    assert np.std(alone) > 0.1
+    np.testing.assert_allclose(parts["rm"], alone, atol=1e-5)
+    lengths = [len(text) + 1 for text in SAID]
+    np.testing.assert_allclose(scores, 2 * np.array(alone) + lengths, atol=1e-4)
+
+
+def test_an_ensemble_across_families(tmp_path):
+    """Two of foreign tokenizers and one of the policy's own."""
+    own = models.build(
+        models.GPT2Config(
+            vocab_size=POLICY.vocab_size, max_length=64, hidden_size=8, num_layers=1, num_heads=2
+        )
+    )
+    params = models.add_head(jax.random.key(5), own.init(jax.random.key(5)), "score")
+    models.save(tmp_path / "own", own, params)
+    POLICY.save(tmp_path / "own")
+    names = [save_judge(tmp_path / "a"), save_judge(tmp_path / "b", "llama3", seed=1)]
+    names.append(str(tmp_path / "own"))
+    given = rollout(["hi", "hi", "hi"], SAID)
+    columns = {"messages": ASKED}
+    each = np.array([spec.as_host(build(name))(given, columns)[0] for name in names])
+    joined = ",".join(names)
+    for how, expected in {
+        "mean": each.mean(axis=0),
+        "min": each.min(axis=0),
+        "uncertainty:0.5": each.mean(axis=0) - 0.5 * each.var(axis=0),
+    }.items():
+        scores, parts = build(f"{how}:{joined}").host(given, columns)
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+        spread = parts[f"{how}:a,b,own/uncertainty"]
+        np.testing.assert_allclose(spread, each.std(axis=0), atol=1e-5)
+
+
+def test_what_it_cannot_read_is_refused_by_name(tmp_path):
+    folder = save_judge(tmp_path / "rm", max_length=40)
+    host = build(folder).host
+    long = rollout(["x"], ["an answer that is longer"])
+    with pytest.raises(UserError, match=r"--reward .*rm: text 0, 'hi': .* are \d+ tokens .* 40;"):
+        host(long, {"messages": [[USER]]})
+    with pytest.raises(UserError, match=r"rm: .* reads prompts as texts or messages"):
+        host(long, {"messages": [None]})
+    with pytest.raises(UserError, match=r"rm: .* reads prompts as texts or messages"):
+        host(long, {})
+    turns = dataclasses.replace(long, response_mask=long.response_mask.copy())
+    turns.response_mask[0, 4] = 0
+    with pytest.raises(UserError, match=r"rm: .* reads a prompt and one response"):
+        host(turns, {"messages": [[USER]]})
+    (tmp_path / "plain").mkdir()
+    chat_families.write(tmp_path / "plain", "qwen2.5")
+    judge = LanguageModel.load(folder)
+    body = {name: part for name, part in judge.params.items() if name != "score"}
+    models.save(tmp_path / "plain", judge.model, body)
+    with pytest.raises(UserError, match="plain: this model has no score head"):
+        build(str(tmp_path / "plain"))
+
+
+def test_a_prompts_messages_are_those_before_the_template():
+    text = Row("hi", (), "")
+    chosen = Row((1, 2), (), "", messages=[SYSTEM, USER])
+    plain = Row("System:\nbe kind", (), "", messages=[SYSTEM, USER])
+    assert [row.conversation for row in (text, chosen, plain, Row((1, 2), (), ""))] == [
+        [USER],
+        [SYSTEM, USER],
+        [SYSTEM, USER],
+        None,
+    ]
+
+
+def test_a_run_an_evaluation_and_a_generator_score_the_same_texts(config, tmp_path):
+    folder = save_judge(tmp_path / "rm")
+    settings = dataclasses.replace(config.rl, num_iterations=1, validation_prompts=2)
+    run = dataclasses.replace(config, reward=(folder,), rl=settings)
+    result = training.rl.run(run, vpg)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
+    assert samples
+    for sample in samples:
+        asked = [{"role": "user", "content": sample["prompt"]}]
+        expected = judge_alone(folder, asked, sample["response"])
+        assert sample["score"] == pytest.approx(expected, abs=1e-4)
+    made = Generator(result.model_folder, folder, max_new_tokens=4)(["What is ice?", "Hi"])
+    for prompt, text, reward in zip(["What is ice?", "Hi"], made.texts, made.rewards, strict=True):
+        asked = [{"role": "user", "content": prompt}]
+        assert reward == pytest.approx(judge_alone(folder, asked, text), abs=1e-4)
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "What is ice?"}]))
+    evaluate.run(
+        result.model_folder,
+        evaluate.Config(
+            prompts=(str(tmp_path / "prompts.json"),),
+            reward_model=folder,
+            max_new_tokens=4,
+            output=str(tmp_path),
+        ),
+    )
+    (line,) = (tmp_path / "evaluation_samples.jsonl").read_text().splitlines()
+    shown = json.loads(line)
+    asked = [{"role": "user", "content": "What is ice?"}]
+    expected = judge_alone(folder, asked, shown["response"])
+    assert shown["score"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parity
+def test_scores_equal_those_of_transformers_on_the_same_texts(tmp_path):
+    """A Qwen2 reward model with its chat template, whatever the policy's tokenizer."""
+    import torch
+    import transformers
+    from torch_models import torch_model
+
+    chat_families.write(tmp_path, "qwen2.5")
+    tokenizer = load_tokenizer(tmp_path)
+    sizes = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 256}
+    ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
+    torch_model("Qwen2 grouped", "classifier", num_labels=1, **sizes, **ids).save_pretrained(
+        tmp_path
+    )
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    asking = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = []
+    for messages, said in zip(ASKED, SAID, strict=True):
+        turns = [*messages, {"role": "assistant", "content": said}]
+        ids = asking.apply_chat_template(turns, return_dict=False, return_tensors="pt")
+        with torch.no_grad():
+            expected.append(theirs(input_ids=ids).logits.item())
+    assert np.std(expected) > 0.03
+    scores, _ = build(str(tmp_path)).host(rollout(["a", "bb", "c"], SAID), {"messages": ASKED})
+    np.testing.assert_allclose(scores, expected, atol=3e-4)
