@@ -1,15 +1,25 @@
 """``compute.scan_layers`` and ``compute.remat``: auto by depth and memory, recorded, kept by --resume."""
 
+import json
 import types
 
 import jax
+import numpy as np
 import pytest
 
-from rlhf_jax import models
-from rlhf_jax.config import Compute, Network, RunConfig, to_yaml
+from rlhf_jax import models, training
+from rlhf_jax.config import (
+    Compute,
+    Network,
+    RewardModelStage,
+    RunConfig,
+    Text,
+    Tokenizer,
+    to_yaml,
+)
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.runs import devices
-from rlhf_jax.training import initial, memory, stage
+from rlhf_jax.training import initial, memory, scoring, stage
 
 
 def a_run(tmp_path, resumed=False, text=""):
@@ -77,6 +87,54 @@ def test_remat_by_depth_and_memory_is_recorded(
     assert [line.partition(" (")[0] for line in lines] == is_said * [
         f"compute: scan_layers true, remat {chosen}".lower()
     ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "longest", "steps", "given", "multiple"),
+    [
+        (7, 200, 20, 16, 16),
+        (8, 200, 20, 16, 40),  # five widths: four would end at 224
+        (8, 512, 0, 16, 128),
+        (8, 512, 64, 16, 64),  # eight
+        (8, 512, 2000, 16, 16),
+        (8, 512, 20, 300, 300),
+    ],
+)
+def test_a_deep_model_has_few_widths(layers, longest, steps, given, multiple):
+    config = RunConfig(text=Text(bucket_multiple=given))
+    assert initial.bucket_multiple(config, layers, longest, steps) == multiple
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_batches_of_a_deep_model_are_of_few_widths(tmp_path, monkeypatch):
+    """What a stage trains on, and what a reward model validates on, is padded alike."""
+    rows = [{"prompt": "a" * n, "chosen": "bc", "rejected": "b"} for n in range(1, 99)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    widths = set()
+
+    def score_rows(score, comparisons, rows, *, bucket_multiple, **options):
+        widths.add(bucket_multiple)
+        return np.zeros((len(rows), 2))
+
+    def jit_update(self, update, num_blocks):
+        def record(state, batch, key, **functions):
+            widths.add(batch.tokens.shape[-1])
+            return state, {"nonfinite": 0.0}
+
+        return record
+
+    monkeypatch.setattr(scoring, "score_rows", score_rows)
+    monkeypatch.setattr(memory, "check", lambda *args: None)
+    monkeypatch.setattr(stage.Stage, "jit_update", jit_update)
+    config = RunConfig(
+        data=(str(tmp_path / "rows.json"),),
+        output_dir=str(tmp_path / "run"),
+        network=Network(max_length=128, hidden_size=8, num_heads=1, num_layers=8),
+        tokenizer=Tokenizer(kind="characters"),
+        reward_model=RewardModelStage(batch_size=4, num_epochs=1),
+    )
+    training.reward_model.run(config)
+    assert widths == {24, 48, 72, 96, 120}
 
 
 def test_what_an_update_stores():

@@ -165,9 +165,11 @@ def uneven(config, tmp_path, multiple, **settings):
     )
 
 
-@pytest.mark.parametrize("several_turns", [False, True])
+@pytest.mark.parametrize(
+    ("several_turns", "layers", "narrow"), [(False, 2, 3), (True, 2, 3), (False, 8, 8)]
+)
 def test_each_batch_is_as_wide_as_its_own_prompts_need(
-    config, tmp_path, monkeypatch, several_turns
+    config, tmp_path, monkeypatch, several_turns, layers, narrow
 ):
     seen, made = [], set()
     slots, policy_fn = 2 * several_turns, models.policy_fn
@@ -190,12 +192,14 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
     replacing(monkeypatch, lambda programs: fakes)
     monkeypatch.setattr(rl.models, "policy_fn", lambda *how: (made.add(how[2]), policy_fn(*how))[1])
     environment = f"{tmp_path / 'world.py'}:silent" if several_turns else None
-    training.rl.run(uneven(config, tmp_path, 3, environment=environment), vpg)
+    config = uneven(config, tmp_path, 3, environment=environment)
+    network = dataclasses.replace(config.network, num_layers=layers)
+    training.rl.run(dataclasses.replace(config, network=network), vpg)
     checked, validation, *steps, last = seen
     assert checked[0] == 12  # the widest, whether the first batch needs it or not
     assert validation == last
-    assert {width for width, _ in steps} == made == {3, 12}
-    assert all(width == (12 if longest == 12 else 3) for width, longest in (*steps, last))
+    assert {width for width, _ in steps} == made == {narrow, 12}
+    assert all(width == (12 if longest == 12 else narrow) for width, longest in (*steps, last))
 
 
 @pytest.mark.parametrize("turns", [None, 3])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from rlhf_jax.types import Params
 
 TEXTS_AT_ONCE = 64  # of a reward model that reads texts, where compute.score_rows says nothing
 DEEP = 8  # layers from which compiling them one by one is dear
+FEWEST_WIDTHS = 4  # of rows, for which programs of a deep model are compiled
 Place = Callable[[Any], Any] | None  # of parameters, on which devices; None: all on each
 
 
@@ -53,6 +55,25 @@ def by_depth(compute: Compute, layers: int) -> Compute:
     if compute.scan_layers != "auto":
         return compute
     return dataclasses.replace(compute, scan_layers=layers >= DEEP)
+
+
+def bucket_multiple(config: RunConfig, layers: int, longest: int, num_steps: int = 0) -> int:
+    """The multiple to which rows are padded: ``text.bucket_multiple``, or more for a deep model.
+
+    There each width takes long to compile. So rows have 4 widths or the root of the number of
+    steps, whichever is more, or up to two more where they pad the longest row less.
+
+    Args:
+        layers: of the model.
+        longest: columns of a row.
+        num_steps: of an epoch; 0: nobody knows.
+    """
+    multiple = config.text.bucket_multiple
+    if layers < DEEP:
+        return multiple
+    fewest = max(FEWEST_WIDTHS, math.isqrt(num_steps))
+    apart = [-(-longest // (8 * widths)) * 8 for widths in range(fewest, fewest + 3)]
+    return max(multiple, min(apart, key=lambda columns: -longest % columns))
 
 
 def check_layout(config: RunConfig, mesh: jax.sharding.Mesh) -> None:

@@ -94,7 +94,7 @@ def _validation(
             encoded,
             held_out,
             batch_size=setting.batch_size,
-            bucket_multiple=stage.config.text.bucket_multiple,
+            bucket_multiple=setting.bucket_multiple,
             shard=stage.shard,
         )
         if num_members > 1:

@@ -351,7 +351,9 @@ def _drawing(
 def _prompts(stage: Stage, parts: Parts, method: Method) -> tuple[Schedule, Batch | None]:
     """The prompts of each step, and those of validations; None: nothing is held out."""
     settings = stage.config.rl
-    multiple = stage.config.text.bucket_multiple
+    columns = parts.prompts.tokens.shape[1]
+    layers = parts.initial.model.config.num_layers
+    multiple = initial.bucket_multiple(stage.config, layers, columns)
     split_key, order_key = jax.random.split(stage.key("data"))
     fraction = 0.0 if settings.validation_data else settings.validation_fraction
     texts = [row.prompt for row in parts.prompts.rows]

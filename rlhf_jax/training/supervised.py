@@ -59,6 +59,7 @@ class Setting:
     held_out: np.ndarray
     batch: Callable[[np.ndarray], Any]  # row numbers (-1: missing) -> a batch on the devices
     batch_size: int
+    bucket_multiple: int  # of which the width of a batch is
     optimizer: optax.GradientTransformation
 
 
@@ -134,7 +135,10 @@ def run(config: RunConfig, spec: StageSpec) -> RunResult:
         rows_at_once = answers * settings.batch_size // settings.num_microbatches
         longest = int(encoded.lengths.max())
         stage, language_model = stage.choose_remat(language_model, rows_at_once, longest)
-        plan, collate = _batching(config, spec, encoded, train_rows, order_key)
+        layers = language_model.model.config.num_layers
+        steps_per_epoch = -(-len(train_rows) // settings.batch_size)
+        multiple = initial.bucket_multiple(config, layers, longest, steps_per_epoch)
+        plan, collate = _batching(config, spec, encoded, train_rows, order_key, multiple)
         feed = Feed(plan, collate, train_rows)
         num_steps = settings.num_epochs * plan.steps_per_epoch
         setting = Setting(
@@ -146,6 +150,7 @@ def run(config: RunConfig, spec: StageSpec) -> RunResult:
             held_out,
             batch=lambda numbers: stage.shard(collate(encoded, numbers)),
             batch_size=settings.batch_size,
+            bucket_multiple=multiple,
             optimizer=make_optimizer(settings.optimizer, num_steps),
         )
         task = spec.make_task(setting)
@@ -346,15 +351,23 @@ def _pieces(texts: Sequence[rows.Row], language_model: LanguageModel) -> list[ro
 
 
 def _batching(
-    config: RunConfig, spec: StageSpec, encoded: EncodedTexts, rows: np.ndarray, key: jax.Array
+    config: RunConfig,
+    spec: StageSpec,
+    encoded: EncodedTexts,
+    rows: np.ndarray,
+    key: jax.Array,
+    multiple: int,
 ) -> tuple[batches.Plan, Callable[[EncodedTexts, np.ndarray], Any]]:
-    """Which of the training ``rows`` form each step, and the function that makes arrays of them."""
+    """Which of the training ``rows`` form each step, and the function that makes arrays of them,
+    as wide as a ``multiple`` or packed.
+    """
     settings = spec.settings(config)
     text = config.text
     longest = encoded.lengths.max(axis=1)[rows]
-    plan = batches.Plan(longest, settings.batch_size, key, text.bucket_multiple)
     if not text.pack or spec.pack is None:
-        return plan, functools.partial(spec.collate, bucket_multiple=text.bucket_multiple)
+        plan = batches.Plan(longest, settings.batch_size, key, multiple)
+        return plan, functools.partial(spec.collate, bucket_multiple=multiple)
+    plan = batches.Plan(longest, settings.batch_size, key, text.bucket_multiple)
     multiple = sharding.num_parts(initial.mesh_of(config)) * settings.num_microbatches
     plan, width, multiple, before, after = batches.packing(encoded, rows, plan, multiple)
     logger.info(
