@@ -85,6 +85,16 @@ JUDGED = ("validation/judge", "validation/score")
         ("value-loss explosion", ["value/loss"], [[3, 1, 2, 1, 3]], [39.9], [40.1], 5),
         ("degenerate text", ["response/repetition"], [[0.1]], [0.39], [0.41], 3),
         ("sampler gap", ["policy/sampler_gap"], [[]], [0.0199], [0.0201], 3),
+        ("nothing to learn", ["reward/equal_share", "grad_norm"], [[], []], [0.99, 1], [1, 1], 5),
+        (
+            "nothing to learn",
+            ["reward/equal_share", "grad_norm"],
+            [[], []],
+            [0, 1.1e-8],
+            [0, 0.9e-8],
+            5,
+        ),
+        ("responses collapse", ["response/most_common"], [[]], [0.9], [0.91], 5),
         # The judge falls from 1; the score stood at 1 at the judge's best.
         ("reward hacking", JUDGED, [RAMP, RAMP], [0.971, 2], [0.969, 2], 1),
         ("reward hacking", JUDGED, [NOISE, [0] * 40], [-0.62, 1], [-0.65, 1], 1),

@@ -4,6 +4,7 @@ import functools
 import math
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from tabular import rollout as tabular_rollout
 
-from rlhf_jax import models, rewards, sampling
+from rlhf_jax import models, rewards, sampling, sharding
 from rlhf_jax.algorithms import ppo, vpg
 from rlhf_jax.training import phases, steps
 from rlhf_jax.training.phases import num_equal, scored
@@ -256,6 +257,67 @@ def test_the_kl_is_a_mean_of_row_sums_and_its_default_horizon_is_ten_iterations(
     assert_allclose(metrics["objective/kl"], 2.5 * nats, rtol=1e-6)
     assert_allclose(metrics["objective/reward"], 1.5 - 0.15 * 2.5 * nats, rtol=1e-6)
     assert_allclose(loop.kl_coef, 0.15 * 1.02, rtol=1e-6)
+
+
+def test_the_share_of_groups_without_a_gradient():
+    """Groups of two, which score alike or not; of the second row the rule that follows masks the
+    response.
+    """
+    rollout = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), made_rollout())
+
+    def equal_share(*scores, group_size=2, **rules):
+        config = SimpleNamespace(group_size=group_size)
+        learn = learning(Recorder, config=config, penalty=phases.NO_PENALTY, **rules)
+        loop = phases.LoopState.create(None, 0.0)
+        scored = rollout.replace(scores=jnp.array(scores))
+        return float(learn(loop, scored, None, phases.Functions(None))[1]["reward/equal_share"])
+
+    assert equal_share(1.0, 1.0, 2.0, 3.0) == 0.5
+    assert equal_share(1.0, 1.0, 3.0, 3.0) == 1
+    # Without groups the batch is one.
+    assert equal_share(1.0, 1.0, 3.0, 3.0, group_size=1) == 0
+    assert equal_share(3.0, 3.0, 3.0, 3.0, group_size=1) == 1
+    # What counts are the scores after the rules: here every second response ends, the others lose 1.
+    lose_one = phases.missing_eos(SAMPLING.eos_id, penalty=1.0, score=None)
+    assert equal_share(1.0, 1.0, 2.0, 1.0, shape=lose_one) == 0.5
+    masked = phases.mask_truncated(SAMPLING.eos_id)
+    assert equal_share(1.0, 2.0, 3.0, 4.0, masked=masked) == 1  # one row of each group is left
+
+
+def test_a_batch_of_one_row_has_no_equal_groups():
+    rollout = jax.tree.map(lambda x: x[:1], made_rollout(scores=jnp.array([1.0, 2.0])))
+    loop = phases.LoopState.create(None, 0.0)
+    _, metrics = learning(Recorder)(loop, rollout, None, phases.Functions(None))
+    assert "reward/equal_share" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("responses", "share"),
+    [
+        ([[5, 6], [5, 6], [5, 6], [6, 5]], 3 / 4),
+        ([[5, 6], [5, 6, 0], [5, 6], []], 2 / 3),  # a longer one, and a missing row
+        ([[0], [0, 0], [1], [7]], 1 / 4),
+        ([[5], []], 0),  # nothing to compare it with
+        ([[]], 0),
+    ],
+)
+def test_the_share_of_the_most_common_response(responses, share):
+    """Each row begins one column further to the right, and its tokens have a hole between them."""
+    tokens = np.full((len(responses), 16), 9)
+    mask = np.zeros_like(tokens)
+    for row, response in enumerate(responses):
+        columns = 1 + row + np.arange(len(response)) * (1 + row % 2)
+        tokens[row, columns] = response
+        mask[row, columns] = 1
+    rollout = Rollout(*map(jnp.asarray, (tokens, mask, mask, mask)))
+    assert float(jax.jit(phases.most_common)(rollout)) == pytest.approx(share)
+
+
+def test_the_most_common_response_of_rows_on_several_devices():
+    rows = jnp.tile(jnp.array([[3, 4, 5], [3, 4, 6]]), (4, 1)).at[1].set(jnp.array([3, 4, 5]))
+    rollout = sharding.shard_rows(sharding.make_mesh(), Rollout(rows, rows, rows, rows))
+    assert len(rollout.tokens.addressable_shards) == 4
+    assert float(jax.jit(phases.most_common)(rollout)) == 5 / 8
 
 
 def test_groups_of_equal_scores_are_counted():

@@ -28,6 +28,10 @@ def proxy(prompts, responses):
     return [text.count("ab") / 2 for text in responses]
 
 
+def constant(prompts, responses):
+    return [1.0 for text in responses]
+
+
 def one_letter(prompts, responses):
     return [text.count("a") / 16 for text in responses]
 """
@@ -135,6 +139,18 @@ def test_a_policy_that_says_one_thing_alerts(tmp_path):
     assert noticed < math.inf
     low = [value < 0.05 * entropy[0] for value in entropy[:noticed]]
     assert low[-6:] == [False] + 5 * [True]  # noticed in the fifth such row
+    same = [row["response/most_common"] > 0.9 for row in metrics if "response/most_common" in row]
+    assert first(alerts, "responses collapse") == next(
+        step for step in range(5, len(same) + 1) if all(same[step - 5 : step])
+    )
+
+
+@pytest.mark.parametrize("algorithm", [rloo, ppo])
+def test_a_constant_reward_teaches_nothing(algorithm, tmp_path):
+    rl = replace(CONFIG.rl, num_iterations=6, validation_interval=6, batch_size=16)
+    _, alerts = history(tmp_path, "constant", 0, rl=rl, algorithm=algorithm)
+    assert [(row["step"], row["name"]) for row in alerts] == [(5, "nothing to learn")]
+    assert "reward/equal_share is 1" in alerts[0]["message"]
 
 
 def test_a_judge_that_does_not_exist_is_named(tmp_path):

@@ -202,6 +202,12 @@ def _degenerate_text(share: np.ndarray) -> tuple[bool, str]:
     return _is("response/repetition", share[-1], ">", share[0] + 0.3)
 
 
+def _nothing_to_learn(share: np.ndarray, norm: np.ndarray) -> tuple[bool, str]:
+    if share[-1] == 1:
+        return True, "reward/equal_share is 1: the rewards of every group are equal"
+    return _is("grad_norm", norm[-1], "<", 1e-8)
+
+
 def _reward_collapse(score: np.ndarray) -> tuple[bool, str]:
     if len(score) < 6:
         return False, ""
@@ -234,11 +240,13 @@ _TEXTS = {
     "entropy collapse": "objective/entropy / response/length < 0.05x first for 5",
     "value-loss explosion": "mean 5 of value/loss > 20x first",
     "sampler gap": "policy/sampler_gap > 0.02 for 3",
+    "responses collapse": "response/most_common > 0.9 for 5",
 }
 _RULES = (
     *(_rule(text, {})._replace(name=name) for name, text in _TEXTS.items()),
     Rule("reward collapse", ("objective/score",), _reward_collapse),
     Rule("degenerate text", ("response/repetition",), _degenerate_text, rows=3),
+    Rule("nothing to learn", ("reward/equal_share", "grad_norm"), _nothing_to_learn, rows=5),
     Rule("reward hacking", ("validation/judge", "validation/score"), _reward_hacking),
 )
 DEFAULTS = {rule.name: rule for rule in _RULES}

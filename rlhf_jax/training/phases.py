@@ -130,8 +130,27 @@ def rescored(
         "response/length": ops.masked_mean(lengths, scored.present),
         "response/eos_fraction": ops.masked_mean(ended, scored.present),
         "response/repetition": ops.masked_mean(repeated, scored.present),
+        "response/most_common": most_common(scored),
     }
     return scored, metrics
+
+
+def most_common(rollout: Rollout) -> jax.Array:
+    """Share of the batch's responses that equal the most common one; 0 with fewer than two.
+
+    Two responses are equal if their tokens under the mask are, wherever they stand. They are
+    compared by two hashes of 32 bits, sums of tokens times random factors.
+    """
+    mask = rollout.mask
+    place = jnp.cumsum(mask, axis=1) - 1  # of a token in its response
+    factors = jax.random.bits(jax.random.key(0), (2, mask.shape[1]))
+    words = jnp.where(mask, rollout.tokens + 1, 0).astype(jnp.uint32)
+    hashes = jnp.sum(words[None] * factors[:, place], axis=2)  # [2, B]
+    equal = jnp.all(hashes[:, :, None] == hashes[:, None, :], axis=0)  # [B, B]
+    number = jnp.sum(rollout.present)
+    both = rollout.present[:, None] & rollout.present[None, :]
+    most = jnp.max(jnp.sum(equal & both, axis=0))
+    return jnp.where(number > 1, most / jnp.maximum(number, 1), 0.0)
 
 
 def collect(
@@ -373,15 +392,17 @@ def learn(
         masked: the last rule, which decides which rows the update reads.
         mesh: its "data" axis holds the rows of a minibatch.
     """
-    shaped, kl_coef, metrics = penalty.apply(loop.kl_coef, shape(rollout))
+    judged = shape(rollout)
+    shaped, kl_coef, metrics = penalty.apply(loop.kl_coef, judged)
     row_reward = _row_sums(shaped, rollout)
     metrics = metrics | {"objective/reward": ops.masked_mean(row_reward, rollout.present)}
     counted = masked(rollout)
     if masked is not unchanged:
         dropped = rollout.present & ~counted.present
         metrics["response/masked"] = jnp.sum(dropped).astype(jnp.float32)
-    if rollout.scores is not None:
-        metrics["reward/equal_groups"] = num_equal(counted, group_size=config.group_size)
+    if rollout.scores is not None and len(rollout.scores) > 1:
+        equal = _equal(masked(judged), config.group_size)
+        metrics["reward/equal_share"] = jnp.mean(equal.astype(jnp.float32))
     train, update_metrics = algorithm.update(
         loop.train,
         replace(counted, rewards=shaped),
