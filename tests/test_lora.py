@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import CONFIG, LLAMA, some_tokens
+from builders import CONFIG, LLAMA, some_params, some_tokens, stack_layers, tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from programs import array_sizes
@@ -240,3 +240,22 @@ def test_partial_and_strange_folders(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             lora.save(tmp_path, params, adapters)
+
+
+@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
+def test_folders_are_the_same_to_the_byte_whether_layers_are_scanned_or_not(config, tmp_path):
+    """Of nine layers, which a run scans, and their adapters."""
+    config = replace(config, num_layers=9)
+    base = some_params(config)
+    adapters = grown(lora.init(jax.random.key(1), base, 2))
+    written = []
+    for scanned in (False, True):
+        model, params = tiny(config, scan_layers=scanned)
+        trained = stack_layers(adapters) if scanned else adapters
+        folder = tmp_path / str(scanned)
+        models.save(folder / "model", model, lora.merge(params, trained))
+        lora.save(folder / "adapter", params, trained)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        written.append({path.relative_to(folder): path.read_bytes() for path in files})
+    assert len(written[0]) >= 4
+    assert written[0] == written[1]
