@@ -268,6 +268,64 @@ def generate_answers(
     _print(f"wrote {generate.run(run, config)} responses to {config.out}")
 
 
+def verify_run(
+    run: Positional,
+    start: Annotated[int | None, tyro.conf.arg(name="from")] = None,
+    steps: int | None = None,
+    from_scratch: Annotated[bool, tyro.conf.arg(name="all")] = False,
+    data: tuple[str, ...] = (),
+    model: str | None = None,
+    reward: tuple[str, ...] = (),
+    trust_config: bool = False,
+) -> int:
+    """Repeat a part of a run from its own checkpoint, and compare metrics, samples and state byte
+    by byte.
+
+    Writes nothing into the run's folder, which may be somebody else's. Exits with 1 if anything
+    differs, after a table of what differs first.
+
+    Args:
+        run: the folder of a run of one stage.
+        start: the step of a checkpoint to begin at; by default the last but one.
+        steps: how many steps; by default all to the run's last one.
+        from_scratch: begin at the seed.
+        data: where the run's data files are here, if not where they were.
+        model: where its --model is here.
+        reward: where its --reward is here.
+        trust_config: run the Python files that its config names.
+    """
+    import rich.console
+    import rich.table
+    import rich.text
+
+    from rlhf_jax.training import verify
+
+    audit = verify.verify(
+        run,
+        start=start,
+        num_steps=steps,
+        from_scratch=from_scratch,
+        data=data,
+        model=model,
+        reward=reward,
+        trust_config=trust_config,
+    )
+    _print(audit.compared)
+    for sentence in audit.unsure:
+        _print(f"not sure to repeat: {sentence}")
+    for sentence in audit.machine:
+        _print(f"this machine differs: {sentence}")
+    if not audit.differences:
+        _print("the same bytes")
+        return 0
+    table = rich.table.Table("step", "file", "where", "recorded", "repeated", box=None)
+    for step, *texts in audit.differences:
+        cells = ["" if step is None else str(step), *texts]
+        table.add_row(*(rich.text.Text(escaped(cell)) for cell in cells))
+    rich.console.Console(width=1000).print(table)  # a terminal's own width would cut texts
+    return 1
+
+
 def report_runs(runs: Files, output: str | None = None, png: str | None = None) -> None:
     """Draw what runs did as one HTML page: curves, samples before and after, settings, commands.
 
@@ -381,6 +439,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "doctor": examine,
     "evaluate": evaluate_run,
     "generate": generate_answers,
+    "verify": verify_run,
     "report": report_runs,
     "export": export_run,
     "data check": check_data,

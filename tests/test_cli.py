@@ -33,6 +33,7 @@ NAMES = (
     "doctor",
     "evaluate",
     "generate",
+    "verify",
     "report",
     "export",
 )

@@ -11,6 +11,7 @@ import pytest
 from builders import RUN_YAML, finished_run
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import devices
 from rlhf_jax.runs.folder import open_run
 from rlhf_jax.runs.manifest import check_unchanged, fingerprint, write_manifest
 
@@ -42,6 +43,7 @@ def test_manifest(tmp_path, monkeypatch):
         ".".join(map(str, sys.version_info[:3])),
     )
     said = {"seed": 3, "data": {"pairs.json": "00"}, "model_tokens": 5}
+    said["cpu"] = devices.cpu()
     said["xla_flags"] = "--xla_cpu_multi_thread_eigen=true"
     machine = {"backend": "cpu", "devices": {"kind": "cpu", "count": 4}}
     assert manifest == said | machine | {

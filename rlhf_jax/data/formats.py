@@ -166,6 +166,11 @@ def read(
     return result
 
 
+def fingerprints(kind: Kind, names: Names, *, seed: int = 0) -> dict[str, str]:
+    """The sha256 of each source that ``read`` would read, by its name."""
+    return {name: source.fingerprint for name, source in _sources(kind, names, seed).items()}
+
+
 def parse_all(
     kind: Kind, records: Sequence[Record], template: ChatTemplate, on_bad_row: rows.OnBadRow
 ) -> ReadResult:

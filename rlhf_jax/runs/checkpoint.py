@@ -139,7 +139,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         for step in self.steps() if self._best_metric else ():
             with contextlib.suppress(CheckpointError):
                 metric = (
-                    self._record(step)["meta"].get("metrics", {}).get(self._best_metric, math.nan)
+                    self.record(step)["meta"].get("metrics", {}).get(self._best_metric, math.nan)
                 )
                 scores[step] = self._best_sign * metric
         return max(
@@ -313,7 +313,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         where = f"checkpoint step {step} in {self._directory}"
         if step not in self.steps():
             raise CheckpointError(f"{where} does not exist; there are {self.steps()}")
-        record, leaves = self._record(step), _leaves(target)
+        record, leaves = self.record(step), _leaves(target)
         saved = record["leaves"]
         _compare(saved, leaves, where)
         digests = {
@@ -352,7 +352,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         values = [_place(arrays.pop(name), leaf) for name, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(target), values), record["meta"]
 
-    def _record(self, step: int) -> dict[str, Any]:
+    def record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays: their checksums and ``meta``."""
         record = f"checkpoint step {step} in {self._directory} is damaged: its record"
         try:
@@ -369,6 +369,22 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         if wrong or content.keys() != reading.CHECKPOINT.keys():
             raise CheckpointError(f"{record} holds something else ({wrong or 'other keys'})")
         return content
+
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        """The arrays of a step by their paths, each verified, whatever state they are of.
+
+        Raises:
+          CheckpointError: the step is missing or damaged.
+        """
+        try:
+            target = {
+                name: np.broadcast_to(np.zeros((), kind["dtype"]), kind["shape"])
+                for name, kind in self.record(step)["leaves"].items()
+            }
+        except (TypeError, ValueError) as error:
+            where = f"checkpoint step {step} in {self._directory}"
+            raise CheckpointError(f"{where} holds something else ({error})") from error
+        return self._restore(target, step)[0]
 
 
 @functools.cache

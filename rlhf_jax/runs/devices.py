@@ -3,6 +3,7 @@
 import glob
 import mmap
 import os
+import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ FLAGS = {
 MEMINFO = Path("/proc/meminfo")  # in KiB
 CGROUP = Path("/sys/fs/cgroup")  # of this container
 RESERVED = 1 / 32  # of what a CPU has available
+# Sets of instructions that XLA compiles for where a CPU has them.
+INSTRUCTIONS = ("avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 FILES = {
     "gpu": ("/dev/nvidia[0-9]*", "/usr/lib/wsl/lib/libcuda.so.1"),
     "tpu": ("/dev/accel[0-9]*",),
@@ -158,6 +161,13 @@ def free_memory() -> int:
         limits.append(max(allowed - _cgroup("memory.current") + sum(kept), 1))
     free = min(filter(None, limits), default=0)
     return int(free * (1 - RESERVED)) // jax.local_device_count()
+
+
+def cpu() -> str:
+    """The kind of this CPU as far as bits depend on it: ``x86_64 avx avx2 fma``."""
+    file = Path("/proc/cpuinfo")
+    words = set(file.read_text().split()) if file.exists() else set()
+    return " ".join([platform.machine(), *(name for name in INSTRUCTIONS if name in words)])
 
 
 def _line_of(file: Path, key: str) -> int:

@@ -126,7 +126,7 @@ def _take(
     check_usable(path, resume, overwrite)  # another process may have come and gone in between
     if overwrite:
         _clear(path)
-    _check_links(path)
+    check_links(path)
     for entry in path.iterdir():  # of a process that was killed while it wrote
         if _UNFINISHED.fullmatch(entry.name):
             _delete(entry)
@@ -146,7 +146,7 @@ def _holder(path: Path) -> str:
     return "another process"
 
 
-def _check_links(path: Path) -> None:
+def check_links(path: Path) -> None:
     """Raises UserError if a symbolic link in the folder would lead elsewhere what a run writes."""
     refuse_links(path / name for name in (*_FILES, *_FOLDERS))
     for folder in _FOLDERS:

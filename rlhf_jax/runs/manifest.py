@@ -25,6 +25,7 @@ import jax
 import yaml
 
 from rlhf_jax.errors import UserError, did_you_mean, file_errors, logger
+from rlhf_jax.runs import devices
 from rlhf_jax.runs.folder import Run, write_atomically
 from rlhf_jax.runs.reading import MANIFEST, SETTINGS, read_json, read_yaml
 
@@ -69,9 +70,10 @@ def write_manifest(
       changed: what differs from the run that is resumed; the facts are then the new ones.
     """
     packages = {name: metadata.version(name) for name in PACKAGES}
-    machine = {
+    machine: dict[str, Any] = {
         "backend": jax.default_backend(),
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), **mesh},
+        "cpu": devices.cpu(),
         "versions": {"python": platform.python_version(), **packages},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
@@ -83,16 +85,17 @@ def write_manifest(
             manifest |= facts
         starts = manifest.setdefault("resumed", [])
         last = starts[-1] if starts else manifest
-        _report_other_machine({key: last.get(key) for key in machine}, machine)
+        recorded = {key: last[key] for key in machine if key in last}
+        _report_other_machine(recorded, {key: machine[key] for key in recorded})
         starts.append(start | ({"changed": list(changed)} if changed else {}))
     write_atomically(run.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def _report_other_machine(before: dict[str, Any], now: dict[str, Any]) -> None:
-    differences = _differences(dotted(before), dotted(now)).values()
-    if differences:
+    changes = differences(before, now)
+    if changes:
         logger.info(
-            f"--resume: {'; '.join(differences)}. The run goes on, but is no longer bit for bit "
+            f"--resume: {'; '.join(changes)}. The run goes on, but is no longer bit for bit "
             "what it would have been without the stop"
         )
 
@@ -136,7 +139,7 @@ def check_unchanged(
     after = dotted(yaml.safe_load(config)) | _parts(given)
     allowed = [key.replace("-", "_") for key in allowed]
     for key in allowed:
-        if not any(_within(setting, [key]) for setting in after):
+        if not any(within(setting, [key]) for setting in after):
             raise UserError(
                 f"--allow-changed {key}: there is no such setting{did_you_mean(key, after)}"
             )
@@ -147,15 +150,13 @@ def check_unchanged(
     recorded = read_json(run.manifest, MANIFEST)
     before = dotted(read_yaml(run.config, SETTINGS))
     before |= _parts(recorded.get("given", {})) | _hashes(recorded.get("data", {}))
-    differences = _differences(before, after | _hashes(data))
-    changed = {
-        key: text for key, text in differences.items() if not _within(_setting(key), may_change)
-    }
-    never = [_setting(key) for key in changed if _within(_setting(key), fixed)]
+    unequal = _differences(before, after | _hashes(data))
+    changed = {key: text for key, text in unequal.items() if not within(_setting(key), may_change)}
+    never = [_setting(key) for key in changed if within(_setting(key), fixed)]
     problems = [
         text
         for key, text in changed.items()
-        if _setting(key) in never or not _within(_setting(key), allowed)
+        if _setting(key) in never or not within(_setting(key), allowed)
     ]
     if problems:
         help_of_flag = "lets those differ that you name"
@@ -184,9 +185,14 @@ def _setting(key: str) -> str:
     return (match[1] or match[2] or "data") if match else key
 
 
-def _within(key: str, names: Iterable[str]) -> bool:
+def within(key: str, names: Iterable[str]) -> bool:
     """Whether a dotted key is one of the names or below one."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A sentence for each value that differs between two trees of dicts."""
+    return list(_differences(dotted(dict(before)), dotted(dict(now))).values())
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:

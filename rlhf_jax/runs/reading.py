@@ -32,6 +32,7 @@ MANIFEST = {
     "backend": OPTIONAL_TEXT,
     "versions": {str: str},
     "devices": {"kind": str, "count": int},
+    "cpu": str,
     "xla_flags": str,
     "git": ({"commit": str, "modified": bool}, None),
     "data": {str: str},

@@ -27,6 +27,7 @@ from rlhf_jax.training.stage import Stage
 from rlhf_jax.types import Metrics
 
 State = TypeVar("State")
+OnStep = Callable[[int, Any, Mapping[str, float]], bool]
 
 
 class Validation(NamedTuple):
@@ -53,7 +54,7 @@ class Job(NamedTuple):
     # compiles the largest step and raises ``memory.TooLarge`` if it does not fit
     check_memory: Callable[[Any], object] = lambda state: None
     # (step, state after it, its row of metrics) -> whether the run ends here; None: nobody asks
-    on_step: Callable[[int, Any, Mapping[str, float]], bool] | None = None
+    on_step: OnStep | None = None
 
 
 def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]]:

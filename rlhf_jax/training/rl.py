@@ -109,7 +109,7 @@ def run(
         sources.append(settings.validation_data)
     read = [initial.stage_rows(config, "prompts", names) for names in sources]
     fingerprints = {source: digest for data in read for source, digest in data.fingerprints.items()}
-    with open_stage(config, name, fingerprints, sizes, _files(config), given) as stage:
+    with open_stage(config, name, fingerprints, sizes, files(config), given) as stage:
         rows = [data.rows for data in read]
         parts = _parts(stage, rows, policy, run_reward, reply, score_rows)
         stage, parts = _with_remat(stage, parts, method)
@@ -204,7 +204,7 @@ def _with_remat(stage: Stage, parts: Parts, method: Method) -> tuple[Stage, Part
     return stage, parts._replace(initial=begun)
 
 
-def _files(config: RunConfig) -> dict[str, Path]:
+def files(config: RunConfig) -> dict[str, Path]:
     """The files of rewards, judge, filter and environment, by their names in the manifest."""
     files = filters.rule_files(config.safety)
     for entry in (*config.reward, *config.rl.judge):

@@ -380,6 +380,16 @@ def _settings(config: RunConfig) -> str:
     return to_yaml(own)
 
 
+def fingerprints_of(config: RunConfig, files: Mapping[str, Path]) -> dict[str, str]:
+    """The sha256 of the model, the tokenizer and other ``files`` that a stage reads, by name."""
+    models_read = {"model": config.model, "tokenizer": config.tokenizer.name}
+    folders = {
+        key: Path(source) for key, source in models_read.items() if source and Path(source).is_dir()
+    }
+    sources = {**files, **folders}
+    return {key: manifest.fingerprint(path) for key, path in sources.items()}
+
+
 def _describe(
     stage: Stage,
     fingerprints: Mapping[str, str],
@@ -389,12 +399,7 @@ def _describe(
     """Writes or compares what the run is: settings, files and what Python gives to it."""
     config, run = stage.config, stage.run
     text = _settings(config)
-    models_read = {"model": config.model, "tokenizer": config.tokenizer.name}
-    folders = {
-        key: Path(source) for key, source in models_read.items() if source and Path(source).is_dir()
-    }
-    sources = {**files, **folders}
-    data = {**fingerprints, **{key: manifest.fingerprint(path) for key, path in sources.items()}}
+    data = {**fingerprints, **fingerprints_of(config, files)}
     python = {key: objects.describe(value) for key, value in given.items() if value is not None}
     _report_unknown(python)
     # Of a run that trained its tokenizer the data is fixed too.

@@ -108,9 +108,12 @@ class Feed:
         return max(candidates, key=lambda batch: batch.tokens.size)
 
 
-def run(config: RunConfig, spec: StageSpec) -> RunResult:
+def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) -> RunResult:
     """Trains a stage's task on the rows of its own data or ``config.data`` and saves ``model/`` in
     the run folder.
+
+    Args:
+        on_step: as in ``loop.Job``.
 
     Raises:
         UserError: for whatever is wrong with the data, the model's folder, the run folder or the
@@ -157,7 +160,8 @@ def run(config: RunConfig, spec: StageSpec) -> RunResult:
         reference = None if task.start.base else task.reference  # under LoRA it is the base
         stage.hold({"frozen weights": task.start.base, "reference": reference})
         state = stage.take(task.create, task.start.params)
-        state, row = loop.train(stage, state, _job(setting, spec, task, feed, num_steps))
+        job = _job(setting, spec, task, feed, num_steps)._replace(on_step=on_step)
+        state, row = loop.train(stage, state, job)
         return stage.finish(language_model, task.start, task.trained(state), row)
 
 

@@ -1,0 +1,264 @@
+"""``rlhf-jax verify``: a run that repeats, and every bit of a folder that somebody has changed."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from builders import letters_run
+
+from rlhf_jax import cli, training
+from rlhf_jax.config import KTOStage
+from rlhf_jax.errors import UserError
+from rlhf_jax.training import verify
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+
+
+def settings(folder, name):
+    """The settings of a short run that saves every second step."""
+    config = dataclasses.replace(
+        letters_run(folder),
+        output_dir=str(folder / "run"),
+        checkpoint_interval=2,
+        kto=KTOStage(
+            batch_size=4, num_epochs=2, validation_fraction=0.25, data=(str(folder / "pairs.json"),)
+        ),
+    )
+    if name in verify.SPECS:
+        return dataclasses.replace(config, reward=())
+    changes = {"reward": ("count:a",)}
+    if name in ("rloo", "grpo"):
+        method = dataclasses.replace(getattr(config, name), group_size=2, shuffle_blocks=1)
+        changes[name] = dataclasses.replace(method, num_minibatches=1)
+    return dataclasses.replace(config, **changes)
+
+
+def train(config, name):
+    if name in verify.SPECS:
+        return training.supervised.run(config, verify.SPECS[name]).folder
+    return training.rl.run(config, verify.METHODS[name]).folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A reward model's run of six steps, with checkpoints of the steps 4 and 6, and its data."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
+        train(settings(folder, "reward_model"), "reward_model")
+    return folder
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """The run in another place; its data stays where it was."""
+    return Path(shutil.copytree(whole / "run", tmp_path / "run"))
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def flip_array(checkpoint):
+    [arrays] = (checkpoint / "state" / "d").iterdir()
+    flip(arrays, arrays.stat().st_size // 2)
+
+
+def contents(folder):
+    return {
+        path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in folder.rglob("*")
+    }
+
+
+SLOW = ("sft", "dpo", "kto", "vpg", "ppo", "rloo", "grpo")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in SLOW])
+def test_a_run_of_every_stage_repeats_from_its_checkpoint_and_from_its_seed(name, tmp_path):
+    folder = train(settings(tmp_path, name), name)
+    for from_scratch in (False, True):
+        audit = verify.verify(folder, from_scratch=from_scratch)
+        assert audit[:3] == ([], [], [])
+        assert ("from the seed to step" in audit.compared) == from_scratch
+        assert audit.compared.endswith("model/")
+
+
+def test_a_run_repeats_and_nothing_is_written_into_its_folder(copied, capsys):
+    before = contents(copied)
+    assert cli.run(["verify", str(copied)]) == 0
+    assert contents(copied) == before
+    said = capsys.readouterr().out
+    assert (
+        "repeated from the checkpoint of step 4 to step 6 of 6: metrics.jsonl, samples.jsonl, "
+        in said
+    )
+    assert said.endswith("checkpoints/6, model/\nthe same bytes\n")
+
+
+def test_the_first_value_that_differs_is_named_in_each_file(copied, capsys):
+    """One bit of the last loss, of a text, of an array of the last checkpoint, of the weights."""
+    rows = (copied / "metrics.jsonl").read_bytes()
+    flip(copied / "metrics.jsonl", rows.rindex(b'"loss": 0.') + len(b'"loss": 0.') + 3)
+    samples = (copied / "samples.jsonl").read_bytes()
+    flip(copied / "samples.jsonl", samples.rindex(b'"yes"') + 1)
+    flip(copied / "model" / "model.safetensors", -1)
+    flip_array(copied / "checkpoints" / "6")
+    assert cli.run(["verify", str(copied)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split(None, 2) for line in lines[-4:]]
+    assert [row[:2] for row in table] == [
+        ["6", "metrics.jsonl"],
+        ["6", "samples.jsonl"],
+        ["6", "checkpoints/6"],
+        ["6", "model/model.safetensors"],
+    ]
+    assert table[0][2].startswith("loss ")
+    assert table[1][2].split() == ["chosen", "xes", "yes"]
+    assert "is damaged" in table[2][2]
+    assert table[3][2].startswith(
+        f"byte {(copied / 'model/model.safetensors').stat().st_size - 1} "
+    )
+
+
+def test_another_state_is_named_by_array_index_and_values(copied):
+    """The checkpoint of another run is whole, but its numbers are not those of the steps."""
+    shutil.rmtree(copied / "checkpoints" / "6")
+    shutil.copytree(copied / "checkpoints" / "4", copied / "checkpoints" / "6")
+    audit = verify.verify(copied)
+    [(step, file, place, recorded, repeated)] = audit.differences
+    assert (step, file) == (6, "checkpoints/6")
+    assert place.startswith("opt_state/count[] (first of ")
+    assert (recorded, repeated) == ("4", "6")
+
+
+def test_steps_between_are_those_that_are_compared(copied):
+    """A bit of step 5 is out of the span that ends at 4, and of the rows before a checkpoint."""
+    rows = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows[3] = rows[3].replace("0", "1", 1)
+    (copied / "metrics.jsonl").write_text("".join(rows))
+    audit = verify.verify(copied, from_scratch=True, num_steps=2)
+    assert audit.differences == []
+    assert audit.compared == "repeated from the seed to step 2 of 6: metrics.jsonl, samples.jsonl"
+    assert verify.verify(copied, start=4, num_steps=1).differences == []
+    [difference] = verify.verify(copied, from_scratch=True, num_steps=3).differences
+    assert difference[:2] == (3, "metrics.jsonl")
+
+
+def damage_config(copied):
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(text.replace("seed: 0", "seed: 1", 1))
+    return "config.yaml", "seed", "0", "1"
+
+
+def damage_start(copied):
+    flip_array(copied / "checkpoints" / "4")
+    return "checkpoints/4", "", "is damaged", ""
+
+
+def damage_record(copied):
+    flip(copied / "checkpoints" / "6" / "record" / "metadata", 100)
+    return "checkpoints/6", "", "does not match its checksum", ""
+
+
+def damage_manifest(copied):
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    [name] = manifest["data"]
+    digest = manifest["data"][name]
+    manifest["data"][name] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    return name, "sha256", "0" * 64, digest
+
+
+@pytest.mark.parametrize("damage", [damage_config, damage_start, damage_record, damage_manifest])
+def test_what_a_run_began_with_is_checked_before_anything_is_repeated(damage, copied):
+    file, place, recorded, repeated = damage(copied)
+    audit = verify.verify(copied)
+    [difference] = audit.differences
+    assert difference[1:3] == (file, place)
+    assert recorded in difference.recorded
+    assert difference.repeated == repeated
+    assert audit.compared.startswith("nothing was repeated")
+
+
+def test_data_may_lie_elsewhere_but_must_be_the_same(whole, copied, tmp_path, monkeypatch):
+    data = whole / "pairs.json"
+    moved = tmp_path / "moved.json"
+    data.rename(moved)
+    try:
+        with pytest.raises(UserError, match=r"pairs\.json: no such file"):
+            verify.verify(copied)
+        assert verify.verify(copied, data=[str(moved)], num_steps=1).differences == []
+        flip(moved, moved.read_bytes().index(b"yes"))
+        [difference] = verify.verify(copied, data=[str(moved)]).differences
+        assert difference[:3] == (None, str(moved), "sha256")
+    finally:
+        flip(moved, moved.read_bytes().index(b"xes"))
+        moved.rename(data)
+
+
+def test_another_machine_is_described(copied):
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["versions"]["jax"] = "0.1"
+    manifest["cpu"] = "riscv64"
+    manifest["backend"] = "gpu"
+    path.write_text(json.dumps(manifest))
+    audit = verify.verify(copied, num_steps=1)
+    assert any("versions.jax was '0.1'" in sentence for sentence in audit.machine)
+    assert any("cpu was 'riscv64'" in sentence for sentence in audit.machine)
+    assert "without --deterministic" in audit.unsure[0]
+
+
+def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(letters_run(tmp_path), output_dir="run")
+    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, num_iterations=1))
+    folder = train(config, "vpg")
+    flip(tmp_path / "prompts.json", (tmp_path / "prompts.json").read_bytes().index(b"say"))
+    audit = verify.verify(folder)
+    assert "reward.py:same is Python code, which is not known to repeat" in audit.unsure[0]
+    assert [row.place for row in audit.differences] == ["sha256"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(UserError, match="--trust-config"):
+        verify.verify(tmp_path / folder)
+
+
+def change(copied, **values):
+    path = copied / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (lambda run: (run / "manifest.json").unlink(), {}, "manifest.json: cannot be read"),
+        (lambda run: change(run, stage="vapo"), {}, "stage vapo is none of this package's"),
+        (lambda run: change(run, given={"reward": "x"}), {}, "Python gave it reward"),
+        (lambda run: change(run, data="x"), {}, "data is 'x', expected a mapping"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), {}, "metrics.jsonl has no rows"),
+        (lambda run: None, {"start": 5}, "--from 5: .* has checkpoints of the steps 4, 6"),
+        (lambda run: None, {"start": 6}, "--from 6: the run ends there"),
+        (lambda run: None, {"num_steps": 0}, "--steps must be at least 1"),
+        (lambda run: None, {"start": 4, "from_scratch": True}, "give one of them"),
+        (lambda run: (run / "model/x").symlink_to("/etc/passwd"), {}, "is a symbolic link"),
+        (lambda run: (run / "config.yaml").write_text("seed: ["), {}, "cannot be read as YAML"),
+        (lambda run: None, {"model": "no/model"}, "no/model"),
+    ],
+)
+def test_a_folder_that_cannot_be_repeated_is_a_sentence(damage, options, message, copied):
+    damage(copied)
+    with pytest.raises(UserError, match=message):
+        verify.verify(copied, **options)
+
+
+def test_a_folder_of_several_runs_names_them(copied):
+    with pytest.raises(UserError, match=rf"holds several runs; give one of them: {copied}"):
+        verify.verify(copied.parent)
