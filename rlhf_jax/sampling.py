@@ -18,10 +18,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax import ops, sharding
+from rlhf_jax import models, ops, sharding
 from rlhf_jax.types import EosId, Params, RewardFn, Rollout
+
+# Bytes of a layer's weights from which "fsdp" cuts its heads and mlp while it samples: an H200 reads
+# so many in 14 microseconds, about the time of the two sums over devices that it then needs.
+LARGE_LAYER = 2**26
 
 
 @dataclass(frozen=True)
@@ -162,10 +166,11 @@ def generate(
             and no other row waits for it.
         row_ids: [B] int32, the data row of each prompt, which decides its randomness; None means
             0..B-1.
-        mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``: parameters that are
-            cut over them are gathered once, before the first token); each part stops when its own
-            rows have ended. What is cut over
-            "tensor" stays so. The tokens are the same as on one device.
+        mesh: splits the rows over its "data" and "fsdp" axes (``shard_map``); each part stops when
+            its own rows have ended. Parameters that "fsdp" cuts are gathered once, before the first
+            token; those of large layers (``LARGE_LAYER``) are cut by heads instead, and then the
+            rows are split over "data" alone. What is cut over "tensor" stays so. The tokens are
+            the same as on one device.
         used: [B] for conversations of several turns (``data.environment``), whose earlier responses
             stand at the end of the prompt: how many of a row's ``max_new_tokens`` slots they take.
             The row gets at most the others, and the randomness of a token is that of its slot. P
@@ -204,19 +209,62 @@ def generate(
     # each of them once.
     weights = (decoding,) if mesh is not None and sharding.is_cut(mesh) else (params, decoding)
     sample_rows = functools.partial(_sample_rows, model, config)
-    if mesh is not None:
-        rows, replicated = sharding.rows(mesh).spec, PartitionSpec()
-        # check_vma refuses the while_loop, whose carry starts equal on all devices and ends
-        # different.
-        sample_rows = jax.shard_map(
-            sample_rows,
-            mesh=mesh,
-            in_specs=(replicated, rows, rows, replicated, rows, rows),
-            out_specs=rows,
-            axis_names=_mapped_axes(mesh),
-            check_vma=False,
+    if mesh is None:
+        return sample_rows(weights, tokens, attention_mask, key, row_ids, used)
+    rows = sharding.rows(mesh)
+    mapped = _mapped_axes(mesh)
+    is_joined = _fsdp_joins_tensor(model, decoding, mesh)
+    if is_joined:
+        weights = jax.lax.with_sharding_constraint(weights, (_over_tensor(decoding, mesh),))
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        mapped = {"data"}
+        tokens, attention_mask, row_ids, used = jax.lax.with_sharding_constraint(
+            (tokens, attention_mask, row_ids, used), rows
         )
-    return sample_rows(weights, tokens, attention_mask, key, row_ids, used)
+    replicated = PartitionSpec()
+    # check_vma refuses the while_loop, whose carry starts equal on all devices and ends different.
+    sample_rows = jax.shard_map(
+        sample_rows,
+        mesh=mesh,
+        in_specs=(replicated, rows.spec, rows.spec, replicated, rows.spec, rows.spec),
+        out_specs=rows.spec,
+        axis_names=mapped,
+        check_vma=False,
+    )
+    sampled = sample_rows(weights, tokens, attention_mask, key, row_ids, used)
+    if is_joined:
+        # In two steps, or else XLA cuts the rows over "fsdp" inside too.
+        sampled = jax.lax.with_sharding_constraint(sampled, rows)
+        sampled = jax.lax.with_sharding_constraint(sampled, sharding.rows(mesh))
+    return sampled
+
+
+def _fsdp_joins_tensor(model: CachedModel, weights: Params, mesh: Mesh) -> bool:
+    """Whether "fsdp" cuts heads and mlps while a batch is sampled, as "tensor" does
+    (``sharding.tensor_axes``), because a layer is large.
+
+    Else weights that "fsdp" cuts are gathered before the first token, and each device reads all of
+    them for each token.
+    """
+    if not isinstance(model, models.Model) or mesh.shape.get("fsdp", 1) == 1:
+        return False
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights["h_0"]))
+    config = model.config
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    return size >= LARGE_LAYER and math.gcd(config.kv_heads, width) % parts == 0
+
+
+def _over_tensor(weights: Params, mesh: Mesh) -> Any:
+    """The shardings of weights where "fsdp" cuts as "tensor" does."""
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    alone = sharding.make_mesh(mesh.shape["data"], 1, parts, devices=list(mesh.devices.flat))
+
+    def joined(place: NamedSharding) -> NamedSharding:
+        axes = [("fsdp", "tensor") if "tensor" in (axis or ()) else None for axis in place.spec]
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(joined, sharding.by_path(weights, models.SHARDING, alone))
 
 
 def _check_left_padded(attention_mask: jax.Array) -> None:

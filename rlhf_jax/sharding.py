@@ -98,9 +98,19 @@ def shard_rows(mesh: Mesh, batch: Tree) -> Tree:
     return jax.tree.map(lambda x: place(x, rows(mesh)), batch)
 
 
-def parts(axis: str) -> int:
-    """Into how many parts an axis of the mesh of ``jax.set_mesh`` cuts an array; 1 without it."""
-    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+def tensor_axes() -> tuple[str, ...]:
+    """The axes of the mesh of ``jax.set_mesh`` that cut heads, mlps and vocabulary: "tensor", and
+    "fsdp" too where rows are mapped over "data" alone, as large models are sampled.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    is_joined = "data" in mesh.manual_axes and "fsdp" in mesh.auto_axes
+    return ("fsdp", "tensor") if is_joined else ("tensor",)
+
+
+def tensor_parts() -> int:
+    """Into how many parts ``tensor_axes`` cut an array; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(axis, 1) for axis in tensor_axes())
 
 
 def cut(x: jax.Array, *axes: str, width: str | None = None) -> jax.Array:

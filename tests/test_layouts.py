@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from builders import Killed, interrupt
+from builders import Killed, interrupt, perturbed
 from numpy.testing import assert_allclose, assert_array_equal
 from programs import whole_on_a_device
 from safetensors.numpy import load_file
@@ -401,6 +401,49 @@ def test_weights_are_gathered_once_before_the_first_token(sizes, in_loop, before
     inside, outside = collectives_by_loop(text)
     assert inside == in_loop
     assert {kind: outside.get(kind, 0) for kind in before} == before
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads", "in_loop", "gathered"),
+    [
+        ((1, 4, 1), 4, {"all-reduce": 6}, 2),
+        ((2, 2, 1), 4, {"all-reduce": 6}, 2),
+        ((1, 2, 2), 4, {"all-reduce": 6}, 2),
+        ((1, 4, 1), 2, {}, 9),
+    ],
+)
+def test_large_layers_are_cut_by_heads_while_they_are_sampled(
+    sizes, kv_heads, in_loop, gathered, monkeypatch
+):
+    """Before the first token prompts and their mask are gathered, and weights only where the mesh
+    does not divide the heads.
+    """
+    monkeypatch.setattr(sampling, "LARGE_LAYER", 1)
+    network = {
+        "hidden_size": 16,
+        "num_layers": 1,
+        "num_heads": 4,
+        "num_kv_heads": kv_heads,
+        "intermediate_size": 32,
+    }
+    model = models.build(models.LlamaConfig(vocab_size=40, max_length=16, **network))
+    params = perturbed(model.init(jax.random.key(0)))
+    prompts = np.random.default_rng(0).integers(3, 40, (8, 6), dtype=np.int32)
+    how = {"config": sampling.SamplingConfig(5, eos_id=1, pad_id=2)}
+    inputs = (prompts, np.ones_like(prompts))
+    expected = sampling.generate(model, params, *inputs, jax.random.key(0), **how)
+    mesh = sharding.make_mesh(*sizes)
+    placed = jax.device_put(params, initial.shardings(mesh, params))
+    arguments = (placed, *sharding.shard_rows(mesh, inputs), jax.random.key(0))
+    generate = jax.jit(functools.partial(sampling.generate, model, **how, mesh=mesh))
+    compiled = generate.lower(*arguments).compile()
+    inside, outside = collectives_by_loop(compiled.as_text())
+    assert inside == in_loop
+    assert outside["all-gather"] == gathered
+    sampled = compiled(*arguments)
+    assert_array_equal(sampled.tokens, expected.tokens)
+    assert_allclose(sampled.log_probs, expected.log_probs, atol=1e-5)
+    assert sampled.tokens.sharding.is_equivalent_to(sharding.rows(mesh), 2)
 
 
 def sent_by(function, config, *sizes):

@@ -13,7 +13,7 @@ from jax import Array
 from rlhf_jax.models import stack
 from rlhf_jax.models.config import GPT2Config
 from rlhf_jax.models.stack import ACTIVATIONS, Dense, Norm
-from rlhf_jax.sharding import parts
+from rlhf_jax.sharding import tensor_parts
 
 
 def _dense(config: GPT2Config, features: int | tuple[int, int], *, residual: bool = False) -> Dense:
@@ -36,7 +36,7 @@ class _Attention(stack.Attention):
         # [B, T, 3, D] -> three of [B, H, T, Dh]
         fused = self.c_attn(x)
         heads = (*x.shape[:2], self.config.num_heads, self.config.head_size)
-        if parts("tensor") == 1:
+        if tensor_parts() == 1:
             # As one axis, XLA puts the three gradients together once, not thrice.
             fused = fused.reshape(*x.shape[:2], -1)
         thirds = jnp.split(fused, 3, axis=2)

@@ -25,7 +25,7 @@ from rlhf_jax.models.kernels import cache as caches
 from rlhf_jax.models.kernels import fused
 from rlhf_jax.models.kernels.cache import LayerCache
 from rlhf_jax.models.norms import norm
-from rlhf_jax.sharding import cut, parts
+from rlhf_jax.sharding import cut, tensor_axes, tensor_parts
 from rlhf_jax.types import Params
 
 # Cosines, then sines, of the rotary angles: [2, B, 1, T, Dh / 2] float32.
@@ -53,7 +53,7 @@ def _dot(x: Array, kernel: Array) -> Array:
     """x [..., D] times kernel [D, ...]; the kernel's last axes become one unless ``tensor`` cuts
     them.
     """
-    if parts("tensor") > 1:
+    if tensor_parts() > 1:
         return jnp.tensordot(x, kernel, 1)
     out = kernels.product(x, kernel.reshape(len(kernel), -1))
     return out.reshape(*x.shape[:-1], *kernel.shape[1:])
@@ -497,9 +497,11 @@ def _padded(rows: Array) -> Array:
     """A token table sharded over ``tensor``. If ``tensor`` does not divide V, zeros follow; their
     logits are cut off.
     """
-    rows = jnp.pad(rows, ((0, -len(rows) % parts("tensor")), (0, 0)))
-    # In two steps, or else XLA sends the whole table.
-    return cut(cut(rows, "tensor", width="fsdp"), "tensor")
+    rows = jnp.pad(rows, ((0, -len(rows) % tensor_parts()), (0, 0)))
+    axes = tensor_axes()
+    if "fsdp" not in axes:
+        rows = cut(rows, "tensor", width="fsdp")  # or else XLA sends the whole table
+    return cut(rows, *axes)
 
 
 def apart(stacked: Any) -> tuple[Any, ...]:

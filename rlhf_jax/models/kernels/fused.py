@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.sharding import tensor_axes
 
 
 def platform() -> str:
@@ -103,8 +104,9 @@ def on_each_device(
         left = tuple(name for name in names if name in mesh.auto_axes)
         return None if size % math.prod(mesh.shape[name] for name in left) else left
 
-    rows = axes(len(of_rows), "data", "fsdp")
-    heads = PartitionSpec(rows, axes(num_heads, "tensor"))
+    of_tensor = tensor_axes()
+    rows = axes(len(of_rows), *(name for name in ("data", "fsdp") if name not in of_tensor))
+    heads = PartitionSpec(rows, axes(num_heads, *of_tensor))
     mapped = jax.shard_map(
         kernel,
         in_specs=(*[heads] * len(of_heads), PartitionSpec(rows)),
