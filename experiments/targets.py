@@ -63,7 +63,8 @@ def find(name: str) -> Target:
         backend = "gpu"
     elif tpu and tpu[2] in FIGURES["tpus"].get(tpu[1], {}).get("topologies", {}):
         figures = FIGURES["tpus"][tpu[1]]
-        devices = _tpus(figures["topologies"][tpu[2]])
+        # A single chip is one of the smallest slice that XLA describes.
+        devices = _tpus(figures["topologies"][tpu[2]])[: int(tpu[2])]
         backend = "tpu"
     else:
         raise UserError(f"--target {name}: not known; there are {EXAMPLES}")

@@ -50,6 +50,7 @@ SAMPLE, LEARN = "sample and score", "learn"
 STAGES = ("sft", "reward_model", "dpo", "kto", "ppo", "grpo")
 ON_GPU = [(name, stage, LEARN) for name in ("h200x1", "h200x8") for stage in STAGES]
 ON_GPU += [(name, "grpo", SAMPLE) for name in ("h200x1", "h200x8")]
+ON_TPU = [("v5e-8", "sft", LEARN)]
 # What the compilers call fused attention: of whole texts, and of a token with the cache.
 OF_TEXTS = {"gpu": "__cudnn$fmha", "tpu": "tpu_custom_call"}
 OF_A_TOKEN = {"gpu": "__gpu$xla.gpu.triton"}
@@ -100,7 +101,7 @@ def expected(case, measured):
     return recorded[case]
 
 
-@pytest.mark.parametrize(("name", "stage", "phase"), ON_GPU)
+@pytest.mark.parametrize(("name", "stage", "phase"), ON_GPU + ON_TPU)
 def test_a_program_for_an_accelerator(name, stage, phase):
     try:
         target = targets.find(name)

@@ -138,6 +138,22 @@ def test_a_target_has_the_figures_of_its_kind(name, call, monkeypatch):
         assert "core_count: 132" in asked["target_config"]
 
 
+def test_one_chip_is_one_of_a_slice_that_is_there(monkeypatch):
+    """XLA describes no slice of less than four chips."""
+    asked = {}
+
+    class Topology:
+        devices = jax.devices()[:4]
+
+    def topology(**given):
+        asked.update(given)
+        return Topology
+
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", topology)
+    assert targets.find("v5e-1").devices == jax.devices()[:1]
+    assert asked["topology_name"] == "v5e:2x2"
+
+
 def fake_target(monkeypatch, memory):
     """This machine's devices under the name of an accelerator."""
     target = targets.Target("h200x8", "cpu", jax.devices()[:2], memory, 1e12, 1e9)
