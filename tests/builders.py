@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import models, ppo, training, vpg
+from rlhf_jax import grpo, models, ppo, training, vpg
 from rlhf_jax.config import (
     DPOStage,
     Network,
@@ -217,6 +217,11 @@ def tiny_run(data, output_dir):
     )
 
 
+def with_rl(config, **changes):
+    """The config with other settings of its section ``rl``."""
+    return replace(config, rl=replace(config.rl, **changes))
+
+
 LETTERS = "abcdefghijklmnop"
 
 
@@ -274,6 +279,10 @@ def run_vpg(config):
     return training.rl.run(config, vpg)
 
 
+def run_grpo(config):
+    return training.rl.run(config, grpo)
+
+
 def stages(*fast):
     """All stages as parameters; those that are not fast take long."""
     runs = {"sft": training.sft.run, "reward_model": training.reward_model.run, "ppo": run_ppo}
@@ -304,6 +313,21 @@ def interrupt(monkeypatch, step, number=None):
         return log(self, now, metrics)
 
     monkeypatch.setattr(tracking.Tracker, "log", dying)
+
+
+def goes_on_alike(run, config, straight, step, of=None):
+    """What ``run(config)`` leaves that is killed before it logs ``step``, and resumed: the same as
+    the result ``straight`` of a run of its own, by the bytes ``of(folder)``.
+    """
+    of = of or outputs
+    config = replace(config, output_dir=f"{config.output_dir}-again")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, step)
+        with pytest.raises(Killed):
+            run(config)
+    resumed = run(replace(config, resume=True))
+    assert of(resumed.folder) == of(straight.folder)
+    return resumed
 
 
 def outputs(folder):
@@ -375,9 +399,12 @@ def run_script(script, *flags, check=True, **environment):
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 def metric_rows(folder, name="metrics.jsonl"):
-    lines = (Path(folder) / name).read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return json_lines(Path(folder) / name)
 
 
 def launch(command: list, count: int, devices: int, flag: list[str]) -> list[subprocess.Popen]:

@@ -8,12 +8,6 @@ import numpy as np
 from hypothesis import strategies as st
 
 SHAPES = [(1, 1), (3, 5), (4, 8)]  # few, since each shape is compiled once
-WILD = [
-    1e-6,
-    1.0,
-    30.0,
-    1e4,
-]  # sizes of log-probabilities: tiny, usual, around the bound of ratios, huge
 
 
 def columns(mask_row):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import Killed, interrupt, metric_rows, outputs, save_base
+from builders import goes_on_alike, metric_rows, run_ppo, save_base
 from numpy.testing import assert_allclose
 
 from rlhf_jax import models, ppo, training
@@ -200,7 +200,7 @@ def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_
         separate = replace(separate, model=base, tokenizer=Tokenizer(), lora=LoRA(rank=rank))
     held = {}
     monkeypatch.setattr(rl, "first_state", keep(rl.first_state, held))
-    straight = training.rl.run(separate, ppo)
+    straight = run_ppo(separate)
     names = {"trained policy", "trained value", "optimizer state", "gradients"}
     assert names | ({"frozen weights"} if rank else set()) <= held.keys()
     kl = [abs(row["objective/kl"]) for row in metric_rows(straight.folder) if "objective/kl" in row]
@@ -209,13 +209,7 @@ def test_a_run_with_a_value_model_goes_on_bit_for_bit(rank, separate, data, tmp_
     )  # the policy moved for the first time in the third iteration
     _, exported = models.load(straight.model_folder)
     assert not exported.keys() & {"policy", "value"}
-    again = replace(separate, output_dir=str(tmp_path / "again"))
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3)
-        with pytest.raises(Killed):
-            training.rl.run(again, ppo)
-    resumed = training.rl.run(replace(again, resume=True), ppo)
-    assert outputs(resumed.folder) == outputs(straight.folder)
+    goes_on_alike(run_ppo, separate, straight, 3)
 
 
 def keep(first_state, held):

@@ -9,7 +9,7 @@ import time
 
 import jax
 import pytest
-import yaml
+from accidents import BOMB, DEEP, LOOP, PIECES, hurt, with_odd_value
 from builders import run_loop
 
 from rlhf_jax import models
@@ -23,40 +23,6 @@ from rlhf_jax.report.export import export
 from rlhf_jax.runs import reading
 
 SECONDS = 5
-NAN, INF = float("nan"), float("inf")
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    3,
-    2**31,
-    2**63,
-    10**30,
-    10**400,
-    1e308,
-    -1e308,
-    5e-324,
-    NAN,
-    INF,
-    "",
-    "2",
-]
-ODD += ["NaN", "{prompt", "\x1b[2J", "\ud83d", [], [0], [[]], {}, {"a": {"b": [None]}}, {"": ""}]
-DEEP = [b"[" * 3000, b'{"a":' * 3000, b"[" * 400 + b"]" * 400, b"- " * 500]
-BOMB = b"a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + b"".join(
-    b"%c: &%c [%s]\n" % (now, now, b", ".join([b"*%c" % (now - 1)] * 9)) for now in range(98, 108)
-)
-LOOP = b"a: &a {b: *a}\nc: &c [*c]\n"
-PIECES = [b"", b"\0", b'"', b"{", b"}", b"[", b"\n", b"\xff", b"NaN", b"9" * 5000, b"1e999", b"\r"]
-PIECES += [
-    b'{"step": 1e5}\n',
-    b'{"step": 99999999999999999999}\n',
-    b"!!int ''\n",
-    b"? [1]\n",
-    b"&a [*a]",
-]
-PIECES += [b"!!timestamp 2020-99-99", b"2020-01-01: 2020-01-01\n", *DEEP, BOMB, LOOP]
 
 
 @pytest.fixture(scope="module")
@@ -97,58 +63,23 @@ def whole(tmp_path_factory):
     return folder
 
 
-def with_odd_value(content, name, draw):
-    """The JSON or YAML with one value, wherever in it, of another kind."""
-    lines = content.decode().splitlines() if name.endswith(".jsonl") else [content.decode()]
-    at = draw.randrange(len(lines))
-    value = yaml.safe_load(lines[at]) if name.endswith(".yaml") else json.loads(lines[at])
-    inner = value
-    while isinstance(inner, dict | list) and inner:
-        key = draw.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
-        if not inner[key] or not isinstance(inner[key], dict | list) or draw.random() < 0.4:
-            inner[key] = draw.choice(ODD)
-            break
-        inner = inner[key]
-    lines[at] = json.dumps(value, default=str)
-    return "\n".join(lines).encode() + b"\n"
-
-
 def damage(folder, draw):
     """One accident to one file; returns what happened."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name[0] != ".")
     texts = [file for file in files if file.suffix in (".json", ".jsonl", ".yaml")]
     file = draw.choice(files if draw.random() < 0.3 else texts)
     content = file.read_bytes()
-    at = draw.randrange(len(content) + 1)
-    to = min(len(content), at + draw.randrange(200))
-    kinds = ["cut", "flip", "put", "replace", "drop", "empty", "gone", "folder", "whole"]
-    kind = draw.choice(["odd"] * 9 * (file in texts) + kinds)
-    match kind:
-        case "odd":
-            with contextlib.suppress(ValueError):
-                content = with_odd_value(content, file.name, draw)
-        case "cut":
-            content = content[:at]
-        case "flip":
-            content = (
-                content[:at]
-                + bytes(b ^ 1 << draw.randrange(8) for b in content[at : at + 1])
-                + content[at + 1 :]
-            )
-        case "put":
-            content = content[:at] + draw.choice(PIECES) + content[at:]
-        case "replace":
-            content = content[:at] + draw.choice(PIECES) + content[to:]
-        case "drop":
-            content = content[:at] + content[to:]
-        case "empty":
-            content = b""
-        case "whole":
-            content = draw.choice(PIECES)
+    kind = draw.choice(["odd"] * 9 * (file in texts) + ["hurt"] * 5 + ["gone", "folder", "whole"])
     file.unlink()
     if kind == "folder":
         file.mkdir()
-    elif kind != "gone":
+    elif kind == "whole":
+        file.write_bytes(draw.choice(PIECES))
+    elif kind == "hurt":
+        file.write_bytes(hurt(content, draw))
+    elif kind == "odd":
+        with contextlib.suppress(ValueError):
+            content = with_odd_value(content, file.name, draw)
         file.write_bytes(content)
     return f"{file.relative_to(folder)}: {kind}"
 
@@ -177,39 +108,37 @@ def evaluates(run, tmp_path):
 ACTS = [report, exports, resume, evaluates]
 
 
+def copied(whole, run):
+    """A copy of the run, which says of itself that it lies there."""
+    shutil.copytree(whole, run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(whole), str(run)))
+    return run
+
+
 @pytest.mark.parametrize("act", ACTS)
 def test_what_is_whole_works(act, whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
-    if act is resume:  # the run of the fixture lies elsewhere
-        config = (tmp_path / "run" / "config.yaml").read_text()
-        (tmp_path / "run" / "config.yaml").write_text(
-            config.replace(str(whole), str(tmp_path / "run"))
-        )
-    act(tmp_path / "run", tmp_path)
+    act(copied(whole, tmp_path / "run"), tmp_path)
 
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize(
-    "seeds", [range(15), pytest.param(range(15, 250), marks=pytest.mark.slow)], ids=["few", "many"]
+    "seeds", [range(8), pytest.param(range(8, 250), marks=pytest.mark.slow)], ids=["few", "many"]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_run_ends_in_a_result_or_a_sentence(act, seeds, whole, tmp_path):
     wrong = []
     for seed in seeds:
         draw = random.Random(f"{act.__name__} {seed}")
-        run = tmp_path / "run"
-        shutil.copytree(whole, run)
-        if act is resume:
-            config = (run / "config.yaml").read_text()
-            (run / "config.yaml").write_text(config.replace(str(whole), str(run)))
+        run = copied(whole, tmp_path / "run")
         accident = damage(run, draw)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             with contextlib.suppress(UserError, TrainingFault):
                 act(run, tmp_path)
         except Exception as error:
             wrong.append(f"{seed}, {accident}: {type(error).__name__}: {error!s:.200}")
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         if seconds > SECONDS:
             wrong.append(f"{seed}, {accident}: {seconds:.1f} s")
         for folder in (run, tmp_path / "copy"):
@@ -231,10 +160,10 @@ READERS = {
 def test_what_is_too_deep_too_large_or_of_another_kind_is_refused_at_once(name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(content + b"\n")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UserError, match=f"{name}[:,]"):
         READERS[name](path)
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 def test_a_pipe_is_no_file(tmp_path):

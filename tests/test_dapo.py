@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import Killed, interrupt, outputs
+from builders import goes_on_alike, run_grpo
 from numpy.testing import assert_allclose, assert_array_equal
 
-from rlhf_jax import grpo, ppo, training
+from rlhf_jax import grpo, ppo
 from rlhf_jax.config import RLStage
 from rlhf_jax.data.encoding import EncodedPrompts
 from rlhf_jax.errors import UserError
@@ -214,7 +214,7 @@ def score(prompts, responses):
     "on_host",
     [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.soak)],
 )
-def test_a_run_with_dynamic_sampling_goes_on_bit_for_bit(on_host, config, tmp_path, monkeypatch):
+def test_a_run_with_dynamic_sampling_goes_on_bit_for_bit(on_host, config, tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
     rules = {"dynamic_sampling": 2, "mask_truncated": True, "overlong_buffer": 2}
     config = replace(
@@ -223,12 +223,6 @@ def test_a_run_with_dynamic_sampling_goes_on_bit_for_bit(on_host, config, tmp_pa
         rl=replace(config.rl, num_iterations=4, kl_target=None, **rules),
         grpo=grpo.Config(group_size=4, num_epochs=1),
     )
-    straight = training.rl.run(config, grpo)
+    straight = run_grpo(config)
     assert straight.metrics["sampling/rounds"] >= 1
-    again = replace(config, output_dir=str(tmp_path / "again"))
-    with monkeypatch.context() as patch:
-        interrupt(patch, 4)
-        with pytest.raises(Killed):
-            training.rl.run(again, grpo)
-    resumed = training.rl.run(replace(again, resume=True), grpo)
-    assert outputs(resumed.folder) == outputs(straight.folder)
+    goes_on_alike(run_grpo, config, straight, 4)

@@ -10,19 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import Killed, interrupt, metric_rows, save_base
+from builders import goes_on_alike, metric_rows, run_ppo, save_base, tiny_run, with_rl
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_close, assert_identical, comparisons, score_fn
 
-from rlhf_jax import models, ppo, training
+from rlhf_jax import models, training
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.config import LoRA, Optimizer, RewardModelStage, Tokenizer
 from rlhf_jax.data import encoding
 from rlhf_jax.data.rows import Row
 from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.report.export import export
-from rlhf_jax.runs import checkpoint
 from rlhf_jax.training import ensembles, initial
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.scoring import disagreement
@@ -59,13 +58,8 @@ def test_members_trained_at_once_are_members_trained_alone():
     none of the rows.
     """
     of_one, of_all = updates()
-    batch = comparisons(
-        0,
-        8,
-        4,
-        absent=[(3, 2), *((4, answer) for answer in range(4))],
-    )
-    batch = batch.replace(best=jnp.arange(8) % 3)
+    absent = [(3, 2), *((4, answer) for answer in range(4))]
+    batch = comparisons(0, 8, 4, absent=absent).replace(best=jnp.arange(8) % 3)
     rng = np.random.default_rng(3)
     counts = rng.poisson(1.0, (3, 8, 3)).astype(np.float32)
     counts[0, :, 2] = 0.0
@@ -79,11 +73,8 @@ def test_members_trained_at_once_are_members_trained_alone():
             of_one(state, batch.replace(weight=counts[step, :, i]), jax.random.fold_in(key, i))
             for i, state in enumerate(alone)
         ]
-        alone = [state for state, _ in results]
-        each = [found for _, found in results]
-        assert_close(
-            metrics, {name: np.mean([float(found[name]) for found in each]) for name in each[0]}
-        )
+        alone, each = zip(*results, strict=True)
+        assert_close(metrics, jax.tree.map(lambda *found: np.mean(found, dtype="f4"), *each))
     for i, state in enumerate(alone):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), state)
         assert_close(ensembles.unstack(together.params)[i], state.params)
@@ -191,81 +182,67 @@ def test_members_start_apart(config):
         assert_identical(given[i]["wte"], body["wte"])
 
 
+@pytest.fixture(scope="module")
+def ensemble(data, tmp_path_factory):
+    """(config, result, base) of an ensemble of two with LoRA on one base, normalised each."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    config = tiny_run(data, folder / "run")
+    base = save_base(folder / "base", data)
+    own = {"ensemble_size": 2, "num_epochs": 1, "validation_interval": 3, "normalize_samples": 16}
+    given = {"model": base, "tokenizer": Tokenizer(), "lora": LoRA(rank=2)}
+    config = replace(config, reward_model=replace(config.reward_model, **own), **given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
+        return config, training.reward_model.run(config), models.load(base)[1]
+
+
+def members_of(folder):
+    files = [folder / "model" / f"member_{i}" / "model.safetensors" for i in range(2)]
+    return [path.read_bytes() for path in (*files, folder / "metrics.jsonl")]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pages")
-def test_ppo_on_the_least_score_of_an_ensemble(config, data, tmp_path, monkeypatch, capsys):
-    """The ensemble's own run is stopped, and resumes to the same bytes. Its members share the base
-    of their adapters, and are normalised each."""
-    base = save_base(tmp_path / "base", data)
-    stage = replace(
-        config.reward_model,
-        ensemble_size=2,
-        num_epochs=1,
-        validation_interval=3,
-        normalize_samples=16,
-    )
-    given = {"model": base, "tokenizer": Tokenizer(), "reward_model": stage}
-    config = replace(config, lora=LoRA(rank=2), **given)
-
-    def outputs(folder):
-        names = [
-            f"model/member_{i}/{file}"
-            for i in range(2)
-            for file in ("model.safetensors", "config.json")
-        ]
-        return {
-            name: (folder / name).read_bytes()
-            for name in (*names, "metrics.jsonl", "samples.jsonl")
-        }
-
-    straight = training.reward_model.run(config)
-    said = [
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("normalised over 16 samples")
-    ]
-    assert len(set(said)) == 2
-    again = replace(config, output_dir=str(tmp_path / "again"))
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3)
-        with pytest.raises(Killed):
-            training.reward_model.run(again)
-    assert checkpoint.steps(tmp_path / "again" / "checkpoints") == [0, 2]
-    assert outputs(training.reward_model.run(replace(again, resume=True)).folder) == outputs(
-        straight.folder
-    )
+def test_the_run_of_an_ensemble_goes_on_bit_for_bit(ensemble, capsys):
+    config, straight, _ = ensemble
+    goes_on_alike(training.reward_model.run, config, straight, 3, members_of)
+    lines = capsys.readouterr().out.splitlines()
+    normalised = {line for line in lines if line.startswith("normalised over 16 samples")}
+    assert len(normalised) == 2
     metrics = metric_rows(straight.folder)
     assert all(row["validation/uncertainty"] > 0 for row in (metrics[0], metrics[-1]))
 
-    folder = straight.model_folder
-    before = models.load(base)[1]
-    members = [models.load(folder / f"member_{i}")[1] for i in range(2)]
-    shifts = [float(member.pop("score")["shift"]) for member in members]
-    assert shifts[0] != shifts[1]
-    for path, leaf in flatten_dict(before).items():
+
+@pytest.mark.slow
+def test_members_share_the_base_of_their_adapters_and_are_exported(ensemble, tmp_path):
+    config, straight, base = ensemble
+    members = [models.load(straight.model_folder / f"member_{i}")[1] for i in range(2)]
+    shifts = {float(member.pop("score")["shift"]) for member in members}
+    assert len(shifts) == 2
+    for path, leaf in flatten_dict(base).items():
         first, second = (flatten_dict(member)[path] for member in members)
         adapted = path[-1] == "kernel" and path[0] != "ln_f"
-        assert (np.array_equal(first, leaf), np.array_equal(first, second)) == (
-            not adapted,
-            not adapted,
-        ), path
+        assert np.array_equal(first, leaf) != adapted, path
+        assert np.array_equal(first, second) != adapted, path
     copy = export(straight.folder, tmp_path / "copy")
     assert "An ensemble of reward models" in (copy / "README.md").read_text("utf-8")
     for i, member in enumerate(members):  # PEFT's folder of each beside it
-        adapters = models.lora.load(straight.folder / "adapter" / f"member_{i}", before)
-        assert_close(models.lora.merge(before, adapters)["h_0"], member["h_0"])
-        assert (
-            "score" in initial.load_language_model(str(copy / f"member_{i}"), config.compute).params
-        )
+        adapters = models.lora.load(straight.folder / "adapter" / f"member_{i}", base)
+        assert_close(models.lora.merge(base, adapters)["h_0"], member["h_0"])
+        exported = initial.load_language_model(str(copy / f"member_{i}"), config.compute)
+        assert "score" in exported.params
 
-    rl = replace(config.rl, num_iterations=2)
-    own = {"reward": (f"min:{folder}",), "rl": rl, "output_dir": str(tmp_path / "ppo")}
-    result = training.rl.run(replace(config, **own), ppo)
-    assert f"reward min:{folder}: 2 models" in capsys.readouterr().out
-    metrics = metric_rows(result.folder)
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pages")
+def test_ppo_on_the_least_score_of_an_ensemble(ensemble, tmp_path, capsys):
+    config, straight, _ = ensemble
+    reward = f"min:{straight.model_folder}"
+    config = replace(config, reward=(reward,), output_dir=str(tmp_path / "ppo"))
+    folder = run_ppo(with_rl(config, num_iterations=2)).folder
+    assert f"reward {reward}: 2 models" in capsys.readouterr().out
+    metrics = metric_rows(folder)
     assert all(row["reward/uncertainty"] > 0 for row in metrics[1:])
     assert metrics[0]["validation/reward/uncertainty"] > 0
-    assert (
-        f"reward {folder}"
-        in json.loads((result.folder / "manifest.json").read_text("utf-8"))["data"]
-    )
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    assert f"reward {straight.model_folder}" in manifest["data"]

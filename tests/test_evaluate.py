@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
-from builders import write_run
+from builders import json_lines, write_run
 
 from rlhf_jax import cli, metrics, models
 from rlhf_jax.data import chat, encoding, formats, tokenizers
@@ -623,9 +623,7 @@ def test_a_category_may_be_a_list_of_prompts(folders, tmp_path):
         for row in evaluate.run(folders / "run", given).rows
         if row.category == "custom"
     }
-    lines = [
-        json.loads(line) for line in (tmp_path / evaluate.SAMPLES).read_text("utf-8").splitlines()
-    ]
+    lines = json_lines(tmp_path / evaluate.SAMPLES)
     assert [(line["set"], line["prompt"]) for line in lines] == [
         ("custom custom", f"say {word}") for word in ("tea", "milk", "salt")
     ]

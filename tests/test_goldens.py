@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from builders import json_lines
 from cases import CASES, KEY
 from jax.tree_util import keystr, tree_leaves_with_path
 from numpy.testing import assert_allclose
@@ -139,7 +140,7 @@ def tiny_flags(stage):
 
 
 def rows(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return json_lines(path)
 
 
 FAST = ("sft",)

@@ -10,6 +10,7 @@ import threading
 import labels
 import numpy as np
 import pytest
+from builders import json_lines
 
 from rlhf_jax.data import formats, tokenizers
 from rlhf_jax.errors import UserError
@@ -182,7 +183,7 @@ def test_token_ids_become_texts(tokenizer, tmp_path, capsys):
         f"wrote {output}: 2 rows, 1 dropped (all responses are identical); 1 texts hold a broken "
         "character, U+FFFD\n"
     )
-    decoded = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    decoded = json_lines(output)
     assert decoded[0]["best"] == rows[0]["best"]
     assert decoded[0]["query"].startswith("the film ")
     assert decoded[0][f"sample{rows[0]['best']}"].startswith(" good good good ")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import TINY, Killed, interrupt, metric_rows, outputs, save_base, stages
+from builders import TINY, goes_on_alike, metric_rows, run_ppo, save_base, stages
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose
 
@@ -55,21 +55,13 @@ def test_a_run_saves_the_merged_model_and_its_adapters(run, lora_config):
 
 
 @pytest.mark.slow
-def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_with_it(
-    lora_config, tmp_path, monkeypatch
-):
+def test_a_refreshed_reference_is_the_policy_again_and_a_stopped_run_goes_on_with_it(lora_config):
     config = replace(lora_config, rl=replace(lora_config.rl, reference_refresh=2))
-    straight = training.rl.run(config, ppo)
+    straight = run_ppo(config)
     rows = metric_rows(straight.folder)
     kl = {row["step"]: abs(row["objective/kl"]) for row in rows if "objective/kl" in row}
     assert max(kl[1], kl[3], kl[5]) < 1e-5 < 1e-4 < min(kl[2], kl[4], kl[6])
-    again = replace(config, output_dir=str(tmp_path / "again"))
-    with monkeypatch.context() as patch:
-        interrupt(patch, 6)
-        with pytest.raises(Killed):
-            training.rl.run(again, ppo)
-    resumed = training.rl.run(replace(again, resume=True), ppo)
-    assert outputs(resumed.folder) == outputs(straight.folder)
+    goes_on_alike(run_ppo, config, straight, 6)
 
 
 @pytest.mark.parametrize(

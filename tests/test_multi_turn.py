@@ -4,18 +4,19 @@ import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from builders import Killed, interrupt, launch, outputs
+from builders import goes_on_alike, json_lines, launch, metric_rows, outputs, run_grpo
 from jax.sharding import Mesh
 from numpy.testing import assert_allclose, assert_array_equal
 from tabular import assert_identical
 
-from rlhf_jax import models, ops, sampling, sharding, training
+from rlhf_jax import models, ops, sampling, sharding
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.config import Network, RLStage, RunConfig, to_yaml
 from rlhf_jax.config import Tokenizer as Tokens
@@ -302,9 +303,7 @@ def test_an_evaluation_with_an_environment(talker, tmp_path, capsys):
         sum(reward for _, reward in turns) / 6
     )
     assert 0 < result.value("environment", "cut") < 1
-    samples = [
-        json.loads(line) for line in (tmp_path / evaluate.SAMPLES).read_text("utf-8").splitlines()
-    ]
+    samples = json_lines(tmp_path / evaluate.SAMPLES)
     both = {"".join(texts[1:]) for texts, _ in turns if len(texts) == 4}
     assert both <= {line["response"] for line in samples}
     content = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))
@@ -372,19 +371,18 @@ cli.run_script(main)
 """
 
 
-@pytest.mark.slow
-def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(
-    tmp_path, monkeypatch, no_pages
-):
-    (tmp_path / "env.py").write_text(COUNTING)
+@pytest.fixture(scope="module")
+def conversing(tmp_path_factory):
+    """(config, result, arrays that the run held) of a run with an environment."""
+    folder = tmp_path_factory.mktemp("conversing")
+    (folder / "env.py").write_text(COUNTING)
     rows = [{"prompt": word, "wanted": 1 + i % 3} for i, word in enumerate(WORDS)]
-    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    (folder / "prompts.json").write_text(json.dumps(rows))
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_length": 64}
     config = RunConfig(
-        data=(str(tmp_path / "prompts.json"),),
-        output_dir=str(tmp_path / "straight"),
-        network=Network(
-            hidden_size=16, num_layers=1, num_heads=2, max_length=64, initializer_range=0.5
-        ),
+        data=(str(folder / "prompts.json"),),
+        output_dir=str(folder / "straight"),
+        network=Network(**sizes, initializer_range=0.5),
         tokenizer=Tokens(kind="characters"),
         reward=("length*0.1", "length:2"),
         checkpoint_interval=2,
@@ -393,43 +391,55 @@ def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(
             batch_size=16,
             max_new_tokens=40,
             max_turns=3,
-            environment=f"{tmp_path / 'env.py'}:more",
+            environment=f"{folder / 'env.py'}:more",
             validation_interval=2,
             validation_fraction=0.5,
         ),
         grpo=grpo.Config(num_minibatches=2, group_size=4),
     )
     held = {}
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
         patch.setattr(Stage, "hold", lambda stage, trees: held.update(trees))
-        straight = training.rl.run(config, grpo)
-    slots = {
-        size
-        for keys, values in held["cache while it samples"]
-        for size in (keys.shape[3], values.shape[2])
-    }
+        return config, run_grpo(config), held
+
+
+@pytest.mark.slow
+def test_a_run_with_an_environment(conversing):
+    _, result, held = conversing
+    caches = held["cache while it samples"]
+    slots = {size for keys, values in caches for size in (keys.shape[3], values.shape[2])}
     assert slots == {max(map(len, WORDS)) + 2 * 40}  # the conversation so far, and as much again
-    metrics = read(straight.folder)
-    for row in metrics[1:]:
+    first, *steps = metric_rows(result.folder)
+    for row in steps:
         assert row["policy/sampler_gap"] < 1e-4  # the moved rows were read as the update reads them
         assert 1 < row["environment/turns"] <= 3
         parts = row["environment/reward"] + row["reward/length"] * 0.1 + row["reward/length:2"]
         assert row["objective/score"] == pytest.approx(parts, abs=1e-4)
-    assert max(row["environment/cut"] for row in metrics[1:]) > 0
-    assert "validation/environment/turns" in metrics[0]
-    samples = (straight.folder / "samples.jsonl").read_text("utf-8")
+    assert max(row["environment/cut"] for row in steps) > 0
+    assert "validation/environment/turns" in first
+    samples = (result.folder / "samples.jsonl").read_text("utf-8")
     assert "User:" in samples  # a message as the policy read it
-    again = replace(config, output_dir=str(tmp_path / "again"))
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3)
-        with pytest.raises(Killed):
-            training.rl.run(again, grpo)
-    resumed = training.rl.run(replace(again, resume=True), grpo)
-    assert outputs(resumed.folder) == outputs(straight.folder)
 
+
+@pytest.mark.slow
+def test_a_run_with_an_environment_goes_on_bit_for_bit(conversing, no_pages):
+    config, result, _ = conversing
+    resumed = goes_on_alike(run_grpo, config, result, 3)
+    env = Path(config.rl.environment.rpartition(":")[0])
+    env.write_text(COUNTING.replace("/ 2", "/ 3"))
+    again = replace(config, output_dir=str(resumed.folder), resume=True)
+    with pytest.raises(UserError, match="environment"):
+        run_grpo(again)
+    env.write_text(COUNTING)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run_with_an_environment(conversing, tmp_path):
+    config, result, _ = conversing
     (tmp_path / "run.yaml").write_text(to_yaml(config))
-    command = [sys.executable, "-c", IN_PROCESSES, tmp_path / "run.yaml", tmp_path / "env.py"]
-    running = launch(command, 2, devices=1, flag=[])
+    env = config.rl.environment.rpartition(":")[0]
+    running = launch([sys.executable, "-c", IN_PROCESSES, tmp_path / "run.yaml", env], 2, 1, [])
     said = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [1, 2], said
     assert "error: process 1: it has ended; its last lines say why" in said[0]
@@ -440,23 +450,17 @@ def test_a_run_repeats_and_resumes_exactly_and_two_processes_share_it(
         "broken": ".*environment: .*turn 1: ZeroDivisionError.*",
     }
     for name, sentence in sentences.items():
-        ended = [
-            re.search(f"^{name}: (process 1: )?({sentence})$", text, re.MULTILINE) for text in said
-        ]
-        assert all(ended), said
-        assert (ended[0][1], ended[1][1], ended[0][2]) == ("process 1: ", None, ended[1][2])
+        pattern = f"^{name}: (process 1: )?({sentence})$"
+        first, second = (re.search(pattern, text, re.MULTILINE) for text in said)
+        assert first, said
+        assert second, said
+        assert (first[1], second[1], first[2]) == ("process 1: ", None, second[2])
     two, twice = (tmp_path / "run.yamls" / name for name in ("two", "two again"))
     assert outputs(two) == outputs(twice)
-    for row, of_one in zip(read(two), metrics, strict=True):
+    for row, of_one in zip(metric_rows(two), metric_rows(result.folder), strict=True):
         assert row == pytest.approx(of_one, rel=1e-3, abs=1e-4), row["step"]
-    said = [[row["response"] for row in read(run, "samples")] for run in (two, straight.folder)]
+    said = [
+        [row["response"] for row in metric_rows(folder, "samples.jsonl")]
+        for folder in (two, result.folder)
+    ]
     assert said[0] == said[1]
-
-    (tmp_path / "env.py").write_text(COUNTING.replace("/ 2", "/ 3"))
-    with pytest.raises(UserError, match="environment"):
-        training.rl.run(replace(again, resume=True), grpo)
-
-
-def read(folder, name="metrics"):
-    """The rows of a run's metrics or samples."""
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]

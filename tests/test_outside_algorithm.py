@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from builders import ROOT, Killed, interrupt, metric_rows, outputs
+from builders import ROOT, goes_on_alike, metric_rows
 
 from rlhf_jax import ppo, training
 from rlhf_jax.config import PPOStage
@@ -44,16 +44,14 @@ def test_it_trains_resumes_and_reports(make, config, tmp_path, monkeypatch):
     settings = replace(config.rl, num_iterations=4, kl_target=None)
     config = replace(config, rl=settings, ppo=PPOStage())
     algorithm_config = algorithm.Config(num_minibatches=2, num_epochs=2, shuffle_blocks=4)
-    straight = training.rl.run(config, algorithm, algorithm_config)
+
+    def run(config):
+        return training.rl.run(config, algorithm, algorithm_config)
+
+    straight = run(config)
     rows = metric_rows(straight.folder)
     assert max(row.get("grad_norm", 0.0) for row in rows) > 0
-    again = replace(config, output_dir=str(tmp_path / "again"))
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3)
-        with pytest.raises(Killed):
-            training.rl.run(again, algorithm, algorithm_config)
-    resumed = training.rl.run(replace(again, resume=True), algorithm, algorithm_config)
-    assert outputs(resumed.folder) == outputs(straight.folder)
+    goes_on_alike(run, config, straight, 3)
     monkeypatch.undo()
     page.write([straight.folder], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text("utf-8")

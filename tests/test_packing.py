@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import Killed, interrupt, letters_run, metric_rows, outputs
+from builders import goes_on_alike, letters_run, metric_rows
 from numpy.testing import assert_allclose, assert_array_equal
 
 from rlhf_jax import TrainState, dpo, models, reward_model, sft, sharding, training
@@ -346,17 +346,11 @@ def test_a_run_with_packing_is_a_run_without(stage, own, tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
-def test_a_packed_run_resumes_to_the_same_bytes(stage, config, tmp_path, monkeypatch):
+def test_a_packed_run_resumes_to_the_same_bytes(stage, config):
     config = replace(config, text=Text(bucket_multiple=16, pack=True))
     run = getattr(training, stage).run
     straight = run(config)
-    again = replace(config, output_dir=str(tmp_path / "again"))
-    with monkeypatch.context() as patch:
-        interrupt(patch, 6)
-        with pytest.raises(Killed):
-            run(again)
-    stopped = run(replace(again, resume=True))
-    assert outputs(stopped.folder) == outputs(straight.folder)
+    stopped = goes_on_alike(run, config, straight, 6)
     rows = metric_rows(stopped.folder)
     assert all(0 < row[f"{stage}/padding"] < 0.6 for row in rows if f"{stage}/loss" in row)
 

@@ -8,7 +8,6 @@ import inspect
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -40,12 +39,6 @@ def score(prompts, responses):  # random, but by the run's seed and the step
     time.sleep(0.1)  # a signal is spread within a second
     return [len(prompt) % 7 - random.random() * len(response) for prompt, response in zip(prompts, responses)]
 """
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def start(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import ROOT
+from builders import ROOT, json_lines
 from numpy.testing import assert_allclose
 
 from rlhf_jax import training
@@ -171,10 +171,7 @@ def test_they_are_trained_on(name, public, tmp_path):
     folder = training.reward_model.run(
         parse(RunConfig, [*map(str, (*own, "--tokenizer.name", tokenizer, *where))])
     ).folder
-    metrics, samples = (
-        [json.loads(line) for line in (folder / file).read_text("utf-8").splitlines()]
-        for file in ("metrics.jsonl", "samples.jsonl")
-    )
+    metrics, samples = (json_lines(folder / file) for file in ("metrics.jsonl", "samples.jsonl"))
     first, *_, final = validations = [row for row in metrics if "validation/loss" in row]
     for row in validations:
         assert all(

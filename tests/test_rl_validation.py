@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from builders import metric_rows
+from builders import json_lines, metric_rows
 
 from rlhf_jax import training, vpg
 from rlhf_jax.config import Network, RLStage, RunConfig, Tokenizer
@@ -51,9 +51,7 @@ def test_every_prompt_is_sampled_scored_and_shown(config, capsys):
     path = training.rl.run(config, vpg).folder
     # By prompt, not by order: the characters f and b are in this file alone, and the tokenizer has
     # them.
-    samples = [
-        json.loads(line) for line in (path / "samples.jsonl").read_text("utf-8").splitlines()
-    ]
+    samples = json_lines(path / "samples.jsonl")
     metrics = metric_rows(path)
     for step in (0, 1):
         rows = [row for row in samples if row["step"] == step]

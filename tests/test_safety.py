@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from builders import json_lines
 from numpy.testing import assert_array_equal
 
 from rlhf_jax import training, vpg
@@ -224,7 +225,7 @@ def config(tmp_path):
 
 
 def read(folder, name="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
+    return json_lines(folder / name)
 
 
 def test_a_run_counts_and_penalises(config, tmp_path, capsys):

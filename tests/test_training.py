@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import quickstart
 import tokenizers as hf
-from builders import FAST, TINY, Killed, interrupt, outputs, run_ppo, stages
+from builders import FAST, TINY, goes_on_alike, metric_rows, run_ppo, stages
 from numpy.testing import assert_allclose
 
 from rlhf_jax import Rollout, models, sharding, training
@@ -31,20 +31,11 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 
 
 @stages("sft")
-def test_a_stopped_run_resumes_to_the_same_bytes(run, config, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_resumes_to_the_same_bytes(run, config, capsys):
     straight = run(config)
-    again = replace(config, output_dir=str(tmp_path / "again"))
-    with monkeypatch.context() as patch:
-        interrupt(patch, 6)
-        with pytest.raises(Killed):
-            run(again)
-    stopped = run(replace(again, resume=True))
+    stopped = goes_on_alike(run, config, straight, 6)
     assert "resumed from step 4 of" in capsys.readouterr().out
-    assert outputs(stopped.folder) == outputs(straight.folder)
-    steps = [
-        json.loads(line)["step"]
-        for line in (stopped.folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    ]
+    steps = [row["step"] for row in metric_rows(stopped.folder)]
     assert steps == list(range(len(steps)))
     assert steps[-1] >= 7
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import LETTERS, letters_run, metric_rows
+from builders import LETTERS, json_lines, letters_run, metric_rows
 from numpy.testing import assert_array_equal
 
 from rlhf_jax import models, ppo, rloo, training, vpg
@@ -143,9 +143,7 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(
     assert len({key for *_, key in drawn[:7]}) == 7
     train_rows, held_out = [row for _, rows, _ in drawn[1:7:2] for row in rows], drawn[0][1]
     assert sorted((*train_rows, *held_out)) == list(range(16))
-    samples = [
-        json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()
-    ]
+    samples = json_lines(folder / "samples.jsonl")
     assert all(row["score"] == ord(row["prompt"][-1]) for row in samples)
     assert (
         f"reward {config.reward[0]}"
@@ -229,9 +227,7 @@ def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkey
         folder = training.rl.run(run, vpg).folder
         assert len(set(shapes)) == 1
         row = json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[0])
-        samples = [
-            json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()
-        ]
+        samples = json_lines(folder / "samples.jsonl")
         found = {name: x for name, x in row.items() if name.startswith("validation/")}
         return [sample for sample in samples if sample["step"] == 0], found, len(shapes)
 
