@@ -105,7 +105,8 @@ def announce(folder: Path, shared: memoryview, kill_at: int) -> None:
         if not name and (not removal or os.path.isabs(arguments[0])):
             return
         if event == "os.rename" and below(arguments[1]).isdecimal():
-            shared[PHASE], shared[STEP] = PUBLISHING, int(below(arguments[1]))
+            shared[PHASE] = PUBLISHING
+            shared[STEP] = int(below(arguments[1]))
         elif event == "os.rename" and name.isdecimal():
             shared[PHASE] = RETENTION
             shared[COMPLETE] = shared[STEP]
@@ -114,7 +115,8 @@ def announce(folder: Path, shared: memoryview, kill_at: int) -> None:
         elif removal and phase == RETENTION and name and event == "os.rmdir":
             shared[PHASE] = WAITING  # the folder of what was removed, after all that was in it
         elif not removal and name.partition(".")[0].isdecimal():
-            shared[PHASE], shared[STEP] = WRITING, int(name.partition(".")[0])
+            shared[PHASE] = WRITING
+            shared[STEP] = int(name.partition(".")[0])
             shared[COMPLETE] = shared[STEP] - 1
         shared[COUNT] += 1
         if shared[COUNT] == kill_at:

@@ -123,39 +123,33 @@ def test_preferences_by_hand():
     """Row 0 ranks 0 > 1 > 2, row 1 is a pair, of another part. A tie is half right."""
     margins = {"reward_model": np.array([1.0, 0.0, -1.0, 2.0]), "longer": np.array([1, 1, 1, -1])}
     weights = np.array([1 / 3, 1 / 3, 1 / 3, 1.0])
-    pairs = metrics.Pairs(
-        np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0]), np.array([1, 2, 2, 1]), weights
-    )
-    rows = {
-        (row.category, row.metric): row
-        for row in measures.preferences(margins, pairs, ["", "", "", "b"], KEY)
-    }
+    better = np.array([0, 0, 1, 0])
+    pairs = metrics.Pairs(np.array([0, 0, 0, 1]), better, np.array([1, 2, 2, 1]), weights)
+    found = measures.preferences(margins, pairs, ["", "", "", "b"], KEY)
+    rows = {(row.category, row.metric): row for row in found}
+    brier = metrics.brier(margins["reward_model"], weights)
     expected = {
         ("preferences", "accuracy_reward_model"): ((0.5 + 1) / 2, 2, "rows"),
         ("preferences", "pairwise_accuracy_reward_model"): ((1.5 / 3 + 1) / 2, 4, "pairs"),
         ("preferences", "accuracy_longer"): (1 / 2, 2, "rows"),
         ("preferences", "pairwise_accuracy_longer"): (1 / 2, 4, "pairs"),
-        ("preferences", "brier_reward_model"): (
-            metrics.brier(margins["reward_model"], weights),
-            4,
-            "pairs",
-        ),
+        ("preferences", "brier_reward_model"): (brier, 4, "pairs"),
         ("preferences: b", "accuracy_reward_model"): (1, 1, "rows"),
     }
     for key, (value, n, unit) in expected.items():
-        assert (rows[key].value, rows[key].n, rows[key].unit) == (pytest.approx(value), n, unit), (
-            key
-        )
-    assert (
-        not {("preferences", "ece_longer"), ("preferences: b", "pairwise_accuracy_longer")}
-        & rows.keys()
-    )
-    single = metrics.Pairs(np.arange(4), pairs.chosen, pairs.rejected, np.ones(4))
-    found = list(measures.preferences({"log_prob": weights}, single, [""] * 4, KEY))
+        row = rows[key]
+        assert (row.value, row.n, row.unit) == (pytest.approx(value), n, unit), key
+    left_out = {("preferences", "ece_longer"), ("preferences: b", "pairwise_accuracy_longer")}
+    assert not left_out & rows.keys()
+
+
+def test_log_probabilities_of_pairs_are_honesty():
+    pairs = metrics.Pairs(np.arange(4), np.array([0, 0, 1, 0]), np.array([1, 2, 2, 1]), np.ones(4))
+    margins = {"log_prob": np.array([1 / 3, 1 / 3, 1 / 3, 1.0])}
+    found = list(measures.preferences(margins, pairs, [""] * 4, KEY))
     assert [row.category for row in found] == ["preferences", "honesty", "honesty"]
-    assert [row.metric for row in found] == [
-        f"{name}_log_prob" for name in ("accuracy", "ece", "brier")
-    ]
+    names = [f"{name}_log_prob" for name in ("accuracy", "ece", "brier")]
+    assert [row.metric for row in found] == names
     assert {(row.n, row.unit) for row in found} == {(4, "rows")}
 
 
@@ -472,50 +466,38 @@ def test_everything_from_the_command_line(folders, capsys):
         "categories": "mine.yaml",
         "safety": "safety.json",
         "annotated": "annotated.json",
+        "prompts": "prompts.json",
+        "preferences": "pairs.jsonl",
+        "reward-model": "rm/model",
     }
-    flags |= {"prompts": "prompts.json", "preferences": "pairs.jsonl", "reward-model": "rm/model"}
     argv = [word for flag, file in flags.items() for word in (f"--{flag}", str(folders / file))]
+    argv += ["--trust-config", "--num-samples", "2", "--batch-size", "2"]
+    run = folders / "run"
     texts = []
     for _ in range(2):
-        cli.run(
-            [
-                *("evaluate", str(folders / "run"), *argv, "--trust-config"),
-                *("--num-samples", "2", "--batch-size", "2"),
-            ]
-        )
-        texts.append(
-            [
-                (folders / "run" / name).read_bytes()
-                for name in ("evaluation.json", evaluate.SAMPLES)
-            ]
-        )
+        cli.run(["evaluate", str(run), *argv])
+        texts.append([(run / name).read_bytes() for name in ("evaluation.json", evaluate.SAMPLES)])
     assert texts[0] == texts[1]
     content = json.loads(texts[0][0])
     samples = [json.loads(line) for line in texts[0][1].splitlines()]
     found = {(row["category"], row["metric"]): (row["value"], row["n"]) for row in content["rows"]}
     assert all(value is not None and n for value, n in found.values())
     own = [line for line in samples if line["set"] == "prompts"]
+    vowels = [bool(set(line["response"].lower()) & set("aeiou")) for line in own]
     expected = {
         ("tea", "score"): (pytest.approx(1 / 3), 3),
-        ("vowels", "patterns"): (
-            np.mean([bool(set(line["response"].lower()) & set("aeiou")) for line in own]),
-            3,
-        ),
-        ("agreement", "agreement_longer"): (
-            pytest.approx(2 / 3),
-            3,
-        ),  # not where the annotator says tie
+        ("vowels", "patterns"): (np.mean(vowels), 3),
+        # Not where the annotator says tie.
+        ("agreement", "agreement_longer"): (pytest.approx(2 / 3), 3),
         ("harmlessness", "refusal_of_unsafe"): (0, 1),
         ("helpfulness", "quality"): (pytest.approx(np.mean([line["score"] for line in own])), 3),
     }
     assert {metric: found[metric] for metric in expected} == expected
-    of_two = (("long", "score"), ("agreement", "agreement_decided_longer"))
-    assert {
-        found[metric][1] for metric in (*of_two, ("preferences: honest", "accuracy_reward_model"))
-    } == {2}
-    assert len(samples) == 2 * (
-        3 + 2 + 3 + 2
-    )  # prompts, safety, the other run's, the category's own
+    of_two = [("long", "score"), ("agreement", "agreement_decided_longer")]
+    of_two.append(("preferences: honest", "accuracy_reward_model"))
+    assert {found[metric][1] for metric in of_two} == {2}
+    # Prompts, safety, the other run's, the category's own.
+    assert len(samples) == 2 * (3 + 2 + 3 + 2)
     assert content["settings"]["max_new_tokens"] == 6
     assert content["settings"]["template"] == "H: {prompt}\n"
     said = capsys.readouterr().out
@@ -549,37 +531,34 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
     found = values(evaluate.run(str(folders / "run"), given).rows)
     assert found["win rate", "win_rate"] == 0.5
     assert found["win rate", "score_difference"] == 0
-    (model, params), (judge, judge_params) = (
-        models.load(folders / name / "model") for name in ("run", "rm")
-    )
+    model, params = models.load(folders / "run" / "model")
+    judge, judge_params = models.load(folders / "rm" / "model")
     tokenizer = tokenizers.load_tokenizer(folders / "rm" / "model")
-    both = jax.jit(
-        lambda ids, mask: (
-            model.apply(params, ids),
-            models.score_fn(judge)(judge_params, ids, mask, None),
-        )
-    )
+    score = models.score_fn(judge)
+
+    @jax.jit
+    def both(ids, mask):
+        return model.apply(params, ids), score(judge_params, ids, mask, None)
 
     def judged(prompt, response):
         """Sum and mean of the response's log-probabilities, and its score."""
         before = tokenizer.encode(f"H: {prompt}\n")
         after = [*tokenizer.encode(response), tokenizer.eos_id]
-        tokens = np.zeros((1, 50), np.int32)
-        size = len(before + after)
-        tokens[0, :size] = before + after
+        size = len(before) + len(after)
+        tokens = np.pad([before + after], ((0, 0), (0, 50 - size)))
         logits, score = both(tokens, np.arange(50)[None, :] < size)
         log_probs = scipy.special.log_softmax(logits[0], axis=1)
-        said = [log_probs[len(before) - 1 + i, token] for i, token in enumerate(after)]
+        said = log_probs[np.arange(len(before) - 1, size - 1), after]
         return np.array([np.sum(said), np.mean(said), float(score[0])])
 
-    margins = [
-        judged(pair["prompt"], pair["chosen"]) - judged(pair["prompt"], pair["rejected"])
-        for pair in PAIRS
-    ]
-    for name, of in zip(
-        ("log_prob", "mean_log_prob", "reward_model"), np.transpose(margins), strict=True
-    ):
-        place = "preferences" if name == "reward_model" else "honesty"
+    margins = np.transpose(
+        [
+            judged(pair["prompt"], pair["chosen"]) - judged(pair["prompt"], pair["rejected"])
+            for pair in PAIRS
+        ]
+    )
+    names = {"log_prob": "honesty", "mean_log_prob": "honesty", "reward_model": "preferences"}
+    for (name, place), of in zip(names.items(), margins, strict=True):
         assert found["preferences", f"accuracy_{name}"] == np.mean(of > 0)
         assert found[place, f"brier_{name}"] == pytest.approx(metrics.brier(of), abs=1e-4)
     assert found["preferences", "accuracy_longer"] == pytest.approx(2 / 3)

@@ -181,27 +181,38 @@ def test_peft_folders_round_trip(adapted, tmp_path):
     assert config["base_model_name_or_path"] == "some/base"
 
 
-def test_partial_and_strange_folders(tmp_path):
+@pytest.fixture
+def partial(tmp_path):
+    """(parameters, function that saves adapters of the layers that match and returns their keys)."""
     params = models.build(CONFIG).init(jax.random.key(0))
-    file = tmp_path / "adapter_config.json"
-    weights = tmp_path / "adapter_model.safetensors"
 
-    def saved_targets(match):
+    def save(match):
         lora.save(tmp_path, params, lora.init(jax.random.key(1), params, 2, match))
-        return json.loads(file.read_text("utf-8"))["target_modules"]
+        return json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+
+    return params, save
+
+
+def test_folders_name_the_layers_that_are_adapted(partial, tmp_path):
+    params, save = partial
 
     places = [
         "transformer.h.0.attn.c_attn",
         "transformer.h.1.attn.c_attn",
         "transformer.h.1.attn.c_proj",
     ]
-    assert saved_targets("h_1/attn|h_0/attn/c_attn") == places
-    assert saved_targets("h_1/attn") == ["attn.c_attn", "attn.c_proj"]
+    assert save("h_1/attn|h_0/attn/c_attn")["target_modules"] == places
+    assert save("h_1/attn")["target_modules"] == ["attn.c_attn", "attn.c_proj"]
     expected = lora.init(jax.random.key(1), params, 2, "h_1/attn")
     assert jax.tree.structure(lora.load(tmp_path, params)) == jax.tree.structure(expected)
-    config = json.loads(file.read_text("utf-8"))
-    tensors = load_file(weights)
 
+
+def test_strange_folders_are_refused(partial, tmp_path):
+    params, save = partial
+    config = save("h_1/attn")
+    file = tmp_path / "adapter_config.json"
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
     file.write_text(json.dumps(config | {"use_rslora": True, "lora_alpha": 8}), encoding="utf-8")
     assert lora.load(tmp_path, params)["h_1"]["attn"]["c_attn"]["lora_scale"] == pytest.approx(
         8 / 2**0.5
@@ -230,6 +241,10 @@ def test_partial_and_strange_folders(tmp_path):
     file.unlink()
     with pytest.raises(UserError, match="an adapter folder holds adapter_config"):
         lora.load(tmp_path, params)
+
+
+def test_adapters_that_are_no_folder_are_refused(partial, tmp_path):
+    params, _ = partial
     two_ranks = [
         lora.init(jax.random.key(1), params, rank, match)
         for rank, match in ((1, "h_0"), (2, "h_1"))

@@ -81,7 +81,8 @@ def test_round_trip_is_bit_equal_and_named_as_gpt2_lm_head_model(folder, tmp_pat
     models.save(tmp_path / "again", model, params)
     assert_same_files(tmp_path / "again", folder)
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
-    tensors, keys = load_file(folder / "model.safetensors"), config_of(folder)
+    tensors = load_file(folder / "model.safetensors")
+    keys = config_of(folder)
     assert len(tensors) == 4 + 2 * 12
     assert tensors["transformer.h.1.attn.c_attn.weight"].shape == (4, 12)
     expected = {
@@ -154,7 +155,9 @@ class Counted:
     """A tensor in a file; notes how many numbers each reading takes, of how many."""
 
     def __init__(self, name, tensor, readings):
-        self.name, self.tensor, self.readings = name, tensor, readings
+        self.name = name
+        self.tensor = tensor
+        self.readings = readings
 
     def __getitem__(self, index):
         part = self.tensor[index]
@@ -182,7 +185,9 @@ def test_each_device_reads_its_own_part(config, scan_layers, tmp_path, monkeypat
     table of 7 rows.
     """
     models.save(tmp_path, *tiny(config))
-    mesh, readings, slices = sharding.make_mesh(1, 2, 2), [], hf.Reader.slices
+    mesh = sharding.make_mesh(1, 2, 2)
+    readings = []
+    slices = hf.Reader.slices
     monkeypatch.setattr(
         hf.Reader, "slices", lambda own, *args: Counted(args[0], slices(own, *args), readings)
     )
@@ -190,10 +195,8 @@ def test_each_device_reads_its_own_part(config, scan_layers, tmp_path, monkeypat
     _, params = models.load(tmp_path, scan_layers=scan_layers, shardings=place)
     parts = {"kernel": 4, "embedding": 4}
     for name, fraction in readings:
-        kernel, table = (
-            re.search(r"(attn|mlp)\..*weight", name),
-            re.search("wte|embed_tokens|lm_head", name),
-        )
+        kernel = re.search(r"(attn|mlp)\..*weight", name)
+        table = re.search("wte|embed_tokens|lm_head", name)
         quarter = 2 if "c_attn" in name else 4  # of it the rows are read whole
         assert fraction == (quarter if kernel else 4 if table else 1), name
     for path, leaf in flatten_dict(params).items():
@@ -207,7 +210,8 @@ def test_large_weights_are_written_in_several_files(llama, tmp_path, monkeypatch
     before goes.
     """
     model, params = models.load(llama)
-    at_once, save_one = [], hf.save_file
+    at_once = []
+    save_one = hf.save_file
 
     def saved(tensors, path, metadata):
         at_once.append((sum(x.nbytes for x in tensors.values()), len(tensors)))
@@ -425,7 +429,8 @@ def test_llama_s_keys_in_both_forms(llama, changes, expected):
         assert isinstance(config.rms_norm_epsilon, float)
 
 
-WHOLE, LOCAL = "full_attention", "sliding_attention"
+WHOLE = "full_attention"
+LOCAL = "sliding_attention"
 ROPES = {
     WHOLE: {"rope_theta": 5.0, "rope_type": "linear", "factor": 2.0},
     LOCAL: {"rope_theta": 7.0},

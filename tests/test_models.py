@@ -125,7 +125,8 @@ def test_frequencies_by_hand():
     # Dh = 8, theta = 10000: 10000 ** -(0, 1/4, 1/2, 3/4). 64 tokens hold 10.19, 1.019, .1019 and
     # .01019 waves: above 4 is kept, below 1 divided by 8, and 1.019 is (1.019 - 1) / 3 = .6197%
     # kept.
-    plain, kept = np.array([1.0, 0.1, 0.01, 0.001]), (64 * 0.1 / (2 * math.pi) - 1) / 3
+    plain = np.array([1.0, 0.1, 0.01, 0.001])
+    kept = (64 * 0.1 / (2 * math.pi) - 1) / 3
     for scaling, expected in (
         (None, plain),
         (models.RopeScaling("linear", 4.0), plain / 4),
@@ -140,7 +141,8 @@ def test_llama_from_its_definition():
     position turns.
     """
     model, params = tiny(replace(LLAMA, head_dim=4))
-    params, tokens = jax.tree.map(np.asarray, params), some_tokens(1, 6)
+    params = jax.tree.map(np.asarray, params)
+    tokens = some_tokens(1, 6)
     turns = np.exp(1j * np.arange(6)[:, None] * 10000.0 ** -np.array([0, 0.5]))[
         :, None
     ]  # [T, 1, Dh / 2]
@@ -192,7 +194,8 @@ def test_the_length_of_what_is_normed_does_not_matter(config, kernels):
     def longer(path, leaf):
         return 3.0 * leaf if any(part.key in kernels for part in path) else leaf
 
-    logits, tokens = model.apply(params, some_tokens(2, 5)), some_tokens(2, 5)
+    logits = model.apply(params, some_tokens(2, 5))
+    tokens = some_tokens(2, 5)
     found = model.apply(jax.tree_util.tree_map_with_path(longer, params), tokens)
     assert_allclose(found, logits, atol=2e-3)  # up to epsilon
 
@@ -203,7 +206,9 @@ def test_qwen2_has_biases_in_queries_keys_and_values_alone():
 
 
 def test_gemma_by_hand():
-    module, params, tokens = decoder.Decoder(GEMMA), some_params(GEMMA), some_tokens(1, 3)
+    module = decoder.Decoder(GEMMA)
+    params = some_params(GEMMA)
+    tokens = some_tokens(1, 3)
     rows = module.apply({"params": params}, tokens, tokens, tokens >= 0, method="embed")
     assert_allclose(rows, params["wte"]["embedding"][tokens] * 8**0.5, rtol=1e-6)
     assert module.scales() == [5**-0.5] * 2
@@ -244,7 +249,8 @@ def test_a_real_token_outside_the_vocabulary_gives_nan():
 @FAMILIES
 def test_samples_have_the_log_probs_of_the_full_forward(config):
     """Also behind prompts that are padded on the left, or have a hole."""
-    (model, params), tokens = tiny(config), some_tokens(3, 5)
+    (model, params) = tiny(config)
+    tokens = some_tokens(3, 5)
     mask = np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 1, 0, 1, 1]])
     how = sampling.SamplingConfig(4, eos_id=None, pad_id=0)
     sampled = jax.jit(functools.partial(sampling.generate, model, config=how))(
@@ -316,7 +322,8 @@ def test_stacked_layers_with_remat_have_the_logits_of_separate_layers(config):
 def sampler_of(model, mesh=None):
     """The program that samples from a model."""
     settings = sampling.SamplingConfig(max_new_tokens=3, eos_id=1, pad_id=0)
-    prompts, key = jax.ShapeDtypeStruct((2, 4), jnp.int32), jax.random.key(0)
+    prompts = jax.ShapeDtypeStruct((2, 4), jnp.int32)
+    key = jax.random.key(0)
     sample = functools.partial(sampling.generate, model, key=key, config=settings, mesh=mesh)
     return jax.make_jaxpr(sample)(jax.eval_shape(model.init, key), prompts, prompts)
 
@@ -391,7 +398,8 @@ def test_the_loop_over_tokens_is_that_of_an_unrolled_model_and_casts_no_weight()
 def loss_and_gradient(**changes):
     config = replace(CONFIG, num_layers=3)
     model, params = tiny(config, scale_attn_by_inverse_layer_idx=True, **changes)
-    tokens, mask = some_tokens(2, 6), np.array([[0, 0, 1, 1, 1, 1], [1] * 6])
+    tokens = some_tokens(2, 6)
+    mask = np.array([[0, 0, 1, 1, 1, 1], [1] * 6])
     return jax.jit(
         jax.value_and_grad(lambda params: jnp.mean(model.apply(params, tokens, mask) ** 2))
     )(params)
@@ -454,7 +462,8 @@ def test_layers_draw_different_dropout(scan_layers):
 
 
 def test_a_parameter_of_another_shape_is_named():
-    (_, params), model = tiny(), models.build(replace(CONFIG, intermediate_size=6))
+    (_, params) = tiny()
+    model = models.build(replace(CONFIG, intermediate_size=6))
     with pytest.raises(
         ValueError, match=r"parameter h_0/mlp/c_fc/kernel is \(8, 32\), this model's is \(8, 6\)"
     ):
@@ -462,7 +471,8 @@ def test_a_parameter_of_another_shape_is_named():
 
 
 def test_a_key_from_which_no_layer_draws_changes_no_program():
-    model, (_, params) = models.build(CONFIG), tiny()
+    model = models.build(CONFIG)
+    (_, params) = tiny()
     program = jax.make_jaxpr(lambda key: model.hidden(params, some_tokens(1, 3), None, key))
     with_key, without = (
         [eqn.primitive for eqn in program(key).eqns] for key in (jax.random.key(0), None)
@@ -496,7 +506,8 @@ def test_layers_of_one_kind_are_traced_once(config):
     """Of six layers the last is traced by itself; Gemma's layers are of two kinds."""
     model = models.build(replace(config, num_layers=6))
     params = jax.eval_shape(model.init, jax.random.key(0))
-    tokens, cache = some_tokens(2, 4), model.init_cache(2, 8)
+    tokens = some_tokens(2, 4)
+    cache = model.init_cache(2, 8)
     decoded = (tokens[:, :1], tokens[:, :1], np.ones((2, 8)), cache, jnp.int32(3))
 
     def loss(params):
@@ -510,10 +521,8 @@ def test_layers_of_one_kind_are_traced_once(config):
         0,
     )  # whose keys are copied into the empty cache as a whole
     assert "scatter" not in str(jax.make_jaxpr(model.decode, static_argnums=5)(params, *prompt))
-    learning, decoding = (
-        jax.make_jaxpr(jax.grad(loss))(params),
-        jax.make_jaxpr(model.decode)(params, *decoded),
-    )
+    learning = jax.make_jaxpr(jax.grad(loss))(params)
+    decoding = jax.make_jaxpr(model.decode)(params, *decoded)
     for program, passes in ((learning, 2), (decoding, 1)):
         calls = [
             step.params["jaxpr"] for step in program.eqns if step.params.get("name") == "core_fn"
@@ -569,7 +578,8 @@ def test_bad_configs_are_refused(changes, message):
 
 def test_wrong_shapes_are_refused():
     model, params = tiny()
-    tokens, cache = some_tokens(2, 4), model.init_cache(2, 4)
+    tokens = some_tokens(2, 4)
+    cache = model.init_cache(2, 4)
     for refused in (
         lambda: model.apply(params, tokens, np.ones((2, 3))),
         lambda: model.apply(params, tokens[0]),
@@ -594,7 +604,8 @@ def test_wrong_shapes_are_refused():
 )
 def test_columns_that_are_read_are_those_of_all(config, changes):
     model, params = tiny(config, **changes)
-    tokens, mask = some_tokens(3, 6), np.array([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 0]])
+    tokens = some_tokens(3, 6)
+    mask = np.array([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 0]])
     weights = np.random.default_rng(1).normal(size=(3, 6, 8)).astype(np.float32)
     numbers = np.array([[4, 2], [0, 5], [3, 3]])
 
@@ -690,10 +701,8 @@ def test_the_gradients_written_out_are_the_derived_ones(rows, is_centred):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gemma_s_norm_by_hand_is_computed_in_float32_and_keeps_the_dtype(dtype):
-    params, expected = (
-        {"params": {"scale": jnp.array([1.0, 0.0])}},
-        jnp.array([[2 * 3 / 12.5**0.5, 4 / 12.5**0.5]]),
-    )
+    params = {"params": {"scale": jnp.array([1.0, 0.0])}}
+    expected = jnp.array([[2 * 3 / 12.5**0.5, 4 / 12.5**0.5]])
     normed = stack.Norm(GEMMA).apply(params, jnp.array([[3.0, 4.0]], dtype))
     assert_allclose(normed, expected.astype(dtype), rtol=1e-6)
 

@@ -79,7 +79,8 @@ each_family = pytest.mark.parametrize(
 def test_packed_documents_equal_transformers_on_each_alone(tmp_path, name, compute):
     reference = torch_model(name)
     reference.save_pretrained(tmp_path)
-    tokens, mask = left_padded(1, 16)[0], np.array([[0, 0, *[1] * 7, *[2] * 5, 3, 3]])
+    tokens = left_padded(1, 16)[0]
+    mask = np.array([[0, 0, *[1] * 7, *[2] * 5, 3, 3]])
     model, params = models.load(tmp_path, attention=compute, scan_layers=compute == "blockwise")
     logits = np.asarray(jax.jit(model.apply)(params, tokens, mask))
     for number in (1, 2, 3):
@@ -227,7 +228,8 @@ def test_initial_weights_follow_transformers():
     sizes = {"vocab_size": 300, "n_positions": 64, "n_embd": 96, "n_layer": 2, "n_head": 4}
     reference = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).transformer
     params = models.build(config).init(jax.random.key(0))
-    layer, theirs = params["h_1"], reference.h[1]
+    layer = params["h_1"]
+    theirs = reference.h[1]
     for ours, weight in (
         (params["wte"]["embedding"], reference.wte.weight),
         (params["wpe"]["embedding"], reference.wpe.weight),

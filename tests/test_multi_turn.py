@@ -37,7 +37,8 @@ KEY = jax.random.key(7)
 
 ALPHABET = characters("abcdefgh")  # pad 0, EOS 1, a 2, b 3, ...
 PAD, EOS, A, B, C, D, E = range(7)
-P, R = 2, 8
+P = 2
+R = 8
 
 
 def bigrams(params, tokens, attention_mask, key):
@@ -110,7 +111,9 @@ def test_a_conversation_by_hand():
     prompt = np.pad([[0, 1], [1, 1], [0, 0], [0, 1]], ((0, 0), (0, R)))
     assert_array_equal(rollout.attention_mask, prompt + (letters != "-"))
     rewards = np.zeros((4, P + R))
-    rewards[0, 3], rewards[0, 7], rewards[1, 3] = 0.5, 2.0, -1.0
+    rewards[0, 3] = 0.5
+    rewards[0, 7] = 2.0
+    rewards[1, 3] = -1.0
     assert_array_equal(rollout.rewards, rewards)
     rescored = rescore(rollout, table(), policy_fn=ops.policy_fn(bigrams))
     assert np.count_nonzero(rescored.log_probs) == (letters == "a").sum()
@@ -130,7 +133,8 @@ def test_after_the_last_turn_the_environment_is_asked_and_nothing_follows():
 def test_a_tokens_randomness_is_that_of_its_slot():
     """A policy that forgets everything says at each slot what it would say there without any turns."""
     params = jnp.zeros((ALPHABET.vocab_size,) * 2)
-    encoded, rows = prompts_of("a", "ca", "bb", "b"), np.arange(4)
+    encoded = prompts_of("a", "ca", "bb", "b")
+    rows = np.arange(4)
     endless = sampling.SamplingConfig(R, eos_id=None, pad_id=PAD)
     whole = sampling.generate(
         TABLE_MODEL, params, encoded.tokens, encoded.attention_mask, KEY, config=endless
@@ -257,7 +261,8 @@ def notes(folder):
     """What the environment was asked and paid since the last call: {prompt: [(texts, reward),
     ...]}.
     """
-    lines, by_prompt = map(json.loads, (folder / "env.jsonl").read_text().splitlines()), {}
+    lines = map(json.loads, (folder / "env.jsonl").read_text().splitlines())
+    by_prompt = {}
     for texts, _, reward in lines:
         by_prompt.setdefault(texts[0], []).append((texts, reward))
     (folder / "env.jsonl").unlink()
@@ -265,7 +270,8 @@ def notes(folder):
 
 
 def test_a_generator_with_an_environment(talker):
-    source, rows = f"{talker / 'env.py'}:ask", json.loads((talker / "prompts.json").read_text())
+    source = f"{talker / 'env.py'}:ask"
+    rows = json.loads((talker / "prompts.json").read_text())
     generator = Generator(talker / "model", max_new_tokens=16, environment=source, max_turns=3)
     said = generator([row["prompt"] for row in rows], columns=rows, seed=1)
     asked = notes(talker)

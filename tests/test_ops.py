@@ -28,7 +28,8 @@ def test_masked_statistics_by_hand():
 
 
 def test_whiten_by_hand():
-    x, mask = jnp.array([[1.0, 3.0, jnp.nan]]), jnp.array([[1, 1, 0]])
+    x = jnp.array([[1.0, 3.0, jnp.nan]])
+    mask = jnp.array([[1, 1, 0]])
     assert_allclose(ops.whiten(x, mask), [[-1.0, 1.0, 0.0]], atol=1e-6)
     assert_allclose(ops.whiten(x, mask, shift_mean=False), [[1.0, 3.0, 0.0]], atol=1e-6)
     assert_allclose(ops.whiten(3 * x, mask, shift_mean=False), [[5.0, 7.0, 0.0]], atol=1e-6)
@@ -53,7 +54,8 @@ def test_shape_mistakes_say_what_was_expected():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_and_entropy_equal_a_loop(temperature):
     rng = np.random.default_rng(1)
-    logits, tokens = 3 * rng.normal(size=(2, 4, 5)), rng.integers(0, 5, size=(2, 4))
+    logits = 3 * rng.normal(size=(2, 4, 5))
+    tokens = rng.integers(0, 5, size=(2, 4))
     log_probs = ops.token_log_probs(jnp.asarray(logits, jnp.float32), tokens, temperature)
     entropies = ops.entropy(jnp.asarray(logits, jnp.float32), temperature)
     for i in range(2):
@@ -143,7 +145,8 @@ def test_response_log_probs_are_sums_over_each_response():
     batch = comparisons(0, 3, 4, absent=[(1, 2)])
     sums = ops.response_log_probs(policy_fn, table, batch)
     for i, k in np.ndindex(3, 4):
-        tokens, response = batch.tokens[i, k], batch.response_mask[i, k]
+        tokens = batch.tokens[i, k]
+        response = batch.response_mask[i, k]
         expected = sum(table[tokens[t - 1], tokens[t]] for t in np.flatnonzero(response))
         assert_allclose(sums[i, k], expected, rtol=1e-5)
     assert sums[1, 2] == 0.0

@@ -172,7 +172,8 @@ def test_facts_and_columns_of_numbers_which_are_aligned_right():
 
 
 def test_gates():
-    passed, failed = (True, "0.9, at least 0.85"), (False, "0.5, at least 0.75")
+    passed = (True, "0.9, at least 0.85")
+    failed = (False, "0.5, at least 0.75")
     page = Page(render("t", [Gates({"accuracy": passed, "wins": failed})]))
     assert page.texts("strong") == ["Failed: 1 of 2 checks."]
     assert page.texts("td") == [
@@ -201,10 +202,9 @@ def vertices(html: str, color: str = COLORS[0]) -> np.ndarray:
 
 
 def test_a_curve_is_drawn_where_its_values_are():
-    x, y = (
-        np.arange(40),
-        np.where(np.arange(40) % 2 == 0, 0.0, np.arange(40)),
-    )  # zigzag: nothing to simplify
+    # zigzag: nothing to simplify
+    x = np.arange(40)
+    y = np.where(np.arange(40) % 2 == 0, 0.0, np.arange(40))
     points = vertices(drawn(Plot("p", "x", "y", {"a": (x, y)})))
     assert len(points) == 40
     for at, given in zip(points.T, (x, y), strict=True):

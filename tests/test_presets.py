@@ -152,7 +152,8 @@ def flags(name, section, folder):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_starts(name, data, monkeypatch):
     """One step on a tiny model. Methods without a reference neither copy one nor run it."""
-    section, copies = SAYS[name].split()[0], []
+    section = SAYS[name].split()[0]
+    copies = []
     reference = Stage.reference
     monkeypatch.setattr(
         Stage, "reference", lambda *args: copies.append(reference(*args)) or copies[-1]
@@ -207,10 +208,8 @@ GOOD = "regex:####\\s*-?\\$?[\\d,.]*\\d\\s*$"
     ],
 )
 def test_the_format_reward_of_gsm8k(response, matches):
-    (_, entry), pattern = (
-        parse(RunConfig, ["--config", "gsm8k"]).reward,
-        GOOD.removeprefix("regex:"),
-    )
+    (_, entry) = parse(RunConfig, ["--config", "gsm8k"]).reward
+    pattern = GOOD.removeprefix("regex:")
     assert entry == f"{GOOD}*0.1"
     assert verifiable.regex(pattern)([], [response]) == [matches]
 

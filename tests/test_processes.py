@@ -115,7 +115,8 @@ def test_processes_of_which_one_is_killed_resume_to_the_same_bytes(script, flags
     (tmp_path / "reward.py").write_text(REWARD)
     if script in ("vpg", "ppo", "rloo", "grpo"):
         flags = [*flags, "--reward", f"{tmp_path / 'reward.py'}:score"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
     said = finish(start(script, whole, count, *flags))
     assert f"cpu: {count} x cpu" in said[0]
     assert "objective" not in said[1]  # the first one speaks
@@ -168,7 +169,8 @@ def test_two_processes_learn_what_one_does(layout, tmp_path):
     """Two devices either way, so that rows and keys are the same; only the sums across devices are
     others.
     """
-    two, one = tmp_path / "two", tmp_path / "one"
+    two = tmp_path / "two"
+    one = tmp_path / "one"
     # An eps of 1e-8 would blow rounding up to a step.
     flags = [*layout, "--sft.validation-interval", "5", "--sft.optimizer.eps", "1e-3"]
     finish(start("sft", two, 2, *flags))
@@ -398,7 +400,8 @@ def test_what_a_process_hears_of_another(monkeypatch):
 
 def test_a_step_without_a_signal_waits_for_no_other_process(monkeypatch):
     """The processes' signals are compared once, at the step that the preemption service has chosen."""
-    asked, gathered = [], []
+    asked = []
+    gathered = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
         multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or ends
@@ -406,7 +409,8 @@ def test_a_step_without_a_signal_waits_for_no_other_process(monkeypatch):
     monkeypatch.setattr(
         multihost_utils, "process_allgather", lambda own: gathered.append(own) or [own, others]
     )
-    ends, others = False, 0
+    ends = False
+    others = 0
     assert [processes.stop_signal([signal.SIGINT]) for _ in range(2)] == [0, 0]
     assert (gathered, asked[1] - asked[0]) == ([], 1)
     ends = True

@@ -15,7 +15,8 @@ from rlhf_jax.config import RLStage, RunConfig
 from rlhf_jax.report import figures
 from rlhf_jax.training import pipeline, stage
 
-SLOW, SOAK = pytest.mark.slow, pytest.mark.soak
+SLOW = pytest.mark.slow
+SOAK = pytest.mark.soak
 USERS = {
     "XLA_FLAGS": "",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
@@ -115,8 +116,10 @@ def test_each_check_by_hand(failing, changed, tmp_path, capsys):
     """
     given = {"accuracy": 0.85, "ppo": [1.0, 1.0, 0.5, 0.0], "kl": 3.0, "coef": 1.1} | changed
     (tmp_path / "ppo").mkdir()
-    kls, coefs = [9.0, given["kl"], *9 * [2.0]], [given["coef"], *10 * [1.0]]
-    explained, ratios = 5 * [-0.9] + 5 * [0.2] + [-0.5], [3.0, *10 * [1.0]]
+    kls = [9.0, given["kl"], *9 * [2.0]]
+    coefs = [given["coef"], *10 * [1.0]]
+    explained = 5 * [-0.9] + 5 * [0.2] + [-0.5]
+    ratios = [3.0, *10 * [1.0]]
     courses = {
         "objective/kl": kls,
         "kl/coef": coefs,

@@ -385,7 +385,8 @@ def test_a_run_twice_and_no_place_for_the_page(tmp_path):
 
 
 def test_rows_and_series_of_a_run(tmp_path):
-    path, strange = tmp_path / "samples.jsonl", {"loss": "NaN", "prompt": "NaN", "note": "a\u2028b"}
+    path = tmp_path / "samples.jsonl"
+    strange = {"loss": "NaN", "prompt": "NaN", "note": "a\u2028b"}
     rows = {"validation/score": 0.5}, strange, {"loss": "-Infinity", "validation/score": 0.75}
     lines = [json.dumps({"step": step} | row, ensure_ascii=False) for step, row in enumerate(rows)]
     path.write_text("\n".join([*lines, '{"step": 3, "lo']), encoding="utf-8")  # cut by a kill

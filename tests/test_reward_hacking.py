@@ -53,10 +53,8 @@ def history(folder, reward, seed, *, algorithm=rloo, rl=CONFIG.rl, **options):
     (folder / "prompts.txt").write_text(
         "\n".join(map("".join, itertools.product("abcdefgh", repeat=3))), "utf-8"
     )
-    (proxy, judge), data = (
-        (f"{folder / 'rewards.py'}:{name}" for name in (reward, "judge")),
-        folder / "prompts.txt",
-    )
+    (proxy, judge) = (f"{folder / 'rewards.py'}:{name}" for name in (reward, "judge"))
+    data = folder / "prompts.txt"
     rl = replace(rl, judge=(judge,))
     place = {"data": (str(data),), "output_dir": str(folder / "run")}
     config = replace(CONFIG, **place, seed=seed, reward=(proxy,), rl=rl, **options)
@@ -83,7 +81,8 @@ def test_a_loophole_is_noticed_before_the_true_score_has_lost_a_tenth_of_its_pea
     judged = [
         (row["step"], row["validation/judge"]) for row in metrics if "validation/judge" in row
     ]
-    (_, start), (peak_step, peak) = judged[0], max(judged, key=lambda row: row[1])
+    (_, start) = judged[0]
+    (peak_step, peak) = max(judged, key=lambda row: row[1])
     lost = next(
         step for step, value in judged if step > peak_step and value < peak - 0.1 * (peak - start)
     )

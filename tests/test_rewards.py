@@ -14,7 +14,8 @@ from jax.tree_util import Partial
 from rlhf_jax import Rollout, rewards
 from rlhf_jax.errors import UserError
 
-EOS, PAD = 9, 0
+EOS = 9
+PAD = 0
 call = jax.jit(lambda fn, rollout: fn(rollout))
 
 
@@ -191,7 +192,8 @@ def test_from_text_shows_present_rows_their_texts_and_columns(absent):
     mask = a_rollout().response_mask.copy()
     mask[3, 3] = 1  # EOS alone
     mask[absent] = 0
-    reward, columns = rewards.from_text(fn, Spelled()), {"answers": list("abcd")}
+    reward = rewards.from_text(fn, Spelled())
+    columns = {"answers": list("abcd")}
     rollout, parts = rewards.on_host(reward, a_rollout(response_mask=mask), columns)
     expected = np.where(np.arange(4) == absent, 0, [1, 2.5, 3, 7])
     np.testing.assert_array_equal(rollout.scores, expected)

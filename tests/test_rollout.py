@@ -14,7 +14,11 @@ from rlhf_jax import models, rollout, sampling
 from rlhf_jax.sampling import SamplingConfig
 from rlhf_jax.types import PolicyOutput, Rollout
 
-VOCAB, EOS, PAD, ROWS, PROMPT = 13, 8, 0, 8, 5
+VOCAB = 13
+EOS = 8
+PAD = 0
+ROWS = 8
+PROMPT = 5
 MODEL = models.build(
     models.GPT2Config(vocab_size=VOCAB, max_length=32, hidden_size=16, num_layers=2, num_heads=2)
 )
@@ -24,7 +28,9 @@ KEY = jax.random.key(0)
 
 generate = jax.jit(sampling.generate, static_argnames=("model", "config", "mesh"))
 collect = jax.jit(rollout.collect, static_argnames=("model", "sampling", "policy_fn", "mesh"))
-apply, policy, init = jax.jit(MODEL.apply), jax.jit(POLICY), jax.jit(MODEL.init)
+apply = jax.jit(MODEL.apply)
+policy = jax.jit(POLICY)
+init = jax.jit(MODEL.init)
 
 
 def make_params(seed=2):
@@ -42,7 +48,8 @@ def prompts(seed=0):
     return rng.integers(0, VOCAB, (ROWS, PROMPT)).astype(np.int32), mask
 
 
-PARAMS, REF_PARAMS = make_params(), make_params(1)
+PARAMS = make_params()
+REF_PARAMS = make_params(1)
 ROW_IDS = np.arange(ROWS, dtype=np.int32)
 
 

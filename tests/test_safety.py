@@ -98,7 +98,8 @@ ACTIONS = {
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_what_becomes_of_an_unsafe_row(action, tmp_path):
-    scored, (scores, present) = rollout("a", "bad", "c"), ACTIONS[action]
+    scored = rollout("a", "bad", "c")
+    (scores, present) = ACTIONS[action]
     after, _, _ = guarded(tmp_path, responses=action, penalty=2.5, score=-7.0).enforce(
         scored, scored, {}
     )
@@ -178,7 +179,8 @@ def test_the_classifier_and_the_files_behind_the_rules_are_named(tmp_path):
     guard = Guard.create(Safety(classifier="repetition:0", above=0.0))
     with pytest.raises(UserError, match=r"^safety\.classifier repetition:0: after"):
         guard.for_responses(tokenizer=TOKENIZER, load=pytest.fail, columns=())
-    words, mine = tmp_path / "words.txt", tmp_path / "mine.py"
+    words = tmp_path / "words.txt"
+    mine = tmp_path / "mine.py"
     files = {f"safety {words}": words, f"safety {mine}:harm": mine}
     assert rule_files(guarded(tmp_path, above=1.0).settings) == files
 
@@ -231,7 +233,8 @@ def read(folder, name="metrics.jsonl"):
 def test_a_run_counts_and_penalises(config, tmp_path, capsys):
     folder = training.rl.run(config, vpg).folder
     assert f"safety: 1 of 5 prompts dropped: {config.data[0]}, row 5\n" in capsys.readouterr().out
-    metrics, samples = read(folder), read(folder, "samples.jsonl")
+    metrics = read(folder)
+    samples = read(folder, "samples.jsonl")
     for row in metrics[1:]:
         assert 0 < row["safety/unsafe"] == row["safety/patterns"] < 1
         assert row["safety/words"] == 0

@@ -106,7 +106,8 @@ def assert_same(actual, expected):
 def lookup_log_probs(rollout, temperature=1.0):
     """[B, T] log-probs of the responses to ``PROMPTS`` by a loop over rows and columns, in float64."""
     table, position_table = (np.asarray(PARAMS[name], np.float64) for name in ("token", "position"))
-    tokens, out = np.asarray(rollout.tokens), np.zeros(rollout.tokens.shape)
+    tokens = np.asarray(rollout.tokens)
+    out = np.zeros(rollout.tokens.shape)
     for i, t in zip(*np.nonzero(np.asarray(rollout.response_mask)), strict=True):
         logits = table[tokens[i, t - 1]] + position_table[PROMPTS[1][i].sum() + t - 4]
         out[i, t] = scipy.special.log_softmax(logits / temperature)[tokens[i, t]]
@@ -119,7 +120,8 @@ def truncated_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """
     probs = scipy.special.softmax(np.asarray(logits, np.float64) / temperature)
     order = sorted(range(len(probs)), key=lambda i: -probs[i])[:top_k]
-    kept, mass = [], 0.0
+    kept = []
+    mass = 0.0
     total = sum(probs[i] for i in order)
     for i in order:
         kept.append(i)
@@ -149,13 +151,15 @@ def test_frequencies_match_exact_distribution(options):
     """Two tokens, 5 x 5 outcomes, 20,000 rows: their counts pass a chi-square test; truncated
     tokens never occur.
     """
-    params, rows = lookup_params(scale=0.5), 20_000
+    params = lookup_params(scale=0.5)
+    rows = 20_000
     tokens = np.full((rows, 1), 3, np.int32)
     rollout = run(tokens, params=params, max_new_tokens=2, eos_id=None, **options)
     counts = np.zeros((5, 5))
     np.add.at(counts, tuple(np.asarray(rollout.tokens)[:, 1:].T), 1)
 
-    table, position = np.asarray(params["token"]), np.asarray(params["position"])
+    table = np.asarray(params["token"])
+    position = np.asarray(params["position"])
     first = truncated_probs(table[3] + position[0], **options)
     second = np.stack([truncated_probs(table[i] + position[1], **options) for i in range(5)])
     expected = first[:, None] * second
@@ -168,7 +172,8 @@ def test_frequencies_match_exact_distribution(options):
 
 def test_truncate():
     logits = np.log(np.array([[0.4, 0.1, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]], np.float32))
-    T, F = True, False
+    T = True
+    F = False
 
     def kept(**options):
         return np.isfinite(sampling.truncate(logits, **options)).tolist()
@@ -498,7 +503,8 @@ def test_a_response_may_fill_the_models_last_position():
 
 
 def test_prompts_padded_on_the_right_are_refused_where_their_values_are_known():
-    tokens, mask = PROMPTS[0][:3], np.array([[0, 1, 1], [0, 0, 0], [1, 1, 0]])
+    tokens = PROMPTS[0][:3]
+    mask = np.array([[0, 1, 1], [0, 0, 0], [1, 1, 0]])
     config = SamplingConfig(max_new_tokens=2, eos_id=None, pad_id=0)
     arguments = MODEL, lookup_params(), tokens, mask, KEY
     with pytest.raises(ValueError, match="padded on the left: row 2 of attention_mask"):
@@ -515,24 +521,33 @@ def test_prompts_padded_on_the_right_are_refused_where_their_values_are_known():
 # best of n
 
 
-def test_best_of_n_rewards_ties_nan_and_rows():
-    tokens, mask = prompts(4)
-    row_ids = np.array([5, 0, 9, 2], np.int32)
+OF_FOUR = prompts(4)
+ROW_IDS = np.array([5, 0, 9, 2], np.int32)
 
-    def best(reward_fn, mesh=None, n=2):
-        options = {"config": config(), "n": n, "row_ids": row_ids, "mesh": mesh}
-        return best_of_n(MODEL, PARAMS, tokens, mask, KEY, reward_fn=reward_fn, **options)
 
-    # Sample i is row row_id * n + i of generate.
+def best(reward_fn, mesh=None, n=2):
+    options = {"config": config(), "n": n, "row_ids": ROW_IDS, "mesh": mesh}
+    return best_of_n(MODEL, PARAMS, *OF_FOUR, KEY, reward_fn=reward_fn, **options)
+
+
+def samples_of_four():
+    """Sample i is row row_id * n + i of generate."""
     sample_ids = np.array([10, 11, 0, 1, 18, 19, 4, 5])
-    samples = run(np.repeat(tokens, 2, 0), np.repeat(mask, 2, 0), row_ids=sample_ids)
+    return run(*(np.repeat(x, 2, 0) for x in OF_FOUR), row_ids=sample_ids)
+
+
+def test_the_best_of_n_has_the_largest_reward():
+    samples = samples_of_four()
     lengths = np.asarray(samples.response_mask).sum(1).reshape(4, 2)
     dense, scores = best(lambda rollout: (jnp.where(rollout.response_mask != 0, 1.0, jnp.nan), {}))
     assert_array_equal(scores, lengths)
     longest = np.asarray(samples.tokens).reshape(4, 2, -1)[np.arange(4), lengths.argmax(1)]
     assert_array_equal(dense.tokens, longest)
-    assert_array_equal(dense.row_ids, row_ids)
+    assert_array_equal(dense.row_ids, ROW_IDS)
 
+
+def test_ties_and_scores_that_are_not_numbers_in_the_best_of_n():
+    samples = samples_of_four()
     given = jnp.asarray([1.0, 1.0, jnp.nan, -3.0, 0.0, jnp.inf, jnp.nan, jnp.nan])
     with_parts, scores = best(lambda rollout: (given, {"part": given}))
     assert_array_equal(scores, np.asarray(given).reshape(4, 2))

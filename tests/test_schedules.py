@@ -38,7 +38,8 @@ def test_the_rate_of_each_step(settings, rates):
         Optimizer(learning_rate=0.8, max_grad_norm=None, eps=0.0, **settings), 4
     )
     params = {"w": jnp.float32(0.0)}
-    state, taken = optimizer.init(params), []
+    state = optimizer.init(params)
+    taken = []
     for _ in rates:
         updates, state = jax.jit(optimizer.update)({"w": jnp.float32(3.0)}, state, params)
         taken.append(-float(updates["w"]))
@@ -92,7 +93,8 @@ def test_a_lowered_state_takes_smaller_steps():
     settings = Optimizer(
         learning_rate=1.0, eps=0.0, max_grad_norm=None, schedule="plateau", decay_patience=1
     )
-    judge, optimizer = Judge("max:validation/score", None, settings), make_optimizer(settings, 4)
+    judge = Judge("max:validation/score", None, settings)
+    optimizer = make_optimizer(settings, 4)
     assert judge.used
     state = LoopState.create(TrainState.create({"w": jnp.zeros(())}, optimizer), 0.1)
     lowered = judge.lowered(state, [{"validation/score": score} for score in (1.0, 2.0, 2.0, 1.5)])

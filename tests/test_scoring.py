@@ -55,7 +55,8 @@ def test_samples_are_texts_without_special_tokens():
         Row("b?", ("c", "de", "b"), "f, line 2", best=1),
     ]
     encoded = encoding.encode_texts(rows, LETTERS, template="a {prompt}")
-    numbers, scores = np.array([1, 0]), np.array([[0.5, 1.0, 2.0], [0.25, -1.0, 7.0]])
+    numbers = np.array([1, 0])
+    scores = np.array([[0.5, 1.0, 2.0], [0.25, -1.0, 7.0]])
     names = (
         "prompt",
         "chosen",
@@ -93,7 +94,8 @@ def test_samples_with_targets_hold_every_answer():
     ]
     encoded = encoding.encode_texts(rows, LETTERS)
     found = samples(encoded, np.array([1, 0]), np.array([[3.0, 9.0], [1.0, 2.0]]), LETTERS)
-    first, second = {"source": "1", "weight": 1.0}, {"source": "2", "weight": 1.0}
+    first = {"source": "1", "weight": 1.0}
+    second = {"source": "2", "weight": 1.0}
     assert found == [
         {"prompt": "b?", "response": "c", "score": 3.0, "target": 0.5, "length": 2} | second,
         {"prompt": "a?", "response": "b", "score": 1.0, "target": 1.0, "length": 2} | first,

@@ -15,7 +15,8 @@ from rlhf_jax.data import demo
 from rlhf_jax.runs.devices import has_file
 
 WITH_TINY = ("--config", TINY)
-slow, soak = pytest.mark.slow, pytest.mark.soak
+slow = pytest.mark.slow
+soak = pytest.mark.soak
 without_gpu = pytest.mark.skipif(
     has_file("/dev/nvidia[0-9]*"), reason="this machine has an NVIDIA GPU"
 )
@@ -56,7 +57,8 @@ def test_tiny_config_serves_every_script_alone(script, steps, tmp_path):
     assert (folder / "model" / "tokenizer.json").is_file()
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     assert (manifest["seed"], len(manifest["data"])) == (0, 1)
-    first, last = metrics[0], metrics[-1]
+    first = metrics[0]
+    last = metrics[-1]
     if script == "sft":
         assert last["validation/loss"] < first["validation/loss"] - 0.5
     if script == "reward_model":

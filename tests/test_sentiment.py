@@ -74,7 +74,9 @@ def test_a_policy_is_measured_against_enumeration():
     """One token, no EOS among the three that can be said: KL, scores and best-of-n from the
     probabilities.
     """
-    tokenizer, tokens = characters("abc"), np.array([[2, 3], [4, 4]] * 64, np.int32)  # ids 2, 3, 4
+    # ids 2, 3, 4
+    tokenizer = characters("abc")
+    tokens = np.array([[2, 3], [4, 4]] * 64, np.int32)
     model = models.build(
         models.GPT2Config(vocab_size=5, max_length=4, hidden_size=8, num_layers=1, num_heads=1)
     )
@@ -92,7 +94,8 @@ def test_a_policy_is_measured_against_enumeration():
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
     assert kl > 0.1
     measure = sentiment.measurement(bench)
-    at_base, moved = measure(base, "base"), measure(policy, "policy", "x")
+    at_base = measure(base, "base")
+    moved = measure(policy, "policy", "x")
     assert (at_base.kl, at_base.length) == (pytest.approx(0, abs=1e-6), 1.0)
     assert moved.kl == pytest.approx(kl, abs=4 * moved.kl_error)
     assert 0 < moved.kl_error < 0.05
@@ -137,7 +140,8 @@ def test_each_run_turns_the_strength_of_its_method_alone():
         )
         for method, strength, own in sentiment.plan(config, Path("data"))
     ]
-    grpo, beta = config.grpo.kl_loss_coef, config.dpo.beta
+    grpo = config.grpo.kl_loss_coef
+    beta = config.dpo.beta
     policies = [
         ("ppo_fixed", 0.5, 0.5, None),
         ("ppo_adaptive", 1.5, 0.2, 1.5),
@@ -216,7 +220,8 @@ def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tmp_path):
     )
     sizes = {"width": 16, "inner": 24, "layers": 1, "heads": 2, "kv_heads": 1, "length": 32}
     write_stories(tmp_path, {f" {letter}".encode(): 0.0 for letter in letters}, scale=0.3, **sizes)
-    lexicon, folder = tmp_path / "lexicon.txt", tmp_path / "run"
+    lexicon = tmp_path / "lexicon.txt"
+    folder = tmp_path / "run"
     lexicon.write_text(
         "".join(f"{letter}\t{3 if letter < 'n' else -3}\n" for letter in letters), "utf-8"
     )
@@ -261,7 +266,8 @@ def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tmp_path):
 @pytest.mark.soak
 @pytest.mark.skipif(DATA is None, reason="RLHF_JAX_DATA names no folder of public data files")
 def test_the_real_model_and_lexicon(tmp_path):
-    data, folder = Path(str(DATA)), tmp_path / "run"
+    data = Path(str(DATA))
+    folder = tmp_path / "run"
     given = (
         "--model",
         data / "stories260k",

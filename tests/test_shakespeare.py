@@ -65,7 +65,8 @@ def test_rows_to_pretrain_on_are_the_text_without_any_eos(tmp_path):
 
 
 def test_a_fetched_file_has_the_hash_that_was_asked_for(tmp_path):
-    source, path = tmp_path / "source.txt", tmp_path / "data" / "input.txt"
+    source = tmp_path / "source.txt"
+    path = tmp_path / "data" / "input.txt"
     source.write_bytes(b"hear, hear")
     sha256 = fingerprint(source)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
@@ -114,7 +115,8 @@ def test_no_byte_order_mark_and_no_carriage_return_is_learnt(tmp_path):
     ],
 )
 def test_refusals(given, message, tmp_path):
-    text, latin = tmp_path / "short.txt", tmp_path / "latin.txt"
+    text = tmp_path / "short.txt"
+    latin = tmp_path / "latin.txt"
     text.write_text("short")
     latin.write_bytes(b"caf\xe9 " * 100)
     flags = [flag.format(tmp_path) for flag in given.split()]
@@ -142,7 +144,8 @@ SMALL = (
 
 @pytest.mark.slow
 def test_a_generated_text_is_answered_with_h_alone(tmp_path):
-    text, folder = text_file(tmp_path / "text.txt", 12000), tmp_path / "run"
+    text = text_file(tmp_path / "text.txt", 12000)
+    folder = tmp_path / "run"
     given = ("--data", text, "--output-dir", folder, *SMALL, "--rl.optimizer.learning-rate", 0.003)
     done = run_script("shakespeare", *given)
     assert "Highest possible exact count: 6.500" in done.stdout

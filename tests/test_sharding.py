@@ -137,7 +137,8 @@ def test_a_tuple_speaks_of_the_last_axes_and_cuts_what_divides():
 
 LLAMA = models.LlamaConfig(8, 8, 8, 2, 2, intermediate_size=16)
 GPT2 = models.GPT2Config(8, 8, 8, 2, 2)
-READS, WRITES = P("fsdp", "tensor"), P("tensor", "fsdp")
+READS = P("fsdp", "tensor")
+WRITES = P("tensor", "fsdp")
 SPECS = [
     *((LLAMA, f"h_0/attn/{name}_proj/kernel", READS) for name in "qkv"),
     *((LLAMA, f"h_1/mlp/{name}_proj/kernel", READS) for name in ("gate", "up")),
@@ -171,7 +172,8 @@ def test_the_rules_of_the_families(config, path, spec):
             key, models.lora.attach(params, models.lora.init(key, params, 2)), "value"
         )
 
-    mesh, shapes = sharding.make_mesh(1, 2, 2), jax.eval_shape(state, jax.random.key(0))
+    mesh = sharding.make_mesh(1, 2, 2)
+    shapes = jax.eval_shape(state, jax.random.key(0))
     found = flatten_dict(sharding.by_path(shapes, models.SHARDING, mesh), sep="/")[path]
     assert found.is_equivalent_to(
         NamedSharding(mesh, spec), flatten_dict(shapes, sep="/")[path].ndim
@@ -179,7 +181,8 @@ def test_the_rules_of_the_families(config, path, spec):
 
 
 def test_cut_where_there_is_a_mesh_that_divides():
-    x, mesh = jnp.ones((4, 2)), sharding.make_mesh(fsdp=2)
+    x = jnp.ones((4, 2))
+    mesh = sharding.make_mesh(fsdp=2)
 
     def cut(x, *axes):
         return jax.jit(lambda x: sharding.cut(x, *axes))(x).sharding.spec

@@ -27,7 +27,8 @@ def test_the_tinystories_llama_equals_its_published_text(tmp_path):
     stories260k.convert(source, tmp_path)
     model, params = models.load(tmp_path)
     golden = json.loads((source / "golden.json").read_text("utf-8"))
-    ids, start = golden["greedy_token_ids"], golden["start_token"]
+    ids = golden["greedy_token_ids"]
+    start = golden["start_token"]
     logits = np.asarray(model.apply(params, jnp.array([[start, *ids[:2]]])))[0]
     for row, best in zip(logits, golden["logits_first3_positions_top8"], strict=True):
         expected_ids, expected = zip(*best, strict=True)
@@ -42,14 +43,17 @@ def test_the_tinystories_llama_equals_its_published_text(tmp_path):
         model, params, prompt, jnp.ones_like(prompt), jax.random.key(0), config=config
     )
     assert_array_equal(rollout.tokens[0, 1:], ids)
-    text, said = (source / "greedy_expected.txt").read_text("utf-8"), tokenizer.decode(ids)
+    text = (source / "greedy_expected.txt").read_text("utf-8")
+    said = tokenizer.decode(ids)
     assert said.startswith(text.strip()[:200])
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(said) == ids  # the pieces that the model itself chose
 
 
 def test_generated_files_of_that_layout_have_their_weights_in_place(tmp_path):
-    width, heads, kv_heads = 16, 4, 2
+    width = 16
+    heads = 4
+    kv_heads = 2
     weights = write_stories(tmp_path, {b" ": 0.0, b"a": 0.0, b"b": 0.0, b"ab": -1.0, b" ab": -2.0})
     stories260k.convert(tmp_path, tmp_path / "folder")
     _, params = models.load(tmp_path / "folder")
@@ -62,7 +66,8 @@ def test_generated_files_of_that_layout_have_their_weights_in_place(tmp_path):
         return weight.reshape(heads, -1, 2, width).transpose(0, 2, 1, 3).reshape(weight.shape)
 
     for layer in range(2):
-        at, block = {name: weight[layer] for name, weight in weights.items()}, params[f"h_{layer}"]
+        at = {name: weight[layer] for name, weight in weights.items()}
+        block = params[f"h_{layer}"]
         kernels = {"q_proj": halves(at["wq"], heads), "k_proj": halves(at["wk"], kv_heads)}
         kernels |= {"v_proj": at["wv"], "o_proj": at["wo"]}
         for name, weight in kernels.items():

@@ -117,7 +117,8 @@ def test_a_run_and_its_resumption_are_one_run_in_which_no_step_comes_twice(
 
 
 def test_a_service_that_joins_later_gets_what_was_before(tmp_path, monkeypatch):
-    first, second = stand_in(monkeypatch, "wandb"), stand_in(monkeypatch, "trackio")
+    first = stand_in(monkeypatch, "wandb")
+    second = stand_in(monkeypatch, "trackio")
     track(tmp_path, ["wandb"], range(7))
     track(tmp_path, ["wandb", "trackio"], range(5, 8), resume_step=4)
     assert logged(first) == logged(second) == list(range(8))
@@ -134,7 +135,8 @@ def test_a_service_that_joins_later_gets_what_was_before(tmp_path, monkeypatch):
 def test_errors_are_one_warning_and_stop_nothing(
     tmp_path, monkeypatch, capsys, name, broken, warning
 ):
-    init, other = stand_in(monkeypatch, name, broken), "trackio" if name == "wandb" else "wandb"
+    init = stand_in(monkeypatch, name, broken)
+    other = "trackio" if name == "wandb" else "wandb"
     healthy = stand_in(monkeypatch, other)
     track(tmp_path, [name, other], range(5))
     out = capsys.readouterr().out

@@ -49,10 +49,8 @@ def write(path, steps, resume_step=None) -> None:
 
 
 def test_rows(tmp_path):
-    writer, row = (
-        RowWriter(tmp_path / "m.jsonl"),
-        {"loss": 0.1 + 0.2, "n": 3, "ok": True, "text": "ä\n", "none": None},
-    )
+    writer = RowWriter(tmp_path / "m.jsonl")
+    row = {"loss": 0.1 + 0.2, "n": 3, "ok": True, "text": "ä\n", "none": None}
     writer.write(1, row)
     assert rows(tmp_path / "m.jsonl") == [
         {"step": 1} | row
@@ -66,7 +64,8 @@ def test_rows(tmp_path):
     [b"", b'{"step": 8, "x', b'{"step": 8}', b"\x00\x00\x00", b'{"step": 8, "t": "\xc3', b"8"],
 )
 def test_resume_leaves_no_row_twice_and_none_out(tmp_path, torn):
-    path, straight = tmp_path / "m.jsonl", tmp_path / "straight.jsonl"
+    path = tmp_path / "m.jsonl"
+    straight = tmp_path / "straight.jsonl"
     write(straight, [0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     write(path, [0, 0, 1, 2, 3, 4, 5, 6, 7])
     path.write_bytes(path.read_bytes() + torn)

@@ -200,7 +200,8 @@ def test_a_model_whose_tokenizer_has_no_pad_gains_one(data, tmp_path):
     entry.
     """
     backend = hf.ByteLevelBPETokenizer()
-    text, special = (Path(data) / "sft_data.json").read_text("utf-8"), ["<|endoftext|>"]
+    text = (Path(data) / "sft_data.json").read_text("utf-8")
+    special = ["<|endoftext|>"]
     backend.train_from_iterator([text], vocab_size=300, special_tokens=special, show_progress=False)
     size = backend.get_vocab_size()
     model = models.build(

@@ -1,16 +1,16 @@
 """What a run draws: rows, keys, batches. Each step draws others than the one before, a second run
 draws the same, and no two random streams share a key."""
 
-import dataclasses
 import itertools
 import json
 import typing
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import LETTERS, json_lines, letters_run, metric_rows
+from builders import LETTERS, letters_run, metric_rows, run_vpg, with_rl
 from numpy.testing import assert_array_equal
 
 from rlhf_jax import models, ppo, rloo, training, vpg
@@ -23,7 +23,7 @@ from rlhf_jax.config import (
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import records
 from rlhf_jax.runs import devices
-from rlhf_jax.training import memory, phases, reward_model, rl, stage
+from rlhf_jax.training import memory, phases, rl, stage
 from rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -47,16 +47,21 @@ def config(tmp_path):
     return letters_run(tmp_path)
 
 
-def replacing(monkeypatch, replace):
-    """Puts ``replace(programs)``, a dict of programs, in place of the programs of RL runs."""
+def replacing(monkeypatch, others):
+    """Puts ``others(programs)``, a dict of programs, in place of the programs of RL runs."""
     unchecked(monkeypatch)
     compiled = rl.compiled
 
     def replaced(*how):
         programs = compiled(*how)
-        return programs._replace(**replace(programs))
+        return programs._replace(**others(programs))
 
     monkeypatch.setattr(rl, "compiled", replaced)
+
+
+def unscored(state, sampled, functions):
+    """In the place of ``rescored``: the rollout as it was sampled."""
+    return sampled, {}
 
 
 def bits(key):
@@ -64,7 +69,7 @@ def bits(key):
 
 
 def again(config, tmp_path):
-    return dataclasses.replace(config, output_dir=str(tmp_path / "again"))
+    return replace(config, output_dir=str(tmp_path / "again"))
 
 
 def test_streams_are_apart():
@@ -79,11 +84,18 @@ def test_streams_are_apart():
     assert len(keys) == 4 * len(names)
 
 
-@pytest.mark.parametrize("run", [training.sft.run, training.reward_model.run, training.dpo.run])
+SUPERVISED = [training.sft.run, training.reward_model.run, training.dpo.run]
+
+
+@pytest.mark.parametrize("run", SUPERVISED)
 def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(
-    run, config, tmp_path, monkeypatch
+    run, config, tmp_path, monkeypatch, capsys
 ):
+    """Its page, which is drawn when the model is there, may fail."""
     drawn = []
+
+    def write_page(runs, path):
+        raise UserError(f"there is {records.model_config(runs[0])}")
 
     def jit_update(self, update, num_blocks):
         def record(state, batch, key, **functions):
@@ -96,17 +108,20 @@ def test_a_supervised_run_draws_other_rows_and_another_key_at_each_step(
 
     unchecked(monkeypatch)
     monkeypatch.setattr(stage.Stage, "jit_update", jit_update)
-    run(config)
+    monkeypatch.setattr("rlhf_jax.report.page.write", write_page)
+    folder = run(config).folder
     run(again(config, tmp_path))
-    first, second = drawn[:6], drawn[6:]
+    there = folder / "model" / "config.json"
+    failure = f"report.html could not be drawn: UserError: there is {there}\n"
+    assert failure in capsys.readouterr().out
+    first = drawn[:6]
+    second = drawn[6:]
     batches, keys = zip(*first, strict=True)
     assert first == second
     assert len(set(batches)) == len(set(keys)) == 6
 
 
-def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(
-    config, tmp_path, monkeypatch, capsys
-):
+def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(config, tmp_path, monkeypatch):
     drawn = []
 
     def recording(name, phase):
@@ -119,21 +134,13 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(
     def programs(made):
         return {
             "respond": recording("sample", made.respond),
-            "rescored": lambda state, sampled, functions: (sampled, {}),
+            "rescored": unscored,
             "learn": recording("update", lambda state, *inputs: untouched(state)),
         }
 
-    def write_page(runs, path):
-        raise UserError(f"there is {records.model_config(runs[0])}")
-
     replacing(monkeypatch, programs)
-    monkeypatch.setattr("rlhf_jax.report.page.write", write_page)  # whose failure loses nothing
-    folder = training.rl.run(config, vpg).folder
-    training.rl.run(again(config, tmp_path), vpg)
-    failure = (
-        f"report.html could not be drawn: UserError: there is {folder / 'model' / 'config.json'}\n"
-    )
-    assert failure in capsys.readouterr().out
+    folder = run_vpg(config).folder
+    run_vpg(again(config, tmp_path))
     assert drawn[:9] == drawn[9:]
     assert drawn[0] == drawn[2]  # the first step's memory is checked
     drawn = drawn[1:9]
@@ -141,14 +148,12 @@ def test_an_rl_run_draws_other_prompts_and_keys_at_each_iteration(
     assert drawn[0] == drawn[7]  # validations sample with one key, so that they can be compared
     assert drawn[0][2] == bits(stage.stream(config.seed, "vpg", "eval"))
     assert len({key for *_, key in drawn[:7]}) == 7
-    train_rows, held_out = [row for _, rows, _ in drawn[1:7:2] for row in rows], drawn[0][1]
-    assert sorted((*train_rows, *held_out)) == list(range(16))
-    samples = json_lines(folder / "samples.jsonl")
+    train_rows = [row for _, rows, _ in drawn[1:7:2] for row in rows]
+    assert sorted((*train_rows, *drawn[0][1])) == list(range(16))
+    samples = metric_rows(folder, "samples.jsonl")
     assert all(row["score"] == ord(row["prompt"][-1]) for row in samples)
-    assert (
-        f"reward {config.reward[0]}"
-        in json.loads((folder / "manifest.json").read_text("utf-8"))["data"]
-    )
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    assert f"reward {config.reward[0]}" in manifest["data"]
 
 
 TEXTS = ["lazy fox jum", *(letter * (1 + i % 3) for i, letter in enumerate(LETTERS[1:]))]
@@ -157,10 +162,8 @@ TEXTS = ["lazy fox jum", *(letter * (1 + i % 3) for i, letter in enumerate(LETTE
 def uneven(config, tmp_path, multiple, **settings):
     """Fifteen prompts of at most 3 tokens and one of 12."""
     (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": text} for text in TEXTS]))
-    how = dataclasses.replace(config.rl, num_iterations=6, validation_interval=6, **settings)
-    return dataclasses.replace(
-        config, reward=("count:a",), text=Text(bucket_multiple=multiple), rl=how
-    )
+    config = replace(config, reward=("count:a",), text=Text(bucket_multiple=multiple))
+    return with_rl(config, num_iterations=6, validation_interval=6, **settings)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +172,15 @@ def uneven(config, tmp_path, multiple, **settings):
 def test_each_batch_is_as_wide_as_its_own_prompts_need(
     config, tmp_path, monkeypatch, several_turns, layers, narrow
 ):
-    seen, made = [], set()
-    slots, policy_fn = 2 * several_turns, models.policy_fn
+    seen = []
+    made = set()
+    slots = 2 * several_turns
+    policy_fn = models.policy_fn
     (tmp_path / "world.py").write_text("def silent(conversation, row): return None")
+
+    def policy_of(model, temperature, width, *more):
+        made.add(width)
+        return policy_fn(model, temperature, width, *more)
 
     def respond(policy, inputs, key):
         tokens, mask = (np.pad(x, ((0, 0), (0, 2))) for x in inputs[:2])
@@ -184,15 +193,14 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
 
     fakes = {
         "respond": respond,
-        "rescored": lambda state, sampled, functions: (sampled, {}),
+        "rescored": unscored,
         "learn": lambda state, *inputs: untouched(state),
     }
     replacing(monkeypatch, lambda programs: fakes)
-    monkeypatch.setattr(rl.models, "policy_fn", lambda *how: (made.add(how[2]), policy_fn(*how))[1])
+    monkeypatch.setattr(rl.models, "policy_fn", policy_of)
     environment = f"{tmp_path / 'world.py'}:silent" if several_turns else None
     config = uneven(config, tmp_path, 3, environment=environment)
-    network = dataclasses.replace(config.network, num_layers=layers)
-    training.rl.run(dataclasses.replace(config, network=network), vpg)
+    run_vpg(replace(config, network=replace(config.network, num_layers=layers)))
     checked, validation, *steps, last = seen
     assert checked[0] == 12  # the widest, whether the first batch needs it or not
     assert validation == last
@@ -214,26 +222,21 @@ def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkey
 
         return {"respond": respond}
 
+    own = {"validation_data": (str(tmp_path / "others.json"),), "validation_interval": 1}
+    own |= talking(tmp_path, turns, max_new_tokens=6) | {"num_iterations": 1}
+
     def validated(batch_size):
         shapes.clear()
-        own = {"validation_data": (str(tmp_path / "others.json"),), "validation_interval": 1}
-        own |= {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": turns} if turns else {}
-        how = dataclasses.replace(
-            config.rl, batch_size=batch_size, num_iterations=1, max_new_tokens=6, **own
-        )
-        run = dataclasses.replace(
-            again(config, tmp_path), rl=how, overwrite=True, reward=("diversity",)
-        )
-        folder = training.rl.run(run, vpg).folder
+        run = replace(again(config, tmp_path), overwrite=True, reward=("diversity",))
+        folder = run_vpg(with_rl(run, batch_size=batch_size, **own)).folder
         assert len(set(shapes)) == 1
-        row = json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[0])
-        samples = json_lines(folder / "samples.jsonl")
-        found = {name: x for name, x in row.items() if name.startswith("validation/")}
-        return [sample for sample in samples if sample["step"] == 0], found, len(shapes)
+        first = metric_rows(folder)[0]
+        samples = [row for row in metric_rows(folder, "samples.jsonl") if row["step"] == 0]
+        found = {name: x for name, x in first.items() if name.startswith("validation/")}
+        return samples, found, len(shapes)
 
     replacing(monkeypatch, programs)
     (tmp_path / "others.json").write_text(json.dumps([{"prompt": "say a", "letter": "a"}] * 9))
-    (tmp_path / "talk.py").write_text(TALK)
     samples, metrics, num_sampled = validated(4)
     assert turns or num_sampled == 2 + 2 * 3  # the check of memory and a step, then two validations
     assert len({sample["response"] for sample in samples}) == len(samples) == 9
@@ -249,9 +252,8 @@ def four_layers(config, tmp_path, monkeypatch):
     monkeypatch.setattr(
         devices, "compiler_options", lambda num_blocks: {"xla_of": 4} if num_blocks == 4 else {}
     )
-    return dataclasses.replace(
-        again(config, tmp_path), network=dataclasses.replace(config.network, num_layers=4)
-    )
+    network = replace(config.network, num_layers=4)
+    return replace(again(config, tmp_path), network=network)
 
 
 @pytest.mark.parametrize("is_scanned", [False, True])
@@ -261,7 +263,8 @@ def test_an_rl_program_is_compiled_for_its_number_of_blocks(
     """Both samplers, the greedy one of ReMax's baseline too, for all layers; what is scanned for
     one; nothing else.
     """
-    compiled, jit = {}, jax.jit
+    compiled = {}
+    jit = jax.jit
 
     def spy(fn, **options):
         phase = getattr(fn, "func", fn)  # of a functools.partial
@@ -269,55 +272,23 @@ def test_an_rl_program_is_compiled_for_its_number_of_blocks(
         return jit(fn, **options)
 
     run = four_layers(config, tmp_path, monkeypatch)
-    compute = dataclasses.replace(run.compute, scan_layers=is_scanned)
+    compute = replace(run.compute, scan_layers=is_scanned)
     monkeypatch.setattr(rl.jax, "jit", spy)
     with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of'"):
-        training.rl.run(dataclasses.replace(run, compute=compute), vpg)
+        run_vpg(replace(run, compute=compute))
     compiled = {phase.__name__: options for phase, options in compiled.items() if any(options)}
-    updates = (
-        {} if is_scanned else {"rescored": [{"xla_of": 4}], "update_in_place": [{"xla_of": 4}]}
-    )
-    assert compiled == {"respond": [{"xla_of": 4}] * 2} | updates
+    expected = {"respond": [{"xla_of": 4}] * 2}
+    if not is_scanned:
+        expected |= {name: [{"xla_of": 4}] for name in ("rescored", "update_in_place")}
+    assert compiled == expected
 
 
-@pytest.mark.parametrize("run", [training.sft.run, training.reward_model.run, training.dpo.run])
+@pytest.mark.parametrize("run", SUPERVISED)
 def test_a_supervised_update_is_compiled_for_its_number_of_blocks(
     run, config, tmp_path, monkeypatch
 ):
     with pytest.raises(jax.errors.JaxRuntimeError, match="'xla_of'"):
         run(four_layers(config, tmp_path, monkeypatch))
-
-
-@pytest.mark.soak
-def test_widths_change_nothing_but_rounding_and_survive_a_resume(config, tmp_path, monkeypatch):
-    def metrics(multiple, name, **options):
-        run = dataclasses.replace(
-            uneven(config, tmp_path, multiple, kl_coef=0.1), output_dir=str(tmp_path / name)
-        )
-        folder = training.rl.run(
-            dataclasses.replace(run, checkpoint_interval=1, **options), ppo
-        ).folder
-        return metric_rows(folder)
-
-    narrow, wide = metrics(3, "narrow"), metrics(12, "wide")
-    for row, expected in zip(narrow, wide, strict=True):
-        assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
-
-    def interrupting(programs):
-        steps = itertools.count()
-
-        def learn(*inputs):
-            if next(steps) == 3:
-                raise KeyboardInterrupt
-            return programs.learn(*inputs)
-
-        return {"learn": learn}
-
-    with monkeypatch.context() as patch:
-        replacing(patch, interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            metrics(3, "again")
-    assert metrics(3, "again", resume=True) == narrow
 
 
 TALK = """
@@ -326,11 +297,21 @@ def ask(conversation, row):
 """
 
 
+def talking(folder, turns, **settings):
+    """The settings of ``rl`` with so many turns of that environment; None: of one response."""
+    if not turns:
+        return settings
+    (folder / "talk.py").write_text(TALK)
+    return settings | {"environment": f"{folder / 'talk.py'}:ask", "max_turns": turns}
+
+
 @pytest.mark.parametrize("turns", [None, 3])
 def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_path, monkeypatch):
     """The reward is a number of the prompt alone, so that nothing is learnt: each response scores
     as the greedy one. An environment pays as much again, for the first response."""
-    keys, rollouts, asked = [], [], []
+    keys = []
+    rollouts = []
+    asked = []
 
     def programs(made):
         def respond(*inputs):
@@ -351,14 +332,8 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
         return {"respond": respond, "respond_greedily": likeliest, "learn": learn}
 
     replacing(monkeypatch, programs)
-    (tmp_path / "talk.py").write_text(TALK)
-    talks = (
-        {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": turns, "max_new_tokens": 8}
-        if turns
-        else {}
-    )
-    settings = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, **talks)
-    config = dataclasses.replace(config, rl=settings)
+    talks = talking(tmp_path, turns, **({"max_new_tokens": 8} if turns else {}))
+    config = with_rl(config, num_iterations=2, validation_fraction=0.0, **talks)
     metrics = training.rl.run(config, vpg, vpg.Config(baseline="greedy")).metrics
     for rollout in rollouts:
         present = np.any(rollout.response_mask, axis=1)
@@ -369,12 +344,10 @@ def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_pat
     assert (metrics["grad_norm"], metrics["nonfinite"]) == (0, 0)
     assert metrics["objective/greedy_score"] == metrics["objective/score"]
     stream = stage.stream(config.seed, "vpg", "rollout")
-    assert [key for key, _ in itertools.groupby(keys)] == [
-        bits(jax.random.fold_in(stream, step)) for step in (0, 1)
-    ]
-    assert (
-        len(keys) > 3 if turns else len(keys) == 3
-    )  # the first to check the memory; then one for each turn
+    expected = [bits(jax.random.fold_in(stream, step)) for step in (0, 1)]
+    assert [key for key, _ in itertools.groupby(keys)] == expected
+    # The first to check the memory; then one for each turn.
+    assert len(keys) > 3 if turns else len(keys) == 3
     assert len(asked) >= 3
 
 
@@ -408,8 +381,8 @@ def test_reference_judge_and_groups_are_those_of_the_settings(
     how = {"kl_coef": 0.5, "reference_refresh": refresh, "judge": (f"{tmp_path}/rewards.py:two",)}
     how["temperature"] = 0.5
     optimizer = Optimizer(learning_rate=0.3, schedule="constant")
-    settings = dataclasses.replace(config.rl, num_iterations=4, optimizer=optimizer, **how)
-    config = dataclasses.replace(config, reward=(f"{tmp_path}/rewards.py:one",), rl=settings)
+    config = replace(config, reward=(f"{tmp_path}/rewards.py:one",))
+    config = with_rl(config, num_iterations=4, optimizer=optimizer, **how)
     folder = training.rl.run(config, rloo, rloo.Config(group_size=2)).folder
     rows = metric_rows(folder)
     assert {row.get("validation/judge", 2) for row in rows} == {2}
@@ -435,12 +408,11 @@ def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path,
 
     replacing(monkeypatch, lambda made: {"respond": recording("respond", made.respond)})
     monkeypatch.setattr(phases, "sampler", recording("sampler", phases.sampler))
-    (tmp_path / "talk.py").write_text(TALK)
-    talks = {"environment": f"{tmp_path / 'talk.py'}:ask", "max_turns": 3, "max_new_tokens": 8}
-    settings = dataclasses.replace(config.rl, num_iterations=2, validation_fraction=0.0, **talks)
-    compute = dataclasses.replace(config.compute, scan_layers=scan_layers)
-    network = dataclasses.replace(config.network, num_layers=3)
-    training.rl.run(dataclasses.replace(config, rl=settings, compute=compute, network=network), vpg)
+    talks = talking(tmp_path, 3, max_new_tokens=8)
+    compute = replace(config.compute, scan_layers=scan_layers)
+    network = replace(config.network, num_layers=3)
+    config = replace(config, compute=compute, network=network)
+    run_vpg(with_rl(config, num_iterations=2, validation_fraction=0.0, **talks))
     weights = [policy for name, policy in calls if name == "respond"]
     assert all(("h" in policy) == scan_layers for policy in weights)
     held = {
@@ -456,17 +428,13 @@ def test_what_samples_is_the_policy_that_learns(value, lora, config, tmp_path):
     """The log-probs of its samples are those of the update's own forward pass, also after updates
     that moved it far.
     """
-    settings = dataclasses.replace(
-        config.rl, validation_fraction=0.0, optimizer=Optimizer(learning_rate=0.2)
-    )
+    settings = replace(config.rl, validation_fraction=0.0, optimizer=Optimizer(learning_rate=0.2))
     if lora is not None:
         training.sft.run(config)
-        config = dataclasses.replace(
+        config = replace(
             again(config, tmp_path), model=str(tmp_path / "first" / "model"), lora=lora
         )
-    metrics = training.rl.run(
-        dataclasses.replace(config, rl=settings), ppo, PPOStage(value=value)
-    ).metrics
+    metrics = training.rl.run(replace(config, rl=settings), ppo, PPOStage(value=value)).metrics
     assert metrics["grad_norm"] > 0
     assert abs(metrics["policy/sampler_gap"]) < 1e-5
 
@@ -477,29 +445,14 @@ def test_a_run_loads_reward_models_that_read_whole_texts(config, monkeypatch):
 
     monkeypatch.setattr(rl.initial, "load_reward_model", load)
     with pytest.raises(UserError, match=r"^rm 7$"):  # "say x" and two new tokens
-        training.rl.run(dataclasses.replace(config, reward=("rm",)), vpg)
+        training.rl.run(replace(config, reward=("rm",)), vpg)
 
 
 def test_a_missing_environment_is_named_by_its_setting_before_anything_is_read(config, tmp_path):
     for given, file in (("env.py:ask", "env.py"), ("ask", ".")):
-        settings = dataclasses.replace(config.rl, environment=given)
+        settings = replace(config.rl, environment=given)
         with pytest.raises(
             UserError,
             match=rf"^rl\.environment {given}: no such file {file}; expected FILE.py:FUNCTION$",
         ):
-            training.rl.run(dataclasses.replace(config, rl=settings, data=("none.json",)), vpg)
-
-
-def test_a_reward_model_is_normalised_to_mean_0_and_variance_1():
-    def score(params, answers):
-        return params["score"]["gain"] * answers.tokens.sum(axis=2) + params["score"]["shift"]
-
-    tokens = np.array([[1, 2], [3, 4], [5, 9]], np.int32)
-    samples = Rollout(
-        tokens, np.ones_like(tokens), np.ones_like(tokens), np.zeros((3, 2), np.float32)
-    )
-    params = reward_model._normalized(
-        score, {"score": {"gain": jnp.float32(7.0), "shift": jnp.float32(5.0)}}, samples
-    )
-    scores = np.asarray(score(params, Rollout(tokens[:, None], None, None, None)))
-    assert (scores.mean(), scores.std()) == pytest.approx((0.0, 1.0), abs=1e-6)
+            training.rl.run(replace(config, rl=settings, data=("none.json",)), vpg)
