@@ -78,6 +78,12 @@ def verify(checkpoints: Checkpoints) -> None:
         assert checkpoints.restore(target)[1] == meta_of(steps[-1])
 
 
+def writes(event: str, arguments: tuple) -> bool:
+    """Whether a file operation changes anything; all do but to open a file for reading."""
+    flags = arguments[2] if event == "open" else os.O_RDWR
+    return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
+
+
 def announce(folder: Path, shared: memoryview, kill_at: int) -> None:
     """Keeps ``shared`` informed of phase and step, and kills this process before operation
     ``kill_at`` (0: never).
@@ -92,11 +98,7 @@ def announce(folder: Path, shared: memoryview, kill_at: int) -> None:
         return Path(path).relative_to(folder).parts[0] if inside else ""
 
     def hook(event: str, arguments: tuple) -> None:
-        if not shared[ARMED] or event not in OPERATIONS:
-            return
-        if event == "open" and not (
-            isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        ):
+        if not shared[ARMED] or event not in OPERATIONS or not writes(event, arguments):
             return
         name = below(arguments[0])
         phase = shared[PHASE]
@@ -114,10 +116,10 @@ def announce(folder: Path, shared: memoryview, kill_at: int) -> None:
             shared[PHASE] = CLEANING
         elif removal and phase == RETENTION and name and event == "os.rmdir":
             shared[PHASE] = WAITING  # the folder of what was removed, after all that was in it
-        elif not removal and name.partition(".")[0].isdecimal():
+        elif not removal and (step := name.partition(".")[0]).isdecimal():
             shared[PHASE] = WRITING
-            shared[STEP] = int(name.partition(".")[0])
-            shared[COMPLETE] = shared[STEP] - 1
+            shared[STEP] = int(step)
+            shared[COMPLETE] = int(step) - 1
         shared[COUNT] += 1
         if shared[COUNT] == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -204,6 +206,25 @@ def check_listed(folder: Path, shared: memoryview, options: dict[str, Any]) -> s
     return PHASES[phase]
 
 
+def kill_at_random(
+    folder: Path, shared: memoryview, delays: np.ndarray, kills: Counter[str]
+) -> None:
+    """Kills a process after each of these seconds, and counts the kills by phase."""
+    options: dict[str, Any] = {"keep_best": KEEP_BEST}
+    assert end_of(fork(folder, shared, Plan(options, stop_after=2))) == 0
+    for number, delay in enumerate(delays):
+        options["asynchronous"] = bool(number % 2)
+        child = fork(folder, shared, Plan(options))
+        while not shared[ARMED]:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the child ended before its first save"
+            time.sleep(0.0005)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        assert end_of(child) == -signal.SIGKILL
+        kills[check_listed(folder, shared, options)] += 1
+    assert end_of(fork(folder, shared, Plan(options, stop_after=3))) == 0
+
+
 def main(folder: Path, seed: int, sweeps: int, random_kills: int) -> None:
     shared = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not survive the fork"
@@ -220,22 +241,8 @@ def main(folder: Path, seed: int, sweeps: int, random_kills: int) -> None:
         kills[check_listed(swept, shared, {})] += 1
     assert end_of(fork(swept, shared, Plan({}, stop_after=3))) == 0
 
-    at_random = folder / "at_random"
-    options: dict[str, Any] = {"keep_best": KEEP_BEST}
-    assert end_of(fork(at_random, shared, Plan(options, stop_after=2))) == 0
-    for number, delay in enumerate(
-        np.random.default_rng(seed).uniform(0, 3 * seconds, random_kills)
-    ):
-        options["asynchronous"] = bool(number % 2)
-        child = fork(at_random, shared, Plan(options))
-        while not shared[ARMED]:
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the child ended before its first save"
-            time.sleep(0.0005)
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-        assert end_of(child) == -signal.SIGKILL
-        kills[check_listed(at_random, shared, options)] += 1
-    assert end_of(fork(at_random, shared, Plan(options, stop_after=3))) == 0
+    delays = np.random.default_rng(seed).uniform(0, 3 * seconds, random_kills)
+    kill_at_random(folder / "at_random", shared, delays, kills)
     print(json.dumps({"operations": operations, "kills": dict(kills), "seconds_per_save": seconds}))
 
 

@@ -2,6 +2,7 @@
 to run them on.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -118,26 +119,20 @@ def gae(rewards, values, mask, gamma, lam):
 
 def leave_one_out(scores, mask):
     out = np.zeros(mask.shape)
-    for n in range(len(mask)):
-        for g in columns(mask[n]):
-            others = [float(scores[n, k]) for k in columns(mask[n]) if k != g]
-            out[n, g] = float(scores[n, g]) - sum(others) / len(others) if others else 0.0
+    for n, g in zip(*np.nonzero(mask), strict=True):
+        others = [float(scores[n, k]) for k in columns(mask[n]) if k != g]
+        if others:
+            out[n, g] = scores[n, g] - sum(others) / len(others)
     return out
 
 
 def group_normalized(scores, mask, eps, scale):
     out = np.zeros(mask.shape)
-    for n in range(len(mask)):
-        group = [float(scores[n, g]) for g in columns(mask[n])]
-        if len(group) < 2:
-            continue
-        mean = sum(group) / len(group)
-        std = math.sqrt(sum((r - mean) ** 2 for r in group) / (len(group) - 1))
-        for g in columns(mask[n]):
-            equal = min(group) == max(group)
-            out[n, g] = (
-                0.0 if equal else (float(scores[n, g]) - mean) / (std + eps if scale else 1.0)
-            )
+    for n, present in enumerate(mask):
+        group = np.asarray(scores[n][present], np.float64)
+        if len(group) > 1 and np.ptp(group) > 0:
+            spread = group.std(ddof=1) + eps if scale else 1.0
+            out[n, present] = (group - group.mean()) / spread
     return out
 
 
@@ -171,146 +166,102 @@ def sft(params, batch, config):
     return value, {"sft/loss": value}
 
 
-def _weighted_mean(numbers, weights):
-    return (
-        sum(w * x for w, x in zip(weights, numbers, strict=True)) / sum(weights)
-        if sum(weights)
-        else 0.0
-    )
+def _averages(prefix, names, rows):
+    """The weighted mean of each number over the rows that have it, and that of the losses."""
+    metrics = {}
+    for name in names:
+        held = [row for row in rows if name in row]
+        total = sum(row["weight"] for row in held)
+        sums = sum(row["weight"] * row[name] for row in held)
+        metrics[f"{prefix}/{name}"] = sums / total if total else 0.0
+    return metrics[f"{prefix}/loss"], metrics
+
+
+def _at(array, i, default):
+    return default if array is None else array[i]
 
 
 def reward_model(params, batch, config):
-    scores = np.sum(
-        np.where(
-            batch.attention_mask != 0,
-            params["scores"][batch.tokens],
-            0.0,
-        ),
-        axis=2,
-    )
-    value = []
-    accuracy = []
-    margins = []
-    weights = []
-    compared = []
+    table = params["scores"][batch.tokens]
+    scores = np.sum(np.where(batch.attention_mask != 0, table, 0.0), axis=2)
+    rows = []
     for i, row in enumerate(scores):
-        weight = 1.0 if batch.weight is None else batch.weight[i]
-        present = [bool(mask.any()) for mask in batch.response_mask[i]]
+        weight = {"weight": _at(batch.weight, i, 1.0)}
+        present = batch.response_mask[i].any(axis=1)
+        best = _at(batch.best, i, 0)
         if batch.targets is not None:
-            value += [
-                (s - y) ** 2
-                for s, y, here in zip(
-                    row,
-                    batch.targets[i],
-                    present,
-                    strict=True,
-                )
-                if here
-            ]
-            weights += [weight] * sum(present)
-            continue
-        best = 0 if batch.best is None else batch.best[i]
-        if not present[best]:
-            continue
-        entered = [s if here else None for s, here in zip(row, present, strict=True)]
-        value.append(
-            comparison(
-                entered, best, 0.0 if batch.margin is None else batch.margin[i], config.centering
-            )
-        )
-        weights.append(weight)
-        others = [s for k, s in enumerate(entered) if s is not None and k != best]
-        if others:
-            margins.append(row[best] - max(others))
-            accuracy.append(0.5 * (1 + np.sign(margins[-1])))
-            compared.append(weight)
-    value = _weighted_mean(value, weights)
-    if batch.targets is not None:
-        return value, {"reward_model/loss": value}
-    return value, {
-        "reward_model/loss": value,
-        "reward_model/accuracy": _weighted_mean(accuracy, compared),
-        "reward_model/margin": _weighted_mean(margins, compared),
-    }
+            errors = np.square(row - batch.targets[i])[present]
+            rows += [{"loss": error, **weight} for error in errors]
+        elif present[best]:
+            entered = [s if here else None for s, here in zip(row, present, strict=True)]
+            margin = _at(batch.margin, i, 0.0)
+            rows.append({"loss": comparison(entered, best, margin, config.centering), **weight})
+            others = np.delete(row, best)[np.delete(present, best)]
+            if len(others):
+                ahead = row[best] - max(others)
+                rows[-1] |= {"margin": ahead, "accuracy": 0.5 * (1 + np.sign(ahead))}
+    names = ["loss"] if batch.targets is not None else ["loss", "accuracy", "margin"]
+    return _averages("reward_model", names, rows)
 
 
 def dpo_loss(params, batch, config):
-    value = []
-    accuracy = []
-    margins = []
-    chosen = []
-    rejected = []
-    weights = []
-    for i in range(len(batch.tokens)):
-        if not all(mask.any() for mask in batch.response_mask[i]):
+    by_token = config.length_normalised or not config.needs_reference
+    rows = []
+    for i, masks in enumerate(batch.response_mask):
+        if not masks.any(axis=1).all():
             continue
         log_probs = policy(params, batch.tokens[i])[0]
-        said = [log_probs[k][columns(batch.response_mask[i, k])] for k in (0, 1)]
-        ratios = [
-            x.sum() - config.needs_reference * batch.ref_log_probs[i, k] for k, x in enumerate(said)
-        ]
-        if config.length_normalised or not config.needs_reference:
-            ratios = [ratio / len(x) for ratio, x in zip(ratios, said, strict=True)]
-        best = 0 if batch.best is None else batch.best[i]
-        chosen.append(ratios[best])
-        rejected.append(ratios[1 - best])
-        delta = chosen[-1] - rejected[-1]
+        ratios = [log_probs[k][columns(masks[k])].sum() for k in (0, 1)]
+        if config.needs_reference:
+            ratios = [ratio - batch.ref_log_probs[i, k] for k, ratio in enumerate(ratios)]
+        if by_token:
+            ratios = [ratio / masks[k].sum() for k, ratio in enumerate(ratios)]
+        best = _at(batch.best, i, 0)
+        chosen = ratios[best]
+        rejected = ratios[1 - best]
+        delta = chosen - rejected
         if config.kind == "orpo":
-            value.append(
-                orpo(
-                    chosen[-1],
-                    rejected[-1],
-                    config.beta,
-                )
-            )
+            loss = orpo(chosen, rejected, config.beta)
         else:
-            value.append(
-                dpo(
-                    delta,
-                    config.beta,
-                    config.kind,
-                    config.label_smoothing,
-                    config.gamma,
-                )
-            )
-        margins.append(config.beta * delta)
-        accuracy.append(0.5 * (1 + np.sign(delta)))
-        weights.append(1.0 if batch.weight is None else batch.weight[i])
-    lists = {"loss": value, "accuracy": accuracy, "margin": margins}
-    lists |= {"chosen_log_ratio": chosen, "rejected_log_ratio": rejected}
-    metrics = {f"dpo/{name}": _weighted_mean(numbers, weights) for name, numbers in lists.items()}
-    return metrics["dpo/loss"], metrics
+            loss = dpo(delta, config.beta, config.kind, config.label_smoothing, config.gamma)
+        rows.append(
+            {
+                "loss": loss,
+                "accuracy": 0.5 * (1 + np.sign(delta)),
+                "margin": config.beta * delta,
+                "chosen_log_ratio": chosen,
+                "rejected_log_ratio": rejected,
+                "weight": _at(batch.weight, i, 1.0),
+            }
+        )
+    names = ["loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio"]
+    return _averages("dpo", names, rows)
 
 
 def kto(params, batch, config):
     """With the reference point that is given."""
     log_probs = policy(params, batch.tokens)[0]
-    responses = [columns(mask) for mask in batch.response_mask]
     point = batch.reference_point[0]
-    value = []
-    side = []
-    ratios = []
-    weights = []
-    for i, said in enumerate(responses):
-        if said:
-            ratios.append(log_probs[i, said].sum() - batch.ref_log_probs[i])
-            sign = 1.0 if batch.desirable[i] else -1.0
-            coef = config.desirable_weight if batch.desirable[i] else config.undesirable_weight
-            value.append(coef * (1 - 1 / (1 + np.exp(-config.beta * sign * (ratios[-1] - point)))))
-            side.append(0.5 * (1 + sign * np.sign(ratios[-1] - point)))
-            weights.append(1.0 if batch.weight is None else batch.weight[i])
-    liked = np.array([bool(batch.desirable[i]) for i, said in enumerate(responses) if said])
-    lists = {
-        "loss": (value, weights),
-        "accuracy": (side, weights),
-        "reference_point": ([point] * len(side), weights),
-    }
-    lists |= {
-        "desirable_log_ratio": (ratios, weights * liked),
-        "undesirable_log_ratio": (ratios, weights * ~liked),
-    }
-    metrics = {f"kto/{name}": _weighted_mean(*pair) for name, pair in lists.items()}
-    return metrics["kto/loss"], metrics
+    rows = []
+    for i, mask in enumerate(batch.response_mask):
+        said = columns(mask)
+        if not said:
+            continue
+        ratio = log_probs[i, said].sum() - batch.ref_log_probs[i]
+        is_liked = bool(batch.desirable[i])
+        above = ratio - point if is_liked else point - ratio
+        coef = config.desirable_weight if is_liked else config.undesirable_weight
+        rows.append(
+            {
+                "loss": coef * (1 - 1 / (1 + np.exp(-config.beta * above))),
+                "accuracy": 0.5 * (1 + np.sign(above)),
+                "reference_point": point,
+                f"{'' if is_liked else 'un'}desirable_log_ratio": ratio,
+                "weight": _at(batch.weight, i, 1.0),
+            }
+        )
+    names = ["loss", "accuracy", "reference_point", "desirable_log_ratio"]
+    return _averages("kto", [*names, "undesirable_log_ratio"], rows)
 
 
 def vpg(params, batch, config):
@@ -336,137 +287,98 @@ def _importance(batch):
     return batch.importance_weights, {"policy/importance_weight_mean": mean}
 
 
+def _of_token(log_prob, d, still, advantage, config):
+    """(surrogate, ratio, whether it is clipped) of log-ratios with and without a gradient."""
+    now = ratio(still)
+    held = min(max(now, 1 - config.clip_low), 1 + config.clip_high)
+    if config.surrogate == "cispo":
+        return -held * advantage * log_prob, now, held != now
+    bounds = config.clip_low, config.clip_high, config.dual_clip
+    surrogate = clipped_surrogate(d, advantage, *bounds)
+    return surrogate, now, -advantage * held > -advantage * now
+
+
+def _row_means(x, mask):
+    tokens = np.maximum(mask.sum(axis=1, keepdims=True), 1)
+    return np.broadcast_to(x.sum(axis=1, keepdims=True) / tokens, mask.shape)
+
+
 def _clipped(params, stopped, batch, advantages, config):
     """The policy's part of PPO, RLOO and GRPO."""
     mask = batch.response_mask != 0
     log_probs, entropy, _ = policy(params, batch.tokens)
-    frozen = policy(stopped, batch.tokens)[0]
-    surrogate, kl_term, squares, clipped, ratios, capped = np.zeros((6, *mask.shape))
+    log_ratios = np.where(mask, log_probs - batch.log_probs, 0.0)
+    still = np.where(mask, policy(stopped, batch.tokens)[0] - batch.log_probs, 0.0)
+    squares = log_ratios**2 / 2
+    if config.ratio == "sequence":
+        log_ratios = _row_means(log_ratios, mask)
+        still = _row_means(still, mask)
+    surrogate, ratios, clipped, kl_term = np.zeros((4, *mask.shape))
     for at in zip(*np.nonzero(mask), strict=True):
-        d = log_probs[at] - batch.log_probs[at]
-        a = advantages[at]
-        squares[at] = d * d / 2
-        still = frozen[at] - batch.log_probs[at]
-        if config.ratio == "sequence":
-            row = at[0]
-            here = mask[at[0]]
-            d, still = ((x[row] - batch.log_probs[row])[here].mean() for x in (log_probs, frozen))
-        surrogate[at] = clipped_surrogate(
-            d,
-            a,
-            config.clip_low,
-            config.clip_high,
-            config.dual_clip,
-        )
-        ratios[at] = ratio(still)
-        held = min(
-            max(ratios[at], 1 - config.clip_low),
-            1 + config.clip_high,
-        )
-        kl_term[at] = min(ratios[at], 10.0) * kl(
-            log_probs[at] - batch.ref_log_probs[at], config.kl_loss_estimator
-        )
-        capped[at] = ratios[at] > 10.0
-        clipped[at] = -a * held > -a * ratios[at]
-        if config.surrogate == "cispo":
-            surrogate[at] = -held * a * log_probs[at]
-            clipped[at] = held != ratios[at]
-    how = config.aggregate, config.length
+        of_token = _of_token(log_probs[at], log_ratios[at], still[at], advantages[at], config)
+        surrogate[at], ratios[at], clipped[at] = of_token
+        from_reference = log_probs[at] - batch.ref_log_probs[at]
+        kl_term[at] = min(ratios[at], 10.0) * kl(from_reference, config.kl_loss_estimator)
     weights, metrics = _importance(batch)
+    mean = functools.partial(aggregate, mask=mask, how=config.aggregate, length=config.length)
+    by_token = functools.partial(aggregate, mask=mask, how="token")
     metrics |= {
-        "policy/loss": aggregate(weights * surrogate, mask, *how),
-        "policy/clip_fraction": aggregate(clipped, mask, "token"),
-        "policy/approx_kl": aggregate(squares, mask, "token"),
+        "policy/loss": mean(weights * surrogate),
+        "policy/clip_fraction": by_token(clipped),
+        "policy/approx_kl": by_token(squares),
         "policy/ratio_max": ratios.max(),
         "objective/entropy": aggregate(entropy, mask, "sum"),
     }
     if config.kl_loss_coef:
-        metrics["policy/kl_loss"] = aggregate(kl_term, mask, *how)
-        metrics["policy/kl_capped_fraction"] = aggregate(capped, mask, "token")
-    value = metrics["policy/loss"] - config.entropy_coef * aggregate(entropy, mask, *how)
+        metrics["policy/kl_loss"] = mean(kl_term)
+        metrics["policy/kl_capped_fraction"] = by_token(ratios > 10.0)
+    value = metrics["policy/loss"] - config.entropy_coef * mean(entropy)
     return value + config.kl_loss_coef * metrics.get("policy/kl_loss", 0.0), metrics
 
 
 def ppo(params, stopped, batch, config):
     mask = batch.response_mask != 0
-    rewards = (
-        whiten(batch.rewards, mask, shift_mean=False) if config.whiten_rewards else batch.rewards
-    )
-    advantages, returns = gae(
-        rewards,
-        batch.values,
-        mask,
-        config.gamma,
-        config.gae_lambda,
-    )
+    rewards = batch.rewards
+    if config.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, batch.values, mask, config.gamma, config.gae_lambda)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     value, metrics = _clipped(params, stopped, batch, advantages, config)
+    clip = math.inf if config.value_clip is None else config.value_clip
     values = policy(params, batch.tokens)[2]
     errors = np.zeros(mask.shape)
     for at in zip(*np.nonzero(mask), strict=True):
-        clip = math.inf if config.value_clip is None else config.value_clip
-        errors[at] = clipped_value(
-            values[at],
-            batch.values[at],
-            returns[at],
-            clip,
-        )
+        errors[at] = clipped_value(values[at], batch.values[at], returns[at], clip)
     metrics["value/loss"] = aggregate(errors, mask, config.aggregate, config.length)
     return value + config.value_coef * metrics["value/loss"], metrics
 
 
 def _group_loss(params, stopped, batch, config, estimate, whitened=False):
     mask = batch.response_mask != 0
+    scores = batch.scores
     if batch.rewards is not None:
-        scores = np.array(
-            [row[columns(said)].sum() for row, said in zip(batch.rewards, mask, strict=True)]
-        )
-    else:
-        scores = batch.scores
-    advantages = estimate(
-        *(x.reshape(-1, config.group_size) for x in (scores, mask.any(axis=1)))
-    ).ravel()
-    advantages = np.where(
-        mask,
-        advantages[:, None],
-        0.0,
-    )
-    return _clipped(
-        params, stopped, batch, whiten(advantages, mask) if whitened else advantages, config
-    )
+        scores = np.where(mask, batch.rewards, 0.0).sum(axis=1, dtype=np.float64)
+    groups = (x.reshape(-1, config.group_size) for x in (scores, mask.any(axis=1)))
+    advantages = np.where(mask, estimate(*groups).reshape(-1, 1), 0.0)
+    if whitened:
+        advantages = whiten(advantages, mask)
+    return _clipped(params, stopped, batch, advantages, config)
 
 
 def rloo(params, stopped, batch, config):
-    if config.baseline == "global":
-        mask = batch.response_mask != 0
-        to_go, _ = gae(
-            batch.rewards,
-            np.zeros(mask.shape),
-            mask,
-            1.0,
-            1.0,
-        )
-        return _clipped(
-            params,
-            stopped,
-            batch,
-            whiten(to_go, mask),
-            config,
-        )
     if config.baseline == "group":
         return _group_loss(params, stopped, batch, config, leave_one_out)
-
-    def centred(scores, present):
-        return group_normalized(scores, present, 0.0, False)
-
-    return _group_loss(params, stopped, batch, config, centred, whitened=True)
+    if config.baseline == "both":
+        centred = functools.partial(group_normalized, eps=0.0, scale=False)
+        return _group_loss(params, stopped, batch, config, centred, whitened=True)
+    mask = batch.response_mask != 0
+    to_go, _ = gae(batch.rewards, np.zeros(mask.shape), mask, 1.0, 1.0)
+    return _clipped(params, stopped, batch, whiten(to_go, mask), config)
 
 
 def grpo(params, stopped, batch, config):
-    def estimate(scores, present):
-        return group_normalized(scores, present, config.eps, config.scale)
-
+    estimate = functools.partial(group_normalized, eps=config.eps, scale=config.scale)
     return _group_loss(params, stopped, batch, config, estimate)
 
 

@@ -83,6 +83,23 @@ def value_and_gradient(name):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
+def along(gradient, direction):
+    return sum(jax.tree.leaves(jax.tree.map(lambda g, d: np.sum(g * d), gradient, direction)))
+
+
+def check_gradient(gradient, loss, at, rng):
+    """Along three directions, by differences of the loop."""
+    wide = jax.tree.map(lambda g: np.asarray(g, np.float64), gradient)
+    size = math.sqrt(along(wide, wide))
+    for _ in range(3):
+        direction = jax.tree.map(lambda x: rng.normal(size=x.shape), at)
+        up, down = (
+            loss(jax.tree.map(lambda x, d, h=h: x + h * d, at, direction)) for h in (1e-6, -1e-6)
+        )
+        slope = along(gradient, direction)
+        assert_allclose(slope, (up - down) / 2e-6, rtol=1e-4, atol=1e-4 * size + 1e-6)
+
+
 FAST = {"sft sequence", "reward_model", "centering", "regression", "vpg token", "ppo fixed", "kto"}
 FAST |= {"rloo token", "dr grpo", "gspo", "dpo robust", "cispo", "orpo", "reinforce++ baseline"}
 
@@ -105,17 +122,6 @@ def test_loss_metrics_and_gradient_equal_a_loop(name, seed, scale):
     for metric, found in {**metrics, "loss": value}.items():
         assert_allclose(found, expected_metrics[metric], rtol=3e-5, atol=1e-5, err_msg=metric)
 
-    def along(gradient, direction):
-        return sum(jax.tree.leaves(jax.tree.map(lambda g, d: np.sum(g * d), gradient, direction)))
-
-    wide = jax.tree.map(lambda g: np.asarray(g, np.float64), gradient)
-    size = math.sqrt(along(wide, wide))
-    for _ in range(3):  # the gradient along three directions, by differences of the loop
-        direction = jax.tree.map(lambda x: rng.normal(size=x.shape), exact)
-        ends = [jax.tree.map(lambda x, d, h=h: x + h * d, exact, direction) for h in (1e-6, -1e-6)]
-        up, down = (slow_loss(case, end, exact, batch)[0] for end in ends)
-        slope = along(gradient, direction)
-        assert_allclose(slope, (up - down) / 2e-6, rtol=1e-4, atol=1e-4 * size + 1e-6)
-
+    check_gradient(gradient, lambda point: slow_loss(case, point, exact, batch)[0], exact, rng)
     for poison in (math.nan, 1e4):
         assert_identical(value_and_gradient(name)(params, batch, poison), result)

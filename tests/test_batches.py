@@ -131,6 +131,10 @@ def test_comparison_batch_by_hand():
     )
     assert batch.best is None
     assert batch.weight is None
+
+
+def test_comparisons_that_are_cut_or_dropped():
+    rows = [*PAIRS, Row("a", ("b", "c"), "f, line 3")]
     cut = comparisons(rows, max_length=4, too_long="truncate")
     assert cut.sources == ["f, line 1", "f, line 3"]
     assert cut.counts == {

@@ -2,7 +2,9 @@
 random weights.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -459,8 +461,9 @@ def config(folders, **more):
     )
 
 
-@pytest.mark.slow
-def test_everything_from_the_command_line(folders, capsys):
+@pytest.fixture(scope="module")
+def command(folders):
+    """(evaluation.json, its samples) of a whole evaluation from the command line."""
     flags = {
         "against": "other",
         "categories": "mine.yaml",
@@ -473,13 +476,22 @@ def test_everything_from_the_command_line(folders, capsys):
     argv = [word for flag, file in flags.items() for word in (f"--{flag}", str(folders / file))]
     argv += ["--trust-config", "--num-samples", "2", "--batch-size", "2"]
     run = folders / "run"
-    texts = []
-    for _ in range(2):
-        cli.run(["evaluate", str(run), *argv])
-        texts.append([(run / name).read_bytes() for name in ("evaluation.json", evaluate.SAMPLES)])
-    assert texts[0] == texts[1]
-    content = json.loads(texts[0][0])
-    samples = [json.loads(line) for line in texts[0][1].splitlines()]
+
+    def evaluated():
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            cli.run(["evaluate", str(run), *argv])
+        assert "accuracy_reward_model" in said.getvalue()
+        assert f"wrote {run / 'evaluation.json'}" in said.getvalue()
+        return [(run / name).read_bytes() for name in ("evaluation.json", evaluate.SAMPLES)]
+
+    first = evaluated()
+    assert evaluated() == first
+    return json.loads(first[0]), list(map(json.loads, first[1].splitlines()))
+
+
+@pytest.mark.slow
+def test_everything_from_the_command_line(command):
+    content, samples = command
     found = {(row["category"], row["metric"]): (row["value"], row["n"]) for row in content["rows"]}
     assert all(value is not None and n for value, n in found.values())
     own = [line for line in samples if line["set"] == "prompts"]
@@ -500,9 +512,6 @@ def test_everything_from_the_command_line(folders, capsys):
     assert len(samples) == 2 * (3 + 2 + 3 + 2)
     assert content["settings"]["max_new_tokens"] == 6
     assert content["settings"]["template"] == "H: {prompt}\n"
-    said = capsys.readouterr().out
-    assert "accuracy_reward_model" in said
-    assert f"wrote {folders / 'run' / 'evaluation.json'}" in said
 
 
 @pytest.mark.slow
@@ -525,12 +534,8 @@ def test_what_is_not_given_is_named_and_changes_nothing_else(folders, tmp_path):
     assert (tmp_path / evaluate.SAMPLES).read_bytes() != samples
 
 
-def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
-    """Against the whole softmax of each text by itself. Against itself a run wins half."""
-    given = config(folders, against=str(folders / "run"), output=str(tmp_path))
-    found = values(evaluate.run(str(folders / "run"), given).rows)
-    assert found["win rate", "win_rate"] == 0.5
-    assert found["win rate", "score_difference"] == 0
+def judging(folders):
+    """``(prompt, response) ->`` sum and mean of the response's log-probabilities, and its score."""
     model, params = models.load(folders / "run" / "model")
     judge, judge_params = models.load(folders / "rm" / "model")
     tokenizer = tokenizers.load_tokenizer(folders / "rm" / "model")
@@ -541,7 +546,6 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
         return model.apply(params, ids), score(judge_params, ids, mask, None)
 
     def judged(prompt, response):
-        """Sum and mean of the response's log-probabilities, and its score."""
         before = tokenizer.encode(f"H: {prompt}\n")
         after = [*tokenizer.encode(response), tokenizer.eos_id]
         size = len(before) + len(after)
@@ -551,6 +555,16 @@ def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
         said = log_probs[np.arange(len(before) - 1, size - 1), after]
         return np.array([np.sum(said), np.mean(said), float(score[0])])
 
+    return judged
+
+
+def test_log_probabilities_and_scores_are_the_models_own(folders, tmp_path):
+    """Against the whole softmax of each text by itself. Against itself a run wins half."""
+    given = config(folders, against=str(folders / "run"), output=str(tmp_path))
+    found = values(evaluate.run(str(folders / "run"), given).rows)
+    assert found["win rate", "win_rate"] == 0.5
+    assert found["win rate", "score_difference"] == 0
+    judged = judging(folders)
     margins = np.transpose(
         [
             judged(pair["prompt"], pair["chosen"]) - judged(pair["prompt"], pair["rejected"])

@@ -45,8 +45,9 @@ def test_rows_by_hand():
         prompt_length=2,
     )
     assert_identical(made, expected)
-    # Ids say themselves whether EOS ended them; unequal prompts get the longest one's width, or the
-    # one asked for.
+
+
+def test_ids_say_whether_eos_ended_them_and_prompts_have_the_width_that_is_asked_for():
     narrow = rollout.from_text(
         [[2], [2, 3]], [[5, 1], [6]], LETTERS, log_probs=[[-1, -2], [-3]], prompt_length=3
     )
@@ -78,58 +79,58 @@ def test_turns_of_others_are_holes():
     assert_array_equal(cut.response_mask, [[0, 1, 0]])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"log_probs": [[-1, -2], [-3]]}, "row 1: 1 log_probs for 2 response tokens$"),
-        (
-            {"finished": [True, True]},
-            r"row 0: 2 log_probs for 3 response tokens \(the EOS that finished adds incl",
-        ),
-        (
-            {"responses": ["abc", [5, 1]], "finished": [False, True]},
-            "row 0: 2 log_probs for 3 response tokens; a text .* give token ids",
-        ),
-        ({"masks": [[1, 1], [1]]}, "row 1: 1 masks for 2 response tokens"),
-        (
-            {"responses": ["ab", [5, 1]]},
-            "row 0: a text does not show whether EOS ended it: give finished",
-        ),
-        ({"finished": [False, False]}, "row 1: finished is False, but its last token is EOS, 1"),
-        ({"prompts": [[2], ""]}, "row 1: the prompt has no tokens"),
-        (
-            {"responses": [[5, 6], []], "log_probs": [[-1, -2], []]},
-            "row 1: the response has no tokens",
-        ),
-        ({"prompts": [[2], [12]]}, "row 1, prompt: token id 12 is outside the vocabulary of 12"),
-        ({"prompts": [[2], [2.0]]}, "row 1, prompt: expected a text or a list of token ids"),
-        ({"prompts": ["xy", [2]]}, "alphabet lacks 'x'"),
-        (
-            {"prompt_length": 2, "prompts": [[2], [2, 3, 4]]},
-            "row 1: the prompt has 3 tokens, prompt_length is 2",
-        ),
-        ({"response_length": 1}, "row 0: the response has 2 tokens, response_length is 1"),
-        (
-            {"log_probs": [[-1, -2], [-3, 0.5]]},
-            "row 1: the log-probability of response token 1 .*: 0.5",
-        ),
-        (
-            {"log_probs": [[math.nan, -2], [-3, -4]]},
-            "row 0: the log-probability of response token 0 .*: nan",
-        ),
-        (
-            {"log_probs": [[-1, -math.inf], [-3, -4]]},
-            "row 0: the log-probability of response token 1 .*: -inf",
-        ),
-        ({"log_probs": [[-1, {}], [-3, -4]]}, "row 0: log_probs must be numbers"),
-        (
-            {"responses": [[5, 6], [1, 5]]},
-            "row 1: the policy goes on after EOS, response token 0 of 2",
-        ),
-        ({"responses": [[5, 6]]}, "responses: expected one entry for each prompt, 2, got 1"),
-        ({"prompts": [], "responses": [], "log_probs": []}, "prompts: expected at least one row"),
-    ],
-)
+REFUSED = [
+    ({"log_probs": [[-1, -2], [-3]]}, "row 1: 1 log_probs for 2 response tokens$"),
+    (
+        {"finished": [True, True]},
+        r"row 0: 2 log_probs for 3 response tokens \(the EOS that finished adds incl",
+    ),
+    (
+        {"responses": ["abc", [5, 1]], "finished": [False, True]},
+        "row 0: 2 log_probs for 3 response tokens; a text .* give token ids",
+    ),
+    ({"masks": [[1, 1], [1]]}, "row 1: 1 masks for 2 response tokens"),
+    (
+        {"responses": ["ab", [5, 1]]},
+        "row 0: a text does not show whether EOS ended it: give finished",
+    ),
+    ({"finished": [False, False]}, "row 1: finished is False, but its last token is EOS, 1"),
+    ({"prompts": [[2], ""]}, "row 1: the prompt has no tokens"),
+    (
+        {"responses": [[5, 6], []], "log_probs": [[-1, -2], []]},
+        "row 1: the response has no tokens",
+    ),
+    ({"prompts": [[2], [12]]}, "row 1, prompt: token id 12 is outside the vocabulary of 12"),
+    ({"prompts": [[2], [2.0]]}, "row 1, prompt: expected a text or a list of token ids"),
+    ({"prompts": ["xy", [2]]}, "alphabet lacks 'x'"),
+    (
+        {"prompt_length": 2, "prompts": [[2], [2, 3, 4]]},
+        "row 1: the prompt has 3 tokens, prompt_length is 2",
+    ),
+    ({"response_length": 1}, "row 0: the response has 2 tokens, response_length is 1"),
+    (
+        {"log_probs": [[-1, -2], [-3, 0.5]]},
+        "row 1: the log-probability of response token 1 .*: 0.5",
+    ),
+    (
+        {"log_probs": [[math.nan, -2], [-3, -4]]},
+        "row 0: the log-probability of response token 0 .*: nan",
+    ),
+    (
+        {"log_probs": [[-1, -math.inf], [-3, -4]]},
+        "row 0: the log-probability of response token 1 .*: -inf",
+    ),
+    ({"log_probs": [[-1, {}], [-3, -4]]}, "row 0: log_probs must be numbers"),
+    (
+        {"responses": [[5, 6], [1, 5]]},
+        "row 1: the policy goes on after EOS, response token 0 of 2",
+    ),
+    ({"responses": [[5, 6]]}, "responses: expected one entry for each prompt, 2, got 1"),
+    ({"prompts": [], "responses": [], "log_probs": []}, "prompts: expected at least one row"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_what_is_refused_names_the_row(changes, message):
     good = {"prompts": [[2], [2]], "responses": [[5, 6], [5, 1]], "log_probs": [[-1, -2], [-3, -4]]}
     rollout.from_text(tokenizer=LETTERS, **good)

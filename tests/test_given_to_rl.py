@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from builders import metric_rows
+from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from optax.contrib import muon
 
@@ -129,31 +130,19 @@ def test_muon_orthogonalizes_each_matrix_by_itself(kind, rank):
     params = models.build(KINDS[kind]).init(jax.random.key(0))
     if rank:
         params = models.lora.init(jax.random.key(1), params, rank)
-    params = models.add_head(jax.random.key(2), params, "value") if not rank else params
-    keys = jax.random.split(
-        jax.random.key(3),
-        len(jax.tree.leaves(params)),
-    )
-    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
-    gradients = jax.tree.map(
-        lambda x, key: jax.random.normal(key, x.shape),
-        params,
-        keys,
-    )
+    else:
+        params = models.add_head(jax.random.key(2), params, "value")
+    draw = np.random.default_rng(3)
+    gradients = jax.tree.map(lambda x: jnp.float32(draw.normal(size=x.shape)), params)
     optimizer = muon(1.0, ns_steps=8, muon_weight_dimension_numbers=muon_dimensions)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     matrices = 0
-    for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
-        names = [entry.key for entry in path]
+    for names, update in flatten_dict(updates).items():
         if names[-1] not in ("kernel", "lora_a", "lora_b") or names[-2] == "value":
             assert np.ptp(np.abs(update)) < 1e-3  # Adam's first step
             continue
         # [..., in, out], whatever stands between these in one array
-        single = np.moveaxis(
-            np.asarray(update),
-            1 if names[0] == "h" else 0,
-            -2,
-        )
+        single = np.moveaxis(np.asarray(update), int(names[0] == "h"), -2)
         shape = single.shape[-2:]
         for matrix in single.reshape(-1, *shape):
             sizes = np.linalg.svd(matrix, compute_uv=False) / max(1, shape[1] / shape[0]) ** 0.5

@@ -78,45 +78,59 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_cache_of_an_accelerator_gives_the_same_logits(family, platform, monkeypatch):
-    """Of a prompt padded on the left, and of single tokens after it; also where Pallas' kernel reads
-    the cache, here in its interpreter: in bfloat16, without a window."""
-    asked = []
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Pallas' kernel in its interpreter on one device; its calls: (shape of the keys, splits of
+    them, keys of a block).
+    """
+    calls = []
     gqa = decode_attention.gqa
 
-    def interpreted(*args, **settings):
-        asked.append(args[1].shape[1])  # slots
+    def call(*args, **settings):
+        calls.append((args[1].shape, settings["k_splits"], settings["block_k"]))
         return gqa(*args, interpret=True, **settings)
 
-    monkeypatch.setattr(decode_attention, "gqa", interpreted)
+    monkeypatch.setattr(decode_attention, "gqa", call)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    return calls
+
+
+def decoded(model, params):
+    """Logits of three tokens, one by one, after a prompt of nine that is padded on the left in the
+    second row; and the cache.
+    """
+    tokens = jnp.arange(24).reshape(2, 12) % 40
+    key_mask = jnp.ones((2, 32), jnp.int32).at[1, :4].set(0)
+    positions = jnp.stack([jnp.arange(12), jnp.maximum(jnp.arange(12) - 4, 0)])
+    held = model.init_cache(2, 32)
+    _, held = model.decode(params, tokens[:, :9], positions[:, :9], key_mask, held, 0)
+    outputs = []
+    for i in range(9, 12):
+        token = tokens[:, i : i + 1], positions[:, i : i + 1]
+        logits, held = model.decode(params, *token, key_mask, held, jnp.int32(i))
+        outputs.append(logits)
+    return jnp.concatenate(outputs, axis=1), held
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_of_an_accelerator_gives_the_same_logits(
+    family, platform, monkeypatch, interpreted
+):
+    """Of a prompt padded on the left, and of single tokens after it; also where Pallas' kernel reads
+    the cache, here in its interpreter: in bfloat16, without a window."""
     config = FAMILIES[family]
     model = models.build(config)
     params = model.init(jax.random.key(0))
     params = jax.tree.map(lambda x: 3 * x, params)
-    tokens = jnp.arange(24).reshape(2, 12) % 40
-    key_mask = jnp.ones((2, 32), jnp.int32).at[1, :4].set(0)
-    positions = jnp.stack([jnp.arange(12), jnp.maximum(jnp.arange(12) - 4, 0)])
-
-    def decoded():
-        held = model.init_cache(2, 32)
-        _, held = model.decode(params, tokens[:, :9], positions[:, :9], key_mask, held, 0)
-        outputs = []
-        for i in range(9, 12):
-            token = tokens[:, i : i + 1], positions[:, i : i + 1]
-            logits, held = model.decode(params, *token, key_mask, held, jnp.int32(i))
-            outputs.append(logits)
-        return jnp.concatenate(outputs, axis=1), held
-
-    expected, _ = jax.jit(lambda: decoded())()
+    expected, _ = jax.jit(lambda: decoded(model, params))()
     monkeypatch.setattr(fused, "platform", lambda: platform)
-    found, held = jax.jit(lambda: decoded())()
+    found, held = jax.jit(lambda: decoded(model, params))()
     tolerance = 0.05 if config.compute_dtype == "bfloat16" else 1e-4
     assert_allclose(found, expected, atol=tolerance * float(jnp.abs(expected).max()))
     assert {x.ndim for x in jax.tree.leaves(held)} == {3 if platform == "tpu" else 4}
-    assert set(asked) == ({32} if platform == "gpu" and family == "gpt2" else set())
+    slots = {shape[1] for shape, *_ in interpreted}
+    assert slots == ({32} if platform == "gpu" and family == "gpt2" else set())
 
 
 @pytest.mark.parametrize(
@@ -128,16 +142,8 @@ def test_the_cache_of_an_accelerator_gives_the_same_logits(family, platform, mon
         ((1, 1, 4), (2, 96, 2, 16)),
     ],
 )
-def test_pallas_reads_the_slots_of_each_row(sizes, own, monkeypatch):
+def test_pallas_reads_the_slots_of_each_row(sizes, own, monkeypatch, interpreted):
     """By several programs where there are few rows and heads, also those of a mesh's devices."""
-    asked = []
-    gqa = decode_attention.gqa
-
-    def interpreted(*args, **settings):
-        asked.append((*args[1].shape, settings["k_splits"], settings["block_k"]))
-        return gqa(*args, interpret=True, **settings)
-
-    monkeypatch.setattr(decode_attention, "gqa", interpreted)
     monkeypatch.setattr(fused, "platform", lambda: "gpu")
     draw = np.random.default_rng(0)
     query, key, value = (
@@ -146,7 +152,6 @@ def test_pallas_reads_the_slots_of_each_row(sizes, own, monkeypatch):
     )
     slots = np.arange(96)
     mask = np.array([slots < 70, (slots >= 5) & (slots < 33)])[:, None, None]
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(*sizes))
     with mesh:
         attend = jax.jit(lambda *arrays: cache.attention(arrays[0], arrays[1:3], arrays[3], True))
@@ -156,7 +161,7 @@ def test_pallas_reads_the_slots_of_each_row(sizes, own, monkeypatch):
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhgts,bhsd->bhgtd", weights, np.float32(value))
     assert_allclose(np.float32(found), expected, atol=0.05)
-    assert asked == [(*own, 2, 16)]
+    assert interpreted == [(own, 2, 16)]
 
 
 @pytest.mark.parametrize(("platform", "sizes"), [("gpu", None), ("tpu", (1, 1, 2))])

@@ -205,6 +205,17 @@ def damages(data: bytes, rng: np.random.Generator, flips: int) -> Iterator[tuple
         yield f"cut to {length} of {size} bytes", data[:length]
 
 
+def restored(folder, target):
+    """(state, meta, warnings) of what a run would go on from."""
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        Checkpoints(folder, keep_last=2) as checkpoints,
+    ):
+        warnings.simplefilter("always")
+        state, meta = checkpoints.restore(target)
+    return state, meta, [str(warning.message) for warning in caught]
+
+
 @pytest.mark.parametrize(
     "flips", [pytest.param(2, marks=pytest.mark.slow), pytest.param(60, marks=pytest.mark.soak)]
 )
@@ -222,13 +233,7 @@ def test_damage_to_any_file_never_goes_unnoticed_where_it_matters(flips, tmp_pat
         data = file.read_bytes()
         for damage, damaged in damages(data, rng, flips):
             file.write_bytes(damaged)
-            with (
-                warnings.catch_warnings(record=True) as caught,
-                Checkpoints(tmp_path, keep_last=2) as checkpoints,
-            ):
-                warnings.simplefilter("always")
-                state, meta = checkpoints.restore(target)
-            said = [str(warning.message) for warning in caught]
+            state, meta, said = restored(tmp_path, target)
             for key, value in array_state(meta["step"]).items():
                 assert_array_equal(state[key], value, err_msg=f"{name}: {damage}", strict=True)
             if meta["step"] == 2:

@@ -42,6 +42,29 @@ def with_peft(reference, targets, **config):
     return adapted.eval()
 
 
+def peft_gradients(adapted, tokens, mask):
+    """Of the mean square of the logits at real tokens, by the adapters' names."""
+    import torch
+
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+    logits = adapted(**{name: torch.tensor(array) for name, array in inputs.items()}).logits
+    logits[torch.tensor(mask.astype(bool))].square().mean().backward()
+    parameters = adapted.named_parameters()
+    return {name: p.grad.numpy() for name, p in parameters if p.grad is not None}
+
+
+def by_their_names(model, found):
+    """Pairs of PEFT's name and the gradient of an adapter of ours."""
+    for path in [path for path in found if path[-1] != "lora_scale"]:
+        stored = names.family_of(model.config).tensors((*path[:-1], "kernel"), found[path].shape)
+        layers = np.asarray(found[path] if path[0] == "h" else [found[path]])
+        kind = path[-1][-1].upper()
+        for name, gradient in zip(stored, layers, strict=True):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            yield f"{module}.lora_{kind}.default.weight", gradient
+
+
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 @each_family
 def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, family, scan_layers):
@@ -61,41 +84,18 @@ def test_peft_s_adapters_give_its_logits_and_gradients(tmp_path, family, scan_la
         assert_allclose(found[real], expected[real], atol=2e-4)
     assert np.abs(np.asarray(forward(params, tokens, mask)) - expected)[real].max() > 0.01
 
-    import torch
-
-    inputs = {
-        "input_ids": tokens,
-        "attention_mask": mask,
-        "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0),
-    }
-    logits = adapted(**{name: torch.tensor(array) for name, array in inputs.items()}).logits
-    logits[torch.tensor(real)].square().mean().backward()
-    gradients = {
-        name: p.grad.numpy() for name, p in adapted.named_parameters() if p.grad is not None
-    }
+    gradients = peft_gradients(adapted, tokens, mask)
 
     def loss(adapters):
         found = model.apply(lora.attach(params, adapters), tokens, mask)
-        return jnp.sum(jnp.where(real[..., None], jnp.square(found), 0.0)) / (
-            real.sum() * found.shape[-1]
-        )
+        return jnp.mean(jnp.square(found), where=real[..., None])
 
     found = flatten_dict(jax.jit(jax.grad(loss))(adapters))
-    compared = 0
-    for path in [path for path in found if path[-1] != "lora_scale"]:
-        gradient = found[path]
-        stored = names.family_of(model.config).tensors(
-            (*path[:-1], "kernel"),
-            gradient.shape,
-        )
-        for name, ours in zip(
-            stored, np.asarray(gradient if path[0] == "h" else [gradient]), strict=True
-        ):
-            module = f"base_model.model.{name.removesuffix('.weight')}.lora_{path[-1][-1].upper()}"
-            theirs = gradients[f"{module}.default.weight"].T
-            assert_allclose(ours.reshape(theirs.shape), theirs, atol=2e-4 * np.abs(theirs).max())
-            compared += 1
-    assert compared == len(gradients)
+    ours = dict(by_their_names(model, found))
+    assert ours.keys() == gradients.keys()
+    for name, theirs in gradients.items():
+        shape = theirs.T.shape
+        assert_allclose(ours[name].reshape(shape), theirs.T, atol=2e-4 * np.abs(theirs).max())
 
 
 @each_family

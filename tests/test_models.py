@@ -26,6 +26,7 @@ from builders import (
 )
 from jax.extend.core import jaxprs_in_params
 from numpy.testing import assert_allclose, assert_array_equal
+from tabular import assert_close
 
 from rlhf_jax import models, sampling, sharding
 from rlhf_jax.models import attention, decoder, gpt2, kernels, norms, stack
@@ -136,36 +137,40 @@ def test_frequencies_by_hand():
         assert_allclose(decoder.frequencies(config), expected, rtol=1e-6)
 
 
-def test_llama_from_its_definition():
-    """Touvron et al. 2023, in complex numbers: a head's halves are the parts of numbers that a
-    position turns.
+def rms_normed(x, weights):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * weights["scale"]
+
+
+def turned(x):
+    """[T, H Dh] -> [T, H, Dh / 2] complex: a head's halves are the parts of numbers that a position
+    turns.
     """
+    angles = np.arange(6)[:, None] * 10000.0 ** -np.array([0, 0.5])
+    first, second = np.split(x.reshape(6, -1, 4), 2, axis=-1)
+    return (first + 1j * second) * np.exp(1j * angles)[:, None]
+
+
+def llama_block(x, layer):
+    kernels = {name: part["kernel"] for name, part in (layer["attn"] | layer["mlp"]).items()}
+    query, key, value = (rms_normed(x, layer["ln_1"]) @ kernels[f"{name}_proj"] for name in "qkv")
+    key, value = (np.repeat(part, 2, axis=1) for part in (turned(key), value.reshape(6, 2, 4)))
+    scores = np.einsum("thd,shd->hts", turned(query), key.conj()).real / 2
+    weights = np.exp(scores) * np.tri(6)
+    mixed = np.einsum("hts,shd->thd", weights / weights.sum(axis=-1, keepdims=True), value)
+    x = x + mixed.reshape(6, 16) @ kernels["o_proj"]
+    gate, up = (rms_normed(x, layer["ln_2"]) @ kernels[f"{name}_proj"] for name in ("gate", "up"))
+    return x + gate / (1 + np.exp(-gate)) * up @ kernels["down_proj"]
+
+
+def test_llama_from_its_definition():
+    """Touvron et al. 2023, in complex numbers."""
     model, params = tiny(replace(LLAMA, head_dim=4))
     params = jax.tree.map(np.asarray, params)
     tokens = some_tokens(1, 6)
-    turns = np.exp(1j * np.arange(6)[:, None] * 10000.0 ** -np.array([0, 0.5]))[
-        :, None
-    ]  # [T, 1, Dh / 2]
-
-    def normed(x, weights):
-        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * weights["scale"]
-
-    def turned(x):  # [T, H Dh] -> [T, H, Dh / 2]
-        first, second = np.split(x.reshape(6, -1, 4), 2, axis=-1)
-        return (first + 1j * second) * turns
-
     x = params["wte"]["embedding"][tokens[0]]
     for layer in (params["h_0"], params["h_1"]):
-        kernels = {name: part["kernel"] for name, part in (layer["attn"] | layer["mlp"]).items()}
-        query, key, value = (normed(x, layer["ln_1"]) @ kernels[f"{name}_proj"] for name in "qkv")
-        key, value = (np.repeat(part, 2, axis=1) for part in (turned(key), value.reshape(6, 2, 4)))
-        scores = np.einsum("thd,shd->hts", turned(query), key.conj()).real / 2
-        weights = np.exp(scores) * np.tri(6)
-        mixed = np.einsum("hts,shd->thd", weights / weights.sum(axis=-1, keepdims=True), value)
-        x = x + mixed.reshape(6, 16) @ kernels["o_proj"]
-        gate, up = (normed(x, layer["ln_2"]) @ kernels[f"{name}_proj"] for name in ("gate", "up"))
-        x = x + gate / (1 + np.exp(-gate)) * up @ kernels["down_proj"]
-    logits = normed(x, params["ln_f"]) @ params["lm_head"]["embedding"].T
+        x = llama_block(x, layer)
+    logits = rms_normed(x, params["ln_f"]) @ params["lm_head"]["embedding"].T
     assert_allclose(model.apply(params, tokens)[0], logits, atol=1e-4)
 
 
@@ -413,11 +418,7 @@ def test_remat_and_scan_change_neither_values_nor_gradients(changes):
     other_value, other_gradient = loss_and_gradient(**changes)
     assert_allclose(other_value, value, rtol=1e-5)
     expected = stack_layers(gradient) if "scan_layers" in changes else gradient
-    jax.tree.map(
-        lambda a, b: assert_allclose(a, b, atol=ATOL, rtol=1e-4),
-        other_gradient,
-        expected,
-    )
+    assert_close(other_gradient, expected, atol=ATOL, rtol=1e-4)
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -590,14 +591,17 @@ def test_wrong_shapes_are_refused():
             refused()
 
 
+DEEPER = [replace(config, num_layers=3) for config in (CONFIG, LLAMA, GEMMA)]
+
+
 @pytest.mark.parametrize(
     ("config", "changes"),
     [
         (CONFIG, {}),
         (replace(CONFIG, num_layers=3), {"scan_layers": True}),
         *(
-            pytest.param(replace(config, num_layers=3), changes, marks=pytest.mark.slow)
-            for config in (CONFIG, LLAMA, replace(GEMMA, global_every=3))
+            pytest.param(config, changes, marks=pytest.mark.slow)
+            for config in DEEPER
             for changes in ({}, {"remat": True}, {"scan_layers": True})
         ),
     ],
@@ -608,42 +612,27 @@ def test_columns_that_are_read_are_those_of_all(config, changes):
     mask = np.array([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 0]])
     weights = np.random.default_rng(1).normal(size=(3, 6, 8)).astype(np.float32)
     numbers = np.array([[4, 2], [0, 5], [3, 3]])
-
     hidden = models.build(model.config).hidden
 
-    def states_and_gradient(columns):
-        def loss(params, weights):
+    def states_and_gradient(columns, weights):
+        def loss(params):
             states = hidden(params, tokens, mask, None, columns)
             return jnp.sum(weights * states), states
 
-        program = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (_, states), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return states, gradient
 
-        def run(weights):
-            (_, states), gradient = program(params, weights)
-            return states, gradient
+    def check(columns, of_columns, chosen):
+        """``chosen(array)``: the columns of an array of all."""
+        states, gradient = states_and_gradient(columns, of_columns)
+        everywhere = np.zeros((3, 6, 8), np.float32)
+        np.add.at(everywhere, chosen, of_columns)
+        whole, expected = states_and_gradient(None, everywhere)
+        assert_allclose(states, whole[chosen], atol=ATOL)
+        assert_close(gradient, expected, atol=2e-4, rtol=1e-4)
 
-        return run
-
-    of_all = states_and_gradient(None)
-    whole, _ = of_all(weights)
-    places = np.zeros((3, 6, 8), np.float32)
-    np.add.at(places, (np.arange(3)[:, None], numbers), weights[:, :2])
-    for columns, ours, theirs, expected in (
-        (
-            slice(2, 5),
-            weights[:, 2:5],
-            weights * (np.isin(np.arange(6), [2, 3, 4])[:, None]),
-            whole[:, 2:5],
-        ),
-        (jnp.array(numbers), weights[:, :2], places, whole[np.arange(3)[:, None], numbers]),
-    ):
-        states, gradient = states_and_gradient(columns)(ours)
-        assert_allclose(states, expected, atol=ATOL)
-        jax.tree.map(
-            lambda a, b: assert_allclose(a, b, atol=2e-4, rtol=1e-4),
-            gradient,
-            of_all(theirs.astype(np.float32))[1],
-        )
+    check(slice(2, 5), weights[:, 2:5], (slice(None), slice(2, 5)))
+    check(jnp.array(numbers), weights[:, :2], (np.arange(3)[:, None], numbers))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -695,8 +684,7 @@ def test_the_gradients_written_out_are_the_derived_ones(rows, is_centred):
     got, want = (
         jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*values) for f in (ours, derived)
     )
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -722,5 +710,4 @@ def test_products_with_the_hessian_of_a_model():
         return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient(params), along)))
 
     reverse = jax.jit(jax.grad(product))(params)
-    for a, b in zip(jax.tree.leaves(forward), jax.tree.leaves(reverse), strict=True):
-        assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    assert_close(forward, reverse, atol=1e-4, rtol=1e-3)

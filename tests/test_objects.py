@@ -74,39 +74,39 @@ def differences(first, second):
     return [key for key in before | after if before.get(key) != after.get(key)]
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "keys"),
-    [
-        (signed, signed, []),
-        (functools.partial(signed, sign=1.0), signed, []),
-        (functools.partial(signed, sign=-1.0), signed, ["sign"]),
-        (functools.partial(signed, [1]), functools.partial(signed, [2]), ["0"]),
-        (times(1.0), times(1.0), []),
-        (times(1.0), times(2.0), ["factor"]),
-        (times(np.float32([1, 2])), times(np.float32([1, 2])), []),
-        (times(np.float32([1, 2])), times(np.float32([1, 3])), ["factor"]),
-        (times(np.float32([1, 2])), times(np.float32([[1, 2]])), ["factor"]),
-        (times({"a": {"b": 1}}), times({"a": {"b": 2}}), ["factor.a.b"]),
-        (times({3, "x"}), times({3, "y"}), ["factor"]),
-        (times(b"a"), times(b"b"), ["factor"]),
-        (times(re.compile("a")), times(re.compile("b")), ["factor"]),
-        (times(jax.random.key(0)), times(jax.random.key(1)), ["factor"]),
-        (times((signed, 1)), times((signed, 2)), ["factor.1"]),
-        (Letters(), Letters("f"), ["letter"]),
-        (Plain(1).score, Plain(2).score, ["self.weight"]),
-        (jax.jit(times(1.0)), jax.jit(times(2.0)), ["factor"]),
-        (
-            jax.tree_util.Partial(times, jnp.ones(3)),
-            jax.tree_util.Partial(times, jnp.zeros(3)),
-            ["0"],
-        ),
-        (compiled("score = lambda: 1"), compiled("score = lambda: 2"), ["source sha256"]),
-        (spec.Reward(host=times(1)), spec.Reward(host=times(2)), ["host.factor"]),
-        (optax.adam(1e-3), optax.adam(2e-3), ["update.update_fns.1.tx.update.step_size"]),
-        (optax.sgd(optax.cosine_decay_schedule(1.0, 10)), optax.sgd(1.0), None),
-        (ppo, vpg, ["import"]),
-    ],
-)
+PAIRS = [
+    (signed, signed, []),
+    (functools.partial(signed, sign=1.0), signed, []),
+    (functools.partial(signed, sign=-1.0), signed, ["sign"]),
+    (functools.partial(signed, [1]), functools.partial(signed, [2]), ["0"]),
+    (times(1.0), times(1.0), []),
+    (times(1.0), times(2.0), ["factor"]),
+    (times(np.float32([1, 2])), times(np.float32([1, 2])), []),
+    (times(np.float32([1, 2])), times(np.float32([1, 3])), ["factor"]),
+    (times(np.float32([1, 2])), times(np.float32([[1, 2]])), ["factor"]),
+    (times({"a": {"b": 1}}), times({"a": {"b": 2}}), ["factor.a.b"]),
+    (times({3, "x"}), times({3, "y"}), ["factor"]),
+    (times(b"a"), times(b"b"), ["factor"]),
+    (times(re.compile("a")), times(re.compile("b")), ["factor"]),
+    (times(jax.random.key(0)), times(jax.random.key(1)), ["factor"]),
+    (times((signed, 1)), times((signed, 2)), ["factor.1"]),
+    (Letters(), Letters("f"), ["letter"]),
+    (Plain(1).score, Plain(2).score, ["self.weight"]),
+    (jax.jit(times(1.0)), jax.jit(times(2.0)), ["factor"]),
+    (
+        jax.tree_util.Partial(times, jnp.ones(3)),
+        jax.tree_util.Partial(times, jnp.zeros(3)),
+        ["0"],
+    ),
+    (compiled("score = lambda: 1"), compiled("score = lambda: 2"), ["source sha256"]),
+    (spec.Reward(host=times(1)), spec.Reward(host=times(2)), ["host.factor"]),
+    (optax.adam(1e-3), optax.adam(2e-3), ["update.update_fns.1.tx.update.step_size"]),
+    (optax.sgd(optax.cosine_decay_schedule(1.0, 10)), optax.sgd(1.0), None),
+    (ppo, vpg, ["import"]),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "keys"), PAIRS)
 def test_values_that_differ_are_told_apart_by_name(first, second, keys):
     found = differences(first, second)
     assert found if keys is None else found == keys

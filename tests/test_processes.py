@@ -278,35 +278,25 @@ with checkpoint.Checkpoints(folder, asynchronous=True) as checkpoints:
 """
 
 
+def whole(step):
+    """The state of a step on one process."""
+    key = jax.random.key(step)
+    loose = {"host": np.arange(4) + step, "coef": jnp.float32(step), "key": key}
+    return jax.tree.map(jnp.asarray, parts_of(step)) | loose
+
+
 @pytest.mark.slow
 def test_each_process_writes_its_own_parts_of_a_checkpoint(tmp_path):
     """A state on two processes of two devices: read from one process's checkpoint, saved, damaged,
     killed in a save, read by one process on another layout. And rows keep their order on a mesh of
     interleaved devices."""
-
-    def whole(step):
-        loose = {
-            "host": np.arange(4) + step,
-            "coef": jnp.float32(step),
-            "key": jax.random.key(step),
-        }
-        return jax.tree.map(jnp.asarray, parts_of(step)) | loose
-
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, whole(0), {})
     program = "import numpy as np\n" + inspect.getsource(parts_of) + PARTS
     # The second one is aborted if the first, which coordinates them, is gone before it kills
     # itself.
-    finish(
-        launch(
-            [sys.executable, "-c", program, tmp_path],
-            2,
-            devices=2,
-            flag=[],
-        ),
-        -signal.SIGKILL,
-        -signal.SIGABRT,
-    )
+    running = launch([sys.executable, "-c", program, tmp_path], 2, 2, [])
+    finish(running, -signal.SIGKILL, -signal.SIGABRT)
     assert {path.name for path in tmp_path.iterdir()} == {
         "1",
         "2",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import quickstart
 import transformers
-from builders import run_script
+from builders import run_script, write_run
 
 from rlhf_jax import cli
 from rlhf_jax.config import RLStage, RunConfig
@@ -115,21 +115,13 @@ def test_each_check_by_hand(failing, changed, tmp_path, capsys):
     target is 2 nats.
     """
     given = {"accuracy": 0.85, "ppo": [1.0, 1.0, 0.5, 0.0], "kl": 3.0, "coef": 1.1} | changed
-    (tmp_path / "ppo").mkdir()
-    kls = [9.0, given["kl"], *9 * [2.0]]
-    coefs = [given["coef"], *10 * [1.0]]
-    explained = 5 * [-0.9] + 5 * [0.2] + [-0.5]
-    ratios = [3.0, *10 * [1.0]]
     courses = {
-        "objective/kl": kls,
-        "kl/coef": coefs,
-        "value/explained_variance": explained,
-        "policy/ratio_max": ratios,
+        "objective/kl": [9.0, given["kl"], *9 * [2.0]],
+        "kl/coef": [given["coef"], *10 * [1.0]],
+        "value/explained_variance": 5 * [-0.9] + 5 * [0.2] + [-0.5],
+        "policy/ratio_max": [3.0, *10 * [1.0]],
     }
-    rows = [{"step": i} | {name: values[i] for name, values in courses.items()} for i in range(11)]
-    (tmp_path / "ppo" / "metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows), "utf-8"
-    )
+    write_run(tmp_path / "ppo", metrics=courses)
     config = quickstart.QuickstartConfig(rl=RLStage(kl_target=2.0))
     mask = SimpleNamespace(response_mask=np.tri(4))
     sft, ppo = (
@@ -146,6 +138,5 @@ def test_each_check_by_hand(failing, changed, tmp_path, capsys):
         "largest_ratio": 3.0,
     }
     quickstart.print_summary(tmp_path, summary, [])
-    assert (f"FAIL  {failing}".replace("_", " ") in capsys.readouterr().out) == (
-        failing is not None
-    )
+    said = f"FAIL  {failing}".replace("_", " ") in capsys.readouterr().out
+    assert said == (failing is not None)

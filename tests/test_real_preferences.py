@@ -154,6 +154,15 @@ SMALL = (
 )
 
 
+def check_accuracies(metrics, samples):
+    """There are no weights, so that the samples (all held-out pairs) give the same figures."""
+    right = [row["score_chosen"] > row["score_rejected"] for row in samples]
+    longer = [row["length_chosen"] - row["length_rejected"] for row in samples]
+    assert metrics["validation/accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
+    expected = pytest.approx(np.mean(np.sign(longer) / 2 + 0.5))
+    assert metrics["validation/length_accuracy"] == expected
+
+
 @pytest.mark.parametrize(
     "public", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=SOAK)]
 )
@@ -162,11 +171,9 @@ def test_they_are_trained_on(name, public, tmp_path):
     """The twins are learned; of the public files' accuracy, with docs/real-preferences.md's
     settings, nothing is promised. All numbers are finite, and each validation writes samples."""
     tokenizer = Path(DATA, "gpt2") if public else gpt2_tokenizer(tmp_path / "gpt2")
-    own = (
-        ("--config", ROOT / "configs" / "preferences.yaml")
-        if public
-        else (*SMALL, "--reward-model.num-epochs", "10")
-    )
+    own = (*SMALL, "--reward-model.num-epochs", "10")
+    if public:
+        own = ("--config", ROOT / "configs" / "preferences.yaml")
     where = ("--data", data_file(name, tmp_path, public), "--output-dir", tmp_path / "run")
     folder = training.reward_model.run(
         parse(RunConfig, [*map(str, (*own, "--tokenizer.name", tokenizer, *where))])
@@ -174,26 +181,17 @@ def test_they_are_trained_on(name, public, tmp_path):
     metrics, samples = (json_lines(folder / file) for file in ("metrics.jsonl", "samples.jsonl"))
     first, *_, final = validations = [row for row in metrics if "validation/loss" in row]
     for row in validations:
-        assert all(
-            math.isfinite(value) for key, value in row.items() if key.startswith("validation/")
-        )
+        assert all(math.isfinite(x) for key, x in row.items() if key.startswith("validation/"))
         assert ("validation/target_correlation" in row) == (name == "solutions")
     assert {row["step"] for row in samples} == {row["step"] for row in validations}
-    last = [row for row in samples if row["step"] == metrics[-1]["step"]]
+    last = [row for row in samples if row["step"] == final["step"]]
     assert "<|endoftext|>" not in json.dumps(last)
-    if name == "dialogues":  # no weights, so the samples (all held-out pairs) give the same figures
-        right = [row["score_chosen"] > row["score_rejected"] for row in last]
-        longer = [row["length_chosen"] - row["length_rejected"] for row in last]
-        assert final["validation/accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
-        assert final["validation/length_accuracy"] == pytest.approx(
-            np.mean(np.sign(longer) / 2 + 0.5)
-        )
+    if name == "dialogues":
+        check_accuracies(final, last)
     if public:
         assert final["reward_model/loss"] < first["validation/loss"]
     else:
         assert final["validation/accuracy"] > max(0.8, final["validation/length_accuracy"] + 0.2)
         assert final["validation/loss"] < first["validation/loss"]
-        assert (
-            load_tokenizer(folder / "model").fingerprint
-            == load_tokenizer(tmp_path / "gpt2").fingerprint
-        )
+        saved = load_tokenizer(folder / "model")
+        assert saved.fingerprint == load_tokenizer(tokenizer).fingerprint

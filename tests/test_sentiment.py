@@ -69,17 +69,15 @@ def test_the_optimum_of_two_answers_in_closed_form():
     assert 1.2 < max(kls) <= math.log(16) / 2
 
 
-@pytest.mark.slow
-def test_a_policy_is_measured_against_enumeration():
-    """One token, no EOS among the three that can be said: KL, scores and best-of-n from the
-    probabilities.
+@pytest.fixture
+def one_token():
+    """(bench, base, a policy far from it, log-probs of both after the two prompts): one token, no
+    EOS among the three that can be said.
     """
-    # ids 2, 3, 4
-    tokenizer = characters("abc")
+    tokenizer = characters("abc")  # ids 2, 3, 4
     tokens = np.array([[2, 3], [4, 4]] * 64, np.int32)
-    model = models.build(
-        models.GPT2Config(vocab_size=5, max_length=4, hidden_size=8, num_layers=1, num_heads=1)
-    )
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 1}
+    model = models.build(models.GPT2Config(vocab_size=5, max_length=4, **sizes))
     base = model.init(jax.random.key(0))
     policy = {**base, "wte": {"embedding": base["wte"]["embedding"] * 40}}
     config = sampling.SamplingConfig(1, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
@@ -90,7 +88,13 @@ def test_a_policy_is_measured_against_enumeration():
     inputs = (tokens, np.ones_like(tokens), config, jax.random.key(1), score)
     bench = sentiment.Bench(LanguageModel(model, base, tokenizer), *inputs, samples=32)
     logits = (model.apply(params, jnp.asarray(tokens[:2]))[:, -1] for params in (policy, base))
-    log_p, log_q = (np.asarray(jax.nn.log_softmax(rows)) for rows in logits)
+    return bench, base, policy, [np.asarray(jax.nn.log_softmax(rows)) for rows in logits]
+
+
+@pytest.mark.slow
+def test_a_policy_is_measured_against_enumeration(one_token):
+    """KL, scores and best-of-n from the probabilities."""
+    bench, base, policy, (log_p, log_q) = one_token
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
     assert kl > 0.1
     measure = sentiment.measurement(bench)
@@ -99,9 +103,8 @@ def test_a_policy_is_measured_against_enumeration():
     assert (at_base.kl, at_base.length) == (pytest.approx(0, abs=1e-6), 1.0)
     assert moved.kl == pytest.approx(kl, abs=4 * moved.kl_error)
     assert 0 < moved.kl_error < 0.05
-    assert moved.score == pytest.approx(
-        (np.exp(log_p) * np.arange(5)).sum(axis=1).mean(), abs=4 * moved.score_error
-    )
+    expected = (np.exp(log_p) * np.arange(5)).sum(axis=1).mean()
+    assert moved.score == pytest.approx(expected, abs=4 * moved.score_error)
     best, scores = sentiment.best_of_n(bench, 4)
     assert [(p.setting, p.kl) for p in best] == [(f"{n}", sampling.best_of_n_kl(n)) for n in (2, 4)]
     drawn = sentiment.plot(at_base, [moved], best, sentiment.optimum(scores))
@@ -213,20 +216,23 @@ SMALL = (
 )
 
 
-@pytest.mark.soak
-def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tmp_path):
-    letters = (
-        "abcdefghijklmnopqrstuvwxyz"  # words are letters, which most of the Llama's tokens are
-    )
+@pytest.fixture(scope="module")
+def tiny_job(tmp_path_factory):
+    """The folder of the whole job on a tiny Llama whose words are letters."""
+    place = tmp_path_factory.mktemp("sentiment")
+    letters = "abcdefghijklmnopqrstuvwxyz"
     sizes = {"width": 16, "inner": 24, "layers": 1, "heads": 2, "kv_heads": 1, "length": 32}
-    write_stories(tmp_path, {f" {letter}".encode(): 0.0 for letter in letters}, scale=0.3, **sizes)
-    lexicon = tmp_path / "lexicon.txt"
-    folder = tmp_path / "run"
-    lexicon.write_text(
-        "".join(f"{letter}\t{3 if letter < 'n' else -3}\n" for letter in letters), "utf-8"
-    )
-    given = ("--model", tmp_path, "--lexicon", lexicon, "--output-dir", folder, *SMALL)
-    run_script("sentiment", *given)
+    write_stories(place, {f" {letter}".encode(): 0.0 for letter in letters}, scale=0.3, **sizes)
+    lines = [f"{letter}\t{3 if letter < 'n' else -3}\n" for letter in letters]
+    (place / "lexicon.txt").write_text("".join(lines), "utf-8")
+    given = ("--model", place, "--lexicon", place / "lexicon.txt")
+    run_script("sentiment", *given, "--output-dir", place / "run", *SMALL)
+    return place / "run"
+
+
+@pytest.mark.soak
+def test_every_algorithm_runs_on_a_tiny_llama_and_is_measured(tiny_job):
+    folder = tiny_job
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     base, *points = summary["points"]
     titles = [
