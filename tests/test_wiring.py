@@ -7,7 +7,6 @@ import typing
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import LETTERS, letters_run, metric_rows, run_vpg, with_rl
