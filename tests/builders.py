@@ -45,6 +45,11 @@ TINY = ROOT / "configs" / "tiny.yaml"
 FAST = Optimizer(learning_rate=1e-2)
 
 
+def slow(*values):
+    """The values of a test's parameters, for the slow tier."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # --- Models
 
 

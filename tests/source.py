@@ -1,6 +1,7 @@
 """The lines of code in a Python file."""
 
 import ast
+import functools
 import io
 import tokenize
 
@@ -15,10 +16,14 @@ LAYOUT = (
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+parse = functools.cache(ast.parse)
+
+
+@functools.cache
 def code_lines(source):
     """The numbers of the lines that hold code: no comment, blank line or string that stands alone."""
     documentation = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | Function):
             for item in node.body:
                 text = item.value if isinstance(item, ast.Expr) else None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import metric_rows
+from builders import metric_rows, slow
 from flax.traverse_util import flatten_dict
 from numpy.testing import assert_allclose, assert_array_equal
 from optax.contrib import muon
@@ -124,8 +124,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("rank", [0, 2], ids=["whole", "lora"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("gpt2", 0), ("llama", 2), ("gpt2 stacked", 0), slow("gpt2 stacked", 2)]
+)
 def test_muon_orthogonalizes_each_matrix_by_itself(kind, rank):
     params = models.build(KINDS[kind]).init(jax.random.key(0))
     if rank:
@@ -261,7 +262,7 @@ def with_own_policy(config):
     return replace(config, rl=settings, network=Network())
 
 
-@pytest.mark.parametrize("make", [counts, counts_by_state])
+@pytest.mark.parametrize("make", [slow(counts), counts_by_state])
 def test_a_policy_of_ones_own_trains_and_is_saved_as_what_it_is(make, with_own_policy):
     policy = make()
     result = training.rl.run(with_own_policy, ppo, policy=policy)
@@ -300,6 +301,7 @@ def test_a_policy_with_a_cache_learns_what_the_one_without_learns(with_own_polic
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_a_policy_of_ones_own_goes_on_bit_for_bit(with_own_policy):
     policy = counts()
     straight = training.rl.run(with_own_policy, rloo, policy=policy)

@@ -7,7 +7,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import CONFIG, tiny
+from builders import CONFIG, slow, tiny
 from numpy.testing import assert_allclose, assert_array_equal
 from programs import array_sizes
 
@@ -29,7 +29,7 @@ def with_value(params, scale=1.0):
 
 
 @pytest.mark.parametrize(
-    ("columns_per_chunk", "prompt_length"), [(None, 0), (3, 0), (2, 4), (1, 1)]
+    ("columns_per_chunk", "prompt_length"), [(None, 0), slow(3, 0), (2, 4), slow(1, 1)]
 )
 def test_policy_fn_equals_ops_on_full_logits(monkeypatch, columns_per_chunk, prompt_length):
     if columns_per_chunk is not None:

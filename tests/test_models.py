@@ -19,6 +19,7 @@ from builders import (
     QWEN2,
     QWEN3,
     perturbed,
+    slow,
     some_params,
     some_tokens,
     stack_layers,
@@ -268,8 +269,15 @@ def test_samples_have_the_log_probs_of_the_full_forward(config):
     assert_allclose(sampled.log_probs[:, 5:], expected, atol=ATOL)
 
 
-@FAMILIES
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+    ("config", "scan_layers"),
+    [
+        *((config, True) for config in (CONFIG, LLAMA, GEMMA)),
+        (CONFIG, False),
+        slow(LLAMA, False),
+        slow(GEMMA, False),
+    ],
+)
 def test_decoding_equals_the_full_forward(config, scan_layers):
     """Not a token later than the query is seen: its logits are there before that token is written."""
     config = replace(config, num_layers=3)
@@ -341,7 +349,7 @@ def loop_over_tokens(config, **changes):
     return jax.eval_shape(model.for_decoding, params), loop.params["body_jaxpr"].jaxpr
 
 
-@pytest.mark.parametrize("config", [CONFIG, LLAMA, GEMMA], ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("config", [CONFIG, slow(LLAMA), slow(GEMMA)])
 def test_a_prompt_goes_through_scanned_layers_as_one_program(config):
     """Not on a mesh that cuts weights: it would gather stacked ones beside those that decode."""
     model = models.build(replace(config, scan_layers=True))

@@ -143,7 +143,9 @@ def test_response_log_probs_are_sums_over_each_response():
     )
     policy_fn = ops.policy_fn(lambda params, tokens, attention_mask, key: params[tokens])
     batch = comparisons(0, 3, 4, absent=[(1, 2)])
-    sums = ops.response_log_probs(policy_fn, table, batch)
+    sums = np.asarray(ops.response_log_probs(policy_fn, table, batch))
+    batch = jax.tree.map(np.asarray, batch)
+    table = np.asarray(table)
     for i, k in np.ndindex(3, 4):
         tokens = batch.tokens[i, k]
         response = batch.response_mask[i, k]

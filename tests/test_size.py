@@ -5,10 +5,11 @@ is laid out; density is the nodes in a line of code.
 """
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
-from source import code_lines
+from source import code_lines, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 NODES = {"rlhf_jax": 174_000, "experiments": 24_000, "tests": 243_000, "benchmarks": 19_000}
@@ -26,15 +27,16 @@ def sources(folder):
     return {path: path.read_text("utf-8") for path in sorted((ROOT / folder).rglob("*.py"))}
 
 
+@functools.cache
 def num_nodes(source):
     """The nodes of a file's syntax tree."""
-    return sum(1 for _ in ast.walk(ast.parse(source)))
+    return sum(1 for _ in ast.walk(parse(source)))
 
 
 def num_packed(source):
     """The values that one assignment puts into several names, beyond the first: ``a, b = x, y`` is 1."""
     packed = 0
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
             in_names = isinstance(node.targets[0], ast.Tuple)
             packed += len(node.value.elts) - 1 if in_names else 0
@@ -82,7 +84,7 @@ def test_no_function_is_long():
     for path, source in sources("rlhf_jax").items():
         code = code_lines(source)
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for name, function in functions(ast.parse(source), module):
+        for name, function in functions(parse(source), module):
             length = len(code & set(range(function.lineno, function.end_lineno + 1)))
             if length > FUNCTION_LIMIT:
                 too_long[name] = length

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import slow
 from cases import (
     KEY,
     LEARNING_RATE,
@@ -122,7 +123,7 @@ def test_microbatches_change_nothing(name):
     assert_close(jitted(name, num_microbatches=4)(state, batch, KEY), (after, metrics))
 
 
-@pytest.mark.parametrize("name", ["sft", "vpg", "ppo"])
+@pytest.mark.parametrize("name", [slow("sft"), slow("vpg"), "ppo"])
 def test_pmap_agrees(name):
     case = UPDATES[name]
     expected = jitted(name)(case.start, case.batch(), KEY)

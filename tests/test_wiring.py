@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from builders import LETTERS, letters_run, metric_rows, run_vpg, with_rl
+from builders import LETTERS, letters_run, metric_rows, run_vpg, slow, with_rl
 from numpy.testing import assert_array_equal
 
 from rlhf_jax import models, ppo, rloo, training, vpg
@@ -83,7 +83,7 @@ def test_streams_are_apart():
     assert len(keys) == 4 * len(names)
 
 
-SUPERVISED = [training.sft.run, training.reward_model.run, training.dpo.run]
+SUPERVISED = [training.sft.run, slow(training.reward_model.run), slow(training.dpo.run)]
 
 
 @pytest.mark.parametrize("run", SUPERVISED)
@@ -207,7 +207,7 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
     assert all(width == (12 if longest == 12 else narrow) for width, longest in (*steps, last))
 
 
-@pytest.mark.parametrize("turns", [None, 3])
+@pytest.mark.parametrize("turns", [None, slow(3)])
 def test_validations_sample_in_batches_of_a_step(turns, config, tmp_path, monkeypatch):
     """Nine prompts of their own: three batches of four, the last with three absent rows, or two of
     eight. Each response is drawn from the place of its row among all, and the reward, which
@@ -315,7 +315,7 @@ def check_rewards_of_letters(rollout, times):
     assert_array_equal(rollout.scores[present], expected)
 
 
-@pytest.mark.parametrize("turns", [None, 3])
+@pytest.mark.parametrize("turns", [None, slow(3)])
 def test_a_greedy_baseline_is_that_of_the_rows_own_prompt(turns, config, tmp_path, monkeypatch):
     """The reward is a number of the prompt alone, so that nothing is learnt: each response scores
     as the greedy one. An environment pays as much again, for the first response."""
@@ -405,7 +405,7 @@ def test_reference_judge_and_groups_are_those_of_the_settings(
         assert row_ids[0] == row_ids[1] != row_ids[2] == row_ids[3]
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [slow(False), True])
 def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path, monkeypatch):
     calls = []
 
@@ -428,8 +428,15 @@ def test_the_sampler_gets_the_arrays_of_the_state(scan_layers, config, tmp_path,
     assert len(weights) > 3 == len(calls) - len(weights)  # the check of memory, then two iterations
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["whole", "lora"])
-@pytest.mark.parametrize("value", ["shared", "separate"])
+@pytest.mark.parametrize(
+    ("value", "lora"),
+    [
+        ("shared", None),
+        ("separate", LoRA(rank=2)),
+        slow("shared", LoRA(rank=2)),
+        slow("separate", None),
+    ],
+)
 def test_what_samples_is_the_policy_that_learns(value, lora, config, tmp_path):
     """The log-probs of its samples are those of the update's own forward pass, also after updates
     that moved it far.
