@@ -298,27 +298,29 @@ def _of_token(log_prob, d, still, advantage, config):
     return surrogate, now, -advantage * held > -advantage * now
 
 
-def _row_means(x, mask):
+def _log_ratios(log_probs, batch, config):
+    """Of each token, or the mean of its row."""
+    mask = batch.response_mask != 0
+    log_ratios = np.where(mask, log_probs - batch.log_probs, 0.0)
+    if config.ratio == "token":
+        return log_ratios
     tokens = np.maximum(mask.sum(axis=1, keepdims=True), 1)
-    return np.broadcast_to(x.sum(axis=1, keepdims=True) / tokens, mask.shape)
+    return np.broadcast_to(log_ratios.sum(axis=1, keepdims=True) / tokens, mask.shape)
 
 
 def _clipped(params, stopped, batch, advantages, config):
     """The policy's part of PPO, RLOO and GRPO."""
     mask = batch.response_mask != 0
     log_probs, entropy, _ = policy(params, batch.tokens)
-    log_ratios = np.where(mask, log_probs - batch.log_probs, 0.0)
-    still = np.where(mask, policy(stopped, batch.tokens)[0] - batch.log_probs, 0.0)
-    squares = log_ratios**2 / 2
-    if config.ratio == "sequence":
-        log_ratios = _row_means(log_ratios, mask)
-        still = _row_means(still, mask)
+    squares = np.where(mask, log_probs - batch.log_probs, 0.0) ** 2 / 2
+    moved = log_probs - batch.ref_log_probs
+    log_ratios = _log_ratios(log_probs, batch, config)
+    still = _log_ratios(policy(stopped, batch.tokens)[0], batch, config)
     surrogate, ratios, clipped, kl_term = np.zeros((4, *mask.shape))
     for at in zip(*np.nonzero(mask), strict=True):
-        of_token = _of_token(log_probs[at], log_ratios[at], still[at], advantages[at], config)
-        surrogate[at], ratios[at], clipped[at] = of_token
-        from_reference = log_probs[at] - batch.ref_log_probs[at]
-        kl_term[at] = min(ratios[at], 10.0) * kl(from_reference, config.kl_loss_estimator)
+        numbers = (x[at] for x in (log_probs, log_ratios, still, advantages))
+        surrogate[at], ratios[at], clipped[at] = _of_token(*numbers, config)
+        kl_term[at] = min(ratios[at], 10.0) * kl(moved[at], config.kl_loss_estimator)
     weights, metrics = _importance(batch)
     mean = functools.partial(aggregate, mask=mask, how=config.aggregate, length=config.length)
     by_token = functools.partial(aggregate, mask=mask, how="token")

@@ -60,48 +60,48 @@ NOISE = [(-1.0) ** step for step in range(40)]  # without a trend; sd 1.63
 JUDGED = ("validation/judge", "validation/score")
 
 
-@pytest.mark.parametrize(
-    ("name", "metrics", "before", "silent", "raising", "rows"),
-    [
-        ("non-finite update", ["nonfinite"], [[]], [0], [1], 1),
-        ("KL explosion", ["objective/kl", "response/length"], [[], []], [20, 10], [20.1, 10], 3),
-        (
-            "entropy collapse",
-            ["objective/entropy", "response/length"],
-            [[20], [10]],
-            [0.51, 5],
-            [0.49, 5],
-            5,
-        ),
-        (
-            "reward collapse",
-            ["objective/score"],
-            [RAMP],
-            [0.51],
-            [0.49],
-            5,
-        ),  # means from 0.05 to 0.95
-        ("reward collapse", ["objective/score"], [NOISE], [-6.1], [-6.4], 5),
-        ("value-loss explosion", ["value/loss"], [[3, 1, 2, 1, 3]], [39.9], [40.1], 5),
-        ("degenerate text", ["response/repetition"], [[0.1]], [0.39], [0.41], 3),
-        ("sampler gap", ["policy/sampler_gap"], [[]], [0.0199], [0.0201], 3),
-        ("nothing to learn", ["reward/equal_share", "grad_norm"], [[], []], [0.99, 1], [1, 1], 5),
-        (
-            "nothing to learn",
-            ["reward/equal_share", "grad_norm"],
-            [[], []],
-            [0, 1.1e-8],
-            [0, 0.9e-8],
-            5,
-        ),
-        ("responses collapse", ["response/most_common"], [[]], [0.9], [0.91], 5),
-        # The judge falls from 1; the score stood at 1 at the judge's best.
-        ("reward hacking", JUDGED, [RAMP, RAMP], [0.971, 2], [0.969, 2], 1),
-        ("reward hacking", JUDGED, [NOISE, [0] * 40], [-0.62, 1], [-0.65, 1], 1),
-        ("reward hacking", JUDGED, [RAMP, [*NOISE, 1]], [0, 9.1], [0, 9.3], 1),
-        ("reward hacking", JUDGED, [[*RAMP, 0.99], [*RAMP, 1.5]], [0, 1.1], [0, 1.3], 1),
-    ],
-)
+THRESHOLDS = [
+    ("non-finite update", ["nonfinite"], [[]], [0], [1], 1),
+    ("KL explosion", ["objective/kl", "response/length"], [[], []], [20, 10], [20.1, 10], 3),
+    (
+        "entropy collapse",
+        ["objective/entropy", "response/length"],
+        [[20], [10]],
+        [0.51, 5],
+        [0.49, 5],
+        5,
+    ),
+    (
+        "reward collapse",
+        ["objective/score"],
+        [RAMP],
+        [0.51],
+        [0.49],
+        5,
+    ),  # means from 0.05 to 0.95
+    ("reward collapse", ["objective/score"], [NOISE], [-6.1], [-6.4], 5),
+    ("value-loss explosion", ["value/loss"], [[3, 1, 2, 1, 3]], [39.9], [40.1], 5),
+    ("degenerate text", ["response/repetition"], [[0.1]], [0.39], [0.41], 3),
+    ("sampler gap", ["policy/sampler_gap"], [[]], [0.0199], [0.0201], 3),
+    ("nothing to learn", ["reward/equal_share", "grad_norm"], [[], []], [0.99, 1], [1, 1], 5),
+    (
+        "nothing to learn",
+        ["reward/equal_share", "grad_norm"],
+        [[], []],
+        [0, 1.1e-8],
+        [0, 0.9e-8],
+        5,
+    ),
+    ("responses collapse", ["response/most_common"], [[]], [0.9], [0.91], 5),
+    # The judge falls from 1; the score stood at 1 at the judge's best.
+    ("reward hacking", JUDGED, [RAMP, RAMP], [0.971, 2], [0.969, 2], 1),
+    ("reward hacking", JUDGED, [NOISE, [0] * 40], [-0.62, 1], [-0.65, 1], 1),
+    ("reward hacking", JUDGED, [RAMP, [*NOISE, 1]], [0, 9.1], [0, 9.3], 1),
+    ("reward hacking", JUDGED, [[*RAMP, 0.99], [*RAMP, 1.5]], [0, 1.1], [0, 1.3], 1),
+]
+
+
+@pytest.mark.parametrize(("name", "metrics", "before", "silent", "raising", "rows"), THRESHOLDS)
 def test_the_threshold_of_a_default_rule(name, metrics, before, silent, raising, rows):
     """Just below it there is no alert; just above it there is one, in the last row that the rule
     asks for.

@@ -253,7 +253,12 @@ def test_a_run_shows_messages_as_text_and_leaves_a_model_that_is_asked_the_same(
     assert left.config["chat_template"] == tokenizer.config["chat_template"]
     card = (export.export(result.folder, tmp_path / "out") / "README.md").read_text("utf-8")
     assert "It reads a prompt as a user's message of its chat template." in card
-    preview = check.preview("others.jsonl", tokenizer, kind="prompts")
+
+
+def test_a_preview_shows_messages_as_text(folder, write):
+    tokenizer = load_tokenizer(folder)
+    rows = [{"prompt": [SYSTEM, USER]}, {"prompt": tokenizer.encode("hello")}]
+    preview = check.preview(write(rows), tokenizer, kind="prompts")
     shown = "".join(f"    | {line}\n" for line in SHOWN.split("\n"))
     assert f"  prompt:\n{shown}" in preview
     assert "  prompt:\n    | hello" in preview

@@ -61,68 +61,59 @@ def assert_alike(some, others, places):
     np.testing.assert_array_equal(some.finished, others.finished[places])
 
 
-def test_a_folder_may_name_several_eos_ids(folders, generations, tmp_path):
-    """generation_config.json, or else config.json, says which; the tokenizer's own (1) is always
-    one of them.
-    """
+@pytest.fixture
+def several(folders, tmp_path):
+    """(a copy of the policy, ids of e and a, the ids of its generation_config.json)."""
     shutil.copytree(folders / "policy", tmp_path / "policy")
     tokenizer = tokenizers.load_tokenizer(folders / "policy")
-    e, a = (tokenizer.encode(letter)[0] for letter in "ea")
     how = json.loads((tmp_path / "policy" / "generation_config.json").read_text())
     assert how["eos_token_id"] == 1
-    for file, content, others in (
-        (
-            "generation_config",
-            how | {"eos_token_id": [e, 1, a, 10**6, -1]},
-            (e, a),
-        ),  # ids that cannot be said are none
-        ("generation_config", how | {"eos_token_id": a}, (a,)),
-        ("generation_config", {}, ()),
-        ("config", {"eos_token_id": [1, e]}, (e,)),
-    ):
-        path = tmp_path / "policy" / f"{file}.json"
-        path.write_text(
-            json.dumps((json.loads(path.read_text()) if file == "config" else {}) | content)
-        )
-        policy = LanguageModel.load(tmp_path / "policy")
-        drawn = {
-            "max_new_tokens": 7,
-            "temperature": 0.5,
-            "top_k": 3,
-            "top_p": 0.25,
-        }
-        sampled = initial.sampling_config(
-            RLStage(**drawn, allow_truncated_sampling=True), policy.tokenizer
-        )
-        assert sampled == sampling.SamplingConfig(
-            **drawn, eos_id=policy.tokenizer.eos_ids, pad_id=0
-        )
-        assert policy.tokenizer.eos_ids == (1, *others)
-        assert sampled.eos_ids == (1, *others)
-        policy.save(tmp_path / "again", template="{prompt}", config=sampled)
-        written = json.loads((tmp_path / "again" / "generation_config.json").read_text())[
-            "eos_token_id"
-        ]
-        assert written == ([1, *others] if others else 1)
-        assert LanguageModel.load(tmp_path / "again").tokenizer.eos_ids == (1, *others)
-    ended = Generator(tmp_path / "policy", max_new_tokens=NEW)(PROMPTS, seed=3, num_samples=2)
+    return tmp_path / "policy", [tokenizer.encode(letter)[0] for letter in "ea"], how
+
+
+def check_eos_ids(folder, others):
+    """Sampler, tokenizer and what is saved name 1, the tokenizer's own, and the others."""
+    policy = LanguageModel.load(folder)
+    drawn = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.25}
+    settings = RLStage(**drawn, allow_truncated_sampling=True)
+    sampled = initial.sampling_config(settings, policy.tokenizer)
+    eos_ids = (1, *others)
+    assert sampled == sampling.SamplingConfig(**drawn, eos_id=policy.tokenizer.eos_ids, pad_id=0)
+    assert policy.tokenizer.eos_ids == sampled.eos_ids == eos_ids
+    again = folder.parent / "again"
+    policy.save(again, template="{prompt}", config=sampled)
+    written = json.loads((again / "generation_config.json").read_text())["eos_token_id"]
+    assert written == (list(eos_ids) if others else 1)
+    assert LanguageModel.load(again).tokenizer.eos_ids == eos_ids
+
+
+def test_a_folder_may_name_several_eos_ids(several, generations):
+    """generation_config.json, or else config.json, says which."""
+    folder, (e, a), how = several
+    named = folder / "generation_config.json"
+    for eos_ids, others in (([e, 1, a, 10**6, -1], (e, a)), (a, (a,))):  # some cannot be said
+        named.write_text(json.dumps(how | {"eos_token_id": eos_ids}))
+        check_eos_ids(folder, others)
+    named.write_text("{}")
+    check_eos_ids(folder, ())
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [1, e]}))
+    check_eos_ids(folder, (e,))
+    ended = Generator(folder, max_new_tokens=NEW)(PROMPTS, seed=3, num_samples=2)
     assert ended.texts == [text.partition("e")[0] for text in generations.texts]
-    for finished, text, whole in zip(
-        ended.finished, generations.texts, generations.finished, strict=True
-    ):
-        assert finished == (whole or "e" in text)
+    expected = [
+        whole or "e" in text
+        for text, whole in zip(generations.texts, generations.finished, strict=True)
+    ]
+    assert list(ended.finished) == expected
     assert any("e" in text for text in generations.texts)
 
 
 def test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass(folders, generations):
     model, params, tokenizer = LanguageModel.load(folders / "policy")
     judge, judge_params, _ = LanguageModel.load(folders / "reward")
-    assert (
-        len(generations.texts)
-        == len(generations.log_probs)
-        == len(generations.rewards)
-        == 2 * len(PROMPTS)
-    )
+    found = generations.texts, generations.log_probs, generations.rewards
+    assert set(map(len, found)) == {2 * len(PROMPTS)}
     assert len(set(generations.texts)) > 7
     apply = jax.jit(model.apply)
     score = jax.jit(models.score_fn(judge))
@@ -130,17 +121,14 @@ def test_texts_log_probs_and_rewards_are_those_of_a_full_forward_pass(folders, g
         prompt = tokenizer.encode(PROMPTS[i // 2] + ":")
         answer = tokenizer.encode(generations.texts[i])
         answer += [tokenizer.eos_id] * bool(generations.finished[i])
-        tokens, mask = np.zeros((2, 1, 4 + NEW), np.int32)
-        ids = prompt + answer
-        tokens[0, : len(ids)] = ids
-        mask[0, : len(ids)] = 1
+        tokens = np.array([prompt + answer])
+        mask = np.ones_like(tokens)
         log_probs = jax.nn.log_softmax(apply(params, tokens, mask))[0, len(prompt) - 1 :]
         expected = [log_probs[t, token] for t, token in enumerate(answer)]
         np.testing.assert_allclose(generations.token_log_probs[i], expected, atol=1e-4)
         assert generations.log_probs[i] == pytest.approx(float(sum(expected)), abs=1e-4)
-        assert generations.rewards[i] == pytest.approx(
-            float(score(judge_params, tokens, mask, None)[0]), abs=1e-4
-        )
+        rewarded = float(score(judge_params, tokens, mask, None)[0])
+        assert generations.rewards[i] == pytest.approx(rewarded, abs=1e-4)
     lengths = np.array([len(log_probs) for log_probs in generations.token_log_probs])
     assert (lengths[~generations.finished] == NEW).all()
 

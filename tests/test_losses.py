@@ -22,6 +22,15 @@ def f32(*x):
 # Comparisons and regression
 
 
+def test_rows_without_their_best_answer_have_no_gradient():
+    scores = jnp.array([[-jnp.inf, 1.0, 2.0], [-jnp.inf] * 3])
+    best = jnp.array([0, 0])
+    loss = jax.value_and_grad(lambda scores: losses.comparison(scores, best).sum())
+    value, gradient = loss(scores)
+    assert value == 0
+    assert_array_equal(gradient, jnp.zeros((2, 3)))
+
+
 def test_a_score_that_is_not_a_number_is_not_taken_for_an_absent_answer():
     assert np.isnan(losses.comparison(jnp.array([[jnp.nan, 0.0]]), jnp.array([0]))[0])
 

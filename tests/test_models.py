@@ -599,6 +599,19 @@ def test_wrong_shapes_are_refused():
             refused()
 
 
+def states_and_gradient(hidden, params, columns, weights):
+    """The states of these columns, and the gradient of their weighted sum."""
+    tokens = some_tokens(3, 6)
+    mask = np.array([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 0]])
+
+    def loss(params):
+        states = hidden(params, tokens, mask, None, columns)
+        return jnp.sum(weights * states), states
+
+    (_, states), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return states, gradient
+
+
 DEEPER = [replace(config, num_layers=3) for config in (CONFIG, LLAMA, GEMMA)]
 
 
@@ -616,31 +629,20 @@ DEEPER = [replace(config, num_layers=3) for config in (CONFIG, LLAMA, GEMMA)]
 )
 def test_columns_that_are_read_are_those_of_all(config, changes):
     model, params = tiny(config, **changes)
-    tokens = some_tokens(3, 6)
-    mask = np.array([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 0]])
     weights = np.random.default_rng(1).normal(size=(3, 6, 8)).astype(np.float32)
     numbers = np.array([[4, 2], [0, 5], [3, 3]])
-    hidden = models.build(model.config).hidden
-
-    def states_and_gradient(columns, weights):
-        def loss(params):
-            states = hidden(params, tokens, mask, None, columns)
-            return jnp.sum(weights * states), states
-
-        (_, states), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-        return states, gradient
-
-    def check(columns, of_columns, chosen):
-        """``chosen(array)``: the columns of an array of all."""
-        states, gradient = states_and_gradient(columns, of_columns)
+    read = functools.partial(states_and_gradient, models.build(model.config).hidden, params)
+    for columns, chosen in (
+        (slice(2, 5), (slice(None), slice(2, 5))),
+        (jnp.array(numbers), (np.arange(3)[:, None], numbers)),
+    ):
+        of_columns = weights[chosen]
+        states, gradient = read(columns, of_columns)
         everywhere = np.zeros((3, 6, 8), np.float32)
         np.add.at(everywhere, chosen, of_columns)
-        whole, expected = states_and_gradient(None, everywhere)
+        whole, expected = read(None, everywhere)
         assert_allclose(states, whole[chosen], atol=ATOL)
         assert_close(gradient, expected, atol=2e-4, rtol=1e-4)
-
-    check(slice(2, 5), weights[:, 2:5], (slice(None), slice(2, 5)))
-    check(jnp.array(numbers), weights[:, :2], (np.arange(3)[:, None], numbers))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

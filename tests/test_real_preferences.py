@@ -136,6 +136,7 @@ def test_every_row_is_read(name, public, kept, dropped, tmp_path):
 
 
 SMALL = (
+    *("--reward-model.num-epochs", "10"),
     *("--network.hidden-size", "16", "--network.num-layers", "1", "--network.num-heads", "2"),
     *(
         "--network.max-length",
@@ -170,22 +171,23 @@ def check_accuracies(metrics, samples):
 def test_they_are_trained_on(name, public, tmp_path):
     """The twins are learned; of the public files' accuracy, with docs/real-preferences.md's
     settings, nothing is promised. All numbers are finite, and each validation writes samples."""
-    tokenizer = Path(DATA, "gpt2") if public else gpt2_tokenizer(tmp_path / "gpt2")
-    own = (*SMALL, "--reward-model.num-epochs", "10")
     if public:
+        tokenizer = Path(DATA, "gpt2")
         own = ("--config", ROOT / "configs" / "preferences.yaml")
+    else:
+        tokenizer = gpt2_tokenizer(tmp_path / "gpt2")
+        own = SMALL
     where = ("--data", data_file(name, tmp_path, public), "--output-dir", tmp_path / "run")
-    folder = training.reward_model.run(
-        parse(RunConfig, [*map(str, (*own, "--tokenizer.name", tokenizer, *where))])
-    ).folder
+    argv = list(map(str, (*own, "--tokenizer.name", tokenizer, *where)))
+    folder = training.reward_model.run(parse(RunConfig, argv)).folder
     metrics, samples = (json_lines(folder / file) for file in ("metrics.jsonl", "samples.jsonl"))
     first, *_, final = validations = [row for row in metrics if "validation/loss" in row]
     for row in validations:
         assert all(math.isfinite(x) for key, x in row.items() if key.startswith("validation/"))
         assert ("validation/target_correlation" in row) == (name == "solutions")
     assert {row["step"] for row in samples} == {row["step"] for row in validations}
+    assert "<|endoftext|>" not in json.dumps(samples)
     last = [row for row in samples if row["step"] == final["step"]]
-    assert "<|endoftext|>" not in json.dumps(last)
     if name == "dialogues":
         check_accuracies(final, last)
     if public:

@@ -18,6 +18,7 @@ NODES_A_LINE_OF_A_FILE = 16.3
 PACKED = {"rlhf_jax": 70, "experiments": 0, "tests": 125, "benchmarks": 0}
 PACKAGE_ENTRIES = 23
 FUNCTION_LIMIT = 80
+FUNCTION_NODES = 400
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -89,3 +90,13 @@ def test_no_function_is_long():
             if length > FUNCTION_LIMIT:
                 too_long[name] = length
     assert too_long == {}
+
+
+def test_no_function_of_the_tests_is_large():
+    too_large = {}
+    for path, source in sources("tests").items():
+        for name, function in functions(parse(source), path.stem):
+            size = sum(1 for _ in ast.walk(function))
+            if size > FUNCTION_NODES:
+                too_large[name] = size
+    assert too_large == {}

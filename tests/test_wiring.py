@@ -1,6 +1,7 @@
 """What a run draws: rows, keys, batches. Each step draws others than the one before, a second run
 draws the same, and no two random streams share a key."""
 
+import functools
 import itertools
 import json
 import typing
@@ -165,6 +166,17 @@ def uneven(config, tmp_path, multiple, **settings):
     return with_rl(config, num_iterations=6, validation_interval=6, **settings)
 
 
+def one_token_each(seen, policy, inputs, key):
+    """Notes (columns, tokens of the longest prompt), and responds with a token to each."""
+    tokens, mask = (np.pad(x, ((0, 0), (0, 2))) for x in inputs[:2])
+    lengths = inputs.attention_mask.sum(axis=1).tolist()
+    assert lengths == [len(TEXTS[row]) for row in inputs.row_ids]  # nothing is cut
+    seen.append((inputs.tokens.shape[1], max(lengths)))
+    said = np.zeros_like(mask)
+    said[:, -2] = 1
+    return Rollout(tokens, mask | said, said, np.zeros(said.shape, np.float32), inputs.row_ids)
+
+
 @pytest.mark.parametrize(
     ("several_turns", "layers", "narrow"), [(False, 2, 3), (True, 2, 3), (False, 8, 8)]
 )
@@ -181,17 +193,8 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
         made.add(width)
         return policy_fn(model, temperature, width, *more)
 
-    def respond(policy, inputs, key):
-        tokens, mask = (np.pad(x, ((0, 0), (0, 2))) for x in inputs[:2])
-        lengths = inputs.attention_mask.sum(axis=1).tolist()
-        assert lengths == [len(TEXTS[row]) for row in inputs.row_ids]  # nothing is cut
-        seen.append((inputs.tokens.shape[1] - slots, max(lengths)))
-        said = np.zeros_like(mask)
-        said[:, -2] = 1  # a token each
-        return Rollout(tokens, mask | said, said, np.zeros(said.shape, np.float32), inputs.row_ids)
-
     fakes = {
-        "respond": respond,
+        "respond": functools.partial(one_token_each, seen),
         "rescored": unscored,
         "learn": lambda state, *inputs: untouched(state),
     }
@@ -200,7 +203,7 @@ def test_each_batch_is_as_wide_as_its_own_prompts_need(
     environment = f"{tmp_path / 'world.py'}:silent" if several_turns else None
     config = uneven(config, tmp_path, 3, environment=environment)
     run_vpg(replace(config, network=replace(config.network, num_layers=layers)))
-    checked, validation, *steps, last = seen
+    checked, validation, *steps, last = [(width - slots, longest) for width, longest in seen]
     assert checked[0] == 12  # the widest, whether the first batch needs it or not
     assert validation == last
     assert {width for width, _ in steps} == made == {narrow, 12}
