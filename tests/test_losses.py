@@ -47,7 +47,8 @@ def policy_gradient(log_probs, advantages, _):
 
 
 @pytest.mark.parametrize(
-    "f", [policy_gradient, losses.clipped_surrogate, losses.clipped_value, kto]
+    "f",
+    [policy_gradient, losses.clipped_surrogate, losses.clipped_value, losses.cispo, kto],
 )
 def test_nothing_but_the_first_argument_is_differentiated(f):
     """What the advantages, old values and returns were made of does not learn from the policy's
