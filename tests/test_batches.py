@@ -194,9 +194,11 @@ def test_prompts_are_left_padded_and_keep_their_columns():
     equal(data.tokens, [[2, 3], [0, 4]])
     equal(data.attention_mask, [[1, 1], [0, 1]])
     assert data.columns == ["topic", "level"]
+    said = [[{"role": "user", "content": text}] for text in ("c", "ab", "c")]
     assert batches.columns_at(data, np.array([1, 0, 1])) == {
         "topic": [None, "x", None],
         "level": [2, None, 2],
+        "messages": said,
     }
     equal(prompts(length=3).tokens, [[0, 2, 3], [0, 0, 4]])
     # The end of a prompt matters most; a prompt and what is sampled after it must fit the model's
