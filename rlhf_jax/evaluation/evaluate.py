@@ -156,16 +156,7 @@ def run(folder: str | Path, config: Config) -> Result:
         UserError: nothing to evaluate by, or whatever is wrong with a folder, a file or a row.
     """
     folder = str(folder)
-    if not any(
-        (config.prompts, config.safety, config.preferences, config.annotated, config.categories)
-    ):
-        raise UserError(
-            "nothing to evaluate by: give --prompts, --safety, --preferences, --annotated or "
-            "--categories"
-        )
-    output = Path(folder if config.output is None else config.output)
-    if config.output is None and not output.is_dir():
-        raise UserError(f"{folder}: no such folder; for a model of the hub give --output FOLDER")
+    output = _output(folder, config)
     devices.choose(config.device)
     stage.enable_compilation_cache()
     policy = load(folder, config)
@@ -173,64 +164,95 @@ def run(folder: str | Path, config: Config) -> Result:
     logger.info(chat.describe(policy.template, policy.tokenizer, folder))
     sets, categories = _read(config, chat.template_of(policy.tokenizer, policy.template))
     bench = open_bench(policy, config)
-    answers = {
-        name: sample(bench, policy, name, read.rows)
-        for name, read in sets.items()
-        if name not in KINDS
-    }
-    limits: Any = {
-        "template": policy.template,
-        "max_length": bench.positions,
-        "too_long": config.too_long,
-    }
-    given = [name for name in KINDS if name in sets]
-    pairs = {
-        name: encoding.encode_texts(sets[name].rows, policy.tokenizer, **limits) for name in given
-    }
-    left_out = {}
+    pairs = {}
+    answers = {}
     for name, read in sets.items():
-        if reasons := read.dropped | (answers | pairs)[name].counts:
-            logger.info(
-                f"{name}: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}"
-            )
-            left_out[name] = reasons
+        if name in KINDS:
+            pairs[name] = _encoded_pairs(bench, read.rows)
+        else:
+            answers[name] = sample(bench, policy, name, read.rows)
+    left_out = _left_out(sets, {**answers, **pairs})
     if config.against is not None:
-        answers["prompts, against"] = _against(bench, config.against, sets["prompts"].rows)
-        if answers["prompts, against"].rows != answers["prompts"].rows:
+        against = _against(bench, config.against, sets["prompts"].rows)
+        if against.rows != answers["prompts"].rows:
             raise UserError(
                 f"--against {config.against}: it leaves out other prompts that are too long; "
                 "shorten them"
             )
+        answers["prompts, against"] = against
     figures = [*_figures(bench, sets, categories, answers, pairs), *_not_run(policy, config)]
     place = {category: i for i, category in enumerate(ORDER)}
     figures.sort(key=lambda figure: place.get(figure.category.partition(":")[0], len(place)))
-    settings = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in ("output", "device")
-    }
-    settings = (
-        {"run": folder}
-        | settings
-        | {"template": policy.template, "max_new_tokens": policy.max_new_tokens}
-    )
-    content: dict[str, Any] = {
-        "settings": settings,
+
+    content = {
+        "settings": _settings(policy, config),
         "fingerprints": _fingerprints(folder, config, sets, categories),
+        "left_out": left_out,
+        "rows": [figure._asdict() for figure in figures],
     }
-    content |= {"left_out": left_out, "rows": [figure._asdict() for figure in figures]}
     output.mkdir(parents=True, exist_ok=True)
     path = output / records.EVALUATION
-    write_atomically(
-        path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
-    lines = [
-        line for name, own in answers.items() for line in _samples(name, own, policy.tokenizer)
-    ]
-    write_atomically(
-        output / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    )
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, f"{text}\n")
+    lines = []
+    for name, own in answers.items():
+        for line in _samples(name, own, policy.tokenizer):
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_atomically(output / SAMPLES, "".join(lines))
     return Result(figures, path)
+
+
+def _output(folder: str, config: Config) -> Path:
+    """The folder to write into. UserError if it is missing, or nothing is given to evaluate by."""
+    given = (
+        config.prompts,
+        config.safety,
+        config.preferences,
+        config.annotated,
+        config.categories,
+    )
+    if not any(given):
+        raise UserError(
+            "nothing to evaluate by: give --prompts, --safety, --preferences, --annotated or "
+            "--categories"
+        )
+    if config.output is not None:
+        return Path(config.output)
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder; for a model of the hub give --output FOLDER")
+    return Path(folder)
+
+
+def _encoded_pairs(bench: "Bench", pairs: Sequence[rows.Row]) -> encoding.EncodedTexts:
+    policy = bench.policy
+    return encoding.encode_texts(
+        pairs,
+        policy.tokenizer,
+        template=policy.template,
+        max_length=bench.positions,
+        too_long=bench.config.too_long,
+    )
+
+
+def _left_out(
+    sets: Sets, encoded: Mapping[str, "Answers | encoding.EncodedTexts"]
+) -> dict[str, dict[str, int]]:
+    """{set: {reason: rows}} of the rows that were left out or cut; prints them."""
+    left_out = {}
+    for name, read in sets.items():
+        reasons = read.dropped | encoded[name].counts
+        if reasons:
+            counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            logger.info(f"{name}: {counted}")
+            left_out[name] = reasons
+    return left_out
+
+
+def _settings(policy: "Policy", config: Config) -> dict[str, Any]:
+    """The settings as evaluation.json has them."""
+    settings = {"run": policy.folder} | dataclasses.asdict(config)
+    del settings["output"], settings["device"]
+    return settings | {"template": policy.template, "max_new_tokens": policy.max_new_tokens}
 
 
 class Policy(NamedTuple):
@@ -266,9 +288,8 @@ def load(folder: str, config: Config) -> Policy:
     member = str(next(iter(spec.members(source)), source))
     model, params, tokenizer = initial.load_language_model(member, compute)
     template = config.template or settings.get("text", {}).get("template", chat.AUTO)
-    slots = config.max_new_tokens or settings.get("rl", {}).get(
-        "max_new_tokens", RLStage().max_new_tokens
-    )
+    usual = settings.get("rl", {}).get("max_new_tokens", RLStage().max_new_tokens)
+    slots = config.max_new_tokens or usual
     return Policy(folder, model, params, tokenizer, template, slots, "score" in params)
 
 
@@ -286,7 +307,8 @@ def _check_flags(policy: Policy, config: Config) -> None:
 
 def open_bench(policy: Policy, config: Config) -> Bench:
     """The policy with the reward model of ``config.reward_model``, if it names one."""
-    positions, reward = policy.model.config.max_length, None
+    positions = policy.model.config.max_length
+    reward = None
     given = policy.folder if policy.is_judge else config.reward_model
     if given is not None:
         entry = hf.model_folder(given)
@@ -301,11 +323,9 @@ def open_bench(policy: Policy, config: Config) -> Bench:
                 "have to fit"
             )
     trained = settings_of(policy.folder).get("rl", {})
-    turns = (
-        trained.get("max_turns")
-        if config.max_turns is None and config.environment
-        else config.max_turns
-    )
+    turns = config.max_turns
+    if turns is None and config.environment:
+        turns = trained.get("max_turns")
     if trained.get("environment") and not config.environment:
         logger.info(
             f"{policy.folder} was trained with replies by {trained['environment']}; here is no "
@@ -313,14 +333,8 @@ def open_bench(policy: Policy, config: Config) -> Bench:
         )
     fn = function_of(config.environment, "--environment")
     environment = load_environment(fn, policy.tokenizer, policy.max_new_tokens, turns)
-    return Bench(
-        policy,
-        config,
-        stage.stream(config.seed, "evaluate", "eval"),
-        reward,
-        positions,
-        environment,
-    )
+    key = stage.stream(config.seed, "evaluate", "eval")
+    return Bench(policy, config, key, reward, positions, environment)
 
 
 def judge_positions(entry: str) -> int:
@@ -346,8 +360,10 @@ def check_template(policy: Policy, folder: str, config: Config) -> None:
     other = chat.in_force(given, tokenizer)
     own = chat.in_force(policy.template, policy.tokenizer)
     if other != own:
-        trained = f"{folder} was trained with the template {other!r:.80}, {policy.folder} with {own!r:.80}"
-        raise UserError(f"{trained}; give the one to use for both as --template")
+        raise UserError(
+            f"{folder} was trained with the template {other!r:.80}, {policy.folder} with "
+            f"{own!r:.80}; give the one to use for both as --template"
+        )
 
 
 def reward_of(entry: str, tokenizer: Tokenizer, columns: Collection[str], flag: str) -> spec.Reward:
@@ -398,46 +414,43 @@ def sample(bench: Bench, policy: Policy, name: str, prompts: Sequence[rows.Row])
     """Responses to a set of prompts. The key is that of the set's name, so that both runs of a win
     rate share it.
     """
-    config, model, tokenizer, slots = (
-        bench.config,
-        policy.model,
-        policy.tokenizer,
-        policy.max_new_tokens,
-    )
-    limits: Any = {
-        "max_positions": min(bench.positions, model.config.max_length),
-        "max_new_tokens": slots,
-    }
+    config = bench.config
+    tokenizer = policy.tokenizer
+    slots = policy.max_new_tokens
     encoded = encoding.encode_prompts(
-        prompts, tokenizer, template=policy.template, too_long=config.too_long, **limits
+        prompts,
+        tokenizer,
+        template=policy.template,
+        too_long=config.too_long,
+        max_positions=min(bench.positions, policy.model.config.max_length),
+        max_new_tokens=slots,
     )
     settings = initial.sampling_config(RLStage(max_new_tokens=slots), tokenizer)
     settings = dataclasses.replace(settings, temperature=config.temperature)  # which may be 0
     shape = (len(encoded), config.num_samples)
     numbers = np.repeat(np.arange(shape[0]), shape[1])
     key = jax.random.fold_in(bench.key, zlib.crc32(name.encode()))
-    how: Any = {"config": settings, "batch_size": config.batch_size}
+    model = generator.LanguageModel(policy.model, policy.params, tokenizer)
 
     def respond(
         tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
     ) -> Rollout:
-        return generator.LanguageModel(model, policy.params, tokenizer).sample(
-            tokens, mask, key, **how, used=used
+        return model.sample(
+            tokens, mask, key, config=settings, batch_size=config.batch_size, used=used
         )
 
     rollout, talks = converse(bench.environment, respond, encoded, numbers)
-    read = [chat.shown(row, tokenizer) for row in encoded.rows]
-    said = np.array(generator.responses(rollout, tokenizer), dtype=object).reshape(shape).tolist()
+    shown = [chat.shown(row, tokenizer) for row in encoded.rows]
+    said = np.array(generator.responses(rollout, tokenizer), dtype=object)
     columns = batches.columns_at(encoded, numbers)
     scores = None
     if bench.reward is not None:
         asked = {"messages": columns["messages"]}  # a policy's reward model reads no other column
         scores = score(bench.reward, rollout, asked, config.batch_size).reshape(shape)
-    lengths, ended = (
-        np.count_nonzero(rollout.response_mask, axis=1),
-        generator.ended(rollout, settings.eos_ids),
-    )
-    responses = measures.Responses(read, said, lengths.reshape(shape), ended.reshape(shape), scores)
+    lengths = np.count_nonzero(rollout.response_mask, axis=1).reshape(shape)
+    ended = generator.ended(rollout, settings.eos_ids).reshape(shape)
+    texts_of = said.reshape(shape).tolist()
+    responses = measures.Responses(shown, texts_of, lengths, ended, scores)
     return Answers(
         encoded.rows,
         encoded.counts,
@@ -460,27 +473,25 @@ def margins(bench: Bench, encoded: encoding.EncodedTexts) -> measures.Margins:
         judges["reward_model"] = functools.partial(_score_answers, bench.reward)
     if not bench.policy.is_judge:
         judges["log_prob"] = functools.partial(log_probs, bench.policy.params)
-    texts, lengths = list(itertools.chain(*encoded.tokens)), encoded.response_lengths
-    starts, ones = encoded.starts.T.reshape(-1, 1), np.ones(1, np.float32)
-    single = dataclasses.replace(
-        encoded, tokens=[texts], starts=starts, weight=ones
-    )  # [2 N] rows of one answer
+    lengths = encoded.response_lengths
+    texts = list(itertools.chain(*encoded.tokens))  # [2 N]
+    starts = encoded.starts.T.reshape(-1, 1)
+    weight = np.ones(1, np.float32)
+    single = dataclasses.replace(encoded, tokens=[texts], starts=starts, weight=weight)
     # Each text is scored once: the pairs of a ranking share theirs. By length, so that a batch is
     # padded little.
     keys = [(int(start), text.tobytes()) for (start,), text in zip(starts, texts, strict=True)]
-    by_length = sorted(
-        {key: i for i, key in enumerate(keys)}.items(), key=lambda item: len(item[0][1])
-    )
-    place, rows = (
-        {key: n for n, (key, _) in enumerate(by_length)},
-        np.array([i for _, i in by_length]),
-    )
-    places = np.reshape([place[key] for key in keys], (2, -1)).T
-    sizes: Any = {"batch_size": bench.config.batch_size, "bucket_multiple": BUCKET}
-    scores = {
-        name: scoring.score_rows(judge, single, rows, **sizes)[places, 0]
-        for name, judge in judges.items()
-    }
+    row_of = {key: row for row, key in enumerate(keys)}
+    distinct = sorted(row_of, key=lambda key: len(key[1]))
+    rows = np.array([row_of[key] for key in distinct])
+    place_of = {key: place for place, key in enumerate(distinct)}
+    places = np.reshape([place_of[key] for key in keys], (2, -1)).T
+    scores = {}
+    for name, judge in judges.items():
+        by_row = scoring.score_rows(
+            judge, single, rows, batch_size=bench.config.batch_size, bucket_multiple=BUCKET
+        )
+        scores[name] = by_row[places, 0]
     if "log_prob" in scores:
         scores["mean_log_prob"] = scores["log_prob"] / lengths
     scores["longer"] = lengths
@@ -489,12 +500,10 @@ def margins(bench: Bench, encoded: encoding.EncodedTexts) -> measures.Margins:
 
 def _score_answers(reward: spec.Reward, batch: Comparisons) -> np.ndarray:
     """[B, 1] float64 the reward of each text [B, 1, T], without columns."""
-    tokens, mask, response = (
-        x[:, 0] for x in (batch.tokens, batch.attention_mask, batch.response_mask)
-    )
-    return score(reward, Rollout(tokens, mask, response, jnp.zeros(tokens.shape)), {}, len(tokens))[
-        :, None
-    ]
+    tokens = batch.tokens[:, 0]
+    no_log_probs = jnp.zeros(tokens.shape)
+    rollout = Rollout(tokens, batch.attention_mask[:, 0], batch.response_mask[:, 0], no_log_probs)
+    return score(reward, rollout, {}, len(tokens))[:, None]
 
 
 def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories]:
@@ -513,22 +522,25 @@ def _read(config: Config, template: chat.ChatTemplate) -> tuple[Sets, Categories
         "prompts": config.prompts,
         "safety": config.safety,
         "preferences": config.preferences,
+        "annotated": config.annotated,
     }
-    given |= {"annotated": config.annotated} | {
-        f"custom {name}": own.prompts for name, own in categories.items()
-    }
-    results = {
-        name: read(KINDS.get(name, "prompts"), paths) for name, paths in given.items() if paths
-    }
+    for name, own in categories.items():
+        given[f"custom {name}"] = own.prompts
+    results = {}
+    for name, paths in given.items():
+        if paths:
+            results[name] = read(KINDS.get(name, "prompts"), paths)
     for entry in config.columns:
         sentences = [result.unused_columns.get(entry) for result in results.values()]
         if sentences and all(sentences):
             raise UserError(str(sentences[0]))
     for name, category in categories.items():
         if category.texts:
-            place = f"{config.categories}: {name}, prompt "
-            own = [rows.Row(text, (), f"{place}{i}") for i, text in enumerate(category.texts, 1)]
-            results[f"custom {name}"] = formats.ReadResult(own)
+            texts_read = [
+                rows.Row(text, (), f"{config.categories}: {name}, prompt {i}")
+                for i, text in enumerate(category.texts, 1)
+            ]
+            results[f"custom {name}"] = formats.ReadResult(texts_read)
         elif not (category.prompts or config.prompts):
             raise UserError(
                 f"{config.categories}: {name} has no prompts of its own; add them or give --prompts"
@@ -543,19 +555,22 @@ def _fingerprints(
     folder: str, config: Config, sets: Sets, categories: Categories
 ) -> dict[str, str]:
     """sha256 of every file and model that is read, by the name that the user gave it."""
-    paths = {
-        name: Path(hf.model_folder(name))
-        for name in filter(None, (folder, config.against, config.categories))
-    }
-    judges = [config.environment, config.reward_model and hf.model_folder(config.reward_model)]
-    for entry in filter(None, [*judges, *(own.score for own in categories.values())]):
-        paths |= spec.sources(entry)
-    of_data = {
-        path: digest for result in sets.values() for path, digest in result.fingerprints.items()
-    }
-    return of_data | {
-        name: manifest.fingerprint(path) for name, path in paths.items() if path.exists()
-    }
+    fingerprints: dict[str, str] = {}
+    for result in sets.values():
+        fingerprints |= result.fingerprints
+    paths = {}
+    for name in (folder, config.against, config.categories):
+        if name:
+            paths[name] = Path(hf.model_folder(name))
+    reward_model = config.reward_model and hf.model_folder(config.reward_model)
+    scores = [category.score for category in categories.values()]
+    for entry in (config.environment, reward_model, *scores):
+        if entry:
+            paths |= spec.sources(entry)
+    for name, path in paths.items():
+        if path.exists():
+            fingerprints[name] = manifest.fingerprint(path)
+    return fingerprints
 
 
 def _against(bench: Bench, folder: str, prompts: Sequence[rows.Row]) -> Answers:
@@ -568,42 +583,33 @@ def _against(bench: Bench, folder: str, prompts: Sequence[rows.Row]) -> Answers:
         raise UserError(
             f"--against {folder}: its tokenizer is another one, which the reward model cannot read"
         )
-    return sample(
-        bench, other._replace(max_new_tokens=bench.policy.max_new_tokens), "prompts", prompts
-    )
+    other = other._replace(max_new_tokens=bench.policy.max_new_tokens)
+    return sample(bench, other, "prompts", prompts)
 
 
 def _figures(
     bench: Bench, sets: Sets, categories: Categories, answers: Mapping[str, Answers], pairs: Encoded
 ) -> Iterable[measures.Figure]:
     key = bench.key
-    if own := answers.get("prompts"):
-        yield from measures.helpfulness(own.responses, key)
-        yield from measures.uncertainty(own.responses, list(map(data.answerable, own.rows)), key)
-        yield from measures.diversity(own.responses, key)
-        shape = own.responses.lengths.shape
-        yield from (
-            measures.mean("environment", name, x.reshape(shape), key)
-            for name, x in own.talks.items()
-        )
-    if safety := answers.get("safety"):
-        yield from measures.harmlessness(
-            safety.responses, [row.columns["label"] for row in safety.rows], key
-        )
+    if "prompts" in answers:
+        yield from _prompt_figures(answers["prompts"], key)
+    if "safety" in answers:
+        safety = answers["safety"]
+        labels = [row.columns["label"] for row in safety.rows]
+        yield from measures.harmlessness(safety.responses, labels, key)
     for name, encoded in pairs.items():
         by_source = {row.source: row for row in sets[name].rows}
         given = [by_source[source] for source in encoded.sources]
+        judged = margins(bench, encoded)
         if name == "annotated":
-            yield from measures.agreement(margins(bench, encoded), given, key)
+            yield from measures.agreement(judged, given, key)
         else:
-            pairs_of = scoring.pairs_of(encoded, np.arange(len(encoded)))[2]
-            yield from measures.preferences(
-                margins(bench, encoded), pairs_of, [row.category for row in given], key
-            )
+            _, _, pairs_of = scoring.pairs_of(encoded, np.arange(len(encoded)))
+            parts = [row.category for row in given]
+            yield from measures.preferences(judged, pairs_of, parts, key)
     if bench.config.against is not None:
-        ours, theirs = (
-            np.asarray(answers[name].responses.scores) for name in ("prompts", "prompts, against")
-        )
+        ours = np.asarray(answers["prompts"].responses.scores)
+        theirs = np.asarray(answers["prompts, against"].responses.scores)
         yield from measures.win_rate(ours, theirs, key, bench.config.against)
     for name, category in categories.items():
         own = answers.get(f"custom {name}") or answers["prompts"]
@@ -617,6 +623,17 @@ def _figures(
             scores = score(judge, own.rollout, own.columns, bench.config.batch_size)
             responses = responses._replace(scores=scores.reshape(responses.lengths.shape))
         yield measures.custom(name, category, responses, key)
+
+
+def _prompt_figures(answers: Answers, key: jax.Array) -> Iterable[measures.Figure]:
+    responses = answers.responses
+    yield from measures.helpfulness(responses, key)
+    answerable = [data.answerable(row) for row in answers.rows]
+    yield from measures.uncertainty(responses, answerable, key)
+    yield from measures.diversity(responses, key)
+    for name, values in answers.talks.items():
+        of_prompts = values.reshape(responses.lengths.shape)
+        yield measures.mean("environment", name, of_prompts, key)
 
 
 def _not_run(policy: Policy, config: Config) -> list[measures.Figure]:
@@ -636,11 +653,12 @@ def _samples(name: str, answers: Answers, tokenizer: Tokenizer) -> Iterable[dict
     """A line for each response: prompt, response, and the judgements by word patterns."""
     prompts, texts_of, *_, scores = answers.responses
     shown = generator.responses(answers.rollout, tokenizer, with_replies=True)
-    for ((i, j), text), said in zip(
-        np.ndenumerate(np.array(texts_of, dtype=object)), shown, strict=True
-    ):
-        line: dict[str, Any] = {"set": name, "source": answers.rows[i].source, "prompt": prompts[i]}
-        line |= {
+    numbered = np.ndenumerate(np.array(texts_of, dtype=object))
+    for ((i, j), text), said in zip(numbered, shown, strict=True):
+        line: dict[str, Any] = {
+            "set": name,
+            "source": answers.rows[i].source,
+            "prompt": prompts[i],
             "response": said,
             "refusal": texts.is_refusal(text),
             "uncertainty": texts.expresses_uncertainty(text),

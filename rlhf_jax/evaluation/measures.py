@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import yaml
+from jax import Array
 
 from rlhf_jax import metrics
 from rlhf_jax.data.rows import Row
@@ -55,9 +56,7 @@ class Responses(NamedTuple):
         return np.array([[function(text) for text in row] for row in self.texts])
 
 
-def helpfulness(
-    responses: Responses, key: jax.Array, category: str = "helpfulness"
-) -> list[Figure]:
+def helpfulness(responses: Responses, key: Array, category: str = "helpfulness") -> list[Figure]:
     """Quality, if there are scores, and what responses hold: information, tokens, an end."""
     new = []
     for prompt, row in zip(responses.prompts, responses.texts, strict=True):
@@ -75,7 +74,9 @@ def helpfulness(
 
 
 def uncertainty(
-    responses: Responses, answerable: Sequence[bool | None], key: jax.Array
+    responses: Responses,
+    answerable: Sequence[bool | None],
+    key: Array,
 ) -> list[Figure]:
     """Share of responses that express uncertainty; also of the prompts that can be answered and of
     those that cannot, if the data says which these are.
@@ -87,7 +88,7 @@ def uncertainty(
     return [mean("honesty", metric, value, key) for metric, value in values.items() if len(value)]
 
 
-def harmlessness(responses: Responses, labels: Sequence[str], key: jax.Array) -> list[Figure]:
+def harmlessness(responses: Responses, labels: Sequence[str], key: Array) -> list[Figure]:
     """Shares of refusals: of unsafe prompts they are wanted, of safe ones not (Röttger et al.
     2024).
     """
@@ -100,7 +101,7 @@ def harmlessness(responses: Responses, labels: Sequence[str], key: jax.Array) ->
     return [mean("harmlessness", metric, values, key) for metric, values in parts.items()]
 
 
-def diversity(responses: Responses, key: jax.Array) -> list[Figure]:
+def diversity(responses: Responses, key: Array) -> list[Figure]:
     """How responses differ: the first one to each prompt from those to other prompts; with several
     to each prompt, also these among themselves (``_within_prompt``), and how each repeats itself.
     """
@@ -126,7 +127,10 @@ def diversity(responses: Responses, key: jax.Array) -> list[Figure]:
 
 
 def preferences(
-    margins: Margins, pairs: metrics.Pairs, parts: Sequence[str], key: jax.Array
+    margins: Margins,
+    pairs: metrics.Pairs,
+    parts: Sequence[str],
+    key: Array,
 ) -> Iterator[Figure]:
     """How judges agree with the choice, and how well their probabilities are calibrated.
 
@@ -156,7 +160,11 @@ def preferences(
 
 
 def _accuracies(
-    category: str, judge: str, margin: np.ndarray, pairs: metrics.Pairs, key: jax.Array
+    category: str,
+    judge: str,
+    margin: np.ndarray,
+    pairs: metrics.Pairs,
+    key: Array,
 ) -> list[Figure]:
     """The accuracy of best answers against all others of their row; where a row has several pairs,
     of the pairs too.
@@ -176,7 +184,10 @@ def _accuracies(
 
 
 def _calibration(
-    judge: str, margin: np.ndarray, pairs: metrics.Pairs, key: jax.Array
+    judge: str,
+    margin: np.ndarray,
+    pairs: metrics.Pairs,
+    key: Array,
 ) -> Iterator[Figure]:
     category = "preferences" if judge == "reward_model" else "honesty"
     unit = "rows" if pairs.is_single else "pairs"
@@ -216,7 +227,7 @@ def _average(judge: str, accuracies: Mapping[str, float]) -> Iterator[Figure]:
         yield Figure("preferences", metric, value, n=len(means), unit="parts", note=note)
 
 
-def agreement(margins: Margins, annotated: Sequence[Row], key: jax.Array) -> list[Figure]:
+def agreement(margins: Margins, annotated: Sequence[Row], key: Array) -> list[Figure]:
     """How judges agree with the annotators' majority, and the annotators among themselves.
 
     margins: ``{judge: [N]}``, score of the first response minus that of the second; 0 is a tie.
@@ -243,7 +254,12 @@ def agreement(margins: Margins, annotated: Sequence[Row], key: jax.Array) -> lis
     return figures
 
 
-def win_rate(scores: np.ndarray, against: np.ndarray, key: jax.Array, name: str) -> list[Figure]:
+def win_rate(
+    scores: np.ndarray,
+    against: np.ndarray,
+    key: Array,
+    name: str,
+) -> list[Figure]:
     """Share of pairs of responses to one prompt, one from each run, in which the first run's scores
     higher.
 
@@ -258,7 +274,12 @@ def win_rate(scores: np.ndarray, against: np.ndarray, key: jax.Array, name: str)
     ]
 
 
-def custom(name: str, category: CustomCategory, responses: Responses, key: jax.Array) -> Figure:
+def custom(
+    name: str,
+    category: CustomCategory,
+    responses: Responses,
+    key: Array,
+) -> Figure:
     """Share of the responses in which the category's pattern is found, or their mean score."""
     if responses.scores is not None:
         return mean(name, "score", responses.scores, key, note=category.score or "")
@@ -268,7 +289,12 @@ def custom(name: str, category: CustomCategory, responses: Responses, key: jax.A
 
 
 def mean(
-    category: str, metric: str, values: Any, key: jax.Array, unit: str = "prompts", note: str = ""
+    category: str,
+    metric: str,
+    values: Any,
+    key: Array,
+    unit: str = "prompts",
+    note: str = "",
 ) -> Figure:
     """The mean of values [N] or [N, S], whose rows are the units of the interval; a NaN is no value
     and not counted. Bools are a share, for which `metrics.mean_interval` may be Wilson's.
@@ -287,7 +313,10 @@ def mean(
 
 
 def _kappa(
-    metric: str, judges: Sequence[tuple[np.ndarray, np.ndarray]], key: jax.Array, note: str
+    metric: str,
+    judges: Sequence[tuple[np.ndarray, np.ndarray]],
+    key: Array,
+    note: str,
 ) -> Figure:
     """The mean kappa of pairs of judges."""
 
@@ -304,12 +333,18 @@ def _kappa(
 
 
 def _figure(
-    category: str, metric: str, value: float, ends: Sequence, n: int, unit: str, note: str = ""
+    category: str,
+    metric: str,
+    value: float,
+    ends: Sequence,
+    n: int,
+    unit: str,
+    note: str = "",
 ) -> Figure:
     low, high = (None if np.isnan(end) else float(end) for end in ends)
     return Figure(category, metric, float(value), low, high, n, unit, note)
 
 
-def _stream(key: jax.Array, category: str, metric: str) -> jax.Array:
+def _stream(key: Array, category: str, metric: str) -> Array:
     """The figure's own key, so that no figure depends on which others are made."""
     return jax.random.fold_in(key, zlib.crc32(f"{category}/{metric}".encode()))
