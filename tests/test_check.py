@@ -30,16 +30,7 @@ def test_a_good_file(write):
 data.jsonl: JSON lines, 2 rows, 2 comparisons kept
   rows: 2 of prompt, chosen, rejected
   words of a prompt: median 2, 95% up to 3, longest 3
-    0        0
-    1        1 ########################################
-    2        0
-    3        1 ########################################
   words of a response: median 2.5, 95% up to 20, longest 20
-     0 to  4        3 ########################################
-     5 to  9        0
-    10 to 14        0
-    15 to 19        0
-    20 to 24        1 #############
   examples:
 data.jsonl, line 1
 """
@@ -250,7 +241,10 @@ def test_columns_and_bad_rows_of_check_and_of_a_stage(write, capsys):
 
 def test_a_plain_text_has_no_prompt(write):
     path = write("a bc\n\nab", "book.txt")
-    for tokenizer, count in ((None, "words of a response: median 3"), (characters("abc\n "), "8")):
+    for tokenizer, count in (
+        (None, "words of a response: median 3"),
+        (characters("abc\n "), "tokens of a response: median 9"),  # EOS included
+    ):
         text = check.check([path], tokenizer, kind="demonstrations").text
         assert count in text
         assert "prompt" not in text

@@ -26,7 +26,6 @@ from rlhf_jax.errors import UserError, escaped
 
 NUM_PLACES = 5  # places that the report names for each finding in a file
 _EXAMPLE = 200  # characters of a text that a report shows
-_BAR = 40  # characters of the highest bar
 _UNKNOWN = "no known form"
 _ANSWERS = ("prompt, responses, best or ranking or ranks or targets", "query, sample0, ..., best")
 _ALIASES = {"completion": "response", "output": "response"}
@@ -86,11 +85,10 @@ def check(
         num_warnings += warnings
     for (name, first), (other, second) in itertools.combinations(rows_of.items(), 2):
         texts.append(_overlap(name, first, other, second))
-    counts = [
-        f"{count} {what}{'s' if count > 1 else ''}"
-        for count, what in ((num_problems, "problem"), (num_warnings, "warning"))
-        if count
-    ]
+    counts = []
+    for count, what in ((num_problems, "problem"), (num_warnings, "warning")):
+        if count:
+            counts.append(f"{count} {what}{'s' if count > 1 else ''}")
     total = ", ".join(counts) or "no problems"
     texts.append(f"{total}: a run would stop" if num_problems else total)
     return Report("\n\n".join(texts), num_problems)
@@ -123,10 +121,9 @@ def preview(
     """
     file = _read(path, tokenizer, kind, columns)
     shown = [_render_row(row, tokenizer) for row in file.found.rows[:count]]
-    findings = _problems(file.found.errors)
-    for reason, sources in file.found.places.items():
-        findings += _finding(f"dropped, {reason}", sources)
-    return "\n\n".join(filter(None, [f"{file.head}, {file.kind}", *shown, "\n".join(findings)]))
+    findings = "\n".join([*_problems(file.found.errors), *_dropped(file)])
+    blocks = [f"{file.head}, {file.kind}", *shown, findings]
+    return "\n\n".join(filter(None, blocks))
 
 
 def _read(
@@ -140,7 +137,8 @@ def _read(
     that of most records.
     """
     source = read_source(name, whole_text=kind == "demonstrations")
-    if unused_columns := unused(source.records, columns):
+    unused_columns = unused(source.records, columns)
+    if unused_columns:
         raise UserError("\n".join(unused_columns.values()))
     records = adapted(source.records, columns)
     kind = kind or _kind_of(name, records)
@@ -150,12 +148,13 @@ def _read(
 
 
 def _kind_of(name: str, records: Sequence[Record]) -> Kind:
-    named: list[Kind] = [kind for kind, file in formats.FILES.items() if file == Path(name).name]
-    if named:
-        return named[-1]
+    of_files: dict[str, Kind] = {file: kind for kind, file in formats.FILES.items()}
+    file_name = Path(name).name
+    if file_name in of_files:
+        return of_files[file_name]
     forms = [formats.form_of(record.value) for record in records]
     kinds = Counter(form[0] for form in forms if form is not None)
-    return kinds.most_common(1)[0][0] if kinds else "demonstrations"
+    return max(kinds, key=kinds.__getitem__, default="demonstrations")
 
 
 def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str, int]:
@@ -174,13 +173,10 @@ def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str,
     good_records = [record for record in file.records if record.source not in bad]
     unread, warnings = _unread(good_records, file.kind)
     lines = [f"{file.head}, {len(rows)} {file.kind} kept", *_forms(file.records)]
-    lines += [*_problems(errors), *warnings, *unread]
-    for reason, sources in file.found.places.items():
-        lines += _finding(f"dropped, {reason}", sources)
-    lines += _repeats(rows, name)
+    lines += [*_problems(errors), *warnings, *unread, *_dropped(file), *_repeats(rows, name)]
     unit = "tokens" if tokenizer else "words"
     for text, counts in lengths.items():
-        lines += _histogram(f"{unit} of a {text}", counts)
+        lines.append(_spread(f"{unit} of a {text}", counts))
     if rows:
         lines.append("  examples:")
     lines += [_render_row(row, tokenizer, _EXAMPLE) for row in rows[:3]]
@@ -217,10 +213,9 @@ def _unread(records: Sequence[Record], kind: Kind) -> tuple[list[str], list[str]
             slip = _slip(key, record.value, read)
             if slip is not None:
                 slips[slip].append(record.source)
-    warnings = [
-        f"  warning: {slip} ({len(sources)} rows: {places(sources)})"
-        for slip, sources in slips.items()
-    ]
+    warnings = []
+    for slip, sources in slips.items():
+        warnings.append(f"  warning: {slip} ({len(sources)} rows: {places(sources)})")
     if not others:
         return [], warnings
     title = "columns for the reward" if kind == "prompts" else "keys that training does not read"
@@ -280,6 +275,13 @@ def _problems(errors: Sequence[UserError]) -> list[str]:
     return [f"  problems: {len(errors)}", *(f"    {escaped(line)}" for line in summary(errors))]
 
 
+def _dropped(file: _File) -> list[str]:
+    lines = []
+    for reason, sources in file.found.places.items():
+        lines += _finding(f"dropped, {reason}", sources)
+    return lines
+
+
 def _finding(title: str, lines: Sequence[str]) -> list[str]:
     if not lines:
         return []
@@ -290,22 +292,10 @@ def _finding(title: str, lines: Sequence[str]) -> list[str]:
     return shown
 
 
-def _histogram(title: str, lengths: list[int]) -> list[str]:
-    longest = max(lengths)
+def _spread(title: str, lengths: list[int]) -> str:
     p95 = np.percentile(lengths, 95, method="inverted_cdf")
-    lines = [f"  {title}: median {np.median(lengths):g}, 95% up to {p95:g}, longest {longest}"]
-    # At most ten bins whose width is 1, 2 or 5 times a power of ten.
-    widths = (step * 10**power for power in range(20) for step in (1, 2, 5))
-    width = next(width for width in widths if width * 10 > longest)
-    counts = np.bincount(np.array(lengths) // width)
-    digits = len(str(len(counts) * width))
-    for low, count in zip(range(0, longest + 1, width), counts, strict=True):
-        span = f"{low:{digits}}"
-        if width > 1:
-            span += f" to {low + width - 1:{digits}}"
-        bar = "#" * max(round(_BAR * count / counts.max()), int(count > 0))
-        lines.append(f"    {span} {count:8} {bar}".rstrip())
-    return lines
+    median = np.median(lengths)
+    return f"  {title}: median {median:g}, 95% up to {p95:g}, longest {max(lengths)}"
 
 
 def _render_row(row: Row, tokenizer: Tokenizer | None = None, limit: int | None = None) -> str:
@@ -343,7 +333,10 @@ def _names(row: Row) -> list[str]:
 
 
 def _render_text(
-    name: str, text: Text, tokenizer: Tokenizer | None, limit: int | None
+    name: str,
+    text: Text,
+    tokenizer: Tokenizer | None,
+    limit: int | None,
 ) -> list[str]:
     if not isinstance(text, str):
         text = tokenizer.decode(text) if tokenizer else f"token ids {' '.join(map(str, text))}"
