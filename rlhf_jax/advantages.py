@@ -9,18 +9,19 @@ their result is 0.
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax import ops
 from rlhf_jax.types import AxisName
 
 
 def gae(
-    rewards: jax.Array,
-    values: jax.Array,
-    mask: jax.Array,
+    rewards: Array,
+    values: Array,
+    mask: Array,
     gamma: float = 1.0,
-    lam: float | jax.Array = 0.95,
-) -> tuple[jax.Array, jax.Array]:
+    lam: float | Array = 0.95,
+) -> tuple[Array, Array]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), from the last response token
     backwards.
 
@@ -42,13 +43,13 @@ def gae(
         chex.assert_shape(lam, (num_rows, 1) if jnp.ndim(lam) == 2 else (num_rows,))
         lam = jnp.asarray(lam).reshape(num_rows)
     present = jnp.asarray(mask) != 0
-    rewards = jnp.where(present, jnp.asarray(rewards, jnp.float32), 0.0)
-    values = jnp.where(present, jnp.asarray(values, jnp.float32), 0.0)
+    rewards = ops.masked(rewards, present)
+    values = ops.masked(values, present)
 
     def backwards(
-        carry: tuple[jax.Array, jax.Array],
-        column: tuple[jax.Array, jax.Array, jax.Array],
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        carry: tuple[Array, Array],
+        column: tuple[Array, Array, Array],
+    ) -> tuple[tuple[Array, Array], Array]:
         next_advantage, next_value = carry
         reward, value, here = column
         advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
@@ -63,14 +64,14 @@ def gae(
     return advantages, advantages + values
 
 
-def discounted_returns(rewards: jax.Array, mask: jax.Array, gamma: float = 1.0) -> jax.Array:
+def discounted_returns(rewards: Array, mask: Array, gamma: float = 1.0) -> Array:
     """Reward-to-go: ``R_t = r_t + gamma * R_next`` over response tokens, [B, T] -> [B, T] float32,
     0 where masked.
     """
     return gae(rewards, jnp.zeros(jnp.shape(rewards)), mask, gamma, lam=1.0)[0]
 
 
-def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def leave_one_out(scores: Array, mask: Array | None = None) -> Array:
     """RLOO (Ahmadian et al. 2024): each score minus the mean of the group's others, ``G / (G - 1) *
     (r - mean)``.
 
@@ -88,11 +89,11 @@ def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array
 
 
 def group_normalized(
-    scores: jax.Array,
+    scores: Array,
     eps: float = 1e-4,
     scale: bool = True,
-    mask: jax.Array | None = None,
-) -> jax.Array:
+    mask: Array | None = None,
+) -> Array:
     """GRPO (Shao et al. 2024, section 4.1.2): ``(r - mean) / (std + eps)`` within each group, std
     with n - 1.
 
@@ -120,7 +121,7 @@ def group_normalized(
     return jnp.where(varied, centred / (std + eps / unit), 0.0)
 
 
-def _centred(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _centred(scores: Array, mask: Array | None) -> tuple[Array, Array]:
     """Scores [N, G] minus the group's mean, 0 for missing answers and for an answer alone in its
     group; and the number of present answers [N, 1].
     """
@@ -141,7 +142,7 @@ def _centred(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.
     return jnp.where(present, above - mean, 0.0), count
 
 
-def _present(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _present(scores: Array, mask: Array | None) -> Array:
     """Whether each score is there: all of them if the mask is None."""
     if mask is None:
         return jnp.ones(jnp.shape(scores), jnp.bool_)
@@ -150,12 +151,12 @@ def _present(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def ema_baseline(
-    baseline: jax.Array | float,
-    scores: jax.Array,
+    baseline: Array | float,
+    scores: Array,
     decay: float = 0.9,
-    mask: jax.Array | None = None,
+    mask: Array | None = None,
     axis_name: AxisName | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """Moving-average baseline (jRLHF): first ``b <- decay * b + (1 - decay) * mean(scores)``, then
     ``A = scores - b``.
 

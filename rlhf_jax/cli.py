@@ -38,7 +38,7 @@ class _Console(logging.Handler):
 
 
 def _print(text: object, **how: Any) -> None:
-    """Prints what may hold texts of data, files and settings, which are not to move the terminal."""
+    """Prints texts of data, files and settings without what would move the terminal's cursor."""
     print(escaped(str(text)), **how)
 
 

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax import ops
 from rlhf_jax.types import Mean
@@ -23,11 +24,11 @@ ImportanceSampling = Literal["token_truncate", "token_mask", "sequence_truncate"
 
 
 def comparison(
-    scores: jax.Array,
-    best: jax.Array,
-    margin: jax.Array | None = None,
+    scores: Array,
+    best: Array,
+    margin: Array | None = None,
     centering: float = 0.0,
-) -> jax.Array:
+) -> Array:
     """Negative log-likelihood of the human's choice among K answers:
     ``-log_softmax(scores)[best]``.
 
@@ -72,7 +73,7 @@ def comparison(
     return loss + centering * jnp.square(sums)
 
 
-def regression(scores: jax.Array, targets: jax.Array) -> jax.Array:
+def regression(scores: Array, targets: Array) -> Array:
     """Squared error against target scores (jRLHF), elementwise: the shape of ``scores`` such as [B,
     K], float32.
     """
@@ -80,7 +81,7 @@ def regression(scores: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.square(jnp.asarray(scores, jnp.float32) - jnp.asarray(targets, jnp.float32))
 
 
-def policy_gradient(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array) -> jax.Array:
+def policy_gradient(log_probs: Array, advantages: Array, mask: Array) -> Array:
     """REINFORCE: ``-advantage * log_prob`` per token, 0 where masked (Williams 1992). Aggregate by
     ``sum``.
 
@@ -97,19 +98,17 @@ def policy_gradient(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array
         chex.assert_equal_shape_prefix([advantages, log_probs], 1)
         advantages = jnp.broadcast_to(advantages[:, None], jnp.shape(log_probs))
     chex.assert_equal_shape([log_probs, advantages, mask])
-    present = jnp.asarray(mask) != 0
-    log_probs = jnp.where(present, jnp.asarray(log_probs, jnp.float32), 0.0)
-    return -jnp.where(present, advantages, 0.0) * log_probs
+    return -ops.masked(advantages, mask) * ops.masked(log_probs, mask)
 
 
 def clipped_surrogate(
-    log_probs: jax.Array,
-    old_log_probs: jax.Array,
-    advantages: jax.Array,
+    log_probs: Array,
+    old_log_probs: Array,
+    advantages: Array,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-) -> jax.Array:
+) -> Array:
     """PPO's policy loss per token: ``max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 +
     clip_high))``.
 
@@ -137,12 +136,12 @@ def clipped_surrogate(
 
 
 def cispo(
-    log_probs: jax.Array,
-    ratio: jax.Array,
-    advantages: jax.Array,
+    log_probs: Array,
+    ratio: Array,
+    advantages: Array,
     clip_low: float = 1.0,
     clip_high: float = 4.0,
-) -> jax.Array:
+) -> Array:
     """CISPO's policy loss per token: ``-clip(ratio, 1 - clip_low, 1 + clip_high) * A * log_prob``,
     where the clipped ratio is a constant weight, so that no token loses its gradient.
 
@@ -164,12 +163,12 @@ def cispo(
 
 
 def importance_weights(
-    log_probs: jax.Array,
-    behaviour_log_probs: jax.Array,
-    mask: jax.Array,
+    log_probs: Array,
+    behaviour_log_probs: Array,
+    mask: Array,
     cap: float,
     how: ImportanceSampling = "token_truncate",
-) -> jax.Array:
+) -> Array:
     """Weights of tokens that another engine drew, ``w = exp(log_probs - behaviour_log_probs)``,
     limited by ``cap``.
 
@@ -204,8 +203,11 @@ def importance_weights(
 
 
 def clipped_value(
-    values: jax.Array, old_values: jax.Array, returns: jax.Array, clip: float = 0.2
-) -> jax.Array:
+    values: Array,
+    old_values: Array,
+    returns: Array,
+    clip: float = 0.2,
+) -> Array:
     """PPO's value loss: ``0.5 * max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2)``, as
     in lm-human-preferences.
 
@@ -223,17 +225,19 @@ def clipped_value(
     old_values = jax.lax.stop_gradient(jnp.asarray(old_values, jnp.float32))
     returns = jax.lax.stop_gradient(jnp.asarray(returns, jnp.float32))
     clipped = jnp.clip(values, old_values - clip, old_values + clip)
-    return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
+    error = jnp.square(values - returns)
+    clipped_error = jnp.square(clipped - returns)
+    return 0.5 * jnp.maximum(error, clipped_error)
 
 
 def dpo(
-    log_ratio_chosen: jax.Array,
-    log_ratio_rejected: jax.Array,
+    log_ratio_chosen: Array,
+    log_ratio_rejected: Array,
     beta: float,
     kind: DPOKind = "sigmoid",
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
-) -> jax.Array:
+) -> Array:
     """Direct preference losses of Delta = log_ratio_chosen - log_ratio_rejected, with h = beta *
     Delta - gamma and label smoothing s. Only ``simpo`` has a gamma other than 0.
 
@@ -263,7 +267,8 @@ def dpo(
     chosen = jnp.asarray(log_ratio_chosen, jnp.float32)
     rejected = jnp.asarray(log_ratio_rejected, jnp.float32)
     if kind == "orpo":
-        return -chosen - beta * jax.nn.log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
+        log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
+        return -chosen - beta * jax.nn.log_sigmoid(log_odds_ratio)
     delta = chosen - rejected
     if kind == "ipo":
         return jnp.square(delta - 1.0 / (2.0 * beta))
@@ -277,7 +282,7 @@ def dpo(
     return right + flipped
 
 
-def _log_odds(log_prob: jax.Array) -> jax.Array:
+def _log_odds(log_prob: Array) -> Array:
     # A likelihood of 1, whose odds are infinite, is replaced by exp(-1e-6).
     below_one = jnp.minimum(log_prob, -1e-6)
     return log_prob - jnp.log(-jnp.expm1(below_one))
@@ -298,8 +303,11 @@ def check_dpo(kind: DPOKind, label_smoothing: float, gamma: float = 0.0) -> None
 
 
 def kto(
-    log_ratio: jax.Array, reference_point: jax.Array, desirable: jax.Array, beta: float
-) -> jax.Array:
+    log_ratio: Array,
+    reference_point: Array,
+    desirable: Array,
+    beta: float,
+) -> Array:
     """KTO's loss: ``1 - sigmoid(beta (l - z))`` for a desirable answer and ``1 - sigmoid(beta (z -
     l))`` for an undesirable one.
 
@@ -316,16 +324,18 @@ def kto(
     """
     chex.assert_equal_shape([log_ratio, desirable])
     above = jnp.asarray(log_ratio, jnp.float32) - jax.lax.stop_gradient(reference_point)
-    return jax.nn.sigmoid(-beta * jnp.where(jnp.asarray(desirable) != 0, above, -above))
+    is_desirable = jnp.asarray(desirable) != 0
+    better = jnp.where(is_desirable, above, -above)
+    return jax.nn.sigmoid(-beta * better)
 
 
-def cross_entropy(log_probs: jax.Array, mask: jax.Array) -> jax.Array:
+def cross_entropy(log_probs: Array, mask: Array) -> Array:
     """Negative log-likelihood per token in nats, 0 where masked: [B, T] -> [B, T] float32."""
     chex.assert_equal_shape([log_probs, mask])
-    return -jnp.where(jnp.asarray(mask) != 0, jnp.asarray(log_probs, jnp.float32), 0.0)
+    return -ops.masked(log_probs, mask)
 
 
-def weighted_mean(x: jax.Array, weight: jax.Array) -> Mean:
+def weighted_mean(x: Array, weight: Array) -> Mean:
     """``sum(weight * x) / sum(weight)``, of any shape; ``x`` may be NaN where the weight is 0."""
     chex.assert_equal_shape([x, weight])
     total = jnp.sum(jnp.where(weight > 0, weight * x, 0.0))
@@ -333,8 +343,8 @@ def weighted_mean(x: jax.Array, weight: jax.Array) -> Mean:
 
 
 def aggregate(
-    per_token: jax.Array,
-    mask: jax.Array,
+    per_token: Array,
+    mask: Array,
     how: Aggregation = "token",
     length: int | None = None,
 ) -> Mean:

@@ -50,7 +50,10 @@ def top_1(right: Array, pairs: Pairs) -> Array:
 
 
 def preference_report(
-    scores: Array, best: Array, lengths: Array, weights: Array | None = None
+    scores: Array,
+    best: Array,
+    lengths: Array,
+    weights: Array | None = None,
 ) -> dict[str, float]:
     """How the scores of K answers agree with the choice of the best one (ALGORITHMS 2).
 
@@ -71,6 +74,7 @@ def preference_report(
     margin = chosen - others
     above_chosen = np.where(lengths > 0, scores - chosen[:, None], -np.inf)
     losses = np.logaddexp.reduce(above_chosen, axis=1)
+
     chosen_lengths = lengths[row, best]
     other_lengths = np.array(lengths)
     other_lengths[row, best] = 0
@@ -96,7 +100,10 @@ def rival(scores: Array, best: Array, lengths: Array) -> Array:
 
 
 def target_report(
-    scores: Array, targets: Array, lengths: Array, weights: Array | None = None
+    scores: Array,
+    targets: Array,
+    lengths: Array,
+    weights: Array | None = None,
 ) -> dict[str, float]:
     """How scores [N, K] of K answers to each of N prompts agree with target scores [N, K].
 
@@ -145,7 +152,8 @@ def reliability(margin: Array, weights: Array | None = None) -> tuple[Array, Arr
     right = np.heaviside(margin, 0.5)
     if weights is None:
         weights = np.ones(len(margin))
-    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
+    twentieths = (confidence - 0.5) * 20
+    bins = np.minimum(twentieths.astype(int), 9)
     total = np.bincount(bins, weights)
     used = total > 0
     total = total[used]
@@ -175,8 +183,9 @@ def win_rate(scores: Array, against: Array, weights: Array | None = None) -> flo
     """
     scores = np.asarray(scores)
     against = np.asarray(against)
-    wins = (scores > against) + 0.5 * (scores == against)
-    return float(np.average(wins, weights=weights))
+    is_win = scores > against
+    is_tie = scores == against
+    return float(np.average(is_win + 0.5 * is_tie, weights=weights))
 
 
 def brier(margin: Array, weights: Array | None = None) -> float:
@@ -185,7 +194,8 @@ def brier(margin: Array, weights: Array | None = None) -> float:
 
     margin: [N] score of the chosen answer minus that of the rejected one; weights: [N] or None.
     """
-    return float(np.average(_sigmoid(-np.asarray(margin)) ** 2, weights=weights))
+    missed = _sigmoid(-np.asarray(margin))
+    return float(np.average(missed**2, weights=weights))
 
 
 def cohen_kappa(labels: Array, others: Array, weights: Array | None = None) -> float:
@@ -200,7 +210,9 @@ def cohen_kappa(labels: Array, others: Array, weights: Array | None = None) -> f
     others = np.asarray(others)
     share = functools.partial(np.average, weights=weights)
     observed = share(labels == others)
-    expected = sum(share(labels == label) * share(others == label) for label in np.unique(labels))
+    expected = 0.0
+    for label in np.unique(labels):
+        expected += share(labels == label) * share(others == label)
     if expected == 1.0:
         return float("nan")
     return float((observed - expected) / (1 - expected))
@@ -220,7 +232,10 @@ def mean_interval(values: Array, key: jax.Array) -> Interval:
 
 
 def bootstrap_mean(
-    values: Array, key: jax.Array, weights: Array | None = None, groups: Groups = None
+    values: Array,
+    key: jax.Array,
+    weights: Array | None = None,
+    groups: Groups = None,
 ) -> Interval:
     """``bootstrap_interval`` of the mean of values [N]; weights None weights all equally."""
 

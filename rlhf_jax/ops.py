@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax.types import (
     AxisName,
@@ -62,7 +63,7 @@ def check_number(name: str, value: Any, **bounds: float) -> None:
             raise ValueError(f"{name} must be {rule.replace('_', ' ')} {bound}, got {value}")
 
 
-def is_zero(coefficient: jax.Array | float) -> bool:
+def is_zero(coefficient: Array | float) -> bool:
     """True for Python's 0, whose term is left out; False for an array or tracer of any value."""
     return isinstance(coefficient, int | float) and coefficient == 0
 
@@ -74,14 +75,19 @@ def psum(x: Any, axis_name: AxisName | None) -> Any:
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
+def masked(x: Array, mask: Array) -> Array:
+    """``x`` in float32 where ``mask`` is non-zero, 0 elsewhere: nothing else of it is ever used."""
+    return jnp.where(jnp.asarray(mask) != 0, jnp.asarray(x, jnp.float32), 0.0)
+
+
 def masked_mean(
-    x: jax.Array,
-    mask: jax.Array,
+    x: Array,
+    mask: Array,
     axis: Axis = None,
     axis_name: AxisName | None = None,
     *,
     keepdims: bool = False,
-) -> jax.Array:
+) -> Array:
     """Mean of ``x`` where ``mask`` is non-zero; a mean over nothing is 0.
 
     Args:
@@ -91,32 +97,33 @@ def masked_mean(
     """
     chex.assert_equal_shape([x, mask])
     present = jnp.asarray(mask) != 0
-    x = jnp.where(present, jnp.asarray(x, jnp.float32), 0.0)
-    total = jnp.sum(x, axis=axis, keepdims=keepdims)
+    total = jnp.sum(masked(x, present), axis=axis, keepdims=keepdims)
     count = jnp.sum(present, axis=axis, keepdims=keepdims, dtype=jnp.float32)
     return psum(total, axis_name) / jnp.maximum(psum(count, axis_name), 1.0)
 
 
 def masked_var(
-    x: jax.Array,
-    mask: jax.Array,
+    x: Array,
+    mask: Array,
     axis: Axis = None,
     axis_name: AxisName | None = None,
-) -> jax.Array:
+) -> Array:
     """Population variance (divides by n) of ``x`` where ``mask`` is non-zero; 0 over nothing.
     Arguments as ``masked_mean``.
     """
     mean = masked_mean(x, mask, axis, axis_name, keepdims=True)
-    x = jnp.where(jnp.asarray(mask) != 0, jnp.asarray(x, jnp.float32), mean)
-    return masked_mean(jnp.square(x - mean), mask, axis, axis_name)
+    present = jnp.asarray(mask) != 0
+    x = jnp.where(present, jnp.asarray(x, jnp.float32), mean)
+    squares = jnp.square(x - mean)
+    return masked_mean(squares, present, axis, axis_name)
 
 
 def whiten(
-    x: jax.Array,
-    mask: jax.Array,
+    x: Array,
+    mask: Array,
     shift_mean: bool = True,
     axis_name: AxisName | None = None,
-) -> jax.Array:
+) -> Array:
     """Scales ``x`` to unit variance over the masked entries: ``(x - mean) * rsqrt(var + 1e-8)``, 0
     elsewhere.
 
@@ -132,20 +139,18 @@ def whiten(
     """
     mean = masked_mean(x, mask, axis_name=axis_name)
     var = masked_var(x, mask, axis_name=axis_name)
-    present = jnp.asarray(mask) != 0
-    x = jnp.where(present, jnp.asarray(x, jnp.float32), 0.0)
-    white = (x - mean) * jax.lax.rsqrt(var + 1e-8)
+    white = (masked(x, mask) - mean) * jax.lax.rsqrt(var + 1e-8)
     if not shift_mean:
         white = white + mean
-    return jnp.where(present, white, 0.0)
+    return masked(white, mask)
 
 
-def _predicting_logits(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
+def _predicting_logits(logits: Array, temperature: float | Array) -> Array:
     check_number("temperature", temperature, above=0)
     return jnp.asarray(logits)[..., :-1, :].astype(jnp.float32) / temperature
 
 
-def _align(x: jax.Array) -> jax.Array:
+def _align(x: Array) -> Array:
     """Moves predictions from position t - 1 to column t by putting a 0 in front of the last
     dimension.
     """
@@ -153,10 +158,10 @@ def _align(x: jax.Array) -> jax.Array:
 
 
 def token_log_probs(
-    logits: jax.Array,
-    tokens: jax.Array,
-    temperature: float | jax.Array = 1.0,
-) -> jax.Array:
+    logits: Array,
+    tokens: Array,
+    temperature: float | Array = 1.0,
+) -> Array:
     """Log-probability, in nats, of each token under the temperature-scaled softmax of the column
     before it.
 
@@ -175,7 +180,7 @@ def token_log_probs(
     return _align(chosen - jax.nn.logsumexp(scaled, axis=-1))
 
 
-def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
+def entropy(logits: Array, temperature: float | Array = 1.0) -> Array:
     """Entropy, in nats, of the temperature-scaled softmax from which each token was drawn.
 
     Args:
@@ -191,7 +196,7 @@ def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Arra
     return _align(-jnp.sum(terms, axis=-1))
 
 
-def ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
+def ratio(log_probs: Array, old_log_probs: Array) -> Array:
     """``exp(log_probs - old_log_probs)``, same shape, float32.
 
     Exact up to a log-ratio of 40 (2e17) and continued by its tangent beyond: huge log-ratios
@@ -202,11 +207,11 @@ def ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
     return jnp.exp(jnp.minimum(log_ratio, _MAX_LOG_RATIO)) + _tangent(log_ratio)
 
 
-def _tangent(log_ratio: jax.Array) -> jax.Array:
+def _tangent(log_ratio: Array) -> Array:
     return jnp.exp(_MAX_LOG_RATIO) * jnp.maximum(log_ratio - _MAX_LOG_RATIO, 0.0)
 
 
-def kl(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: KLEstimator = "k1") -> jax.Array:
+def kl(log_probs: Array, ref_log_probs: Array, estimator: KLEstimator = "k1") -> Array:
     """Per-token estimate of KL(policy || reference) in nats from tokens drawn by the policy
     (Schulman 2020, "Approximating KL Divergence", joschu.net/blog/kl-approx.html).
 
@@ -232,7 +237,7 @@ def kl(log_probs: jax.Array, ref_log_probs: jax.Array, estimator: KLEstimator = 
     return jnp.expm1(jnp.minimum(-d, _MAX_LOG_RATIO)) + _tangent(-d) + d
 
 
-def response_mask(tokens: jax.Array, prompt_length: int, eos_id: EosId) -> jax.Array:
+def response_mask(tokens: Array, prompt_length: int, eos_id: EosId) -> Array:
     """1 from column ``prompt_length`` up to and including the first EOS there; to the end if there
     is none.
 
@@ -251,7 +256,7 @@ def response_mask(tokens: jax.Array, prompt_length: int, eos_id: EosId) -> jax.A
     return (in_response & (eos_before == 0)).astype(jnp.int32)
 
 
-def policy_fn(apply_fn: Callable[..., jax.Array], temperature: float | jax.Array = 1.0) -> PolicyFn:
+def policy_fn(apply_fn: Callable[..., Array], temperature: float | Array = 1.0) -> PolicyFn:
     """Makes a PolicyFn of any ``apply_fn(params, tokens, attention_mask, key) -> logits [B, T,
     V]``.
 
@@ -260,7 +265,10 @@ def policy_fn(apply_fn: Callable[..., jax.Array], temperature: float | jax.Array
     """
 
     def apply_policy(
-        params: Any, tokens: jax.Array, attention_mask: jax.Array, key: jax.Array | None
+        params: Any,
+        tokens: Array,
+        attention_mask: Array,
+        key: Array | None,
     ) -> PolicyOutput:
         logits = apply_fn(params, tokens, attention_mask, key)
         log_probs = token_log_probs(logits, tokens, temperature)
@@ -273,7 +281,7 @@ def evaluate(
     policy_fn: PolicyFn,
     params: Params,
     batch: Rollout | Demonstrations,
-    key: jax.Array | None = None,
+    key: Array | None = None,
 ) -> PolicyOutput:
     """The policy's output on the rows of a batch. Raises AssertionError unless its shape is that of
     the tokens, [B, T].
@@ -290,12 +298,14 @@ def by_rows(fn: Callable[..., Any], rows: int | None) -> Callable[..., Any]:
     gradient, applied to at most ``rows`` rows at a time, so that its activations do not grow with
     B. With ``rows`` None it is applied to all rows at once.
 
-    The parts are equal, and row i is in part ``i % parts``, so that each device of a sharded batch
-    has rows in every part.
+    The parts are those of ``split_rows``.
     """
 
     def in_parts(
-        params: Params, tokens: jax.Array, attention_mask: jax.Array, key: None = None
+        params: Params,
+        tokens: Array,
+        attention_mask: Array,
+        key: None = None,
     ) -> Any:
         num_rows = tokens.shape[0]
         parts = -(-num_rows // (rows or num_rows))
@@ -304,22 +314,27 @@ def by_rows(fn: Callable[..., Any], rows: int | None) -> Callable[..., Any]:
         if parts == 1:
             return fn(params, tokens, attention_mask, key)
 
-        def split(x: jax.Array) -> jax.Array:
-            return x.reshape(num_rows // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
-        def join(x: jax.Array) -> jax.Array:
-            return x.swapaxes(0, 1).reshape(num_rows, *x.shape[2:])
-
-        def apply(part: tuple[jax.Array, jax.Array]) -> Any:
+        def apply(part: tuple[Array, Array]) -> Any:
             return fn(params, *part, key)
 
-        outputs = jax.lax.map(apply, (split(tokens), split(attention_mask)))
-        return jax.tree.map(join, outputs)
+        return merge_rows(jax.lax.map(apply, split_rows((tokens, attention_mask), parts)))
 
     return in_parts
 
 
-def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> jax.Array:
+def split_rows(batch: Any, parts: int) -> Any:
+    """Each leaf [B, ...] of a batch as [parts, B / parts, ...]. Row i is in part ``i % parts``, so
+    that each device of a sharded batch has rows in every part.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def merge_rows(parts: Any) -> Any:
+    """The inverse of ``split_rows``: each leaf [parts, B / parts, ...] as [B, ...]."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+
+def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> Array:
     """Log-probability, in nats, of each response: the sum over its tokens; 0 for a missing one.
 
     Args:
@@ -331,13 +346,14 @@ def response_log_probs(policy_fn: PolicyFn, params: Params, batch: Any) -> jax.A
     """
     arrays = [batch.tokens, batch.attention_mask, batch.response_mask]
     chex.assert_equal_shape(arrays)
-    rows = Demonstrations(*(x.reshape(-1, x.shape[-1]) for x in arrays))
+    flat = [x.reshape(-1, x.shape[-1]) for x in arrays]
+    rows = Demonstrations(*flat)
     output = evaluate(policy_fn, params, rows)
     log_probs = jnp.asarray(output.log_probs, jnp.float32)
     return response_sums(log_probs.reshape(batch.tokens.shape), batch)
 
 
-def response_sums(x: jax.Array, batch: Any) -> jax.Array:
+def response_sums(x: Array, batch: Any) -> Array:
     """Sum of ``x``, of the shape of ``batch.tokens``, over the tokens of each response. The result
     has the shape of `response_log_probs`.
     """

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from rlhf_jax import losses, ops
@@ -27,14 +27,14 @@ from rlhf_jax.types import BoundPolicyFn, Params, PolicyFn, Rollout
 def collect(
     model: CachedModel,
     params: Params,
-    tokens: jax.Array,
-    attention_mask: jax.Array,
-    key: jax.Array,
+    tokens: Array,
+    attention_mask: Array,
+    key: Array,
     *,
     sampling: SamplingConfig,
     policy_fn: PolicyFn,
     ref_fn: BoundPolicyFn | None = None,
-    row_ids: jax.Array | None = None,
+    row_ids: Array | None = None,
     mesh: Mesh | None = None,
 ) -> Rollout:
     """Responses [B, T] to prompts [B, P] with log-probs, values and reference log-probs; no scores
@@ -74,7 +74,7 @@ def rescore(
     """
     inputs = (rollout.tokens, rollout.attention_mask, None)
 
-    def in_response(x: jax.Array) -> jax.Array:
+    def in_response(x: Array) -> Array:
         return jnp.where(rollout.mask, x, 0.0).astype(jnp.float32)
 
     output = policy_fn(params, *inputs)
@@ -94,7 +94,7 @@ def rescore(
     return replace(scored, ref_log_probs=in_response(ref_fn(*inputs).log_probs))
 
 
-def sampler_gap(sampled: Rollout, rescored: Rollout) -> jax.Array:
+def sampler_gap(sampled: Rollout, rescored: Rollout) -> Array:
     """The largest ``|log-prob difference|`` [] over response tokens, in nats; 0 if there are none.
 
     More than rounding (about 1e-5 in float32, 1e-1 in bfloat16) means that sampler and policy
@@ -104,7 +104,7 @@ def sampler_gap(sampled: Rollout, rescored: Rollout) -> jax.Array:
     return jnp.max(jnp.where(sampled.mask, gap, 0.0), initial=0.0)
 
 
-def truncated_share(rollout: Rollout, importance_cap: float) -> jax.Array:
+def truncated_share(rollout: Rollout, importance_cap: float) -> Array:
     """The share [] of response tokens whose importance weight reached the cap given to
     ``rescore``, or was masked beyond it; 0 if there are no response tokens.
     """

@@ -66,13 +66,9 @@ class SamplingConfig:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens that end a response; empty if none does."""
-        return (
-            ()
-            if self.eos_id is None
-            else self.eos_id
-            if isinstance(self.eos_id, tuple)
-            else (self.eos_id,)
-        )
+        if self.eos_id is None:
+            return ()
+        return self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
 
 
 class CachedModel(Protocol):
@@ -277,8 +273,8 @@ def _check_left_padded(attention_mask: jax.Array) -> None:
     wrong = np.flatnonzero(mask.any(axis=1) & ~mask[:, -1])
     if len(wrong):
         raise ValueError(
-            f"prompts must be padded on the left: row {wrong[0]} of attention_mask is 0 in the last "
-            f"column, and so are {len(wrong) - 1} other rows"
+            f"prompts must be padded on the left: row {wrong[0]} of attention_mask is 0 in the "
+            f"last column, and so are {len(wrong) - 1} other rows"
         )
 
 
@@ -410,7 +406,8 @@ def truncate(logits: jax.Array, top_k: int | None = None, top_p: float | None = 
         last = jnp.take_along_axis(ranked, count - 1, axis=-1)
         # Of the tokens that tie with the last one as many stay as there is room for, the lowest ids
         # first.
-        above, equal = logits > last, logits == last
+        above = logits > last
+        equal = logits == last
         room = count - jnp.sum(above, axis=-1, keepdims=True)
         logits = jnp.where(above | (equal & (jnp.cumsum(equal, axis=-1) <= room)), logits, -jnp.inf)
     return logits

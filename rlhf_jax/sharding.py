@@ -56,9 +56,8 @@ def rows(mesh: Mesh) -> NamedSharding:
 
     Also for ``minibatch_sharding``.
     """
-    return NamedSharding(
-        mesh, PartitionSpec(("data", "fsdp") if "fsdp" in mesh.axis_names else "data")
-    )
+    axes = ("data", "fsdp") if "fsdp" in mesh.axis_names else "data"
+    return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def num_parts(mesh: Mesh) -> int:
@@ -161,18 +160,7 @@ def by_path(
                 "PartitionSpec())"
             )
         if not isinstance(spec, PartitionSpec):
-            sizes = zip(spec, leaf.shape[leaf.ndim - len(spec) :], strict=True)
-            cut: list[Any] = [
-                None if axis is None or size % mesh.shape[axis] else axis for axis, size in sizes
-            ]
-            joined = tuple(axis for axis in spec[::-1] if axis is not None and axis not in cut[:-1])
-            if (
-                spec
-                and spec[-1]
-                and leaf.shape[-1] % math.prod(mesh.shape[axis] for axis in joined) == 0
-            ):
-                cut[-1] = joined
-            spec = PartitionSpec(*[None] * (leaf.ndim - len(spec)), *cut)
+            spec = _of_last_axes(spec, leaf.shape, mesh)
         result = NamedSharding(mesh, spec)
         try:
             result.check_compatible_aval(leaf.shape)
@@ -186,13 +174,30 @@ def by_path(
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
+def _of_last_axes(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
+) -> PartitionSpec:
+    """The spec of an array whose last dimensions are cut over these ``axes`` of the mesh where they
+    divide. The last one is cut over the axes that do not divide the others too, if it can be.
+    """
+    num_others = len(shape) - len(axes)
+    cut: list[Any] = []
+    for axis, size in zip(axes, shape[num_others:], strict=True):
+        divides = axis is not None and size % mesh.shape[axis] == 0
+        cut.append(axis if divides else None)
+    left = tuple(axis for axis in axes[::-1] if axis is not None and axis not in cut[:-1])
+    num_left = math.prod(mesh.shape[axis] for axis in left)
+    if axes and axes[-1] and shape[-1] % num_left == 0:
+        cut[-1] = left
+    return PartitionSpec(*[None] * num_others, *cut)
+
+
 def place(x: Any, sharding: NamedSharding) -> jax.Array:
-    """An array on the devices of a sharding; each device takes its part by its place in the mesh."""
+    """An array on the devices of a sharding. Each device takes the part at its mesh position."""
     if jax.process_count() == 1 or not getattr(x, "is_fully_addressable", True):
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(
-            place(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
-        )
+        data = place(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     whole = np.asarray(x)
     return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)

@@ -13,9 +13,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 Params = Any
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Array]
 AxisName = str | tuple[str, ...]
 EosId = int | tuple[int, ...]  # what ends a response: one id, or any of several
 
@@ -28,17 +29,17 @@ class Mean:
     end, so that the mean and its gradient do not depend on how the batch was cut.
     """
 
-    total: jax.Array  # [] float32, weighted sum
-    count: jax.Array  # [] float32, sum of the weights; carries no gradient
+    total: Array  # [] float32, weighted sum
+    count: Array  # [] float32, sum of the weights; carries no gradient
 
     @classmethod
-    def of(cls, x: jax.Array | float) -> "Mean":
+    def of(cls, x: Array | float) -> "Mean":
         """The plain mean of all entries of ``x``; of a scalar, the scalar itself."""
         x = jnp.asarray(x, jnp.float32)
         return cls(jnp.sum(x), jnp.float32(x.size))
 
     @property
-    def value(self) -> jax.Array:
+    def value(self) -> Array:
         """``total / count``; 0 if the count is 0."""
         counted = self.count > 0
         return jnp.where(counted, self.total / jnp.where(counted, self.count, 1.0), 0.0)
@@ -47,7 +48,7 @@ class Mean:
         """The mean over both parts."""
         return Mean(self.total + other.total, self.count + other.count)
 
-    def __rmul__(self, weight: jax.Array | float) -> "Mean":
+    def __rmul__(self, weight: Array | float) -> "Mean":
         """``weight * mean``, as for one of several losses."""
         return Mean(weight * self.total, self.count)
 
@@ -60,7 +61,7 @@ class Mean:
 class Max:
     """A metric that is the largest of its parts, as a Mean is their mean."""
 
-    value: jax.Array  # []
+    value: Array  # []
 
     def __add__(self, other: "Max") -> "Max":
         """The larger of both."""
@@ -80,7 +81,7 @@ Loss = Mean | tuple[Mean, ...]
 class TrainState:
     """The state that an update changes: only arrays, so that it can be checkpointed and donated."""
 
-    step: jax.Array  # [] int32, optimizer steps taken
+    step: Array  # [] int32, optimizer steps taken
     params: Params
     opt_state: optax.OptState
 
@@ -93,15 +94,15 @@ class TrainState:
 class _Rows:
     """Rows of a prompt and a response."""
 
-    response_mask: jax.Array
+    response_mask: Array
 
     @property
-    def mask(self) -> jax.Array:
+    def mask(self) -> Array:
         """[B, T] bool: the tokens of the response."""
         return self.response_mask != 0
 
     @property
-    def present(self) -> jax.Array:
+    def present(self) -> Array:
         """[B] bool: the rows with a response; the other rows count in no loss and no metric."""
         return self.mask.any(axis=1)
 
@@ -112,26 +113,26 @@ class Rollout(_Rows):
     computed yet is None.
     """
 
-    tokens: jax.Array  # [B, T] int32: left-padded prompt, then the response, then pads
-    attention_mask: jax.Array
+    tokens: Array  # [B, T] int32: left-padded prompt, then the response, then pads
+    attention_mask: Array
     """[B, T]: 1 on real tokens. Packed documents are numbered 1, 2, ...; each reads only itself."""
-    response_mask: jax.Array
+    response_mask: Array
     """[B, T]: 1 on the policy's tokens, EOS included. It may have holes. Empty: a missing row."""
-    log_probs: jax.Array
+    log_probs: Array
     """[B, T]: log p(tokens[:, t] | before) of the policy that sampled; 0 outside the response."""
-    row_ids: jax.Array | None = None  # [B] data row of the prompt
-    scores: jax.Array | None = None  # [B] from the reward function, before any penalty
-    ref_log_probs: jax.Array | None = None  # [B, T]
-    values: jax.Array | None = None
+    row_ids: Array | None = None  # [B] data row of the prompt
+    scores: Array | None = None  # [B] from the reward function, before any penalty
+    ref_log_probs: Array | None = None  # [B, T]
+    values: Array | None = None
     """[B, T]: V of the state before tokens[:, t] (the value head at t - 1)."""
-    rewards: jax.Array | None = None  # [B, T]
-    advantages: jax.Array | None = None  # [B, T]
-    returns: jax.Array | None = None  # [B, T]
-    importance_weights: jax.Array | None = None
+    rewards: Array | None = None  # [B, T]
+    advantages: Array | None = None  # [B, T]
+    returns: Array | None = None  # [B, T]
+    importance_weights: Array | None = None
     """[B, T]: factor of each token's policy loss; 0 outside the response."""
     prompt_length: int | None = flax.struct.field(pytree_node=False, default=None, kw_only=True)
     """P."""
-    greedy_rewards: jax.Array | None = None
+    greedy_rewards: Array | None = None
     """[B]: reward of the policy's greedy response to the same prompt, without KL."""
 
 
@@ -144,15 +145,15 @@ class Comparisons:
     numbers the answers, and all other fields have an axis C after B.
     """
 
-    tokens: jax.Array  # [B, K, T] int32
-    attention_mask: jax.Array  # [B, K, T]
-    response_mask: jax.Array  # [B, K, T]
-    best: jax.Array | None = None  # [B] int32, the human's choice; None means 0: (chosen, rejected)
-    targets: jax.Array | None = None  # [B, K] for regression (K = 1 usual)
-    margin: jax.Array | None = None  # [B]
-    weight: jax.Array | None = None  # [B]; [B, M] for an ensemble of M members
-    ref_log_probs: jax.Array | None = None  # [B, K] summed over the response (DPO)
-    documents: jax.Array | None = None
+    tokens: Array  # [B, K, T] int32
+    attention_mask: Array  # [B, K, T]
+    response_mask: Array  # [B, K, T]
+    best: Array | None = None  # [B] int32, the human's choice; None means 0: (chosen, rejected)
+    targets: Array | None = None  # [B, K] for regression (K = 1 usual)
+    margin: Array | None = None  # [B]
+    weight: Array | None = None  # [B]; [B, M] for an ensemble of M members
+    ref_log_probs: Array | None = None  # [B, K] summed over the response (DPO)
+    documents: Array | None = None
     """[B, C, K] int32, only when packed: the number of each answer in attention_mask."""
 
 
@@ -160,44 +161,44 @@ class Comparisons:
 class Demonstrations(_Rows):
     """Texts to imitate: a prompt and a response in each row. The loss covers only the response."""
 
-    tokens: jax.Array  # [B, T] int32
-    attention_mask: jax.Array  # [B, T]; packed documents are numbered 1, 2, ...
-    response_mask: jax.Array  # [B, T]; an empty row is missing
+    tokens: Array  # [B, T] int32
+    attention_mask: Array  # [B, T]; packed documents are numbered 1, 2, ...
+    response_mask: Array  # [B, T]; an empty row is missing
 
 
 @flax.struct.dataclass
 class Feedback(Demonstrations):
     """Single answers, each with a label: desirable or not."""
 
-    desirable: jax.Array  # [B] bool
-    weight: jax.Array | None = None  # [B]
-    ref_log_probs: jax.Array | None = None  # [B] summed over the response
+    desirable: Array  # [B] bool
+    weight: Array | None = None  # [B]
+    ref_log_probs: Array | None = None  # [B] summed over the response
     mismatched: "Feedback | None" = None
     """Each row's prompt with the next row's response, for KTO's reference point."""
-    reference_point: jax.Array | None = None  # [B] nats, the same number in each row
+    reference_point: Array | None = None  # [B] nats, the same number in each row
 
 
 class PolicyOutput(NamedTuple):
     """Per-token results of one forward pass, [B, T] float32 each; column 0 is 0."""
 
-    log_probs: jax.Array
-    entropy: jax.Array
-    values: jax.Array | None = None
+    log_probs: Array
+    entropy: Array
+    values: Array | None = None
 
 
-PolicyFn = Callable[[Params, jax.Array, jax.Array, jax.Array | None], PolicyOutput]
+PolicyFn = Callable[[Params, Array, Array, Array | None], PolicyOutput]
 """Any language model as the algorithms see it: a function of (params, tokens, attention_mask, key).
 ``key=None`` turns dropout off, as RL, DPO and all scoring do."""
 
-BoundPolicyFn = Callable[[jax.Array, jax.Array, jax.Array | None], PolicyOutput]
+BoundPolicyFn = Callable[[Array, Array, Array | None], PolicyOutput]
 """A policy that carries its parameters (``jax.tree_util.Partial(policy_fn, params)``), such as the
 reference: a function of (tokens, attention_mask, key)."""
 
-ScoreFn = Callable[[Params, jax.Array, jax.Array, jax.Array | None], jax.Array]
+ScoreFn = Callable[[Params, Array, Array, Array | None], Array]
 """Any model that gives a text one number: of (params, tokens, attention_mask, key) it returns [B].
 """
 
-Scores = tuple[jax.Array, dict[str, jax.Array]]
+Scores = tuple[Array, dict[str, Array]]
 RewardFn = Callable[[Rollout], Scores]
 """A jittable reward: (scores [B] or dense rewards [B, T], {name of a part: [B]}). No parts: an
 empty dict.
@@ -232,7 +233,11 @@ class Algorithm(Protocol):
     """Weight of the KL penalty in the reward where a run sets none; 0 for no penalty."""
 
     def prepare(
-        self, rollout: Rollout, *, config: Any, axis_name: AxisName | None = None
+        self,
+        rollout: Rollout,
+        *,
+        config: Any,
+        axis_name: AxisName | None = None,
     ) -> Rollout:
         """The rollout with ``advantages`` [B, T] (and ``returns``), from its rewards or scores."""
 
@@ -240,7 +245,7 @@ class Algorithm(Protocol):
         self,
         params: Params,
         rollout: Rollout,
-        key: jax.Array | None,
+        key: Array | None,
         *,
         policy_fn: PolicyFn,
         config: Any,
@@ -253,7 +258,7 @@ class Algorithm(Protocol):
         self,
         state: Any,
         rollout: Rollout,
-        key: jax.Array,
+        key: Array,
         *,
         policy_fn: PolicyFn,
         optimizer: optax.GradientTransformation,

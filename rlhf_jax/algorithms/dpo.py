@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import chex
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import batch_updater
@@ -68,7 +68,7 @@ def with_reference(batch: Batch, ref_fn: BoundPolicyFn) -> Batch:
 def loss(
     params: Params,
     comparisons: Comparisons,
-    key: jax.Array | None,
+    key: Array | None,
     *,
     policy_fn: PolicyFn,
     config: Config,

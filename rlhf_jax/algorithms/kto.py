@@ -15,6 +15,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms import dpo
@@ -68,7 +69,7 @@ def mismatched(feedback: Feedback) -> Feedback:
     present = jnp.any(mask, axis=1, keepdims=True)
     both = present & jnp.roll(present, -1, axis=0)
 
-    def moved(x: jax.Array) -> jax.Array:
+    def moved(x: Array) -> Array:
         x = jnp.asarray(x)
         taken = jnp.take_along_axis(
             jnp.roll(x, -1, axis=0), theirs, axis=1, mode="fill", fill_value=0
@@ -90,8 +91,12 @@ def with_reference(feedback: Feedback, ref_fn: BoundPolicyFn) -> Feedback:
 
 
 def reference_point(
-    params: Params, feedback: Feedback, *, policy_fn: PolicyFn, axis_name: AxisName | None = None
-) -> jax.Array:
+    params: Params,
+    feedback: Feedback,
+    *,
+    policy_fn: PolicyFn,
+    axis_name: AxisName | None = None,
+) -> Array:
     """z of eq. 8 in nats, the same number in each row [B]: the mean log-ratio of the mismatched
     rows of all devices, at least 0. It is not differentiated.
     """
@@ -110,7 +115,7 @@ def reference_point(
 def loss(
     params: Params,
     feedback: Feedback,
-    key: jax.Array | None,
+    key: Array | None,
     *,
     policy_fn: PolicyFn,
     config: Config,
@@ -171,7 +176,7 @@ _step = batch_updater(loss)
 def update(
     state: TrainState,
     feedback: Feedback,
-    key: jax.Array | None,
+    key: Array | None,
     *,
     policy_fn: PolicyFn,
     **options: Any,

@@ -15,6 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import gradient_step, minibatch_epochs
@@ -134,7 +135,7 @@ class Config(Batching):
             )
 
 
-def field(rollout: Rollout, name: str, hint: str, ndim: int = 2) -> jax.Array:
+def field(rollout: Rollout, name: str, hint: str, ndim: int = 2) -> Array:
     """``rollout.NAME`` [B, T], or [B] with ``ndim`` 1; ValueError if it is None, saying what to do,
     AssertionError if it has another shape."""
     value = getattr(rollout, name)
@@ -146,7 +147,7 @@ def field(rollout: Rollout, name: str, hint: str, ndim: int = 2) -> jax.Array:
     return value
 
 
-def row_rewards(rollout: Rollout) -> jax.Array:
+def row_rewards(rollout: Rollout) -> Array:
     """The reward of each row [B]: the sum of ``rewards`` over its response where they are given,
     else ``scores``.
     """
@@ -163,7 +164,9 @@ def row_rewards(rollout: Rollout) -> jax.Array:
 
 
 def with_group_advantages(
-    rollout: Rollout, group_size: int, estimate: Callable[..., jax.Array]
+    rollout: Rollout,
+    group_size: int,
+    estimate: Callable[..., Array],
 ) -> Rollout:
     """The rollout with one advantage for all response tokens of a row, ``advantages`` [B, T], 0
     elsewhere.
@@ -187,7 +190,7 @@ def with_group_advantages(
     return dataclasses.replace(rollout, advantages=jnp.where(mask, advantage[:, None], 0.0))
 
 
-def reweighed(per_token: jax.Array, rollout: Rollout) -> tuple[jax.Array, Parts]:
+def reweighed(per_token: Array, rollout: Rollout) -> tuple[Array, Parts]:
     """Policy losses of tokens [B, T] times ``rollout.importance_weights``, with the metric
     ``policy/importance_weight_mean`` over response tokens; the losses as they are and no metric if
     there are none.
@@ -228,7 +231,7 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     """
     mask = rollout.mask  # [B, T]
 
-    def mean(per_token: jax.Array) -> Mean:
+    def mean(per_token: Array) -> Mean:
         return losses.aggregate(per_token, mask, config.aggregate, config.length)
 
     # Masked columns get the same numbers on both sides, so that no exponential or square ever sees
@@ -300,7 +303,7 @@ def updater(
     def update_policy(
         state: State,
         rollout: Rollout,
-        key: jax.Array,
+        key: Array,
         *,
         policy_fn: PolicyFn,
         optimizer: optax.GradientTransformation,
@@ -314,7 +317,7 @@ def updater(
         bound = partial(loss, policy_fn=policy_fn, config=config)
         parts = config.num_microbatches
 
-        def step(state: State, minibatch: Rollout, key: jax.Array) -> tuple[State, Metrics]:
+        def step(state: State, minibatch: Rollout, key: Array) -> tuple[State, Metrics]:
             return gradient_step(
                 bound, state, optimizer, batch=minibatch, key=key, num_microbatches=parts, **options
             )

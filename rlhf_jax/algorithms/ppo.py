@@ -10,8 +10,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy
@@ -66,7 +66,12 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = No
 
 
 def loss(
-    params: Params, rollout: Rollout, key: jax.Array | None, *, policy_fn: PolicyFn, config: Config
+    params: Params,
+    rollout: Rollout,
+    key: Array | None,
+    *,
+    policy_fn: PolicyFn,
+    config: Config,
 ) -> tuple[Mean, Parts]:
     """``policy.loss`` + ``value_coef`` * clipped value loss of a prepared rollout, whose metric is
     ``value/loss``.

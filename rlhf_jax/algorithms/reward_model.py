@@ -11,6 +11,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import batch_updater
@@ -33,8 +34,11 @@ class Config:
 
 
 def answer_scores(
-    score_fn: Any, params: Params, comparisons: Comparisons, key: jax.Array | None = None
-) -> jax.Array:
+    score_fn: Any,
+    params: Params,
+    comparisons: Comparisons,
+    key: Array | None = None,
+) -> Array:
     """Scores [B, K] of the answers, by a ScoreFn; of packed ones [B, C, K], by one that takes
     ``documents`` too.
     """
@@ -53,7 +57,7 @@ def answer_scores(
 def loss(
     params: Params,
     comparisons: Comparisons,
-    key: jax.Array | None,
+    key: Array | None,
     *,
     score_fn: ScoreFn,
     config: Config,

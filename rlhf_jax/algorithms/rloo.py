@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import jax
+from jax import Array
 
 from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy
@@ -78,7 +78,12 @@ def prepare(rollout: Rollout, *, config: Config, axis_name: AxisName | None = No
 
 
 def loss(
-    params: Params, rollout: Rollout, key: jax.Array | None, *, policy_fn: PolicyFn, config: Config
+    params: Params,
+    rollout: Rollout,
+    key: Array | None,
+    *,
+    policy_fn: PolicyFn,
+    config: Config,
 ) -> tuple[Mean, Parts]:
     """``policy.loss`` of a prepared rollout. ``key`` is unused: dropout is off in RL."""
     return policy.loss(ops.evaluate(policy_fn, params, rollout), rollout, config)

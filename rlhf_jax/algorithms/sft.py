@@ -7,8 +7,8 @@ response mask has them.
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax import losses, ops
 from rlhf_jax.algorithms.step import batch_updater
@@ -34,7 +34,7 @@ class Config:
 def loss(
     params: Params,
     batch: Demonstrations,
-    key: jax.Array | None,
+    key: Array | None,
     *,
     policy_fn: PolicyFn,
     config: Config,

@@ -233,7 +233,9 @@ def _global_norm(grads: Params) -> Array:
 
 
 def _reduced_once(
-    gradient: Callable[..., Any], sharding: NamedSharding, part_rows: int
+    gradient: Callable[..., Any],
+    sharding: NamedSharding,
+    part_rows: int,
 ) -> Callable[..., Any]:
     """``gradient`` under ``shard_map``, which sums over the devices after the last microbatch.
 
@@ -396,7 +398,10 @@ def _width_index(rows: Any, widths: tuple[int | None, ...]) -> Number:
 
 
 def _narrowed(
-    backward: Callable[[Number, Any], Gradient], width: int | None, number: Number, part: Any
+    backward: Callable[[Number, Any], Gradient],
+    width: int | None,
+    number: Number,
+    part: Any,
 ) -> Gradient:
     """``backward`` of the first ``width`` columns of a part; None: of all."""
     return backward(number, jax.tree.map(lambda x: x[:, :width] if x.ndim == 2 else x, part))
@@ -418,9 +423,7 @@ def _split(batch: Any, num_microbatches: int) -> Any:
         raise ValueError(
             f"num_microbatches={num_microbatches} does not divide the {num_rows} rows of the batch"
         )
-    return jax.tree.map(
-        lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    return ops.split_rows(batch, num_microbatches)
 
 
 def _average(metrics: Metrics) -> Metrics:
@@ -452,7 +455,10 @@ def _num_rows(batch: Any) -> int:
 
 
 def _local_blocks(
-    num_rows: int, num_minibatches: int, shuffle_blocks: int, axis_name: AxisName | None
+    num_rows: int,
+    num_minibatches: int,
+    shuffle_blocks: int,
+    axis_name: AxisName | None,
 ) -> tuple[Array | int, int]:
     """The number of this device's first block, and how many blocks it holds."""
     num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any, Literal
 
 import flax.struct
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax import advantages, losses, ops
 from rlhf_jax.algorithms import policy
@@ -46,7 +46,7 @@ class Config(policy.Batching):
 class State(TrainState):
     """A TrainState with the moving baseline, which starts at 0."""
 
-    baseline: jax.Array = flax.struct.field(
+    baseline: Array = flax.struct.field(
         default_factory=lambda: jnp.zeros((), jnp.float32)
     )  # [] float32
 
@@ -56,7 +56,7 @@ def prepare(
     *,
     config: Config,
     axis_name: AxisName | None = None,
-    baseline: jax.Array | float = 0.0,
+    baseline: Array | float = 0.0,
 ) -> Rollout:
     """The rollout with ``advantages`` [B, T], reward of the row - baseline; as it is if it has
     advantages.
@@ -80,8 +80,11 @@ def prepare(
 
 
 def _moved(
-    rollout: Rollout, baseline: jax.Array | float, config: Config, axis_name: AxisName | None
-) -> tuple[jax.Array, jax.Array]:
+    rollout: Rollout,
+    baseline: Array | float,
+    config: Config,
+    axis_name: AxisName | None,
+) -> tuple[Array, Array]:
     """``advantages.ema_baseline`` of the rows' rewards: the moved baseline [] and the advantages
     [B].
     """
@@ -92,7 +95,12 @@ def _moved(
 
 
 def loss(
-    params: Params, rollout: Rollout, key: jax.Array | None, *, policy_fn: PolicyFn, config: Config
+    params: Params,
+    rollout: Rollout,
+    key: Array | None,
+    *,
+    policy_fn: PolicyFn,
+    config: Config,
 ) -> tuple[Mean, Parts]:
     """Policy-gradient loss - entropy bonus, and the metrics ``policy/loss`` and
     ``objective/entropy`` (nats per row).
@@ -126,7 +134,7 @@ _passes = policy.updater(prepare, loss)
 def update(
     state: policy.State,
     rollout: Rollout,
-    key: jax.Array,
+    key: Array,
     *,
     config: Config,
     axis_name: AxisName | None = None,

@@ -145,7 +145,8 @@ def narrowed(data: EncodedPrompts, rows: np.ndarray, multiple: int) -> EncodedPr
     """The prompts without the columns that the given rows do not need; other rows may lose their
     start.
     """
-    width = prompt_width(data.attention_mask[rows], multiple)
+    mask = data.attention_mask[rows]
+    width = prompt_width(mask, multiple)
     return dataclasses.replace(
         data,
         tokens=data.tokens[:, -width:],
@@ -223,7 +224,10 @@ def packed_comparisons(
 
 
 def packing(
-    data: EncodedTexts, rows: np.ndarray, plan: Plan, multiple: int
+    data: EncodedTexts,
+    rows: np.ndarray,
+    plan: Plan,
+    multiple: int,
 ) -> tuple[Plan, int, int, float, float]:
     """How to pack the training ``rows`` of a plan.
 
@@ -245,7 +249,8 @@ def packing(
         padded = rows[_present(plan.rows(step))]
         padded_columns += width_of(data, padded, plan.bucket_multiple)
         packed = rows[_present(mixed.rows(step))]
-        needed.append(1 + max(row for _, row, _ in first_fit(totals[packed], width)))
+        last_row = max(row for _, row, _ in first_fit(totals[packed], width))
+        needed.append(1 + last_row)
     multiple *= max(1, max(needed) // (8 * multiple))
     num_tokens = totals[rows].sum()
     before = plan.batch_size * num_answers * padded_columns
@@ -330,8 +335,11 @@ def _padded(
     width = max(width_of(data, rows, bucket_multiple), least)
     texts = []
     for i, row in enumerate(rows):
-        if row != ABSENT:
-            texts += [(row, k, i * num_answers + k, 0, 1) for k in range(num_answers)]
+        if row == ABSENT:
+            continue
+        for answer in range(num_answers):
+            place = i * num_answers + answer
+            texts.append((row, answer, place, 0, 1))
     arrays = _placed(data, texts, (len(rows) * num_answers, width))
     return tuple(array.reshape(len(rows), num_answers, width) for array in arrays)
 
@@ -343,7 +351,10 @@ def width_of(data: EncodedTexts, rows: np.ndarray, bucket_multiple: int) -> int:
 
 
 def _packed(
-    data: EncodedTexts, rows: np.ndarray, width: int, multiple: int
+    data: EncodedTexts,
+    rows: np.ndarray,
+    width: int,
+    multiple: int,
 ) -> tuple[list[Place], np.ndarray]:
     """The place of each text of the given rows, first-fit by rows, and the rows that each packed
     row holds, [N, C], -1 for none. C is the number of rows that fit if they are the shortest of the
@@ -360,9 +371,10 @@ def _packed(
         row = present[i]
         number = np.count_nonzero(held[place] != ABSENT)
         held[place, number] = row
-        for k in range(num_answers):
-            texts.append((row, k, place, start, number * num_answers + k + 1))
-            start += data.lengths[row, k]
+        for answer in range(num_answers):
+            document = number * num_answers + answer + 1
+            texts.append((row, answer, place, start, document))
+            start += data.lengths[row, answer]
     return texts, held
 
 
@@ -376,9 +388,10 @@ def _placed(data: EncodedTexts, texts: Sequence[Place], shape: tuple[int, int]) 
     for row, answer, place, start, number in texts:
         ids = data.tokens[answer][row]
         end = start + len(ids)
+        response_start = start + data.starts[row, answer]
         tokens[place, start:end] = ids
         documents[place, start:end] = number
-        responses[place, start + data.starts[row, answer] : end] = 1
+        responses[place, response_start:end] = 1
     return tokens, documents, responses
 
 

@@ -57,7 +57,12 @@ class ChatTemplate:
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """bos_token and the like, by the template's names."""
 
-    def prompt(self, messages: Sequence[Message], where: str, after: str = "") -> Text:
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        where: str,
+        after: str = "",
+    ) -> Text:
         """The conversation and the opening of the next assistant turn; of it what stands behind the
         text ``after``.
 
@@ -79,7 +84,12 @@ class ChatTemplate:
         self._check_contents(messages, where)
         return tuple(ids)
 
-    def answered(self, messages: Sequence[Message], response: str, where: str) -> list[int]:
+    def answered(
+        self,
+        messages: Sequence[Message],
+        response: str,
+        where: str,
+    ) -> list[int]:
         """Token ids of the conversation with the response as the assistant's next turn, which are
         those of transformers' ``apply_chat_template``; this template has a tokenizer.
 
@@ -369,7 +379,11 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("**",))
 
     def call_binop(
-        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+        self,
+        context: jinja2.runtime.Context,
+        operator: str,
+        left: Any,
+        right: Any,
     ) -> NoReturn:
         raise jinja2.sandbox.SecurityError(f"{operator} is not allowed")
 

@@ -106,7 +106,10 @@ def write(
 
 
 def file_text(
-    name: str, seed: int = 0, size: int | None = None, label_noise: float = LABEL_NOISE
+    name: str,
+    seed: int = 0,
+    size: int | None = None,
+    label_noise: float = LABEL_NOISE,
 ) -> str:
     """The text of one of the `FILES`, of ``size`` rows instead of its own number."""
     default_size, stream = FILES[name]
@@ -125,7 +128,9 @@ def fill(template: str, topic: Topic) -> str:
 
 
 def _demonstrations(
-    n: int, phrasings: dict[str, list[str]], generator: random.Random
+    n: int,
+    phrasings: dict[str, list[str]],
+    generator: random.Random,
 ) -> list[dict[str, Any]]:
     """Rows {prompt, response} of mixed quality; each topic has its due share of every quality."""
     num_topics = sum(map(len, TOPICS.values()))
@@ -144,7 +149,10 @@ def _demonstrations(
 
 
 def _pairs(
-    n: int, phrasings: dict[str, list[str]], generator: random.Random, noise: float
+    n: int,
+    phrasings: dict[str, list[str]],
+    generator: random.Random,
+    noise: float,
 ) -> list[dict[str, Any]]:
     """Rows {prompt, chosen, rejected}: the response with the higher score is chosen, but for the
     noise.
@@ -164,7 +172,9 @@ def _pairs(
 
 
 def _prompts(
-    n: int, phrasings: dict[str, list[str]], generator: random.Random
+    n: int,
+    phrasings: dict[str, list[str]],
+    generator: random.Random,
 ) -> list[dict[str, Any]]:
     """Distinct rows {prompt, category, topic}, the categories in equal parts."""
     by_category = []
@@ -183,7 +193,10 @@ def _prompts(
 
 
 def _response(
-    category: str, topic: Topic, quantile: float, generator: random.Random
+    category: str,
+    topic: Topic,
+    quantile: float,
+    generator: random.Random,
 ) -> tuple[str, float]:
     """A response and its score; ``quantile`` in [0, 1) picks the wording by the weights."""
     for wording in WORDINGS[category]:

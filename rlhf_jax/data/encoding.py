@@ -240,7 +240,9 @@ def encode_prompts(
 
 
 def left_padded(
-    ids: Sequence[Sequence[int]], width: int, pad_id: int
+    ids: Sequence[Sequence[int]],
+    width: int,
+    pad_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and attention_mask [N, width] int32 of N prompts."""
     mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in ids], np.int32)
@@ -302,7 +304,10 @@ def _shown(row: Row, frame: str, tokenizer: Tokenizer) -> str:
 
 
 def answered_ids(
-    messages: Sequence[Message], response: str, tokenizer: Tokenizer, where: str
+    messages: Sequence[Message],
+    response: str,
+    tokenizer: Tokenizer,
+    where: str,
 ) -> list[int]:
     """Ids of a conversation and its response, both texts, as a model reads them that knows nothing
     of the run: by the chat template of its folder.

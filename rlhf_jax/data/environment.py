@@ -68,7 +68,10 @@ def function_of(source: Source, setting: str) -> Reply:
 
 
 def load_environment(
-    fn: Reply, tokenizer: Tokenizer, slots: int, max_turns: int | None
+    fn: Reply,
+    tokenizer: Tokenizer,
+    slots: int,
+    max_turns: int | None,
 ) -> Environment | None:
     """The environment of a function; None if there is no function. UserError for ``max_turns``
     below 1 or without an environment.
@@ -163,7 +166,10 @@ def converse(
 
 
 def _with_slots(
-    environment: Environment, tokens: np.ndarray, attention_mask: np.ndarray, rows: np.ndarray
+    environment: Environment,
+    tokens: np.ndarray,
+    attention_mask: np.ndarray,
+    rows: np.ndarray,
 ) -> Any:
     """A Rollout of NumPy arrays: the prompts, and R empty slots after them."""
     columns = ((0, 0), (0, environment.slots))
@@ -184,7 +190,12 @@ def _first_messages(row: Row, tokenizer: Tokenizer) -> list[Message]:
     return list(row.messages or [{"role": "user", "content": chat.shown(row, tokenizer)}])
 
 
-def _append_response(batch: Any, sampled: Rollout, i: Any, slots: int) -> tuple[np.ndarray, Any]:
+def _append_response(
+    batch: Any,
+    sampled: Rollout,
+    i: Any,
+    slots: int,
+) -> tuple[np.ndarray, Any]:
     """Puts row i's sampled response after its conversation in the batch; its ids, and the column
     after it.
     """
@@ -198,7 +209,10 @@ def _append_response(batch: Any, sampled: Rollout, i: Any, slots: int) -> tuple[
 
 
 def _ask(
-    environment: Environment, talk: list[Message], row: Any, where: str
+    environment: Environment,
+    talk: list[Message],
+    row: Any,
+    where: str,
 ) -> tuple[list[int] | None, float]:
     """The ids of the reply to a conversation's last response, and the reward of that response. The
     reply is added to the conversation.
@@ -228,7 +242,10 @@ def _ask(
 
 
 def _call(
-    fn: Callable[..., Any], talk: list[Message], row: Any, where: str
+    fn: Callable[..., Any],
+    talk: list[Message],
+    row: Any,
+    where: str,
 ) -> tuple[Message | str | None, float]:
     """The environment's reply and reward, after a check of their types."""
     try:

@@ -90,7 +90,10 @@ def _file(path: Path, name: str, whole_text: bool) -> Source:
 
 
 def parse_text(
-    text: str, name: str, suffix: str = ".json", whole_text: bool = False
+    text: str,
+    name: str,
+    suffix: str = ".json",
+    whole_text: bool = False,
 ) -> tuple[Iterator[Record], str]:
     """The records of a file's text, and the name of its format."""
     if suffix == ".csv":

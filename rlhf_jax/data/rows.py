@@ -191,7 +191,12 @@ def text(record: Record, key: str) -> str:
     return checked(record, repr(key), value, may_be_space=key in ("prompt", "query"))
 
 
-def checked(record: Record, what: str, value: str, may_be_space: bool = True) -> str:
+def checked(
+    record: Record,
+    what: str,
+    value: str,
+    may_be_space: bool = True,
+) -> str:
     """The value itself, if it is not empty and can be written as UTF-8."""
     expect(value if may_be_space else value.strip(), record, f"{what} is empty")
     try:

@@ -152,7 +152,12 @@ def written(cache: Array, new: Array, axis: int, index: Array | int) -> Array:
     return cache.at[(slice(None),) * axis + (places,)].set(new)
 
 
-def implementation(config: TransformerConfig, queries: int, keys: int, drops: bool) -> str:
+def implementation(
+    config: TransformerConfig,
+    queries: int,
+    keys: int,
+    drops: bool,
+) -> str:
     """The name of the implementation that computes attention: ``config.attention``, or for "auto"
     one that fits the shapes and the device.
 
@@ -229,7 +234,13 @@ def _attend(
     return mixed.astype(value.dtype).reshape(shape)
 
 
-def blockwise(query: Array, key: Array, value: Array, seen: Seen, drop: Drop = None) -> Array:
+def blockwise(
+    query: Array,
+    key: Array,
+    value: Array,
+    seen: Seen,
+    drop: Drop = None,
+) -> Array:
     """``attention``, one block of queries after another: memory holds the scores of one block only,
     in the backward pass too.
 

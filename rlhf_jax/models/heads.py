@@ -22,7 +22,12 @@ _CHUNK_LOGITS = 2**20
 HEADS = ("value", "score")  # their keys in a model's parameters
 
 
-def add_head(key: Array, params: Params, kind: str, width: int | None = None) -> Params:
+def add_head(
+    key: Array,
+    params: Params,
+    kind: str,
+    width: int | None = None,
+) -> Params:
     """Adds a scalar head on the final hidden states.
 
     Args:
@@ -60,7 +65,10 @@ def policy_params(params: Params) -> Params:
 
 
 def policy_fn(
-    model: Model, temperature: float = 1.0, prompt_length: int = 0, value_model: Model | None = None
+    model: Model,
+    temperature: float = 1.0,
+    prompt_length: int = 0,
+    value_model: Model | None = None,
 ) -> PolicyFn:
     """Turns a language model into a PolicyFn.
 
@@ -88,7 +96,10 @@ def policy_fn(
     first = max(prompt_length, 1)
 
     def policy(
-        params: Params, tokens: Array, attention_mask: Array, key: Array | None = None
+        params: Params,
+        tokens: Array,
+        attention_mask: Array,
+        key: Array | None = None,
     ) -> PolicyOutput:
         if first > tokens.shape[1]:
             raise ValueError(
@@ -159,7 +170,11 @@ def _scalar(params: Params, kind: str, hidden: Array) -> Array:
 
 
 def _log_probs_and_entropy(
-    model: Model, params: Params, hidden: Array, targets: Array, temperature: float
+    model: Model,
+    params: Params,
+    hidden: Array,
+    targets: Array,
+    temperature: float,
 ) -> tuple[Array, Array]:
     """hidden [B, N, D] and targets [B, N] -> log-probabilities and entropies [B, N], float32."""
 

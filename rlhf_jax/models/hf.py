@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -115,7 +116,11 @@ def load(
 
 
 def save(
-    path: str | os.PathLike[str], model: Model, params: Params, *, file_bytes: int = FILE_BYTES
+    path: str | os.PathLike[str],
+    model: Model,
+    params: Params,
+    *,
+    file_bytes: int = FILE_BYTES,
 ) -> None:
     """Writes a folder that transformers loads with every tensor bit-equal; the same parameters give
     the same bytes.
@@ -188,7 +193,9 @@ def save(
 
 
 def write_tensors(
-    file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
+    file: Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file with the mode that the umask gives; safetensors itself gives it
     mode 0600.
@@ -208,7 +215,12 @@ def write_tensors(
     file.chmod(mode)
 
 
-def read_score(reader: "Reader", width: int, shift: float, dtype: Any = None) -> Params:
+def read_score(
+    reader: "Reader",
+    width: int,
+    shift: float,
+    dtype: Any = None,
+) -> Params:
     """The score head of a classifier of one label: gain 1, bias 0 and the given shift."""
     kernel = reader.read(names.SCORE, (1, width), dtype or jnp.float32)[0]
     scalars = {"bias": 0.0, "gain": 1.0, "shift": shift}
@@ -297,7 +309,12 @@ class Reader:
     The files may name a tensor with or without ``prefix``: a bare body's names have none.
     """
 
-    def __init__(self, folder: Path, prefix: str = "", single: str = WEIGHTS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str = "",
+        single: str = WEIGHTS,
+    ) -> None:
         files = [folder / single] if (folder / single).is_file() else _shards(folder, single)
         self.source = files[0] if len(files) == 1 else folder / INDEX
         self.prefix = prefix
@@ -348,7 +365,7 @@ class Reader:
         self.unread.discard(name.removeprefix(self.prefix))
         return tensor
 
-    def read(self, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def read(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """A tensor of that shape, whole; ``dtype`` None keeps the file's."""
         self.slices(name, shape)
         opened, stored = self.find(name)
@@ -418,7 +435,7 @@ def _read_body(
         raise UserError(f"{reader.source}: missing tensors: {listed(missing)}")
     structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     places = {} if shardings is None else flatten_dict(shardings(unflatten_dict(structs)))
-    leaves: dict[tuple[str, ...], jax.Array] = {}
+    leaves: dict[tuple[str, ...], Array] = {}
     for path, shape in shapes.items():
         stored_shape = family.stored(path, shape)
         stored = [reader.slices(name, stored_shape) for name in tensors[path]]
@@ -432,7 +449,11 @@ def _read_body(
 
 
 def _part(
-    stored: list[Any], path: Any, is_transposed: bool, dtype: Any, index: tuple[slice, ...]
+    stored: list[Any],
+    path: Any,
+    is_transposed: bool,
+    dtype: Any,
+    index: tuple[slice, ...],
 ) -> np.ndarray:
     """A part of a leaf. The layers of a stacked leaf are in several tensors, and a kernel may be
     stored transposed.

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 
 from rlhf_jax.models.heads import HEADS
 from rlhf_jax.models.peft import read_adapter as load
@@ -26,7 +27,7 @@ __all__ = ["HEADS", "attach", "bind", "init", "load", "merge", "save"]
 
 
 def init(
-    key: jax.Array,
+    key: Array,
     params: Params,
     rank: int,
     match: str = "attn|mlp",
@@ -60,7 +61,7 @@ def init(
     if not chosen:
         places = ", ".join(sorted({"/".join(path[1:-1]) for path in kernels}))
         raise ValueError(f"no kernel's path matches {match!r}; the layers hold {places}")
-    leaves: dict[tuple[str, ...], jax.Array] = {}
+    leaves: dict[tuple[str, ...], Array] = {}
     scale = 1.0 if alpha is None else alpha / rank
     for number, path in enumerate(chosen):
         layers, size_in, out = split_shape(path, kernels[path].shape)

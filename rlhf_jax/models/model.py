@@ -97,7 +97,10 @@ def build(config: ModelConfig) -> Model:
         return logits
 
     def apply(
-        params: Params, tokens: Array, attention_mask: Array | None = None, key: Array | None = None
+        params: Params,
+        tokens: Array,
+        attention_mask: Array | None = None,
+        key: Array | None = None,
     ) -> Array:
         return unembed(params, hidden(params, tokens, attention_mask, key))
 

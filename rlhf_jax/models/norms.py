@@ -1,5 +1,5 @@
-"""Layer norm and RMSNorm with one gradient, which is written out: it reads the input and two numbers
-of each row.
+"""Layer norm and RMSNorm with one gradient, which is written out: it reads the input and two
+numbers of each row.
 """
 
 import functools
@@ -24,7 +24,12 @@ def norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
     return _forward(x, scale, bias, epsilon)[0]
 
 
-def _forward(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple[Array, Saved]:
+def _forward(
+    x: Array,
+    scale: Array,
+    bias: Array | None,
+    epsilon: float,
+) -> tuple[Array, Saved]:
     centred = x.astype(jnp.float32)
     if bias is None:
         mean = None

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import names
@@ -59,7 +59,7 @@ def read_adapter(path: str | os.PathLike[str], params: Params) -> Params:
     """
     folder = find_folder(path)
     config = _read_config(folder / CONFIG)
-    leaves: dict[LeafPath, jax.Array] = {}
+    leaves: dict[LeafPath, Array] = {}
     reader = Reader(folder, PREFIX, WEIGHTS)
     for kernel, leaf in flatten_dict(params).items():
         modules = _modules(params, kernel, leaf.shape)
@@ -83,8 +83,12 @@ def split_shape(path: LeafPath, shape: tuple[int, ...]) -> tuple[Shape, int, Sha
 
 
 def _read_pair(
-    reader: Reader, config: dict[str, Any], modules: list[str], kernel: LeafPath, shape: Shape
-) -> dict[LeafPath, jax.Array]:
+    reader: Reader,
+    config: dict[str, Any],
+    modules: list[str],
+    kernel: LeafPath,
+    shape: Shape,
+) -> dict[LeafPath, Array]:
     """The leaves of one kernel's adapter, which PEFT stores in one module for each layer."""
     layers, size_in, out = split_shape(kernel, shape)
     stored = reader.shape(f"{modules[0]}.lora_A.weight")
@@ -94,7 +98,7 @@ def _read_pair(
             f"{reader.source}: {modules[0]}.lora_A.weight has shape {list(stored)}, so no rank"
         )
 
-    def read(letter: str, shape: Shape) -> jax.Array:
+    def read(letter: str, shape: Shape) -> Array:
         transposed = (math.prod(shape[1:]), shape[0])
         tensors = [f"{module}.lora_{letter}.weight" for module in modules]
         parts = [reader.read(tensor, transposed, jnp.float32).T for tensor in tensors]
@@ -134,7 +138,11 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def write_adapter(
-    path: str | os.PathLike[str], params: Params, adapters: Params, *, base_model: str | None = None
+    path: str | os.PathLike[str],
+    params: Params,
+    adapters: Params,
+    *,
+    base_model: str | None = None,
 ) -> None:
     """Writes a folder that PEFT loads onto the base model's Hugging Face folder.
 

@@ -39,17 +39,20 @@ class Filter:
     def create(cls, words: Iterable[str] = (), patterns: Iterable[str] = ()) -> "Filter":
         """Words and phrases are found as whole words in the ``normalized`` text; patterns (Python's
         syntax) anywhere in the text as it is."""
+        forms = sorted({_word_pattern(word) for word in words})
         # The longest first, so that a phrase is found before the word that it begins with.
-        forms = sorted({_word_pattern(word) for word in words}, key=lambda form: (-len(form), form))
-        return cls(re.compile("|".join(forms)) if forms else None, tuple(map(re.compile, patterns)))
+        either = "|".join(sorted(forms, key=len, reverse=True))
+        return cls(re.compile(either) if forms else None, tuple(map(re.compile, patterns)))
 
     def found(self, text: str) -> Verdict:
         """The first word in the text, and the first pattern that it matches."""
         verdict = {}
-        if self.words is not None and (match := self.words.search(normalized(text))):
-            verdict["words"] = match[0]
-        if pattern := next((pattern for pattern in self.patterns if pattern.search(text)), None):
-            verdict["patterns"] = pattern.pattern
+        word = None if self.words is None else self.words.search(normalized(text))
+        if word:
+            verdict["words"] = word[0]
+        matching = [pattern for pattern in self.patterns if pattern.search(text)]
+        if matching:
+            verdict["patterns"] = matching[0].pattern
         return verdict
 
 
@@ -135,28 +138,28 @@ class Guard:
         """
         if self.filter == Filter():
             return list(rows)
-        texts = [
-            row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt)
-            for row in rows
-        ]
-        judged = [
-            (row, bool(self.filter.found(text))) for row, text in zip(rows, texts, strict=True)
-        ]
-        places = [row.source for row, is_unsafe in judged if is_unsafe]
-        more = [f"and {len(places) - _MOST_PLACES} more"] if len(places) > _MOST_PLACES else []
-        shown, action = "; ".join(places[:_MOST_PLACES] + more), self.settings.prompts
+        action = self.settings.prompts
+        kept = []
+        places = []
+        for row in rows:
+            text = row.prompt if isinstance(row.prompt, str) else tokenizer.decode(row.prompt)
+            if self.filter.found(text):
+                places.append(row.source)
+                if action == "drop":
+                    continue
+                if action == "replace":
+                    row = dataclasses.replace(row, prompt=self.settings.replacement)
+            kept.append(row)
+        num_unsafe = len(places)
+        if num_unsafe > _MOST_PLACES:
+            places[_MOST_PLACES:] = [f"and {num_unsafe - _MOST_PLACES} more"]
         done = {"drop": "dropped", "replace": "replaced", "count": "unsafe, and kept"}[action]
-        logger.info(
-            f"safety: {len(places)} of {len(rows)} prompts {done}" + (f": {shown}" if shown else "")
-        )
-        if action == "drop" and len(places) == len(rows) > 0:
+        counted = f"safety: {num_unsafe} of {len(rows)} prompts {done}"
+        shown = "; ".join(places)
+        logger.info(f"{counted}: {shown}" if shown else counted)
+        if rows and not kept:
             raise UserError(f"safety: all {len(rows)} prompts are unsafe, none is left: {shown}")
-        if action == "replace":
-            return [
-                dataclasses.replace(row, prompt=self.settings.replacement) if bad else row
-                for row, bad in judged
-            ]
-        return [row for row, is_unsafe in judged if not is_unsafe or action == "count"]
+        return kept
 
     def enforce(
         self, sampled: Rollout, scored: Rollout, columns: Columns
@@ -178,31 +181,32 @@ class Guard:
         """
         assert self.tokenizer is not None, "call for_responses first"
         in_response = np.asarray(sampled.response_mask) != 0
-        present = in_response.any(axis=1)
-        verdicts: list[Verdict] = [
-            self.filter.found(self.tokenizer.decode(tokens[mask].tolist())) if mask.any() else {}
-            for tokens, mask in zip(np.asarray(sampled.tokens), in_response, strict=True)
-        ]
+        num_present = max(in_response.any(axis=1).sum(), 1)
+        verdicts: list[Verdict] = []
+        for tokens, mask in zip(np.asarray(sampled.tokens), in_response, strict=True):
+            response = self.tokenizer.decode(tokens[mask].tolist())
+            verdicts.append(self.filter.found(response) if mask.any() else {})
         self._classify(sampled, columns, verdicts)
-        unsafe, settings = np.array([bool(verdict) for verdict in verdicts]), self.settings
-        rules = [rule for rule in ("words", "patterns", "classifier") if getattr(settings, rule)]
-        hits = {"unsafe": unsafe} | {
-            rule: np.array([rule in verdict for verdict in verdicts]) for rule in rules
-        }
-        metrics = {
-            f"safety/{name}": jnp.float32(hit.sum() / max(present.sum(), 1))
-            for name, hit in hits.items()
-        }
+        unsafe = np.array([bool(verdict) for verdict in verdicts])
+        metrics = {"safety/unsafe": jnp.float32(unsafe.sum() / num_present)}
+        for rule in ("words", "patterns", "classifier"):
+            if vars(self.settings)[rule]:
+                hits = sum(rule in verdict for verdict in verdicts)
+                metrics[f"safety/{rule}"] = jnp.float32(hits / num_present)
+        return self._punished(scored, unsafe), metrics, verdicts
+
+    def _punished(self, scored: Rollout, unsafe: np.ndarray) -> Rollout:
+        """The scored rollout after the action, given which rows are unsafe [B]."""
+        settings = self.settings
         host: Any = scored  # whose fields are declared as JAX arrays
         if settings.responses == "penalise":
-            host = host.replace(
-                scores=np.where(unsafe, host.scores - np.float32(settings.penalty), host.scores)
-            )
-        elif settings.responses == "replace":
-            host = host.replace(scores=np.where(unsafe, np.float32(settings.score), host.scores))
-        elif settings.responses == "mask":
-            host = host.replace(response_mask=np.where(unsafe[:, None], 0, host.response_mask))
-        return host, metrics, verdicts
+            lower = host.scores - np.float32(settings.penalty)
+            return host.replace(scores=np.where(unsafe, lower, host.scores))
+        if settings.responses == "replace":
+            return host.replace(scores=np.where(unsafe, np.float32(settings.score), host.scores))
+        if settings.responses == "mask":
+            return host.replace(response_mask=np.where(unsafe[:, None], 0, host.response_mask))
+        return scored
 
     def _classify(self, sampled: Rollout, columns: Columns, verdicts: Sequence[Verdict]) -> None:
         """Adds ``classifier`` to the verdicts of rows whose score is beyond the limits; None is
@@ -214,12 +218,15 @@ class Guard:
             judged: Any = on_host(self.classifier, sampled, columns, "the score")[0]
         except FloatingPointError as error:
             raise FloatingPointError(f"safety.classifier: {error}") from error
-        below, above = self.settings.below, self.settings.above
-        scored = (judged.response_mask != 0).any(axis=1)
-        for verdict, score, has_score in zip(verdicts, judged.scores.tolist(), scored, strict=True):
-            if has_score and below is not None and score < below:
+        below = self.settings.below
+        above = self.settings.above
+        scores = judged.scores.tolist()
+        for verdict, score, is_scored in zip(verdicts, scores, judged.present, strict=True):
+            if not is_scored:
+                continue
+            if below is not None and score < below:
                 verdict["classifier"] = f"score {score:.4g} below {below:g}"
-            elif has_score and above is not None and score > above:
+            elif above is not None and score > above:
                 verdict["classifier"] = f"score {score:.4g} above {above:g}"
 
 

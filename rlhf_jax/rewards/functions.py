@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import chex
-import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.tree_util import Partial
 
 from rlhf_jax import ops
@@ -20,7 +20,7 @@ from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn, Scores
 
 EnsembleMethod = Literal["mean", "min", "uncertainty"]
 
-ENSEMBLES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
+ENSEMBLES: dict[str, Callable[[Array, float], Array]] = {
     "mean": lambda scores, coef: jnp.mean(scores, axis=0),
     "min": lambda scores, coef: jnp.min(scores, axis=0),
     "uncertainty": lambda scores, coef: jnp.mean(scores, axis=0) - coef * jnp.var(scores, axis=0),
@@ -35,9 +35,15 @@ def token_count(token_id: int, cap: float = 100, include_prompt: bool = True) ->
     return Partial(_token_count, token_id, cap, include_prompt)
 
 
-def _token_count(token_id: int, cap: float, include_prompt: bool, rollout: Rollout) -> Scores:
+def _token_count(
+    token_id: int,
+    cap: float,
+    include_prompt: bool,
+    rollout: Rollout,
+) -> Scores:
     mask = jnp.where(include_prompt, rollout.attention_mask, rollout.response_mask)
-    counts = jnp.sum((rollout.tokens == token_id) & (mask != 0), axis=1, dtype=jnp.float32)
+    is_counted = (rollout.tokens == token_id) & (mask != 0)
+    counts = jnp.sum(is_counted, axis=1, dtype=jnp.float32)
     return jnp.minimum(counts, cap), {}
 
 
@@ -49,8 +55,9 @@ def length(target: int = 0) -> Partial:
 
 
 def _length(target: int, rollout: Rollout) -> Scores:
-    tokens = jnp.sum(jnp.asarray(rollout.response_mask) != 0, axis=1, dtype=jnp.float32)
-    return jnp.maximum(tokens - target, 0.0), {}
+    num_tokens = jnp.sum(jnp.asarray(rollout.mask), axis=1, dtype=jnp.float32)
+    excess = num_tokens - target
+    return jnp.maximum(excess, 0.0), {}
 
 
 def from_model(score_fn: ScoreFn, params: Params) -> Partial:
@@ -63,7 +70,8 @@ def from_model(score_fn: ScoreFn, params: Params) -> Partial:
 
 
 def _model_score(score_fn: ScoreFn, params: Params, rollout: Rollout) -> Scores:
-    return score_fn(params, rollout.tokens, rollout.attention_mask, None).astype(jnp.float32), {}
+    scores = score_fn(params, rollout.tokens, rollout.attention_mask, None)
+    return scores.astype(jnp.float32), {}
 
 
 def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float = 1.0) -> Partial:
@@ -87,7 +95,10 @@ def ensemble(fns: Sequence[RewardFn], how: EnsembleMethod = "mean", coef: float 
 
 
 def _ensemble(
-    combine: Callable[..., jax.Array], coef: float, fns: Sequence[RewardFn], rollout: Rollout
+    combine: Callable[..., Array],
+    coef: float,
+    fns: Sequence[RewardFn],
+    rollout: Rollout,
 ) -> Scores:
     scores = jnp.stack([_row_scores(fn, rollout)[0] for fn in fns])  # [members, B]
     return combine(scores, coef), {"uncertainty": jnp.std(scores, axis=0)}
@@ -102,18 +113,19 @@ def weighted(parts: Mapping[str, tuple[RewardFn, float]]) -> Partial:
     """
     if not parts:
         raise ValueError("parts: a weighted sum needs at least one reward function")
-    return Partial(
-        _weighted, {name: (_as_pytree(fn), weight) for name, (fn, weight) in parts.items()}
-    )
+    weighted_parts = {name: (_as_pytree(fn), weight) for name, (fn, weight) in parts.items()}
+    return Partial(_weighted, weighted_parts)
 
 
 def _weighted(parts: dict[str, tuple[RewardFn, float]], rollout: Rollout) -> Scores:
     total = jnp.zeros(jnp.shape(rollout.tokens)[0], jnp.float32)
-    reported: dict[str, jax.Array] = {}
+    reported: dict[str, Array] = {}
     for name, (fn, weight) in parts.items():
         scores, inner = _row_scores(fn, rollout)
         total = total + weight * scores
-        reported |= {name: scores} | {f"{name}/{part}": values for part, values in inner.items()}
+        reported[name] = scores
+        for part, values in inner.items():
+            reported[f"{name}/{part}"] = values
     return total, reported
 
 

@@ -24,7 +24,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Decoder(Protocol):
-    """What a tokenizer must have for rewards that read texts. The text has no pad and no EOS in it."""
+    """What a tokenizer must have for rewards that read texts: a text without pads and EOS."""
 
     def decode(self, ids: list[int], /) -> str: ...
 
@@ -40,7 +40,10 @@ TextScorer = Callable[[Sequence[Any], Sequence[str]], np.ndarray]
 
 
 def on_host(
-    reward: HostReward, rollout: Rollout, columns: Columns, name: str = "the reward"
+    reward: HostReward,
+    rollout: Rollout,
+    columns: Columns,
+    name: str = "the reward",
 ) -> tuple[Rollout, dict[str, np.ndarray]]:
     """Scores a rollout of NumPy or JAX arrays outside jit; errors call it by the ``name``.
 
@@ -195,7 +198,10 @@ def _numbers(
 
 
 def _checked(
-    name: str, scores: HostScores, labels: Sequence[str], present: np.ndarray
+    name: str,
+    scores: HostScores,
+    labels: Sequence[str],
+    present: np.ndarray,
 ) -> list[float | None]:
     is_sequence = isinstance(scores, list | tuple) or (
         isinstance(scores, np.ndarray | jax.Array) and scores.ndim == 1
@@ -220,7 +226,7 @@ def _checked(
 
 
 def _number(entry: Any, expected: str) -> float | None:
-    """A score as a float, True and False as 1 and 0; ``expected`` begins the UserError of others."""
+    """A score as a float; True and False are 1 and 0. ``expected`` begins the UserError."""
     if entry is None:
         return None
     is_scalar = isinstance(entry, Number) or getattr(entry, "shape", None) == ()

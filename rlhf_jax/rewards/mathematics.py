@@ -55,7 +55,7 @@ def verdict(expected: str, response: str) -> float | None:
     answer = _read(response)
     is_equal = _equal(gold, answer)
     if is_equal is None:
-        # SymPy imports modules when it needs them: the first attempt may have spent its calls there.
+        # SymPy imports modules when it needs them: the first attempt may have used up its calls.
         is_equal = _equal(gold, answer)
     return float(is_equal or False)
 
@@ -164,7 +164,12 @@ def _bound_sympy() -> None:
     parse_latex = parser.latex2sympy
     parse_expression = parser.parse_expr
 
-    def power(cls: type, base: Any, exponent: Any, evaluate: bool | None = None) -> Any:
+    def power(
+        cls: type,
+        base: Any,
+        exponent: Any,
+        evaluate: bool | None = None,
+    ) -> Any:
         _check_power(base, exponent)
         return make_power(cls, base, exponent, evaluate)
 
@@ -187,7 +192,7 @@ def _bound_sympy() -> None:
 
 
 def main() -> None:
-    """Answers each line of standard input, a pair [expected, response], by a line with a verdict."""
+    """Answers each line of standard input, a pair [expected, response], with a verdict."""
     logging.disable()
     _bound_sympy()
     for line in sys.stdin:

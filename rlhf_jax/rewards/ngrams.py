@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.tree_util import Partial
 
 from rlhf_jax import ops
@@ -63,13 +64,13 @@ def _diversity(ngram: int, rollout: Rollout) -> Scores:
     return alone / jnp.maximum(_count(new), 1.0), {}
 
 
-def _distinct_ngrams(rollout: Rollout, ngram: int) -> tuple[Sequence[jax.Array], jax.Array]:
+def _distinct_ngrams(rollout: Rollout, ngram: int) -> tuple[Sequence[Array], Array]:
     """The n-grams of each response in sorted order, and where each is the first of its kind [B, T]
     bool.
 
     The n-grams are keys [B, T] each: first 0 for an n-gram and 1 for none, then its tokens.
     """
-    in_response = jnp.asarray(rollout.response_mask) != 0
+    in_response = jnp.asarray(rollout.mask)
     order = jnp.argsort(~in_response, axis=1, stable=True)
     tokens = jnp.take_along_axis(jnp.asarray(rollout.tokens), order, axis=1)
     length = tokens.shape[1]
@@ -82,12 +83,13 @@ def _distinct_ngrams(rollout: Rollout, ngram: int) -> tuple[Sequence[jax.Array],
     return keys, (keys[0] == 0) & _differs(keys)
 
 
-def _count(where: jax.Array) -> jax.Array:
+def _count(where: Array) -> Array:
     """[B, T] bool -> [B] float32."""
     return jnp.sum(where, axis=1, dtype=jnp.float32)
 
 
-def _differs(keys: Sequence[jax.Array]) -> jax.Array:
+def _differs(keys: Sequence[Array]) -> Array:
     """Where a column of [N, L] keys differs from the column before it; always in the first one."""
-    steps = jnp.stack([key[:, 1:] != key[:, :-1] for key in keys])
-    return jnp.pad(jnp.any(steps, axis=0), ((0, 0), (1, 0)), constant_values=True)
+    differs = [key[:, 1:] != key[:, :-1] for key in keys]
+    after_first = jnp.any(jnp.stack(differs), axis=0)
+    return jnp.pad(after_first, ((0, 0), (1, 0)), constant_values=True)

@@ -3,17 +3,17 @@ length.
 """
 
 import chex
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from rlhf_jax import ops
 from rlhf_jax.rewards.functions import length
 from rlhf_jax.types import EosId, Rollout
 
-Scalar = jax.Array | float
+Scalar = Array | float
 
 
-def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k1") -> jax.Array:
+def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k1") -> Array:
     """Rewards per token: the score on the last response token, minus ``kl_coef`` times the KL of
     each token.
 
@@ -28,15 +28,12 @@ def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k
     Returns:
       [B, T] float32, 0 outside the response.
     """
-    present = rollout.response_mask != 0
     if rollout.rewards is not None:
-        chex.assert_equal_shape([rollout.rewards, present])
-        rewards = jnp.where(present, jnp.asarray(rollout.rewards, jnp.float32), 0.0)
+        chex.assert_equal_shape([rollout.rewards, rollout.mask])
+        rewards = ops.masked(rollout.rewards, rollout.mask)
     elif rollout.scores is not None:
-        chex.assert_shape(rollout.scores, present.shape[:1])
-        rewards = jnp.where(
-            _is_last(present), jnp.asarray(rollout.scores, jnp.float32)[:, None], 0.0
-        )
+        chex.assert_shape(rollout.scores, rollout.mask.shape[:1])
+        rewards = ops.masked(rollout.scores[:, None], _is_last(rollout.mask))
     else:
         raise ValueError(
             "rollout: expected scores [B] or rewards [B, T], got neither; call a reward function "
@@ -48,25 +45,25 @@ def kl_shaped(rollout: Rollout, kl_coef: Scalar, estimator: ops.KLEstimator = "k
                 "rollout.ref_log_probs is None: give rollout.collect a ref_fn, or use kl_coef=0.0"
             )
         return rewards
-    log_probs = jnp.where(present, rollout.log_probs, 0.0)
-    return rewards - kl_coef * ops.kl(
-        log_probs, jnp.where(present, rollout.ref_log_probs, 0.0), estimator
-    )
+    log_probs = ops.masked(rollout.log_probs, rollout.mask)
+    ref_log_probs = ops.masked(rollout.ref_log_probs, rollout.mask)
+    return rewards - kl_coef * ops.kl(log_probs, ref_log_probs, estimator)
 
 
-def _is_last(present: jax.Array) -> jax.Array:
+def _is_last(present: Array) -> Array:
     """[B, T] bool: the last response token of each row; none in an empty row."""
-    remaining = jnp.cumsum(present[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
+    backwards = present[:, ::-1]
+    remaining = jnp.cumsum(backwards, axis=1, dtype=jnp.int32)[:, ::-1]
     return present & (remaining == 1)
 
 
 def missing_eos(
     rollout: Rollout,
-    scores: jax.Array,
+    scores: Array,
     eos_id: EosId,
     penalty: float | None = None,
     score: float | None = None,
-) -> jax.Array:
+) -> Array:
     """Scores [B] with a rule for responses whose last token is not EOS. Exactly one of the two is
     given:
 
@@ -84,17 +81,19 @@ def missing_eos(
             f"missing_eos: expected one of penalty and score, got penalty={penalty}, score={score}"
         )
     chex.assert_shape(scores, rollout.tokens.shape[:1])
-    unfinished = jnp.any(
-        _is_last(rollout.response_mask != 0) & ~jnp.isin(rollout.tokens, jnp.asarray(eos_id)),
-        axis=1,
-    )
+    is_eos = jnp.isin(rollout.tokens, jnp.asarray(eos_id))
+    unfinished = jnp.any(_is_last(rollout.mask) & ~is_eos, axis=1)
     scores = jnp.asarray(scores, jnp.float32)
-    return jnp.where(
-        unfinished, jnp.float32(score) if penalty is None else scores - penalty, scores
-    )
+    changed = jnp.float32(score) if penalty is None else scores - penalty
+    return jnp.where(unfinished, changed, scores)
 
 
-def length_penalty(rollout: Rollout, scores: jax.Array, coef: float, target: int = 0) -> jax.Array:
+def length_penalty(
+    rollout: Rollout,
+    scores: Array,
+    coef: float,
+    target: int = 0,
+) -> Array:
     """``scores - coef * length(target)``, [B] float32: each response token beyond ``target`` costs
     ``coef``.
     """
@@ -104,8 +103,13 @@ def length_penalty(rollout: Rollout, scores: jax.Array, coef: float, target: int
 
 
 def overlong_penalty(
-    rollout: Rollout, scores: jax.Array, *, max_length: int, buffer: int, penalty: float
-) -> jax.Array:
+    rollout: Rollout,
+    scores: Array,
+    *,
+    max_length: int,
+    buffer: int,
+    penalty: float,
+) -> Array:
     """Scores [B] less a soft punishment of length (Yu et al. 2025, DAPO, eq. 13, times
     ``penalty``): nothing up to ``max_length - buffer`` response tokens, then evenly more up to
     ``penalty`` at ``max_length`` and beyond.
@@ -123,8 +127,13 @@ def overlong_penalty(
 
 
 def adaptive_kl(
-    kl_coef: Scalar, kl: Scalar, *, target: float, horizon: Scalar, n: Scalar
-) -> jax.Array:
+    kl_coef: Scalar,
+    kl: Scalar,
+    *,
+    target: float,
+    horizon: Scalar,
+    n: Scalar,
+) -> Array:
     """``kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon)`` (Ziegler et al. 2019,
     section 2.2).
 

@@ -32,17 +32,13 @@ def keep_memory() -> None:
     knows no pages of 1 GiB, under a debugger (``sys.gettrace``), and where no file is run. With a
     glibc before 2.35 calls fault their pages all the same.
     """
-    given, off = os.environ.get("GLIBC_TUNABLES"), os.environ.get("RLHF_JAX_KEEP_MEMORY") == "0"
+    given = os.environ.get("GLIBC_TUNABLES")
     if given == TUNABLES:
         del os.environ["GLIBC_TUNABLES"]
-    known = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB").is_dir()
-    if (
-        given is None
-        and not off
-        and known
-        and hasattr(sys.modules["__main__"], "__file__")
-        and not sys.gettrace()
-    ):
+    is_off = os.environ.get("RLHF_JAX_KEEP_MEMORY") == "0"
+    is_known = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB").is_dir()
+    is_script = hasattr(sys.modules["__main__"], "__file__")
+    if given is None and is_known and is_script and not is_off and not sys.gettrace():
         os.environ["GLIBC_TUNABLES"] = TUNABLES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

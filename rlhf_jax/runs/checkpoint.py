@@ -60,7 +60,7 @@ class CheckpointError(TrainingFault):
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
-    """The checkpoints in one folder, a numbered subfolder per step; one process writes at a time."""
+    """The checkpoints in one folder, a numbered subfolder for each step. One process writes."""
 
     def __init__(
         self,
@@ -85,11 +85,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         how, _, self._best_metric = (keep_best or "max:").partition(":")
         if how not in ("max", "min") or (keep_best and not self._best_metric):
             raise ValueError(f"keep_best must be max:METRIC or min:METRIC, got {keep_best!r}")
-        self._keep_last, self._best_sign, self._asynchronous = (
-            keep_last,
-            1 if how == "max" else -1,
-            asynchronous,
-        )
+        self._keep_last = keep_last
+        self._best_sign = 1 if how == "max" else -1
+        self._asynchronous = asynchronous
         self._directory = Path(directory).absolute()
         self._directory.mkdir(parents=True, exist_ok=True)
         _ignore_closed_loops()
@@ -98,12 +96,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self._verbosity = absl.logging.get_verbosity()
         absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs what it is about to raise
         # What is saved is copied here already where it could change.
-        numpy, cut = (
-            ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False),
-            ocp.type_handlers.ArrayHandler(),
-        )
         kinds = ocp.type_handlers.create_type_handler_registry(
-            (np.ndarray, numpy), (jax.Array, cut)
+            (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+            (jax.Array, ocp.type_handlers.ArrayHandler()),
         )
         self._handler = ocp.PyTreeCheckpointHandler(type_handler_registry=kinds)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -138,15 +133,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         scores = {}
         for step in self.steps() if self._best_metric else ():
             with contextlib.suppress(CheckpointError):
-                metric = (
-                    self.record(step)["meta"].get("metrics", {}).get(self._best_metric, math.nan)
-                )
-                scores[step] = self._best_sign * metric
-        return max(
-            (step for step in scores if math.isfinite(scores[step])),
-            key=scores.__getitem__,
-            default=None,
-        )
+                metrics = self.record(step)["meta"].get("metrics", {})
+                metric = metrics.get(self._best_metric, math.nan)
+                if math.isfinite(metric):
+                    scores[step] = self._best_sign * metric
+        return max(scores, key=scores.__getitem__, default=None)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Writes one checkpoint, then deletes those that are no longer to be kept.
@@ -172,17 +163,15 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 f"cannot save step {step} in {self._directory}: step {latest} is there already"
             )
         leaves = _leaves(state)
-        record = json.loads(
-            json.dumps({"meta": meta, "leaves": {name: _describe(x) for name, x in leaves.items()}})
-        )
+        described = {name: _describe(leaf) for name, leaf in leaves.items()}
+        record = json.loads(json.dumps({"meta": meta, "leaves": described}))
         arrays = {name: _stored(leaf) for name, leaf in leaves.items()}
         parts = {name: _parts(array, leaves[name].shape) for name, array in arrays.items()}
         folder = self._directory / f"{step}.orbax-checkpoint-tmp"
         with self._writing(step):
             processes.in_first(lambda: self._make_room(folder / "state"))
-            item = ocp.args.PyTreeSave(
-                {name: array for name, array in arrays.items() if array.size}
-            )
+            filled = {name: array for name, array in arrays.items() if array.size}
+            item = ocp.args.PyTreeSave(filled)
             copied = self._handler.async_save(folder / "state", args=item)
             written = processes.agree(lambda: self._writer.submit(asyncio.run, copied).result())
         self._damaged.clear()
@@ -227,14 +216,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             folder.rename(self._directory / str(step))
 
         with self._writing(step):
-            processes.agree(
-                lambda: [future.result() for future in written]
-            )  # before anything is deleted
+            # Before anything is deleted.
+            processes.agree(lambda: [future.result() for future in written])
             digests = processes.gather(lambda: _digests(record["leaves"], parts))
             processes.in_first(publish)
-        processes.in_first(
-            lambda: self._delete(set(self.steps()[: -self._keep_last]) - {self.best()})
-        )
+        processes.in_first(self._delete_old)
+
+    def _delete_old(self) -> None:
+        """Deletes the steps that are neither among the last nor the best."""
+        old = self.steps()[: -self._keep_last]
+        self._delete(set(old) - {self.best()})
 
     def _delete(self, old: Iterable[int] = ()) -> None:
         """Deletes steps, and what a killed or failed save, or a killed deletion, has left."""
@@ -256,15 +247,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             # TensorStore says these at the end of a long message.
             full = [text for text in map(os.strerror, _FULL) if text in str(error)]
             why = full[0] if full else _first_line(error)
-            last = (
-                "there is no earlier checkpoint"
-                if latest is None
-                else f"the last good checkpoint is step {latest}"
-            )
+            last = "there is no earlier checkpoint"
+            if latest is not None:
+                last = f"the last good checkpoint is step {latest}"
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self._directory} ({why}); "
-                f"{last}. "
-                "Make room if the disk is full, then go on with --resume"
+                f"{last}. Make room if the disk is full, then go on with --resume"
             ) from error
 
     def restore(self, target: T, step: int | None = None) -> tuple[T, dict[str, Any]]:
@@ -285,7 +273,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
           UserError: the checkpoint holds other arrays, shapes or dtypes than ``target``.
         """
         self.wait()
-        steps, errors = self.steps()[::-1] if step is None else [step], list[str]()
+        steps = self.steps()[::-1] if step is None else [step]
+        errors: list[str] = []
         for candidate in steps:
             try:
                 result = processes.agree(functools.partial(self._restore, target, candidate))
@@ -298,35 +287,36 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 self._damaged = {later for later in steps if later > candidate}
                 warnings.warn(
                     f"{'; '.join(errors)}. Going back to step {candidate}: what was done from "
-                    "there to step "
-                    f"{steps[0]} is lost and will be done again",
+                    f"there to step {steps[0]} is lost and will be done again",
                     stacklevel=2,
                 )
             return result
-        lost = (
+        if not errors:
+            raise CheckpointError(f"no checkpoint in {self._directory}")
+        raise CheckpointError(
             f"no good checkpoint is left in {self._directory}: {'; '.join(errors)}. Start again "
             "with --overwrite"
         )
-        raise CheckpointError(lost if errors else f"no checkpoint in {self._directory}")
 
     def _restore(self, target: T, step: int) -> tuple[T, dict[str, Any]]:
         where = f"checkpoint step {step} in {self._directory}"
         if step not in self.steps():
             raise CheckpointError(f"{where} does not exist; there are {self.steps()}")
-        record, leaves = self.record(step), _leaves(target)
+        record = self.record(step)
+        leaves = _leaves(target)
         saved = record["leaves"]
         _compare(saved, leaves, where)
         digests = {
             name: kind.get("parts") or {_at(kind["shape"]): kind["sha256"]}
             for name, kind in saved.items()
         }
-        how = {
-            name: ocp.RestoreArgs(restore_type=np.ndarray)
-            for name, leaf in leaves.items()
-            if leaf.size
-        }
-        own = [name for name in how if _places(leaves[name]) == digests[name].keys()]
-        how |= {name: ocp.ArrayRestoreArgs(sharding=leaves[name].sharding) for name in own}
+        how = {}
+        for name, leaf in leaves.items():
+            if not leaf.size:
+                continue  # Orbax stores no empty array
+            how[name] = ocp.RestoreArgs(restore_type=np.ndarray)
+            if _places(leaf) == digests[name].keys():
+                how[name] = ocp.ArrayRestoreArgs(sharding=leaf.sharding)
         item = ocp.args.PyTreeRestore(how, restore_args=how)
         try:
             arrays = self._handler.restore(self._directory / str(step) / "state", args=item)
@@ -336,14 +326,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise CheckpointError(
                 f"{where} is damaged: its arrays cannot be read ({_first_line(error)})"
             ) from error
-        arrays |= {
-            name: np.zeros(leaf.shape, leaf.dtype)
-            for name, leaf in leaves.items()
-            if name not in how
-        }
-        parts = {
-            name: _parts(arrays[name], leaf.shape, digests[name]) for name, leaf in leaves.items()
-        }
+        parts = {}
+        for name, leaf in leaves.items():
+            if name not in how:
+                arrays[name] = np.zeros(leaf.shape, leaf.dtype)
+            parts[name] = _parts(arrays[name], leaf.shape, digests[name])
         for name, found in _digests(saved, parts).items():
             if any(digests[name][place] != digest for place, digest in found.items()):
                 raise CheckpointError(
@@ -356,9 +343,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """What was saved beside the arrays: their checksums and ``meta``."""
         record = f"checkpoint step {step} in {self._directory} is damaged: its record"
         try:
-            item = json.loads(
-                (self._directory / str(step) / "record" / "metadata").read_text("utf-8")
-            )
+            path = self._directory / str(step) / "record" / "metadata"
+            item = json.loads(path.read_text("utf-8"))
             content = json.loads(item["record"])
             is_whole = hashlib.sha256(item["record"].encode()).hexdigest() == item["sha256"]
         except Exception as error:
@@ -438,7 +424,8 @@ def _at(shape: Sequence[int], index: Iterable[slice] = itertools.repeat(slice(No
     """The place of a part in its array, [start, end] of each axis as JSON; without ``index`` that
     of the whole.
     """
-    return json.dumps([cut.indices(size)[:2] for cut, size in zip(index, shape, strict=False)])
+    ends = [cut.indices(size)[:2] for cut, size in zip(index, shape, strict=False)]
+    return json.dumps(ends)
 
 
 def _places(leaf: Any) -> set[str]:
@@ -459,7 +446,11 @@ def _parts(array: Any, shape: Sequence[int], places: Iterable[str] = ()) -> dict
     """
     if isinstance(array, np.ndarray):
         places = places or [_at(shape)] * processes.is_first()
-        return {place: array[tuple(slice(*ends) for ends in json.loads(place))] for place in places}
+        parts = {}
+        for place in places:
+            index = tuple(slice(*ends) for ends in json.loads(place))
+            parts[place] = array[index]
+        return parts
     shards = [shard for shard in array.addressable_shards if places or shard.replica_id == 0]
     return {_at(shape, shard.index): np.asarray(shard.data) for shard in shards}
 
@@ -479,23 +470,21 @@ def _digests(
 
 
 def _sha256(leaf: dict[str, Any], part: np.ndarray) -> str:
-    digest = hashlib.sha256(json.dumps({key: leaf[key] for key in ("dtype", "shape")}).encode())
-    digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    kind = json.dumps({"dtype": leaf["dtype"], "shape": leaf["shape"]})
+    digest = hashlib.sha256(kind.encode())
+    values = np.ascontiguousarray(part).reshape(-1)
+    digest.update(values.view(np.uint8).data)
     return digest.hexdigest()
 
 
 def _compare(saved: dict[str, Any], target: dict[str, Any], where: str) -> None:
-    described = {path: _describe(leaf) for path, leaf in target.items()}
-    held, wanted = (
-        {p: "{dtype}{shape}".format(**kind) for p, kind in kinds.items()}
-        for kinds in (saved, described)
-    )
+    held = {path: "{dtype}{shape}".format(**kind) for path, kind in saved.items()}
+    wanted = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in target.items()}
     problems = [f"{path} is not in the checkpoint" for path in wanted if path not in held]
     problems += [f"{path} is in the checkpoint alone" for path in held if path not in wanted]
-    both = [path for path in wanted if wanted[path] != held.get(path, wanted[path])]
-    problems += [
-        f"{path} is {held[path]} in the checkpoint, expected {wanted[path]}" for path in both
-    ]
+    for path in wanted:
+        if path in held and held[path] != wanted[path]:
+            problems.append(f"{path} is {held[path]} in the checkpoint, expected {wanted[path]}")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UserError(
@@ -508,12 +497,12 @@ def _place(array: Any, target: Any) -> Any:
     if isinstance(target, (np.ndarray, np.generic)):
         return array
     if _is_key(target):
-        array = jax.random.wrap_key_data(
-            jnp.asarray(array), impl=jax.random.key_impl(jnp.empty((), target.dtype))
-        )
+        impl = jax.random.key_impl(jnp.empty((), target.dtype))
+        array = jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
     is_free = target.sharding is None or (isinstance(target, jax.Array) and not target.committed)
     return jnp.array(array) if is_free else sharding.place(array, target.sharding)
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    line, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {line[:200]}"

@@ -1,4 +1,4 @@
-"""Which accelerators this machine has, whether JAX uses them, and how to install what is missing."""
+"""Which accelerators this machine has, whether JAX uses them, and how to install support."""
 
 import glob
 import mmap

@@ -159,8 +159,8 @@ def refuse_links(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.is_symlink():
             raise UserError(
-                f"{path} is a symbolic link to {os.readlink(path)}, and no link in a run's folder is "
-                "followed; delete it, or put a copy of what it names in its place"
+                f"{path} is a symbolic link to {os.readlink(path)}, and no link in a run's folder "
+                "is followed; delete it, or put a copy of what it names in its place"
             )
 
 
@@ -260,7 +260,8 @@ def replacing(path: Path) -> Iterator[Path]:
       UserError: the path is a symbolic link.
     """
     refuse_links([path])
-    new, former = _unfinished(path), _unfinished(path)
+    new = _unfinished(path)
+    former = _unfinished(path)
     new.mkdir()
     try:
         yield new

@@ -145,7 +145,10 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
           services: also get rows, samples and alerts; closed with the tracker.
           pulse: what speaks while a step runs; None: nobody does, and its clock is real.
         """
-        self._services, self._total, self._label, self._show = services, total, label, show
+        self._services = services
+        self._total = total
+        self._label = label
+        self._show = show
         self._files = [
             RowWriter(path, resume_step) for path in (run.metrics, run.timing, run.samples)
         ]
@@ -190,7 +193,8 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         """Seconds of a step, the mean of the last ten, and what remains; empty before the first."""
         if len(self._ends) < 2 or self._ends[0][0] == self._ends[-1][0]:
             return ""
-        (first, began), (last, ended) = self._ends[0], self._ends[-1]
+        first, began = self._ends[0]
+        last, ended = self._ends[-1]
         seconds = (ended - began) / (last - first)
         left = seconds * (self._total - last)
         return f"{seconds:.3g} s a step, about {duration(left)} left"
@@ -254,18 +258,16 @@ class RowWriter:
         self._writes = processes.is_first()
         if self._writes:
             rows = [] if resume_step is None else json_lines(Path(path))
-            write_atomically(
-                Path(path), "".join(f"{line}\n" for line, row in rows if row["step"] <= resume_step)
-            )
+            kept = [f"{line}\n" for line, row in rows if row["step"] <= resume_step]
+            write_atomically(Path(path), "".join(kept))
         self._file = open_to_append(Path(path if self._writes else os.devnull))
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Appends ``{"step": step, **row}``."""
         if "step" in row:
             raise ValueError(f"a row cannot have a key step of its own: {row}")
-        json_values = json.loads(
-            json.dumps({"step": step, **row}), parse_constant=str
-        )  # NaN becomes "NaN"
+        text = json.dumps({"step": step, **row})
+        json_values = json.loads(text, parse_constant=str)  # NaN becomes "NaN"
         self._file.write(json.dumps(json_values, ensure_ascii=False) + "\n")
         self._file.flush()
 

@@ -18,7 +18,8 @@ from rlhf_jax.errors import UserError, file_errors
 STRINGS = ("NaN", "Infinity", "-Infinity")  # how our files write numbers that JSON lacks
 TEXTS = ("prompt", "response", "chosen", "rejected")  # which a model may fill with "NaN"
 MAX_YAML_BYTES = 1 << 17
-_MAX_DEPTH, _MAX_PARTS = 32, 1_000_000
+_MAX_DEPTH = 32
+_MAX_PARTS = 1_000_000
 _Row = dict[str, Any]
 
 # Shapes of JSON values, see `misfit`.

@@ -32,7 +32,11 @@ class _Client:
     """W&B, or trackio, which has the same interface."""
 
     def __init__(
-        self, name: str, place: Mapping[str, Any], config: Mapping[str, Any], resumed: bool
+        self,
+        name: str,
+        place: Mapping[str, Any],
+        config: Mapping[str, Any],
+        resumed: bool,
     ):
         # How long W&B waits for a server that has gone away; its own defaults outlast the run by
         # hours.
@@ -53,7 +57,12 @@ class _Client:
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
 
-    def samples(self, step: int, columns: list[str], cells: list[list[Any]]) -> None:
+    def samples(
+        self,
+        step: int,
+        columns: list[str],
+        cells: list[list[Any]],
+    ) -> None:
         self._run.log({"samples": self._module.Table(columns=columns, data=cells)}, step=step)
 
     def alert(self, step: int, text: str) -> None:
@@ -65,7 +74,12 @@ class _TensorBoard:
     texts.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int | None):
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        resume_step: int | None,
+    ):
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a metric may be NaN
         module = importlib.import_module("tensorboardX")
         # Readers forget what was written from this step on.
@@ -81,7 +95,12 @@ class _TensorBoard:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def samples(self, step: int, columns: list[str], cells: list[list[Any]]) -> None:
+    def samples(
+        self,
+        step: int,
+        columns: list[str],
+        cells: list[list[Any]],
+    ) -> None:
         lines = []
         for line in (columns, ["---"] * len(columns), *cells):
             escaped = [str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line]
@@ -143,7 +162,10 @@ def check(names: Sequence[str]) -> None:
 
 
 def start(
-    run: Run, names: Sequence[str], config: Mapping[str, Any], resume_step: int | None = None
+    run: Run,
+    names: Sequence[str],
+    config: Mapping[str, Any],
+    resume_step: int | None = None,
 ) -> Services:
     """Opens the services of these names; one that cannot be opened is left out with a warning.
 

@@ -21,7 +21,10 @@ def settings(config: AlgorithmConfig) -> PPOStage:
 
 
 def start(
-    stage: Stage, params: Params, value: str | None, width: int | None = None
+    stage: Stage,
+    params: Params,
+    value: str | None,
+    width: int | None = None,
 ) -> tuple[Trainable, Trainable]:
     """The first parameters of a run, on the devices: the policy's, and those of everything that is
     trained.

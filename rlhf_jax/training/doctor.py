@@ -30,7 +30,7 @@ class Check(NamedTuple):
 
 
 def machine() -> list[Check]:
-    """Versions, devices with their memory, and an accelerator that JAX does not use (not passed)."""
+    """Versions, devices with their memory, and an accelerator that JAX does not use (failed)."""
     versions = [f"Python {platform.python_version()}"]
     for name in (*manifest.PACKAGES, "datasets"):
         versions.append(f"{name} {importlib.metadata.version(name)}")

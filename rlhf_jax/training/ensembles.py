@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import reward_model
@@ -25,7 +26,10 @@ from rlhf_jax.types import Comparisons, Metrics, Params, ScoreFn, TrainState
 
 
 def starts(
-    config: RunConfig, model: models.Model, params: Params, key: jax.Array
+    config: RunConfig,
+    model: models.Model,
+    params: Params,
+    key: Array,
 ) -> list[Trainable]:
     """What each of the ``ensemble_size`` members starts from: its own score head, and without
     ``--model`` its own body.
@@ -61,7 +65,7 @@ def unstack(params: Params) -> list[Params]:
 def update_members(
     state: TrainState,
     batch: Comparisons,
-    key: jax.Array,
+    key: Array,
     *,
     score_fn: ScoreFn,
     optimizer: optax.GradientTransformation,
@@ -84,9 +88,7 @@ def update_members(
     weights = jnp.asarray(batch.weight)
     chex.assert_shape(weights, (len(batch.tokens), ..., num_members))
 
-    def of_member(
-        state: TrainState, weight: jax.Array, member: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def of_member(state: TrainState, weight: Array, member: Array) -> tuple[TrainState, Metrics]:
         own = dataclasses.replace(batch, weight=weight)
         member_key = jax.random.fold_in(key, member)
         return reward_model.update(
@@ -99,7 +101,7 @@ def update_members(
     return state, means | {"nonfinite": jnp.max(metrics["nonfinite"])}
 
 
-def bootstrap(key: jax.Array, num_members: int, num_rows: int) -> np.ndarray:
+def bootstrap(key: Array, num_members: int, num_rows: int) -> np.ndarray:
     """[N, M] int64: how often each member draws each of N rows in N draws with replacement (Efron
     1979).
 

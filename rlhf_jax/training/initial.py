@@ -80,28 +80,26 @@ def check_layout(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError unless the mesh fits the model, of which only config.json is read."""
     if not sharding.is_cut(mesh):
         return
-    where: str = "network"
+    where = "network"
     model: Any = config.network
     if config.model is not None:
-        where, model = config.model, hf.read_config(hf.find_folder(config.model))
-    heads = {
+        where = config.model
+        model = hf.read_config(hf.find_folder(where))
+    of_tensor = {
         "attention heads": model.num_heads,
         "key and value heads": getattr(model, "kv_heads", model.num_heads),
+        "mlp's width": getattr(model, "intermediate_size", None) or 4 * model.hidden_size,
     }
-    width = {"mlp's width": getattr(model, "intermediate_size", None) or 4 * model.hidden_size}
-    for axis, sizes in {
-        "fsdp": {"hidden size": model.hidden_size},
-        "tensor": heads | width,
-    }.items():
-        fitting = [
-            str(n) for n in range(1, mesh.size + 1) if all(size % n == 0 for size in sizes.values())
-        ]
+    for axis, sizes in {"fsdp": {"hidden size": model.hidden_size}, "tensor": of_tensor}.items():
+        parts = mesh.shape[axis]
+        divisor = math.gcd(*sizes.values())
+        fitting = [str(n) for n in range(1, mesh.size + 1) if divisor % n == 0]
         for what, size in sizes.items():
-            if size % mesh.shape[axis]:
-                sentence = (
-                    f"mesh.{axis} {mesh.shape[axis]} does not divide the {what} of {where}, {size}"
+            if size % parts:
+                raise UserError(
+                    f"mesh.{axis} {parts} does not divide the {what} of {where}, {size}; "
+                    f"use {' or '.join(fitting)}"
                 )
-                raise UserError(f"{sentence}; use {' or '.join(fitting)}")
 
 
 def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
@@ -120,13 +118,11 @@ def placement(config: RunConfig) -> Place:
 class Trainable(NamedTuple):
     """The parameters of a run, in two parts."""
 
-    params: (
-        Params  # what is trained, float32, in arrays of its own: everything, or adapters and heads
-    )
+    # What is trained, float32, in arrays of its own: everything, or adapters and heads.
+    params: Params
     base: Params | None = None  # what is not, in its file's dtype; None: everything is trained
-    loaded: Params | None = (
-        None  # where everything is trained, what it started from, in its file's dtype
-    )
+    # Where everything is trained, what it started from, in its file's dtype.
+    loaded: Params | None = None
 
     def bind(self, fn: Any) -> jax.tree_util.Partial:
         """``fn(params, ...)`` as a function of the trained part, which travels through ``jit`` as
@@ -146,18 +142,17 @@ def trainable(settings: LoRA, params: Params, key: jax.Array) -> Trainable:
     Raises:
         UserError: ``lora.match`` matches no kernel.
     """
-    adapters, base = {}, None
-    loaded = {name: part for name, part in params.items() if name not in lora.HEADS}
-    if settings.rank:
-        base = loaded
-        params = {name: part for name, part in params.items() if name in lora.HEADS}
-        try:
-            adapters = lora.init(key, base, settings.rank, settings.match, alpha=settings.alpha)
-        except ValueError as error:
-            raise UserError(f"lora: {error}") from error
     copy = functools.partial(jnp.array, dtype=jnp.float32, copy=True)
-    trained = jax.jit(functools.partial(jax.tree.map, copy))(params)
-    return Trainable({**adapters, **trained}, base, None if settings.rank else loaded)
+    copied = jax.jit(functools.partial(jax.tree.map, copy))
+    body = {name: part for name, part in params.items() if name not in lora.HEADS}
+    if not settings.rank:
+        return Trainable(copied(params), loaded=body)
+    heads = {name: part for name, part in params.items() if name in lora.HEADS}
+    try:
+        adapters = lora.init(key, body, settings.rank, settings.match, alpha=settings.alpha)
+    except ValueError as error:
+        raise UserError(f"lora: {error}") from error
+    return Trainable(adapters | copied(heads), base=body)
 
 
 def stage_rows(
@@ -250,7 +245,8 @@ def language_model(
         UserError: the model or tokenizer cannot be read, the network's sizes do not fit, or
             ``is_policy`` and the model is a reward model.
     """
-    options, place = compute_options(config.compute, num_layers(config)), placement(config)
+    options = compute_options(config.compute, num_layers(config))
+    place = placement(config)
     if config.model is not None:
         loaded = LanguageModel.load(config.model, **options, shardings=place)
         if is_policy and "score" in loaded.params:
@@ -369,8 +365,10 @@ def load_reward_model(
 def compute_options(compute: Compute, layers: int) -> dict[str, Any]:
     """The options of ``models.load`` for a model of so many layers."""
     dtype = "bfloat16" if compute.dtype == "float16" else compute.dtype
-    name, here = compute.attention, (jax.default_backend(), dtype)
-    if {"cudnn": ("gpu", "bfloat16"), "splash": ("tpu", dtype)}.get(name, here) != here:
+    name = compute.attention
+    here = (jax.default_backend(), dtype)
+    wanted = {"cudnn": ("gpu", "bfloat16"), "splash": ("tpu", dtype)}
+    if wanted.get(name, here) != here:
         raise UserError(
             f"compute.attention: {name} does not run on this {' in '.join(here)}; use auto"
         )

@@ -23,7 +23,10 @@ class TooLarge(Exception):
 
 
 def fault(
-    stage: str, held: Mapping[str, Any], sizes: Mapping[str, int], error: Exception
+    stage: str,
+    held: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    error: Exception,
 ) -> TrainingFault:
     """What to raise in place of XLA's error, or of a program that is too large.
 
@@ -74,7 +77,7 @@ def amount(size: float) -> str:
 
 
 def needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a program takes on a device beside its arguments; 0 if its compiler does not say."""
+    """Bytes that a program takes on a device beside its arguments; 0 if they are not known."""
     analysis: Any = compiled.memory_analysis()
     if analysis is None:
         return 0

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from optax.contrib import MuonDimensionNumbers
 
 from rlhf_jax.config import Optimizer
@@ -90,7 +91,7 @@ def _decayed(params: Params) -> Any:
     rank 2 too.
     """
 
-    def decayed(path: tuple[Any, ...], _: jax.Array) -> bool:
+    def decayed(path: tuple[Any, ...], _: Array) -> bool:
         names = [entry.key for entry in path]
         is_matrix = names[-1] in ("kernel", "embedding", "lora_a", "lora_b")
         return is_matrix and names[-2] not in HEADS
@@ -158,7 +159,7 @@ class Judge(NamedTuple):
         changed = {PLATEAU_SCALE: 0.0 * before + scale}
         return optax.tree_utils.tree_set(state, **changed)
 
-    def metrics(self, state: Any) -> dict[str, jax.Array]:
+    def metrics(self, state: Any) -> dict[str, Array]:
         """Under the schedule ``plateau``, the factor that the learning rate had in the step that
         led to this state.
         """

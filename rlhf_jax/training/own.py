@@ -66,7 +66,12 @@ def from_functions(
             columns (``sampling.uncached``).
     """
 
-    def logits(params: Params, tokens: Array, attention_mask: Any = None, key: Any = None) -> Array:
+    def logits(
+        params: Params,
+        tokens: Array,
+        attention_mask: Any = None,
+        key: Any = None,
+    ) -> Array:
         return unembed(params, hidden(params, tokens, attention_mask, key))
 
     def hidden(
@@ -149,7 +154,11 @@ def width(begun: LanguageModel) -> int:
 
 
 def save(
-    policy: LanguageModel, folder: str | Path, *, template: str, config: sampling.SamplingConfig
+    policy: LanguageModel,
+    folder: str | Path,
+    *,
+    template: str,
+    config: sampling.SamplingConfig,
 ) -> None:
     """Writes params.safetensors, whose names are the keys joined by ``/``, the note policy.json,
     and the tokenizer.

@@ -33,7 +33,10 @@ class LoopState:
 
     @classmethod
     def create(
-        cls, train: TrainState, kl_coef: float, reference: Params | None = None
+        cls,
+        train: TrainState,
+        kl_coef: float,
+        reference: Params | None = None,
     ) -> "LoopState":
         """The state before the first iteration."""
         return cls(train=train, kl_coef=jnp.float32(kl_coef), reference=reference)
@@ -179,7 +182,9 @@ def reward(rollout: Rollout, functions: Functions) -> tuple[Rollout, Metrics]:
 
 
 def scored(
-    rollout: Rollout, scores: jax.Array, parts: dict[str, jax.Array]
+    rollout: Rollout,
+    scores: jax.Array,
+    parts: dict[str, jax.Array],
 ) -> tuple[Rollout, Metrics]:
     """Fills ``scores`` [B], and ``rewards`` [B, T] where the scores are dense; scores are then
     their row sums.

@@ -62,7 +62,9 @@ class Programs(NamedTuple):
 
 
 def penalty_of(
-    config: RunConfig, algorithm: Algorithm, algorithm_config: AlgorithmConfig
+    config: RunConfig,
+    algorithm: Algorithm,
+    algorithm_config: AlgorithmConfig,
 ) -> Penalty:
     """The KL penalty; without one, and without a KL in the loss, the run needs no reference."""
     settings = config.rl

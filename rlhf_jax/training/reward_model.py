@@ -111,7 +111,9 @@ def _validation(
 
 
 def _all_normalized(
-    setting: supervised.Setting, score_fn: ScoreFn, members: Mapping[str, Params]
+    setting: supervised.Setting,
+    score_fn: ScoreFn,
+    members: Mapping[str, Params],
 ) -> Mapping[str, Params]:
     """The members with ``_normalized`` scores, where there is a base policy to sample from."""
     if not setting.stage.config.reward_model.normalize_samples:
@@ -155,7 +157,9 @@ def _base_samples(setting: supervised.Setting) -> Rollout:
 
 
 def _normalized(
-    score: Callable[[Params, Comparisons], jax.Array], params: Params, rollout: Rollout
+    score: Callable[[Params, Comparisons], jax.Array],
+    params: Params,
+    rollout: Rollout,
 ) -> Params:
     """Gain and shift that give scores mean 0 and variance 1 over samples of the base policy
     (lm-human-preferences).

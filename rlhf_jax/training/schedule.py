@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 
 from rlhf_jax.data import batches
 from rlhf_jax.data.encoding import EncodedPrompts
@@ -15,7 +16,7 @@ class Batch(NamedTuple):
 
     prompts: EncodedPrompts
     rows: np.ndarray  # [B] of the prompts; -1 is an absent row
-    key: jax.Array
+    key: Array
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Schedule:
     num_prompts: int  # of one sampling
     group_size: int  # responses to each prompt
     samplings: int  # of a step at most; those after the first are for ``rl.dynamic_sampling``
-    order_key: jax.Array
-    rollout_key: jax.Array
+    order_key: Array
+    rollout_key: Array
     multiple: int  # of which the width of a batch is
 
     def rows(self, step: int) -> np.ndarray:
@@ -62,6 +63,11 @@ class Schedule:
         """The places of a step's prompts, as "FILE, line N"."""
         return [self.prompts.rows[row].source for row in self.rows(step).ravel()]
 
-    def _batch(self, prompts: EncodedPrompts, rows: np.ndarray, number: int) -> Batch:
+    def _batch(
+        self,
+        prompts: EncodedPrompts,
+        rows: np.ndarray,
+        number: int,
+    ) -> Batch:
         key = jax.random.fold_in(self.rollout_key, number)
         return Batch(prompts, np.repeat(rows, self.group_size), key)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from rlhf_jax import metrics
 from rlhf_jax.algorithms import reward_model
@@ -21,20 +22,20 @@ from rlhf_jax.types import Comparisons, Params, ScoreFn
 
 def answer_scorer(
     score_fn: ScoreFn, num_members: int = 1
-) -> Callable[[Params, Comparisons], jax.Array]:
+) -> Callable[[Params, Comparisons], Array]:
     """Jitted ``(params, comparisons [B, K, T]) -> scores [B, K]``; of an ensemble's parameters [M,
     ...] the scores [B, K, M]. Arrays of a ``jax.tree_util.Partial`` travel as arguments."""
 
     if not isinstance(score_fn, jax.tree_util.Partial):
         score_fn = jax.tree_util.Partial(score_fn)
-    scorer: Callable[..., jax.Array] = reward_model.answer_scores
+    scorer: Callable[..., Array] = reward_model.answer_scores
     if num_members > 1:
         scorer = jax.vmap(scorer, in_axes=(None, 0, None), out_axes=2)
     return functools.partial(jax.jit(scorer), score_fn)
 
 
 def score_rows(
-    score: Callable[[Comparisons], jax.Array | np.ndarray],
+    score: Callable[[Comparisons], Array | np.ndarray],
     comparisons: EncodedTexts,
     rows: np.ndarray,
     *,
@@ -111,7 +112,9 @@ def length_accuracy(pairs: EncodedTexts, rows: np.ndarray) -> float:
 
 
 def desirable_length_accuracy(
-    feedback: EncodedTexts, train_rows: np.ndarray, rows: np.ndarray
+    feedback: EncodedTexts,
+    train_rows: np.ndarray,
+    rows: np.ndarray,
 ) -> float:
     """The accuracy, over the given rows of single answers, of a judge who calls an answer desirable
     if it is longer than the median of the ``train_rows``; ties count half. Weighted as the rows
@@ -155,7 +158,10 @@ def evenly(num_rows: int, most: int) -> np.ndarray:
 
 
 def samples(
-    comparisons: EncodedTexts, rows: np.ndarray, scores: np.ndarray, tokenizer: Tokenizer
+    comparisons: EncodedTexts,
+    rows: np.ndarray,
+    scores: np.ndarray,
+    tokenizer: Tokenizer,
 ) -> list[dict[str, Any]]:
     """The given rows with their scores [N, K] as texts: for each the best answer and the
     highest-scored other one, or, with targets, every answer. Lengths are response tokens; source
@@ -170,7 +176,8 @@ def samples(
 
     def answer_of(place: int, answer: int) -> tuple[str, float, int]:
         row = rows[place]
-        ids = comparisons.tokens[answer][row][comparisons.starts[row, answer] :]
+        start = comparisons.starts[row, answer]
+        ids = comparisons.tokens[answer][row][start:]
         score = float(scores[place, answer])
         return tokenizer.decode(ids), score, int(lengths[place, answer])
 

@@ -120,12 +120,14 @@ class Stage:
             rows: of a microbatch, over all devices.
             length: the most columns of a row.
         """
-        compute, model = self.config.compute, language_model.model
+        compute = self.config.compute
+        model = language_model.model
         if compute.remat != "auto":
             return self, language_model
-        stored, limit, remat = 0, devices.memory_limit(), False
+        remat = False
         is_ours = hasattr(model.config, "remat")  # and no network that Python gives
         if is_ours and model.config.num_layers >= initial.DEEP:
+            limit = devices.memory_limit()
             stored = memory.stored(model.config, -(-rows // self.num_devices), length)
             remat = memory.wants_remat(stored, limit)
             line = f"compute: scan_layers {compute.scan_layers}, remat {remat}".lower()
@@ -205,20 +207,24 @@ class Stage:
         if jax.process_count() > 1:  # the first process computes alone from here
             base, trained = processes.fetch((start.base, trained))
             start = start._replace(base=base)
-        run, how = self.run, sampling_config(self.config.rl, begun.tokenizer)
+        run = self.run
+        template = self.config.text.template
+        how = sampling_config(self.config.rl, begun.tokenizer)
 
         def write() -> None:
+            saved = [run.model]
             with folder.replacing(run.model) as new:
                 for name, part in trained.items():
                     done = begun._replace(params=start.merged(part))
-                    save(done, new / name, template=self.config.text.template, config=how)
+                    save(done, new / name, template=template, config=how)
             if start.base is not None:
+                saved.append(run.adapter)
                 with folder.replacing(run.adapter) as new:
                     for name, part in trained.items():
                         adapters = jax.device_get(part)
                         base_model = self.config.model
                         models.lora.save(new / name, start.base, adapters, base_model=base_model)
-            logger.info(f"saved {run.model}" + ("" if start.base is None else f", {run.adapter}"))
+            logger.info(f"saved {', '.join(map(str, saved))}")
             try:
                 page.write([run.path], run.report)
                 logger.info(f"saved {run.report}")
@@ -230,11 +236,10 @@ class Stage:
 
 
 def stream(seed: int, stage: str, name: Stream) -> jax.Array:
-    """The key of one named stream: the run's root key, folded with the stage and the stream's name."""
+    """The key of a named stream: the run's root key, folded with the names of stage and stream."""
     root = jax.jit(jax.random.key, static_argnums=0)(seed)
-    return jax.random.fold_in(
-        jax.random.fold_in(root, zlib.crc32(stage.encode())), zlib.crc32(name.encode())
-    )
+    of_stage = jax.random.fold_in(root, zlib.crc32(stage.encode()))
+    return jax.random.fold_in(of_stage, zlib.crc32(name.encode()))
 
 
 def set_up(config: RunConfig) -> RunConfig:
@@ -251,17 +256,14 @@ def set_up(config: RunConfig) -> RunConfig:
     enable_compilation_cache()
     dtype = config.compute.dtype
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
-    device = f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"
-    config = (
-        dataclasses.replace(config, model=model_folder(config.model)) if config.model else config
-    )
+    parts = [f"{jax.default_backend()}: {jax.device_count()} x {jax.devices()[0].device_kind}"]
+    if config.model:
+        config = dataclasses.replace(config, model=model_folder(config.model))
     mesh = initial.mesh_of(config)
-    layout = (
-        ", " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        if sharding.is_cut(mesh)
-        else ""
-    )
-    _say_once(f"{device}{layout}, {used if dtype == 'float16' else dtype}")
+    if sharding.is_cut(mesh):
+        parts.append(" x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
+    parts.append(used if dtype == "float16" else dtype)
+    _say_once(", ".join(parts))
     initial.check_layout(config, mesh)
     return config
 
@@ -397,7 +399,8 @@ def _describe(
     given: Mapping[str, Any],
 ) -> None:
     """Writes or compares what the run is: settings, files and what Python gives to it."""
-    config, run = stage.config, stage.run
+    config = stage.config
+    run = stage.run
     text = _settings(config)
     data = {**fingerprints, **fingerprints_of(config, files)}
     python = {key: objects.describe(value) for key, value in given.items() if value is not None}

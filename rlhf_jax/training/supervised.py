@@ -233,8 +233,7 @@ def policy_task(
     functions = {"policy_fn": start.bind(model_fn), "ref_fn": reference}
     loss_config = validation_config or config
 
-    def prepared(batch: Any, ref_fn: Any) -> Any:
-        return algorithm.with_reference(batch, ref_fn) if config.needs_reference else batch
+    prepared = algorithm.with_reference if config.needs_reference else _unchanged
 
     def update(
         state: TrainState, batch: Any, key: jax.Array, *, policy_fn: Any, ref_fn: Any
@@ -257,21 +256,35 @@ def policy_task(
         )
         return parts
 
-    def validate(state: TrainState) -> Validation:
-        numbers = loop.in_order(setting.held_out, setting.batch_size)
-        parts = [metrics_of(state, setting.batch(rows), **functions) for rows in numbers]
-        metrics = {}
-        for name in parts[0]:
-            pooled = functools.reduce(operator.add, (part[name] for part in parts))
-            _, _, metric = name.partition("/")
-            metrics[f"validation/{metric}"] = float(pooled.value)
-        for name, value in baselines(setting).items():
-            metrics[f"validation/{name}"] = value
-        return Validation(metrics)
-
     create = functools.partial(TrainState.create, optimizer=setting.optimizer)
     jitted = stage.jit_update(update, setting.initial.model.config.num_blocks)
+    of_batch = functools.partial(metrics_of, **functions)
+    validate = functools.partial(_validate, setting, of_batch, baselines)
     return Task(start, create, functools.partial(jitted, **functions), validate, reference)
+
+
+def _unchanged(batch: Any, ref_fn: None) -> Any:
+    """The batch of a method without a reference."""
+    return batch
+
+
+def _validate(
+    setting: Setting,
+    metrics_of: Callable[[TrainState, Any], Parts],
+    baselines: Callable[[Setting], dict[str, float]],
+    state: TrainState,
+) -> Validation:
+    """The metrics of all rows that are held out, as one mean each."""
+    numbers = loop.in_order(setting.held_out, setting.batch_size)
+    parts = [metrics_of(state, setting.batch(rows)) for rows in numbers]
+    metrics = {}
+    for name in parts[0]:
+        pooled = functools.reduce(operator.add, (part[name] for part in parts))
+        _, _, metric = name.partition("/")
+        metrics[f"validation/{metric}"] = float(pooled.value)
+    for name, value in baselines(setting).items():
+        metrics[f"validation/{name}"] = value
+    return Validation(metrics)
 
 
 def _read(config: RunConfig, spec: StageSpec) -> tuple[formats.ReadResult, formats.ReadResult]:

@@ -60,7 +60,12 @@ def _apart(x: Array, num_heads: int) -> Array:
     return x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
 
 
-def attention(query: Array, cache: LayerCache, mask: Array, is_contiguous: bool) -> Array | None:
+def attention(
+    query: Array,
+    cache: LayerCache,
+    mask: Array,
+    is_contiguous: bool,
+) -> Array | None:
     """``attention.attention`` of one query to a cache, by a form for this platform; None if the
     plain formula is to be taken.
 
