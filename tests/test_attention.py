@@ -219,7 +219,8 @@ GEMMA = models.Gemma3TextConfig(
 )
 
 
-@pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_model_computes_the_same_in_blocks(scan_layers, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_SCORES", 40)
     config = replace(GEMMA, scan_layers=scan_layers)

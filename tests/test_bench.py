@@ -102,7 +102,7 @@ def test_hand_written_torch_samples_by_the_softmax():
 
 
 @pytest.mark.parametrize(
-    ("name", "num_blocks"), [("rollout", 5), slow("sft", 2), ("grpo", 2), slow("iteration", 2)]
+    ("name", "num_blocks"), [("rollout", 5), slow("sft", 2), slow("grpo", 2), slow("iteration", 2)]
 )
 def test_a_step_is_compiled_as_in_a_run(name, num_blocks, monkeypatch):
     """Under ``scan_layers``, where all but sampling has two blocks."""

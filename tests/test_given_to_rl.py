@@ -153,6 +153,7 @@ def test_muon_orthogonalizes_each_matrix_by_itself(kind, rank):
     assert matrices == 3 * per_layer[rank > 0]
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_and_a_schedule_goes_on_bit_for_bit(config):
     rate = optax.linear_schedule(0.02, 0.0, 3)
     optimizer = muon(rate, muon_weight_dimension_numbers=muon_dimensions)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from builders import Killed, metric_rows, run_loop
+from builders import Killed, metric_rows, run_loop, slow
 
 from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, parse
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
@@ -161,7 +161,7 @@ def test_step_0_is_on_disk_before_the_first_update(config):
     run_loop(replace(config, checkpoint_async=True), num_steps=1, before_step=look)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), slow(signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_and_saves(config, tmp_path, number, code):
     straight = replace(config, output_dir=str(tmp_path / "straight"))
     before = signal.getsignal(number)

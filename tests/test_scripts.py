@@ -118,21 +118,18 @@ def test_pipeline_hands_each_folder_on_and_passes_over_finished_stages(tmp_path)
     assert (folder / "ppo" / "model" / "model.safetensors").read_bytes() == before
 
 
+@slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--data", "missing.json"], "missing.json"),
-        pytest.param(["--reward"], "--reward", marks=slow),
-        pytest.param(["--reward", "count:the cat"], "tokens", marks=slow),
-        pytest.param(["--rl.max-new-tokens", "200"], "max_new_tokens", marks=slow),
-        pytest.param(["--model", "no/such/folder"], "no/such/folder", marks=slow),
+        (["--reward"], "--reward"),
+        (["--reward", "count:the cat"], "tokens"),
+        (["--rl.max-new-tokens", "200"], "max_new_tokens"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--device", "tpu"], "--device tpu: JAX finds no such device here"),
         pytest.param(
-            ["--device", "tpu"], "--device tpu: JAX finds no such device here", marks=slow
-        ),
-        pytest.param(
-            ["--device", "gpu"],
-            "--device gpu: JAX finds no such device here",
-            marks=[slow, without_gpu],
+            ["--device", "gpu"], "--device gpu: JAX finds no such device here", marks=without_gpu
         ),
     ],
 )

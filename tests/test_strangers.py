@@ -95,7 +95,7 @@ def test_a_stage_of_a_pipeline_may_not_be_a_link(tmp_path, outside):
 
 
 def test_the_report_is_not_written_through_links(tmp_path, outside):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", metrics={"loss": [1.0, 2.0]}, samples={})
     (run / "report.html.tmp").symlink_to(outside)
     page.write([run], run / "report.html")
     assert "<html" in (run / "report.html").read_text("utf-8")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import slow
 
 from rlhf_jax import training, vpg
 from rlhf_jax.config import (
@@ -130,7 +131,7 @@ def test_validation_data_has_the_labels_of_the_training(config, tmp_path):
         training.reward_model.run(config)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [slow("sft"), slow("reward_model"), "dpo", "kto"])
 def test_an_epoch_trains_on_every_training_row_once(stage, config):
     """What the update gets: neither one batch again and again, nor a row that validates."""
     batches = []

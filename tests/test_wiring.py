@@ -369,7 +369,7 @@ def two(prompts, responses):
 """
 
 
-@pytest.mark.parametrize("refresh", [None, 2])
+@pytest.mark.parametrize("refresh", [slow(None), 2])
 def test_reference_judge_and_groups_are_those_of_the_settings(
     refresh, config, tmp_path, monkeypatch
 ):
