@@ -14,9 +14,12 @@ import pytest
 from builders import Killed, metric_rows, run_loop, slow
 
 from rlhf_jax.config import Optimizer, RunConfig, Tokenizer, parse
+from rlhf_jax.data.tokenizers import characters
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.generator import LanguageModel
 from rlhf_jax.runs import checkpoint
 from rlhf_jax.training import loop, memory
+from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.stage import open_stage
 
 
@@ -152,6 +155,21 @@ def test_a_checkpoint_says_where_it_comes_from(config):
     assert meta["seed"] == 7
     assert meta["device"] == "4 x cpu"
     assert meta["config"]["checkpoint_interval"] == 2
+
+
+def test_a_save_that_fails_leaves_the_former_model(config):
+    def full(model, folder, **how):
+        assert former.exists()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open_stage(config, "sft", {}) as stage:
+        former = stage.run.model / "former.txt"
+        former.parent.mkdir()
+        former.write_text("")
+        begun = LanguageModel(None, {}, characters("a"))
+        with pytest.raises(OSError, match="No space left"):
+            stage.finish(begun, Trainable({}), {"": {}}, {}, full)
+    assert former.exists()
 
 
 def test_step_0_is_on_disk_before_the_first_update(config):

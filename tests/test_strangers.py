@@ -150,6 +150,22 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [model]
 
 
+def test_at_no_instant_of_a_swap_is_the_former_folder_gone(tmp_path, monkeypatch):
+    """What a process that is killed there leaves has one of the two, or both."""
+    there = []
+    rename = Path.rename
+
+    def watched(path, target):
+        there.append({file.name for file in tmp_path.rglob("*.txt")})
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    for name in ("first.txt", "second.txt"):
+        with replacing(tmp_path / "model") as new:
+            (new / name).write_text("")
+    assert there == [{"first.txt"}, *[{"first.txt", "second.txt"}] * 2]
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     def full(number):
         raise OSError(errno.ENOSPC, "No space left on device")
