@@ -181,3 +181,23 @@ def test_where_the_plain_formula_reads_the_cache(platform, sizes, monkeypatch):
     mesh = contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(*sizes))
     with mesh:
         assert cache.attention(query, (key, key), jnp.ones((2, 1, 1, 32), bool), True) is None
+
+
+def test_a_kernel_gets_all_rows_of_its_heads_where_fsdp_cuts_these():
+    """As large models are sampled: rows are mapped over "data", "fsdp" and "tensor" cut heads."""
+    mesh = sharding.make_mesh(1, 2, 2)
+    shapes = []
+
+    def kernel(x, rows):
+        shapes.append((x.shape, rows.shape))
+        return x
+
+    def program(x, rows):
+        return fused.on_each_device(kernel, 4, (x,), rows)
+
+    data = jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(
+        program, mesh=mesh, in_specs=data, out_specs=data, axis_names={"data"}, check_vma=False
+    )
+    jax.eval_shape(jax.jit(mapped), jnp.ones((8, 4, 3)), jnp.ones(8))
+    assert shapes == [((8, 1, 3), (8,))]
