@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 
 import hlo
 import jax
@@ -68,6 +69,11 @@ def test_work_counts_kernels_bytes_and_collectives_in_loops():
     update = 32 + 4 + 32
     cut = 4 + 16 + 16
     assert read.bytes == 3 * 256 + 10 * (update + cut) + 256
+
+
+def test_custom_calls_are_counted_by_name():
+    lines = [f'  %x = f32[2] custom-call(), custom_call_target="{name}"' for name in "aab"]
+    assert hlo.custom_calls("\n".join(lines)) == {"a": 2, "b": 1}
 
 
 def test_flops_are_those_of_the_products_times_the_turns_of_their_loops():
@@ -172,6 +178,7 @@ def test_plan_for_a_target_prints_what_its_compiler_says(tmp_path, capsys, monke
     assert "rloo on h200x8, on each device: compiled by its compiler, not run" in text
     for phase in ("sample and score", "learn"):
         assert f"phase '{phase}': " in text
+        assert re.search(rf"compiling the phase '{phase}' for h200x8\ncompiled in \d+ s\n", text)
     assert "of them for each token" in text
     assert "all-gather" in text
     assert "fits in 1.000 GiB" in text
