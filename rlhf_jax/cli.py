@@ -4,6 +4,7 @@ A command's modules are imported when it runs, so that ``rlhf-jax --help`` waits
 nor for JAX.
 """
 
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -11,16 +12,24 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import tyro
 
 import rlhf_jax
 from rlhf_jax.data.rows import Kind, OnBadRow
-from rlhf_jax.errors import Stopped, TrainingFault, UserError, did_you_mean, escaped, logger
+from rlhf_jax.errors import (
+    Stopped,
+    TrainingFault,
+    UserError,
+    did_you_mean,
+    escaped,
+    file_errors,
+    logger,
+)
 from rlhf_jax.runs import allocator
 
 if TYPE_CHECKING:  # it needs JAX
@@ -31,10 +40,12 @@ Files = tyro.conf.Positional[tuple[str, ...]]
 
 
 class _Console(logging.Handler):
-    """Prints messages as they are."""
+    """Prints messages as they are, to ``file`` (None: stdout)."""
+
+    file: TextIO | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        _print(record.getMessage(), flush=True)
+        _print(record.getMessage(), file=self.file, flush=True)
 
 
 def _print(text: object, **how: Any) -> None:
@@ -251,6 +262,45 @@ def evaluate_run(
         page.write([run], page.default_path([run]))
 
 
+def chat_with(
+    run: Positional,
+    config: tyro.conf.OmitArgPrefixes[Annotated[Any, _config_of("inference.chat")]],
+) -> None:
+    """Talk with a model in the terminal; lines from a pipe are answered one by one.
+
+    The answers go to stdout and all else to stderr. /help lists the commands.
+
+    Args:
+        run: the folder of a finished run, or of a model.
+        config: who answers, and how.
+    """
+    from rlhf_jax.inference import chat
+
+    CONSOLE.file = sys.stderr
+    chat.run(run, config, _typed_lines(), _console(chat))
+
+
+def _console(chat: ModuleType) -> Any:
+    return chat.Console(
+        say=lambda text: _print(text, end="", flush=True),
+        note=lambda text: _print(text, file=sys.stderr, flush=True),
+        is_terminal=sys.stdin.isatty(),
+    )
+
+
+def _typed_lines() -> Iterator[str]:
+    """The lines of stdin; on a terminal after a mark, and with its line editor."""
+    if not sys.stdin.isatty():
+        with file_errors("stdin"):
+            yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # which `input` then uses
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
+
+
 def generate_answers(
     run: Positional,
     config: tyro.conf.OmitArgPrefixes[Annotated[Any, _config_of("inference.generate")]],
@@ -440,6 +490,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "evaluate": evaluate_run,
     "generate": generate_answers,
     "verify": verify_run,
+    "chat": chat_with,
     "report": report_runs,
     "export": export_run,
     "data check": check_data,

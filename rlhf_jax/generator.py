@@ -6,7 +6,7 @@ import json
 import operator
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,32 @@ def _sampler(num_layers: int) -> Any:
 def _scorer(model: models.Model) -> Any:
     """``models.score_fn``, compiled once for each model and shape."""
     return jax.jit(models.score_fn(model))
+
+
+class _Stream(NamedTuple):
+    """The programs that sample one token at a time."""
+
+    decoding: Any  # model.for_decoding
+    start: Any
+    step: Any  # (the state after a token, that token); the state before is overwritten
+
+
+@functools.cache
+def _streamer(model: models.Model) -> _Stream:
+    """Compiled once for each config and width of the prompt."""
+
+    def step(
+        params: Params, rows: sampling.Rows, loop: sampling.Loop, config: SamplingConfig
+    ) -> tuple[sampling.Loop, jax.Array]:
+        after = sampling.step(model, params, rows, loop, config=config)
+        return after, jax.lax.dynamic_slice_in_dim(after.tokens, after.column, 1, axis=1)
+
+    how: Any = {
+        "static_argnames": "config",
+        "compiler_options": devices.compiler_options(model.config.num_layers),
+    }
+    start = jax.jit(functools.partial(sampling.start, model), **how)
+    return _Stream(jax.jit(model.for_decoding), start, jax.jit(step, donate_argnums=2, **how))
 
 
 class LanguageModel(NamedTuple):
@@ -279,6 +305,7 @@ class Generator:
         self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
         self._judge: LanguageModel | None = None
         self._reads_texts = False
+        self._decoding: Params | None = None  # the weights as a stream reads them
         positions = min(self.model.config.max_length, max_length or sys.maxsize)
         if reward_model is not None:
             self._judge = LanguageModel.load(reward_model, **compute)
@@ -292,8 +319,8 @@ class Generator:
                 raise UserError(f"{reward_model}: {SINGLE_TURN}")
             if same_tokens:
                 positions = min(positions, self._judge.model.config.max_length)
-        self._room = positions - max_new_tokens
-        if self._room < 1:
+        self.room = positions - max_new_tokens
+        if self.room < 1:
             raise UserError(
                 f"{folder}: max_new_tokens {max_new_tokens} leaves no room for a prompt in "
                 f"{positions}"
@@ -354,7 +381,7 @@ class Generator:
     def sample(self, asked: "Asked", seed: int) -> Rollout:
         """A Rollout of NumPy arrays with the samples of each prompt, one after the other."""
         longest = max(map(len, asked.ids))
-        width = min(-(-longest // _BUCKET) * _BUCKET, self._room)
+        width = min(-(-longest // _BUCKET) * _BUCKET, self.room)
         padded = encoding.left_padded(asked.ids, width, self.tokenizer.pad_id)
         encoded = encoding.EncodedPrompts(*padded, asked.rows, (), {})
         key = jax.random.key(seed)
@@ -389,12 +416,35 @@ class Generator:
         score = functools.partial(_scorer(self._judge.model), self._judge.params)
         return _by_length(score, self.batch_size, rollout.tokens, rollout.attention_mask)
 
+    def stream(self, ids: Sequence[int], seed: int) -> Iterator[int]:
+        """The tokens of ``sample``'s first response to a prompt, each as soon as it is sampled."""
+        programs = _streamer(self.model)
+        if self._decoding is None:
+            self._decoding = programs.decoding(self._policy.params)
+        num_multiples = -(-len(ids) // _BUCKET)
+        width = min(_BUCKET << (num_multiples - 1).bit_length(), self.room)
+        prompt = encoding.left_padded([ids], width, self.tokenizer.pad_id)
+        rows, loop = programs.start(
+            self._policy.params,
+            *prompt,
+            jax.random.key(seed),
+            config=self.config,
+            row_ids=_streams([tuple(ids)]),
+            used=np.zeros(1, np.int32),
+        )
+        for _ in range(self.config.max_new_tokens):
+            loop, sampled = programs.step(self._decoding, rows, loop, config=self.config)
+            token = int(sampled[0, 0])
+            yield token
+            if token in self.config.eos_ids:
+                return
+
     def _check_lengths(self, rows: Sequence[Row], ids: Sequence[list[int]]) -> None:
         for row, own in zip(rows, ids, strict=True):
-            if len(own) > self._room:
+            if len(own) > self.room:
                 prompt = chat.shown(row, self.tokenizer)[:40]
                 raise UserError(
-                    f"{row.source}, {prompt!r}: has {len(own)} tokens, and {self._room} are left "
+                    f"{row.source}, {prompt!r}: has {len(own)} tokens, and {self.room} are left "
                     f"beside max_new_tokens {self.config.max_new_tokens}; shorten one of the two"
                 )
 

@@ -131,7 +131,16 @@ class _Uncached:
         return jax.lax.dynamic_slice_in_dim(logits, index, num_new, axis=1), cache
 
 
-class _Loop(NamedTuple):
+class Rows(NamedTuple):
+    """What no token changes."""
+
+    key_mask: jax.Array  # [B, T]
+    num_real: jax.Array  # [B] tokens of the prompt
+    keys: jax.Array  # [B]
+    used: jax.Array  # [B]
+
+
+class Loop(NamedTuple):
     """What one token changes."""
 
     column: jax.Array  # [] int32, of the last token
@@ -297,6 +306,44 @@ def _sample_rows(
     row_ids: jax.Array,
     used: jax.Array,
 ) -> Rollout:
+    prompt_length = tokens.shape[1]
+    rows, begun = start(
+        model, weights[0], tokens, attention_mask, key, config=config, row_ids=row_ids, used=used
+    )
+    end = jax.lax.while_loop(
+        lambda loop: ~jnp.all(loop.ended),
+        lambda loop: step(model, weights[-1], rows, loop, config=config),
+        begun,
+    )
+    response = jnp.arange(config.max_new_tokens)[None, :] < end.lengths[:, None]
+    response_mask = jnp.pad(response.astype(jnp.int32), ((0, 0), (prompt_length, 0)))
+    prompt_mask = rows.key_mask.at[:, prompt_length:].set(0)
+    return Rollout(
+        tokens=end.tokens,
+        attention_mask=prompt_mask + response_mask,
+        response_mask=response_mask,
+        log_probs=end.log_probs,
+        row_ids=row_ids,
+        prompt_length=prompt_length,
+    )
+
+
+def start(
+    model: CachedModel,
+    params: Params,
+    tokens: jax.Array,
+    attention_mask: jax.Array,
+    key: jax.Array,
+    *,
+    config: SamplingConfig,
+    row_ids: jax.Array,
+    used: jax.Array,
+) -> tuple[Rows, Loop]:
+    """The state before the first token of each response; the arguments are those of ``generate``.
+
+    ``generate`` is ``start`` and then ``step`` until all rows have ended. Who calls them one by one
+    has each token as soon as it is sampled.
+    """
     num_rows, prompt_length = tokens.shape
     response_columns = ((0, 0), (0, config.max_new_tokens))
     prompt_mask = (attention_mask != 0).astype(jnp.int32)
@@ -312,38 +359,9 @@ def _sample_rows(
         # The last prompt column is left to the loop, whose first step needs its logits. These are
         # never read, so the compiler drops the projection to the vocabulary.
         _, cache = model.decode(
-            weights[0], tokens[:, :-1], (counts - prompt_mask)[:, :-1], key_mask, cache, 0
+            params, tokens[:, :-1], (counts - prompt_mask)[:, :-1], key_mask, cache, 0
         )
-
-    # Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in
-    # fewer rounds.
-    write = functools.partial(
-        jax.lax.dynamic_update_slice_in_dim, axis=1, allow_negative_indices=False
-    )
-
-    def step(loop: _Loop) -> _Loop:
-        column = loop.column
-        last = jax.lax.dynamic_slice_in_dim(
-            loop.tokens, column, 1, axis=1, allow_negative_indices=False
-        )  # [B, 1]
-        # An absent row has no real token; its position is kept inside the table.
-        positions = jnp.maximum(num_real + (column + -prompt_length), 0)[:, None]
-        logits, cache = model.decode(weights[-1], last, positions, key_mask, loop.cache, column)
-        slot = used + (column + (1 - prompt_length))
-        sampled, log_probs = _sample(logits[:, 0], keys, slot, config)
-        sampled = jnp.where(loop.ended, config.pad_id, sampled)
-        log_probs = jnp.where(loop.ended, 0.0, log_probs)
-        ended = jnp.isin(sampled, jnp.asarray(config.eos_ids)) | (slot == config.max_new_tokens - 1)
-        return _Loop(
-            column=column + 1,
-            tokens=write(loop.tokens, sampled[:, None], column + 1),
-            log_probs=write(loop.log_probs, log_probs[:, None], column + 1),
-            lengths=loop.lengths + jnp.where(loop.ended, 0, 1),
-            ended=loop.ended | ended,
-            cache=cache,
-        )
-
-    start = _Loop(
+    loop = Loop(
         column=jnp.asarray(prompt_length - 1, jnp.int32),
         tokens=jnp.pad(tokens, response_columns, constant_values=config.pad_id),
         log_probs=jnp.zeros(key_mask.shape, jnp.float32),
@@ -351,16 +369,40 @@ def _sample_rows(
         ended=(num_real == 0) | (used >= config.max_new_tokens),
         cache=cache,
     )
-    end = jax.lax.while_loop(lambda loop: ~jnp.all(loop.ended), step, start)
-    response = jnp.arange(config.max_new_tokens)[None, :] < end.lengths[:, None]
-    response_mask = jnp.pad(response.astype(jnp.int32), ((0, 0), (prompt_length, 0)))
-    return Rollout(
-        tokens=end.tokens,
-        attention_mask=jnp.pad(prompt_mask, response_columns) + response_mask,
-        response_mask=response_mask,
-        log_probs=end.log_probs,
-        row_ids=row_ids,
-        prompt_length=prompt_length,
+    return Rows(key_mask, num_real, keys, used), loop
+
+
+def step(
+    model: CachedModel, params: Params, rows: Rows, loop: Loop, *, config: SamplingConfig
+) -> Loop:
+    """The state after one more token in each row that has not ended; ``params`` may be those of
+    ``model.for_decoding``.
+    """
+    # Columns are sums with constants, and none is negative: XLA simplifies the loop over tokens in
+    # fewer rounds.
+    write = functools.partial(
+        jax.lax.dynamic_update_slice_in_dim, axis=1, allow_negative_indices=False
+    )
+    column = loop.column
+    prompt_length = loop.tokens.shape[1] - config.max_new_tokens
+    last = jax.lax.dynamic_slice_in_dim(
+        loop.tokens, column, 1, axis=1, allow_negative_indices=False
+    )  # [B, 1]
+    # An absent row has no real token; its position is kept inside the table.
+    positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
+    logits, cache = model.decode(params, last, positions, rows.key_mask, loop.cache, column)
+    slot = rows.used + (column + (1 - prompt_length))
+    sampled, log_probs = _sample(logits[:, 0], rows.keys, slot, config)
+    sampled = jnp.where(loop.ended, config.pad_id, sampled)
+    log_probs = jnp.where(loop.ended, 0.0, log_probs)
+    ended = jnp.isin(sampled, jnp.asarray(config.eos_ids)) | (slot == config.max_new_tokens - 1)
+    return Loop(
+        column=column + 1,
+        tokens=write(loop.tokens, sampled[:, None], column + 1),
+        log_probs=write(loop.log_probs, log_probs[:, None], column + 1),
+        lengths=loop.lengths + jnp.where(loop.ended, 0, 1),
+        ended=loop.ended | ended,
+        cache=cache,
     )
 
 

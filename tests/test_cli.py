@@ -34,6 +34,7 @@ NAMES = (
     "evaluate",
     "generate",
     "verify",
+    "chat",
     "report",
     "export",
 )

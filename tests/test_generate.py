@@ -4,12 +4,13 @@ alone.
 
 import json
 
+import asked_runs
 import jax
 import pytest
-import yaml
+from asked_runs import NEW
 
-from rlhf_jax import cli, models, sampling
-from rlhf_jax.data import formats, tokenizers
+from rlhf_jax import cli, sampling
+from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.generator import Generator, LanguageModel
@@ -17,33 +18,11 @@ from rlhf_jax.inference import generate
 
 PROMPTS = ["abc", "d", "a much longer prompt", "abc", "hi", "abcd efgh", "d"]
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who"}]
-NEW = 6
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The run folder of a policy, and that of a reward model; random weights, large enough for texts
-    to differ."""
-    root = tmp_path_factory.mktemp("runs")
-    tokenizer = tokenizers.characters("abcdefghijklmnopqrstuvwxyzUAS :\n")
-    how = sampling.SamplingConfig(NEW, 0.7, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    for seed, (name, max_length) in enumerate({"policy": 90, "reward": 80}.items()):
-        sizes = models.GPT2Config(tokenizer.vocab_size, max_length, 16, 1, 2, initializer_range=0.5)
-        model = models.build(sizes)
-        params = model.init(jax.random.key(seed))
-        embedding = params["wte"]["embedding"]
-        params["wte"]["embedding"] = embedding.at[tokenizer.eos_id].multiply(0.3)  # seldom said
-        if name == "reward":
-            params = models.add_head(jax.random.key(2), params, "score")
-        folder = root / name / "model"
-        LanguageModel(model, params, tokenizer).save(folder, template="{prompt}:", config=how)
-    settings = {
-        "text": {"template": "{prompt}:"},
-        "rl": {"max_new_tokens": NEW, "temperature": 0.7, "top_k": 9, "top_p": None},
-        "reward": [str(root / "reward")],
-    }
-    (root / "policy" / "config.yaml").write_text(yaml.safe_dump(settings))
-    return root
+    return asked_runs.write(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rlhf_jax.models.hf import find_folder, read_json
 
 PAD = "<|pad|>"
 EOS = "<|endoftext|>"
+_NO_CHARACTER = "\ufffd"  # which stands for bytes that are no character, or not yet one
 _NO_LIMIT = int(1e30)  # what transformers writes when a tokenizer has no length limit
 
 
@@ -81,6 +82,22 @@ class Tokenizer:
         """Text of the ids; pad and end-of-text are left out."""
         keep = [i for i in map(int, ids) if i not in (self.pad_id, *self.eos_ids)]
         return self.backend.decode(keep, skip_special_tokens=False)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The pieces of `decode`, as soon as tokens make them: a character comes when all of its
+        bytes are there.
+        """
+        so_far: list[int] = []
+        shown = ""
+        for token in ids:
+            so_far.append(token)
+            text = self.decode(so_far).rstrip(_NO_CHARACTER)
+            if text.startswith(shown) and text != shown:
+                yield text[len(shown) :]
+                shown = text
+        rest = self.decode(so_far)[len(shown) :]
+        if rest:
+            yield rest
 
     @functools.cached_property
     def vocab_size(self) -> int:

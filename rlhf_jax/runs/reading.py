@@ -44,7 +44,14 @@ SETTINGS = {
     "model": OPTIONAL_TEXT,
     "output_dir": OPTIONAL_TEXT,
     "compute": {"dtype": str},
-    "rl": {"kl_target": OPTIONAL_NUMBER, "max_new_tokens": int},
+    "rl": {
+        "kl_target": OPTIONAL_NUMBER,
+        "max_new_tokens": int,
+        "temperature": (float, int),
+        "top_k": (int, None),
+        "top_p": OPTIONAL_NUMBER,
+    },
+    "reward": [str],
     "text": {"template": str},
 }
 EVALUATION = {

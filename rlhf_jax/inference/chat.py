@@ -1,0 +1,248 @@
+"""``rlhf-jax chat``: a conversation with a model, or with two at once.
+
+Each turn the whole conversation is rendered by the model's chat template, and the answer comes
+token by token. An answer is a function of the seed and of the conversation: it is the one that
+`generate` writes for the same messages.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.data import chat, encoding
+from rlhf_jax.data.rows import Message, Row
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import evaluate
+from rlhf_jax.generator import Generator
+from rlhf_jax.inference import asking
+from rlhf_jax.rewards import spec
+from rlhf_jax.runs.reading import settings_of
+from rlhf_jax.types import Rollout
+
+HELP = """\
+/reset           forget the conversation
+/temperature X   0 takes the most likely token; the next answer waits for a new program
+/seed N          other answers
+/score           the reward of the last answer
+/help            these lines
+/quit            or the end of the input"""
+_BUCKET = 64  # tokens: texts to score are padded to a multiple, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(asking.Settings):
+    """Who answers, and how."""
+
+    compare: str | None = None
+    """Another run or model folder, which answers too: the answers are labelled A and B."""
+    reward: tuple[str, ...] = ()
+    """What /score says, SPECs as --reward of a training run has them; by default the run's own."""
+    system: str | None = None
+    """A system message before the conversation."""
+
+
+class Console(NamedTuple):
+    """Where the conversation is shown."""
+
+    say: Callable[[str], None]  # a piece of an answer
+    note: Callable[[str], None]  # a line about the conversation
+    is_terminal: bool  # else lines come from a pipe, and the first mistake ends the command
+
+
+class Said(NamedTuple):
+    """What a model has read and said last."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+@dataclasses.dataclass
+class Speaker:
+    """A model in a conversation, and its side of it."""
+
+    label: str
+    policy: Generator
+    system: list[Message]
+    has_turns: bool
+    """Whether a chat template renders the conversation; else each line is a prompt by itself."""
+    turns: list[tuple[Message, Message]] = dataclasses.field(default_factory=list)
+    last: Said | None = None
+
+    def prompt(self, line: str) -> tuple[list[int], int]:
+        """The ids of the conversation up to a new line of the user, and how many of the oldest
+        turns were dropped for it to fit.
+
+        Raises:
+            UserError: the line does not fit, or spells a special token.
+        """
+        if not self.has_turns:
+            return self._ids(Row(line, (), "your line")), 0
+        asked: Message = {"role": "user", "content": line}
+        template = chat.template_of(self.policy.tokenizer, self.policy.template)
+        for num_dropped in range(len(self.turns) + 1):
+            before = [message for turn in self.turns[num_dropped:] for message in turn]
+            messages = [*self.system, *before, asked]
+            ids = self._ids(Row(template.prompt(messages, "your line"), (), "your line"))
+            if len(ids) <= self.policy.room:
+                del self.turns[:num_dropped]
+                return ids, num_dropped
+        return ids, 0
+
+    def _ids(self, row: Row) -> list[int]:
+        [ids] = encoding.prompt_ids([row], self.policy.tokenizer, self.policy.template)
+        return ids
+
+    def answer(self, line: str, seed: int, console: Console) -> None:
+        """Shows the answer as it comes, and remembers it. Ctrl-C ends it."""
+        ids, num_dropped = self.prompt(line)
+        room = self.policy.room
+        if len(ids) > room:
+            beside = f"{room} fit beside {self.policy.config.max_new_tokens} for the answer"
+            raise UserError(f"your line makes a prompt of {len(ids)} tokens, and {beside}")
+        if num_dropped:
+            console.note(f"(the oldest {num_dropped} turns are dropped: {room} tokens fit)")
+        said: list[int] = []
+        text = ""
+
+        def tokens() -> Iterable[int]:
+            for token in self.policy.stream(ids, seed):
+                said.append(token)
+                yield token
+
+        try:
+            for piece in self.policy.tokenizer.decode_stream(tokens()):
+                text += piece
+                console.say(piece)
+        except KeyboardInterrupt:
+            console.note("\n(stopped)")
+        console.say("\n")
+        answer: Message = {"role": "assistant", "content": text}
+        self.turns.append(({"role": "user", "content": line}, answer))
+        self.last = Said(ids, said)
+
+
+def run(folder: str, config: Config, lines: Iterable[str], console: Console) -> None:
+    """Answers each of the lines until they end, or one of them is /quit.
+
+    Raises:
+        UserError: whatever is wrong with a folder; unless on a terminal, with a line.
+    """
+    asking.start(config)
+    reward = config.reward or tuple(settings_of(folder).get("reward", ()))
+    folders = [folder] if config.compare is None else [folder, config.compare]
+    speakers = [
+        _speaker(label, name, config, reward, console)
+        for label, name in zip("AB", folders, strict=False)
+    ]
+    talk = _Talk(speakers, reward, config.seed, console)
+    for line in lines:
+        if line.strip() == "/quit":
+            return
+        try:
+            talk.take(line)
+        except UserError as error:
+            if not console.is_terminal:
+                raise
+            console.note(str(error))
+
+
+def _speaker(
+    label: str, folder: str, config: Config, reward: tuple[str, ...], console: Console
+) -> Speaker:
+    # A model's folder says how its run asked, for conversations too.
+    asked = dataclasses.replace(config, template=config.template or chat.AUTO)
+    policy = asking.open_policy(folder, asked, reward=reward)
+    own = chat.template_of(policy.tokenizer, policy.template)
+    has_turns = config.template is None and own.tokenizer is not None
+    if not has_turns:
+        around = chat.frame(policy.template, policy.tokenizer)
+        why = "" if config.template else ": it has no chat template"
+        console.note(f"{folder} is given each line alone, as {around!r}{why}")
+    if config.system is not None and not has_turns:
+        raise UserError(f"--system: {folder} has no chat template, which would render it")
+    system = [] if config.system is None else [{"role": "system", "content": config.system}]
+    return Speaker(label, policy, system, has_turns)
+
+
+@dataclasses.dataclass
+class _Talk:
+    """A conversation, and what its commands change."""
+
+    speakers: list[Speaker]
+    entries: tuple[str, ...]
+    seed: int
+    console: Console
+    rewards: dict[str, spec.Reward | None] = dataclasses.field(default_factory=dict)
+    """By the fingerprint of a tokenizer."""
+
+    def take(self, line: str) -> None:
+        """Does what a line says: it is a command, or is answered."""
+        command, *words = line.split() or [""]
+        if command.startswith("/"):
+            self._do(command, words)
+        elif command:
+            for speaker in self.speakers:
+                if len(self.speakers) > 1:
+                    self.console.say(f"{speaker.label}: ")
+                speaker.answer(line, self.seed, self.console)
+
+    def _do(self, command: str, words: list[str]) -> None:
+        if command == "/reset":
+            for speaker in self.speakers:
+                speaker.turns.clear()
+                speaker.last = None
+        elif command == "/seed":
+            self.seed = int(_number(command, words, int))
+        elif command == "/temperature":
+            temperature = _number(command, words, float)
+            for speaker in self.speakers:
+                before = speaker.policy.config
+                try:
+                    after = dataclasses.replace(before, temperature=temperature)
+                except ValueError as error:
+                    raise UserError(f"{command}: {error}") from error
+                speaker.policy.config = after
+        elif command == "/score":
+            self._score()
+        elif command == "/help":
+            self.console.note(HELP)
+        else:
+            raise UserError(f"no command {command}; there are\n{HELP}")
+
+    def _score(self) -> None:
+        if not self.entries:
+            raise UserError("/score: the run names no reward; give --reward, such as runs/rm")
+        for speaker in self.speakers:
+            if speaker.last is None:
+                raise UserError("/score: nothing has been answered yet")
+            tokenizer = speaker.policy.tokenizer
+            known = tokenizer.fingerprint
+            if known not in self.rewards:
+                self.rewards[known] = asking.reward_of(self.entries, tokenizer, ())
+            reward = self.rewards[known]
+            assert reward is not None  # there are entries
+            rollout = _rollout(speaker.last, tokenizer.pad_id)
+            score = float(evaluate.score(reward, rollout, {}, 1)[0])
+            name = f"{speaker.label}: " if len(self.speakers) > 1 else ""
+            self.console.say(f"{name}score {score:.3f}\n")
+
+
+def _rollout(said: Said, pad_id: int) -> Rollout:
+    """The prompt and the response as a batch of one row."""
+    both = [*said.prompt, *said.response]
+    width = -(-len(both) // _BUCKET) * _BUCKET
+    tokens, mask = encoding.left_padded([both], width, pad_id)
+    in_response = np.arange(width)[None] >= width - len(said.response)
+    arrays: Any = (tokens, mask, in_response.astype(np.int32), np.zeros(tokens.shape, np.float32))
+    return Rollout(*arrays)
+
+
+def _number(command: str, words: list[str], kind: type) -> float:
+    """The number after a command."""
+    try:
+        [word] = words
+        return kind(word)
+    except ValueError:
+        raise UserError(f"{command}: expected one number, got {' '.join(words)!r}") from None

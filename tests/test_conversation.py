@@ -1,0 +1,205 @@
+"""rlhf-jax chat: what the model is given, what is shown, and that it is what Generator says."""
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+
+import asked_runs
+import numpy as np
+import pytest
+from asked_runs import NEW
+
+from rlhf_jax import cli
+from rlhf_jax.data import tokenizers
+from rlhf_jax.errors import UserError
+from rlhf_jax.generator import Generator
+from rlhf_jax.inference import chat
+
+HOW = {"max_new_tokens": NEW, "temperature": 0.7, "top_k": 9}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return asked_runs.write(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def policy(runs):
+    return Generator(runs / "policy" / "model", runs / "reward" / "model", **HOW)
+
+
+@pytest.fixture
+def talk(runs):
+    """Has a conversation; what was shown, and the notes about it."""
+
+    def talk(*lines, folder="policy", is_terminal=False, **config):
+        said, notes = [], []
+        console = chat.Console(said.append, notes.append, is_terminal)
+        chat.run(str(runs / folder), chat.Config(**config), lines, console)
+        return "".join(said), notes
+
+    return talk
+
+
+def messages(*texts):
+    """The user's and the assistant's in turn."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("prompt", ["a", "abcdefghijklmno", "abcdefghijklmnopqrstuvw", "k" * 73])
+def test_a_stream_is_the_first_sample_token_by_token(policy, prompt):
+    for seed in range(4):
+        asked = policy.ask([policy._row(prompt, "prompt", {})])
+        rollout = policy.sample(asked, seed)
+        stream = list(policy.stream(asked.ids[0], seed))
+        np.testing.assert_array_equal(stream, rollout.tokens[0, rollout.mask[0]])
+        assert (
+            "".join(policy.tokenizer.decode_stream(stream)) == policy([prompt], seed=seed).texts[0]
+        )
+
+
+def test_a_character_is_shown_when_all_its_bytes_are_there():
+    tokenizer = tokenizers.train_bpe(["a"], 258)
+    text = "aß€😀b"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode())
+    assert list(tokenizer.decode_stream(ids)) == list(text)
+    broken = [*tokenizer.encode("a"), ids[3], *tokenizer.encode("b"), ids[3]]
+    assert "".join(tokenizer.decode_stream(broken)) == tokenizer.decode(broken) == "a\ufffdb\ufffd"
+    assert list(tokenizer.decode_stream([])) == []
+
+
+def test_the_whole_conversation_is_rendered_each_turn(talk, policy):
+    shown, notes = talk("who", "", "and why")
+    first = policy([messages("who")], seed=0).texts[0]
+    second = policy([messages("who", first, "and why")], seed=0).texts[0]
+    assert policy(["who"]).texts[0] == first
+    assert shown == f"{first}\n{second}\n"
+    assert notes == []
+    assert policy([messages("and why")], seed=0).texts[0] != second
+
+
+def test_commands(runs, talk, policy):
+    shown, notes = talk(
+        "who", "/reset", "/seed 5", "who", "/temperature 0", "/reset", "who", "/help"
+    )
+    of_seeds = [policy([messages("who")], seed=seed).texts[0] for seed in (0, 5)]
+    greedy = Generator(runs / "policy" / "model", max_new_tokens=NEW, temperature=0)
+    assert shown.split("\n") == [*of_seeds, greedy([messages("who")]).texts[0], ""]
+    assert len({*shown.split("\n")}) == 4
+    assert notes == [chat.HELP]
+    assert talk("/quit", "who") == ("", [])
+
+
+def test_a_score_is_the_reward_models_of_the_last_answer(runs, talk, policy):
+    shown, _ = talk("who", "/score")
+    generations = policy([messages("who")], seed=0)
+    assert shown == f"{generations.texts[0]}\nscore {generations.rewards[0]:.3f}\n"
+    counted, _ = talk("who", "/score", reward=("length*2",))
+    assert counted.endswith(f"score {2 * len(generations.token_log_probs[0]):.3f}\n")
+
+
+def test_two_models_answer_with_their_own_histories(runs, talk, policy, tmp_path):
+    shutil.copytree(runs / "policy" / "model", tmp_path / "other")
+    shown, _ = talk("who", "x", "/score", compare=str(tmp_path / "other"), temperature=0.5)
+    expected = []
+    for label, slots in {"A": NEW, "B": 45}.items():  # half of a model's positions
+        top_k = 9 if label == "A" else None
+        model = Generator(tmp_path / "other", max_new_tokens=slots, temperature=0.5, top_k=top_k)
+        first = model([messages("who")], seed=0).texts[0]
+        second = "" if label == "B" else model([messages("who", first, "x")], seed=0).texts[0]
+        expected += [f"{label}: {first}\n", f"{label}: {second}"]
+    assert shown.startswith(expected[0] + expected[2] + expected[1] + "\n" + expected[3])
+    assert re.search(r"\nA: score .+\nB: score .+\n$", shown)
+
+
+def test_turns_that_no_longer_fit_are_dropped_and_it_is_said(talk, policy):
+    line = "a" * 22
+    shown, notes = talk(line, line, line, system="be brief")
+    assert notes == ["(the oldest 1 turns are dropped: 74 tokens fit)"]
+    system = {"role": "system", "content": "be brief"}
+    answers = shown.split("\n")
+    kept = [system, *messages(line, answers[1], line)]
+    assert policy([kept], seed=0).texts[0] == answers[2]
+    with pytest.raises(
+        UserError, match="your line makes a prompt of 81 tokens, and 74 fit beside 6"
+    ):
+        talk("a" * 80)
+
+
+def test_a_model_without_a_chat_template_is_given_each_line_alone(tmp_path, talk):
+    asked_runs.write(tmp_path, template="{prompt}")
+    shown, notes = talk("who", "and why", folder=tmp_path / "policy")
+    assert notes == [
+        f"{tmp_path}/policy is given each line alone, as '{{prompt}}': it has no chat template"
+    ]
+    bare = Generator(tmp_path / "policy" / "model", **HOW)
+    assert shown.split("\n")[:2] == bare(["who", "and why"], seed=0).texts
+    _, notes = talk("who", template="a{prompt}")
+    assert notes[0].endswith("is given each line alone, as 'a{prompt}'")
+    with pytest.raises(UserError, match=r"--system: .* has no chat template"):
+        talk("who", folder=tmp_path / "policy", system="be brief")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    {
+        "/temprature 0": "no command /temprature; there are\n/reset",
+        "/temperature": "/temperature: expected one number, got ''",
+        "/temperature warm": "/temperature: expected one number, got 'warm'",
+        "/temperature -1": "/temperature: temperature must be at least 0",
+        "/seed 1.5": "/seed: expected one number, got '1.5'",
+        "/score": "/score: nothing has been answered yet",
+        "?": "your line: the chat template failed: Exception: WordLevel",
+    }.items(),
+)
+def test_a_mistake_ends_a_script_but_not_a_conversation(talk, line, said):
+    with pytest.raises(ValueError, match=said):
+        talk(line)
+    shown, notes = talk(line, "who", is_terminal=True)
+    assert said in notes[0]
+    assert shown.count("\n") == 1
+
+
+def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(talk, monkeypatch):
+    stream = Generator.stream
+
+    def interrupted(self, ids, seed):
+        yield from list(stream(self, ids, seed))[:2]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "stream", interrupted)
+    shown, notes = talk("who", "/score", is_terminal=True)
+    assert notes == ["\n(stopped)"]
+    assert len(shown.split("\n")[0]) == 2
+
+
+def test_lines_from_a_pipe_are_answered_on_stdout(runs, policy, tmp_path):
+    command = [sys.executable, "-m", "rlhf_jax", "chat", str(runs / "policy"), "--seed", "3"]
+    typed = "who\n/quit\nmore\n"
+    done = subprocess.run(
+        command, input=typed, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout == policy([messages("who")], seed=3).texts[0] + "\n"
+    assert "text.template auto" in done.stderr
+
+
+def test_a_terminal_has_a_mark_and_no_answer_moves_it(runs, monkeypatch, capsys):
+    marks = []
+
+    def typed(mark):
+        marks.append(mark)
+        if len(marks) > 1:
+            raise EOFError
+        return "who"
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(tokenizers.Tokenizer, "decode_stream", lambda self, ids: ["\x1b[2J"])
+    cli.run(["chat", str(runs / "policy")])
+    assert marks == ["> ", "> "]
+    assert capsys.readouterr().out == "\\x1b[2J\n"
