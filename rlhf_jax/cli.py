@@ -277,10 +277,32 @@ def chat_with(
     from rlhf_jax.inference import chat
 
     CONSOLE.file = sys.stderr
-    chat.run(run, config, _typed_lines(), _console(chat))
+    try:
+        chat.run(run, config, _typed_lines(), _console())
+    finally:
+        CONSOLE.file = None
 
 
-def _console(chat: ModuleType) -> Any:
+def label_pairs(
+    run: Positional,
+    config: tyro.conf.OmitArgPrefixes[Annotated[Any, _config_of("inference.label")]],
+) -> None:
+    """Compare pairs of answers in the terminal: rows that reward-model, dpo and kto train on.
+
+    Who wrote which answer is not shown. The same command goes on where it was left.
+
+    Args:
+        run: the folder of a finished run, or of a model.
+        config: which answers are compared.
+    """
+    from rlhf_jax.inference import label
+
+    _print(label.run(run, config, _typed_lines(), _console()))
+
+
+def _console() -> Any:
+    from rlhf_jax.inference import chat
+
     return chat.Console(
         say=lambda text: _print(text, end="", flush=True),
         note=lambda text: _print(text, file=sys.stderr, flush=True),
@@ -491,6 +513,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "generate": generate_answers,
     "verify": verify_run,
     "chat": chat_with,
+    "label": label_pairs,
     "report": report_runs,
     "export": export_run,
     "data check": check_data,

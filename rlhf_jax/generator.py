@@ -52,20 +52,22 @@ class _Stream(NamedTuple):
 
 @functools.cache
 def _streamer(model: models.Model) -> _Stream:
-    """Compiled once for each config and width of the prompt."""
+    """Compiled once for each width of the prompt, ``step`` for each config too."""
 
-    def step(
+    def stepped(
         params: Params, rows: sampling.Rows, loop: sampling.Loop, config: SamplingConfig
     ) -> tuple[sampling.Loop, jax.Array]:
         after = sampling.step(model, params, rows, loop, config=config)
         return after, jax.lax.dynamic_slice_in_dim(after.tokens, after.column, 1, axis=1)
 
-    how: Any = {
-        "static_argnames": "config",
-        "compiler_options": devices.compiler_options(model.config.num_layers),
-    }
-    start = jax.jit(functools.partial(sampling.start, model), **how)
-    return _Stream(jax.jit(model.for_decoding), start, jax.jit(step, donate_argnums=2, **how))
+    options = devices.compiler_options(model.config.num_layers)
+    start = jax.jit(
+        functools.partial(sampling.start, model),
+        static_argnames=("max_new_tokens", "pad_id"),
+        compiler_options=options,
+    )
+    step = jax.jit(stepped, static_argnames="config", donate_argnums=2, compiler_options=options)
+    return _Stream(jax.jit(model.for_decoding), start, step)
 
 
 class LanguageModel(NamedTuple):
@@ -140,6 +142,10 @@ class LanguageModel(NamedTuple):
             keys["temperature"] = config.temperature
             keys["top_k"] = config.top_k or 0  # without it transformers takes the likeliest 50
             keys["top_p"] = config.top_p or 1.0
+            if config.min_p:
+                keys["min_p"] = config.min_p
+        if config.repetition_penalty != 1:
+            keys["repetition_penalty"] = config.repetition_penalty
         text = json.dumps(keys, indent=2) + "\n"
         Path(folder, "generation_config.json").write_text(text, encoding="utf-8")
 
@@ -252,7 +258,7 @@ class Generator:
             its own chat template.
         max_new_tokens: response slots R; replies use them too.
         temperature: divides the logits; 0 takes the most likely token.
-        top_k, top_p: as in ``sampling.SamplingConfig``.
+        top_k, top_p, min_p, repetition_penalty: as in ``sampling.SamplingConfig``.
         template: how a prompt is formatted, as ``text.template``; None is ``auto``.
         environment: ``fn(conversation, row)`` or FILE.py:FUNCTION, which replies to responses
             (``data.environment``).
@@ -276,6 +282,8 @@ class Generator:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
         template: str | None = None,
         environment: Source = None,
         max_turns: int | None = None,
@@ -298,6 +306,8 @@ class Generator:
             temperature,
             top_k,
             top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             eos_id=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
         )
@@ -428,7 +438,8 @@ class Generator:
             self._policy.params,
             *prompt,
             jax.random.key(seed),
-            config=self.config,
+            max_new_tokens=self.config.max_new_tokens,
+            pad_id=self.config.pad_id,
             row_ids=_streams([tuple(ids)]),
             used=np.zeros(1, np.int32),
         )

@@ -39,6 +39,10 @@ class SamplingConfig:
         top_p: of those, keep the smallest set of most likely tokens whose probability reaches p
             (nucleus sampling, Holtzman et al. 2020). The token that reaches p is kept, so at least
             one is; None or 1 keeps all.
+        min_p: of those, drop the tokens less likely than min_p times the likeliest one (Nguyen et
+            al. 2024); None or 0 keeps all.
+        repetition_penalty: divides the positive logits, and multiplies the negative ones, of all
+            tokens of the prompt and of the response so far (Keskar et al. 2019); 1 changes nothing.
         eos_id: the token that ends a response, or several any of which ends it; None lets every
             response run to ``max_new_tokens``.
         pad_id: fills the columns after the end; may lie outside the vocabulary, must differ from
@@ -50,6 +54,8 @@ class SamplingConfig:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = field(default=None, kw_only=True)
+    repetition_penalty: float = field(default=1.0, kw_only=True)
     eos_id: EosId | None = field(kw_only=True)
     pad_id: int = field(kw_only=True)
 
@@ -58,6 +64,8 @@ class SamplingConfig:
         ops.check_number("temperature", self.temperature, at_least=0, below=math.inf)
         ops.check_number("top_k", self.top_k, at_least=1)
         ops.check_number("top_p", self.top_p, above=0, at_most=1)
+        ops.check_number("min_p", self.min_p, at_least=0, at_most=1)
+        ops.check_number("repetition_penalty", self.repetition_penalty, above=0, below=math.inf)
         for name, token_id in (*(("eos_id", i) for i in self.eos_ids), ("pad_id", self.pad_id)):
             ops.check_number(name, token_id, at_least=0)
         if set(self.eos_ids) == {self.pad_id}:
@@ -186,7 +194,8 @@ def generate(
         and row_ids, where T = P + max_new_tokens. The response mask covers the sampled tokens, EOS
         included; the rest of a row is ``pad_id`` with log-prob 0. Every id can be sampled: a
         ``pad_id`` before the end is an ordinary token. Log-probs are those of the full softmax at
-        ``config.temperature``, also under top-k and top-p; for temperature 0 they are those of
+        ``config.temperature``, also under top-k, top-p, min-p and a
+        repetition penalty; for temperature 0 they are those of
         temperature 1.
 
     Raises:
@@ -308,7 +317,15 @@ def _sample_rows(
 ) -> Rollout:
     prompt_length = tokens.shape[1]
     rows, begun = start(
-        model, weights[0], tokens, attention_mask, key, config=config, row_ids=row_ids, used=used
+        model,
+        weights[0],
+        tokens,
+        attention_mask,
+        key,
+        max_new_tokens=config.max_new_tokens,
+        pad_id=config.pad_id,
+        row_ids=row_ids,
+        used=used,
     )
     end = jax.lax.while_loop(
         lambda loop: ~jnp.all(loop.ended),
@@ -335,7 +352,8 @@ def start(
     attention_mask: jax.Array,
     key: jax.Array,
     *,
-    config: SamplingConfig,
+    max_new_tokens: int,
+    pad_id: int,
     row_ids: jax.Array,
     used: jax.Array,
 ) -> tuple[Rows, Loop]:
@@ -345,7 +363,7 @@ def start(
     has each token as soon as it is sampled.
     """
     num_rows, prompt_length = tokens.shape
-    response_columns = ((0, 0), (0, config.max_new_tokens))
+    response_columns = ((0, 0), (0, max_new_tokens))
     prompt_mask = (attention_mask != 0).astype(jnp.int32)
     counts = jnp.cumsum(prompt_mask, axis=1)
     num_real = counts[:, -1]
@@ -354,7 +372,7 @@ def start(
     key_mask = jnp.pad(prompt_mask, response_columns, constant_values=1)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_ids)
 
-    cache = model.init_cache(num_rows, prompt_length + config.max_new_tokens)
+    cache = model.init_cache(num_rows, prompt_length + max_new_tokens)
     if prompt_length > 1:
         # The last prompt column is left to the loop, whose first step needs its logits. These are
         # never read, so the compiler drops the projection to the vocabulary.
@@ -363,10 +381,10 @@ def start(
         )
     loop = Loop(
         column=jnp.asarray(prompt_length - 1, jnp.int32),
-        tokens=jnp.pad(tokens, response_columns, constant_values=config.pad_id),
+        tokens=jnp.pad(tokens, response_columns, constant_values=pad_id),
         log_probs=jnp.zeros(key_mask.shape, jnp.float32),
         lengths=jnp.zeros((num_rows,), jnp.int32),
-        ended=(num_real == 0) | (used >= config.max_new_tokens),
+        ended=(num_real == 0) | (used >= max_new_tokens),
         cache=cache,
     )
     return Rows(key_mask, num_real, keys, used), loop
@@ -392,7 +410,9 @@ def step(
     positions = jnp.maximum(rows.num_real + (column + -prompt_length), 0)[:, None]
     logits, cache = model.decode(params, last, positions, rows.key_mask, loop.cache, column)
     slot = rows.used + (column + (1 - prompt_length))
-    sampled, log_probs = _sample(logits[:, 0], rows.keys, slot, config)
+    is_past = jnp.arange(loop.tokens.shape[1])[None] <= column
+    seen = (loop.tokens, is_past & (rows.key_mask != 0))
+    sampled, log_probs = _sample(logits[:, 0], rows.keys, slot, seen, config)
     sampled = jnp.where(loop.ended, config.pad_id, sampled)
     log_probs = jnp.where(loop.ended, 0.0, log_probs)
     ended = jnp.isin(sampled, jnp.asarray(config.eos_ids)) | (slot == config.max_new_tokens - 1)
@@ -407,10 +427,14 @@ def step(
 
 
 def _sample(
-    logits: jax.Array, row_keys: jax.Array, positions: jax.Array, config: SamplingConfig
+    logits: jax.Array,
+    row_keys: jax.Array,
+    positions: jax.Array,
+    seen: tuple[jax.Array, jax.Array],
+    config: SamplingConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """One token for each row of logits [B, V]: ids [B] int32 and full-softmax log-probs [B]
-    float32.
+    float32. ``seen``: the tokens so far [B, T], and which of them count.
     """
     vocab_size = logits.shape[-1]
     if max(config.eos_ids, default=0) >= vocab_size:
@@ -419,13 +443,16 @@ def _sample(
         )
     logits = logits.astype(jnp.float32)
     noisy = logits
+    if config.repetition_penalty != 1:
+        noisy = penalised(logits, *seen, config.repetition_penalty)
     if config.temperature > 0:
         logits = logits / config.temperature
+        noisy = noisy / config.temperature
         keys = jax.vmap(jax.random.fold_in)(row_keys, positions)
         noise = functools.partial(
             jax.random.gumbel, shape=(vocab_size,)
         )  # as jax.random.categorical does
-        noisy = truncate(logits, config.top_k, config.top_p) + jax.vmap(noise)(keys)
+        noisy = truncate(noisy, config.top_k, config.top_p, config.min_p) + jax.vmap(noise)(keys)
     # The argmax by two reductions that XLA's CPU compiler vectorises.
     best = jnp.max(noisy, axis=-1, keepdims=True)
     sampled = jnp.min(jnp.where(noisy < best, vocab_size, jnp.arange(vocab_size)[None]), axis=-1)
@@ -433,8 +460,23 @@ def _sample(
     return sampled.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def truncate(logits: jax.Array, top_k: int | None = None, top_p: float | None = None) -> jax.Array:
-    """Logits [B, V] with -inf at the tokens that top-k, and then top-p on what is left, take away.
+def penalised(logits: jax.Array, tokens: jax.Array, counts: jax.Array, penalty: float) -> jax.Array:
+    """Logits [B, V], those of the ``tokens`` [B, T] that count made less likely by the repetition
+    penalty.
+    """
+    rows = jnp.arange(len(tokens))[:, None]
+    occurs = jnp.zeros(logits.shape, bool).at[rows, tokens].max(counts)
+    return jnp.where(occurs, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def truncate(
+    logits: jax.Array,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> jax.Array:
+    """Logits [B, V] with -inf at the tokens that top-k, then top-p and then min-p on what is left
+    take away.
 
     See ``SamplingConfig`` for which tokens stay. The order, top-k first and probabilities
     renormalised before top-p, is that of transformers' ``generate``.
@@ -452,6 +494,9 @@ def truncate(logits: jax.Array, top_k: int | None = None, top_p: float | None = 
         equal = logits == last
         room = count - jnp.sum(above, axis=-1, keepdims=True)
         logits = jnp.where(above | (equal & (jnp.cumsum(equal, axis=-1) <= room)), logits, -jnp.inf)
+    if min_p:
+        least = jnp.max(logits, axis=-1, keepdims=True) + math.log(min_p)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
 
 

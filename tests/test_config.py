@@ -477,7 +477,10 @@ def test_bounds_of_the_sections(cls, values, rule):
             cls(**{name: int(value)})
 
 
-TRUNCATED = "top_k and top_p: the update uses log-probabilities of the whole distribution"
+TRUNCATED = (
+    "top_k, top_p, min_p and repetition_penalty: the update uses log-probabilities of the whole "
+    "distribution"
+)
 
 
 @pytest.mark.parametrize(
@@ -500,6 +503,8 @@ TRUNCATED = "top_k and top_p: the update uses log-probabilities of the whole dis
         (Optimizer, {"schedule": "step"}, "schedule: the schedule step needs decay_every"),
         (RLStage, {"top_k": 5}, TRUNCATED),
         (RLStage, {"top_p": 0.5}, TRUNCATED),
+        (RLStage, {"min_p": 0.1}, TRUNCATED),
+        (RLStage, {"repetition_penalty": 1.2}, TRUNCATED),
         (
             RLStage,
             {"missing_eos_penalty": 1.0, "missing_eos_score": 0.0},

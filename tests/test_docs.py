@@ -1,7 +1,8 @@
 """The documentation's commands and code run as written; its flags, keys, defaults, examples and
 links are true.
 
-In docs/ a command is a line ``$ ...`` of a ``console`` block; a block that opens with ``# NAME.py``
+In docs/ a command is a line ``$ ...`` of a ``console`` block, and lines ``> ...`` after it are typed
+into it; a block that opens with ``# NAME.py``
 is that file, other ``python`` blocks run. ``text`` blocks are not run. In README a command is an
 indented line. A backslash at the end of a line continues it.
 """
@@ -79,11 +80,24 @@ def commands(path):
     else:
         text = "".join(block.text for block in blocks(path) if block.language == "console")
         lines = re.sub(r" *\\\n *", " ", text).splitlines()
-        assert all(line.startswith("$ ") for line in lines), (
+        assert all(line.startswith(("$ ", "> ")) for line in lines), (
             f"{name(path)}: no '$ ' before a command"
         )
-        given = [line.removeprefix("$ ") for line in lines]
+        given = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     return [command for command in given if not command.startswith(tuple(NOT_RUN))]
+
+
+def typed(path):
+    """{command: the lines that are typed into it}"""
+    lines = {}
+    command = None
+    for block in blocks(path):
+        for line in re.sub(r" *\\\n *", " ", block.text).splitlines():
+            if block.language == "console" and line.startswith("$ "):
+                command = line.removeprefix("$ ")
+            elif block.language == "console":
+                lines[command] = lines.get(command, "") + line.removeprefix("> ") + "\n"
+    return lines
 
 
 def file_of(block):
@@ -252,13 +266,14 @@ def page_folder(path, folder):
 # A process for each command, forked from one that has imported what takes long; the generated
 # corpus has fewer rows.
 RUN_ALL = """
-import json, os, runpy, shutil, sys
+import io, json, os, runpy, shutil, sys
 import matplotlib.figure, rlhf_jax.config, rlhf_jax.training
 from rlhf_jax.data import demo
 demo.FILES |= {name: (256, demo.FILES[name][1]) for name in ("sft_data.json", "preference_data.json")}
-for program, *rest in json.loads(sys.argv[1]):
+for (program, *rest), typed in json.loads(sys.argv[1]):
     print("$", program, *rest, flush=True)
     if not os.fork():
+        sys.stdin = io.StringIO(typed)
         sys.argv = rest if program == "python" else [shutil.which(program), *rest]
         if program not in ("python", "rlhf-jax"):
             os.execv(sys.argv[0], sys.argv)
@@ -275,8 +290,13 @@ for program, *rest in json.loads(sys.argv[1]):
 )
 def test_the_commands_of_a_page_run(path, tmp_path):
     page_folder(path, tmp_path)
+    lines = typed(path)
     given = json.dumps(
-        [shlex.split(c, comments=True) for c in commands(path) if c not in RUN_BY_TEST_SCRIPTS]
+        [
+            (shlex.split(c, comments=True), lines.get(c, ""))
+            for c in commands(path)
+            if c not in RUN_BY_TEST_SCRIPTS
+        ]
     )
     run([sys.executable, "-c", RUN_ALL, given], f"{name(path)}, its commands", tmp_path)
     if path.stem == "reproducibility":  # the runs that it compares learn in each iteration

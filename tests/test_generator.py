@@ -74,7 +74,8 @@ def several(folders, tmp_path):
 def check_eos_ids(folder, others):
     """Sampler, tokenizer and what is saved name 1, the tokenizer's own, and the others."""
     policy = LanguageModel.load(folder)
-    drawn = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.25}
+    drawn = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.25, "min_p": 0.1}
+    drawn["repetition_penalty"] = 1.1
     settings = RLStage(**drawn, allow_truncated_sampling=True)
     sampled = initial.sampling_config(settings, policy.tokenizer)
     eos_ids = (1, *others)

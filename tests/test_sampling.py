@@ -114,9 +114,9 @@ def lookup_log_probs(rollout, temperature=1.0):
     return out
 
 
-def truncated_probs(logits, temperature=1.0, top_k=None, top_p=None):
+def truncated_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=0.0):
     """The definition, token by token: the k best, then the shortest list of the best that reaches
-    p.
+    p, without those below min_p times the best.
     """
     probs = scipy.special.softmax(np.asarray(logits, np.float64) / temperature)
     order = sorted(range(len(probs)), key=lambda i: -probs[i])[:top_k]
@@ -128,6 +128,7 @@ def truncated_probs(logits, temperature=1.0, top_k=None, top_p=None):
         mass += probs[i] / total
         if top_p is not None and mass >= top_p:
             break
+    kept = [i for i in kept if probs[i] >= min_p * max(probs)]
     out = np.zeros(len(probs))
     out[kept] = probs[kept]
     return out / out.sum()
@@ -144,6 +145,7 @@ def truncated_probs(logits, temperature=1.0, top_k=None, top_p=None):
     "options",
     [
         {"temperature": 1.7, "top_k": 4, "top_p": 0.8},
+        {"temperature": 1.7, "min_p": 0.4},
     ],
     ids=str,
 )
@@ -190,6 +192,41 @@ def test_truncate():
     assert_array_equal(sampling.truncate(logits, 2)[0, [0, 2]], logits[0, [0, 2]])
 
 
+def test_min_p_keeps_what_is_a_share_of_the_likeliest():
+    logits = np.log(np.array([[0.4, 0.1, 0.3, 0.2]], np.float32))
+    for options, kept in (
+        ({"min_p": 0.0}, [0, 1, 2, 3]),
+        ({"min_p": 0.49}, [0, 2, 3]),
+        ({"min_p": 0.51}, [0, 2]),
+        ({"min_p": 0.1, "top_k": 1}, [0]),
+    ):
+        left = np.flatnonzero(np.isfinite(sampling.truncate(logits, **options)))
+        assert left.tolist() == kept
+
+
+def test_a_repetition_penalty_is_for_the_tokens_so_far():
+    """Of prompt and response, neither of the padding nor of other rows. The log-probs are the
+    policy's all the same."""
+    options = {"temperature": 0.0, "eos_id": None, "repetition_penalty": 3.0}
+    rollout = run(**options)
+    tokens = np.asarray(rollout.tokens)
+    num_changed = 0
+    for i in range(24):
+        start = 3 - PROMPTS[1][i].sum()
+        for t in range(3, 9):
+            logits = np.array(PARAMS["token"][tokens[i, t - 1]] + PARAMS["position"][t - 1 - start])
+            plain = np.argmax(logits)
+            for token in set(tokens[i, start:t].tolist()):
+                logits[token] *= 3 if logits[token] < 0 else 1 / 3
+            assert tokens[i, t] == np.argmax(logits)
+            num_changed += plain != tokens[i, t]
+    assert num_changed > 10
+    assert_allclose(rollout.log_probs, lookup_log_probs(rollout), atol=1e-5)
+    warm = run(**options | {"temperature": 0.6})
+    assert_allclose(warm.log_probs, lookup_log_probs(warm, 0.6), atol=1e-5)
+    assert np.any(warm.tokens != run(temperature=0.6, eos_id=None).tokens)
+
+
 def test_truncation_is_that_of_token_by_token():
     """Also where the border lies between equals; by one sort, where ranks would take two."""
     rough = np.round(np.random.default_rng(3).normal(size=(40, 50)) * 2).astype(np.float32) / 2
@@ -232,7 +269,9 @@ def test_a_token_is_jax_random_categorical_s_of_its_row_and_slot():
         )
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 2, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.6}, {"top_k": 2, "top_p": 0.9}, {"min_p": 0.5}], ids=str
+)
 def test_log_probs_are_of_the_full_softmax_at_the_temperature(options):
     rollout = run(**options)
     expected = lookup_log_probs(rollout, options.get("temperature", 1.0))
@@ -469,6 +508,8 @@ def test_one_column_prompt_equals_the_tail_of_a_longer_one():
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"eos_id": -1}, "eos_id"),
         ({"pad_id": -1}, "pad_id"),
         ({"eos_id": (1, -1)}, "eos_id"),

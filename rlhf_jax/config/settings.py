@@ -324,6 +324,12 @@ class RLStage:
     top_p: float | None = None
     """Sample from the smallest set of this probability; null: all. Needs allow_truncated_sampling.
     """
+    min_p: float | None = None
+    """Sample among the tokens at least so likely, as a share of the likeliest; null: all. Needs
+    allow_truncated_sampling."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of the prompt and of the response so far are less likely. Needs
+    allow_truncated_sampling."""
     allow_truncated_sampling: bool = False
     """Train on samples that do not come from the policy's full distribution: the KL estimate is
     then biased.
@@ -391,14 +397,18 @@ class RLStage:
         _check(self, "temperature", "kl_target", above=0)
         _check(self, "validation_fraction", at_least=0, below=1)
         _check(self, "top_p", above=0, at_most=1)
-        truncated = self.top_k is not None or (self.top_p is not None and self.top_p < 1)
+        _check(self, "min_p", at_least=0, at_most=1)
+        _check(self, "repetition_penalty", above=0)
+        truncated = self.top_k is not None or self.top_p not in (None, 1)
+        truncated = truncated or bool(self.min_p) or self.repetition_penalty != 1
         if truncated and not self.allow_truncated_sampling:
             fault = (
                 "the update uses log-probabilities of the whole distribution, from which such "
                 "samples do not come"
             )
             raise ValueError(
-                f"top_k and top_p: {fault}; --rl.allow-truncated-sampling trains on them anyway"
+                f"top_k, top_p, min_p and repetition_penalty: {fault}; "
+                "--rl.allow-truncated-sampling trains on them anyway"
             )
         ends = (self.missing_eos_penalty, self.missing_eos_score, self.overlong_buffer)
         if self.environment is not None and ends != (None, None, None):

@@ -2,20 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.config import Compute
 from rlhf_jax.data import chat, formats
+from rlhf_jax.data.rows import Message, Row
 from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.generator import Generator
 from rlhf_jax.models import hf
 from rlhf_jax.rewards import spec
-from rlhf_jax.runs import devices
+from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.reading import settings_of
 from rlhf_jax.training import initial, stage
 
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _SLOTS = 256  # response slots of a model that no run of ours trained
 
 
@@ -33,6 +37,10 @@ class Settings:
     """Sample among the k likeliest tokens; null: as the run."""
     top_p: float | None = None
     """Sample from the smallest set of this probability; null: as the run."""
+    min_p: float | None = None
+    """Sample among the tokens at least so likely, as a share of the likeliest; null: as the run."""
+    repetition_penalty: float | None = None
+    """Above 1, tokens that occurred are less likely; null: as the run."""
     template: str | None = None
     """What the model reads for a prompt; null: the run's text.template (auto for a model's folder).
     """
@@ -59,6 +67,11 @@ class Prompts:
     """Responses at once. Another one may round differently."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromFiles(Settings, Prompts):
+    """How a model is asked, and what."""
+
+
 def start(settings: Settings) -> None:
     """Chooses the device; to be called before anything else touches JAX."""
     devices.choose(settings.device)
@@ -81,7 +94,7 @@ def open_policy(
     network = hf.read_config(hf.find_folder(source))
     others = min(_SLOTS, network.max_length // 2)
     sampling: dict[str, Any] = {"max_new_tokens": others, "temperature": 1.0}
-    for name in ("max_new_tokens", "temperature", "top_k", "top_p"):
+    for name in SAMPLING:
         for given in (trained.get(name), getattr(settings, name)):
             if given is not None:
                 sampling[name] = given
@@ -103,6 +116,11 @@ def read(generator: Generator, prompts: Prompts, seed: int) -> formats.ReadResul
     return formats.read("prompts", prompts.prompts, seed=seed, template=template, **how)
 
 
+def as_given(row: Row, tokenizer: Tokenizer) -> str | list[Message]:
+    """The prompt of a row as its data file has it; token ids as text."""
+    return list(row.messages) or chat.shown(row, tokenizer)
+
+
 def reward_of(
     entries: Sequence[str], tokenizer: Tokenizer, columns: Collection[str]
 ) -> spec.Reward | None:
@@ -111,3 +129,28 @@ def reward_of(
         return None
     load = functools.partial(initial.load_reward_model, compute=Compute())
     return spec.build_reward(entries, tokenizer=tokenizer, load=load, columns=columns)
+
+
+def described(
+    folder: str, policy: Generator, config: FromFiles, data: formats.ReadResult
+) -> dict[str, Any]:
+    """All that decides the responses, as JSON: fingerprints of what is read, and the settings."""
+    sampling = policy.config
+    return {
+        "model": manifest.fingerprint(hf.find_folder(hf.model_folder(folder))),
+        "prompts": data.fingerprints,
+        "seed": config.seed,
+        **{name: getattr(sampling, name) for name in SAMPLING},
+        "template": policy.template,
+        "dtype": policy.model.config.compute_dtype,
+        "columns": list(config.columns),
+        "on_bad_row": config.on_bad_row,
+    }
+
+
+def check_unchanged(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError, naming the first difference, unless a file was begun like this."""
+    for key, value in now.items():
+        if before.get(key) != value:
+            begun = f"was begun with {key} {before.get(key)!r}, and now it is {value!r}"
+            raise UserError(f"{out}: {begun}; choose another --out, or delete the file")

@@ -55,6 +55,7 @@ class Said(NamedTuple):
     """What a model has read and said last."""
 
     prompt: list[int]
+    messages: list[Message]  # the prompt as messages
     response: list[int]
 
 
@@ -119,8 +120,11 @@ class Speaker:
             console.note("\n(stopped)")
         console.say("\n")
         answer: Message = {"role": "assistant", "content": text}
-        self.turns.append(({"role": "user", "content": line}, answer))
-        self.last = Said(ids, said)
+        asked: Message = {"role": "user", "content": line}
+        kept = self.turns if self.has_turns else []
+        messages = [*self.system, *(message for turn in kept for message in turn), asked]
+        self.last = Said(ids, messages, said)
+        self.turns.append((asked, answer))
 
 
 def run(folder: str, config: Config, lines: Iterable[str], console: Console) -> None:
@@ -215,7 +219,8 @@ class _Talk:
         if not self.entries:
             raise UserError("/score: the run names no reward; give --reward, such as runs/rm")
         for speaker in self.speakers:
-            if speaker.last is None:
+            said = speaker.last
+            if said is None:
                 raise UserError("/score: nothing has been answered yet")
             tokenizer = speaker.policy.tokenizer
             known = tokenizer.fingerprint
@@ -223,8 +228,8 @@ class _Talk:
                 self.rewards[known] = asking.reward_of(self.entries, tokenizer, ())
             reward = self.rewards[known]
             assert reward is not None  # there are entries
-            rollout = _rollout(speaker.last, tokenizer.pad_id)
-            score = float(evaluate.score(reward, rollout, {}, 1)[0])
+            rollout = _rollout(said, tokenizer.pad_id)
+            score = float(evaluate.score(reward, rollout, {"messages": [said.messages]}, 1)[0])
             name = f"{speaker.label}: " if len(self.speakers) > 1 else ""
             self.console.say(f"{name}score {score:.3f}\n")
 

@@ -17,13 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import chat, formats
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.evaluation import evaluate
 from rlhf_jax.generator import Generator, responses
 from rlhf_jax.inference import asking
-from rlhf_jax.models import hf
 from rlhf_jax.rewards import spec
 from rlhf_jax.runs import manifest, reading
 from rlhf_jax.runs.folder import write_atomically
@@ -33,7 +31,7 @@ _DIGITS = 3  # of log-probabilities and scores: further ones depend on the batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(asking.Settings, asking.Prompts):
+class Config(asking.FromFiles):
     """Which prompts, and what is written of the responses."""
 
     out: str
@@ -69,7 +67,13 @@ def run(folder: str, config: Config) -> int:
     asked = policy.ask(data.rows, config.n)
     out = Path(config.out)
     total = asked.streams.size
-    num_done = _take(out, _described(folder, config, policy, data))
+    settings = asking.described(folder, policy, config, data)
+    settings |= {"n": config.n, "log_probs": config.log_probs}
+    settings["reward"] = {
+        entry: [manifest.fingerprint(path) for path in spec.sources(entry).values()]
+        for entry in config.reward
+    }
+    num_done = _take(out, settings)
     if num_done:
         logger.info(f"{out}: holds {num_done} of {total} responses")
     # Whole parts are sampled again, so that a row has the same neighbours as before.
@@ -82,7 +86,10 @@ def run(folder: str, config: Config) -> int:
             samples = [row for row in part.rows for _ in range(config.n)]
             scores = None
             if reward is not None:
-                of_samples = {name: [row.columns.get(name) for row in samples] for name in columns}
+                of_samples: dict[str, list[Any]] = {
+                    name: [row.columns.get(name) for row in samples] for name in columns
+                }
+                of_samples["messages"] = [row.conversation for row in samples]
                 scores = evaluate.score(reward, rollout, of_samples, config.batch_size)
             rows = _rows(policy, samples, rollout, scores, config.log_probs)
             lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
@@ -104,7 +111,7 @@ def _rows(
     log_probs = rollout.log_probs.sum(axis=1)
     texts = responses(rollout, policy.tokenizer)
     for i, (sample, text) in enumerate(zip(samples, texts, strict=True)):
-        prompt = list(sample.messages) or chat.shown(sample, policy.tokenizer)
+        prompt = asking.as_given(sample, policy.tokenizer)
         row: dict[str, Any] = {"prompt": prompt, "response": text}
         if with_log_probs:
             row["log_prob"] = round(float(log_probs[i]), _DIGITS)
@@ -112,33 +119,6 @@ def _rows(
             score = float(scores[i])
             row["score"] = None if math.isnan(score) else round(score, _DIGITS)
         yield row
-
-
-def _described(
-    folder: str, config: Config, policy: Generator, data: formats.ReadResult
-) -> dict[str, Any]:
-    """All that decides what the file holds: fingerprints of what is read, and the settings."""
-    sampling = policy.config
-    read = {entry: spec.sources(entry) for entry in config.reward}
-    return {
-        "model": manifest.fingerprint(hf.find_folder(hf.model_folder(folder))),
-        "prompts": data.fingerprints,
-        "reward": {
-            entry: [manifest.fingerprint(path) for path in sources.values()]
-            for entry, sources in read.items()
-        },
-        "n": config.n,
-        "seed": config.seed,
-        "max_new_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "template": policy.template,
-        "dtype": policy.model.config.compute_dtype,
-        "columns": list(config.columns),
-        "on_bad_row": config.on_bad_row,
-        "log_probs": config.log_probs,
-    }
 
 
 def _take(out: Path, settings: dict[str, Any]) -> int:
@@ -156,11 +136,7 @@ def _take(out: Path, settings: dict[str, Any]) -> int:
     if not beside.exists():
         what = f"exists already, and no {beside.name} says how it was made"
         raise UserError(f"{out}: {what}; choose another --out")
-    before = reading.read_json(beside, {str: object})
-    for key, value in settings.items():
-        if before.get(key) != value:
-            begun = f"was begun with {key} {before.get(key)!r}, and now it is {value!r}"
-            raise UserError(f"{out}: {begun}; choose another --out, or delete the file")
+    asking.check_unchanged(out, reading.read_json(beside, {str: object}), settings)
     data = reading.read_bytes(out)
     length = data.rfind(b"\n") + 1
     with file_errors(out, "written"):

@@ -50,6 +50,8 @@ SETTINGS = {
         "temperature": (float, int),
         "top_k": (int, None),
         "top_p": OPTIONAL_NUMBER,
+        "min_p": OPTIONAL_NUMBER,
+        "repetition_penalty": (float, int),
     },
     "reward": [str],
     "text": {"template": str},

@@ -307,7 +307,7 @@ def prompts_for(
 
 def sampling_config(settings: RLStage, tokenizer: tokenizers.Tokenizer) -> sampling.SamplingConfig:
     """How RL samples, by its settings and the tokenizer's special tokens."""
-    names = "max_new_tokens", "temperature", "top_k", "top_p"
+    names = "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
     how: Any = {name: getattr(settings, name) for name in names}
     return sampling.SamplingConfig(**how, eos_id=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
 

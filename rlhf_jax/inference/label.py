@@ -1,0 +1,285 @@
+"""``rlhf-jax label``: a person says which of two answers to a prompt is better, without knowing who
+wrote which.
+
+OUT has rows {prompt, chosen, rejected}, and {prompt, responses, ranks} for ties: preferences that
+``reward-model``, ``dpo`` and ``kto`` read. OUT.session.json has every judgement in order; the same
+command goes on after the last one.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.data import chat
+from rlhf_jax.data.rows import Row
+from rlhf_jax.errors import UserError, file_errors, logger
+from rlhf_jax.generator import Asked, Generator, responses
+from rlhf_jax.inference import asking
+from rlhf_jax.inference.chat import Console
+from rlhf_jax.runs import reading
+from rlhf_jax.runs.folder import write_atomically
+
+KEYS = {"a": "a", "b": "b", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
+QUESTION = "a, b, t(ie), s(kip), u(ndo), q(uit)?"
+_SESSION = {
+    "settings": {str: object},
+    "judgements": [{"pair": int, "answers": [str], "order": [int], "choice": str, "again": bool}],
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(asking.FromFiles):
+    """Which answers are compared."""
+
+    out: str
+    """The file of preferences, JSON lines. If it was begun with these settings, it is continued."""
+    against: str | None = None
+    """Another run or model folder, which gives the second answer; null: the run gives both."""
+    count: int | None = None
+    """Pairs to compare, of the first prompts; null: one for each prompt."""
+    again: float = 0.1
+    """Share of the pairs that are asked a second time at the end, in the other order."""
+    batch_size: int = 8
+    """Prompts that are answered at once, before the first question."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.again <= 1:
+            raise UserError(f"--again must be from 0 to 1, got {self.again}")
+        for name in ("count", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+class Judgement(NamedTuple):
+    """What was said of the answers to a prompt."""
+
+    pair: int  # number of the prompt
+    prompt: Any  # text or messages
+    answers: list[str]  # of RUN, and of the other
+    order: list[int]  # in which they were shown
+    choice: str  # a, b, tie, skip; useless: not asked, as the answers are equal or one is empty
+    again: bool  # whether it is the second time
+
+    @property
+    def verdict(self) -> int | str:
+        """The better answer's number, or tie, skip, useless."""
+        place = {"a": 0, "b": 1}.get(self.choice)
+        return self.choice if place is None else self.order[place]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The row of the preferences' file."""
+        if self.choice == "tie":
+            return {"prompt": self.prompt, "responses": self.answers, "ranks": [0, 0]}
+        best = int(self.verdict)
+        chosen, rejected = self.answers[best], self.answers[1 - best]
+        return {"prompt": self.prompt, "chosen": chosen, "rejected": rejected}
+
+
+class Session(NamedTuple):
+    """The judgements so far, and what is asked next."""
+
+    config: Config
+    out: Path
+    settings: dict[str, Any]
+    judgements: list[Judgement]
+    prompts: list[Any]  # texts or messages
+    answers: Callable[[int], list[str]]  # to a prompt
+
+    def next(self) -> Judgement | None:
+        """The pair to ask, without a choice; None at the end."""
+        done = len(self.judgements)
+        if done < len(self.prompts):
+            order = np.random.default_rng([self.config.seed, done]).permutation(2).tolist()
+            return Judgement(done, self.prompts[done], self.answers(done), order, "", False)
+        repeated = self._repeated()
+        if done - len(self.prompts) < len(repeated):
+            first = repeated[done - len(self.prompts)]
+            return first._replace(order=first.order[::-1], choice="", again=True)
+        return None
+
+    def _repeated(self) -> list[Judgement]:
+        """The judgements that are asked for again, drawn from the seed."""
+        firsts = [given for given in self.judgements if is_given(given) and not given.again]
+        count = round(self.config.again * len(firsts))
+        if self.config.again and len(firsts) > 1:
+            count = max(count, 1)
+        drawn = np.random.default_rng(self.config.seed).permutation(len(firsts))[:count]
+        return [firsts[i] for i in drawn]
+
+    def save(self) -> None:
+        """Writes both files; a kill in between loses no judgement."""
+        content = {
+            "settings": self.settings,
+            "judgements": [given._asdict() for given in self.judgements],
+        }
+        rows = [given.row for given in self.judgements if is_given(given) and not given.again]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        with file_errors(self.out, "written"):
+            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            write_atomically(session_file(self.out), text)
+            write_atomically(self.out, "".join(lines))
+
+
+def is_given(judgement: Judgement) -> bool:
+    """Whether it compares the answers."""
+    return judgement.choice in ("a", "b", "tie")
+
+
+def session_file(out: Path) -> Path:
+    """Where the judgements are kept."""
+    return out.with_name(f"{out.name}.session.json")
+
+
+def run(folder: str, config: Config, lines: Iterator[str], console: Console) -> str:
+    """Asks until all pairs are judged, the lines end or one says quit; returns a summary.
+
+    Raises:
+        UserError: the file was begun otherwise; whatever is wrong with a folder, a file or a row;
+            unless on a terminal, with a line.
+    """
+    session = _open(folder, config)
+    session.save()
+    if session.judgements:
+        logger.info(f"{session.out}: {len(session.judgements)} judgements are there; goes on")
+    while (pair := session.next()) is not None:
+        if _useless(pair.answers):
+            session.judgements.append(pair._replace(choice="useless"))
+            continue
+        console.say(_shown(pair, session))
+        choice = _choice(lines, console)
+        if choice == "quit":
+            break
+        if choice == "undo":
+            _undo(session.judgements, console)
+        else:
+            session.judgements.append(pair._replace(choice=choice))
+        session.save()
+    session.save()
+    return _summary(folder, session)
+
+
+def _open(folder: str, config: Config) -> Session:
+    asking.start(config)
+    policies = [
+        asking.open_policy(name, config, batch_size=config.batch_size)
+        for name in filter(None, (folder, config.against))
+    ]
+    data = asking.read(policies[0], config, config.seed)
+    rows = data.rows[: config.count]
+    settings = asking.described(folder, policies[0], config, data)
+    if config.against is not None:
+        settings["against"] = asking.described(config.against, policies[1], config, data)
+    settings |= {"count": len(rows), "again": config.again}
+    out = Path(config.out)
+    judgements = []
+    if session_file(out).exists():
+        session = reading.read_json(session_file(out), _SESSION, [*_SESSION])
+        asking.check_unchanged(out, session["settings"], settings)
+        judgements = [Judgement(**given) for given in session["judgements"]]
+    elif out.exists():
+        what = f"exists already, and no {session_file(out).name} says how it was made"
+        raise UserError(f"{out}: {what}; choose another --out")
+    prompts = [asking.as_given(row, policies[0].tokenizer) for row in rows]
+    answers = _answers(policies, rows, config)
+    return Session(config, out, settings, judgements, prompts, answers)
+
+
+def _answers(
+    policies: list[Generator], rows: list[Row], config: Config
+) -> Callable[[int], list[str]]:
+    """The two answers to a prompt, by its number; whole batches are sampled when first needed."""
+    num_samples = 2 if len(policies) == 1 else 1
+    asked = [policy.ask(_as_read(policy, rows), num_samples) for policy in policies]
+
+    @functools.lru_cache(maxsize=2)
+    def batch(number: int) -> list[list[str]]:
+        start = number * config.batch_size
+        texts: list[list[str]] = []
+        for policy, prompts in zip(policies, asked, strict=True):
+            part: Asked = prompts.part(start, start + config.batch_size)
+            texts.append(responses(policy.sample(part, config.seed), policy.tokenizer))
+        if num_samples == 2:
+            texts = [texts[0][::2], texts[0][1::2]]
+        return [list(pair) for pair in zip(*texts, strict=True)]
+
+    return lambda number: batch(number // config.batch_size)[number % config.batch_size]
+
+
+def _as_read(policy: Generator, rows: list[Row]) -> list[Row]:
+    """The rows with messages rendered by the policy's own chat template."""
+    template = chat.template_of(policy.tokenizer, policy.template)
+    return [
+        dataclasses.replace(row, prompt=template.prompt(row.messages, row.source))
+        if row.messages
+        else row
+        for row in rows
+    ]
+
+
+def _useless(answers: list[str]) -> bool:
+    """Whether no reward model could learn from a choice between them."""
+    return answers[0] == answers[1] or not all(answer.strip() for answer in answers)
+
+
+def _shown(pair: Judgement, session: Session) -> str:
+    number = f"{pair.pair + 1} of {len(session.prompts)}"
+    if pair.again:
+        number = "once more"
+    prompt = pair.prompt
+    if isinstance(prompt, list):
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    first, second = (pair.answers[i] for i in pair.order)
+    return f"\n[{number}] {prompt}\n\na: {first}\n\nb: {second}\n\n{QUESTION}\n"
+
+
+def _choice(lines: Iterator[str], console: Console) -> str:
+    """What the next line says; the end of the lines is quit."""
+    for line in lines:
+        word = line.strip().lower()
+        choice = KEYS.get(word[:1], "")
+        if word and choice.startswith(word):
+            return choice
+        if not console.is_terminal:
+            raise UserError(f"{line!r} is none of {QUESTION}")
+        console.note(QUESTION)
+    return "quit"
+
+
+def _undo(judgements: list[Judgement], console: Console) -> None:
+    """Takes the last choice back, and what was passed over since."""
+    while judgements and judgements[-1].choice == "useless":
+        judgements.pop()
+    if judgements:
+        judgements.pop()
+    else:
+        console.note("nothing to undo")
+
+
+def _summary(folder: str, session: Session) -> str:
+    """What was judged, how far the person agrees with themselves, and what to do next."""
+    firsts = [given for given in session.judgements if not given.again]
+    count = collections.Counter(given.choice for given in firsts)
+    num_choices = count["a"] + count["b"]
+    lines = [
+        f"{len(firsts)} of {len(session.prompts)} pairs: {num_choices} preferences, {count['tie']} "
+        f"ties, {count['skip']} skipped, {count['useless']} with equal or empty answers",
+        f"the answer shown first was chosen {count['a']} times of {num_choices}",
+    ]
+    if session.config.against is not None:
+        won = sum(given.verdict == 0 for given in firsts)
+        lines.append(f"{folder} was preferred {won} times of {num_choices}")
+    verdicts = {given.pair: given.verdict for given in firsts}
+    seconds = [given for given in session.judgements if given.again and is_given(given)]
+    if seconds:
+        same = sum(given.verdict == verdicts[given.pair] for given in seconds)
+        lines.append(f"asked again, you said the same {same} times of {len(seconds)}")
+    num_rows = num_choices + count["tie"]
+    return "\n".join([*lines, f"{session.out}: {num_rows} rows for reward-model, dpo and kto"])

@@ -1,0 +1,206 @@
+"""rlhf-jax label: blind order, what is written, going on, undoing, and that stages train on it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import asked_runs
+import pytest
+from builders import save_base
+
+from rlhf_jax.data import formats
+from rlhf_jax.errors import UserError
+from rlhf_jax.generator import Generator
+from rlhf_jax.inference import label
+from rlhf_jax.inference.chat import Console
+
+NUM_PAIRS = 12
+PROMPTS = [f"say {letter}" for letter in "abcdefzhijkl"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = asked_runs.write(tmp_path_factory.mktemp("runs"))
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    return root
+
+
+@pytest.fixture(scope="module")
+def answers(runs):
+    """Two answers to each prompt."""
+    policy = Generator(
+        runs / "policy" / "model", max_new_tokens=6, temperature=0.7, top_k=9, template="{prompt}:"
+    )
+    texts = policy(PROMPTS, num_samples=2).texts
+    return [texts[2 * i : 2 * i + 2] for i in range(NUM_PAIRS)]
+
+
+@pytest.fixture
+def ask(runs, tmp_path):
+    """Judges pairs: ``judge`` is the typed lines, or a function of the two answers as shown."""
+
+    def ask(judge, *, is_terminal=False, name="out.jsonl", **config):
+        shown, notes = [], []
+
+        def lines():
+            for line in judge if isinstance(judge, list) else iter(int, 1):
+                a, b = re.search(r"\na: (.*?)\n\nb: (.*?)\n\n", shown[-1], re.DOTALL).groups()
+                yield judge(a, b) if callable(judge) else line
+
+        files = {"prompts": (str(runs / "prompts.txt"),), "out": str(tmp_path / name)}
+        given = label.Config(**files, **config)
+        console = Console(shown.append, notes.append, is_terminal)
+        summary = label.run(str(runs / "policy"), given, lines(), console)
+        return shown, notes, summary
+
+    return ask
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def longer(a, b):
+    return "tie" if len(a) == len(b) else "a" if len(a) > len(b) else "b"
+
+
+def later(a, b):
+    return "a" if a > b else "b"
+
+
+def test_the_rows_say_which_answer_was_chosen(ask, answers, tmp_path):
+    shown, _, summary = ask(later)
+    rows = rows_of(tmp_path / "out.jsonl")
+    expected = [
+        {"prompt": prompt, "chosen": max(pair), "rejected": min(pair)}
+        for prompt, pair in zip(PROMPTS, answers, strict=True)
+    ]
+    assert rows == expected
+    order = [f"a: {pair[0]}\n" in text for text, pair in zip(shown, answers, strict=False)]
+    assert 3 <= sum(order) <= 9  # which of the two samples comes first is drawn
+    assert ask(later, name="again.jsonl", batch_size=5)[0] == shown
+    assert ask(later, name="seed.jsonl", seed=1)[0] != shown
+    num_first = sum(
+        (f"a: {max(pair)}\n" in text) for text, pair in zip(shown, answers, strict=False)
+    )
+    assert summary.splitlines()[:2] == [
+        "12 of 12 pairs: 12 preferences, 0 ties, 0 skipped, 0 with equal or empty answers",
+        f"the answer shown first was chosen {num_first} times of 12",
+    ]
+
+
+def test_some_pairs_are_asked_again_in_the_other_order(ask, tmp_path):
+    shown, _, summary = ask(later, again=0.25)
+    assert len(shown) == NUM_PAIRS + 3
+    assert "asked again, you said the same 3 times of 3" in summary
+    for text in shown[NUM_PAIRS:]:
+        assert text.startswith("\n[once more] say ")
+        a, b = re.search(r"\na: (.*?)\n\nb: (.*?)\n\n", text, re.DOTALL).groups()
+        assert any(f"\na: {b}\n\nb: {a}\n" in first for first in shown[:NUM_PAIRS])
+    assert len(rows_of(tmp_path / "out.jsonl")) == NUM_PAIRS
+    _, _, summary = ask(lambda a, b: "a", name="first.jsonl")
+    assert "chosen 12 times of 12" in summary
+    assert "asked again, you said the same 0 times of 1" in summary
+    assert len(ask(later, name="never.jsonl", again=0.0)[0]) == NUM_PAIRS
+
+
+def test_ties_skips_undo_and_going_on(ask, tmp_path):
+    out = tmp_path / "out.jsonl"
+    shown, _, summary = ask(["a", "T", "b", "skip", "u", "undo", "tie", "q"])
+    assert [re.search("say .", text)[0][-1] for text in shown] == [*"abcdedcd"]
+    rows = rows_of(out)
+    assert ["chosen" in row for row in rows] == [True, False, False]
+    assert rows[1] == rows[1] | {"prompt": "say b", "ranks": [0, 0]}
+    assert rows[2] == rows[2] | {"prompt": "say c", "ranks": [0, 0]}
+    assert summary.startswith("3 of 12 pairs: 1 preferences, 2 ties, 0 skipped")
+    read = formats.read("pairs", out)
+    assert len(read.rows) == 1
+    assert read.dropped == {"all responses are ranked equal": 2}
+    shown, _, summary = ask(["s", "a"])
+    assert [re.search("say .", text)[0][-1] for text in shown] == [*"def"]
+    assert summary.startswith("5 of 12 pairs: 2 preferences, 2 ties, 1 skipped")
+    assert rows_of(out)[:3] == rows
+    _, _, whole = ask(later)
+    assert whole.startswith("12 of 12 pairs: 9 preferences")
+    assert ask(later)[2] == whole
+    _, notes, _ = ask(["u", "what", "undone", "a"], name="none.jsonl", is_terminal=True)
+    assert notes == ["nothing to undo", label.QUESTION, label.QUESTION]
+    with pytest.raises(UserError, match="'what' is none of a, b"):
+        ask(["what"], name="wrong.jsonl")
+
+
+def test_another_run_gives_the_second_answer(runs, ask, tmp_path):
+    other = runs / "policy" / "model"
+    shown, _, summary = ask(later, against=str(other), temperature=0.5, count=5)
+    how = {"max_new_tokens": 6, "temperature": 0.5, "top_k": 9, "template": "{prompt}:"}
+    texts = Generator(other, **how)(PROMPTS[:5]).texts
+    assert len(shown) == 0  # the same model says the same to the same seed: nothing to choose
+    assert summary.startswith(
+        "5 of 5 pairs: 0 preferences, 0 ties, 0 skipped, 5 with equal or empty"
+    )
+    assert f"{runs}/policy was preferred 0 times of 0" in summary
+    session = json.loads((tmp_path / "out.jsonl.session.json").read_text())
+    assert [given["answers"] for given in session["judgements"]] == [[text, text] for text in texts]
+
+
+def test_what_was_begun_otherwise_is_refused(ask, tmp_path):
+    ask(["a"])
+    before = (tmp_path / "out.jsonl").read_bytes()
+    for config, said in (
+        ({"seed": 1}, "begun with seed 0, and now it is 1"),
+        ({"count": 3}, "begun with count 12, and now it is 3"),
+        ({"temperature": 0.1}, "begun with temperature 0.7"),
+        ({"again": 0.5}, r"begun with again 0.1, and now it is 0.5"),
+    ):
+        with pytest.raises(UserError, match=said):
+            ask(["a"], **config)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"mine.jsonl: exists already, and no mine.jsonl.session"):
+        ask(["a"], name="mine.jsonl")
+    for config, said in (
+        ({"again": 1.5}, "--again must be from 0 to 1, got 1.5"),
+        ({"count": 0}, "--count must be at least 1, got 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            label.Config(prompts=("a",), out="b", **config)
+
+
+def test_a_judgement_survives_a_kill_between_the_files(ask, tmp_path, monkeypatch):
+    write = label.write_atomically
+
+    def killed(path, content):
+        if path.name == "out.jsonl" and content:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(label, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ask(later)
+    monkeypatch.setattr(label, "write_atomically", write)
+    ask(["q"])
+    assert len(rows_of(tmp_path / "out.jsonl")) == 1
+
+
+def test_stages_train_on_the_rows(tmp_path):
+    """As a person does it: lines into the command, its file into the next ones."""
+
+    def rlhf_jax(*argv, typed=""):
+        command = [sys.executable, "-m", "rlhf_jax", *argv]
+        done = subprocess.run(
+            command, input=typed, capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    rlhf_jax("data", "demo", "data")
+    save_base(tmp_path / "base", tmp_path / "data")
+    asked = ["--prompts", "data/prompts.json", "--out", "mine.jsonl", "--count", "12"]
+    said = rlhf_jax("label", "base", *asked, "--max-new-tokens", "8", typed="a\nb\n" * 10)
+    assert "12 rows for reward-model, dpo and kto" in said
+    tiny = ["--config", "tiny", "--model", "base", "--data", "mine.jsonl"]
+    for stage in ("reward-model", "dpo"):
+        flags = (f"--{stage}.batch-size", "4")
+        rlhf_jax(stage, *tiny, "--output-dir", f"runs/{stage}", *flags)
+        assert (tmp_path / "runs" / stage / "model" / "config.json").is_file()
