@@ -57,6 +57,10 @@ OTHERWISE = "shorter texts, a smaller batch, or more devices with mesh.fsdp"
 # Of the compiler: optimized code takes longer to compile and needs the same memory.
 OPTIONS = {"xla_backend_optimization_level": 0}
 
+# Bytes of a process beside its arrays: Python, JAX, the tokenizer, compiled programs. Measured in
+# docs/notes/memory.md.
+PROCESS = 2**29
+
 ANSWERS = ("answer",)  # the column that ``--reward math`` asks the data for
 # {phase: (function, its arguments)}
 Programs = dict[str, tuple[Callable[..., Any], *tuple[Any, ...]]]
@@ -274,7 +278,7 @@ def _fitting(model: models.Model, length: int | None) -> int:
 
 
 def longest(config: RunConfig, name: str) -> int | None:
-    """Tokens of the longest row of a run's data, or in RL of its longest prompt.
+    """Columns of the widest batch of a run's data, or in RL of its longest prompt.
 
     None without data, without a tokenizer to read it by (of ``config.model`` or
     ``config.tokenizer.name``), for a text that is cut into pieces as long as the model reads, and
@@ -305,7 +309,12 @@ def longest(config: RunConfig, name: str) -> int | None:
         max_length=model.config.max_length,
         too_long=config.text.too_long,
     )
-    return int(encoded.lengths.max())
+    columns = int(encoded.lengths.max())
+    steps = -(-len(encoded) // own.batch_size)
+    multiple = initial.bucket_multiple(config, model.config.num_layers, columns, steps)
+    num_multiples = -(-columns // multiple)
+    width = num_multiples * multiple
+    return min(width, model.config.max_length)
 
 
 def with_remat(
@@ -531,10 +540,17 @@ def report(
     whether it fits, and if not which setting helps most.
     """
     made = plan(config, name, length, target)
-    rows = [(size, part) for part, size in made.held.items()]
-    rows += [(size, f"more in the phase {phase!r}") for phase, size in made.phases.items()]
-    rows += [(size, f"of it {part}") for part, size in made.parts.items()]
+    rows: list[tuple[int, str]] = []
+    for part, size in made.held.items():
+        rows.append((size, part))
+    for phase, size in made.phases.items():
+        rows.append((size, f"more in the phase {phase!r}"))
+    for part, size in made.parts.items():
+        rows.append((size, f"of it {part}"))
     rows.append((made.peak, "at the peak"))
+    if target is None:
+        on_host = jax.device_count() * made.peak + PROCESS
+        rows.append((on_host, "of the whole process, where a CPU is the device"))
     lines = [_title(name, target)]
     lines += [f"{memory.amount(size):>14}  {what}" for size, what in rows]
     for phase, figures in made.figures.items():
@@ -626,9 +642,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = re.fullmatch(r"(\d+\.?\d*) ?(GB|GiB)", given.memory or "0GB")
     if size is None:
         raise UserError(f"--memory {given.memory}: expected a number with GB or GiB, such as 80GB")
-    jax.config.update("jax_platforms", "cpu")  # nothing is run
     if given.target is None:
         jax.config.update("jax_num_cpu_devices", given.devices)
+        devices.choose("cpu")  # with the compiler's flags of a run
+    jax.config.update("jax_platforms", "cpu")  # nothing is run
     limit = float(size[1]) * (1e9 if size[2] == "GB" else 2**30)
     settings = parse(RunConfig, flags, prog="rlhf-jax plan")
     target = targets.find(given.target) if given.target else None

@@ -42,6 +42,27 @@ cli.run_script(main)
 needs_pages = pytest.mark.skipif(not PAGES.is_dir(), reason="a kernel that knows pages of 1 GiB")
 
 
+BLOCKS = """
+import ctypes
+library = ctypes.CDLL(None)
+for _ in range(5):
+    block = ctypes.c_void_p()
+    library.posix_memalign(ctypes.byref(block), 64, 1 << 27)
+    ctypes.memset(block, 1, 1 << 27)
+    library.free(block)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@needs_pages
+def test_a_freed_block_is_room_for_the_next_one():
+    """Five aligned blocks of 128 MiB, one after the other, take the memory of one."""
+    env = os.environ | {NAME: allocator.TUNABLES}
+    command = [sys.executable, "-c", BLOCKS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert 128 * 1024 < int(done.stdout) < 2 * 128 * 1024
+
+
 def test_what_glibc_keeps_is_given_back_where_there_is_glibc(monkeypatch):
     given = []
     library = types.SimpleNamespace(malloc_trim=given.append)

@@ -23,7 +23,7 @@ from rlhf_jax.config import (
     Tokenizer,
 )
 from rlhf_jax.errors import TrainingFault, UserError
-from rlhf_jax.runs import devices
+from rlhf_jax.runs import allocator, devices, folder
 from rlhf_jax.training import memory
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.stage import open_stage
@@ -233,6 +233,17 @@ def test_a_run_compiles_what_it_checks_once(name, tmp_path):
     if name in ("ppo", "environment"):
         programs += ["jit(respond)", "jit(rescored)", "jit(reward)"]
     assert {program: compiled.count(program) for program in programs} == dict.fromkeys(programs, 1)
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_what_the_last_step_took_is_given_back_before_copies_are_saved(tmp_path, monkeypatch):
+    events = []
+    replacing = folder.replacing
+    monkeypatch.setattr(devices, "free_memory", lambda: 0)
+    monkeypatch.setattr(allocator, "give_back", lambda: events.append("given back"))
+    monkeypatch.setattr(folder, "replacing", lambda path: events.append("saved") or replacing(path))
+    a_run("sft", tmp_path)
+    assert events == ["given back", "saved"]
 
 
 @pytest.mark.usefixtures("no_pages")

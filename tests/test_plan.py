@@ -26,6 +26,7 @@ from rlhf_jax.config import (
     RLStage,
     RunConfig,
     SFTStage,
+    Text,
 )
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import UserError
@@ -91,6 +92,8 @@ def test_ppo_prints_what_it_holds_and_its_peak(folder, capsys):
         said.get(part, 0) for part in ("parameters", "optimizer", "reference", "reward models")
     )
     assert said["at the peak"] == pytest.approx(held + said["more in the phase 'reward'"], abs=3e-3)
+    whole = said["of the whole process, where a CPU is the device"]
+    assert whole == pytest.approx(4 * said["at the peak"] + 512, abs=3e-3)
     moved = mebibytes(
         printed(capsys, "ppo", "--model", folder, *SHORT, "--compute.offload", "reference")
     )
@@ -279,8 +282,11 @@ def with_data(tmp_path):
     return RunConfig(model=str(tmp_path / "m"), data=data, rl=RLStage(max_new_tokens=8))
 
 
-def test_the_length_of_a_plan_is_that_of_the_longest_row(with_data):
-    assert plan.longest(with_data, "dpo") == 2 + 5 + 1  # and the end of the text
+def test_the_length_of_a_plan_is_that_of_the_widest_batch(with_data):
+    narrow = dataclasses.replace(with_data, text=Text(bucket_multiple=3))
+    assert plan.longest(narrow, "dpo") == 9  # for 2 + 5 tokens and the end of the text
+    wide = dataclasses.replace(with_data, text=Text(bucket_multiple=50))
+    assert plan.longest(wide, "dpo") == 32  # as many as the model reads
     assert plan.longest(with_data, "ppo") == 3
     bounded = dataclasses.replace(
         with_data, rl=dataclasses.replace(with_data.rl, max_prompt_length=2)

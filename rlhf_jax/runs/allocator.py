@@ -17,6 +17,11 @@ TUNABLES = (
     "glibc.malloc.hugetlb=0x40000000:glibc.malloc.trim_threshold=0x40000000:glibc.malloc.mmap_max=0"
 )
 TUNABLES += ":glibc.malloc.arena_max=4"
+# XLA asks for aligned blocks. What glibc cuts off at the ends of a block would go to a thread's
+# cache and keep the freed block from joining the free memory around it, so that the next block of
+# its size would not fit there. Of six blocks of 1.5 GiB, each freed before the next, 7.7 GiB were
+# kept and 1.9 million pages faulted; without these caches 1.5 GiB and 0.4 million.
+TUNABLES += ":glibc.malloc.tcache_count=0"
 
 
 def keep_memory() -> None:

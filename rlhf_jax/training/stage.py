@@ -21,7 +21,7 @@ from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models.hf import model_folder
 from rlhf_jax.report import page
-from rlhf_jax.runs import devices, folder, manifest, objects, processes, trackers
+from rlhf_jax.runs import allocator, devices, folder, manifest, objects, processes, trackers
 from rlhf_jax.training import initial, memory
 from rlhf_jax.training.initial import Trainable, sampling_config
 from rlhf_jax.types import Params, PolicyFn, TrainState
@@ -204,6 +204,7 @@ class Stage:
                 folders themselves.
             save: ``save(language_model, folder, template=, config=)``.
         """
+        allocator.give_back()  # of the last step, before saving makes copies
         if jax.process_count() > 1:  # the first process computes alone from here
             base, trained = processes.fetch((start.base, trained))
             start = start._replace(base=base)
