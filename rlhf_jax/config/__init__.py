@@ -8,6 +8,7 @@ flags by ``parse``.
 
 from rlhf_jax.config.flags import check_trusted, parse, shipped
 from rlhf_jax.config.pretrained import PRETRAINED, is_pretrained
+from rlhf_jax.config.sections import for_algorithm, section_name, with_section
 from rlhf_jax.config.settings import (
     ALGORITHMS,
     Compute,
@@ -25,9 +26,6 @@ from rlhf_jax.config.settings import (
     SFTStage,
     Text,
     Tokenizer,
-    for_algorithm,
-    section_name,
-    with_section,
 )
 from rlhf_jax.config.yaml_files import read, to_yaml
 

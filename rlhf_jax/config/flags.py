@@ -14,13 +14,8 @@ from typing import Any, TypeVar
 import tyro
 
 from rlhf_jax.config.pretrained import fill_pretrained
-from rlhf_jax.config.settings import (
-    ALGORITHMS,
-    RunConfig,
-    Switch,
-    section_name,
-    with_section,
-)
+from rlhf_jax.config.sections import section_name, with_section
+from rlhf_jax.config.settings import ALGORITHMS, RunConfig, Switch
 from rlhf_jax.config.yaml_files import Values, dotted_keys, hint, read, subsections
 from rlhf_jax.errors import UserError, logger
 from rlhf_jax.types import Algorithm
@@ -273,7 +268,12 @@ def _build(
         values[name] = vars(cls())[name]
 
 
-def _problem(message: str, values: dict[str, Any], prefix: str, given: Values) -> str:
+def _problem(
+    message: str,
+    values: dict[str, Any],
+    prefix: str,
+    given: Values,
+) -> str:
     """What a rule of a section says, after the place of the first setting that it names and whose
     value no flag has changed.
     """

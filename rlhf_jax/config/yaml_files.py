@@ -55,7 +55,12 @@ def read(config_class: type, file: Path) -> Values:
 
 
 def _values(
-    node: yaml.Node, cls: type, prefix: str, root: type, file: Path, problems: list[str]
+    node: yaml.Node,
+    cls: type,
+    prefix: str,
+    root: type,
+    file: Path,
+    problems: list[str],
 ) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Yields (dotted key, (value, its place)) for every value below ``node``; mistakes are added to
     ``problems``.

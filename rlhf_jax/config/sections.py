@@ -1,0 +1,98 @@
+"""The section of an algorithm in the settings of a run, also of an algorithm of one's own."""
+
+import dataclasses
+import typing
+from typing import Any, TypeVar
+
+from rlhf_jax.config.settings import ALGORITHMS, RunConfig
+from rlhf_jax.errors import UserError, logger
+from rlhf_jax.runs import manifest
+from rlhf_jax.types import Algorithm
+
+C = TypeVar("C")
+
+
+def with_section(kind: type[C], algorithm: Algorithm) -> type[C]:
+    """The settings ``kind``, with a section for an algorithm of one's own: the ``Config`` of its
+    module, under the module's name.
+
+    Raises:
+      UserError: the module has the name of another setting.
+    """
+    name = section_name(algorithm)
+    section = typing.get_type_hints(kind).get(name)
+    if section is None:
+        return _extended(kind, name, algorithm.Config)
+    if not (isinstance(section, type) and issubclass(section, algorithm.Config)):
+        raise UserError(
+            f"the algorithm {algorithm.__name__}: {name} is a setting of every run; give its "
+            "module another name"
+        )
+    return kind
+
+
+def section_name(algorithm: Algorithm) -> str:
+    """The name of an algorithm's section and run: that of its module."""
+    return algorithm.__name__.rpartition(".")[2]
+
+
+def _extended(kind: type[C], name: str, section: type) -> type[C]:
+    field = (name, section, dataclasses.field(default_factory=section))
+    return dataclasses.make_dataclass(kind.__name__, [field], bases=(kind,), frozen=True)
+
+
+def for_algorithm(
+    config: RunConfig, algorithm: Algorithm, section: Any = None
+) -> tuple[RunConfig, Any]:
+    """The settings of a run of this algorithm, and its own section among them.
+
+    Args:
+      section: takes the place of the section; None: that of ``config``, or the module's
+        ``Config()`` if it has none.
+
+    Raises:
+      UserError: ``config`` sets what another algorithm reads and this one, of one's own, does not.
+    """
+    name = section_name(algorithm)
+    kind = with_section(type(config), algorithm)
+    if name not in ALGORITHMS:
+        _check_others_unset(config, algorithm)
+    if section is None:
+        section = vars(config).get(name) or algorithm.Config()
+    elif name in ALGORITHMS:
+        _say_unused(name, vars(config)[name], section)
+    usual = typing.get_type_hints(kind)[name]
+    if issubclass(usual, type(section)):
+        section = usual(**vars(section))
+    else:
+        kind = _extended(kind, name, type(section))
+    return kind(**vars(config) | {name: section}), section
+
+
+def _say_unused(name: str, own: Any, given: Any) -> None:
+    """Names the values of a section that do not count, since Python gives its settings."""
+    default = vars(type(own)())
+    changed = {key: value for key, value in vars(own).items() if value != default[key]}
+    unused = [
+        f"{name}.{key} {changed[key]}" for key in changed if changed[key] != vars(given).get(key)
+    ]
+    if unused:
+        listed = ", ".join(unused)
+        logger.info(f"the settings of {name} are those that Python gives; not used: {listed}")
+
+
+def _check_others_unset(config: RunConfig, algorithm: Algorithm) -> None:
+    before = manifest.dotted(dataclasses.asdict(type(config)()))
+    values = manifest.dotted(dataclasses.asdict(config))
+    unread = [
+        key
+        for key, value in values.items()
+        if key.partition(".")[0] in ALGORITHMS and value != before[key]
+    ]
+    if unread:
+        name = section_name(algorithm)
+        raise UserError(
+            f"{', '.join(unread)}: the algorithm {name} does not read them; leave them out. "
+            f"Its own settings are the section {name}, for which config.parse takes "
+            f"algorithm={name}"
+        )
