@@ -20,7 +20,11 @@ Tree = TypeVar("Tree")
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh with the axes ``data``, ``fsdp`` and ``tensor`` over the first of ``devices``, by
     default all there are.
@@ -133,7 +137,9 @@ def replicate(mesh: Mesh, tree: Tree) -> Tree:
 
 
 def by_path(
-    params: Any, rules: Sequence[tuple[str, PartitionSpec | tuple[str | None, ...]]], mesh: Mesh
+    params: Any,
+    rules: Sequence[tuple[str, PartitionSpec | tuple[str | None, ...]]],
+    mesh: Mesh,
 ) -> Any:
     """The sharding of each parameter by the first rule whose pattern is found in its path.
 
@@ -175,7 +181,9 @@ def by_path(
 
 
 def _of_last_axes(
-    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    mesh: Mesh,
 ) -> PartitionSpec:
     """The spec of an array whose last dimensions are cut over these ``axes`` of the mesh where they
     divide. The last one is cut over the axes that do not divide the others too, if it can be.

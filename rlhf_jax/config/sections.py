@@ -42,7 +42,9 @@ def _extended(kind: type[C], name: str, section: type) -> type[C]:
 
 
 def for_algorithm(
-    config: RunConfig, algorithm: Algorithm, section: Any = None
+    config: RunConfig,
+    algorithm: Algorithm,
+    section: Any = None,
 ) -> tuple[RunConfig, Any]:
     """The settings of a run of this algorithm, and its own section among them.
 

@@ -172,7 +172,10 @@ def fingerprints(kind: Kind, names: Names, *, seed: int = 0) -> dict[str, str]:
 
 
 def parse_all(
-    kind: Kind, records: Sequence[Record], template: ChatTemplate, on_bad_row: rows.OnBadRow
+    kind: Kind,
+    records: Sequence[Record],
+    template: ChatTemplate,
+    on_bad_row: rows.OnBadRow,
 ) -> ReadResult:
     """The rows of all records. With ``drop`` the records of a `BadRow` are left out, by reason."""
     result = ReadResult([])
@@ -440,7 +443,9 @@ def _answers(record: Record, template: ChatTemplate) -> tuple[Row, tuple[float, 
 
 
 def _several(
-    record: Record, template: ChatTemplate, category: str
+    record: Record,
+    template: ChatTemplate,
+    category: str,
 ) -> tuple[Row, tuple[float, ...] | None]:
     """A row of K responses and their ranks, which are None if it has targets only."""
     row = record.value
@@ -488,7 +493,12 @@ def _before_answers(record: Record) -> Text | list[Message]:
     return _text_or_ids(record, "'prompt'", record.value["prompt"], may_be_space=True)
 
 
-def _text_or_ids(record: Record, what: str, value: Any, may_be_space: bool = False) -> Text:
+def _text_or_ids(
+    record: Record,
+    what: str,
+    value: Any,
+    may_be_space: bool = False,
+) -> Text:
     if isinstance(value, str):
         return rows.checked(record, what, value, may_be_space)
     expected = f"{what} must be a string or a list of token ids"

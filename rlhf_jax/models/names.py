@@ -310,7 +310,12 @@ def _read_two_kinds(keys: dict[str, Any], where: str) -> None:
         keys["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
 
 
-def _read_rope(keys: dict[str, Any], max_length: int, default: float, where: str) -> dict[str, Any]:
+def _read_rope(
+    keys: dict[str, Any],
+    max_length: int,
+    default: float,
+    where: str,
+) -> dict[str, Any]:
     """Pops transformers 5's rope_parameters, or 4's rope_theta and rope_scaling, from the keys."""
     theta = keys.pop("rope_theta", None)
     scaling = keys.pop("rope_scaling", None)

@@ -380,7 +380,12 @@ class Transformer(nn.Module):
         ids = jnp.where(ids < self.config.vocab_size, ids, len(table))
         return cut(jnp.take(table, ids, axis=0), "data", "fsdp")
 
-    def hidden(self, tokens: Array, attention_mask: Array, columns: Columns = None) -> Array:
+    def hidden(
+        self,
+        tokens: Array,
+        attention_mask: Array,
+        columns: Columns = None,
+    ) -> Array:
         """[B, T] tokens and mask -> [B, T, D] after the final norm, in the compute dtype; only the
         given columns.
 

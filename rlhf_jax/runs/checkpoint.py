@@ -103,7 +103,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self._handler = ocp.PyTreeCheckpointHandler(type_handler_registry=kinds)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(
+        self,
+        kind: Any,
+        error: BaseException | None,
+        traceback: Any,
+    ) -> None:
         """Waits as ``wait`` does and ends Orbax's threads. The checkpoints stay."""
         try:
             self.wait()
@@ -198,7 +203,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         folder.mkdir(parents=True)
 
     def _write(
-        self, step: int, folder: Path, record: Any, parts: dict[str, Any], written: Iterable[Any]
+        self,
+        step: int,
+        folder: Path,
+        record: Any,
+        parts: dict[str, Any],
+        written: Iterable[Any],
     ) -> None:
         """What is left of a save once the arrays are on the host; every process does it, in a
         thread of its own.

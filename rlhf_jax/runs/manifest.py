@@ -54,7 +54,10 @@ def fingerprint(path: str | Path) -> str:
 
 
 def write_manifest(
-    run: Run, facts: Mapping[str, Any], mesh: Mapping[str, int], changed: Keys = ()
+    run: Run,
+    facts: Mapping[str, Any],
+    mesh: Mapping[str, int],
+    changed: Keys = (),
 ) -> None:
     """Writes ``manifest.json``; a resumed run keeps its first one and adds this start to its list
     ``resumed``.

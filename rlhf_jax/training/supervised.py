@@ -165,7 +165,13 @@ def run(config: RunConfig, spec: StageSpec, on_step: loop.OnStep | None = None) 
         return stage.finish(language_model, task.start, task.trained(state), row)
 
 
-def _job(setting: Setting, spec: StageSpec, task: Task, feed: Feed, num_steps: int) -> loop.Job:
+def _job(
+    setting: Setting,
+    spec: StageSpec,
+    task: Task,
+    feed: Feed,
+    num_steps: int,
+) -> loop.Job:
     """What the loop runs."""
     stage = setting.stage
     encoded = setting.encoded
@@ -236,7 +242,12 @@ def policy_task(
     prepared = algorithm.with_reference if config.needs_reference else _unchanged
 
     def update(
-        state: TrainState, batch: Any, key: jax.Array, *, policy_fn: Any, ref_fn: Any
+        state: TrainState,
+        batch: Any,
+        key: jax.Array,
+        *,
+        policy_fn: Any,
+        ref_fn: Any,
     ) -> tuple[TrainState, Metrics]:
         return algorithm.update(
             state,
@@ -249,7 +260,13 @@ def policy_task(
         )
 
     @jax.jit
-    def metrics_of(state: TrainState, batch: Any, *, policy_fn: Any, ref_fn: Any) -> Parts:
+    def metrics_of(
+        state: TrainState,
+        batch: Any,
+        *,
+        policy_fn: Any,
+        ref_fn: Any,
+    ) -> Parts:
         batch = prepared(batch, ref_fn)
         _, parts = algorithm.loss(
             state.params, batch, None, policy_fn=policy_fn, config=loss_config

@@ -82,7 +82,10 @@ def attention(
 
 
 def on_each_device(
-    kernel: Callable[..., Array], num_heads: int, of_heads: Sequence[Array], of_rows: Array
+    kernel: Callable[..., Array],
+    num_heads: int,
+    of_heads: Sequence[Array],
+    of_rows: Array,
 ) -> Array:
     """``kernel(*of_heads, of_rows)`` of each device's own rows and heads, on the mesh of
     ``jax.set_mesh``.
@@ -119,7 +122,12 @@ def on_each_device(
 
 
 def _splash(
-    query: Array, key: Array, value: Array, documents: Array, *, window: int | None
+    query: Array,
+    key: Array,
+    value: Array,
+    documents: Array,
+    *,
+    window: int | None,
 ) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -137,7 +145,12 @@ def _splash(
 
 
 def _cudnn(
-    query: Array, key: Array, value: Array, documents: Array, *, window: int | None
+    query: Array,
+    key: Array,
+    value: Array,
+    documents: Array,
+    *,
+    window: int | None,
 ) -> Array:
     mixed: Array = jax.nn.dot_product_attention(
         query.swapaxes(1, 2),
