@@ -78,7 +78,8 @@ def regression(scores: Array, targets: Array) -> Array:
     K], float32.
     """
     chex.assert_equal_shape([scores, targets])
-    return jnp.square(jnp.asarray(scores, jnp.float32) - jnp.asarray(targets, jnp.float32))
+    error = jnp.asarray(scores, jnp.float32) - jnp.asarray(targets, jnp.float32)
+    return jnp.square(error)
 
 
 def policy_gradient(log_probs: Array, advantages: Array, mask: Array) -> Array:

@@ -133,7 +133,8 @@ def target_report(
         return report
 
     def in_pairs(values: Array) -> Array:
-        return np.stack([values[row, better], values[row, worse]], axis=1)
+        both = [values[row, better], values[row, worse]]
+        return np.stack(both, axis=1)
 
     first = np.zeros(len(row), np.int64)
     pairs = preference_report(in_pairs(scores), first, in_pairs(lengths), weights[row])
@@ -289,4 +290,5 @@ def bootstrap_interval(
 
 
 def _sigmoid(x: Array) -> Array:
-    return np.exp(-np.logaddexp(0.0, -np.asarray(x, np.float64)))
+    x = np.asarray(x, np.float64)
+    return np.exp(-np.logaddexp(0.0, -x))

@@ -244,7 +244,8 @@ def _read_row(
         )
     # The last token may be the EOS of another speaker's turn, which did not end the row.
     others_turn = mask is not None and len(mask) == len(ids) > 0 and not mask[-1]
-    has_eos = len(ids) > 0 and int(ids[-1]) in tokenizer.eos_ids and not others_turn
+    ends_with_eos = len(ids) > 0 and int(ids[-1]) in tokenizer.eos_ids
+    has_eos = ends_with_eos and not others_turn
     if has_eos and finished is not None and not finished:
         raise UserError(f"{where}: finished is False, but its last token is EOS, {ids[-1]}")
     adds_eos = bool(finished) and not has_eos

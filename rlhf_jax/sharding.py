@@ -193,7 +193,8 @@ def _of_last_axes(
     for axis, size in zip(axes, shape[num_others:], strict=True):
         divides = axis is not None and size % mesh.shape[axis] == 0
         cut.append(axis if divides else None)
-    left = tuple(axis for axis in axes[::-1] if axis is not None and axis not in cut[:-1])
+    others = {None, *cut[:-1]}
+    left = tuple(axis for axis in axes[::-1] if axis not in others)
     num_left = math.prod(mesh.shape[axis] for axis in left)
     if axes and axes[-1] and shape[-1] % num_left == 0:
         cut[-1] = left

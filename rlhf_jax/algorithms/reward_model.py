@@ -47,11 +47,19 @@ def answer_scores(
     documents = comparisons.documents
     if documents is not None:
         numbers = documents.reshape(len(documents), -1)
-        return jnp.reshape(score_fn(params, tokens, mask, key, numbers), documents.shape)
+        scores = score_fn(params, tokens, mask, key, numbers)
+        return jnp.reshape(scores, documents.shape)
     chex.assert_rank(tokens, 3)
-    scores = score_fn(params, *(x.reshape(-1, x.shape[2]) for x in (tokens, mask)), key)
-    chex.assert_shape(scores, (tokens.shape[0] * tokens.shape[1],))
-    return jnp.reshape(scores, tokens.shape[:2])
+    batch, num_answers, length = tokens.shape
+    rows = tokens.reshape(-1, length)
+    scores = score_fn(params, rows, mask.reshape(-1, length), key)
+    chex.assert_shape(scores, (batch * num_answers,))
+    return jnp.reshape(scores, (batch, num_answers))
+
+
+def _joined(x: Array) -> Array:
+    """[B, C, ...] -> [B * C, ...]."""
+    return jnp.reshape(x, (-1, *jnp.shape(x)[2:]))
 
 
 def loss(
@@ -88,8 +96,8 @@ def loss(
         comparisons.weight,
         comparisons.margin,
     )
-    if comparisons.documents is not None:  # [B, C, ...] -> [B * C, ...]
-        parts = jax.tree.map(lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[2:])), parts)
+    if comparisons.documents is not None:
+        parts = jax.tree.map(_joined, parts)
     scores, present, best, targets, weight, wanted = parts
     batch, num_answers = scores.shape
     if targets is None and num_answers < 2:

@@ -228,8 +228,11 @@ def _constrained(batch: Any, sharding: Any) -> Any:
 
 
 def _global_norm(grads: Params) -> Array:
-    squares = [jnp.sum(jnp.square(jnp.abs(g.astype(jnp.float32)))) for g in jax.tree.leaves(grads)]
-    return jnp.sqrt(sum(squares, jnp.zeros(())))
+    total = jnp.zeros(())
+    for gradient in jax.tree.leaves(grads):
+        magnitude = jnp.abs(gradient.astype(jnp.float32))
+        total += jnp.sum(jnp.square(magnitude))
+    return jnp.sqrt(total)
 
 
 def _reduced_once(
@@ -357,7 +360,8 @@ def _over_microbatches(
         number, rows = part
         index = _width_index(rows, widths)
         grads, totals, _, metrics = jax.lax.switch(index, by_width, number, rows)
-        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (totals, metrics)
+        total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
+        return total, (totals, metrics)
 
     # Sums of low-precision gradients would lose the small ones.
     zeros = jax.tree.map(

@@ -180,7 +180,9 @@ def _flags_of(root: type, sections: Words) -> tyro.constructors.ConstructorRegis
     """How tyro reads a config: each dataclass as a dict, so that no ``__post_init__`` runs before
     all values are known, and of its fields those that ``sections`` leaves."""
     registry = tyro.constructors.ConstructorRegistry()
-    prefixes = {kind: f"{name}." for name, kind in subsections(root).items()} | {root: ""}
+    prefixes = {root: ""}
+    for name, kind in subsections(root).items():
+        prefixes[kind] = f"{name}."
     inside = False
 
     @registry.primitive_rule
@@ -233,7 +235,11 @@ def _is_read(key: str, root: type, sections: Words) -> bool:
     """
     if not sections or ("." not in key and key not in subsections(root) and key != "reward"):
         return True
-    return any(f"{key}.".startswith(f"{part}.") or part.startswith(f"{key}.") for part in sections)
+    for part in sections:
+        is_inside = f"{key}.".startswith(f"{part}.")
+        if is_inside or part.startswith(f"{key}."):
+            return True
+    return False
 
 
 def _build(

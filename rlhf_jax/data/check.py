@@ -172,8 +172,12 @@ def _describe(name: str, file: _File, tokenizer: Tokenizer | None) -> tuple[str,
     bad = {getattr(error, "source", None) for error in errors}
     good_records = [record for record in file.records if record.source not in bad]
     unread, warnings = _unread(good_records, file.kind)
-    lines = [f"{file.head}, {len(rows)} {file.kind} kept", *_forms(file.records)]
-    lines += [*_problems(errors), *warnings, *unread, *_dropped(file), *_repeats(rows, name)]
+    lines = [f"{file.head}, {len(rows)} {file.kind} kept"]
+    lines += _forms(file.records)
+    lines += _problems(errors)
+    lines += [*warnings, *unread]
+    lines += _dropped(file)
+    lines += _repeats(rows, name)
     unit = "tokens" if tokenizer else "words"
     for text, counts in lengths.items():
         lines.append(_spread(f"{unit} of a {text}", counts))

@@ -110,7 +110,9 @@ def _with_responses(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(text, str) for text in value)
 
 
 def _messages(value: Any) -> Any:

@@ -245,7 +245,8 @@ def left_padded(
     pad_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and attention_mask [N, width] int32 of N prompts."""
-    mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in ids], np.int32)
+    lengths = np.array([len(prompt) for prompt in ids])
+    mask = (np.arange(width) >= width - lengths[:, None]).astype(np.int32)
     tokens = np.full_like(mask, pad_id)
     tokens[mask == 1] = np.concatenate(ids)
     return tokens, mask
@@ -377,7 +378,10 @@ def _weights(rows: Sequence[Row], left: Sequence[Row]) -> np.ndarray:
 
     before = total_by_source(rows)
     after = total_by_source(left)
-    weights = [(row.weight or 1.0) * before[row.source] / after[row.source] for row in left]
+    weights = []
+    for row in left:
+        own = row.weight or 1.0
+        weights.append(own * before[row.source] / after[row.source])
     return np.array(weights, np.float32)
 
 

@@ -157,7 +157,8 @@ def converse(
         ids = np.take_along_axis(batch.tokens, padding_first, axis=1)
         mask = np.take_along_axis(batch.attention_mask, padding_first, axis=1)
         used = np.sum(batch.attention_mask[:, -slots:], axis=1)
-        sampled = processes.fetch(respond(ids, mask * is_open[:, None], batch.row_ids, used))
+        of_open = mask * is_open[:, None]
+        sampled = processes.fetch(respond(ids, of_open, batch.row_ids, used))
         own = processes.own_rows((batch, sampled, status))
         answered = processes.agree(functools.partial(answer, *own))
         batch, status = processes.gather_rows(answered)

@@ -165,10 +165,11 @@ def _decode(name: str, data: bytes) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    [(key, count)] = Counter(key for key, _ in pairs).most_common(1) or [("", 1)]
-    if count > 1:
-        raise ValueError(f"the key {key!r} stands twice in {dict(pairs)!r:.80}")
-    return dict(pairs)
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} stands twice in {unique!r:.80}")
+    return unique
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)

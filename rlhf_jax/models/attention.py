@@ -204,7 +204,9 @@ def attention(
     end = first + half
     # The gradient of a split is one copy, that of slices is padded.
     early, late = jnp.split(query, [half], axis=3)
-    early = _attend(early, key[:, :, :end], value[:, :, :end], mask[:, :, :half, :end])
+    early_key = key[:, :, :end]
+    early_value = value[:, :, :end]
+    early = _attend(early, early_key, early_value, mask[:, :, :half, :end])
     late = _attend(late, key, value, mask[:, :, half:])
     return jnp.concatenate([early, late], axis=3)
 
@@ -260,7 +262,10 @@ def blockwise(
 
     def block(part: tuple[Array, Array, Array, Array]) -> Array:
         number, query, slots, documents = part
-        block_drop = None if drop is None else (jax.random.fold_in(drop[0], number), drop[1])
+        block_drop = None
+        if drop is not None:
+            drop_key, rate = drop
+            block_drop = (jax.random.fold_in(drop_key, number), rate)
         block_seen = seen._replace(slots=slots, documents=documents)
         return attention(query, key, value, block_seen, block_drop)
 
@@ -271,5 +276,6 @@ def blockwise(
         blocks(seen.documents, 1),
     )
     mixed = jax.lax.map(jax.checkpoint(block, prevent_cse=False), parts)
-    mixed = jnp.moveaxis(mixed, 0, 3).reshape(*query.shape[:3], count * size, -1)
+    in_order = jnp.moveaxis(mixed, 0, 3)
+    mixed = in_order.reshape(*query.shape[:3], count * size, -1)
     return mixed[:, :, :, :length]

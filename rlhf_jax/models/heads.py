@@ -154,7 +154,8 @@ def score_fn(model: Model) -> ScoreFn:
         last = jnp.max(jnp.where(real, columns, 0), axis=2)  # [B, n]
         hidden = model.hidden(params, tokens, attention_mask, key, last)
         scores = _scalar(params, "score", hidden)
-        gain, shift = jax.lax.stop_gradient((params["score"]["gain"], params["score"]["shift"]))
+        head = params["score"]
+        gain, shift = jax.lax.stop_gradient((head["gain"], head["shift"]))
         scores = jnp.where(jnp.any(real, axis=2), gain * scores + shift, 0.0)
         return scores[:, 0] if documents is None else scores
 
@@ -202,5 +203,5 @@ def _log_probs_and_entropy(
 
     parts = (split(hidden), split(targets))
     outputs = jax.lax.map(lambda part: jax.checkpoint(chunk)(params, *part), parts)
-    log_probs, entropy = (x.swapaxes(0, 1).reshape(batch, -1)[:, :columns] for x in outputs)
-    return log_probs, entropy
+    log_probs, entropy = (x.swapaxes(0, 1).reshape(batch, -1) for x in outputs)
+    return log_probs[:, :columns], entropy[:, :columns]

@@ -141,7 +141,9 @@ def save(
     """
     family = names.family_of(model.config)
     tensors = _body_tensors(model, params)
-    keys = {key: value for key, value in names.to_json(model.config).items() if key not in _FORMER}
+    keys = names.to_json(model.config)
+    for former in _FORMER:
+        keys.pop(former, None)
     keys["architectures"] = [family.causal_lm]
     if "score" in params:
         kernel, shift = folded_score(params["score"])
@@ -157,7 +159,8 @@ def save(
         }
         keys["reward_shift"] = shift
     # transformers gives all tensors the dtype named here: the widest loses nothing.
-    keys["dtype"] = str(jnp.result_type(*(tensor.leaf.dtype for tensor in tensors.values())))
+    dtypes = [tensor.leaf.dtype for tensor in tensors.values()]
+    keys["dtype"] = str(jnp.result_type(*dtypes))
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -472,9 +475,12 @@ def _part(
     parts = [tensor[inner] for tensor in tensors]
     part = np.stack(parts) if is_stacked else parts[0]
     if is_fused:
-        part = part.reshape(*part.shape[:-1], 3, -1)[..., index[-1]]
+        apart = part.reshape(*part.shape[:-1], 3, -1)
+        part = apart[..., index[-1]]
     kept = jax.dtypes.canonicalize_dtype(dtype or part.dtype)
-    return np.asarray(np.swapaxes(part, -1, -2) if is_transposed else part, kept)
+    if is_transposed:
+        part = np.swapaxes(part, -1, -2)
+    return np.asarray(part, kept)
 
 
 def _read_tied_tables(reader: Reader, token_table: str, shape: tuple[int, ...]) -> None:
@@ -507,12 +513,15 @@ class _Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.leaf.nbytes if self.layer is None else self.leaf.nbytes // len(self.leaf)
+        num_layers = 1 if self.layer is None else len(self.leaf)
+        return self.leaf.nbytes // num_layers
 
     def array(self) -> np.ndarray:
         """The tensor on the host."""
         part = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
-        return np.ascontiguousarray(part.T if self.is_transposed else part).reshape(self.shape)
+        if self.is_transposed:
+            part = part.T
+        return np.ascontiguousarray(part).reshape(self.shape)
 
 
 def _files(tensors: dict[str, _Tensor], file_bytes: int) -> dict[str, list[str]]:

@@ -64,7 +64,8 @@ def build(config: ModelConfig) -> Model:
     for_decoding = partial(stack.for_decoding, config)
 
     # A key that no layer draws from is left out: with one, each layer would be traced for itself.
-    drops = any(rate > 0 for name, rate in vars(config).items() if name.endswith("_dropout"))
+    rates = [rate for name, rate in vars(config).items() if name.endswith("_dropout")]
+    drops = any(rate > 0 for rate in rates)
 
     # Compiled as a whole: operation by operation, a small model takes twice as long to start.
     @jax.jit

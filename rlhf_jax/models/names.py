@@ -50,10 +50,12 @@ class Family(NamedTuple):
 
     def tensors(self, path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
         """Names of the tensors of a leaf of the body: one, or one for each stacked layer."""
-        top, *inner = (self.modules.get(part, part) for part in path[:-1])
+        top, *inner = [self.modules.get(part, part) for part in path[:-1]]
         tops = [top]
         if path[0].startswith("h"):
-            layers = range(shape[0]) if path[0] == "h" else [int(path[0].removeprefix("h_"))]
+            layers = [path[0].removeprefix("h_")]
+            if path[0] == "h":
+                layers = [str(layer) for layer in range(shape[0])]
             tops = [f"{self.modules.get('h', 'h')}.{layer}" for layer in layers]
         prefix = "" if top == "lm_head" else self.prefix
         kind = "bias" if path[-1] == "bias" else "weight"

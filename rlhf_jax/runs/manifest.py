@@ -202,7 +202,8 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str
     """{key: what it was and what it is now} of the keys whose values differ."""
     texts = {}
     for key in before | after:
-        old, new = (repr(values[key]) if key in values else "not set" for values in (before, after))
+        old = repr(before[key]) if key in before else "not set"
+        new = repr(after[key]) if key in after else "not set"
         if old != new:
             texts[key] = f"{key} was {old} and is now {new}"
     return texts

@@ -73,7 +73,9 @@ def fault(
 
 def amount(size: float) -> str:
     """Bytes as GiB, or as MiB if they are fewer."""
-    return f"{size / 2**30:.3f} GiB" if size >= 2**30 else f"{size / 2**20:.3f} MiB"
+    if size >= 2**30:
+        return f"{size / 2**30:.3f} GiB"
+    return f"{size / 2**20:.3f} MiB"
 
 
 def needed(compiled: jax.stages.Compiled) -> int:

@@ -38,14 +38,17 @@ def weighted_sum_of_one(weights: Array, value: Array) -> Array:
     a kernel for each layer, and a slower one. Sampling takes .82 (Gemma 3) to .94 (GPT-2) of the
     time, together with keys whose slots are last.
     """
-    return weighted_sum(jnp.repeat(weights, 2, axis=2), value)[:, :, :1]
+    two = jnp.repeat(weights, 2, axis=2)
+    return weighted_sum(two, value)[:, :, :1]
 
 
 def _halves(x: Array) -> Array:
     """The rows of x [..., D]: [2, N / 2, D], or [1, N, D] if N is odd or a mesh cuts the rows."""
     width = x.shape[-1]
-    is_even = (x.size // width) % 2 == 0
-    is_sharded = bool(jax.sharding.get_abstract_mesh().auto_axes)
+    num_rows = x.size // width
+    is_even = num_rows % 2 == 0
+    mesh = jax.sharding.get_abstract_mesh()
+    is_sharded = bool(mesh.auto_axes)
     num_parts = 2 if is_even and not is_sharded else 1
     return x.reshape(num_parts, -1, width)
 
@@ -67,7 +70,8 @@ def product_of_halves(x: Array, kernel: Array, axis: int) -> Array:
     copies = jnp.broadcast_to(kernel, (2, *kernel.shape))
     contracted = ((2,), (1 + axis,))
     batched = ((0,), (0,))
-    out = jax.lax.dot_general(_halves(x), copies, (contracted, batched))
+    dimensions = (contracted, batched)
+    out = jax.lax.dot_general(_halves(x), copies, dimensions)
     return out.reshape(*x.shape[:-1], -1)
 
 
