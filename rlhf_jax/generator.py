@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import models, ops, sampling
-from rlhf_jax.data import batches, chat, encoding, tokenizers
+from rlhf_jax.data import batches, chat, encoding, stops, tokenizers
 from rlhf_jax.data.environment import Source, converse, function_of, load_environment
 from rlhf_jax.data.rows import Message, Record, Row
 from rlhf_jax.errors import UserError, logger
@@ -228,7 +228,9 @@ class Generations(NamedTuple):
     (at temperature 0: of the softmax at temperature 1).
     """
     finished: np.ndarray
-    """[N] bool, whether EOS ended the last response. False if ``max_new_tokens`` cut it."""
+    """[N] bool, whether EOS or a stop string ended the last response. False if ``max_new_tokens``
+    cut it.
+    """
 
 
 class Asked(NamedTuple):
@@ -264,6 +266,7 @@ class Generator:
             (``data.environment``).
         max_turns: the largest number of responses in a row; None: as many as fit.
         batch_size: the largest number of rows at once.
+        stop: texts that end a response; they are left out of ``texts`` (``data.stops``).
         max_length: positions for prompt and response, if fewer than the model has.
         compute: as in ``models.load``, such as ``compute_dtype="bfloat16"``.
 
@@ -288,11 +291,15 @@ class Generator:
         environment: Source = None,
         max_turns: int | None = None,
         batch_size: int = 64,
+        stop: Sequence[str] = (),
         max_length: int | None = None,
         **compute: Any,
     ):
         ops.check_number("batch_size", batch_size, at_least=1)
         self.batch_size = batch_size
+        if isinstance(stop, str) or not all(stop):
+            raise UserError(f"stop: expected a list of texts that are not empty, got {stop!r}")
+        self.stop = tuple(stop)
         self._policy = LanguageModel.load(folder, **compute)
         self.model, params, self.tokenizer = self._policy
         self.template = template or chat.AUTO
@@ -312,6 +319,8 @@ class Generator:
             pad_id=self.tokenizer.pad_id,
         )
         fn = function_of(environment, "environment")
+        if fn is not None and stop:
+            raise UserError("stop: a conversation with an environment takes no stop strings")
         self._environment = load_environment(fn, self.tokenizer, max_new_tokens, max_turns)
         self._judge: LanguageModel | None = None
         self._reads_texts = False
@@ -368,7 +377,9 @@ class Generator:
         if not rows:
             return Generations([], [], np.zeros(0, np.float32), None, [], np.zeros(0, bool))
         rollout: Any = self.sample(asked, seed)
-        texts = responses(rollout, self.tokenizer)
+        whole = responses(rollout, self.tokenizer)
+        texts = [stops.before(text, self.stop) for text in whole]
+        is_stopped = np.array([text != before for text, before in zip(whole, texts, strict=True)])
         in_responses = zip(rollout.log_probs, rollout.mask, strict=True)
         return Generations(
             texts=texts,
@@ -378,7 +389,7 @@ class Generator:
                 rollout, [row for row in rows for _ in range(num_samples)], texts
             ),
             token_log_probs=[log_probs[mask] for log_probs, mask in in_responses],
-            finished=ended(rollout, self.config.eos_ids),
+            finished=ended(rollout, self.config.eos_ids) | is_stopped,
         )
 
     def ask(self, rows: Sequence[Row], num_samples: int = 1) -> "Asked":
@@ -399,7 +410,7 @@ class Generator:
         def respond(
             tokens: np.ndarray, mask: np.ndarray, _: Any, used: np.ndarray | None = None
         ) -> Rollout:
-            return self._policy.sample(
+            sampled = self._policy.sample(
                 tokens,
                 mask,
                 key,
@@ -408,6 +419,7 @@ class Generator:
                 row_ids=asked.streams.ravel(),
                 used=used,
             )
+            return stops.cut(sampled, self.stop, self.tokenizer) if self.stop else sampled
 
         num_rows, num_samples = asked.streams.shape
         numbers = np.repeat(np.arange(num_rows), num_samples)

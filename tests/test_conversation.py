@@ -12,7 +12,7 @@ import pytest
 from asked_runs import NEW
 
 from rlhf_jax import cli
-from rlhf_jax.data import tokenizers
+from rlhf_jax.data import stops, tokenizers
 from rlhf_jax.errors import UserError
 from rlhf_jax.generator import Generator
 from rlhf_jax.inference import chat
@@ -80,6 +80,21 @@ def test_the_whole_conversation_is_rendered_each_turn(talk, policy):
     assert shown == f"{first}\n{second}\n"
     assert notes == []
     assert policy([messages("and why")], seed=0).texts[0] != second
+
+
+@pytest.mark.parametrize(
+    "pieces", [["ab\n\nHuman: c"], list("ab\n\nHuman: c"), ["ab\n", "\nHu", "man:"]]
+)
+def test_nothing_of_a_stop_string_is_shown(pieces):
+    shown = list(stops.until(pieces, ["Robot", "\n\nHuman:"]))
+    assert "".join(shown) == "ab"
+    assert "".join(stops.until([*"ab\n\nHum"], ["\n\nHuman:"])) == "ab\n\nHum"
+    assert list(stops.until(["a\n", "b"], ["\n\nHuman:"])) == ["a", "\nb"]
+
+
+def test_an_answer_ends_at_a_stop_string(talk, policy):
+    whole = policy([messages("who")], seed=0).texts[0]
+    assert talk("who", stop=(whole[2:4],))[0] == whole[: whole.find(whole[2:4])] + "\n"
 
 
 def test_commands(runs, talk, policy):

@@ -249,3 +249,26 @@ def test_what_does_not_fit_is_refused_by_name(folders, generator, tmp_path):
     ):
         with pytest.raises((UserError, ValueError), match=message):
             refused()
+
+
+def test_a_stop_string_ends_a_response_where_its_text_does(folders, generator, generations):
+    """The tokens up to the end of the string count; what follows is as after EOS."""
+    text = next(text for text in generations.texts if len(text) > 4)
+    stop = (text[1:3], "zzz")
+    stopped = Generator(folders / "policy", folders / "reward", max_new_tokens=NEW, stop=stop)
+    given = stopped(PROMPTS, seed=3, num_samples=2)
+    num_stopped = 0
+    for i, whole in enumerate(generations.texts):
+        before, found, _ = whole.partition(stop[0])
+        num_tokens = len(before) + 2 if found else len(generations.token_log_probs[i])
+        assert given.texts[i] == before
+        assert given.finished[i] == (bool(found) or generations.finished[i])
+        log_probs = generations.token_log_probs[i][:num_tokens]
+        np.testing.assert_allclose(given.token_log_probs[i], log_probs, atol=1e-5)
+        num_stopped += bool(found)
+    assert 0 < num_stopped < 10
+    first = generations.texts.index(text)
+    assert given.rewards[first] != pytest.approx(generations.rewards[first], abs=1e-3)
+    for wrong in ("ab", [""]):
+        with pytest.raises(UserError, match="stop: expected a list of texts"):
+            Generator(folders / "policy", stop=wrong)

@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import asked_runs
+import jax
 import pytest
 from builders import save_base
 
+from rlhf_jax import sampling
 from rlhf_jax.data import formats
 from rlhf_jax.errors import UserError
-from rlhf_jax.generator import Generator
+from rlhf_jax.generator import Generator, LanguageModel
 from rlhf_jax.inference import label
 from rlhf_jax.inference.chat import Console
 
@@ -23,6 +25,11 @@ PROMPTS = [f"say {letter}" for letter in "abcdefzhijkl"]
 def runs(tmp_path_factory):
     root = asked_runs.write(tmp_path_factory.mktemp("runs"))
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    model, params, tokenizer = LanguageModel.load(root / "policy" / "model")
+    how = sampling.SamplingConfig(6, eos_id=1, pad_id=0)
+    reversed_params = jax.tree.map(lambda leaf: -leaf, params)
+    other = LanguageModel(model, reversed_params, tokenizer)
+    other.save(root / "other", template="{prompt}:", config=how)
     return root
 
 
@@ -142,6 +149,16 @@ def test_another_run_gives_the_second_answer(runs, ask, tmp_path):
     assert f"{runs}/policy was preferred 0 times of 0" in summary
     session = json.loads((tmp_path / "out.jsonl.session.json").read_text())
     assert [given["answers"] for given in session["judgements"]] == [[text, text] for text in texts]
+
+
+def test_the_summary_counts_whose_answer_was_preferred(runs, ask, tmp_path):
+    flags = {"max_new_tokens": 3, "count": 6}
+    _, _, summary = ask(["a"] * 9, against=str(runs / "other"), **flags)
+    session = json.loads((tmp_path / "out.jsonl.session.json").read_text())
+    of_run = [given["order"][0] == 0 for given in session["judgements"] if given["choice"] == "a"]
+    won = sum(of_run[:6])
+    assert 0 < won < 6
+    assert f"{runs}/policy was preferred {won} times of 6" in summary
 
 
 def test_what_was_begun_otherwise_is_refused(ask, tmp_path):

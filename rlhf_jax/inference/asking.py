@@ -41,6 +41,8 @@ class Settings:
     """Sample among the tokens at least so likely, as a share of the likeliest; null: as the run."""
     repetition_penalty: float | None = None
     """Above 1, tokens that occurred are less likely; null: as the run."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, such as $'\\n\\nHuman:' in a shell; they are left out of it."""
     template: str | None = None
     """What the model reads for a prompt; null: the run's text.template (auto for a model's folder).
     """
@@ -104,6 +106,7 @@ def open_policy(
         **sampling,
         template=settings.template or of_run.get("text", {}).get("template"),
         batch_size=batch_size,
+        stop=settings.stop,
         max_length=min([network.max_length, *map(evaluate.judge_positions, reward)]),
         **initial.compute_options(Compute(dtype=dtype), network.num_layers),
     )
@@ -141,6 +144,7 @@ def described(
         "prompts": data.fingerprints,
         "seed": config.seed,
         **{name: getattr(sampling, name) for name in SAMPLING},
+        "stop": list(config.stop),
         "template": policy.template,
         "dtype": policy.model.config.compute_dtype,
         "columns": list(config.columns),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import chat, encoding
+from rlhf_jax.data import chat, encoding, stops
 from rlhf_jax.data.rows import Message, Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import evaluate
@@ -113,7 +113,8 @@ class Speaker:
                 yield token
 
         try:
-            for piece in self.policy.tokenizer.decode_stream(tokens()):
+            pieces = self.policy.tokenizer.decode_stream(tokens())
+            for piece in stops.until(pieces, self.policy.stop):
                 text += piece
                 console.say(piece)
         except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.data import stops
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.evaluation import evaluate
@@ -109,7 +110,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """What is written of each sample: ``samples`` are the prompts' rows, one for each."""
     log_probs = rollout.log_probs.sum(axis=1)
-    texts = responses(rollout, policy.tokenizer)
+    texts = [stops.before(text, policy.stop) for text in responses(rollout, policy.tokenizer)]
     for i, (sample, text) in enumerate(zip(samples, texts, strict=True)):
         prompt = asking.as_given(sample, policy.tokenizer)
         row: dict[str, Any] = {"prompt": prompt, "response": text}

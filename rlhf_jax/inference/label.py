@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import chat
+from rlhf_jax.data import chat, stops
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.generator import Asked, Generator, responses
@@ -205,7 +205,8 @@ def _answers(
         texts: list[list[str]] = []
         for policy, prompts in zip(policies, asked, strict=True):
             part: Asked = prompts.part(start, start + config.batch_size)
-            texts.append(responses(policy.sample(part, config.seed), policy.tokenizer))
+            whole = responses(policy.sample(part, config.seed), policy.tokenizer)
+            texts.append([stops.before(text, config.stop) for text in whole])
         if num_samples == 2:
             texts = [texts[0][::2], texts[0][1::2]]
         return [list(pair) for pair in zip(*texts, strict=True)]
