@@ -18,6 +18,8 @@ from rlhf_jax import Demonstrations, TrainState, models, sft, sharding
 from rlhf_jax.models import attention
 from rlhf_jax.models.kernels import fused
 
+KEY = jax.random.key(0)
+
 MASKS = {
     "causal": ([1] * 7, None),
     "left padding": ([0, 0, 1, 1, 1, 1, 1], None),
@@ -147,7 +149,7 @@ def test_blocks_drop_as_many_weights():
     itself.
     """
     (query, key, _) = inputs(64)
-    draws = jax.random.key(0)
+    draws = KEY
     seen = attention.seen_in_text(jnp.ones((2, 64), int))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK_SCORES", 64 * 16)
@@ -225,7 +227,7 @@ def test_a_model_computes_the_same_in_blocks(scan_layers, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_SCORES", 40)
     config = replace(GEMMA, scan_layers=scan_layers)
     plain, blocks = (models.build(replace(config, attention=name)) for name in ("xla", "blockwise"))
-    params = plain.init(jax.random.key(0))
+    params = plain.init(KEY)
     tokens = np.arange(20).reshape(2, 10)
     mask = np.array(
         [
@@ -245,14 +247,14 @@ def step_and_arguments(length, batch=2, **changes):
     model = models.build(replace(GPT2, **changes))
     optimizer = optax.adam(1e-3)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    state = jax.eval_shape(lambda: TrainState.create(model.init(jax.random.key(0)), optimizer))
+    state = jax.eval_shape(lambda: TrainState.create(model.init(KEY), optimizer))
     batch = Demonstrations(tokens=tokens, attention_mask=tokens, response_mask=tokens)
     settings = {
         "policy_fn": models.policy_fn(model),
         "optimizer": optimizer,
         "config": sft.Config(),
     }
-    step = jax.jit(lambda state, batch: sft.update(state, batch, jax.random.key(0), **settings))
+    step = jax.jit(lambda state, batch: sft.update(state, batch, KEY, **settings))
     return step, (state, batch)
 
 
@@ -297,9 +299,7 @@ def test_splash_is_lowered_for_tpu():
     plain, _ = step_and_arguments(256, attention="xla")
     assert SCORES.search(plain.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text())
     model = models.build(replace(GPT2, attention="splash"))
-    params, cache = jax.eval_shape(
-        lambda: (model.init(jax.random.key(0)), model.init_cache(2, 300))
-    )
+    params, cache = jax.eval_shape(lambda: (model.init(KEY), model.init_cache(2, 300)))
     for queries, is_fused in ((256, True), (1, False)):
         tokens, key_mask = (jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (queries, 300))
         decode = jax.jit(functools.partial(model.decode, index=0))

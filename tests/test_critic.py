@@ -21,6 +21,8 @@ from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.optimizer import Judge
 from rlhf_jax.types import Rollout, TrainState
 
+KEY = jax.random.key(0)
+
 pytestmark = pytest.mark.usefixtures("no_pages")
 
 MODEL = models.build(
@@ -42,10 +44,8 @@ def samples():
 
 def test_only_the_value_model_learns_while_it_warms_up():
     """Two steps an iteration, one iteration of warm-up."""
-    params = MODEL.init(jax.random.key(0))
-    start = critic.beside(
-        Trainable(params), models.add_head(jax.random.key(0), params, "value")
-    ).params
+    params = MODEL.init(KEY)
+    start = critic.beside(Trainable(params), models.add_head(KEY, params, "value")).params
     assert start.keys() == {"policy", "value"}
     settings = RLStage(num_iterations=3, optimizer=Optimizer(learning_rate=1e-2, schedule="linear"))
     how = PPOStage(value="separate", value_learning_rate=1e-1, value_warmup=1)
@@ -55,7 +55,7 @@ def test_only_the_value_model_learns_while_it_warms_up():
         partial(
             ppo.update,
             rollout=samples(),
-            key=jax.random.key(0),
+            key=KEY,
             config=ppo.Config(num_epochs=1),
             **options,
         )
@@ -85,9 +85,9 @@ def test_values_reach_their_optimum_before_the_policy_moves():
     learns at the rate of the policy is nowhere near by then."""
     how_to = ppo.Config(num_epochs=1, value_clip=None, value_coef=1.0, gae_lambda=1.0)
     for value, rate, error in (("separate", 1e-2, 0.02), ("shared", None, 2.0)):
-        params = models.add_head(jax.random.key(0), MODEL.init(jax.random.key(0)), "value")
+        params = models.add_head(KEY, MODEL.init(KEY), "value")
         if value == "separate":
-            params = critic.beside(Trainable(MODEL.init(jax.random.key(0))), params).params
+            params = critic.beside(Trainable(MODEL.init(KEY)), params).params
         settings = RLStage(
             num_iterations=301, optimizer=Optimizer(learning_rate=1e-4, schedule="constant")
         )
@@ -116,8 +116,8 @@ def test_values_reach_their_optimum_before_the_policy_moves():
 
 
 def test_the_value_loss_has_no_gradient_in_the_policy():
-    params = MODEL.init(jax.random.key(0))
-    whole = {"policy": params, "value": models.add_head(jax.random.key(0), params, "value")}
+    params = MODEL.init(KEY)
+    whole = {"policy": params, "value": models.add_head(KEY, params, "value")}
     whole["value"]["value"]["kernel"] = jnp.arange(8.0)  # at 0 the body would get no gradient yet
     policy_fn = models.policy_fn(MODEL, value_model=MODEL)
     batch = ppo.prepare(samples(), config=ppo.Config())
@@ -236,7 +236,7 @@ class Here:
 
 def test_lora_trains_two_sets_of_adapters_beside_one_frozen_body(separate):
     here = Here(replace(separate, model="base", tokenizer=Tokenizer(), lora=LoRA(rank=2)))
-    policy, whole = critic.start(here, MODEL.init(jax.random.key(0)), "separate")
+    policy, whole = critic.start(here, MODEL.init(KEY), "separate")
     assert whole.base["policy"] is whole.base["value"] is policy.base
     adapters = [
         whole.params[part]["h_0"]["attn"]["c_attn"]["lora_a"] for part in ("policy", "value")

@@ -11,6 +11,8 @@ from numpy.testing import assert_array_equal
 
 from rlhf_jax import metrics
 
+KEY = jax.random.key(0)
+
 SCORES = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
 LENGTHS = np.array([[3, 2], [5, 5], [1, 4]])
 
@@ -138,22 +140,20 @@ def test_cohen_kappa_by_hand():
 
 @pytest.mark.parametrize(("wins", "expected"), [(0, (0.0, 0.161125)), (7, (0.181192, 0.567145))])
 def test_shares_have_wilsons_interval(wins, expected):
-    assert metrics.mean_interval(np.arange(20) < wins, jax.random.key(0)) == pytest.approx(
-        expected, abs=1e-6
-    )
+    assert metrics.mean_interval(np.arange(20) < wins, KEY) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_bootstrap_of_a_mean_is_as_wide_as_its_standard_error():
     values = np.random.default_rng(0).normal(size=400)
-    low, high = metrics.bootstrap_mean(values, jax.random.key(0))
+    low, high = metrics.bootstrap_mean(values, KEY)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
     assert low < values.mean() < high
-    assert metrics.bootstrap_mean(values, jax.random.key(0)) == (low, high)
+    assert metrics.bootstrap_mean(values, KEY) == (low, high)
     assert metrics.bootstrap_mean(values, jax.random.key(1)) != (low, high)
     assert all(
         map(
             math.isnan,
-            metrics.bootstrap_mean(values[:1], jax.random.key(0)),
+            metrics.bootstrap_mean(values[:1], KEY),
         )
     )
 
@@ -162,11 +162,11 @@ def test_a_bootstrap_draws_groups_whole():
     """Each value four times over says no more than once."""
     values = np.random.default_rng(0).normal(size=100)
     groups = np.repeat(np.arange(100), 4)
-    once = np.ptp(metrics.bootstrap_mean(values, jax.random.key(0)))
+    once = np.ptp(metrics.bootstrap_mean(values, KEY))
     grouped = np.ptp(
         metrics.bootstrap_mean(
             np.repeat(values, 4),
-            jax.random.key(0),
+            KEY,
             None,
             groups,
         )
@@ -174,7 +174,7 @@ def test_a_bootstrap_draws_groups_whole():
     apart = np.ptp(
         metrics.bootstrap_mean(
             np.repeat(values, 4),
-            jax.random.key(0),
+            KEY,
         )
     )
     assert grouped == pytest.approx(once)
@@ -185,7 +185,7 @@ def test_a_calibration_error_lies_in_its_centered_interval():
     margins = np.random.default_rng(0).normal(size=100)
     error = lambda weights: metrics.expected_calibration_error(margins, weights=weights)  # noqa: E731
     plain, (low, high) = (
-        metrics.bootstrap_interval(error, np.ones(100), jax.random.key(0), centered=centered)
+        metrics.bootstrap_interval(error, np.ones(100), KEY, centered=centered)
         for centered in (False, True)
     )
     assert plain[0] - low == pytest.approx(plain[1] - high)

@@ -14,6 +14,8 @@ from programs import array_sizes
 from rlhf_jax import models, ops
 from rlhf_jax.models import heads
 
+KEY = jax.random.key(0)
+
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 9))
 MASK = np.array(
     [
@@ -79,7 +81,7 @@ def test_no_array_of_all_logits_is_built():
         out = policy(params, tokens, mask, None)
         return jnp.sum(out.log_probs + out.entropy)
 
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.eval_shape(model.init, KEY)
     tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
     sizes = list(
         array_sizes(
@@ -121,7 +123,7 @@ def test_values_are_the_head_one_column_earlier():
         atol=1e-5,
     )
     assert jax.eval_shape(models.policy_fn(model), params, TOKENS, MASK, None).values is None
-    fresh = models.add_head(jax.random.key(0), params, "value")
+    fresh = models.add_head(KEY, params, "value")
     assert np.all(
         np.asarray(jax.jit(models.policy_fn(model))(fresh, TOKENS, MASK, None).values) == 0
     )
@@ -170,7 +172,7 @@ def test_what_no_model_can_do_is_refused():
         ),
         (
             "unknown head 'reward'; choose from value",
-            lambda: models.add_head(jax.random.key(0), params, "reward"),
+            lambda: models.add_head(KEY, params, "reward"),
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -208,7 +210,7 @@ def test_scores_by_hand():
 
 def test_score_gradient_spares_gain_and_shift_and_empty_rows():
     model, params = tiny()
-    params = models.add_head(jax.random.key(0), params, "score")
+    params = models.add_head(KEY, params, "score")
     params["score"]["gain"] = jnp.float32(2.0)
 
     def loss(params, mask):
@@ -234,6 +236,6 @@ def test_add_head_initial_values():
     assert head["gain"] == 1
     assert head["shift"] == 0
     assert np.max(np.abs(head["kernel"] - other["kernel"])) > 1e-3
-    value = models.add_head(jax.random.key(0), params, "value")["value"]
+    value = models.add_head(KEY, params, "value")["value"]
     assert_array_equal(value["kernel"], np.zeros(2048))
     assert value["bias"] == 0

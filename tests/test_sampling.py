@@ -428,7 +428,7 @@ def test_an_axis_of_one_device_is_mapped_by_hand_too(tensor, mapped):
     tokens, mask = prompts(rows=4)
 
     def generate(params):
-        key = jax.random.key(0)
+        key = KEY
         return sampling.generate(
             lookup_model(), params, tokens, mask, key, config=config(), mesh=mesh
         )

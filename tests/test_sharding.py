@@ -15,6 +15,8 @@ from numpy.testing import assert_array_equal
 from rlhf_jax import models, sharding
 from rlhf_jax.errors import UserError
 
+KEY = jax.random.key(0)
+
 
 def test_make_mesh():
     mesh = sharding.make_mesh()
@@ -68,17 +70,17 @@ def test_rows_and_copies():
     batch = sharding.shard_rows(mesh, {"x": np.arange(16).reshape(8, 2), "absent": None})
     assert batch["absent"] is None
     assert [s.data.tolist() for s in batch["x"].addressable_shards][1] == [[4, 5], [6, 7]]
-    tree = sharding.replicate(mesh, {"w": np.arange(3), "key": jax.random.key(0)})
+    tree = sharding.replicate(mesh, {"w": np.arange(3), "key": KEY})
     assert tree["w"].sharding.is_fully_replicated
     assert all(s.data.tolist() == [0, 1, 2] for s in tree["w"].addressable_shards)
-    assert jax.random.uniform(tree["key"]) == jax.random.uniform(jax.random.key(0))
+    assert jax.random.uniform(tree["key"]) == jax.random.uniform(KEY)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rows_follow_their_devices_wherever_they_stand_in_the_mesh(processes, monkeypatch):
     mesh = jax.sharding.Mesh(np.array(jax.devices())[[0, 2, 1, 3]], ("data",))
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    batch = {"x": np.arange(8), "key": jax.random.split(jax.random.key(0), 8)}
+    batch = {"x": np.arange(8), "key": jax.random.split(KEY, 8)}
     spread = sharding.shard_rows(mesh, batch)
     assert_array_equal(spread["x"], batch["x"])
     assert [(shard.device.id, shard.data.tolist()) for shard in spread["x"].addressable_shards][
@@ -173,7 +175,7 @@ def test_the_rules_of_the_families(config, path, spec):
         )
 
     mesh = sharding.make_mesh(1, 2, 2)
-    shapes = jax.eval_shape(state, jax.random.key(0))
+    shapes = jax.eval_shape(state, KEY)
     found = flatten_dict(sharding.by_path(shapes, models.SHARDING, mesh), sep="/")[path]
     assert found.is_equivalent_to(
         NamedSharding(mesh, spec), flatten_dict(shapes, sep="/")[path].ndim

@@ -17,6 +17,8 @@ from tabular import assert_close, assert_identical, every_way
 from rlhf_jax import gradient_step, losses, minibatch_epochs, models, rloo, sharding
 from rlhf_jax.types import Max, Mean, Rollout, TrainState
 
+KEY = jax.random.key(0)
+
 SGD = optax.sgd(1.0)
 
 
@@ -156,9 +158,7 @@ def test_rows_of_like_length_stay_on_their_device():
         )
         return state, metrics["columns"]
 
-    (one, _), *others = every_way(
-        update, state, long_rollout(), jax.random.key(0), minibatch_sharding=rows
-    )
+    (one, _), *others = every_way(update, state, long_rollout(), KEY, minibatch_sharding=rows)
     for found, columns in others:
         assert_close(found, one)
         assert 35 < columns < 131
@@ -180,7 +180,7 @@ def test_a_language_model_learns_the_same_from_rows_of_like_length(monkeypatch):
     """On 2 x 2 devices its weights are cut over fsdp."""
     sizes = {"vocab_size": 7, "max_length": 24, "hidden_size": 8, "num_layers": 1, "num_heads": 2}
     model = models.build(models.GPT2Config(**sizes, initializer_range=0.5))
-    params = model.init(jax.random.key(0))
+    params = model.init(KEY)
     policy_fn = models.policy_fn(model, prompt_length=3)
     batch = ragged_rollout()
     widths = set()
@@ -308,9 +308,7 @@ def test_terms_with_different_denominators():
     assert_allclose(metrics["loss"], np.mean((0.5 * x[mask]) ** 2) + 0.1 * rows, rtol=1e-5)
     slope = np.mean(x[mask] ** 2) + 0.2 * np.average(0.5 - x[:, 0], weights=weight)
     assert_allclose(after.params["w"], 0.5 - slope, rtol=1e-5)
-    for result in every_way(
-        partial(two_terms, num_microbatches=2), state, batch, jax.random.key(0), [True]
-    ):
+    for result in every_way(partial(two_terms, num_microbatches=2), state, batch, KEY, [True]):
         assert_close(result, expected)
 
 
@@ -347,7 +345,7 @@ def minibatches(rows, key, num_epochs, num_minibatches, shuffle_blocks=1, **opti
 
 
 def test_every_row_once_an_epoch_in_a_fresh_order():
-    key = jax.random.key(0)
+    key = KEY
     run = jax.jit(partial(minibatches, num_epochs=3, num_minibatches=4))
     rows, keys, metrics = run(jnp.arange(32), key)
     epochs = np.asarray(rows).reshape(3, 32)
@@ -390,7 +388,7 @@ def test_minibatches_stay_sharded():
     options = {"num_epochs": 1, "num_minibatches": 2, "minibatch_sharding": sharding.rows(mesh)}
     arguments = sharding.replicate(
         mesh,
-        (jnp.zeros(()), jax.random.key(0)),
+        (jnp.zeros(()), KEY),
     )
     run = jax.jit(lambda state, batch, key: minibatch_epochs(step, state, batch, key, **options))
     run.lower(
@@ -426,7 +424,7 @@ def test_microbatch_errors(batch, num_microbatches, message):
 )
 def test_minibatch_errors_name_the_numbers(num_rows, num_minibatches, shuffle_blocks, message):
     with pytest.raises(ValueError, match=message):
-        minibatches(jnp.arange(num_rows), jax.random.key(0), 1, num_minibatches, shuffle_blocks)
+        minibatches(jnp.arange(num_rows), KEY, 1, num_minibatches, shuffle_blocks)
 
 
 def test_devices_hold_whole_blocks():
@@ -435,7 +433,7 @@ def test_devices_hold_whole_blocks():
         run, mesh=sharding.make_mesh(4), in_specs=(P("data"), P()), out_specs=P(), check_vma=False
     )
     with pytest.raises(ValueError, match="shuffle_blocks=6 does not divide over 4 devices"):
-        mapped(jnp.arange(24), jax.random.key(0))
+        mapped(jnp.arange(24), KEY)
 
 
 def reductions(hlo):
