@@ -213,7 +213,7 @@ def test_report_writes_a_page_and_prints_where(tmp_path, capsys, monkeypatch):
         assert not Path(path).exists()
         cli.run(["report", *argv.split()])
         assert capsys.readouterr().out == f"{path}\n"
-        assert "<h1>PPO: " in Path(path).read_text("utf-8")
+        assert "<h1>PPO trained on " in Path(path).read_text("utf-8")
     with pytest.raises(UserError, match="no run here"):
         cli.run(["report", "c"])
 

@@ -2,6 +2,7 @@
 the same bytes.
 """
 
+import json
 import math
 import re
 from xml.etree import ElementTree
@@ -62,7 +63,8 @@ def full_page(text: str = "text") -> str:
 
 def test_texts_are_escaped_wherever_they_stand():
     page = Page(full_page(HOSTILE))
-    assert page.all("script") == page.all("b") == page.all("td", data_label="") == []
+    assert page.texts("script") == Page(full_page()).texts("script")  # our own alone
+    assert page.all("b") == page.all("td", data_label="") == []
     expected = {
         "title": ["title"],
         "h1": ["title"],
@@ -91,9 +93,14 @@ def test_texts_are_escaped_wherever_they_stand():
     assert {"_b", "after"} <= set(page.texts("text"))
 
 
-def test_nothing_from_outside_and_no_scripts():
-    html = full_page()
-    assert not re.search("http|@import|<(script|link|img|image|iframe|object)", html)
+def test_nothing_comes_from_outside():
+    """The browser is told so too, whatever a text may smuggle in."""
+    html = full_page().replace("http-equiv", "")
+    assert not re.search("http|@import|<(link|img|image|iframe|object)|<script [a-z]", html)
+    [policy] = [e["content"] for e in Page(full_page()).all("meta") if "http-equiv" in e]
+    allowed = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert allowed.pop("default-src") == "'none'"
+    assert set(allowed.values()) == {"'unsafe-inline'"}
     elements = Page(html).elements
     references = {
         value
@@ -295,6 +302,46 @@ def test_a_band_lies_around_its_curve(kind, more):
     ]
     at = ((np.array(corners) - zero) / (end - zero) * (2, 4)).round(3)
     assert set(map(tuple, at.tolist())) == {(0, 0), (0, 2), (1, 1), (1, 4)} | more
+
+
+def test_a_long_curve_has_a_smoothed_one_and_short_ones_do_not():
+    """Noise of 1 around a ramp: the means over the 25th part of the points lie near the ramp."""
+    x = np.arange(1000)
+    plot = Plot("p", "x", "y", {"a": (x, x / 1000 + (-1.0) ** x)})
+    assert figures.notes(plot) == ["Thick: the mean over 40 points; pale: each point."]
+    paths = re.findall(rf'<path d="([^"]*)" clip-path[^>]*stroke: {COLORS[0]}', drawn(plot))
+    assert len(paths) == 2
+    heights = [
+        np.array([float(y) for _, y in re.findall(r"[ML] (\S+) (\S+)", path)]) for path in paths
+    ]
+    assert np.ptp(heights[1]) < 0.4 * np.ptp(heights[0])
+    assert figures.notes(Plot("p", "x", "y", {"a": (x[:60], x[:60])})) == []
+    along = Series(x, x, labels=[""] * 1000)  # a path, not a function of x
+    assert figures.notes(Plot("p", "x", "y", {"a": along})) == []
+
+
+def test_the_page_holds_the_values_under_the_pointer():
+    """The script turns places into values by where the axes begin and end."""
+    html = drawn(Plot("p", "step", "y", {"a": ([2, 3, 6], [0.5, math.nan, 0.25])}))
+    [hover] = [json.loads(e["data-hover"]) for e in Page(html).all("svg")]
+    assert (hover["x"], hover["series"]) == (
+        "step",
+        [["a", "curve", [["2", "0.5"], ["6", "0.25"]]]],
+    )
+    left, right, low, high = hover["ends"]
+    places = vertices(html)[:, 0]
+    values = low + (places - left) / (right - left) * (high - low)
+    np.testing.assert_allclose(values, [2, 6], atol=1e-3)
+    long = Plot("p", "step", "y", {"a": (range(5000), range(5000))})
+    [hover] = [json.loads(e["data-hover"]) for e in Page(drawn(long)).all("svg")]
+    assert 300 < len(hover["series"][0][2]) <= figures.MAX_HOVERED
+
+
+def test_a_plot_has_words_for_those_who_do_not_see_it():
+    plot = Plot("Loss", "step", "nats", {"training": ([0, 1, 2], [3.0, math.nan, 2.0])})
+    [svg] = Page(drawn(plot)).all("svg", role="img")
+    expected = "Loss: nats over step. training: first 3, last 2, lowest 2, highest 3."
+    assert svg["aria-label"] == expected
 
 
 def test_a_figure_alone_is_a_whole_file():

@@ -4,11 +4,12 @@ is missing.
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import COMMAND, HOSTILE, SAMPLES, Page, write_run
+from builders import COMMAND, HOSTILE, METRICS, SAMPLES, Page, write_run
 
 from rlhf_jax import metrics
 from rlhf_jax.data import tokenizers
@@ -51,8 +52,14 @@ def groups_of(*folders: Path) -> list[records.Group]:
 def test_the_page_of_one_run(tmp_path):
     run = write_run(tmp_path / "mine")
     read = read_page(tmp_path, run)
-    assert (read.texts("h1"), read.texts("pre")[0]) == (["PPO: mine"], f"\n{COMMAND}")
-    facts = dict(zip(read.texts("dt"), read.texts("dd"), strict=True))
+    again = f"rlhf-jax ppo --config {run}/config.yaml --output-dir {run}-again"
+    assert (read.texts("h1"), read.texts("pre")[0]) == (
+        ["PPO trained on prompts.json"],
+        f"\n{again}",
+    )
+    assert f"Started by {COMMAND}." in read.texts("p")
+    values = [e["text"] for e in read.all("dd") if e.get("class") != "note"]
+    facts = dict(zip(read.texts("dt"), values, strict=True))
     expected = {
         "stage": "PPO",
         "seed": "5",
@@ -61,21 +68,30 @@ def test_the_page_of_one_run(tmp_path):
         "state": "finished",
     }
     expected |= {
-        "objective/score": "4",
-        "validation/score": "1.5",
+        "Validation score": "1.5",
+        "KL": "0 → 1.5",
+        "Time": "10 s",
+        "Alerts": "no alert",
         "git commit": "0123456789ab (modified)",
     }
     expected |= {"devices": "2 x cpu", "jax": "0.10.2", "prompts.json, sha256": "fedcba987654…"}
     assert expected.items() <= facts.items()
+
+
+def test_the_figures_and_samples_of_one_run(tmp_path):
+    run = write_run(tmp_path / "mine")
+    read = read_page(tmp_path, run)
     titles = ["Score: objective/score", "KL from the reference: objective/kl", "Reward against KL"]
     assert read.texts("h3") == [*titles, "Scores", "Response lengths"]
     assert {"target", "iteration", "before (step 0, n = 3)", "after (step 3, n = 3)"} <= set(
         read.texts("text")
     )
     assert "These metrics never changed and have no curve: nonfinite 0." in read.texts("p")
-    assert ["kl_target" in text for text in read.texts("details")] == [True]
+    summaries = ["All metrics", "Run", "Settings: config.yaml of mine"]
+    assert read.texts("summary") == summaries
+    assert ["kl_target" in text for text in read.texts("details")] == [False, False, True]
     # Samples stand beside what was said to the same prompt before.
-    assert read.texts("th") == [
+    assert read.texts("th")[:5] == [
         "prompt",
         "response, step 0",
         "score, step 0",
@@ -87,12 +103,83 @@ def test_the_page_of_one_run(tmp_path):
         ("a", HOSTILE, "2", "second", "5"),
         ("d", "NaN", "1", "NaN", "3"),
     )
-    assert read.texts("td") == [cell for row in rows for cell in row]
+    assert read.texts("td")[:15] == [cell for row in rows for cell in row]
+    at = read.texts("td").index("objective/score")
+    meaning = "Mean score of the responses, before any penalty."
+    assert read.texts("td")[at + 1 : at + 4] == ["1", "4", meaning]
     first_bytes = (tmp_path / "out.html").read_bytes()
     read_page(tmp_path, run)
     assert (tmp_path / "out.html").read_bytes() == first_bytes
-    table = page._samples(*records.find([run]), limit=2, is_one=True)
-    assert (len(table.rows), table.note[:34]) == (2, "The first 2 of 3 in samples.jsonl.")
+
+
+def test_three_samples_are_shown_and_some_more_are_folded(tmp_path):
+    many = {
+        step: [{"prompt": f"p{i}", "response": "r", "score": float(step)} for i in range(20)]
+        for step in (0, 3)
+    }
+    read = read_page(tmp_path, write_run(tmp_path / "run", samples=many))
+    prompts = [text for text in read.texts("td") if re.fullmatch(r"p\d+", text)]
+    assert prompts == [f"p{i}" for i in range(8)]
+    [folded] = [text for text in read.texts("details") if "the others" in text]
+    assert [f"p{i}\n" in folded.replace("r", "\n") for i in (2, 3, 7)] == [False, True, True]
+
+
+VERDICTS = {
+    "finished": "Validation score 1.5 in 3 iterations, KL 1.5 of 2 nats, no alert.",
+    "killed": "Not finished: the last record is of iteration 3 of 9. Validation score 1.5 in 3 "
+    "iterations, KL 1.5 of 2 nats, no alert.",
+    "stopped": "Stopped after iteration 3 of 9 by the alert 'far'. Validation score 1.5 in 3 "
+    "iterations, KL 1.5 of 2 nats, 1 alert: far.",
+    "failed": "Failed in iteration 3 of 9: the loss or the gradient was not finite. Validation "
+    "score 1.5 in 3 iterations, KL 1.5 of 2 nats, no alert.",
+    "begun": "Not finished: the last record is of iteration 0 of 9. 0 iterations, no alert.",
+    "logged": "Not finished: the last record is of iteration 3 of 9. Validation score 1.5 in 3 "
+    "iterations, KL 1.5 of 2 nats, 1 alert: far.",
+}
+
+
+@pytest.mark.parametrize("state", VERDICTS)
+def test_the_page_says_first_what_came_of_the_run(state, tmp_path):
+    metrics = {} if state == "begun" else dict(METRICS)
+    if state == "failed":
+        metrics["nonfinite"] = [0.0, 0.0, 1.0]
+    settings = {"rl": {"kl_target": 2.0, "num_iterations": 9}}
+    is_done = state == "finished"
+    run = write_run(tmp_path / "run", settings=settings, metrics=metrics, finished=is_done)
+    if state in ("stopped", "logged"):
+        action = "stop" if state == "stopped" else "log"
+        alert = {"step": 3, "name": "far", "rule": "far", "action": action, "message": "kl is 3"}
+        (run / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
+    assert read_page(tmp_path, run).texts("p", class_="verdict") == [VERDICTS[state]]
+
+
+def test_the_verdict_of_seeds_is_that_of_their_means(tmp_path):
+    scores = {"a": [1.0, 2.0, 4.0], "b": [3.0, 4.0, 6.0]}
+    settings = {"reward": ["runs/rm/model", "length*-0.1"]}
+    runs = [
+        write_run(tmp_path / name, seed=i, settings=settings, metrics={"dpo/accuracy": values})
+        for i, (name, values) in enumerate(scores.items())
+    ]
+    for run in runs:
+        manifest = json.loads((run / "manifest.json").read_text())
+        (run / "manifest.json").write_text(json.dumps(manifest | {"stage": "dpo"}))
+    read = read_page(tmp_path, *runs)
+    expected = ["Accuracy 2 → 5 in 3 steps, mean of 2 runs, no alert."]
+    assert read.texts("p", class_="verdict") == expected
+    assert read.texts("h1") == ["DPO trained on prompts.json, 2 seeds"]
+
+
+def test_a_policys_page_is_called_by_its_reward(tmp_path):
+    settings = {"reward": ["runs/q/reward_model/model", "length:20*-0.05"]}
+    read = read_page(tmp_path, write_run(tmp_path / "run", settings=settings))
+    assert read.texts("h1") == ["PPO rewarded by reward_model and length:20*-0.05"]
+
+
+def test_what_python_gave_is_not_in_the_command(tmp_path):
+    run = write_run(tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"given": {"reward": "mine"}}))
+    assert read_page(tmp_path, run).texts("pre")[0] == f"\n{COMMAND}"
 
 
 def test_alerts_and_an_evaluation_are_listed(tmp_path):
@@ -115,8 +202,10 @@ def test_alerts_and_an_evaluation_are_listed(tmp_path):
     }
     (run / "evaluation.json").write_text(json.dumps({"rows": [row]}))
     read = read_page(tmp_path, run)
-    assert read.texts("td")[:5] == list(map(str, alert.values()))
-    assert read.texts("td")[-8:] == [
+    at = read.texts("td").index("far") - 1
+    assert read.texts("td")[at : at + 5] == list(map(str, alert.values()))
+    at = read.texts("td").index("quality")
+    assert read.texts("td")[at : at + 8] == [
         "quality",
         "win rate",
         "0.500",
@@ -147,9 +236,9 @@ def test_what_is_missing_is_said(tmp_path):
         "run: the last line of metrics.jsonl is cut and has been passed over.",
     } <= set(read.texts("p"))
     assert "–" in read.texts("dd")  # seconds of a step
-    assert read.all("svg") == read.all("table") == []
+    assert read.all("svg") == []
     read = read_page(tmp_path, write_run(tmp_path / "begun", metrics={}, samples={0: SAMPLES[0]}))
-    assert read.texts("th") == ["prompt", "response, step 0", "score, step 0"]
+    assert read.texts("th")[:3] == ["prompt", "response, step 0", "score, step 0"]
 
 
 # --- Curves
@@ -174,8 +263,8 @@ def test_every_metric_has_a_curve_and_validation_stands_with_its_training(tmp_pa
     labels = [("step", "share of pairs", {"equal log-ratios": 0.5}), ("step", "new", {})]
     assert [(plot.x_label, plot.y_label, plot.lines) for plot in curves[:2]] == labels
     assert constant == {}
-    [note] = read_page(tmp_path, run).texts("p", class_="note")
-    assert note == "dpo/accuracy: 1 of 2 values not finite, not drawn."
+    note = "dpo/accuracy: 1 of 2 values not finite, not drawn."
+    assert note in read_page(tmp_path, run).texts("p", class_="note")
     assert [plot.lines for plot in plots.curves(groups_of(write_run(tmp_path / "ppo")))[0]] == [
         {},
         {"target": 2.0},
@@ -231,7 +320,8 @@ def test_seeds_are_a_mean_with_a_band_over_the_steps_that_all_have(tmp_path):
         "The runs of ppo (n = 2) end at steps [2, 3]; their curves show the steps that all have."
         in read.texts("p")
     )
-    assert read.texts("td")[:3] == ["group", "ppo (n = 2)", "ppo (n = 2)"]
+    at = read.texts("td").index("group")
+    assert read.texts("td")[at + 1 : at + 3] == ["ppo (n = 2)", "ppo (n = 2)"]
 
 
 def test_groups_are_compared_by_what_differs(tmp_path):
@@ -259,7 +349,7 @@ def test_groups_are_compared_by_what_differs(tmp_path):
     }
     assert records.differences(groups) == expected  # dpo.beta is no setting of these stages
     read = read_page(tmp_path, *folders)
-    assert read.texts("h1") == ["PPO, MINE: a, b, c, d"]
+    assert read.texts("h1") == ["PPO, MINE: 4 runs compared"]
     at = read.texts("td").index("rl.kl_target")
     assert read.texts("td")[at : at + 4] == ["rl.kl_target", "1.0", "null", "null"]
     looks = {
@@ -275,7 +365,10 @@ def test_a_folder_of_runs_is_its_stages_one_after_another(tmp_path):
     for stage in ("ppo", "sft", "reward_model"):
         write_run(tmp_path / "pipeline" / stage, stage=stage, metrics={"loss": [1.0]}, samples={})
     (tmp_path / "pipeline" / "data").mkdir()
-    assert read_page(tmp_path, tmp_path / "pipeline").texts("h2") == ["SFT", "Reward model", "PPO"]
+    read = read_page(tmp_path, tmp_path / "pipeline")
+    stages = ["Supervised fine-tuning", "Reward model", "PPO"]
+    assert read.texts("h1") == [f"{', '.join(stages)}: 3 runs"]
+    assert read.texts("h2") == [f"{stage} trained on prompts.json" for stage in stages]
     assert page.default_path([tmp_path / "pipeline"]) == tmp_path / "pipeline" / "stages.html"
 
 
@@ -326,8 +419,9 @@ def test_a_reward_models_page(tmp_path):
     [note] = [text for text in read.texts("p", class_="note") if "confidence" in text]
     assert "2 held-out rows, those that samples.jsonl holds of step 2." in note
     assert note.endswith("Expected calibration error over all held-out rows: 0.125.")
-    assert read.texts("th") == ["prompt", "chosen", "rejected", "margin, step 0", "margin, step 2"]
-    assert read.texts("td") == ["p0", "c", "r", "-1", "1", "p1", "c", "r", "0.5", "50"]
+    columns = ["prompt", "chosen", "rejected", "margin, step 0", "margin, step 2"]
+    assert read.texts("th")[:5] == columns
+    assert read.texts("td")[:10] == ["p0", "c", "r", "-1", "1", "p1", "c", "r", "0.5", "50"]
 
 
 def test_a_reward_model_with_targets(tmp_path):
@@ -344,9 +438,9 @@ def test_a_reward_model_with_targets(tmp_path):
     )
     read = read_page(tmp_path, run)
     assert read.texts("h3") == ["Scores", "Score against target"]
-    assert read.texts("td") == ["p", "x", "0", "0", "1", "p", "y", "1", "1", "2"]
+    assert read.texts("td")[:10] == ["p", "x", "0", "0", "1", "p", "y", "1", "1", "2"]
     [_, plot] = plots.distributions(groups_of(run))
-    assert plot.series["responses"][:2] == ((0.0, 1.0), (1.0, 2.0))
+    assert plot.series["responses"][:2] == ([0.0, 1.0], [1.0, 2.0])
 
 
 # --- Folders and files

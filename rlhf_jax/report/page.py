@@ -12,13 +12,15 @@ draws a page of its own parts:
     text = page.render("My run", [page.Facts("Settings", {"seed": 0}), page.Figures("Curves",
     [loss])])
 
-A page is static and holds all that it needs. The same input gives the same bytes: it holds no time,
-no path and no random identifier of its own.
+A page holds all that it needs; its script, which shows values under the pointer, is the same on
+each page. The same input gives the same bytes: a page holds no time, no path and no random
+identifier of its own.
 """
 
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +29,15 @@ import jinja2
 import numpy as np
 
 from rlhf_jax.errors import file_errors
-from rlhf_jax.report import figures, plots, records
-from rlhf_jax.report.records import KINDS, Group, Row, RunRecord
+from rlhf_jax.report import figures, plots, records, verdict
+from rlhf_jax.report.records import KINDS, STAGES, Group, Row, RunRecord
 from rlhf_jax.runs.folder import write_atomically
 
-TITLES = {"reward_model": "Reward model"}  # other stages are written in capitals
-MAX_SAMPLES, MAX_SAMPLES_OF_MANY = 8, 3
+# Other stages are written in capitals.
+TITLES = {"reward_model": "Reward model", "sft": "Supervised fine-tuning"}
+MAX_SAMPLES = 8  # of one group of runs
+MAX_SHOWN = 3  # at once; the others are folded
+MAX_CURVES = 4  # likewise
 # Columns of samples.jsonl for pairs, for answers with target scores and for prompts: those that are
 # the same at each validation, and those that change. The last column that stays the same is found
 # in rows of this kind only.
@@ -87,7 +92,7 @@ class Figures(NamedTuple):
 
 
 def render(title: str, parts: Sequence[Gates | Facts | Table | Figures], summary: str = "") -> str:
-    """The page as HTML, without scripts or anything from outside. All texts are escaped.
+    """The page as HTML, without anything from outside. All texts are escaped.
 
     Args:
       title: heading of the page.
@@ -107,10 +112,10 @@ def write(runs: Sequence[str | Path], path: str | Path) -> None:
     """
     run_records = records.find(runs)
     chapters = _chapters(run_records)
-    names = [record.name for record in run_records]
-    title = (
-        f"{_stages(run_records)}: {', '.join(names) if len(names) <= 4 else f'{len(names)} runs'}"
-    )
+    title = chapters[0]["title"]
+    if len(chapters) > 1:
+        stages = ", ".join(chapter["stages"] for chapter in chapters)
+        title = f"{stages}: {len(run_records)} runs"
     level = 3 if len(chapters) > 1 else 2
     text = fill("runs.html", title=title, summary="", level=level, chapters=chapters)
     with file_errors(path, "written"):
@@ -132,7 +137,7 @@ def write_png(runs: Sequence[str | Path], folder: str | Path) -> list[Path]:
     images: dict[Path, bytes] = {}
     for chapter in chapters:
         for figure in chapter["curves"] + chapter["distributions"]:
-            title = f"{chapter['title']} {figure.title}" if len(chapters) > 1 else figure.title
+            title = f"{chapter['stages']} {figure.title}" if len(chapters) > 1 else figure.title
             name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
             if image := figures.png(figure):
                 same = sum(path.stem.partition("--")[0] == name for path in images)
@@ -192,9 +197,31 @@ def _text(value: Any, format_spec: str = "") -> str:
 
 
 def _stages(run_records: Sequence[RunRecord]) -> str:
-    return ", ".join(
-        dict.fromkeys(TITLES.get(record.stage, record.stage.upper()) for record in run_records)
-    )
+    names = [TITLES.get(record.stage, record.stage.upper()) for record in run_records]
+    return ", ".join(dict.fromkeys(names))
+
+
+def _title(run_records: Sequence[RunRecord], groups: Sequence[Group]) -> str:
+    """What was trained on what: "PPO rewarded by reward_model, 3 seeds"."""
+    record = run_records[0]
+    stages = _stages(run_records)
+    if len(groups) > 1:
+        return f"{stages}: {len(run_records)} runs compared"
+    how = "trained on"
+    sources = _data(record)
+    if record.kind == "policy" and record.settings.get("reward"):
+        how = "rewarded by"
+        sources = [source.replace("/model", "") for source in record.settings["reward"]]
+    names = [re.sub(r"[^\s,:*]*/", "", source) for source in sources]
+    seeds = f", {len(run_records)} seeds" if len(run_records) > 1 else ""
+    return f"{stages} {how} {' and '.join(names)}{seeds}" if names else f"{stages}{seeds}"
+
+
+def _data(record: RunRecord) -> list[str]:
+    """The files that the run has trained on."""
+    validation = record.settings.get(f"{record.stage}.validation_data") or []
+    files = record.manifest.get("data", {})
+    return [name for name in files if name not in ("model", "tokenizer", *validation)]
 
 
 def _chapters(run_records: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -207,37 +234,74 @@ def _chapter(run_records: Sequence[RunRecord]) -> dict[str, Any]:
     """What the page shows of runs of one kind."""
     groups = records.groups(run_records)
     is_one = len(run_records) == 1
-    text = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)  # noqa: E731
-    differences = [[key, *map(text, values)] for key, values in records.differences(groups).items()]
-    curves, constant = plots.curves(groups)
-    names = [name for together in plots.metric_groups(run_records).values() for name in together]
-    limit = MAX_SAMPLES if len(groups) == 1 else MAX_SAMPLES_OF_MANY
-    facts = {record.name: _facts(record, group) for group in groups for record in group.records}
-    last = {r.name: {name: r.last[name] for name in names if name in r.last} for r in run_records}
-    manifests = {record.name: _manifest(record.manifest) for record in run_records}
-    samples = [
-        _samples(group.records[0], limit, is_one) for group in groups if group.records[0].samples
+    differences = [
+        [key, *map(_plain, values)] for key, values in records.differences(groups).items()
     ]
-    chapter: dict[str, Any] = {
-        "title": _stages(run_records),
+    curves, constant = plots.curves(groups)
+    facts = {record.name: _facts(record, group) for group in groups for record in group.records}
+    samples = [_samples(group.records[0], is_one) for group in groups if group.records[0].samples]
+    limit = MAX_SHOWN if len(groups) == 1 else 1
+    return {
+        "title": _title(run_records, groups),
+        "stages": _stages(run_records),
         "records": run_records,
         "groups": groups,
-    }
-    chapter |= {
-        "overview": _side_by_side("Run" if is_one else "Runs", "", facts),
+        "verdicts": {group.name: verdict.sentence(group) for group in groups},
+        "tiles": verdict.tiles(groups[0]) if len(groups) == 1 else [],
+        "samples": [table._replace(rows=table.rows[:limit]) for table in samples],
+        "more_samples": [
+            table._replace(rows=table.rows[limit:]) for table in samples if table.rows[limit:]
+        ],
         "differences": differences,
-    }
-    chapter |= {
-        "metrics": names,
-        "validated": any(name.startswith("validation/") for name in names),
-    }
-    chapter |= {
-        "last": _side_by_side("Last metrics", "metric", last),
         "curves": curves,
+        "num_shown": MAX_CURVES,
         "constant": constant,
+        "distributions": plots.distributions(groups),
+        "metrics": _metrics(run_records),
+        "facts": _side_by_side("Run" if is_one else "Runs", "", facts),
+        "validated": any(name.startswith("validation/") for name in _names(run_records)),
+        "commands": [_command(record) for record in run_records],
     }
-    chapter |= {"distributions": plots.distributions(groups), "samples": samples}
-    return chapter | {"manifests": _side_by_side("Manifest", "entry", manifests)}
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _names(run_records: Sequence[RunRecord]) -> list[str]:
+    """All metrics of the runs, in the page's order."""
+    return [name for group in plots.metric_groups(run_records).values() for name in group]
+
+
+def _metrics(run_records: Sequence[RunRecord]) -> Table:
+    """The last value of each metric in each run; of one run the first value too."""
+    rows = []
+    for name in _names(run_records):
+        values = [record.last.get(name) for record in run_records]
+        if len(run_records) == 1:
+            values = [records.series(run_records[0].metrics, name)[1][0], *values]
+        rows.append([name, *values, plots.meaning(name)])
+    columns = [record.name for record in run_records]
+    if len(run_records) == 1:
+        columns = ["first", "last"]
+    return Table("All metrics", ("metric", *columns, "what it is"), rows)
+
+
+def _command(record: RunRecord) -> str:
+    """What runs this stage again by itself, from its recorded settings."""
+    if record.stage not in STAGES or record.manifest.get("given"):
+        return str(record.manifest["command"])  # Python gave something that no setting holds
+    folder = record.folder
+    stage = record.stage.replace("_", "-")
+    words = [
+        "rlhf-jax",
+        stage,
+        "--config",
+        f"{folder}/config.yaml",
+        "--output-dir",
+        f"{folder}-again",
+    ]
+    return shlex.join(words)
 
 
 def _side_by_side(
@@ -256,15 +320,16 @@ def _side_by_side(
 
 
 def _facts(record: RunRecord, group: Group) -> dict[str, Any]:
-    """What the run is, and its pace."""
+    """What the run is, its pace, and what made it."""
     facts: dict[str, Any] = {"group": group.name} if group.name != record.name else {}
-    facts |= {
+    return facts | {
         "stage": _stages([record]),
         "seed": record.manifest.get("seed"),
         "steps": record.steps,
+        "s/step (median)": record.seconds_per_step,
+        "state": "finished" if record.finished else "not finished",
+        **_manifest(record.manifest),
     }
-    state = "finished" if record.finished else "not finished"
-    return facts | {"s/step (median)": record.seconds_per_step, "state": state}
 
 
 def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,37 +349,33 @@ def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _samples(record: RunRecord, limit: int, is_one: bool) -> Table:
+def _samples(record: RunRecord, is_one: bool) -> Table:
     """The first rows of the last validation; what changes stands beside what the first one had for
     the same row.
     """
     steps, validations = zip(*record.validations, strict=True)
-    fixed, changing = next(
-        (c for c in SAMPLE_COLUMNS if c[0][-1] in validations[-1][0]), SAMPLE_COLUMNS[-1]
-    )
+    last = validations[-1]
+    kinds = [kind for kind in SAMPLE_COLUMNS if kind[0][-1] in last[0]]
+    fixed, changing = [*kinds, SAMPLE_COLUMNS[-1]][0]
     numbered = [_numbered(rows, fixed) for rows in validations]
     cells = []
-    for key, row in list(numbered[-1].items())[:limit]:
-        prompt = str(row.get("prompt") or "").strip(
-            "\n"
-        )  # empty lines around it are the template's
+    for key, row in list(numbered[-1].items())[:MAX_SAMPLES]:
+        # Empty lines around a prompt are the template's.
+        prompt = str(row.get("prompt") or "").strip("\n")
         at_steps = [by_key.get(key, {}).get(name) for by_key in numbered for name in changing]
         texts = [*map(row.get, fixed[1:]), *at_steps]
-        cells.append(
-            [
-                prompt,
-                *(text.replace("\n", "↵\n") if isinstance(text, str) else text for text in texts),
-            ]
-        )
+        cells.append([prompt, *map(_with_line_ends, texts)])
     columns = [*fixed, *(f"{name}, step {step}" for step in steps for name in changing)]
-    title = ("Samples before and after" if len(steps) > 1 else "Samples") + (
-        "" if is_one else f": {record.name}"
-    )
+    title = "Samples before and after" if len(steps) > 1 else "Samples"
+    if not is_one:
+        title += f": {record.name}"
     formats = {name: ".3g" for name in columns if name.startswith(("score", "margin"))}
-    shown = f"The first {len(cells)} of {len(validations[-1])} in samples.jsonl."
-    return Table(
-        title, columns, cells, formats, f"{shown} ↵ marks a line's end that the text holds."
-    )
+    note = f"Of {len(last)} in samples.jsonl. ↵ marks a line's end that the text holds."
+    return Table(title, columns, cells, formats, note)
+
+
+def _with_line_ends(text: Any) -> Any:
+    return text.replace("\n", "↵\n") if isinstance(text, str) else text
 
 
 def _numbered(rows: Sequence[Row], fixed: Sequence[str]) -> dict[tuple[str, int], Row]:

@@ -79,6 +79,8 @@ class RunRecord:
     """Rows of evaluation.json; empty if the run has not been evaluated."""
     cut: tuple[str, ...]
     """Files whose last line has no end, as a run that goes on or was killed may leave them."""
+    folder: str
+    """``output_dir`` as the run was given it."""
 
     @property
     def stage(self) -> str:
@@ -191,7 +193,8 @@ def _read(path: Path, name: str, inner: bool) -> RunRecord:
     place = path / "config.yaml"
     settings = reading.read_yaml(place, reading.SETTINGS)
     config = reading.read_bytes(place).decode("utf-8", "replace")
-    outer = Path(str(settings.get("output_dir"))).parent
+    given = str(settings.get("output_dir"))
+    outer = Path(given).parent
     if inner and outer.name:
         renamed = config.replace(f"{outer}/", "…/")
         settings = reading.parse_yaml(renamed, reading.SETTINGS, str(place))
@@ -210,7 +213,15 @@ def _read(path: Path, name: str, inner: bool) -> RunRecord:
     }
     cut = tuple(files[kind].name for kind in files if num_lines[kind] > len(rows[kind]))
     return RunRecord(
-        path, name, manifest, config, dotted(settings), **rows, evaluation=evaluated, cut=cut
+        path,
+        name,
+        manifest,
+        config,
+        dotted(settings),
+        **rows,
+        evaluation=evaluated,
+        cut=cut,
+        folder=given,
     )
 
 
