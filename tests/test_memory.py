@@ -24,7 +24,7 @@ from rlhf_jax.config import (
 )
 from rlhf_jax.errors import TrainingFault, UserError
 from rlhf_jax.runs import allocator, devices, folder
-from rlhf_jax.training import memory
+from rlhf_jax.training import loop, memory
 from rlhf_jax.training.initial import Trainable
 from rlhf_jax.training.stage import open_stage
 
@@ -236,14 +236,18 @@ def test_a_run_compiles_what_it_checks_once(name, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pages")
-def test_what_the_last_step_took_is_given_back_before_copies_are_saved(tmp_path, monkeypatch):
+def test_what_was_freed_is_given_back_before_the_first_step_and_before_saving(
+    tmp_path, monkeypatch
+):
     events = []
     replacing = folder.replacing
     monkeypatch.setattr(devices, "free_memory", lambda: 0)
     monkeypatch.setattr(allocator, "give_back", lambda: events.append("given back"))
     monkeypatch.setattr(folder, "replacing", lambda path: events.append("saved") or replacing(path))
+    step = loop._Loop.step
+    monkeypatch.setattr(loop._Loop, "step", lambda self: events.append("step") or step(self))
     a_run("sft", tmp_path)
-    assert events == ["given back", "saved"]
+    assert events == ["given back", *["step"] * 3, "given back", "saved"]
 
 
 @pytest.mark.usefixtures("no_pages")

@@ -17,7 +17,7 @@ from rlhf_jax.config import Optimizer
 from rlhf_jax.data.batches import ABSENT
 from rlhf_jax.errors import AlertStop, Stopped, TrainingFault, UserError, logger
 from rlhf_jax.report import records
-from rlhf_jax.runs import alerts, objects, processes, trackers
+from rlhf_jax.runs import alerts, allocator, objects, processes, trackers
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.log import Pulse, RowWriter, Tracker
 from rlhf_jax.training import memory
@@ -159,6 +159,7 @@ class _Loop:
             self.history.append(self.row)
             self._save()
             checkpoints.wait()  # before the first update, also if saves are asynchronous
+            allocator.give_back()  # the copy of the state that was saved
         self._judge_history()
         self.clock = time.perf_counter()
 
