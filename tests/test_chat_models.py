@@ -257,7 +257,8 @@ def test_a_run_shows_messages_as_text_and_leaves_a_model_that_is_asked_the_same(
 
 def test_a_preview_shows_messages_as_text(folder, write):
     tokenizer = load_tokenizer(folder)
-    rows = [{"prompt": [SYSTEM, USER]}, {"prompt": tokenizer.encode("hello")}]
+    ids = {"prompt": tokenizer.encode("hello"), "responses": ["a", "b"], "best": 0}
+    rows = [{"prompt": [SYSTEM, USER]}, ids]
     preview = check.preview(write(rows), tokenizer, kind="prompts")
     shown = "".join(f"    | {line}\n" for line in SHOWN.split("\n"))
     assert f"  prompt:\n{shown}" in preview
