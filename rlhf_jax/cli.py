@@ -103,7 +103,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
 
 
 MODEL = ("network", "compute", "mesh", "lora", "tokenizer", "text")
-RL = (*MODEL, "rl", "safety")
+RL = (*MODEL, "rl", "safety", "judge")
 REWARD = (*RL, "reward")
 SAMPLES = ("rl.max_prompt_length", "rl.max_new_tokens", "rl.temperature")
 # {command: (what it does, the sections and keys of a RunConfig that it reads)}

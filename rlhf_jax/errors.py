@@ -24,6 +24,12 @@ class UserError(ValueError):
     """
 
 
+class ServiceError(UserError):
+    """A server that the user named does not reply, or not as it should. A run saves the step before
+    it.
+    """
+
+
 class TrainingFault(RuntimeError):
     """A fault of a run whose input was right, such as non-finite numbers. Scripts print it and exit
     with code 1.

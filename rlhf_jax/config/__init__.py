@@ -28,12 +28,14 @@ from rlhf_jax.config.settings import (
     Tokenizer,
 )
 from rlhf_jax.config.yaml_files import read, to_yaml
+from rlhf_jax.rewards.service import Judge
 
 __all__ = [
     "ALGORITHMS",
     "PRETRAINED",
     "Compute",
     "DPOStage",
+    "Judge",
     "KTOStage",
     "LoRA",
     "Mesh",

@@ -16,6 +16,7 @@ from rlhf_jax.algorithms.rloo import Config as RLOOConfig
 from rlhf_jax.algorithms.vpg import Config as VPGConfig
 from rlhf_jax.errors import check_pattern
 from rlhf_jax.ops import check_number
+from rlhf_jax.rewards.service import Judge
 from rlhf_jax.runs import alerts
 
 Switch = bool | Literal["auto"]
@@ -521,7 +522,7 @@ class RunConfig:
     reward: tuple[str, ...] = ()
     """Reward models' folders (or Hugging Face names), or those of their runs, several as mean:A,B,
     min:A,B or uncertainty:A,B, FILE.py:FUNCTION, count:TEXT, length, repetition, diversity,
-    regex:PATTERN, math; SPEC*WEIGHT weighs one of a sum."""
+    regex:PATTERN, math, http://HOST/PATH, judge:RUBRIC.yaml; SPEC*WEIGHT weighs one of a sum."""
     output_dir: str | None = None
     """The run's folder; null: runs/SCRIPT."""
     seed: int = 0
@@ -574,6 +575,7 @@ class RunConfig:
     kto: KTOStage = KTOStage()
     rl: RLStage = RLStage()
     safety: Safety = Safety()
+    judge: Judge = Judge()
     vpg: VPGConfig = VPGConfig()
     ppo: PPOStage = PPOStage()
     rloo: RLOOConfig = RLOOConfig()

@@ -34,6 +34,7 @@ from rlhf_jax.evaluation import data, measures, texts
 from rlhf_jax.models import hf
 from rlhf_jax.report import records
 from rlhf_jax.rewards import spec
+from rlhf_jax.rewards.service import Judge, Services
 from rlhf_jax.runs import devices, manifest
 from rlhf_jax.runs.folder import write_atomically
 from rlhf_jax.runs.reading import settings_of
@@ -109,6 +110,10 @@ class Config:
     on_bad_row: Literal["error", "drop"] = "error"
     """A row that cannot be used, such as one with an empty answer: error names all of them and
     stops; drop leaves them out and counts them."""
+    judge_url: str | None = None
+    """Of judge:RUBRIC.yaml as reward model, as judge.url in a run."""
+    judge_model: str | None = None
+    """The name of the judge's model there."""
     seed: int = 0
     """Root of the samples and of the intervals' draws."""
     device: Literal["cpu", "gpu", "cuda", "tpu"] | None = None
@@ -315,7 +320,7 @@ def open_bench(policy: Policy, config: Config) -> Bench:
         if policy.is_judge and spec.members(entry):
             entry = f"mean:{entry}"
         check_template(policy, given, config)
-        reward = reward_of(entry, policy.tokenizer, (), "--reward-model")
+        reward = reward_of(entry, policy, (), "--reward-model", config)
         positions = min(positions, judge_positions(entry))
         if positions < policy.model.config.max_length:
             logger.info(
@@ -366,14 +371,25 @@ def check_template(policy: Policy, folder: str, config: Config) -> None:
         )
 
 
-def reward_of(entry: str, tokenizer: Tokenizer, columns: Collection[str], flag: str) -> spec.Reward:
+def reward_of(
+    entry: str, policy: Policy, columns: Collection[str], flag: str, config: Config
+) -> spec.Reward:
     """The reward of one entry, as ``spec.build_reward`` reads it; ``flag`` names the setting in
     errors.
     """
+    tokenizer = policy.tokenizer
     load = functools.partial(
         initial.load_reward_model, compute=Compute(), policy=tokenizer.fingerprint
     )
-    return spec.build_reward((entry,), tokenizer=tokenizer, load=load, columns=columns, flag=flag)
+    judge = Judge(url=config.judge_url, model=config.judge_model)
+    return spec.build_reward(
+        (entry,),
+        tokenizer=tokenizer,
+        load=load,
+        columns=columns,
+        flag=flag,
+        services=Services(judge, Path(config.output or policy.folder) / "judge"),
+    )
 
 
 _apply = jax.jit(lambda fn, rollout: fn(rollout)[0])
@@ -619,7 +635,7 @@ def _figures(
         responses = own.responses._replace(scores=None)
         if category.score is not None:
             where = f"{bench.config.categories}: {name}.score"
-            judge = reward_of(category.score, bench.policy.tokenizer, own.columns, where)
+            judge = reward_of(category.score, bench.policy, own.columns, where, bench.config)
             scores = score(judge, own.rollout, own.columns, bench.config.batch_size)
             responses = responses._replace(scores=scores.reshape(responses.lengths.shape))
         yield measures.custom(name, category, responses, key)

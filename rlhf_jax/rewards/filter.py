@@ -17,6 +17,7 @@ import numpy as np
 from rlhf_jax.errors import UserError, file_errors, logger
 from rlhf_jax.rewards import spec
 from rlhf_jax.rewards.host import Columns, Decoder, HostReward, on_host
+from rlhf_jax.rewards.service import Services
 from rlhf_jax.types import Metrics, Rollout
 
 _LETTER = r"[^\W_]"  # or a digit
@@ -113,7 +114,12 @@ class Guard:
         return cls(settings, Filter.create(words, settings.patterns))
 
     def for_responses(
-        self, *, tokenizer: spec.PolicyTokenizer, load: spec.Load, columns: Collection[str]
+        self,
+        *,
+        tokenizer: spec.PolicyTokenizer,
+        load: spec.Load,
+        columns: Collection[str],
+        services: Services | None = None,
     ) -> "Guard":
         """The guard with the classifier of its settings, if there is one; arguments as of
         ``spec.build_reward``.
@@ -125,6 +131,7 @@ class Guard:
                 "load": load,
                 "columns": columns,
                 "flag": "safety.classifier",
+                "services": services,
             }
             classifier = spec.as_host(spec.build_reward((self.settings.classifier,), **how))
         return dataclasses.replace(self, tokenizer=tokenizer, classifier=classifier)

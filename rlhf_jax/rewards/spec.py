@@ -20,7 +20,10 @@ Each entry is ``SPEC`` or ``SPEC*WEIGHT``; several are summed. A SPEC is
   row,
 - ``FILE.py:FUNCTION``, the user's own ``fn(prompts, responses, **columns) -> list[float | None]``:
   prompts as the model reads them, the columns of the prompts' data rows by name, None for a
-  response that cannot be scored.
+  response that cannot be scored,
+- ``http://HOST/PATH`` or ``https://...``, a server that is asked for the same
+  (`service.reward_service`),
+- ``judge:RUBRIC.yaml``, a chat server that scores by a rubric (`service.RubricJudge`).
 
 A folder with the name of one of these is given as ``./length``.
 """
@@ -42,7 +45,7 @@ import numpy as np
 
 from rlhf_jax.errors import UserError, check_pattern, did_you_mean, logger
 from rlhf_jax.models.hf import model_folder
-from rlhf_jax.rewards import verifiable
+from rlhf_jax.rewards import service, verifiable
 from rlhf_jax.rewards.functions import (
     ENSEMBLES,
     EnsembleMethod,
@@ -62,6 +65,7 @@ from rlhf_jax.rewards.host import (
     from_text,
 )
 from rlhf_jax.rewards.ngrams import diversity, repetition
+from rlhf_jax.rewards.service import Services
 from rlhf_jax.types import Params, RewardFn, Rollout, ScoreFn
 
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
@@ -73,14 +77,17 @@ _ENSEMBLE = re.compile(
 
 # What may be followed by a number, and the least number.
 _TERMS = {"length": (length, 0), "repetition": (repetition, 1), "diversity": (diversity, 1)}
-_WORDS = ("count", *_TERMS, "regex", "math", "mean", "min", "uncertainty")
+_WORDS = ("count", *_TERMS, "regex", "math", "mean", "min", "uncertainty", "judge")
+_URLS = ("http://", "https://")
 
 
 class Reward(NamedTuple):
-    """The reward of a run. One of the two is None."""
+    """The reward of a run. One of ``fn`` and ``host`` is None."""
 
     fn: RewardFn | None = None  # traced into the iteration
     host: HostReward | None = None  # runs on the host between two jits
+    # how many replies of judges had no score since the last call; None: there is no judge
+    take_unparsed: Callable[[], int] | None = None
 
 
 class RewardModel(NamedTuple):
@@ -113,8 +120,9 @@ def build_reward(
     load: Load,
     columns: Collection[str],
     flag: str = "--reward",
+    services: Services | None = None,
 ) -> Reward:
-    """All entries as one reward, on the host if any of them is a Python function.
+    """All entries as one reward, on the host if any of them is.
 
     Several entries, or one with a weight or a Python function, have parts with the entries' names.
 
@@ -123,28 +131,35 @@ def build_reward(
       load: loads the reward models, one call for each.
       columns: names of the prompts' columns, which a Python function may have parameters for.
       flag: where the entries come from, such as ``--rl.judge``; each error begins with it.
+      services: how servers are asked; None: by the defaults, and no judge can be.
 
     Raises:
       UserError: no entry, one that does not exist or does not fit, two of one name.
     """
     if not entries:
         kinds = "a reward model's folder, several as mean:A,B, min:A,B or uncertainty:A,B, or "
-        kinds += f"FILE.py:FUNCTION, regex:PATTERN, math, count:TEXT, {', '.join(_TERMS)}"
+        kinds += "FILE.py:FUNCTION, http://HOST/PATH, judge:RUBRIC.yaml, regex:PATTERN, math, "
+        kinds += f"count:TEXT, {', '.join(_TERMS)}"
         raise UserError(f"no reward: give {flag} {kinds}, as in {flag} count:e")
     parts: dict[str, tuple[Reward, float]] = {}
     for entry in entries:
         spec, weight = _split_weight(entry)
-        name, reward = _read(spec, f"{flag} {spec}", tokenizer, load, columns)
+        place = f"{flag} {spec}"
+        served = _served(spec, place, tokenizer, columns, services or Services())
+        name, reward = served or _read(spec, place, tokenizer, load, columns)
         if name in parts:
             raise UserError(
                 f"{flag} {entry}: another part is called {name} too; rename one of them"
             )
         parts[name] = reward, weight
     if any(reward.host is not None for reward, _ in parts.values()):
+        summed = _sum_on_host(
+            {name: (as_host(reward), weight) for name, (reward, weight) in parts.items()}
+        )
+        counts = [reward.take_unparsed for reward, _ in parts.values() if reward.take_unparsed]
         return Reward(
-            host=_sum_on_host(
-                {name: (as_host(reward), weight) for name, (reward, weight) in parts.items()}
-            )
+            host=summed,
+            take_unparsed=(lambda: sum(count() for count in counts)) if counts else None,
         )
     fns = {
         name: (reward.fn, weight)
@@ -158,12 +173,12 @@ def build_reward(
 def sources(entry: str) -> dict[str, Path]:
     """The folders and Python files that an entry reads, by the names that a manifest gives them."""
     spec, _ = _split_weight(entry)
-    if spec.startswith(("count:", "regex:")) or spec.partition(":")[0] in (*_TERMS, "math"):
+    if spec.startswith(("count:", "regex:", *_URLS)) or spec.partition(":")[0] in (*_TERMS, "math"):
         return {}
     if match := _ENSEMBLE.fullmatch(spec):
         return {name: Path(name) for name in match["names"].split(",") if Path(name).exists()}
     file, _, _ = spec.rpartition(":")
-    path = Path(file if file.endswith(".py") else spec)
+    path = Path(file if file.endswith(".py") else spec.removeprefix("judge:"))
     return {entry: path} if path.exists() else {}
 
 
@@ -289,6 +304,43 @@ def _read(
             f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?"
         )
     return _run_name(spec), model_reward(spec)
+
+
+def _served(
+    spec: str,
+    where: str,
+    tokenizer: PolicyTokenizer,
+    columns: Collection[str],
+    services: Services,
+) -> tuple[str, Reward] | None:
+    """The name and the reward of a SPEC that a server answers; None for any other SPEC."""
+    if spec.startswith(_URLS):
+        try:
+            service.check_url(where, spec)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        name = spec.partition("://")[2].partition("?")[0]
+        asked = service.reward_service(spec, services.judge)
+        return name, Reward(host=from_text(asked, tokenizer))
+    kind, colon, file = spec.partition(":")
+    if kind != "judge" or not colon:
+        return None
+    if services.judge.url is None or services.judge.model is None:
+        raise UserError(
+            f"{where}: a judge is a model on a chat server: give --judge.url, such as "
+            "http://localhost:8000/v1, and --judge.model"
+        )
+    rubric = service.read_rubric(Path(file))
+    missing = [name for name in rubric.columns if name not in columns]
+    if missing:
+        there = ", ".join(columns) or "none"
+        raise UserError(
+            f"{where}: the rubric asks for {', '.join(missing)}, but the prompts' columns are "
+            f"{there}"
+        )
+    judge = service.RubricJudge(rubric, services)
+    host = from_text(judge, tokenizer)
+    return Path(file).stem, Reward(host=host, take_unparsed=judge.take_unparsed)
 
 
 def _ensemble(

@@ -7,7 +7,8 @@
 versions, devices, data fingerprints, command). ``metrics.jsonl`` (equal for equal seeds) and
 ``timing.jsonl`` hold a row of numbers or seconds per step, ``samples.jsonl`` texts, each row a JSON
 object on a line. ``checkpoints/`` is the loop's state, ``model/`` the result as a Hugging Face
-folder, ``adapter/`` the LoRA adapters, which ``model/`` holds merged, and ``report.html`` the page.
+folder, ``adapter/`` the LoRA adapters, which ``model/`` holds merged, ``judge/`` the replies of a judge (`rewards.service`), and
+``report.html`` the page.
 
 Nothing is written through a symbolic link that lies in the folder; the folder itself, or one above
 it, may be a link.
@@ -42,7 +43,7 @@ _FILES = (
     "evaluation.json",
     "evaluation_samples.jsonl",
 )
-_FOLDERS = ("checkpoints", "model", "adapter", "tensorboard")
+_FOLDERS = ("checkpoints", "model", "adapter", "tensorboard", "judge")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.unfinished")
 
 
@@ -68,6 +69,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self.adapter = path / "adapter"
+        self.judge = path / "judge"
 
     def close(self) -> None:
         """Releases the folder."""

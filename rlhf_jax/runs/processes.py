@@ -27,12 +27,14 @@ import numpy as np
 from jax._src import distributed  # its key-value store, which Orbax uses too, has no public name
 from jax.experimental import multihost_utils
 
-from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.errors import ServiceError, TrainingFault, UserError
 
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20
 """A process without a sign of life for so long counts as lost, and the others end."""
+# What an error is in the other processes, the narrowest first.
+_KINDS = {kind.__name__: kind for kind in (ServiceError, UserError, TrainingFault)}
 _DAY = 24 * 3600 * 1000  # milliseconds
 # Numbers of the calls of ``gather``, by thread.
 _calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -69,7 +71,9 @@ def join(place: str) -> None:
         raise UserError(f"--processes {place}: the processes did not meet: {error}") from error
     # For processes that still wait for this one: JAX's own shutdown, which comes next, waits for
     # them.
-    atexit.register(_tell, {"error": "it has ended; its last lines say why", "users": False})
+    atexit.register(
+        _tell, {"error": "it has ended; its last lines say why", "kind": "TrainingFault"}
+    )
     if not is_first():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
@@ -125,7 +129,7 @@ def gather(work: Callable[[], T]) -> list[T]:
     threads may call it too, if the threads of one name do so in the same order in each process.
 
     Raises:
-      UserError, TrainingFault: what another process has raised, with its number.
+      UserError (or ServiceError), TrainingFault: what another process has raised, with its number.
     """
     if jax.process_count() == 1:
         return [work()]
@@ -136,7 +140,8 @@ def gather(work: Callable[[], T]) -> list[T]:
     except Exception as error:
         failure = error
         report["error"] = str(error) or type(error).__name__
-        report["users"] = isinstance(error, UserError)
+        kinds = [kind for kind in _KINDS.values() if isinstance(error, kind)]
+        report["kind"] = kinds[0].__name__ if kinds else TrainingFault.__name__
     place = _tell(report)
     client = cast(Any, distributed.global_state.client)
     reports = []
@@ -148,8 +153,7 @@ def gather(work: Callable[[], T]) -> list[T]:
             continue
         if failure is not None:
             raise failure
-        kind = UserError if report["users"] else TrainingFault
-        raise kind(f"process {number}: {report['error']}")
+        raise _KINDS[report["kind"]](f"process {number}: {report['error']}")
     return [report["result"] for report in reports]
 
 

@@ -15,7 +15,14 @@ import numpy as np
 
 from rlhf_jax.config import Optimizer
 from rlhf_jax.data.batches import ABSENT
-from rlhf_jax.errors import AlertStop, Stopped, TrainingFault, UserError, logger
+from rlhf_jax.errors import (
+    AlertStop,
+    ServiceError,
+    Stopped,
+    TrainingFault,
+    UserError,
+    logger,
+)
 from rlhf_jax.report import records
 from rlhf_jax.runs import alerts, allocator, objects, processes, trackers
 from rlhf_jax.runs.checkpoint import Checkpoints
@@ -77,6 +84,7 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
         TrainingFault: an update was not finite; the last checkpoint holds the state before it. Or a
             checkpoint could not be written.
         UserError: ``keep_best`` names no metric of the validations.
+        ServiceError: a server that the reward asks failed; the step before it is saved.
     """
     config = stage.config
     best = config.keep_best
@@ -96,9 +104,12 @@ def train(stage: Stage, state: State, job: Job) -> tuple[State, dict[str, float]
         loop = _Loop(stage, job, judge, checkpoints, state, stack, pulse)
         loop.obey_alerts()
         while loop.going_on:
-            loop.step()
-            received = processes.stop_signal(stops)
-            loop.settle(received)
+            try:
+                loop.step()
+                received = processes.stop_signal(stops)
+                loop.settle(received)
+            except ServiceError as error:
+                raise loop.left_by(error) from error
             if received and loop.going_on:
                 checkpoints.wait()
                 raise Stopped(
@@ -118,6 +129,7 @@ class _Loop:
     ended = ""  # early: why
     pending: Metrics | None = None  # of the last step, on the device still
     rules_checked = False
+    is_advancing = False  # the state is still that of the step before
 
     def __init__(
         self,
@@ -203,7 +215,9 @@ class _Loop:
     def step(self) -> None:
         """Starts a step; while the device is at it, records the metrics of the one before."""
         seed_libraries(self.stage.config.seed, self.done + 1)
+        self.is_advancing = True
         self.state, metrics = self.job.advance(self.state, self.done)
+        self.is_advancing = False
         self._catch_up()
         self.done += 1
         self.pending = {**metrics, **self.judge.metrics(self.state)}
@@ -233,6 +247,22 @@ class _Loop:
             self._save()
         self.clock = time.perf_counter()
         self.obey_alerts()
+
+    def left_by(self, error: ServiceError) -> ServiceError:
+        """The error of a service with the way to go on, after the state before the step in which it
+        arose is saved. If it arose in a validation, the last checkpoint stays the last.
+        """
+        leaves = jax.tree.leaves(self.state)
+        is_whole = not any(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array))
+        if self.is_advancing and is_whole:
+            self._catch_up()
+            if self.checkpoints.latest() != self.done:
+                self._save()
+        self.checkpoints.wait()
+        return ServiceError(
+            f"{error}\nStep {self.checkpoints.latest()} of {self.job.num_steps} is saved. When the "
+            f"service is there again, go on with:\n    {resume_command()}"
+        )
 
     def _judge_history(self) -> None:
         """Ends the run early if the validations so far say so."""

@@ -27,6 +27,7 @@ from rlhf_jax.errors import UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.rewards import filter as filters
 from rlhf_jax.rewards import spec
+from rlhf_jax.rewards.service import Services
 from rlhf_jax.training import critic, initial, loop, memory, own, steps
 from rlhf_jax.training.programs import (
     Method,
@@ -176,7 +177,10 @@ def _parts(
         length=max(part.tokens.shape[1] for part in encoded) + settings.max_new_tokens,
         policy=tokenizer.fingerprint,
     )
-    build_reward = functools.partial(spec.build_reward, tokenizer=tokenizer, load=load)
+    services = Services(config.judge, stage.run.judge)
+    build_reward = functools.partial(
+        spec.build_reward, tokenizer=tokenizer, load=load, services=services
+    )
     judge = None
     if settings.judge:
         judge = build_reward(settings.judge, columns=to_validate.columns, flag="--rl.judge")
@@ -185,8 +189,10 @@ def _parts(
         run_reward = build_reward(config.reward, columns=prompts.columns)
     guarded = None
     if config.safety.on:
-        run_reward = spec.Reward(host=spec.as_host(run_reward))
-        rules_found = guard.for_responses(tokenizer=tokenizer, load=load, columns=prompts.columns)
+        run_reward = run_reward._replace(fn=None, host=spec.as_host(run_reward))
+        rules_found = guard.for_responses(
+            tokenizer=tokenizer, load=load, columns=prompts.columns, services=services
+        )
         guarded = rules_found.enforce
     if run_reward.fn is not None:
         on_devices = jax.tree.map(jnp.asarray, run_reward.fn)

@@ -20,7 +20,7 @@ from rlhf_jax.errors import TrainingFault, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.rewards import filter as filters
 from rlhf_jax.rewards import spec
-from rlhf_jax.rewards.host import Columns, HostReward
+from rlhf_jax.rewards.host import Columns
 from rlhf_jax.runs import processes
 from rlhf_jax.training import memory, phases
 from rlhf_jax.training.loop import Validation
@@ -103,12 +103,12 @@ def scorer(
 ) -> Scorer:
     """The reward as a step, on the devices by the program or on the host, with a filter there."""
     if reward.host is not None:
-        return on_host(stage, reward.host, guard or unguarded)
+        return on_host(stage, reward, guard or unguarded)
     functions = Functions(None, reward.fn)
     return lambda rollout, batch: Scored(*program(rollout, functions))
 
 
-def on_host(stage: Stage, reward: HostReward, guard: Guarded) -> Scorer:
+def on_host(stage: Stage, reward: spec.Reward, guard: Guarded) -> Scorer:
     """Each process scores its own rows; all filter all rows, so that they agree on missing ones.
 
     Raises:
@@ -119,7 +119,7 @@ def on_host(stage: Stage, reward: HostReward, guard: Guarded) -> Scorer:
         before = processes.fetch(rollout)
         own_columns = batches.columns_at(batch.prompts, processes.own_rows(batch.rows))
         own_rows = processes.own_rows(before)
-        score_own = functools.partial(rewards.on_host, reward, own_rows, own_columns)
+        score_own = functools.partial(rewards.on_host, spec.as_host(reward), own_rows, own_columns)
         try:
             after, parts = processes.gather_rows(processes.agree(score_own))
             unscored = np.sum(before.present) - np.sum(after.present)
@@ -130,6 +130,9 @@ def on_host(stage: Stage, reward: HostReward, guard: Guarded) -> Scorer:
         named = {name: jnp.asarray(values) for name, values in parts.items()}
         scored, metrics = phases.scored(after, jnp.asarray(after.scores), named)
         metrics |= {"reward/unscored": jnp.float32(unscored)} | unsafe
+        if reward.take_unparsed is not None:
+            counts = processes.gather(reward.take_unparsed)
+            metrics["reward/unparsed"] = jnp.float32(sum(counts))
         return Scored(stage.shard(jax.device_get(scored)), metrics, verdicts)
 
     return score

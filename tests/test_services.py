@@ -1,0 +1,467 @@
+"""Rewards and judges on a server: the protocol, keys, replies that are kept, and servers that
+misbehave.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax import training, vpg
+from rlhf_jax.config import Judge
+from rlhf_jax.data.tokenizers import characters
+from rlhf_jax.errors import ServiceError, UserError
+from rlhf_jax.evaluation import evaluate
+from rlhf_jax.rewards import service, spec
+from rlhf_jax.rewards.service import RubricJudge, Services
+from rlhf_jax.runs import processes
+
+pytestmark = pytest.mark.usefixtures("no_pages")
+
+KEY = "sk-secret-4711"
+TOKENIZER = characters("abcdefghij ")
+ASKED = {"prompts": ["a", "b"], "responses": ["yes", "no"], "columns": {"topic": [1, 2]}}
+
+
+class Server:
+    """A local server: ``answer(number of the request, body) -> reply``, a JSON value, bytes, or a
+    pair (status, bytes). It records what it was asked.
+    """
+
+    def __init__(self, answer):
+        self.asked = []
+        self.keys = []
+        self.at_once = 0
+        self.most_at_once = 0
+        self._lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                with server._lock:
+                    server.at_once += 1
+                    server.most_at_once = max(server.most_at_once, server.at_once)
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with server._lock:
+                    number = len(server.asked)
+                    server.asked.append(body)
+                    server.keys.append(self.headers["Authorization"])
+                reply = answer(number, body)
+                status, content = reply if isinstance(reply, tuple) else (200, reply)
+                if not isinstance(content, bytes):
+                    content = json.dumps(content).encode()
+                with server._lock:
+                    server.at_once -= 1
+                self.send_response(status)
+                length = len(content) + (100 if content.endswith(b"CUT") else 0)
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def stop(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Starts servers, and makes retries quick."""
+    monkeypatch.setattr(service, "_SECONDS", 0.001)
+    servers = []
+
+    def start(answer):
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def ask(server, **settings):
+    return service.reward_service(server.url, Judge(**settings))(
+        ASKED["prompts"], ASKED["responses"], **ASKED["columns"]
+    )
+
+
+def test_a_reward_service_is_sent_texts_and_columns(serve, monkeypatch):
+    server = serve(lambda number, body: {"rewards": [0.5, None]})
+    assert ask(server) == [0.5, None]
+    monkeypatch.setenv("REWARD_API_KEY", KEY)
+    assert ask(server) == [0.5, None]
+    assert server.asked == [ASKED, ASKED]
+    assert server.keys == [None, f"Bearer {KEY}"]
+
+
+OK = {"rewards": [1, 2]}
+WRONG = {
+    "too few": ({"rewards": [1]}, "1 rewards for 2 responses"),
+    "no rewards": ({"scores": [1, 2]}, r"expected \{\"rewards\": \[\.\.\.\]\}, got \{'scores'"),
+    "a list": ([1, 2], "expected .* got \\[1, 2\\]"),
+    "a text": ({"rewards": [1, "2"]}, "reward 1 must be a finite number or null, got '2'"),
+    "NaN": ({"rewards": [1, math.nan]}, "reward 1 must be a finite number or null, got nan"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_reply_that_is_not_the_protocols_is_an_error(serve, name):
+    reply, message = WRONG[name]
+    server = serve(lambda number, body: reply)
+    with pytest.raises(ServiceError, match=f"^{server.url}: {message}"):
+        ask(server)
+    assert len(server.asked) == 1
+
+
+PASSING = {
+    "busy": ((429, b"slow down"), "HTTP 429 Too Many Requests: slow down"),
+    "broken": ((500, b"oh"), "HTTP 500 Internal Server Error: oh"),
+    "no JSON": (b"<html>", "the reply is no JSON: Expecting value"),
+    "cut": (b'{"rewards": CUT', "IncompleteRead"),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_may_pass_is_tried_again(serve, name):
+    reply, message = PASSING[name]
+    server = serve(lambda number, body: OK if number == 2 else reply)
+    assert ask(server, retries=2) == [1, 2]
+    server = serve(lambda number, body: reply)
+    with pytest.raises(ServiceError, match=rf"^{server.url}: {message}.* \(asked 2 times\)$"):
+        ask(server, retries=1)
+
+
+def test_what_does_not_pass_is_not(serve, monkeypatch):
+    """A server that repeats the key in its error does not bring it into a log."""
+    monkeypatch.setenv("REWARD_API_KEY", KEY)
+    server = serve(lambda number, body: (401, f"wrong key {KEY}".encode()))
+    with pytest.raises(
+        ServiceError, match=r"HTTP 401 Unauthorized: wrong key \*\*\* \(asked once\)$"
+    ):
+        ask(server)
+
+
+def test_a_server_that_is_slow_or_gone_is_named(serve):
+    slow = serve(lambda number, body: time.sleep(0.4) or OK)
+    with pytest.raises(ServiceError, match=r"no reply within 0\.1 seconds .* \(asked 2 times\)"):
+        ask(slow, timeout=0.1, retries=1)
+    gone = serve(lambda number, body: OK)
+    gone.stop()
+    with pytest.raises(ServiceError, match=rf"^{gone.url}: .*refused.* \(asked once\)"):
+        ask(gone, retries=0)
+
+
+def test_a_key_is_not_sent_where_the_server_redirects(serve, monkeypatch):
+    seen = []
+
+    class Opener:
+        def __init__(self, request):
+            seen.append(request)
+
+    monkeypatch.setenv("REWARD_API_KEY", KEY)
+    monkeypatch.setattr(
+        service.urllib.request, "urlopen", lambda request, timeout: seen.append(request) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        service.post("http://a/", {}, Judge(), KEY)
+    (request,) = seen
+    assert request.headers.keys() == {"Content-type"}
+    assert request.unredirected_hdrs == {"Authorization": f"Bearer {KEY}"}
+
+
+# --- A judge
+
+
+RUBRIC = "criteria: how kind the answer is\nscale: [1, 5]\n"
+
+
+def chat(text):
+    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+def judged_letters(number, body):
+    """Scores an answer by its length."""
+    said = json.loads(body["messages"][1]["content"])
+    return chat(f"It has letters.\n\nScore: {min(len(said['answer']), 5)}")
+
+
+def rubric_judge(server, folder, text=RUBRIC, **settings):
+    file = folder / "kind.yaml"
+    file.write_text(text)
+    settings = Judge(url=server.url, model="a-judge", **settings)
+    return RubricJudge(service.read_rubric(file), Services(settings, folder / "judge"))
+
+
+def test_a_judge_reads_rubric_conversation_answer_and_columns(serve, tmp_path, monkeypatch):
+    server = serve(judged_letters)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    text = f"{RUBRIC}columns: [answer_key]\n"
+    judge = rubric_judge(server, tmp_path, text, max_tokens=7, temperature=None)
+    talk = [{"role": "user", "content": "hi"}]
+    columns = {"answer_key": ["x", "y"], "other": [1, 2]}
+    assert judge(["p", "q"], ["ab", "abc"], messages=[talk, None], **columns) == [2, 3]
+    first, second = sorted(
+        server.asked, key=lambda body: len(json.loads(body["messages"][1]["content"])["answer"])
+    )
+    assert first["model"] == "a-judge"
+    assert first["max_tokens"] == 7
+    assert "temperature" not in first
+    system, user = first["messages"]
+    assert "how kind the answer is" in system["content"]
+    assert "from 1 (worst) to 5 (best)" in system["content"]
+    assert json.loads(user["content"]) == {
+        "answer_key": "x",
+        "conversation": talk,
+        "answer": "ab",
+    }
+    assert json.loads(second["messages"][1]["content"])["conversation"] == "q"
+    assert set(server.keys) == {f"Bearer {KEY}"}
+
+
+SCORES = {
+    "Score: 4": 4,
+    "**Score:** 3.5": 3.5,
+    "score = 2/5": 2,
+    "Score: 1 would be mean.\nScore: **5**": 5,
+    "Score: 6": None,  # off the scale
+    "Score: -3": None,
+    "I cannot say": None,
+    "": None,
+    None: None,
+}
+
+
+def test_what_a_reply_scores(serve, tmp_path):
+    replies = iter(list(SCORES))
+    server = serve(lambda number, body: chat(next(replies)))
+    judge = rubric_judge(server, tmp_path, concurrency=1)
+    answers = [str(i) for i in range(len(SCORES))]
+    assert judge([""] * len(SCORES), answers) == list(SCORES.values())
+    assert judge.take_unparsed() == 5
+    assert judge.take_unparsed() == 0
+
+
+def test_no_question_is_asked_twice(serve, tmp_path):
+    server = serve(judged_letters)
+    judge = rubric_judge(server, tmp_path)
+    assert judge(["p"] * 3, ["ab", "ab", "c"]) == [2, 2, 1]
+    assert len(server.asked) == 2
+    again = rubric_judge(server, tmp_path)
+    assert again(["p"] * 2, ["c", "ab"]) == [1, 2]
+    assert len(server.asked) == 2
+    other = rubric_judge(server, tmp_path, RUBRIC.replace("kind", "short"))
+    other(["p"], ["c"])
+    assert len(server.asked) == 3
+    rubric_judge(server, tmp_path, temperature=1.0)(["p"], ["c"])
+    assert len(server.asked) == 4
+
+
+def test_a_reply_that_a_kill_cut_off_is_asked_again(serve, tmp_path):
+    server = serve(judged_letters)
+    rubric_judge(server, tmp_path, concurrency=1)(["p", "p"], ["ab", "c"])
+    (file,) = (tmp_path / "judge").iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    judge = rubric_judge(server, tmp_path)
+    assert judge(["p"] * 3, ["ab", "c", "abcd"]) == [2, 1, 4]
+    assert len(server.asked) == 4
+    assert rubric_judge(server, tmp_path)(["p"] * 3, ["ab", "c", "abcd"]) == [2, 1, 4]
+    assert len(server.asked) == 4
+
+
+def test_at_most_so_many_are_asked_at_once(serve, tmp_path):
+    def slowly(number, body):
+        time.sleep(0.05)
+        return judged_letters(number, body)
+
+    server = serve(slowly)
+    rubric_judge(server, tmp_path, concurrency=3)(["p"] * 12, [str(i) for i in range(12)])
+    assert server.most_at_once == 3
+
+
+def test_replies_before_a_failure_are_kept(serve, tmp_path):
+    def fails(number, body):
+        return judged_letters(number, body) if number < 2 else {"error": "no model"}
+
+    server = serve(fails)
+    judge = rubric_judge(server, tmp_path, concurrency=1)
+    with pytest.raises(ServiceError, match=r"expected the reply of a chat server.* got {'error'"):
+        judge(["p"] * 3, ["a", "bb", "ccc"])
+    server.stop()
+    assert rubric_judge(server, tmp_path)(["p"] * 2, ["a", "bb"]) == [1, 2]
+
+
+RUBRICS = {
+    "": "a rubric has the keys criteria, scale, columns; found NoneType",
+    "criteria: a\nscales: [1, 2]": "a rubric has the keys .*; found criteria, scales",
+    "scale: [1, 2]": "criteria must be a text",
+    "criteria: a\nscale: [2, 1]": r"scale must be \[LOWEST, HIGHEST\]",
+    "criteria: a\nscale: 3": r"scale must be \[LOWEST, HIGHEST\]",
+    "criteria: a\ncolumns: b": "columns must be a list of names",
+    "criteria: [": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize("text", RUBRICS)
+def test_a_wrong_rubric_names_its_file(text, tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"^{file}: {RUBRICS[text]}"):
+        service.read_rubric(file)
+
+
+def build(*entries, services=None, columns=()):
+    return spec.build_reward(
+        entries, tokenizer=TOKENIZER, load=pytest.fail, columns=columns, services=services
+    )
+
+
+def test_what_cannot_be_asked_is_refused_at_once(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(f"{RUBRIC}columns: [answer]")
+    able = Services(Judge(url="http://a/v1", model="m"))
+    with pytest.raises(UserError, match=r"give --judge.url, .* and --judge.model"):
+        build(f"judge:{file}")
+    with pytest.raises(UserError, match="asks for answer, but the prompts' columns are topic"):
+        build(f"judge:{file}", services=able, columns=["topic"])
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
+        build("judge:none.yaml", services=able)
+    with pytest.raises(UserError, match=r"--reward http://me:word@a/ holds a name or password"):
+        build("http://me:word@a/")
+    with pytest.raises(UserError, match="must begin with http://HOST"):
+        build("http:///a")
+    with pytest.raises(ValueError, match="url must begin with"):
+        Judge(url="localhost:8000")
+    assert spec.sources(f"judge:{file}*2") == {f"judge:{file}*2": file}
+    assert spec.sources("http://a/b") == {}
+
+
+# --- Runs
+
+
+def of_letters(number, body):
+    return {"rewards": [float(text.count("e")) for text in body["responses"]]}
+
+
+def rows_of(config):
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_whose_server_dies_goes_on_where_it_was(config, serve, tmp_path):
+    settings = dataclasses.replace(config.rl, num_iterations=4, validation_interval=10)
+    whole = serve(of_letters)
+    config = dataclasses.replace(
+        config, rl=settings, checkpoint_interval=10, judge=Judge(retries=0)
+    )
+    expected = dataclasses.replace(
+        config, reward=(f"{whole.url}*2",), output_dir=str(tmp_path / "whole")
+    )
+    training.rl.run(expected, vpg)
+    port = whole.url.partition("//")[2]
+    assert f"reward/{port}" in rows_of(expected)[1]
+    assert set(whole.asked[0]["columns"]) >= {"messages", "category"}
+
+    calls = []
+    mind = {"dies": True}
+
+    def dying(number, body):
+        calls.append(number)
+        return (503, b"gone") if mind["dies"] and number == 3 else of_letters(number, body)
+
+    server = serve(dying)
+    config = dataclasses.replace(config, reward=(f"{server.url}*2",))
+    with pytest.raises(ServiceError, match=r"(?s)HTTP 503 .*Step 2 of 4 is saved\. .*--resume"):
+        training.rl.run(config, vpg)
+    assert [row["step"] for row in rows_of(config)] == [0, 1, 2]
+    mind["dies"] = False
+    training.rl.run(dataclasses.replace(config, resume=True), vpg)
+
+    def comparable(config, server):
+        name = f"reward/{server.url.partition('//')[2]}"
+        rows = rows_of(config)
+        return [{k.replace(name, "reward/x"): v for k, v in row.items()} for row in rows]
+
+    assert comparable(config, server) == comparable(expected, whole)
+
+
+def by_vowels(number, body):
+    said = json.loads(body["messages"][1]["content"])["answer"]
+    return chat(f"Score: {1 + said.count('e') % 5}" if "a" in said else "well")
+
+
+@pytest.fixture
+def judged(config, serve, tmp_path, monkeypatch):
+    """The settings of a run whose judge gives no score to answers without an a, and its server."""
+    server = serve(by_vowels)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    (tmp_path / "kind.yaml").write_text(RUBRIC)
+    settings = dataclasses.replace(config.rl, num_iterations=2, validation_interval=10)
+    reward = (f"judge:{tmp_path / 'kind.yaml'}",)
+    judge = Judge(url=server.url, model="m")
+    return dataclasses.replace(config, rl=settings, reward=reward, judge=judge), server
+
+
+def test_a_judged_run_counts_what_has_no_score_and_writes_no_key(judged):
+    config, _ = judged
+    training.rl.run(config, vpg)
+    rows = rows_of(config)[1:]
+    assert all(row["reward/unparsed"] == row["reward/unscored"] for row in rows)
+    assert sum(row["reward/unparsed"] for row in rows) > 0
+    assert all(1 <= row["reward/kind"] <= 5 for row in rows)
+    run = Path(config.output_dir)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert any("kind.yaml" in name for name in manifest["data"])
+    for file in run.rglob("*"):
+        assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
+
+
+def test_a_run_with_the_replies_of_another_asks_nothing(judged, tmp_path):
+    config, server = judged
+    training.rl.run(config, vpg)
+    asked = len(server.asked)
+    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"), resume=True)
+    shutil.copytree(Path(config.output_dir) / "judge", tmp_path / "again" / "judge")
+    training.rl.run(again, vpg)
+    assert len(server.asked) == asked > 0
+    assert rows_of(again) == rows_of(config)
+
+
+def test_a_service_that_fails_in_one_process_fails_as_such_in_all(monkeypatch):
+    assert next(iter(processes._KINDS.values())) is ServiceError
+    assert issubclass(ServiceError, UserError)
+
+
+def test_an_evaluation_asks_a_judge(serve, config, tmp_path):
+    server = serve(judged_letters)
+    (tmp_path / "kind.yaml").write_text(RUBRIC)
+    settings = dataclasses.replace(config.rl, num_iterations=1)
+    run = training.rl.run(dataclasses.replace(config, rl=settings), vpg)
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "What is ice?"}]))
+    evaluate.run(
+        run.model_folder,
+        evaluate.Config(
+            prompts=(str(tmp_path / "prompts.json"),),
+            reward_model=f"judge:{tmp_path / 'kind.yaml'}",
+            judge_url=server.url,
+            judge_model="m",
+            max_new_tokens=4,
+            output=str(tmp_path),
+        ),
+    )
+    said = json.loads(server.asked[0]["messages"][1]["content"])
+    assert said["conversation"] == [{"role": "user", "content": "What is ice?"}]
+    (line,) = (tmp_path / "evaluation_samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["score"] == min(len(said["answer"]), 5)
+    assert (tmp_path / "judge").is_dir()
