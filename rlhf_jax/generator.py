@@ -247,6 +247,19 @@ class Asked(NamedTuple):
         return Asked(self.rows[which], self.ids[which], self.streams[which])
 
 
+def _load(folder: str | Path, compute: dict[str, Any], *, is_judge: bool) -> LanguageModel:
+    """A policy, or a reward model that judges it. UserError if it is the other of the two."""
+    loaded = LanguageModel.load(folder, **compute)
+    has_score = "score" in loaded.params
+    if has_score and not is_judge:
+        raise UserError(
+            f"{folder}: this is a reward model, which writes no text; give the policy first"
+        )
+    if is_judge and not has_score:
+        raise UserError(f"{folder}: this model has no score head; give a reward model's folder")
+    return loaded
+
+
 class Generator:
     """A policy, and optionally a reward model, from the folders that a run writes.
 
@@ -300,14 +313,10 @@ class Generator:
         if isinstance(stop, str) or not all(stop):
             raise UserError(f"stop: expected a list of texts that are not empty, got {stop!r}")
         self.stop = tuple(stop)
-        self._policy = LanguageModel.load(folder, **compute)
-        self.model, params, self.tokenizer = self._policy
+        self._policy = _load(folder, compute, is_judge=False)
+        self.model, _, self.tokenizer = self._policy
         self.template = template or chat.AUTO
         logger.info(chat.describe(self.template, self.tokenizer, str(folder)))
-        if "score" in params:
-            raise UserError(
-                f"{folder}: this is a reward model, which writes no text; give the policy first"
-            )
         self.config = SamplingConfig(
             max_new_tokens,
             temperature,
@@ -327,17 +336,12 @@ class Generator:
         self._decoding: Params | None = None  # the weights as a stream reads them
         positions = min(self.model.config.max_length, max_length or sys.maxsize)
         if reward_model is not None:
-            self._judge = LanguageModel.load(reward_model, **compute)
-            if "score" not in self._judge.params:
-                raise UserError(
-                    f"{reward_model}: this model has no score head; give a reward model's folder"
-                )
-            same_tokens = self._judge.tokenizer.fingerprint == self.tokenizer.fingerprint
-            self._reads_texts = not same_tokens
-            if self._reads_texts and self._environment is not None:
-                raise UserError(f"{reward_model}: {SINGLE_TURN}")
-            if same_tokens:
+            self._judge = _load(reward_model, compute, is_judge=True)
+            self._reads_texts = self._judge.tokenizer.fingerprint != self.tokenizer.fingerprint
+            if not self._reads_texts:
                 positions = min(positions, self._judge.model.config.max_length)
+            elif self._environment is not None:
+                raise UserError(f"{reward_model}: {SINGLE_TURN}")
         self.room = positions - max_new_tokens
         if self.room < 1:
             raise UserError(

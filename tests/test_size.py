@@ -17,7 +17,7 @@ NODES_A_LINE = {"rlhf_jax": 10.4, "experiments": 10.1, "tests": 9.7, "benchmarks
 NODES_A_LINE_OF_A_FILE = 16.3
 PACKED = {"rlhf_jax": 70, "experiments": 0, "tests": 40, "benchmarks": 0}
 PACKAGE_ENTRIES = 23
-FUNCTION_LIMIT = 80
+FUNCTION_LIMIT = 60
 FUNCTION_NODES = 400
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -298,12 +298,18 @@ def _read(
             f"{where}: the {len(folders)} models of an ensemble; say how their scores become one: "
             f"{ways}"
         )
+    _check_spelling(spec, where)
+    return _run_name(spec), model_reward(spec)
+
+
+def _check_spelling(spec: str, where: str) -> None:
+    """Raises UserError if the SPEC of a reward model looks like the name of another reward."""
+    term, colon, rest = spec.partition(":")
     near = difflib.get_close_matches(term, _WORDS, n=1, cutoff=0.7)
     if near and "/" not in spec and not Path(spec).exists():
         raise UserError(
             f"{where}: no such reward and no such folder; did you mean {near[0]}{colon}{rest}?"
         )
-    return _run_name(spec), model_reward(spec)
 
 
 def _served(
