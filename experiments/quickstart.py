@@ -46,7 +46,7 @@ The report: {folder}/report.html
 Next: all curves of the three stages on one page, the policy on held-out pairs, and your own files:
     rlhf-jax report {folder}
     rlhf-jax evaluate {folder}/ppo --preferences {folder}/data/heldout_preference_data.json
-    python experiments/pipeline.py --config configs/pipeline.yaml --data FOLDER"""
+    rlhf-jax pipeline --config pipeline --data FOLDER"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +73,12 @@ def run(config: QuickstartConfig) -> dict[str, Any]:
     """
     if config.data:
         raise UserError(
-            "--data: the quickstart generates its own data; for yours use experiments/pipeline.py"
+            "--data: the quickstart generates its own data; for yours use `rlhf-jax pipeline`"
         )
     if config.reward_model.ensemble_size > 1:
         raise UserError(
-            "reward_model.ensemble_size: one reward model is judged here; use "
-            "experiments/pipeline.py"
+            "reward_model.ensemble_size: one reward model is judged here; an ensemble is trained "
+            "by `rlhf-jax pipeline`"
         )
     folder = Path(config.output_dir or "runs/quickstart")
     pipeline.check_folder(folder, config)

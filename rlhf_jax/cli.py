@@ -140,15 +140,24 @@ def train(name: str, argv: Sequence[str] | None = None, prog: str | None = None)
     default).
     """
     from rlhf_jax import config, training
+    from rlhf_jax.report import verdict
 
     description, reads = STAGES[name]
     settings = config.parse(
         config.RunConfig, argv, prog=prog, description=description, sections=reads
     )
+    kind = name.replace("-", "_")
+    result: Any
     if name in ("ppo", "vpg", "rloo", "grpo"):
-        training.rl.run(settings, importlib.import_module(f"rlhf_jax.algorithms.{name}"))
+        kind = "policy"
+        result = training.rl.run(settings, importlib.import_module(f"rlhf_jax.algorithms.{name}"))
     else:
-        importlib.import_module(f"rlhf_jax.training.{name.replace('-', '_')}").run(settings)
+        result = importlib.import_module(f"rlhf_jax.training.{kind}").run(settings)
+    if name == "pipeline":
+        kind = "policy"
+        result = result.ppo
+    commands = verdict.next_commands(kind, result.folder)
+    logger.info("\n    ".join(["Next, for example:", *commands]))
 
 
 def train_algorithm(

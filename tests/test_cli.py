@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import types
@@ -21,6 +22,7 @@ import rlhf_jax
 from rlhf_jax import cli, models
 from rlhf_jax.data import tokenizers
 from rlhf_jax.errors import Stopped, TrainingFault, UserError
+from rlhf_jax.report import records, verdict
 from rlhf_jax.training import doctor
 
 STAGES = ("sft", "reward-model", "ppo", "vpg", "rloo", "grpo", "dpo", "kto", "pipeline")
@@ -105,13 +107,21 @@ def test_the_list_of_commands_waits_for_no_package():
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_is_the_same_run_from_the_command_and_from_its_script(name, monkeypatch):
+def test_a_stage_is_the_same_run_from_the_command_and_from_its_script(name, monkeypatch, capsys):
     calls = []
     module = "rl" if name in ("ppo", "vpg", "rloo", "grpo") else name.replace("-", "_")
     run = importlib.import_module(f"rlhf_jax.training.{module}")
-    monkeypatch.setattr(run, "run", lambda config, *algorithm: calls.append((config, *algorithm)))
+    done = types.SimpleNamespace(folder="runs/f", ppo=types.SimpleNamespace(folder="runs/f/ppo"))
+
+    def stand_in(config, *algorithm):
+        calls.append((config, *algorithm))
+        return done
+
+    monkeypatch.setattr(run, "run", stand_in)
     flags = ["--config", "tiny", "--seed", "3"]
     assert not cli.run([name, *flags])
+    place = "runs/f/ppo" if name == "pipeline" else "runs/f"
+    assert re.search(rf"^ +rlhf-jax .*{place}[ /\n]", capsys.readouterr().out, re.MULTILINE)
     monkeypatch.setattr(sys, "argv", ["script.py", *flags])
     runpy.run_path(str(ROOT / "experiments" / f"{name.replace('-', '_')}.py"))["main"]()
     assert calls[0] == calls[1]
@@ -297,3 +307,20 @@ def test_other_errors_keep_their_traceback():
 
 def raising(error):
     raise error
+
+
+def test_what_a_run_proposes_next_can_be_typed(tmp_path, capsys):
+    """Each command exists and has the flags that it is given."""
+    for kind in records.KINDS:
+        for line in verdict.next_commands(kind, tmp_path / "my run"):
+            program, *words = shlex.split(line)
+            assert program == "rlhf-jax"
+            if words[0] in ("reward-model", "ppo", "dpo"):
+                assert f"{tmp_path}/my run/model" in words
+            else:
+                assert words[1] == str(tmp_path / "my run")
+            with pytest.raises(SystemExit) as ended:
+                cli.run([words[0], "--help"])
+            assert ended.value.code == 0
+            said = capsys.readouterr().out
+            assert [word for word in words if word.startswith("--") and word not in said] == []

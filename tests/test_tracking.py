@@ -160,16 +160,18 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys):
 
 
 def test_progress_on_a_terminal(tmp_path, terminal):
+    """The first two of the metrics, with the last value that each one had."""
+    show = ["objective/score", "absent", "[x]", "third"]
     with (
         open_run(tmp_path) as run,
-        tracking(run, total=4, show=["objective/score", "[x]"], resume_step=2) as tracker,
+        tracking(run, total=4, show=show, resume_step=1) as tracker,
     ):
-        tracker.log(3, {"objective/score": 1.25, "[x]": 2.0})
+        tracker.log(2, {"objective/score": 1.25, "[x]": 1.0, "third": 7.0})
+        tracker.log(3, {"[x]": 2.0})
         tracker.alert(3, "a message")
-    assert all(
-        text in terminal.getvalue()
-        for text in ("ppo", "3/4", "objective/score 1.25  [x] 2", "a message")
-    )
+    said = terminal.getvalue()
+    assert all(text in said for text in ("3/4", "ppo  objective/score 1.25  [x] 2", "a message"))
+    assert "third" not in said
 
 
 class Clock:

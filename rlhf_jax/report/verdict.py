@@ -1,5 +1,6 @@
-"""What came of a run, before any details: a sentence and a few figures."""
+"""What came of a run, before any details: a sentence and a few figures; and what to do next."""
 
+import shlex
 from typing import NamedTuple
 
 from rlhf_jax.report import plots
@@ -36,12 +37,18 @@ def sentence(group: Group) -> str:
     return " ".join([*ends, f"{', '.join(parts)}."])
 
 
+def next_commands(kind: str, folder: object) -> list[str]:
+    """The commands that go on with a finished run of this kind."""
+    place = shlex.quote(str(folder))
+    return [line.format(run=place) for line in plots.LABELS["next"][kind]]
+
+
 def tiles(group: Group) -> list[Tile]:
     """The metrics that a run of this kind is judged by, the time and the alerts."""
     record = group.records[0]
     seconds = [row[name] for row in record.timing for name in row if name != "step"]
     pace = record.seconds_per_step
-    note = f"{pace:.3g} s a {plots.unit(record)}" if pace else ""
+    note = f"{pace:.3g} s per {plots.unit(record)}" if pace else ""
     return [*_measured(group), Tile("Time", duration(sum(seconds)), note), _alerts(group)]
 
 

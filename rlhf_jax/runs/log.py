@@ -117,7 +117,8 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
     """Writes ``metrics.jsonl``, ``timing.jsonl`` and ``samples.jsonl`` of a run and shows how it
     goes.
 
-    On a terminal: the newest metrics and a progress bar. Elsewhere: a line at the first, every
+    On a terminal: the first two of the shown metrics that the run has recorded, a progress bar and
+    the time that is left. Elsewhere: a line at the first, every
     tenth and the last step, and whenever there was none for ``SILENCE`` seconds, with the seconds
     of a step and the time that is left once the run is older than that. Lines are messages of the
     logger ``rlhf_jax``; where nobody listens to its level INFO there is no bar.
@@ -154,11 +155,12 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         ]
         self._metrics, self._timing, self._samples = self._files
         self._printed = False
+        self._latest: dict[str, float] = {}  # the last value of each metric
         self._pulse = pulse or Pulse()
         # (step, when it ended) of the last steps
         self._ends = collections.deque[tuple[int, float]](maxlen=PACE_STEPS + 1)
         self._started = self._pulse.clock()
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(TextColumn("{task.description}", markup=False), *columns)
         self._task = self._progress.add_task(label, total=total, completed=resume_step or 0)
         if self._progress.console.is_terminal and logger.isEnabledFor(logging.INFO):
@@ -176,7 +178,10 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._metrics.write(step, numbers)
         self._services.send("log", step, numbers)
         line = "  ".join(f"{name} {numbers[name]:.4g}" for name in self._show if name in numbers)
-        self._progress.update(self._task, completed=step, description=f"{self._label}  {line}")
+        self._latest |= numbers
+        newest = [f"{name} {self._latest[name]:.4g}" for name in self._show if name in self._latest]
+        live = "  ".join([self._label, *newest[:2]])
+        self._progress.update(self._task, completed=step, description=live)
         now = self._pulse.clock()
         self._ends.append((step, now))
         is_last = step >= self._total

@@ -20,7 +20,7 @@ from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.errors import TrainingFault, UserError, logger
 from rlhf_jax.generator import LanguageModel
 from rlhf_jax.models.hf import model_folder
-from rlhf_jax.report import page
+from rlhf_jax.report import page, records, verdict
 from rlhf_jax.runs import allocator, devices, folder, manifest, objects, processes, trackers
 from rlhf_jax.training import initial, memory
 from rlhf_jax.training.initial import Trainable, sampling_config
@@ -229,6 +229,8 @@ class Stage:
             try:
                 page.write([run.path], run.report)
                 logger.info(f"saved {run.report}")
+                [group] = records.groups(records.find([run.path]))
+                logger.info(verdict.sentence(group))
             except Exception as error:  # whatever it is: the run is done and its result saved
                 logger.info(f"{run.report} could not be drawn: {type(error).__name__}: {error}")
 
