@@ -4,16 +4,20 @@ the CPU unaware.
 
 import fnmatch
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import jax
 import pytest
+import yaml
 
 from rlhf_jax import models
+from rlhf_jax.config import Compute, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import devices
+from rlhf_jax.training import stage
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,55 @@ def test_flags_are_those_of_the_platform_that_jax_will_use(
     assert devices.flags_for(device) == devices.FLAGS.get(flags, {})
 
 
+def test_deterministic_gives_a_gpu_its_flags_or_says_that_it_is_too_late(monkeypatch):
+    ordered = {"xla_gpu_deterministic_ops": "true", "xla_gpu_autotune_level": "0"}
+    assert devices.flags_for("gpu", deterministic=True) == devices.FLAGS["gpu"] | ordered
+    assert devices.flags_for("cpu", deterministic=True) == devices.FLAGS["cpu"]
+    known = devices.xla_flags(ordered, "--xla_gpu_autotune_level=3")
+    assert known == "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=3"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match="JAX had started before"):
+        devices.choose(None, deterministic=True)
+    devices.choose(None)
+    monkeypatch.setenv("XLA_FLAGS", known)
+    devices.choose(None, deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "chosen", "recorded", "compiled"),
+    [
+        (False, None, None, "DEFAULT"),
+        (True, None, "highest", "HIGHEST"),
+        (True, "high", "high", "HIGH"),
+    ],
+)
+def test_matrix_products_of_a_run_have_the_precision_of_its_settings(
+    deterministic, chosen, recorded, compiled, tmp_path
+):
+    config = RunConfig(
+        output_dir=str(tmp_path / "run"),
+        deterministic=deterministic,
+        compute=Compute(matmul_precision=chosen),
+    )
+    with stage.open_stage(config, "sft", {}) as opened:
+        x = jax.numpy.ones((2, 2))
+        text = jax.jit(jax.numpy.dot).lower(x, x).as_text()
+        settings = yaml.safe_load(opened.run.config.read_text("utf-8"))
+    assert settings["compute"]["matmul_precision"] == recorded
+    assert re.findall(r"precision = \[(\w+)", text) == [compiled]
+
+
+def test_a_run_on_a_gpu_says_that_its_bits_may_differ(monkeypatch, capsys):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(devices, "choose", lambda *how, **more: None)
+    stage.set_up(RunConfig(deterministic=True))
+    assert "bits may differ" not in capsys.readouterr().out
+    stage.set_up(RunConfig())
+    assert (
+        "the bits may differ from run to run on a GPU; --deterministic" in capsys.readouterr().out
+    )
+
+
 def test_flags_keep_the_users_and_are_those_that_this_jaxlib_knows(tmp_path, monkeypatch):
     """A name that is no flag any more may still be part of a longer string, as in jaxlib 0.12."""
     (tmp_path / "libjax_common.so").write_bytes(
@@ -116,7 +169,7 @@ def test_xla_reads_the_flags(platform):
     """It ends the process at a name or a value that it does not know, on the CPU too."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": devices.xla_flags(devices.FLAGS[platform], ""),
+        "XLA_FLAGS": devices.xla_flags(devices.flags_for(platform, deterministic=True), ""),
     }
     subprocess.run(
         [sys.executable, "-c", "import jax; jax.numpy.ones(2) + 1"], env=environment, check=True

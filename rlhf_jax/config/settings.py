@@ -72,6 +72,10 @@ class Compute:
     num_microbatches is above 1 those of a microbatch, else the whole batch."""
     offload: tuple[Literal["reference", "reward"], ...] = ()
     """Frozen models that lie in the host's memory while they do not score: reference, reward."""
+    matmul_precision: Literal["default", "high", "highest"] | None = None
+    """Precision of float32 matrix products. default: TF32 on an NVIDIA GPU, one pass of bfloat16 on a
+    TPU; high: TF32, three passes; highest: float32, six passes. A CPU computes in float32. null:
+    highest with deterministic, else default."""
     attention: Literal["auto", "xla", "cudnn", "splash", "blockwise"] = "auto"
     """How attention is computed. xla holds all scores of a text; blockwise those of a block of
     queries, on any device; cudnn (bfloat16 on a GPU) and splash (one TPU) are fused kernels. auto:
@@ -529,6 +533,9 @@ class RunConfig:
     """Root of every random number."""
     device: Literal["cpu", "gpu", "cuda", "tpu", "mps"] | None = None
     """Where to run; null: JAX's choice. mps is refused with a message about Apple's GPUs."""
+    deterministic: bool = False
+    """On a GPU, the same bits from run to run: sums in a fixed order, programs that are not chosen by
+    timing, matrix products in full float32. Slower; a CPU needs nothing."""
     processes: str | None = None
     """HOST:PORT,COUNT,NUMBER of this process where several share the run: where the first one
     listens, how many there are and which one this is, from 0; auto: as SLURM, a TPU pod, Open MPI

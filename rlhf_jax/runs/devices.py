@@ -32,6 +32,10 @@ FLAGS = {
 MEMINFO = Path("/proc/meminfo")  # in KiB
 CGROUP = Path("/sys/fs/cgroup")  # of this container
 RESERVED = 1 / 32  # of what a CPU has available
+# For sums in a fixed order, and kernels that no measurement has chosen.
+DETERMINISTIC = {
+    "gpu": {"xla_gpu_deterministic_ops": "true", "xla_gpu_autotune_level": "0"},
+}
 # Sets of instructions that XLA compiles for where a CPU has them.
 INSTRUCTIONS = ("avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 FILES = {
@@ -40,17 +44,18 @@ FILES = {
 }
 
 
-def choose(device: str | None, place: str | None = None) -> None:
+def choose(device: str | None, place: str | None = None, *, deterministic: bool = False) -> None:
     """Restricts JAX to one kind of device and joins the other processes; call it before anything
     else touches JAX.
 
     With None JAX chooses, but does not silently take the CPU while a GPU or TPU is idle.
 
     place: as in ``processes.join``; None: there is one process.
+    deterministic: the same bits from run to run on a GPU too.
 
     Raises:
         UserError: JAX finds no such device here, or would leave an accelerator unused although
-            nobody chose the CPU.
+            nobody chose the CPU; ``deterministic`` comes too late.
     """
     if device == "mps":
         raise UserError(
@@ -60,7 +65,8 @@ def choose(device: str | None, place: str | None = None) -> None:
     if (
         not xla_bridge.backends_are_initialized()
     ):  # else nobody reads them, and a manifest must not list them
-        os.environ["XLA_FLAGS"] = xla_flags(flags_for(device), os.environ.get("XLA_FLAGS", ""))
+        flags = flags_for(device, deterministic=deterministic)
+        os.environ["XLA_FLAGS"] = xla_flags(flags, os.environ.get("XLA_FLAGS", ""))
     if device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     if place is not None:
@@ -71,15 +77,27 @@ def choose(device: str | None, place: str | None = None) -> None:
     chosen = device is not None or "cpu" in os.environ.get("JAX_PLATFORMS", "").split(",")
     if not chosen and jax.default_backend() == "cpu" and (idle := idle_accelerator()) is not None:
         raise UserError(f"{idle} To run on the CPU all the same, give --device cpu.")
+    if deterministic and jax.default_backend() == "gpu" and not is_deterministic():
+        raise UserError(
+            "--deterministic: XLA did not get its flags, since JAX had started before, or XLA_FLAGS "
+            "says otherwise"
+        )
 
 
-def flags_for(device: str | None) -> dict[str, str]:
+def is_deterministic() -> bool:
+    """Whether XLA was told to give the same bits from run to run on a GPU."""
+    return "--xla_gpu_deterministic_ops=true" in os.environ.get("XLA_FLAGS", "").split()
+
+
+def flags_for(device: str | None, *, deterministic: bool = False) -> dict[str, str]:
     """The FLAGS of a device; with None of what JAX_PLATFORMS names or, as JAX would choose, of what
     is here.
     """
     named = device or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     here = [platform for platform, patterns in FILES.items() if has_file(*patterns)]
-    return FLAGS.get({"cuda": "gpu"}.get(named, named) or [*here, "cpu"][0], {})
+    platform = {"cuda": "gpu"}.get(named, named) or [*here, "cpu"][0]
+    more = DETERMINISTIC.get(platform, {}) if deterministic else {}
+    return {**FLAGS.get(platform, {}), **more}
 
 
 def compiler_options(num_blocks: int) -> dict[str, bool]:

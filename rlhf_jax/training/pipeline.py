@@ -34,7 +34,7 @@ def run(config: RunConfig) -> PipelineResult:
         UserError: the folder is used, or whatever a stage finds wrong.
     """
     path = Path(config.output_dir or "runs/pipeline")
-    devices.choose(config.device, config.processes)
+    devices.choose(config.device, config.processes, deterministic=config.deterministic)
     processes.in_first(lambda: check_folder(path, config))
     return run_stages(config, path)
 

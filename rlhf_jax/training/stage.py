@@ -255,7 +255,7 @@ def set_up(config: RunConfig) -> RunConfig:
             devices nor the model, or the package of a tracker is missing.
     """
     trackers.check(config.track)
-    devices.choose(config.device, config.processes)
+    devices.choose(config.device, config.processes, deterministic=config.deterministic)
     enable_compilation_cache()
     dtype = config.compute.dtype
     used = "bfloat16 in place of float16, whose range overflows in training without loss scaling"
@@ -267,6 +267,10 @@ def set_up(config: RunConfig) -> RunConfig:
         parts.append(" x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     parts.append(used if dtype == "float16" else dtype)
     _say_once(", ".join(parts))
+    if jax.default_backend() == "gpu" and not config.deterministic:
+        _say_once(
+            "the bits may differ from run to run on a GPU; --deterministic keeps them the same"
+        )
     initial.check_layout(config, mesh)
     return config
 
@@ -330,8 +334,10 @@ def open_stage(
         processes.in_first(lambda: _describe(stage, fingerprints, files, given))
         is_set = sharding.is_set(stage.mesh)
         mesh = jax.set_mesh(stage.mesh) if is_set else contextlib.nullcontext()
+        precision = config.compute.matmul_precision
+        precise = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
         try:
-            with mesh:
+            with mesh, precise:
                 yield stage
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -359,7 +365,8 @@ def open_stage(
 
 def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
     """The settings with what a resumed run has recorded where they say auto, so that it goes on as
-    it began on any machine; else with ``compute.scan_layers`` by depth.
+    it began on any machine; else with ``compute.scan_layers`` by depth. The matrix products of a
+    deterministic run are in full precision unless they say otherwise.
     """
     compute = config.compute
     if run.resumed:
@@ -374,6 +381,8 @@ def _decided(config: RunConfig, run: folder.Run) -> RunConfig:
                 compute = dataclasses.replace(compute, **changes)
     if compute.scan_layers == "auto":
         compute = initial.by_depth(compute, initial.num_layers(config))
+    if config.deterministic and compute.matmul_precision is None:
+        compute = dataclasses.replace(compute, matmul_precision="highest")
     return dataclasses.replace(config, compute=compute)
 
 

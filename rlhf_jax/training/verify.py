@@ -34,7 +34,6 @@ METHODS: dict[str, Algorithm] = {"vpg": vpg, "ppo": ppo, "rloo": rloo, "grpo": g
 ROWS = ("metrics.jsonl", "samples.jsonl")
 EXCERPT = 24  # characters on either side of the first one that differs
 MACHINE = ("backend", "devices", "cpu", "xla_flags", "versions")  # facts of a manifest
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 class Difference(NamedTuple):
@@ -219,8 +218,7 @@ def _unsure(config: RunConfig, stage: str, last_start: Mapping[str, Any]) -> lis
             for name in read
             if name is not None and ".py:" in name
         ]
-    is_exact = DETERMINISTIC in last_start.get("xla_flags", "").split()
-    if last_start.get("backend") == "gpu" and not is_exact:
+    if last_start.get("backend") == "gpu" and not config.deterministic:
         sentences.append(
             "the run was on a GPU without --deterministic: the order of its sums may differ from "
             "run to run"
