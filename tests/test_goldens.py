@@ -1,20 +1,24 @@
 """What no refactoring may change: one update of every algorithm, a short run of every stage, and
 every config's values.
 
-    python tests/test_goldens.py     # writes tests/goldens/ anew, after a change of numbers that is
-    meant
+    python tests/test_goldens.py            # writes tests/goldens/ anew, after a change of numbers
+                                            # that is meant
+    python tests/test_goldens.py digests    # adds the digests of this kind of machine
 
 A golden that changes by accident is a bug; one that changes on purpose is rewritten in the commit
 that says why.
 """
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import conftest  # noqa: F401, as a script: the jobs in experiments/ are modules
 import jax
+import jaxlib
 import numpy as np
 import pytest
 import yaml
@@ -31,6 +35,7 @@ from rlhf_jax import training
 from rlhf_jax.config import RunConfig, to_yaml
 from rlhf_jax.config import parse as parse_flags
 from rlhf_jax.data import demo
+from rlhf_jax.runs import devices
 from rlhf_jax.training import rl, supervised
 
 pytestmark = pytest.mark.usefixtures("no_pages")
@@ -38,6 +43,7 @@ pytestmark = pytest.mark.usefixtures("no_pages")
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 REWRITE = "REWRITE_GOLDENS" in os.environ
+ADD_DIGESTS = "ADD_DIGESTS" in os.environ
 
 
 def parse(file, *arguments):
@@ -83,6 +89,22 @@ def assert_same_numbers(actual, expected, rtol, atol, where=""):
     assert actual.keys() == expected.keys(), where
     for key, value in expected.items():
         assert_allclose(actual[key], value, rtol=rtol, atol=atol, err_msg=f"{key} {where}")
+
+
+def check_digest(stage, weights):
+    """Final weights have the same bytes on each machine of a kind. A kind that digests.json does not
+    hold is not compared; goldens that are written anew are true of this kind alone.
+    """
+    path = GOLDENS / "digests.json"
+    kind = f"{devices.cpu()}, jaxlib {jaxlib.__version__}, {jax.device_count()} devices"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    known = json.loads(path.read_text("utf-8"))
+    if REWRITE:
+        known = {kind: known.get(kind, {})}
+    if REWRITE or ADD_DIGESTS:
+        known.setdefault(kind, {})[stage] = digest
+        path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", "utf-8")
+    assert known.get(kind, {}).get(stage, digest) == digest, kind
 
 
 ALGORITHMS = ["sft", "reward_model", "dpo", "vpg", "ppo", "rloo", "grpo"]
@@ -172,6 +194,7 @@ def test_a_run_of_every_stage(stage, data, tmp_path):
             [row["step"], row["prompt"], row["response"]] for row in rows(folder / "samples.jsonl")
         ]
         assert texts == golden("samples_ppo", texts)
+    check_digest(stage, folder / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -200,6 +223,8 @@ def test_every_config_fits(file):
 if __name__ == "__main__":
     # In pytest, so that devices and compilation are those of the tests (conftest.py).
     command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "", __file__]
-    sys.exit(
-        subprocess.run(command, env={**os.environ, "REWRITE_GOLDENS": "1"}, check=False).returncode
-    )
+    what = "REWRITE_GOLDENS"
+    if sys.argv[1:] == ["digests"]:
+        what = "ADD_DIGESTS"
+        command += ["-k", "a_run_of_every_stage"]
+    sys.exit(subprocess.run(command, env={**os.environ, what: "1"}, check=False).returncode)
