@@ -274,8 +274,13 @@ def test_every_row_of_the_table_of_faults_names_tests_that_exist():
         assert all(row), row
         named = re.findall(r"`(\w+)::(\w+)`", row[-1])
         assert named, f"no test: {row}"
-        for module, function in named:
-            tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text("utf-8"))
-            names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-            assert function.startswith("test_"), function
-            assert function in names, f"{module}.py has no {function}"
+
+
+@pytest.mark.parametrize("page", ["reliability", "reproducibility"])
+def test_the_tests_that_a_page_names_exist(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
+    for module, function in re.findall(r"`(\w+)::(\w+)`", text):
+        tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text("utf-8"))
+        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert function.startswith("test_"), function
+        assert function in names, f"{module}.py has no {function}"

@@ -75,7 +75,7 @@ def contents(folder):
     }
 
 
-SLOW = ("sft", "dpo", "kto", "vpg", "ppo", "rloo", "grpo")
+SLOW = ("sft", "reward_model", "dpo", "kto", "vpg", "ppo", "rloo", "grpo")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in SLOW])
