@@ -22,6 +22,7 @@ import pytest
 from rlhf_jax import grpo, models, ppo, training, vpg
 from rlhf_jax.config import (
     DPOStage,
+    KTOStage,
     Network,
     Optimizer,
     RewardModelStage,
@@ -36,7 +37,7 @@ from rlhf_jax.runs import log as tracking
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.folder import open_run, write_atomically
 from rlhf_jax.runs.manifest import write_manifest
-from rlhf_jax.training import loop
+from rlhf_jax.training import loop, verify
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.stage import open_stage
 
@@ -273,7 +274,32 @@ def letters_run(folder):
     )
 
 
+def letters_stage(folder, name):
+    """The settings of a short run that saves every second step."""
+    config = replace(
+        letters_run(folder),
+        output_dir=str(folder / "run"),
+        checkpoint_interval=2,
+        kto=KTOStage(
+            batch_size=4, num_epochs=2, validation_fraction=0.25, data=(str(folder / "pairs.json"),)
+        ),
+    )
+    if name in verify.SPECS:
+        return replace(config, reward=())
+    changes = {"reward": ("count:a",)}
+    if name in ("rloo", "grpo"):
+        method = replace(getattr(config, name), group_size=2, shuffle_blocks=1)
+        changes[name] = replace(method, num_minibatches=1)
+    return replace(config, **changes)
+
+
 # --- Runs in this process
+
+
+def run_stage(config, name):
+    if name in verify.SPECS:
+        return training.supervised.run(config, verify.SPECS[name]).folder
+    return training.rl.run(config, verify.METHODS[name]).folder
 
 
 def run_ppo(config):

@@ -10,7 +10,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from test_verify import settings, train
+from builders import letters_stage, run_stage
 
 from rlhf_jax import sharding
 from rlhf_jax.data import batches
@@ -74,12 +74,12 @@ def test_no_key_of_a_run_is_drawn_from_twice(name, recorded, tmp_path):
     """The keys of stream, step, microbatch, minibatch, row and position; those of the validations are
     the same in each, and no others are.
     """
-    config = settings(tmp_path, name)
+    config = letters_stage(tmp_path, name)
     if name in DROPPING:
         config = dataclasses.replace(
             config, network=dataclasses.replace(config.network, dropout=0.1)
         )
-    train(config, name)
+    run_stage(config, name)
     jax.effects_barrier()
     training = recorded.pop("training")
     orders = set(recorded.pop("order"))
@@ -105,5 +105,5 @@ def test_jax_finds_no_key_used_twice(name, tmp_path, monkeypatch):
     monkeypatch.setattr(initial, "mesh_of", lambda config: sharding.make_mesh(1))
     jax.clear_caches()
     with jax.debug_key_reuse(True):
-        train(settings(tmp_path, name), name)
+        run_stage(letters_stage(tmp_path, name), name)
     jax.clear_caches()

@@ -6,39 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from builders import letters_run
+from builders import letters_run, letters_stage, run_stage
 
-from rlhf_jax import cli, training
-from rlhf_jax.config import KTOStage
+from rlhf_jax import cli
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import verify
 
 pytestmark = pytest.mark.usefixtures("no_pages")
-
-
-def settings(folder, name):
-    """The settings of a short run that saves every second step."""
-    config = dataclasses.replace(
-        letters_run(folder),
-        output_dir=str(folder / "run"),
-        checkpoint_interval=2,
-        kto=KTOStage(
-            batch_size=4, num_epochs=2, validation_fraction=0.25, data=(str(folder / "pairs.json"),)
-        ),
-    )
-    if name in verify.SPECS:
-        return dataclasses.replace(config, reward=())
-    changes = {"reward": ("count:a",)}
-    if name in ("rloo", "grpo"):
-        method = dataclasses.replace(getattr(config, name), group_size=2, shuffle_blocks=1)
-        changes[name] = dataclasses.replace(method, num_minibatches=1)
-    return dataclasses.replace(config, **changes)
-
-
-def train(config, name):
-    if name in verify.SPECS:
-        return training.supervised.run(config, verify.SPECS[name]).folder
-    return training.rl.run(config, verify.METHODS[name]).folder
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +21,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf_jax.report.page.write", lambda runs, path: None)
-        train(settings(folder, "reward_model"), "reward_model")
+        run_stage(letters_stage(folder, "reward_model"), "reward_model")
     return folder
 
 
@@ -80,7 +54,7 @@ SLOW = ("sft", "reward_model", "dpo", "kto", "vpg", "ppo", "rloo", "grpo")
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in SLOW])
 def test_a_run_of_every_stage_repeats_from_its_checkpoint_and_from_its_seed(name, tmp_path):
-    folder = train(settings(tmp_path, name), name)
+    folder = run_stage(letters_stage(tmp_path, name), name)
     for from_scratch in (False, True):
         audit = verify.verify(folder, from_scratch=from_scratch)
         assert audit[:3] == ([], [], [])
@@ -219,7 +193,7 @@ def test_python_is_named_as_not_known_to_repeat(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(letters_run(tmp_path), output_dir="run")
     config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, num_iterations=1))
-    folder = train(config, "vpg")
+    folder = run_stage(config, "vpg")
     flip(tmp_path / "prompts.json", (tmp_path / "prompts.json").read_bytes().index(b"say"))
     audit = verify.verify(folder)
     assert "reward.py:same is Python code, which is not known to repeat" in audit.unsure[0]
