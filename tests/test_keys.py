@@ -52,10 +52,7 @@ def recorded(monkeypatch):
         def validate(state):
             return during(next(numbers), job.validate, state)
 
-        # The trial of memory draws by the first step's keys; what it drew is thrown away.
-        return train_stage(
-            stage, state, job._replace(validate=validate, attempt=lambda state: state)
-        )
+        return train_stage(stage, state, job._replace(validate=validate))
 
     jax.clear_caches()
     monkeypatch.setattr(PRNG, "random_bits", noted)
