@@ -133,8 +133,8 @@ def test_two_models_answer_with_their_own_histories(runs, talk, policy, tmp_path
 
 def test_turns_that_no_longer_fit_are_dropped_and_it_is_said(talk, policy):
     line = "a" * 22
-    shown, notes = talk(line, line, line, system="be brief")
-    assert notes == ["(the oldest 1 turns are dropped: 74 tokens fit)"]
+    shown, notes = talk(line, line, line, line, system="be brief")
+    assert notes == ["(the oldest 1 turns are dropped: 74 tokens fit)"] * 2
     system = {"role": "system", "content": "be brief"}
     answers = shown.split("\n")
     kept = [system, *messages(line, answers[1], line)]
