@@ -8,6 +8,7 @@ Masked columns: ``policy_gradient`` and ``cross_entropy`` take the mask. ``clipp
 exponential nor its gradient ever sees a masked column.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import chex
@@ -19,6 +20,7 @@ from rlhf_jax import ops
 from rlhf_jax.types import Mean
 
 DPOKind = Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"]
+Surrogate = Literal["clip", "cispo", "sapo", "vespo"]
 Aggregation = Literal["token", "sequence", "sum", "fixed"]
 ImportanceSampling = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -161,6 +163,102 @@ def cispo(
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
     weight = jax.lax.stop_gradient(clipped * jnp.asarray(advantages, jnp.float32))
     return -weight * jnp.asarray(log_probs, jnp.float32)
+
+
+def sapo(
+    log_probs: jax.Array,
+    old_log_probs: jax.Array,
+    advantages: jax.Array,
+    temperatures: Sequence[float] = (1.0, 1.05),
+) -> jax.Array:
+    """SAPO's policy loss per token: ``-A * 4 / tau * sigmoid(tau * (ratio - 1))``, whose gradient
+    fades as the ratio leaves 1, where it is that of ``-A * ratio``.
+
+    Gao et al. 2025, "Soft Adaptive Policy Optimization", arXiv 2511.20347, eqs. 5 and 6.
+
+    Args:
+      log_probs, old_log_probs, advantages: as in ``clipped_surrogate``.
+      temperatures: tau of tokens with A > 0 and of all others; a larger one fades sooner.
+
+    Returns:
+      The same shape, float32.
+    """
+    chex.assert_equal_shape([log_probs, old_log_probs, advantages])
+    advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
+    ratio = ops.ratio(log_probs, jax.lax.stop_gradient(old_log_probs))
+    tau = jnp.where(advantages > 0, temperatures[0], temperatures[1])
+    return -advantages * jax.nn.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau
+
+
+def vespo_weight(
+    log_ratio: jax.Array,
+    advantages: jax.Array,
+    powers: Sequence[float] = (2.0, 3.0),
+    decays: Sequence[float] = (3.0, 2.0),
+) -> jax.Array:
+    """VESPO's weight of a response, ``w^k * exp(c * (1 - w))`` of its ratio w: 1 at w = 1 and near
+    0 far from it. It is a constant factor of ``policy_gradient``'s advantages.
+
+    "VESPO: Variational Sequence-Level Soft Policy Optimization", 2026, arXiv 2602.10693.
+
+    Args:
+      log_ratio: log w, the sum of the log-ratios of the response's tokens, such as [B, T] with the
+        same number in each column of a row.
+      advantages: the same shape.
+      powers, decays: k and c where A >= 0, and where A < 0.
+
+    Returns:
+      The same shape, float32; no gradient flows through it.
+    """
+    chex.assert_equal_shape([log_ratio, advantages])
+    ratio = ops.ratio(log_ratio, jnp.zeros_like(log_ratio))
+    power = jnp.where(advantages >= 0, powers[0], powers[1])
+    decay = jnp.where(advantages >= 0, decays[0], decays[1])
+    return jax.lax.stop_gradient(jnp.exp(power * log_ratio + decay * (1.0 - ratio)))
+
+
+def surrogate(
+    kind: Surrogate,
+    log_probs: jax.Array,
+    log_ratio: jax.Array,
+    advantages: jax.Array,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    sapo_temperatures: Sequence[float] = (1.0, 1.05),
+    vespo_powers: Sequence[float] = (2.0, 3.0),
+    vespo_decays: Sequence[float] = (3.0, 2.0),
+) -> tuple[jax.Array, jax.Array]:
+    """The policy loss of each token by one of the surrogates, and where it is clipped: the one
+    place where a ratio becomes a weight.
+
+    Clipped means: of ``clip`` that the clipped term is the larger, of ``cispo`` that the weight is
+    clipped, of ``sapo`` and ``vespo``, which fade, that less than half of the weight is left.
+
+    Args:
+      log_probs, log_ratio, advantages: [B, T], 0 outside the response. ``log_ratio`` is of the
+        token or of its whole row, as the method has it, and is differentiated with ``log_probs``.
+
+    Returns:
+      [B, T] float32, and [B, T] bool.
+    """
+    zeros = jnp.zeros_like(log_ratio)
+    ratio = jax.lax.stop_gradient(ops.ratio(log_ratio, zeros))
+    if kind == "sapo":
+        loss = sapo(log_ratio, zeros, advantages, sapo_temperatures)
+        tau = jnp.where(advantages > 0, sapo_temperatures[0], sapo_temperatures[1])
+        gate = jax.nn.sigmoid(tau * (ratio - 1.0))
+        return loss, 4.0 * gate * (1.0 - gate) < 0.5
+    if kind == "vespo":
+        weight = vespo_weight(log_ratio, advantages, vespo_powers, vespo_decays)
+        return policy_gradient(log_probs, weight * advantages, jnp.ones_like(zeros)), weight < 0.5
+    clipped_ratio = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    if kind == "cispo":
+        loss = cispo(log_probs, ratio, advantages, clip_low, clip_high)
+        return loss, clipped_ratio != ratio
+    loss = clipped_surrogate(log_ratio, zeros, advantages, clip_low, clip_high, dual_clip)
+    return loss, -advantages * clipped_ratio > -advantages * ratio
 
 
 def importance_weights(

@@ -293,19 +293,29 @@ def _of_token(log_prob, d, still, advantage, config):
     held = min(max(now, 1 - config.clip_low), 1 + config.clip_high)
     if config.surrogate == "cispo":
         return -held * advantage * log_prob, now, held != now
+    if config.surrogate == "sapo":
+        tau = config.sapo_temperatures[0 if advantage > 0 else 1]
+        gate, frozen = (1 / (1 + math.exp(-tau * (ratio(x) - 1))) for x in (d, still))
+        return -advantage * 4 / tau * gate, now, 4 * frozen * (1 - frozen) < 0.5
+    if config.surrogate == "vespo":
+        side = 0 if advantage >= 0 else 1
+        power = config.vespo_powers[side]
+        weight = math.exp(power * still + config.vespo_decays[side] * (1 - now))
+        return -weight * advantage * log_prob, now, weight < 0.5
     bounds = config.clip_low, config.clip_high, config.dual_clip
     surrogate = clipped_surrogate(d, advantage, *bounds)
     return surrogate, now, -advantage * held > -advantage * now
 
 
 def _log_ratios(log_probs, batch, config):
-    """Of each token, or the mean of its row."""
+    """Of each token, or the mean or sum of its row."""
     mask = batch.response_mask != 0
     log_ratios = np.where(mask, log_probs - batch.log_probs, 0.0)
     if config.ratio == "token":
         return log_ratios
     tokens = np.maximum(mask.sum(axis=1, keepdims=True), 1)
-    return np.broadcast_to(log_ratios.sum(axis=1, keepdims=True) / tokens, mask.shape)
+    share = tokens if config.ratio == "sequence" else 1
+    return np.broadcast_to(log_ratios.sum(axis=1, keepdims=True) / share, mask.shape)
 
 
 def _clipped(params, stopped, batch, advantages, config):

@@ -102,6 +102,7 @@ def check_gradient(gradient, loss, at, rng):
 
 FAST = {"sft sequence", "reward_model", "centering", "regression", "vpg token", "ppo fixed", "kto"}
 FAST |= {"rloo token", "dr grpo", "gspo", "dpo robust", "cispo", "orpo", "reinforce++ baseline"}
+FAST |= {"sapo", "vespo"}
 
 
 @pytest.mark.parametrize(

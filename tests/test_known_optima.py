@@ -63,18 +63,38 @@ def with_kl_in_loss(algorithm, advantage, estimator, coef, weight=each_token, **
     )
 
 
-def gspo(coef):
+def gspo(coef, counts=by_row, **fields):
     """GSPO on samples of the reference, as those of a late minibatch are an earlier policy's. A
     response's ratio is (pi / ref)^(1/n), which is (ref / pi)^(1 - 1/n) times what its probability
-    changed by; its tokens count 1/n."""
+    changed by; its tokens count 1/n, or 1 in LUSPO."""
 
     def weight(probs):
-        return (tiny.REF / probs) ** (1.0 - 1.0 / tiny.LENGTHS) / tiny.LENGTHS
+        return (tiny.REF / probs) ** (1.0 - 1.0 / tiny.LENGTHS) * counts(probs)
 
-    bounds = {"clip_low": 1.0, "clip_high": 1e3}  # none is reached
+    bounds = {"clip_low": 1.0, "clip_high": 1e3, **fields}  # none is reached
     return with_kl_in_loss(
         grpo, lambda probs: scaled(tiny.REF), "k3", coef, weight, ratio="sequence", **bounds
     )
+
+
+def vespo(coef):
+    """VESPO on samples of the reference: of a response's ratio w = pi / ref, which the KL has, its
+    advantage has phi(w), by the sign of each pair's advantage."""
+
+    def advantage(probs):
+        ratio = probs / tiny.REF
+        rise, fall = (
+            ratio ** (power - 1.0) * np.exp(decay * (1.0 - ratio))
+            for power, decay in ((1.1, 0.2), (1.3, 0.1))
+        )
+        of_pairs = tiny.REWARDS[:, None] - tiny.REWARDS[None, :]
+        return np.where(of_pairs >= 0, rise[:, None], fall[:, None]) * of_pairs @ tiny.REF
+
+    fades = {"vespo_powers": (1.1, 1.3), "vespo_decays": (0.2, 0.1)}  # late, so that coef tells
+    return with_kl_in_loss(rloo, advantage, "k2", coef, surrogate="vespo", ratio="product", **fades)
+
+
+OFF_POLICY = ("gspo", "luspo", "vespo")  # on samples of the policy at the start
 
 
 # The four tokens of a cut response cost 1, three of them a half: DAPO's eq. 13 with L_max 4 and
@@ -108,7 +128,10 @@ GROUPS = {
     "dr_grpo_k2": with_kl_in_loss(grpo, unscaled, "k2", 0.2, **DR_GRPO),
     "dr_grpo_k3": with_kl_in_loss(grpo, unscaled, "k3", 0.2, **DR_GRPO),
     "grpo_scaled": with_kl_in_loss(grpo, scaled, "k3", 0.2, by_row),
+    "sapo_k2": with_kl_in_loss(rloo, leave_one_out, "k2", 0.5, surrogate="sapo"),
     "gspo": gspo(0.4),
+    "luspo": gspo(0.4, each_token, aggregate="sum"),
+    "vespo": vespo(0.5),
     "dapo": dapo(0.2),
 }
 
@@ -131,7 +154,7 @@ def expected_gradient(name):
     @jax.jit
     def gradient(params, probs, listed, pairs):
         sampler = params
-        if name == "gspo":
+        if name in OFF_POLICY:
             sampler = tiny.params()
             probs = jnp.asarray(tiny.REF, jnp.float32)
         batch = shaped(name, tiny.every_response(sampler, listed), kl_coef)
@@ -200,7 +223,7 @@ def train(name, algorithm, config, kl_coef, num_steps, rows):
     optimizer = adam(num_steps)
 
     def sample(params, uniform):
-        if name == "gspo":  # always of the policy at the start
+        if name in OFF_POLICY:
             return tiny.draw(tiny.params(), uniform)
         if name == "other_engine":  # which draws at a higher temperature
             drawn = tiny.draw({**params, "logits": 0.8 * params["logits"]}, uniform)

@@ -39,6 +39,7 @@ SAYS = {
     "gspo": "grpo ratio=sequence clip_low=0.0003 clip_high=0.0004 num_minibatches=4",
     "ipo": "dpo kind=ipo beta=0.1",
     "kto": "kto beta=0.1 desirable_weight=1.0 undesirable_weight=1.0 batch_size=32",
+    "luspo": "grpo ratio=sequence surrogate=clip aggregate=sum kl_in_loss=False",
     "orpo": "dpo kind=orpo beta=0.1 needs_reference=False batch_size=32",
     "ppo": "ppo num_epochs=4 value_clip=0.2 gae_lambda=0.95 whiten_rewards=True",
     "reinforce_pp": (
@@ -49,7 +50,9 @@ SAYS = {
     ),
     "remax": "vpg baseline=greedy aggregate=token",
     "rloo": "rloo group_size=4 baseline=group num_minibatches=2 aggregate=sum",
+    "sapo": "grpo surrogate=sapo ratio=token aggregate=sequence kl_in_loss=False",
     "simpo": "dpo kind=simpo beta=2.0 gamma=1.0 needs_reference=False batch_size=128",
+    "vespo": "grpo surrogate=vespo ratio=product aggregate=token kl_in_loss=False",
 }
 # Learning rate and, of RL, the coefficient of the KL in the reward. None: not in the preset.
 RATES = {
@@ -62,13 +65,16 @@ RATES = {
     "gspo": (None, None),
     "ipo": (None,),
     "kto": (5e-6,),
+    "luspo": (None, None),
     "orpo": (5e-6,),
     "ppo": (1e-5, 0.15),
     "reinforce_pp": (5e-7, 1e-4),
     "reinforce_pp_baseline": (5e-7, 0.0),
     "remax": (1e-6, 0.05),
     "rloo": (1e-6, 0.03),
+    "sapo": (None, None),
     "simpo": (6e-7,),
+    "vespo": (None, None),
 }
 SMALL = (
     "--network.hidden-size 8 --network.num-layers 1 --network.num-heads 1 --network.max-length 128 "

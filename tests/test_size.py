@@ -12,7 +12,7 @@ import pytest
 from source import code_lines, parse
 
 ROOT = Path(__file__).resolve().parent.parent
-NODES = {"rlhf_jax": 186_500, "experiments": 24_000, "tests": 244_500, "benchmarks": 19_000}
+NODES = {"rlhf_jax": 186_500, "experiments": 24_000, "tests": 246_000, "benchmarks": 19_000}
 NODES_A_LINE = {"rlhf_jax": 10.4, "experiments": 10.1, "tests": 9.7, "benchmarks": 9.8}
 NODES_A_LINE_OF_A_FILE = 16.3
 PACKED = {"rlhf_jax": 70, "experiments": 0, "tests": 40, "benchmarks": 0}

@@ -188,14 +188,14 @@ def test_what_a_run_is_told_of_an_algorithm():
     facts = {
         name: (UPDATES[name].module.needs_values, UPDATES[name].module.kl_coef) for name in POLICY
     }
-    grpo_or_gspo = dict.fromkeys(("grpo", "gspo", "cispo"), (False, 0.0))
+    grpo_or_gspo = dict.fromkeys(("grpo", "gspo", "cispo", "sapo", "vespo"), (False, 0.0))
     assert facts == {
         "vpg": (False, 0.05),
         "ppo": (True, 0.05),
         **dict.fromkeys(("rloo", "reinforce++", "reinforce++ baseline"), (False, 0.05)),
         **grpo_or_gspo,
     }
-    assert [UPDATES[name].config.kl_in_loss for name in POLICY] == [False, *[True] * 7]
+    assert [UPDATES[name].config.kl_in_loss for name in POLICY] == [False, *[True] * 9]
     assert {vpg.Config(baseline="greedy").baseline, ppo.Config().baseline} == {
         "greedy",
         "none",
@@ -273,12 +273,15 @@ ROLLOUTS = [
 CLIPPED = [
     ({"kl_loss_estimator": "k1"}, "use it in the reward"),
     ({"kl_loss_estimator": "k4"}, "k1, k2, k3"),
-    ({"surrogate": "ppo"}, "surrogate must be one of clip, cispo, got 'ppo'"),
+    ({"surrogate": "ppo"}, "surrogate must be one of clip, cispo, sapo, vespo, got 'ppo'"),
     (
         {"surrogate": "cispo", "dual_clip": 3.0},
         "dual_clip: only for the surrogate 'clip', not 'cispo'",
     ),
-    ({"ratio": "row"}, "ratio must be one of token, sequence, got 'row'"),
+    ({"ratio": "row"}, "ratio must be one of token, sequence, product, got 'row'"),
+    ({"surrogate": "vespo"}, "ratio: the surrogate 'vespo' weighs whole rows, by 'product'"),
+    ({"sapo_temperatures": (1.0,)}, "sapo_temperatures must be two numbers"),
+    ({"vespo_decays": (1.0, 0.0)}, "vespo_decays must be above 0"),
     ({"dual_clip": 0.5}, "dual_clip must be above 1"),
     ({"clip_low": -0.1}, "clip_low must be at least 0"),
     ({"clip_high": -0.1}, "clip_high must be at least 0"),

@@ -35,6 +35,16 @@ from rlhf_jax.types import (
 # A token that the policy now says ten times as often as when it was drawn is an outlier, not a
 # sample.
 KL_RATIO_CAP = 10.0
+Ratio = Literal["token", "sequence", "product"]
+# Fields of a Config, and arguments of ``losses.surrogate``.
+SURROGATE_SETTINGS = (
+    "clip_low",
+    "clip_high",
+    "dual_clip",
+    "sapo_temperatures",
+    "vespo_powers",
+    "vespo_decays",
+)
 State = TypeVar("State", bound=TrainState)
 
 
@@ -107,26 +117,44 @@ class Config(Batching):
     """k2: the gradient of each token's KL(policy || reference); k3: that of its KL(reference ||
     policy).
     """
-    surrogate: Literal["clip", "cispo"] = "clip"
+    surrogate: losses.Surrogate = "clip"
     """clip: PPO's loss, in which clipped tokens have no gradient; cispo: the clipped ratio is each
-    token's weight.
+    token's weight; sapo: the gradient fades with the ratio; vespo: the weight of the whole row
+    fades, needs ratio: product.
     """
-    ratio: Literal["token", "sequence"] = "token"
+    ratio: Ratio = "token"
     """token: each token's own ratio; sequence: the geometric mean of the row's ratios for all its
-    tokens (GSPO).
+    tokens (GSPO); product: their product.
     """
+    sapo_temperatures: tuple[float, ...] = (1.0, 1.05)
+    """With the surrogate sapo: how soon the gradient fades for positive and for other advantages.
+    """
+    vespo_powers: tuple[float, ...] = (2.0, 3.0)
+    """With the surrogate vespo: k for advantages of at least 0, and below."""
+    vespo_decays: tuple[float, ...] = (3.0, 2.0)
+    """With the surrogate vespo: c for advantages of at least 0, and below."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ops.check_number("clip_low", self.clip_low, at_least=0)
         ops.check_number("clip_high", self.clip_high, at_least=0)
         ops.check_number("dual_clip", self.dual_clip, above=1)
-        ops.check_choice("surrogate", self.surrogate, ("clip", "cispo"))
+        ops.check_choice("surrogate", self.surrogate, get_args(losses.Surrogate))
         if self.dual_clip is not None and self.surrogate != "clip":
             raise ValueError(
                 f"dual_clip: only for the surrogate 'clip', not {self.surrogate!r}; use null"
             )
-        ops.check_choice("ratio", self.ratio, ("token", "sequence"))
+        ops.check_choice("ratio", self.ratio, get_args(Ratio))
+        if self.surrogate == "vespo" and self.ratio != "product":
+            raise ValueError(
+                f"ratio: the surrogate 'vespo' weighs whole rows, by 'product', not {self.ratio!r}"
+            )
+        for name in ("sapo_temperatures", "vespo_powers", "vespo_decays"):
+            values = getattr(self, name)
+            if len(values) != 2:
+                raise ValueError(f"{name} must be two numbers, got {values}")
+            for value in values:
+                ops.check_number(name, value, above=0)
         ops.check_choice("kl_loss_estimator", self.kl_loss_estimator, get_args(ops.KLEstimator))
         if self.kl_loss_estimator == "k1":
             raise ValueError(
@@ -209,6 +237,19 @@ def reweighed(per_token: Array, rollout: Rollout) -> tuple[Array, Parts]:
     }
 
 
+def of_rows(log_ratio: jax.Array, mask: jax.Array, ratio: Ratio) -> jax.Array:
+    """The log-ratios [B, T] of tokens, or of their rows in each column of the response; 0 outside
+    it.
+    """
+    if ratio == "token":
+        return log_ratio
+    if ratio == "sequence":
+        of_row = ops.masked_mean(log_ratio, mask, axis=1)
+    else:
+        of_row = jnp.sum(jnp.where(mask, log_ratio, 0.0), axis=1)
+    return jnp.where(mask, of_row[:, None], 0.0)
+
+
 def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, Parts]:
     """Clipped policy loss - ``entropy_coef`` * entropy + ``kl_loss_coef`` * KL term of a rollout
     with advantages.
@@ -216,14 +257,17 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     One sum per token, aggregated once. With ``rollout.importance_weights`` see ``reweighed``. With
     ``config.ratio = "sequence"`` every token of row i has the ratio of GSPO (Zheng et al. 2025,
     arXiv 2507.18071, eq. 7), ``s_i = exp(mean over the response of log_probs - old_log_probs)``;
-    with ``aggregate = "sequence"`` the loss is that of eq. 5.
+    with ``aggregate = "sequence"`` the loss is that of eq. 5, and with ``"sum"`` that of LUSPO, in
+    which a row counts as often as it has tokens ("Length-Unbiased Sequence Policy Optimization",
+    2026, arXiv 2602.05261). With ``"product"`` it is the exponential of the sum.
 
     Args:
       output: the policy's forward pass on ``rollout``.
 
     Returns:
       The loss and the metrics ``policy/loss``, ``policy/clip_fraction`` (tokens whose clipped term
-      was the larger; of cispo, whose weight was clipped),
+      was the larger; of cispo, whose weight was clipped; of sapo and vespo, of whose weight
+      less than half is left),
       ``policy/approx_kl`` (half the mean squared log-ratio of tokens, Schulman 2020),
       ``policy/ratio_max``, ``objective/entropy`` (nats per row), with a KL term ``policy/kl_loss``
       and ``policy/kl_capped_fraction`` (tokens whose ratio ``KL_RATIO_CAP`` bounds there), and with
@@ -244,17 +288,12 @@ def loss(output: PolicyOutput, rollout: Rollout, config: Config) -> tuple[Mean, 
     log_ratio = log_probs - old_log_probs
     zeros = jnp.zeros_like(old_log_probs)
     approx_kl = 0.5 * jnp.square(log_ratio)
-    if config.ratio == "sequence":
-        log_ratio = jnp.where(mask, ops.masked_mean(log_ratio, mask, axis=1)[:, None], 0.0)
+    log_ratio = of_rows(log_ratio, mask, config.ratio)
     ratio = jax.lax.stop_gradient(ops.ratio(log_ratio, zeros))
-    clipped_ratio = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
-    if config.surrogate == "cispo":
-        surrogate = losses.cispo(log_probs, ratio, advantage, config.clip_low, config.clip_high)
-        is_clipped = clipped_ratio != ratio
-    else:
-        clips = config.clip_low, config.clip_high, config.dual_clip
-        surrogate = losses.clipped_surrogate(log_ratio, zeros, advantage, *clips)
-        is_clipped = -advantage * clipped_ratio > -advantage * ratio
+    how: Any = {name: getattr(config, name) for name in SURROGATE_SETTINGS}
+    surrogate, is_clipped = losses.surrogate(
+        config.surrogate, log_probs, log_ratio, advantage, **how
+    )
     surrogate, weight_metrics = reweighed(surrogate, rollout)
     metrics: Parts = {
         "policy/loss": mean(surrogate),
