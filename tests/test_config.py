@@ -245,6 +245,27 @@ def test_a_config_that_runs_the_python_of_others_needs_trust(project, place, tex
     assert advice.endswith("read it, then give --trust-config")
 
 
+@pytest.mark.parametrize(
+    ("place", "flags", "refused"),
+    [
+        ("c.yaml", "", False),
+        ("../c.yaml", "", True),
+        ("../theirs/run/config.yaml", "", True),
+        ("runs/ppo/config.yaml", "", True),
+        ("../c.yaml", "--trust-config", False),
+        ("../c.yaml", "--reward length", False),
+    ],
+)
+def test_a_config_of_others_that_sends_texts_away_needs_trust(project, place, flags, refused):
+    Path(place).write_text("reward: ['http://their.host/score']")
+    argv = ["--config", place, *flags.split()]
+    if not refused:
+        assert parse(RunConfig, argv).reward
+        return
+    with pytest.raises(UserError, match=r"reward http://their\.host/score gets the texts"):
+        parse(RunConfig, argv)
+
+
 def test_configs_of_the_package_are_trusted(tmp_path, monkeypatch):
     """They name files of a checkout, wherever the user stands in it."""
     (tmp_path / "configs").mkdir()

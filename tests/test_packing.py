@@ -290,7 +290,7 @@ def test_a_stage_packs_the_rows_of_its_step(stage, config, capsys):
     config = replace(config, text=Text(pack=True, bucket_multiple=4), **{stage: own})
     train = np.arange(1, 5)
     (plan, to_arrays), (again, _) = (
-        supervised._batching(config, getattr(training, stage).SPEC, PAIRS, train, KEY)
+        supervised._batching(config, getattr(training, stage).SPEC, PAIRS, train, KEY, 4)
         for _ in range(2)
     )
     # Padded: 8 texts of 8 columns. Packed: 31 tokens in 4 rows, one for each device, of the longest

@@ -26,7 +26,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
 from rlhf_jax import sharding
-from rlhf_jax.errors import TrainingFault, UserError
+from rlhf_jax.errors import ServiceError, TrainingFault, UserError
 from rlhf_jax.runs import processes
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.training.signals import stop_requests
@@ -373,9 +373,9 @@ def test_what_a_process_hears_of_another(monkeypatch):
         return processes.gather(work)
 
     assert gather({"result": 4}) == [3, 4]
-    for users, kind in ((True, UserError), (False, TrainingFault)):
+    for kind in (UserError, TrainingFault, ServiceError):
         with pytest.raises(kind, match=r"^process 1: no such file$"):
-            gather({"error": "no such file", "users": users})
+            gather({"error": "no such file", "kind": kind.__name__})
     with pytest.raises(TrainingFault, match=r"^process 1: it has ended; its last lines say why$"):
         gather(last_words)
     with pytest.raises(ZeroDivisionError):

@@ -19,8 +19,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_jax"
 KNOWN = "JAX_COMPILATION_CACHE_DIR|XDG_CACHE_HOME|JAX_PLATFORMS|TRANSFORMERS_NO_ADVISORY_WARNINGS|WANDB_PROJECT"
 KNOWN += "|WANDB_NAME|WANDB_INIT_TIMEOUT|WANDB_FINISH_TIMEOUT|WANDB_X_GRAPHQL_RETRY_MAX|XLA_FLAGS"
 KNOWN += "|RLHF_JAX_KEEP_MEMORY|GLIBC_TUNABLES"
+KEYS = r"\.get\((SERVICE|JUDGE)_KEY\)"  # of services that the user names
+OPENS_CONNECTIONS = PACKAGE / "rewards" / "service.py"
 BANNED = {
-    "the environment": rf"^(?!.*'({KNOWN})').*os\.(environ|getenv)|import (environ|getenv)",
+    "the environment": rf"^(?!.*('({KNOWN})'|{KEYS})).*os\.(environ|getenv)|import (environ|getenv)",
     "what runs "
     "data": r"(?<![\w.])(eval|exec|compile|__import__)\(|\b(yaml\.(unsafe_)?load|np\.load|numpy\.load)\(",
     "remote "
@@ -50,4 +52,5 @@ def test_secrets_of_the_environment_reach_no_file_and_no_line(tmp_path, monkeypa
 def test_the_package_reads_named_variables_alone_and_calls_nothing_that_runs_data(what):
     for path in PACKAGE.rglob("*.py"):
         for line in ast.unparse(ast.parse(path.read_text("utf-8"))).splitlines():
-            assert not re.search(BANNED[what], line), f"{path}: {line}"
+            allowed = path == OPENS_CONNECTIONS and re.match(r"import urllib\.\w+$", line)
+            assert allowed or not re.search(BANNED[what], line), f"{path}: {line}"

@@ -101,9 +101,15 @@ def parse(
 
 
 def check_trusted(given: Values) -> None:
-    """Raises UserError for values of a file that name a Python file which is not the user's own:
-    one outside the current folder or in the run's folder that the YAML file lies in, or any at all
-    where that run's folder is outside the current one. Configs of this package are trusted.
+    """Refuses values of somebody else's file that run Python code or send texts and keys away.
+
+    Configs of this package are trusted, and values whose YAML file and Python file the user has in
+    the current folder. A run's folder may be somebody else's wherever it lies.
+
+    Raises:
+        UserError: a value names a Python file outside the current folder or in the run's folder
+            that the YAML file lies in, or any at all where that run's folder is outside the current
+            one; or a URL where the YAML file is in a run's folder or outside the current folder.
     """
     here = Path.cwd().resolve()
     problems = []
@@ -112,16 +118,20 @@ def check_trusted(given: Values) -> None:
         if config in [path.resolve() for path in shipped().values()]:
             continue
         run = config.parent if (config.parent / "manifest.json").is_file() else None
-        for text in value if isinstance(value, tuple) else (value,):
-            match = re.match(r"(.*\.py):", text, re.DOTALL) if isinstance(text, str) else None
-            if match is None:
-                continue
-            file = Path(match[1]).resolve()
-            is_own = file.is_relative_to(here)
-            if run is not None:
-                is_own = is_own and run.is_relative_to(here) and not file.is_relative_to(run)
-            if not is_own:
-                problems.append(f"{place}: {key} {text} runs the Python code of {file}")
+        texts = value if isinstance(value, tuple) else (value,)
+        for text in filter(lambda text: isinstance(text, str), texts):
+            code = re.match(r"(.*\.py):", text, re.DOTALL)
+            if code is not None:
+                file = Path(code[1]).resolve()
+                is_own = file.is_relative_to(here)
+                if run is not None:
+                    is_own = is_own and run.is_relative_to(here) and not file.is_relative_to(run)
+                if not is_own:
+                    problems.append(f"{place}: {key} {text} runs the Python code of {file}")
+            elif re.match(r"https?://", text) and (run or not config.is_relative_to(here)):
+                problems.append(
+                    f"{place}: {key} {text} gets the texts of the run, and your API key"
+                )
     if problems:
         listed = "\n".join(problems)
         raise UserError(
