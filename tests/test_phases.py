@@ -279,7 +279,7 @@ def test_the_share_of_groups_without_a_gradient():
     assert equal_share(3.0, 3.0, 3.0, 3.0, group_size=1) == 1
     # What counts are the scores after the rules: here every second response ends, the others lose 1.
     lose_one = phases.missing_eos(SAMPLING.eos_id, penalty=1.0, score=None)
-    assert equal_share(1.0, 1.0, 2.0, 1.0, shape=lose_one) == 0.5
+    assert equal_share(1.0, 1.0, 1.0, 1.0, shape=lose_one) == 0
     masked = phases.mask_truncated(SAMPLING.eos_id)
     assert equal_share(1.0, 2.0, 3.0, 4.0, masked=masked) == 1  # one row of each group is left
 

@@ -279,7 +279,10 @@ CLIPPED = [
         "dual_clip: only for the surrogate 'clip', not 'cispo'",
     ),
     ({"ratio": "row"}, "ratio must be one of token, sequence, product, got 'row'"),
-    ({"surrogate": "vespo"}, "ratio: the surrogate 'vespo' weighs whole rows, by 'product'"),
+    (
+        {"surrogate": "vespo", "dual_clip": None},
+        "ratio: the surrogate 'vespo' weighs whole rows, by 'product'",
+    ),
     ({"sapo_temperatures": (1.0,)}, "sapo_temperatures must be two numbers"),
     ({"vespo_decays": (1.0, 0.0)}, "vespo_decays must be above 0"),
     ({"dual_clip": 0.5}, "dual_clip must be above 1"),
