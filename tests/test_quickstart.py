@@ -31,7 +31,7 @@ def test_seeds_pass_and_leave_a_page(seed, tmp_path):
     folder = tmp_path / "run"
     said = run_script("quickstart", "--output-dir", folder, "--seed", seed, **USERS).stdout
     lines = said.splitlines()
-    assert (lines.count("cpu: 1 x cpu, float32"), said.count("compiling"), "gates" in said) == (
+    assert (lines.count("cpu: 1 x cpu, float32"), said.count("compiling; "), "gates" in said) == (
         1,
         3,
         False,

