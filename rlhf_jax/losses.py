@@ -174,7 +174,7 @@ def sapo(
     """SAPO's policy loss per token: ``-A * 4 / tau * sigmoid(tau * (ratio - 1))``, whose gradient
     fades as the ratio leaves 1, where it is that of ``-A * ratio``.
 
-    Gao et al. 2025, "Soft Adaptive Policy Optimization", arXiv 2511.20347, eqs. 5 and 6.
+    Gao et al. 2025, "Soft Adaptive Policy Optimization", arXiv 2511.20347.
 
     Args:
       log_probs, old_log_probs, advantages: as in ``clipped_surrogate``.
