@@ -9,6 +9,7 @@ import sys
 import asked_runs
 import numpy as np
 import pytest
+import yaml
 from asked_runs import NEW
 
 from rlhf_jax import cli
@@ -115,6 +116,27 @@ def test_a_score_is_the_reward_models_of_the_last_answer(runs, talk, policy):
     assert shown == f"{generations.texts[0]}\nscore {generations.rewards[0]:.3f}\n"
     counted, _ = talk("who", "/score", reward=("length*2",))
     assert counted.endswith(f"score {2 * len(generations.token_log_probs[0]):.3f}\n")
+
+
+@pytest.mark.parametrize("reward", ["theirs.py:score", "http://their.host/score"])
+def test_a_reward_of_somebody_elses_run_is_neither_run_nor_asked(runs, tmp_path, talk, reward):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(runs / "policy", theirs)
+    ran = tmp_path / "ran"
+    code = f"import pathlib; pathlib.Path({str(ran)!r}).touch(); score = len"
+    (theirs / "theirs.py").write_text(code)
+    named = reward if "://" in reward else f"{theirs}/{reward}"
+    settings = yaml.safe_load((theirs / "config.yaml").read_text("utf-8"))
+    (theirs / "config.yaml").write_text(yaml.safe_dump(settings | {"reward": [named]}))
+    (theirs / "manifest.json").write_text("{}")
+
+    with pytest.raises(UserError, match="the run names no reward; give --reward"):
+        talk("who", "/score", folder=str(theirs))
+    assert not ran.exists()
+    shown, [note] = talk("who", folder=str(theirs))
+    assert named in note
+    assert note.endswith("/score needs --reward")
+    assert shown
 
 
 def test_two_models_answer_with_their_own_histories(runs, talk, policy, tmp_path):

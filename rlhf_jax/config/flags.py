@@ -114,7 +114,7 @@ def check_trusted(given: Values) -> None:
     here = Path.cwd().resolve()
     problems = []
     for key, (value, place) in given.items():
-        config = Path(place.rpartition(", line ")[0]).resolve()
+        config = Path(re.sub(r", line \d+$", "", place)).resolve()
         if config in [path.resolve() for path in shipped().values()]:
             continue
         run = config.parent if (config.parent / "manifest.json").is_file() else None

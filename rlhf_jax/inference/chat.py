@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_jax.config import check_trusted
 from rlhf_jax.data import chat, encoding, stops
 from rlhf_jax.data.rows import Message, Row
 from rlhf_jax.errors import UserError
@@ -18,7 +19,7 @@ from rlhf_jax.evaluation import evaluate
 from rlhf_jax.generator import Generator
 from rlhf_jax.inference import asking
 from rlhf_jax.rewards import spec
-from rlhf_jax.runs.reading import settings_of
+from rlhf_jax.runs.reading import settings_file, settings_of
 from rlhf_jax.types import Rollout
 
 HELP = """\
@@ -135,7 +136,7 @@ def run(folder: str, config: Config, lines: Iterable[str], console: Console) -> 
         UserError: whatever is wrong with a folder; unless on a terminal, with a line.
     """
     asking.start(config)
-    reward = config.reward or tuple(settings_of(folder).get("reward", ()))
+    reward = config.reward or _own_reward(folder, console)
     folders = [folder] if config.compare is None else [folder, config.compare]
     speakers = [
         _speaker(label, name, config, reward, console)
@@ -151,6 +152,20 @@ def run(folder: str, config: Config, lines: Iterable[str], console: Console) -> 
             if not console.is_terminal:
                 raise
             console.note(str(error))
+
+
+def _own_reward(folder: str, console: Console) -> tuple[str, ...]:
+    """The reward of the run's config.yaml; none if that is somebody else's and names code or a URL,
+    which only ``--reward`` may.
+    """
+    entries = tuple(settings_of(folder).get("reward", ()))
+    try:
+        check_trusted({"reward": (entries, str(settings_file(folder)))})
+    except UserError as error:
+        named, *_ = str(error).splitlines()
+        console.note(f"{named}; it may be somebody else's: /score needs --reward")
+        return ()
+    return entries
 
 
 def _speaker(

@@ -161,12 +161,17 @@ def read_yaml(path: Path, shape: Any) -> _Row:
     return parse_yaml(data, shape, str(path))
 
 
-def settings_of(folder: str) -> dict[str, Any]:
-    """config.yaml of a run, also found from its ``model/``; empty for other models."""
+def settings_file(folder: str) -> Path:
+    """Where config.yaml of a run is, given the run or its ``model/``; other models have none."""
     place = Path(folder)
     if place.name == "model" and not (place / "config.yaml").is_file():
         place = place.parent
-    file = place / "config.yaml"
+    return place / "config.yaml"
+
+
+def settings_of(folder: str) -> dict[str, Any]:
+    """config.yaml of a run, also found from its ``model/``; empty for other models."""
+    file = settings_file(folder)
     return read_yaml(file, SETTINGS) if file.is_file() else {}
 
 
