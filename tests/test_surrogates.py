@@ -66,7 +66,7 @@ def test_vespo():
     assert_allclose(clipped.total, ((weight < 0.5) & MASK).sum())
 
 
-@pytest.mark.parity
+@pytest.mark.soak  # needs TRL 1.16, which CI does not install
 def test_vespos_weights_are_trls():
     import torch
     from trl import GRPOTrainer
